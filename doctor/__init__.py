@@ -1,0 +1,31 @@
+"""Finds, explains and cures what makes quantizing a language model fail, then quantizes it.
+
+Importing this package imports no torch: the names below are loaded when they are first used.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "check": "doctor.api",
+    "fix": "doctor.api",
+    "quantize": "doctor.api",
+    "verify": "doctor.api",
+    "Recipe": "doctor.recipe",
+    "Finding": "doctor.rule",
+    "Report": "doctor.engine",
+    "DoctorError": "doctor.errors",
+    "CheckpointNotReady": "doctor.errors",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'doctor' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,149 @@
+"""The store of facts, and the registry of what a fact is: the only words in which a rule may ask.
+
+A fact belongs to a scope (checkpoint, shard, tensor, linear) and to the stage that it costs (listing, header, values,
+tokenizer, calibration, run, output). It is either *provided* by a producer (the scan, the quantizer) or *derived*: a pure
+function of other facts, worked out once, when a rule first asks. A fact that was not produced in this run is
+`Unavailable` with the reason, and the rules that need it are skipped with that reason: silence is never a pass.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+STAGES = ("listing", "header", "values", "tokenizer", "calibration", "run", "output")
+SCOPES = ("checkpoint", "shard", "tensor", "linear")
+CHECKPOINT = "checkpoint:"
+
+
+class Unavailable(Exception):
+    """This fact does not exist in this run; the text says why and what would make it."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One entry of the registry. `compute` is None for a provided fact; `needs` are its parameters, the subject first."""
+
+    name: str
+    scope: str
+    stage: str
+    doc: str
+    compute: Callable | None = None
+    needs: tuple[str, ...] = ()
+
+
+FACTS: dict[str, Fact] = {}
+
+
+def provide(name: str, scope: str, stage: str, doc: str) -> None:
+    """Declare a fact that some producer puts into the store."""
+    _register(Fact(name, scope, stage, doc))
+
+
+def fact(scope: str, stage: str | None = None):
+    """Declare a derived fact: a function whose first parameter is the scope's subject and whose others are facts.
+
+    Its stage is the latest of what it needs, unless said otherwise.
+    """
+
+    def wrap(function: Callable) -> Callable:
+        parameters = tuple(inspect.signature(function).parameters)
+        if not parameters or parameters[0] != scope:
+            raise TypeError(f"fact {function.__name__}: the first parameter must be {scope!r}, the subject")
+        needs = parameters[1:]
+        own_stage = stage or latest_stage(needs, function.__name__)
+        _register(Fact(function.__name__, scope, own_stage, inspect.getdoc(function) or "", function, needs))
+        return function
+
+    return wrap
+
+
+def _register(new: Fact) -> None:
+    old = FACTS.get(new.name)
+    if old is not None and (old.scope, old.doc) != (new.scope, new.doc):
+        raise TypeError(f"fact {new.name}: declared twice")
+    if new.scope not in SCOPES or new.stage not in STAGES:
+        raise TypeError(f"fact {new.name}: scope {new.scope!r} or stage {new.stage!r} is unknown")
+    FACTS[new.name] = new
+
+
+def latest_stage(needs: Iterable[str], asker: str) -> str:
+    """The most expensive stage among facts. Raises TypeError for a name that is no fact, with the nearest ones."""
+    stage = "listing"
+    for name in needs:
+        if name not in FACTS:
+            import difflib
+
+            near = ", ".join(difflib.get_close_matches(name, FACTS, 5, 0.3)) or ", ".join(sorted(FACTS))
+            raise TypeError(f"{asker}: there is no fact {name!r}; nearest: {near}")
+        stage = max(stage, FACTS[name].stage, key=STAGES.index)
+    return stage
+
+
+class Store:
+    """Facts of one run. Subjects are strings ("tensor:NAME"); each has an object that rules get as their first argument."""
+
+    def __init__(self):
+        self._objects: dict[str, dict[str, object]] = {scope: {} for scope in SCOPES}
+        self._values: dict[tuple[str, str], object] = {}
+        self._failed: dict[tuple[str, str], Unavailable] = {}
+        self._reasons: dict[str, str] = {}
+        self._weight_of: dict[str, str] = {}
+        self.add_subject("checkpoint", CHECKPOINT, None)
+
+    def add_subject(self, scope: str, subject: str, thing: object, weight: str | None = None) -> None:
+        """Declare a subject. A linear names its `weight` subject ("tensor:…"), whose facts its rules may ask for too."""
+        self._objects[scope][subject] = thing
+        if weight is not None:
+            self._weight_of[subject] = weight
+
+    def subjects(self, scope: str) -> dict[str, object]:
+        """Subject -> the object that stands for it, in the order they were added."""
+        return self._objects[scope]
+
+    def put(self, subject: str, name: str, value: object) -> None:
+        """Record a provided fact."""
+        known = FACTS.get(name)
+        if known is None or known.compute is not None:
+            raise TypeError(f"fact {name!r} is not declared as provided")
+        self._values[subject, name] = value
+
+    def say_missing(self, stage: str, reason: str) -> None:
+        """Why facts of this stage do not exist in this run."""
+        self._reasons[stage] = reason
+
+    def has(self, subject: str, name: str) -> bool:
+        try:
+            self.get(subject, name)
+        except Unavailable:
+            return False
+        return True
+
+    def get(self, subject: str, name: str) -> object:
+        """The fact's value for a subject. Raises Unavailable with the reason where there is none."""
+        known = FACTS[name]
+        holder = self._holder(subject, known)
+        key = (holder, name)
+        if key in self._values:
+            return self._values[key]
+        if key in self._failed:
+            raise self._failed[key]
+        if known.compute is None:
+            raise Unavailable(self._reasons.get(known.stage, f"no {name.replace('_', ' ')} for {holder.partition(':')[2] or 'this checkpoint'}"))
+        try:
+            thing = self._objects[known.scope].get(holder)
+            value = known.compute(thing, *(self.get(holder, need) for need in known.needs))
+        except Unavailable as error:
+            self._failed[key] = error
+            raise
+        self._values[key] = value
+        return value
+
+    def _holder(self, subject: str, known: Fact) -> str:
+        scope = subject.partition(":")[0]
+        if known.scope == scope:
+            return subject
+        if known.scope == "checkpoint":
+            return CHECKPOINT
+        if known.scope == "tensor" and subject in self._weight_of:
+            return self._weight_of[subject]
+        raise TypeError(f"a rule on {scope} cannot ask for {known.name}, a fact of {known.scope}")

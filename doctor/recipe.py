@@ -1,0 +1,78 @@
+"""The plan that findings are judged against and that the quantizer follows: method, bits, groups, where it will run.
+
+A recipe moves one way: a retry may raise damping or fall to a simpler method, never back, so every retry loop ends.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+from doctor.errors import DoctorError
+
+METHODS = ("gptq", "awq", "rtn")
+FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
+RUNTIMES = ("vllm", "sglang", "exllamav2", "transformers", "llama.cpp")
+BITS = (2, 3, 4, 8)
+_FALL = ("gptq", "awq", "rtn", "keep")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to quantize and serve. `damp` is a share of mean diag(H); `keep` are patterns of linears left in 16 bits.
+
+    group_size: consecutive in_features that share a scale; -1 is the whole row. tp: GPUs that split each linear at serving.
+    act_order: columns in order of diag(H) with groups fixed beforehand (static groups), so that serving costs nothing.
+    """
+
+    method: str = "gptq"
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    act_order: bool = True
+    mse: bool = True
+    damp: float = 0.01
+    damp_max: float = 0.1
+    format: str = ""  # "" takes the method's own: gptq for gptq and rtn, awq for awq
+    tp: int = 1
+    runtime: str = ""
+    runtime_version: str = ""
+    keep: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.method in METHODS, f"method {self.method!r}", f"one of {', '.join(METHODS)}")
+        _require(self.bits in BITS, f"bits {self.bits}", "2, 3, 4 or 8")
+        _require(self.group_size == -1 or self.group_size > 0, f"group size {self.group_size}", "positive, or -1 for whole rows")
+        _require(self.tp >= 1, f"tensor parallel {self.tp}", "1 or more")
+        _require(0 <= self.damp <= self.damp_max <= 1, f"damp {self.damp} to {self.damp_max}", "0 <= damp <= damp_max <= 1")
+        _require(self.format in ("", *FORMATS), f"format {self.format!r}", f"one of {', '.join(FORMATS)}")
+        _require(self.runtime in ("", *RUNTIMES), f"runtime {self.runtime!r}", f"one of {', '.join(RUNTIMES)}")
+        _require(self.method != "awq" or self.bits == 4, f"awq with {self.bits} bits", "4: the AWQ format has no other width")
+
+    @property
+    def output_format(self) -> str:
+        return self.format or ("awq" if self.method == "awq" else "gptq")
+
+    def label(self) -> str:
+        """`gptq 4-bit g128 tp8`: the plan as people write it."""
+        group = "per-channel" if self.group_size == -1 else f"g{self.group_size}"
+        return " ".join([self.method, f"{self.bits}-bit", group, *([f"tp{self.tp}"] if self.tp > 1 else [])])
+
+    def with_field(self, name: str, value: object) -> "Recipe":
+        """This recipe with one field changed by a fix. Raises DoctorError on a step back (less damping, a finer method)."""
+        _require(name in {f.name for f in fields(self)}, f"recipe field {name!r}", "a field of the recipe")
+        old = getattr(self, name)
+        if name in ("damp", "damp_max"):
+            _require(value >= old, f"{name} from {old} to {value}", "raised, never lowered")
+        if name == "method":
+            _require(_FALL.index(value) >= _FALL.index(old), f"method from {old} to {value}", "a simpler one")
+        return replace(self, **{name: value})
+
+
+def _require(holds: bool, what: str, must: str) -> None:
+    if not holds:
+        raise DoctorError(f"recipe: {what}; must be {must}.")
+
+
+def parse_runtime(text: str) -> tuple[str, str]:
+    """`vllm==0.6.0` -> ("vllm", "0.6.0"); without a version the newest known one is meant."""
+    name, _, version = text.partition("==")
+    return name.strip().lower(), version.strip()
