@@ -248,6 +248,11 @@ class Checkpoint:
         except OSError as error:
             raise BadCheckpoint(f"{shard}: {error.strerror}.") from None
 
+    def chunks(self, file: ShardFile, info: TensorInfo, step: int) -> Iterator[memoryview]:
+        """The tensor's bytes in order, at most `step` each; a chunk is valid until the next one is asked for."""
+        for _, part in file.blocks(info.begin, info.end, step):
+            yield part
+
     def load(self, name: str) -> np.ndarray:
         """Raw codes of one tensor in its shape; see dtypes.CODE_NUMPY for the NumPy type of each dtype."""
         info = self.tensors[name]

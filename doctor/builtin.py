@@ -1,0 +1,241 @@
+"""The facts every run has: what the listing, the JSON files, the headers and the scan say, under the names rules ask for."""
+
+from dataclasses import dataclass, field
+
+from doctor.checkpoint import INDEX_NAME, Checkpoint
+from doctor.facts import CHECKPOINT, Store, Unavailable, fact, provide
+from doctor.recipe import Recipe
+from doctor.spec import ModelSpec, build_spec
+
+provide("checkpoint", "checkpoint", "listing", "The open checkpoint: files, shards, JSON documents. Never its tensors' bytes.")
+provide("recipe", "checkpoint", "listing", "The plan that findings are judged against.")
+provide("stats", "tensor", "values", "Exact counters over every value of a tensor (stats.Stats).")
+provide("zero_groups", "linear", "values", "Groups of group_size in_features whose weights are all 0, counted per row.")
+provide("zero_groups_fp16", "linear", "values", "The same after a cast to fp16, where tiny weights become 0.")
+provide("first_zero_group", "linear", "values", "(row, first column) of the first of them, or None.")
+provide("zero_rows", "linear", "values", "out_features whose weights are all 0.")
+provide("zero_columns", "linear", "values", "in_features whose weights are all 0.")
+provide("digest", "tensor", "values", "blake2b of a tensor's bytes; only embeddings and heads, to tell tied from copied.")
+
+
+# files
+
+
+@fact("checkpoint")
+def files(_, checkpoint):
+    """name -> Entry of every regular file."""
+    return checkpoint.entries
+
+
+@fact("checkpoint")
+def listing_problems(_, checkpoint):
+    """Defects of the listing: links that lead out, special and unreadable files."""
+    return checkpoint.problems
+
+
+@fact("checkpoint")
+def json_files(_, checkpoint):
+    """name -> JsonFile of every JSON document."""
+    return checkpoint.json
+
+
+@fact("checkpoint", stage="header")
+def tensors(_, checkpoint):
+    """name -> TensorInfo of every tensor that a reader would take."""
+    if not checkpoint.tensors:
+        raise Unavailable("no safetensors tensor can be read")
+    return checkpoint.tensors
+
+
+@fact("checkpoint", stage="header")
+def shards(_, checkpoint):
+    """name -> Shard of every file that belongs to the checkpoint."""
+    return checkpoint.shards
+
+
+@fact("checkpoint")
+def weight_map(_, checkpoint):
+    """tensor -> file of the index, None without an index."""
+    return checkpoint.weight_map if INDEX_NAME in checkpoint.json else None
+
+
+@fact("checkpoint")
+def missing_shards(_, checkpoint):
+    """Files the index names that are not there."""
+    return checkpoint.missing_shards
+
+
+@fact("checkpoint")
+def config(_, checkpoint):
+    """config.json as a dict."""
+    return _document(checkpoint, "config.json")
+
+
+@fact("checkpoint")
+def generation_config(_, checkpoint):
+    """generation_config.json as a dict, None where it is absent or broken."""
+    return checkpoint.value("generation_config.json")
+
+
+@fact("checkpoint")
+def tokenizer_config(_, checkpoint):
+    """tokenizer_config.json as a dict, None where it is absent or broken."""
+    return checkpoint.value("tokenizer_config.json")
+
+
+def _document(checkpoint: Checkpoint, name: str) -> dict:
+    value = checkpoint.value(name)
+    if value is None:
+        raise Unavailable(f"{name} is absent or cannot be read")
+    return value
+
+
+@fact("checkpoint", stage="header")
+def spec(_, checkpoint, config) -> ModelSpec:
+    """What config.json says the model is (spec.ModelSpec)."""
+    return build_spec(config, checkpoint.tensors)
+
+
+@fact("checkpoint")
+def chat_template(_, checkpoint, tokenizer_config):
+    """The chat template's text, from chat_template.jinja or tokenizer_config.json; None where there is none."""
+    if "chat_template.jinja" in checkpoint.entries:
+        return checkpoint.read_file("chat_template.jinja", 4 << 20).decode("utf-8", "replace")
+    template = (tokenizer_config or {}).get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+# tokenizer
+
+
+@dataclass
+class Tokenizer:
+    """What tokenizer.json says, without the library that runs it. ids: every token's id; added: those added on top."""
+
+    ids: dict[str, int]
+    added: dict[str, int] = field(default_factory=dict)
+    special: frozenset[str] = frozenset()
+    bos_added: str | None = None  # the token its post-processor puts in front of a single text
+    kind: str = ""
+
+    def token(self, token_id: int) -> str | None:
+        """The text of an id, None where no token has it."""
+        return next((t for t, i in self.ids.items() if i == token_id), None)
+
+    @property
+    def largest_id(self) -> int:
+        return max(self.ids.values(), default=-1)
+
+
+@fact("checkpoint", stage="tokenizer")
+def tokenizer(_, checkpoint) -> Tokenizer:
+    """tokenizer.json, read as data (Tokenizer)."""
+    return read_tokenizer(_document(checkpoint, "tokenizer.json"))
+
+
+def read_tokenizer(document: dict) -> Tokenizer:
+    """Vocabulary and post-processor of a parsed tokenizer.json. Raises Unavailable where its form is unknown."""
+    model = document.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
+        ids = {t[0]: i for i, t in enumerate(vocabulary) if isinstance(t, list) and t and isinstance(t[0], str)}
+    elif isinstance(vocabulary, dict):
+        ids = {k: v for k, v in vocabulary.items() if isinstance(v, int)}
+    else:
+        raise Unavailable("tokenizer.json has no vocabulary")
+    added, special = {}, set()
+    for token in document.get("added_tokens") or []:
+        if isinstance(token, dict) and isinstance(token.get("content"), str) and isinstance(token.get("id"), int):
+            added[token["content"]] = token["id"]
+            if token.get("special"):
+                special.add(token["content"])
+    return Tokenizer({**ids, **added}, added, frozenset(special), _first_added(document.get("post_processor")),
+                     str(model.get("type", "")))
+
+
+def _first_added(processor: object) -> str | None:
+    """The special token that a TemplateProcessing post-processor puts before a single text, None for none."""
+    if not isinstance(processor, dict):
+        return None
+    if processor.get("type") == "Sequence":
+        parts = processor.get("processors")
+        return next(filter(None, map(_first_added, parts if isinstance(parts, list) else [])), None)
+    single = processor.get("single")
+    if processor.get("type") == "TemplateProcessing" and isinstance(single, list) and single and isinstance(single[0], dict):
+        token = single[0].get("SpecialToken")
+        return token.get("id") if isinstance(token, dict) else None
+    if processor.get("type") in ("BertProcessing", "RobertaProcessing") and isinstance(processor.get("cls"), list):
+        return processor["cls"][0]
+    return None
+
+
+# values: one fact for each counter, so that a rule names what it looks at
+
+
+@fact("tensor")
+def n_nan(_, stats):
+    """Values that are NaN."""
+    return stats.n_nan
+
+
+@fact("tensor")
+def n_inf(_, stats):
+    """Values that are +Inf or -Inf."""
+    return stats.n_inf
+
+
+@fact("tensor")
+def n_zero(_, stats):
+    """Values that are 0."""
+    return stats.n_zero
+
+
+@fact("tensor")
+def numel(_, stats):
+    """Values in all."""
+    return stats.numel
+
+
+@fact("tensor")
+def n_fp16_overflow(_, stats):
+    """Finite values that a cast to fp16 turns into Inf."""
+    return stats.n_fp16_overflow
+
+
+@fact("tensor")
+def n_fp16_underflow(_, stats):
+    """Values other than 0 that a cast to fp16 turns into 0."""
+    return stats.n_fp16_underflow
+
+
+@fact("tensor")
+def absmax(_, stats):
+    """Largest magnitude among finite values."""
+    return stats.absmax
+
+
+@fact("tensor")
+def first_nonfinite(_, stats):
+    """Flat index of the first NaN or Inf, -1 where there is none."""
+    return stats.first_nonfinite
+
+
+def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
+    """A store that holds everything known before a tensor's bytes are read, with its subjects declared."""
+    store = Store()
+    store.put(CHECKPOINT, "checkpoint", checkpoint)
+    store.put(CHECKPOINT, "recipe", recipe)
+    for name, shard in checkpoint.shards.items():
+        store.add_subject("shard", f"shard:{name}", shard)
+    for name, info in checkpoint.tensors.items():
+        store.add_subject("tensor", f"tensor:{name}", info)
+    if store.has(CHECKPOINT, "spec"):
+        for linear in store.get(CHECKPOINT, "spec").linears:
+            store.add_subject("linear", f"linear:{linear.name}", linear, f"tensor:{linear.tensor}")
+    for stage, reason in (("values", "the weights were not read"), ("calibration", "no calibration in this run: doctor quantize measures it"),
+                          ("run", "nothing was quantized in this run"), ("output", "no quantized output was compared: doctor verify does it")):
+        store.say_missing(stage, reason)
+    return store

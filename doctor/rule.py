@@ -1,0 +1,223 @@
+"""All that a rule file imports: the decorator, findings, fixes and the closed set of edits.
+
+A rule is one file: its docstring is its page, `check` a generator over facts, `bad()` and `good()` its proof. The docstring's
+first line is `CODE name: what is wrong.`; then come sections, each a word and a colon at the start of a line:
+`Why:` what follows from it · `Seen as:` lines `- Tool: `exact text`` that other tools print · `Do:` what to do by hand ·
+`False alarms:` when not to worry · `Fix safety:` · `Sources:`.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from doctor.edits import (  # noqa: F401 - rules import edits from here
+    MISSING,
+    DropTensor,
+    Edit,
+    PadTensor,
+    RebuildIndex,
+    RemoveJson,
+    ReplaceNonfinite,
+    SetJson,
+    SetRecipe,
+)
+from doctor.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, provide  # noqa: F401
+from doctor.spec import ROW_PARALLEL, Linear, ModelSpec  # noqa: F401
+from doctor.tables import table  # noqa: F401
+import doctor.builtin  # noqa: F401 - declares the facts that rules name
+
+SEVERITIES = ("error", "warning", "info")
+CERTAINTIES = ("certain", "likely", "hint")
+FAMILIES = {"F": "Files", "C": "Config", "T": "Tensors", "W": "Weights", "G": "Geometry", "Q": "Calibration", "K": "Serving", "O": "Output"}
+_SECTION = re.compile(r"^(Why|Seen as|Do|False alarms|Fix safety|Sources):[ ]*", re.M)
+_FIRST = re.compile(r"^([A-Z]\d{3}) ([a-z][a-z0-9-]+): (.+?)\.?$", re.S)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a finding points: a file, and in it a JSON value, or a tensor and one element of it.
+
+    note: what stands beside the `^^^^` of the frame. The engine fills in line, column, length and frame from the file.
+    """
+
+    file: str
+    pointer: str | None = None
+    tensor: str | None = None
+    index: tuple[int, ...] | None = None
+    byte: int | None = None
+    note: str = ""
+    line: int | None = None
+    column: int | None = None
+    length: int | None = None
+    frame: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A cure: edits and how safe they are. "manual" has no edits: the title is the sentence for the user.
+
+    by_name: never part of a blanket --unsafe-fixes, because it invents content. needs: codes that must be gone first.
+    """
+
+    title: str
+    edits: tuple[Edit, ...] = ()
+    safety: str = "safe"
+    by_name: bool = False
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One defect at one place. `message` is one sentence with the numbers; `facts_table` rows are the arithmetic behind it."""
+
+    message: str
+    where: Place
+    evidence: dict = field(default_factory=dict)
+    fix: Fix | None = None
+    advice: str = ""
+    facts_table: tuple[tuple[str, ...], ...] = ()
+    strip: dict | None = None  # {row label: one number per block}: drawn as a picture across blocks
+    code: str = ""
+    name: str = ""
+    severity: str = ""
+    certainty: str = ""
+    subject: str = ""
+    consequence_of: str = ""  # code of the finding that explains this one
+
+    @property
+    def target(self) -> str:
+        """What it is about, for people: a tensor, a key, or a file."""
+        return self.where.tensor or (f"{self.where.file}#{self.where.pointer}" if self.where.pointer is not None else self.where.file)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What another tool prints for the same defect, word for word."""
+
+    tool: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A registered rule: identity, what it needs, and its page."""
+
+    code: str
+    name: str
+    title: str
+    severity: str
+    certainty: str
+    scope: str
+    stage: str
+    needs: tuple[str, ...]
+    check: Callable = field(repr=False)
+    doc: str = field(repr=False)
+    sections: dict = field(repr=False)
+    seen_as: tuple[Seen, ...] = field(repr=False)
+    implied_by: tuple[str, ...] = ()
+    module: str = ""
+
+    @property
+    def family(self) -> str:
+        return FAMILIES[self.code[0]]
+
+    def section(self, name: str) -> str:
+        return self.sections.get(name, "")
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tuple[str, ...] = ()):
+    """Register the decorated generator as the rule of its file.
+
+    The first parameter is the scope (checkpoint, shard, tensor, linear), the others are facts. `implied_by` are codes whose
+    finding on the same tensor or file (or on the checkpoint) explains this one, which is then folded under it.
+    """
+
+    def wrap(check: Callable) -> Callable:
+        module = sys.modules[check.__module__]
+        doc = inspect.getdoc(module) or ""
+        first, title, sections = _page(doc, code)
+        parameters = tuple(inspect.signature(check).parameters)
+        scope, needs = parameters[0], parameters[1:]
+        if scope not in SCOPES or severity not in SEVERITIES or certainty not in CERTAINTIES:
+            raise TypeError(f"rule {code}: scope {scope!r}, severity {severity!r} or certainty {certainty!r} is unknown")
+        if severity == "error" and certainty != "certain":
+            raise TypeError(f"rule {code}: an error must be certain")
+        if code in RULES and RULES[code].module != check.__module__:
+            raise TypeError(f"rule {code}: in {RULES[code].module} and in {check.__module__}")
+        RULES[code] = Rule(code, first, title, severity, certainty, scope, latest_stage(needs, code), needs, check, doc, sections,
+                           _seen(sections.get("Seen as", "")), implied_by, check.__module__)
+        return check
+
+    return wrap
+
+
+def _page(doc: str, code: str) -> tuple[str, str, dict[str, str]]:
+    parts = _SECTION.split(doc)
+    match = _FIRST.match(parts[0].strip())
+    if not match or match[1] != code:
+        raise TypeError(f"rule {code}: the docstring must begin with '{code} name: what is wrong.'")
+    sections = {parts[i]: parts[i + 1].strip() for i in range(1, len(parts) - 1, 2)}
+    return match[2], " ".join(match[3].split()), sections
+
+
+def _seen(text: str) -> tuple[Seen, ...]:
+    found = []
+    for tool, quoted in re.findall(r"^- ([^:`]+): ``?(.+?)``?\s*$", text, re.M):
+        found.append(Seen(tool.strip(), quoted))
+    return tuple(found)
+
+
+def finding(message: str, *, at: Place | None = None, fix: Fix | None = None, advice: str = "", evidence: dict | None = None,
+            facts_table=(), strip: dict | None = None, severity: str = "") -> Finding:
+    """One finding, to be yielded by a rule. `at` defaults to the rule's subject; `severity` may only lower the rule's own."""
+    return Finding(message, at or Place(""), dict(evidence or {}), fix, advice,
+                   tuple(tuple(map(str, row)) for row in facts_table), strip, severity=severity)
+
+
+def run_rule(entry: Rule, subject: str, thing: object, values: tuple) -> Iterator[Finding]:
+    """Findings of one rule on one subject, completed with the rule's identity and a default place."""
+    for item in entry.check(thing, *values):
+        severity = item.severity or entry.severity
+        if SEVERITIES.index(severity) < SEVERITIES.index(entry.severity):
+            raise TypeError(f"rule {entry.code} raised its severity to {severity}")
+        where = item.where if item.where.file else default_place(subject, thing)
+        yield replace(item, where=where, code=entry.code, name=entry.name, severity=severity, certainty=entry.certainty, subject=subject)
+
+
+def default_place(subject: str, thing: object) -> Place:
+    """Where a subject lies when a rule does not say."""
+    scope = subject.partition(":")[0]
+    if scope == "tensor":
+        return Place(thing.shard, tensor=thing.name)
+    if scope == "linear":
+        return Place("", tensor=thing.tensor)
+    if scope == "shard":
+        return Place(thing.name)
+    return Place("config.json")
+
+
+def element(info, flat: int) -> Place:
+    """Place of one element of a tensor, by its flat index: file, index and byte offset."""
+    index, rest = [], flat
+    for size in reversed(info.shape):
+        index.append(rest % size)
+        rest //= size
+    return Place(info.shard, tensor=info.name, index=tuple(reversed(index)), byte=info.begin + flat * info.dtype.bits // 8)
+
+
+def ranges(numbers) -> str:
+    """Block numbers as people write them: {0-3,7}."""
+    numbers = sorted(set(numbers))
+    parts, i = [], 0
+    while i < len(numbers):
+        j = i
+        while j + 1 < len(numbers) and numbers[j + 1] == numbers[j] + 1:
+            j += 1
+        parts.append(str(numbers[i]) if i == j else f"{numbers[i]}-{numbers[j]}")
+        i = j + 1
+    return parts[0] if len(parts) == 1 and "-" not in parts[0] else "{" + ",".join(parts) + "}"

@@ -1,0 +1,167 @@
+"""One pass over the bytes: every tensor is read exactly once, counted, and turned into facts.
+
+Shards are cut into spans of whole tensors, so that one large file keeps every worker busy too. A worker reads a span in
+file order in chunks of about 1 MiB, aligned to whole rows of a matrix; the counters merge by addition and maximum. Zero groups,
+rows and columns are looked for only in chunks that hold enough zeros to form one, while they are still in cache: on a
+healthy model that is never.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from doctor import stats
+from doctor.checkpoint import Checkpoint
+from doctor.facts import CHECKPOINT, Store
+from doctor.shard import CHUNK_BYTES, TensorInfo
+from doctor.spec import Linear
+
+SPAN_BYTES = 64 << 20
+DIGEST = hashlib.blake2b
+
+
+class Scan:
+    """Counts of one pass. `bytes_read` are tensor bytes read; `skipped` maps tensor -> why its values were not judged."""
+
+    def __init__(self):
+        self.bytes_read = 0
+        self.skipped: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def add(self, n: int) -> None:
+        with self._lock:
+            self.bytes_read += n
+
+
+def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] = lambda n: None, workers: int | None = None) -> Scan:
+    """Read every tensor's bytes once and put the value facts into the store.
+
+    progress gets the number of bytes of each chunk, from any thread. Raises BadCheckpoint when a file changes under the scan.
+    """
+    run = Scan()
+    linears = {}
+    digests: set[str] = set()
+    group = store.get(CHECKPOINT, "recipe").group_size
+    if store.has(CHECKPOINT, "spec"):
+        spec = store.get(CHECKPOINT, "spec")
+        linears = {linear.tensor: linear for linear in spec.linears}
+        if spec.embed_tensor and spec.head_tensor:
+            digests = {spec.embed_tensor, spec.head_tensor}
+
+    def work(span: list[TensorInfo]) -> None:
+        with checkpoint.open_file(span[0].shard) as file:
+            for info in span:
+                _scan_tensor(checkpoint, file, info, linears.get(info.name), group, info.name in digests, store, run, progress)
+
+    spans = list(_spans(checkpoint))
+    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8, max(len(spans), 1))) as pool:
+        jobs = [pool.submit(work, span) for span in spans]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return run
+
+
+def _spans(checkpoint: Checkpoint):
+    """Runs of tensors of one shard, in file order, of about SPAN_BYTES each; every tensor stands in exactly one."""
+    for shard in checkpoint.shards.values():
+        span, size = [], 0
+        for info in shard.tensors:
+            span.append(info)
+            size += info.nbytes
+            if size >= SPAN_BYTES:
+                yield span
+                span, size = [], 0
+        if span:
+            yield span
+
+
+def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run, progress) -> None:
+    subject = f"tensor:{info.name}"
+    total = stats.EMPTY
+    shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and info.numel else None
+    digest = DIGEST() if wants_digest else None
+    known = stats.can_scan(info.dtype.name)
+    offset = 0
+    for part in checkpoint.chunks(file, info, _step(info)):
+        run.add(len(part))
+        progress(len(part))
+        if digest is not None:
+            digest.update(part)
+        if not known:
+            continue
+        counted = stats.scan(part, info.dtype.name, offset)
+        if shape is not None:
+            shape.add(part, counted)
+        total = total.merge(counted)
+        offset += counted.numel
+    # A tensor that stands in several shards is read in each, but its facts are those of the one a reader takes.
+    if checkpoint.tensors.get(info.name) is not info:
+        return
+    if digest is not None:
+        store.put(subject, "digest", digest.hexdigest())
+    if not known:
+        run.skipped[info.name] = f"{info.dtype.name} values are not judged"
+        return
+    store.put(subject, "stats", total)
+    if shape is not None:
+        shape.put(store)
+
+
+def _step(info: TensorInfo) -> int:
+    """Chunk size: about CHUNK_BYTES, whole rows where the tensor has rows."""
+    if len(info.shape) < 2 or not info.numel:
+        return CHUNK_BYTES - CHUNK_BYTES % max(info.dtype.bits // 8, 1)
+    row = info.nbytes // info.shape[0]
+    return max(CHUNK_BYTES // row, 1) * row
+
+
+class _Shape:
+    """Zero groups, rows and columns of one linear, gathered chunk by chunk. Rows are out_features unless stored transposed."""
+
+    def __init__(self, info: TensorInfo, linear: Linear, group: int):
+        self.info, self.linear = info, linear
+        self.columns = info.shape[1]
+        self.group = self.columns if group == -1 else group
+        self.row = 0
+        self.zero_rows = 0
+        self.live_columns: np.ndarray | None = np.zeros(self.columns, bool)  # None: every column has shown a value
+        self.zero_groups = self.zero_groups_fp16 = 0
+        self.first: tuple[int, int] | None = None
+
+    def add(self, part: memoryview, counted: stats.Stats) -> None:
+        rows = counted.numel // self.columns
+        if self.live_columns is not None:
+            # Fewer zeros than rows in a chunk: no column of it can be all zero.
+            if counted.n_zero < rows:
+                self.live_columns = None
+            else:
+                _, per_column = stats.row_col_absmax(part, self.info.dtype.name, self.columns)
+                self.live_columns |= per_column > 0
+        if counted.n_zero >= self.columns:
+            per_row, _ = stats.row_col_absmax(part, self.info.dtype.name, self.columns)
+            self.zero_rows += int((per_row == 0).sum())
+        if not self.linear.transposed and counted.n_zero + counted.n_fp16_underflow >= self.group and self.columns % self.group == 0:
+            zero, zero_fp16, first = stats.group_zeros(part, self.info.dtype.name, self.columns, self.group)
+            self.zero_groups += zero
+            self.zero_groups_fp16 += zero_fp16
+            if first is not None and self.first is None:
+                self.first = (self.row + first[0], first[1])
+        self.row += rows
+
+    def put(self, store: Store) -> None:
+        dead = 0 if self.live_columns is None else int((~self.live_columns).sum())
+        rows, columns = (dead, self.zero_rows) if self.linear.transposed else (self.zero_rows, dead)
+        subject = f"linear:{self.linear.name}"
+        for name, value in (("zero_rows", rows), ("zero_columns", columns)):
+            store.put(subject, name, value)
+        if not self.linear.transposed:
+            for name, value in (("zero_groups", self.zero_groups), ("zero_groups_fp16", self.zero_groups_fp16), ("first_zero_group", self.first)):
+                store.put(subject, name, value)

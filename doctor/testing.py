@@ -1,0 +1,206 @@
+"""The smallest healthy checkpoints, as data in memory, for the examples in rule files and for tests.
+
+`tiny()` is healthy under every rule for its own recipe. A rule's `bad()` spoils one thing and returns the case. The family is
+taken from `use_family`, so that the same example plants its defect in several families.
+"""
+
+import contextlib
+import json
+import struct
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from doctor.dtypes import CODE_NUMPY
+from doctor.edits import to_bf16
+from doctor.recipe import Recipe
+from doctor.tables import table
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 64, 128, 4, 2, 16, 96, 2
+FAMILIES = ("llama", "qwen2", "mistral", "gemma", "qwen2_moe", "phi3", "opt")
+_family: ContextVar[str] = ContextVar("family", default="llama")
+
+
+@contextlib.contextmanager
+def use_family(name: str):
+    """Make `tiny()` build this family inside the block."""
+    token = _family.set(name)
+    try:
+        yield
+    finally:
+        _family.reset(token)
+
+
+@dataclass
+class Case:
+    """One checkpoint in memory. tensors: name -> raw codes; dtypes: name -> safetensors dtype; facts: (subject, name) -> value."""
+
+    family: str
+    tensors: dict[str, np.ndarray]
+    dtypes: dict[str, str]
+    json: dict[str, dict]
+    recipe: Recipe = Recipe(group_size=32)
+    shards: int = 1
+    facts: dict[tuple[str, str], object] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)  # written last, over anything of the same name
+    damage: list = field(default_factory=list)  # callables(directory), run after everything is written
+
+    @property
+    def config(self) -> dict:
+        return self.json["config.json"]
+
+    def name(self, role: str, block: int = 0) -> str:
+        """Tensor name of the first linear of a role ("down", "k", …) in a block of this family."""
+        from doctor.spec import build_spec
+
+        spec = build_spec(self.config, self.infos())
+        found = [x.tensor for x in spec.linears if x.role == role and x.block == block]
+        if not found:
+            raise KeyError(f"{self.family} has no linear of role {role!r}")
+        return found[0]
+
+    def down(self, block: int = 0) -> np.ndarray:
+        """Codes of a linear every family has: the MLP's second matrix, [hidden, intermediate]."""
+        return self.tensors[self.name("down", block)]
+
+    def put(self, subject: str, name: str, value: object) -> None:
+        """A fact that a calibration, a run or a comparison would have produced."""
+        self.facts[subject, name] = value
+
+    def infos(self):
+        """TensorInfo of every tensor, as the header will say."""
+        from doctor.dtypes import DTYPES
+        from doctor.shard import TensorInfo
+
+        return {n: TensorInfo(n, DTYPES[self.dtypes[n]], a.shape, "model.safetensors", 0, a.nbytes) for n, a in self.tensors.items()}
+
+    def write(self, folder: Path) -> Path:
+        """Write the checkpoint into an existing or new directory and return it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = sorted(self.tensors)
+        if self.shards == 1:
+            (folder / "model.safetensors").write_bytes(shard_bytes({n: self.tensors[n] for n in names}, self.dtypes))
+        else:
+            weight_map = {}
+            for i in range(self.shards):
+                part = names[i :: self.shards]
+                file = f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors"
+                (folder / file).write_bytes(shard_bytes({n: self.tensors[n] for n in part}, self.dtypes))
+                weight_map.update({n: file for n in part})
+            total = sum(a.nbytes for a in self.tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        for name, document in self.json.items():
+            (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        for name, data in self.files.items():
+            (folder / name).write_bytes(data)
+        for spoil in self.damage:
+            spoil(folder)
+        return folder
+
+
+def shard_bytes(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes:
+    """A safetensors file: header padded to 8 bytes, then the tensors' codes in the order given."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, codes in tensors.items():
+        header[name] = {"dtype": dtypes[name], "shape": list(codes.shape), "data_offsets": [at, at + codes.nbytes]}
+        at += codes.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw + b"".join(np.ascontiguousarray(c).tobytes() for c in tensors.values())
+
+
+def tiny(family: str | None = None, dtype: str = "BF16") -> Case:
+    """A healthy checkpoint of two blocks: hidden 64, intermediate 128, 4 heads of 16 (2 for keys), vocabulary 96."""
+    family = family or _family.get()
+    entry = table("architectures")["families"][family]
+    config = _config(family, entry)
+    rng = np.random.default_rng(7)
+    tensors, dtypes = {}, {}
+    for name, shape in _shapes(entry, config):
+        tensors[name] = _values(rng, name, shape, dtype, entry)
+        dtypes[name] = dtype
+    return Case(family, tensors, dtypes, {"config.json": config, **_tokenizer_files(config)})
+
+
+def _config(family: str, entry: dict) -> dict:
+    generic = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+               "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "max_position_embeddings": 256, "num_experts": 4,
+               "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN, "shared_expert_intermediate_size": HIDDEN}
+    keys = entry["config_keys"]
+    config = {"architectures": [entry["architecture"]], "model_type": entry["model_type"]}
+    for name, value in generic.items():
+        key = keys.get(name)
+        if isinstance(key, str) and key.isidentifier():
+            config[key] = value
+    if "norm_eps" in keys and isinstance(keys["norm_eps"], str):
+        config[keys["norm_eps"]] = 1e-6
+    if "num_key_value_heads" in config:
+        config["head_dim"] = HEAD_DIM
+    if family == "opt":
+        config["word_embed_proj_dim"] = HIDDEN
+    config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": bool(entry["tie_word_embeddings_default"]),
+               "torch_dtype": "bfloat16"}
+    return config
+
+
+def _shapes(entry: dict, config: dict):
+    from doctor.spec import _lookup, evaluate
+
+    family = next(k for k, v in table("architectures")["families"].items() if v is entry)
+    for item in sorted([*entry["linears"], *entry["other_tensors"]], key=lambda t: t["tensor"]):
+        if item["tensor"].startswith("lm_head") and config["tie_word_embeddings"]:
+            continue
+        shape = tuple(evaluate(e, lambda k: _lookup(config, family, k)) for e in item["shape"])
+        for i in range(LAYERS) if "{i}" in item["tensor"] else [None]:
+            for e in range(config.get("num_experts", 0)) if "{e}" in item["tensor"] else [None]:
+                name = item["tensor"].replace("{i}", str(i)).replace("{e}", str(e))
+                yield name, shape
+                if item.get("bias") is True:
+                    out = shape[-1] if str(item.get("orientation", "")).startswith("in_out") else shape[0]
+                    yield name.replace(".weight", ".bias"), (out,)
+    if entry["norm_classes"] == ["LayerNorm"] and family == "opt":
+        for i in range(LAYERS):
+            for norm in ("self_attn_layer_norm", "final_layer_norm"):
+                yield f"model.decoder.layers.{i}.{norm}.bias", (HIDDEN,)
+        yield "model.decoder.final_layer_norm.bias", (HIDDEN,)
+
+
+def _values(rng, name: str, shape: tuple[int, ...], dtype: str, entry: dict) -> np.ndarray:
+    if "norm" in name and name.endswith("weight"):
+        plus_one = str(entry["norm_parametrisation"]).startswith("(1 +")
+        values = rng.normal(0.0 if plus_one else 1.0, 0.05, shape)
+    elif name.endswith("bias"):
+        values = rng.normal(0, 0.1, shape)
+    else:
+        values = rng.normal(0, 0.08, shape)
+    return encode(values, dtype)
+
+
+def encode(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Raw codes of float values in a safetensors dtype (BF16, F16, F32, F64)."""
+    if dtype == "BF16":
+        return to_bf16(np.asarray(values, np.float32))
+    if dtype == "F16":
+        return np.asarray(values, np.float16).view(np.uint16)
+    return np.asarray(values, CODE_NUMPY[dtype])
+
+
+def _tokenizer_files(config: dict) -> dict[str, dict]:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {chr(0x21 + i): 3 + i for i in range(VOCAB - 3)}
+    added = [{"id": i, "content": t, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+             for t, i in list(vocabulary.items())[:3]]
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+                 "pre_tokenizer": {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False},
+                 "post_processor": None, "decoder": None,
+                 "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    return {
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256, **names},
+    }

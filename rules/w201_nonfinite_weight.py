@@ -1,0 +1,45 @@
+"""W201 nonfinite-weight: a weight tensor holds NaN or Inf.
+
+Why: every quantizer derives a scale from the largest and smallest weight of a group, so one NaN poisons its whole group;
+in a forward pass it spreads to every later block, which is then calibrated on NaN.
+
+Seen as:
+- AutoAWQ: `assert torch.isnan(w).sum() == 0`
+- ExLlamaV2: `ValueError: Hessian is not invertible`
+- llama.cpp: `ggml_validate_row_data: found nan value at block`
+- PyTorch: `linalg.cholesky: The factorization could not be completed because the input is not positive-definite (the leading minor of order 1 is not positive-definite)`
+
+Do: copy the shard again from where it came from, or take the tensor from the base model. Zero is a guess: it is offered only by
+name (`--unsafe-fixes=W201`).
+
+False alarms: none known. A NaN that no token reaches (an unused embedding row) still breaks tools that look at whole tensors.
+
+Fix safety: unsafe, and only by name, because the true values are not in the files.
+
+Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:80; turboderp/exllamav2 exllamav2/conversion/adaptivegptq.py:332;
+ggml-org/llama.cpp PR 6884.
+"""
+
+from doctor.rule import Fix, ReplaceNonfinite, element, finding, rule
+from doctor.testing import tiny
+
+
+@rule("W201", "error")
+def nonfinite_weight(tensor, n_nan, n_inf, numel, first_nonfinite):
+    if not (n_nan or n_inf):
+        return
+    what = " and ".join(f"{n:,} {word}" for n, word in ((n_nan, "NaN"), (n_inf, "Inf")) if n)
+    yield finding(f"{what} among {numel:,} values of {tensor.name}", at=element(tensor, first_nonfinite),
+                  evidence={"n_nan": n_nan, "n_inf": n_inf, "numel": numel},
+                  fix=Fix("replace the non-finite values by 0", (ReplaceNonfinite(tensor.name),), "unsafe", by_name=True),
+                  advice="copy the shard again from where it came from; doctor will not invent a number unless told to by name")
+
+
+def bad():
+    case = tiny()
+    case.down()[3, 5] = 0x7FC0  # a bf16 NaN
+    return case, f"1 NaN among 8,192 values of {case.name('down')}"
+
+
+def good():
+    return tiny()

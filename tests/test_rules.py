@@ -1,0 +1,61 @@
+"""The laws that every rule keeps, whatever it is about: one parametrised test runs them over all rule files."""
+
+import sys
+
+import pytest
+
+from doctor.api import check
+from doctor.engine import load_rules
+from doctor.rule import RULES
+
+load_rules()
+CODES = sorted(RULES)
+
+
+def judged(case, folder):
+    return check(case.write(folder), case.recipe, facts=[(s, n, v) for (s, n), v in case.facts.items()])
+
+
+def module(code):
+    return sys.modules[RULES[code].module]
+
+
+def lines(report):
+    return [f"{f.code} {f.message}" for f in report.findings]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_page_has_its_parts(code):
+    entry = RULES[code]
+    assert entry.module.rsplit(".", 1)[1].startswith(code.lower() + "_")
+    assert entry.module.rsplit(".", 1)[1][5:].replace("_", "-") == entry.name
+    for section in ("Why", "Do", "False alarms", "Fix safety", "Sources"):
+        assert len(entry.section(section)) > 3, f"{code} has no section {section}:"
+    for seen in entry.seen_as:
+        assert len(seen.text) >= 8, f"{code}: {seen.text!r} is too short to recognise an error by"
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_bad_example_gives_exactly_its_finding_with_all_rules_on(code, tmp_path):
+    case, message = module(code).bad()
+    report = judged(case, tmp_path)
+    assert not report.crashed, [r.crashed for r in report.crashed]
+    own = [f for f in report.findings if f.code == code]
+    assert message in [f.message for f in own], lines(report)
+    others = [f for f in report.findings if f.code != code and not f.consequence_of]
+    assert not others, f"{code}'s example also gives {lines(report)}"
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_good_example_is_silent_under_all_rules(code, tmp_path):
+    report = judged(module(code).good(), tmp_path)
+    assert not report.crashed, [r.crashed for r in report.crashed]
+    assert not report.findings, lines(report)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_rule_judges_its_own_examples(code, tmp_path):
+    """A rule that is skipped on its good example would pass the test above without looking."""
+    report = judged(module(code).good(), tmp_path)
+    run = next(r for r in report.runs if r.rule.code == code)
+    assert run.judged, f"{code} looked at nothing: {run.status}, {run.reasons}"
