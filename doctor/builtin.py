@@ -7,7 +7,6 @@ from doctor.facts import CHECKPOINT, Store, Unavailable, fact, provide
 from doctor.recipe import Recipe
 from doctor.spec import ModelSpec, build_spec
 
-provide("checkpoint", "checkpoint", "listing", "The open checkpoint: files, shards, JSON documents. Never its tensors' bytes.")
 provide("recipe", "checkpoint", "listing", "The plan that findings are judged against.")
 provide("stats", "tensor", "values", "Exact counters over every value of a tensor (stats.Stats).")
 provide("zero_groups", "linear", "values", "Groups of group_size in_features whose weights are all 0, counted per row.")
@@ -18,29 +17,103 @@ provide("zero_columns", "linear", "values", "in_features whose weights are all 0
 provide("digest", "tensor", "values", "blake2b of a tensor's bytes; only embeddings and heads, to tell tied from copied.")
 
 
+provide("calibration", "checkpoint", "calibration", "What the calibration rows are (Calibration).")
+provide("hessian", "linear", "calibration", "What the Hessian of a linear's input says (Hessian).")
+provide("solve", "linear", "run", "How a linear was quantized, and everything that was tried (Solve).")
+provide("comparison", "checkpoint", "output", "The quantized model against its original (Comparison).")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The rows a calibration ran on. Lengths are tokens; shares are between 0 and 1."""
+
+    source: str
+    builtin: bool  # doctor's own texts, because none were given
+    rows: int
+    tokens: int
+    shortest: int
+    median: int
+    longest: int
+    distinct_tokens: int
+    duplicate_rows: int
+    bos_doubled: int  # rows whose first two ids are both the BOS id
+    padding: int  # tokens that are padding
+    languages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """H = 2/n XᵀX of one linear's input X[tokens, in_features], before damping."""
+
+    tokens: int
+    in_features: int
+    n_nonfinite: int  # NaN and Inf among the entries of X
+    first_nonfinite: tuple[int, int] | None  # (token, channel) of the first
+    finite: bool  # H itself
+    n_dead: int  # channels with diag(H) = 0
+    mean_diag: float  # over live channels
+    max_eigenvalue: float
+    damp_needed: float  # share of mean_diag that float32 factorisation is predicted to need
+    condition: float  # estimate for H with the recipe's damping
+
+
+@dataclass(frozen=True)
+class Solve:
+    """One linear's outcome. attempts: (damp, precision, what happened), in order. Losses are tr(E H Eᵀ) / tr(W H Wᵀ)."""
+
+    outcome: str  # gptq, awq, rtn, kept, failed
+    damp_asked: float
+    damp_used: float
+    precision: str
+    loss: float
+    rtn_loss: float
+    attempts: tuple[tuple[float, str, str], ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same text. nats for kl; shares between 0 and 1; generated are greedy continuations of prompts."""
+
+    tokens: int
+    context: int
+    perplexity_original: float
+    perplexity_quantized: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    nonfinite_original: int  # logit rows with NaN or Inf
+    nonfinite_quantized: int
+    token0_share: float  # of the quantized model's generated tokens
+    longest_repeat: int  # most times one token stands in a row in them
+    generated: int
+    replies: tuple[tuple[str, str, str], ...] = ()  # (prompt, original's reply, quantized model's reply)
+    block_errors: tuple[float, ...] = ()  # relative output error after each block
+
+
 # files
 
 
 @fact("checkpoint")
-def files(_, checkpoint):
+def files(checkpoint):
     """name -> Entry of every regular file."""
     return checkpoint.entries
 
 
 @fact("checkpoint")
-def listing_problems(_, checkpoint):
+def listing_problems(checkpoint):
     """Defects of the listing: links that lead out, special and unreadable files."""
     return checkpoint.problems
 
 
 @fact("checkpoint")
-def json_files(_, checkpoint):
+def json_files(checkpoint):
     """name -> JsonFile of every JSON document."""
     return checkpoint.json
 
 
 @fact("checkpoint", stage="header")
-def tensors(_, checkpoint):
+def tensors(checkpoint):
     """name -> TensorInfo of every tensor that a reader would take."""
     if not checkpoint.tensors:
         raise Unavailable("no safetensors tensor can be read")
@@ -48,37 +121,37 @@ def tensors(_, checkpoint):
 
 
 @fact("checkpoint", stage="header")
-def shards(_, checkpoint):
+def shards(checkpoint):
     """name -> Shard of every file that belongs to the checkpoint."""
     return checkpoint.shards
 
 
 @fact("checkpoint")
-def weight_map(_, checkpoint):
+def weight_map(checkpoint):
     """tensor -> file of the index, None without an index."""
     return checkpoint.weight_map if INDEX_NAME in checkpoint.json else None
 
 
 @fact("checkpoint")
-def missing_shards(_, checkpoint):
+def missing_shards(checkpoint):
     """Files the index names that are not there."""
     return checkpoint.missing_shards
 
 
 @fact("checkpoint")
-def config(_, checkpoint):
+def config(checkpoint):
     """config.json as a dict."""
     return _document(checkpoint, "config.json")
 
 
 @fact("checkpoint")
-def generation_config(_, checkpoint):
+def generation_config(checkpoint):
     """generation_config.json as a dict, None where it is absent or broken."""
     return checkpoint.value("generation_config.json")
 
 
 @fact("checkpoint")
-def tokenizer_config(_, checkpoint):
+def tokenizer_config(checkpoint):
     """tokenizer_config.json as a dict, None where it is absent or broken."""
     return checkpoint.value("tokenizer_config.json")
 
@@ -91,13 +164,13 @@ def _document(checkpoint: Checkpoint, name: str) -> dict:
 
 
 @fact("checkpoint", stage="header")
-def spec(_, checkpoint, config) -> ModelSpec:
+def spec(checkpoint, config) -> ModelSpec:
     """What config.json says the model is (spec.ModelSpec)."""
     return build_spec(config, checkpoint.tensors)
 
 
 @fact("checkpoint")
-def chat_template(_, checkpoint, tokenizer_config):
+def chat_template(checkpoint, tokenizer_config):
     """The chat template's text, from chat_template.jinja or tokenizer_config.json; None where there is none."""
     if "chat_template.jinja" in checkpoint.entries:
         return checkpoint.read_file("chat_template.jinja", 4 << 20).decode("utf-8", "replace")
@@ -131,7 +204,7 @@ class Tokenizer:
 
 
 @fact("checkpoint", stage="tokenizer")
-def tokenizer(_, checkpoint) -> Tokenizer:
+def tokenizer(checkpoint) -> Tokenizer:
     """tokenizer.json, read as data (Tokenizer)."""
     return read_tokenizer(_document(checkpoint, "tokenizer.json"))
 
@@ -176,49 +249,49 @@ def _first_added(processor: object) -> str | None:
 
 
 @fact("tensor")
-def n_nan(_, stats):
+def n_nan(tensor, stats):
     """Values that are NaN."""
     return stats.n_nan
 
 
 @fact("tensor")
-def n_inf(_, stats):
+def n_inf(tensor, stats):
     """Values that are +Inf or -Inf."""
     return stats.n_inf
 
 
 @fact("tensor")
-def n_zero(_, stats):
+def n_zero(tensor, stats):
     """Values that are 0."""
     return stats.n_zero
 
 
 @fact("tensor")
-def numel(_, stats):
+def numel(tensor, stats):
     """Values in all."""
     return stats.numel
 
 
 @fact("tensor")
-def n_fp16_overflow(_, stats):
+def n_fp16_overflow(tensor, stats):
     """Finite values that a cast to fp16 turns into Inf."""
     return stats.n_fp16_overflow
 
 
 @fact("tensor")
-def n_fp16_underflow(_, stats):
+def n_fp16_underflow(tensor, stats):
     """Values other than 0 that a cast to fp16 turns into 0."""
     return stats.n_fp16_underflow
 
 
 @fact("tensor")
-def absmax(_, stats):
+def absmax(tensor, stats):
     """Largest magnitude among finite values."""
     return stats.absmax
 
 
 @fact("tensor")
-def first_nonfinite(_, stats):
+def first_nonfinite(tensor, stats):
     """Flat index of the first NaN or Inf, -1 where there is none."""
     return stats.first_nonfinite
 
@@ -226,7 +299,7 @@ def first_nonfinite(_, stats):
 def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     """A store that holds everything known before a tensor's bytes are read, with its subjects declared."""
     store = Store()
-    store.put(CHECKPOINT, "checkpoint", checkpoint)
+    store.add_subject("checkpoint", CHECKPOINT, checkpoint)
     store.put(CHECKPOINT, "recipe", recipe)
     for name, shard in checkpoint.shards.items():
         store.add_subject("shard", f"shard:{name}", shard)

@@ -20,7 +20,7 @@ from doctor.facts import STAGES, Store, Unavailable
 from doctor.recipe import Recipe
 from doctor.rule import RULES, SEVERITIES, Finding, Place, Rule, run_rule
 
-_ORDER = "FCTWGQKO"
+_ORDER = "FCWGQKO"
 _RULE_FILE = re.compile(r"^[a-z]\d{3}_\w+$")
 
 

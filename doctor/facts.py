@@ -88,7 +88,6 @@ class Store:
         self._failed: dict[tuple[str, str], Unavailable] = {}
         self._reasons: dict[str, str] = {}
         self._weight_of: dict[str, str] = {}
-        self.add_subject("checkpoint", CHECKPOINT, None)
 
     def add_subject(self, scope: str, subject: str, thing: object, weight: str | None = None) -> None:
         """Declare a subject. A linear names its `weight` subject ("tensor:…"), whose facts its rules may ask for too."""

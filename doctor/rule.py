@@ -30,7 +30,9 @@ import doctor.builtin  # noqa: F401 - declares the facts that rules name
 
 SEVERITIES = ("error", "warning", "info")
 CERTAINTIES = ("certain", "likely", "hint")
-FAMILIES = {"F": "Files", "C": "Config", "T": "Tensors", "W": "Weights", "G": "Geometry", "Q": "Calibration", "K": "Serving", "O": "Output"}
+# Codes are numbered by area; a report says for each area what was established.
+AREAS = (("F001", "Files"), ("F050", "Tensors"), ("C100", "Tokenizer"), ("C140", "Config"), ("W200", "Weights"), ("G300", "Geometry"),
+         ("Q400", "Calibration"), ("K500", "Serving"), ("O600", "Output"))
 _SECTION = re.compile(r"^(Why|Seen as|Do|False alarms|Fix safety|Sources):[ ]*", re.M)
 _FIRST = re.compile(r"^([A-Z]\d{3}) ([a-z][a-z0-9-]+): (.+?)\.?$", re.S)
 
@@ -120,8 +122,8 @@ class Rule:
     module: str = ""
 
     @property
-    def family(self) -> str:
-        return FAMILIES[self.code[0]]
+    def area(self) -> str:
+        return [name for first, name in AREAS if first[0] == self.code[0] and first <= self.code][-1]
 
     def section(self, name: str) -> str:
         return self.sections.get(name, "")
