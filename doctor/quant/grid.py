@@ -156,7 +156,7 @@ def _search(part: torch.Tensor, cost: torch.Tensor | None, start: tuple[torch.Te
     best = [first, zero, _error(part, cost, first, zero, top)]
 
     def consider(scale: torch.Tensor, zero: torch.Tensor) -> None:
-        scale = store_scale(scale, dtype)
+        scale = store_scale(scale.clamp_max(torch.finfo(dtype).max), dtype)
         error = _error(part, cost, scale, zero, top)
         better = error < best[2]
         for slot, value in enumerate((scale, zero, error)):

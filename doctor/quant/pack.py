@@ -25,33 +25,45 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_INVERSE = tuple(AWQ_ORDER.index(column) for column in range(8))
 
 
-def pack_stream(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """i32[r, ceil(m*bits/32)]: each row of codes u8[r, m] as a bit stream, the last word filled up with zeros."""
-    r, m = codes.shape
-    words = -(-m * bits // 32)
+def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """i32[ceil(m*bits/32), c]: each column of codes [m, c] as a bit stream, the last word filled up with zeros.
+
+    Any integer dtype; values must be 0..2^bits-1. A field of 32 neighbouring words is one contiguous run of c.
+    """
+    m, columns = codes.shape
     blocks = -(-m // 32)
-    padded = codes if m == blocks * 32 else torch.nn.functional.pad(codes, (0, blocks * 32 - m))
-    fields = padded.reshape(r, blocks, 32).to(torch.int32)
-    packed = torch.zeros(r, blocks, bits, dtype=torch.int32, device=codes.device)
+    padded = codes if m == blocks * 32 else torch.nn.functional.pad(codes, (0, 0, 0, blocks * 32 - m))
+    fields = padded.reshape(blocks, 32, columns)
+    packed = torch.zeros(blocks, bits, columns, dtype=torch.int32, device=codes.device)
     for word, code, shift in _placements(bits):
-        field = fields[:, :, code]
-        packed[:, :, word] |= field << shift if shift >= 0 else field >> -shift
-    return packed.reshape(r, blocks * bits)[:, :words].contiguous()
+        field = fields[:, code].to(torch.int32)
+        packed[:, word] |= field << shift if shift >= 0 else field >> -shift
+    return packed.reshape(blocks * bits, columns)[:-(-m * bits // 32)].contiguous()
 
 
-def unpack_stream(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """codes u8[r, count] from the rows of words i32[r, at least ceil(count*bits/32)]."""
-    r, width = words.shape
+def unpack_columns(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """codes u8[count, c] from the columns of words i32[at least ceil(count*bits/32), c]."""
+    height, columns = words.shape
     blocks = -(-count // 32)
-    short = blocks * bits - width
-    padded = torch.nn.functional.pad(words, (0, short)) if short > 0 else words[:, :blocks * bits]
-    packed = padded.reshape(r, blocks, bits)
-    codes = torch.zeros(r, blocks, 32, dtype=torch.int32, device=words.device)
+    short = max(0, blocks * bits - height)
+    packed = torch.nn.functional.pad(words, (0, 0, 0, short))[:blocks * bits].reshape(blocks, bits, columns)
+    codes = torch.zeros(blocks, 32, columns, dtype=torch.uint8, device=words.device)
     for word, code, shift in _placements(bits):
-        value = packed[:, :, word]
-        # >> of a negative int32 copies the sign downwards: keep only the bits that came from the word.
-        codes[:, :, code] |= (value >> shift) & _low(32 - shift) if shift >= 0 else value << -shift
-    return (codes & _low(bits)).reshape(r, blocks * 32)[:, :count].to(torch.uint8)
+        value = packed[:, word]
+        # >> of a negative int32 copies its sign downwards, and a field that crosses words meets its other half: mask.
+        part = (value >> shift) & _low(min(bits, 32 - shift)) if shift >= 0 else (value << -shift) & _low(bits)
+        codes[:, code] |= part.to(torch.uint8)
+    return codes.reshape(blocks * 32, columns)[:count]
+
+
+def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """i32[r, ceil(m*bits/32)]: each row of codes [r, m] as a bit stream."""
+    return pack_columns(codes.T.contiguous(), bits).T.contiguous()
+
+
+def unpack_rows(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """codes u8[r, count] from the rows of words i32[r, at least ceil(count*bits/32)]."""
+    return unpack_columns(words.T.contiguous(), bits, count).T.contiguous()
 
 
 def gptq_pack(codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, bits: int, *, version: int = 1,
@@ -76,8 +88,8 @@ def gptq_pack(codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, bits: int, *
                 f"({int((zero < 1).sum())} such groups): zeros must be 1..{2**bits - 1}.",
                 "Fit the grid with zero_min=1, or write gptq_v2.")
         zero = zero - 1
-    return {"qweight": _pack_columns(codes.T, bits),
-            "qzeros": pack_stream(zero.T.contiguous(), bits),
+    return {"qweight": pack_columns(codes.T, bits),
+            "qzeros": pack_rows(zero.T.contiguous(), bits),
             "scales": _stored_scale(grid.scale.T, scale_dtype),
             "g_idx": g_idx.to(torch.int32)}
 
@@ -89,8 +101,8 @@ def gptq_unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tenso
     k, n, groups = qweight.shape[0] * 32 // bits, qweight.shape[1], scales.shape[0]
     _require_shape("qzeros", qzeros, (groups, -(-n * bits // 32)))
     _require_shape("scales", scales, (groups, n))
-    codes = _unpack_columns(qweight, bits, k).T.contiguous()
-    zero = unpack_stream(qzeros, bits, n).to(torch.int32)
+    codes = unpack_columns(qweight, bits, k).T.contiguous()
+    zero = unpack_rows(qzeros, bits, n).to(torch.int32)
     if version == 1:
         # The stored field is zero - 1. Its highest value means 2^bits: written so by no grid of ours, read so by engines.
         zero = zero + 1
@@ -130,10 +142,10 @@ def compressed_pack(codes: torch.Tensor, grid: Grid, bits: int, sym: bool, *,
     """
     _require_bits(bits)
     n, k = codes.shape
-    packed = {"weight_packed": pack_stream(codes, bits), "weight_scale": _stored_scale(grid.scale, scale_dtype),
+    packed = {"weight_packed": pack_rows(codes, bits), "weight_scale": _stored_scale(grid.scale, scale_dtype),
               "weight_shape": torch.tensor([n, k], dtype=torch.int64)}
     if not sym:
-        packed["weight_zero_point"] = _pack_columns(grid.zero, bits)
+        packed["weight_zero_point"] = pack_columns(grid.zero, bits)
     elif not (grid.zero == 2 ** (bits - 1)).all():
         raise NotQuantizable(f"a symmetric compressed-tensors weight has no zero points, and a group has "
                              f"{int(grid.zero.min())}..{int(grid.zero.max())}: all must be {2 ** (bits - 1)}.",
@@ -155,7 +167,7 @@ def compressed_unpack(weight_packed: torch.Tensor, weight_scale: torch.Tensor, w
     _require_shape("weight_scale", weight_scale, (n, groups))
     per_word = 32 // bits
     if width == -(-k * bits // 32):
-        codes = unpack_stream(weight_packed, bits, k)
+        codes = unpack_rows(weight_packed, bits, k)
     elif width == -(-k // per_word):
         shifts = torch.arange(per_word, device=weight_packed.device, dtype=torch.int32) * bits
         codes = ((weight_packed[:, :, None] >> shifts) & _low(bits)).reshape(n, -1)[:, :k].to(torch.uint8)
@@ -166,7 +178,7 @@ def compressed_unpack(weight_packed: torch.Tensor, weight_scale: torch.Tensor, w
         zero = torch.full((n, groups), 2 ** (bits - 1), dtype=torch.int32, device=codes.device)
     else:
         _require_shape("weight_zero_point", weight_zero_point, (-(-n * bits // 32), groups))
-        zero = _unpack_columns(weight_zero_point, bits, n).to(torch.int32)
+        zero = unpack_columns(weight_zero_point, bits, n).to(torch.int32)
     if weight_g_idx is None:
         weight_g_idx = _groups_of_neighbours(k, groups)
     _require_groups(weight_g_idx, k, groups)
@@ -198,29 +210,19 @@ def _placements(bits: int):
 
 
 def _low(bits: int) -> int:
-    """Mask of the lowest bits of an int32; 32 bits are -1."""
-    return -1 if bits >= 32 else (1 << bits) - 1
-
-
-def _pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """i32[ceil(m*bits/32), c]: each column of codes [m, c] as a bit stream."""
-    return pack_stream(codes.T.contiguous(), bits).T.contiguous()
-
-
-def _unpack_columns(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    return unpack_stream(words.T.contiguous(), bits, count).T.contiguous()
+    return (1 << bits) - 1
 
 
 def _awq_words(codes: torch.Tensor) -> torch.Tensor:
     """i32[r, m/8] of codes [r, m], eight to a word in AWQ's order."""
     r, m = codes.shape
     ordered = codes.reshape(r, m // 8, 8)[:, :, list(AWQ_ORDER)].reshape(r, m)
-    return pack_stream(ordered.to(torch.uint8), 4)
+    return pack_rows(ordered.to(torch.uint8), 4)
 
 
 def _awq_fields(words: torch.Tensor) -> torch.Tensor:
     r, width = words.shape
-    return unpack_stream(words, 4, width * 8).reshape(r, width, 8)[:, :, list(_AWQ_INVERSE)].reshape(r, width * 8)
+    return unpack_rows(words, 4, width * 8).reshape(r, width, 8)[:, :, list(_AWQ_INVERSE)].reshape(r, width * 8)
 
 
 def _stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
