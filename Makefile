@@ -1,0 +1,33 @@
+# Everything a new user needs is two commands: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-clients bench docs clean
+
+demo: $(STAMP)          ## the main job on real weights: check, fix, quantize, verify (TINY=1: no download)
+	$(BIN)/python fixtures/demo.py $(if $(TINY),--tiny)
+
+test: $(STAMP)          ## every test that needs no other engine and no GPU
+	$(BIN)/python -m pytest
+
+test-clients: $(STAMP)  ## load our output in vLLM and transformers, each in its own environment
+	bash tests/clients/setup.sh
+	$(BIN)/python -m pytest -m clients tests/clients
+
+bench: $(STAMP)         ## measure against peers in one run
+	$(BIN)/python bench/scan.py
+	$(BIN)/python bench/fix.py
+
+docs: $(STAMP)          ## write the rule table of the README and docs/rules/ anew
+	$(BIN)/python docs/generate.py
+
+# The constraints file pins torch: an open range would take gigabytes of CUDA libraries on some machines.
+$(STAMP): pyproject.toml constraints.txt $(wildcard setup.py cuda/host/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info
