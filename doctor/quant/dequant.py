@@ -1,0 +1,109 @@
+"""A quantized checkpoint seen as the floating-point one that engines compute with: qweight and its kin become `.weight`.
+
+Read as the engine reads it, by what quantization_config says and not by what the words look like: a wrong
+checkpoint_format gives the same wrong weights here as there, which is what `verify` must see.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from doctor.checkpoint import Checkpoint
+from doctor.dtypes import DTYPES
+from doctor.errors import BadCheckpoint
+from doctor.quant import pack
+from doctor.shard import TensorInfo
+
+PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales"),
+         "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")}
+_FIRST = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
+
+
+def quantization(checkpoint: Checkpoint) -> dict | None:
+    """quantization_config of config.json, or of quantize_config.json where config.json has none; None for a float model."""
+    config = checkpoint.value("config.json") or {}
+    stated = config.get("quantization_config") or checkpoint.value("quantize_config.json")
+    return stated if isinstance(stated, dict) else None
+
+
+def as_float(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself when it holds floats, else a view of it that does. Raises BadCheckpoint for unknown formats."""
+    stated = quantization(checkpoint)
+    if stated is None:
+        return checkpoint
+    method = str(stated.get("quant_method") or "gptq").lower()
+    if method not in PARTS:
+        raise BadCheckpoint(f"config.json: quant_method {method!r} cannot be read back; {', '.join(PARTS)} can.")
+    return Dequantized(checkpoint, method, stated)
+
+
+class Dequantized:
+    """A Checkpoint's reading interface over dequantized weights: `tensors` and `load` give float32 for quantized linears."""
+
+    def __init__(self, source: Checkpoint, method: str, stated: dict):
+        self.source, self.method, self.stated = source, method, stated
+        self.bits = _bits(method, stated)
+        self.modules = sorted(n.removesuffix("." + _FIRST[method]) for n in source.tensors if n.endswith("." + _FIRST[method]))
+        own = {f"{module}.{part}" for module in self.modules for part in PARTS[method]}
+        self.tensors: dict[str, TensorInfo] = {n: i for n, i in source.tensors.items() if n not in own}
+        for module in self.modules:
+            first = source.tensors[f"{module}.{_FIRST[method]}"]
+            self.tensors[f"{module}.weight"] = replace(first, name=f"{module}.weight", dtype=DTYPES["F32"], shape=self._shape(module))
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        if self.method == "compressed-tensors":
+            n, k = (int(x) for x in self.source.load(f"{module}.weight_shape"))
+            return n, k
+        height, width = self.source.tensors[f"{module}.qweight"].shape
+        return (width, height * 32 // self.bits) if self.method == "gptq" else (width * 8, height)
+
+    def load(self, name: str) -> np.ndarray:
+        """Codes of a stored tensor; float32 values of a dequantized weight [out_features, in_features]."""
+        module = name.removesuffix(".weight")
+        if name in self.source.tensors or f"{module}.{_FIRST[self.method]}" not in self.source.tensors:
+            return self.source.load(name)
+        parts = {p: self._part(f"{module}.{p}") for p in PARTS[self.method] if f"{module}.{p}" in self.source.tensors}
+        missing = [p for p in PARTS[self.method][:2] if p not in parts]
+        if missing:
+            raise BadCheckpoint(f"{module}: {', '.join(missing)} missing beside {_FIRST[self.method]}.")
+        return self._dequantize(parts).numpy()
+
+    def _dequantize(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.method == "awq":
+            return pack.awq_dequantize(parts["qweight"], parts["qzeros"], parts["scales"])
+        if self.method == "compressed-tensors":
+            first, scale, shape = parts.pop("weight_packed"), parts.pop("weight_scale"), parts.pop("weight_shape")
+            return pack.compressed_dequantize(first, scale, tuple(shape.tolist()), self.bits, **parts)
+        version = 2 if str(self.stated.get("checkpoint_format") or self.stated.get("format") or "gptq") == "gptq_v2" else 1
+        return pack.gptq_dequantize(parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"), self.bits, version=version)
+
+    def _part(self, name: str) -> torch.Tensor:
+        return to_torch(self.source.load(name), self.source.tensors[name].dtype.name)
+
+
+def to_torch(codes: np.ndarray, dtype_name: str) -> torch.Tensor:
+    """The tensor whose raw codes these are, in its own dtype; shares memory where NumPy allows writing, else copies."""
+    if not codes.flags.writeable:
+        codes = codes.copy()
+    kind = DTYPES[dtype_name].torch
+    if kind is None or not hasattr(torch, kind):
+        raise BadCheckpoint(f"dtype {dtype_name} has no torch type in torch {torch.__version__}.")
+    return torch.from_numpy(codes).view(getattr(torch, kind))
+
+
+def _bits(method: str, stated: dict) -> int:
+    bits = stated.get("bits") or stated.get("w_bit")
+    if method == "compressed-tensors":
+        groups = [g.get("weights") for g in (stated.get("config_groups") or {}).values() if isinstance(g, dict)]
+        widths = {w.get("num_bits") for w in groups if isinstance(w, dict)}
+        if stated.get("format") != "pack-quantized" or len(widths) != 1:
+            raise BadCheckpoint(f"config.json: compressed-tensors format {stated.get('format')!r} with widths {sorted(map(str, widths))}; "
+                                "pack-quantized with one width can be read back.")
+        bits = widths.pop()
+    if bits not in (2, 3, 4, 8):
+        raise BadCheckpoint(f"config.json: quantization_config bits is {bits!r}; must be 2, 3, 4 or 8.")
+    return bits

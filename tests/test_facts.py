@@ -1,0 +1,64 @@
+import pytest
+
+from doctor import facts
+from doctor.builtin import header_facts
+from doctor.checkpoint import Checkpoint
+from doctor.facts import CHECKPOINT, FACTS, Store, Unavailable, fact, provide
+from doctor.recipe import Recipe
+from doctor.testing import tiny
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(facts, "FACTS", dict(FACTS))
+    return facts.FACTS
+
+
+def test_a_misspelt_fact_fails_where_it_is_declared_with_the_nearest_names():
+    with pytest.raises(TypeError, match="there is no fact 'n_nann'; nearest: n_nan"):
+        facts.latest_stage(("n_nann",), "rule X")
+
+
+def test_a_derived_fact_is_worked_out_once_and_costs_the_stage_of_what_it_needs(registry):
+    calls = []
+
+    @fact("tensor")
+    def doubled(tensor, stats):
+        calls.append(tensor)
+        return stats * 2
+
+    store = Store()
+    store.add_subject("tensor", "tensor:a", "thing")
+    store.put("tensor:a", "stats", 21)
+    assert registry["doubled"].stage == "values"
+    assert store.get("tensor:a", "doubled") == store.get("tensor:a", "doubled") == 42 and calls == ["thing"]
+
+
+def test_a_fact_that_was_not_produced_says_why(registry):
+    store = Store()
+    store.add_subject("tensor", "tensor:a", None)
+    store.say_missing("values", "the weights were not read")
+    with pytest.raises(Unavailable, match="the weights were not read"):
+        store.get("tensor:a", "n_nan")
+    assert not store.has("tensor:a", "n_nan")
+
+
+def test_a_linear_may_ask_for_facts_of_its_weight_and_of_the_checkpoint_alone(tmp_path):
+    store = header_facts(Checkpoint.open(tiny().write(tmp_path)), Recipe())
+    linear = next(iter(store.subjects("linear")))
+    store.put("tensor:" + store.subjects("linear")[linear].tensor, "stats", "its stats")
+    assert store.get(linear, "stats") == "its stats" and store.get(linear, "spec").family == "llama"
+    with pytest.raises(TypeError, match="a rule on checkpoint cannot ask for stats"):
+        store.get(CHECKPOINT, "stats")
+
+
+def test_two_facts_of_one_name_are_refused(registry):
+    provide("mine", "tensor", "values", "first")
+    provide("mine", "tensor", "values", "first")
+    with pytest.raises(TypeError, match="declared twice"):
+        provide("mine", "tensor", "values", "second")
+
+
+def test_every_provided_fact_has_a_document_and_every_stage_is_known():
+    for entry in FACTS.values():
+        assert entry.doc and entry.stage in facts.STAGES and entry.scope in facts.SCOPES, entry.name
