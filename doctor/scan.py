@@ -17,6 +17,7 @@ import numpy as np
 from doctor import stats
 from doctor.checkpoint import Checkpoint
 from doctor.facts import CHECKPOINT, Store
+from doctor.layout import Words
 from doctor.shard import CHUNK_BYTES, TensorInfo
 from doctor.spec import Linear
 
@@ -89,12 +90,15 @@ def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run
     shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and info.numel else None
     digest = DIGEST() if wants_digest else None
     known = stats.can_scan(info.dtype.name)
+    words = _Words() if info.dtype.name == "I32" and info.name.endswith((".qzeros", ".g_idx", ".weight_g_idx")) else None
     offset = 0
     for part in checkpoint.chunks(file, info, _step(info)):
         run.add(len(part))
         progress(len(part))
         if digest is not None:
             digest.update(part)
+        if words is not None:
+            words.add(part)
         if not known:
             continue
         counted = stats.scan(part, info.dtype.name, offset)
@@ -107,6 +111,8 @@ def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run
         return
     if digest is not None:
         store.put(subject, "digest", digest.hexdigest())
+    if words is not None:
+        store.put(subject, "words", words.result())
     if not known:
         run.skipped[info.name] = f"{info.dtype.name} values are not judged"
         return
@@ -121,6 +127,38 @@ def _step(info: TensorInfo) -> int:
         return CHUNK_BYTES - CHUNK_BYTES % max(info.dtype.bits // 8, 1)
     row = info.nbytes // info.shape[0]
     return max(CHUNK_BYTES // row, 1) * row
+
+
+class _Words:
+    """What the words of a packed index or zero-point tensor are, gathered chunk by chunk."""
+
+    KINDS = 16  # symmetric zero points are one word repeated; more kinds than this are counted no further
+
+    def __init__(self):
+        self.count = self.full = 0
+        self.smallest, self.largest, self.last = 1 << 31, -(1 << 31), -(1 << 31)
+        self.rising = True
+        self.kinds: dict[int, int] | None = {}
+
+    def add(self, part: memoryview) -> None:
+        words = np.frombuffer(part, "<i4")
+        if not words.size:
+            return
+        self.count += words.size
+        self.smallest, self.largest = min(self.smallest, int(words.min())), max(self.largest, int(words.max()))
+        self.rising = self.rising and int(words[0]) >= self.last and bool((words[1:] >= words[:-1]).all())
+        self.last = int(words[-1])
+        pairs = words & (words >> 1)
+        self.full += int((pairs & (pairs >> 2) & 0x11111111 != 0).sum())
+        if self.kinds is not None:
+            found, counts = np.unique(words.view(np.uint32), return_counts=True)
+            for word, n in zip(found[: self.KINDS + 1].tolist(), counts.tolist()):
+                self.kinds[word] = self.kinds.get(word, 0) + n
+            if len(self.kinds) > self.KINDS:
+                self.kinds = None
+
+    def result(self) -> Words:
+        return Words(self.count, self.smallest, self.largest, self.rising, self.full, self.kinds)
 
 
 class _Shape:

@@ -269,7 +269,7 @@ def _by_template(infos: Iterable[TensorInfo], templates: list[Template]) -> Iter
                 break
 
 
-_ROLE_OF_TAIL = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
+ROLE_OF_TAIL = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
                  "down_proj": "down", "qkv_proj": "qkv", "gate_up_proj": "gate_up", "w1": "gate", "w3": "up", "w2": "down"}
 _BLOCK = re.compile(r"\.(?P<i>\d+)\.")
 
@@ -282,7 +282,7 @@ def _by_shape(infos: Iterable[TensorInfo]) -> Iterable[Linear]:
         if (block is None or len(info.shape) != 2 or not info.name.endswith(".weight") or not info.dtype.is_float
                 or min(info.shape) < 8 or re.search(r"norm|embed|router|^gate$", tail) or NOT_TEXT.search(info.name)):
             continue
-        yield Linear(info.name.removesuffix(".weight"), info.name, _ROLE_OF_TAIL.get(tail, "other"), int(block["i"]), info.shape[1],
+        yield Linear(info.name.removesuffix(".weight"), info.name, ROLE_OF_TAIL.get(tail, "other"), int(block["i"]), info.shape[1],
                      info.shape[0])
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ("errors", "dtypes", "jsontext", "recipe", "tables"),
     1: ("shard", "edits", "spec", "checkpoint", "view", "writer"),
-    2: ("facts", "stats", "scan", "builtin"),
+    2: ("facts", "stats", "scan", "builtin", "layout"),
     3: ("rule", "testing"),
     4: ("engine", "plan", "explain", "config"),
     5: ("quant", "evaluate"),

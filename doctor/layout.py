@@ -1,0 +1,219 @@
+"""How the linears lie in groups: as the recipe plans it for a checkpoint of floats, or as a quantized checkpoint already has it.
+
+Geometry rules (G3xx) judge a Layout and need not ask which of the two it is. Where a checkpoint is quantized in a way that
+has no groups of columns (FP8, bitsandbytes, EXL2), the layout is unavailable and says so.
+"""
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from doctor.checkpoint import Checkpoint
+from doctor.facts import Unavailable, fact, provide
+from doctor.recipe import Recipe
+from doctor.shard import TensorInfo
+from doctor.spec import NOT_TEXT, ROLE_OF_TAIL, ModelSpec
+
+PACKED = (".qweight", ".weight_packed")
+# Linears that a serving engine stores as one matrix, so that they must be quantized alike or not at all.
+FUSED = (("q", "k", "v"), ("gate", "up"))
+
+provide("words", "tensor", "values", "What the int32 words of a qzeros or g_idx tensor are (Words).")
+
+
+@dataclass(frozen=True)
+class Words:
+    """Int32 words of a packed tensor. kinds: word (unsigned) -> count, None once more than 16 differ."""
+
+    count: int
+    smallest: int
+    largest: int
+    rising: bool  # no word is smaller than the one before it
+    full_fields: int  # words in which some 4-bit field is 15
+    kinds: dict[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A quantization_config in one spelling. method: gptq, awq, compressed-tensors; `place` is (file, JSON pointer)."""
+
+    method: str
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    version: str  # gptq or gptq_v2; gemm, gemv …; pack-quantized …
+    raw: dict
+    file: str
+    pointer: str
+
+
+@dataclass(frozen=True)
+class GroupedLinear:
+    """One linear that is, or will be, stored in groups of group_size in_features (-1: whole rows)."""
+
+    name: str
+    role: str
+    block: int | None
+    expert: int | None
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The grouped linears and what they share. `quantized` is true where the files hold them already."""
+
+    quantized: bool
+    format: str  # gptq, gptq_v2, awq, compressed-tensors
+    bits: int
+    group_size: int
+    sym: bool
+    act_order: bool  # groups scattered over columns (g_idx), not merely another order of work
+    linears: tuple[GroupedLinear, ...]
+    missed: tuple[str, ...] = ()  # linears left in floats though others are grouped
+
+
+def is_kept(recipe: Recipe, name: str) -> bool:
+    """Whether recipe.keep leaves this linear in 16 bits: a shell pattern, or a part of its name."""
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*{pattern}*") for pattern in recipe.keep)
+
+
+@fact("checkpoint")
+def quantization_block(checkpoint):
+    """(raw quantization_config, file, JSON pointer), or None where the checkpoint names no quantization."""
+    return quantization_of(checkpoint)
+
+
+def quantization_of(checkpoint: Checkpoint) -> tuple[dict, str, str] | None:
+    """The raw quantization block and where it stands."""
+    config = checkpoint.value("config.json") or {}
+    if isinstance(config.get("quantization_config"), dict):
+        return config["quantization_config"], "config.json", "/quantization_config"
+    for name, block in config.items():
+        if isinstance(block, dict) and isinstance(block.get("quantization_config"), dict):
+            return block["quantization_config"], "config.json", f"/{name}/quantization_config"
+    for file in ("quantize_config.json", "quant_config.json"):
+        value = checkpoint.value(file)
+        if isinstance(value, dict):
+            return value, file, ""
+    return None
+
+
+@fact("checkpoint", stage="header")
+def quantization(checkpoint, quantization_block):
+    """What the files say about their own quantization (Quantization)."""
+    if quantization_block is None:
+        raise Unavailable("the checkpoint is not quantized")
+    raw, file, pointer = quantization_block
+    return read_quantization(raw, file, pointer)
+
+
+def read_quantization(raw: Mapping, file: str, pointer: str) -> Quantization:
+    """One spelling for GPTQ, AWQ and compressed-tensors blocks. Raises Unavailable for other methods."""
+    method = str(raw.get("quant_method") or ("awq" if "zero_point" in raw else "gptq" if "desc_act" in raw else "unknown"))
+    if method in ("gptq", "gptq_marlin", "auto_gptq"):
+        version = str(raw.get("checkpoint_format") or raw.get("format") or "gptq")
+        return Quantization("gptq", _whole(raw, "bits"), _whole(raw, "group_size"), bool(raw.get("sym", True)),
+                            bool(raw.get("desc_act", False)), version, dict(raw), file, pointer)
+    if method == "awq":
+        return Quantization("awq", _whole(raw, "bits", "w_bit"), _whole(raw, "group_size", "q_group_size"), not raw.get("zero_point", True),
+                            False, str(raw.get("version") or raw.get("format") or "gemm").lower(), dict(raw), file, pointer)
+    if method == "compressed-tensors":
+        groups = raw.get("config_groups")
+        weights = next((g["weights"] for g in (groups.values() if isinstance(groups, dict) else ())
+                        if isinstance(g, dict) and isinstance(g.get("weights"), dict)), None)
+        if weights and raw.get("format") == "pack-quantized" and weights.get("strategy") in ("group", "channel"):
+            group = _whole(weights, "group_size") if weights["strategy"] == "group" else -1
+            return Quantization(method, _whole(weights, "num_bits"), group, bool(weights.get("symmetric", True)),
+                                weights.get("actorder") in ("group", True), "pack-quantized", dict(raw), file, pointer)
+    raise Unavailable(f"quantization by {method} has no packed groups of columns")
+
+
+def _whole(raw: Mapping, *names: str) -> int:
+    for name in names:
+        value = raw.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and (value > 0 or value == -1):
+            return value
+    raise Unavailable(f"the quantization block has no usable {names[0]}")
+
+
+@fact("checkpoint", stage="header")
+def layout(checkpoint, recipe, spec, tensors):
+    """The linears in groups, planned or stored (Layout)."""
+    block = quantization_of(checkpoint)
+    packed = [info for name, info in tensors.items() if name.endswith(PACKED)]
+    if block is None and not packed:
+        return planned_layout(recipe, spec, tensors)
+    if block is None:
+        raise Unavailable("the tensors are packed but no file says how")
+    return stored_layout(read_quantization(*block), packed, spec, tensors)
+
+
+def planned_layout(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> Layout:
+    """Layout that the recipe gives to the float linears. Raises Unavailable where the weights are not plain floats."""
+    floats = [x for x in spec.linears if tensors[x.tensor].dtype.name in ("BF16", "F16", "F32", "F64")]
+    if not floats:
+        raise Unavailable("no linear is known by its name" if not spec.linears else "no linear holds 16- or 32-bit floats")
+    linears = tuple(GroupedLinear(x.name, x.role, x.block, x.expert, x.in_features, x.out_features)
+                    for x in floats if not is_kept(recipe, x.name))
+    kept = tuple(x.name for x in floats if is_kept(recipe, x.name))
+    return Layout(False, recipe.output_format, recipe.bits, recipe.group_size, recipe.sym, False, linears, kept)
+
+
+def stored_layout(quant: Quantization, packed: list[TensorInfo], spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> Layout:
+    """Layout that packed tensors have, their sizes read from their shapes."""
+    linears = []
+    for info in packed:
+        name, _, tail = info.name.rpartition(".")
+        if len(info.shape) != 2 or NOT_TEXT.search(name):
+            continue
+        size = packed_size(quant, tail, info.shape)
+        role, block, expert = role_of(name, spec)
+        linears.append(GroupedLinear(name, role, block, expert, *size))
+    have = {x.name for x in linears}
+    missed = tuple(x.name for x in spec.linears if x.name not in have)
+    act_order = quant.desc_act and quant.group_size != -1
+    form = quant.version if quant.method == "gptq" else quant.method
+    return Layout(True, form, quant.bits, quant.group_size, quant.sym, act_order, tuple(linears), missed)
+
+
+def packed_size(quant: Quantization, tail: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """(in_features, out_features) of a packed matrix, from the words it has."""
+    first, second = shape
+    if tail == "weight_packed":
+        return second * 32 // quant.bits, first
+    if quant.method == "awq":
+        return (first, second * 32 // quant.bits) if quant.version in ("gemm", "marlin") else (second * 32 // quant.bits, first)
+    return first * 32 // quant.bits, second
+
+
+def role_of(name: str, spec: ModelSpec) -> tuple[str, int | None, int | None]:
+    """(role, block, expert) of a module by the family's table, or by its last word."""
+    for template in spec.templates:
+        match = template.pattern.match(f"{name}.weight")
+        if match and template.role:
+            parts = match.groupdict()
+            return template.role, *(int(parts[k]) if parts.get(k) else None for k in ("i", "e"))
+    numbers = [int(p) for p in name.split(".") if p.isdigit()]
+    return ROLE_OF_TAIL.get(name.rsplit(".", 1)[-1], "other"), numbers[0] if numbers else None, None
+
+
+def size_key(spec: ModelSpec, name: str, axis: int) -> str | None:
+    """The one config key that sets a linear's size along an axis (0 out_features, 1 in_features), None where several do."""
+    for template in spec.templates:
+        if template.pattern.match(f"{name}.weight") and len(template.shape) == 2:
+            expression = template.shape[1 - axis if template.transposed else axis]
+            names = [word for word in _words(expression) if word in spec.config or spec.lookup(word)]
+            return names[0] if len(names) == 1 else None
+    return {("down", 1): "intermediate_size", ("o", 1): None}.get((ROLE_OF_TAIL.get(name.rsplit(".", 1)[-1]), axis))
+
+
+def _words(expression: str) -> list[str]:
+    return sorted({node.id for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Name)})
+
+
+def fits(size: int, unit: int) -> int:
+    """The next multiple of `unit` at or above `size`."""
+    return -(-size // unit) * unit

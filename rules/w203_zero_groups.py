@@ -1,0 +1,49 @@
+"""W203 zero-groups: whole groups of weights are zero, outside of padding.
+
+Why: a group's scale comes from its largest weight. For a group of zeros that is 0, and 0/0 is NaN in every program that does not
+guard the division. Groups inside all-zero rows are padding of out_features and are not counted.
+
+Seen as:
+- AutoAWQ: `assert torch.isnan(w).sum() == 0`
+- AutoAWQ: `assert torch.isnan(scales).sum() == 0`
+
+Do: quantize with doctor, which gives such a group scale 1, or with AutoAWQ 0.2.6 or newer. If the zeros came from padding at the
+end of in_features, pad again with the zeros spread between the columns, so that no group is empty.
+
+False alarms: pruned models have zero groups on purpose; they are a warning only for the program that divides by them.
+
+Fix safety: no fix: the zeros may be meant.
+
+Sources: casper-hansen/AutoAWQ PR 519 and 522; InternLM/lmdeploy issue 1786; QwenLM/Qwen2 docs/source/quantization/gptq.md.
+"""
+
+from doctor.rule import Place, finding, rule
+from doctor.testing import tiny
+
+
+@rule("W203", "warning", certainty="likely", implied_by=("W202",))
+def zero_groups(linear, zero_groups, zero_rows, first_zero_group, recipe):
+    size = linear.in_features if recipe.group_size == -1 else recipe.group_size
+    per_row = linear.in_features // size
+    inside = zero_groups - zero_rows * per_row
+    if inside <= 0:
+        return
+    total = linear.out_features * per_row
+    first = f", the first at row {first_zero_group[0]}, column {first_zero_group[1]}" if zero_rows == 0 else ""
+    yield finding(f"{inside:,} of {total:,} groups of {size} weights in {linear.tensor} are all 0{first}",
+                  at=Place("", tensor=linear.tensor, index=tuple(first_zero_group) if zero_rows == 0 else None),
+                  evidence={"zero_groups": zero_groups, "zero_rows": zero_rows, "group_size": size},
+                  advice="quantize with a program that gives an empty group scale 1 (doctor does), or spread the padding")
+
+
+def bad():
+    case = tiny()
+    linear = case.name("down")
+    case.down()[5, 32:64] = 0
+    return case, f"1 of 256 groups of 32 weights in {linear} are all 0, the first at row 5, column 32"
+
+
+def good():
+    case = tiny()
+    case.down()[:, ::5] = 0  # padding spread between the columns: no group is empty
+    return case

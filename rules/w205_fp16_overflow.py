@@ -1,0 +1,45 @@
+"""W205 fp16-overflow: weights are too large for float16.
+
+Why: many loaders cast to float16 (AutoAWQ and AutoGPTQ by default, vLLM's AWQ and older GPTQ kernels by need). Values beyond 65,504
+become Inf there, and the first matrix product after them is Inf or NaN.
+
+Seen as:
+- llama.cpp: `cannot be represented within F16`
+- ExLlamaV2: `Measurement/inference error (2)`
+- PyTorch: `probability tensor contains either `inf`, `nan` or element < 0`
+
+Do: keep this model in bfloat16 from end to end (compressed-tensors, or GPTQ on a Marlin kernel), and never load it with
+`torch_dtype=float16`.
+
+False alarms: a tensor that no program casts, for instance a constant kept in float32 by name.
+
+Fix safety: no fix: clamping a weight changes the model.
+
+Sources: ggml-org/llama.cpp issue 14788; turboderp/exllamav2 issue 600.
+"""
+
+from doctor.rule import finding, rule
+from doctor.testing import encode, tiny
+
+FP16_MAX = 65504  # the largest finite float16
+
+
+@rule("W205", "warning", certainty="likely")
+def fp16_overflow(tensor, n_fp16_overflow, absmax):
+    # Masks such as GPT-Neo's masked_bias hold -1e9 by design and are no weights.
+    if not n_fp16_overflow or not tensor.name.endswith((".weight", ".bias")):
+        return
+    yield finding(f"{n_fp16_overflow:,} {'value' if n_fp16_overflow == 1 else 'values'} of {tensor.name} beyond {FP16_MAX:,}, "
+                  f"the largest float16 (largest {absmax:,.0f})",
+                  evidence={"n_fp16_overflow": n_fp16_overflow, "absmax": absmax},
+                  advice="keep the model in bfloat16: a cast to float16 makes these Inf")
+
+
+def bad():
+    case = tiny()
+    case.down()[3, 5] = encode([1e6], "BF16")[0]
+    return case, f"1 value of {case.name('down')} beyond 65,504, the largest float16 (largest 999,424)"
+
+
+def good():
+    return tiny()
