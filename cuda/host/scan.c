@@ -1,9 +1,9 @@
 /* Statistics of raw tensor bytes at the speed memory reads: doctor/stats.py's Stats, histograms, zero groups, absmax.
  *
- * Two speeds. Every 8 KiB block (it stays in the first-level cache) is read by two short loops: the largest and
- * smallest *key* with a count of small magnitudes, and float32 sums flushed to float64. A key is the code with negative
- * values bit-flipped, so that keys order as the values do and one signed maximum and minimum bound everything. Only a
- * block whose bounds reach Inf, the fp16 overflow range or the small range is read again by a loop that counts exactly.
+ * Two speeds. Every 8 KiB block (it stays in the first-level cache) is read by two short loops: the largest code taken
+ * as signed (the largest positive value), the largest taken as unsigned (the most negative one) and the least magnitude;
+ * and float32 sums flushed to float64. Only a block whose bounds reach Inf, the fp16 overflow range or the small range
+ * is read again by loops that count exactly.
  *
  * Integers, minimum and maximum are exact. The sums are float64 over float32 partial sums of 1024 values, and float64
  * throughout in what remains and where float32 squares could overflow or vanish.
@@ -41,7 +41,8 @@ static inline float float_of_bf16(uint16_t code)
     return float_of((uint32_t)code << 16);
 }
 
-/* Exact for finite codes, and free of float32 subnormals, which some processors handle by slow microcode. */
+/* Exact for finite codes, and free of float32 subnormals, which some processors handle by slow microcode: a subnormal
+ * is read as 2^-14 * (1 + fraction), and 2^-14 is taken off again. */
 static inline float float_of_f16(uint16_t code)
 {
     uint32_t magnitude = (uint32_t)(code & 0x7fff) << 13;
@@ -50,131 +51,110 @@ static inline float float_of_f16(uint16_t code)
     return code & 0x8000 ? -value : value;
 }
 
-/* The sums of SUM_RUN values below the fp16 overflow limit, in float32. The run is read as several streams side by
- * side: one accumulator alone waits four cycles for each of its additions (AVX2: 27 against 45 GB/s in cache). */
-static void run_bf16(const u16 *x, double *sum, double *sumsq)
-{
-    enum { QUARTER = SUM_RUN / 4 };
-    const u32 *pairs = (const u32 *)x;
-    float s0 = 0, s1 = 0, s2 = 0, s3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3, q0, q1, q2, q3)
-    for (int i = 0; i < QUARTER; i++) {
-        uint32_t one = pairs[i], two = pairs[QUARTER + i];
-        float a = float_of(one << 16), b = float_of(one & 0xffff0000u);
-        float c = float_of(two << 16), d = float_of(two & 0xffff0000u);
-        s0 += a, s1 += b, s2 += c, s3 += d;
-        q0 += a * a, q1 += b * b, q2 += c * c, q3 += d * d;
-    }
-    *sum += ((double)s0 + s1) + ((double)s2 + s3);
-    *sumsq += ((double)q0 + q1) + ((double)q2 + q3);
-}
-
-static void run_f32(const u32 *x, double *sum, double *sumsq)
-{
-    enum { QUARTER = SUM_RUN / 4 };
-    float s0 = 0, s1 = 0, s2 = 0, s3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3, q0, q1, q2, q3)
-    for (int i = 0; i < QUARTER; i++) {
-        float a = float_of(x[i]), b = float_of(x[QUARTER + i]);
-        float c = float_of(x[2 * QUARTER + i]), d = float_of(x[3 * QUARTER + i]);
-        s0 += a, s1 += b, s2 += c, s3 += d;
-        q0 += a * a, q1 += b * b, q2 += c * c, q3 += d * d;
-    }
-    *sum += ((double)s0 + s1) + ((double)s2 + s3);
-    *sumsq += ((double)q0 + q1) + ((double)q2 + q3);
-}
-
-static void run_f16(const u16 *x, double *sum, double *sumsq)
-{
-    float s0 = 0, s1 = 0, q0 = 0, q1 = 0;
+/* Vectors of the level's width for the sums, where the order of additions is fixed by hand. */
 #if defined(__AVX512F__)
-    __m512 vs0 = _mm512_setzero_ps(), vq0 = vs0, vs1 = vs0, vq1 = vs0;
-    for (int i = 0; i < SUM_RUN; i += 32) {
-        __m512 a = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(x + i)));
-        __m512 b = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(x + i + 16)));
-        vs0 = _mm512_add_ps(vs0, a);
-        vs1 = _mm512_add_ps(vs1, b);
-        vq0 = _mm512_fmadd_ps(a, a, vq0);
-        vq1 = _mm512_fmadd_ps(b, b, vq1);
-    }
-    s0 = _mm512_reduce_add_ps(vs0), s1 = _mm512_reduce_add_ps(vs1);
-    q0 = _mm512_reduce_add_ps(vq0), q1 = _mm512_reduce_add_ps(vq1);
-#elif defined(__F16C__)
-    float lanes[4][8];
-    __m256 vs0 = _mm256_setzero_ps(), vq0 = vs0, vs1 = vs0, vq1 = vs0;
-    for (int i = 0; i < SUM_RUN; i += 16) {
-        __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + i)));
-        __m256 b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + i + 8)));
-        vs0 = _mm256_add_ps(vs0, a);
-        vs1 = _mm256_add_ps(vs1, b);
-        vq0 = _mm256_fmadd_ps(a, a, vq0);
-        vq1 = _mm256_fmadd_ps(b, b, vq1);
-    }
-    _mm256_storeu_ps(lanes[0], vs0), _mm256_storeu_ps(lanes[1], vs1);
-    _mm256_storeu_ps(lanes[2], vq0), _mm256_storeu_ps(lanes[3], vq1);
-    for (int lane = 0; lane < 8; lane++) {
-        s0 += lanes[0][lane], s1 += lanes[1][lane];
-        q0 += lanes[2][lane], q1 += lanes[3][lane];
-    }
+enum { LANES = 16 };
+#elif defined(__AVX2__)
+enum { LANES = 8 };
 #else
-    enum { HALF = SUM_RUN / 2 };
-#pragma omp simd reduction(+ : s0, s1, q0, q1)
-    for (int i = 0; i < HALF; i++) {
-        float a = float_of_f16(x[i]), b = float_of_f16(x[HALF + i]);
-        s0 += a, s1 += b;
-        q0 += a * a, q1 += b * b;
-    }
+enum { LANES = 4 };
 #endif
-    *sum += (double)s0 + s1;
-    *sumsq += (double)q0 + q1;
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef double wide __attribute__((vector_size(8 * LANES)));
+
+static inline words load_words(const void *address)
+{
+    words out;
+    __builtin_memcpy(&out, address, sizeof out);
+    return out;
 }
 
-/* Per dtype: CODE (element type), KEY (signed type of its width) and the magnitude codes of
+/* load4_*: the next 4 * LANES values, in any order. Two bf16 share a word and need a shift and a mask, no widening. */
+static inline void load4_bf16(const u16 *x, lanes v[4])
+{
+    words one = load_words(x), two = load_words(x + 2 * LANES);
+    v[0] = (lanes)(one << 16);
+    v[1] = (lanes)(one & 0xffff0000u);
+    v[2] = (lanes)(two << 16);
+    v[3] = (lanes)(two & 0xffff0000u);
+}
+
+static inline void load4_f32(const u32 *x, lanes v[4])
+{
+    for (int i = 0; i < 4; i++)
+        v[i] = (lanes)load_words(x + i * LANES);
+}
+
+static inline void load4_f16(const u16 *x, lanes v[4])
+{
+    for (int i = 0; i < 4; i++, x += LANES) {
+#if defined(__AVX512F__)
+        v[i] = (lanes)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#elif defined(__F16C__)
+        v[i] = (lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#else
+        halves codes;
+        __builtin_memcpy(&codes, x, sizeof codes);
+        words code = __builtin_convertvector(codes, words), magnitude = (code & 0x7fff) << 13;
+        words subnormal = (words)(magnitude < 0x00800000u); /* as in float_of_f16, all ones where true */
+        lanes value = (lanes)(magnitude + 0x38000000u + (subnormal & 0x00800000u)) - (lanes)(subnormal & 0x38800000u);
+        v[i] = (lanes)((words)value | (code & 0x8000) << 16);
+#endif
+    }
+}
+
+/* Per dtype: CODE (element as it lies in memory), KEY and UKEY (integers of its width) and the magnitude codes of
  *   INF        Inf; larger ones are NaN
  *   OVERFLOW   the smallest value that fp16 rounds to Inf, 65520 or the next representable one above
  *   UNDERFLOW  the largest value that fp16 rounds to 0, 2^-25 (a tie, which goes to the even 0)
  *   NORMAL     the smallest normal value
  *   SUM_FLOOR  a block whose absmax is below it is summed in float64: float32 squares would vanish (2^-40)
- * and RUN, the float32 sums; without it all sums are float64. */
+ * and LOAD4, the vector load of the float32 sums; without it all sums are float64. */
 #define TYPE bf16
 #define CODE u16
 #define KEY int16_t
+#define UKEY uint16_t
 #define INF 0x7f80
 #define OVERFLOW 0x4780
 #define UNDERFLOW 0x3300
 #define NORMAL 0x0080
 #define SUM_FLOOR 0x2b80
-#define RUN run_bf16
+#define LOAD4 load4_bf16
 #define VALUE(code) float_of_bf16(code)
 #include "scan_type.h"
 
 #define TYPE f16
 #define CODE u16
 #define KEY int16_t
+#define UKEY uint16_t
 #define INF 0x7c00
 #define OVERFLOW 0x7c00
 #define UNDERFLOW 0
 #define NORMAL 0x0400
 #define SUM_FLOOR 0
-#define RUN run_f16
+#define LOAD4 load4_f16
 #define VALUE(code) float_of_f16(code)
 #include "scan_type.h"
 
 #define TYPE f32
 #define CODE u32
 #define KEY int32_t
+#define UKEY uint32_t
 #define INF 0x7f800000
 #define OVERFLOW 0x477ff000
 #define UNDERFLOW 0x33000000
 #define NORMAL 0x00800000
 #define SUM_FLOOR 0x2b800000
-#define RUN run_f32
+#define LOAD4 load4_f32
 #define VALUE(code) float_of(code)
 #include "scan_type.h"
 
 #define TYPE f64
 #define CODE u64
 #define KEY int64_t
+#define UKEY uint64_t
 #define INF 0x7ff0000000000000
 #define OVERFLOW 0x40effe0000000000
 #define UNDERFLOW 0x3e60000000000000

@@ -1,0 +1,82 @@
+"""Builds the optional native library; everything else of the build is in pyproject.toml.
+
+One plain C library, loaded with ctypes, so that one wheel (py3-none-PLATFORM) serves every Python version. Each source
+in PER_LEVEL is compiled once per instruction level of LEVELS, its symbols suffixed with the level's name; the processor
+picks at load (doctor/native.py). Without a C compiler the package installs as a pure wheel with NumPy paths instead.
+To add a source, add its name to PER_LEVEL.
+"""
+
+import os
+import platform
+import tempfile
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools._distutils.ccompiler import new_compiler
+    from setuptools._distutils.sysconfig import customize_compiler
+except ImportError:  # a setuptools that leaves distutils to the standard library
+    from distutils.ccompiler import new_compiler
+    from distutils.sysconfig import customize_compiler
+
+HOST = "cuda/host"
+PER_LEVEL = ["scan.c"]
+HEADERS = ["level.h", "scan_type.h"]
+
+# No fast-math in any of them: NaN is what the library looks for.
+FLAGS = ["-O3", "-std=gnu11", "-fopenmp-simd", "-fvisibility=default", "-Wall", "-Wextra", "-Wno-psabi"]
+LEVELS = {"base": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    LEVELS["avx512"] = [*LEVELS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
+                        "-mprefer-vector-width=512"]
+
+
+class BuildLibrary(build_ext):
+    """A plain shared library where setuptools expects a Python extension."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def get_export_symbols(self, ext):
+        return []
+
+    def build_extension(self, ext):
+        objects = []
+        for level, level_flags in LEVELS.items():
+            objects += self.compiler.compile([f"{HOST}/{name}" for name in PER_LEVEL], depends=ext.depends,
+                                             output_dir=os.path.join(self.build_temp, level),
+                                             macros=[("LEVEL", level)], extra_postargs=FLAGS + level_flags)
+        objects += self.compiler.compile([f"{HOST}/cpu.c"], output_dir=self.build_temp, extra_postargs=FLAGS)
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name))
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        tag = super().get_tag()
+        return tag if self.root_is_pure else ("py3", "none", tag[2])
+
+
+def compiler_works():
+    """Whether one line of C compiles with the flags used here (GCC and Clang know them, MSVC does not)."""
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "probe.c")
+        with open(source, "w") as f:
+            f.write("int probe(void) { return 0; }\n")
+        try:
+            for level_flags in LEVELS.values():
+                compiler.compile([source], output_dir=folder, extra_postargs=FLAGS + level_flags)
+        except Exception as error:  # each setuptools version has its own CompileError; the notice carries the words
+            print(f"setup.py: no native library: the C compiler did not compile a test file ({error}). The package "
+                  f"works without it, more slowly; `doctor --version` says so. Install gcc or clang and reinstall.")
+            return False
+    return True
+
+
+library = Extension("doctor.libdoctor_cpu", [f"{HOST}/{name}" for name in [*PER_LEVEL, "cpu.c"]],
+                    depends=[f"{HOST}/{name}" for name in HEADERS])
+setup(cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel}, ext_modules=[library] if compiler_works() else [])
