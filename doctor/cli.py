@@ -1,0 +1,430 @@
+"""The command line: parses, calls doctor.api, prints, exits. No logic and no import of torch.
+
+Exit 0: nothing at or above --fail-on. 1: findings. 2: the work could not be done (usage, files, or a rule of ours crashed).
+130: interrupted. Findings go to stdout; progress and notices to stderr.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from doctor import __version__
+from doctor.errors import CheckpointNotReady, DoctorError, MachineError
+from doctor.facts import STAGES
+from doctor.recipe import FORMATS as OUTPUT_FORMATS
+from doctor.recipe import METHODS, RUNTIMES, Recipe, parse_runtime
+from doctor.report import FORMATS
+
+_ENV = "Every option can also be set in the environment: --fail-on as DOCTOR_FAIL_ON. DOCTOR_DEBUG=1 shows tracebacks."
+_BARE = {"--unsafe-fixes": "all"}  # options with an optional value, which is never taken from the next argument
+
+
+class _Command(click.Command):
+    """A command whose options also come from DOCTOR_<OPTION>, and where `--unsafe-fixes PATH` does not swallow the path."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("context_settings", {}).update(auto_envvar_prefix="DOCTOR", max_content_width=100, show_default=True)
+        kwargs.setdefault("epilog", _ENV)
+        super().__init__(*args, **kwargs)
+
+    def parse_args(self, ctx, args):
+        end = args.index("--") if "--" in args else len(args)
+        known = {o for p in self.params for o in p.opts}
+        args = [f"{a}={_BARE[a]}" if i < end and a in _BARE and a in known else a for i, a in enumerate(args)]
+        return super().parse_args(ctx, args)
+
+
+def _version(ctx, _param, value):
+    if value and not ctx.resilient_parsing:
+        click.echo(f"doctor {__version__} (checkpoint-doctor), Python {sys.version.split()[0]}\nNo telemetry: nothing leaves this machine.")
+        ctx.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, invoke_without_command=False)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit.")
+def cli():
+    """Finds, explains and cures what makes quantizing a language model fail, then quantizes it.
+
+    \b
+    doctor check ckpt/ --for gptq --tp 2       look, write nothing
+    doctor fix ckpt/ -o fixed/                 write a cured copy beside it
+    doctor quantize fixed/ -o q4/              check, calibrate, quantize, check again
+    doctor explain "Hessian is not invertible" what an error points to
+    """
+
+
+def _words(values) -> tuple[str, ...]:
+    return tuple(w for value in values for w in value.replace(",", " ").split())
+
+
+def _options(*decorators):
+    def wrap(function):
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return wrap
+
+
+_PATH = click.Path(path_type=Path)
+plan_options = _options(
+    click.option("--for", "--method", "method", type=click.Choice(METHODS), default="gptq", help="Quantization method of the plan."),
+    click.option("--bits", type=int, default=4, help="Bits per weight: 2, 3, 4 or 8."),
+    click.option("--group-size", type=int, default=128, help="in_features that share a scale; -1 for whole rows."),
+    click.option("--sym/--asym", default=True, help="Symmetric or asymmetric grid."),
+    click.option("--tp", "--tensor-parallel-size", "tp", type=int, default=1, help="GPUs that share each linear at serving."),
+    click.option("--runtime", default="", metavar="NAME[==VERSION]", help=f"Where it will be served: {', '.join(RUNTIMES)}."),
+)
+rule_options = _options(
+    click.option("--select", multiple=True, metavar="RULES", help="Only these codes, families (G, W2), names or certainties; commas or repeated."),
+    click.option("--ignore", multiple=True, metavar="RULES", help="All but these."),
+    click.option("--rules", "rules_dirs", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+                 help="Also load the rule files of DIR. They are Python: load only what you trust."),
+    click.option("--fail-on", type=click.Choice(("error", "warning", "info", "never")), default="error", help="Least severity for exit code 1."),
+)
+format_options = _options(
+    click.option("-f", "--format", "formats", multiple=True, metavar="FORMAT[:FILE]",
+                 help=f"{', '.join(FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]"),
+    click.option("--concise", is_flag=True, help="Short for -f concise."),
+    click.option("-v", "--verbose", is_flag=True, help="Also list every rule, and why it was skipped."),
+)
+
+
+def _recipe(method, bits, group_size, sym, tp, runtime, **more) -> Recipe:
+    name, version = parse_runtime(runtime)
+    return Recipe(method=method, bits=bits, group_size=group_size, sym=sym, tp=tp, runtime=name, runtime_version=version, **more)
+
+
+def _outputs(formats, concise) -> list[tuple[str, str]]:
+    """[(format, file or "")]; at most one of them to stdout."""
+    chosen = [tuple(f.partition(":")[::2]) for f in formats]
+    if concise:
+        chosen.append(("concise", ""))
+    for name, _ in chosen:
+        if name not in FORMATS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(FORMATS)}.", param_hint="'-f'")
+    if sum(not file for _, file in chosen) > 1:
+        raise click.UsageError("Only one format can go to stdout; give the others a file, as in -f html:report.html.")
+    return chosen or [("full", "")]
+
+
+@cli.command(cls=_Command)
+@click.argument("paths", nargs=-1, required=True, metavar="CHECKPOINT...")
+@plan_options
+@rule_options
+@click.option("--fail-on-skipped", is_flag=True, help="Exit 1 when a rule could not judge.")
+@format_options
+@click.option("--stage", type=click.Choice(STAGES), default=STAGES[-1], help="Most expensive evidence to gather: header reads no weights.")
+@click.option("--statistics", is_flag=True, help="Print counts by code instead of findings.")
+def check(paths, method, bits, group_size, sym, tp, runtime, select, ignore, rules_dirs, fail_on, fail_on_skipped, formats, concise,
+          verbose, stage, statistics):
+    """Say whether checkpoints are ready for a plan. Writes nothing."""
+    outputs = _outputs(formats, concise)
+    with _json_on_failure(outputs):
+        recipe = _recipe(method, bits, group_size, sym, tp, runtime)
+        reports = [_checked(path, recipe, select=_words(select), ignore=_words(ignore), stage=stage, fail_on=fail_on, rules_dirs=rules_dirs)
+                   for path in paths]
+        _emit(reports, [("statistics", "")] if statistics else outputs, verbose)
+    _exit(reports, fail_on_skipped)
+
+
+def _checked(path: str, recipe: Recipe, **options):
+    from doctor import api
+    from doctor.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(path)
+    with _progress(checkpoint.total_bytes, f"reading {checkpoint.name}") as tick:
+        return api.check(checkpoint, recipe, progress=tick, **options)
+
+
+def _exit(reports, fail_on_skipped=False):
+    if any(r.crashed for r in reports):
+        sys.exit(2)
+    silent = fail_on_skipped and any(run.status == "skipped" for r in reports for run in r.runs)
+    sys.exit(1 if silent or not all(r.ok for r in reports) else 0)
+
+
+class _json_on_failure:
+    """Inside it an error is also written as a JSON document wherever -f json asked for one."""
+
+    def __init__(self, outputs):
+        self.outputs = outputs
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, _kind, error, _trace):
+        if not isinstance(error, (DoctorError, OSError)):
+            return
+        from doctor.report.json_report import failure
+
+        for name, file in self.outputs:
+            if name == "json":
+                _write(failure(error), file)
+
+
+def _emit(reports, outputs, verbose=False) -> None:
+    """Print or write each format. The screen goes through rich, so that it knows the terminal's width and colours."""
+    from doctor.report import render
+
+    for name, file in outputs:
+        if name == "full" and not file:
+            from doctor.report.terminal import console, show
+
+            show(reports, console(sys.stdout), verbose)
+        elif name == "statistics":
+            from doctor.report.terminal import console, show_statistics
+
+            for report in reports:
+                show_statistics(report, console(sys.stdout))
+        else:
+            _write(render(name, reports), file)
+
+
+def _write(text: str, file: str) -> None:
+    if not file:
+        sys.stdout.write(text)
+        return
+    try:
+        with open(file, "a" if file == os.environ.get("GITHUB_STEP_SUMMARY") else "w", encoding="utf-8") as out:
+            out.write(text)
+    except OSError as error:
+        raise MachineError(f"{file}: {error.strerror}.", "Give a file that can be written.") from None
+    click.echo(f"Wrote {file}", err=True)
+
+
+class _progress:
+    """A bar in bytes on stderr where a person watches; elsewhere nothing. Gives the function to call with each chunk's size."""
+
+    def __init__(self, total: int, what: str):
+        self.total, self.what, self.bar = total, what, None
+
+    def __enter__(self):
+        quiet = os.environ.get("CI") or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") or os.environ.get("TERM") == "dumb"
+        if quiet or not sys.stderr.isatty() or self.total < 64 << 20:
+            return lambda n: None
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        self.bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(None), DownloadColumn(), TransferSpeedColumn(),
+                            TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+        task = self.bar.add_task(self.what, total=self.total)
+        self.bar.start()
+        return lambda n: self.bar.advance(task, n)
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.stop()
+
+
+out_option = click.option("-o", "--output", "output", type=_PATH, required=True, metavar="DIR", help="Directory to write; must not exist.")
+unsafe_option = click.option("--unsafe-fixes", default="", metavar="[=CODES]",
+                             help="Also fixes that change numbers or shapes; =CODES only those, and those that go by name only.")
+
+
+@cli.command(cls=_Command)
+@click.argument("path", metavar="CHECKPOINT")
+@click.option("-o", "--output", "output", type=_PATH, required=True, metavar="DIR", help="Directory to write; the source is never changed.")
+@plan_options
+@rule_options
+@click.option("--dry-run", is_flag=True, help="Show the edits, write nothing.")
+@unsafe_option
+@click.option("--only", multiple=True, metavar="CODES", help="Only the fixes of these rules.")
+@click.option("--copy", is_flag=True, help="Copy unchanged shards instead of linking them.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
+def fix(path, output, method, bits, group_size, sym, tp, runtime, select, ignore, rules_dirs, fail_on, dry_run, unsafe_fixes, only, copy,
+        overwrite):
+    """Write a cured copy of a checkpoint, beside it.
+
+    The copy is checked again with all rules before it appears; the source is never changed.
+    """
+    from doctor import api
+    from doctor.report.plan_text import render_plan
+
+    recipe = _recipe(method, bits, group_size, sym, tp, runtime)
+    result = api.fix(path, output, recipe, unsafe_fixes=_words([unsafe_fixes]), only=_words(only), dry_run=dry_run, copy=copy,
+                     overwrite=overwrite, select=_words(select), ignore=_words(ignore), rules_dirs=rules_dirs, fail_on=fail_on)
+    click.echo(render_plan(result))
+    _exit([result.report])
+
+
+@cli.command(cls=_Command)
+@click.argument("path", metavar="CHECKPOINT")
+@out_option
+@plan_options
+@click.option("--act-order/--no-act-order", default=True, help="Columns in order of importance; groups stay as they are.")
+@click.option("--mse/--no-mse", default=True, help="Search each group's scale for the least squared error.")
+@click.option("--format", "format", type=click.Choice(OUTPUT_FORMATS), default=None, help="File format.  [default: the method's own]")
+@click.option("--damp", type=float, default=0.01, help="Share of the mean diagonal added to each Hessian.")
+@click.option("--damp-max", type=float, default=0.1, help="Most that a retry may raise it to.")
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE", help="Text or JSONL to calibrate on.  [default: texts of doctor]")
+@click.option("--rows", type=int, default=256, help="Calibration rows.")
+@click.option("--max-seq-length", type=int, default=2048, help="Tokens per row, at most.")
+@click.option("--seed", type=int, default=0)
+@click.option("--keep", multiple=True, metavar="PATTERN", help="Linears left in 16 bits; repeatable.")
+@click.option("--fix", "fix", is_flag=True, help="Apply safe fixes first, without writing the cured copy.")
+@unsafe_option
+@click.option("--memory", default="", metavar="SIZE", help="Most memory to use, as 24GB.  [default: what is free]")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
+def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order, mse, format, damp, damp_max, calibration, rows,
+             max_seq_length, seed, keep, fix, unsafe_fixes, memory, resume, overwrite):
+    """Check, calibrate, quantize and check the result."""
+    from doctor import api
+
+    recipe = _recipe(method, bits, group_size, sym, tp, runtime, act_order=act_order, mse=mse, damp=damp, damp_max=damp_max,
+                     format=format or "", seed=seed, keep=_words(keep))
+    result = api.quantize(path, output, recipe, calibration=calibration, rows=rows, max_seq_length=max_seq_length, fix=fix,
+                          unsafe_fixes=_words([unsafe_fixes]), memory=_bytes(memory), resume=resume, overwrite=overwrite,
+                          progress=lambda text: click.echo(text, err=True))
+    report = getattr(result, "report", result)
+    _emit([report], [("full", "")])
+    _exit([report])
+
+
+@cli.command(cls=_Command)
+@click.argument("original", metavar="ORIGINAL")
+@click.argument("quantized", metavar="QUANTIZED")
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to compare on.  [default: texts of doctor]")
+@click.option("--context", type=int, default=1024, help="Tokens per window.")
+@click.option("--rows", type=int, default=64, help="Windows, at most.")
+@format_options
+def verify(original, quantized, text, context, rows, formats, concise, verbose):
+    """Compare a quantized model with its original.
+
+    Measures perplexity, divergence of the next-token distributions, and collapse of greedy replies.
+    """
+    from doctor import api
+
+    outputs = _outputs(formats, concise)
+    with _json_on_failure(outputs):
+        report = api.verify(original, quantized, text=text, context=context, rows=rows)
+        _emit([report], outputs, verbose)
+    _exit([report])
+
+
+@cli.command(cls=_Command)
+@click.argument("path", metavar="CHECKPOINT")
+@click.option("--context", type=int, default=8192, help="Tokens kept per sequence.")
+@click.option("--batch", type=int, default=1, help="Sequences at a time.")
+@click.option("--memory", default="", metavar="SIZE", help="GPU memory, as 24GB.")
+@click.option("--measure", is_flag=True, help="Also run the model with caches of fewer bits.")
+def kvcache(path, context, batch, memory, measure):
+    """Memory of the key/value cache, and its fewest bits."""
+    from doctor import api
+
+    result = api.kvcache(path, context=context, batch=batch, memory=_bytes(memory), measure=measure)
+    click.echo(result if isinstance(result, str) else result.text())
+
+
+def _bytes(text: str) -> int | None:
+    """`24GB`, `24GiB`, `24G` or a number of bytes; None for none."""
+    import re
+
+    if not text:
+        return None
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text, re.I)
+    if not match:
+        raise click.BadParameter(f"{text!r} is not a size; write 24GB or 24GiB.", param_hint="'--memory'")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
+
+
+@cli.command(cls=_Command)
+@click.argument("what", nargs=-1, required=True, metavar="CODE | NAME | ERROR TEXT | -")
+@click.option("-f", "--format", "format", type=click.Choice(("text", "markdown")), default="text")
+def explain(what, format):
+    """A rule's page, or what a pasted error points to.
+
+    - reads the error from stdin: `python quantize.py 2>&1 | tail -1 | doctor explain -`.
+    """
+    from doctor import explain as search
+    from doctor.engine import load_rules
+    from doctor.report import pages
+    from doctor.report.terminal import console
+
+    text = sys.stdin.read() if what == ("-",) else " ".join(what)
+    rules = load_rules()
+    entry = search.find(text, rules)
+    if entry is not None and format == "markdown":
+        sys.stdout.write(search.markdown(entry))
+    elif entry is not None:
+        pages.show_page(entry, rules, console(sys.stdout))
+    else:
+        matches = search.search(text, rules)
+        pages.show_matches(text, matches, search.nearest(text, rules), console(sys.stdout))
+        sys.exit(0 if matches else 1)
+
+
+@cli.command(cls=_Command)
+@click.option("-f", "--format", "format", type=click.Choice(("table", "json", "markdown")), default="table")
+@click.option("--select", multiple=True, metavar="RULES", help="Only these codes, families, names or certainties.")
+@click.option("--rules", "rules_dirs", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR")
+def rules(format, select, rules_dirs):
+    """List the rules."""
+    from doctor.engine import load_rules, select_rules
+    from doctor.report import pages
+
+    chosen = select_rules(load_rules(rules_dirs), _words(select))
+    if format == "table":
+        from doctor.report.terminal import console
+
+        pages.show_rules(chosen, console(sys.stdout))
+    else:
+        sys.stdout.write(pages.rules_json(chosen) if format == "json" else pages.rules_markdown(chosen))
+
+
+@cli.command(cls=_Command)
+@click.argument("report", type=click.Path(path_type=Path), metavar="REPORT.json")
+@format_options
+def render(report, formats, concise, verbose):
+    """Render a saved report in another format.
+
+    Needs only the JSON that `doctor check -f json:REPORT.json` wrote, not the checkpoint.
+    """
+    from doctor.report.json_report import read
+
+    try:
+        text = sys.stdin.read() if str(report) == "-" else report.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MachineError(f"{report}: {getattr(error, 'strerror', None) or error}.", "Give a report made with -f json:FILE.") from None
+    _emit(read(text), _outputs(formats, concise), verbose)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The entry point of both scripts: errors for the user without a traceback, and the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ✓ must not end the run
+    try:
+        cli.main(args, prog_name="doctor", standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("Interrupted.", "", 130)
+    except KeyboardInterrupt:
+        _fail("Interrupted.", "", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except BrokenPipeError:  # `doctor check | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+    except CheckpointNotReady as error:
+        _fail(error.message, error.hint, 1)
+    except DoctorError as error:
+        _fail(error.message, error.hint, 2)
+    except (OSError, MemoryError) as error:
+        _fail(f"{type(error).__name__}: {error}", "", 2)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error}", "This is a defect of doctor: please report it, with the output of DOCTOR_DEBUG=1.", 2)
+
+
+def _fail(message: str, hint: str, code: int) -> None:
+    if os.environ.get("DOCTOR_DEBUG") == "1" and sys.exc_info()[0] is not None and code != 130:
+        import traceback
+
+        traceback.print_exc()
+    click.echo(f"Error: {message}" if code != 130 else message, err=True)
+    if hint:
+        click.echo(f"Hint: {hint}", err=True)
+    sys.exit(code)

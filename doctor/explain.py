@@ -1,0 +1,171 @@
+"""From an error message, or a whole log, to the rules that find its cause.
+
+Each rule quotes in `seen_as` what other tools print for its defect. A pasted message differs from the quotation in numbers,
+names and paths, so both are reduced to the same words first. A quotation that stands in the text is a match; else the share
+of its words (rare ones weigh more) that one line has decides. This is a look-up: it says which check would tell, never that
+the defect is there.
+"""
+
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from doctor.rule import Rule, Seen
+
+ENOUGH = 0.62  # share of a quotation's weight one line must have; below, unrelated errors of the same library match
+MAX_LINES = 4000  # of a log, the last ones: the error stands at its end
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
+_PATH = re.compile(r"(?:[A-Za-z]:)?(?:[\\/][\w.@+~-]+){2,}[\\/]?")
+_PLACEHOLDER = re.compile(r"\{[^{}]*\}|<[^<>]{1,40}>|%[-0-9.]*[sdfrxg]|…|\.\.\.")
+_NUMBER = re.compile(r"[-+]?\b(?:0x[0-9a-f]+|\d+(?:[.,]\d+)*(?:e[-+]?\d+)?)\b")
+_WORD = re.compile(r"[a-z_][a-z0-9_]*|#")
+_HEAD = re.compile(r"^(?:[\w.]*(?:error|exception|warning)|assert(?:ion)?)\s*:?\s*")
+_STAMP = re.compile(r"^\s*(?:\[[^\]]{0,60}\]\s*|\(\w+ pid=[^)]*\)\s*|\d{4}-\d\d-\d\d[t ][\d:.,z+]*\s*|(?:info|error|warning|debug)\b[: ]+)+")
+
+
+@dataclass(frozen=True)
+class Match:
+    """A rule whose quotation the text resembles. score: 1 for a quotation found whole, else the share of its words."""
+
+    rule: Rule
+    seen: Seen
+    score: float
+    line: str
+
+
+def normal(text: str) -> str:
+    """Lower case, one blank between words, and # for every number, path, quoted value and placeholder."""
+    text = _ANSI.sub("", text).lower()
+    text = _PLACEHOLDER.sub(" # ", text)
+    text = _PATH.sub(" # ", text)
+    text = _NUMBER.sub("#", text)
+    text = re.sub(r"[\"'`‘’“”]", "", text)
+    return re.sub(r"#(?:[\s,x×]*#)+", "#", re.sub(r"\s+", " ", text)).strip(" .:")
+
+
+def find(word: str, rules: Iterable[Rule]) -> Rule | None:
+    """The rule of a code or a name, in any case; None where there is none."""
+    wanted = word.strip().lower()
+    return next((r for r in rules if wanted in (r.code.lower(), r.name)), None)
+
+
+def search(text: str, rules: Iterable[Rule]) -> list[Match]:
+    """Rules whose quoted messages the text holds or resembles, best first; one match per rule. [] for none."""
+    rules = list(rules)
+    lines = [line for line in text.splitlines() if line.strip()][-MAX_LINES:]
+    tidy = [_STAMP.sub("", normal(line)) for line in lines]
+    weights = _weights(rules)
+    words = [Counter(_WORD.findall(line)) for line in tidy]
+    joined = " ".join(tidy)
+    best: dict[str, tuple[float, int, Match]] = {}
+    for entry in rules:
+        for seen in entry.seen_as:
+            score, at = _score(normal(seen.text), tidy, words, joined, weights)
+            if score >= ENOUGH and (entry.code not in best or (score, at) > best[entry.code][:2]):
+                best[entry.code] = (score, at, Match(entry, seen, round(score, 3), lines[at].strip()))
+    return [m for _, _, m in sorted(best.values(), key=lambda b: (-b[0], -b[1], b[2].rule.code))]
+
+
+def _weights(rules: list[Rule]) -> dict[str, float]:
+    """Word -> how much it tells: words that stand in many quotations tell little; numbers tell nothing."""
+    quotes = [set(_WORD.findall(normal(s.text))) for r in rules for s in r.seen_as]
+    seen = Counter(w for words in quotes for w in words)
+    weights = {w: math.log((len(quotes) + 1) / n) + 0.1 for w, n in seen.items()}
+    return weights | {"#": 0.0}
+
+
+def _score(quote: str, lines: list[str], words: list[Counter], joined: str, weights: dict[str, float]) -> tuple[float, int]:
+    """(score, index of the line) of the best place of one quotation."""
+    bare = _HEAD.sub("", quote)
+    for wanted, score in ((quote, 1.0), (bare, 0.98)):
+        if len(wanted) >= 8:
+            for at in range(len(lines) - 1, -1, -1):
+                if wanted in lines[at]:
+                    return score, at
+    if len(bare) >= 16 and bare in joined:  # wrapped over lines
+        return 0.95, len(lines) - 1
+    return max(((_overlap(quote, bare, line, have, weights), at) for at, (line, have) in enumerate(zip(lines, words, strict=True))),
+               default=(0.0, 0))
+
+
+def _overlap(quote: str, bare: str, line: str, have: Counter, weights: dict[str, float]) -> float:
+    rest = _HEAD.sub("", line)
+    if len(rest) >= 12 and len(rest.split()) >= 2 and rest in bare:  # a part of the message was pasted
+        return 0.7 + 0.25 * len(rest) / len(bare)
+    want = Counter(w for w in _WORD.findall(quote) if w != "#")
+    if len(want) < 2:
+        return 0.0
+    total = sum(weights.get(w, 0) * n for w, n in want.items())
+    shared = [w for w in want if w in have]
+    got = sum(weights.get(w, 0) * min(want[w], have[w]) for w in shared)
+    # Two words in common are chance; half of the line being about something else is too.
+    return 0.94 * got / total if total and len(shared) >= 3 else 0.0
+
+
+def nearest(text: str, rules: Iterable[Rule], most: int = 3) -> list[Rule]:
+    """Rules by shared words with code, name, title and quotations, for a text that matches none."""
+    rules = list(rules)
+    words = set(_WORD.findall(normal(text))) - {"#"}
+    bags = {r.code: set(_WORD.findall(normal(" ".join([r.name.replace("-", " "), r.title, *(s.text for s in r.seen_as)])))) - {"#"}
+            for r in rules}
+    common = Counter(w for bag in bags.values() for w in bag)
+
+    def rank(entry: Rule) -> float:
+        shared = sum(1 / common[w] for w in words & bags[entry.code])
+        return shared + difflib.SequenceMatcher(None, text.lower()[:60], entry.name).ratio() * 0.5
+
+    return sorted(rules, key=lambda r: (-rank(r), r.code))[:most]
+
+
+def decider(entry: Rule) -> str:
+    """The command that tells whether this rule's defect is there."""
+    if entry.stage in ("listing", "header", "tokenizer"):
+        return f"doctor check CKPT --select {entry.code} --stage {entry.stage}"
+    if entry.stage == "values":
+        return f"doctor check CKPT --select {entry.code}"
+    if entry.stage == "output":
+        return "doctor verify CKPT QUANTIZED --text FILE"
+    return "doctor quantize CKPT -o OUT --calibration FILE"
+
+
+def relatives(entry: Rule, rules: Iterable[Rule], most: int = 4) -> list[Rule]:
+    """Rules that explain it, that it explains, or that end in the same message elsewhere."""
+    quotes = {normal(s.text) for s in entry.seen_as}
+    found = [r for r in rules if r.code != entry.code and (
+        r.code in entry.implied_by or entry.code in r.implied_by or quotes & {normal(s.text) for s in r.seen_as})]
+    return found[:most]
+
+
+SECTIONS = (("Why", "Why it matters"), ("Do", "Ways out"), ("False alarms", "When not to worry"), ("Fix safety", "How safe the fix is"),
+            ("Sources", "Sources"))
+
+
+def markdown(entry: Rule) -> str:
+    """The rule's page as Markdown, from the text in its file."""
+    parts = [f"# {entry.code} {entry.name}", f"{entry.severity} · {entry.certainty} · {entry.area.lower()}", f"{entry.title}."]
+    if entry.seen_as:
+        parts.append("## Seen as")
+        parts.append("\n".join(f"- {s.tool}: ``{s.text}``" for s in entry.seen_as))
+    for key, title in SECTIONS:
+        if entry.section(key):
+            parts += [f"## {title}", entry.section(key)]
+    return "\n\n".join(parts) + "\n"
+
+
+def paragraphs(text: str) -> list[str]:
+    """A section's text with its line breaks undone: paragraphs and list items, one string each."""
+    out: list[str] = []
+    for block in text.split("\n\n"):
+        for line in block.splitlines():
+            bullet = line.lstrip().startswith(("- ", "* "))
+            if bullet or not out or out[-1] == "":
+                if out and out[-1] == "":
+                    out.pop()
+                out.append(line.strip())
+            else:
+                out[-1] += " " + line.strip()
+        out.append("")
+    return [p for p in out if p]

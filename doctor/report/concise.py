@@ -1,0 +1,58 @@
+"""One finding, one line, with a place that editors make clickable: `file:line:column: CODE [*] message`."""
+
+from doctor.engine import Report
+from doctor.report import view
+from doctor.report.view import Group, safe
+
+_MARK = {"safe": "[*] ", "unsafe": "[!] "}
+
+
+def render(reports: list[Report]) -> str:
+    """All reports, each ending in its own count."""
+    return "".join(line + "\n" for report in reports for line in lines(report))
+
+
+def lines(report: Report) -> list[str]:
+    found = view.groups(report)
+    out = [_line(report, g) for root in found for g in (root, *root.effects)]
+    out += [f"☠ {r.rule.code} crashed: {safe(r.crashed)}; this is a defect of doctor, please report it" for r in report.crashed]
+    facts = view.run_facts(report).replace(" · ", ", ").replace(" run", " run", 1)
+    if found:
+        out.append(f"Found {view.tally(found)} in {_looked_at(report)} for {report.recipe.label()} ({facts})")
+        out += _cures(found)
+    else:
+        mark, sentence = view.verdict(report)
+        out.append(f"{view.MARKS[mark]} {safe(report.checkpoint)}: {sentence}; {_looked_at(report)} ({facts})")
+    return out
+
+
+def _looked_at(report: Report) -> str:
+    s = report.summary
+    read = "" if view.weights_read(report) else ", weights not read"
+    return f"{view.counted(s.get('tensors', 0), 'tensor')}, {view.size(s.get('bytes', 0))}{read}"
+
+
+def _line(report: Report, group: Group) -> str:
+    where = group.first.where
+    root = str(report.summary.get("path") or report.checkpoint).rstrip("/")
+    spot = f":{where.line}:{where.column}" if where.line else ""
+    index = f" at [{', '.join(map(str, where.index))}]" if where.index is not None else ""
+    more = ""
+    if len(group.all) > 1:
+        more = f" ({len(group.all)} tensors)" if group.folds_into_message else f" (and {len(group.all) - 1} more: {group.names})"
+    because = f" (because of {group.first.consequence_of})" if group.first.consequence_of else ""
+    return f"{safe(root)}/{safe(where.file)}{spot}: {group.code} {_MARK.get(group.safety, '')}{group.message}{index}{more}{because}"
+
+
+def _cures(found: list[Group]) -> list[str]:
+    by = view.fixable(found)
+    parts = []
+    if by["safe"]:
+        parts.append(f"[*] {view.counted(len(by['safe']), 'safe fix', 'safe fixes')} with `doctor fix`")
+    if by["unsafe"]:
+        parts.append(f"[!] {len(by['unsafe'])} more with `--unsafe-fixes`")
+    yours = [*by["manual"], *by["by name"]]
+    if yours:
+        codes = ", ".join(dict.fromkeys(g.code for g in yours))
+        parts.append(f"{len(yours)} need{'s' if len(yours) == 1 else ''} you ({codes})")
+    return ["; ".join(parts)] if parts else []

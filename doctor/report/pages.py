@@ -1,0 +1,116 @@
+"""Rules for people: a page, the answer to a pasted error, and the list."""
+
+import json
+
+from rich.console import Console
+from rich.text import Text
+
+from doctor import explain
+from doctor.report.terminal import COLOURS, Screen, _text
+from doctor.report.view import counted, one_line, safe
+from doctor.rule import Rule
+
+
+def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
+    """`doctor explain CODE`."""
+    screen = Screen(out)
+    screen.line()
+    head = f"{entry.code}  {entry.name}"
+    facts = f"{entry.severity} · {entry.certainty} · {entry.area.lower()} · needs {entry.stage}"
+    screen.hang(_text((head, "bold " + COLOURS[entry.severity].split()[-1]), "     "), Text(facts, "bright_black"))
+    if entry.seen_as:
+        for i, seen in enumerate(entry.seen_as):
+            screen.hang(_text(("find me by  " if i == 0 else "            ", "bold")), _text(f'"{seen.text}"', (f"  {seen.tool}", "bright_black")))
+    _section(screen, "What it checks", entry.title + ".")
+    for key, title in explain.SECTIONS[:-1]:
+        _section(screen, title, entry.section(key))
+    if entry.module.startswith("doctor.rules."):
+        _section(screen, "Checked by", f"rules/{entry.module.rpartition('.')[2]}.py, with its bad and good examples")
+    _section(screen, "Sources", entry.section("Sources"))
+    related = explain.relatives(entry, rules)
+    if related:
+        _section(screen, "See also", " · ".join(f"{r.code} {r.name}" for r in related))
+    _section(screen, "To know", explain.decider(entry))
+
+
+def _section(screen: Screen, title: str, text: str) -> None:
+    if not text:
+        return
+    screen.line()
+    screen.line((title, "bold"))
+    for paragraph in explain.paragraphs(text[:1].upper() + text[1:]):
+        bullet = paragraph.startswith(("- ", "* "))
+        screen.hang(Text("  - " if bullet else "  "), Text(safe(paragraph[2:] if bullet else paragraph)))
+
+
+def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out: Console) -> None:
+    """`doctor explain "error"`: what the message points to, and the command that tells."""
+    screen = Screen(out)
+    if not matches:
+        line = next((x for x in reversed(text.splitlines()) if x.strip()), "")
+        screen.hang(Text("  "), _text((f'"{safe(line.strip())[:200]}"', "bold"), "   no rule quotes this message."))
+        screen.line()
+        screen.line("  nearest by shared words")
+        _list(screen, [(r, r.title) for r in near])
+        screen.line()
+        screen.hang(Text("  "), Text("If doctor check finds nothing either, please report the message: a rule is missing."))
+        return
+    best = matches[0]
+    tools = ", ".join(dict.fromkeys(m.seen.tool for m in matches[:4]))
+    what = "one defect ends" if len(matches) == 1 else f"{counted(len(matches), 'defect')} end"
+    screen.hang(Text("  "), _text((f'"{safe(best.line)[:300]}"', "bold"), f"   {tools} · {what} in words like these:"))
+    screen.line()
+    _list(screen, [(m.rule, explain.decider(m.rule)) for m in matches[:8]])
+    if len(matches) > 8:
+        screen.line(f"  and {len(matches) - 8} more")
+    screen.line()
+    screen.hang(Text("  start with   "), Text(_start(matches), "cyan"))
+    screen.hang(Text("  read more    "), Text(f"doctor explain {best.rule.code}", "cyan"))
+
+
+def _start(matches: list[explain.Match]) -> str:
+    """One check for all rules that need no calibration; else the best match's own command."""
+    cheap = [m.rule.code for m in matches[:8] if m.rule.stage in ("listing", "header", "tokenizer", "values")]
+    return f"doctor check CKPT --select {','.join(cheap)}" if cheap else explain.decider(matches[0].rule)
+
+
+def _list(screen: Screen, rows: list[tuple[Rule, str]]) -> None:
+    wide = max(len(r.name) for r, _ in rows)
+    beside = wide + 14 + max(len(t) for _, t in rows) <= screen.width
+    for entry, text in rows:
+        head = _text(f"  {entry.code}  ", (entry.name.ljust(wide), COLOURS[entry.severity]), "   ")
+        if beside:
+            screen.line(head, text)
+        else:
+            screen.line(_text(f"  {entry.code}  ", (entry.name, COLOURS[entry.severity])))
+            screen.hang(Text("        "), Text(text, "bright_black"))
+
+
+def show_rules(rules: list[Rule], out: Console) -> None:
+    """The list, by area."""
+    screen = Screen(out)
+    wide = max(len(r.name) for r in rules)
+    for area in dict.fromkeys(r.area for r in rules):
+        screen.line((area, "bold"))
+        for entry in (r for r in rules if r.area == area):
+            head = _text(f"  {entry.code}  ", (entry.severity.ljust(8), COLOURS[entry.severity]), f"{entry.name.ljust(wide)}  ")
+            if screen.width - head.cell_len >= 30:
+                screen.hang(head, Text(one_line(entry.title), "bright_black"))
+            else:
+                screen.line(head)
+                screen.hang(Text("        "), Text(one_line(entry.title), "bright_black"))
+    screen.line(f"{counted(len(rules), 'rule')}; `doctor explain CODE` shows a page")
+
+
+def rules_json(rules: list[Rule]) -> str:
+    """A list of objects: identity, cost, page and quotations of every rule."""
+    data = [{"code": r.code, "name": r.name, "title": r.title, "severity": r.severity, "certainty": r.certainty, "area": r.area,
+             "scope": r.scope, "stage": r.stage, "needs": list(r.needs), "implied_by": list(r.implied_by),
+             "seen_as": [{"tool": s.tool, "text": s.text} for s in r.seen_as], "page": r.sections} for r in rules]
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def rules_markdown(rules: list[Rule]) -> str:
+    """One table."""
+    rows = [f"| {r.code} | {r.name} | {r.severity} | {r.certainty} | {r.stage} | {one_line(r.title).replace('|', chr(92) + '|')} |" for r in rules]
+    return "\n".join(["| code | name | severity | certainty | needs | what it finds |", "|---|---|---|---|---|---|", *rows]) + "\n"

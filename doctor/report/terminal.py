@@ -1,0 +1,316 @@
+"""The full screen: plan, findings with their pictures, a verdict by area, commands to paste.
+
+Everything printed is a rich Text, never markup: a tensor element is written [3117, 9204] and markup would eat it. Lines are
+wrapped here with a hanging indent, in cells and not characters, so that CJK text stays inside its column; no line ends in
+blanks, so piped output can be compared.
+"""
+
+import io
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from doctor import __version__
+from doctor.engine import Report
+from doctor.report import view
+from doctor.report.view import Group, safe
+
+MAX_WIDTH = 110  # longer lines are hard to read, however wide the window
+COLOURS = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan", "ok": "bold green", "skipped": "bright_black",
+           "crashed": "bold red"}
+_LABELS = {"fix": "green", "fix!": "yellow", "you": "magenta", "why": "bold", "else": "bold", "then": "bold"}
+_GUTTER = "blue"
+
+
+class Screen:
+    """Lines of Text for a console of a given width."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.width = max(min(console.width, MAX_WIDTH), 40)
+
+    def line(self, *parts: tuple[str, str] | str | Text) -> None:
+        """One line as it is; what does not fit is folded by the terminal."""
+        self.console.print(_text(*parts), soft_wrap=True)
+
+    def hang(self, head: Text, body: Text, indent: int | None = None) -> None:
+        """head, then body wrapped in the rest of the width, its further lines indented to where it began."""
+        indent = head.cell_len if indent is None else indent
+        room = max(self.width - max(indent, head.cell_len), 16)
+        lines = body.wrap(self.console, room, tab_size=4, no_wrap=False, overflow="fold") or [Text()]
+        for i, part in enumerate(lines):
+            part.rstrip()
+            self.line(head if i == 0 else Text(" " * indent), part)
+
+
+def _text(*parts) -> Text:
+    out = Text(no_wrap=True, end="")
+    for part in parts:
+        if isinstance(part, Text):
+            out.append_text(part)
+        elif isinstance(part, tuple):
+            out.append(*part)
+        else:
+            out.append(part)
+    return out
+
+
+def console(file=None, width: int | None = None, **options) -> Console:
+    """A console that prints what it is given: no markup, no emoji codes, no colouring of numbers. 100 columns where piped."""
+    made = Console(file=file, highlight=False, markup=False, emoji=False, width=width, **options)
+    if width is None and not made.is_terminal and "COLUMNS" not in made._environ:
+        made.width = 100
+    return made
+
+
+def render(reports: list[Report], width: int = 100, verbose: bool = False) -> str:
+    """The screen as plain text."""
+    file = io.StringIO()
+    show(reports, console(file, width, no_color=True, force_terminal=False), verbose)
+    return file.getvalue()
+
+
+def show(reports: list[Report], out: Console, verbose: bool = False) -> None:
+    """Print the screen of each report."""
+    for i, report in enumerate(reports):
+        if i:
+            out.print()
+        _report(Screen(out), report, verbose)
+
+
+def _report(screen: Screen, report: Report, verbose: bool) -> None:
+    found = view.groups(report)
+    mark, sentence = view.verdict(report)
+    if not found and mark == "ok":
+        _ready(screen, report, sentence)
+        if verbose:
+            _box(screen, report, found)
+    else:
+        _head(screen, report)
+        for group in found:
+            screen.line()
+            _group(screen, report, group)
+        _crashes(screen, report)
+        screen.line()
+        _box(screen, report, found)
+        _next(screen, report, found)
+    if verbose:
+        _rules(screen, report)
+
+
+def _ready(screen: Screen, report: Report, sentence: str) -> None:
+    head = _text(("✓ ", COLOURS["ok"]), (sentence, "bold"), "   ")
+    screen.hang(head, Text(f"{safe(report.checkpoint)} · {view.what_it_is(report)}"), 2)
+    read = "every byte read" if view.weights_read(report) else "weights not read"
+    if report.skipped_tensors:
+        read += f", {view.counted(len(report.skipped_tensors), 'tensor')} of a type that is not judged"
+    hint = " (doctor check -v says why)" if view.skipped(report) else ""
+    facts = view.run_facts(report).replace("skipped", "skipped" + hint, 1) if hint else view.run_facts(report)
+    screen.hang(Text("  "), Text(f"{view.counted(report.summary.get('tensors', 0), 'tensor')}, {read} · {facts}", "bright_black"))
+
+
+def _head(screen: Screen, report: Report) -> None:
+    from doctor.recipe import Recipe
+
+    name = f"{safe(report.checkpoint)}   "
+    screen.hang(_text((f"doctor {__version__}  ", "bold")), _text((name, "cyan"), view.what_it_is(report)))
+    hint = "   default plan; --for, --bits, --group-size, --tp change it" if report.recipe == Recipe() else ""
+    screen.hang(_text(("plan".ljust(len(f"doctor {__version__}  ")), "bold")), _text(view.plan_text(report), (hint, "bright_black")))
+
+
+# one finding
+
+
+def _group(screen: Screen, report: Report, group: Group) -> None:
+    first, entry = group.first, view.page_rule(report, group.code)
+    colour = COLOURS[first.severity]
+    screen.hang(_text((f"{first.severity}[{group.code}] ", colour)), Text(group.message, "bold"), 2)
+    _where(screen, group)
+    where = first.where
+    gutter = len(str(where.frame[-1][0])) + 3 if where.frame else 2
+    bar = _text((" " * gutter + " |", _GUTTER))
+    pictured = where.frame or first.strip or first.facts_table
+    if pictured:
+        screen.line(bar)
+    if where.frame:
+        _frame(screen, group, gutter, colour)
+    if first.strip:
+        _strip(screen, first.strip, bar, colour)
+    if first.facts_table:
+        if where.frame or first.strip:
+            screen.line(bar)
+        _table(screen, first.facts_table, bar)
+    if pictured:
+        screen.line(bar)
+    last = ""
+    for label, body in _explanations(report, group, entry):
+        again, last = label == last, label
+        screen.hang(_text((" " * gutter + ("   " if again else " = "), _GUTTER), (("" if again else label).ljust(7), _LABELS[label])), Text(body))
+
+
+def _where(screen: Screen, group: Group) -> None:
+    where = group.first.where
+    head = _text(("  --> ", _GUTTER))
+    if where.tensor:
+        element = "" if where.index is None else "[" + ", ".join(map(str, where.index)) + "]"
+        byte = "" if where.byte is None else f" (byte {where.byte:,})"
+        body = _text((safe(where.file), "cyan"), " : " if where.file else "", safe(where.tensor) + element, (byte, "bright_black"))
+    else:
+        spot = f":{where.line}:{where.column}" if where.line else ""
+        body = _text((safe(where.file) + spot, "cyan"))
+    if len(group.all) > 1:
+        more = f"  and {len(group.all) - 1} more" + ("" if group.folds_into_message else f": {group.names}")
+        body.append(more, "bright_black")
+    screen.hang(head, body)
+
+
+def _frame(screen: Screen, group: Group, gutter: int, colour: str) -> None:
+    """Lines of the JSON file with carets under the value, and the note beside them."""
+    where = group.first.where
+    room = screen.width - gutter - 3
+    column, length, shown = where.column or 1, where.length or 1, ""
+    for number, line in where.frame:
+        at = column if number == where.line else 1
+        text, begin = view.window(line, at, length, room // 2 if cell_len(line) > room and not line.isascii() else room)
+        screen.line((f"{number:>{gutter}} |", _GUTTER), " ", safe(text).rstrip())
+        if number == where.line:
+            shown, column = text, begin
+    before = cell_len(safe(shown[: column - 1]))
+    carets = max(cell_len(safe(shown[column - 1 : column - 1 + length])), 1)
+    bar = _text((" " * gutter + " |", _GUTTER))
+    marker = _text(bar, " " * (before + 1), ("^" * carets, colour))
+    note = safe(where.note)
+    if not note:
+        screen.line(marker)
+    elif marker.cell_len + 1 + min(cell_len(note), 30) <= screen.width:
+        pad = marker.cell_len + 1
+        lines = Text(note, colour).wrap(screen.console, screen.width - pad)
+        for i, part in enumerate(lines):
+            part.rstrip()
+            screen.line(*((marker, " ") if i == 0 else (bar, " " * (pad - bar.cell_len))), part)
+    else:
+        screen.line(marker)
+        for part in Text(note, colour).wrap(screen.console, max(screen.width - gutter - 4, 16)):
+            part.rstrip()
+            screen.line(bar, "  ", part)
+
+
+def _strip(screen: Screen, strip: dict, bar: Text, colour: str) -> None:
+    """One row per label, one character per block, each row against its own largest value."""
+    labels = [safe(k) for k in strip]
+    wide = min(max(map(cell_len, labels)), 24)
+    blocks = max(len(v) for v in strip.values())
+    room = max(screen.width - bar.cell_len - wide - 20, 10)
+    screen.line(bar, f"  by block, 0 → {blocks - 1}" if blocks <= room else f"  by block, 0 → {blocks - 1}, the largest of each {-(-blocks // room)}")
+    for label, values in zip(labels, strip.values(), strict=True):
+        numbers = [v for v in values if isinstance(v, (int, float)) and v == v and abs(v) != float("inf")]
+        top = max(map(abs, numbers), default=0)
+        picture = view.level(view.squeeze(values, room), top)
+        screen.line(bar, "    ", label.ljust(wide), "  ", (picture, colour if top or "?" in picture else "bright_black"),
+                    (f"   max {_number(top)}" if top else "", "bright_black"))
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _table(screen: Screen, rows: tuple, bar: Text) -> None:
+    """The arithmetic: first column left, the rest right; turned on its side where it is wider than the screen."""
+    wide = max(map(len, rows))
+    rows = [[safe(cell) for cell in (*row, *([""] * (wide - len(row))))] for row in rows]
+    sizes = [max(cell_len(r[i]) for r in rows) for i in range(wide)]
+    if sum(sizes) + 3 * wide > screen.width - bar.cell_len - 2 and wide > len(rows):
+        rows = [list(column) for column in zip(*rows, strict=True)]
+        sizes = [max(cell_len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [_pad(cell, n, i > 0) for i, (cell, n) in enumerate(zip(row, sizes, strict=True))]
+        screen.line(bar, ("  " + "   ".join(cells)).rstrip())
+
+
+def _pad(cell: str, width: int, right: bool) -> str:
+    blank = " " * (width - cell_len(cell))
+    return blank + cell if right else cell + blank
+
+
+def _explanations(report: Report, group: Group, entry) -> list[tuple[str, str]]:
+    lines = []
+    if entry is not None:
+        if view.why(entry):
+            lines.append(("why", view.why(entry)))
+        lines += [("else", f"{s.tool}: {s.text}") for s in view.elsewhere(entry, report)]
+    lines += view.cures(group, entry)
+    if group.effects:
+        effects = [f"{e.code} {e.first.name}" + (f" × {len(e.all)}" if len(e.all) > 1 else "") for e in group.effects]
+        lines.append(("then", "also reported because of this: " + ", ".join(effects)))
+    return [(label, safe(body)) for label, body in lines]
+
+
+def _crashes(screen: Screen, report: Report) -> None:
+    for run in report.crashed:
+        screen.line()
+        screen.hang(_text(("☠ ", COLOURS["crashed"]), (f"{run.rule.code} crashed: ", "bold")),
+                    Text(safe(run.crashed) + "; this is a defect of doctor, please report it"), 2)
+
+
+# the verdict
+
+
+def _box(screen: Screen, report: Report, found: list[Group]) -> None:
+    mark, sentence = view.verdict(report)
+    colour = COLOURS[mark]
+    inner = screen.width - 2
+    title = f" {view.MARKS[mark]} {sentence} "
+    while cell_len(title) > inner - 2 and ", " in title:
+        title = title[: title.rindex(", ")] + " "
+    screen.line(("╭─", colour), (title, colour), ("─" * (inner - 1 - cell_len(title)) + "╮", colour))
+    for area in view.areas(report, found):
+        head = _text(" ", (view.MARKS[area.mark], COLOURS[area.mark]), f"   {area.name:<11}  ")
+        for i, part in enumerate(Text(area.text).wrap(screen.console, inner - head.cell_len - 1)):
+            part.rstrip()
+            row = _text(head if i == 0 else " " * head.cell_len, part)
+            screen.line(("│", colour), row, " " * (inner - row.cell_len), ("│", colour))
+    foot = f" {view.tally(found).replace(', ', ' · ')} · {view.run_facts(report)} "
+    if cell_len(foot) > inner - 2:
+        foot = f" {view.tally(found).replace(', ', ' · ')} "
+    screen.line(("╰" + "─" * (inner - 1 - cell_len(foot)), colour), (foot, colour), ("─╯", colour))
+
+
+def _next(screen: Screen, report: Report, found: list[Group]) -> None:
+    steps = view.next_steps(report, found)
+    width = max((cell_len(command) for command, _ in steps), default=0)
+    beside = 8 + width + 3 + max((cell_len(what) for _, what in steps), default=0) <= screen.width
+    for i, (command, what) in enumerate(steps):
+        head = _text(("  next  " if i == 0 else "        ", "bold"), (command, "cyan"))
+        if beside:
+            screen.line(head, " " * (width - cell_len(command) + 3), (what, "bright_black"))
+        else:
+            screen.line(head)
+            screen.hang(Text("          "), Text(what, "bright_black"))
+
+
+def _rules(screen: Screen, report: Report) -> None:
+    """-v: every rule, and the reason of each that judged nothing."""
+    screen.line()
+    for run in report.runs:
+        if run.status == "run":
+            mark, text = "✓", f"{view.counted(run.judged, 'subject')}, {run.seconds * 1000:.1f} ms"
+            if run.reasons:
+                reason = max(run.reasons, key=run.reasons.get)
+                text += f"; {sum(run.reasons.values())} not judged: {reason}"
+        elif run.status == "crashed":
+            mark, text = "☠", run.crashed
+        else:
+            mark = "○"
+            text = next(r for c, _, r in view.skip_reasons(report) if c == run.rule.code)
+        screen.hang(_text(f"  {mark} ", f"{run.rule.code}  ", f"{run.rule.name:<40}  "), Text(safe(text), "bright_black"), 11)
+
+
+def show_statistics(report: Report, out: Console) -> None:
+    """Findings by code, most first: what --statistics prints."""
+    totals: dict[tuple[str, str, str], int] = {}
+    for f in report.findings:
+        totals[f.code, f.severity, f.name] = totals.get((f.code, f.severity, f.name), 0) + 1
+    screen = Screen(out)
+    for (code, severity, name), n in sorted(totals.items(), key=lambda item: (-item[1], item[0])):
+        screen.line(f"{n:>6}  {code}  ", (f"{severity:<8}", COLOURS[severity]), name)

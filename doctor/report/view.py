@@ -1,0 +1,383 @@
+"""What every picture of a Report shares: findings folded over blocks, the verdict, what each area established, what to do next.
+
+Pure functions over a Report; no terminal, no file. A format that counted or worded these by itself would soon disagree
+with the others.
+"""
+
+import re
+import shlex
+from dataclasses import dataclass, field
+
+from doctor.engine import Report, fold, folded_name
+from doctor.rule import AREAS, Finding, Rule, Seen
+
+MARKS = {"error": "✗", "warning": "!", "info": "i", "ok": "✓", "skipped": "○", "crashed": "☠"}
+# C0, C1, bidirectional overrides and line separators: a tensor name may hold them, and a terminal or a log would obey.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass
+class Group:
+    """Findings alike but for the block. `effects` are groups that this one explains."""
+
+    first: Finding
+    all: list[Finding]
+    effects: list["Group"] = field(default_factory=list)
+
+    @property
+    def code(self) -> str:
+        return self.first.code
+
+    @property
+    def names(self) -> str:
+        """The tensors, folded: model.layers.{0-39}.mlp.down_proj.weight; else the place of the first."""
+        tensors = [f.where.tensor for f in self.all if f.where.tensor]
+        return safe(folded_name(tensors) if tensors else self.first.target)
+
+    @property
+    def message(self) -> str:
+        """The first finding's sentence; where the others' differ by nothing but the name, with the folded name."""
+        own = self.first.where.tensor
+        if len(self.all) > 1 and own:
+            patterns = {f.message.replace(f.where.tensor or "\0", "\0") for f in self.all}
+            if len(patterns) == 1 and own in self.first.message:
+                return safe(self.first.message.replace(own, folded_name([f.where.tensor for f in self.all])))
+        return safe(self.first.message)
+
+    @property
+    def folds_into_message(self) -> bool:
+        return len(self.all) == 1 or self.names in self.message
+
+    @property
+    def safety(self) -> str:
+        """"safe", "unsafe", "by name" or "manual": who or what can cure it."""
+        fix = self.first.fix
+        if fix is None or fix.safety == "manual" or not fix.edits:
+            return "manual"
+        return "by name" if fix.by_name else fix.safety
+
+
+def groups(report: Report) -> list[Group]:
+    """Folded findings in repair order, consequences hung under the first group of the code that explains them."""
+    made = [Group(first, every) for first, every in fold(report.findings)]
+    roots = [g for g in made if not g.first.consequence_of]
+    for group in made:
+        if group.first.consequence_of:
+            cause = next((r for r in roots if r.code == group.first.consequence_of), None)
+            (cause.effects if cause else roots).append(group)
+    return roots
+
+
+def counts(found: list[Group]) -> dict[str, int]:
+    """severity -> folded findings, causes only."""
+    return {s: sum(g.first.severity == s for g in found) for s in ("error", "warning", "info")}
+
+
+def counted(number: int, word: str, plural: str = "") -> str:
+    return f"{number:,} {word if number == 1 else plural or word + 's'}"
+
+
+def tally(found: list[Group]) -> str:
+    """`3 errors, 2 warnings`; `no findings`."""
+    names = {"error": "error", "warning": "warning", "info": "note"}
+    parts = [counted(n, names[s]) for s, n in counts(found).items() if n]
+    return ", ".join(parts) or "no findings"
+
+
+def ran(report: Report) -> int:
+    return sum(r.status == "run" for r in report.runs)
+
+
+def skipped(report: Report) -> int:
+    return sum(r.status == "skipped" for r in report.runs)
+
+
+def verdict(report: Report) -> tuple[str, str]:
+    """(mark, sentence): whether the checkpoint is ready for the plan, and how far that is known."""
+    label = report.recipe.label()
+    if report.crashed:
+        return "crashed", f"{counted(len(report.crashed), 'rule')} crashed: no verdict for {label}"
+    if not ran(report):
+        return "skipped", f"nothing was judged for {label}"
+    if report.at_or_above("error"):
+        return "error", f"not ready for {label}"
+    far = "" if weights_read(report) else " (headers only)"
+    if report.at_or_above("warning"):
+        return "warning", f"ready for {label}{far}, with warnings"
+    return "ok", f"ready for {label}{far}"
+
+
+def weights_read(report: Report) -> bool:
+    return report.bytes_read > 0
+
+
+def run_facts(report: Report) -> str:
+    """`61 rules run · 3 skipped · 41 s`."""
+    return " · ".join([f"{counted(ran(report), 'rule')} run", *([f"{skipped(report)} skipped"] if skipped(report) else []),
+                       *([f"{len(report.crashed)} crashed"] if report.crashed else []), seconds(report.seconds)])
+
+
+def what_it_is(report: Report) -> str:
+    """`Qwen2ForCausalLM · 14.2 B · bf16 · 8 shards · 28.3 GB`, of what is known."""
+    s = report.summary
+    parts = [s.get("architecture", ""), count(s.get("parameters", 0)), str(s.get("dtype", "")).lower(),
+             counted(s.get("shards", 0), "shard"), size(s.get("bytes", 0))]
+    return safe(" · ".join(p for p in parts if p))
+
+
+def plan_text(report: Report) -> str:
+    """`gptq · 4 bit · group 128 · sym → vllm 0.9, tensor parallel 8`."""
+    r = report.recipe
+    group = "per channel" if r.group_size == -1 else f"group {r.group_size}"
+    target = [" ".join(filter(None, (r.runtime, r.runtime_version)))] if r.runtime else []
+    target += [f"tensor parallel {r.tp}"] if r.tp > 1 or r.runtime else ["1 GPU"]
+    return f"{r.method} · {r.bits} bit · {group} · {'sym' if r.sym else 'asym'} → {', '.join(target)}"
+
+
+@dataclass(frozen=True)
+class Area:
+    """One line of the verdict box."""
+
+    name: str
+    mark: str
+    text: str
+
+
+def areas(report: Report, found: list[Group]) -> list[Area]:
+    """A line for each area that has rules in this run: what was found, else what was established, else why nothing was."""
+    lines = []
+    for name in dict.fromkeys(n for _, n in AREAS):
+        runs = [r for r in report.runs if r.rule.area == name]
+        if not runs or all(r.status == "not applicable" for r in runs):
+            continue
+        codes = {r.rule.code for r in runs}
+        here = [g for g in found if g.code in codes]
+        left_out = sum(r.status == "skipped" for r in runs)
+        if any(r.crashed for r in runs):
+            lines.append(Area(name, "crashed", f"{counted(sum(bool(r.crashed) for r in runs), 'rule')} crashed"))
+        elif here:
+            worst = next(s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here))
+            extra = f"   ({_read(report)})" if name == "Weights" and weights_read(report) else ""
+            lines.append(Area(name, worst, tally(here) + extra))
+        elif any(r.status == "run" for r in runs):
+            text = _established(name, report, [r for r in runs if r.status == "run"])
+            lines.append(Area(name, "ok", text + (f" · {counted(left_out, 'rule')} skipped" if left_out else "")))
+        else:
+            lines.append(Area(name, "skipped", _why_skipped(runs)))
+    return lines
+
+
+def _read(report: Report) -> str:
+    return f"{count(report.summary.get('parameters', 0))} values read, {seconds(report.seconds)}"
+
+
+def _established(name: str, report: Report, runs: list) -> str:
+    s = report.summary
+    judged = counted(len(runs), "rule")
+    known = {
+        "Files": f"{counted(s.get('shards', 0), 'shard')}, {size(s.get('bytes', 0))}, {counted(s.get('tensors', 0), 'tensor')}",
+        "Tensors": f"{counted(s.get('tensors', 0), 'tensor')} as config.json asks",
+        "Config": f"{s.get('architecture') or 'config.json'}, {s.get('blocks') or '?'} blocks, {counted(s.get('linears', 0), 'linear')}",
+        "Tokenizer": "tokenizer and special tokens agree with config.json",
+        "Weights": _read(report),
+        "Geometry": f"{counted(s.get('linears', 0), 'linear')} fit {report.recipe.label()}",
+        "Serving": f"nothing against {report.recipe.runtime or 'serving'}",
+    }.get(name)
+    subjects = max(r.judged for r in runs)
+    return safe(f"{known} ({judged})" if known else f"{judged} on {counted(subjects, 'subject')}")
+
+
+def _why_skipped(runs: list) -> str:
+    reasons: dict[str, int] = {}
+    for run in runs:
+        if run.reasons:
+            reason = max(run.reasons, key=run.reasons.get)
+            reasons[reason] = reasons.get(reason, 0) + 1
+    reason = max(reasons, key=reasons.get)
+    return safe(f"skipped: {reason} ({counted(sum(reasons.values()), 'rule')})")
+
+
+def why(entry: Rule) -> str:
+    """First paragraph of the page's Why, as one line."""
+    return one_line(entry.section("Why").split("\n\n")[0])
+
+
+def page_rule(report: Report, code: str) -> Rule | None:
+    return next((r.rule for r in report.runs if r.rule.code == code), None)
+
+
+# Which tools a method's users run; a message of theirs comes before others'.
+_TOOLS = {"gptq": ("gptqmodel", "autogptq", "gptq", "exllamav2", "llmcompressor"), "awq": ("autoawq", "awq", "llmcompressor"), "rtn": ()}
+
+
+def elsewhere(entry: Rule, report: Report, most: int = 2) -> list[Seen]:
+    """What other tools print for the same defect: the runtime's own words first, then the method's tools."""
+    wanted = [_letters(report.recipe.runtime)] if report.recipe.runtime else []
+    wanted += _TOOLS.get(report.recipe.method, ())
+
+    def rank(seen: Seen) -> int:
+        tool = _letters(seen.tool)
+        return next((i for i, w in enumerate(wanted) if w in tool), len(wanted))
+
+    return sorted(entry.seen_as, key=rank)[:most]
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def cures(group: Group, entry: Rule | None) -> list[tuple[str, str]]:
+    """(label, sentence): `fix` safe, `fix!` changes numbers or shapes, `you` is for the user."""
+    fix, advice = group.first.fix, group.first.advice
+    lines = []
+    if group.safety == "safe":
+        lines.append(("fix", fix.title))
+    elif group.safety == "unsafe":
+        waits = f" (once {', '.join(fix.needs)} is gone)" if fix.needs else ""
+        lines.append(("fix!", fix.title + waits))
+    elif group.safety == "by name":
+        lines.append(("fix!", f"{fix.title}: a guess, only by name with --unsafe-fixes={group.code}"))
+    elif fix is not None:
+        lines.append(("you", fix.title))
+    if advice:
+        lines.append(("you", advice))
+    if not lines and entry is not None:
+        lines.append(("you", one_line(entry.section("Do").split("\n\n")[0])))
+    return [(label, safe(text)) for label, text in lines]
+
+
+def fixable(found: list[Group]) -> dict[str, list[Group]]:
+    """safety -> groups."""
+    return {s: [g for g in found if g.safety == s] for s in ("safe", "unsafe", "by name", "manual")}
+
+
+def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
+    """(command or sentence, what it does), cheapest first."""
+    by = fixable(found)
+    path = shlex.quote(safe(str(report.summary.get("path") or report.checkpoint)))
+    plan = plan_flags(report.recipe)
+    command = f"doctor fix {path}{plan} -o fixed/"
+    steps = []
+    if by["safe"]:
+        steps.append((command, counted(len(by["safe"]), "safe fix", "safe fixes")))
+    if by["unsafe"]:
+        steps.append((f"{command} --unsafe-fixes", f"+{len(by['unsafe'])}: " + ", ".join(dict.fromkeys(g.code for g in by["unsafe"]))))
+    yours = list(dict.fromkeys(g.code for g in (*by["manual"], *by["by name"]) if g.first.severity != "info"))
+    if yours:
+        steps.append((f"doctor explain {yours[0]}", f"{len(yours)} for you: {', '.join(yours)}"))
+    if not steps and not found and not report.crashed and ran(report) and weights_read(report):
+        steps.append((f"doctor quantize {path}{plan} -o quantized/", "when you are ready"))
+    return steps
+
+
+def plan_flags(recipe) -> str:
+    """The options that differ from the default plan, to paste."""
+    from doctor.recipe import Recipe
+
+    default, flags = Recipe(), []
+    if recipe.method != default.method:
+        flags.append(f"--method {recipe.method}")
+    for flag, name in (("--bits", "bits"), ("--group-size", "group_size"), ("--tp", "tp")):
+        if getattr(recipe, name) != getattr(default, name):
+            flags.append(f"{flag} {getattr(recipe, name)}")
+    if not recipe.sym:
+        flags.append("--asym")
+    if recipe.runtime:
+        flags.append("--runtime " + "==".join(filter(None, (recipe.runtime, recipe.runtime_version))))
+    return "".join(" " + f for f in flags)
+
+
+def skip_reasons(report: Report) -> list[tuple[str, str, str]]:
+    """(code, name, reason) of every rule that judged nothing."""
+    rows = []
+    for run in report.runs:
+        if run.status == "skipped":
+            rows.append((run.rule.code, run.rule.name, safe(max(run.reasons, key=run.reasons.get))))
+        elif run.status == "not applicable":
+            rows.append((run.rule.code, run.rule.name, f"no {run.rule.scope} to judge"))
+    return rows
+
+
+def anchor(finding: Finding) -> tuple[str, int, int]:
+    """(file, line, column) for readers that know only text: tensors point at line 1."""
+    where = finding.where
+    return where.file or "config.json", where.line or 1, where.column or 1
+
+
+def fingerprint(finding: Finding) -> str:
+    """Stable name of one defect: code and place, no numbers."""
+    return f"{finding.code}:{finding.target}"
+
+
+# numbers and text
+
+
+def count(n: float) -> str:
+    """1234567 -> 1.2 M."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= limit:
+            return f"{n / limit:.1f} {unit}"
+    return f"{int(n)}"
+
+
+def size(n: int) -> str:
+    """Bytes in powers of ten, as download pages write them."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= limit:
+            value = n / limit
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{n} bytes"
+
+
+def seconds(value: float) -> str:
+    if value >= 120:
+        return f"{value / 60:.0f} min"
+    return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def safe(text: str) -> str:
+    """Text with control characters written out, so that a file's contents cannot steer a terminal or forge a log line."""
+    return _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", str(text)).replace("\n", " ")
+
+
+def window(line: str, column: int, length: int, width: int) -> tuple[str, int]:
+    """A long line cut around the marked part: (text, 1-based column in it). Minified JSON is one line of any length."""
+    if len(line) <= width:
+        return line, column
+    begin = max(0, min(column - 1 - width // 4, len(line) - width + 2))
+    head, tail = "…" if begin else "", "…"
+    part = line[begin : begin + width - 2]
+    if begin + width - 2 >= len(line):
+        tail = ""
+    return head + part + tail, column - begin + len(head)
+
+
+def level(values: list, top: float) -> str:
+    """One character per value: · for 0, eighths of a bar below top, ? for what is no number."""
+    bars = "▁▂▃▄▅▆▇█"
+    out = []
+    for value in values:
+        if value is None or isinstance(value, str) or value != value:
+            out.append("?" if value is not None else " ")
+        elif not value or top <= 0:
+            out.append("·")
+        else:
+            out.append(bars[min(int(abs(value) / top * 8), 7)] if abs(value) != float("inf") else "█")
+    return "".join(out)
+
+
+def squeeze(values: list, width: int) -> list:
+    """At most `width` values: neighbours become their largest, so that nothing high is lost."""
+    if len(values) <= width:
+        return list(values)
+
+    def largest(part: list):
+        odd = [v for v in part if isinstance(v, str) or (v is not None and v != v)]
+        return odd[0] if odd else max((v for v in part if v is not None), key=abs, default=None)
+
+    edges = [i * len(values) // width for i in range(width + 1)]
+    return [largest(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
