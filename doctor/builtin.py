@@ -296,6 +296,9 @@ def first_nonfinite(tensor, stats):
     return stats.first_nonfinite
 
 
+import doctor.layout  # noqa: E402, F401 - declares the fact `layout`, which needs `spec` and `tensors` above
+
+
 def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     """A store that holds everything known before a tensor's bytes are read, with its subjects declared."""
     store = Store()

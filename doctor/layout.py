@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from doctor.checkpoint import Checkpoint
+from doctor.edits import PadTensor
 from doctor.facts import Unavailable, fact, provide
 from doctor.recipe import Recipe
 from doctor.shard import TensorInfo
-from doctor.spec import NOT_TEXT, ROLE_OF_TAIL, ModelSpec
+from doctor.spec import NOT_TEXT, ROLE_OF_TAIL, ModelSpec, evaluate
 
 PACKED = (".qweight", ".weight_packed")
 # Linears that a serving engine stores as one matrix, so that they must be quantized alike or not at all.
@@ -200,14 +201,57 @@ def role_of(name: str, spec: ModelSpec) -> tuple[str, int | None, int | None]:
     return ROLE_OF_TAIL.get(name.rsplit(".", 1)[-1], "other"), numbers[0] if numbers else None, None
 
 
-def size_key(spec: ModelSpec, name: str, axis: int) -> str | None:
-    """The one config key that sets a linear's size along an axis (0 out_features, 1 in_features), None where several do."""
+def axis_expression(spec: ModelSpec, name: str, axis: int) -> str | None:
+    """The family table's expression for a linear's size along an axis (0 out_features, 1 in_features)."""
     for template in spec.templates:
         if template.pattern.match(f"{name}.weight") and len(template.shape) == 2:
-            expression = template.shape[1 - axis if template.transposed else axis]
-            names = [word for word in _words(expression) if word in spec.config or spec.lookup(word)]
-            return names[0] if len(names) == 1 else None
-    return {("down", 1): "intermediate_size", ("o", 1): None}.get((ROLE_OF_TAIL.get(name.rsplit(".", 1)[-1]), axis))
+            return template.shape[1 - axis if template.transposed else axis]
+    return None
+
+
+def size_key(spec: ModelSpec, name: str, axis: int) -> str | None:
+    """The config key that sets a linear's size along an axis: the only one, or that of the MLP's width; None where unclear."""
+    expression = axis_expression(spec, name, axis)
+    if expression is None:
+        return spec.key_for("intermediate_size") if axis == 1 and role_of(name, spec)[0] == "down" else None
+    keys = _words(expression)
+    widths = [key for key in keys if "intermediate" in key or "ffn" in key or "inner" in key]
+    found = widths if len(widths) == 1 else keys
+    return spec.key_for(found[0]) if len(found) == 1 else None
+
+
+def resized(spec: ModelSpec, expression: str, key: str, value: int) -> int | None:
+    """What a size expression gives when config[key] is `value`."""
+    return evaluate(expression, lambda word: value if spec.key_for(word) == key else spec.lookup(word))
+
+
+# Only an MLP's inner width can grow by zeros: hidden_size is divided by in every norm, heads carry a position code.
+_PADDABLE = frozenset({"gate", "up", "gate_up", "down"})
+
+
+def pad_edits(spec: ModelSpec, tensors: Mapping[str, TensorInfo], key: str, value: int) -> tuple[PadTensor, ...]:
+    """Zero-padding of every tensor whose shape follows config[key], to `value`; empty where that is not known to be exact.
+
+    Gate and up get zero rows, down zero columns at the same places, so the new hidden units put out 0 and the sum is
+    unchanged in exact arithmetic. A fused gate_up is padded in each half alike.
+    """
+    edits = []
+    for name, info in tensors.items():
+        weight = name.removesuffix(".bias") + ".weight" if name.endswith(".bias") else name
+        template = next((t for t in spec.templates if t.pattern.match(weight)), None)
+        if template is None:
+            continue
+        expressions = template.shape
+        if weight != name:
+            expressions = expressions[1:] if template.transposed else expressions[:1]
+        for axis, expression in enumerate(expressions[: len(info.shape)]):
+            new = resized(spec, expression, key, value)
+            if key not in map(spec.key_for, _words(expression)) or new == info.shape[axis]:
+                continue
+            if template.role not in _PADDABLE or len(template.shape) != 2 or new is None or new < info.shape[axis]:
+                return ()
+            edits.append(PadTensor(name, axis, new, blocks=2 if template.role == "gate_up" else 1))
+    return tuple(edits)
 
 
 def _words(expression: str) -> list[str]:

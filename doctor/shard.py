@@ -155,8 +155,8 @@ def _is_count(value: object) -> bool:
 
 
 def _entry(shard: Shard, name: str, entry: object) -> TensorInfo | None:
-    def bad(kind: str, detail: str) -> None:
-        shard.defects.append(Defect(kind, detail, name))
+    def bad(kind: str, detail: str, offset: int | None = None) -> None:
+        shard.defects.append(Defect(kind, detail, name, offset))
 
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return bad("entry", "the entry lacks dtype, shape or data_offsets")
@@ -176,7 +176,7 @@ def _entry(shard: Shard, name: str, entry: object) -> TensorInfo | None:
         need = "more than can be addressed" if want is None else f"{want:,}"
         return bad("size", f"{dtype.name} {list(info.shape)} takes {need} bytes, data_offsets span {info.nbytes:,}")
     if info.end > shard.size:
-        return bad("truncated", f"ends at byte {info.end:,}, the file has {shard.size:,}")
+        return bad("truncated", f"ends at byte {info.end:,}, the file has {shard.size:,}", info.end)
     return info
 
 

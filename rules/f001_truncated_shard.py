@@ -1,0 +1,55 @@
+"""F001 truncated-shard: a weight file is shorter than its own header says.
+
+Why: a download or copy stopped early. The format has no checksum, but it states every tensor's place, so the loss is certain; every
+reader refuses the whole file.
+
+Seen as:
+- safetensors: `Error while deserializing header: incomplete metadata, file not fully covered`
+- safetensors: `SafetensorError: Error while deserializing header: MetadataIncompleteBuffer`
+- safetensors: `Error while deserializing header: invalid header length`
+- safetensors: `Error while deserializing header: header too small`
+
+Do: fetch this one file again and compare its size with the source's.
+
+False alarms: none known.
+
+Fix safety: manual; the missing bytes are not on this disk.
+
+Sources: safetensors safetensors/src/tensor.rs (0.8), `read_metadata`.
+"""
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import shard_bytes, tiny
+
+
+@rule("F001", "error")
+def truncated_shard(shard):
+    short = [d for d in shard.defects if d.kind in ("truncated", "too-small")]
+    if not short:
+        return
+    cut = [d for d in short if d.tensor is not None]
+    if cut:
+        need = max(d.offset for d in cut)
+        what = f"{shard.name} has {shard.size:,} of {need:,} bytes: {len(cut):,} of {len(cut) + len(shard.tensors):,} tensors are cut off"
+        evidence = {"bytes": shard.size, "needed": need, "tensors": len(cut)}
+    else:
+        what, evidence = f"{shard.name} ends inside its header: {short[0].detail}", {"bytes": shard.size}
+    yield finding(what, at=Place(shard.name, byte=shard.size), evidence=evidence,
+                  fix=Fix(f"download or copy {shard.name} again", (), "manual"))
+
+
+def bad():
+    case = tiny()
+    size = len(shard_bytes({n: case.tensors[n] for n in sorted(case.tensors)}, case.dtypes))
+
+    def cut(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-20])
+
+    case.damage.append(cut)
+    n = len(case.tensors)
+    return case, f"model.safetensors has {size - 20:,} of {size:,} bytes: 1 of {n} tensors are cut off"
+
+
+def good():
+    return tiny()

@@ -1,0 +1,43 @@
+"""F002 lfs-pointer: a file holds git-lfs's note about the data, not the data.
+
+Why: `git clone` without git-lfs installed leaves a text of about 130 bytes in place of each large file.
+
+Seen as:
+- safetensors: `Error while deserializing header: header too large`
+- PyTorch: `UnpicklingError: invalid load key, 'v'.`
+- transformers: `OSError: Unable to load weights from pytorch checkpoint file`
+
+Do: run `git lfs install` and `git lfs pull` in the clone, or fetch the model with `hf download`.
+
+False alarms: none known: the text begins with `version https://git-lfs`.
+
+Fix safety: manual; the data are elsewhere.
+
+Sources: git-lfs docs/spec.md; safetensors safetensors/src/tensor.rs (0.8).
+"""
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+POINTER = b"version https://git-lfs"
+
+
+@rule("F002", "error")
+def lfs_pointer(checkpoint, shards, json_files):
+    found = {name for name, shard in shards.items() if any(d.kind == "lfs-pointer" for d in shard.defects)}
+    found |= {name for name, file in json_files.items() if file.raw.startswith(POINTER)}
+    for name in sorted(found):
+        size = checkpoint.entries[name].size
+        yield finding(f"{name} is a git-lfs pointer of {size:,} bytes, not the file it points to", at=Place(name),
+                      evidence={"bytes": size}, fix=Fix("run `git lfs pull`, or download the file again", (), "manual"))
+
+
+def bad():
+    case = tiny()
+    text = POINTER + b"/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 269060552\n"
+    case.files["model.safetensors"] = text
+    return case, f"model.safetensors is a git-lfs pointer of {len(text)} bytes, not the file it points to"
+
+
+def good():
+    return tiny()

@@ -1,0 +1,36 @@
+"""F003 web-page: a weight file is an HTML page.
+
+Why: a link to a page (a login form, an error, the file's preview) was saved in place of the file.
+
+Seen as:
+- safetensors: `Error while deserializing header: header too large`
+- PyTorch: `UnpicklingError: invalid load key, '<'.`
+
+Do: download the file itself, with a token where the model is gated.
+
+False alarms: none known: the file begins with `<html` or `<!DOCTYPE`.
+
+Fix safety: manual; the data are elsewhere.
+
+Sources: safetensors safetensors/src/tensor.rs (0.8): the first eight letters are read as a header length.
+"""
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+
+@rule("F003", "error")
+def web_page(shard):
+    if any(d.kind == "web-page" for d in shard.defects):
+        yield finding(f"{shard.name} is an HTML page of {shard.size:,} bytes", at=Place(shard.name), evidence={"bytes": shard.size},
+                      fix=Fix(f"download {shard.name} itself; a gated model needs an access token", (), "manual"))
+
+
+def bad():
+    case = tiny()
+    case.files["model.safetensors"] = b"<!DOCTYPE html><html><body>Sign in to continue</body></html>"
+    return case, "model.safetensors is an HTML page of 60 bytes"
+
+
+def good():
+    return tiny()

@@ -1,0 +1,42 @@
+"""F006 broken-header: a weight file's header cannot be read.
+
+Why: without the header no tensor has a name, a type or a place. A damaged disk, a text-mode transfer or a wrong tool wrote it.
+
+Seen as:
+- safetensors: `Error while deserializing header: invalid JSON in header`
+- safetensors: `Error while deserializing header: invalid UTF-8 in header`
+- safetensors: `Error while deserializing header: header too large`
+
+Do: fetch the file again; if the source is broken too, write it again with safetensors' own `save_file`.
+
+False alarms: none known: the format's own reader refuses the same files.
+
+Fix safety: manual; names and places of tensors are not invented.
+
+Sources: safetensors safetensors/src/tensor.rs (0.8).
+"""
+
+import struct
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+KINDS = ("header-length", "header-json", "metadata", "unreadable")
+
+
+@rule("F006", "error")
+def broken_header(shard):
+    for defect in shard.defects:
+        if defect.kind in KINDS:
+            yield finding(f"{shard.name}: {defect.detail}", at=Place(shard.name, byte=0), evidence={"kind": defect.kind},
+                          fix=Fix(f"download or copy {shard.name} again", (), "manual"))
+
+
+def bad():
+    case = tiny()
+    case.files["model.safetensors"] = struct.pack("<Q", 16) + b'["no object"]'.ljust(16)
+    return case, "model.safetensors: header is a JSON list; it must be an object"
+
+
+def good():
+    return tiny()

@@ -1,0 +1,52 @@
+"""F008 overlapping-tensors: two tensors of one file claim the same bytes.
+
+Why: at most one of them can be right. Readers refuse the file, so that one range is not read as two weights.
+
+Seen as:
+- safetensors: `Error while deserializing header: invalid offset for tensor`
+
+Do: fetch the file again, or save the model again with safetensors' own writer.
+
+False alarms: none known. Tied weights are stored once under one name, never as two names on one range.
+
+Fix safety: manual; which tensor owns the bytes is not known.
+
+Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
+"""
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import shard_bytes, tiny
+
+
+@rule("F008", "error")
+def overlapping_tensors(shard):
+    for defect in shard.defects:
+        if defect.kind == "overlap":
+            yield finding(f"{defect.tensor} {defect.detail}", at=Place(shard.name, tensor=defect.tensor, byte=defect.offset),
+                          fix=Fix(f"download {shard.name} again, or save the model again", (), "manual"))
+
+
+def _last_range_moved_onto_the_first(case):
+    """The header with the last tensor's bytes said to lie 64 bytes inside the tensor before it."""
+    import json
+    import struct
+
+    raw = shard_bytes({n: case.tensors[n] for n in sorted(case.tensors)}, case.dtypes)
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    names = sorted(case.tensors)
+    before, last = names[-2], names[-1]
+    begin, end = header[last]["data_offsets"]
+    header[last]["data_offsets"] = [begin - 64, end - 64]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    return raw[:8] + text + raw[8 + length : -64], last, before, 8 + length + begin
+
+
+def bad():
+    case = tiny()
+    case.files["model.safetensors"], last, before, at = _last_range_moved_onto_the_first(case)
+    return case, f"{last} begins at byte {at - 64:,}, inside {before}, which ends at {at:,}"
+
+
+def good():
+    return tiny()

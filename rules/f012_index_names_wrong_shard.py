@@ -1,0 +1,56 @@
+"""F012 index-names-wrong-shard: the index places a tensor in one file, and another file holds it.
+
+Why: transformers reads every listed file and does not notice; vLLM and tools that read tensor by tensor follow the index and stop, or
+lose the tensor.
+
+Seen as:
+- safetensors: `SafetensorError: File does not contain tensor`
+- vLLM: `Following weights were not initialized from checkpoint`
+
+Do: rebuild the index from the shards' headers, which is exact.
+
+False alarms: none known.
+
+Fix safety: safe; the headers say where each tensor is.
+
+Sources: vllm-project/vllm vllm/model_executor/model_loader/weight_utils.py, `filter_duplicate_safetensors_files`.
+"""
+
+from doctor.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.testing import tiny
+
+INDEX = "model.safetensors.index.json"
+
+
+@rule("F012", "error")
+def index_names_wrong_shard(checkpoint, weight_map, shards):
+    held: dict[str, list[str]] = {}
+    for file, shard in shards.items():
+        for info in shard.tensors:
+            held.setdefault(info.name, []).append(file)
+    for name, file in (weight_map or {}).items():
+        if name in held and file in shards and file not in held[name] and not shards[file].defects:
+            pointer = "/weight_map/" + name.replace("~", "~0").replace("/", "~1")
+            yield finding(f"the index places {name} in {file}; it is in {held[name][0]}", at=Place(INDEX, pointer=pointer),
+                          evidence={"tensor": name, "said": file, "is": held[name][0]},
+                          fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),)))
+
+
+def bad():
+    case = tiny()
+    case.shards = 2
+    name = sorted(case.tensors)[0]
+    right, wrong = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+    def swap(folder):
+        path = folder / INDEX
+        path.write_text(path.read_text().replace(f'"{name}": "{right}"', f'"{name}": "{wrong}"'))
+
+    case.damage.append(swap)
+    return case, f"the index places {name} in {wrong}; it is in {right}"
+
+
+def good():
+    case = tiny()
+    case.shards = 2
+    return case

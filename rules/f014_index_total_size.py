@@ -1,0 +1,51 @@
+"""F014 index-total-size: the index states another number of bytes than the shards hold.
+
+Why: readers take the figure for planning memory only, so nothing breaks; but it differs from the truth only when index and shards are
+not of one revision, or a tool forgot to recount.
+
+Do: rebuild the index; if the difference is large, compare the shards with their source first.
+
+False alarms: tools that count a shared tensor twice. Nothing reads wrongly then, which is why this is only information.
+
+Fix safety: safe; the sum of the headers is exact.
+
+Sources: huggingface/huggingface_hub src/huggingface_hub/serialization/_base.py: total_size is the sum of tensor bytes.
+"""
+
+from doctor.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.testing import tiny
+
+INDEX = "model.safetensors.index.json"
+FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F008", "F009", "F010", "F011", "F013", "F015", "F016")
+
+
+@rule("F014", "info", implied_by=FILES)
+def index_total_size(checkpoint, weight_map, shards):
+    if weight_map is None:
+        return
+    metadata = (checkpoint.index or {}).get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    holds = sum(info.nbytes for shard in shards.values() for info in shard.tensors)
+    if isinstance(said, (int, float)) and said != holds:
+        yield finding(f"the index states {said:,} bytes of tensors, the shards hold {holds:,}",
+                      at=Place(INDEX, pointer="/metadata/total_size", note=f"{holds:,}"), evidence={"said": said, "holds": holds},
+                      fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),)))
+
+
+def bad():
+    case = tiny()
+    case.shards = 2
+    holds = sum(a.nbytes for a in case.tensors.values())
+
+    def miscount(folder):
+        path = folder / INDEX
+        path.write_text(path.read_text().replace(f'"total_size": {holds}', f'"total_size": {holds + 4096}'))
+
+    case.damage.append(miscount)
+    return case, f"the index states {holds + 4096:,} bytes of tensors, the shards hold {holds:,}"
+
+
+def good():
+    case = tiny()
+    case.shards = 2
+    return case

@@ -1,0 +1,39 @@
+"""F021 no-weights: there is no weight file of any kind.
+
+Why: there is nothing to quantize. Often only the configuration was fetched, or the weights lie one directory deeper.
+
+Seen as:
+- transformers: `no file named pytorch_model.bin, model.safetensors`
+- vLLM: `Cannot find any model weights with`
+
+Do: fetch the *.safetensors files, or give the directory that holds them.
+
+False alarms: directories that are meant to hold a configuration only.
+
+Fix safety: manual.
+
+Sources: transformers src/transformers/modeling_utils.py; vllm-project/vllm vllm/model_executor/model_loader/default_loader.py.
+"""
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
+
+
+@rule("F021", "error", implied_by=("F010", "F019", "F020", "F024"))
+def no_weights(checkpoint, files, shards):
+    if any(name.endswith(WEIGHTS) for name in files):
+        return
+    yield finding(f"none of {len(files)} files holds weights", at=Place("model.safetensors"), evidence={"files": len(files)},
+                  fix=Fix("fetch the model's *.safetensors files", (), "manual"))
+
+
+def bad():
+    case = tiny()
+    case.damage.append(lambda folder: (folder / "model.safetensors").unlink())
+    return case, "none of 4 files holds weights"
+
+
+def good():
+    return tiny()

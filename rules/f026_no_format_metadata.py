@@ -1,0 +1,49 @@
+"""F026 no-format-metadata: a weight file does not say which framework wrote it.
+
+Why: transformers before version 5 demands `"format": "pt"` in the header and stops without it; newer ones and all other readers do not
+look.
+
+Seen as:
+- transformers: `does not contain the valid metadata. Make sure you save your model with the `save_pretrained` method`
+
+Do: nothing for current tools. For transformers 4, save again with `save_file(tensors, path, metadata={"format": "pt"})`. Whatever
+doctor writes has it.
+
+False alarms: files that only programs of your own read.
+
+Fix safety: manual; a header is rewritten only together with its file.
+
+Sources: transformers 4.57 src/transformers/modeling_utils.py, `load_state_dict`; tried with 5.23: loads.
+"""
+
+import json
+import struct
+
+from doctor.rule import Place, finding, rule
+from doctor.testing import shard_bytes, tiny
+
+
+@rule("F026", "info")
+def no_format_metadata(checkpoint, shards):
+    without = [n for n, s in shards.items() if s.tensors and not s.defects and "format" not in (s.metadata or {})]
+    if without:
+        what = without[0] if len(without) == 1 else f"{len(without)} of {len(shards)} weight files"
+        verb = "has" if len(without) == 1 else "have"
+        yield finding(f"{what} {verb} no format in the metadata; transformers 4 refuses that", at=Place(without[0], byte=8),
+                      evidence={"files": len(without)}, advice="save again with metadata={'format': 'pt'} if transformers 4 must read it")
+
+
+def bad():
+    case = tiny()
+    raw = shard_bytes({n: case.tensors[n] for n in sorted(case.tensors)}, case.dtypes)
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    del header["__metadata__"]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    case.files["model.safetensors"] = struct.pack("<Q", len(text)) + text + raw[8 + length :]
+    return case, "model.safetensors has no format in the metadata; transformers 4 refuses that"
+
+
+def good():
+    return tiny()
