@@ -75,20 +75,23 @@ def assert_same(got, want, sums=1e-6):
     assert abs(got.sum - want.sum) <= sums * math.sqrt(want.numel) * math.sqrt(want.sumsq)
 
 
-def hard_codes(dtype, n, seed):
-    """n codes: normal weights of scale 0.02 with NaN, Inf, zeros of both signs, subnormals, huge and tiny ones planted."""
-    rng = np.random.default_rng(seed)
+def weight_codes(dtype, n, rng):
+    """n codes of normal weights of scale 0.02, all finite; for 8 bits any code at all."""
     weights = (rng.standard_normal(n) * 0.02).astype(np.float32)
     if dtype in stats.NARROW:
-        codes = rng.integers(0, 256, n).astype(np.uint8)
-    elif dtype == "BF16":
-        codes = (weights.view(np.uint32) >> 16).astype(np.uint16)
-    else:
-        codes = weights.astype(f"<f{code_type(dtype).itemsize}").view(code_type(dtype))
-    kinds = rng.integers(0, 4)
-    if kinds:
-        where = rng.random(n) < (0.001, 0.05, 0.9)[kinds - 1]
-        codes[where] = rng.integers(0, 2 ** code_bits(dtype), where.sum(), dtype=codes.dtype)
+        return rng.integers(0, 256, n).astype(np.uint8)
+    if dtype == "BF16":
+        return (weights.view(np.uint32) >> 16).astype(np.uint16)
+    return weights.astype(f"<f{code_type(dtype).itemsize}").view(code_type(dtype))
+
+
+def hard_codes(dtype, n, seed):
+    """Weights with none, few, some or mostly random codes, which include NaN, Inf, subnormal, huge and tiny; and zeros."""
+    rng = np.random.default_rng(seed)
+    codes = weight_codes(dtype, n, rng)
+    where = rng.random(n) < (0, 0.001, 0.05, 0.9)[seed % 4]
+    codes[where] = rng.integers(0, 2 ** code_bits(dtype), where.sum(), dtype=codes.dtype)
+    if seed % 4:
         codes[rng.random(n) < 0.01] = rng.choice([0, 1 << (code_bits(dtype) - 1)])
     return codes
 
@@ -102,7 +105,7 @@ def test_every_path_counts_by_the_definition(path, dtype, n):
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_all_65536_codes_one_by_one(path, dtype):
+def test_all_65536_codes_are_classified_by_their_values(path, dtype):
     codes = np.arange(65536, dtype="<u2")
     with np.errstate(all="ignore"):
         x = values_of(codes, dtype)
@@ -112,7 +115,7 @@ def test_all_65536_codes_one_by_one(path, dtype):
             "n_subnormal": (x != 0) & (np.abs(x) < smallest_normal(dtype)),
             "n_fp16_overflow": finite & ~np.isfinite(half), "n_fp16_underflow": (x != 0) & (half == 0)}
     assert_same(stats.scan(codes, dtype), definition(codes, dtype))
-    step = 1 if path != NUMPY else 37  # the NumPy path is one table for all codes: a sample of single calls is enough
+    step = 5 if path != NUMPY else 37  # every code was counted above; alone, a sample shows the scalar tail of the loops
     for code in range(0, 65536, step):
         got = stats.scan(codes[code:code + 1], dtype)
         assert {name: getattr(got, name) for name in want} == {name: int(mask[code]) for name, mask in want.items()}
@@ -182,21 +185,21 @@ def test_paths_agree_at_every_address(dtype, n, seed, shift):
         assert_same(got, results[0])
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-@pytest.mark.parametrize("constant", [1.0, 1.99609375, -0.0137, 3e-5, 1e-12, 60000.0, 1e18])
+CONSTANTS = [(dtype, value) for dtype in ("BF16", "F16", "F32") for value in (1.0, 1.99609375, -0.0137, 3e-5, 60000.0)]
+
+
+@pytest.mark.parametrize("dtype, constant", [*CONSTANTS, ("BF16", 1e-12), ("F32", 1e-25), ("BF16", 1e18), ("F32", 1e30)])
 def test_sums_of_a_constant_do_not_drift(path, dtype, constant):
     """The worst case of float32 partial sums: every rounding goes the same way."""
-    if dtype == "F16" and not 1e-7 < abs(constant) < 65504:
-        pytest.skip("not an fp16 value")
-    value = np.float32(constant)
-    codes = {"BF16": value.view(np.uint32) >> 16, "F16": value.astype(np.float16).view(np.uint16),
-             "F32": value.view(np.uint32)}[dtype].astype(code_type(dtype))
-    assert_same(stats.scan(np.full(50000, codes), dtype), definition(np.full(50000, codes), dtype), sums=1.5e-6)
+    value = np.float16(constant) if dtype == "F16" else np.float32(constant)
+    code = value.view(code_type(dtype)) if dtype != "BF16" else value.view(np.uint32) >> 16
+    codes = np.full(50000, code, code_type(dtype))
+    assert_same(stats.scan(codes, dtype), definition(codes, dtype), sums=1.5e-6)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 def test_one_planted_value_in_a_large_tensor_is_found_where_it_lies(path, dtype):
-    codes = hard_codes(dtype, 50000, 0)
+    codes = weight_codes(dtype, 50000, np.random.default_rng(0))
     codes[31234] = stats.WIDE[dtype].inf + 1
     codes[40000] = stats.WIDE[dtype].inf | 1 << (code_bits(dtype) - 1)
     got = stats.scan(codes, dtype, 1000)
