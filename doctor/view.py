@@ -1,0 +1,367 @@
+"""A checkpoint read through edits: what a fix would write, without writing it.
+
+Scan, rules, quantizer and writer take an EditedCheckpoint like any other. The listing, the JSON texts, the headers and the
+bytes of every shard are those that the writer puts on disk, so a finding on the view points at places in the fixed files.
+Bytes that no edit touches come straight from the source; an edited tensor is worked out slab by slab while it is read.
+
+Edits are checked against the files here: one that expects another value, tensor or shape than there is, is PlanRefused.
+"""
+
+import bisect
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from doctor import jsontext
+from doctor.checkpoint import INDEX_NAME, Checkpoint, Entry, JsonFile
+from doctor.dtypes import CODE_NUMPY
+from doctor.edits import (MISSING, TENSOR_EDITS, DropTensor, Edit, PadTensor, RebuildIndex, RemoveJson, SetJson, apply, edited_info,
+                          pad_positions)
+from doctor.errors import BadCheckpoint, PlanRefused
+from doctor.shard import Shard, ShardFile, TensorInfo, open_shard
+
+STALE = "The edits were made for another state of the files: run `doctor fix` again."
+
+
+@dataclass
+class Piece:
+    """Bytes [begin, end) of an edited shard: literal `data`, a run of the source at `source`, or one edited tensor."""
+
+    begin: int
+    end: int
+    data: bytes | None = None
+    source: int | None = None
+    tensor: "EditedTensor | None" = None
+
+
+class EditedTensor:
+    """One tensor under its edits, readable by leading rows in any order."""
+
+    def __init__(self, old: TensorInfo, new: TensorInfo, edits: list[Edit]):
+        self.old, self.new = old, new
+        self.kind = np.dtype(CODE_NUMPY[old.dtype.name])
+        self.shape = new.shape or (1,)
+        # Rows grow where slabs are put together, everything else inside a slab.
+        self.inner = [e for e in edits if not (isinstance(e, PadTensor) and e.axis == 0)]
+        outer = next((e for e in edits if isinstance(e, PadTensor) and e.axis == 0), None)
+        self.positions = None if outer is None else pad_positions(old.shape[0], outer.size, outer.blocks, outer.spread)
+        self.old_row_bytes = old.nbytes // (old.shape or (1,))[0] if old.numel else 0
+        self.row_bytes = new.nbytes // self.shape[0] if new.numel else 0
+
+    def rows(self, file: ShardFile, begin: int, end: int) -> np.ndarray:
+        """Codes of rows [begin, end) after the edits; `file` is open on the source."""
+        first, last = (begin, end) if self.positions is None else map(int, np.searchsorted(self.positions, (begin, end)))
+        raw = bytearray((last - first) * self.old_row_bytes)
+        ShardFile.read_into(file, self.old.begin + first * self.old_row_bytes, memoryview(raw))
+        codes = np.frombuffer(raw, self.kind).reshape(last - first, *(self.old.shape or (1,))[1:])
+        codes = apply(codes, self.old, self.inner)
+        if self.positions is None:
+            return codes
+        out = np.zeros((end - begin, *self.shape[1:]), self.kind)
+        out[self.positions[first:last] - begin] = codes
+        return out
+
+    def read_into(self, file: ShardFile, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer with the tensor's bytes from `offset` on."""
+        first, last = offset // self.row_bytes, -(-(offset + len(buffer)) // self.row_bytes)
+        raw = np.ascontiguousarray(self.rows(file, first, last)).reshape(-1).view(np.uint8).data
+        skip = offset - first * self.row_bytes
+        buffer[:] = raw[skip : skip + len(buffer)]
+
+
+class EditedFile(ShardFile):
+    """A shard as it will be written. `pieces` lie one behind the other from byte 0."""
+
+    def __init__(self, path, name: str, pieces: list[Piece]):
+        super().__init__(path, name)
+        self._pieces = pieces
+        self._begins = [p.begin for p in pieces]
+
+    def size(self) -> int:
+        return self._pieces[-1].end
+
+    def read(self, offset: int, n: int) -> bytes:
+        buffer = bytearray(max(min(n, self.size() - offset), 0))
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        end = offset + len(buffer)
+        if end > self.size():
+            raise BadCheckpoint(f"{self.name}: has {self.size():,} bytes; byte {end:,} was asked for.")
+        at = offset
+        while at < end:
+            piece = self._pieces[bisect.bisect_right(self._begins, at) - 1]
+            stop = min(piece.end, end)
+            self._fill(piece, at - piece.begin, buffer[at - offset : stop - offset])
+            at = stop
+
+    def _fill(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+        if piece.data is not None:
+            buffer[:] = piece.data[offset : offset + len(buffer)]
+        elif piece.tensor is not None:
+            piece.tensor.read_into(self, offset, buffer)
+        else:
+            super().read_into(piece.source + offset, buffer)
+
+
+class EditedCheckpoint(Checkpoint):
+    """`source` as it will be after `edits`. Nothing is written.
+
+    changed: names of files whose content differs from the source's. changed_tensors: names of tensors that edits touch.
+    Raises PlanRefused for an edit that does not fit the files.
+    """
+
+    def __init__(self, source: Checkpoint, edits: Iterable[Edit] = ()):
+        super().__init__(source.root, source.only)
+        self.source = source
+        self.edits = tuple(edits)
+        self.entries = dict(source.entries)
+        self.problems = list(source.problems)
+        self.shards = dict(source.shards)
+        self.json = dict(source.json)
+        self.missing_shards = list(source.missing_shards)
+        self.changed: set[str] = set()
+        self.changed_tensors: set[str] = set()
+        self.pieces: dict[str, list[Piece]] = {}
+        self._edit_tensors()
+        self._edit_json()
+        if any(isinstance(e, RebuildIndex) for e in self.edits):
+            self._rebuild_index()
+        else:
+            if INDEX_NAME in self.changed:
+                self._follow_index()
+            if self.changed_tensors:
+                self._correct_index()
+
+    # tensors
+
+    def _edit_tensors(self) -> None:
+        by_tensor: dict[str, list[Edit]] = {}
+        for edit in self.edits:
+            if isinstance(edit, TENSOR_EDITS):
+                by_tensor.setdefault(edit.tensor, []).append(edit)
+        for name in by_tensor:
+            if name not in self.source.tensors:
+                raise PlanRefused(f"{name}: the checkpoint has no such tensor.", STALE)
+        self.changed_tensors = set(by_tensor)
+        for shard in self.source.shards.values():
+            if not self.changed_tensors.isdisjoint(t.name for t in shard.tensors):
+                self._edit_shard(shard, by_tensor)
+
+    def _edit_shard(self, shard: Shard, by_tensor: dict[str, list[Edit]]) -> None:
+        if shard.defects:
+            raise PlanRefused(f"{shard.name}: {shard.defects[0].detail}; a shard is rewritten only when every byte of it is accounted for.",
+                              "Copy the file again from where it came from, then run `doctor fix`.")
+        kept = [(t, by_tensor.get(t.name, [])) for t in shard.tensors]
+        kept = [(t, edits) for t, edits in kept if not any(isinstance(e, DropTensor) for e in edits)]
+        self.changed.add(shard.name)
+        if not kept:
+            del self.shards[shard.name], self.entries[shard.name]
+            return
+        new_shard, pieces = _lay_out(shard, [(t, _edited(t, edits), edits) for t, edits in kept])
+        self.shards[shard.name] = new_shard
+        self.pieces[shard.name] = pieces
+        self.entries[shard.name] = Entry(shard.name, new_shard.size)
+
+    # JSON
+
+    def _edit_json(self) -> None:
+        texts: dict[str, str] = {}
+        for edit in self.edits:
+            if isinstance(edit, (SetJson, RemoveJson)):
+                texts[edit.file] = edited_text(texts[edit.file] if edit.file in texts else self.text(edit.file), edit)
+        for name, text in texts.items():
+            self._put_json(name, text)
+
+    def text(self, name: str) -> str:
+        """Text of a JSON file; that of an absent file is an empty object. Raises PlanRefused for a broken one."""
+        file = self.json.get(name)
+        if file is None:
+            if name in self.entries or "/" in name or not name.endswith(".json"):
+                raise PlanRefused(f"{name}: not a JSON file of this checkpoint.")
+            return "{}\n"
+        if file.broken is not None:
+            raise PlanRefused(f"{name}: {file.broken}; a value can be set only in JSON that can be read.", "Repair the file by hand first.")
+        return file.raw.decode("utf-8")
+
+    def _put_json(self, name: str, text: str) -> None:
+        raw = text.encode("utf-8")
+        old = self.source.json.get(name)
+        if old is not None and old.raw == raw:
+            return
+        self.json[name] = JsonFile(name, raw)
+        self.entries[name] = Entry(name, len(raw))
+        self.changed.add(name)
+        self.__dict__.pop("weight_map", None)
+
+    # index
+
+    def _follow_index(self) -> None:
+        """The shards that an edited index names."""
+        wanted = sorted(set(self.weight_map.values()))
+        self.missing_shards = [n for n in wanted if n not in self.entries]
+        self.shards = {n: self.shards.get(n) or open_shard(self.source.path(n), n) for n in wanted if n in self.entries}
+
+    def _correct_index(self) -> None:
+        """Sizes and the names of dropped tensors in an index that is there; its text is otherwise left as it is."""
+        if self.index is None:
+            return
+        text = self.text(INDEX_NAME)
+        for name in self.changed_tensors - self.tensors.keys():
+            if name in self.weight_map:
+                text = jsontext.remove_value(text, jsontext.pointer("weight_map", name))
+        metadata = self.index.get("metadata")
+        for key, value in self._totals().items():
+            if isinstance(metadata, dict) and key in metadata and metadata[key] != value:
+                text = jsontext.set_value(text, jsontext.pointer("metadata", key), value)
+        self._put_json(INDEX_NAME, text)
+
+    def _totals(self) -> dict[str, int]:
+        infos = self.tensors.values()
+        return {"total_size": sum(t.nbytes for t in infos), "total_parameters": sum(t.numel for t in infos)}
+
+    def _rebuild_index(self) -> None:
+        """An index made of the headers alone: every tensor in the shard the old index named, else in the first that has it."""
+        old_map, old_index = dict(self.weight_map), self.index or {}
+        for name in self.entries:
+            if name.endswith(".safetensors") and name not in self.shards:
+                self.shards[name] = open_shard(self.source.path(name), name)
+        self.__dict__.pop("tensors", None)
+        names = sorted(self.shards)
+        if any(_is_numbered(n) for n in names):  # a whole model beside its own shards is not one of them
+            names = [n for n in names if _is_numbered(n)]
+        weight_map: dict[str, str] = {}
+        for shard in names:
+            for info in self.shards[shard].tensors:
+                if info.name not in weight_map or old_map.get(info.name) == shard:
+                    weight_map[info.name] = shard
+        self.shards = {n: self.shards[n] for n in names if n in set(weight_map.values())}
+        self.missing_shards = []
+        metadata = old_index.get("metadata") if isinstance(old_index.get("metadata"), dict) else {}
+        document = {"metadata": dict(metadata), "weight_map": dict(sorted(weight_map.items()))}
+        self._put_json(INDEX_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        totals = self._totals()
+        document["metadata"] |= {k: v for k, v in totals.items() if k == "total_size" or k in metadata}
+        self._put_json(INDEX_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+    # reading
+
+    def path(self, name: str):
+        """Path of a file that no edit changes. Raises BadCheckpoint for one that exists only as edits."""
+        if name in self.changed:
+            raise BadCheckpoint(f"{name}: changed by edits that are not on disk; read it through the checkpoint.")
+        return super().path(name)
+
+    def read_file(self, name: str, limit: int = 64 << 20) -> bytes:
+        if name not in self.changed:
+            return super().read_file(name, limit)
+        if name in self.json:
+            return self.json[name].raw
+        with self.open_file(name) as file:
+            if file.size() > limit:
+                raise BadCheckpoint(f"{name}: {file.size():,} bytes; at most {limit:,} are read.")
+            return file.read(0, file.size())
+
+    def open_file(self, shard: str) -> ShardFile:
+        pieces = self.pieces.get(shard)
+        if pieces is None:
+            return self.source.open_file(shard) if shard in self.source.shards else super().open_file(shard)
+        try:
+            return EditedFile(self.source.path(shard), shard, pieces)
+        except OSError as error:
+            raise BadCheckpoint(f"{shard}: {error.strerror}.") from None
+
+
+def _is_numbered(name: str) -> bool:
+    head, _, count = name.removesuffix(".safetensors").rpartition("-of-")
+    return count.isdigit() and head[-1:].isdigit()
+
+
+def _edited(info: TensorInfo, edits: list[Edit]) -> TensorInfo:
+    if not edits:
+        return info
+    if info.dtype.name not in CODE_NUMPY:
+        raise PlanRefused(f"{info.name}: dtype {info.dtype.name} has no whole-byte elements and cannot be edited.")
+    for edit in edits:
+        if isinstance(edit, PadTensor):
+            old = info.shape[edit.axis] if 0 <= edit.axis < len(info.shape) else None
+            if old is None or edit.size < old or old % edit.blocks or edit.size % edit.blocks:
+                raise PlanRefused(f"{info.name}: axis {edit.axis} of {list(info.shape)} cannot grow to {edit.size} in {edit.blocks} equal "
+                                  "parts.", STALE)
+    return edited_info(info, edits)
+
+
+def _lay_out(shard: Shard, parts: list[tuple[TensorInfo, TensorInfo, list[Edit]]]) -> tuple[Shard, list[Piece]]:
+    """The shard's new header and where each byte of the new file comes from; tensors keep their order."""
+    entries, at = {}, 0
+    # transformers 4 refuses a file whose metadata does not name a format.
+    entries["__metadata__"] = {"format": "pt", **(shard.metadata or {})}
+    for _, new, _ in parts:
+        entries[new.name] = {"dtype": new.dtype.name, "shape": list(new.shape), "data_offsets": [at, at + new.nbytes]}
+        at += new.nbytes
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    result = Shard(shard.name, 8 + len(raw) + at, len(raw), metadata=entries["__metadata__"])
+    pieces = [Piece(0, result.data_begin, data=struct.pack("<Q", len(raw)) + raw)]
+    at = result.data_begin
+    for old, new, edits in parts:
+        info = replace(new, begin=at, end=at + new.nbytes)
+        result.tensors.append(info)
+        if info.nbytes:
+            _join(pieces, old, info, edits)
+        at = info.end
+    return result, pieces
+
+
+def _join(pieces: list[Piece], old: TensorInfo, info: TensorInfo, edits: list[Edit]) -> None:
+    """Put one more tensor behind the pieces; neighbours that no edit touches become one run."""
+    last = pieces[-1]
+    if edits:
+        pieces.append(Piece(info.begin, info.end, tensor=EditedTensor(old, info, edits)))
+    elif last.source is not None and last.source + last.end - last.begin == old.begin:
+        last.end = info.end
+    else:
+        pieces.append(Piece(info.begin, info.end, source=old.begin))
+
+
+def edited_text(text: str, edit: SetJson | RemoveJson) -> str:
+    """The text after one edit. Raises PlanRefused where the value now there is not the one the edit expects."""
+    now = _value_at(json.loads(text.removeprefix("\ufeff")), edit.pointer)
+    where = f"{edit.file}#{edit.pointer}"
+    anything = isinstance(edit, RemoveJson) and edit.expect is None
+    if not (now is not MISSING if anything else same_json(now, edit.expect)):
+        raise PlanRefused(f"{where}: {shown(now)}; the edit expects {'a value' if anything else shown(edit.expect)}.", STALE)
+    try:
+        if isinstance(edit, SetJson):
+            return jsontext.set_value(text, edit.pointer, edit.value)
+        return jsontext.remove_value(text, edit.pointer)
+    except KeyError as error:
+        raise PlanRefused(f"{where}: {error.args[0] or 'the document'} is no object that could hold the key.", STALE) from None
+
+
+def _value_at(value: object, pointer: str) -> object:
+    for key in jsontext.split_pointer(pointer):
+        if isinstance(value, dict) and key in value:
+            value = value[key]
+        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return MISSING
+    return value
+
+
+def same_json(a: object, b: object) -> bool:
+    """Equal as JSON: 1 is not 1.0 and not true, NaN is NaN."""
+    if a is MISSING or b is MISSING:
+        return a is b
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def shown(value: object) -> str:
+    """A JSON value as a message shows it."""
+    text = "no value" if value is MISSING else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
