@@ -5,6 +5,7 @@ has no groups of columns (FP8, bitsandbytes, EXL2), the layout is unavailable an
 """
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +15,8 @@ from doctor.edits import PadTensor
 from doctor.facts import Unavailable, fact, provide
 from doctor.recipe import Recipe
 from doctor.shard import TensorInfo
-from doctor.spec import NOT_TEXT, ROLE_OF_TAIL, ModelSpec, evaluate
+from doctor.spec import NOT_TEXT, ROLE_OF_TAIL, ROW_PARALLEL, ModelSpec, evaluate
+from doctor.tables import table
 
 PACKED = (".qweight", ".weight_packed")
 # Linears that a serving engine stores as one matrix, so that they must be quantized alike or not at all.
@@ -261,3 +263,73 @@ def _words(expression: str) -> list[str]:
 def fits(size: int, unit: int) -> int:
     """The next multiple of `unit` at or above `size`."""
     return -(-size // unit) * unit
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a runtime that reads this layout. tiles: legal (in_features, out_features) multiples on one GPU."""
+
+    name: str
+    tiles: tuple[tuple[int, int], ...]
+    dtypes: tuple[str, ...]
+
+    def takes(self, in_features: int, out_features: int) -> bool:
+        return any(in_features % i == 0 and out_features % o == 0 for i, o in self.tiles)
+
+
+@fact("checkpoint", stage="header")
+def kernels(checkpoint, layout, recipe):
+    """Kernels of recipe.runtime that read this format, width and group size, in the order they are tried."""
+    entries = runtime_entries(recipe)
+    form = layout.format
+    return tuple(Kernel(e["name"], tuple(map(tuple, e["tiles"])), tuple(e["dtypes"])) for e in entries
+                 if form in e["formats"] and layout.bits in e["bits"] and layout.sym in e["sym"][form]
+                 and (not e["groups"] or layout.group_size in e["groups"]))
+
+
+def runtime_entries(recipe: Recipe) -> list[dict]:
+    """Rows of the table `kernels` for the recipe's runtime and version. Raises Unavailable where none is asked for or known."""
+    if not recipe.runtime:
+        raise Unavailable("no runtime was named: --runtime asks for one")
+    entries = table("kernels").get(recipe.runtime)
+    if not entries:
+        raise Unavailable(f"no table of {recipe.runtime}'s kernels for grouped weights")
+    return [e for e in entries if in_force(e, recipe.runtime_version)]
+
+
+def in_force(entry: Mapping, version: str) -> bool:
+    """Whether a table row holds for a version; without a version, for the newest."""
+    if not version:
+        return "until" not in entry
+    asked = _release(version)
+    return _release(entry.get("since", "0")) <= asked and ("until" not in entry or asked < _release(entry["until"]))
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = [int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3]]
+    return tuple(numbers + [0] * (3 - len(numbers)))
+
+
+def on_one_gpu(layout: Layout, tp: int, n_kv_heads: int | None) -> list[tuple[str, int, int, GroupedLinear]]:
+    """(roles, in_features, out_features, one linear of them) of every matrix on one GPU; fused sets count as one matrix.
+
+    Key and value heads are repeated where there are fewer of them than GPUs. Sizes that do not divide are left out: heads and
+    groups have their own rules.
+    """
+    sets: dict[tuple, list[GroupedLinear]] = {}
+    for linear in layout.linears:
+        fused = next((group for group in FUSED if linear.role in group), (linear.role,))
+        parent = linear.name.rpartition(".")[0] if len(fused) > 1 else linear.name
+        sets.setdefault((parent, fused), []).append(linear)
+    found = []
+    for members in sets.values():
+        row = members[0].role in ROW_PARALLEL
+        width, height = members[0].in_features, 0
+        for linear in members:
+            copies = min(tp, n_kv_heads) if linear.role in ("k", "v") and n_kv_heads else tp
+            share, rest = divmod(linear.out_features, 1 if row else copies)
+            height += share if not rest else 0
+        if width % (tp if row else 1) == 0 and height:
+            roles = sorted((m.role for m in members), key=lambda role: sum(FUSED, ()).index(role) if role in sum(FUSED, ()) else 0)
+            found.append(("+".join(roles), width // (tp if row else 1), height, members[0]))
+    return found

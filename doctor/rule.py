@@ -27,7 +27,7 @@ from doctor.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, provid
 from doctor.spec import ROW_PARALLEL, Linear, ModelSpec  # noqa: F401
 from doctor.tables import table  # noqa: F401
 import doctor.builtin  # noqa: F401 - declares the facts that rules name
-from doctor.layout import FUSED, fits, size_key  # noqa: F401 - declares the layout of groups too
+from doctor.layout import FUSED, axis_expression, fits, in_force, on_one_gpu, pad_edits, resized, size_key  # noqa: F401 - declares the layout of groups too
 
 SEVERITIES = ("error", "warning", "info")
 CERTAINTIES = ("certain", "likely", "hint")

@@ -204,3 +204,32 @@ def _tokenizer_files(config: dict) -> dict[str, dict]:
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256, **names},
     }
+
+
+def tiny_gptq(family: str | None = None, version: str = "gptq") -> Case:
+    """The same checkpoint quantized to 4 bits: groups of 32, symmetric, groups in place, float16 scales.
+
+    The codes are drawn anew and decode to weights of the same spread; no rule compares them with the original.
+    """
+    from doctor.spec import build_spec
+
+    case = tiny(family)
+    spec = build_spec(case.config, case.infos())
+    rng = np.random.default_rng(11)
+    bits, group = 4, 32
+    zero = 0x77777777 if version == "gptq" else 0x88888888
+    for linear in spec.linears:
+        del case.tensors[linear.tensor], case.dtypes[linear.tensor]
+        width, height = linear.in_features, linear.out_features
+        groups = width // group
+        parts = {
+            "qweight": (rng.integers(0, 1 << 32, (width * bits // 32, height), np.uint32).view(np.int32), "I32"),
+            "qzeros": (np.full((groups, height * bits // 32), zero, np.uint32).view(np.int32), "I32"),
+            "scales": (encode(rng.uniform(0.01, 0.03, (groups, height)), "F16"), "F16"),
+            "g_idx": (np.arange(width, dtype=np.int32) // group, "I32"),
+        }
+        for tail, (codes, dtype) in parts.items():
+            case.tensors[f"{linear.name}.{tail}"], case.dtypes[f"{linear.name}.{tail}"] = codes, dtype
+    case.config["quantization_config"] = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False, "sym": True,
+                                          "checkpoint_format": version, "lm_head": False}
+    return case

@@ -1,0 +1,100 @@
+"""G302 group-count-indivisible-by-tp: the groups of a row cannot be shared out evenly among the GPUs.
+
+Why: tensor parallelism cuts o and down along their in_features. Each GPU must hold whole groups, because a group has one scale: so
+in_features must be a multiple of group_size × tp. Engines refuse other sizes, or put out token 0 for ever, which is "!" in
+Qwen's vocabulary.
+
+Seen as:
+- vLLM: `The input size is not aligned with the quantized weight shape. This can be caused by too large tensor parallel size.`
+- vLLM: `is not divisible by min_thread_k = 128. Consider reducing tensor_parallel_size`
+
+Do: change the plan (`--tp 1`, or a smaller group size), or pad the MLP: zero rows in gate and up, zero columns in down. Qwen's
+own 14B and 72B GPTQ uploads are padded so (13696 to 14336, 29568 to 29696). Never cut weights to fit.
+
+False alarms: you will only serve on one GPU, or with pipeline parallelism.
+
+Fix safety: unsafe: shapes change. In exact arithmetic the outputs do not: a padded hidden unit is act(0) · 0 = 0, and its column in
+down is 0 too. The zeros are spread between the columns, so that no group is empty.
+
+Sources: vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py (create_weights); QwenLM/Qwen3 issues 63 and 258;
+QwenLM/Qwen2 docs/source/quantization/gptq.md.
+"""
+
+from doctor.rule import (MISSING, ROW_PARALLEL, Fix, Place, SetJson, axis_expression, finding, fits, pad_edits, resized, rule,
+                         size_key)
+from doctor.testing import tiny
+
+TPS = (1, 2, 4, 8)  # the GPU counts people rent
+OTHER_GROUPS = (64, 32)
+SEARCH = 8  # widths are sought in steps of 8: packing needs more, so no legal width is passed over
+
+
+@rule("G302", "error")
+def group_count_indivisible_by_tp(checkpoint, layout, spec, recipe, tensors):
+    group, tp = layout.group_size, recipe.tp
+    if group == -1 or tp == 1:
+        return
+    misfits = {}
+    for linear in layout.linears:
+        width = linear.in_features
+        # Groups that do not fit even one GPU are G301; heads that cannot be shared out are G304.
+        whole = width % group == 0 and not (linear.role == "o" and spec.n_heads and spec.n_heads % tp)
+        if linear.role in ROW_PARALLEL and whole and width % (group * tp):
+            misfits.setdefault((size_key(spec, linear.name, 1), linear.role), []).append(linear)
+    for (key, role), linears in misfits.items():
+        width = max(linear.in_features for linear in linears)
+        where = Place("config.json", pointer=spec.at(key or "num_attention_heads"), note=_factors(width, group))
+        name = key if key and spec.lookup(key) == width else f"in_features of {role}"
+        fix = None if layout.quantized or not key else _padding(checkpoint, spec, tensors, key, linears, group * tp)
+        others = [g for g in OTHER_GROUPS if g < group and not width % (g * tp)]
+        plans = ["--tp 1", *(f"--group-size {g} --tp {tp}" for g in others[:1])]
+        yield finding(f"{name} {width} = {width // group} × {group}: {width // group} groups cannot be cut into {tp}",
+                      at=where, fix=fix, facts_table=_table(width, group, tp), advice="or change the plan: " + ", or ".join(plans),
+                      evidence={"in_features": width, "group_size": group, "tp": tp, "linears": len(linears)})
+
+
+def _factors(width, group):
+    groups = width // group
+    prime = groups > 1 and all(groups % d for d in range(2, int(groups**0.5) + 1))
+    return f"{width} = {groups} × {group}" + (f", and {groups} is prime" if prime else "")
+
+
+def _table(width, group, tp):
+    tps = sorted({*TPS, tp})
+    return (("tensor parallel", *tps), ("groups per GPU", *(f"{width / group / n:g}" for n in tps)),
+            ("next size that fits", *(fits(width, group * n) for n in tps)))
+
+
+def _padding(checkpoint, spec, tensors, key, linears, unit):
+    """Fix that grows config[key] until every one of these linears fits, or None where no exact padding is known."""
+    old = spec.lookup(key)
+    expressions = {axis_expression(spec, linear.name, 1) for linear in linears}
+    if not old or None in expressions:
+        return None
+    sizes = range(fits(old, SEARCH), 2 * unit * old, SEARCH)
+    new = next((v for v in sizes if all(not (resized(spec, e, key, v) or 1) % unit for e in expressions)), None)
+    edits = pad_edits(spec, tensors, key, new) if new else ()
+    if not edits:
+        return None
+    block = checkpoint.value("config.json")
+    block = block[spec.text_key] if spec.text_key else block
+    config = SetJson("config.json", spec.at(key), new, expect=block.get(key, MISSING))
+    added = new / old - 1
+    return Fix(f"zero-pad gate and up rows and down columns: {key} {old} -> {new} (+{added:.1%} of the MLP, same outputs in exact "
+               "arithmetic)", (*edits, config), "unsafe", needs=("W201", "G301"))
+
+
+def bad():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("tp", 2)
+    case.config["intermediate_size"] = 96
+    for name, codes in case.tensors.items():
+        if ".mlp." in name:
+            case.tensors[name] = codes[:, :96] if "down" in name else codes[:96]
+    return case, "intermediate_size 96 = 3 × 32: 3 groups cannot be cut into 2"
+
+
+def good():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("tp", 2)
+    return case

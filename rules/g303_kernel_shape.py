@@ -1,0 +1,57 @@
+"""G303 kernel-shape: a matrix does not fit the tiles of the runtime's kernel.
+
+Why: fast kernels work on fixed tiles (Marlin: 128 in_features by 64 out_features on each GPU). A matrix that does not fill
+them goes to a slower kernel, and where there is none the runtime refuses the checkpoint.
+
+Seen as:
+- vLLM: `Weight input_size_per_partition = 7392 is not divisible by min_thread_k = 128. Consider reducing tensor_parallel_size`
+- vLLM: `is not divisible by  min_thread_n = 64`
+- TGI: `The GPTQ Marlin kernel does not have a valid thread configuration for weight matrix with shape`
+- AutoAWQ: `OC is not multiple of cta_N`
+
+Do: use fewer GPUs, a newer runtime (vLLM pads the tiles itself since June 2026), or pad as G302 does.
+
+False alarms: a runtime built with other kernels than the table knows. `--runtime vllm==VERSION` picks the rows that hold.
+
+Fix safety: no fix here; padding is offered by G302 where it is exact.
+
+Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9913 and 13640, pull request 45295.
+"""
+
+from doctor.rule import Place, finding, on_one_gpu, rule, size_key
+from doctor.testing import tiny
+
+
+@rule("G303", "error", implied_by=("G301", "G302", "G304"))
+def kernel_shape(checkpoint, layout, kernels, spec, recipe):
+    if not kernels:  # G305 says so
+        return
+    shapes = {}
+    for roles, width, height, linear in on_one_gpu(layout, recipe.tp, spec.n_kv_heads):
+        shapes.setdefault((roles, width, height), linear)
+    for (roles, width, height), linear in shapes.items():
+        taking = next((kernel for kernel in kernels if kernel.takes(width, height)), None)
+        if taking is kernels[0]:
+            continue
+        tile = " or ".join(f"{i} × {o}" for i, o in kernels[0].tiles)
+        key = size_key(spec, linear.name, 1)
+        outcome = f"{recipe.runtime} takes its {taking.name} kernel, which is slower" if taking else f"{recipe.runtime} has no other kernel"
+        yield finding(f"{roles}: {width} in_features × {height} out_features on each GPU do not fill {kernels[0].name}'s tiles of "
+                      f"{tile}: {outcome}", at=Place("config.json", pointer=spec.at(key) if key else None),
+                      severity="warning" if taking else "error",
+                      evidence={"in_features": width, "out_features": height, "tp": recipe.tp, "kernel": kernels[0].name},
+                      advice="use fewer GPUs or a newer runtime")
+
+
+def bad():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("runtime", "sglang")
+    case.recipe = case.recipe.with_field("group_size", 64)
+    return case, ("gate+up: 64 in_features × 256 out_features on each GPU do not fill Marlin's tiles of 128 × 64: sglang takes its "
+                  "ExLlama kernel, which is slower")
+
+
+def good():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("runtime", "vllm")
+    return case

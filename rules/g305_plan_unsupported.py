@@ -1,0 +1,49 @@
+"""G305 plan-unsupported: the runtime has no kernel for this format, width, group size or symmetry.
+
+Why: a quantized file is only as good as the kernel that reads it. Runtimes take some combinations of format, bits, group size
+and symmetry and refuse the rest when they load the model, after the hours of quantizing.
+
+Seen as:
+- vLLM: `Unsupported quantization config: bits=`
+- vLLM: `Currently, only 2/3/4/8-bit weight quantization is supported for GPTQ`
+- ExLlamaV2: `Tensor split not implemented for GPTQ matrices`
+
+Do: choose a combination from the table.
+
+False alarms: a runtime newer than the table, or one with kernels added by a plugin.
+
+Fix safety: no fix: which of the legal plans you want is your choice.
+
+Sources: rules/tables/kernels.toml and what it names.
+"""
+
+from doctor.rule import finding, rule, table
+from doctor.testing import tiny
+
+
+@rule("G305", "error")
+def plan_unsupported(checkpoint, layout, kernels, recipe):
+    kind = "" if layout.sym else ", asymmetric"
+    plan = f"{layout.format} {layout.bits}-bit group {layout.group_size}{kind}"
+    version = f" {recipe.runtime_version}" if recipe.runtime_version else ""
+    if not kernels:
+        rows = [("kernel", "formats", "bits", "groups")]
+        for row in table("kernels")[recipe.runtime]:
+            rows.append((row["name"], ", ".join(row["formats"]), row["bits"], row["groups"] or "any"))
+        yield finding(f"{recipe.runtime}{version} has no kernel for {plan}", facts_table=rows, advice="choose a plan from the table",
+                      evidence={"runtime": recipe.runtime, "format": layout.format, "bits": layout.bits, "group_size": layout.group_size})
+    elif recipe.runtime == "exllamav2" and recipe.tp > 1:
+        yield finding(f"exllamav2 does not split {layout.format} matrices among GPUs, and the plan says tp {recipe.tp}",
+                      advice="split by layers instead (gpu_split), or serve EXL2", evidence={"tp": recipe.tp})
+
+
+def bad():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("runtime", "exllamav2").with_field("bits", 8)
+    return case, "exllamav2 has no kernel for gptq 8-bit group 32"
+
+
+def good():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("runtime", "exllamav2")
+    return case

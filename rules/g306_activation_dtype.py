@@ -1,0 +1,44 @@
+"""G306 activation-dtype: the checkpoint is bfloat16 and the runtime's kernel computes in float16 only.
+
+Why: such kernels refuse bfloat16 activations, and a cast of the whole model to float16 overflows in models trained in bfloat16,
+Qwen1.5 and Gemma among them: logits turn to NaN and the reply to "!!!!".
+
+Seen as:
+- vLLM: `torch.bfloat16 is not supported for quantization method awq. Supported dtypes: [torch.float16]`
+- vLLM: `torch.bfloat16 is not supported for quantization method gptq. Supported dtypes: [torch.float16]`
+
+Do: choose a plan that a Marlin kernel takes (4 or 8 bits, groups of 32, 64 or 128, symmetric for GPTQ); set float16 only after
+`doctor verify` has shown finite logits in it.
+
+False alarms: a model that is sound in float16.
+
+Fix safety: no fix: a cast may overflow.
+
+Sources: vllm-project/vllm issues 1823, 1941 and 14126; rules/tables/kernels.toml.
+"""
+
+from doctor.rule import Place, finding, rule
+from doctor.testing import tiny
+
+
+@rule("G306", "warning", certainty="likely")
+def activation_dtype(checkpoint, kernels, spec, recipe):
+    key = "dtype" if "dtype" in spec.config else "torch_dtype"
+    stated = str(spec.config.get(key, "")).removeprefix("torch.")
+    if not kernels or stated != "bfloat16" or any("bfloat16" in kernel.dtypes for kernel in kernels):
+        return
+    yield finding(f"{recipe.runtime}'s {kernels[0].name} kernel computes in {', '.join(kernels[0].dtypes)} and the checkpoint is bfloat16",
+                  at=Place("config.json", pointer=spec.at(key)), evidence={"kernel": kernels[0].name},
+                  advice="choose 4 or 8 bits in symmetric groups of 32, 64 or 128, which a bfloat16 kernel takes")
+
+
+def bad():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("runtime", "vllm").with_field("runtime_version", "0.9.0").with_field("bits", 3)
+    return case, "vllm's ExLlama kernel computes in float16 and the checkpoint is bfloat16"
+
+
+def good():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("runtime", "vllm")
+    return case

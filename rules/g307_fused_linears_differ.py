@@ -1,0 +1,53 @@
+"""G307 fused-linears-differ: some of q, k, v (or of gate and up) are quantized and others are not.
+
+Why: serving engines store q, k and v as one matrix, and gate and up as one. All parts need the same bits and groups, so a plan that
+keeps one of them in 16 bits cannot be loaded.
+
+Seen as:
+- vLLM: `Detected some but not all shards of`
+- ExLlamaV2: `Partially quantized`
+
+Do: keep all parts of a fused set in 16 bits, or none.
+
+False alarms: a runtime that never fuses (transformers).
+
+Fix safety: no fix: either choice is legal.
+
+Sources: vllm-project/vllm vllm/model_executor/layers/quantization/utils/quant_utils.py (is_layer_skipped); vllm issues 47473,
+50214 and 53992; turboderp/exllamav2 exllamav2/module.py.
+"""
+
+from doctor.rule import FUSED, finding, rule
+from doctor.testing import tiny
+
+FUSING = ("vllm", "sglang", "exllamav2")
+
+
+@rule("G307", "error")
+def fused_linears_differ(checkpoint, layout, recipe, spec):
+    have = {linear.name for linear in layout.linears}
+    missed = set(layout.missed)
+    seen = {}
+    for linear in spec.linears if not layout.quantized else (*layout.linears, *(x for x in spec.linears if x.name in missed)):
+        fused = next((group for group in FUSED if linear.role in group), None)
+        if fused:
+            seen.setdefault((linear.name.rpartition(".")[0], fused), []).append(linear)
+    for (parent, _), members in sorted(seen.items()):
+        inside = [x.role for x in members if x.name in have]
+        outside = [x.role for x in members if x.name in missed]
+        if inside and outside:
+            yield finding(f"{parent}: {', '.join(inside)} in {layout.bits} bits and {', '.join(outside)} in 16 bits, "
+                          f"but engines fuse them into one matrix", severity="error" if recipe.runtime in FUSING else "warning",
+                          evidence={"quantized": inside, "kept": outside}, advice="keep all of them in 16 bits, or none")
+
+
+def bad():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("keep", ("layers.1.self_attn.k_proj",)).with_field("runtime", "vllm")
+    return case, "model.layers.1.self_attn: q, v in 4 bits and k in 16 bits, but engines fuse them into one matrix"
+
+
+def good():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("keep", ("*.self_attn.[qkv]_proj",))
+    return case

@@ -1,0 +1,49 @@
+"""G308 expert-shape: the experts' sizes do not fit the runtime's mixture-of-experts kernel.
+
+Why: the fused kernel runs all experts at once and needs hidden_size in steps of 128 and an expert's width on each GPU in steps
+of 64 or of the group size. Otherwise the runtime takes a slower path, or refuses.
+
+Seen as:
+- vLLM: `Falling back to Moe WNA16 kernels`
+- vLLM: `input_size_per_partition = 10944 is not divisible by min_thread_k = 128`
+
+Do: use fewer GPUs or expert parallelism, which keeps experts whole.
+
+False alarms: runtimes with other kernels than the table knows.
+
+Fix safety: no fix here; G302 pads where groups are cut.
+
+Sources: rules/tables/kernels.toml; vllm-project/vllm vllm/model_executor/layers/quantization/utils/marlin_utils.py
+(check_moe_marlin_supports_layer), pull request 45703.
+"""
+
+from doctor.rule import Place, finding, in_force, rule, size_key, table
+from doctor.testing import tiny
+
+
+@rule("G308", "warning", certainty="likely", implied_by=("G301", "G302"))
+def expert_shape(checkpoint, layout, spec, recipe):
+    experts = {(x.in_features, x.out_features): x for x in layout.linears if x.expert is not None and x.role == "down"}
+    rows = [r for r in table("kernels")["moe"] if r["runtime"] == recipe.runtime and in_force(r, recipe.runtime_version)]
+    for row in rows:
+        inner = max(row["inner"], layout.group_size)
+        for (width, hidden), linear in experts.items():
+            bad_hidden, bad_width = hidden % row["hidden"], width % (inner * recipe.tp)
+            if not (bad_hidden or bad_width):
+                continue
+            what = f"hidden_size {hidden} is no multiple of {row['hidden']}" if bad_hidden else (
+                f"an expert's width {width} / {recipe.tp} GPUs is no multiple of {inner}")
+            key = size_key(spec, linear.name, 0 if bad_hidden else 1)
+            yield finding(f"{row['name']} of {recipe.runtime}: {what}", at=Place("config.json", pointer=spec.at(key) if key else None),
+                          evidence={"hidden": hidden, "width": width, "tp": recipe.tp},
+                          advice="use fewer GPUs or expert parallelism")
+
+
+def bad():
+    case = tiny("qwen2_moe")
+    case.recipe = case.recipe.with_field("runtime", "vllm")
+    return case, "Marlin MoE of vllm: hidden_size 64 is no multiple of 128"
+
+
+def good():
+    return tiny("qwen2_moe")

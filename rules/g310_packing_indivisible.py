@@ -1,0 +1,55 @@
+"""G310 packing-indivisible: a matrix cannot be packed into whole 32-bit words.
+
+Why: eight 4-bit codes share one word. GPTQ packs weights along in_features and zero points along out_features, AWQ both along
+out_features; what does not fill whole words cannot be stored, and packers fail at the end of the run.
+
+Seen as:
+- AutoGPTQ: `assert infeatures % 32 == 0`
+- vLLM: `The output size is not aligned with the quantized weight shape`
+- AutoAWQ: `IndexError: index`
+
+Do: keep these linears in 16 bits (`--keep PATTERN`), or choose compressed-tensors, which fills up the last word.
+
+False alarms: none; the division is exact arithmetic.
+
+Fix safety: no fix: which linears stay in 16 bits is your choice.
+
+Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py (pack_block); casper-hansen/AutoAWQ awq/modules/linear/gemm.py.
+"""
+
+import numpy as np
+
+from doctor.rule import finding, rule
+from doctor.testing import encode, tiny
+
+# (in_features, out_features) multiples. AutoAWQ asserts out % 8 but sizes its buffer by 32, so 32 is what works.
+UNITS = {"gptq": (32, 32), "gptq_v2": (32, 32), "awq": (1, 32)}
+
+
+@rule("G310", "error")
+def packing_indivisible(checkpoint, layout):
+    unit_in, unit_out = UNITS.get(layout.format, (1, 1))
+    misfits = {}
+    for linear in layout.linears:
+        if not layout.quantized and (linear.in_features % unit_in or linear.out_features % unit_out):
+            misfits.setdefault((linear.role, linear.in_features, linear.out_features), []).append(linear)
+    for (role, width, height), linears in misfits.items():
+        wrong = f"in_features {width} is no multiple of {unit_in}" if width % unit_in else f"out_features {height} is no multiple of {unit_out}"
+        yield finding(f"{role} ({len(linears)} linears) cannot be packed as {layout.format}: {wrong}",
+                      evidence={"in_features": width, "out_features": height, "linears": len(linears)},
+                      advice=f"--keep '{linears[0].name.rsplit('.', 1)[-1]}' leaves them in 16 bits")
+
+
+def bad():
+    case = tiny("llama")
+    case.config["intermediate_size"] = 144
+    case.recipe = case.recipe.with_field("group_size", -1)
+    for name in list(case.tensors):
+        if ".mlp." in name:
+            shape = (64, 144) if "down" in name else (144, 64)
+            case.tensors[name] = encode(0.01 + 0.001 * (np.arange(144 * 64).reshape(shape) % 7), "BF16")
+    return case, "down (2 linears) cannot be packed as gptq: in_features 144 is no multiple of 32"
+
+
+def good():
+    return tiny()

@@ -1,0 +1,39 @@
+"""G311 act-order-under-tp: a checkpoint with scattered groups is to be cut across GPUs.
+
+Why: with desc_act the columns of a group lie scattered over the row, so a GPU that holds a part of o or down needs scales of
+all groups. Runtimes then leave their fast path for these linears, and some versions computed wrong outputs.
+
+Seen as:
+- vLLM: `exllama is not supported with act-order`
+
+Do: serve on one GPU, or quantize again with static groups (doctor's act_order always uses them: groups stay in place).
+
+False alarms: a runtime whose kernel keeps all scales on each GPU (Marlin with full-k) is right, only slower.
+
+Fix safety: no fix: the order is part of the stored codes.
+
+Sources: vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py (create_weights), issue 7374.
+"""
+
+from doctor.rule import Place, finding, rule
+from doctor.testing import tiny_gptq
+
+
+@rule("G311", "warning", certainty="likely")
+def act_order_under_tp(checkpoint, layout, quantization, recipe):
+    if not (layout.act_order and recipe.tp > 1):
+        return
+    yield finding(f"desc_act is true with group size {layout.group_size}: {recipe.tp} GPUs cannot each hold whole groups",
+                  at=Place(quantization.file, pointer=f"{quantization.pointer}/desc_act"),
+                  evidence={"tp": recipe.tp, "group_size": layout.group_size}, advice="serve on one GPU, or quantize again with static groups")
+
+
+def bad():
+    case = tiny_gptq()
+    case.config["quantization_config"]["desc_act"] = True
+    case.recipe = case.recipe.with_field("tp", 2)
+    return case, "desc_act is true with group size 32: 2 GPUs cannot each hold whole groups"
+
+
+def good():
+    return tiny_gptq()

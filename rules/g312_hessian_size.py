@@ -1,0 +1,52 @@
+"""G312 hessian-size: the Hessian of a linear is larger than 32-bit indices or usual cards allow.
+
+Why: GPTQ needs H, float32[k, k] for in_features k. From k = 46,341 on it has more than 2^31 entries, which overflowed 32-bit
+indices in older programs, and it takes 8 GiB before any working copy.
+
+Seen as:
+- ExLlamaV2: `CUDA error: an illegal memory access was encountered`
+
+Do: give the step that much memory (doctor factorises on the CPU where the card is too small), or use `--method awq`, which needs no
+full Hessian.
+
+False alarms: none; the sizes are exact. Nothing is wrong with the checkpoint.
+
+Fix safety: no fix is needed in the files.
+
+Sources: turboderp/exllamav2 commit c49df4f (0.0.21).
+"""
+
+import numpy as np
+
+from doctor.rule import Place, finding, rule, size_key
+from doctor.testing import tiny
+
+INDEX_LIMIT = 2**31  # entries that a signed 32-bit index reaches
+
+
+@rule("G312", "info")
+def hessian_size(checkpoint, layout, spec, recipe):
+    if recipe.method != "gptq" or layout.quantized:
+        return
+    widest = max(layout.linears, key=lambda x: x.in_features, default=None)
+    if widest is None or widest.in_features**2 < INDEX_LIMIT:
+        return
+    k = widest.in_features
+    key = size_key(spec, widest.name, 1)
+    yield finding(f"{widest.role} has in_features {k:,}: its Hessian is {4 * k * k / 2**30:.1f} GiB in float32 and beyond 32-bit indices",
+                  at=Place("config.json", pointer=spec.at(key) if key else None), evidence={"in_features": k},
+                  advice="plan for the memory, or use --method awq")
+
+
+def bad():
+    case = tiny("llama")
+    width = 46368  # the next multiple of 32 above the square root of 2^31
+    case.config["intermediate_size"] = width
+    for name, codes in case.tensors.items():
+        if ".mlp." in name:
+            case.tensors[name] = np.resize(codes, (64, width) if "down" in name else (width, 64))
+    return case, "down has in_features 46,368: its Hessian is 8.0 GiB in float32 and beyond 32-bit indices"
+
+
+def good():
+    return tiny("llama")
