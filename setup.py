@@ -11,15 +11,10 @@ import platform
 import tempfile
 
 from setuptools import Extension, setup
+from setuptools._distutils.ccompiler import new_compiler
+from setuptools._distutils.sysconfig import customize_compiler
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-
-try:
-    from setuptools._distutils.ccompiler import new_compiler
-    from setuptools._distutils.sysconfig import customize_compiler
-except ImportError:  # a setuptools that leaves distutils to the standard library
-    from distutils.ccompiler import new_compiler
-    from distutils.sysconfig import customize_compiler
 
 HOST = "cuda/host"
 PER_LEVEL = ["scan.c"]
@@ -72,7 +67,7 @@ def compiler_works():
                 compiler.compile([source], output_dir=folder, extra_postargs=FLAGS + level_flags)
         except Exception as error:  # each setuptools version has its own CompileError; the notice carries the words
             print(f"setup.py: no native library: the C compiler did not compile a test file ({error}). The package "
-                  f"works without it, more slowly; `doctor --version` says so. Install gcc or clang and reinstall.")
+                  f"works without it, but scans about ten times slower. Install gcc or clang and reinstall.")
             return False
     return True
 

@@ -1,0 +1,121 @@
+"""How fast the scan is against the memory it reads, the file system under it, and the loop most scripts write.
+
+    python bench/scan.py [MiB]
+
+One run, one thread, one table; every row is the best of several passes over the same bf16 weights, in GB per second of
+CPU time and per second on the clock. The peer is the usual torch loop (isnan, isinf, zeros, absmax, sum on
+`.float()`), in a process of its own. Ratios within one run are what to quote: machines and neighbours differ.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from doctor import native, stats
+
+CHUNK = 1 << 20  # what doctor.scan reads at a time
+ROWS, COLUMNS = 4096, 4096
+
+PEER = """
+import sys, time, resource, torch
+torch.set_num_threads(1)
+begin = time.perf_counter(), time.process_time()
+data = open(sys.argv[1], "rb").read()
+n = int(sys.argv[2])
+tensors = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, n)
+del data
+best = [1e9, 1e9]
+for _ in range(2):
+    wall, cpu = time.perf_counter(), time.process_time()
+    for t in tensors:
+        x = t.float()
+        torch.isnan(x).sum().item(), torch.isinf(x).sum().item(), (x == 0).sum().item()
+        x.abs().max().item(), x.min().item(), x.max().item(), x.sum(dtype=torch.float64).item()
+    best = [min(best[0], time.process_time() - cpu), min(best[1], time.perf_counter() - wall)]
+print(*best)
+"""
+
+
+def best_of(work, passes=5):
+    """(CPU seconds of this process, wall seconds) of the fastest pass."""
+    times = []
+    for _ in range(passes):
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        times.append((time.process_time() - cpu, time.perf_counter() - wall))
+    return tuple(min(column) for column in zip(*times))
+
+
+def weights(n_bytes):
+    """bf16 codes of normal weights of scale 0.02."""
+    rng = np.random.default_rng(0)
+    parts = [(rng.standard_normal(1 << 22, dtype=np.float32) * np.float32(0.02)).view(np.uint32) >> 16
+             for _ in range(8)]
+    codes = np.concatenate(parts).astype(np.uint16)
+    return np.resize(codes, n_bytes // 2)
+
+
+def with_level(level, work):
+    def run():
+        os.environ["DOCTOR_NATIVE"] = level
+        work()
+    return run
+
+
+def scan_file(path):
+    buffer = bytearray(CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            stats.scan(memoryview(buffer)[:n], "BF16")
+
+
+def main():
+    n_bytes = int(sys.argv[1] if len(sys.argv) > 1 else 256) << 20
+    n_bytes -= n_bytes % (2 * ROWS * COLUMNS)
+    codes = weights(n_bytes)
+    chunks = [memoryview(codes).cast("B")[i:i + CHUNK] for i in range(0, n_bytes, CHUNK)]
+    available = native.level()
+    levels = native.LEVELS[:native.LEVELS.index(available) + 1] if available else ()
+    rows = [("memory: numpy sum of uint64", best_of(lambda: codes.view(np.uint64).sum()))]
+
+    def scan_all():
+        for chunk in chunks:
+            stats.scan(chunk, "BF16")
+
+    for level in levels:
+        rows.append((f"scan, native {level}", best_of(with_level(level, scan_all))))
+    rows.append(("scan, NumPy", best_of(with_level("0", scan_all), 2)))
+    os.environ.pop("DOCTOR_NATIVE")
+    with tempfile.NamedTemporaryFile() as file:
+        codes.tofile(file.name)
+        rows.append(("file in page cache: cat > /dev/null", cat(file.name)))
+        rows.append((f"file in page cache: read and scan ({available or 'NumPy'})", best_of(lambda: scan_file(file.name))))
+        peer = subprocess.run([sys.executable, "-c", PEER, file.name, str(ROWS * COLUMNS)], capture_output=True,
+                              text=True, check=True)
+        rows.append(("torch loop on .float()", tuple(map(float, peer.stdout.split()))))
+    memory, torch_loop = rows[0][1][0], rows[-1][1][0]
+    print(f"{n_bytes >> 20} MiB of bf16, one thread, native level: {available or 'none'}")
+    print(f"{'':52} {'GB/cpu-s':>9} {'GB/s':>7} {'of memory':>10} {'x torch loop':>13}")
+    for name, (cpu, wall) in rows:
+        print(f"{name:52} {n_bytes / cpu / 1e9:9.2f} {n_bytes / wall / 1e9:7.2f} {memory / cpu:10.2f} {torch_loop / cpu:13.1f}")
+
+
+def cat(path):
+    """(CPU seconds of the child, wall seconds) of the fastest of five."""
+    times = []
+    for _ in range(5):
+        before, wall = os.times(), time.perf_counter()
+        with open(os.devnull, "wb") as sink:
+            subprocess.run(["cat", path], stdout=sink, check=True)
+        after = os.times()
+        cpu = after.children_user + after.children_system - before.children_user - before.children_system
+        times.append((max(cpu, 0.01), time.perf_counter() - wall))
+    return tuple(min(column) for column in zip(*times))
+
+
+if __name__ == "__main__":
+    main()
