@@ -15,6 +15,7 @@ provide("first_zero_group", "linear", "values", "(row, first column) of the firs
 provide("zero_rows", "linear", "values", "out_features whose weights are all 0.")
 provide("zero_columns", "linear", "values", "in_features whose weights are all 0.")
 provide("digest", "tensor", "values", "blake2b of a tensor's bytes; only embeddings and heads, to tell tied from copied.")
+provide("head_equals_embed", "checkpoint", "values", "Whether head and embedding hold the same bytes; only where both are stored.")
 
 
 provide("calibration", "checkpoint", "calibration", "What the calibration rows are (Calibration).")
@@ -296,9 +297,6 @@ def first_nonfinite(tensor, stats):
     return stats.first_nonfinite
 
 
-import doctor.layout  # noqa: E402, F401 - declares the fact `layout`, which needs `spec` and `tensors` above
-
-
 def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     """A store that holds everything known before a tensor's bytes are read, with its subjects declared."""
     store = Store()
@@ -315,3 +313,17 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
                           ("run", "nothing was quantized in this run"), ("output", "no quantized output was compared: doctor verify does it")):
         store.say_missing(stage, reason)
     return store
+
+
+def summary(checkpoint: Checkpoint, store: Store) -> dict:
+    """What the second line of every report says about the files."""
+    kinds: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        kinds[info.dtype.name] = kinds.get(info.dtype.name, 0) + info.nbytes
+    spec = store.get(CHECKPOINT, "spec") if store.has(CHECKPOINT, "spec") else None
+    return {
+        "path": str(checkpoint.root), "architecture": spec.architecture or spec.model_type if spec else "",
+        "parameters": sum(t.numel for t in checkpoint.tensors.values()), "dtype": max(kinds, key=kinds.get, default=""),
+        "shards": len(checkpoint.shards), "tensors": len(checkpoint.tensors), "bytes": checkpoint.total_bytes,
+        "blocks": spec.n_layers if spec else None, "linears": len(spec.linears) if spec else 0,
+    }

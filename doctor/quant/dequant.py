@@ -54,6 +54,13 @@ class Dequantized:
     def __getattr__(self, name):
         return getattr(self.source, name)
 
+    def value(self, name: str) -> dict | None:
+        """A JSON file's object; config.json without its quantization_config, since what is read here are floats."""
+        document = self.source.value(name)
+        if name == "config.json" and document is not None:
+            return {k: v for k, v in document.items() if k != "quantization_config"}
+        return document
+
     def _shape(self, module: str) -> tuple[int, int]:
         if self.method == "compressed-tensors":
             n, k = (int(x) for x in self.source.load(f"{module}.weight_shape"))

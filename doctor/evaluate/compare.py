@@ -1,0 +1,144 @@
+"""Two checkpoints on the same text, one decoder block of each in memory at a time, and their greedy replies.
+
+Both are read as floats (a quantized one through quant/dequant.py, as engines read it) and run by the same code in float32, so a
+difference is a difference of weights. Activations of both are kept; where they start to part is the error after each block.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from doctor.builtin import Comparison
+from doctor.checkpoint import Checkpoint
+from doctor.errors import NotQuantizable
+from doctor.evaluate.scores import Tally, longest_run
+from doctor.quant.blocks import Skeleton, load_tensor
+from doctor.quant.dequant import as_float
+from doctor.spec import build_spec
+
+REPLY_TOKENS = 24
+
+
+class Streamed:
+    """One checkpoint run over rows of ids int64[1, length], block by block. `hidden` are the current activations, one per row."""
+
+    def __init__(self, checkpoint: Checkpoint, rows: list[torch.Tensor]):
+        self.checkpoint = as_float(checkpoint)
+        self.spec = build_spec(self.checkpoint.value("config.json") or {}, self.checkpoint.tensors)
+        self.skeleton = Skeleton(self.checkpoint, self.spec)
+        self.rows = rows
+        self.hidden, self.calls = [], []
+        for hidden, calls in self.skeleton.open_calls(rows):
+            self.hidden.append(hidden)
+            self.calls.append(calls)
+
+    @torch.no_grad()
+    def step(self, i: int) -> None:
+        """Run block i over all rows."""
+        self.skeleton.load_block(i)
+        for r, calls in enumerate(self.calls):
+            self.hidden[r] = self.skeleton.run_block(i, self.hidden[r], calls[i])
+        self.skeleton.drop_block(i)
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[torch.Tensor]:
+        """Logits f32[length, vocabulary] of every row, after the last block."""
+        model, blocks = self.skeleton.model, self.skeleton.blocks
+        self._load_ends()
+        current: list[torch.Tensor] = []
+
+        def passing(hidden, *args, **kwargs):
+            return (hidden,) if self.skeleton._returns_tuple else hidden
+
+        def injecting(*args, **kwargs):
+            return passing(current[0])
+
+        try:
+            blocks[0].forward = injecting
+            for block in blocks[1:]:
+                block.forward = lambda *args, hidden_states=None, **kwargs: passing(args[0] if args else hidden_states)
+            for ids, hidden in zip(self.rows, self.hidden, strict=True):
+                current[:] = [hidden]
+                yield model(input_ids=ids, use_cache=False).logits[0].float()
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+
+    def _load_ends(self) -> None:
+        """Weights of everything outside the blocks: embeddings, final norm, head (its own, or the embedding's where tied)."""
+        skeleton = self.skeleton
+        skeleton._load(skeleton.base, "", skip=skeleton.blocks)
+        for module in skeleton.base.modules():
+            if isinstance(module, torch.nn.Embedding):
+                module.weight.data = module.weight.data.float()
+        head = skeleton.model.get_output_embeddings()
+        if head is None:
+            raise NotQuantizable(f"{type(skeleton.model).__name__} has no output head, so there are no logits to compare.")
+        source = self.spec.head_tensor if self.spec.head_tensor in self.checkpoint.tensors else self.spec.embed_tensor
+        if source is None:
+            raise NotQuantizable("neither an output head nor an embedding is among the tensors, so there are no logits to compare.")
+        head.weight = torch.nn.Parameter(load_tensor(self.checkpoint, source, torch.float32), requires_grad=False)
+        bias = source.removesuffix("weight") + "bias"
+        if getattr(head, "bias", None) is not None and bias in self.checkpoint.tensors:
+            head.bias = torch.nn.Parameter(load_tensor(self.checkpoint, bias, torch.float32), requires_grad=False)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the whole model takes in float32."""
+        return 4 * sum(info.numel for info in self.checkpoint.tensors.values())
+
+    @torch.no_grad()
+    def reply(self, prompts: list[torch.Tensor], tokens: int = REPLY_TOKENS) -> list[list[int]]:
+        """Greedy continuations of prompts int64[1, length]; loads every block, so ask `resident_bytes` first."""
+        self._load_ends()
+        for i in range(len(self.skeleton.blocks)):
+            self.skeleton.load_block(i)
+        model = self.skeleton.model
+        replies = []
+        for ids in prompts:
+            start = ids.shape[1]
+            for _ in range(tokens):
+                ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+            replies.append(ids[0, start:].tolist())
+        for i in range(len(self.skeleton.blocks)):
+            self.skeleton.drop_block(i)
+        return replies
+
+
+def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor], prompts: list[torch.Tensor],
+            decode: Callable[[list[int]], str], memory: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Comparison:
+    """Comparison of two checkpoints of one model on rows int64[1, length]; replies to prompts where the model fits `memory` bytes.
+
+    progress gets (blocks done, blocks in all). Raises NotQuantizable where the two do not have the same number of blocks.
+    """
+    a, b = Streamed(original, rows), Streamed(quantized, rows)
+    blocks = len(a.skeleton.blocks)
+    if len(b.skeleton.blocks) != blocks:
+        raise NotQuantizable(f"{original.name} has {blocks} blocks, {quantized.name} has {len(b.skeleton.blocks)}: not the same model.")
+    errors = []
+    for i in range(blocks):
+        a.step(i)
+        b.step(i)
+        errors.append(_distance(a.hidden, b.hidden))
+        progress(i + 1, blocks)
+    tally = Tally()
+    for ids, left, right in zip(rows, a.logits(), b.logits(), strict=True):
+        tally.add(left[:-1], right[:-1], ids[0, 1:])
+    mean, p99 = tally.divergence()
+    said = [m.reply(prompts) if m.resident_bytes <= memory else [] for m in (a, b)]
+    tokens = [t for reply in said[1] for t in reply]
+    return Comparison(
+        tokens=tally.tokens, context=max(r.shape[1] for r in rows), perplexity_original=tally.perplexity(0),
+        perplexity_quantized=tally.perplexity(1), kl_mean=mean, kl_p99=p99, top1_agreement=tally.agreement(),
+        nonfinite_original=tally.nonfinite[0], nonfinite_quantized=tally.nonfinite[1],
+        token0_share=sum(t == 0 for t in tokens) / len(tokens) if tokens else 0.0,
+        longest_repeat=max((longest_run(reply) for reply in said[1]), default=0), generated=len(tokens),
+        replies=tuple((decode(p[0].tolist()), decode(x), decode(y)) for p, x, y in zip(prompts, *said, strict=False)),
+        block_errors=tuple(errors))
+
+
+def _distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    """Relative root-mean-square difference of two sets of activations."""
+    off = sum(float((y - x).double().square().sum()) for x, y in zip(left, right, strict=True))
+    size = sum(float(x.double().square().sum()) for x in left)
+    return (off / size) ** 0.5 if size > 0 else float("nan")

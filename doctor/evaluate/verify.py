@@ -1,0 +1,96 @@
+"""`doctor verify`: is the quantized model still the model? Perplexity, divergence and replies of both, judged by rules."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from doctor.builtin import header_facts, summary
+from doctor.checkpoint import Checkpoint
+from doctor.engine import Report, judge, load_rules, locate
+from doctor.errors import DoctorError
+from doctor.evaluate.compare import compare
+from doctor.facts import CHECKPOINT
+from doctor.quant import calibrate
+from doctor.quant.dequant import quantization
+from doctor.recipe import BITS, FORMATS, METHODS, Recipe
+from doctor.scan import scan
+
+CONTEXT, ROWS = 512, 24
+PROMPTS = ("The capital of France is", "Water boils at a temperature of", "def add(a, b):\n    return", "1, 2, 3, 4, 5,")
+PROMPT_TOKENS = 16  # of a held-out row, where there is no tokenizer to make prompts with
+
+
+def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: str | os.PathLike | None = None, context: int = CONTEXT,
+           rows: int = ROWS, memory: int | None = None, fail_on: str = "error",
+           progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+    """Report on the quantized checkpoint, with a Comparison against its original among its facts.
+
+    text: a .txt, .jsonl or .parquet file; None takes the half of Python's language reference that no built-in calibration
+    row holds. context: tokens of a row; rows do not overlap. memory: bytes a whole float32 model may take for the greedy
+    replies (half of what is free by default); a larger model is compared without them, and the report says so.
+    """
+    started = time.perf_counter()
+    first, second = Checkpoint.open(original), Checkpoint.open(quantized)
+    ids, tokenizer, source = _rows(first, text, rows, context)
+    prompts, decode = _prompts(tokenizer, ids)
+    budget = memory if memory is not None else free_memory() // 2
+    comparison = compare(first, second, ids, prompts, decode, budget, progress)
+
+    recipe = recipe_of(second)
+    store = header_facts(second, recipe)
+    scanned = scan(second, store)
+    store.put(CHECKPOINT, "comparison", comparison)
+    findings, runs = judge(store, load_rules())
+    extra = {"comparison": asdict(comparison), "text": {"source": source, "rows": len(ids), "context": context, "stride": context}}
+    if not comparison.generated:
+        extra["not_generated"] = f"a whole model in float32 does not fit the {budget / 2**30:.1f} GiB given to it; --memory raises it"
+    return Report(checkpoint=second.name, recipe=recipe, findings=locate(findings, second), runs=runs, summary=summary(second, store),
+                  skipped_tensors=scanned.skipped, bytes_read=scanned.bytes_read, seconds=time.perf_counter() - started, fail_on=fail_on,
+                  extra=extra)
+
+
+def recipe_of(checkpoint: Checkpoint) -> Recipe:
+    """The recipe that a quantized checkpoint's own config states; the default recipe where it states none."""
+    stated = quantization(checkpoint)
+    if stated is None:
+        return Recipe()
+    method, bits = str(stated.get("quant_method", "gptq")), stated.get("bits", 4)
+    group = stated.get("group_size", 128)
+    written = str(stated.get("checkpoint_format") or method)
+    recipe = Recipe(method=method if method in METHODS else "gptq", bits=bits if bits in BITS else 4,
+                    group_size=group if isinstance(group, int) and (group > 0 or group == -1) else 128)
+    return replace(recipe, sym=bool(stated.get("sym", not stated.get("zero_point", False))), format=written if written in FORMATS else "")
+
+
+def _rows(checkpoint: Checkpoint, text, rows: int, context: int):
+    """(rows int64[1, context], tokenizer or None, name of the source). Raises DoctorError where there is not one row."""
+    documents = calibrate.heldout_documents() if text is None else calibrate.read_documents(Path(text))
+    if documents.ids:
+        ids, tokenizer = [r[:context] for r in documents.ids[:rows] if len(r) > 1], None
+    else:
+        tokenizer = calibrate.load_tokenizer(checkpoint, documents.name)
+        ids = calibrate.rows_of(documents, tokenizer, rows, context)
+    if not ids:
+        raise DoctorError(f"{documents.name}: not one row of 2 or more tokens.", "Give more text.")
+    return [torch.tensor([row]) for row in ids], tokenizer, documents.name
+
+
+def _prompts(tokenizer, ids):
+    if tokenizer is None:
+        return [row[:, :PROMPT_TOKENS] for row in ids[:4]], lambda tokens: " ".join(map(str, tokens))
+    encoded = [tokenizer(p, return_tensors="pt")["input_ids"] for p in PROMPTS]
+    return [e for e in encoded if e.shape[1]], lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def free_memory() -> int:
+    """Bytes of memory that a new program can take on this machine."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
