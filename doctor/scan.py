@@ -67,6 +67,8 @@ def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] =
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if digests:
+        store.put(CHECKPOINT, "head_equals_embed", len({store.get(f"tensor:{name}", "digest") for name in digests}) == 1)
     return run
 
 

@@ -1,0 +1,197 @@
+"""Which tensor is which: names sorted into blocks, each matched with the template of its family.
+
+A rule about missing, unexpected or misshapen tensors needs one answer to "what should stand here"; it is worked out once.
+Templates come from the table `architectures`, which was taken from two-block models, so what a family's other kinds of block hold
+is learnt from the checkpoint itself: a block is compared only with blocks that hold everything it holds.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+from doctor.facts import Unavailable, fact
+from doctor.shard import TensorInfo
+from doctor.spec import NOT_TEXT, QUANTIZABLE, ModelSpec, Template, evaluate
+
+_NUMBERED = re.compile(r"^(?P<stem>(?:.*?\.)?)(?P<block>\d+)\.(?P<tail>.+)$")
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """One axis that differs from config.json; axis None: another number of axes."""
+
+    info: TensorInfo
+    template: Template
+    axis: int | None
+    expression: str
+    want: int
+    have: int
+
+
+@dataclass
+class Placement:
+    """Tensors by place. blocks: number -> tail of the name -> tensor; `stem` + number + "." + tail is the whole name.
+
+    outside: the language model's tensors that stand in no block. foreign: vision towers and the like, not judged.
+    """
+
+    spec: ModelSpec
+    stem: str
+    blocks: dict[int, dict[str, TensorInfo]] = field(default_factory=dict)
+    outside: dict[str, TensorInfo] = field(default_factory=dict)
+    foreign: dict[str, TensorInfo] = field(default_factory=dict)
+
+    def name(self, block: int, tail: str) -> str:
+        return f"{self.stem}{block}.{tail}"
+
+    @property
+    def counted(self) -> list[int]:
+        """Numbers of the blocks that config.json counts; extra blocks behind them (multi-token prediction) are left out."""
+        limit = self.spec.n_layers
+        return [b for b in sorted(self.blocks) if limit is None or b < limit]
+
+    def template_of(self, name: str) -> Template | None:
+        """The family's template for a tensor at its place; None where the table has none."""
+        match = _NUMBERED.match(name) if name.startswith(self.stem) else None
+        tail = match["tail"] if match and match["stem"] == self.stem else None
+        for template in self.spec.templates:
+            if "{i}" in template.tensor:
+                if tail is not None and _tail_pattern(template.tensor).match(tail):
+                    return template
+            elif tail is None and self.outer_name(template) == name:
+                return template
+        return None
+
+    def outer_name(self, template: Template) -> str:
+        """What this checkpoint calls a tensor of the family that stands in no block."""
+        if template.tensor.startswith("lm_head") and self.spec.head_tensor:
+            return self.spec.head_tensor
+        family_root = _root(self.family_stem)
+        if family_root and template.tensor.startswith(family_root):
+            return _root(self.stem) + template.tensor[len(family_root) :]
+        return template.tensor
+
+    @property
+    def family_stem(self) -> str:
+        """What stands before a block's number in the family's own names: `model.layers.`."""
+        return next((t.tensor.partition("{i}")[0] for t in self.spec.templates if "{i}" in t.tensor), "")
+
+    def sizes(self):
+        """(tensor, template, expressions) of every tensor with a template, biases of linears included."""
+        for info in [*self.outside.values(), *(i for block in self.blocks.values() for i in block.values())]:
+            template = self.template_of(info.name)
+            if template is not None:
+                yield info, template, template.shape
+            elif info.name.endswith(".bias"):
+                template = self.template_of(info.name.removesuffix(".bias") + ".weight")
+                if template is not None and len(template.shape) == 2 and template.role in QUANTIZABLE:
+                    yield info, template, (template.shape[1 if template.transposed else 0],)
+
+    def misfits(self, lookup=None) -> list[Misfit]:
+        """Axes whose length is not what config.json gives. Lengths that the table states as plain numbers are not judged."""
+        lookup = lookup or self.spec.lookup
+        found = []
+        for info, template, expressions in self.sizes():
+            if len(info.shape) != len(expressions):
+                found.append(Misfit(info, template, None, "", len(expressions), len(info.shape)))
+                continue
+            for axis, expression in enumerate(expressions):
+                want = evaluate(expression, lookup) if keys_of(expression) else None
+                if want is not None and want != info.shape[axis]:
+                    found.append(Misfit(info, template, axis, expression, want, info.shape[axis]))
+        return found
+
+    def users(self, key: str) -> list[tuple[TensorInfo, int, str]]:
+        """(tensor, axis, expression) of every axis whose length depends on this config key and on no other."""
+        return [(info, axis, e) for info, _, expressions in self.sizes() if len(info.shape) == len(expressions)
+                for axis, e in enumerate(expressions) if keys_of(e) == [key]]
+
+    def missing(self) -> dict[str, str]:
+        """Name of each absent tensor -> why it must be there."""
+        found = self._missing_outside() | self._missing_in_all()
+        counted = self.counted
+        kinds = [frozenset(self.blocks[b]) for b in counted]
+        for block in counted:
+            own = frozenset(self.blocks[block])
+            fuller = [kind for kind in kinds if own < kind]
+            lacking = frozenset().union(*fuller) - own
+            if lacking and (self.spec.family or (len(counted) >= 4 and len(fuller) * 4 >= 3 * len(counted))):
+                found |= {self.name(block, t): f"{sum(t in k for k in kinds)} of {len(counted)} blocks have it" for t in lacking}
+        return found
+
+    def _missing_outside(self) -> dict[str, str]:
+        """Embedding, last norm and the like: what stands beside the blocks in every model of the family."""
+        root = _root(self.family_stem)
+        return {self.outer_name(t): f"every {self.spec.family} model has it" for t in self.spec.templates
+                if "{i}" not in t.tensor and root and t.tensor.startswith(root) and self.outer_name(t) not in self.outside}
+
+    def _missing_in_all(self) -> dict[str, str]:
+        """Linears that no block has, though the family has them in each, and nothing unknown stands in their place."""
+        held = {tail for b in self.counted for tail in self.blocks[b]}
+        inner = [t for t in self.spec.templates if "{i}" in t.tensor]
+        if any(tail.endswith(".weight") and not any(_tail_pattern(t.tensor).match(tail) for t in inner) for tail in held):
+            return {}
+        found = {}
+        for template in inner:
+            if (template.role in QUANTIZABLE and template.every_layer and "{e}" not in template.tensor
+                    and not any(_tail_pattern(template.tensor).match(tail) for tail in held)):
+                found |= {self.name(b, template.tensor.partition("{i}.")[2]): "no block has it" for b in self.counted}
+        return found
+
+
+def assume(spec: ModelSpec, **values: int):
+    """spec.lookup as it would answer if config.json held these values."""
+    return replace(spec, config={**spec.config, **values}).lookup
+
+
+def solve(expression: str, key: str, spec: ModelSpec, want: int) -> int | None:
+    """The value of one config key that makes a shape expression come out as `want`; None where no whole number does.
+
+    Every expression is linear in each of its keys, up to one floor division by 2, so the divisors of 2 * want are enough to try.
+    """
+    tried = set()
+    for divisor in range(1, min(want, 1024) + 1):
+        for value in (want // divisor, divisor, 2 * want // divisor):
+            if value not in tried and evaluate(expression, assume(spec, **{key: value})) == want:
+                return value
+            tried.add(value)
+    return None
+
+
+@cache
+def keys_of(expression: str) -> list[str]:
+    """Names of config keys in a shape expression, in order, each once."""
+    return list(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", expression)))
+
+
+def _root(stem: str) -> str:
+    """`model.layers.` -> `model.`; `h.` -> ``."""
+    return stem.rstrip(".").rpartition(".")[0] + "." if "." in stem.rstrip(".") else ""
+
+
+@cache
+def _tail_pattern(template: str) -> re.Pattern:
+    tail = template.partition("{i}.")[2]
+    return re.compile("^" + re.escape(tail).replace(r"\{e\}", r"\d+") + "$")
+
+
+@fact("checkpoint", stage="header")
+def placement(checkpoint, spec, tensors) -> Placement:
+    """Tensors sorted into blocks and matched with the family's templates (placement.Placement)."""
+    stems: dict[str, int] = {}
+    for linear in spec.linears:
+        match = _NUMBERED.match(linear.tensor)
+        if match:
+            stems[match["stem"]] = stems.get(match["stem"], 0) + 1
+    if not stems:
+        raise Unavailable("no numbered blocks with linears among the tensors")
+    found = Placement(spec, max(stems, key=stems.get))
+    for name, info in tensors.items():
+        match = _NUMBERED.match(name)
+        if match and match["stem"] == found.stem:
+            found.blocks.setdefault(int(match["block"]), {})[match["tail"]] = info
+        elif NOT_TEXT.search(name):
+            found.foreign[name] = info
+        else:
+            found.outside[name] = info
+    return found

@@ -1,0 +1,66 @@
+"""F052 unexpected-tensor: a tensor has no place in this family's model.
+
+Why: readers drop it without a word or with one line, so the model that runs is not the one that was trained; often the model is of
+another family than config.json says, or was changed by a tool.
+
+Seen as:
+- transformers: `Some weights of the model checkpoint at`
+- vLLM: `There is no module or parameter named`
+
+Do: compare architectures and model_type in config.json with where the weights come from.
+
+False alarms: variants of a family that add tensors and are newer than this version. Buffers that readers recompute (rotary
+frequencies, causal masks) and stored cache scales are not counted.
+
+Fix safety: manual; only you know whether the tensor or the config is right.
+
+Sources: transformers src/transformers/modeling_utils.py, `_keys_to_ignore_on_load_unexpected`.
+"""
+
+import re
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+# Buffers that older saves hold, scales of a key-value cache, positions: no reader misses or minds them.
+BENIGN = re.compile(r"(rotary_emb|inv_freq|rope|masked_bias|attn\.bias|attention\.bias|position_ids|[kv]_scale|[kv]_proj\.output_scale|"
+                    r"(q|k|query|key)_?(layer)?norm|sinks|score|mtp|nextn|eh_proj|enorm|hnorm|shared_head)")
+BIAS_KEYS = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias", "bias", "attention_out_bias")
+
+
+@rule("F052", "warning", certainty="likely", implied_by=("C147", "F057", "F058", "C142", "F050"))
+def unexpected_tensor(checkpoint, placement, config):
+    spec = placement.spec
+    if spec.family is None or len(set(spec.config.get("layer_types") or ())) > 1:
+        return
+    placed = {info.name for info, _, _ in placement.sizes()}
+    for block in placement.counted:
+        for tail, info in placement.blocks[block].items():
+            if info.name in placed or BENIGN.search(tail):
+                if not (tail.endswith("_proj.bias") and _bias_is_denied(spec, tail, placement, info)):
+                    continue
+            elif tail.endswith("bias"):
+                continue
+            yield finding(f"{info.name} has no place in a {spec.family} model", at=Place(info.shard, tensor=info.name),
+                          evidence={"family": spec.family}, fix=Fix("make sure that config.json names the family of these weights", (), "manual"))
+
+
+def _bias_is_denied(spec, tail, placement, info):
+    """True where config.json says in so many words that this linear has no bias."""
+    key = "mlp_bias" if tail.startswith("mlp.") else "attention_bias"
+    template = placement.template_of(info.name.removesuffix(".bias") + ".weight")
+    return spec.config.get(key) is False and template is not None and template.bias is False and spec.family in ("llama", "granite", "arcee")
+
+
+def bad():
+    case = tiny("llama")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    case.tensors[name] = case.tensors["model.norm.weight"].copy()
+    case.tensors[name.replace(".0.", ".1.")] = case.tensors["model.norm.weight"].copy()
+    case.dtypes |= {name: "BF16", name.replace(".0.", ".1."): "BF16"}
+    case.config["attention_bias"] = False
+    return case, f"{name} has no place in a llama model"
+
+
+def good():
+    return tiny()

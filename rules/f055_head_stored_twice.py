@@ -1,0 +1,39 @@
+"""F055 head-stored-twice: the head is tied to the embedding and stored once more all the same.
+
+Why: nothing reads wrongly, the file is only larger than it must be. Tools that quantize the head but not the embedding would break
+the tie: then one of the two copies is stale.
+
+Seen as:
+- safetensors: `Some tensors share memory, this will lead to duplicate memory on disk and potential differences when loading them again`
+
+Do: drop the copy.
+
+False alarms: none: the bytes are equal.
+
+Fix safety: safe; the dropped tensor is equal to the embedding, byte for byte.
+
+Sources: AutoGPTQ PR 536; huggingface/safetensors docs, "Torch shared tensors".
+"""
+
+from doctor.rule import DropTensor, Fix, Place, finding, rule
+from doctor.testing import tiny
+
+
+@rule("F055", "info")
+def head_stored_twice(checkpoint, spec, head_equals_embed):
+    if spec.tied and head_equals_embed:
+        head = checkpoint.tensors[spec.head_tensor]
+        yield finding(f"{spec.head_tensor} is a copy of {spec.embed_tensor}, to which it is tied: {head.nbytes:,} bytes twice",
+                      at=Place(head.shard, tensor=spec.head_tensor), evidence={"bytes": head.nbytes},
+                      fix=Fix(f"drop {spec.head_tensor}", (DropTensor(spec.head_tensor),)))
+
+
+def bad():
+    case = tiny("llama")
+    case.config["tie_word_embeddings"] = True
+    case.tensors["lm_head.weight"] = case.tensors["model.embed_tokens.weight"].copy()
+    return case, "lm_head.weight is a copy of model.embed_tokens.weight, to which it is tied: 12,288 bytes twice"
+
+
+def good():
+    return tiny("llama")

@@ -1,0 +1,53 @@
+"""F056 mixed-dtypes: linears of one kind are stored in different types.
+
+Why: most readers cast all to one type, so part of the model silently loses or gains precision; readers that do not cast stop at the
+first product of two types. A merge or a partial save leaves this.
+
+Seen as:
+- PyTorch: `expected mat1 and mat2 to have the same dtype`
+- PyTorch: `expected m1 and m2 to have the same dtype`
+
+Do: save the model again in one type.
+
+False alarms: norms, routers and heads are often kept in float32 on purpose and are not counted; only linears of the same kind are
+compared with each other.
+
+Fix safety: manual; a cast changes numbers.
+
+Sources: transformers src/transformers/modeling_utils.py: one dtype per model.
+"""
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import encode, tiny
+
+
+@rule("F056", "warning", implied_by=("C147",))
+def mixed_dtypes(checkpoint, spec, tensors):
+    kinds: dict[str, dict[str, list]] = {}
+    for linear in spec.linears:
+        info = tensors[linear.tensor]
+        if info.dtype.is_float and info.dtype.bits >= 16:
+            kinds.setdefault(linear.role, {}).setdefault(info.dtype.name, []).append(info)
+    for role, by_dtype in kinds.items():
+        if len(by_dtype) < 2 or role == "other":
+            continue
+        total = sum(map(len, by_dtype.values()))
+        main = max(by_dtype, key=lambda d: len(by_dtype[d]))
+        for dtype, infos in by_dtype.items():
+            for info in infos if dtype != main else ():
+                yield finding(f"{info.name} is {dtype}; {len(by_dtype[main])} of {total} {role} linears are {main}",
+                              at=Place(info.shard, tensor=info.name), evidence={"dtype": dtype, "most": main},
+                              fix=Fix("save the model again in one type", (), "manual"))
+
+
+def bad():
+    case = tiny()
+    name = case.name("down", 1)
+    case.tensors[name] = encode(__import__("numpy").full(case.tensors[name].shape, 0.01), "F32")
+    case.dtypes[name] = "F32"
+    total = sum("down_proj" in n or n.endswith("fc2.weight") for n in case.tensors)
+    return case, f"{name} is F32; {total - 1} of {total} down linears are BF16"
+
+
+def good():
+    return tiny()

@@ -1,0 +1,47 @@
+"""F057 unmerged-adapter: the weight files hold LoRA matrices beside the weights they change.
+
+Why: readers of the base family drop lora_A and lora_B, and with them the fine-tuning; where the weight itself is called
+`base_layer.weight`, they find no weight at all.
+
+Seen as:
+- transformers: `Some weights of the model checkpoint at`
+- vLLM: `KeyError: 'model.layers.`
+
+Do: load with PEFT, `merge_and_unload()`, save again.
+
+False alarms: none known; models with low-rank linears of their own (DeepSeek) use other names.
+
+Fix safety: manual; merging is a sum of matrices with a scale that stands in adapter_config.json.
+
+Sources: huggingface/peft src/peft/tuners/lora/layer.py.
+"""
+
+import re
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+LORA = re.compile(r"(^|\.)(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save)(\.|$)|^base_model\.model\.")
+
+
+@rule("F057", "error", implied_by=("F022",))
+def unmerged_adapter(checkpoint, tensors):
+    found = sorted(n for n in tensors if LORA.search(n))
+    if found:
+        info = tensors[found[0]]
+        noun = "tensor is" if len(found) == 1 else "tensors are"
+        yield finding(f"{len(found):,} {noun} an adapter's that was not merged, the first is {found[0]}", at=Place(info.shard, tensor=found[0]),
+                      evidence={"tensors": len(found)}, fix=Fix("merge the adapter with PEFT's merge_and_unload() and save again", (), "manual"))
+
+
+def bad():
+    case = tiny()
+    stem = case.name("down").removesuffix(".weight")
+    extra = {f"{stem}.lora_A.weight": case.down()[:8].copy(), f"{stem}.lora_B.weight": case.down()[:, :8].copy()}
+    case.tensors |= extra
+    case.dtypes |= dict.fromkeys(extra, "BF16")
+    return case, f"2 tensors are an adapter's that was not merged, the first is {stem}.lora_A.weight"
+
+
+def good():
+    return tiny()

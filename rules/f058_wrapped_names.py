@@ -1,0 +1,47 @@
+"""F058 wrapped-names: every tensor name carries a training wrapper's prefix.
+
+Why: torch.compile, DistributedDataParallel, FSDP and trainers put a word in front of each name. Readers look for the plain names, find
+none, and start the model from random numbers.
+
+Seen as:
+- transformers: `Some weights of the model checkpoint at`
+- PyTorch: `Unexpected key(s) in state_dict: "_orig_mod`
+- PyTorch: `Missing key(s) in state_dict`
+
+Do: unwrap before saving (`model._orig_mod`, `accelerator.unwrap_model(model)`), or rename the tensors.
+
+False alarms: none known; the words are no part of any model.
+
+Fix safety: manual; renaming is done where the model is saved.
+
+Sources: pytorch/pytorch torch/_dynamo/eval_frame.py (`_orig_mod`); torch/nn/parallel/distributed.py (`module`).
+"""
+
+import re
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+WRAPPER = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.|^module\.|^actor\.|^policy\.")
+
+
+@rule("F058", "error")
+def wrapped_names(checkpoint, tensors):
+    found = sorted(n for n in tensors if WRAPPER.search(n))
+    if found:
+        word = WRAPPER.search(found[0])[0].strip(".")
+        yield finding(f"{len(found):,} of {len(tensors):,} tensor names carry the wrapper {word!r}, the first is {found[0]}",
+                      at=Place(tensors[found[0]].shard, tensor=found[0]), evidence={"tensors": len(found)},
+                      fix=Fix("unwrap the model before saving it", (), "manual"))
+
+
+def bad():
+    case = tiny()
+    case.tensors = {f"_orig_mod.{n}": a for n, a in case.tensors.items()}
+    case.dtypes = {f"_orig_mod.{n}": d for n, d in case.dtypes.items()}
+    n = len(case.tensors)
+    return case, f"{n} of {n} tensor names carry the wrapper '_orig_mod', the first is {min(case.tensors)}"
+
+
+def good():
+    return tiny()
