@@ -42,3 +42,10 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     return Report(extra=extra, checkpoint=checkpoint.name, recipe=recipe, findings=locate(findings, checkpoint), runs=runs,
                   summary=summary(checkpoint, store), skipped_tensors=scanned.skipped if scanned else {},
                   bytes_read=scanned.bytes_read if scanned else 0, seconds=time.perf_counter() - started, fail_on=fail_on)
+
+
+def verify(original: str | os.PathLike, quantized: str | os.PathLike, **options) -> Report:
+    """Report on a quantized checkpoint against its original; see doctor.evaluate.verify.verify for the options."""
+    from doctor.evaluate.verify import verify as run
+
+    return run(original, quantized, **options)

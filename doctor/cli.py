@@ -124,8 +124,8 @@ def check(paths, method, bits, group_size, sym, tp, runtime, select, ignore, rul
     outputs = _outputs(formats, concise)
     with _json_on_failure(outputs):
         recipe = _recipe(method, bits, group_size, sym, tp, runtime)
-        reports = [_checked(path, recipe, select=_words(select), ignore=_words(ignore), stage=stage, fail_on=fail_on, rules_dirs=rules_dirs)
-                   for path in paths]
+        reports = [_checked(path, recipe, select=_words(select), ignore=_words(ignore), stage=stage, fail_on=fail_on, rules_dirs=rules_dirs,
+                            pictures=any(name in ("json", "html", "markdown") for name, _ in outputs)) for path in paths]
         _emit(reports, [("statistics", "")] if statistics else outputs, verbose)
     _exit(reports, fail_on_skipped)
 
@@ -156,7 +156,7 @@ class _json_on_failure:
         return self
 
     def __exit__(self, _kind, error, _trace):
-        if not isinstance(error, (DoctorError, OSError)):
+        if not isinstance(error, Exception) or isinstance(error, click.ClickException):
             return
         from doctor.report.json_report import failure
 

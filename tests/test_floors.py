@@ -13,7 +13,7 @@ FLOORS = {
     1: ("native", "shard", "edits", "spec", "checkpoint", "view", "writer"),
     2: ("facts", "stats", "scan", "builtin", "layout"),
     3: ("rule", "testing"),
-    4: ("engine", "plan", "explain", "config"),
+    4: ("engine", "plan", "explain", "pictures", "config"),
     5: ("quant", "evaluate"),
     6: ("api", "cli", "__main__", "report", "__init__"),
 }

@@ -95,12 +95,12 @@ def skipped(report: Report) -> int:
 def verdict(report: Report) -> tuple[str, str]:
     """(mark, sentence): whether the checkpoint is ready for the plan, and how far that is known."""
     label = report.recipe.label()
-    if report.crashed:
-        return "crashed", f"{counted(len(report.crashed), 'rule')} crashed: no verdict for {label}"
-    if not ran(report):
-        return "skipped", f"nothing was judged for {label}"
     if report.at_or_above("error"):
         return "error", f"not ready for {label}"
+    if report.crashed:
+        return "crashed", f"no verdict for {label}: {counted(len(report.crashed), 'rule')} crashed"
+    if not ran(report):
+        return "skipped", f"nothing was judged for {label}"
     far = "" if weights_read(report) else " (headers only)"
     if report.at_or_above("warning"):
         return "warning", f"ready for {label}{far}, with warnings"

@@ -1,0 +1,157 @@
+"""Tables and series behind the pictures of a report: plans by GPU count, weights by block, shapes, tokens, files.
+
+They are made from the same store and rules as the findings, and only when a format that draws them was asked for. Everything
+here is plain data, because it travels in the report's JSON.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from doctor.builtin import header_facts
+from doctor.checkpoint import Checkpoint
+from doctor.engine import judge
+from doctor.facts import CHECKPOINT, FACTS, STAGES, Store
+from doctor.recipe import Recipe
+from doctor.rule import ROW_PARALLEL, Finding, Rule
+
+TPS = (1, 2, 4, 8)
+GROUPS = (128, 64, 32)
+_ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+_TOKENS = ("bos", "eos", "pad", "unk")
+_SAFETY = ("safe", "unsafe", "manual")
+
+
+def pictures(checkpoint: Checkpoint, store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> dict:
+    """name -> plain data, for Report.extra. A picture whose facts this run does not have is left out."""
+    recipe = store.get(CHECKPOINT, "recipe")
+    made = {"files": files(checkpoint)}
+    if store.has(CHECKPOINT, "spec"):
+        spec = store.get(CHECKPOINT, "spec")
+        made["tokens"] = tokens(checkpoint, spec, store)
+        if spec.linears:
+            made |= {"geometry": geometry(spec, recipe), "heat": heat(spec, store),
+                     "matrix": matrix(checkpoint, recipe, list(rules), list(findings))}
+    return {k: v for k, v in made.items() if v}
+
+
+# plans by GPU count
+
+
+def matrix(checkpoint: Checkpoint, recipe: Recipe, rules: list[Rule], findings: list[Finding]) -> list[dict]:
+    """Rows {plan, step, cells: [{tp, ready, codes}]}: which errors stand in the way as it is, after safe fixes, after all fixes.
+
+    Rules that look at headers and at the recipe are asked again under each plan; what the others found holds for every plan.
+    """
+    asked = [r for r in rules if STAGES.index(r.stage) <= STAGES.index("header") and "recipe" in _closure(r.needs)]
+    own = {r.code for r in asked}
+    always = _worst(f for f in findings if f.severity == "error" and f.code not in own and not f.consequence_of)
+    rows = []
+    for group in dict.fromkeys((recipe.group_size, *GROUPS)):
+        plans = [replace(recipe, group_size=group, tp=tp) for tp in dict.fromkeys((*TPS, recipe.tp))]
+        plans.sort(key=lambda p: p.tp)
+        blocked = [{**always, **_worst(f for f in judge(header_facts(checkpoint, p), asked)[0] if f.severity == "error")} for p in plans]
+        label = replace(recipe, group_size=group, tp=1).label()
+        shown = None
+        for step, keep in (("as it is", _SAFETY), ("after safe fixes", _SAFETY[1:]), ("after all fixes", _SAFETY[2:])):
+            cells = [{"tp": p.tp, "codes": sorted(c for c, safety in b.items() if safety in keep)} for p, b in zip(plans, blocked, strict=True)]
+            if cells != shown:
+                rows.append({"plan": label, "step": step, "cells": [{**c, "ready": not c["codes"]} for c in cells]})
+            shown = cells
+    return rows
+
+
+def _closure(needs: Iterable[str]) -> set[str]:
+    """Every fact that these facts rest on, themselves included."""
+    seen: set[str] = set()
+    todo = list(needs)
+    while todo:
+        name = todo.pop()
+        if name not in seen and name in FACTS:
+            seen.add(name)
+            todo += FACTS[name].needs
+    return seen
+
+
+def _worst(findings: Iterable[Finding]) -> dict[str, str]:
+    """code -> the least safe of its cures; a fix that invents content counts as manual."""
+    found: dict[str, str] = {}
+    for item in findings:
+        fix = item.fix
+        safety = "manual" if fix is None or fix.by_name or not fix.edits else fix.safety
+        found[item.code] = max(found.get(item.code, "safe"), safety, key=_SAFETY.index)
+    return found
+
+
+# weights, shapes, tokens, files
+
+
+def heat(spec, store: Store) -> dict:
+    """{blocks, roles: [{role, absmax: [per block], nonfinite: [per block], zero: [share per block]}]}; {} where nothing was read."""
+    blocks = 1 + max((x.block for x in spec.linears if x.block is not None), default=-1)
+    rows: dict[str, dict] = {}
+    for linear in spec.linears:
+        subject = f"tensor:{linear.tensor}"
+        if linear.block is None or not store.has(subject, "stats"):
+            continue
+        stats = store.get(subject, "stats")
+        row = rows.setdefault(linear.role, {"role": linear.role, "absmax": [None] * blocks, "nonfinite": [0] * blocks, "zero": [None] * blocks})
+        row["absmax"][linear.block] = max(row["absmax"][linear.block] or 0.0, float(stats.absmax))
+        row["nonfinite"][linear.block] += stats.n_nan + stats.n_inf
+        row["zero"][linear.block] = max(row["zero"][linear.block] or 0.0, stats.n_zero / max(stats.numel, 1))
+    if not rows:
+        return {}
+    order = sorted(rows, key=lambda r: (_ROLES.index(r) if r in _ROLES else len(_ROLES), r))
+    return {"blocks": blocks, "roles": [rows[r] for r in order]}
+
+
+def geometry(spec, recipe: Recipe) -> list[dict]:
+    """Every distinct linear shape: how many, groups in a row, and the GPU counts that cut it into whole groups and columns."""
+    kinds: dict[tuple, list] = {}
+    for linear in spec.linears:
+        kinds.setdefault((linear.role, linear.in_features, linear.out_features), []).append(linear)
+    rows = []
+    for (role, k, n), members in kinds.items():
+        group = k if recipe.group_size == -1 else recipe.group_size
+        cut = [tp for tp in (1, 2, 4, 8, 16) if (k % (group * tp) == 0 if role in ROW_PARALLEL else k % group == 0 and n % tp == 0)]
+        if recipe.group_size == -1 and role in ROW_PARALLEL:  # one scale for the whole row: every GPU holds a copy of it
+            cut = [tp for tp in (1, 2, 4, 8, 16) if k % tp == 0]
+        rows.append({"role": role, "in_features": k, "out_features": n, "count": len(members), "groups": k / group, "tp": cut})
+    return rows
+
+
+def tokens(checkpoint: Checkpoint, spec, store: Store) -> list[dict]:
+    """Rows {token, says: {file: text}}: what each file says about BOS, EOS, PAD and UNK."""
+    tokenizer = store.get(CHECKPOINT, "tokenizer") if store.has(CHECKPOINT, "tokenizer") else None
+    named = checkpoint.value("tokenizer_config.json") or {}
+    rows = []
+    for token in _TOKENS:
+        says = {}
+        for file, document in (("config.json", spec.config), ("generation_config.json", checkpoint.value("generation_config.json"))):
+            if document is not None and f"{token}_token_id" in document:
+                says[file] = _ids(document[f"{token}_token_id"], tokenizer)
+        text = named.get(f"{token}_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        if isinstance(text, str):
+            found = tokenizer.ids.get(text) if tokenizer else None
+            says["tokenizer_config.json"] = text
+            if tokenizer is not None:
+                says["tokenizer.json"] = f"{text} = {found}" if found is not None else f"no token {text}"
+        if says:
+            rows.append({"token": token, "says": says})
+    return rows
+
+
+def _ids(value: object, tokenizer) -> str:
+    """`2`, `[1, 2]` or `null`, each with the token that has the id."""
+    if isinstance(value, list):
+        return "[" + ", ".join(_ids(v, tokenizer) for v in value) + "]"
+    if not isinstance(value, int) or isinstance(value, bool):
+        return "null" if value is None else str(value)
+    name = tokenizer.token(value) if tokenizer else None
+    return f"{name} = {value}" if name is not None else str(value)
+
+
+def files(checkpoint: Checkpoint) -> list[dict]:
+    """Rows {name, bytes, tensors, header_bytes} of shards, then of the other files."""
+    rows = [{"name": s.name, "bytes": s.size, "tensors": len(s.tensors), "header_bytes": s.header_bytes} for s in checkpoint.shards.values()]
+    return rows + [{"name": e.name, "bytes": e.size} for e in checkpoint.entries.values() if e.name not in checkpoint.shards]

@@ -1,0 +1,26 @@
+"""GitLab code quality: a JSON list of findings with stable fingerprints."""
+
+import hashlib
+import json
+
+from doctor.engine import Report
+from doctor.report import view
+
+_SEVERITY = {"error": "major", "warning": "minor", "info": "info"}
+
+
+def render(reports: list[Report]) -> str:
+    """All reports as one list; [] when there is nothing."""
+    rows = []
+    for report in reports:
+        root = str(report.summary.get("path") or "").rstrip("/")
+        for top in view.groups(report):
+            for group in (top, *top.effects):
+                file, line, _ = view.anchor(group.first)
+                more = "" if group.folds_into_message else f" (and {len(group.all) - 1} more: {group.names})"
+                rows.append({
+                    "description": group.message + more, "check_name": f"{group.code} {group.first.name}",
+                    "fingerprint": hashlib.sha256(f"{root}:{view.fingerprint(group.first)}".encode("utf-8", "backslashreplace")).hexdigest()[:40],
+                    "severity": _SEVERITY[group.first.severity],
+                    "location": {"path": view.safe(f"{root}/{file}" if root else file), "lines": {"begin": line}}})
+    return json.dumps(rows, indent=1, ensure_ascii=True) + "\n"

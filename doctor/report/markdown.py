@@ -1,0 +1,109 @@
+"""Markdown for a pull request's comment or a job's summary: verdict, plans by GPU count, findings to unfold.
+
+A comment holds 65,536 characters: findings are cut from the end and counted, the verdict never.
+"""
+
+from doctor.engine import Report
+from doctor.report import view
+from doctor.report.view import Group
+
+MOST = 60_000
+
+
+def render(reports: list[Report]) -> str:
+    """All reports, the room shared among them."""
+    return "\n\n".join(_report(r, MOST // len(reports)) for r in reports) + "\n"
+
+
+def _report(report: Report, room: int) -> str:
+    found = view.groups(report)
+    mark, sentence = view.verdict(report)
+    head = [f"<!-- doctor:{_plain(report.checkpoint).replace('--', '-')} -->", f"### {view.MARKS[mark]} {sentence}",
+            f"{_code(report.checkpoint)} · {_plain(view.what_it_is(report))} · **{view.tally(found)}** · {view.run_facts(report)}"]
+    if report.extra.get("matrix"):
+        head.append(matrix(report.extra["matrix"]))
+    parts, size, shown = head, sum(map(len, head)), 0
+    for group in found:
+        text = _finding(report, group)
+        if size + len(text) > room:
+            parts.append(f"{len(found) - shown} more findings do not fit here; `doctor check` prints them all.")
+            break
+        parts.append(text)
+        size, shown = size + len(text), shown + 1
+    parts += [f"☠ **{r.rule.code} crashed**: {_code(r.crashed)}" for r in report.crashed]
+    return "\n\n".join(parts)
+
+
+def matrix(rows: list[dict]) -> str:
+    """Plans by GPU count: ready or not, and the codes in the way."""
+    gpus = [cell["tp"] for cell in rows[0]["cells"]]
+    lines = ["| plan | " + " | ".join(["1 GPU" if n == 1 else str(n) for n in gpus]) + " | in the way |",
+             "|---|" + ":-:|" * len(gpus) + "---|"]
+    for row in rows:
+        name = row["plan"] if row["step"] == "as it is" else f"… {row['step']}"
+        lines.append(f"| {name} | " + " | ".join("✓" if c["ready"] else "✗" for c in row["cells"]) + f" | {blockers(row['cells'])} |")
+    return "\n".join(lines)
+
+
+def blockers(cells: list[dict]) -> str:
+    """`W201; 2+ GPUs also G302`."""
+    everywhere = set.intersection(*(set(c["codes"]) for c in cells))
+    more: dict[str, list[int]] = {}
+    for cell in cells:
+        for code in sorted(set(cell["codes"]) - everywhere):
+            more.setdefault(code, []).append(cell["tp"])
+    gpus: dict[tuple, list[str]] = {}
+    for code, counts in more.items():
+        gpus.setdefault(tuple(counts), []).append(code)
+    last = cells[-1]["tp"]
+    parts = [", ".join(sorted(everywhere))] if everywhere else []
+    for counts, codes in gpus.items():
+        upward = list(counts) == [c["tp"] for c in cells if c["tp"] >= counts[0]] and counts[-1] == last and len(counts) > 1
+        where = f"{counts[0]}+" if upward else ", ".join(map(str, counts))
+        parts.append(f"{where} GPUs {'also ' if everywhere else ''}{', '.join(codes)}")
+    return "; ".join(parts)
+
+
+def _finding(report: Report, group: Group) -> str:
+    file, line, _ = view.anchor(group.first)
+    spot = f"{file}:{line}" if group.first.where.line else file
+    lines = [f"<details><summary><b>{group.first.severity} {group.code}</b> {_html(group.message)} · <code>{_html(view.safe(spot))}</code></summary>", ""]
+    if not group.folds_into_message:
+        lines += [f"{len(group.all)} alike: {_code(group.names)}", ""]
+    if group.first.facts_table:
+        lines += [_table(group.first.facts_table), ""]
+    entry = view.page_rule(report, group.code)
+    if entry is not None:
+        lines += [f"**why** {_plain(view.why(entry))}  "]
+        lines += [f"**else** {_plain(s.tool)}: {_code(s.text)}  " for s in view.elsewhere(entry, report)]
+    lines += [f"**{label}** {_plain(text)}  " for label, text in view.cures(group, entry)]
+    if group.effects:
+        lines.append("**then** also reported because of this: " + ", ".join(f"{e.code} {e.first.name}" for e in group.effects))
+    return "\n".join([*lines, "", "</details>"])
+
+
+def _table(rows) -> str:
+    cells = ["| " + " | ".join(_plain(c).replace("|", "\\|") for c in row) + " |" for row in rows]
+    return "\n".join([cells[0], "|" + "---|" + "--:|" * (len(rows[0]) - 1), *cells[1:]])
+
+
+def _html(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: no tag, no emphasis, no link, no mention."""
+    text = _html(view.safe(text))
+    for char in "\\`*_[]":
+        text = text.replace(char, "\\" + char)
+    return text.replace("@", "@\u200b")
+
+
+def _code(text: str) -> str:
+    """Inline code with as many backticks as the text needs."""
+    text = view.safe(text)
+    fence = "`"
+    while fence in text:
+        fence += "`"
+    pad = " " if text[:1] == "`" or text[-1:] == "`" else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
