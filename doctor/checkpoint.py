@@ -151,7 +151,7 @@ class Checkpoint:
             except OSError as error:
                 self.problems.append(Defect("unreadable", error.strerror or str(error), item.name))
                 continue
-            if target is not None and not self._may_follow(target):
+            if target is not None and not self.may_follow(target):
                 self.problems.append(Defect("link-leads-out", f"a symbolic link to {os.readlink(item.path)}", item.name))
             elif stat.S_ISREG(info.st_mode):
                 self.entries[item.name] = Entry(item.name, info.st_size, target)
@@ -162,7 +162,8 @@ class Checkpoint:
     def _target(item: os.DirEntry) -> str | None:
         return os.path.realpath(item.path) if item.is_symlink() else None
 
-    def _may_follow(self, target: str) -> bool:
+    def may_follow(self, target: str) -> bool:
+        """Whether a link's resolved target lies inside the directory or in the Hub cache it belongs to."""
         root = os.path.realpath(self.root)
         # A Hub cache keeps models--org--name/snapshots/REV/FILE -> ../../blobs/HASH.
         blobs = os.path.join(os.path.dirname(os.path.dirname(root)), "blobs")
