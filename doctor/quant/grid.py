@@ -6,7 +6,9 @@ unit of float16 once the scale is written. 0.0 is always on the grid (zero is an
 
 The symmetric range is -2^(b-1) .. 2^(b-1)-1, one code longer below than above. Min-max takes
 absmax / (2^(b-1) - 0.5), so both ends are cut by at most half a step; the search also looks at the shorter
-and the longer scale. Taking absmax, never max - min, keeps a group without negative weights whole.
+and the longer scale. Taking absmax, never max - min, keeps a group without negative weights whole. A signed
+scale turns a group round, so that its largest weight meets the longer end: readers multiply by the scale, whatever
+its sign (llama.cpp's Q4_0 has always stored it so).
 
 Sources: Frantar et al. 2022 (arXiv 2210.17323) §3; IST-DASLab/gptq quant.py (min-max and shrinking search).
 """
@@ -29,7 +31,8 @@ _CHUNK_DEVICE = 1 << 25
 
 
 class Grid(NamedTuple):
-    """scale f32[n, G], each value exact in the stored dtype; zero i32[n, G], 0..2^bits-1."""
+    """scale f32[n, G], each value exact in the stored dtype, never 0, negative only where `signed` was asked for;
+    zero i32[n, G], 0..2^bits-1."""
 
     scale: torch.Tensor
     zero: torch.Tensor
@@ -50,13 +53,14 @@ def contiguous_groups(k: int, group_size: int, device: torch.device | str = "cpu
 
 
 def fit(W: torch.Tensor, bits: int, group_size: int, sym: bool, *, mse: bool = False,
-        weight: torch.Tensor | None = None, zero_min: int = 0,
+        weight: torch.Tensor | None = None, signed: bool = False, zero_min: int = 0,
         scale_dtype: torch.dtype = torch.float16) -> Grid:
     """Grid of every group of W[n, k].
 
     mse: choose scale (and, asymmetric, zero) by the least sum of weight[j] * (W[:, j] - grid)^2 over each group,
     instead of min-max. weight f32[k] >= 0 is the cost of an error in column j: the diagonal of the Hessian when
-    calibration is there, None for equal columns. zero_min = 1 for formats that store zero - 1 (GPTQ v1).
+    calibration is there, None for equal columns. signed: a symmetric group whose largest weight is positive gets a
+    negative scale (needs mse; see above). zero_min = 1 for formats that store zero - 1 (GPTQ v1).
     A group of zeros gets scale 1 and the middle zero: 0/0 would be NaN and spread through dequantize.
 
     Raises NotQuantizable for a non-finite W (naming the first), a scale past the largest value of scale_dtype,
@@ -74,10 +78,13 @@ def fit(W: torch.Tensor, bits: int, group_size: int, sym: bool, *, mse: bool = F
     rows = max(1, (_CHUNK_CPU if W.device.type == "cpu" else _CHUNK_DEVICE) // k)
     for first in range(0, n, rows):
         part = grouped[first:first + rows]
+        turn = _turn(part) if sym and mse and signed else None
+        part = part if turn is None else part * turn
         found = _minmax(part, bits, sym, zero_min, scale_dtype)
         if mse:
             found = _search(part, cost, found, bits, sym, zero_min, scale_dtype)
-        scale[first:first + rows], zero[first:first + rows] = found[0][..., 0], found[1][..., 0].to(torch.int32)
+        scale[first:first + rows] = (found[0] if turn is None else found[0] * turn)[..., 0]
+        zero[first:first + rows] = found[1][..., 0].to(torch.int32)
     return Grid(scale, zero)
 
 
@@ -125,6 +132,11 @@ def _by_column(grid: Grid, k: int, g_idx: torch.Tensor | None) -> tuple[torch.Te
         return grid.scale.repeat_interleave(width, 1), grid.zero.to(torch.float32).repeat_interleave(width, 1)
     index = g_idx.to(torch.int64)
     return grid.scale[:, index], grid.zero.to(torch.float32)[:, index]
+
+
+def _turn(part: torch.Tensor) -> torch.Tensor:
+    """-1 for groups whose largest weight is positive, else 1, f32[r, G, 1]: the sign that puts it at the longer end."""
+    return torch.where(part.amax(-1, keepdim=True) > -part.amin(-1, keepdim=True), -1.0, 1.0)
 
 
 def _minmax(part: torch.Tensor, bits: int, sym: bool, zero_min: int, dtype: torch.dtype

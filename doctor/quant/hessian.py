@@ -235,9 +235,7 @@ def _rungs(H: torch.Tensor, damp: float, damp_max: float) -> Iterator[tuple[str,
 
 
 def _clamp_eigenvalues(H: torch.Tensor, floor: float) -> torch.Tensor:
-    """The nearest matrix to H f64[k, k] (Frobenius) whose eigenvalues are at least floor."""
-    if not torch.isfinite(H).all():
-        return H
+    """The nearest matrix to a finite H f64[k, k] (Frobenius) whose eigenvalues are at least floor."""
     values, vectors = torch.linalg.eigh(H)
     fixed = (vectors * values.clamp_min(floor)) @ vectors.T
     return (fixed + fixed.T) / 2
