@@ -1,0 +1,49 @@
+"""Q403 dead-input-column: inputs of a linear stayed 0 through the whole calibration, though its weights there are not 0.
+
+Why: such columns have nothing in the Hessian, so they are rounded without guidance (some programs even set their weights to 0, which
+changes the model for text that does reach them). Without damping the factorisation fails at the first of them.
+
+Seen as:
+- ExLlamaV2: `ValueError: Hessian is not invertible`
+- llama.cpp: `values are 0 for`
+
+Do: calibrate on more varied text. In models with ReLU many units rest on any given text.
+
+False alarms: padded columns are 0 by design and not counted; up to DEAD_SHARE of the columns stays silent.
+
+Fix safety: no fix: doctor keeps these weights and rounds them to nearest.
+
+Sources: IST-DASLab/gptq gptq.py (dead); vllm-project/llm-compressor src/llmcompressor/modifiers/gptq/helpers.py;
+arXiv 2309.04827.
+"""
+
+from doctor.rule import finding, rule
+from doctor.testing import change, measured
+
+# Share of a linear's columns. A few silent units are normal; from a percent on the calibration misses part of the model.
+DEAD_SHARE = 0.01
+
+
+@rule("Q403", "warning", implied_by=("Q401", "Q410"))
+def dead_input_column(linear, hessian, zero_columns):
+    dead = hessian.n_dead - zero_columns
+    if not hessian.tokens or not dead > DEAD_SHARE * hessian.in_features:
+        return
+    every = hessian.n_dead == hessian.in_features
+    what = f"every input of {linear.name} was 0" if every else f"{dead:,} of {hessian.in_features:,} inputs of {linear.name} stayed 0"
+    yield finding(f"{what} in {hessian.tokens:,} calibration tokens", severity="warning" if every else "info",
+                  evidence={"n_dead": hessian.n_dead, "zero_columns": zero_columns}, advice="calibrate on more varied text")
+
+
+def bad():
+    case = measured()
+    name = case.name("down").removesuffix(".weight")
+    change(case, f"linear:{name}", "hessian", n_dead=5)
+    return case, f"5 of 128 inputs of {name} stayed 0 in 4,096 calibration tokens"
+
+
+def good():
+    case = measured()
+    case.down()[:, ::8] = 0  # padding: dead inputs that meet zero weights
+    change(case, f"linear:{case.name('down').removesuffix('.weight')}", "hessian", n_dead=16)
+    return case

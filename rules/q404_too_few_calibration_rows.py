@@ -1,0 +1,41 @@
+"""Q404 too-few-calibration-rows: a linear saw fewer calibration tokens than it has in_features.
+
+Why: H then has at most as many independent directions as tokens: the rest is known by damping alone, and corrections follow noise.
+Tokens count, not samples: 128 samples of 50 tokens are 6,400, fewer than the 24,576 inputs of a 72B model's down.
+
+Seen as:
+- AutoGPTQ: `(the leading minor of order 1025 is not positive-definite)`
+- PyTorch: `torch._C._LinAlgError: linalg.cholesky`
+
+Do: more rows or longer rows, several times the widest linear.
+
+False alarms: plain rounding (rtn) needs no calibration, and experts of a mixture have their own rule (Q410).
+
+Fix safety: no fix: the text is yours to give.
+
+Sources: Frantar et al. 2022 (arXiv 2210.17323) §5 (128 rows of 2,048 tokens); AutoGPTQ/AutoGPTQ issue 708;
+vllm-project/llm-compressor issue 142.
+"""
+
+from doctor.rule import finding, rule
+from doctor.testing import change, measured
+
+
+@rule("Q404", "warning", implied_by=("Q401",))
+def too_few_calibration_rows(linear, hessian):
+    if linear.expert is not None or hessian.tokens >= hessian.in_features:
+        return
+    yield finding(f"{linear.name} saw {hessian.tokens:,} calibration tokens for {hessian.in_features:,} in_features",
+                  evidence={"tokens": hessian.tokens, "in_features": hessian.in_features},
+                  advice=f"give {4 * hessian.in_features:,} tokens or more: more or longer rows")
+
+
+def bad():
+    case = measured()
+    name = case.name("down").removesuffix(".weight")
+    change(case, f"linear:{name}", "hessian", tokens=100)
+    return case, f"{name} saw 100 calibration tokens for 128 in_features"
+
+
+def good():
+    return measured()

@@ -1,0 +1,38 @@
+"""Q405 worse-than-rtn: a linear came out worse than plain rounding to nearest would.
+
+Why: GPTQ exists to lose less than rounding on the calibration text. Where it loses more, its Hessian misled it, its groups fit
+badly, or the arithmetic failed.
+
+Do: quantize again with act-order and smaller groups or with more calibration text, or keep this linear in 16 bits.
+
+False alarms: none on the calibration text; elsewhere the order may differ.
+
+Fix safety: no fix: the better plan is a choice.
+
+Sources: qwopqwop200/GPTQ-for-LLaMa README (7B: perplexity 6.79 with GPTQ and 6.28 with RTN, without act-order).
+"""
+
+from doctor.rule import finding, rule
+from doctor.testing import change, measured
+
+MARGIN = 1.01  # ratio of the two losses; both are sums in float32, so within a percent they are the same
+
+
+@rule("Q405", "warning")
+def worse_than_rtn(linear, solve):
+    # Written so that a loss that is NaN counts as worse.
+    if solve.outcome not in ("gptq", "awq") or solve.loss <= MARGIN * solve.rtn_loss:
+        return
+    yield finding(f"{linear.name}: {solve.outcome} lost {solve.loss:.3g} of the output's energy, rounding {solve.rtn_loss:.3g}",
+                  evidence={"loss": solve.loss, "rtn_loss": solve.rtn_loss}, advice="use act-order, smaller groups or more calibration text")
+
+
+def bad():
+    case = measured()
+    name = case.name("down").removesuffix(".weight")
+    change(case, f"linear:{name}", "solve", loss=0.02)
+    return case, f"{name}: gptq lost 0.02 of the output's energy, rounding 0.01"
+
+
+def good():
+    return measured()

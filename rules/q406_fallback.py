@@ -1,0 +1,41 @@
+"""Q406 fallback: a linear was quantized by a simpler method than asked, or left in 16 bits.
+
+Why: other programs swap in rounding, or keep a linear in 16 bits, with a line in the log or none. The file then is not what its name
+says, and serving engines that fuse q, k and v may refuse it.
+
+Seen as:
+- llm-compressor: `Hessian inversion failed for`
+- GPTQModel: `Module has no samples`
+
+Do: see why (the finding's text), and cure that: finite inputs, more calibration text, a group size that divides.
+
+False alarms: none; it reports what was done. Linears that `--keep` names are not counted.
+
+Fix safety: no fix: the cause decides.
+
+Sources: vllm-project/llm-compressor src/llmcompressor/modifiers/gptq/base.py:391; intel/auto-round
+compressors/layer_config_resolver.py:69 (layers left in 16 bits without a word).
+"""
+
+from doctor.rule import finding, is_kept, rule
+from doctor.testing import change, measured
+
+
+@rule("Q406", "warning", implied_by=("Q401", "Q410", "G301", "G310"))
+def fallback(linear, solve, recipe):
+    if solve.outcome not in ("rtn", "kept") or solve.outcome == recipe.method or is_kept(recipe, linear.name):
+        return
+    what = "was rounded to nearest" if solve.outcome == "rtn" else "stays in 16 bits"
+    yield finding(f"{linear.name} {what} instead of {recipe.method}: {solve.note or 'no reason recorded'}",
+                  evidence={"outcome": solve.outcome, "method": recipe.method}, advice="cure the reason given, or name it with --keep")
+
+
+def bad():
+    case = measured()
+    name = case.name("down").removesuffix(".weight")
+    change(case, f"linear:{name}", "solve", outcome="rtn", note="its Hessian could not be factored")
+    return case, f"{name} was rounded to nearest instead of gptq: its Hessian could not be factored"
+
+
+def good():
+    return measured()

@@ -1,0 +1,44 @@
+"""Q410 expert-underseen: the router sent too few calibration tokens to an expert.
+
+Why: each expert has its own Hessian. With fewer tokens than a quarter of its in_features, that Hessian is mostly damping; with none there is
+nothing at all, and programs crash, round silently or divide by zero.
+
+Seen as:
+- GPTQModel: `'GPTQ' object has no attribute 'H'`
+- ExLlamaV2: `has less than 10% calibration for`
+- AutoAWQ: `increase max_calib_samples`
+
+Do: calibrate on more and more varied text; four times the tokens halve the number of starved experts roughly.
+
+False alarms: an expert that no text ever reaches loses nothing; it is named all the same.
+
+Fix safety: no fix: doctor rounds an unseen expert to nearest.
+
+Sources: ModelCloud/GPTQModel issues 1376 and 1680; casper-hansen/AutoAWQ commit de21987; vllm-project/llm-compressor PR 2826.
+"""
+
+from doctor.rule import finding, rule
+from doctor.testing import change, measured
+
+TOKEN_SHARE = 0.25  # tokens per in_feature; below it more than three quarters of the directions are unseen
+
+
+@rule("Q410", "warning", implied_by=("Q401",))
+def expert_underseen(linear, hessian):
+    if linear.expert is None or hessian.tokens >= TOKEN_SHARE * hessian.in_features:
+        return
+    count = f"{hessian.tokens:,} calibration tokens" if hessian.tokens else "no calibration token"
+    yield finding(f"{linear.name} (expert {linear.expert}) saw {count} for {hessian.in_features:,} in_features",
+                  evidence={"tokens": hessian.tokens, "in_features": hessian.in_features, "expert": linear.expert},
+                  advice="calibrate on more and more varied text")
+
+
+def bad():
+    case = measured("qwen2_moe")
+    name = next(s for s, _ in case.facts if ".experts.3.down_proj" in s)
+    change(case, name, "hessian", tokens=9)
+    return case, f"{name.removeprefix('linear:')} (expert 3) saw 9 calibration tokens for 64 in_features"
+
+
+def good():
+    return measured("qwen2_moe")
