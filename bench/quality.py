@@ -1,0 +1,179 @@
+"""Perplexity after quantization, ours beside other tools', on the same rows and under the same judge.
+
+    python bench/quality.py table .cache/smollm2 [--tools doctor,gptqmodel,rtn] [--bits 4] [--group-size 64]
+
+Every tool gets the same calibration rows as token ids (text_rows.py), runs in a process and a virtual
+environment of its own (tests/clients/setup.sh hf), and writes a checkpoint. The judge then loads each checkpoint
+with transformers in one more process and takes the perplexity on held-out rows:
+
+    exp(mean over all predicted tokens of the negative log-likelihood)
+
+with rows of 512 tokens that do not overlap, each seen alone (no earlier context), the first token of a row
+not predicted; weights dequantized by the format's own code, arithmetic and logits in float32, the sum in
+float64. So a figure says what was lost in the weights, and nothing about an engine's kernels or 16-bit
+activations.
+
+The rows follow the Python version (its documentation is the text): compare figures from one run only.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PEER_PYTHON = ROOT / ".cache" / "venv-hf" / "bin" / "python"
+CALIBRATION_ROWS = 32
+HELDOUT_ROWS = 24
+
+
+def write_rows(options) -> None:
+    """calibration.jsonl and heldout.jsonl in `options.out`, one {"input_ids": [...]} a line."""
+    from text_rows import calibration_rows, heldout_rows
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("calibration", calibration_rows(tokenizer, options.calibration_rows)),
+                       ("heldout", heldout_rows(tokenizer, options.heldout_rows))):
+        lines = [json.dumps({"input_ids": row}) for row in rows]
+        (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def read_rows(path) -> list[list[int]]:
+    return [json.loads(line)["input_ids"] for line in Path(path).read_text().splitlines()]
+
+
+def quantize_with_gptqmodel(options) -> None:
+    """GPTQModel's defaults but for bits, group size and symmetry; runs in its own environment.
+
+    Calibrates in float32: in bf16 a CPU without bf16 instructions takes hours.
+    """
+    # On two cores its default is one worker for a pool that then wants two, a ValueError (GPTQModel 7.7.0).
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    import torch
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from transformers import AutoTokenizer
+
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in read_rows(options.rows)]
+    recipe = QuantizeConfig(bits=options.bits, group_size=options.group_size, sym=True)
+    model = GPTQModel.load(options.model, recipe, dtype=torch.float32, device="cpu")
+    model.quantize(rows, tokenizer=AutoTokenizer.from_pretrained(options.model), batch_size=1)
+    model.save(options.out)
+
+
+def perplexity(options) -> None:
+    """Print {"perplexity": …, "tokens": …} of the checkpoint on the rows; the module docstring defines it."""
+    sys.path.insert(0, str(ROOT / "tests" / "clients"))
+    with contextlib.redirect_stdout(sys.stderr):
+        import torch
+        from ask_transformers import load
+
+        model = load(options.model, "float32")
+        total, count = 0.0, 0
+        with torch.inference_mode():
+            for row in read_rows(options.rows):
+                ids = torch.tensor([row])
+                logits = model(ids).logits[0, :-1].float()
+                loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+                total += loss.double().sum().item()
+                count += len(row) - 1
+    print(json.dumps({"perplexity": math.exp(total / count), "tokens": count}))
+
+
+def command_of(tool: str, options, rows: Path, out: Path) -> list[str]:
+    """The command line that quantizes options.model into `out` with `tool`."""
+    size = ["--bits", str(options.bits), "--group-size", str(options.group_size)]
+    if tool == "gptqmodel":
+        return [str(PEER_PYTHON), str(HERE / "quality.py"), "gptqmodel", options.model, str(rows), str(out), *size]
+    method = {"doctor": "gptq", "doctor-awq": "awq", "doctor-rtn": "rtn"}[tool]
+    doctor = Path(sys.executable).with_name("doctor")
+    return [str(doctor), "quantize", options.model, "-o", str(out), "--method", method, *size,
+            "--calibration", str(rows)]
+
+
+def table(options) -> None:
+    """Quantize with every tool, judge, print a Markdown table and write it as JSON beside the checkpoints."""
+    work = Path(options.work).resolve()
+    options.model = str(Path(options.model).resolve())
+    write_rows(argparse.Namespace(**{**vars(options), "out": work}))
+    base = judge(Path(options.model), work)
+    results = [result("bf16", Path(options.model), base, None)]
+    for tool in options.tools.split(","):
+        out = work / f"{tool}-w{options.bits}g{options.group_size}"
+        seconds = quantize(tool, options, work / "calibration.jsonl", out)
+        results.append(result(tool, out, judge(out, work), seconds))
+    (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"{options.bits}-bit, groups of {options.group_size}, {options.calibration_rows} calibration rows, "
+          f"{options.heldout_rows} held-out rows of 512 tokens, Python {sys.version.split()[0]}\n")
+    print("| tool | perplexity | × bf16 | MB | seconds |\n|---|---:|---:|---:|---:|")
+    for row in results:
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        print(f"| {row['tool']} | {row['perplexity']:.2f} | {row['perplexity'] / base:.3f} "
+              f"| {row['bytes'] / 1e6:.0f} | {seconds} |")
+
+
+def quantize(tool: str, options, rows: Path, out: Path) -> float | None:
+    """Seconds of wall time, loading and saving included; None when the output stood already."""
+    if out.exists():
+        print(f"{out}: stands already, judged as it is; remove it to quantize again", file=sys.stderr)
+        return None
+    start = time.perf_counter()
+    with open(out.with_suffix(".log"), "w") as log:
+        # GPTQModel leaves a folder logs/ where it runs.
+        run = subprocess.run(command_of(tool, options, rows, out), cwd=out.parent, stdout=log, stderr=log)
+    if run.returncode:
+        raise SystemExit(f"{tool}: quantizing ended with exit code {run.returncode}; see {log.name}.")
+    return time.perf_counter() - start
+
+
+def judge(model: Path, work: Path) -> float:
+    command = [str(PEER_PYTHON), str(HERE / "quality.py"), "perplexity", str(model), str(work / "heldout.jsonl")]
+    with open(work / "judge.log", "w") as log:
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    if run.returncode:
+        raise SystemExit(f"{model}: judging ended with exit code {run.returncode}; see {log.name}.")
+    return json.loads(run.stdout.splitlines()[-1])["perplexity"]
+
+
+def result(tool: str, model: Path, perplexity: float, seconds: float | None) -> dict:
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    return {"tool": tool, "perplexity": perplexity, "seconds": seconds, "bytes": size}
+
+
+def main() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+
+    def command(name, function, *positional):
+        sub = commands.add_parser(name, help=(function.__doc__ or "").splitlines()[0])
+        for argument in positional:
+            sub.add_argument(argument)
+        sub.set_defaults(run=function)
+        return sub
+
+    sub = command("rows", write_rows, "model", "out")
+    whole = command("table", table, "model")
+    whole.add_argument("--tools", default="doctor,gptqmodel")
+    whole.add_argument("--work", default=str(ROOT / ".cache" / "quality"))
+    for each in (sub, whole):
+        each.add_argument("--calibration-rows", type=int, default=CALIBRATION_ROWS)
+        each.add_argument("--heldout-rows", type=int, default=HELDOUT_ROWS)
+    command("perplexity", perplexity, "model", "rows")
+    for each in (whole, command("gptqmodel", quantize_with_gptqmodel, "model", "rows", "out")):
+        each.add_argument("--bits", type=int, default=4)
+        each.add_argument("--group-size", type=int, default=64)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
