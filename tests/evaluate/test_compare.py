@@ -1,0 +1,60 @@
+"""verify tells apart: the same model, a slightly wrong one, one wrong block, a collapsed one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from doctor.checkpoint import Checkpoint
+from doctor.evaluate.compare import compare
+from doctor.testing import encode, tiny
+
+FAMILIES = ("llama", "qwen2", "gemma", "phi3", "opt", "qwen2_moe")
+
+
+def rows(count=3, length=24):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 96, (1, length), generator=generator) for _ in range(count)]
+
+
+def compared(folder, spoil=lambda case: None, family="llama"):
+    good, bad = tiny(family), tiny(family)
+    spoil(bad)
+    first, second = (Checkpoint.open(c.write(folder / n)) for c, n in ((good, "a"), (bad, "b")))
+    return compare(first, second, rows(), [rows(1, 8)[0]], str, 1 << 30)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_against_itself_is_the_same(tmp_path, family):
+    result = compared(tmp_path, family=family)
+    assert result.kl_mean == 0 and result.top1_agreement == 1 and set(result.block_errors) == {0.0}
+    assert result.perplexity_original == result.perplexity_quantized < 300 and result.generated == 24
+    assert result.tokens == 3 * 23 and result.context == 24
+
+
+def test_logits_are_those_of_the_whole_model(tmp_path):
+    """Block by block gives what transformers gives when it loads the checkpoint itself."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny().write(tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    losses = [model(ids, labels=ids).loss.item() for ids in rows()]
+    result = compare(Checkpoint.open(folder), Checkpoint.open(folder), rows(), [], str, 0)
+    assert result.perplexity_original == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
+    assert result.generated == 0 and result.replies == ()
+
+
+def test_the_block_where_it_goes_wrong_is_seen(tmp_path):
+    def spoil(case):
+        case.down(1)[:] = encode(np.random.default_rng(0).normal(0, 0.08, case.down(1).shape), "BF16")
+
+    result = compared(tmp_path, spoil)
+    assert result.block_errors[0] == 0 and result.block_errors[1] > 0.1 and result.kl_mean > 0.01
+
+
+def test_a_collapsed_model_is_counted_and_its_perplexity_is_no_number(tmp_path):
+    result = compared(tmp_path, lambda case: case.down(0).__setitem__((0, 0), 0x7FC0))
+    assert result.nonfinite_quantized == result.tokens and result.nonfinite_original == 0
+    assert math.isnan(result.perplexity_quantized) and math.isnan(result.kl_mean)
+    assert result.token0_share == 1.0 and result.longest_repeat == 24, "NaN logits rank token 0 first"
