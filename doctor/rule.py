@@ -28,7 +28,17 @@ from doctor.placement import Placement, assume, keys_of, solve  # noqa: F401 - d
 from doctor.spec import ROW_PARALLEL, Linear, ModelSpec  # noqa: F401
 from doctor.tables import table  # noqa: F401
 import doctor.builtin  # noqa: F401 - declares the facts that rules name
-from doctor.layout import FUSED, axis_expression, fits, in_force, on_one_gpu, pad_edits, resized, size_key  # noqa: F401 - declares the layout of groups too
+from doctor.layout import (  # noqa: F401 - declares the layout of groups too
+    FUSED,
+    axis_expression,
+    fits,
+    in_force,
+    is_kept,
+    on_one_gpu,
+    pad_edits,
+    resized,
+    size_key,
+)
 
 SEVERITIES = ("error", "warning", "info")
 CERTAINTIES = ("certain", "likely", "hint")
