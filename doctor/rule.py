@@ -25,6 +25,7 @@ from doctor.edits import (  # noqa: F401 - rules import edits from here
 )
 from doctor.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, provide  # noqa: F401
 from doctor.placement import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
+from doctor.special import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
 from doctor.spec import ROW_PARALLEL, Linear, ModelSpec  # noqa: F401
 from doctor.tables import table  # noqa: F401
 import doctor.builtin  # noqa: F401 - declares the facts that rules name
