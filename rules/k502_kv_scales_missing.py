@@ -1,0 +1,43 @@
+"""K502 kv-scales-missing: the config promises a quantized KV cache, but the files hold no scales for it.
+
+Why: an FP8 cache stores keys and values divided by a scale. Without one the engine takes 1.0: values beyond 448 saturate, small ones vanish.
+
+Seen as:
+- vLLM: `Using KV cache scaling factor 1.0 for fp8_e4m3`
+- vLLM: `Checkpoint does not provide a q scaling factor`
+
+Do: calibrate the scales (a kv_cache_scheme in llm-compressor), or remove the entry and leave the cache dtype on auto.
+
+False alarms: engines that compute scales while serving.
+
+Fix safety: no fix: scales need a calibration.
+
+Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py; vllm-project/llm-compressor issue 2176.
+"""
+
+from doctor.rule import Place, finding, rule
+from doctor.testing import tiny_gptq
+
+SCALES = (".k_scale", ".v_scale", ".kv_scale")
+
+
+@rule("K502", "warning")
+def kv_scales_missing(checkpoint, quantization_block, tensors):
+    if quantization_block is None:
+        return
+    raw, file, pointer = quantization_block
+    key = next((k for k in ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_method") if raw.get(k)), None)
+    if key is None or any(name.endswith(SCALES) for name in tensors):
+        return
+    yield finding(f"{key} is set and no tensor ends in .k_scale or .v_scale: the cache would use scale 1.0",
+                  at=Place(file, pointer=f"{pointer}/{key}"), advice="calibrate the scales, or remove the entry")
+
+
+def bad():
+    case = tiny_gptq()
+    case.config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "symmetric": True}
+    return case, "kv_cache_scheme is set and no tensor ends in .k_scale or .v_scale: the cache would use scale 1.0"
+
+
+def good():
+    return tiny_gptq()

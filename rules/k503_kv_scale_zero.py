@@ -1,0 +1,44 @@
+"""K503 kv-scale-zero: a scale of the KV cache is 0.
+
+Why: keys and values are divided by it: every entry of the cache becomes NaN or Inf, and the reply one token for ever.
+
+Seen as:
+- vLLM: `Checkpoint does not provide a q scaling factor`
+
+Do: calibrate again, with text that reaches this block.
+
+False alarms: none; nothing can be divided by 0.
+
+Fix safety: no fix: scales need a calibration.
+
+Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py.
+"""
+
+import numpy as np
+
+from doctor.rule import finding, rule
+from doctor.testing import tiny_gptq
+
+SCALES = (".k_scale", ".v_scale", ".kv_scale")
+
+
+@rule("K503", "error")
+def kv_scale_zero(tensor, n_zero, numel):
+    if tensor.name.endswith(SCALES) and n_zero:
+        yield finding(f"{n_zero} of {numel} scales in {tensor.name} are 0", evidence={"n_zero": n_zero, "numel": numel},
+                      advice="calibrate the cache again")
+
+
+def bad():
+    case = tiny_gptq()
+    name = "model.layers.0.self_attn.k_scale"
+    case.tensors[name], case.dtypes[name] = np.zeros(1, np.float32), "F32"
+    return case, f"1 of 1 scales in {name} are 0"
+
+
+def good():
+    case = tiny_gptq()
+    for tail in ("k_scale", "v_scale"):
+        name = f"model.layers.0.self_attn.{tail}"
+        case.tensors[name], case.dtypes[name] = np.full(1, 0.02, np.float32), "F32"
+    return case

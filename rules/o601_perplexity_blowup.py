@@ -1,0 +1,47 @@
+"""O601 perplexity-blowup: the quantized model predicts text far worse than its original.
+
+Why: perplexity is the inverse of the mean probability of the right token, so a model that lost its way shows here first. At 4 bits with groups of
+128 most models lose under 5 percent, small ones up to 15.
+
+Seen as:
+- ExLlamaV2: `calibration perplexity (quant)`
+
+Do: look at the error after each block (`doctor verify` lists it): a jump names the block. Then see that block's Q findings, or take more bits.
+
+False alarms: perplexity of an instruct model on plain text moves more than its replies do.
+
+Fix safety: no fix: quantize again.
+
+Sources: Frantar et al. 2022 (arXiv 2210.17323) table 4; turboderp/exllamav2 issue 246 (2,745 where about 5 was right); QwenLM/Qwen2 docs
+(4-bit models of 0.5 B and 1.5 B lose 3 to 5 points).
+"""
+
+from doctor.rule import finding, rule
+from doctor.testing import change, compared
+
+# Ratios of the two perplexities. Up to 1.25 even small models at 4 bits stay; from 2 on replies fall apart.
+NOTABLE, BROKEN = 1.25, 2.0
+
+
+@rule("O601", "error", implied_by=("O602", "O606"))
+def perplexity_blowup(checkpoint, comparison):
+    before, after = comparison.perplexity_original, comparison.perplexity_quantized
+    if after <= NOTABLE * before or not before == before:  # not before == before: the original is NaN, which is O606
+        return
+    errors = comparison.block_errors
+    jumps = [b - a for a, b in zip((0.0, *errors), errors)]
+    worst = f"; the error grows most in block {jumps.index(max(jumps))}" if jumps else ""
+    yield finding(f"perplexity {before:.2f} became {after:.2f} on {comparison.tokens:,} tokens in rows of {comparison.context}{worst}",
+                  severity="error" if not after <= BROKEN * before else "warning",
+                  evidence={"original": before, "quantized": after, "tokens": comparison.tokens, "context": comparison.context},
+                  advice="see the Q findings of that block, or take more bits or smaller groups")
+
+
+def bad():
+    case = compared()
+    change(case, "checkpoint:", "comparison", perplexity_quantized=61.5, block_errors=(0.01, 0.9))
+    return case, "perplexity 12.00 became 61.50 on 8,192 tokens in rows of 512; the error grows most in block 1"
+
+
+def good():
+    return compared()

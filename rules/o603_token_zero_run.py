@@ -1,0 +1,41 @@
+"""O603 token-zero-run: the quantized model answers with token 0 again and again.
+
+Why: the largest of logits that are all NaN or all equal is the first: id 0, printed as "!" by byte-level vocabularies. It is no fallback
+of the tokenizer; the model has nothing left to say.
+
+Seen as:
+- vLLM: `!!!!!!!!!!!!!!!!`
+- Qwen: `outputs all token-0`
+
+Do: see O602, and O608 for zero points stored in the other version's way.
+
+False alarms: a prompt whose right answer is token 0.
+
+Fix safety: no fix: quantize again.
+
+Sources: vllm-project/vllm issue 38966; QwenLM/Qwen issue 381; QwenLM/Qwen2 docs (known issues of the 32B GPTQ model).
+"""
+
+from doctor.rule import finding, rule
+from doctor.testing import change, compared
+
+SHARE = 0.5  # of the generated tokens; a sound model writes id 0 now and then, a broken one nothing else
+
+
+@rule("O603", "error", implied_by=("O602", "O606"))
+def token_zero_run(checkpoint, comparison):
+    if not (comparison.generated and comparison.token0_share > SHARE):
+        return
+    yield finding(f"{comparison.token0_share:.0%} of {comparison.generated:,} generated tokens are id 0",
+                  evidence={"token0_share": comparison.token0_share, "generated": comparison.generated},
+                  advice="look for scales and logits that are not finite")
+
+
+def bad():
+    case = compared()
+    change(case, "checkpoint:", "comparison", token0_share=1.0)
+    return case, "100% of 256 generated tokens are id 0"
+
+
+def good():
+    return compared()

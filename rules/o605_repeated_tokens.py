@@ -1,0 +1,38 @@
+"""O605 repeated-tokens: the quantized model repeats one token over and over.
+
+Why: greedy replies of a damaged model fall into a loop of one token; those of a sound model loop over phrases at most.
+
+Do: compare the replies that the report shows side by side. If perplexity is fine, try a prompt in the model's chat template.
+
+False alarms: base models that continue a list or a line of dashes.
+
+Fix safety: no fix: quantize again.
+
+Sources: QwenLM/Qwen2 docs (4-bit 72B that does not stop); QwenLM/Qwen issue 315.
+"""
+
+from doctor.rule import finding, rule
+from doctor.testing import change, compared
+
+RUN = 12  # times in a row; dashes and dots of sound replies stay below
+
+
+@rule("O605", "warning", certainty="likely", implied_by=("O601", "O602", "O603", "O606"))
+def repeated_tokens(checkpoint, comparison):
+    if comparison.longest_repeat < RUN or not any(a != b for _, a, b in comparison.replies):
+        return
+    yield finding(f"one token stands {comparison.longest_repeat} times in a row in the quantized model's replies",
+                  evidence={"longest_repeat": comparison.longest_repeat, "generated": comparison.generated},
+                  advice="compare the replies side by side")
+
+
+def bad():
+    case = compared()
+    change(case, "checkpoint:", "comparison", longest_repeat=64, replies=(("Once", "upon a time", "the the the"),))
+    return case, "one token stands 64 times in a row in the quantized model's replies"
+
+
+def good():
+    case = compared()
+    change(case, "checkpoint:", "comparison", longest_repeat=64)  # the original says the same
+    return case
