@@ -30,17 +30,14 @@ def _library() -> tuple[ctypes.CDLL, int] | None:
 
 def level() -> str | None:
     """The instruction level in use: "base", "avx2" or "avx512"; None if the library is absent or turned off."""
-    wanted = os.environ.get("DOCTOR_NATIVE", "")
-    if wanted == "0":
-        return None
-    loaded = _library()
+    wanted = os.environ.get("DOCTOR_NATIVE", "1")
+    if wanted not in ("", "0", "1", *LEVELS):
+        raise MachineError(f"DOCTOR_NATIVE={wanted}: must be 0, 1 or one of {', '.join(LEVELS)}.", "Unset it.")
+    loaded = _library() if wanted != "0" else None
     if loaded is None:
         return None
-    if wanted in LEVELS:
-        return LEVELS[min(LEVELS.index(wanted), loaded[1])]
-    if wanted in ("", "1"):
-        return LEVELS[loaded[1]]
-    raise MachineError(f"DOCTOR_NATIVE={wanted}: must be 0, 1 or one of {', '.join(LEVELS)}.", "Unset it.")
+    highest = loaded[1]
+    return LEVELS[min(LEVELS.index(wanted), highest) if wanted in LEVELS else highest]
 
 
 def native_path() -> str | None:

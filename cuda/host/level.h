@@ -1,7 +1,7 @@
 /* What every source that is compiled once per instruction level shares: the symbol suffix and unaligned element types.
  *
  * LEVEL is set by the build (base, avx2, avx512). Loops are plain C marked `omp simd` (-fopenmp-simd, no OpenMP run
- * time): that permits reordering one reduction in one loop, where -ffast-math would also assume away NaN.
+ * time): that permits reordering one reduction in one loop, where a fast-math build would also assume away NaN.
  */
 #ifndef DOCTOR_LEVEL_H
 #define DOCTOR_LEVEL_H
