@@ -1,0 +1,428 @@
+"""A model of which one decoder block at a time has weights: built on the meta device, filled from a checkpoint view.
+
+The architecture is transformers' own definition of the config's model_type, never code of the checkpoint. Parameters are
+on meta from the start; buffers (rotary frequencies, causal masks) are real, because their values come from constructors.
+
+The part before the first block (embeddings, positions, masks) runs once for each batch. Every block is a recorder then,
+so each block's own arguments are known: models with several attention kinds give different masks to different blocks.
+
+Experts that transformers stacks into 3-D parameters are taken apart again into linears of their own, since each has its
+own input, hence its own Hessian.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from doctor.checkpoint import Checkpoint
+from doctor.errors import BadCheckpoint, NotQuantizable
+from doctor.spec import NOT_TEXT, Linear, ModelSpec
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_SIGNED = {2: "int16"}
+
+
+def load_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """One tensor of the checkpoint (or a view of it) in its own dtype, or cast to `dtype`.
+
+    Raises NotQuantizable for what is not F16, BF16, F32 or F64: such a checkpoint is quantized already.
+    """
+    stored = checkpoint.tensors[name].dtype.name
+    if stored not in TORCH_DTYPES:
+        raise NotQuantizable(f"{name}: dtype {stored}; must be BF16, F16, F32 or F64.",
+                             "Quantize from the 16-bit original: rounding twice costs twice.")
+    codes = checkpoint.load(name)
+    if codes.itemsize == 2:
+        tensor = torch.from_numpy(codes.view("int16")).view(TORCH_DTYPES[stored])
+    else:
+        tensor = torch.from_numpy(codes)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters registered inside go to the meta device; buffers keep the values that constructors give them."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+class Experts(nn.Module):
+    """The experts of one block as linears, in place of transformers' stacked [experts, out, in] parameters.
+
+    forward(hidden [tokens, k], top_k_index int64[tokens, top_k], top_k_weights [tokens, top_k]) -> [tokens, k], with the
+    arithmetic of the stacked module: act(gate(x)) * up(x), down, weighted sum over the experts that a token chose.
+    """
+
+    def __init__(self, stacked: nn.Module):
+        super().__init__()
+        count, both, hidden = stacked.gate_up_proj.shape
+        self.act_fn = stacked.act_fn
+        with torch.device("meta"):
+            self.experts = nn.ModuleList(
+                nn.ModuleDict({"gate": nn.Linear(hidden, both // 2, bias=False), "up": nn.Linear(hidden, both // 2, bias=False),
+                               "down": nn.Linear(both // 2, hidden, bias=False)}) for _ in range(count))
+        self.requires_grad_(False)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether this is the plain stacked form: gate_up_proj [E, 2I, H], down_proj [E, H, I], no biases."""
+        parameters = dict(module.named_parameters(recurse=False))
+        if parameters.keys() != {"gate_up_proj", "down_proj"} or not callable(getattr(module, "act_fn", None)):
+            return False
+        gate_up, down = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
+        return len(gate_up) == 3 and down == (gate_up[0], gate_up[2], gate_up[1] // 2) and not hasattr(module, "limit")
+
+    def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            token, choice = torch.where(top_k_index == number)
+            if not token.numel():
+                continue
+            x = hidden[token]
+            y = expert["down"](self.act_fn(expert["gate"](x)) * expert["up"](x))
+            out.index_add_(0, token, (y * top_k_weights[token, choice, None]).to(out.dtype))
+        return out
+
+
+@dataclass
+class Call:
+    """Arguments of one block for one batch, without the hidden states: they stand at position 0 or under their name."""
+
+    args: tuple
+    kwargs: dict
+
+
+class _Enough(Exception):
+    """Leaves a forward pass as soon as what was wanted from it is known."""
+
+
+class Skeleton:
+    """transformers' model of a checkpoint, weights on meta. `blocks` are its decoder blocks.
+
+    Computes in float32 whatever the checkpoint's dtype: on a CPU it is faster than bfloat16, and the Hessians see inputs
+    without a second rounding. Embeddings keep their stored dtype (they are only looked up); what they give is cast.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device | str = "cpu"):
+        self.checkpoint = checkpoint
+        self.spec = spec
+        self.device = torch.device(device)
+        self.model = build_model(checkpoint, spec)
+        self.base = getattr(self.model, self.model.base_model_prefix, self.model)
+        self.list_name, self.blocks = _find_blocks(self.base, spec)
+        self._names = _Names(checkpoint, self.model.base_model_prefix, self.list_name, getattr(self.model.config, "model_type", ""))
+        self.linears: dict[int, dict[str, Linear]] = {}
+        for linear in spec.linears:
+            if linear.block is not None:
+                self.linears.setdefault(linear.block, {})[linear.name] = linear
+        for i in range(len(self.blocks)):
+            self._separate_experts(i)
+        self._returns_tuple = False
+
+    # names
+
+    def modules_of(self, i: int) -> dict[str, tuple[Linear, nn.Module]]:
+        """Linear's checkpoint name -> (Linear, the module that holds it) of block i, without those that have no module."""
+        by_source = {}
+        for path, module in self.blocks[i].named_modules():
+            if "weight" in module._parameters:
+                source = self._source(i, f"{path}.weight")
+                if source is not None:
+                    by_source[source] = module
+        return {name: (linear, by_source[linear.tensor]) for name, linear in self.linears.get(i, {}).items() if linear.tensor in by_source}
+
+    def _separate_experts(self, i: int) -> None:
+        experts = [x for x in self.linears.get(i, {}).values() if x.expert is not None]
+        if not experts:
+            return
+        for path, module in list(self.blocks[i].named_modules()):
+            if Experts.fits(module):
+                parent = self.blocks[i].get_submodule(path.rpartition(".")[0])
+                setattr(parent, path.rpartition(".")[2], Experts(module))
+                for linear in experts:
+                    self._names.give(f"{self.list_name}.{i}.{path}.experts.{linear.expert}.{linear.role}.weight", linear.tensor)
+                return
+        raise NotQuantizable(f"block {i}: the checkpoint has {len(experts)} separate linears of experts, and transformers' "
+                             f"{type(self.blocks[i]).__name__} stacks them in a form that is not known here.",
+                             "Quantize a model whose experts are gate, up and down without biases.")
+
+    def _source(self, i: int, parameter: str) -> str | None:
+        return self._names.find(f"{self.list_name}.{i}.{parameter}")
+
+    # weights
+
+    def load_block(self, i: int) -> nn.Module:
+        """Block i with its weights, on the device, in float32. Raises NotQuantizable where the checkpoint lacks one."""
+        self._load(self.blocks[i], f"{self.list_name}.{i}.")
+        return self.blocks[i]
+
+    def drop_block(self, i: int) -> None:
+        """Forget the weights of block i."""
+        _to_meta(self.blocks[i])
+
+    def tensors_of(self, i: int) -> list[str]:
+        """Names of all tensors of block i in the checkpoint, quantized or not, in the checkpoint's order."""
+        return self._names.of_block(i)
+
+    def outer_tensors(self) -> list[str]:
+        """Names of all tensors of the checkpoint that belong to no block of the model."""
+        inside = {name for i in range(len(self.blocks)) for name in self.tensors_of(i)}
+        return [name for name in self.checkpoint.tensors if name not in inside]
+
+    def _load(self, module: nn.Module, prefix: str, skip: nn.Module | None = None) -> None:
+        for path, child in module.named_modules():
+            if skip is not None and any(child is m for m in skip.modules()):
+                continue
+            keep_dtype = isinstance(child, nn.Embedding)
+            for name in list(child._parameters):
+                if child._parameters[name] is None:
+                    continue
+                full = prefix + (f"{path}.{name}" if path else name)
+                child._parameters[name] = nn.Parameter(self._read(full, child._parameters[name].shape, keep_dtype), requires_grad=False)
+            for name, buffer in child._buffers.items():
+                if buffer is None:
+                    continue
+                source = self._names.find(prefix + (f"{path}.{name}" if path else name))
+                if source is not None and name not in child._non_persistent_buffers_set:
+                    buffer = load_tensor(self.checkpoint, source)
+                child._buffers[name] = buffer.to(self.device, self.dtype if buffer.is_floating_point() else buffer.dtype)
+
+    def _read(self, name: str, shape: torch.Size, keep_dtype: bool) -> torch.Tensor:
+        source = self._names.find(name)
+        if source is None:
+            raise NotQuantizable(f"{name}: {type(self.model).__name__} has this parameter, the checkpoint has no tensor for it.",
+                                 "Run `doctor check`: rules F05x compare the tensors with config.json.")
+        tensor = load_tensor(self.checkpoint, source, None if keep_dtype else self.dtype)
+        if tensor.shape != shape:
+            raise NotQuantizable(f"{source}: shape {list(tensor.shape)}; config.json makes it {list(shape)}.",
+                                 "Run `doctor check`: rules F05x compare the tensors with config.json.")
+        return tensor.to(self.device)
+
+    # running
+
+    @torch.no_grad()
+    def open_calls(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, list[Call]]]:
+        """(inputs of the first block f32[rows, length, hidden], each block's Call) for every batch of ids int64[rows, length].
+
+        Materialises everything before the blocks and forgets it at the end. Arguments equal to those of the batch before
+        are the same objects, so masks and positions are held once.
+        """
+        self._load(self.base, "", skip=self.blocks)
+        casts = [m.register_forward_hook(_cast_output(self.dtype)) for m in self.base.modules() if isinstance(m, nn.Embedding)]
+        try:
+            if batches:
+                self._returns_tuple = self._probe(batches[0])
+            before: list[Call] = []
+            for ids in batches:
+                hidden, calls = self._record(ids)
+                calls = [_share(call, before[i]) if before else call for i, call in enumerate(calls)]
+                before = calls
+                yield hidden, calls
+        finally:
+            for hook in casts:
+                hook.remove()
+            for child in self.base.children():
+                if child is not self.blocks and not _contains(child, self.blocks):
+                    _to_meta(child)
+
+    def run_block(self, i: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """Output [rows, length, hidden] of block i. Its weights must be loaded."""
+        if "hidden_states" in call.kwargs:
+            out = self.blocks[i](*call.args, **{**call.kwargs, "hidden_states": hidden})
+        else:
+            out = self.blocks[i](hidden, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _probe(self, ids: torch.Tensor) -> bool:
+        """Whether blocks return a tuple: the recorders have to answer in the same form."""
+        found = []
+
+        def stop(module, args, output):
+            found.append(isinstance(output, tuple))
+            raise _Enough
+
+        hook = self.load_block(0).register_forward_hook(stop)
+        try:
+            self._forward(ids[:1])
+        except _Enough:
+            pass
+        finally:
+            hook.remove()
+            self.drop_block(0)
+        return found[0]
+
+    def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+        calls: list[Call | None] = [None] * len(self.blocks)
+        first = []
+
+        def recorder(i):
+            def forward(*args, **kwargs):
+                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                if i == 0:
+                    first.append(hidden.to(self.dtype))
+                named = {k: None if k == "hidden_states" else _no_cache(v) for k, v in kwargs.items()}
+                calls[i] = Call(tuple(_no_cache(a) for a in (args if "hidden_states" in kwargs else args[1:])), named)
+                return (hidden,) if self._returns_tuple else hidden
+            return forward
+
+        for i, block in enumerate(self.blocks):
+            block.forward = recorder(i)
+        try:
+            self._forward(ids)
+        finally:
+            for block in self.blocks:
+                del block.forward
+        if any(call is None for call in calls):
+            raise NotQuantizable(f"{type(self.model).__name__} does not run all of its {len(calls)} blocks one after another.",
+                                 "Such a model cannot be quantized block by block.")
+        return first[0], calls
+
+    def _forward(self, ids: torch.Tensor) -> None:
+        self.base(input_ids=ids.to(self.device), use_cache=False)
+
+
+class _Names:
+    """Names of transformers' parameters (inside the base model) to names of the checkpoint's tensors.
+
+    Checkpoints differ in what stands in front (`model.`, `transformer.`, `language_model.model.`, nothing) and by the
+    renames that transformers applies when it loads; the part from the list of blocks on is the same.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, base_prefix: str, list_name: str, model_type: str):
+        self._base = base_prefix
+        self._given: dict[str, str] = {}
+        self._by_name: dict[str, str] = {}
+        self._blocks: dict[int, list[str]] = {}
+        last = list_name.rpartition(".")[2]
+        inside = re.compile(rf"(?:^|\.){re.escape(last)}\.(\d+)\.(.+)$")
+        renames = _renames(model_type)
+        for source in checkpoint.tensors:
+            if NOT_TEXT.search(source):
+                continue
+            name = source
+            for old, new in renames:
+                name = name.replace(old, new)
+            self._by_name.setdefault(name, source)
+            match = inside.search(name)
+            if match:
+                self._by_name.setdefault(f"{list_name}.{match[1]}.{match[2]}", source)
+                self._blocks.setdefault(int(match[1]), []).append(source)
+
+    def give(self, name: str, source: str) -> None:
+        self._given[name] = source
+
+    def find(self, name: str) -> str | None:
+        """The tensor of a parameter, None where the checkpoint has none."""
+        if name in self._given:
+            return self._given[name]
+        outer = name.partition(".")[2]
+        candidates = [name, f"{self._base}.{name}", outer, f"{self._base}.{outer}", f"language_model.{name}",
+                      f"language_model.{self._base}.{name}", f"{self._base}.language_model.{name}"]
+        return next((self._by_name[c] for c in candidates if c in self._by_name), None)
+
+    def of_block(self, i: int) -> list[str]:
+        return self._blocks.get(i, [])
+
+
+def _renames(model_type: str) -> list[tuple[str, str]]:
+    """Plain renames that transformers applies to this family's tensor names when it loads them."""
+    try:
+        from transformers.conversion_mapping import WeightRenaming, get_checkpoint_conversion_mapping
+    except ImportError:  # transformers before 5 names its parameters as checkpoints do
+        return []
+    pairs = []
+    for item in get_checkpoint_conversion_mapping(model_type) or []:
+        if isinstance(item, WeightRenaming):
+            pairs += [(s, t) for s, t in zip(item.source_patterns, item.target_patterns) if re.fullmatch(r"[\w.]+", s)]
+    return pairs
+
+
+def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> nn.Module:
+    """transformers' causal language model for the checkpoint's config: eval mode, parameters on meta.
+
+    Raises NotQuantizable for a model_type that transformers does not define: a checkpoint's own code is never run.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = checkpoint.value("config.json")
+    if config is None:
+        raise BadCheckpoint(f"{checkpoint.root}: config.json is absent or broken; quantizing needs the model's shape.")
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "some method")
+        raise NotQuantizable(f"config.json#/quantization_config: this checkpoint is quantized already ({method}).",
+                             "Quantize from the 16-bit original.")
+    block = {k: v for k, v in (config[spec.text_key] if spec.text_key else config).items() if k != "auto_map"}
+    kind = str(block.get("model_type") or config.get("model_type") or "")
+    if kind not in CONFIG_MAPPING:
+        raise NotQuantizable(f"config.json#/model_type: {kind!r} is not defined in transformers {transformers.__version__}.",
+                             "Install a transformers that has it: code that comes with a checkpoint is never run.")
+    built = CONFIG_MAPPING[kind].from_dict(block)
+    built.use_cache = False
+    try:
+        with _parameters_on_meta(), torch.no_grad():
+            model = AutoModelForCausalLM.from_config(built, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise NotQuantizable(f"config.json: transformers {transformers.__version__} cannot build {kind}: {str(error)[:200]}") from error
+    return model.eval()
+
+
+def _find_blocks(base: nn.Module, spec: ModelSpec) -> tuple[str, nn.ModuleList]:
+    found = [(name, m) for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == spec.n_layers]
+    found = [(name, m) for name, m in found if not re.search(r"\.\d+\.", f".{name}.")]
+    if not found:
+        raise NotQuantizable(f"{type(base).__name__} has no list of {spec.n_layers} decoder blocks.")
+    return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def _to_meta(module: nn.Module) -> None:
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                child._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def _contains(module: nn.Module, part: nn.Module) -> bool:
+    return any(child is part for child in module.modules())
+
+
+def _cast_output(dtype: torch.dtype):
+    return lambda module, args, output: output.to(dtype)
+
+
+def _no_cache(value: object) -> object:
+    """A KV cache would grow with every pass over the same rows."""
+    from transformers.cache_utils import Cache
+
+    return None if isinstance(value, Cache) else value
+
+
+def _share(call: Call, before: Call) -> Call:
+    return Call(tuple(_same(a, b) for a, b in zip(call.args, before.args, strict=True)),
+                {k: _same(v, before.kwargs.get(k)) for k, v in call.kwargs.items()})
+
+
+def _same(value: object, before: object) -> object:
+    if isinstance(value, torch.Tensor) and isinstance(before, torch.Tensor):
+        return before if value.shape == before.shape and value.dtype == before.dtype and torch.equal(value, before) else value
+    if isinstance(value, tuple) and isinstance(before, tuple) and len(value) == len(before):
+        return tuple(_same(v, b) for v, b in zip(value, before))
+    return value

@@ -1,0 +1,285 @@
+"""The quantized checkpoint on disk: parts while the run goes on, shards at its end, one rename when all is well.
+
+Every finished block is one part file, written, synced and renamed; a journal line says how its linears went. A part that is
+there is therefore whole, which is what resuming stands on. At the end parts are joined into shards of at most 4 GiB by
+copying bytes, never by holding tensors.
+
+What stays in 16 bits keeps its dtype (float32 is stored as bfloat16, since no 4-bit kernel computes in float32).
+Formats and keys: formats as read by vLLM, transformers, GPTQModel and ExLlamaV2; `desc_act` is false even with act-order
+because groups are fixed beforehand, so serving costs nothing.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from doctor import __version__
+from doctor.checkpoint import INDEX_NAME, Checkpoint
+from doctor.errors import DoctorError, MachineError, PlanRefused
+from doctor.quant import pack
+from doctor.quant.grid import Grid
+from doctor.recipe import Recipe
+from doctor.shard import open_shard
+
+MAX_SHARD_BYTES = 4 << 30
+JOURNAL = "journal.jsonl"
+RECEIPT = "doctor.json"
+_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int32: "I32",
+          torch.int64: "I64", torch.uint8: "U8", torch.int8: "I8"}
+# Weights in other containers would be a second, unquantized copy of the model; pickles are never carried along.
+_NOT_COPIED = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|pkl|py)$|\.index\.json$|^(quantize_config|doctor)\.json$")
+_COPY_LIMIT = 256 << 20
+
+
+def pack_linear(name: str, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Tensors by full name of one quantized linear: codes u8[n, k] and their grid in the recipe's output format."""
+    if recipe.output_format == "gptq":
+        parts = pack.gptq_pack(codes, grid, g_idx, recipe.bits, version=1)
+    elif recipe.output_format == "gptq_v2":
+        parts = pack.gptq_pack(codes, grid, g_idx, recipe.bits, version=2)
+    elif recipe.output_format == "awq":
+        parts = pack.awq_pack(codes, grid)
+    else:
+        parts = pack.compressed_pack(codes, grid, recipe.bits, recipe.sym)
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+
+def unpack_linear(name: str, tensors: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    """W f32[n, k] that an engine computes from what pack_linear made."""
+    def part(word):
+        return tensors.get(f"{name}.{word}")
+
+    if recipe.output_format in ("gptq", "gptq_v2"):
+        return pack.gptq_dequantize(part("qweight"), part("qzeros"), part("scales"), part("g_idx"), recipe.bits,
+                                    version=2 if recipe.output_format == "gptq_v2" else 1)
+    if recipe.output_format == "awq":
+        return pack.awq_dequantize(part("qweight"), part("qzeros"), part("scales"))
+    return pack.compressed_dequantize(part("weight_packed"), part("weight_scale"), tuple(part("weight_shape").tolist()), recipe.bits,
+                                      weight_zero_point=part("weight_zero_point"))
+
+
+def quantization_config(recipe: Recipe, kept: Iterable[str] = ()) -> dict:
+    """config.json#/quantization_config for the recipe's output format; `kept` are linears inside blocks that stay in 16 bits."""
+    kept = sorted(kept)
+    if recipe.output_format in ("gptq", "gptq_v2"):
+        stated = {"quant_method": "gptq", "checkpoint_format": recipe.output_format, "format": recipe.output_format, "bits": recipe.bits,
+                  "group_size": recipe.group_size, "desc_act": False, "sym": recipe.sym, "lm_head": False, "true_sequential": True,
+                  "static_groups": True, "damp_percent": recipe.damp, "pack_dtype": "int32", "meta": {"quantizer": [f"doctor:{__version__}"]}}
+        if kept:
+            stated["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in kept}
+        return stated
+    if recipe.output_format == "awq":
+        return {"quant_method": "awq", "bits": recipe.bits, "group_size": recipe.group_size, "zero_point": not recipe.sym, "version": "gemm",
+                "modules_to_not_convert": ["lm_head", *kept]}
+    weights = {"num_bits": recipe.bits, "type": "int", "symmetric": recipe.sym, "strategy": "channel" if recipe.group_size == -1 else "group",
+               "group_size": None if recipe.group_size == -1 else recipe.group_size, "dynamic": False, "actorder": None, "observer": "minmax"}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": ["lm_head", *kept],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}}}
+
+
+class Output:
+    """The directory that a run fills beside its destination. `Output.open`, then write_part and note, then finish and commit."""
+
+    def __init__(self, destination: Path, stage: Path):
+        self.destination = destination
+        self.stage = stage
+
+    @classmethod
+    def open(cls, destination: str | os.PathLike, fingerprint: dict, *, overwrite: bool = False, resume: bool = False) -> "Output":
+        """A stage beside the destination. resume takes up the one that an interrupted run of the same fingerprint left there.
+
+        Raises PlanRefused where the destination is not empty and overwrite is not given, or where the stage is of another run.
+        """
+        destination = Path(destination)
+        stage = destination.parent / f".{destination.name}.doctor-quantize"
+        if destination.exists() and not overwrite and (not destination.is_dir() or any(destination.iterdir())):
+            raise PlanRefused(f"{destination}: exists and is not empty.", "Give another directory, or --overwrite.")
+        self = cls(destination, stage)
+        try:
+            if stage.exists() and resume:
+                self._require_same(fingerprint)
+                return self
+            if stage.exists():
+                shutil.rmtree(stage)
+            stage.mkdir(parents=True)
+        except OSError as error:
+            raise MachineError(f"{stage}: {error.strerror}.", "Check the permissions and the free space there.") from None
+        self.note({"fingerprint": fingerprint})
+        return self
+
+    def _require_same(self, fingerprint: dict) -> None:
+        notes = self.notes()
+        before = notes[0].get("fingerprint") if notes else None
+        now = json.loads(json.dumps(fingerprint))
+        if before != now:
+            differs = [k for k in now if not isinstance(before, dict) or before.get(k) != now[k]]
+            raise PlanRefused(f"{self.stage}: the interrupted run differs in {', '.join(differs) or 'its fingerprint'}.",
+                              "Resume with the same checkpoint, recipe, text and versions, or start anew without --resume.")
+
+    # parts and journal
+
+    def part(self, name: str) -> Path:
+        return self.stage / f"part-{name}.safetensors"
+
+    def has_part(self, name: str) -> bool:
+        return self.part(name).exists()
+
+    def write_part(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """One part, whole or absent: written beside, synced, renamed."""
+        path = self.part(name)
+        beside = path.with_suffix(".tmp")
+        try:
+            with open(beside, "wb") as file:
+                write_safetensors(file, tensors)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(beside, path)
+            _sync_directory(self.stage)
+        except OSError as error:
+            raise MachineError(f"{path}: {error.strerror}.", "Free space there and run again with --resume.") from None
+
+    def read_part(self, name: str) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.part(name))
+
+    def note(self, entry: dict) -> None:
+        """Append one line to the journal, synced."""
+        with open(self.stage / JOURNAL, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def notes(self) -> list[dict]:
+        """Journal lines that are whole; a line cut by a crash is not."""
+        found = []
+        path = self.stage / JOURNAL
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return found
+
+    # the end
+
+    def finish(self, checkpoint: Checkpoint, recipe: Recipe, kept: Iterable[str], receipt: dict) -> None:
+        """Join parts into shards, write index, configs and receipt, copy the other files. Parts and journal are gone after it."""
+        parts = sorted(self.stage.glob("part-*.safetensors"))
+        weight_map, total = self._join(parts)
+        if len(set(weight_map.values())) > 1:
+            self._json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        stated = quantization_config(recipe, kept)
+        self._json("config.json", {**(checkpoint.value("config.json") or {}), "quantization_config": stated})
+        if stated["quant_method"] == "gptq":
+            self._json("quantize_config.json", stated)
+        for name, entry in checkpoint.entries.items():
+            if name != "config.json" and not _NOT_COPIED.search(name) and entry.size <= _COPY_LIMIT:
+                raw = checkpoint.json[name].raw if name in checkpoint.json else checkpoint.read_file(name, _COPY_LIMIT)
+                (self.stage / name).write_bytes(raw)
+        self._json(RECEIPT, receipt)
+        for leftover in (*parts, *self.stage.glob("*.tmp"), self.stage / JOURNAL, *self.stage.glob("activations*")):
+            leftover.unlink(missing_ok=True)
+
+    def commit(self) -> Path:
+        """Sync everything and rename the stage to the destination."""
+        try:
+            for path in self.stage.iterdir():
+                _sync(path)
+            _sync_directory(self.stage)
+            if self.destination.exists():
+                self._replace()
+            else:
+                os.rename(self.stage, self.destination)
+            _sync_directory(self.destination.parent)
+        except OSError as error:
+            raise MachineError(f"{self.destination}: {error.strerror}; the finished files are in {self.stage}.") from None
+        return self.destination
+
+    def _replace(self) -> None:
+        """The old directory steps aside first, so that the destination is never a mixture."""
+        old = self.destination.parent / f".{self.destination.name}.doctor-old"
+        os.rename(self.destination, old)
+        os.rename(self.stage, self.destination)
+        shutil.rmtree(old)
+
+    def discard(self) -> None:
+        """Remove the stage."""
+        shutil.rmtree(self.stage, ignore_errors=True)
+
+    def _json(self, name: str, value: dict) -> None:
+        (self.stage / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _join(self, parts: list[Path]) -> tuple[dict[str, str], int]:
+        """Shards from parts, in order: (tensor -> shard file, bytes of all tensors)."""
+        shards = [open_shard(path, path.name) for path in parts]
+        groups, size = [[]], 0
+        for shard in shards:
+            data = shard.size - shard.data_begin
+            if groups[-1] and size + data > MAX_SHARD_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(shard)
+            size += data
+        weight_map, total = {}, 0
+        for number, group in enumerate(groups, 1):
+            name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            infos = [(t.name, t.dtype.name, t.shape, t.nbytes) for shard in group for t in shard.tensors]
+            with open(self.stage / name, "wb") as file:
+                file.write(header_bytes(infos))
+                for shard in group:
+                    with open(self.stage / shard.name, "rb") as part:
+                        part.seek(shard.data_begin)
+                        shutil.copyfileobj(part, file, 1 << 20)
+            weight_map.update({info[0]: name for info in infos})
+            total += sum(info[3] for info in infos)
+        return weight_map, total
+
+
+def header_bytes(infos: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Length and JSON header, padded to 8 bytes, of (name, dtype, shape, bytes) entries that lie one behind the other."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, dtype, shape, nbytes in infos:
+        if name in header:
+            raise DoctorError(f"{name}: two tensors of the output have this name; every tensor needs its own.")
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def write_safetensors(file, tensors: dict[str, torch.Tensor]) -> None:
+    """Tensors in the order given, each element in a place that its size divides (larger element types first)."""
+    items = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    file.write(header_bytes((n, _NAMES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for n, t in items))
+    for _, tensor in items:
+        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def kept_tensors(names: Iterable[str], load) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) for what stays in 16 bits: as stored, float32 and float64 as bfloat16."""
+    for name in names:
+        tensor = load(name)
+        yield name, tensor.to(torch.bfloat16) if tensor.dtype in (torch.float32, torch.float64) else tensor
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name == "posix":
+        _sync(path)

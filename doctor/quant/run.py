@@ -1,0 +1,468 @@
+"""The streaming run: one decoder block in memory, its linears quantized in the order in which they compute.
+
+For each block: load its weights; take the inputs of the linears that compute first, quantize those, put the weights that
+an engine will read back in their place; take the inputs of the next ones; at the end run the block as it will be served
+and hand its outputs to the next block. So every linear is solved on what really reaches it, quantization errors included.
+
+Which linears share an input, and their order, is seen in a first pass over one batch, not looked up: linears that got
+the same tensor share a Hessian. Experts of a mixture each have their own; one that no calibration row reached
+is rounded to nearest and says so.
+
+Numbers become facts as they appear and are judged by the same rules as everything else; a finding of severity error
+stops the run at that block. Peak memory is one block in float32, the Hessians of one stage, and the hidden states, which
+move to a memory-mapped file when they exceed what `memory` leaves.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from doctor import __version__, builtin
+from doctor.builtin import Calibration, Solve
+from doctor.checkpoint import Checkpoint
+from doctor.engine import judge
+from doctor.errors import MachineError, NotQuantizable
+from doctor.facts import Store
+from doctor.layout import is_kept
+from doctor.quant import export
+from doctor.quant.blocks import Call, Skeleton, _Enough, load_tensor
+from doctor.quant.gptq import Solution, round_to_nearest, solve
+from doctor.quant.hessian import Hessian, spectrum
+from doctor.recipe import Recipe
+from doctor.rule import Finding, Rule
+from doctor.spec import Linear, ModelSpec
+
+BATCH_TOKENS = 4096  # a batch this long keeps matrix products at full speed; more only costs memory
+RUN_STAGES = ("calibration", "run")
+_SHARE_OF_FREE_MEMORY = 0.5  # for hidden states when no limit is given: the rest is for the block and its Hessians
+
+
+@dataclass
+class Result:
+    """What a run did. records: one dict a linear (name, block, role, outcome, solve, hessian, seconds), in order.
+
+    stopped: the findings that ended the run early; empty when every block was written.
+    """
+
+    records: list[dict] = field(default_factory=list)
+    stopped: list[Finding] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+    def count(self, outcome: str) -> int:
+        return sum(r["outcome"] == outcome for r in self.records)
+
+
+def fingerprint(checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]]) -> dict:
+    """What must be equal for two runs to write the same bytes."""
+    import transformers
+
+    headers = [(t.name, t.dtype.name, t.shape) for t in checkpoint.tensors.values()]
+    files = [(e.name, e.size, _modified(checkpoint, e.name)) for e in checkpoint.entries.values() if e.name.endswith(".safetensors")]
+    source = repr((sorted(headers), sorted(files), checkpoint.json["config.json"].raw, getattr(checkpoint, "edits", ())))
+    return {"doctor": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+            "recipe": asdict(recipe), "rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
+            "checkpoint": hashlib.sha256(source.encode()).hexdigest()}
+
+
+def _modified(checkpoint: Checkpoint, name: str) -> int:
+    try:
+        return os.stat(checkpoint.root / name).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def run(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: list[list[int]], output: export.Output, store: Store,
+        rules: Iterable[Rule], *, memory: int | None = None, progress: Callable[[str], None] = lambda text: None,
+        device: str = "cpu") -> Result:
+    """Quantize every decoder block into parts of `output`; blocks whose part is there already are replayed, not solved.
+
+    rows: token ids (unused for rtn). memory: bytes for hidden states. Facts go into `store`; rules of the stages
+    calibration and run judge them after each block. Raises NotQuantizable where numbers forbid it and no rule says so.
+    """
+    return _Run(checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device).go()
+
+
+class _Run:
+    def __init__(self, checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device):
+        if recipe.method not in ("gptq", "rtn"):
+            raise NotQuantizable(f"method {recipe.method}: this build quantizes with gptq and rtn.", "Choose --method gptq.")
+        self.checkpoint, self.spec, self.recipe, self.output, self.store = checkpoint, spec, recipe, output, store
+        self.rules = [r for r in rules if r.stage in RUN_STAGES]
+        self.progress, self.memory = progress, memory
+        self.skeleton = Skeleton(checkpoint, spec, device)
+        self.batches = make_batches(rows) if recipe.method != "rtn" else []
+        self.result = Result()
+        self.calls: list[list[Call]] = []
+        self.hidden: Hidden | None = None
+
+    def go(self) -> Result:
+        if self.batches:
+            self._first_inputs()
+        count = len(self.skeleton.blocks)
+        for i in range(count):
+            started = time.perf_counter()
+            with torch.no_grad():
+                records = self._replay(i) if self.output.has_part(_part(i)) else self._block(i)
+            self.result.records += records
+            if self.result.stopped:
+                return self.result
+            self._say(i, count, records, time.perf_counter() - started)
+        self._outside()
+        return self.result
+
+    def _first_inputs(self) -> None:
+        shapes = [(*ids.shape, self.spec.hidden) for ids in self.batches]
+        for number, (inputs, calls) in enumerate(self.skeleton.open_calls(self.batches)):
+            if self.hidden is None:
+                shapes = [(*ids.shape, inputs.shape[-1]) for ids in self.batches]
+                self.hidden = Hidden(shapes, self.memory, self.output.stage / "activations.bin", self.progress)
+            self.hidden[number] = inputs
+            self.calls.append(calls)
+
+    # one block
+
+    def _block(self, i: int) -> list[dict]:
+        block = self.skeleton.load_block(i)
+        modules, records = self._choose(i)
+        packed: dict[str, torch.Tensor] = {}
+        if self.recipe.method == "rtn":
+            stages = [[[name] for name in modules]]
+        else:
+            stages = self._stages(i, modules)
+        for stage in stages:
+            hessians = self._hessians(i, stage, modules) if self.batches else {}
+            if self._broken(stage, hessians, modules, records):
+                return records
+            for group in stage:
+                for name in group:
+                    linear, module = modules[name]
+                    records.append(self._quantize(linear, module, hessians.get(name), packed))
+        self._judge()
+        if self.result.stopped:
+            return records
+        self._forward(i)
+        self._write(i, packed)
+        self.output.note({"block": i, "records": records})
+        del block
+        self.skeleton.drop_block(i)
+        return records
+
+    def _choose(self, i: int) -> tuple[dict[str, tuple[Linear, torch.nn.Module]], list[dict]]:
+        """The linears of block i to quantize, and records of those that stay in 16 bits with the reason."""
+        modules, records = {}, []
+        placed = self.skeleton.modules_of(i)
+        for name, linear in self.skeleton.linears.get(i, {}).items():
+            reason = self._why_kept(linear) if name in placed else "transformers has no linear of its own for it"
+            if reason:
+                records.append(self._keep(linear, reason))
+            else:
+                modules[name] = placed[name]
+        return modules, records
+
+    def _why_kept(self, linear: Linear) -> str:
+        width = linear.in_features if self.recipe.group_size == -1 else self.recipe.group_size
+        if is_kept(self.recipe, linear.name):
+            return "asked for with keep"
+        if linear.in_features % width:
+            return f"in_features {linear.in_features} is not a multiple of group_size {width}"
+        if linear.in_features % 32 or linear.out_features % 32:
+            return f"[{linear.out_features}, {linear.in_features}]: packing needs multiples of 32"
+        return ""
+
+    def _keep(self, linear: Linear, reason: str) -> dict:
+        self.result.kept.append(linear.name)
+        solved = Solve("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)
+        return self._record(linear, solved, None, 0.0)
+
+    def _stages(self, i: int, modules: dict) -> list[list[list[str]]]:
+        """Stages of groups of linears: stages in the order of computing, a group's linears share their input."""
+        seen: list[tuple[str, torch.Tensor]] = []
+        hooks = [m.register_forward_pre_hook(lambda mod, args, name=name: seen.append((name, args[0])))
+                 for name, (_, m) in modules.items()]
+        try:
+            self.skeleton.run_block(i, self.hidden[0], self.calls[0][i])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        groups: dict[int, list[str]] = {}
+        for name, x in seen:
+            members = groups.setdefault(id(x), [])
+            if name not in members:
+                members.append(name)
+        return arrange(list(groups.values()), {n: linear for n, (linear, _) in modules.items()})
+
+    def _hessians(self, i: int, stage: list[list[str]], modules: dict) -> dict[str, Hessian]:
+        """Hessian of every linear of the stage; those of one group are one object."""
+        found: dict[str, Hessian] = {}
+        hooks = []
+        alone = len(stage) == 1
+        for group in stage:
+            linear, module = modules[group[0]]
+            hessian = Hessian(linear.in_features, device=self.skeleton.device)
+            found.update({name: hessian for name in group})
+
+            def take(mod, args, hessian=hessian):
+                hessian.add(args[0])
+                if alone:
+                    raise _Enough
+
+            hooks.append(module.register_forward_pre_hook(take))
+        try:
+            for number, calls in enumerate(self.calls):
+                try:
+                    self.skeleton.run_block(i, self.hidden[number], calls[i])
+                except _Enough:
+                    pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _broken(self, stage: list[list[str]], hessians: dict[str, Hessian], modules: dict, records: list[dict]) -> bool:
+        """Whether calibration went non-finite: facts are put, rules asked, and the run stops, whatever they say."""
+        bad = [name for group in stage for name in group if name in hessians and hessians[name].nonfinite is not None]
+        if not bad:
+            return False
+        for name in bad:
+            linear, _ = modules[name]
+            fact = self._hessian_fact(hessians[name], hessians[name].matrix())
+            solved = Solve("failed", self.recipe.damp, 0.0, "", float("nan"), float("nan"), (), "its input is not finite")
+            records.append(self._record(linear, solved, fact, 0.0))
+        self._judge()
+        if not self.result.stopped:
+            first = hessians[bad[0]].nonfinite
+            raise NotQuantizable(f"{bad[0]}: its calibration input has {first.count:,} non-finite values, the first {first.value} at token "
+                                 f"{first.row}, channel {first.channel}; no damping can repair that.",
+                                 "Run `doctor check`: a weight before this linear is not finite or far too large.")
+        return True
+
+    def _quantize(self, linear: Linear, module: torch.nn.Module, hessian: Hessian | None, packed: dict[str, torch.Tensor]) -> dict:
+        started = time.perf_counter()
+        W = module.weight.detach()
+        W = W.T.contiguous() if linear.transposed else W
+        H = None if hessian is None or not hessian.rows else hessian.matrix()
+        options = {"bits": self.recipe.bits, "group_size": self.recipe.group_size, "sym": self.recipe.sym, "mse": self.recipe.mse,
+                   "zero_min": 1 if self.recipe.output_format == "gptq" else 0}
+        try:
+            if H is None:
+                solution = round_to_nearest(W, **options)
+            else:
+                solution = solve(W, H, act_order=self.recipe.act_order, damp=self.recipe.damp, damp_max=self.recipe.damp_max, **options)
+        except NotQuantizable as error:
+            raise NotQuantizable(f"{linear.name}: {error.message}", error.hint) from error
+        packed.update(export.pack_linear(linear.name, solution.codes.cpu(), _on_cpu(solution.grid), solution.g_idx.cpu(), self.recipe))
+        weight = solution.weight()
+        module.weight.data = (weight.T.contiguous() if linear.transposed else weight).to(module.weight.dtype)
+        fact = None if hessian is None else self._hessian_fact(hessian, hessian.matrix() if H is None else H)
+        return self._record(linear, self._solve_fact(solution, hessian), fact, time.perf_counter() - started)
+
+    def _solve_fact(self, solution: Solution, hessian: Hessian | None) -> Solve:
+        attempts = tuple((a.damp, a.precision, a.outcome) for a in solution.attempts)
+        note = ""
+        if solution.outcome == "rtn" and self.recipe.method == "gptq":
+            note = "no calibration row reached it" if hessian is None or not hessian.rows else "its Hessian could not be factored"
+        used = solution.attempts[-1] if solution.attempts and solution.outcome == "gptq" else None
+        return Solve(solution.outcome, self.recipe.damp, used.damp if used else 0.0, used.precision if used else "",
+                     solution.loss, solution.rtn_loss, attempts, note)
+
+    def _hessian_fact(self, hessian: Hessian, H: torch.Tensor) -> builtin.Hessian:
+        s = spectrum(H, hessian.rows, self.recipe.damp)
+        bad = hessian.nonfinite
+        return builtin.Hessian(hessian.rows, hessian.columns, bad.count if bad else 0, (bad.row, bad.channel) if bad else None, s.finite,
+                               s.dead, s.mean_diag, s.lambda_max, s.damp_needed, s.condition)
+
+    def _record(self, linear: Linear, solved: Solve, hessian: builtin.Hessian | None, seconds: float) -> dict:
+        """Facts into the store, and the linear's line of the report."""
+        self._facts(linear.name, solved, hessian)
+        return {"name": linear.name, "block": linear.block, "role": linear.role, "in_features": linear.in_features,
+                "out_features": linear.out_features, "outcome": solved.outcome, "solve": asdict(solved),
+                "hessian": None if hessian is None else asdict(hessian), "seconds": round(seconds, 3)}
+
+    def _facts(self, name: str, solved: Solve, hessian: builtin.Hessian | None) -> None:
+        self.store.put(f"linear:{name}", "solve", solved)
+        if hessian is not None:
+            self.store.put(f"linear:{name}", "hessian", hessian)
+
+    def _judge(self) -> None:
+        findings, _ = judge(self.store, self.rules)
+        self.result.stopped = [f for f in findings if f.severity == "error"]
+
+    def _forward(self, i: int) -> None:
+        """Outputs of the finished block in the place of its inputs."""
+        for number, calls in enumerate(self.calls):
+            self.hidden[number] = self.skeleton.run_block(i, self.hidden[number], calls[i])
+
+    def _write(self, i: int, packed: dict[str, torch.Tensor]) -> None:
+        replaced = {linear.tensor for name, linear in self.skeleton.linears.get(i, {}).items() if name not in self.result.kept}
+        names = [n for n in self.skeleton.tensors_of(i) if n not in replaced]
+        self.output.write_part(_part(i), {**packed, **dict(export.kept_tensors(names, lambda n: load_tensor(self.checkpoint, n)))})
+
+    def _replay(self, i: int) -> list[dict]:
+        """A block that an earlier run finished: its facts again, and its outputs from the weights it wrote."""
+        noted = next((n["records"] for n in self.output.notes() if n.get("block") == i), None)
+        if noted is None:  # the part was written, the journal line was not: solve it again, which writes the same part
+            return self._block(i)
+        block_names = self.skeleton.linears.get(i, {})
+        for record in noted:
+            solved, hessian = _solve_of(record["solve"]), _hessian_of(record["hessian"])
+            self._facts(record["name"], solved, hessian)
+            if record["outcome"] == "kept":
+                self.result.kept.append(record["name"])
+        if self.batches:
+            self.skeleton.load_block(i)
+            tensors = self.output.read_part(_part(i))
+            for name, (linear, module) in self.skeleton.modules_of(i).items():
+                if name in block_names and name not in self.result.kept:
+                    weight = export.unpack_linear(name, tensors, self.recipe).to(module.weight.device)
+                    module.weight.data = (weight.T.contiguous() if linear.transposed else weight).to(module.weight.dtype)
+            self._forward(i)
+            self.skeleton.drop_block(i)
+        return noted
+
+    # around the blocks
+
+    def _outside(self) -> None:
+        """Everything that belongs to no block, unchanged; linears among it stay in 16 bits and are recorded."""
+        names = self.skeleton.outer_tensors()
+        blocks = range(len(self.skeleton.blocks))
+        for linear in self.spec.linears:
+            if linear.block not in blocks:
+                self.result.records.append(self._keep(linear, "not in a decoder block that calibration runs through"))
+        if not self.output.has_part("outside"):
+            self.output.write_part("outside", dict(export.kept_tensors(names, lambda n: load_tensor(self.checkpoint, n))))
+        self._judge()
+
+    def _say(self, i: int, count: int, records: list[dict], seconds: float) -> None:
+        losses = [r["solve"]["loss"] for r in records if r["outcome"] == "gptq"]
+        worst = f", largest relative error {max(losses):.2%}" if losses else ""
+        raised = [r["name"] for r in records if r["solve"]["damp_used"] > self.recipe.damp]
+        raised = f"; damp raised: {', '.join(raised)}" if raised else ""
+        self.progress(f"block {i + 1} of {count}: {sum(r['outcome'] in ('gptq', 'rtn') for r in records)} linears in {seconds:.1f} s{worst}{raised}")
+
+
+def arrange(groups: list[list[str]], linears: dict[str, Linear]) -> list[list[list[str]]]:
+    """Groups into stages: each group its own, except that experts' groups of one kind share a stage.
+
+    groups: linears that got the same tensor, in the order of computing. Experts that were not reached are put where their
+    likes are; where none was reached, they come last, each linear alone.
+    """
+    stages: list[tuple[frozenset, list[list[str]]]] = []
+    for group in groups:
+        kind = frozenset(_kind(linears[name]) for name in group)
+        same = next((s for s in stages if s[0] == kind and linears[group[0]].expert is not None), None)
+        if same:
+            same[1].append(group)
+        else:
+            stages.append((kind, [group]))
+    placed = {name for group in groups for name in group}
+    missing: dict[tuple, list[str]] = {}
+    for name, linear in linears.items():
+        if name not in placed:
+            kind = next((k for k, _ in stages if _kind(linear) in k), frozenset({_kind(linear)}))
+            missing.setdefault((kind, linear.expert), []).append(name)
+    for (kind, _), group in missing.items():
+        same = next((s for s in stages if s[0] == kind), None)
+        if same:
+            same[1].append(group)
+        else:
+            stages.append((kind, [group]))
+    return [groups for _, groups in stages]
+
+
+def _kind(linear: Linear) -> str:
+    """A linear's name without the number of its expert."""
+    return linear.name if linear.expert is None else linear.name.replace(f".{linear.expert}.", ".*.") .replace(f".{linear.block}.", ".#.", 1)
+
+
+class Hidden:
+    """Hidden states f32[rows, length, hidden] of every batch: in memory, or in a memory-mapped file above the limit."""
+
+    def __init__(self, shapes: list[tuple[int, int, int]], limit: int | None, path: Path, progress: Callable[[str], None]):
+        self._shapes = shapes
+        sizes = [rows * length * hidden for rows, length, hidden in shapes]
+        self._ends = torch.tensor(sizes).cumsum(0).tolist()
+        total = 4 * sum(sizes)
+        limit = int(_free_memory() * _SHARE_OF_FREE_MEMORY) if limit is None else limit
+        self.on_disk = total > limit
+        if self.on_disk:
+            progress(f"hidden states take {total / 2**30:.2f} GiB, more than {limit / 2**30:.2f} GiB: kept in {path}")
+            try:
+                self._all = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=torch.float32)
+            except RuntimeError as error:
+                raise MachineError(f"{path}: no room for {total:,} bytes of hidden states: {error}.", "Free space there, or raise --memory.") from None
+        else:
+            self._all = torch.empty(sum(sizes), dtype=torch.float32)
+
+    def _part(self, i: int) -> torch.Tensor:
+        rows, length, hidden = self._shapes[i]
+        end = self._ends[i]
+        return self._all[end - rows * length * hidden: end].view(rows, length, hidden)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self._part(i)
+
+    def __setitem__(self, i: int, value: torch.Tensor) -> None:
+        self._part(i).copy_(value)
+
+
+def make_batches(rows: list[list[int]]) -> list[torch.Tensor]:
+    """Batches int64[rows, length] of equally long rows, about BATCH_TOKENS each, in the order of the rows: no padding."""
+    batches: list[list[list[int]]] = []
+    for row in sorted(rows, key=len):
+        last = batches[-1] if batches else None
+        if last is None or len(last[0]) != len(row) or (len(last) + 1) * len(row) > BATCH_TOKENS:
+            batches.append([row])
+        else:
+            last.append(row)
+    return [torch.tensor(batch, dtype=torch.int64) for batch in batches]
+
+
+def receipt(recipe: Recipe, calibration: Calibration | None, result: Result, notes: list[str]) -> dict:
+    """doctor.json: how this checkpoint was made, without times, so that the same run writes the same bytes."""
+    import transformers
+
+    linears = [{k: r[k] for k in ("name", "outcome", "solve")} for r in result.records]
+    outcomes = {o: result.count(o) for o in sorted({r["outcome"] for r in result.records})}
+    return json.loads(json.dumps({
+        "doctor": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "recipe": asdict(recipe),
+        "calibration": None if calibration is None else asdict(calibration), "notes": notes, "outcomes": outcomes,
+        "linears": _finite(linears)}))
+
+
+def _finite(value: object) -> object:
+    """NaN and Inf as strings: JSON has neither."""
+    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _part(i: int) -> str:
+    return f"{i:05d}"
+
+
+def _on_cpu(grid):
+    return type(grid)(grid.scale.cpu(), grid.zero.cpu())
+
+
+def _solve_of(data: dict) -> Solve:
+    return Solve(**{**data, "attempts": tuple(tuple(a) for a in data["attempts"])})
+
+
+def _hessian_of(data: dict | None) -> builtin.Hessian | None:
+    if data is None:
+        return None
+    first = data["first_nonfinite"]
+    return builtin.Hessian(**{**data, "first_nonfinite": tuple(first) if first else None})
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
