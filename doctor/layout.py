@@ -22,7 +22,7 @@ PACKED = (".qweight", ".weight_packed")
 # Linears that a serving engine stores as one matrix, so that they must be quantized alike or not at all.
 FUSED = (("q", "k", "v"), ("gate", "up"))
 
-provide("words", "tensor", "values", "What the int32 words of a qzeros or g_idx tensor are (Words).")
+provide("packed_words", "checkpoint", "values", "tensor -> Words of every qzeros and g_idx tensor.")
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,8 @@ def _tail_pattern(template: str) -> re.Pattern:
 @fact("checkpoint", stage="header")
 def placement(checkpoint, spec, tensors) -> Placement:
     """Tensors sorted into blocks and matched with the family's templates (placement.Placement)."""
+    if any(name.endswith((".qweight", ".weight_packed", ".q_weight")) for name in tensors):
+        raise Unavailable("the linears are packed: the family's table knows plain weights")
     stems: dict[str, int] = {}
     for linear in spec.linears:
         match = _NUMBERED.match(linear.tensor)

@@ -31,6 +31,7 @@ class Scan:
     def __init__(self):
         self.bytes_read = 0
         self.skipped: dict[str, str] = {}
+        self.words: dict[str, Words] = {}
         self._lock = threading.Lock()
 
     def add(self, n: int) -> None:
@@ -69,6 +70,7 @@ def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] =
             raise
     if digests:
         store.put(CHECKPOINT, "head_equals_embed", len({store.get(f"tensor:{name}", "digest") for name in digests}) == 1)
+    store.put(CHECKPOINT, "packed_words", run.words)
     return run
 
 
@@ -114,7 +116,7 @@ def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run
     if digest is not None:
         store.put(subject, "digest", digest.hexdigest())
     if words is not None:
-        store.put(subject, "words", words.result())
+        run.words[info.name] = words.result()
     if not known:
         run.skipped[info.name] = f"{info.dtype.name} values are not judged"
         return

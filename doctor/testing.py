@@ -65,6 +65,13 @@ class Case:
         """Codes of a linear every family has: the MLP's second matrix, [hidden, intermediate]."""
         return self.tensors[self.name("down", block)]
 
+    def packed(self, role: str, block: int = 0) -> str:
+        """Module name of the first packed linear of a role in a block, for cases made by `tiny_gptq`."""
+        name = tiny(self.family).name(role, block).removesuffix(".weight")
+        if f"{name}.qweight" not in self.tensors:
+            raise KeyError(f"{name} is not packed in this case")
+        return name
+
     def put(self, subject: str, name: str, value: object) -> None:
         """A fact that a calibration, a run or a comparison would have produced."""
         self.facts[subject, name] = value

@@ -1,0 +1,47 @@
+"""O607 bad-scales: scales of a quantized tensor are 0 or far too large.
+
+Why: every weight is a code times its group's scale. A scale of 0 erases the group, one in the hundreds makes the block overflow. Both are left
+behind by a quantizer that went on after its Hessian had failed.
+
+Seen as:
+- vLLM: `!!!!!!!!!!!!!!!!`
+- AutoGPTQ: `avg loss: nan`
+
+Do: quantize this linear again (Q401 and Q405 of that run say why it failed).
+
+False alarms: scale 0 for a group whose weights are all 0, as some packers write for padding.
+
+Fix safety: no fix: the weights behind a wrong scale are lost.
+
+Sources: AutoGPTQ/AutoGPTQ issues 306, 582 and 587; casper-hansen/AutoAWQ PR 516 (sets such scales to 1).
+"""
+
+from doctor.rule import finding, rule
+from doctor.testing import encode, tiny_gptq
+
+SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
+# A scale is at most twice the largest weight of its group divided by the number of steps; weights above a few hundred do
+# not occur in trained linears, so a scale of 100 (weights of 800 at 4 bits) is an accident.
+HUGE = 100.0
+
+
+@rule("O607", "warning", certainty="likely", implied_by=("W201",))
+def bad_scales(tensor, n_zero, numel, absmax):
+    if not tensor.name.endswith(SCALES):
+        return
+    if n_zero:
+        yield finding(f"{n_zero:,} of {numel:,} scales in {tensor.name} are 0", evidence={"n_zero": n_zero, "numel": numel},
+                      advice="quantize this linear again")
+    if not absmax <= HUGE:
+        yield finding(f"{tensor.name} has a scale of {absmax:,.0f}", evidence={"absmax": absmax}, advice="quantize this linear again")
+
+
+def bad():
+    case = tiny_gptq()
+    name = case.packed("down") + ".scales"
+    case.tensors[name][0, 3] = encode([0.0], "F16")[0]
+    return case, f"1 of 256 scales in {name} are 0"
+
+
+def good():
+    return tiny_gptq()

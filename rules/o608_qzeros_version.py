@@ -1,0 +1,54 @@
+"""O608 qzeros-version: zero points are stored in the other version's way.
+
+Why: GPTQ files of version 1 store zero points minus one (7 for symmetric 4-bit), those of version 2 as they are (8). A file that names
+one version and holds the other shifts every weight by one step: it loads without an error and talks nonsense. Marlin kernels ignore
+zero points of symmetric files, so the same file works there and fails elsewhere.
+
+Seen as:
+- vLLM: `!!!!!!!!!!!!!!!!`
+
+Do: set checkpoint_format to what the words are.
+
+False alarms: none for symmetric files, whose zero points are known.
+
+Fix safety: safe: one word of the config; the tensors are untouched.
+
+Sources: vllm-project/vllm PR 26092 and 38966; AutoGPTQ/AutoGPTQ PR 640; turboderp/exllamav2 exllamav2/ext.py (0x11111111).
+"""
+
+from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.testing import tiny_gptq
+
+
+def symmetric_word(bits, version):
+    """The word of zero points that a symmetric file holds everywhere, for widths that divide 32."""
+    stored = 2 ** (bits - 1) - (version == "gptq")
+    return sum(stored << shift for shift in range(0, 32, bits))
+
+
+@rule("O608", "error")
+def qzeros_version(checkpoint, quantization, packed_words):
+    if quantization.method != "gptq" or not quantization.sym or quantization.bits not in (2, 4, 8):
+        return
+    stated = "gptq_v2" if quantization.version == "gptq_v2" else "gptq"
+    other = "gptq" if stated == "gptq_v2" else "gptq_v2"
+    word = symmetric_word(quantization.bits, other)
+    wrong = [name for name, words in packed_words.items() if name.endswith(".qzeros") and words.kinds == {word: words.count}]
+    if not wrong:
+        return
+    key = "checkpoint_format" if "checkpoint_format" in quantization.raw or "format" not in quantization.raw else "format"
+    pointer = f"{quantization.pointer}/{key}"
+    yield finding(f"{len(wrong)} qzeros tensors hold 0x{word:08x} only, which is {other}, and {key} says {stated}",
+                  at=Place(quantization.file, pointer=pointer), evidence={"word": f"0x{word:08x}", "tensors": len(wrong), "first": wrong[0]},
+                  fix=Fix(f"set {key} to {other}", (SetJson(quantization.file, pointer, other, expect=quantization.raw.get(key, MISSING)),)),
+                  advice="set it to what the words are")
+
+
+def bad():
+    case = tiny_gptq("llama", version="gptq_v2")
+    case.config["quantization_config"]["checkpoint_format"] = "gptq"
+    return case, "14 qzeros tensors hold 0x88888888 only, which is gptq_v2, and checkpoint_format says gptq"
+
+
+def good():
+    return tiny_gptq("llama", version="gptq_v2")

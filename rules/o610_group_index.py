@@ -1,0 +1,57 @@
+"""O610 group-index: g_idx does not agree with the config or with the scales.
+
+Why: g_idx says which group each column belongs to. Kernels skip it when desc_act is false, so a scattered g_idx then decodes with wrong
+scales; an entry beyond the last group reads past the table.
+
+Seen as:
+- vLLM: `KeyError: 'model.layers.0.mlp.down_proj.g_idx'`
+- PyTorch: `index out of bounds`
+
+Do: set desc_act to true where g_idx is scattered.
+
+False alarms: none; the entries were counted.
+
+Fix safety: safe for the flag: the tensors stay. No fix for entries beyond the last group.
+
+Sources: AutoGPTQ/AutoGPTQ commit c0f8edb; vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py.
+"""
+
+import numpy as np
+
+from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.testing import tiny_gptq
+
+
+@rule("O610", "error")
+def group_index(checkpoint, quantization, packed_words, tensors):
+    if quantization.method != "gptq":
+        return
+    scattered = []
+    for name, words in packed_words.items():
+        scales = tensors.get(name.removesuffix(".g_idx") + ".scales") if name.endswith(".g_idx") else None
+        if scales is None or len(scales.shape) != 2 or not words.count:
+            continue
+        groups = scales.shape[0]
+        if words.smallest < 0 or words.largest >= groups:
+            yield finding(f"{name} runs from {words.smallest} to {words.largest}, and there are {groups} groups",
+                          at=Place(tensors[name].shard, tensor=name), advice="quantize this linear again",
+                          evidence={"smallest": words.smallest, "largest": words.largest, "groups": groups})
+        elif not words.rising and not quantization.desc_act:
+            scattered.append(name)
+    if scattered:
+        pointer = f"{quantization.pointer}/desc_act"
+        fix = Fix("set desc_act to true", (SetJson(quantization.file, pointer, True, expect=quantization.raw.get("desc_act", MISSING)),))
+        yield finding(f"g_idx is scattered in {len(scattered)} linears (first {scattered[0]}) and desc_act says the groups lie in order",
+                      at=Place(quantization.file, pointer=pointer), evidence={"linears": len(scattered)}, fix=fix,
+                      advice="set desc_act to true")
+
+
+def bad():
+    case = tiny_gptq("llama")
+    name = case.packed("down") + ".g_idx"
+    case.tensors[name] = np.ascontiguousarray(case.tensors[name][::-1])
+    return case, f"g_idx is scattered in 1 linears (first {name}) and desc_act says the groups lie in order"
+
+
+def good():
+    return tiny_gptq("llama")

@@ -1,0 +1,55 @@
+"""O612 packed-tensors-incomplete: a packed linear lacks one of its tensors, or their sizes disagree.
+
+Why: qweight without scales cannot be decoded. And where the number of groups in scales does not follow from in_features and group_size, the config
+names a group size or a width in bits that the tensors were not made with: the file loads or decodes wrongly.
+
+Seen as:
+- vLLM: `KeyError: 'model.layers.0.mlp.down_proj.scales'`
+- AutoGPTQ: `size mismatch for`
+
+Do: copy the missing tensors' shard again; set bits and group_size to what the shapes say.
+
+False alarms: formats with other tensor names are not judged.
+
+Fix safety: no fix: the maker's config is the better source.
+
+Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py; casper-hansen/AutoAWQ awq/modules/linear/gemm.py.
+"""
+
+from doctor.rule import Place, finding, rule
+from doctor.testing import tiny_gptq
+
+NEEDED = {"gptq": ("scales", "qzeros"), "awq": ("scales", "qzeros"), "compressed-tensors": ("weight_scale",)}
+PACKED = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
+
+
+@rule("O612", "error")
+def packed_tensors_incomplete(checkpoint, quantization, layout, tensors):
+    for linear in layout.linears:
+        at = Place("", tensor=f"{linear.name}.{PACKED[quantization.method]}")
+        absent = [tail for tail in NEEDED[quantization.method] if f"{linear.name}.{tail}" not in tensors]
+        if quantization.method == "gptq" and quantization.desc_act and f"{linear.name}.g_idx" not in tensors:
+            absent.append("g_idx")
+        if absent:
+            yield finding(f"{linear.name} is packed but has no {' and no '.join(absent)}", at=at, evidence={"absent": absent},
+                          advice="copy the shard again from where it came from")
+            continue
+        scales = tensors[f"{linear.name}.{NEEDED[quantization.method][0]}"].shape
+        group = linear.in_features if quantization.group_size == -1 else quantization.group_size
+        groups, height = -(-linear.in_features // group), linear.out_features
+        expected = (height, groups) if quantization.method == "compressed-tensors" else (groups, height)
+        if tuple(scales) != expected and quantization.version in ("gptq", "gptq_v2", "gemm", "pack-quantized"):
+            yield finding(f"{linear.name} has scales {list(scales)}, and {quantization.bits} bits in groups of {group} make {list(expected)}",
+                          at=at, evidence={"scales": list(scales), "expected": list(expected)},
+                          advice="set bits and group_size to what the tensors were made with")
+
+
+def bad():
+    case = tiny_gptq("llama")
+    name = case.packed("down")
+    del case.tensors[f"{name}.scales"]
+    return case, f"{name} is packed but has no scales"
+
+
+def good():
+    return tiny_gptq("llama")

@@ -1,0 +1,51 @@
+"""O613 unexpected-packed: a router or the output head is packed, which engines do not expect.
+
+Why: engines build routers as plain linears, and the head too unless the config has lm_head: true. Packed tensors then have no place to
+go. Routers also decide by small differences, which four bits blur.
+
+Seen as:
+- vLLM: `KeyError: 'model.layers.0.mlp.gate.g_idx'`
+- vLLM: `KeyError: 'lm_head.qweight'`
+
+Do: quantize again with these left out; for a packed head set lm_head to true.
+
+False alarms: an engine that takes its plan from the tensors.
+
+Fix safety: safe for the head's flag; no fix for routers.
+
+Sources: vllm-project/vllm issue 25029, vllm/model_executor/layers/quantization/gptq.py (lm_head_quantized).
+"""
+
+import re
+
+from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.testing import tiny_gptq
+
+ROUTER = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)\.(?:qweight|weight_packed)$")
+HEAD = re.compile(r"(?:^|\.)lm_head\.(?:qweight|weight_packed)$")
+
+
+@rule("O613", "warning", certainty="likely")
+def unexpected_packed(checkpoint, quantization, tensors):
+    for name, info in tensors.items():
+        if ROUTER.search(name):
+            yield finding(f"{name}: a router is packed", at=Place(info.shard, tensor=name), advice="quantize again with routers left out")
+        elif HEAD.search(name) and quantization.method == "gptq" and not quantization.raw.get("lm_head"):
+            pointer = f"{quantization.pointer}/lm_head"
+            edit = SetJson(quantization.file, pointer, True, expect=quantization.raw.get("lm_head", MISSING))
+            yield finding(f"{name}: the output head is packed and lm_head is not true", at=Place(quantization.file, pointer=pointer),
+                          fix=Fix("set lm_head to true", (edit,)), advice="set lm_head to true")
+
+
+def bad():
+    case = tiny_gptq("llama")
+    del case.tensors["lm_head.weight"]
+    for tail in ("qweight", "qzeros", "scales", "g_idx"):
+        source = f"model.layers.0.self_attn.q_proj.{tail}"
+        name = f"lm_head.{tail}"
+        case.tensors[name], case.dtypes[name] = case.tensors[source], case.dtypes[source]
+    return case, "lm_head.qweight: the output head is packed and lm_head is not true"
+
+
+def good():
+    return tiny_gptq("llama")

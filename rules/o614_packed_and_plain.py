@@ -1,0 +1,42 @@
+"""O614 packed-and-plain: a linear stands in the files both packed and as a plain weight.
+
+Why: an export that was written over an old checkpoint leaves both. Readers take one or the other, the file is up to five times larger than
+needed, and the two need not agree.
+
+Seen as:
+- AutoGPTQ: `Some weights of the model checkpoint were not used`
+
+Do: drop the plain weight, if the packed one is the output that was meant.
+
+False alarms: none; no format stores both.
+
+Fix safety: unsafe: it discards the only full-precision copy in this directory.
+
+Sources: AutoGPTQ/AutoGPTQ issue 306 (an old shard mixed with a new index gave NaN).
+"""
+
+import numpy as np
+
+from doctor.rule import DropTensor, Fix, Place, finding, rule
+from doctor.testing import encode, tiny_gptq
+
+
+@rule("O614", "warning")
+def packed_and_plain(checkpoint, quantization, layout, tensors):
+    for linear in layout.linears:
+        plain = tensors.get(f"{linear.name}.weight")
+        if layout.quantized and plain is not None:
+            yield finding(f"{plain.name} stands beside its packed form", at=Place(plain.shard, tensor=plain.name),
+                          evidence={"bytes": plain.nbytes}, fix=Fix("drop the plain weight", (DropTensor(plain.name),), "unsafe"),
+                          advice="drop it, if the packed form is the output that was meant")
+
+
+def bad():
+    case = tiny_gptq("llama")
+    name = case.packed("down") + ".weight"
+    case.tensors[name], case.dtypes[name] = encode(np.full((64, 128), 0.02), "BF16"), "BF16"
+    return case, f"{name} stands beside its packed form"
+
+
+def good():
+    return tiny_gptq("llama")
