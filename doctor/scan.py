@@ -193,9 +193,9 @@ class _Shape:
         if not self.linear.transposed and counted.n_zero + counted.n_fp16_underflow >= self.group and self.columns % self.group == 0:
             zero, zero_fp16, first = stats.group_zeros(part, self.info.dtype.name, self.columns, self.group)
             self.zero_groups += zero
-            self.zero_groups_fp16 += zero_fp16
+            self.zero_groups_fp16 += zero + zero_fp16
             if first is not None and self.first is None:
-                self.first = (self.row + first[0], first[1])
+                self.first = (self.row + first[0], first[1] * self.group)
         self.row += rows
 
     def put(self, store: Store) -> None:

@@ -22,16 +22,18 @@ from doctor.testing import tiny
 
 
 @rule("W203", "warning", certainty="likely", implied_by=("W202",))
-def zero_groups(linear, zero_groups, zero_rows, first_zero_group, recipe):
+def zero_groups(linear, zero_groups, zero_groups_fp16, zero_rows, first_zero_group, recipe):
     size = linear.in_features if recipe.group_size == -1 else recipe.group_size
     per_row = linear.in_features // size
     inside = zero_groups - zero_rows * per_row
     if inside <= 0:
         return
     total = linear.out_features * per_row
-    first = f", the first at row {first_zero_group[0]}, column {first_zero_group[1]}" if zero_rows == 0 else ""
+    # The scan keeps the first group of any of three kinds; only where there is one kind is it surely ours.
+    alone = zero_rows == 0 and zero_groups_fp16 == zero_groups
+    first = f", the first at row {first_zero_group[0]}, column {first_zero_group[1]}" if alone else ""
     yield finding(f"{inside:,} of {total:,} groups of {size} weights in {linear.tensor} are all 0{first}",
-                  at=Place("", tensor=linear.tensor, index=tuple(first_zero_group) if zero_rows == 0 else None),
+                  at=Place("", tensor=linear.tensor, index=tuple(first_zero_group) if alone else None),
                   evidence={"zero_groups": zero_groups, "zero_rows": zero_rows, "group_size": size},
                   advice="quantize with a program that gives an empty group scale 1 (doctor does), or spread the padding")
 
