@@ -3,8 +3,8 @@
     python bench/quality.py table .cache/smollm2 [--tools doctor,gptqmodel,rtn] [--bits 4] [--group-size 64]
 
 Every tool gets the same calibration rows as token ids (text_rows.py), runs in a process and a virtual
-environment of its own (tests/clients/setup.sh hf), and writes a checkpoint. The judge then loads each checkpoint
-with transformers in one more process and takes the perplexity on held-out rows:
+environment of its own (tests/clients/setup.sh hf), and writes a checkpoint. The judge then loads each
+checkpoint with transformers in one more process and takes the perplexity on held-out rows:
 
     exp(mean over all predicted tokens of the negative log-likelihood)
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PEER_PYTHON = ROOT / ".cache" / "venv-hf" / "bin" / "python"
+PEER = [str(ROOT / ".cache" / "venv-hf" / "bin" / "python"), str(HERE / "quality.py")]  # this script there
 CALIBRATION_ROWS = 32
 HELDOUT_ROWS = 24
 
@@ -92,7 +92,7 @@ def command_of(tool: str, options, rows: Path, out: Path) -> list[str]:
     """The command line that quantizes options.model into `out` with `tool`."""
     size = ["--bits", str(options.bits), "--group-size", str(options.group_size)]
     if tool == "gptqmodel":
-        return [str(PEER_PYTHON), str(HERE / "quality.py"), "gptqmodel", options.model, str(rows), str(out), *size]
+        return [*PEER, "gptqmodel", options.model, str(rows), str(out), *size]
     method = {"doctor": "gptq", "doctor-awq": "awq", "doctor-rtn": "rtn"}[tool]
     doctor = Path(sys.executable).with_name("doctor")
     return [str(doctor), "quantize", options.model, "-o", str(out), "--method", method, *size,
@@ -135,7 +135,7 @@ def quantize(tool: str, options, rows: Path, out: Path) -> float | None:
 
 
 def judge(model: Path, work: Path) -> float:
-    command = [str(PEER_PYTHON), str(HERE / "quality.py"), "perplexity", str(model), str(work / "heldout.jsonl")]
+    command = [*PEER, "perplexity", str(model), str(work / "heldout.jsonl")]
     with open(work / "judge.log", "w") as log:
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True)
     if run.returncode:
