@@ -8,11 +8,11 @@ any of the searches (0.153).
 
 After the loop the codes are near a minimum but not in one. Each pass of `refine` first moves every code to its best
 value given all others (coordinate descent), then every scale of a row to its least-squares value given the codes. Neither
-step can raise the loss.
+step can raise the loss; one pass takes 0.153 to 0.149 for about two fifths more time, a second gains 0.0004.
 
 Act-order is the flavour with static groups: columns are rounded in order of diag(H), while groups stay neighbours whose
 grid is fixed beforehand, so that serving reads g_idx = i // group_size. `scattered` is the classic desc_act, whose groups
-follow the order.
+follow the order (in-order with grids fitted on the way 0.172, static 0.153, scattered 0.155).
 
 A dead column (diag(H) = 0) is rounded to nearest, last under act-order, and neither gives nor takes corrections. It is
 not set to zero as the first implementations do: unseen in calibration is not unused, and a padded column is zero anyway.
@@ -37,7 +37,7 @@ from doctor.quant.hessian import Attempt, exact_products, factorise_with_escalat
 
 _BLOCK = 128
 _SUB = 16
-_REFIT_BYTES = 1 << 27      # of the G x G systems of a chunk of rows, float64
+_REFIT_BYTES = 1 << 27      # of the G x G systems and the weights of a chunk of rows
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def solve(W: torch.Tensor, H: torch.Tensor, *, bits: int = 4, group_size: int = 
         U, cost = U.to(torch.float32), cost.to(torch.float32)
         static = rules.fit(W, cost)
         g_idx = contiguous_groups(len(H), group_size, W.device)
-        rtn_loss = proxy_loss(W, dequantize(quantize(W, static, bits), static), H)
+        whole = _energy(W, H)
+        rtn_loss = float(_energy(W - dequantize(quantize(W, static, bits), static), H) / whole)
         T = W[:, order].T.contiguous()
         if act_order and not scattered:
             codes, grid = _round_columns(T, U, rules, g_idx[order], static)
@@ -115,7 +116,7 @@ def solve(W: torch.Tensor, H: torch.Tensor, *, bits: int = 4, group_size: int = 
         for _ in range(refine):
             codes = descend(W, damped, codes, grid, g_idx, bits)
             grid = refit_scales(W, damped, codes, grid, g_idx, scale_dtype)
-        loss = proxy_loss(W, dequantize(codes, grid, g_idx), H)
+        loss = float(_energy(W - dequantize(codes, grid, g_idx), H) / whole)
     if not math.isfinite(loss):
         raise NotQuantizable(f"the proxy loss of W[{W.shape[0]}, {W.shape[1]}] is {loss} with finite W and H: a sum ran "
                              "over in float32.", "Run `doctor check` for outliers, or keep this linear in 16 bits.")
@@ -136,8 +137,12 @@ def round_to_nearest(W: torch.Tensor, H: torch.Tensor | None = None, *, bits: in
 def proxy_loss(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T) with E = W - Q: the share of the output's energy that quantizing changes."""
     E = W - Q
-    changed, whole = ((E @ H) * E).sum(dtype=torch.float64), ((W @ H) * W).sum(dtype=torch.float64)
-    return float(changed / whole)
+    return float(_energy(E, H) / _energy(W, H))
+
+
+def _energy(E: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """tr(E H E^T), summed over rows in float64."""
+    return ((E @ H) * E).sum(1).sum(dtype=torch.float64)
 
 
 def descend(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, bits: int
@@ -179,16 +184,17 @@ def refit_scales(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Gr
     width = len(by_group) // groups
     H = H[by_group][:, by_group]
     scale = grid.scale.clone()
-    rows = max(1, _REFIT_BYTES // (8 * groups * groups))
+    rows = max(1, _REFIT_BYTES // (8 * (groups * groups + len(H))))
     for first in range(0, n, rows):
         part = slice(first, min(n, first + rows))
         level = (codes[part].to(torch.float32) - grid.zero[part][:, g_idx.to(torch.int64)])[:, by_group]
         count = level.shape[0]
-        target = ((W[part][:, by_group] @ H) * level).reshape(count, groups, width).sum(-1, dtype=torch.float64)
+        target = ((W[part][:, by_group] @ H) * level).reshape(count, groups, width).sum(-1).to(torch.float64)
         A = torch.empty(count, groups, groups, dtype=torch.float64, device=W.device)
-        for g in range(groups):
-            own = slice(g * width, (g + 1) * width)
-            A[:, g] = ((level[:, own] @ H[own]) * level).reshape(count, groups, width).sum(-1, dtype=torch.float64)
+        for g in range(groups):         # A[g, h] = q_g H_gh q_h^T, symmetric
+            begin, end = g * width, (g + 1) * width
+            reach = (level[:, begin:end] @ H[begin:end, begin:]).mul_(level[:, begin:])
+            A[:, g, g:] = A[:, g:, g] = reach.reshape(count, groups - g, width).sum(-1).to(torch.float64)
         old = grid.scale[part]
         empty = A.diagonal(dim1=1, dim2=2) <= 0
         A.diagonal(dim1=1, dim2=2)[empty] = 1
