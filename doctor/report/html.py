@@ -19,7 +19,7 @@ _WINDOW = 96
 def render(reports: list[Report]) -> str:
     """The page of all reports."""
     return _template().render(reports=[_context(r) for r in reports], data=_embedded(reports), version=reports[0].version,
-                              title=", ".join(r.checkpoint for r in reports), size=view.size, count=view.count, counted=view.counted)
+                              title=view.safe(", ".join(r.checkpoint for r in reports)), size=view.size, count=view.count, counted=view.counted)
 
 
 @cache
@@ -27,7 +27,8 @@ def _template():
     import jinja2
 
     folder = jinja2.PackageLoader("doctor", "report")
-    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+                                     keep_trailing_newline=True)
     return environment.get_template("page.html")
 
 
@@ -48,11 +49,11 @@ def _context(report: Report) -> dict:
         "plan": view.plan_text(report), "counts": view.counts(found), "run": view.ran(report), "skipped": view.skipped(report),
         "seconds": view.seconds(report.seconds), "read": view.size(report.bytes_read) if report.bytes_read else "",
         "fixes": {k: len(v) for k, v in by.items()}, "groups": [_card(report, g) for g in found], "areas": view.areas(report, found),
-        "marks": view.MARKS, "steps": view.next_steps(report, found), "crashed": report.crashed,
+        "marks": view.MARKS, "steps": view.next_steps(report, found), "crashed": [(r.rule.code, view.safe(r.crashed)) for r in report.crashed],
         "matrix": [{**row, "why": markdown.blockers(row["cells"])} for row in extra.get("matrix", ())],
         "heat": _heat(extra.get("heat")), "tokens": _tokens(extra.get("tokens", ())), "geometry": extra.get("geometry", ()),
         "group_size": report.recipe.group_size, "tp": report.recipe.tp, "files": extra.get("files", ()),
-        "rules": [_rule(r) for r in report.runs], "skipped_tensors": report.skipped_tensors, "markdown": markdown.render([report]),
+        "rules": [_rule(r) for r in report.runs], "skipped_tensors": {view.safe(k): view.safe(v) for k, v in report.skipped_tensors.items()}, "markdown": markdown.render([report]),
     }
 
 

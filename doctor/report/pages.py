@@ -8,7 +8,7 @@ from rich.text import Text
 from doctor import explain
 from doctor.report.terminal import COLOURS, Screen, _text
 from doctor.report.view import counted, one_line, safe
-from doctor.rule import Rule
+from doctor.rule import AREAS, Rule
 
 
 def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
@@ -21,9 +21,9 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
     if entry.seen_as:
         for i, seen in enumerate(entry.seen_as):
             screen.hang(_text(("find me by  " if i == 0 else "            ", "bold")), _text(f'"{seen.text}"', (f"  {seen.tool}", "bright_black")))
-    _section(screen, "What it checks", entry.title + ".")
+    _section(screen, "What it checks", _sentence(entry.title + "."))
     for key, title in explain.SECTIONS[:-1]:
-        _section(screen, title, entry.section(key))
+        _section(screen, title, _sentence(entry.section(key)))
     if entry.module.startswith("doctor.rules."):
         _section(screen, "Checked by", f"rules/{entry.module.rpartition('.')[2]}.py, with its bad and good examples")
     _section(screen, "Sources", entry.section("Sources"))
@@ -33,12 +33,18 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
     _section(screen, "To know", explain.decider(entry))
 
 
+def _sentence(text: str) -> str:
+    """With a capital, unless the text begins with a name or an option."""
+    first = text.split(" ", 1)[0]
+    return text[:1].upper() + text[1:] if first.isalpha() else text
+
+
 def _section(screen: Screen, title: str, text: str) -> None:
     if not text:
         return
     screen.line()
     screen.line((title, "bold"))
-    for paragraph in explain.paragraphs(text[:1].upper() + text[1:]):
+    for paragraph in explain.paragraphs(text):
         bullet = paragraph.startswith(("- ", "* "))
         screen.hang(Text("  - " if bullet else "  "), Text(safe(paragraph[2:] if bullet else paragraph)))
 
@@ -90,7 +96,7 @@ def show_rules(rules: list[Rule], out: Console) -> None:
     """The list, by area."""
     screen = Screen(out)
     wide = max(len(r.name) for r in rules)
-    for area in dict.fromkeys(r.area for r in rules):
+    for area in (name for _, name in AREAS if any(r.area == name for r in rules)):
         screen.line((area, "bold"))
         for entry in (r for r in rules if r.area == area):
             head = _text(f"  {entry.code}  ", (entry.severity.ljust(8), COLOURS[entry.severity]), f"{entry.name.ljust(wide)}  ")

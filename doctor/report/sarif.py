@@ -49,7 +49,7 @@ def _rule(entry: Rule, with_page: bool) -> dict:
         "id": entry.code, "name": "".join(p.capitalize() for p in entry.name.split("-")),
         "shortDescription": {"text": entry.title + "."},
         "defaultConfiguration": {"level": LEVELS[entry.severity]},
-        "properties": {"tags": [entry.area.lower(), entry.certainty, entry.stage], "precision": _PRECISION[entry.certainty],
+        "properties": {"tags": list(dict.fromkeys((entry.area.lower(), entry.certainty, entry.stage))), "precision": _PRECISION[entry.certainty],
                        "problem.severity": {"info": "recommendation"}.get(entry.severity, entry.severity)},
     }
     if with_page and entry.sections:

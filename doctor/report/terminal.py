@@ -292,6 +292,7 @@ def _next(screen: Screen, report: Report, found: list[Group]) -> None:
 def _rules(screen: Screen, report: Report) -> None:
     """-v: every rule, and the reason of each that judged nothing."""
     screen.line()
+    wide = max((len(r.rule.name) for r in report.runs), default=0)
     for run in report.runs:
         if run.status == "run":
             mark, text = "✓", f"{view.counted(run.judged, 'subject')}, {run.seconds * 1000:.1f} ms"
@@ -303,7 +304,12 @@ def _rules(screen: Screen, report: Report) -> None:
         else:
             mark = "○"
             text = next(r for c, _, r in view.skip_reasons(report) if c == run.rule.code)
-        screen.hang(_text(f"  {mark} ", f"{run.rule.code}  ", f"{run.rule.name:<40}  "), Text(safe(text), "bright_black"), 11)
+        head = _text(f"  {mark} {run.rule.code}  {run.rule.name:<{wide}}  ")
+        if screen.width - head.cell_len >= 40:
+            screen.hang(head, Text(safe(text), "bright_black"))
+        else:
+            screen.line(f"  {mark} {run.rule.code}  {run.rule.name}")
+            screen.hang(Text(" " * 10), Text(safe(text), "bright_black"))
 
 
 def show_statistics(report: Report, out: Console) -> None:

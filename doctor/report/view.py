@@ -219,7 +219,10 @@ def elsewhere(entry: Rule, report: Report, most: int = 2) -> list[Seen]:
         tool = _letters(seen.tool)
         return next((i for i, w in enumerate(wanted) if w in tool), len(wanted))
 
-    return sorted(entry.seen_as, key=rank)[:most]
+    ranked = sorted(entry.seen_as, key=rank)
+    first_of_tool = list({s.tool: s for s in reversed(ranked)}.values())[::-1]
+    others = [s for s in ranked if s not in first_of_tool]
+    return (sorted(first_of_tool, key=rank) + others)[:most]
 
 
 def _letters(text: str) -> str:
@@ -233,7 +236,7 @@ def cures(group: Group, entry: Rule | None) -> list[tuple[str, str]]:
     if group.safety == "safe":
         lines.append(("fix", fix.title))
     elif group.safety == "unsafe":
-        waits = f" (once {', '.join(fix.needs)} is gone)" if fix.needs else ""
+        waits = f" (once {' and '.join(fix.needs)} {'is' if len(fix.needs) == 1 else 'are'} gone)" if fix.needs else ""
         lines.append(("fix!", fix.title + waits))
     elif group.safety == "by name":
         lines.append(("fix!", f"{fix.title}: a guess, only by name with --unsafe-fixes={group.code}"))

