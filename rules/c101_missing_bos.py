@@ -1,0 +1,72 @@
+"""C101 missing-bos: config.json names no BOS token, though another file or the family has one.
+
+Why: calibration rows and prompts start with this id. With none, some tools crash on None, some quietly take id 1, and some leave it out;
+the model is then calibrated on text it never saw begin that way.
+
+Seen as:
+- ExLlamaV2: `RuntimeError: Could not infer dtype of NoneType`
+- ExLlamaV2: `TypeError: 'NoneType' object cannot be interpreted as an integer`
+
+Do: write the id that the checkpoint's own tokenizer has. For Qwen that is <|endoftext|> (151643), as its vendor ships it; the often
+quoted 151644 is <|im_start|>, a chat mark: it stops the crash and puts a second turn start before the first.
+
+False alarms: families that have no BOS at all are left alone (GLM, MPT, OLMo), and so is a key whose absence means the same id.
+
+Fix safety: safe; one key of config.json, with an id that the tokenizer has. The weights stay as they are.
+
+Sources: turboderp/exllamav2 issue 453 and exllamav2/tokenizer/tokenizer.py (0.0.21: line 415); QwenLM/Qwen3 issue 369 and
+docs/source/getting_started/concepts.md; QwenLM/Qwen tokenization_note.md.
+"""
+
+from doctor.rule import MISSING, TURN_MARKS, Fix, Place, SetJson, finding, rule
+from doctor.testing import tiny
+
+
+@rule("C101", "error")
+def missing_bos(checkpoint, special, tokenizer, embedding_rows):
+    stated = special.of("config.json", "bos")
+    if stated.value is not None or special.ships_bos is False:
+        return
+    evidence = [e for e in _evidence(special, tokenizer) if embedding_rows is None or e[2] < embedding_rows]
+    if not evidence:
+        return
+    source, token, number = evidence[0]
+    if not stated.stated and special.class_default("bos") == number:
+        return
+    others = [e[0] for e in evidence[1:] if e[2] == number]
+    note = f"{source} has {token} = {number}" + (f"; so does {others[0]}" if others else "")
+    what = "null" if stated.stated else "absent"
+    yield finding(f"bos_token_id is {what} in config.json; {source} says {token} = {number}",
+                  at=Place("config.json", pointer=stated.pointer, note=note), evidence={"token": token, "id": number},
+                  severity="" if special.ships_bos else "warning",
+                  fix=Fix(f'set "bos_token_id": {number} ({token}, by {source}; weights untouched)',
+                          (SetJson("config.json", stated.pointer, number, None if stated.stated else MISSING),)))
+
+
+def _evidence(special, tokenizer):
+    """(source, token, id), best first. A chat mark is no evidence for Qwen, whose vendor says that it is not the BOS."""
+    refused = TURN_MARKS if special.model_type.startswith("qwen") else frozenset()
+    found = []
+    name = special.names.get("bos")
+    if name in tokenizer.ids:
+        found.append(("tokenizer_config.json", name, tokenizer.ids[name]))
+    for number in special.of("generation_config.json", "bos").ids:
+        if tokenizer.token(number) is not None:
+            found.append(("generation_config.json", tokenizer.token(number), number))
+    if tokenizer.bos_added in tokenizer.ids:
+        found.append(("tokenizer.json", tokenizer.bos_added, tokenizer.ids[tokenizer.bos_added]))
+    for entry in special.families:
+        bos = entry.get("bos")
+        if isinstance(bos, list) and len(bos) == 2 and tokenizer.ids.get(bos[1]) == bos[0]:
+            found.append((f"the {special.model_type} table", bos[1], bos[0]))
+    return [e for e in found if e[1] not in refused]
+
+
+def bad():
+    case = tiny()
+    case.config["bos_token_id"] = None
+    return case, "bos_token_id is null in config.json; tokenizer_config.json says <s> = 1"
+
+
+def good():
+    return tiny()

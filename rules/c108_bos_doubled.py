@@ -1,0 +1,71 @@
+"""C108 bos-doubled: the tokenizer or the chat template puts the BOS token at the front twice.
+
+Why: no training text began with two. The second BOS takes the part of the attention sink from the first, and calibration on such rows
+quantizes for a state that serving never sees, or the other way round.
+
+Do: take one of the two out of the template or of tokenizer.json's post_processor.
+
+False alarms: a template that writes BOS and a tokenizer that adds it are healthy together (Llama 3, Gemma): programs tokenize a
+rendered chat without special tokens.
+
+Fix safety: manual; which of the two is meant to stay is the author's to say.
+
+Sources: huggingface/open-r1 issue 462; EleutherAI/lm-evaluation-harness issue 2676.
+"""
+
+import re
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+
+@rule("C108", "warning")
+def bos_doubled(checkpoint, special, tokenizer, chat_template, json_files):
+    name = special.names.get("bos")
+    if not name:
+        return
+    times = _leading(checkpoint.value("tokenizer.json").get("post_processor"), name)
+    if times > 1:
+        yield finding(f"the post_processor of tokenizer.json puts {name} at the front {times} times",
+                      at=Place("tokenizer.json", pointer="/post_processor"), evidence={"times": times},
+                      fix=Fix("take one of them out of tokenizer.json", (), "manual"))
+    if chat_template and (times := _template_times(chat_template, name)) > 1:
+        file = "chat_template.jinja" if "chat_template.jinja" in checkpoint.entries else "tokenizer_config.json"
+        yield finding(f"the chat template begins with {name} {times} times", at=Place(file), evidence={"times": times},
+                      fix=Fix("take one of them out of the chat template", (), "manual"))
+
+
+def _leading(processor, name) -> int:
+    """How often a post-processor puts the token before a single text; processors of a sequence add up."""
+    if not isinstance(processor, dict):
+        return 0
+    if processor.get("type") == "Sequence":
+        return sum(_leading(p, name) for p in processor.get("processors") or ())
+    if processor.get("type") != "TemplateProcessing":
+        return 0
+    count = 0
+    for item in processor.get("single") or ():
+        token = item.get("SpecialToken") if isinstance(item, dict) else None
+        if not isinstance(token, dict) or token.get("id") != name:
+            break
+        count += 1
+    return count
+
+
+def _template_times(template: str, name: str) -> int:
+    """How many times in a row the template starts with the token, as text or as {{ bos_token }}."""
+    one = r"(?:\{\{-?\s*bos_token\s*-?\}\}|" + re.escape(name) + r"|\{\{-?\s*['\"]" + re.escape(name) + r"['\"]\s*-?\}\})"
+    match = re.match(rf"\s*((?:{one}\s*)*)", template)
+    return len(re.findall(one, match[1]))
+
+
+def bad():
+    case = tiny()
+    case.files["chat_template.jinja"] = b"{{ bos_token }}<s>{% for m in messages %}{{ m.content }}{% endfor %}"
+    return case, "the chat template begins with <s> 2 times"
+
+
+def good():
+    case = tiny()
+    case.files["chat_template.jinja"] = b"{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    return case

@@ -1,0 +1,56 @@
+"""C109 broken-chat-template: the chat template does not parse.
+
+Why: every chat request fails, and so does calibration on chats. It stays unseen until the first one.
+
+Seen as:
+- jinja2: `jinja2.exceptions.TemplateSyntaxError`
+- vLLM: `ValueError: Failed to load chat template`
+
+Do: repair the template at the place that is named, or take the base model's.
+
+False alarms: tags of a program's own. Loop controls and transformers' `generation` tag are known here.
+
+Fix safety: manual. The template is parsed, never run.
+
+Sources: transformers src/transformers/utils/chat_template_utils.py; Jinja documentation, "Sandbox".
+"""
+
+import re
+
+from doctor.rule import Fix, Place, Unavailable, finding, rule
+from doctor.testing import tiny
+
+# transformers marks the assistant's words with a tag of its own; to a parser it is a block like any other.
+GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
+
+
+@rule("C109", "error")
+def broken_chat_template(checkpoint, chat_template):
+    if chat_template is None:
+        return
+    try:
+        from jinja2 import TemplateSyntaxError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise Unavailable("jinja2 is not installed") from None
+    text = GENERATION.sub(lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", chat_template)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    try:
+        environment.parse(text)
+    except TemplateSyntaxError as error:
+        own = "chat_template.jinja" in checkpoint.entries
+        at = Place("chat_template.jinja", line=error.lineno) if own else Place("tokenizer_config.json", pointer="/chat_template")
+        yield finding(f"the chat template does not parse at line {error.lineno}: {error.message}".rstrip("."), at=at,
+                      evidence={"line": error.lineno}, fix=Fix("repair the template, or take the base model's", (), "manual"))
+
+
+def bad():
+    case = tiny()
+    case.files["chat_template.jinja"] = b"{% for m in messages %}\n{{ m.content }\n{% endfor %}"
+    return case, "the chat template does not parse at line 2: unexpected '}'"
+
+
+def good():
+    case = tiny()
+    case.files["chat_template.jinja"] = b"{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    return case

@@ -1,0 +1,41 @@
+"""C112 special-token-unknown: tokenizer_config.json names a special token that the tokenizer does not have.
+
+Why: transformers adds the text as a new token with the next free id, for which the embedding has no trained row, or none at all. A text
+that ends with it then stops the program or means nothing to the model.
+
+Seen as:
+- PyTorch: `IndexError: index out of range in self`
+- transformers: `Special tokens have been added in the vocabulary`
+
+Do: name a token that is in tokenizer.json, the one the base model names.
+
+False alarms: none known; tokens listed under added_tokens_decoder count as there.
+
+Fix safety: manual; which token is meant cannot be read from the files.
+
+Sources: transformers src/transformers/tokenization_utils_base.py, `add_special_tokens`.
+"""
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+
+@rule("C112", "warning")
+def special_token_unknown(checkpoint, special, tokenizer, tokenizer_config):
+    listed = (tokenizer_config or {}).get("added_tokens_decoder")
+    listed = {t.get("content") for t in listed.values() if isinstance(t, dict)} if isinstance(listed, dict) else set()
+    for role, name in special.names.items():
+        if name not in tokenizer.ids and name not in listed:
+            yield finding(f"{role}_token is {name!r} in tokenizer_config.json; tokenizer.json has no such token",
+                          at=Place("tokenizer_config.json", pointer=f"/{role}_token"), evidence={"token": name},
+                          fix=Fix("name the token that the base model names", (), "manual"))
+
+
+def bad():
+    case = tiny()
+    case.json["tokenizer_config.json"]["pad_token"] = "[PAD]"
+    return case, "pad_token is '[PAD]' in tokenizer_config.json; tokenizer.json has no such token"
+
+
+def good():
+    return tiny()
