@@ -3,14 +3,18 @@
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from doctor.builtin import header_facts, summary
 from doctor.checkpoint import Checkpoint
 from doctor.engine import Report, judge, load_rules, locate, select_rules
 from doctor.facts import CHECKPOINT, STAGES, Store
+from doctor.plan import Consent, Look, Plan, Progress, Proof, carry_out, make_plan, no_progress, refuse
 from doctor.recipe import Recipe
+from doctor.rule import Finding, Place
 from doctor.scan import scan
+from doctor.writer import check_output
 
 
 def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *, select: Iterable[str] = (), ignore: Iterable[str] = (),
@@ -44,8 +48,83 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
                   bytes_read=scanned.bytes_read if scanned else 0, seconds=time.perf_counter() - started, fail_on=fail_on)
 
 
+@dataclass
+class FixResult:
+    """What fix did, or would do. report_after is that of the output; in a dry run, of the source read through the edits."""
+
+    plan: Plan
+    report_before: Report
+    report_after: Report
+    output: Path
+    receipt_path: Path | None = None  # None: nothing was written
+    proofs: list[Proof] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def report(self) -> Report:
+        return self.report_after
+
+
+def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, *,
+        unsafe_fixes: bool | Iterable[str] = False, only: Iterable[str] = (), dry_run: bool = False, copy: bool = False,
+        overwrite: bool = False, select: Iterable[str] = (), ignore: Iterable[str] = (), stage: str = "output", fail_on: str = "error",
+        rules_dirs: Iterable[Path] = (), facts: Iterable[tuple[str, str, object]] = (), progress: Progress = no_progress) -> FixResult:
+    """Write a cured copy of a checkpoint to `output`; the source is never written to, and the output is whole or absent.
+
+    unsafe_fixes: True for every unsafe fix that need not be named, or codes ("all" among them means True), which also allow
+    fixes that go by name only. only: fix nothing but these codes. Where no fix applies, nothing is written and receipt_path
+    is None. progress(phase, bytes) is called from any thread with "scan", "write" or "verify".
+    Raises PlanRefused, MachineError, BadCheckpoint; then there is no output.
+    """
+    started = time.perf_counter()
+    rules = select_rules(load_rules(rules_dirs), select, ignore)
+    facts = list(facts)
+    source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    codes = set() if isinstance(unsafe_fixes, bool) else set(unsafe_fixes)
+    consent = Consent(unsafe_fixes is True or "all" in codes, frozenset(codes - {"all"}), frozenset(only))
+    for code in consent.codes | consent.only:
+        select_rules(rules, [code])
+    if not dry_run:
+        check_output(source, Path(os.path.abspath(output)), overwrite)
+    plan = make_plan(source, recipe or Recipe(), rules, consent, facts=facts, stage=stage, progress=progress)
+    result = FixResult(plan, _report(plan.before, plan.recipe, fail_on, started), _report(plan.after, plan.recipe, fail_on, started), Path(output))
+    if dry_run or not plan.steps:
+        return result
+    refuse(plan)
+    if plan.needs_proof:
+        from doctor.evaluate.proof import prove
+
+        result.proofs.append(prove(plan.unpadded(), plan.view))
+    done = carry_out(plan, Path(output), rules, copy=copy, overwrite=overwrite, proofs=result.proofs, facts=facts, stage=stage, progress=progress)
+    result.report_after = _report(done.look, plan.recipe, fail_on, started)
+    result.report_after.findings += _unproved(plan, result.proofs)
+    result.receipt_path, result.notes = done.receipt, done.notes
+    return result
+
+
+def _report(seen: Look, recipe: Recipe, fail_on: str, started: float) -> Report:
+    return Report(checkpoint=seen.checkpoint.name, recipe=recipe, findings=list(seen.findings), runs=seen.runs,
+                  summary=summary(seen.checkpoint, seen.store), skipped_tensors=seen.skipped, bytes_read=seen.bytes_read,
+                  seconds=time.perf_counter() - started, fail_on=fail_on)
+
+
+def _unproved(plan: Plan, proofs: list[Proof]) -> list[Finding]:
+    """A proof that could not be run is a finding of the fix that asked for it."""
+    reasons = [p.detail for p in proofs if p.status == "not run"]
+    return [Finding(f"{step.title}: done without its proof: {reason}", Place("config.json"), code=step.code, name=step.name,
+                    severity="warning", certainty="certain", subject=CHECKPOINT)
+            for step in plan.steps if step.pads for reason in reasons]
+
+
 def verify(original: str | os.PathLike, quantized: str | os.PathLike, **options) -> Report:
     """Report on a quantized checkpoint against its original; see doctor.evaluate.verify.verify for the options."""
     from doctor.evaluate.verify import verify as run
 
     return run(original, quantized, **options)
+
+
+def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, **options):
+    """Quantize a 16-bit checkpoint into `output`; see doctor.quant.quantize.quantize for the options and the QuantizeResult."""
+    from doctor.quant.quantize import quantize as run
+
+    return run(path, output, recipe, **options)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from doctor.checkpoint import Checkpoint
 from doctor.errors import BadCheckpoint, MachineError, PlanRefused
 from doctor.view import EditedCheckpoint
 
@@ -213,7 +214,7 @@ def open_stage(view: EditedCheckpoint, output: str | os.PathLike, *, copy: bool 
     that is too small or refuses.
     """
     output = Path(os.path.abspath(output))
-    check_output(view, output, overwrite)
+    check_output(view.source, output, overwrite)
     with _machine(output):
         os.makedirs(output.parent, exist_ok=True)
         notes = clean_stale(output)
@@ -238,10 +239,10 @@ def open_stage(view: EditedCheckpoint, output: str | os.PathLike, *, copy: bool 
             shutil.rmtree(path, ignore_errors=True)
 
 
-def check_output(view: EditedCheckpoint, output: Path, overwrite: bool) -> None:
+def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
     """Raises PlanRefused where writing `output` could harm something that is there."""
-    source, real = os.path.realpath(view.source.root), os.path.realpath(output)
-    if real == source or real.startswith(source + os.sep) or source.startswith(real + os.sep):
+    root, real = os.path.realpath(source.root), os.path.realpath(output)
+    if real == root or real.startswith(root + os.sep) or root.startswith(real + os.sep):
         raise PlanRefused(f"{output}: lies in the source, or the source in it; the source is never written to.", "Choose another output.")
     if not os.path.lexists(output):
         return

@@ -5,7 +5,7 @@ import os
 from doctor.api import FixResult
 from doctor.engine import fold
 from doctor.plan import Plan, Proof, Step
-from doctor.report.view import Group, counted, safe
+from doctor.report.view import Group, counted, safe, size
 
 _INDENT = "   "
 _MOST_TENSORS = 12  # lines of changed tensors a step shows; the receipt has them all
@@ -113,10 +113,3 @@ def _remaining(result: FixResult) -> str:
 def _and(words: list[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
-
-def size(n: int) -> str:
-    """Bytes as people read them: 28.3 GB is 28.3 · 10⁹."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n >= factor:
-            return f"{n / factor:.1f} {unit}"
-    return f"{n} bytes"
