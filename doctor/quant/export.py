@@ -27,10 +27,10 @@ from doctor.quant import pack
 from doctor.quant.grid import Grid
 from doctor.recipe import Recipe
 from doctor.shard import open_shard
+from doctor.writer import RECEIPT, Stage
 
 MAX_SHARD_BYTES = 4 << 30
 JOURNAL = "journal.jsonl"
-RECEIPT = "doctor.json"
 _NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int32: "I32",
           torch.int64: "I64", torch.uint8: "U8", torch.int8: "I8"}
 # Weights in other containers would be a second, unquantized copy of the model; pickles are never carried along.
@@ -93,15 +93,13 @@ class Output:
         self.stage = stage
 
     @classmethod
-    def open(cls, destination: str | os.PathLike, fingerprint: dict, *, overwrite: bool = False, resume: bool = False) -> "Output":
+    def open(cls, destination: str | os.PathLike, fingerprint: dict, *, resume: bool = False) -> "Output":
         """A stage beside the destination. resume takes up the one that an interrupted run of the same fingerprint left there.
 
-        Raises PlanRefused where the destination is not empty and overwrite is not given, or where the stage is of another run.
+        Raises PlanRefused where the stage is of another run. The caller has judged the destination (writer.check_output).
         """
-        destination = Path(destination)
+        destination = Path(os.path.abspath(destination))
         stage = destination.parent / f".{destination.name}.doctor-quantize"
-        if destination.exists() and not overwrite and (not destination.is_dir() or any(destination.iterdir())):
-            raise PlanRefused(f"{destination}: exists and is not empty.", "Give another directory, or --overwrite.")
         self = cls(destination, stage)
         try:
             if stage.exists() and resume:
@@ -142,7 +140,7 @@ class Output:
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(beside, path)
-            _sync_directory(self.stage)
+            _sync(self.stage)
         except OSError as error:
             raise MachineError(f"{path}: {error.strerror}.", "Free space there and run again with --resume.") from None
 
@@ -178,7 +176,7 @@ class Output:
         if len(set(weight_map.values())) > 1:
             self._json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         stated = quantization_config(recipe, kept)
-        self._json("config.json", {**(checkpoint.value("config.json") or {}), "quantization_config": stated})
+        self._json("config.json", {**_sixteen_bits(checkpoint.value("config.json") or {}), "quantization_config": stated})
         if stated["quant_method"] == "gptq":
             self._json("quantize_config.json", stated)
         for name, entry in checkpoint.entries.items():
@@ -189,27 +187,12 @@ class Output:
         for leftover in (*parts, *self.stage.glob("*.tmp"), self.stage / JOURNAL, *self.stage.glob("activations*")):
             leftover.unlink(missing_ok=True)
 
-    def commit(self) -> Path:
+    def commit(self, overwrite: bool = False) -> Path:
         """Sync everything and rename the stage to the destination."""
-        try:
-            for path in self.stage.iterdir():
-                _sync(path)
-            _sync_directory(self.stage)
-            if self.destination.exists():
-                self._replace()
-            else:
-                os.rename(self.stage, self.destination)
-            _sync_directory(self.destination.parent)
-        except OSError as error:
-            raise MachineError(f"{self.destination}: {error.strerror}; the finished files are in {self.stage}.") from None
+        for path in self.stage.iterdir():
+            _sync(path)
+        Stage(None, self.destination, self.stage, overwrite=overwrite).commit()
         return self.destination
-
-    def _replace(self) -> None:
-        """The old directory steps aside first, so that the destination is never a mixture."""
-        old = self.destination.parent / f".{self.destination.name}.doctor-old"
-        os.rename(self.destination, old)
-        os.rename(self.stage, self.destination)
-        shutil.rmtree(old)
 
     def discard(self) -> None:
         """Remove the stage."""
@@ -272,14 +255,14 @@ def kept_tensors(names: Iterable[str], load) -> Iterator[tuple[str, torch.Tensor
         yield name, tensor.to(torch.bfloat16) if tensor.dtype in (torch.float32, torch.float64) else tensor
 
 
+def _sixteen_bits(config: dict) -> dict:
+    """config.json with float32 as its dtype replaced by what kept_tensors stores instead."""
+    return {k: "bfloat16" if k in ("dtype", "torch_dtype") and v in ("float32", "float64") else v for k, v in config.items()}
+
+
 def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name == "posix":
-        _sync(path)

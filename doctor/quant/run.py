@@ -137,13 +137,14 @@ class _Run:
         else:
             stages = self._stages(i, modules)
         for stage in stages:
-            hessians = self._hessians(i, stage, modules) if self.batches else {}
-            if self._broken(stage, hessians, modules, records):
-                return records
+            inputs = self._inputs(i, stage, modules) if self.batches else {}
             for group in stage:
                 for name in group:
                     linear, module = modules[name]
-                    records.append(self._quantize(linear, module, hessians.get(name), packed))
+                    records.append(self._quantize(linear, module, inputs.get(name), packed))
+            if any(r["outcome"] == "failed" for r in records):
+                self._stop(records)
+                return records
         self._judge()
         if self.result.stopped:
             return records
@@ -198,8 +199,8 @@ class _Run:
                 members.append(name)
         return arrange(list(groups.values()), {n: linear for n, (linear, _) in modules.items()})
 
-    def _hessians(self, i: int, stage: list[list[str]], modules: dict) -> dict[str, Hessian]:
-        """Hessian of every linear of the stage; those of one group are one object."""
+    def _inputs(self, i: int, stage: list[list[str]], modules: dict) -> dict[str, "_Input"]:
+        """What the linears of the stage get as input, by name; linears of one group have one object."""
         found: dict[str, Hessian] = {}
         hooks = []
         alone = len(stage) == 1
@@ -223,60 +224,47 @@ class _Run:
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
+        by_hessian = {id(h): _Input(h, self.recipe.damp) for h in found.values()}
+        return {name: by_hessian[id(h)] for name, h in found.items()}
 
-    def _broken(self, stage: list[list[str]], hessians: dict[str, Hessian], modules: dict, records: list[dict]) -> bool:
-        """Whether calibration went non-finite: facts are put, rules asked, and the run stops, whatever they say."""
-        bad = [name for group in stage for name in group if name in hessians and hessians[name].nonfinite is not None]
-        if not bad:
-            return False
-        for name in bad:
-            linear, _ = modules[name]
-            fact = self._hessian_fact(hessians[name], hessians[name].matrix())
-            solved = Solve("failed", self.recipe.damp, 0.0, "", float("nan"), float("nan"), (), "its input is not finite")
-            records.append(self._record(linear, solved, fact, 0.0))
-        self._judge()
-        if not self.result.stopped:
-            first = hessians[bad[0]].nonfinite
-            raise NotQuantizable(f"{bad[0]}: its calibration input has {first.count:,} non-finite values, the first {first.value} at token "
-                                 f"{first.row}, channel {first.channel}; no damping can repair that.",
-                                 "Run `doctor check`: a weight before this linear is not finite or far too large.")
-        return True
-
-    def _quantize(self, linear: Linear, module: torch.nn.Module, hessian: Hessian | None, packed: dict[str, torch.Tensor]) -> dict:
+    def _quantize(self, linear: Linear, module: torch.nn.Module, seen: "_Input | None", packed: dict[str, torch.Tensor]) -> dict:
+        """One linear: its packed tensors into `packed`, what an engine reads back into the module, its record as the result."""
         started = time.perf_counter()
+        try:
+            solution = self._solve(linear, module, seen)
+            parts = export.pack_linear(linear.name, solution.codes.cpu(), _on_cpu(solution.grid), solution.g_idx.cpu(), self.recipe)
+        except NotQuantizable as error:
+            tried = Solve("failed", self.recipe.damp, 0.0, "", float("nan"), float("nan"), (), error.message)
+            return self._record(linear, tried, seen and seen.fact, time.perf_counter() - started)
+        packed.update(parts)
+        put_weight(module, solution.weight(), linear.transposed)
+        return self._record(linear, self._solve_fact(solution, seen), seen and seen.fact, time.perf_counter() - started)
+
+    def _solve(self, linear: Linear, module: torch.nn.Module, seen: "_Input | None") -> Solution:
         W = module.weight.detach()
         W = W.T.contiguous() if linear.transposed else W
-        H = None if hessian is None or not hessian.rows else hessian.matrix()
-        options = {"bits": self.recipe.bits, "group_size": self.recipe.group_size, "sym": self.recipe.sym, "mse": self.recipe.mse,
-                   "zero_min": 1 if self.recipe.output_format == "gptq" else 0}
-        try:
-            if H is None:
-                solution = round_to_nearest(W, **options)
-            else:
-                solution = solve(W, H, act_order=self.recipe.act_order, damp=self.recipe.damp, damp_max=self.recipe.damp_max, **options)
-        except NotQuantizable as error:
-            raise NotQuantizable(f"{linear.name}: {error.message}", error.hint) from error
-        packed.update(export.pack_linear(linear.name, solution.codes.cpu(), _on_cpu(solution.grid), solution.g_idx.cpu(), self.recipe))
-        weight = solution.weight()
-        module.weight.data = (weight.T.contiguous() if linear.transposed else weight).to(module.weight.dtype)
-        fact = None if hessian is None else self._hessian_fact(hessian, hessian.matrix() if H is None else H)
-        return self._record(linear, self._solve_fact(solution, hessian), fact, time.perf_counter() - started)
+        r = self.recipe
+        options = {"bits": r.bits, "group_size": r.group_size, "sym": r.sym, "mse": r.mse,
+                   "zero_min": 1 if r.output_format == "gptq" else 0}
+        if seen is None or not seen.fact.tokens:
+            return round_to_nearest(W, **options)
+        return solve(W, seen.H, act_order=r.act_order, damp=r.damp, damp_max=r.damp_max, **options)
 
-    def _solve_fact(self, solution: Solution, hessian: Hessian | None) -> Solve:
+    def _solve_fact(self, solution: Solution, seen: "_Input | None") -> Solve:
         attempts = tuple((a.damp, a.precision, a.outcome) for a in solution.attempts)
         note = ""
         if solution.outcome == "rtn" and self.recipe.method == "gptq":
-            note = "no calibration row reached it" if hessian is None or not hessian.rows else "its Hessian could not be factored"
+            note = "no calibration row reached it" if seen is None or not seen.fact.tokens else "its Hessian could not be factored"
         used = solution.attempts[-1] if solution.attempts and solution.outcome == "gptq" else None
         return Solve(solution.outcome, self.recipe.damp, used.damp if used else 0.0, used.precision if used else "",
                      solution.loss, solution.rtn_loss, attempts, note)
 
-    def _hessian_fact(self, hessian: Hessian, H: torch.Tensor) -> builtin.Hessian:
-        s = spectrum(H, hessian.rows, self.recipe.damp)
-        bad = hessian.nonfinite
-        return builtin.Hessian(hessian.rows, hessian.columns, bad.count if bad else 0, (bad.row, bad.channel) if bad else None, s.finite,
-                               s.dead, s.mean_diag, s.lambda_max, s.damp_needed, s.condition)
+    def _stop(self, records: list[dict]) -> None:
+        """End the run with the findings about what failed. Raises NotQuantizable where no rule has anything to say (--select)."""
+        self._judge()
+        if not self.result.stopped:
+            first = next(r for r in records if r["outcome"] == "failed")
+            raise NotQuantizable(f"{first['name']}: {first['solve']['note']}", "Run `doctor check` on the checkpoint.")
 
     def _record(self, linear: Linear, solved: Solve, hessian: builtin.Hessian | None, seconds: float) -> dict:
         """Facts into the store, and the linear's line of the report."""
@@ -320,8 +308,7 @@ class _Run:
             tensors = self.output.read_part(_part(i))
             for name, (linear, module) in self.skeleton.modules_of(i).items():
                 if name in block_names and name not in self.result.kept:
-                    weight = export.unpack_linear(name, tensors, self.recipe).to(module.weight.device)
-                    module.weight.data = (weight.T.contiguous() if linear.transposed else weight).to(module.weight.dtype)
+                    put_weight(module, export.unpack_linear(name, tensors, self.recipe), linear.transposed)
             self._forward(i)
             self.skeleton.drop_block(i)
         return noted
@@ -345,6 +332,22 @@ class _Run:
         raised = [r["name"] for r in records if r["solve"]["damp_used"] > self.recipe.damp]
         raised = f"; damp raised: {', '.join(raised)}" if raised else ""
         self.progress(f"block {i + 1} of {count}: {sum(r['outcome'] in ('gptq', 'rtn') for r in records)} linears in {seconds:.1f} s{worst}{raised}")
+
+
+class _Input:
+    """The calibration input of one or more linears: H f32[k, k] and what its spectrum says."""
+
+    def __init__(self, hessian: Hessian, damp: float):
+        self.H = hessian.matrix()
+        s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
+        self.fact = builtin.Hessian(hessian.rows, hessian.columns, bad.count if bad else 0, (bad.row, bad.channel) if bad else None,
+                                    s.finite, s.dead, s.mean_diag, s.lambda_max, s.damp_needed, s.condition)
+
+
+def put_weight(module: torch.nn.Module, W: torch.Tensor, transposed: bool) -> None:
+    """W [out, in] in the place of the module's weight, in its dtype and on its device."""
+    old = module.weight
+    module.weight.data = (W.T if transposed else W).to(old.device, old.dtype).contiguous()
 
 
 def arrange(groups: list[list[str]], linears: dict[str, Linear]) -> list[list[list[str]]]:

@@ -1,0 +1,169 @@
+"""The whole job of `doctor quantize`: check, fix through a view, calibrate, run block by block, check the output, commit.
+
+Rules judge at every step, in one store: what the files say, what calibration and the run measured. Nothing is written where
+the check before finds an error, and nothing is committed where the check after finds one.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from doctor.builtin import Calibration, summary
+from doctor.checkpoint import Checkpoint
+from doctor.engine import Report, judge, load_rules, locate, select_rules
+from doctor.errors import DoctorError
+from doctor.facts import CHECKPOINT
+from doctor.plan import Consent, Look, look, make_plan, refuse
+from doctor.quant import export
+from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, calibration_rows
+from doctor.quant.run import Result, fingerprint, receipt, run
+from doctor.recipe import Recipe
+from doctor.rule import Finding, Rule
+from doctor.writer import check_output
+
+
+@dataclass
+class QuantizeResult:
+    """What a run did. output is None where nothing was written: report then holds the findings that forbade it.
+
+    linears: one dict a linear (name, block, role, outcome, solve, hessian, seconds); the same as report.linears.
+    """
+
+    report: Report
+    output: Path | None = None
+    calibration: Calibration | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def linears(self) -> list[dict]:
+        return self.report.linears
+
+
+def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, *,
+             calibration: str | os.PathLike | None = None, rows: int = ROWS, max_seq_length: int = MAX_SEQ_LENGTH, seed: int | None = None,
+             fix: bool = False, unsafe_fixes: bool | Iterable[str] = False, keep: Iterable[str] = (), memory: int | None = None,
+             resume: bool = False, overwrite: bool = False, device: str = "cpu", select: Iterable[str] = (), ignore: Iterable[str] = (),
+             fail_on: str = "error", rules_dirs: Iterable[Path] = (), progress: Callable[[str], None] = lambda text: None) -> QuantizeResult:
+    """Quantize a 16-bit checkpoint into `output`, which is whole or absent; the source is never written to.
+
+    calibration: .txt, .jsonl or .parquet; None takes text that Python brings along. rows rows of max_seq_length tokens, fewer
+    where text or positions end. fix: safe fixes first (and those of unsafe_fixes), read through, never written. keep: patterns
+    of linears left in 16 bits. memory: bytes for hidden states, which go to a file beside the output above it. resume: go on
+    where an interrupted run of the same inputs stopped. progress gets a line for each step.
+
+    Raises PlanRefused (output or plan), NotQuantizable (numbers), BadCheckpoint, MachineError; then there is no output.
+    """
+    job = _Job(recipe or Recipe(), output, select_rules(load_rules(rules_dirs), select, ignore), fail_on, progress)
+    job.overwrite = overwrite
+    job.recipe = replace(job.recipe, keep=(*job.recipe.keep, *keep), seed=job.recipe.seed if seed is None else seed)
+    source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    check_output(source, job.output, overwrite)
+    job.check_before(source, fix, unsafe_fixes)
+    if not job.report().ok:
+        job.progress(f"not quantized: {job.report().count('error')} errors")
+        return QuantizeResult(job.report())
+    chosen = job.calibrate(calibration, rows, max_seq_length)
+    if not job.report().ok:
+        return QuantizeResult(job.report(), calibration=job.facts)
+    return job.quantize(chosen, memory, resume, device)
+
+
+class _Job:
+    def __init__(self, recipe: Recipe, output: str | os.PathLike, rules: list[Rule], fail_on: str, progress: Callable[[str], None]):
+        self.started = time.perf_counter()
+        self.recipe, self.rules, self.fail_on, self.progress = recipe, rules, fail_on, progress
+        self.output = Path(os.path.abspath(output))
+        self.overwrite = False
+        self.seen: Look | None = None
+        self.facts: Calibration | None = None
+        self.notes: list[str] = []
+        self.linears: list[dict] = []
+        self.after: list[Finding] = []
+
+    def check_before(self, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iterable[str]) -> None:
+        """Judge the source, or what fixes make of it; `seen` is what will be quantized."""
+        started = time.perf_counter()
+        if not fix:
+            self.seen = look(source, self.recipe, self.rules)
+        else:
+            codes = set() if isinstance(unsafe_fixes, bool) else set(unsafe_fixes)
+            plan = make_plan(source, self.recipe, self.rules,
+                             Consent(unsafe_fixes is True or "all" in codes, frozenset(codes - {"all"}), recipe=True))
+            refuse(plan)
+            if plan.needs_proof:
+                from doctor.evaluate.proof import prove
+
+                refuse(plan, [prove(source, plan.view)])
+            self.recipe, self.seen = plan.recipe, plan.after
+            for step in plan.steps:
+                self._note(f"fix: {step.code} {step.title}")
+        counts = ", ".join(f"{self.report().count(s)} {s}s" for s in ("error", "warning"))
+        self.progress(f"check before: {counts} ({time.perf_counter() - started:.1f} s)")
+
+    def calibrate(self, source: str | os.PathLike | None, rows: int, length: int) -> list[list[int]]:
+        if self.recipe.method == "rtn":
+            return []
+        started = time.perf_counter()
+        spec = self.seen.store.get(CHECKPOINT, "spec")
+        chosen, self.facts, notes = calibration_rows(self.seen.checkpoint, source, rows=rows, length=length, seed=self.recipe.seed,
+                                                     vocab=spec.vocab, max_positions=spec.max_positions)
+        for note in notes:
+            self._note(f"calibration: {note}")
+        self.seen.store.put(CHECKPOINT, "calibration", self.facts)
+        self._judge()
+        self.progress(f"calibrate: {self.facts.rows} rows, {self.facts.tokens:,} tokens of {self.facts.source} "
+                      f"({time.perf_counter() - started:.1f} s)")
+        return chosen
+
+    def quantize(self, rows: list[list[int]], memory: int | None, resume: bool, device: str) -> QuantizeResult:
+        started = time.perf_counter()
+        checkpoint, store = self.seen.checkpoint, self.seen.store
+        if "config.json" not in checkpoint.json:
+            raise DoctorError(f"{checkpoint.root}: has no config.json; quantizing needs the model's shape.", "Give the checkpoint's directory.")
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        staged = export.Output.open(self.output, fingerprint(checkpoint, self.recipe, rows), resume=resume)
+        done = run(checkpoint, store.get(CHECKPOINT, "spec"), self.recipe, rows, staged, store, self.rules, memory=memory,
+                   progress=self.progress, device=device)
+        self.linears = done.records
+        self._judge()
+        if done.stopped or not self.report().ok:
+            staged.discard()
+            return QuantizeResult(self.report(), calibration=self.facts, notes=self.notes)
+        self.progress(f"quantize: {_outcomes(done)} ({time.perf_counter() - started:.1f} s)")
+        return self._finish(staged, done)
+
+    def _finish(self, staged: export.Output, done: Result) -> QuantizeResult:
+        """Write, read back under all rules, and commit only if that finds no error."""
+        started = time.perf_counter()
+        staged.finish(self.seen.checkpoint, self.recipe, done.kept, receipt(self.recipe, self.facts, done, self.notes))
+        after = look(Checkpoint.open(staged.stage), self.recipe, self.rules)
+        before = {(f.code, f.message) for f in self.seen.findings}
+        self.after = [f for f in after.findings if (f.code, f.message) not in before]
+        report = self.report()
+        self.progress(f"check after: {report.count('error')} errors ({time.perf_counter() - started:.1f} s)")
+        if not report.ok:
+            staged.discard()
+            return QuantizeResult(report, calibration=self.facts, notes=self.notes)
+        return QuantizeResult(report, staged.commit(self.overwrite), self.facts, self.notes)
+
+    def _judge(self) -> None:
+        """All rules on everything known so far; facts that were judged before cost nothing."""
+        findings, self.seen.runs = judge(self.seen.store, self.rules)
+        self.seen.findings = locate(findings, self.seen.checkpoint)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.progress(text)
+
+    def report(self) -> Report:
+        seen = self.seen
+        return Report(checkpoint=seen.checkpoint.name, recipe=self.recipe, findings=[*seen.findings, *self.after], runs=list(seen.runs),
+                      summary=summary(seen.checkpoint, seen.store), skipped_tensors=seen.skipped, bytes_read=seen.bytes_read,
+                      seconds=time.perf_counter() - self.started, fail_on=self.fail_on, linears=self.linears)
+
+
+def _outcomes(done: Result) -> str:
+    kinds = sorted({r["outcome"] for r in done.records})
+    return ", ".join(f"{done.count(kind)} {kind}" for kind in kinds)

@@ -1,0 +1,137 @@
+"""One block in memory computes what transformers' whole model computes, bit for bit, for every family."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from doctor.checkpoint import Checkpoint
+from doctor.errors import NotQuantizable
+from doctor.quant.blocks import Skeleton, load_tensor
+from doctor.spec import build_spec
+from doctor.testing import FAMILIES, tiny
+
+IDS = torch.stack([torch.arange(3, 35), torch.arange(34, 2, -1)])
+
+
+def skeleton(folder):
+    checkpoint = Checkpoint.open(folder)
+    return Skeleton(checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors))
+
+
+def outputs(built, batches):
+    """Hidden states before each block and after the last, for the last batch."""
+    with torch.no_grad():
+        for hidden, calls in built.open_calls(batches):
+            pass
+        states = [hidden]
+        for i in range(len(built.blocks)):
+            built.load_block(i)
+            hidden = built.run_block(i, hidden, calls[i])
+            built.drop_block(i)
+            states.append(hidden)
+    return states
+
+
+def reference(folder):
+    """The same from transformers' model, before the final norm."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    states = []
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda m, args, kwargs: states.append(kwargs.get("hidden_states", args[0] if args else None)),
+                                        with_kwargs=True)
+    layers[-1].register_forward_hook(lambda m, args, out: states.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        model(IDS)
+    return states
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_one_by_one_equal_the_whole_model(family, tmp_path):
+    folder = tiny(family).write(tmp_path / "m")
+    got, want = outputs(skeleton(folder), [IDS]), reference(folder)
+    assert len(got) == len(want) == 3
+    for ours, theirs in zip(got, want):
+        assert torch.isfinite(ours).all()
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_of_a_block_has_a_module_of_its_shape(family, tmp_path):
+    built = skeleton(tiny(family).write(tmp_path / "m"))
+    for i in range(2):
+        found = built.modules_of(i)
+        assert found.keys() == built.linears[i].keys()
+        for linear, module in found.values():
+            assert tuple(module.weight.shape) == (linear.out_features, linear.in_features)
+
+
+def test_gpt2_stores_its_linears_transposed_and_without_prefix(tmp_path):
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=96, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    built = skeleton(tmp_path)
+    linear, module = built.modules_of(0)[next(n for n in built.linears[0] if n.endswith("c_attn"))]
+    assert linear.transposed and (linear.out_features, linear.in_features) == tuple(module.weight.shape)[::-1] == (192, 64)
+    for ours, theirs in zip(outputs(built, [IDS]), reference(tmp_path)):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_sliding_and_full_attention_blocks_get_their_own_masks(tmp_path):
+    config = AutoConfig.for_model("gemma3_text", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                  num_key_value_heads=2, head_dim=16, vocab_size=96, sliding_window=8, max_position_embeddings=64,
+                                  layer_types=["sliding_attention", "full_attention"])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    for ours, theirs in zip(outputs(skeleton(tmp_path), [IDS]), reference(tmp_path)):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_no_weight_stays_in_memory_outside_the_loaded_block(tmp_path):
+    built = skeleton(tiny("llama").write(tmp_path / "m"))
+    list(built.open_calls([IDS]))
+    built.load_block(1)
+    real = [n for n, p in built.base.named_parameters() if p.device.type != "meta"]
+    assert real and all(n.startswith("layers.1.") for n in real)
+    built.drop_block(1)
+    assert all(p.device.type == "meta" for p in built.base.parameters())
+
+
+def test_calls_of_equal_batches_share_their_masks(tmp_path):
+    built = skeleton(tiny("llama").write(tmp_path / "m"))
+    (_, first), (_, second) = built.open_calls([IDS, IDS.flip(0)])
+    assert first[1].kwargs["position_embeddings"][0] is second[1].kwargs["position_embeddings"][0]
+
+
+def test_a_model_type_transformers_does_not_define_is_refused(tmp_path):
+    case = tiny("llama")
+    case.config["model_type"] = "llama_of_tomorrow"
+    case.config["auto_map"] = {"AutoModelForCausalLM": "modeling.Evil"}
+    folder = case.write(tmp_path / "m")
+    (folder / "modeling.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(NotQuantizable, match="model_type: 'llama_of_tomorrow' is not defined"):
+        skeleton(folder)
+
+
+def test_a_quantized_source_is_refused(tmp_path):
+    case = tiny("llama")
+    case.config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(NotQuantizable, match=r"quantized already \(gptq\)"):
+        skeleton(case.write(tmp_path / "m"))
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    case = tiny("llama")
+    del case.tensors["model.layers.1.mlp.up_proj.weight"]
+    built = skeleton(case.write(tmp_path / "m"))
+    with pytest.raises(NotQuantizable, match="layers.1.mlp.up_proj.weight: LlamaForCausalLM has this parameter"):
+        built.load_block(1)
+
+
+def test_tensors_are_loaded_bit_for_bit(tmp_path):
+    case = tiny("llama")
+    checkpoint = Checkpoint.open(case.write(tmp_path / "m"))
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensor = load_tensor(checkpoint, name)
+    assert tensor.dtype == torch.bfloat16
+    assert (tensor.view(torch.int16).numpy().view("uint16") == case.tensors[name]).all()
