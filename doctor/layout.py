@@ -116,22 +116,34 @@ def quantization(checkpoint, quantization_block):
 def read_quantization(raw: Mapping, file: str, pointer: str) -> Quantization:
     """One spelling for GPTQ, AWQ and compressed-tensors blocks. Raises Unavailable for other methods."""
     method = str(raw.get("quant_method") or ("awq" if "zero_point" in raw else "gptq" if "desc_act" in raw else "unknown"))
+    if raw.get("dynamic") or raw.get("extra_config"):
+        raise Unavailable("widths differ between linears (dynamic): their shapes are not judged")
     if method in ("gptq", "gptq_marlin", "auto_gptq"):
         version = str(raw.get("checkpoint_format") or raw.get("format") or "gptq")
+        _require_known("checkpoint_format", version, ("gptq", "gptq_v2"))
         return Quantization("gptq", _whole(raw, "bits"), _whole(raw, "group_size"), bool(raw.get("sym", True)),
                             bool(raw.get("desc_act", False)), version, dict(raw), file, pointer)
     if method == "awq":
+        _require_known("version", str(raw.get("version") or raw.get("format") or "gemm").lower(), ("gemm", "gemv"))
         return Quantization("awq", _whole(raw, "bits", "w_bit"), _whole(raw, "group_size", "q_group_size"), not raw.get("zero_point", True),
                             False, str(raw.get("version") or raw.get("format") or "gemm").lower(), dict(raw), file, pointer)
     if method == "compressed-tensors":
         groups = raw.get("config_groups")
-        weights = next((g["weights"] for g in (groups.values() if isinstance(groups, dict) else ())
-                        if isinstance(g, dict) and isinstance(g.get("weights"), dict)), None)
+        schemes = [g["weights"] for g in (groups.values() if isinstance(groups, dict) else ())
+                   if isinstance(g, dict) and isinstance(g.get("weights"), dict)]
+        weights = schemes[0] if schemes else None
+        if any(s.get("num_bits") != weights.get("num_bits") or s.get("group_size") != weights.get("group_size") for s in schemes):
+            raise Unavailable("widths differ between linears (config_groups): their shapes are not judged")
         if weights and raw.get("format") == "pack-quantized" and weights.get("strategy") in ("group", "channel"):
             group = _whole(weights, "group_size") if weights["strategy"] == "group" else -1
             return Quantization(method, _whole(weights, "num_bits"), group, bool(weights.get("symmetric", True)),
                                 weights.get("actorder") in ("group", True), "pack-quantized", dict(raw), file, pointer)
     raise Unavailable(f"quantization by {method} has no packed groups of columns")
+
+
+def _require_known(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise Unavailable(f"{key} {value!r}: its packing is not judged here, only {' and '.join(known)}")
 
 
 def _whole(raw: Mapping, *names: str) -> int:
@@ -188,7 +200,7 @@ def packed_size(quant: Quantization, tail: str, shape: tuple[int, int]) -> tuple
     if tail == "weight_packed":
         return second * 32 // quant.bits, first
     if quant.method == "awq":
-        return (first, second * 32 // quant.bits) if quant.version in ("gemm", "marlin") else (second * 32 // quant.bits, first)
+        return (first, second * 32 // quant.bits) if quant.version == "gemm" else (second * 32 // quant.bits, first)
     return first * 32 // quant.bits, second
 
 

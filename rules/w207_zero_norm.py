@@ -1,0 +1,44 @@
+"""W207 zero-norm: a norm's weights are all 0.
+
+Why: such a norm puts out 0 for every token, so the linears behind it get nothing and their Hessian is 0. Zeros that fill the end of a
+damaged file reach the small tensors first.
+
+Seen as:
+- AutoAWQ: `assert torch.isnan(scales).sum() == 0`
+
+Do: compare the shard's checksum with its source's and copy it again.
+
+False alarms: norms that are stored as an offset from 1 (Gemma) are 0 in a fresh model and are not looked at. A norm after a block may
+be switched off with zeros on purpose.
+
+Fix safety: no fix: the true values are not in the files.
+
+Sources: rules/tables/architectures.json (norm_parametrisation of each family).
+"""
+
+from doctor.rule import finding, rule, table
+from doctor.testing import tiny
+
+FACTOR = "weight * xhat"  # how a family stores a norm whose weights multiply; "(1 + weight) * xhat" is the other way
+
+
+@rule("W207", "warning", certainty="likely")
+def zero_norm(tensor, n_zero, numel, spec):
+    if len(tensor.shape) != 1 or not tensor.name.endswith("norm.weight") or not numel or n_zero != numel:
+        return
+    family = table("architectures")["families"].get(spec.family, {})
+    if family.get("norm_parametrisation") == FACTOR:
+        yield finding(f"all {numel:,} weights of {tensor.name} are 0: nothing passes this norm", evidence={"numel": numel},
+                      advice=f"compare the checksum of {tensor.shard} with its source and copy the shard again")
+
+
+def bad():
+    case = tiny("llama")
+    case.tensors["model.layers.1.input_layernorm.weight"][:] = 0
+    return case, "all 64 weights of model.layers.1.input_layernorm.weight are 0: nothing passes this norm"
+
+
+def good():
+    case = tiny("gemma")
+    case.tensors["model.layers.1.input_layernorm.weight"][:] = 0
+    return case

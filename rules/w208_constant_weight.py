@@ -1,0 +1,40 @@
+"""W208 constant-weight: every value of a weight matrix is the same.
+
+Why: no training leaves a matrix of equal values. It was created and never loaded (a head that a tool resized, a tensor it did not know), so the
+model multiplies by a constant there, and every group quantizes to one code.
+
+Do: take the tensor from the base model, or find out which tool wrote it.
+
+False alarms: a matrix made constant on purpose, for instance a mask stored under a weight's name.
+
+Fix safety: no fix: the true values are not in the files.
+
+Sources: PyTorch leaves memory of torch.empty as it was; transformers initialises what it does not find and says so only in a log line
+(modeling_utils, "newly initialized").
+"""
+
+import numpy as np
+
+from doctor.rule import finding, rule
+from doctor.testing import encode, tiny
+
+SMALLEST = 4096  # values; tables below that (a shared expert's gate, a toy) may be equal by chance or design
+
+
+@rule("W208", "warning", certainty="likely")
+def constant_weight(tensor, stats):
+    whole = len(tensor.shape) >= 2 and tensor.name.endswith(".weight") and stats.numel >= SMALLEST
+    if not whole or not tensor.dtype.is_float or stats.n_nan or stats.n_inf or stats.min != stats.max or not stats.max:
+        return
+    yield finding(f"all {stats.numel:,} values of {tensor.name} are {stats.max:g}", evidence={"value": stats.max, "numel": stats.numel},
+                  advice="take the tensor from the base model")
+
+
+def bad():
+    case = tiny()
+    case.tensors[case.name("down")] = np.full_like(case.down(), encode([1.0], "BF16")[0])
+    return case, f"all 8,192 values of {case.name('down')} are 1"
+
+
+def good():
+    return tiny()
