@@ -88,8 +88,8 @@ def gptq_pack(codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, bits: int, *
                 f"({int((zero < 1).sum())} such groups): zeros must be 1..{2**bits - 1}.",
                 "Fit the grid with zero_min=1, or write gptq_v2.")
         zero = zero - 1
-    return {"qweight": pack_columns(codes.T, bits),
-            "qzeros": pack_rows(zero.T.contiguous(), bits),
+    return {"qweight": pack_columns(codes.T.contiguous(), bits),
+            "qzeros": pack_rows(zero.T, bits),
             "scales": _stored_scale(grid.scale.T, scale_dtype),
             "g_idx": g_idx.to(torch.int32)}
 
@@ -119,7 +119,7 @@ def awq_pack(codes: torch.Tensor, grid: Grid, *, scale_dtype: torch.dtype = torc
     if n % 32:
         raise NotQuantizable(f"AWQ gemm packing of [{n}, {k}]: out_features must be a multiple of 32.",
                              "Pad them, or keep this linear in 16 bits.")
-    return {"qweight": _awq_words(codes.T), "qzeros": _awq_words(grid.zero.T),
+    return {"qweight": _awq_words(codes), "qzeros": _awq_words(grid.zero),
             "scales": _stored_scale(grid.scale.T, scale_dtype)}
 
 
@@ -129,7 +129,7 @@ def awq_unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor
     (k, words), groups = qweight.shape, scales.shape[0]
     _require_shape("qzeros", qzeros, (groups, words))
     _require_shape("scales", scales, (groups, words * 8))
-    codes, zero = _awq_fields(qweight).T.contiguous(), _awq_fields(qzeros).T.contiguous()
+    codes, zero = _awq_fields(qweight), _awq_fields(qzeros)
     return (codes, Grid(scales.T.to(torch.float32).contiguous(), zero.to(torch.int32)),
             _groups_of_neighbours(k, groups))
 
@@ -214,15 +214,17 @@ def _low(bits: int) -> int:
 
 
 def _awq_words(codes: torch.Tensor) -> torch.Tensor:
-    """i32[r, m/8] of codes [r, m], eight to a word in AWQ's order."""
-    r, m = codes.shape
-    ordered = codes.reshape(r, m // 8, 8)[:, :, list(AWQ_ORDER)].reshape(r, m)
-    return pack_rows(ordered.to(torch.uint8), 4)
+    """i32[c, n/8] of codes [n, c], eight rows to a word in AWQ's order."""
+    n, columns = codes.shape
+    ordered = codes.reshape(n // 8, 8, columns)[:, list(AWQ_ORDER)].reshape(n, columns)
+    return pack_columns(ordered, 4).T.contiguous()
 
 
 def _awq_fields(words: torch.Tensor) -> torch.Tensor:
-    r, width = words.shape
-    return unpack_rows(words, 4, width * 8).reshape(r, width, 8)[:, :, list(_AWQ_INVERSE)].reshape(r, width * 8)
+    """codes u8[n, c] of words i32[c, n/8]."""
+    columns, width = words.shape
+    fields = unpack_columns(words.T.contiguous(), 4, width * 8)
+    return fields.reshape(width, 8, columns)[:, list(_AWQ_INVERSE)].reshape(width * 8, columns)
 
 
 def _stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
