@@ -315,7 +315,7 @@ class _Choice:
             try:
                 compose((item.code, e) for e in item.fix.edits)
             except PlanRefused as error:
-                self.rejected[item.code, item.fix.title, item.subject] = error.message
+                self.rejected[item.code, item.fix.title, item.subject] = error.message.rstrip(".")
                 continue
             trial = Taken(taken) if one_by_one else taken
             for edit in item.fix.edits:
@@ -324,7 +324,7 @@ class _Choice:
                 try:
                     EditedCheckpoint(self.source, trial.edits())
                 except PlanRefused as error:
-                    self.rejected[item.code, item.fix.title, item.subject] = error.message
+                    self.rejected[item.code, item.fix.title, item.subject] = error.message.rstrip(".")
                     continue
             taken = trial
             chosen.append(item)
@@ -340,7 +340,7 @@ class _Choice:
         for edit in item.fix.edits:
             rival = (taken or self.taken).rival(edit)
             if rival is not None:
-                return "conflict: " + _clash(item.code, edit, *rival)
+                return "conflict: " + _clash(item.code, edit, *rival).rstrip(".")
         return self.rejected.get((item.code, item.fix.title, item.subject), "")
 
 
