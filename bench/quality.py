@@ -73,10 +73,11 @@ def perplexity(options) -> None:
     """Print {"perplexity": …, "tokens": …} of the checkpoint on the rows; the module docstring defines it."""
     sys.path.insert(0, str(ROOT / "tests" / "clients"))
     with contextlib.redirect_stdout(sys.stderr):
-        import torch
         from ask_transformers import load
 
         model = load(options.model, "float32")
+        import torch  # after load, which sets how torch is to start
+
         total, count = 0.0, 0
         with torch.inference_mode():
             for row in read_rows(options.rows):

@@ -10,11 +10,14 @@ in bfloat16.
 import argparse
 import contextlib
 import json
+import os
 import sys
 
 
 def load(model: str, dtype: str):
     """The model, ready to run; a quantized one through the code that belongs to its format."""
+    # GPTQModel would compile its kernel anew for every linear: minutes for seconds of arithmetic.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
 

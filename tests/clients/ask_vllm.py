@@ -3,7 +3,11 @@
 Run it with .cache/venv-vllm/bin/python. The engine runs in this process (no server), without compiled
 graphs and with 1 GiB of KV cache, so that a machine of 8 GB is enough.
 
-    ask_vllm.py MODEL PROMPT [--tp N] [--tokens 24] [--dtype auto]
+vLLM's 4-bit CPU kernel is compiled for AVX-512 alone. On a CPU without it the same product is computed
+in torch here, from the words that vLLM's own loader made: the engine then still judges names, shapes, packing
+and config of the checkpoint, and the answer says "int4_kernel": "reference".
+
+    ask_vllm.py MODEL PROMPT [--tp N] [--tokens 24] [--dtype bfloat16]
 """
 
 import argparse
@@ -19,7 +23,7 @@ def main() -> None:
     parser.add_argument("prompt")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel degree")
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -34,6 +38,7 @@ def main() -> None:
 def ask(options) -> dict:
     from vllm import LLM, SamplingParams
 
+    kernel = provide_int4_kernel()
     llm = LLM(options.model, tensor_parallel_size=options.tp, dtype=options.dtype, enforce_eager=True,
               max_model_len=512, max_num_seqs=1)
     output = llm.generate([options.prompt], SamplingParams(temperature=0, max_tokens=options.tokens))[0]
@@ -42,7 +47,49 @@ def ask(options) -> dict:
         "text": output.outputs[0].text,
         "quantization": config.quantization,
         "dtype": str(config.dtype).removeprefix("torch."),
+        "int4_kernel": kernel,
     }
+
+
+def provide_int4_kernel() -> str:
+    """The 4-bit kernel: "vllm" where its build for this CPU has one, else "reference", which is ours."""
+    import torch
+    from vllm import _custom_ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        return "vllm"
+    dequantized: dict[int, torch.Tensor] = {}
+
+    def reference(input, q_weight, scales, zeros, bias, pack_factor, isa_hint):
+        key = q_weight.data_ptr()
+        if key not in dequantized:
+            dequantized[key] = dequantize(q_weight, scales, zeros)
+        product = input.float() @ dequantized[key]
+        return (product if bias is None else product + bias.float()).to(input.dtype)
+
+    _custom_ops.cpu_gemm_wna16 = reference
+    return "reference"
+
+
+def dequantize(q_weight, scales, zeros):
+    """f32[k, n] of vLLM's layout: q_weight i32[n/16, k*2], scales [groups, n], zeros i32[groups, n/8] | None.
+
+    Words hold eight outputs, low nibble first; sixteen outputs stand together. Without zeros, code 8 is 0.0.
+    Source: vllm/model_executor/kernels/linear/mixed_precision/cpu.py, _process_gptq_weights_w4a16.
+    """
+    import torch
+
+    groups, n = scales.shape
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    codes = (q_weight.reshape(n // 16, -1, 2, 1) >> shifts & 15).permute(1, 0, 2, 3).reshape(-1, n)
+    zero = torch.full((groups, n), 8)
+    if zeros is not None:
+        zero = (zeros.unsqueeze(-1) >> shifts & 15).reshape(groups, n)
+    k = codes.shape[0]
+    repeat = k // groups
+    return (codes - zero.repeat_interleave(repeat, 0)).float() * scales.float().repeat_interleave(repeat, 0)
 
 
 if __name__ == "__main__":
