@@ -6,6 +6,7 @@ Exit 0: nothing at or above --fail-on. 1: findings. 2: the work could not be don
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -135,8 +136,8 @@ def _checked(path: str, recipe: Recipe, **options):
     from doctor.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(path)
-    with _progress(checkpoint.total_bytes, f"reading {checkpoint.name}") as tick:
-        return api.check(checkpoint, recipe, progress=tick, **options)
+    with _progress(checkpoint.total_bytes, "reading") as tick:
+        return api.check(checkpoint, recipe, progress=partial(tick, "reading"), **options)
 
 
 def _exit(reports, fail_on_skipped=False):
@@ -196,27 +197,40 @@ def _write(text: str, file: str) -> None:
 
 
 class _progress:
-    """A bar in bytes on stderr where a person watches; elsewhere nothing. Gives the function to call with each chunk's size."""
+    """Bars in bytes on stderr, one for each phase, where a person watches; elsewhere nothing.
 
-    def __init__(self, total: int, what: str):
-        self.total, self.what, self.bar = total, what, None
+    Gives the function to call with a phase and the size of each chunk of it, from any thread.
+    """
+
+    def __init__(self, total: int, *phases: str):
+        self.total, self.phases, self.bar = total, phases, None
 
     def __enter__(self):
         quiet = os.environ.get("CI") or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") or os.environ.get("TERM") == "dumb"
         if quiet or not sys.stderr.isatty() or self.total < 64 << 20:
-            return lambda n: None
+            return lambda phase, n: None
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
         self.bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(None), DownloadColumn(), TransferSpeedColumn(),
                             TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-        task = self.bar.add_task(self.what, total=self.total)
+        tasks = {phase: self.bar.add_task(phase, total=self.total, visible=False) for phase in self.phases}
         self.bar.start()
-        return lambda n: self.bar.advance(task, n)
+
+        def tick(phase: str, n: int) -> None:
+            if phase in tasks:
+                self.bar.update(tasks[phase], advance=n, visible=True)
+
+        return tick
 
     def __exit__(self, *_):
         if self.bar is not None:
             self.bar.stop()
+
+
+def _given(**options) -> dict:
+    """Options that were given; the others keep the default of the function that is called."""
+    return {k: v for k, v in options.items() if v is not None}
 
 
 out_option = click.option("-o", "--output", "output", type=_PATH, required=True, metavar="DIR", help="Directory to write; must not exist.")
@@ -241,12 +255,15 @@ def fix(path, output, method, bits, group_size, sym, tp, runtime, select, ignore
     The copy is checked again with all rules before it appears; the source is never changed.
     """
     from doctor import api
+    from doctor.checkpoint import Checkpoint
     from doctor.report.plan_text import render_plan
 
     recipe = _recipe(method, bits, group_size, sym, tp, runtime)
-    result = api.fix(path, output, recipe, unsafe_fixes=_words([unsafe_fixes]), only=_words(only), dry_run=dry_run, copy=copy,
-                     overwrite=overwrite, select=_words(select), ignore=_words(ignore), rules_dirs=rules_dirs, fail_on=fail_on)
-    click.echo(render_plan(result))
+    source = Checkpoint.open(path)
+    with _progress(source.total_bytes, "scan", "write", "verify") as tick:
+        result = api.fix(source, output, recipe, unsafe_fixes=_words([unsafe_fixes]), only=_words(only), dry_run=dry_run, copy=copy,
+                         overwrite=overwrite, select=_words(select), ignore=_words(ignore), rules_dirs=rules_dirs, fail_on=fail_on, progress=tick)
+    click.echo(render_plan(result), nl=False)
     _exit([result.report])
 
 
@@ -260,8 +277,8 @@ def fix(path, output, method, bits, group_size, sym, tp, runtime, select, ignore
 @click.option("--damp", type=float, default=0.01, help="Share of the mean diagonal added to each Hessian.")
 @click.option("--damp-max", type=float, default=0.1, help="Most that a retry may raise it to.")
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE", help="Text or JSONL to calibrate on.  [default: texts of doctor]")
-@click.option("--rows", type=int, default=256, help="Calibration rows.")
-@click.option("--max-seq-length", type=int, default=2048, help="Tokens per row, at most.")
+@click.option("--rows", type=int, default=None, help="Calibration rows.")
+@click.option("--max-seq-length", type=int, default=None, help="Tokens per row, at most.")
 @click.option("--seed", type=int, default=0)
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Linears left in 16 bits; repeatable.")
 @click.option("--fix", "fix", is_flag=True, help="Apply safe fixes first, without writing the cured copy.")
@@ -269,29 +286,33 @@ def fix(path, output, method, bits, group_size, sym, tp, runtime, select, ignore
 @click.option("--memory", default="", metavar="SIZE", help="Most memory to use, as 24GB.  [default: what is free]")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
+@click.option("--report", "formats", multiple=True, metavar="FORMAT[:FILE]", help="As -f of check; repeatable.  [default: full]")
 def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order, mse, format, damp, damp_max, calibration, rows,
-             max_seq_length, seed, keep, fix, unsafe_fixes, memory, resume, overwrite):
+             max_seq_length, seed, keep, fix, unsafe_fixes, memory, resume, overwrite, formats):
     """Check, calibrate, quantize and check the result."""
     from doctor import api
 
-    recipe = _recipe(method, bits, group_size, sym, tp, runtime, act_order=act_order, mse=mse, damp=damp, damp_max=damp_max,
-                     format=format or "", seed=seed, keep=_words(keep))
-    result = api.quantize(path, output, recipe, calibration=calibration, rows=rows, max_seq_length=max_seq_length, fix=fix,
-                          unsafe_fixes=_words([unsafe_fixes]), memory=_bytes(memory), resume=resume, overwrite=overwrite,
-                          progress=lambda text: click.echo(text, err=True))
-    report = getattr(result, "report", result)
-    _emit([report], [("full", "")])
-    _exit([report])
+    outputs = _outputs(formats, False)
+    with _json_on_failure(outputs):
+        recipe = _recipe(method, bits, group_size, sym, tp, runtime, act_order=act_order, mse=mse, damp=damp, damp_max=damp_max,
+                         format=format or "", seed=seed, keep=_words(keep))
+        result = api.quantize(path, output, recipe, fix=fix, unsafe_fixes=_words([unsafe_fixes]), resume=resume, overwrite=overwrite,
+                              progress=lambda text: click.echo(text, err=True),
+                              **_given(calibration=calibration, rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory)))
+        _emit([result.report], outputs)
+    click.echo(f"Wrote {output}" if result.output else "Nothing was written.", err=True)
+    _exit([result.report])
 
 
 @cli.command(cls=_Command)
 @click.argument("original", metavar="ORIGINAL")
 @click.argument("quantized", metavar="QUANTIZED")
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to compare on.  [default: texts of doctor]")
-@click.option("--context", type=int, default=1024, help="Tokens per window.")
-@click.option("--rows", type=int, default=64, help="Windows, at most.")
+@click.option("--context", type=int, default=None, help="Tokens of a row.")
+@click.option("--rows", type=int, default=None, help="Rows, at most.")
+@click.option("--memory", default="", metavar="SIZE", help="Memory for whole models, as 24GB: greedy replies need them.  [default: half of what is free]")
 @format_options
-def verify(original, quantized, text, context, rows, formats, concise, verbose):
+def verify(original, quantized, text, context, rows, memory, formats, concise, verbose):
     """Compare a quantized model with its original.
 
     Measures perplexity, divergence of the next-token distributions, and collapse of greedy replies.
@@ -300,7 +321,7 @@ def verify(original, quantized, text, context, rows, formats, concise, verbose):
 
     outputs = _outputs(formats, concise)
     with _json_on_failure(outputs):
-        report = api.verify(original, quantized, text=text, context=context, rows=rows)
+        report = api.verify(original, quantized, **_given(text=text, context=context, rows=rows, memory=_bytes(memory)))
         _emit([report], outputs, verbose)
     _exit([report])
 

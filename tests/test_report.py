@@ -258,7 +258,29 @@ def test_html_asks_for_nothing_runs_nothing_and_stays_small(report):
     assert all(a.get("type") == "application/json" for a in scripts) and "<script>" not in text
     assert not [a for t, attributes in page.tags for a in attributes if a.startswith("on")]
     assert "default-src 'none'" in text
-    assert len(text.encode()) < 300_000
+    assert len(text.encode()) < 300_000 and text.startswith("<!doctype html>")
+
+
+def test_results_of_a_run_and_of_a_comparison_are_shown_even_when_they_are_no_numbers():
+    solve = {"damp_asked": 0.01, "damp_used": 0.05, "loss": 0.02, "rtn_loss": 0.04}
+    linears = [{"name": "a", "block": 0, "role": "down", "outcome": "gptq", "solve": solve},
+               {"name": "b", "block": 1, "role": "down", "outcome": "rtn", "solve": {**solve, "loss": float("nan")}}]
+    comparison = {"tokens": 1024, "context": 512, "perplexity_original": 10.0, "perplexity_quantized": 10.5, "kl_mean": 0.012, "kl_p99": float("nan"),
+                  "top1_agreement": 0.93, "token0_share": 0.0, "longest_repeat": 3, "generated": 64, "replies": [["<b>p", "one", "two"]], "block_errors": [0.1, 0.2]}
+    report = make_report(linears=linears, extra={"comparison": comparison})
+    again = json_report.read(json_report.render([report]))[0]
+    for one in (report, again):
+        screen = terminal.render([one])
+        assert "1 gptq, 1 rtn; damp raised for 2; error 50% of plain rounding's (median)" in screen
+        assert "10 → 10.5 (+5.0%) on 1,024 tokens, 512 at a time" in screen
+        assert "at the 99th percentile; same next token 93.0%" in screen
+        page = render("html", [one])
+        assert "&lt;b&gt;p" in page and page.count('<rect class="bad"') == 1
+
+
+def test_the_verdict_is_worded_for_what_was_asked():
+    assert view.verdict(make_report(linears=[{"outcome": "gptq"}]))[1] == "quantized to gptq 4-bit g128"
+    assert view.verdict(make_report(extra={"comparison": {"x": 1}}))[1] == "agrees with its original: gptq 4-bit g128"
 
 
 def test_html_embeds_the_report():

@@ -51,7 +51,9 @@ def _context(report: Report) -> dict:
         "fixes": {k: len(v) for k, v in by.items()}, "groups": [_card(report, g) for g in found], "areas": view.areas(report, found),
         "marks": view.MARKS, "steps": view.next_steps(report, found), "crashed": [(r.rule.code, view.safe(r.crashed)) for r in report.crashed],
         "matrix": [{**row, "why": markdown.blockers(row["cells"])} for row in extra.get("matrix", ())],
-        "heat": _heat(extra.get("heat")), "tokens": _tokens(extra.get("tokens", ())), "geometry": extra.get("geometry", ()),
+        "heat": _heat(extra.get("heat")), "losses": _losses(report.linears), "results": view.results(report),
+        "replies": [tuple(map(view.safe, r)) for r in (extra.get("comparison") or {}).get("replies", ())],
+        "block_errors": _strips({"block output": (extra.get("comparison") or {}).get("block_errors") or []})[0], "tokens": _tokens(extra.get("tokens", ())), "geometry": extra.get("geometry", ()),
         "group_size": report.recipe.group_size, "tp": report.recipe.tp, "files": extra.get("files", ()),
         "rules": [_rule(r) for r in report.runs], "skipped_tensors": {view.safe(k): view.safe(v) for k, v in report.skipped_tensors.items()}, "markdown": markdown.render([report]),
     }
@@ -126,6 +128,24 @@ def _heat(heat: dict | None) -> dict | None:
     tops = [max((v for v in r["absmax"] if isinstance(v, (int, float))), default=0) for r in heat["roles"]]
     return {"blocks": heat["blocks"], "roles": [r["role"] for r in heat["roles"]], "tops": [f"{t:.3g}" for t in tops], "cells": cells,
             "ticks": [b for b in range(heat["blocks"]) if b % (5 if heat["blocks"] <= 60 else 10) == 0]}
+
+
+def _losses(linears: list) -> dict | None:
+    """Cells of the quantization's picture: shade by error against the same role, red for what failed or fell back."""
+    rows = [x for x in linears if isinstance(x, dict) and x.get("block") is not None and x.get("solve")]
+    if not rows:
+        return None
+    roles = list(dict.fromkeys(x["role"] for x in rows))
+    worst = {r: max((x["solve"]["loss"] for x in rows if x["role"] == r and view.number(x["solve"]["loss"])), default=0) or 1 for r in roles}
+    cells = []
+    for x in rows:
+        loss, fell = x["solve"]["loss"], x.get("outcome") not in ("gptq", "awq")
+        shade = round(0.08 + 0.92 * loss / worst[x["role"]], 3) if view.number(loss) else 1
+        label = f"{x['name']}: {x.get('outcome')}, relative error {view.percent(loss)}, damp {view.figure(x['solve']['damp_used'])}"
+        cells.append((x["block"], roles.index(x["role"]), shade, fell, view.safe(label)))
+    blocks = 1 + max(x["block"] for x in rows)
+    return {"blocks": blocks, "roles": roles, "tops": [view.percent(worst[r]) for r in roles], "cells": cells,
+            "ticks": [b for b in range(blocks) if b % (5 if blocks <= 60 else 10) == 0]}
 
 
 def _tokens(rows) -> dict | None:

@@ -84,6 +84,7 @@ def _report(screen: Screen, report: Report, verbose: bool) -> None:
     mark, sentence = view.verdict(report)
     if not found and mark == "ok":
         _ready(screen, report, sentence)
+        _results(screen, report)
         if verbose:
             _box(screen, report, found)
     else:
@@ -93,6 +94,8 @@ def _report(screen: Screen, report: Report, verbose: bool) -> None:
             _group(screen, report, group)
         _crashes(screen, report)
         screen.line()
+        if _results(screen, report):
+            screen.line()
         _box(screen, report, found)
         _next(screen, report, found)
     if verbose:
@@ -274,6 +277,14 @@ def _box(screen: Screen, report: Report, found: list[Group]) -> None:
     if cell_len(foot) > inner - 2:
         foot = f" {view.tally(found).replace(', ', ' · ')} "
     screen.line(("╰" + "─" * (inner - 1 - cell_len(foot)), colour), (foot, colour), ("─╯", colour))
+
+
+def _results(screen: Screen, report: Report) -> bool:
+    """Numbers of a quantization or a comparison."""
+    lines = view.results(report)
+    for label, text in lines:
+        screen.hang(_text(("  " + label.ljust(12), "bold")), Text(text))
+    return bool(lines)
 
 
 def _next(screen: Screen, report: Report, found: list[Group]) -> None:

@@ -95,16 +95,26 @@ def skipped(report: Report) -> int:
 def verdict(report: Report) -> tuple[str, str]:
     """(mark, sentence): whether the checkpoint is ready for the plan, and how far that is known."""
     label = report.recipe.label()
+    good, bad = _what_was_asked(report)
     if report.at_or_above("error"):
-        return "error", f"not ready for {label}"
+        return "error", f"{bad} {label}"
     if report.crashed:
         return "crashed", f"no verdict for {label}: {counted(len(report.crashed), 'rule')} crashed"
     if not ran(report):
         return "skipped", f"nothing was judged for {label}"
     far = "" if weights_read(report) else " (headers only)"
     if report.at_or_above("warning"):
-        return "warning", f"ready for {label}{far}, with warnings"
-    return "ok", f"ready for {label}{far}"
+        return "warning", f"{good} {label}{far}, with warnings"
+    return "ok", f"{good} {label}{far}"
+
+
+def _what_was_asked(report: Report) -> tuple[str, str]:
+    """Words for a good and a bad end of a check, a quantization or a comparison."""
+    if report.extra.get("comparison"):
+        return "agrees with its original:", "does not agree with its original:"
+    if report.linears:
+        return "quantized to", "not quantized to"
+    return "ready for", "not ready for"
 
 
 def weights_read(report: Report) -> bool:
@@ -195,6 +205,44 @@ def _why_skipped(runs: list) -> str:
             reasons[reason] = reasons.get(reason, 0) + 1
     reason = max(reasons, key=reasons.get)
     return safe(f"skipped: {reason} ({counted(sum(reasons.values()), 'rule')})")
+
+
+def results(report: Report) -> list[tuple[str, str]]:
+    """(what, numbers) of a quantization or a comparison; [] after a check."""
+    lines = []
+    done = [x for x in report.linears if isinstance(x, dict)]
+    if done:
+        kinds = {o: sum(x.get("outcome") == o for x in done) for o in dict.fromkeys(x.get("outcome", "") for x in done)}
+        solves = [x["solve"] for x in done if x.get("solve")]
+        raised = sum(s["damp_used"] > s["damp_asked"] for s in solves)
+        better = [s["loss"] / s["rtn_loss"] for s in solves if number(s["loss"]) and number(s["rtn_loss"]) and s["rtn_loss"] > 0]
+        text = ", ".join(f"{n:,} {o}" for o, n in kinds.items())
+        text += f"; damp raised for {raised}" if raised else ""
+        text += f"; error {sorted(better)[len(better) // 2]:.0%} of plain rounding's (median)" if better else ""
+        lines.append(("linears", text))
+    c = report.extra.get("comparison")
+    if c:
+        before, after = c["perplexity_original"], c["perplexity_quantized"]
+        change = f" ({after / before - 1:+.1%})" if number(before) and number(after) and before > 0 else ""
+        lines.append(("perplexity", f"{figure(before)} → {figure(after)}{change} on {c['tokens']:,} tokens, {c['context']:,} at a time"))
+        lines.append(("divergence", f"KL {figure(c['kl_mean'])} nats on average, {figure(c['kl_p99'])} at the 99th percentile; "
+                                    f"same next token {percent(c['top1_agreement'])}"))
+        lines.append(("replies", f"{counted(c['generated'], 'token')}, longest repeat {c['longest_repeat']}, token 0 {percent(c['token0_share'])}"
+                      if c["generated"] else f"not generated: {report.extra.get('not_generated', 'no prompts')}"))
+    return [(label, safe(text)) for label, text in lines]
+
+
+def number(value: object) -> bool:
+    """Whether this is a finite number (JSON reports hold NaN as a string)."""
+    return isinstance(value, (int, float)) and value == value and abs(value) != float("inf")
+
+
+def figure(value: object) -> str:
+    return f"{value:.4g}" if number(value) else str(value)
+
+
+def percent(value: object) -> str:
+    return f"{value:.1%}" if number(value) else str(value)
 
 
 def why(entry: Rule) -> str:
