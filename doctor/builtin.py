@@ -9,13 +9,14 @@ from doctor.spec import ModelSpec, build_spec
 
 provide("recipe", "checkpoint", "listing", "The plan that findings are judged against.")
 provide("stats", "tensor", "values", "Exact counters over every value of a tensor (stats.Stats).")
+provide("largest_values", "checkpoint", "values", "tensor -> largest magnitude among its finite values, for pictures across blocks.")
 provide("zero_groups", "linear", "values", "Groups of group_size in_features whose weights are all 0, counted per row.")
 provide("zero_groups_fp16", "linear", "values", "The same after a cast to fp16, where tiny weights become 0; zero_groups are among them.")
 provide("first_zero_group", "linear", "values", "(row, first column) of the first of either, or None.")
 provide("zero_rows", "linear", "values", "out_features whose weights are all 0.")
 provide("zero_columns", "linear", "values", "in_features whose weights are all 0.")
 provide("digest", "tensor", "values", "blake2b of a tensor's bytes; only embeddings and heads, to tell tied from copied.")
-provide("head_equals_embed", "checkpoint", "values", "Whether head and embedding hold the same bytes; only where both are stored.")
+provide("head_equals_embed", "checkpoint", "values", "Whether head and embedding hold the same bytes; None where not both are stored.")
 
 
 provide("calibration", "checkpoint", "calibration", "What the calibration rows are (Calibration).")

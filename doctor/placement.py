@@ -13,6 +13,7 @@ from doctor.facts import Unavailable, fact
 from doctor.shard import TensorInfo
 from doctor.spec import NOT_TEXT, QUANTIZABLE, ModelSpec, Template, evaluate
 
+PACKED = (".qweight", ".weight_packed")
 _NUMBERED = re.compile(r"^(?P<stem>(?:.*?\.)?)(?P<block>\d+)\.(?P<tail>.+)$")
 
 
@@ -180,6 +181,8 @@ def placement(checkpoint, spec, tensors) -> Placement:
     """Tensors sorted into blocks and matched with the family's templates (placement.Placement)."""
     if any(name.endswith((".qweight", ".weight_packed", ".q_weight")) for name in tensors):
         raise Unavailable("the linears are packed: the family's table knows plain weights")
+    if any(name.endswith(PACKED) for name in tensors):
+        raise Unavailable("the weights are packed already: their layout is judged instead")
     stems: dict[str, int] = {}
     for linear in spec.linears:
         match = _NUMBERED.match(linear.tensor)

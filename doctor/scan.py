@@ -32,6 +32,7 @@ class Scan:
         self.bytes_read = 0
         self.skipped: dict[str, str] = {}
         self.words: dict[str, Words] = {}
+        self.largest: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def add(self, n: int) -> None:
@@ -68,9 +69,10 @@ def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] =
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    if digests:
-        store.put(CHECKPOINT, "head_equals_embed", len({store.get(f"tensor:{name}", "digest") for name in digests}) == 1)
+    found = {store.get(f"tensor:{name}", "digest") for name in digests}
+    store.put(CHECKPOINT, "head_equals_embed", len(found) == 1 if found else None)
     store.put(CHECKPOINT, "packed_words", run.words)
+    store.put(CHECKPOINT, "largest_values", run.largest)
     return run
 
 
@@ -118,9 +120,11 @@ def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run
     if words is not None:
         run.words[info.name] = words.result()
     if not known:
-        run.skipped[info.name] = f"{info.dtype.name} values are not judged"
+        if words is None:
+            run.skipped[info.name] = f"{info.dtype.name} values are not judged"
         return
     store.put(subject, "stats", total)
+    run.largest[info.name] = total.absmax
     if shape is not None:
         shape.put(store)
 

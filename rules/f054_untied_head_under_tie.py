@@ -22,7 +22,7 @@ from doctor.testing import tiny
 
 @rule("F054", "error")
 def untied_head_under_tie(checkpoint, spec, config, head_equals_embed):
-    if not spec.tied or head_equals_embed:
+    if not spec.tied or head_equals_embed is not False:
         return
     at = "/tie_word_embeddings" if "tie_word_embeddings" in config or not spec.text_key else spec.at("tie_word_embeddings")
     head = checkpoint.tensors[spec.head_tensor]

@@ -1,0 +1,58 @@
+"""C142 block-count: config.json counts other decoder blocks than the weight files hold.
+
+Why: with fewer blocks in the files, the rest starts from random numbers; with more, the surplus is dropped without a word and the
+model ends too early. Both run, and both speak nonsense.
+
+Seen as:
+- transformers: `Some weights of the model checkpoint at`
+- llama.cpp: `error loading model: missing tensor 'blk.`
+
+Do: fetch the absent shard; or, if blocks were cut or added on purpose, write their number into config.json.
+
+False alarms: blocks for multi-token prediction behind the last one (DeepSeek V3, GLM) are known and not counted.
+
+Fix safety: unsafe: the number in the files is right only if no file is missing.
+
+Sources: transformers src/transformers/modeling_utils.py; deepseek-ai/DeepSeek-V3 README_WEIGHTS.md.
+"""
+
+from doctor.rule import Fix, Place, SetJson, finding, ranges, rule
+from doctor.testing import tiny
+
+FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010", "F011", "F018", "F019", "F020", "C147")
+AHEAD = ("eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens")
+
+
+@rule("C142", "error", implied_by=FILES)
+def block_count(checkpoint, placement, config):
+    spec, blocks = placement.spec, placement.blocks
+    if spec.n_layers is None:
+        return
+    lacking = [b for b in range(spec.n_layers) if b not in blocks]
+    ahead = config.get("num_nextn_predict_layers") or spec.config.get("num_nextn_predict_layers")
+    extra = [b for b in blocks if b >= spec.n_layers and not ahead and not any(tail.startswith(AHEAD) for tail in blocks[b])]
+    if not lacking and not extra:
+        return
+    key = spec.key_for("num_hidden_layers")
+    pointer = spec.at(key)
+    have = len(blocks) if not lacking else len([b for b in blocks if b < spec.n_layers])
+    stem = placement.stem.rstrip(".")
+    what = f"{stem}.{ranges(lacking)} is in no file" if lacking else f"{stem}.{ranges(extra)} would be dropped"
+    whole = sorted(blocks) == list(range(len(blocks)))
+    edit = SetJson("config.json", pointer, have, spec.config.get(key))
+    yield finding(f"{key} is {spec.n_layers} in config.json; the files hold {have} blocks: {what}",
+                  at=Place("config.json", pointer=pointer, note=f"{have} in the files"), evidence={"stated": spec.n_layers, "files": have},
+                  fix=Fix(f'set "{key}": {have}', (edit,), "unsafe") if whole and key in spec.config else
+                  Fix("fetch the shard that holds the absent blocks", (), "manual"))
+
+
+def bad():
+    case = tiny()
+    key = next(k for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in case.config)
+    case.config[key] = 3
+    stem = case.name("down").partition(".0.")[0]
+    return case, f"{key} is 3 in config.json; the files hold 2 blocks: {stem}.2 is in no file"
+
+
+def good():
+    return tiny()

@@ -1,0 +1,48 @@
+"""C149 duplicate-key: a config file states one key twice.
+
+Why: readers keep the last value without a word, and the other one is what a person may have seen and believed.
+
+Do: delete one of the two.
+
+False alarms: none known.
+
+Fix safety: manual; which of the two is meant is yours to say.
+
+Sources: RFC 8259 section 4: names should be unique.
+"""
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+READ = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "quantize_config.json")
+
+
+@rule("C149", "warning")
+def duplicate_key(checkpoint, json_files):
+    for name in READ:
+        file = json_files.get(name)
+        if file is None or file.value is None:
+            continue
+        for key in file.duplicates:
+            yield finding(f"{name} states {key!r} twice in one object; the last one counts", at=Place(name, pointer=_pointer(file, key)),
+                          evidence={"key": key}, fix=Fix("delete one of the two", (), "manual"))
+
+
+def _pointer(file, key):
+    """Where the key stands, None where the text is too large for places."""
+    return next((p for p in (file.doc.duplicates if file.doc else ()) if p.rsplit("/", 1)[-1] == key), None)
+
+
+def bad():
+    case = tiny()
+    case.damage.append(_repeat)
+    return case, "config.json states 'model_type' twice in one object; the last one counts"
+
+
+def _repeat(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("{", '{\n  "model_type": "gpt2",', 1))
+
+
+def good():
+    return tiny()

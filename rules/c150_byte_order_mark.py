@@ -1,0 +1,43 @@
+"""C150 byte-order-mark: a JSON file begins with a byte order mark.
+
+Why: Python's reader refuses a text that begins with it, so transformers cannot load the file. Editors on Windows write it when they save
+"UTF-8 with BOM".
+
+Seen as:
+- Python: `json.decoder.JSONDecodeError: Unexpected UTF-8 BOM (decode using utf-8-sig)`
+- transformers: `is not a valid JSON file`
+
+Do: save the file as UTF-8 without a byte order mark.
+
+False alarms: none known.
+
+Fix safety: manual; any editor does it.
+
+Sources: RFC 8259 section 8.1; CPython Lib/json/__init__.py.
+"""
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+
+@rule("C150", "error")
+def byte_order_mark(checkpoint, json_files):
+    for name, file in json_files.items():
+        if file.bom:
+            yield finding(f"{name} begins with a byte order mark (EF BB BF)", at=Place(name, byte=0),
+                          fix=Fix("save the file as UTF-8 without a byte order mark", (), "manual"))
+
+
+def bad():
+    case = tiny()
+
+    def mark(folder):
+        path = folder / "config.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+    case.damage.append(mark)
+    return case, "config.json begins with a byte order mark (EF BB BF)"
+
+
+def good():
+    return tiny()

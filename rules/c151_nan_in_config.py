@@ -1,0 +1,49 @@
+"""C151 nan-in-config: a config file holds NaN.
+
+Why: Python reads and writes NaN, the standard has no such word, and readers in C++, Rust or JavaScript stop at it. A NaN in a scale or an
+epsilon also makes every output NaN.
+
+Seen as:
+- tokenizers: `Exception: expected value at line`
+- llama.cpp: `parse error`
+
+Do: write the number, or null.
+
+False alarms: Infinity is not counted: state-space models state it as an open limit.
+
+Fix safety: manual; the number that was meant is not in the file.
+
+Sources: RFC 8259 section 6.
+"""
+
+from doctor.rule import Fix, Place, finding, rule
+from doctor.testing import tiny
+
+READ = ("config.json", "generation_config.json", "tokenizer_config.json", "quantize_config.json")
+
+
+@rule("C151", "warning")
+def nan_in_config(checkpoint, json_files):
+    for name in READ:
+        file = json_files.get(name)
+        if file is None or file.value is None or "NaN" not in file.non_standard:
+            continue
+        pointer = next((p for p in (file.doc.non_standard if file.doc else ()) if _is_nan(file.value, p)), None)
+        yield finding(f"{name} holds NaN at {pointer or 'an unknown place'}", at=Place(name, pointer=pointer),
+                      fix=Fix("write the number that was meant, or null", (), "manual"))
+
+
+def _is_nan(value, pointer):
+    for part in pointer.split("/")[1:]:
+        value = value[int(part)] if isinstance(value, list) else value[part.replace("~1", "/").replace("~0", "~")]
+    return value != value
+
+
+def bad():
+    case = tiny()
+    case.config["initializer_range"] = float("nan")
+    return case, "config.json holds NaN at /initializer_range"
+
+
+def good():
+    return tiny()

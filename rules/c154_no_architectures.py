@@ -1,0 +1,42 @@
+"""C154 no-architectures: config.json does not name the model's class.
+
+Why: servers and converters choose their code by this name; transformers goes by model_type and does not miss it.
+
+Seen as:
+- vLLM: `ValueError: No model architectures are specified`
+- llama.cpp: `KeyError: 'architectures'`
+
+Do: write the class, for a text model the one that ends in ForCausalLM.
+
+False alarms: directories that only transformers reads.
+
+Fix safety: safe for a family of the table: the class follows from model_type.
+
+Sources: vllm-project/vllm vllm/model_executor/models/registry.py; ggml-org/llama.cpp convert_hf_to_gguf.py.
+"""
+
+from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule, table
+from doctor.testing import tiny
+
+
+@rule("C154", "warning")
+def no_architectures(checkpoint, config, spec):
+    stated = config.get("architectures")
+    if isinstance(stated, list) and stated and all(isinstance(a, str) for a in stated):
+        return
+    fix = Fix("write the model's class into architectures", (), "manual")
+    if spec.family is not None and spec.text_key is None:
+        value = [table("architectures")["families"][spec.family]["architecture"]]
+        fix = Fix(f'set "architectures": {value}', (SetJson("config.json", "/architectures", value, config.get("architectures", MISSING)),))
+    what = "has no architectures" if "architectures" not in config else f"has architectures {str(stated)[:40]}"
+    yield finding(f"config.json {what}; it must be a list with the model's class", at=Place("config.json", pointer="/architectures"), fix=fix)
+
+
+def bad():
+    case = tiny()
+    del case.config["architectures"]
+    return case, "config.json has no architectures; it must be a list with the model's class"
+
+
+def good():
+    return tiny()

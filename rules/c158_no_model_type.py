@@ -1,0 +1,41 @@
+"""C158 no-model-type: config.json does not say which kind of model this is.
+
+Why: transformers chooses its classes by model_type and stops without it.
+
+Seen as:
+- transformers: `Should have a `model_type` key in its config.json`
+- transformers: `Unrecognized model in`
+
+Do: write the model_type that belongs to the class under architectures.
+
+False alarms: configs of programs other than transformers (Mistral's params.json has another name and is not read here).
+
+Fix safety: safe where architectures names a class of the table; else manual.
+
+Sources: transformers src/transformers/models/auto/configuration_auto.py.
+"""
+
+from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule, table
+from doctor.testing import tiny
+
+
+@rule("C158", "error")
+def no_model_type(checkpoint, config, spec):
+    if isinstance(config.get("model_type"), str) and config["model_type"]:
+        return
+    known = [f["model_type"] for f in table("architectures")["families"].values() if f["architecture"] == spec.architecture]
+    fix = Fix("write the model_type of the base model", (), "manual")
+    if len(set(known)) == 1:
+        fix = Fix(f'set "model_type": "{known[0]}"', (SetJson("config.json", "/model_type", known[0], config.get("model_type", MISSING)),))
+    yield finding("config.json has no model_type", at=Place("config.json", pointer="/model_type"),
+                  evidence={"architecture": spec.architecture}, fix=fix)
+
+
+def bad():
+    case = tiny()
+    del case.config["model_type"]
+    return case, "config.json has no model_type"
+
+
+def good():
+    return tiny()
