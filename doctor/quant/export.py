@@ -104,6 +104,7 @@ class Output:
         try:
             if stage.exists() and resume:
                 self._require_same(fingerprint)
+                self._cut_journal()
                 return self
             if stage.exists():
                 shutil.rmtree(stage)
@@ -121,6 +122,13 @@ class Output:
             differs = [k for k in now if not isinstance(before, dict) or before.get(k) != now[k]]
             raise PlanRefused(f"{self.stage}: the interrupted run differs in {', '.join(differs) or 'its fingerprint'}.",
                               "Resume with the same checkpoint, recipe, text and versions, or start anew without --resume.")
+
+    def _cut_journal(self) -> None:
+        """Without the line that a crash cut short: the next line would otherwise be glued to it."""
+        whole = "".join(json.dumps(entry) + "\n" for entry in self.notes())
+        beside = self.stage / f"{JOURNAL}.tmp"
+        beside.write_text(whole, encoding="utf-8")
+        os.rename(beside, self.stage / JOURNAL)
 
     # parts and journal
 

@@ -381,7 +381,7 @@ def arrange(groups: list[list[str]], linears: dict[str, Linear]) -> list[list[li
 
 def _kind(linear: Linear) -> str:
     """A linear's name without the number of its expert."""
-    return linear.name if linear.expert is None else linear.name.replace(f".{linear.expert}.", ".*.") .replace(f".{linear.block}.", ".#.", 1)
+    return linear.name if linear.expert is None else ".*.".join(linear.name.rsplit(f".{linear.expert}.", 1))
 
 
 class Hidden:

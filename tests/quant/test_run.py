@@ -1,0 +1,290 @@
+"""Quantizing from the first check to the commit, on the smallest models of every family."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from doctor import api
+from doctor.checkpoint import Checkpoint
+from doctor.errors import PlanRefused
+from doctor.quant import export
+from doctor.quant.blocks import Skeleton
+from doctor.quant.dequant import as_float
+from doctor.quant.run import Hidden, arrange, make_batches
+from doctor.recipe import Recipe
+from doctor.spec import Linear, build_spec
+from doctor.testing import FAMILIES, encode, tiny
+
+RECIPE = Recipe(group_size=32)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """32 rows of 64 random ids."""
+    rng = random.Random(0)
+    rows = [[1] + [rng.randrange(3, 96) for _ in range(63)] for _ in range(32)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"input_ids": r}) for r in rows))
+    return path
+
+
+def quantized(case, tmp_path, text, recipe=RECIPE, name="o", **options):
+    folder = tmp_path / "m"
+    if not folder.exists():
+        case.write(folder)
+    return api.quantize(folder, tmp_path / name, recipe, calibration=text, max_seq_length=64, **options)
+
+
+def bytes_of(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def codes(findings):
+    return sorted({f.code for f in findings if f.severity != "info"})
+
+
+def last_hidden(checkpoint, spec, ids):
+    """Hidden states after the last block of a checkpoint or of a dequantized view."""
+    built = Skeleton(checkpoint, spec)
+    with torch.no_grad():
+        [(hidden, calls)] = list(built.open_calls([ids]))
+        for i in range(len(built.blocks)):
+            built.load_block(i)
+            hidden = built.run_block(i, hidden, calls[i])
+            built.drop_block(i)
+    return hidden
+
+
+class _Plain:
+    """A dequantized checkpoint under the config of its original, which is how Skeleton takes it."""
+
+    def __init__(self, view, config):
+        self._view, self._config = view, config
+        self.tensors, self.load, self.root = view.tensors, view.load, None
+
+    def value(self, name):
+        return self._config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_of_every_family_is_quantized_and_closer_than_rounding(family, tmp_path, text):
+    case = tiny(family)
+    result = quantized(case, tmp_path, text)
+    assert result.report.ok and codes(result.report.findings) == []
+    assert result.output == tmp_path / "o"
+    source = Checkpoint.open(tmp_path / "m")
+    spec = build_spec(source.value("config.json"), source.tensors)
+    assert [r["name"] for r in result.linears] and {r["name"] for r in result.linears} == {x.name for x in spec.linears}
+    assert {r["outcome"] for r in result.linears} == {"gptq"}
+    assert all(r["solve"]["loss"] < r["solve"]["rtn_loss"] for r in result.linears)
+    ids = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(1))
+    want = last_hidden(source, spec, ids)
+    got = last_hidden(_Plain(as_float(Checkpoint.open(result.output)), source.value("config.json")), spec, ids)
+    error = float((got - want).norm() / want.norm())
+    rounded = quantized(case, tmp_path, text, Recipe(method="rtn", group_size=32), name="rtn")
+    coarse = last_hidden(_Plain(as_float(Checkpoint.open(rounded.output)), source.value("config.json")), spec, ids)
+    assert error < float((coarse - want).norm() / want.norm())
+    assert error < 0.2
+
+
+def test_what_is_not_quantized_is_carried_bit_for_bit(tmp_path, text):
+    quantized(tiny("qwen2"), tmp_path, text)
+    before, after = Checkpoint.open(tmp_path / "m"), Checkpoint.open(tmp_path / "o")
+    same = [n for n in after.tensors if n in before.tensors]
+    assert "model.embed_tokens.weight" in same and "model.layers.1.self_attn.k_proj.bias" in same
+    assert all((before.load(n) == after.load(n)).all() for n in same)
+    packed = {n.rpartition(".")[0] for n in after.tensors if n.endswith(".qweight")}
+    assert {n for n in before.tensors if n not in same} == {f"{n}.weight" for n in packed}
+
+
+def test_later_linears_see_the_errors_of_earlier_ones(tmp_path, text, monkeypatch):
+    """down_proj of block 0 gets inputs that quantized gate and up made: its Hessian differs from the float model's."""
+    from doctor.quant import run
+
+    seen = {}
+    real = run.solve
+
+    def watch(W, H, **options):
+        seen.setdefault(len(seen), H.clone())
+        return real(W, H, **options)
+
+    monkeypatch.setattr(run, "solve", watch)
+    quantized(tiny("llama"), tmp_path, text)
+    exact = dict(seen)
+    seen.clear()
+
+    def untouched(module, W, transposed):
+        pass
+
+    monkeypatch.setattr(run, "put_weight", untouched)
+    quantized(tiny("llama"), tmp_path, text, name="o2")
+    assert torch.equal(exact[0], seen[0])  # q of block 0: nothing before it
+    assert not torch.equal(exact[6], seen[6])  # down of block 0
+    assert not torch.equal(exact[7], seen[7])  # q of block 1
+
+
+def test_linears_that_share_an_input_share_a_hessian(tmp_path, text):
+    result = quantized(tiny("llama"), tmp_path, text)
+    hessian = {r["role"]: r["hessian"] for r in result.linears if r["block"] == 0}
+    assert hessian["q"] == hessian["k"] == hessian["v"] != hessian["o"]
+    assert hessian["gate"] == hessian["up"] != hessian["down"]
+    assert hessian["q"]["tokens"] == 32 * 64
+
+
+def test_the_same_run_writes_the_same_bytes(tmp_path, text):
+    quantized(tiny("llama"), tmp_path, text)
+    quantized(tiny("llama"), tmp_path, text, name="again")
+    assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "again")
+
+
+@pytest.mark.parametrize("call", [2, 3])
+def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(tmp_path, text, monkeypatch, call):
+    quantized(tiny("llama"), tmp_path, text, name="whole")
+    write, count = export.Output.write_part, 0
+
+    def killed(self, name, tensors):
+        nonlocal count
+        count += 1
+        if count == call:
+            raise KeyboardInterrupt
+        write(self, name, tensors)
+
+    monkeypatch.setattr(export.Output, "write_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(tiny("llama"), tmp_path, text)
+    assert not (tmp_path / "o").exists()
+    monkeypatch.setattr(export.Output, "write_part", write)
+    from doctor.quant import run
+
+    solved = []
+    real = run.solve
+    monkeypatch.setattr(run, "solve", lambda *a, **k: solved.append(1) or real(*a, **k))
+    result = quantized(tiny("llama"), tmp_path, text, resume=True)
+    assert len(solved) == 7 * (2 - min(call - 1, 2))
+    assert len(result.linears) == 14
+    assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "whole")
+
+
+def test_hidden_states_on_disk_give_the_same_bytes(tmp_path, text):
+    said = []
+    quantized(tiny("llama"), tmp_path, text)
+    quantized(tiny("llama"), tmp_path, text, name="disk", memory=1000, progress=said.append)
+    assert any("activations.bin" in line for line in said)
+    assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "disk")
+
+
+def test_kept_linears_stay_as_they_are_and_are_no_finding(tmp_path, text):
+    result = quantized(tiny("llama"), tmp_path, text, keep=("*down_proj",))
+    assert result.report.ok and codes(result.report.findings) == []
+    kept = [r for r in result.linears if r["outcome"] == "kept"]
+    assert [r["role"] for r in kept] == ["down", "down"] and kept[0]["solve"]["note"] == "asked for with keep"
+    stated = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
+    assert list(stated["dynamic"]) == [rf"-:^model\.layers\.{i}\.mlp\.down_proj$" for i in (0, 1)]
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert (Checkpoint.open(tmp_path / "m").load(name) == Checkpoint.open(tmp_path / "o").load(name)).all()
+
+
+def test_experts_that_no_row_reached_are_rounded_and_found(tmp_path):
+    case = tiny("qwen2_moe")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"input_ids": [5] * 16}))  # equal tokens stay equal through attention: two experts of four
+    result = quantized(case, tmp_path, rows, rows=1)
+    unseen = [r for r in result.linears if r["outcome"] == "rtn"]
+    assert unseen and all(r["solve"]["note"] == "no calibration row reached it" for r in unseen)
+    found = {f.where.tensor or f.subject for f in result.report.findings if f.code in ("Q406", "Q410")}
+    assert all(any(r["name"] in str(f) for f in found) for r in unseen)
+    assert result.output is not None
+
+
+def test_a_broken_checkpoint_is_refused_before_anything_is_written(tmp_path, text):
+    case = tiny("llama")
+    case.down()[3, 5] = 0x7FC0
+    result = quantized(case, tmp_path, text)
+    assert result.output is None and not result.report.ok
+    assert "W201" in codes(result.report.findings) and result.linears == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "rows.jsonl"]
+
+
+def test_fix_repairs_on_the_way_in_and_leaves_the_source_alone(tmp_path, text):
+    case = tiny("llama")
+    case.down()[3, 5] = 0x7FC0
+    before = bytes_of(case.write(tmp_path / "m"))
+    result = quantized(case, tmp_path, text, fix=True, unsafe_fixes=("W201",))
+    assert result.output is not None and result.report.ok
+    assert any(note.startswith("fix: W201") for note in result.notes)
+    assert bytes_of(tmp_path / "m") == before
+
+
+def test_activations_that_overflow_stop_the_run_at_their_block(tmp_path, text):
+    case = tiny("llama")
+    case.tensors["model.layers.1.input_layernorm.weight"][:] = encode(np.full(64, 3e38), "BF16")
+    said = []
+    result = quantized(case, tmp_path, text, progress=said.append)
+    assert result.output is None and not (tmp_path / "o").exists()
+    assert "Q401" in codes(result.report.findings)
+    assert {r["block"] for r in result.linears if r["outcome"] == "failed"} == {1}
+    assert any(line.startswith("block 1 of 2") for line in said) and not any(line.startswith("block 2 of 2") for line in said)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "rows.jsonl"]
+
+
+def test_the_destination_is_not_replaced_unless_asked(tmp_path, text):
+    quantized(tiny("llama"), tmp_path, text, Recipe(method="rtn", group_size=32))
+    with pytest.raises(PlanRefused, match="exists and holds"):
+        quantized(tiny("llama"), tmp_path, text)
+    before = (tmp_path / "o" / "model.safetensors").read_bytes()
+    quantized(tiny("llama"), tmp_path, text, Recipe(method="rtn", group_size=32, bits=8), overwrite=True)
+    assert (tmp_path / "o" / "model.safetensors").read_bytes() != before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "o", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("format, sym", [("gptq_v2", False), ("gptq", False), ("compressed-tensors", True), ("compressed-tensors", False)])
+def test_other_formats_are_checked_and_committed_too(tmp_path, text, format, sym):
+    result = quantized(tiny("llama"), tmp_path, text, Recipe(method="rtn", group_size=32, format=format, sym=sym))
+    assert result.report.ok and codes(result.report.findings) == [] and result.output is not None
+
+
+def test_gpt2_is_quantized_though_its_linears_lie_transposed(tmp_path, text):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=96, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    result = api.quantize(tmp_path / "m", tmp_path / "o", RECIPE, calibration=text, max_seq_length=64, select=("Q", "G", "O"))
+    assert {r["outcome"] for r in result.linears} == {"gptq"} and len(result.linears) == 8
+    linear = next(r["name"] for r in result.linears if r["role"] == "up")
+    got = torch.from_numpy(np.array(as_float(Checkpoint.open(tmp_path / "o")).load(f"{linear}.weight")))
+    want = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).transformer.h[0].mlp.c_fc.weight.T
+    assert got.shape == want.shape
+    assert (got - want).norm() < 0.15 * want.norm()
+
+
+def test_batches_hold_rows_of_one_length():
+    batches = make_batches([[1] * 2000, [2] * 3, [3] * 3, [4] * 2000, [5] * 2000])
+    assert [tuple(b.shape) for b in batches] == [(2, 3), (2, 2000), (1, 2000)]
+
+
+def test_hidden_states_are_kept_apart(tmp_path):
+    for limit in (0, 1 << 20):
+        hidden = Hidden([(2, 3, 4), (1, 5, 4)], limit, tmp_path / f"h{limit}", lambda text: None)
+        hidden[0], hidden[1] = torch.full((2, 3, 4), 1.0), torch.full((1, 5, 4), 2.0)
+        assert hidden.on_disk == (limit == 0)
+        assert hidden[0].eq(1).all() and hidden[1].eq(2).all() and hidden[1].shape == (1, 5, 4)
+
+
+def test_experts_of_one_kind_share_a_stage_and_unreached_ones_join_it():
+    linears = {}
+    for e in range(3):
+        for role in ("gate", "up", "down"):
+            name = f"model.layers.0.mlp.experts.{e}.{role}_proj"
+            linears[name] = Linear(name, f"{name}.weight", role, 0, 32, 32, expert=e)
+    linears["model.layers.0.o"] = Linear("model.layers.0.o", "o.weight", "o", 0, 32, 32)
+
+    def of(e, *roles):
+        return [f"model.layers.0.mlp.experts.{e}.{r}_proj" for r in roles]
+
+    stages = arrange([["model.layers.0.o"], of(0, "gate", "up"), of(0, "down"), of(2, "gate", "up"), of(2, "down")], linears)
+    assert stages == [[["model.layers.0.o"]], [of(0, "gate", "up"), of(2, "gate", "up"), of(1, "gate", "up")],
+                      [of(0, "down"), of(2, "down"), of(1, "down")]]
