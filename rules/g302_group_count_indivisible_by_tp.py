@@ -80,7 +80,7 @@ def _padding(checkpoint, spec, tensors, key, linears, unit):
     block = block[spec.text_key] if spec.text_key else block
     config = SetJson("config.json", spec.at(key), new, expect=block.get(key, MISSING))
     added = new / old - 1
-    return Fix(f"zero-pad gate and up rows and down columns: {key} {old} -> {new} (+{added:.1%} of the MLP, same outputs in exact "
+    return Fix(f"zero-pad the MLP: {key} {old} -> {new} (+{added:.1%} of its weights, same outputs in exact "
                "arithmetic)", (*edits, config), "unsafe", needs=("W201", "G301"))
 
 

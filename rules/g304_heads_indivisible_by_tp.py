@@ -5,7 +5,6 @@ them, because then they are repeated.
 
 Seen as:
 - vLLM: `must be divisible by tensor parallel size`
-- SGLang: `AssertionError: 14 is not divisible by 4`
 
 Do: choose a tp that divides both (the table lists those that do), or use pipeline parallelism.
 

@@ -4,9 +4,8 @@ Why: eight 4-bit codes share one word. GPTQ packs weights along in_features and 
 out_features; what does not fill whole words cannot be stored, and packers fail at the end of the run.
 
 Seen as:
-- AutoGPTQ: `assert infeatures % 32 == 0`
+- AutoGPTQ: `in_feature and out_feature must be divisible by 32`
 - vLLM: `The output size is not aligned with the quantized weight shape`
-- AutoAWQ: `IndexError: index`
 
 Do: keep these linears in 16 bits (`--keep PATTERN`), or choose compressed-tensors, which fills up the last word.
 

@@ -3,9 +3,6 @@
 Why: GPTQ needs H, float32[k, k] for in_features k. From k = 46,341 on it has more than 2^31 entries, which overflowed 32-bit
 indices in older programs, and it takes 8 GiB before any working copy.
 
-Seen as:
-- ExLlamaV2: `CUDA error: an illegal memory access was encountered`
-
 Do: give the step that much memory (doctor factorises on the CPU where the card is too small), or use `--method awq`, which needs no
 full Hessian.
 

@@ -2,9 +2,6 @@
 
 Why: keys and values are divided by it: every entry of the cache becomes NaN or Inf, and the reply one token for ever.
 
-Seen as:
-- vLLM: `Checkpoint does not provide a q scaling factor`
-
 Do: calibrate again, with text that reaches this block.
 
 False alarms: none; nothing can be divided by 0.

@@ -5,7 +5,7 @@ of the tokenizer; the model has nothing left to say.
 
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`
-- Qwen: `outputs all token-0`
+- vLLM: `outputs all token-0`
 
 Do: see O602, and O608 for zero points stored in the other version's way.
 

@@ -3,9 +3,6 @@
 Why: version 1 stores a zero point minus one. Zero point 0 would be -1: one writer borrows from the next field, another overwrites
 seven neighbours with ones, and readers disagree about a stored 15, which is 0 to some and 16 to others.
 
-Seen as:
-- TGI: `Quantize with sym=True`
-
 Do: quantize again with sym=true, or write gptq_v2, which stores zero points as they are.
 
 False alarms: readers that add 1 without wrapping, of files whose zero point is meant to be 16.

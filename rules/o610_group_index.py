@@ -5,7 +5,6 @@ scales; an entry beyond the last group reads past the table.
 
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.mlp.down_proj.g_idx'`
-- PyTorch: `index out of bounds`
 
 Do: set desc_act to true where g_idx is scattered.
 

@@ -6,7 +6,6 @@ weights that are not there.
 Seen as:
 - vLLM: `Cannot find the config file for gptq`
 - transformers: `Some weights of the model checkpoint were not used`
-- vLLM: `KeyError: 'model.layers.0.self_attn.qkv_proj.qweight'`
 
 Do: copy quantize_config.json from where the model came from, or write the quantization_config that its maker used.
 

@@ -5,7 +5,6 @@ names a group size or a width in bits that the tensors were not made with: the f
 
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.mlp.down_proj.scales'`
-- AutoGPTQ: `size mismatch for`
 
 Do: copy the missing tensors' shard again; set bits and group_size to what the shapes say.
 

@@ -3,9 +3,6 @@
 Why: an export that was written over an old checkpoint leaves both. Readers take one or the other, the file is up to five times larger than
 needed, and the two need not agree.
 
-Seen as:
-- AutoGPTQ: `Some weights of the model checkpoint were not used`
-
 Do: drop the plain weight, if the packed one is the output that was meant.
 
 False alarms: none; no format stores both.
@@ -34,7 +31,7 @@ def packed_and_plain(checkpoint, quantization, layout, tensors):
 def bad():
     case = tiny_gptq("llama")
     name = case.packed("down") + ".weight"
-    case.tensors[name], case.dtypes[name] = encode(np.full((64, 128), 0.02), "BF16"), "BF16"
+    case.tensors[name], case.dtypes[name] = encode(np.sin(np.arange(8192.0)).reshape(64, 128), "BF16"), "BF16"
     return case, f"{name} stands beside its packed form"
 
 

@@ -5,7 +5,6 @@ changes the model for text that does reach them). Without damping the factorisat
 
 Seen as:
 - ExLlamaV2: `ValueError: Hessian is not invertible`
-- llama.cpp: `values are 0 for`
 
 Do: calibrate on more varied text. In models with ReLU many units rest on any given text.
 

@@ -5,7 +5,7 @@ Tokens count, not samples: 128 samples of 50 tokens are 6,400, fewer than the 24
 
 Seen as:
 - AutoGPTQ: `(the leading minor of order 1025 is not positive-definite)`
-- PyTorch: `torch._C._LinAlgError: linalg.cholesky`
+- ExLlamaV2: `ValueError: Hessian is not invertible`
 
 Do: more rows or longer rows, several times the widest linear.
 

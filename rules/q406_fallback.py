@@ -5,7 +5,6 @@ says, and serving engines that fuse q, k and v may refuse it.
 
 Seen as:
 - llm-compressor: `Hessian inversion failed for`
-- GPTQModel: `Module has no samples`
 
 Do: see why (the finding's text), and cure that: finite inputs, more calibration text, a group size that divides.
 

@@ -4,7 +4,6 @@ Why: in short rows most tokens are near the start, where attention has little to
 And few long rows hold more tokens than many short ones.
 
 Seen as:
-- llama.cpp: `you need at least`
 - GPTQModel: `calibration dataset size should be more than`
 
 Do: join texts and cut rows of 512 to 2,048 tokens.

@@ -5,7 +5,6 @@ pass every check for NaN. The matrix contributes nothing, and a quantizer that d
 
 Seen as:
 - AutoAWQ: `assert torch.isnan(w).sum() == 0`
-- llama.cpp: `ggml_validate_row_data: found nan value at block`
 
 Do: compare the shard's checksum with the source's and copy it again. Where the block was added on purpose with zero output
 (block expansion), say `ignore = ["W202"]` after training it.
