@@ -1,4 +1,4 @@
-"""Real engines open our checkpoints: each test starts vLLM or transformers in its own environment and reads the answer.
+"""Real engines open our checkpoints: each test starts vLLM or transformers in its own environment and asks it.
 
 `make test-clients` builds the environments; without them the tests skip.
 """
