@@ -9,14 +9,12 @@ from doctor.spec import ModelSpec, build_spec
 
 provide("recipe", "checkpoint", "listing", "The plan that findings are judged against.")
 provide("stats", "tensor", "values", "Exact counters over every value of a tensor (stats.Stats).")
-provide("largest_values", "checkpoint", "values", "tensor -> largest magnitude among its finite values, for pictures across blocks.")
 provide("zero_groups", "linear", "values", "Groups of group_size in_features whose weights are all 0, counted per row.")
 provide("zero_groups_fp16", "linear", "values", "The same after a cast to fp16, where tiny weights become 0; zero_groups are among them.")
 provide("first_zero_group", "linear", "values", "(row, first column) of the first of either, or None.")
 provide("zero_rows", "linear", "values", "out_features whose weights are all 0.")
 provide("zero_columns", "linear", "values", "in_features whose weights are all 0.")
 provide("digest", "tensor", "values", "blake2b of a tensor's bytes; only embeddings and heads, to tell tied from copied.")
-provide("head_equals_embed", "checkpoint", "values", "Whether head and embedding hold the same bytes; None where not both are stored.")
 
 
 provide("calibration", "checkpoint", "calibration", "What the calibration rows are (Calibration).")
@@ -296,6 +294,49 @@ def absmax(tensor, stats):
 def first_nonfinite(tensor, stats):
     """Flat index of the first NaN or Inf, -1 where there is none."""
     return stats.first_nonfinite
+
+
+# across tensors
+
+
+@fact("checkpoint")
+def largest_values(checkpoint, every_absmax):
+    """tensor -> largest magnitude among its finite values, for pictures across blocks."""
+    return every_absmax
+
+
+@fact("checkpoint")
+def head_equals_embed(checkpoint, every_digest):
+    """Whether head and embedding hold the same bytes; None where not both are stored."""
+    return len(set(every_digest.values())) == 1 if len(every_digest) > 1 else None
+
+
+@fact("checkpoint")
+def mlp_makers(checkpoint, spec):
+    """(module that holds them, block, expert) -> the linears whose rows make the inputs of an MLP's second matrix."""
+    found: dict[tuple, list] = {}
+    for linear in spec.linears:
+        if linear.role in ("gate", "up", "gate_up"):
+            found.setdefault(_mlp(linear), []).append(linear)
+    return found
+
+
+@fact("linear")
+def dead_inputs(linear, spec, mlp_makers, every_zero_rows, every_zero_columns):
+    """in_features of an MLP's second matrix whose input is 0 for every token, because the row that makes it is all 0.
+
+    Where the column that reads it is 0 as well it is padding, and not counted. 0 for other linears, and where a bias may make
+    such a row speak.
+    """
+    makers = mlp_makers.get(_mlp(linear), []) if linear.role == "down" else []
+    if not makers or any(f"{x.name}.bias" in spec.biases for x in makers):
+        return 0
+    dead = max(-(-every_zero_rows.get(x.name, 0) // (2 if x.role == "gate_up" else 1)) for x in makers)
+    return max(0, dead - every_zero_columns.get(linear.name, 0))
+
+
+def _mlp(linear) -> tuple:
+    return linear.name.rpartition(".")[0], linear.block, linear.expert
 
 
 def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:

@@ -4,6 +4,9 @@ A fact belongs to a scope (checkpoint, shard, tensor, linear) and to the stage t
 tokenizer, calibration, run, output). It is either *provided* by a producer (the scan, the quantizer) or *derived*: a pure
 function of other facts, worked out once, when a rule first asks. A fact that was not produced in this run is
 `Unavailable` with the reason, and the rules that need it are skipped with that reason: silence is never a pass.
+
+`every_NAME` is a fact of the checkpoint: the fact NAME of all subjects that have it, as a dict by the subject's name. It is how
+one rule speaks of two tensors.
 """
 
 import inspect
@@ -57,6 +60,16 @@ def fact(scope: str, stage: str | None = None):
     return wrap
 
 
+def known_fact(name: str) -> Fact | None:
+    """The registry's entry of a name, or the one that gathers a fact over all its subjects; None for what is no fact."""
+    if name in FACTS or not name.startswith("every_"):
+        return FACTS.get(name)
+    one = FACTS.get(name.removeprefix("every_"))
+    if one is None or one.scope == "checkpoint":
+        return None
+    return Fact(name, "checkpoint", one.stage, f"{one.doc} Of every {one.scope}, by name.", needs=(one.name,))
+
+
 def _register(new: Fact) -> None:
     old = FACTS.get(new.name)
     if old is not None and (old.scope, old.doc) != (new.scope, new.doc):
@@ -70,12 +83,13 @@ def latest_stage(needs: Iterable[str], asker: str) -> str:
     """The most expensive stage among facts. Raises TypeError for a name that is no fact, with the nearest ones."""
     stage = "listing"
     for name in needs:
-        if name not in FACTS:
+        known = known_fact(name)
+        if known is None:
             import difflib
 
             near = ", ".join(difflib.get_close_matches(name, FACTS, 5, 0.3)) or ", ".join(sorted(FACTS))
             raise TypeError(f"{asker}: there is no fact {name!r}; nearest: {near}")
-        stage = max(stage, FACTS[name].stage, key=STAGES.index)
+        stage = max(stage, known.stage, key=STAGES.index)
     return stage
 
 
@@ -110,7 +124,7 @@ class Store:
         """Take over the provided facts of these subjects from another run, whose bytes are the same."""
         wanted = set(subjects)
         for (subject, name), value in other._values.items():
-            if subject in wanted and FACTS[name].compute is None:
+            if subject in wanted and name in FACTS and FACTS[name].compute is None:
                 self._values[subject, name] = value
 
     def say_missing(self, stage: str, reason: str) -> None:
@@ -126,13 +140,16 @@ class Store:
 
     def get(self, subject: str, name: str) -> object:
         """The fact's value for a subject. Raises Unavailable with the reason where there is none."""
-        known = FACTS[name]
+        known = known_fact(name)
         holder = self._holder(subject, known)
         key = (holder, name)
         if key in self._values:
             return self._values[key]
         if key in self._failed:
             raise self._failed[key]
+        if name.startswith("every_") and known.needs:
+            self._values[key] = self._every(known.needs[0])
+            return self._values[key]
         if known.compute is None:
             raise Unavailable(self._reasons.get(known.stage, f"no {name.replace('_', ' ')} for {holder.partition(':')[2] or 'this checkpoint'}"))
         try:
@@ -143,6 +160,14 @@ class Store:
             raise
         self._values[key] = value
         return value
+
+    def _every(self, name: str) -> dict[str, object]:
+        """name of the subject -> its fact. Raises Unavailable where no subject has it and the stage says why."""
+        one = FACTS[name]
+        found = {s.partition(":")[2]: self.get(s, name) for s in self._objects[one.scope] if self.has(s, name)}
+        if not found and one.stage in self._reasons:
+            raise Unavailable(self._reasons[one.stage])
+        return found
 
     def _holder(self, subject: str, known: Fact) -> str:
         scope = subject.partition(":")[0]

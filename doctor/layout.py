@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 
 from doctor.checkpoint import Checkpoint
 from doctor.edits import PadTensor
@@ -22,7 +23,7 @@ PACKED = (".qweight", ".weight_packed")
 # Linears that a serving engine stores as one matrix, so that they must be quantized alike or not at all.
 FUSED = (("q", "k", "v"), ("gate", "up"))
 
-provide("packed_words", "checkpoint", "values", "tensor -> Words of every qzeros and g_idx tensor.")
+provide("words", "tensor", "values", "What the int32 words of a qzeros or g_idx tensor are (Words).")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Words:
     rising: bool  # no word is smaller than the one before it
     full_fields: int  # words in which some 4-bit field is 15
     kinds: dict[int, int] | None = None
+
+
+@fact("checkpoint")
+def packed_words(checkpoint, every_words):
+    """tensor -> Words of every qzeros and g_idx tensor."""
+    return every_words
 
 
 @dataclass(frozen=True)
@@ -268,6 +275,7 @@ def pad_edits(spec: ModelSpec, tensors: Mapping[str, TensorInfo], key: str, valu
     return tuple(edits)
 
 
+@cache
 def _words(expression: str) -> list[str]:
     return sorted({node.id for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Name)})
 
@@ -325,11 +333,13 @@ def _release(version: str) -> tuple[int, ...]:
 def on_one_gpu(layout: Layout, tp: int, n_kv_heads: int | None) -> list[tuple[str, int, int, GroupedLinear]]:
     """(roles, in_features, out_features, one linear of them) of every matrix on one GPU; fused sets count as one matrix.
 
-    Key and value heads are repeated where there are fewer of them than GPUs. Sizes that do not divide are left out: heads and
+    Experts are left out, because kernels of their own run them. Key and value heads are repeated where there are fewer of them than GPUs. Sizes that do not divide are left out: heads and
     groups have their own rules.
     """
     sets: dict[tuple, list[GroupedLinear]] = {}
     for linear in layout.linears:
+        if linear.expert is not None:
+            continue
         fused = next((group for group in FUSED if linear.role in group), (linear.role,))
         parent = linear.name.rpartition(".")[0] if len(fused) > 1 else linear.name
         sets.setdefault((parent, fused), []).append(linear)

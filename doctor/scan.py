@@ -31,8 +31,6 @@ class Scan:
     def __init__(self):
         self.bytes_read = 0
         self.skipped: dict[str, str] = {}
-        self.words: dict[str, Words] = {}
-        self.largest: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def add(self, n: int) -> None:
@@ -69,10 +67,6 @@ def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] =
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    found = {store.get(f"tensor:{name}", "digest") for name in digests}
-    store.put(CHECKPOINT, "head_equals_embed", len(found) == 1 if found else None)
-    store.put(CHECKPOINT, "packed_words", run.words)
-    store.put(CHECKPOINT, "largest_values", run.largest)
     return run
 
 
@@ -118,13 +112,12 @@ def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run
     if digest is not None:
         store.put(subject, "digest", digest.hexdigest())
     if words is not None:
-        run.words[info.name] = words.result()
+        store.put(subject, "words", words.result())
     if not known:
         if words is None:
             run.skipped[info.name] = f"{info.dtype.name} values are not judged"
         return
     store.put(subject, "stats", total)
-    run.largest[info.name] = total.absmax
     if shape is not None:
         shape.put(store)
 

@@ -84,6 +84,7 @@ class ModelSpec:
     linears: tuple[Linear, ...] = ()
     embed_tensor: str | None = None
     head_tensor: str | None = None
+    biases: frozenset[str] = frozenset()  # names of all bias tensors
     templates: tuple[Template, ...] = field(default=(), repr=False)
 
     def at(self, key: str) -> str:
@@ -145,6 +146,7 @@ def build_spec(config: Mapping, tensors: Mapping[str, TensorInfo]) -> ModelSpec:
     spec.head_tensor = _named(tensors, entry.get("lm_head", "lm_head"), "lm_head", "embed_out", "output_layer")
     spec.linears = tuple(_linears(tensors.values(), templates))
     spec.prefix = _prefix(spec.linears, templates)
+    spec.biases = frozenset(n for n in tensors if n.endswith(".bias"))
     return spec
 
 

@@ -10,7 +10,8 @@ Seen as:
 Do: write the id that the checkpoint's own tokenizer has. For Qwen that is <|endoftext|> (151643), as its vendor ships it; the often
 quoted 151644 is <|im_start|>, a chat mark: it stops the crash and puts a second turn start before the first.
 
-False alarms: families that have no BOS at all are left alone (GLM, MPT, OLMo), and so is a key whose absence means the same id.
+False alarms: families that have no BOS at all are left alone (GLM, MPT, OLMo). A key whose absence means the same id to transformers is
+a warning: programs that read config.json themselves do not know the class's default.
 
 Fix safety: safe; one key of config.json, with an id that the tokenizer has. The weights stay as they are.
 
@@ -31,14 +32,13 @@ def missing_bos(checkpoint, special, tokenizer, embedding_rows):
     if not evidence:
         return
     source, token, number = evidence[0]
-    if not stated.stated and special.class_default("bos") == number:
-        return
+    same_by_default = not stated.stated and special.class_default("bos") == number
     others = [e[0] for e in evidence[1:] if e[2] == number]
     note = f"{source} has {token} = {number}" + (f"; so does {others[0]}" if others else "")
     what = "null" if stated.stated else "absent"
     yield finding(f"bos_token_id is {what} in config.json; {source} says {token} = {number}",
                   at=Place("config.json", pointer=stated.pointer, note=note), evidence={"token": token, "id": number},
-                  severity="" if special.ships_bos else "warning",
+                  severity="" if special.ships_bos and not same_by_default else "warning",
                   fix=Fix(f'set "bos_token_id": {number} ({token}, by {source}; weights untouched)',
                           (SetJson("config.json", stated.pointer, number, None if stated.stated else MISSING),)))
 

@@ -62,3 +62,15 @@ def test_two_facts_of_one_name_are_refused(registry):
 def test_every_provided_fact_has_a_document_and_every_stage_is_known():
     for entry in FACTS.values():
         assert entry.doc and entry.stage in facts.STAGES and entry.scope in facts.SCOPES, entry.name
+
+def test_every_gathers_a_fact_over_its_subjects_and_says_why_there_is_none(registry):
+    store = Store()
+    store.add_subject("checkpoint", CHECKPOINT, None)
+    for name in "ab":
+        store.add_subject("tensor", f"tensor:{name}", None)
+    store.say_missing("values", "the weights were not read")
+    with pytest.raises(Unavailable, match="the weights were not read"):
+        store.get(CHECKPOINT, "every_stats")
+    store.put("tensor:b", "stats", 1)
+    assert store.get("tensor:a", "every_stats") == {"b": 1}
+    assert facts.known_fact("every_recipe") is None and facts.known_fact("every_stats").stage == "values"
