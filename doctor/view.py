@@ -9,6 +9,7 @@ Edits are checked against the files here: one that expects another value, tensor
 
 import bisect
 import json
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from doctor.edits import (MISSING, TENSOR_EDITS, DropTensor, Edit, PadTensor, Re
 from doctor.errors import BadCheckpoint, PlanRefused
 from doctor.shard import Shard, ShardFile, TensorInfo, open_shard
 
+IOV_PARTS = 512  # parts of one scattered read; the kernel takes 1,024
 STALE = "The edits were made for another state of the files: run `doctor fix` again."
 
 
@@ -53,23 +55,50 @@ class EditedTensor:
 
     def rows(self, file: ShardFile, begin: int, end: int) -> np.ndarray:
         """Codes of rows [begin, end) after the edits; `file` is open on the source."""
-        first, last = (begin, end) if self.positions is None else map(int, np.searchsorted(self.positions, (begin, end)))
-        raw = bytearray((last - first) * self.old_row_bytes)
-        ShardFile.read_into(file, self.old.begin + first * self.old_row_bytes, memoryview(raw))
-        codes = np.frombuffer(raw, self.kind).reshape(last - first, *(self.old.shape or (1,))[1:])
-        codes = apply(codes, self.old, self.inner)
         if self.positions is None:
-            return codes
+            return apply(self._read(file, begin, end), self.old, self.inner)
+        first, last = map(int, np.searchsorted(self.positions, (begin, end)))
+        places = self.positions[first:last] - begin
         out = np.zeros((end - begin, *self.shape[1:]), self.kind)
-        out[self.positions[first:last] - begin] = codes
+        if self.inner:
+            out[places] = apply(self._read(file, first, last), self.old, self.inner)
+        else:
+            self._scatter(file, first, places, out)
         return out
+
+    def _read(self, file: ShardFile, first: int, last: int) -> np.ndarray:
+        """Rows of the source."""
+        codes = np.empty((last - first, *(self.old.shape or (1,))[1:]), self.kind)
+        ShardFile.read_into(file, self.old.begin + first * self.old_row_bytes, _bytes(codes))
+        return codes
+
+    def _scatter(self, file: ShardFile, first: int, places: np.ndarray, out: np.ndarray) -> None:
+        """Read source rows from `first` on straight to their places: rows that stay neighbours are one part of one read."""
+        target, offset, row = _bytes(out), self.old.begin + first * self.old_row_bytes, self.row_bytes
+        begins = np.flatnonzero(np.diff(places, prepend=-2) != 1)
+        ends = np.append(begins[1:], len(places))
+        parts = [target[place * row : (place + n) * row] for place, n in zip(places[begins].tolist(), (ends - begins).tolist())]
+        for i in range(0, len(parts), IOV_PARTS):
+            group = parts[i : i + IOV_PARTS]
+            wanted = sum(map(len, group))
+            if os.preadv(file.fileno(), group, offset) != wanted:
+                at = offset
+                for part in group:  # a short read: part by part, which also says where the file ends
+                    ShardFile.read_into(file, at, part)
+                    at += len(part)
+            offset += wanted
 
     def read_into(self, file: ShardFile, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with the tensor's bytes from `offset` on."""
         first, last = offset // self.row_bytes, -(-(offset + len(buffer)) // self.row_bytes)
-        raw = np.ascontiguousarray(self.rows(file, first, last)).reshape(-1).view(np.uint8).data
+        raw = _bytes(np.ascontiguousarray(self.rows(file, first, last)))
         skip = offset - first * self.row_bytes
         buffer[:] = raw[skip : skip + len(buffer)]
+
+
+def _bytes(codes: np.ndarray) -> memoryview:
+    """A contiguous array's memory as bytes."""
+    return codes.reshape(-1).view(np.uint8).data
 
 
 class EditedFile(ShardFile):

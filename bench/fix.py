@@ -1,0 +1,115 @@
+"""What a fix costs beside copying: one JSON value, one shard, every MLP padded, on a generated sharded checkpoint.
+
+Prints seconds of the write (without the scans before and after, which `bench/scan.py` measures), bytes written and the ratio
+to `cp` of the same bytes, each the best of several runs. `cp` does not sync, the writer does: a `cp` followed by `sync` of
+the files stands beside it.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from doctor.checkpoint import Checkpoint  # noqa: E402
+from doctor.edits import PadTensor, SetJson  # noqa: E402
+from doctor.testing import shard_bytes  # noqa: E402
+from doctor.view import EditedCheckpoint  # noqa: E402
+from doctor.writer import open_stage  # noqa: E402
+
+
+def build(folder: Path, hidden: int, width: int, blocks: int, shards: int) -> None:
+    """A sharded llama of bf16 noise; every block is alike, which no part of the writer notices."""
+    rng = np.random.default_rng(0)
+    noise = (rng.integers(0, 1 << 16, (width, hidden), dtype=np.uint16) & 0xBFFF) | 0x3000
+    square = noise[:hidden]
+    folder.mkdir(parents=True)
+    weight_map, total = {}, 0
+    for shard in range(shards):
+        tensors = {}
+        for i in range(shard * blocks // shards, (shard + 1) * blocks // shards):
+            at = f"model.layers.{i}."
+            tensors |= {f"{at}mlp.down_proj.weight": np.ascontiguousarray(noise.T), f"{at}mlp.gate_proj.weight": noise, f"{at}mlp.up_proj.weight": noise}
+            tensors |= {f"{at}self_attn.{n}_proj.weight": square for n in "qkvo"}
+        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        (folder / name).write_bytes(shard_bytes(tensors, dict.fromkeys(tensors, "BF16")))
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(t.nbytes for t in tensors.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "intermediate_size": width, "bos_token_id": None}, indent=2))
+
+
+def best(times: int, action) -> float:
+    seconds = []
+    for _ in range(times):
+        os.sync()
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def write(view: EditedCheckpoint, output: Path) -> None:
+    shutil.rmtree(output, ignore_errors=True)
+    with open_stage(view, output) as stage:
+        stage.write()
+        stage.commit()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dir", type=Path, help="where to work (default: a temporary directory)")
+    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--times", type=int, default=3)
+    options = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="bench-fix-", dir=options.dir))
+    try:
+        run(work, options.blocks, options.times)
+    finally:
+        shutil.rmtree(work)
+
+
+def run(work: Path, blocks: int, times: int) -> None:
+    hidden, width, shards = 1536, 4864, 4
+    build(work / "source", hidden, width, blocks, shards)
+    source = Checkpoint.open(work / "source")
+    size = sum(e.size for e in source.entries.values())
+    names = list(source.shards)
+    print(f"{size / 1e9:.2f} GB in {shards} shards, {blocks} blocks of hidden {hidden}, MLP {width} → 5120; best of {times}")
+
+    def copy(files, sync):
+        shutil.rmtree(work / "copy", ignore_errors=True)
+        (work / "copy").mkdir()
+        subprocess.run(["cp", "--reflink=never", *(work / "source" / n for n in files), work / "copy"], check=True)
+        if sync:
+            subprocess.run(["sync", *(work / "copy" / n for n in files)], check=True)
+
+    edits = []
+    for name in source.tensors:
+        if ".mlp." in name:
+            edits.append(PadTensor(name, 1 if "down" in name else 0, 5120))
+    json_edit = SetJson("config.json", "/bos_token_id", 1, expect=None)
+    one = [e for e in edits if source.tensors[e.tensor].shard == names[0]]
+    rows = (("one JSON value", [json_edit], names[:0]), ("one shard's MLPs", one, names[:1]), ("every MLP", edits, names))
+    print(f"{'change':<18}{'written':>12}{'write s':>9}{'cp s':>8}{'cp+sync s':>11}{'ratio cp':>10}{'ratio cp+sync':>15}")
+    for label, chosen, files in rows:
+        view = EditedCheckpoint(source, chosen)
+        written = sum(view.entries[n].size for n in view.changed)
+        seconds = best(times, lambda: write(view, work / "out"))
+        plain, synced = (best(times, lambda s=s: copy(files, s)) if files else float("nan") for s in (False, True))
+        ratios = f"{seconds / plain:>10.2f}{seconds / synced:>15.2f}" if files else f"{'-':>10}{'-':>15}"
+        print(f"{label:<18}{written:>12,}{seconds:>9.3f}{plain:>8.3f}{synced:>11.3f}{ratios}", flush=True)
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, most of it from generating the checkpoint")
+
+
+if __name__ == "__main__":
+    main()
