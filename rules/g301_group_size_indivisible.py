@@ -1,7 +1,7 @@
 """G301 group-size-indivisible: group_size does not divide a linear's in_features.
 
-Why: a scale belongs to group_size consecutive in_features. With a remainder the last group of every row would be short, and no
-kernel reads short groups: quantizers stop, or leave these linears in 16 bits.
+Why: a scale belongs to group_size consecutive in_features. With a remainder the last group of every row
+would be short, and no kernel reads short groups: quantizers stop, or leave these linears in 16 bits.
 
 Seen as:
 - AutoAWQ: `must be a multiple of group_size`
@@ -12,7 +12,8 @@ Do: take a smaller group size that divides every width, or keep the linears conc
 
 False alarms: none; the division is exact arithmetic.
 
-Fix safety: unsafe: it changes the plan you asked for (more scales, a slightly larger file), never the checkpoint.
+Fix safety: unsafe: it changes the plan you asked for (more scales, a slightly larger file), never the
+checkpoint.
 
 Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:77; vllm-project/llm-compressor
 src/llmcompressor/modifiers/quantization/group_size_validation.py; intel/auto-round issue 388.

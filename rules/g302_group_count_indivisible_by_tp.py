@@ -1,23 +1,24 @@
 """G302 group-count-indivisible-by-tp: the groups of a row cannot be shared out evenly among the GPUs.
 
-Why: tensor parallelism cuts o and down along their in_features. Each GPU must hold whole groups, because a group has one scale: so
-in_features must be a multiple of group_size × tp. Engines refuse other sizes, or put out token 0 for ever, which is "!" in
-Qwen's vocabulary.
+Why: tensor parallelism cuts o and down along their in_features. Each GPU must hold whole groups, because a
+group has one scale: so in_features must be a multiple of group_size × tp. Engines refuse other sizes, or
+put out token 0 for ever, which is "!" in Qwen's vocabulary.
 
 Seen as:
 - vLLM: `The input size is not aligned with the quantized weight shape. This can be caused by too large tensor parallel size.`
 - vLLM: `is not divisible by min_thread_k = 128. Consider reducing tensor_parallel_size`
 
-Do: change the plan (`--tp 1`, or a smaller group size), or pad the MLP: zero rows in gate and up, zero columns in down. Qwen's
-own 14B and 72B GPTQ uploads are padded so (13696 to 14336, 29568 to 29696). Never cut weights to fit.
+Do: change the plan (`--tp 1`, or a smaller group size), or pad the MLP: zero rows in gate and up, zero
+columns in down. Qwen's own 14B and 72B GPTQ uploads are padded so (13696 to 14336, 29568 to 29696). Never
+cut weights to fit.
 
 False alarms: you will only serve on one GPU, or with pipeline parallelism.
 
-Fix safety: unsafe: shapes change. In exact arithmetic the outputs do not: a padded hidden unit is act(0) · 0 = 0, and its column in
-down is 0 too. The zeros are spread between the columns, so that no group is empty.
+Fix safety: unsafe: shapes change. In exact arithmetic the outputs do not: a padded hidden unit is act(0) ·
+0 = 0, and its column in down is 0 too. The zeros are spread between the columns, so that no group is empty.
 
-Sources: vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py (create_weights); QwenLM/Qwen3 issues 63 and 258;
-QwenLM/Qwen2 docs/source/quantization/gptq.md.
+Sources: vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py (create_weights); QwenLM/Qwen3
+issues 63 and 258; QwenLM/Qwen2 docs/source/quantization/gptq.md.
 """
 
 from doctor.rule import (MISSING, ROW_PARALLEL, Fix, Place, SetJson, axis_expression, finding, fits, pad_edits, resized, rule,
@@ -32,7 +33,7 @@ SEARCH = 8  # widths are sought in steps of 8: packing needs more, so no legal w
 @rule("G302", "error")
 def group_count_indivisible_by_tp(checkpoint, layout, spec, recipe, tensors):
     group, tp = layout.group_size, recipe.tp
-    if group == -1 or tp == 1:
+    if group == -1 or tp == 1 or recipe.runtime == "llama.cpp":  # llama.cpp splits by rows
         return
     misfits = {}
     for linear in layout.linears:

@@ -1,7 +1,7 @@
 """G303 kernel-shape: a matrix does not fit the tiles of the runtime's kernel.
 
-Why: fast kernels work on fixed tiles (Marlin: 128 in_features by 64 out_features on each GPU). A matrix that does not fill
-them goes to a slower kernel, and where there is none the runtime refuses the checkpoint.
+Why: fast kernels work on fixed tiles (Marlin: 128 in_features by 64 out_features on each GPU). A matrix
+that does not fill them goes to a slower kernel, and where there is none the runtime refuses the checkpoint.
 
 Seen as:
 - vLLM: `Weight input_size_per_partition = 7392 is not divisible by min_thread_k = 128. Consider reducing tensor_parallel_size`
@@ -11,11 +11,13 @@ Seen as:
 
 Do: use fewer GPUs, a newer runtime (vLLM pads the tiles itself since June 2026), or pad as G302 does.
 
-False alarms: a runtime built with other kernels than the table knows. `--runtime vllm==VERSION` picks the rows that hold.
+False alarms: a runtime built with other kernels than the table knows. `--runtime vllm==VERSION` picks the
+rows that hold.
 
 Fix safety: no fix here; padding is offered by G302 where it is exact.
 
-Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9913 and 13640, pull request 45295.
+Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9913 and 13640, pull request
+45295.
 """
 
 from doctor.rule import Place, finding, on_one_gpu, rule, size_key

@@ -1,7 +1,7 @@
 """G304 heads-indivisible-by-tp: attention heads cannot be shared out among the GPUs.
 
-Why: tensor parallelism gives each GPU whole heads. Query heads must be a multiple of tp; key and value heads too, or tp a multiple of
-them, because then they are repeated.
+Why: tensor parallelism gives each GPU whole heads. Query heads must be a multiple of tp; key and value
+heads too, or tp a multiple of them, because then they are repeated.
 
 Seen as:
 - vLLM: `must be divisible by tensor parallel size`
@@ -10,7 +10,8 @@ Do: choose a tp that divides both (the table lists those that do), or use pipeli
 
 False alarms: runtimes that split heads unevenly (ExLlamaV2 splits by layers and rows).
 
-Fix safety: no fix: adding zero heads is exact, but key-value groups must be kept and few runtimes read the result.
+Fix safety: no fix: adding zero heads is exact, but key-value groups must be kept and few runtimes read the
+result.
 
 Sources: vllm-project/vllm vllm/config (verify_with_parallel_config); QwenLM/Qwen3 issue 578.
 """

@@ -1,7 +1,8 @@
 """G305 plan-unsupported: the runtime has no kernel for this format, width, group size or symmetry.
 
-Why: a quantized file is only as good as the kernel that reads it. Runtimes take some combinations of format, bits, group size
-and symmetry and refuse the rest when they load the model, after the hours of quantizing.
+Why: a quantized file is only as good as the kernel that reads it. Runtimes take some combinations of
+format, bits, group size and symmetry and refuse the rest when they load the model, after the hours of
+quantizing.
 
 Seen as:
 - vLLM: `Unsupported quantization config: bits=`

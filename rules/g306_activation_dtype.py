@@ -1,14 +1,14 @@
 """G306 activation-dtype: the checkpoint is bfloat16 and the runtime's kernel computes in float16 only.
 
-Why: such kernels refuse bfloat16 activations, and a cast of the whole model to float16 overflows in models trained in bfloat16,
-Qwen1.5 and Gemma among them: logits turn to NaN and the reply to "!!!!".
+Why: such kernels refuse bfloat16 activations, and a cast of the whole model to float16 overflows in models
+trained in bfloat16, Qwen1.5 and Gemma among them: logits turn to NaN and the reply to "!!!!".
 
 Seen as:
 - vLLM: `torch.bfloat16 is not supported for quantization method awq. Supported dtypes: [torch.float16]`
 - vLLM: `torch.bfloat16 is not supported for quantization method gptq. Supported dtypes: [torch.float16]`
 
-Do: choose a plan that a Marlin kernel takes (4 or 8 bits, groups of 32, 64 or 128, symmetric for GPTQ); set float16 only after
-`doctor verify` has shown finite logits in it.
+Do: choose a plan that a Marlin kernel takes (4 or 8 bits, groups of 32, 64 or 128, symmetric for GPTQ); set
+float16 only after `doctor verify` has shown finite logits in it.
 
 False alarms: a model that is sound in float16.
 

@@ -1,7 +1,7 @@
 """G307 fused-linears-differ: some of q, k, v (or of gate and up) are quantized and others are not.
 
-Why: serving engines store q, k and v as one matrix, and gate and up as one. All parts need the same bits and groups, so a plan that
-keeps one of them in 16 bits cannot be loaded.
+Why: serving engines store q, k and v as one matrix, and gate and up as one. All parts need the same bits
+and groups, so a plan that keeps one of them in 16 bits cannot be loaded.
 
 Seen as:
 - vLLM: `Detected some but not all shards of`
@@ -13,8 +13,8 @@ False alarms: a runtime that never fuses (transformers).
 
 Fix safety: no fix: either choice is legal.
 
-Sources: vllm-project/vllm vllm/model_executor/layers/quantization/utils/quant_utils.py (is_layer_skipped); vllm issues 47473,
-50214 and 53992; turboderp/exllamav2 exllamav2/module.py.
+Sources: vllm-project/vllm vllm/model_executor/layers/quantization/utils/quant_utils.py (is_layer_skipped);
+vllm issues 47473, 50214 and 53992; turboderp/exllamav2 exllamav2/module.py.
 """
 
 from doctor.rule import FUSED, finding, rule

@@ -1,7 +1,7 @@
 """G308 expert-shape: the experts' sizes do not fit the runtime's mixture-of-experts kernel.
 
-Why: the fused kernel runs all experts at once and needs hidden_size in steps of 128 and an expert's width on each GPU in steps
-of 64 or of the group size. Otherwise the runtime takes a slower path, or refuses.
+Why: the fused kernel runs all experts at once and needs hidden_size in steps of 128 and an expert's width
+on each GPU in steps of 64 or of the group size. Otherwise the runtime takes a slower path, or refuses.
 
 Seen as:
 - vLLM: `Falling back to Moe WNA16 kernels`
@@ -13,8 +13,9 @@ False alarms: runtimes with other kernels than the table knows.
 
 Fix safety: no fix here; G302 pads where groups are cut.
 
-Sources: rules/tables/kernels.toml; vllm-project/vllm vllm/model_executor/layers/quantization/utils/marlin_utils.py
-(check_moe_marlin_supports_layer), pull request 45703.
+Sources: rules/tables/kernels.toml; vllm-project/vllm
+vllm/model_executor/layers/quantization/utils/marlin_utils.py (check_moe_marlin_supports_layer), pull
+request 45703.
 """
 
 from doctor.rule import Place, finding, in_force, rule, size_key, table

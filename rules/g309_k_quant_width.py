@@ -1,13 +1,14 @@
 """G309 k-quant-width: a width is no multiple of 256, so llama.cpp cannot store it in a k-quant.
 
-Why: k-quants pack 256 in_features together. Tensors of other widths fall back to a type with blocks of 32, or to float16: the
-file grows (4.5 to 6.2 bits a weight in one report) without an error.
+Why: k-quants pack 256 in_features together. Tensors of other widths fall back to a type with blocks of 32,
+or to float16: the file grows (4.5 to 6.2 bits a weight in one report) without an error.
 
 Seen as:
 - llama.cpp: `not divisible by 256, required for`
 - llama.cpp: `using fallback quantization`
 
-Do: expect the larger file, choose a 32-block type (Q4_0, Q8_0, IQ4_NL) yourself, or pad the MLP width to a multiple of 256.
+Do: expect the larger file, choose a 32-block type (Q4_0, Q8_0, IQ4_NL) yourself, or pad the MLP width to a
+multiple of 256.
 
 False alarms: none for widths; the loss is size, not quality.
 

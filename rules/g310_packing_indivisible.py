@@ -1,19 +1,22 @@
 """G310 packing-indivisible: a matrix cannot be packed into whole 32-bit words.
 
-Why: eight 4-bit codes share one word. GPTQ packs weights along in_features and zero points along out_features, AWQ both along
-out_features; what does not fill whole words cannot be stored, and packers fail at the end of the run.
+Why: eight 4-bit codes share one word. GPTQ packs weights along in_features and zero points along
+out_features, AWQ both along out_features; what does not fill whole words cannot be stored, and packers fail
+at the end of the run.
 
 Seen as:
 - AutoGPTQ: `in_feature and out_feature must be divisible by 32`
 - vLLM: `The output size is not aligned with the quantized weight shape`
 
-Do: keep these linears in 16 bits (`--keep PATTERN`), or choose compressed-tensors, which fills up the last word.
+Do: keep these linears in 16 bits (`--keep PATTERN`), or choose compressed-tensors, which fills up the last
+word.
 
 False alarms: none; the division is exact arithmetic.
 
 Fix safety: no fix: which linears stay in 16 bits is your choice.
 
-Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py (pack_block); casper-hansen/AutoAWQ awq/modules/linear/gemm.py.
+Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py (pack_block); casper-hansen/AutoAWQ
+awq/modules/linear/gemm.py.
 """
 
 import numpy as np

@@ -1,11 +1,14 @@
 """G311 act-order-under-tp: a checkpoint with scattered groups is to be cut across GPUs.
 
-Why: with desc_act the columns of a group lie scattered over the row, so a GPU that holds a part of o or down needs scales of
-all groups. Runtimes then leave their fast path for these linears, and some versions computed wrong outputs.
+Why: with desc_act the columns of a group lie scattered over the row, so a GPU that holds a part of o or
+down needs scales of all groups. Runtimes then leave their fast path for these linears, and some versions
+computed wrong outputs.
 
-Do: serve on one GPU, or quantize again with static groups (doctor's act_order always uses them: groups stay in place).
+Do: serve on one GPU, or quantize again with static groups (doctor's act_order always uses them: groups stay
+in place).
 
-False alarms: a runtime whose kernel keeps all scales on each GPU (Marlin with full-k) is right, only slower.
+False alarms: a runtime whose kernel keeps all scales on each GPU (Marlin with full-k) is right, only
+slower.
 
 Fix safety: no fix: the order is part of the stored codes.
 

@@ -1,10 +1,10 @@
 """G312 hessian-size: the Hessian of a linear is larger than 32-bit indices or usual cards allow.
 
-Why: GPTQ needs H, float32[k, k] for in_features k. From k = 46,341 on it has more than 2^31 entries, which overflowed 32-bit
-indices in older programs, and it takes 8 GiB before any working copy.
+Why: GPTQ needs H, float32[k, k] for in_features k. From k = 46,341 on it has more than 2^31 entries, which
+overflowed 32-bit indices in older programs, and it takes 8 GiB before any working copy.
 
-Do: give the step that much memory (doctor factorises on the CPU where the card is too small), or use `--method awq`, which needs no
-full Hessian.
+Do: give the step that much memory (doctor factorises on the CPU where the card is too small), or use
+`--method awq`, which needs no full Hessian.
 
 False alarms: none; the sizes are exact. Nothing is wrong with the checkpoint.
 

@@ -1,17 +1,20 @@
 """K501 key-bias: a key bias is likely too large for a low-bit KV cache.
 
-Why: the bias is the same for every token, so it tells attention nothing, yet it sets the largest value of its group in the cache. The
-step of a 4-bit cache then exceeds the signal of the other channels. Measured on Qwen2.5-Coder-0.5B (|bias| up to 211): perplexity 7.42
-with 16 bits, 7.7 with 8-bit keys, 46.1 with 4-bit keys; with 4-bit values alone 7.49.
+Why: the bias is the same for every token, so it tells attention nothing, yet it sets the largest value of
+its group in the cache. The step of a 4-bit cache then exceeds the signal of the other channels. Measured on
+Qwen2.5-Coder-0.5B (|bias| up to 211): perplexity 7.42 with 16 bits, 7.7 with 8-bit keys, 46.1 with 4-bit
+keys; with 4-bit values alone 7.49.
 
-Do: serve with 8-bit keys (ExLlamaV2 Q6 or Q8, llama.cpp --cache-type-k q8_0) and leave vLLM's cache dtype on auto. The weights are fine to
-quantize.
+Do: serve with 8-bit keys (ExLlamaV2 Q6 or Q8, llama.cpp --cache-type-k q8_0) and leave vLLM's cache dtype
+on auto. The weights are fine to quantize.
 
-False alarms: a large bias in a channel whose signal is large too. The family alone says nothing: Qwen2-72B is fine at 4 bits.
+False alarms: a large bias in a channel whose signal is large too. The family alone says nothing: Qwen2-72B
+is fine at 4 bits.
 
 Fix safety: no fix: the bias cannot be folded away, because rotary positions turn it at every token.
 
-Sources: turboderp/exllamav2 issue 493; QwenLM/Qwen3 issue 840; vllm-project/vllm PR 11906; ggml-org/llama.cpp issue 21385.
+Sources: turboderp/exllamav2 issue 493; QwenLM/Qwen3 issue 840; vllm-project/vllm PR 11906;
+ggml-org/llama.cpp issue 21385.
 """
 
 import re

@@ -1,18 +1,21 @@
 """K502 kv-scales-missing: the config promises a quantized KV cache, but the files hold no scales for it.
 
-Why: an FP8 cache stores keys and values divided by a scale. Without one the engine takes 1.0: values beyond 448 saturate, small ones vanish.
+Why: an FP8 cache stores keys and values divided by a scale. Without one the engine takes 1.0: values beyond
+448 saturate, small ones vanish.
 
 Seen as:
 - vLLM: `Using KV cache scaling factor 1.0 for fp8_e4m3`
 - vLLM: `Checkpoint does not provide a q scaling factor`
 
-Do: calibrate the scales (a kv_cache_scheme in llm-compressor), or remove the entry and leave the cache dtype on auto.
+Do: calibrate the scales (a kv_cache_scheme in llm-compressor), or remove the entry and leave the cache
+dtype on auto.
 
 False alarms: engines that compute scales while serving.
 
 Fix safety: no fix: scales need a calibration.
 
-Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py; vllm-project/llm-compressor issue 2176.
+Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py; vllm-project/llm-compressor
+issue 2176.
 """
 
 from doctor.rule import Place, finding, rule

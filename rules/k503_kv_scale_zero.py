@@ -1,6 +1,7 @@
 """K503 kv-scale-zero: a scale of the KV cache is 0.
 
-Why: keys and values are divided by it: every entry of the cache becomes NaN or Inf, and the reply one token for ever.
+Why: keys and values are divided by it: every entry of the cache becomes NaN or Inf, and the reply one token
+for ever.
 
 Do: calibrate again, with text that reaches this block.
 

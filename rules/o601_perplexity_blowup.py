@@ -1,19 +1,20 @@
 """O601 perplexity-blowup: the quantized model predicts text far worse than its original.
 
-Why: perplexity is the inverse of the mean probability of the right token, so a model that lost its way shows here first. At 4 bits with groups of
-128 most models lose under 5 percent, small ones up to 15.
+Why: perplexity is the inverse of the mean probability of the right token, so a model that lost its way
+shows here first. At 4 bits with groups of 128 most models lose under 5 percent, small ones up to 15.
 
 Seen as:
 - ExLlamaV2: `calibration perplexity (quant)`
 
-Do: look at the error after each block (`doctor verify` lists it): a jump names the block. Then see that block's Q findings, or take more bits.
+Do: look at the error after each block (`doctor verify` lists it): a jump names the block. Then see that
+block's Q findings, or take more bits.
 
 False alarms: perplexity of an instruct model on plain text moves more than its replies do.
 
 Fix safety: no fix: quantize again.
 
-Sources: Frantar et al. 2022 (arXiv 2210.17323) table 4; turboderp/exllamav2 issue 246 (2,745 where about 5 was right); QwenLM/Qwen2 docs
-(4-bit models of 0.5 B and 1.5 B lose 3 to 5 points).
+Sources: Frantar et al. 2022 (arXiv 2210.17323) table 4; turboderp/exllamav2 issue 246 (2,745 where about 5
+was right); QwenLM/Qwen2 docs (4-bit models of 0.5 B and 1.5 B lose 3 to 5 points).
 """
 
 from doctor.rule import finding, rule

@@ -1,13 +1,15 @@
 """O602 nonfinite-logits: the quantized model puts out NaN or Inf.
 
-Why: with NaN among the logits greedy decoding returns id 0, which is "!" in Qwen's and GPT-2's vocabularies, and sampling stops with an
-error. A scale that is not finite, or one that makes a block overflow, does this.
+Why: with NaN among the logits greedy decoding returns id 0, which is "!" in Qwen's and GPT-2's
+vocabularies, and sampling stops with an error. A scale that is not finite, or one that makes a block
+overflow, does this.
 
 Seen as:
 - PyTorch: `probability tensor contains either `inf`, `nan` or element < 0`
 - vLLM: `!!!!!!!!!!!!!!!!`
 
-Do: `doctor check` on the output finds scales that are not finite; the block at which the error turns NaN names the rest.
+Do: `doctor check` on the output finds scales that are not finite; the block at which the error turns NaN
+names the rest.
 
 False alarms: none; the rows were counted in float32.
 

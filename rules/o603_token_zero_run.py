@@ -1,7 +1,7 @@
 """O603 token-zero-run: the quantized model answers with token 0 again and again.
 
-Why: the largest of logits that are all NaN or all equal is the first: id 0, printed as "!" by byte-level vocabularies. It is no fallback
-of the tokenizer; the model has nothing left to say.
+Why: the largest of logits that are all NaN or all equal is the first: id 0, printed as "!" by byte-level
+vocabularies. It is no fallback of the tokenizer; the model has nothing left to say.
 
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`
@@ -13,7 +13,8 @@ False alarms: a prompt whose right answer is token 0.
 
 Fix safety: no fix: quantize again.
 
-Sources: vllm-project/vllm issue 38966; QwenLM/Qwen issue 381; QwenLM/Qwen2 docs (known issues of the 32B GPTQ model).
+Sources: vllm-project/vllm issue 38966; QwenLM/Qwen issue 381; QwenLM/Qwen2 docs (known issues of the 32B
+GPTQ model).
 """
 
 from doctor.rule import finding, rule

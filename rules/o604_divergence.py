@@ -1,7 +1,8 @@
 """O604 divergence: the quantized model's predictions differ strongly from its original's.
 
-Why: perplexity can stay while the model changes its mind elsewhere. The divergence (KL, in nats per token) compares whole distributions and is
-0 only for equal ones; 4 bits with groups cost 0.01 to 0.1 in most models.
+Why: perplexity can stay while the model changes its mind elsewhere. The divergence (KL, in nats per token)
+compares whole distributions and is 0 only for equal ones; 4 bits with groups cost 0.01 to 0.1 in most
+models.
 
 Do: more bits, smaller groups, or calibration text nearer to the text of use.
 
@@ -9,7 +10,8 @@ False alarms: very small models, whose 4-bit versions lose more.
 
 Fix safety: no fix: quantize again.
 
-Sources: ggml-org/llama.cpp tools/perplexity (KL divergence); arXiv 2407.09141 (accuracy is not all you need).
+Sources: ggml-org/llama.cpp tools/perplexity (KL divergence); arXiv 2407.09141 (accuracy is not all you
+need).
 """
 
 from doctor.rule import finding, rule

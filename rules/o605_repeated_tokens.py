@@ -1,8 +1,10 @@
 """O605 repeated-tokens: the quantized model repeats one token over and over.
 
-Why: greedy replies of a damaged model fall into a loop of one token; those of a sound model loop over phrases at most.
+Why: greedy replies of a damaged model fall into a loop of one token; those of a sound model loop over
+phrases at most.
 
-Do: compare the replies that the report shows side by side. If perplexity is fine, try a prompt in the model's chat template.
+Do: compare the replies that the report shows side by side. If perplexity is fine, try a prompt in the
+model's chat template.
 
 False alarms: base models that continue a list or a line of dashes.
 

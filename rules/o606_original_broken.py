@@ -1,6 +1,7 @@
 """O606 original-broken: the model was broken before it was quantized.
 
-Why: the original itself puts out NaN or Inf on the same text, or predicts worse than chance. Nothing can be learned about the quantization then, and no recipe will help.
+Why: the original itself puts out NaN or Inf on the same text, or predicts worse than chance. Nothing can be
+learned about the quantization then, and no recipe will help.
 
 Seen as:
 - PyTorch: `probability tensor contains either `inf`, `nan` or element < 0`

@@ -1,7 +1,7 @@
 """O607 bad-scales: scales of a quantized tensor are 0 or far too large.
 
-Why: every weight is a code times its group's scale. A scale of 0 erases the group, one in the hundreds makes the block overflow. Both are left
-behind by a quantizer that went on after its Hessian had failed.
+Why: every weight is a code times its group's scale. A scale of 0 erases the group, one in the hundreds
+makes the block overflow. Both are left behind by a quantizer that went on after its Hessian had failed.
 
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`

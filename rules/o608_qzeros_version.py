@@ -1,8 +1,9 @@
 """O608 qzeros-version: zero points are stored in the other version's way.
 
-Why: GPTQ files of version 1 store zero points minus one (7 for symmetric 4-bit), those of version 2 as they are (8). A file that names
-one version and holds the other shifts every weight by one step: it loads without an error and talks nonsense. Marlin kernels ignore
-zero points of symmetric files, so the same file works there and fails elsewhere.
+Why: GPTQ files of version 1 store zero points minus one (7 for symmetric 4-bit), those of version 2 as they
+are (8). A file that names one version and holds the other shifts every weight by one step: it loads without
+an error and talks nonsense. Marlin kernels ignore zero points of symmetric files, so the same file works
+there and fails elsewhere.
 
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`
@@ -13,7 +14,8 @@ False alarms: none for symmetric files, whose zero points are known.
 
 Fix safety: safe: one word of the config; the tensors are untouched.
 
-Sources: vllm-project/vllm PR 26092 and 38966; AutoGPTQ/AutoGPTQ PR 640; turboderp/exllamav2 exllamav2/ext.py (0x11111111).
+Sources: vllm-project/vllm PR 26092 and 38966; AutoGPTQ/AutoGPTQ PR 640; turboderp/exllamav2
+exllamav2/ext.py (0x11111111).
 """
 
 from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule

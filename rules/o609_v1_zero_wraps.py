@@ -1,7 +1,8 @@
 """O609 v1-zero-wraps: an asymmetric file of version 1 holds zero points that wrap around.
 
-Why: version 1 stores a zero point minus one. Zero point 0 would be -1: one writer borrows from the next field, another overwrites
-seven neighbours with ones, and readers disagree about a stored 15, which is 0 to some and 16 to others.
+Why: version 1 stores a zero point minus one. Zero point 0 would be -1: one writer borrows from the next
+field, another overwrites seven neighbours with ones, and readers disagree about a stored 15, which is 0 to
+some and 16 to others.
 
 Do: quantize again with sym=true, or write gptq_v2, which stores zero points as they are.
 
@@ -9,7 +10,8 @@ False alarms: readers that add 1 without wrapping, of files whose zero point is 
 
 Fix safety: no fix: which of the two was meant is not in the file.
 
-Sources: AutoGPTQ/AutoGPTQ PR 640; huggingface/text-generation-inference PR 2120; ModelCloud/GPTQModel gptqmodel/utils/model.py.
+Sources: AutoGPTQ/AutoGPTQ PR 640; huggingface/text-generation-inference PR 2120; ModelCloud/GPTQModel
+gptqmodel/utils/model.py.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """O610 group-index: g_idx does not agree with the config or with the scales.
 
-Why: g_idx says which group each column belongs to. Kernels skip it when desc_act is false, so a scattered g_idx then decodes with wrong
-scales; an entry beyond the last group reads past the table.
+Why: g_idx says which group each column belongs to. Kernels skip it when desc_act is false, so a scattered
+g_idx then decodes with wrong scales; an entry beyond the last group reads past the table.
 
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.mlp.down_proj.g_idx'`
@@ -12,7 +12,8 @@ False alarms: none; the entries were counted.
 
 Fix safety: safe for the flag: the tensors stay. No fix for entries beyond the last group.
 
-Sources: AutoGPTQ/AutoGPTQ commit c0f8edb; vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py.
+Sources: AutoGPTQ/AutoGPTQ commit c0f8edb; vllm-project/vllm
+vllm/model_executor/layers/quantization/gptq.py.
 """
 
 import numpy as np

@@ -1,13 +1,14 @@
 """O611 quantization-config-missing: tensors are packed, but no file says how.
 
-Why: bits, group size and zero points cannot be read off the words with certainty. Engines take such a checkpoint for an unquantized one and look for
-weights that are not there.
+Why: bits, group size and zero points cannot be read off the words with certainty. Engines take such a
+checkpoint for an unquantized one and look for weights that are not there.
 
 Seen as:
 - vLLM: `Cannot find the config file for gptq`
 - transformers: `Some weights of the model checkpoint were not used`
 
-Do: copy quantize_config.json from where the model came from, or write the quantization_config that its maker used.
+Do: copy quantize_config.json from where the model came from, or write the quantization_config that its
+maker used.
 
 False alarms: none; without it no engine reads the file.
 

@@ -1,7 +1,8 @@
 """O612 packed-tensors-incomplete: a packed linear lacks one of its tensors, or their sizes disagree.
 
-Why: qweight without scales cannot be decoded. And where the number of groups in scales does not follow from in_features and group_size, the config
-names a group size or a width in bits that the tensors were not made with: the file loads or decodes wrongly.
+Why: qweight without scales cannot be decoded. And where the number of groups in scales does not follow from
+in_features and group_size, the config names a group size or a width in bits that the tensors were not made
+with: the file loads or decodes wrongly.
 
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.mlp.down_proj.scales'`
@@ -12,7 +13,8 @@ False alarms: formats with other tensor names are not judged.
 
 Fix safety: no fix: the maker's config is the better source.
 
-Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py; casper-hansen/AutoAWQ awq/modules/linear/gemm.py.
+Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py; casper-hansen/AutoAWQ
+awq/modules/linear/gemm.py.
 """
 
 from doctor.rule import Place, finding, rule

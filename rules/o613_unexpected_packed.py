@@ -1,7 +1,7 @@
 """O613 unexpected-packed: a router or the output head is packed, which engines do not expect.
 
-Why: engines build routers as plain linears, and the head too unless the config has lm_head: true. Packed tensors then have no place to
-go. Routers also decide by small differences, which four bits blur.
+Why: engines build routers as plain linears, and the head too unless the config has lm_head: true. Packed
+tensors then have no place to go. Routers also decide by small differences, which four bits blur.
 
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.mlp.gate.g_idx'`

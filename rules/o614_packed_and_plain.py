@@ -1,7 +1,7 @@
 """O614 packed-and-plain: a linear stands in the files both packed and as a plain weight.
 
-Why: an export that was written over an old checkpoint leaves both. Readers take one or the other, the file is up to five times larger than
-needed, and the two need not agree.
+Why: an export that was written over an old checkpoint leaves both. Readers take one or the other, the file
+is up to five times larger than needed, and the two need not agree.
 
 Do: drop the plain weight, if the packed one is the output that was meant.
 

@@ -1,12 +1,14 @@
 """Q400 linear-failed: a linear could not be quantized and no better reason is known.
 
-Why: the run ended at this linear, or its weights are not in the output. The attempts that were made are listed.
+Why: the run ended at this linear, or its weights are not in the output. The attempts that were made are
+listed.
 
 Seen as:
 - GPTQModel: `Quantization: Failed due to `NaN` loss for`
 - ExLlamaV2: `ValueError: Hessian is not invertible`
 
-Do: look at the findings on the same linear first. If there are none, report the line with its attempts: it is a case we do not know.
+Do: look at the findings on the same linear first. If there are none, report the line with its attempts: it
+is a case we do not know.
 
 False alarms: none; the linear has no quantized weights.
 

@@ -1,8 +1,8 @@
 """Q401 nonfinite-hessian: the inputs of a linear hold NaN or Inf during calibration.
 
-Why: H is made of these inputs, so it is not finite, and no damping makes NaN finite. Programs retry the factorisation all the
-same and end in a message about the Hessian. The cause lies before this linear: a weight that is not finite, or activations
-beyond the range of float16.
+Why: H is made of these inputs, so it is not finite, and no damping makes NaN finite. Programs retry the
+factorisation all the same and end in a message about the Hessian. The cause lies before this linear: a
+weight that is not finite, or activations beyond the range of float16.
 
 Seen as:
 - ExLlamaV2: `ValueError: Hessian is not invertible`
@@ -10,14 +10,16 @@ Seen as:
 - PyTorch: `linalg.cholesky: The factorization could not be completed because the input is not positive-definite (the leading minor of order 1 is not positive-definite)`
 - GPTQModel: `Quantization: Failed due to `NaN` loss for`
 
-Do: look for W201 and W205 in this and earlier blocks. If the weights are sound, run the calibration in bfloat16 or float32.
+Do: look for W201 and W205 in this and earlier blocks. If the weights are sound, run the calibration in
+bfloat16 or float32.
 
 False alarms: none; the values were counted.
 
 Fix safety: no fix: the cause is elsewhere.
 
-Sources: turboderp/exllamav2 exllamav2/conversion/adaptivegptq.py:276-333, issues 453 and 459; turboderp-org/exllamav3 issue 58;
-AutoGPTQ/AutoGPTQ issue 708. LAPACK's spotrf returns success for a matrix with NaN, so success of a factorisation proves nothing.
+Sources: turboderp/exllamav2 exllamav2/conversion/adaptivegptq.py:276-333, issues 453 and 459;
+turboderp-org/exllamav3 issue 58; AutoGPTQ/AutoGPTQ issue 708. LAPACK's spotrf returns success for a matrix
+with NaN, so success of a factorisation proves nothing.
 """
 
 from doctor.rule import finding, rule

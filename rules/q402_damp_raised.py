@@ -1,20 +1,22 @@
 """Q402 damp-raised: a linear needed more damping than the recipe asked for.
 
-Why: H could not be factored as it was. More damping makes it definite and pulls the result towards plain rounding, so quality drops a
-little; it is named because nothing here happens in silence.
+Why: H could not be factored as it was. More damping makes it definite and pulls the result towards plain
+rounding, so quality drops a little; it is named because nothing here happens in silence.
 
 Seen as:
 - AutoGPTQ: `(the leading minor of order 14960 is not positive-definite)`
 - llm-compressor: `Failed to invert hessian due to numerical instability. Consider increasing GPTQModifier.dampening_frac`
 - ExLlamaV2: `Applied additional damping`
 
-Do: nothing, if the loss stays below that of rounding (Q405 says so otherwise). More and longer calibration rows help wide linears.
+Do: nothing, if the loss stays below that of rounding (Q405 says so otherwise). More and longer calibration
+rows help wide linears.
 
 False alarms: none; it reports what was done.
 
 Fix safety: no fix is needed.
 
-Sources: Frantar et al. 2022 (arXiv 2210.17323) §3; AutoGPTQ/AutoGPTQ issues 637, 644 and 780; vllm-project/llm-compressor issue 109.
+Sources: Frantar et al. 2022 (arXiv 2210.17323) §3; AutoGPTQ/AutoGPTQ issues 637, 644 and 780;
+vllm-project/llm-compressor issue 109.
 """
 
 from doctor.rule import finding, rule
@@ -25,7 +27,7 @@ from doctor.testing import change, measured
 def damp_raised(linear, solve):
     if solve.outcome == "failed":
         return
-    tries = f"{len(solve.attempts)} attempts"
+    tries = "1 attempt" if len(solve.attempts) == 1 else f"{len(solve.attempts)} attempts"
     if solve.damp_used > solve.damp_asked:
         yield finding(f"damp raised from {solve.damp_asked:g} to {solve.damp_used:g} for {linear.name} after {tries}",
                       evidence={"attempts": [list(a) for a in solve.attempts]}, advice="more or longer calibration rows")

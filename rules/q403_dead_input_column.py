@@ -1,7 +1,9 @@
-"""Q403 dead-input-column: inputs of a linear stayed 0 through the whole calibration, though its weights there are not 0.
+"""Q403 dead-input-column: inputs of a linear stayed 0 through the whole calibration, though its weights there
+are not 0.
 
-Why: such columns have nothing in the Hessian, so they are rounded without guidance (some programs even set their weights to 0, which
-changes the model for text that does reach them). Without damping the factorisation fails at the first of them.
+Why: such columns have nothing in the Hessian, so they are rounded without guidance (some programs even set
+their weights to 0, which changes the model for text that does reach them). Without damping the
+factorisation fails at the first of them.
 
 Seen as:
 - ExLlamaV2: `ValueError: Hessian is not invertible`
@@ -12,8 +14,8 @@ False alarms: padded columns are 0 by design and not counted; up to DEAD_SHARE o
 
 Fix safety: no fix: doctor keeps these weights and rounds them to nearest.
 
-Sources: IST-DASLab/gptq gptq.py (dead); vllm-project/llm-compressor src/llmcompressor/modifiers/gptq/helpers.py;
-arXiv 2309.04827.
+Sources: IST-DASLab/gptq gptq.py (dead); vllm-project/llm-compressor
+src/llmcompressor/modifiers/gptq/helpers.py; arXiv 2309.04827.
 """
 
 from doctor.rule import finding, rule

@@ -1,7 +1,8 @@
 """Q404 too-few-calibration-rows: a linear saw fewer calibration tokens than it has in_features.
 
-Why: H then has at most as many independent directions as tokens: the rest is known by damping alone, and corrections follow noise.
-Tokens count, not samples: 128 samples of 50 tokens are 6,400, fewer than the 24,576 inputs of a 72B model's down.
+Why: H then has at most as many independent directions as tokens: the rest is known by damping alone, and
+corrections follow noise. Tokens count, not samples: 128 samples of 50 tokens are 6,400, fewer than the
+24,576 inputs of a 72B model's down.
 
 Seen as:
 - AutoGPTQ: `(the leading minor of order 1025 is not positive-definite)`
@@ -9,7 +10,8 @@ Seen as:
 
 Do: more rows or longer rows, several times the widest linear.
 
-False alarms: plain rounding (rtn) needs no calibration, and experts of a mixture have their own rule (Q410).
+False alarms: plain rounding (rtn) needs no calibration, and experts of a mixture have their own rule
+(Q410).
 
 Fix safety: no fix: the text is yours to give.
 

@@ -1,15 +1,17 @@
 """Q405 worse-than-rtn: a linear came out worse than plain rounding to nearest would.
 
-Why: GPTQ exists to lose less than rounding on the calibration text. Where it loses more, its Hessian misled it, its groups fit
-badly, or the arithmetic failed.
+Why: GPTQ exists to lose less than rounding on the calibration text. Where it loses more, its Hessian misled
+it, its groups fit badly, or the arithmetic failed.
 
-Do: quantize again with act-order and smaller groups or with more calibration text, or keep this linear in 16 bits.
+Do: quantize again with act-order and smaller groups or with more calibration text, or keep this linear in
+16 bits.
 
 False alarms: none on the calibration text; elsewhere the order may differ.
 
 Fix safety: no fix: the better plan is a choice.
 
-Sources: qwopqwop200/GPTQ-for-LLaMa README (7B: perplexity 6.79 with GPTQ and 6.28 with RTN, without act-order).
+Sources: qwopqwop200/GPTQ-for-LLaMa README (7B: perplexity 6.79 with GPTQ and 6.28 with RTN, without
+act-order).
 """
 
 from doctor.rule import finding, rule

@@ -1,12 +1,13 @@
 """Q406 fallback: a linear was quantized by a simpler method than asked, or left in 16 bits.
 
-Why: other programs swap in rounding, or keep a linear in 16 bits, with a line in the log or none. The file then is not what its name
-says, and serving engines that fuse q, k and v may refuse it.
+Why: other programs swap in rounding, or keep a linear in 16 bits, with a line in the log or none. The file
+then is not what its name says, and serving engines that fuse q, k and v may refuse it.
 
 Seen as:
 - llm-compressor: `Hessian inversion failed for`
 
-Do: see why (the finding's text), and cure that: finite inputs, more calibration text, a group size that divides.
+Do: see why (the finding's text), and cure that: finite inputs, more calibration text, a group size that
+divides.
 
 False alarms: none; it reports what was done. Linears that `--keep` names are not counted.
 

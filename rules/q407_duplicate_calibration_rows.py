@@ -1,6 +1,7 @@
 """Q407 duplicate-calibration-rows: calibration rows stand there more than once.
 
-Why: a row twice adds no direction to the Hessian and gives its text double weight; the real number of tokens is smaller than it looks.
+Why: a row twice adds no direction to the Hessian and gives its text double weight; the real number of
+tokens is smaller than it looks.
 
 Do: remove the copies, and ask for fewer rows if the source is small.
 

@@ -1,9 +1,10 @@
 """Q408 padding-in-calibration: calibration rows hold padding tokens.
 
-Why: a program that ignores the attention mask counts padding as text: the Hessian then learns the one vector that padding makes, and its
-share is taken from real text.
+Why: a program that ignores the attention mask counts padding as text: the Hessian then learns the one
+vector that padding makes, and its share is taken from real text.
 
-Do: pack the texts end to end and cut rows of one length (doctor does), or calibrate one row at a time without padding.
+Do: pack the texts end to end and cut rows of one length (doctor does), or calibrate one row at a time
+without padding.
 
 False alarms: a pad token that the model also uses as an end of text is not counted.
 

@@ -1,7 +1,7 @@
 """Q409 bos-doubled: calibration rows begin with two BOS tokens.
 
-Why: the chat template writes BOS and the tokenizer adds another. The first tokens carry the largest activations of a
-model, so a start that never occurs in use is what the Hessian sees most of.
+Why: the chat template writes BOS and the tokenizer adds another. The first tokens carry the largest
+activations of a model, so a start that never occurs in use is what the Hessian sees most of.
 
 Do: tokenize rendered templates with add_special_tokens=False.
 
@@ -9,7 +9,8 @@ False alarms: none for rows of text; a model that is served with two is rare.
 
 Fix safety: no fix: the rows are yours.
 
-Sources: EleutherAI/lm-evaluation-harness issue 2676 (one BOS more or less decided 0.26 or 0.85); huggingface/open-r1 issue 462.
+Sources: EleutherAI/lm-evaluation-harness issue 2676 (one BOS more or less decided 0.26 or 0.85);
+huggingface/open-r1 issue 462.
 """
 
 from doctor.rule import Place, finding, rule

@@ -1,20 +1,22 @@
 """Q410 expert-underseen: the router sent too few calibration tokens to an expert.
 
-Why: each expert has its own Hessian. With fewer tokens than a quarter of its in_features, that Hessian is mostly damping; with none there is
-nothing at all, and programs crash, round silently or divide by zero.
+Why: each expert has its own Hessian. With fewer tokens than a quarter of its in_features, that Hessian is
+mostly damping; with none there is nothing at all, and programs crash, round silently or divide by zero.
 
 Seen as:
 - GPTQModel: `'GPTQ' object has no attribute 'H'`
 - ExLlamaV2: `has less than 10% calibration for`
 - AutoAWQ: `increase max_calib_samples`
 
-Do: calibrate on more and more varied text; four times the tokens halve the number of starved experts roughly.
+Do: calibrate on more and more varied text; four times the tokens halve the number of starved experts
+roughly.
 
 False alarms: an expert that no text ever reaches loses nothing; it is named all the same.
 
 Fix safety: no fix: doctor rounds an unseen expert to nearest.
 
-Sources: ModelCloud/GPTQModel issues 1376 and 1680; casper-hansen/AutoAWQ commit de21987; vllm-project/llm-compressor PR 2826.
+Sources: ModelCloud/GPTQModel issues 1376 and 1680; casper-hansen/AutoAWQ commit de21987;
+vllm-project/llm-compressor PR 2826.
 """
 
 from doctor.rule import finding, rule

@@ -1,19 +1,23 @@
-"""Q411 damp-too-small: the spectrum of a Hessian foretells that float32 needs more damping than the recipe has.
+"""Q411 damp-too-small: the spectrum of a Hessian foretells that float32 needs more damping than the recipe
+has.
 
-Why: float32 rounding shifts eigenvalues by about 6e-7 of the largest. Where a few tokens dominate (attention sinks), the smallest turn
-negative unless damping is larger than that, and the factorisation fails late: order 14,960 of 24,576 in one report.
+Why: float32 rounding shifts eigenvalues by about 6e-7 of the largest. Where a few tokens dominate
+(attention sinks), the smallest turn negative unless damping is larger than that, and the factorisation
+fails late: order 14,960 of 24,576 in one report.
 
 Seen as:
 - AutoGPTQ: `(the leading minor of order 14314 is not positive-definite)`
 - AutoGPTQ: `(the leading minor of order 13770 is not positive-definite)`
 
-Do: raise damp (0.05 is GPTQModel's default), or let doctor factor in float64, which it tries before it raises damping.
+Do: raise damp (0.05 is GPTQModel's default), or let doctor factor in float64, which it tries before it
+raises damping.
 
 False alarms: it is a prediction: float64 may pass at the damping asked for.
 
 Fix safety: safe: it changes the plan as the run itself would, never the checkpoint.
 
-Sources: AutoGPTQ/AutoGPTQ issues 637, 644 and 780; Higham, Accuracy and Stability of Numerical Algorithms, theorem 10.7; doctor/quant/hessian.py.
+Sources: AutoGPTQ/AutoGPTQ issues 637, 644 and 780; Higham, Accuracy and Stability of Numerical Algorithms,
+theorem 10.7; doctor/quant/hessian.py.
 """
 
 from doctor.rule import Fix, SetRecipe, finding, rule

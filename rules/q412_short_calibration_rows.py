@@ -1,7 +1,7 @@
 """Q412 short-calibration-rows: calibration rows are too short to show the model at work.
 
-Why: in short rows most tokens are near the start, where attention has little to look at; the Hessian then describes beginnings.
-And few long rows hold more tokens than many short ones.
+Why: in short rows most tokens are near the start, where attention has little to look at; the Hessian then
+describes beginnings. And few long rows hold more tokens than many short ones.
 
 Seen as:
 - GPTQModel: `calibration dataset size should be more than`

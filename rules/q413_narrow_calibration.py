@@ -1,7 +1,7 @@
 """Q413 narrow-calibration: calibration text uses few of the model's tokens.
 
-Why: text of one kind fits the quantized model to that kind: in one report perplexity was 7.6 on the calibration text and far worse on
-anything else.
+Why: text of one kind fits the quantized model to that kind: in one report perplexity was 7.6 on the
+calibration text and far worse on anything else.
 
 Do: mix sources: prose, code, chat, and every language the model is to serve.
 
@@ -9,7 +9,8 @@ False alarms: a model for one narrow task, calibrated on that task.
 
 Fix safety: no fix: the text is yours.
 
-Sources: turboderp/exllamav2 issue 262; Heaps' law: distinct words grow about as the square root of the text, by a factor of 10 to 100.
+Sources: turboderp/exllamav2 issue 262; Heaps' law: distinct words grow about as the square root of the
+text, by a factor of 10 to 100.
 """
 
 import math

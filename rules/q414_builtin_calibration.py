@@ -1,7 +1,7 @@
 """Q414 builtin-calibration: no calibration text was given, so doctor's own was used.
 
-Why: the built-in text is English documentation. It serves for a first look; a model for other languages, code or chat is better
-calibrated on what it will serve.
+Why: the built-in text is English documentation. It serves for a first look; a model for other languages,
+code or chat is better calibrated on what it will serve.
 
 Do: `--calibration FILE` with text of the kind to be served.
 

@@ -1,6 +1,7 @@
 """Q415 rows-beyond-positions: calibration rows are longer than the model has positions.
 
-Why: past its last position a model was never trained: activations there are noise at best, an index error at worst, and they enter the Hessian.
+Why: past its last position a model was never trained: activations there are noise at best, an index error
+at worst, and they enter the Hessian.
 
 Seen as:
 - transformers: `Token indices sequence length is longer than the specified maximum sequence length for this model`

@@ -1,20 +1,22 @@
 """W202 all-zero-weight: a weight matrix holds nothing but zeros.
 
-Why: a file whose tail was never written (an interrupted copy on a file system that fills gaps) reads as zeros, and zeros
-pass every check for NaN. The matrix contributes nothing, and a quantizer that divides by a group's largest weight gets 0/0.
+Why: a file whose tail was never written (an interrupted copy on a file system that fills gaps) reads as
+zeros, and zeros pass every check for NaN. The matrix contributes nothing, and a quantizer that divides by a
+group's largest weight gets 0/0.
 
 Seen as:
 - AutoAWQ: `assert torch.isnan(w).sum() == 0`
 
-Do: compare the shard's checksum with the source's and copy it again. Where the block was added on purpose with zero output
-(block expansion), say `ignore = ["W202"]` after training it.
+Do: compare the shard's checksum with the source's and copy it again. Where the block was added on purpose
+with zero output (block expansion), say `ignore = ["W202"]` after training it.
 
-False alarms: a freshly expanded model whose new blocks start at zero. Biases, norms stored as offset from 1 and correction
-terms of a router may well be 0 and are not looked at.
+False alarms: a freshly expanded model whose new blocks start at zero. Biases, norms stored as offset from 1
+and correction terms of a router may well be 0 and are not looked at.
 
 Fix safety: none is offered; the true values are not in the files.
 
-Sources: safetensors reads any bytes inside the offsets as values (safetensors/src/tensor.rs); casper-hansen/AutoAWQ PR 522.
+Sources: safetensors reads any bytes inside the offsets as values (safetensors/src/tensor.rs);
+casper-hansen/AutoAWQ PR 522.
 """
 
 from doctor.rule import finding, rule

@@ -1,20 +1,24 @@
 """W203 zero-groups: whole groups of weights are zero, outside of padding.
 
-Why: a group's scale comes from its largest weight. For a group of zeros that is 0, and 0/0 is NaN in every program that does not
-guard the division. Groups inside all-zero rows are padding of out_features and are not counted.
+Why: a group's scale comes from its largest weight. For a group of zeros that is 0, and 0/0 is NaN in every
+program that does not guard the division. Groups inside all-zero rows are padding of out_features and are
+not counted.
 
 Seen as:
 - AutoAWQ: `assert torch.isnan(w).sum() == 0`
 - AutoAWQ: `assert torch.isnan(scales).sum() == 0`
 
-Do: quantize with doctor, which gives such a group scale 1, or with AutoAWQ 0.2.6 or newer. If the zeros came from padding at the
-end of in_features, pad again with the zeros spread between the columns, so that no group is empty.
+Do: quantize with doctor, which gives such a group scale 1, or with AutoAWQ 0.2.6 or newer. If the zeros
+came from padding at the end of in_features, pad again with the zeros spread between the columns, so that no
+group is empty.
 
-False alarms: pruned models have zero groups on purpose; they are a warning only for the program that divides by them.
+False alarms: pruned models have zero groups on purpose; they are a warning only for the program that
+divides by them.
 
 Fix safety: no fix: the zeros may be meant.
 
-Sources: casper-hansen/AutoAWQ PR 519 and 522; InternLM/lmdeploy issue 1786; QwenLM/Qwen2 docs/source/quantization/gptq.md.
+Sources: casper-hansen/AutoAWQ PR 519 and 522; InternLM/lmdeploy issue 1786; QwenLM/Qwen2
+docs/source/quantization/gptq.md.
 """
 
 from doctor.rule import Place, finding, rule

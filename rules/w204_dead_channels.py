@@ -1,15 +1,18 @@
 """W204 dead-channels: many rows or columns of a linear are zero where padding does not explain them.
 
-Why: a column of zeros in a linear that reads the residual stream, or a row of zeros in one that writes it, is a channel the
-block ignores. Padding makes zero rows in gate and up and zero columns in down, never these; so pruning or a damaged copy did.
+Why: a column of zeros in a linear that reads the residual stream, or a row of zeros in one that writes it,
+is a channel the block ignores. Padding makes zero rows in gate and up and zero columns in down, never
+these; so pruning or a damaged copy did.
 
 Do: nothing, if the model was pruned so. Otherwise compare the shard with its source.
 
-False alarms: structured pruning. A few such channels occur in trained models, so less than DEAD_SHARE of them stays silent.
+False alarms: structured pruning. A few such channels occur in trained models, so less than DEAD_SHARE of
+them stays silent.
 
 Fix safety: no fix: nothing is broken for certain.
 
-Sources: casper-hansen/AutoAWQ PR 522 (zero channels and scales); arXiv 2309.04827 (neurons that never fire).
+Sources: casper-hansen/AutoAWQ PR 522 (zero channels and scales); arXiv 2309.04827 (neurons that never
+fire).
 """
 
 from doctor.rule import ROW_PARALLEL, finding, rule

@@ -1,15 +1,15 @@
 """W205 fp16-overflow: weights are too large for float16.
 
-Why: many loaders cast to float16 (AutoAWQ and AutoGPTQ by default, vLLM's AWQ and older GPTQ kernels by need). Values beyond 65,504
-become Inf there, and the first matrix product after them is Inf or NaN.
+Why: many loaders cast to float16 (AutoAWQ and AutoGPTQ by default, vLLM's AWQ and older GPTQ kernels by
+need). Values beyond 65,504 become Inf there, and the first matrix product after them is Inf or NaN.
 
 Seen as:
 - llama.cpp: `cannot be represented within F16`
 - ExLlamaV2: `Measurement/inference error (2)`
 - PyTorch: `probability tensor contains either `inf`, `nan` or element < 0`
 
-Do: keep this model in bfloat16 from end to end (compressed-tensors, or GPTQ on a Marlin kernel), and never load it with
-`torch_dtype=float16`.
+Do: keep this model in bfloat16 from end to end (compressed-tensors, or GPTQ on a Marlin kernel), and never
+load it with `torch_dtype=float16`.
 
 False alarms: a tensor that no program casts, for instance a constant kept in float32 by name.
 

@@ -1,7 +1,8 @@
 """W206 fp16-zero-groups: groups of weights become all zero in a cast to float16.
 
-Why: float16 ends at 6e-8; smaller bfloat16 weights round to 0. Where a whole group is that small, a loader that casts to
-float16 sees a group of zeros and divides by it. No NaN stands in the files, yet NaN comes out.
+Why: float16 ends at 6e-8; smaller bfloat16 weights round to 0. Where a whole group is that small, a loader
+that casts to float16 sees a group of zeros and divides by it. No NaN stands in the files, yet NaN comes
+out.
 
 Seen as:
 - AutoAWQ: `assert torch.isnan(w).sum() == 0`

@@ -1,12 +1,12 @@
 """W207 zero-norm: a norm's weights are all 0.
 
-Why: such a norm puts out 0 for every token, so the linears behind it get nothing and their Hessian is 0. Zeros that fill the end of a
-damaged file reach the small tensors first.
+Why: such a norm puts out 0 for every token, so the linears behind it get nothing and their Hessian is 0.
+Zeros that fill the end of a damaged file reach the small tensors first.
 
 Do: compare the shard's checksum with its source's and copy it again.
 
-False alarms: norms that are stored as an offset from 1 (Gemma) are 0 in a fresh model and are not looked at. A norm after a block may
-be switched off with zeros on purpose.
+False alarms: norms that are stored as an offset from 1 (Gemma) are 0 in a fresh model and are not looked
+at. A norm after a block may be switched off with zeros on purpose.
 
 Fix safety: no fix: the true values are not in the files.
 

@@ -1,7 +1,8 @@
 """W208 constant-weight: every value of a weight matrix is the same.
 
-Why: no training leaves a matrix of equal values. It was created and never loaded (a head that a tool resized, a tensor it did not know), so the
-model multiplies by a constant there, and every group quantizes to one code.
+Why: no training leaves a matrix of equal values. It was created and never loaded (a head that a tool
+resized, a tensor it did not know), so the model multiplies by a constant there, and every group quantizes
+to one code.
 
 Do: take the tensor from the base model, or find out which tool wrote it.
 
@@ -9,8 +10,8 @@ False alarms: a matrix made constant on purpose, for instance a mask stored unde
 
 Fix safety: no fix: the true values are not in the files.
 
-Sources: PyTorch leaves memory of torch.empty as it was; transformers initialises what it does not find and says so only in a log line
-(modeling_utils, "newly initialized").
+Sources: PyTorch leaves memory of torch.empty as it was; transformers initialises what it does not find and
+says so only in a log line (modeling_utils, "newly initialized").
 """
 
 import numpy as np

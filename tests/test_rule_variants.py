@@ -1,0 +1,160 @@
+"""What rules say beyond the one sentence of their example: other causes, other severities, and the edges of their thresholds."""
+
+import math
+
+import pytest
+
+from doctor.api import check
+from doctor.testing import change, compared, encode, measured, tiny, tiny_gptq
+
+NAN = float("nan")
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def said(case, folder, code):
+    report = check(case.write(folder), case.recipe, facts=[(s, n, v) for (s, n), v in case.facts.items()])
+    assert not report.crashed, [r.crashed for r in report.crashed]
+    return [(f.severity, f.message) for f in report.findings if f.code == code]
+
+
+HESSIAN = [
+    ("Q401", {"finite": False}, ("error", f"the inputs of {DOWN} are finite, but their products overflow")),
+    ("Q403", {"n_dead": 128}, ("warning", f"every input of {DOWN} was 0 in 4,096 calibration tokens")),
+    ("Q403", {"n_dead": 1}, None),  # under a percent
+    ("Q404", {"tokens": 128}, None),  # as many tokens as in_features are enough to have full rank
+    ("Q404", {"tokens": 127}, ("warning", f"{DOWN} saw 127 calibration tokens for 128 in_features")),
+    ("Q411", {"damp_needed": 0.01}, None),
+    ("Q411", {"damp_needed": 0.7}, ("warning", f"{DOWN} needs damp 0.7 in float32 and the recipe has 0.01")),
+]
+
+
+@pytest.mark.parametrize("code, values, expected", HESSIAN)
+def test_hessian_rules_at_their_edges(code, values, expected, tmp_path):
+    case = measured("llama")
+    change(case, f"linear:{DOWN}", "hessian", **values)
+    assert said(case, tmp_path, code) == ([expected] if expected else [])
+
+
+SOLVE = [
+    ("Q402", {"precision": "eigen"}, ("warning", f"negative eigenvalues of the Hessian of {DOWN} were raised to 0.01 of its mean after 1 attempt")),
+    ("Q402", {"precision": "float64"}, None),  # more digits are no less quality
+    ("Q405", {"loss": NAN}, ("warning", f"{DOWN}: gptq lost nan of the output's energy, rounding 0.01")),
+    ("Q405", {"loss": 0.01005}, None),
+    ("Q405", {"outcome": "rtn", "loss": 0.01}, None),  # Q406 speaks
+    ("Q406", {"outcome": "kept", "note": "in_features 100 is not a multiple of group_size 32"},
+     ("warning", f"{DOWN} stays in 16 bits instead of gptq: in_features 100 is not a multiple of group_size 32")),
+]
+
+
+@pytest.mark.parametrize("code, values, expected", SOLVE)
+def test_solve_rules_at_their_edges(code, values, expected, tmp_path):
+    case = measured("llama")
+    change(case, f"linear:{DOWN}", "solve", **values)
+    assert said(case, tmp_path, code) == ([expected] if expected else [])
+
+
+def test_linears_that_the_user_keeps_are_no_fallback(tmp_path):
+    case = measured("llama")
+    case.recipe = case.recipe.with_field("keep", ("down_proj",))
+    change(case, f"linear:{DOWN}", "solve", outcome="kept", note="asked for with keep")
+    assert said(case, tmp_path, "Q406") == []
+
+
+def test_rounding_by_choice_is_no_fallback(tmp_path):
+    case = measured("llama")
+    case.recipe = case.recipe.with_field("method", "rtn")
+    change(case, f"linear:{DOWN}", "solve", outcome="rtn")
+    assert said(case, tmp_path, "Q406") == []
+
+
+COMPARISON = [
+    ("O601", {"perplexity_quantized": NAN}, "error"),
+    ("O601", {"perplexity_quantized": math.inf}, "error"),
+    ("O601", {"perplexity_quantized": 18.0}, "warning"),
+    ("O601", {"perplexity_quantized": 15.0}, None),
+    ("O603", {"token0_share": 0.5}, None),
+    ("O604", {"kl_mean": NAN}, "warning"),
+    ("O604", {"top1_agreement": NAN}, "warning"),
+    ("O605", {"longest_repeat": 11, "replies": (("a", "b", "c"),)}, None),
+    ("O606", {"perplexity_original": NAN}, "error"),
+    ("O606", {"perplexity_original": 97.0}, "error"),
+]
+
+
+@pytest.mark.parametrize("code, values, severity", COMPARISON)
+def test_comparison_rules_fail_on_nan_and_keep_to_their_thresholds(code, values, severity, tmp_path):
+    case = compared()
+    change(case, "checkpoint:", "comparison", **values)
+    assert [s for s, _ in said(case, tmp_path, code)] == ([severity] if severity else [])
+
+
+def test_key_bias_thresholds_and_the_norm_that_lifts_them(tmp_path):
+    name = "model.layers.0.self_attn.k_proj.bias"
+    for value, found in ((29.0, 0), (31.0, 1), (214.0, 1)):
+        case = tiny("qwen2")
+        case.tensors[name][5] = encode([value], "BF16")[0]
+        assert len(said(case, tmp_path / str(value), "K501")) == found
+    case.tensors["model.layers.0.self_attn.k_norm.weight"] = encode([1.0] * 16, "BF16")
+    case.dtypes["model.layers.0.self_attn.k_norm.weight"] = "BF16"
+    assert said(case, tmp_path / "norm", "K501") == []
+
+
+def test_zero_rows_are_padding_and_no_zero_groups(tmp_path):
+    case = tiny("llama")
+    case.tensors["model.layers.0.mlp.gate_proj.weight"][::4] = 0
+    case.tensors["model.layers.0.mlp.up_proj.weight"][::4] = 0
+    assert said(case, tmp_path, "W203") == [] and said(case, tmp_path, "W204") == []
+
+
+def test_biases_masks_and_offset_norms_of_zero_are_sound(tmp_path):
+    case = tiny("gemma")
+    for name, codes in case.tensors.items():
+        if "norm" in name:
+            codes[:] = 0
+    assert [said(case, tmp_path, code) for code in ("W202", "W207", "W208")] == [[], [], []]
+
+
+def test_mask_of_minus_a_billion_is_no_weight(tmp_path):
+    case = tiny("llama")
+    case.tensors["model.layers.0.self_attn.masked_bias"], case.dtypes["model.layers.0.self_attn.masked_bias"] = encode([-1e9], "F32"), "F32"
+    assert said(case, tmp_path, "W205") == []
+
+
+def test_part_of_a_fused_set_in_16_bits_is_an_error_only_where_engines_fuse(tmp_path):
+    case = tiny_gptq("llama")
+    name = "model.layers.1.self_attn.k_proj"
+    for tail in ("qweight", "qzeros", "scales", "g_idx"):
+        del case.tensors[f"{name}.{tail}"]
+    case.tensors[f"{name}.weight"], case.dtypes[f"{name}.weight"] = encode([[0.1] * 63 + [0.2]] * 32, "BF16"), "BF16"
+    message = "model.layers.1.self_attn: q, v in 4 bits and k in 16 bits, but engines fuse them into one matrix"
+    assert said(case, tmp_path / "any", "G307") == [("warning", message)]
+    case.recipe = case.recipe.with_field("runtime", "vllm")
+    assert said(case, tmp_path / "vllm", "G307") == [("error", message)]
+
+
+def test_group_index_beyond_the_scales_is_named(tmp_path):
+    case = tiny_gptq("llama")
+    case.tensors[f"{DOWN}.g_idx"][-1] = 9
+    assert said(case, tmp_path, "O610") == [("error", f"{DOWN}.g_idx runs from 0 to 9, and there are 4 groups")]
+
+
+def test_group_size_that_the_scales_contradict_is_named(tmp_path):
+    case = tiny_gptq("llama")
+    case.config["quantization_config"]["group_size"] = 64
+    found = said(case, tmp_path, "O612")
+    assert len(found) == 14 and found[0] == ("error", f"{DOWN} has scales [4, 64], and 4 bits in groups of 64 make [2, 64]")
+
+
+def test_huge_scales_are_named(tmp_path):
+    case = tiny_gptq("llama")
+    case.tensors[f"{DOWN}.scales"][0, 0] = encode([5000.0], "F16")[0]
+    assert said(case, tmp_path, "O607") == [("warning", f"{DOWN}.scales has a scale of 5,000")]
+
+
+def test_a_packed_router_is_named(tmp_path):
+    case = tiny_gptq("qwen2_moe")
+    for tail in ("qweight", "qzeros", "scales", "g_idx"):
+        source = f"model.layers.0.mlp.experts.0.gate_proj.{tail}"
+        case.tensors[f"model.layers.0.mlp.gate.{tail}"], case.dtypes[f"model.layers.0.mlp.gate.{tail}"] = case.tensors[source], case.dtypes[source]
+    del case.tensors["model.layers.0.mlp.gate.weight"]
+    assert said(case, tmp_path, "O613") == [("warning", "model.layers.0.mlp.gate.qweight: a router is packed")]
