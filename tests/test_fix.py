@@ -14,10 +14,13 @@ import pytest
 from doctor.api import check, fix
 from doctor.checkpoint import Checkpoint
 from doctor.edits import PadTensor, SetJson
+from doctor.engine import load_rules
 from doctor.errors import PlanRefused
 from doctor.evaluate import proof
 from doctor.evaluate.proof import prove
+from doctor.plan import Consent, make_plan
 from doctor.report.plan_text import render_plan
+from doctor.rule import RULES
 from doctor.testing import FAMILIES, tiny
 from doctor.view import EditedCheckpoint
 from doctor.writer import sha256
@@ -133,6 +136,29 @@ def test_unknown_codes_are_refused(tmp_path):
 
     with pytest.raises(DoctorError, match="'W999': no rule has this code"):
         fix(tiny().write(tmp_path / "source"), tmp_path / "out", only=("W999",))
+
+
+# the law of every rule that offers a fix
+
+RULES_WITH_EXAMPLES = load_rules()
+
+
+@pytest.mark.parametrize("code", [r.code for r in RULES_WITH_EXAMPLES])
+def test_the_fix_of_every_rule_cures_its_own_bad_example_and_adds_nothing(code, tmp_path):
+    entry = RULES[code]
+    case, _ = sys.modules[entry.module].bad()
+    source = Checkpoint.open(case.write(tmp_path / "source"))
+    facts = [(s, n, v) for (s, n), v in case.facts.items()]
+    consent = Consent(unsafe=True, codes=frozenset({code}), only=frozenset({code}))
+    plan = make_plan(source, case.recipe, RULES_WITH_EXAMPLES, consent, facts=facts)
+    assert not plan.problems
+    own = [f for f in plan.before.findings if f.code == code]
+    offered = [f for f in own if consent.can_carry_out(f.fix)]
+    if not offered:
+        assert not plan.steps and [f.code for f in plan.after.findings].count(code) == len(own)
+        return
+    assert [s.code for s in plan.steps] == [code], [s.waits for s in plan.waiting]
+    assert not [f.message for f in plan.after.findings if f.code == code and consent.can_carry_out(f.fix)]
 
 
 # proof
