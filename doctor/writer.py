@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,11 +58,15 @@ class Stage:
     not_carried: dict[str, str] = field(default_factory=dict)  # file of the source -> why it is not in the output
     committed: bool = False
     _way: str = "reflink"  # the cheapest way that has not been refused yet
+    _pool: ThreadPoolExecutor | None = None
+    _syncing: list[Future] = field(default_factory=list)
 
     def write(self) -> None:
         """Every file of the view. Raises MachineError (disk, permissions) or BadCheckpoint (the source changed meanwhile)."""
         before = self._source_state()
-        with _machine(self.path):
+        # Shards are synced while the next one is written; leaving the block waits for all of them, whatever happened.
+        with _machine(self.path), ThreadPoolExecutor(1) as pool:
+            self._pool = pool
             for name in sorted(self.view.entries, key=lambda n: (not n.endswith(".safetensors"), n)):
                 if name == RECEIPT and not self.view.only:
                     continue  # the receipt of an earlier run: the new one quotes it
@@ -73,6 +78,8 @@ class Stage:
                     self._carry(name, os.path.realpath(self.view.source.path(name)))
             if not self.view.only:
                 self._carry_folders()
+            for job in self._syncing:
+                job.result()
         for problem in self.view.problems:
             self.not_carried[problem.tensor or "?"] = problem.detail
         if self._source_state() != before:
@@ -131,7 +138,7 @@ class Stage:
                 for part in _parts(file, piece):
                     _write_all(fd, part)
                     self.progress(len(part))
-            os.fsync(fd)
+            self._sync_behind(fd)
         self.files.append(Written(name, "written", self.view.entries[name].size))
 
     def _carry(self, name: str, source: str) -> None:
@@ -155,7 +162,7 @@ class Stage:
                 self.notes.append(f"unchanged files are copied: {os.path.basename(source)} cannot be linked ({os.strerror(error.errno)})")
         with _create(target) as fd, open(source, "rb", buffering=0) as file:
             self._copy_range(file, 0, fd, size)
-            os.fsync(fd)
+            self._sync_behind(fd)
         self.files.append(Written(name, "copied", size))
 
     def _carry_folders(self) -> None:
@@ -177,6 +184,18 @@ class Stage:
                     self.not_carried[relative] = "a link that leads out of the directory, or no regular file"
                 else:
                     self._carry(relative, real)
+
+    def _sync_behind(self, fd: int) -> None:
+        """Sync a finished file in the background; `write` waits for it and raises what it raised."""
+        own = os.dup(fd)
+
+        def sync() -> None:
+            try:
+                os.fsync(own)
+            finally:
+                os.close(own)
+
+        self._syncing.append(self._pool.submit(sync))
 
     def _copy_range(self, source, offset: int, fd: int, count: int) -> None:
         """`count` bytes of an open file from `offset` to the end of `fd`, inside the kernel where it can."""
