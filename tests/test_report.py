@@ -274,8 +274,9 @@ def test_results_of_a_run_and_of_a_comparison_are_shown_even_when_they_are_no_nu
         assert "1 gptq, 1 rtn; damp raised for 2; error 50% of plain rounding's (median)" in screen
         assert "10 → 10.5 (+5.0%) on 1,024 tokens, 512 at a time" in screen
         assert "at the 99th percentile; same next token 93.0%" in screen
+        assert "- **perplexity** 10 → 10.5 (+5.0%)" in render("markdown", [one])
         page = render("html", [one])
-        assert "&lt;b&gt;p" in page and page.count('<rect class="bad"') == 1
+        assert "&lt;b&gt;p" in page and "max 2 %" in page and page.count('<rect class="bad"') == 1
 
 
 def test_the_verdict_is_worded_for_what_was_asked():

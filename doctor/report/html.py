@@ -141,11 +141,16 @@ def _losses(linears: list) -> dict | None:
     for x in rows:
         loss, fell = x["solve"]["loss"], x.get("outcome") not in ("gptq", "awq")
         shade = round(0.08 + 0.92 * loss / worst[x["role"]], 3) if view.number(loss) else 1
-        label = f"{x['name']}: {x.get('outcome')}, relative error {view.percent(loss)}, damp {view.figure(x['solve']['damp_used'])}"
+        label = f"{x['name']}: {x.get('outcome')}, relative error {_small(loss)}, damp {view.figure(x['solve']['damp_used'])}"
         cells.append((x["block"], roles.index(x["role"]), shade, fell, view.safe(label)))
     blocks = 1 + max(x["block"] for x in rows)
-    return {"blocks": blocks, "roles": roles, "tops": [view.percent(worst[r]) for r in roles], "cells": cells,
+    return {"blocks": blocks, "roles": roles, "tops": [_small(worst[r]) for r in roles], "cells": cells,
             "ticks": [b for b in range(blocks) if b % (5 if blocks <= 60 else 10) == 0]}
+
+
+def _small(share: object) -> str:
+    """A share as percent with two digits, however small."""
+    return f"{share * 100:.2g} %" if view.number(share) else str(share)
 
 
 def _tokens(rows) -> dict | None:

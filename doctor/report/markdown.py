@@ -20,6 +20,8 @@ def _report(report: Report, room: int) -> str:
     mark, sentence = view.verdict(report)
     head = [f"<!-- doctor:{_plain(report.checkpoint).replace('--', '-')} -->", f"### {view.MARKS[mark]} {sentence}",
             f"{_code(report.checkpoint)} · {_plain(view.what_it_is(report))} · **{view.tally(found)}** · {view.run_facts(report)}"]
+    if view.results(report):
+        head.append("\n".join(f"- **{label}** {_plain(text)}" for label, text in view.results(report)))
     if report.extra.get("matrix"):
         head.append(matrix(report.extra["matrix"]))
     parts, size, shown = head, sum(map(len, head)), 0
