@@ -58,6 +58,7 @@ class Stage:
     not_carried: dict[str, str] = field(default_factory=dict)  # file of the source -> why it is not in the output
     committed: bool = False
     _way: str = "reflink"  # the cheapest way that has not been refused yet
+    _private: list[str] = field(default_factory=list)  # linked files that only their owner may read
     _pool: ThreadPoolExecutor | None = None
     _syncing: list[Future] = field(default_factory=list)
 
@@ -80,6 +81,9 @@ class Stage:
                 self._carry_folders()
             for job in self._syncing:
                 job.result()
+        if self._private:
+            more = f" and {len(self._private) - 1} more" if len(self._private) > 1 else ""
+            self.notes.append(f"{self._private[0]}{more}: linked, so still readable by the owner alone, as in the source; --copy gives mode 0644")
         for problem in self.view.problems:
             self.not_carried[problem.tensor or "?"] = problem.detail
         if self._source_state() != before:
@@ -144,7 +148,8 @@ class Stage:
     def _carry(self, name: str, source: str) -> None:
         """A file that no edit changes. `source` has its symbolic links resolved."""
         target = self.path / name
-        size = os.stat(source).st_size
+        info = os.stat(source)
+        size = info.st_size
         if not self.copy and self._way == "reflink":
             if _reflink(source, target):
                 self.files.append(Written(name, "reflinked", size))
@@ -154,6 +159,8 @@ class Stage:
             try:
                 os.link(source, target)
                 self.files.append(Written(name, "linked", size))
+                if not info.st_mode & 0o044:
+                    self._private.append(name)
                 return
             except OSError as error:
                 if error.errno not in _CANNOT:

@@ -123,6 +123,15 @@ def test_written_files_follow_the_umask_not_0600(tmp_path):
     assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").iterdir() if p.stat().st_nlink == 1} == {0o644}
 
 
+def test_a_linked_file_that_others_cannot_read_is_said(tmp_path):
+    _, source = sharded(tmp_path)
+    for name in source.shards:
+        os.chmod(source.root / name, 0o600)
+    assert written(one_value(source), tmp_path / "out").notes == [
+        "model-00001-of-00003.safetensors and 2 more: linked, so still readable by the owner alone, as in the source; --copy gives mode 0644"]
+    assert not written(one_value(source), tmp_path / "copied", copy=True).notes
+
+
 def test_folders_come_along_and_hidden_ones_are_named(tmp_path):
     _, source = sharded(tmp_path)
     (source.root / "1_Pooling").mkdir()
