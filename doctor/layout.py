@@ -1,7 +1,7 @@
-"""How the linears lie in groups: as the recipe plans it for a checkpoint of floats, or as a quantized checkpoint already has it.
+"""How the linears lie in groups: as the recipe plans it for floats, or as a quantized checkpoint already has it.
 
-Geometry rules (G3xx) judge a Layout and need not ask which of the two it is. Where a checkpoint is quantized in a way that
-has no groups of columns (FP8, bitsandbytes, EXL2), the layout is unavailable and says so.
+Geometry rules (G3xx) judge a Layout and need not ask which of the two it is. Where a checkpoint is quantized in
+a way that has no groups of columns (FP8, bitsandbytes, EXL2), the layout is unavailable and says so.
 """
 
 import ast
@@ -46,7 +46,7 @@ def packed_words(checkpoint, every_words):
 
 @dataclass(frozen=True)
 class Quantization:
-    """A quantization_config in one spelling. method: gptq, awq, compressed-tensors; `place` is (file, JSON pointer)."""
+    """A quantization_config in one spelling. method: gptq, awq, compressed-tensors; it stands at `pointer` of `file`."""
 
     method: str
     bits: int
@@ -122,29 +122,71 @@ def quantization(checkpoint, quantization_block):
 
 def read_quantization(raw: Mapping, file: str, pointer: str) -> Quantization:
     """One spelling for GPTQ, AWQ and compressed-tensors blocks. Raises Unavailable for other methods."""
-    method = str(raw.get("quant_method") or ("awq" if "zero_point" in raw else "gptq" if "desc_act" in raw else "unknown"))
+    method = str(
+        raw.get("quant_method")
+        or ("awq" if "zero_point" in raw else "gptq" if "desc_act" in raw else "unknown")
+    )
     if raw.get("dynamic") or raw.get("extra_config"):
         raise Unavailable("widths differ between linears (dynamic): their shapes are not judged")
     if method in ("gptq", "gptq_marlin", "auto_gptq"):
         version = str(raw.get("checkpoint_format") or raw.get("format") or "gptq")
         _require_known("checkpoint_format", version, ("gptq", "gptq_v2"))
-        return Quantization("gptq", _whole(raw, "bits"), _whole(raw, "group_size"), bool(raw.get("sym", True)),
-                            bool(raw.get("desc_act", False)), version, dict(raw), file, pointer)
+        return Quantization(
+            "gptq",
+            _whole(raw, "bits"),
+            _whole(raw, "group_size"),
+            bool(raw.get("sym", True)),
+            bool(raw.get("desc_act", False)),
+            version,
+            dict(raw),
+            file,
+            pointer,
+        )
     if method == "awq":
-        _require_known("version", str(raw.get("version") or raw.get("format") or "gemm").lower(), ("gemm", "gemv"))
-        return Quantization("awq", _whole(raw, "bits", "w_bit"), _whole(raw, "group_size", "q_group_size"), not raw.get("zero_point", True),
-                            False, str(raw.get("version") or raw.get("format") or "gemm").lower(), dict(raw), file, pointer)
+        _require_known(
+            "version", str(raw.get("version") or raw.get("format") or "gemm").lower(), ("gemm", "gemv")
+        )
+        return Quantization(
+            "awq",
+            _whole(raw, "bits", "w_bit"),
+            _whole(raw, "group_size", "q_group_size"),
+            not raw.get("zero_point", True),
+            False,
+            str(raw.get("version") or raw.get("format") or "gemm").lower(),
+            dict(raw),
+            file,
+            pointer,
+        )
     if method == "compressed-tensors":
         groups = raw.get("config_groups")
-        schemes = [g["weights"] for g in (groups.values() if isinstance(groups, dict) else ())
-                   if isinstance(g, dict) and isinstance(g.get("weights"), dict)]
+        schemes = [
+            g["weights"]
+            for g in (groups.values() if isinstance(groups, dict) else ())
+            if isinstance(g, dict) and isinstance(g.get("weights"), dict)
+        ]
         weights = schemes[0] if schemes else None
-        if any(s.get("num_bits") != weights.get("num_bits") or s.get("group_size") != weights.get("group_size") for s in schemes):
+        if any(
+            s.get("num_bits") != weights.get("num_bits") or s.get("group_size") != weights.get("group_size")
+            for s in schemes
+        ):
             raise Unavailable("widths differ between linears (config_groups): their shapes are not judged")
-        if weights and raw.get("format") == "pack-quantized" and weights.get("strategy") in ("group", "channel"):
+        if (
+            weights
+            and raw.get("format") == "pack-quantized"
+            and weights.get("strategy") in ("group", "channel")
+        ):
             group = _whole(weights, "group_size") if weights["strategy"] == "group" else -1
-            return Quantization(method, _whole(weights, "num_bits"), group, bool(weights.get("symmetric", True)),
-                                weights.get("actorder") in ("group", True), "pack-quantized", dict(raw), file, pointer)
+            return Quantization(
+                method,
+                _whole(weights, "num_bits"),
+                group,
+                bool(weights.get("symmetric", True)),
+                weights.get("actorder") in ("group", True),
+                "pack-quantized",
+                dict(raw),
+                file,
+                pointer,
+            )
     raise Unavailable(f"quantization by {method} has no packed groups of columns")
 
 
@@ -174,17 +216,26 @@ def layout(checkpoint, recipe, spec, tensors):
 
 
 def planned_layout(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> Layout:
-    """Layout that the recipe gives to the float linears. Raises Unavailable where the weights are not plain floats."""
+    """Layout that the recipe gives to float linears. Raises Unavailable where the weights are not plain floats."""
     floats = [x for x in spec.linears if tensors[x.tensor].dtype.name in ("BF16", "F16", "F32", "F64")]
     if not floats:
-        raise Unavailable("no linear is known by its name" if not spec.linears else "no linear holds 16- or 32-bit floats")
-    linears = tuple(GroupedLinear(x.name, x.role, x.block, x.expert, x.in_features, x.out_features)
-                    for x in floats if not is_kept(recipe, x.name))
+        raise Unavailable(
+            "no linear is known by its name" if not spec.linears else "no linear holds 16- or 32-bit floats"
+        )
+    linears = tuple(
+        GroupedLinear(x.name, x.role, x.block, x.expert, x.in_features, x.out_features)
+        for x in floats
+        if not is_kept(recipe, x.name)
+    )
     kept = tuple(x.name for x in floats if is_kept(recipe, x.name))
-    return Layout(False, recipe.output_format, recipe.bits, recipe.group_size, recipe.sym, False, linears, kept)
+    return Layout(
+        False, recipe.output_format, recipe.bits, recipe.group_size, recipe.sym, False, linears, kept
+    )
 
 
-def stored_layout(quant: Quantization, packed: list[TensorInfo], spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> Layout:
+def stored_layout(
+    quant: Quantization, packed: list[TensorInfo], spec: ModelSpec, tensors: Mapping[str, TensorInfo]
+) -> Layout:
     """Layout that packed tensors have, their sizes read from their shapes."""
     linears = []
     for info in packed:
@@ -207,7 +258,11 @@ def packed_size(quant: Quantization, tail: str, shape: tuple[int, int]) -> tuple
     if tail == "weight_packed":
         return second * 32 // quant.bits, first
     if quant.method == "awq":
-        return (first, second * 32 // quant.bits) if quant.version == "gemm" else (second * 32 // quant.bits, first)
+        return (
+            (first, second * 32 // quant.bits)
+            if quant.version == "gemm"
+            else (second * 32 // quant.bits, first)
+        )
     return first * 32 // quant.bits, second
 
 
@@ -231,7 +286,7 @@ def axis_expression(spec: ModelSpec, name: str, axis: int) -> str | None:
 
 
 def size_key(spec: ModelSpec, name: str, axis: int) -> str | None:
-    """The config key that sets a linear's size along an axis: the only one, or that of the MLP's width; None where unclear."""
+    """The config key that sets a linear's size along an axis: the only one, or the MLP's width; None where unclear."""
     expression = axis_expression(spec, name, axis)
     if expression is None:
         return spec.key_for("intermediate_size") if axis == 1 and role_of(name, spec)[0] == "down" else None
@@ -246,12 +301,14 @@ def resized(spec: ModelSpec, expression: str, key: str, value: int) -> int | Non
     return evaluate(expression, lambda word: value if spec.key_for(word) == key else spec.lookup(word))
 
 
-# Only an MLP's inner width can grow by zeros: hidden_size is divided by in every norm, heads carry a position code.
+# Only an MLP's inner width can grow by zeros: every norm divides by hidden_size, and heads carry a position code.
 _PADDABLE = frozenset({"gate", "up", "gate_up", "down"})
 
 
-def pad_edits(spec: ModelSpec, tensors: Mapping[str, TensorInfo], key: str, value: int) -> tuple[PadTensor, ...]:
-    """Zero-padding of every tensor whose shape follows config[key], to `value`; empty where that is not known to be exact.
+def pad_edits(
+    spec: ModelSpec, tensors: Mapping[str, TensorInfo], key: str, value: int
+) -> tuple[PadTensor, ...]:
+    """Zero-padding of every tensor whose shape follows config[key], to `value`; empty where it is not known to be exact.
 
     Gate and up get zero rows, down zero columns at the same places, so the new hidden units put out 0 and the sum is
     unchanged in exact arithmetic. A fused gate_up is padded in each half alike.
@@ -269,7 +326,12 @@ def pad_edits(spec: ModelSpec, tensors: Mapping[str, TensorInfo], key: str, valu
             new = resized(spec, expression, key, value)
             if key not in map(spec.key_for, _words(expression)) or new == info.shape[axis]:
                 continue
-            if template.role not in _PADDABLE or len(template.shape) != 2 or new is None or new < info.shape[axis]:
+            if (
+                template.role not in _PADDABLE
+                or len(template.shape) != 2
+                or new is None
+                or new < info.shape[axis]
+            ):
                 return ()
             edits.append(PadTensor(name, axis, new, blocks=2 if template.role == "gate_up" else 1))
     return tuple(edits)
@@ -302,13 +364,18 @@ def kernels(checkpoint, layout, recipe):
     """Kernels of recipe.runtime that read this format, width and group size, in the order they are tried."""
     entries = runtime_entries(recipe)
     form = layout.format
-    return tuple(Kernel(e["name"], tuple(map(tuple, e["tiles"])), tuple(e["dtypes"])) for e in entries
-                 if form in e["formats"] and layout.bits in e["bits"] and layout.sym in e["sym"][form]
-                 and (not e["groups"] or layout.group_size in e["groups"]))
+    return tuple(
+        Kernel(e["name"], tuple(map(tuple, e["tiles"])), tuple(e["dtypes"]))
+        for e in entries
+        if form in e["formats"]
+        and layout.bits in e["bits"]
+        and layout.sym in e["sym"][form]
+        and (not e["groups"] or layout.group_size in e["groups"])
+    )
 
 
 def runtime_entries(recipe: Recipe) -> list[dict]:
-    """Rows of the table `kernels` for the recipe's runtime and version. Raises Unavailable where none is asked for or known."""
+    """Rows of the table `kernels` for the recipe's runtime and version. Raises Unavailable where there are none."""
     if not recipe.runtime:
         raise Unavailable("no runtime was named: --runtime asks for one")
     entries = table("kernels").get(recipe.runtime)
@@ -322,7 +389,9 @@ def in_force(entry: Mapping, version: str) -> bool:
     if not version:
         return "until" not in entry
     asked = _release(version)
-    return _release(entry.get("since", "0")) <= asked and ("until" not in entry or asked < _release(entry["until"]))
+    return _release(entry.get("since", "0")) <= asked and (
+        "until" not in entry or asked < _release(entry["until"])
+    )
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -331,10 +400,11 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def on_one_gpu(layout: Layout, tp: int, n_kv_heads: int | None) -> list[tuple[str, int, int, GroupedLinear]]:
-    """(roles, in_features, out_features, one linear of them) of every matrix on one GPU; fused sets count as one matrix.
+    """(roles, in_features, out_features, one linear of them) of every matrix on one GPU.
 
-    Experts are left out, because kernels of their own run them. Key and value heads are repeated where there are fewer of them than GPUs. Sizes that do not divide are left out: heads and
-    groups have their own rules.
+    Fused sets count as one matrix; experts are left out, because kernels of their own run them. Key and value heads
+    are repeated where there are fewer of them than GPUs. Sizes that do not divide are left out: heads and groups have
+    their own rules.
     """
     sets: dict[tuple, list[GroupedLinear]] = {}
     for linear in layout.linears:
@@ -352,6 +422,9 @@ def on_one_gpu(layout: Layout, tp: int, n_kv_heads: int | None) -> list[tuple[st
             share, rest = divmod(linear.out_features, 1 if row else copies)
             height += share if not rest else 0
         if width % (tp if row else 1) == 0 and height:
-            roles = sorted((m.role for m in members), key=lambda role: sum(FUSED, ()).index(role) if role in sum(FUSED, ()) else 0)
+            roles = sorted(
+                (m.role for m in members),
+                key=lambda role: sum(FUSED, ()).index(role) if role in sum(FUSED, ()) else 0,
+            )
             found.append(("+".join(roles), width // (tp if row else 1), height, members[0]))
     return found

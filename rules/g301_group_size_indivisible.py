@@ -40,16 +40,29 @@ def group_size_indivisible(checkpoint, layout, spec, recipe):
     for width, linears in sorted(widths.items()):
         roles = sorted({linear.role for linear in linears}, key=lambda role: (ROLES.find(f" {role} "), role))
         keys = [key for linear in linears if (key := size_key(spec, linear.name, 1))]
-        at = Place("config.json", pointer=spec.at(keys[0]) if keys else None, note=f"{width} = {width / group:g} × {group}")
-        table = (("group size", group, *(g for g in GROUP_SIZES if g < group)),
-                 ("groups per row", f"{width / group:g}", *(f"{width / g:g}" for g in GROUP_SIZES if g < group)))
+        at = Place(
+            "config.json",
+            pointer=spec.at(keys[0]) if keys else None,
+            note=f"{width} = {width / group:g} × {group}",
+        )
+        table = (
+            ("group size", group, *(g for g in GROUP_SIZES if g < group)),
+            ("groups per row", f"{width / group:g}", *(f"{width / g:g}" for g in GROUP_SIZES if g < group)),
+        )
         fix = None
         if fitting and not layout.quantized:
             fix = Fix(f"quantize in groups of {fitting[0]}", (SetRecipe("group_size", fitting[0]),), "unsafe")
-        yield finding(f"in_features {width} of {_and(roles)} ({len(linears)} linears) = {width / group:g} × {group}: "
-                      f"group size {group} does not divide it", at=at, fix=fix, facts_table=table,
-                      evidence={"in_features": width, "group_size": group, "linears": len(linears)},
-                      advice=f"--group-size {fitting[0]} divides every width" if fitting else "keep these linears in 16 bits")
+        yield finding(
+            f"in_features {width} of {_and(roles)} ({len(linears)} linears) = {width / group:g} × {group}: "
+            f"group size {group} does not divide it",
+            at=at,
+            fix=fix,
+            facts_table=table,
+            evidence={"in_features": width, "group_size": group, "linears": len(linears)},
+            advice=f"--group-size {fitting[0]} divides every width"
+            if fitting
+            else "keep these linears in 16 bits",
+        )
 
 
 def _and(words):
@@ -59,7 +72,10 @@ def _and(words):
 def bad():
     case = tiny("llama")
     case.recipe = case.recipe.with_field("group_size", 128)
-    return case, "in_features 64 of q, k, v, o, gate and up (12 linears) = 0.5 × 128: group size 128 does not divide it"
+    return (
+        case,
+        "in_features 64 of q, k, v, o, gate and up (12 linears) = 0.5 × 128: group size 128 does not divide it",
+    )
 
 
 def good():

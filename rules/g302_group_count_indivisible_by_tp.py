@@ -21,8 +21,20 @@ Sources: vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py (crea
 issues 63 and 258; QwenLM/Qwen2 docs/source/quantization/gptq.md.
 """
 
-from doctor.rule import (MISSING, ROW_PARALLEL, Fix, Place, SetJson, axis_expression, finding, fits, pad_edits, resized, rule,
-                         size_key)
+from doctor.rule import (
+    MISSING,
+    ROW_PARALLEL,
+    Fix,
+    Place,
+    SetJson,
+    axis_expression,
+    finding,
+    fits,
+    pad_edits,
+    resized,
+    rule,
+    size_key,
+)
 from doctor.testing import tiny
 
 TPS = (1, 2, 4, 8)  # the GPU counts people rent
@@ -44,14 +56,25 @@ def group_count_indivisible_by_tp(checkpoint, layout, spec, recipe, tensors):
             misfits.setdefault((size_key(spec, linear.name, 1), linear.role), []).append(linear)
     for (key, role), linears in misfits.items():
         width = max(linear.in_features for linear in linears)
-        where = Place("config.json", pointer=spec.at(key or "num_attention_heads"), note=_factors(width, group))
+        where = Place(
+            "config.json", pointer=spec.at(key or "num_attention_heads"), note=_factors(width, group)
+        )
         name = key if key and spec.lookup(key) == width else f"in_features of {role}"
-        fix = None if layout.quantized or not key else _padding(checkpoint, spec, tensors, key, linears, group * tp)
+        fix = (
+            None
+            if layout.quantized or not key
+            else _padding(checkpoint, spec, tensors, key, linears, group * tp)
+        )
         others = [g for g in OTHER_GROUPS if g < group and not width % (g * tp)]
         plans = ["--tp 1", *(f"--group-size {g} --tp {tp}" for g in others[:1])]
-        yield finding(f"{name} {width} = {width // group} × {group}: {width // group} groups cannot be cut into {tp}",
-                      at=where, fix=fix, facts_table=_table(width, group, tp), advice="or change the plan: " + ", or ".join(plans),
-                      evidence={"in_features": width, "group_size": group, "tp": tp, "linears": len(linears)})
+        yield finding(
+            f"{name} {width} = {width // group} × {group}: {width // group} groups cannot be cut into {tp}",
+            at=where,
+            fix=fix,
+            facts_table=_table(width, group, tp),
+            advice="or change the plan: " + ", or ".join(plans),
+            evidence={"in_features": width, "group_size": group, "tp": tp, "linears": len(linears)},
+        )
 
 
 def _factors(width, group):
@@ -62,8 +85,11 @@ def _factors(width, group):
 
 def _table(width, group, tp):
     tps = sorted({*TPS, tp})
-    return (("tensor parallel", *tps), ("groups per GPU", *(f"{width / group / n:g}" for n in tps)),
-            ("next size that fits", *(fits(width, group * n) for n in tps)))
+    return (
+        ("tensor parallel", *tps),
+        ("groups per GPU", *(f"{width / group / n:g}" for n in tps)),
+        ("next size that fits", *(fits(width, group * n) for n in tps)),
+    )
 
 
 def _padding(checkpoint, spec, tensors, key, linears, unit):
@@ -73,7 +99,9 @@ def _padding(checkpoint, spec, tensors, key, linears, unit):
     if not old or None in expressions:
         return None
     sizes = range(fits(old, SEARCH), 2 * unit * old, SEARCH)
-    new = next((v for v in sizes if all(not (resized(spec, e, key, v) or 1) % unit for e in expressions)), None)
+    new = next(
+        (v for v in sizes if all(not (resized(spec, e, key, v) or 1) % unit for e in expressions)), None
+    )
     edits = pad_edits(spec, tensors, key, new) if new else ()
     if not edits:
         return None
@@ -81,8 +109,13 @@ def _padding(checkpoint, spec, tensors, key, linears, unit):
     block = block[spec.text_key] if spec.text_key else block
     config = SetJson("config.json", spec.at(key), new, expect=block.get(key, MISSING))
     added = new / old - 1
-    return Fix(f"zero-pad the MLP: {key} {old} -> {new} (+{added:.1%} of its weights, same outputs in exact "
-               "arithmetic)", (*edits, config), "unsafe", needs=("W201", "G301"))
+    return Fix(
+        f"zero-pad the MLP: {key} {old} -> {new} (+{added:.1%} of its weights, same outputs in exact "
+        "arithmetic)",
+        (*edits, config),
+        "unsafe",
+        needs=("W201", "G301"),
+    )
 
 
 def bad():

@@ -37,20 +37,34 @@ def kernel_shape(checkpoint, layout, kernels, spec, recipe):
             continue
         tile = " or ".join(f"{i} × {o}" for i, o in kernels[0].tiles)
         key = size_key(spec, linear.name, 1)
-        outcome = f"{recipe.runtime} takes its {taking.name} kernel, which is slower" if taking else f"{recipe.runtime} has no other kernel"
-        yield finding(f"{roles}: {width} in_features × {height} out_features on each GPU do not fill {kernels[0].name}'s tiles of "
-                      f"{tile}: {outcome}", at=Place("config.json", pointer=spec.at(key) if key else None),
-                      severity="warning" if taking else "error",
-                      evidence={"in_features": width, "out_features": height, "tp": recipe.tp, "kernel": kernels[0].name},
-                      advice="use fewer GPUs or a newer runtime")
+        outcome = (
+            f"{recipe.runtime} takes its {taking.name} kernel, which is slower"
+            if taking
+            else f"{recipe.runtime} has no other kernel"
+        )
+        yield finding(
+            f"{roles}: {width} in_features × {height} out_features on each GPU do not fill {kernels[0].name}'s tiles of "
+            f"{tile}: {outcome}",
+            at=Place("config.json", pointer=spec.at(key) if key else None),
+            severity="warning" if taking else "error",
+            evidence={
+                "in_features": width,
+                "out_features": height,
+                "tp": recipe.tp,
+                "kernel": kernels[0].name,
+            },
+            advice="use fewer GPUs or a newer runtime",
+        )
 
 
 def bad():
     case = tiny("llama")
     case.recipe = case.recipe.with_field("runtime", "sglang")
     case.recipe = case.recipe.with_field("group_size", 64)
-    return case, ("gate+up: 64 in_features × 256 out_features on each GPU do not fill Marlin's tiles of 128 × 64: sglang takes its "
-                  "ExLlama kernel, which is slower")
+    return case, (
+        "gate+up: 64 in_features × 256 out_features on each GPU do not fill Marlin's tiles of 128 × 64: sglang takes its "
+        "ExLlama kernel, which is slower"
+    )
 
 
 def good():

@@ -32,9 +32,13 @@ def heads_indivisible_by_tp(checkpoint, spec, recipe):
     else:
         key, what = spec.key_for("num_key_value_heads"), f"{kv} key-value heads"
     legal = [tp for tp in TPS if _fits(heads, kv, tp)]
-    yield finding(f"{what} cannot be shared out among {recipe.tp} GPUs", at=Place("config.json", pointer=spec.at(key)),
-                  evidence={"heads": heads, "kv_heads": kv, "tp": recipe.tp},
-                  facts_table=(("tensor parallel that fits", *legal),), advice=f"--tp {max(t for t in legal if t <= recipe.tp)}")
+    yield finding(
+        f"{what} cannot be shared out among {recipe.tp} GPUs",
+        at=Place("config.json", pointer=spec.at(key)),
+        evidence={"heads": heads, "kv_heads": kv, "tp": recipe.tp},
+        facts_table=(("tensor parallel that fits", *legal),),
+        advice=f"--tp {max(t for t in legal if t <= recipe.tp)}",
+    )
 
 
 def _fits(heads, kv, tp):

@@ -31,11 +31,23 @@ def plan_unsupported(checkpoint, layout, kernels, recipe):
         rows = [("kernel", "formats", "bits", "groups")]
         for row in table("kernels")[recipe.runtime]:
             rows.append((row["name"], ", ".join(row["formats"]), row["bits"], row["groups"] or "any"))
-        yield finding(f"{recipe.runtime}{version} has no kernel for {plan}", facts_table=rows, advice="choose a plan from the table",
-                      evidence={"runtime": recipe.runtime, "format": layout.format, "bits": layout.bits, "group_size": layout.group_size})
+        yield finding(
+            f"{recipe.runtime}{version} has no kernel for {plan}",
+            facts_table=rows,
+            advice="choose a plan from the table",
+            evidence={
+                "runtime": recipe.runtime,
+                "format": layout.format,
+                "bits": layout.bits,
+                "group_size": layout.group_size,
+            },
+        )
     elif recipe.runtime == "exllamav2" and recipe.tp > 1:
-        yield finding(f"exllamav2 does not split {layout.format} matrices among GPUs, and the plan says tp {recipe.tp}",
-                      advice="split by layers instead (gpu_split), or serve EXL2", evidence={"tp": recipe.tp})
+        yield finding(
+            f"exllamav2 does not split {layout.format} matrices among GPUs, and the plan says tp {recipe.tp}",
+            advice="split by layers instead (gpu_split), or serve EXL2",
+            evidence={"tp": recipe.tp},
+        )
 
 
 def bad():

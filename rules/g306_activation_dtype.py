@@ -27,14 +27,19 @@ def activation_dtype(checkpoint, kernels, spec, recipe):
     stated = str(spec.config.get(key, "")).removeprefix("torch.")
     if not kernels or stated != "bfloat16" or any("bfloat16" in kernel.dtypes for kernel in kernels):
         return
-    yield finding(f"{recipe.runtime}'s {kernels[0].name} kernel computes in {', '.join(kernels[0].dtypes)} and the checkpoint is bfloat16",
-                  at=Place("config.json", pointer=spec.at(key)), evidence={"kernel": kernels[0].name},
-                  advice="choose 4 or 8 bits in symmetric groups of 32, 64 or 128, which a bfloat16 kernel takes")
+    yield finding(
+        f"{recipe.runtime}'s {kernels[0].name} kernel computes in {', '.join(kernels[0].dtypes)} and the checkpoint is bfloat16",
+        at=Place("config.json", pointer=spec.at(key)),
+        evidence={"kernel": kernels[0].name},
+        advice="choose 4 or 8 bits in symmetric groups of 32, 64 or 128, which a bfloat16 kernel takes",
+    )
 
 
 def bad():
     case = tiny("llama")
-    case.recipe = case.recipe.with_field("runtime", "vllm").with_field("runtime_version", "0.9.0").with_field("bits", 3)
+    case.recipe = (
+        case.recipe.with_field("runtime", "vllm").with_field("runtime_version", "0.9.0").with_field("bits", 3)
+    )
     return case, "vllm's ExLlama kernel computes in float16 and the checkpoint is bfloat16"
 
 

@@ -28,7 +28,11 @@ def fused_linears_differ(checkpoint, layout, recipe, spec):
     have = {linear.name for linear in layout.linears}
     missed = set(layout.missed)
     seen = {}
-    for linear in spec.linears if not layout.quantized else (*layout.linears, *(x for x in spec.linears if x.name in missed)):
+    for linear in (
+        spec.linears
+        if not layout.quantized
+        else (*layout.linears, *(x for x in spec.linears if x.name in missed))
+    ):
         fused = next((group for group in FUSED if linear.role in group), None)
         if fused:
             seen.setdefault((linear.name.rpartition(".")[0], fused), []).append(linear)
@@ -36,15 +40,22 @@ def fused_linears_differ(checkpoint, layout, recipe, spec):
         inside = [x.role for x in members if x.name in have]
         outside = [x.role for x in members if x.name in missed]
         if inside and outside:
-            yield finding(f"{parent}: {', '.join(inside)} in {layout.bits} bits and {', '.join(outside)} in 16 bits, "
-                          f"but engines fuse them into one matrix", severity="error" if recipe.runtime in FUSING else "warning",
-                          evidence={"quantized": inside, "kept": outside}, advice="keep all of them in 16 bits, or none")
+            yield finding(
+                f"{parent}: {', '.join(inside)} in {layout.bits} bits and {', '.join(outside)} in 16 bits, "
+                f"but engines fuse them into one matrix",
+                severity="error" if recipe.runtime in FUSING else "warning",
+                evidence={"quantized": inside, "kept": outside},
+                advice="keep all of them in 16 bits, or none",
+            )
 
 
 def bad():
     case = tiny("llama")
     case.recipe = case.recipe.with_field("keep", ("layers.1.self_attn.k_proj",)).with_field("runtime", "vllm")
-    return case, "model.layers.1.self_attn: q, v in 4 bits and k in 16 bits, but engines fuse them into one matrix"
+    return (
+        case,
+        "model.layers.1.self_attn: q, v in 4 bits and k in 16 bits, but engines fuse them into one matrix",
+    )
 
 
 def good():

@@ -24,20 +24,34 @@ from doctor.testing import tiny
 
 @rule("G308", "warning", certainty="likely", implied_by=("G301", "G302"))
 def expert_shape(checkpoint, layout, spec, recipe):
-    experts = {(x.in_features, x.out_features): x for x in layout.linears if x.expert is not None and x.role == "down"}
-    rows = [r for r in table("kernels")["moe"] if r["runtime"] == recipe.runtime and in_force(r, recipe.runtime_version)]
+    experts = {
+        (x.in_features, x.out_features): x
+        for x in layout.linears
+        if x.expert is not None and x.role == "down"
+    }
+    rows = [
+        r
+        for r in table("kernels")["moe"]
+        if r["runtime"] == recipe.runtime and in_force(r, recipe.runtime_version)
+    ]
     for row in rows:
         inner = max(row["inner"], layout.group_size)
         for (width, hidden), linear in experts.items():
             bad_hidden, bad_width = hidden % row["hidden"], width % (inner * recipe.tp)
             if not (bad_hidden or bad_width):
                 continue
-            what = f"hidden_size {hidden} is no multiple of {row['hidden']}" if bad_hidden else (
-                f"an expert's width {width} / {recipe.tp} GPUs is no multiple of {inner}")
+            what = (
+                f"hidden_size {hidden} is no multiple of {row['hidden']}"
+                if bad_hidden
+                else (f"an expert's width {width} / {recipe.tp} GPUs is no multiple of {inner}")
+            )
             key = size_key(spec, linear.name, 0 if bad_hidden else 1)
-            yield finding(f"{row['name']} of {recipe.runtime}: {what}", at=Place("config.json", pointer=spec.at(key) if key else None),
-                          evidence={"hidden": hidden, "width": width, "tp": recipe.tp},
-                          advice="use fewer GPUs or expert parallelism")
+            yield finding(
+                f"{row['name']} of {recipe.runtime}: {what}",
+                at=Place("config.json", pointer=spec.at(key) if key else None),
+                evidence={"hidden": hidden, "width": width, "tp": recipe.tp},
+                advice="use fewer GPUs or expert parallelism",
+            )
 
 
 def bad():

@@ -34,9 +34,12 @@ def k_quant_width(checkpoint, spec, recipe):
     for width, linears in sorted(widths.items()):
         key = next((k for x in linears if (k := size_key(spec, x.name, 1))), None)
         fallback = "a 32-block type" if width % SMALL_BLOCK == 0 else "float16"
-        yield finding(f"in_features {width} of {len(linears)} linears is no multiple of {BLOCK}: k-quants fall back to {fallback}",
-                      at=Place("config.json", pointer=spec.at(key) if key else None), evidence={"in_features": width, "linears": len(linears)},
-                      advice="expect a larger file, or choose Q4_0, Q8_0 or IQ4_NL yourself")
+        yield finding(
+            f"in_features {width} of {len(linears)} linears is no multiple of {BLOCK}: k-quants fall back to {fallback}",
+            at=Place("config.json", pointer=spec.at(key) if key else None),
+            evidence={"in_features": width, "linears": len(linears)},
+            advice="expect a larger file, or choose Q4_0, Q8_0 or IQ4_NL yourself",
+        )
 
 
 def bad():

@@ -36,10 +36,16 @@ def packing_indivisible(checkpoint, layout):
         if not layout.quantized and (linear.in_features % unit_in or linear.out_features % unit_out):
             misfits.setdefault((linear.role, linear.in_features, linear.out_features), []).append(linear)
     for (role, width, height), linears in misfits.items():
-        wrong = f"in_features {width} is no multiple of {unit_in}" if width % unit_in else f"out_features {height} is no multiple of {unit_out}"
-        yield finding(f"{role} ({len(linears)} linears) cannot be packed as {layout.format}: {wrong}",
-                      evidence={"in_features": width, "out_features": height, "linears": len(linears)},
-                      advice=f"--keep '{linears[0].name.rsplit('.', 1)[-1]}' leaves them in 16 bits")
+        wrong = (
+            f"in_features {width} is no multiple of {unit_in}"
+            if width % unit_in
+            else f"out_features {height} is no multiple of {unit_out}"
+        )
+        yield finding(
+            f"{role} ({len(linears)} linears) cannot be packed as {layout.format}: {wrong}",
+            evidence={"in_features": width, "out_features": height, "linears": len(linears)},
+            advice=f"--keep '{linears[0].name.rsplit('.', 1)[-1]}' leaves them in 16 bits",
+        )
 
 
 def bad():

@@ -23,9 +23,12 @@ from doctor.testing import tiny_gptq
 def act_order_under_tp(checkpoint, layout, quantization, recipe):
     if not (layout.act_order and recipe.tp > 1):
         return
-    yield finding(f"desc_act is true with group size {layout.group_size}: {recipe.tp} GPUs cannot each hold whole groups",
-                  at=Place(quantization.file, pointer=f"{quantization.pointer}/desc_act"),
-                  evidence={"tp": recipe.tp, "group_size": layout.group_size}, advice="serve on one GPU, or quantize again with static groups")
+    yield finding(
+        f"desc_act is true with group size {layout.group_size}: {recipe.tp} GPUs cannot each hold whole groups",
+        at=Place(quantization.file, pointer=f"{quantization.pointer}/desc_act"),
+        evidence={"tp": recipe.tp, "group_size": layout.group_size},
+        advice="serve on one GPU, or quantize again with static groups",
+    )
 
 
 def bad():

@@ -30,9 +30,12 @@ def hessian_size(checkpoint, layout, spec, recipe):
         return
     k = widest.in_features
     key = size_key(spec, widest.name, 1)
-    yield finding(f"{widest.role} has in_features {k:,}: its Hessian is {4 * k * k / 2**30:.1f} GiB in float32 and beyond 32-bit indices",
-                  at=Place("config.json", pointer=spec.at(key) if key else None), evidence={"in_features": k},
-                  advice="plan for the memory, or use --method awq")
+    yield finding(
+        f"{widest.role} has in_features {k:,}: its Hessian is {4 * k * k / 2**30:.1f} GiB in float32 and beyond 32-bit indices",
+        at=Place("config.json", pointer=spec.at(key) if key else None),
+        evidence={"in_features": k},
+        advice="plan for the memory, or use --method awq",
+    )
 
 
 def bad():

@@ -24,19 +24,28 @@ MLP = ("gate", "up", "gate_up", "down")
 @rule("G313", "warning")
 def stacked_experts(checkpoint, layout, spec, tensors):
     templates = [t for t in spec.templates if len(t.shape) == 3 and t.role in MLP]
-    stacks = [i for i in tensors.values() if len(i.shape) == 3 and i.dtype.is_float and any(t.pattern.match(i.name) for t in templates)]
+    stacks = [
+        i
+        for i in tensors.values()
+        if len(i.shape) == 3 and i.dtype.is_float and any(t.pattern.match(i.name) for t in templates)
+    ]
     if layout.quantized or not stacks:
         return
     inside = sum(info.numel for info in stacks)
     share = inside / sum(info.numel for info in tensors.values())
-    yield finding(f"{len(stacks):,} stacks of experts (first {stacks[0].name}) hold {share:.0%} of the weights and stay in 16 bits",
-                  at=Place("", tensor=stacks[0].name), evidence={"stacks": len(stacks), "values": inside},
-                  advice="unstack the experts with a conversion that the runtime reads")
+    yield finding(
+        f"{len(stacks):,} stacks of experts (first {stacks[0].name}) hold {share:.0%} of the weights and stay in 16 bits",
+        at=Place("", tensor=stacks[0].name),
+        evidence={"stacks": len(stacks), "values": inside},
+        advice="unstack the experts with a conversion that the runtime reads",
+    )
 
 
 def bad():
-    return tiny("granitemoe"), ("4 stacks of experts (first model.layers.0.block_sparse_moe.input_linear.weight) hold 84% of the weights "
-                                "and stay in 16 bits")
+    return tiny("granitemoe"), (
+        "4 stacks of experts (first model.layers.0.block_sparse_moe.input_linear.weight) hold 84% of the weights "
+        "and stay in 16 bits"
+    )
 
 
 def good():

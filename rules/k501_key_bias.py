@@ -38,9 +38,12 @@ def key_bias(tensor, absmax, tensors, largest_values):
     if any(f"{attention}.{norm}.weight" in tensors for norm in ("k_norm", "k_layernorm", "key_norm")):
         return
     keys = "8-bit keys" if absmax > NEEDS_EIGHT_BITS else "6-bit keys or more"
-    yield finding(f"{tensor.name} reaches {absmax:.0f}: a 4-bit KV cache may garble text", evidence={"absmax": absmax},
-                  strip={"largest |bias|": _across_blocks(tensor.name, largest_values)},
-                  advice=f"serve with {keys}; the weights are fine to quantize")
+    yield finding(
+        f"{tensor.name} reaches {absmax:.0f}: a 4-bit KV cache may garble text",
+        evidence={"absmax": absmax},
+        strip={"largest |bias|": _across_blocks(tensor.name, largest_values)},
+        advice=f"serve with {keys}; the weights are fine to quantize",
+    )
 
 
 def _across_blocks(name, values):
@@ -49,7 +52,12 @@ def _across_blocks(name, values):
     if place is None:
         return [values[name]]
     others = ((_NUMBERED.match(other), value) for other, value in values.items() if other.endswith(place[3]))
-    return [value for _, value in sorted((int(m[2]), value) for m, value in others if m and (m[1], m[3]) == (place[1], place[3]))]
+    return [
+        value
+        for _, value in sorted(
+            (int(m[2]), value) for m, value in others if m and (m[1], m[3]) == (place[1], place[3])
+        )
+    ]
 
 
 def bad():

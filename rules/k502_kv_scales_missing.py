@@ -29,17 +29,29 @@ def kv_scales_missing(checkpoint, quantization_block, tensors):
     if quantization_block is None:
         return
     raw, file, pointer = quantization_block
-    key = next((k for k in ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_method") if raw.get(k)), None)
+    key = next(
+        (k for k in ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_method") if raw.get(k)), None
+    )
     if key is None or any(name.endswith(SCALES) for name in tensors):
         return
-    yield finding(f"{key} is set and no tensor ends in .k_scale or .v_scale: the cache would use scale 1.0",
-                  at=Place(file, pointer=f"{pointer}/{key}"), advice="calibrate the scales, or remove the entry")
+    yield finding(
+        f"{key} is set and no tensor ends in .k_scale or .v_scale: the cache would use scale 1.0",
+        at=Place(file, pointer=f"{pointer}/{key}"),
+        advice="calibrate the scales, or remove the entry",
+    )
 
 
 def bad():
     case = tiny_gptq()
-    case.config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "symmetric": True}
-    return case, "kv_cache_scheme is set and no tensor ends in .k_scale or .v_scale: the cache would use scale 1.0"
+    case.config["quantization_config"]["kv_cache_scheme"] = {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+    }
+    return (
+        case,
+        "kv_cache_scheme is set and no tensor ends in .k_scale or .v_scale: the cache would use scale 1.0",
+    )
 
 
 def good():

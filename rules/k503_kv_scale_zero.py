@@ -23,8 +23,11 @@ SCALES = (".k_scale", ".v_scale", ".kv_scale")
 @rule("K503", "error")
 def kv_scale_zero(tensor, n_zero, numel):
     if tensor.name.endswith(SCALES) and n_zero:
-        yield finding(f"{n_zero} of {numel} scales in {tensor.name} are 0", evidence={"n_zero": n_zero, "numel": numel},
-                      advice="calibrate the cache again")
+        yield finding(
+            f"{n_zero} of {numel} scales in {tensor.name} are 0",
+            evidence={"n_zero": n_zero, "numel": numel},
+            advice="calibrate the cache again",
+        )
 
 
 def bad():

@@ -27,21 +27,33 @@ NOTABLE, BROKEN = 1.25, 2.0
 @rule("O601", "error", implied_by=("O602", "O606"))
 def perplexity_blowup(checkpoint, comparison):
     before, after = comparison.perplexity_original, comparison.perplexity_quantized
-    if after <= NOTABLE * before or not before == before:  # not before == before: the original is NaN, which is O606
+    if (
+        after <= NOTABLE * before or not before == before
+    ):  # not before == before: the original is NaN, which is O606
         return
     errors = comparison.block_errors
     jumps = [b - a for a, b in zip((0.0, *errors), errors)]
     worst = f"; the error grows most in block {jumps.index(max(jumps))}" if jumps else ""
-    yield finding(f"perplexity {before:.2f} became {after:.2f} on {comparison.tokens:,} tokens in rows of {comparison.context}{worst}",
-                  severity="error" if not after <= BROKEN * before else "warning",
-                  evidence={"original": before, "quantized": after, "tokens": comparison.tokens, "context": comparison.context},
-                  advice="see the Q findings of that block, or take more bits or smaller groups")
+    yield finding(
+        f"perplexity {before:.2f} became {after:.2f} on {comparison.tokens:,} tokens in rows of {comparison.context}{worst}",
+        severity="error" if not after <= BROKEN * before else "warning",
+        evidence={
+            "original": before,
+            "quantized": after,
+            "tokens": comparison.tokens,
+            "context": comparison.context,
+        },
+        advice="see the Q findings of that block, or take more bits or smaller groups",
+    )
 
 
 def bad():
     case = compared()
     change(case, "checkpoint:", "comparison", perplexity_quantized=61.5, block_errors=(0.01, 0.9))
-    return case, "perplexity 12.00 became 61.50 on 8,192 tokens in rows of 512; the error grows most in block 1"
+    return (
+        case,
+        "perplexity 12.00 became 61.50 on 8,192 tokens in rows of 512; the error grows most in block 1",
+    )
 
 
 def good():

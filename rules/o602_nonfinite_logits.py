@@ -28,15 +28,20 @@ def nonfinite_logits(checkpoint, comparison):
         return
     first = next((i for i, e in enumerate(comparison.block_errors) if not e < float("inf")), None)
     place = f"; the first block whose output is not finite is {first}" if first is not None else ""
-    yield finding(f"{comparison.nonfinite_quantized:,} of {comparison.tokens:,} rows of logits hold NaN or Inf{place}",
-                  evidence={"nonfinite": comparison.nonfinite_quantized, "tokens": comparison.tokens},
-                  advice="run doctor check on the output, then quantize that block again")
+    yield finding(
+        f"{comparison.nonfinite_quantized:,} of {comparison.tokens:,} rows of logits hold NaN or Inf{place}",
+        evidence={"nonfinite": comparison.nonfinite_quantized, "tokens": comparison.tokens},
+        advice="run doctor check on the output, then quantize that block again",
+    )
 
 
 def bad():
     case = compared()
     change(case, "checkpoint:", "comparison", nonfinite_quantized=8192, block_errors=(0.01, float("nan")))
-    return case, "8,192 of 8,192 rows of logits hold NaN or Inf; the first block whose output is not finite is 1"
+    return (
+        case,
+        "8,192 of 8,192 rows of logits hold NaN or Inf; the first block whose output is not finite is 1",
+    )
 
 
 def good():

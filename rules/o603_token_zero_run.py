@@ -27,9 +27,11 @@ SHARE = 0.5  # of the generated tokens; a sound model writes id 0 now and then, 
 def token_zero_run(checkpoint, comparison):
     if not (comparison.generated and comparison.token0_share > SHARE):
         return
-    yield finding(f"{comparison.token0_share:.0%} of {comparison.generated:,} generated tokens are id 0",
-                  evidence={"token0_share": comparison.token0_share, "generated": comparison.generated},
-                  advice="look for scales and logits that are not finite")
+    yield finding(
+        f"{comparison.token0_share:.0%} of {comparison.generated:,} generated tokens are id 0",
+        evidence={"token0_share": comparison.token0_share, "generated": comparison.generated},
+        advice="look for scales and logits that are not finite",
+    )
 
 
 def bad():

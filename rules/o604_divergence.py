@@ -25,16 +25,21 @@ AGREEMENT = 0.7  # share of tokens with the same first choice
 def divergence(checkpoint, comparison):
     if comparison.kl_mean <= KL and comparison.top1_agreement >= AGREEMENT:
         return
-    yield finding(f"mean divergence {comparison.kl_mean:.3f} nats a token (99th percentile {comparison.kl_p99:.2f}), the same first choice in "
-                  f"{comparison.top1_agreement:.1%} of {comparison.tokens:,} tokens",
-                  evidence={"kl_mean": comparison.kl_mean, "top1_agreement": comparison.top1_agreement},
-                  advice="take more bits or smaller groups, or calibrate nearer to the text of use")
+    yield finding(
+        f"mean divergence {comparison.kl_mean:.3f} nats a token (99th percentile {comparison.kl_p99:.2f}), the same first choice in "
+        f"{comparison.top1_agreement:.1%} of {comparison.tokens:,} tokens",
+        evidence={"kl_mean": comparison.kl_mean, "top1_agreement": comparison.top1_agreement},
+        advice="take more bits or smaller groups, or calibrate nearer to the text of use",
+    )
 
 
 def bad():
     case = compared()
     change(case, "checkpoint:", "comparison", kl_mean=0.71, kl_p99=5.2, top1_agreement=0.62)
-    return case, "mean divergence 0.710 nats a token (99th percentile 5.20), the same first choice in 62.0% of 8,192 tokens"
+    return (
+        case,
+        "mean divergence 0.710 nats a token (99th percentile 5.20), the same first choice in 62.0% of 8,192 tokens",
+    )
 
 
 def good():

@@ -23,14 +23,22 @@ RUN = 12  # times in a row; dashes and dots of sound replies stay below
 def repeated_tokens(checkpoint, comparison):
     if comparison.longest_repeat < RUN or not any(a != b for _, a, b in comparison.replies):
         return
-    yield finding(f"one token stands {comparison.longest_repeat} times in a row in the quantized model's replies",
-                  evidence={"longest_repeat": comparison.longest_repeat, "generated": comparison.generated},
-                  advice="compare the replies side by side")
+    yield finding(
+        f"one token stands {comparison.longest_repeat} times in a row in the quantized model's replies",
+        evidence={"longest_repeat": comparison.longest_repeat, "generated": comparison.generated},
+        advice="compare the replies side by side",
+    )
 
 
 def bad():
     case = compared()
-    change(case, "checkpoint:", "comparison", longest_repeat=64, replies=(("Once", "upon a time", "the the the"),))
+    change(
+        case,
+        "checkpoint:",
+        "comparison",
+        longest_repeat=64,
+        replies=(("Once", "upon a time", "the the the"),),
+    )
     return case, "one token stands 64 times in a row in the quantized model's replies"
 
 

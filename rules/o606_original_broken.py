@@ -23,11 +23,17 @@ from doctor.testing import change, compared
 def original_broken(checkpoint, comparison, spec):
     before = comparison.perplexity_original
     if comparison.nonfinite_original:
-        yield finding(f"{comparison.nonfinite_original:,} of {comparison.tokens:,} rows of the original's logits hold NaN or Inf",
-                      evidence={"nonfinite": comparison.nonfinite_original}, advice="run doctor check on the original")
+        yield finding(
+            f"{comparison.nonfinite_original:,} of {comparison.tokens:,} rows of the original's logits hold NaN or Inf",
+            evidence={"nonfinite": comparison.nonfinite_original},
+            advice="run doctor check on the original",
+        )
     elif spec.vocab and not before <= spec.vocab:
-        yield finding(f"the original's perplexity is {before:,.0f}, worse than guessing among {spec.vocab:,} tokens",
-                      evidence={"perplexity": before, "vocab": spec.vocab}, advice="run doctor check on the original")
+        yield finding(
+            f"the original's perplexity is {before:,.0f}, worse than guessing among {spec.vocab:,} tokens",
+            evidence={"perplexity": before, "vocab": spec.vocab},
+            advice="run doctor check on the original",
+        )
 
 
 def bad():

@@ -30,10 +30,17 @@ def bad_scales(tensor, n_zero, numel, absmax):
     if not tensor.name.endswith(SCALES):
         return
     if n_zero:
-        yield finding(f"{n_zero:,} of {numel:,} scales in {tensor.name} are 0", evidence={"n_zero": n_zero, "numel": numel},
-                      advice="quantize this linear again")
+        yield finding(
+            f"{n_zero:,} of {numel:,} scales in {tensor.name} are 0",
+            evidence={"n_zero": n_zero, "numel": numel},
+            advice="quantize this linear again",
+        )
     if not absmax <= HUGE:
-        yield finding(f"{tensor.name} has a scale of {absmax:,.0f}", evidence={"absmax": absmax}, advice="quantize this linear again")
+        yield finding(
+            f"{tensor.name} has a scale of {absmax:,.0f}",
+            evidence={"absmax": absmax},
+            advice="quantize this linear again",
+        )
 
 
 def bad():

@@ -35,15 +35,29 @@ def qzeros_version(checkpoint, quantization, packed_words):
     stated = "gptq_v2" if quantization.version == "gptq_v2" else "gptq"
     other = "gptq" if stated == "gptq_v2" else "gptq_v2"
     word = symmetric_word(quantization.bits, other)
-    wrong = [name for name, words in packed_words.items() if name.endswith(".qzeros") and words.kinds == {word: words.count}]
+    wrong = [
+        name
+        for name, words in packed_words.items()
+        if name.endswith(".qzeros") and words.kinds == {word: words.count}
+    ]
     if not wrong:
         return
-    key = "checkpoint_format" if "checkpoint_format" in quantization.raw or "format" not in quantization.raw else "format"
+    key = (
+        "checkpoint_format"
+        if "checkpoint_format" in quantization.raw or "format" not in quantization.raw
+        else "format"
+    )
     pointer = f"{quantization.pointer}/{key}"
-    yield finding(f"{len(wrong)} qzeros tensors hold 0x{word:08x} only, which is {other}, and {key} says {stated}",
-                  at=Place(quantization.file, pointer=pointer), evidence={"word": f"0x{word:08x}", "tensors": len(wrong), "first": wrong[0]},
-                  fix=Fix(f"set {key} to {other}", (SetJson(quantization.file, pointer, other, expect=quantization.raw.get(key, MISSING)),)),
-                  advice="set it to what the words are")
+    yield finding(
+        f"{len(wrong)} qzeros tensors hold 0x{word:08x} only, which is {other}, and {key} says {stated}",
+        at=Place(quantization.file, pointer=pointer),
+        evidence={"word": f"0x{word:08x}", "tensors": len(wrong), "first": wrong[0]},
+        fix=Fix(
+            f"set {key} to {other}",
+            (SetJson(quantization.file, pointer, other, expect=quantization.raw.get(key, MISSING)),),
+        ),
+        advice="set it to what the words are",
+    )
 
 
 def bad():

@@ -22,12 +22,19 @@ from doctor.testing import tiny_gptq
 
 @rule("O609", "warning", certainty="likely")
 def v1_zero_wraps(checkpoint, quantization, packed_words):
-    if (quantization.method, quantization.bits, quantization.sym) != ("gptq", 4, False) or quantization.version == "gptq_v2":
+    if (quantization.method, quantization.bits, quantization.sym) != (
+        "gptq",
+        4,
+        False,
+    ) or quantization.version == "gptq_v2":
         return
     for name, words in packed_words.items():
         if name.endswith(".qzeros") and words.full_fields:
-            yield finding(f"{words.full_fields:,} of {words.count:,} words of {name} hold a zero point stored as 15, which wraps in version 1",
-                          evidence={"words": words.full_fields, "of": words.count}, advice="quantize with sym=true or write gptq_v2")
+            yield finding(
+                f"{words.full_fields:,} of {words.count:,} words of {name} hold a zero point stored as 15, which wraps in version 1",
+                evidence={"words": words.full_fields, "of": words.count},
+                advice="quantize with sym=true or write gptq_v2",
+            )
 
 
 def bad():

@@ -33,17 +33,27 @@ def group_index(checkpoint, quantization, packed_words, tensors):
             continue
         groups = scales.shape[0]
         if words.smallest < 0 or words.largest >= groups:
-            yield finding(f"{name} runs from {words.smallest} to {words.largest}, and there are {groups} groups",
-                          at=Place(tensors[name].shard, tensor=name), advice="quantize this linear again",
-                          evidence={"smallest": words.smallest, "largest": words.largest, "groups": groups})
+            yield finding(
+                f"{name} runs from {words.smallest} to {words.largest}, and there are {groups} groups",
+                at=Place(tensors[name].shard, tensor=name),
+                advice="quantize this linear again",
+                evidence={"smallest": words.smallest, "largest": words.largest, "groups": groups},
+            )
         elif not words.rising and not quantization.desc_act:
             scattered.append(name)
     if scattered:
         pointer = f"{quantization.pointer}/desc_act"
-        fix = Fix("set desc_act to true", (SetJson(quantization.file, pointer, True, expect=quantization.raw.get("desc_act", MISSING)),))
-        yield finding(f"g_idx is scattered in {len(scattered)} linears (first {scattered[0]}) and desc_act says the groups lie in order",
-                      at=Place(quantization.file, pointer=pointer), evidence={"linears": len(scattered)}, fix=fix,
-                      advice="set desc_act to true")
+        fix = Fix(
+            "set desc_act to true",
+            (SetJson(quantization.file, pointer, True, expect=quantization.raw.get("desc_act", MISSING)),),
+        )
+        yield finding(
+            f"g_idx is scattered in {len(scattered)} linears (first {scattered[0]}) and desc_act says the groups lie in order",
+            at=Place(quantization.file, pointer=pointer),
+            evidence={"linears": len(scattered)},
+            fix=fix,
+            advice="set desc_act to true",
+        )
 
 
 def bad():

@@ -28,15 +28,21 @@ def quantization_config_missing(checkpoint, quantization_block, tensors):
     packed = [name for name in tensors if name.endswith(PACKED)]
     if quantization_block is not None or not packed:
         return
-    yield finding(f"{len(packed):,} tensors are packed (first {packed[0]}) and there is no quantization_config",
-                  at=Place("config.json", pointer="/quantization_config"), evidence={"packed": len(packed)},
-                  advice="copy quantize_config.json from where the model came from")
+    yield finding(
+        f"{len(packed):,} tensors are packed (first {packed[0]}) and there is no quantization_config",
+        at=Place("config.json", pointer="/quantization_config"),
+        evidence={"packed": len(packed)},
+        advice="copy quantize_config.json from where the model came from",
+    )
 
 
 def bad():
     case = tiny_gptq("llama")
     del case.config["quantization_config"]
-    return case, "14 tensors are packed (first model.layers.0.mlp.down_proj.qweight) and there is no quantization_config"
+    return (
+        case,
+        "14 tensors are packed (first model.layers.0.mlp.down_proj.qweight) and there is no quantization_config",
+    )
 
 
 def good():

@@ -32,17 +32,29 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors):
         if quantization.method == "gptq" and quantization.desc_act and f"{linear.name}.g_idx" not in tensors:
             absent.append("g_idx")
         if absent:
-            yield finding(f"{linear.name} is packed but has no {' and no '.join(absent)}", at=at, evidence={"absent": absent},
-                          advice="copy the shard again from where it came from")
+            yield finding(
+                f"{linear.name} is packed but has no {' and no '.join(absent)}",
+                at=at,
+                evidence={"absent": absent},
+                advice="copy the shard again from where it came from",
+            )
             continue
         scales = tensors[f"{linear.name}.{NEEDED[quantization.method][0]}"].shape
         group = linear.in_features if quantization.group_size == -1 else quantization.group_size
         groups, height = -(-linear.in_features // group), linear.out_features
         expected = (height, groups) if quantization.method == "compressed-tensors" else (groups, height)
-        if tuple(scales) != expected and quantization.version in ("gptq", "gptq_v2", "gemm", "pack-quantized"):
-            yield finding(f"{linear.name} has scales {list(scales)}, and {quantization.bits} bits in groups of {group} make {list(expected)}",
-                          at=at, evidence={"scales": list(scales), "expected": list(expected)},
-                          advice="set bits and group_size to what the tensors were made with")
+        if tuple(scales) != expected and quantization.version in (
+            "gptq",
+            "gptq_v2",
+            "gemm",
+            "pack-quantized",
+        ):
+            yield finding(
+                f"{linear.name} has scales {list(scales)}, and {quantization.bits} bits in groups of {group} make {list(expected)}",
+                at=at,
+                evidence={"scales": list(scales), "expected": list(expected)},
+                advice="set bits and group_size to what the tensors were made with",
+            )
 
 
 def bad():

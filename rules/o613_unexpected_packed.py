@@ -29,12 +29,20 @@ HEAD = re.compile(r"(?:^|\.)lm_head\.(?:qweight|weight_packed)$")
 def unexpected_packed(checkpoint, quantization, tensors):
     for name, info in tensors.items():
         if ROUTER.search(name):
-            yield finding(f"{name}: a router is packed", at=Place(info.shard, tensor=name), advice="quantize again with routers left out")
+            yield finding(
+                f"{name}: a router is packed",
+                at=Place(info.shard, tensor=name),
+                advice="quantize again with routers left out",
+            )
         elif HEAD.search(name) and quantization.method == "gptq" and not quantization.raw.get("lm_head"):
             pointer = f"{quantization.pointer}/lm_head"
             edit = SetJson(quantization.file, pointer, True, expect=quantization.raw.get("lm_head", MISSING))
-            yield finding(f"{name}: the output head is packed and lm_head is not true", at=Place(quantization.file, pointer=pointer),
-                          fix=Fix("set lm_head to true", (edit,)), advice="set lm_head to true")
+            yield finding(
+                f"{name}: the output head is packed and lm_head is not true",
+                at=Place(quantization.file, pointer=pointer),
+                fix=Fix("set lm_head to true", (edit,)),
+                advice="set lm_head to true",
+            )
 
 
 def bad():

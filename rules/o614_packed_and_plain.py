@@ -23,9 +23,13 @@ def packed_and_plain(checkpoint, quantization, layout, tensors):
     for linear in layout.linears:
         plain = tensors.get(f"{linear.name}.weight")
         if layout.quantized and plain is not None:
-            yield finding(f"{plain.name} stands beside its packed form", at=Place(plain.shard, tensor=plain.name),
-                          evidence={"bytes": plain.nbytes}, fix=Fix("drop the plain weight", (DropTensor(plain.name),), "unsafe"),
-                          advice="drop it, if the packed form is the output that was meant")
+            yield finding(
+                f"{plain.name} stands beside its packed form",
+                at=Place(plain.shard, tensor=plain.name),
+                evidence={"bytes": plain.nbytes},
+                fix=Fix("drop the plain weight", (DropTensor(plain.name),), "unsafe"),
+                advice="drop it, if the packed form is the output that was meant",
+            )
 
 
 def bad():

@@ -25,15 +25,28 @@ from doctor.testing import change, measured
 def linear_failed(linear, solve):
     if solve.outcome != "failed":
         return
-    tried = "; ".join(f"damp {damp:g} in {precision}: {what}" for damp, precision, what in solve.attempts) or "nothing was tried"
-    yield finding(f"{linear.name} was not quantized: {solve.note or 'no reason recorded'} ({tried})",
-                  evidence={"attempts": [list(a) for a in solve.attempts]}, advice=f"--keep {linear.name} leaves it in 16 bits")
+    tried = (
+        "; ".join(f"damp {damp:g} in {precision}: {what}" for damp, precision, what in solve.attempts)
+        or "nothing was tried"
+    )
+    yield finding(
+        f"{linear.name} was not quantized: {solve.note or 'no reason recorded'} ({tried})",
+        evidence={"attempts": [list(a) for a in solve.attempts]},
+        advice=f"--keep {linear.name} leaves it in 16 bits",
+    )
 
 
 def bad():
     case = measured()
     name = case.name("down").removesuffix(".weight")
-    change(case, f"linear:{name}", "solve", outcome="failed", note="no factor", attempts=((0.01, "float64", "order 7"),))
+    change(
+        case,
+        f"linear:{name}",
+        "solve",
+        outcome="failed",
+        note="no factor",
+        attempts=((0.01, "float64", "order 7"),),
+    )
     return case, f"{name} was not quantized: no factor (damp 0.01 in float64: order 7)"
 
 

@@ -36,8 +36,11 @@ def nonfinite_hessian(linear, hessian):
         what = f"{hessian.n_nonfinite:,} NaN or Inf among the inputs of {linear.name}{place}"
     else:
         what = f"the inputs of {linear.name} are finite, but their products overflow"
-    yield finding(what, evidence={"n_nonfinite": hessian.n_nonfinite, "tokens": hessian.tokens},
-                  advice="look for W201 and W205 in this and earlier blocks; damping cannot help")
+    yield finding(
+        what,
+        evidence={"n_nonfinite": hessian.n_nonfinite, "tokens": hessian.tokens},
+        advice="look for W201 and W205 in this and earlier blocks; damping cannot help",
+    )
 
 
 def bad():

@@ -29,11 +29,17 @@ def damp_raised(linear, solve):
         return
     tries = "1 attempt" if len(solve.attempts) == 1 else f"{len(solve.attempts)} attempts"
     if solve.damp_used > solve.damp_asked:
-        yield finding(f"damp raised from {solve.damp_asked:g} to {solve.damp_used:g} for {linear.name} after {tries}",
-                      evidence={"attempts": [list(a) for a in solve.attempts]}, advice="more or longer calibration rows")
+        yield finding(
+            f"damp raised from {solve.damp_asked:g} to {solve.damp_used:g} for {linear.name} after {tries}",
+            evidence={"attempts": [list(a) for a in solve.attempts]},
+            advice="more or longer calibration rows",
+        )
     elif solve.precision == "eigen":
-        yield finding(f"negative eigenvalues of the Hessian of {linear.name} were raised to {solve.damp_used:g} of its mean after {tries}",
-                      evidence={"attempts": [list(a) for a in solve.attempts]}, advice="more or longer calibration rows")
+        yield finding(
+            f"negative eigenvalues of the Hessian of {linear.name} were raised to {solve.damp_used:g} of its mean after {tries}",
+            evidence={"attempts": [list(a) for a in solve.attempts]},
+            advice="more or longer calibration rows",
+        )
 
 
 def bad():

@@ -31,9 +31,17 @@ def dead_input_column(linear, hessian, zero_columns):
     if not hessian.tokens or not dead > DEAD_SHARE * hessian.in_features:
         return
     every = hessian.n_dead == hessian.in_features
-    what = f"every input of {linear.name} was 0" if every else f"{dead:,} of {hessian.in_features:,} inputs of {linear.name} stayed 0"
-    yield finding(f"{what} in {hessian.tokens:,} calibration tokens", severity="warning" if every else "info",
-                  evidence={"n_dead": hessian.n_dead, "zero_columns": zero_columns}, advice="calibrate on more varied text")
+    what = (
+        f"every input of {linear.name} was 0"
+        if every
+        else f"{dead:,} of {hessian.in_features:,} inputs of {linear.name} stayed 0"
+    )
+    yield finding(
+        f"{what} in {hessian.tokens:,} calibration tokens",
+        severity="warning" if every else "info",
+        evidence={"n_dead": hessian.n_dead, "zero_columns": zero_columns},
+        advice="calibrate on more varied text",
+    )
 
 
 def bad():

@@ -27,9 +27,11 @@ from doctor.testing import change, measured
 def too_few_calibration_rows(linear, hessian):
     if linear.expert is not None or hessian.tokens >= hessian.in_features:
         return
-    yield finding(f"{linear.name} saw {hessian.tokens:,} calibration tokens for {hessian.in_features:,} in_features",
-                  evidence={"tokens": hessian.tokens, "in_features": hessian.in_features},
-                  advice=f"give {4 * hessian.in_features:,} tokens or more: more or longer rows")
+    yield finding(
+        f"{linear.name} saw {hessian.tokens:,} calibration tokens for {hessian.in_features:,} in_features",
+        evidence={"tokens": hessian.tokens, "in_features": hessian.in_features},
+        advice=f"give {4 * hessian.in_features:,} tokens or more: more or longer rows",
+    )
 
 
 def bad():

@@ -25,8 +25,11 @@ def worse_than_rtn(linear, solve):
     # Written so that a loss that is NaN counts as worse.
     if solve.outcome not in ("gptq", "awq") or solve.loss <= MARGIN * solve.rtn_loss:
         return
-    yield finding(f"{linear.name}: {solve.outcome} lost {solve.loss:.3g} of the output's energy, rounding {solve.rtn_loss:.3g}",
-                  evidence={"loss": solve.loss, "rtn_loss": solve.rtn_loss}, advice="use act-order, smaller groups or more calibration text")
+    yield finding(
+        f"{linear.name}: {solve.outcome} lost {solve.loss:.3g} of the output's energy, rounding {solve.rtn_loss:.3g}",
+        evidence={"loss": solve.loss, "rtn_loss": solve.rtn_loss},
+        advice="use act-order, smaller groups or more calibration text",
+    )
 
 
 def bad():

@@ -26,8 +26,11 @@ def fallback(linear, solve, recipe):
     if solve.outcome not in ("rtn", "kept") or solve.outcome == recipe.method or is_kept(recipe, linear.name):
         return
     what = "was rounded to nearest" if solve.outcome == "rtn" else "stays in 16 bits"
-    yield finding(f"{linear.name} {what} instead of {recipe.method}: {solve.note or 'no reason recorded'}",
-                  evidence={"outcome": solve.outcome, "method": recipe.method}, advice="cure the reason given, or name it with --keep")
+    yield finding(
+        f"{linear.name} {what} instead of {recipe.method}: {solve.note or 'no reason recorded'}",
+        evidence={"outcome": solve.outcome, "method": recipe.method},
+        advice="cure the reason given, or name it with --keep",
+    )
 
 
 def bad():

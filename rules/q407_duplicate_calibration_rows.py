@@ -22,8 +22,12 @@ DUPLICATE_SHARE = 0.05  # share of rows; below it the Hessian hardly changes
 def duplicate_calibration_rows(checkpoint, calibration):
     if not calibration.duplicate_rows > DUPLICATE_SHARE * calibration.rows:
         return
-    yield finding(f"{calibration.duplicate_rows:,} of {calibration.rows:,} calibration rows are copies", at=Place(calibration.source),
-                  evidence={"duplicate_rows": calibration.duplicate_rows, "rows": calibration.rows}, advice="remove the copies")
+    yield finding(
+        f"{calibration.duplicate_rows:,} of {calibration.rows:,} calibration rows are copies",
+        at=Place(calibration.source),
+        evidence={"duplicate_rows": calibration.duplicate_rows, "rows": calibration.rows},
+        advice="remove the copies",
+    )
 
 
 def bad():

@@ -22,9 +22,12 @@ def padding_in_calibration(checkpoint, calibration):
     if not calibration.padding:
         return
     share = calibration.padding / calibration.tokens
-    yield finding(f"{calibration.padding:,} of {calibration.tokens:,} calibration tokens ({share:.1%}) are padding",
-                  at=Place(calibration.source), evidence={"padding": calibration.padding, "tokens": calibration.tokens},
-                  advice="pack the texts end to end instead of padding them")
+    yield finding(
+        f"{calibration.padding:,} of {calibration.tokens:,} calibration tokens ({share:.1%}) are padding",
+        at=Place(calibration.source),
+        evidence={"padding": calibration.padding, "tokens": calibration.tokens},
+        advice="pack the texts end to end instead of padding them",
+    )
 
 
 def bad():

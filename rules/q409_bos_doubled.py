@@ -21,9 +21,12 @@ from doctor.testing import change, measured
 def bos_doubled(checkpoint, calibration):
     if not calibration.bos_doubled:
         return
-    yield finding(f"{calibration.bos_doubled:,} of {calibration.rows:,} calibration rows begin with two BOS tokens",
-                  at=Place(calibration.source), evidence={"bos_doubled": calibration.bos_doubled, "rows": calibration.rows},
-                  advice="tokenize rendered templates with add_special_tokens=False")
+    yield finding(
+        f"{calibration.bos_doubled:,} of {calibration.rows:,} calibration rows begin with two BOS tokens",
+        at=Place(calibration.source),
+        evidence={"bos_doubled": calibration.bos_doubled, "rows": calibration.rows},
+        advice="tokenize rendered templates with add_special_tokens=False",
+    )
 
 
 def bad():

@@ -30,9 +30,11 @@ def expert_underseen(linear, hessian):
     if linear.expert is None or hessian.tokens >= TOKEN_SHARE * hessian.in_features:
         return
     count = f"{hessian.tokens:,} calibration tokens" if hessian.tokens else "no calibration token"
-    yield finding(f"{linear.name} (expert {linear.expert}) saw {count} for {hessian.in_features:,} in_features",
-                  evidence={"tokens": hessian.tokens, "in_features": hessian.in_features, "expert": linear.expert},
-                  advice="calibrate on more and more varied text")
+    yield finding(
+        f"{linear.name} (expert {linear.expert}) saw {count} for {hessian.in_features:,} in_features",
+        evidence={"tokens": hessian.tokens, "in_features": hessian.in_features, "expert": linear.expert},
+        advice="calibrate on more and more varied text",
+    )
 
 
 def bad():

@@ -32,9 +32,16 @@ def damp_too_small(linear, hessian, recipe):
         return
     step = next((s for s in STEPS if hessian.damp_needed <= s <= recipe.damp_max and s > recipe.damp), None)
     fix = Fix(f"raise damp to {step:g}", (SetRecipe("damp", step),)) if step else None
-    yield finding(f"{linear.name} needs damp {hessian.damp_needed:.2g} in float32 and the recipe has {recipe.damp:g}", fix=fix,
-                  evidence={"damp_needed": hessian.damp_needed, "max_eigenvalue": hessian.max_eigenvalue, "mean_diag": hessian.mean_diag},
-                  advice="raise damp" if step else "give more calibration text, or raise damp_max")
+    yield finding(
+        f"{linear.name} needs damp {hessian.damp_needed:.2g} in float32 and the recipe has {recipe.damp:g}",
+        fix=fix,
+        evidence={
+            "damp_needed": hessian.damp_needed,
+            "max_eigenvalue": hessian.max_eigenvalue,
+            "mean_diag": hessian.mean_diag,
+        },
+        advice="raise damp" if step else "give more calibration text, or raise damp_max",
+    )
 
 
 def bad():

@@ -25,9 +25,12 @@ SHORT = 64  # tokens, median row. GPTQ's authors took 2,048, AutoAWQ takes 512; 
 def short_calibration_rows(checkpoint, calibration):
     if calibration.median >= SHORT:
         return
-    yield finding(f"half of the {calibration.rows:,} calibration rows have {calibration.median:,} tokens or fewer",
-                  at=Place(calibration.source), evidence={"median": calibration.median, "shortest": calibration.shortest},
-                  advice="join texts and cut rows of 512 tokens or more")
+    yield finding(
+        f"half of the {calibration.rows:,} calibration rows have {calibration.median:,} tokens or fewer",
+        at=Place(calibration.source),
+        evidence={"median": calibration.median, "shortest": calibration.shortest},
+        advice="join texts and cut rows of 512 tokens or more",
+    )
 
 
 def bad():

@@ -30,9 +30,12 @@ def narrow_calibration(checkpoint, calibration, spec):
         floor = min(floor, VOCABULARY_SHARE * spec.vocab)
     if calibration.distinct_tokens >= floor:
         return
-    yield finding(f"{calibration.tokens:,} calibration tokens use {calibration.distinct_tokens:,} different ones",
-                  at=Place(calibration.source), evidence={"tokens": calibration.tokens, "distinct": calibration.distinct_tokens},
-                  advice="mix sources: prose, code, chat and every language to be served")
+    yield finding(
+        f"{calibration.tokens:,} calibration tokens use {calibration.distinct_tokens:,} different ones",
+        at=Place(calibration.source),
+        evidence={"tokens": calibration.tokens, "distinct": calibration.distinct_tokens},
+        advice="mix sources: prose, code, chat and every language to be served",
+    )
 
 
 def bad():

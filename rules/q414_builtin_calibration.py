@@ -19,9 +19,12 @@ from doctor.testing import change, measured
 @rule("Q414", "info")
 def builtin_calibration(checkpoint, calibration):
     if calibration.builtin:
-        yield finding(f"calibrated on {calibration.source}, {calibration.tokens:,} tokens, because no text was given",
-                      at=Place(calibration.source), evidence={"tokens": calibration.tokens},
-                      advice="--calibration FILE with text of the kind to be served")
+        yield finding(
+            f"calibrated on {calibration.source}, {calibration.tokens:,} tokens, because no text was given",
+            at=Place(calibration.source),
+            evidence={"tokens": calibration.tokens},
+            advice="--calibration FILE with text of the kind to be served",
+        )
 
 
 def bad():

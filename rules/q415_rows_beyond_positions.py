@@ -23,10 +23,12 @@ from doctor.testing import change, measured
 def rows_beyond_positions(checkpoint, calibration, spec):
     if not spec.max_positions or calibration.longest <= spec.max_positions:
         return
-    yield finding(f"the longest calibration row has {calibration.longest:,} tokens and the model {spec.max_positions:,} positions",
-                  at=Place("config.json", pointer=spec.at(spec.key_for("max_position_embeddings"))),
-                  evidence={"longest": calibration.longest, "positions": spec.max_positions},
-                  advice=f"cut the rows: --max-seq-length {spec.max_positions}")
+    yield finding(
+        f"the longest calibration row has {calibration.longest:,} tokens and the model {spec.max_positions:,} positions",
+        at=Place("config.json", pointer=spec.at(spec.key_for("max_position_embeddings"))),
+        evidence={"longest": calibration.longest, "positions": spec.max_positions},
+        advice=f"cut the rows: --max-seq-length {spec.max_positions}",
+    )
 
 
 def bad():

@@ -25,11 +25,18 @@ from doctor.testing import tiny
 
 @rule("W202", "warning", certainty="likely")
 def all_zero_weight(tensor, n_zero, numel):
-    matrix = len(tensor.shape) >= 2 and min(tensor.shape) > 1 and (tensor.name.endswith(".weight") or ".experts." in tensor.name)
+    matrix = (
+        len(tensor.shape) >= 2
+        and min(tensor.shape) > 1
+        and (tensor.name.endswith(".weight") or ".experts." in tensor.name)
+    )
     if not (matrix and tensor.dtype.is_float and numel and n_zero == numel):
         return
-    yield finding(f"all {numel:,} values of {tensor.name} are 0", evidence={"numel": numel, "bytes": [tensor.begin, tensor.end]},
-                  advice=f"compare the checksum of {tensor.shard} with its source and copy the shard again")
+    yield finding(
+        f"all {numel:,} values of {tensor.name} are 0",
+        evidence={"numel": numel, "bytes": [tensor.begin, tensor.end]},
+        advice=f"compare the checksum of {tensor.shard} with its source and copy the shard again",
+    )
 
 
 def bad():

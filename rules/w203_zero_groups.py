@@ -36,10 +36,12 @@ def zero_groups(linear, zero_groups, zero_groups_fp16, zero_rows, first_zero_gro
     # The scan keeps the first group of any of three kinds; only where there is one kind is it surely ours.
     alone = zero_rows == 0 and zero_groups_fp16 == zero_groups
     first = f", the first at row {first_zero_group[0]}, column {first_zero_group[1]}" if alone else ""
-    yield finding(f"{inside:,} of {total:,} groups of {size} weights in {linear.tensor} are all 0{first}",
-                  at=Place("", tensor=linear.tensor, index=tuple(first_zero_group) if alone else None),
-                  evidence={"zero_groups": zero_groups, "zero_rows": zero_rows, "group_size": size},
-                  advice="quantize with a program that gives an empty group scale 1 (doctor does), or spread the padding")
+    yield finding(
+        f"{inside:,} of {total:,} groups of {size} weights in {linear.tensor} are all 0{first}",
+        at=Place("", tensor=linear.tensor, index=tuple(first_zero_group) if alone else None),
+        evidence={"zero_groups": zero_groups, "zero_rows": zero_rows, "group_size": size},
+        advice="quantize with a program that gives an empty group scale 1 (doctor does), or spread the padding",
+    )
 
 
 def bad():

@@ -25,11 +25,16 @@ DEAD_SHARE = 0.01
 @rule("W204", "info", certainty="hint", implied_by=("W202", "W203"))
 def dead_channels(linear, zero_rows, zero_columns):
     writes = linear.role in ROW_PARALLEL
-    dead, size, what = (zero_rows, linear.out_features, "rows") if writes else (zero_columns, linear.in_features, "columns")
+    dead, size, what = (
+        (zero_rows, linear.out_features, "rows") if writes else (zero_columns, linear.in_features, "columns")
+    )
     if not dead > DEAD_SHARE * size:
         return
-    yield finding(f"{dead:,} of {size:,} {what} of {linear.tensor} are all 0", evidence={"dead": dead, "size": size},
-                  advice="compare the shard with its source, unless the model was pruned")
+    yield finding(
+        f"{dead:,} of {size:,} {what} of {linear.tensor} are all 0",
+        evidence={"dead": dead, "size": size},
+        advice="compare the shard with its source, unless the model was pruned",
+    )
 
 
 def bad():

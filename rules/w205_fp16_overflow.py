@@ -29,10 +29,12 @@ def fp16_overflow(tensor, n_fp16_overflow, absmax):
     # Masks such as GPT-Neo's masked_bias hold -1e9 by design and are no weights.
     if not n_fp16_overflow or not tensor.name.endswith((".weight", ".bias")):
         return
-    yield finding(f"{n_fp16_overflow:,} {'value' if n_fp16_overflow == 1 else 'values'} of {tensor.name} beyond {FP16_MAX:,}, "
-                  f"the largest float16 (largest {absmax:,.0f})",
-                  evidence={"n_fp16_overflow": n_fp16_overflow, "absmax": absmax},
-                  advice="keep the model in bfloat16: a cast to float16 makes these Inf")
+    yield finding(
+        f"{n_fp16_overflow:,} {'value' if n_fp16_overflow == 1 else 'values'} of {tensor.name} beyond {FP16_MAX:,}, "
+        f"the largest float16 (largest {absmax:,.0f})",
+        evidence={"n_fp16_overflow": n_fp16_overflow, "absmax": absmax},
+        advice="keep the model in bfloat16: a cast to float16 makes these Inf",
+    )
 
 
 def bad():

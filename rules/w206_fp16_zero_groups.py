@@ -31,15 +31,20 @@ def fp16_zero_groups(linear, zero_groups, zero_groups_fp16, recipe):
     size = linear.in_features if recipe.group_size == -1 else recipe.group_size
     groups = "1 group" if lost == 1 else f"{lost:,} groups"
     small = "lies" if lost == 1 else "lie"
-    yield finding(f"{groups} of {size} weights in {linear.tensor} {small} below {SMALLEST:.2e} and would be all 0 in float16",
-                  evidence={"zero_groups": zero_groups, "zero_groups_fp16": zero_groups_fp16},
-                  advice="quantize from bfloat16 without a cast to float16")
+    yield finding(
+        f"{groups} of {size} weights in {linear.tensor} {small} below {SMALLEST:.2e} and would be all 0 in float16",
+        evidence={"zero_groups": zero_groups, "zero_groups_fp16": zero_groups_fp16},
+        advice="quantize from bfloat16 without a cast to float16",
+    )
 
 
 def bad():
     case = tiny()
     case.down()[5, 32:64] = encode([1e-9], "BF16")[0]
-    return case, f"1 group of 32 weights in {case.name('down')} lies below 2.98e-08 and would be all 0 in float16"
+    return (
+        case,
+        f"1 group of 32 weights in {case.name('down')} lies below 2.98e-08 and would be all 0 in float16",
+    )
 
 
 def good():

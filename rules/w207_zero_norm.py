@@ -25,8 +25,11 @@ def zero_norm(tensor, n_zero, numel, spec):
         return
     family = table("architectures")["families"].get(spec.family, {})
     if family.get("norm_parametrisation") == FACTOR:
-        yield finding(f"all {numel:,} weights of {tensor.name} are 0: nothing passes this norm", evidence={"numel": numel},
-                      advice=f"compare the checksum of {tensor.shard} with its source and copy the shard again")
+        yield finding(
+            f"all {numel:,} weights of {tensor.name} are 0: nothing passes this norm",
+            evidence={"numel": numel},
+            advice=f"compare the checksum of {tensor.shard} with its source and copy the shard again",
+        )
 
 
 def bad():

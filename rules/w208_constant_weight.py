@@ -25,10 +25,20 @@ SMALLEST = 4096  # values; tables below that (a shared expert's gate, a toy) may
 @rule("W208", "warning", certainty="likely")
 def constant_weight(tensor, stats):
     whole = len(tensor.shape) >= 2 and tensor.name.endswith(".weight") and stats.numel >= SMALLEST
-    if not whole or not tensor.dtype.is_float or stats.n_nan or stats.n_inf or stats.min != stats.max or not stats.max:
+    if (
+        not whole
+        or not tensor.dtype.is_float
+        or stats.n_nan
+        or stats.n_inf
+        or stats.min != stats.max
+        or not stats.max
+    ):
         return
-    yield finding(f"all {stats.numel:,} values of {tensor.name} are {stats.max:g}", evidence={"value": stats.max, "numel": stats.numel},
-                  advice="take the tensor from the base model")
+    yield finding(
+        f"all {stats.numel:,} values of {tensor.name} are {stats.max:g}",
+        evidence={"value": stats.max, "numel": stats.numel},
+        advice="take the tensor from the base model",
+    )
 
 
 def bad():

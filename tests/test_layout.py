@@ -21,19 +21,69 @@ from doctor.spec import _lookup, build_spec, evaluate
 from doctor.tables import table
 from doctor.testing import measured, tiny, tiny_gptq
 
-QWEN15_14B = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 5120, "intermediate_size": 13696,
-              "num_attention_heads": 40, "num_key_value_heads": 40, "num_hidden_layers": 2, "vocab_size": 152064,
-              "max_position_embeddings": 32768, "torch_dtype": "bfloat16", "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
-              "bos_token_id": 151643, "eos_token_id": 151645}
-QWEN2_7B = {**QWEN15_14B, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
-QWEN2_72B = {**QWEN15_14B, "hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8}
-QWEN_14B = {**QWEN15_14B, "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "intermediate_size": 27392}
-LLAMA3_8B = {**QWEN15_14B, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
-             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
-PHI3_MINI = {**LLAMA3_8B, "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 3072, "intermediate_size": 8192,
-             "num_key_value_heads": 32, "vocab_size": 32064}
-MIXTRAL = {**LLAMA3_8B, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2,
-           "vocab_size": 32000}
+QWEN15_14B = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 13696,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "num_hidden_layers": 2,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+QWEN2_7B = {
+    **QWEN15_14B,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+QWEN2_72B = {
+    **QWEN15_14B,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+QWEN_14B = {
+    **QWEN15_14B,
+    "model_type": "qwen",
+    "architectures": ["QWenLMHeadModel"],
+    "intermediate_size": 27392,
+}
+LLAMA3_8B = {
+    **QWEN15_14B,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+PHI3_MINI = {
+    **LLAMA3_8B,
+    "model_type": "phi3",
+    "architectures": ["Phi3ForCausalLM"],
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+}
+MIXTRAL = {
+    **LLAMA3_8B,
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+}
 
 
 def headers_only(folder, config):
@@ -46,7 +96,9 @@ def headers_only(folder, config):
         for i in range(config["num_hidden_layers"]) if "{i}" in item["tensor"] else [0]:
             for e in range(config.get("num_local_experts", 0)) if "{e}" in item["tensor"] else [0]:
                 name = item["tensor"].replace("{i}", str(i)).replace("{e}", str(e))
-                parts = {name: shape} | ({name.replace(".weight", ".bias"): shape[:1]} if item.get("bias") is True else {})
+                parts = {name: shape} | (
+                    {name.replace(".weight", ".bias"): shape[:1]} if item.get("bias") is True else {}
+                )
                 for part, size in parts.items():
                     end = at + 2 * int(np.prod(size))
                     header[part] = {"dtype": "BF16", "shape": size, "data_offsets": [at, end]}
@@ -74,18 +126,33 @@ def test_14b_cannot_be_cut_into_8_and_pads_to_14336(tmp_path):
     (found,) = geometry(headers_only(tmp_path, QWEN15_14B), tp=8)
     assert messages([found]) == ["G302 intermediate_size 13696 = 107 × 128: 107 groups cannot be cut into 8"]
     assert found.where.note == "13696 = 107 × 128, and 107 is prime"
-    assert found.facts_table == (("tensor parallel", "1", "2", "4", "8"), ("groups per GPU", "107", "53.5", "26.75", "13.375"),
-                                 ("next size that fits", "13696", "13824", "13824", "14336"))
+    assert found.facts_table == (
+        ("tensor parallel", "1", "2", "4", "8"),
+        ("groups per GPU", "107", "53.5", "26.75", "13.375"),
+        ("next size that fits", "13696", "13824", "13824", "14336"),
+    )
     config = [e for e in found.fix.edits if isinstance(e, SetJson)]
     assert config == [SetJson("config.json", "/intermediate_size", 14336, expect=13696)]
     pads = {(e.tensor.split(".mlp.")[1], e.axis, e.size) for e in found.fix.edits if isinstance(e, PadTensor)}
-    assert pads == {("gate_proj.weight", 0, 14336), ("up_proj.weight", 0, 14336), ("down_proj.weight", 1, 14336)}
+    assert pads == {
+        ("gate_proj.weight", 0, 14336),
+        ("up_proj.weight", 0, 14336),
+        ("down_proj.weight", 1, 14336),
+    }
     assert found.fix.safety == "unsafe" and "W201" in found.fix.needs
 
 
-@pytest.mark.parametrize("config, tp, size", [
-    (QWEN15_14B, 2, 13824), (QWEN15_14B, 4, 13824), (QWEN2_72B, 2, 29696), (QWEN2_72B, 4, 29696), (QWEN2_72B, 8, 29696),
-], ids=lambda x: str(x) if isinstance(x, int) else x["intermediate_size"])
+@pytest.mark.parametrize(
+    "config, tp, size",
+    [
+        (QWEN15_14B, 2, 13824),
+        (QWEN15_14B, 4, 13824),
+        (QWEN2_72B, 2, 29696),
+        (QWEN2_72B, 4, 29696),
+        (QWEN2_72B, 8, 29696),
+    ],
+    ids=lambda x: str(x) if isinstance(x, int) else x["intermediate_size"],
+)
 def test_padded_sizes_are_those_that_qwen_publishes(tmp_path, config, tp, size):
     (found,) = geometry(headers_only(tmp_path, config), tp=tp)
     assert found.code == "G302" and found.fix.edits[-1].value == size
@@ -97,14 +164,31 @@ def test_qwen_1_states_twice_its_width_and_so_does_the_fix(tmp_path):
     assert {e.size for e in found.fix.edits[:-1]} == {13824}
 
 
-@pytest.mark.parametrize("config, recipe", [
-    (QWEN15_14B, {}), (QWEN15_14B, {"group_size": 64, "tp": 2}), (QWEN2_7B, {"tp": 4}), (QWEN2_72B, {}), (LLAMA3_8B, {"tp": 8}),
-    (LLAMA3_8B, {"tp": 8, "runtime": "vllm"}), (LLAMA3_8B, {"tp": 8, "runtime": "sglang"}), (PHI3_MINI, {"tp": 8}), (MIXTRAL, {"tp": 8}),
-    (MIXTRAL, {"tp": 4, "runtime": "vllm", "runtime_version": "0.9.0"}), (QWEN_14B, {}), (QWEN2_7B, {"runtime": "vllm", "tp": 4}),
-    (LLAMA3_8B, {"runtime": "exllamav2"}), (LLAMA3_8B, {"method": "awq", "sym": False, "runtime": "vllm"}),
-    (LLAMA3_8B, {"format": "compressed-tensors", "runtime": "vllm"}), (LLAMA3_8B, {"runtime": "llama.cpp"}),
-    (LLAMA3_8B, {"runtime": "transformers", "bits": 3}),
-], ids=lambda x: x["model_type"] if "model_type" in x else " ".join(f"{k}={v}" for k, v in x.items()) or "plain")
+@pytest.mark.parametrize(
+    "config, recipe",
+    [
+        (QWEN15_14B, {}),
+        (QWEN15_14B, {"group_size": 64, "tp": 2}),
+        (QWEN2_7B, {"tp": 4}),
+        (QWEN2_72B, {}),
+        (LLAMA3_8B, {"tp": 8}),
+        (LLAMA3_8B, {"tp": 8, "runtime": "vllm"}),
+        (LLAMA3_8B, {"tp": 8, "runtime": "sglang"}),
+        (PHI3_MINI, {"tp": 8}),
+        (MIXTRAL, {"tp": 8}),
+        (MIXTRAL, {"tp": 4, "runtime": "vllm", "runtime_version": "0.9.0"}),
+        (QWEN_14B, {}),
+        (QWEN2_7B, {"runtime": "vllm", "tp": 4}),
+        (LLAMA3_8B, {"runtime": "exllamav2"}),
+        (LLAMA3_8B, {"method": "awq", "sym": False, "runtime": "vllm"}),
+        (LLAMA3_8B, {"format": "compressed-tensors", "runtime": "vllm"}),
+        (LLAMA3_8B, {"runtime": "llama.cpp"}),
+        (LLAMA3_8B, {"runtime": "transformers", "bits": 3}),
+    ],
+    ids=lambda x: (
+        x["model_type"] if "model_type" in x else " ".join(f"{k}={v}" for k, v in x.items()) or "plain"
+    ),
+)
 def test_published_models_have_no_geometry_findings_where_they_are_known_to_serve(tmp_path, config, recipe):
     assert messages(geometry(headers_only(tmp_path, config), **recipe)) == []
 
@@ -114,15 +198,25 @@ def test_28_heads_do_not_fit_8_gpus_but_their_groups_are_named_too(tmp_path):
 
 
 def test_old_vllm_refuses_what_new_vllm_pads(tmp_path):
-    folder = headers_only(tmp_path, {**LLAMA3_8B, "intermediate_size": 14784, "num_hidden_layers": 1})  # 231 groups of 64
+    folder = headers_only(
+        tmp_path, {**LLAMA3_8B, "intermediate_size": 14784, "num_hidden_layers": 1}
+    )  # 231 groups of 64
     old = geometry(folder, group_size=64, runtime="vllm", runtime_version="0.9.2")
-    assert [f.code for f in old] == ["G303"] and "down: 14784 in_features" in old[0].message and old[0].severity == "warning"
+    assert (
+        [f.code for f in old] == ["G303"]
+        and "down: 14784 in_features" in old[0].message
+        and old[0].severity == "warning"
+    )
     assert geometry(folder, group_size=64, runtime="vllm") == []
 
 
 def test_awq_without_a_group_that_divides_is_one_finding_per_width(tmp_path):
-    found = geometry(headers_only(tmp_path, {**LLAMA3_8B, "hidden_size": 4160, "head_dim": 128}), method="awq")
-    assert messages(found) == ["G301 in_features 4160 of q, k, v, gate and up (10 linears) = 32.5 × 128: group size 128 does not divide it"]
+    found = geometry(
+        headers_only(tmp_path, {**LLAMA3_8B, "hidden_size": 4160, "head_dim": 128}), method="awq"
+    )
+    assert messages(found) == [
+        "G301 in_features 4160 of q, k, v, gate and up (10 linears) = 32.5 × 128: group size 128 does not divide it"
+    ]
     assert found[0].fix.edits[0].value == 64
 
 
@@ -134,7 +228,9 @@ def test_padding_leaves_the_mlp_exact_and_no_group_empty(family, tmp_path):
     case = tiny(family)
     case.recipe = Recipe(group_size=32, tp=4)
     _narrow(case, family)
-    found = [f for f in check(case.write(tmp_path), case.recipe, stage="header", select=["G302"]).findings if f.fix]
+    found = [
+        f for f in check(case.write(tmp_path), case.recipe, stage="header", select=["G302"]).findings if f.fix
+    ]
     assert found
     infos = case.infos()
     for edit in [e for f in found for e in f.fix.edits if isinstance(e, PadTensor)]:
@@ -150,7 +246,11 @@ def test_padding_leaves_the_mlp_exact_and_no_group_empty(family, tmp_path):
 
 def _narrow(case, family):
     """Make the MLP 96 wide: three groups, which no two GPUs can share. Experts too."""
-    keys = [k for k in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim") if k in case.config]
+    keys = [
+        k
+        for k in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim")
+        if k in case.config
+    ]
     for key in keys:
         case.config[key] = 96
     rng = np.random.default_rng(3)
@@ -167,7 +267,12 @@ def _narrow(case, family):
 def test_fused_gate_and_up_are_padded_in_each_half(tmp_path):
     case = tiny("phi3")
     _narrow(case, "phi3")
-    (found,) = [f for f in check(case.write(tmp_path), Recipe(group_size=32, tp=2), stage="header", select=["G302"]).findings]
+    (found,) = [
+        f
+        for f in check(
+            case.write(tmp_path), Recipe(group_size=32, tp=2), stage="header", select=["G302"]
+        ).findings
+    ]
     edit = next(e for e in found.fix.edits if isinstance(e, PadTensor) and "gate_up" in e.tensor)
     assert (edit.blocks, edit.size) == (2, 256)
 
@@ -195,19 +300,35 @@ def test_packed_checkpoint_of_every_family_is_healthy(family, tmp_path):
 
 
 def test_stored_awq_and_compressed_tensors_sizes():
-    awq = read_quantization({"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}, "f", "")
+    awq = read_quantization(
+        {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"},
+        "f",
+        "",
+    )
     assert (awq.bits, awq.group_size, awq.sym, awq.version) == (4, 64, False, "gemm")
     weights = {"num_bits": 4, "group_size": 128, "symmetric": True, "strategy": "group"}
-    raw = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}}
+    raw = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": weights}},
+    }
     packed = read_quantization(raw, "config.json", "/quantization_config")
     assert (packed.method, packed.bits, packed.group_size, packed.sym) == ("compressed-tensors", 4, 128, True)
 
 
-@pytest.mark.parametrize("raw", [{"quant_method": "fp8"}, {"quant_method": "bitsandbytes"}, {}, {"quant_method": "gptq", "bits": "4"},
-                                 {"quant_method": "compressed-tensors", "config_groups": []},
-                                 {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"},
-                                 {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*down.*": {"bits": 8}}},
-                                 {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv_fast"}])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"quant_method": "fp8"},
+        {"quant_method": "bitsandbytes"},
+        {},
+        {"quant_method": "gptq", "bits": "4"},
+        {"quant_method": "compressed-tensors", "config_groups": []},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*down.*": {"bits": 8}}},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv_fast"},
+    ],
+)
 def test_other_quantizations_are_unavailable_with_a_reason(raw):
     with pytest.raises(Unavailable):
         read_quantization(raw, "config.json", "")

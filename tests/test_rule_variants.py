@@ -36,13 +36,26 @@ def test_hessian_rules_at_their_edges(code, values, expected, tmp_path):
 
 
 SOLVE = [
-    ("Q402", {"precision": "eigen"}, ("warning", f"negative eigenvalues of the Hessian of {DOWN} were raised to 0.01 of its mean after 1 attempt")),
+    (
+        "Q402",
+        {"precision": "eigen"},
+        (
+            "warning",
+            f"negative eigenvalues of the Hessian of {DOWN} were raised to 0.01 of its mean after 1 attempt",
+        ),
+    ),
     ("Q402", {"precision": "float64"}, None),  # more digits are no less quality
     ("Q405", {"loss": NAN}, ("warning", f"{DOWN}: gptq lost nan of the output's energy, rounding 0.01")),
     ("Q405", {"loss": 0.01005}, None),
     ("Q405", {"outcome": "rtn", "loss": 0.01}, None),  # Q406 speaks
-    ("Q406", {"outcome": "kept", "note": "in_features 100 is not a multiple of group_size 32"},
-     ("warning", f"{DOWN} stays in 16 bits instead of gptq: in_features 100 is not a multiple of group_size 32")),
+    (
+        "Q406",
+        {"outcome": "kept", "note": "in_features 100 is not a multiple of group_size 32"},
+        (
+            "warning",
+            f"{DOWN} stays in 16 bits instead of gptq: in_features 100 is not a multiple of group_size 32",
+        ),
+    ),
 ]
 
 
@@ -116,7 +129,10 @@ def test_biases_masks_and_offset_norms_of_zero_are_sound(tmp_path):
 
 def test_mask_of_minus_a_billion_is_no_weight(tmp_path):
     case = tiny("llama")
-    case.tensors["model.layers.0.self_attn.masked_bias"], case.dtypes["model.layers.0.self_attn.masked_bias"] = encode([-1e9], "F32"), "F32"
+    (
+        case.tensors["model.layers.0.self_attn.masked_bias"],
+        case.dtypes["model.layers.0.self_attn.masked_bias"],
+    ) = encode([-1e9], "F32"), "F32"
     assert said(case, tmp_path, "W205") == []
 
 
@@ -125,8 +141,13 @@ def test_part_of_a_fused_set_in_16_bits_is_an_error_only_where_engines_fuse(tmp_
     name = "model.layers.1.self_attn.k_proj"
     for tail in ("qweight", "qzeros", "scales", "g_idx"):
         del case.tensors[f"{name}.{tail}"]
-    case.tensors[f"{name}.weight"], case.dtypes[f"{name}.weight"] = encode([[0.1] * 63 + [0.2]] * 32, "BF16"), "BF16"
-    message = "model.layers.1.self_attn: q, v in 4 bits and k in 16 bits, but engines fuse them into one matrix"
+    case.tensors[f"{name}.weight"], case.dtypes[f"{name}.weight"] = (
+        encode([[0.1] * 63 + [0.2]] * 32, "BF16"),
+        "BF16",
+    )
+    message = (
+        "model.layers.1.self_attn: q, v in 4 bits and k in 16 bits, but engines fuse them into one matrix"
+    )
     assert said(case, tmp_path / "any", "G307") == [("warning", message)]
     case.recipe = case.recipe.with_field("runtime", "vllm")
     assert said(case, tmp_path / "vllm", "G307") == [("error", message)]
@@ -135,14 +156,19 @@ def test_part_of_a_fused_set_in_16_bits_is_an_error_only_where_engines_fuse(tmp_
 def test_group_index_beyond_the_scales_is_named(tmp_path):
     case = tiny_gptq("llama")
     case.tensors[f"{DOWN}.g_idx"][-1] = 9
-    assert said(case, tmp_path, "O610") == [("error", f"{DOWN}.g_idx runs from 0 to 9, and there are 4 groups")]
+    assert said(case, tmp_path, "O610") == [
+        ("error", f"{DOWN}.g_idx runs from 0 to 9, and there are 4 groups")
+    ]
 
 
 def test_group_size_that_the_scales_contradict_is_named(tmp_path):
     case = tiny_gptq("llama")
     case.config["quantization_config"]["group_size"] = 64
     found = said(case, tmp_path, "O612")
-    assert len(found) == 14 and found[0] == ("error", f"{DOWN} has scales [4, 64], and 4 bits in groups of 64 make [2, 64]")
+    assert len(found) == 14 and found[0] == (
+        "error",
+        f"{DOWN} has scales [4, 64], and 4 bits in groups of 64 make [2, 64]",
+    )
 
 
 def test_huge_scales_are_named(tmp_path):
@@ -155,6 +181,11 @@ def test_a_packed_router_is_named(tmp_path):
     case = tiny_gptq("qwen2_moe")
     for tail in ("qweight", "qzeros", "scales", "g_idx"):
         source = f"model.layers.0.mlp.experts.0.gate_proj.{tail}"
-        case.tensors[f"model.layers.0.mlp.gate.{tail}"], case.dtypes[f"model.layers.0.mlp.gate.{tail}"] = case.tensors[source], case.dtypes[source]
+        case.tensors[f"model.layers.0.mlp.gate.{tail}"], case.dtypes[f"model.layers.0.mlp.gate.{tail}"] = (
+            case.tensors[source],
+            case.dtypes[source],
+        )
     del case.tensors["model.layers.0.mlp.gate.weight"]
-    assert said(case, tmp_path, "O613") == [("warning", "model.layers.0.mlp.gate.qweight: a router is packed")]
+    assert said(case, tmp_path, "O613") == [
+        ("warning", "model.layers.0.mlp.gate.qweight: a router is packed")
+    ]
