@@ -8,7 +8,8 @@ from pathlib import Path
 
 from doctor.builtin import header_facts, summary
 from doctor.checkpoint import Checkpoint
-from doctor.engine import Report, judge, load_rules, locate, select_rules
+from doctor.config import Config, Selection, choose
+from doctor.engine import Report, against, in_order, judge, load_rules, locate, select_rules
 from doctor.facts import CHECKPOINT, STAGES, Store
 from doctor.plan import Consent, Look, Plan, Progress, Proof, carry_out, make_plan, no_progress, refuse
 from doctor.recipe import Recipe
@@ -20,17 +21,19 @@ from doctor.writer import check_output
 def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *, select: Iterable[str] = (), ignore: Iterable[str] = (),
           stage: str = "output", fail_on: str = "error", rules_dirs: Iterable[Path] = (),
           progress: Callable[[int], None] = lambda n: None, facts: Iterable[tuple[str, str, object]] = (),
-          pictures: bool = False) -> Report:
+          pictures: bool = False, extend_select: Iterable[str] = (), config: Config | None = None, baseline: Report | None = None) -> Report:
     """Judge a checkpoint against a recipe, reading every byte of its tensors at most once.
 
     stage: the most expensive kind of evidence to gather ("header" reads no weights). facts: (subject, fact, value) of a
     calibration or run made elsewhere. pictures: also make the tables that HTML and Markdown draw (Report.extra).
+    config: what doctor.config.load() found; its selection comes before select and ignore, its recipe is the default, and its
+    suppressions hold. None reads no configuration, not even the checkpoint's own. baseline: findings are new or not against it.
     Raises BadCheckpoint where there is nothing to look at.
     """
     started = time.perf_counter()
-    recipe = recipe or Recipe()
+    recipe = recipe or (config.recipe() if config else Recipe())
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
-    rules = select_rules(load_rules(rules_dirs), select, ignore)
+    rules = _chosen(rules_dirs, config, select, extend_select, ignore)
     store = header_facts(checkpoint, recipe)
     for subject, name, value in facts:
         store.put(subject, name, value)
@@ -43,9 +46,28 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
         from doctor.pictures import pictures as draw
 
         extra = draw(checkpoint, store, rules, findings)
-    return Report(extra=extra, checkpoint=checkpoint.name, recipe=recipe, findings=locate(findings, checkpoint), runs=runs,
-                  summary=summary(checkpoint, store), skipped_tensors=scanned.skipped if scanned else {},
-                  bytes_read=scanned.bytes_read if scanned else 0, seconds=time.perf_counter() - started, fail_on=fail_on)
+    report = Report(extra=extra, checkpoint=checkpoint.name, recipe=recipe, findings=locate(findings, checkpoint), runs=runs,
+                    summary=summary(checkpoint, store), skipped_tensors=scanned.skipped if scanned else {},
+                    bytes_read=scanned.bytes_read if scanned else 0, fail_on=fail_on)
+    if config is not None:
+        _hush(report, config, checkpoint)
+    if baseline is not None:
+        against(report, baseline)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _chosen(rules_dirs: Iterable[Path], config: Config | None, select: Iterable[str], extend_select: Iterable[str], ignore: Iterable[str]) -> list:
+    """The rules of a run: the configuration's layer, then the caller's."""
+    config = config or Config()
+    layers = (config.selection, Selection(tuple(select), tuple(extend_select), tuple(ignore)))
+    return choose(load_rules(dict.fromkeys((*config.rules_dirs, *rules_dirs))), layers)
+
+
+def _hush(report: Report, config: Config, checkpoint: Checkpoint) -> None:
+    hushed = config.hush(report.findings, report.runs, checkpoint)
+    report.findings, report.suppressed = in_order([*hushed.findings, *hushed.own]), hushed.suppressed
+    report.runs = [*report.runs, *hushed.runs]
 
 
 @dataclass
@@ -68,7 +90,8 @@ class FixResult:
 def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, *,
         unsafe_fixes: bool | Iterable[str] = False, only: Iterable[str] = (), dry_run: bool = False, copy: bool = False,
         overwrite: bool = False, select: Iterable[str] = (), ignore: Iterable[str] = (), stage: str = "output", fail_on: str = "error",
-        rules_dirs: Iterable[Path] = (), facts: Iterable[tuple[str, str, object]] = (), progress: Progress = no_progress) -> FixResult:
+        rules_dirs: Iterable[Path] = (), facts: Iterable[tuple[str, str, object]] = (), progress: Progress = no_progress,
+        extend_select: Iterable[str] = (), config: Config | None = None) -> FixResult:
     """Write a cured copy of a checkpoint to `output`; the source is never written to, and the output is whole or absent.
 
     unsafe_fixes: True for every unsafe fix that need not be named, or codes ("all" among them means True), which also allow
@@ -77,7 +100,7 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe:
     Raises PlanRefused, MachineError, BadCheckpoint; then there is no output.
     """
     started = time.perf_counter()
-    rules = select_rules(load_rules(rules_dirs), select, ignore)
+    rules = _chosen(rules_dirs, config, select, extend_select, ignore)
     facts = list(facts)
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     codes = set() if isinstance(unsafe_fixes, bool) else set(unsafe_fixes)
@@ -86,7 +109,8 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe:
         select_rules(rules, [code])
     if not dry_run:
         check_output(source, Path(os.path.abspath(output)), overwrite)
-    plan = make_plan(source, recipe or Recipe(), rules, consent, facts=facts, stage=stage, progress=progress)
+    plan = make_plan(source, recipe or Recipe(), rules, consent, facts=facts, stage=stage, progress=progress,
+                     hush=config.hush if config else None)
     result = FixResult(plan, _report(plan.before, plan.recipe, fail_on, started), _report(plan.after, plan.recipe, fail_on, started), Path(output))
     if dry_run or not plan.steps:
         return result
@@ -105,7 +129,7 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe:
 def _report(seen: Look, recipe: Recipe, fail_on: str, started: float) -> Report:
     return Report(checkpoint=seen.checkpoint.name, recipe=recipe, findings=list(seen.findings), runs=seen.runs,
                   summary=summary(seen.checkpoint, seen.store), skipped_tensors=seen.skipped, bytes_read=seen.bytes_read,
-                  seconds=time.perf_counter() - started, fail_on=fail_on)
+                  seconds=time.perf_counter() - started, fail_on=fail_on, suppressed=seen.suppressed)
 
 
 def _unproved(plan: Plan, proofs: list[Proof]) -> list[Finding]:

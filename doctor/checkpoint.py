@@ -186,6 +186,16 @@ class Checkpoint:
         except OSError as error:
             raise BadCheckpoint(f"{name}: {error.strerror}.") from None
 
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a listed file, in hexadecimal: reads all of it. Raises BadCheckpoint."""
+        import hashlib
+
+        try:
+            with open(self.path(name), "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise BadCheckpoint(f"{name}: {error.strerror}.") from None
+
     # contents
 
     def _load_json(self) -> None:

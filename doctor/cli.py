@@ -69,6 +69,22 @@ def _options(*decorators):
     return wrap
 
 
+def _configured(ctx, _param, value):
+    """Read the configuration before any other option, whose defaults it gives."""
+    from doctor import config
+
+    if ctx.resilient_parsing:
+        return
+    if value == "none":
+        ctx.obj = config.Config(reads_checkpoint=False)
+    else:
+        ctx.obj = config.read(Path(value)) if value else config.load()
+    if ctx.obj is None:
+        raise DoctorError(f"{value}: holds no [tool.doctor].", "Give a doctor.toml, or a pyproject.toml with that table.")
+    runtime = "==".join(filter(None, map(ctx.obj.recipe_values.get, ("runtime", "runtime_version"))))
+    ctx.default_map = {**ctx.obj.recipe_values, **_given(runtime=runtime or None, fail_on=ctx.obj.fail_on)}
+
+
 _PATH = click.Path(path_type=Path)
 plan_options = _options(
     click.option("--for", "--method", "method", type=click.Choice(METHODS), default="gptq", help="Quantization method of the plan."),
@@ -77,9 +93,12 @@ plan_options = _options(
     click.option("--sym/--asym", default=True, help="Symmetric or asymmetric grid."),
     click.option("--tp", "--tensor-parallel-size", "tp", type=int, default=1, help="GPUs that share each linear at serving."),
     click.option("--runtime", default="", metavar="NAME[==VERSION]", help=f"Where it will be served: {', '.join(RUNTIMES)}."),
+    click.option("--config", is_eager=True, expose_value=False, callback=_configured, metavar="FILE",
+                 help="This configuration; none for no file at all.  [default: the nearest doctor.toml or pyproject.toml]"),
 )
 rule_options = _options(
     click.option("--select", multiple=True, metavar="RULES", help="Only these codes, families (G, W2), names or certainties; commas or repeated."),
+    click.option("--extend-select", multiple=True, metavar="RULES", help="These too, beside what is selected already."),
     click.option("--ignore", multiple=True, metavar="RULES", help="All but these."),
     click.option("--rules", "rules_dirs", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
                  help="Also load the rule files of DIR. They are Python: load only what you trust."),
@@ -119,16 +138,31 @@ def _outputs(formats, concise) -> list[tuple[str, str]]:
 @format_options
 @click.option("--stage", type=click.Choice(STAGES), default=STAGES[-1], help="Most expensive evidence to gather: header reads no weights.")
 @click.option("--statistics", is_flag=True, help="Print counts by code instead of findings.")
-def check(paths, method, bits, group_size, sym, tp, runtime, select, ignore, rules_dirs, fail_on, fail_on_skipped, formats, concise,
-          verbose, stage, statistics):
+@click.option("--baseline", metavar="REPORT.json|CHECKPOINT", help="Say what is new, unchanged and gone against it; exit 1 for what is new.")
+@click.option("--show-settings", is_flag=True, help="Print every setting and where it comes from, and check nothing.")
+@click.pass_context
+def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, fail_on_skipped,
+          formats, concise, verbose, stage, statistics, baseline, show_settings):
     """Say whether checkpoints are ready for a plan. Writes nothing."""
+    if show_settings:
+        return _show_settings(ctx)
     outputs = _outputs(formats, concise)
     with _json_on_failure(outputs):
         recipe = _recipe(method, bits, group_size, sym, tp, runtime)
-        reports = [_checked(path, recipe, select=_words(select), ignore=_words(ignore), stage=stage, fail_on=fail_on, rules_dirs=rules_dirs,
+        options = dict(select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore), stage=stage, fail_on=fail_on,
+                       rules_dirs=rules_dirs, config=ctx.obj)
+        base = _baseline(baseline, recipe, options) if baseline else None
+        reports = [_checked(path, recipe, baseline=base and base(path), **options,
                             pictures=any(name in ("json", "html", "markdown") for name, _ in outputs)) for path in paths]
+        _settled(reports)
         _emit(reports, [("statistics", "")] if statistics else outputs, verbose)
     _exit(reports, fail_on_skipped)
+
+
+def _settled(reports) -> None:
+    from doctor.config import settle
+
+    settle(reports)
 
 
 def _checked(path: str, recipe: Recipe, **options):
@@ -138,6 +172,52 @@ def _checked(path: str, recipe: Recipe, **options):
     checkpoint = Checkpoint.open(path)
     with _progress(checkpoint.total_bytes, "reading") as tick:
         return api.check(checkpoint, recipe, progress=partial(tick, "reading"), **options)
+
+
+def _baseline(text: str, recipe: Recipe, options: dict):
+    """path -> the report to compare its own with: saved ones are told apart by name, a checkpoint is checked once for all."""
+    if not text.endswith(".json"):
+        report = _checked(text, recipe, **options)
+        return lambda path: report
+    saved = _read_reports(Path(text))
+    other = next((r for r in saved if r.recipe != recipe), None)
+    if other is not None:
+        click.echo(f"{text} was made for {other.recipe.label()}, this run is for {recipe.label()}: findings of the plan may be new.", err=True)
+
+    def find(path: str):
+        name = Path(path).resolve().name
+        found = saved if len(saved) == 1 else [r for r in saved if r.checkpoint == name]
+        if len(found) != 1:
+            raise DoctorError(f"{text}: holds {len(saved)} reports, {len(found)} of them on {name}.", "Give a report on one checkpoint.")
+        return found[0]
+
+    return find
+
+
+def _show_settings(ctx) -> None:
+    """Each setting, its value and who had the last word."""
+    from click.core import ParameterSource
+
+    from doctor.report.pages import show_settings
+    from doctor.report.terminal import console
+
+    keys = {"fail_on": "fail-on", "rules_dirs": "rules", "select": "select", "extend_select": "extend-select", "ignore": "ignore", "stage": "stage"}
+    rows = []
+    for param in ctx.command.params:
+        key = keys.get(param.name) or (f"recipe.{param.name}" if param.name in Recipe.__dataclass_fields__ else None)
+        if key is None:
+            continue
+        source = ctx.get_parameter_source(param.name)
+        origin = {ParameterSource.COMMANDLINE: param.opts[0], ParameterSource.ENVIRONMENT: f"DOCTOR_{param.name.upper()}",
+                  ParameterSource.DEFAULT_MAP: ctx.obj.origin(key)}.get(source, "built in")
+        filed = {"rules": ctx.obj.rules_dirs, "select": ctx.obj.selection.select, "extend-select": ctx.obj.selection.extend_select,
+                 "ignore": ctx.obj.selection.ignore}.get(key, ())
+        if filed:
+            rows.append((key, filed, ctx.obj.origin(key)))
+        if not filed or origin != "built in":
+            rows.append((key, ctx.params[param.name], origin))
+    rows += [(f"suppress {s.code}", s.where or "every place", s.origin) for s in ctx.obj.suppress]
+    show_settings(rows, ctx.obj.file, console(sys.stdout))
 
 
 def _exit(reports, fail_on_skipped=False):
@@ -248,8 +328,9 @@ unsafe_option = click.option("--unsafe-fixes", default="", metavar="[=CODES]",
 @click.option("--only", multiple=True, metavar="CODES", help="Only the fixes of these rules.")
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of linking them.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
-def fix(path, output, method, bits, group_size, sym, tp, runtime, select, ignore, rules_dirs, fail_on, dry_run, unsafe_fixes, only, copy,
-        overwrite):
+@click.pass_context
+def fix(ctx, path, output, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, dry_run,
+        unsafe_fixes, only, copy, overwrite):
     """Write a cured copy of a checkpoint, beside it.
 
     The copy is checked again with all rules before it appears; the source is never changed.
@@ -262,7 +343,8 @@ def fix(path, output, method, bits, group_size, sym, tp, runtime, select, ignore
     source = Checkpoint.open(path)
     with _progress(source.total_bytes, "scan", "write", "verify") as tick:
         result = api.fix(source, output, recipe, unsafe_fixes=_words([unsafe_fixes]), only=_words(only), dry_run=dry_run, copy=copy,
-                         overwrite=overwrite, select=_words(select), ignore=_words(ignore), rules_dirs=rules_dirs, fail_on=fail_on, progress=tick)
+                         overwrite=overwrite, select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore),
+                         rules_dirs=rules_dirs, fail_on=fail_on, config=ctx.obj, progress=tick)
     click.echo(render_plan(result), nl=False)
     _exit([result.report])
 
@@ -361,12 +443,13 @@ def explain(what, format):
     - reads the error from stdin: `python quantize.py 2>&1 | tail -1 | doctor explain -`.
     """
     from doctor import explain as search
+    from doctor.config import OWN_RULES
     from doctor.engine import load_rules
     from doctor.report import pages
     from doctor.report.terminal import console
 
     text = sys.stdin.read() if what == ("-",) else " ".join(what)
-    rules = load_rules()
+    rules = [*load_rules(), *OWN_RULES]
     entry = search.find(text, rules)
     if entry is not None and format == "markdown":
         sys.stdout.write(search.markdown(entry))
@@ -404,13 +487,18 @@ def render(report, formats, concise, verbose):
 
     Needs only the JSON that `doctor check -f json:REPORT.json` wrote, not the checkpoint.
     """
+    _emit(_read_reports(report), _outputs(formats, concise), verbose)
+
+
+def _read_reports(path: Path) -> list:
+    """Reports of a JSON file, - for stdin. Raises DoctorError."""
     from doctor.report.json_report import read
 
     try:
-        text = sys.stdin.read() if str(report) == "-" else report.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise MachineError(f"{report}: {getattr(error, 'strerror', None) or error}.", "Give a report made with -f json:FILE.") from None
-    _emit(read(text), _outputs(formats, concise), verbose)
+        raise MachineError(f"{path}: {getattr(error, 'strerror', None) or error}.", "Give a report made with -f json:FILE.") from None
+    return read(text)
 
 
 def main(args: list[str] | None = None) -> None:

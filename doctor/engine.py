@@ -20,7 +20,7 @@ from doctor.facts import STAGES, Store, Unavailable
 from doctor.recipe import Recipe
 from doctor.rule import RULES, SEVERITIES, Finding, Place, Rule, run_rule
 
-_ORDER = "FCWGQKO"
+_ORDER = "FCWGQKOS"
 _RULE_FILE = re.compile(r"^[a-z]\d{3}_\w+$")
 
 
@@ -50,18 +50,23 @@ def _load_file(path: Path) -> None:
         raise DoctorError(f"{path}: the rule file cannot be loaded: {error}") from error
 
 
-def select_rules(rules: Iterable[Rule], select: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[Rule]:
-    """Rules that match a code, a family letter or prefix, a name or a certainty. Raises DoctorError for what matches none."""
-    rules = list(rules)
-
-    def matches(entry: Rule, word: str) -> bool:
-        return word in (entry.name, entry.certainty) or (word.upper() == word and entry.code.startswith(word))
-
-    for word in (*select, *ignore):
-        if not any(matches(r, word) for r in rules):
+def match_rules(rules: Iterable[Rule], words: Iterable[str]) -> set[str]:
+    """Codes of the rules that a word means: a code, a family letter or prefix, a name or a certainty. Raises DoctorError for none."""
+    rules, found = list(rules), set()
+    for word in words:
+        means = {r.code for r in rules if word in (r.name, r.certainty) or (word.upper() == word and r.code.startswith(word))}
+        if not means:
             raise DoctorError(f"{word!r}: no rule has this code, family, name or certainty.", "`doctor rules` lists them.")
-    chosen = [r for r in rules if not select or any(matches(r, w) for w in select)]
-    return [r for r in chosen if not any(matches(r, w) for w in ignore)]
+        found |= means
+    return found
+
+
+def select_rules(rules: Iterable[Rule], select: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[Rule]:
+    """Rules that any word of select means (all for none) and no word of ignore. Raises DoctorError for a word that means none."""
+    rules, select = list(rules), list(select)
+    wanted = match_rules(rules, select) if select else {r.code for r in rules}
+    wanted -= match_rules(rules, ignore)
+    return [r for r in rules if r.code in wanted]
 
 
 @dataclass
@@ -98,6 +103,9 @@ class Report:
     version: str = __version__
     linears: list = field(default_factory=list)
     extra: dict = field(default_factory=dict)  # tables and series for pictures, by name
+    suppressed: list[Finding] = field(default_factory=list)  # hidden by configuration; each says why
+    baseline: str = ""  # what the findings were compared with
+    gone: list[Finding] = field(default_factory=list)  # of the baseline, and no longer here
 
     def at_or_above(self, severity: str) -> list[Finding]:
         if severity == "never":
@@ -105,8 +113,13 @@ class Report:
         return [f for f in self.findings if SEVERITIES.index(f.severity) <= SEVERITIES.index(severity)]
 
     @property
+    def failing(self) -> list[Finding]:
+        """Findings that make this run fail: at or above fail_on, and with a baseline only the new ones."""
+        return [f for f in self.at_or_above(self.fail_on) if f.baseline_state != "unchanged"]
+
+    @property
     def ok(self) -> bool:
-        return not self.at_or_above(self.fail_on)
+        return not self.failing
 
     @property
     def crashed(self) -> list[RuleRun]:
@@ -116,8 +129,8 @@ class Report:
         return sum(f.severity == severity for f in self.findings)
 
     def raise_for_findings(self) -> None:
-        """Raises CheckpointNotReady with one line per finding at or above fail_on."""
-        bad = self.at_or_above(self.fail_on)
+        """Raises CheckpointNotReady with one line per finding that makes the run fail."""
+        bad = self.failing
         if bad:
             lines = "\n".join(f"{f.code} {f.message}" for f in bad)
             raise CheckpointNotReady(f"{self.checkpoint}: not ready for {self.recipe.label()}: {len(bad)} findings\n{lines}")
@@ -174,6 +187,23 @@ def _touches(cause: Finding, effect: Finding) -> bool:
     return cause.where.file == effect.where.file or (cause.where.tensor is not None and cause.where.tensor == effect.where.tensor)
 
 
+def against(report: Report, baseline: Report) -> None:
+    """Say of each finding whether the baseline had it (same code, same place, blocks counted), and keep what is gone."""
+    left: dict[tuple[str, str], list[Finding]] = {}
+    for item in [*baseline.findings, *baseline.suppressed]:
+        left.setdefault((item.code, item.target), []).append(item)
+
+    def state(item: Finding) -> str:
+        rest = left.get((item.code, item.target))
+        return "unchanged" if rest and rest.pop(0) else "new"
+
+    report.findings = [replace(f, baseline_state=state(f)) for f in report.findings]
+    report.suppressed = [replace(f, baseline_state=state(f)) for f in report.suppressed]
+    hidden = {id(f) for f in baseline.suppressed}
+    report.gone = in_order([replace(f, baseline_state="absent") for rest in left.values() for f in rest if id(f) not in hidden])
+    report.baseline = baseline.checkpoint
+
+
 def locate(findings: Iterable[Finding], checkpoint: Checkpoint) -> list[Finding]:
     """Fill in lines, columns and frames from the files' own text, and the shard of a tensor."""
     return [replace(f, where=_located(f.where, checkpoint)) for f in findings]
@@ -213,7 +243,7 @@ def fold(findings: Iterable[Finding]) -> list[tuple[Finding, list[Finding]]]:
     for item in findings:
         name = item.where.tensor
         where = (_NUMBER.sub(".N", name),) if name else (item.where.file, item.where.pointer, item.message)
-        groups.setdefault((item.code, item.severity, item.consequence_of, *where), []).append(item)
+        groups.setdefault((item.code, item.severity, item.consequence_of, item.baseline_state, *where), []).append(item)
     return [(group[0], group) for group in groups.values()]
 
 

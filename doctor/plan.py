@@ -51,11 +51,15 @@ class Look:
     runs: list[RuleRun]
     bytes_read: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
+    suppressed: list[Finding] = field(default_factory=list)
 
 
 def look(checkpoint: Checkpoint, recipe: Recipe, rules: list[Rule], *, facts: Iterable[tuple[str, str, object]] = (),
-         stage: str = STAGES[-1], before: Look | None = None, touched: Iterable[str] = (), progress: Callable[[int], None] = lambda n: None) -> Look:
-    """Judge a checkpoint; with `before`, only tensors that are new, changed shape or are `touched` are read again."""
+         stage: str = STAGES[-1], before: Look | None = None, touched: Iterable[str] = (), progress: Callable[[int], None] = lambda n: None, hush=None) -> Look:
+    """Judge a checkpoint; with `before`, only tensors that are new, changed shape or are `touched` are read again.
+
+    hush(findings, runs, checkpoint) -> config.Hushed takes out what the user suppressed: it is neither shown nor fixed.
+    """
     store = header_facts(checkpoint, recipe)
     for subject, name, value in facts:
         store.put(subject, name, value)
@@ -71,6 +75,9 @@ def look(checkpoint: Checkpoint, recipe: Recipe, rules: list[Rule], *, facts: It
         result.skipped |= scanned.skipped
     findings, result.runs = judge(store, rules, stage)
     result.findings = locate(findings, checkpoint)
+    if hush is not None:
+        hushed = hush(result.findings, result.runs, checkpoint)
+        result.findings, result.suppressed = hushed.findings, hushed.suppressed
     return result
 
 
@@ -198,6 +205,7 @@ class Plan:
     optional: list[Step] = field(default_factory=list)  # unsafe and not asked for
     for_you: list[Finding] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # why the plan must not be carried out
+    hush: Callable | None = None
 
     @property
     def files_written(self) -> list[str]:
@@ -355,13 +363,13 @@ def _step(item: Finding) -> Step:
 
 
 def make_plan(source: Checkpoint, recipe: Recipe, rules: list[Rule], consent: Consent = Consent(), *,
-              facts: Iterable[tuple[str, str, object]] = (), stage: str = STAGES[-1], progress: Progress = no_progress) -> Plan:
+              facts: Iterable[tuple[str, str, object]] = (), stage: str = STAGES[-1], progress: Progress = no_progress, hush: Callable | None = None) -> Plan:
     """Judge, collect, judge through the edits, until nothing new is allowed. Reads every tensor once and edited ones again.
 
     Raises BadCheckpoint where there is nothing to look at and DoctorError where fixes never come to rest (a bug of ours).
     """
     facts = list(facts)
-    first = current = look(source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n))
+    first = current = look(source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush)
     choice = _Choice(source, consent)
     view = EditedCheckpoint(source)
     for _ in range(MAX_PASSES):
@@ -371,11 +379,11 @@ def make_plan(source: Checkpoint, recipe: Recipe, rules: list[Rule], consent: Co
         recipe = _with_fields(recipe, fresh)
         view = EditedCheckpoint(source, choice.taken.edits())
         current = look(view, recipe, rules, facts=facts, stage=stage, before=None if _regroups(fresh) else current,
-                       touched={e.tensor for e in fresh if hasattr(e, "tensor")}, progress=lambda n: progress("scan", n))
+                       touched={e.tensor for e in fresh if hasattr(e, "tensor")}, progress=lambda n: progress("scan", n), hush=hush)
     else:
         raise DoctorError(f"{source.name}: after {MAX_PASSES} passes fixes still bring new fixes ({', '.join(sorted({s.code for s in choice.steps.values()}))}). "
                           "This is a bug of doctor.", "Nothing was written; fix one rule at a time with --only.")
-    plan = Plan(source, view, recipe, first, current, consent, list(choice.steps.values()))
+    plan = Plan(source, view, recipe, first, current, consent, list(choice.steps.values()), hush=hush)
     _describe_rest(plan, choice)
     _describe_steps(plan)
     plan.problems = _problems(plan)
@@ -582,7 +590,7 @@ def _verify(plan: Plan, staged: Stage, rules: list[Rule], facts: list, stage: st
         after = {n: pool.submit(sha256, staged.path / n) for n in changed}
         before = {n: pool.submit(sha256, plan.source.path(n)) for n in changed if n in plan.source.entries}
         again = look(disk, plan.recipe, rules, facts=facts, stage=stage, before=plan.after, touched=touched,
-                     progress=lambda n: progress("verify", n))
+                     progress=lambda n: progress("verify", n), hush=plan.hush)
         digests = {n: (before[n].result() if n in before else None, after[n].result()) for n in changed}
     expected = Counter(map(_key, plan.after.findings))
     unexpected = [f for f in again.findings if not expected[_key(f)]]

@@ -45,7 +45,7 @@ SEVERITIES = ("error", "warning", "info")
 CERTAINTIES = ("certain", "likely", "hint")
 # Codes are numbered by area; a report says for each area what was established.
 AREAS = (("F001", "Files"), ("F050", "Tensors"), ("C100", "Tokenizer"), ("C140", "Config"), ("W200", "Weights"), ("G300", "Geometry"),
-         ("Q400", "Calibration"), ("K500", "Serving"), ("O600", "Output"))
+         ("Q400", "Calibration"), ("K500", "Serving"), ("O600", "Output"), ("S001", "Settings"))
 _SECTION = re.compile(r"^(Why|Seen as|Do|False alarms|Fix safety|Sources):[ ]*", re.M)
 _FIRST = re.compile(r"^([A-Z]\d{3}) ([a-z][a-z0-9-]+): (.+?)\.?$", re.S)
 
@@ -100,6 +100,8 @@ class Finding:
     certainty: str = ""
     subject: str = ""
     consequence_of: str = ""  # code of the finding that explains this one
+    baseline_state: str = ""  # new, unchanged or absent against the baseline; "" without one
+    suppression: dict | None = None  # reason, origin and from_checkpoint of the entry that suppressed it
 
     @property
     def target(self) -> str:
@@ -155,7 +157,7 @@ def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tu
     def wrap(check: Callable) -> Callable:
         module = sys.modules[check.__module__]
         doc = inspect.getdoc(module) or ""
-        first, title, sections = _page(doc, code)
+        first, title, sections = page(doc, code)
         parameters = tuple(inspect.signature(check).parameters)
         scope, needs = parameters[0], parameters[1:]
         if scope not in SCOPES or severity not in SEVERITIES or certainty not in CERTAINTIES:
@@ -171,7 +173,8 @@ def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tu
     return wrap
 
 
-def _page(doc: str, code: str) -> tuple[str, str, dict[str, str]]:
+def page(doc: str, code: str) -> tuple[str, str, dict[str, str]]:
+    """(name, title, sections) of a rule's docstring. Raises TypeError where it does not begin as it must."""
     parts = _SECTION.split(doc)
     match = _FIRST.match(parts[0].strip())
     if not match or match[1] != code:

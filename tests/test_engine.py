@@ -24,6 +24,7 @@ from doctor.rule import Place, finding, rule
 @pytest.fixture
 def rules_dir(tmp_path, monkeypatch):
     """A directory of extra rules; whatever they register is forgotten afterwards."""
+    engine.load_rules()  # ours register once, when they are imported, and must not be forgotten with the others
     monkeypatch.setattr(rule_module, "RULES", dict(RULES))
     monkeypatch.setattr(engine, "RULES", rule_module.RULES)
     folder = tmp_path / "rules"

@@ -34,14 +34,13 @@ def _looked_at(report: Report) -> str:
 
 def _line(report: Report, group: Group) -> str:
     where = group.first.where
-    root = str(report.summary.get("path") or report.checkpoint).rstrip("/")
-    spot = f":{where.line}:{where.column}" if where.line else ""
     index = f" at [{', '.join(map(str, where.index))}]" if where.index is not None else ""
     more = ""
     if len(group.all) > 1:
         more = f" ({len(group.all)} tensors)" if group.folds_into_message else f" (and {len(group.all) - 1} more: {group.names})"
+    state = " (new)" if group.first.baseline_state == "new" else ""
     because = f" (because of {group.first.consequence_of})" if group.first.consequence_of else ""
-    return f"{safe(root)}/{safe(where.file)}{spot}: {group.code} {_MARK.get(group.safety, '')}{group.message}{index}{more}{because}"
+    return f"{safe(view.path_of(report, where.file))}{view.spot(where)}: {group.code} {_MARK.get(group.safety, '')}{group.message}{index}{more}{because}{state}"
 
 
 def _cures(found: list[Group]) -> list[str]:

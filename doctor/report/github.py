@@ -32,8 +32,7 @@ def render(reports: list[Report]) -> str:
 
 def _annotation(command: str, report: Report, group: Group) -> str:
     file, line, column = view.anchor(group.first)
-    root = str(report.summary.get("path") or "").rstrip("/")
-    path = f"{root}/{file}" if root else file
+    path = view.path_of(report, file)
     more = "" if group.folds_into_message else f"\n{len(group.all)} alike: {group.names}"
     cures = "".join(f"\n{label}: {text}" for label, text in view.cures(group, view.page_rule(report, group.code)))
     spot = f"file={_property(path)},line={line},col={column}"

@@ -22,5 +22,5 @@ def render(reports: list[Report]) -> str:
                     "description": group.message + more, "check_name": f"{group.code} {group.first.name}",
                     "fingerprint": hashlib.sha256(f"{root}:{view.fingerprint(group.first)}".encode("utf-8", "backslashreplace")).hexdigest()[:40],
                     "severity": _SEVERITY[group.first.severity],
-                    "location": {"path": view.safe(f"{root}/{file}" if root else file), "lines": {"begin": line}}})
+                    "location": {"path": view.safe(view.path_of(report, file)), "lines": {"begin": line}}})
     return json.dumps(rows, indent=1, ensure_ascii=True) + "\n"

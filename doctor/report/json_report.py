@@ -57,12 +57,13 @@ def plain(value: object) -> object:
 
 def to_dict(report: Report) -> dict:
     """The report as plain data, by schema.json."""
-    found = {f.code for f in report.findings}
+    found = {f.code for f in (*report.findings, *report.suppressed, *report.gone)}
     return plain({
         "schema": SCHEMA, "ok": report.ok and not report.crashed, "version": report.version, "checkpoint": report.checkpoint,
         "plan": report.recipe.label(), "recipe": report.recipe, "fail_on": report.fail_on, "summary": report.summary,
         "counts": {s: report.count(s) for s in ("error", "warning", "info")},
-        "findings": [_finding(f) for f in report.findings],
+        "findings": [_finding(f) for f in report.findings], "suppressed": [_finding(f) for f in report.suppressed],
+        "baseline": report.baseline, "gone": [_finding(f) for f in report.gone],
         "rules": [_run(r, r.rule.code in found) for r in report.runs],
         "skipped_tensors": report.skipped_tensors, "bytes_read": report.bytes_read, "seconds": round(report.seconds, 4),
         "linears": report.linears, "extra": report.extra,
@@ -105,7 +106,9 @@ def from_dict(document: dict) -> Report:
             checkpoint=document["checkpoint"], recipe=recipe, findings=[_read_finding(f) for f in document["findings"]],
             runs=[_read_run(r) for r in document["rules"]], summary=document["summary"], skipped_tensors=document["skipped_tensors"],
             bytes_read=document["bytes_read"], seconds=document["seconds"], fail_on=document["fail_on"], version=document["version"],
-            linears=document["linears"], extra=document["extra"])
+            linears=document["linears"], extra=document["extra"],
+            suppressed=[_read_finding(f) for f in document["suppressed"]], baseline=document["baseline"],
+            gone=[_read_finding(f) for f in document["gone"]])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DoctorError(f"the report is damaged: {type(error).__name__}: {error}.", "Make it again with `doctor check`.") from None
 

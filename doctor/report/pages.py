@@ -120,3 +120,19 @@ def rules_markdown(rules: list[Rule]) -> str:
     """One table."""
     rows = [f"| {r.code} | {r.name} | {r.severity} | {r.certainty} | {r.stage} | {one_line(r.title).replace('|', chr(92) + '|')} |" for r in rules]
     return "\n".join(["| code | name | severity | certainty | needs | what it finds |", "|---|---|---|---|---|---|", *rows]) + "\n"
+
+
+def show_settings(rows: list[tuple[str, object, str]], file, out: Console) -> None:
+    """`doctor check --show-settings`: (key, value, origin) rows, in TOML's spelling, and the file that was read."""
+    screen = Screen(out)
+    screen.line((f"configuration  {file or 'no doctor.toml, no pyproject.toml with [tool.doctor]'}", "bold"))
+    shown = [(key, _toml(value), origin) for key, value, origin in rows]
+    wide, long = (max(len(row[i]) for row in shown) for i in (0, 1))
+    for key, value, origin in shown:
+        screen.line(f"  {key:<{wide}}  {safe(value):<{min(long, 48)}}  ", (origin, "bright_black" if origin == "built in" else "cyan"))
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(str(v)) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=False)

@@ -7,9 +7,10 @@ a run, which two bad tensors per layer of a large mixture of experts would fill.
 """
 
 import json
+import os
 
 from doctor import explain
-from doctor.engine import Report
+from doctor.engine import Report, fold
 from doctor.report import view
 from doctor.report.view import Group, safe
 from doctor.rule import Place, Rule, SetJson
@@ -29,6 +30,7 @@ def render(reports: list[Report]) -> str:
 
 def _run(report: Report) -> dict:
     found = [g for root in view.groups(report) for g in (root, *root.effects)]
+    found += [Group(first, every) for hidden in (report.suppressed, report.gone) for first, every in fold(hidden)]
     rules = [r.rule for r in report.runs]
     files = list(dict.fromkeys(f for g in found for f in (_text_file(g.first.where, report), g.first.where.file) if f))
     root = str(report.summary.get("path") or report.checkpoint).rstrip("/")
@@ -36,7 +38,7 @@ def _run(report: Report) -> dict:
         "tool": {"driver": {"name": "doctor", "semanticVersion": report.version, "version": report.version,
                             "rules": [_rule(r, any(g.code == r.code for g in found)) for r in rules]}},
         "originalUriBaseIds": {"MODELROOT": {"description": {"text": f"the checkpoint {safe(root)}"}}},
-        "artifacts": [{"location": {"uri": _uri(f), "uriBaseId": "MODELROOT"}, "mimeType": _mime(f)} for f in files],
+        "artifacts": [{"location": _location(f), "mimeType": _mime(f)} for f in files],
         "results": [_result(g, report, rules, files) for g in found],
         "invocations": [{"executionSuccessful": not report.crashed, "toolExecutionNotifications": _notes(report)}],
         "columnKind": "unicodeCodePoints",
@@ -77,6 +79,10 @@ def _result(group: Group, report: Report, rules: list[Rule], files: list[str]) -
         "properties": {"certainty": first.certainty, "evidence": _evidence(first.evidence)},
     }
     codes = [r.code for r in rules]
+    if first.suppression:
+        result["suppressions"] = [{"kind": "external", "status": "accepted", "justification": safe(first.suppression["reason"])}]
+    if first.baseline_state:
+        result["baselineState"] = first.baseline_state
     if first.code in codes:
         result["ruleIndex"] = codes.index(first.code)
     if first.where.tensor and first.where.file and first.where.file != text_file:
@@ -104,7 +110,12 @@ def _bytes(where: Place, files: list[str]) -> dict:
 
 
 def _artifact(file: str, files: list[str]) -> dict:
-    return {"uri": _uri(file), "uriBaseId": "MODELROOT", "index": files.index(file)}
+    return {**_location(file), "index": files.index(file)}
+
+
+def _location(file: str) -> dict:
+    """A file of the checkpoint, from its root; a configuration file from the working directory."""
+    return {"uri": _uri(view.relative(file))} if os.path.isabs(file) else {"uri": _uri(file), "uriBaseId": "MODELROOT"}
 
 
 def _uri(file: str) -> str:

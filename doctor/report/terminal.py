@@ -128,7 +128,8 @@ def _head(screen: Screen, report: Report) -> None:
 def _group(screen: Screen, report: Report, group: Group) -> None:
     first, entry = group.first, view.page_rule(report, group.code)
     colour = COLOURS[first.severity]
-    screen.hang(_text((f"{first.severity}[{group.code}] ", colour)), Text(group.message, "bold"), 2)
+    state = "new " if first.baseline_state == "new" else ""
+    screen.hang(_text((f"{state}{first.severity}[{group.code}] ", colour)), Text(group.message, "bold"), 2)
     _where(screen, group)
     where = first.where
     gutter = len(str(where.frame[-1][0])) + 3 if where.frame else 2
@@ -160,8 +161,7 @@ def _where(screen: Screen, group: Group) -> None:
         byte = "" if where.byte is None else f" (byte {where.byte:,})"
         body = _text((safe(where.file), "cyan"), " : " if where.file else "", safe(where.tensor) + element, (byte, "bright_black"))
     else:
-        spot = f":{where.line}:{where.column}" if where.line else ""
-        body = _text((safe(where.file) + spot, "cyan"))
+        body = _text((safe(where.file) + view.spot(where), "cyan"))
     if len(group.all) > 1:
         more = f"  and {len(group.all) - 1} more" + ("" if group.folds_into_message else f": {group.names}")
         body.append(more, "bright_black")
@@ -273,9 +273,10 @@ def _box(screen: Screen, report: Report, found: list[Group]) -> None:
             part.rstrip()
             row = _text(head if i == 0 else " " * head.cell_len, part)
             screen.line(("│", colour), row, " " * (inner - row.cell_len), ("│", colour))
-    foot = f" {view.tally(found).replace(', ', ' · ')} · {view.run_facts(report)} "
-    if cell_len(foot) > inner - 2:
-        foot = f" {view.tally(found).replace(', ', ' · ')} "
+    counted = view.tally(found).replace(", ", " · ")
+    foot = f" {counted} · {view.run_facts(report)} "
+    if cell_len(foot) > inner - 2:  # what was hidden and what is new may never be left out
+        foot = f" {' · '.join(filter(None, (counted, view.since(report), view.suppressed(report))))} "
     screen.line(("╰" + "─" * (inner - 1 - cell_len(foot)), colour), (foot, colour), ("─╯", colour))
 
 

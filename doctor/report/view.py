@@ -4,12 +4,13 @@ Pure functions over a Report; no terminal, no file. A format that counted or wor
 with the others.
 """
 
+import os
 import re
 import shlex
 from dataclasses import dataclass, field
 
 from doctor.engine import Report, fold, folded_name
-from doctor.rule import AREAS, Finding, Rule, Seen
+from doctor.rule import AREAS, Finding, Place, Rule, Seen
 
 MARKS = {"error": "✗", "warning": "!", "info": "i", "ok": "✓", "skipped": "○", "crashed": "☠"}
 # C0, C1, bidirectional overrides and line separators: a tensor name may hold them, and a terminal or a log would obey.
@@ -122,9 +123,40 @@ def weights_read(report: Report) -> bool:
 
 
 def run_facts(report: Report) -> str:
-    """`61 rules run · 3 skipped · 41 s`."""
-    return " · ".join([f"{counted(ran(report), 'rule')} run", *([f"{skipped(report)} skipped"] if skipped(report) else []),
-                       *([f"{len(report.crashed)} crashed"] if report.crashed else []), seconds(report.seconds)])
+    """`2 new, 1 gone since base · 61 rules run · 3 skipped · 2 suppressed (1 by the checkpoint itself) · 41 s`."""
+    parts = [since(report), f"{counted(ran(report), 'rule')} run", f"{skipped(report)} skipped" if skipped(report) else "",
+             f"{len(report.crashed)} crashed" if report.crashed else "", suppressed(report), seconds(report.seconds)]
+    return " · ".join(filter(None, parts))
+
+
+def since(report: Report) -> str:
+    """`2 new, 1 gone since base`; "" without a baseline."""
+    if not report.baseline:
+        return ""
+    new = sum(f.baseline_state == "new" for f in report.findings)
+    return f"{new} new{f', {len(report.gone)} gone' if report.gone else ''} since {safe(report.baseline)}"
+
+
+def suppressed(report: Report) -> str:
+    """`2 suppressed (1 by the checkpoint itself)`; "" for none."""
+    own = sum(f.suppression["from_checkpoint"] for f in report.suppressed if f.suppression)
+    if not report.suppressed:
+        return ""
+    return f"{len(report.suppressed)} suppressed" + (f" ({own} by the checkpoint itself)" if own else "")
+
+
+def relative(file: str) -> str:
+    """A path from the working directory, where it lies below it."""
+    below = os.path.relpath(file)
+    return file if below.startswith("..") else below
+
+
+def path_of(report: Report, file: str) -> str:
+    """Path of a finding's file from the working directory: below the checkpoint, or a configuration file anywhere."""
+    if os.path.isabs(file):
+        return relative(file)
+    root = str(report.summary.get("path") or report.checkpoint).rstrip("/")
+    return f"{root}/{file}" if root else file
 
 
 def what_it_is(report: Report) -> str:
@@ -178,7 +210,7 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
 
 
 def _read(report: Report) -> str:
-    return f"{count(report.summary.get('parameters', 0))} values read, {seconds(report.seconds)}"
+    return f"{count(report.summary.get('parameters', 0))} values read, {size(report.bytes_read)}"
 
 
 def _established(name: str, report: Report, runs: list) -> str:
@@ -187,11 +219,11 @@ def _established(name: str, report: Report, runs: list) -> str:
     known = {
         "Files": f"{counted(s.get('shards', 0), 'shard')}, {size(s.get('bytes', 0))}, {counted(s.get('tensors', 0), 'tensor')}",
         "Tensors": f"{counted(s.get('tensors', 0), 'tensor')} as config.json asks",
-        "Config": f"{s.get('architecture') or 'config.json'}, {s.get('blocks') or '?'} blocks, {counted(s.get('linears', 0), 'linear')}",
+        "Config": f"{s.get('architecture') or 'config.json'}, {s.get('blocks') or '?'} blocks",
         "Tokenizer": "tokenizer and special tokens agree with config.json",
         "Weights": _read(report),
-        "Geometry": f"{counted(s.get('linears', 0), 'linear')} fit {report.recipe.label()}",
-        "Serving": f"nothing against {report.recipe.runtime or 'serving'}",
+        "Geometry": f"{counted(s['linears'], 'linear')} fit {report.recipe.label()}" if s.get("linears") else None,
+        "Serving": f"nothing against serving with {report.recipe.runtime or 'any runtime'}",
     }.get(name)
     subjects = max(r.judged for r in runs)
     return safe(f"{known} ({judged})" if known else f"{judged} on {counted(subjects, 'subject')}")
@@ -316,7 +348,8 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
     yours = list(dict.fromkeys(g.code for g in (*by["manual"], *by["by name"]) if g.first.severity != "info"))
     if yours:
         steps.append((f"doctor explain {yours[0]}", f"{len(yours)} for you: {', '.join(yours)}"))
-    if not steps and not found and not report.crashed and ran(report) and weights_read(report):
+    asked_more = report.linears or report.extra.get("comparison")
+    if not steps and not found and not asked_more and not report.crashed and ran(report) and weights_read(report):
         steps.append((f"doctor quantize {path}{plan} -o quantized/", "when you are ready"))
     return steps
 
@@ -353,6 +386,11 @@ def anchor(finding: Finding) -> tuple[str, int, int]:
     """(file, line, column) for readers that know only text: tensors point at line 1."""
     where = finding.where
     return where.file or "config.json", where.line or 1, where.column or 1
+
+
+def spot(where: Place) -> str:
+    """`:5:19`, `:5` where no column is known, or nothing: what follows a file's name."""
+    return "".join(f":{n}" for n in (where.line, where.column if where.line else None) if n)
 
 
 def fingerprint(finding: Finding) -> str:
