@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from doctor.facts import STAGES
 from doctor.rule import Rule, Seen
 
 ENOUGH = 0.62  # share of a quotation's weight one line must have; below, unrelated errors of the same library match
@@ -53,7 +54,10 @@ def find(word: str, rules: Iterable[Rule]) -> Rule | None:
 
 
 def search(text: str, rules: Iterable[Rule]) -> list[Match]:
-    """Rules whose quoted messages the text holds or resembles, best first; one match per rule. [] for none."""
+    """Rules whose quoted messages the text holds or resembles, best first, and among equals the one that costs least to check.
+
+    One match per rule; [] for none.
+    """
     rules = list(rules)
     lines = [line for line in text.splitlines() if line.strip()][-MAX_LINES:]
     tidy = [_STAMP.sub("", normal(line)) for line in lines]
@@ -66,7 +70,7 @@ def search(text: str, rules: Iterable[Rule]) -> list[Match]:
             score, at = _score(normal(seen.text), tidy, words, joined, weights)
             if score >= ENOUGH and (entry.code not in best or (score, at) > best[entry.code][:2]):
                 best[entry.code] = (score, at, Match(entry, seen, round(score, 3), lines[at].strip()))
-    return [m for _, _, m in sorted(best.values(), key=lambda b: (-b[0], -b[1], b[2].rule.code))]
+    return [m for _, _, m in sorted(best.values(), key=lambda b: (-b[0], -b[1], STAGES.index(b[2].rule.stage), b[2].rule.code))]
 
 
 def _weights(rules: list[Rule]) -> dict[str, float]:

@@ -80,6 +80,12 @@ def test_the_last_of_two_errors_comes_first():
     assert codes(log) == ["G901", "W901"]
 
 
+def test_among_equals_the_cheapest_to_check_comes_first():
+    rules = [made("A901", "the very same message", stage="calibration"), made("B901", "the very same message", stage="values"),
+             made("C901", "the very same message", stage="header")]
+    assert codes("error: the very same message", rules) == ["C901", "B901", "A901"]
+
+
 def test_a_long_log_is_searched_in_a_moment_and_from_its_end():
     import time
 

@@ -411,6 +411,14 @@ def test_concise_is_one_line_per_finding_with_place_and_mark():
     assert lines[-1] == "[*] 1 safe fix with `doctor fix`; 2 need you (W901)"
 
 
+def test_a_place_without_a_column_is_a_file_and_a_line():
+    report = make_report([key_finding(where=Place("chat_template.jinja", line=2))])
+    assert "--> chat_template.jinja:2\n" in terminal.render([report])
+    assert render("concise", [report]).startswith("/data/ck/chat_template.jinja:2: C901")
+    for name in FORMATS:
+        assert ":None" not in render(name, [report])
+
+
 def test_next_steps_can_be_pasted():
     report = make_report([key_finding()], summary={**BUSY.summary, "path": "my models/ck; rm"}, recipe=Recipe(group_size=64, tp=2, runtime="vllm", runtime_version="0.9", sym=False))
     command, what = view.next_steps(report, view.groups(report))[0]

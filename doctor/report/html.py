@@ -61,7 +61,7 @@ def _context(report: Report) -> dict:
 
 def _card(report: Report, group: Group) -> dict:
     entry, first, where = view.page_rule(report, group.code), group.first, group.first.where
-    place = view.safe(where.file) + (f":{where.line}:{where.column}" if where.line else "")
+    place = view.safe(where.file) + view.spot(where)
     index = "" if where.index is None else "[" + ", ".join(map(str, where.index)) + "]"
     return {
         "group": group, "severity": first.severity, "code": group.code, "name": first.name, "message": group.message, "place": place,
