@@ -109,7 +109,7 @@ class Placement:
 
     def missing(self) -> dict[str, str]:
         """Name of each absent tensor -> why it must be there."""
-        found = self._missing_outside() | self._missing_in_all()
+        found = self._missing_outside() | self._missing_in_all() | self._missing_siblings()
         counted = self.counted
         kinds = [frozenset(self.blocks[b]) for b in counted]
         for block in counted:
@@ -118,6 +118,27 @@ class Placement:
             lacking = frozenset().union(*fuller) - own
             if lacking and (self.spec.family or (len(counted) >= 4 and len(fuller) * 4 >= 3 * len(counted))):
                 found |= {self.name(block, t): f"{sum(t in k for k in kinds)} of {len(counted)} blocks have it" for t in lacking}
+        return found
+
+    def _missing_siblings(self) -> dict[str, str]:
+        """What a block of a kind of its own lacks: linears of a module that has its others, norms that all other blocks have."""
+        inner = [t for t in self.spec.templates if "{i}" in t.tensor and "{e}" not in t.tensor]
+        tails = {t.tensor.partition("{i}.")[2]: t for t in inner}
+        found = {}
+        for block in self.counted:
+            own = self.blocks[block]
+            for tail, template in tails.items():
+                module = tail.split(".")[:-2]
+                if tail in own:
+                    continue
+                if not module and template.role is None and template.every_layer:
+                    others = [b for b in self.counted if b != block]
+                    if others and all(tail in self.blocks[b] for b in others):
+                        found[self.name(block, tail)] = "every other block has it"
+                elif module and template.role in QUANTIZABLE:
+                    beside = [t for t in own if t.split(".")[:-2] == module and t.endswith(".weight")]
+                    if any(tails[t].role in QUANTIZABLE for t in beside if t in tails) and all(t in tails for t in beside):
+                        found[self.name(block, tail)] = f"{module[-1]} has its other linears"
         return found
 
     def _missing_outside(self) -> dict[str, str]:

@@ -1,0 +1,52 @@
+"""Healthy checkpoints of many families, saved by transformers itself from tiny random models."""
+
+import json
+import warnings
+from pathlib import Path
+
+from doctor.testing import tiny
+
+# One set of sizes for all; a config class takes those of its own names. All are multiples of 32 but for counts.
+SIZES = {
+    "hidden_size": 128, "n_embd": 128, "d_model": 128, "dim": 128, "word_embed_proj_dim": 128, "embedding_size": 128,
+    "intermediate_size": 256, "ffn_dim": 256, "n_inner": 256, "ffn_hidden_size": 256, "moe_intermediate_size": 64, "d_ff": 256,
+    "shared_expert_intermediate_size": 64, "shared_intermediate_size": 64, "block_ff_dim": 256, "block_dim": 128,
+    "num_hidden_layers": 3, "n_layer": 3, "n_layers": 3, "num_layers": 3,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 32,
+    "vocab_size": 96, "max_position_embeddings": 256, "n_positions": 256, "max_seq_len": 256, "n_ctx": 256, "rotary_dim": 16,
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2,
+    "moe_k": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+    "v_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "first_k_dense_replace": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 64,
+}
+
+
+def save(model_type: str, folder: Path, *, dtype: str = "bfloat16", tie: bool | None = None, max_shard_size: str = "5GB", **changes) -> Path:
+    """A tiny random model of this type with a tokenizer's files beside it."""
+    import torch
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    known = CONFIG_MAPPING[model_type]
+    fields = set(vars(known())) | set(getattr(known, "attribute_map", {}))
+    mapped = getattr(known, "attribute_map", {})
+    sizes = {k: v for k, v in SIZES.items() if k in fields and mapped.get(k, k) not in (SIZES.keys() & fields) - {k}}
+    if tie is not None:
+        sizes["tie_word_embeddings"] = tie
+    config = known(**(sizes | changes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:  # some families start a matrix at zero, which no trained model has
+                parameter.data.normal_(0, 0.05)
+            elif name.endswith("bias"):
+                parameter.data.normal_(0, 0.02)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for name, document in tiny("llama").json.items():
+        if name.startswith("tokenizer"):
+            (folder / name).write_text(json.dumps(document))
+    return folder
