@@ -115,3 +115,11 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
 def test_an_unreadable_file_is_a_defect(tmp_path):
     assert [d.kind for d in open_shard(tmp_path, "folder").defects] == ["unreadable"]
     assert [d.kind for d in open_shard(tmp_path / "none", "none").defects] == ["unreadable"]
+
+
+def test_a_header_whose_length_reads_like_a_pickle_is_still_a_header():
+    """640 as eight bytes begins with 80 02, which is how a pickle begins."""
+    text = json.dumps({"w": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}).encode().ljust(640)
+    raw = struct.pack("<Q", 640) + text + b"\1\2"
+    shard = parse_header("s", len(raw), lambda at, n: raw[at : at + n])
+    assert raw[:2] == b"\x80\x02" and not shard.defects and [t.name for t in shard.tensors] == ["w"]

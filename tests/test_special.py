@@ -73,5 +73,5 @@ def test_a_family_without_bos_is_left_alone(tmp_path):
     from doctor.rules.c101_missing_bos import missing_bos
 
     case = tiny("llama")
-    case.config |= {"model_type": "glm4", "bos_token_id": None}
+    case.config.update(model_type="glm4", bos_token_id=None)
     assert list(missing_bos(None, special_of(case, tmp_path), Tokenizer({"<s>": 1}), 96)) == []
