@@ -95,11 +95,11 @@ def parse_header(name: str, size: int, read) -> Shard:
 def _is_not_safetensors(shard: Shard, read) -> bool:
     """Files that people find under this name and that are something else: say which.
 
-    A header length within the format's limit is believed: as bytes, 640 is the beginning of a pickle. Read as a length, the
-    first eight bytes of every other format here are far above the limit.
+    A header length that a header can have is believed: as bytes, 640 is the beginning of a pickle.
     """
     start = read(0, min(512, shard.size))
-    if 0 < int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES:
+    length = int.from_bytes(start[:8], "little")
+    if 0 < length <= MAX_HEADER_BYTES and (start[8:9] == b"{" or length + 8 <= shard.size):
         return False
     looks = {
         b"version https://git-lfs": ("lfs-pointer", "a git-lfs pointer, not the file it points to"),
