@@ -24,7 +24,6 @@ from doctor.errors import BadCheckpoint, NotQuantizable
 from doctor.spec import NOT_TEXT, Linear, ModelSpec
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-_SIGNED = {2: "int16"}
 
 
 def load_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
