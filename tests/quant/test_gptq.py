@@ -69,7 +69,7 @@ def test_static_groups_give_the_codes_of_the_paper(act_order, k):
 @pytest.mark.parametrize("mse", [False, True])
 def test_with_the_identity_as_hessian_every_code_is_rounded_to_nearest(sym, act_order, mse):
     W = weights(16, 192)
-    found = solve(W, 2 * torch.eye(192), bits=4, group_size=64, sym=sym, act_order=act_order, mse=mse, refine=0)
+    found = solve(W, 2 * torch.eye(192), bits=4, group_size=64, sym=sym, act_order=act_order, mse=mse, signed=True, refine=0)
     plain = fit(W, 4, 64, sym, mse=mse, signed=True, weight=torch.full((192,), 2.02), zero_min=1)
     assert torch.equal(found.codes, quantize(W, plain, 4)) and torch.equal(found.grid.scale, plain.scale)
     assert found.loss == found.rtn_loss and found.outcome == "gptq"
@@ -201,9 +201,9 @@ def test_refitted_scales_are_the_least_squares_solution():
 
 def test_signed_scales_only_where_asked_for_and_symmetric():
     W, H = weights(16, 128), hessian(128)
-    signed, plain = solve(W, H, group_size=32), solve(W, H, group_size=32, signed=False)
+    signed, plain = solve(W, H, group_size=32, signed=True), solve(W, H, group_size=32)
     assert (signed.grid.scale < 0).any() and (signed.grid.scale > 0).any()
-    assert (plain.grid.scale > 0).all() and (solve(W, H, group_size=32, sym=False).grid.scale > 0).all()
+    assert (plain.grid.scale > 0).all() and (solve(W, H, group_size=32, sym=False, signed=True).grid.scale > 0).all()
     assert signed.loss < 0.95 * plain.loss
 
 
