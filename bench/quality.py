@@ -78,6 +78,7 @@ def perplexity(options) -> None:
         model = load(options.model, "float32")
         import torch  # after load, which sets how torch is to start
 
+        dequantize_once(model)
         total, count = 0.0, 0
         with torch.inference_mode():
             for row in read_rows(options.rows):
@@ -87,6 +88,20 @@ def perplexity(options) -> None:
                 total += loss.double().sum().item()
                 count += len(row) - 1
     print(json.dumps({"perplexity": math.exp(total / count), "tokens": count}))
+
+
+def dequantize_once(model) -> None:
+    """Put a plain float32 linear in the place of each of GPTQModel's, which dequantize anew for every row."""
+    import torch
+
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "dequantize_weight"):
+            W = module.dequantize_weight().float().T.contiguous()
+            linear = torch.nn.Linear(W.shape[1], W.shape[0], bias=module.bias is not None)
+            linear.weight = torch.nn.Parameter(W, requires_grad=False)
+            if module.bias is not None:
+                linear.bias = torch.nn.Parameter(module.bias.float(), requires_grad=False)
+            model.set_submodule(name, linear)
 
 
 def command_of(tool: str, options, rows: Path, out: Path) -> list[str]:
