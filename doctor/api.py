@@ -21,11 +21,13 @@ from doctor.writer import check_output
 def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *, select: Iterable[str] = (), ignore: Iterable[str] = (),
           stage: str = "output", fail_on: str = "error", rules_dirs: Iterable[Path] = (),
           progress: Callable[[int], None] = lambda n: None, facts: Iterable[tuple[str, str, object]] = (),
-          pictures: bool = False, extend_select: Iterable[str] = (), config: Config | None = None, baseline: Report | None = None) -> Report:
+          pictures: bool = False, extend_select: Iterable[str] = (), config: Config | None = None, baseline: Report | None = None,
+          matrix: bool = False) -> Report:
     """Judge a checkpoint against a recipe, reading every byte of its tensors at most once.
 
     stage: the most expensive kind of evidence to gather ("header" reads no weights). facts: (subject, fact, value) of a
-    calibration or run made elsewhere. pictures: also make the tables that HTML and Markdown draw (Report.extra).
+    calibration or run made elsewhere. pictures: also make the tables that HTML and Markdown draw (Report.extra); matrix: only that
+    of plans by GPU count.
     config: what doctor.config.load() found; its selection comes before select and ignore, its recipe is the default, and its
     suppressions hold. None reads no configuration, not even the checkpoint's own. baseline: findings are new or not against it.
     Raises BadCheckpoint where there is nothing to look at.
@@ -42,10 +44,10 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
         scanned = scan(checkpoint, store, progress)
     findings, runs = judge(store, rules, stage)
     extra = {}
-    if pictures:
-        from doctor.pictures import pictures as draw
+    if pictures or matrix:
+        from doctor import pictures as draw
 
-        extra = draw(checkpoint, store, rules, findings)
+        extra = draw.pictures(checkpoint, store, rules, findings) if pictures else {"matrix": draw.matrix(store, rules, findings)}
     report = Report(extra=extra, checkpoint=checkpoint.name, recipe=recipe, findings=locate(findings, checkpoint), runs=runs,
                     summary=summary(checkpoint, store), skipped_tensors=scanned.skipped if scanned else {},
                     bytes_read=scanned.bytes_read if scanned else 0, fail_on=fail_on)

@@ -137,12 +137,13 @@ def _outputs(formats, concise) -> list[tuple[str, str]]:
 @click.option("--fail-on-skipped", is_flag=True, help="Exit 1 when a rule could not judge.")
 @format_options
 @click.option("--stage", type=click.Choice(STAGES), default=STAGES[-1], help="Most expensive evidence to gather: header reads no weights.")
+@click.option("--matrix", is_flag=True, help="Also print methods, group sizes and GPU counts, and what stands in the way of each.")
 @click.option("--statistics", is_flag=True, help="Print counts by code instead of findings.")
 @click.option("--baseline", metavar="REPORT.json|CHECKPOINT", help="Say what is new, unchanged and gone against it; exit 1 for what is new.")
 @click.option("--show-settings", is_flag=True, help="Print every setting and where it comes from, and check nothing.")
 @click.pass_context
 def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, fail_on_skipped,
-          formats, concise, verbose, stage, statistics, baseline, show_settings):
+          formats, concise, verbose, stage, matrix, statistics, baseline, show_settings):
     """Say whether checkpoints are ready for a plan. Writes nothing."""
     if show_settings:
         return _show_settings(ctx)
@@ -152,10 +153,10 @@ def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend
         options = dict(select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore), stage=stage, fail_on=fail_on,
                        rules_dirs=rules_dirs, config=ctx.obj)
         base = _baseline(baseline, recipe, options) if baseline else None
-        reports = [_checked(path, recipe, baseline=base and base(path), **options,
+        reports = [_checked(path, recipe, baseline=base and base(path), matrix=matrix, **options,
                             pictures=any(name in ("json", "html", "markdown") for name, _ in outputs)) for path in paths]
         _settled(reports)
-        _emit(reports, [("statistics", "")] if statistics else outputs, verbose)
+        _emit(reports, [("statistics", "")] if statistics else outputs, verbose, matrix)
     _exit(reports, fail_on_skipped)
 
 
@@ -246,7 +247,7 @@ class _json_on_failure:
                 _write(failure(error), file)
 
 
-def _emit(reports, outputs, verbose=False) -> None:
+def _emit(reports, outputs, verbose=False, matrix=False) -> None:
     """Print or write each format. The screen goes through rich, so that it knows the terminal's width and colours."""
     from doctor.report import render
 
@@ -254,7 +255,7 @@ def _emit(reports, outputs, verbose=False) -> None:
         if name == "full" and not file:
             from doctor.report.terminal import console, show
 
-            show(reports, console(sys.stdout), verbose)
+            show(reports, console(sys.stdout), verbose, matrix)
         elif name == "statistics":
             from doctor.report.terminal import console, show_statistics
 

@@ -93,6 +93,18 @@ def latest_stage(needs: Iterable[str], asker: str) -> str:
     return stage
 
 
+def closure(names: Iterable[str]) -> set[str]:
+    """Every fact that these facts rest on, themselves included."""
+    seen: set[str] = set()
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name not in seen and name in FACTS:
+            seen.add(name)
+            todo += FACTS[name].needs
+    return seen
+
+
 class Store:
     """Facts of one run. Subjects are strings ("tensor:NAME"); each has an object that rules get as their first argument."""
 
@@ -178,3 +190,16 @@ class Store:
         if known.scope == "tensor" and subject in self._weight_of:
             return self._weight_of[subject]
         raise TypeError(f"a rule on {scope} cannot ask for {known.name}, a fact of {known.scope}")
+
+
+class Variant(Store):
+    """A store that differs from another in one provided fact of the checkpoint: what rests on it is worked out anew, the rest is shared."""
+
+    def __init__(self, base: Store, name: str, value: object):
+        super().__init__()
+        self._base, self._objects, self._weight_of, self._reasons = base, base._objects, base._weight_of, base._reasons
+        self._own = {n for n in FACTS if name in closure([n])}
+        self.put(CHECKPOINT, name, value)
+
+    def get(self, subject: str, name: str) -> object:
+        return super().get(subject, name) if name in self._own else self._base.get(subject, name)

@@ -4,82 +4,107 @@ They are made from the same store and rules as the findings, and only when a for
 here is plain data, because it travels in the report's JSON.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 
-from doctor.builtin import header_facts
 from doctor.checkpoint import Checkpoint
+from doctor.edits import PadTensor, SetRecipe
 from doctor.engine import judge
-from doctor.facts import CHECKPOINT, FACTS, STAGES, Store
+from doctor.facts import CHECKPOINT, STAGES, Store, Variant, closure
 from doctor.recipe import Recipe
-from doctor.rule import ROW_PARALLEL, Finding, Rule
+from doctor.rule import ROW_PARALLEL, Finding, Fix, Rule
 
 TPS = (1, 2, 4, 8)
-GROUPS = (128, 64, 32)
+GROUPS = (128, 64, 32, -1)
 _ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 _TOKENS = ("bos", "eos", "pad", "unk")
-_SAFETY = ("safe", "unsafe", "manual")
+_CURES = ("safe", "padding", "unsafe", "manual")
 
 
 def pictures(checkpoint: Checkpoint, store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> dict:
     """name -> plain data, for Report.extra. A picture whose facts this run does not have is left out."""
-    recipe = store.get(CHECKPOINT, "recipe")
+    recipe, rules, findings = store.get(CHECKPOINT, "recipe"), list(rules), list(findings)
     made = {"files": files(checkpoint)}
     if store.has(CHECKPOINT, "spec"):
         spec = store.get(CHECKPOINT, "spec")
         made["tokens"] = tokens(checkpoint, spec, store)
         if spec.linears:
             made |= {"geometry": geometry(spec, recipe), "heat": heat(spec, store),
-                     "matrix": matrix(checkpoint, recipe, list(rules), list(findings))}
+                     "matrix": matrix(store, rules, findings)}
     return {k: v for k, v in made.items() if v}
 
 
 # plans by GPU count
 
 
-def matrix(checkpoint: Checkpoint, recipe: Recipe, rules: list[Rule], findings: list[Finding]) -> list[dict]:
-    """Rows {plan, step, cells: [{tp, ready, codes}]}: which errors stand in the way as it is, after safe fixes, after all fixes.
+def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> list[dict]:
+    """Rows {plan, step, cells: [{tp, ready, codes}]}: which errors stand in the way as it is, after safe fixes, after padding.
 
     Rules that look at headers and at the recipe are asked again under each plan; what the others found holds for every plan.
+    Methods that meet the same errors share their rows; a step that changes nothing has none. [] where nothing can be planned.
     """
-    asked = [r for r in rules if STAGES.index(r.stage) <= STAGES.index("header") and "recipe" in _closure(r.needs)]
+    if not store.has(CHECKPOINT, "layout"):
+        return []
+    recipe, layout = store.get(CHECKPOINT, "recipe"), store.get(CHECKPOINT, "layout")
+    asked = [r for r in rules if STAGES.index(r.stage) <= STAGES.index("header") and "recipe" in closure(r.needs)]
     own = {r.code for r in asked}
     always = _worst(f for f in findings if f.severity == "error" and f.code not in own and not f.consequence_of)
+    made: dict[tuple, list] = {}  # (group size, steps) -> plans
+    for plan in [recipe] if layout.quantized else _plans(recipe):
+        steps = _steps([(p.tp, {**always, **_worst(_errors(store, asked, p))}) for p in _shared(plan)])
+        made.setdefault((plan.group_size, json.dumps(steps)), []).append(plan)
     rows = []
-    for group in dict.fromkeys((recipe.group_size, *GROUPS)):
-        plans = [replace(recipe, group_size=group, tp=tp) for tp in dict.fromkeys((*TPS, recipe.tp))]
-        plans.sort(key=lambda p: p.tp)
-        blocked = [{**always, **_worst(f for f in judge(header_facts(checkpoint, p), asked)[0] if f.severity == "error")} for p in plans]
-        label = replace(recipe, group_size=group, tp=1).label()
-        shown = None
-        for step, keep in (("as it is", _SAFETY), ("after safe fixes", _SAFETY[1:]), ("after all fixes", _SAFETY[2:])):
-            cells = [{"tp": p.tp, "codes": sorted(c for c, safety in b.items() if safety in keep)} for p, b in zip(plans, blocked, strict=True)]
-            if cells != shown:
-                rows.append({"plan": label, "step": step, "cells": [{**c, "ready": not c["codes"]} for c in cells]})
-            shown = cells
+    for (_, steps), plans in made.items():
+        label = plans[0].label().replace(plans[0].method, "/".join(p.method for p in plans), 1)
+        if layout.quantized:
+            label = f"as stored: {layout.format} {layout.bits}-bit " + ("per-channel" if layout.group_size == -1 else f"g{layout.group_size}")
+        rows += [{"plan": label, **step} for step in json.loads(steps)]
     return rows
 
 
-def _closure(needs: Iterable[str]) -> set[str]:
-    """Every fact that these facts rest on, themselves included."""
-    seen: set[str] = set()
-    todo = list(needs)
-    while todo:
-        name = todo.pop()
-        if name not in seen and name in FACTS:
-            seen.add(name)
-            todo += FACTS[name].needs
-    return seen
+def _plans(recipe: Recipe) -> list[Recipe]:
+    """The plan asked for and its neighbours: other group sizes, and the other methods that have its width."""
+    methods = [m for m in dict.fromkeys((recipe.method, "gptq", "awq")) if m != "awq" or recipe.bits == 4]
+    return [replace(recipe, method=m, group_size=g, tp=1, format=recipe.format if m == recipe.method else "")
+            for g in dict.fromkeys((recipe.group_size, *GROUPS)) for m in methods]
+
+
+def _shared(plan: Recipe) -> list[Recipe]:
+    return [replace(plan, tp=tp) for tp in sorted({*TPS, plan.tp})]
+
+
+def _errors(store: Store, rules: list[Rule], plan: Recipe) -> list[Finding]:
+    return [f for f in judge(Variant(store, "recipe", plan), rules)[0] if f.severity == "error" and not f.consequence_of]
+
+
+def _steps(blocked: list[tuple[int, dict[str, str]]]) -> list[dict]:
+    """Rows of one plan from (tp, code -> safety of its cure)."""
+    rows: list[dict] = []
+    for step, cured in (("as it is", ()), ("after safe fixes", ("safe",)), ("after padding", ("safe", "padding")),
+                        ("after unsafe fixes", ("safe", "padding", "unsafe"))):
+        cells = [{"tp": tp, "codes": sorted(c for c, safety in codes.items() if safety not in cured)} for tp, codes in blocked]
+        cells = [{**c, "ready": not c["codes"]} for c in cells]
+        if not rows or cells != rows[-1]["cells"]:
+            rows.append({"step": step, "cells": cells})
+    return rows
 
 
 def _worst(findings: Iterable[Finding]) -> dict[str, str]:
-    """code -> the least safe of its cures; a fix that invents content counts as manual."""
+    """code -> the least safe of its cures: safe, padding, unsafe, manual."""
     found: dict[str, str] = {}
     for item in findings:
-        fix = item.fix
-        safety = "manual" if fix is None or fix.by_name or not fix.edits else fix.safety
-        found[item.code] = max(found.get(item.code, "safe"), safety, key=_SAFETY.index)
+        found[item.code] = max(found.get(item.code, "safe"), _cure(item.fix), key=_CURES.index)
     return found
+
+
+def _cure(fix: Fix | None) -> str:
+    """A fix that invents content, or that changes the plan instead of the files, counts as manual here."""
+    if fix is None or fix.by_name or not fix.edits or any(isinstance(e, SetRecipe) for e in fix.edits):
+        return "manual"
+    if fix.safety == "unsafe" and any(isinstance(e, PadTensor) for e in fix.edits):
+        return "padding"
+    return fix.safety
 
 
 # weights, shapes, tokens, files

@@ -50,7 +50,7 @@ def _context(report: Report) -> dict:
         "seconds": view.seconds(report.seconds), "read": view.size(report.bytes_read) if report.bytes_read else "",
         "fixes": {k: len(v) for k, v in by.items()}, "groups": [_card(report, g) for g in found], "areas": view.areas(report, found),
         "marks": view.MARKS, "steps": view.next_steps(report, found), "crashed": [(r.rule.code, view.safe(r.crashed)) for r in report.crashed],
-        "matrix": [{**row, "why": markdown.blockers(row["cells"])} for row in extra.get("matrix", ())],
+        "matrix": [{**row, "why": view.blockers(row["cells"])} for row in extra.get("matrix", ())],
         "heat": _heat(extra.get("heat")), "losses": _losses(report.linears), "results": view.results(report),
         "replies": [tuple(map(view.safe, r)) for r in (extra.get("comparison") or {}).get("replies", ())],
         "block_errors": _strips({"block output": (extra.get("comparison") or {}).get("block_errors") or []})[0], "tokens": _tokens(extra.get("tokens", ())), "geometry": extra.get("geometry", ()),

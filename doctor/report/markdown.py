@@ -42,28 +42,9 @@ def matrix(rows: list[dict]) -> str:
     lines = ["| plan | " + " | ".join(["1 GPU" if n == 1 else str(n) for n in gpus]) + " | in the way |",
              "|---|" + ":-:|" * len(gpus) + "---|"]
     for row in rows:
-        name = row["plan"] if row["step"] == "as it is" else f"… {row['step']}"
-        lines.append(f"| {name} | " + " | ".join("✓" if c["ready"] else "✗" for c in row["cells"]) + f" | {blockers(row['cells'])} |")
+        name = view.plan_row(row)
+        lines.append(f"| {name} | " + " | ".join("✓" if c["ready"] else "✗" for c in row["cells"]) + f" | {view.blockers(row['cells'])} |")
     return "\n".join(lines)
-
-
-def blockers(cells: list[dict]) -> str:
-    """`W201; 2+ GPUs also G302`."""
-    everywhere = set.intersection(*(set(c["codes"]) for c in cells))
-    more: dict[str, list[int]] = {}
-    for cell in cells:
-        for code in sorted(set(cell["codes"]) - everywhere):
-            more.setdefault(code, []).append(cell["tp"])
-    gpus: dict[tuple, list[str]] = {}
-    for code, counts in more.items():
-        gpus.setdefault(tuple(counts), []).append(code)
-    last = cells[-1]["tp"]
-    parts = [", ".join(sorted(everywhere))] if everywhere else []
-    for counts, codes in gpus.items():
-        upward = list(counts) == [c["tp"] for c in cells if c["tp"] >= counts[0]] and counts[-1] == last and len(counts) > 1
-        where = f"{counts[0]}+" if upward else ", ".join(map(str, counts))
-        parts.append(f"{where} GPUs {'also ' if everywhere else ''}{', '.join(codes)}")
-    return "; ".join(parts)
 
 
 def _finding(report: Report, group: Group) -> str:

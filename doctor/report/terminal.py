@@ -71,12 +71,14 @@ def render(reports: list[Report], width: int = 100, verbose: bool = False) -> st
     return file.getvalue()
 
 
-def show(reports: list[Report], out: Console, verbose: bool = False) -> None:
-    """Print the screen of each report."""
+def show(reports: list[Report], out: Console, verbose: bool = False, matrix: bool = False) -> None:
+    """Print the screen of each report; with `matrix` also its plans by GPU count."""
     for i, report in enumerate(reports):
         if i:
             out.print()
         _report(Screen(out), report, verbose)
+        if matrix:
+            _matrix(Screen(out), report)
 
 
 def _report(screen: Screen, report: Report, verbose: bool) -> None:
@@ -299,6 +301,27 @@ def _next(screen: Screen, report: Report, found: list[Group]) -> None:
         else:
             screen.line(head)
             screen.hang(Text("          "), Text(what, "bright_black"))
+
+
+def _matrix(screen: Screen, report: Report) -> None:
+    """Plans by GPU count: ready or not, and the codes in the way."""
+    rows = report.extra.get("matrix")
+    screen.line()
+    if not rows:
+        screen.line("  no matrix: without readable tensors and config.json there is nothing to plan")
+        return
+    wide = max(cell_len(view.plan_row(row)) for row in rows)
+    gpus = [cell["tp"] for cell in rows[0]["cells"]]
+    screen.line(("  " + "plan".ljust(wide) + "".join(f"{n:>5}" for n in gpus) + " GPUs  in the way", "bold"))
+    for row in rows:
+        head = _text(f"  {view.plan_row(row):<{wide}}")
+        for cell in row["cells"]:
+            head.append("    ✓" if cell["ready"] else "    ✗", COLOURS["ok" if cell["ready"] else "error"])
+        blockers = view.blockers(row["cells"])
+        if blockers:
+            screen.hang(_text(head, "       "), Text(blockers))
+        else:
+            screen.line(head)
 
 
 def _rules(screen: Screen, report: Report) -> None:

@@ -371,6 +371,30 @@ def plan_flags(recipe) -> str:
     return "".join(" " + f for f in flags)
 
 
+def plan_row(row: dict) -> str:
+    """What a row of the matrix is called; a step stands under its plan."""
+    return row["plan"] if row["step"] == "as it is" else f"… {row['step']}"
+
+
+def blockers(cells: list[dict]) -> str:
+    """`W201; 2+ GPUs also G302`."""
+    everywhere = set.intersection(*(set(c["codes"]) for c in cells))
+    more: dict[str, list[int]] = {}
+    for cell in cells:
+        for code in sorted(set(cell["codes"]) - everywhere):
+            more.setdefault(code, []).append(cell["tp"])
+    gpus: dict[tuple, list[str]] = {}
+    for code, counts in more.items():
+        gpus.setdefault(tuple(counts), []).append(code)
+    last = cells[-1]["tp"]
+    parts = [", ".join(sorted(everywhere))] if everywhere else []
+    for counts, codes in gpus.items():
+        upward = list(counts) == [c["tp"] for c in cells if c["tp"] >= counts[0]] and counts[-1] == last and len(counts) > 1
+        where = f"{counts[0]}+" if upward else ", ".join(map(str, counts))
+        parts.append(f"{where} GPUs {'also ' if everywhere else ''}{', '.join(codes)}")
+    return "; ".join(parts)
+
+
 def skip_reasons(report: Report) -> list[tuple[str, str, str]]:
     """(code, name, reason) of every rule that judged nothing."""
     rows = []
