@@ -143,6 +143,10 @@ class Store:
         """Why facts of this stage do not exist in this run."""
         self._reasons[stage] = reason
 
+    def say_produced(self, stage: str) -> None:
+        """Facts of this stage have been produced; what a subject lacks now, it has not got."""
+        self._reasons.pop(stage, None)
+
     def has(self, subject: str, name: str) -> bool:
         try:
             self.get(subject, name)

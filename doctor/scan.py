@@ -67,6 +67,7 @@ def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] =
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    store.say_produced("values")
     return run
 
 
