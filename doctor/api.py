@@ -11,6 +11,7 @@ from doctor.checkpoint import Checkpoint
 from doctor.config import Config, Selection, choose
 from doctor.engine import Report, against, in_order, judge, load_rules, locate, select_rules
 from doctor.facts import CHECKPOINT, STAGES, Store
+from doctor.hub import open_checkpoint
 from doctor.plan import Consent, Look, Plan, Progress, Proof, carry_out, make_plan, no_progress, refuse
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Place
@@ -25,6 +26,7 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
           matrix: bool = False) -> Report:
     """Judge a checkpoint against a recipe, reading every byte of its tensors at most once.
 
+    path: a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only JSON files and headers are read.
     stage: the most expensive kind of evidence to gather ("header" reads no weights). facts: (subject, fact, value) of a
     calibration or run made elsewhere. pictures: also make the tables that HTML and Markdown draw (Report.extra); matrix: only that
     of plans by GPU count.
@@ -34,13 +36,15 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     """
     started = time.perf_counter()
     recipe = recipe or (config.recipe() if config else Recipe())
-    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
     store = header_facts(checkpoint, recipe)
     for subject, name, value in facts:
         store.put(subject, name, value)
     scanned = None
-    if STAGES.index(stage) >= STAGES.index("values") and any(r.stage in STAGES[2:] for r in rules):
+    if checkpoint.unread:
+        store.say_missing("values", checkpoint.unread)
+    elif STAGES.index(stage) >= STAGES.index("values") and any(r.stage in STAGES[2:] for r in rules):
         scanned = scan(checkpoint, store, progress)
     findings, runs = judge(store, rules, stage)
     extra = {}

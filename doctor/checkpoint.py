@@ -101,6 +101,8 @@ class Checkpoint:
     `problems` are Defects of the listing itself (links that lead out, unsafe names, unreadable files).
     """
 
+    unread = ""  # why tensor bytes cannot be read, "" where they can
+
     def __init__(self, root: Path, only: str | None = None):
         self.root = root
         self.only = only
@@ -233,8 +235,11 @@ class Checkpoint:
             if name not in self.entries:
                 self.missing_shards.append(name)
         # An index decides which files belong to the checkpoint; files beside it are looked at by rules of the listing.
-        for name in [n for n in wanted if n in self.entries] if wanted else listed:
-            self.shards[name] = self._open_shard(name)
+        names = [n for n in wanted if n in self.entries] if wanted else listed
+        self.shards = dict(zip(names, self._open_all(names), strict=True))
+
+    def _open_all(self, names: list[str]) -> list[Shard]:
+        return [self._open_shard(name) for name in names]
 
     def _open_shard(self, name: str) -> Shard:
         return open_shard(self.path(name), name)

@@ -139,12 +139,17 @@ def _outputs(formats, concise) -> list[tuple[str, str]]:
 @click.option("--stage", type=click.Choice(STAGES), default=STAGES[-1], help="Most expensive evidence to gather: header reads no weights.")
 @click.option("--matrix", is_flag=True, help="Also print methods, group sizes and GPU counts, and what stands in the way of each.")
 @click.option("--statistics", is_flag=True, help="Print counts by code instead of findings.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository; org/name@REV says it too.")
+@click.option("--download", is_flag=True, help="Fetch a Hub repository's files and check them whole.")
 @click.option("--baseline", metavar="REPORT.json|CHECKPOINT", help="Say what is new, unchanged and gone against it; exit 1 for what is new.")
 @click.option("--show-settings", is_flag=True, help="Print every setting and where it comes from, and check nothing.")
 @click.pass_context
 def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, fail_on_skipped,
-          formats, concise, verbose, stage, matrix, statistics, baseline, show_settings):
-    """Say whether checkpoints are ready for a plan. Writes nothing."""
+          formats, concise, verbose, stage, matrix, statistics, revision, download, baseline, show_settings):
+    """Say whether checkpoints are ready for a plan. Writes nothing.
+
+    CHECKPOINT is a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only headers are fetched.
+    """
     if show_settings:
         return _show_settings(ctx)
     outputs = _outputs(formats, concise)
@@ -153,7 +158,7 @@ def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend
         options = dict(select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore), stage=stage, fail_on=fail_on,
                        rules_dirs=rules_dirs, config=ctx.obj)
         base = _baseline(baseline, recipe, options) if baseline else None
-        reports = [_checked(path, recipe, baseline=base and base(path), matrix=matrix, **options,
+        reports = [_checked(path, recipe, (revision, download), baseline=base and base(path), matrix=matrix, **options,
                             pictures=any(name in ("json", "html", "markdown") for name, _ in outputs)) for path in paths]
         _settled(reports)
         _emit(reports, [("statistics", "")] if statistics else outputs, verbose, matrix)
@@ -166,11 +171,10 @@ def _settled(reports) -> None:
     settle(reports)
 
 
-def _checked(path: str, recipe: Recipe, **options):
-    from doctor import api
-    from doctor.checkpoint import Checkpoint
+def _checked(path: str, recipe: Recipe, remote=(None, False), **options):
+    from doctor import api, hub
 
-    checkpoint = Checkpoint.open(path)
+    checkpoint = hub.open_checkpoint(path, *remote, notice=lambda line: click.echo(line, err=True))
     with _progress(checkpoint.total_bytes, "reading") as tick:
         return api.check(checkpoint, recipe, progress=partial(tick, "reading"), **options)
 
@@ -187,7 +191,7 @@ def _baseline(text: str, recipe: Recipe, options: dict):
 
     def find(path: str):
         name = Path(path).resolve().name
-        found = saved if len(saved) == 1 else [r for r in saved if r.checkpoint == name]
+        found = saved if len(saved) == 1 else [r for r in saved if r.checkpoint in (path, name)]
         if len(found) != 1:
             raise DoctorError(f"{text}: holds {len(saved)} reports, {len(found)} of them on {name}.", "Give a report on one checkpoint.")
         return found[0]

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ("errors", "dtypes", "jsontext", "recipe", "tables"),
-    1: ("native", "shard", "edits", "spec", "checkpoint", "view", "writer"),
+    1: ("native", "shard", "edits", "spec", "checkpoint", "hub", "view", "writer"),
     2: ("facts", "stats", "scan", "builtin", "placement", "special", "layout"),
     3: ("rule", "testing"),
     4: ("engine", "plan", "explain", "pictures", "config"),
