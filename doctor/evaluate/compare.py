@@ -96,10 +96,12 @@ class Streamed:
         model = self.skeleton.model
         replies = []
         for ids in prompts:
-            start = ids.shape[1]
+            said, cache = [], None
             for _ in range(tokens):
-                ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
-            replies.append(ids[0, start:].tolist())
+                out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+                said.append(int(ids))
+            replies.append(said)
         for i in range(len(self.skeleton.blocks)):
             self.skeleton.drop_block(i)
         return replies

@@ -13,9 +13,10 @@ import numpy as np
 
 from doctor.checkpoint import Checkpoint
 from doctor.errors import DoctorError
+from doctor.plan import PROOF_PROMPTS as PROMPTS
 from doctor.plan import Proof
 
-PROMPTS, PROMPT_TOKENS = 4, 16
+PROMPT_TOKENS = 16
 # Float32 has 24 bits; sums over some 10^4 channels through some dozens of blocks lose about 6 of them. Above: not rounding.
 RELATIVE_TOLERANCE = 2.0**-16
 TRUNCATED_BLOCKS = 2
@@ -31,7 +32,8 @@ def prove(source: Checkpoint, view: Checkpoint) -> Proof:
     """Compare the logits of two states of a checkpoint. Never raises for a model that cannot be run: the proof is "not run"."""
     try:
         blocks = _blocks_that_fit(view)
-        before, after = logits(source, blocks), logits(view, blocks)
+        before = logits(source, blocks)
+        after = logits(view, blocks, before.shape[-1])[..., : before.shape[-1]]  # a vocabulary may have grown: its old part is compared
     except CannotBuild as error:
         return Proof("not run", str(error))
     of = f", first {blocks} blocks only" if blocks is not None else ""
@@ -54,8 +56,10 @@ def prompts(vocabulary: int) -> np.ndarray:
     return ((rows * 7919 + columns * 104729 + 11) % vocabulary).astype(np.int64)
 
 
-def logits(checkpoint: Checkpoint, blocks: int | None = None) -> np.ndarray:
+def logits(checkpoint: Checkpoint, blocks: int | None = None, vocabulary: int | None = None) -> np.ndarray:
     """Logits f32[PROMPTS, PROMPT_TOKENS, vocabulary] by transformers' model; `blocks` keeps only the first decoder blocks.
+
+    vocabulary: draw the prompts from this many token ids; None for all rows of the embedding.
 
     Raises CannotBuild with the reason.
     """
@@ -63,7 +67,8 @@ def logits(checkpoint: Checkpoint, blocks: int | None = None) -> np.ndarray:
 
     model = _build(checkpoint, blocks)
     with torch.inference_mode():
-        result = model(input_ids=torch.from_numpy(prompts(model.get_input_embeddings().weight.shape[0])), use_cache=False).logits
+        ids = prompts(vocabulary or model.get_input_embeddings().weight.shape[0])
+        result = model(input_ids=torch.from_numpy(ids), use_cache=False).logits
     return result.float().numpy()
 
 

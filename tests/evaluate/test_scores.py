@@ -17,7 +17,7 @@ def test_a_model_against_itself_has_no_divergence_and_its_own_perplexity():
     targets = torch.randint(0, 50, (600,), generator=torch.Generator().manual_seed(2))
     t = tally(logits, logits, targets)
     want = math.exp(torch.nn.functional.cross_entropy(logits.double(), targets).item())
-    assert t.perplexity(0) == t.perplexity(1) == pytest.approx(want, rel=1e-12)
+    assert t.perplexity(0) == t.perplexity(1) == pytest.approx(want, rel=1e-6)
     assert t.divergence() == (0.0, 0.0) and t.agreement() == 1.0
 
 
