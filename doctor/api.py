@@ -1,10 +1,16 @@
-"""The Python doors: check, fix, quantize, verify. The command line calls these and adds only parsing and printing."""
+"""The Python doors: check, fix, quantize, verify. The command line calls these and adds only parsing and printing.
+
+What only some of them need is imported where it is needed, because a check of headers alone should take no time.
+"""
+
+from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from doctor.builtin import header_facts, summary
 from doctor.checkpoint import Checkpoint
@@ -12,11 +18,11 @@ from doctor.config import Config, Selection, choose
 from doctor.engine import Report, against, in_order, judge, load_rules, locate, select_rules
 from doctor.facts import CHECKPOINT, STAGES, Store
 from doctor.hub import open_checkpoint
-from doctor.plan import Consent, Look, Plan, Progress, Proof, carry_out, make_plan, no_progress, refuse
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Place
-from doctor.scan import scan
-from doctor.writer import check_output
+
+if TYPE_CHECKING:
+    from doctor.plan import Look, Plan, Progress, Proof
 
 
 def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *, select: Iterable[str] = (), ignore: Iterable[str] = (),
@@ -45,6 +51,8 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)
     elif STAGES.index(stage) >= STAGES.index("values") and any(r.stage in STAGES[2:] for r in rules):
+        from doctor.scan import scan
+
         scanned = scan(checkpoint, store, progress)
     findings, runs = judge(store, rules, stage)
     extra = {}
@@ -96,7 +104,7 @@ class FixResult:
 def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, *,
         unsafe_fixes: bool | Iterable[str] = False, only: Iterable[str] = (), dry_run: bool = False, copy: bool = False,
         overwrite: bool = False, select: Iterable[str] = (), ignore: Iterable[str] = (), stage: str = "output", fail_on: str = "error",
-        rules_dirs: Iterable[Path] = (), facts: Iterable[tuple[str, str, object]] = (), progress: Progress = no_progress,
+        rules_dirs: Iterable[Path] = (), facts: Iterable[tuple[str, str, object]] = (), progress: Progress | None = None,
         extend_select: Iterable[str] = (), config: Config | None = None) -> FixResult:
     """Write a cured copy of a checkpoint to `output`; the source is never written to, and the output is whole or absent.
 
@@ -105,7 +113,11 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe:
     is None. progress(phase, bytes) is called from any thread with "scan", "write" or "verify".
     Raises PlanRefused, MachineError, BadCheckpoint; then there is no output.
     """
+    from doctor.plan import Consent, carry_out, make_plan, no_progress, refuse
+    from doctor.writer import check_output
+
     started = time.perf_counter()
+    progress = progress or no_progress
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
     facts = list(facts)
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)

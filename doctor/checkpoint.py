@@ -7,6 +7,8 @@ No path leaves the directory: names from an index are file names, never paths; a
 directory or into the blob store of a Hub cache, which is how huggingface_hub lays out its snapshots.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import stat
@@ -15,11 +17,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from doctor import jsontext
 from doctor.dtypes import CODE_NUMPY
 from doctor.errors import BadCheckpoint
+from doctor.lazy import np
 from doctor.shard import Defect, Shard, ShardFile, TensorInfo, open_shard
 
 INDEX_NAME = "model.safetensors.index.json"

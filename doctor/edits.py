@@ -5,15 +5,17 @@ the view; so `quantize --fix` and `fix -o` run the same code. The same edit twic
 target are refused by the plan.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from doctor.dtypes import DTYPES
+from doctor.errors import PlanRefused
+from doctor.lazy import np
 from doctor.shard import TensorInfo
 
-PHASES = ("bytes", "shape", "names", "config", "index", "recipe")
+PHASES = ("base", "bytes", "dtype", "shape", "names", "config", "files", "index", "recipe")
 
 
 class _Missing:
@@ -100,6 +102,140 @@ class DropTensor:
 
 
 @dataclass(frozen=True)
+class CastTensor:
+    """Store one tensor in another floating type, rounded once to nearest. One that would turn a finite value into Inf is refused."""
+
+    tensor: str
+    dtype: str
+    phase = "dtype"
+
+    @property
+    def target(self) -> str:
+        return f"tensor:{self.tensor}:dtype"
+
+
+@dataclass(frozen=True)
+class TakeTensor:
+    """The tensor as another checkpoint holds it, in place of this one's or where there is none.
+
+    root: directory of the other checkpoint; digest: blake2b (16 bytes, hexadecimal) of the tensor's bytes there.
+    """
+
+    tensor: str
+    root: str
+    digest: str
+    phase = "bytes"
+
+    @property
+    def target(self) -> str:
+        return f"tensor:{self.tensor}:values"
+
+
+@dataclass(frozen=True)
+class Dequantize:
+    """`tensor` [out_features, in_features] as plain numbers, made of the packed tensors beside it, which other edits drop.
+
+    method: gptq, awq, compressed-tensors or fp8. version: of GPTQ's zero points. block: rows and columns that share an fp8
+    scale, () where a scale's own shape says it.
+    """
+
+    tensor: str
+    shape: tuple[int, int]
+    method: str
+    bits: int = 4
+    version: int = 1
+    block: tuple[int, ...] = ()
+    dtype: str = "BF16"
+    phase = "bytes"
+
+    @property
+    def target(self) -> str:
+        return f"tensor:{self.tensor}:values"
+
+
+@dataclass(frozen=True)
+class AddLowRank:
+    """weight + scale * B @ A, in float32, rounded once. `a` [r, in] and `b` [out, r] are tensors of the adapter in `root`.
+
+    transposed: the weight is stored [in, out]. Needs a Rebase on the model that the adapter changes.
+    """
+
+    tensor: str
+    root: str
+    a: str
+    b: str
+    scale: float
+    transposed: bool = False
+    phase = "bytes"
+
+    @property
+    def target(self) -> str:
+        return f"tensor:{self.tensor}:values"
+
+
+@dataclass(frozen=True)
+class GrowRows:
+    """Rows up to `size`, each the mean of those that are there: its logit is the mean of all logits, so it is never the largest."""
+
+    tensor: str
+    size: int
+    phase = "shape"
+
+    @property
+    def target(self) -> str:
+        return f"tensor:{self.tensor}:axis0"
+
+
+@dataclass(frozen=True)
+class ShiftZeros:
+    """GPTQ's packed zero points moved by `step` (version 1 stores them minus one). A field that would leave its bits is refused."""
+
+    tensor: str
+    bits: int
+    step: int
+    phase = "bytes"
+
+    @property
+    def target(self) -> str:
+        return f"tensor:{self.tensor}:values"
+
+
+@dataclass(frozen=True)
+class GroupsInOrder:
+    """g_idx of groups of neighbours, i // group_size, as GPTQ's readers want it; made where there is none."""
+
+    tensor: str
+    in_features: int
+    group_size: int
+    phase = "bytes"
+
+    @property
+    def target(self) -> str:
+        return f"tensor:{self.tensor}:values"
+
+
+@dataclass(frozen=True)
+class DropFile:
+    """Leave one file out."""
+
+    file: str
+    phase = "files"
+
+    @property
+    def target(self) -> str:
+        return f"file:{self.file}"
+
+
+@dataclass(frozen=True)
+class Rebase:
+    """The files of the checkpoint in `root` instead of these: what an adapter becomes is its base model, changed."""
+
+    root: str
+    phase = "base"
+    target = "base"
+
+
+@dataclass(frozen=True)
 class RebuildIndex:
     """Write model.safetensors.index.json anew from the shards' headers."""
 
@@ -120,8 +256,11 @@ class SetRecipe:
         return f"recipe:{self.field}"
 
 
-Edit = SetJson | RemoveJson | ReplaceNonfinite | PadTensor | DropTensor | RebuildIndex | SetRecipe
-TENSOR_EDITS = (ReplaceNonfinite, PadTensor, DropTensor)
+Edit = (SetJson | RemoveJson | ReplaceNonfinite | CastTensor | TakeTensor | Dequantize | AddLowRank | GrowRows | ShiftZeros | GroupsInOrder
+        | PadTensor | DropTensor | DropFile | Rebase | RebuildIndex | SetRecipe)
+MADE = (TakeTensor, Dequantize, AddLowRank, GrowRows, GroupsInOrder)  # carried out by made.py: they need more than the tensor's own codes
+CREATE = (TakeTensor, Dequantize, GroupsInOrder)  # may stand for a tensor that is not there
+TENSOR_EDITS = (ReplaceNonfinite, CastTensor, ShiftZeros, PadTensor, DropTensor, *MADE)
 
 
 def pad_positions(old: int, new: int, blocks: int, spread: bool) -> np.ndarray:
@@ -141,12 +280,14 @@ def pad_positions(old: int, new: int, blocks: int, spread: bool) -> np.ndarray:
 
 def edited_info(info: TensorInfo, edits: list[Edit]) -> TensorInfo:
     """Name, dtype and shape of the tensor after its edits; `begin` and `end` keep their length's meaning, not their place."""
-    shape = list(info.shape)
+    shape, dtype = list(info.shape), info.dtype
     for edit in edits:
         if isinstance(edit, PadTensor):
             shape[edit.axis] = edit.size
+        elif isinstance(edit, CastTensor):
+            dtype = DTYPES[edit.dtype]
     numel = int(np.prod(shape, dtype=np.int64)) if shape else 1
-    return replace(info, shape=tuple(shape), end=info.begin + info.dtype.nbytes(numel))
+    return replace(info, shape=tuple(shape), dtype=dtype, end=info.begin + dtype.nbytes(numel))
 
 
 def apply(codes: np.ndarray, info: TensorInfo, edits: list[Edit]) -> np.ndarray:
@@ -154,9 +295,56 @@ def apply(codes: np.ndarray, info: TensorInfo, edits: list[Edit]) -> np.ndarray:
     for edit in sorted(edits, key=lambda e: PHASES.index(e.phase)):
         if isinstance(edit, ReplaceNonfinite):
             codes = np.where(nonfinite_mask(codes, info.dtype.name), encode(edit.value, info.dtype.name), codes)
+        elif isinstance(edit, CastTensor):
+            codes = cast(codes, info.dtype.name, edit.dtype, info.name)
+        elif isinstance(edit, ShiftZeros):
+            codes = shift_fields(codes, edit.bits, edit.step, info.name)
         elif isinstance(edit, PadTensor):
             codes = _pad(codes, edit)
     return codes
+
+
+CASTS = ("F16", "BF16", "F32")
+
+
+def widens(old: str, new: str) -> bool:
+    """Whether every value of one type is a value of the other, so that a cast changes nothing."""
+    return old == new or (old in ("F16", "BF16") and new == "F32")
+
+
+def cast(codes: np.ndarray, old: str, new: str, name: str) -> np.ndarray:
+    """Codes of the same values in another type. Raises PlanRefused where finite values would become Inf."""
+    values = from_codes(codes, old)
+    result = to_codes(values, new)
+    lost = nonfinite_mask(result, new) & np.isfinite(values)
+    if lost.any():
+        worst = float(np.abs(values[lost]).max())
+        raise PlanRefused(f"{name}: {int(lost.sum()):,} finite values, up to {worst:.6g}, are beyond {new}; a cast would make them Inf.",
+                          "Keep its type, or leave this fix out with --ignore.")
+    return result
+
+
+def to_codes(values: np.ndarray, dtype_name: str) -> np.ndarray:
+    """Raw codes of float32 values in F16, BF16 or F32, rounded to nearest, ties to even."""
+    if dtype_name == "BF16":
+        return to_bf16(values)
+    if dtype_name == "F16":
+        with np.errstate(over="ignore"):  # Inf is the right code: who may not have it looks for it
+            return values.astype(np.float16).view(np.uint16)
+    if dtype_name == "F32":
+        return values.astype(np.float32)
+    raise ValueError(f"{dtype_name} is not written as values here")
+
+
+def shift_fields(words: np.ndarray, bits: int, step: int, name: str) -> np.ndarray:
+    """int32 words with `step` (1 or -1) added to each field of `bits`, for widths that divide 32. Raises PlanRefused where one wraps."""
+    fields, top = words.view(np.uint32), (1 << bits) - 1
+    edge = top if step > 0 else 0
+    full = sum(int(((fields >> shift) & top == edge).sum()) for shift in range(0, 32, bits))
+    if full:
+        raise PlanRefused(f"{name}: {full:,} zero points are {edge} and cannot move by {step:+d} in {bits} bits.", "Quantize this linear again.")
+    ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+    return (fields + ones if step > 0 else fields - ones).view(np.int32)
 
 
 def pad_runs(old: int, new: int, blocks: int, spread: bool) -> tuple[int, list[tuple[int, int, int]]]:

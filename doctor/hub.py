@@ -16,9 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
@@ -222,6 +220,8 @@ def _retry_after(text: str | None) -> float:
         return 1.0
     if re.fullmatch(r"\s*\d{1,9}\s*", text):
         return float(text)
+    from email.utils import parsedate_to_datetime
+
     try:
         return max((parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds(), 0.0)
     except (TypeError, ValueError):
@@ -305,6 +305,8 @@ class HubCheckpoint(Checkpoint):
             return error
 
     def _in_parallel(self, work: Callable, names: Iterable[str]) -> list:
+        from concurrent.futures import ThreadPoolExecutor
+
         names = list(names)
         with ThreadPoolExecutor(min(WORKERS, max(len(names), 1))) as pool:
             jobs = [pool.submit(work, name) for name in names]

@@ -6,13 +6,14 @@ They ship inside the package doctor.rules.tables and are found by path, so readi
 import json
 import tomllib
 from functools import cache
-from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 
 
 @cache
 def table(name: str) -> dict:
     """The table `name` ("architectures", "special_tokens", …), from NAME.toml or NAME.json."""
-    folder = files("doctor.rules.tables")
+    folder = Path(find_spec("doctor.rules.tables").submodule_search_locations[0])
     toml = folder / f"{name}.toml"
     if toml.is_file():
         return tomllib.loads(toml.read_text(encoding="utf-8"))

@@ -12,10 +12,8 @@ Fix safety: no fix: scales need a calibration.
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py.
 """
 
-import numpy as np
-
 from doctor.rule import finding, rule
-from doctor.testing import tiny_gptq
+from doctor.testing import np, tiny_gptq
 
 SCALES = (".k_scale", ".v_scale", ".kv_scale")
 

@@ -14,10 +14,8 @@ Sources: PyTorch leaves memory of torch.empty as it was; transformers initialise
 says so only in a log line (modeling_utils, "newly initialized").
 """
 
-import numpy as np
-
 from doctor.rule import finding, rule
-from doctor.testing import encode, tiny
+from doctor.testing import encode, np, tiny
 
 SMALLEST = 4096  # values; tables below that (a shared expert's gate, a toy) may be equal by chance or design
 
