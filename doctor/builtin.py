@@ -8,6 +8,8 @@ from doctor.recipe import Recipe
 from doctor.spec import ModelSpec, build_spec
 
 provide("recipe", "checkpoint", "listing", "The plan that findings are judged against.")
+provide("base", "checkpoint", "listing", "What `--from` gives to take tensors from (base.Base), None without it.")
+provide("asked", "checkpoint", "listing", "Codes whose unsafe fixes the user named: some cures are offered only then.")
 provide("stats", "tensor", "values", "Exact counters over every value of a tensor (stats.Stats).")
 provide("zero_groups", "linear", "values", "Groups of group_size in_features whose weights are all 0, counted per row.")
 provide("zero_groups_fp16", "linear", "values", "The same after a cast to fp16, where tiny weights become 0; zero_groups are among them.")
@@ -344,6 +346,8 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     store = Store()
     store.add_subject("checkpoint", CHECKPOINT, checkpoint)
     store.put(CHECKPOINT, "recipe", recipe)
+    store.put(CHECKPOINT, "base", None)
+    store.put(CHECKPOINT, "asked", frozenset())
     for name, shard in checkpoint.shards.items():
         store.add_subject("shard", f"shard:{name}", shard)
     for name, info in checkpoint.tensors.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 from doctor import __version__
 from doctor.builtin import header_facts
 from doctor.checkpoint import Checkpoint
-from doctor.edits import MISSING, PHASES, Edit, PadTensor, RemoveJson, SetJson, SetRecipe
+from doctor.edits import MISSING, PHASES, Edit, GrowRows, PadTensor, Rebase, RemoveJson, SetJson, SetRecipe
 from doctor.engine import RuleRun, judge, locate
 from doctor.errors import BadCheckpoint, DoctorError, PlanRefused
 from doctor.facts import CHECKPOINT, STAGES, Store
@@ -30,6 +30,7 @@ from doctor.view import EditedCheckpoint, shown
 from doctor.writer import RECEIPT, Stage, open_stage, sha256
 
 MAX_PASSES = 10
+PROOF_PROMPTS = 4  # rows of token ids on which a proof compares logits (evaluate/proof.py)
 SCHEMA = "doctor.receipt/1"
 Progress = Callable[[str, int], None]
 
@@ -147,7 +148,7 @@ class Consent:
 class Step:
     """One line of the plan: the fixes of one rule with one title. `waits` says why it is not carried out now.
 
-    diffs: JSON file -> lines of a diff without context. tensors: (names with blocks folded, dtype, old shape, new shape or None).
+    diffs: JSON file -> lines of a diff without context. tensors: (names with blocks folded, dtype, old shape or None, new shape or None).
     """
 
     code: str
@@ -161,7 +162,7 @@ class Step:
     needs: tuple[str, ...] = ()
     after: int | None = None  # number of the earlier step that changes the same file
     diffs: dict[str, list[str]] = field(default_factory=dict)
-    tensors: list[tuple[str, str, tuple[int, ...], tuple[int, ...] | None]] = field(default_factory=list)
+    tensors: list[tuple[str, str, tuple[int, ...] | None, tuple[int, ...] | None]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _targets: set[str] = field(default_factory=set, repr=False)
 
@@ -175,7 +176,8 @@ class Step:
 
     @property
     def pads(self) -> bool:
-        return any(isinstance(e, PadTensor) for e in self.edits)
+        """Whether it claims that outputs stay as they are while shapes change."""
+        return any(isinstance(e, (PadTensor, GrowRows)) for e in self.edits)
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ class Plan:
     for_you: list[Finding] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # why the plan must not be carried out
     hush: Callable | None = None
+    reference: Look | None = None  # what findings are new against, where not against `before`
 
     @property
     def files_written(self) -> list[str]:
@@ -368,8 +371,8 @@ def make_plan(source: Checkpoint, recipe: Recipe, rules: list[Rule], consent: Co
 
     Raises BadCheckpoint where there is nothing to look at and DoctorError where fixes never come to rest (a bug of ours).
     """
-    facts = list(facts)
-    first = current = look(source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush)
+    facts = [*facts, (CHECKPOINT, "asked", consent.codes)]
+    first = current = reference = look(source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush)
     choice = _Choice(source, consent)
     view = EditedCheckpoint(source)
     for _ in range(MAX_PASSES):
@@ -378,12 +381,14 @@ def make_plan(source: Checkpoint, recipe: Recipe, rules: list[Rule], consent: Co
             break
         recipe = _with_fields(recipe, fresh)
         view = EditedCheckpoint(source, choice.taken.edits())
+        if any(isinstance(e, Rebase) for e in fresh):  # what the base itself shows was not caused here
+            reference = current = look(view.source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush)
         current = look(view, recipe, rules, facts=facts, stage=stage, before=None if _regroups(fresh) else current,
                        touched={e.tensor for e in fresh if hasattr(e, "tensor")}, progress=lambda n: progress("scan", n), hush=hush)
     else:
         raise DoctorError(f"{source.name}: after {MAX_PASSES} passes fixes still bring new fixes ({', '.join(sorted({s.code for s in choice.steps.values()}))}). "
                           "This is a bug of doctor.", "Nothing was written; fix one rule at a time with --only.")
-    plan = Plan(source, view, recipe, first, current, consent, list(choice.steps.values()), hush=hush)
+    plan = Plan(source, view, recipe, first, current, consent, list(choice.steps.values()), hush=hush, reference=reference)
     _describe_rest(plan, choice)
     _describe_steps(plan)
     plan.problems = _problems(plan)
@@ -443,13 +448,16 @@ def _describe_step(step: Step, before: EditedCheckpoint, after: EditedCheckpoint
     for name in sorted(after.json):
         old, new = before.json.get(name), after.json[name]
         if old is None or old.raw != new.raw:
+            if any(isinstance(e, Rebase) for e in step.edits):
+                continue  # another checkpoint's files, not changed ones
             step.diffs[name] = diff_lines("" if old is None else old.raw.decode("utf-8", "replace"), new.raw.decode("utf-8", "replace"))
     touched = sorted({e.tensor for e in step.edits if hasattr(e, "tensor")})
     changes: dict[tuple, list[str]] = {}
     for name in touched:
         old, new = before.tensors.get(name), after.tensors.get(name)
-        if old is not None:
-            changes.setdefault((old.dtype.name, old.shape, new.shape if new else None), []).append(name)
+        if old is not None or new is not None:
+            kinds = dict.fromkeys(t.dtype.name for t in (old, new) if t is not None)
+            changes.setdefault((" → ".join(kinds), old.shape if old else None, new.shape if new else None), []).append(name)
     for (dtype, old_shape, new_shape), names in changes.items():
         step.tensors += [(folded, dtype, old_shape, new_shape) for folded in fold_names(names)]
     step.tensors.sort(key=lambda t: t[0])
@@ -457,6 +465,8 @@ def _describe_step(step: Step, before: EditedCheckpoint, after: EditedCheckpoint
     for old_size, size, spread in sorted(pads):
         where = "spread evenly, so no group of neighbours is all zero" if spread else "at the end of each part"
         step.notes.append(f"{size - old_size:,} zero channels, {old_size:,} → {size:,}, {where}")
+    grown = {(before.tensors[e.tensor].shape[0], e.size) for e in step.edits if isinstance(e, GrowRows) and e.tensor in before.tensors}
+    step.notes += [f"{size - old:,} rows more, {old:,} → {size:,}, each the mean of the others" for old, size in sorted(grown)]
 
 
 def diff_lines(old: str, new: str, most: int = 40) -> list[str]:
@@ -528,7 +538,7 @@ def _problems(plan: Plan) -> list[str]:
     cured = {_key(f): f for step in plan.steps for f in step.findings}
     allowed.subtract(_key(f) for step in plan.steps for f in step.findings)
     found = [f"{f.code} is still there after its fix: {f.message}" for key, f in cured.items() if remaining[key] > max(allowed[key], 0)]
-    return found + [f"{f.code} appears because of the fixes: {f.message}" for f in caused(plan.before, plan.after)]
+    return found + [f"{f.code} appears because of the fixes: {f.message}" for f in caused(plan.reference or plan.before, plan.after)]
 
 
 def caused(before: Look, after: Look) -> list[Finding]:

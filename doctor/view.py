@@ -19,13 +19,13 @@ import numpy as np
 from doctor import jsontext
 from doctor.checkpoint import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.dtypes import CODE_NUMPY
-from doctor.edits import (MISSING, TENSOR_EDITS, DropTensor, Edit, PadTensor, RebuildIndex, RemoveJson, SetJson, apply, edited_info,
-                          pad_positions)
+from doctor.edits import (CASTS, CREATE, MADE, MISSING, TENSOR_EDITS, CastTensor, DropFile, DropTensor, Edit, PadTensor, Rebase, RebuildIndex,
+                          RemoveJson, SetJson, apply, edited_info, pad_positions)
 from doctor.errors import BadCheckpoint, PlanRefused
+from doctor.made import STALE, made, opened
 from doctor.shard import Shard, ShardFile, TensorInfo, open_shard
 
 IOV_PARTS = 512  # parts of one scattered read; the kernel takes 1,024
-STALE = "The edits were made for another state of the files: run `doctor fix` again."
 
 
 @dataclass
@@ -40,14 +40,13 @@ class Piece:
 
 
 class EditedTensor:
-    """One tensor under its edits, readable by leading rows in any order."""
+    """One tensor under its edits, readable by leading rows in any order. `made` stands for the stored tensor `old` where it is given."""
 
-    def __init__(self, old: TensorInfo, new: TensorInfo, edits: list[Edit]):
-        self.old, self.new = old, new
-        self.kind = np.dtype(CODE_NUMPY[old.dtype.name])
+    def __init__(self, old: TensorInfo, new: TensorInfo, edits: list[Edit], made=None):
+        self.old, self.new, self.made = old, new, made
         self.shape = new.shape or (1,)
         # Rows grow where slabs are put together, everything else inside a slab.
-        self.inner = [e for e in edits if not (isinstance(e, PadTensor) and e.axis == 0)]
+        self.inner = [e for e in edits if not (isinstance(e, MADE) or isinstance(e, PadTensor) and e.axis == 0)]
         outer = next((e for e in edits if isinstance(e, PadTensor) and e.axis == 0), None)
         self.positions = None if outer is None else pad_positions(old.shape[0], outer.size, outer.blocks, outer.spread)
         self.old_row_bytes = old.nbytes // (old.shape or (1,))[0] if old.numel else 0
@@ -59,16 +58,18 @@ class EditedTensor:
             return apply(self._read(file, begin, end), self.old, self.inner)
         first, last = map(int, np.searchsorted(self.positions, (begin, end)))
         places = self.positions[first:last] - begin
-        out = np.zeros((end - begin, *self.shape[1:]), self.kind)
-        if self.inner:
+        out = np.zeros((end - begin, *self.shape[1:]), CODE_NUMPY[self.new.dtype.name])
+        if self.inner or self.made is not None:
             out[places] = apply(self._read(file, first, last), self.old, self.inner)
         else:
             self._scatter(file, first, places, out)
         return out
 
     def _read(self, file: ShardFile, first: int, last: int) -> np.ndarray:
-        """Rows of the source."""
-        codes = np.empty((last - first, *(self.old.shape or (1,))[1:]), self.kind)
+        """Rows before the edits that work on codes in place."""
+        if self.made is not None:
+            return self.made.rows(first, last)
+        codes = np.empty((last - first, *(self.old.shape or (1,))[1:]), CODE_NUMPY[self.old.dtype.name])
         ShardFile.read_into(file, self.old.begin + first * self.old_row_bytes, _bytes(codes))
         return codes
 
@@ -145,9 +146,11 @@ class EditedCheckpoint(Checkpoint):
     """
 
     def __init__(self, source: Checkpoint, edits: Iterable[Edit] = ()):
+        self.edits = tuple(edits)
+        other = next((e for e in self.edits if isinstance(e, Rebase)), None)
+        source = opened(other.root) if other is not None else source
         super().__init__(source.root, source.only)
         self.source = source
-        self.edits = tuple(edits)
         self.entries = dict(source.entries)
         self.problems = list(source.problems)
         self.shards = dict(source.shards)
@@ -156,8 +159,10 @@ class EditedCheckpoint(Checkpoint):
         self.changed: set[str] = set()
         self.changed_tensors: set[str] = set()
         self.pieces: dict[str, list[Piece]] = {}
+        self._names: list[str] = []
         self._edit_tensors()
         self._edit_json()
+        self._drop_files()
         if any(isinstance(e, RebuildIndex) for e in self.edits):
             self._rebuild_index()
         else:
@@ -173,30 +178,61 @@ class EditedCheckpoint(Checkpoint):
         for edit in self.edits:
             if isinstance(edit, TENSOR_EDITS):
                 by_tensor.setdefault(edit.tensor, []).append(edit)
-        for name in by_tensor:
+        added: dict[str, list[str]] = {}
+        for name, edits in by_tensor.items():
             if name not in self.source.tensors:
-                raise PlanRefused(f"{name}: the checkpoint has no such tensor.", STALE)
+                if not any(isinstance(e, CREATE) for e in edits) or not self.source.shards:
+                    raise PlanRefused(f"{name}: the checkpoint has no such tensor.", STALE)
+                added.setdefault(self._home(name), []).append(name)
         self.changed_tensors = set(by_tensor)
         for shard in self.source.shards.values():
-            if not self.changed_tensors.isdisjoint(t.name for t in shard.tensors):
-                self._edit_shard(shard, by_tensor)
+            if shard.name in added or not self.changed_tensors.isdisjoint(t.name for t in shard.tensors):
+                self._edit_shard(shard, by_tensor, sorted(added.get(shard.name, [])))
 
-    def _edit_shard(self, shard: Shard, by_tensor: dict[str, list[Edit]]) -> None:
+    def _home(self, name: str) -> str:
+        """The shard for a new tensor: that of the tensor whose name agrees longest, so that a block stays together."""
+        if not self.source.tensors:
+            return max(self.source.shards)
+        if not self._names:
+            self._names = sorted(self.source.tensors)
+        at = bisect.bisect(self._names, name)
+        near = max(self._names[max(at - 1, 0) : at + 1], key=lambda other: len(os.path.commonprefix((name, other))))
+        return self.source.tensors[near].shard
+
+    def _edit_shard(self, shard: Shard, by_tensor: dict[str, list[Edit]], added: list[str]) -> None:
         if shard.defects:
             raise PlanRefused(f"{shard.name}: {shard.defects[0].detail}; a shard is rewritten only when every byte of it is accounted for.",
                               "Copy the file again from where it came from, then run `doctor fix`.")
         kept = [(t, by_tensor.get(t.name, [])) for t in shard.tensors]
         kept = [(t, edits) for t, edits in kept if not any(isinstance(e, DropTensor) for e in edits)]
+        kept += [(None, by_tensor[name]) for name in added]
         self.changed.add(shard.name)
         if not kept:
             del self.shards[shard.name], self.entries[shard.name]
             return
-        new_shard, pieces = _lay_out(shard, [(t, _edited(t, edits), edits) for t, edits in kept])
+        new_shard, pieces = _lay_out(shard, [self._planned(t, edits, shard.name) for t, edits in kept])
         self.shards[shard.name] = new_shard
         self.pieces[shard.name] = pieces
         self.entries[shard.name] = Entry(shard.name, new_shard.size)
 
+    def _planned(self, info: TensorInfo | None, edits: list[Edit], shard: str) -> tuple:
+        """(tensor before edits in place, after, edits, what makes it or None)."""
+        maker = made(self.source, edits[0].tensor, edits) if edits else None
+        if maker is not None:
+            info = replace(maker.info, name=edits[0].tensor, shard=shard)
+        return info, _edited(info, edits), edits, maker
+
     # JSON
+
+    def _drop_files(self) -> None:
+        for edit in self.edits:
+            if isinstance(edit, DropFile):
+                if edit.file not in self.entries:
+                    raise PlanRefused(f"{edit.file}: not a file of this checkpoint.", STALE)
+                del self.entries[edit.file]
+                self.json.pop(edit.file, None)
+                self.shards.pop(edit.file, None)
+                self.changed.add(edit.file)
 
     def _edit_json(self) -> None:
         texts: dict[str, str] = {}
@@ -243,6 +279,8 @@ class EditedCheckpoint(Checkpoint):
         for name in self.changed_tensors - self.tensors.keys():
             if name in self.weight_map:
                 text = jsontext.remove_value(text, jsontext.pointer("weight_map", name))
+        for name in sorted(self.tensors.keys() - self.source.tensors.keys()) if isinstance(self.index.get("weight_map"), dict) else ():
+            text = jsontext.set_value(text, jsontext.pointer("weight_map", name), self.tensors[name].shard)
         metadata = self.index.get("metadata")
         for key, value in self._totals().items():
             if isinstance(metadata, dict) and key in metadata and metadata[key] != value:
@@ -316,6 +354,8 @@ def _edited(info: TensorInfo, edits: list[Edit]) -> TensorInfo:
     if info.dtype.name not in CODE_NUMPY:
         raise PlanRefused(f"{info.name}: dtype {info.dtype.name} has no whole-byte elements and cannot be edited.")
     for edit in edits:
+        if isinstance(edit, CastTensor) and not {info.dtype.name, edit.dtype} <= {*CASTS}:
+            raise PlanRefused(f"{info.name}: {info.dtype.name} is not cast to {edit.dtype} here; {', '.join(CASTS)} are.", STALE)
         if isinstance(edit, PadTensor):
             old = info.shape[edit.axis] if 0 <= edit.axis < len(info.shape) else None
             if old is None or edit.size < old or old % edit.blocks or edit.size % edit.blocks:
@@ -324,12 +364,12 @@ def _edited(info: TensorInfo, edits: list[Edit]) -> TensorInfo:
     return edited_info(info, edits)
 
 
-def _lay_out(shard: Shard, parts: list[tuple[TensorInfo, TensorInfo, list[Edit]]]) -> tuple[Shard, list[Piece]]:
+def _lay_out(shard: Shard, parts: list[tuple]) -> tuple[Shard, list[Piece]]:
     """The shard's new header and where each byte of the new file comes from; tensors keep their order."""
     entries, at = {}, 0
     # transformers 4 refuses a file whose metadata does not name a format.
     entries["__metadata__"] = {"format": "pt", **(shard.metadata or {})}
-    for _, new, _ in parts:
+    for _, new, _, _ in parts:
         entries[new.name] = {"dtype": new.dtype.name, "shape": list(new.shape), "data_offsets": [at, at + new.nbytes]}
         at += new.nbytes
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
@@ -337,20 +377,20 @@ def _lay_out(shard: Shard, parts: list[tuple[TensorInfo, TensorInfo, list[Edit]]
     result = Shard(shard.name, 8 + len(raw) + at, len(raw), metadata=entries["__metadata__"])
     pieces = [Piece(0, result.data_begin, data=struct.pack("<Q", len(raw)) + raw)]
     at = result.data_begin
-    for old, new, edits in parts:
+    for old, new, edits, maker in parts:
         info = replace(new, begin=at, end=at + new.nbytes)
         result.tensors.append(info)
         if info.nbytes:
-            _join(pieces, old, info, edits)
+            _join(pieces, old, info, edits, maker)
         at = info.end
     return result, pieces
 
 
-def _join(pieces: list[Piece], old: TensorInfo, info: TensorInfo, edits: list[Edit]) -> None:
+def _join(pieces: list[Piece], old: TensorInfo, info: TensorInfo, edits: list[Edit], maker) -> None:
     """Put one more tensor behind the pieces; neighbours that no edit touches become one run."""
     last = pieces[-1]
     if edits:
-        pieces.append(Piece(info.begin, info.end, tensor=EditedTensor(old, info, edits)))
+        pieces.append(Piece(info.begin, info.end, tensor=EditedTensor(old, info, edits, maker)))
     elif last.source is not None and last.source + last.end - last.begin == old.begin:
         last.end = info.end
     else:

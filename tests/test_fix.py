@@ -231,9 +231,9 @@ def test_logits_that_differ_stop_the_fix(tmp_path, monkeypatch):
     real = proof.logits
     calls = []
 
-    def wrong(checkpoint, blocks=None):
+    def wrong(checkpoint, blocks=None, vocabulary=None):
         calls.append(1)
-        return real(checkpoint, blocks) * (1 if len(calls) == 1 else 1.01)
+        return real(checkpoint, blocks, vocabulary) * (1 if len(calls) == 1 else 1.01)
 
     monkeypatch.setattr(proof, "logits", wrong)
     with pytest.raises(PlanRefused, match="the logits differ: logits on 4 fixed prompts differ by at most"):
@@ -244,7 +244,7 @@ def test_logits_that_differ_stop_the_fix(tmp_path, monkeypatch):
 def test_a_proof_not_run_is_in_the_receipt_and_among_the_findings(tmp_path, monkeypatch):
     case, source = spoiled(tmp_path)
 
-    def cannot(checkpoint, blocks=None):
+    def cannot(checkpoint, blocks=None, vocabulary=None):
         raise proof.CannotBuild("no such model here")
 
     monkeypatch.setattr(proof, "logits", cannot)

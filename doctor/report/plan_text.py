@@ -4,7 +4,7 @@ import os
 
 from doctor.api import FixResult
 from doctor.engine import fold
-from doctor.plan import Plan, Proof, Step
+from doctor.plan import PROOF_PROMPTS, Plan, Proof, Step
 from doctor.report.view import Group, counted, safe, size
 
 _INDENT = "   "
@@ -36,8 +36,7 @@ def _step(step: Step, plan: Plan, result: FixResult, done: bool) -> list[str]:
     shown = step.tensors[:_MOST_TENSORS]
     width = max((len(t[0]) for t in shown), default=0)
     for name, dtype, old, new in shown:
-        after = f"→ {list(new)}" if new is not None and new != old else "dropped" if new is None else "values change"
-        lines.append(f"{_INDENT}~ {safe(name):<{width}}  {dtype.lower()} {list(old)} {after}")
+        lines.append(f"{_INDENT}~ {safe(name):<{width}}  {dtype.lower()} {_change(old, new)}")
     if len(step.tensors) > len(shown):
         lines.append(f"{_INDENT}  and {len(step.tensors) - len(shown):,} more")
     lines += [f"{_INDENT}  {note}" for note in step.notes]
@@ -46,9 +45,17 @@ def _step(step: Step, plan: Plan, result: FixResult, done: bool) -> list[str]:
     return lines
 
 
+def _change(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> str:
+    if old is None:
+        return f"{list(new)} added"
+    if new is None:
+        return f"{list(old)} dropped"
+    return f"{list(old)} → {list(new)}" if new != old else f"{list(old)} values change"
+
+
 def _proof(proofs: list[Proof]) -> str:
     if not proofs:
-        return "logits on 4 fixed prompts, before and after, must agree to float32 rounding"
+        return f"logits on {PROOF_PROMPTS} fixed prompts, before and after, must agree to float32 rounding"
     return "; ".join(f"{'✓' if p.status in ('equal', 'agrees') else '✗'} {safe(p.detail)}" if p.status != "not run" else f"not run: {safe(p.detail)}"
                      for p in proofs)
 
