@@ -19,7 +19,7 @@ ggml-org/llama.cpp issue 21385.
 
 import re
 
-from doctor.rule import finding, rule
+from doctor.rule import fact, finding, rule
 from doctor.testing import encode, tiny
 
 # Largest |bias| of a key channel. Measured per block on Qwen2.5-Coder-0.5B: below 30 the error of the attention logits at
@@ -29,15 +29,23 @@ _NUMBERED = re.compile(r"(.*?\.)(\d+)(\..*)$")
 KEY_BIASES = (".k_proj.bias", ".key.bias", ".wk.bias")
 
 
-@rule("K501", "warning", certainty="likely")
-def key_bias(tensor, absmax, tensors, largest_values):
-    if not tensor.name.endswith(KEY_BIASES) or not absmax > NEEDS_SIX_BITS:
-        return
+@fact("tensor")
+def key_bits(tensor, absmax, tensors):
+    """Fewest bits (4, 6, 8) for cached keys by the largest value of a key bias; None for what is no key bias or has a norm behind it."""
+    if not tensor.name.endswith(KEY_BIASES):
+        return None
     # A norm after the projection takes the bias's size away.
     attention = tensor.name.rsplit(".", 2)[0]
     if any(f"{attention}.{norm}.weight" in tensors for norm in ("k_norm", "k_layernorm", "key_norm")):
+        return None
+    return 8 if absmax > NEEDS_EIGHT_BITS else 6 if absmax > NEEDS_SIX_BITS else 4
+
+
+@rule("K501", "warning", certainty="likely")
+def key_bias(tensor, absmax, key_bits, largest_values):
+    if key_bits in (None, 4):
         return
-    keys = "8-bit keys" if absmax > NEEDS_EIGHT_BITS else "6-bit keys or more"
+    keys = "8-bit keys" if key_bits == 8 else "6-bit keys or more"
     yield finding(
         f"{tensor.name} reaches {absmax:.0f}: a 4-bit KV cache may garble text",
         evidence={"absmax": absmax},
