@@ -16,12 +16,14 @@ from doctor.builtin import header_facts, summary
 from doctor.checkpoint import Checkpoint
 from doctor.config import Config, Selection, choose
 from doctor.engine import Report, against, in_order, judge, load_rules, locate, select_rules
+from doctor.errors import BadCheckpoint
 from doctor.facts import CHECKPOINT, STAGES, Store
 from doctor.hub import open_checkpoint
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Place
 
 if TYPE_CHECKING:
+    from doctor.base import Base
     from doctor.plan import Look, Plan, Progress, Proof
 
 
@@ -105,12 +107,13 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe:
         unsafe_fixes: bool | Iterable[str] = False, only: Iterable[str] = (), dry_run: bool = False, copy: bool = False,
         overwrite: bool = False, select: Iterable[str] = (), ignore: Iterable[str] = (), stage: str = "output", fail_on: str = "error",
         rules_dirs: Iterable[Path] = (), facts: Iterable[tuple[str, str, object]] = (), progress: Progress | None = None,
-        extend_select: Iterable[str] = (), config: Config | None = None) -> FixResult:
+        extend_select: Iterable[str] = (), config: Config | None = None, base: str | os.PathLike | Checkpoint | None = None) -> FixResult:
     """Write a cured copy of a checkpoint to `output`; the source is never written to, and the output is whole or absent.
 
     unsafe_fixes: True for every unsafe fix that need not be named, or codes ("all" among them means True), which also allow
     fixes that go by name only. only: fix nothing but these codes. Where no fix applies, nothing is written and receipt_path
     is None. progress(phase, bytes) is called from any thread with "scan", "write" or "verify".
+    base: another checkpoint, or org/name on the Hub, whose tensors may stand for broken ones and into which an adapter is merged.
     Raises PlanRefused, MachineError, BadCheckpoint; then there is no output.
     """
     from doctor.plan import Consent, carry_out, make_plan, no_progress, refuse
@@ -121,6 +124,8 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe:
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
     facts = list(facts)
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    if base is not None:
+        facts.append((CHECKPOINT, "base", _base(base, source)))
     codes = set() if isinstance(unsafe_fixes, bool) else set(unsafe_fixes)
     consent = Consent(unsafe_fixes is True or "all" in codes, frozenset(codes - {"all"}), frozenset(only))
     for code in consent.codes | consent.only:
@@ -142,6 +147,19 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe:
     result.report_after.findings += _unproved(plan, result.proofs)
     result.receipt_path, result.notes = done.receipt, done.notes
     return result
+
+
+def _base(base: str | os.PathLike | Checkpoint, source: Checkpoint) -> Base:
+    """What --from names, with its weights on this disk: a Hub repository is downloaded."""
+    from doctor.base import Base
+
+    text = str(base.root if isinstance(base, Checkpoint) else base)
+    found = base if isinstance(base, Checkpoint) else open_checkpoint(text, download=not os.path.exists(text))
+    if found.unread or not found.tensors:
+        raise BadCheckpoint(f"{text}: {found.unread or 'no safetensors tensor can be read'}; --from needs weights to take from.")
+    if os.path.realpath(found.root) == os.path.realpath(source.root):
+        raise BadCheckpoint(f"{text}: is the checkpoint itself.", "Give the base model, or another copy.")
+    return Base(found, source, text)
 
 
 def _report(seen: Look, recipe: Recipe, fail_on: str, started: float) -> Report:

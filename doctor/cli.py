@@ -331,11 +331,12 @@ unsafe_option = click.option("--unsafe-fixes", default="", metavar="[=CODES]",
 @click.option("--dry-run", is_flag=True, help="Show the edits, write nothing.")
 @unsafe_option
 @click.option("--only", multiple=True, metavar="CODES", help="Only the fixes of these rules.")
+@click.option("--from", "base", metavar="DIR|ORG/NAME", help="Base model: lost tensors are taken from it, an adapter is merged into it.")
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of linking them.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
 @click.pass_context
 def fix(ctx, path, output, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, dry_run,
-        unsafe_fixes, only, copy, overwrite):
+        unsafe_fixes, only, base, copy, overwrite):
     """Write a cured copy of a checkpoint, beside it.
 
     The copy is checked again with all rules before it appears; the source is never changed.
@@ -349,7 +350,7 @@ def fix(ctx, path, output, method, bits, group_size, sym, tp, runtime, select, e
     with _progress(source.total_bytes, "scan", "write", "verify") as tick:
         result = api.fix(source, output, recipe, unsafe_fixes=_words([unsafe_fixes]), only=_words(only), dry_run=dry_run, copy=copy,
                          overwrite=overwrite, select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore),
-                         rules_dirs=rules_dirs, fail_on=fail_on, config=ctx.obj, progress=tick)
+                         rules_dirs=rules_dirs, fail_on=fail_on, config=ctx.obj, base=base, progress=tick)
     click.echo(render_plan(result), nl=False)
     _exit([result.report])
 

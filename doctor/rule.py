@@ -14,14 +14,23 @@ from dataclasses import dataclass, field, replace
 
 from doctor.edits import (  # noqa: F401 - rules import edits from here
     MISSING,
+    AddLowRank,
+    CastTensor,
+    Dequantize,
+    DropFile,
     DropTensor,
     Edit,
+    GroupsInOrder,
+    GrowRows,
     PadTensor,
+    Rebase,
     RebuildIndex,
     RemoveJson,
     ReplaceNonfinite,
     SetJson,
     SetRecipe,
+    ShiftZeros,
+    widens,
 )
 from doctor.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, provide  # noqa: F401
 from doctor.placement import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
@@ -203,7 +212,7 @@ def run_rule(entry: Rule, subject: str, thing: object, values: tuple) -> Iterato
         severity = item.severity or entry.severity
         if SEVERITIES.index(severity) < SEVERITIES.index(entry.severity):
             raise TypeError(f"rule {entry.code} raised its severity to {severity}")
-        where = item.where if item.where.file else default_place(subject, thing)
+        where = item.where if item.where.file or item.where.tensor else default_place(subject, thing)
         yield replace(item, where=where, code=entry.code, name=entry.name, severity=severity, certainty=entry.certainty, subject=subject)
 
 

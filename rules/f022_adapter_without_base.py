@@ -6,33 +6,72 @@ Seen as:
 - transformers: `no file named pytorch_model.bin, model.safetensors`
 - AutoGPTQ: `does not appear to have a file named config.json`
 
-Do: merge it into its base model (`model.merge_and_unload()` of PEFT) and check the result.
+Do: merge it into its base model: `doctor fix ADAPTER -o OUT --from BASE`, or `model.merge_and_unload()` of PEFT. W + scale * B @ A is
+worked out in float32 and rounded once to the base's type; scale is lora_alpha / r, with use_rslora lora_alpha / sqrt(r).
 
 False alarms: a full model that keeps its adapter beside it is not counted.
 
-Fix safety: manual; merging needs the base model.
+Fix safety: safe with `--from`, if every matrix of the adapter finds its weight there; else manual. What is more than LoRA (DoRA,
+trained biases or whole modules, ranks by pattern, other kinds of adapter) is left to PEFT, and the finding says which it was.
 
 Sources: huggingface/peft docs, "Model merging".
 """
 
 import json
+import re
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import AddLowRank, Fix, Place, Rebase, finding, rule
 from doctor.testing import shard_bytes, tiny
 
 ADAPTER = "adapter_config.json"
+LORA = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+# What an adapter may hold or mean beside B @ A; each changes the sum.
+MORE = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "trainable_token_indices", "target_parameters",
+        "lora_bias", "use_qalora", "corda_config", "eva_config", "megatron_config", "arrow_config", "alora_invocation_tokens")
 
 
 @rule("F022", "error")
-def adapter_without_base(checkpoint, files, json_files):
+def adapter_without_base(checkpoint, files, json_files, base):
     if ADAPTER not in files or any(n.endswith(".safetensors") and not n.startswith("adapter_model") for n in files):
         return
     value = checkpoint.value(ADAPTER) or {}
-    base = value.get("base_model_name_or_path")
-    of = f" of {base}" if isinstance(base, str) and base else ""
+    named = value.get("base_model_name_or_path")
+    of = f" of {named}" if isinstance(named, str) and named else ""
+    edits, why = _merge(checkpoint, value, base.checkpoint) if base is not None else ((), "")
+    manual = f"merge it with PEFT's merge_and_unload(): {why}" if why else "merge the adapter into its base model and check that"
+    fix = Fix(f"merge it into {base.text}: {len(edits) - 1} weights change", edits) if edits else Fix(manual, (), "manual")
     yield finding(f"a {value.get('peft_type', 'PEFT')} adapter{of}, without the model it changes",
-                  at=Place(ADAPTER, pointer="/base_model_name_or_path"), evidence={"base": str(base)},
-                  fix=Fix("merge the adapter into its base model and check that", (), "manual"))
+                  at=Place(ADAPTER, pointer="/base_model_name_or_path"), evidence={"base": str(named)},
+                  fix=fix)
+
+
+def _merge(checkpoint, config, base):
+    """(edits, "") that make the base with the adapter in it, or ((), why doctor does not)."""
+    if config.get("peft_type") != "LORA":
+        return (), f"peft_type is {config.get('peft_type')}, not LORA"
+    more = [k for k in MORE if config.get(k)] + ["bias"] * (config.get("bias") not in (None, "none"))
+    if more:
+        return (), f"adapter_config.json sets {', '.join(more)}"
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0 for x in (rank, alpha)):
+        return (), f"r is {rank} and lora_alpha {alpha}; both must be numbers above 0"
+    names = {n: LORA.fullmatch(n) for n in checkpoint.tensors}
+    odd = sorted(n for n, match in names.items() if match is None)
+    if odd or not names:
+        return (), f"{odd[0]} is no matrix of a linear's LoRA" if odd else "the adapter has no tensor"
+    edits = [Rebase(str(base.root))]
+    for module in sorted({m["module"] for m in names.values()}):
+        a, b = (next((n for n, m in names.items() if (m["module"], m["side"]) == (module, side)), None) for side in "AB")
+        if a is None or b is None or f"{module}.weight" not in base.tensors:
+            return (), f"{module} lacks " + ("lora_A or lora_B" if f"{module}.weight" in base.tensors else "its weight in the base")
+        weight, low = base.tensors[f"{module}.weight"].shape, checkpoint.tensors[a].shape[0]
+        product = (checkpoint.tensors[b].shape[0], checkpoint.tensors[a].shape[1])
+        transposed = bool(config.get("fan_in_fan_out"))
+        if low != rank or weight != (product[::-1] if transposed else product):
+            return (), f"{module} is {list(weight)} in the base; B times A is {list(product)} of rank {low}, and r is {rank}"
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        edits.append(AddLowRank(f"{module}.weight", str(checkpoint.root), a, b, scale, transposed))
+    return tuple(edits), ""
 
 
 def bad():

@@ -14,23 +14,41 @@ Do: fetch the shard that holds it, or take the tensor from the base model.
 False alarms: a family whose blocks differ in a way this version does not know. A block is compared only with blocks that hold
 everything that it holds.
 
-Fix safety: manual; weights are not invented.
+Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model, in the type that its like have here. Else manual;
+weights are not invented.
 
 Sources: transformers src/transformers/modeling_utils.py; the table of families was taken from models saved by transformers 5.23.
 """
 
+import re
+from collections import Counter
+
 from doctor.rule import Fix, Place, finding, rule
 from doctor.testing import tiny
 
+NUMBER = re.compile(r"\.\d+\.")
 FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010", "F011", "F018", "F019", "F020", "F057", "F058", "C142", "C147")
 
 
 @rule("F050", "error", implied_by=FILES)
-def missing_tensor(checkpoint, placement):
+def missing_tensor(checkpoint, placement, tensors, base):
     for name, reason in sorted(placement.missing().items()):
         known = placement.spec.family is not None
         yield finding(f"{name} is in no weight file; {reason}", at=Place("", tensor=name), severity="" if known else "warning",
-                      fix=Fix("fetch the shard that holds it, or take it from the base model", (), "manual"))
+                      fix=_from_base(base, tensors, name) or Fix("fetch the shard that holds it, or take it from the base model", (), "manual"))
+
+
+def _from_base(base, tensors, name):
+    """The base's tensor, if it has the shape and type of this tensor in other blocks here, or where no block has it, the commonest type."""
+    theirs = base.checkpoint.tensors.get(name) if base else None
+    if theirs is None:
+        return None
+    tail = NUMBER.sub(".", name)
+    alike = [(i.dtype.name, i.shape) for n, i in tensors.items() if NUMBER.sub(".", n) == tail]
+    kinds = Counter(i.dtype.name for i in tensors.values())
+    dtype, shape = Counter(alike).most_common(1)[0][0] if alike else (kinds.most_common(1)[0][0], theirs.shape)
+    edit = base.offer(name, dtype, shape)
+    return edit and Fix(f"take it from {base.text}", (edit,), "unsafe")
 
 
 def bad():

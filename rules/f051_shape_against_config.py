@@ -12,7 +12,8 @@ Do: correct the key, or fetch the tensor's shard again. Qwen 1 states intermedia
 
 False alarms: a family whose shapes this version's table gives wrongly.
 
-Fix safety: safe where all tensors agree on one value of the key; else manual.
+Fix safety: safe where all tensors agree on one value of the key. A tensor that stands alone is taken from a base model with `--from`,
+unsafe; else manual.
 
 Sources: QwenLM/Qwen issue 585; transformers src/transformers/modeling_utils.py.
 """
@@ -25,7 +26,7 @@ HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "n_
 
 
 @rule("F051", "error", implied_by=("C147", "C141", "C156", "F059"))
-def shape_against_config(checkpoint, placement, config):
+def shape_against_config(checkpoint, placement, config, base):
     spec = placement.spec
     wrong = [m for m in placement.misfits() if not HEADS & set(keys_of(m.expression))]
     whole = {}
@@ -38,7 +39,7 @@ def shape_against_config(checkpoint, placement, config):
         keys = keys_of(misfit.expression)
         value = whole.get(keys[0]) if len(keys) == 1 else None
         if value is None:
-            yield _one(misfit)
+            yield _one(misfit, base)
         elif keys[0] not in told:
             told.add(keys[0])
             yield _key(spec, config, keys[0], value, misfit, placement)
@@ -62,16 +63,19 @@ def _key(spec, config, key, value, misfit, placement):
                    evidence={"stated": stated, "tensors": value}, fix=fix)
 
 
-def _one(misfit):
+def _one(misfit, base):
     info = misfit.info
+    fix = Fix("fetch this tensor's shard again, of the same revision as config.json", (), "manual")
     if misfit.axis is None:
         text = f"{info.name} has {misfit.have} axes {list(info.shape)}; the family's has {misfit.want}"
     else:
         want = list(info.shape)
         want[misfit.axis] = misfit.want
         text = f"{info.name} is {list(info.shape)}; config.json gives {want} ({misfit.expression} = {misfit.want})"
+        edit = base.offer(info.name, info.dtype.name, tuple(want)) if base else None
+        fix = Fix(f"take it from {base.text}", (edit,), "unsafe") if edit else fix
     return finding(text, at=Place(info.shard, tensor=info.name), evidence={"is": str(list(info.shape)), "axis": misfit.axis},
-                   fix=Fix("fetch this tensor's shard again, of the same revision as config.json", (), "manual"))
+                   fix=fix)
 
 
 def _pointer(spec, config, name):

@@ -7,18 +7,22 @@ Seen as:
 - PyTorch: `expected mat1 and mat2 to have the same dtype`
 - PyTorch: `expected m1 and m2 to have the same dtype`
 
-Do: save the model again in one type.
+Do: cast to the type that most have. Where that is float16, look at W205 first: values beyond 65,504 would become Inf.
 
 False alarms: norms, routers and heads are often kept in float32 on purpose and are not counted; only linears of the same kind are
 compared with each other.
 
-Fix safety: manual; a cast changes numbers.
+Fix safety: safe where every value of the one type is a value of the other (to float32); else unsafe, because a cast rounds. A cast that
+would make a finite value Inf is refused with the numbers.
 
 Sources: transformers src/transformers/modeling_utils.py: one dtype per model.
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import CastTensor, Fix, Place, finding, rule, widens
 from doctor.testing import encode, tiny
+
+
+CASTS = {"F16", "BF16", "F32"}
 
 
 @rule("F056", "warning", implied_by=("C147",))
@@ -37,7 +41,14 @@ def mixed_dtypes(checkpoint, spec, tensors):
             for info in infos if dtype != main else ():
                 yield finding(f"{info.name} is {dtype}; {len(by_dtype[main])} of {total} {role} linears are {main}",
                               at=Place(info.shard, tensor=info.name), evidence={"dtype": dtype, "most": main},
-                              fix=Fix("save the model again in one type", (), "manual"))
+                              fix=_cast(info, main))
+
+
+def _cast(info, main):
+    if not {info.dtype.name, main} <= CASTS:
+        return Fix("save the model again in one type", (), "manual")
+    return Fix(f"cast to {main}", (CastTensor(info.name, main),), "safe" if widens(info.dtype.name, main) else "unsafe",
+               needs=("W205",) if main == "F16" else ())
 
 
 def bad():

@@ -9,12 +9,13 @@ Seen as:
 - llama.cpp: `ggml_validate_row_data: found nan value at block`
 - PyTorch: `linalg.cholesky: The factorization could not be completed because the input is not positive-definite (the leading minor of order 1 is not positive-definite)`
 
-Do: copy the shard again from where it came from, or take the tensor from the base model. Zero is a guess: it is offered only by
-name (`--unsafe-fixes=W201`).
+Do: copy the shard again from where it came from, or take the tensor from the base model (`--from DIR`). Zero is a guess: it is
+offered only by name (`--unsafe-fixes=W201`).
 
 False alarms: none known. A NaN that no token reaches (an unused embedding row) still breaks tools that look at whole tensors.
 
-Fix safety: unsafe, and only by name, because the true values are not in the files.
+Fix safety: zero is unsafe, and only by name, because the true values are not in the files. With `--from` the base model's tensor is
+taken: safe where every finite value that is left is the base's bit by bit (then the tensor was never trained), else unsafe.
 
 Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:80; turboderp/exllamav2 exllamav2/conversion/adaptivegptq.py:332;
 ggml-org/llama.cpp PR 6884.
@@ -25,14 +26,23 @@ from doctor.testing import tiny
 
 
 @rule("W201", "error")
-def nonfinite_weight(tensor, n_nan, n_inf, numel, first_nonfinite):
+def nonfinite_weight(tensor, n_nan, n_inf, numel, first_nonfinite, base):
     if not (n_nan or n_inf):
         return
     what = " and ".join(f"{n:,} {word}" for n, word in ((n_nan, "NaN"), (n_inf, "Inf")) if n)
     yield finding(f"{what} among {numel:,} values of {tensor.name}", at=element(tensor, first_nonfinite),
                   evidence={"n_nan": n_nan, "n_inf": n_inf, "numel": numel},
-                  fix=Fix("replace the non-finite values by 0", (ReplaceNonfinite(tensor.name),), "unsafe", by_name=True),
+                  fix=(base and _from_base(base, tensor))
+                  or Fix("replace the non-finite values by 0", (ReplaceNonfinite(tensor.name),), "unsafe", by_name=True),
                   advice="copy the shard again from where it came from; doctor will not invent a number unless told to by name")
+
+
+def _from_base(base, tensor):
+    edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape)
+    if edit is None:
+        return None
+    same, found = base.agrees(tensor)
+    return Fix(f"take the tensor from {base.text}: {found}", (edit,), "safe" if same else "unsafe")
 
 
 def bad():

@@ -13,18 +13,18 @@ with zero output (block expansion), say `ignore = ["W202"]` after training it.
 False alarms: a freshly expanded model whose new blocks start at zero. Biases, norms stored as offset from 1
 and correction terms of a router may well be 0 and are not looked at.
 
-Fix safety: none is offered; the true values are not in the files.
+Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model. Nothing here says that it was not trained.
 
 Sources: safetensors reads any bytes inside the offsets as values (safetensors/src/tensor.rs);
 casper-hansen/AutoAWQ PR 522.
 """
 
-from doctor.rule import finding, rule
+from doctor.rule import Fix, finding, rule
 from doctor.testing import tiny
 
 
 @rule("W202", "warning", certainty="likely")
-def all_zero_weight(tensor, n_zero, numel):
+def all_zero_weight(tensor, n_zero, numel, base):
     matrix = (
         len(tensor.shape) >= 2
         and min(tensor.shape) > 1
@@ -35,8 +35,14 @@ def all_zero_weight(tensor, n_zero, numel):
     yield finding(
         f"all {numel:,} values of {tensor.name} are 0",
         evidence={"numel": numel, "bytes": [tensor.begin, tensor.end]},
+        fix=_from_base(base, tensor) if base else None,
         advice=f"compare the checksum of {tensor.shard} with its source and copy the shard again",
     )
+
+
+def _from_base(base, tensor):
+    edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape)
+    return edit and Fix(f"take the tensor from {base.text}", (edit,), "unsafe")
 
 
 def bad():
