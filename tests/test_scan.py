@@ -1,0 +1,104 @@
+"""One pass: every byte once, whatever the number of shards and workers, and the facts are those of the whole tensor."""
+
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from doctor import scan as scan_module
+from doctor.builtin import header_facts
+from doctor.checkpoint import Checkpoint
+from doctor.edits import from_codes
+from doctor.errors import BadCheckpoint
+from doctor.facts import CHECKPOINT
+from doctor.recipe import Recipe
+from doctor.scan import scan
+from doctor.shard import ShardFile
+from doctor.testing import FAMILIES, encode, tiny
+
+
+def scanned(folder, recipe=Recipe(group_size=32), **options):
+    checkpoint = Checkpoint.open(folder)
+    store = header_facts(checkpoint, recipe)
+    return store, scan(checkpoint, store, **options), checkpoint
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("chunk", [256, 1 << 20])
+def test_every_byte_of_every_tensor_is_read_once(tmp_path, monkeypatch, shards, workers, chunk):
+    monkeypatch.setattr(scan_module, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(scan_module, "SPAN_BYTES", 4096)
+    seen = {}
+    read_into = ShardFile.read_into
+
+    def counting(self, offset, buffer):
+        seen.setdefault(self.name, Counter()).update(range(offset, offset + len(buffer)))
+        return read_into(self, offset, buffer)
+
+    monkeypatch.setattr(ShardFile, "read_into", counting)
+    case = tiny()
+    case.shards = shards
+    told = []
+    _, run, checkpoint = scanned(case.write(tmp_path), progress=told.append, workers=workers)
+    assert run.bytes_read == sum(told) == checkpoint.total_bytes
+    for name, shard in checkpoint.shards.items():
+        assert seen[name] == Counter(range(shard.data_begin, shard.size)), f"{name}: some byte was not read once"
+
+
+@pytest.mark.parametrize("chunk", [64, 4096])
+def test_zero_rows_columns_and_groups_are_those_of_the_whole_matrix(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(scan_module, "CHUNK_BYTES", chunk)
+    rng = np.random.default_rng(5)
+    case = tiny()
+    for name in list(case.tensors):
+        codes = case.tensors[name]
+        if codes.ndim == 2 and "proj" in name:
+            values = from_codes(codes, "BF16").copy()
+            values[rng.random(values.shape[0]) < 0.1] = 0
+            values[:, rng.random(values.shape[1]) < 0.1] = 0
+            for _ in range(6):
+                row, group = rng.integers(values.shape[0]), rng.integers(values.shape[1] // 32)
+                values[row, group * 32 : group * 32 + 32] = rng.choice([0.0, 1e-9])
+            case.tensors[name] = encode(values, "BF16")
+    store, _, checkpoint = scanned(case.write(tmp_path))
+    for subject, linear in store.subjects("linear").items():
+        W = np.abs(from_codes(checkpoint.load(linear.tensor), "BF16"))
+        groups = W.reshape(W.shape[0], -1, 32).max(2)
+        want = {"zero_rows": (W.max(1) == 0).sum(), "zero_columns": (W.max(0) == 0).sum(), "zero_groups": (groups == 0).sum(),
+                "zero_groups_fp16": (groups <= 2**-25).sum()}
+        assert {name: store.get(subject, name) for name in want} == want, linear.name
+
+
+def test_counters_of_a_cut_tensor_are_those_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan_module, "CHUNK_BYTES", 130)
+    case = tiny()
+    case.down()[5, 7], case.down()[9, 1] = 0x7FC0, 0xFF80
+    store, *_ = scanned(case.write(tmp_path))
+    found = store.get(f"tensor:{case.name('down')}", "stats")
+    assert (found.n_nan, found.n_inf, found.first_nonfinite, found.numel) == (1, 1, 5 * 128 + 7, 64 * 128)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_float_tensor_of_a_family_is_judged(tmp_path, family):
+    store, run, checkpoint = scanned(tiny(family).write(tmp_path))
+    assert not run.skipped and all(store.has(f"tensor:{n}", "stats") for n in checkpoint.tensors)
+
+
+def test_a_file_that_is_cut_under_the_scan_is_an_error_that_names_it(tmp_path):
+    folder = tiny().write(tmp_path)
+    checkpoint = Checkpoint.open(folder)
+    store = header_facts(checkpoint, Recipe())
+    os.truncate(folder / "model.safetensors", 5000)
+    with pytest.raises(BadCheckpoint, match="model.safetensors: ends at byte 5,000"):
+        scan(checkpoint, store)
+
+
+def test_head_and_embedding_are_told_tied_from_copied(tmp_path):
+    case = tiny()
+    store, *_ = scanned(case.write(tmp_path / "a"))
+    assert store.get(CHECKPOINT, "head_equals_embed") is False
+    case.tensors["lm_head.weight"] = case.tensors["model.embed_tokens.weight"].copy()
+    store, *_ = scanned(case.write(tmp_path / "b"))
+    assert store.get(CHECKPOINT, "head_equals_embed") is True
