@@ -45,7 +45,9 @@ from doctor.layout import (  # noqa: F401 - declares the layout of groups too
     in_force,
     is_kept,
     on_one_gpu,
+    packed_size,
     pad_edits,
+    read_quantization,
     resized,
     size_key,
 )

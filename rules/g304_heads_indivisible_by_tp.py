@@ -6,24 +6,28 @@ heads too, or tp a multiple of them, because then they are repeated.
 Seen as:
 - vLLM: `must be divisible by tensor parallel size`
 
-Do: choose a tp that divides both (the table lists those that do), or use pipeline parallelism.
+Do: choose a tp that divides both (the table lists those that do), or use pipeline parallelism. `--unsafe-fixes=G304` adds heads of zeros.
 
 False alarms: runtimes that split heads unevenly (ExLlamaV2 splits by layers and rows).
 
-Fix safety: no fix: adding zero heads is exact, but key-value groups must be kept and few runtimes read the
-result.
+Fix safety: unsafe, and only by name: shapes change, and head_dim must be read from config.json (the families that do are listed).
+Outputs do not change in exact arithmetic: what a head of zeros puts out meets zero columns of o. New query heads stand at the end of
+each key-value group, so that every old head keeps its keys; or whole groups are added at the end. Offered where the new number of heads
+divides hidden_size, which transformers asks for.
 
 Sources: vllm-project/vllm vllm/config (verify_with_parallel_config); QwenLM/Qwen3 issue 578.
 """
 
-from doctor.rule import Place, finding, rule
+from doctor.rule import MISSING, Fix, PadTensor, Place, SetJson, finding, rule
 from doctor.testing import tiny
 
+READ_HEAD_DIM = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+MOST = 2  # times as many heads at most: beyond, another plan is cheaper
 TPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 
 
 @rule("G304", "error")
-def heads_indivisible_by_tp(checkpoint, spec, recipe):
+def heads_indivisible_by_tp(checkpoint, spec, recipe, tensors):
     heads, kv = spec.n_heads, spec.n_kv_heads
     if not heads or recipe.runtime in ("exllamav2", "llama.cpp") or _fits(heads, kv, recipe.tp):
         return
@@ -38,7 +42,55 @@ def heads_indivisible_by_tp(checkpoint, spec, recipe):
         evidence={"heads": heads, "kv_heads": kv, "tp": recipe.tp},
         facts_table=(("tensor parallel that fits", *legal),),
         advice=f"--tp {max(t for t in legal if t <= recipe.tp)}",
+        fix=_zero_heads(checkpoint, spec, tensors, recipe.tp),
     )
+
+
+def _zero_heads(checkpoint, spec, tensors, tp):
+    """Zero heads inside each key-value group, else whole groups of them; None where no exact padding is known."""
+    heads, hidden = spec.n_heads, spec.hidden
+    kv = spec.n_kv_heads or heads
+    width = spec.head_dim or (hidden // heads if hidden and hidden % heads == 0 else None)
+    if spec.family not in READ_HEAD_DIM or not width or not hidden or heads % kv:
+        return None
+    share = heads // kv
+    sizes = [(kv, m) for m in range(share, MOST * share + 1)] if share > 1 else []
+    sizes += [(n, share) for n in range(kv + 1, MOST * kv + 1)]
+    new_kv, new_share = next(((n, m) for n, m in sizes if _fits(n * m, n, tp) and hidden % (n * m) == 0), (None, None))
+    edits = new_kv and _pads(spec, tensors, width, (kv, share), (new_kv, new_share))
+    if not edits:
+        return None
+    block = checkpoint.value("config.json")
+    block = block.get(spec.text_key) or {} if spec.text_key else block
+    wanted = {spec.key_for("num_attention_heads"): new_kv * new_share, "head_dim": width}
+    if new_kv != kv and spec.key_for("num_key_value_heads") in block:
+        wanted[spec.key_for("num_key_value_heads")] = new_kv
+    config = [SetJson("config.json", spec.at(k), v, block.get(k, MISSING)) for k, v in wanted.items() if block.get(k, MISSING) != v]
+    what = f"{new_share - share} more in each of {kv} groups" if new_kv == kv else f"{new_kv - kv} groups more"
+    return Fix(f"add heads of zeros: {heads} -> {new_kv * new_share} ({what}; same outputs in exact arithmetic)", (*edits, *config), "unsafe",
+               by_name=True, needs=("W201",))
+
+
+def _pads(spec, tensors, width, old, new):
+    (kv, share), (new_kv, new_share) = old, new
+    blocks = kv if new_kv == kv else 1
+    edits = []
+    for linear in spec.linears:
+        role = linear.role
+        if role not in ("q", "k", "v", "o"):
+            if ".self_attn." in linear.tensor:
+                return ()
+            continue
+        axis, groups, size = (1 if role == "o" else 0), *((share, new_share) if role in "qo" else (1, 1))
+        if tensors[linear.tensor].shape[axis] != kv * groups * width:
+            return ()
+        if (new_kv, size) == (kv, groups):
+            continue
+        bias = f"{linear.name}.bias"
+        for name in (linear.tensor, *([bias] if axis == 0 and bias in tensors else [])):
+            edits.append(PadTensor(name, axis, new_kv * size * width, blocks, spread=False))
+    norms = [i for n, i in tensors.items() if ".self_attn." in n and "norm" in n and i.shape != (width,)]
+    return () if norms or any("sinks" in n for n in tensors) else tuple(edits)
 
 
 def _fits(heads, kv, tp):
@@ -46,12 +98,12 @@ def _fits(heads, kv, tp):
 
 
 def bad():
-    case = tiny("llama")
+    case = tiny()
     case.recipe = case.recipe.with_field("tp", 8).with_field("group_size", -1)
     return case, "4 attention heads cannot be shared out among 8 GPUs"
 
 
 def good():
-    case = tiny("llama")
+    case = tiny()
     case.recipe = case.recipe.with_field("tp", 4).with_field("group_size", -1)
     return case

@@ -8,17 +8,19 @@ there and fails elsewhere.
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`
 
-Do: set checkpoint_format to what the words are.
+Do: set checkpoint_format to what the words are. A config without that key comes from a tool older than version 2, whose readers do
+not know the key either: there the words are moved to version 1, which every reader takes.
 
 False alarms: none for symmetric files, whose zero points are known.
 
-Fix safety: safe: one word of the config; the tensors are untouched.
+Fix safety: safe: one word of the config; or, without the key, zero points 8 become 7 (4 bits), which is the same model in version 1.
+A field that cannot move is refused.
 
 Sources: vllm-project/vllm PR 26092 and 38966; AutoGPTQ/AutoGPTQ PR 640; turboderp/exllamav2
 exllamav2/ext.py (0x11111111).
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.rule import MISSING, Fix, Place, SetJson, ShiftZeros, finding, rule
 from doctor.testing import tiny_gptq
 
 
@@ -48,23 +50,24 @@ def qzeros_version(checkpoint, quantization, packed_words):
         else "format"
     )
     pointer = f"{quantization.pointer}/{key}"
+    if other == "gptq_v2" and key not in quantization.raw:
+        fix = Fix("store the zero points minus one, as version 1 does", tuple(ShiftZeros(n, quantization.bits, -1) for n in wrong))
+    else:
+        fix = Fix(f"set {key} to {other}", (SetJson(quantization.file, pointer, other, expect=quantization.raw.get(key, MISSING)),))
     yield finding(
         f"{len(wrong)} qzeros tensors hold 0x{word:08x} only, which is {other}, and {key} says {stated}",
         at=Place(quantization.file, pointer=pointer),
         evidence={"word": f"0x{word:08x}", "tensors": len(wrong), "first": wrong[0]},
-        fix=Fix(
-            f"set {key} to {other}",
-            (SetJson(quantization.file, pointer, other, expect=quantization.raw.get(key, MISSING)),),
-        ),
+        fix=fix,
         advice="set it to what the words are",
     )
 
 
 def bad():
-    case = tiny_gptq("llama", version="gptq_v2")
+    case = tiny_gptq(version="gptq_v2")
     case.config["quantization_config"]["checkpoint_format"] = "gptq"
     return case, "14 qzeros tensors hold 0x88888888 only, which is gptq_v2, and checkpoint_format says gptq"
 
 
 def good():
-    return tiny_gptq("llama", version="gptq_v2")
+    return tiny_gptq(version="gptq_v2")

@@ -10,16 +10,15 @@ Do: set desc_act to true where g_idx is scattered.
 
 False alarms: none; the entries were counted.
 
-Fix safety: safe for the flag: the tensors stay. No fix for entries beyond the last group.
+Fix safety: safe for the flag: the tensors stay. Safe for an absent g_idx beside others where desc_act is false: groups of neighbours are
+all it can mean. Unsafe for entries beyond the last group, and only where desc_act is false.
 
 Sources: AutoGPTQ/AutoGPTQ commit c0f8edb; vllm-project/vllm
 vllm/model_executor/layers/quantization/gptq.py.
 """
 
-import numpy as np
-
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
-from doctor.testing import tiny_gptq
+from doctor.rule import MISSING, Fix, GroupsInOrder, Place, SetJson, finding, rule
+from doctor.testing import np, tiny_gptq
 
 
 @rule("O610", "error")
@@ -33,10 +32,12 @@ def group_index(checkpoint, quantization, packed_words, tensors):
             continue
         groups = scales.shape[0]
         if words.smallest < 0 or words.largest >= groups:
+            fix = Fix("write g_idx as groups of neighbours", (_in_order(name, tensors, quantization),), "unsafe")
             yield finding(
                 f"{name} runs from {words.smallest} to {words.largest}, and there are {groups} groups",
                 at=Place(tensors[name].shard, tensor=name),
                 advice="quantize this linear again",
+                fix=None if quantization.desc_act else fix,
                 evidence={"smallest": words.smallest, "largest": words.largest, "groups": groups},
             )
         elif not words.rising and not quantization.desc_act:
@@ -56,12 +57,26 @@ def group_index(checkpoint, quantization, packed_words, tensors):
         )
 
 
+    indexed = {n.removesuffix(".g_idx") for n in tensors if n.endswith(".g_idx")}
+    absent = sorted(n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight") and n.removesuffix(".qweight") not in indexed)
+    if indexed and absent and not quantization.desc_act:
+        edits = tuple(_in_order(f"{module}.g_idx", tensors, quantization) for module in absent)
+        yield finding(f"{len(absent)} linears have no g_idx and {len(indexed)} have one, the first without is {absent[0]}",
+                      at=Place("", tensor=f"{absent[0]}.qweight"), evidence={"absent": len(absent), "present": len(indexed)}, severity="warning",
+                      fix=Fix("add g_idx as groups of neighbours", edits))
+
+
+def _in_order(name, tensors, quantization):
+    width = tensors[name.removesuffix(".g_idx") + ".qweight"].shape[0] * 32 // quantization.bits
+    return GroupsInOrder(name, width, quantization.group_size)
+
+
 def bad():
-    case = tiny_gptq("llama")
+    case = tiny_gptq()
     name = case.packed("down") + ".g_idx"
     case.tensors[name] = np.ascontiguousarray(case.tensors[name][::-1])
     return case, f"g_idx is scattered in 1 linears (first {name}) and desc_act says the groups lie in order"
 
 
 def good():
-    return tiny_gptq("llama")
+    return tiny_gptq()

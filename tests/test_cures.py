@@ -232,3 +232,184 @@ def test_a_merge_with_a_matrix_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(PlanRefused, match="a: 256 values are not finite"):
         EditedCheckpoint(base, [AddLowRank(name, str(tmp_path / "adapter"), "a", "b", 1.0)])
     assert GrowRows(name, 3).target == f"tensor:{name}:axis0"
+
+
+# packed weights made plain
+
+
+def quantized(folder, form, bits=4, sym=True, act_order=False):
+    """A tiny model packed by the project's own packers, which other programs' vectors prove."""
+    import torch
+
+    from doctor.quant import pack
+    from doctor.quant.grid import Grid
+
+    case = tiny("llama")
+    rng = np.random.default_rng(5)
+    for name in [n for n in case.tensors if "_proj.weight" in n]:
+        n, k = case.tensors.pop(name).shape
+        groups, module = k // 32, name.removesuffix(".weight")
+        codes = torch.from_numpy(rng.integers(0, 1 << bits, (n, k), np.uint8))
+        zero = torch.full((n, groups), 1 << (bits - 1), dtype=torch.int32) if sym else torch.from_numpy(rng.integers(1, 1 << bits, (n, groups), np.int32))
+        scale = torch.from_numpy(rng.uniform(0.01, 0.02, (n, groups)).astype(np.float16)).float()
+        grid = Grid(scale, zero)
+        if form == "awq":
+            parts = pack.awq_pack(codes, grid)
+        elif form == "compressed-tensors":
+            parts = pack.compressed_pack(codes, grid, bits, sym)
+        else:
+            index = torch.from_numpy(rng.permutation(k).astype(np.int32) // 32 if act_order else np.arange(k, dtype=np.int32) // 32)
+            parts = pack.gptq_pack(codes, grid, index, bits, version=2 if form == "gptq_v2" else 1)
+        for tail, value in parts.items():
+            array = value.numpy()
+            kind = {"float16": "F16", "int32": "I32", "int64": "I64"}[str(array.dtype)]
+            case.tensors[f"{module}.{tail}"], case.dtypes[f"{module}.{tail}"] = array.view(np.uint16) if kind == "F16" else array, kind
+    case.config["quantization_config"] = {
+        "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": not sym, "version": "gemm"},
+        "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {
+            "targets": ["Linear"], "weights": {"num_bits": bits, "type": "int", "symmetric": sym, "group_size": 32, "strategy": "group"}}},
+            "ignore": ["lm_head"]},
+    }.get(form, {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": sym, "desc_act": act_order, "checkpoint_format": form})
+    if form == "gptq":
+        case.json["quantize_config.json"] = dict(case.config["quantization_config"])
+    return case, case.write(folder)
+
+
+FORMS = [("gptq", 4, True, False), ("gptq", 3, False, False), ("gptq_v2", 8, True, True), ("gptq_v2", 2, False, False), ("awq", 4, False, False),
+         ("compressed-tensors", 4, True, False), ("compressed-tensors", 8, False, False)]
+
+
+@pytest.mark.parametrize("form, bits, sym, act_order", FORMS)
+def test_packed_weights_become_the_numbers_that_engines_compute_with(tmp_path, form, bits, sym, act_order):
+    from doctor.quant.dequant import as_float
+
+    case, source = quantized(tmp_path / "source", form, bits, sym, act_order)
+    result = fix(source, tmp_path / "out", case.recipe, unsafe_fixes=("C147",))
+    assert codes(result) == {"C147"} and not (tmp_path / "out" / "quantize_config.json").exists()
+    out, want = Checkpoint.open(tmp_path / "out"), as_float(Checkpoint.open(source))
+    assert set(out.tensors) == set(tiny("llama").tensors) and "quantization_config" not in out.value("config.json")
+    for name, info in out.tensors.items():
+        assert info.dtype.name == "BF16"
+        if "_proj.weight" in name:
+            assert (out.load(name) == to_bf16(want.load(name))).all(), name
+    assert not check(tmp_path / "out", case.recipe).findings
+
+
+def test_a_packed_checkpoint_that_nobody_asked_to_unpack_stays(tmp_path):
+    case, source = quantized(tmp_path / "source", "gptq")
+    result = fix(source, tmp_path / "out", case.recipe, unsafe_fixes=True)
+    assert not result.plan.steps and "C147" not in {f.code for f in result.plan.before.findings}
+
+
+@pytest.mark.parametrize("scales", ["tensor", "row", "block"])
+def test_fp8_becomes_value_times_scale(tmp_path, scales):
+    import torch
+
+    case = tiny("llama")
+    rng = np.random.default_rng(3)
+    kept, tile = {}, [32, 64]
+    for name in [n for n in case.tensors if "_proj.weight" in n]:
+        n, k = case.tensors[name].shape
+        case.tensors[name] = rng.integers(0, 0x7F, (n, k), np.uint8) | rng.integers(0, 2, (n, k), np.uint8) << 7
+        shape = {"tensor": (1,), "row": (n, 1), "block": (-(-n // tile[0]), -(-k // tile[1]))}[scales]
+        scale = rng.uniform(1e-4, 1e-3, shape).astype(np.float32)
+        tail = "_scale_inv" if scales == "block" else "_scale"
+        case.tensors[name + tail], case.dtypes[name], case.dtypes[name + tail] = scale, "F8_E4M3", "F32"
+        wide = scale if scales != "block" else scale.repeat(tile[0], 0)[:n].repeat(tile[1], 1)[:, :k]
+        kept[name] = (torch.from_numpy(case.tensors[name]).view(torch.float8_e4m3fn).float().numpy() * wide).astype(np.float32)
+    case.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": tile if scales == "block" else None}
+    result = fix(case.write(tmp_path / "source"), tmp_path / "out", case.recipe, unsafe_fixes=("C147",))
+    out = Checkpoint.open(tmp_path / "out")
+    assert codes(result) == {"C147"} and set(out.tensors) == set(tiny("llama").tensors)
+    for name, want in kept.items():
+        assert (out.load(name) == to_bf16(want)).all()
+
+
+def test_every_e4m3_code_is_read_as_torch_reads_it():
+    import torch
+
+    from doctor.made import _E4M3
+
+    want = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    assert np.array_equal(_E4M3, want, equal_nan=True) and np.isnan(_E4M3).sum() == 2
+
+
+# zero points and g_idx
+
+
+def test_zero_points_move_to_version_1_where_the_config_has_no_key_for_versions(tmp_path):
+    from doctor.testing import tiny_gptq
+
+    case = tiny_gptq("llama", version="gptq_v2")
+    case.config["quantization_config"].pop("checkpoint_format", None)
+    result = fix(case.write(tmp_path / "source"), tmp_path / "out", case.recipe)
+    out = Checkpoint.open(tmp_path / "out")
+    names = [n for n in out.tensors if n.endswith(".qzeros")]
+    assert codes(result) == {"O608"} and len(names) == 14 and all((out.load(n) == 0x77777777).all() for n in names)
+    assert out.value("config.json") == case.config
+
+
+def test_a_zero_point_that_cannot_move_is_refused():
+    from doctor.edits import shift_fields
+
+    with pytest.raises(PlanRefused, match="w: 1 zero points are 0 and cannot move by -1 in 4 bits"):
+        shift_fields(np.array([0x11111101], np.uint32).view(np.int32), 4, -1, "w")
+    assert (shift_fields(np.array([0x77777777], np.uint32).view(np.int32), 4, 1, "w").view(np.uint32) == 0x88888888).all()
+
+
+def test_absent_and_wrong_group_indices_are_written_in_order(tmp_path):
+    from doctor.testing import tiny_gptq
+
+    case = tiny_gptq("llama")
+    one, other = case.packed("down") + ".g_idx", case.packed("down", 1) + ".g_idx"
+    want = case.tensors.pop(one)
+    case.tensors[other] = case.tensors[other] + 1
+    source = case.write(tmp_path / "source")
+    assert (fix(source, tmp_path / "safe", case.recipe).plan.view.load(one) == want).all()
+    fix(source, tmp_path / "out", case.recipe, unsafe_fixes=True)
+    out = Checkpoint.open(tmp_path / "out")
+    assert (out.load(one) == want).all() and (out.load(other) == want).all() and not check(tmp_path / "out", case.recipe).findings
+
+
+# rows and heads
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_for_new_tokens_are_the_mean_and_old_logits_stay(tmp_path, tied):
+    case = tiny("llama")
+    case.json["tokenizer.json"]["added_tokens"].append({"id": 97, "content": "<|tool|>", "special": True})
+    if tied:
+        case.config["tie_word_embeddings"] = True
+        del case.tensors["lm_head.weight"]
+    case.recipe = case.recipe.with_field("tp", 2)
+    result = fix(case.write(tmp_path / "source"), tmp_path / "out", case.recipe, unsafe_fixes=("C107",))
+    out = Checkpoint.open(tmp_path / "out")
+    assert codes(result) == {"C107"} and out.value("config.json")["vocab_size"] == 128
+    for name in ["model.embed_tokens.weight"] + ["lm_head.weight"] * (not tied):
+        rows = from_codes(out.load(name), "BF16")
+        mean = to_bf16(from_codes(case.tensors[name], "BF16").astype(np.float64).mean(0).astype(np.float32))
+        assert rows.shape == (128, 64) and (out.load(name)[96:] == mean).all() and (out.load(name)[:96] == case.tensors[name]).all()
+    assert [p.status for p in result.proofs] in (["equal"], ["agrees"]) and not check(tmp_path / "out", case.recipe).findings
+
+
+@pytest.mark.parametrize("family, heads, kv, tp, want", [("llama", 4, 2, 8, (8, 2)), ("qwen2", 4, 2, 8, (8, 2)), ("llama", 4, 4, 8, (8, 8)),
+                                                         ("mistral", 4, 1, 8, (8, 1))])
+def test_heads_of_zeros_leave_the_logits_as_they_were(tmp_path, family, heads, kv, tp, want):
+    case = tiny(family)
+    rng = np.random.default_rng(4)
+    case.config.update(num_attention_heads=heads, num_key_value_heads=kv)
+    for name in list(case.tensors):
+        for part, n in (("q_proj", heads), ("k_proj", kv), ("v_proj", kv)):
+            if f"{part}.weight" in name:
+                case.tensors[name] = encode(rng.normal(0, 0.08, (n * 16, 64)), "BF16")
+            elif f"{part}.bias" in name:
+                case.tensors[name] = encode(rng.normal(0, 0.1, n * 16), "BF16")
+        if "o_proj.weight" in name:
+            case.tensors[name] = encode(rng.normal(0, 0.08, (64, heads * 16)), "BF16")
+    case.recipe = case.recipe.with_field("tp", tp).with_field("group_size", -1)
+    source = case.write(tmp_path / "source")
+    assert not fix(source, tmp_path / "out", case.recipe, unsafe_fixes=True).plan.steps
+    result = fix(source, tmp_path / "out", case.recipe, unsafe_fixes=("G304",))
+    document = Checkpoint.open(tmp_path / "out").value("config.json")
+    assert codes(result) == {"G304"} and (document["num_attention_heads"], document["num_key_value_heads"]) == want
+    assert [p.status for p in result.proofs] in (["equal"], ["agrees"]), result.proofs
