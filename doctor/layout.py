@@ -222,12 +222,13 @@ def planned_layout(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, Tensor
         raise Unavailable(
             "no linear is known by its name" if not spec.linears else "no linear holds 16- or 32-bit floats"
         )
+    kept = tuple(x.name for x in floats if is_kept(recipe, x.name)) if recipe.keep else ()
+    out = set(kept)
     linears = tuple(
         GroupedLinear(x.name, x.role, x.block, x.expert, x.in_features, x.out_features)
         for x in floats
-        if not is_kept(recipe, x.name)
+        if x.name not in out
     )
-    kept = tuple(x.name for x in floats if is_kept(recipe, x.name))
     return Layout(
         False, recipe.output_format, recipe.bits, recipe.group_size, recipe.sym, False, linears, kept
     )

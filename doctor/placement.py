@@ -41,6 +41,8 @@ class Placement:
     blocks: dict[int, dict[str, TensorInfo]] = field(default_factory=dict)
     outside: dict[str, TensorInfo] = field(default_factory=dict)
     foreign: dict[str, TensorInfo] = field(default_factory=dict)
+    _sizes: list | None = field(default=None, repr=False)
+    _templates: dict[str, Template | None] = field(default_factory=dict, repr=False)  # tail of a name -> its template
 
     def name(self, block: int, tail: str) -> str:
         return f"{self.stem}{block}.{tail}"
@@ -54,14 +56,16 @@ class Placement:
     def template_of(self, name: str) -> Template | None:
         """The family's template for a tensor at its place; None where the table has none."""
         match = _NUMBERED.match(name) if name.startswith(self.stem) else None
-        tail = match["tail"] if match and match["stem"] == self.stem else None
-        for template in self.spec.templates:
-            if "{i}" in template.tensor:
-                if tail is not None and _tail_pattern(template.tensor).match(tail):
-                    return template
-            elif tail is None and self.outer_name(template) == name:
-                return template
-        return None
+        if not match or match["stem"] != self.stem:
+            return next((t for t in self.spec.templates if "{i}" not in t.tensor and self.outer_name(t) == name), None)
+        return self._inner(match["tail"])
+
+    def _inner(self, tail: str) -> Template | None:
+        """The template of a tensor inside a block, by the part of its name after the block's number."""
+        if tail not in self._templates:
+            inner = (t for t in self.spec.templates if "{i}" in t.tensor)
+            self._templates[tail] = next((t for t in inner if _tail_pattern(t.tensor).match(tail)), None)
+        return self._templates[tail]
 
     def outer_name(self, template: Template) -> str:
         """What this checkpoint calls a tensor of the family that stands in no block."""
@@ -77,27 +81,37 @@ class Placement:
         """What stands before a block's number in the family's own names: `model.layers.`."""
         return next((t.tensor.partition("{i}")[0] for t in self.spec.templates if "{i}" in t.tensor), "")
 
-    def sizes(self):
-        """(tensor, template, expressions) of every tensor with a template, biases of linears included."""
-        for info in [*self.outside.values(), *(i for block in self.blocks.values() for i in block.values())]:
-            template = self.template_of(info.name)
+    def sizes(self) -> list[tuple[TensorInfo, Template, tuple[str, ...]]]:
+        """(tensor, template, expressions) of every tensor with a template, biases of linears included. Worked out once."""
+        if self._sizes is None:
+            self._sizes = list(self._every_size())
+        return self._sizes
+
+    def _every_size(self):
+        named = [(info, self.template_of, name) for name, info in self.outside.items()]
+        named += [(info, self._inner, tail) for block in self.blocks.values() for tail, info in block.items()]
+        for info, template_of, name in named:
+            template = template_of(name)
             if template is not None:
                 yield info, template, template.shape
-            elif info.name.endswith(".bias"):
-                template = self.template_of(info.name.removesuffix(".bias") + ".weight")
+            elif name.endswith(".bias"):
+                template = template_of(name.removesuffix(".bias") + ".weight")
                 if template is not None and len(template.shape) == 2 and template.role in QUANTIZABLE:
                     yield info, template, (template.shape[1 if template.transposed else 0],)
 
     def misfits(self, lookup=None) -> list[Misfit]:
         """Axes whose length is not what config.json gives. Lengths that the table states as plain numbers are not judged."""
         lookup = lookup or self.spec.lookup
+        wants: dict[str, int | None] = {}  # an expression stands for thousands of tensors
         found = []
         for info, template, expressions in self.sizes():
             if len(info.shape) != len(expressions):
                 found.append(Misfit(info, template, None, "", len(expressions), len(info.shape)))
                 continue
             for axis, expression in enumerate(expressions):
-                want = evaluate(expression, lookup) if keys_of(expression) else None
+                if expression not in wants:
+                    wants[expression] = evaluate(expression, lookup) if keys_of(expression) else None
+                want = wants[expression]
                 if want is not None and want != info.shape[axis]:
                     found.append(Misfit(info, template, axis, expression, want, info.shape[axis]))
         return found

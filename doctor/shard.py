@@ -8,6 +8,7 @@ Rules of the format: safetensors `safetensors/src/tensor.rs` (0.8).
 """
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -35,10 +36,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        n = 1
-        for d in self.shape:
-            n *= d
-        return n
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -156,15 +154,18 @@ def _parse_json(shard: Shard, raw: bytes) -> None:
     _check_coverage(shard)
 
 
+_KEYS = {"dtype", "shape", "data_offsets"}
+
+
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_NUMEL
+    return type(value) is int and 0 <= value <= MAX_NUMEL  # True and False are ints too, but of another type
 
 
 def _entry(shard: Shard, name: str, entry: object) -> TensorInfo | None:
     def bad(kind: str, detail: str, offset: int | None = None) -> None:
         shard.defects.append(Defect(kind, detail, name, offset))
 
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+    if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
         return bad("entry", "the entry lacks dtype, shape or data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
@@ -174,16 +175,18 @@ def _entry(shard: Shard, name: str, entry: object) -> TensorInfo | None:
         return bad("shape", f"shape {str(shape)[:80]} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         return bad("offsets", f"data_offsets {str(offsets)[:80]} are not two byte positions")
-    info = TensorInfo(name, dtype, tuple(shape), shard.name, shard.data_begin + offsets[0], shard.data_begin + offsets[1])
-    if info.begin > info.end:
-        return bad("offsets", f"data_offsets [{offsets[0]:,}, {offsets[1]:,}] end before they begin")
-    want = dtype.nbytes(info.numel) if info.numel <= MAX_NUMEL else None
-    if want is None or want != info.nbytes:
+    first, last = offsets
+    if first > last:
+        return bad("offsets", f"data_offsets [{first:,}, {last:,}] end before they begin")
+    numel = math.prod(shape)
+    want = dtype.nbytes(numel) if numel <= MAX_NUMEL else None
+    if want is None or want != last - first:
         need = "more than can be addressed" if want is None else f"{want:,}"
-        return bad("size", f"{dtype.name} {list(info.shape)} takes {need} bytes, data_offsets span {info.nbytes:,}")
-    if info.end > shard.size:
-        return bad("truncated", f"ends at byte {info.end:,}, the file has {shard.size:,}", info.end)
-    return info
+        return bad("size", f"{dtype.name} {shape} takes {need} bytes, data_offsets span {last - first:,}")
+    end = shard.data_begin + last
+    if end > shard.size:
+        return bad("truncated", f"ends at byte {end:,}, the file has {shard.size:,}", end)
+    return TensorInfo(name, dtype, tuple(shape), shard.name, shard.data_begin + first, end)
 
 
 def _check_coverage(shard: Shard) -> None:

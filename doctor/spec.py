@@ -194,9 +194,14 @@ def _lookup(config: Mapping, family: str | None, key: str) -> int | None:
 def evaluate(expression: str, lookup) -> int | None:
     """Value of a shape expression (+ - * // and parentheses over integers and names); None where a name is unknown."""
     try:
-        return _evaluate(ast.parse(expression, mode="eval").body, lookup)
+        return _evaluate(_parsed(expression), lookup)
     except (TypeError, ZeroDivisionError, SyntaxError):
         return None
+
+
+@cache
+def _parsed(expression: str) -> ast.AST:
+    return ast.parse(expression, mode="eval").body
 
 
 def _evaluate(node: ast.AST, lookup) -> int:
@@ -250,6 +255,9 @@ def _named(tensors: Mapping[str, TensorInfo], module: str, *tails: str) -> str |
     return None
 
 
+_BLOCK = re.compile(r"\.(?P<i>\d+)\.")
+
+
 def _linears(infos: Iterable[TensorInfo], templates: tuple[Template, ...]) -> Iterable[Linear]:
     if templates:
         yield from _by_template(infos, [t for t in templates if t.role in QUANTIZABLE])
@@ -258,22 +266,32 @@ def _linears(infos: Iterable[TensorInfo], templates: tuple[Template, ...]) -> It
 
 
 def _by_template(infos: Iterable[TensorInfo], templates: list[Template]) -> Iterable[Linear]:
+    known: dict[str, tuple[Template, int | None] | None] = {}  # name without its block's number: a large MoE has 50,000 tensors
     for info in infos:
-        if len(info.shape) != 2 or NOT_TEXT.search(info.name):
+        if len(info.shape) != 2:
             continue
-        for template in templates:
-            match = template.pattern.match(info.name)
-            if match:
-                out, inn = info.shape[::-1] if template.transposed else info.shape
-                expert = match.groupdict().get("e")
-                yield Linear(info.name.removesuffix(".weight"), info.name, template.role, int(match["i"]), inn, out,
-                             template.transposed, int(expert) if expert is not None else None)
-                break
+        block = _BLOCK.search(info.name)
+        alike = info.name if block is None else info.name[: block.start() + 1] + info.name[block.end() - 1 :]
+        if alike not in known:
+            found = _template_and_match(info.name, templates)
+            if found is not None and (block is None or found[1].start("i") != block.start("i")):
+                alike = info.name  # another number counts the blocks
+            expert = found and found[1].groupdict().get("e")
+            known[alike] = found and (found[0], found[1]["i"] if alike == info.name else None, int(expert) if expert is not None else None)
+        if known[alike] is not None:
+            template, number, expert = known[alike]
+            out, inn = info.shape[::-1] if template.transposed else info.shape
+            yield Linear(info.name.removesuffix(".weight"), info.name, template.role, int(number or block["i"]), inn, out, template.transposed, expert)
+
+
+def _template_and_match(name: str, templates: list[Template]) -> tuple[Template, re.Match] | None:
+    if NOT_TEXT.search(name):
+        return None
+    return next(((t, match) for t in templates if (match := t.pattern.match(name))), None)
 
 
 ROLE_OF_TAIL = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
                  "down_proj": "down", "qkv_proj": "qkv", "gate_up_proj": "gate_up", "w1": "gate", "w3": "up", "w2": "down"}
-_BLOCK = re.compile(r"\.(?P<i>\d+)\.")
 
 
 def _by_shape(infos: Iterable[TensorInfo]) -> Iterable[Linear]:
