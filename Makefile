@@ -17,6 +17,7 @@ test-clients: $(STAMP)  ## load our output in vLLM and transformers, each in its
 	$(BIN)/python -m pytest -m clients tests/clients
 
 bench: $(STAMP)         ## measure against peers in one run
+	$(BIN)/python bench/header.py
 	$(BIN)/python bench/scan.py
 	$(BIN)/python bench/fix.py
 

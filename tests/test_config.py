@@ -360,3 +360,12 @@ def test_statistics_count_by_code(project, capsys):
 def test_explain_knows_the_engines_own_codes(capsys):
     code, out, _ = run(capsys, "explain", "S001")
     assert code == 0 and "unused-suppression" in out
+
+
+def test_the_documentation_shows_every_key_and_its_example_is_read(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    example = text.partition("```toml\n")[2].partition("```")[0]
+    (tmp_path / "lint" / "rules").mkdir(parents=True)
+    found = config.read(write(tmp_path, example))
+    assert set(found.lines) | {"recipe", "suppress"} >= set(config._TYPES) and found.suppress[0].until and found.recipe().runtime_version == "0.9"
+    assert all(f"`{key}`" in text for key in config._SUPPRESS)
