@@ -369,3 +369,29 @@ def test_the_documentation_shows_every_key_and_its_example_is_read(tmp_path):
     found = config.read(write(tmp_path, example))
     assert set(found.lines) | {"recipe", "suppress"} >= set(config._TYPES) and found.suppress[0].until and found.recipe().runtime_version == "0.9"
     assert all(f"`{key}`" in text for key in config._SUPPRESS)
+
+
+def test_a_field_without_a_flag_holds_in_the_plan_of_a_check_too(project, capsys):
+    write(project, '[recipe]\ngroup_size = 48\nkeep = ["*"]\n')
+    assert run(capsys, "check", "base", "--select", "G301")[0] == 0
+    assert "recipe.keep" in run(capsys, "check", "base", "--show-settings")[1]
+    write(project, "[recipe]\ngroup_size = 48\n")
+    assert run(capsys, "check", "base", "--select", "G301")[0] == 1
+
+
+@pytest.mark.parametrize("how", ("flag", "file"))
+def test_rules_of_a_directory_run_beside_ours(project, capsys, monkeypatch, how):
+    from doctor import engine, rule
+    from doctor.rule import RULES
+
+    load_rules()
+    for module in (engine, rule, config):
+        monkeypatch.setattr(module, "RULES", dict(RULES) if module is engine else engine.RULES)
+    (project / "mine").mkdir()
+    (project / "mine" / f"w99{len(how)}_own_{how}.py").write_text(
+        f'"""W99{len(how)} own-{how}: invented.\n\nWhy: a test.\nDo: nothing.\n"""\nfrom doctor.rule import finding, rule\n\n\n'
+        f'@rule("W99{len(how)}", "error")\ndef check(tensor, numel):\n    yield finding("seen")\n')
+    if how == "file":
+        write(project, 'rules = ["mine"]\n')
+    code, out, _ = run(capsys, "check", "base", "--group-size", "32", "--select", f"own-{how}", *(("--rules", "mine") if how == "flag" else ()), "--concise")
+    assert code == 1 and f"W99{len(how)}" in out and "seen" in out

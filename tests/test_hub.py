@@ -21,6 +21,7 @@ from doctor.checkpoint import INDEX_NAME, Checkpoint
 from doctor.errors import BadCheckpoint, MachineError
 from doctor.hub import HubCheckpoint, open_checkpoint
 from doctor.recipe import Recipe
+from doctor.report import render
 from doctor.testing import tiny
 
 COMMIT = "c0ffee" * 6 + "beef"
@@ -176,7 +177,7 @@ def test_headers_and_json_are_read_and_the_report_is_that_of_the_same_files_here
     fake.put(local)
     far, near = check("org/name", PLAN), check(local, PLAN, stage="header")
     assert lines(far) == lines(near) == []
-    assert {k: v for k, v in far.summary.items() if k != "path"} == {k: v for k, v in near.summary.items() if k != "path"}
+    assert {k: v for k, v in far.summary.items() if k not in ("path", "unread")} == {k: v for k, v in near.summary.items() if k != "path"}
     assert far.checkpoint == "org/name" and far.bytes_read == 0
     status = {r.rule.code: r for r in far.runs}
     assert status["W201"].status == "skipped" and list(status["W201"].reasons) == ["not downloaded; --download fetches it"]
@@ -191,6 +192,14 @@ def test_findings_of_headers_are_found_from_afar(fake, tmp_path):
     far, near = check("org/name", PLAN), check(tmp_path / "local", PLAN, stage="tokenizer")
     assert lines(far) == lines(near) and {"C101", "F051"} <= {f.code for f in far.findings}
     assert far.findings[0].where.line == near.findings[0].where.line
+
+
+def test_what_to_do_next_is_the_download_and_no_fix_of_files_that_are_not_here(fake, tmp_path):
+    case = tiny()
+    case.config["bos_token_id"] = None
+    fake.put(case.write(tmp_path / "local"))
+    screen = render("full", [check("org/name", PLAN)])
+    assert "doctor check org/name --group-size 32 --download" in screen and "doctor fix" not in screen
 
 
 def test_a_small_shard_costs_one_request_and_no_tensor_byte_is_asked_for_twice(fake, local):

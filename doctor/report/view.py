@@ -341,9 +341,11 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
     plan = plan_flags(report.recipe)
     command = f"doctor fix {path}{plan} -o fixed/"
     steps = []
-    if by["safe"]:
+    if report.summary.get("unread"):
+        steps.append((f"doctor check {path}{plan} --download", "every byte; fixes want a directory too"))
+    elif by["safe"]:
         steps.append((command, counted(len(by["safe"]), "safe fix", "safe fixes")))
-    if by["unsafe"]:
+    if by["unsafe"] and not report.summary.get("unread"):
         steps.append((f"{command} --unsafe-fixes", f"+{len(by['unsafe'])}: " + ", ".join(dict.fromkeys(g.code for g in by["unsafe"]))))
     yours = list(dict.fromkeys(g.code for g in (*by["manual"], *by["by name"]) if g.first.severity != "info"))
     if yours:
