@@ -1,4 +1,4 @@
-"""The Python doors: check, fix, quantize, verify. The command line calls these and adds only parsing and printing.
+"""The Python doors: check, fix, quantize, verify, kvcache. The command line calls these and adds only parsing and printing.
 
 What only some of them need is imported where it is needed, because a check of headers alone should take no time.
 """
@@ -65,6 +65,8 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     report = Report(extra=extra, checkpoint=checkpoint.name, recipe=recipe, findings=locate(findings, checkpoint), runs=runs,
                     summary=summary(checkpoint, store), skipped_tensors=scanned.skipped if scanned else {},
                     bytes_read=scanned.bytes_read if scanned else 0, fail_on=fail_on)
+    if checkpoint.unread:
+        report.summary["unread"] = checkpoint.unread
     if config is not None:
         _hush(report, config, checkpoint)
     if baseline is not None:
@@ -103,34 +105,40 @@ class FixResult:
         return self.report_after
 
 
-def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, *,
+def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike | None, recipe: Recipe | None = None, *,
         unsafe_fixes: bool | Iterable[str] = False, only: Iterable[str] = (), dry_run: bool = False, copy: bool = False,
         overwrite: bool = False, select: Iterable[str] = (), ignore: Iterable[str] = (), stage: str = "output", fail_on: str = "error",
         rules_dirs: Iterable[Path] = (), facts: Iterable[tuple[str, str, object]] = (), progress: Progress | None = None,
-        extend_select: Iterable[str] = (), config: Config | None = None, base: str | os.PathLike | Checkpoint | None = None) -> FixResult:
+        extend_select: Iterable[str] = (), config: Config | None = None, base: str | os.PathLike | Checkpoint | None = None,
+        in_place: bool = False) -> FixResult:
     """Write a cured copy of a checkpoint to `output`; the source is never written to, and the output is whole or absent.
 
     unsafe_fixes: True for every unsafe fix that need not be named, or codes ("all" among them means True), which also allow
     fixes that go by name only. only: fix nothing but these codes. Where no fix applies, nothing is written and receipt_path
     is None. progress(phase, bytes) is called from any thread with "scan", "write" or "verify".
     base: another checkpoint, or org/name on the Hub, whose tensors may stand for broken ones and into which an adapter is merged.
+    in_place: output is None; the directory changes names with its fixed copy and is kept as NAME.before-fix, which `undo` puts back.
     Raises PlanRefused, MachineError, BadCheckpoint; then there is no output.
     """
     from doctor.plan import Consent, carry_out, make_plan, no_progress, refuse
-    from doctor.writer import check_output
+    from doctor.writer import check_in_place, check_output
 
     started = time.perf_counter()
     progress = progress or no_progress
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
     facts = list(facts)
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    if in_place:
+        output = os.path.abspath(source.root)
     if base is not None:
         facts.append((CHECKPOINT, "base", _base(base, source)))
     codes = set() if isinstance(unsafe_fixes, bool) else set(unsafe_fixes)
     consent = Consent(unsafe_fixes is True or "all" in codes, frozenset(codes - {"all"}), frozenset(only))
     for code in consent.codes | consent.only:
         select_rules(rules, [code])
-    if not dry_run:
+    if in_place:
+        check_in_place(source, Path(output))
+    elif not dry_run:
         check_output(source, Path(os.path.abspath(output)), overwrite)
     plan = make_plan(source, recipe or Recipe(), rules, consent, facts=facts, stage=stage, progress=progress,
                      hush=config.hush if config else None)
@@ -142,11 +150,38 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe:
         from doctor.evaluate.proof import prove
 
         result.proofs.append(prove(plan.unpadded(), plan.view))
-    done = carry_out(plan, Path(output), rules, copy=copy, overwrite=overwrite, proofs=result.proofs, facts=facts, stage=stage, progress=progress)
+    done = carry_out(plan, Path(output), rules, copy=copy, overwrite=overwrite, in_place=in_place, proofs=result.proofs, facts=facts, stage=stage, progress=progress)
     result.report_after = _report(done.look, plan.recipe, fail_on, started)
     result.report_after.findings += _unproved(plan, result.proofs)
     result.receipt_path, result.notes = done.receipt, done.notes
     return result
+
+
+def undo(path: str | os.PathLike) -> list[str]:
+    """Give a directory back what `fix --in-place` replaced; returns what was done, one sentence a line.
+
+    Only a fix in place replaces anything: an output of `fix -o` is deleted by whoever made it. Raises PlanRefused, MachineError,
+    BadCheckpoint.
+    """
+    from doctor import swap
+    from doctor.plan import SCHEMA
+    from doctor.writer import RECEIPT, changed_since
+
+    path = Path(os.path.abspath(path))
+    notes = swap.recover(path)
+    receipt = Checkpoint.open(path).value(RECEIPT)
+    if receipt is None or receipt.get("schema") != SCHEMA:
+        if notes:
+            return notes
+        raise BadCheckpoint(f"{path}: holds no receipt of doctor ({RECEIPT}); nothing here says what to undo.")
+    return [*notes, swap.undo(path, receipt, changed_since(path, receipt))]
+
+
+def recover(path: str | os.PathLike) -> list[str]:
+    """Finish or take back a fix in place that was killed; says what was done, [] where nothing was to do."""
+    from doctor import swap
+
+    return swap.recover(Path(os.path.abspath(path)))
 
 
 def _base(base: str | os.PathLike | Checkpoint, source: Checkpoint) -> Base:
@@ -188,3 +223,10 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
     from doctor.quant.quantize import quantize as run
 
     return run(path, output, recipe, **options)
+
+
+def kvcache(path: str | os.PathLike | Checkpoint, **options):
+    """KvReport on a model's key/value cache; see doctor.evaluate.kvcache.kvcache for the options."""
+    from doctor.evaluate.kvcache import kvcache as run
+
+    return run(path, **options)

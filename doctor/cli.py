@@ -4,6 +4,7 @@ Exit 0: nothing at or above --fail-on. 1: findings. 2: the work could not be don
 130: interrupted. Findings go to stdout; progress and notices to stderr.
 """
 
+import gc
 import os
 import sys
 from functools import partial
@@ -112,9 +113,12 @@ format_options = _options(
 )
 
 
-def _recipe(method, bits, group_size, sym, tp, runtime, **more) -> Recipe:
+def _recipe(method, bits, group_size, sym, tp, runtime, config=None, **more) -> Recipe:
+    """The plan of the flags; fields that the command has no flag for come from the configuration."""
     name, version = parse_runtime(runtime)
-    return Recipe(method=method, bits=bits, group_size=group_size, sym=sym, tp=tp, runtime=name, runtime_version=version, **more)
+    values = dict(config.recipe_values) if config else {}
+    return Recipe(**{**values, "method": method, "bits": bits, "group_size": group_size, "sym": sym, "tp": tp, "runtime": name,
+                     "runtime_version": version, **more})
 
 
 def _outputs(formats, concise) -> list[tuple[str, str]]:
@@ -154,7 +158,7 @@ def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend
         return _show_settings(ctx)
     outputs = _outputs(formats, concise)
     with _json_on_failure(outputs):
-        recipe = _recipe(method, bits, group_size, sym, tp, runtime)
+        recipe = _recipe(method, bits, group_size, sym, tp, runtime, ctx.obj)
         options = dict(select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore), stage=stage, fail_on=fail_on,
                        rules_dirs=rules_dirs, config=ctx.obj)
         base = _baseline(baseline, recipe, options) if baseline else None
@@ -221,6 +225,9 @@ def _show_settings(ctx) -> None:
             rows.append((key, filed, ctx.obj.origin(key)))
         if not filed or origin != "built in":
             rows.append((key, ctx.params[param.name], origin))
+    shown = {key for key, _, _ in rows}
+    rows += [(f"recipe.{k}", v, ctx.obj.origin(f"recipe.{k}")) for k, v in ctx.obj.recipe_values.items()
+             if f"recipe.{k}" not in shown and k != "runtime_version"]
     rows += [(f"suppress {s.code}", s.where or "every place", s.origin) for s in ctx.obj.suppress]
     show_settings(rows, ctx.obj.file, console(sys.stdout))
 
@@ -345,7 +352,7 @@ def fix(ctx, path, output, method, bits, group_size, sym, tp, runtime, select, e
     from doctor.checkpoint import Checkpoint
     from doctor.report.plan_text import render_plan
 
-    recipe = _recipe(method, bits, group_size, sym, tp, runtime)
+    recipe = _recipe(method, bits, group_size, sym, tp, runtime, ctx.obj)
     source = Checkpoint.open(path)
     with _progress(source.total_bytes, "scan", "write", "verify") as tick:
         result = api.fix(source, output, recipe, unsafe_fixes=_words([unsafe_fixes]), only=_words(only), dry_run=dry_run, copy=copy,
@@ -418,14 +425,30 @@ def verify(original, quantized, text, context, rows, memory, formats, concise, v
 @click.argument("path", metavar="CHECKPOINT")
 @click.option("--context", type=int, default=8192, help="Tokens kept per sequence.")
 @click.option("--batch", type=int, default=1, help="Sequences at a time.")
-@click.option("--memory", default="", metavar="SIZE", help="GPU memory, as 24GB.")
-@click.option("--measure", is_flag=True, help="Also run the model with caches of fewer bits.")
-def kvcache(path, context, batch, memory, measure):
-    """Memory of the key/value cache, and its fewest bits."""
+@click.option("--memory", default="", metavar="SIZE", help="GPU memory for weights and cache, as 24GB: prints the longest context that fits.")
+@click.option("--k-bits", "key_bits", type=int, default=None, help="One more row: keys of this width, 2 to 8, or 16.")
+@click.option("--v-bits", "value_bits", type=int, default=None, help="The same for values.")
+@click.option("--measure", is_flag=True, help="Also run the model on text with its cache quantized: perplexity of each scheme.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure on.  [default: texts of doctor]")
+@click.option("--rows", type=int, default=None, help="Rows to measure, of 512 tokens.  [default: 2]")
+@click.option("-f", "--format", "format", type=click.Choice(("full", "json")), default="full")
+def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, rows, format):
+    """Memory of the key/value cache, and the fewest bits its keys survive.
+
+    The verdict comes from the weights: random states go through each layer's own projections, and the exact cache.
+    """
     from doctor import api
 
-    result = api.kvcache(path, context=context, batch=batch, memory=_bytes(memory), measure=measure)
-    click.echo(result if isinstance(result, str) else result.text())
+    with _json_on_failure([(format, "")]):
+        result = api.kvcache(path, context=context, batch=batch, measure=measure,
+                             **_given(memory=_bytes(memory), key_bits=key_bits, value_bits=value_bits, text=text, rows=rows))
+        from doctor.report.kv_text import kvcache_json, show_kvcache
+        from doctor.report.terminal import console
+
+        if format == "json":
+            sys.stdout.write(kvcache_json(result))
+        else:
+            show_kvcache(result, console(sys.stdout))
 
 
 def _bytes(text: str) -> int | None:
@@ -509,6 +532,8 @@ def _read_reports(path: Path) -> list:
 
 def main(args: list[str] | None = None) -> None:
     """The entry point of both scripts: errors for the user without a traceback, and the exit code."""
+    # A few objects for each tensor live to the end of a check; looking through them for garbage again and again took a fifth of it.
+    gc.set_threshold(100_000, 20, 20)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ✓ must not end the run
