@@ -91,6 +91,8 @@ class Comparison:
     generated: int
     replies: tuple[tuple[str, str, str], ...] = ()  # (prompt, original's reply, quantized model's reply)
     block_errors: tuple[float, ...] = ()  # relative output error after each block
+    token0_share_original: float = 0.0  # the same two of the original's replies: what it says too is no collapse
+    longest_repeat_original: int = 0
 
 
 # files

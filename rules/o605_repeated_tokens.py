@@ -11,6 +11,16 @@ False alarms: base models that continue a list or a line of dashes.
 Fix safety: no fix: quantize again.
 
 Sources: QwenLM/Qwen2 docs (4-bit 72B that does not stop); QwenLM/Qwen issue 315.
+
+标题: 量化后的模型不停重复同一个词元
+
+原因: 受损模型的贪心回答会陷入单个词元的循环；正常模型至多重复短语。
+
+处理: 对照报告里并列的两份回答。若困惑度正常，换用模型的对话模板再试。
+
+误报: 基座模型续写列表或一串横线。
+
+修复: 不提供修复：重新量化。
 """
 
 from doctor.rule import finding, rule
@@ -21,7 +31,7 @@ RUN = 12  # times in a row; dashes and dots of sound replies stay below
 
 @rule("O605", "warning", certainty="likely", implied_by=("O601", "O602", "O603", "O606"))
 def repeated_tokens(checkpoint, comparison):
-    if comparison.longest_repeat < RUN or not any(a != b for _, a, b in comparison.replies):
+    if comparison.longest_repeat < RUN or comparison.longest_repeat_original >= comparison.longest_repeat:
         return
     yield finding(
         f"one token stands {comparison.longest_repeat} times in a row in the quantized model's replies",
@@ -44,5 +54,5 @@ def bad():
 
 def good():
     case = compared()
-    change(case, "checkpoint:", "comparison", longest_repeat=64)  # the original says the same
+    change(case, "checkpoint:", "comparison", longest_repeat=64, longest_repeat_original=64)  # the original says the same
     return case

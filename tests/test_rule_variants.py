@@ -88,7 +88,7 @@ COMPARISON = [
     ("O603", {"token0_share": 0.5}, None),
     ("O604", {"kl_mean": NAN}, "warning"),
     ("O604", {"top1_agreement": NAN}, "warning"),
-    ("O605", {"longest_repeat": 11, "replies": (("a", "b", "c"),)}, None),
+    ("O605", {"longest_repeat": 11}, None),
     ("O606", {"perplexity_original": NAN}, "error"),
     ("O606", {"perplexity_original": 97.0}, "error"),
 ]

@@ -128,15 +128,21 @@ def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor
         tally.add(left[:-1], right[:-1], ids[0, 1:])
     mean, p99 = tally.divergence()
     said = [m.reply(prompts) if m.resident_bytes <= memory else [] for m in (a, b)]
-    tokens = [t for reply in said[1] for t in reply]
+    zeros, runs = zip(*(_collapse(replies) for replies in said), strict=True)
     return Comparison(
         tokens=tally.tokens, context=max(r.shape[1] for r in rows), perplexity_original=tally.perplexity(0),
         perplexity_quantized=tally.perplexity(1), kl_mean=mean, kl_p99=p99, top1_agreement=tally.agreement(),
         nonfinite_original=tally.nonfinite[0], nonfinite_quantized=tally.nonfinite[1],
-        token0_share=sum(t == 0 for t in tokens) / len(tokens) if tokens else 0.0,
-        longest_repeat=max((longest_run(reply) for reply in said[1]), default=0), generated=len(tokens),
+        token0_share=zeros[1], token0_share_original=zeros[0], longest_repeat=runs[1], longest_repeat_original=runs[0],
+        generated=sum(map(len, said[1])),
         replies=tuple((decode(p[0].tolist()), decode(x), decode(y)) for p, x, y in zip(prompts, *said, strict=False)),
         block_errors=tuple(errors))
+
+
+def _collapse(replies: list[list[int]]) -> tuple[float, int]:
+    """(share of token 0, most times that one token stands in a row) of a model's replies; 0 without replies."""
+    tokens = [t for reply in replies for t in reply]
+    return tokens.count(0) / max(len(tokens), 1), max(map(longest_run, replies), default=0)
 
 
 def _distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
