@@ -143,6 +143,9 @@ class Hub:
             if answer is not None:
                 return bytes(got), *answer
             tries += 1
+            if tries > 1 and why.startswith("ConnectError"):  # nobody there: a mistyped path must not take long to say so
+                raise MachineError(f"{self.repo}: no such directory here, and {self.endpoint} cannot be reached: {why}.",
+                                   "Check the path; for a repository check the network and HF_ENDPOINT.")
             if tries > RETRIES:
                 raise MachineError(f"{self.repo}: {what}: not whole after {tries} tries; the last ended at byte {begin + len(got):,}: {why}.",
                                    "Run it again later.")

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import random
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -119,6 +120,32 @@ sha256 = "%s"
 def test_what_is_wrong_is_said_with_file_and_line(tmp_path, text, says):
     with pytest.raises(DoctorError, match=says):
         config.read(write(tmp_path, text))
+
+
+def test_any_text_gives_a_configuration_or_an_error_of_ours(tmp_path):
+    """Values of every type at every key, tables in the wrong place, lines left out."""
+    draw = random.Random(5)
+    lines = ['select = ["F"]', 'ignore = ["K501"]', 'fail-on = "error"', "[recipe]", "bits = 4", 'keep = ["a"]', "damp = 0.01", "[[suppress]]",
+             'code = "W201"', 'where = "a.{0-3}.*"', 'reason = "r"', "until = 2027-01-01"]
+    values = ("1", "true", '"x"', "[1]", '["a"]', "{a=1}", "2027-01-01", "1.5", "nan", "-1", "[[1]]", "2027-01-01T00:00:00Z", "00:00:01")
+    odd = ("[suppress]", "[[recipe]]", "x=1", "[recipe.x]", "suppress = 1", "\0", '"recipe".tp = "z"', "select.x=1", "[a")
+    ended = {True: 0, False: 0}
+    for _ in range(400):
+        text = list(lines)
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(len(text))
+            if "=" in text[at] and draw.random() < 0.8:
+                text[at] = text[at].partition("=")[0] + "= " + draw.choice(values)
+            else:
+                text[at : at + draw.randint(0, 1)] = [draw.choice(odd)]
+        path = write(tmp_path, "\n".join(text))
+        try:
+            config.read(path)
+            ended[True] += 1
+        except DoctorError as error:
+            assert error.message.startswith(str(path)), error.message
+            ended[False] += 1
+    assert all(ended.values()), ended
 
 
 def test_a_line_is_found_below_the_table_of_pyproject(tmp_path):

@@ -375,6 +375,15 @@ def test_refusals_say_what_to_do(fake, local, part, answer, error, says):
         check("org/name", PLAN)
 
 
+def test_a_hub_that_is_not_there_is_said_after_one_more_try(fake, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(MachineError, match="org/name: no such directory here, and http://127.0.0.1:9 cannot be reached"):
+        open_checkpoint("org/name")
+    assert fake.waits == [0.5]
+
+
 # which one is meant
 
 
