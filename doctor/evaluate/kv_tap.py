@@ -1,0 +1,65 @@
+"""A hand on the keys and values on their way into attention, after RoPE and norms: where every engine caches them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+class Captured(Exception):
+    """Leaves a block as soon as its attention was reached; carries what it was given."""
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float):
+        super().__init__("attention reached")
+        self.query, self.key, self.value, self.scaling = query, key, value, scaling
+
+
+@contextmanager
+def tapped(replacement: Callable) -> Iterator[None]:
+    """Inside, transformers' sdpa attention is replacement(sdpa, module, query, key, value, attention_mask, **options).
+
+    Query, key and value are [batch, heads, tokens, head_dim]; there may be fewer key heads than query heads. Models are built for
+    sdpa (quant/blocks.py), so their masks stay what they were; a model with its own attention code never comes here.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(replacement, before)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+
+
+def capture(run: Callable[[], object]) -> Captured | None:
+    """What the first attention inside run() is given, without computing it; None where run() never calls one."""
+
+    def stop(_sdpa, module, query, key, value, mask, scaling=None, **options):
+        raise Captured(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+    with tapped(stop):
+        try:
+            run()
+        except Captured as found:
+            return found
+    return None
+
+
+def logit_error(query: torch.Tensor, key: torch.Tensor, cached: torch.Tensor, scaling: float, causal: bool = False) -> float:
+    """RMS change of the attention logits when `cached` stands in for `key`, both [batch, kv_heads, tokens, head_dim].
+
+    The mean of each row is taken away first: softmax does not see it. causal: only over the tokens that a row attends to.
+    NaN where the cache holds NaN.
+    """
+    batch, heads, tokens, dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], tokens, dim).float()
+    total, count = 0.0, 0
+    seen = torch.ones(tokens, tokens, dtype=torch.bool).tril() if causal else torch.ones(tokens, tokens, dtype=torch.bool)
+    width = seen.sum(1, keepdim=True)
+    change = (cached - key).float()
+    for h in range(key.shape[1]):  # one key head at a time: [group, tokens, tokens] is the largest thing held
+        off = torch.einsum("bgqd,bkd->bgqk", grouped[:, h], change[:, h]) * scaling * seen
+        off = (off - off.sum(-1, keepdim=True) / width) * seen
+        total += float(off.double().square().sum())
+        count += batch * (heads // key.shape[1]) * int(seen.sum())
+    return (total / count) ** 0.5

@@ -1,0 +1,211 @@
+"""`doctor kvcache`: what the cache takes, how few bits its keys survive by the weights alone, and, if asked, by running the model."""
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from doctor import __version__, stats
+from doctor.builtin import header_facts
+from doctor.checkpoint import Checkpoint
+from doctor.engine import load_rules
+from doctor.errors import BadCheckpoint, DoctorError
+from doctor.evaluate import kv_measure
+from doctor.evaluate.kv_measure import WITHOUT_BIAS, with_widths
+from doctor.evaluate.kv_predict import BROKEN, FINE, FP16_MAX, Fitness, advice, predict
+from doctor.evaluate.kv_quant import Side
+from doctor.evaluate.kv_size import KIB, Layout, Scheme, read_layout, with_custom
+from doctor.evaluate.verify import _rows as text_rows
+from doctor.quant.dequant import as_float
+from doctor.recipe import Recipe
+from doctor.spec import build_spec
+
+SCHEMA = "doctor.kvcache/1"
+MEASURED_CONTEXT, MEASURED_ROWS = 512, 2
+_BLOCK = re.compile(r"\.(\d+)\.")
+
+
+@dataclass
+class KvReport:
+    """What was found, as plain data: `data` is what other reports carry under extra["kvcache"]."""
+
+    checkpoint: str
+    data: dict
+    version: str = __version__
+
+    @property
+    def extra(self) -> dict:
+        return {"kvcache": self.data}
+
+    def to_dict(self) -> dict:
+        return {"schema": SCHEMA, "version": self.version, "checkpoint": self.checkpoint, **self.extra}
+
+
+def kvcache(path: str | os.PathLike | Checkpoint, *, context: int = 8192, batch: int = 1, memory: int | None = None, key_bits: int | None = None,
+            value_bits: int | None = None, measure: bool = False, text: str | os.PathLike | None = None, rows: int = MEASURED_ROWS,
+            measured_context: int = MEASURED_CONTEXT, progress: Callable[[str, int, int], None] = lambda phase, done, total: None) -> KvReport:
+    """KvReport of a checkpoint. context: tokens a sequence keeps; batch: sequences at a time; memory: bytes for weights and cache.
+
+    key_bits, value_bits: one more scheme with these widths (2 to 8, or 16). measure: also run the model on `text` (rows of
+    measured_context tokens; the half of Python's documentation that no calibration sees by default).
+    Raises DoctorError for impossible options, BadCheckpoint where config.json is absent or does not give the sizes.
+    """
+    for name, value in (("--context", context), ("--batch", batch), ("rows", rows)):
+        if value < 1:
+            raise DoctorError(f"{name} {value}: must be 1 or more.")
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    config = checkpoint.value("config.json")
+    if config is None:
+        raise BadCheckpoint(f"{checkpoint.name}: config.json is absent or broken; the cache's shape stands there.")
+    with _quiet():
+        spec = build_spec(config, checkpoint.tensors)
+        layout = read_layout(spec)
+        weights = sum(info.nbytes for info in checkpoint.tensors.values())
+        data = {
+            "architecture": spec.architecture or spec.model_type, "context": context, "batch": batch, "memory_bytes": memory,
+            "weight_bytes": weights, "max_positions": spec.max_positions, "layers": layout.describe(), "windows": layout.windows,
+            "notes": list(layout.notes),
+            "schemes": [_scheme_row(layout, s, context, batch, memory, weights) for s in with_custom(key_bits, value_bits)],
+        }
+        if layout.expanded:
+            full = Layout(layout.expanded)
+            data["full_heads"] = [_scheme_row(full, s, context, batch, memory, weights) for s in with_custom(key_bits, value_bits)]
+        _add_fitness(data, checkpoint, layout, key_bits, progress)
+        if measure:
+            _add_measured(data, checkpoint, layout, with_widths(key_bits, value_bits), text, rows, measured_context, progress)
+    return KvReport(checkpoint.name, data)
+
+
+def _scheme_row(layout: Layout, scheme: Scheme, context: int, batch: int, memory: int | None, weights: int) -> dict:
+    total = layout.total_bytes(scheme, context, batch)
+    row = asdict(scheme) | {"kib_per_token": layout.bytes_per_token(scheme) / KIB, "total_bytes": total}
+    if layout.windows:
+        row["kib_per_token_past_windows"] = layout.bytes_per_token(scheme, layout.windows[-1]) / KIB
+    if memory is not None:
+        most = layout.largest_context(scheme, memory - weights, batch)
+        row |= {"fits": total <= memory - weights, "unbounded": most is None, "largest_context": most}
+    return row
+
+
+def key_biases(checkpoint: Checkpoint) -> dict[int, dict]:
+    """block -> its key bias: name, largest |value|, and the fewest bits that the rules give its keys. Reads the biases, nothing else."""
+    load_rules()  # the fact key_bits is declared by the rule that warns of such biases
+    store = header_facts(checkpoint, Recipe())
+    found = {}
+    for name, info in checkpoint.tensors.items():
+        place = _BLOCK.search(name)
+        if place is None or not name.endswith(".bias") or not stats.can_scan(info.dtype.name):
+            continue
+        subject = f"tensor:{name}"
+        store.put(subject, "stats", stats.scan(checkpoint.load(name).tobytes(), info.dtype.name))
+        bits = store.get(subject, "key_bits")
+        if bits is not None:
+            found[int(place[1])] = {"tensor": name, "absmax": store.get(subject, "absmax"), "key_bits": bits}
+    return found
+
+
+def _add_fitness(data: dict, checkpoint: Checkpoint, layout: Layout, key_bits: int | None, progress) -> None:
+    biases, fits, reason = {}, [], ""
+    if not checkpoint.tensors:
+        reason = "there are no weights to look at"
+    else:
+        biases = key_biases(checkpoint)
+        more = {f"{key_bits}-bit": Side("int", key_bits)} if key_bits and key_bits < 16 else {}
+        try:
+            view = as_float(checkpoint)
+            spec = build_spec(view.value("config.json"), view.tensors)
+            fits = predict(view, spec, layout.layers, more, lambda done, total: progress("predict", done, total))
+        except DoctorError as error:
+            reason = error.message
+    errors = {f.block: f for f in fits}
+    data["fitness"] = [
+        {"layer": i, "bias_absmax": biases.get(i, {}).get("absmax"), "bias_key_bits": biases.get(i, {}).get("key_bits"),
+         **({"errors": errors[i].errors, "key_absmax": errors[i].key_absmax, "peak": errors[i].peak, "advice": errors[i].advice}
+            if i in errors else {})}
+        for i in sorted(errors.keys() | biases.keys())]
+    data["not_predicted"] = reason
+    data["advice"] = conclude(fits, biases, len(layout.layers), reason)
+
+
+def conclude(fits: list[Fitness], biases: dict[int, dict], layers: int, reason: str = "") -> dict:
+    """The advice for the whole model: level "Q4", "Q6", "never Q4" or "unknown", and sentences that say why and what to do.
+
+    The simulation decides where there is one, since a large bias does no harm where the signal is large too; else the biases do.
+    """
+    if fits:
+        return _by_simulation(fits, layers)
+    if not biases:
+        return {"level": "unknown", "sentences": [f"Not judged: {(reason or 'there is no layer with plain keys').removesuffix('.')}.",
+                                                  "Q8 is the choice that needs no judgement; --measure decides."]}
+    worst = max(biases, key=lambda i: biases[i]["absmax"])
+    size, bits = biases[worst]["absmax"], max(b["key_bits"] for b in biases.values())
+    level = {4: "Q4", 6: "Q6", 8: "never Q4"}[bits]
+    return {"level": level, "sentences": [f"By the key biases alone (the layers could not be simulated: {reason.removesuffix('.')}): the largest "
+                                          f"is {size:.3g}, in layer {worst}.", _WHAT_TO_DO[level]]}
+
+
+_WHAT_TO_DO = {
+    "Q4": "Q4 is fine where memory is short; verify recall over long contexts, which no short test shows. Q6 and Q8 cost next to nothing.",
+    "Q6": "Take Q6 (8-bit keys, 4-bit values): ExLlamaV2 Q6, llama.cpp --cache-type-k q8_0 --cache-type-v q4_0. Q4 costs some quality.",
+    "never Q4": "Never store these keys in 4 bits. Take Q6 (8-bit keys, 4-bit values): ExLlamaV2 Q6, llama.cpp --cache-type-k q8_0 "
+                "--cache-type-v q4_0; Q8 where memory allows. In vLLM leave the cache dtype on auto.",
+}
+
+
+def _by_simulation(fits: list[Fitness], layers: int) -> dict:
+    worst = max(fits, key=lambda f: _sortable(f.errors["4-bit"]))
+    error = worst.errors["4-bit"]
+    level = advice(error)
+    sentences = [f"4-bit keys move the attention logits of layer {worst.block} by {error:.2f} (rms), more than those of any other layer: "
+                 + {"Q4": f"below {FINE:g}, where 4 bits cost a few percent of perplexity.", "Q6": f"between {FINE:g} and {BROKEN:g}, where text gets worse.",
+                    "never Q4": f"above {BROKEN:g}, where heads attend to the wrong tokens."}[level], _WHAT_TO_DO[level]]
+    if level == "never Q4":
+        bad = [f.block for f in fits if f.advice == "never Q4"]
+        eight, fp8 = (max((f.errors[k] for f in fits), key=_sortable) for k in ("8-bit", "FP8"))
+        sentences.append(f"{len(bad)} of {layers} layers are this bad ({_listed(bad)}): an engine with a type per layer needs wide keys only there.")
+        sentences.append(f"There 8-bit keys move the logits by at most {eight:.2f}, FP8 (e5m2) by {fp8:.2f}."
+                         + ("" if eight <= BROKEN else " Run --measure before relying on 8 bits."))
+    peak = max(fits, key=lambda f: _sortable(f.peak))
+    if not peak.peak <= FP16_MAX:
+        sentences.append(f"q·k reaches {peak.peak:,.0f} in layer {peak.block}: attention that multiplies in float16 before it scales "
+                         f"overflows (65,504), whatever the cache.")
+    return {"level": level, "sentences": sentences}
+
+
+def _sortable(value: float) -> float:
+    return value if value == value else float("inf")
+
+
+def _listed(numbers: list[int], most: int = 8) -> str:
+    return ", ".join(map(str, numbers[:most])) + (f" and {len(numbers) - most} more" if len(numbers) > most else "")
+
+
+def _add_measured(data: dict, checkpoint: Checkpoint, layout: Layout, schemes, text, rows: int, context: int, progress) -> None:
+    if any(x.kind == "latent" for x in layout.layers):
+        data["not_measured"] = "its cache holds latent vectors, and transformers runs the model on full heads"
+        return
+    try:
+        ids, _, source = text_rows(checkpoint, Path(text) if text is not None else None, rows, context)
+        found = kv_measure.measure(checkpoint, ids, schemes, lambda done, total: progress("measure", done, total))
+    except DoctorError as error:
+        data["not_measured"] = error.message
+        return
+    data["measured"] = {"source": source, "tokens": sum(r.shape[1] - 1 for r in ids), "rows": len(ids), "context": max(r.shape[1] for r in ids),
+                        "schemes": [asdict(m) for m in found]}
+    if not any(m.scheme == WITHOUT_BIAS for m in found):
+        data["measured"]["note"] = "the keys have no bias, so there is none to store apart"
+
+
+@contextmanager
+def _quiet():
+    """transformers warns on stderr about token ids and the like while it reads a config; the rules judge those."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
