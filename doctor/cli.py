@@ -146,21 +146,33 @@ def _outputs(formats, concise) -> list[tuple[str, str]]:
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository; org/name@REV says it too.")
 @click.option("--download", is_flag=True, help="Fetch a Hub repository's files and check them whole.")
 @click.option("--baseline", metavar="REPORT.json|CHECKPOINT", help="Say what is new, unchanged and gone against it; exit 1 for what is new.")
+@click.option("--fix", "fix_too", is_flag=True, help="Write a cured copy to -o DIR, as `doctor fix` does, and report on that.")
+@click.option("-o", "--output", "output", type=_PATH, metavar="DIR", help="With --fix: the directory to write.")
 @click.option("--show-settings", is_flag=True, help="Print every setting and where it comes from, and check nothing.")
 @click.pass_context
 def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, fail_on_skipped,
-          formats, concise, verbose, stage, matrix, statistics, revision, download, baseline, show_settings):
-    """Say whether checkpoints are ready for a plan. Writes nothing.
+          formats, concise, verbose, stage, matrix, statistics, revision, download, baseline, fix_too, output, show_settings):
+    """Say whether checkpoints are ready for a plan. Writes nothing, unless --fix asks for it.
 
     CHECKPOINT is a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only headers are fetched.
     """
     if show_settings:
         return _show_settings(ctx)
+    if fix_too != (output is not None) or (fix_too and len(paths) != 1):
+        raise click.UsageError("--fix writes one cured copy: give one CHECKPOINT and -o DIR.")
     outputs = _outputs(formats, concise)
     with _json_on_failure(outputs):
         recipe = _recipe(method, bits, group_size, sym, tp, runtime, ctx.obj)
         options = dict(select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore), stage=stage, fail_on=fail_on,
                        rules_dirs=rules_dirs, config=ctx.obj)
+        if fix_too:
+            from doctor import api
+            from doctor.report.plan_text import render_plan
+
+            result = api.fix(paths[0], output, recipe, **options)
+            click.echo(render_plan(result), err=True, nl=False)
+            _emit([result.report], outputs, verbose)
+            _exit([result.report], fail_on_skipped)
         base = _baseline(baseline, recipe, options) if baseline else None
         reports = [_checked(path, recipe, (revision, download), baseline=base and base(path), matrix=matrix, **options,
                             pictures=any(name in ("json", "html", "markdown") for name, _ in outputs)) for path in paths]
@@ -332,7 +344,8 @@ unsafe_option = click.option("--unsafe-fixes", default="", metavar="[=CODES]",
 
 @cli.command(cls=_Command)
 @click.argument("path", metavar="CHECKPOINT")
-@click.option("-o", "--output", "output", type=_PATH, required=True, metavar="DIR", help="Directory to write; the source is never changed.")
+@click.option("-o", "--output", "output", type=_PATH, metavar="DIR", help="Directory to write; the source is never changed.")
+@click.option("--in-place", is_flag=True, help="Instead of -o: put the cured copy in CHECKPOINT's place and keep the old one beside it.")
 @plan_options
 @rule_options
 @click.option("--dry-run", is_flag=True, help="Show the edits, write nothing.")
@@ -342,7 +355,7 @@ unsafe_option = click.option("--unsafe-fixes", default="", metavar="[=CODES]",
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of linking them.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
 @click.pass_context
-def fix(ctx, path, output, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, dry_run,
+def fix(ctx, path, output, in_place, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, dry_run,
         unsafe_fixes, only, base, copy, overwrite):
     """Write a cured copy of a checkpoint, beside it.
 
@@ -352,14 +365,28 @@ def fix(ctx, path, output, method, bits, group_size, sym, tp, runtime, select, e
     from doctor.checkpoint import Checkpoint
     from doctor.report.plan_text import render_plan
 
+    if in_place == (output is not None):
+        raise click.UsageError("Give -o DIR, or --in-place, and not both.")
     recipe = _recipe(method, bits, group_size, sym, tp, runtime, ctx.obj)
+    for note in api.recover(path):
+        click.echo(note, err=True)
     source = Checkpoint.open(path)
     with _progress(source.total_bytes, "scan", "write", "verify") as tick:
         result = api.fix(source, output, recipe, unsafe_fixes=_words([unsafe_fixes]), only=_words(only), dry_run=dry_run, copy=copy,
                          overwrite=overwrite, select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore),
-                         rules_dirs=rules_dirs, fail_on=fail_on, config=ctx.obj, base=base, progress=tick)
+                         rules_dirs=rules_dirs, fail_on=fail_on, config=ctx.obj, base=base, in_place=in_place, progress=tick)
     click.echo(render_plan(result), nl=False)
     _exit([result.report])
+
+
+@cli.command(cls=_Command)
+@click.argument("path", metavar="CHECKPOINT")
+def undo(path):
+    """Put back what `doctor fix --in-place` replaced."""
+    from doctor import api
+
+    for line in api.undo(path):
+        click.echo(line)
 
 
 @cli.command(cls=_Command)

@@ -26,6 +26,7 @@ from doctor.recipe import Recipe
 from doctor.rule import Finding, Fix, Rule
 from doctor.scan import scan
 from doctor.shard import Shard
+from doctor.swap import kept_name
 from doctor.view import EditedCheckpoint, shown
 from doctor.writer import RECEIPT, Stage, open_stage, sha256
 
@@ -567,12 +568,12 @@ class Outcome:
     notes: list[str]
 
 
-def carry_out(plan: Plan, output: Path, rules: list[Rule], *, copy: bool = False, overwrite: bool = False, proofs: Iterable[Proof] = (),
+def carry_out(plan: Plan, output: Path, rules: list[Rule], *, copy: bool = False, overwrite: bool = False, in_place: bool = False, proofs: Iterable[Proof] = (),
               facts: Iterable[tuple[str, str, object]] = (), stage: str = STAGES[-1], progress: Progress = no_progress) -> Outcome:
     """Write the plan's view to `output`, judge it again from disk, commit. Raises PlanRefused, MachineError, BadCheckpoint."""
     proofs = list(proofs)
     refuse(plan, proofs)
-    with open_stage(plan.view, output, copy=copy, overwrite=overwrite, progress=lambda n: progress("write", n)) as staged:
+    with open_stage(plan.view, output, copy=copy, overwrite=overwrite, in_place=in_place, progress=lambda n: progress("write", n)) as staged:
         staged.write()
         again, digests = _verify(plan, staged, rules, list(facts), stage, progress)
         receipt = _receipt(plan, staged, digests, again, proofs)
@@ -629,6 +630,8 @@ def _receipt(plan: Plan, staged: Stage, digests: dict, again: Look, proofs: list
         "findings_after": [_finding_data(f) for f in again.findings],
         "proofs": [asdict(p) for p in proofs],
     }
+    if staged.in_place:
+        receipt["kept"] = kept_name(staged.output).name
     earlier = plan.source.value(RECEIPT)
     if earlier is not None and earlier.get("schema") == SCHEMA:
         receipt["previous"] = earlier

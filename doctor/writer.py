@@ -7,8 +7,6 @@ a killed run left behind is removed by the next one, which says so.
 """
 
 import contextlib
-import ctypes
-import errno
 import fcntl
 import hashlib
 import os
@@ -22,6 +20,7 @@ import numpy as np
 
 from doctor.checkpoint import Checkpoint
 from doctor.errors import BadCheckpoint, MachineError, PlanRefused
+from doctor.swap import CANNOT, exchange, kept_name, swap, sync_folder
 from doctor.view import EditedCheckpoint, Piece
 
 COPY_STEP = 64 << 20  # bytes a call: larger steps were no faster, and Ctrl-C is heard between them
@@ -29,9 +28,6 @@ SLAB_BYTES = 1 << 20  # of an edited tensor worked out at once: larger slabs lea
 SPARE_BYTES = 1 << 20  # left free for directory entries and the receipt
 RECEIPT = "doctor.json"
 _FICLONE = 0x40049409
-_RENAME_EXCHANGE = 2
-# What a file system says that cannot do it: then the plainer way is taken.
-_CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.EMLINK)
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,7 @@ class Stage:
     path: Path
     copy: bool = False
     overwrite: bool = False
+    in_place: bool = False
     progress: Callable[[int], None] = lambda n: None
     files: list[Written] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what happened that a user must be told
@@ -101,14 +98,16 @@ class Stage:
         """Sync the stage and rename it to the output: from here on the output is there, whole."""
         with _machine(self.output):
             for folder, _, _ in os.walk(self.path):
-                _sync_folder(folder)
-            if os.path.lexists(self.output):
+                sync_folder(folder)
+            if self.in_place:
+                swap(self.path, self.output)
+            elif os.path.lexists(self.output):
                 self._replace()
             else:
                 os.rename(self.path, self.output)
             self.committed = True
         try:
-            _sync_folder(self.output.parent)
+            sync_folder(self.output.parent)
         except OSError as error:
             self.notes.append(f"{self.output.parent}: {error.strerror}; the output is whole, but a power cut now could still lose it")
 
@@ -117,7 +116,7 @@ class Stage:
             os.rename(self.path, self.output)  # rename(2) takes an empty directory's place
         elif not self.overwrite:
             raise MachineError(f"{self.output}: appeared while the stage was written.", "Choose another output.")
-        elif _exchange(self.path, self.output):
+        elif exchange(self.path, self.output):
             self.committed = True
             shutil.rmtree(self.path, ignore_errors=True)
         else:
@@ -163,7 +162,7 @@ class Stage:
                     self._private.append(name)
                 return
             except OSError as error:
-                if error.errno not in _CANNOT:
+                if error.errno not in CANNOT:
                     raise
                 self._way = "copy"
                 self.notes.append(f"unchanged files are copied: {os.path.basename(source)} cannot be linked ({os.strerror(error.errno)})")
@@ -213,7 +212,7 @@ class Stage:
             try:
                 done = os.copy_file_range(source_fd, fd, step, offset) if in_kernel else _read_write(source_fd, fd, step, offset)
             except OSError as error:
-                if not in_kernel or error.errno not in _CANNOT:
+                if not in_kernel or error.errno not in CANNOT:
                     raise
                 in_kernel = False
                 continue
@@ -234,7 +233,7 @@ class Stage:
 
 
 @contextlib.contextmanager
-def open_stage(view: EditedCheckpoint, output: str | os.PathLike, *, copy: bool = False, overwrite: bool = False,
+def open_stage(view: EditedCheckpoint, output: str | os.PathLike, *, copy: bool = False, overwrite: bool = False, in_place: bool = False,
                progress: Callable[[int], None] = lambda n: None) -> Iterator[Stage]:
     """A stage for `output`, removed again unless it was committed.
 
@@ -242,7 +241,10 @@ def open_stage(view: EditedCheckpoint, output: str | os.PathLike, *, copy: bool 
     that is too small or refuses.
     """
     output = Path(os.path.abspath(output))
-    check_output(view.source, output, overwrite)
+    if in_place:
+        check_in_place(view.source, output)
+    else:
+        check_output(view.source, output, overwrite)
     with _machine(output):
         os.makedirs(output.parent, exist_ok=True)
         notes = clean_stale(output)
@@ -254,7 +256,7 @@ def open_stage(view: EditedCheckpoint, output: str | os.PathLike, *, copy: bool 
                                "Free some space, or choose an output on the source's own file system, where unchanged files are only linked.")
         path = _stage_path(output, os.getpid())
         os.mkdir(path)
-    stage = Stage(view, output, path, copy, overwrite, progress, notes=notes)
+    stage = Stage(view, output, path, copy, overwrite, in_place, progress, notes=notes)
     lock = None
     try:
         with _machine(output):
@@ -285,6 +287,17 @@ def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
                           "Choose another output.")
 
 
+def check_in_place(source: Checkpoint, path: Path) -> None:
+    """Raises PlanRefused where a checkpoint cannot change places with its fixed copy."""
+    if source.only or os.path.realpath(source.root) != str(path):
+        raise PlanRefused(f"{source.root}: no plain directory of its own name; only such a one is fixed in place.", "Write a copy with -o.")
+    if any(entry.target for entry in source.entries.values()) or path.parent.name == "snapshots":
+        raise PlanRefused(f"{path}: its files are links, as in a Hub cache, which other programs count on.", "Write a copy with -o.")
+    kept = kept_name(path)
+    if os.path.lexists(kept):
+        raise PlanRefused(f"{kept}: holds what an earlier fix in place replaced.", f"`doctor undo {path}` puts it back; delete it if it is not needed.")
+
+
 def bytes_needed(view: EditedCheckpoint, parent: Path, copy: bool) -> int:
     """Bytes of new disk space: the changed files, and the others where they cannot be linked."""
     need = sum(view.entries[n].size for n in view.changed if n in view.entries)
@@ -293,6 +306,15 @@ def bytes_needed(view: EditedCheckpoint, parent: Path, copy: bool) -> int:
         if name not in view.changed and (copy or os.stat(view.source.path(name)).st_dev != device):
             need += entry.size
     return need
+
+
+def changed_since(folder: Path, receipt: dict) -> list[str]:
+    """Files of an output that are not what its receipt says: other bytes in edited ones, other sizes, absent, or more."""
+    written = {e["file"]: e for e in receipt["written"]}
+    known = {**{e["file"]: e["bytes"] for e in receipt["unchanged"]}, **{n: e["bytes"] for n, e in written.items()}}
+    found = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != RECEIPT}
+    wrong = [n for n in sorted({*known, *found}) if known.get(n) != found.get(n) and not (n in written and n not in found and not known[n])]
+    return wrong + [n for n, e in written.items() if n not in wrong and e["sha256_after"] != sha256(folder / n)]
 
 
 def clean_stale(output: Path) -> list[str]:
@@ -403,31 +425,8 @@ def _reflink(source: str, target: Path) -> bool:
             fcntl.ioctl(fd, _FICLONE, file.fileno())
             done = True
         except OSError as error:
-            if error.errno not in _CANNOT:
+            if error.errno not in CANNOT:
                 raise
     if not done:
         os.unlink(target)
     return done
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories in one step (renameat2); False where the kernel or the file system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        return False
-    here = -100  # AT_FDCWD
-    if libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _CANNOT:
-        return False
-    raise OSError(code, os.strerror(code), str(other))
-
-
-def _sync_folder(path: str | os.PathLike) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-

@@ -413,3 +413,51 @@ def test_heads_of_zeros_leave_the_logits_as_they_were(tmp_path, family, heads, k
     document = Checkpoint.open(tmp_path / "out").value("config.json")
     assert codes(result) == {"G304"} and (document["num_attention_heads"], document["num_key_value_heads"]) == want
     assert [p.status for p in result.proofs] in (["equal"], ["agrees"]), result.proofs
+
+
+# the command line
+
+
+@pytest.fixture
+def doctor(capsys):
+    """Run `doctor ARGS`: (exit code, stdout, stderr)."""
+    from doctor import cli
+
+    def call(*args):
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(a) for a in args])
+            raise SystemExit(0)
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+PLAN = ("--group-size", "32", "--config", "none")
+
+
+def test_fix_takes_from_a_directory_and_check_fix_reports_on_the_copy(tmp_path, doctor):
+    case = tiny()
+    base = case.write(tmp_path / "base")
+    case.down()[3, 5] = 0x7FC0
+    case.json["generation_config.json"]["eos_token_id"] = 50
+    source = case.write(tmp_path / "source")
+    code, out, _ = doctor("fix", source, "-o", tmp_path / "out", "--from", base, *PLAN)
+    assert code == 0 and "take the tensor from" in out and "No findings remain" in out
+    code, out, err = doctor("check", source, "--fix", "-o", tmp_path / "two", "--concise", *PLAN)
+    assert code == 1 and "W201" in out and "C105" not in out and "✓  C105" in err
+
+
+def test_in_place_and_undo_from_the_command_line(tmp_path, doctor):
+    case = tiny()
+    case.json["generation_config.json"]["eos_token_id"] = 50
+    source = case.write(tmp_path / "source")
+    assert doctor("fix", source, "--in-place", *PLAN)[0] == 0
+    assert json.loads((source / "generation_config.json").read_text())["eos_token_id"] == [2, 50]
+    code, out, _ = doctor("undo", source)
+    assert code == 0 and "is what it was before the fix" in out and json.loads((source / "generation_config.json").read_text())["eos_token_id"] == 50
+
+
+@pytest.mark.parametrize("args", [("fix", "x"), ("fix", "x", "-o", "y", "--in-place"), ("check", "x", "--fix"), ("check", "x", "y", "--fix", "-o", "z")])
+def test_unclear_orders_are_usage_errors(doctor, args):
+    code, _, err = doctor(*args)
+    assert code == 2 and "Error: " in err

@@ -178,7 +178,7 @@ def test_overwrite_without_an_exchange_moves_the_old_output_aside(tmp_path, monk
     _, source = sharded(tmp_path)
     view, out = one_value(source), tmp_path / "out"
     written(view, out)
-    monkeypatch.setattr(writer, "_exchange", lambda *_: False)
+    monkeypatch.setattr(writer, "exchange", lambda *_: False)
     written(view, out, overwrite=True)
     assert_same_content(view, out)
     real = os.rename

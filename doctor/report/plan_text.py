@@ -105,7 +105,12 @@ def _written(result: FixResult) -> list[str]:
     out = os.path.normpath(result.output)
     return [f"Fixed {_tally(plan)}. Wrote {counted(len(plan.files_written), 'file')} ({size(plan.bytes_to_write)}); "
             f"{len(plan.files_linked):,} unchanged ({size(plan.bytes_linked)}).{_remaining(result)}",
-            f"Wrote {safe(str(out))}/ · receipt {safe(str(result.receipt_path))} · undo: delete {safe(str(out))}/"]
+            f"Wrote {safe(str(out))}/ · receipt {safe(str(result.receipt_path))} · undo: {_undo(result, safe(str(out)))}"]
+
+
+def _undo(result: FixResult, out: str) -> str:
+    in_place = os.path.abspath(result.output) == os.path.abspath(result.plan.source.root)
+    return f"doctor undo {out}; until then {out}.before-fix/ holds what was there" if in_place else f"delete {out}/"
 
 
 def _remaining(result: FixResult) -> str:

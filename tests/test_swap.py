@@ -1,0 +1,185 @@
+"""A fix in place: the directory changes names with its fixed copy, any kill leaves one of the two states, undo goes back."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from doctor import swap
+from doctor.api import check, fix, recover, undo
+from doctor.errors import BadCheckpoint, PlanRefused
+from doctor.report.plan_text import render_plan
+from doctor.testing import tiny
+from doctor.writer import sha256
+
+KILLS = int(os.environ.get("DOCTOR_TEST_KILLS", "4"))
+
+
+def digests(folder):
+    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != "doctor.json"}
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    case = tiny()
+    case.shards = 2
+    case.json["generation_config.json"]["eos_token_id"] = 50
+    return case.write(tmp_path / "model")
+
+
+def names(folder):
+    return sorted(p.name for p in folder.parent.iterdir())
+
+
+def in_place(folder, **options):
+    return fix(folder, None, tiny().recipe, in_place=True, **options)
+
+
+def test_a_fix_in_place_keeps_what_was_there_and_undo_puts_it_back(spoiled):
+    before = digests(spoiled)
+    result = in_place(spoiled)
+    assert names(spoiled) == ["model", "model.before-fix"] and digests(swap.kept_name(spoiled)) == before != digests(spoiled)
+    assert not check(spoiled, tiny().recipe).findings
+    assert json.loads((spoiled / "doctor.json").read_text())["kept"] == "model.before-fix"
+    assert f"undo: doctor undo {spoiled}" in render_plan(result)
+    assert undo(spoiled) == [f"{spoiled} is what it was before the fix. The fixed copy was as the receipt says and is removed"]
+    assert names(spoiled) == ["model"] and digests(spoiled) == before
+
+
+def test_undo_keeps_a_fixed_copy_that_was_changed_since(spoiled):
+    before = digests(spoiled)
+    in_place(spoiled)
+    (spoiled / "notes.txt").write_text("mine")
+    (text,) = undo(spoiled)
+    assert "was changed since (notes.txt), so it is kept as" in text
+    assert names(spoiled) == ["model", "model.after-fix"] and digests(spoiled) == before
+
+
+def test_undo_without_renameat2_does_the_same(spoiled, monkeypatch):
+    before = digests(spoiled)
+    monkeypatch.setattr(swap, "exchange", lambda one, other: False)
+    in_place(spoiled)
+    assert digests(swap.kept_name(spoiled)) == before and names(spoiled) == ["model", "model.before-fix"]
+    undo(spoiled)
+    assert digests(spoiled) == before and names(spoiled) == ["model"]
+
+
+def test_what_cannot_be_undone_is_said(spoiled, tmp_path):
+    with pytest.raises(BadCheckpoint, match="holds no receipt of doctor"):
+        undo(spoiled)
+    fix(spoiled, tmp_path / "out", tiny().recipe)
+    with pytest.raises(PlanRefused, match="was written with -o, so its source was never changed"):
+        undo(tmp_path / "out")
+    in_place(spoiled)
+    os.rename(swap.kept_name(spoiled), tmp_path / "elsewhere")
+    with pytest.raises(PlanRefused, match="is not there; what the fix replaced was removed"):
+        undo(spoiled)
+
+
+def test_what_is_not_fixed_in_place(spoiled, tmp_path):
+    os.symlink(spoiled, tmp_path / "link")
+    with pytest.raises(PlanRefused, match="no plain directory of its own name"):
+        in_place(tmp_path / "link")
+    swap.kept_name(spoiled).mkdir()
+    with pytest.raises(PlanRefused, match="holds what an earlier fix in place replaced"):
+        in_place(spoiled)
+
+
+def test_nothing_to_fix_in_place_changes_nothing(tmp_path):
+    folder = tiny().write(tmp_path / "model")
+    assert in_place(folder).receipt_path is None and names(folder) == ["model"]
+    assert in_place(folder, dry_run=True).receipt_path is None and recover(folder) == []
+
+
+@pytest.mark.parametrize("state", ["before", "after", "between"])
+def test_each_state_that_a_kill_leaves_is_finished_or_taken_back(tmp_path, state):
+    path, new = tmp_path / "model", tmp_path / "stage"
+    for folder, text in ((path, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+    record = {"pid": None, "old": path.stat().st_ino, "new": new.stat().st_ino}
+    swap._write_journal(swap._journal(path), record)
+    kept = swap.kept_name(path)
+    os.rename(new, kept)
+    if state == "after":
+        assert swap.exchange(kept, path)
+    elif state == "between":
+        os.rename(kept, new)
+        os.rename(path, kept)
+    notes = recover(path)
+    assert (path / "file").read_text() == ("new" if state == "after" else "old") and bool(notes) == (state != "after")
+    assert kept.exists() == (state == "after") and not swap._journal(path).exists()
+
+
+def test_a_journal_of_a_living_process_is_respected(spoiled):
+    swap._write_journal(swap._journal(spoiled), {"pid": os.getppid(), "old": 1, "new": 2})
+    with pytest.raises(PlanRefused, match=f"process {os.getppid()} is changing it in place"):
+        recover(spoiled)
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_failing_rename_leaves_the_checkpoint_as_it_was(spoiled, monkeypatch, atomic):
+    before = digests(spoiled)
+    real = os.rename
+    if not atomic:
+        monkeypatch.setattr(swap, "exchange", lambda one, other: False)
+    for n in range(1, 9):
+        calls = [0]
+
+        def rename(*args, n=n, calls=calls):
+            calls[0] += 1
+            if calls[0] == n:
+                raise OSError(5, "Input/output error")
+            return real(*args)
+
+        monkeypatch.setattr(os, "rename", rename)
+        try:
+            in_place(spoiled)
+            done = True
+        except Exception as error:
+            done = False
+            assert type(error).__name__ == "MachineError", error
+        monkeypatch.setattr(os, "rename", real)
+        recover(spoiled)
+        if done:
+            assert calls[0] < n
+            break
+        assert digests(spoiled) == before and names(spoiled) == ["model"], (n, names(spoiled))
+    assert done
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(spoiled):
+    before = digests(spoiled)
+    in_place(spoiled)
+    after = digests(spoiled)
+    undo(spoiled)
+    script = ("import sys\nfrom doctor.api import fix, recover, undo\nfrom doctor.testing import tiny\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+              f"path = {str(spoiled)!r}\n"
+              "while True:\n    fix(path, None, tiny('llama').recipe, in_place=True)\n    undo(path)\n")
+    draw = random.Random(3)
+    child = None
+    for _ in range(KILLS):
+        child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert child.stdout.readline() == "ready\n"
+        child.stdin.write("\n")
+        child.stdin.flush()
+        time.sleep(draw.uniform(0.0, 1.0))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
+        recover(spoiled)
+        found = digests(spoiled)
+        assert found in (before, after)
+        if found == after:
+            undo(spoiled)
+        for name in names(spoiled):
+            if name.endswith((".after-fix", ".before-fix")):  # what an undo that was killed had put aside
+                assert digests(spoiled.parent / name) in (before, after, {}) or name.endswith(".after-fix")
+                subprocess.run(["rm", "-r", str(spoiled.parent / name)], check=True)
+    assert digests(spoiled) == before
