@@ -3,7 +3,8 @@
 A rule is one file: its docstring is its page, `check` a generator over facts, `bad()` and `good()` its proof. The docstring's
 first line is `CODE name: what is wrong.`; then come sections, each a word and a colon at the start of a line:
 `Why:` what follows from it · `Seen as:` lines `- Tool: `exact text`` that other tools print · `Do:` what to do by hand ·
-`False alarms:` when not to worry · `Fix safety:` · `Sources:`.
+`False alarms:` when not to worry · `Fix safety:` · `Sources:`. After them the page stands once more in Chinese: `标题:` (the
+first line) · `原因:` · `处理:` · `误报:` · `修复:`. A finding's message stays English: it is the defect's identity for machines.
 """
 
 import inspect
@@ -57,7 +58,12 @@ CERTAINTIES = ("certain", "likely", "hint")
 # Codes are numbered by area; a report says for each area what was established.
 AREAS = (("F001", "Files"), ("F050", "Tensors"), ("C100", "Tokenizer"), ("C140", "Config"), ("W200", "Weights"), ("G300", "Geometry"),
          ("Q400", "Calibration"), ("K500", "Serving"), ("O600", "Output"), ("S001", "Settings"))
-_SECTION = re.compile(r"^(Why|Seen as|Do|False alarms|Fix safety|Sources):[ ]*", re.M)
+# What each section is called in Chinese; what other tools print and the sources need no translation.
+CHINESE = {"Title": "标题", "Why": "原因", "Do": "处理", "False alarms": "误报", "Fix safety": "修复"}
+_SECTION = re.compile(rf"^(Why|Seen as|Do|False alarms|Fix safety|Sources|{'|'.join(CHINESE.values())}):[ ]*", re.M)
+_WIDE = "\u2e80-\u9fff\uff00-\uffef“”…"
+# Between Chinese characters, and after their punctuation, a line break is no blank.
+_SEAM = re.compile(rf"(?<=[，。；：、！？（）“”])\n|(?<=[{_WIDE}])\n(?=[{_WIDE}])")
 _FIRST = re.compile(r"^([A-Z]\d{3}) ([a-z][a-z0-9-]+): (.+?)\.?$", re.S)
 
 
@@ -151,8 +157,13 @@ class Rule:
     def area(self) -> str:
         return [name for first, name in AREAS if first[0] == self.code[0] and first <= self.code][-1]
 
-    def section(self, name: str) -> str:
-        return self.sections.get(name, "")
+    def section(self, name: str, lang: str = "en") -> str:
+        """A section of the page; in English where a user's own rule has no translation."""
+        return (self.sections.get(CHINESE.get(name, name), "") if lang == "zh" else "") or self.sections.get(name, "")
+
+    def heading(self, lang: str = "en") -> str:
+        """What is wrong, in one line."""
+        return self.section("Title", lang) or self.title
 
 
 RULES: dict[str, Rule] = {}
@@ -190,7 +201,7 @@ def page(doc: str, code: str) -> tuple[str, str, dict[str, str]]:
     match = _FIRST.match(parts[0].strip())
     if not match or match[1] != code:
         raise TypeError(f"rule {code}: the docstring must begin with '{code} name: what is wrong.'")
-    sections = {parts[i]: parts[i + 1].strip() for i in range(1, len(parts) - 1, 2)}
+    sections = {parts[i]: _SEAM.sub("", parts[i + 1].strip()) for i in range(1, len(parts) - 1, 2)}
     return match[2], " ".join(match[3].split()), sections
 
 

@@ -14,6 +14,16 @@ False alarms: a directory that is meant to hold weights only; `--calibration` wi
 Fix safety: manual.
 
 Sources: transformers src/transformers/models/auto/tokenization_auto.py.
+
+标题: 目录里没有分词器
+
+原因: 没有分词器，文本变不成词元 id，无法校准也无法比较；换成别的模型的分词器，同样的 id 又是另外的词。
+
+处理: 从模型页面或基座模型处复制 tokenizer.json 和 tokenizer_config.json（或 tokenizer.model）。
+
+误报: 目录本来就只放权重；用 `--calibration` 直接给词元 id 时也不需要分词器。
+
+修复: 需手动。
 """
 
 from doctor.rule import Fix, Place, finding, rule

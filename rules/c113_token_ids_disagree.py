@@ -9,6 +9,16 @@ False alarms: none known.
 Fix safety: manual; the table is rewritten as a whole by saving the tokenizer again.
 
 Sources: transformers src/transformers/tokenization_utils_tokenizers.py.
+
+标题: tokenizer_config.json 与 tokenizer.json 给同一词元两个不同的 id
+
+原因: 文本变成哪个 id 取决于用哪个类加载，于是校准和推理读到的可能不是同一段文本。
+
+处理: 让 added_tokens_decoder 与 tokenizer.json 一致，快速分词器以后者为准。
+
+误报: 暂无已知。
+
+修复: 需手动；重新保存一次分词器，这张表就会整体重写。
 """
 
 from doctor.rule import Fix, Place, finding, rule

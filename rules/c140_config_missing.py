@@ -13,6 +13,16 @@ False alarms: a single weight file that is checked by itself is not counted.
 Fix safety: manual; a config is not made up from shapes alone.
 
 Sources: transformers src/transformers/configuration_utils.py.
+
+标题: 没有 config.json
+
+原因: 形状、注意力头数、归一化和位置旋转方式都只写在这里。没有它，权重只是一堆数字，不成其为模型。
+
+处理: 取回同一修订版本的 config.json。
+
+误报: 单独检查一个权重文件时不报。
+
+修复: 需手动；不会仅凭形状编造配置。
 """
 
 from doctor.rule import Fix, Place, finding, rule

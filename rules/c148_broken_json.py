@@ -14,6 +14,16 @@ False alarms: none known: Python's own reader refuses the same text.
 Fix safety: manual.
 
 Sources: transformers src/transformers/configuration_utils.py; RFC 8259.
+
+标题: 检查点里的一个 JSON 文件不是合法 JSON
+
+原因: 读取程序到此为止。手工修改（多一个逗号、加了注释）、下载中断或存成了报错页面都会这样。
+
+处理: 看指出的位置；最常见的是右括号前多了逗号。
+
+误报: 暂无已知：Python 自带的解析器同样拒绝这段文本。
+
+修复: 需手动。
 """
 
 from doctor.rule import Fix, Place, finding, rule

@@ -9,6 +9,16 @@ False alarms: none known.
 Fix safety: manual; which of the two is meant is yours to say.
 
 Sources: RFC 8259 section 4: names should be unique.
+
+标题: 配置文件里同一个键写了两次
+
+原因: 读取程序不声不响地取最后一个值，而人看到并相信的可能是另一个。
+
+处理: 删去其中一个。
+
+误报: 暂无已知。
+
+修复: 需手动；以哪个为准由你决定。
 """
 
 from doctor.rule import Fix, Place, finding, rule

@@ -14,6 +14,17 @@ False alarms: none known.
 Fix safety: manual; any editor does it.
 
 Sources: RFC 8259 section 8.1; CPython Lib/json/__init__.py.
+
+标题: JSON 文件以字节顺序标记（BOM）开头
+
+原因: Python 的解析器拒绝以 BOM 开头的文本，transformers 因此无法加载。Windows 上的编辑器选“UTF-8 带 BOM”保存
+时会写入它。
+
+处理: 另存为不带 BOM 的 UTF-8。
+
+误报: 暂无已知。
+
+修复: 需手动；任何编辑器都能做。
 """
 
 from doctor.rule import Fix, Place, finding, rule

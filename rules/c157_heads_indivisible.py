@@ -14,6 +14,17 @@ False alarms: none known in families of the table.
 Fix safety: manual; C143 offers the count that fits the weights.
 
 Sources: transformers src/transformers/models/llama/configuration_llama.py.
+
+标题: 查询头不能平均分给键值头，或 hidden_size 不能平均分给查询头
+
+原因: 每个键头服务同样多的查询头；没有单独写 head_dim 的模型，各头平分 hidden_size。不整除时读取程序会停下，或
+在错误的位置切头。
+
+处理: 改正头数，注意力权重能看出正确的值（C143）。
+
+误报: 表中的系列暂无已知。
+
+修复: 需手动；与权重相符的数由 C143 给出。
 """
 
 from doctor.rule import Fix, Place, finding, rule

@@ -14,6 +14,16 @@ False alarms: none known: the text begins with `version https://git-lfs`.
 Fix safety: manual; the data are elsewhere.
 
 Sources: git-lfs docs/spec.md; safetensors safetensors/src/tensor.rs (0.8).
+
+标题: 文件里是 git-lfs 的指针，不是数据本身
+
+原因: 没装 git-lfs 就 `git clone`，每个大文件的位置上只留下约 130 字节的文本。
+
+处理: 在克隆目录里运行 `git lfs install` 和 `git lfs pull`，或用 `hf download` 下载模型。
+
+误报: 暂无已知：文本以 `version https://git-lfs` 开头。
+
+修复: 需手动；数据在别处。
 """
 
 from doctor.rule import Fix, Place, finding, rule

@@ -13,6 +13,16 @@ False alarms: none known: the file begins with `<html` or `<!DOCTYPE`.
 Fix safety: manual; the data are elsewhere.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8): the first eight letters are read as a header length.
+
+标题: 权重文件其实是一个 HTML 网页
+
+原因: 存下来的是某个页面（登录、报错、文件预览），而不是文件本身。
+
+处理: 下载文件本身；受限模型需带上访问令牌。
+
+误报: 暂无已知：文件以 `<html` 或 `<!DOCTYPE` 开头。
+
+修复: 需手动；数据在别处。
 """
 
 from doctor.rule import Fix, Place, finding, rule

@@ -12,6 +12,16 @@ False alarms: none known: eight zero bytes say that the header is empty, which n
 Fix safety: manual; the data are elsewhere.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8): N = 0 is invalid JSON.
+
+标题: 权重文件开头该是文件头的地方全是零
+
+原因: 下载工具先占好全部空间再填内容；中途停下时，大小和文件名看上去都对。
+
+处理: 重新下载该文件。
+
+误报: 暂无已知：开头八个零字节意味着文件头为空，没有哪个程序会这样写。
+
+修复: 需手动；数据在别处。
 """
 
 from doctor.rule import Fix, Place, finding, rule

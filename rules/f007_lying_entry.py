@@ -14,6 +14,16 @@ False alarms: a dtype that was added to the format after this version of doctor.
 Fix safety: manual; which of the three lies is not known.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
+
+标题: 张量的 dtype、形状和字节范围互相矛盾
+
+原因: 三者都不可信，读取程序因此拒绝整个文件。
+
+处理: 重新下载，或用原来的工具重新保存。若是不认识的 dtype，需要更新 safetensors。
+
+误报: 在当前版本的 doctor 之后才加入该格式的 dtype。
+
+修复: 需手动；不知道三者中哪个是错的。
 """
 
 from doctor.rule import Fix, Place, finding, rule

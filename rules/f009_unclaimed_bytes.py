@@ -14,6 +14,17 @@ False alarms: none known.
 Fix safety: manual; the bytes may be a tensor whose entry was lost.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
+
+标题: 权重文件里有不属于任何张量的字节
+
+原因: 该格式不允许空隙，以防文件里夹带内容；读取程序会拒绝。两次下载写进同一文件，或手工改过文件头，就是这个样
+子。
+
+处理: 重新下载，并与来源核对大小。
+
+误报: 暂无已知。
+
+修复: 需手动；这些字节也许是丢了条目的张量。
 """
 
 from doctor.rule import Fix, Place, finding, rule

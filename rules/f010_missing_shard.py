@@ -14,6 +14,16 @@ False alarms: a directory that holds one part of a model on purpose.
 Fix safety: manual; an index without these tensors would only hide the loss.
 
 Sources: transformers src/transformers/modeling_utils.py, `load_state_dict`.
+
+标题: 索引列出的权重文件不在
+
+原因: 里面的张量全都没有，任何程序都搭不出模型。
+
+处理: 下载所列文件。若只是索引过时，删掉索引，让 doctor 按现有文件重写。
+
+误报: 有意只放模型一部分的目录。
+
+修复: 需手动；去掉这些张量的索引只会掩盖缺失。
 """
 
 from doctor.rule import Fix, Place, finding, rule

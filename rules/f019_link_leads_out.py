@@ -10,6 +10,16 @@ False alarms: layouts of your own that link shards from another disk. A Hub cach
 Fix safety: manual; doctor does not follow paths out of the checkpoint.
 
 Sources: huggingface/huggingface_hub docs, "Manage your cache": snapshots hold links into ../../blobs.
+
+标题: 文件是指向检查点之外的符号链接
+
+原因: 它显示什么取决于机器；外来的检查点还可借此指向私人文件。这里不跟随链接，该文件按不存在处理。
+
+处理: 用所指文件的副本或硬链接替换。
+
+误报: 你自己把分片链接到另一块磁盘的布局。Hub 缓存指向自身 blobs 的链接会跟随。
+
+修复: 需手动；doctor 不跟随通向检查点之外的路径。
 """
 
 import os

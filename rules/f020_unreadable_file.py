@@ -14,6 +14,17 @@ False alarms: none known.
 Fix safety: manual; permissions and disks are outside the checkpoint.
 
 Sources: safetensors 0.8: a file saved under any umask has mode 0600 (tried).
+
+标题: 检查点里的文件打不开，或根本不是普通文件
+
+原因: 里面的内容对任何程序都等于没有。safetensors 从 0.8 起写出的文件只有属主可读，换一个用户或在容器里就打不
+开。
+
+处理: 对该文件 `chmod a+r`，或从还能读的磁盘复制。
+
+误报: 暂无已知。
+
+修复: 需手动；权限和磁盘不属于检查点。
 """
 
 import os

@@ -13,6 +13,16 @@ False alarms: directories that are meant to hold a configuration only.
 Fix safety: manual.
 
 Sources: transformers src/transformers/modeling_utils.py; vllm-project/vllm vllm/model_executor/model_loader/default_loader.py.
+
+标题: 没有任何一种权重文件
+
+原因: 没有可量化的东西。多半是只下载了配置，或权重在下一级目录。
+
+处理: 下载 *.safetensors 文件，或给出放权重的目录。
+
+误报: 本来就只放配置的目录。
+
+修复: 需手动。
 """
 
 from doctor.rule import Fix, Place, finding, rule

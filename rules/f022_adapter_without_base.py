@@ -15,6 +15,19 @@ Fix safety: safe with `--from`, if every matrix of the adapter finds its weight 
 trained biases or whole modules, ranks by pattern, other kinds of adapter) is left to PEFT, and the finding says which it was.
 
 Sources: huggingface/peft docs, "Model merging".
+
+标题: 目录里是 LoRA 适配器，不是完整模型
+
+原因: 适配器只是对另一个模型权重的小改动，单独既不能量化也不能运行。
+
+处理: 合并进基座模型：`doctor fix ADAPTER -o OUT --from BASE`，或 PEFT 的 `model.merge_and_unload()`。W +
+scale * B @ A 按 float32 计算，再一次性取整到基座的类型；scale 为 lora_alpha / r，use_rslora 时为 lora_alpha
+/ sqrt(r)。
+
+误报: 完整模型旁边放着自己的适配器，不计。
+
+修复: 用 `--from` 且适配器的每个矩阵都能找到对应权重时安全；否则需手动。超出 LoRA 的部分（DoRA、训练过的偏置或
+整个模块、按名字设定的秩、其他种类的适配器）交给 PEFT，发现中会写明是哪一种。
 """
 
 import json

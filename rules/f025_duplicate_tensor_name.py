@@ -13,6 +13,17 @@ False alarms: none known.
 Fix safety: manual; which of the two is meant is not known.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8); tried: the same name twice on one range is accepted.
+
+标题: 文件头里同一张量名出现了两次
+
+原因: JSON 读取程序对相同的键取最后一个，前一个的字节就悄悄丢了；若两个范围不同，格式自己的读取程序会因空隙而
+拒绝该文件。
+
+处理: 用 safetensors 自带的写入函数重新保存，或重新下载。
+
+误报: 暂无已知。
+
+修复: 需手动；不知道本意是哪一个。
 """
 
 from doctor.rule import Fix, Place, finding, rule

@@ -15,6 +15,17 @@ False alarms: models without a language head (embedding models) under a CausalLM
 Fix safety: unsafe: it is right only if the model was trained with one matrix for both.
 
 Sources: QwenLM/Qwen issue 1101; tried with transformers 5.23.
+
+标题: 没有 lm_head，config.json 也没有让它与嵌入表共享
+
+原因: transformers 用随机数初始化输出头，只打印一行；模型输出的就是噪声。转换工具删掉了共享的副本却忘了设标
+志，就会这样。
+
+处理: 若基座模型是共享的，把 tie_word_embeddings 设为 true；否则取回含输出头的分片。
+
+误报: 挂着 CausalLM 名字、实际没有语言头的模型（嵌入模型）。
+
+修复: 不安全：只有训练时两者用同一个矩阵才对。
 """
 
 from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule

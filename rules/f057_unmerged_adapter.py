@@ -14,6 +14,17 @@ False alarms: none known; models with low-rank linears of their own (DeepSeek) u
 Fix safety: manual; merging is a sum of matrices with a scale that stands in adapter_config.json.
 
 Sources: huggingface/peft src/peft/tuners/lora/layer.py.
+
+标题: 权重文件里 LoRA 矩阵与被它修改的权重放在一起
+
+原因: 基座系列的读取程序会丢弃 lora_A 和 lora_B，微调成果随之消失；若权重名是 `base_layer.weight`，则一个权重
+也找不到。
+
+处理: 用 PEFT 加载，`merge_and_unload()`，再保存。
+
+误报: 暂无已知；本身就有低秩线性层的模型（DeepSeek）用的是别的名字。
+
+修复: 需手动；合并是矩阵求和，其系数写在 adapter_config.json 里。
 """
 
 import re

@@ -15,6 +15,17 @@ False alarms: none known; the words are no part of any model.
 Fix safety: manual; renaming is done where the model is saved.
 
 Sources: pytorch/pytorch torch/_dynamo/eval_frame.py (`_orig_mod`); torch/nn/parallel/distributed.py (`module`).
+
+标题: 每个张量名都带着训练封装的前缀
+
+原因: torch.compile、DistributedDataParallel、FSDP 和训练器会在名字前加一个词。读取程序找不到原名，就从随机数
+开始。
+
+处理: 保存前先解除封装（`model._orig_mod`、`accelerator.unwrap_model(model)`），或给张量改名。
+
+误报: 暂无已知；这些词不属于任何模型。
+
+修复: 需手动；改名应在保存模型的地方做。
 """
 
 import re

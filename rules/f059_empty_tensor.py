@@ -14,6 +14,17 @@ False alarms: none known among weights; empty buffers that no family needs are n
 Fix safety: manual; the numbers are in the training directory.
 
 Sources: deepspeedai/DeepSpeed deepspeed/utils/zero_to_fp32.py.
+
+标题: 权重一个元素也没有
+
+原因: DeepSpeed ZeRO-3 把每个权重分块存放，模块上只留空壳；把空壳存下来，得到的检查点很小，从名字看却是完整
+的。
+
+处理: 汇集权重：训练目录里的 `zero_to_fp32.py`，或设置 `stage3_gather_16bit_weights_on_model_save`。
+
+误报: 就权重而言暂无已知；任何系列都不需要的空缓冲区不计。
+
+修复: 需手动；数值在训练目录里。
 """
 
 from doctor.rule import Fix, Place, finding, rule

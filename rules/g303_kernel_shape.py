@@ -18,6 +18,17 @@ Fix safety: no fix here; padding is offered by G302 where it is exact.
 
 Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9913 and 13640, pull request
 45295.
+
+标题: 矩阵不满足运行时内核的分块要求
+
+原因: 快速内核按固定分块计算（Marlin：每块 GPU 上 128 个 in_features × 64 个 out_features）。填不满的矩阵走较
+慢的内核；没有这样的内核时，运行时拒绝该检查点。
+
+处理: 减少 GPU 数，换较新的运行时（vLLM 自 2026 年 6 月起会自己补齐），或照 G302 补零。
+
+误报: 运行时有表中没有的内核。用 `--runtime vllm==VERSION` 选出适用的条目。
+
+修复: 这里不提供修复；补零在能精确进行时由 G302 提供。
 """
 
 from doctor.rule import Place, finding, on_one_gpu, rule, size_key

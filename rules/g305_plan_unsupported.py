@@ -16,6 +16,17 @@ False alarms: a runtime newer than the table, or one with kernels added by a plu
 Fix safety: no fix: which of the legal plans you want is your choice.
 
 Sources: rules/tables/kernels.toml and what it names.
+
+标题: 运行时没有适合这种格式、位宽、分组大小或对称性的内核
+
+原因: 量化文件要有内核能读才有用。运行时只支持格式、位宽、分组大小和对称性的某些组合，其余的到加载时才拒绝，而
+量化的几个小时已经花掉了。
+
+处理: 从表中选一种组合。
+
+误报: 运行时比表新，或通过插件增加了内核。
+
+修复: 不提供修复：在可行的计划里选哪个由你决定。
 """
 
 from doctor.rule import finding, rule, table

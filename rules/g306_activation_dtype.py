@@ -15,6 +15,18 @@ False alarms: a model that is sound in float16.
 Fix safety: no fix: a cast may overflow.
 
 Sources: vllm-project/vllm issues 1823, 1941 and 14126; rules/tables/kernels.toml.
+
+标题: 检查点是 bfloat16，而运行时内核只能算 float16
+
+原因: 这类内核不接受 bfloat16 激活值；把整个模型转成 float16，用 bfloat16 训练的模型（如 Qwen1.5、Gemma）会溢
+出：logits 变成 NaN，回答变成“!!!!”。
+
+处理: 选 Marlin 内核支持的计划（4 或 8 位，分组 32、64 或 128，GPTQ 用对称）；只有 `doctor verify` 证实
+float16 下 logits 有限，才设为 float16。
+
+误报: 在 float16 下本来就正常的模型。
+
+修复: 不提供修复：转换可能溢出。
 """
 
 from doctor.rule import Place, finding, rule

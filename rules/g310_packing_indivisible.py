@@ -17,6 +17,17 @@ Fix safety: no fix: which linears stay in 16 bits is your choice.
 
 Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py (pack_block); casper-hansen/AutoAWQ
 awq/modules/linear/gemm.py.
+
+标题: 矩阵无法打包成整数个 32 位字
+
+原因: 八个 4 位编码共用一个字。GPTQ 沿 in_features 打包权重、沿 out_features 打包零点，AWQ 都沿 out_features；
+填不满整字的存不下，打包程序在最后一步才失败。
+
+处理: 把这些线性层保留为 16 位（`--keep PATTERN`），或用 compressed-tensors，它会补满最后一个字。
+
+误报: 无；整除是精确计算。
+
+修复: 不提供修复：哪些线性层留在 16 位由你决定。
 """
 
 import numpy as np

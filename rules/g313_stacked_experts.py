@@ -13,6 +13,18 @@ Fix safety: no fix: the other layout needs other model code.
 Sources: transformers models/llama4/modeling_llama4.py and models/granitemoe/modeling_granitemoe.py (experts
 as parameters, not linears); vllm-project/llm-compressor src/llmcompressor/modeling (replaces such modules
 before it calibrates).
+
+标题: 专家存成一个三维张量，按计划会留在 16 位
+
+原因: 量化器处理的是线性层，每个是独立的矩阵。叠在一起的专家不是线性层，多数程序一声不响地跳过，“4 位”模型的大
+部分权重其实还是 16 位。
+
+处理: 用运行时能读的转换把专家拆开（每个专家各有 gate_proj、up_proj、down_proj），或选加载时能量化整叠专家的运
+行时。
+
+误报: 无；这些张量是数出来的。
+
+修复: 不提供修复：换一种布局需要另外的模型代码。
 """
 
 from doctor.rule import Place, finding, rule

@@ -10,6 +10,16 @@ False alarms: none; nothing can be divided by 0.
 Fix safety: no fix: scales need a calibration.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py.
+
+标题: KV 缓存的一个缩放因子是 0
+
+原因: 键和值要除以它：缓存里全是 NaN 或 Inf，回答永远是同一个词元。
+
+处理: 重新校准，所用文本要能激活到这一层。
+
+误报: 无；任何数都不能除以 0。
+
+修复: 不提供修复：缩放因子要靠校准得出。
 """
 
 from doctor.rule import finding, rule

@@ -15,6 +15,16 @@ False alarms: none; without it no engine reads the file.
 Fix safety: no fix: symmetry and version are not in the tensors.
 
 Sources: vllm-project/vllm issues 1100 and 13612; vllm-project/llm-compressor issues 959 and 967.
+
+标题: 张量是打包的，却没有文件说明如何打包
+
+原因: 位宽、分组大小和零点无法从打包的字里确定。引擎会把它当成未量化的检查点，去找并不存在的权重。
+
+处理: 从模型来源处复制 quantize_config.json，或写上制作者使用的 quantization_config。
+
+误报: 无；没有它，任何引擎都读不了。
+
+修复: 不提供修复：对称性和版本不在张量里。
 """
 
 from doctor.rule import Place, finding, rule

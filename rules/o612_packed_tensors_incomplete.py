@@ -15,6 +15,17 @@ Fix safety: no fix: the maker's config is the better source.
 
 Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py; casper-hansen/AutoAWQ
 awq/modules/linear/gemm.py.
+
+标题: 打包的线性层缺张量，或尺寸互相矛盾
+
+原因: 只有 qweight 没有 scales 无法解码。scales 的组数若与 in_features 和 group_size 对不上，说明配置写的分组
+或位宽不是制作时用的：文件加载不了，或解码出错。
+
+处理: 重新复制缺失张量所在的分片；按形状改正 bits 和 group_size。
+
+误报: 使用其他张量名的格式不作判断。
+
+修复: 不提供修复：制作者的配置更可靠。
 """
 
 from doctor.rule import Place, finding, rule

@@ -15,6 +15,16 @@ False alarms: none; the linear has no quantized weights.
 Fix safety: no fix; `--keep NAME` leaves the linear in 16 bits.
 
 Sources: the run's own record of the linear.
+
+标题: 线性层未能量化，且没有更具体的原因
+
+原因: 运行在这个线性层中断，或输出里没有它的权重。已做的尝试列在后面。
+
+处理: 先看同一线性层的其他发现。若没有，请把这一行连同尝试报告给我们：这是我们没见过的情况。
+
+误报: 无；该线性层确实没有量化权重。
+
+修复: 不提供修复；`--keep NAME` 把该线性层保留为 16 位。
 """
 
 from doctor.rule import finding, rule

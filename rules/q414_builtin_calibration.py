@@ -10,6 +10,16 @@ False alarms: none; it says what was used.
 Fix safety: no fix: the text is yours to give.
 
 Sources: doctor/quant/calibrate.py.
+
+标题: 没有给校准文本，用了 doctor 自带的
+
+原因: 自带文本是英文文档，只够初步看看；用于其他语言（如中文）、代码或对话的模型，最好用实际要处理的文本校准。
+
+处理: `--calibration FILE`，内容与实际用途同类。
+
+误报: 无；只说明用了什么。
+
+修复: 不提供修复：文本要由你给。
 """
 
 from doctor.rule import Place, finding, rule
