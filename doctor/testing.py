@@ -4,6 +4,8 @@
 taken from `use_family`, so that the same example plants its defect in several families.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import struct
@@ -11,16 +13,22 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from doctor.dtypes import CODE_NUMPY
 from doctor.edits import to_bf16
+from doctor.lazy import np  # noqa: F401 - rules take it from here
 from doctor.recipe import Recipe
 from doctor.tables import table
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 64, 128, 4, 2, 16, 96, 2
 FAMILIES = ("llama", "qwen2", "mistral", "gemma", "qwen2_moe", "phi3", "opt")
-_family: ContextVar[str] = ContextVar("family", default="llama")
+# Sizes of latent and linear attention, for the families whose shapes are made of them.
+_OWN_SIZES = {"q_lora_rank": 32, "kv_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+              "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+_family: ContextVar[str | None] = ContextVar("family", default=None)
+
+
+class NotHere(Exception):
+    """The example of a rule cannot exist in the family in use; the text says why."""
 
 
 @contextlib.contextmanager
@@ -31,6 +39,22 @@ def use_family(name: str):
         yield
     finally:
         _family.reset(token)
+
+
+def only_in(*families: str, why: str) -> str:
+    """The family in use where it is one of these, the first of these where none is in use. Raises NotHere with `why` for others."""
+    family = _family.get() or families[0]
+    if family not in families:
+        raise NotHere(why)
+    return family
+
+
+def never_in(*families: str, why: str) -> str:
+    """The family in use. Raises NotHere with `why` where it is one of these."""
+    family = _family.get() or "llama"
+    if family in families:
+        raise NotHere(why)
+    return family
 
 
 @dataclass
@@ -51,12 +75,21 @@ class Case:
     def config(self) -> dict:
         return self.json["config.json"]
 
-    def name(self, role: str, block: int = 0) -> str:
-        """Tensor name of the first linear of a role ("down", "k", …) in a block of this family."""
+    @property
+    def spec(self):
+        """ModelSpec of the config and the tensors as they are now."""
         from doctor.spec import build_spec
 
-        spec = build_spec(self.config, self.infos())
-        found = [x.tensor for x in spec.linears if x.role == role and x.block == block]
+        return build_spec(self.config, self.infos())
+
+    @property
+    def head(self) -> str:
+        """Tensor name of the output head, stored or not."""
+        return table("architectures")["families"][self.family].get("lm_head", "lm_head") + ".weight"
+
+    def name(self, role: str, block: int = 0) -> str:
+        """Tensor name of the first linear of a role ("down", "k", …) in a block of this family."""
+        found = [x.tensor for x in self.spec.linears if x.role == role and x.block == block]
         if not found:
             raise KeyError(f"{self.family} has no linear of role {role!r}")
         return found[0]
@@ -120,11 +153,14 @@ def shard_bytes(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes
     return struct.pack("<Q", len(raw)) + raw + b"".join(np.ascontiguousarray(c).tobytes() for c in tensors.values())
 
 
-def tiny(family: str | None = None, dtype: str = "BF16") -> Case:
-    """A healthy checkpoint of two blocks: hidden 64, intermediate 128, 4 heads of 16 (2 for keys), vocabulary 96."""
-    family = family or _family.get()
+def tiny(family: str | None = None, dtype: str = "BF16", mlp: int | None = None) -> Case:
+    """A healthy checkpoint of two blocks: hidden 64, intermediate 128, 4 heads of 16 (2 for keys), vocabulary 96.
+
+    mlp: another width for all its MLPs, experts included.
+    """
+    family = family or _family.get() or "llama"
     entry = table("architectures")["families"][family]
-    config = _config(family, entry)
+    config = _config(family, entry, mlp)
     rng = np.random.default_rng(7)
     tensors, dtypes = {}, {}
     for name, shape in _shapes(entry, config):
@@ -133,16 +169,20 @@ def tiny(family: str | None = None, dtype: str = "BF16") -> Case:
     return Case(family, tensors, dtypes, {"config.json": config, **_tokenizer_files(config)})
 
 
-def _config(family: str, entry: dict) -> dict:
+def _config(family: str, entry: dict, mlp: int | None) -> dict:
     generic = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
                "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "max_position_embeddings": 256, "num_experts": 4,
                "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN, "shared_expert_intermediate_size": HIDDEN}
+    if mlp is not None:
+        generic |= dict.fromkeys((k for k in generic if "intermediate" in k), mlp)
     keys = entry["config_keys"]
     config = {"architectures": [entry["architecture"]], "model_type": entry["model_type"]}
     for name, value in generic.items():
         key = keys.get(name)
         if isinstance(key, str) and key.isidentifier():
             config[key] = value
+    used = " ".join(e for item in [*entry["linears"], *entry["other_tensors"]] for e in item["shape"])
+    config |= {name: size for name, size in _OWN_SIZES.items() if name in used}
     if "norm_eps" in keys and isinstance(keys["norm_eps"], str):
         config[keys["norm_eps"]] = 1e-6
     if "num_key_value_heads" in config:
@@ -163,12 +203,15 @@ def _shapes(entry: dict, config: dict):
             continue
         shape = tuple(evaluate(e, lambda k: _lookup(config, family, k)) for e in item["shape"])
         for i in range(LAYERS) if "{i}" in item["tensor"] else [None]:
-            for e in range(config.get("num_experts", 0)) if "{e}" in item["tensor"] else [None]:
+            for e in range(_lookup(config, family, "num_experts") or 0) if "{e}" in item["tensor"] else [None]:
                 name = item["tensor"].replace("{i}", str(i)).replace("{e}", str(e))
                 yield name, shape
                 if item.get("bias") is True:
                     out = shape[-1] if str(item.get("orientation", "")).startswith("in_out") else shape[0]
-                    yield name.replace(".weight", ".bias"), (out,)
+                    if len(shape) == 3:  # a stack of experts has one bias each
+                        yield f"{name}_bias", (shape[0], out)
+                    else:
+                        yield name.replace(".weight", ".bias"), (out,)
     if entry["norm_classes"] == ["LayerNorm"] and family == "opt":
         for i in range(LAYERS):
             for norm in ("self_attn_layer_norm", "final_layer_norm"):

@@ -39,7 +39,7 @@ def tokenizer_without_vocabulary(checkpoint, json_files):
     if isinstance(model, dict) and isinstance(model.get("vocab"), (dict, list)) and model["vocab"]:
         return
     what = "no model.vocab" if isinstance(value, dict) else f"a JSON {type(value).__name__} instead of an object"
-    yield finding(f"tokenizer.json has {what}", at=Place("tokenizer.json"), fix=Fix("fetch tokenizer.json again", (), "manual"))
+    yield finding(f"tokenizer.json has {what}", at=Place("tokenizer.json", pointer=""), fix=Fix("fetch tokenizer.json again", (), "manual"))
 
 
 def bad():
