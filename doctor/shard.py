@@ -121,11 +121,10 @@ def _parse_json(shard: Shard, raw: bytes) -> None:
     duplicates: list[str] = []
 
     def pairs(items):
-        seen = {}
-        for key, value in items:
-            if key in seen:
-                duplicates.append(key)
-            seen[key] = value
+        seen = dict(items)
+        if len(seen) < len(items):
+            met = set()
+            duplicates.extend(key for key, _ in items if key in met or met.add(key))
         return seen
 
     try:
