@@ -135,7 +135,12 @@ def conclude(fits: list[Fitness], biases: dict[int, dict], layers: int, reason: 
     The simulation decides where there is one, since a large bias does no harm where the signal is large too; else the biases do.
     """
     if fits:
-        return _by_simulation(fits, layers)
+        found = _by_simulation(fits, layers)
+        large = max(biases, key=lambda i: biases[i]["absmax"], default=None)
+        if found["level"] == "Q4" and large is not None and biases[large]["key_bits"] > 4:
+            found["sentences"].append(f"The key bias of layer {large} reaches {biases[large]['absmax']:.3g}, by its size alone a reason for "
+                                      f"{biases[large]['key_bits']} bits; against this layer's queries it weighs little. --measure settles it.")
+        return found
     if not biases:
         return {"level": "unknown", "sentences": [f"Not judged: {(reason or 'there is no layer with plain keys').removesuffix('.')}.",
                                                   "Q8 is the choice that needs no judgement; --measure decides."]}

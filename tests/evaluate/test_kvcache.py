@@ -19,7 +19,7 @@ from doctor.evaluate.kvcache import conclude, key_biases
 from doctor.evaluate.verify import _rows
 from doctor.report.kv_text import render_kvcache
 from doctor.spec import build_spec
-from doctor.testing import encode, tiny
+from doctor.testing import encode, tiny, tiny_gptq
 
 LAYER, CHANNEL = 1, 5
 
@@ -182,7 +182,8 @@ def test_without_a_simulation_the_biases_decide_and_without_them_nothing_does():
 
 def test_a_large_bias_that_the_simulation_clears_is_no_reason_to_refuse():
     """Qwen2-72B has the family's biases and is fine at 4 bits."""
-    assert conclude([fit(0, 0.3)], {0: {"tensor": "x", "absmax": 90.0, "key_bits": 8}}, 1)["level"] == "Q4"
+    found = conclude([fit(0, 0.3)], {0: {"tensor": "x", "absmax": 90.0, "key_bits": 8}}, 1)
+    assert found["level"] == "Q4" and "layer 0 reaches 90, by its size alone a reason for 8 bits" in found["sentences"][-1]
 
 
 # the command
@@ -220,6 +221,11 @@ def test_a_config_without_weights_still_has_its_sizes(tmp_path):
     report = kvcache(tmp_path)
     assert report.data["schemes"][0]["kib_per_token"] == 0.25 and report.data["advice"]["level"] == "unknown"
     assert "no weights to look at" in render_kvcache(report)
+
+
+def test_a_quantized_checkpoint_is_judged_by_what_its_weights_decode_to(tmp_path):
+    data = kvcache(tiny_gptq("qwen2").write(tmp_path / "m")).data
+    assert data["advice"]["level"] == "Q4" and len(data["fitness"]) == 2 and not data["not_predicted"]
 
 
 def test_latent_attention_is_sized_and_not_judged(tmp_path):
