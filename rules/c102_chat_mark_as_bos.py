@@ -25,7 +25,7 @@ dolphin-2.9.2-qwen2-72b, where 151644 was set and later changed back to 151643.
 """
 
 from doctor.rule import TURN_MARKS, Fix, Place, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.testing import only_in, tiny
 
 VENDOR = "<|endoftext|>"
 
@@ -61,7 +61,7 @@ def bad():
 
 
 def good():
-    case = tiny("qwen2")
+    case = tiny(only_in("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", why="the marks are those of Qwen"))
     vocabulary = case.json["tokenizer.json"]["model"]["vocab"]
     for number, token in ((4, VENDOR), (5, "<|im_start|>")):
         old = next(t for t, i in vocabulary.items() if i == number)

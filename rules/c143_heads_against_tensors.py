@@ -27,7 +27,7 @@ Sources: transformers src/transformers/models/llama/modeling_llama.py; Mistral-N
 """
 
 from doctor.rule import MISSING, Fix, Place, SetJson, assume, finding, keys_of, rule, solve
-from doctor.testing import tiny
+from doctor.testing import never_in, tiny
 
 KEYS = ("num_key_value_heads", "head_dim", "num_attention_heads", "num_kv_heads", "n_head", "n_heads", "num_heads", "kv_channels",
         "multi_query_group_num", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim")
@@ -67,7 +67,7 @@ def _cures(placement, misfit):
 
 
 def bad():
-    case = tiny("llama")
+    case = tiny(never_in("opt", why="every query head has a key head of its own"))
     case.config["num_key_value_heads"] = 4
     return case, "num_key_value_heads * head_dim = 64 by config.json; model.layers.0.self_attn.k_proj.weight [32, 64] has 32 rows"
 

@@ -28,7 +28,7 @@ Sources: transformers src/transformers/models/llama/configuration_llama.py.
 """
 
 from doctor.rule import Fix, Place, finding, rule
-from doctor.testing import tiny
+from doctor.testing import never_in, tiny
 
 
 @rule("C157", "error", implied_by=("C156", "F051"))
@@ -39,7 +39,7 @@ def heads_indivisible(checkpoint, spec):
         return
     key = spec.key_for("num_key_value_heads")
     if kv and heads % kv and not isinstance(spec.config.get(key), list):
-        yield finding(f"{heads} query heads cannot be shared by {kv} key heads: {heads} / {kv} is not whole",
+        yield finding(f"{spec.key_for('num_attention_heads')} {heads} is no multiple of {kv} key heads: {heads} / {kv} is not whole",
                       at=Place("config.json", pointer=spec.at(key)), evidence={"heads": heads, "kv_heads": kv}, fix=manual)
     stated = any(spec.config.get(k) is not None for k in ("head_dim", "kv_channels", "attention_head_dim", "qk_rope_head_dim"))
     if not stated and spec.hidden and spec.hidden % heads and spec.hidden // heads == spec.head_dim:
@@ -49,10 +49,10 @@ def heads_indivisible(checkpoint, spec):
 
 
 def bad():
-    case = tiny("llama")
+    case = tiny(never_in("opt", why="every query head has a key head of its own"))
     case.config["num_attention_heads"] = 5
     del case.config["head_dim"]
-    return case, "5 query heads cannot be shared by 2 key heads: 5 / 2 is not whole"
+    return case, "num_attention_heads 5 is no multiple of 2 key heads: 5 / 2 is not whole"
 
 
 def good():

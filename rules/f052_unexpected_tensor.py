@@ -65,13 +65,12 @@ def _bias_is_denied(spec, tail, placement, info):
 
 
 def bad():
-    case = tiny("llama")
-    name = "model.layers.0.self_attn.q_proj.bias"
-    case.tensors[name] = case.tensors["model.norm.weight"].copy()
-    case.tensors[name.replace(".0.", ".1.")] = case.tensors["model.norm.weight"].copy()
-    case.dtypes |= {name: "BF16", name.replace(".0.", ".1."): "BF16"}
-    case.config["attention_bias"] = False
-    return case, f"{name} has no place in a llama model"
+    case = tiny()
+    for block in (1, 0):
+        source = case.name("o", block)
+        name = source.replace(".weight", "_2.weight")
+        case.tensors[name], case.dtypes[name] = case.tensors[source][::-1], "BF16"
+    return case, f"{name} has no place in a {case.family} model"
 
 
 def good():

@@ -12,7 +12,8 @@ Do: set tie_word_embeddings to true if the base model ties them; else fetch the 
 
 False alarms: models without a language head (embedding models) under a CausalLM name.
 
-Fix safety: unsafe: it is right only if the model was trained with one matrix for both.
+Fix safety: unsafe: it is right only if the model was trained with one matrix for both. With `--from` the base model decides: a base that
+ties them makes the flag safe; one that stores a head gives its head, unsafe, because this model's may have been trained.
 
 Sources: QwenLM/Qwen issue 1101; tried with transformers 5.23.
 
@@ -31,11 +32,12 @@ Sources: QwenLM/Qwen issue 1101; tried with transformers 5.23.
 from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
 from doctor.testing import tiny
 
+HEAD = "lm_head.weight"
 FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010", "F011", "F018", "F019", "F020", "F057", "F058", "C147")
 
 
 @rule("F053", "error", implied_by=FILES)
-def missing_head(checkpoint, placement, config):
+def missing_head(checkpoint, placement, config, tensors, base):
     spec = placement.spec
     if spec.tied or spec.head_tensor or not spec.embed_tensor or spec.family is None or "CausalLM" not in spec.architecture:
         return
@@ -43,14 +45,24 @@ def missing_head(checkpoint, placement, config):
     stated = "false" if spec.tie_stated is False else f"not stated (false for {spec.family})"
     yield finding(f"no lm_head.weight, and tie_word_embeddings is {stated}", at=Place("config.json", pointer=at),
                   evidence={"tied": False},
-                  fix=Fix('set "tie_word_embeddings": true', (SetJson("config.json", at, True, config.get("tie_word_embeddings", MISSING)),),
-                          "unsafe"),
+                  fix=_fix(spec, tensors, SetJson("config.json", at, True, config.get("tie_word_embeddings", MISSING)), base),
                   advice="set the flag if the base model ties head and embedding; else fetch the shard that holds lm_head.weight")
 
 
+def _fix(spec, tensors, flag, base):
+    title = 'set "tie_word_embeddings": true'
+    head = base.ties() if base else None
+    if head is True:
+        return Fix(f"{title}, as {base.text} does", (flag,))
+    embed = tensors[spec.embed_tensor]
+    taken = base.offer(HEAD, embed.dtype.name, embed.shape) if head is False else None
+    return Fix(f"take {HEAD} from {base.text}", (taken,), "unsafe") if taken else Fix(title, (flag,), "unsafe")
+
+
 def bad():
-    case = tiny("llama")
-    del case.tensors["lm_head.weight"]
+    case = tiny()
+    case.config["tie_word_embeddings"] = False
+    case.tensors.pop(case.head, None)
     return case, "no lm_head.weight, and tie_word_embeddings is false"
 
 

@@ -81,7 +81,7 @@ def _and(words):
 
 
 def bad():
-    case = tiny("llama")
+    case = tiny()
     case.recipe = case.recipe.with_field("group_size", 128)
     return (
         case,
@@ -90,6 +90,6 @@ def bad():
 
 
 def good():
-    case = tiny("llama")
+    case = tiny()
     case.recipe = case.recipe.with_field("group_size", 64)
     return case

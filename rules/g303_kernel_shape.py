@@ -69,7 +69,7 @@ def kernel_shape(checkpoint, layout, kernels, spec, recipe):
 
 
 def bad():
-    case = tiny("llama")
+    case = tiny()
     case.recipe = case.recipe.with_field("runtime", "sglang")
     case.recipe = case.recipe.with_field("group_size", 64)
     return case, (
@@ -79,6 +79,6 @@ def bad():
 
 
 def good():
-    case = tiny("llama")
+    case = tiny()
     case.recipe = case.recipe.with_field("runtime", "vllm")
     return case

@@ -62,12 +62,12 @@ def plan_unsupported(checkpoint, layout, kernels, recipe):
 
 
 def bad():
-    case = tiny("llama")
+    case = tiny()
     case.recipe = case.recipe.with_field("runtime", "exllamav2").with_field("bits", 8)
     return case, "exllamav2 has no kernel for gptq 8-bit group 32"
 
 
 def good():
-    case = tiny("llama")
+    case = tiny()
     case.recipe = case.recipe.with_field("runtime", "exllamav2")
     return case

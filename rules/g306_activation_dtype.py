@@ -48,7 +48,7 @@ def activation_dtype(checkpoint, kernels, spec, recipe):
 
 
 def bad():
-    case = tiny("llama")
+    case = tiny()
     case.recipe = (
         case.recipe.with_field("runtime", "vllm").with_field("runtime_version", "0.9.0").with_field("bits", 3)
     )
@@ -56,6 +56,6 @@ def bad():
 
 
 def good():
-    case = tiny("llama")
+    case = tiny()
     case.recipe = case.recipe.with_field("runtime", "vllm")
     return case

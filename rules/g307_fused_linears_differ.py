@@ -28,8 +28,8 @@ vllm issues 47473, 50214 and 53992; turboderp/exllamav2 exllamav2/module.py.
 修复: 不提供修复：两种选择都可以。
 """
 
-from doctor.rule import FUSED, finding, rule
-from doctor.testing import tiny
+from doctor.rule import FUSED, Place, finding, rule
+from doctor.testing import never_in, tiny
 
 FUSING = ("vllm", "sglang", "exllamav2")
 
@@ -54,6 +54,7 @@ def fused_linears_differ(checkpoint, layout, recipe, spec):
             yield finding(
                 f"{parent}: {', '.join(inside)} in {layout.bits} bits and {', '.join(outside)} in 16 bits, "
                 f"but engines fuse them into one matrix",
+                at=Place("", tensor=next(x.tensor for x in members if x.name in missed)),
                 severity="error" if recipe.runtime in FUSING else "warning",
                 evidence={"quantized": inside, "kept": outside},
                 advice="keep all of them in 16 bits, or none",
@@ -61,7 +62,7 @@ def fused_linears_differ(checkpoint, layout, recipe, spec):
 
 
 def bad():
-    case = tiny("llama")
+    case = tiny(never_in("phi3", why="query, key and value are stored as one matrix"))
     case.recipe = case.recipe.with_field("keep", ("layers.1.self_attn.k_proj",)).with_field("runtime", "vllm")
     return (
         case,
@@ -70,6 +71,6 @@ def bad():
 
 
 def good():
-    case = tiny("llama")
+    case = tiny(never_in("phi3", why="query, key and value are stored as one matrix"))
     case.recipe = case.recipe.with_field("keep", ("*.self_attn.[qkv]_proj",))
     return case

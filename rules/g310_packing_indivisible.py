@@ -30,10 +30,8 @@ awq/modules/linear/gemm.py.
 修复: 不提供修复：哪些线性层留在 16 位由你决定。
 """
 
-import numpy as np
-
-from doctor.rule import finding, rule
-from doctor.testing import encode, tiny
+from doctor.rule import Place, finding, rule
+from doctor.testing import tiny
 
 # (in_features, out_features) multiples. AutoAWQ asserts out % 8 but sizes its buffer by 32, so 32 is what works.
 UNITS = {"gptq": (32, 32), "gptq_v2": (32, 32), "awq": (1, 32)}
@@ -54,19 +52,15 @@ def packing_indivisible(checkpoint, layout):
         )
         yield finding(
             f"{role} ({len(linears)} linears) cannot be packed as {layout.format}: {wrong}",
+            at=Place("", tensor=f"{linears[0].name}.weight"),
             evidence={"in_features": width, "out_features": height, "linears": len(linears)},
             advice=f"--keep '{linears[0].name.rsplit('.', 1)[-1]}' leaves them in 16 bits",
         )
 
 
 def bad():
-    case = tiny("llama")
-    case.config["intermediate_size"] = 144
+    case = tiny(mlp=144)
     case.recipe = case.recipe.with_field("group_size", -1)
-    for name in list(case.tensors):
-        if ".mlp." in name:
-            shape = (64, 144) if "down" in name else (144, 64)
-            case.tensors[name] = encode(0.01 + 0.001 * (np.arange(144 * 64).reshape(shape) % 7), "BF16")
     return case, "down (2 linears) cannot be packed as gptq: in_features 144 is no multiple of 32"
 
 

@@ -28,7 +28,7 @@ before it calibrates).
 """
 
 from doctor.rule import Place, finding, rule
-from doctor.testing import tiny
+from doctor.testing import only_in, tiny
 
 MLP = ("gate", "up", "gate_up", "down")
 
@@ -54,7 +54,7 @@ def stacked_experts(checkpoint, layout, spec, tensors):
 
 
 def bad():
-    return tiny("granitemoe"), (
+    return tiny(only_in("granitemoe", "llama4_text", "gpt_oss", why="its experts are not stacked")), (
         "4 stacks of experts (first model.layers.0.block_sparse_moe.input_linear.weight) hold 84% of the weights "
         "and stay in 16 bits"
     )

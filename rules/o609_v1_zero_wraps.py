@@ -25,10 +25,8 @@ gptqmodel/utils/model.py.
 修复: 不提供修复：本意是哪个，文件里没有。
 """
 
-import numpy as np
-
 from doctor.rule import finding, rule
-from doctor.testing import tiny_gptq
+from doctor.testing import np, tiny_gptq
 
 
 @rule("O609", "warning", certainty="likely")
@@ -49,7 +47,7 @@ def v1_zero_wraps(checkpoint, quantization, packed_words):
 
 
 def bad():
-    case = tiny_gptq("llama")
+    case = tiny_gptq()
     case.config["quantization_config"]["sym"] = False
     name = case.packed("down") + ".qzeros"
     case.tensors[name][0, 0] = np.uint32(0x777777F7).view(np.int32)
@@ -57,6 +55,6 @@ def bad():
 
 
 def good():
-    case = tiny_gptq("llama")
+    case = tiny_gptq()
     case.config["quantization_config"]["sym"] = False
     return case

@@ -47,7 +47,7 @@ def quantization_config_missing(checkpoint, quantization_block, tensors):
 
 
 def bad():
-    case = tiny_gptq("llama")
+    case = tiny_gptq()
     del case.config["quantization_config"]
     return (
         case,
@@ -56,4 +56,4 @@ def bad():
 
 
 def good():
-    return tiny_gptq("llama")
+    return tiny_gptq()

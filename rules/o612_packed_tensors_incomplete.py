@@ -69,11 +69,11 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors):
 
 
 def bad():
-    case = tiny_gptq("llama")
+    case = tiny_gptq()
     name = case.packed("down")
     del case.tensors[f"{name}.scales"]
     return case, f"{name} is packed but has no scales"
 
 
 def good():
-    return tiny_gptq("llama")
+    return tiny_gptq()

@@ -22,10 +22,8 @@ Sources: AutoGPTQ/AutoGPTQ issue 306 (an old shard mixed with a new index gave N
 修复: 不安全：丢弃的是该目录里唯一的全精度副本。
 """
 
-import numpy as np
-
 from doctor.rule import DropTensor, Fix, Place, finding, rule
-from doctor.testing import encode, tiny_gptq
+from doctor.testing import encode, np, tiny_gptq
 
 
 @rule("O614", "warning")
@@ -43,11 +41,11 @@ def packed_and_plain(checkpoint, quantization, layout, tensors):
 
 
 def bad():
-    case = tiny_gptq("llama")
+    case = tiny_gptq()
     name = case.packed("down") + ".weight"
     case.tensors[name], case.dtypes[name] = encode(np.sin(np.arange(8192.0)).reshape(64, 128), "BF16"), "BF16"
     return case, f"{name} stands beside its packed form"
 
 
 def good():
-    return tiny_gptq("llama")
+    return tiny_gptq()

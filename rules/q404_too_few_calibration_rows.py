@@ -47,9 +47,9 @@ def too_few_calibration_rows(linear, hessian):
 
 def bad():
     case = measured()
-    name = case.name("down").removesuffix(".weight")
-    change(case, f"linear:{name}", "hessian", tokens=100)
-    return case, f"{name} saw 100 calibration tokens for 128 in_features"
+    name = case.name("o").removesuffix(".weight")
+    change(case, f"linear:{name}", "hessian", tokens=20)
+    return case, f"{name} saw 20 calibration tokens for 64 in_features"
 
 
 def good():
