@@ -166,9 +166,11 @@ def _by_simulation(fits: list[Fitness], layers: int) -> dict:
     sentences = [f"4-bit keys move the attention logits of layer {worst.block} by {error:.2f} (rms), more than those of any other layer: "
                  + {"Q4": f"below {FINE:g}, where 4 bits cost a few percent of perplexity.", "Q6": f"between {FINE:g} and {BROKEN:g}, where text gets worse.",
                     "never Q4": f"above {BROKEN:g}, where heads attend to the wrong tokens."}[level], _WHAT_TO_DO[level]]
+    eight, fp8 = (max((f.errors[k] for f in fits), key=_sortable) for k in ("8-bit", "FP8"))
+    if level != "never Q4" and not fp8 <= error:
+        sentences.append(f"FP8 (e5m2) keys move them by {fp8:.2f}, more than 4-bit keys do, and take more room.")
     if level == "never Q4":
         bad = [f.block for f in fits if f.advice == "never Q4"]
-        eight, fp8 = (max((f.errors[k] for f in fits), key=_sortable) for k in ("8-bit", "FP8"))
         sentences.append(f"{len(bad)} of {layers} layers are this bad ({_listed(bad)}): an engine with a type per layer needs wide keys only there.")
         sentences.append(f"There 8-bit keys move the logits by at most {eight:.2f}, FP8 (e5m2) by {fp8:.2f}."
                          + ("" if eight <= BROKEN else " Run --measure before relying on 8 bits."))

@@ -164,6 +164,8 @@ def fit(block, four, eight=0.1, fp8=0.5, peak=10.0):
 def test_advice_follows_the_worst_layer_and_names_what_is_no_way_out():
     assert conclude([fit(0, 0.2), fit(1, 0.49)], {}, 2)["level"] == "Q4"
     assert conclude([fit(0, 0.2), fit(1, 0.7)], {}, 2)["level"] == "Q6"
+    assert "FP8 (e5m2) keys move them by 0.50, more than 4-bit keys do" in conclude([fit(0, 0.2)], {}, 1)["sentences"][-1]
+    assert "FP8" not in " ".join(conclude([fit(0, 0.6)], {}, 1)["sentences"])
     worst = conclude([fit(0, 19.2, 1.27, 3.0), fit(1, 0.2), fit(2, 2.0)], {}, 24)
     assert worst["level"] == "never Q4" and "2 of 24 layers are this bad (0, 2)" in " ".join(worst["sentences"])
     assert "8-bit keys move the logits by at most 1.27, FP8 (e5m2) by 3.00. Run --measure" in " ".join(worst["sentences"])
