@@ -1,0 +1,93 @@
+"""The five rungs that stand in for a GPU, and the lines that say on which of them this run stood.
+
+A test belongs to a rung by its marker or, when it runs on several devices, by its device.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import host  # noqa: E402
+
+RUNGS = {
+    "R0": "the reference equals the definition",
+    "R1": "the kernel source, built for the host, equals the reference",
+    "R2": "nvcc and NVRTC compile every kernel without a warning or a spill",
+    "R3": "goldens recorded on a device are reproduced",
+    "R4": "kernels on a GPU equal the reference",
+}
+RESULTS = {rung: Counter() for rung in RUNGS}
+REASONS = {rung: Counter() for rung in RUNGS}
+REPORT_LINES = []
+
+
+def pytest_configure(config):
+    for rung, meaning in RUNGS.items():
+        config.addinivalue_line("markers", f"{rung}: {meaning}")
+
+
+def rung_of(item):
+    device = getattr(item, "callspec", None) and item.callspec.params.get("device")
+    if device:
+        return {"host": "R1", "gpu": "R4"}[device]
+    return next((rung for rung in RUNGS if item.get_closest_marker(rung)), None)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if Path(__file__).parent not in item.path.parents:
+        return
+    rung = rung_of(item)
+    if rung is None or not (report.when == "call" or report.skipped or report.failed):
+        return
+    RESULTS[rung]["passed" if report.passed else "skipped" if report.skipped else "failed"] += 1
+    if report.skipped:
+        REASONS[rung][str(report.longrepr[2]).removeprefix("Skipped: ")] += 1
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not any(RESULTS.values()):
+        return
+    terminalreporter.section("kernels without a GPU: how far the proof went")
+    for rung, meaning in RUNGS.items():
+        counts = ", ".join(f"{RESULTS[rung][what]} {what}" for what in ("passed", "failed", "skipped") if RESULTS[rung][what])
+        reasons = "; ".join(f"{count}x {reason}" for reason, count in REASONS[rung].items())
+        terminalreporter.write_line(f"{rung} {meaning}: {counts or 'not run'}{f' ({reasons})' if reasons else ''}")
+    for line in REPORT_LINES:
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def host_builds(tmp_path_factory):
+    """Folder of <source>.so for every kernel source."""
+    if host.COMPILER is None:
+        pytest.skip("no g++ here: the kernel source cannot be built for the host")
+    folder = tmp_path_factory.mktemp("builds")
+    for source in host.SOURCES:
+        host.build(source, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def host_engine(host_builds, tmp_path_factory):
+    return host.engine(tmp_path_factory.mktemp("host"), host_builds)
+
+
+@pytest.fixture(params=["host", "gpu"])
+def device(request):
+    """(engine, torch device): the host build behind the real launcher, or a GPU."""
+    import torch
+
+    from doctor.quant import kernels
+
+    if request.param == "host":
+        return request.getfixturevalue("host_engine"), torch.device("cpu")
+    reason = kernels.available("cuda")
+    if reason:
+        pytest.skip(f"no GPU run: {reason}")
+    return kernels.engine_for(torch.device("cuda", 0)), torch.device("cuda", 0)
