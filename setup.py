@@ -17,7 +17,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 HOST = "cuda/host"
-PER_LEVEL = ["scan.c"]
+PER_LEVEL = {"scan.c": [], "solve.c": ["-ffp-contract=off"]}  # with flags of its own
 HEADERS = ["level.h", "scan_type.h"]
 
 # No fast-math in any of them: NaN is what the library looks for.
@@ -41,9 +41,10 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext):
         objects = []
         for level, level_flags in LEVELS.items():
-            objects += self.compiler.compile([f"{HOST}/{name}" for name in PER_LEVEL], depends=ext.depends,
-                                             output_dir=os.path.join(self.build_temp, level),
-                                             macros=[("LEVEL", level)], extra_postargs=FLAGS + level_flags)
+            for name, own_flags in PER_LEVEL.items():
+                objects += self.compiler.compile([f"{HOST}/{name}"], depends=ext.depends,
+                                                 output_dir=os.path.join(self.build_temp, level),
+                                                 macros=[("LEVEL", level)], extra_postargs=FLAGS + level_flags + own_flags)
         objects += self.compiler.compile([f"{HOST}/cpu.c"], output_dir=self.build_temp, extra_postargs=FLAGS)
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name))
 

@@ -32,9 +32,10 @@ from dataclasses import dataclass
 import torch
 
 from doctor.errors import NotQuantizable
+from doctor.quant import solver
 from doctor.quant.grid import (Grid, contiguous_groups, dequantize, fit, group_width, quantize, require_finite,
                                store_scale)
-from doctor.quant.hessian import Attempt, exact_products, factorise_with_escalation, live_mean
+from doctor.quant.hessian import Attempt, all_finite, exact_products, factorise_with_escalation, live_mean
 
 _BLOCK = 128
 _SUB = 16
@@ -150,6 +151,8 @@ def descend(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, g
             ) -> torch.Tensor:
     """One pass of coordinate descent: each code u8[n, k] in turn to its best value given all others, under H."""
     top = 2**bits - 1
+    if solver.usable(W, H):
+        return _descend_natively(W, H, codes, grid, g_idx, top)
     index = g_idx.to(torch.int64)
     scale, zero = grid.scale.T[index], grid.zero.T[index].to(torch.float32)     # [k, n]
     T, chosen = W.T.contiguous(), codes.T.to(torch.float32)
@@ -171,6 +174,23 @@ def descend(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, g
         if end < len(H):
             pull[end:].addmm_(H[end:, begin:end], error[begin:end] - before)
     return chosen.T.to(torch.uint8).contiguous()
+
+
+def _descend_natively(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, top: int
+                      ) -> torch.Tensor:
+    T, owner = W.T.contiguous(), g_idx.to(torch.int32)
+    scale, zero = grid.scale.T.contiguous(), grid.zero.T.to(torch.float32).contiguous()
+    error = (W - dequantize(codes, grid, g_idx)).T.contiguous()
+    pull = H @ error
+    chosen = torch.empty(T.shape, dtype=torch.uint8)
+    moved = torch.empty(_BLOCK, T.shape[1])
+    for begin in range(0, len(H), _BLOCK):
+        end = min(len(H), begin + _BLOCK)
+        solver.descend(T[begin:end], H[begin:end, begin:end], owner[begin:end], scale, zero, top, pull[begin:end],
+                       error[begin:end], chosen[begin:end], moved[:end - begin])
+        if end < len(H):
+            pull[end:].addmm_(H[end:, begin:end], moved[:end - begin])
+    return chosen.T.contiguous()
 
 
 def refit_scales(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor,
@@ -223,13 +243,17 @@ def _round_columns(T: torch.Tensor, U: torch.Tensor, rules: _Rules, groups: torc
     k, n = T.shape
     top = 2**rules.bits - 1
     owner = groups.tolist()
+    groups = groups.to(torch.int32)
     codes = torch.empty(k, n, dtype=torch.uint8, device=T.device)
+    fast = solver.usable(T, U)
     if static is None:
         scale, zero = torch.empty(2, k // width, n, device=T.device)
         block, sub = _blocks_for(width)
     else:
         scale, zero = static.scale.T.contiguous(), static.zero.T.to(torch.float32).contiguous()
         block, sub = _BLOCK, _SUB
+    if fast:    # the native loop takes as many columns as have their grids: all of a block, or of a group fitted on the way
+        sub = block if static is not None else min(width, block)
     errors = torch.empty(block, n, device=T.device)
     for begin in range(0, k, block):
         end = min(k, begin + block)
@@ -239,7 +263,10 @@ def _round_columns(T: torch.Tensor, U: torch.Tensor, rules: _Rules, groups: torc
                 own = slice(first, first + width)
                 fitted = rules.fit(T[own].T, cost[own], -1)
                 scale[owner[first]], zero[owner[first]] = fitted.scale[:, 0], fitted.zero[:, 0].to(torch.float32)
-            for j in range(first, last):
+            if fast:
+                solver.round_columns(T[first:last], U[first:last, first:last], groups[first:last], scale, zero, top,
+                                     codes[first:last], errors[first - begin:last - begin])
+            for j in () if fast else range(first, last):
                 step, middle = scale[owner[j]], zero[owner[j]]
                 code = (T[j] / step).round_().add_(middle).clamp_(0, top)
                 codes[j] = code
@@ -279,8 +306,8 @@ def _require_hessian(W: torch.Tensor, H: torch.Tensor) -> None:
     k = W.shape[1]
     if tuple(H.shape) != (k, k):
         raise NotQuantizable(f"H is {list(H.shape)} for W[{W.shape[0]}, {k}]: H must be [{k}, {k}].")
-    bad = ~torch.isfinite(H)
-    if bad.any():
+    if not all_finite(H):
+        bad = ~torch.isfinite(H)
         column = int(bad.any(0).to(torch.uint8).argmax())
         raise NotQuantizable(f"H has {int(bad.sum())} non-finite entries, first in column {column}: calibration "
                              "activations were not finite, or their squares overflowed; no damping can repair it.",

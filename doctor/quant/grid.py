@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from doctor.errors import NotQuantizable
+from doctor.quant import solver
 
 BITS = (2, 3, 4, 8)
 # Shrink factors of the min-max scale. Above 1: absmax lands on the last code on both sides (7.5/7 at 4 bits).
@@ -73,6 +74,12 @@ def fit(W: torch.Tensor, bits: int, group_size: int, sym: bool, *, mse: bool = F
     require_finite(W)
     grouped = W.to(torch.float32).reshape(n, k // width, width)
     cost = None if weight is None else weight.to(W.device, torch.float32).reshape(1, k // width, width)
+    candidates = torch.tensor([*_RATIOS, *_FINE])
+    found = solver.fit(grouped.reshape(n, k), None if cost is None else cost.reshape(k), width, solver.rule(
+        bits, sym, turn=signed, mse=mse, zero_min=zero_min, dtype=scale_dtype, ratios=len(_RATIOS), fine=len(_FINE),
+        refits=_REFITS), candidates)
+    if found is not None and torch.isfinite(found[0]).all():    # where it is not, the code below names the scale
+        return Grid(*found)
     scale = torch.empty(n, k // width, device=W.device)
     zero = torch.empty(n, k // width, device=W.device, dtype=torch.int32)
     rows = max(1, (_CHUNK_CPU if W.device.type == "cpu" else _CHUNK_DEVICE) // k)
