@@ -36,6 +36,15 @@ class Base:
             self._offers[name] = TakeTensor(name, str(self.checkpoint.root), digest(self.checkpoint, info)) if whole else None
         return self._offers[name]
 
+    def ties(self) -> bool | None:
+        """Whether the base has one matrix for embedding and head; None where its files do not say it twice, by flag and by tensors."""
+        config = self.checkpoint.value("config.json") or {}
+        flags = {b.get("tie_word_embeddings") for b in (config, config.get("text_config")) if isinstance(b, dict)} - {None}
+        stored = any(n.endswith("lm_head.weight") for n in self.checkpoint.tensors)
+        if flags == {True} and not stored:
+            return True
+        return False if stored and True not in flags else None
+
     def agrees(self, info: TensorInfo) -> tuple[bool, str]:
         """(whether all finite values of this tensor are the base's, bit by bit, and enough of them; what was found)."""
         if info.name not in self._equal:

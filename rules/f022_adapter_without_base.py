@@ -52,7 +52,7 @@ def adapter_without_base(checkpoint, files, json_files, base):
     of = f" of {named}" if isinstance(named, str) and named else ""
     edits, why = _merge(checkpoint, value, base.checkpoint) if base is not None else ((), "")
     manual = f"merge it with PEFT's merge_and_unload(): {why}" if why else "merge the adapter into its base model and check that"
-    fix = Fix(f"merge it into {base.text}: {len(edits) - 1} weights change", edits) if edits else Fix(manual, (), "manual")
+    fix = Fix(f"merge it into {base.text}: {len(edits) - 1:,} {'weight changes' if len(edits) == 2 else 'weights change'}", edits) if edits else Fix(manual, (), "manual")
     yield finding(f"a {value.get('peft_type', 'PEFT')} adapter{of}, without the model it changes",
                   at=Place(ADAPTER, pointer="/base_model_name_or_path"), evidence={"base": str(named)},
                   fix=fix)
@@ -92,7 +92,7 @@ def bad():
     name = "base_model.model." + case.name("down").removesuffix(".weight")
     parts = {f"{name}.lora_A.weight": case.tensors[case.name("down")][:8], f"{name}.lora_B.weight": case.tensors[case.name("down")][:, :8]}
     case.files["adapter_model.safetensors"] = shard_bytes(parts, dict.fromkeys(parts, "BF16"))
-    case.files[ADAPTER] = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}).encode()
+    case.files[ADAPTER] = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8, "lora_alpha": 16}).encode()
     case.damage.append(lambda folder: [(folder / n).unlink() for n in ("model.safetensors", "config.json")])
     return case, "a LORA adapter of org/base, without the model it changes"
 

@@ -461,3 +461,50 @@ def test_in_place_and_undo_from_the_command_line(tmp_path, doctor):
 def test_unclear_orders_are_usage_errors(doctor, args):
     code, _, err = doctor(*args)
     assert code == 2 and "Error: " in err
+
+
+# heads, by what the base does
+
+
+def test_the_base_says_whether_a_missing_head_is_tied(tmp_path):
+    case = tiny("llama")
+    untied = case.write(tmp_path / "untied")
+    head = case.tensors.pop("lm_head.weight")
+    source = case.write(tmp_path / "source")
+    case.config["tie_word_embeddings"] = True
+    tied = case.write(tmp_path / "tied")
+    safe = fix(source, tmp_path / "one", case.recipe, base=tied)
+    assert codes(safe) == {"F053"} and Checkpoint.open(tmp_path / "one").value("config.json")["tie_word_embeddings"] is True
+    assert not fix(source, tmp_path / "two", case.recipe, base=untied).plan.steps
+    assert codes(fix(source, tmp_path / "two", case.recipe, base=untied, unsafe_fixes=True)) == {"F053"}
+    assert (Checkpoint.open(tmp_path / "two").load("lm_head.weight") == head).all()
+
+
+def test_a_base_that_does_not_tie_makes_keeping_the_stored_head_safe(tmp_path):
+    case = tiny("llama")
+    base = case.write(tmp_path / "base")
+    case.config["tie_word_embeddings"] = True
+    source = case.write(tmp_path / "source")
+    assert not fix(source, tmp_path / "out", case.recipe, dry_run=True).plan.steps
+    assert codes(fix(source, tmp_path / "out", case.recipe, base=base)) == {"F054"}
+    assert Checkpoint.open(tmp_path / "out").value("config.json")["tie_word_embeddings"] is False
+
+
+def test_every_kind_of_edit_is_used_by_a_rule():
+    from pathlib import Path
+    from typing import get_args
+
+    from doctor.edits import Edit
+
+    text = "\n".join(p.read_text() for p in (Path(__file__).parents[1] / "rules").glob("[a-z]*.py"))
+    made_by = {"TakeTensor": "base.offer("}
+    assert not [kind.__name__ for kind in get_args(Edit) if made_by.get(kind.__name__, f"{kind.__name__}(") not in text]
+
+
+@pytest.mark.parametrize("family", ["opt", "gemma", "phi3", "qwen2"])
+def test_a_narrow_mlp_of_every_form_is_padded_for_two_gpus(tmp_path, family):
+    case = tiny(family, mlp=96)
+    case.recipe = case.recipe.with_field("tp", 2)
+    result = fix(case.write(tmp_path / "source"), tmp_path / "out", case.recipe, unsafe_fixes=("G302",))
+    assert "G302" in codes(result) and [p.status for p in result.proofs] in (["equal"], ["agrees"])
+    assert not [f for f in check(tmp_path / "out", case.recipe).findings if f.code == "G302"]
