@@ -23,8 +23,9 @@ _PATH = re.compile(r"(?:[A-Za-z]:)?(?:[\\/][\w.@+~-]+){2,}[\\/]?")
 _PLACEHOLDER = re.compile(r"\{[^{}]*\}|<[^<>]{1,40}>|%[-0-9.]*[sdfrxg]|…|\.\.\.")
 _NUMBER = re.compile(r"[-+]?\b(?:0x[0-9a-f]+|\d+(?:[.,]\d+)*(?:e[-+]?\d+)?)\b")
 _WORD = re.compile(r"[a-z_][a-z0-9_]*|#")
+_PHRASES = frozenset("object has no attribute type missing required positional argument".split())  # of Python, whatever the cause
 _HEAD = re.compile(r"^(?:[\w.]*(?:error|exception|warning)|assert(?:ion)?)\s*:?\s*")
-_STAMP = re.compile(r"^\s*(?:\[[^\]]{0,60}\]\s*|\(\w+ pid=[^)]*\)\s*|\d{4}-\d\d-\d\d[t ][\d:.,z+]*\s*|(?:info|error|warning|debug)\b[: ]+)+")
+_STAMP = re.compile(r"^\s*(?:\[[^\]]{0,60}\]\s*|\(\w+ pid=[^)]*\)\s*|\d{4}-\d\d-\d\d[t ][\d:.,z+]*\s*|(?:info|error|warning|debug)(?:\s*:\s*|\s+(?=[#\[]|\d\d)))+")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ def search(text: str, rules: Iterable[Rule]) -> list[Match]:
             score, at = _score(normal(seen.text), tidy, words, joined, weights)
             if score >= ENOUGH and (entry.code not in best or (score, at) > best[entry.code][:2]):
                 best[entry.code] = (score, at, Match(entry, seen, round(score, 3), lines[at].strip()))
-    return [m for _, _, m in sorted(best.values(), key=lambda b: (-b[0], -b[1], STAGES.index(b[2].rule.stage), b[2].rule.code))]
+    return [m for _, _, m in sorted(best.values(), key=lambda b: (-b[0], -b[1], -_length(b[2]), STAGES.index(b[2].rule.stage), b[2].rule.code))]
+
+
+def _length(match: Match) -> int:
+    """Of two quotations found whole the longer one says more; of resemblances none does."""
+    return len(normal(match.seen.text)) if match.score >= 0.95 else 0
 
 
 def _weights(rules: list[Rule]) -> dict[str, float]:
@@ -78,14 +84,14 @@ def _weights(rules: list[Rule]) -> dict[str, float]:
     quotes = [set(_WORD.findall(normal(s.text))) for r in rules for s in r.seen_as]
     seen = Counter(w for words in quotes for w in words)
     weights = {w: math.log((len(quotes) + 1) / n) + 0.1 for w, n in seen.items()}
-    return weights | {"#": 0.0}
+    return weights | {w: 0.1 for w in _PHRASES if w in weights} | {"#": 0.0}
 
 
 def _score(quote: str, lines: list[str], words: list[Counter], joined: str, weights: dict[str, float]) -> tuple[float, int]:
     """(score, index of the line) of the best place of one quotation."""
     bare = _HEAD.sub("", quote)
     for wanted, score in ((quote, 1.0), (bare, 0.98)):
-        if len(wanted) >= 8:
+        if len(wanted) >= 8 and (wanted is quote or len(wanted) >= 12):  # what is left of "KeyError: 'metadata'" is a word like any other
             for at in range(len(lines) - 1, -1, -1):
                 if wanted in lines[at]:
                     return score, at

@@ -3,6 +3,7 @@
 Why: `git clone` without git-lfs installed leaves a text of about 130 bytes in place of each large file.
 
 Seen as:
+- safetensors: `Error while deserializing header: HeaderTooLarge`
 - safetensors: `Error while deserializing header: header too large`
 - PyTorch: `UnpicklingError: invalid load key, 'v'.`
 - transformers: `OSError: Unable to load weights from pytorch checkpoint file`

@@ -4,6 +4,7 @@ Why: somebody renamed a PyTorch or GGUF file. Readers take the first eight bytes
 unpickling would run code from the file.
 
 Seen as:
+- safetensors: `Error while deserializing header: HeaderTooLarge`
 - safetensors: `Error while deserializing header: header too large`
 
 Do: convert the file on a machine where you may run its code, or fetch the safetensors version.

@@ -4,6 +4,7 @@ Why: nothing reads wrongly, the file is only larger than it must be. Tools that 
 the tie: then one of the two copies is stale.
 
 Seen as:
+- AutoGPTQ: `Some tensors share memory`
 - safetensors: `Some tensors share memory, this will lead to duplicate memory on disk and potential differences when loading them again`
 
 Do: drop the copy.

@@ -5,6 +5,7 @@ group has one scale: so in_features must be a multiple of group_size × tp. Engi
 put out token 0 for ever, which is "!" in Qwen's vocabulary.
 
 Seen as:
+- vLLM: `is not divisible by group_size`
 - vLLM: `The input size is not aligned with the quantized weight shape. This can be caused by too large tensor parallel size.`
 - vLLM: `is not divisible by min_thread_k = 128. Consider reducing tensor_parallel_size`
 

@@ -4,6 +4,7 @@ Why: an FP8 cache stores keys and values divided by a scale. Without one the eng
 448 saturate, small ones vanish.
 
 Seen as:
+- vLLM: `KeyError: 'model.layers.0.self_attn.k_scale'`
 - vLLM: `Using KV cache scaling factor 1.0 for fp8_e4m3`
 - vLLM: `Checkpoint does not provide a q scaling factor`
 

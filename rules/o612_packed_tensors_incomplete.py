@@ -5,6 +5,7 @@ in_features and group_size, the config names a group size or a width in bits tha
 with: the file loads or decodes wrongly.
 
 Seen as:
+- vLLM: `KeyError: 'model.layers.0.mlp.down_proj.weight_scale'`
 - vLLM: `KeyError: 'model.layers.0.mlp.down_proj.scales'`
 
 Do: copy the missing tensors' shard again; set bits and group_size to what the shapes say.

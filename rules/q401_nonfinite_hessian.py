@@ -5,6 +5,7 @@ factorisation all the same and end in a message about the Hessian. The cause lie
 weight that is not finite, or activations beyond the range of float16.
 
 Seen as:
+- ExLlamaV3: `cannot be repaired by damping`
 - ExLlamaV2: `ValueError: Hessian is not invertible`
 - ExLlamaV2: `Applied additional damping`
 - PyTorch: `linalg.cholesky: The factorization could not be completed because the input is not positive-definite (the leading minor of order 1 is not positive-definite)`

@@ -4,6 +4,7 @@ Why: other programs swap in rounding, or keep a linear in 16 bits, with a line i
 then is not what its name says, and serving engines that fuse q, k and v may refuse it.
 
 Seen as:
+- llm-compressor: `round-to-nearest instead of GPTQ`
 - llm-compressor: `Hessian inversion failed for`
 
 Do: see why (the finding's text), and cure that: finite inputs, more calibration text, a group size that
