@@ -26,7 +26,8 @@ Sources: QwenLM/Qwen issue 1101; tried with transformers 5.23.
 
 误报: 挂着 CausalLM 名字、实际没有语言头的模型（嵌入模型）。
 
-修复: 不安全：只有训练时两者用同一个矩阵才对。
+修复: 不安全：只有训练时两者用同一个矩阵才对。用 `--from` 时以基座模型为准：基座共享则设标志是安全的；基座存有输出头则
+取它的，不安全，因为本模型的可能训练过。
 """
 
 from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule

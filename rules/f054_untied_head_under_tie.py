@@ -25,7 +25,7 @@ vllm/model_executor/models/llama.py, `tie_weights`.
 
 误报: 暂无已知：两个张量的字节确实不同。
 
-修复: 不安全：false 保留存着的权重，只有训练过输出头才对。
+修复: 不安全：false 保留存着的权重，只有训练过输出头才对。用 `--from` 且基座模型不共享时安全。
 """
 
 from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
