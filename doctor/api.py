@@ -17,7 +17,7 @@ from doctor.checkpoint import Checkpoint
 from doctor.config import Config, Selection, choose
 from doctor.engine import Report, against, in_order, judge, load_rules, locate, select_rules
 from doctor.errors import BadCheckpoint
-from doctor.facts import CHECKPOINT, STAGES, Store
+from doctor.facts import CHECKPOINT, STAGES, Store, asks
 from doctor.hub import open_checkpoint
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Place
@@ -52,7 +52,7 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     scanned = None
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)
-    elif STAGES.index(stage) >= STAGES.index("values") and any(r.stage in STAGES[2:] for r in rules):
+    elif STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.needs) for r in rules):
         from doctor.scan import scan
 
         scanned = scan(checkpoint, store, progress)

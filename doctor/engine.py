@@ -230,7 +230,7 @@ def _located(place: Place, checkpoint: Checkpoint) -> Place:
     line, column, length = spot
     lines = file.doc.text.split("\n")
     first = max(line - 1, 1)
-    frame = tuple((n, lines[n - 1].rstrip("\r").expandtabs(4)) for n in range(first, line + 1))
+    frame = tuple((n, lines[n - 1].rstrip("\r").replace("\t", " ")) for n in range(first, line + 1))
     return replace(place, line=line, column=column, length=min(length, max(len(lines[line - 1]) - column + 1, 1)), frame=frame)
 
 

@@ -99,10 +99,16 @@ def closure(names: Iterable[str]) -> set[str]:
     todo = list(names)
     while todo:
         name = todo.pop()
-        if name not in seen and name in FACTS:
+        known = known_fact(name)
+        if name not in seen and known is not None:
             seen.add(name)
-            todo += FACTS[name].needs
+            todo += known.needs
     return seen
+
+
+def asks(stage: str, names: Iterable[str]) -> bool:
+    """Whether any of these facts rests on one of this stage."""
+    return any(known_fact(n).stage == stage for n in closure(names))
 
 
 class Store:

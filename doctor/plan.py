@@ -21,7 +21,7 @@ from doctor.checkpoint import Checkpoint
 from doctor.edits import MISSING, PHASES, Edit, GrowRows, PadTensor, Rebase, RemoveJson, SetJson, SetRecipe
 from doctor.engine import RuleRun, judge, locate
 from doctor.errors import BadCheckpoint, DoctorError, PlanRefused
-from doctor.facts import CHECKPOINT, STAGES, Store
+from doctor.facts import CHECKPOINT, STAGES, Store, asks
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Fix, Rule
 from doctor.scan import scan
@@ -66,7 +66,7 @@ def look(checkpoint: Checkpoint, recipe: Recipe, rules: list[Rule], *, facts: It
     for subject, name, value in facts:
         store.put(subject, name, value)
     result = Look(checkpoint, store, [], [])
-    if STAGES.index(stage) >= STAGES.index("values") and any(r.stage in STAGES[2:] for r in rules):
+    if STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.needs) for r in rules):
         part: Checkpoint | _Part = checkpoint
         if before is not None:
             kept = _carry(checkpoint, store, before, set(touched))

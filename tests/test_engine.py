@@ -108,3 +108,10 @@ def test_broken_json_is_pointed_at(tmp_path):
     spot = engine._located(rule_module.Place("generation_config.json"), engine.Checkpoint.open(folder))
     assert (spot.line, spot.column) == (2, 7)
     assert json.loads((folder / "config.json").read_text())
+
+
+def test_a_caret_stands_under_its_value_behind_tabs(tmp_path):
+    folder = tiny().write(tmp_path)
+    (folder / "generation_config.json").write_text('{\n\t"eos_token_id": 2\n}')
+    spot = engine._located(rule_module.Place("generation_config.json", "/eos_token_id"), engine.Checkpoint.open(folder))
+    assert spot.frame[-1][1][spot.column - 1] == "2"

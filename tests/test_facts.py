@@ -74,3 +74,8 @@ def test_every_gathers_a_fact_over_its_subjects_and_says_why_there_is_none(regis
     store.put("tensor:b", "stats", 1)
     assert store.get("tensor:a", "every_stats") == {"b": 1}
     assert facts.known_fact("every_recipe") is None and facts.known_fact("every_stats").stage == "values"
+
+
+def test_what_a_fact_rests_on_is_known_through_facts_that_gather():
+    assert facts.asks("values", ["dead_inputs"]) and facts.asks("values", ["every_stats"])
+    assert not facts.asks("values", ["spec", "tokenizer"])

@@ -378,10 +378,19 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> nn.Module:
     built.use_cache = False
     try:
         with _parameters_on_meta(), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(built, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(built, attn_implementation=attention(built), dtype=torch.float32, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise NotQuantizable(f"config.json: transformers {transformers.__version__} cannot build {kind}: {str(error)[:200]}") from error
     return model.eval()
+
+
+def attention(config) -> str:
+    """The attention that computes what the model defines: eager where it has a softcap, which sdpa does not know, or no sdpa at all."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    defined = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    return "eager" if softcap or not getattr(defined, "_supports_sdpa", True) else "sdpa"
 
 
 def _find_blocks(base: nn.Module, spec: ModelSpec) -> tuple[str, nn.ModuleList]:

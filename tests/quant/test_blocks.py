@@ -135,3 +135,23 @@ def test_tensors_are_loaded_bit_for_bit(tmp_path):
     tensor = load_tensor(checkpoint, name)
     assert tensor.dtype == torch.bfloat16
     assert (tensor.view(torch.int16).numpy().view("uint16") == case.tensors[name]).all()
+
+
+@pytest.mark.parametrize("model_type, sizes", [
+    ("gemma2", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "head_dim": 16, "sliding_window": 16}),
+    ("gpt_oss", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                 "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4})])
+def test_attention_that_sdpa_does_not_know_is_computed_as_the_model_defines_it(tmp_path, model_type, sizes):
+    """Softcaps, sinks and ALiBi: the whole model in its eager form gives the same perplexity."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from doctor.evaluate.compare import compare
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](vocab_size=96, **sizes), attn_implementation="eager")
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 96, (1, 32))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert compare(checkpoint, checkpoint, [ids], [], str, 0).perplexity_original == pytest.approx(model.eval()(ids, labels=ids).loss.exp().item(), rel=1e-4)
