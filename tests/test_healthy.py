@@ -53,8 +53,11 @@ def complaints(folder, **options):
 
 
 @pytest.mark.parametrize("model_type", [*FAMILIES, *UNKNOWN])
-def test_a_model_as_transformers_saves_it_gets_no_error_and_no_warning(model_type, saved):
-    assert complaints(saved(model_type)) == []
+def test_a_model_as_transformers_saves_it_gets_no_error_and_no_warning(model_type, saved, proof):
+    found = complaints(saved(model_type))
+    proof.healthy(model_type)
+    proof.alarms(found)
+    assert found == []
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -68,6 +71,17 @@ def test_shards_with_an_index_are_healthy(model_type, tmp_path):
     folder = save(model_type, tmp_path, max_shard_size="300KB")
     assert (folder / "model.safetensors.index.json").exists()
     assert complaints(folder) == []
+
+
+# Every third family once more, each in another dtype, in shards or with the other kind of head.
+VARIANTS = ({"dtype": "float16", "max_shard_size": "200KB"}, {"dtype": "float32", "tie": True}, {"tie": False, "max_shard_size": "100KB"})
+
+
+@pytest.mark.parametrize("number, model_type", list(enumerate([*FAMILIES, *UNKNOWN][1::3])))
+def test_variants_of_every_third_family_are_healthy(number, model_type, tmp_path, proof):
+    found = complaints(save(model_type, tmp_path, **VARIANTS[number % len(VARIANTS)]))
+    proof.alarms(found)
+    assert found == []
 
 
 @pytest.mark.parametrize("tie", [True, False])
