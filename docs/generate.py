@@ -2,6 +2,7 @@
 and docs/rules/. `--check` writes nothing and ends 1 where something is stale."""
 
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,10 +16,23 @@ def pages() -> dict[Path, str]:
     rules = load_rules()
     files = {ROOT / "docs" / "rules" / f"{r.code}.md": page(r) for r in rules}
     files[ROOT / "docs" / "rules" / "README.md"] = "# Rules\n\n" + rule_table(rules, "") + "\n"
+    files[ROOT / "docs" / "modes.md"] = modes()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, rest = readme.split(BEGIN)
     files[ROOT / "README.md"] = before + BEGIN + "\n" + rule_table(rules, "docs/rules/") + "\n" + END + rest.split(END)[1]
     return files
+
+
+def modes() -> str:
+    """The table of failures and the rules that see them, from fixtures/modes.toml."""
+    entries = tomllib.loads((ROOT / "fixtures" / "modes.toml").read_text(encoding="utf-8"))["mode"]
+    seen = sum(bool(e["rules"]) for e in entries)
+    lines = ["# Ways to fail, and the rules that see them", "", f"{seen} of {len(entries)} have a rule; the others say why not.", "",
+             "| what fails | rules |", "|---|---|"]
+    for entry in entries:
+        links = ", ".join(f"[{c}](rules/{c}.md)" for c in entry["rules"])
+        lines.append(f"| {cell(entry['what'])} | {links or cell('none: ' + entry['why_none'])} |")
+    return "\n".join(lines) + "\n"
 
 
 def rule_table(rules, folder: str) -> str:

@@ -56,3 +56,11 @@ def test_an_error_of_something_else_leads_to_no_rule(text):
 
 def test_every_rule_that_the_data_names_exists():
     assert {c for _, rules in ERRORS for c in rules} <= {r.code for r in RULES}
+
+
+def test_every_way_to_fail_has_rules_that_exist_or_a_reason():
+    modes = tomllib.loads((Path(__file__).parents[1] / "fixtures" / "modes.toml").read_text(encoding="utf-8"))["mode"]
+    codes = {r.code for r in RULES}
+    for mode in modes:
+        assert set(mode["rules"]) <= codes, mode
+        assert bool(mode["rules"]) != bool(mode.get("why_none")), mode
