@@ -17,7 +17,7 @@ from doctor.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.facts import STAGES
 from doctor.recipe import FORMATS as OUTPUT_FORMATS
 from doctor.recipe import METHODS, RUNTIMES, Recipe, parse_runtime
-from doctor.report import FORMATS
+from doctor.report import FORMATS, words
 
 _ENV = "Every option can also be set in the environment: --fail-on as DOCTOR_FAIL_ON. DOCTOR_DEBUG=1 shows tracebacks."
 _BARE = {"--unsafe-fixes": "all"}  # options with an optional value, which is never taken from the next argument
@@ -86,6 +86,13 @@ def _configured(ctx, _param, value):
     ctx.default_map = {**ctx.obj.recipe_values, **_given(runtime=runtime or None, fail_on=ctx.obj.fail_on)}
 
 
+def _spoken(ctx, _param, value):
+    """Screens and pages of this command in this language; what machines read is English all the same."""
+    ctx.with_resource(words.language(value or words.from_environment()))
+
+
+lang_option = click.option("--lang", type=click.Choice(words.LANGUAGES), default=None, expose_value=False, callback=_spoken, show_default=False,
+                           help="Language of screens, Markdown and HTML.  [default: the locale's]")
 _PATH = click.Path(path_type=Path)
 plan_options = _options(
     click.option("--for", "--method", "method", type=click.Choice(METHODS), default="gptq", help="Quantization method of the plan."),
@@ -110,6 +117,7 @@ format_options = _options(
                  help=f"{', '.join(FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]"),
     click.option("--concise", is_flag=True, help="Short for -f concise."),
     click.option("-v", "--verbose", is_flag=True, help="Also list every rule, and why it was skipped."),
+    lang_option,
 )
 
 
@@ -285,7 +293,7 @@ def _emit(reports, outputs, verbose=False, matrix=False) -> None:
             for report in reports:
                 show_statistics(report, console(sys.stdout))
         else:
-            _write(render(name, reports), file)
+            _write(render(name, reports, words.current()), file)
 
 
 def _write(text: str, file: str) -> None:
@@ -353,6 +361,7 @@ unsafe_option = click.option("--unsafe-fixes", default="", metavar="[=CODES]",
 @click.option("--only", multiple=True, metavar="CODES", help="Only the fixes of these rules.")
 @click.option("--from", "base", metavar="DIR|ORG/NAME", help="Base model: lost tensors are taken from it, an adapter is merged into it.")
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of linking them.")
+@lang_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
 @click.pass_context
 def fix(ctx, path, output, in_place, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, dry_run,
@@ -409,6 +418,7 @@ def undo(path):
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
 @click.option("--report", "formats", multiple=True, metavar="FORMAT[:FILE]", help="As -f of check; repeatable.  [default: full]")
+@lang_option
 def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order, mse, format, damp, damp_max, calibration, rows,
              max_seq_length, seed, keep, fix, unsafe_fixes, memory, resume, overwrite, formats):
     """Check, calibrate, quantize and check the result."""
@@ -459,6 +469,7 @@ def verify(original, quantized, text, context, rows, memory, formats, concise, v
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure on.  [default: texts of doctor]")
 @click.option("--rows", type=int, default=None, help="Rows to measure, of 512 tokens.  [default: 2]")
 @click.option("-f", "--format", "format", type=click.Choice(("full", "json")), default="full")
+@lang_option
 def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, rows, format):
     """Memory of the key/value cache, and the fewest bits its keys survive.
 
@@ -493,6 +504,7 @@ def _bytes(text: str) -> int | None:
 @cli.command(cls=_Command)
 @click.argument("what", nargs=-1, required=True, metavar="CODE | NAME | ERROR TEXT | -")
 @click.option("-f", "--format", "format", type=click.Choice(("text", "markdown")), default="text")
+@lang_option
 def explain(what, format):
     """A rule's page, or what a pasted error points to.
 
@@ -508,7 +520,7 @@ def explain(what, format):
     rules = [*load_rules(), *OWN_RULES]
     entry = search.find(text, rules)
     if entry is not None and format == "markdown":
-        sys.stdout.write(search.markdown(entry))
+        sys.stdout.write(search.markdown(entry, words.current()))
     elif entry is not None:
         pages.show_page(entry, rules, console(sys.stdout))
     else:
@@ -519,6 +531,7 @@ def explain(what, format):
 
 @cli.command(cls=_Command)
 @click.option("-f", "--format", "format", type=click.Choice(("table", "json", "markdown")), default="table")
+@lang_option
 @click.option("--select", multiple=True, metavar="RULES", help="Only these codes, families, names or certainties.")
 @click.option("--rules", "rules_dirs", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR")
 def rules(format, select, rules_dirs):

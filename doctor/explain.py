@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from doctor.facts import STAGES
-from doctor.rule import Rule, Seen
+from doctor.rule import CHINESE, Rule, Seen
 
 ENOUGH = 0.62  # share of a quotation's weight one line must have; below, unrelated errors of the same library match
 MAX_LINES = 4000  # of a log, the last ones: the error stands at its end
@@ -153,15 +153,20 @@ SECTIONS = (("Why", "Why it matters"), ("Do", "Ways out"), ("False alarms", "Whe
             ("Sources", "Sources"))
 
 
-def markdown(entry: Rule) -> str:
+CHINESE_HEADS = {**CHINESE, "Seen as": "别处的报错", "Sources": "出处"}
+
+
+def markdown(entry: Rule, lang: str = "en") -> str:
     """The rule's page as Markdown, from the text in its file."""
-    parts = [f"# {entry.code} {entry.name}", f"{entry.severity} · {entry.certainty} · {entry.area.lower()}", f"{entry.title}."]
+    heads = CHINESE_HEADS if lang == "zh" else {}
+    parts = [f"# {entry.code} {entry.name}", f"{entry.severity} · {entry.certainty} · {entry.area.lower()}",
+             entry.heading(lang) + ("。" if lang == "zh" else ".")]
     if entry.seen_as:
-        parts.append("## Seen as")
+        parts.append(f"## {heads.get('Seen as', 'Seen as')}")
         parts.append("\n".join(f"- {s.tool}: ``{s.text}``" for s in entry.seen_as))
     for key, title in SECTIONS:
         if entry.section(key):
-            parts += [f"## {title}", entry.section(key)]
+            parts += [f"## {heads.get(key, title)}", entry.section(key, lang)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -3,14 +3,19 @@
 from importlib import import_module
 
 from doctor.errors import DoctorError
+from doctor.report.words import HUMAN, language
 
 _HOME = {"full": "terminal", "concise": "concise", "json": "json_report", "sarif": "sarif", "junit": "junit", "github": "github",
          "gitlab": "gitlab", "markdown": "markdown", "html": "html"}
 FORMATS = tuple(_HOME)
 
 
-def render(name: str, reports: list) -> str:
-    """The text of one format for all reports. Raises DoctorError for a format that does not exist."""
+def render(name: str, reports: list, lang: str = "en") -> str:
+    """The text of one format for all reports; `lang` holds for full, markdown and html, other formats are English.
+
+    Raises DoctorError for a format that does not exist.
+    """
     if name not in _HOME:
         raise DoctorError(f"format {name!r}: must be one of {', '.join(FORMATS)}.")
-    return import_module(f"doctor.report.{_HOME[name]}").render(reports)
+    with language(lang if name in HUMAN else "en"):
+        return import_module(f"doctor.report.{_HOME[name]}").render(reports)

@@ -11,6 +11,7 @@ from doctor import explain
 from doctor.engine import Report
 from doctor.report import json_report, markdown, view
 from doctor.report.view import Group
+from doctor.report.words import current, known, language, say
 
 MOST_JSON = 120_000  # characters of JSON that are embedded; above, the page says how to get it
 _WINDOW = 96
@@ -19,7 +20,7 @@ _WINDOW = 96
 def render(reports: list[Report]) -> str:
     """The page of all reports."""
     return _template().render(reports=[_context(r) for r in reports], data=_embedded(reports), version=reports[0].version,
-                              title=view.safe(", ".join(r.checkpoint for r in reports)), size=view.size, count=view.count, counted=view.counted)
+                              title=view.safe(", ".join(r.checkpoint for r in reports)), size=view.size, count=view.count, counted=view.counted, say=say, lang=current())
 
 
 @cache
@@ -34,7 +35,8 @@ def _template():
 
 def _embedded(reports: list[Report]) -> str:
     """JSON that cannot end its script element."""
-    text = json.dumps(json.loads(json_report.render(reports)), separators=(",", ":"))
+    with language("en"):
+        text = json.dumps(json.loads(json_report.render(reports)), separators=(",", ":"))
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return text if len(text) <= MOST_JSON else ""
 
@@ -53,7 +55,7 @@ def _context(report: Report) -> dict:
         "matrix": [{**row, "why": view.blockers(row["cells"])} for row in extra.get("matrix", ())],
         "heat": _heat(extra.get("heat")), "losses": _losses(report.linears), "results": view.results(report),
         "replies": [tuple(map(view.safe, r)) for r in (extra.get("comparison") or {}).get("replies", ())],
-        "block_errors": _strips({"block output": (extra.get("comparison") or {}).get("block_errors") or []})[0], "tokens": _tokens(extra.get("tokens", ())), "geometry": extra.get("geometry", ()),
+        "block_errors": _strips({say("block output"): (extra.get("comparison") or {}).get("block_errors") or []})[0], "tokens": _tokens(extra.get("tokens", ())), "geometry": extra.get("geometry", ()),
         "group_size": report.recipe.group_size, "tp": report.recipe.tp, "files": extra.get("files", ()),
         "rules": [_rule(r) for r in report.runs], "skipped_tensors": {view.safe(k): view.safe(v) for k, v in report.skipped_tensors.items()}, "markdown": markdown.render([report]),
     }
@@ -63,21 +65,22 @@ def _card(report: Report, group: Group) -> dict:
     entry, first, where = view.page_rule(report, group.code), group.first, group.first.where
     place = view.safe(where.file) + view.spot(where)
     index = "" if where.index is None else "[" + ", ".join(map(str, where.index)) + "]"
+    title, message = view.headline(group, entry)
     return {
-        "group": group, "severity": first.severity, "code": group.code, "name": first.name, "message": group.message, "place": place,
+        "group": group, "severity": first.severity, "code": group.code, "name": first.name, "title": title, "message": message, "place": place,
         "tensor": view.safe(where.tensor) + index if where.tensor else "", "byte": where.byte, "frame": _frame(where),
         "indent": _indent(where), "note": view.safe(where.note),
-        "more": "" if group.folds_into_message else f"{len(group.all) - 1} more: {group.names}",
+        "more": "" if group.folds_into_message else say("{n} more", n=len(group.all) - 1) + f": {group.names}",
         "table": first.facts_table, "strip": _strips(first.strip), "why": view.why(entry) if entry else "",
         "seen": view.elsewhere(entry, report, 4) if entry else (), "cures": view.cures(group, entry),
-        "effects": group.effects, "page": _page(entry),
+        "effects": ", ".join(f"{e.code} {e.first.name}" for e in group.effects), "page": _page(entry),
     }
 
 
 def _page(entry) -> list[tuple[str, list[str]]]:
     if entry is None:
         return []
-    return [(title, explain.paragraphs(entry.section(key))) for key, title in explain.SECTIONS if entry.section(key)]
+    return [(say(title), explain.paragraphs(entry.section(key, current()))) for key, title in explain.SECTIONS if entry.section(key)]
 
 
 def _frame(where) -> list[tuple[int, str, str, str]]:
@@ -171,7 +174,7 @@ def _differ(says: dict) -> bool:
 
 def _rule(run) -> dict:
     reason = max(run.reasons, key=run.reasons.get) if run.reasons else ""
-    text = run.crashed or (reason if run.status == "skipped" else f"no {run.rule.scope} to judge" if run.status == "not applicable" else
+    text = run.crashed or (known(reason) if run.status == "skipped" else say(f"no {run.rule.scope} to judge") if run.status == "not applicable" else
                            view.counted(run.judged, run.rule.scope))
     return {"code": run.rule.code, "name": run.rule.name, "area": run.rule.area, "status": run.status, "text": view.safe(text),
             "ms": f"{run.seconds * 1000:.1f} ms" if run.status == "run" else "",

@@ -6,6 +6,7 @@ A comment holds 65,536 characters: findings are cut from the end and counted, th
 from doctor.engine import Report
 from doctor.report import view
 from doctor.report.view import Group
+from doctor.report.words import say
 
 MOST = 60_000
 
@@ -28,18 +29,18 @@ def _report(report: Report, room: int) -> str:
     for group in found:
         text = _finding(report, group)
         if size + len(text) > room:
-            parts.append(f"{len(found) - shown} more findings do not fit here; `doctor check` prints them all.")
+            parts.append(say("{n} more findings do not fit here; `doctor check` prints them all.", n=len(found) - shown))
             break
         parts.append(text)
         size, shown = size + len(text), shown + 1
-    parts += [f"☠ **{r.rule.code} crashed**: {_code(r.crashed)}" for r in report.crashed]
+    parts += [f"☠ **{say('{code} crashed', code=r.rule.code)}**: {_code(r.crashed)}" for r in report.crashed]
     return "\n\n".join(parts)
 
 
 def matrix(rows: list[dict]) -> str:
     """Plans by GPU count: ready or not, and the codes in the way."""
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
-    lines = ["| plan | " + " | ".join(["1 GPU" if n == 1 else str(n) for n in gpus]) + " | in the way |",
+    lines = [f"| {say('plan')} | " + " | ".join([say("1 GPU") if n == 1 else str(n) for n in gpus]) + f" | {say('in the way')} |",
              "|---|" + ":-:|" * len(gpus) + "---|"]
     for row in rows:
         name = view.plan_row(row)
@@ -50,18 +51,22 @@ def matrix(rows: list[dict]) -> str:
 def _finding(report: Report, group: Group) -> str:
     file, line, _ = view.anchor(group.first)
     spot = f"{file}:{line}" if group.first.where.line else file
-    lines = [f"<details><summary><b>{group.first.severity} {group.code}</b> {_html(group.message)} · <code>{_html(view.safe(spot))}</code></summary>", ""]
+    entry = view.page_rule(report, group.code)
+    title, message = view.headline(group, entry)
+    lines = [f"<details><summary><b>{say(group.first.severity)} {group.code}</b> {_html(title)} · <code>{_html(view.safe(spot))}</code></summary>", ""]
+    if message:
+        lines += [_plain(message), ""]
     if not group.folds_into_message:
-        lines += [f"{len(group.all)} alike: {_code(group.names)}", ""]
+        lines += [f"{say('{n} alike', n=len(group.all))}: {_code(group.names)}", ""]
     if group.first.facts_table:
         lines += [_table(group.first.facts_table), ""]
-    entry = view.page_rule(report, group.code)
     if entry is not None:
-        lines += [f"**why** {_plain(view.why(entry))}  "]
-        lines += [f"**else** {_plain(s.tool)}: {_code(s.text)}  " for s in view.elsewhere(entry, report)]
-    lines += [f"**{label}** {_plain(text)}  " for label, text in view.cures(group, entry)]
+        lines += [f"**{say('why')}** {_plain(view.why(entry))}  "]
+        lines += [f"**{say('else')}** {_plain(s.tool)}: {_code(s.text)}  " for s in view.elsewhere(entry, report)]
+    lines += [f"**{say(label)}** {_plain(text)}  " for label, text in view.cures(group, entry)]
     if group.effects:
-        lines.append("**then** also reported because of this: " + ", ".join(f"{e.code} {e.first.name}" for e in group.effects))
+        effects = ", ".join(f"{e.code} {e.first.name}" for e in group.effects)
+        lines.append(f"**{say('then')}** " + say("also reported because of this: {codes}", codes=effects))
     return "\n".join([*lines, "", "</details>"])
 
 

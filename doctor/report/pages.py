@@ -2,12 +2,14 @@
 
 import json
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from doctor import explain
-from doctor.report.terminal import COLOURS, Screen, _text
-from doctor.report.view import counted, one_line, safe
+from doctor.report.terminal import COLOURS, Screen, _text, pad
+from doctor.report.view import one_line, safe
+from doctor.report.words import chinese, counted, current, say
 from doctor.rule import AREAS, Rule
 
 
@@ -16,16 +18,16 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
     screen = Screen(out)
     screen.line()
     head = f"{entry.code}  {entry.name}"
-    facts = f"{entry.severity} · {entry.certainty} · {entry.area.lower()} · needs {entry.stage}"
+    facts = " · ".join([say(entry.severity), say(entry.certainty), say(entry.area).lower(), say("needs {stage}", stage=entry.stage)])
     screen.hang(_text((head, "bold " + COLOURS[entry.severity].split()[-1]), "     "), Text(facts, "bright_black"))
     if entry.seen_as:
         for i, seen in enumerate(entry.seen_as):
-            screen.hang(_text(("find me by  " if i == 0 else "            ", "bold")), _text(f'"{seen.text}"', (f"  {seen.tool}", "bright_black")))
-    _section(screen, "What it checks", _sentence(entry.title + "."))
+            screen.hang(_text((pad(say("find me by") if i == 0 else "", 12), "bold")), _text(f'"{seen.text}"', (f"  {seen.tool}", "bright_black")))
+    _section(screen, "What it checks", _sentence(entry.heading(current()) + ("。" if chinese() else ".")))
     for key, title in explain.SECTIONS[:-1]:
-        _section(screen, title, _sentence(entry.section(key)))
+        _section(screen, title, _sentence(entry.section(key, current())))
     if entry.module.startswith("doctor.rules."):
-        _section(screen, "Checked by", f"rules/{entry.module.rpartition('.')[2]}.py, with its bad and good examples")
+        _section(screen, "Checked by", say("rules/{file}, with its bad and good examples", file=entry.module.rpartition(".")[2] + ".py"))
     _section(screen, "Sources", entry.section("Sources"))
     related = explain.relatives(entry, rules)
     if related:
@@ -43,7 +45,7 @@ def _section(screen: Screen, title: str, text: str) -> None:
     if not text:
         return
     screen.line()
-    screen.line((title, "bold"))
+    screen.line((say(title), "bold"))
     for paragraph in explain.paragraphs(text):
         bullet = paragraph.startswith(("- ", "* "))
         screen.hang(Text("  - " if bullet else "  "), Text(safe(paragraph[2:] if bullet else paragraph)))
@@ -54,24 +56,26 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
     screen = Screen(out)
     if not matches:
         line = next((x for x in reversed(text.splitlines()) if x.strip()), "")
-        screen.hang(Text("  "), _text((f'"{safe(line.strip())[:200]}"', "bold"), "   no rule quotes this message."))
+        screen.hang(Text("  "), _text((f'"{safe(line.strip())[:200]}"', "bold"), say("   no rule quotes this message.")))
         screen.line()
-        screen.line("  nearest by shared words")
-        _list(screen, [(r, r.title) for r in near])
+        screen.line("  " + say("nearest by shared words"))
+        _list(screen, [(r, r.heading(current())) for r in near])
         screen.line()
-        screen.hang(Text("  "), Text("If doctor check finds nothing either, please report the message: a rule is missing."))
+        screen.hang(Text("  "), Text(say("If doctor check finds nothing either, please report the message: a rule is missing.")))
         return
     best = matches[0]
     tools = ", ".join(dict.fromkeys(m.seen.tool for m in matches[:4]))
-    what = "one defect ends" if len(matches) == 1 else f"{counted(len(matches), 'defect')} end"
-    screen.hang(Text("  "), _text((f'"{safe(best.line)[:300]}"', "bold"), f"   {tools} · {what} in words like these:"))
+    one = len(matches) == 1
+    sentence = "{tools} · {defects} ends in words like these:" if one else "{tools} · {defects} end in words like these:"
+    what = say(sentence, tools=tools, defects=say("one defect") if one else counted(len(matches), "defect"))
+    screen.hang(Text("  "), _text((f'"{safe(best.line)[:300]}"', "bold"), f"   {what}"))
     screen.line()
     _list(screen, [(m.rule, explain.decider(m.rule)) for m in matches[:8]])
     if len(matches) > 8:
-        screen.line(f"  and {len(matches) - 8} more")
+        screen.line("  " + say("and {n} more", n=len(matches) - 8))
     screen.line()
-    screen.hang(Text("  start with   "), Text(_start(matches), "cyan"))
-    screen.hang(Text("  read more    "), Text(f"doctor explain {best.rule.code}", "cyan"))
+    screen.hang(Text("  " + pad(say("start with"), 13)), Text(_start(matches), "cyan"))
+    screen.hang(Text("  " + pad(say("read more"), 13)), Text(f"doctor explain {best.rule.code}", "cyan"))
 
 
 def _start(matches: list[explain.Match]) -> str:
@@ -82,7 +86,7 @@ def _start(matches: list[explain.Match]) -> str:
 
 def _list(screen: Screen, rows: list[tuple[Rule, str]]) -> None:
     wide = max(len(r.name) for r, _ in rows)
-    beside = wide + 14 + max(len(t) for _, t in rows) <= screen.width
+    beside = wide + 14 + max(cell_len(t) for _, t in rows) <= screen.width
     for entry, text in rows:
         head = _text(f"  {entry.code}  ", (entry.name.ljust(wide), COLOURS[entry.severity]), "   ")
         if beside:
@@ -97,15 +101,15 @@ def show_rules(rules: list[Rule], out: Console) -> None:
     screen = Screen(out)
     wide = max(len(r.name) for r in rules)
     for area in (name for _, name in AREAS if any(r.area == name for r in rules)):
-        screen.line((area, "bold"))
+        screen.line((say(area), "bold"))
         for entry in (r for r in rules if r.area == area):
-            head = _text(f"  {entry.code}  ", (entry.severity.ljust(8), COLOURS[entry.severity]), f"{entry.name.ljust(wide)}  ")
+            head = _text(f"  {entry.code}  ", (pad(say(entry.severity), 8), COLOURS[entry.severity]), f"{entry.name.ljust(wide)}  ")
             if screen.width - head.cell_len >= 30:
-                screen.hang(head, Text(one_line(entry.title), "bright_black"))
+                screen.hang(head, Text(one_line(entry.heading(current())), "bright_black"))
             else:
                 screen.line(head)
-                screen.hang(Text("        "), Text(one_line(entry.title), "bright_black"))
-    screen.line(f"{counted(len(rules), 'rule')}; `doctor explain CODE` shows a page")
+                screen.hang(Text("        "), Text(one_line(entry.heading(current())), "bright_black"))
+    screen.line(say("{rules}; `doctor explain CODE` shows a page", rules=counted(len(rules), "rule")))
 
 
 def rules_json(rules: list[Rule]) -> str:
@@ -118,8 +122,8 @@ def rules_json(rules: list[Rule]) -> str:
 
 def rules_markdown(rules: list[Rule]) -> str:
     """One table."""
-    rows = [f"| {r.code} | {r.name} | {r.severity} | {r.certainty} | {r.stage} | {one_line(r.title).replace('|', chr(92) + '|')} |" for r in rules]
-    return "\n".join(["| code | name | severity | certainty | needs | what it finds |", "|---|---|---|---|---|---|", *rows]) + "\n"
+    rows = [f"| {r.code} | {r.name} | {say(r.severity)} | {say(r.certainty)} | {r.stage} | {one_line(r.heading(current())).replace('|', chr(92) + '|')} |" for r in rules]
+    return "\n".join(["| " + " | ".join(say(word) for word in ("code", "name", "severity", "certainty", "needs", "what it finds")) + " |", "|---|---|---|---|---|---|", *rows]) + "\n"
 
 
 def show_settings(rows: list[tuple[str, object, str]], file, out: Console) -> None:

@@ -6,6 +6,7 @@ blanks, so piped output can be compared.
 """
 
 import io
+import re
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -15,11 +16,12 @@ from doctor import __version__
 from doctor.engine import Report
 from doctor.report import view
 from doctor.report.view import Group, safe
+from doctor.report.words import known, say
 
 MAX_WIDTH = 110  # longer lines are hard to read, however wide the window
 COLOURS = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan", "ok": "bold green", "skipped": "bright_black",
            "crashed": "bold red"}
-_LABELS = {"fix": "green", "fix!": "yellow", "you": "magenta", "why": "bold", "else": "bold", "then": "bold"}
+_LABELS = {"fix": "green", "fix!": "yellow", "you": "magenta", "why": "bold", "else": "bold", "then": "bold", "do": "bold"}
 _GUTTER = "blue"
 
 
@@ -38,10 +40,34 @@ class Screen:
         """head, then body wrapped in the rest of the width, its further lines indented to where it began."""
         indent = head.cell_len if indent is None else indent
         room = max(self.width - max(indent, head.cell_len), 16)
-        lines = body.wrap(self.console, room, tab_size=4, no_wrap=False, overflow="fold") or [Text()]
+        lines = wrap(self.console, body, room)
         for i, part in enumerate(lines):
             part.rstrip()
             self.line(head if i == 0 else Text(" " * indent), part)
+
+
+_UNIT = re.compile(r"\s+|[“（《]*(?:[\u2e80-\u9fff\uff00-\uffef]|[^\s\u2e80-\u9fff\uff00-\uffef“”（）《》]+)[，。；：、！？）”》]*")
+_CJK = re.compile("[\u2e80-\u9fff]")
+
+
+def wrap(console: Console, body: Text, room: int) -> list[Text]:
+    """Lines of at most `room` cells. Chinese breaks between any two characters, but no line begins with a comma or ends with a
+    bracket that opens; rich knows only blanks, and would push a whole sentence to the next line."""
+    if not _CJK.search(body.plain):
+        return list(body.wrap(console, room, tab_size=4, no_wrap=False, overflow="fold")) or [Text()]
+    cuts, used = [], 0
+    for unit in _UNIT.finditer(body.plain):
+        wide = cell_len(unit[0])
+        if used + cell_len(unit[0].rstrip()) > room and used and not unit[0].isspace():
+            cuts.append(unit.start())
+            used = 0
+        used += wide
+    return [part for line in body.divide(cuts) for part in line.wrap(console, room, tab_size=4, no_wrap=False, overflow="fold")]
+
+
+def pad(text: str, cells: int) -> str:
+    """Text with blanks behind it to a width in cells."""
+    return text + " " * (cells - cell_len(text))
 
 
 def _text(*parts) -> Text:
@@ -107,12 +133,13 @@ def _report(screen: Screen, report: Report, verbose: bool) -> None:
 def _ready(screen: Screen, report: Report, sentence: str) -> None:
     head = _text(("✓ ", COLOURS["ok"]), (sentence, "bold"), "   ")
     screen.hang(head, Text(f"{safe(report.checkpoint)} · {view.what_it_is(report)}"), 2)
-    read = "every byte read" if view.weights_read(report) else "weights not read"
+    read = say("every byte read") if view.weights_read(report) else say("weights not read")
     if report.skipped_tensors:
-        read += f", {view.counted(len(report.skipped_tensors), 'tensor')} of a type that is not judged"
-    hint = " (doctor check -v says why)" if view.skipped(report) else ""
-    facts = view.run_facts(report).replace("skipped", "skipped" + hint, 1) if hint else view.run_facts(report)
-    screen.hang(Text("  "), Text(f"{view.counted(report.summary.get('tensors', 0), 'tensor')}, {read} · {facts}", "bright_black"))
+        read += say(", ") + say("{tensors} of a type that is not judged", tensors=view.counted(len(report.skipped_tensors), "tensor"))
+    left_out = say("{n} skipped", n=view.skipped(report))
+    facts = view.run_facts(report).replace(left_out, left_out + say(" (doctor check -v says why)"), 1)
+    tensors = view.counted(report.summary.get("tensors", 0), "tensor")
+    screen.hang(Text("  "), Text(f"{tensors}{say(', ')}{read} · {facts}", "bright_black"))
 
 
 def _head(screen: Screen, report: Report) -> None:
@@ -120,8 +147,8 @@ def _head(screen: Screen, report: Report) -> None:
 
     name = f"{safe(report.checkpoint)}   "
     screen.hang(_text((f"doctor {__version__}  ", "bold")), _text((name, "cyan"), view.what_it_is(report)))
-    hint = "   default plan; --for, --bits, --group-size, --tp change it" if report.recipe == Recipe() else ""
-    screen.hang(_text(("plan".ljust(len(f"doctor {__version__}  ")), "bold")), _text(view.plan_text(report), (hint, "bright_black")))
+    hint = "   " + say("default plan; --for, --bits, --group-size, --tp change it") if report.recipe == Recipe() else ""
+    screen.hang(_text((pad(say("plan"), len(f"doctor {__version__}  ")), "bold")), _text(view.plan_text(report), (hint, "bright_black")))
 
 
 # one finding
@@ -130,8 +157,11 @@ def _head(screen: Screen, report: Report) -> None:
 def _group(screen: Screen, report: Report, group: Group) -> None:
     first, entry = group.first, view.page_rule(report, group.code)
     colour = COLOURS[first.severity]
-    state = "new " if first.baseline_state == "new" else ""
-    screen.hang(_text((f"{state}{first.severity}[{group.code}] ", colour)), Text(group.message, "bold"), 2)
+    state = say("new") + " " if first.baseline_state == "new" else ""
+    title, message = view.headline(group, entry)
+    screen.hang(_text((f"{state}{say(first.severity)}[{group.code}] ", colour)), Text(title, "bold"), 2)
+    if message:
+        screen.hang(Text("  "), Text(message))
     _where(screen, group)
     where = first.where
     gutter = len(str(where.frame[-1][0])) + 3 if where.frame else 2
@@ -152,7 +182,7 @@ def _group(screen: Screen, report: Report, group: Group) -> None:
     last = ""
     for label, body in _explanations(report, group, entry):
         again, last = label == last, label
-        screen.hang(_text((" " * gutter + ("   " if again else " = "), _GUTTER), (("" if again else label).ljust(7), _LABELS[label])), Text(body))
+        screen.hang(_text((" " * gutter + ("   " if again else " = "), _GUTTER), (pad("" if again else say(label), 7), _LABELS[label])), Text(body))
 
 
 def _where(screen: Screen, group: Group) -> None:
@@ -165,7 +195,7 @@ def _where(screen: Screen, group: Group) -> None:
     else:
         body = _text((safe(where.file) + view.spot(where), "cyan"))
     if len(group.all) > 1:
-        more = f"  and {len(group.all) - 1} more" + ("" if group.folds_into_message else f": {group.names}")
+        more = "  " + say("and {n} more", n=len(group.all) - 1) + ("" if group.folds_into_message else f": {group.names}")
         body.append(more, "bright_black")
     screen.hang(head, body)
 
@@ -207,7 +237,8 @@ def _strip(screen: Screen, strip: dict, bar: Text, colour: str) -> None:
     wide = min(max(map(cell_len, labels)), 24)
     blocks = max(len(v) for v in strip.values())
     room = max(screen.width - bar.cell_len - wide - 20, 10)
-    screen.line(bar, f"  by block, 0 → {blocks - 1}" if blocks <= room else f"  by block, 0 → {blocks - 1}, the largest of each {-(-blocks // room)}")
+    screen.line(bar, "  " + (say("by block, 0 → {last}", last=blocks - 1) if blocks <= room else
+                             say("by block, 0 → {last}, the largest of each {n}", last=blocks - 1, n=-(-blocks // room))))
     for label, values in zip(labels, strip.values(), strict=True):
         numbers = [v for v in values if isinstance(v, (int, float)) and v == v and abs(v) != float("inf")]
         top = max(map(abs, numbers), default=0)
@@ -247,15 +278,15 @@ def _explanations(report: Report, group: Group, entry) -> list[tuple[str, str]]:
     lines += view.cures(group, entry)
     if group.effects:
         effects = [f"{e.code} {e.first.name}" + (f" × {len(e.all)}" if len(e.all) > 1 else "") for e in group.effects]
-        lines.append(("then", "also reported because of this: " + ", ".join(effects)))
+        lines.append(("then", say("also reported because of this: {codes}", codes=", ".join(effects))))
     return [(label, safe(body)) for label, body in lines]
 
 
 def _crashes(screen: Screen, report: Report) -> None:
     for run in report.crashed:
         screen.line()
-        screen.hang(_text(("☠ ", COLOURS["crashed"]), (f"{run.rule.code} crashed: ", "bold")),
-                    Text(safe(run.crashed) + "; this is a defect of doctor, please report it"), 2)
+        screen.hang(_text(("☠ ", COLOURS["crashed"]), (say("{code} crashed", code=run.rule.code) + ": ", "bold")),
+                    Text(safe(run.crashed) + "; " + say("this is a defect of doctor, please report it")), 2)
 
 
 # the verdict
@@ -266,16 +297,16 @@ def _box(screen: Screen, report: Report, found: list[Group]) -> None:
     colour = COLOURS[mark]
     inner = screen.width - 2
     title = f" {view.MARKS[mark]} {sentence} "
-    while cell_len(title) > inner - 2 and ", " in title:
-        title = title[: title.rindex(", ")] + " "
+    while cell_len(title) > inner - 2 and re.search(", |，", title):
+        title = re.split(r"(?:, |，)(?!.*(?:, |，))", title)[0] + " "
     screen.line(("╭─", colour), (title, colour), ("─" * (inner - 1 - cell_len(title)) + "╮", colour))
     for area in view.areas(report, found):
-        head = _text(" ", (view.MARKS[area.mark], COLOURS[area.mark]), f"   {area.name:<11}  ")
-        for i, part in enumerate(Text(area.text).wrap(screen.console, inner - head.cell_len - 1)):
+        head = _text(" ", (view.MARKS[area.mark], COLOURS[area.mark]), f"   {pad(area.name, 11)}  ")
+        for i, part in enumerate(wrap(screen.console, Text(area.text), inner - head.cell_len - 1)):
             part.rstrip()
             row = _text(head if i == 0 else " " * head.cell_len, part)
             screen.line(("│", colour), row, " " * (inner - row.cell_len), ("│", colour))
-    counted = view.tally(found).replace(", ", " · ")
+    counted = view.tally(found).replace(say(", "), " · ")
     foot = f" {counted} · {view.run_facts(report)} "
     if cell_len(foot) > inner - 2:  # what was hidden and what is new may never be left out
         foot = f" {' · '.join(filter(None, (counted, view.since(report), view.suppressed(report))))} "
@@ -286,7 +317,7 @@ def _results(screen: Screen, report: Report) -> bool:
     """Numbers of a quantization or a comparison."""
     lines = view.results(report)
     for label, text in lines:
-        screen.hang(_text(("  " + label.ljust(12), "bold")), Text(text))
+        screen.hang(_text(("  " + pad(label, 12), "bold")), Text(text))
     return bool(lines)
 
 
@@ -295,7 +326,7 @@ def _next(screen: Screen, report: Report, found: list[Group]) -> None:
     width = max((cell_len(command) for command, _ in steps), default=0)
     beside = 8 + width + 3 + max((cell_len(what) for _, what in steps), default=0) <= screen.width
     for i, (command, what) in enumerate(steps):
-        head = _text(("  next  " if i == 0 else "        ", "bold"), (command, "cyan"))
+        head = _text(("  " + pad(say("next"), 6) if i == 0 else "        ", "bold"), (command, "cyan"))
         if beside:
             screen.line(head, " " * (width - cell_len(command) + 3), (what, "bright_black"))
         else:
@@ -308,11 +339,11 @@ def _matrix(screen: Screen, report: Report) -> None:
     rows = report.extra.get("matrix")
     screen.line()
     if not rows:
-        screen.line("  no matrix: without readable tensors and config.json there is nothing to plan")
+        screen.line("  " + say("no matrix: without readable tensors and config.json there is nothing to plan"))
         return
     wide = max(cell_len(view.plan_row(row)) for row in rows)
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
-    screen.line(("  " + "plan".ljust(wide) + "".join(f"{n:>5}" for n in gpus) + " GPUs  in the way", "bold"))
+    screen.line(("  " + pad(say("plan"), wide) + "".join(f"{n:>5}" for n in gpus) + f" {say('GPUs')}  {say('in the way')}", "bold"))
     for row in rows:
         head = _text(f"  {view.plan_row(row):<{wide}}")
         for cell in row["cells"]:
@@ -330,10 +361,10 @@ def _rules(screen: Screen, report: Report) -> None:
     wide = max((len(r.rule.name) for r in report.runs), default=0)
     for run in report.runs:
         if run.status == "run":
-            mark, text = "✓", f"{view.counted(run.judged, 'subject')}, {run.seconds * 1000:.1f} ms"
+            mark, text = "✓", say("{subjects}, {ms} ms", subjects=view.counted(run.judged, "subject"), ms=f"{run.seconds * 1000:.1f}")
             if run.reasons:
                 reason = max(run.reasons, key=run.reasons.get)
-                text += f"; {sum(run.reasons.values())} not judged: {reason}"
+                text += say("; {n} not judged: {reason}", n=sum(run.reasons.values()), reason=known(reason))
         elif run.status == "crashed":
             mark, text = "☠", run.crashed
         else:
@@ -354,4 +385,4 @@ def show_statistics(report: Report, out: Console) -> None:
         totals[f.code, f.severity, f.name] = totals.get((f.code, f.severity, f.name), 0) + 1
     screen = Screen(out)
     for (code, severity, name), n in sorted(totals.items(), key=lambda item: (-item[1], item[0])):
-        screen.line(f"{n:>6}  {code}  ", (f"{severity:<8}", COLOURS[severity]), name)
+        screen.line(f"{n:>6}  {code}  ", (pad(say(severity), 8), COLOURS[severity]), name)

@@ -10,6 +10,7 @@ import shlex
 from dataclasses import dataclass, field
 
 from doctor.engine import Report, fold, folded_name
+from doctor.report.words import chinese, counted, current, known, say
 from doctor.rule import AREAS, Finding, Place, Rule, Seen
 
 MARKS = {"error": "✗", "warning": "!", "info": "i", "ok": "✓", "skipped": "○", "crashed": "☠"}
@@ -74,15 +75,11 @@ def counts(found: list[Group]) -> dict[str, int]:
     return {s: sum(g.first.severity == s for g in found) for s in ("error", "warning", "info")}
 
 
-def counted(number: int, word: str, plural: str = "") -> str:
-    return f"{number:,} {word if number == 1 else plural or word + 's'}"
-
-
 def tally(found: list[Group]) -> str:
     """`3 errors, 2 warnings`; `no findings`."""
     names = {"error": "error", "warning": "warning", "info": "note"}
     parts = [counted(n, names[s]) for s, n in counts(found).items() if n]
-    return ", ".join(parts) or "no findings"
+    return say(", ").join(parts) or say("no findings")
 
 
 def ran(report: Report) -> int:
@@ -98,24 +95,24 @@ def verdict(report: Report) -> tuple[str, str]:
     label = report.recipe.label()
     good, bad = _what_was_asked(report)
     if report.at_or_above("error"):
-        return "error", f"{bad} {label}"
+        return "error", say(bad, plan=label)
     if report.crashed:
-        return "crashed", f"no verdict for {label}: {counted(len(report.crashed), 'rule')} crashed"
+        return "crashed", say("no verdict for {plan}: {rules} crashed", plan=label, rules=counted(len(report.crashed), "rule"))
     if not ran(report):
-        return "skipped", f"nothing was judged for {label}"
-    far = "" if weights_read(report) else " (headers only)"
+        return "skipped", say("nothing was judged for {plan}", plan=label)
+    sentence = say(good, plan=label) + ("" if weights_read(report) else say(" (headers only)"))
     if report.at_or_above("warning"):
-        return "warning", f"{good} {label}{far}, with warnings"
-    return "ok", f"{good} {label}{far}"
+        return "warning", sentence + say(", with warnings")
+    return "ok", sentence
 
 
 def _what_was_asked(report: Report) -> tuple[str, str]:
-    """Words for a good and a bad end of a check, a quantization or a comparison."""
+    """The sentences for a good and a bad end of a check, a quantization or a comparison."""
     if report.extra.get("comparison"):
-        return "agrees with its original:", "does not agree with its original:"
+        return "agrees with its original: {plan}", "does not agree with its original: {plan}"
     if report.linears:
-        return "quantized to", "not quantized to"
-    return "ready for", "not ready for"
+        return "quantized to {plan}", "not quantized to {plan}"
+    return "ready for {plan}", "not ready for {plan}"
 
 
 def weights_read(report: Report) -> bool:
@@ -124,8 +121,8 @@ def weights_read(report: Report) -> bool:
 
 def run_facts(report: Report) -> str:
     """`2 new, 1 gone since base · 61 rules run · 3 skipped · 2 suppressed (1 by the checkpoint itself) · 41 s`."""
-    parts = [since(report), f"{counted(ran(report), 'rule')} run", f"{skipped(report)} skipped" if skipped(report) else "",
-             f"{len(report.crashed)} crashed" if report.crashed else "", suppressed(report), seconds(report.seconds)]
+    parts = [since(report), say("{rules} run", rules=counted(ran(report), "rule")), say("{n} skipped", n=skipped(report)) if skipped(report) else "",
+             say("{n} crashed", n=len(report.crashed)) if report.crashed else "", suppressed(report), seconds(report.seconds)]
     return " · ".join(filter(None, parts))
 
 
@@ -134,7 +131,8 @@ def since(report: Report) -> str:
     if not report.baseline:
         return ""
     new = sum(f.baseline_state == "new" for f in report.findings)
-    return f"{new} new{f', {len(report.gone)} gone' if report.gone else ''} since {safe(report.baseline)}"
+    sentence = "{n} new, {gone} gone since {base}" if report.gone else "{n} new since {base}"
+    return say(sentence, n=new, gone=len(report.gone), base=safe(report.baseline))
 
 
 def suppressed(report: Report) -> str:
@@ -142,7 +140,7 @@ def suppressed(report: Report) -> str:
     own = sum(f.suppression["from_checkpoint"] for f in report.suppressed if f.suppression)
     if not report.suppressed:
         return ""
-    return f"{len(report.suppressed)} suppressed" + (f" ({own} by the checkpoint itself)" if own else "")
+    return say("{n} suppressed", n=len(report.suppressed)) + (say(" ({n} by the checkpoint itself)", n=own) if own else "")
 
 
 def relative(file: str) -> str:
@@ -170,10 +168,10 @@ def what_it_is(report: Report) -> str:
 def plan_text(report: Report) -> str:
     """`gptq · 4 bit · group 128 · sym → vllm 0.9, tensor parallel 8`."""
     r = report.recipe
-    group = "per channel" if r.group_size == -1 else f"group {r.group_size}"
+    group = say("per channel") if r.group_size == -1 else say("group {n}", n=r.group_size)
     target = [" ".join(filter(None, (r.runtime, r.runtime_version)))] if r.runtime else []
-    target += [f"tensor parallel {r.tp}"] if r.tp > 1 or r.runtime else ["1 GPU"]
-    return f"{r.method} · {r.bits} bit · {group} · {'sym' if r.sym else 'asym'} → {', '.join(target)}"
+    target += [say("tensor parallel {n}", n=r.tp)] if r.tp > 1 or r.runtime else [say("1 GPU")]
+    return " · ".join([r.method, say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")]) + f" → {say(', ').join(target)}"
 
 
 @dataclass(frozen=True)
@@ -196,37 +194,39 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
         here = [g for g in found if g.code in codes]
         left_out = sum(r.status == "skipped" for r in runs)
         if any(r.crashed for r in runs):
-            lines.append(Area(name, "crashed", f"{counted(sum(bool(r.crashed) for r in runs), 'rule')} crashed"))
+            lines.append(Area(say(name), "crashed", say("{rules} crashed", rules=counted(sum(bool(r.crashed) for r in runs), "rule"))))
         elif here:
             worst = next(s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here))
             extra = f"   ({_read(report)})" if name == "Weights" and weights_read(report) else ""
-            lines.append(Area(name, worst, tally(here) + extra))
+            lines.append(Area(say(name), worst, tally(here) + extra))
         elif any(r.status == "run" for r in runs):
             text = _established(name, report, [r for r in runs if r.status == "run"])
-            lines.append(Area(name, "ok", text + (f" · {counted(left_out, 'rule')} skipped" if left_out else "")))
+            lines.append(Area(say(name), "ok", text + (" · " + say("{rules} skipped", rules=counted(left_out, "rule")) if left_out else "")))
         else:
-            lines.append(Area(name, "skipped", _why_skipped(runs)))
+            lines.append(Area(say(name), "skipped", _why_skipped(runs)))
     return lines
 
 
 def _read(report: Report) -> str:
-    return f"{count(report.summary.get('parameters', 0))} values read, {size(report.bytes_read)}"
+    return say("{n} values read, {size}", n=count(report.summary.get("parameters", 0)), size=size(report.bytes_read))
 
 
 def _established(name: str, report: Report, runs: list) -> str:
     s = report.summary
     judged = counted(len(runs), "rule")
-    known = {
-        "Files": f"{counted(s.get('shards', 0), 'shard')}, {size(s.get('bytes', 0))}, {counted(s.get('tensors', 0), 'tensor')}",
-        "Tensors": f"{counted(s.get('tensors', 0), 'tensor')} as config.json asks",
-        "Config": f"{s.get('architecture') or 'config.json'}, {s.get('blocks') or '?'} blocks",
-        "Tokenizer": "tokenizer and special tokens agree with config.json",
+    tensors = counted(s.get("tensors", 0), "tensor")
+    text = {
+        "Files": say("{shards}, {size}, {tensors}", shards=counted(s.get("shards", 0), "shard"), size=size(s.get("bytes", 0)), tensors=tensors),
+        "Tensors": say("{tensors} as config.json asks", tensors=tensors),
+        "Config": say("{what}, {n} blocks", what=s.get("architecture") or "config.json", n=s.get("blocks") or "?"),
+        "Tokenizer": say("tokenizer and special tokens agree with config.json"),
         "Weights": _read(report),
-        "Geometry": f"{counted(s['linears'], 'linear')} fit {report.recipe.label()}" if s.get("linears") else None,
-        "Serving": f"nothing against serving with {report.recipe.runtime or 'any runtime'}",
+        "Geometry": say("{linears} fit {plan}", linears=counted(s["linears"], "linear"), plan=report.recipe.label()) if s.get("linears") else None,
+        "Serving": say("nothing against serving with {runtime}", runtime=report.recipe.runtime or say("any runtime")),
     }.get(name)
     subjects = max(r.judged for r in runs)
-    return safe(f"{known} ({judged})" if known else f"{judged} on {counted(subjects, 'subject')}")
+    return safe(say("{known} ({rules})", known=text, rules=judged) if text else
+                say("{rules} on {subjects}", rules=judged, subjects=counted(subjects, "subject")))
 
 
 def _why_skipped(runs: list) -> str:
@@ -236,7 +236,7 @@ def _why_skipped(runs: list) -> str:
             reason = max(run.reasons, key=run.reasons.get)
             reasons[reason] = reasons.get(reason, 0) + 1
     reason = max(reasons, key=reasons.get)
-    return safe(f"skipped: {reason} ({counted(sum(reasons.values()), 'rule')})")
+    return safe(say("skipped: {reason} ({rules})", reason=known(reason), rules=counted(sum(reasons.values()), "rule")))
 
 
 def results(report: Report) -> list[tuple[str, str]]:
@@ -249,18 +249,20 @@ def results(report: Report) -> list[tuple[str, str]]:
         raised = sum(s["damp_used"] > s["damp_asked"] for s in solves)
         better = [s["loss"] / s["rtn_loss"] for s in solves if number(s["loss"]) and number(s["rtn_loss"]) and s["rtn_loss"] > 0]
         text = ", ".join(f"{n:,} {o}" for o, n in kinds.items())
-        text += f"; damp raised for {raised}" if raised else ""
-        text += f"; error {sorted(better)[len(better) // 2]:.0%} of plain rounding's (median)" if better else ""
-        lines.append(("linears", text))
+        text += say("; damp raised for {n}", n=raised) if raised else ""
+        text += say("; error {share} of plain rounding's (median)", share=f"{sorted(better)[len(better) // 2]:.0%}") if better else ""
+        lines.append((say("linears"), text))
     c = report.extra.get("comparison")
     if c:
         before, after = c["perplexity_original"], c["perplexity_quantized"]
         change = f" ({after / before - 1:+.1%})" if number(before) and number(after) and before > 0 else ""
-        lines.append(("perplexity", f"{figure(before)} → {figure(after)}{change} on {c['tokens']:,} tokens, {c['context']:,} at a time"))
-        lines.append(("divergence", f"KL {figure(c['kl_mean'])} nats on average, {figure(c['kl_p99'])} at the 99th percentile; "
-                                    f"same next token {percent(c['top1_agreement'])}"))
-        lines.append(("replies", f"{counted(c['generated'], 'token')}, longest repeat {c['longest_repeat']}, token 0 {percent(c['token0_share'])}"
-                      if c["generated"] else f"not generated: {report.extra.get('not_generated', 'no prompts')}"))
+        span = say("{change} on {tokens} tokens, {context} at a time", change=change, tokens=f"{c['tokens']:,}", context=f"{c['context']:,}")
+        lines.append((say("perplexity"), f"{figure(before)} → {figure(after)}{span}"))
+        lines.append((say("divergence"), say("KL {mean} nats on average, {p99} at the 99th percentile; same next token {top1}",
+                                             mean=figure(c["kl_mean"]), p99=figure(c["kl_p99"]), top1=percent(c["top1_agreement"]))))
+        lines.append((say("replies"), say("{tokens}, longest repeat {repeat}, token 0 {share}", tokens=counted(c["generated"], "token"),
+                                          repeat=c["longest_repeat"], share=percent(c["token0_share"]))
+                      if c["generated"] else say("not generated: {reason}", reason=report.extra.get("not_generated") or say("no prompts"))))
     return [(label, safe(text)) for label, text in lines]
 
 
@@ -279,7 +281,18 @@ def percent(value: object) -> str:
 
 def why(entry: Rule) -> str:
     """First paragraph of the page's Why, as one line."""
-    return one_line(entry.section("Why").split("\n\n")[0])
+    return _first(entry, "Why")
+
+
+def _first(entry: Rule, section: str) -> str:
+    return one_line(entry.section(section, current()).split("\n\n")[0])
+
+
+def headline(group: Group, entry: Rule | None) -> tuple[str, str]:
+    """(what is wrong, the exact message): in English the message says both; in Chinese the rule's title goes before it."""
+    if chinese() and entry is not None:
+        return entry.heading(current()), group.message
+    return group.message, ""
 
 
 def page_rule(report: Report, code: str) -> Rule | None:
@@ -310,22 +323,25 @@ def _letters(text: str) -> str:
 
 
 def cures(group: Group, entry: Rule | None) -> list[tuple[str, str]]:
-    """(label, sentence): `fix` safe, `fix!` changes numbers or shapes, `you` is for the user."""
+    """(label, sentence): `fix` safe, `fix!` changes numbers or shapes, `you` is for the user, `do` the page's advice in Chinese."""
     fix, advice = group.first.fix, group.first.advice
     lines = []
+    if chinese() and entry is not None:
+        lines.append(("do", _first(entry, "Do")))
     if group.safety == "safe":
         lines.append(("fix", fix.title))
     elif group.safety == "unsafe":
-        waits = f" (once {' and '.join(fix.needs)} {'is' if len(fix.needs) == 1 else 'are'} gone)" if fix.needs else ""
+        once = " (once {codes} is gone)" if len(fix.needs) == 1 else " (once {codes} are gone)"
+        waits = say(once, codes=" and ".join(fix.needs) if not chinese() else "、".join(fix.needs)) if fix.needs else ""
         lines.append(("fix!", fix.title + waits))
     elif group.safety == "by name":
-        lines.append(("fix!", f"{fix.title}: a guess, only by name with --unsafe-fixes={group.code}"))
+        lines.append(("fix!", say("{title}: a guess, only by name with --unsafe-fixes={code}", title=fix.title, code=group.code)))
     elif fix is not None:
         lines.append(("you", fix.title))
     if advice:
         lines.append(("you", advice))
     if not lines and entry is not None:
-        lines.append(("you", one_line(entry.section("Do").split("\n\n")[0])))
+        lines.append(("you", _first(entry, "Do")))
     return [(label, safe(text)) for label, text in lines]
 
 
@@ -349,10 +365,10 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
         steps.append((f"{command} --unsafe-fixes", f"+{len(by['unsafe'])}: " + ", ".join(dict.fromkeys(g.code for g in by["unsafe"]))))
     yours = list(dict.fromkeys(g.code for g in (*by["manual"], *by["by name"]) if g.first.severity != "info"))
     if yours:
-        steps.append((f"doctor explain {yours[0]}", f"{len(yours)} for you: {', '.join(yours)}"))
+        steps.append((f"doctor explain {yours[0]}", say("{n} for you: {codes}", n=len(yours), codes=", ".join(yours))))
     asked_more = report.linears or report.extra.get("comparison")
     if not steps and not found and not asked_more and not report.crashed and ran(report) and weights_read(report):
-        steps.append((f"doctor quantize {path}{plan} -o quantized/", "when you are ready"))
+        steps.append((f"doctor quantize {path}{plan} -o quantized/", say("when you are ready")))
     return steps
 
 
@@ -393,7 +409,7 @@ def blockers(cells: list[dict]) -> str:
     for counts, codes in gpus.items():
         upward = list(counts) == [c["tp"] for c in cells if c["tp"] >= counts[0]] and counts[-1] == last and len(counts) > 1
         where = f"{counts[0]}+" if upward else ", ".join(map(str, counts))
-        parts.append(f"{where} GPUs {'also ' if everywhere else ''}{', '.join(codes)}")
+        parts.append(say("{n} GPUs also {codes}" if everywhere else "{n} GPUs {codes}", n=where, codes=", ".join(codes)))
     return "; ".join(parts)
 
 
@@ -402,9 +418,9 @@ def skip_reasons(report: Report) -> list[tuple[str, str, str]]:
     rows = []
     for run in report.runs:
         if run.status == "skipped":
-            rows.append((run.rule.code, run.rule.name, safe(max(run.reasons, key=run.reasons.get))))
+            rows.append((run.rule.code, run.rule.name, safe(known(max(run.reasons, key=run.reasons.get)))))
         elif run.status == "not applicable":
-            rows.append((run.rule.code, run.rule.name, f"no {run.rule.scope} to judge"))
+            rows.append((run.rule.code, run.rule.name, say(f"no {run.rule.scope} to judge")))
     return rows
 
 
