@@ -508,3 +508,14 @@ def test_a_narrow_mlp_of_every_form_is_padded_for_two_gpus(tmp_path, family):
     result = fix(case.write(tmp_path / "source"), tmp_path / "out", case.recipe, unsafe_fixes=("G302",))
     assert "G302" in codes(result) and [p.status for p in result.proofs] in (["equal"], ["agrees"])
     assert not [f for f in check(tmp_path / "out", case.recipe).findings if f.code == "G302"]
+
+
+def test_a_packed_source_is_quantized_again_through_the_cure_without_a_copy(tmp_path):
+    from doctor.api import quantize
+    from doctor.recipe import Recipe
+
+    _, source = quantized(tmp_path / "source", "gptq")
+    result = quantize(source, tmp_path / "out", Recipe(method="rtn", group_size=32), fix=True, unsafe_fixes=("C147",))
+    out = Checkpoint.open(tmp_path / "out")
+    assert result.output and out.value("config.json")["quantization_config"]["group_size"] == 32
+    assert any(n.endswith(".qweight") or n.endswith(".weight_packed") for n in out.tensors) and sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
