@@ -95,7 +95,7 @@ class _Job:
             if plan.needs_proof:
                 from doctor.evaluate.proof import prove
 
-                refuse(plan, [prove(source, plan.view)])
+                refuse(plan, [prove(plan.unpadded(), plan.view)])
             self.recipe, self.seen = plan.recipe, plan.after
             for step in plan.steps:
                 self._note(f"fix: {step.code} {step.title}")
