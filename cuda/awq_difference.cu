@@ -30,11 +30,12 @@ struct ScaledGroup {
 extern "C" __global__ void __launch_bounds__(128) awq_difference(Difference d, Rule rule)
 {
     const int lane = threadIdx.x % WARP;
-    const i64 at = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / WARP, groups = d.k / d.width;
+    const u32 groups = (u32)d.k / (u32)d.width, at = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (at >= d.n * groups)
         return;
-    const i64 column = at % groups * d.width, first = at / groups * d.k + column;
+    const i64 column = (i64)(at % groups) * d.width, first = (i64)(at / groups) * d.k + column;
     const ScaledGroup group = {d.W, d.s + column, first, d.width, d.from, lane};
+    rule.mse = 0;  // known here, so that the search is not compiled in
     Fit<float, ScaledGroup> fit(group, rule);
     fit.run(nullptr);
     const Divisor<float> by(fit.scale);

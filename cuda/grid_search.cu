@@ -16,12 +16,13 @@ struct Search {
     int width;
 };
 
+// In 32 bits (the launcher checks): a division in 64 is a subroutine, and registers spill around its call.
 INLINE bool find_group(const Search &s, i64 &at, i64 &row, i64 &first)
 {
-    const i64 groups = s.k / s.width;
-    at = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / WARP;
-    row = at / groups;
-    first = at % groups * s.width;
+    const u32 groups = (u32)s.k / (u32)s.width, mine = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    at = mine;
+    row = mine / groups;
+    first = (i64)(mine % groups) * s.width;
     return at < s.n * groups;
 }
 

@@ -313,6 +313,11 @@ def _require(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.
     return tensor.contiguous()
 
 
+def _require_countable(groups: int, n: int, k: int) -> None:
+    if groups >= 2**31:
+        raise CudaError(f"W[{n}, {k}] has {groups} groups; a launch counts to 2^31.", "Quantize it in parts of its rows.")
+
+
 def _rule(bits: int, sym: bool, mse: bool, signed: bool, zero_min: int, scale_dtype: torch.dtype) -> Rule:
     return Rule(2**bits - 1, 2 ** (bits - 1), zero_min, sym, signed, mse, _DTYPES[scale_dtype], len(reference._RATIOS),
                 len(reference._FINE), reference._REFITS)
@@ -330,6 +335,7 @@ def fit(W: torch.Tensor, bits: int, group_size: int, sym: bool, *, mse: bool = F
     weight = None if weight is None else _require("weight", weight.to(W.device, torch.float32), torch.float32, W.device)
     scale = torch.empty(n, k // width, dtype=torch.float32, device=W.device)
     zero = torch.empty(n, k // width, dtype=torch.int32, device=W.device)
+    _require_countable(scale.numel(), n, k)
     each = next((each for each in (1, 2, 4) if width <= 32 * each), None)
     search = Search(_at(W), _at(weight), _at(engine.candidates(W.device)), _at(scale), _at(zero), n, k, k, width)
     engine.launch(f"grid_search_{each or 'wide'}", "grid_search", (-(-scale.numel() // 4), 1), 128, 0,
@@ -478,6 +484,7 @@ def awq_difference(W: torch.Tensor, s: torch.Tensor, bits: int, group_size: int,
     engine = engine or engine_for(W.device)
     n, k = W.shape
     width = group_width(k, group_size)
+    _require_countable(n * (k // width), n, k)
     W, s = W.contiguous(), _require("s", s, torch.float32, W.device)
     out = torch.empty(n, k, device=W.device)
     difference = Difference(_at(W), _at(s), _at(out), n, k, width, _DTYPES[W.dtype])

@@ -62,6 +62,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(line)
 
 
+@pytest.fixture(autouse=True)
+def torch_is_the_reference(monkeypatch):
+    """grid.py and gptq.py may use the native CPU library: another optimisation, and not the definition."""
+    monkeypatch.setenv("DOCTOR_NATIVE", "0")
+
+
 @pytest.fixture(scope="session")
 def host_builds(tmp_path_factory):
     """Folder of <source>.so for every kernel source."""

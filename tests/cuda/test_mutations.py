@@ -1,0 +1,206 @@
+"""The tests of the tests: faults planted in the kernels, one at a time, each of which the host build must show.
+
+Also the same kernels under AddressSanitizer and UBSan, where every buffer ends where it ends.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import host
+import pytest
+import torch
+from judges import grid_of, judge_columns, judge_fit, problem
+
+from doctor.errors import CudaError
+from doctor.quant import grid, kernels, pack
+from doctor.quant.gptq import _Rules
+from doctor.quant.grid import contiguous_groups
+
+pytestmark = pytest.mark.R1
+
+
+def swap(old, new):
+    return lambda text: text.replace(old, new, 1)
+
+
+def rounds(engine, static=True):
+    """Two widths of block, ragged; codes must follow from one another, and no word may be left unwritten."""
+    for k, n in ((200, 70), (128, 33)):
+        T, U, cost = problem(k, n, seed=k)
+        width = 8 if k == 200 else 32
+        groups = contiguous_groups(k, width)
+        given = grid_of(T, 4, width, False) if static else None
+        rule = _Rules(4, width, False, True, False, 0, torch.float16)
+        codes, found = kernels.round_columns(T.clone(), U, rule, groups, given, cost, 0 if static else width, engine=engine)
+        assert torch.isfinite(found.scale).all()
+        judge_columns(T, U, codes, found, groups, 4)
+        if not static:
+            judge_fit(T[:width].T.contiguous(), grid.Grid(found.scale[:, :1], found.zero[:, :1]),
+                      grid.fit(T[:width].T.contiguous(), 4, width, False, mse=True, weight=cost[:width]), cost[:width], 4, 0.9)
+
+
+def rounds_on_the_fly(engine):
+    rounds(engine, static=False)
+
+
+def rounds_in_reverse(engine):
+    """Threads in the other order: what a missing barrier lets through in one order, it does not in both."""
+    import ctypes
+    turned = ctypes.c_int.in_dll(engine._cuda, "fake_reversed")
+    for turned.value in (0, 1):
+        rounds(engine)
+
+
+def searches(engine):
+    T, _, cost = problem(384, 30)
+    W = T.T.contiguous()
+    for width in (32, 48, 128, -1):
+        for sym in (True, False):
+            for mse in (False, True):
+                want = grid.fit(W, 3, width, sym, mse=mse, weight=cost, zero_min=1)
+                found = kernels.fit(W, 3, width, sym, mse=mse, weight=cost, zero_min=1, engine=engine)
+                judge_fit(W, found, want, cost, 3, 0.9)
+
+
+def packs(engine):
+    for bits in (3, 4):
+        codes = torch.randint(0, 2**bits, (333, 65), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(kernels.pack_columns(codes, bits, engine=engine), pack.pack_columns(codes, bits))
+    codes = codes[:32]
+    assert torch.equal(kernels.awq_words(codes, engine=engine), pack._awq_words(codes))
+    W = torch.randn(96, 160, generator=torch.Generator().manual_seed(0))
+    found = grid.fit(W, 3, 32, False, zero_min=1)
+    packed = pack.gptq_pack(grid.quantize(W, found, 3), found, contiguous_groups(160, 32), 3)
+    assert torch.equal(kernels.gptq_dequantize(**packed, bits=3, engine=engine), pack.gptq_dequantize(**packed, bits=3))
+
+
+def caches(engine):
+    from test_kernels import kv_reference
+    x = torch.randn(640, generator=torch.Generator().manual_seed(0)).half()
+    for bits in (4, 8):
+        codes, scales = kernels.kv_store(x, bits, engine=engine)
+        want = kv_reference(x, bits)
+        fields = codes if bits == 8 else torch.stack([codes & 15, codes >> 4], 1).reshape(-1)
+        assert torch.equal(fields, want[0]) and torch.equal(scales, want[1])
+        assert torch.equal(kernels.kv_load(codes, scales, bits, engine=engine), want[2])
+
+
+def scans(engine):
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    x[4000] = float("nan")
+    found = kernels.health_scan(x, engine=engine)
+    assert (found["n_nan"], found["n_zero"], found["first_nonfinite"], found["max"]) == (1, 0, 4000, float(x[~x.isnan()].max()))
+    assert abs(found["sum"] - float(x[~x.isnan()].double().sum())) <= 1e-9
+
+
+def differs(engine):
+    g = torch.Generator().manual_seed(0)
+    W, s = torch.randn(5, 96, generator=g), torch.rand(96, generator=g) + 0.5
+    found = grid.fit(W * s, 4, 48, False)
+    want = grid.dequantize(grid.quantize(W * s, found, 4), found) / s - W
+    assert not ((kernels.awq_difference(W, s, 4, 48, False, engine=engine) - want).abs() > 1e-5).any()
+
+
+MUTATIONS = {
+    "the barrier after U is dropped": ("gptq_block", rounds_in_reverse, {"gptq_block.cu": swap("    __syncthreads();\n", "")}),
+    "rows past n leave before the barrier": ("gptq_block", rounds, {"gptq_block.cu": swap(
+        "    fill(u, c);\n    __syncthreads();\n    if (row >= c.n)\n        return;", "    if (row >= c.n)\n        return;\n    fill(u, c);\n    __syncthreads();")}),
+    "the bound of rows is missing": ("gptq_block", "asan", {"gptq_block.cu": swap("    if (row >= c.n)\n        return;\n", "")}),
+    "the triangle starts one late": ("gptq_block", rounds, {"gptq_block.cu": swap("later = j + 1;", "later = j + 2;")}),
+    "the triangle corrects the column itself": ("gptq_block", rounds, {"gptq_block.cu": swap(
+        "lane_fma(-e, urow[later], w[later])", "lane_fma(-e, urow[later - 1], w[later])")}),
+    "the last word of U's rows is left unfilled": ("gptq_block", rounds, {"gptq_block.cu": swap(
+        "for (int lane = 0; lane < 4; lane++)\n                if (j + lane < c.count)", "for (int lane = 0; lane < 3; lane++)\n                if (j + lane < c.count)")}),
+    "a quad of U is skipped": ("gptq_block", rounds, {"gptq_block.cu": swap("if (j + 3 < i)", "if (j < i)")}),
+    "a sub-block skips its last correction": ("gptq_block", rounds, {"gptq_block.cu": swap("i < until; i++", "i < until - 1; i++")}),
+    "corrections of a group count twice": ("gptq_block", rounds_on_the_fly, {"gptq_block.cu": swap(
+        "c.width ? first - first % c.width : 0, first, u", "0, first, u")}),
+    "a grid is fitted on weights of before": ("gptq_block", rounds_on_the_fly, {"gptq_block.cu": swap(
+        "            c.T[(c.begin + part + j) * c.n + row] = w[j];\n", "            ;\n")}),
+    "an error is not divided by the pivot": ("gptq_block", rounds, {"gptq_block.cu": swap(
+        "divide(w[j] - value_of(code, scale[j], zero[j]), urow[j])", "w[j] - value_of(code, scale[j], zero[j])")}),
+    "the errors of columns share a place": ("gptq_block", rounds, {"gptq_block.cu": swap(
+        "mine[(first + j) * threads] = e;", "mine[(first + (j & 7)) * threads] = e;")}),
+    "the groups of a block start at 0": ("gptq_block", rounds, {"gptq_block.cu": swap(
+        "c.owner[c.begin + (first + j < c.count ? first + j : first)]", "c.owner[first + j < c.count ? first + j : first]")}),
+    "a shuffle's offset is halved": ("grid_search", searches, {"core.cuh": swap("x += __shfl_xor_sync(ALL_LANES, x, lane);",
+                                                                              "x += __shfl_xor_sync(ALL_LANES, x, lane / 2);")}),
+    "a lane is missing from a shuffle's mask": ("grid_search", searches, {"core.cuh": swap("0xffffffffu", "0x7fffffffu")}),
+    "candidates are not rounded to what is stored": ("grid_search", searches, {"core.cuh": swap(
+        "s = store_scale(lane_min(s, F(largest_of(rule.dtype))), rule.dtype);", "")}),
+    "the zero point may fall below its least": ("grid_search", searches, {"core.cuh": swap(
+        "clamp(lane_round(divide(-low, first)), rule.zero_min,", "clamp(lane_round(divide(-low, first)), 0.0f,")}),
+    "lanes past the group hold weights": ("grid_search", searches, {"grid_search.cu": swap(
+        "column < s.width ? s.W[row * s.row_stride + first + column] : 0.0f", "s.W[row * s.row_stride + (first + column) % s.k]")}),
+    "the refit forgets the costs": ("grid_search", searches, {"core.cuh": swap("weighted = level * group.cost(i);", "weighted = level;")}),
+    "rounding goes away from zero": ("grid_search", searches, {"core.cuh": swap("return rintf(x); }", "return floorf(x + 0.75f); }")}),
+    "the division is a product only": ("grid_search", None, {"core.cuh": swap("corrected = lane_fma(lane_fma(-q, b, a), reciprocal, q);",
+                                                                            "corrected = q;")}),
+    "a word keeps the bits of the last": ("pack", packs, {"pack.cu": swap("open >>= 32;", "open >>= 31;")}),
+    "the tail is read past its end": ("pack", "asan", {"pack.cu": swap("e < s.count ? codes[e * s.code_stride] : 0", "codes[e * s.code_stride]")}),
+    "the last word is written past its end": ("pack", "asan", {"pack.cu": swap("if (word < s.height)", "if (word <= s.height)")}),
+    "AWQ's order is the plain one": ("pack", packs, {"pack.cu": swap("field < 4 ? field * 2 : field * 2 - 7", "field")}),
+    "a field that crosses words loses its upper half": ("pack", packs, {"pack.cu": swap("if (shift + bits > 32)", "if (shift + bits > 64)")}),
+    "a shuffle of the Hadamard is one short": ("kv_cache", caches, {"kv_cache.cu": swap("step < WARP;", "step < WARP / 2;")}),
+    "the Hadamard's sign is turned": ("kv_cache", caches, {"kv_cache.cu": swap("lane & step ? -x : x", "lane & step ? x : -x")}),
+    "absmax misses a lane": ("kv_cache", caches, {"kv_cache.cu": swap("for (int step = 8; step;", "for (int step = 4; step;")}),
+    "a warp's partial result is not waited for": ("health_scan", scans, {"health_scan.cu": swap("    __syncthreads();\n", "")}),
+    "the last warp is not joined": ("health_scan", scans, {"health_scan.cu": swap("other < blockDim.x / WARP;", "other + 1 < blockDim.x / WARP;")}),
+    "zeros past the end are counted": ("health_scan", "asan", {"health_scan.cu": swap("i < count; i += step", "i <= count; i += step")}),
+    "the difference is not scaled back": ("awq_difference", differs, {"awq_difference.cu": swap(
+        "divide(value_of(code, fit.scale, fit.zero), d.s[column + lane + i * WARP])", "value_of(code, fit.scale, fit.zero)")}),
+}
+CHECKS = {"gptq_block": rounds, "grid_search": searches, "pack": packs, "kv_cache": caches, "health_scan": scans,
+          "awq_difference": differs}
+
+
+def divides_exactly(engine):
+    """round(w / s) at and beside ties, where a quotient that is off by one unit shows."""
+    s = torch.tensor([0.1, 0.0123, 0.3331, 7.1e-5]).half().float()
+    ties = (torch.arange(-7, 7) + 0.5)[None, :, None] * s[:, None, None]
+    beside = torch.stack([torch.nextafter(ties, ties - 1), ties, torch.nextafter(ties, ties + 1)], -1).reshape(4, -1)
+    W = torch.cat([beside, torch.zeros(4, 128 - beside.shape[1])], 1)
+    T, U = W.T.contiguous(), torch.eye(128)
+    given = grid.Grid(s[:, None], torch.full((4, 1), 8, dtype=torch.int32))
+    codes, _ = kernels.round_columns(T, U, _Rules(4, -1, True, False, False, 0, torch.float16), contiguous_groups(128, -1), given,
+                                     engine=engine)
+    assert torch.equal(codes.T, grid.quantize(W, given, 4))
+
+
+@pytest.mark.parametrize("fault", MUTATIONS)
+def test_a_planted_fault_is_caught(fault, tmp_path, host_builds):
+    source, check, edit = MUTATIONS[fault]
+    if check == "asan":
+        made, output = under_sanitizers(source, tmp_path, edit)
+        assert made != 0 and "AddressSanitizer" in output, output[-2000:]
+        return
+    if check is None:
+        source, check = "gptq_block", divides_exactly
+    host.build(source, tmp_path / "builds", edit=edit)
+    with pytest.raises((AssertionError, CudaError)) as caught:
+        check(host.engine(tmp_path, tmp_path / "builds"))
+    assert "finds nothing to change" not in str(caught.value)
+
+
+@pytest.mark.parametrize("check", [*CHECKS.values(), rounds_on_the_fly, rounds_in_reverse, divides_exactly])
+def test_the_checks_pass_without_a_fault(check, tmp_path, host_builds):
+    check(host.engine(tmp_path, host_builds))
+
+
+def under_sanitizers(source, folder, edit=None):
+    """(exit status, output) of sanitized.py for one kernel source built with AddressSanitizer and UBSan."""
+    runtime = subprocess.run([host.COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("g++ has no AddressSanitizer runtime here")
+    made = host.build(source, folder / "asan", ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "--param",
+                                                "asan-stack=0"), edit=edit)
+    run = subprocess.run([sys.executable, str(Path(__file__).with_name("sanitized.py")), source, str(made)], capture_output=True,
+                         text=True, env={"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin"})
+    return run.returncode, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("source", host.SOURCES)
+def test_no_kernel_leaves_its_buffers_or_the_language(source, tmp_path, host_builds):
+    status, output = under_sanitizers(source, tmp_path)
+    assert (status, output.strip()) == (0, f"{source}: clean"), output[-3000:]
