@@ -98,7 +98,7 @@ plan_options = _options(
     click.option("--for", "--method", "method", type=click.Choice(METHODS), default="gptq", help="Quantization method of the plan."),
     click.option("--bits", type=int, default=4, help="Bits per weight: 2, 3, 4 or 8."),
     click.option("--group-size", type=int, default=128, help="in_features that share a scale; -1 for whole rows."),
-    click.option("--sym/--asym", default=True, help="Symmetric or asymmetric grid."),
+    click.option("--sym/--asym", default=None, help="Symmetric or asymmetric grid; asymmetric for awq, else symmetric."),
     click.option("--tp", "--tensor-parallel-size", "tp", type=int, default=1, help="GPUs that share each linear at serving."),
     click.option("--runtime", default="", metavar="NAME[==VERSION]", help=f"Where it will be served: {', '.join(RUNTIMES)}."),
     click.option("--config", is_eager=True, expose_value=False, callback=_configured, metavar="FILE",

@@ -25,7 +25,7 @@ class Recipe:
     method: str = "gptq"
     bits: int = 4
     group_size: int = 128
-    sym: bool = True
+    sym: bool | None = None  # None takes the method's own: asymmetric for awq, whose kernels expect zero points
     act_order: bool = True
     mse: bool = True
     damp: float = 0.01
@@ -39,6 +39,8 @@ class Recipe:
 
     def __post_init__(self):
         _require(self.method in METHODS, f"method {self.method!r}", f"one of {', '.join(METHODS)}")
+        if self.sym is None:
+            object.__setattr__(self, "sym", self.method != "awq")
         _require(self.bits in BITS, f"bits {self.bits}", "2, 3, 4 or 8")
         _require(self.group_size == -1 or self.group_size > 0, f"group size {self.group_size}", "positive, or -1 for whole rows")
         _require(self.tp >= 1, f"tensor parallel {self.tp}", "1 or more")

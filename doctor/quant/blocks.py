@@ -139,13 +139,18 @@ class Skeleton:
 
     def modules_of(self, i: int) -> dict[str, tuple[Linear, nn.Module]]:
         """Linear's checkpoint name -> (Linear, the module that holds it) of block i, without those that have no module."""
-        by_source = {}
+        by_source = self.by_tensor(i)
+        return {name: (linear, by_source[linear.tensor]) for name, linear in self.linears.get(i, {}).items() if linear.tensor in by_source}
+
+    def by_tensor(self, i: int) -> dict[str, nn.Module]:
+        """Checkpoint name of a weight -> the module of block i that holds it."""
+        found = {}
         for path, module in self.blocks[i].named_modules():
             if "weight" in module._parameters:
                 source = self._source(i, f"{path}.weight")
                 if source is not None:
-                    by_source[source] = module
-        return {name: (linear, by_source[linear.tensor]) for name, linear in self.linears.get(i, {}).items() if linear.tensor in by_source}
+                    found[source] = module
+        return found
 
     def _separate_experts(self, i: int) -> None:
         experts = [x for x in self.linears.get(i, {}).values() if x.expert is not None]

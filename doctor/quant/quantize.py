@@ -16,7 +16,7 @@ from doctor.engine import Report, judge, load_rules, locate, select_rules
 from doctor.errors import DoctorError
 from doctor.facts import CHECKPOINT
 from doctor.plan import Consent, Look, look, make_plan, refuse
-from doctor.quant import export
+from doctor.quant import export, solver
 from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, calibration_rows
 from doctor.quant.run import Result, fingerprint, receipt, run
 from doctor.recipe import Recipe
@@ -122,6 +122,8 @@ class _Job:
         checkpoint, store = self.seen.checkpoint, self.seen.store
         if "config.json" not in checkpoint.json:
             raise DoctorError(f"{checkpoint.root}: has no config.json; quantizing needs the model's shape.", "Give the checkpoint's directory.")
+        if solver.note():
+            self._note(solver.note())
         self.output.parent.mkdir(parents=True, exist_ok=True)
         staged = export.Output.open(self.output, fingerprint(checkpoint, self.recipe, rows), resume=resume)
         done = run(checkpoint, store.get(CHECKPOINT, "spec"), self.recipe, rows, staged, store, self.rules, memory=memory,

@@ -31,7 +31,7 @@ from doctor.engine import judge
 from doctor.errors import MachineError, NotQuantizable
 from doctor.facts import Store
 from doctor.layout import is_kept
-from doctor.quant import export
+from doctor.quant import awq, export
 from doctor.quant.blocks import Call, Skeleton, _Enough, load_tensor
 from doctor.quant.gptq import Solution, round_to_nearest, solve
 from doctor.quant.hessian import Hessian, spectrum
@@ -40,6 +40,8 @@ from doctor.rule import Finding, Rule
 from doctor.spec import Linear, ModelSpec
 
 BATCH_TOKENS = 4096  # a batch this long keeps matrix products at full speed; more only costs memory
+# An exact fold moves float32 results by rounding only; a fold into something that is not linear moves them by percents.
+_FOLD_TOLERANCE = 1e-3
 RUN_STAGES = ("calibration", "run")
 _SHARE_OF_FREE_MEMORY = 0.5  # for hidden states when no limit is given: the rest is for the block and its Hessians
 
@@ -91,8 +93,6 @@ def run(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: list[list
 
 class _Run:
     def __init__(self, checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device):
-        if recipe.method not in ("gptq", "rtn"):
-            raise NotQuantizable(f"method {recipe.method}: this build quantizes with gptq and rtn.", "Choose --method gptq.")
         self.checkpoint, self.spec, self.recipe, self.output, self.store = checkpoint, spec, recipe, output, store
         self.rules = [r for r in rules if r.stage in RUN_STAGES]
         self.progress, self.memory = progress, memory
@@ -101,6 +101,7 @@ class _Run:
         self.result = Result()
         self.calls: list[list[Call]] = []
         self.hidden: Hidden | None = None
+        self.folding: awq.Folding | None = None
 
     def go(self) -> Result:
         if self.batches:
@@ -136,6 +137,9 @@ class _Run:
             stages = [[[name] for name in modules]]
         else:
             stages = self._stages(i, modules)
+        if self.recipe.method == "awq":
+            self.folding = self._fold(i, stages, modules)
+            packed.update(self.folding.tensors())
         for stage in stages:
             inputs = self._inputs(i, stage, modules) if self.batches else {}
             for group in stage:
@@ -154,6 +158,25 @@ class _Run:
         del block
         self.skeleton.drop_block(i)
         return records
+
+    def _fold(self, i: int, stages: list[list[list[str]]], modules: dict) -> awq.Folding:
+        """AWQ's scales, found on the float block and folded into it. Taken back where the block's output moves."""
+        folding = awq.Folding(modules, self.skeleton.by_tensor(i), lambda name: load_tensor(self.checkpoint, name).dtype)
+        before = self.skeleton.run_block(i, self.hidden[0], self.calls[0][i])
+        everything = self._inputs(i, [group for stage in stages for group in stage], modules)
+        for group in (group for stage in stages for group in stage):
+            seen = everything[group[0]]
+            if seen.fact.tokens and seen.fact.finite:
+                folding.apply(self.spec, group, seen.H, bits=self.recipe.bits, group_size=self.recipe.group_size, sym=self.recipe.sym,
+                              zero_min=self._zero_min)
+        moved = (self.skeleton.run_block(i, self.hidden[0], self.calls[0][i]) - before).norm() / before.norm()
+        if folding.columns and not moved <= _FOLD_TOLERANCE:
+            folding.take_back(f"not scaled: folding moved the block's output by {float(moved):.2e}")
+        return folding
+
+    @property
+    def _zero_min(self) -> int:
+        return 1 if self.recipe.output_format == "gptq" else 0
 
     def _choose(self, i: int) -> tuple[dict[str, tuple[Linear, torch.nn.Module]], list[dict]]:
         """The linears of block i to quantize, and records of those that stay in 16 bits with the reason."""
@@ -238,22 +261,27 @@ class _Run:
             return self._record(linear, tried, seen and seen.fact, time.perf_counter() - started)
         packed.update(parts)
         put_weight(module, solution.weight(), linear.transposed)
-        return self._record(linear, self._solve_fact(solution, seen), seen and seen.fact, time.perf_counter() - started)
+        return self._record(linear, self._solve_fact(linear.name, solution, seen), seen and seen.fact, time.perf_counter() - started)
 
     def _solve(self, linear: Linear, module: torch.nn.Module, seen: "_Input | None") -> Solution:
         W = module.weight.detach()
         W = W.T.contiguous() if linear.transposed else W
         r = self.recipe
         options = {"bits": r.bits, "group_size": r.group_size, "sym": r.sym, "mse": r.mse,
-                   "zero_min": 1 if r.output_format == "gptq" else 0}
+                   "zero_min": self._zero_min}
         if seen is None or not seen.fact.tokens:
             return round_to_nearest(W, **options)
+        if r.method == "awq":
+            del options["mse"]
+            return awq.solve(W, seen.H, self.folding.columns.get(linear.name), **options)
         return solve(W, seen.H, act_order=r.act_order, damp=r.damp, damp_max=r.damp_max, **options)
 
-    def _solve_fact(self, solution: Solution, seen: "_Input | None") -> Solve:
+    def _solve_fact(self, name: str, solution: Solution, seen: "_Input | None") -> Solve:
         attempts = tuple((a.damp, a.precision, a.outcome) for a in solution.attempts)
         note = ""
-        if solution.outcome == "rtn" and self.recipe.method == "gptq":
+        if solution.outcome == "awq":
+            note = self.folding.notes.get(name, "")
+        if solution.outcome == "rtn" and self.recipe.method != "rtn":
             note = "no calibration row reached it" if seen is None or not seen.fact.tokens else "its Hessian could not be factored"
         used = solution.attempts[-1] if solution.attempts and solution.outcome == "gptq" else None
         return Solve(solution.outcome, self.recipe.damp, used.damp if used else 0.0, used.precision if used else "",
@@ -289,7 +317,7 @@ class _Run:
 
     def _write(self, i: int, packed: dict[str, torch.Tensor]) -> None:
         replaced = {linear.tensor for name, linear in self.skeleton.linears.get(i, {}).items() if name not in self.result.kept}
-        names = [n for n in self.skeleton.tensors_of(i) if n not in replaced]
+        names = [n for n in self.skeleton.tensors_of(i) if n not in replaced and n not in packed]
         self.output.write_part(_part(i), {**packed, **dict(export.kept_tensors(names, lambda n: load_tensor(self.checkpoint, n)))})
 
     def _replay(self, i: int) -> list[dict]:
@@ -309,9 +337,19 @@ class _Run:
             for name, (linear, module) in self.skeleton.modules_of(i).items():
                 if name in block_names and name not in self.result.kept:
                     put_weight(module, export.unpack_linear(name, tensors, self.recipe), linear.transposed)
+            if self.recipe.method == "awq":
+                self._put_folded(i, tensors)
             self._forward(i)
             self.skeleton.drop_block(i)
         return noted
+
+    def _put_folded(self, i: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Norms and biases as an earlier run wrote them into the block."""
+        for name, module in self.skeleton.by_tensor(i).items():
+            for kind, tensor in (("weight", name), ("bias", name.removesuffix("weight") + "bias")):
+                if tensor in tensors:
+                    old = module._parameters[kind]
+                    old.data = tensors[tensor].to(old.device, old.dtype)
 
     # around the blocks
 
@@ -327,11 +365,11 @@ class _Run:
         self._judge()
 
     def _say(self, i: int, count: int, records: list[dict], seconds: float) -> None:
-        losses = [r["solve"]["loss"] for r in records if r["outcome"] == "gptq"]
+        losses = [r["solve"]["loss"] for r in records if r["outcome"] in ("gptq", "awq")]
         worst = f", largest relative error {max(losses):.2%}" if losses else ""
         raised = [r["name"] for r in records if r["solve"]["damp_used"] > self.recipe.damp]
         raised = f"; damp raised: {', '.join(raised)}" if raised else ""
-        self.progress(f"block {i + 1} of {count}: {sum(r['outcome'] in ('gptq', 'rtn') for r in records)} linears in {seconds:.1f} s{worst}{raised}")
+        self.progress(f"block {i + 1} of {count}: {sum(r['outcome'] in ('gptq', 'awq', 'rtn') for r in records)} linears in {seconds:.1f} s{worst}{raised}")
 
 
 class _Input:
