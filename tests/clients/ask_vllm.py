@@ -1,4 +1,4 @@
-"""Loads a checkpoint with vLLM on the CPU, continues a prompt greedily, prints one line of JSON.
+"""Loads a checkpoint with vLLM on the CPU, continues prompts greedily, prints one line of JSON.
 
 Run it with .cache/venv-vllm/bin/python. The engine runs in this process (no server), without compiled
 graphs and with 1 GiB of KV cache, so that a machine of 8 GB is enough.
@@ -7,7 +7,10 @@ vLLM's 4-bit CPU kernel is compiled for AVX-512 alone. On a CPU without it the s
 in torch here, from the words that vLLM's own loader made: the engine then still judges names, shapes, packing
 and config of the checkpoint, and the answer says "int4_kernel": "reference".
 
-    ask_vllm.py MODEL PROMPT [--tp N] [--tokens 24] [--dtype bfloat16]
+    ask_vllm.py MODEL PROMPT... [--tp N] [--tokens 24] [--dtype bfloat16]
+
+"text" continues the first prompt. "answers" has [token id, how far its logarithm of probability is ahead of the second
+best token's] of every token of every prompt: where two servers differ, a small lead says that rounding decided.
 """
 
 import argparse
@@ -20,7 +23,7 @@ import sys
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("prompt")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel degree")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--dtype", default="bfloat16")
@@ -40,15 +43,22 @@ def ask(options) -> dict:
 
     kernel = provide_int4_kernel()
     llm = LLM(options.model, tensor_parallel_size=options.tp, dtype=options.dtype, enforce_eager=True,
-              max_model_len=512, max_num_seqs=1)
-    output = llm.generate([options.prompt], SamplingParams(temperature=0, max_tokens=options.tokens))[0]
+              max_model_len=256, max_num_seqs=1)
+    asked = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True, logprobs=2)
+    outputs = [output.outputs[0] for output in llm.generate(options.prompts, asked, use_tqdm=False)]
     config = llm.llm_engine.model_config
     return {
-        "text": output.outputs[0].text,
+        "text": outputs[0].text,
+        "answers": [[[t, lead(step)] for t, step in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs],
         "quantization": config.quantization,
         "dtype": str(config.dtype).removeprefix("torch."),
         "int4_kernel": kernel,
     }
+
+
+def lead(step: dict) -> float:
+    best, second = sorted((entry.logprob for entry in step.values()), reverse=True)[:2]
+    return best - second
 
 
 def provide_int4_kernel() -> str:
@@ -94,3 +104,5 @@ def dequantize(q_weight, scales, zeros):
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a worker of --tp: vLLM spawns it, and it imports this file before it loads the model
+    provide_int4_kernel()
