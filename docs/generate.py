@@ -46,7 +46,9 @@ def cell(text: str) -> str:
 
 
 def page(entry) -> str:
-    """One rule's page: its docstring's sections as Markdown."""
+    """One rule's page: its docstring's sections as Markdown, in English and then in Chinese."""
+    from doctor.rule import CHINESE
+
     title = entry.title[:1].upper() + entry.title[1:]
     parts = [f"# {entry.code} {entry.name}", f"{title}.", f"{entry.severity} · {entry.certainty} · {entry.area.lower()} · looks at: {entry.stage}"]
     heads = {"Why": "Why it matters", "Seen as": "What other tools say", "Do": "What to do", "False alarms": "When not to worry",
@@ -54,6 +56,8 @@ def page(entry) -> str:
     for section, head in heads.items():
         if entry.section(section):
             parts.append(f"## {head}\n\n{entry.section(section)}")
+    parts.append(f"---\n\n# 中文：{entry.heading('zh')}")
+    parts += [f"## {head}\n\n{entry.section(section, 'zh')}" for section, head in CHINESE.items() if section != "Title"]
     return "\n\n".join(parts) + "\n"
 
 

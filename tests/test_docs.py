@@ -26,3 +26,35 @@ def test_every_command_stands_in_the_readme():
 def test_the_readmes_commands_are_targets(command):
     assert f"    {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_examples_of_the_python_page_run(tmp_path):
+    import doctest
+
+    from doctor.testing import tiny
+
+    case = tiny()
+    case.down()[3, 5] = 0x7FC0
+    values = {"model": str(case.write(tmp_path / "model")), "out": str(tmp_path / "out")}
+    found = doctest.testfile(str(ROOT / "docs" / "python.md"), module_relative=False, globs=values, encoding="utf-8")
+    assert found.attempted > 5 and not found.failed
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/before-you-quantize.md", "docs/pipelines.md", "docs/python.md"])
+def test_commands_options_and_links_of_a_page_exist(page):
+    import re
+
+    from doctor.cli import cli
+
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for command, rest in re.findall(r"(?:`|\n    |\$ |run: |entry: )(?:\S*/)?doctor ([a-z]+)([^`\n]*)", text):
+        known = {option for parameter in cli.commands[command].params for option in (*parameter.opts, *parameter.secondary_opts)}
+        used = set(re.findall(r"(?<= )--[a-z-]+", rest))
+        assert used <= known, f"{page}: doctor {command} has no {used - known}"
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / link).exists(), f"{page}: {link} is not there"
+
+
+@pytest.mark.parametrize("command", ["make demo", "make test"])
+def test_the_chinese_readme_has_the_same_two_commands(command):
+    assert f"    {command}\n" in (ROOT / "README.zh.md").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ _WINDOW = 96
 def render(reports: list[Report]) -> str:
     """The page of all reports."""
     return _template().render(reports=[_context(r) for r in reports], data=_embedded(reports), version=reports[0].version,
-                              title=view.safe(", ".join(r.checkpoint for r in reports)), size=view.size, count=view.count, counted=view.counted, say=say, lang=current())
+                              title=view.safe(", ".join(r.checkpoint for r in reports)), size=view.size, count=view.count, counted=view.counted, say=say, known=known, lang=current())
 
 
 @cache

@@ -2,13 +2,15 @@
 
 import io
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from doctor.evaluate.kvcache import KvReport
 from doctor.report.json_report import dumps
 from doctor.report.terminal import COLOURS, Screen, _pad, _text, console
-from doctor.report.view import counted, level, number, safe, squeeze
+from doctor.report.view import level, number, safe, squeeze
+from doctor.report.words import chinese, counted, pad, say
 
 GIB = 1 << 30
 _COLOUR = {"Q4": COLOURS["ok"], "Q6": COLOURS["warning"], "never Q4": COLOURS["error"], "unknown": COLOURS["skipped"]}
@@ -36,30 +38,30 @@ def show_kvcache(report: KvReport, out: Console) -> None:
         screen.hang(Text("  "), Text(line))
     notes = list(data["notes"])
     if data["max_positions"] and data["context"] > data["max_positions"]:
-        notes.append(f"{data['context']:,} tokens are more than the {data['max_positions']:,} positions the model is made for")
+        notes.append(say("{n} tokens are more than the {positions} positions the model is made for", n=f"{data['context']:,}", positions=f"{data['max_positions']:,}"))
     for note in notes:
-        screen.hang(_text(("  note  ", "bold")), Text(safe(note)))
+        screen.hang(_text((f"  {pad(say('note'), 4)}  ", "bold")), Text(safe(note)))
     _sizes(screen, data, data["schemes"], "")
     if "full_heads" in data:
-        _sizes(screen, data, data["full_heads"], "where the engine stores full heads")
+        _sizes(screen, data, data["full_heads"], say("where the engine stores full heads"))
     _layers(screen, data)
     _advice(screen, data["advice"])
     _measured(screen, data)
 
 
 def _what(data: dict) -> str:
-    parts = [safe(data["architecture"]), f"{counted(data['batch'], 'sequence')} of {data['context']:,} tokens"]
+    parts = [safe(data["architecture"]), say("{sequences} of {n} tokens", sequences=counted(data["batch"], "sequence"), n=f"{data['context']:,}")]
     if data["weight_bytes"]:
-        parts.append(f"weights {data['weight_bytes'] / GIB:.2f} GiB")
+        parts.append(say("weights {n} GiB", n=f"{data['weight_bytes'] / GIB:.2f}"))
     if data["max_positions"]:
-        parts.append(f"made for {data['max_positions']:,} positions")
+        parts.append(say("made for {n} positions", n=f"{data['max_positions']:,}"))
     return " · ".join(parts)
 
 
 def _rows(screen: Screen, rows: list[list[str]], right: set[int]) -> None:
     """A table: the first row is its head; columns in `right` are flush right; a column that is empty in every row is left out."""
     keep = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
-    sizes = {i: max(len(row[i]) for row in rows) for i in keep}
+    sizes = {i: max(cell_len(row[i]) for row in rows) for i in keep}
     for n, row in enumerate(rows):
         text = "  ".join(_pad(safe(row[i]), sizes[i], i in right) for i in keep).rstrip()
         screen.line(_text(("  " + text, "bold" if n == 0 else "")))
@@ -67,9 +69,9 @@ def _rows(screen: Screen, rows: list[list[str]], right: set[int]) -> None:
 
 def _sizes(screen: Screen, data: dict, schemes: list[dict], title: str) -> None:
     memory = data["memory_bytes"]
-    past = f"past {data['windows'][-1]:,}" if data["windows"] else ""
-    fitting = f"longest in {memory / GIB:.4g} GiB" if memory is not None else ""
-    rows = [["cache", "K bits", "V bits", "KiB/token", past, "GiB", fitting, "vLLM", "llama.cpp"]]
+    past = say("past {n}", n=f"{data['windows'][-1]:,}") if data["windows"] else ""
+    fitting = say("longest in {n} GiB", n=f"{memory / GIB:.4g}") if memory is not None else ""
+    rows = [[say("cache"), say("K bits"), say("V bits"), say("KiB/token"), past, "GiB", fitting, "vLLM", "llama.cpp"]]
     for s in schemes:
         rows.append([s["name"], f"{s['key_bits']:g}", f"{s['value_bits']:g}", f"{s['kib_per_token']:,.2f}",
                      f"{s['kib_per_token_past_windows']:,.2f}" if past else "", f"{s['total_bytes'] / GIB:,.3f}", _longest(s),
@@ -79,13 +81,13 @@ def _sizes(screen: Screen, data: dict, schemes: list[dict], title: str) -> None:
         screen.line(("  " + title, "bold"))
     _rows(screen, rows, {1, 2, 3, 4, 5, 6})
     if memory is not None:
-        screen.hang(Text("  "), Text("beside the weights; activations and the engine's own memory are not counted", "bright_black"))
+        screen.hang(Text("  "), Text(say("beside the weights; activations and the engine's own memory are not counted"), "bright_black"))
 
 
 def _longest(scheme: dict) -> str:
     if "fits" not in scheme:
         return ""
-    return "any" if scheme["unbounded"] else f"{scheme['largest_context']:,}" if scheme["largest_context"] else "none"
+    return say("any") if scheme["unbounded"] else f"{scheme['largest_context']:,}" if scheme["largest_context"] else say("none")
 
 
 def _layers(screen: Screen, data: dict) -> None:
@@ -93,7 +95,7 @@ def _layers(screen: Screen, data: dict) -> None:
     if not rows:
         return
     screen.line()
-    screen.line(("  keys by layer", "bold"), f", {rows[0]['layer']} → {rows[-1]['layer']}")
+    screen.line(("  " + say("keys by layer"), "bold"), f", {rows[0]['layer']} → {rows[-1]['layer']}")
     pictures = {"|key bias|": [r["bias_absmax"] for r in rows]}
     for name in next((r["errors"] for r in rows if "errors" in r), ()):
         pictures[f"error, {name}"] = [r["errors"][name] if "errors" in r else None for r in rows]
@@ -104,29 +106,39 @@ def _layers(screen: Screen, data: dict) -> None:
         if tops[label] is None:
             continue
         picture = level(squeeze(values, room), common if label.startswith("error") else tops[label])
-        screen.line("    ", label.ljust(14), (picture, "cyan"), (f"   max {tops[label]:.3g}", "bright_black"))
+        screen.line("    ", pad(_label(label), 14), (picture, "cyan"), (f"   max {tops[label]:.3g}", "bright_black"))
     _flagged(screen, rows)
+
+
+def _label(label: str) -> str:
+    """The name of one picture's row."""
+    name = label.removeprefix("error, ")
+    return say("|key bias|") if name == label else say("error, {name}", name=name if name == "FP8" else say(name))
 
 
 def _flagged(screen: Screen, rows: list[dict]) -> None:
     bad = [r for r in rows if r.get("advice", "Q4") != "Q4" or (r["bias_key_bits"] or 4) > 4]
     if not bad:
         return
-    table = [["layer", "|key bias|", "by bias", "4-bit error", "8-bit", "FP8", "advice"]]
+    table = [[say("layer"), say("|key bias|"), say("by bias"), say("4-bit error"), say("8-bit"), "FP8", say("advice")]]
     for r in bad[:_MOST_LAYERS]:
         errors = r.get("errors", {})
         table.append([str(r["layer"]), f"{r['bias_absmax']:.3g}" if r["bias_absmax"] is not None else "",
-                      f"{r['bias_key_bits']}+ bits" if r["bias_key_bits"] else "",
+                      say("{n}+ bits", n=r["bias_key_bits"]) if r["bias_key_bits"] else "",
                       *(f"{errors[k]:.2f}" if k in errors else "" for k in ("4-bit", "8-bit", "FP8")), r.get("advice", "")])
     screen.line()
     _rows(screen, table, {0, 1, 2, 3, 4, 5})
     if len(bad) > _MOST_LAYERS:
-        screen.line(f"  and {len(bad) - _MOST_LAYERS} more; -f json has them all")
+        screen.line("  " + say("and {n} more; -f json has them all", n=len(bad) - _MOST_LAYERS))
 
 
 def _advice(screen: Screen, found: dict) -> None:
     screen.line()
-    head = _text((f"{_MARK[found['level']]} ", _COLOUR[found["level"]]))
+    level = found["level"]
+    head = _text((f"{_MARK[level]} ", _COLOUR[level]))
+    if chinese():
+        screen.hang(head, Text(say(level), "bold"))
+        head = Text("  ")
     for i, sentence in enumerate(found["sentences"]):
         screen.hang(head if i == 0 else Text("  "), Text(safe(sentence), "bold" if i == 0 else ""))
 
@@ -134,15 +146,15 @@ def _advice(screen: Screen, found: dict) -> None:
 def _measured(screen: Screen, data: dict) -> None:
     if "not_measured" in data:
         screen.line()
-        screen.hang(_text(("○ ", COLOURS["skipped"])), Text(f"not measured: {safe(data['not_measured'])}"))
+        screen.hang(_text(("○ ", COLOURS["skipped"])), Text(say("not measured: {reason}", reason=safe(data["not_measured"]))))
     if "measured" not in data:
         return
     found = data["measured"]
     screen.line()
-    screen.hang(_text(("  measured ", "bold")), Text(f"on {safe(found['source'])}: {counted(found['tokens'], 'token')}, {counted(found['rows'], 'row')} "
-                                                     f"of at most {found['context']:,}"))
+    screen.hang(_text((f"  {say('measured')} ", "bold")), Text(say("on {source}: {tokens}, {rows} of at most {n}", source=safe(found["source"]),
+        tokens=counted(found["tokens"], "token"), rows=counted(found["rows"], "row"), n=f"{found['context']:,}")))
     base = found["schemes"][0]["perplexity"]
-    rows = [["cache", "perplexity", "× FP16", "KL, nats", "same top token", "worst layer's error"]]
+    rows = [[say(head) for head in ("cache", "perplexity", "× FP16", "KL, nats", "same top token", "worst layer's error")]]
     for m in found["schemes"]:
         errors = [e for e in m["layer_errors"] if e is not None]
         rows.append([m["scheme"], f"{m['perplexity']:.3f}", f"{m['perplexity'] / base:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}",

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.text import Text
 
 from doctor import explain
-from doctor.report.terminal import COLOURS, Screen, _text, pad
+from doctor.report.terminal import COLOURS, Screen, _text
 from doctor.report.view import one_line, safe
-from doctor.report.words import chinese, counted, current, say
+from doctor.report.words import chinese, counted, current, pad, say
 from doctor.rule import AREAS, Rule
 
 

@@ -16,7 +16,7 @@ from doctor import __version__
 from doctor.engine import Report
 from doctor.report import view
 from doctor.report.view import Group, safe
-from doctor.report.words import known, say
+from doctor.report.words import known, pad, say
 
 MAX_WIDTH = 110  # longer lines are hard to read, however wide the window
 COLOURS = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan", "ok": "bold green", "skipped": "bright_black",
@@ -63,11 +63,6 @@ def wrap(console: Console, body: Text, room: int) -> list[Text]:
             used = 0
         used += wide
     return [part for line in body.divide(cuts) for part in line.wrap(console, room, tab_size=4, no_wrap=False, overflow="fold")]
-
-
-def pad(text: str, cells: int) -> str:
-    """Text with blanks behind it to a width in cells."""
-    return text + " " * (cells - cell_len(text))
 
 
 def _text(*parts) -> Text:

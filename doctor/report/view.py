@@ -222,7 +222,8 @@ def _established(name: str, report: Report, runs: list) -> str:
         "Tokenizer": say("tokenizer and special tokens agree with config.json"),
         "Weights": _read(report),
         "Geometry": say("{linears} fit {plan}", linears=counted(s["linears"], "linear"), plan=report.recipe.label()) if s.get("linears") else None,
-        "Serving": say("nothing against serving with {runtime}", runtime=report.recipe.runtime or say("any runtime")),
+        "Serving": say("nothing against serving with {runtime}", runtime=report.recipe.runtime) if report.recipe.runtime else
+        say("nothing against serving with any runtime"),
     }.get(name)
     subjects = max(r.judged for r in runs)
     return safe(say("{known} ({rules})", known=text, rules=judged) if text else
@@ -391,7 +392,7 @@ def plan_flags(recipe) -> str:
 
 def plan_row(row: dict) -> str:
     """What a row of the matrix is called; a step stands under its plan."""
-    return row["plan"] if row["step"] == "as it is" else f"… {row['step']}"
+    return row["plan"] if row["step"] == "as it is" else f"… {known(row['step'])}"
 
 
 def blockers(cells: list[dict]) -> str:

@@ -59,6 +59,13 @@ def counted(number: int, word: str, plural: str = "") -> str:
     return f"{number:,} {word if number == 1 else plural or word + 's'}"
 
 
+def pad(text: str, cells: int) -> str:
+    """Text with blanks behind it to a width in cells, of which a Chinese character takes two."""
+    from rich.cells import cell_len
+
+    return text + " " * (cells - cell_len(text))
+
+
 # Each with its measure word: Chinese does not count bare nouns.
 NOUNS = {
     "error": "个错误", "warning": "个警告", "note": "条提示", "rule": "条规则", "shard": "个分片", "tensor": "个张量", "linear": "个线性层",
@@ -97,7 +104,8 @@ ZH = {
     "{rules} crashed": "{rules}崩溃", "{rules} skipped": "跳过 {rules}", "{n} values read, {size}": "读取 {n} 个值，{size}",
     "{shards}, {size}, {tensors}": "{shards}，{size}，{tensors}", "{tensors} as config.json asks": "{tensors}，与 config.json 一致",
     "{what}, {n} blocks": "{what}，{n} 层", "tokenizer and special tokens agree with config.json": "分词器和特殊词元与 config.json 一致",
-    "{linears} fit {plan}": "{linears}符合 {plan}", "nothing against serving with {runtime}": "用 {runtime} 做推理没有障碍", "any runtime": "任何运行时",
+    "{linears} fit {plan}": "{linears}符合 {plan}", "nothing against serving with {runtime}": "用 {runtime} 做推理没有障碍",
+    "nothing against serving with any runtime": "做推理没有障碍（未指定运行时）",
     "{known} ({rules})": "{known}（{rules}）", "{rules} on {subjects}": "{rules}检查了 {subjects}", "skipped: {reason} ({rules})": "已跳过：{reason}（{rules}）",
     "no checkpoint to judge": "没有可检查的检查点", "no shard to judge": "没有可检查的分片", "no tensor to judge": "没有可检查的张量",
     "no linear to judge": "没有可检查的线性层", "this is a defect of doctor, please report it": "这是 doctor 的缺陷，请报告", "{code} crashed": "{code} 崩溃",
@@ -107,6 +115,9 @@ ZH = {
     "the tensors are packed but no file says how": "张量是打包的，却没有文件说明如何打包",
     "no numbered blocks with linears among the tensors": "张量里没有带编号、含线性层的层", "jinja2 is not installed": "没有安装 jinja2",
     "neither an embedding nor vocab_size is there": "既没有嵌入表也没有 vocab_size",
+    "the weights were not read": "没有读权重", "no calibration in this run: doctor quantize measures it": "本次没有校准：doctor quantize 时才测",
+    "nothing was quantized in this run": "本次没有量化", "no quantized output was compared: doctor verify does it": "没有比较量化结果：doctor verify 才做",
+    "after safe fixes": "安全修复之后", "after padding": "补零之后",
     # results of a quantization or a comparison
     "linears": "线性层", "perplexity": "困惑度", "divergence": "散度", "replies": "回答",
     "; damp raised for {n}": "；{n} 个加大了阻尼", "; error {share} of plain rounding's (median)": "；误差为直接取整的 {share}（中位数）",
