@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from doctor.errors import NotQuantizable
-from doctor.quant import solver
+from doctor.quant import kernels, solver
 from doctor.quant.grid import (Grid, contiguous_groups, dequantize, fit, group_width, quantize, require_finite,
                                store_scale)
 from doctor.quant.hessian import Attempt, all_finite, exact_products, factorise_with_escalation, live_mean
@@ -240,6 +240,8 @@ def _round_columns(T: torch.Tensor, U: torch.Tensor, rules: _Rules, groups: torc
     groups i32[k]: the group of each row of T. static None: the grid of a group is fitted when its first row comes up,
     on weights that carry every correction so far; then groups must be runs of `width`, and cost f32[k] is in order.
     """
+    if T.is_cuda and kernels.available(T.device) is None:
+        return kernels.round_columns(T, U, rules, groups, static, cost, width)
     k, n = T.shape
     top = 2**rules.bits - 1
     owner = groups.tolist()

@@ -72,6 +72,14 @@ def fit(W: torch.Tensor, bits: int, group_size: int, sym: bool, *, mse: bool = F
     n, k = W.shape
     width = group_width(k, group_size)
     require_finite(W)
+    if W.is_cuda:
+        from doctor.quant import kernels
+
+        if kernels.available(W.device) is None:
+            made = kernels.fit(W, bits, group_size, sym, mse=mse, weight=weight, signed=signed, zero_min=zero_min,
+                               scale_dtype=scale_dtype)
+            if torch.isfinite(made.scale).all():    # else the code below names the scale that is not
+                return made
     grouped = W.to(torch.float32).reshape(n, k // width, width)
     cost = None if weight is None else weight.to(W.device, torch.float32).reshape(1, k // width, width)
     candidates = torch.tensor([*_RATIOS, *_FINE])
