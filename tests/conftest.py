@@ -1,9 +1,13 @@
 """Fixtures that more than one test file needs."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+
+os.environ["DOCTOR_LANG"] = "en"  # tests compare English screens on every machine, a Chinese one too
 
 
 class Proof:
