@@ -5,7 +5,7 @@ for such channels, makes it factorise at all. Tools that replace the zero by 1 b
 every other channel.
 
 Seen as:
-- PyTorch: `linalg.cholesky: The factorization could not be completed because the input is not positive-definite`
+- PyTorch: `linalg.cholesky: The factorization could not be completed because the input is not positive-definite (the leading minor of order 1 is not positive-definite)`
 - ExLlamaV2: `ValueError: Hessian is not invertible`
 
 Do: nothing, if the rows were pruned. doctor quantize leaves such columns out of the mean, puts them last and rounds them to

@@ -106,7 +106,7 @@ def solve(W: torch.Tensor, H: torch.Tensor, *, bits: int = 4, group_size: int = 
         static = rules.fit(W, cost)
         g_idx = contiguous_groups(len(H), group_size, W.device)
         whole = _energy(W, H)
-        rtn_loss = float(_energy(W - dequantize(quantize(W, static, bits), static), H) / whole)
+        rtn_loss = _share(_energy(W - dequantize(quantize(W, static, bits), static), H), whole)
         T = W[:, order].T.contiguous()
         if act_order and not scattered:
             codes, grid = _round_columns(T, U, rules, g_idx[order], static)
@@ -118,7 +118,7 @@ def solve(W: torch.Tensor, H: torch.Tensor, *, bits: int = 4, group_size: int = 
         for _ in range(refine):
             codes = descend(W, damped, codes, grid, g_idx, bits)
             grid = refit_scales(W, damped, codes, grid, g_idx, scale_dtype)
-        loss = float(_energy(W - dequantize(codes, grid, g_idx), H) / whole)
+        loss = _share(_energy(W - dequantize(codes, grid, g_idx), H), whole)
     if not math.isfinite(loss):
         raise NotQuantizable(f"the proxy loss of W[{W.shape[0]}, {W.shape[1]}] is {loss} with finite W and H: a sum ran "
                              "over in float32.", "Run `doctor check` for outliers, or keep this linear in 16 bits.")
@@ -140,6 +140,11 @@ def proxy_loss(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T) with E = W - Q: the share of the output's energy that quantizing changes."""
     E = W - Q
     return float(_energy(E, H) / _energy(W, H))
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
+    """part / whole; 0 where both are 0, as for a weight of zeros, which every grid holds exactly."""
+    return 0.0 if part == 0 else float(part / whole)
 
 
 def _energy(E: torch.Tensor, H: torch.Tensor) -> torch.Tensor:

@@ -257,3 +257,9 @@ def test_a_hessian_of_another_linear_is_refused():
         solve(weights(8, 64), hessian(32), group_size=32)
     with pytest.raises(NotQuantizable, match="in_features 64 is not a multiple of group_size 48"):
         solve(weights(8, 64), hessian(64), group_size=48)
+
+
+def test_a_weight_of_zeros_is_quantized_without_loss():
+    X = torch.randn(64, 32)
+    solution = solve(torch.zeros(8, 32), X.T @ X, group_size=32)
+    assert solution.loss == solution.rtn_loss == 0 and not solution.weight().any()
