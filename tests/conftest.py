@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-os.environ["DOCTOR_LANG"] = "en"  # tests compare English screens on every machine, a Chinese one too
+os.environ["LC_ALL"] = "C.UTF-8"  # tests compare English screens on every machine, a Chinese one too
 
 
 class Proof:
