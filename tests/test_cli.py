@@ -90,7 +90,7 @@ def test_the_default_plan_is_printed_and_said_to_be_the_default(run, bad):
     _, out, _ = run("check", bad)
     assert out.splitlines()[1].startswith("plan          gptq · 4 bit · group 128 · sym → 1 GPU   default plan; --for")
     _, out, _ = run("check", bad, "--for", "awq", "--tensor-parallel-size", "2", "--runtime", "vllm==0.9.1")
-    assert out.splitlines()[1] == "plan          awq · 4 bit · group 128 · sym → vllm 0.9.1, tensor parallel 2"
+    assert out.splitlines()[1] == "plan          awq · 4 bit · group 128 · asym → vllm 0.9.1, tensor parallel 2"
 
 
 @pytest.mark.parametrize("args, says", [
