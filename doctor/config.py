@@ -335,7 +335,8 @@ class _Text:
         """Fields of Recipe; the runtime as `vllm==0.9` on the command line."""
         table = {k.replace("-", "_"): v for k, v in table.items()}
         known = {f.name: f.default for f in fields(Recipe) if f.name != "runtime_version"}
-        types = {k: {bool: "true or false", int: "a whole number", float: "a number", str: "a string", tuple: _STRINGS}[type(v)]
+        types = {k: {bool: "true or false", int: "a whole number", float: "a number", str: "a string", tuple: _STRINGS,
+                     type(None): "true or false"}[type(v)]  # only sym has no default of its own: the method decides
                  for k, v in known.items()}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in self.checked(table, types, "recipe").items()}
         if "runtime" in values:
