@@ -139,8 +139,8 @@ class _Reader:
     def __init__(self, spec: ModelSpec):
         self.spec, self.config = spec, spec.config
         self.notes: list[str] = []
-        self.library = self._library()
-        self.count = getattr(self.library, "num_hidden_layers", None) or spec.n_layers
+        self.reference = self._library()
+        self.count = getattr(self.reference, "num_hidden_layers", None) or spec.n_layers
         if not self.count:
             raise BadCheckpoint("config.json: the number of layers is not stated.", _ASK_CHECK)
         self.latent = self._size("kv_lora_rank") is not None and self._size("qk_rope_head_dim") is not None
@@ -170,7 +170,7 @@ class _Reader:
     def _of_class(self, name: str) -> object:
         """A value of transformers' config; None where it has none, or where it would be another for each layer."""
         try:
-            return getattr(self.library, name, None)
+            return getattr(self.reference, name, None)
         except (RuntimeError, ValueError):  # ambiguous over the layers, or worked out from keys that contradict each other
             return None
 
@@ -221,7 +221,7 @@ class _Reader:
     def _heads_of(self, i: int) -> tuple[int, int]:
         """(key/value heads, head_dim) of layer i: some families give their full-attention layers other sizes."""
         try:
-            own = self.library.per_layer_config[i]
+            own = self.reference.per_layer_config[i]
         except (AttributeError, IndexError, TypeError, KeyError):
             return self.heads, self.dim
         found = []
@@ -257,7 +257,7 @@ class _Reader:
             return 4 * size("lru_width") + 2 * size("lru_width") * (kernel - 1)
         if size("conv_L_cache"):
             return 2 * hidden * (kernel - 1)
-        if hasattr(self.library, "linear_attn_alpha_factor") and self.dim:  # lightning attention: one matrix a head
+        if hasattr(self.reference, "linear_attn_alpha_factor") and self.dim:  # lightning attention: one matrix a head
             return 4 * self.spec.n_heads * self.dim**2
         self.notes.append("the constant state of its linear-attention layers is not known for this family, and not counted")
         return 0
