@@ -74,6 +74,26 @@ class Solve:
 
 
 @dataclass(frozen=True)
+class Half:
+    """The original in 16 bits: how large its activations get in float32, and what rounding every step of it does to its predictions.
+
+    Places are written out ("the input of model.layers.3.mlp.down_proj"); sizes are largest |values|; kl is nats a token against
+    float32, on `tokens` tokens.
+    """
+
+    absmax: float
+    place: str
+    first: tuple[str, float] | None  # the first (place, size) that float16 cannot hold, in the order of computing
+    residual: tuple[float, ...]  # size of the residual stream after each block
+    blocks: tuple[tuple[str, float], ...]  # the largest (place, size) of each block
+    tokens: int
+    kl_float16: float
+    kl_bfloat16: float
+    nonfinite_float16: int  # rows of logits with NaN or Inf
+    nonfinite_bfloat16: int
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Two models on the same text. nats for kl; shares between 0 and 1; generated are greedy continuations of prompts."""
 
@@ -93,6 +113,7 @@ class Comparison:
     block_errors: tuple[float, ...] = ()  # relative output error after each block
     token0_share_original: float = 0.0  # the same two of the original's replies: what it says too is no collapse
     longest_repeat_original: int = 0
+    half: Half | None = None
 
 
 # files

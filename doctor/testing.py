@@ -307,11 +307,14 @@ def change(case: Case, subject: str, name: str, **values) -> None:
 
 def compared() -> Case:
     """tiny() with a comparison in which the quantized model kept up with its original."""
-    from doctor.builtin import Comparison
+    from doctor.builtin import Comparison, Half
 
     case = tiny()
     case.put("checkpoint:", "comparison", Comparison(
         tokens=8192, context=512, perplexity_original=12.0, perplexity_quantized=12.3, kl_mean=0.02, kl_p99=0.2, top1_agreement=0.93,
         nonfinite_original=0, nonfinite_quantized=0, token0_share=0.0, longest_repeat=2, generated=256,
-        replies=(("Once", "upon a time", "upon a time"),), block_errors=(0.01, 0.02)))
+        replies=(("Once", "upon a time", "upon a time"),), block_errors=(0.01, 0.02),
+        half=Half(absmax=600.0, place="the residual stream after model.layers.1", first=None, residual=(30.0, 600.0),
+                  blocks=(("the input of model.layers.0.mlp.down_proj", 31.0), ("the residual stream after model.layers.1", 600.0)),
+                  tokens=1022, kl_float16=0.0001, kl_bfloat16=0.004, nonfinite_float16=0, nonfinite_bfloat16=0)))
     return case

@@ -5,12 +5,14 @@ difference is a difference of weights. Activations of both are kept; where they 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 
 from doctor.builtin import Comparison
 from doctor.checkpoint import Checkpoint
 from doctor.errors import NotQuantizable
+from doctor.evaluate.half import HalfProbe
 from doctor.evaluate.scores import Tally, longest_run
 from doctor.quant.blocks import Skeleton, load_tensor
 from doctor.quant.dequant import as_float
@@ -33,16 +35,20 @@ class Streamed:
             self.calls.append(calls)
 
     @torch.no_grad()
-    def step(self, i: int) -> None:
-        """Run block i over all rows."""
+    def step(self, i: int, probe: HalfProbe | None = None) -> None:
+        """Run block i over all rows, with a probe looking on."""
         self.skeleton.load_block(i)
-        for r, calls in enumerate(self.calls):
-            self.hidden[r] = self.skeleton.run_block(i, self.hidden[r], calls[i])
+        with probe.watch(i) if probe else nullcontext():
+            for r, calls in enumerate(self.calls):
+                self.hidden[r] = self.skeleton.run_block(i, self.hidden[r], calls[i])
+        if probe:
+            probe.leave(i, self.hidden)
+            probe.round(i)
         self.skeleton.drop_block(i)
 
     @torch.no_grad()
-    def logits(self) -> Iterator[torch.Tensor]:
-        """Logits f32[length, vocabulary] of every row, after the last block."""
+    def logits(self, rows: list[torch.Tensor] | None = None, states: list[torch.Tensor] | None = None) -> Iterator[torch.Tensor]:
+        """Logits f32[length, vocabulary] of every row, after the last block; or of other rows with their hidden states."""
         model, blocks = self.skeleton.model, self.skeleton.blocks
         self._load_ends()
         current: list[torch.Tensor] = []
@@ -57,7 +63,7 @@ class Streamed:
             blocks[0].forward = injecting
             for block in blocks[1:]:
                 block.forward = lambda *args, hidden_states=None, **kwargs: passing(args[0] if args else hidden_states)
-            for ids, hidden in zip(self.rows, self.hidden, strict=True):
+            for ids, hidden in zip(rows or self.rows, states or self.hidden, strict=True):
                 current[:] = [hidden]
                 yield model(input_ids=ids, use_cache=False).logits[0].float()
         finally:
@@ -117,15 +123,16 @@ def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor
     blocks = len(a.skeleton.blocks)
     if len(b.skeleton.blocks) != blocks:
         raise NotQuantizable(f"{original.name} has {blocks} blocks, {quantized.name} has {len(b.skeleton.blocks)}: not the same model.")
-    errors = []
+    errors, probe = [], HalfProbe(a.skeleton, rows, a.hidden, a.calls)
     for i in range(blocks):
-        a.step(i)
+        a.step(i, probe)
         b.step(i)
         errors.append(_distance(a.hidden, b.hidden))
         progress(i + 1, blocks)
     tally = Tally()
     for ids, left, right in zip(rows, a.logits(), b.logits(), strict=True):
         tally.add(left[:-1], right[:-1], ids[0, 1:])
+    half = probe.result(a.hidden[: len(probe.rows)], a.logits)
     mean, p99 = tally.divergence()
     said = [m.reply(prompts) if m.resident_bytes <= memory else [] for m in (a, b)]
     zeros, runs = zip(*(_collapse(replies) for replies in said), strict=True)
@@ -136,7 +143,7 @@ def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor
         token0_share=zeros[1], token0_share_original=zeros[0], longest_repeat=runs[1], longest_repeat_original=runs[0],
         generated=sum(map(len, said[1])),
         replies=tuple((decode(p[0].tolist()), decode(x), decode(y)) for p, x, y in zip(prompts, *said, strict=False)),
-        block_errors=tuple(errors))
+        block_errors=tuple(errors), half=half)
 
 
 def _collapse(replies: list[list[int]]) -> tuple[float, int]:

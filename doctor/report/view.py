@@ -13,6 +13,7 @@ from doctor.engine import Report, fold, folded_name
 from doctor.report.words import chinese, counted, current, known, say
 from doctor.rule import AREAS, Finding, Place, Rule, Seen
 
+FP16_MAX = 65504
 MARKS = {"error": "✗", "warning": "!", "info": "i", "ok": "✓", "skipped": "○", "crashed": "☠"}
 # C0, C1, bidirectional overrides and line separators: a tensor name may hold them, and a terminal or a log would obey.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -263,8 +264,24 @@ def results(report: Report) -> list[tuple[str, str]]:
                                              mean=figure(c["kl_mean"]), p99=figure(c["kl_p99"]), top1=percent(c["top1_agreement"]))))
         lines.append((say("replies"), say("{tokens}, longest repeat {repeat}, token 0 {share}", tokens=counted(c["generated"], "token"),
                                           repeat=c["longest_repeat"], share=percent(c["token0_share"]))
-                      if c["generated"] else say("not generated: {reason}", reason=report.extra.get("not_generated") or say("no prompts"))))
+                      if c["generated"] else say("not generated: {reason}", reason=known(report.extra.get("not_generated")) or say("no prompts"))))
+        if c.get("half"):
+            lines.append((say("float16"), _sixteen_bits(c["half"])))
     return [(label, safe(text)) for label, text in lines]
+
+
+def _sixteen_bits(half: dict) -> str:
+    """Whether the original fits float16, and what rounding to each 16-bit type does to its predictions."""
+    shift = say("KL of the original rounded to float16 {fp16}, to bfloat16 {bf16}", fp16=figure(half["kl_float16"]), bf16=figure(half["kl_bfloat16"]))
+    if half["first"] is not None:
+        place, size = half["first"]
+        return say("overflows: {place} reaches {size}, float16 ends at 65,504", place=place, size=thousands(size)) + "; " + shift
+    used = percent(half["absmax"] / FP16_MAX) if number(half["absmax"]) else half["absmax"]
+    return say("the original fits: its largest activation is {size}, {share} of the range", size=thousands(half["absmax"]), share=used) + f" ({half['place']}); " + shift
+
+
+def thousands(value: object) -> str:
+    return f"{value:,.0f}" if number(value) and abs(value) >= 1000 else figure(value)
 
 
 def number(value: object) -> bool:

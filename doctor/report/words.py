@@ -126,6 +126,9 @@ ZH = {
         "KL 平均 {mean} nat，第 99 百分位 {p99}；下一词元相同 {top1}",
     "{tokens}, longest repeat {repeat}, token 0 {share}": "{tokens}，最长重复 {repeat}，词元 0 占 {share}",
     "not generated: {reason}": "没有生成：{reason}", "no prompts": "没有提示词",
+    "float16": "float16", "KL of the original rounded to float16 {fp16}, to bfloat16 {bf16}": "原模型舍入到 float16 时 KL {fp16}，到 bfloat16 时 {bf16}",
+    "overflows: {place} reaches {size}, float16 ends at 65,504": "溢出：{place} 达到 {size}，而 float16 只到 65,504",
+    "the original fits: its largest activation is {size}, {share} of the range": "原模型放得下：最大激活值 {size}，占范围的 {share}",
     # what to do next
     "next": "接着", "{n} for you: {codes}": "{n} 项需手动：{codes}", "when you are ready": "准备好之后",
     # plans by GPU count

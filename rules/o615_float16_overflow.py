@@ -1,0 +1,80 @@
+"""O615 float16-overflow: the original's activations leave the range of float16, or come near its end.
+
+Why: most GPTQ and AWQ kernels compute in float16, whose largest number is 65,504, and models are trained in
+bfloat16, where 10^38 is no problem. One activation beyond it is Inf, the next norm makes NaN of it, and the reply
+is token 0 for ever. The original shows it before any quantization does.
+
+Seen as:
+- PyTorch: `probability tensor contains either `inf`, `nan` or element < 0`
+- vLLM: `!!!!!!!!!!!!!!!!`
+- vLLM: `torch.bfloat16 is not supported for quantization method awq`
+
+Do: serve in bfloat16 (`--dtype bfloat16` with a Marlin kernel: 4 or 8 bits, groups of 32, 64 or 128, symmetric
+for GPTQ), and keep "torch_dtype": "bfloat16" in config.json.
+
+False alarms: engines that keep the residual stream in float32. Near the end of the range, other text may
+stay below it, or not.
+
+Fix safety: no fix: scaling activations down means another model definition.
+
+Sources: vllm-project/vllm issue 1941; huggingface/transformers src/transformers/models/t5/modeling_t5.py (clamps
+float16 activations before they become Inf); turboderp/exllamav2 issue 493.
+
+标题: 原模型的激活值超出或接近 float16 的范围
+
+原因: 多数 GPTQ 和 AWQ 内核按 float16 计算，最大只到 65,504；模型却是用 bfloat16 训练的，10^38 也没有问题。只要有
+一个激活值超出，它就成了 Inf，下一个归一化把它变成 NaN，此后回答永远是词元 0。这一点在量化之前看原模型就能知道。
+
+处理: 用 bfloat16 做推理（`--dtype bfloat16` 配 Marlin 内核：4 或 8 位，分组 32、64 或 128，GPTQ 用对称），并保留
+config.json 里的 "torch_dtype": "bfloat16"。
+
+误报: 有的引擎用 float32 保存残差流。接近上限时，换一段文本也许不超，也许会超。
+
+修复: 不提供修复：缩小激活值等于换了模型定义。
+"""
+
+from dataclasses import replace
+
+from doctor.rule import finding, rule
+from doctor.testing import change, compared
+
+FP16_MAX = 65504  # the largest finite float16
+# Of that range, on a few thousand tokens. Above, other text may well go beyond it. SmolLM2-135M, sound in float16, reaches 0.37:
+# one channel of the first token's residual stream, which no text moves.
+NEAR = 0.5
+
+
+@rule("O615", "error", implied_by=("O606",))
+def float16_overflow(checkpoint, comparison, spec):
+    half = comparison.half
+    if half is None:
+        return
+    evidence = {"absmax": half.absmax, "place": half.place, "nonfinite_float16": half.nonfinite_float16, "kl_float16": half.kl_float16,
+                "kl_bfloat16": half.kl_bfloat16}
+    stated = str(spec.config.get("dtype") or spec.config.get("torch_dtype") or "").removeprefix("torch.")
+    if half.first is not None or half.nonfinite_float16:
+        place, size = half.first or (half.place, half.absmax)
+        yield finding(
+            f"{place} reaches {size:,.0f}, float16 ends at {FP16_MAX:,}: run in float16, {half.nonfinite_float16:,} of {half.tokens:,} rows "
+            f"of the original's logits hold NaN or Inf (in bfloat16 {half.nonfinite_bfloat16:,})",
+            severity="error" if stated == "float16" else "warning", evidence=evidence,
+            advice="serve in bfloat16, and leave no \"float16\" in config.json")
+    elif not half.absmax <= NEAR * FP16_MAX:
+        yield finding(f"{half.place} reaches {half.absmax:,.0f}, {half.absmax / FP16_MAX:.0%} of float16's range, on {comparison.tokens:,} tokens; "
+                      f"other text may go beyond it", severity="info", evidence=evidence, advice="serve in bfloat16 where the kernel can")
+
+
+def bad():
+    case = compared()
+    half = case.facts["checkpoint:", "comparison"].half
+    place = "the input of model.layers.1.mlp.down_proj"
+    broken = replace(half, absmax=151552.0, place=place, first=(place, 151552.0), nonfinite_float16=1022, kl_float16=float("nan"))
+    change(case, "checkpoint:", "comparison", half=broken)
+    return case, (
+        f"{place} reaches 151,552, float16 ends at 65,504: run in float16, 1,022 of 1,022 rows of the original's logits hold NaN or Inf "
+        "(in bfloat16 0)"
+    )
+
+
+def good():
+    return compared()
