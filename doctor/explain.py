@@ -4,6 +4,9 @@ Each rule quotes in `seen_as` what other tools print for its defect. A pasted me
 names and paths, so both are reduced to the same words first. A quotation that stands in the text is a match; else the share
 of its words (rare ones weigh more) that one line has decides. This is a look-up: it says which check would tell, never that
 the defect is there.
+
+Some messages come from no file of a checkpoint: two versions that do not fit, a full disk. rules/tables/elsewhere.toml holds
+those, each with its cause and its way out.
 """
 
 import difflib
@@ -15,32 +18,56 @@ from dataclasses import dataclass
 
 from doctor.facts import STAGES
 from doctor.rule import CHINESE, Rule, Seen
+from doctor.tables import table
 
 ENOUGH = 0.62  # share of a quotation's weight one line must have; below, unrelated errors of the same library match
 MAX_LINES = 4000  # of a log, the last ones: the error stands at its end
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
+_FRAME = re.compile(r"[\u2500-\u257f❱]+")  # of the boxes that tracebacks are drawn in
 _PATH = re.compile(r"(?:[A-Za-z]:)?(?:[\\/][\w.@+~-]+){2,}[\\/]?")
 _PLACEHOLDER = re.compile(r"\{[^{}]*\}|<[^<>]{1,40}>|%[-0-9.]*[sdfrxg]|…|\.\.\.")
 _NUMBER = re.compile(r"[-+]?\b(?:0x[0-9a-f]+|\d+(?:[.,]\d+)*(?:e[-+]?\d+)?)\b")
 _WORD = re.compile(r"[a-z_][a-z0-9_]*|#")
-_PHRASES = frozenset("object has no attribute type missing required positional argument".split())  # of Python, whatever the cause
-_HEAD = re.compile(r"^(?:[\w.]*(?:error|exception|warning)|assert(?:ion)?)\s*:?\s*")
+# Two numbers that are part of the wording: a matrix that fails at its first row fails for another reason than one that fails late.
+_FIRST = (re.compile(r"\border 1\b(?![.,]?\d)"), "order one"), (re.compile(r"\[0\]"), "[zero]")
+_PHRASES = re.compile(r"object has no attribute|missing # required positional arguments?")  # of Python, whatever the cause
+# What stands before the message itself. Without its "KeyError:" the name of a key is a word like any other.
+_HEAD = re.compile(r"^(?!keyerror)(?:[\w.]*(?:error|exception|warning)|assert(?:ion)?)\s*:?\s*")
+_MINOR = re.compile(r"leading minor of order (\d+)|\b(\d+)-th leading minor|U\((\d+), ?\3\) is zero", re.I)
 _STAMP = re.compile(r"^\s*(?:\[[^\]]{0,60}\]\s*|\(\w+ pid=[^)]*\)\s*|\d{4}-\d\d-\d\d[t ][\d:.,z+]*\s*|(?:info|error|warning|debug)(?:\s*:\s*|\s+(?=[#\[]|\d\d)))+")
 
 
 @dataclass(frozen=True)
 class Match:
-    """A rule whose quotation the text resembles. score: 1 for a quotation found whole, else the share of its words."""
+    """A rule whose quotation the text resembles. score: 1 for a quotation found whole, else the share of its words.
+
+    at: the line's number among those that were searched.
+    """
 
     rule: Rule
     seen: Seen
     score: float
     line: str
+    at: int = 0
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A known message whose cause lies in no checkpoint. do: what helps."""
+
+    tool: str
+    cause: str
+    do: str
+    line: str
+    score: float
+    at: int
 
 
 def normal(text: str) -> str:
     """Lower case, one blank between words, and # for every number, path, quoted value and placeholder."""
-    text = _ANSI.sub("", text).lower()
+    text = _FRAME.sub(" ", _ANSI.sub("", text)).lower()
+    for number, word in _FIRST:
+        text = number.sub(word, text)
     text = _PLACEHOLDER.sub(" # ", text)
     text = _PATH.sub(" # ", text)
     text = _NUMBER.sub("#", text)
@@ -60,18 +87,33 @@ def search(text: str, rules: Iterable[Rule]) -> list[Match]:
     One match per rule; [] for none.
     """
     rules = list(rules)
-    lines = [line for line in text.splitlines() if line.strip()][-MAX_LINES:]
-    tidy = [_STAMP.sub("", normal(line)) for line in lines]
-    weights = _weights(rules)
-    words = [Counter(_WORD.findall(line)) for line in tidy]
-    joined = " ".join(tidy)
-    best: dict[str, tuple[float, int, Match]] = {}
+    log = _Log(text)
+    weights = _weights(seen.text for r in rules for seen in r.seen_as)
+    best: dict[str, Match] = {}
     for entry in rules:
         for seen in entry.seen_as:
-            score, at = _score(normal(seen.text), tidy, words, joined, weights)
-            if score >= ENOUGH and (entry.code not in best or (score, at) > best[entry.code][:2]):
-                best[entry.code] = (score, at, Match(entry, seen, round(score, 3), lines[at].strip()))
-    return [m for _, _, m in sorted(best.values(), key=lambda b: (-b[0], -b[1], -_length(b[2]), STAGES.index(b[2].rule.stage), b[2].rule.code))]
+            score, at = log.score(seen.text, weights)
+            found = best.get(entry.code)
+            if score >= ENOUGH and (found is None or (score, at) > (found.score, found.at)):
+                best[entry.code] = Match(entry, seen, score, log.lines[at].strip(), at)
+    return sorted(best.values(), key=lambda m: (-m.score, -m.at, -_length(m), STAGES.index(m.rule.stage), m.rule.code))
+
+
+def elsewhere(text: str, lang: str = "en") -> Elsewhere | None:
+    """What a message means that no checkpoint causes: the last one that stands in the text whole; None for none."""
+    log, found = _Log(text), None
+    for entry in table("elsewhere")["message"]:
+        for quote in entry["texts"]:
+            score, at = log.score(quote, {})
+            if score >= 0.95 and (found is None or (score, at) > (found.score, found.at)):
+                found = Elsewhere(entry["tool"], *(entry.get(f"{key}_{lang}", entry[key]) for key in ("cause", "do")), log.lines[at].strip(), score, at)
+    return found
+
+
+def minor(text: str) -> int | None:
+    """The order of the leading minor at which a Cholesky factorization failed, from 1, of the last one in the text; None for none."""
+    found = _MINOR.findall(_ANSI.sub("", text))
+    return int(next(filter(None, found[-1]))) if found else None
 
 
 def _length(match: Match) -> int:
@@ -79,33 +121,46 @@ def _length(match: Match) -> int:
     return len(normal(match.seen.text)) if match.score >= 0.95 else 0
 
 
-def _weights(rules: list[Rule]) -> dict[str, float]:
+def _weights(quotes: Iterable[str]) -> dict[str, float]:
     """Word -> how much it tells: words that stand in many quotations tell little; numbers tell nothing."""
-    quotes = [set(_WORD.findall(normal(s.text))) for r in rules for s in r.seen_as]
-    seen = Counter(w for words in quotes for w in words)
-    weights = {w: math.log((len(quotes) + 1) / n) + 0.1 for w, n in seen.items()}
-    return weights | {w: 0.1 for w in _PHRASES if w in weights} | {"#": 0.0}
+    bags = [set(_words(normal(quote))) for quote in quotes]
+    seen = Counter(w for bag in bags for w in bag)
+    return {w: math.log((len(bags) + 1) / n) + 0.1 for w, n in seen.items()}
 
 
-def _score(quote: str, lines: list[str], words: list[Counter], joined: str, weights: dict[str, float]) -> tuple[float, int]:
-    """(score, index of the line) of the best place of one quotation."""
-    bare = _HEAD.sub("", quote)
-    for wanted, score in ((quote, 1.0), (bare, 0.98)):
-        if len(wanted) >= 8 and (wanted is quote or len(wanted) >= 12):  # what is left of "KeyError: 'metadata'" is a word like any other
-            for at in range(len(lines) - 1, -1, -1):
-                if wanted in lines[at]:
+def _words(line: str) -> list[str]:
+    return [w for w in _WORD.findall(_PHRASES.sub(" ", line)) if w != "#"]
+
+
+class _Log:
+    """The lines of a text that are searched, reduced to words once for all quotations."""
+
+    def __init__(self, text: str):
+        self.lines = [line for line in text.splitlines() if line.strip()][-MAX_LINES:]
+        self.tidy = [_STAMP.sub("", normal(line)) for line in self.lines]
+        self.words = [Counter(_words(line)) for line in self.tidy]
+        self.joined = " ".join(self.tidy)
+
+    def score(self, text: str, weights: dict[str, float]) -> tuple[float, int]:
+        """(score, index of the line) of the best place of one quotation."""
+        quote = normal(text)
+        bare = _HEAD.sub("", quote)
+        for wanted, score in ((quote, 1.0), (bare, 0.98)):
+            enough = len(wanted) >= (8 if wanted is quote else 12)  # of a shorter one only a line of its own is the message
+            for at in range(len(self.tidy) - 1, -1, -1):
+                if (enough and wanted in self.tidy[at]) or (wanted is quote and wanted == self.tidy[at]):
                     return score, at
-    if len(bare) >= 16 and bare in joined:  # wrapped over lines
-        return 0.95, len(lines) - 1
-    return max(((_overlap(quote, bare, line, have, weights), at) for at, (line, have) in enumerate(zip(lines, words, strict=True))),
-               default=(0.0, 0))
+        if len(bare) >= 16 and bare in self.joined:  # wrapped over lines
+            return 0.95, len(self.lines) - 1
+        want = Counter(_words(quote))
+        return max(((_overlap(bare, want, line, have, weights), at) for at, (line, have) in enumerate(zip(self.tidy, self.words, strict=True))),
+                   default=(0.0, 0))
 
 
-def _overlap(quote: str, bare: str, line: str, have: Counter, weights: dict[str, float]) -> float:
+def _overlap(bare: str, want: Counter, line: str, have: Counter, weights: dict[str, float]) -> float:
     rest = _HEAD.sub("", line)
     if len(rest) >= 12 and len(rest.split()) >= 2 and rest in bare:  # a part of the message was pasted
         return 0.7 + 0.25 * len(rest) / len(bare)
-    want = Counter(w for w in _WORD.findall(quote) if w != "#")
     if len(want) < 2:
         return 0.0
     total = sum(weights.get(w, 0) * n for w, n in want.items())
