@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ from doctor.config import Config, Selection, choose
 from doctor.engine import Report, against, in_order, judge, load_rules, locate, select_rules
 from doctor.errors import BadCheckpoint
 from doctor.facts import CHECKPOINT, STAGES, Store, asks
-from doctor.hub import open_checkpoint
+from doctor.hub import HubCheckpoint, HubDonor, open_checkpoint
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Place
 
@@ -115,23 +117,20 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike | None, 
 
     unsafe_fixes: True for every unsafe fix that need not be named, or codes ("all" among them means True), which also allow
     fixes that go by name only. only: fix nothing but these codes. Where no fix applies, nothing is written and receipt_path
-    is None. progress(phase, bytes) is called from any thread with "scan", "write" or "verify".
-    base: another checkpoint, or org/name on the Hub, whose tensors may stand for broken ones and into which an adapter is merged.
+    is None. progress(phase, bytes) is called from any thread with "fetch", "scan", "write" or "verify".
+    base: another checkpoint, or org/name[@revision] on the Hub, whose files and tensors may stand for lost ones, and into which an
+    adapter is merged. Of a repository only what is taken is fetched.
     in_place: output is None; the directory changes names with its fixed copy and is kept as NAME.before-fix, which `undo` puts back.
     Raises PlanRefused, MachineError, BadCheckpoint; then there is no output.
     """
-    from doctor.plan import Consent, carry_out, make_plan, no_progress, refuse
+    from doctor.plan import Consent, no_progress
     from doctor.writer import check_in_place, check_output
 
     started = time.perf_counter()
-    progress = progress or no_progress
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
-    facts = list(facts)
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     if in_place:
         output = os.path.abspath(source.root)
-    if base is not None:
-        facts.append((CHECKPOINT, "base", _base(base, source)))
     codes = set() if isinstance(unsafe_fixes, bool) else set(unsafe_fixes)
     consent = Consent(unsafe_fixes is True or "all" in codes, frozenset(codes - {"all"}), frozenset(only))
     for code in consent.codes | consent.only:
@@ -140,9 +139,18 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike | None, 
         check_in_place(source, Path(output))
     elif not dry_run:
         check_output(source, Path(os.path.abspath(output)), overwrite)
-    plan = make_plan(source, recipe or Recipe(), rules, consent, facts=facts, stage=stage, progress=progress,
-                     hush=config.hush if config else None)
-    result = FixResult(plan, _report(plan.before, plan.recipe, fail_on, started), _report(plan.after, plan.recipe, fail_on, started), Path(output))
+    with _base(base, source, Path(os.path.abspath(output)), progress or no_progress) as given:
+        return _fixed(source, Path(output), recipe or Recipe(), rules, consent, given + list(facts), config, started, dry_run=dry_run, copy=copy,
+                      overwrite=overwrite, in_place=in_place, stage=stage, fail_on=fail_on, progress=progress or no_progress)
+
+
+def _fixed(source: Checkpoint, output: Path, recipe: Recipe, rules: list, consent, facts: list, config: Config | None, started: float, *, dry_run: bool,
+           copy: bool, overwrite: bool, in_place: bool, stage: str, fail_on: str, progress: Progress) -> FixResult:
+    """Plan, prove, carry out."""
+    from doctor.plan import carry_out, make_plan, refuse
+
+    plan = make_plan(source, recipe, rules, consent, facts=facts, stage=stage, progress=progress, hush=config.hush if config else None)
+    result = FixResult(plan, _report(plan.before, plan.recipe, fail_on, started), _report(plan.after, plan.recipe, fail_on, started), output)
     if dry_run or not plan.steps:
         return result
     refuse(plan)
@@ -150,7 +158,7 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike | None, 
         from doctor.evaluate.proof import prove
 
         result.proofs.append(prove(plan.unpadded(), plan.view))
-    done = carry_out(plan, Path(output), rules, copy=copy, overwrite=overwrite, in_place=in_place, proofs=result.proofs, facts=facts, stage=stage, progress=progress)
+    done = carry_out(plan, output, rules, copy=copy, overwrite=overwrite, in_place=in_place, proofs=result.proofs, facts=facts, stage=stage, progress=progress)
     result.report_after = _report(done.look, plan.recipe, fail_on, started)
     result.report_after.findings += _unproved(plan, result.proofs)
     result.receipt_path, result.notes = done.receipt, done.notes
@@ -184,17 +192,33 @@ def recover(path: str | os.PathLike) -> list[str]:
     return swap.recover(Path(os.path.abspath(path)))
 
 
-def _base(base: str | os.PathLike | Checkpoint, source: Checkpoint) -> Base:
-    """What --from names, with its weights on this disk: a Hub repository is downloaded."""
+@contextmanager
+def _base(base: str | os.PathLike | Checkpoint | None, source: Checkpoint, output: Path, progress: Progress) -> Iterator[list]:
+    """The fact `base`, while it may be read from: what is fetched from the Hub lies beside the output and is removed at the end."""
     from doctor.base import Base
+    from doctor.made import lend
+    from doctor.writer import open_fetch
 
+    if base is None:
+        yield []
+        return
     text = str(base.root if isinstance(base, Checkpoint) else base)
-    found = base if isinstance(base, Checkpoint) else open_checkpoint(text, download=not os.path.exists(text))
+    found = base if isinstance(base, Checkpoint) else open_checkpoint(text)
+    if isinstance(found, HubCheckpoint) and "adapter_config.json" in source.entries and not source.value("config.json"):
+        found = open_checkpoint(text, download=True)  # what an adapter is merged into is needed whole
+    if isinstance(found, HubCheckpoint):
+        found = found.donor()
     if found.unread or not found.tensors:
         raise BadCheckpoint(f"{text}: {found.unread or 'no safetensors tensor can be read'}; --from needs weights to take from.")
     if os.path.realpath(found.root) == os.path.realpath(source.root):
         raise BadCheckpoint(f"{text}: is the checkpoint itself.", "Give the base model, or another copy.")
-    return Base(found, source, text)
+    given = [(CHECKPOINT, "base", Base(found, source, text))]
+    if not isinstance(found, HubDonor):
+        yield given
+        return
+    with open_fetch(output) as found.folder, lend(found.label, found):
+        found.progress = partial(progress, "fetch")
+        yield given
 
 
 def _report(seen: Look, recipe: Recipe, fail_on: str, started: float) -> Report:

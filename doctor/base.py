@@ -1,30 +1,95 @@
 """Another checkpoint to take tensors from: the base model that a fine-tune was made of, or the repository it came from.
 
 A tensor from elsewhere is no proof by itself. What is known is where both files hold numbers: if every finite value that is
-left of a broken tensor is bit-equal to the base's, the tensor was not trained, and the base's is the one that was lost.
+left of a broken tensor is bit-equal to the base's, the tensor was not trained, and the base's is the one that was lost. A whole
+file is known to be the lost one where what is left of it is the beginning of the base's, where git-lfs's note about it names the
+base's hash, or where another weight file of the two is equal.
 """
+
+import os
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from doctor.checkpoint import Checkpoint
-from doctor.edits import TakeTensor, nonfinite_mask
+from doctor.edits import TakeFile, TakeTensor, nonfinite_mask
 from doctor.made import digest
 from doctor.shard import TensorInfo
 
+POINTER_BYTES = 1024  # git-lfs's notes are shorter, weight files longer
+COMPARE_BYTES = 1 << 20
 ENOUGH = 16  # equal values other than 0 that are no accident: by chance two bf16 numbers agree once in thousands of times
 
 
 @dataclass
 class Base:
-    """A donor for one checkpoint. `text` is what the user wrote after --from."""
+    """A donor for one checkpoint. `text` is what the user wrote after --from; `root` is its name in edits."""
 
     checkpoint: Checkpoint
     source: Checkpoint
     text: str
     _offers: dict[str, TakeTensor | None] = field(default_factory=dict)
     _equal: dict[str, tuple[bool, str]] = field(default_factory=dict)
+    _files: dict[str, tuple[TakeFile, str] | None] = field(default_factory=dict)
+
+    @property
+    def root(self) -> str:
+        return getattr(self.checkpoint, "label", None) or str(self.checkpoint.root)
+
+    @property
+    def name(self) -> str:
+        """What a receipt calls it: a repository and its commit, or a directory's name, never a path."""
+        return getattr(self.checkpoint, "label", None) or self.checkpoint.name
+
+    def offer_file(self, name: str) -> tuple[TakeFile, str] | None:
+        """(edit that takes this whole file, what shows that it is the lost one, "" where nothing does); None where the base lacks it.
+
+        A weight file is offered only where the base's own can be read without a fault.
+        """
+        if name not in self._files:
+            self._files[name] = self._offer_file(name)
+        return self._files[name]
+
+    def _offer_file(self, name: str) -> tuple[TakeFile, str] | None:
+        donor = self.checkpoint
+        shard = donor.shards.get(name)
+        if name not in donor.entries or name.endswith(".safetensors") and (shard is None or shard.defects or not shard.tensors):
+            return None
+        if name.endswith(".json") and (name not in donor.json or donor.json[name].broken is not None):
+            return None
+        return TakeFile(name, self.root, donor.sha256(name)), self._shown(name, donor.sha256(name))
+
+    def _shown(self, name: str, sha256: str) -> str:
+        """Why the base's file is the one that was lost here, "" where nothing shows it."""
+        if name in self.source.entries and self.source.entries[name].size < POINTER_BYTES:
+            pointer = self.source.read_file(name, POINTER_BYTES)
+            if pointer.startswith(b"version https://git-lfs"):
+                return "its hash is the one that the pointer names" if f"oid sha256:{sha256}".encode() in pointer else ""
+        return self._sibling(name) or self._beginning(name) if name.endswith(".safetensors") else ""
+
+    def _sibling(self, lost: str) -> str:
+        """Another shard that both have whole, the smallest: where it is equal, the two are one model."""
+        mine, theirs = self.source, self.checkpoint
+        both = [n for n, s in mine.shards.items() if n != lost and n in theirs.shards and not s.defects and s.tensors]
+        for other in sorted(both, key=lambda n: mine.entries[n].size)[:1]:
+            if mine.entries[other].size == theirs.entries[other].size and mine.sha256(other) == theirs.sha256(other):
+                return f"{other} has the same sha256 in both"
+        return ""
+
+    def _beginning(self, name: str) -> str:
+        """What is left of a file that was cut short, if it is the first part of the base's and reaches into its values."""
+        if name not in self.source.entries:
+            return ""
+        size, begin = self.source.entries[name].size, self.checkpoint.shards[name].data_begin
+        if not begin + ENOUGH <= size < self.checkpoint.entries[name].size:
+            return ""
+        with open(self.source.path(name), "rb") as mine, open(self.checkpoint.path(name), "rb") as theirs:
+            for at in range(0, size, COMPARE_BYTES):
+                count = min(COMPARE_BYTES, size - at)
+                if os.pread(mine.fileno(), count, at) != os.pread(theirs.fileno(), count, at):
+                    return ""
+        return f"the {size:,} bytes that are left are its first"
 
     def offer(self, name: str, dtype: str, shape: tuple[int, ...]) -> TakeTensor | None:
         """The edit that takes this tensor; None where the base lacks it in this type and shape, or its own is not finite."""
@@ -33,7 +98,7 @@ class Base:
             return None
         if name not in self._offers:
             whole = all(not nonfinite_mask(rows, dtype).any() for rows in self.checkpoint.rows(name))
-            self._offers[name] = TakeTensor(name, str(self.checkpoint.root), digest(self.checkpoint, info)) if whole else None
+            self._offers[name] = TakeTensor(name, self.root, digest(self.checkpoint, info)) if whole else None
         return self._offers[name]
 
     def ties(self) -> bool | None:

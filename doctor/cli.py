@@ -359,7 +359,7 @@ unsafe_option = click.option("--unsafe-fixes", default="", metavar="[=CODES]",
 @click.option("--dry-run", is_flag=True, help="Show the edits, write nothing.")
 @unsafe_option
 @click.option("--only", multiple=True, metavar="CODES", help="Only the fixes of these rules.")
-@click.option("--from", "base", metavar="DIR|ORG/NAME", help="Base model: lost tensors are taken from it, an adapter is merged into it.")
+@click.option("--from", "base", metavar="DIR|ORG/NAME[@REV]", help="Base model, or a whole copy: lost files and tensors are taken from it, an adapter is merged into it.")
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of linking them.")
 @lang_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
@@ -380,7 +380,7 @@ def fix(ctx, path, output, in_place, method, bits, group_size, sym, tp, runtime,
     for note in api.recover(path):
         click.echo(note, err=True)
     source = Checkpoint.open(path)
-    with _progress(source.total_bytes, "scan", "write", "verify") as tick:
+    with _progress(source.total_bytes, "fetch", "scan", "write", "verify") as tick:
         result = api.fix(source, output, recipe, unsafe_fixes=_words([unsafe_fixes]), only=_words(only), dry_run=dry_run, copy=copy,
                          overwrite=overwrite, select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore),
                          rules_dirs=rules_dirs, fail_on=fail_on, config=ctx.obj, base=base, in_place=in_place, progress=tick)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from doctor import __version__
 from doctor.checkpoint import INDEX_NAME, Checkpoint
-from doctor.errors import CheckpointNotReady, DoctorError
+from doctor.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.facts import STAGES, Store, Unavailable
 from doctor.recipe import Recipe
 from doctor.rule import RULES, SEVERITIES, Finding, Place, Rule, run_rule
@@ -155,6 +155,8 @@ def judge(store: Store, rules: Iterable[Rule], until: str = STAGES[-1]) -> tuple
             except Unavailable as error:
                 reason = str(error)
                 run.reasons[reason] = run.reasons.get(reason, 0) + 1
+            except MachineError:  # the network or the disk: no rule of ours, and nothing that may be left out
+                raise
             except Exception as error:  # a crash of one rule must not hide the findings of the others
                 run.crashed = f"{subject}: {type(error).__name__}: {error}"
                 if sys.flags.dev_mode:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ RETRIES = 4
 MAX_WAIT_S = 60.0  # a Retry-After above is not waited for
 TIMEOUT_S = 30.0
 WORKERS = 8
+FETCH_BYTES = 16 << 20  # of one request of a tensor or file: what a torn connection loses at most
 _REPO = re.compile(r"(?:hf://)?(?P<repo>\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.json))(?:@(?P<revision>[^@\s]+))?")
 # Not needed for any check, and large.
 _NOT_WANTED = ["*/*", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.tflite"]
@@ -355,6 +357,13 @@ class HubCheckpoint(Checkpoint):
 
         return parse_header(name, real, read)
 
+    def donor(self) -> "HubDonor":
+        """The same commit, to take tensors and files from."""
+        result = HubDonor(self.requests.repo, self.revision)
+        for name in ("commit", "lfs_sha256", "entries", "problems", "json", "shards", "missing_shards"):
+            setattr(result, name, getattr(self, name))
+        return result
+
     def sha256(self, name: str) -> str:
         """SHA-256 as the Hub states it for a large file, worked out for a JSON file. Raises BadCheckpoint for others."""
         if name in self.lfs_sha256:
@@ -368,3 +377,95 @@ class HubCheckpoint(Checkpoint):
 
     def open_file(self, shard: str) -> ShardFile:
         raise BadCheckpoint(f"{self.name}: {shard} is {NOT_DOWNLOADED}.", f"doctor check {self.name} --download")
+
+
+class HubDonor(HubCheckpoint):
+    """A repository to take from: a tensor is one range of its shard, a file is checked by the hash that the Hub keeps of it.
+
+    What is asked for is fetched into `folder` once, sparse files of the shards' own sizes, and read from there; the folder is the
+    caller's to remove. A range cannot be checked by a hash of the whole file: there the digest of what came is in the receipt.
+    """
+
+    unread = ""
+
+    def __init__(self, repo: str, revision: str | None):
+        super().__init__(repo, revision)
+        self.folder: Path | None = None
+        self.progress: Callable[[int], None] = lambda n: None
+        self._fetched: dict[str, set[tuple[int, int]]] = {}
+        self._whole: set[str] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def label(self) -> str:
+        """Name of exactly this state of the repository, as edits and receipts name it."""
+        return f"hf://{self.requests.repo}@{self.commit}"
+
+    def path(self, name: str) -> Path:
+        """The whole file, fetched and checked. Raises BadCheckpoint where its hash is not the Hub's, MachineError for the network."""
+        if name not in self.entries:
+            raise BadCheckpoint(f"{name}: not a file of {self.name}.")
+        self.fetch(name, 0, self.entries[name].size)
+        with self._lock:
+            if name not in self._whole:
+                self._check(name)
+                self._whole.add(name)
+        return self.folder / name
+
+    def _check(self, name: str) -> None:
+        with open(self.folder / name, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        stated = self.sha256(name)
+        if found != stated:
+            raise BadCheckpoint(f"{self.name}: {name} came with sha256 {found}; the Hub states {stated}.", "Run it again; nothing was kept.")
+
+    def open_file(self, shard: str) -> ShardFile:
+        self._place(shard)
+        return _Fetched(self, shard)
+
+    def fetch(self, name: str, begin: int, end: int) -> None:
+        """Bytes [begin, end) of a file, in its place in the folder. Raises MachineError, BadCheckpoint."""
+        with self._lock:
+            done = self._fetched.setdefault(name, set())
+            if any(a <= begin and end <= b for a, b in done):
+                return
+            self._place(name)
+            fd = os.open(self.folder / name, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                for at in range(begin, end, FETCH_BYTES):
+                    count = min(FETCH_BYTES, end - at)
+                    data = self.requests.read(self._url(name), name, at, count)[0]
+                    if len(data) != count:
+                        raise BadCheckpoint(f"{self.name}: {name} ends at byte {at + len(data):,}; the Hub lists {self.entries[name].size:,}.")
+                    os.pwrite(fd, data, at)
+                    self.progress(count)
+            finally:
+                os.close(fd)
+            done.add((begin, end))
+
+    def _place(self, name: str) -> None:
+        """A sparse file of the right size, where there is none yet."""
+        with open(self.folder / name, "ab") as file:
+            file.truncate(self.entries[name].size)
+
+
+class _Fetched(ShardFile):
+    """A shard of which the tensors that are read are fetched first, each with one range from its first byte to its last."""
+
+    def __init__(self, donor: HubDonor, name: str):
+        super().__init__(donor.folder / name, name)
+        self._donor = donor
+        self._tensors = donor.shards[name].tensors
+
+    def _fetch(self, begin: int, end: int) -> None:
+        for info in self._tensors:
+            if info.begin < end and begin < info.end:
+                self._donor.fetch(self.name, info.begin, info.end)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._fetch(offset, offset + len(buffer))
+        super().read_into(offset, buffer)
+
+    def read(self, offset: int, n: int) -> bytes:
+        self._fetch(offset, offset + n)
+        return super().read(offset, n)

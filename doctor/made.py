@@ -5,6 +5,8 @@ fix of a quantized checkpoint needs no torch. The packed formats are those of qu
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from doctor.checkpoint import Checkpoint
 from doctor.dtypes import CODE_NUMPY, DTYPES
-from doctor.edits import (CASTS, MADE, AddLowRank, Dequantize, Edit, GroupsInOrder, GrowRows, TakeTensor, from_codes, nonfinite_mask,
+from doctor.edits import (CASTS, MADE, AddLowRank, CloneTensor, Dequantize, Edit, GroupsInOrder, GrowRows, TakeTensor, from_codes, nonfinite_mask,
                           to_codes)
 from doctor.errors import BadCheckpoint, PlanRefused
 from doctor.shard import TensorInfo
@@ -152,6 +154,8 @@ def made(source: Checkpoint, name: str, edits: list[Edit]):
     for edit in sorted(edits, key=lambda e: e.phase == "shape"):
         if isinstance(edit, TakeTensor):
             result = Taken(edit)
+        elif isinstance(edit, CloneTensor):
+            result = Stored(source, edit.source)
         elif isinstance(edit, Dequantize):
             result = Plain(source, edit)
         elif isinstance(edit, GroupsInOrder):
@@ -163,9 +167,26 @@ def made(source: Checkpoint, name: str, edits: list[Edit]):
     return result
 
 
-@cache
+_REMOTE: dict[str, Checkpoint] = {}
+
+
 def opened(root: str) -> Checkpoint:
-    """Another checkpoint, opened once in a run."""
+    """Another checkpoint by its edits' `root`, opened once in a run: a directory, or what `lend` was told of."""
+    return _REMOTE[root] if root in _REMOTE else _opened(root)
+
+
+@contextmanager
+def lend(root: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside it `opened(root)` is this checkpoint, which is no directory of this machine."""
+    _REMOTE[root] = checkpoint
+    try:
+        yield
+    finally:
+        del _REMOTE[root]
+
+
+@cache
+def _opened(root: str) -> Checkpoint:
     return Checkpoint.open(root)
 
 

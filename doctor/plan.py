@@ -18,10 +18,11 @@ from pathlib import Path
 from doctor import __version__
 from doctor.builtin import header_facts
 from doctor.checkpoint import Checkpoint
-from doctor.edits import MISSING, PHASES, Edit, GrowRows, PadTensor, Rebase, RemoveJson, SetJson, SetRecipe
+from doctor.edits import MISSING, PHASES, Edit, GrowRows, PadTensor, Rebase, RemoveJson, SetJson, SetRecipe, TakeFile, TakeTensor
 from doctor.engine import RuleRun, judge, locate
 from doctor.errors import BadCheckpoint, DoctorError, PlanRefused
 from doctor.facts import CHECKPOINT, STAGES, Store, asks
+from doctor.made import opened
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Fix, Rule
 from doctor.scan import scan
@@ -385,7 +386,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, rules: list[Rule], consent: Co
         if any(isinstance(e, Rebase) for e in fresh):  # what the base itself shows was not caused here
             reference = current = look(view.source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush)
         current = look(view, recipe, rules, facts=facts, stage=stage, before=None if _regroups(fresh) else current,
-                       touched={e.tensor for e in fresh if hasattr(e, "tensor")}, progress=lambda n: progress("scan", n), hush=hush)
+                       touched=_touched(fresh, view), progress=lambda n: progress("scan", n), hush=hush)
     else:
         raise DoctorError(f"{source.name}: after {MAX_PASSES} passes fixes still bring new fixes ({', '.join(sorted({s.code for s in choice.steps.values()}))}). "
                           "This is a bug of doctor.", "Nothing was written; fix one rule at a time with --only.")
@@ -394,6 +395,12 @@ def make_plan(source: Checkpoint, recipe: Recipe, rules: list[Rule], consent: Co
     _describe_steps(plan)
     plan.problems = _problems(plan)
     return plan
+
+
+def _touched(edits: list[Edit], view: EditedCheckpoint) -> set[str]:
+    """Tensors whose bytes these edits change."""
+    files = {e.file for e in edits if isinstance(e, TakeFile)} & view.shards.keys()
+    return {e.tensor for e in edits if hasattr(e, "tensor")} | {t.name for n in files for t in view.shards[n].tensors}
 
 
 def _with_fields(recipe: Recipe, edits: list[Edit]) -> Recipe:
@@ -449,10 +456,12 @@ def _describe_step(step: Step, before: EditedCheckpoint, after: EditedCheckpoint
     for name in sorted(after.json):
         old, new = before.json.get(name), after.json[name]
         if old is None or old.raw != new.raw:
-            if any(isinstance(e, Rebase) for e in step.edits):
+            if any(isinstance(e, Rebase) or isinstance(e, TakeFile) and e.file == name for e in step.edits):
                 continue  # another checkpoint's files, not changed ones
             step.diffs[name] = diff_lines("" if old is None else old.raw.decode("utf-8", "replace"), new.raw.decode("utf-8", "replace"))
     touched = sorted({e.tensor for e in step.edits if hasattr(e, "tensor")})
+    step.notes += [f"{e.file}: {after.entries[e.file].size:,} bytes, sha256 {e.sha256}" for e in step.edits
+                   if isinstance(e, TakeFile) and e.file in after.entries]
     changes: dict[tuple, list[str]] = {}
     for name in touched:
         old, new = before.tensors.get(name), after.tensors.get(name)
@@ -599,10 +608,15 @@ def _verify(plan: Plan, staged: Stage, rules: list[Rule], facts: list, stage: st
     touched = {t.name for n in changed if n in disk.shards for t in disk.shards[n].tensors}
     with ThreadPoolExecutor(2) as pool:  # hashing leaves Python's lock, so it runs beside the scan
         after = {n: pool.submit(sha256, staged.path / n) for n in changed}
-        before = {n: pool.submit(sha256, plan.source.path(n)) for n in changed if n in plan.source.entries}
+        origin = _origin(plan)
+        before = {n: pool.submit(sha256, origin.path(n)) for n in changed if n in origin.entries}
         again = look(disk, plan.recipe, rules, facts=facts, stage=stage, before=plan.after, touched=touched,
                      progress=lambda n: progress("verify", n), hush=plan.hush)
         digests = {n: (before[n].result() if n in before else None, after[n].result()) for n in changed}
+    for edit in plan.view.edits:
+        if isinstance(edit, TakeFile) and edit.file in plan.view.taken and digests[edit.file][1] != edit.sha256:
+            raise BadCheckpoint(f"{edit.file}: came with sha256 {digests[edit.file][1]}; the plan was made for {edit.sha256}.",
+                                "Nothing was kept; run the command again.")
     expected = Counter(map(_key, plan.after.findings))
     unexpected = [f for f in again.findings if not expected[_key(f)]]
     if unexpected:
@@ -615,11 +629,30 @@ def _verify(plan: Plan, staged: Stage, rules: list[Rule], facts: list, stage: st
     return again, digests
 
 
+def _origin(plan: Plan) -> Checkpoint:
+    """Whose files the view changes: the source, or what an adapter is merged into."""
+    other = next((e for e in plan.view.edits if isinstance(e, Rebase)), None)
+    return plan.source if other is None else opened(other.root)
+
+
+def _taken_from(plan: Plan, base) -> dict:
+    """The base as the receipt holds it: its name, never a path, and the sha256 of each file that something was taken from."""
+    edits = plan.view.edits
+    files = {e.file for e in edits if isinstance(e, TakeFile)}
+    files |= {base.checkpoint.tensors[e.tensor].shard for e in edits if isinstance(e, TakeTensor)}
+    if any(isinstance(e, Rebase) for e in edits):
+        files |= {n for n in plan.view.changed if n in base.checkpoint.entries}
+    return {"name": base.name, "files": {n: base.checkpoint.sha256(n) for n in sorted(files)}}
+
+
 def _receipt(plan: Plan, staged: Stage, digests: dict, again: Look, proofs: list[Proof]) -> dict:
     """The receipt: what was done to which file, and what was found before and after. The same input gives the same text."""
+    base = plan.before.store.get(CHECKPOINT, "base") if plan.before.store.has(CHECKPOINT, "base") else None
+    names = {str(plan.source.root): plan.source.name, **({base.root: base.name} if base is not None else {})}
     receipt = {
         "schema": SCHEMA, "doctor": __version__, "source": plan.source.name, "recipe": plan.recipe.label(),
-        "steps": [{"code": s.code, "name": s.name, "safety": s.safety, "title": s.title, "edits": [_edit_data(e) for e in sorted(s.edits, key=lambda e: (PHASES.index(e.phase), e.target))]}
+        "steps": [{"code": s.code, "name": s.name, "safety": s.safety, "title": s.title.replace(base.text, base.name) if base is not None else s.title,
+                   "edits": [_edit_data(e, names) for e in sorted(s.edits, key=lambda e: (PHASES.index(e.phase), e.target))]}
                   for s in plan.steps],
         "written": [{"file": n, "bytes": plan.view.entries[n].size, "sha256_before": old, "sha256_after": new}
                     for n, (old, new) in sorted(digests.items())],
@@ -630,6 +663,8 @@ def _receipt(plan: Plan, staged: Stage, digests: dict, again: Look, proofs: list
         "findings_after": [_finding_data(f) for f in again.findings],
         "proofs": [asdict(p) for p in proofs],
     }
+    if base is not None and any(hasattr(e, "root") for e in plan.view.edits):
+        receipt["base"] = _taken_from(plan, base)
     if staged.in_place:
         receipt["kept"] = kept_name(staged.output).name
     earlier = plan.source.value(RECEIPT)
@@ -638,8 +673,11 @@ def _receipt(plan: Plan, staged: Stage, digests: dict, again: Look, proofs: list
     return receipt
 
 
-def _edit_data(edit: Edit) -> dict:
+def _edit_data(edit: Edit, names: dict[str, str]) -> dict:
+    """An edit as data; other checkpoints by their names, because a path says nothing on another machine."""
     values = {f.name: getattr(edit, f.name) for f in fields(edit)}
+    if "root" in values:
+        values["root"] = names[values["root"]]
     return {"kind": type(edit).__name__, **{k: v for k, v in values.items() if v is not MISSING}}
 
 

@@ -17,6 +17,7 @@ from doctor.edits import (  # noqa: F401 - rules import edits from here
     MISSING,
     AddLowRank,
     CastTensor,
+    CloneTensor,
     Dequantize,
     DropFile,
     DropTensor,
@@ -217,6 +218,15 @@ def finding(message: str, *, at: Place | None = None, fix: Fix | None = None, ad
     """One finding, to be yielded by a rule. `at` defaults to the rule's subject; `severity` may only lower the rule's own."""
     return Finding(message, at or Place(""), dict(evidence or {}), fix, advice,
                    tuple(tuple(map(str, row)) for row in facts_table), strip, severity=severity)
+
+
+def from_base(base, name: str, otherwise: str) -> Fix:
+    """A whole file from what --from names: safe where something shows that it is the lost one. Without it, `otherwise` is for the user."""
+    offer = base.offer_file(name) if base is not None else None
+    if offer is None:
+        return Fix(otherwise, (), "manual")
+    edit, why = offer
+    return Fix(f"take {name} from {base.text}" + (f": {why}" if why else ""), (edit,), "safe" if why else "unsafe")
 
 
 def run_rule(entry: Rule, subject: str, thing: object, values: tuple) -> Iterator[Finding]:

@@ -20,10 +20,11 @@ from doctor import jsontext
 from doctor.checkpoint import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.dtypes import CODE_NUMPY
 from doctor.edits import (CASTS, CREATE, MADE, MISSING, TENSOR_EDITS, CastTensor, DropFile, DropTensor, Edit, PadTensor, Rebase, RebuildIndex,
-                          RemoveJson, SetJson, apply, edited_info, pad_positions)
+                          RemoveJson, SetJson, TakeFile, apply, edited_info, pad_positions)
 from doctor.errors import BadCheckpoint, PlanRefused
 from doctor.made import STALE, made, opened
 from doctor.shard import Shard, ShardFile, TensorInfo, open_shard
+from doctor.taken import WithFiles
 
 IOV_PARTS = 512  # parts of one scattered read; the kernel takes 1,024
 
@@ -141,7 +142,8 @@ class EditedFile(ShardFile):
 class EditedCheckpoint(Checkpoint):
     """`source` as it will be after `edits`. Nothing is written.
 
-    changed: names of files whose content differs from the source's. changed_tensors: names of tensors that edits touch.
+    changed: names of files whose content differs from the source's. taken: those of them that are another checkpoint's, byte for
+    byte; `source` holds them already. changed_tensors: names of tensors that edits touch.
     Raises PlanRefused for an edit that does not fit the files.
     """
 
@@ -149,6 +151,8 @@ class EditedCheckpoint(Checkpoint):
         self.edits = tuple(edits)
         other = next((e for e in self.edits if isinstance(e, Rebase)), None)
         source = opened(other.root) if other is not None else source
+        files = [e for e in self.edits if isinstance(e, TakeFile)]
+        source = WithFiles(source, files) if files else source
         super().__init__(source.root, source.only)
         self.source = source
         self.entries = dict(source.entries)
@@ -156,7 +160,8 @@ class EditedCheckpoint(Checkpoint):
         self.shards = dict(source.shards)
         self.json = dict(source.json)
         self.missing_shards = list(source.missing_shards)
-        self.changed: set[str] = set()
+        self.taken: set[str] = {e.file for e in files}
+        self.changed: set[str] = set(self.taken)
         self.changed_tensors: set[str] = set()
         self.pieces: dict[str, list[Piece]] = {}
         self._names: list[str] = []
@@ -184,9 +189,9 @@ class EditedCheckpoint(Checkpoint):
                 if not any(isinstance(e, CREATE) for e in edits) or not self.source.shards:
                     raise PlanRefused(f"{name}: the checkpoint has no such tensor.", STALE)
                 added.setdefault(self._home(name), []).append(name)
-        self.changed_tensors = set(by_tensor)
+        self.changed_tensors = {*by_tensor, *(t.name for n in self.taken & self.shards.keys() for t in self.shards[n].tensors)}
         for shard in self.source.shards.values():
-            if shard.name in added or not self.changed_tensors.isdisjoint(t.name for t in shard.tensors):
+            if shard.name in added or any(t.name in by_tensor for t in shard.tensors):
                 self._edit_shard(shard, by_tensor, sorted(added.get(shard.name, [])))
 
     def _home(self, name: str) -> str:
@@ -207,6 +212,7 @@ class EditedCheckpoint(Checkpoint):
         kept = [(t, edits) for t, edits in kept if not any(isinstance(e, DropTensor) for e in edits)]
         kept += [(None, by_tensor[name]) for name in added]
         self.changed.add(shard.name)
+        self.taken.discard(shard.name)
         if not kept:
             del self.shards[shard.name], self.entries[shard.name]
             return
@@ -261,6 +267,7 @@ class EditedCheckpoint(Checkpoint):
         self.json[name] = JsonFile(name, raw)
         self.entries[name] = Entry(name, len(raw))
         self.changed.add(name)
+        self.taken.discard(name)
         self.__dict__.pop("weight_map", None)
 
     # index
@@ -324,8 +331,8 @@ class EditedCheckpoint(Checkpoint):
         return super().path(name)
 
     def read_file(self, name: str, limit: int = 64 << 20) -> bytes:
-        if name not in self.changed:
-            return super().read_file(name, limit)
+        if name in self.taken or name not in self.changed:
+            return self.source.read_file(name, limit)
         if name in self.json:
             return self.json[name].raw
         with self.open_file(name) as file:

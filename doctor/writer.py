@@ -70,7 +70,7 @@ class Stage:
                     continue  # the receipt of an earlier run: the new one quotes it
                 if name in self.view.pieces:
                     self._write_shard(name)
-                elif name in self.view.changed:
+                elif name in self.view.changed - self.view.taken:
                     self.add(name, self.view.json[name].raw)
                 else:
                     self._carry(name, os.path.realpath(self.view.source.path(name)))
@@ -227,7 +227,7 @@ class Stage:
         state = {}
         for name in self.view.source.entries:
             with contextlib.suppress(FileNotFoundError):
-                info = os.stat(self.view.source.root / name)
+                info = os.stat(self.view.source.path(name))
                 state[name] = (info.st_ino, info.st_size, info.st_mtime_ns)
         return state
 
@@ -267,6 +267,24 @@ def open_stage(view: EditedCheckpoint, output: str | os.PathLike, *, copy: bool 
             os.close(lock)
         if not stage.committed:
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def open_fetch(output: Path) -> Iterator[Path]:
+    """A directory beside `output` for what is fetched from elsewhere, so that a file of it is linked into the stage and not copied."""
+    parent = next(p for p in output.parents if p.is_dir())
+    with _machine(parent):
+        if parent == output.parent:
+            clean_stale(output)
+        path = parent / f".{output.name}.doctor-fetch-{os.getpid()}"
+        os.mkdir(path)
+        lock = _lock(path)
+    try:
+        yield path
+    finally:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
@@ -324,7 +342,7 @@ def clean_stale(output: Path) -> list[str]:
     for name in sorted(os.listdir(output.parent)):
         kind, _, pid = name.removeprefix(prefix).partition("-")
         path = output.parent / name
-        if not name.startswith(prefix) or kind not in ("stage", "old") or not pid.isdigit() or not _is_dead(path, int(pid)):
+        if not name.startswith(prefix) or kind not in ("stage", "old", "fetch") or not pid.isdigit() or not _is_dead(path, int(pid)):
             continue
         if kind == "old" and not os.path.lexists(output):
             os.rename(path, output)

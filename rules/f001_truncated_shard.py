@@ -13,7 +13,9 @@ Do: fetch this one file again and compare its size with the source's.
 
 False alarms: none known.
 
-Fix safety: manual; the missing bytes are not on this disk.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
+shard with the same hash, or the part that is left. Unsafe where nothing does.
+Without `--from` manual; the missing bytes are not on this disk.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `read_metadata`.
 
@@ -26,15 +28,16 @@ Sources: safetensors safetensors/src/tensor.rs (0.8), `read_metadata`.
 
 误报: 暂无已知。
 
-修复: 需手动；缺的字节不在这块磁盘上。
+修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
+的部分），安全；否则不安全。没有 `--from` 时需手动：缺的字节不在这块磁盘上。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import shard_bytes, tiny
 
 
 @rule("F001", "error")
-def truncated_shard(shard):
+def truncated_shard(shard, base):
     short = [d for d in shard.defects if d.kind in ("truncated", "too-small")]
     if not short:
         return
@@ -46,7 +49,7 @@ def truncated_shard(shard):
     else:
         what, evidence = f"{shard.name} ends inside its header: {short[0].detail}", {"bytes": shard.size}
     yield finding(what, at=Place(shard.name, byte=shard.size), evidence=evidence,
-                  fix=Fix(f"download or copy {shard.name} again", (), "manual"))
+                  fix=from_base(base, shard.name, f"download or copy {shard.name} again"))
 
 
 def bad():

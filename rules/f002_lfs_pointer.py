@@ -12,7 +12,9 @@ Do: run `git lfs install` and `git lfs pull` in the clone, or fetch the model wi
 
 False alarms: none known: the text begins with `version https://git-lfs`.
 
-Fix safety: manual; the data are elsewhere.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
+shard with the same hash, or the part that is left. Unsafe where nothing does.
+Without `--from` manual; the data are elsewhere.
 
 Sources: git-lfs docs/spec.md; safetensors safetensors/src/tensor.rs (0.8).
 
@@ -24,23 +26,24 @@ Sources: git-lfs docs/spec.md; safetensors safetensors/src/tensor.rs (0.8).
 
 误报: 暂无已知：文本以 `version https://git-lfs` 开头。
 
-修复: 需手动；数据在别处。
+修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
+的部分），安全；否则不安全。没有 `--from` 时需手动：数据在别处。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import tiny
 
 POINTER = b"version https://git-lfs"
 
 
 @rule("F002", "error")
-def lfs_pointer(checkpoint, shards, json_files):
+def lfs_pointer(checkpoint, shards, json_files, base):
     found = {name for name, shard in shards.items() if any(d.kind == "lfs-pointer" for d in shard.defects)}
     found |= {name for name, file in json_files.items() if file.raw.startswith(POINTER)}
     for name in sorted(found):
         size = checkpoint.entries[name].size
         yield finding(f"{name} is a git-lfs pointer of {size:,} bytes, not the file it points to", at=Place(name),
-                      evidence={"bytes": size}, fix=Fix("run `git lfs pull`, or download the file again", (), "manual"))
+                      evidence={"bytes": size}, fix=from_base(base, name, "run `git lfs pull`, or download the file again"))
 
 
 def bad():

@@ -10,7 +10,9 @@ Do: download the file itself, with a token where the model is gated.
 
 False alarms: none known: the file begins with `<html` or `<!DOCTYPE`.
 
-Fix safety: manual; the data are elsewhere.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
+shard with the same hash, or the part that is left. Unsafe where nothing does.
+Without `--from` manual; the data are elsewhere.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8): the first eight letters are read as a header length.
 
@@ -22,18 +24,19 @@ Sources: safetensors safetensors/src/tensor.rs (0.8): the first eight letters ar
 
 误报: 暂无已知：文件以 `<html` 或 `<!DOCTYPE` 开头。
 
-修复: 需手动；数据在别处。
+修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
+的部分），安全；否则不安全。没有 `--from` 时需手动：数据在别处。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import tiny
 
 
 @rule("F003", "error")
-def web_page(shard):
+def web_page(shard, base):
     if any(d.kind == "web-page" for d in shard.defects):
         yield finding(f"{shard.name} is an HTML page of {shard.size:,} bytes", at=Place(shard.name), evidence={"bytes": shard.size},
-                      fix=Fix(f"download {shard.name} itself; a gated model needs an access token", (), "manual"))
+                      fix=from_base(base, shard.name, f"download {shard.name} itself; a gated model needs an access token"))
 
 
 def bad():

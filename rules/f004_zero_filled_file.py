@@ -9,7 +9,9 @@ Do: fetch the file again.
 
 False alarms: none known: eight zero bytes say that the header is empty, which no writer produces.
 
-Fix safety: manual; the data are elsewhere.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
+shard with the same hash, or the part that is left. Unsafe where nothing does.
+Without `--from` manual; the data are elsewhere.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8): N = 0 is invalid JSON.
 
@@ -21,19 +23,20 @@ Sources: safetensors safetensors/src/tensor.rs (0.8): N = 0 is invalid JSON.
 
 误报: 暂无已知：开头八个零字节意味着文件头为空，没有哪个程序会这样写。
 
-修复: 需手动；数据在别处。
+修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
+的部分），安全；否则不安全。没有 `--from` 时需手动：数据在别处。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import tiny
 
 
 @rule("F004", "error")
-def zero_filled_file(shard):
+def zero_filled_file(shard, base):
     for defect in shard.defects:
         if defect.kind == "zero-filled":
             yield finding(f"{shard.name}: {defect.detail}", at=Place(shard.name, byte=0), evidence={"bytes": shard.size},
-                          fix=Fix(f"download or copy {shard.name} again", (), "manual"))
+                          fix=from_base(base, shard.name, f"download or copy {shard.name} again"))
 
 
 def bad():

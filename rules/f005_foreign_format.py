@@ -11,7 +11,9 @@ Do: convert the file on a machine where you may run its code, or fetch the safet
 
 False alarms: none known: the first bytes name the format.
 
-Fix safety: manual; a pickle is never opened here.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
+shard with the same hash, or the part that is left. Unsafe where nothing does.
+Without `--from` manual; a pickle is never opened here.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8); Python docs of `pickle`, warning on untrusted data.
 
@@ -24,19 +26,20 @@ Sources: safetensors safetensors/src/tensor.rs (0.8); Python docs of `pickle`, w
 
 误报: 暂无已知：开头的字节表明了格式。
 
-修复: 需手动；这里绝不打开 pickle。
+修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
+的部分），安全；否则不安全。没有 `--from` 时需手动：这里绝不打开 pickle。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import tiny
 
 
 @rule("F005", "error")
-def foreign_format(shard):
+def foreign_format(shard, base):
     for defect in shard.defects:
         if defect.kind in ("pickle", "gguf"):
             yield finding(f"{shard.name} is {defect.detail}", at=Place(shard.name, byte=0), evidence={"kind": defect.kind},
-                          fix=Fix("take the safetensors file from the model's page; doctor never unpickles", (), "manual"))
+                          fix=from_base(base, shard.name, "take the safetensors file from the model's page; doctor never unpickles"))
 
 
 def bad():

@@ -11,7 +11,9 @@ Do: fetch the file again; if the source is broken too, write it again with safet
 
 False alarms: none known: the format's own reader refuses the same files.
 
-Fix safety: manual; names and places of tensors are not invented.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
+shard with the same hash, or the part that is left. Unsafe where nothing does.
+Without `--from` manual; names and places of tensors are not invented.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8).
 
@@ -23,23 +25,24 @@ Sources: safetensors safetensors/src/tensor.rs (0.8).
 
 误报: 暂无已知：该格式自己的读取程序同样拒绝。
 
-修复: 需手动；张量的名字和位置不能编造。
+修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
+的部分），安全；否则不安全。没有 `--from` 时需手动：张量的名字和位置不能编造。
 """
 
 import struct
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import tiny
 
 KINDS = ("header-length", "header-json", "metadata", "unreadable")
 
 
 @rule("F006", "error")
-def broken_header(shard):
+def broken_header(shard, base):
     for defect in shard.defects:
         if defect.kind in KINDS:
             yield finding(f"{shard.name}: {defect.detail}", at=Place(shard.name, byte=0), evidence={"kind": defect.kind},
-                          fix=Fix(f"download or copy {shard.name} again", (), "manual"))
+                          fix=from_base(base, shard.name, f"download or copy {shard.name} again"))
 
 
 def bad():

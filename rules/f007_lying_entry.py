@@ -11,7 +11,9 @@ Do: fetch the file again, or save the model again with the tool that wrote it. A
 
 False alarms: a dtype that was added to the format after this version of doctor.
 
-Fix safety: manual; which of the three lies is not known.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
+shard with the same hash, or the part that is left. Unsafe where nothing does.
+Without `--from` manual; which of the three lies is not known.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 
@@ -23,21 +25,22 @@ Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 
 误报: 在当前版本的 doctor 之后才加入该格式的 dtype。
 
-修复: 需手动；不知道三者中哪个是错的。
+修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
+的部分），安全；否则不安全。没有 `--from` 时需手动：不知道三者中哪个是错的。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import shard_bytes, tiny
 
 KINDS = ("entry", "dtype", "shape", "offsets", "size")
 
 
 @rule("F007", "error")
-def lying_entry(shard):
+def lying_entry(shard, base):
     for defect in shard.defects:
         if defect.kind in KINDS:
             yield finding(f"{defect.tensor}: {defect.detail}", at=Place(shard.name, tensor=defect.tensor), evidence={"kind": defect.kind},
-                          fix=Fix(f"download {shard.name} again, or save the model again", (), "manual"))
+                          fix=from_base(base, shard.name, f"download {shard.name} again, or save the model again"))
 
 
 def bad():

@@ -9,7 +9,9 @@ Do: fetch the file again, or save the model again with safetensors' own writer.
 
 False alarms: none known. Tied weights are stored once under one name, never as two names on one range.
 
-Fix safety: manual; which tensor owns the bytes is not known.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
+shard with the same hash, or the part that is left. Unsafe where nothing does.
+Without `--from` manual; which tensor owns the bytes is not known.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 
@@ -21,19 +23,20 @@ Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 
 误报: 暂无已知。共享的权重只以一个名字存一份，不会两个名字指向同一范围。
 
-修复: 需手动；不知道这些字节属于哪个张量。
+修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
+的部分），安全；否则不安全。没有 `--from` 时需手动：不知道这些字节属于哪个张量。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import shard_bytes, tiny
 
 
 @rule("F008", "error")
-def overlapping_tensors(shard):
+def overlapping_tensors(shard, base):
     for defect in shard.defects:
         if defect.kind == "overlap":
             yield finding(f"{defect.tensor} {defect.detail}", at=Place(shard.name, tensor=defect.tensor, byte=defect.offset),
-                          fix=Fix(f"download {shard.name} again, or save the model again", (), "manual"))
+                          fix=from_base(base, shard.name, f"download {shard.name} again, or save the model again"))
 
 
 def _last_range_moved_onto_the_first(case):

@@ -11,7 +11,9 @@ Do: fetch the file again and compare its size with the source's.
 
 False alarms: none known.
 
-Fix safety: manual; the bytes may be a tensor whose entry was lost.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
+shard with the same hash, or the part that is left. Unsafe where nothing does.
+Without `--from` manual; the bytes may be a tensor whose entry was lost.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 
@@ -24,20 +26,21 @@ Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 
 误报: 暂无已知。
 
-修复: 需手动；这些字节也许是丢了条目的张量。
+修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
+的部分），安全；否则不安全。没有 `--from` 时需手动：这些字节也许是丢了条目的张量。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import shard_bytes, tiny
 
 
 @rule("F009", "error", implied_by=("F025",))
-def unclaimed_bytes(shard):
+def unclaimed_bytes(shard, base):
     for defect in shard.defects:
         if defect.kind in ("hole", "trailing"):
             what = f"{defect.tensor}: {defect.detail}" if defect.tensor else f"{shard.name}: {defect.detail}"
             yield finding(what, at=Place(shard.name, tensor=defect.tensor, byte=defect.offset),
-                          fix=Fix(f"download or copy {shard.name} again", (), "manual"))
+                          fix=from_base(base, shard.name, f"download or copy {shard.name} again"))
 
 
 def bad():

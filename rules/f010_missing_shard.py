@@ -11,7 +11,9 @@ Do: fetch the named file. Where only the index is old, delete it and let doctor 
 
 False alarms: a directory that holds one part of a model on purpose.
 
-Fix safety: manual; an index without these tensors would only hide the loss.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
+shard with the same hash, or the part that is left. Unsafe where nothing does.
+Without `--from` manual; an index without these tensors would only hide the loss.
 
 Sources: transformers src/transformers/modeling_utils.py, `load_state_dict`.
 
@@ -23,23 +25,24 @@ Sources: transformers src/transformers/modeling_utils.py, `load_state_dict`.
 
 误报: 有意只放模型一部分的目录。
 
-修复: 需手动；去掉这些张量的索引只会掩盖缺失。
+修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
+的部分），安全；否则不安全。没有 `--from` 时需手动：去掉这些张量的索引只会掩盖缺失。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import tiny
 
 INDEX = "model.safetensors.index.json"
 
 
 @rule("F010", "error", implied_by=("F015", "F019", "F024"))
-def missing_shard(checkpoint, missing_shards):
+def missing_shard(checkpoint, missing_shards, base):
     for name in missing_shards:
         lost = [t for t, file in checkpoint.weight_map.items() if file == name]
         noun = "tensor" if len(lost) == 1 else "tensors"
         pointer = f"/weight_map/{lost[0].replace('~', '~0').replace('/', '~1')}" if lost else None
         yield finding(f"{name} is not there; the index places {len(lost):,} {noun} in it", at=Place(INDEX, pointer=pointer),
-                      evidence={"file": name, "tensors": len(lost)}, fix=Fix(f"fetch {name}", (), "manual"))
+                      evidence={"file": name, "tensors": len(lost)}, fix=from_base(base, name, f"fetch {name}"))
 
 
 def bad():

@@ -50,7 +50,7 @@ def adapter_without_base(checkpoint, files, json_files, base):
     value = checkpoint.value(ADAPTER) or {}
     named = value.get("base_model_name_or_path")
     of = f" of {named}" if isinstance(named, str) and named else ""
-    edits, why = _merge(checkpoint, value, base.checkpoint) if base is not None else ((), "")
+    edits, why = _merge(checkpoint, value, base) if base is not None else ((), "")
     manual = f"merge it with PEFT's merge_and_unload(): {why}" if why else "merge the adapter into its base model and check that"
     fix = Fix(f"merge it into {base.text}: {len(edits) - 1:,} {'weight changes' if len(edits) == 2 else 'weights change'}", edits) if edits else Fix(manual, (), "manual")
     yield finding(f"a {value.get('peft_type', 'PEFT')} adapter{of}, without the model it changes",
@@ -58,7 +58,7 @@ def adapter_without_base(checkpoint, files, json_files, base):
                   fix=fix)
 
 
-def _merge(checkpoint, config, base):
+def _merge(checkpoint, config, donor):
     """(edits, "") that make the base with the adapter in it, or ((), why doctor does not)."""
     if config.get("peft_type") != "LORA":
         return (), f"peft_type is {config.get('peft_type')}, not LORA"
@@ -72,7 +72,7 @@ def _merge(checkpoint, config, base):
     odd = sorted(n for n, match in names.items() if match is None)
     if odd or not names:
         return (), f"{odd[0]} is no matrix of a linear's LoRA" if odd else "the adapter has no tensor"
-    edits = [Rebase(str(base.root))]
+    base, edits = donor.checkpoint, [Rebase(donor.root)]
     for module in sorted({m["module"] for m in names.values()}):
         a, b = (next((n for n, m in names.items() if (m["module"], m["side"]) == (module, side)), None) for side in "AB")
         if a is None or b is None or f"{module}.weight" not in base.tensors:

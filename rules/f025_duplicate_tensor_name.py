@@ -10,7 +10,9 @@ Do: save the model again with safetensors' own writer, or fetch the file again.
 
 False alarms: none known.
 
-Fix safety: manual; which of the two is meant is not known.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
+shard with the same hash, or the part that is left. Unsafe where nothing does.
+Without `--from` manual; which of the two is meant is not known.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8); tried: the same name twice on one range is accepted.
 
@@ -23,20 +25,21 @@ Sources: safetensors safetensors/src/tensor.rs (0.8); tried: the same name twice
 
 误报: 暂无已知。
 
-修复: 需手动；不知道本意是哪一个。
+修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
+的部分），安全；否则不安全。没有 `--from` 时需手动：不知道本意是哪一个。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import shard_bytes, tiny
 
 
 @rule("F025", "warning")
-def duplicate_tensor_name(shard):
+def duplicate_tensor_name(shard, base):
     for defect in shard.defects:
         if defect.kind == "duplicate-name":
             yield finding(f"{defect.tensor} stands twice in the header of {shard.name}; readers keep the last",
                           at=Place(shard.name, tensor=defect.tensor),
-                          fix=Fix(f"download {shard.name} again, or save the model again", (), "manual"))
+                          fix=from_base(base, shard.name, f"download {shard.name} again, or save the model again"))
 
 
 def bad():

@@ -31,7 +31,7 @@ def test_a_broken_tensor_is_taken_from_a_base_that_agrees_with_what_is_left(tmp_
     assert codes(result) == {"W201"} and result.report.ok and not result.report.findings
     assert (Checkpoint.open(tmp_path / "out").load(case.name("down")) == want).all()
     edit = json.loads(result.receipt_path.read_text())["steps"][0]["edits"][0]
-    assert edit["kind"] == "TakeTensor" and edit["root"] == str(base) and len(edit["digest"]) == 32
+    assert edit["kind"] == "TakeTensor" and edit["root"] == base.name and len(edit["digest"]) == 32
     assert "all 8,191 finite values that are left agree with it" in render_plan(result)
 
 

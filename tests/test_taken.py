@@ -1,0 +1,263 @@
+"""`fix --from`: whole files and single tensors of a directory or of the Hub (a server on the loopback), checked, or nothing."""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+import pytest
+from test_hub import COMMIT, fake, refuse, torn  # noqa: F401 - a fixture
+
+from doctor.api import check, fix
+from doctor.checkpoint import Checkpoint
+from doctor.errors import BadCheckpoint, MachineError
+from doctor.testing import tiny
+from doctor.writer import sha256
+
+SECOND = "model-00002-of-00003.safetensors"
+
+
+@pytest.fixture
+def whole(tmp_path):
+    case = tiny()
+    case.shards = 3
+    return case.write(tmp_path / "whole")
+
+
+def copy_of(whole, to, damage=None):
+    to.mkdir()
+    for path in whole.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    if damage is not None:
+        damage(to / SECOND)
+    return to
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pointer(path):
+    data = path.read_bytes()
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{hashlib.sha256(data).hexdigest()}\nsize {len(data)}\n")
+
+
+def scribble(path):
+    """An entry of the header that claims one element more."""
+    path.write_bytes(path.read_bytes().replace(b"64]", b"65]", 1))
+
+
+DAMAGE = {"F001": cut, "F002": pointer, "F003": lambda p: p.write_bytes(b"<!DOCTYPE html><html></html>" + b" " * 1200),
+          "F004": lambda p: p.write_bytes(bytes(4096)), "F005": lambda p: p.write_bytes(b"PK\x03\x04" + bytes(2000)),
+          "F006": lambda p: p.write_bytes(b"\x10" + bytes(7) + b'["no object"]'.ljust(2000)), "F007": scribble,
+          "F009": lambda p: p.write_bytes(p.read_bytes() + bytes(37)), "F010": os.unlink}
+
+
+def left_over(folder):
+    return sorted(n for n in os.listdir(folder) if ".doctor-" in n)
+
+
+@pytest.mark.parametrize("code", DAMAGE)
+def test_a_damaged_shard_is_replaced_by_the_bases_file(tmp_path, whole, code):
+    source = copy_of(whole, tmp_path / "source", DAMAGE[code])
+    assert code in {f.code for f in check(source, tiny().recipe).findings}
+    result = fix(source, tmp_path / "out", tiny().recipe, base=whole)
+    assert {s.code for s in result.plan.steps} == {code} and not result.report.findings
+    assert {p.name: sha256(p) for p in (tmp_path / "out").iterdir() if p.name != "doctor.json"} == {p.name: sha256(p) for p in whole.iterdir()}
+    receipt = json.loads(result.receipt_path.read_text())
+    assert receipt["base"] == {"name": "whole", "files": {SECOND: sha256(whole / SECOND)}}
+    assert [w["sha256_after"] for w in receipt["written"]] == [sha256(whole / SECOND)] and str(tmp_path) not in result.receipt_path.read_text()
+
+
+def test_a_file_that_nothing_shows_to_be_the_lost_one_is_taken_only_as_an_unsafe_fix(tmp_path, whole):
+    source = copy_of(whole, tmp_path / "source", cut)
+    for path in whole.glob("*.safetensors"):  # another model of the same shape: every value differs
+        raw = bytearray(path.read_bytes())
+        raw[-4000::2] = bytes(b ^ 1 for b in raw[-4000::2])
+        raw[2000::2] = bytes(b ^ 1 for b in raw[2000::2])
+        path.write_bytes(raw)
+    assert not fix(source, tmp_path / "out", tiny().recipe, base=whole).plan.steps
+    assert fix(source, tmp_path / "out", tiny().recipe, base=whole, unsafe_fixes=True).report.ok
+
+
+def test_what_is_left_of_a_single_file_shows_that_the_bases_is_the_one(tmp_path):
+    base = tiny().write(tmp_path / "base")
+    source = tiny().write(tmp_path / "source")
+    cut(source / "model.safetensors")
+    result = fix(source, tmp_path / "out", tiny().recipe, base=base)
+    size = (source / "model.safetensors").stat().st_size
+    assert [s.title for s in result.plan.steps] == [f"take model.safetensors from {base}: the {size:,} bytes that are left are its first"]
+    (source / "model.safetensors").write_bytes(bytes(4096))
+    assert not fix(source, tmp_path / "two", tiny().recipe, base=base).plan.steps
+
+
+def test_a_base_that_is_damaged_too_gives_no_file(tmp_path, whole):
+    source = copy_of(whole, tmp_path / "source", cut)
+    cut(whole / SECOND)
+    assert not fix(source, tmp_path / "out", tiny().recipe, base=whole, unsafe_fixes=True).plan.steps
+
+
+def test_a_file_of_the_base_that_changes_meanwhile_is_refused(tmp_path, whole, monkeypatch):
+    from doctor.base import Base
+
+    source = copy_of(whole, tmp_path / "source", cut)
+    real = Base._offer_file
+
+    def then_changed(self, name):
+        offer = real(self, name)
+        raw = bytearray((whole / name).read_bytes())
+        raw[-2] ^= 1
+        (whole / name).write_bytes(raw)
+        return offer
+
+    monkeypatch.setattr(Base, "_offer_file", then_changed)
+    with pytest.raises(BadCheckpoint, match="the plan was made for"):
+        fix(source, tmp_path / "out", tiny().recipe, base=whole)
+    assert not (tmp_path / "out").exists() and not left_over(tmp_path)
+
+
+def test_a_shard_that_is_taken_can_be_edited_by_other_fixes(tmp_path):
+    case = tiny(mlp=96)
+    case.shards = 3
+    case.recipe = case.recipe.with_field("tp", 2)
+    base = case.write(tmp_path / "base")
+    source = copy_of(base, tmp_path / "source", cut)
+    result = fix(source, tmp_path / "out", case.recipe, base=base, unsafe_fixes=("G302",))
+    assert {s.code for s in result.plan.steps} == {"F001", "G302"} and not result.report.findings
+    padded = fix(base, tmp_path / "padded", case.recipe, unsafe_fixes=("G302",))
+    assert sha256(tmp_path / "out" / SECOND) == sha256(padded.output / SECOND)
+
+
+# from the Hub
+
+
+def test_one_file_is_fetched_from_the_hub_and_checked_by_its_hash(fake, tmp_path, whole):  # noqa: F811
+    fake.put(whole)
+    source = copy_of(whole, tmp_path / "source", cut)
+    result = fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+    assert {s.code for s in result.plan.steps} == {"F001"} and not result.report.findings
+    assert sha256(tmp_path / "out" / SECOND) == sha256(whole / SECOND) and not left_over(tmp_path)
+    receipt = json.loads(result.receipt_path.read_text())
+    assert receipt["base"] == {"name": f"hf://org/name@{COMMIT}", "files": {SECOND: sha256(whole / SECOND)}}
+    others = [e for e in fake.requests_for("/cdn/model-00003") if e[1] != "bytes=0-65535"]
+    assert not others, "only headers of the other shards"
+
+
+def test_a_revision_is_asked_for(fake, tmp_path, whole):  # noqa: F811
+    fake.put(whole)
+    source = copy_of(whole, tmp_path / "source", cut)
+    assert fix(source, tmp_path / "out", tiny().recipe, base="org/name@v1").report.ok and fake.requests_for("/revision/v1")
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A shard whose tensors lie behind what a header costs: MLPs of 2,048 channels."""
+    return tiny(mlp=2048).write(tmp_path / "large")
+
+
+def test_one_tensor_is_one_range_of_its_shard(fake, tmp_path, large):  # noqa: F811
+    fake.put(large)
+    case = tiny(mlp=2048)
+    case.down()[3, 5] = 0x7FC0
+    source = case.write(tmp_path / "source")
+    result = fix(source, tmp_path / "out", case.recipe, base="org/name")
+    assert {s.code for s in result.plan.steps} == {"W201"} and not result.report.findings
+    info = Checkpoint.open(large).tensors[case.name("down")]
+    asked = [e[1] for e in fake.requests_for("/cdn/") if e[1] != "bytes=0-65535"]
+    assert asked == [f"bytes={info.begin}-{info.end - 1}"]
+    assert sha256(tmp_path / "out" / "model.safetensors") == sha256(large / "model.safetensors")
+
+
+@pytest.mark.parametrize("what", ["shard", "tensor"])
+def test_a_torn_network_leaves_nothing(fake, tmp_path, whole, what):  # noqa: F811
+    fake.put(whole)
+    if what == "shard":
+        source, name = copy_of(whole, tmp_path / "source", cut), SECOND
+    else:
+        case = tiny()
+        case.shards = 3
+        case.down()[3, 5] = 0x7FC0
+        source = case.write(tmp_path / "source")
+        name = Checkpoint.open(whole).tensors[case.name("down")].shard
+    before = {p.name: sha256(p) for p in source.iterdir()}
+    real = fake.serve
+
+    def breaks(request, data):
+        asked = request.headers.get("Range")
+        if data == fake.files[name] and not asked.endswith("-65535"):
+            return torn(data, 10)(request)
+        return real(request, data)
+
+    fake.serve = breaks
+    with pytest.raises(MachineError, match=f"{name}: not whole after 5 tries"):
+        fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+    assert not (tmp_path / "out").exists() and not left_over(tmp_path) and {p.name: sha256(p) for p in source.iterdir()} == before
+
+
+def test_a_connection_that_tears_once_goes_on(fake, tmp_path, whole):  # noqa: F811
+    fake.put(whole)
+    source = copy_of(whole, tmp_path / "source", cut)
+    real, torn_once = fake.serve, []
+
+    def breaks(request, data):
+        if data == fake.files[SECOND] and not request.headers["Range"].endswith("-65535") and not torn_once:
+            torn_once.append(1)
+            return torn(data, 10)(request)
+        return real(request, data)
+
+    fake.serve = breaks
+    assert fix(source, tmp_path / "out", tiny().recipe, base="org/name").report.ok and torn_once
+    assert sha256(tmp_path / "out" / SECOND) == sha256(whole / SECOND)
+
+
+def test_a_file_whose_bytes_are_not_those_of_its_hash_is_refused(fake, tmp_path, whole):  # noqa: F811
+    fake.put(whole)
+    source = copy_of(whole, tmp_path / "source", cut)
+    real = fake.serve
+
+    def lies(request, data):
+        if data == fake.files[SECOND]:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        return real(request, data)
+
+    fake.serve = lies
+    with pytest.raises(BadCheckpoint, match="came with sha256 .*; the Hub states"):
+        fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+    assert not (tmp_path / "out").exists() and not left_over(tmp_path)
+
+
+def test_a_hub_that_refuses_ends_the_fix_and_says_so(fake, tmp_path, whole):  # noqa: F811
+    fake.put(whole)
+    source = copy_of(whole, tmp_path / "source", cut)
+    fake.failures["/resolve/"] = [refuse(403)] * 3
+    with pytest.raises((MachineError, BadCheckpoint)):
+        fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+    assert not left_over(tmp_path)
+
+
+def test_an_interrupted_fetch_is_removed_by_the_next_run(fake, tmp_path, whole):  # noqa: F811
+    fake.put(whole)
+    source = copy_of(whole, tmp_path / "source", cut)
+    dead = tmp_path / ".out.doctor-fetch-999999"
+    dead.mkdir()
+    (dead / SECOND).write_bytes(b"half")
+    fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+    assert not left_over(tmp_path)
+
+
+def test_an_adapter_is_merged_into_a_base_of_the_hub_which_is_fetched_whole(fake, tmp_path, whole, monkeypatch):  # noqa: F811
+    import doctor.rules.f022_adapter_without_base as module
+    from doctor import api
+
+    source = module.bad()[0].write(tmp_path / "adapter")
+    base = tiny().write(tmp_path / "base")
+    fake.put(base)
+    asked = []
+    real = api.open_checkpoint
+    monkeypatch.setattr(api, "open_checkpoint", lambda text, **more: asked.append(more) or (Checkpoint.open(base) if more else real(text)))
+    result = fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+    assert {s.code for s in result.plan.steps} == {"F022"} and asked == [{}, {"download": True}]
+    receipt = json.loads(result.receipt_path.read_text())
+    assert receipt["base"]["files"] == {"model.safetensors": sha256(base / "model.safetensors")}
+    assert receipt["written"][0]["sha256_before"] == sha256(base / "model.safetensors")
+    assert not np.array_equal(Checkpoint.open(result.output).load(tiny().name("down")), tiny().down())
