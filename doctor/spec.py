@@ -294,14 +294,21 @@ ROLE_OF_TAIL = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gat
                  "down_proj": "down", "qkv_proj": "qkv", "gate_up_proj": "gate_up", "w1": "gate", "w3": "up", "w2": "down"}
 
 
+# Parts that stay in 16 bits: norms (some hold matrices), routers, embeddings, and what steers the step of a state-space model:
+# x_proj and dt_proj are a few per cent of a Mamba block, as narrow as its step's rank, and feed a recurrence that adds up their errors.
+_LEFT_OUT = re.compile(r"norm[^.]*(?:\.[^.]*)?$|(?:embed|router)[^.]*$|\.(?:gate|x_proj|dt_proj)$")
+NARROWEST = 32  # below, neither a group of weights nor a word of packed ones is filled
+
+
 def _by_shape(infos: Iterable[TensorInfo]) -> Iterable[Linear]:
-    """Linears of a family no table knows: 2-D float weights inside numbered blocks, norms, routers and embeddings left out."""
+    """Linears of a family no table knows: 2-D float weights inside numbered blocks that are wide enough to be worth packing."""
     for info in infos:
         block = _BLOCK.search(info.name)
-        tail = info.name.removesuffix(".weight").rsplit(".", 1)[-1]
-        if (block is None or len(info.shape) != 2 or not info.name.endswith(".weight") or not info.dtype.is_float
-                or min(info.shape) < 8 or re.search(r"norm|embed|router|^gate$", tail) or NOT_TEXT.search(info.name)):
+        module = info.name.removesuffix(".weight")
+        if (block is None or len(info.shape) != 2 or module == info.name or not info.dtype.is_float or min(info.shape) < NARROWEST
+                or _LEFT_OUT.search(module, block.end() - 1) or NOT_TEXT.search(info.name)):
             continue
+        tail = module.rpartition(".")[2]
         yield Linear(info.name.removesuffix(".weight"), info.name, ROLE_OF_TAIL.get(tail, "other"), int(block["i"]), info.shape[1],
                      info.shape[0])
 

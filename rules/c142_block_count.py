@@ -9,7 +9,8 @@ Seen as:
 
 Do: fetch the absent shard; or, if blocks were cut or added on purpose, write their number into config.json.
 
-False alarms: blocks for multi-token prediction behind the last one (DeepSeek V3, GLM) are known and not counted.
+False alarms: blocks for multi-token prediction behind the last one (DeepSeek V3, GLM) are known and not counted. A model
+of several stacks of blocks is not judged where its family is unknown.
 
 Fix safety: unsafe: the number in the files is right only if no file is missing.
 
@@ -22,7 +23,7 @@ Sources: transformers src/transformers/modeling_utils.py; deepseek-ai/DeepSeek-V
 
 处理: 取回缺失的分片；若有意删层或加层，把实际层数写入 config.json。
 
-误报: 末层之后用于多词元预测的层（DeepSeek V3、GLM）已知，不计入。
+误报: 末层之后用于多词元预测的层（DeepSeek V3、GLM）已知，不计入。由几列层组成、系列又未知的模型不作判断。
 
 修复: 不安全：只有在没有文件缺失时，文件里的层数才是对的。
 """
@@ -37,7 +38,7 @@ AHEAD = ("eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens")
 @rule("C142", "error", implied_by=FILES)
 def block_count(checkpoint, placement, config):
     spec, blocks = placement.spec, placement.blocks
-    if spec.n_layers is None:
+    if spec.n_layers is None or (spec.family is None and _stacks(spec) > 1):
         return
     lacking = [b for b in range(spec.n_layers) if b not in blocks]
     ahead = config.get("num_nextn_predict_layers") or spec.config.get("num_nextn_predict_layers")
@@ -55,6 +56,11 @@ def block_count(checkpoint, placement, config):
                   at=Place("config.json", pointer=pointer, note=f"{have} in the files"), evidence={"stated": spec.n_layers, "files": have},
                   fix=Fix(f'set "{key}": {have}', (edit,), "unsafe") if whole and key in spec.config else
                   Fix("fetch the shard that holds the absent blocks", (), "manual"))
+
+
+def _stacks(spec):
+    """Rows of numbered blocks that hold linears. Where a family no table knows has several, no count says which of them it is of."""
+    return len({x.name.partition(f".{x.block}.")[0] for x in spec.linears if x.block is not None})
 
 
 def bad():

@@ -20,6 +20,22 @@ SIZES = {
     "first_k_dense_replace": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 64,
 }
 
+# What single families need besides, because their own defaults are large or ask for numbers that fit each other.
+OWN = {
+    "dots1": {"num_key_value_heads": 2, "n_shared_experts": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 96,
+                     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "activation_sparsity_pattern": None},
+    "gemma4_text": {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 96},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 32, "head_dim": 8, "n_groups": 1, "state_size": 32},
+    "nemotron_h": {"moe_shared_expert_intermediate_size": 256},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"], "mamba_ngroups": 1, "n_mamba_heads": 32,
+               "mamba_headdim": 8},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
 
 def save(model_type: str, folder: Path, *, dtype: str = "bfloat16", tie: bool | None = None, max_shard_size: str = "5GB", **changes) -> Path:
     """A tiny random model of this type with a tokenizer's files beside it."""
@@ -36,7 +52,7 @@ def save(model_type: str, folder: Path, *, dtype: str = "bfloat16", tie: bool | 
     sizes = {k: v for k, v in SIZES.items() if k in fields and mapped.get(k, k) not in (SIZES.keys() & fields) - {k}}
     if tie is not None:
         sizes["tie_word_embeddings"] = tie
-    config = known(**(sizes | changes))
+    config = known(**(sizes | OWN.get(model_type, {}) | changes))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

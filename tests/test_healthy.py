@@ -22,10 +22,14 @@ FAMILIES = (
 ).split()
 
 
-# No table describes these; they are read by the shapes and names of their tensors.
+# No table describes these; they are read by the shapes and names of their tensors. State-space and recurrent models are among them.
 UNKNOWN = (
-    "bamba cwm diffllama doge exaone_moe falcon_h1 flex_olmo granitemoehybrid granitemoeshared jetmoe minimax ministral nanochat openai-gpt "
-    "recurrent_gemma solar_open vaultgemma xglm youtu"
+    "afmoe aria_text axk1 axk2 bailing_hybrid bamba bert biogpt bitnet cohere2_moe cwm deepseek_v32 deepseek_v4 diffllama doge dots1 electra "
+    "exaone_moe falcon_h1 falcon_mamba flex_olmo flint gemma3n_text gemma4_text gemma4_unified_text glm4_moe_lite glm_moe_dsa gpt-sw3 gpt_neo "
+    "gpt_neox_japanese granite_swa granitemoe_swa granitemoehybrid granitemoeshared hrm_text hy_v3 hy_v4 hyperclovax internlm3 iquestcoder "
+    "jais2 jamba jetmoe kimi_linear laguna lfm2_moe lfm3 mamba mamba2 mellum mimo_v2_flash minimax minimax_m3_vl_text ministral "
+    "modernbert-decoder nanochat nemotron_h olmo_hybrid openai-gpt qwen4_exp_text recurrent_gemma rembert roberta rwkv solar_open vaultgemma "
+    "xglm xlm xlstm youtu zamba zamba2 zaya"
 ).split()
 
 

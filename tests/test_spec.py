@@ -48,3 +48,17 @@ def test_expressions_know_arithmetic_and_nothing_else():
     assert evaluate("2 * a + (b - 1) // 3", names.get) == 13
     for bad in ("a.b", "c", "a ** b", "__import__('os')", "a //0", "1 +", "a if a else b"):
         assert evaluate(bad, names.get) is None
+
+
+def test_what_steers_a_state_space_models_step_is_no_linear_to_quantize():
+    mixer = "backbone.layers.0.mixer"
+    names = {n: info(n, *shape) for n, shape in ((f"{mixer}.in_proj.weight", (5120, 1280)), (f"{mixer}.x_proj.weight", (112, 2560)),
+                                                 (f"{mixer}.dt_proj.weight", (2560, 80)), (f"{mixer}.out_proj.weight", (1280, 2560)))}
+    spec = build_spec({"model_type": "mamba"}, names)
+    assert [x.name for x in spec.linears] == [f"{mixer}.in_proj", f"{mixer}.out_proj"]
+
+
+def test_a_matrix_inside_a_norm_or_narrower_than_a_word_of_weights_is_no_linear():
+    names = {n: info(n, *shape) for n, shape in (("m.layers.0.input_layernorm.W_up.weight", (128, 64)), ("m.layers.0.lora_a.weight", (16, 128)),
+                                                 ("m.layers.0.norm_attn_norm.attn.Wqkv.weight", (128, 64)))}
+    assert [x.name for x in build_spec({"model_type": "nobody"}, names).linears] == ["m.layers.0.norm_attn_norm.attn.Wqkv"]
