@@ -62,6 +62,7 @@ def tokens_beyond_embedding(checkpoint, tokenizer, embedding_rows, spec, tensors
 def _more_rows(checkpoint, spec, tensors, rows, last, unit):
     """Rows for every id, in the embedding and a stored head; None where a tensor beside them follows the vocabulary too."""
     names = [n for n in (spec.embed_tensor, spec.head_tensor) if n]
+    names += [n for n in (f"{name.removesuffix('.weight')}.bias" for name in names) if n in tensors]
     others = [n for n, i in tensors.items() if n not in names and rows in i.shape and OUTER.search(n)]
     if not spec.embed_tensor or others or last > rows * MOST or any(tensors[n].shape[:1] != (rows,) for n in names):
         return None
