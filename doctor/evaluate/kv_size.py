@@ -17,6 +17,7 @@ from doctor.spec import ModelSpec
 
 KIB, GIB = 1 << 10, 1 << 30
 SCALE_BITS = 0.5  # one float16 scale for 32 values
+MOST_LAYERS = 10_000  # the deepest models have some 130; more is a slip of the keyboard, and would be listed one by one
 _WINDOWED = {"sliding_attention", "chunked_attention", "hybrid_sliding", "local", "sliding"}
 _STATE = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "linear"}
 _BOTH = {"hybrid", "hybrid_sliding"}
@@ -140,9 +141,11 @@ class _Reader:
         self.spec, self.config = spec, spec.config
         self.notes: list[str] = []
         self.reference = self._library()
-        self.count = getattr(self.reference, "num_hidden_layers", None) or spec.n_layers
+        self.count = self._of_class("num_hidden_layers") or spec.n_layers
         if not self.count:
             raise BadCheckpoint("config.json: the number of layers is not stated.", _ASK_CHECK)
+        if not (isinstance(self.count, int) and 0 < self.count <= MOST_LAYERS):
+            raise BadCheckpoint(f"config.json: {self.count!r} layers; must be a whole number from 1 to {MOST_LAYERS:,}.", _ASK_CHECK)
         self.latent = self._size("kv_lora_rank") is not None and self._size("qk_rope_head_dim") is not None
         self.heads, self.dim = self._kv_heads(), spec.head_dim or self._size("head_dim")
 

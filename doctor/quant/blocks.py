@@ -370,8 +370,9 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> nn.Module:
     config = checkpoint.value("config.json")
     if config is None:
         raise BadCheckpoint(f"{checkpoint.root}: config.json is absent or broken; quantizing needs the model's shape.")
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "some method")
+    stated = config.get("quantization_config")
+    if stated is not None:
+        method = stated.get("quant_method", "some method") if isinstance(stated, dict) else f"{stated!r}, which is no object"
         raise NotQuantizable(f"config.json#/quantization_config: this checkpoint is quantized already ({method}).",
                              "Quantize from the 16-bit original.")
     block = {k: v for k, v in (config[spec.text_key] if spec.text_key else config).items() if k != "auto_map"}
@@ -379,13 +380,15 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> nn.Module:
     if kind not in CONFIG_MAPPING:
         raise NotQuantizable(f"config.json#/model_type: {kind!r} is not defined in transformers {transformers.__version__}.",
                              "Install a transformers that has it: code that comes with a checkpoint is never run.")
-    built = CONFIG_MAPPING[kind].from_dict(block)
-    built.use_cache = False
     try:
+        built = CONFIG_MAPPING[kind].from_dict({k: v for k, v in block.items() if k != "quantization_config"})
+        built.use_cache = False
         with _parameters_on_meta(), torch.no_grad():
             model = AutoModelForCausalLM.from_config(built, attn_implementation=attention(built), dtype=torch.float32, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise NotQuantizable(f"config.json: transformers {transformers.__version__} cannot build {kind}: {str(error)[:200]}") from error
+    except Exception as error:  # whatever the library raises for a config it does not like is the reason
+        reason = " ".join(str(error).split())[:200].removesuffix(".")
+        raise NotQuantizable(f"config.json: transformers {transformers.__version__} cannot build {kind}: {type(error).__name__}: {reason}.",
+                             "Run `doctor check`: rules C14x say what is wrong with config.json.") from error
     return model.eval()
 
 
