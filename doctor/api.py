@@ -177,10 +177,10 @@ def undo(path: str | os.PathLike) -> list[str]:
 
     path = Path(os.path.abspath(path))
     notes = swap.recover(path)
+    if notes and not swap.kept_name(path).exists():
+        return notes
     receipt = Checkpoint.open(path).value(RECEIPT)
     if receipt is None or receipt.get("schema") != SCHEMA:
-        if notes:
-            return notes
         raise BadCheckpoint(f"{path}: holds no receipt of doctor ({RECEIPT}); nothing here says what to undo.")
     return [*notes, swap.undo(path, receipt, changed_since(path, receipt))]
 

@@ -149,19 +149,6 @@ class TakeFile:
 
 
 @dataclass(frozen=True)
-class CloneTensor:
-    """A tensor of the same bytes as `source` under another name, in the same shard: for readers that want a head of its own."""
-
-    tensor: str
-    source: str
-    phase = "bytes"
-
-    @property
-    def target(self) -> str:
-        return f"tensor:{self.tensor}:values"
-
-
-@dataclass(frozen=True)
 class Dequantize:
     """`tensor` [out_features, in_features] as plain numbers, made of the packed tensors beside it, which other edits drop.
 
@@ -286,10 +273,10 @@ class SetRecipe:
         return f"recipe:{self.field}"
 
 
-Edit = (SetJson | RemoveJson | ReplaceNonfinite | CastTensor | TakeTensor | TakeFile | CloneTensor | Dequantize | AddLowRank | GrowRows
+Edit = (SetJson | RemoveJson | ReplaceNonfinite | CastTensor | TakeTensor | TakeFile | Dequantize | AddLowRank | GrowRows
         | ShiftZeros | GroupsInOrder | PadTensor | DropTensor | DropFile | Rebase | RebuildIndex | SetRecipe)
-MADE = (TakeTensor, CloneTensor, Dequantize, AddLowRank, GrowRows, GroupsInOrder)  # carried out by made.py: they need more than the tensor's own codes
-CREATE = (TakeTensor, CloneTensor, Dequantize, GroupsInOrder)  # may stand for a tensor that is not there
+MADE = (TakeTensor, Dequantize, AddLowRank, GrowRows, GroupsInOrder)  # carried out by made.py: they need more than the tensor's own codes
+CREATE = (TakeTensor, Dequantize, GroupsInOrder)  # may stand for a tensor that is not there
 TENSOR_EDITS = (ReplaceNonfinite, CastTensor, ShiftZeros, PadTensor, DropTensor, *MADE)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from doctor.checkpoint import Checkpoint
 from doctor.dtypes import CODE_NUMPY, DTYPES
-from doctor.edits import (CASTS, MADE, AddLowRank, CloneTensor, Dequantize, Edit, GroupsInOrder, GrowRows, TakeTensor, from_codes, nonfinite_mask,
+from doctor.edits import (CASTS, MADE, AddLowRank, Dequantize, Edit, GroupsInOrder, GrowRows, TakeTensor, from_codes, nonfinite_mask,
                           to_codes)
 from doctor.errors import BadCheckpoint, PlanRefused
 from doctor.shard import TensorInfo
@@ -154,8 +154,6 @@ def made(source: Checkpoint, name: str, edits: list[Edit]):
     for edit in sorted(edits, key=lambda e: e.phase == "shape"):
         if isinstance(edit, TakeTensor):
             result = Taken(edit)
-        elif isinstance(edit, CloneTensor):
-            result = Stored(source, edit.source)
         elif isinstance(edit, Dequantize):
             result = Plain(source, edit)
         elif isinstance(edit, GroupsInOrder):

@@ -17,7 +17,6 @@ from doctor.edits import (  # noqa: F401 - rules import edits from here
     MISSING,
     AddLowRank,
     CastTensor,
-    CloneTensor,
     Dequantize,
     DropFile,
     DropTensor,

@@ -7,7 +7,8 @@ both directories by inode, so that the next run knows from any state between whi
     after it             NAME = new               the journal goes away
     between two renames  NAME is absent           NAME.before-fix = old takes its name again
 
-Where the kernel can exchange names (renameat2), the third state does not occur.
+Where the kernel can exchange names (renameat2), the third state does not occur. An undo keeps the same journal (`undo` in it), with
+the same states seen from the other side: old is what NAME.before-fix was, new the fixed copy, which passes through NAME.after-fix.
 """
 
 import contextlib
@@ -28,6 +29,11 @@ CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTT
 def kept_name(path: Path) -> Path:
     """Where the checkpoint that a fix in place replaces is kept."""
     return path.with_name(path.name + ".before-fix")
+
+
+def after_name(path: Path) -> Path:
+    """Where an undo keeps a fixed copy that was changed since."""
+    return path.with_name(path.name + ".after-fix")
 
 
 def swap(stage: Path, path: Path) -> None:
@@ -61,6 +67,16 @@ def recover(path: Path) -> list[str]:
         return []
     if record.get("pid") != os.getpid() and _lives(record.get("pid")):
         raise PlanRefused(f"{path}: process {record['pid']} is changing it in place.", "Wait for it to end.")
+    if "undo" in record:
+        notes = _finish_undo(path, record)
+    else:
+        notes = _finish_swap(path, kept, old, new)
+    sync_folder(path.parent)
+    os.unlink(journal)
+    return notes
+
+
+def _finish_swap(path: Path, kept: Path, old: int, new: int) -> list[str]:
     notes = []
     if not os.path.lexists(path) and _inode(kept) == old:
         os.rename(kept, path)
@@ -68,39 +84,57 @@ def recover(path: Path) -> list[str]:
     elif _inode(path) == old and _inode(kept) == new:
         shutil.rmtree(kept, ignore_errors=True)
         notes.append(f"{path}: a fix in place was killed before it took effect; what it had written is removed")
-    sync_folder(path.parent)
-    os.unlink(journal)
     return notes
+
+
+def _finish_undo(path: Path, record: dict) -> list[str]:
+    """From any state between: nothing was renamed and nothing happens, or the undo is carried to its end."""
+    kept, after = kept_name(path), after_name(path)
+    if _inode(path) == record["new"]:
+        return []
+    if not os.path.lexists(path) and _inode(kept) == record["old"]:
+        os.rename(kept, path)
+    if _inode(kept) == record["new"]:
+        os.rename(kept, after)
+    return [f"{path}: an undo was killed; it is finished. {_settle(path, after, record['undo'])}"]
+
+
+def _settle(path: Path, after: Path, changed: list[str]) -> str:
+    """What becomes of the fixed copy, once NAME is what it was."""
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        return f"{path} is what it was before the fix. The fixed copy was changed since ({changed[0]}{more}), so it is kept as {after}"
+    shutil.rmtree(after, ignore_errors=True)
+    return f"{path} is what it was before the fix. The fixed copy was as the receipt says and is removed"
 
 
 def undo(path: Path, receipt: dict, changed: list[str]) -> str:
     """Give `path` back what a fix in place replaced, by the receipt that lies in it; says what became of the fixed copy.
 
     changed: files of the fixed copy that are no longer what the receipt says; with any, the copy is kept as NAME.after-fix.
-    Raises PlanRefused, MachineError.
+    A kill at any moment is finished by `recover`. Raises PlanRefused, MachineError.
     """
     if receipt.get("kept") != kept_name(path).name:
         raise PlanRefused(f"{path}: was written with -o, so its source was never changed and there is nothing to put back.",
                           f"Delete {path} to be rid of it; what --overwrite replaced cannot be brought back.")
-    kept, after = kept_name(path), path.with_name(path.name + ".after-fix")
+    kept, after = kept_name(path), after_name(path)
     if not kept.is_dir():
         raise PlanRefused(f"{kept}: is not there; what the fix replaced was removed, and nothing else holds it.")
     if os.path.lexists(after):
         raise PlanRefused(f"{after}: exists; the fixed copy would be moved there.", "Move or delete it.")
     try:
+        _write_journal(_journal(path), {"pid": os.getpid(), "old": _inode(kept), "new": _inode(path), "undo": changed})
         if exchange(kept, path):
             os.rename(kept, after)
         else:
             os.rename(path, after)
             os.rename(kept, path)
         sync_folder(path.parent)
+        done = _settle(path, after, changed)
+        os.unlink(_journal(path))
     except OSError as error:
-        raise MachineError(f"{error.filename or path}: {error.strerror}.", f"{kept} and {after} hold what {path} does not.") from error
-    if changed:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        return f"{path} is what it was before the fix. The fixed copy was changed since ({changed[0]}{more}), so it is kept as {after}"
-    shutil.rmtree(after, ignore_errors=True)
-    return f"{path} is what it was before the fix. The fixed copy was as the receipt says and is removed"
+        raise MachineError(f"{error.filename or path}: {error.strerror}.", f"Run `doctor undo {path}` again: it goes on where it stopped.") from error
+    return done
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -497,7 +497,7 @@ def test_every_kind_of_edit_is_used_by_a_rule():
     from doctor.edits import Edit
 
     text = "\n".join(p.read_text() for p in (Path(__file__).parents[1] / "rules").glob("[a-z]*.py"))
-    made_by = {"TakeTensor": "base.offer("}
+    made_by = {"TakeTensor": "base.offer(", "TakeFile": "from_base("}
     assert not [kind.__name__ for kind in get_args(Edit) if made_by.get(kind.__name__, f"{kind.__name__}(") not in text]
 
 
