@@ -12,7 +12,7 @@ own input, hence its own Hessian.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -65,7 +65,12 @@ class Experts(nn.Module):
 
     forward(hidden [tokens, k], top_k_index int64[tokens, top_k], top_k_weights [tokens, top_k]) -> [tokens, k], with the
     arithmetic of the stacked module: act(gate(x)) * up(x), down, weighted sum over the experts that a token chose.
+
+    before: called twice in a pass, with (linear, function that gives its input) of every expert that tokens chose: before the
+    first gate computes, and before the first down.
     """
+
+    before: Callable[[list], None] | None = None
 
     def __init__(self, stacked: nn.Module):
         super().__init__()
@@ -87,15 +92,22 @@ class Experts(nn.Module):
         return len(gate_up) == 3 and down == (gate_up[0], gate_up[2], gate_up[1] // 2) and not hasattr(module, "limit")
 
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(hidden)
-        for number, expert in enumerate(self.experts):
-            token, choice = torch.where(top_k_index == number)
-            if not token.numel():
-                continue
+        routes = [(expert, *torch.where(top_k_index == number)) for number, expert in enumerate(self.experts)]
+        routes = [(expert, token, choice) for expert, token, choice in routes if token.numel()]
+        self._tell([(expert[role], lambda token=token: hidden[token]) for expert, token, _ in routes for role in ("gate", "up")])
+        middle = []
+        for expert, token, _ in routes:
             x = hidden[token]
-            y = expert["down"](self.act_fn(expert["gate"](x)) * expert["up"](x))
-            out.index_add_(0, token, (y * top_k_weights[token, choice, None]).to(out.dtype))
+            middle.append(self.act_fn(expert["gate"](x)) * expert["up"](x))
+        self._tell([(expert["down"], lambda y=y: y) for (expert, _, _), y in zip(routes, middle)])
+        out = torch.zeros_like(hidden)
+        for (expert, token, choice), y in zip(routes, middle):
+            out.index_add_(0, token, (expert["down"](y) * top_k_weights[token, choice, None]).to(out.dtype))
         return out
+
+    def _tell(self, inputs: list[tuple[nn.Module, Callable[[], torch.Tensor]]]) -> None:
+        if self.before is not None:
+            self.before(inputs)
 
 
 @dataclass
@@ -141,6 +153,11 @@ class Skeleton:
         """Linear's checkpoint name -> (Linear, the module that holds it) of block i, without those that have no module."""
         by_source = self.by_tensor(i)
         return {name: (linear, by_source[linear.tensor]) for name, linear in self.linears.get(i, {}).items() if linear.tensor in by_source}
+
+    def kind_of(self, i: int) -> tuple[str, str]:
+        """What tells blocks with linears of the same names apart: their class, and the kind of attention that config gives this one."""
+        kinds = getattr(self.model.config, "layer_types", None)
+        return type(self.blocks[i]).__name__, str(kinds[i]) if kinds and i < len(kinds) else ""
 
     def by_tensor(self, i: int) -> dict[str, nn.Module]:
         """Checkpoint name of a weight -> the module of block i that holds it."""

@@ -16,7 +16,7 @@ from doctor.engine import Report, judge, load_rules, locate, select_rules
 from doctor.errors import DoctorError
 from doctor.facts import CHECKPOINT
 from doctor.plan import Consent, Look, look, make_plan, refuse
-from doctor.quant import export, solver
+from doctor.quant import budget, export, solver
 from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, calibration_rows
 from doctor.quant.run import Result, fingerprint, receipt, run
 from doctor.recipe import Recipe
@@ -50,7 +50,7 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
 
     calibration: .txt, .jsonl or .parquet; None takes text that Python brings along. rows rows of max_seq_length tokens, fewer
     where text or positions end. fix: safe fixes first (and those of unsafe_fixes), read through, never written. keep: patterns
-    of linears left in 16 bits. memory: bytes for hidden states, which go to a file beside the output above it. resume: go on
+    of linears left in 16 bits. memory: bytes that the process may take (budget.py); what can be on disk goes there above it. resume: go on
     where an interrupted run of the same inputs stopped. progress gets a line for each step.
 
     Raises PlanRefused (output or plan), NotQuantizable (numbers), BadCheckpoint, MachineError; then there is no output.
@@ -124,6 +124,7 @@ class _Job:
             raise DoctorError(f"{checkpoint.root}: has no config.json; quantizing needs the model's shape.", "Give the checkpoint's directory.")
         if solver.note():
             self._note(solver.note())
+        budget.require(budget.needs(checkpoint, store.get(CHECKPOINT, "spec"), self.recipe, len(rows), max(map(len, rows), default=0)), memory)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         staged = export.Output.open(self.output, fingerprint(checkpoint, self.recipe, rows), resume=resume)
         done = run(checkpoint, store.get(CHECKPOINT, "spec"), self.recipe, rows, staged, store, self.rules, memory=memory,

@@ -1,22 +1,23 @@
 """The streaming run: one decoder block in memory, its linears quantized in the order in which they compute.
 
-For each block: load its weights; take the inputs of the linears that compute first, quantize those, put the weights that
-an engine will read back in their place; take the inputs of the next ones; at the end run the block as it will be served
-and hand its outputs to the next block. So every linear is solved on what really reaches it, quantization errors included.
+For each block: load its weights; let every batch run up to the linears that compute first, quantize those, put the weights that
+an engine will read back in their place; go on to the next ones; at the end the outputs are those of the block as it will be
+served, and go to the next block. So every linear is solved on what really reaches it, quantization errors included, and
+a block is computed once (walk.py).
 
-Which linears share an input, and their order, is seen in a first pass over one batch, not looked up: linears that got
-the same tensor share a Hessian. Experts of a mixture each have their own; one that no calibration row reached
-is rounded to nearest and says so.
+Linears that got the same tensor share a Hessian. Experts of a mixture each have their own; one that no calibration row
+reached is rounded to nearest and says so.
 
 Numbers become facts as they appear and are judged by the same rules as everything else; a finding of severity error
-stops the run at that block. Peak memory is one block in float32, the Hessians of one stage, and the hidden states, which
-move to a memory-mapped file when they exceed what `memory` leaves.
+stops the run at that block. Memory is worked out in budget.py: what does not grow with the model's depth is always held, and
+the hidden states move to a memory-mapped file when they exceed what the limit leaves.
 """
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -31,19 +32,19 @@ from doctor.engine import judge
 from doctor.errors import MachineError, NotQuantizable
 from doctor.facts import Store
 from doctor.layout import is_kept
-from doctor.quant import awq, export
-from doctor.quant.blocks import Call, Skeleton, _Enough, load_tensor
+from doctor.quant import awq, budget, export
+from doctor.quant.blocks import Call, Skeleton, load_tensor
+from doctor.quant.budget import BATCH_TOKENS
 from doctor.quant.gptq import Solution, round_to_nearest, solve
-from doctor.quant.hessian import Hessian, spectrum
+from doctor.quant.walk import WITHOUT_GREENLET, Input, Stages, Walk, discover, greenlet
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Rule
 from doctor.spec import Linear, ModelSpec
 
-BATCH_TOKENS = 4096  # a batch this long keeps matrix products at full speed; more only costs memory
 # An exact fold moves float32 results by rounding only; a fold into something that is not linear moves them by percents.
 _FOLD_TOLERANCE = 1e-3
 RUN_STAGES = ("calibration", "run")
-_SHARE_OF_FREE_MEMORY = 0.5  # for hidden states when no limit is given: the rest is for the block and its Hessians
+_SHARE_OF_DEVICE = 0.8      # of a GPU's free memory for halted passes, block and Hessians already taken off
 
 
 @dataclass
@@ -85,8 +86,9 @@ def run(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: list[list
         device: str = "cpu") -> Result:
     """Quantize every decoder block into parts of `output`; blocks whose part is there already are replayed, not solved.
 
-    rows: token ids (unused for rtn). memory: bytes for hidden states. Facts go into `store`; rules of the stages
-    calibration and run judge them after each block. Raises NotQuantizable where numbers forbid it and no rule says so.
+    rows: token ids (unused for rtn). memory: bytes that the process may take, None for a share of what is free. Facts go into
+    `store`; rules of the stages calibration and run judge them after each block. Raises NotQuantizable where numbers forbid it
+    and no rule says so.
     """
     return _Run(checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device).go()
 
@@ -96,11 +98,15 @@ class _Run:
         self.checkpoint, self.spec, self.recipe, self.output, self.store = checkpoint, spec, recipe, output, store
         self.rules = [r for r in rules if r.stage in RUN_STAGES]
         self.progress, self.memory = progress, memory
+        shown = [] if recipe.method == "rtn" else rows
+        self.need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
         self.skeleton = Skeleton(checkpoint, spec, device)
         self.batches = make_batches(rows) if recipe.method != "rtn" else []
         self.result = Result()
         self.calls: list[list[Call]] = []
         self.hidden: Hidden | None = None
+        self.room = 0
+        self.structures: dict[tuple, Stages] = {}
         self.folding: awq.Folding | None = None
 
     def go(self) -> Result:
@@ -119,52 +125,68 @@ class _Run:
         return self.result
 
     def _first_inputs(self) -> None:
-        shapes = [(*ids.shape, self.spec.hidden) for ids in self.batches]
+        left = budget.left(self.need, self.memory)
         for number, (inputs, calls) in enumerate(self.skeleton.open_calls(self.batches)):
             if self.hidden is None:
                 shapes = [(*ids.shape, inputs.shape[-1]) for ids in self.batches]
-                self.hidden = Hidden(shapes, self.memory, self.output.stage / "activations.bin", self.progress)
+                self.hidden = Hidden(shapes, left, self.output.stage / "activations.bin", self.progress)
             self.hidden[number] = inputs
             self.calls.append(calls)
+        self.room = left if self.hidden.on_disk else left - self.hidden.nbytes
+        if greenlet is None:
+            self.progress(WITHOUT_GREENLET)
 
     # one block
 
     def _block(self, i: int) -> list[dict]:
-        block = self.skeleton.load_block(i)
+        self.skeleton.load_block(i)
         modules, records = self._choose(i)
         packed: dict[str, torch.Tensor] = {}
-        if self.recipe.method == "rtn":
-            stages = [[[name] for name in modules]]
+        if not self.batches:
+            records += [self._quantize(linear, module, None, packed) for linear, module in modules.values()]
+            self._settle(records)
         else:
-            stages = self._stages(i, modules)
+            self._sequence(i, modules, records, packed)
+        if not self.result.stopped:
+            self._write(i, packed)
+            self.output.note({"block": i, "records": records})
+            self.skeleton.drop_block(i)
+        return records
+
+    def _sequence(self, i: int, modules: dict, records: list[dict], packed: dict[str, torch.Tensor]) -> None:
+        """Stage after stage: take the inputs, quantize. Records, packed tensors and hidden states are changed."""
+        seen = self._stages(i, modules)
+        stages = seen.names(list(modules))
         if self.recipe.method == "awq":
             self.folding = self._fold(i, stages, modules)
             packed.update(self.folding.tensors())
-        for stage in stages:
-            inputs = self._inputs(i, stage, modules) if self.batches else {}
-            for group in stage:
-                for name in group:
+        with self._walk(i, stages, modules, seen.halted_bytes) as walk:
+            for number, stage in enumerate(stages):
+                inputs = self._inputs(walk, number)
+                for name in (name for group in stage for name in group):
                     linear, module = modules[name]
-                    records.append(self._quantize(linear, module, inputs.get(name), packed))
-            if any(r["outcome"] == "failed" for r in records):
-                self._stop(records)
-                return records
+                    records.append(self._quantize(linear, module, inputs[name], packed))
+                if any(r["outcome"] == "failed" for r in records):
+                    break
+            self._settle(records)
+            if not self.result.stopped:
+                walk.finish()
+
+    def _settle(self, records: list[dict]) -> None:
+        """Judge a block's linears; raises NotQuantizable where one failed and no rule has anything to say (--select)."""
         self._judge()
-        if self.result.stopped:
-            return records
-        self._forward(i)
-        self._write(i, packed)
-        self.output.note({"block": i, "records": records})
-        del block
-        self.skeleton.drop_block(i)
-        return records
+        failed = next((r for r in records if r["outcome"] == "failed"), None)
+        if failed and not self.result.stopped:
+            raise NotQuantizable(f"{failed['name']}: {failed['solve']['note']}", "Run `doctor check` on the checkpoint.")
 
     def _fold(self, i: int, stages: list[list[list[str]]], modules: dict) -> awq.Folding:
         """AWQ's scales, found on the float block and folded into it. Taken back where the block's output moves."""
         folding = awq.Folding(modules, self.skeleton.by_tensor(i), lambda name: load_tensor(self.checkpoint, name).dtype)
         before = self.skeleton.run_block(i, self.hidden[0], self.calls[0][i])
-        everything = self._inputs(i, [group for stage in stages for group in stage], modules)
-        for group in (group for stage in stages for group in stage):
+        groups = [group for stage in stages for group in stage]
+        with self._walk(i, [groups], modules) as walk:
+            everything = self._inputs(walk, 0)
+        for group in groups:
             seen = everything[group[0]]
             if seen.fact.tokens and seen.fact.finite:
                 folding.apply(self.spec, group, seen.H, bits=self.recipe.bits, group_size=self.recipe.group_size, sym=self.recipe.sym,
@@ -205,52 +227,36 @@ class _Run:
         solved = Solve("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)
         return self._record(linear, solved, None, 0.0)
 
-    def _stages(self, i: int, modules: dict) -> list[list[list[str]]]:
-        """Stages of groups of linears: stages in the order of computing, a group's linears share their input."""
-        seen: list[tuple[str, torch.Tensor]] = []
-        hooks = [m.register_forward_pre_hook(lambda mod, args, name=name: seen.append((name, args[0])))
-                 for name, (_, m) in modules.items()]
-        try:
-            self.skeleton.run_block(i, self.hidden[0], self.calls[0][i])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        groups: dict[int, list[str]] = {}
-        for name, x in seen:
-            members = groups.setdefault(id(x), [])
-            if name not in members:
-                members.append(name)
-        return arrange(list(groups.values()), {n: linear for n, (linear, _) in modules.items()})
+    def _stages(self, i: int, modules: dict) -> Stages:
+        """Stages of block i, seen once for all blocks of one structure."""
+        key = (self.skeleton.kind_of(i), *(re.sub(rf"\.{i}\.", ".#.", name, count=1) for name in modules),
+               *((x.in_features, x.out_features) for x, _ in modules.values()))
+        if key not in self.structures:
+            # The longest batch: how much a halted pass holds may grow with the square of the length.
+            self.structures[key] = discover(self.skeleton, i, self.hidden[len(self.calls) - 1], self.calls[-1][i], modules)
+        return self.structures[key]
 
-    def _inputs(self, i: int, stage: list[list[str]], modules: dict) -> dict[str, "_Input"]:
-        """What the linears of the stage get as input, by name; linears of one group have one object."""
-        found: dict[str, Hessian] = {}
-        hooks = []
-        alone = len(stage) == 1
-        for group in stage:
-            linear, module = modules[group[0]]
-            hessian = Hessian(linear.in_features, device=self.skeleton.device)
-            found.update({name: hessian for name in group})
+    def _walk(self, i: int, stages: list[list[list[str]]], modules: dict, halted_bytes: float = float("inf")) -> Walk:
+        """A walk in which the stages are halts; by default one in which no pass is kept between them."""
+        return Walk(self.skeleton, i, self.hidden, [calls[i] for calls in self.calls], stages, modules, room=self._room(),
+                    halted_bytes=halted_bytes)
 
-            def take(mod, args, hessian=hessian):
-                hessian.add(args[0])
-                if alone:
-                    raise _Enough
+    def _room(self) -> int:
+        """Bytes for halted passes, where they are computed."""
+        if self.skeleton.device.type != "cuda":
+            return self.room
+        free = torch.cuda.mem_get_info(self.skeleton.device)[0]
+        return int(_SHARE_OF_DEVICE * max(0, free - self.need.hessians - self.need.solving - self.need.batch))
 
-            hooks.append(module.register_forward_pre_hook(take))
-        try:
-            for number, calls in enumerate(self.calls):
-                try:
-                    self.skeleton.run_block(i, self.hidden[number], calls[i])
-                except _Enough:
-                    pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        by_hessian = {id(h): _Input(h, self.recipe.damp) for h in found.values()}
-        return {name: by_hessian[id(h)] for name, h in found.items()}
+    def _inputs(self, walk: Walk, number: int) -> dict[str, Input]:
+        """What the linears of a stage get as input, by name; linears of one group have one object."""
+        hessians, found = walk.hessians(number), {}
+        for group in walk.stages[number]:
+            seen = Input(hessians.pop(0), self.recipe.damp)     # popped: sums and matrix of one group at a time
+            found.update(dict.fromkeys(group, seen))
+        return found
 
-    def _quantize(self, linear: Linear, module: torch.nn.Module, seen: "_Input | None", packed: dict[str, torch.Tensor]) -> dict:
+    def _quantize(self, linear: Linear, module: torch.nn.Module, seen: Input | None, packed: dict[str, torch.Tensor]) -> dict:
         """One linear: its packed tensors into `packed`, what an engine reads back into the module, its record as the result."""
         started = time.perf_counter()
         try:
@@ -263,7 +269,7 @@ class _Run:
         put_weight(module, solution.weight(), linear.transposed)
         return self._record(linear, self._solve_fact(linear.name, solution, seen), seen and seen.fact, time.perf_counter() - started)
 
-    def _solve(self, linear: Linear, module: torch.nn.Module, seen: "_Input | None") -> Solution:
+    def _solve(self, linear: Linear, module: torch.nn.Module, seen: Input | None) -> Solution:
         W = module.weight.detach()
         W = W.T.contiguous() if linear.transposed else W
         r = self.recipe
@@ -276,7 +282,7 @@ class _Run:
             return awq.solve(W, seen.H, self.folding.columns.get(linear.name), **options)
         return solve(W, seen.H, act_order=r.act_order, damp=r.damp, damp_max=r.damp_max, **options)
 
-    def _solve_fact(self, name: str, solution: Solution, seen: "_Input | None") -> Solve:
+    def _solve_fact(self, name: str, solution: Solution, seen: Input | None) -> Solve:
         attempts = tuple((a.damp, a.precision, a.outcome) for a in solution.attempts)
         note = ""
         if solution.outcome == "awq":
@@ -286,13 +292,6 @@ class _Run:
         used = solution.attempts[-1] if solution.attempts and solution.outcome == "gptq" else None
         return Solve(solution.outcome, self.recipe.damp, used.damp if used else 0.0, used.precision if used else "",
                      solution.loss, solution.rtn_loss, attempts, note)
-
-    def _stop(self, records: list[dict]) -> None:
-        """End the run with the findings about what failed. Raises NotQuantizable where no rule has anything to say (--select)."""
-        self._judge()
-        if not self.result.stopped:
-            first = next(r for r in records if r["outcome"] == "failed")
-            raise NotQuantizable(f"{first['name']}: {first['solve']['note']}", "Run `doctor check` on the checkpoint.")
 
     def _record(self, linear: Linear, solved: Solve, hessian: builtin.Hessian | None, seconds: float) -> dict:
         """Facts into the store, and the linear's line of the report."""
@@ -372,65 +371,20 @@ class _Run:
         self.progress(f"block {i + 1} of {count}: {sum(r['outcome'] in ('gptq', 'awq', 'rtn') for r in records)} linears in {seconds:.1f} s{worst}{raised}")
 
 
-class _Input:
-    """The calibration input of one or more linears: H f32[k, k] and what its spectrum says."""
-
-    def __init__(self, hessian: Hessian, damp: float):
-        self.H = hessian.matrix()
-        s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
-        self.fact = builtin.Hessian(hessian.rows, hessian.columns, bad.count if bad else 0, (bad.row, bad.channel) if bad else None,
-                                    s.finite, s.dead, s.mean_diag, s.lambda_max, s.damp_needed, s.condition)
-
-
 def put_weight(module: torch.nn.Module, W: torch.Tensor, transposed: bool) -> None:
     """W [out, in] in the place of the module's weight, in its dtype and on its device."""
     old = module.weight
     module.weight.data = (W.T if transposed else W).to(old.device, old.dtype).contiguous()
 
 
-def arrange(groups: list[list[str]], linears: dict[str, Linear]) -> list[list[list[str]]]:
-    """Groups into stages: each group its own, except that experts' groups of one kind share a stage.
-
-    groups: linears that got the same tensor, in the order of computing. Experts that were not reached are put where their
-    likes are; where none was reached, they come last, each linear alone.
-    """
-    stages: list[tuple[frozenset, list[list[str]]]] = []
-    for group in groups:
-        kind = frozenset(_kind(linears[name]) for name in group)
-        same = next((s for s in stages if s[0] == kind and linears[group[0]].expert is not None), None)
-        if same:
-            same[1].append(group)
-        else:
-            stages.append((kind, [group]))
-    placed = {name for group in groups for name in group}
-    missing: dict[tuple, list[str]] = {}
-    for name, linear in linears.items():
-        if name not in placed:
-            kind = next((k for k, _ in stages if _kind(linear) in k), frozenset({_kind(linear)}))
-            missing.setdefault((kind, linear.expert), []).append(name)
-    for (kind, _), group in missing.items():
-        same = next((s for s in stages if s[0] == kind), None)
-        if same:
-            same[1].append(group)
-        else:
-            stages.append((kind, [group]))
-    return [groups for _, groups in stages]
-
-
-def _kind(linear: Linear) -> str:
-    """A linear's name without the number of its expert."""
-    return linear.name if linear.expert is None else ".*.".join(linear.name.rsplit(f".{linear.expert}.", 1))
-
-
 class Hidden:
-    """Hidden states f32[rows, length, hidden] of every batch: in memory, or in a memory-mapped file above the limit."""
+    """Hidden states f32[rows, length, hidden] of every batch: in memory, or in a memory-mapped file above `limit` bytes."""
 
-    def __init__(self, shapes: list[tuple[int, int, int]], limit: int | None, path: Path, progress: Callable[[str], None]):
+    def __init__(self, shapes: list[tuple[int, int, int]], limit: int, path: Path, progress: Callable[[str], None]):
         self._shapes = shapes
         sizes = [rows * length * hidden for rows, length, hidden in shapes]
         self._ends = torch.tensor(sizes).cumsum(0).tolist()
-        total = 4 * sum(sizes)
-        limit = int(_free_memory() * _SHARE_OF_FREE_MEMORY) if limit is None else limit
+        total = self.nbytes = 4 * sum(sizes)
         self.on_disk = total > limit
         if self.on_disk:
             progress(f"hidden states take {total / 2**30:.2f} GiB, more than {limit / 2**30:.2f} GiB: kept in {path}")
@@ -503,7 +457,3 @@ def _hessian_of(data: dict | None) -> builtin.Hessian | None:
         return None
     first = data["first_nonfinite"]
     return builtin.Hessian(**{**data, "first_nonfinite": tuple(first) if first else None})
-
-
-def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -9,11 +9,12 @@ import torch
 
 from doctor import api
 from doctor.checkpoint import Checkpoint
-from doctor.errors import PlanRefused
-from doctor.quant import export
+from doctor.errors import MachineError, PlanRefused
+from doctor.quant import budget, export, run, walk
 from doctor.quant.blocks import Skeleton
 from doctor.quant.dequant import as_float
-from doctor.quant.run import Hidden, arrange, make_batches
+from doctor.quant.run import Hidden, make_batches
+from doctor.quant.walk import Walk, arrange
 from doctor.recipe import Recipe
 from doctor.spec import Linear, build_spec
 from doctor.testing import FAMILIES, encode, tiny
@@ -102,8 +103,6 @@ def test_what_is_not_quantized_is_carried_bit_for_bit(tmp_path, text):
 
 def test_later_linears_see_the_errors_of_earlier_ones(tmp_path, text, monkeypatch):
     """down_proj of block 0 gets inputs that quantized gate and up made: its Hessian differs from the float model's."""
-    from doctor.quant import run
-
     seen = {}
     real = run.solve
 
@@ -157,8 +156,6 @@ def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(tmp_p
         quantized(tiny("llama"), tmp_path, text)
     assert not (tmp_path / "o").exists()
     monkeypatch.setattr(export.Output, "write_part", write)
-    from doctor.quant import run
-
     solved = []
     real = run.solve
     monkeypatch.setattr(run, "solve", lambda *a, **k: solved.append(1) or real(*a, **k))
@@ -168,12 +165,69 @@ def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(tmp_p
     assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "whole")
 
 
+def least_memory(folder, rows=32, length=64):
+    checkpoint = Checkpoint.open(folder)
+    return budget.needs(checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), RECIPE, rows, length).fixed
+
+
 def test_hidden_states_on_disk_give_the_same_bytes(tmp_path, text):
     said = []
     quantized(tiny("llama"), tmp_path, text)
-    quantized(tiny("llama"), tmp_path, text, name="disk", memory=1000, progress=said.append)
+    quantized(tiny("llama"), tmp_path, text, name="disk", memory=least_memory(tmp_path / "m"), progress=said.append)
     assert any("activations.bin" in line for line in said)
     assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "disk")
+
+
+def test_less_memory_than_a_block_takes_is_refused_with_the_sum(tmp_path, text):
+    least = least_memory(tiny("llama").write(tmp_path / "m"))
+    with pytest.raises(MachineError, match=r"this run needs 0\.\d\d GiB at least: one block in float32 .*, Python, torch and transformers"):
+        quantized(tiny("llama"), tmp_path, text, memory=least - 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_that_is_halted_and_one_that_starts_anew_write_the_same_bytes(family, method, tmp_path, text, monkeypatch):
+    recipe = Recipe(method=method, group_size=32)
+    monkeypatch.setattr(run, "BATCH_TOKENS", 512)  # four batches
+    quantized(tiny(family), tmp_path, text, recipe)
+    monkeypatch.setattr(walk, "greenlet", None)
+    quantized(tiny(family), tmp_path, text, recipe, name="anew")
+    monkeypatch.undo()
+    monkeypatch.setattr(run, "BATCH_TOKENS", 512)
+    lasting = []
+
+    class Half(Walk):
+        def __init__(self, *args, room, halted_bytes):
+            super().__init__(*args, room=2.5, halted_bytes=1 / 512 if halted_bytes < float("inf") else halted_bytes)
+            lasting.append([one.lasts for one in self.passes])
+
+    monkeypatch.setattr(run, "Walk", Half)
+    quantized(tiny(family), tmp_path, text, recipe, name="half")
+    assert [True, True, False, False] in lasting
+    assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "anew") == bytes_of(tmp_path / "half")
+
+
+def forwards(tmp_path, text, monkeypatch, name):
+    """Calls of linears inside blocks, as a share of those of one pass of every batch through every block."""
+    calls, real = 0, torch.nn.Linear.forward
+
+    def counted(self, x):
+        nonlocal calls
+        calls += x.shape[:2].numel()
+        return real(self, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", counted)
+        result = quantized(tiny("llama"), tmp_path, text, name=name)
+    return calls / (len(result.linears) * 32 * 64)
+
+
+def test_a_block_is_computed_about_once(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(run, "BATCH_TOKENS", 256)  # eight batches
+    assert 1 <= forwards(tmp_path, text, monkeypatch, "once") < 1.15  # one batch more, once: to see who reads what
+    monkeypatch.setattr(walk, "greenlet", None)
+    assert forwards(tmp_path, text, monkeypatch, "anew") > 2.5
 
 
 def test_kept_linears_stay_as_they_are_and_are_no_finding(tmp_path, text):

@@ -1,0 +1,176 @@
+"""What a run takes, worked out from headers alone: memory, disk, and how much is left for what may also lie on disk.
+
+Peak memory = one block in float32 + the next one as stored + the Hessians of one stage + what solving and one batch hold +
+a constant for Python, torch and transformers. It does not grow with the number of blocks. Hidden states come on top where there is
+room, else they are in a file; passes halted between stages (walk.py) take what is left then.
+"""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from doctor.checkpoint import Checkpoint
+from doctor.errors import MachineError
+from doctor.layout import is_kept
+from doctor.recipe import Recipe
+from doctor.spec import Linear, ModelSpec
+
+BATCH_TOKENS = 4096     # a batch this long keeps matrix products at full speed; more only costs memory
+CONSTANT = 700 << 20    # Python, torch, transformers, the model's frame, heap that is free but not returned; 450 MiB were measured
+# Matrices of [k, k] and of [n, k] in float32 that solving one linear holds at its peak, besides its Hessian and its weight.
+_SQUARES, _OBLONGS = 6, 6
+_SHARE_OF_FREE = 0.7    # of what is free, where no limit is given: other programs want to live too
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes. `fixed` is held whatever the number of rows; hidden states are for all rows; disk is the output with its parts."""
+
+    block: int
+    ahead: int
+    hessians: int
+    solving: int
+    batch: int
+    outside: int        # embeddings as stored, held with one block while the first inputs are taken
+    hidden: int
+    output: int
+    constant: int = CONSTANT
+
+    @property
+    def fixed(self) -> int:
+        running = self.block + self.ahead + self.hessians + self.solving + self.batch
+        return self.constant + max(running, self.outside + self.block + self.batch)
+
+    @property
+    def disk(self) -> int:
+        """Parts and the shards that they are joined into exist together for a moment."""
+        return 2 * self.output
+
+    def parts(self) -> list[tuple[str, int]]:
+        """(what, bytes) of `fixed` as a person wants to see it; the larger of the two moments."""
+        running = [("one block in float32", self.block), ("the next block as stored", self.ahead), ("Hessians of one stage", self.hessians),
+                   ("solving one linear", self.solving), ("one batch of rows", self.batch)]
+        first = [("one block in float32", self.block), ("embeddings", self.outside), ("one batch of rows", self.batch)]
+        larger = max(running, first, key=lambda rows: sum(b for _, b in rows))
+        return [*larger, ("Python, torch and transformers", self.constant)]
+
+
+def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int) -> Need:
+    """Of quantizing with `rows` calibration rows of `length` tokens; 0 rows for rtn, which takes no Hessian."""
+    blocks = _blocks(checkpoint, spec)
+    sizes = [(sum(t.numel for t in tensors), sum(t.nbytes for t in tensors)) for tensors in blocks.values()] or [(0, 0)]
+    linears = [x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]
+    tokens = rows * length
+    most = max(linears, key=lambda x: _SQUARES * x.in_features**2 * bool(rows) + _OBLONGS * x.in_features * x.out_features, default=None)
+    solving = 0 if most is None else 4 * (_SQUARES * most.in_features**2 * bool(rows) + _OBLONGS * most.in_features * most.out_features)
+    inside = {t.name for tensors in blocks.values() for t in tensors}
+    outside = [t for t in checkpoint.tensors.values() if t.name not in inside]
+    return Need(
+        block=4 * max(elements for elements, _ in sizes), ahead=max(stored for _, stored in sizes) if len(sizes) > 1 else 0,
+        hessians=_hessian_bytes(linears, recipe) if rows else 0, solving=solving,
+        batch=4 * min(tokens, max(BATCH_TOKENS, length)) * _width(spec, linears) if rows else 0,
+        outside=sum(t.nbytes for t in outside if len(t.shape) == 2 and "head" not in t.name) if rows else 0,
+        hidden=4 * tokens * (spec.hidden or 0), output=_output_bytes(checkpoint, linears, recipe))
+
+
+def _blocks(checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, list]:
+    """Headers of the tensors of each decoder block."""
+    first = next((x for x in spec.linears if x.block is not None), None)
+    if first is None:
+        return {}
+    inside = re.compile(rf"{re.escape(first.tensor.partition(f'.{first.block}.')[0])}\.(\d+)\.")
+    found: dict[int, list] = {}
+    for tensor in checkpoint.tensors.values():
+        match = inside.match(tensor.name)
+        if match:
+            found.setdefault(int(match[1]), []).append(tensor)
+    return found
+
+
+def _hessian_bytes(linears: list[Linear], recipe: Recipe) -> int:
+    """Of the largest stage (all of a block for awq): one a kind of input, and one more while the sums become a matrix."""
+    kinds = {"k": "q", "v": "q", "up": "gate"}
+    stages: dict[int, dict[str, dict]] = {}
+    for x in linears:
+        stage = stages.setdefault(x.block, {}).setdefault(kinds.get(x.role, x.role), {})
+        stage[x.expert] = 4 * x.in_features**2
+    if recipe.method == "awq":
+        held = [sum(sum(s.values()) for s in block.values()) for block in stages.values()]
+    else:
+        held = [sum(s.values()) for block in stages.values() for s in block.values()]
+    return max(held, default=0) + max((4 * x.in_features**2 for x in linears), default=0)
+
+
+def _width(spec: ModelSpec, linears: list[Linear]) -> int:
+    """float32 values a token that one block makes, an upper edge: every output of a linear, and a few hidden states."""
+    blocks: dict[int, int] = {}
+    for x in linears:
+        blocks[x.block] = blocks.get(x.block, 0) + (x.out_features if x.expert in (None, 0) else 0)
+    return max(blocks.values(), default=0) + 6 * (spec.hidden or 0)
+
+
+def _output_bytes(checkpoint: Checkpoint, linears: list[Linear], recipe: Recipe) -> int:
+    quantized = {x.tensor: x for x in linears}
+    total = 0
+    for tensor in checkpoint.tensors.values():
+        x = quantized.get(tensor.name)
+        if x is None:
+            total += tensor.nbytes // 2 if tensor.dtype.bits == 32 else tensor.nbytes
+            continue
+        groups = x.out_features * (1 if recipe.group_size == -1 else -(-x.in_features // recipe.group_size))
+        total += x.in_features * x.out_features * recipe.bits // 8 + groups * 2 + groups * recipe.bits // 8
+        total += 4 * x.in_features if recipe.output_format in ("gptq", "gptq_v2") else 0
+    return total
+
+
+def require(need: Need, memory: int | None) -> None:
+    """Raises MachineError where `memory` is less than the run takes with everything that can be on disk there."""
+    if memory is not None and memory < need.fixed:
+        parts = ", ".join(f"{what} {_gib(size)}" for what, size in need.parts())
+        raise MachineError(f"--memory {_gib(memory)}: this run needs {_gib(need.fixed)} at least: {parts}.",
+                           "Give more, or another machine; fewer rows change nothing here.")
+
+
+def left(need: Need, memory: int | None) -> int:
+    """Bytes for hidden states and halted passes; 0 where there are none."""
+    limit = memory if memory is not None else resident() + int(_SHARE_OF_FREE * free_memory())
+    return max(0, limit - need.fixed)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:     # no /proc: the constant stands for it
+        return CONSTANT
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take: what the system has, or what a container's limit leaves of it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        system = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        system = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min([system, *_container()])
+
+
+def _container() -> Iterator[int]:
+    """What a container's limit leaves, where there is one. Cached files are given back when asked for, so they count as free."""
+    root = Path("/sys/fs/cgroup")
+    for folder, limit, used in ((root, "memory.max", "memory.current"),
+                                (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):   # another cgroup version, or no container
+            continue
+        if most != "max":
+            yield max(0, int(most) - now + int(stat.get("inactive_file", 0)))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
