@@ -162,17 +162,45 @@ class Placement:
                 if "{i}" not in t.tensor and root and t.tensor.startswith(root) and self.outer_name(t) not in self.outside}
 
     def _missing_in_all(self) -> dict[str, str]:
-        """Linears that no block has, though the family has them in each, and nothing unknown stands in their place."""
+        """Linears, experts, norms and routers that no block has, though the family has them in each, and nothing unknown stands in their place."""
         held = {tail for b in self.counted for tail in self.blocks[b]}
         inner = [t for t in self.spec.templates if "{i}" in t.tensor]
         if any(tail.endswith(".weight") and not any(_tail_pattern(t.tensor).match(tail) for t in inner) for tail in held):
             return {}
         found = {}
         for template in inner:
-            if (template.role in QUANTIZABLE and template.every_layer and "{e}" not in template.tensor
-                    and not any(_tail_pattern(template.tensor).match(tail) for tail in held)):
-                found |= {self.name(b, template.tensor.partition("{i}.")[2]): "no block has it" for b in self.counted}
+            tail = template.tensor.partition("{i}.")[2]
+            if template.every_layer and not any(_tail_pattern(template.tensor).match(t) for t in held):
+                if "{e}" in tail:
+                    found |= self._experts_without(tail)
+                elif template.role in QUANTIZABLE or self._stands_in_every_block(template, held):
+                    found |= {self.name(b, tail): "no block has it" for b in self.counted}
         return found
+
+    def _experts_without(self, tail: str) -> dict[str, str]:
+        """A linear that no expert of any block has, in the blocks whose experts have their others."""
+        module = re.compile("^" + re.escape(tail.partition("{e}")[0]) + r"(\d+)\.")
+        found = {}
+        for block in self.counted:
+            experts = {int(match[1]) for match in map(module.match, self.blocks[block]) if match}
+            found |= {self.name(block, tail.replace("{e}", str(e))): "no expert has it" for e in sorted(experts)}
+        return found
+
+    def _stands_in_every_block(self, template: Template, held: set[str]) -> bool:
+        """Whether a norm or router has no excuse to be absent from all blocks.
+
+        A norm of the block itself: none where a flag sets attention and MLP side by side, because one norm then serves both. Inside a
+        module: where the module has other tensors, and no flag about norms is off.
+        """
+        tail = template.tensor.partition("{i}.")[2]
+        module, _, rest = tail.partition(".")
+        if template.role in QUANTIZABLE or not tail.endswith(".weight"):
+            return False
+        flags = {key: value for key, value in self.spec.config.items() if isinstance(value, bool)}
+        if "." not in rest:
+            side_by_side = any(value and "parallel" in key for key, value in flags.items())
+            return ("norm" in module or module.startswith("ln_")) and not side_by_side
+        return any(t.startswith(module + ".") for t in held) and not any("norm" in key and not value for key, value in flags.items())
 
 
 def assume(spec: ModelSpec, **values: int):

@@ -1,8 +1,12 @@
 """Which tensor is which: places, what is missing, and the config value that makes a size come out."""
 
+import contextlib
+import re
+
 from doctor.checkpoint import Checkpoint
 from doctor.placement import placement, solve
 from doctor.spec import build_spec
+from doctor.tables import table
 from doctor.testing import tiny
 
 
@@ -52,3 +56,34 @@ def test_solve_finds_the_key_behind_products_and_halves(tmp_path):
     assert solve("intermediate_size", "intermediate_size", spec, 13696) == 13696
     assert solve("intermediate_size // 2", "intermediate_size", spec, 13696) in (27392, 27393)
     assert solve("3 * hidden_size", "hidden_size", spec, 100) is None
+
+
+def buildable():
+    for family in sorted(table("architectures")["families"]):
+        with contextlib.suppress(TypeError):  # a table entry whose config keys have no value here
+            yield family, tiny(family)
+
+
+def test_what_no_block_has_any_more_is_missing_in_any_family():
+    """Each kind of weight that every block of a family holds is taken out of all of them."""
+    overlooked, tried = [], 0
+    for family, case in buildable():
+        infos = case.infos()
+        spec = build_spec(case.config, infos)
+        for tail in {t.tensor.partition("{i}.")[2] for t in spec.templates if "{i}" in t.tensor and t.every_layer and t.tensor.endswith("weight")}:
+            place = re.compile(r"(?:.*\.)?\d+\." + re.escape(tail).replace(r"\{e\}", r"\d+") + "$")
+            rest = {n: i for n, i in infos.items() if not place.match(n)}
+            lost = infos.keys() - rest.keys()
+            if lost:
+                tried += 1
+                found = placement(None, build_spec(case.config, rest), rest).missing()
+                overlooked += [(family, tail)] if not lost <= found.keys() else []
+    assert overlooked == [] and tried > 400
+
+
+def test_a_norm_that_a_flag_switches_off_is_not_missed():
+    for family, tails, flag in (("glm4_moe", ("q_norm", "k_norm"), {"use_qk_norm": False}), ("stablelm", ("post_attention_layernorm",), {"use_parallel_residual": True})):
+        case = tiny(family)
+        case.config.update(flag)
+        rest = {n: i for n, i in case.infos().items() if not any(f".{t}." in n for t in tails)}
+        assert placement(None, build_spec(case.config, rest), rest).missing() == {}
