@@ -526,7 +526,7 @@ def explain(what, format):
     else:
         matches = search.search(text, rules)
         pages.show_matches(text, matches, search.nearest(text, rules), console(sys.stdout))
-        sys.exit(0 if matches else 1)
+        sys.exit(0 if matches or search.elsewhere(text) else 1)
 
 
 @cli.command(cls=_Command)

@@ -72,7 +72,7 @@ def normal(text: str) -> str:
     text = _PATH.sub(" # ", text)
     text = _NUMBER.sub("#", text)
     text = re.sub(r"[\"'`‘’“”]", "", text)
-    return re.sub(r"#(?:[\s,x×]*#)+", "#", re.sub(r"\s+", " ", text)).strip(" .:")
+    return re.sub(r"#(?:[\s,x×]*#)+", "#", re.sub(r"\s+", " ", text)).strip(" .:()")
 
 
 def find(word: str, rules: Iterable[Rule]) -> Rule | None:
@@ -93,10 +93,10 @@ def search(text: str, rules: Iterable[Rule]) -> list[Match]:
     for entry in rules:
         for seen in entry.seen_as:
             score, at = log.score(seen.text, weights)
-            found = best.get(entry.code)
-            if score >= ENOUGH and (found is None or (score, at) > (found.score, found.at)):
-                best[entry.code] = Match(entry, seen, score, log.lines[at].strip(), at)
-    return sorted(best.values(), key=lambda m: (-m.score, -m.at, -_length(m), STAGES.index(m.rule.stage), m.rule.code))
+            match = Match(entry, seen, score, log.lines[at].strip() if log.lines else "", at)
+            if score >= ENOUGH and (entry.code not in best or _rank(match) > _rank(best[entry.code])):
+                best[entry.code] = match
+    return sorted(best.values(), key=lambda m: (*(-x for x in _rank(m)), STAGES.index(m.rule.stage), m.rule.code))
 
 
 def elsewhere(text: str, lang: str = "en") -> Elsewhere | None:
@@ -116,9 +116,9 @@ def minor(text: str) -> int | None:
     return int(next(filter(None, found[-1]))) if found else None
 
 
-def _length(match: Match) -> int:
-    """Of two quotations found whole the longer one says more; of resemblances none does."""
-    return len(normal(match.seen.text)) if match.score >= 0.95 else 0
+def _rank(match: Match) -> tuple[float, int, int]:
+    """The error stands at the end of a log. Of two quotations found whole the longer one says more; of resemblances none does."""
+    return match.score, match.at, len(normal(match.seen.text)) if match.score >= 0.95 else 0
 
 
 def _weights(quotes: Iterable[str]) -> dict[str, float]:

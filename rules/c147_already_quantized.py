@@ -4,7 +4,6 @@ Why: their numbers mean something only together with their scales. Read as plain
 took bytes for integers, a factor of 20,000.
 
 Seen as:
-- AutoAWQ: `AssertionError`
 - vLLM: `Cannot find the config file for`
 - llama.cpp: `NotImplementedError: Quant method is not yet supported`
 

@@ -5,7 +5,7 @@ large as it must be, and memory is planned for the wrong size.
 
 Seen as:
 - PyTorch: `expected m1 and m2 to have the same dtype`
-- llama.cpp: `cannot be represented within F16, but within BF16`
+- llama.cpp: `cannot be represented within F16`
 
 Do: state the type that is stored; or save the model again in the stated type, if that is what was meant.
 

@@ -8,6 +8,8 @@ Seen as:
 - safetensors: `SafetensorError: Error while deserializing header: MetadataIncompleteBuffer`
 - safetensors: `Error while deserializing header: invalid header length`
 - safetensors: `Error while deserializing header: header too small`
+- safetensors: `Error while deserializing header: HeaderTooSmall`
+- safetensors: `Error while deserializing header: InvalidHeaderLength`
 
 Do: fetch this one file again and compare its size with the source's.
 

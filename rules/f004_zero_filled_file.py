@@ -4,6 +4,7 @@ Why: downloaders reserve the whole size first and fill it later; when they stop,
 
 Seen as:
 - safetensors: `Error while deserializing header: invalid JSON in header`
+- PyTorch: `UnpicklingError: invalid load key, '\\x00'`
 
 Do: fetch the file again.
 

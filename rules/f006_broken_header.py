@@ -6,6 +6,9 @@ Seen as:
 - safetensors: `Error while deserializing header: invalid JSON in header`
 - safetensors: `Error while deserializing header: invalid UTF-8 in header`
 - safetensors: `Error while deserializing header: header too large`
+- safetensors: `Error while deserializing header: InvalidHeader`
+- safetensors: `Error while deserializing header: InvalidHeaderDeserialization`
+- safetensors: `Error while deserializing header: InvalidHeaderStart`
 
 Do: fetch the file again; if the source is broken too, write it again with safetensors' own `save_file`.
 

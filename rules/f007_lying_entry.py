@@ -6,6 +6,7 @@ Seen as:
 - safetensors: `Error while deserializing header: invalid shape, data type, or offset for tensor`
 - safetensors: `Error while deserializing header: invalid JSON in header`
 - ExLlamaV3: `data_offsets span`
+- safetensors: `Error while deserializing header: TensorInvalidInfo`
 
 Do: fetch the file again, or save the model again with the tool that wrote it. An unknown dtype needs a newer safetensors.
 

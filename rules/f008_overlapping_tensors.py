@@ -4,6 +4,7 @@ Why: at most one of them can be right. Readers refuse the file, so that one rang
 
 Seen as:
 - safetensors: `Error while deserializing header: invalid offset for tensor`
+- safetensors: `Error while deserializing header: InvalidOffset`
 
 Do: fetch the file again, or save the model again with safetensors' own writer.
 

@@ -6,6 +6,7 @@ edited by hand, look like this.
 Seen as:
 - safetensors: `Error while deserializing header: incomplete metadata, file not fully covered`
 - safetensors: `Error while deserializing header: invalid offset for tensor`
+- safetensors: `Error while deserializing header: InvalidOffset`
 
 Do: fetch the file again and compare its size with the source's.
 

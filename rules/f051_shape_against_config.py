@@ -7,6 +7,7 @@ Seen as:
 - transformers: `size mismatch for`
 - transformers: `You set `ignore_mismatched_sizes` to `False``
 - vLLM: `Attempted to load weight`
+- PyTorch: `copying a param with shape torch.Size([13696, 5120]) from checkpoint, the shape in current model is`
 
 Do: correct the key, or fetch the tensor's shard again. Qwen 1 states intermediate_size twice as large as its MLP: that is known here.
 

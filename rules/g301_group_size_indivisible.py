@@ -7,6 +7,7 @@ Seen as:
 - AutoAWQ: `must be a multiple of group_size`
 - AutoAWQ: `assert self.in_features % self.group_size == 0`
 - vLLM: `The input size is not aligned with the quantized weight shape`
+- llm-compressor: `The following layers have weight column counts not divisible by group_size`
 
 Do: take a smaller group size that divides every width, or keep the linears concerned in 16 bits.
 

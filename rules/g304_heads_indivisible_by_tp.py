@@ -5,6 +5,9 @@ heads too, or tp a multiple of them, because then they are repeated.
 
 Seen as:
 - vLLM: `must be divisible by tensor parallel size`
+- vLLM: `assert self.total_num_heads % tp_size == 0`
+- TGI: ```num_heads` must be divisible by `num_shards```
+- Qwen: `heads (64) must be divisible by TP`
 
 Do: choose a tp that divides both (the table lists those that do), or use pipeline parallelism. `--unsafe-fixes=G304` adds heads of zeros.
 

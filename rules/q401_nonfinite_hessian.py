@@ -10,6 +10,8 @@ Seen as:
 - ExLlamaV2: `Applied additional damping`
 - PyTorch: `linalg.cholesky: The factorization could not be completed because the input is not positive-definite (the leading minor of order 1 is not positive-definite)`
 - GPTQModel: `Quantization: Failed due to `NaN` loss for`
+- GPTQModel: `Hessian contains non-finite values`
+- AutoGPTQ: `the leading minor of order 1 is not positive-definite`
 
 Do: look for W201 and W205 in this and earlier blocks. If the weights are sound, run the calibration in
 bfloat16 or float32.

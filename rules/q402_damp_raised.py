@@ -7,6 +7,10 @@ Seen as:
 - AutoGPTQ: `(the leading minor of order 14960 is not positive-definite)`
 - llm-compressor: `Failed to invert hessian due to numerical instability. Consider increasing GPTQModifier.dampening_frac`
 - ExLlamaV2: `Applied additional damping`
+- PyTorch: `The factorization could not be completed because the input is not positive-definite (the leading minor of order 14960 is not positive-definite)`
+- NumPy: `14960-th leading minor of the array is not positive definite`
+- GPTQModel: `Applying Hessian diagonal floor`
+- GPTQModel: ``Hessian Cholesky failed with `damp_percent=``
 
 Do: nothing, if the loss stays below that of rounding (Q405 says so otherwise). More and longer calibration
 rows help wide linears.

@@ -5,7 +5,7 @@ corrections follow noise. Tokens count, not samples: 128 samples of 50 tokens ar
 24,576 inputs of a 72B model's down.
 
 Seen as:
-- AutoGPTQ: `(the leading minor of order 1025 is not positive-definite)`
+- AutoGPTQ: `leading minor of order 1025 is not positive-definite`
 - ExLlamaV2: `ValueError: Hessian is not invertible`
 
 Do: more rows or longer rows, several times the widest linear.

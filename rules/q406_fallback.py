@@ -6,6 +6,8 @@ then is not what its name says, and serving engines that fuse q, k and v may ref
 Seen as:
 - llm-compressor: `round-to-nearest instead of GPTQ`
 - llm-compressor: `Hessian inversion failed for`
+- GPTQModel: `Hessian remained non positive-definite after diagonal floor attempts`
+- GPTQModel: `fallback quantization (observed`
 
 Do: see why (the finding's text), and cure that: finite inputs, more calibration text, a group size that
 divides.

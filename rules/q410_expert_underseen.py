@@ -7,6 +7,9 @@ Seen as:
 - GPTQModel: `'GPTQ' object has no attribute 'H'`
 - ExLlamaV2: `has less than 10% calibration for`
 - AutoAWQ: `increase max_calib_samples`
+- GPTQModel: `is not activated due to model inference logic (MoE)`
+- GPTQModel: `AWQProcessor error: missing activation features for modules`
+- llm-compressor: `NaN input_global_scale`
 
 Do: calibrate on more and more varied text; four times the tokens halve the number of starved experts
 roughly.

@@ -8,6 +8,7 @@ fails late: order 14,960 of 24,576 in one report.
 Seen as:
 - AutoGPTQ: `(the leading minor of order 14314 is not positive-definite)`
 - AutoGPTQ: `(the leading minor of order 13770 is not positive-definite)`
+- PyTorch: `The factorization could not be completed because the input is not positive-definite (the leading minor of order 14314 is not positive-definite)`
 
 Do: raise damp (0.05 is GPTQModel's default), or let doctor factor in float64, which it tries before it
 raises damping.

@@ -5,6 +5,7 @@ describes beginnings. And few long rows hold more tokens than many short ones.
 
 Seen as:
 - GPTQModel: `calibration dataset size should be more than`
+- GPTQModel: `were removed. Use quantize(calibration_data_min_length=`
 
 Do: join texts and cut rows of 512 to 2,048 tokens.
 

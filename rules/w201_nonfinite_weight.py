@@ -8,6 +8,7 @@ Seen as:
 - ExLlamaV2: `ValueError: Hessian is not invertible`
 - llama.cpp: `ggml_validate_row_data: found nan value at block`
 - PyTorch: `linalg.cholesky: The factorization could not be completed because the input is not positive-definite (the leading minor of order 1 is not positive-definite)`
+- AutoGPTQ: `the leading minor of order 1 is not positive-definite`
 
 Do: copy the shard again from where it came from, or take the tensor from the base model (`--from DIR`). Zero is a guess: it is
 offered only by name (`--unsafe-fixes=W201`).

@@ -4,9 +4,11 @@ Why: many loaders cast to float16 (AutoAWQ and AutoGPTQ by default, vLLM's AWQ a
 need). Values beyond 65,504 become Inf there, and the first matrix product after them is Inf or NaN.
 
 Seen as:
-- llama.cpp: `cannot be represented within F16`
 - ExLlamaV2: `Measurement/inference error (2)`
 - PyTorch: `probability tensor contains either `inf`, `nan` or element < 0`
+- llama.cpp: `cannot be represented within F16, but within BF16`
+- ExLlamaV2: `Measurement/inference error (3)`
+- AutoAWQ: `in _compute_best_scale`
 
 Do: keep this model in bfloat16 from end to end (compressed-tensors, or GPTQ on a Marlin kernel), and never
 load it with `torch_dtype=float16`.

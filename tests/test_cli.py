@@ -371,3 +371,16 @@ def test_header_stage_of_three_hundred_tensors_is_quick(tmp_path):
     start = time.perf_counter()
     api.check(path, case.recipe, stage="header")
     assert time.perf_counter() - start < 0.5
+
+
+def test_explain_answers_a_message_that_no_checkpoint_causes(run):
+    code, out, _ = run("explain", "KeyError: 'attention_mask'")
+    assert code == 0 and "AutoGPTQ 0.7.1 records" in out and "doctor quantize" in out and "no rule quotes" not in out
+
+
+def test_explain_reads_the_order_of_the_minor_and_names_the_commands_that_decide(run):
+    code, out, _ = run("explain", "linalg.cholesky: (the leading minor of order 18163 is not positive-definite)")
+    text = " ".join(out.split())
+    assert code == 0 and "Order 18,163: H breaks at input column 18,162" in text
+    assert "start with doctor check CKPT --select W201" in text and "after that doctor quantize CKPT -o OUT --calibration FILE" in text
+    assert "all of H is NaN" in run("explain", "leading minor of order 1 is not positive-definite")[1]

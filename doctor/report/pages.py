@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from doctor import explain
+from doctor.facts import STAGES
 from doctor.report.terminal import COLOURS, Screen, _text
 from doctor.report.view import one_line, safe
 from doctor.report.words import chinese, counted, current, pad, say
@@ -54,7 +55,13 @@ def _section(screen: Screen, title: str, text: str) -> None:
 def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out: Console) -> None:
     """`doctor explain "error"`: what the message points to, and the command that tells."""
     screen = Screen(out)
-    if not matches:
+    other = explain.elsewhere(text, current())
+    if other is not None and (not matches or (other.score, other.at) > (matches[0].score, matches[0].at)):
+        _show_elsewhere(screen, other)
+        if not matches:
+            return
+        screen.line()
+    elif not matches:
         line = next((x for x in reversed(text.splitlines()) if x.strip()), "")
         screen.hang(Text("  "), _text((f'"{safe(line.strip())[:200]}"', "bold"), say("   no rule quotes this message.")))
         screen.line()
@@ -68,20 +75,51 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
     one = len(matches) == 1
     sentence = "{tools} · {defects} ends in words like these:" if one else "{tools} · {defects} end in words like these:"
     what = say(sentence, tools=tools, defects=say("one defect") if one else counted(len(matches), "defect"))
-    screen.hang(Text("  "), _text((f'"{safe(best.line)[:300]}"', "bold"), f"   {what}"))
+    quote = _text((f'"{safe(best.line)[:300]}"', "bold"))
+    if quote.cell_len + cell_len(what) + 5 <= screen.width:
+        screen.line("  ", quote, f"   {what}")
+    else:
+        screen.hang(Text("  "), quote)
+        screen.hang(Text("  "), Text(what))
     screen.line()
+    order = explain.minor(text)
+    if order is not None:
+        screen.hang(Text("  "), Text(_minor(order)))
+        screen.line()
     _list(screen, [(m.rule, explain.decider(m.rule)) for m in matches[:8]])
     if len(matches) > 8:
         screen.line("  " + say("and {n} more", n=len(matches) - 8))
     screen.line()
-    screen.hang(Text("  " + pad(say("start with"), 13)), Text(_start(matches), "cyan"))
+    for label, command in _commands(matches):
+        screen.hang(Text("  " + pad(say(label), 13)), Text(command, "cyan"))
     screen.hang(Text("  " + pad(say("read more"), 13)), Text(f"doctor explain {best.rule.code}", "cyan"))
 
 
-def _start(matches: list[explain.Match]) -> str:
-    """One check for all rules that need no calibration; else the best match's own command."""
-    cheap = [m.rule.code for m in matches[:8] if m.rule.stage in ("listing", "header", "tokenizer", "values")]
-    return f"doctor check CKPT --select {','.join(cheap)}" if cheap else explain.decider(matches[0].rule)
+def _show_elsewhere(screen: Screen, found: explain.Elsewhere) -> None:
+    screen.hang(Text("  "), _text((f'"{safe(found.line)[:300]}"', "bold"), f"   {found.tool}"))
+    screen.line()
+    screen.hang(Text("  " + pad(say("why"), 13)), Text(found.cause[:1].upper() + found.cause[1:]))
+    screen.hang(Text("  " + pad(say("do"), 13)), Text(found.do))
+
+
+def _minor(order: int) -> str:
+    """What the order of the minor tells, at which a factorization failed."""
+    if order == 1:
+        return say("Order 1: the very first element of the diagonal is not positive. As a rule all of H is NaN then, and no damping helps.")
+    return say("Order {n}: H breaks at input column {column} of the linear, counted from 0 in the order the tool takes them (with act-order "
+               "not that of the weights). Late in the width it is rounding, which more damping cures; at one more than the number of "
+               "calibration tokens there are too few tokens; NaN or Inf in a column stops there as well.", n=f"{order:,}", column=f"{order - 1:,}")
+
+
+def _commands(matches: list[explain.Match]) -> list[tuple[str, str]]:
+    """(label, command): one check for all rules that need no calibration; after it the best match's own, where that is another."""
+    cheap = [m.rule for m in matches[:8] if m.rule.stage in ("listing", "header", "tokenizer", "values")]
+    own = explain.decider(matches[0].rule)
+    if not cheap:
+        return [("start with", own)]
+    latest = max((r.stage for r in cheap), key=STAGES.index)
+    command = f"doctor check CKPT --select {','.join(r.code for r in cheap)}" + (f" --stage {latest}" if latest in ("listing", "header") else "")
+    return [("start with", command)] + ([("after that", own)] if matches[0].rule not in cheap else [])
 
 
 def _list(screen: Screen, rows: list[tuple[Rule, str]]) -> None:

@@ -161,7 +161,14 @@ ZH = {
     "If doctor check finds nothing either, please report the message: a rule is missing.": "若 doctor check 也没有发现，请报告这条信息：这里缺一条规则。",
     "{tools} · {defects} ends in words like these:": "{tools} · {defects}会以这样的话收场：", "one defect": "一种缺陷",
     "{tools} · {defects} end in words like these:": "{tools} · {defects}会以这样的话收场：",
-    "start with": "先运行", "read more": "再阅读", "{rules}; `doctor explain CODE` shows a page": "共 {rules}；`doctor explain CODE` 看说明",
+    "Order 1: the very first element of the diagonal is not positive. As a rule all of H is NaN then, and no damping helps.":
+        "阶数 1：对角线的第一个元素就不是正数。这时通常整个 H 都是 NaN，加大阻尼没有用。",
+    "Order {n}: H breaks at input column {column} of the linear, counted from 0 in the order the tool takes them (with act-order "
+    "not that of the weights). Late in the width it is rounding, which more damping cures; at one more than the number of "
+    "calibration tokens there are too few tokens; NaN or Inf in a column stops there as well.":
+        "阶数 {n}：H 在该线性层的第 {column} 个输入列（从 0 数起，按工具处理的次序；用 act-order 时与权重的次序不同）处分解失败。"
+        "靠近末尾多为舍入误差，加大阻尼即可；恰为校准词元数加一，是词元太少；某列有 NaN 或 Inf 时也会停在那里。",
+    "start with": "先运行", "after that": "再运行", "read more": "再阅读", "{rules}; `doctor explain CODE` shows a page": "共 {rules}；`doctor explain CODE` 看说明",
     "code": "编号", "name": "名称", "severity": "级别", "certainty": "把握", "needs": "需要", "what it finds": "检查什么",
     # the plan of a fix
     "unsafe": "不安全", "by name": "点名", "manual": "需手动", "note: {text}": "说明：{text}", "(after {n}: same file)": "（在 {n} 之后：同一文件）",
