@@ -308,6 +308,40 @@ def _write(text: str, file: str) -> None:
     click.echo(f"Wrote {file}", err=True)
 
 
+def _watched() -> bool:
+    """Whether a person looks at stderr, so that a bar is of use."""
+    return sys.stderr.isatty() and not (os.environ.get("CI") or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") or os.environ.get("TERM") == "dumb")
+
+
+class _steps:
+    """A bar on stderr for each phase of a run through a model's blocks, where a person watches; elsewhere nothing.
+
+    Gives the function to call with a phase, the blocks done and the blocks in all.
+    """
+
+    def __enter__(self):
+        self.bar, self.tasks = None, {}
+        if not _watched():
+            return lambda phase, done, total: None
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(),
+                            console=Console(stderr=True), transient=True)
+        self.bar.start()
+
+        def tick(phase: str, done: int, total: int) -> None:
+            if phase not in self.tasks:
+                self.tasks[phase] = self.bar.add_task(words.say(phase))
+            self.bar.update(self.tasks[phase], completed=done, total=total)
+
+        return tick
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.stop()
+
+
 class _progress:
     """Bars in bytes on stderr, one for each phase, where a person watches; elsewhere nothing.
 
@@ -318,8 +352,7 @@ class _progress:
         self.total, self.phases, self.bar = total, phases, None
 
     def __enter__(self):
-        quiet = os.environ.get("CI") or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") or os.environ.get("TERM") == "dumb"
-        if quiet or not sys.stderr.isatty() or self.total < 64 << 20:
+        if not _watched() or self.total < 64 << 20:
             return lambda phase, n: None
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -453,7 +486,9 @@ def verify(original, quantized, text, context, rows, memory, formats, concise, v
 
     outputs = _outputs(formats, concise)
     with _json_on_failure(outputs):
-        report = api.verify(original, quantized, **_given(text=text, context=context, rows=rows, memory=_bytes(memory)))
+        with _steps() as tick:
+            report = api.verify(original, quantized, progress=partial(tick, "compare"),
+                                **_given(text=text, context=context, rows=rows, memory=_bytes(memory)))
         _emit([report], outputs, verbose)
     _exit([report])
 
@@ -478,8 +513,9 @@ def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, r
     from doctor import api
 
     with _json_on_failure([(format, "")]):
-        result = api.kvcache(path, context=context, batch=batch, measure=measure,
-                             **_given(memory=_bytes(memory), key_bits=key_bits, value_bits=value_bits, text=text, rows=rows))
+        with _steps() as tick:
+            result = api.kvcache(path, context=context, batch=batch, measure=measure, progress=tick,
+                                 **_given(memory=_bytes(memory), key_bits=key_bits, value_bits=value_bits, text=text, rows=rows))
         from doctor.report.kv_text import kvcache_json, show_kvcache
         from doctor.report.terminal import console
 

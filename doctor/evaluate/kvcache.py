@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from doctor.evaluate.kv_predict import BROKEN, FINE, FP16_MAX, Fitness, advice, 
 from doctor.evaluate.kv_quant import Side
 from doctor.evaluate.kv_size import KIB, Layout, Scheme, read_layout, with_custom
 from doctor.evaluate.verify import _rows as text_rows
+from doctor.evaluate.verify import quiet
 from doctor.quant.dequant import as_float
 from doctor.recipe import Recipe
 from doctor.spec import build_spec
@@ -59,7 +59,7 @@ def kvcache(path: str | os.PathLike | Checkpoint, *, context: int = 8192, batch:
     config = checkpoint.value("config.json")
     if config is None:
         raise BadCheckpoint(f"{checkpoint.name}: config.json is absent or broken; the cache's shape stands there.")
-    with _quiet():
+    with quiet():
         spec = build_spec(config, checkpoint.tensors)
         layout = read_layout(spec)
         weights = sum(info.nbytes for info in checkpoint.tensors.values())
@@ -203,16 +203,3 @@ def _add_measured(data: dict, checkpoint: Checkpoint, layout: Layout, schemes, t
                         "schemes": [asdict(m) for m in found]}
     if not any(m.scheme == WITHOUT_BIAS for m in found):
         data["measured"]["note"] = "the keys have no bias, so there is none to store apart"
-
-
-@contextmanager
-def _quiet():
-    """transformers warns on stderr about token ids and the like while it reads a config; the rules judge those."""
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)

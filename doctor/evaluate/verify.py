@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
     ids, tokenizer, source = _rows(first, text, rows, context)
     prompts, decode = _prompts(tokenizer, ids)
     budget = memory if memory is not None else free_memory() // 2
-    comparison = compare(first, second, ids, prompts, decode, budget, progress)
+    with quiet():
+        comparison = compare(first, second, ids, prompts, decode, budget, progress)
 
     recipe = recipe_of(second)
     store = header_facts(second, recipe)
@@ -84,6 +86,19 @@ def _prompts(tokenizer, ids):
         return [row[:, :PROMPT_TOKENS] for row in ids[:4]], lambda tokens: " ".join(map(str, tokens))
     encoded = [tokenizer(p, return_tensors="pt")["input_ids"] for p in PROMPTS]
     return [e for e in encoded if e.shape[1]], lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@contextmanager
+def quiet():
+    """transformers warns on stderr about token ids and the like while it reads a config; the rules judge those."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 def free_memory() -> int:

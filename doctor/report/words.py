@@ -186,6 +186,8 @@ ZH = {
     " No findings remain.": "没有遗留的发现。", " Exit {code}: {codes} would remain.": "退出码 {code}：将遗留 {codes}。",
     " Exit {code}: {codes} remain.": "退出码 {code}：遗留 {codes}。", " Exit {code}: {codes} remains.": "退出码 {code}：遗留 {codes}。",
     "{most} and {last}": "{most} 和 {last}", ", ": "、",
+    # bars of a run through the blocks
+    "compare": "比较", "predict": "预测", "measure": "实测",
     # the key/value cache
     "note": "说明", "where the engine stores full heads": "引擎按完整的头存储时", "{sequences} of {n} tokens": "{sequences}，每条 {n} 个词元",
     "weights {n} GiB": "权重 {n} GiB", "made for {n} positions": "位置数 {n}", "cache": "缓存", "K bits": "K 位数", "V bits": "V 位数",

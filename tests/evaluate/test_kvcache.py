@@ -254,3 +254,25 @@ def test_a_model_that_hides_its_attention_is_refused_not_passed(tmp_path, monkey
     monkeypatch.setattr(module, "capture", lambda run: None)
     with pytest.raises(NotQuantizable, match="computes attention in code of its own"):
         fits(opened(tiny(), tmp_path))
+
+
+def test_both_phases_say_how_far_they_are(tmp_path):
+    rows = tmp_path / "text.jsonl"
+    rows.write_text(json.dumps({"input_ids": list(range(3, 40))}) + "\n")
+    seen = []
+    kvcache(tiny().write(tmp_path / "m"), measure=True, text=rows, rows=1, progress=lambda *step: seen.append(step))
+    assert seen == [("predict", 1, 2), ("predict", 2, 2), ("measure", 1, 2), ("measure", 2, 2)]
+
+
+@pytest.mark.parametrize("lang", ("en", "zh"))
+def test_bars_are_shown_to_people_only(lang, tmp_path, monkeypatch):
+    from doctor import cli as module
+
+    with module._steps() as tick:
+        tick("measure", 1, 2)  # nobody watches a test: nothing happens
+    monkeypatch.setattr(module, "_watched", lambda: True)
+    bars = module._steps()
+    with module.words.language(lang), bars as tick:
+        for phase in ("predict", "measure", "compare"):
+            tick(phase, 1, 2)
+        assert [(t.description, t.completed, t.total) for t in bars.bar.tasks][1] == ({"en": "measure", "zh": "实测"}[lang], 1, 2)
