@@ -33,7 +33,7 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
           stage: str = "output", fail_on: str = "error", rules_dirs: Iterable[Path] = (),
           progress: Callable[[int], None] = lambda n: None, facts: Iterable[tuple[str, str, object]] = (),
           pictures: bool = False, extend_select: Iterable[str] = (), config: Config | None = None, baseline: Report | None = None,
-          matrix: bool = False) -> Report:
+          matrix: bool = False, keep_partial: bool = False) -> Report:
     """Judge a checkpoint against a recipe, reading every byte of its tensors at most once.
 
     path: a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only JSON files and headers are read.
@@ -42,6 +42,8 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     of plans by GPU count.
     config: what doctor.config.load() found; its selection comes before select and ignore, its recipe is the default, and its
     suppressions hold. None reads no configuration, not even the checkpoint's own. baseline: findings are new or not against it.
+    keep_partial: Ctrl-C while weights are read ends the reading; the report holds what was found so far and, in its summary, what was
+    not read. Else KeyboardInterrupt is raised.
     Raises BadCheckpoint where there is nothing to look at.
     """
     started = time.perf_counter()
@@ -57,10 +59,11 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     elif STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.needs) for r in rules):
         from doctor.scan import scan
 
-        scanned = scan(checkpoint, store, progress)
+        scanned = scan(checkpoint, store, progress, keep_partial=keep_partial)
     findings, runs = judge(store, rules, stage)
     extra = {}
-    if pictures or matrix:
+    stopped = scanned is not None and scanned.stopped.is_set()
+    if (pictures or matrix) and not stopped:
         from doctor import pictures as draw
 
         extra = draw.pictures(checkpoint, store, rules, findings) if pictures else {"matrix": draw.matrix(store, rules, findings)}
@@ -69,6 +72,8 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
                     bytes_read=scanned.bytes_read if scanned else 0, fail_on=fail_on)
     if checkpoint.unread:
         report.summary["unread"] = checkpoint.unread
+    if stopped:
+        report.summary["interrupted"] = {"bytes_read": scanned.bytes_read, "bytes": checkpoint.total_bytes, "tensors_left": len(scanned.left)}
     if config is not None:
         _hush(report, config, checkpoint)
     if baseline is not None:

@@ -182,11 +182,28 @@ def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend
             _emit([result.report], outputs, verbose)
             _exit([result.report], fail_on_skipped)
         base = _baseline(baseline, recipe, options) if baseline else None
-        reports = [_checked(path, recipe, (revision, download), baseline=base and base(path), matrix=matrix, **options,
-                            pictures=any(name in ("json", "html", "markdown") for name, _ in outputs)) for path in paths]
-        _settled(reports)
+        reports, stopped = _until_interrupted(paths, lambda path: _checked(
+            path, recipe, (revision, download), baseline=base and base(path), matrix=matrix, keep_partial=True, **options,
+            pictures=any(name in ("json", "html", "markdown") for name, _ in outputs)))
+        if not stopped:
+            _settled(reports)
         _emit(reports, [("statistics", "")] if statistics else outputs, verbose, matrix)
+    if stopped:
+        _fail("Interrupted." + "".join(f" Not looked at: {path}." for path in paths[len(reports):]), "", 130)
     _exit(reports, fail_on_skipped)
+
+
+def _until_interrupted(paths, work) -> tuple[list, bool]:
+    """Reports up to Ctrl-C, the last one perhaps of a part of its checkpoint; and whether it was pressed."""
+    reports = []
+    for path in paths:
+        try:
+            reports.append(work(path))
+        except KeyboardInterrupt:
+            return reports, True
+        if reports[-1].summary.get("interrupted"):
+            return reports, True
+    return reports, False
 
 
 def _settled(reports) -> None:

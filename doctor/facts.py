@@ -119,6 +119,7 @@ class Store:
         self._values: dict[tuple[str, str], object] = {}
         self._failed: dict[tuple[str, str], Unavailable] = {}
         self._reasons: dict[str, str] = {}
+        self._partial: set[str] = set()
         self._weight_of: dict[str, str] = {}
 
     def add_subject(self, scope: str, subject: str, thing: object, weight: str | None = None) -> None:
@@ -148,6 +149,11 @@ class Store:
     def say_missing(self, stage: str, reason: str) -> None:
         """Why facts of this stage do not exist in this run."""
         self._reasons[stage] = reason
+
+    def say_partial(self, stage: str, reason: str) -> None:
+        """Facts of this stage exist for some subjects only: what needs those of every subject cannot be judged."""
+        self._reasons[stage] = reason
+        self._partial.add(stage)
 
     def say_produced(self, stage: str) -> None:
         """Facts of this stage have been produced; what a subject lacks now, it has not got."""
@@ -186,6 +192,8 @@ class Store:
     def _every(self, name: str) -> dict[str, object]:
         """name of the subject -> its fact. Raises Unavailable where no subject has it and the stage says why."""
         one = FACTS[name]
+        if one.stage in self._partial:
+            raise Unavailable(self._reasons[one.stage])
         found = {s.partition(":")[2]: self.get(s, name) for s in self._objects[one.scope] if self.has(s, name)}
         if not found and one.stage in self._reasons:
             raise Unavailable(self._reasons[one.stage])
@@ -207,7 +215,7 @@ class Variant(Store):
 
     def __init__(self, base: Store, name: str, value: object):
         super().__init__()
-        self._base, self._objects, self._weight_of, self._reasons = base, base._objects, base._weight_of, base._reasons
+        self._base, self._objects, self._weight_of, self._reasons, self._partial = base, base._objects, base._weight_of, base._reasons, base._partial
         self._own = {n for n in FACTS if name in closure([n])}
         self.put(CHECKPOINT, name, value)
 

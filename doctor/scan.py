@@ -26,10 +26,14 @@ DIGEST = hashlib.blake2b
 
 
 class Scan:
-    """Counts of one pass. `bytes_read` are tensor bytes read; `skipped` maps tensor -> why its values were not judged."""
+    """Counts of one pass. `bytes_read` are tensor bytes read; `skipped` maps tensor -> why its values were not judged;
+    `whole` are the tensors of which every byte was read, `left` the others where the user stopped the pass."""
 
     def __init__(self):
         self.bytes_read = 0
+        self.whole: set[str] = set()
+        self.left: list[str] = []
+        self.stopped = threading.Event()
         self.skipped: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -38,9 +42,11 @@ class Scan:
             self.bytes_read += n
 
 
-def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] = lambda n: None, workers: int | None = None) -> Scan:
+def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] = lambda n: None, workers: int | None = None,
+         keep_partial: bool = False) -> Scan:
     """Read every tensor's bytes once and put the value facts into the store.
 
+    keep_partial: a KeyboardInterrupt ends the pass and keeps the facts of the tensors that were read; else it is raised.
     progress gets the number of bytes of each chunk, from any thread. Raises BadCheckpoint when a file changes under the scan.
     """
     run = Scan()
@@ -56,6 +62,8 @@ def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] =
     def work(span: list[TensorInfo]) -> None:
         with checkpoint.open_file(span[0].shard) as file:
             for info in span:
+                if run.stopped.is_set():
+                    return
                 _scan_tensor(checkpoint, file, info, linears.get(info.name), group, info.name in digests, store, run, progress)
 
     spans = list(_spans(checkpoint))
@@ -64,10 +72,16 @@ def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] =
         try:
             for job in jobs:
                 job.result()
-        except BaseException:
+        except BaseException as error:
+            run.stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    store.say_produced("values")
+            if not (keep_partial and isinstance(error, KeyboardInterrupt)):
+                raise
+    if run.stopped.is_set():
+        run.left = [info.name for span in spans for info in span if info.name not in run.whole]
+        store.say_partial("values", "interrupted before its weights were read")
+    else:
+        store.say_produced("values")
     return run
 
 
@@ -94,6 +108,8 @@ def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run
     words = _Words() if info.dtype.name == "I32" and info.name.endswith((".qzeros", ".g_idx", ".weight_g_idx")) else None
     offset = 0
     for part in checkpoint.chunks(file, info, _step(info)):
+        if run.stopped.is_set():
+            return
         run.add(len(part))
         progress(len(part))
         if digest is not None:
@@ -107,6 +123,7 @@ def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run
             shape.add(part, counted)
         total = total.merge(counted)
         offset += counted.numel
+    run.whole.add(info.name)
     # A tensor that stands in several shards is read in each, but its facts are those of the one a reader takes.
     if checkpoint.tensors.get(info.name) is not info:
         return

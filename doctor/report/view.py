@@ -97,6 +97,8 @@ def verdict(report: Report) -> tuple[str, str]:
     good, bad = _what_was_asked(report)
     if report.at_or_above("error"):
         return "error", say(bad, plan=label)
+    if report.summary.get("interrupted"):
+        return "skipped", say("interrupted: no verdict for {plan}", plan=label)
     if report.crashed:
         return "crashed", say("no verdict for {plan}: {rules} crashed", plan=label, rules=counted(len(report.crashed), "rule"))
     if not ran(report):
@@ -196,6 +198,9 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
         left_out = sum(r.status == "skipped" for r in runs)
         if any(r.crashed for r in runs):
             lines.append(Area(say(name), "crashed", say("{rules} crashed", rules=counted(sum(bool(r.crashed) for r in runs), "rule"))))
+        elif name == "Weights" and report.summary.get("interrupted"):
+            worst = next((s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here)), "skipped")
+            lines.append(Area(say(name), worst, ", ".join(filter(None, (tally(here) if here else "", interrupted(report))))))
         elif here:
             worst = next(s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here))
             extra = f"   ({_read(report)})" if name == "Weights" and weights_read(report) else ""
@@ -206,6 +211,13 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
         else:
             lines.append(Area(say(name), "skipped", _why_skipped(runs)))
     return lines
+
+
+def interrupted(report: Report) -> str:
+    """What was read before Ctrl-C and what was not looked at; "" where the run came to its end."""
+    stop = report.summary.get("interrupted")
+    return say("interrupted: {read} of {total} read, {tensors} not looked at", read=size(stop["bytes_read"]), total=size(stop["bytes"]),
+               tensors=counted(stop["tensors_left"], "tensor")) if stop else ""
 
 
 def _read(report: Report) -> str:

@@ -90,6 +90,9 @@ ZH = {
     "ready for {plan}": "可以量化：{plan}", "not ready for {plan}": "尚不能量化：{plan}",
     "agrees with its original: {plan}": "与原模型相符：{plan}", "does not agree with its original: {plan}": "与原模型不符：{plan}",
     "quantized to {plan}": "已量化：{plan}", "not quantized to {plan}": "未能量化：{plan}",
+    "interrupted: no verdict for {plan}": "已中断：{plan} 没有结论",
+    "interrupted: {read} of {total} read, {tensors} not looked at": "已中断：读了 {total} 中的 {read}，{tensors}没有检查",
+    "interrupted before its weights were read": "还没读到这个权重就中断了",
     "no verdict for {plan}: {rules} crashed": "{plan} 没有结论：{rules}崩溃", "nothing was judged for {plan}": "{plan}：什么也没有检查",
     " (headers only)": "（仅文件头）", ", with warnings": "，有警告", "no findings": "没有发现问题",
     "{rules} run": "运行 {rules}", "{n} skipped": "跳过 {n} 条", "{n} crashed": "崩溃 {n} 条", "{n} suppressed": "抑制 {n} 个",
@@ -153,6 +156,19 @@ ZH = {
     "The report as JSON lies in this file.": "JSON 报告就在本文件里。", "The report as JSON is too large to lie in this file:": "JSON 报告太大，没有放进本文件：",
     "Nothing here was fetched from a network.": "本页没有从网络取任何内容。", "block {n}": "第 {n} 层", "{label} by block": "{label}（逐层）",
     "block output": "层输出",
+    "The original's activations": "原模型的激活值", "largest |value| by block; float16 ends at 65,504": "逐层最大绝对值；float16 只到 65,504",
+    "residual": "残差流", "largest": "最大值", "linears with the largest error": "误差最大的线性层", "how": "方式", "relative error": "相对误差",
+    "plain rounding": "直接取整", "damp": "阻尼", "tokens seen": "见过的词元", "source": "来源", " (doctor's own texts)": "（doctor 自带的文本）",
+    "rows": "行数", "tokens": "词元数", "shortest / median / longest row": "最短 / 中位 / 最长行", "distinct tokens": "不同的词元",
+    "rows that repeat another": "与别行重复的行", "padding tokens": "填充词元", "rows with two BOS tokens": "有两个 BOS 的行", "languages": "语言",
+    "Exponents of the weights": "权重的指数", "of {n} sampled values, logarithmic; red: float16 cannot hold them":
+        "抽样 {n} 个值，对数刻度；红色：float16 放不下",
+    "histogram of exponents: {beyond} values beyond float16, {lost} too small for it, {zeros} zeros, {nonfinite} NaN or Inf":
+        "指数直方图：{beyond} 个值超出 float16，{lost} 个太小，{zeros} 个零，{nonfinite} 个 NaN 或 Inf",
+    "fp16 subnormal": "fp16 次正规数", "fp16 normal": "fp16 正规数", "fp16 ends": "fp16 上限",
+    "{zeros} zeros, {nonfinite} NaN or Inf; {beyond} values would become Inf in float16, {lost} would become 0":
+        "{zeros} 个零，{nonfinite} 个 NaN 或 Inf；转成 float16 会有 {beyond} 个变成 Inf，{lost} 个变成 0",
+    "Receipt": "凭据", "what doctor did to {source}, for {plan}": "doctor 对 {source} 做了什么，为了 {plan}",
     # pages of rules
     "Why it matters": "为什么要紧", "Ways out": "怎么处理", "When not to worry": "何时不必担心", "How safe the fix is": "修复是否安全", "Sources": "出处",
     "Seen as": "别处的报错", "What it checks": "检查什么", "Checked by": "由谁检查", "See also": "另见", "To know": "怎样确认",
