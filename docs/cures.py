@@ -12,7 +12,7 @@ PROOFS = {"PadTensor": "logits before and after, on fixed prompts", "GrowRows": 
           "Dequantize": "the numbers that engines compute with, by the packers' vectors", "AddLowRank": "against the sum in float64",
           "ShiftZeros": "a field that would wrap is refused", "DropTensor": "nothing else is touched",
           "ReplaceNonfinite": "only NaN and Inf change", "RebuildIndex": "the shards' own headers", "GroupsInOrder": "what desc_act false means"}
-TEXT_ONLY = {"SetJson", "RemoveJson"}
+TEXT_ONLY = {"SetJson", "RemoveJson", "CleanJson"}
 
 
 def main() -> None:

@@ -58,6 +58,18 @@ class RemoveJson:
 
 
 @dataclass(frozen=True)
+class CleanJson:
+    """Take what Python's reader refuses or passes over out of a JSON file: a byte order mark, and all but the last value of a key."""
+
+    file: str
+    phase = "config"
+
+    @property
+    def target(self) -> str:
+        return f"{self.file}:text"
+
+
+@dataclass(frozen=True)
 class ReplaceNonfinite:
     """NaN and ±Inf of one tensor become `value`. Never part of a blanket fix: it invents weights."""
 
@@ -273,7 +285,7 @@ class SetRecipe:
         return f"recipe:{self.field}"
 
 
-Edit = (SetJson | RemoveJson | ReplaceNonfinite | CastTensor | TakeTensor | TakeFile | Dequantize | AddLowRank | GrowRows
+Edit = (SetJson | RemoveJson | CleanJson | ReplaceNonfinite | CastTensor | TakeTensor | TakeFile | Dequantize | AddLowRank | GrowRows
         | ShiftZeros | GroupsInOrder | PadTensor | DropTensor | DropFile | Rebase | RebuildIndex | SetRecipe)
 MADE = (TakeTensor, Dequantize, AddLowRank, GrowRows, GroupsInOrder)  # carried out by made.py: they need more than the tensor's own codes
 CREATE = (TakeTensor, Dequantize, GroupsInOrder)  # may stand for a tensor that is not there

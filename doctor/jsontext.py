@@ -36,6 +36,8 @@ class JsonText:
     spans: dict[str, Span] = field(default_factory=dict)
     duplicates: list[str] = field(default_factory=list)  # pointers that stand more than once; the last one wins
     non_standard: list[str] = field(default_factory=list)  # pointers whose value is NaN or Infinity
+    overwritten: list[Span] = field(default_factory=list)  # members that a later one of the same key stands for
+    unlike: bool = False  # some key that stands twice has two values
     bom: bool = False
 
     def line_column(self, offset: int) -> tuple[int, int]:
@@ -149,8 +151,11 @@ def _object(doc: JsonText, at: int, path: str, depth: int):
         child = path + pointer(key)
         if key in value:
             doc.duplicates.append(child)
+            doc.overwritten.append(doc.spans[child])
         doc.spans[child] = Span(key_begin, at, at)
+        seen, old = key in value, value.get(key)
         value[key], at = _value(doc, _skip(text, at + 1), child, depth + 1)
+        doc.unlike = doc.unlike or seen and repr(old) != repr(value[key])  # repr: NaN is like NaN, and 1 is not True
         at = _skip(text, at)
         if text[at : at + 1] == "}":
             return value, at + 1
@@ -212,6 +217,16 @@ def remove_value(text: str, path: str) -> str:
     if text[before - 1] == ",":
         return text[: before - 1] + text[span.end :]
     return text[:before] + text[after:]
+
+
+def cleaned(text: str) -> str:
+    """The text as readers take it: no byte order mark, each key of an object once with its last value; all else left as it is."""
+    parts, at = [], 1 if text.startswith("\ufeff") else 0
+    for span in sorted(parse(text).overwritten, key=lambda s: (s.key_begin, -s.end)):
+        if span.key_begin >= at:  # else it lies inside one that is gone already
+            parts.append(text[at : span.key_begin])
+            at = _skip(text, _skip(text, span.end) + 1)  # a later member follows, so a comma does
+    return "".join([*parts, text[at:]])
 
 
 def _indent(text: str, offset: int) -> str:

@@ -17,6 +17,7 @@ from doctor.edits import (  # noqa: F401 - rules import edits from here
     MISSING,
     AddLowRank,
     CastTensor,
+    CleanJson,
     Dequantize,
     DropFile,
     DropTensor,

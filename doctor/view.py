@@ -19,7 +19,7 @@ import numpy as np
 from doctor import jsontext
 from doctor.checkpoint import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.dtypes import CODE_NUMPY
-from doctor.edits import (CASTS, CREATE, MADE, MISSING, TENSOR_EDITS, CastTensor, DropFile, DropTensor, Edit, PadTensor, Rebase, RebuildIndex,
+from doctor.edits import (CASTS, CREATE, MADE, MISSING, TENSOR_EDITS, CastTensor, CleanJson, DropFile, DropTensor, Edit, PadTensor, Rebase, RebuildIndex,
                           RemoveJson, SetJson, TakeFile, apply, edited_info, pad_positions)
 from doctor.errors import BadCheckpoint, PlanRefused
 from doctor.made import STALE, made, opened
@@ -241,7 +241,7 @@ class EditedCheckpoint(Checkpoint):
                 self.changed.add(edit.file)
 
     def _edit_json(self) -> None:
-        texts: dict[str, str] = {}
+        texts = {e.file: jsontext.cleaned(self.text(e.file)) for e in self.edits if isinstance(e, CleanJson)}
         for edit in self.edits:
             if isinstance(edit, (SetJson, RemoveJson)):
                 texts[edit.file] = edited_text(texts[edit.file] if edit.file in texts else self.text(edit.file), edit)

@@ -6,7 +6,8 @@ Do: delete one of the two.
 
 False alarms: none known.
 
-Fix safety: manual; which of the two is meant is yours to say.
+Fix safety: safe where both values are equal; unsafe where they differ: the last one, which readers take, is kept. Manual in a file of more
+than 1 MiB.
 
 Sources: RFC 8259 section 4: names should be unique.
 
@@ -18,10 +19,10 @@ Sources: RFC 8259 section 4: names should be unique.
 
 误报: 暂无已知。
 
-修复: 需手动；以哪个为准由你决定。
+修复: 两个值相同时安全；不同时不安全：保留读取程序所取的最后一个。文件超过 1 MiB 时需手动。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import CleanJson, Fix, Place, finding, rule
 from doctor.testing import tiny
 
 READ = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "quantize_config.json")
@@ -33,9 +34,17 @@ def duplicate_key(checkpoint, json_files):
         file = json_files.get(name)
         if file is None or file.value is None:
             continue
+        fix = _fix(name, file)
         for key in file.duplicates:
             yield finding(f"{name} states {key!r} twice in one object; the last one counts", at=Place(name, pointer=_pointer(file, key)),
-                          evidence={"key": key}, fix=Fix("delete one of the two", (), "manual"))
+                          evidence={"key": key}, fix=fix)
+
+
+def _fix(name, file):
+    """Keep what readers take, in the whole file: the second reading of a key is not a place of its own."""
+    if not file.duplicates or file.doc is None:
+        return Fix("delete one of the two", (), "manual")
+    return Fix("keep the last value of each key, which readers take", (CleanJson(name),), "unsafe" if file.doc.unlike else "safe")
 
 
 def _pointer(file, key):

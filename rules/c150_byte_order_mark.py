@@ -11,7 +11,7 @@ Do: save the file as UTF-8 without a byte order mark.
 
 False alarms: none known.
 
-Fix safety: manual; any editor does it.
+Fix safety: safe; three bytes go, and the values stay. Manual where the rest of the file is no JSON either.
 
 Sources: RFC 8259 section 8.1; CPython Lib/json/__init__.py.
 
@@ -24,10 +24,10 @@ Sources: RFC 8259 section 8.1; CPython Lib/json/__init__.py.
 
 误报: 暂无已知。
 
-修复: 需手动；任何编辑器都能做。
+修复: 安全；只去掉三个字节，值不变。若文件其余部分也不是 JSON，则需手动。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import CleanJson, Fix, Place, finding, rule
 from doctor.testing import tiny
 
 
@@ -35,8 +35,14 @@ from doctor.testing import tiny
 def byte_order_mark(checkpoint, json_files):
     for name, file in json_files.items():
         if file.bom:
-            yield finding(f"{name} begins with a byte order mark (EF BB BF)", at=Place(name, byte=0),
-                          fix=Fix("save the file as UTF-8 without a byte order mark", (), "manual"))
+            yield finding(f"{name} begins with a byte order mark (EF BB BF)", at=Place(name, byte=0), fix=_fix(name, file))
+
+
+def _fix(name, file):
+    if file.broken is not None:
+        return Fix("save the file as UTF-8 without a byte order mark", (), "manual")
+    # The edit also leaves one value to a key that stands twice (C149).
+    return Fix("take the byte order mark away", (CleanJson(name),), "unsafe" if file.duplicates else "safe")
 
 
 def bad():

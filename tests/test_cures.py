@@ -519,3 +519,24 @@ def test_a_packed_source_is_quantized_again_through_the_cure_without_a_copy(tmp_
     out = Checkpoint.open(tmp_path / "out")
     assert result.output and out.value("config.json")["quantization_config"]["group_size"] == 32
     assert any(n.endswith(".qweight") or n.endswith(".weight_packed") for n in out.tensors) and sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_a_byte_order_mark_is_taken_away_and_nothing_else(tmp_path):
+    source = tiny().write(tmp_path / "source")
+    plain = (source / "config.json").read_bytes()
+    (source / "config.json").write_bytes(b"\xef\xbb\xbf" + plain)
+    result = fix(source, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == plain and not {f.code for f in result.report_after.findings} & {"C149", "C150"}
+
+
+@pytest.mark.parametrize("first, safe", [('"llama"', True), ('"gpt2"', False)])
+def test_a_key_that_stands_twice_keeps_the_value_that_readers_take(first, safe, tmp_path):
+    source = tiny("llama").write(tmp_path / "source")
+    text = (source / "config.json").read_text()
+    (source / "config.json").write_text(text.replace("{", f'{{\n  "model_type": {first},', 1))
+    result = fix(source, tmp_path / "out")
+    assert bool(result.receipt_path) == safe
+    if not safe:
+        result = fix(source, tmp_path / "out", unsafe_fixes=["C149"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(text) and not {f.code for f in result.report_after.findings} & {"C149", "C150"}
+    assert (tmp_path / "out" / "config.json").read_text().count("model_type") == 1

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from doctor.jsontext import JsonError, parse, parse_bytes, pointer, remove_value, set_value
+from doctor.jsontext import JsonError, cleaned, parse, parse_bytes, pointer, remove_value, set_value
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-10**9, 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=12)
@@ -75,3 +75,20 @@ def test_the_rest_of_the_text_keeps_its_own_form():
 def test_setting_below_a_missing_parent_is_refused():
     with pytest.raises(KeyError):
         set_value('{"a": 1}', "/b/c", 1)
+
+
+@pytest.mark.parametrize("text, want", [
+    ("\ufeff{\"a\": 1}", '{"a": 1}'),
+    ('{"a": 1, "b": 2, "a": 3}', '{"b": 2, "a": 3}'),
+    ('{\n  "a": {"x": 1, "x": 2},\n  "a": {"x": 3,\n "x": 4}\n}\n', '{\n  "a": {"x": 4}\n}\n'),
+    ('{"a": 1, "a": 2, "a": 3, "c": [{"d": 1, "d": 1}]}', '{"a": 3, "c": [{"d": 1}]}'),
+    ('{"a": 1}', '{"a": 1}')])
+def test_a_cleaned_text_says_once_what_readers_take(text, want):
+    assert cleaned(text) == want
+    again = parse(want)
+    assert again.value == json.loads(text.removeprefix("\ufeff")) and not again.duplicates and not again.bom
+
+
+def test_values_of_one_key_are_told_apart_by_kind():
+    assert parse('{"a": 1, "a": true}').unlike and parse('{"a": 1, "a": 2}').unlike
+    assert not parse('{"a": NaN, "a": NaN, "b": [1], "b": [1]}').unlike
