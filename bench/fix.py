@@ -1,8 +1,9 @@
 """What a fix costs beside copying: one JSON value, one shard, every MLP padded, on a generated sharded checkpoint.
 
 Prints seconds of the write (without the scans before and after, which `bench/scan.py` measures), bytes written and the ratio
-to `cp` of the same bytes, each the best of several runs. `cp` does not sync, the writer does: a `cp` followed by `sync` of
-the files stands beside it.
+to `cp` of the same bytes, each the best of several runs that take turns. `cp` does not sync, the writer does: a `cp` followed by
+`sync` of the files stands beside it. Last the whole command for one JSON value, with what it read: each weight once, before the
+write, and none after it.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from doctor import api  # noqa: E402
 from doctor.checkpoint import Checkpoint  # noqa: E402
 from doctor.edits import PadTensor, SetJson  # noqa: E402
 from doctor.testing import shard_bytes  # noqa: E402
@@ -48,14 +50,16 @@ def build(folder: Path, hidden: int, width: int, blocks: int, shards: int) -> No
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "intermediate_size": width, "bos_token_id": None}, indent=2))
 
 
-def best(times: int, action) -> float:
-    seconds = []
+def best(times: int, *actions) -> list[float]:
+    """Least seconds of each action; they take turns, so that a busy minute of the machine meets them all."""
+    seconds = [[] for _ in actions]
     for _ in range(times):
-        os.sync()
-        start = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        for action, taken in zip(actions, seconds, strict=True):
+            os.sync()
+            start = time.perf_counter()
+            action()
+            taken.append(time.perf_counter() - start)
+    return [min(taken) for taken in seconds]
 
 
 def write(view: EditedCheckpoint, output: Path) -> None:
@@ -63,6 +67,25 @@ def write(view: EditedCheckpoint, output: Path) -> None:
     with open_stage(view, output) as stage:
         stage.write()
         stage.commit()
+
+
+def whole_command(work: Path, times: int) -> None:
+    """`fix` of one JSON value from Python, scans included, beside a check alone."""
+    (work / "source" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}))
+    config = json.loads((work / "source" / "config.json").read_text())
+    config |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"}  # the tensors are bf16: C152, cured in config.json alone
+    (work / "source" / "config.json").write_text(json.dumps(config, indent=2))
+    read = {"scan": 0, "verify": 0}
+
+    def fix() -> None:
+        shutil.rmtree(work / "out", ignore_errors=True)
+        read.update(scan=0, verify=0)
+        result = api.fix(work / "source", work / "out", only=("C152",), progress=lambda phase, n: read.__setitem__(phase, read.get(phase, 0) + n))
+        assert [s.code for s in result.plan.steps] == ["C152"] and result.receipt_path
+
+    command, check = best(times, fix, lambda: api.check(work / "source"))
+    print(f"whole fix of one JSON value {command:.3f} s, check alone {check:.3f} s, ratio {command / check:.2f}; "
+          f"{read['scan']:,} bytes of weights read before the write, {read['verify']:,} after it")
 
 
 def main() -> None:
@@ -104,10 +127,11 @@ def run(work: Path, blocks: int, times: int) -> None:
     for label, chosen, files in rows:
         view = EditedCheckpoint(source, chosen)
         written = sum(view.entries[n].size for n in view.changed)
-        seconds = best(times, lambda: write(view, work / "out"))
-        plain, synced = (best(times, lambda s=s: copy(files, s)) if files else float("nan") for s in (False, True))
+        copies = [lambda s=s: copy(files, s) for s in (False, True)] if files else []
+        seconds, plain, synced = [*best(times, lambda: write(view, work / "out"), *copies), *([float("nan")] * (2 - len(copies)))]
         ratios = f"{seconds / plain:>10.2f}{seconds / synced:>15.2f}" if files else f"{'-':>10}{'-':>15}"
         print(f"{label:<18}{written:>12,}{seconds:>9.3f}{plain:>8.3f}{synced:>11.3f}{ratios}", flush=True)
+    whole_command(work, times)
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, most of it from generating the checkpoint")
 
 

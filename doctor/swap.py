@@ -17,11 +17,13 @@ import errno
 import json
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 from doctor.errors import MachineError, PlanRefused
 
 _RENAME_EXCHANGE = 2
+_SYNC_FILE_RANGE_WRITE = 2
 # What a file system says that cannot do it: then the plainer way is taken.
 CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.EMLINK)
 
@@ -139,7 +141,7 @@ def undo(path: Path, receipt: dict, changed: list[str]) -> str:
 
 def exchange(one: Path, other: Path) -> bool:
     """Swap two directories' names in one step (renameat2); False where the kernel or the file system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = _libc()
     if not hasattr(libc, "renameat2"):
         return False
     here = -100  # AT_FDCWD
@@ -158,6 +160,18 @@ def sync_folder(path: str | os.PathLike) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_back(fd: int, offset: int, count: int) -> None:
+    """Let the kernel begin to write these bytes to the disk, without waiting (sync_file_range). No promise: only fsync is one."""
+    call = getattr(_libc(), "sync_file_range", None)
+    if call is not None:
+        call(fd, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _journal(path: Path) -> Path:

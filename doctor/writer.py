@@ -20,11 +20,12 @@ import numpy as np
 
 from doctor.checkpoint import Checkpoint
 from doctor.errors import BadCheckpoint, MachineError, PlanRefused
-from doctor.swap import CANNOT, exchange, kept_name, swap, sync_folder
+from doctor.swap import CANNOT, exchange, kept_name, swap, sync_folder, write_back
 from doctor.view import EditedCheckpoint, Piece
 
 COPY_STEP = 64 << 20  # bytes a call: larger steps were no faster, and Ctrl-C is heard between them
 SLAB_BYTES = 1 << 20  # of an edited tensor worked out at once: larger slabs leave the cache and took twice the system time
+WRITE_BACK_STEP = 16 << 20  # the disk is set to work every so many bytes, so that little is left for the sync at the end
 SPARE_BYTES = 1 << 20  # left free for directory entries and the receipt
 RECEIPT = "doctor.json"
 _FICLONE = 0x40049409
@@ -134,13 +135,19 @@ class Stage:
 
     def _write_shard(self, name: str) -> None:
         with _create(self.path / name) as fd, self.view.open_file(name) as file:
+            at = started = 0
             for piece in self.view.pieces[name]:
                 if piece.source is not None:
-                    self._copy_range(file, piece.source, fd, piece.end - piece.begin)
+                    self._copy_range(file, piece.source, fd, piece.end - piece.begin, piece.begin)
+                    at = started = piece.end
                     continue
                 for part in _parts(file, piece):
                     _write_all(fd, part)
                     self.progress(len(part))
+                    at += len(part)
+                    if at - started >= WRITE_BACK_STEP:
+                        write_back(fd, started, at - started)
+                        started = at
             self._sync_behind(fd)
         self.files.append(Written(name, "written", self.view.entries[name].size))
 
@@ -203,8 +210,8 @@ class Stage:
 
         self._syncing.append(self._pool.submit(sync))
 
-    def _copy_range(self, source, offset: int, fd: int, count: int) -> None:
-        """`count` bytes of an open file from `offset` to the end of `fd`, inside the kernel where it can."""
+    def _copy_range(self, source, offset: int, fd: int, count: int, at: int = 0) -> None:
+        """`count` bytes of an open file from `offset` to the end of `fd`, which is at byte `at`, inside the kernel where it can."""
         source_fd = source.fileno()
         in_kernel = hasattr(os, "copy_file_range")
         while count:
@@ -218,7 +225,9 @@ class Stage:
                 continue
             if done == 0:
                 raise BadCheckpoint(f"{source.name}: ends at byte {offset:,} while {count:,} more were to come; it became shorter while it was read.")
+            write_back(fd, at, done)
             offset += done
+            at += done
             count -= done
             self.progress(done)
 
