@@ -91,6 +91,23 @@ def _spoken(ctx, _param, value):
     ctx.with_resource(words.language(value or words.from_environment()))
 
 
+def _complete_rules(_ctx, _param, incomplete):
+    """Codes, names and family letters of rules that go on from the last word of a comma list."""
+    from click.shell_completion import CompletionItem
+    from doctor.engine import load_rules
+
+    before, comma, word = incomplete.rpartition(",")
+    rules = load_rules()
+    return [CompletionItem(before + comma + found, help=r.title) for r in rules
+            for found in (r.code, r.name) if word and found.lower().startswith(word.lower()) or (not word and found == r.code)]
+
+
+def _complete_path(_ctx, _param, incomplete):
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
+
+
 lang_option = click.option("--lang", type=click.Choice(words.LANGUAGES), default=None, expose_value=False, callback=_spoken, show_default=False,
                            help="Language of screens, Markdown and HTML.  [default: the locale's]")
 _PATH = click.Path(path_type=Path)
@@ -105,9 +122,9 @@ plan_options = _options(
                  help="This configuration; none for no file at all.  [default: the nearest doctor.toml or pyproject.toml]"),
 )
 rule_options = _options(
-    click.option("--select", multiple=True, metavar="RULES", help="Only these codes, families (G, W2), names or certainties; commas or repeated."),
-    click.option("--extend-select", multiple=True, metavar="RULES", help="These too, beside what is selected already."),
-    click.option("--ignore", multiple=True, metavar="RULES", help="All but these."),
+    click.option("--select", multiple=True, metavar="RULES", shell_complete=_complete_rules, help="Only these codes, families (G, W2), names or certainties; commas or repeated."),
+    click.option("--extend-select", multiple=True, metavar="RULES", shell_complete=_complete_rules, help="These too, beside what is selected already."),
+    click.option("--ignore", multiple=True, metavar="RULES", shell_complete=_complete_rules, help="All but these."),
     click.option("--rules", "rules_dirs", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
                  help="Also load the rule files of DIR. They are Python: load only what you trust."),
     click.option("--fail-on", type=click.Choice(("error", "warning", "info", "never")), default="error", help="Least severity for exit code 1."),
@@ -129,26 +146,27 @@ def _recipe(method, bits, group_size, sym, tp, runtime, config=None, **more) -> 
                      "runtime_version": version, **more})
 
 
-def _outputs(formats, concise) -> list[tuple[str, str]]:
+def _outputs(formats, concise, known=FORMATS) -> list[tuple[str, str]]:
     """[(format, file or "")]; at most one of them to stdout."""
     chosen = [tuple(f.partition(":")[::2]) for f in formats]
     if concise:
         chosen.append(("concise", ""))
     for name, _ in chosen:
-        if name not in FORMATS:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(FORMATS)}.", param_hint="'-f'")
+        if name not in known:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(known)}.", param_hint="'-f'")
     if sum(not file for _, file in chosen) > 1:
         raise click.UsageError("Only one format can go to stdout; give the others a file, as in -f html:report.html.")
     return chosen or [("full", "")]
 
 
 @cli.command(cls=_Command)
-@click.argument("paths", nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.argument("paths", nargs=-1, required=True, metavar="CHECKPOINT...", shell_complete=_complete_path)
 @plan_options
 @rule_options
 @click.option("--fail-on-skipped", is_flag=True, help="Exit 1 when a rule could not judge.")
 @format_options
 @click.option("--stage", type=click.Choice(STAGES), default=STAGES[-1], help="Most expensive evidence to gather: header reads no weights.")
+@click.option("--room", metavar="DIR", help="Also say whether this machine has the memory to quantize, and the disk to write into DIR.")
 @click.option("--matrix", is_flag=True, help="Also print methods, group sizes and GPU counts, and what stands in the way of each.")
 @click.option("--statistics", is_flag=True, help="Print counts by code instead of findings.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository; org/name@REV says it too.")
@@ -159,7 +177,7 @@ def _outputs(formats, concise) -> list[tuple[str, str]]:
 @click.option("--show-settings", is_flag=True, help="Print every setting and where it comes from, and check nothing.")
 @click.pass_context
 def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, fail_on_skipped,
-          formats, concise, verbose, stage, matrix, statistics, revision, download, baseline, fix_too, output, show_settings):
+          formats, concise, verbose, stage, room, matrix, statistics, revision, download, baseline, fix_too, output, show_settings):
     """Say whether checkpoints are ready for a plan. Writes nothing, unless --fix asks for it.
 
     CHECKPOINT is a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only headers are fetched.
@@ -183,7 +201,7 @@ def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend
             _exit([result.report], fail_on_skipped)
         base = _baseline(baseline, recipe, options) if baseline else None
         reports, stopped = _until_interrupted(paths, lambda path: _checked(
-            path, recipe, (revision, download), baseline=base and base(path), matrix=matrix, keep_partial=True, **options,
+            path, recipe, (revision, download), baseline=base and base(path), matrix=matrix, room=room, keep_partial=True, **options,
             pictures=any(name in ("json", "html", "markdown") for name, _ in outputs)))
         if not stopped:
             _settled(reports)
@@ -401,14 +419,14 @@ unsafe_option = click.option("--unsafe-fixes", default="", metavar="[=CODES]",
 
 
 @cli.command(cls=_Command)
-@click.argument("path", metavar="CHECKPOINT")
+@click.argument("path", metavar="CHECKPOINT", shell_complete=_complete_path)
 @click.option("-o", "--output", "output", type=_PATH, metavar="DIR", help="Directory to write; the source is never changed.")
 @click.option("--in-place", is_flag=True, help="Instead of -o: put the cured copy in CHECKPOINT's place and keep the old one beside it.")
 @plan_options
 @rule_options
 @click.option("--dry-run", is_flag=True, help="Show the edits, write nothing.")
 @unsafe_option
-@click.option("--only", multiple=True, metavar="CODES", help="Only the fixes of these rules.")
+@click.option("--only", multiple=True, metavar="CODES", shell_complete=_complete_rules, help="Only the fixes of these rules.")
 @click.option("--from", "base", metavar="DIR|ORG/NAME[@REV]", help="Base model, or a whole copy: lost files and tensors are taken from it, an adapter is merged into it.")
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of linking them.")
 @lang_option
@@ -439,7 +457,7 @@ def fix(ctx, path, output, in_place, method, bits, group_size, sym, tp, runtime,
 
 
 @cli.command(cls=_Command)
-@click.argument("path", metavar="CHECKPOINT")
+@click.argument("path", metavar="CHECKPOINT", shell_complete=_complete_path)
 def undo(path):
     """Put back what `doctor fix --in-place` replaced."""
     from doctor import api
@@ -449,7 +467,7 @@ def undo(path):
 
 
 @cli.command(cls=_Command)
-@click.argument("path", metavar="CHECKPOINT")
+@click.argument("path", metavar="CHECKPOINT", shell_complete=_complete_path)
 @out_option
 @plan_options
 @click.option("--act-order/--no-act-order", default=True, help="Columns in order of importance; groups stay as they are.")
@@ -487,8 +505,8 @@ def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order
 
 
 @cli.command(cls=_Command)
-@click.argument("original", metavar="ORIGINAL")
-@click.argument("quantized", metavar="QUANTIZED")
+@click.argument("original", metavar="ORIGINAL", shell_complete=_complete_path)
+@click.argument("quantized", metavar="QUANTIZED", shell_complete=_complete_path)
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to compare on.  [default: texts of doctor]")
 @click.option("--context", type=int, default=None, help="Tokens of a row.")
 @click.option("--rows", type=int, default=None, help="Rows, at most.")
@@ -511,7 +529,7 @@ def verify(original, quantized, text, context, rows, memory, formats, concise, v
 
 
 @cli.command(cls=_Command)
-@click.argument("path", metavar="CHECKPOINT")
+@click.argument("path", metavar="CHECKPOINT", shell_complete=_complete_path)
 @click.option("--context", type=int, default=8192, help="Tokens kept per sequence.")
 @click.option("--batch", type=int, default=1, help="Sequences at a time.")
 @click.option("--memory", default="", metavar="SIZE", help="GPU memory for weights and cache, as 24GB: prints the longest context that fits.")
@@ -520,26 +538,35 @@ def verify(original, quantized, text, context, rows, memory, formats, concise, v
 @click.option("--measure", is_flag=True, help="Also run the model on text with its cache quantized: perplexity of each scheme.")
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure on.  [default: texts of doctor]")
 @click.option("--rows", type=int, default=None, help="Rows to measure, of 512 tokens.  [default: 2]")
-@click.option("-f", "--format", "format", type=click.Choice(("full", "json")), default="full")
+@click.option("-f", "--format", "formats", multiple=True, metavar="FORMAT[:FILE]", help="full, json, html; repeatable, to stdout or to a FILE.  [default: full]")
 @lang_option
-def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, rows, format):
+def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, rows, formats):
     """Memory of the key/value cache, and the fewest bits its keys survive.
 
     The verdict comes from the weights: random states go through each layer's own projections, and the exact cache.
     """
     from doctor import api
 
-    with _json_on_failure([(format, "")]):
+    outputs = _outputs(formats, False, ("full", "json", "html"))
+    with _json_on_failure(outputs):
         with _steps() as tick:
             result = api.kvcache(path, context=context, batch=batch, measure=measure, progress=tick,
                                  **_given(memory=_bytes(memory), key_bits=key_bits, value_bits=value_bits, text=text, rows=rows))
-        from doctor.report.kv_text import kvcache_json, show_kvcache
-        from doctor.report.terminal import console
+        _emit_kvcache(result, outputs)
 
-        if format == "json":
-            sys.stdout.write(kvcache_json(result))
-        else:
+
+def _emit_kvcache(result, outputs) -> None:
+    from doctor.report.kv_text import kvcache_html, kvcache_json, render_kvcache, show_kvcache
+    from doctor.report.terminal import console
+
+    writers = {"full": render_kvcache, "json": kvcache_json, "html": kvcache_html}
+    for name, file in outputs:
+        if file:
+            _write_file(file, writers[name](result))
+        elif name == "full":
             show_kvcache(result, console(sys.stdout))
+        else:
+            sys.stdout.write(writers[name](result))
 
 
 def _bytes(text: str) -> int | None:
@@ -555,7 +582,7 @@ def _bytes(text: str) -> int | None:
 
 
 @cli.command(cls=_Command)
-@click.argument("what", nargs=-1, required=True, metavar="CODE | NAME | ERROR TEXT | -")
+@click.argument("what", nargs=-1, required=True, metavar="CODE | NAME | ERROR TEXT | -", shell_complete=_complete_rules)
 @click.option("-f", "--format", "format", type=click.Choice(("text", "markdown")), default="text")
 @lang_option
 def explain(what, format):
@@ -585,7 +612,7 @@ def explain(what, format):
 @cli.command(cls=_Command)
 @click.option("-f", "--format", "format", type=click.Choice(("table", "json", "markdown")), default="table")
 @lang_option
-@click.option("--select", multiple=True, metavar="RULES", help="Only these codes, families, names or certainties.")
+@click.option("--select", multiple=True, metavar="RULES", shell_complete=_complete_rules, help="Only these codes, families, names or certainties.")
 @click.option("--rules", "rules_dirs", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR")
 def rules(format, select, rules_dirs):
     """List the rules."""
@@ -610,6 +637,21 @@ def render(report, formats, concise, verbose):
     Needs only the JSON that `doctor check -f json:REPORT.json` wrote, not the checkpoint.
     """
     _emit(_read_reports(report), _outputs(formats, concise), verbose)
+
+
+@cli.command(cls=_Command)
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+def completion(shell):
+    """Print the script that completes commands, options and rule codes in a shell.
+
+    \b
+    bash   doctor completion bash >> ~/.bashrc
+    zsh    doctor completion zsh >> ~/.zshrc      after compinit
+    fish   doctor completion fish > ~/.config/fish/completions/doctor.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    click.echo(get_completion_class(shell)(cli, {}, "doctor", "_DOCTOR_COMPLETE").source())
 
 
 def _read_reports(path: Path) -> list:

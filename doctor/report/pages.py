@@ -126,11 +126,11 @@ def _list(screen: Screen, rows: list[tuple[Rule, str]]) -> None:
     wide = max(len(r.name) for r, _ in rows)
     beside = wide + 14 + max(cell_len(t) for _, t in rows) <= screen.width
     for entry, text in rows:
-        head = _text(f"  {entry.code}  ", (entry.name.ljust(wide), COLOURS[entry.severity]), "   ")
+        head = _text("  ", screen.code(entry.code, entry), "  ", (entry.name.ljust(wide), COLOURS[entry.severity]), "   ")
         if beside:
             screen.line(head, text)
         else:
-            screen.line(_text(f"  {entry.code}  ", (entry.name, COLOURS[entry.severity])))
+            screen.line(_text("  ", screen.code(entry.code, entry), "  ", (entry.name, COLOURS[entry.severity])))
             screen.hang(Text("        "), Text(text, "bright_black"))
 
 
@@ -141,7 +141,7 @@ def show_rules(rules: list[Rule], out: Console) -> None:
     for area in (name for _, name in AREAS if any(r.area == name for r in rules)):
         screen.line((say(area), "bold"))
         for entry in (r for r in rules if r.area == area):
-            head = _text(f"  {entry.code}  ", (pad(say(entry.severity), 8), COLOURS[entry.severity]), f"{entry.name.ljust(wide)}  ")
+            head = _text("  ", screen.code(entry.code, entry), "  ", (pad(say(entry.severity), 8), COLOURS[entry.severity]), f"{entry.name.ljust(wide)}  ")
             if screen.width - head.cell_len >= 30:
                 screen.hang(head, Text(one_line(entry.heading(current())), "bright_black"))
             else:

@@ -7,6 +7,9 @@ blanks, so piped output can be compared.
 
 import io
 import re
+import socket
+import sys
+from pathlib import Path
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -31,6 +34,11 @@ class Screen:
     def __init__(self, console: Console):
         self.console = console
         self.width = max(min(console.width, MAX_WIDTH), 40)
+        self.links = shows_links(console)
+
+    def code(self, text: str, entry, style: str = "") -> Text:
+        """A rule's code, linked to its page where the terminal can."""
+        return _text((text, style + (page_link(entry) if self.links else "")))
 
     def line(self, *parts: tuple[str, str] | str | Text) -> None:
         """One line as it is; what does not fit is folded by the terminal."""
@@ -83,6 +91,24 @@ def console(file=None, width: int | None = None, **options) -> Console:
     if width is None and not made.is_terminal and "COLUMNS" not in made._environ:
         made.width = 100
     return made
+
+
+def shows_links(out: Console) -> bool:
+    """Whether this terminal makes a link of OSC 8. FORCE_HYPERLINK=0 or 1 decides; pipes, dumb and very old terminals get none."""
+    env = out._environ
+    term, vte = env.get("TERM", ""), env.get("VTE_VERSION", "")
+    if not out.is_terminal or out.is_dumb_terminal or out.no_color or out.color_system is None:
+        return False
+    if env.get("FORCE_HYPERLINK"):
+        return env["FORCE_HYPERLINK"] != "0"
+    # The Linux console and VTE before 0.50 print the address itself; screen cuts it off.
+    return not (env.get("CI") or term in ("", "linux") or term.startswith(("screen", "vt")) and "TMUX" not in env or (vte.isdigit() and int(vte) < 5000))
+
+
+def page_link(entry) -> str:
+    """The style that links a rule to its file, whose first lines are its page; "" where it has no file."""
+    file = getattr(sys.modules.get(entry.module), "__file__", None) if entry is not None else None
+    return " link " + Path(file).as_uri().replace("file://", f"file://{socket.gethostname()}", 1) if file else ""
 
 
 def render(reports: list[Report], width: int = 100, verbose: bool = False) -> str:
@@ -154,7 +180,8 @@ def _group(screen: Screen, report: Report, group: Group) -> None:
     colour = COLOURS[first.severity]
     state = say("new") + " " if first.baseline_state == "new" else ""
     title, message = view.headline(group, entry)
-    screen.hang(_text((f"{state}{say(first.severity)}[{group.code}] ", colour)), Text(title, "bold"), 2)
+    head = _text((f"{state}{say(first.severity)}[", colour), screen.code(group.code, entry, colour), ("] ", colour))
+    screen.hang(head, Text(title, "bold"), 2)
     if message:
         screen.hang(Text("  "), Text(message))
     _where(screen, group)
