@@ -33,13 +33,14 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
           stage: str = "output", fail_on: str = "error", rules_dirs: Iterable[Path] = (),
           progress: Callable[[int], None] = lambda n: None, facts: Iterable[tuple[str, str, object]] = (),
           pictures: bool = False, extend_select: Iterable[str] = (), config: Config | None = None, baseline: Report | None = None,
-          matrix: bool = False, keep_partial: bool = False) -> Report:
+          matrix: bool = False, room: str | os.PathLike | None = None, keep_partial: bool = False) -> Report:
     """Judge a checkpoint against a recipe, reading every byte of its tensors at most once.
 
     path: a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only JSON files and headers are read.
     stage: the most expensive kind of evidence to gather ("header" reads no weights). facts: (subject, fact, value) of a
     calibration or run made elsewhere. pictures: also make the tables that HTML and Markdown draw (Report.extra); matrix: only that
     of plans by GPU count.
+    room: the directory that a quantized copy would be written to; memory and disk of this machine are then judged too.
     config: what doctor.config.load() found; its selection comes before select and ignore, its recipe is the default, and its
     suppressions hold. None reads no configuration, not even the checkpoint's own. baseline: findings are new or not against it.
     keep_partial: Ctrl-C while weights are read ends the reading; the report holds what was found so far and, in its summary, what was
@@ -51,6 +52,8 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
     store = header_facts(checkpoint, recipe)
+    if room is not None:
+        _measure(checkpoint, store, recipe, room)
     for subject, name, value in facts:
         store.put(subject, name, value)
     scanned = None
@@ -80,6 +83,14 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
         against(report, baseline)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _measure(checkpoint: Checkpoint, store: Store, recipe: Recipe, room: str | os.PathLike) -> None:
+    """Put what this machine has, and what quantizing into `room` takes, where the config says what to quantize."""
+    if store.has(CHECKPOINT, "spec"):
+        from doctor.quant.room import measure
+
+        store.put(CHECKPOINT, "given_machine", measure(checkpoint, store.get(CHECKPOINT, "spec"), recipe, room))
 
 
 def _chosen(rules_dirs: Iterable[Path], config: Config | None, select: Iterable[str], extend_select: Iterable[str], ignore: Iterable[str]) -> list:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from doctor.checkpoint import INDEX_NAME, Checkpoint
 from doctor.facts import CHECKPOINT, Store, Unavailable, fact, provide
+from doctor.machine import Machine  # noqa: F401 - declares the facts of the machine
 from doctor.recipe import Recipe
 from doctor.spec import ModelSpec, build_spec
 
@@ -370,6 +371,7 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     store.add_subject("checkpoint", CHECKPOINT, checkpoint)
     store.put(CHECKPOINT, "recipe", recipe)
     store.put(CHECKPOINT, "base", None)
+    store.put(CHECKPOINT, "given_machine", None)
     store.put(CHECKPOINT, "asked", frozenset())
     for name, shard in checkpoint.shards.items():
         store.add_subject("shard", f"shard:{name}", shard)

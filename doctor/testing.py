@@ -300,8 +300,17 @@ def measured(family: str | None = None) -> Case:
     return case
 
 
+def roomy(family: str | None = None) -> Case:
+    """tiny() with a machine that has plenty of disk and memory for it."""
+    from doctor.machine import Machine
+
+    case = tiny(family)
+    case.put("checkpoint:", "given_machine", Machine("OUT", 64 << 30, 1 << 30, 64 << 30, 1 << 20))
+    return case
+
+
 def change(case: Case, subject: str, name: str, **values) -> None:
-    """Replace fields of a fact that `measured` or `compared` put into a case."""
+    """Replace fields of a fact that `measured`, `roomy` or `compared` put into a case."""
     case.put(subject, name, replace(case.facts[subject, name], **values))
 
 
