@@ -20,6 +20,7 @@ import torch
 
 from doctor.errors import NotQuantizable
 from doctor.quant import solver
+from doctor.quant.hessian import all_finite
 
 BITS = (2, 3, 4, 8)
 # Shrink factors of the min-max scale. Above 1: absmax lands on the last code on both sides (7.5/7 at 4 bits).
@@ -82,10 +83,8 @@ def fit(W: torch.Tensor, bits: int, group_size: int, sym: bool, *, mse: bool = F
                 return made
     grouped = W.to(torch.float32).reshape(n, k // width, width)
     cost = None if weight is None else weight.to(W.device, torch.float32).reshape(1, k // width, width)
-    candidates = torch.tensor([*_RATIOS, *_FINE])
-    found = solver.fit(grouped.reshape(n, k), None if cost is None else cost.reshape(k), width, solver.rule(
-        bits, sym, turn=signed, mse=mse, zero_min=zero_min, dtype=scale_dtype, ratios=len(_RATIOS), fine=len(_FINE),
-        refits=_REFITS), candidates)
+    found = solver.fit(grouped.reshape(n, k), None if cost is None else cost.reshape(k), width,
+                       *native_rule(bits, sym, mse=mse, signed=signed, zero_min=zero_min, scale_dtype=scale_dtype))
     if found is not None and torch.isfinite(found[0]).all():    # where it is not, the code below names the scale
         return Grid(*found)
     scale = torch.empty(n, k // width, device=W.device)
@@ -103,10 +102,17 @@ def fit(W: torch.Tensor, bits: int, group_size: int, sym: bool, *, mse: bool = F
     return Grid(scale, zero)
 
 
+def native_rule(bits: int, sym: bool, *, mse: bool, signed: bool, zero_min: int, scale_dtype: torch.dtype
+                ) -> tuple[solver.Rule, torch.Tensor]:
+    """The arguments of `fit` as the native loops take them: (rule, candidates f32[ratios + fine])."""
+    return (solver.rule(bits, sym, turn=signed, mse=mse, zero_min=zero_min, dtype=scale_dtype, ratios=len(_RATIOS), fine=len(_FINE),
+                        refits=_REFITS), torch.tensor([*_RATIOS, *_FINE]))
+
+
 def require_finite(W: torch.Tensor) -> None:
     """NotQuantizable naming the first non-finite value of W[n, k] and their count."""
-    bad = ~torch.isfinite(W)
-    if bad.any():
+    if not all_finite(W):
+        bad = ~torch.isfinite(W)
         row, column = divmod(int(bad.flatten().to(torch.uint8).argmax()), W.shape[1])
         raise NotQuantizable(f"W[{row}, {column}] is {W[row, column].item()} ({int(bad.sum())} non-finite values): "
                              "a scale needs finite values.", "Run `doctor check`: it lists every such tensor.")

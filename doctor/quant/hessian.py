@@ -14,13 +14,15 @@ Sources: Frantar et al. 2022 (arXiv 2210.17323); Higham, Accuracy and Stability 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from scipy.linalg.blas import dsyrk, ssyrk
 from scipy.linalg.lapack import dpotrf, dtrtri, spotrf, strtri
+
+from doctor.quant import solver
 
 # A damp of 2e-7 to 6e-7 of lambda_max / mean diag(H) was the least that passed in float32, for widths 512 to 4096 and a
 # dominant direction (lambda_max about k times the mean). The upper edge, so that below it a failure is no surprise.
@@ -181,31 +183,52 @@ def power_iteration(H: torch.Tensor, steps: int = 20) -> float:
 
 
 def factorise(H: torch.Tensor, damp: float, mean: float | None = None) -> tuple[torch.Tensor | None, int]:
-    """(U, info): U upper triangular with (H + damp * mean * I)^-1 = U^T U, and why there is none.
+    """(U, info): U upper triangular with (H + damp * mean * I)^-1 = U^T U, and why there is none, as in reversed_factor.
+
+    One factorization instead of three: with J the reversal of order, J H J = L L^T gives U = J L^-1 J, so there is one
+    place that can fail, and 2/3 k^3 operations instead of 4/3.
+    """
+    L, info = reversed_factor(H, damp, mean)
+    if L is None:
+        return None, info
+    inverse, info = _inverse_of_triangle(L)
+    if inverse is None:
+        return None, info
+    U = inverse.flip(0, 1).contiguous()
+    return (U, 0) if all_finite(U) else (None, -1)
+
+
+def reversed_factor(H: torch.Tensor, damp: float, mean: float | None = None, order: torch.Tensor | None = None
+                    ) -> tuple[torch.Tensor | None, int]:
+    """(L, info): L lower triangular with L L^T = H + damp * mean * I in reversed `order` (i64[k]; None: as it is), and why there is none.
 
     H [k, k] in float32 or float64, which is the precision of the work; mean is the mean diagonal that damp is a share
     of (default: over live columns). Dead columns stand in with the mean, which decouples them from the others.
 
-    One factorization instead of three: with J the reversal of order, J H J = L L^T gives U = J L^-1 J, so there is one
-    place that can fail, and 2/3 k^3 operations instead of 4/3.
-
-    info = 0: U is good. info = j > 0: the leading minor of order j of the *reversed* matrix is not positive; j is near
+    info = 0: L is good. info = j > 0: the leading minor of order j of the *reversed* matrix is not positive; j is near
     the rank when calibration rows are few but moves with rounding, so it is evidence and never part of a message.
-    info = -1: H or U is not finite. Finite is tested on both sides of the call because LAPACK does not (spotrf of a
+    info = -1: H or L is not finite. Finite is tested on both sides of the call because LAPACK does not (spotrf of a
     matrix with one NaN returns info = 0 and a NaN factor: SciPy 1.17, OpenBLAS). A caller must not retry on -1.
     """
     if not all_finite(H):
         return None, -1
     mean = live_mean(H) if mean is None else mean
-    damped = H.flip(0, 1).contiguous()
+    damped = _reversed(H, order)
     diagonal = damped.diagonal()
     diagonal.copy_(torch.where(diagonal > 0, diagonal, torch.full_like(diagonal, mean if mean > 0 else 1.0)))
     diagonal.add_(damp * mean)
-    inverse, info = _inverse_of_factor(damped)
-    if inverse is None:
-        return None, info
-    U = inverse.flip(0, 1).contiguous()
-    return (U, 0) if all_finite(U) else (None, -1)
+    L, info = _lower_factor(damped)
+    return (L, info) if L is None or all_finite(L) else (None, -1)
+
+
+def _reversed(H: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """H in reversed order, contiguous; above the diagonal it may hold anything."""
+    if order is None and not solver.usable(H):
+        return H.flip(0, 1).contiguous()
+    order = torch.arange(len(H) - 1, -1, -1) if order is None else order.flip(0)
+    if solver.usable(H):
+        return solver.arrange(H.contiguous(), order.to(torch.int32))
+    return H.index_select(0, order).index_select(1, order)
 
 
 def all_finite(values: torch.Tensor) -> bool:
@@ -213,33 +236,39 @@ def all_finite(values: torch.Tensor) -> bool:
     return not values.numel() or all(map(torch.isfinite, torch.aminmax(values)))
 
 
-def _inverse_of_factor(A: torch.Tensor) -> tuple[torch.Tensor | None, int]:
-    """(L^-1 of A = L L^T, info); A [k, k] is overwritten.
+def _lower_factor(A: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """(L of A = L L^T, info); the lower triangle of A [k, k] is read, all of it overwritten.
 
-    On a CPU LAPACK inverts the triangle itself, a third of what solving against the identity costs. In Fortran's order A^T
-    lies where A lies, so the upper factor R of A^T is L^T and nothing is copied.
+    In Fortran's order A^T lies where A lies, so the upper factor R of A^T is L^T and nothing is copied.
     """
-    routines = {torch.float32: (spotrf, strtri), torch.float64: (dpotrf, dtrtri)}.get(A.dtype)
-    if A.device.type == "cpu" and routines:
-        factor, invert = routines
-        R, info = factor(A.numpy().T, lower=0, overwrite_a=1, clean=1)
-        if info == 0:
-            R, info = invert(R, lower=0, overwrite_c=1)
+    routine = {torch.float32: spotrf, torch.float64: dpotrf}.get(A.dtype)
+    if A.device.type == "cpu" and routine:
+        R, info = routine(A.numpy().T, lower=0, overwrite_a=1, clean=1)
         return (None, int(info)) if info else (torch.from_numpy(R.T), 0)
-    lower, info = torch.linalg.cholesky_ex(A)
-    if int(info):
-        return None, int(info)
-    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-    return torch.linalg.solve_triangular(lower, eye, upper=False), 0
+    L, info = torch.linalg.cholesky_ex(A)
+    return (None, int(info)) if int(info) else (L, 0)
 
 
-def factorise_with_escalation(H: torch.Tensor, damp: float, damp_max: float, mean: float | None = None
+def _inverse_of_triangle(L: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """(L^-1, info); L [k, k] is overwritten.
+
+    On a CPU LAPACK inverts the triangle itself, a third of what solving against the identity costs.
+    """
+    routine = {torch.float32: strtri, torch.float64: dtrtri}.get(L.dtype)
+    if L.device.type == "cpu" and routine:
+        R, info = routine(L.numpy().T, lower=0, overwrite_c=1)
+        return (None, int(info)) if info else (torch.from_numpy(R.T), 0)
+    return torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False), 0
+
+
+def factorise_with_escalation(H: torch.Tensor, damp: float, damp_max: float, mean: float | None = None,
+                              factor: Callable[..., tuple[torch.Tensor | None, int]] = factorise
                               ) -> tuple[torch.Tensor | None, list[Attempt]]:
-    """(U in the dtype of H, attempts): the first factor that succeeds, and every try before it as data.
+    """(the factor in the dtype of H, attempts): the first that succeeds of factor(H, damp, mean), and every try before it as data.
 
     In order of what each costs in quality: float32 at damp; float64 at damp (same problem, more digits); more damping
     up to 0.1, each rung no higher than damp_max; eigenvalues of H clamped from below at damp; more damping up to
-    damp_max. U is None when all failed: the caller quantizes without feedback (RTN) and says so. A non-finite H ends
+    damp_max. The factor is None when all failed: the caller quantizes without feedback (RTN) and says so. A non-finite H ends
     the ladder at its first rung, since no damping makes NaN finite.
     """
     attempts: list[Attempt] = []
@@ -249,7 +278,7 @@ def factorise_with_escalation(H: torch.Tensor, damp: float, damp_max: float, mea
             matrix, share_added = _clamp_eigenvalues(H.to(torch.float64), share * mean), 0.0
         else:
             matrix, share_added = H.to(getattr(torch, precision)), share
-        U, info = factorise(matrix, share_added, mean)
+        U, info = factor(matrix, share_added, mean)
         outcome = "ok" if info == 0 else "non-finite" if info < 0 else "not-positive"
         attempts.append(Attempt(share, precision, outcome, info))
         if info <= 0:

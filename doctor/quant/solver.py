@@ -1,4 +1,4 @@
-"""The native loops of cuda/host/solve.c: the grid search and the two loops over columns, on CPU tensors in float32.
+"""The native loops of cuda/host/solve.c: the grid search, GPTQ's loop over columns and its refinement, on CPU tensors in float32.
 
 grid.py and gptq.py ask here first and go on in torch where the answer is None or False: no library, or another device.
 Rows are shared among as many threads as torch has; a row's result does not depend on how they are shared.
@@ -13,7 +13,7 @@ import torch
 
 from doctor import native
 
-BLOCK = 128                     # columns at a time, BLOCK of solve.c
+BLOCK, _PANEL = 128, 4          # columns of a block and of a panel, BLOCK and COLUMNS of solve.c
 _WORK_OF_A_THREAD = 1 << 16     # weights below which a second thread costs more than it brings
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -62,38 +62,86 @@ def fit(W: torch.Tensor, cost: torch.Tensor | None, width: int, rule: Rule, cand
     return scale, zero
 
 
-def round_columns(T: torch.Tensor, U: torch.Tensor, owner: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int,
-                  codes: torch.Tensor, errors: torch.Tensor) -> None:
-    """The columns of one block (at most 128): T f32[count, n], U f32[count, count] (a view), owner i32[count], scale and zero
+def round_columns(W: torch.Tensor, L: torch.Tensor, order: torch.Tensor, owner: torch.Tensor, extra: torch.Tensor, found: Rule,
+                  grid: tuple[torch.Tensor, torch.Tensor] | None, cost: torch.Tensor | None = None, width: int = 0,
+                  candidates: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """GPTQ of W f32[n, k], step p rounding column order[p] to the grid of group owner[p]: (codes u8[n, k], scale f32[n, G],
 
-    f32[G, n]. Fills codes u8[count, n] and errors f32[count, n]; T stays as it is.
+    zero i32[n, G], loss f64[n], excess f64[n]). L f32[k, k] is hessian.reversed_factor of H in that order; loss is tr(e H e^T) of the damped
+    H by row, excess what the damping extra f32[k] of each step has in it. grid (scale, zero) fixed beforehand, or None: then groups are
+    runs of `width` steps, a multiple of 4 up to 128, fitted when their first step comes up, with cost f32[k] by step.
+    A scale past the stored dtype comes out as Inf.
     """
-    call = native.function("doctor_round_columns")
-    count, n = T.shape
+    n, k = W.shape
+    block = BLOCK if grid else width * (BLOCK // width)
+    packed = _packed(k, block, lambda end: end)
+    native.function("doctor_pack_factor")(_at(L), _i64(k), _i64(block), _at(packed))
+    groups = grid[0].shape[1] if grid else k // width
+    scale, zero = grid or (torch.empty(n, groups), torch.empty(n, groups, dtype=torch.int32))
+    codes = torch.empty(n, k, dtype=torch.uint8)
+    sums = _run("doctor_round_columns", W, order, owner, packed, extra, scale, zero, codes, found, block, 0 if grid else width, cost,
+                candidates)
+    return codes, scale, zero, *sums
+
+
+def refine(W: torch.Tensor, H: torch.Tensor, order: torch.Tensor, owner: torch.Tensor, extra: torch.Tensor, found: Rule,
+           codes: torch.Tensor, grid: tuple[torch.Tensor, torch.Tensor], width: int = 0) -> tuple[torch.Tensor, ...]:
+    """One pass of coordinate descent under H f32[k, k] + diag(extra): (codes, scale, zero, change of the loss f64[n], excess f64[n]).
+
+    width: of the groups, runs in `order`, whose scale is fitted anew after its codes (a multiple of 4 up to 128); 0 leaves scales alone.
+    """
+    k = W.shape[1]
+    block = width or BLOCK
+    packed = _packed(k, block, lambda end: k)
+    native.function("doctor_pack_hessian")(_at(H), _at(order), _at(extra), _i64(k), _i64(block), _at(packed))
+    codes, scale, zero = codes.clone(), grid[0].clone(), grid[1].contiguous()
+    sums = _run("doctor_refine", W, order, owner, packed, extra, scale, zero, codes, found, block, width)
+    return codes, scale, zero, *sums
+
+
+def arrange(H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """H f32[k, k] with rows and columns in order i32[k]: the lower triangle; what lies above it is not defined."""
+    out = torch.empty_like(H)
+    native.function("doctor_arrange")(_at(H), _at(order), _i64(len(H)), _at(out))
+    return out
+
+
+def fits(width: int) -> bool:
+    """Whether grids of groups of `width` can be fitted between the columns of a block."""
+    return width <= BLOCK and width % _PANEL == 0
+
+
+class _Columns(ctypes.Structure):
+    """struct columns_of of solve.c."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("W", "order", "owner", "packed", "extra", "scale", "zero", "codes", "loss",
+                                                       "excess", "cost", "candidates")),
+                *((name, ctypes.c_int64) for name in ("n", "k", "groups", "block", "width"))]
+
+
+def _packed(k: int, block: int, height: Callable[[int], int]) -> torch.Tensor:
+    ends = [min(k, begin + block) for begin in range(0, k, block)]
+    return torch.empty(sum(-(-(end - begin) // _PANEL) * _PANEL * height(end) for begin, end in zip(range(0, k, block), ends, strict=True)))
+
+
+def _run(name: str, W: torch.Tensor, order: torch.Tensor, owner: torch.Tensor, packed: torch.Tensor, extra: torch.Tensor,
+         scale: torch.Tensor, zero: torch.Tensor, codes: torch.Tensor, found: Rule, block: int, width: int,
+         cost: torch.Tensor | None = None, candidates: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    n, k = W.shape
+    groups = scale.shape[1]
+    sums = torch.zeros(2, n, dtype=torch.float64)
+    tensors = (W, order, owner, packed, extra, scale, zero, codes, sums[0], sums[1], cost, candidates)
+    columns = _Columns(*(_at(t) for t in tensors), n, k, groups, block, width)
+    call, size = native.function(name), native.function("doctor_columns_scratch")
+    size.restype = ctypes.c_int64
+    floats = size(_i64(k), _i64(groups), _i64(width))
 
     def part(begin: int, end: int) -> None:
-        scratch = torch.empty(BLOCK * BLOCK)
-        call(_at(T), _i64(n), _at(U), _i64(U.stride(0)), _i64(count), _at(owner), _at(scale), _at(zero), ctypes.c_float(top),
-             _at(codes), _at(errors), _i64(begin), _i64(end), _at(scratch))
+        scratch = torch.empty(floats)
+        call(ctypes.byref(columns), ctypes.byref(found), _i64(begin), _i64(end), _at(scratch))
 
-    _share(n, n * count, part)
-
-
-def descend(T: torch.Tensor, H: torch.Tensor, owner: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int,
-            pull: torch.Tensor, error: torch.Tensor, codes: torch.Tensor, moved: torch.Tensor) -> None:
-    """One block of the coordinate descent: T, pull, error and moved f32[count, n], H f32[count, count] (a view), the rest as above.
-
-    Updates error, fills codes and moved.
-    """
-    call = native.function("doctor_descend")
-    count, n = T.shape
-
-    def part(begin: int, end: int) -> None:
-        scratch = torch.empty(BLOCK * BLOCK)
-        call(_at(T), _i64(n), _at(H), _i64(H.stride(0)), _i64(count), _at(owner), _at(scale), _at(zero), ctypes.c_float(top),
-             _at(pull), _at(error), _at(codes), _at(moved), _i64(begin), _i64(end), _at(scratch))
-
-    _share(n, n * count, part)
+    _share(n, n * k, part)
+    return sums[0], sums[1]
 
 
 def rule(bits: int, sym: bool, *, turn: bool, mse: bool, zero_min: int, dtype: torch.dtype, ratios: int, fine: int, refits: int
