@@ -15,6 +15,7 @@ provide("stats", "tensor", "values", "Exact counters over every value of a tenso
 provide("zero_groups", "linear", "values", "Groups of group_size in_features whose weights are all 0, counted per row.")
 provide("zero_groups_fp16", "linear", "values", "The same after a cast to fp16, where tiny weights become 0; zero_groups are among them.")
 provide("first_zero_group", "linear", "values", "(row, first column) of the first of either, or None.")
+provide("one_signed", "linear", "values", "(groups looked at, those of them without a negative or without a positive weight); groups of zeros are not counted.")
 provide("zero_rows", "linear", "values", "out_features whose weights are all 0.")
 provide("zero_columns", "linear", "values", "in_features whose weights are all 0.")
 provide("digest", "tensor", "values", "blake2b of a tensor's bytes; only embeddings and heads, to tell tied from copied.")
@@ -23,6 +24,8 @@ provide("digest", "tensor", "values", "blake2b of a tensor's bytes; only embeddi
 provide("calibration", "checkpoint", "calibration", "What the calibration rows are (Calibration).")
 provide("hessian", "linear", "calibration", "What the Hessian of a linear's input says (Hessian).")
 provide("solve", "linear", "run", "How a linear was quantized, and everything that was tried (Solve).")
+provide("stacked_experts", "checkpoint", "run", "(tensor, why) of 3-D tensors of experts that a run left in 16 bits.")
+provide("slower_paths", "checkpoint", "run", "Sentences on what a run did in a slower way than it can, and why; () where nothing.")
 provide("comparison", "checkpoint", "output", "The quantized model against its original (Comparison).")
 
 

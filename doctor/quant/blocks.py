@@ -12,6 +12,7 @@ own input, hence its own Hessian.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,6 +119,38 @@ class Call:
     kwargs: dict
 
 
+class _Ahead:
+    """Tensors of one block as stored, read by a thread of their own while another block computes; pinned for a copy to a GPU."""
+
+    def __init__(self, checkpoint: Checkpoint, names: list[str], pinned: bool):
+        self._found: dict[str, torch.Tensor] = {}
+        self._error: Exception | None = None
+        self._wanted = True
+        self._thread = threading.Thread(target=self._read, args=(checkpoint, names, pinned), name="doctor-read-ahead")
+        self._thread.start()
+
+    def _read(self, checkpoint: Checkpoint, names: list[str], pinned: bool) -> None:
+        try:
+            for name in names:
+                if not self._wanted:
+                    return
+                tensor = load_tensor(checkpoint, name)
+                self._found[name] = tensor.pin_memory() if pinned else tensor
+        except Exception as error:  # whatever it is, it belongs to who asks for the block
+            self._error = error
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of them, once. Raises what reading raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def stop(self) -> None:
+        self._wanted = False
+        self._thread.join()
+
+
 class _Enough(Exception):
     """Leaves a forward pass as soon as what was wanted from it is known."""
 
@@ -146,6 +179,8 @@ class Skeleton:
         for i in range(len(self.blocks)):
             self._separate_experts(i)
         self._returns_tuple = False
+        self._ahead: tuple[int, _Ahead] | None = None
+        self._at_hand: dict[str, torch.Tensor] = {}
 
     # names
 
@@ -191,8 +226,28 @@ class Skeleton:
 
     def load_block(self, i: int) -> nn.Module:
         """Block i with its weights, on the device, in float32. Raises NotQuantizable where the checkpoint lacks one."""
-        self._load(self.blocks[i], f"{self.list_name}.{i}.")
+        if self._ahead is not None and self._ahead[0] == i:
+            (_, ahead), self._ahead = self._ahead, None
+            self._at_hand = ahead.tensors()
+        try:
+            self._load(self.blocks[i], f"{self.list_name}.{i}.")
+        finally:
+            self._at_hand = {}
         return self.blocks[i]
+
+    def read_ahead(self, i: int) -> None:
+        """Start reading block i, if there is one, for the next load_block(i)."""
+        self.stop_reading()
+        if i < len(self.blocks):
+            sources = (self._source(i, name) for name, _ in self.blocks[i].named_parameters())
+            names = [name for name in dict.fromkeys(sources) if name is not None]
+            self._ahead = i, _Ahead(self.checkpoint, names, self.device.type == "cuda")
+
+    def stop_reading(self) -> None:
+        """Wait for the reading thread and forget what it read."""
+        if self._ahead is not None:
+            self._ahead[1].stop()
+            self._ahead = None
 
     def drop_block(self, i: int) -> None:
         """Forget the weights of block i."""
@@ -230,11 +285,13 @@ class Skeleton:
         if source is None:
             raise NotQuantizable(f"{name}: {type(self.model).__name__} has this parameter, the checkpoint has no tensor for it.",
                                  "Run `doctor check`: rules F05x compare the tensors with config.json.")
-        tensor = load_tensor(self.checkpoint, source, None if keep_dtype else self.dtype)
+        tensor = self._at_hand.pop(source, None)
+        tensor = load_tensor(self.checkpoint, source) if tensor is None else tensor
         if tensor.shape != shape:
             raise NotQuantizable(f"{source}: shape {list(tensor.shape)}; config.json makes it {list(shape)}.",
                                  "Run `doctor check`: rules F05x compare the tensors with config.json.")
-        return tensor.to(self.device)
+        # The copy to a GPU is of the stored width and need not be waited for; the cast happens there.
+        return tensor.to(self.device, non_blocking=True).to(tensor.dtype if keep_dtype else self.dtype)
 
     # running
 

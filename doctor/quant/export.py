@@ -119,7 +119,7 @@ class Output:
         before = notes[0].get("fingerprint") if notes else None
         now = json.loads(json.dumps(fingerprint))
         if before != now:
-            differs = [k for k in now if not isinstance(before, dict) or before.get(k) != now[k]]
+            differs = _differences(before if isinstance(before, dict) else {}, now)
             raise PlanRefused(f"{self.stage}: the interrupted run differs in {', '.join(differs) or 'its fingerprint'}.",
                               "Resume with the same checkpoint, recipe, text and versions, or start anew without --resume.")
 
@@ -233,6 +233,18 @@ class Output:
             weight_map.update({info[0]: name for info in infos})
             total += sum(info[3] for info in infos)
         return weight_map, total
+
+
+def _differences(before: dict, now: dict) -> list[str]:
+    """Names of what differs; for the recipe, its fields and both values."""
+    found = []
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found += [f"{key} ({k} was {old.get(k)}, is {v})" for k, v in value.items() if old.get(k) != v]
+        elif old != value:
+            found.append(key)
+    return found
 
 
 def header_bytes(infos: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:

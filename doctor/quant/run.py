@@ -30,9 +30,9 @@ from doctor.builtin import Calibration, Solve
 from doctor.checkpoint import Checkpoint
 from doctor.engine import judge
 from doctor.errors import MachineError, NotQuantizable
-from doctor.facts import Store
+from doctor.facts import CHECKPOINT, Store
 from doctor.layout import is_kept
-from doctor.quant import awq, budget, export
+from doctor.quant import awq, budget, export, kernels, solver
 from doctor.quant.blocks import Call, Skeleton, load_tensor
 from doctor.quant.budget import BATCH_TOKENS
 from doctor.quant.gptq import Solution, round_to_nearest, solve
@@ -43,6 +43,7 @@ from doctor.spec import Linear, ModelSpec
 
 # An exact fold moves float32 results by rounding only; a fold into something that is not linear moves them by percents.
 _FOLD_TOLERANCE = 1e-3
+STACKED = "experts"     # the role of a 3-D tensor of experts in a record
 RUN_STAGES = ("calibration", "run")
 _SHARE_OF_DEVICE = 0.8      # of a GPU's free memory for halted passes, block and Hessians already taken off
 
@@ -70,7 +71,7 @@ def fingerprint(checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]]) -
     files = [(e.name, e.size, _modified(checkpoint, e.name)) for e in checkpoint.entries.values() if e.name.endswith(".safetensors")]
     source = repr((sorted(headers), sorted(files), checkpoint.json["config.json"].raw, getattr(checkpoint, "edits", ())))
     return {"doctor": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-            "recipe": asdict(recipe), "rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
+            "recipe": {**asdict(recipe), "format": recipe.output_format}, "rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
             "checkpoint": hashlib.sha256(source.encode()).hexdigest()}
 
 
@@ -90,7 +91,11 @@ def run(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: list[list
     `store`; rules of the stages calibration and run judge them after each block. Raises NotQuantizable where numbers forbid it
     and no rule says so.
     """
-    return _Run(checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device).go()
+    job = _Run(checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device)
+    try:
+        return job.go()
+    finally:
+        job.skeleton.stop_reading()
 
 
 class _Run:
@@ -107,6 +112,8 @@ class _Run:
         self.hidden: Hidden | None = None
         self.room = 0
         self.structures: dict[tuple, Stages] = {}
+        self.stacked: list[tuple[str, str]] = []
+        store.put(CHECKPOINT, "slower_paths", tuple(self._slower_paths()))
         self.folding: awq.Folding | None = None
 
     def go(self) -> Result:
@@ -124,6 +131,11 @@ class _Run:
         self._outside()
         return self.result
 
+    def _load(self, i: int) -> None:
+        """Block i, and the next one on its way."""
+        self.skeleton.load_block(i)
+        self.skeleton.read_ahead(i + 1)
+
     def _first_inputs(self) -> None:
         left = budget.left(self.need, self.memory)
         for number, (inputs, calls) in enumerate(self.skeleton.open_calls(self.batches)):
@@ -133,13 +145,22 @@ class _Run:
             self.hidden[number] = inputs
             self.calls.append(calls)
         self.room = left if self.hidden.on_disk else left - self.hidden.nbytes
-        if greenlet is None:
-            self.progress(WITHOUT_GREENLET)
+
+    def _slower_paths(self) -> list[str]:
+        """What does the work another way than it could, and why."""
+        device, found = self.skeleton.device, []
+        if device.type == "cuda" and kernels.available(device) is not None:
+            found.append(f"no CUDA kernel runs on {device}, torch does their work: {kernels.available(device)}")
+        if device.type == "cpu" and solver.note():
+            found.append(solver.note())
+        if self.batches and greenlet is None:
+            found.append(WITHOUT_GREENLET)
+        return found
 
     # one block
 
     def _block(self, i: int) -> list[dict]:
-        self.skeleton.load_block(i)
+        self._load(i)
         modules, records = self._choose(i)
         packed: dict[str, torch.Tensor] = {}
         if not self.batches:
@@ -210,7 +231,31 @@ class _Run:
                 records.append(self._keep(linear, reason))
             else:
                 modules[name] = placed[name]
-        return modules, records
+        return modules, records + self._stacked(i)
+
+    def _stacked(self, i: int) -> list[dict]:
+        """Records of 3-D tensors of experts: no linears, so they stay in 16 bits, which nobody should have to find out alone."""
+        records = []
+        known = {x.tensor for x in self.skeleton.linears.get(i, {}).values()}
+        for name in self.skeleton.tensors_of(i):
+            shape = self.checkpoint.tensors[name].shape
+            if name in known or "expert" not in name or len(shape) != 3 or min(shape[1:]) < 2:
+                continue
+            reason = f"{shape[0]} experts in one tensor {list(shape)}; separate linears are quantized, such a stack is not"
+            solved = Solve("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)
+            record = _line(Linear(name.removesuffix(".weight"), name, STACKED, i, shape[2], shape[1]), solved, None, 0.0)
+            self._note_kept(record)
+            records.append(record)
+        return records
+
+    def _note_kept(self, record: dict) -> None:
+        """Into the list of what the output's config names as 16 bits; engines know a stack by the module that holds it."""
+        name = record["name"]
+        if record["role"] == STACKED:
+            self.stacked.append((name, record["solve"]["note"]))
+            name = name.rpartition(".")[0]
+        if name not in self.result.kept:
+            self.result.kept.append(name)
 
     def _why_kept(self, linear: Linear) -> str:
         width = linear.in_features if self.recipe.group_size == -1 else self.recipe.group_size
@@ -223,9 +268,10 @@ class _Run:
         return ""
 
     def _keep(self, linear: Linear, reason: str) -> dict:
-        self.result.kept.append(linear.name)
         solved = Solve("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)
-        return self._record(linear, solved, None, 0.0)
+        record = self._record(linear, solved, None, 0.0)
+        self._note_kept(record)
+        return record
 
     def _stages(self, i: int, modules: dict) -> Stages:
         """Stages of block i, seen once for all blocks of one structure."""
@@ -296,9 +342,7 @@ class _Run:
     def _record(self, linear: Linear, solved: Solve, hessian: builtin.Hessian | None, seconds: float) -> dict:
         """Facts into the store, and the linear's line of the report."""
         self._facts(linear.name, solved, hessian)
-        return {"name": linear.name, "block": linear.block, "role": linear.role, "in_features": linear.in_features,
-                "out_features": linear.out_features, "outcome": solved.outcome, "solve": asdict(solved),
-                "hessian": None if hessian is None else asdict(hessian), "seconds": round(seconds, 3)}
+        return _line(linear, solved, hessian, seconds)
 
     def _facts(self, name: str, solved: Solve, hessian: builtin.Hessian | None) -> None:
         self.store.put(f"linear:{name}", "solve", solved)
@@ -326,12 +370,12 @@ class _Run:
             return self._block(i)
         block_names = self.skeleton.linears.get(i, {})
         for record in noted:
-            solved, hessian = _solve_of(record["solve"]), _hessian_of(record["hessian"])
-            self._facts(record["name"], solved, hessian)
+            if record["role"] != STACKED:
+                self._facts(record["name"], _solve_of(record["solve"]), _hessian_of(record["hessian"]))
             if record["outcome"] == "kept":
-                self.result.kept.append(record["name"])
+                self._note_kept(record)
         if self.batches:
-            self.skeleton.load_block(i)
+            self._load(i)
             tensors = self.output.read_part(_part(i))
             for name, (linear, module) in self.skeleton.modules_of(i).items():
                 if name in block_names and name not in self.result.kept:
@@ -361,6 +405,7 @@ class _Run:
                 self.result.records.append(self._keep(linear, "not in a decoder block that calibration runs through"))
         if not self.output.has_part("outside"):
             self.output.write_part("outside", dict(export.kept_tensors(names, lambda n: load_tensor(self.checkpoint, n))))
+        self.store.put(CHECKPOINT, "stacked_experts", tuple(self.stacked))
         self._judge()
 
     def _say(self, i: int, count: int, records: list[dict], seconds: float) -> None:
@@ -369,6 +414,13 @@ class _Run:
         raised = [r["name"] for r in records if r["solve"]["damp_used"] > self.recipe.damp]
         raised = f"; damp raised: {', '.join(raised)}" if raised else ""
         self.progress(f"block {i + 1} of {count}: {sum(r['outcome'] in ('gptq', 'awq', 'rtn') for r in records)} linears in {seconds:.1f} s{worst}{raised}")
+
+
+def _line(linear: Linear, solved: Solve, hessian: builtin.Hessian | None, seconds: float) -> dict:
+    """A linear's line of the report."""
+    return {"name": linear.name, "block": linear.block, "role": linear.role, "in_features": linear.in_features,
+            "out_features": linear.out_features, "outcome": solved.outcome, "solve": asdict(solved),
+            "hessian": None if hessian is None else asdict(hessian), "seconds": round(seconds, 3)}
 
 
 def put_weight(module: torch.nn.Module, W: torch.Tensor, transposed: bool) -> None:

@@ -155,3 +155,37 @@ def test_attention_that_sdpa_does_not_know_is_computed_as_the_model_defines_it(t
     ids = torch.randint(0, 96, (1, 32))
     checkpoint = Checkpoint.open(tmp_path)
     assert compare(checkpoint, checkpoint, [ids], [], str, 0).perplexity_original == pytest.approx(model.eval()(ids, labels=ids).loss.exp().item(), rel=1e-4)
+
+
+def test_a_block_that_was_read_ahead_is_the_same_and_is_read_once(tmp_path, monkeypatch):
+    from doctor.quant import blocks
+
+    built = skeleton(tiny("llama").write(tmp_path / "m"))
+    want = [p.clone() for p in built.load_block(1).parameters()]
+    built.drop_block(1)
+    built.read_ahead(1)
+    built._ahead[1]._thread.join()
+    monkeypatch.setattr(blocks, "load_tensor", lambda *a: pytest.fail("read twice"))
+    got = list(built.load_block(1).parameters())
+    assert len(got) == 9 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert built._ahead is None and not built._at_hand
+
+
+def test_an_error_of_reading_ahead_comes_up_where_the_block_is_loaded(tmp_path, monkeypatch):
+    from doctor.quant import blocks
+
+    built = skeleton(tiny("llama").write(tmp_path / "m"))
+
+    def broken(*args):
+        raise NotQuantizable("the disk went away")
+
+    monkeypatch.setattr(blocks, "load_tensor", broken)
+    built.read_ahead(1)
+    with pytest.raises(NotQuantizable, match="the disk went away"):
+        built.load_block(1)
+
+
+def test_nothing_is_read_behind_the_last_block(tmp_path):
+    built = skeleton(tiny("llama").write(tmp_path / "m"))
+    built.read_ahead(2)
+    assert built._ahead is None

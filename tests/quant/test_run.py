@@ -342,3 +342,43 @@ def test_experts_of_one_kind_share_a_stage_and_unreached_ones_join_it():
     stages = arrange([["model.layers.0.o"], of(0, "gate", "up"), of(0, "down"), of(2, "gate", "up"), of(2, "down")], linears)
     assert stages == [[["model.layers.0.o"]], [of(0, "gate", "up"), of(2, "gate", "up"), of(1, "gate", "up")],
                       [of(0, "down"), of(2, "down"), of(1, "down")]]
+
+
+def interrupted(tmp_path, text, monkeypatch, recipe):
+    """A run that was killed behind its first block."""
+    with monkeypatch.context() as patch:
+        real = run._Run._block
+        patch.setattr(run._Run, "_block", lambda self, i: real(self, i) if i == 0 else (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quantized(tiny("llama"), tmp_path, text, recipe)
+
+
+def test_a_run_is_not_resumed_in_another_output_format(tmp_path, text, monkeypatch):
+    interrupted(tmp_path, text, monkeypatch, RECIPE)
+    with pytest.raises(PlanRefused, match=r"differs in recipe \(format was gptq, is compressed-tensors\)"):
+        quantized(tiny("llama"), tmp_path, text, Recipe(group_size=32, format="compressed-tensors"), resume=True)
+    assert quantized(tiny("llama"), tmp_path, text, Recipe(group_size=32, format="gptq"), resume=True).output is not None  # said or meant
+
+
+def test_experts_in_one_tensor_stay_in_16_bits_and_are_found(tmp_path, text):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt_oss", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                  head_dim=16, num_local_experts=4, num_experts_per_tok=2, vocab_size=96, max_position_embeddings=64,
+                                  bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    result = api.quantize(tmp_path / "m", tmp_path / "o", RECIPE, calibration=text, max_seq_length=64, select=("Q", "O"))
+    stacked = [r for r in result.linears if r["role"] == "experts"]
+    assert [(r["block"], r["outcome"], r["out_features"] * r["in_features"]) for r in stacked] == [(i, "kept", size) for i in (0, 1) for size in (64 * 128, 64 * 256)]
+    found = [f.message for f in result.report.findings if f.code == "Q416"]
+    assert len(found) == 4 and "stays in 16 bits: 4 experts in one tensor [4, 128, 64]" in "".join(found)
+    stated = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
+    assert r"-:^model\.layers\.1\.mlp\.experts$" in stated["dynamic"]
+
+
+def test_work_done_in_a_slower_way_is_in_the_report(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(walk, "greenlet", None)
+    monkeypatch.setattr(run, "greenlet", None)
+    result = quantized(tiny("llama"), tmp_path, text)
+    assert [f.message for f in result.report.findings if f.code == "Q417"] == [walk.WITHOUT_GREENLET] and result.report.ok
