@@ -561,12 +561,10 @@ def _emit_kvcache(result, outputs) -> None:
 
     writers = {"full": render_kvcache, "json": kvcache_json, "html": kvcache_html}
     for name, file in outputs:
-        if file:
-            _write_file(file, writers[name](result))
-        elif name == "full":
+        if name == "full" and not file:
             show_kvcache(result, console(sys.stdout))
         else:
-            sys.stdout.write(writers[name](result))
+            _write(writers[name](result), file)
 
 
 def _bytes(text: str) -> int | None:

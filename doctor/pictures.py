@@ -8,8 +8,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
+
 from doctor.checkpoint import Checkpoint
-from doctor.edits import PadTensor, SetRecipe
+from doctor.dtypes import CODE_NUMPY
+from doctor.edits import PadTensor, SetRecipe, from_codes
 from doctor.engine import judge
 from doctor.facts import CHECKPOINT, STAGES, Store, Variant, closure
 from doctor.recipe import Recipe
@@ -19,13 +22,17 @@ TPS = (1, 2, 4, 8)
 GROUPS = (128, 64, 32, -1)
 _ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 _TOKENS = ("bos", "eos", "pad", "unk")
+# Values of one tensor, and of all: enough for a picture, and a second of reading at most (128 MB of a large model).
+SAMPLE, SAMPLES = 1 << 16, 1 << 26
+_FAR = 60  # exponents beyond are counted at the ends: bfloat16 has them to 127, weights never
+MOST_STEPS = 100
 _CURES = ("safe", "padding", "unsafe", "manual")
 
 
 def pictures(checkpoint: Checkpoint, store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> dict:
     """name -> plain data, for Report.extra. A picture whose facts this run does not have is left out."""
     recipe, rules, findings = store.get(CHECKPOINT, "recipe"), list(rules), list(findings)
-    made = {"files": files(checkpoint)}
+    made = {"files": files(checkpoint), "exponents": exponents(checkpoint, store), "receipt": receipt(checkpoint)}
     if store.has(CHECKPOINT, "spec"):
         spec = store.get(CHECKPOINT, "spec")
         made["tokens"] = tokens(checkpoint, spec, store)
@@ -127,6 +134,46 @@ def heat(spec, store: Store) -> dict:
         return {}
     order = sorted(rows, key=lambda r: (_ROLES.index(r) if r in _ROLES else len(_ROLES), r))
     return {"blocks": blocks, "roles": [rows[r] for r in order]}
+
+
+def exponents(checkpoint: Checkpoint, store: Store) -> dict:
+    """{low, counts, zeros, nonfinite, sampled}: how many of the sampled weights lie in [2^e, 2^(e+1)), from e = low upward.
+
+    Up to SAMPLE values from the middle of each tensor of 16 or 32 bits, SAMPLES in all; {} where no weights were read.
+    """
+    names = [n for n, t in checkpoint.tensors.items() if t.dtype.name in ("F16", "BF16", "F32") and t.numel and store.has(f"tensor:{n}", "stats")]
+    counts = np.zeros(2 * _FAR + 1, np.int64)
+    zeros = nonfinite = sampled = 0
+    for name in names:
+        values = _middle(checkpoint, checkpoint.tensors[name], max(min(SAMPLE, SAMPLES // len(names)), 1))
+        finite = values[np.isfinite(values)]
+        own = np.abs(finite[finite != 0])
+        counts += np.bincount(np.clip(np.frexp(own)[1] - 1 + _FAR, 0, 2 * _FAR), minlength=2 * _FAR + 1)
+        zeros, nonfinite, sampled = zeros + finite.size - own.size, nonfinite + values.size - finite.size, sampled + values.size
+    there = np.flatnonzero(counts)
+    if not there.size:
+        return {}
+    return {"low": int(there[0]) - _FAR, "counts": counts[there[0] : there[-1] + 1].tolist(), "zeros": zeros, "nonfinite": nonfinite, "sampled": sampled}
+
+
+def _middle(checkpoint: Checkpoint, info, most: int) -> np.ndarray:
+    """f32 values from the middle of a tensor, at most this many."""
+    size = info.nbytes // info.numel
+    count = min(info.numel, most)
+    raw = bytearray(count * size)
+    with checkpoint.open_file(info.shard) as file:
+        file.read_into(info.begin + (info.numel - count) // 2 * size, memoryview(raw))
+    return from_codes(np.frombuffer(raw, CODE_NUMPY[info.dtype.name]), info.dtype.name)
+
+
+def receipt(checkpoint: Checkpoint) -> dict:
+    """What doctor itself did to this checkpoint, by the receipt in it: {source, plan, steps: [[code, title]]}; {} without one."""
+    document = checkpoint.value("doctor.json") or {}
+    steps = document.get("steps")
+    if not (isinstance(steps, list) and all(isinstance(s, dict) for s in steps)):
+        return {}
+    return {"source": str(document.get("source", "")), "plan": str(document.get("recipe", "")),
+            "steps": [[str(s.get("code", "")), str(s.get("title", "")), str(s.get("safety", ""))] for s in steps[:MOST_STEPS]]}
 
 
 def geometry(spec, recipe: Recipe) -> list[dict]:

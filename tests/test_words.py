@@ -13,13 +13,13 @@ from doctor.api import check
 from doctor.config import OWN_RULES
 from doctor.engine import load_rules
 from doctor.explain import SECTIONS
-from doctor.report import FORMATS, render, terminal, words
+from doctor.report import FORMATS, html, render, terminal, words
 from doctor.rule import AREAS, CERTAINTIES, SEVERITIES
 from doctor.testing import tiny
 
 HOME = Path(words.__file__).parent
 # Said through a variable: names of areas, severities, headings and labels.
-NAMED = {*(name for _, name in AREAS), *SEVERITIES, *CERTAINTIES, *(title for _, title in SECTIONS)}
+NAMED = {*html._KV_HEADLINES.values(), *(name for _, name in AREAS), *SEVERITIES, *CERTAINTIES, *(title for _, title in SECTIONS)}
 
 
 def texts(function):

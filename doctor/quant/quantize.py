@@ -7,7 +7,7 @@ the check before finds an error, and nothing is committed where the check after 
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from doctor.builtin import Calibration, summary
@@ -164,7 +164,8 @@ class _Job:
         seen = self.seen
         return Report(checkpoint=seen.checkpoint.name, recipe=self.recipe, findings=[*seen.findings, *self.after], runs=list(seen.runs),
                       summary=summary(seen.checkpoint, seen.store), skipped_tensors=seen.skipped, bytes_read=seen.bytes_read,
-                      seconds=time.perf_counter() - self.started, fail_on=self.fail_on, linears=self.linears)
+                      seconds=time.perf_counter() - self.started, fail_on=self.fail_on, linears=self.linears,
+                      extra={"calibration": asdict(self.facts)} if self.facts else {})
 
 
 def _outcomes(done: Result) -> str:

@@ -5,6 +5,7 @@ needed to read it; the report's JSON lies inside, for machines.
 """
 
 import json
+import math
 from functools import cache
 
 from doctor import explain
@@ -15,12 +16,52 @@ from doctor.report.words import current, known, language, say
 
 MOST_JSON = 120_000  # characters of JSON that are embedded; above, the page says how to get it
 _WINDOW = 96
+WORST = 10
+GIB = 1 << 30
+_KV_HEADLINES = {"Q4": "keys of 4 bits will do", "Q6": "keys need 6 to 8 bits", "never Q4": "never store these keys in 4 bits", "unknown": "the keys could not be judged"}
+_KV_MARKS = {"Q4": "ok", "Q6": "warning", "never Q4": "error", "unknown": "skipped"}
+# Exponents of float16: the least subnormal is 2^-24, the least normal 2^-14, the largest value just below 2^16.
+_FP16_LOWEST, _FP16_NORMAL, _FP16_HIGHEST = -24, -14, 15
 
 
 def render(reports: list[Report]) -> str:
     """The page of all reports."""
-    return _template().render(reports=[_context(r) for r in reports], data=_embedded(reports), version=reports[0].version,
-                              title=view.safe(", ".join(r.checkpoint for r in reports)), size=view.size, count=view.count, counted=view.counted, say=say, known=known, lang=current())
+    return _page_of([_context(r) for r in reports], None, _embedded(reports), reports[0].version, ", ".join(r.checkpoint for r in reports))
+
+
+def render_kvcache(report, text: str) -> str:
+    """The page of a KvReport. text: its JSON, which the page carries."""
+    return _page_of([], _kvcache(report), _inside_script(text), report.version, report.checkpoint)
+
+
+def _page_of(reports: list[dict], kv: dict | None, data: str, version: str, title: str) -> str:
+    return _template().render(reports=reports, kv=kv, data=data, version=version, title=view.safe(title), size=view.size, count=view.count,
+                              counted=view.counted, say=say, known=known, lang=current())
+
+
+def _kvcache(report) -> dict:
+    """What the page shows of a KvReport: its advice, a table of schemes, the layers' keys, what was measured."""
+    data = report.data
+    rows = data["fitness"]
+    biases = _strips({say("|key bias|"): [r["bias_absmax"] for r in rows]})
+    errors = _strips({say("error, {name}", name=known(name)): [r["errors"][name] if "errors" in r else None for r in rows]
+                      for name in next((r["errors"] for r in rows if "errors" in r), ())})
+    highest = max((row["top"] for row in errors), default=0)
+    for row in errors:  # one scale for all of them, so that they can be compared
+        row["bars"] = [h * row["top"] / highest if highest else 0.0 for h in row["bars"]]
+    largest = max((s["total_bytes"] for s in data["schemes"]), default=0) or 1
+    schemes = [{**s, "gib": f"{s['total_bytes'] / GIB:,.3f}", "kib": f"{s['kib_per_token']:,.2f}", "share": round(100 * s["total_bytes"] / largest, 1),
+                "engines": ", ".join(filter(None, (s["exllama"] and f"ExLlama {s['exllama']}", s["vllm"] and f"vLLM {s['vllm']}",
+                                                   s["llama_cpp"] and f"llama.cpp {s['llama_cpp']}")))} for s in data["schemes"]]
+    level = data["advice"]["level"]
+    measured = data.get("measured")
+    return {"name": view.safe(report.checkpoint), "what": view.safe(data["architecture"]), "mark": _KV_MARKS[level], "headline": say(_KV_HEADLINES[level]),
+            "sentences": [view.safe(x) for x in data["advice"]["sentences"]], "context": f"{data['context']:,}", "batch": data["batch"],
+            "layers": list(data["layers"]), "notes": [view.safe(n) for n in data["notes"]], "schemes": schemes,
+            "pictures": [row for row in (*biases, *errors) if any(v is not None for v in row["values"])],
+            "measured": measured and {"source": view.safe(measured["source"]), "tokens": f"{measured['tokens']:,}",
+                                      "rows": [(m["scheme"], f"{m['perplexity']:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}") for m in measured["schemes"]]},
+            "not_measured": view.safe(data.get("not_measured", ""))}
 
 
 @cache
@@ -36,7 +77,11 @@ def _template():
 def _embedded(reports: list[Report]) -> str:
     """JSON that cannot end its script element."""
     with language("en"):
-        text = json.dumps(json.loads(json_report.render(reports)), separators=(",", ":"))
+        return _inside_script(json_report.render(reports))
+
+
+def _inside_script(document: str) -> str:
+    text = json.dumps(json.loads(document), separators=(",", ":"))
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return text if len(text) <= MOST_JSON else ""
 
@@ -54,6 +99,8 @@ def _context(report: Report) -> dict:
         "marks": view.MARKS, "steps": view.next_steps(report, found), "crashed": [(r.rule.code, view.safe(r.crashed)) for r in report.crashed],
         "matrix": [{**row, "why": view.blockers(row["cells"])} for row in extra.get("matrix", ())],
         "heat": _heat(extra.get("heat")), "losses": _losses(report.linears), "results": view.results(report),
+        "exponents": _exponents(extra.get("exponents")), "calibration": _calibration(extra.get("calibration")), "worst": _worst(report.linears),
+        "half": _half((extra.get("comparison") or {}).get("half")), "receipt": _receipt(extra.get("receipt")),
         "replies": [tuple(map(view.safe, r)) for r in (extra.get("comparison") or {}).get("replies", ())],
         "block_errors": _strips({say("block output"): (extra.get("comparison") or {}).get("block_errors") or []})[0], "tokens": _tokens(extra.get("tokens", ())), "geometry": extra.get("geometry", ()),
         "group_size": report.recipe.group_size, "tp": report.recipe.tp, "files": extra.get("files", ()),
@@ -130,7 +177,12 @@ def _heat(heat: dict | None) -> dict | None:
             cells.append((x, y, round(0.08 + 0.92 * value / top, 3), bool(bad), label))
     tops = [max((v for v in r["absmax"] if isinstance(v, (int, float))), default=0) for r in heat["roles"]]
     return {"blocks": heat["blocks"], "roles": [r["role"] for r in heat["roles"]], "tops": [f"{t:.3g}" for t in tops], "cells": cells,
-            "ticks": [b for b in range(heat["blocks"]) if b % (5 if heat["blocks"] <= 60 else 10) == 0]}
+            "ticks": [b for b in range(heat["blocks"]) if b % _tick(heat["blocks"]) == 0]}
+
+
+def _tick(blocks: int) -> int:
+    """How many blocks lie between two numbers under a picture."""
+    return 1 if blocks <= 12 else 5 if blocks <= 60 else 10
 
 
 def _losses(linears: list) -> dict | None:
@@ -148,7 +200,59 @@ def _losses(linears: list) -> dict | None:
         cells.append((x["block"], roles.index(x["role"]), shade, fell, view.safe(label)))
     blocks = 1 + max(x["block"] for x in rows)
     return {"blocks": blocks, "roles": roles, "tops": [_small(worst[r]) for r in roles], "cells": cells,
-            "ticks": [b for b in range(blocks) if b % (5 if blocks <= 60 else 10) == 0]}
+            "ticks": [b for b in range(blocks) if b % _tick(blocks) == 0]}
+
+
+def _exponents(found: dict | None) -> dict | None:
+    """Bars (x, height, is beyond float16, tooltip) of the weights' exponents, on a logarithmic scale, and float16's range in the same units."""
+    if not found or not found["counts"]:
+        return None
+    low = min(found["low"], _FP16_LOWEST) - 2
+    high = max(found["low"] + len(found["counts"]) - 1, _FP16_HIGHEST) + 2
+    width = 700 / (high - low + 1)
+    top = math.log10(max(found["counts"]) + 1)
+    bars = [{"x": f"{30 + (e - low) * width:.1f}", "w": f"{width * 0.86:.1f}", "h": f"{96 * math.log10(n + 1) / top:.1f}",
+             "y": f"{100 - 96 * math.log10(n + 1) / top:.1f}", "bad": not _FP16_LOWEST <= e <= _FP16_HIGHEST,
+             "label": f"2^{e}: {n:,} ({n / found['sampled']:.2%})"}
+            for e, n in enumerate(found["counts"], found["low"]) if n]
+    at = {name: f"{30 + (e - low) * width:.1f}" for name, e in (("lowest", _FP16_LOWEST), ("normal", _FP16_NORMAL), ("end", _FP16_HIGHEST + 1))}
+    beyond = sum(n for e, n in enumerate(found["counts"], found["low"]) if e > _FP16_HIGHEST)
+    lost = sum(n for e, n in enumerate(found["counts"], found["low"]) if e < _FP16_LOWEST)
+    return {"bars": bars, "at": at, "ticks": [(e, f"{30 + (e - low + 0.43) * width:.1f}") for e in range(low, high + 1) if e % 4 == 0],
+            "sampled": f"{found['sampled']:,}", "beyond": f"{beyond:,}", "lost": f"{lost:,}", "zeros": f"{found['zeros']:,}",
+            "nonfinite": f"{found['nonfinite']:,}"}
+
+
+def _calibration(facts: dict | None) -> list[tuple[str, str]]:
+    if not facts:
+        return []
+    lengths = f"{facts['shortest']:,} / {facts['median']:,} / {facts['longest']:,}"
+    return [(say("source"), view.safe(facts["source"]) + (say(" (doctor's own texts)") if facts["builtin"] else "")),
+            (say("rows"), f"{facts['rows']:,}"), (say("tokens"), f"{facts['tokens']:,}"), (say("shortest / median / longest row"), lengths),
+            (say("distinct tokens"), f"{facts['distinct_tokens']:,}"), (say("rows that repeat another"), f"{facts['duplicate_rows']:,}"),
+            (say("padding tokens"), f"{facts['padding']:,}"), (say("rows with two BOS tokens"), f"{facts['bos_doubled']:,}"),
+            *([(say("languages"), view.safe(", ".join(facts["languages"])))] if facts["languages"] else [])]
+
+
+def _worst(linears: list) -> list[tuple[str, ...]]:
+    """The linears with the largest error: name, how, error, that of plain rounding, damp, tokens seen."""
+    done = [x for x in linears if isinstance(x, dict) and x.get("solve") and x.get("outcome") != "kept"]
+    done.sort(key=lambda x: -x["solve"]["loss"] if view.number(x["solve"]["loss"]) else -math.inf)
+    return [(view.safe(x["name"]), str(x.get("outcome")), _small(x["solve"]["loss"]), _small(x["solve"].get("rtn_loss")), view.figure(x["solve"].get("damp_used")),
+             f"{x['hessian']['tokens']:,}" if x.get("hessian") else "") for x in done[:WORST]]
+
+
+def _half(found: dict | None) -> list[dict]:
+    """Bars of the original's largest activations by block."""
+    if not found:
+        return []
+    return _strips({say("residual"): list(found["residual"]), say("largest"): [size for _, size in found["blocks"]]})
+
+
+def _receipt(found: dict | None) -> dict | None:
+    if not found:
+        return None
+    return {**{k: view.safe(found[k]) for k in ("source", "plan")}, "steps": [tuple(map(view.safe, s)) for s in found["steps"]]}
 
 
 def _small(share: object) -> str:

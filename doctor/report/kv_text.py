@@ -29,6 +29,12 @@ def kvcache_json(report: KvReport) -> str:
     return dumps(report.to_dict())
 
 
+def kvcache_html(report: KvReport) -> str:
+    from doctor.report.html import render_kvcache as page
+
+    return page(report, kvcache_json(report))
+
+
 def show_kvcache(report: KvReport, out: Console) -> None:
     """Print the screen of a KvReport."""
     screen, data = Screen(out), report.data

@@ -166,8 +166,11 @@ ZH = {
     "histogram of exponents: {beyond} values beyond float16, {lost} too small for it, {zeros} zeros, {nonfinite} NaN or Inf":
         "指数直方图：{beyond} 个值超出 float16，{lost} 个太小，{zeros} 个零，{nonfinite} 个 NaN 或 Inf",
     "fp16 subnormal": "fp16 次正规数", "fp16 normal": "fp16 正规数", "fp16 ends": "fp16 上限",
-    "{zeros} zeros, {nonfinite} NaN or Inf; {beyond} values would become Inf in float16, {lost} would become 0":
-        "{zeros} 个零，{nonfinite} 个 NaN 或 Inf；转成 float16 会有 {beyond} 个变成 Inf，{lost} 个变成 0",
+    "zeros: {zeros}; NaN or Inf: {nonfinite}; values that float16 makes Inf: {beyond}, that it makes 0: {lost}":
+        "零：{zeros}；NaN 或 Inf：{nonfinite}；转成 float16 变成 Inf：{beyond}，变成 0：{lost}",
+    "keys of 4 bits will do": "键用 4 位即可", "keys need 6 to 8 bits": "键需要 6 到 8 位", "never store these keys in 4 bits": "这些键绝不能用 4 位",
+    "the keys could not be judged": "键无法判断", "key/value cache": "键值缓存", "Size of the cache": "缓存大小", "engines": "引擎",
+    "how far each way to store keys moves the attention logits (rms)": "各种存键方式使注意力 logits 偏移多少（均方根）",
     "Receipt": "凭据", "what doctor did to {source}, for {plan}": "doctor 对 {source} 做了什么，为了 {plan}",
     # pages of rules
     "Why it matters": "为什么要紧", "Ways out": "怎么处理", "When not to worry": "何时不必担心", "How safe the fix is": "修复是否安全", "Sources": "出处",

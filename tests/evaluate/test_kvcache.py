@@ -276,3 +276,19 @@ def test_bars_are_shown_to_people_only(lang, tmp_path, monkeypatch):
         for phase in ("predict", "measure", "compare"):
             tick(phase, 1, 2)
         assert [(t.description, t.completed, t.total) for t in bars.bar.tasks][1] == ({"en": "measure", "zh": "实测"}[lang], 1, 2)
+
+
+@pytest.mark.parametrize("lang", ("en", "zh"))
+def test_the_page_has_sizes_advice_and_a_picture_of_every_way_to_store_keys(lang, tmp_path):
+    page = tmp_path / "kv.html"
+    done = run(with_bias(300.0).write(tmp_path / "m"), "-f", f"html:{page}", "-f", "json", "--lang", lang)
+    text = page.read_text(encoding="utf-8")
+    assert done.exit_code == 0, done.output
+    assert {"en": "Never store these keys in 4 bits", "zh": "这些键绝不能用 4 位"}[lang] in text
+    assert text.count('class="strip"') == 4 and text.count("<b>Q6</b>") == 1 and "doctor.kvcache/1" in text and len(text) < 100_000
+    assert 'src=' not in text and text.count("<svg") == text.count('role="img"')
+
+
+def test_a_format_that_kvcache_does_not_have_is_named(tmp_path):
+    done = run(tiny().write(tmp_path / "m"), "-f", "sarif")
+    assert done.exit_code == 2 and "'sarif' is not one of full, json, html" in done.output
