@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import NamedTuple
 
 from doctor.checkpoint import Checkpoint
 from doctor.edits import PadTensor
@@ -59,8 +60,7 @@ class Quantization:
     pointer: str
 
 
-@dataclass(frozen=True)
-class GroupedLinear:
+class GroupedLinear(NamedTuple):
     """One linear that is, or will be, stored in groups of group_size in_features (-1: whole rows)."""
 
     name: str

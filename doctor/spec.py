@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 from doctor.shard import TensorInfo
 from doctor.tables import table
@@ -34,8 +35,7 @@ QUANTIZABLE = frozenset({"q", "k", "v", "o", "gate", "up", "down", "qkv", "gate_
 ROW_PARALLEL = frozenset({"o", "down", "linear_attn_out"})
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """A module with a 2-D weight that can be quantized. Stored transposed (Conv1D) where `transposed` is true."""
 
     name: str

@@ -38,13 +38,14 @@ FUSING = ("vllm", "sglang", "exllamav2")
 def fused_linears_differ(checkpoint, layout, recipe, spec):
     have = {linear.name for linear in layout.linears}
     missed = set(layout.missed)
+    of_role = {role: group for group in reversed(FUSED) for role in group}
     seen = {}
     for linear in (
         spec.linears
         if not layout.quantized
         else (*layout.linears, *(x for x in spec.linears if x.name in missed))
     ):
-        fused = next((group for group in FUSED if linear.role in group), None)
+        fused = of_role.get(linear.role)
         if fused:
             seen.setdefault((linear.name.rpartition(".")[0], fused), []).append(linear)
     for (parent, _), members in sorted(seen.items()):
