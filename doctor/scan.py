@@ -22,6 +22,8 @@ from doctor.shard import CHUNK_BYTES, TensorInfo
 from doctor.spec import Linear
 
 SPAN_BYTES = 64 << 20
+# Signs of groups are looked at in one place of a linear every so many values: two groups first, more where one has a single sign: 2 % of the time.
+SAMPLE_EVERY, FIRST_GROUPS, SAMPLE_VALUES = 4 << 20, 2, 8192
 DIGEST = hashlib.blake2b
 
 
@@ -192,6 +194,7 @@ class _Shape:
         self.live_columns: np.ndarray | None = np.zeros(self.columns, bool)  # None: every column has shown a value
         self.zero_groups = self.zero_groups_fp16 = 0
         self.first: tuple[int, int] | None = None
+        self.sampled, self.one_signed, self.next_sample = 0, 0, 0
 
     def add(self, part: memoryview, counted: stats.Stats) -> None:
         rows = counted.numel // self.columns
@@ -211,7 +214,22 @@ class _Shape:
             self.zero_groups_fp16 += zero + zero_fp16
             if first is not None and self.first is None:
                 self.first = (self.row + first[0], first[1] * self.group)
+        if self.row >= self.next_sample and not self.linear.transposed and self.columns % self.group == 0:
+            self._sample(part)
         self.row += rows
+
+    def _sample(self, part: memoryview) -> None:
+        """Signs of the groups of a chunk's first rows: who builds a matrix without negative weights builds all of it so."""
+        self.next_sample = self.row + max(SAMPLE_EVERY // self.columns, 1)
+        width = self.info.dtype.bits // 8
+        step = self.group * width
+        tops = (bytes(part[at + width - 1 : at + step : width]) for at in range(0, min(FIRST_GROUPS * step, len(part)), step))
+        if all(min(top) < 128 <= max(top) for top in tops):  # the sign is the highest bit of the last byte
+            return
+        size = SAMPLE_VALUES // self.columns * self.columns or self.columns
+        some = part[: size * width]
+        counted = stats.one_signed_groups(some, self.info.dtype.name, self.columns, self.group)
+        self.sampled, self.one_signed = self.sampled + counted[0], self.one_signed + counted[1]
 
     def put(self, store: Store) -> None:
         dead = 0 if self.live_columns is None else int((~self.live_columns).sum())
@@ -220,5 +238,6 @@ class _Shape:
         for name, value in (("zero_rows", rows), ("zero_columns", columns)):
             store.put(subject, name, value)
         if not self.linear.transposed:
-            for name, value in (("zero_groups", self.zero_groups), ("zero_groups_fp16", self.zero_groups_fp16), ("first_zero_group", self.first)):
+            for name, value in (("zero_groups", self.zero_groups), ("zero_groups_fp16", self.zero_groups_fp16), ("first_zero_group", self.first),
+                                ("one_signed", (self.sampled, self.one_signed))):
                 store.put(subject, name, value)

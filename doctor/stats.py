@@ -162,6 +162,19 @@ def group_zeros(buffer, dtype_name: str, k: int, group: int) -> tuple[int, int, 
     return zero, zero_fp16, divmod(first, per_row) if first >= 0 else None
 
 
+def one_signed_groups(buffer, dtype_name: str, k: int, group: int) -> tuple[int, int]:
+    """(groups that hold a weight other than 0, those of them whose weights have one sign) of whole rows of a weight [rows, k].
+
+    `group` columns of a row, which must divide k. NaN counts by its sign bit. Not for F8_E8M0, which has no sign.
+    """
+    codes = _rows(buffer, dtype_name, k).reshape(-1, group)
+    signed = codes.view(f"<i{codes.itemsize}")
+    # As signed integers codes above 0 are positive values; as unsigned ones those above -0.0 are negative values.
+    positive, negative = signed.max(axis=1) > 0, codes.max(axis=1) > 1 << (8 * codes.itemsize - 1)
+    unlike = _count(positive ^ negative)
+    return unlike + _count(positive & negative) if unlike else _count(positive), unlike
+
+
 def row_col_absmax(buffer, dtype_name: str, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Largest absolute value of each row, f32[rows], and of each column, f32[k], of whole rows of a weight [rows, k].
 

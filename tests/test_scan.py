@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from doctor import scan as scan_module
+from doctor import stats
+from doctor.api import check
 from doctor.builtin import header_facts
 from doctor.checkpoint import Checkpoint
 from doctor.edits import from_codes
@@ -102,3 +104,21 @@ def test_head_and_embedding_are_told_tied_from_copied(tmp_path):
     case.tensors["lm_head.weight"] = case.tensors["model.embed_tokens.weight"].copy()
     store, *_ = scanned(case.write(tmp_path / "b"))
     assert store.get(CHECKPOINT, "head_equals_embed") is True
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_groups_of_one_sign_are_counted_in_samples_and_zeros_are_no_sign(dtype):
+    rng = np.random.default_rng(3)
+    for values, want in ((rng.normal(size=(8, 64)), 0), (np.abs(rng.normal(size=(8, 64))), 16), (-np.abs(rng.normal(size=(8, 64))), 16)):
+        values[0, :32] = -0.0
+        values[1, 0] = 0.0
+        counted = stats.one_signed_groups(encode(values, dtype).tobytes(), dtype, 64, 32)
+        assert counted == (15, max(want - 1, 0))
+
+
+def test_random_weights_have_no_group_of_one_sign(tmp_path):
+    for group in (32, 64, 128):
+        case = tiny(mlp=1024)
+        case.recipe = case.recipe.with_field("group_size", group)
+        report = check(case.write(tmp_path / str(group)), case.recipe, select=["W210"])
+        assert not report.findings and report.runs[0].judged
