@@ -1,5 +1,6 @@
 """Prints the table of cures: rule, what its fix does, how safe it is, and what proves it. Worked out, not written down: each rule's own
-bad example is planned, without and with a healthy base model beside it (`--from`), and the plan says what would be done."""
+bad example is planned, without and with its healthy twin as a base model (`--from`), and the plan says what would be done. A rule
+without a cure stands there with the reason, which is its page's own section."""
 
 import sys
 import tempfile
@@ -8,7 +9,9 @@ from pathlib import Path
 JUDGED = "the copy is read again under all rules: this finding is gone and none is new"
 # What each kind of edit is held to beside that.
 PROOFS = {"PadTensor": "logits before and after, on fixed prompts", "GrowRows": "logits of the old tokens before and after",
-          "TakeTensor": "blake2b of the base's tensor, in the receipt", "CastTensor": "a value that would become Inf is refused",
+          "TakeTensor": "blake2b of the base's tensor, in the receipt", "TakeFile": "sha256 of the base's file, on the copy",
+          "RenameTensor": "bytes are copied, no name is given twice", "NameFormat": "bytes are copied, the header is read again",
+          "DropFile": "the source keeps it", "CastTensor": "a value that would become Inf is refused",
           "Dequantize": "the numbers that engines compute with, by the packers' vectors", "AddLowRank": "against the sum in float64",
           "ShiftZeros": "a field that would wrap is refused", "DropTensor": "nothing else is touched",
           "ReplaceNonfinite": "only NaN and Inf change", "RebuildIndex": "the shards' own headers", "GroupsInOrder": "what desc_act false means"}
@@ -16,14 +19,22 @@ TEXT_ONLY = {"SetJson", "RemoveJson", "CleanJson"}
 
 
 def main() -> None:
-    print("| rule | cure | safety | proof |\n|---|---|---|---|")
+    print("| rule | cure | safety | proof, or why there is no cure |\n|---|---|---|---|")
     cured = total = 0
     for entry in _rules():
         rows = list(dict.fromkeys(_rows(entry)))
         total, cured = total + 1, cured + bool(rows)
+        if not rows:
+            print(f"| {entry.code} {entry.name} | - | - | {_cell(_reason(entry))} |")
         for title, safety, kinds in rows:
             print(f"| {entry.code} {entry.name} | {_cell(title)} | {safety} | {_proof(kinds)} |")
     print(f"\n{cured} of {total} rules have a cure that doctor carries out. For all: {JUDGED}.")
+
+
+def _reason(entry) -> str:
+    """The first sentence of what the page says of its fix, from where the reason begins."""
+    text = " ".join(entry.section("Fix safety").split()).removeprefix("manual; ").removeprefix("no fix: ").removeprefix("no fix; ").removeprefix("no fix here; ")
+    return text.rstrip(".")
 
 
 def _rules():
@@ -38,20 +49,19 @@ def _rows(entry):
     from doctor.checkpoint import Checkpoint
     from doctor.facts import CHECKPOINT
     from doctor.plan import Consent, look
-    from doctor.testing import tiny
 
     module = sys.modules[entry.module]
     case, _ = module.bad()
     with tempfile.TemporaryDirectory() as folder:
         source = Checkpoint.open(case.write(Path(folder) / "bad"))
-        base = Base(Checkpoint.open(tiny().write(Path(folder) / "base")), source, "BASE")
+        base = Base(Checkpoint.open(module.good().write(Path(folder) / "base")), source, "BASE")
         facts = [(s, n, v) for (s, n), v in case.facts.items()] + [(CHECKPOINT, "asked", frozenset({entry.code}))]
         for given, how in (([], ""), ([(CHECKPOINT, "base", base)], " (`--from`)")):
             for item in look(source, case.recipe, _rules(), facts=[*facts, *given]).findings:
                 fix = item.fix
                 if item.code == entry.code and Consent(recipe=True).can_carry_out(fix):
                     text = fix.title
-                    from_base = how if any(type(e).__name__ in ("TakeTensor", "AddLowRank") for e in fix.edits) else ""
+                    from_base = how if any(type(e).__name__ in ("TakeTensor", "TakeFile", "AddLowRank") for e in fix.edits) else ""
                     yield text + from_base, "by name" if fix.by_name else fix.safety, frozenset(type(e).__name__ for e in fix.edits)
 
 

@@ -114,6 +114,31 @@ class DropTensor:
 
 
 @dataclass(frozen=True)
+class RenameTensor:
+    """Store one tensor under another name, its bytes untouched."""
+
+    tensor: str
+    to: str
+    phase = "names"
+
+    @property
+    def target(self) -> str:
+        return f"tensor:{self.tensor}:name"
+
+
+@dataclass(frozen=True)
+class NameFormat:
+    """Write a shard anew with a header whose metadata names the format, as every shard that is written gets it."""
+
+    file: str
+    phase = "files"
+
+    @property
+    def target(self) -> str:
+        return f"file:{self.file}:format"
+
+
+@dataclass(frozen=True)
 class CastTensor:
     """Store one tensor in another floating type, rounded once to nearest. One that would turn a finite value into Inf is refused."""
 
@@ -286,10 +311,10 @@ class SetRecipe:
 
 
 Edit = (SetJson | RemoveJson | CleanJson | ReplaceNonfinite | CastTensor | TakeTensor | TakeFile | Dequantize | AddLowRank | GrowRows
-        | ShiftZeros | GroupsInOrder | PadTensor | DropTensor | DropFile | Rebase | RebuildIndex | SetRecipe)
+        | ShiftZeros | GroupsInOrder | PadTensor | DropTensor | RenameTensor | NameFormat | DropFile | Rebase | RebuildIndex | SetRecipe)
 MADE = (TakeTensor, Dequantize, AddLowRank, GrowRows, GroupsInOrder)  # carried out by made.py: they need more than the tensor's own codes
 CREATE = (TakeTensor, Dequantize, GroupsInOrder)  # may stand for a tensor that is not there
-TENSOR_EDITS = (ReplaceNonfinite, CastTensor, ShiftZeros, PadTensor, DropTensor, *MADE)
+TENSOR_EDITS = (ReplaceNonfinite, CastTensor, ShiftZeros, PadTensor, DropTensor, RenameTensor, *MADE)
 
 
 def pad_positions(old: int, new: int, blocks: int, spread: bool) -> np.ndarray:
@@ -315,6 +340,8 @@ def edited_info(info: TensorInfo, edits: list[Edit]) -> TensorInfo:
             shape[edit.axis] = edit.size
         elif isinstance(edit, CastTensor):
             dtype = DTYPES[edit.dtype]
+        elif isinstance(edit, RenameTensor):
+            info = replace(info, name=edit.to)
     numel = int(np.prod(shape, dtype=np.int64)) if shape else 1
     return replace(info, shape=tuple(shape), dtype=dtype, end=info.begin + dtype.nbytes(numel))
 

@@ -24,10 +24,12 @@ from doctor.edits import (  # noqa: F401 - rules import edits from here
     Edit,
     GroupsInOrder,
     GrowRows,
+    NameFormat,
     PadTensor,
     Rebase,
     RebuildIndex,
     RemoveJson,
+    RenameTensor,
     ReplaceNonfinite,
     SetJson,
     SetRecipe,
@@ -227,6 +229,12 @@ def from_base(base, name: str, otherwise: str) -> Fix:
         return Fix(otherwise, (), "manual")
     edit, why = offer
     return Fix(f"take {name} from {base.text}" + (f": {why}" if why else ""), (edit,), "safe" if why else "unsafe")
+
+
+def tensor_from_base(base, tensor) -> Fix | None:
+    """This tensor as what --from names holds it, in the same type and shape: unsafe, because nothing says that it was not trained."""
+    edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape) if base is not None else None
+    return edit and Fix(f"take the tensor from {base.text}", (edit,), "unsafe")
 
 
 def run_rule(entry: Rule, subject: str, thing: object, values: tuple) -> Iterator[Finding]:

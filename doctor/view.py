@@ -11,6 +11,7 @@ import bisect
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -19,8 +20,8 @@ import numpy as np
 from doctor import jsontext
 from doctor.checkpoint import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.dtypes import CODE_NUMPY
-from doctor.edits import (CASTS, CREATE, MADE, MISSING, TENSOR_EDITS, CastTensor, CleanJson, DropFile, DropTensor, Edit, PadTensor, Rebase, RebuildIndex,
-                          RemoveJson, SetJson, TakeFile, apply, edited_info, pad_positions)
+from doctor.edits import (CASTS, CREATE, MADE, MISSING, TENSOR_EDITS, CastTensor, CleanJson, DropFile, DropTensor, Edit, NameFormat, PadTensor, Rebase,
+                          RebuildIndex, RemoveJson, RenameTensor, SetJson, TakeFile, apply, edited_info, pad_positions)
 from doctor.errors import BadCheckpoint, PlanRefused
 from doctor.made import STALE, made, opened
 from doctor.shard import Shard, ShardFile, TensorInfo, open_shard
@@ -190,9 +191,22 @@ class EditedCheckpoint(Checkpoint):
                     raise PlanRefused(f"{name}: the checkpoint has no such tensor.", STALE)
                 added.setdefault(self._home(name), []).append(name)
         self.changed_tensors = {*by_tensor, *(t.name for n in self.taken & self.shards.keys() for t in self.shards[n].tensors)}
-        for shard in self.source.shards.values():
-            if shard.name in added or any(t.name in by_tensor for t in shard.tensors):
+        self._check_names()
+        again = {e.file for e in self.edits if isinstance(e, NameFormat)}
+        for name in again - self.source.shards.keys():
+            raise PlanRefused(f"{name}: not a weight file of this checkpoint.", STALE)
+        for shard in list(self.source.shards.values()):
+            if shard.name in added or shard.name in again or any(t.name in by_tensor for t in shard.tensors):
                 self._edit_shard(shard, by_tensor, sorted(added.get(shard.name, [])))
+
+    def _check_names(self) -> None:
+        """New names are free, or become free, and are given once."""
+        renamed = {e.tensor: e.to for e in self.edits if isinstance(e, RenameTensor)}
+        kept = self.source.tensors.keys() - renamed.keys()
+        twice = [new for new, count in Counter(renamed.values()).items() if count > 1 or new in kept]
+        if twice:
+            raise PlanRefused(f"{twice[0]}: two tensors would have this name.", STALE)
+        self.changed_tensors |= set(renamed.values())
 
     def _home(self, name: str) -> str:
         """The shard for a new tensor: that of the tensor whose name agrees longest, so that a block stays together."""
@@ -358,7 +372,7 @@ def _is_numbered(name: str) -> bool:
 def _edited(info: TensorInfo, edits: list[Edit]) -> TensorInfo:
     if not edits:
         return info
-    if info.dtype.name not in CODE_NUMPY:
+    if info.dtype.name not in CODE_NUMPY and not all(isinstance(e, RenameTensor) for e in edits):
         raise PlanRefused(f"{info.name}: dtype {info.dtype.name} has no whole-byte elements and cannot be edited.")
     for edit in edits:
         if isinstance(edit, CastTensor) and not {info.dtype.name, edit.dtype} <= {*CASTS}:
@@ -396,7 +410,7 @@ def _lay_out(shard: Shard, parts: list[tuple]) -> tuple[Shard, list[Piece]]:
 def _join(pieces: list[Piece], old: TensorInfo, info: TensorInfo, edits: list[Edit], maker) -> None:
     """Put one more tensor behind the pieces; neighbours that no edit touches become one run."""
     last = pieces[-1]
-    if edits:
+    if any(not isinstance(e, RenameTensor) for e in edits):
         pieces.append(Piece(info.begin, info.end, tensor=EditedTensor(old, info, edits, maker)))
     elif last.source is not None and last.source + last.end - last.begin == old.begin:
         last.end = info.end

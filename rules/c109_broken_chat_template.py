@@ -10,7 +10,7 @@ Do: repair the template at the place that is named, or take the base model's.
 
 False alarms: tags of a program's own. Loop controls and transformers' `generation` tag are known here.
 
-Fix safety: manual. The template is parsed, never run.
+Fix safety: unsafe, and only with `--from`: the base's template is taken. Else manual. The template is parsed, never run.
 
 Sources: transformers src/transformers/utils/chat_template_utils.py; Jinja documentation, "Sandbox".
 
@@ -22,12 +22,12 @@ Sources: transformers src/transformers/utils/chat_template_utils.py; Jinja docum
 
 误报: 某些程序自定义的标签。循环控制和 transformers 的 `generation` 标签这里认得。
 
-修复: 需手动。模板只解析，从不执行。
+修复: 不安全，且需 `--from`：取基座模型的模板。否则需手动。模板只解析，从不执行。
 """
 
 import re
 
-from doctor.rule import Fix, Place, Unavailable, finding, rule
+from doctor.rule import Fix, Place, SetJson, Unavailable, finding, from_base, rule
 from doctor.testing import tiny
 
 # transformers marks the assistant's words with a tag of its own; to a parser it is a block like any other.
@@ -35,7 +35,7 @@ GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
 @rule("C109", "error")
-def broken_chat_template(checkpoint, chat_template):
+def broken_chat_template(checkpoint, chat_template, base):
     if chat_template is None:
         return
     try:
@@ -51,7 +51,17 @@ def broken_chat_template(checkpoint, chat_template):
         own = "chat_template.jinja" in checkpoint.entries
         at = Place("chat_template.jinja", line=error.lineno) if own else Place("tokenizer_config.json", pointer="/chat_template")
         yield finding(f"the chat template does not parse at line {error.lineno}: {error.message}".rstrip("."), at=at,
-                      evidence={"line": error.lineno}, fix=Fix("repair the template, or take the base model's", (), "manual"))
+                      evidence={"line": error.lineno}, fix=_from_base(checkpoint, base, own))
+
+
+def _from_base(checkpoint, base, own):
+    """The base's template, from the same file and key."""
+    manual = "repair the template, or take the base model's"
+    theirs = (base.checkpoint.value("tokenizer_config.json") or {}).get("chat_template") if base is not None else None
+    if own or not isinstance(theirs, str):
+        return from_base(base if own else None, "chat_template.jinja", manual)
+    mine = checkpoint.value("tokenizer_config.json")["chat_template"]
+    return Fix(f"take the template of {base.text}", (SetJson("tokenizer_config.json", "/chat_template", theirs, mine),), "unsafe")
 
 
 def bad():

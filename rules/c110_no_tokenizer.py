@@ -11,7 +11,7 @@ Do: copy tokenizer.json and tokenizer_config.json (or tokenizer.model) from the 
 
 False alarms: a directory that is meant to hold weights only; `--calibration` with ready token ids needs no tokenizer.
 
-Fix safety: manual.
+Fix safety: unsafe, and only with `--from`: the base's files are taken; a fine-tune may have added tokens to them. Else manual.
 
 Sources: transformers src/transformers/models/auto/tokenization_auto.py.
 
@@ -23,21 +23,31 @@ Sources: transformers src/transformers/models/auto/tokenization_auto.py.
 
 误报: 目录本来就只放权重；用 `--calibration` 直接给词元 id 时也不需要分词器。
 
-修复: 需手动。
+修复: 不安全，且需 `--from`：取基座模型的文件；微调可能加过词元。否则需手动。
 """
 
 from doctor.rule import Fix, Place, finding, rule
 from doctor.testing import tiny
 
 KNOWN = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 @rule("C110", "warning", implied_by=("F019", "F020", "F022"))
-def no_tokenizer(checkpoint, files, config):
+def no_tokenizer(checkpoint, files, config, base):
     if any(n in files or n in checkpoint.json for n in KNOWN) or any(n.endswith((".tiktoken", ".model")) for n in files):
         return
     yield finding("no tokenizer.json, tokenizer.model or other vocabulary is there", at=Place("tokenizer.json"),
-                  fix=Fix("copy the tokenizer's files from the model's page or its base model", (), "manual"))
+                  fix=_from_base(base, files))
+
+
+def _from_base(base, files):
+    """The base's files of a tokenizer that are not here."""
+    offers = [base.offer_file(n) for n in (*KNOWN, *BESIDE) if n not in files] if base is not None else []
+    edits = tuple(offer[0] for offer in offers if offer is not None)
+    if not any(e.file in KNOWN for e in edits):
+        return Fix("copy the tokenizer's files from the model's page or its base model", (), "manual")
+    return Fix(f"take {', '.join(e.file for e in edits)} from {base.text}", edits, "unsafe")
 
 
 def bad():

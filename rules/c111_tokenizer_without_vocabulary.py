@@ -10,7 +10,7 @@ Do: fetch tokenizer.json again.
 
 False alarms: a form of vocabulary newer than this version.
 
-Fix safety: manual.
+Fix safety: unsafe, and only with `--from`: the base's file is taken; a fine-tune may have added tokens to it. Else manual.
 
 Sources: huggingface/tokenizers tokenizers/src/models/mod.rs.
 
@@ -22,15 +22,15 @@ Sources: huggingface/tokenizers tokenizers/src/models/mod.rs.
 
 误报: 比当前版本更新的词表格式。
 
-修复: 需手动。
+修复: 不安全，且需 `--from`：取基座模型的文件；微调可能加过词元。否则需手动。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import tiny
 
 
 @rule("C111", "error")
-def tokenizer_without_vocabulary(checkpoint, json_files):
+def tokenizer_without_vocabulary(checkpoint, json_files, base):
     file = json_files.get("tokenizer.json")
     if file is None or file.broken is not None:
         return
@@ -39,7 +39,8 @@ def tokenizer_without_vocabulary(checkpoint, json_files):
     if isinstance(model, dict) and isinstance(model.get("vocab"), (dict, list)) and model["vocab"]:
         return
     what = "no model.vocab" if isinstance(value, dict) else f"a JSON {type(value).__name__} instead of an object"
-    yield finding(f"tokenizer.json has {what}", at=Place("tokenizer.json", pointer=""), fix=Fix("fetch tokenizer.json again", (), "manual"))
+    yield finding(f"tokenizer.json has {what}", at=Place("tokenizer.json", pointer=""),
+                  fix=from_base(base, "tokenizer.json", "fetch tokenizer.json again"))
 
 
 def bad():

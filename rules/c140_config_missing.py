@@ -10,7 +10,7 @@ Do: fetch config.json of the same revision.
 
 False alarms: a single weight file that is checked by itself is not counted.
 
-Fix safety: manual; a config is not made up from shapes alone.
+Fix safety: unsafe, and only with `--from`: the base's file is taken. Else manual; a config is not made up from shapes alone.
 
 Sources: transformers src/transformers/configuration_utils.py.
 
@@ -22,18 +22,18 @@ Sources: transformers src/transformers/configuration_utils.py.
 
 误报: 单独检查一个权重文件时不报。
 
-修复: 需手动；不会仅凭形状编造配置。
+修复: 不安全，且需 `--from`：取基座模型的文件。否则需手动；不会仅凭形状编造配置。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import tiny
 
 
 @rule("C140", "error", implied_by=("F019", "F020", "F022"))
-def config_missing(checkpoint, files):
+def config_missing(checkpoint, files, base):
     if "config.json" not in files and not checkpoint.only:
         yield finding("no config.json among the files", at=Place("config.json"), evidence={"files": len(files)},
-                      fix=Fix("fetch config.json of the same revision", (), "manual"))
+                      fix=from_base(base, "config.json", "fetch config.json of the same revision"))
 
 
 def bad():

@@ -11,7 +11,7 @@ Do: look at the place that is named; a comma before a closing bracket is the mos
 
 False alarms: none known: Python's own reader refuses the same text.
 
-Fix safety: manual.
+Fix safety: unsafe, and only with `--from`: the base's file is taken, which need not be the one that was lost. Else manual.
 
 Sources: transformers src/transformers/configuration_utils.py; RFC 8259.
 
@@ -23,10 +23,10 @@ Sources: transformers src/transformers/configuration_utils.py; RFC 8259.
 
 误报: 暂无已知：Python 自带的解析器同样拒绝这段文本。
 
-修复: 需手动。
+修复: 不安全，且需 `--from`：取基座模型的文件，不一定就是丢失的那份。否则需手动。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import tiny
 
 # Other JSON files may be anything; no reader of models opens them.
@@ -35,17 +35,17 @@ READ = ("config.json", "generation_config.json", "tokenizer_config.json", "token
 
 
 @rule("C148", "error", implied_by=("F002",))
-def broken_json(checkpoint, json_files):
+def broken_json(checkpoint, json_files, base):
     for name in READ:
         file = json_files.get(name)
         if file is None:
             continue
         if file.broken is not None:
             yield finding(f"{name} is not JSON: {file.broken}", at=Place(name, line=file.broken.line, column=file.broken.column),
-                          fix=Fix("correct the text at this place, or fetch the file again", (), "manual"))
+                          fix=from_base(base, name, "correct the text at this place, or fetch the file again"))
         elif not isinstance(file.value, dict) and not file.raw.startswith(b"version https://git-lfs"):
             yield finding(f"{name} holds a JSON {type(file.value).__name__}; it must be an object", at=Place(name, line=1),
-                          fix=Fix("fetch the file again", (), "manual"))
+                          fix=from_base(base, name, "fetch the file again"))
 
 
 def bad():

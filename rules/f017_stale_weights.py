@@ -7,7 +7,7 @@ Do: move the file that does not belong away. The index lists those that do.
 
 False alarms: Mistral's consolidated.safetensors and other names that no reader looks for by itself are not counted.
 
-Fix safety: manual; deleting gigabytes is yours to do.
+Fix safety: unsafe: the copy does not get the file; the source keeps it. It may be the newer one of the two.
 
 Sources: transformers src/transformers/modeling_utils.py, `_get_resolved_checkpoint_files`: model.safetensors before its index;
 AutoGPTQ issue 306 (a stale file mixed with a new index gave NaN).
@@ -21,12 +21,12 @@ AutoGPTQ issue 306 (a stale file mixed with a new index gave NaN).
 
 误报: Mistral 的 consolidated.safetensors 等不会被主动读取的文件名不计。
 
-修复: 需手动；删除几个 GB 的文件由你决定。
+修复: 不安全：副本里不再有该文件，原目录仍保留。它也可能才是较新的那份。
 """
 
 import re
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import DropFile, Fix, Place, finding, rule
 from doctor.testing import shard_bytes, tiny
 
 LOOKED_FOR = re.compile(r"^model(-\d{5}-of-\d{5})?\.safetensors$")
@@ -41,7 +41,8 @@ def stale_weights(checkpoint, files, weight_map):
         if LOOKED_FOR.match(name) and name not in listed:
             first = " and transformers reads it first" if name == "model.safetensors" else ""
             yield finding(f"{name} ({files[name].size:,} bytes) is not in the index{first}", at=Place(name),
-                          evidence={"bytes": files[name].size}, fix=Fix(f"move {name} away if it belongs to an older save", (), "manual"))
+                          evidence={"bytes": files[name].size}, fix=Fix(f"leave {name} out", (DropFile(name),), "unsafe"),
+                          advice=f"move {name} away if it belongs to an older save")
 
 
 def bad():

@@ -7,7 +7,8 @@ Do: replace the link by a copy or a hard link of what it points to.
 
 False alarms: layouts of your own that link shards from another disk. A Hub cache's links into its blobs are followed.
 
-Fix safety: manual; doctor does not follow paths out of the checkpoint.
+Fix safety: with `--from` the base's file of this name is taken, unsafe unless another shard shows that it is the same model. Else
+manual; doctor does not follow paths out of the checkpoint.
 
 Sources: huggingface/huggingface_hub docs, "Manage your cache": snapshots hold links into ../../blobs.
 
@@ -19,23 +20,24 @@ Sources: huggingface/huggingface_hub docs, "Manage your cache": snapshots hold l
 
 误报: 你自己把分片链接到另一块磁盘的布局。Hub 缓存指向自身 blobs 的链接会跟随。
 
-修复: 需手动；doctor 不跟随通向检查点之外的路径。
+修复: 用 `--from` 时取基座的同名文件，除非另一个分片证实是同一个模型，否则不安全。没有 `--from` 时需手动；doctor 不跟
+随通向检查点之外的路径。
 """
 
 import os
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import tiny
 
 READ = (".safetensors", ".json", ".jinja", ".model")
 
 
 @rule("F019", "error")
-def link_leads_out(checkpoint, listing_problems):
+def link_leads_out(checkpoint, listing_problems, base):
     for defect in listing_problems:
         if defect.kind == "link-leads-out" and defect.tensor.endswith(READ):
             yield finding(f"{defect.tensor} is {defect.detail}, outside the checkpoint", at=Place(defect.tensor),
-                          fix=Fix("put a copy or a hard link of the file in its place", (), "manual"))
+                          fix=from_base(base, defect.tensor, "put a copy or a hard link of the file in its place"))
 
 
 def bad():

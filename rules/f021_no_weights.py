@@ -10,7 +10,7 @@ Do: fetch the *.safetensors files, or give the directory that holds them.
 
 False alarms: directories that are meant to hold a configuration only.
 
-Fix safety: manual.
+Fix safety: unsafe, and only with `--from`: a base's weights are its own, not those of a fine-tune. Else manual.
 
 Sources: transformers src/transformers/modeling_utils.py; vllm-project/vllm vllm/model_executor/model_loader/default_loader.py.
 
@@ -22,21 +22,31 @@ Sources: transformers src/transformers/modeling_utils.py; vllm-project/vllm vllm
 
 误报: 本来就只放配置的目录。
 
-修复: 需手动。
+修复: 不安全，且需 `--from`：基座的权重是它自己的，不是微调后的。否则需手动。
 """
 
 from doctor.rule import Fix, Place, finding, rule
 from doctor.testing import tiny
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
+INDEX = "model.safetensors.index.json"
 
 
 @rule("F021", "error", implied_by=("F010", "F019", "F020", "F024"))
-def no_weights(checkpoint, files, shards):
+def no_weights(checkpoint, files, shards, base):
     if any(name.endswith(WEIGHTS) for name in files):
         return
     yield finding(f"none of {len(files)} files holds weights", at=Place("model.safetensors"), evidence={"files": len(files)},
-                  fix=Fix("fetch the model's *.safetensors files", (), "manual"))
+                  fix=_from_base(base))
+
+
+def _from_base(base):
+    """All weight files of the base and their index."""
+    names = [*base.checkpoint.shards, INDEX] if base is not None else []
+    offers = [offer for offer in map(base.offer_file, names) if offer is not None] if names else []
+    if not names or len(offers) < len(base.checkpoint.shards):
+        return Fix("fetch the model's *.safetensors files", (), "manual")
+    return Fix(f"take the weights from {base.text}", tuple(edit for edit, _ in offers), "unsafe")
 
 
 def bad():

@@ -7,7 +7,7 @@ Do: start the download again; it goes on where it stopped. If it did end, delete
 
 False alarms: leftovers of a download that was later done by other means.
 
-Fix safety: manual.
+Fix safety: unsafe, and only by name: the copy does not get the working file; a download that is not done stays so.
 
 Sources: aria2 manual, "Control file"; huggingface/huggingface_hub src/huggingface_hub/file_download.py (`.incomplete`).
 
@@ -19,10 +19,10 @@ Sources: aria2 manual, "Control file"; huggingface/huggingface_hub src/huggingfa
 
 误报: 后来用别的方式下完了，留下的残余。
 
-修复: 需手动。
+修复: 不安全，且只能点名执行：副本里不再有该工作文件；没下载完的仍是没下载完。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import DropFile, Fix, Place, finding, rule
 from doctor.testing import tiny
 
 ENDINGS = (".incomplete", ".aria2", ".part", ".partial", ".crdownload", ".download", ".!qB", ".st")
@@ -33,7 +33,8 @@ def unfinished_download(checkpoint, files):
     for name in sorted(files):
         if name.endswith(ENDINGS):
             yield finding(f"{name} ({files[name].size:,} bytes) is what a download leaves before it is done", at=Place(name),
-                          evidence={"bytes": files[name].size}, fix=Fix("finish the download, or delete the working file", (), "manual"))
+                          evidence={"bytes": files[name].size}, fix=Fix(f"leave {name} out", (DropFile(name),), "unsafe", by_name=True),
+                          advice="finish the download, or delete the working file")
 
 
 def bad():

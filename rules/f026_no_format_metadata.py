@@ -11,7 +11,7 @@ doctor writes has it.
 
 False alarms: files that only programs of your own read.
 
-Fix safety: manual; a header is rewritten only together with its file.
+Fix safety: nothing but the header changes, but only by name: a header is rewritten together with its file, however large.
 
 Sources: transformers 4.57 src/transformers/modeling_utils.py, `load_state_dict`; tried with 5.23: loads.
 
@@ -24,13 +24,13 @@ Sources: transformers 4.57 src/transformers/modeling_utils.py, `load_state_dict`
 
 误报: 只供自己的程序读取的文件。
 
-修复: 需手动；文件头只能随整个文件一起重写。
+修复: 只改文件头，但只能点名执行：文件头要随整个文件一起重写，无论多大。
 """
 
 import json
 import struct
 
-from doctor.rule import Place, finding, rule
+from doctor.rule import Fix, NameFormat, Place, finding, rule
 from doctor.testing import shard_bytes, tiny
 
 
@@ -41,7 +41,8 @@ def no_format_metadata(checkpoint, shards):
         what = without[0] if len(without) == 1 else f"{len(without)} of {len(shards)} weight files"
         verb = "has" if len(without) == 1 else "have"
         yield finding(f"{what} {verb} no format in the metadata; transformers 4 refuses that", at=Place(without[0], byte=8),
-                      evidence={"files": len(without)}, advice="save again with metadata={'format': 'pt'} if transformers 4 must read it")
+                      evidence={"files": len(without)},
+                      fix=Fix("write the format into the header", tuple(NameFormat(n) for n in without), "unsafe", by_name=True), advice="save again with metadata={'format': 'pt'} if transformers 4 must read it")
 
 
 def bad():

@@ -12,7 +12,7 @@ Do: compare architectures and model_type in config.json with where the weights c
 False alarms: variants of a family that add tensors and are newer than this version. Buffers that readers recompute (rotary
 frequencies, causal masks) and stored cache scales are not counted.
 
-Fix safety: manual; only you know whether the tensor or the config is right.
+Fix safety: unsafe, and only by name: the tensor is dropped. Only you know whether the tensor or the config is right.
 
 Sources: transformers src/transformers/modeling_utils.py, `_keys_to_ignore_on_load_unexpected`.
 
@@ -26,12 +26,12 @@ Sources: transformers src/transformers/modeling_utils.py, `_keys_to_ignore_on_lo
 误报: 比当前版本新、增加了张量的变体。读取程序会重新计算的缓冲区（旋转频率、因果掩码）和保存的缓存缩放因子不
 计。
 
-修复: 需手动；张量对还是配置对，只有你知道。
+修复: 不安全，且只能点名执行：删去该张量。张量对还是配置对，只有你知道。
 """
 
 import re
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import DropTensor, Fix, Place, finding, rule
 from doctor.testing import tiny
 
 # Buffers that older saves hold, scales of a key-value cache, positions: no reader misses or minds them.
@@ -54,7 +54,8 @@ def unexpected_tensor(checkpoint, placement, config):
             elif tail.endswith("bias"):
                 continue
             yield finding(f"{info.name} has no place in a {spec.family} model", at=Place(info.shard, tensor=info.name),
-                          evidence={"family": spec.family}, fix=Fix("make sure that config.json names the family of these weights", (), "manual"))
+                          evidence={"family": spec.family}, fix=Fix("drop it", (DropTensor(info.name),), "unsafe", by_name=True),
+                          advice="make sure that config.json names the family of these weights")
 
 
 def _bias_is_denied(spec, tail, placement, info):

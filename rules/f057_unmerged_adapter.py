@@ -11,7 +11,7 @@ Do: load with PEFT, `merge_and_unload()`, save again.
 
 False alarms: none known; models with low-rank linears of their own (DeepSeek) use other names.
 
-Fix safety: manual; merging is a sum of matrices with a scale that stands in adapter_config.json.
+Fix safety: manual; the scale of the merge stands in adapter_config.json, which is not with these tensors. An adapter of its own is F022.
 
 Sources: huggingface/peft src/peft/tuners/lora/layer.py.
 

@@ -12,7 +12,7 @@ Do: unwrap before saving (`model._orig_mod`, `accelerator.unwrap_model(model)`),
 
 False alarms: none known; the words are no part of any model.
 
-Fix safety: manual; renaming is done where the model is saved.
+Fix safety: safe: names change and no value does. Manual where two tensors would get one name.
 
 Sources: pytorch/pytorch torch/_dynamo/eval_frame.py (`_orig_mod`); torch/nn/parallel/distributed.py (`module`).
 
@@ -25,12 +25,12 @@ Sources: pytorch/pytorch torch/_dynamo/eval_frame.py (`_orig_mod`); torch/nn/par
 
 误报: 暂无已知；这些词不属于任何模型。
 
-修复: 需手动；改名应在保存模型的地方做。
+修复: 安全：只改名字，不动任何数值。若两个张量会得到同一个名字，则需手动。
 """
 
 import re
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Fix, Place, RebuildIndex, RenameTensor, finding, rule
 from doctor.testing import tiny
 
 WRAPPER = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.|^module\.|^actor\.|^policy\.")
@@ -46,7 +46,23 @@ def wrapped_names(checkpoint, tensors):
         word = WRAPPER.search(found[0])[0].strip(".")
         yield finding(f"{len(found):,} of {len(tensors):,} tensor names carry the wrapper {word!r}, the first is {found[0]}",
                       at=Place(tensors[found[0]].shard, tensor=found[0]), evidence={"tensors": len(found)},
-                      fix=Fix("unwrap the model before saving it", (), "manual"))
+                      fix=_unwrap(tensors, found, checkpoint.index))
+
+
+def _unwrap(tensors, found, index):
+    """New names for all, unless two tensors would get the same one."""
+    names = {n: _bare(n) for n in found}
+    others = tensors.keys() - names.keys()
+    if len(set(names.values())) < len(names) or not others.isdisjoint(names.values()):
+        return Fix("unwrap the model before saving it: without the wrapper two tensors would have one name", (), "manual")
+    edits = tuple(RenameTensor(old, new) for old, new in names.items())
+    return Fix("take the wrapper off the names", (*edits, RebuildIndex()) if index is not None else edits)
+
+
+def _bare(name):
+    while WRAPPER.search(name):
+        name = WRAPPER.sub(lambda match: match[1] or "", name)
+    return name
 
 
 def bad():

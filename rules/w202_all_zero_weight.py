@@ -30,7 +30,7 @@ casper-hansen/AutoAWQ PR 522.
 修复: 不安全，且需 `--from`：从基座模型取张量。文件无法说明它没有训练过。
 """
 
-from doctor.rule import Fix, finding, rule
+from doctor.rule import finding, rule, tensor_from_base
 from doctor.testing import tiny
 
 
@@ -46,14 +46,9 @@ def all_zero_weight(tensor, n_zero, numel, base):
     yield finding(
         f"all {numel:,} values of {tensor.name} are 0",
         evidence={"numel": numel, "bytes": [tensor.begin, tensor.end]},
-        fix=_from_base(base, tensor) if base else None,
+        fix=tensor_from_base(base, tensor),
         advice=f"compare the checksum of {tensor.shard} with its source and copy the shard again",
     )
-
-
-def _from_base(base, tensor):
-    edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape)
-    return edit and Fix(f"take the tensor from {base.text}", (edit,), "unsafe")
 
 
 def bad():

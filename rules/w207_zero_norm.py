@@ -8,7 +8,7 @@ Do: compare the shard's checksum with its source's and copy it again.
 False alarms: norms that are stored as an offset from 1 (Gemma) are 0 in a fresh model and are not looked
 at. A norm after a block may be switched off with zeros on purpose.
 
-Fix safety: no fix: the true values are not in the files.
+Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model. Nothing here says that it was not trained.
 
 Sources: rules/tables/architectures.json (norm_parametrisation of each family).
 
@@ -21,17 +21,17 @@ Sources: rules/tables/architectures.json (norm_parametrisation of each family).
 
 误报: 以 1 为基准存偏移的归一化（Gemma）在新模型里就是 0，不看。层后的归一化可能有意用零关掉。
 
-修复: 不提供修复：文件里没有真实的值。
+修复: 不安全，且需 `--from`：从基座模型取张量。文件无法说明它没有训练过。
 """
 
-from doctor.rule import finding, rule, table
+from doctor.rule import finding, rule, table, tensor_from_base
 from doctor.testing import never_in, tiny
 
 FACTOR = "weight * xhat"  # how a family stores a norm whose weights multiply; "(1 + weight) * xhat" is the other way
 
 
 @rule("W207", "warning", certainty="likely")
-def zero_norm(tensor, n_zero, numel, spec):
+def zero_norm(tensor, n_zero, numel, spec, base):
     if len(tensor.shape) != 1 or not tensor.name.endswith("norm.weight") or not numel or n_zero != numel:
         return
     family = table("architectures")["families"].get(spec.family, {})
@@ -39,6 +39,7 @@ def zero_norm(tensor, n_zero, numel, spec):
         yield finding(
             f"all {numel:,} weights of {tensor.name} are 0: nothing passes this norm",
             evidence={"numel": numel},
+            fix=tensor_from_base(base, tensor),
             advice=f"compare the checksum of {tensor.shard} with its source and copy the shard again",
         )
 

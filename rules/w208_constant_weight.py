@@ -8,7 +8,7 @@ Do: take the tensor from the base model, or find out which tool wrote it.
 
 False alarms: a matrix made constant on purpose, for instance a mask stored under a weight's name.
 
-Fix safety: no fix: the true values are not in the files.
+Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model. Nothing here says that it was not trained.
 
 Sources: PyTorch leaves memory of torch.empty as it was; transformers initialises what it does not find and
 says so only in a log line (modeling_utils, "newly initialized").
@@ -22,17 +22,17 @@ says so only in a log line (modeling_utils, "newly initialized").
 
 误报: 有意为常数的矩阵，例如以权重之名存的掩码。
 
-修复: 不提供修复：文件里没有真实的值。
+修复: 不安全，且需 `--from`：从基座模型取张量。文件无法说明它没有训练过。
 """
 
-from doctor.rule import finding, rule
+from doctor.rule import finding, rule, tensor_from_base
 from doctor.testing import encode, np, tiny
 
 SMALLEST = 4096  # values; tables below that (a shared expert's gate, a toy) may be equal by chance or design
 
 
 @rule("W208", "warning", certainty="likely")
-def constant_weight(tensor, stats):
+def constant_weight(tensor, stats, base):
     whole = len(tensor.shape) >= 2 and tensor.name.endswith(".weight") and stats.numel >= SMALLEST
     if (
         not whole
@@ -46,6 +46,7 @@ def constant_weight(tensor, stats):
     yield finding(
         f"all {stats.numel:,} values of {tensor.name} are {stats.max:g}",
         evidence={"value": stats.max, "numel": stats.numel},
+        fix=tensor_from_base(base, tensor),
         advice="take the tensor from the base model",
     )
 

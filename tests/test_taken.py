@@ -261,3 +261,84 @@ def test_an_adapter_is_merged_into_a_base_of_the_hub_which_is_fetched_whole(fake
     assert receipt["base"]["files"] == {"model.safetensors": sha256(base / "model.safetensors")}
     assert receipt["written"][0]["sha256_before"] == sha256(base / "model.safetensors")
     assert not np.array_equal(Checkpoint.open(result.output).load(tiny().name("down")), tiny().down())
+
+
+# other cures by whole files and by names
+
+
+def test_a_tokenizer_is_taken_from_the_base_only_as_an_unsafe_fix(tmp_path):
+    base = tiny().write(tmp_path / "base")
+    source = copy_of(base, tmp_path / "source")
+    (source / "tokenizer.json").unlink()
+    assert not fix(source, tmp_path / "out", tiny().recipe, base=base).plan.steps
+    result = fix(source, tmp_path / "out", tiny().recipe, base=base, unsafe_fixes=True)
+    assert {s.code for s in result.plan.steps} == {"C110"} and sha256(tmp_path / "out" / "tokenizer.json") == sha256(base / "tokenizer.json")
+
+
+def test_weights_that_are_all_lost_are_taken_with_their_index(tmp_path, whole):
+    source = copy_of(whole, tmp_path / "source")
+    for path in [*source.glob("*.safetensors"), source / "model.safetensors.index.json"]:
+        path.unlink()
+    result = fix(source, tmp_path / "out", tiny().recipe, base=whole, unsafe_fixes=True)
+    assert {s.code for s in result.plan.steps} == {"F021"} and not result.report.findings
+    assert all(sha256(tmp_path / "out" / p.name) == sha256(p) for p in whole.glob("model*"))
+
+
+def test_a_template_that_does_not_parse_is_taken_from_the_base(tmp_path):
+    case = tiny()
+    case.json["tokenizer_config.json"]["chat_template"] = "{{ messages }}"
+    base = case.write(tmp_path / "base")
+    case.json["tokenizer_config.json"]["chat_template"] = "{% if %}"
+    result = fix(case.write(tmp_path / "source"), tmp_path / "out", case.recipe, base=base, unsafe_fixes=True)
+    assert "C109" in {s.code for s in result.plan.steps}
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_wrapped_names_are_unwrapped_and_no_byte_of_a_tensor_changes(tmp_path, shards):
+    case = tiny()
+    case.tensors = {f"module.{n.replace('layers.', 'layers._orig_mod.')}": a for n, a in case.tensors.items()}
+    case.dtypes = dict.fromkeys(case.tensors, "BF16")
+    case.shards = shards
+    result = fix(case.write(tmp_path / "source"), tmp_path / "out", case.recipe)
+    out, want = Checkpoint.open(tmp_path / "out"), tiny()
+    assert {s.code for s in result.plan.steps} == {"F058"} and not check(tmp_path / "out", case.recipe).findings
+    assert out.tensors.keys() == want.tensors.keys() and all((out.load(n) == a).all() for n, a in want.tensors.items())
+
+
+def test_two_tensors_never_get_one_name(tmp_path):
+    from doctor.edits import RenameTensor
+    from doctor.errors import PlanRefused
+    from doctor.view import EditedCheckpoint
+
+    source = Checkpoint.open(tiny().write(tmp_path / "source"))
+    first, second, *_ = source.tensors
+    for edits in ([RenameTensor(first, second)], [RenameTensor(first, "x"), RenameTensor(second, "x")]):
+        with pytest.raises(PlanRefused, match="two tensors would have this name"):
+            EditedCheckpoint(source, edits)
+    swapped = EditedCheckpoint(source, [RenameTensor(first, second), RenameTensor(second, first)])
+    assert (swapped.load(first) == source.load(second)).all() and (swapped.load(second) == source.load(first)).all()
+
+
+def test_a_format_is_written_into_the_header_by_name_only(tmp_path):
+    import doctor.rules.f026_no_format_metadata as module
+
+    source = module.bad()[0].write(tmp_path / "source")
+    assert not fix(source, tmp_path / "out", tiny().recipe, unsafe_fixes=True).plan.steps
+    fix(source, tmp_path / "out", tiny().recipe, unsafe_fixes=("F026",))
+    out = Checkpoint.open(tmp_path / "out")
+    assert out.shards["model.safetensors"].metadata == {"format": "pt"}
+    assert all((out.load(n) == a).all() for n, a in tiny().tensors.items())
+
+
+def test_every_rule_stands_in_the_table_with_its_cure_or_the_reason_why_there_is_none(capsys):
+    import runpy
+    from pathlib import Path
+
+    from doctor.engine import load_rules
+
+    runpy.run_path(str(Path(__file__).parents[1] / "docs" / "cures.py"))["main"]()
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "rule |" not in line]
+    assert {line[0][2:6] for line in lines} == {r.code for r in load_rules()}
+    without = {line[0][2:6]: line[3].rstrip(" |") for line in lines if line[1] == "-"}
+    assert len(without) < 70 and not {c: why for c, why in without.items() if len(why) < 10 or why.startswith("manual")}
