@@ -1,0 +1,83 @@
+"""The command itself on a model that was really trained: a healthy 4-bit copy and three broken ones get four different answers."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from doctor import api
+from doctor.cli import cli
+from doctor.testing import tiny
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "fixtures"))
+from demo import train  # noqa: E402
+
+RECIPE = tiny().recipe
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(original, its 4-bit copy): two blocks that learnt the letters of Python's documentation."""
+    folder = tmp_path_factory.mktemp("trained")
+    original = train(tiny("llama").write(folder / "original"), steps=60)
+    result = api.quantize(original, folder / "q4", RECIPE, rows=16, max_seq_length=64)
+    assert result.output
+    return original, result.output
+
+
+def spoiled(source, folder, spoil):
+    """A copy of a checkpoint whose tensors went through spoil(name, tensor)."""
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    with safe_open(source / "model.safetensors", "pt") as file:
+        tensors = {name: spoil(name, file.get_tensor(name)) for name in file.keys()}
+        save_file(tensors, folder / "model.safetensors", file.metadata())
+    return folder
+
+
+def answer(original, quantized, folder):
+    """(exit code, code -> finding, comparison, screen) of the command."""
+    file = folder / "verify.json"
+    done = CliRunner().invoke(cli, ["verify", str(original), str(quantized), "--rows", "4", "--context", "64", "-f", "full", "-f", f"json:{file}"])
+    report = json.loads(file.read_text())
+    assert not any(r["crashed"] for r in report["rules"])
+    return done.exit_code, {f["code"]: f for f in report["findings"]}, report["extra"]["comparison"], done.output
+
+
+def test_a_healthy_copy_agrees(trained, tmp_path):
+    code, findings, figures, screen = answer(*trained, tmp_path)
+    assert code == 0 and not findings and "✓ agrees with its original" in screen
+    assert figures["perplexity_quantized"] < 1.1 * figures["perplexity_original"] < 40, "a trained model guesses far better than among 96"
+    assert figures["half"]["first"] is None and "the original fits: its largest activation" in screen
+
+
+def test_scales_of_nan_are_a_collapse(trained, tmp_path):
+    broken = spoiled(trained[1], tmp_path / "b", lambda name, x: x * float("nan") if name.endswith("layers.0.mlp.down_proj.scales") else x)
+    code, findings, figures, screen = answer(trained[0], broken, tmp_path)
+    assert code == 1 and {"W201", "O602"} <= findings.keys() and findings["W201"]["where"]["tensor"].endswith("layers.0.mlp.down_proj.scales")
+    assert "the first block whose output is not finite is 0" in findings["O602"]["message"] and figures["token0_share"] == 1.0
+    assert "✗ does not agree" in screen
+
+
+def test_zero_points_of_the_other_version_are_named_as_such(trained, tmp_path):
+    mixed = spoiled(trained[1], tmp_path / "b", lambda name, x: x + 0x11111111 if name.endswith(".qzeros") else x)
+    code, findings, figures, _ = answer(trained[0], mixed, tmp_path)
+    assert code == 1 and "O608" in findings and "O602" not in findings
+    assert figures["perplexity_quantized"] > 1.5 * figures["perplexity_original"] and figures["block_errors"][0] > 0.2
+
+
+def test_one_wrong_linear_is_found_and_its_block_is_named(trained, tmp_path):
+    """Scales of the wrong size and order: each of them is a scale that a file may hold, only the outputs tell."""
+    wrong = spoiled(trained[1], tmp_path / "b", lambda name, x: x.flip(1).contiguous() * 30 if name.endswith("layers.1.mlp.down_proj.scales") else x)
+    code, findings, figures, _ = answer(trained[0], wrong, tmp_path)
+    assert "O601" in findings and code == (findings["O601"]["severity"] == "error"), figures
+    assert figures["perplexity_quantized"] > 1.25 * figures["perplexity_original"]
+    assert not {"O602", "O608", "W201"} & findings.keys()
+    assert findings["O601"]["message"].endswith("the error grows most in block 1")
+    assert figures["block_errors"][0] < 0.2 < figures["block_errors"][1]
