@@ -299,7 +299,11 @@ def _explanations(report: Report, group: Group, entry) -> list[tuple[str, str]]:
         lines += [("else", f"{s.tool}: {s.text}") for s in view.elsewhere(entry, report)]
     lines += view.cures(group, entry)
     if group.effects:
-        effects = [f"{e.code} {e.first.name}" + (f" × {len(e.all)}" if len(e.all) > 1 else "") for e in group.effects]
+        many: dict[str, int] = {}
+        for effect in group.effects:
+            label = f"{effect.code} {effect.first.name}"
+            many[label] = many.get(label, 0) + len(effect.all)
+        effects = [label + (f" × {n}" if n > 1 else "") for label, n in many.items()]
         lines.append(("then", say("also reported because of this: {codes}", codes=", ".join(effects))))
     return [(label, safe(body)) for label, body in lines]
 

@@ -205,6 +205,10 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
             worst = next(s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here))
             extra = f"   ({_read(report)})" if name == "Weights" and weights_read(report) else ""
             lines.append(Area(say(name), worst, tally(here) + extra))
+        elif follow := [(g.code, e) for g in found for e in g.effects if e.code in codes]:
+            worst = next(s for s in ("error", "warning", "info") if any(e.first.severity == s for _, e in follow))
+            lines.append(Area(say(name), worst, say("follows from {causes}: {codes}", causes=", ".join(dict.fromkeys(c for c, _ in follow)),
+                                                    codes=", ".join(dict.fromkeys(e.code for _, e in follow)))))
         elif any(r.status == "run" for r in runs):
             text = _established(name, report, [r for r in runs if r.status == "run"])
             lines.append(Area(say(name), "ok", text + (" · " + say("{rules} skipped", rules=counted(left_out, "rule")) if left_out else "")))

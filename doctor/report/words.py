@@ -90,6 +90,7 @@ ZH = {
     "ready for {plan}": "可以量化：{plan}", "not ready for {plan}": "尚不能量化：{plan}",
     "agrees with its original: {plan}": "与原模型相符：{plan}", "does not agree with its original: {plan}": "与原模型不符：{plan}",
     "quantized to {plan}": "已量化：{plan}", "not quantized to {plan}": "未能量化：{plan}",
+    "follows from {causes}: {codes}": "由 {causes} 引起：{codes}",
     "interrupted: no verdict for {plan}": "已中断：{plan} 没有结论",
     "interrupted: {read} of {total} read, {tensors} not looked at": "已中断：读了 {total} 中的 {read}，{tensors}没有检查",
     "interrupted before its weights were read": "还没读到这个权重就中断了",
