@@ -30,6 +30,7 @@ from doctor.tables import table
 
 RATIOS = tuple(step / 20 for step in range(20))
 SHRINKS = tuple(1 - step / 20 for step in range(10))
+SEARCH_ROWS = 512       # of each weight; all candidates are judged on the same ones
 _PLAIN, _PLUS_ONE = "weight * xhat", "(1 + weight) * xhat"
 
 
@@ -96,26 +97,35 @@ def find_scales(weights: list[torch.Tensor], H: torch.Tensor, source: Source, *,
                 zero_min: int) -> tuple[torch.Tensor, float]:
     """(s f32 of the source's channels, r): the least sum of tr(D H D^T) over weights [n_i, k] that share H f32[k, k].
 
-    s is 1 with r = 0 where nothing is better, and for channels that calibration never reached.
+    The sum is over SEARCH_ROWS rows of each weight, at equal distances, and counts for all of its rows. s is 1 with r = 0 where nothing is better, and for channels that calibration never reached.
     """
     energy = source.gather(H.diagonal())
     live = energy > 0
     size = torch.where(live, energy, torch.ones_like(energy)).sqrt()
     best, chosen, kept = math.inf, torch.ones_like(size), 0.0
+    sampled = [_some_rows(W) for W in weights]
     with exact_products():
         for ratio in RATIOS:
             s = size**ratio
             s = s / (s[live].max() * s[live].min()).sqrt() if live.any() else s
             s = torch.where(live, s, torch.ones_like(s)).clamp(1e-4, 1e4)
             columns, loss = source.spread(s), 0.0
-            for W in weights:
+            for W, share in sampled:
                 scaled = W * columns
                 grid = fit(scaled, bits, group_size, sym, zero_min=zero_min)
                 D = W - dequantize(quantize(scaled, grid, bits), grid) / columns
-                loss += float(((D @ H) * D).sum(dtype=torch.float64))
+                loss += float(((D @ H) * D).sum(dtype=torch.float64)) / share
             if loss < best:
                 best, chosen, kept = loss, s, ratio
     return (chosen if kept else torch.ones_like(chosen)), kept
+
+
+def _some_rows(W: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(at most SEARCH_ROWS rows of W at equal distances, their share of all)."""
+    n = len(W)
+    if n <= SEARCH_ROWS:
+        return W, 1.0
+    return W[torch.arange(SEARCH_ROWS, device=W.device) * n // SEARCH_ROWS], SEARCH_ROWS / n
 
 
 def fold(source: Source, s: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stored: torch.dtype
