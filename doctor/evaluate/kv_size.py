@@ -78,6 +78,14 @@ class Layer:
         return context if self.window is None else min(context, self.window)
 
 
+KEEPS = {
+    "full": "{n} full: {keys} + {values} numbers a token", "latent": "{n} latent: {keys} numbers a token for all heads",
+    "sliding": "{n} sliding: {keys} + {values} numbers a token, of the last {window} tokens",
+    "hybrid": "{n} hybrid: {keys} + {values} numbers a token and a state of {state} KiB",
+    "state": "{n} state: a state of {state} KiB at any length", "none": "{n} none: nothing of its own",
+}
+
+
 @dataclass(frozen=True)
 class Layout:
     """The layers of a model, and what a reader should know about how they were found."""
@@ -113,15 +121,13 @@ class Layout:
 
     def describe(self) -> list[str]:
         """One line per kind of layer: how many, and what each keeps."""
+        return [words.format(**values) for words, values in self.kinds()]
+
+    def kinds(self) -> list[tuple[str, dict]]:
+        """The same as (words, values), for renderings in another language."""
         counts = Counter((x.kind, x.keys, x.values, x.window, x.state_bytes) for x in self.layers)
-        lines = []
-        for (kind, keys, values, window, state), n in counts.items():
-            kept = {"full": f"{keys} + {values} numbers a token", "latent": f"{keys} numbers a token for all heads",
-                    "sliding": f"{keys} + {values} numbers a token, of the last {window:,} tokens" if window else "",
-                    "hybrid": f"{keys} + {values} numbers a token and a state of {state / KIB:,.0f} KiB",
-                    "state": f"a state of {state / KIB:,.0f} KiB at any length", "none": "nothing of its own"}[kind]
-            lines.append(f"{n} {kind}: {kept}")
-        return lines
+        return [(KEEPS[kind], {"n": n, "keys": keys, "values": values, "window": f"{window or 0:,}", "state": f"{state / KIB:,.0f}"})
+                for (kind, keys, values, window, state), n in counts.items()]
 
 
 def read_layout(spec: ModelSpec) -> Layout:

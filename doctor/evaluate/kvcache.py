@@ -65,7 +65,7 @@ def kvcache(path: str | os.PathLike | Checkpoint, *, context: int = 8192, batch:
         weights = sum(info.nbytes for info in checkpoint.tensors.values())
         data = {
             "architecture": spec.architecture or spec.model_type, "context": context, "batch": batch, "memory_bytes": memory,
-            "weight_bytes": weights, "max_positions": spec.max_positions, "layers": layout.describe(), "windows": layout.windows,
+            "weight_bytes": weights, "max_positions": spec.max_positions, "layers": layout.describe(), "kinds": [list(k) for k in layout.kinds()], "windows": layout.windows,
             "notes": list(layout.notes),
             "schemes": [_scheme_row(layout, s, context, batch, memory, weights) for s in with_custom(key_bits, value_bits)],
         }
@@ -132,53 +132,68 @@ def _add_fitness(data: dict, checkpoint: Checkpoint, layout: Layout, key_bits: i
 def conclude(fits: list[Fitness], biases: dict[int, dict], layers: int, reason: str = "") -> dict:
     """The advice for the whole model: level "Q4", "Q6", "never Q4" or "unknown", and sentences that say why and what to do.
 
-    The simulation decides where there is one, since a large bias does no harm where the signal is large too; else the biases do.
+    parts are the same sentences as [words, values], for renderings in another language. The simulation decides where there is one,
+    since a large bias does no harm where the signal is large too; else the biases do.
     """
+    level, parts = _judged(fits, biases, layers, reason.removesuffix("."))
+    return {"level": level, "sentences": [words.format(**values) for words, values in parts], "parts": [list(p) for p in parts]}
+
+
+def _judged(fits: list[Fitness], biases: dict[int, dict], layers: int, reason: str) -> tuple[str, list[tuple[str, dict]]]:
     if fits:
-        found = _by_simulation(fits, layers)
+        level, parts = _by_simulation(fits, layers)
         large = max(biases, key=lambda i: biases[i]["absmax"], default=None)
-        if found["level"] == "Q4" and large is not None and biases[large]["key_bits"] > 4:
-            found["sentences"].append(f"The key bias of layer {large} reaches {biases[large]['absmax']:.3g}, by its size alone a reason for "
-                                      f"{biases[large]['key_bits']} bits; against this layer's queries it weighs little. --measure settles it.")
-        return found
+        if level == "Q4" and large is not None and biases[large]["key_bits"] > 4:
+            parts.append((LARGE_BIAS, {"layer": large, "size": f"{biases[large]['absmax']:.3g}", "bits": biases[large]["key_bits"]}))
+        return level, parts
     if not biases:
-        return {"level": "unknown", "sentences": [f"Not judged: {(reason or 'there is no layer with plain keys').removesuffix('.')}.",
-                                                  "Q8 is the choice that needs no judgement; --measure decides."]}
+        return "unknown", [(NOT_JUDGED, {"reason": reason or "there is no layer with plain keys"}), (UNJUDGED_CHOICE, {})]
     worst = max(biases, key=lambda i: biases[i]["absmax"])
-    size, bits = biases[worst]["absmax"], max(b["key_bits"] for b in biases.values())
-    level = {4: "Q4", 6: "Q6", 8: "never Q4"}[bits]
-    return {"level": level, "sentences": [f"By the key biases alone (the layers could not be simulated: {reason.removesuffix('.')}): the largest "
-                                          f"is {size:.3g}, in layer {worst}.", _WHAT_TO_DO[level]]}
+    level = {4: "Q4", 6: "Q6", 8: "never Q4"}[max(b["key_bits"] for b in biases.values())]
+    return level, [(BY_BIAS, {"reason": reason, "size": f"{biases[worst]['absmax']:.3g}", "layer": worst}), (WHAT_TO_DO[level], {})]
 
 
-_WHAT_TO_DO = {
+WHAT_TO_DO = {
     "Q4": "Q4 is fine where memory is short; verify recall over long contexts, which no short test shows. Q6 and Q8 cost next to nothing.",
     "Q6": "Take Q6 (8-bit keys, 4-bit values): ExLlamaV2 Q6, llama.cpp --cache-type-k q8_0 --cache-type-v q4_0. Q4 costs some quality.",
     "never Q4": "Never store these keys in 4 bits. Take Q6 (8-bit keys, 4-bit values): ExLlamaV2 Q6, llama.cpp --cache-type-k q8_0 "
                 "--cache-type-v q4_0; Q8 where memory allows. In vLLM leave the cache dtype on auto.",
 }
+_MOVES = "4-bit keys move the attention logits of layer {layer} by {error} (rms), more than those of any other layer: "
+MOVES = {
+    "Q4": _MOVES + f"below {FINE:g}, where 4 bits cost a few percent of perplexity.",
+    "Q6": _MOVES + f"between {FINE:g} and {BROKEN:g}, where text gets worse.",
+    "never Q4": _MOVES + f"above {BROKEN:g}, where heads attend to the wrong tokens.",
+}
+LARGE_BIAS = ("The key bias of layer {layer} reaches {size}, by its size alone a reason for {bits} bits; against this layer's queries it weighs "
+              "little. --measure settles it.")
+NOT_JUDGED = "Not judged: {reason}."
+UNJUDGED_CHOICE = "Q8 is the choice that needs no judgement; --measure decides."
+BY_BIAS = "By the key biases alone (the layers could not be simulated: {reason}): the largest is {size}, in layer {layer}."
+FP8_WORSE = "FP8 (e5m2) keys move them by {fp8}, more than 4-bit keys do, and take more room."
+BAD_LAYERS = "{n} of {layers} layers are this bad ({list}): an engine with a type per layer needs wide keys only there."
+EIGHT_BITS = "There 8-bit keys move the logits by at most {eight}, FP8 (e5m2) by {fp8}."
+MEASURE_FIRST = EIGHT_BITS + " Run --measure before relying on 8 bits."
+PEAK = ("q·k reaches {peak} in layer {layer}: attention that multiplies in float16 before it scales overflows (65,504), whatever the cache.")
+SENTENCES = (*WHAT_TO_DO.values(), *MOVES.values(), LARGE_BIAS, NOT_JUDGED, UNJUDGED_CHOICE, BY_BIAS, FP8_WORSE, BAD_LAYERS, EIGHT_BITS, MEASURE_FIRST, PEAK)
 
 
-def _by_simulation(fits: list[Fitness], layers: int) -> dict:
+def _by_simulation(fits: list[Fitness], layers: int) -> tuple[str, list[tuple[str, dict]]]:
     worst = max(fits, key=lambda f: _sortable(f.errors["4-bit"]))
     error = worst.errors["4-bit"]
     level = advice(error)
-    sentences = [f"4-bit keys move the attention logits of layer {worst.block} by {error:.2f} (rms), more than those of any other layer: "
-                 + {"Q4": f"below {FINE:g}, where 4 bits cost a few percent of perplexity.", "Q6": f"between {FINE:g} and {BROKEN:g}, where text gets worse.",
-                    "never Q4": f"above {BROKEN:g}, where heads attend to the wrong tokens."}[level], _WHAT_TO_DO[level]]
+    parts = [(MOVES[level], {"layer": worst.block, "error": f"{error:.2f}"}), (WHAT_TO_DO[level], {})]
     eight, fp8 = (max((f.errors[k] for f in fits), key=_sortable) for k in ("8-bit", "FP8"))
     if level != "never Q4" and not fp8 <= error:
-        sentences.append(f"FP8 (e5m2) keys move them by {fp8:.2f}, more than 4-bit keys do, and take more room.")
+        parts.append((FP8_WORSE, {"fp8": f"{fp8:.2f}"}))
     if level == "never Q4":
         bad = [f.block for f in fits if f.advice == "never Q4"]
-        sentences.append(f"{len(bad)} of {layers} layers are this bad ({_listed(bad)}): an engine with a type per layer needs wide keys only there.")
-        sentences.append(f"There 8-bit keys move the logits by at most {eight:.2f}, FP8 (e5m2) by {fp8:.2f}."
-                         + ("" if eight <= BROKEN else " Run --measure before relying on 8 bits."))
+        parts.append((BAD_LAYERS, {"n": len(bad), "layers": layers, "list": _listed(bad)}))
+        parts.append((EIGHT_BITS if eight <= BROKEN else MEASURE_FIRST, {"eight": f"{eight:.2f}", "fp8": f"{fp8:.2f}"}))
     peak = max(fits, key=lambda f: _sortable(f.peak))
     if not peak.peak <= FP16_MAX:
-        sentences.append(f"q·k reaches {peak.peak:,.0f} in layer {peak.block}: attention that multiplies in float16 before it scales "
-                         f"overflows (65,504), whatever the cache.")
-    return {"level": level, "sentences": sentences}
+        parts.append((PEAK, {"peak": f"{peak.peak:,.0f}", "layer": peak.block}))
+    return level, parts
 
 
 def _sortable(value: float) -> float:

@@ -41,6 +41,8 @@ def _page_of(reports: list[dict], kv: dict | None, data: str, version: str, titl
 
 def _kvcache(report) -> dict:
     """What the page shows of a KvReport: its advice, a table of schemes, the layers' keys, what was measured."""
+    from doctor.report import kv_text  # which knows the evaluation, hence torch: a check's page must not
+
     data = report.data
     rows = data["fitness"]
     biases = _strips({say("|key bias|"): [r["bias_absmax"] for r in rows]})
@@ -56,12 +58,12 @@ def _kvcache(report) -> dict:
     level = data["advice"]["level"]
     measured = data.get("measured")
     return {"name": view.safe(report.checkpoint), "what": view.safe(data["architecture"]), "mark": _KV_MARKS[level], "headline": say(_KV_HEADLINES[level]),
-            "sentences": [view.safe(x) for x in data["advice"]["sentences"]], "context": f"{data['context']:,}", "batch": data["batch"],
-            "layers": list(data["layers"]), "notes": [view.safe(n) for n in data["notes"]], "schemes": schemes,
+            "sentences": [view.safe(x) for x in kv_text.advice_said(data["advice"])], "context": f"{data['context']:,}", "batch": data["batch"],
+            "layers": kv_text.layers_said(data), "notes": [view.safe(known(n)) for n in data["notes"]], "schemes": schemes,
             "pictures": [row for row in (*biases, *errors) if any(v is not None for v in row["values"])],
             "measured": measured and {"source": view.safe(measured["source"]), "tokens": f"{measured['tokens']:,}",
-                                      "rows": [(m["scheme"], f"{m['perplexity']:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}") for m in measured["schemes"]]},
-            "not_measured": view.safe(data.get("not_measured", ""))}
+                                      "rows": [(known(m["scheme"]), f"{m['perplexity']:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}") for m in measured["schemes"]]},
+            "not_measured": view.safe(known(data.get("not_measured", "")))}
 
 
 @cache

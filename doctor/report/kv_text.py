@@ -10,7 +10,7 @@ from doctor.evaluate.kvcache import KvReport
 from doctor.report.json_report import dumps
 from doctor.report.terminal import COLOURS, Screen, _pad, _text, console
 from doctor.report.view import level, number, safe, squeeze
-from doctor.report.words import chinese, counted, pad, say
+from doctor.report.words import chinese, counted, known, pad, say
 
 GIB = 1 << 30
 _COLOUR = {"Q4": COLOURS["ok"], "Q6": COLOURS["warning"], "never Q4": COLOURS["error"], "unknown": COLOURS["skipped"]}
@@ -40,13 +40,13 @@ def show_kvcache(report: KvReport, out: Console) -> None:
     screen, data = Screen(out), report.data
     screen.hang(_text((f"doctor {report.version}  ", "bold")), _text((f"{safe(report.checkpoint)}   ", "cyan"), _what(data)))
     screen.line()
-    for line in data["layers"]:
+    for line in layers_said(data):
         screen.hang(Text("  "), Text(line))
     notes = list(data["notes"])
     if data["max_positions"] and data["context"] > data["max_positions"]:
         notes.append(say("{n} tokens are more than the {positions} positions the model is made for", n=f"{data['context']:,}", positions=f"{data['max_positions']:,}"))
     for note in notes:
-        screen.hang(_text((f"  {pad(say('note'), 4)}  ", "bold")), Text(safe(note)))
+        screen.hang(_text((f"  {pad(say('note'), 4)}  ", "bold")), Text(safe(known(note))))
     _sizes(screen, data, data["schemes"], "")
     if "full_heads" in data:
         _sizes(screen, data, data["full_heads"], say("where the engine stores full heads"))
@@ -138,6 +138,16 @@ def _flagged(screen: Screen, rows: list[dict]) -> None:
         screen.line("  " + say("and {n} more; -f json has them all", n=len(bad) - _MOST_LAYERS))
 
 
+def advice_said(found: dict) -> list[str]:
+    """The sentences of the advice in the language that is set; reasons that come from elsewhere stay as they are."""
+    return [say(words, **{k: known(v) if k == "reason" else v for k, v in values.items()}) for words, values in found["parts"]]
+
+
+def layers_said(data: dict) -> list[str]:
+    """A line for each kind of layer."""
+    return [say(words, **values) for words, values in data["kinds"]]
+
+
 def _advice(screen: Screen, found: dict) -> None:
     screen.line()
     level = found["level"]
@@ -145,14 +155,14 @@ def _advice(screen: Screen, found: dict) -> None:
     if chinese():
         screen.hang(head, Text(say(level), "bold"))
         head = Text("  ")
-    for i, sentence in enumerate(found["sentences"]):
+    for i, sentence in enumerate(advice_said(found)):
         screen.hang(head if i == 0 else Text("  "), Text(safe(sentence), "bold" if i == 0 else ""))
 
 
 def _measured(screen: Screen, data: dict) -> None:
     if "not_measured" in data:
         screen.line()
-        screen.hang(_text(("○ ", COLOURS["skipped"])), Text(say("not measured: {reason}", reason=safe(data["not_measured"]))))
+        screen.hang(_text(("○ ", COLOURS["skipped"])), Text(say("not measured: {reason}", reason=safe(known(data["not_measured"])))))
     if "measured" not in data:
         return
     found = data["measured"]
@@ -163,8 +173,8 @@ def _measured(screen: Screen, data: dict) -> None:
     rows = [[say(head) for head in ("cache", "perplexity", "× FP16", "KL, nats", "same top token", "worst layer's error")]]
     for m in found["schemes"]:
         errors = [e for e in m["layer_errors"] if e is not None]
-        rows.append([m["scheme"], f"{m['perplexity']:.3f}", f"{m['perplexity'] / base:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}",
+        rows.append([known(m["scheme"]), f"{m['perplexity']:.3f}", f"{m['perplexity'] / base:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}",
                      f"{max(errors, key=lambda e: e if e == e else float('inf')):.3f}"])
     _rows(screen, rows, {1, 2, 3, 4, 5})
     if "note" in found:
-        screen.hang(Text("  "), Text(found["note"], "bright_black"))
+        screen.hang(Text("  "), Text(known(found["note"]), "bright_black"))

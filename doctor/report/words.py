@@ -219,5 +219,44 @@ ZH = {
     "on {source}: {tokens}, {rows} of at most {n}": "文本 {source}：{tokens}，{rows}，每行至多 {n}", "× FP16": "FP16 的倍数", "KL, nats": "KL（nat）",
     "same top token": "首选词元相同", "worst layer's error": "最差一层的误差",
     "Q4": "4 位键可用", "Q6": "键需要 6 到 8 位", "never Q4": "键不能用 4 位", "unknown": "无法判断",
+    # what to do about the keys: evaluate/kvcache.py
+    "Q4 is fine where memory is short; verify recall over long contexts, which no short test shows. Q6 and Q8 cost next to nothing.":
+        "内存紧张时可用 Q4；请在长上下文里检验召回，短测试看不出来。Q6 和 Q8 几乎没有代价。",
+    "Take Q6 (8-bit keys, 4-bit values): ExLlamaV2 Q6, llama.cpp --cache-type-k q8_0 --cache-type-v q4_0. Q4 costs some quality.":
+        "用 Q6（8 位键、4 位值）：ExLlamaV2 的 Q6，llama.cpp 的 --cache-type-k q8_0 --cache-type-v q4_0。Q4 会损失一些质量。",
+    "Never store these keys in 4 bits. Take Q6 (8-bit keys, 4-bit values): ExLlamaV2 Q6, llama.cpp --cache-type-k q8_0 "
+    "--cache-type-v q4_0; Q8 where memory allows. In vLLM leave the cache dtype on auto.":
+        "这些键绝不能用 4 位。用 Q6（8 位键、4 位值）：ExLlamaV2 的 Q6，llama.cpp 的 --cache-type-k q8_0 --cache-type-v q4_0；内存够就用 Q8。"
+        "vLLM 里缓存类型保持 auto。",
+    "4-bit keys move the attention logits of layer {layer} by {error} (rms), more than those of any other layer: below 0.5, where 4 bits cost a "
+    "few percent of perplexity.": "4 位键使第 {layer} 层的注意力 logits 偏移 {error}（均方根），为各层之最：低于 0.5，困惑度只变差几个百分点。",
+    "4-bit keys move the attention logits of layer {layer} by {error} (rms), more than those of any other layer: between 0.5 and 1, where text "
+    "gets worse.": "4 位键使第 {layer} 层的注意力 logits 偏移 {error}（均方根），为各层之最：在 0.5 和 1 之间，文本会变差。",
+    "4-bit keys move the attention logits of layer {layer} by {error} (rms), more than those of any other layer: above 1, where heads attend to "
+    "the wrong tokens.": "4 位键使第 {layer} 层的注意力 logits 偏移 {error}（均方根），为各层之最：高于 1，注意力头会看错词元。",
+    "The key bias of layer {layer} reaches {size}, by its size alone a reason for {bits} bits; against this layer's queries it weighs little. "
+    "--measure settles it.": "第 {layer} 层的键偏置达到 {size}，单看大小需要 {bits} 位；但相对本层的查询影响很小。用 --measure 可以确定。",
+    "Not judged: {reason}.": "未判断：{reason}。", "Q8 is the choice that needs no judgement; --measure decides.": "Q8 不需要判断也能用；用 --measure 可以确定。",
+    "there is no layer with plain keys": "没有存普通键的层", "there are no weights to look at": "没有权重可看",
+    "By the key biases alone (the layers could not be simulated: {reason}): the largest is {size}, in layer {layer}.":
+        "只看键偏置（无法模拟各层：{reason}）：最大 {size}，在第 {layer} 层。",
+    "FP8 (e5m2) keys move them by {fp8}, more than 4-bit keys do, and take more room.": "FP8（e5m2）键使其偏移 {fp8}，比 4 位键还多，占用也更大。",
+    "{n} of {layers} layers are this bad ({list}): an engine with a type per layer needs wide keys only there.":
+        "{layers} 层中有 {n} 层如此（{list}）：能逐层设类型的引擎只需在这些层用宽键。",
+    "There 8-bit keys move the logits by at most {eight}, FP8 (e5m2) by {fp8}.": "在这些层，8 位键使 logits 至多偏移 {eight}，FP8（e5m2）{fp8}。",
+    "There 8-bit keys move the logits by at most {eight}, FP8 (e5m2) by {fp8}. Run --measure before relying on 8 bits.":
+        "在这些层，8 位键使 logits 至多偏移 {eight}，FP8（e5m2）{fp8}。依赖 8 位之前先用 --measure 实测。",
+    "q·k reaches {peak} in layer {layer}: attention that multiplies in float16 before it scales overflows (65,504), whatever the cache.":
+        "第 {layer} 层的 q·k 达到 {peak}：先用 float16 相乘再缩放的注意力会溢出（65,504），与缓存无关。",
+    "the keys have no bias, so there is none to store apart": "键没有偏置，因此无从单独存放", "Q4, key bias apart": "Q4，键偏置单独存",
+    "its cache holds latent vectors, and transformers runs the model on full heads": "它的缓存存的是潜向量，而 transformers 按完整的头运行模型",
+    "latent attention: engines that do not absorb its matrices keep full heads instead; figures for both":
+        "潜在注意力：不吸收其矩阵的引擎改存完整的头；两种数字都给出",
+    # what a layer keeps: evaluate/kv_size.py
+    "{n} full: {keys} + {values} numbers a token": "{n} 层完整注意力：每词元 {keys} + {values} 个数",
+    "{n} latent: {keys} numbers a token for all heads": "{n} 层潜在注意力：所有头共用，每词元 {keys} 个数",
+    "{n} sliding: {keys} + {values} numbers a token, of the last {window} tokens": "{n} 层滑动窗口：每词元 {keys} + {values} 个数，只留最近 {window} 个词元",
+    "{n} hybrid: {keys} + {values} numbers a token and a state of {state} KiB": "{n} 层混合：每词元 {keys} + {values} 个数，另有 {state} KiB 的状态",
+    "{n} state: a state of {state} KiB at any length": "{n} 层状态：任意长度都是 {state} KiB", "{n} none: nothing of its own": "{n} 层没有自己的缓存",
     "{n} tokens are more than the {positions} positions the model is made for": "{n} 个词元超过了模型的位置数 {positions}",
 }

@@ -292,3 +292,21 @@ def test_the_page_has_sizes_advice_and_a_picture_of_every_way_to_store_keys(lang
 def test_a_format_that_kvcache_does_not_have_is_named(tmp_path):
     done = run(tiny().write(tmp_path / "m"), "-f", "sarif")
     assert done.exit_code == 2 and "'sarif' is not one of full, json, html" in done.output
+
+
+def test_every_sentence_of_the_advice_stands_in_chinese_and_a_chinese_screen_has_no_english_one(tmp_path):
+    import re
+
+    from doctor.evaluate.kv_size import KEEPS
+    from doctor.evaluate.kvcache import SENTENCES
+    from doctor.report import words
+
+    assert set(SENTENCES) | set(KEEPS.values()) <= words.ZH.keys()
+    rows = tmp_path / "text.jsonl"
+    rows.write_text("".join(json.dumps({"input_ids": r[0].tolist()}) + "\n" for r in text()))
+    found = [kvcache(case.write(tmp_path / str(i)), measure=measured, text=rows, memory=1 << 20)
+             for i, (case, measured) in enumerate(((with_bias(300.0), True), (tiny(), True), (tiny_gptq("qwen2"), False)))]
+    with words.language("zh"):
+        for report in found:
+            for line in render_kvcache(report).splitlines():
+                assert not re.search(r"[a-z]{2,} [a-z]{2,} [a-z]{2,} [a-z]{2,}", line), line
