@@ -5,13 +5,21 @@
 One run, one thread, one table; every row is the best of several passes over the same bf16 weights, in GB per second of
 CPU time and per second on the clock. The peer is the usual torch loop (isnan, isinf, zeros, absmax, sum on
 `.float()`), in a process of its own. Ratios within one run are what to quote: machines and neighbours differ.
+
+    python bench/scan.py --check [MiB ...]
+
+The whole command instead: `doctor check` of a checkpoint of that size (2048) in eight shards, a child with all its threads, interpreter
+and rules included, against `cat` of the same files in page cache; and its peak memory, which must not grow with the size.
 """
 
+import json
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -73,7 +81,70 @@ def scan_file(path):
             stats.scan(memoryview(buffer)[:n], "BF16")
 
 
+def checkpoint(folder, mib, shards=8):
+    """A Llama of about this size in bf16, its config and index with it."""
+    wide, inner, vocab = 2048, 5632, 32000
+    block = {"self_attn.q_proj": (wide, wide), "self_attn.k_proj": (512, wide), "self_attn.v_proj": (512, wide), "self_attn.o_proj": (wide, wide),
+             "mlp.gate_proj": (inner, wide), "mlp.up_proj": (inner, wide), "mlp.down_proj": (wide, inner), "input_layernorm": (wide,),
+             "post_attention_layernorm": (wide,)}
+    per_block = 2 * sum(int(np.prod(s)) for s in block.values())
+    blocks = max((mib << 20) // per_block, 1)
+    shapes = {"model.embed_tokens.weight": (vocab, wide), "lm_head.weight": (vocab, wide), "model.norm.weight": (wide,)}
+    shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(blocks) for name, shape in block.items()}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": wide, "intermediate_size": inner, "num_attention_heads": 32,
+              "num_key_value_heads": 8, "num_hidden_layers": blocks, "vocab_size": vocab, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+              "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    some, names, where = weights(64 << 20), list(shapes), {}
+    for shard in range(shards):
+        mine = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        file, at, header = f"model-{shard + 1:05}-of-{shards:05}.safetensors", 0, {"__metadata__": {"format": "pt"}}
+        for name in mine:
+            size = 2 * int(np.prod(shapes[name]))
+            header[name], where[name], at = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [at, at + size]}, file, at + size
+        text = json.dumps(header).encode()
+        with open(folder / file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for name in mine:
+                out.write(np.resize(some, int(np.prod(shapes[name]))).data)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+MEASURED = """
+import os, resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+"""
+
+
+def child(*command):
+    """(wall seconds, CPU seconds, peak MiB) of a command; best wall of five, its own CPU, largest peak."""
+    runs = [tuple(map(float, subprocess.run([sys.executable, "-c", MEASURED, *map(str, command)], capture_output=True, text=True, check=True).stdout.split()))
+            for _ in range(5)]
+    return *min(runs)[:2], max(r[2] for r in runs)
+
+
+def whole_command(sizes):
+    print(f"{'':10} {'cat s':>7} {'check s':>8} {'GB/s':>6} {'of cat':>7} {'CPU s':>6} {'headers s':>10} {'peak MiB':>9}")
+    for mib in sizes:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = checkpoint(Path(temporary) / "m", mib)
+            files = sorted(folder.glob("*.safetensors"))
+            size = sum(f.stat().st_size for f in files)
+            plain = child("cat", *files)[0]
+            command = [sys.executable, "-m", "doctor", "check", folder, "--concise", "--config", "none", "--fail-on", "never"]
+            wall, cpu, peak = child(*command)
+            headers = child(*command, "--stage", "header")[0]
+            print(f"{size / 1e9:7.2f} GB {plain:7.2f} {wall:8.2f} {size / wall / 1e9:6.2f} {plain / wall:7.2f} {cpu:6.2f} {headers:10.2f} {peak:9.0f}")
+
+
 def main():
+    if sys.argv[1:2] == ["--check"]:
+        return whole_command([int(x) for x in sys.argv[2:]] or [2048])
     n_bytes = int(sys.argv[1] if len(sys.argv) > 1 else 256) << 20
     n_bytes -= n_bytes % (2 * ROWS * COLUMNS)
     codes = weights(n_bytes)
