@@ -50,6 +50,7 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
     extra = {"comparison": asdict(comparison), "text": {"source": source, "rows": len(ids), "context": context, "stride": context}}
     if not comparison.generated:
         extra["not_generated"] = f"a whole model in float32 does not fit the {budget / 2**30:.1f} GiB given to it; --memory raises it"
+        extra["reply_bytes"] = budget
     return Report(checkpoint=second.name, recipe=recipe, findings=locate(findings, second), runs=runs, summary=summary(second, store),
                   skipped_tensors=scanned.skipped, bytes_read=scanned.bytes_read, seconds=time.perf_counter() - started, fail_on=fail_on,
                   extra=extra)

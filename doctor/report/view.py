@@ -280,10 +280,17 @@ def results(report: Report) -> list[tuple[str, str]]:
                                              mean=figure(c["kl_mean"]), p99=figure(c["kl_p99"]), top1=percent(c["top1_agreement"]))))
         lines.append((say("replies"), say("{tokens}, longest repeat {repeat}, token 0 {share}", tokens=counted(c["generated"], "token"),
                                           repeat=c["longest_repeat"], share=percent(c["token0_share"]))
-                      if c["generated"] else say("not generated: {reason}", reason=known(report.extra.get("not_generated")) or say("no prompts"))))
+                      if c["generated"] else say("not generated: {reason}", reason=_no_replies(report))))
         if c.get("half"):
             lines.append((say("float16"), _sixteen_bits(c["half"])))
     return [(label, safe(text)) for label, text in lines]
+
+
+def _no_replies(report: Report) -> str:
+    given = report.extra.get("reply_bytes")
+    if number(given):
+        return say("a whole model in float32 does not fit the {size} GiB given to it; --memory raises it", size=f"{given / 2**30:.1f}")
+    return known(report.extra.get("not_generated") or "") or say("no prompts")
 
 
 def _sixteen_bits(half: dict) -> str:

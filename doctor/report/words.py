@@ -130,6 +130,7 @@ ZH = {
         "KL 平均 {mean} nat，第 99 百分位 {p99}；下一词元相同 {top1}",
     "{tokens}, longest repeat {repeat}, token 0 {share}": "{tokens}，最长重复 {repeat}，词元 0 占 {share}",
     "not generated: {reason}": "没有生成：{reason}", "no prompts": "没有提示词",
+    "a whole model in float32 does not fit the {size} GiB given to it; --memory raises it": "float32 的整个模型放不进给它的 {size} GiB；可用 --memory 加大",
     "float16": "float16", "KL of the original rounded to float16 {fp16}, to bfloat16 {bf16}": "原模型舍入到 float16 时 KL {fp16}，到 bfloat16 时 {bf16}",
     "overflows: {place} reaches {size}, float16 ends at 65,504": "溢出：{place} 达到 {size}，而 float16 只到 65,504",
     "the original fits: its largest activation is {size}, {share} of the range": "原模型放得下：最大激活值 {size}，占范围的 {share}",

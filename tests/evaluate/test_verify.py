@@ -1,6 +1,7 @@
 """The command itself on a model that was really trained: a healthy 4-bit copy and three broken ones get four different answers."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -81,3 +82,12 @@ def test_one_wrong_linear_is_found_and_its_block_is_named(trained, tmp_path):
     assert not {"O602", "O608", "W201"} & findings.keys()
     assert findings["O601"]["message"].endswith("the error grows most in block 1")
     assert figures["block_errors"][0] < 0.2 < figures["block_errors"][1]
+
+
+def test_a_chinese_screen_has_no_english_sentence(trained):
+    """Messages of findings stay English, with their numbers; a healthy copy has none."""
+    done = CliRunner().invoke(cli, ["verify", *map(str, trained), "--rows", "2", "--context", "32", "--memory", "1000", "--lang", "zh", "-v"])
+    head = done.output.split("╭")[0]
+    assert "float16" in head and "放不进给它的 0.0 GiB" in head and "与原模型相符" in done.output, done.output
+    for line in head.splitlines():
+        assert not re.search(r"[a-z]{2,} [a-z]{2,} [a-z]{2,} [a-z]{2,}", line), line
