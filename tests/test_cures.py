@@ -540,3 +540,26 @@ def test_a_key_that_stands_twice_keeps_the_value_that_readers_take(first, safe, 
         result = fix(source, tmp_path / "out", unsafe_fixes=["C149"])
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(text) and not {f.code for f in result.report_after.findings} & {"C149", "C150"}
     assert (tmp_path / "out" / "config.json").read_text().count("model_type") == 1
+
+
+def test_the_commands_of_the_pipelines_page_do_what_it_says(tmp_path, monkeypatch, doctor):
+    """Its pre-commit entry and its workflow's line, word for word, on a model that passes and on one that does not."""
+    import re
+    import shlex
+    from pathlib import Path
+
+    text = (Path(__file__).parents[1] / "docs" / "pipelines.md").read_text()
+    hook = re.search(r"entry: doctor (.*)", text)[1]
+    workflow = re.search(r"run: doctor (check .*)", text)[1].replace("$GITHUB_STEP_SUMMARY", "summary.md").replace("--group-size 128", "")
+    cure = re.search(r"`doctor (check model/ --fix -o fixed/)`", text)[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DOCTOR_GROUP_SIZE", "32")
+    case = tiny()
+    case.write(tmp_path / "model")
+    assert doctor(*shlex.split(hook))[0] == 0 and doctor(*shlex.split(workflow))[0] == 0
+    assert "ready" in (tmp_path / "summary.md").read_text() and json.loads((tmp_path / "doctor.sarif").read_text())["version"] == "2.1.0"
+    case.config["bos_token_id"] = "1"
+    case.write(tmp_path / "model")
+    code, out, _ = doctor(*shlex.split(hook))
+    assert code == 1 and "C106" in out and doctor(*shlex.split(workflow))[0] == 1
+    assert doctor(*shlex.split(cure))[0] == 0 and Checkpoint.open("fixed").value("config.json")["bos_token_id"] == 1
