@@ -3,6 +3,7 @@
 #   .cache/venv-vllm   vLLM on the CPU
 #   .cache/venv-hf     transformers with the libraries that load quantized checkpoints; GPTQModel is also the
 #                      peer that bench/quality.py measures
+#   .cache/peers       source of older quantizers, unpacked and never installed, for tests/clients/test_peers.py
 # They are apart because their pins contradict each other (transformers, compressed-tensors, setuptools).
 # Called by `make test-clients`; does nothing when the environments stand. Wants about 5 GB of disk.
 #
@@ -51,9 +52,45 @@ build_hf() {
     install .cache/venv-hf gptqmodel==7.7.0 transformers==5.23.0 compressed-tensors==0.20.0 optimum==2.3.0
 }
 
+
+# fetch FOLDER PACKAGE==VERSION [PIP OPTION...]: one distribution, without what it wants to stand beside it
+fetch() {
+    folder=$1
+    shift
+    rm -rf "$folder" .cache/peers/download
+    .cache/venv-hf/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation -d .cache/peers/download "$@"
+    "$python" - .cache/peers/download "$folder" <<'EOF'
+import shutil
+import sys
+from pathlib import Path
+
+folder = Path(sys.argv[2])
+archive = next(Path(sys.argv[1]).iterdir())
+shutil.unpack_archive(archive, folder, "zip" if archive.suffix == ".whl" else None)
+inner = list(folder.iterdir())
+if archive.suffix != ".whl":  # a source distribution has one folder, NAME-VERSION
+    for path in inner[0].iterdir():
+        path.rename(folder / path.name)
+EOF
+}
+
+build_peers() {
+    if [ -e .cache/peers/finished ]; then return; fi
+    echo "fetching .cache/peers" >&2
+    export BUILD_CUDA_EXT=0
+    fetch .cache/peers/auto_gptq auto-gptq==0.7.1 --no-binary :all:
+    fetch .cache/peers/autoawq-0.2.9 autoawq==0.2.9 --no-binary :all:
+    fetch .cache/peers/autoawq-0.2.5 autoawq==0.2.5 --only-binary :all: --python-version 3.10 --abi cp310 \
+        --implementation cp --platform manylinux2014_x86_64
+    fetch .cache/peers/exllamav2 exllamav2==0.3.2 --only-binary :all:
+    rm -rf .cache/peers/download
+    touch .cache/peers/finished
+}
+
 case "${1:-all}" in
     vllm) build_vllm ;;
     hf) build_hf ;;
-    all) build_vllm; build_hf ;;
-    *) echo "usage: tests/clients/setup.sh [vllm|hf|all]" >&2; exit 2 ;;
+    peers) build_hf; build_peers ;;
+    all) build_vllm; build_hf; build_peers ;;
+    *) echo "usage: tests/clients/setup.sh [vllm|hf|peers|all]" >&2; exit 2 ;;
 esac

@@ -24,9 +24,9 @@ ENVIRONMENTS = {"transformers": "venv-hf", "vllm": "venv-vllm"}
 PROMPT = "The capital of France is"
 # Formats are a matter of packing, so rounding to nearest does for all but the method's own: 40 s of CPU instead of minutes.
 QUANTIZED = {"gptq": ("--method", "gptq", "--rows", "32", "--max-seq-length", "512"),
-             "gptq_v2": ("--method", "rtn"), "compressed-tensors": ("--method", "rtn")}
+             "awq": ("--method", "awq", "--rows", "16", "--max-seq-length", "512"), "gptq_v2": ("--method", "rtn"), "compressed-tensors": ("--method", "rtn")}
 STATED = {("vllm", "gptq"): {"gptq", "auto_gptq", "gptq_marlin"}, ("vllm", "compressed-tensors"): {"compressed-tensors"},
-          ("transformers", "gptq"): {"gptq"}, ("transformers", "gptq_v2"): {"gptq"}, ("transformers", "compressed-tensors"): {"compressed-tensors"}}
+          ("vllm", "awq"): {"awq", "awq_marlin"}, ("transformers", "awq"): {"awq"}, ("transformers", "gptq"): {"gptq"}, ("transformers", "gptq_v2"): {"gptq"}, ("transformers", "compressed-tensors"): {"compressed-tensors"}}
 # In float32 two orders of summation move a logarithm of probability by less; beyond it, not rounding decided.
 ROUNDING = 1e-3
 
