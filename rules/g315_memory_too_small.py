@@ -7,6 +7,9 @@ Seen as:
 - Linux: `Out of memory: Killed process`
 - PyTorch: `CUDA out of memory`
 - PyTorch: `DefaultCPUAllocator: can't allocate memory`
+- PyTorch: `torch.OutOfMemoryError: CUDA out of memory. Tried to allocate`
+- Linux: `Killed`
+- zsh: `zsh: killed`
 
 Do: close other programs, take a machine with the memory named, or `--method rtn`, which needs no Hessian. Fewer calibration rows change
 nothing.

@@ -32,7 +32,7 @@ def in_a_log(text):
 
 
 @pytest.mark.parametrize("text, rules", ERRORS, ids=[t[:40] for t, _ in ERRORS])
-def test_the_rule_is_among_the_first(text, rules):
+def test_the_right_rule_comes_first(text, rules):
     assert set(first(text)) & set(rules), first(text)
 
 
