@@ -8,7 +8,7 @@ checkpoint with transformers in one more process and takes the perplexity on hel
 
     exp(mean over all predicted tokens of the negative log-likelihood)
 
-with rows of 512 tokens that do not overlap, each seen alone (no earlier context), the first token of a row
+and the mean over the same tokens of KL(16-bit model || quantized model), in nats, with rows of 512 tokens that do not overlap, each seen alone (no earlier context), the first token of a row
 not predicted; weights dequantized by the format's own code, arithmetic and logits in float32, the sum in
 float64. So a figure says what was lost in the weights, and nothing about an engine's kernels or 16-bit
 activations.
@@ -28,7 +28,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PEER = [str(ROOT / ".cache" / "venv-hf" / "bin" / "python"), str(HERE / "quality.py")]  # this script there
+JUDGE = [str(ROOT / ".cache" / "venv-hf" / "bin" / "python"), str(HERE / "quality.py")]  # this script there
+# tool -> (virtual environment, command of this script in it)
+PEERS = {"gptqmodel": ("venv-hf", "gptqmodel"), "llmc-gptq": ("venv-llmc", "llmcompressor"),
+         "llmc-awq": ("venv-llmc", "llmcompressor"), "autoawq": ("venv-autoawq", "autoawq")}
 CALIBRATION_ROWS = 32
 HELDOUT_ROWS = 24
 
@@ -69,8 +72,48 @@ def quantize_with_gptqmodel(options) -> None:
     model.save(options.out)
 
 
+def quantize_with_llmcompressor(options) -> None:
+    """llm-compressor's defaults for GPTQ or AWQ but for bits, group size and symmetry; runs in its own environment."""
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = read_rows(options.rows)
+    weights = QuantizationArgs(num_bits=options.bits, group_size=options.group_size, symmetric=options.tool == "llmc-gptq",
+                               strategy="group")
+    chosen = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, "ignore": ["lm_head"]}
+    recipe = (GPTQModifier if options.tool == "llmc-gptq" else AWQModifier)(**chosen)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
+    oneshot(model=model, processor=tokenizer, dataset=data, recipe=recipe, num_calibration_samples=len(rows),
+            max_seq_length=len(rows[0]), shuffle_calibration_samples=False)
+    model.save_pretrained(options.out, save_compressed=True)
+    tokenizer.save_pretrained(options.out)
+
+
+def quantize_with_autoawq(options) -> None:
+    """AutoAWQ's defaults but for bits and group size; runs in its own environment."""
+    import torch
+    from awq import AutoAWQForCausalLM
+    from transformers import AutoTokenizer
+
+    rows = read_rows(options.rows)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoAWQForCausalLM.from_pretrained(options.model, torch_dtype=torch.float32, device_map="cpu", use_cache=False)
+    model.quantize(tokenizer, quant_config={"zero_point": True, "q_group_size": options.group_size, "w_bit": options.bits,
+                                            "version": "GEMM"}, calib_data=rows, max_calib_samples=len(rows),
+                   max_calib_seq_len=len(rows[0]))
+    model.save_quantized(options.out)
+    tokenizer.save_pretrained(options.out)
+
+
 def perplexity(options) -> None:
-    """Print {"perplexity": …, "tokens": …} of the checkpoint on the rows; the module docstring defines it."""
+    """Print {"perplexity": …, "kl": …, "tokens": …} of the checkpoint on the rows; the module docstring defines them."""
     sys.path.insert(0, str(ROOT / "tests" / "clients"))
     with contextlib.redirect_stdout(sys.stderr):
         from ask_transformers import load
@@ -79,15 +122,16 @@ def perplexity(options) -> None:
         import torch  # after load, which sets how torch is to start
 
         dequantize_once(model)
-        total, count = 0.0, 0
+        original = load(options.original, "float32")
+        total, divergence, count = 0.0, 0.0, 0
         with torch.inference_mode():
             for row in read_rows(options.rows):
                 ids = torch.tensor([row])
-                logits = model(ids).logits[0, :-1].float()
-                loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-                total += loss.double().sum().item()
+                got, want = (m(ids).logits[0, :-1].float().log_softmax(-1) for m in (model, original))
+                total -= got.gather(1, ids[0, 1:, None]).double().sum().item()
+                divergence += torch.nn.functional.kl_div(got, want, reduction="none", log_target=True).double().sum().item()
                 count += len(row) - 1
-    print(json.dumps({"perplexity": math.exp(total / count), "tokens": count}))
+    print(json.dumps({"perplexity": math.exp(total / count), "kl": divergence / count, "tokens": count}))
 
 
 def dequantize_once(model) -> None:
@@ -107,8 +151,11 @@ def dequantize_once(model) -> None:
 def command_of(tool: str, options, rows: Path, out: Path) -> list[str]:
     """The command line that quantizes options.model into `out` with `tool`."""
     size = ["--bits", str(options.bits), "--group-size", str(options.group_size)]
-    if tool == "gptqmodel":
-        return [*PEER, "gptqmodel", options.model, str(rows), str(out), *size]
+    if tool in PEERS:
+        python, command = PEERS[tool]
+        named = ["--tool", tool] if command == "llmcompressor" else []
+        return [str(ROOT / ".cache" / python / "bin" / "python"), str(HERE / "quality.py"), command, options.model, str(rows), str(out),
+                *size, *named]
     method = {"doctor": "gptq", "doctor-awq": "awq", "doctor-rtn": "rtn"}[tool]
     doctor = Path(sys.executable).with_name("doctor")
     return [str(doctor), "quantize", options.model, "-o", str(out), "--method", method, *size,
@@ -120,19 +167,19 @@ def table(options) -> None:
     work = Path(options.work).resolve()
     options.model = str(Path(options.model).resolve())
     write_rows(argparse.Namespace(**{**vars(options), "out": work}))
-    base = judge(Path(options.model), work)
+    base = judge(Path(options.model), work, options.model)
     results = [result("bf16", Path(options.model), base, None)]
     for tool in options.tools.split(","):
         out = work / f"{tool}-w{options.bits}g{options.group_size}"
         seconds = quantize(tool, options, work / "calibration.jsonl", out)
-        results.append(result(tool, out, judge(out, work), seconds))
+        results.append(result(tool, out, judge(out, work, options.model), seconds))
     (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"{options.bits}-bit, groups of {options.group_size}, {options.calibration_rows} calibration rows, "
           f"{options.heldout_rows} held-out rows of 512 tokens, Python {sys.version.split()[0]}\n")
-    print("| tool | perplexity | × bf16 | MB | seconds |\n|---|---:|---:|---:|---:|")
+    print("| tool | perplexity | × bf16 | mean KL, nats | MB | seconds |\n|---|---:|---:|---:|---:|---:|")
     for row in results:
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        print(f"| {row['tool']} | {row['perplexity']:.2f} | {row['perplexity'] / base:.3f} "
+        print(f"| {row['tool']} | {row['perplexity']:.3f} | {row['perplexity'] / base['perplexity']:.4f} | {row['kl']:.5f} "
               f"| {row['bytes'] / 1e6:.0f} | {seconds} |")
 
 
@@ -150,18 +197,18 @@ def quantize(tool: str, options, rows: Path, out: Path) -> float | None:
     return time.perf_counter() - start
 
 
-def judge(model: Path, work: Path) -> float:
-    command = [*PEER, "perplexity", str(model), str(work / "heldout.jsonl")]
+def judge(model: Path, work: Path, original: str) -> dict:
+    command = [*JUDGE, "perplexity", str(model), str(work / "heldout.jsonl"), original]
     with open(work / "judge.log", "w") as log:
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True)
     if run.returncode:
         raise SystemExit(f"{model}: judging ended with exit code {run.returncode}; see {log.name}.")
-    return json.loads(run.stdout.splitlines()[-1])["perplexity"]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
-def result(tool: str, model: Path, perplexity: float, seconds: float | None) -> dict:
+def result(tool: str, model: Path, judged: dict, seconds: float | None) -> dict:
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    return {"tool": tool, "perplexity": perplexity, "seconds": seconds, "bytes": size}
+    return {"tool": tool, **judged, "seconds": seconds, "bytes": size}
 
 
 def main() -> None:
@@ -183,8 +230,11 @@ def main() -> None:
     for each in (sub, whole):
         each.add_argument("--calibration-rows", type=int, default=CALIBRATION_ROWS)
         each.add_argument("--heldout-rows", type=int, default=HELDOUT_ROWS)
-    command("perplexity", perplexity, "model", "rows")
-    for each in (whole, command("gptqmodel", quantize_with_gptqmodel, "model", "rows", "out")):
+    command("perplexity", perplexity, "model", "rows", "original")
+    several = command("llmcompressor", quantize_with_llmcompressor, "model", "rows", "out")
+    several.add_argument("--tool", choices=("llmc-gptq", "llmc-awq"), required=True)
+    for each in (whole, several, command("gptqmodel", quantize_with_gptqmodel, "model", "rows", "out"),
+                 command("autoawq", quantize_with_autoawq, "model", "rows", "out")):
         each.add_argument("--bits", type=int, default=4)
         each.add_argument("--group-size", type=int, default=64)
     options = parser.parse_args()

@@ -7,9 +7,9 @@ of 64, tr(E H E^T) on held-out text against min-max rounding = 1): the cost of a
 last gain did not show in perplexity (10.87 with, 10.86 without, 9.80 unquantized, 6144 tokens), and a negative scale is
 one more thing that a reader may not expect: it stays off unless asked for.
 
-After the loop the codes are near a minimum but not in one. Each pass of `refine` first moves every code to its best
-value given all others (coordinate descent), then every scale of a row to its least-squares value given the codes. Neither
-step can raise the loss; one pass takes 0.153 to 0.149 (signed) for about two fifths more time, a second gains 0.0004.
+After the loop the codes are near a minimum but not in one. A pass of `refine` moves every code to its best value given all
+others (coordinate descent) and every scale to its least-squares value given the codes: natively each group's scale right after
+its codes, in torch all scales of a row together after all codes. No step can raise the loss.
 
 Act-order is the flavour with static groups: columns are rounded in order of diag(H), while groups stay neighbours whose
 grid is fixed beforehand, so that serving reads g_idx = i // group_size. `scattered` is the classic desc_act, whose groups
@@ -18,10 +18,12 @@ follow the order (signed: in order 0.172, static 0.153, scattered 0.155).
 A dead column (diag(H) = 0) is rounded to nearest, last under act-order, and neither gives nor takes corrections. It is
 not set to zero as the first implementations do: unseen in calibration is not unused, and a padded column is zero anyway.
 
-The layout is transposed, T[k, n], so that a column of W is one run of memory. Columns go in sub-blocks of 16 whose
-corrections reach the rest of a block in one product, and a block's reach the rest of the matrix in one product.
+Two forms give the same codes but for rounding. On a CPU with the native library: H = M M^T, and what column j owes is
+sum_i<j E_i M_ij (LDLQ), so nothing is inverted and the loop adds up the loss as it goes. In torch and on CUDA: U as above, on T[k, n],
+so that a column of W is one run of memory; columns go in sub-blocks of 16 whose corrections reach the rest of a block in one
+product, and a block's reach the rest of the matrix in one product.
 
-Sources: Frantar et al. 2022 (arXiv 2210.17323) alg. 1; Behdin et al. 2023, QuantEase (arXiv 2309.01885) for the
+Sources: Frantar et al. 2022 (arXiv 2210.17323) alg. 1; Chee et al. 2023, QuIP (arXiv 2307.13304) for LDLQ; Behdin et al. 2023, QuantEase (arXiv 2309.01885) for the
 coordinate descent.
 """
 from __future__ import annotations
@@ -49,7 +51,10 @@ _REFIT_BYTES = 1 << 27      # of the G x G systems and the weights of a chunk of
 
 @dataclass(frozen=True)
 class Solution:
-    """One quantized linear. Losses are tr(E H E^T) / tr(W H W^T), E = W - Q, H undamped; NaN where nothing was active."""
+    """One quantized linear. Losses are tr(E H E^T) / tr(W H W^T), E = W - Q, H undamped; NaN where nothing was active.
+
+    Natively and past 128 rows they are told from a sample (see _shares).
+    """
 
     codes: torch.Tensor             # u8[n, k], columns in their original order
     grid: Grid                      # scale f32[n, G], zero i32[n, G]

@@ -187,3 +187,24 @@ def test_a_fold_that_moves_the_output_is_taken_back(tmp_path, text, monkeypatch)
     before, after = Checkpoint.open(tmp_path / "m"), Checkpoint.open(tmp_path / "o")
     name = "model.layers.0.input_layernorm.weight"
     assert (before.load(name) == after.load(name)).all()
+
+
+def test_a_linear_that_came_out_worse_than_rounding_is_found(tmp_path, text, monkeypatch):
+    uneven("llama").write(tmp_path / "m")
+    monkeypatch.setattr(awq, "clip", lambda W, H, start, *rest: start._replace(scale=(start.scale * 0.25).half().float()))
+    result = quantized(tmp_path / "m", tmp_path / "o", text)
+    worse = {r["name"] for r in result.linears if not r["solve"]["loss"] <= r["solve"]["rtn_loss"] * 1.01}
+    assert worse == {r["name"] for r in result.linears}
+    found = {f.message.partition(":")[0] for f in result.report.findings if f.code == "Q405"}
+    assert found == worse
+
+
+def test_the_search_on_some_rows_chooses_as_the_search_on_all(monkeypatch):
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(n, 96, generator=generator) for n in (700, 1300)]
+    H, source = hessian(96), awq.Source("norm", "norm.weight")
+    options = {"bits": 4, "group_size": 32, "sym": False, "zero_min": 0}
+    sampled = awq.find_scales(weights, H, source, **options)
+    monkeypatch.setattr(awq, "SEARCH_ROWS", 1300)
+    whole = awq.find_scales(weights, H, source, **options)
+    assert sampled[1] == pytest.approx(whole[1], abs=0.1) and sampled[1] > 0
