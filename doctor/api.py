@@ -265,6 +265,13 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
     return run(path, output, recipe, **options)
 
 
+def plan_quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, **options):
+    """Forecast of memory and disk of quantizing, from headers alone; see doctor.quant.quantize.plan for the options."""
+    from doctor.quant.quantize import plan
+
+    return plan(path, output, recipe, **options)
+
+
 def kvcache(path: str | os.PathLike | Checkpoint, **options):
     """KvReport on a model's key/value cache; see doctor.evaluate.kvcache.kvcache for the options."""
     from doctor.evaluate.kvcache import kvcache as run

@@ -483,25 +483,45 @@ def undo(path):
 @click.option("--fix", "fix", is_flag=True, help="Apply safe fixes first, without writing the cured copy.")
 @unsafe_option
 @click.option("--memory", default="", metavar="SIZE", help="Most memory to use, as 24GB.  [default: what is free]")
+@click.option("--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1; under torchrun, cuda is one GPU a process.")
+@click.option("--plan", "plan_only", is_flag=True, help="Only print the memory and disk that it takes, from headers alone.")
+@click.option("--preflight", is_flag=True, help="Quantize the first and last block only, write nothing: would it fail, how long would it take?")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
 @click.option("--report", "formats", multiple=True, metavar="FORMAT[:FILE]", help="As -f of check; repeatable.  [default: full]")
 @lang_option
 def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order, mse, format, damp, damp_max, calibration, rows,
-             max_seq_length, seed, keep, fix, unsafe_fixes, memory, resume, overwrite, formats):
-    """Check, calibrate, quantize and check the result."""
+             max_seq_length, seed, keep, fix, unsafe_fixes, memory, device, plan_only, preflight, resume, overwrite, formats):
+    """Check, calibrate, quantize and check the result.
+
+    `torchrun --nproc-per-node N -m doctor quantize …` shares the work among N processes.
+    """
     from doctor import api
 
     outputs = _outputs(formats, False)
     with _json_on_failure(outputs):
         recipe = _recipe(method, bits, group_size, sym, tp, runtime, act_order=act_order, mse=mse, damp=damp, damp_max=damp_max,
                          format=format or "", seed=seed, keep=_words(keep))
+        if plan_only:
+            return _forecast(api.plan_quantize(path, output, recipe, **_given(rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory))))
+        more = {"preflight": True} if preflight else {}
         result = api.quantize(path, output, recipe, fix=fix, unsafe_fixes=_words([unsafe_fixes]), resume=resume, overwrite=overwrite,
-                              progress=lambda text: click.echo(text, err=True),
-                              **_given(calibration=calibration, rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory)))
+                              progress=lambda text: click.echo(text, err=True), **more,
+                              **_given(calibration=calibration, rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory),
+                                       device=None if device == "cpu" else device))
+        if int(os.environ.get("RANK", "0")):    # under torchrun, rank 0 speaks for all
+            _exit([result.report])
         _emit([result.report], outputs)
+    if result.forecast is not None:
+        _forecast(result.forecast, result.report)
     click.echo(f"Wrote {output}" if result.output else "Nothing was written.", err=True)
     _exit([result.report])
+
+
+def _forecast(forecast, report=None) -> None:
+    """Print it and exit: 1 where the run would fail."""
+    click.echo("\n".join(forecast.lines()))
+    sys.exit(1 if forecast.problems or (report is not None and not report.ok) else 0)
 
 
 @cli.command(cls=_Command)

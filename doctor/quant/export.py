@@ -235,6 +235,30 @@ class Output:
         return weight_map, total
 
 
+class Watched(Output):
+    """The stage of a run as its other ranks see it: what was there at the start is read, nothing is written."""
+
+    def __init__(self, destination: Path):
+        super().__init__(destination, destination.parent / f".{destination.name}.doctor-quantize")
+        self._there = {path.name for path in self.stage.glob("part-*.safetensors")}
+        self._noted = super().notes()
+
+    def has_part(self, name: str) -> bool:
+        return self.part(name).name in self._there
+
+    def notes(self) -> list[dict]:
+        return self._noted
+
+    def write_part(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        pass
+
+    def note(self, entry: dict) -> None:
+        pass
+
+    def discard(self) -> None:
+        pass
+
+
 def _differences(before: dict, now: dict) -> list[str]:
     """Names of what differs; for the recipe, its fields and both values."""
     found = []

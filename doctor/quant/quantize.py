@@ -13,14 +13,19 @@ from pathlib import Path
 from doctor.builtin import Calibration, summary
 from doctor.checkpoint import Checkpoint
 from doctor.engine import Report, judge, load_rules, locate, select_rules
-from doctor.errors import DoctorError
+from doctor.errors import BadCheckpoint, DoctorError
 from doctor.facts import CHECKPOINT
+from doctor.hub import open_checkpoint
 from doctor.plan import Consent, Look, look, make_plan, refuse
 from doctor.quant import budget, export, solver
+from doctor.quant import preflight as flight
 from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, calibration_rows
+from doctor.quant.preflight import Forecast
+from doctor.quant.ranks import Ranks, device_of, size, start, stop
 from doctor.quant.run import Result, fingerprint, receipt, run
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Rule
+from doctor.spec import build_spec
 from doctor.writer import check_output
 
 
@@ -35,6 +40,7 @@ class QuantizeResult:
     output: Path | None = None
     calibration: Calibration | None = None
     notes: list[str] = field(default_factory=list)
+    forecast: Forecast | None = None  # of a preflight
 
     @property
     def linears(self) -> list[dict]:
@@ -45,7 +51,8 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
              calibration: str | os.PathLike | None = None, rows: int = ROWS, max_seq_length: int = MAX_SEQ_LENGTH, seed: int | None = None,
              fix: bool = False, unsafe_fixes: bool | Iterable[str] = False, keep: Iterable[str] = (), memory: int | None = None,
              resume: bool = False, overwrite: bool = False, device: str = "cpu", select: Iterable[str] = (), ignore: Iterable[str] = (),
-             fail_on: str = "error", rules_dirs: Iterable[Path] = (), progress: Callable[[str], None] = lambda text: None) -> QuantizeResult:
+             fail_on: str = "error", rules_dirs: Iterable[Path] = (), progress: Callable[[str], None] = lambda text: None,
+             preflight: bool = False) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`, which is whole or absent; the source is never written to.
 
     calibration: .txt, .jsonl or .parquet; None takes text that Python brings along. rows rows of max_seq_length tokens, fewer
@@ -53,8 +60,13 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
     of linears left in 16 bits. memory: bytes that the process may take (budget.py); what can be on disk goes there above it. resume: go on
     where an interrupted run of the same inputs stopped. progress gets a line for each step.
 
+    preflight: check and calibrate, quantize the first and the last block only, write nothing: the result has a forecast.
+
     Raises PlanRefused (output or plan), NotQuantizable (numbers), BadCheckpoint, MachineError; then there is no output.
     """
+    device = device_of(device)
+    if size() > 1 and int(os.environ["RANK"]):
+        progress = _silent
     job = _Job(recipe or Recipe(), output, select_rules(load_rules(rules_dirs), select, ignore), fail_on, progress)
     job.overwrite = overwrite
     job.recipe = replace(job.recipe, keep=(*job.recipe.keep, *keep), seed=job.recipe.seed if seed is None else seed)
@@ -67,7 +79,29 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
     chosen = job.calibrate(calibration, rows, max_seq_length)
     if not job.report().ok:
         return QuantizeResult(job.report(), calibration=job.facts)
-    return job.quantize(chosen, memory, resume, device)
+    if preflight:
+        return job.preflight(chosen, memory, device)
+    job.ranks = start(device)
+    try:
+        return job.quantize(chosen, memory, resume, device)
+    finally:
+        stop(job.ranks)
+
+
+def plan(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, *, rows: int = ROWS,
+         max_seq_length: int = MAX_SEQ_LENGTH, memory: int | None = None) -> Forecast:
+    """Memory and disk of quantizing, from headers alone; path may be org/name on the Hub. Raises BadCheckpoint."""
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    config = checkpoint.value("config.json")
+    if config is None:
+        raise BadCheckpoint(f"{checkpoint.root}: config.json is absent or broken; quantizing needs the model's shape.")
+    spec = build_spec(config, checkpoint.tensors)
+    length = min(max_seq_length, spec.max_positions or max_seq_length)
+    return flight.plan(checkpoint, spec, recipe or Recipe(), Path(os.path.abspath(output)), rows, length, memory)
+
+
+def _silent(text: str) -> None:
+    """What every rank but the first says."""
 
 
 class _Job:
@@ -76,6 +110,7 @@ class _Job:
         self.recipe, self.rules, self.fail_on, self.progress = recipe, rules, fail_on, progress
         self.output = Path(os.path.abspath(output))
         self.overwrite = False
+        self.ranks = Ranks()
         self.seen: Look | None = None
         self.facts: Calibration | None = None
         self.notes: list[str] = []
@@ -117,6 +152,18 @@ class _Job:
                       f"({time.perf_counter() - started:.1f} s)")
         return chosen
 
+    def preflight(self, rows: list[list[int]], memory: int | None, device: str) -> QuantizeResult:
+        """Two blocks and a forecast. Checking the output takes about what checking the source took, hence twice."""
+        checkpoint, store = self.seen.checkpoint, self.seen.store
+        around = 2 * (time.perf_counter() - self.started)
+        forecast, done = flight.preflight(checkpoint, store.get(CHECKPOINT, "spec"), self.recipe, self.output, rows, store, self.rules,
+                                          memory=memory, device=device, around=around, progress=self.progress)
+        self.linears = done.records
+        known = {(f.code, f.message) for f in self.seen.findings}
+        self.seen.findings = [*self.seen.findings, *locate([f for f in done.judged if (f.code, f.message) not in known], checkpoint)]
+        forecast.problems += [f.message for f in done.stopped]
+        return QuantizeResult(self.report(), calibration=self.facts, notes=self.notes, forecast=forecast)
+
     def quantize(self, rows: list[list[int]], memory: int | None, resume: bool, device: str) -> QuantizeResult:
         started = time.perf_counter()
         checkpoint, store = self.seen.checkpoint, self.seen.store
@@ -126,12 +173,16 @@ class _Job:
             self._note(solver.note())
         budget.require(budget.needs(checkpoint, store.get(CHECKPOINT, "spec"), self.recipe, len(rows), max(map(len, rows), default=0)), memory)
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        staged = export.Output.open(self.output, fingerprint(checkpoint, self.recipe, rows), resume=resume)
+        mark = {**fingerprint(checkpoint, self.recipe, rows), "ranks": self.ranks.size}
+        staged = export.Output.open(self.output, mark, resume=resume) if self.ranks.speaks else None
+        self.ranks.wait()
+        staged = staged or export.Watched(self.output)
+        self.ranks.wait()
         done = run(checkpoint, store.get(CHECKPOINT, "spec"), self.recipe, rows, staged, store, self.rules, memory=memory,
-                   progress=self.progress, device=device)
+                   progress=self.progress, device=device, ranks=self.ranks)
         self.linears = done.records
         self._judge()
-        if done.stopped or not self.report().ok:
+        if done.stopped or not self.report().ok or not self.ranks.speaks:
             staged.discard()
             return QuantizeResult(self.report(), calibration=self.facts, notes=self.notes)
         self.progress(f"quantize: {_outcomes(done)} ({time.perf_counter() - started:.1f} s)")

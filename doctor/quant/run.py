@@ -36,6 +36,9 @@ from doctor.quant import awq, budget, export, kernels, solver
 from doctor.quant.blocks import Call, Skeleton, load_tensor
 from doctor.quant.budget import BATCH_TOKENS
 from doctor.quant.gptq import Solution, round_to_nearest, solve
+from doctor.quant.grid import Grid
+from doctor.quant.hessian import Attempt
+from doctor.quant.ranks import Ranks, finite_json
 from doctor.quant.walk import WITHOUT_GREENLET, Input, Stages, Walk, discover, greenlet
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Rule
@@ -57,6 +60,7 @@ class Result:
 
     records: list[dict] = field(default_factory=list)
     stopped: list[Finding] = field(default_factory=list)
+    judged: list[Finding] = field(default_factory=list)  # all findings of the run's own rules so far
     kept: list[str] = field(default_factory=list)
 
     def count(self, outcome: str) -> int:
@@ -84,29 +88,49 @@ def _modified(checkpoint: Checkpoint, name: str) -> int:
 
 def run(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: list[list[int]], output: export.Output, store: Store,
         rules: Iterable[Rule], *, memory: int | None = None, progress: Callable[[str], None] = lambda text: None,
-        device: str = "cpu") -> Result:
+        device: str = "cpu", ranks: Ranks | None = None) -> Result:
     """Quantize every decoder block into parts of `output`; blocks whose part is there already are replayed, not solved.
 
     rows: token ids (unused for rtn). memory: bytes that the process may take, None for a share of what is free. Facts go into
     `store`; rules of the stages calibration and run judge them after each block. Raises NotQuantizable where numbers forbid it
     and no rule says so.
     """
-    job = _Run(checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device)
+    job = _Run(checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device, ranks or Ranks())
     try:
         return job.go()
     finally:
         job.skeleton.stop_reading()
 
 
+def try_blocks(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: list[list[int]], output: export.Output, store: Store,
+               rules: Iterable[Rule], blocks: Iterable[int], *, memory: int | None = None,
+               progress: Callable[[str], None] = lambda text: None, device: str = "cpu") -> tuple[Result, list[float]]:
+    """(result, seconds of each) of quantizing only these blocks, each on what leaves the one before it in `blocks`."""
+    job = _Run(checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device)
+    seconds = []
+    if job.batches:
+        job._first_inputs()
+    for i in blocks:
+        started = time.perf_counter()
+        with torch.no_grad():
+            job.result.records += job._block(i, ahead=False)
+        seconds.append(time.perf_counter() - started)
+        if job.result.stopped:
+            break
+        job._say(i, len(job.skeleton.blocks), job.result.records, seconds[-1])
+    return job.result, seconds
+
+
 class _Run:
-    def __init__(self, checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device):
+    def __init__(self, checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device, ranks=Ranks()):
+        self.ranks = ranks
         self.checkpoint, self.spec, self.recipe, self.output, self.store = checkpoint, spec, recipe, output, store
         self.rules = [r for r in rules if r.stage in RUN_STAGES]
         self.progress, self.memory = progress, memory
         shown = [] if recipe.method == "rtn" else rows
         self.need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
         self.skeleton = Skeleton(checkpoint, spec, device)
-        self.batches = make_batches(rows) if recipe.method != "rtn" else []
+        self.batches = self._batches(rows) if recipe.method != "rtn" else []
         self.result = Result()
         self.calls: list[list[Call]] = []
         self.hidden: Hidden | None = None
@@ -131,17 +155,24 @@ class _Run:
         self._outside()
         return self.result
 
-    def _load(self, i: int) -> None:
+    def _load(self, i: int, ahead: bool = True) -> None:
         """Block i, and the next one on its way."""
         self.skeleton.load_block(i)
-        self.skeleton.read_ahead(i + 1)
+        if ahead:
+            self.skeleton.read_ahead(i + 1)
+
+    def _batches(self, rows: list[list[int]]) -> list[torch.Tensor]:
+        """This rank's batches; with several ranks they are small enough that each gets one."""
+        if self.ranks.size == 1:
+            return make_batches(rows)
+        return self.ranks.mine(make_batches(rows, min(BATCH_TOKENS, max(1, sum(map(len, rows)) // self.ranks.size))))
 
     def _first_inputs(self) -> None:
         left = budget.left(self.need, self.memory)
         for number, (inputs, calls) in enumerate(self.skeleton.open_calls(self.batches)):
             if self.hidden is None:
                 shapes = [(*ids.shape, inputs.shape[-1]) for ids in self.batches]
-                self.hidden = Hidden(shapes, left, self.output.stage / "activations.bin", self.progress)
+                self.hidden = Hidden(shapes, left, self.output.stage / f"activations{self.ranks.rank or ''}.bin", self.progress)
             self.hidden[number] = inputs
             self.calls.append(calls)
         self.room = left if self.hidden.on_disk else left - self.hidden.nbytes
@@ -159,12 +190,12 @@ class _Run:
 
     # one block
 
-    def _block(self, i: int) -> list[dict]:
-        self._load(i)
+    def _block(self, i: int, ahead: bool = True) -> list[dict]:
+        self._load(i, ahead)
         modules, records = self._choose(i)
         packed: dict[str, torch.Tensor] = {}
         if not self.batches:
-            records += [self._quantize(linear, module, None, packed) for linear, module in modules.values()]
+            records += [self._quantize(linear, module, None, packed, self._try(linear, module, None)) for linear, module in modules.values()]
             self._settle(records)
         else:
             self._sequence(i, modules, records, packed)
@@ -184,9 +215,14 @@ class _Run:
         with self._walk(i, stages, modules, seen.halted_bytes) as walk:
             for number, stage in enumerate(stages):
                 inputs = self._inputs(walk, number)
-                for name in (name for group in stage for name in group):
+                names = [name for group in stage for name in group]
+                own = {name: self._try(*modules[name], inputs[name]) for place, name in enumerate(names)
+                       if self.ranks.size > 1 and self.ranks.owner(place) == self.ranks.rank}
+                for place, name in enumerate(names):
                     linear, module = modules[name]
-                    records.append(self._quantize(linear, module, inputs[name], packed))
+                    tried = self._try(linear, module, inputs[name]) if self.ranks.size == 1 else \
+                        self._exchange(self.ranks.owner(place), own.pop(name, None), linear)
+                    records.append(self._quantize(linear, module, inputs[name], packed, tried))
                 if any(r["outcome"] == "failed" for r in records):
                     break
             self._settle(records)
@@ -213,7 +249,7 @@ class _Run:
                 folding.apply(self.spec, group, seen.H, bits=self.recipe.bits, group_size=self.recipe.group_size, sym=self.recipe.sym,
                               zero_min=self._zero_min)
         moved = (self.skeleton.run_block(i, self.hidden[0], self.calls[0][i]) - before).norm() / before.norm()
-        if folding.columns and not moved <= _FOLD_TOLERANCE:
+        if self.ranks.any(bool(folding.columns) and not moved <= _FOLD_TOLERANCE):
             folding.take_back(f"not scaled: folding moved the block's output by {float(moved):.2e}")
         return folding
 
@@ -279,7 +315,9 @@ class _Run:
                *((x.in_features, x.out_features) for x, _ in modules.values()))
         if key not in self.structures:
             # The longest batch: how much a halted pass holds may grow with the square of the length.
-            self.structures[key] = discover(self.skeleton, i, self.hidden[len(self.calls) - 1], self.calls[-1][i], modules)
+            found = discover(self.skeleton, i, self.hidden[len(self.calls) - 1], self.calls[-1][i], modules)
+            groups, held = self.ranks.tell(0, [found.groups, found.halted_bytes])   # experts of one rank's rows may miss in another's
+            self.structures[key] = Stages(tuple(tuple(map(tuple, stage)) for stage in groups), held)
         return self.structures[key]
 
     def _walk(self, i: int, stages: list[list[list[str]]], modules: dict, halted_bytes: float = float("inf")) -> Walk:
@@ -298,22 +336,56 @@ class _Run:
         """What the linears of a stage get as input, by name; linears of one group have one object."""
         hessians, found = walk.hessians(number), {}
         for group in walk.stages[number]:
+            self.ranks.sum(hessians[0])
             seen = Input(hessians.pop(0), self.recipe.damp)     # popped: sums and matrix of one group at a time
             found.update(dict.fromkeys(group, seen))
         return found
 
-    def _quantize(self, linear: Linear, module: torch.nn.Module, seen: Input | None, packed: dict[str, torch.Tensor]) -> dict:
-        """One linear: its packed tensors into `packed`, what an engine reads back into the module, its record as the result."""
+    def _try(self, linear: Linear, module: torch.nn.Module, seen: Input | None) -> tuple[Solution | str, float]:
+        """(solution, or why there is none, seconds)."""
         started = time.perf_counter()
         try:
             solution = self._solve(linear, module, seen)
+        except NotQuantizable as error:
+            solution = error.message
+        return solution, time.perf_counter() - started
+
+    def _exchange(self, owner: int, own: tuple[Solution | str, float] | None, linear: Linear) -> tuple[Solution | str, float]:
+        """What rank `owner` found for the linear, on every rank."""
+        ranks, device = self.ranks, self.skeleton.device
+        solution, seconds = own or (None, 0.0)
+        said = None
+        if isinstance(solution, str):
+            said = [solution, seconds]
+        elif solution is not None:
+            said = [None, seconds, solution.outcome, finite_json(solution.loss), finite_json(solution.rtn_loss),
+                    [asdict(a) for a in solution.attempts], list(solution.grid.scale.shape)]
+        said = ranks.tell(owner, said)
+        if said[0] is not None:
+            return said[0], said[1]
+        n, k = linear.out_features, linear.in_features
+        codes = ranks.give(owner, solution and solution.codes, (n, k), torch.uint8, device)
+        scale = ranks.give(owner, solution and solution.grid.scale, tuple(said[6]), torch.float32, device)
+        zero = ranks.give(owner, solution and solution.grid.zero, tuple(said[6]), torch.int32, device)
+        g_idx = ranks.give(owner, solution and solution.g_idx, (k,), torch.int32, device)
+        loss, rtn_loss = (float("nan") if x is None else x for x in said[3:5])
+        return Solution(codes, Grid(scale, zero), g_idx, said[2], loss, rtn_loss, tuple(Attempt(**a) for a in said[5])), said[1]
+
+    def _quantize(self, linear: Linear, module: torch.nn.Module, seen: Input | None, packed: dict[str, torch.Tensor],
+                  tried: tuple[Solution | str, float]) -> dict:
+        """One linear: its packed tensors into `packed`, what an engine reads back into the module, its record as the result."""
+        solution, seconds = tried
+        started = time.perf_counter()
+        try:
+            if isinstance(solution, str):
+                raise NotQuantizable(solution)
             parts = export.pack_linear(linear.name, solution.codes.cpu(), _on_cpu(solution.grid), solution.g_idx.cpu(), self.recipe)
         except NotQuantizable as error:
-            tried = Solve("failed", self.recipe.damp, 0.0, "", float("nan"), float("nan"), (), error.message)
-            return self._record(linear, tried, seen and seen.fact, time.perf_counter() - started)
+            failed = Solve("failed", self.recipe.damp, 0.0, "", float("nan"), float("nan"), (), error.message)
+            return self._record(linear, failed, seen and seen.fact, seconds)
         packed.update(parts)
         put_weight(module, solution.weight(), linear.transposed)
-        return self._record(linear, self._solve_fact(linear.name, solution, seen), seen and seen.fact, time.perf_counter() - started)
+        return self._record(linear, self._solve_fact(linear.name, solution, seen), seen and seen.fact, seconds + time.perf_counter() - started)
 
     def _solve(self, linear: Linear, module: torch.nn.Module, seen: Input | None) -> Solution:
         W = module.weight.detach()
@@ -351,6 +423,7 @@ class _Run:
 
     def _judge(self) -> None:
         findings, _ = judge(self.store, self.rules)
+        self.result.judged = findings
         self.result.stopped = [f for f in findings if f.severity == "error"]
 
     def _forward(self, i: int) -> None:
@@ -459,12 +532,13 @@ class Hidden:
         self._part(i).copy_(value)
 
 
-def make_batches(rows: list[list[int]]) -> list[torch.Tensor]:
-    """Batches int64[rows, length] of equally long rows, about BATCH_TOKENS each, in the order of the rows: no padding."""
+def make_batches(rows: list[list[int]], tokens: int | None = None) -> list[torch.Tensor]:
+    """Batches int64[rows, length] of equally long rows, about `tokens` (BATCH_TOKENS) each, in the order of the rows: no padding."""
+    tokens = tokens or BATCH_TOKENS
     batches: list[list[list[int]]] = []
     for row in sorted(rows, key=len):
         last = batches[-1] if batches else None
-        if last is None or len(last[0]) != len(row) or (len(last) + 1) * len(row) > BATCH_TOKENS:
+        if last is None or len(last[0]) != len(row) or (len(last) + 1) * len(row) > tokens:
             batches.append([row])
         else:
             last.append(row)
