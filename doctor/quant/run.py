@@ -151,6 +151,7 @@ class _Run:
             self.result.records += records
             if self.result.stopped:
                 return self.result
+            budget.give_back()
             self._say(i, count, records, time.perf_counter() - started)
         self._outside()
         return self.result
