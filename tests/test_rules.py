@@ -34,7 +34,7 @@ def test_page_has_its_parts(code):
     for section in ("Why", "Do", "False alarms", "Fix safety", "Sources"):
         assert len(entry.section(section)) > 3, f"{code} has no section {section}:"
     for seen in entry.seen_as:
-        assert len(seen.text) >= 8, f"{code}: {seen.text!r} is too short to recognise an error by"
+        assert len(seen.text) >= len("Killed"), f"{code}: {seen.text!r} is too short to recognise an error by"
 
 
 @pytest.mark.parametrize("code", [*CODES, *(r.code for r in OWN_RULES)])
