@@ -475,7 +475,8 @@ def undo(path):
 @click.option("--format", "format", type=click.Choice(OUTPUT_FORMATS), default=None, help="File format.  [default: the method's own]")
 @click.option("--damp", type=float, default=0.01, help="Share of the mean diagonal added to each Hessian.")
 @click.option("--damp-max", type=float, default=0.1, help="Most that a retry may raise it to.")
-@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE", help="Text or JSONL to calibrate on.  [default: texts of doctor]")
+@click.option("--calibration", metavar="FILE|ORG/NAME", default=None, show_default=False,
+              help="Text, JSONL, Parquet or a dataset on the Hub.  [default: texts of doctor; yours are better]")
 @click.option("--rows", type=int, default=None, help="Calibration rows.")
 @click.option("--max-seq-length", type=int, default=None, help="Tokens per row, at most.")
 @click.option("--seed", type=int, default=0)

@@ -13,6 +13,7 @@ import ast
 import json
 import os
 import random
+import re
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,7 @@ BUILTIN = "Python's documentation"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
                    "merges.txt", "tokenizer.model", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
                    "config.json", "generation_config.json")
+_SUFFIXES = (".jsonl", ".parquet", ".txt")
 _MIN_ROW = 2  # a row of one token has no context at all
 
 
@@ -47,7 +49,7 @@ def calibration_rows(checkpoint: Checkpoint, source: str | os.PathLike | None, *
                      vocab: int | None = None, max_positions: int | None = None) -> tuple[list[list[int]], Calibration, list[str]]:
     """(rows of token ids, facts about them, notes): at most `rows` rows of at most `length` tokens.
 
-    source: a .txt, .jsonl or .parquet file, or None for the built-in text. seed 0 keeps the documents' order, others shuffle
+    source: a .txt, .jsonl or .parquet file, org/name of a dataset on the Hub, or None for the built-in text. seed 0 keeps the documents' order, others shuffle
     them. notes are sentences on what differs from what was asked (shorter rows, fewer rows).
     Raises DoctorError for a source that cannot be read or gives no row.
     """
@@ -57,7 +59,7 @@ def calibration_rows(checkpoint: Checkpoint, source: str | os.PathLike | None, *
     if max_positions and length > max_positions:
         notes.append(f"rows have {max_positions} tokens instead of {length}: the model has no more positions")
         length = max_positions
-    documents = builtin_documents() if source is None else read_documents(Path(source))
+    documents = builtin_documents() if source is None else read_documents(_local(source))
     needs_tokenizer = bool(documents.texts or documents.messages)
     tokenizer = load_tokenizer(checkpoint, documents.name) if needs_tokenizer else None
     ready = [list(r[:length]) for r in documents.ids if len(r) >= _MIN_ROW]
@@ -86,6 +88,26 @@ def describe(rows: list[list[int]], documents: Documents, tokenizer) -> Calibrat
 
 
 # sources
+
+
+def _local(source: str | os.PathLike) -> Path:
+    """The file of a source: itself, or one file of the dataset org/name, downloaded: its training part, JSON Lines before Parquet."""
+    path = Path(source)
+    text = os.fspath(source).removeprefix("hf://datasets/")
+    if path.exists() or path.suffix.lower() in _SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        return path
+    import huggingface_hub
+
+    try:
+        files = huggingface_hub.list_repo_files(text, repo_type="dataset")
+        fit = [f for f in files if Path(f).suffix.lower() in _SUFFIXES]
+        if not fit:
+            raise DoctorError(f"{text}: the dataset has none of {', '.join(_SUFFIXES)} among its {len(files)} files.", "Convert a part of it to .jsonl.")
+        best = min(fit, key=lambda f: ("train" not in f, _SUFFIXES.index(Path(f).suffix.lower()), f))
+        return Path(huggingface_hub.hf_hub_download(text, best, repo_type="dataset"))
+    except (OSError, ValueError) as error:  # what the Hub's client raises for no network and no such dataset
+        raise DoctorError(f"{text}: neither a file here nor a dataset that the Hub gives: {str(error).splitlines()[0][:160]}",
+                          "Give a .txt, .jsonl or .parquet file, or org/name of a dataset.") from None
 
 
 def read_documents(path: Path) -> Documents:

@@ -55,7 +55,7 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
              preflight: bool = False) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`, which is whole or absent; the source is never written to.
 
-    calibration: .txt, .jsonl or .parquet; None takes text that Python brings along. rows rows of max_seq_length tokens, fewer
+    calibration: .txt, .jsonl, .parquet or a Hub dataset; None takes text that Python brings along. rows rows of max_seq_length tokens, fewer
     where text or positions end. fix: safe fixes first (and those of unsafe_fixes), read through, never written. keep: patterns
     of linears left in 16 bits. memory: bytes that the process may take (budget.py); what can be on disk goes there above it. resume: go on
     where an interrupted run of the same inputs stopped. progress gets a line for each step.

@@ -153,3 +153,45 @@ def test_the_built_in_text_leaves_out_what_perplexity_is_measured_on():
     held_out = set(reference[len(reference) // 2:])
     ours = {" ".join(p.split()) for p in calibrate.builtin_paragraphs()}
     assert len(held_out) > 1000 and not held_out & ours
+
+
+def test_a_dataset_on_the_hub_gives_its_training_file(checkpoint, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo, name, repo_type):
+        asked.append((repo, name, repo_type))
+        return str(lines(tmp_path / "got.jsonl", {"input_ids": [3, 4, 5]}))
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, repo_type: ["README.md", "a/test.jsonl", "a/train.parquet", "b/train.jsonl"])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    rows, facts, _ = calibration_rows(checkpoint, "org/texts", rows=1, length=8)
+    assert rows == [[3, 4, 5]] and asked == [("org/texts", "b/train.jsonl", "dataset")]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, repo_type: ["README.md", "data.csv"])
+    with pytest.raises(DoctorError, match=r"org/texts: the dataset has none of \.jsonl, \.parquet, \.txt among its 2 files"):
+        calibration_rows(checkpoint, "hf://datasets/org/texts", rows=1, length=8)
+
+
+def test_a_name_that_is_neither_file_nor_dataset_is_said_so(checkpoint, monkeypatch):
+    import huggingface_hub
+
+    def absent(repo, repo_type):
+        raise OSError("404 Client Error: not found")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", absent)
+    with pytest.raises(DoctorError, match="org/nothing: neither a file here nor a dataset that the Hub gives: 404"):
+        calibration_rows(checkpoint, "org/nothing", rows=1, length=8)
+
+
+def test_parquet_rows_are_read_like_lines(checkpoint, tmp_path, monkeypatch):
+    import types
+
+    table = types.SimpleNamespace(to_pylist=lambda: [{"input_ids": [3, 4, 5], "text": None}])
+    reader = types.ModuleType("pyarrow.parquet")
+    reader.read_table = lambda path: table
+    package = types.ModuleType("pyarrow")
+    package.parquet = reader
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", reader)
+    assert calibration_rows(checkpoint, tmp_path / "c.parquet", rows=1, length=8)[0] == [[3, 4, 5]]
