@@ -30,8 +30,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 JUDGE = [str(ROOT / ".cache" / "venv-hf" / "bin" / "python"), str(HERE / "quality.py")]  # this script there
 # tool -> (virtual environment, command of this script in it)
-PEERS = {"gptqmodel": ("venv-hf", "gptqmodel"), "llmc-gptq": ("venv-llmc", "llmcompressor"),
-         "llmc-awq": ("venv-llmc", "llmcompressor"), "autoawq": ("venv-autoawq", "autoawq")}
+PEERS = {"gptqmodel": ("venv-hf", "gptqmodel"), "llmcompressor": ("venv-llmc", "llmcompressor"),
+         "autoawq": ("venv-autoawq", "autoawq")}
 CALIBRATION_ROWS = 32
 HELDOUT_ROWS = 24
 
@@ -73,25 +73,25 @@ def quantize_with_gptqmodel(options) -> None:
 
 
 def quantize_with_llmcompressor(options) -> None:
-    """llm-compressor's defaults for GPTQ or AWQ but for bits, group size and symmetry; runs in its own environment."""
+    """llm-compressor's GPTQ with its defaults but for bits, group size and symmetry; runs in its own environment.
+
+    Its AWQ (0.14) pins activations for an accelerator and ends with a RuntimeError where there is none.
+    """
     import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.awq import AWQModifier
     from llmcompressor.modifiers.quantization import GPTQModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = read_rows(options.rows)
-    weights = QuantizationArgs(num_bits=options.bits, group_size=options.group_size, symmetric=options.tool == "llmc-gptq",
-                               strategy="group")
-    chosen = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, "ignore": ["lm_head"]}
-    recipe = (GPTQModifier if options.tool == "llmc-gptq" else AWQModifier)(**chosen)
+    weights = QuantizationArgs(num_bits=options.bits, group_size=options.group_size, symmetric=True, strategy="group")
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
-    oneshot(model=model, processor=tokenizer, dataset=data, recipe=recipe, num_calibration_samples=len(rows),
-            max_seq_length=len(rows[0]), shuffle_calibration_samples=False)
+    oneshot(model=model, processor=tokenizer, dataset=data, recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
+            num_calibration_samples=len(rows), max_seq_length=len(rows[0]), shuffle_calibration_samples=False)
     model.save_pretrained(options.out, save_compressed=True)
     tokenizer.save_pretrained(options.out)
 
@@ -153,9 +153,8 @@ def command_of(tool: str, options, rows: Path, out: Path) -> list[str]:
     size = ["--bits", str(options.bits), "--group-size", str(options.group_size)]
     if tool in PEERS:
         python, command = PEERS[tool]
-        named = ["--tool", tool] if command == "llmcompressor" else []
         return [str(ROOT / ".cache" / python / "bin" / "python"), str(HERE / "quality.py"), command, options.model, str(rows), str(out),
-                *size, *named]
+                *size]
     method = {"doctor": "gptq", "doctor-awq": "awq", "doctor-rtn": "rtn"}[tool]
     doctor = Path(sys.executable).with_name("doctor")
     return [str(doctor), "quantize", options.model, "-o", str(out), "--method", method, *size,
@@ -231,9 +230,7 @@ def main() -> None:
         each.add_argument("--calibration-rows", type=int, default=CALIBRATION_ROWS)
         each.add_argument("--heldout-rows", type=int, default=HELDOUT_ROWS)
     command("perplexity", perplexity, "model", "rows", "original")
-    several = command("llmcompressor", quantize_with_llmcompressor, "model", "rows", "out")
-    several.add_argument("--tool", choices=("llmc-gptq", "llmc-awq"), required=True)
-    for each in (whole, several, command("gptqmodel", quantize_with_gptqmodel, "model", "rows", "out"),
+    for each in (whole, command("llmcompressor", quantize_with_llmcompressor, "model", "rows", "out"), command("gptqmodel", quantize_with_gptqmodel, "model", "rows", "out"),
                  command("autoawq", quantize_with_autoawq, "model", "rows", "out")):
         each.add_argument("--bits", type=int, default=4)
         each.add_argument("--group-size", type=int, default=64)

@@ -142,8 +142,8 @@ def main():
         fast, ours = timed(lambda: solve(W, H, **PLAIN), options.repeat)
         slow_full, _ = timed(lambda: in_torch(lambda: solve(W, H)), options.repeat)
         fast_full, full = timed(lambda: solve(W, H), options.repeat)
-        print(f"{shape:12} {theirs:7.2f}  {slow:7.2f} ({theirs / slow:.1f})  {fast:8.2f} ({theirs / fast:.1f})  {ours.loss / loss:12.4f}  |"
-              f"          {slow_full:8.2f}  {fast_full:8.2f}   {full.loss / loss:12.4f}", flush=True)
+        print(f"{shape:12} {theirs:7.2f}  {slow:7.2f} ({theirs / slow:.1f})  {fast:8.2f} ({theirs / fast:.1f})  {proxy_loss(W, ours.weight(), H) / loss:12.4f}  |"
+              f"          {slow_full:8.2f}  {fast_full:8.2f}   {proxy_loss(W, full.weight(), H) / loss:12.4f}", flush=True)
 
 
 if __name__ == "__main__":
