@@ -31,10 +31,52 @@ class _Command(click.Command):
         kwargs.setdefault("epilog", _ENV)
         super().__init__(*args, **kwargs)
 
+    def get_help(self, ctx):
+        return _help(self, ctx, super().get_help)
+
     def parse_args(self, ctx, args):
+        _overhear(ctx, args)
         end = args.index("--") if "--" in args else len(args)
         known = {o for p in self.params for o in p.opts}
         args = [f"{a}={_BARE[a]}" if i < end and a in _BARE and a in known else a for i, a in enumerate(args)]
+        return super().parse_args(ctx, args)
+
+
+def _help(command, ctx, english) -> str:
+    if not words.chinese():
+        return english(ctx)
+    from doctor import help_zh
+
+    return help_zh.page(command, ctx)
+
+
+def _overhear(ctx, args) -> None:
+    """Set the language before click parses, because --help answers before --lang is read."""
+    own = args[: args.index("--")] if "--" in args else args
+    asked = [value for flag, value in zip(own, own[1:], strict=False) if flag == "--lang"]
+    asked += [a.partition("=")[2] for a in own if a.startswith("--lang=")]
+    _speak(ctx, asked[-1] if asked and asked[-1] in words.LANGUAGES else None)
+
+
+def _speak(ctx, asked) -> None:
+    """Until the command ends: the language asked for here, else before the command's name, else the environment's."""
+    lang = asked or ctx.meta.get("lang") or os.environ.get("DOCTOR_LANG")
+    ctx.with_resource(words.language(lang if lang in words.LANGUAGES else words.from_environment()))
+
+
+def _spoken(ctx, _param, value):
+    """Screens and pages of this command in this language; what machines read is English all the same."""
+    if value:
+        ctx.meta["lang"] = value
+    _speak(ctx, value)
+
+
+class _Group(click.Group):
+    def get_help(self, ctx):
+        return _help(self, ctx, super().get_help)
+
+    def parse_args(self, ctx, args):
+        _overhear(ctx, args)
         return super().parse_args(ctx, args)
 
 
@@ -44,8 +86,10 @@ def _version(ctx, _param, value):
         ctx.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, invoke_without_command=False)
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, invoke_without_command=False)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit.")
+@click.option("--lang", type=click.Choice(words.LANGUAGES), default=None, expose_value=False, callback=_spoken,
+              help="Language of this page and of the command's screens.  [default: the locale's]")
 def cli():
     """Finds, explains and cures what makes quantizing a language model fail, then quantizes it.
 
@@ -84,11 +128,6 @@ def _configured(ctx, _param, value):
         raise DoctorError(f"{value}: holds no [tool.doctor].", "Give a doctor.toml, or a pyproject.toml with that table.")
     runtime = "==".join(filter(None, map(ctx.obj.recipe_values.get, ("runtime", "runtime_version"))))
     ctx.default_map = {**ctx.obj.recipe_values, **_given(runtime=runtime or None, fail_on=ctx.obj.fail_on)}
-
-
-def _spoken(ctx, _param, value):
-    """Screens and pages of this command in this language; what machines read is English all the same."""
-    ctx.with_resource(words.language(value or words.from_environment()))
 
 
 def _complete_rules(_ctx, _param, incomplete):
@@ -340,7 +379,7 @@ def _write(text: str, file: str) -> None:
             out.write(text)
     except OSError as error:
         raise MachineError(f"{file}: {error.strerror}.", "Give a file that can be written.") from None
-    click.echo(f"Wrote {file}", err=True)
+    click.echo(words.say("Wrote {file}", file=file), err=True)
 
 
 def _watched() -> bool:
@@ -507,7 +546,7 @@ def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order
             return _forecast(api.plan_quantize(path, output, recipe, **_given(rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory))))
         more = {"preflight": True} if preflight else {}
         result = api.quantize(path, output, recipe, fix=fix, unsafe_fixes=_words([unsafe_fixes]), resume=resume, overwrite=overwrite,
-                              progress=lambda text: click.echo(text, err=True), **more,
+                              progress=lambda text: click.echo(words.known(text), err=True), **more,
                               **_given(calibration=calibration, rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory),
                                        device=None if device == "cpu" else device))
         if int(os.environ.get("RANK", "0")):    # under torchrun, rank 0 speaks for all
@@ -515,13 +554,13 @@ def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order
         _emit([result.report], outputs)
     if result.forecast is not None:
         _forecast(result.forecast, result.report)
-    click.echo(f"Wrote {output}" if result.output else "Nothing was written.", err=True)
+    click.echo(words.say("Wrote {file}", file=output) if result.output else words.say("Nothing was written."), err=True)
     _exit([result.report])
 
 
 def _forecast(forecast, report=None) -> None:
     """Print it and exit: 1 where the run would fail."""
-    click.echo("\n".join(forecast.lines()))
+    click.echo("\n".join(map(words.known, forecast.lines())))
     sys.exit(1 if forecast.problems or (report is not None and not report.ok) else 0)
 
 

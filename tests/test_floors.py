@@ -15,7 +15,7 @@ FLOORS = {
     3: ("rule", "testing"),
     4: ("engine", "plan", "explain", "pictures", "config"),
     5: ("quant", "evaluate"),
-    6: ("api", "cli", "__main__", "report", "__init__"),
+    6: ("api", "cli", "help_zh", "__main__", "report", "__init__"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {"torch", "transformers"}

@@ -338,7 +338,7 @@ def test_html_says_how_large_the_originals_activations_get_and_what_doctor_did()
                            "blocks": [["p", 3.0], ["p", 151552.0]], "tokens": 9, "kl_float16": float("nan"), "kl_bfloat16": 0.001}}
     receipt = {"source": "spoiled", "plan": "gptq", "steps": [["W201", "replace <x>", "unsafe"]]}
     report = make_report(extra={"comparison": comparison, "receipt": receipt})
-    for lang, words in (("en", "overflows: the input of &lt;p&gt; reaches 151,552"), ("zh", "溢出：the input of &lt;p&gt; 达到 151,552")):
+    for lang, words in (("en", "overflows: the input of &lt;p&gt; reaches 151,552"), ("zh", "溢出：&lt;p&gt; 的输入 达到 151,552")):
         for one in (report, json_report.read(json_report.render([report]))[0]):
             text = render("html", [one], lang)
             assert words in text and "W201" in text and "replace &lt;x&gt;" in text

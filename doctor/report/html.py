@@ -62,7 +62,7 @@ def _kvcache(report) -> dict:
             "layers": kv_text.layers_said(data), "notes": [view.safe(known(n)) for n in data["notes"]], "schemes": schemes,
             "pictures": [row for row in (*biases, *errors) if any(v is not None for v in row["values"])],
             "measured": measured and {"source": view.safe(measured["source"]), "tokens": f"{measured['tokens']:,}",
-                                      "rows": [(known(m["scheme"]), f"{m['perplexity']:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}") for m in measured["schemes"]]},
+                                      "rows": [(kv_text.scheme_said(m["scheme"]), f"{m['perplexity']:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}") for m in measured["schemes"]]},
             "not_measured": view.safe(known(data.get("not_measured", "")))}
 
 

@@ -173,8 +173,13 @@ def _measured(screen: Screen, data: dict) -> None:
     rows = [[say(head) for head in ("cache", "perplexity", "× FP16", "KL, nats", "same top token", "worst layer's error")]]
     for m in found["schemes"]:
         errors = [e for e in m["layer_errors"] if e is not None]
-        rows.append([known(m["scheme"]), f"{m['perplexity']:.3f}", f"{m['perplexity'] / base:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}",
+        rows.append([scheme_said(m["scheme"]), f"{m['perplexity']:.3f}", f"{m['perplexity'] / base:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}",
                      f"{max(errors, key=lambda e: e if e == e else float('inf')):.3f}"])
     _rows(screen, rows, {1, 2, 3, 4, 5})
     if "note" in found:
         screen.hang(Text("  "), Text(known(found["note"]), "bright_black"))
+
+
+def scheme_said(name: str) -> str:
+    """A scheme's name: Q4 and Q6 are names here, and in the advice they are verdicts."""
+    return say("Q4, key bias apart") if name == "Q4, key bias apart" else name

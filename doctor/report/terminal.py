@@ -371,7 +371,7 @@ def _matrix(screen: Screen, report: Report) -> None:
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
     screen.line(("  " + pad(say("plan"), wide) + "".join(f"{n:>5}" for n in gpus) + f" {say('GPUs')}  {say('in the way')}", "bold"))
     for row in rows:
-        head = _text(f"  {view.plan_row(row):<{wide}}")
+        head = _text(f"  {pad(view.plan_row(row), wide)}")
         for cell in row["cells"]:
             head.append("    ✓" if cell["ready"] else "    ✗", COLOURS["ok" if cell["ready"] else "error"])
         blockers = view.blockers(row["cells"])

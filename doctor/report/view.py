@@ -298,9 +298,9 @@ def _sixteen_bits(half: dict) -> str:
     shift = say("KL of the original rounded to float16 {fp16}, to bfloat16 {bf16}", fp16=figure(half["kl_float16"]), bf16=figure(half["kl_bfloat16"]))
     if half["first"] is not None:
         place, size = half["first"]
-        return say("overflows: {place} reaches {size}, float16 ends at 65,504", place=place, size=thousands(size)) + "; " + shift
+        return say("overflows: {place} reaches {size}, float16 ends at 65,504", place=known(place), size=thousands(size)) + "; " + shift
     used = percent(half["absmax"] / FP16_MAX) if number(half["absmax"]) else half["absmax"]
-    return say("the original fits: its largest activation is {size}, {share} of the range", size=thousands(half["absmax"]), share=used) + f" ({half['place']}); " + shift
+    return say("the original fits: its largest activation is {size}, {share} of the range", size=thousands(half["absmax"]), share=used) + f" ({known(half['place'])}); " + shift
 
 
 def thousands(value: object) -> str:

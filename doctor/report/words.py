@@ -48,8 +48,10 @@ def say(sentence: str, /, **values: object) -> str:
 
 
 def known(text: str) -> str:
-    """A text from elsewhere, translated if the catalogue has it: reasons of skipped rules are open-ended."""
-    return ZH.get(text, text) if chinese() else text
+    """A text from elsewhere, translated if the catalogue or reasons.py has it: reasons of skipped rules are open-ended."""
+    from doctor.report import reasons
+
+    return (ZH.get(text) or reasons.chinese(text) or text) if chinese() else text
 
 
 def counted(number: int, word: str, plural: str = "") -> str:
@@ -208,6 +210,7 @@ ZH = {
     " Exit {code}: {codes} remain.": "退出码 {code}：遗留 {codes}。", " Exit {code}: {codes} remains.": "退出码 {code}：遗留 {codes}。",
     "{most} and {last}": "{most} 和 {last}", ", ": "、",
     # bars of a run through the blocks
+    "Wrote {file}": "已写入 {file}",
     "compare": "比较", "predict": "预测", "measure": "实测",
     # the key/value cache
     "note": "说明", "where the engine stores full heads": "引擎按完整的头存储时", "{sequences} of {n} tokens": "{sequences}，每条 {n} 个词元",
