@@ -4,6 +4,7 @@ They are made from the same store and rules as the findings, and only when a for
 here is plain data, because it travels in the report's JSON.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from doctor.dtypes import CODE_NUMPY
 from doctor.edits import PadTensor, SetRecipe, from_codes
 from doctor.engine import judge
 from doctor.facts import CHECKPOINT, STAGES, Store, Variant, closure
+from doctor.host import describe
 from doctor.recipe import Recipe
 from doctor.rule import ROW_PARALLEL, Finding, Fix, Rule
 
@@ -32,7 +34,7 @@ _CURES = ("safe", "padding", "unsafe", "manual")
 def pictures(checkpoint: Checkpoint, store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> dict:
     """name -> plain data, for Report.extra. A picture whose facts this run does not have is left out."""
     recipe, rules, findings = store.get(CHECKPOINT, "recipe"), list(rules), list(findings)
-    made = {"files": files(checkpoint), "exponents": exponents(checkpoint, store), "receipt": receipt(checkpoint)}
+    made = {"files": files(checkpoint), "machine": describe(), "exponents": exponents(checkpoint, store), "receipt": receipt(checkpoint)}
     if store.has(CHECKPOINT, "spec"):
         spec = store.get(CHECKPOINT, "spec")
         made["tokens"] = tokens(checkpoint, spec, store)
@@ -167,13 +169,31 @@ def _middle(checkpoint: Checkpoint, info, most: int) -> np.ndarray:
 
 
 def receipt(checkpoint: Checkpoint) -> dict:
-    """What doctor itself did to this checkpoint, by the receipt in it: {source, plan, steps: [[code, title]]}; {} without one."""
+    """What doctor itself did to this checkpoint, by the receipt in it: {source, plan, steps: [[code, title, safety]]}; {} without one."""
     document = checkpoint.value("doctor.json") or {}
+    if isinstance(document.get("outcomes"), dict):
+        return quantized_receipt(document)
     steps = document.get("steps")
     if not (isinstance(steps, list) and all(isinstance(s, dict) for s in steps)):
         return {}
     return {"source": str(document.get("source", "")), "plan": str(document.get("recipe", "")),
             "steps": [[str(s.get("code", "")), str(s.get("title", "")), str(s.get("safety", ""))] for s in steps[:MOST_STEPS]]}
+
+
+def quantized_receipt(document: dict) -> dict:
+    """The same of a quantization: its settings, its calibration, what became of the linears, and what a reader should know."""
+    settings = document.get("recipe") if isinstance(document.get("recipe"), dict) else {}
+    text = document.get("calibration") if isinstance(document.get("calibration"), dict) else {}
+    kinds = ", ".join(f"{n} {kind}" for kind, n in document["outcomes"].items())
+    asked = ", ".join(f"{k} {v}" for k, v in settings.items() if v not in ("", [], None))
+    made = ", ".join(f"{name} {document[name]}" for name in ("doctor", "torch", "transformers") if name in document)
+    rows = [("recipe", asked), ("linears", kinds), ("versions", made)]
+    if text:
+        rows.append(("calibration", f"{text.get('source')}: {text.get('rows')} rows, {text.get('tokens')} tokens"))
+    notes = document.get("notes") if isinstance(document.get("notes"), list) else []
+    rows += [("note", str(note)) for note in notes]
+    plan = f"{settings.get('method', '')} {settings.get('bits', '')}-bit".strip()
+    return {"source": "", "plan": plan, "steps": [[kind, text, ""] for kind, text in rows if text][:MOST_STEPS]}
 
 
 def geometry(spec, recipe: Recipe) -> list[dict]:
@@ -224,6 +244,8 @@ def _ids(value: object, tokenizer) -> str:
 
 
 def files(checkpoint: Checkpoint) -> list[dict]:
-    """Rows {name, bytes, tensors, header_bytes} of shards, then of the other files."""
+    """Rows {name, bytes, tensors, header_bytes} of shards, then of the other files; with sha256 where the run holds the whole file."""
     rows = [{"name": s.name, "bytes": s.size, "tensors": len(s.tensors), "header_bytes": s.header_bytes} for s in checkpoint.shards.values()]
-    return rows + [{"name": e.name, "bytes": e.size} for e in checkpoint.entries.values() if e.name not in checkpoint.shards]
+    held = {name: hashlib.sha256(file.raw).hexdigest() for name, file in checkpoint.json.items() if isinstance(file.raw, bytes)}
+    return rows + [{"name": e.name, "bytes": e.size, **({"sha256": held[e.name]} if e.name in held else {})}
+                   for e in checkpoint.entries.values() if e.name not in checkpoint.shards]

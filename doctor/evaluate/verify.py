@@ -15,6 +15,7 @@ from doctor.engine import Report, judge, load_rules, locate
 from doctor.errors import DoctorError
 from doctor.evaluate.compare import compare
 from doctor.facts import CHECKPOINT
+from doctor.host import describe
 from doctor.quant import calibrate
 from doctor.quant.dequant import quantization
 from doctor.recipe import BITS, FORMATS, METHODS, Recipe
@@ -47,7 +48,8 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
     scanned = scan(second, store)
     store.put(CHECKPOINT, "comparison", comparison)
     findings, runs = judge(store, load_rules())
-    extra = {"comparison": asdict(comparison), "text": {"source": source, "rows": len(ids), "context": context, "stride": context}}
+    extra = {"comparison": asdict(comparison), "text": {"source": source, "rows": len(ids), "context": context, "stride": context},
+             "machine": describe()}
     if not comparison.generated:
         extra["not_generated"] = f"a whole model in float32 does not fit the {budget / 2**30:.1f} GiB given to it; --memory raises it"
         extra["reply_bytes"] = budget

@@ -15,7 +15,10 @@ from doctor.checkpoint import Checkpoint
 from doctor.engine import Report, judge, load_rules, locate, select_rules
 from doctor.errors import BadCheckpoint, DoctorError
 from doctor.facts import CHECKPOINT
+from doctor.host import describe
 from doctor.hub import open_checkpoint
+from doctor.pictures import files
+from doctor.pictures import receipt as picture_receipt
 from doctor.plan import Consent, Look, look, make_plan, refuse
 from doctor.quant import budget, export, solver
 from doctor.quant import preflight as flight
@@ -116,6 +119,7 @@ class _Job:
         self.notes: list[str] = []
         self.linears: list[dict] = []
         self.after: list[Finding] = []
+        self.made: dict = {}    # files and receipt of the output, for the report
 
     def check_before(self, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iterable[str]) -> None:
         """Judge the source, or what fixes make of it; `seen` is what will be quantized."""
@@ -192,7 +196,9 @@ class _Job:
         """Write, read back under all rules, and commit only if that finds no error."""
         started = time.perf_counter()
         staged.finish(self.seen.checkpoint, self.recipe, done.kept, receipt(self.recipe, self.facts, done, self.notes))
-        after = look(Checkpoint.open(staged.stage), self.recipe, self.rules)
+        written = Checkpoint.open(staged.stage)
+        after = look(written, self.recipe, self.rules)
+        self.made = {"files": files(written), "receipt": picture_receipt(written)}
         before = {(f.code, f.message) for f in self.seen.findings}
         self.after = [f for f in after.findings if (f.code, f.message) not in before]
         report = self.report()
@@ -216,7 +222,7 @@ class _Job:
         return Report(checkpoint=seen.checkpoint.name, recipe=self.recipe, findings=[*seen.findings, *self.after], runs=list(seen.runs),
                       summary=summary(seen.checkpoint, seen.store), skipped_tensors=seen.skipped, bytes_read=seen.bytes_read,
                       seconds=time.perf_counter() - self.started, fail_on=self.fail_on, linears=self.linears,
-                      extra={"calibration": asdict(self.facts)} if self.facts else {})
+                      extra={"machine": describe(), **({"calibration": asdict(self.facts)} if self.facts else {}), **self.made})
 
 
 def _outcomes(done: Result) -> str:

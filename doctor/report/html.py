@@ -102,11 +102,11 @@ def _context(report: Report) -> dict:
         "matrix": [{**row, "why": view.blockers(row["cells"])} for row in extra.get("matrix", ())],
         "heat": _heat(extra.get("heat")), "losses": _losses(report.linears), "results": view.results(report),
         "exponents": _exponents(extra.get("exponents")), "calibration": _calibration(extra.get("calibration")), "worst": _worst(report.linears),
-        "half": _half((extra.get("comparison") or {}).get("half")), "receipt": _receipt(extra.get("receipt")),
+        "half": _half((extra.get("comparison") or {}).get("half")), "receipt": _receipt(extra.get("receipt")), "machine": _machine(report),
         "replies": [tuple(map(view.safe, r)) for r in (extra.get("comparison") or {}).get("replies", ())],
         "block_errors": _strips({say("block output"): (extra.get("comparison") or {}).get("block_errors") or []})[0], "tokens": _tokens(extra.get("tokens", ())), "geometry": extra.get("geometry", ()),
         "group_size": report.recipe.group_size, "tp": report.recipe.tp, "files": extra.get("files", ()),
-        "rules": [_rule(r) for r in report.runs], "skipped_tensors": {view.safe(k): view.safe(v) for k, v in report.skipped_tensors.items()}, "markdown": markdown.render([report]),
+        "rules": [_rule(r) for r in report.runs], "skipped_tensors": {view.safe(k): view.safe(known(v)) for k, v in report.skipped_tensors.items()}, "markdown": markdown.render([report]),
     }
 
 
@@ -255,6 +255,12 @@ def _receipt(found: dict | None) -> dict | None:
     if not found:
         return None
     return {**{k: view.safe(found[k]) for k in ("source", "plan")}, "steps": [tuple(map(view.safe, s)) for s in found["steps"]]}
+
+
+def _machine(report: Report) -> list[tuple[str, str]]:
+    """(what, text) of where the run took place, and how long it took; [] for a report that does not say."""
+    rows = [(known(name), view.safe(text)) for name, text in (report.extra.get("machine") or {}).items()]
+    return [*rows, (say("seconds"), view.seconds(report.seconds))] if rows else []
 
 
 def _small(share: object) -> str:

@@ -19,6 +19,7 @@ SENTENCES = {
     "the quantization block has no usable {name}": "量化配置里没有可用的 {name}",
     "{key} {value}: its packing is not judged here, only {known}": "{key} {value}：这种打包不作检查，只检查 {known}",
     "{version} with {bits} bits is not unpacked here": "{version} 的 {bits} 位权重在这里不拆包",
+    "{dtype} values are not judged": "不判断 {dtype} 的值",
     "stage {stage} was not asked for": "没有要求 {stage} 这一步",
     "{name} is absent or cannot be read": "{name} 不存在或读不出来",
     "no {fact} for this checkpoint": "这个检查点没有 {fact}",

@@ -210,6 +210,8 @@ ZH = {
     " Exit {code}: {codes} remain.": "退出码 {code}：遗留 {codes}。", " Exit {code}: {codes} remains.": "退出码 {code}：遗留 {codes}。",
     "{most} and {last}": "{most} 和 {last}", ", ": "、",
     # bars of a run through the blocks
+    "Machine": "机器", "system": "系统", "processor": "处理器", "cores": "核数", "memory": "内存", "seconds": "用时", "versions": "版本", "recipe": "配方",
+    "calibration": "校准", "how these files were made": "这些文件是怎样做出来的",
     "Wrote {file}": "已写入 {file}",
     "compare": "比较", "predict": "预测", "measure": "实测",
     # the key/value cache
