@@ -12,7 +12,7 @@ from doctor.testing import tiny
 
 WRONG = ("2", -1, 0, 1 << 70, None, [1, 2], {"a": 1})
 KEYS = (*tiny().config, "layer_types", "rope_parameters", "rope_scaling", "sliding_window", "quantization_config", "dtype", "attn_config", "text_config")
-SLOW = ("eos_token_id", "hidden_size", "num_attention_heads", "vocab_size", "rope_parameters", "quantization_config")
+SLOW = ("num_hidden_layers", "eos_token_id", "hidden_size", "num_attention_heads", "vocab_size", "rope_parameters", "quantization_config")
 
 
 def survives(action):

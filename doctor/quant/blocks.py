@@ -24,6 +24,7 @@ from doctor.checkpoint import Checkpoint
 from doctor.errors import BadCheckpoint, NotQuantizable
 from doctor.spec import NOT_TEXT, Linear, ModelSpec
 
+MOST_MODULES = 10_000  # layers, or experts of one layer, that a config may ask for
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -454,6 +455,7 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> nn.Module:
     if kind not in CONFIG_MAPPING:
         raise NotQuantizable(f"config.json#/model_type: {kind!r} is not defined in transformers {transformers.__version__}.",
                              "Install a transformers that has it: code that comes with a checkpoint is never run.")
+    _require_finite_work(block)
     try:
         built = CONFIG_MAPPING[kind].from_dict({k: v for k, v in block.items() if k != "quantization_config"})
         built.use_cache = False
@@ -464,6 +466,13 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> nn.Module:
         raise NotQuantizable(f"config.json: transformers {transformers.__version__} cannot build {kind}: {type(error).__name__}: {reason}.",
                              "Run `doctor check`: rules C14x say what is wrong with config.json.") from error
     return model.eval()
+
+
+def _require_finite_work(block: dict) -> None:
+    """Raises NotQuantizable for a number of layers or experts that transformers would build one by one for hours."""
+    for key, value in block.items():
+        if re.fullmatch(r"(num|n)_.*(layers?|experts)", key) and isinstance(value, (int, float)) and not value <= MOST_MODULES:
+            raise NotQuantizable(f"config.json#/{key}: {value:,}; must be a whole number up to {MOST_MODULES:,}.", "Correct it in config.json.")
 
 
 def attention(config) -> str:
