@@ -25,6 +25,7 @@ from doctor.quant import preflight as flight
 from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, calibration_rows
 from doctor.quant.preflight import Forecast
 from doctor.quant.ranks import Ranks, device_of, size, start, stop
+from doctor.quant.room import measure
 from doctor.quant.run import Result, fingerprint, receipt, run
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Rule
@@ -138,6 +139,10 @@ class _Job:
             self.recipe, self.seen = plan.recipe, plan.after
             for step in plan.steps:
                 self._note(f"fix: {step.code} {step.title}")
+        if self.seen.store.has(CHECKPOINT, "spec"):
+            room = measure(self.seen.checkpoint, self.seen.store.get(CHECKPOINT, "spec"), self.recipe, self.output)
+            self.seen.store.put(CHECKPOINT, "given_machine", room)
+            self._judge()
         counts = ", ".join(f"{self.report().count(s)} {s}s" for s in ("error", "warning"))
         self.progress(f"check before: {counts} ({time.perf_counter() - started:.1f} s)")
 

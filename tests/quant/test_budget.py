@@ -13,6 +13,7 @@ from doctor.quant import budget
 from doctor.quant.quantize import plan
 from doctor.recipe import Recipe
 from doctor.spec import build_spec
+from doctor.testing import tiny
 
 HIDDEN, WIDE, KV, VOCAB, BLOCKS = 8192, 29568, 1024, 152064, 80
 # One block: q and o [h, h], k and v [kv, h], gate, up and down, biases of q, k and v, two norms.
@@ -103,6 +104,15 @@ else:
     api.quantize(folder, folder + ".out", Recipe(group_size=64), calibration=sys.argv[3], rows=8, max_seq_length=64, select=("O",), progress=said)
     print(json.dumps(peaks))
 """
+
+
+def test_quantize_says_at_the_start_that_the_disk_will_not_do(tmp_path, monkeypatch):
+    from doctor import api
+    from doctor.machine import Machine
+
+    monkeypatch.setattr("doctor.quant.quantize.measure", lambda *asked: Machine("OUT", 64 << 30, 1 << 30, 1 << 20, 64 << 20))
+    done = api.quantize(tiny("llama").write(tmp_path / "m"), tmp_path / "q", Recipe(method="rtn", group_size=32))
+    assert [f.code for f in done.report.findings] == ["G314"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
