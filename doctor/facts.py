@@ -133,11 +133,12 @@ class Store:
         return self._objects[scope]
 
     def put(self, subject: str, name: str, value: object) -> None:
-        """Record a provided fact."""
+        """Record a provided fact; what could not be derived without it is tried again."""
         known = FACTS.get(name)
         if known is None or known.compute is not None:
             raise TypeError(f"fact {name!r} is not declared as provided")
         self._values[subject, name] = value
+        self._failed.clear()
 
     def carry(self, other: "Store", subjects: Iterable[str]) -> None:
         """Take over the provided facts of these subjects from another run, whose bytes are the same."""

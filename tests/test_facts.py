@@ -34,6 +34,19 @@ def test_a_derived_fact_is_worked_out_once_and_costs_the_stage_of_what_it_needs(
     assert store.get("tensor:a", "doubled") == store.get("tensor:a", "doubled") == 42 and calls == ["thing"]
 
 
+def test_a_derived_fact_that_failed_is_worked_out_again_when_what_it_lacked_is_provided(registry):
+    @fact("tensor")
+    def doubled(tensor, stats):
+        return stats * 2
+
+    store = Store()
+    store.add_subject("tensor", "tensor:a", "thing")
+    with pytest.raises(Unavailable):
+        store.get("tensor:a", "doubled")
+    store.put("tensor:a", "stats", 21)
+    assert store.get("tensor:a", "doubled") == 42
+
+
 def test_a_fact_that_was_not_produced_says_why(registry):
     store = Store()
     store.add_subject("tensor", "tensor:a", None)
