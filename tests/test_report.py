@@ -1,5 +1,6 @@
 """One report, many pictures: each format says the same, stays valid whatever a checkpoint holds, and never obeys its contents."""
 
+import dataclasses
 import io
 import json
 import re
@@ -7,11 +8,13 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
+from typing import get_args
 
 import jsonschema
 import pytest
 from rich.cells import cell_len
 
+from doctor import edits
 from doctor.edits import MISSING, PadTensor, RebuildIndex, SetJson, SetRecipe
 from doctor.engine import Report, RuleRun
 from doctor.errors import BadCheckpoint, DoctorError
@@ -89,11 +92,19 @@ def test_json_is_valid_by_its_schema_and_gives_the_report_again(report):
     assert [f.fix for f in again.findings] == [f.fix for f in report.findings]
 
 
-def test_edits_go_through_json_with_their_missing_values():
+def test_every_kind_of_edit_goes_through_json_and_is_valid_by_the_schema():
     kinds = (SetJson("config.json", "/a", [1, {"b": None}], MISSING), SetJson("c.json", "/a", 1, 2), PadTensor("t", 1, 8, 2, False), RebuildIndex(),
-             SetRecipe("group_size", 64))
+             SetRecipe("group_size", 64), *(filled(kind) for kind in get_args(edits.Edit)))
     report = make_report([make_finding(fix=Fix("all of them", kinds, "unsafe", needs=("W201",)))])
-    assert json_report.read(json_report.render([report]))[0].findings[0].fix == report.findings[0].fix
+    text = json_report.render([report])
+    jsonschema.validate(json.loads(text), SCHEMA, jsonschema.Draft202012Validator)
+    assert json_report.read(text)[0].findings[0].fix == report.findings[0].fix
+
+
+def filled(kind):
+    """One edit of a kind, every field set to a value of its own type."""
+    some = {"str": "x", "int": 3, "float": 0.5, "bool": True, "object": 7}
+    return kind(**{f.name: (4, 6) if f.type.startswith("tuple") else some[f.type] for f in dataclasses.fields(kind)})
 
 
 def test_json_of_a_failure_is_valid_and_cannot_be_rendered():

@@ -7,6 +7,7 @@ hold: NaN and infinities become the strings "NaN", "Infinity", "-Infinity", sinc
 import dataclasses
 import json
 import math
+from typing import get_args
 
 from doctor import __version__, edits
 from doctor.engine import Report, RuleRun
@@ -15,8 +16,7 @@ from doctor.recipe import Recipe
 from doctor.rule import Finding, Fix, Place, Rule, Seen
 
 SCHEMA = "doctor.report/1"
-_EDITS = {c.__name__: c for c in (edits.SetJson, edits.RemoveJson, edits.ReplaceNonfinite, edits.PadTensor, edits.DropTensor,
-                                  edits.RebuildIndex, edits.SetRecipe)}
+_EDITS = {c.__name__: c for c in get_args(edits.Edit)}
 
 
 def render(reports: list[Report]) -> str:
@@ -138,8 +138,9 @@ def _tuple(value):
 
 
 def _read_edit(data: dict):
-    fields = {k: v for k, v in data.items() if k != "edit"}
-    return _EDITS[data["edit"]](**fields)
+    kind = _EDITS[data["edit"]]
+    tuples = {f.name for f in dataclasses.fields(kind) if str(f.type).startswith("tuple")}
+    return kind(**{k: tuple(v) if k in tuples else v for k, v in data.items() if k != "edit"})
 
 
 def _read_run(data: dict) -> RuleRun:
