@@ -118,6 +118,12 @@ class Comparison:
     token0_share_original: float = 0.0  # the same two of the original's replies: what it says too is no collapse
     longest_repeat_original: int = 0
     half: Half | None = None
+    # The same collapse in the predictions on the text, which a model too large to reply in memory gives as well.
+    entropy_original: float = float("nan")  # nats, mean over the tokens' next-token distributions
+    entropy_quantized: float = float("nan")
+    one_choice: float = 0.0  # share of the tokens at which the quantized model ranks one same token first, which is:
+    one_choice_token: int = 0
+    one_choice_original: float = 0.0  # that share for the original's own favourite
 
 
 # files
@@ -389,6 +395,14 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     return store
 
 
+def _parameters(checkpoint: Checkpoint, store: Store) -> int:
+    """Weights of the model. A packed linear counts as the matrix that it stands for, not as the words it is stored in."""
+    layout = store.get(CHECKPOINT, "layout") if store.has(CHECKPOINT, "layout") else None
+    packed = {x.name: x.in_features * x.out_features for x in layout.linears} if layout and layout.quantized else {}
+    rest = sum(t.numel for name, t in checkpoint.tensors.items() if name.endswith(".bias") or name.rpartition(".")[0] not in packed)
+    return rest + sum(packed.values())
+
+
 def summary(checkpoint: Checkpoint, store: Store) -> dict:
     """What the second line of every report says about the files."""
     kinds: dict[str, int] = {}
@@ -397,7 +411,7 @@ def summary(checkpoint: Checkpoint, store: Store) -> dict:
     spec = store.get(CHECKPOINT, "spec") if store.has(CHECKPOINT, "spec") else None
     return {
         "path": str(checkpoint.root), "architecture": spec.architecture or spec.model_type if spec else "",
-        "parameters": sum(t.numel for t in checkpoint.tensors.values()), "dtype": max(kinds, key=kinds.get, default=""),
+        "parameters": _parameters(checkpoint, store), "dtype": max(kinds, key=kinds.get, default=""),
         "shards": len(checkpoint.shards), "tensors": len(checkpoint.tensors), "bytes": checkpoint.total_bytes,
         "blocks": spec.n_layers if spec else None, "linears": len(spec.linears) if spec else 0,
     }

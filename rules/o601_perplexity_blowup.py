@@ -35,7 +35,7 @@ from doctor.testing import change, compared
 NOTABLE, BROKEN = 1.25, 2.0
 
 
-@rule("O601", "error", implied_by=("O602", "O606"))
+@rule("O601", "error", implied_by=("O602", "O606", "O616"))
 def perplexity_blowup(checkpoint, comparison):
     before, after = comparison.perplexity_original, comparison.perplexity_quantized
     if (
@@ -46,7 +46,8 @@ def perplexity_blowup(checkpoint, comparison):
     jumps = [b - a for a, b in zip((0.0, *errors), errors)]
     worst = f"; the error grows most in block {jumps.index(max(jumps))}" if jumps else ""
     yield finding(
-        f"perplexity {before:.2f} became {after:.2f} on {comparison.tokens:,} tokens in rows of {comparison.context}{worst}",
+        f"perplexity {before:.2f} became {after:.2f} on {comparison.tokens:,} tokens in rows of {comparison.context} (up to {NOTABLE} × passes, "
+        f"above {BROKEN:g} × is broken){worst}",
         severity="error" if not after <= BROKEN * before else "warning",
         evidence={
             "original": before,
@@ -63,7 +64,7 @@ def bad():
     change(case, "checkpoint:", "comparison", perplexity_quantized=61.5, block_errors=(0.01, 0.9))
     return (
         case,
-        "perplexity 12.00 became 61.50 on 8,192 tokens in rows of 512; the error grows most in block 1",
+        "perplexity 12.00 became 61.50 on 8,192 tokens in rows of 512 (up to 1.25 × passes, above 2 × is broken); the error grows most in block 1",
     )
 
 

@@ -34,12 +34,12 @@ from doctor.testing import change, compared
 SHARE = 0.5  # of the generated tokens; a sound model writes id 0 now and then, a broken one nothing else
 
 
-@rule("O603", "error", implied_by=("O602", "O606"))
+@rule("O603", "error", implied_by=("O602", "O606", "O616"))
 def token_zero_run(checkpoint, comparison):
     if not (comparison.generated and comparison.token0_share > SHARE >= comparison.token0_share_original):
         return
     yield finding(
-        f"{comparison.token0_share:.0%} of {comparison.generated:,} generated tokens are id 0",
+        f"{comparison.token0_share:.0%} of {comparison.generated:,} generated tokens are id 0 (above {SHARE:.0%} is a collapse)",
         evidence={"token0_share": comparison.token0_share, "generated": comparison.generated},
         advice="look for scales and logits that are not finite",
     )
@@ -48,7 +48,7 @@ def token_zero_run(checkpoint, comparison):
 def bad():
     case = compared()
     change(case, "checkpoint:", "comparison", token0_share=1.0)
-    return case, "100% of 256 generated tokens are id 0"
+    return case, "100% of 256 generated tokens are id 0 (above 50% is a collapse)"
 
 
 def good():

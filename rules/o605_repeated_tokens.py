@@ -29,12 +29,12 @@ from doctor.testing import change, compared
 RUN = 12  # times in a row; dashes and dots of sound replies stay below
 
 
-@rule("O605", "warning", certainty="likely", implied_by=("O601", "O602", "O603", "O606"))
+@rule("O605", "warning", certainty="likely", implied_by=("O601", "O602", "O603", "O606", "O616"))
 def repeated_tokens(checkpoint, comparison):
     if comparison.longest_repeat < RUN or comparison.longest_repeat_original >= comparison.longest_repeat:
         return
     yield finding(
-        f"one token stands {comparison.longest_repeat} times in a row in the quantized model's replies",
+        f"one token stands {comparison.longest_repeat} times in a row in the quantized model's replies (fewer than {RUN} passes)",
         evidence={"longest_repeat": comparison.longest_repeat, "generated": comparison.generated},
         advice="compare the replies side by side",
     )
@@ -49,7 +49,7 @@ def bad():
         longest_repeat=64,
         replies=(("Once", "upon a time", "the the the"),),
     )
-    return case, "one token stands 64 times in a row in the quantized model's replies"
+    return case, "one token stands 64 times in a row in the quantized model's replies (fewer than 12 passes)"
 
 
 def good():

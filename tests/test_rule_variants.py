@@ -90,6 +90,12 @@ COMPARISON = [
     ("O604", {"top1_agreement": NAN}, "warning"),
     ("O605", {"longest_repeat": 11}, None),
     ("O606", {"perplexity_original": NAN}, "error"),
+    ("O616", {"one_choice": 0.5}, None),
+    ("O616", {"one_choice": 0.9, "one_choice_original": 0.46}, None),
+    ("O616", {"one_choice": 0.9, "one_choice_original": 0.44}, "error"),
+    ("O616", {"entropy_quantized": 4.56}, "error"),
+    ("O616", {"entropy_quantized": 4.3}, None),
+    ("O616", {"entropy_quantized": 4.56, "entropy_original": 3.7}, None),
     ("O606", {"perplexity_original": 97.0}, "error"),
 ]
 

@@ -4,6 +4,7 @@ Both are read as floats (a quantized one through quant/dequant.py, as engines re
 difference is a difference of weights. Activations of both are kept; where they start to part is the error after each block.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -100,12 +101,13 @@ class Streamed:
         for i in range(len(self.skeleton.blocks)):
             self.skeleton.load_block(i)
         model = self.skeleton.model
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # as older releases of transformers call it
         replies = []
         for ids in prompts:
             said, cache = [], None
             for _ in range(tokens):
-                out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+                out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+                ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), getattr(out, name)
                 said.append(int(ids))
             replies.append(said)
         for i in range(len(self.skeleton.blocks)):
@@ -135,6 +137,7 @@ def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor
     half = probe.result(a.hidden[: len(probe.rows)], a.logits)
     mean, p99 = tally.divergence()
     said = [m.reply(prompts) if m.resident_bytes <= memory else [] for m in (a, b)]
+    (_, usual), (favourite, share) = tally.one_choice(0), tally.one_choice(1)
     zeros, runs = zip(*(_collapse(replies) for replies in said), strict=True)
     return Comparison(
         tokens=tally.tokens, context=max(r.shape[1] for r in rows), perplexity_original=tally.perplexity(0),
@@ -143,7 +146,8 @@ def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor
         token0_share=zeros[1], token0_share_original=zeros[0], longest_repeat=runs[1], longest_repeat_original=runs[0],
         generated=sum(map(len, said[1])),
         replies=tuple((decode(p[0].tolist()), decode(x), decode(y)) for p, x, y in zip(prompts, *said, strict=False)),
-        block_errors=tuple(errors), half=half)
+        block_errors=tuple(errors), half=half, entropy_original=tally.entropy(0), entropy_quantized=tally.entropy(1),
+        one_choice=share, one_choice_original=usual, one_choice_token=favourite)
 
 
 def _collapse(replies: list[list[int]]) -> tuple[float, int]:

@@ -1,6 +1,7 @@
 """How far two models' next-token distributions are apart, and whether a reply has collapsed: pure functions of logits and tokens."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ class Tally:
     nonfinite: list[int] = field(default_factory=lambda: [0, 0])
     agree: int = 0
     compared: int = 0
+    entropies: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    choices: list[Counter] = field(default_factory=lambda: [Counter(), Counter()])
     kl: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor) -> None:
@@ -37,6 +40,8 @@ class Tally:
             self.nonfinite[i] += int((~ok).sum())
             logs.append(torch.log_softmax(x, 1))
             self.nll[i] -= float(logs[i].gather(1, targets[:, None])[ok].double().sum())
+            self.entropies[i] += float(torch.special.entr(logs[i][ok].exp()).sum(1).double().sum())
+            self.choices[i].update(x[ok].argmax(1).tolist())
         both = good[0] & good[1]
         self.kl.append((logs[0].exp() * (logs[0] - logs[1])).sum(1)[both])
         self.agree += int((a.argmax(1) == b.argmax(1))[both].sum())
@@ -55,6 +60,16 @@ class Tally:
         if not len(values):
             return math.nan, math.nan
         return float(values.double().mean()), float(values.double().quantile(0.99))
+
+    def entropy(self, which: int) -> float:
+        """Mean entropy of a model's next-token distributions over its finite rows; NaN where there are none."""
+        finite = self.tokens - self.nonfinite[which]
+        return self.entropies[which] / finite if finite else math.nan
+
+    def one_choice(self, which: int) -> tuple[int, float]:
+        """(token, share of its finite rows) that a model ranks first most often; (0, NaN) where there are none."""
+        commonest = self.choices[which].most_common(1)
+        return (commonest[0][0], commonest[0][1] / self.choices[which].total()) if commonest else (0, math.nan)
 
     def agreement(self) -> float:
         """Share of rows in which both models rank the same token first; NaN where no row is finite in both."""

@@ -43,5 +43,32 @@ def test_padded_vocabularies_are_compared_where_both_have_columns():
     assert t.divergence()[0] == 0 and t.agreement() == 1
 
 
+def test_entropy_is_that_of_the_definition_and_of_finite_rows_only():
+    a = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
+    b = a.clone()
+    b[2, 0] = float("nan")
+    p = torch.softmax(a.double(), 1)
+    each = -(p * p.log()).sum(1)
+    t = tally(a, b, torch.zeros(5, dtype=torch.long))
+    assert t.entropy(0) == pytest.approx(float(each.mean()), rel=1e-6)
+    assert t.entropy(1) == pytest.approx(float(each[[0, 1, 3, 4]].mean()), rel=1e-6)
+    assert math.isnan(tally(a, a * float("nan"), torch.zeros(5, dtype=torch.long)).entropy(1))
+
+
+def test_a_distribution_with_one_certain_token_has_no_entropy_and_no_nan():
+    a = torch.zeros(2, 4)
+    a[:, 1] = 1e4
+    t = tally(a, torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))
+    assert t.entropy(0) == 0 and t.entropy(1) == pytest.approx(math.log(4))
+
+
+def test_the_favourite_is_the_token_that_is_first_most_often():
+    a = torch.zeros(4, 3)
+    a[[0, 1, 2], 2], a[3, 1] = 1.0, 1.0
+    t = tally(a, a, torch.zeros(4, dtype=torch.long))
+    assert t.one_choice(0) == (2, 0.75)
+    assert math.isnan(tally(a * float("nan"), a, torch.zeros(4, dtype=torch.long)).one_choice(0)[1])
+
+
 def test_longest_run():
     assert [longest_run(x) for x in ([], [1], [1, 1, 2, 2, 2], [0] * 9)] == [0, 1, 3, 9]
