@@ -61,7 +61,7 @@ def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> 
     always = _worst(f for f in findings if f.severity == "error" and f.code not in own and not f.consequence_of)
     made: dict[tuple, list] = {}  # (group size, steps) -> plans
     for plan in [recipe] if layout.quantized else _plans(recipe):
-        steps = _steps([(p.tp, {**always, **_worst(_errors(store, asked, p))}) for p in _shared(plan)])
+        steps = _steps([(p.tp, {**always, **_worst(_errors(store, asked, p))}) for p in _shared(plan, recipe.tp)])
         made.setdefault((plan.group_size, json.dumps(steps)), []).append(plan)
     rows = []
     for (_, steps), plans in made.items():
@@ -79,8 +79,9 @@ def _plans(recipe: Recipe) -> list[Recipe]:
             for g in dict.fromkeys((recipe.group_size, *GROUPS)) for m in methods]
 
 
-def _shared(plan: Recipe) -> list[Recipe]:
-    return [replace(plan, tp=tp) for tp in sorted({*TPS, plan.tp})]
+def _shared(plan: Recipe, asked: int) -> list[Recipe]:
+    """The plan on one GPU and on more, the number that was asked for among them."""
+    return [replace(plan, tp=tp) for tp in sorted({*TPS, asked})]
 
 
 def _errors(store: Store, rules: list[Rule], plan: Recipe) -> list[Finding]:
@@ -197,18 +198,28 @@ def quantized_receipt(document: dict) -> dict:
 
 
 def geometry(spec, recipe: Recipe) -> list[dict]:
-    """Every distinct linear shape: how many, groups in a row, and the GPU counts that cut it into whole groups and columns."""
+    """Every distinct linear shape: how many, groups in a row, and the GPU counts that cut it into whole groups, heads and columns."""
+    shares = sorted({1, 2, 4, 8, 16, recipe.tp})
     kinds: dict[tuple, list] = {}
     for linear in spec.linears:
         kinds.setdefault((linear.role, linear.in_features, linear.out_features), []).append(linear)
     rows = []
     for (role, k, n), members in kinds.items():
         group = k if recipe.group_size == -1 else recipe.group_size
-        cut = [tp for tp in (1, 2, 4, 8, 16) if (k % (group * tp) == 0 if role in ROW_PARALLEL else k % group == 0 and n % tp == 0)]
+        cut = [tp for tp in shares if (k % (group * tp) == 0 if role in ROW_PARALLEL else k % group == 0 and n % tp == 0)]
         if recipe.group_size == -1 and role in ROW_PARALLEL:  # one scale for the whole row: every GPU holds a copy of it
-            cut = [tp for tp in (1, 2, 4, 8, 16) if k % tp == 0]
-        rows.append({"role": role, "in_features": k, "out_features": n, "count": len(members), "groups": k / group, "tp": cut})
+            cut = [tp for tp in shares if k % tp == 0]
+        cut = [tp for tp in cut if tp == 1 or _shares_heads(role, spec, tp)]
+        rows.append({"role": role, "in_features": k, "out_features": n, "count": len(members), "groups": k / group, "tp": cut, "shares": shares})
     return rows
+
+
+def _shares_heads(role: str, spec, tp: int) -> bool:
+    """Whether GPUs get whole heads of an attention's linear; key heads may be copied where there are fewer of them than GPUs."""
+    if role in ("q", "qkv", "o") and spec.n_heads and spec.n_heads % tp:
+        return False
+    fewer = spec.n_kv_heads and spec.n_kv_heads % tp and tp % spec.n_kv_heads
+    return not (role in ("k", "v", "qkv") and fewer)
 
 
 def tokens(checkpoint: Checkpoint, spec, store: Store) -> list[dict]:

@@ -101,7 +101,7 @@ def _table(width, group, tp):
     tps = sorted({*TPS, tp})
     return (
         ("tensor parallel", *tps),
-        ("groups per GPU", *(f"{width / group / n:g}" for n in tps)),
+        ("groups per GPU", *(f"{width / group / n:.4g}" for n in tps)),
         ("next size that fits", *(fits(width, group * n) for n in tps)),
     )
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
@@ -14,6 +15,7 @@ from doctor.facts import CHECKPOINT, Variant
 from doctor.pictures import matrix
 from doctor.recipe import Recipe
 from doctor.report import render, terminal
+from doctor.spec import build_spec
 from doctor.testing import tiny, tiny_gptq
 
 PLAN = Recipe(group_size=32)
@@ -75,6 +77,27 @@ def test_what_other_rules_found_stands_in_every_plan(tmp_path):
 
 def test_a_width_that_awq_lacks_has_rows_of_gptq_alone(tmp_path):
     assert {r["plan"].split()[0] for r in rows(tiny("llama"), tmp_path, Recipe(group_size=32, bits=8))} == {"gptq"}
+
+
+def test_the_number_of_gpus_that_was_asked_for_is_among_the_columns(tmp_path):
+    for row in rows(narrow(), tmp_path / "m", replace(PLAN, tp=3)):
+        assert [c["tp"] for c in row["cells"]] == [1, 2, 3, 4, 8]
+
+
+def test_geometry_cuts_attention_by_whole_heads_and_copies_few_key_heads(tmp_path):
+    checkpoint = Checkpoint.open(tiny("llama").write(tmp_path / "m"))
+    spec = build_spec(checkpoint.value("config.json"), checkpoint.tensors)
+    spec = replace(spec, n_heads=9, n_kv_heads=3, hidden=576)
+    linears = tuple(x._replace(in_features=576, out_features=576) for x in spec.linears)
+    found = {r["role"]: r["tp"] for r in pictures.geometry(replace(spec, linears=linears), Recipe(group_size=64, tp=3))}
+    assert found["q"] == found["o"] == found["k"] == [1, 3]
+    found = {r["role"]: r["tp"] for r in pictures.geometry(replace(spec, linears=linears, n_heads=16, n_kv_heads=2), Recipe(group_size=-1))}
+    assert found["q"] == found["k"] == [1, 2, 4, 8, 16]
+
+
+def test_a_packed_linear_counts_as_the_matrix_it_stands_for(tmp_path):
+    plain, packed = (check(case.write(tmp_path / name), stage="header").summary["parameters"] for case, name in ((tiny("llama"), "a"), (tiny_gptq(), "b")))
+    assert packed == plain
 
 
 def test_a_quantized_checkpoint_has_one_plan_its_own(tmp_path):
