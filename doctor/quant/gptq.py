@@ -392,7 +392,10 @@ def _rounded(W: torch.Tensor, H: torch.Tensor | None, rules: _Rules, attempts: t
         cost = torch.where(H.diagonal() > 0, H.diagonal(), torch.full_like(H.diagonal(), mean))
     grid = rules.fit(W, cost)
     codes = quantize(W, grid, rules.bits)
-    loss = proxy_loss(W, dequantize(codes, grid), H) if mean > 0 else math.nan
+    if H is None:  # rounding by choice, without calibration: the share of W's own energy, which is what H = I gives
+        loss = _share((W - dequantize(codes, grid)).double().square().sum(), W.double().square().sum())
+    else:
+        loss = proxy_loss(W, dequantize(codes, grid), H) if mean > 0 else math.nan
     return Solution(codes, grid, contiguous_groups(W.shape[1], rules.group_size, W.device), "rtn", loss, loss, attempts)
 
 

@@ -242,7 +242,9 @@ def test_without_a_factor_the_outcome_says_rtn_and_lists_every_attempt():
     assert torch.equal(found.codes, quantize(W, found.grid, 4))
     rtn = round_to_nearest(W, H, group_size=32)
     assert rtn.outcome == "rtn" and rtn.attempts == () and rtn.loss == rtn.rtn_loss > 0
-    assert math.isnan(round_to_nearest(W, group_size=32).loss)
+    plain = round_to_nearest(W, group_size=32)
+    off = W - dequantize(plain.codes, plain.grid)
+    assert plain.loss == plain.rtn_loss == pytest.approx(float(off.square().sum() / W.square().sum()), rel=1e-4)
 
 
 def test_a_linear_that_no_row_reached_is_rounded_to_nearest():
