@@ -20,6 +20,7 @@ from doctor.recipe import METHODS, RUNTIMES, Recipe, parse_runtime
 from doctor.report import FORMATS, words
 
 _ENV = "Every option can also be set in the environment: --fail-on as DOCTOR_FAIL_ON. DOCTOR_DEBUG=1 shows tracebacks."
+KV_FORMATS = ("full", "json", "markdown", "html")
 _BARE = {"--unsafe-fixes": "all"}  # options with an optional value, which is never taken from the next argument
 
 
@@ -30,6 +31,9 @@ class _Command(click.Command):
         kwargs.setdefault("context_settings", {}).update(auto_envvar_prefix="DOCTOR", max_content_width=100, show_default=True)
         kwargs.setdefault("epilog", _ENV)
         super().__init__(*args, **kwargs)
+        for param in self.params:  # an empty text is no default to speak of
+            if isinstance(param, click.Option) and param.default == "":
+                param.show_default = False
 
     def get_help(self, ctx):
         return _help(self, ctx, super().get_help)
@@ -528,7 +532,8 @@ def undo(path):
 @click.option("--preflight", is_flag=True, help="Quantize the first and last block only, write nothing: would it fail, how long would it take?")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
-@click.option("--report", "formats", multiple=True, metavar="FORMAT[:FILE]", help="As -f of check; repeatable.  [default: full]")
+@click.option("-f", "--report", "formats", multiple=True, metavar="FORMAT[:FILE]",
+              help=f"{', '.join(FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]")
 @lang_option
 def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order, mse, format, damp, damp_max, calibration, rows,
              max_seq_length, seed, keep, fix, unsafe_fixes, memory, device, plan_only, preflight, resume, overwrite, formats):
@@ -568,8 +573,8 @@ def _forecast(forecast, report=None) -> None:
 @click.argument("original", metavar="ORIGINAL", shell_complete=_complete_path)
 @click.argument("quantized", metavar="QUANTIZED", shell_complete=_complete_path)
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to compare on.  [default: texts of doctor]")
-@click.option("--context", type=int, default=None, help="Tokens of a row.")
-@click.option("--rows", type=int, default=None, help="Rows, at most.")
+@click.option("--context", type=int, default=None, help="Tokens of a row.  [default: 512]")
+@click.option("--rows", type=int, default=None, help="Rows, at most; they do not overlap.  [default: 24]")
 @click.option("--memory", default="", metavar="SIZE", help="Memory for whole models, as 24GB: greedy replies need them.  [default: half of what is free]")
 @format_options
 def verify(original, quantized, text, context, rows, memory, formats, concise, verbose):
@@ -588,7 +593,7 @@ def verify(original, quantized, text, context, rows, memory, formats, concise, v
     _exit([report])
 
 
-@cli.command(cls=_Command)
+@cli.command(cls=_Command, short_help="Size of the key/value cache, and the bits its keys need.")
 @click.argument("path", metavar="CHECKPOINT", shell_complete=_complete_path)
 @click.option("--context", type=int, default=8192, help="Tokens kept per sequence.")
 @click.option("--batch", type=int, default=1, help="Sequences at a time.")
@@ -598,7 +603,7 @@ def verify(original, quantized, text, context, rows, memory, formats, concise, v
 @click.option("--measure", is_flag=True, help="Also run the model on text with its cache quantized: perplexity of each scheme.")
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure on.  [default: texts of doctor]")
 @click.option("--rows", type=int, default=None, help="Rows to measure, of 512 tokens.  [default: 2]")
-@click.option("-f", "--format", "formats", multiple=True, metavar="FORMAT[:FILE]", help="full, json, html; repeatable, to stdout or to a FILE.  [default: full]")
+@click.option("-f", "--format", "formats", multiple=True, metavar="FORMAT[:FILE]", help=f"{', '.join(KV_FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]")
 @lang_option
 def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, rows, formats):
     """Memory of the key/value cache, and the fewest bits its keys survive.
@@ -607,7 +612,7 @@ def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, r
     """
     from doctor import api
 
-    outputs = _outputs(formats, False, ("full", "json", "html"))
+    outputs = _outputs(formats, False, KV_FORMATS)
     with _json_on_failure(outputs):
         with _steps() as tick:
             result = api.kvcache(path, context=context, batch=batch, measure=measure, progress=tick,
@@ -616,10 +621,10 @@ def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, r
 
 
 def _emit_kvcache(result, outputs) -> None:
-    from doctor.report.kv_text import kvcache_html, kvcache_json, render_kvcache, show_kvcache
+    from doctor.report.kv_text import kvcache_html, kvcache_json, kvcache_markdown, render_kvcache, show_kvcache
     from doctor.report.terminal import console
 
-    writers = {"full": render_kvcache, "json": kvcache_json, "html": kvcache_html}
+    writers = {"full": render_kvcache, "json": kvcache_json, "markdown": kvcache_markdown, "html": kvcache_html}
     for name, file in outputs:
         if name == "full" and not file:
             show_kvcache(result, console(sys.stdout))
@@ -692,12 +697,18 @@ def rules(format, select, rules_dirs):
 def render(report, formats, concise, verbose):
     """Render a saved report in another format.
 
-    Needs only the JSON that `doctor check -f json:REPORT.json` wrote, not the checkpoint.
+    Needs only the JSON that `doctor check -f json:REPORT.json` wrote (or quantize, verify, kvcache), not the checkpoint.
     """
-    _emit(_read_reports(report), _outputs(formats, concise), verbose)
+    text = _text_of(report)
+    cache = _kvcache_of(text)
+    if cache is not None:
+        return _emit_kvcache(cache, _outputs(formats, concise, KV_FORMATS))
+    from doctor.report.json_report import read
+
+    _emit(read(text), _outputs(formats, concise), verbose)
 
 
-@cli.command(cls=_Command)
+@cli.command(cls=_Command, short_help="Print the script that completes in a shell.")
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 def completion(shell):
     """Print the script that completes commands, options and rule codes in a shell.
@@ -716,11 +727,29 @@ def _read_reports(path: Path) -> list:
     """Reports of a JSON file, - for stdin. Raises DoctorError."""
     from doctor.report.json_report import read
 
+    return read(_text_of(path))
+
+
+def _kvcache_of(text: str):
+    """The KvReport of a JSON text, None for a report of another kind: only then is the evaluation imported, and torch with it."""
+    if '"doctor.kvcache/' not in text[:200]:
+        return None
+    import json
+
+    from doctor.evaluate.kvcache import from_dict
+
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        return from_dict(json.loads(text))
+    except ValueError as error:
+        raise DoctorError(f"not JSON: {error}.", "Make a report with `doctor kvcache CHECKPOINT -f json:kv.json`.") from None
+
+
+def _text_of(path: Path) -> str:
+    """A report's text, - for stdin. Raises MachineError."""
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MachineError(f"{path}: {getattr(error, 'strerror', None) or error}.", "Give a report made with -f json:FILE.") from None
-    return read(text)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -110,7 +110,6 @@ The copy is checked again with all rules before it appears; the source is never 
     "Only print the memory and disk that it takes, from headers alone.": "只看文件头，打印所需的内存和磁盘。",
     "Quantize the first and last block only, write nothing: would it fail, how long would it take?": "只量化首末两层，不写入：会不会失败，要多久？",
     "Go on where an interrupted run stopped.": "从中断处继续。",
-    "As -f of check; repeatable.  [default: full]": "同 check 的 -f；可重复。  [默认：full]",
     # verify and kvcache
     """Compare a quantized model with its original.
 
@@ -119,8 +118,8 @@ Measures perplexity, divergence of the next-token distributions, and collapse of
 
 测量困惑度、下一词元分布的散度，以及贪心回答是否崩坏。""",
     "Text to compare on.  [default: texts of doctor]": "用来比较的文本。  [默认：doctor 自带的文本]",
-    "Tokens of a row.": "每行词元数。",
-    "Rows, at most.": "最多行数。",
+    "Tokens of a row.  [default: 512]": "每行词元数。  [默认：512]",
+    "Rows, at most; they do not overlap.  [default: 24]": "最多行数；各行不重叠。  [默认：24]",
     "Memory for whole models, as 24GB: greedy replies need them.  [default: half of what is free]": "给整个模型的内存，如 24GB：贪心回答需要它。  [默认：空闲内存的一半]",
     """Memory of the key/value cache, and the fewest bits its keys survive.
 
@@ -136,7 +135,7 @@ The verdict comes from the weights: random states go through each layer's own pr
     "Also run the model on text with its cache quantized: perplexity of each scheme.": "另外在文本上用量化的缓存运行模型：各方案的困惑度。",
     "Text to measure on.  [default: texts of doctor]": "用来实测的文本。  [默认：doctor 自带的文本]",
     "Rows to measure, of 512 tokens.  [default: 2]": "实测的行数，每行 512 个词元。  [默认：2]",
-    "full, json, html; repeatable, to stdout or to a FILE.  [default: full]": "full、json、html；可重复，输出到屏幕或 FILE。  [默认：full]",
+    "full, json, markdown, html; repeatable, to stdout or to a FILE.  [default: full]": "full、json、markdown、html；可重复，输出到屏幕或 FILE。  [默认：full]",
     # the others
     """A rule's page, or what a pasted error points to.
 
@@ -148,10 +147,10 @@ The verdict comes from the weights: random states go through each layer's own pr
     "Only these codes, families, names or certainties.": "只列这些编号、类别、名称或把握程度。",
     """Render a saved report in another format.
 
-Needs only the JSON that `doctor check -f json:REPORT.json` wrote, not the checkpoint.""":
+Needs only the JSON that `doctor check -f json:REPORT.json` wrote (or quantize, verify, kvcache), not the checkpoint.""":
         """把保存的报告转成另一种格式。
 
-只需要 `doctor check -f json:REPORT.json` 写出的 JSON，不需要检查点。""",
+只需要 `doctor check -f json:REPORT.json`（或 quantize、verify、kvcache）写出的 JSON，不需要检查点。""",
     """Print the script that completes commands, options and rule codes in a shell.
 
 \b
@@ -196,7 +195,7 @@ def _option(param: click.Parameter, ctx: click.Context) -> tuple[str, str] | Non
         return None
     names, text = record
     text = text.removeprefix(param.help or "").strip()
-    extra = text.replace("[required]", "[必需]").replace("[default: ", "[默认：").replace('[默认：""]', "")
+    extra = text.replace("[required]", "[必需]").replace("[default: ", "[默认：")
     # In brackets of Chinese, which no line ends with.
     return names, re.sub(r"\s*\[(默认：[^\]]*|必需)\]", r"（\1）", said(param.help or "") + extra)
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import time
 from importlib import metadata
 
 from doctor import __version__
@@ -11,8 +12,8 @@ PACKAGES = ("torch", "transformers", "numpy")
 
 
 def describe() -> dict[str, str]:
-    """What -> text: versions of doctor, Python and the packages that are installed, system, processor, cores, memory, GPUs."""
-    found = {"doctor": __version__, "Python": platform.python_version()}
+    """What -> text: the time, versions of doctor, Python and the packages that are installed, system, processor, cores, memory, GPUs."""
+    found = {"when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "doctor": __version__, "Python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

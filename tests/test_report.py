@@ -306,6 +306,19 @@ def test_html_leaves_out_a_report_too_large_to_embed_and_says_so():
     assert "doctor-report" not in text and "too large to lie in this file" in text and len(text) < 300_000
 
 
+def test_rounding_that_was_asked_for_is_not_painted_as_a_fallback():
+    solve = {"loss": 0.01, "rtn_loss": 0.01, "damp_used": 0.0, "damp_asked": 0.01}
+    linears = [{"name": "a", "block": 0, "role": "down", "outcome": "rtn", "solve": solve}]
+    asked, fell = (render("html", [make_report(linears=linears, recipe=Recipe(method=m))]) for m in ("rtn", "gptq"))
+    assert 'class="bad"' not in asked and 'class="bad"' in fell
+
+
+def test_a_receipt_is_told_from_a_report():
+    for receipt in ('{"schema": "doctor.receipt/1"}', '{"doctor": "0.1.0", "outcomes": {"gptq": 210}}'):
+        with pytest.raises(DoctorError, match="this is a receipt"):
+            json_report.read(receipt)
+
+
 def test_html_draws_each_picture_the_report_holds():
     extra = {"heat": {"blocks": 2, "roles": [{"role": "down", "absmax": [1.0, "NaN"], "nonfinite": [0, 3], "zero": [0.0, 0.5]},
                                              {"role": "q", "absmax": [1.0, 2.0], "nonfinite": [0, 1], "zero": [0.0, 0.5]}]},

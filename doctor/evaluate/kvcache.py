@@ -18,6 +18,7 @@ from doctor.evaluate.kv_quant import Side
 from doctor.evaluate.kv_size import KIB, Layout, Scheme, read_layout, with_custom
 from doctor.evaluate.verify import _rows as text_rows
 from doctor.evaluate.verify import quiet
+from doctor.host import describe
 from doctor.quant.dequant import as_float
 from doctor.recipe import Recipe
 from doctor.spec import build_spec
@@ -75,7 +76,15 @@ def kvcache(path: str | os.PathLike | Checkpoint, *, context: int = 8192, batch:
         _add_fitness(data, checkpoint, layout, key_bits, progress)
         if measure:
             _add_measured(data, checkpoint, layout, with_widths(key_bits, value_bits), text, rows, measured_context, progress)
+    data["machine"] = describe()
     return KvReport(checkpoint.name, data)
+
+
+def from_dict(document: dict) -> KvReport:
+    """The KvReport of a document that `doctor kvcache -f json` wrote. Raises DoctorError for what is none."""
+    if document.get("schema") != SCHEMA or not isinstance(document.get("kvcache"), dict):
+        raise DoctorError(f"not a report on a cache: the schema must be {SCHEMA!r}.", "Make one with `doctor kvcache CHECKPOINT -f json:kv.json`.")
+    return KvReport(str(document.get("checkpoint", "")), document["kvcache"], str(document.get("version", "")))
 
 
 def _scheme_row(layout: Layout, scheme: Scheme, context: int, batch: int, memory: int | None, weights: int) -> dict:

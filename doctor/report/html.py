@@ -14,7 +14,7 @@ from doctor.report import json_report, markdown, view
 from doctor.report.view import Group
 from doctor.report.words import current, known, language, say
 
-MOST_JSON = 120_000  # characters of JSON that are embedded; above, the page says how to get it
+MOST_BYTES = 290_000  # of a page with its JSON; where it would grow beyond, the page says how to get the JSON
 _WINDOW = 96
 WORST = 10
 GIB = 1 << 30
@@ -35,6 +35,12 @@ def render_kvcache(report, text: str) -> str:
 
 
 def _page_of(reports: list[dict], kv: dict | None, data: str, version: str, title: str) -> str:
+    page = _rendered(reports, kv, "", version, title)
+    fits = len(page.encode("utf-8", "replace")) + len(data) <= MOST_BYTES  # the JSON is ASCII
+    return _rendered(reports, kv, data, version, title) if fits else page
+
+
+def _rendered(reports: list[dict], kv: dict | None, data: str, version: str, title: str) -> str:
     return _template().render(reports=reports, kv=kv, data=data, version=version, title=view.safe(title), size=view.size, count=view.count,
                               counted=view.counted, say=say, known=known, lang=current())
 
@@ -51,18 +57,26 @@ def _kvcache(report) -> dict:
     highest = max((row["top"] for row in errors), default=0)
     for row in errors:  # one scale for all of them, so that they can be compared
         row["bars"] = [h * row["top"] / highest if highest else 0.0 for h in row["bars"]]
-    largest = max((s["total_bytes"] for s in data["schemes"]), default=0) or 1
-    schemes = [{**s, "gib": f"{s['total_bytes'] / GIB:,.3f}", "kib": f"{s['kib_per_token']:,.2f}", "share": round(100 * s["total_bytes"] / largest, 1),
-                "engines": ", ".join(filter(None, (s["exllama"] and f"ExLlama {s['exllama']}", s["vllm"] and f"vLLM {s['vllm']}",
-                                                   s["llama_cpp"] and f"llama.cpp {s['llama_cpp']}")))} for s in data["schemes"]]
+    largest = max((s["total_bytes"] for s in (*data["schemes"], *data.get("full_heads", ()))), default=0) or 1
+
+    def table(schemes: list[dict]) -> list[dict]:
+        return [{**s, "past": f"{s.get('kib_per_token_past_windows', 0):,.2f}", "longest": kv_text.longest(s), "gib": f"{s['total_bytes'] / GIB:,.3f}", "kib": f"{s['kib_per_token']:,.2f}", "share": round(100 * s["total_bytes"] / largest, 1),
+                 "engines": ", ".join(filter(None, (s["exllama"] and f"ExLlama {s['exllama']}", s["vllm"] and f"vLLM {s['vllm']}",
+                                                   s["llama_cpp"] and f"llama.cpp {s['llama_cpp']}")))} for s in schemes]
+
+    tables = [(say("Size of the cache"), table(data["schemes"]))]
+    if "full_heads" in data:
+        tables.append((say("Where the engine stores full heads"), table(data["full_heads"])))
     level = data["advice"]["level"]
     measured = data.get("measured")
     return {"name": view.safe(report.checkpoint), "what": view.safe(data["architecture"]), "mark": _KV_MARKS[level], "headline": say(_KV_HEADLINES[level]),
             "sentences": [view.safe(x) for x in kv_text.advice_said(data["advice"])], "context": f"{data['context']:,}", "batch": data["batch"],
-            "layers": kv_text.layers_said(data), "notes": [view.safe(known(n)) for n in data["notes"]], "schemes": schemes,
+            "layers": kv_text.layers_said(data), "notes": [view.safe(known(n)) for n in data["notes"]], "tables": tables,
+            "past": kv_text.past_said(data), "memory": kv_text.longest_said(data),
             "pictures": [row for row in (*biases, *errors) if any(v is not None for v in row["values"])],
             "measured": measured and {"source": view.safe(measured["source"]), "tokens": f"{measured['tokens']:,}",
                                       "rows": [(kv_text.scheme_said(m["scheme"]), f"{m['perplexity']:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}") for m in measured["schemes"]]},
+            "machine": _machine_rows(data.get("machine")), "when": view.safe(data.get("machine", {}).get("when", "")), "markdown": kv_text.kvcache_markdown(report),
             "not_measured": view.safe(known(data.get("not_measured", "")))}
 
 
@@ -85,7 +99,7 @@ def _embedded(reports: list[Report]) -> str:
 def _inside_script(document: str) -> str:
     text = json.dumps(json.loads(document), separators=(",", ":"))
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return text if len(text) <= MOST_JSON else ""
+    return text
 
 
 def _context(report: Report) -> dict:
@@ -100,12 +114,13 @@ def _context(report: Report) -> dict:
         "fixes": {k: len(v) for k, v in by.items()}, "groups": [_card(report, g) for g in found], "areas": view.areas(report, found),
         "marks": view.MARKS, "steps": view.next_steps(report, found), "crashed": [(r.rule.code, view.safe(r.crashed)) for r in report.crashed],
         "matrix": [{**row, "why": view.blockers(row["cells"])} for row in extra.get("matrix", ())],
-        "heat": _heat(extra.get("heat")), "losses": _losses(report.linears), "results": view.results(report),
+        "heat": _heat(extra.get("heat")), "losses": _losses(report.linears, report.recipe.method), "results": view.results(report),
         "exponents": _exponents(extra.get("exponents")), "calibration": _calibration(extra.get("calibration")), "worst": _worst(report.linears),
         "half": _half((extra.get("comparison") or {}).get("half")), "receipt": _receipt(extra.get("receipt")), "machine": _machine(report),
         "replies": [tuple(map(view.safe, r)) for r in (extra.get("comparison") or {}).get("replies", ())],
         "block_errors": _strips({say("block output"): (extra.get("comparison") or {}).get("block_errors") or []})[0], "tokens": _tokens(extra.get("tokens", ())), "geometry": extra.get("geometry", ()),
-        "group_size": report.recipe.group_size, "tp": report.recipe.tp, "files": extra.get("files", ()),
+        "group_size": report.recipe.group_size, "tp": report.recipe.tp, "odd_tp": len((extra.get("matrix") or [{"cells": ()}])[0]["cells"]) > 4,
+        "when": view.safe((extra.get("machine") or {}).get("when", "")), "config_sha256": next((f["sha256"] for f in extra.get("files", ()) if f["name"] == "config.json" and "sha256" in f), ""), "files": extra.get("files", ()),
         "rules": [_rule(r) for r in report.runs], "skipped_tensors": {view.safe(k): view.safe(known(v)) for k, v in report.skipped_tensors.items()}, "markdown": markdown.render([report]),
     }
 
@@ -159,7 +174,7 @@ def _strips(strip: dict | None) -> list[dict]:
         top = max(numbers, default=0)
         bars = [1.0 if isinstance(v, str) or (v is not None and (v != v or abs(v) == float("inf"))) else abs(v or 0) / top if top else 0.0
                 for v in values]
-        rows.append({"label": label, "top": top, "bars": bars, "values": values})
+        rows.append({"label": label, "top": top, "bars": bars, "values": values, "ticks": [b for b in range(len(bars)) if b % _tick(len(bars)) == 0]})
     return rows
 
 
@@ -187,8 +202,8 @@ def _tick(blocks: int) -> int:
     return 1 if blocks <= 12 else 5 if blocks <= 60 else 10
 
 
-def _losses(linears: list) -> dict | None:
-    """Cells of the quantization's picture: shade by error against the same role, red for what failed or fell back."""
+def _losses(linears: list, method: str) -> dict | None:
+    """Cells of the quantization's picture: shade by error against the same role, red for what failed or fell back from the method."""
     rows = [x for x in linears if isinstance(x, dict) and x.get("block") is not None and x.get("solve")]
     if not rows:
         return None
@@ -196,7 +211,7 @@ def _losses(linears: list) -> dict | None:
     worst = {r: max((x["solve"]["loss"] for x in rows if x["role"] == r and view.number(x["solve"]["loss"])), default=0) or 1 for r in roles}
     cells = []
     for x in rows:
-        loss, fell = x["solve"]["loss"], x.get("outcome") not in ("gptq", "awq")
+        loss, fell = x["solve"]["loss"], x.get("outcome") != method
         shade = round(0.08 + 0.92 * loss / worst[x["role"]], 3) if view.number(loss) else 1
         label = f"{x['name']}: {x.get('outcome')}, relative error {_small(loss)}, damp {view.figure(x['solve']['damp_used'])}"
         cells.append((x["block"], roles.index(x["role"]), shade, fell, view.safe(label)))
@@ -259,8 +274,12 @@ def _receipt(found: dict | None) -> dict | None:
 
 def _machine(report: Report) -> list[tuple[str, str]]:
     """(what, text) of where the run took place, and how long it took; [] for a report that does not say."""
-    rows = [(known(name), view.safe(text)) for name, text in (report.extra.get("machine") or {}).items()]
+    rows = _machine_rows(report.extra.get("machine"))
     return [*rows, (say("seconds"), view.seconds(report.seconds))] if rows else []
+
+
+def _machine_rows(found: dict | None) -> list[tuple[str, str]]:
+    return [(known(name), view.safe(text)) for name, text in (found or {}).items()]
 
 
 def _small(share: object) -> str:

@@ -96,6 +96,9 @@ def _run(run: RuleRun, with_page: bool) -> dict:
 
 def from_dict(document: dict) -> Report:
     """The report of a document by schema.json. Raises DoctorError for what is none."""
+    if isinstance(document, dict) and (str(document.get("schema", "")).startswith("doctor.receipt/") or "outcomes" in document):
+        raise DoctorError("this is a receipt: it says how a directory was made, and holds no findings.",
+                          "`doctor check DIR -f html:report.html` reports on the directory, its receipt included.")
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise DoctorError(f"not a report: the schema must be {SCHEMA!r}.", "Make one with `doctor check CHECKPOINT -f json:doctor.json`.")
     if "error" in document:

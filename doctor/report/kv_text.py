@@ -35,6 +35,26 @@ def kvcache_html(report: KvReport) -> str:
     return page(report, kvcache_json(report))
 
 
+def kvcache_markdown(report: KvReport) -> str:
+    """The advice and the sizes, for a comment or a job's summary."""
+    data = report.data
+    found, past, fitting = data["advice"], past_said(data), longest_said(data)
+    sentences = [safe(s) for s in advice_said(found)]
+    lines = [f"### {_MARK[found['level']]} {safe(report.checkpoint)}: {sentences[0]}", "", f"{_what(data)} · {' · '.join(layers_said(data))}", "", *(f"- {s}" for s in sentences[1:]), ""]
+    heads = [h for h in (say("cache"), say("K bits"), say("V bits"), say("KiB/token"), past, "GiB", fitting, "vLLM", "llama.cpp") if h]
+    lines += ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 3) + "|---|---|"]
+    for s in data["schemes"]:
+        cells = [s["name"], f"{s['key_bits']:g}", f"{s['value_bits']:g}", f"{s['kib_per_token']:,.2f}",
+                 *([f"{s['kib_per_token_past_windows']:,.2f}"] if past else []), f"{s['total_bytes'] / GIB:,.3f}", *([longest(s)] if fitting else []),
+                 s["vllm"], s["llama_cpp"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    if "measured" in data:
+        heads = [say(head) for head in ("cache", "perplexity", "KL, nats", "same top token")]
+        lines += ["", "| " + " | ".join(heads) + " |", "|---" + "|--:" * 3 + "|"]
+        lines += [f"| {scheme_said(m['scheme'])} | {m['perplexity']:.3f} | {m['kl']:.4f} | {m['top1']:.1%} |" for m in data["measured"]["schemes"]]
+    return "\n".join(lines) + "\n"
+
+
 def show_kvcache(report: KvReport, out: Console) -> None:
     """Print the screen of a KvReport."""
     screen, data = Screen(out), report.data
@@ -74,23 +94,32 @@ def _rows(screen: Screen, rows: list[list[str]], right: set[int]) -> None:
 
 
 def _sizes(screen: Screen, data: dict, schemes: list[dict], title: str) -> None:
-    memory = data["memory_bytes"]
-    past = say("past {n}", n=f"{data['windows'][-1]:,}") if data["windows"] else ""
-    fitting = say("longest in {n} GiB", n=f"{memory / GIB:.4g}") if memory is not None else ""
+    past, fitting = past_said(data), longest_said(data)
     rows = [[say("cache"), say("K bits"), say("V bits"), say("KiB/token"), past, "GiB", fitting, "vLLM", "llama.cpp"]]
     for s in schemes:
         rows.append([s["name"], f"{s['key_bits']:g}", f"{s['value_bits']:g}", f"{s['kib_per_token']:,.2f}",
-                     f"{s['kib_per_token_past_windows']:,.2f}" if past else "", f"{s['total_bytes'] / GIB:,.3f}", _longest(s),
+                     f"{s['kib_per_token_past_windows']:,.2f}" if past else "", f"{s['total_bytes'] / GIB:,.3f}", longest(s),
                      s["vllm"], s["llama_cpp"]])
     screen.line()
     if title:
         screen.line(("  " + title, "bold"))
     _rows(screen, rows, {1, 2, 3, 4, 5, 6})
-    if memory is not None:
+    if fitting:
         screen.hang(Text("  "), Text(say("beside the weights; activations and the engine's own memory are not counted"), "bright_black"))
 
 
-def _longest(scheme: dict) -> str:
+def past_said(data: dict) -> str:
+    """Head of the column of what a token takes beyond every window; "" where no layer has one."""
+    return say("past {n}", n=f"{data['windows'][-1]:,}") if data["windows"] else ""
+
+
+def longest_said(data: dict) -> str:
+    """Head of the column of the longest context; "" where no memory was given."""
+    return say("longest in {n} GiB", n=f"{data['memory_bytes'] / GIB:.4g}") if data["memory_bytes"] is not None else ""
+
+
+def longest(scheme: dict) -> str:
+    """The longest context that fits, or that any or none does; "" where no memory was given."""
     if "fits" not in scheme:
         return ""
     return say("any") if scheme["unbounded"] else f"{scheme['largest_context']:,}" if scheme["largest_context"] else say("none")

@@ -278,6 +278,10 @@ def results(report: Report) -> list[tuple[str, str]]:
         lines.append((say("perplexity"), f"{figure(before)} → {figure(after)}{span}"))
         lines.append((say("divergence"), say("KL {mean} nats on average, {p99} at the 99th percentile; same next token {top1}",
                                              mean=figure(c["kl_mean"]), p99=figure(c["kl_p99"]), top1=percent(c["top1_agreement"]))))
+        if number(c.get("entropy_quantized")) or number(c.get("entropy_original")):
+            lines.append((say("entropy"), say("{before} → {after} nats a token; one and the same first choice at most {one_before} → {one_after}",
+                                              before=figure(c["entropy_original"]), after=figure(c["entropy_quantized"]),
+                                              one_before=percent(c["one_choice_original"]), one_after=percent(c["one_choice"]))))
         lines.append((say("replies"), say("{tokens}, longest repeat {repeat}, token 0 {share}", tokens=counted(c["generated"], "token"),
                                           repeat=c["longest_repeat"], share=percent(c["token0_share"]))
                       if c["generated"] else say("not generated: {reason}", reason=_no_replies(report))))

@@ -130,6 +130,12 @@ ZH = {
     "{change} on {tokens} tokens, {context} at a time": "{change}，共 {tokens} 个词元，每次 {context} 个",
     "KL {mean} nats on average, {p99} at the 99th percentile; same next token {top1}":
         "KL 平均 {mean} nat，第 99 百分位 {p99}；下一词元相同 {top1}",
+    "entropy": "熵", "block": "层", "not taken": "未计算", "when": "时间",
+    "relative error of each block's output: where it jumps, the damage began": "各层输出的相对误差：突增之处就是出问题的地方",
+    "size of a weight, as a power of two": "权重的大小（2 的幂）",
+    "Where the engine stores full heads": "引擎按完整的头存储时", "Keys by layer": "逐层的键", "Measured": "实测",
+    "{before} → {after} nats a token; one and the same first choice at most {one_before} → {one_after}":
+        "每词元 {before} → {after} nat；同一个词元排第一的比例至多 {one_before} → {one_after}",
     "{tokens}, longest repeat {repeat}, token 0 {share}": "{tokens}，最长重复 {repeat}，词元 0 占 {share}",
     "not generated: {reason}": "没有生成：{reason}", "no prompts": "没有提示词",
     "a whole model in float32 does not fit the {size} GiB given to it; --memory raises it": "float32 的整个模型放不进给它的 {size} GiB；可用 --memory 加大",

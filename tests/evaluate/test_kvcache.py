@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -289,9 +290,26 @@ def test_the_page_has_sizes_advice_and_a_picture_of_every_way_to_store_keys(lang
     assert 'src=' not in text and text.count("<svg") == text.count('role="img"')
 
 
+@pytest.mark.parametrize("lang", ("en", "zh"))
+def test_a_saved_report_is_rendered_again_in_every_format(lang, tmp_path):
+    saved = tmp_path / "kv.json"
+    options = ("--memory", "1GB", "--lang", lang)
+    assert run(with_bias(300.0).write(tmp_path / "m"), "-f", f"json:{saved}", *options).exit_code == 0
+    for name in ("full", "json", "markdown", "html"):
+        made, again = tmp_path / "made", tmp_path / "again"
+        run(tmp_path / "m", "-f", f"{name}:{made}", *options)
+        done = CliRunner().invoke(cli, ["render", str(saved), "-f", f"{name}:{again}", "--lang", lang])
+        assert done.exit_code == 0, done.output
+        first, second = (re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", p.read_text(encoding="utf-8")) for p in (made, again))
+        assert first == second and {"en": "longest in 0.9313 GiB", "zh": "0.9313 GiB 内最长"}[lang] in first or name == "json"
+    assert CliRunner().invoke(cli, ["render", str(saved), "-f", "sarif"]).exit_code == 2
+    saved.write_text('{"schema": "doctor.kvcache/1", "kvcache": 3}')
+    assert "not a report on a cache" in str(CliRunner().invoke(cli, ["render", str(saved)]).exception)
+
+
 def test_a_format_that_kvcache_does_not_have_is_named(tmp_path):
     done = run(tiny().write(tmp_path / "m"), "-f", "sarif")
-    assert done.exit_code == 2 and "'sarif' is not one of full, json, html" in done.output
+    assert done.exit_code == 2 and "'sarif' is not one of full, json, markdown, html" in done.output
 
 
 def test_every_sentence_of_the_advice_stands_in_chinese_and_a_chinese_screen_has_no_english_one(tmp_path):
