@@ -73,12 +73,12 @@ def _packed(checkpoint, tensors, packed, block):
         quant = read_quantization(*block)
         if quant.bits not in (2, 3, 4, 8) or quant.version not in ("gptq", "gptq_v2", "gemm", "pack-quantized"):
             raise Unavailable(f"{quant.version} with {quant.bits} bits is not unpacked here")
-        edits = []
+        edits, kind = [], _dtype(tensors)
         for info in packed:
             module, _, tail = info.name.rpartition(".")
             width, height = packed_size(quant, tail, info.shape)
             edits.append(Dequantize(f"{module}.weight", (height, width), quant.method, quant.bits, 2 if quant.version == "gptq_v2" else 1,
-                                    dtype=_dtype(tensors)))
+                                    dtype=kind))
             edits += [DropTensor(f"{module}.{part}") for part in PARTS[quant.method] if f"{module}.{part}" in tensors]
         fix = _plain(checkpoint, block, edits, len(packed))
         why = f"{quant.bits} bits"
@@ -92,14 +92,14 @@ def _packed(checkpoint, tensors, packed, block):
 
 def _fp8(checkpoint, tensors, narrow, block):
     """Each 8-bit weight with one scale, a row of them or one for each tile; None where something else is narrow."""
-    edits = []
+    edits, kind = [], _dtype(tensors)  # once: DeepSeek-V3 has 46,000 such weights
     for info in narrow:
         scales = [n for n in (f"{info.name}_scale_inv", f"{info.name}_scale") if n in tensors]
         if info.dtype.name != "F8_E4M3" or len(info.shape) != 2 or len(scales) != 1 or not info.name.endswith(".weight"):
             return None
         tile = (block[0].get("weight_block_size") if block else None) or ()
         whole = tensors[scales[0]].numel == 1 or tensors[scales[0]].shape[-1] == 1
-        edits.append(Dequantize(info.name, info.shape, "fp8", 8, block=() if whole else tuple(tile), dtype=_dtype(tensors)))
+        edits.append(Dequantize(info.name, info.shape, "fp8", 8, block=() if whole else tuple(tile), dtype=kind))
         module = info.name.removesuffix(".weight")
         edits += [DropTensor(f"{module}.{part}") for part in FP8_PARTS if f"{module}.{part}" in tensors]
     return _plain(checkpoint, block, edits, len(narrow))

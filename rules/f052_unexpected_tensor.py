@@ -35,7 +35,7 @@ from doctor.rule import DropTensor, Fix, Place, finding, rule
 from doctor.testing import tiny
 
 # Buffers that older saves hold, scales of a key-value cache, positions: no reader misses or minds them.
-BENIGN = re.compile(r"(rotary_emb|inv_freq|rope|masked_bias|attn\.bias|attention\.bias|position_ids|[kv]_scale|[kv]_proj\.output_scale|"
+BENIGN = re.compile(r"(rotary_emb|inv_freq|rope|masked_bias|attn\.bias|attention\.bias|position_ids|[kv]_scale|[kv]_proj\.output_scale|weight_scale|input_scale|"
                     r"(q|k|query|key)_?(layer)?norm|sinks|score|mtp|nextn|eh_proj|enorm|hnorm|shared_head)")
 BIAS_KEYS = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias", "bias", "attention_out_bias")
 
