@@ -59,6 +59,7 @@ class Template:
     transposed: bool
     every_layer: bool  # false where only some blocks have it
     bias: object = False
+    when: tuple[str | None, str | None] = (None, None)  # (only_with, only_without) of the table
 
 
 @dataclass
@@ -134,7 +135,7 @@ def build_spec(config: Mapping, tensors: Mapping[str, TensorInfo]) -> ModelSpec:
     tied = stated if isinstance(stated, bool) else bool(entry.get("tie_word_embeddings_default", False))
     heads = _size(_lookup(block, family, "num_attention_heads"))
     hidden = _size(_lookup(block, family, "hidden_size"))
-    templates = _templates(family) if family else ()
+    templates = tuple(t for t in _templates(family) if exists(t.when, block)) if family else ()
     spec = ModelSpec(
         family=family, model_type=model_type, architecture=architecture, config=block, text_key=text_key,
         n_layers=_size(_lookup(block, family, "num_hidden_layers")), hidden=hidden,
@@ -229,8 +230,19 @@ def _templates(family: str) -> tuple[Template, ...]:
     for item in [*entry["linears"], *entry["other_tensors"]]:
         found.append(Template(item["tensor"], _pattern(item["tensor"]), tuple(item["shape"]), item.get("role"),
                               str(item.get("orientation", "")).startswith("in_out"), "layers_in_probe" not in item,
-                              item.get("bias", False)))
+                              item.get("bias", False), condition(item)))
     return tuple(found)
+
+
+def condition(item: Mapping) -> tuple[str | None, str | None]:
+    """What a table's entry says about models that have this tensor: (only_with, only_without), keys of config.json."""
+    return item.get("only_with"), item.get("only_without")
+
+
+def exists(when: tuple[str | None, str | None], config: Mapping) -> bool:
+    """Whether a model of this config has a tensor with this condition: a key set to null takes away what needs it."""
+    needed, unwanted = (key is not None and config.get(key, key) is None for key in when)
+    return not needed and (when[1] is None or unwanted)
 
 
 def _pattern(template: str) -> re.Pattern:

@@ -195,11 +195,11 @@ def _config(family: str, entry: dict, mlp: int | None) -> dict:
 
 
 def _shapes(entry: dict, config: dict):
-    from doctor.spec import _lookup, evaluate
+    from doctor.spec import _lookup, condition, evaluate, exists
 
     family = next(k for k, v in table("architectures")["families"].items() if v is entry)
     for item in sorted([*entry["linears"], *entry["other_tensors"]], key=lambda t: t["tensor"]):
-        if item["tensor"].startswith("lm_head") and config["tie_word_embeddings"]:
+        if item["tensor"].startswith("lm_head") and config["tie_word_embeddings"] or not exists(condition(item), config):
             continue
         shape = tuple(evaluate(e, lambda k: _lookup(config, family, k)) for e in item["shape"])
         for i in range(LAYERS) if "{i}" in item["tensor"] else [None]:

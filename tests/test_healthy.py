@@ -94,6 +94,19 @@ def test_tied_and_untied_heads_are_healthy(model_type, tie, tmp_path):
     assert complaints(save(model_type, tmp_path, tie=tie)) == []
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
+def test_attention_without_a_low_rank_query_is_healthy_and_its_q_proj_a_linear(model_type, tmp_path):
+    """DeepSeek-V2-Lite and Moonlight: "q_lora_rank": null, and one q_proj instead of q_a and q_b."""
+    folder = save(model_type, tmp_path, q_lora_rank=None)
+    assert complaints(folder) == []
+    checkpoint = Checkpoint.open(folder)
+    roles = {x.role for x in build_spec(checkpoint.value("config.json"), checkpoint.tensors).linears}
+    assert "q" in roles and not roles & {"q_a", "q_b"}
+    tensors = {n: checkpoint.load(n) for n in checkpoint.tensors if not n.endswith("1.self_attn.q_proj.weight")}
+    (folder / "model.safetensors").write_bytes(shard_bytes(tensors, {n: checkpoint.tensors[n].dtype.name for n in tensors}))
+    assert any("1.self_attn.q_proj.weight" in line for line in complaints(folder, select=("F050",), ignore=()))
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_tensor_taken_out_of_any_family_is_missed(model_type, saved, tmp_path):
     """Without this, a family of which nothing is known would pass the test above in silence."""

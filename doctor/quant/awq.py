@@ -25,7 +25,7 @@ import torch
 from doctor.quant.gptq import Solution, proxy_loss
 from doctor.quant.grid import Grid, contiguous_groups, dequantize, fit, group_width, quantize, require_finite, store_scale
 from doctor.quant.hessian import exact_products
-from doctor.spec import Linear, ModelSpec
+from doctor.spec import Linear, ModelSpec, condition, exists
 from doctor.tables import table
 
 RATIOS = tuple(step / 20 for step in range(20))
@@ -67,7 +67,7 @@ def source_of(spec: ModelSpec, group: list[Linear], quantized: dict[str, Linear]
     norm = norms.pop() if len(norms) == 1 else None
     if norm is None:
         return None, "no norm is known to feed it alone"
-    readers = [item for item in entry["linears"] if item.get("norm_before") == norm]
+    readers = [item for item in entry["linears"] if item.get("norm_before") == norm and exists(condition(item), spec.config)]
     if any("{e}" in item["tensor"] or item["role"] not in {x.role for x in group} for item in readers) or first.expert is not None:
         return None, "its norm feeds other linears too"
     stated = entry.get("norm_parametrisation")
