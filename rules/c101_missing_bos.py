@@ -10,8 +10,9 @@ Seen as:
 Do: write the id that the checkpoint's own tokenizer has. For Qwen that is <|endoftext|> (151643), as its vendor ships it; the often
 quoted 151644 is <|im_start|>, a chat mark: it stops the crash and puts a second turn start before the first.
 
-False alarms: families that have no BOS at all are left alone (GLM, MPT, OLMo). A key whose absence means the same id to transformers is
-a warning: programs that read config.json themselves do not know the class's default.
+False alarms: families that have no BOS at all are left alone (GLM, MPT, OLMo). A key whose absence means the same id to transformers,
+and which tokenizer_config.json states too, is a note (Gemma 3 is published so); where only config.json could tell, a warning: programs
+that read it themselves do not know the class's default.
 
 Fix safety: safe; one key of config.json, with an id that the tokenizer has. The weights stay as they are.
 
@@ -26,8 +27,9 @@ docs/source/getting_started/concepts.md; QwenLM/Qwen tokenization_note.md.
 处理: 写入该检查点自己的分词器里的 id。Qwen 用厂商发布的 <|endoftext|>（151643）；网上常见的 151644 是
 <|im_start|>，一个对话标记：崩溃是止住了，却在第一轮之前又多开了一轮。
 
-误报: 本来就没有 BOS 的系列（GLM、MPT、OLMo）不报。若 transformers 在缺键时默认的正是同一个 id，只给警告：自行
-读取 config.json 的程序并不知道类的默认值。
+误报: 本来就没有 BOS 的系列（GLM、MPT、OLMo）不报。若 transformers 在缺键时默认的正是同一个 id，而
+tokenizer_config.json 也写明了它，只作提示（Gemma 3 就是这样发布的）；若只有 config.json 能说明，则给警告：自行读取
+它的程序并不知道类的默认值。
 
 修复: 安全；只改 config.json 的一个键，取值是分词器里已有的 id，权重不动。
 """
@@ -49,9 +51,10 @@ def missing_bos(checkpoint, special, tokenizer, embedding_rows):
     others = [e[0] for e in evidence[1:] if e[2] == number]
     note = f"{source} has {token} = {number}" + (f"; so does {others[0]}" if others else "")
     what = "null" if stated.stated else "absent"
+    known = same_by_default and source == "tokenizer_config.json"
     yield finding(f"bos_token_id is {what} in config.json; {source} says {token} = {number}",
                   at=Place("config.json", pointer=stated.pointer, note=note), evidence={"token": token, "id": number},
-                  severity="" if special.ships_bos and not same_by_default else "warning",
+                  severity="info" if known else "" if special.ships_bos and not same_by_default else "warning",
                   fix=Fix(f'set "bos_token_id": {number} ({token}, by {source}; weights untouched)',
                           (SetJson("config.json", stated.pointer, number, None if stated.stated else MISSING),)))
 
