@@ -1,15 +1,17 @@
-"""What one linear costs: `solve` natively, in torch alone, and the loop that AutoGPTQ made common, in one process.
+"""What one linear costs: `solve` natively, in torch alone, and AutoGPTQ's own code; the search for scales and AutoAWQ's; in one process.
 
     python bench/quantize.py [--shapes 896x4864,4864x896,4096x4096] [--awq 896x896+128+128,...] [--repeat 3]
 
 Processor seconds on one thread, Hessian given, 4 bits, groups of 128, min-max asymmetric grids, no act-order, no refinement: the
 setting of the peer's defaults. The last columns are our own defaults (MSE grids, act-order, one refinement), which the
-peer has no counterpart for. The peer's algorithm is written here from the paper's pseudocode as its users run it:
-three factorizations, rows of W, a Python loop over columns with a rank-1 update of the rest of the block. So is AutoAWQ's search.
+peer has no counterpart for. The peers are AutoGPTQ 0.7.1's own gptq.py and AutoAWQ 0.2.9's own quantizer.py, in float32, fetched by
+`tests/clients/setup.sh peers`; nothing of them is replaced but what waits for a card.
 """
 import argparse
 import os
+import sys
 import time
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"     # before the imports: SciPy's BLAS has threads of its own, which spin
 
@@ -19,65 +21,50 @@ from doctor.quant import awq
 from doctor.quant.gptq import proxy_loss, solve
 from doctor.quant.hessian import Hessian
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "clients"))
+import ask_peer
+
 PLAIN = {"group_size": 128, "sym": False, "act_order": False, "mse": False, "refine": 0, "zero_min": 0}
 
 
-def peer(W, H, bits=4, group=128, damp=0.01, block=128):
-    """Weights f32[n, k] as the peer's loop leaves them."""
-    W, H = W.clone(), H.clone()
-    top = 2**bits - 1
-    dead = torch.diag(H) == 0
-    H[dead, dead] = 1
-    W[:, dead] = 0
-    index = torch.arange(len(H))
-    H[index, index] += damp * torch.mean(torch.diag(H))
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    Q = torch.zeros_like(W)
-    scale = zero = None
-    for begin in range(0, W.shape[1], block):
-        end = min(begin + block, W.shape[1])
-        part, errors, corner = W[:, begin:end].clone(), torch.zeros(len(W), end - begin), U[begin:end, begin:end]
-        for i in range(end - begin):
-            w = part[:, i]
-            if (begin + i) % group == 0:
-                span = W[:, begin + i:begin + i + group]
-                low, high = span.min(1).values.clamp_max(0), span.max(1).values.clamp_min(0)
-                scale = ((high - low) / top).unsqueeze(1)
-                zero = torch.round(-low.unsqueeze(1) / scale)
-            q = scale * (torch.clamp(torch.round(w.unsqueeze(1) / scale) + zero, 0, top) - zero)
-            q = q.flatten()
-            Q[:, begin + i] = q
-            error = (w - q) / corner[i, i]
-            part[:, i:] -= error.unsqueeze(1).matmul(corner[i, i:].unsqueeze(0))
-            errors[:, i] = error
-        W[:, end:] -= errors.matmul(U[begin:end, end:])
-    return Q
+class Side(torch.nn.Module):
+    """Linears that read one input; what they give stands side by side."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(*W.T.shape, bias=False) for W in weights)
+        for linear, W in zip(self.linears, weights, strict=True):
+            linear.weight = torch.nn.Parameter(W.clone(), requires_grad=False)
+
+    def forward(self, x):
+        return torch.cat([linear(x) for linear in self.linears], -1)
 
 
-def peer_scales(weights, X, bits=4, group=128, ratios=20, of=20):
-    """AutoAWQ's search for scales, as its users run it: for each ratio, scale, round, and run every row of X through all linears."""
-    wanted = [X @ W.T for W in weights]
-    size, top, best, chosen = X.abs().mean(0), 2**bits - 1, float("inf"), None
-    for step in range(ratios):
-        s = size.pow(step / of).clamp(min=1e-4)
-        s = s / (s.max() * s.min()).sqrt()
-        loss = 0.0
-        for W, want in zip(weights, wanted, strict=True):
-            scaled = (W * s).reshape(-1, group)
-            low, high = scaled.amin(1, keepdim=True), scaled.amax(1, keepdim=True)
-            scale = (high - low).clamp(min=1e-5) / top
-            zero = (-torch.round(low / scale)).clamp(0, top)
-            rounded = ((torch.clamp(torch.round(scaled / scale) + zero, 0, top) - zero) * scale).reshape(W.shape)
-            loss += (want - X @ (rounded / s).T).float().pow(2).sum().item()
-        if loss < best:
-            best, chosen = loss, step / of
-    return chosen
+def peer(W, H):
+    """Weights f32[n, k] as AutoGPTQ leaves them."""
+    quantizer = ask_peer.auto_gptq_code()(Side([W]).linears[0])
+    quantizer.quantizer.configure(4, perchannel=True, sym=False, mse=False)
+    quantizer.H, quantizer.nsamples = H.clone(), 1
+    quantizer.fasterquant(percdamp=0.01, group_size=128)
+    return quantizer.layer.weight.data
+
+
+def peer_scales(weights, X, ratios=20):
+    """AutoAWQ's search with the first `ratios` of its 20. What it finds is of no use here: on a CPU its copy of the weights shares their
+    memory, so each ratio starts from what the one before left.
+    """
+    code, side = ask_peer.autoawq_code("0.2.9"), Side(weights)
+    code.range = lambda *args: range(ratios) if args == (20,) else range(*args)
+    try:
+        ask_peer.awq_quantizer(code, 128)._search_best_scale(side, None, list(side.linears), X, side)
+    finally:
+        del code.range
 
 
 def scales(shapes, repeat):
     """Our search against the peer's on 32 x 512 tokens; the Hessian, which the later steps need too, is in our time."""
     source = awq.Source("norm", "norm.weight")
-    print("AWQ: in x outs            peer s   ours s (x)   ratio of the peer, ours")
+    print("AWQ: in x outs            peer s   ours s (x)   ratio chosen")
     for shape in shapes.split(","):
         k, *outs = map(int, shape.replace("+", "x").split("x"))
         generator = torch.Generator().manual_seed(0)
@@ -85,7 +72,7 @@ def scales(shapes, repeat):
         X = torch.randn(32 * 512, k, generator=generator) * torch.rand(k, generator=generator).mul_(3).exp_()
         tried = 20 if k < 2048 else 2       # each ratio is the same work
         first, _ = timed(lambda: [X @ W.T for W in weights], 1)
-        theirs, best = timed(lambda: peer_scales(weights, X, ratios=tried), repeat)
+        theirs, _ = timed(lambda: peer_scales(weights, X, ratios=tried), repeat)
         theirs = first + (theirs - first) * 20 / tried
 
         def search():
@@ -94,7 +81,7 @@ def scales(shapes, repeat):
             return awq.find_scales(weights, H.matrix(), source, bits=4, group_size=128, sym=False, zero_min=0)[1]
 
         ours, ratio = timed(search, repeat)
-        print(f"{shape:24} {theirs:7.2f}  {ours:7.2f} ({theirs / ours:.1f})   {best if tried == 20 else 'not looked for'}, {ratio}", flush=True)
+        print(f"{shape:24} {theirs:7.2f}  {ours:7.2f} ({theirs / ours:.1f})   {ratio}", flush=True)
 
 
 def example(k, n):

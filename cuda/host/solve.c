@@ -22,7 +22,8 @@ typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef u8 bytes __attribute__((vector_size(LANES)));
 
-enum { BLOCK = 128, COLUMNS = 4, PANELS = BLOCK / COLUMNS, WIDE = 3, ROWS = WIDE * LANES, DEPTH = 256, TILES = 8 };
+enum { BLOCK = 128, COLUMNS = 4, PANELS = BLOCK / COLUMNS, WIDE = 3, ROWS = WIDE * LANES, DEPTH = 256, TILES = 8,
+       STRIP = 16 };   /* rows that are packed together: their lines stay in the first-level cache */
 
 static inline lanes load(const float *from, int64_t count)
 {
@@ -635,11 +636,16 @@ void EXPORT(doctor_pack_factor)(const float *L, int64_t k, int64_t block, float 
 {
     for (int64_t begin = 0; begin < k; begin += block) {
         const int64_t end = least(k, begin + block), panels = panels_of(end - begin);
-        for (int64_t p = 0; p < end; p++) {
-            const float *row = L + (k - 1 - p) * k + k - 1;
-            for (int64_t q = begin; q < begin + panels * COLUMNS; q++)
-                packed[((q - begin) / COLUMNS * end + p) * COLUMNS + (q - begin) % COLUMNS] = q < end && p <= q ? row[-q] : 0.0f;
-        }
+        for (int64_t first = 0; first < end; first += STRIP)
+            for (int64_t at = 0; at < panels; at++)
+                for (int64_t p = first; p < least(end, first + STRIP); p++) {
+                    const float *row = L + (k - 1 - p) * k + k - 1;
+                    float *to = packed + (at * end + p) * COLUMNS;
+                    for (int64_t c = 0; c < COLUMNS; c++) {
+                        const int64_t q = begin + at * COLUMNS + c;
+                        to[c] = q < end && p <= q ? row[-q] : 0.0f;
+                    }
+                }
         packed += panels * COLUMNS * end;
     }
 }
@@ -649,12 +655,16 @@ void EXPORT(doctor_pack_hessian)(const float *H, const int32_t *order, const flo
 {
     for (int64_t begin = 0; begin < k; begin += block) {
         const int64_t end = least(k, begin + block), panels = panels_of(end - begin);
-        for (int64_t p = 0; p < k; p++) {
-            const float *row = H + order[p] * k;
-            for (int64_t q = begin; q < begin + panels * COLUMNS; q++)
-                packed[((q - begin) / COLUMNS * k + p) * COLUMNS + (q - begin) % COLUMNS] =
-                    q < end ? row[order[q]] + (p == q ? extra[p] : 0.0f) : 0.0f;
-        }
+        for (int64_t first = 0; first < k; first += STRIP)
+            for (int64_t at = 0; at < panels; at++)
+                for (int64_t p = first; p < least(k, first + STRIP); p++) {
+                    const float *row = H + order[p] * k;
+                    float *to = packed + (at * k + p) * COLUMNS;
+                    for (int64_t c = 0; c < COLUMNS; c++) {
+                        const int64_t q = begin + at * COLUMNS + c;
+                        to[c] = q < end ? row[order[q]] + (p == q ? extra[p] : 0.0f) : 0.0f;
+                    }
+                }
         packed += panels * COLUMNS * k;
     }
 }

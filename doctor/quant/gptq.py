@@ -43,9 +43,12 @@ from doctor.quant.hessian import (Attempt, all_finite, exact_products, factorise
 
 _BLOCK = 128
 _SUB = 16
-_SAMPLE = 128               # rows of W
+# Rows of W whose losses are taken exactly: where H is wide, 128 come no closer than 64 (SmolLM2-135M, plain inputs and one
+# dominant direction); where it is narrow, more cost nothing.
+_SAMPLE, _SAMPLE_WEIGHTS = 64, 1 << 17
 _CLEAR = 0.8
 _POWER_STEPS = 3            # from the largest column; more bring nothing where one direction dominates
+_ROWS_AT_A_TIME = 128       # so that what is made of them stays in the cache
 _REFIT_BYTES = 1 << 27      # of the G x G systems and the weights of a chunk of rows
 
 
@@ -53,7 +56,7 @@ _REFIT_BYTES = 1 << 27      # of the G x G systems and the weights of a chunk of
 class Solution:
     """One quantized linear. Losses are tr(E H E^T) / tr(W H W^T), E = W - Q, H undamped; NaN where nothing was active.
 
-    Natively and past 128 rows they are told from a sample (see _shares).
+    Natively and past some rows they are told from a sample (see _shares).
     """
 
     codes: torch.Tensor             # u8[n, k], columns in their original order
@@ -164,11 +167,11 @@ def _solve_natively(W: torch.Tensor, H: torch.Tensor, rules: _Rules, order: _Ord
             grid = refit_scales(W, H + torch.diag(extra), codes, grid, g_idx, rules.scale_dtype)
     if attempts[-1].precision == "eigen" or refine and not inside:      # then the sums are of another matrix, or of older scales
         loss, excess = _energies(W - dequantize(codes, grid, g_idx), H), 0
-    return Solution(codes, grid, g_idx, "gptq", *_shares(W, H, rules, cost, (loss - excess).clamp_min(0)), tuple(attempts))
+    return Solution(codes, grid, g_idx, "gptq", *_shares(W, H, rules, cost, (loss - excess).clamp_min(0), max(_SAMPLE, _SAMPLE_WEIGHTS // k)),
+                    tuple(attempts))
 
 
-def _shares(W: torch.Tensor, H: torch.Tensor, rules: _Rules, cost: torch.Tensor, loss: torch.Tensor, most: int = _SAMPLE
-            ) -> tuple[float, float]:
+def _shares(W: torch.Tensor, H: torch.Tensor, rules: _Rules, cost: torch.Tensor, loss: torch.Tensor, most: int) -> tuple[float, float]:
     """(loss, rtn_loss) as shares of tr(W H W^T), from the loss f64[n] of each row.
 
     Up to `most` rows exact. Above, what else is needed is taken from that many rows at equal distances, and scaled to all: the
@@ -200,7 +203,7 @@ def _likely_energies(W: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
     strength = v.norm()
     v = v / strength
     rest = (H.diagonal() - strength * v.square()).clamp_min(0)
-    return torch.cat([strength * (some @ v).square() + some.square() @ rest for some in W.split(_SAMPLE)]).to(torch.float64)
+    return torch.cat([strength * (some @ v).square() + some.square() @ rest for some in W.split(_ROWS_AT_A_TIME)]).to(torch.float64)
 
 
 def _solve_in_torch(W: torch.Tensor, H: torch.Tensor, rules: _Rules, order: _Order, refine: int, damp: float, damp_max: float,

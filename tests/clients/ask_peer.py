@@ -67,17 +67,23 @@ def exllamav2(model, name: str, x: torch.Tensor, damp: float) -> None:
     quantizer.prepare()
 
 
-def auto_gptq(model, name: str, x: torch.Tensor, damp: float) -> None:
+def auto_gptq_code():
+    """The class GPTQ of AutoGPTQ."""
     package("auto_gptq", PEERS / "auto_gptq" / "auto_gptq")
     package("auto_gptq.quantization", PEERS / "auto_gptq" / "auto_gptq" / "quantization")
-    quantizer = importlib.import_module("auto_gptq.quantization.gptq").GPTQ(model.get_submodule(name))
-    quantizer.quantizer.configure(4, perchannel=True, sym=True, mse=False)
     torch.cuda.synchronize = lambda: None  # it waits for the card before it prints its seconds
+    return importlib.import_module("auto_gptq.quantization.gptq").GPTQ
+
+
+def auto_gptq(model, name: str, x: torch.Tensor, damp: float) -> None:
+    quantizer = auto_gptq_code()(model.get_submodule(name))
+    quantizer.quantizer.configure(4, perchannel=True, sym=True, mse=False)
     quantizer.add_batch(x.float(), None)
     quantizer.fasterquant(percdamp=damp, group_size=32)
 
 
-def autoawq(version: str, model, name: str, x: torch.Tensor, damp: float) -> None:
+def autoawq_code(version: str):
+    """AutoAWQ's module of its quantizer."""
     root = PEERS / f"autoawq-{version}" / "awq"
     package("awq", root)
     package("awq.quantize", root / "quantize")
@@ -87,10 +93,20 @@ def autoawq(version: str, model, name: str, x: torch.Tensor, damp: float) -> Non
     stand_in("awq.modules.linear", **dict.fromkeys(kernels))
     stand_in("awq.quantize.scale", apply_scale=None, apply_clip=None)
     names = ("append_str_prefix", "get_named_linears", "set_op_by_name", "exclude_layers_to_not_quantize")
-    stand_in("awq.utils.module", get_op_name=lambda module, op: name, **dict.fromkeys(names))
-    Quantizer = importlib.import_module("awq.quantize.quantizer").AwqQuantizer
-    quantizer = Quantizer.__new__(Quantizer)
-    quantizer.__dict__.update(w_bit=4, group_size=32, zero_point=True, duo_scaling=True, max_chunk_memory=1 << 30, n_parallel_calib_samples=None)
+    stand_in("awq.utils.module", get_op_name=lambda module, op: "", **dict.fromkeys(names))
+    return importlib.import_module("awq.quantize.quantizer")
+
+
+def awq_quantizer(code, group_size: int):
+    """One that searches 4-bit scales of linears that it is handed; its constructor wants a whole model."""
+    quantizer = code.AwqQuantizer.__new__(code.AwqQuantizer)
+    quantizer.__dict__.update(w_bit=4, group_size=group_size, zero_point=True, duo_scaling=True, max_chunk_memory=1 << 30,
+                              n_parallel_calib_samples=None)
+    return quantizer
+
+
+def autoawq(version: str, model, name: str, x: torch.Tensor, damp: float) -> None:
+    quantizer = awq_quantizer(autoawq_code(version), 32)
     linear = model.get_submodule(name)
     with torch.no_grad():
         quantizer.pseudo_quantize_tensor(linear.weight.data)
