@@ -329,6 +329,12 @@ class Skeleton:
             out = self.blocks[i](hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
+    def _refuse(self, i: int, error: Exception) -> NotQuantizable:
+        """The model's own code raised on its own weights: sizes in config.json that do not fit each other."""
+        reason = " ".join(str(error).split())[:200].removesuffix(".")
+        return NotQuantizable(f"block {i}: transformers' {type(self.blocks[i]).__name__} cannot compute: {type(error).__name__}: {reason}.",
+                              "Run the model in transformers: it ends the same way; correct the sizes in config.json.")
+
     def _probe(self, ids: torch.Tensor) -> bool:
         """Whether blocks return a tuple: the recorders have to answer in the same form."""
         found = []
@@ -342,6 +348,8 @@ class Skeleton:
             self._forward(ids[:1])
         except _Enough:
             pass
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise self._refuse(0, error) from error
         finally:
             hook.remove()
             self.drop_block(0)
@@ -429,7 +437,8 @@ def _renames(model_type: str) -> list[tuple[str, str]]:
     pairs = []
     for item in get_checkpoint_conversion_mapping(model_type) or []:
         if isinstance(item, WeightRenaming):
-            pairs += [(s, t) for s, t in zip(item.source_patterns, item.target_patterns) if re.fullmatch(r"[\w.]+", s)]
+            plain = [s.replace("\\.", ".") for s in item.source_patterns]
+            pairs += [(s, t) for s, t in zip(plain, item.target_patterns) if re.fullmatch(r"[\w.]+", s)]
     return pairs
 
 

@@ -276,7 +276,7 @@ class _Run:
         known = {x.tensor for x in self.skeleton.linears.get(i, {}).values()}
         for name in self.skeleton.tensors_of(i):
             shape = self.checkpoint.tensors[name].shape
-            if name in known or "expert" not in name or len(shape) != 3 or min(shape[1:]) < 2:
+            if name in known or not re.search("expert|moe", name) or len(shape) != 3 or min(shape[1:]) < 2:
                 continue
             reason = f"{shape[0]} experts in one tensor {list(shape)}; separate linears are quantized, such a stack is not"
             solved = Solve("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)
