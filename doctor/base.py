@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from doctor.checkpoint import Checkpoint
-from doctor.edits import TakeFile, TakeTensor, nonfinite_mask
+from doctor.edits import MISSING, TakeFile, TakeTensor, nonfinite_mask
+from doctor.jsontext import split_pointer
 from doctor.made import digest
 from doctor.shard import TensorInfo
 
@@ -100,6 +101,13 @@ class Base:
             whole = all(not nonfinite_mask(rows, dtype).any() for rows in self.checkpoint.rows(name))
             self._offers[name] = TakeTensor(name, self.root, digest(self.checkpoint, info)) if whole else None
         return self._offers[name]
+
+    def value(self, file: str, pointer: str) -> object:
+        """What the base's JSON file has at this place, MISSING where it has nothing."""
+        value = self.checkpoint.value(file)
+        for key in split_pointer(pointer):
+            value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
+        return MISSING if value is None else value
 
     def ties(self) -> bool | None:
         """Whether the base has one matrix for embedding and head; None where its files do not say it twice, by flag and by tensors."""

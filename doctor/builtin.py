@@ -161,6 +161,24 @@ def shards(checkpoint):
     return checkpoint.shards
 
 
+@fact("checkpoint", stage="header")
+def copies(checkpoint, shards):
+    """tensor -> the files that hold it, and whether the copies are equal (None: not read), of each that stands in more than one."""
+    held: dict[str, list] = {}
+    for shard in shards.values():
+        for info in shard.tensors:
+            held.setdefault(info.name, []).append(info)
+    return {name: ([i.shard for i in infos], _equal(checkpoint, infos)) for name, infos in held.items() if len(infos) > 1}
+
+
+def _equal(checkpoint: Checkpoint, infos: list) -> bool | None:
+    if len({(i.dtype.name, i.shape) for i in infos}) > 1:
+        return False
+    from doctor.made import digest  # NumPy comes with it, which a look at headers alone does not pay for
+
+    return None if checkpoint.unread else len({digest(checkpoint, i) for i in infos}) == 1
+
+
 @fact("checkpoint")
 def weight_map(checkpoint):
     """tensor -> file of the index, None without an index."""

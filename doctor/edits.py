@@ -58,6 +58,20 @@ class RemoveJson:
 
 
 @dataclass(frozen=True)
+class ReplaceText:
+    """The first occurrence of `old` in a text file that is no JSON becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+    phase = "files"
+
+    @property
+    def target(self) -> str:
+        return f"{self.file}:text"
+
+
+@dataclass(frozen=True)
 class CleanJson:
     """Take what Python's reader refuses or passes over out of a JSON file: a byte order mark, and all but the last value of a key."""
 
@@ -102,15 +116,29 @@ class PadTensor:
 
 
 @dataclass(frozen=True)
-class DropTensor:
-    """Leave one tensor out."""
+class ClampTensor:
+    """Values beyond ±limit become ±limit, NaN and Inf stay. Never part of a blanket fix: it changes weights."""
 
     tensor: str
+    limit: float
+    phase = "bytes"
+
+    @property
+    def target(self) -> str:
+        return f"tensor:{self.tensor}:values"
+
+
+@dataclass(frozen=True)
+class DropTensor:
+    """Leave one tensor out. shard: of a tensor that stands in several files only the copy in this one; "" drops all."""
+
+    tensor: str
+    shard: str = ""
     phase = "names"
 
     @property
     def target(self) -> str:
-        return f"tensor:{self.tensor}:name"
+        return f"tensor:{self.tensor}:name" + (f" in {self.shard}" if self.shard else "")
 
 
 @dataclass(frozen=True)
@@ -269,6 +297,20 @@ class GroupsInOrder:
 
 
 @dataclass(frozen=True)
+class EqualZeros:
+    """Zero points i32[groups, words], every word `word`: what a symmetric GPTQ file holds. Made where there are none."""
+
+    tensor: str
+    shape: tuple[int, int]
+    word: int
+    phase = "bytes"
+
+    @property
+    def target(self) -> str:
+        return f"tensor:{self.tensor}:values"
+
+
+@dataclass(frozen=True)
 class DropFile:
     """Leave one file out."""
 
@@ -310,11 +352,25 @@ class SetRecipe:
         return f"recipe:{self.field}"
 
 
-Edit = (SetJson | RemoveJson | CleanJson | ReplaceNonfinite | CastTensor | TakeTensor | TakeFile | Dequantize | AddLowRank | GrowRows
-        | ShiftZeros | GroupsInOrder | PadTensor | DropTensor | RenameTensor | NameFormat | DropFile | Rebase | RebuildIndex | SetRecipe)
-MADE = (TakeTensor, Dequantize, AddLowRank, GrowRows, GroupsInOrder)  # carried out by made.py: they need more than the tensor's own codes
-CREATE = (TakeTensor, Dequantize, GroupsInOrder)  # may stand for a tensor that is not there
-TENSOR_EDITS = (ReplaceNonfinite, CastTensor, ShiftZeros, PadTensor, DropTensor, RenameTensor, *MADE)
+@dataclass(frozen=True)
+class Keep:
+    """Leave the linears of a pattern in 16 bits, beside those that the recipe keeps already (layout.is_kept)."""
+
+    pattern: str
+    phase = "recipe"
+
+    @property
+    def target(self) -> str:
+        return f"recipe:keep:{self.pattern}"
+
+
+Edit = (SetJson | RemoveJson | ReplaceText | CleanJson | ReplaceNonfinite | ClampTensor | CastTensor | TakeTensor | TakeFile | Dequantize
+        | AddLowRank | GrowRows | ShiftZeros | GroupsInOrder | EqualZeros | PadTensor | DropTensor | RenameTensor | NameFormat | DropFile | Rebase
+        | RebuildIndex | SetRecipe | Keep)
+MADE = (TakeTensor, Dequantize, AddLowRank, GrowRows, GroupsInOrder, EqualZeros)  # carried out by made.py: they need more than the tensor's own codes
+CREATE = (TakeTensor, Dequantize, GroupsInOrder, EqualZeros)  # may stand for a tensor that is not there
+TENSOR_EDITS = (ReplaceNonfinite, ClampTensor, CastTensor, ShiftZeros, PadTensor, DropTensor, RenameTensor, *MADE)
+RECIPE_EDITS = (SetRecipe, Keep)  # change the plan of a quantizer's run, never the files
 
 
 def pad_positions(old: int, new: int, blocks: int, spread: bool) -> np.ndarray:
@@ -351,6 +407,8 @@ def apply(codes: np.ndarray, info: TensorInfo, edits: list[Edit]) -> np.ndarray:
     for edit in sorted(edits, key=lambda e: PHASES.index(e.phase)):
         if isinstance(edit, ReplaceNonfinite):
             codes = np.where(nonfinite_mask(codes, info.dtype.name), encode(edit.value, info.dtype.name), codes)
+        elif isinstance(edit, ClampTensor):
+            codes = clamp(codes, info.dtype.name, edit.limit)
         elif isinstance(edit, CastTensor):
             codes = cast(codes, info.dtype.name, edit.dtype, info.name)
         elif isinstance(edit, ShiftZeros):
@@ -378,6 +436,19 @@ def cast(codes: np.ndarray, old: str, new: str, name: str) -> np.ndarray:
         raise PlanRefused(f"{name}: {int(lost.sum()):,} finite values, up to {worst:.6g}, are beyond {new}; a cast would make them Inf.",
                           "Keep its type, or leave this fix out with --ignore.")
     return result
+
+
+def clamp(codes: np.ndarray, dtype_name: str, limit: float) -> np.ndarray:
+    """Codes whose finite values beyond ±limit are the largest code within it; all others are as they were."""
+    values = from_codes(codes, dtype_name)
+    beyond = np.isfinite(values) & (np.abs(values) > limit)
+    if not beyond.any():
+        return codes
+    top = to_codes(np.array([limit], np.float32), dtype_name)
+    if from_codes(top, dtype_name)[0] > limit:  # rounded up: one code less is the next smaller value
+        top = (top.view(f"u{top.itemsize}") - np.array([1], f"u{top.itemsize}")).view(top.dtype)
+    within = from_codes(top, dtype_name)[0]
+    return np.where(beyond, to_codes(np.where(values < 0, -within, within).astype(np.float32), dtype_name), codes)
 
 
 def to_codes(values: np.ndarray, dtype_name: str) -> np.ndarray:

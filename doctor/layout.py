@@ -6,14 +6,14 @@ a way that has no groups of columns (FP8, bitsandbytes, EXL2), the layout is una
 
 import ast
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import NamedTuple
 
 from doctor.checkpoint import Checkpoint
-from doctor.edits import PadTensor
+from doctor.edits import MISSING, Edit, Keep, PadTensor, SetJson
 from doctor.facts import Unavailable, fact, provide
 from doctor.recipe import Recipe
 from doctor.shard import TensorInfo
@@ -204,6 +204,23 @@ def _whole(raw: Mapping, *names: str) -> int:
 
 
 @fact("checkpoint", stage="header")
+def zero_words(checkpoint, tensors):
+    """tensor -> the different words of each qzeros tensor (None: not read), where no file says how they are packed."""
+    if quantization_of(checkpoint) is not None or checkpoint.unread:
+        return {}
+    return {n: {int(w) & 0xFFFFFFFF for w in set(checkpoint.load(n).reshape(-1).tolist())} for n in tensors if n.endswith(".qzeros")}
+
+
+@fact("checkpoint", stage="header")
+def index_order(checkpoint, tensors):
+    """Whether every g_idx runs through its groups in order, None where there is none or it was not read; only without a quantization_config."""
+    if quantization_of(checkpoint) is not None or checkpoint.unread:
+        return None
+    found = [checkpoint.load(n).reshape(-1).tolist() for n in tensors if n.endswith(".g_idx")]
+    return all(a <= b for row in found for a, b in zip(row, row[1:])) if found else None
+
+
+@fact("checkpoint", stage="header")
 def layout(checkpoint, recipe, spec, tensors):
     """The linears in groups, planned or stored (Layout)."""
     block = quantization_of(checkpoint)
@@ -251,6 +268,12 @@ def stored_layout(
     act_order = quant.desc_act and quant.group_size != -1
     form = quant.version if quant.method == "gptq" else quant.method
     return Layout(True, form, quant.bits, quant.group_size, quant.sym, act_order, tuple(linears), missed)
+
+
+def symmetric_word(bits: int, version: str) -> int:
+    """The word of zero points that a symmetric GPTQ file holds everywhere, for widths that divide 32."""
+    stored = 2 ** (bits - 1) - (version == "gptq")
+    return sum(stored << shift for shift in range(0, 32, bits))
 
 
 def packed_size(quant: Quantization, tail: str, shape: tuple[int, int]) -> tuple[int, int]:
@@ -338,6 +361,84 @@ def pad_edits(
     return tuple(edits)
 
 
+WIDTH_STEP = 8  # widths are sought in steps of 8: packing needs more, so no legal width is passed over
+
+
+def grown(
+    checkpoint: Checkpoint, spec: ModelSpec, tensors: Mapping[str, TensorInfo], key: str, suits: Callable[[int], bool], unit: int
+) -> tuple[str, tuple[Edit, ...]] | None:
+    """(title, edits) that zero-pad all that follows config[key] to the least width that `suits`, None where no exact padding is known.
+
+    unit: a width that suits divides no further than this, so that the search ends.
+    """
+    old = spec.lookup(key)
+    if not old:
+        return None
+    new = next((v for v in range(fits(old, WIDTH_STEP), 2 * unit * old, WIDTH_STEP) if suits(v)), None)
+    edits = pad_edits(spec, tensors, key, new) if new else ()
+    if not edits:
+        return None
+    block = checkpoint.value("config.json")
+    block = block[spec.text_key] if spec.text_key else block
+    config = SetJson("config.json", spec.at(key), new, expect=block.get(key, MISSING))
+    title = f"zero-pad the MLP: {key} {old} -> {new} (+{new / old - 1:.1%} of its weights, same outputs in exact arithmetic)"
+    return title, (*edits, config)
+
+
+def together(linears: Iterable, names: Iterable[str]) -> list[str]:
+    """These linears and those that an engine stores with one of them as one matrix, in order: they are quantized alike or not at all."""
+    wanted = set(names)
+    sets: dict[tuple, list[str]] = {}
+    for x in linears:
+        for fused in (f for f in FUSED if x.role in f):
+            sets.setdefault((x.name.rpartition(".")[0], fused), []).append(x.name)
+    for members in sets.values():
+        if wanted & set(members):
+            wanted |= set(members)
+    return sorted(wanted)
+
+
+def keep_edits(linears: Iterable, names: Iterable[str]) -> tuple[Keep, ...]:
+    """Edits that leave these linears, and what is fused with them, in 16 bits: by the last part of their names where it means no others."""
+    linears = list(linears)
+    wanted = set(together(linears, names))
+    tails: dict[str, set[str]] = {}
+    for x in linears:
+        tails.setdefault(x.name.rpartition(".")[2], set()).add(x.name)
+    patterns = [[f"*.{tail}"] if all_of <= wanted and len(all_of) > 1 else sorted(all_of & wanted) for tail, all_of in tails.items()]
+    return tuple(Keep(pattern) for found in patterns for pattern in found)
+
+
+def reads(entries: Iterable[Mapping], form: str, bits: int, group_size: int, sym: bool) -> list[Mapping]:
+    """Those rows of the table of kernels that read this format, width, group size and symmetry."""
+    return [e for e in entries if form in e["formats"] and bits in e["bits"] and sym in e["sym"][form] and (not e["groups"] or group_size in e["groups"])]
+
+
+def nearest_plan(recipe: Recipe, layout: Layout, n_kv_heads: int | None, dtype: str = "") -> tuple[str, dict[str, object]] | None:
+    """(in words, {recipe field: value}) of the smallest change after which the runtime has a kernel, None where no two fields help.
+
+    dtype: one that the kernel must compute in. The order is by what it costs: symmetry, groups, the form of the file, then bits.
+    """
+    shapes = {(k, n) for _, k, n, _ in on_one_gpu(layout, recipe.tp, n_kv_heads)}
+    fitting = lambda e: any(all(k % i == 0 and n % o == 0 for k, n in shapes) for i, o in e["tiles"])  # noqa: E731
+    entries = [e for e in runtime_entries(recipe) if (not dtype or dtype in e["dtypes"]) and fitting(e)]
+    widths = {x.in_features for x in layout.linears}
+    groups = [g for g in (128, 64, 32, -1) if g == -1 or not any(w % g for w in widths)]
+    forms = [f for f in ("gptq", "gptq_v2", "compressed-tensors") if recipe.method != "awq"] + ["awq"] * (recipe.bits == 4)
+    single = (
+        [("quantize symmetrically" if sym else "quantize asymmetrically", {"sym": sym}) for sym in (True, False)]
+        + [(f"quantize in groups of {g}" if g > 0 else "quantize whole rows", {"group_size": g}) for g in groups]
+        + [(f"write {form}", {"format": form}) for form in forms]
+        + [(f"quantize to {bits} bits", {"bits": bits}) for bits in (4, 8) if recipe.method != "awq"]
+    )
+    pairs = [(f"{a} and {b.removeprefix('quantize ')}", x | y) for a, x in single for b, y in single if x.keys().isdisjoint(y)]
+    for words, values in [*single, *sorted(pairs, key=lambda p: "bits" in p[1])]:
+        other = replace(recipe, **values)
+        if other != recipe and reads(entries, other.output_format, other.bits, other.group_size, other.sym):
+            return words, values
+    return None
+
+
 @cache
 def _words(expression: str) -> list[str]:
     return sorted({node.id for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Name)})
@@ -363,15 +464,9 @@ class Kernel:
 @fact("checkpoint", stage="header")
 def kernels(checkpoint, layout, recipe):
     """Kernels of recipe.runtime that read this format, width and group size, in the order they are tried."""
-    entries = runtime_entries(recipe)
-    form = layout.format
     return tuple(
         Kernel(e["name"], tuple(map(tuple, e["tiles"])), tuple(e["dtypes"]))
-        for e in entries
-        if form in e["formats"]
-        and layout.bits in e["bits"]
-        and layout.sym in e["sym"][form]
-        and (not e["groups"] or layout.group_size in e["groups"])
+        for e in reads(runtime_entries(recipe), layout.format, layout.bits, layout.group_size, layout.sym)
     )
 
 

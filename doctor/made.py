@@ -14,7 +14,7 @@ import numpy as np
 
 from doctor.checkpoint import Checkpoint
 from doctor.dtypes import CODE_NUMPY, DTYPES
-from doctor.edits import (CASTS, MADE, AddLowRank, Dequantize, Edit, GroupsInOrder, GrowRows, TakeTensor, from_codes, nonfinite_mask,
+from doctor.edits import (CASTS, MADE, AddLowRank, Dequantize, Edit, EqualZeros, GroupsInOrder, GrowRows, TakeTensor, from_codes, nonfinite_mask,
                           to_codes)
 from doctor.errors import BadCheckpoint, PlanRefused
 from doctor.shard import TensorInfo
@@ -118,6 +118,16 @@ class Groups:
         return np.arange(begin, end, dtype=np.int32) // (self.size if self.size > 0 else self.info.shape[0])
 
 
+class Zeros:
+    """Zero points that are one word throughout."""
+
+    def __init__(self, edit: EqualZeros):
+        self.word, self.info = np.uint32(edit.word).view(np.int32), _made(edit.tensor, "I32", tuple(edit.shape))
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        return np.full((end - begin, self.info.shape[1]), self.word, np.int32)
+
+
 class Plain:
     """A quantized linear as plain numbers. Its packed tensors are in memory from the first row asked for to the last."""
 
@@ -158,6 +168,8 @@ def made(source: Checkpoint, name: str, edits: list[Edit]):
             result = Plain(source, edit)
         elif isinstance(edit, GroupsInOrder):
             result = Groups(edit)
+        elif isinstance(edit, EqualZeros):
+            result = Zeros(edit)
         elif isinstance(edit, (AddLowRank, GrowRows)):
             if result is None:
                 raise PlanRefused(f"{name}: the checkpoint has no such tensor.", STALE)

@@ -13,7 +13,7 @@ import numpy as np
 
 from doctor.checkpoint import Checkpoint
 from doctor.dtypes import CODE_NUMPY
-from doctor.edits import PadTensor, SetRecipe, from_codes
+from doctor.edits import RECIPE_EDITS, PadTensor, from_codes
 from doctor.engine import judge
 from doctor.facts import CHECKPOINT, STAGES, Store, Variant, closure
 from doctor.host import describe
@@ -110,7 +110,7 @@ def _worst(findings: Iterable[Finding]) -> dict[str, str]:
 
 def _cure(fix: Fix | None) -> str:
     """A fix that invents content, or that changes the plan instead of the files, counts as manual here."""
-    if fix is None or fix.by_name or not fix.edits or any(isinstance(e, SetRecipe) for e in fix.edits):
+    if fix is None or fix.by_name or not fix.edits or any(isinstance(e, RECIPE_EDITS) for e in fix.edits):
         return "manual"
     if fix.safety == "unsafe" and any(isinstance(e, PadTensor) for e in fix.edits):
         return "padding"

@@ -18,7 +18,8 @@ from pathlib import Path
 from doctor import __version__
 from doctor.builtin import header_facts
 from doctor.checkpoint import Checkpoint
-from doctor.edits import MISSING, PHASES, Edit, GrowRows, PadTensor, Rebase, RemoveJson, SetJson, SetRecipe, TakeFile, TakeTensor
+from doctor.edits import (MISSING, PHASES, RECIPE_EDITS, Edit, GrowRows, Keep, PadTensor, Rebase, RemoveJson, ReplaceText, SetJson, SetRecipe,
+                          TakeFile, TakeTensor)
 from doctor.engine import RuleRun, judge, locate
 from doctor.errors import BadCheckpoint, DoctorError, PlanRefused
 from doctor.facts import CHECKPOINT, STAGES, Store, asks
@@ -143,7 +144,7 @@ class Consent:
     def can_carry_out(self, fix: Fix | None) -> bool:
         """Whether there is anything here that edits could do, asked for or not."""
         return (fix is not None and bool(fix.edits) and fix.safety != "manual"
-                and (self.recipe or not any(isinstance(e, SetRecipe) for e in fix.edits)))
+                and (self.recipe or not any(isinstance(e, RECIPE_EDITS) for e in fix.edits)))
 
 
 @dataclass
@@ -381,7 +382,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, rules: list[Rule], consent: Co
         fresh = choice.accept(current.findings)
         if not fresh:
             break
-        recipe = _with_fields(recipe, fresh)
+        recipe = with_fields(recipe, fresh)
         view = EditedCheckpoint(source, choice.taken.edits())
         if any(isinstance(e, Rebase) for e in fresh):  # what the base itself shows was not caused here
             reference = current = look(view.source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush)
@@ -403,10 +404,13 @@ def _touched(edits: list[Edit], view: EditedCheckpoint) -> set[str]:
     return {e.tensor for e in edits if hasattr(e, "tensor")} | {t.name for n in files for t in view.shards[n].tensors}
 
 
-def _with_fields(recipe: Recipe, edits: list[Edit]) -> Recipe:
+def with_fields(recipe: Recipe, edits: Iterable[Edit]) -> Recipe:
+    """The recipe after the edits that are about it."""
     for edit in edits:
         if isinstance(edit, SetRecipe):
             recipe = recipe.with_field(edit.field, edit.value)
+        elif isinstance(edit, Keep) and edit.pattern not in recipe.keep:
+            recipe = recipe.with_field("keep", (*recipe.keep, edit.pattern))
     return recipe
 
 
@@ -459,6 +463,10 @@ def _describe_step(step: Step, before: EditedCheckpoint, after: EditedCheckpoint
             if any(isinstance(e, Rebase) or isinstance(e, TakeFile) and e.file == name for e in step.edits):
                 continue  # another checkpoint's files, not changed ones
             step.diffs[name] = diff_lines("" if old is None else old.raw.decode("utf-8", "replace"), new.raw.decode("utf-8", "replace"))
+    for name in sorted(after.texts):
+        old, new = before.read_file(name), after.texts[name]
+        if old != new:
+            step.diffs[name] = diff_lines(old.decode("utf-8", "replace"), new.decode("utf-8", "replace"))
     touched = sorted({e.tensor for e in step.edits if hasattr(e, "tensor")})
     step.notes += [f"{e.file}: {after.entries[e.file].size:,} bytes, sha256 {e.sha256}" for e in step.edits
                    if isinstance(e, TakeFile) and e.file in after.entries]

@@ -17,13 +17,16 @@ from doctor.edits import (  # noqa: F401 - rules import edits from here
     MISSING,
     AddLowRank,
     CastTensor,
+    ClampTensor,
     CleanJson,
     Dequantize,
     DropFile,
     DropTensor,
     Edit,
+    EqualZeros,
     GroupsInOrder,
     GrowRows,
+    Keep,
     NameFormat,
     PadTensor,
     Rebase,
@@ -31,6 +34,7 @@ from doctor.edits import (  # noqa: F401 - rules import edits from here
     RemoveJson,
     RenameTensor,
     ReplaceNonfinite,
+    ReplaceText,
     SetJson,
     SetRecipe,
     ShiftZeros,
@@ -44,16 +48,22 @@ from doctor.tables import table  # noqa: F401
 import doctor.builtin  # noqa: F401 - declares the facts that rules name
 from doctor.layout import (  # noqa: F401 - declares the layout of groups too
     FUSED,
+    GroupedLinear,
     axis_expression,
     fits,
+    grown,
     in_force,
     is_kept,
+    keep_edits,
+    nearest_plan,
     on_one_gpu,
     packed_size,
     pad_edits,
     read_quantization,
     resized,
     size_key,
+    symmetric_word,
+    together,
 )
 
 SEVERITIES = ("error", "warning", "info")
@@ -235,6 +245,15 @@ def tensor_from_base(base, tensor) -> Fix | None:
     """This tensor as what --from names holds it, in the same type and shape: unsafe, because nothing says that it was not trained."""
     edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape) if base is not None else None
     return edit and Fix(f"take the tensor from {base.text}", (edit,), "unsafe")
+
+
+def value_from_base(base, file: str, pointer: str, now: object, otherwise: str) -> Fix:
+    """One JSON value as --from states it: unsafe, because a fine-tune may have changed it. Without one, `otherwise` is for the user."""
+    value = base.value(file, pointer) if base is not None else MISSING
+    if value is MISSING or value == now or value != value:
+        return Fix(otherwise, (), "manual")
+    key = pointer.rpartition("/")[2]
+    return Fix(f'set "{key}" as {base.text} has it', (SetJson(file, pointer, value, now),), "unsafe")
 
 
 def run_rule(entry: Rule, subject: str, thing: object, values: tuple) -> Iterator[Finding]:

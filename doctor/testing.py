@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -328,3 +329,13 @@ def compared() -> Case:
                   blocks=(("the input of model.layers.0.mlp.down_proj", 31.0), ("the residual stream after model.layers.1", 600.0)),
                   tokens=1022, kl_float16=0.0001, kl_bfloat16=0.004, nonfinite_float16=0, nonfinite_bfloat16=0)))
     return case
+
+
+def shown_by(module) -> Iterator[tuple[Case, Case | None]]:
+    """(case, base) of each state that shows a rule's cures: its `bad` and what `more` gives, each alone and with a healthy twin to take from."""
+    count = 1 + (len(list(module.more())) if hasattr(module, "more") else 0)
+    for i in range(count):
+        for with_base in (False, True):
+            case = module.bad()[0] if i == 0 else list(module.more())[i - 1]
+            plain = tiny(case.family)
+            yield case, (plain if plain.tensors.keys() >= case.tensors.keys() else module.good()) if with_base else None

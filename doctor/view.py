@@ -21,7 +21,7 @@ from doctor import jsontext
 from doctor.checkpoint import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.dtypes import CODE_NUMPY
 from doctor.edits import (CASTS, CREATE, MADE, MISSING, TENSOR_EDITS, CastTensor, CleanJson, DropFile, DropTensor, Edit, NameFormat, PadTensor, Rebase,
-                          RebuildIndex, RemoveJson, RenameTensor, SetJson, TakeFile, apply, edited_info, pad_positions)
+                          RebuildIndex, RemoveJson, RenameTensor, ReplaceText, SetJson, TakeFile, apply, edited_info, pad_positions)
 from doctor.errors import BadCheckpoint, PlanRefused
 from doctor.made import STALE, made, opened
 from doctor.shard import Shard, ShardFile, TensorInfo, open_shard
@@ -165,6 +165,7 @@ class EditedCheckpoint(Checkpoint):
         self.changed: set[str] = set(self.taken)
         self.changed_tensors: set[str] = set()
         self.pieces: dict[str, list[Piece]] = {}
+        self.texts: dict[str, bytes] = {}  # changed files that are neither shards nor JSON
         self._names: list[str] = []
         self._edit_tensors()
         self._edit_json()
@@ -196,7 +197,7 @@ class EditedCheckpoint(Checkpoint):
         for name in again - self.source.shards.keys():
             raise PlanRefused(f"{name}: not a weight file of this checkpoint.", STALE)
         for shard in list(self.source.shards.values()):
-            if shard.name in added or shard.name in again or any(t.name in by_tensor for t in shard.tensors):
+            if shard.name in added or shard.name in again or any(_concern(by_tensor.get(t.name, ()), shard.name) for t in shard.tensors):
                 self._edit_shard(shard, by_tensor, sorted(added.get(shard.name, [])))
 
     def _check_names(self) -> None:
@@ -222,7 +223,7 @@ class EditedCheckpoint(Checkpoint):
         if shard.defects:
             raise PlanRefused(f"{shard.name}: {shard.defects[0].detail}; a shard is rewritten only when every byte of it is accounted for.",
                               "Copy the file again from where it came from, then run `doctor fix`.")
-        kept = [(t, by_tensor.get(t.name, [])) for t in shard.tensors]
+        kept = [(t, _concern(by_tensor.get(t.name, ()), shard.name)) for t in shard.tensors]
         kept = [(t, edits) for t, edits in kept if not any(isinstance(e, DropTensor) for e in edits)]
         kept += [(None, by_tensor[name]) for name in added]
         self.changed.add(shard.name)
@@ -246,6 +247,8 @@ class EditedCheckpoint(Checkpoint):
 
     def _drop_files(self) -> None:
         for edit in self.edits:
+            if isinstance(edit, ReplaceText):
+                self._replace_text(edit)
             if isinstance(edit, DropFile):
                 if edit.file not in self.entries:
                     raise PlanRefused(f"{edit.file}: not a file of this checkpoint.", STALE)
@@ -253,6 +256,16 @@ class EditedCheckpoint(Checkpoint):
                 self.json.pop(edit.file, None)
                 self.shards.pop(edit.file, None)
                 self.changed.add(edit.file)
+
+    def _replace_text(self, edit: ReplaceText) -> None:
+        if edit.file not in self.entries or edit.file in self.json or edit.file in self.shards:
+            raise PlanRefused(f"{edit.file}: not a text file of this checkpoint.", STALE)
+        text = self.source.read_file(edit.file)
+        if edit.old.encode() not in text:
+            raise PlanRefused(f"{edit.file}: does not hold {shown(edit.old)}.", STALE)
+        self.texts[edit.file] = text.replace(edit.old.encode(), edit.new.encode(), 1)
+        self.entries[edit.file] = Entry(edit.file, len(self.texts[edit.file]))
+        self.changed.add(edit.file)
 
     def _edit_json(self) -> None:
         texts = {e.file: jsontext.cleaned(self.text(e.file)) for e in self.edits if isinstance(e, CleanJson)}
@@ -347,6 +360,8 @@ class EditedCheckpoint(Checkpoint):
     def read_file(self, name: str, limit: int = 64 << 20) -> bytes:
         if name in self.taken or name not in self.changed:
             return self.source.read_file(name, limit)
+        if name in self.texts:
+            return self.texts[name]
         if name in self.json:
             return self.json[name].raw
         with self.open_file(name) as file:
@@ -367,6 +382,11 @@ class EditedCheckpoint(Checkpoint):
 def _is_numbered(name: str) -> bool:
     head, _, count = name.removesuffix(".safetensors").rpartition("-of-")
     return count.isdigit() and head[-1:].isdigit()
+
+
+def _concern(edits: Iterable[Edit], shard: str) -> list[Edit]:
+    """Those of a tensor's edits that are about its copy in this shard."""
+    return [e for e in edits if getattr(e, "shard", "") in ("", shard)]
 
 
 def _edited(info: TensorInfo, edits: list[Edit]) -> TensorInfo:

@@ -72,7 +72,7 @@ class Stage:
                 if name in self.view.pieces:
                     self._write_shard(name)
                 elif name in self.view.changed - self.view.taken:
-                    self.add(name, self.view.json[name].raw)
+                    self.add(name, self.view.read_file(name))
                 else:
                     self._carry(name, os.path.realpath(self.view.source.path(name)))
             if not self.view.only:

@@ -12,7 +12,7 @@ is a case we do not know.
 
 False alarms: none; the linear has no quantized weights.
 
-Fix safety: no fix; `--keep NAME` leaves the linear in 16 bits.
+Fix safety: unsafe: the linear stays in 16 bits, with those that engines fuse with it, and the block is quantized again.
 
 Sources: the run's own record of the linear.
 
@@ -24,16 +24,16 @@ Sources: the run's own record of the linear.
 
 误报: 无；该线性层确实没有量化权重。
 
-修复: 不提供修复；`--keep NAME` 把该线性层保留为 16 位。
+修复: 不安全：该线性层与引擎会同它融合的那些一起保留 16 位，并重新量化这一层。
 """
 
-from doctor.rule import finding, rule
+from doctor.rule import Fix, Keep, finding, is_kept, rule, together
 from doctor.testing import change, measured
 
 
 @rule("Q400", "error", implied_by=("Q401", "W201"))
-def linear_failed(linear, solve):
-    if solve.outcome != "failed":
+def linear_failed(linear, solve, spec, recipe):
+    if solve.outcome != "failed" or is_kept(recipe, linear.name):
         return
     tried = (
         "; ".join(f"damp {damp:g} in {precision}: {what}" for damp, precision, what in solve.attempts)
@@ -42,6 +42,7 @@ def linear_failed(linear, solve):
     yield finding(
         f"{linear.name} was not quantized: {solve.note or 'no reason recorded'} ({tried})",
         evidence={"attempts": [list(a) for a in solve.attempts]},
+        fix=Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
         advice=f"--keep {linear.name} leaves it in 16 bits",
     )
 

@@ -18,7 +18,8 @@ bfloat16 or float32.
 
 False alarms: none; the values were counted.
 
-Fix safety: no fix: the cause is elsewhere.
+Fix safety: unsafe where the inputs are finite and only their products overflow: the linear stays in 16 bits, with those that engines fuse
+with it. Inputs that are NaN or Inf have no fix here: the cause is elsewhere.
 
 Sources: turboderp/exllamav2 exllamav2/conversion/adaptivegptq.py:276-333, issues 453 and 459;
 turboderp-org/exllamav3 issue 58; AutoGPTQ/AutoGPTQ issue 708. LAPACK's spotrf returns success for a matrix
@@ -33,16 +34,16 @@ with NaN, so success of a factorisation proves nothing.
 
 误报: 无；数值是数出来的。
 
-修复: 不提供修复：原因在别处。
+修复: 输入有限而只是乘积溢出时不安全：该线性层与引擎会同它融合的那些一起保留 16 位。输入本身是 NaN 或 Inf 的不提供修复：原因在别处。
 """
 
-from doctor.rule import finding, rule
+from doctor.rule import Fix, Keep, finding, is_kept, rule, together
 from doctor.testing import change, measured
 
 
 @rule("Q401", "error", implied_by=("W201",))
-def nonfinite_hessian(linear, hessian):
-    if hessian.finite and not hessian.n_nonfinite:
+def nonfinite_hessian(linear, hessian, spec, recipe):
+    if hessian.finite and not hessian.n_nonfinite or is_kept(recipe, linear.name):
         return
     if hessian.n_nonfinite:
         first = hessian.first_nonfinite
@@ -52,6 +53,8 @@ def nonfinite_hessian(linear, hessian):
         what = f"the inputs of {linear.name} are finite, but their products overflow"
     yield finding(
         what,
+        fix=None if hessian.n_nonfinite else
+        Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
         evidence={"n_nonfinite": hessian.n_nonfinite, "tokens": hessian.tokens},
         advice="look for W201 and W205 in this and earlier blocks; damping cannot help",
     )
@@ -66,3 +69,10 @@ def bad():
 
 def good():
     return measured()
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case = measured()
+    change(case, f"linear:{case.name('down').removesuffix('.weight')}", "hessian", finite=False)
+    yield case

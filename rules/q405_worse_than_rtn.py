@@ -8,7 +8,7 @@ Do: quantize again with act-order and smaller groups or with more calibration te
 
 False alarms: none on the calibration text; elsewhere the order may differ.
 
-Fix safety: no fix: the better plan is a choice.
+Fix safety: unsafe: the linear stays in 16 bits, with those that engines fuse with it, and the block is quantized again.
 
 Sources: qwopqwop200/GPTQ-for-LLaMa README (7B: perplexity 6.79 with GPTQ and 6.28 with RTN, without
 act-order).
@@ -21,23 +21,24 @@ act-order).
 
 误报: 在校准文本上没有误报；在其他文本上优劣可能不同。
 
-修复: 不提供修复：更好的计划由你选。
+修复: 不安全：该线性层与引擎会同它融合的那些一起保留 16 位，并重新量化这一层。
 """
 
-from doctor.rule import finding, rule
+from doctor.rule import Fix, Keep, finding, is_kept, rule, together
 from doctor.testing import change, measured
 
 MARGIN = 1.01  # ratio of the two losses; both are sums in float32, so within a percent they are the same
 
 
 @rule("Q405", "warning")
-def worse_than_rtn(linear, solve):
+def worse_than_rtn(linear, solve, spec, recipe):
     # Written so that a loss that is NaN counts as worse.
-    if solve.outcome not in ("gptq", "awq") or solve.loss <= MARGIN * solve.rtn_loss:
+    if solve.outcome not in ("gptq", "awq") or solve.loss <= MARGIN * solve.rtn_loss or is_kept(recipe, linear.name):
         return
     yield finding(
         f"{linear.name}: {solve.outcome} lost {solve.loss:.3g} of the output's energy, rounding {solve.rtn_loss:.3g}",
         evidence={"loss": solve.loss, "rtn_loss": solve.rtn_loss},
+        fix=Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
         advice="use act-order, smaller groups or more calibration text",
     )
 

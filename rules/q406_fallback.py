@@ -14,7 +14,8 @@ divides.
 
 False alarms: none; it reports what was done. Linears that `--keep` names are not counted.
 
-Fix safety: no fix: the cause decides.
+Fix safety: unsafe: a linear that was rounded stays in 16 bits, with those that engines fuse with it, and the block is quantized
+again. One that stays in 16 bits already has no fix: the cause decides.
 
 Sources: vllm-project/llm-compressor src/llmcompressor/modifiers/gptq/base.py:391; intel/auto-round
 compressors/layer_config_resolver.py:69 (layers left in 16 bits without a word).
@@ -27,21 +28,22 @@ compressors/layer_config_resolver.py:69 (layers left in 16 bits without a word).
 
 误报: 无；如实报告所做的事。`--keep` 指定的线性层不计。
 
-修复: 不提供修复：取决于原因。
+修复: 不安全：改用取整的线性层与引擎会同它融合的那些一起保留 16 位，并重新量化这一层。已留在 16 位的不提供修复：取决于原因。
 """
 
-from doctor.rule import finding, is_kept, rule
+from doctor.rule import Fix, Keep, finding, is_kept, rule, together
 from doctor.testing import change, measured
 
 
 @rule("Q406", "warning", implied_by=("Q401", "Q410", "G301", "G310"))
-def fallback(linear, solve, recipe):
+def fallback(linear, solve, spec, recipe):
     if solve.outcome not in ("rtn", "kept") or solve.outcome == recipe.method or is_kept(recipe, linear.name):
         return
     what = "was rounded to nearest" if solve.outcome == "rtn" else "stays in 16 bits"
     yield finding(
         f"{linear.name} {what} instead of {recipe.method}: {solve.note or 'no reason recorded'}",
         evidence={"outcome": solve.outcome, "method": recipe.method},
+        fix=None if solve.outcome == "kept" else Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
         advice="cure the reason given, or name it with --keep",
     )
 

@@ -15,7 +15,8 @@ raises damping.
 
 False alarms: it is a prediction: float64 may pass at the damping asked for.
 
-Fix safety: safe: it changes the plan as the run itself would, never the checkpoint.
+Fix safety: unsafe: it changes the plan you asked for, never the checkpoint; the block is quantized again, and those after it with the
+same damp.
 
 Sources: AutoGPTQ/AutoGPTQ issues 637, 644 and 780; Higham, Accuracy and Stability of Numerical Algorithms,
 theorem 10.7; doctor/quant/hessian.py.
@@ -29,7 +30,7 @@ theorem 10.7; doctor/quant/hessian.py.
 
 误报: 这是预测：按要求的阻尼，float64 也许能过。
 
-修复: 安全：改的是计划，与运行时自行调整相同，检查点不变。
+修复: 不安全：改的是你要求的计划，检查点不变；重新量化这一层，其后各层用同样的阻尼。
 """
 
 from doctor.rule import Fix, SetRecipe, finding, rule
@@ -43,7 +44,7 @@ def damp_too_small(linear, hessian, recipe):
     if not hessian.finite or hessian.damp_needed <= recipe.damp:
         return
     step = next((s for s in STEPS if hessian.damp_needed <= s <= recipe.damp_max and s > recipe.damp), None)
-    fix = Fix(f"raise damp to {step:g}", (SetRecipe("damp", step),)) if step else None
+    fix = Fix(f"raise damp to {step:g}", (SetRecipe("damp", step),), "unsafe") if step else None
     yield finding(
         f"{linear.name} needs damp {hessian.damp_needed:.2g} in float32 and the recipe has {recipe.damp:g}",
         fix=fix,

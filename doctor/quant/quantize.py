@@ -115,6 +115,7 @@ class _Job:
         self.output = Path(os.path.abspath(output))
         self.overwrite = False
         self.ranks = Ranks()
+        self.consent: Consent | None = None  # what fixes may be made, None: none
         self.seen: Look | None = None
         self.facts: Calibration | None = None
         self.notes: list[str] = []
@@ -129,8 +130,8 @@ class _Job:
             self.seen = look(source, self.recipe, self.rules)
         else:
             codes = set() if isinstance(unsafe_fixes, bool) else set(unsafe_fixes)
-            plan = make_plan(source, self.recipe, self.rules,
-                             Consent(unsafe_fixes is True or "all" in codes, frozenset(codes - {"all"}), recipe=True))
+            self.consent = Consent(unsafe_fixes is True or "all" in codes, frozenset(codes - {"all"}), recipe=True)
+            plan = make_plan(source, self.recipe, self.rules, self.consent)
             refuse(plan)
             if plan.needs_proof:
                 from doctor.evaluate.proof import prove
@@ -188,8 +189,9 @@ class _Job:
         staged = staged or export.Watched(self.output)
         self.ranks.wait()
         done = run(checkpoint, store.get(CHECKPOINT, "spec"), self.recipe, rows, staged, store, self.rules, memory=memory,
-                   progress=self.progress, device=device, ranks=self.ranks)
-        self.linears = done.records
+                   progress=self.progress, device=device, ranks=self.ranks, consent=self.consent)
+        self.linears, self.recipe = done.records, done.recipe
+        self.notes += [f"fix: {text}" for text in done.fixes]
         self._judge()
         if done.stopped or not self.report().ok or not self.ranks.speaks:
             staged.discard()

@@ -32,6 +32,7 @@ from doctor.engine import judge
 from doctor.errors import MachineError, NotQuantizable
 from doctor.facts import CHECKPOINT, Store
 from doctor.layout import is_kept
+from doctor.plan import Consent, with_fields
 from doctor.quant import awq, budget, export, kernels, solver
 from doctor.quant.blocks import Call, Skeleton, load_tensor
 from doctor.quant.budget import BATCH_TOKENS
@@ -62,6 +63,8 @@ class Result:
     stopped: list[Finding] = field(default_factory=list)
     judged: list[Finding] = field(default_factory=list)  # all findings of the run's own rules so far
     kept: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None  # as it is at the end: fixes in the run change it
+    fixes: list[str] = field(default_factory=list)  # what they were, one line each
 
     def count(self, outcome: str) -> int:
         return sum(r["outcome"] == outcome for r in self.records)
@@ -88,14 +91,16 @@ def _modified(checkpoint: Checkpoint, name: str) -> int:
 
 def run(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: list[list[int]], output: export.Output, store: Store,
         rules: Iterable[Rule], *, memory: int | None = None, progress: Callable[[str], None] = lambda text: None,
-        device: str = "cpu", ranks: Ranks | None = None) -> Result:
+        device: str = "cpu", ranks: Ranks | None = None, consent: Consent | None = None) -> Result:
     """Quantize every decoder block into parts of `output`; blocks whose part is there already are replayed, not solved.
 
+    consent: fixes of the recipe that are made as soon as a block asks for them; the block is then quantized again.
     rows: token ids (unused for rtn). memory: bytes that the process may take, None for a share of what is free. Facts go into
     `store`; rules of the stages calibration and run judge them after each block. Raises NotQuantizable where numbers forbid it
     and no rule says so.
     """
     job = _Run(checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device, ranks or Ranks())
+    job.consent = consent
     try:
         return job.go()
     finally:
@@ -131,7 +136,9 @@ class _Run:
         self.need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
         self.skeleton = Skeleton(checkpoint, spec, device)
         self.batches = self._batches(rows) if recipe.method != "rtn" else []
-        self.result = Result()
+        self.result = Result(recipe=recipe)
+        self.consent: Consent | None = None
+        self.wanted: list[Finding] = []
         self.calls: list[list[Call]] = []
         self.hidden: Hidden | None = None
         self.room = 0
@@ -192,14 +199,18 @@ class _Run:
     # one block
 
     def _block(self, i: int, ahead: bool = True) -> list[dict]:
-        self._load(i, ahead)
-        modules, records = self._choose(i)
-        packed: dict[str, torch.Tensor] = {}
-        if not self.batches:
-            records += [self._quantize(linear, module, None, packed, self._try(linear, module, None)) for linear, module in modules.values()]
-            self._settle(records)
-        else:
-            self._sequence(i, modules, records, packed)
+        while True:
+            self._load(i, ahead)
+            modules, records = self._choose(i)
+            packed: dict[str, torch.Tensor] = {}
+            if not self.batches:
+                records += [self._quantize(linear, module, None, packed, self._try(linear, module, None)) for linear, module in modules.values()]
+                self._settle(records)
+            else:
+                self._sequence(i, modules, records, packed)
+            if not self.wanted:
+                break
+            self._change_recipe(i)
         if not self.result.stopped:
             self._write(i, packed)
             self.output.note({"block": i, "records": records})
@@ -227,12 +238,28 @@ class _Run:
                 if any(r["outcome"] == "failed" for r in records):
                     break
             self._settle(records)
-            if not self.result.stopped:
+            if not self.result.stopped and not self.wanted:
                 walk.finish()
+
+    def _change_recipe(self, i: int) -> None:
+        """Make the fixes that this block asks for. A recipe moves one way, so a block is tried again no more often than it has fixes."""
+        for item in self.wanted:
+            self.recipe = with_fields(self.recipe, item.fix.edits)
+            self.result.fixes.append(f"{item.code} {item.fix.title}: {item.subject.partition(':')[2]}")
+            self.progress(f"fix: {self.result.fixes[-1]}")
+        self.wanted, self.result.recipe = [], self.recipe
+        self.store.put(CHECKPOINT, "recipe", self.recipe)
+        self.progress(f"block {i + 1} is quantized again")
 
     def _settle(self, records: list[dict]) -> None:
         """Judge a block's linears; raises NotQuantizable where one failed and no rule has anything to say (--select)."""
         self._judge()
+        here = {f"linear:{r['name']}" for r in records}
+        self.wanted = [f for f in self.result.judged if f.subject in here and self.consent and self.consent.can_carry_out(f.fix)
+                       and self.consent.allows(f.code, f.fix) and with_fields(self.recipe, f.fix.edits) != self.recipe and not f.consequence_of]
+        if self.wanted:
+            self.result.stopped = []
+            return
         failed = next((r for r in records if r["outcome"] == "failed"), None)
         if failed and not self.result.stopped:
             raise NotQuantizable(f"{failed['name']}: {failed['solve']['note']}", "Run `doctor check` on the checkpoint.")
@@ -289,7 +316,7 @@ class _Run:
         """Into the list of what the output's config names as 16 bits; engines know a stack by the module that holds it."""
         name = record["name"]
         if record["role"] == STACKED:
-            self.stacked.append((name, record["solve"]["note"]))
+            self.stacked += [(name, record["solve"]["note"])] * (name not in dict(self.stacked))
             name = name.rpartition(".")[0]
         if name not in self.result.kept:
             self.result.kept.append(name)
@@ -444,6 +471,8 @@ class _Run:
             return self._block(i)
         block_names = self.skeleton.linears.get(i, {})
         for record in noted:
+            if record["solve"]["damp_asked"] > self.recipe.damp:  # a fix raised it in the run that is resumed
+                self.recipe = self.result.recipe = self.recipe.with_field("damp", record["solve"]["damp_asked"])
             if record["role"] != STACKED:
                 self._facts(record["name"], _solve_of(record["solve"]), _hessian_of(record["hessian"]))
             if record["outcome"] == "kept":

@@ -34,6 +34,7 @@ SENTENCES = {
     "block {i} of {n}: {linears} linears in {seconds} s, largest relative error {worst}":
         "第 {i} 层，共 {n} 层：{linears} 个线性层，{seconds} 秒，最大相对误差 {worst}",
     "block {i} of {n}: {linears} linears in {seconds} s": "第 {i} 层，共 {n} 层：{linears} 个线性层，{seconds} 秒",
+    "block {i} is quantized again": "重新量化第 {i} 层",
     "block {i} of {n}: done before": "第 {i} 层，共 {n} 层：之前已完成",
     "quantize: {outcomes} ({seconds} s)": "量化：{outcomes}（{seconds} 秒）",
     "check after: {errors} errors ({seconds} s)": "量化后检查：{errors} 个错误（{seconds} 秒）",

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -382,3 +383,43 @@ def test_work_done_in_a_slower_way_is_in_the_report(tmp_path, text, monkeypatch)
     monkeypatch.setattr(run, "greenlet", None)
     result = quantized(tiny("llama"), tmp_path, text)
     assert [f.message for f in result.report.findings if f.code == "Q417"] == [walk.WITHOUT_GREENLET] and result.report.ok
+
+
+# fixes of the recipe during the run
+
+
+@pytest.mark.parametrize("code", ["Q400", "Q405"])
+def test_a_linear_that_fails_is_kept_with_those_fused_to_it_as_if_asked_at_the_start(tmp_path, text, monkeypatch, code):
+    broken, honest = "model.layers.1.self_attn.q_proj", run._Run._solve
+
+    def spoiled(self, linear, module, seen):
+        if linear.name == broken and code == "Q400":
+            raise run.NotQuantizable("no factor")
+        solution = honest(self, linear, module, seen)
+        return replace(solution, loss=2 * solution.rtn_loss) if linear.name == broken else solution
+
+    parts = [f"model.layers.1.self_attn.{x}_proj" for x in "kqv"]
+    asked = quantized(tiny("llama"), tmp_path, text, name="asked", keep=parts)
+    monkeypatch.setattr(run._Run, "_solve", spoiled)
+    alone = quantized(tiny("llama"), tmp_path, text, name="alone", fix=True)
+    assert (alone.output is None) == (code == "Q400") and code in codes(alone.report.findings)
+    fixed = quantized(tiny("llama"), tmp_path, text, name="fixed", fix=True, unsafe_fixes=[code])
+    assert fixed.report.ok and code not in codes(fixed.report.findings) and fixed.report.recipe.keep == tuple(parts)
+    assert [r["name"] for r in fixed.linears if r["outcome"] == "kept"] == [r["name"] for r in asked.linears if r["outcome"] == "kept"]
+    assert any(f"fix: {code} keep it in 16 bits: {broken}" in n for n in fixed.notes)
+    assert (fixed.output / "model.safetensors").read_bytes() == (asked.output / "model.safetensors").read_bytes()
+    assert json.loads((fixed.output / "config.json").read_text()) == json.loads((asked.output / "config.json").read_text())
+
+
+def test_damp_is_raised_for_a_block_and_those_after_it(tmp_path, text, monkeypatch):
+    honest = run._Run._facts
+
+    def foretold(self, name, solved, hessian):
+        if name.startswith("model.layers.1.") and hessian is not None:
+            hessian = replace(hessian, damp_needed=0.03)
+        honest(self, name, solved, hessian)
+
+    monkeypatch.setattr(run._Run, "_facts", foretold)
+    result = quantized(tiny("llama"), tmp_path, text, fix=True, unsafe_fixes=["Q411"])
+    assert result.report.ok and "Q411" not in codes(result.report.findings) and result.report.recipe.damp == 0.05
+    assert {(r["block"], r["solve"]["damp_asked"]) for r in result.linears} == {(0, 0.01), (1, 0.05)}
