@@ -1,5 +1,5 @@
 """Prints the table of cures: rule, what its fix does, how safe it is, and what proves it. Worked out, not written down: each rule's own
-bad example is planned, without and with its healthy twin as a base model (`--from`), and the plan says what would be done. A rule
+examples are judged, without and with a healthy twin as a base model (`--from`), and the findings say what would be done. A rule
 without a cure stands there with the reason, which is its page's own section."""
 
 import sys
@@ -14,8 +14,9 @@ PROOFS = {"PadTensor": "logits before and after, on fixed prompts", "GrowRows": 
           "DropFile": "the source keeps it", "CastTensor": "a value that would become Inf is refused",
           "Dequantize": "the numbers that engines compute with, by the packers' vectors", "AddLowRank": "against the sum in float64",
           "ShiftZeros": "a field that would wrap is refused", "DropTensor": "nothing else is touched",
-          "ReplaceNonfinite": "only NaN and Inf change", "RebuildIndex": "the shards' own headers", "GroupsInOrder": "what desc_act false means"}
-TEXT_ONLY = {"SetJson", "RemoveJson", "CleanJson"}
+          "ReplaceNonfinite": "only NaN and Inf change", "RebuildIndex": "the shards' own headers", "GroupsInOrder": "what desc_act false means",
+          "ClampTensor": "only values beyond float16 change", "EqualZeros": "what sym true means"}
+TEXT_ONLY = {"SetJson", "RemoveJson", "CleanJson", "ReplaceText"}
 
 
 def main() -> None:
@@ -44,31 +45,30 @@ def _rules():
 
 
 def _rows(entry):
-    """(title, safety, kinds of edits) of each cure that the rule's bad example gets."""
+    """(title, safety, kinds of edits) of each cure that the rule's examples get."""
     from doctor.base import Base
     from doctor.checkpoint import Checkpoint
     from doctor.facts import CHECKPOINT
     from doctor.plan import Consent, look
+    from doctor.testing import shown_by
 
-    module = sys.modules[entry.module]
-    case, _ = module.bad()
-    with tempfile.TemporaryDirectory() as folder:
-        source = Checkpoint.open(case.write(Path(folder) / "bad"))
-        base = Base(Checkpoint.open(module.good().write(Path(folder) / "base")), source, "BASE")
-        facts = [(s, n, v) for (s, n), v in case.facts.items()] + [(CHECKPOINT, "asked", frozenset({entry.code}))]
-        for given, how in (([], ""), ([(CHECKPOINT, "base", base)], " (`--from`)")):
-            for item in look(source, case.recipe, _rules(), facts=[*facts, *given]).findings:
+    for case, healthy in shown_by(sys.modules[entry.module]):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Checkpoint.open(case.write(Path(folder) / "bad"))
+            facts = [(s, n, v) for (s, n), v in case.facts.items()] + [(CHECKPOINT, "asked", frozenset({entry.code}))]
+            if healthy is not None:
+                facts.append((CHECKPOINT, "base", Base(Checkpoint.open(healthy.write(Path(folder) / "base")), source, "BASE")))
+            for item in look(source, case.recipe, _rules(), facts=facts).findings:
                 fix = item.fix
                 if item.code == entry.code and Consent(recipe=True).can_carry_out(fix):
-                    text = fix.title
-                    from_base = how if any(type(e).__name__ in ("TakeTensor", "TakeFile", "AddLowRank") for e in fix.edits) else ""
-                    yield text + from_base, "by name" if fix.by_name else fix.safety, frozenset(type(e).__name__ for e in fix.edits)
+                    text = fix.title + (" (`--from`)" if "BASE" in fix.title else "")
+                    yield text, "by name" if fix.by_name else fix.safety, frozenset(type(e).__name__ for e in fix.edits)
 
 
 def _proof(kinds: frozenset) -> str:
     if kinds <= TEXT_ONLY:
         return "weights untouched, every byte linked"
-    if kinds == {"SetRecipe"}:
+    if kinds <= {"SetRecipe", "Keep"}:
         return "the run is judged again with it"
     return "; ".join(PROOFS[k] for k in sorted(kinds) if k in PROOFS)
 

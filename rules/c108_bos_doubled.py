@@ -8,7 +8,7 @@ Do: take one of the two out of the template or of tokenizer.json's post_processo
 False alarms: a template that writes BOS and a tokenizer that adds it are healthy together (Llama 3, Gemma): programs tokenize a
 rendered chat without special tokens.
 
-Fix safety: manual; which of the two is meant to stay is the author's to say.
+Fix safety: unsafe: one of the two is taken out, so that texts begin as training's did; outputs change with it.
 
 Sources: huggingface/open-r1 issue 462; EleutherAI/lm-evaluation-harness issue 2676.
 
@@ -22,17 +22,17 @@ Sources: huggingface/open-r1 issue 462; EleutherAI/lm-evaluation-harness issue 2
 误报: 模板写 BOS、分词器也加 BOS，这样的组合本身没问题（Llama 3、Gemma）：程序对渲染好的对话分词时不再加特殊词
 元。
 
-修复: 需手动；该留哪一个由作者决定。
+修复: 不安全：去掉其中一个，使文本开头与训练时一致；输出会随之改变。
 """
 
 import re
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Fix, Place, ReplaceText, SetJson, finding, rule
 from doctor.testing import tiny
 
 
 @rule("C108", "warning")
-def bos_doubled(checkpoint, special, tokenizer, chat_template, json_files):
+def bos_doubled(checkpoint, special, tokenizer, tokenizer_config, chat_template, json_files):
     name = special.names.get("bos")
     if not name:
         return
@@ -40,11 +40,11 @@ def bos_doubled(checkpoint, special, tokenizer, chat_template, json_files):
     if times > 1:
         yield finding(f"the post_processor of tokenizer.json puts {name} at the front {times} times",
                       at=Place("tokenizer.json", pointer="/post_processor"), evidence={"times": times},
-                      fix=Fix("take one of them out of tokenizer.json", (), "manual"))
+                      fix=Fix("leave one of them in tokenizer.json", tuple(_single(checkpoint.value("tokenizer.json")["post_processor"], name)), "unsafe"))
     if chat_template and (times := _template_times(chat_template, name)) > 1:
         file = "chat_template.jinja" if "chat_template.jinja" in checkpoint.entries else "tokenizer_config.json"
         yield finding(f"the chat template begins with {name} {times} times", at=Place(file), evidence={"times": times},
-                      fix=Fix("take one of them out of the chat template", (), "manual"))
+                      fix=_template_fix(file, chat_template, tokenizer_config, name))
 
 
 def _leading(processor, name) -> int:
@@ -57,18 +57,63 @@ def _leading(processor, name) -> int:
         return 0
     count = 0
     for item in processor.get("single") or ():
-        token = item.get("SpecialToken") if isinstance(item, dict) else None
-        if not isinstance(token, dict) or token.get("id") != name:
+        if not _is(item, name):
             break
         count += 1
     return count
 
 
+def _single(processor, name, at="/post_processor"):
+    """Edits after which the token stands once before a text: the first of a sequence keeps it."""
+    kept = False
+    for place, part in _parts(processor, at):
+        for key in ("single", "pair"):
+            items = part.get(key) or []
+            count = next((i for i, item in enumerate(items) if not _is(item, name)), len(items))
+            if count > (0 if kept else 1):
+                yield SetJson("tokenizer.json", f"{place}/{key}", items[count - (not kept):], items)
+        kept = kept or _leading(part, name) > 0
+
+
+def _parts(processor, at):
+    """(pointer, processor) of each that adds tokens by a template, in order."""
+    if processor.get("type") == "Sequence":
+        for i, part in enumerate(processor.get("processors") or ()):
+            yield from _parts(part, f"{at}/processors/{i}")
+    elif processor.get("type") == "TemplateProcessing":
+        yield at, processor
+
+
+def _is(item, name):
+    token = item.get("SpecialToken") if isinstance(item, dict) else None
+    return isinstance(token, dict) and token.get("id") == name
+
+
+def _one(name: str) -> str:
+    """Pattern of the token in a template, as text or as {{ bos_token }}."""
+    return r"(?:\{\{-?\s*bos_token\s*-?\}\}|" + re.escape(name) + r"|\{\{-?\s*['\"]" + re.escape(name) + r"['\"]\s*-?\}\})"
+
+
 def _template_times(template: str, name: str) -> int:
-    """How many times in a row the template starts with the token, as text or as {{ bos_token }}."""
-    one = r"(?:\{\{-?\s*bos_token\s*-?\}\}|" + re.escape(name) + r"|\{\{-?\s*['\"]" + re.escape(name) + r"['\"]\s*-?\}\})"
-    match = re.match(rf"\s*((?:{one}\s*)*)", template)
-    return len(re.findall(one, match[1]))
+    """How many times in a row the template starts with the token."""
+    return len(re.findall(_one(name), _front(template, name)))
+
+
+def _front(template: str, name: str) -> str:
+    """What the template starts with: the token, again and again, and white space."""
+    return re.match(rf"\s*(?:{_one(name)}\s*)*", template)[0]
+
+
+def _template_fix(file, template, tokenizer_config, name):
+    """The front of the template with the token once: its first mention."""
+    front = _front(template, name)
+    first = re.match(rf"\s*{_one(name)}", front)[0]
+    title = "leave one of them in the chat template"
+    if file == "chat_template.jinja":
+        return Fix(title, (ReplaceText(file, front, first),), "unsafe")
+    if tokenizer_config.get("chat_template") != template:  # one of several named templates
+        return Fix("take one of them out of the chat template", (), "manual")
+    return Fix(title, (SetJson(file, "/chat_template", first + template[len(front):], template),), "unsafe")
 
 
 def bad():
@@ -81,3 +126,16 @@ def good():
     case = tiny()
     case.files["chat_template.jinja"] = b"{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     return case
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case = tiny()
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    once = {"type": "TemplateProcessing", "single": [bos, text], "pair": [bos, text], "special_tokens": {}}
+    case.json["tokenizer.json"]["post_processor"] = {"type": "Sequence", "processors": [once, {**once, "single": [bos, bos, text]}]}
+    yield case
+    case = tiny()
+    case.json["tokenizer_config.json"]["chat_template"] = "<s>{{ bos_token }}{{ messages[0].content }}"
+    yield case

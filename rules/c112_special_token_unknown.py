@@ -11,7 +11,8 @@ Do: name a token that is in tokenizer.json, the one the base model names.
 
 False alarms: none known; tokens listed under added_tokens_decoder count as there.
 
-Fix safety: manual; which token is meant cannot be read from the files.
+Fix safety: unsafe: the token whose id config.json and generation_config.json state, or with `--from` the one that the base model names.
+Else manual.
 
 Sources: transformers src/transformers/tokenization_utils_base.py, `add_special_tokens`.
 
@@ -24,22 +25,33 @@ Sources: transformers src/transformers/tokenization_utils_base.py, `add_special_
 
 误报: 暂无已知；added_tokens_decoder 里列出的词元算作存在。
 
-修复: 需手动；从文件看不出本意是哪个词元。
+修复: 不安全：用 config.json 与 generation_config.json 所写 id 对应的词元，或（`--from`）基座模型写的那个。否则需手动。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Fix, Place, SetJson, finding, rule, token_text, value_from_base
 from doctor.testing import tiny
 
 
 @rule("C112", "warning")
-def special_token_unknown(checkpoint, special, tokenizer, tokenizer_config):
+def special_token_unknown(checkpoint, special, tokenizer, tokenizer_config, base):
     listed = (tokenizer_config or {}).get("added_tokens_decoder")
     listed = {t.get("content") for t in listed.values() if isinstance(t, dict)} if isinstance(listed, dict) else set()
     for role, name in special.names.items():
         if name not in tokenizer.ids and name not in listed:
             yield finding(f"{role}_token is {name!r} in tokenizer_config.json; tokenizer.json has no such token",
                           at=Place("tokenizer_config.json", pointer=f"/{role}_token"), evidence={"token": name},
-                          fix=Fix("name the token that the base model names", (), "manual"))
+                          fix=_fix(role, special, tokenizer, tokenizer_config[f"{role}_token"], base))
+
+
+def _fix(role, special, tokenizer, stated, base):
+    ids = {i for file in ("config.json", "generation_config.json") for i in special.of(file, role).ids[:1]}
+    name = tokenizer.token(ids.pop()) if len(ids) == 1 else None
+    pointer, otherwise = f"/{role}_token", "name the token that the base model names"
+    if name is not None:
+        edit = SetJson("tokenizer_config.json", pointer, name, stated)
+        return Fix(f'set "{role}_token": "{name}", whose id the configs state', (edit,), "unsafe")
+    known = base is not None and token_text(base.value("tokenizer_config.json", pointer)) in tokenizer.ids
+    return value_from_base(base if known else None, "tokenizer_config.json", pointer, stated, otherwise)
 
 
 def bad():
@@ -50,3 +62,11 @@ def bad():
 
 def good():
     return tiny()
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case, _ = bad()
+    for name in ("config.json", "generation_config.json"):
+        case.json[name]["pad_token_id"] = None
+    yield case

@@ -6,7 +6,8 @@ Do: make added_tokens_decoder agree with tokenizer.json, which fast tokenizers g
 
 False alarms: none known.
 
-Fix safety: manual; the table is rewritten as a whole by saving the tokenizer again.
+Fix safety: safe where tokenizer.json is the only vocabulary: added_tokens_decoder gets its numbers. Unsafe where a slow tokenizer's file
+lies beside it, and manual where two tokens would get one number.
 
 Sources: transformers src/transformers/tokenization_utils_tokenizers.py.
 
@@ -18,15 +19,19 @@ Sources: transformers src/transformers/tokenization_utils_tokenizers.py.
 
 误报: 暂无已知。
 
-修复: 需手动；重新保存一次分词器，这张表就会整体重写。
+修复: 只有 tokenizer.json 这一份词表时安全：added_tokens_decoder 改用它的编号。旁边还有慢速分词器的文件时不安全；两个词元会得到同一编号时需手动。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Fix, Place, RemoveJson, SetJson, finding, rule
 from doctor.testing import tiny
 
 
+# Files that a slow tokenizer takes its ids from.
+SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+
+
 @rule("C113", "warning")
-def token_ids_disagree(checkpoint, tokenizer, tokenizer_config):
+def token_ids_disagree(checkpoint, tokenizer, tokenizer_config, files):
     listed = (tokenizer_config or {}).get("added_tokens_decoder")
     for number, token in listed.items() if isinstance(listed, dict) else ():
         text = token.get("content") if isinstance(token, dict) else None
@@ -34,7 +39,22 @@ def token_ids_disagree(checkpoint, tokenizer, tokenizer_config):
         if right is not None and str(right) != str(number):
             yield finding(f"{text} is {number} in tokenizer_config.json and {right} in tokenizer.json",
                           at=Place("tokenizer_config.json", pointer=f"/added_tokens_decoder/{number}", note=f"{right} in tokenizer.json"),
-                          evidence={"token": text, "tokenizer.json": right}, fix=Fix("save the tokenizer again with save_pretrained", (), "manual"))
+                          evidence={"token": text, "tokenizer.json": right}, fix=_renumber(listed, tokenizer.ids, files))
+
+
+def _renumber(listed, ids, files):
+    """Every entry under the number that tokenizer.json gives its text; the others stay."""
+    wanted = {}
+    for number, token in listed.items():
+        text = token.get("content") if isinstance(token, dict) else None
+        place = str(ids.get(text, number))
+        if wanted.setdefault(place, token) != token:
+            return Fix("save the tokenizer again with save_pretrained", (), "manual")
+    at = "/added_tokens_decoder/"
+    edits = [RemoveJson("tokenizer_config.json", at + n, listed[n]) for n in listed if n not in wanted]
+    edits += [SetJson("tokenizer_config.json", at + n, token, *([listed[n]] if n in listed else []))
+              for n, token in wanted.items() if n not in listed or listed[n] != token]
+    return Fix("number added_tokens_decoder as tokenizer.json does", tuple(edits), "unsafe" if any(n in files for n in SLOW) else "safe")
 
 
 def bad():
@@ -45,3 +65,10 @@ def bad():
 
 def good():
     return tiny()
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case = tiny()
+    case.json["tokenizer_config.json"]["added_tokens_decoder"] = {str(i): {"content": t} for i, t in ((1, "</s>"), (2, "<s>"), (50, "<x>"))}
+    yield case

@@ -12,7 +12,7 @@ Do: take the block from the base model's config.json, whole.
 
 False alarms: kinds of scaling newer than this version are not judged. `type` in place of `rope_type` is the older spelling and fine.
 
-Fix safety: manual; the numbers belong to the training.
+Fix safety: unsafe, and only with `--from`: the block is taken from the base model, whole. Else manual; the numbers belong to the training.
 
 Sources: transformers src/transformers/modeling_rope_utils.py; meta-llama/llama3 issue 299; ml-explore/mlx-lm issue 5.
 
@@ -24,12 +24,12 @@ Sources: transformers src/transformers/modeling_rope_utils.py; meta-llama/llama3
 
 误报: 比当前版本更新的缩放方式不作判断。用 `type` 代替 `rope_type` 是旧写法，没有问题。
 
-修复: 需手动；这些数字属于训练设定。
+修复: 不安全，且需 `--from`：从基座模型整段取来。否则需手动；这些数字属于训练设定。
 """
 
 import math
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, rule, value_from_base
 from doctor.testing import tiny
 
 REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",), "longrope": ("short_factor", "long_factor"),
@@ -38,18 +38,18 @@ REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",), 
 
 
 @rule("C144", "error")
-def rope_schema(checkpoint, spec):
+def rope_schema(checkpoint, spec, base):
     for key in ("rope_scaling", "rope_parameters"):
         block = spec.config.get(key)
         if block is None:
             continue
         if not isinstance(block, dict):
-            yield _say(spec, key, f"{key} is {str(block)[:60]!r}; it must be an object or null")
+            yield _say(spec, base, key, key, f"{key} is {str(block)[:60]!r}; it must be an object or null")
             continue
         nested = {k: v for k, v in block.items() if isinstance(v, dict)}
         for name, part in (nested or {"": block}).items():
             for problem in _problems(part, key):
-                yield _say(spec, f"{key}/{name}" if name else key, f"{key}{'.' + name if name else ''} {problem}")
+                yield _say(spec, base, key, f"{key}/{name}" if name else key, f"{key}{'.' + name if name else ''} {problem}")
 
 
 def _problems(block, key):
@@ -76,8 +76,9 @@ def _problems(block, key):
         yield f"has low_freq_factor {low} and high_freq_factor {high}; the first must be smaller"
 
 
-def _say(spec, path, message):
-    return finding(message, at=Place("config.json", pointer=spec.at(path)), fix=Fix("take the block from the base model's config.json", (), "manual"))
+def _say(spec, base, key, path, message):
+    whole = value_from_base(base, "config.json", spec.at(key), spec.config[key], "take the block from the base model's config.json")
+    return finding(message, at=Place("config.json", pointer=spec.at(path)), fix=whole)
 
 
 def bad():

@@ -11,7 +11,8 @@ Do: after cutting or adding blocks, cut or extend layer_types with them.
 
 False alarms: sliding_window values under use_sliding_window false are leftovers that nobody reads; they are not counted.
 
-Fix safety: unsafe: a list that is too long is cut at its end, which is right only if the last blocks were cut.
+Fix safety: unsafe: a list that is too long is cut at its end, which is right only if the last blocks were cut; one that is too short goes on
+as it repeats. A window is taken from the base model (`--from`). Else manual.
 
 Sources: transformers src/transformers/configuration_utils.py, `layer_type_validation`; turboderp/exllamav2 issue 621.
 
@@ -24,20 +25,22 @@ Sources: transformers src/transformers/configuration_utils.py, `layer_type_valid
 
 误报: use_sliding_window 为 false 时留下的 sliding_window 值没人读，不计。
 
-修复: 不安全：过长的列表从末尾截断，只有删的是最后几层时才对。
+修复: 不安全：过长的列表从末尾截断，只有删的是最后几层时才对；过短的按已有的规律续写。窗口宽度从基座模型取（`--from`）。否则需手动。
 """
 
-from doctor.rule import Fix, Place, SetJson, finding, rule
+from doctor.rule import Fix, Place, SetJson, finding, rule, value_from_base
 from doctor.testing import tiny
 
 
 @rule("C145", "error", implied_by=("C142",))
-def layer_types(checkpoint, spec):
+def layer_types(checkpoint, spec, base):
     kinds, n = spec.config.get("layer_types"), spec.n_layers
     if isinstance(kinds, list) and n is not None and len(kinds) != n:
+        wanted = kinds[:n] if len(kinds) > n else _continued(kinds, n)
         fix = Fix("write one kind for each block", (), "manual")
-        if len(kinds) > n:
-            fix = Fix(f"cut layer_types to its first {n}", (SetJson("config.json", spec.at("layer_types"), kinds[:n], kinds),), "unsafe")
+        if wanted:
+            title = f"cut layer_types to its first {n}" if len(kinds) > n else f"continue layer_types to {n} as it repeats"
+            fix = Fix(title, (SetJson("config.json", spec.at("layer_types"), wanted, kinds),), "unsafe")
         yield finding(f"layer_types lists {len(kinds)} blocks; {spec.key_for('num_hidden_layers')} is {n}",
                       at=Place("config.json", pointer=spec.at("layer_types"), note=f"{n} blocks"), evidence={"listed": len(kinds), "blocks": n},
                       fix=fix)
@@ -45,7 +48,13 @@ def layer_types(checkpoint, spec):
     slides = isinstance(kinds, list) and "sliding_attention" in kinds or kinds is None and spec.config.get("use_sliding_window") is True
     if slides and "sliding_window" in spec.config and not (isinstance(window, int) and window > 0):
         yield finding(f"blocks use a sliding window, and sliding_window is {window}", at=Place("config.json", pointer=spec.at("sliding_window")),
-                      fix=Fix("write the window's width from the base model's config.json", (), "manual"))
+                      fix=value_from_base(base, "config.json", spec.at("sliding_window"), window, "write the window's width from the base model's config.json"))
+
+
+def _continued(kinds, n):
+    """The list made longer by its own period, [] where it has none that stands in it twice."""
+    period = next((p for p in range(1, len(kinds) // 2 + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds)))), None)
+    return [kinds[i % period] for i in range(n)] if period else []
 
 
 def bad():

@@ -11,7 +11,7 @@ Do: write the number, or null.
 
 False alarms: Infinity is not counted: state-space models state it as an open limit.
 
-Fix safety: manual; the number that was meant is not in the file.
+Fix safety: unsafe, and only with `--from`: the number is taken from the base model. Else manual; the one that was meant is not in the file.
 
 Sources: RFC 8259 section 6.
 
@@ -24,24 +24,24 @@ Sources: RFC 8259 section 6.
 
 误报: Infinity 不算：状态空间模型用它表示没有上限。
 
-修复: 需手动；文件里找不到本来的数字。
+修复: 不安全，且需 `--from`：从基座模型取该数字。否则需手动；文件里找不到本来的数字。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, rule, value_from_base
 from doctor.testing import tiny
 
 READ = ("config.json", "generation_config.json", "tokenizer_config.json", "quantize_config.json")
 
 
 @rule("C151", "warning")
-def nan_in_config(checkpoint, json_files):
+def nan_in_config(checkpoint, json_files, base):
     for name in READ:
         file = json_files.get(name)
         if file is None or file.value is None or "NaN" not in file.non_standard:
             continue
         pointer = next((p for p in (file.doc.non_standard if file.doc else ()) if _is_nan(file.value, p)), None)
         yield finding(f"{name} holds NaN at {pointer or 'an unknown place'}", at=Place(name, pointer=pointer),
-                      fix=Fix("write the number that was meant, or null", (), "manual"))
+                      fix=value_from_base(base if pointer else None, name, pointer or "", float("nan"), "write the number that was meant, or null"))
 
 
 def _is_nan(value, pointer):

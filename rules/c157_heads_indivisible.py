@@ -11,7 +11,7 @@ Do: correct the count, which the attention's weights show (C143).
 
 False alarms: none known in families of the table.
 
-Fix safety: manual; C143 offers the count that fits the weights.
+Fix safety: safe where head_dim is stated, or one of the two counts alone can be right: the weights' rows then give the other. Else manual.
 
 Sources: transformers src/transformers/models/llama/configuration_llama.py.
 
@@ -24,28 +24,49 @@ Sources: transformers src/transformers/models/llama/configuration_llama.py.
 
 误报: 表中的系列暂无已知。
 
-修复: 需手动；与权重相符的数由 C143 给出。
+修复: 写明了 head_dim，或两个头数中只有一个可能是对的时，安全：另一个由权重的行数得出。否则需手动。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import MISSING, Fix, Place, SetJson, assume, finding, keys_of, rule
 from doctor.testing import never_in, tiny
 
 
+COUNTS = ("num_attention_heads", "num_key_value_heads")
+MOST_HEADS = 512
+
+
 @rule("C157", "error", implied_by=("C156", "F051"))
-def heads_indivisible(checkpoint, spec):
+def heads_indivisible(checkpoint, spec, placement):
     heads, kv = spec.n_heads, spec.n_kv_heads
-    manual = Fix("correct the count of heads", (), "manual")
     if spec.family is None or not heads:
         return
     key = spec.key_for("num_key_value_heads")
     if kv and heads % kv and not isinstance(spec.config.get(key), list):
         yield finding(f"{spec.key_for('num_attention_heads')} {heads} is no multiple of {kv} key heads: {heads} / {kv} is not whole",
-                      at=Place("config.json", pointer=spec.at(key)), evidence={"heads": heads, "kv_heads": kv}, fix=manual)
+                      at=Place("config.json", pointer=spec.at(key)), evidence={"heads": heads, "kv_heads": kv}, fix=_fix(placement))
     stated = any(spec.config.get(k) is not None for k in ("head_dim", "kv_channels", "attention_head_dim", "qk_rope_head_dim"))
     if not stated and spec.hidden and spec.hidden % heads and spec.hidden // heads == spec.head_dim:
         key = spec.key_for("num_attention_heads")
         yield finding(f"hidden_size {spec.hidden} cannot be cut into {heads} heads, and head_dim is not stated",
-                      at=Place("config.json", pointer=spec.at(key)), evidence={"hidden": spec.hidden, "heads": heads}, fix=manual)
+                      at=Place("config.json", pointer=spec.at(key)), evidence={"hidden": spec.hidden, "heads": heads}, fix=_fix(placement))
+
+
+def _fix(placement):
+    """Set the one count that alone makes the attention's rows come out whole; where several do, nothing here says which."""
+    spec = placement.spec
+    found = [(spec.key_for(key), n) for key in COUNTS for n in range(1, MOST_HEADS + 1) if n != spec.lookup(key) and _comes_out(placement, key, n)]
+    if len(found) != 1:
+        return Fix("correct the count of heads", (), "manual")
+    key, value = found[0]
+    return Fix(f'set "{key}": {value}', (SetJson("config.json", spec.at(key), value, spec.config.get(key, MISSING)),))
+
+
+def _comes_out(placement, key, value):
+    lookup = assume(placement.spec, **{placement.spec.key_for(key): value})
+    heads, kv, hidden = (lookup(k) for k in (*COUNTS, "hidden_size"))
+    if kv and heads % kv or hidden and hidden % heads and placement.spec.config.get("head_dim") is None:
+        return False
+    return not any({*COUNTS, "head_dim"} & set(keys_of(m.expression)) for m in placement.misfits(lookup))
 
 
 def bad():
@@ -57,3 +78,10 @@ def bad():
 
 def good():
     return tiny()
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case = tiny(never_in("opt", why="every query head has a key head of its own"))
+    case.config["num_key_value_heads"] = 3
+    yield case

@@ -7,7 +7,8 @@ Do: find out which file is right. If all names of one file stand twice, that fil
 
 False alarms: none known; files that the index does not list are not counted here (F017).
 
-Fix safety: manual; the right copy cannot be told from the names.
+Fix safety: safe where the copies are equal, bit by bit: one is dropped, and the one that the index names stays. Where they differ, only by
+name: the one that the index names is kept. Without an index that names one, manual.
 
 Sources: transformers src/transformers/modeling_utils.py loads file after file, so that the last wins; vllm-project/vllm
 vllm/model_executor/model_loader/weight_utils.py goes by the index.
@@ -20,24 +21,30 @@ vllm/model_executor/model_loader/weight_utils.py goes by the index.
 
 误报: 暂无已知；索引没有列出的文件不在此计（F017）。
 
-修复: 需手动；从名字看不出哪份是对的。
+修复: 各份逐位相同时安全：只留一份，即索引指的那份。不同时只能点名执行：保留索引指的那份。没有索引指明时需手动。
 """
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import DropTensor, Fix, Place, finding, rule
 from doctor.testing import shard_bytes, tiny
 
 
 @rule("F016", "error")
-def tensor_in_two_shards(checkpoint, shards):
-    held: dict[str, list[str]] = {}
-    for file, shard in shards.items():
-        for info in shard.tensors:
-            held.setdefault(info.name, []).append(file)
-    for name, files in held.items():
-        if len(files) > 1:
-            rest = f" and {len(files) - 2} more files" if len(files) > 2 else ""
-            yield finding(f"{name} is in {files[0]} and in {files[1]}{rest}", at=Place(files[0], tensor=name), evidence={"files": ", ".join(files)},
-                          fix=Fix("keep one of the files; nothing here says which is right", (), "manual"))
+def tensor_in_two_shards(checkpoint, copies, weight_map):
+    for name, (files, equal) in copies.items():
+        rest = f" and {len(files) - 2} more files" if len(files) > 2 else ""
+        yield finding(f"{name} is in {files[0]} and in {files[1]}{rest}", at=Place(files[0], tensor=name), evidence={"files": ", ".join(files)},
+                      fix=_fix(name, files, equal, (weight_map or {}).get(name)))
+
+
+def _fix(name, files, equal, named):
+    """Drop all copies but one: the one that the index names, or the first of equal ones."""
+    kept = named if named in files else files[0] if equal else None
+    if equal is None or kept is None:
+        return Fix("keep one of the files; nothing here says which is right", (), "manual")
+    drops = tuple(DropTensor(name, file) for file in files if file != kept)
+    if equal:
+        return Fix("drop all copies but one: they are equal", drops)
+    return Fix(f"keep the copy in {kept}, which the index names", drops, "unsafe", by_name=True)
 
 
 def bad():
@@ -53,3 +60,13 @@ def good():
     case = tiny()
     case.shards = 2
     return case
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case, _ = bad()
+    names = sorted(case.tensors)
+    twice = {n: case.tensors[n].copy() for n in [*names[1::2], names[0]]}
+    twice[names[0]].reshape(-1)[3] ^= 1
+    case.files["model-00002-of-00002.safetensors"] = shard_bytes(twice, case.dtypes)
+    yield case

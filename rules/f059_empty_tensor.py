@@ -11,7 +11,7 @@ Do: gather the weights: `zero_to_fp32.py` in the training directory, or `stage3_
 
 False alarms: none known among weights; empty buffers that no family needs are not counted.
 
-Fix safety: manual; the numbers are in the training directory.
+Fix safety: unsafe, and only with `--from`: the weights are taken from another copy. Else manual; the numbers are in the training directory.
 
 Sources: deepspeedai/DeepSpeed deepspeed/utils/zero_to_fp32.py.
 
@@ -24,7 +24,7 @@ Sources: deepspeedai/DeepSpeed deepspeed/utils/zero_to_fp32.py.
 
 误报: 就权重而言暂无已知；任何系列都不需要的空缓冲区不计。
 
-修复: 需手动；数值在训练目录里。
+修复: 不安全，且需 `--from`：从另一份副本取权重。否则需手动；数值在训练目录里。
 """
 
 from doctor.rule import Fix, Place, finding, rule
@@ -32,14 +32,23 @@ from doctor.testing import never_in, tiny
 
 
 @rule("F059", "error")
-def empty_tensor(checkpoint, tensors):
+def empty_tensor(checkpoint, tensors, base):
     found = sorted(n for n, i in tensors.items() if i.numel == 0 and n.endswith((".weight", ".bias")))
     if found:
         info = tensors[found[0]]
         verb = "holds no element" if len(found) == 1 else "hold no element"
         yield finding(f"{len(found):,} of {len(tensors):,} tensors {verb}, the first is {found[0]} {list(info.shape)}",
                       at=Place(info.shard, tensor=found[0]), evidence={"tensors": len(found)},
-                      fix=Fix("gather the weights (zero_to_fp32.py) and save again", (), "manual"))
+                      fix=_from_base(base, found))
+
+
+def _from_base(base, names):
+    """All of them as --from has them, whole there."""
+    donor = base.checkpoint.tensors if base is not None else {}
+    offers = [base.offer(n, donor[n].dtype.name, donor[n].shape) for n in names if n in donor and donor[n].numel]
+    if len(offers) < len(names) or None in offers:
+        return Fix("gather the weights (zero_to_fp32.py) and save again", (), "manual")
+    return Fix(f"take {len(offers):,} tensors from {base.text}", tuple(offers), "unsafe")
 
 
 def bad():

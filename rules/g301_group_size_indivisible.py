@@ -13,8 +13,8 @@ Do: take a smaller group size that divides every width, or keep the linears conc
 
 False alarms: none; the division is exact arithmetic.
 
-Fix safety: unsafe: it changes the plan you asked for (more scales, a slightly larger file), never the
-checkpoint.
+Fix safety: unsafe: it changes the plan you asked for (more scales, a slightly larger file; where no common group size fits, the
+linears concerned stay in 16 bits), never the checkpoint.
 
 Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:77; vllm-project/llm-compressor
 src/llmcompressor/modifiers/quantization/group_size_validation.py; intel/auto-round issue 388.
@@ -28,10 +28,10 @@ src/llmcompressor/modifiers/quantization/group_size_validation.py; intel/auto-ro
 
 误报: 无；整除是精确计算。
 
-修复: 不安全：改的是你要求的计划（缩放因子更多，文件略大），检查点不变。
+修复: 不安全：改的是你要求的计划（缩放因子更多，文件略大；没有常用分组合适时，相关线性层保留 16 位），检查点不变。
 """
 
-from doctor.rule import Fix, Place, SetRecipe, finding, rule, size_key
+from doctor.rule import Fix, Place, SetRecipe, finding, keep_edits, rule, size_key
 from doctor.testing import tiny
 
 ROLES = " q k v qkv o gate up gate_up down "  # the order in which a block uses them
@@ -64,6 +64,9 @@ def group_size_indivisible(checkpoint, layout, spec, recipe):
         fix = None
         if fitting and not layout.quantized:
             fix = Fix(f"quantize in groups of {fitting[0]}", (SetRecipe("group_size", fitting[0]),), "unsafe")
+        elif not layout.quantized:
+            names = keep_edits(layout.linears, [x.name for x in linears])
+            fix = Fix(f"keep {_and(roles)} of width {width} in 16 bits", names, "unsafe")
         yield finding(
             f"in_features {width} of {_and(roles)} ({len(linears)} linears) = {width / group:g} × {group}: "
             f"group size {group} does not divide it",
@@ -94,3 +97,10 @@ def good():
     case = tiny()
     case.recipe = case.recipe.with_field("group_size", 64)
     return case
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case = tiny(mlp=112)
+    case.recipe = case.recipe.with_field("group_size", 32)
+    yield case

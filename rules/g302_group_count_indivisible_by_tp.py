@@ -36,15 +36,13 @@ issues 63 and 258; QwenLM/Qwen2 docs/source/quantization/gptq.md.
 """
 
 from doctor.rule import (
-    MISSING,
     ROW_PARALLEL,
     Fix,
     Place,
-    SetJson,
     axis_expression,
     finding,
     fits,
-    pad_edits,
+    grown,
     resized,
     rule,
     size_key,
@@ -53,7 +51,6 @@ from doctor.testing import tiny
 
 TPS = (1, 2, 4, 8)  # the GPU counts people rent
 OTHER_GROUPS = (64, 32)
-SEARCH = 8  # widths are sought in steps of 8: packing needs more, so no legal width is passed over
 
 
 @rule("G302", "error")
@@ -108,28 +105,11 @@ def _table(width, group, tp):
 
 def _padding(checkpoint, spec, tensors, key, linears, unit):
     """Fix that grows config[key] until every one of these linears fits, or None where no exact padding is known."""
-    old = spec.lookup(key)
     expressions = {axis_expression(spec, linear.name, 1) for linear in linears}
-    if not old or None in expressions:
+    if None in expressions:
         return None
-    sizes = range(fits(old, SEARCH), 2 * unit * old, SEARCH)
-    new = next(
-        (v for v in sizes if all(not (resized(spec, e, key, v) or 1) % unit for e in expressions)), None
-    )
-    edits = pad_edits(spec, tensors, key, new) if new else ()
-    if not edits:
-        return None
-    block = checkpoint.value("config.json")
-    block = block[spec.text_key] if spec.text_key else block
-    config = SetJson("config.json", spec.at(key), new, expect=block.get(key, MISSING))
-    added = new / old - 1
-    return Fix(
-        f"zero-pad the MLP: {key} {old} -> {new} (+{added:.1%} of its weights, same outputs in exact "
-        "arithmetic)",
-        (*edits, config),
-        "unsafe",
-        needs=("W201", "G301"),
-    )
+    found = grown(checkpoint, spec, tensors, key, lambda v: all(not (resized(spec, e, key, v) or 1) % unit for e in expressions), unit)
+    return found and Fix(*found, "unsafe", needs=("W201", "G301"))
 
 
 def bad():

@@ -14,7 +14,8 @@ Do: use fewer GPUs, a newer runtime (vLLM pads the tiles itself since June 2026)
 False alarms: a runtime built with other kernels than the table knows. `--runtime vllm==VERSION` picks the
 rows that hold.
 
-Fix safety: no fix here; padding is offered by G302 where it is exact.
+Fix safety: unsafe, and for the MLP alone: zero-padded to the tiles, its outputs are the same in exact arithmetic. Attention's matrices
+follow hidden_size, which cannot grow.
 
 Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9913 and 13640, pull request
 45295.
@@ -28,15 +29,17 @@ Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9
 
 误报: 运行时有表中没有的内核。用 `--runtime vllm==VERSION` 选出适用的条目。
 
-修复: 这里不提供修复；补零在能精确进行时由 G302 提供。
+修复: 不安全，且只针对 MLP：补零到满足分块，按精确算术输出不变。注意力的矩阵由 hidden_size 决定，不能加宽。
 """
 
-from doctor.rule import Place, finding, on_one_gpu, rule, size_key
+from dataclasses import replace
+
+from doctor.rule import Fix, Place, axis_expression, finding, grown, on_one_gpu, resized, rule, size_key
 from doctor.testing import tiny
 
 
 @rule("G303", "error", implied_by=("G301", "G302", "G304"))
-def kernel_shape(checkpoint, layout, kernels, spec, recipe):
+def kernel_shape(checkpoint, layout, kernels, spec, recipe, tensors):
     if not kernels:  # G305 says so
         return
     shapes = {}
@@ -64,8 +67,33 @@ def kernel_shape(checkpoint, layout, kernels, spec, recipe):
                 "tp": recipe.tp,
                 "kernel": kernels[0].name,
             },
+            fix=None if layout.quantized else _padding(checkpoint, layout, kernels[0], spec, recipe, tensors, linear),
             advice="use fewer GPUs or a newer runtime",
         )
+
+
+def _padding(checkpoint, layout, kernel, spec, recipe, tensors, linear):
+    """Fix that widens the MLP of this linear until all its matrices fill the kernel's tiles on each GPU, None where it is not the width."""
+    parent = linear.name.rpartition(".")[0]
+    mlp = [x for x in layout.linears if x.name.rpartition(".")[0] == parent and x.role in ("gate", "up", "gate_up", "down")]
+    key = next((size_key(spec, x.name, 1) for x in mlp if x.role == "down"), None)
+    if key is None or linear not in mlp:
+        return None
+    shapes = {x.name: (axis_expression(spec, x.name, 1), axis_expression(spec, x.name, 0)) for x in mlp}
+    if any(None in pair for pair in shapes.values()):
+        return None
+
+    def suits(width):
+        sizes = {n: tuple(resized(spec, e, key, width) or 0 for e in pair) for n, pair in shapes.items()}
+        wide = replace(layout, linears=tuple(x._replace(in_features=sizes[x.name][0], out_features=sizes[x.name][1]) for x in mlp))
+        found = on_one_gpu(wide, recipe.tp, spec.n_kv_heads)
+        whole = all(k % (max(layout.group_size, 1)) == 0 for _, k, _, _ in found)
+        return whole and len(found) == len(on_one_gpu(replace(layout, linears=tuple(mlp)), 1, None)) and all(
+            kernel.takes(k, n) for _, k, n, _ in found)
+
+    unit = max(i * o for i, o in kernel.tiles) * recipe.tp
+    found = grown(checkpoint, spec, tensors, key, suits, unit)
+    return found and Fix(*found, "unsafe", needs=("W201", "G301", "G302"))
 
 
 def bad():
@@ -82,3 +110,11 @@ def good():
     case = tiny()
     case.recipe = case.recipe.with_field("runtime", "vllm")
     return case
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case = tiny(mlp=96)
+    case.recipe = case.recipe.with_field("runtime", "vllm").with_field("runtime_version", "0.12.0").with_field("tp", 2)
+    case.recipe = case.recipe.with_field("keep", ("self_attn", "gate", "up", "fc1"))
+    yield case

@@ -13,7 +13,8 @@ Do: choose a combination from the table.
 
 False alarms: a runtime newer than the table, or one with kernels added by a plugin.
 
-Fix safety: no fix: which of the legal plans you want is your choice.
+Fix safety: unsafe: it changes the plan you asked for to the nearest one of the table, never the checkpoint: symmetry before groups,
+groups before the form of the file, bits last.
 
 Sources: rules/tables/kernels.toml and what it names.
 
@@ -26,15 +27,15 @@ Sources: rules/tables/kernels.toml and what it names.
 
 误报: 运行时比表新，或通过插件增加了内核。
 
-修复: 不提供修复：在可行的计划里选哪个由你决定。
+修复: 不安全：把你要求的计划改为表中最接近的一个，检查点不变：先改对称性，再改分组，再改文件格式，最后才改位宽。
 """
 
-from doctor.rule import finding, rule, table
+from doctor.rule import Fix, SetRecipe, finding, nearest_plan, rule, table
 from doctor.testing import tiny
 
 
 @rule("G305", "error")
-def plan_unsupported(checkpoint, layout, kernels, recipe):
+def plan_unsupported(checkpoint, layout, kernels, recipe, spec):
     kind = "" if layout.sym else ", asymmetric"
     plan = f"{layout.format} {layout.bits}-bit group {layout.group_size}{kind}"
     version = f" {recipe.runtime_version}" if recipe.runtime_version else ""
@@ -45,6 +46,7 @@ def plan_unsupported(checkpoint, layout, kernels, recipe):
         yield finding(
             f"{recipe.runtime}{version} has no kernel for {plan}",
             facts_table=rows,
+            fix=_nearest(layout, recipe, spec),
             advice="choose a plan from the table",
             evidence={
                 "runtime": recipe.runtime,
@@ -56,9 +58,15 @@ def plan_unsupported(checkpoint, layout, kernels, recipe):
     elif recipe.runtime == "exllamav2" and recipe.tp > 1:
         yield finding(
             f"exllamav2 does not split {layout.format} matrices among GPUs, and the plan says tp {recipe.tp}",
+            fix=None if layout.quantized else Fix("plan for one GPU, or for a split by layers", (SetRecipe("tp", 1),), "unsafe"),
             advice="split by layers instead (gpu_split), or serve EXL2",
             evidence={"tp": recipe.tp},
         )
+
+
+def _nearest(layout, recipe, spec):
+    found = None if layout.quantized else nearest_plan(recipe, layout, spec.n_kv_heads)
+    return found and Fix(found[0], tuple(SetRecipe(k, v) for k, v in found[1].items()), "unsafe")
 
 
 def bad():
@@ -71,3 +79,10 @@ def good():
     case = tiny()
     case.recipe = case.recipe.with_field("runtime", "exllamav2")
     return case
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case = tiny()
+    case.recipe = case.recipe.with_field("runtime", "exllamav2").with_field("tp", 2)
+    yield case

@@ -11,7 +11,7 @@ Do: keep all parts of a fused set in 16 bits, or none.
 
 False alarms: a runtime that never fuses (transformers).
 
-Fix safety: no fix: either choice is legal.
+Fix safety: unsafe: it changes the plan you asked for, never the checkpoint. A checkpoint that is so already needs the run again.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/utils/quant_utils.py (is_layer_skipped);
 vllm issues 47473, 50214 and 53992; turboderp/exllamav2 exllamav2/module.py.
@@ -25,10 +25,10 @@ vllm issues 47473, 50214 and 53992; turboderp/exllamav2 exllamav2/module.py.
 
 误报: 从不融合的运行时（transformers）。
 
-修复: 不提供修复：两种选择都可以。
+修复: 不安全：改的是你要求的计划，检查点不变。已经如此的检查点需重新量化。
 """
 
-from doctor.rule import FUSED, Place, finding, rule
+from doctor.rule import FUSED, Fix, Keep, Place, finding, rule
 from doctor.testing import never_in, tiny
 
 FUSING = ("vllm", "sglang", "exllamav2")
@@ -58,6 +58,8 @@ def fused_linears_differ(checkpoint, layout, recipe, spec):
                 at=Place("", tensor=next(x.tensor for x in members if x.name in missed)),
                 severity="error" if recipe.runtime in FUSING else "warning",
                 evidence={"quantized": inside, "kept": outside},
+                fix=None if layout.quantized else Fix(
+                    f"keep {', '.join(inside)} in 16 bits too", tuple(Keep(x.name) for x in members if x.name in have), "unsafe"),
                 advice="keep all of them in 16 bits, or none",
             )
 

@@ -11,7 +11,8 @@ Do: use fewer GPUs or expert parallelism, which keeps experts whole.
 
 False alarms: runtimes with other kernels than the table knows.
 
-Fix safety: no fix here; G302 pads where groups are cut.
+Fix safety: unsafe, and for the experts' width alone: zero-padded, their outputs are the same in exact arithmetic. hidden_size cannot
+grow.
 
 Sources: rules/tables/kernels.toml; vllm-project/vllm
 vllm/model_executor/layers/quantization/utils/marlin_utils.py (check_moe_marlin_supports_layer), pull
@@ -26,15 +27,15 @@ request 45703.
 
 误报: 运行时有表中没有的内核。
 
-修复: 这里不提供修复；分组被切断处由 G302 补零。
+修复: 不安全，且只针对专家的宽度：补零后按精确算术输出不变。hidden_size 不能加宽。
 """
 
-from doctor.rule import Place, finding, in_force, rule, size_key, table
+from doctor.rule import Fix, Place, axis_expression, finding, grown, in_force, resized, rule, size_key, table
 from doctor.testing import only_in, tiny
 
 
 @rule("G308", "warning", certainty="likely", implied_by=("G301", "G302"))
-def expert_shape(checkpoint, layout, spec, recipe):
+def expert_shape(checkpoint, layout, spec, recipe, tensors):
     experts = {
         (x.in_features, x.out_features): x
         for x in layout.linears
@@ -61,8 +62,15 @@ def expert_shape(checkpoint, layout, spec, recipe):
                 f"{row['name']} of {recipe.runtime}: {what}",
                 at=Place("config.json", pointer=spec.at(key) if key else None),
                 evidence={"hidden": hidden, "width": width, "tp": recipe.tp},
+                fix=None if bad_hidden or layout.quantized or not key
+                else _padding(checkpoint, spec, tensors, key, axis_expression(spec, linear.name, 1), inner * recipe.tp),
                 advice="use fewer GPUs or expert parallelism",
             )
+
+
+def _padding(checkpoint, spec, tensors, key, expression, unit):
+    found = expression and grown(checkpoint, spec, tensors, key, lambda v: not (resized(spec, expression, key, v) or 1) % unit, unit)
+    return Fix(*found, "unsafe", needs=("W201", "G301", "G302")) if found else None
 
 
 def bad():

@@ -13,7 +13,7 @@ word.
 
 False alarms: none; the division is exact arithmetic.
 
-Fix safety: no fix: which linears stay in 16 bits is your choice.
+Fix safety: unsafe: it changes the plan you asked for, never the checkpoint.
 
 Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py (pack_block); casper-hansen/AutoAWQ
 awq/modules/linear/gemm.py.
@@ -27,10 +27,10 @@ awq/modules/linear/gemm.py.
 
 误报: 无；整除是精确计算。
 
-修复: 不提供修复：哪些线性层留在 16 位由你决定。
+修复: 不安全：改的是你要求的计划，检查点不变。
 """
 
-from doctor.rule import Place, finding, rule
+from doctor.rule import Fix, Place, finding, keep_edits, rule
 from doctor.testing import tiny
 
 # (in_features, out_features) multiples. AutoAWQ asserts out % 8 but sizes its buffer by 32, so 32 is what works.
@@ -54,6 +54,7 @@ def packing_indivisible(checkpoint, layout):
             f"{role} ({len(linears)} linears) cannot be packed as {layout.format}: {wrong}",
             at=Place("", tensor=f"{linears[0].name}.weight"),
             evidence={"in_features": width, "out_features": height, "linears": len(linears)},
+            fix=Fix(f"keep {role} in 16 bits", keep_edits(layout.linears, [x.name for x in linears]), "unsafe"),
             advice=f"--keep '{linears[0].name.rsplit('.', 1)[-1]}' leaves them in 16 bits",
         )
 

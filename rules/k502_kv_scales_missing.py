@@ -13,7 +13,7 @@ dtype on auto.
 
 False alarms: engines that compute scales while serving.
 
-Fix safety: no fix: scales need a calibration.
+Fix safety: unsafe: the entry is removed, and the cache stays in 16 bits, which takes twice the memory. Scales need a calibration.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py; vllm-project/llm-compressor
 issue 2176.
@@ -26,10 +26,10 @@ issue 2176.
 
 误报: 推理时才计算缩放因子的引擎。
 
-修复: 不提供修复：缩放因子要靠校准得出。
+修复: 不安全：删去该条目，缓存保持 16 位，占用两倍内存。缩放因子要靠校准得出。
 """
 
-from doctor.rule import Place, finding, rule
+from doctor.rule import Fix, Place, RemoveJson, finding, rule
 from doctor.testing import tiny_gptq
 
 SCALES = (".k_scale", ".v_scale", ".kv_scale")
@@ -48,6 +48,7 @@ def kv_scales_missing(checkpoint, quantization_block, tensors):
     yield finding(
         f"{key} is set and no tensor ends in .k_scale or .v_scale: the cache would use scale 1.0",
         at=Place(file, pointer=f"{pointer}/{key}"),
+        fix=Fix(f"remove {key}", (RemoveJson(file, f"{pointer}/{key}", raw[key]),), "unsafe"),
         advice="calibrate the scales, or remove the entry",
     )
 

@@ -7,7 +7,7 @@ Do: calibrate again, with text that reaches this block.
 
 False alarms: none; nothing can be divided by 0.
 
-Fix safety: no fix: scales need a calibration.
+Fix safety: unsafe, and only with `--from`: the scale is taken from another copy of this checkpoint. Without one it needs a calibration.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py.
 
@@ -19,21 +19,22 @@ Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py.
 
 误报: 无；任何数都不能除以 0。
 
-修复: 不提供修复：缩放因子要靠校准得出。
+修复: 不安全，且需 `--from`：从此检查点的另一份副本取缩放因子。没有副本就要靠校准得出。
 """
 
-from doctor.rule import finding, rule
+from doctor.rule import finding, rule, tensor_from_base
 from doctor.testing import np, tiny_gptq
 
 SCALES = (".k_scale", ".v_scale", ".kv_scale")
 
 
 @rule("K503", "error")
-def kv_scale_zero(tensor, n_zero, numel):
+def kv_scale_zero(tensor, n_zero, numel, base):
     if tensor.name.endswith(SCALES) and n_zero:
         yield finding(
             f"{n_zero} of {numel} scales in {tensor.name} are 0",
             evidence={"n_zero": n_zero, "numel": numel},
+            fix=tensor_from_base(base, tensor),
             advice="calibrate the cache again",
         )
 

@@ -11,7 +11,8 @@ Do: quantize this linear again (Q401 and Q405 of that run say why it failed).
 
 False alarms: scale 0 for a group whose weights are all 0, as some packers write for padding.
 
-Fix safety: no fix: the weights behind a wrong scale are lost.
+Fix safety: unsafe, and only with `--from`: the scales are taken from another copy of the quantized checkpoint, such as its repository.
+Without one the weights behind a wrong scale are lost.
 
 Sources: AutoGPTQ/AutoGPTQ issues 306, 582 and 587; casper-hansen/AutoAWQ PR 516 (sets such scales to 1).
 
@@ -24,10 +25,10 @@ Sources: AutoGPTQ/AutoGPTQ issues 306, 582 and 587; casper-hansen/AutoAWQ PR 516
 
 误报: 权重全为 0 的组，因子为 0，有的打包程序对补零部分就这么写。
 
-修复: 不提供修复：缩放因子错了，背后的权重也就没了。
+修复: 不安全，且需 `--from`：从该量化检查点的另一份副本（例如它的仓库）取缩放因子。没有副本，背后的权重也就没了。
 """
 
-from doctor.rule import finding, rule
+from doctor.rule import finding, rule, tensor_from_base
 from doctor.testing import encode, tiny_gptq
 
 SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
@@ -37,19 +38,21 @@ HUGE = 100.0
 
 
 @rule("O607", "warning", certainty="likely", implied_by=("W201",))
-def bad_scales(tensor, n_zero, numel, absmax):
+def bad_scales(tensor, n_zero, numel, absmax, base):
     if not tensor.name.endswith(SCALES):
         return
     if n_zero:
         yield finding(
             f"{n_zero:,} of {numel:,} scales in {tensor.name} are 0",
             evidence={"n_zero": n_zero, "numel": numel},
+            fix=tensor_from_base(base, tensor),
             advice="quantize this linear again",
         )
     if not absmax <= HUGE:
         yield finding(
             f"{tensor.name} has a scale of {absmax:,.0f}",
             evidence={"absmax": absmax},
+            fix=tensor_from_base(base, tensor),
             advice="quantize this linear again",
         )
 

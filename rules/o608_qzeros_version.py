@@ -33,14 +33,8 @@ exllamav2/ext.py (0x11111111).
 绝。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, ShiftZeros, finding, rule
+from doctor.rule import MISSING, Fix, Place, SetJson, ShiftZeros, finding, rule, symmetric_word
 from doctor.testing import tiny_gptq
-
-
-def symmetric_word(bits, version):
-    """The word of zero points that a symmetric file holds everywhere, for widths that divide 32."""
-    stored = 2 ** (bits - 1) - (version == "gptq")
-    return sum(stored << shift for shift in range(0, 32, bits))
 
 
 @rule("O608", "error")

@@ -1,6 +1,6 @@
 """O611 quantization-config-missing: tensors are packed, but no file says how.
 
-Why: bits, group size and zero points cannot be read off the words with certainty. Engines take such a
+Why: bits, group size and zero points are not stated anywhere. Engines take such a
 checkpoint for an unquantized one and look for weights that are not there.
 
 Seen as:
@@ -12,29 +12,31 @@ maker used.
 
 False alarms: none; without it no engine reads the file.
 
-Fix safety: no fix: symmetry and version are not in the tensors.
+Fix safety: safe where the tensors determine all of it: bits and groups by their shapes, and symmetry and version by zero points that are one
+symmetric word throughout; AWQ always. Zero points that vary leave GPTQ's version open, and other forms are not read: then manual.
 
 Sources: vllm-project/vllm issues 1100 and 13612; vllm-project/llm-compressor issues 959 and 967.
 
 标题: 张量是打包的，却没有文件说明如何打包
 
-原因: 位宽、分组大小和零点无法从打包的字里确定。引擎会把它当成未量化的检查点，去找并不存在的权重。
+原因: 位宽、分组大小和零点哪里都没有写明。引擎会把它当成未量化的检查点，去找并不存在的权重。
 
 处理: 从模型来源处复制 quantize_config.json，或写上制作者使用的 quantization_config。
 
 误报: 无；没有它，任何引擎都读不了。
 
-修复: 不提供修复：对称性和版本不在张量里。
+修复: 张量能完全确定时安全：位宽和分组看形状，对称性和版本看零点是否全是同一个对称字；AWQ 总能确定。零点不一时无法确定 GPTQ 的版
+本，其他形式不读：需手动。
 """
 
-from doctor.rule import Place, finding, rule
-from doctor.testing import tiny_gptq
+from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule, symmetric_word
+from doctor.testing import np, tiny_gptq
 
 PACKED = (".qweight", ".weight_packed", ".q_weight")
 
 
 @rule("O611", "error")
-def quantization_config_missing(checkpoint, quantization_block, tensors):
+def quantization_config_missing(checkpoint, quantization_block, tensors, config, zero_words, index_order):
     packed = [name for name in tensors if name.endswith(PACKED)]
     if quantization_block is not None or not packed:
         return
@@ -42,8 +44,48 @@ def quantization_config_missing(checkpoint, quantization_block, tensors):
         f"{len(packed):,} tensors are packed (first {packed[0]}) and there is no quantization_config",
         at=Place("config.json", pointer="/quantization_config"),
         evidence={"packed": len(packed)},
+        fix=_fix(tensors, config, zero_words, index_order),
         advice="copy quantize_config.json from where the model came from",
     )
+
+
+def _fix(tensors, config, zero_words, index_order):
+    """quantization_config as the tensors show it; None where they leave anything open."""
+    modules = [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]
+    shapes = [[tensors[f"{m}.{part}"].shape if f"{m}.{part}" in tensors else None for part in ("qweight", "qzeros", "scales", "g_idx")] for m in modules]
+    if not shapes or any(len(s or ()) != 2 for three in shapes for s in three[:3]):
+        return None
+    found = {_read(*four) for four in shapes}
+    if len(found) != 1 or None in found:
+        return None
+    method, bits, group = found.pop()
+    block = {"quant_method": method, "bits": bits, "group_size": group}
+    if method == "awq":
+        block |= {"zero_point": True, "version": "gemm"}
+    else:
+        versions = [v for v in ("gptq", "gptq_v2") if bits != 3 and all(w == {symmetric_word(bits, v)} for w in zero_words.values())]
+        if len(versions) != 1 or not zero_words or shapes[0][3] is not None and index_order is None:
+            return None
+        block |= {"sym": True, "desc_act": index_order is False, "checkpoint_format": versions[0], "lm_head": "lm_head" in modules}
+    edit = SetJson("config.json", "/quantization_config", block, config.get("quantization_config", MISSING))
+    groups = f"groups of {group}" if group > 0 else "whole rows"
+    return Fix(f"write quantization_config as the tensors show it: {method}, {bits} bits, {groups}", (edit,))
+
+
+def _read(words, zeros, scales, index):
+    """(method, bits, group_size) of one linear by its shapes, None where they do not fit together."""
+    groups, height = scales
+    bits = zeros[1] * 32 / height
+    if words[1] == height and index is not None:
+        width, method = index[0], "gptq"
+    elif words[1] == height:
+        width, method = words[0] * 32 / bits, "gptq"
+    else:
+        width, method = words[0], "awq"
+    fits = words == ((width * bits / 32, height) if method == "gptq" else (width, height * bits / 32))
+    if bits not in (2, 3, 4, 8) or not fits or zeros[0] != groups or width % groups or method == "awq" and bits != 4:
+        return None
+    return method, int(bits), int(width // groups) if groups > 1 else -1
 
 
 def bad():
@@ -57,3 +99,18 @@ def bad():
 
 def good():
     return tiny_gptq()
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case = tiny_gptq(version="gptq_v2")
+    del case.config["quantization_config"]
+    yield case
+    case = tiny_gptq()
+    del case.config["quantization_config"]
+    for name in [n for n in case.tensors if n.endswith((".g_idx", ".qweight"))]:
+        if name.endswith(".g_idx"):
+            del case.tensors[name]
+        else:  # the other way round: rows are in_features, a word holds eight out_features
+            case.tensors[name] = np.ascontiguousarray(case.tensors[name].reshape(case.tensors[name].shape[0] * 8, -1))
+    yield case

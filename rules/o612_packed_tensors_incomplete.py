@@ -12,7 +12,8 @@ Do: copy the missing tensors' shard again; set bits and group_size to what the s
 
 False alarms: formats with other tensor names are not judged.
 
-Fix safety: no fix: the maker's config is the better source.
+Fix safety: safe where the files determine it: the zero points of a symmetric GPTQ file are one word, and a group size that the scales of
+every linear show goes into the config. With `--from` tensors are taken from another copy, unsafe. Else no fix.
 
 Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py; casper-hansen/AutoAWQ
 awq/modules/linear/gemm.py.
@@ -26,10 +27,10 @@ awq/modules/linear/gemm.py.
 
 误报: 使用其他张量名的格式不作判断。
 
-修复: 不提供修复：制作者的配置更可靠。
+修复: 文件能确定时安全：对称 GPTQ 的零点全是同一个字；所有线性层的缩放因子一致表明的分组大小写入配置。用 `--from` 时从另一份副本取张量，不安全。否则不提供修复。
 """
 
-from doctor.rule import Place, finding, rule
+from doctor.rule import EqualZeros, Fix, Place, SetJson, finding, rule, symmetric_word
 from doctor.testing import tiny_gptq
 
 NEEDED = {"gptq": ("scales", "qzeros"), "awq": ("scales", "qzeros"), "compressed-tensors": ("weight_scale",)}
@@ -37,7 +38,8 @@ PACKED = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_pac
 
 
 @rule("O612", "error")
-def packed_tensors_incomplete(checkpoint, quantization, layout, tensors):
+def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
+    shown = _group_size(quantization, layout, tensors)
     for linear in layout.linears:
         at = Place("", tensor=f"{linear.name}.{PACKED[quantization.method]}")
         absent = [tail for tail in NEEDED[quantization.method] if f"{linear.name}.{tail}" not in tensors]
@@ -48,6 +50,7 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors):
                 f"{linear.name} is packed but has no {' and no '.join(absent)}",
                 at=at,
                 evidence={"absent": absent},
+                fix=_absent(quantization, linear, tensors, absent, base),
                 advice="copy the shard again from where it came from",
             )
             continue
@@ -65,8 +68,40 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors):
                 f"{linear.name} has scales {list(scales)}, and {quantization.bits} bits in groups of {group} make {list(expected)}",
                 at=at,
                 evidence={"scales": list(scales), "expected": list(expected)},
+                fix=shown,
                 advice="set bits and group_size to what the tensors were made with",
             )
+
+
+def _absent(quantization, linear, tensors, absent, base):
+    """Equal zero points for a symmetric GPTQ file; else what --from has under these names."""
+    scales = tensors.get(f"{linear.name}.scales")
+    bits = quantization.bits
+    if absent == ["qzeros"] and quantization.method == "gptq" and quantization.sym and bits in (2, 4, 8) and scales is not None:
+        groups, height = scales.shape
+        edit = EqualZeros(f"{linear.name}.qzeros", (groups, height * bits // 32), symmetric_word(bits, quantization.version))
+        return Fix("write the zero points of a symmetric file", (edit,))
+    donor = base.checkpoint.tensors if base is not None else {}
+    names = [f"{linear.name}.{tail}" for tail in absent]
+    offers = [base.offer(n, donor[n].dtype.name, donor[n].shape) for n in names if n in donor]
+    return Fix(f"take {' and '.join(absent)} from {base.text}", tuple(offers), "unsafe") if len(offers) == len(names) and None not in offers else None
+
+
+def _group_size(quantization, layout, tensors):
+    """Fix that states the one group size which the scales of every linear show; None where they show several or another defect."""
+    found = set()
+    for linear in layout.linears:
+        scales = tensors.get(f"{linear.name}.{NEEDED[quantization.method][0]}")
+        if scales is None or len(scales.shape) != 2 or quantization.version not in ("gptq", "gptq_v2", "gemm"):
+            return None
+        groups, height = scales.shape
+        found.add(linear.in_features // groups if height == linear.out_features and groups and not linear.in_features % groups else None)
+    key = next((k for k in ("group_size", "q_group_size") if k in quantization.raw), None)
+    if len(found) != 1 or None in found or key is None:
+        return None
+    size = found.pop()
+    edit = SetJson(quantization.file, f"{quantization.pointer}/{key}", size, quantization.raw[key])
+    return Fix(f"set {key} to {size}, which all scales show", (edit,))
 
 
 def bad():
@@ -78,3 +113,13 @@ def bad():
 
 def good():
     return tiny_gptq()
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case = tiny_gptq()
+    del case.tensors[f"{case.packed('down')}.qzeros"]
+    yield case
+    case = tiny_gptq()
+    case.config["quantization_config"]["group_size"] = 64
+    yield case

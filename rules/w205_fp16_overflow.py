@@ -15,7 +15,8 @@ load it with `torch_dtype=float16`.
 
 False alarms: a tensor that no program casts, for instance a constant kept in float32 by name.
 
-Fix safety: no fix: clamping a weight changes the model.
+Fix safety: unsafe, and only by name: the values become the largest that float16 holds, which changes the model. Keeping it in bfloat16
+needs no fix.
 
 Sources: ggml-org/llama.cpp issue 14788; turboderp/exllamav2 issue 600.
 
@@ -28,10 +29,10 @@ Sources: ggml-org/llama.cpp issue 14788; turboderp/exllamav2 issue 600.
 
 误报: 没有程序会转换的张量，例如按名字保留 float32 的常量。
 
-修复: 不提供修复：截断权重会改变模型。
+修复: 不安全，且只能点名执行：超出的值改为 float16 的最大值，模型会因此改变。全程 bfloat16 则无需修复。
 """
 
-from doctor.rule import finding, rule
+from doctor.rule import ClampTensor, Fix, finding, rule
 from doctor.testing import encode, tiny
 
 FP16_MAX = 65504  # the largest finite float16
@@ -45,6 +46,7 @@ def fp16_overflow(tensor, n_fp16_overflow, absmax):
     yield finding(
         f"{n_fp16_overflow:,} {'value' if n_fp16_overflow == 1 else 'values'} of {tensor.name} beyond {FP16_MAX:,}, "
         f"the largest float16 (largest {absmax:,.0f})",
+        fix=Fix(f"clamp to ±{FP16_MAX:,}", (ClampTensor(tensor.name, float(FP16_MAX)),), "unsafe", by_name=True),
         evidence={"n_fp16_overflow": n_fp16_overflow, "absmax": absmax},
         advice="keep the model in bfloat16: a cast to float16 makes these Inf",
     )

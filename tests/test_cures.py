@@ -1,6 +1,7 @@
 """Cures that need more than the checkpoint itself: tensors from a base model, adapters merged, packed weights made plain."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -563,3 +564,40 @@ def test_the_commands_of_the_pipelines_page_do_what_it_says(tmp_path, monkeypatc
     code, out, _ = doctor(*shlex.split(hook))
     assert code == 1 and "C106" in out and doctor(*shlex.split(workflow))[0] == 1
     assert doctor(*shlex.split(cure))[0] == 0 and Checkpoint.open("fixed").value("config.json")["bos_token_id"] == 1
+
+
+# the laws of every cure
+
+
+def every_rule():
+    from doctor.engine import load_rules
+
+    return load_rules()
+
+
+@pytest.mark.parametrize("entry", every_rule(), ids=lambda r: r.code)
+def test_a_cure_removes_its_finding_adds_none_and_is_done_once(entry, tmp_path):
+    """Cures that change the plan instead of the files are held to the same, by the plan that a quantizer's run would make."""
+    from doctor.plan import Consent, make_plan, refuse
+    from doctor.testing import shown_by
+
+    for number, (case, healthy) in enumerate(shown_by(sys.modules[entry.module])):
+        source = case.write(tmp_path / f"source{number}")
+        base = healthy.write(tmp_path / f"base{number}") if healthy is not None else None
+        facts = [(s, n, v) for (s, n), v in case.facts.items()]
+        kept = {p.name: p.read_bytes() for p in source.iterdir() if p.is_file()}
+        try:
+            result = fix(source, tmp_path / f"out{number}", case.recipe, unsafe_fixes=[entry.code], only=[entry.code], base=base, facts=facts)
+        except BadCheckpoint:
+            assert base is not None  # an example without weights has no healthy twin to take them from
+            continue
+        assert {p.name: p.read_bytes() for p in source.iterdir() if p.is_file()} == kept
+        in_run = make_plan(Checkpoint.open(source), case.recipe, every_rule(), Consent(codes=frozenset([entry.code]), only=frozenset([entry.code]), recipe=True),
+                           facts=facts)
+        refuse(in_run)
+        cured = [f for step in in_run.steps for f in step.findings]
+        assert not [f for f in in_run.after.findings if f in cured], in_run.after.findings
+        if result.plan.steps:
+            gone = {(f.subject, f.message) for step in result.plan.steps for f in step.findings}
+            again = fix(tmp_path / f"out{number}", tmp_path / f"again{number}", case.recipe, unsafe_fixes=[entry.code], only=[entry.code], base=base, facts=facts)
+            assert not again.plan.steps and not gone & {(f.subject, f.message) for f in again.report_before.findings}
