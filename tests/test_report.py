@@ -313,6 +313,23 @@ def test_rounding_that_was_asked_for_is_not_painted_as_a_fallback():
     assert 'class="bad"' not in asked and 'class="bad"' in fell
 
 
+def test_what_a_rule_explains_is_said_once_on_a_screen_and_every_place_is_named():
+    report = make_report([make_finding(tensor=f"model.layers.0.{n}_proj.weight", message=f"{n} is odd") for n in ("q", "up", "down")])
+    text = terminal.render([report])
+    assert all(f"{n} is odd" in text for n in ("q", "up", "down")) and text.count("--> ") == 3 and text.count("= why") == 1
+
+
+def test_a_consequence_of_a_consequence_hangs_under_the_cause():
+    chain = [make_finding(code="W901", tensor="a"), make_finding(code="W902", tensor="a", consequence_of="W901"),
+             make_finding(code="W903", tensor="a", consequence_of="W902")]
+    runs = [RuleRun(make_rule(c), 1) for c in ("W901", "W902", "W903")]
+    (root,) = view.groups(make_report(chain, runs=runs))
+    assert [g.code for g in root.effects] == ["W902", "W903"]
+    circle = [make_finding(code="W901", tensor="a", consequence_of="W902"), make_finding(code="W902", tensor="a", consequence_of="W901")]
+    (root,) = view.groups(make_report(circle, runs=runs))  # nothing is lost
+    assert len(root.effects) == 1
+
+
 def test_a_receipt_is_told_from_a_report():
     for receipt in ('{"schema": "doctor.receipt/1"}', '{"doctor": "0.1.0", "outcomes": {"gptq": 210}}'):
         with pytest.raises(DoctorError, match="this is a receipt"):

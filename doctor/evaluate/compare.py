@@ -121,6 +121,7 @@ def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor
 
     progress gets (blocks done, blocks in all). Raises NotQuantizable where the two do not have the same number of blocks.
     """
+    _same_model(original, quantized)
     a, b = Streamed(original, rows), Streamed(quantized, rows)
     blocks = len(a.skeleton.blocks)
     if len(b.skeleton.blocks) != blocks:
@@ -148,6 +149,16 @@ def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor
         replies=tuple((decode(p[0].tolist()), decode(x), decode(y)) for p, x, y in zip(prompts, *said, strict=False)),
         block_errors=tuple(errors), half=half, entropy_original=tally.entropy(0), entropy_quantized=tally.entropy(1),
         one_choice=share, one_choice_original=usual, one_choice_token=favourite)
+
+
+def _same_model(original: Checkpoint, quantized: Checkpoint) -> None:
+    """Raises NotQuantizable where the two configs cannot be of one model. Vocabularies may differ: quantizers pad them."""
+    configs = [c.value("config.json") or {} for c in (original, quantized)]
+    for key in ("model_type", "hidden_size", "num_hidden_layers"):
+        a, b = (c.get(key) for c in configs)
+        if a is not None and b is not None and a != b:
+            raise NotQuantizable(f"{original.name} and {quantized.name} are not one model: {key} is {a} there and {b} here.",
+                                 "Give the checkpoint that was quantized first, then what came out.")
 
 
 def _collapse(replies: list[list[int]]) -> tuple[float, int]:

@@ -14,7 +14,7 @@ from doctor.checkpoint import Checkpoint
 from doctor.engine import Report, judge, load_rules, locate
 from doctor.errors import DoctorError
 from doctor.evaluate.compare import compare
-from doctor.facts import CHECKPOINT
+from doctor.facts import CHECKPOINT, closure
 from doctor.host import describe
 from doctor.quant import calibrate
 from doctor.quant.dequant import quantization
@@ -36,6 +36,9 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
     replies (half of what is free by default); a larger model is compared without them, and the report says so.
     """
     started = time.perf_counter()
+    for name, value, least in (("--rows", rows, 1), ("--context", context, 2)):
+        if value < least:
+            raise DoctorError(f"{name} {value}: must be {least} or more.")
     first, second = Checkpoint.open(original), Checkpoint.open(quantized)
     ids, tokenizer, source = _rows(first, text, rows, context)
     prompts, decode = _prompts(tokenizer, ids)
@@ -43,13 +46,17 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
     with quiet():
         comparison = compare(first, second, ids, prompts, decode, budget, progress)
 
-    recipe = recipe_of(second)
+    # A 16-bit model, say a fine-tune against its base, has no plan: whether it could be quantized is another question.
+    plain = quantization(second) is None
+    recipe, rules = recipe_of(second), load_rules()
+    if plain:
+        rules = [r for r in rules if "recipe" not in closure(r.needs)]
     store = header_facts(second, recipe)
     scanned = scan(second, store)
     store.put(CHECKPOINT, "comparison", comparison)
-    findings, runs = judge(store, load_rules())
+    findings, runs = judge(store, rules)
     extra = {"comparison": asdict(comparison), "text": {"source": source, "rows": len(ids), "context": context, "stride": context},
-             "machine": describe()}
+             "machine": describe(), "plain": plain}
     if not comparison.generated:
         extra["not_generated"] = f"a whole model in float32 does not fit the {budget / 2**30:.1f} GiB given to it; --memory raises it"
         extra["reply_bytes"] = budget

@@ -18,7 +18,7 @@ def lines(report: Report) -> list[str]:
     out += [f"☠ {r.rule.code} crashed: {safe(r.crashed)}; this is a defect of doctor, please report it" for r in report.crashed]
     facts = view.run_facts(report).replace(" · ", ", ").replace(" run", " run", 1)
     if found:
-        out.append(f"Found {view.tally(found)} in {_looked_at(report)} for {report.recipe.label()} ({facts})")
+        out.append(f"Found {view.tally(found)} in {_looked_at(report)} for {view.plan_label(report)} ({facts})")
         out += _cures(found)
     else:
         mark, sentence = view.verdict(report)

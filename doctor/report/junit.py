@@ -23,7 +23,7 @@ def _suite(root: ET.Element, report: Report) -> None:
     found = [g for top in view.groups(report) for g in (top, *top.effects)]
     runs = [r for r in report.runs if r.status != "not applicable"]
     failed = {g.code for g in found if g.first.severity != "info"}
-    suite = ET.SubElement(root, "testsuite", name=_xml(f"{report.checkpoint} {report.recipe.label()}"), tests=str(len(runs)),
+    suite = ET.SubElement(root, "testsuite", name=_xml(f"{report.checkpoint} {view.plan_label(report)}"), tests=str(len(runs)),
                           failures=str(sum(r.rule.code in failed and not r.crashed for r in runs)), errors=str(len(report.crashed)),
                           skipped=str(view.skipped(report)), time=f"{report.seconds:.3f}")
     for run in runs:

@@ -42,7 +42,7 @@ def _run(report: Report) -> dict:
         "results": [_result(g, report, rules, files) for g in found],
         "invocations": [{"executionSuccessful": not report.crashed, "toolExecutionNotifications": _notes(report)}],
         "columnKind": "unicodeCodePoints",
-        "properties": {"plan": report.recipe.label(), "ready": report.ok},
+        "properties": {"plan": view.plan_label(report), "ready": report.ok},
     }
 
 

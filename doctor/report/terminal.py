@@ -138,9 +138,10 @@ def _report(screen: Screen, report: Report, verbose: bool) -> None:
             _box(screen, report, found)
     else:
         _head(screen, report)
+        told: dict[str, list] = {}
         for group in found:
             screen.line()
-            _group(screen, report, group)
+            _group(screen, report, group, told)
         _crashes(screen, report)
         screen.line()
         if _results(screen, report):
@@ -175,7 +176,8 @@ def _head(screen: Screen, report: Report) -> None:
 # one finding
 
 
-def _group(screen: Screen, report: Report, group: Group) -> None:
+def _group(screen: Screen, report: Report, group: Group, told: dict[str, list]) -> None:
+    """One finding. told: code -> explanations already on the screen, which are not said twice for the same rule."""
     first, entry = group.first, view.page_rule(report, group.code)
     colour = COLOURS[first.severity]
     state = say("new") + " " if first.baseline_state == "new" else ""
@@ -198,13 +200,15 @@ def _group(screen: Screen, report: Report, group: Group) -> None:
     if first.facts_table:
         if where.frame or first.strip:
             screen.line(bar)
-        _table(screen, first.facts_table, bar)
+        _table(screen, view.table(first), bar)
     if pictured:
         screen.line(bar)
-    last = ""
-    for label, body in _explanations(report, group, entry):
+    last, before = "", told.setdefault(group.code, [])
+    here = _explanations(report, group, entry)
+    for label, body in [line for line in here if line not in before]:
         again, last = label == last, label
         screen.hang(_text((" " * gutter + ("   " if again else " = "), _GUTTER), (pad("" if again else say(label), 7), _LABELS[label])), Text(body))
+    before += here
 
 
 def _where(screen: Screen, group: Group) -> None:

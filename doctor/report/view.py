@@ -61,12 +61,17 @@ class Group:
 
 
 def groups(report: Report) -> list[Group]:
-    """Folded findings in repair order, consequences hung under the first group of the code that explains them."""
+    """Folded findings in repair order, consequences hung under the first group of the code that explains them, or explains that."""
     made = [Group(first, every) for first, every in fold(report.findings)]
     roots = [g for g in made if not g.first.consequence_of]
+    causes = {g.code: g.first.consequence_of for g in made if g.first.consequence_of}
     for group in made:
         if group.first.consequence_of:
-            cause = next((r for r in roots if r.code == group.first.consequence_of), None)
+            code, passed = group.first.consequence_of, {group.code}
+            while code in causes and code not in passed and not any(r.code == code for r in roots):
+                passed.add(code)
+                code = causes[code]
+            cause = next((r for r in roots if r.code == code), None)
             (cause.effects if cause else roots).append(group)
     return roots
 
@@ -93,7 +98,7 @@ def skipped(report: Report) -> int:
 
 def verdict(report: Report) -> tuple[str, str]:
     """(mark, sentence): whether the checkpoint is ready for the plan, and how far that is known."""
-    label = report.recipe.label()
+    label = plan_label(report)
     good, bad = _what_was_asked(report)
     if report.at_or_above("error"):
         return "error", say(bad, plan=label)
@@ -168,8 +173,15 @@ def what_it_is(report: Report) -> str:
     return safe(" · ".join(p for p in parts if p))
 
 
+def plan_label(report: Report) -> str:
+    """`gptq 4-bit g128`; of a 16-bit model that was compared with another, its type."""
+    return str(report.summary.get("dtype", "")).lower() if report.extra.get("plain") else report.recipe.label()
+
+
 def plan_text(report: Report) -> str:
     """`gptq · 4 bit · group 128 · sym → vllm 0.9, tensor parallel 8`."""
+    if report.extra.get("plain"):
+        return say("none: not quantized")
     r = report.recipe
     group = say("per channel") if r.group_size == -1 else say("group {n}", n=r.group_size)
     target = [" ".join(filter(None, (r.runtime, r.runtime_version)))] if r.runtime else []
@@ -238,7 +250,7 @@ def _established(name: str, report: Report, runs: list) -> str:
         "Config": say("{what}, {n} blocks", what=s.get("architecture") or "config.json", n=s.get("blocks") or "?"),
         "Tokenizer": say("tokenizer and special tokens agree with config.json"),
         "Weights": _read(report),
-        "Geometry": say("{linears} fit {plan}", linears=counted(s["linears"], "linear"), plan=report.recipe.label()) if s.get("linears") else None,
+        "Geometry": say("{linears} fit {plan}", linears=counted(s["linears"], "linear"), plan=plan_label(report)) if s.get("linears") else None,
         "Serving": say("nothing against serving with {runtime}", runtime=report.recipe.runtime) if report.recipe.runtime else
         say("nothing against serving with any runtime"),
     }.get(name)
@@ -374,20 +386,25 @@ def cures(group: Group, entry: Rule | None) -> list[tuple[str, str]]:
     if chinese() and entry is not None:
         lines.append(("do", _first(entry, "Do")))
     if group.safety == "safe":
-        lines.append(("fix", fix.title))
+        lines.append(("fix", known(fix.title)))
     elif group.safety == "unsafe":
         once = " (once {codes} is gone)" if len(fix.needs) == 1 else " (once {codes} are gone)"
         waits = say(once, codes=" and ".join(fix.needs) if not chinese() else "、".join(fix.needs)) if fix.needs else ""
-        lines.append(("fix!", fix.title + waits))
+        lines.append(("fix!", known(fix.title) + waits))
     elif group.safety == "by name":
-        lines.append(("fix!", say("{title}: a guess, only by name with --unsafe-fixes={code}", title=fix.title, code=group.code)))
+        lines.append(("fix!", say("{title}: a guess, only by name with --unsafe-fixes={code}", title=known(fix.title), code=group.code)))
     elif fix is not None:
-        lines.append(("you", fix.title))
+        lines.append(("you", known(fix.title)))
     if advice:
-        lines.append(("you", advice))
+        lines.append(("you", known(advice)))
     if not lines and entry is not None:
         lines.append(("you", _first(entry, "Do")))
     return [(label, safe(text)) for label, text in lines]
+
+
+def table(item: Finding) -> tuple[tuple, ...]:
+    """The finding's table, the heads of its rows in the reader's language."""
+    return tuple((known(str(row[0])), *row[1:]) for row in item.facts_table)
 
 
 def fixable(found: list[Group]) -> dict[str, list[Group]]:

@@ -130,7 +130,7 @@ ZH = {
     "{change} on {tokens} tokens, {context} at a time": "{change}，共 {tokens} 个词元，每次 {context} 个",
     "KL {mean} nats on average, {p99} at the 99th percentile; same next token {top1}":
         "KL 平均 {mean} nat，第 99 百分位 {p99}；下一词元相同 {top1}",
-    "entropy": "熵", "block": "层", "not taken": "未计算", "when": "时间",
+    "none: not quantized": "无：未量化", "entropy": "熵", "block": "层", "not taken": "未计算", "when": "时间",
     "relative error of each block's output: where it jumps, the damage began": "各层输出的相对误差：突增之处就是出问题的地方",
     "size of a weight, as a power of two": "权重的大小（2 的幂）",
     "Where the engine stores full heads": "引擎按完整的头存储时", "Keys by layer": "逐层的键", "Measured": "实测",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from doctor.checkpoint import Checkpoint
+from doctor.errors import NotQuantizable
 from doctor.evaluate.compare import compare
 from doctor.testing import encode, tiny
 
@@ -31,6 +32,14 @@ def test_a_model_against_itself_is_the_same(tmp_path, family):
     assert result.kl_mean == 0 and result.top1_agreement == 1 and set(result.block_errors) == {0.0}
     assert result.perplexity_original == result.perplexity_quantized < 300 and result.generated == 24
     assert result.tokens == 3 * 23 and result.context == 24
+
+
+@pytest.mark.parametrize("key, value", [("model_type", "qwen2"), ("hidden_size", 128), ("num_hidden_layers", 1)])
+def test_two_that_are_not_one_model_are_refused_by_the_key_that_differs(key, value, tmp_path):
+    other = tiny("llama")
+    other.config[key] = value
+    with pytest.raises(NotQuantizable, match=rf"a and b are not one model: {key} is \w+ there and {value} here"):
+        compare(*(Checkpoint.open(c.write(tmp_path / n)) for c, n in ((tiny("llama"), "a"), (other, "b"))), [], [], str, 0)
 
 
 def test_logits_are_those_of_the_whole_model(tmp_path):

@@ -58,6 +58,18 @@ def test_a_healthy_copy_agrees(trained, tmp_path):
     assert figures["half"]["first"] is None and "the original fits: its largest activation" in screen
 
 
+def test_a_16_bit_model_against_its_base_is_asked_nothing_about_a_plan(trained, tmp_path):
+    code, findings, _, screen = answer(trained[0], trained[0], tmp_path)
+    assert code == 0 and not findings and "✓ agrees with its original: bf16" in screen and "not quantized" in CliRunner().invoke(
+        cli, ["render", str(tmp_path / "verify.json"), "-f", "html"]).output
+
+
+@pytest.mark.parametrize("option, value, least", [("--rows", 0, 1), ("--context", 1, 2)])
+def test_rows_that_hold_no_prediction_are_refused(option, value, least, trained):
+    done = CliRunner().invoke(cli, ["verify", *map(str, trained), option, str(value)])
+    assert f"{option} {value}: must be {least} or more" in str(done.exception)
+
+
 def test_scales_of_nan_are_a_collapse(trained, tmp_path):
     broken = spoiled(trained[1], tmp_path / "b", lambda name, x: x * float("nan") if name.endswith("layers.0.mlp.down_proj.scales") else x)
     code, findings, figures, screen = answer(trained[0], broken, tmp_path)
