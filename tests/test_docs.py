@@ -40,7 +40,8 @@ def test_the_examples_of_the_python_page_run(tmp_path):
     assert found.attempted > 5 and not found.failed
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/before-you-quantize.md", "docs/pipelines.md", "docs/python.md"])
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/before-you-quantize.md", "docs/pipelines.md", "docs/python.md",
+                                  "docs/reports.md", "docs/verify.md", "docs/kvcache.md", "docs/fixing.md", "docs/hub.md", "docs/configuration.md"])
 def test_commands_options_and_links_of_a_page_exist(page):
     import re
 

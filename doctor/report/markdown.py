@@ -59,7 +59,7 @@ def _finding(report: Report, group: Group) -> str:
     if not group.folds_into_message:
         lines += [f"{say('{n} alike', n=len(group.all))}: {_code(group.names)}", ""]
     if group.first.facts_table:
-        lines += [_table(group.first.facts_table), ""]
+        lines += [_table(view.table(group.first)), ""]
     if entry is not None:
         lines += [f"**{say('why')}** {_plain(view.why(entry))}  "]
         lines += [f"**{say('else')}** {_plain(s.tool)}: {_code(s.text)}  " for s in view.elsewhere(entry, report)]

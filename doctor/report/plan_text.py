@@ -6,7 +6,7 @@ from doctor.api import FixResult
 from doctor.engine import fold
 from doctor.plan import PROOF_PROMPTS, Plan, Proof, Step
 from doctor.report.view import Group, safe, size
-from doctor.report.words import counted, pad, say
+from doctor.report.words import counted, known, pad, say
 
 _INDENT = "   "
 _MOST_TENSORS = 12  # lines of changed tensors a step shows; the receipt has them all
@@ -19,7 +19,7 @@ def render_plan(result: FixResult) -> str:
     for step in [*plan.steps, *plan.waiting]:
         lines += _step(step, plan, result, done)
     for step in plan.optional:
-        lines.append(f"-  {step.code}  {say(_word(step))}  {safe(step.title)}   ({_how_to_ask(plan, step)})")
+        lines.append(f"-  {step.code}  {say(_word(step))}  {safe(known(step.title))}   ({_how_to_ask(plan, step)})")
     lines += [_for_you(group, plan) for group in _folded(plan.for_you)]
     if lines:
         lines.append("")
@@ -30,7 +30,7 @@ def render_plan(result: FixResult) -> str:
 def _step(step: Step, plan: Plan, result: FixResult, done: bool) -> list[str]:
     mark = "✓" if done and not step.waits else f"{step.number}"
     remarks = ([say("(after {n}: same file)", n=step.after)] if step.after else []) + ([f"({safe(step.waits)})"] if step.waits else [])
-    lines = ["  ".join([mark, step.code, pad(say(_word(step)), 7), safe(step.title), *remarks])]
+    lines = ["  ".join([mark, step.code, pad(say(_word(step)), 7), safe(known(step.title)), *remarks])]
     for name, diff in step.diffs.items():
         target = os.path.join(os.path.basename(os.path.normpath(result.output)), name)
         lines += [f"{_INDENT}--- {safe(name)}", f"{_INDENT}+++ {safe(target)}", *(_INDENT + safe(line) for line in diff)]
@@ -78,7 +78,7 @@ def _folded(findings) -> list[Group]:
 
 def _for_you(group: Group, plan: Plan) -> str:
     first = group.first
-    text = first.fix.title if first.fix is not None and first.fix.safety == "manual" else first.advice or group.message
+    text = known(first.fix.title if first.fix is not None and first.fix.safety == "manual" else first.advice or group.message)
     unblocks = [str(s.number) for s in plan.waiting if group.code in s.needs]
     return f"-  {group.code}  {say('for you')}  {safe(text)}" + (say("   (unblocks {steps})", steps=", ".join(unblocks)) if unblocks else "")
 

@@ -7,6 +7,8 @@ that is not here is shown as it is; tests/test_chinese.py runs every command and
 import re
 from functools import cache
 
+from doctor.report.cures_zh import CURES
+
 # An earlier one is tried first: what is more special stands above.
 SENTENCES = {
     # reasons of skipped rules
@@ -54,13 +56,14 @@ SENTENCES = {
     "would fail: {problem}": "将会失败：{problem}",
     "memory: {need} at least, {limit} allowed": "内存：至少 {need}，允许 {limit}", "memory: {need} at least, {limit} free": "内存：至少 {need}，空闲 {limit}",
     "disk: {need} at {place}, {free} free": "磁盘：{place} 需要 {need}，空闲 {free}",
-    "{one} and {other}": "{one} 和 {other}",
     # notes of kvcache
     "transformers cannot read this config ({error}): layers are read from its keys alone": "transformers 读不了这个配置（{error}）：只按它的键判断各层",
     "layer type {kind} is not known here: counted as full attention, which is the most it can be": "不认识层类型 {kind}：按完整注意力计，这是上限",
     "the constant state of its linear-attention layers is not known for this family, and not counted": "不知道该模型族线性注意力层的固定状态大小，没有计入",
     # the end of fix
     "waits for {codes}": "等待 {codes}",
+    # last, for it fits every sentence with an "and"
+    "{one} and {other}": "{one} 和 {other}",
 }
 # Names inside a list of parts.
 PARTS = {
@@ -74,7 +77,7 @@ PARTS = {
 def _patterns() -> tuple[tuple[re.Pattern, str], ...]:
     """(pattern with a named group a value, sentence in Chinese)."""
     return tuple((re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+?)", re.escape(english)), re.S), chinese)
-                 for english, chinese in SENTENCES.items())
+                 for english, chinese in (CURES | SENTENCES).items())
 
 
 def chinese(text: str) -> str | None:
@@ -90,4 +93,4 @@ def _value(name: str, value: str) -> str:
         for english, translated in PARTS.items():
             value = value.replace(english, translated)
         return value
-    return chinese(value) or value if name in ("tried", "text", "problem") else value
+    return chinese(value) or value if name in ("tried", "text", "problem", "title") else value
