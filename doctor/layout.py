@@ -490,6 +490,11 @@ def in_force(entry: Mapping, version: str) -> bool:
     )
 
 
+def version_before(version: str, other: str) -> bool:
+    """Whether a release came before another; what follows its first three numbers is not compared."""
+    return _release(version) < _release(other)
+
+
 def _release(version: str) -> tuple[int, ...]:
     numbers = [int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3]]
     return tuple(numbers + [0] * (3 - len(numbers)))

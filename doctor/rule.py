@@ -64,6 +64,7 @@ from doctor.layout import (  # noqa: F401 - declares the layout of groups too
     size_key,
     symmetric_word,
     together,
+    version_before,
 )
 
 SEVERITIES = ("error", "warning", "info")

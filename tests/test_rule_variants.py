@@ -206,3 +206,23 @@ def test_an_absent_bos_that_its_class_and_its_tokenizer_give_alike_is_a_note(tmp
     del case.json["tokenizer_config.json"]["bos_token"]
     message = "bos_token_id is absent in config.json; generation_config.json says <s> = 1"
     assert said(case, tmp_path / "class", "C101") == [("warning", message)]
+
+
+@pytest.mark.parametrize("runtime, version, reported", [("vllm", "0.3.3", True), ("vllm", "0.4.2", False), ("exllamav2", "0.1.4", True),
+                                                        ("exllamav2", "0.1.5", False), ("exllamav2", "", False)])
+def test_only_the_versions_that_users_named_are_reported(runtime, version, reported, tmp_path):
+    case = tiny("qwen2", dtype="F16")
+    case.config["torch_dtype"] = "float16"
+    case.recipe = case.recipe.with_field("runtime", runtime).with_field("runtime_version", version)
+    assert bool(said(case, tmp_path, "G317")) is reported
+
+
+@pytest.mark.parametrize("width, cut", [(29440, True), (29568, False), (29696, False), (24576, False), (27000, False)])
+def test_a_width_just_below_a_published_one_is_a_cut_and_padding_is_not(width, cut, tmp_path):
+    """Qwen3-VL issue 231: 29568 cut to 29440 = 230 x 128."""
+    from doctor.rules.f060_cut_width import cut_width
+    from doctor.spec import Linear, build_spec
+
+    spec = build_spec({"model_type": "qwen2", "hidden_size": 8192, "num_hidden_layers": 80, "vocab_size": 152064, "intermediate_size": width}, {})
+    spec.linears = (Linear("model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj.weight", "down", 0, width, 8192),)
+    assert [f.evidence["published"] for f in cut_width(None, spec)] == ([29568] if cut else [])

@@ -1,0 +1,64 @@
+"""F060 cut-width: the MLP is a little narrower than the published model of the same sizes: somebody cut the weights to fit.
+
+Why: a width that groups or GPUs cannot share is cured by padding with zeros, which changes nothing. Cutting columns to the next
+smaller multiple takes hidden units away from every block; the files are consistent, load and quantize, and the model talks nonsense.
+
+Do: take the original weights and pad them up: `doctor fix` offers it with G302 (29568 becomes 29696 for 2 to 8 GPUs at group size 128).
+
+False alarms: a model whose MLP was pruned by under 3 per cent on purpose and trained on since. Wider is never said: that is padding.
+
+Fix safety: no fix: what was cut off is not in these files.
+
+Sources: QwenLM/Qwen3-VL issue 231 (29568 cut to 29440); rules/tables/published.toml.
+
+标题: MLP 比同尺寸的已发布模型略窄：有人为了凑整把权重截短了
+
+原因: 分组或多卡分不开的宽度应当补零，补零不改变模型。截到下一个较小的倍数，则从每一层拿走了隐藏单元；文件彼此一
+致，能加载也能量化，模型却胡言乱语。
+
+处理: 取原始权重再补零：`doctor fix` 会随 G302 提供（分组 128 时，2 到 8 卡下 29568 补到 29696）。
+
+误报: 有意剪枝不到百分之三并继续训练过的模型。更宽从不报：那是补零。
+
+修复: 不提供修复：被截掉的部分不在这些文件里。
+"""
+
+from doctor.rule import Fix, Place, finding, rule, size_key, table
+from doctor.testing import NotHere, tiny
+
+CUT = 0.97  # least share of the published width that is still a cut to fit; below, it is another model, or one pruned on purpose
+
+
+@rule("F060", "warning", certainty="likely", implied_by=("F051",))
+def cut_width(checkpoint, spec):
+    widths = {x.in_features: x for x in spec.linears if x.role == "down" and x.expert is None}
+    if len(widths) != 1:
+        return
+    width, linear = next(iter(widths.items()))
+    published = sorted(w for *sizes, in_widths in _published() if tuple(sizes) == (spec.hidden, spec.n_layers, spec.vocab) for w in in_widths)
+    if width in published:
+        return
+    whole = next((w for w in published if CUT * w <= width < w), None)
+    if whole is None:
+        return
+    key = size_key(spec, linear.name, 1)
+    yield finding(f"the MLPs are {width} wide; published models of hidden size {spec.hidden} and {spec.n_layers} blocks have {whole}: "
+                  f"{whole - width} columns are gone",
+                  at=Place("config.json", pointer=spec.at(key) if key else None), evidence={"width": width, "published": whole},
+                  fix=Fix("take the original weights; pad, never cut", (), "manual"))
+
+
+def _published():
+    return [(*row[:3], row[3:]) for row in table("published")["width"]]
+
+
+def bad():
+    case = tiny(mlp=320)
+    spec = case.spec
+    if {x.in_features for x in spec.linears if x.role == "down" and x.expert is None} != {320} or (spec.hidden, spec.n_layers, spec.vocab) != (64, 2, 96):
+        raise NotHere("the width of this family's MLPs follows from its hidden size, or all of them are experts")
+    return case, "the MLPs are 320 wide; published models of hidden size 64 and 2 blocks have 328: 8 columns are gone"
+
+
+def good():
+    return tiny(mlp=352)

@@ -1,0 +1,48 @@
+"""G317 kernel-reported-bad: users reported wrong answers from this version of the runtime for this kind of model and format.
+
+Why: a kernel that computes in float16 can overflow where the model does not; the files are sound and another version serves them well.
+
+Do: serve with a newer version, or in another format.
+
+False alarms: a build of that version with a corrected kernel. Only the versions that were named are judged.
+
+Fix safety: no fix: the files are sound.
+
+Sources: rules/tables/published.toml; vllm-project/vllm issues 3998 and 14126; turboderp/exllamav2 issue 493.
+
+标题: 有用户报告该版本的运行时对这种模型和格式给出错误回答
+
+原因: 用 float16 计算的内核可能在模型本身不溢出的地方溢出；文件没有问题，换个版本就能正常服务。
+
+处理: 换较新的版本，或换一种格式。
+
+误报: 该版本中内核已被修正的构建。只判断被点名的版本。
+
+修复: 不提供修复：文件没有问题。
+"""
+
+from doctor.rule import Unavailable, finding, rule, table
+from doctor.testing import tiny
+
+
+@rule("G317", "warning", certainty="likely")
+def kernel_reported_bad(checkpoint, layout, spec, recipe):
+    if not recipe.runtime_version:
+        raise Unavailable("no version of a runtime was named: --runtime NAME==VERSION asks for one")
+    for row in table("published")["reports"]:
+        if (row["runtime"] == recipe.runtime and row.get("model_type", spec.model_type) == spec.model_type
+                and recipe.runtime_version in row["versions"] and layout.format in row["formats"]):
+            yield finding(f"{recipe.runtime} {recipe.runtime_version}: {row['what']}, users report ({row['source']}): {row['cause']}",
+                          advice="serve with a newer version", evidence={"runtime": recipe.runtime, "version": recipe.runtime_version})
+
+
+def bad():
+    case = tiny()
+    case.recipe = case.recipe.with_field("runtime", "exllamav2").with_field("runtime_version", "0.0.0")
+    return case, "exllamav2 0.0.0: an example answers with `!` only, users report (doctor): it is none"
+
+
+def good():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("runtime", "vllm").with_field("runtime_version", "0.25.0")
+    return case
