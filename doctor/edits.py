@@ -183,12 +183,14 @@ class CastTensor:
 class TakeTensor:
     """The tensor as another checkpoint holds it, in place of this one's or where there is none.
 
-    root: directory of the other checkpoint; digest: blake2b (16 bytes, hexadecimal) of the tensor's bytes there.
+    root: directory of the other checkpoint; digest: blake2b (16 bytes, hexadecimal) of the tensor's bytes there; called: its name there,
+    "" where it is the same.
     """
 
     tensor: str
     root: str
     digest: str
+    called: str = ""
     phase = "bytes"
 
     @property

@@ -47,7 +47,7 @@ class Taken(Stored):
     """A tensor of another checkpoint, whose bytes must be those that the edit was made for."""
 
     def __init__(self, edit: TakeTensor):
-        super().__init__(opened(edit.root), edit.tensor)
+        super().__init__(opened(edit.root), edit.called or edit.tensor)
         self.edit, self.known = edit, False
 
     def rows(self, begin: int, end: int) -> np.ndarray:

@@ -647,7 +647,7 @@ def _taken_from(plan: Plan, base) -> dict:
     """The base as the receipt holds it: its name, never a path, and the sha256 of each file that something was taken from."""
     edits = plan.view.edits
     files = {e.file for e in edits if isinstance(e, TakeFile)}
-    files |= {base.checkpoint.tensors[e.tensor].shard for e in edits if isinstance(e, TakeTensor)}
+    files |= {base.checkpoint.tensors[e.tensor].shard for e in edits if isinstance(e, TakeTensor) and e.root == base.root}
     if any(isinstance(e, Rebase) for e in edits):
         files |= {n for n in plan.view.changed if n in base.checkpoint.entries}
     return {"name": base.name, "files": {n: base.checkpoint.sha256(n) for n in sorted(files)}}

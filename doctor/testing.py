@@ -332,10 +332,12 @@ def compared() -> Case:
 
 
 def shown_by(module) -> Iterator[tuple[Case, Case | None]]:
-    """(case, base) of each state that shows a rule's cures: its `bad` and what `more` gives, each alone and with a healthy twin to take from."""
+    """(case, base) of each state that shows a rule's cures: its `bad` and what `more` gives, each alone and with a twin to take from.
+
+    The twin is `good()`, or `donor()` where a rule has one.
+    """
     count = 1 + (len(list(module.more())) if hasattr(module, "more") else 0)
     for i in range(count):
         for with_base in (False, True):
             case = module.bad()[0] if i == 0 else list(module.more())[i - 1]
-            plain = tiny(case.family)
-            yield case, (plain if plain.tensors.keys() >= case.tensors.keys() else module.good()) if with_base else None
+            yield case, getattr(module, "donor", module.good)() if with_base else None

@@ -58,3 +58,10 @@ def bad():
 
 def good():
     return tiny()
+
+
+def donor():
+    """What the missing is taken from."""
+    case = tiny()
+    case.config["initializer_range"] = 0.02
+    return case

@@ -52,3 +52,10 @@ def bad():
 
 def good():
     return tiny()
+
+
+def donor():
+    """What the missing is taken from."""
+    case = tiny()
+    case.files["notes.json"] = b"{}"
+    return case

@@ -11,7 +11,8 @@ Do: load with PEFT, `merge_and_unload()`, save again.
 
 False alarms: none known; models with low-rank linears of their own (DeepSeek) use other names.
 
-Fix safety: manual; the scale of the merge stands in adapter_config.json, which is not with these tensors. An adapter of its own is F022.
+Fix safety: safe where adapter_config.json lies beside the weights: it gives the scale, each weight becomes W + scale * B @ A, worked out in
+float32 and rounded once, and gets its plain name. Else manual, as the scale stands nowhere. An adapter of its own is F022.
 
 Sources: huggingface/peft src/peft/tuners/lora/layer.py.
 
@@ -24,12 +25,12 @@ Sources: huggingface/peft src/peft/tuners/lora/layer.py.
 
 误报: 暂无已知；本身就有低秩线性层的模型（DeepSeek）用的是别的名字。
 
-修复: 需手动；合并是矩阵求和，其系数写在 adapter_config.json 里。
+修复: 权重旁边有 adapter_config.json 时安全：系数取自它，每个权重按 float32 算 W + scale * B @ A，一次性取整，并改回本名。否则需手动，系数无从得知。单独的适配器见 F022。
 """
 
 import re
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import ADAPTER, MATRIX, AddLowRank, DropTensor, Fix, NotMergeable, Place, RenameTensor, finding, pairs, product, rule
 from doctor.testing import tiny
 
 LORA = re.compile(r"(^|\.)(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save)(\.|$)|^base_model\.model\.")
@@ -38,14 +39,36 @@ MARKS = ("lora_", "base_layer", "modules_to_save", "base_model.model.")
 
 
 @rule("F057", "error", implied_by=("F022",))
-def unmerged_adapter(checkpoint, tensors):
+def unmerged_adapter(checkpoint, tensors, json_files):
     text = "\n".join(tensors)
     found = sorted(n for n in tensors if LORA.search(n)) if any(mark in text for mark in MARKS) else []
     if found:
         info = tensors[found[0]]
         noun = "tensor is" if len(found) == 1 else "tensors are"
         yield finding(f"{len(found):,} {noun} an adapter's that was not merged, the first is {found[0]}", at=Place(info.shard, tensor=found[0]),
-                      evidence={"tensors": len(found)}, fix=Fix("merge the adapter with PEFT's merge_and_unload() and save again", (), "manual"))
+                      evidence={"tensors": len(found)}, fix=_merge(checkpoint, tensors, found))
+
+
+def _merge(checkpoint, tensors, found):
+    """Fix that puts the matrices into the weights beside them and takes the wrappers off the names."""
+    config = checkpoint.value(ADAPTER)
+    try:
+        if config is None:
+            raise NotMergeable("adapter_config.json, which holds the scale, is not there")
+        edits, plain = [], {n: n.removeprefix("base_model.model.").replace(".base_layer.", ".") for n in tensors if MATRIX.fullmatch(n) is None}
+        weights = {to: n for n, to in plain.items()}
+        for pair in pairs(config, tensors, found):
+            name = weights.get(f"{pair.module}.weight")
+            if name is None or tensors[name].shape != product(pair, tensors):
+                raise NotMergeable(f"{pair.module} has no weight {list(product(pair, tensors))} beside them")
+            edits += [AddLowRank(name, str(checkpoint.root), pair.a, pair.b, pair.scale, pair.transposed), DropTensor(pair.a), DropTensor(pair.b)]
+        odd = next((to for to in plain.values() if LORA.search(to)), None)
+        if odd is not None or not edits or len(weights) < len(plain):
+            raise NotMergeable(f"{odd or found[0]} is no matrix of a linear's LoRA")
+    except NotMergeable as error:
+        return Fix(f"merge the adapter with PEFT's merge_and_unload() and save again: {error}", (), "manual")
+    edits += [RenameTensor(n, to) for n, to in plain.items() if n != to]
+    return Fix("merge the adapter into the weights beside it", tuple(edits))
 
 
 def bad():
@@ -59,3 +82,13 @@ def bad():
 
 def good():
     return tiny()
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case, _ = bad()
+    weight = case.name("down")
+    case.tensors[weight.replace(".weight", ".base_layer.weight")] = case.tensors.pop(weight)
+    case.dtypes[weight.replace(".weight", ".base_layer.weight")] = "BF16"
+    case.json[ADAPTER] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
+    yield case

@@ -54,3 +54,8 @@ def good():
     case = tiny("gemma")
     case.tensors["model.layers.1.input_layernorm.weight"][:] = 0
     return case
+
+
+def donor():
+    """What the missing is taken from."""
+    return tiny()

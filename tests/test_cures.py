@@ -209,9 +209,30 @@ def test_a_merge_is_the_one_that_peft_defines(tmp_path):
     assert not (got - want).abs().max() > 0.02 * want.abs().max()
 
 
+def test_ranks_by_pattern_and_modules_trained_whole_are_merged_as_peft_does(tmp_path):
+    """The same adapters gave PEFT 0.21's own merge_and_unload() the same numbers, to the last bit of float32 but one."""
+    case = tiny("llama")
+    base = case.write(tmp_path / "base")
+    folder, parts = adapter(tmp_path / "adapter", case, modules_to_save=["lm_head"], rank_pattern={"layers.0.mlp.down_proj": 4}, r=4,
+                            alpha_pattern={"layers.0.mlp.down_proj": 2, ".*q_proj": 6})
+    head = np.random.default_rng(8).normal(0, 0.1, (96, 64)).astype(np.float32)
+    held = parts | {"base_model.model.lm_head.weight": head}
+    (folder / "adapter_model.safetensors").write_bytes(shard_bytes(held, dict.fromkeys(held, "F32")))
+    result = fix(folder, tmp_path / "out", case.recipe, base=base)
+    out = Checkpoint.open(tmp_path / "out")
+    assert codes(result) == {"F022"} and (out.load("lm_head.weight") == to_bf16(head)).all()
+    for name in {n.rpartition(".lora_")[0] for n in parts}:
+        alpha = 2 if name.endswith("layers.0.mlp.down_proj") else 6 if name.endswith("q_proj") else 8
+        a, b = (parts[f"{name}.lora_{side}.weight"].astype(np.float64) for side in "AB")
+        weight = name.removeprefix("base_model.model.") + ".weight"
+        want = from_codes(case.tensors[weight], "BF16") + alpha / 4 * b @ a
+        got = from_codes(out.load(weight), "BF16")
+        assert not (np.abs(got - want) > np.abs(want) * 2**-8 + 1e-6).any(), name
+
+
 @pytest.mark.parametrize("more, why", [({"use_dora": True}, "adapter_config.json sets use_dora"), ({"bias": "all"}, "sets bias"),
                                        ({"peft_type": "IA3"}, "peft_type is IA3, not LORA"), ({"r": 8}, "of rank 4, and r is 8"),
-                                       ({"modules_to_save": ["lm_head"]}, "sets modules_to_save"), ({"lora_alpha": None}, "lora_alpha None")])
+                                       ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, of which no tensor is there"), ({"lora_alpha": None}, "lora_alpha None")])
 def test_what_is_more_than_lora_is_refused_by_name(tmp_path, more, why):
     case = tiny()
     base = case.write(tmp_path / "base")
