@@ -126,3 +126,17 @@ def test_rows_for_new_tokens_leave_the_logits_of_the_old(tmp_path, kind, tie):
     result = fix(source, tmp_path / "out", TWO, unsafe_fixes=("C107",))
     assert {s.code for s in result.plan.steps if s.pads} == {"C107"} and is_close(result.proofs), result.proofs
     assert Checkpoint.open(tmp_path / "out").value("config.json")["vocab_size"] == 128
+
+
+# widths that a kernel asks for
+
+
+@pytest.mark.parametrize("kind, key, code", [("qwen3_moe", "moe_intermediate_size", "G308"), ("mixtral", "intermediate_size", "G308"),
+                                             ("starcoder2", "intermediate_size", "G303"), ("phi3", "intermediate_size", "G303")])
+def test_an_mlp_is_padded_to_the_tiles_of_a_kernel(tmp_path, kind, key, code):
+    source = save(kind, tmp_path / "source", **{key: 96})
+    recipe = Recipe(group_size=32, runtime="vllm", runtime_version="0.12.0")
+    result = fix(source, tmp_path / "out", recipe, unsafe_fixes=(code,), only=(code,))
+    assert {s.code for s in result.plan.steps} == {code} and is_close(result.proofs), (result.plan.problems, result.proofs)
+    assert Checkpoint.open(tmp_path / "out").value("config.json")[key] == 128
+    assert code in {f.code for f in result.report_before.findings} and code not in {f.code for f in result.report_after.findings}
