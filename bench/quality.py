@@ -31,7 +31,7 @@ ROOT = HERE.parent
 JUDGE = [str(ROOT / ".cache" / "venv-hf" / "bin" / "python"), str(HERE / "quality.py")]  # this script there
 # tool -> (virtual environment, command of this script in it)
 PEERS = {"gptqmodel": ("venv-hf", "gptqmodel"), "llmcompressor": ("venv-llmc", "llmcompressor"),
-         "autoawq": ("venv-autoawq", "autoawq")}
+         "autoawq": ("venv-awq", "autoawq")}
 CALIBRATION_ROWS = 32
 HELDOUT_ROWS = 24
 
@@ -97,11 +97,28 @@ def quantize_with_llmcompressor(options) -> None:
 
 
 def quantize_with_autoawq(options) -> None:
-    """AutoAWQ's defaults but for bits and group size; runs in its own environment."""
+    """AutoAWQ's defaults but for bits and group size; runs in its own environment.
+
+    Its search is helped twice, or it would be wrong and endless on a CPU: the weights that it puts back after each ratio are copies (its
+    `.cpu()` copies on a GPU only, and it multiplies in place), and the outputs of its clipping are matrix products.
+    """
     import torch
     from awq import AutoAWQForCausalLM
+    from awq.quantize.quantizer import AwqQuantizer
     from transformers import AutoTokenizer
 
+    scales, clipping = AwqQuantizer._compute_best_scale, AwqQuantizer._compute_best_clip
+
+    def with_copies(self, x, w_mean, x_mean, module, *more):
+        weights = module.state_dict
+        module.state_dict = lambda: {name: tensor.clone() for name, tensor in weights().items()}
+        try:
+            return scales(self, x, w_mean, x_mean, module, *more)
+        finally:
+            del module.state_dict
+
+    AwqQuantizer._compute_best_scale = with_copies
+    AwqQuantizer._compute_best_clip = lambda self, w, inputs: clipping(self, w, _Inputs(inputs))
     rows = read_rows(options.rows)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoAWQForCausalLM.from_pretrained(options.model, torch_dtype=torch.float32, device_map="cpu", use_cache=False)
@@ -110,6 +127,34 @@ def quantize_with_autoawq(options) -> None:
                    max_calib_seq_len=len(rows[0]))
     model.save_quantized(options.out)
     tokenizer.save_pretrained(options.out)
+
+
+class _Inputs:
+    """X[1, tokens, groups, g], whose `(X * W).sum(-1)` with W[rows, 1, groups, g] is a matrix product a group."""
+
+    def __init__(self, X):
+        self.X, self.shape = X, X.shape
+
+    def view(self, *shape):
+        return _Inputs(self.X.view(*shape))
+
+    def reshape(self, *shape):
+        return _Inputs(self.X.reshape(*shape))
+
+    def __getitem__(self, part):
+        return _Inputs(self.X[part])
+
+    def to(self, device):
+        return self
+
+    def __mul__(self, W):
+        self.W = W
+        return self
+
+    def sum(self, dim):
+        import torch
+
+        return torch.einsum("tgk,cgk->ctg", self.X[0], self.W[:, 0])
 
 
 def perplexity(options) -> None:

