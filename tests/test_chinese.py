@@ -9,10 +9,12 @@ from click.testing import CliRunner
 
 from doctor import api, help_zh
 from doctor.cli import cli
+from doctor.engine import load_rules
 from doctor.report import cures_zh, reasons, words
 from doctor.rule import RULES
 from doctor.testing import tiny
 
+load_rules()
 PLAN = ("--group-size", "32")
 # Four words of two letters or more in a row, as a sentence has them and a name or a list of names does not.
 SENTENCE = re.compile(r"(?:\b[A-Za-z][a-z']+,? ){3}[a-z']+\b")

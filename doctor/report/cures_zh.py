@@ -128,6 +128,15 @@ CURES = {
     "doctor quantize handles such columns; with other tools keep damping above 0, or copy the shard again":
         "doctor quantize 能处理这种列；用其他工具时阻尼要大于 0，或重新复制该分片",
     "quantize asymmetrically": "用非对称量化",
+    # keeping and casting
+    "keep it in 16 bits": "留在 16 位", "keep {roles} of width {width} in 16 bits": "宽度 {width} 的 {roles} 留在 16 位", "keep {roles} in 16 bits too": "{roles} 也留在 16 位",
+    "keep {roles} in 16 bits": "{roles} 留在 16 位", "quantize to {n} bits": "量化到 {n} 位", "clamp to ±{limit}": "截到 ±{limit}", "cast {n} tensors to float16": "把 {n} 个张量转成 float16",
+    "keep the copy in {file}, which the index names": "保留 {file} 里的那份，索引指的就是它", "leave one of them in {place}": "在 {place} 里只留一个",
+    "number added_tokens_decoder as tokenizer.json does": "added_tokens_decoder 的编号与 tokenizer.json 一致",
+    "write quantization_config as the tensors show it: {method}, {bits} bits, {groups}": "按张量写 quantization_config：{method}，{bits} 位，{groups}",
+    "write the zero points of a symmetric file": "写出对称文件的零点", "remove {key}": "删去 {key}", "install {runtime} or newer": "安装 {runtime} 或更新的版本",
+    "merge the adapter into the weights beside it": "把适配器合并进旁边的权重", "plan for one GPU, or for a split by layers": "计划用一块 GPU，或按层切分",
+    "serve with a newer version": "用更新的版本推理", "take the original weights; pad, never cut": "用原来的权重；只补零，不裁剪",
     "{title}, as {base} does": "{title}，与 {base} 一致",
     # heads of tables
     "tensor parallel that fits": "可行的张量并行数", "tensor parallel": "张量并行", "groups per GPU": "每块 GPU 的组数", "next size that fits": "下一个合适的尺寸",
