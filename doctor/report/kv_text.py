@@ -85,12 +85,20 @@ def _what(data: dict) -> str:
 
 
 def _rows(screen: Screen, rows: list[list[str]], right: set[int]) -> None:
-    """A table: the first row is its head; columns in `right` are flush right; a column that is empty in every row is left out."""
+    """A table: the first row is its head; columns in `right` are flush right; a column that is empty in every row is left out.
+
+    What the screen has no room for stands in a table of its own below, beside the first column again.
+    """
     keep = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     sizes = {i: max(cell_len(row[i]) for row in rows) for i in keep}
+    fit = [i for n, i in enumerate(keep) if n < 2 or sum(sizes[j] + 2 for j in keep[: n + 1]) <= screen.width]
+    later, keep = keep[len(fit):], fit
     for n, row in enumerate(rows):
         text = "  ".join(_pad(safe(row[i]), sizes[i], i in right) for i in keep).rstrip()
         screen.line(_text(("  " + text, "bold" if n == 0 else "")))
+    if later:
+        screen.line()
+        _rows(screen, [[row[i] for i in (keep[0], *later)] for row in rows], {n for n, i in enumerate((keep[0], *later)) if i in right})
 
 
 def _sizes(screen: Screen, data: dict, schemes: list[dict], title: str) -> None:

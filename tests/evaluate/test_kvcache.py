@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.cells import cell_len
 
 from doctor.api import kvcache
 from doctor.checkpoint import Checkpoint
@@ -206,6 +207,18 @@ def test_the_screen_says_sizes_layers_advice_and_figures(tmp_path):
                  "✗ 4-bit keys move the attention logits of layer 1", "Never store these keys in 4 bits", "Q4, key bias apart", "190 tokens, 2 rows"):
         assert part in done.output, part
     assert max(map(len, done.output.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("width", (48, 60, 80, 120))
+def test_no_table_is_wider_than_the_screen(width, tmp_path):
+    checkpoint = with_bias(300.0)
+    checkpoint.config.update({"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0})
+    report = kvcache(checkpoint.write(tmp_path / "m"), memory=1 << 30, key_bits=3)
+    report.data["measured"] = {"source": "s", "tokens": 9, "rows": 1, "context": 9, "schemes": [
+        {"scheme": WITHOUT_BIAS, "perplexity": 12345.678, "kl": 1.5, "top1": 0.5, "layer_errors": [0.1, None]}]}
+    text = render_kvcache(report, width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    assert all(word in text for word in ("K q8_0, V q4_0", "longest in 1 GiB", "fp8_e5m2", "12345.678", "worst layer's error"))
 
 
 def test_json_holds_what_the_screen_shows(tmp_path):
