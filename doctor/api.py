@@ -176,6 +176,8 @@ def _fixed(source: Checkpoint, output: Path, recipe: Recipe, rules: list, consen
         result.proofs.append(prove(plan.unpadded(), plan.view))
     done = carry_out(plan, output, rules, copy=copy, overwrite=overwrite, in_place=in_place, proofs=result.proofs, facts=facts, stage=stage, progress=progress)
     result.report_after = _report(done.look, plan.recipe, fail_on, started)
+    result.report_after.checkpoint = done.output.name  # it was judged on the stage, which has its name now
+    result.report_after.summary["path"] = str(done.output)
     result.report_after.findings += _unproved(plan, result.proofs)
     result.receipt_path, result.notes = done.receipt, done.notes
     return result
@@ -239,7 +241,7 @@ def _base(base: str | os.PathLike | Checkpoint | None, source: Checkpoint, outpu
 
 def _report(seen: Look, recipe: Recipe, fail_on: str, started: float) -> Report:
     return Report(checkpoint=seen.checkpoint.name, recipe=recipe, findings=list(seen.findings), runs=seen.runs,
-                  summary=summary(seen.checkpoint, seen.store), skipped_tensors=seen.skipped, bytes_read=seen.bytes_read,
+                  summary=summary(seen.checkpoint, seen.store), skipped_tensors=seen.skipped, bytes_read=seen.bytes_known,
                   seconds=time.perf_counter() - started, fail_on=fail_on, suppressed=seen.suppressed)
 
 

@@ -54,6 +54,7 @@ class Look:
     findings: list[Finding]
     runs: list[RuleRun]
     bytes_read: int = 0
+    bytes_known: int = 0  # of tensors whose values are known, those that an earlier look read and that are as they were included
     skipped: dict[str, str] = field(default_factory=dict)
     suppressed: list[Finding] = field(default_factory=list)
 
@@ -76,6 +77,7 @@ def look(checkpoint: Checkpoint, recipe: Recipe, rules: list[Rule], *, facts: It
             result.skipped = {n: why for n, why in before.skipped.items() if n in kept}
         scanned = scan(part, store, progress)
         result.bytes_read = scanned.bytes_read
+        result.bytes_known = scanned.bytes_read + (checkpoint.total_bytes - sum(t.nbytes for s in part.shards.values() for t in s.tensors))
         result.skipped |= scanned.skipped
     findings, result.runs = judge(store, rules, stage)
     result.findings = locate(findings, checkpoint)

@@ -466,7 +466,9 @@ def test_fix_takes_from_a_directory_and_check_fix_reports_on_the_copy(tmp_path, 
     code, out, _ = doctor("fix", source, "-o", tmp_path / "out", "--from", base, *PLAN)
     assert code == 0 and "take the tensor from" in out and "No findings remain" in out
     code, out, err = doctor("check", source, "--fix", "-o", tmp_path / "two", "--concise", *PLAN)
-    assert code == 1 and "W201" in out and "C105" not in out and "✓  C105" in err
+    assert code == 1 and "W201" in out and "C105" not in out and "✓  C105" in err and "doctor-stage" not in out + err
+    # What the cure left as it was is not read twice, and the report does not say that it was not read.
+    assert fix(source, tmp_path / "three", case.recipe, only=["C105"]).report.bytes_read == Checkpoint.open(source).total_bytes
 
 
 def test_in_place_and_undo_from_the_command_line(tmp_path, doctor):

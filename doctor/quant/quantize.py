@@ -227,7 +227,7 @@ class _Job:
     def report(self) -> Report:
         seen = self.seen
         return Report(checkpoint=seen.checkpoint.name, recipe=self.recipe, findings=[*seen.findings, *self.after], runs=list(seen.runs),
-                      summary=summary(seen.checkpoint, seen.store), skipped_tensors=seen.skipped, bytes_read=seen.bytes_read,
+                      summary=summary(seen.checkpoint, seen.store), skipped_tensors=seen.skipped, bytes_read=seen.bytes_known,
                       seconds=time.perf_counter() - self.started, fail_on=self.fail_on, linears=self.linears,
                       extra={"machine": describe(), **({"calibration": asdict(self.facts)} if self.facts else {}), **self.made})
 
