@@ -524,6 +524,7 @@ def undo(path):
 @click.option("--max-seq-length", type=int, default=None, help="Tokens per row, at most.")
 @click.option("--seed", type=int, default=0)
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Linears left in 16 bits; repeatable.")
+@click.option("--bits-for", multiple=True, metavar="PATTERN=BITS", help="Other bits for some linears, as '{0,1}.*down_proj=8'; repeatable.")
 @click.option("--fix", "fix", is_flag=True, help="Apply safe fixes first, without writing the cured copy.")
 @unsafe_option
 @click.option("--memory", default="", metavar="SIZE", help="Most memory to use, as 24GB.  [default: what is free]")
@@ -536,7 +537,7 @@ def undo(path):
               help=f"{', '.join(FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]")
 @lang_option
 def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order, mse, format, damp, damp_max, calibration, rows,
-             max_seq_length, seed, keep, fix, unsafe_fixes, memory, device, plan_only, preflight, resume, overwrite, formats):
+             max_seq_length, seed, keep, bits_for, fix, unsafe_fixes, memory, device, plan_only, preflight, resume, overwrite, formats):
     """Check, calibrate, quantize and check the result.
 
     `torchrun --nproc-per-node N -m doctor quantize …` shares the work among N processes.
@@ -546,7 +547,7 @@ def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order
     outputs = _outputs(formats, False)
     with _json_on_failure(outputs):
         recipe = _recipe(method, bits, group_size, sym, tp, runtime, act_order=act_order, mse=mse, damp=damp, damp_max=damp_max,
-                         format=format or "", seed=seed, keep=_words(keep))
+                         format=format or "", seed=seed, keep=_words(keep), bits_for=bits_for)
         if plan_only:
             return _forecast(api.plan_quantize(path, output, recipe, **_given(rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory))))
         more = {"preflight": True} if preflight else {}

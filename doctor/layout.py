@@ -8,14 +8,13 @@ import ast
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cache
 from typing import NamedTuple
 
 from doctor.checkpoint import Checkpoint
 from doctor.edits import MISSING, Edit, Keep, PadTensor, SetJson
 from doctor.facts import Unavailable, fact, provide
-from doctor.recipe import Recipe
+from doctor.recipe import Recipe, matches
 from doctor.shard import TensorInfo
 from doctor.spec import NOT_TEXT, ROLE_OF_TAIL, ROW_PARALLEL, ModelSpec, evaluate
 from doctor.tables import table
@@ -87,7 +86,7 @@ class Layout:
 
 def is_kept(recipe: Recipe, name: str) -> bool:
     """Whether recipe.keep leaves this linear in 16 bits: a shell pattern, or a part of its name."""
-    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*{pattern}*") for pattern in recipe.keep)
+    return any(matches(pattern, name) for pattern in recipe.keep)
 
 
 @fact("checkpoint")
@@ -126,7 +125,8 @@ def read_quantization(raw: Mapping, file: str, pointer: str) -> Quantization:
         raw.get("quant_method")
         or ("awq" if "zero_point" in raw else "gptq" if "desc_act" in raw else "unknown")
     )
-    if raw.get("dynamic") or raw.get("extra_config"):
+    dynamic = raw.get("dynamic") or {}      # -: leaves linears in 16 bits, which judges nothing less of the others
+    if not isinstance(dynamic, Mapping) or any(not k.startswith("-:") for k in dynamic) or raw.get("extra_config"):
         raise Unavailable("widths differ between linears (dynamic): their shapes are not judged")
     if method in ("gptq", "gptq_marlin", "auto_gptq"):
         version = str(raw.get("checkpoint_format") or raw.get("format") or "gptq")

@@ -3,7 +3,9 @@
 A recipe moves one way: a retry may raise damping or fall to a simpler method, never back, so every retry loop ends.
 """
 
+import re
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 
 from doctor.errors import DoctorError
 
@@ -35,6 +37,7 @@ class Recipe:
     runtime: str = ""
     runtime_version: str = ""
     keep: tuple[str, ...] = ()
+    bits_for: tuple[str, ...] = ()  # PATTERN=BITS: linears of another width; the last that matches counts
     seed: int = 0
 
     def __post_init__(self):
@@ -47,11 +50,22 @@ class Recipe:
         _require(0 <= self.damp <= self.damp_max <= 1, f"damp {self.damp} to {self.damp_max}", "0 <= damp <= damp_max <= 1")
         _require(self.format in ("", *FORMATS), f"format {self.format!r}", f"one of {', '.join(FORMATS)}")
         _require(self.runtime in ("", *RUNTIMES), f"runtime {self.runtime!r}", f"one of {', '.join(RUNTIMES)}")
-        _require(self.method != "awq" or self.bits == 4, f"awq with {self.bits} bits", "4: the AWQ format has no other width")
+        _require("awq" not in (self.method, self.format) or self.bits == 4, f"awq with {self.bits} bits", "4: the AWQ format has no other width")
+        for text in self.bits_for:
+            pattern, _, bits = text.rpartition("=")
+            _require(bool(pattern) and bits in map(str, BITS), f"bits for {text!r}", "PATTERN=BITS with 2, 3, 4 or 8 bits")
+        one_width = self.bits_for and (self.method == "awq" or self.output_format == "awq")
+        _require(not one_width, f"bits for {', '.join(self.bits_for)} with {self.method} in the {self.output_format} format",
+                 "gptq or rtn in a GPTQ or compressed-tensors format: AWQ has one width for all linears")
 
     @property
     def output_format(self) -> str:
         return self.format or ("awq" if self.method == "awq" else "gptq")
+
+    def for_linear(self, name: str) -> "Recipe":
+        """The recipe of this linear: of its own width where bits_for names it."""
+        bits = next((int(b) for p, _, b in (x.rpartition("=") for x in reversed(self.bits_for)) if matches(p, name)), self.bits)
+        return self if not self.bits_for else replace(self, bits=bits, bits_for=())
 
     def label(self) -> str:
         """`gptq 4-bit g128 tp8`: the plan as people write it."""
@@ -67,6 +81,15 @@ class Recipe:
         if name == "method":
             _require(_FALL.index(value) >= _FALL.index(old), f"method from {old} to {value}", "a simpler one")
         return replace(self, **{name: value})
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a shell pattern, {a,b} being one of a and b, is this name or a part of it."""
+    choice = re.search(r"\{([^{}]*)\}", pattern)
+    if choice:
+        before, after = pattern[:choice.start()], pattern[choice.end():]
+        return any(matches(before + word + after, name) for word in choice[1].split(","))
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*{pattern}*")
 
 
 def _require(holds: bool, what: str, must: str) -> None:

@@ -125,7 +125,8 @@ def _output_bytes(checkpoint: Checkpoint, linears: list[Linear], recipe: Recipe)
             total += tensor.nbytes // 2 if tensor.dtype.bits == 32 else tensor.nbytes
             continue
         groups = x.out_features * (1 if recipe.group_size == -1 else -(-x.in_features // recipe.group_size))
-        total += x.in_features * x.out_features * recipe.bits // 8 + groups * 2 + groups * recipe.bits // 8
+        bits = recipe.for_linear(x.name).bits
+        total += x.in_features * x.out_features * bits // 8 + groups * 2 + groups * bits // 8
         total += 4 * x.in_features if recipe.output_format in ("gptq", "gptq_v2") else 0
     return total
 

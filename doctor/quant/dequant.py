@@ -4,6 +4,7 @@ Read as the engine reads it, by what quantization_config says and not by what th
 checkpoint_format gives the same wrong weights here as there, which is what `verify` must see.
 """
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from doctor.checkpoint import Checkpoint
 from doctor.dtypes import DTYPES
 from doctor.errors import BadCheckpoint
 from doctor.quant import pack
+from doctor.recipe import BITS
 from doctor.shard import TensorInfo
 
 PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales"),
@@ -66,7 +68,7 @@ class Dequantized:
             n, k = (int(x) for x in self.source.load(f"{module}.weight_shape"))
             return n, k
         height, width = self.source.tensors[f"{module}.qweight"].shape
-        return (width, height * 32 // self.bits) if self.method == "gptq" else (width * 8, height)
+        return (width, height * 32 // self._bits_of(module)) if self.method == "gptq" else (width * 8, height)
 
     def load(self, name: str) -> np.ndarray:
         """Codes of a stored tensor; float32 values of a dequantized weight [out_features, in_features]."""
@@ -77,16 +79,23 @@ class Dequantized:
         missing = [p for p in PARTS[self.method][:2] if p not in parts]
         if missing:
             raise BadCheckpoint(f"{module}: {', '.join(missing)} missing beside {_FIRST[self.method]}.")
-        return self._dequantize(parts).numpy()
+        return self._dequantize(parts, self._bits_of(module)).numpy()
 
-    def _dequantize(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _bits_of(self, module: str) -> int:
+        """Its own width where the file names one for it, else that of all."""
+        for pattern, own in (self.stated.get("dynamic") or {}).items():
+            if not pattern.startswith("-:") and isinstance(own, dict) and own.get("bits") in BITS and re.match(pattern.removeprefix("+:"), module):
+                return own["bits"]
+        return next((g["weights"]["num_bits"] for g in _groups(self.stated) if module in g.get("targets", ())), self.bits)
+
+    def _dequantize(self, parts: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
         if self.method == "awq":
             return pack.awq_dequantize(parts["qweight"], parts["qzeros"], parts["scales"])
         if self.method == "compressed-tensors":
             first, scale, shape = parts.pop("weight_packed"), parts.pop("weight_scale"), parts.pop("weight_shape")
-            return pack.compressed_dequantize(first, scale, tuple(shape.tolist()), self.bits, **parts)
+            return pack.compressed_dequantize(first, scale, tuple(shape.tolist()), bits, **parts)
         version = 2 if str(self.stated.get("checkpoint_format") or self.stated.get("format") or "gptq") == "gptq_v2" else 1
-        return pack.gptq_dequantize(parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"), self.bits, version=version)
+        return pack.gptq_dequantize(parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"), bits, version=version)
 
     def _part(self, name: str) -> torch.Tensor:
         return to_torch(self.source.load(name), self.source.tensors[name].dtype.name)
@@ -102,15 +111,22 @@ def to_torch(codes: np.ndarray, dtype_name: str) -> torch.Tensor:
     return torch.from_numpy(codes).view(getattr(torch, kind))
 
 
+def _groups(stated: dict) -> list[dict]:
+    """Groups of compressed-tensors that say something of weights."""
+    found = [g for g in (stated.get("config_groups") or {}).values() if isinstance(g, dict)]
+    return [g for g in found if isinstance(g.get("weights"), dict)]
+
+
 def _bits(method: str, stated: dict) -> int:
     bits = stated.get("bits") or stated.get("w_bit")
     if method == "compressed-tensors":
-        groups = [g.get("weights") for g in (stated.get("config_groups") or {}).values() if isinstance(g, dict)]
-        widths = {w.get("num_bits") for w in groups if isinstance(w, dict)}
+        groups = _groups(stated)
+        rest = [g for g in groups if g.get("targets") == ["Linear"]] or groups      # the others name linears of their own width
+        widths = {g["weights"].get("num_bits") for g in rest}
         if stated.get("format") != "pack-quantized" or len(widths) != 1:
             raise BadCheckpoint(f"config.json: compressed-tensors format {stated.get('format')!r} with widths {sorted(map(str, widths))}; "
                                 "pack-quantized with one width can be read back.")
         bits = widths.pop()
-    if bits not in (2, 3, 4, 8):
+    if bits not in BITS:
         raise BadCheckpoint(f"config.json: quantization_config bits is {bits!r}; must be 2, 3, 4 or 8.")
     return bits

@@ -65,24 +65,44 @@ def unpack_linear(name: str, tensors: dict[str, torch.Tensor], recipe: Recipe) -
                                       weight_zero_point=part("weight_zero_point"))
 
 
-def quantization_config(recipe: Recipe, kept: Iterable[str] = ()) -> dict:
-    """config.json#/quantization_config for the recipe's output format; `kept` are linears inside blocks that stay in 16 bits."""
-    kept = sorted(kept)
+def quantization_config(recipe: Recipe, kept: Iterable[str] = (), widths: dict[str, int] | None = None) -> dict:
+    """config.json#/quantization_config for the recipe's output format; `kept` are linears inside blocks that stay in 16 bits.
+
+    widths: bits of the linears that have others than recipe.bits.
+    """
+    kept, widths = sorted(kept), widths or {}
     if recipe.output_format in ("gptq", "gptq_v2"):
         stated = {"quant_method": "gptq", "checkpoint_format": recipe.output_format, "format": recipe.output_format, "bits": recipe.bits,
                   "group_size": recipe.group_size, "desc_act": False, "sym": recipe.sym, "lm_head": False, "true_sequential": True,
                   "static_groups": True, "damp_percent": recipe.damp, "pack_dtype": "int32", "meta": {"quantizer": [f"doctor:{__version__}"]}}
-        if kept:
-            stated["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in kept}
-        return stated
+        dynamic = {f"-:^{re.escape(name)}$": {} for name in _with_joined(kept)}
+        for bits in sorted(set(widths.values())):
+            names = _with_joined([name for name, own in widths.items() if own == bits])
+            dynamic |= {f"+:^{re.escape(name)}$": {"bits": bits} for name in names}
+        return {**stated, "dynamic": dynamic} if dynamic else stated
     if recipe.output_format == "awq":
         return {"quant_method": "awq", "bits": recipe.bits, "group_size": recipe.group_size, "zero_point": not recipe.sym, "version": "gemm",
                 "modules_to_not_convert": ["lm_head", *kept]}
     weights = {"num_bits": recipe.bits, "type": "int", "symmetric": recipe.sym, "strategy": "channel" if recipe.group_size == -1 else "group",
                "group_size": None if recipe.group_size == -1 else recipe.group_size, "dynamic": False, "actorder": None, "observer": "minmax"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}}
+    for number, bits in enumerate(sorted(set(widths.values())), 1):
+        targets = sorted(name for name, own in widths.items() if own == bits)
+        groups[f"group_{number}"] = {**groups["group_0"], "targets": targets, "weights": {**weights, "num_bits": bits}}
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
             "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": ["lm_head", *kept],
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}}}
+            "config_groups": groups}
+
+
+def _with_joined(names: Iterable[str]) -> list[str]:
+    """The names, and those under which vLLM knows linears that it joins."""
+    names, found = set(names), []
+    for name in sorted(names):
+        owner, _, last = name.rpartition(".")
+        for first, rest, joined in (("q_proj", ("k_proj", "v_proj"), "qkv_proj"), ("gate_proj", ("up_proj",), "gate_up_proj")):
+            if last == first and all(f"{owner}.{other}" in names for other in rest):
+                found.append(f"{owner}.{joined}")
+    return sorted(names) + found
 
 
 class Output:
@@ -183,7 +203,8 @@ class Output:
         weight_map, total = self._join(parts)
         if len(set(weight_map.values())) > 1:
             self._json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-        stated = quantization_config(recipe, kept)
+        names = [name.rpartition(".")[0] for name in weight_map if name.endswith((".qweight", ".weight_packed"))]
+        stated = quantization_config(recipe, kept, {n: w for n in names if (w := recipe.for_linear(n).bits) != recipe.bits})
         self._json("config.json", {**_sixteen_bits(checkpoint.value("config.json") or {}), "quantization_config": stated})
         if stated["quant_method"] == "gptq":
             self._json("quantize_config.json", stated)

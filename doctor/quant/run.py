@@ -29,7 +29,7 @@ from doctor import __version__, builtin
 from doctor.builtin import Calibration, Solve
 from doctor.checkpoint import Checkpoint
 from doctor.engine import judge
-from doctor.errors import MachineError, NotQuantizable
+from doctor.errors import DoctorError, MachineError, NotQuantizable
 from doctor.facts import CHECKPOINT, Store
 from doctor.layout import is_kept
 from doctor.plan import Consent, with_fields
@@ -41,13 +41,14 @@ from doctor.quant.grid import Grid
 from doctor.quant.hessian import Attempt
 from doctor.quant.ranks import Ranks, finite_json
 from doctor.quant.walk import WITHOUT_GREENLET, Input, Stages, Walk, discover, greenlet
-from doctor.recipe import Recipe
+from doctor.recipe import Recipe, matches
 from doctor.rule import Finding, Rule
 from doctor.spec import Linear, ModelSpec
 
 # An exact fold moves float32 results by rounding only; a fold into something that is not linear moves them by percents.
 _FOLD_TOLERANCE = 1e-3
 STACKED = "experts"     # the role of a 3-D tensor of experts in a record
+_JOINED = (("q", "k", "v"), ("gate", "up"))
 RUN_STAGES = ("calibration", "run")
 _SHARE_OF_DEVICE = 0.8      # of a GPU's free memory for halted passes, block and Hessians already taken off
 
@@ -126,11 +127,30 @@ def try_blocks(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: li
     return job.result, seconds
 
 
+def require_widths(spec: ModelSpec, recipe: Recipe) -> None:
+    """Raises DoctorError where bits_for names no linear, or gives linears that engines join other widths."""
+    names = [x.name for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]
+    for text in recipe.bits_for:
+        pattern, _, _ = text.rpartition("=")
+        if not any(matches(pattern, name) for name in names):
+            raise DoctorError(f"bits for {text}: no linear that is quantized has such a name.", f"Names are like {', '.join(names[:2])}.")
+    joined: dict[tuple, set[int]] = {}
+    for x in spec.linears:
+        part = next((i for i, roles in enumerate(_JOINED) if x.role in roles), None)
+        if x.name in names and part is not None:
+            widths = joined.setdefault((x.name.rpartition(".")[0], part), set())
+            widths.add(recipe.for_linear(x.name).bits)
+            if len(widths) > 1:
+                raise DoctorError(f"bits for {', '.join(recipe.bits_for)}: {x.name} gets {recipe.for_linear(x.name).bits} bits, and engines join "
+                                  f"{', '.join(_JOINED[part])} into one linear of one width.", "Name all of them in the pattern.")
+
+
 class _Run:
     def __init__(self, checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device, ranks=Ranks()):
         self.ranks = ranks
         self.checkpoint, self.spec, self.recipe, self.output, self.store = checkpoint, spec, recipe, output, store
         self.rules = [r for r in rules if r.stage in RUN_STAGES]
+        require_widths(spec, recipe)
         self.progress, self.memory = progress, memory
         shown = [] if recipe.method == "rtn" else rows
         self.need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
@@ -407,7 +427,7 @@ class _Run:
         try:
             if isinstance(solution, str):
                 raise NotQuantizable(solution)
-            parts = export.pack_linear(linear.name, solution.codes.cpu(), _on_cpu(solution.grid), solution.g_idx.cpu(), self.recipe)
+            parts = export.pack_linear(linear.name, solution.codes.cpu(), _on_cpu(solution.grid), solution.g_idx.cpu(), self.recipe.for_linear(linear.name))
         except NotQuantizable as error:
             failed = Solve("failed", self.recipe.damp, 0.0, "", float("nan"), float("nan"), (), error.message)
             return self._record(linear, failed, seen and seen.fact, seconds)
@@ -418,7 +438,7 @@ class _Run:
     def _solve(self, linear: Linear, module: torch.nn.Module, seen: Input | None) -> Solution:
         W = module.weight.detach()
         W = W.T.contiguous() if linear.transposed else W
-        r = self.recipe
+        r = self.recipe.for_linear(linear.name)
         options = {"bits": r.bits, "group_size": r.group_size, "sym": r.sym, "mse": r.mse,
                    "zero_min": self._zero_min}
         if seen is None or not seen.fact.tokens:
@@ -482,7 +502,7 @@ class _Run:
             tensors = self.output.read_part(_part(i))
             for name, (linear, module) in self.skeleton.modules_of(i).items():
                 if name in block_names and name not in self.result.kept:
-                    put_weight(module, export.unpack_linear(name, tensors, self.recipe), linear.transposed)
+                    put_weight(module, export.unpack_linear(name, tensors, self.recipe.for_linear(name)), linear.transposed)
             if self.recipe.method == "awq":
                 self._put_folded(i, tensors)
             self._forward(i)

@@ -104,7 +104,7 @@ def from_dict(document: dict) -> Report:
     if "error" in document:
         raise DoctorError(f"this report holds only an error: {document['error'].get('message', '')}", "Run the check again.")
     try:
-        recipe = Recipe(**{**document["recipe"], "keep": tuple(document["recipe"].get("keep", ()))})
+        recipe = Recipe(**{**document["recipe"], **{k: tuple(document["recipe"].get(k, ())) for k in ("keep", "bits_for")}})
         return Report(
             checkpoint=document["checkpoint"], recipe=recipe, findings=[_read_finding(f) for f in document["findings"]],
             runs=[_read_run(r) for r in document["rules"]], summary=document["summary"], skipped_tensors=document["skipped_tensors"],
