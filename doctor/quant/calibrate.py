@@ -64,6 +64,9 @@ def calibration_rows(checkpoint: Checkpoint, source: str | os.PathLike | None, *
     tokenizer = load_tokenizer(checkpoint, documents.name) if needs_tokenizer else None
     ready = [list(r[:length]) for r in documents.ids if len(r) >= _MIN_ROW]
     packed = rows_of(documents, tokenizer, rows - min(len(ready), rows), length, seed) if needs_tokenizer else []
+    short = len(documents.ids) - len(ready)
+    if short:
+        notes.append(f"{short} rows of fewer than {_MIN_ROW} tokens are left out")
     found = ready[:rows] + packed
     if not found:
         raise DoctorError(f"{documents.name}: not one row of {_MIN_ROW} or more tokens.", "Give more or longer text.")
@@ -159,6 +162,8 @@ def _take(row: object, where: str, documents: Documents) -> None:
     elif isinstance(row, dict) and isinstance(row.get("text"), str):
         documents.texts.append(row["text"])
     else:
+        if isinstance(row, dict) and "input_ids" in row:
+            raise DoctorError(f"{where}: input_ids must be a list of whole numbers, 0 or more.")
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise DoctorError(f'{where}: has {keys or "nothing"}; must have "text", "messages" or "input_ids".')
 

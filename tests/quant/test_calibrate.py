@@ -109,7 +109,8 @@ def test_ids_outside_the_vocabulary_are_refused(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ("{broken", r"c.jsonl:1: not JSON"), ('{"prompt": "x"}', r"c.jsonl:1: has prompt; must have"), ("[1, 2]", r"c.jsonl:1: has list; must have"),
-    ('{"input_ids": [1, "2"]}', "must have"), ('{"input_ids": [-1, 2]}', "must have")])
+    ('{"input_ids": [1, "2"]}', "c.jsonl:1: input_ids must be a list of whole numbers"),
+    ('{"input_ids": [-1, 2]}', "whole numbers, 0 or more")])
 def test_a_line_of_another_form_is_named(checkpoint, tmp_path, line, message):
     (tmp_path / "c.jsonl").write_text(line)
     with pytest.raises(DoctorError, match=message):
@@ -195,3 +196,9 @@ def test_parquet_rows_are_read_like_lines(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", package)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", reader)
     assert calibration_rows(checkpoint, tmp_path / "c.parquet", rows=1, length=8)[0] == [[3, 4, 5]]
+
+
+def test_rows_without_a_token_of_context_are_left_out_and_counted(checkpoint, tmp_path):
+    path = lines(tmp_path / "c.jsonl", {"input_ids": []}, {"input_ids": [5]}, {"input_ids": [5, 6, 7]})
+    rows, _, notes = calibration_rows(checkpoint, path, rows=4, length=8)
+    assert rows == [[5, 6, 7]] and notes[0] == "2 rows of fewer than 2 tokens are left out"
