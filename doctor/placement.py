@@ -251,9 +251,11 @@ def placement(checkpoint, spec, tensors) -> Placement:
         match = _NUMBERED.match(linear.tensor)
         if match:
             stems[match["stem"]] = stems.get(match["stem"], 0) + 1
-    if not stems:
+    if not stems and (not spec.templates or any(map(_NUMBERED.match, tensors))):
         raise Unavailable("no numbered blocks with linears among the tensors")
-    found = Placement(spec, max(stems, key=stems.get))
+    found = Placement(spec, max(stems, key=stems.get, default=""))
+    if not stems:  # a family that is known, and not one of its blocks: its names are what must stand here
+        found.stem = found.family_stem
     for name, info in tensors.items():
         match = _NUMBERED.match(name)
         if match and match["stem"] == found.stem:
