@@ -81,10 +81,13 @@ class JsonFile:
 
     @cached_property
     def doc(self) -> jsontext.JsonText | None:
-        """Text with the place of every value; None where the file is broken or very large."""
+        """Text with the place of every value; None where the file is broken, very large or nested deeper than places are worked out."""
         if self.broken is not None or len(self.raw) > MAX_SPAN_BYTES:
             return None
-        return jsontext.parse_bytes(self.raw)
+        try:
+            return jsontext.parse_bytes(self.raw)
+        except jsontext.JsonError:
+            return None
 
     def place(self, path: str) -> tuple[int, int, int] | None:
         """(line, column, length) of the value at a JSON pointer, 1-based; None where it does not stand in the text."""

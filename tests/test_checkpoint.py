@@ -85,3 +85,11 @@ def test_a_document_notes_what_the_standard_forbids():
     file = JsonFile("config.json", b'\xef\xbb\xbf{"a": NaN, "b": {"c": 1, "c": 2}}')
     assert file.value["b"] == {"c": 2} and file.bom and file.duplicates == ["c"] and file.non_standard == ["NaN"]
     assert file.place("/b/c") == (1, 32, 1)
+
+
+def test_json_nested_deeper_than_places_are_worked_out_is_read_all_the_same(tmp_path):
+    """Python reads 300 levels, our reader of places 200: findings then carry no line."""
+    deep = '{"a":' * 300 + "1" + "}" * 300
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "x": %s}' % deep)
+    file = Checkpoint.open(tmp_path).json["config.json"]
+    assert file.value["model_type"] == "llama" and file.doc is None and file.place("/model_type") is None

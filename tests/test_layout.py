@@ -128,7 +128,7 @@ def test_14b_cannot_be_cut_into_8_and_pads_to_14336(tmp_path):
     assert found.where.note == "13696 = 107 × 128, and 107 is prime"
     assert found.facts_table == (
         ("tensor parallel", "1", "2", "4", "8"),
-        ("groups per GPU", "107", "53.5", "26.75", "13.375"),
+        ("groups per GPU", "107", "53.5", "26.75", "13.38"),
         ("next size that fits", "13696", "13824", "13824", "14336"),
     )
     config = [e for e in found.fix.edits if isinstance(e, SetJson)]
