@@ -9,7 +9,7 @@
 //   - so is a shuffle whose mask names a lane that has returned; a lane that is not in the mask reads 0x7f7f7f7f;
 //   - where nothing can move any more, the launch stops and names the block.
 // Fibers run in thread order, or in reverse with `reversed`: what differs between the two was a race.
-// It does not see: reordering by a memory model, speed, alignment (build with UBSan), PTX that hosts do not compile.
+// It does not see: threads that share a word with no barrier between (compute-sanitizer does), reordering by a memory model, speed, alignment (build with UBSan), PTX that hosts do not compile.
 #ifndef DOCTOR_SHIM_H
 #define DOCTOR_SHIM_H
 

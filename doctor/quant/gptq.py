@@ -56,7 +56,7 @@ _REFIT_BYTES = 1 << 27      # of the G x G systems and the weights of a chunk of
 class Solution:
     """One quantized linear. Losses are tr(E H E^T) / tr(W H W^T), E = W - Q, H undamped; NaN where nothing was active.
 
-    Natively and past some rows they are told from a sample (see _shares).
+    Past some rows they are told from a sample (see _shares).
     """
 
     codes: torch.Tensor             # u8[n, k], columns in their original order
@@ -180,7 +180,8 @@ def _shares(W: torch.Tensor, H: torch.Tensor, rules: _Rules, cost: torch.Tensor,
     the less is never a guess. A product with H for all rows would cost as much as the loop does.
     """
     n = len(W)
-    rows = torch.arange(n) if n <= most else torch.arange(most) * n // most
+    rows = torch.arange(min(n, most), device=W.device)
+    rows = rows if n <= most else rows * n // most
     part = W[rows]
     grid = rules.fit(part, cost)
     E = part - dequantize(quantize(part, grid, rules.bits), grid)
@@ -190,7 +191,7 @@ def _shares(W: torch.Tensor, H: torch.Tensor, rules: _Rules, cost: torch.Tensor,
         if not ours < _CLEAR * rounded:
             return _shares(W, H, rules, cost, loss, n)
         own = _likely_energies(W, H)
-        scaled = own.sum() / own[rows].sum() if own[rows].sum() > 0 else torch.tensor(1.0)
+        scaled = own.sum() / own[rows].sum() if own[rows].sum() > 0 else 1.0
         whole, rounded = whole * scaled, rounded * (loss.sum() / ours if ours > 0 else scaled)
     return _share(loss.sum(), whole), _share(rounded, whole)
 
@@ -217,23 +218,51 @@ def _solve_in_torch(W: torch.Tensor, H: torch.Tensor, rules: _Rules, order: _Ord
     cost = torch.empty_like(U[0])
     cost[order.steps] = U.diagonal() ** -2
     U, cost = U.to(torch.float32), cost.to(torch.float32)
-    static = rules.fit(W, cost)
     g_idx = contiguous_groups(len(H), rules.group_size, W.device)
-    whole = _energy(W, H)
-    rtn_loss = _share(_energy(W - dequantize(quantize(W, static, rules.bits), static), H), whole)
     T = W[:, order.steps].T.contiguous()
+    lost = torch.zeros(len(W), dtype=torch.float64, device=W.device)
     if order.fixed:
-        codes, grid = _round_columns(T, U, rules, g_idx[order.steps], static)
+        codes, grid = _round_columns(T, U, rules, g_idx[order.steps], rules.fit(W, cost), loss=lost)
     else:
-        codes, grid = _round_columns(T, U, rules, g_idx, None, cost[order.steps], width)
+        codes, grid = _round_columns(T, U, rules, g_idx, None, cost[order.steps], width, lost)
         g_idx = g_idx[torch.argsort(order.steps)]
-    codes = codes[torch.argsort(order.steps)].T.contiguous()
-    damped = H + torch.diag(torch.where(H.diagonal() > 0, 0.0, mean) + attempts[-1].damp * mean)
-    for _ in range(refine):
-        codes = descend(W, damped, codes, grid, g_idx, rules.bits)
-        grid = refit_scales(W, damped, codes, grid, g_idx, rules.scale_dtype)
-    loss = _share(_energy(W - dequantize(codes, grid, g_idx), H), whole)
-    return Solution(codes, grid, g_idx, "gptq", loss, rtn_loss, tuple(attempts))
+    del T, U
+    codes = codes[torch.argsort(order.steps)]                   # [k, n]
+    extra = torch.where(H.diagonal() > 0, 0.0, mean) + attempts[-1].damp * mean
+    exact = attempts[-1].precision != "eigen"                   # else the sums are of another matrix
+    if refine:
+        codes, grid, followed = _refine(W, H + torch.diag(extra), codes, grid, g_idx, rules, refine, lost, order.fixed)
+        exact = exact and followed
+    codes = codes.T.contiguous()
+    E = W - dequantize(codes, grid, g_idx)
+    loss = (lost - (E.square() @ extra).to(torch.float64)).clamp_min(0) if exact else _energies(E, H)
+    return Solution(codes, grid, g_idx, "gptq", *_shares(W, H, rules, cost, loss), tuple(attempts))
+
+
+def _refine(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, rules: _Rules, passes: int,
+            lost: torch.Tensor, neighbours: bool) -> tuple[torch.Tensor, Grid, bool]:
+    """(codes u8[k, n], grid, whether `lost` f64[n] is still the loss under the damped H). neighbours: groups are runs of columns."""
+    if not (W.is_cuda and kernels.available(W.device) is None):
+        codes = codes.T.contiguous()
+        for _ in range(passes):
+            codes = descend(W, H, codes, grid, g_idx, rules.bits)
+            grid = refit_scales(W, H, codes, grid, g_idx, rules.scale_dtype)
+        return codes.T, grid, False
+    by_group = None if neighbours else torch.argsort(g_idx, stable=True)
+    W, ordered, damped = W.T, g_idx, H
+    if by_group is not None:
+        W, ordered, codes, damped = W[by_group], g_idx[by_group], codes[by_group], H[by_group][:, by_group]
+    width = len(H) // grid.scale.shape[1]
+    inside = width if kernels.fits(width) else 0
+    codes = codes.contiguous()
+    for _ in range(passes):
+        index = ordered.to(torch.int64)
+        E = W - (codes.to(torch.float32) - grid.zero.T[index]) * grid.scale.T[index]
+        codes, grid = kernels.refine(E.contiguous(), damped, codes, grid, ordered, rules, inside, lost)
+        if not inside:
+            found = codes.T if by_group is None else codes.T[:, torch.argsort(by_group)]
+            grid = refit_scales(W.T if by_group is None else W.T[:, torch.argsort(by_group)], H, found.contiguous(), grid, g_idx, rules.scale_dtype)
+    return codes if by_group is None else codes[torch.argsort(by_group)], grid, bool(inside)
 
 
 def round_to_nearest(W: torch.Tensor, H: torch.Tensor | None = None, *, bits: int = 4, group_size: int = 128,
@@ -336,14 +365,15 @@ def refit_scales(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Gr
 
 
 def _round_columns(T: torch.Tensor, U: torch.Tensor, rules: _Rules, groups: torch.Tensor, static: Grid | None,
-                   cost: torch.Tensor | None = None, width: int = 0) -> tuple[torch.Tensor, Grid]:
+                   cost: torch.Tensor | None = None, width: int = 0, loss: torch.Tensor | None = None) -> tuple[torch.Tensor, Grid]:
     """codes u8[k, n] of T f32[k, n] (destroyed), whose rows are columns of W in the order of rounding, and the grid.
 
     groups i32[k]: the group of each row of T. static None: the grid of a group is fitted when its first row comes up,
     on weights that carry every correction so far; then groups must be runs of `width`, and cost f32[k] is in order.
+    e H e^T of the damped H, the sum of (error / U_jj)^2, is added to loss f64[n].
     """
     if T.is_cuda and kernels.available(T.device) is None:
-        return kernels.round_columns(T, U, rules, groups, static, cost, width)
+        return kernels.round_columns(T, U, rules, groups, static, cost, width, loss)
     k, n = T.shape
     top = 2**rules.bits - 1
     owner = groups.tolist()
@@ -372,6 +402,8 @@ def _round_columns(T: torch.Tensor, U: torch.Tensor, rules: _Rules, groups: torc
                 T[j + 1:last].addr_(U[j, j + 1:last], error, alpha=-1)
             if last < end:
                 T[last:end].addmm_(U[first:last, last:end].T, errors[first - begin:last - begin], alpha=-1)
+        if loss is not None:
+            loss += errors[:end - begin].square().sum(0)
         if end < k:
             T[end:].addmm_(U[begin:end, end:].T, errors[:end - begin], alpha=-1)
     return codes, Grid(scale.T.contiguous(), zero.T.to(torch.int32).contiguous())

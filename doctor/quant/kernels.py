@@ -14,6 +14,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,8 +45,9 @@ def _struct(name: str, fields: str) -> type[ctypes.Structure]:
 
 # One to one with the structs of the .cu files.
 Rule = _struct("Rule", "top:f half:f zero_min:f sym:i turn:i mse:i dtype:i ratios:i fine:i refits:i")
-Columns = _struct("Columns", "T:p U:p owner:p scale:p zero:p codes:p errors:p cost:p candidates:p n:l k:l begin:i count:i "
-                  "width:i")
+Columns = _struct("Columns", "T:p U:p owner:p scale:p zero:p codes:p errors:p loss:p cost:p candidates:p n:l k:l begin:i "
+                  "count:i width:i")
+Refinement = _struct("Refinement", "H:p owner:p scale:p zero:p codes:p pull:p moved:p loss:p n:l k:l begin:i count:i width:i")
 Search = _struct("Search", "W:p cost:p candidates:p scale:p zero:p n:l k:l row_stride:l width:i")
 Stream = _struct("Stream", "codes:p words:p lines:l count:l height:l line_stride:l code_stride:l word_line_stride:l "
                  "word_stride:l bits:i")
@@ -82,6 +84,8 @@ def find_nvrtc() -> ctypes.CDLL | None:
     for folder in map(Path, sys.path):
         for place in ("nvidia/*/lib", "nvidia/*/bin", "torch/lib"):
             names += sorted(map(str, [*folder.glob(f"{place}/libnvrtc.so*"), *folder.glob(f"{place}/nvrtc64_*_0.dll")]))
+    for builtins in {path for name in names for path in Path(name).parent.glob("libnvrtc-builtins.so*")}:
+        _first_library([str(builtins)])     # NVRTC opens it by name alone, which finds what is loaded and not what lies beside it
     names += ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"]
     return _first_library(names)
 
@@ -344,8 +348,8 @@ def fit(W: torch.Tensor, bits: int, group_size: int, sym: bool, *, mse: bool = F
 
 
 def round_columns(T: torch.Tensor, U: torch.Tensor, rules, groups: torch.Tensor, static: Grid | None,
-                  cost: torch.Tensor | None = None, width: int = 0, *, engine: Engine | None = None
-                  ) -> tuple[torch.Tensor, Grid]:
+                  cost: torch.Tensor | None = None, width: int = 0, loss: torch.Tensor | None = None, *,
+                  engine: Engine | None = None) -> tuple[torch.Tensor, Grid]:
     """gptq._round_columns: a launch and a product for every 128 columns. A non-finite weight makes its row's later errors
     NaN, takes code 0 and touches no other row."""
     engine = engine or engine_for(T.device)
@@ -358,7 +362,7 @@ def round_columns(T: torch.Tensor, U: torch.Tensor, rules, groups: torch.Tensor,
     block, inside = _BLOCK, 0
     if static is None:
         scale, zero = torch.empty(2, k // width, n, device=device)
-        if width % 16 == 0 and _BLOCK % width == 0:
+        if fits(width):
             inside = width
         else:
             block = max(size for size in range(1, _BLOCK + 1) if width % size == 0)
@@ -367,7 +371,7 @@ def round_columns(T: torch.Tensor, U: torch.Tensor, rules, groups: torch.Tensor,
     codes = torch.empty(k, n, dtype=torch.uint8, device=device)
     errors = torch.empty(_BLOCK, n, device=device)
     rule = _rule(rules.bits, rules.sym, rules.mse, rules.signed, rules.zero_min, rules.scale_dtype)
-    threads = _threads(engine, n)
+    threads = _threads(engine, n, _shared)
     for begin in range(0, k, block):
         count = min(block, k - begin)
         if static is None and not inside and begin % width == 0:
@@ -375,19 +379,60 @@ def round_columns(T: torch.Tensor, U: torch.Tensor, rules, groups: torch.Tensor,
                          weight=None if cost is None else cost[begin:begin + width], zero_min=rules.zero_min,
                          scale_dtype=rules.scale_dtype, engine=engine)
             scale[begin // width], zero[begin // width] = fitted.scale[:, 0], fitted.zero[:, 0].to(torch.float32)
-        columns = Columns(_at(T), _at(U), _at(groups), _at(scale), _at(zero), _at(codes), _at(errors), _at(cost),
+        columns = Columns(_at(T), _at(U), _at(groups), _at(scale), _at(zero), _at(codes), _at(errors), _at(loss), _at(cost),
                           _at(engine.candidates(device)), n, k, begin, count, inside)
-        engine.launch("gptq_block", "gptq_block", (-(-n // threads), 1), threads, (_BLOCK + threads) * _BLOCK * 4,
-                      (columns, rule), _stream(T), f"T[{k}, {n}], columns {begin}..{begin + count}")
+        engine.launch("gptq_block", "gptq_block", (-(-n // threads), 1), threads, _shared(threads), (columns, rule),
+                      _stream(T), f"T[{k}, {n}], columns {begin}..{begin + count}")
         if begin + count < k:
             T[begin + count:].addmm_(U[begin:begin + count, begin + count:].T, errors[:count], alpha=-1)
     return codes, Grid(scale.T.contiguous(), zero.T.to(torch.int32).contiguous())
 
 
-def _threads(engine: Engine, n: int) -> int:
+def refine(E: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, groups: torch.Tensor, rules, width: int = 0,
+           loss: torch.Tensor | None = None, *, engine: Engine | None = None) -> tuple[torch.Tensor, Grid]:
+    """gptq.descend, and a new scale for each group after its codes where its `width` fits(): (codes u8[k, n], grid).
+
+    E f32[k, n] = (W - Q)^T and codes u8[k, n], which is changed, with H f32[k, k] damped and groups i32[k] in one order of columns, in
+    which groups are runs of `width` (0: scales stay as they are). The change of the loss is added to loss f64[n].
+    """
+    engine = engine or engine_for(E.device)
+    k, n = E.shape
+    device = E.device
+    H, groups = _require("H", H, torch.float32, device), _require("groups", groups.to(torch.int32), torch.int32, device)
+    scale, zero = grid.scale.T.clone(memory_format=torch.contiguous_format), grid.zero.T.to(torch.float32).contiguous()
+    pull = H @ E
+    moved = torch.empty(_BLOCK, n, device=device)
+    rule = _rule(rules.bits, rules.sym, rules.mse, rules.signed, rules.zero_min, rules.scale_dtype)
+    threads = _threads(engine, n, _shared_to_refine)
+    for begin in range(0, k, _BLOCK):
+        count = min(_BLOCK, k - begin)
+        block = Refinement(_at(H), _at(groups), _at(scale), _at(zero), _at(codes), _at(pull), _at(moved), _at(loss), n, k, begin, count,
+                           width)
+        engine.launch("gptq_refine", "gptq_block", (-(-n // threads), 1), threads, _shared_to_refine(threads), (block, rule),
+                      _stream(E), f"E[{k}, {n}], columns {begin}..{begin + count}")
+        if begin + count < k:
+            pull[begin + count:].addmm_(H[begin + count:, begin:begin + count], moved[:count])
+    return codes, Grid(scale.T.contiguous(), grid.zero)
+
+
+def fits(width: int) -> bool:
+    """Whether gptq_block.cu can fit the grid of a group of `width` columns inside a block."""
+    return width % 16 == 0 and _BLOCK % width == 0
+
+
+def _shared(threads: int) -> int:
+    """Bytes of shared memory of a block of gptq_block."""
+    return (_BLOCK + threads) * _BLOCK * 4
+
+
+def _shared_to_refine(threads: int) -> int:
+    return _shared(threads) + _BLOCK * threads
+
+
+def _threads(engine: Engine, n: int, shared: Callable[[int], int]) -> int:
     """Rows a block: as many as the device's shared memory holds while every multiprocessor still gets a block."""
     for threads in (128, 64):
-        if (_BLOCK + threads) * _BLOCK * 4 <= engine.shared_optin and -(-n // threads) >= engine.multiprocessors:
+        if shared(threads) <= engine.shared_optin and -(-n // threads) >= engine.multiprocessors:
             return threads
     return 32
 

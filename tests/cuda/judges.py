@@ -58,6 +58,55 @@ def judge_fit(W, grid, want, weight, bits, share=0.995):
     assert not (~(error[0] <= error[1] * (1 + 1e-4) + 1e-30)).any(), "a grid is worse than the reference's"
 
 
+def energies(E, H):
+    """e H e^T of each column of E [k, n], in float64."""
+    E, H = E.to(torch.float64), H.to(torch.float64)
+    return ((H @ E) * E).sum(0)
+
+
+def refined(T, H, codes, grid, groups, bits, width):
+    """(codes u8[k, n], scale f64[G, n]) of one pass of coordinate descent in float64, written from its definition: each code in turn to
+    its best value given all others; width > 0: then the scale of each run of `width` columns to its best float16 value, where that gains.
+    """
+    T, H, groups = T.to(torch.float64), H.to(torch.float64), groups.long()
+    scale, zero = grid.scale.T.to(torch.float64).clone(), grid.zero.T.to(torch.float64)
+    level = codes.to(torch.float64) - zero[groups]
+    E = T - level * scale[groups]
+    for j in range(len(T)):
+        s, z = scale[groups[j]], zero[groups[j]]
+        best = level[j] * s + H[j] @ E / H[j, j]
+        new = ((best / s).round() + z).clamp(0, 2**bits - 1) - z
+        E[j] += (level[j] - new) * s
+        level[j] = new
+        if width and (j + 1) % width == 0:
+            own = slice(j + 1 - width, j + 1)
+            q = torch.zeros_like(T)
+            q[own] = level[own]
+            against = (q * (H @ q)).sum(0)
+            free = torch.where(against > 0, s + (q * (H @ E)).sum(0) / against, 0 * s)
+            free = (free.to(torch.float32) * s.sign()).clamp_max(65504).half().to(torch.float64).clamp_min(2.0**-24) * s.sign()
+            moved = E - q * (free - s)
+            better = (energies(moved, H) < energies(E, H)) & (against > 0) & (free * s > 0)
+            E = torch.where(better, moved, E)
+            scale[groups[j]] = torch.where(better, free, s)
+    return (level + zero[groups]).to(torch.uint8), scale
+
+
+def judge_refined(T, H, before, after, groups, bits, width):
+    """No row loses, most rows are the reference's to the last code and scale, and the rest are as good. before, after: (codes, grid)."""
+    want, scale = refined(T, H, *before, groups, bits, width)
+    index = groups.long()
+    loss = [energies(T - (codes.to(torch.float64) - grid.zero.T.to(torch.float64)[index]) * grid.scale.T.to(torch.float64)[index], H)
+            for codes, grid in (before, after)]
+    best = energies(T - (want.to(torch.float64) - before[1].zero.T.to(torch.float64)[index]) * scale[index], H)
+    assert not (~(loss[1] <= loss[0] * (1 + 1e-5))).any(), "a row is worse than before"
+    assert not (~((loss[1] - best).abs() <= 0.03 * best)).any(), "a row is not as good as the reference's"
+    assert abs(float(loss[1].sum() / best.sum()) - 1) <= 1e-3
+    same = (after[0] == want).all(0) & (after[1].scale.T == scale.to(torch.float32)).all(0)
+    assert same.float().mean() >= 0.75, f"only {same.float().mean():.3f} of the rows are the reference's"
+    return loss
+
+
 def problem(k, n, seed=0, spikes=True):
     """(T f32[k, n], U f32[k, k], cost f32[k]): weights with an outlier row and column, and a factor of a correlated Hessian."""
     from doctor.quant.hessian import factorise

@@ -44,13 +44,16 @@ def rule(mse):
 
 
 def gptq_block(library):
-    n, k = 37, 104
+    n, k = 37, 103
     for width in (0, 32):
         rows = 96 if width else k
-        columns = struct.pack("9P2q3i4x", floats(rows * n, .1, -.2, .3), floats(rows * rows, 1, .1), buffer(4 * rows), floats(4 * n, .1),
-                              floats(4 * n, 8), buffer(rows * n), buffer(4 * 128 * n), floats(rows, 1), floats(5, 1, .9, .8, .1, -.1),
+        columns = struct.pack("10P2q3i4x", floats(rows * n, .1, -.2, .3), floats(rows * rows, 1, .1), buffer(4 * rows), floats(4 * n, .1),
+                              floats(4 * n, 8), buffer(rows * n), buffer(4 * 128 * n), buffer(8 * n), floats(rows, 1), floats(5, 1, .9, .8, .1, -.1),
                               n, rows, 0, rows, width)
         launch(library, "gptq_block", (2, 1), 32, (128 + 32) * 512, columns, rule(1))
+        block = struct.pack("8P2q3i4x", floats(rows * rows, 1, .1), buffer(4 * rows), floats(4 * n, .1), floats(4 * n, 8),
+                            buffer(rows * n, b"\7\6"), floats(rows * n, .1, -.2, .3), buffer(4 * 128 * n), buffer(8 * n), n, rows, 0, rows, width)
+        launch(library, "gptq_refine", (2, 1), 32, (128 + 32) * 512 + 128 * 32, block, rule(1))
 
 
 def grid_search(library):

@@ -58,7 +58,8 @@ def test_nvcc_compiles_every_kernel_without_warning_or_spill(architecture, tmp_p
     declared = set(re.findall(r"HOST_ENTRY\((\w+)\)", "".join((host.CUDA / f"{s}.cu").read_text() for s in host.SOURCES)))
     assert set(table) == declared, "every kernel has a host entry and was compiled"
     assert {name: row for name, row in table.items() if row[1] or row[2]} == {}, "(registers, spills, stack)"
-    assert all(registers <= 128 for registers, _, _ in table.values())
+    # 65,536 registers: three blocks of 128 threads, where shared memory holds no more than three.
+    assert all(registers * 128 * 3 <= 65536 for registers, _, _ in table.values())
     conftest.REPORT_LINES.append(f"   sm_{architecture}: {made['bytes'] // 1024} KiB, registers " + ", ".join(
         f"{name} {row[0]}" for name, row in sorted(table.items())) + "; no spills")
 
@@ -93,7 +94,7 @@ def test_ctypes_structures_are_the_sources_structs(tmp_path):
     """Sizes and offsets of every field, as g++ lays them out, against the ctypes mirrors."""
     if host.COMPILER is None:
         pytest.skip("no g++ here: the kernel source cannot be built for the host")
-    owners = {"Rule": "grid_search", "Columns": "gptq_block", "Search": "grid_search", "Stream": "pack", "Packed": "pack",
+    owners = {"Rule": "grid_search", "Columns": "gptq_block", "Refinement": "gptq_block", "Search": "grid_search", "Stream": "pack", "Packed": "pack",
               "Difference": "awq_difference", "Health": "health_scan"}
     for name, source in owners.items():
         mirror = getattr(kernels, name)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from judges import assert_close, grid_of, judge_columns, judge_fit, problem
+from judges import assert_close, energies, grid_of, judge_columns, judge_fit, judge_refined, problem
 
 from doctor import stats
 from doctor.quant import gptq, grid, kernels, pack
@@ -98,6 +98,47 @@ def test_errors_reach_the_later_blocks(device):
     codes, _ = rounded(device, T, U, rules(3, -1, False), groups, static)
     judge_columns(T, U, codes, static, groups, 3)
     assert (codes != grid.quantize(T.T, static, 3).T).float().mean() > 0.05, "no correction changed a code: nothing was tested"
+
+
+def hessian_of(U):
+    return torch.linalg.inv(U.to(torch.float64).T @ U.to(torch.float64)).to(torch.float32)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("n, k, width", [(40, 256, 32), (33, 128, 128), (7, 200, 8), (130, 192, 64), (5, 144, 48), (1, 100, -1)])
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "signed"])
+def test_a_refinement_is_the_references(device, bits, n, k, width, kind):
+    """With scales where a group fits a block, without where it does not; the change of the loss is what it says."""
+    engine, place = device
+    T, U, cost = problem(k, n, seed=bits + n)
+    H, rule = hessian_of(U), rules(bits, width, kind != "asymmetric", signed=kind == "signed")
+    groups = contiguous_groups(k, width)
+    static = grid_of(T, bits, width, kind != "asymmetric", mse=True, weight=cost, signed=kind == "signed")
+    codes = grid.quantize(T.T, static, bits).T.contiguous()
+    inside = width if kernels.fits(width) else 0
+    E = T - grid.dequantize(codes.T, static).T
+    change = torch.zeros(n, dtype=torch.float64)
+    there, moved = change.to(place), codes.clone().to(place)
+    got, found = kernels.refine(E.to(place).contiguous(), H.to(place), moved, Grid(*on(place, *static)), groups.to(place), rule, inside,
+                                there, engine=engine)
+    found = Grid(found.scale.cpu(), found.zero.cpu())
+    assert (found.scale != static.scale).any() == bool(inside)
+    before, after = judge_refined(T, H, (codes, static), (got.cpu(), found), groups, bits, inside)
+    assert_close(there.cpu(), after - before, 1e-4 * before.max().item(), "the change of the loss")
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_the_loop_adds_up_the_loss(device, static):
+    engine, place = device
+    T, U, cost = problem(200, 40)
+    given = grid_of(T, 4, 40, True) if static else None
+    groups = contiguous_groups(200, 40)
+    loss = torch.full((40,), 2.0, dtype=torch.float64).to(place)
+    codes, found = kernels.round_columns(T.clone().to(place), U.to(place), rules(4, 40, True), groups.to(place),
+                                         given and Grid(*on(place, *given)), cost.to(place), 0 if static else 40, loss, engine=engine)
+    E = T - grid.dequantize(codes.cpu().T, Grid(found.scale.cpu(), found.zero.cpu())).T
+    want = energies(E, hessian_of(U))
+    assert_close(loss.cpu() - 2, want, 1e-3 * want.max().item(), "the loss")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -107,7 +107,7 @@ def test_large_shared_memory_is_opted_in(library, tmp_path, host_builds):
 def test_blocks_are_as_wide_as_device_and_rows_allow(host_engine, monkeypatch, n, optin, multiprocessors, threads):
     monkeypatch.setattr(host_engine, "shared_optin", optin)
     monkeypatch.setattr(host_engine, "multiprocessors", multiprocessors)
-    assert kernels._threads(host_engine, n) == threads
+    assert kernels._threads(host_engine, n, kernels._shared) == threads
 
 
 def test_a_failing_kernel_is_named_with_its_shapes_and_code(library, tmp_path):
