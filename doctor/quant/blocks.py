@@ -159,14 +159,12 @@ class _Enough(Exception):
 class Skeleton:
     """transformers' model of a checkpoint, weights on meta. `blocks` are its decoder blocks.
 
-    Computes in float32 whatever the checkpoint's dtype: on a CPU it is faster than bfloat16, and the Hessians see inputs
-    without a second rounding. Embeddings keep their stored dtype (they are only looked up); what they give is cast.
+    Computes in `dtype`: float32 whatever the checkpoint's, unless asked otherwise. On a CPU it is faster than bfloat16, and the
+    Hessians see inputs without a second rounding. Embeddings keep their stored dtype (they are only looked up); what they give is cast.
     """
 
-    dtype = torch.float32
-
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device | str = "cpu"):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        self.checkpoint, self.dtype = checkpoint, dtype
         self.spec = spec
         self.device = torch.device(device)
         self.model = build_model(checkpoint, spec)
@@ -226,7 +224,7 @@ class Skeleton:
     # weights
 
     def load_block(self, i: int) -> nn.Module:
-        """Block i with its weights, on the device, in float32. Raises NotQuantizable where the checkpoint lacks one."""
+        """Block i with its weights, on the device. Raises NotQuantizable where the checkpoint lacks one."""
         if self._ahead is not None and self._ahead[0] == i:
             (_, ahead), self._ahead = self._ahead, None
             self._at_hand = ahead.tensors()
@@ -277,9 +275,11 @@ class Skeleton:
                 if buffer is None:
                     continue
                 source = self._names.find(prefix + (f"{path}.{name}" if path else name))
+                dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype   # rotary frequencies, in every model
                 if source is not None and name not in child._non_persistent_buffers_set:
                     buffer = load_tensor(self.checkpoint, source)
-                child._buffers[name] = buffer.to(self.device, self.dtype if buffer.is_floating_point() else buffer.dtype)
+                    dtype = self.dtype if buffer.is_floating_point() else buffer.dtype
+                child._buffers[name] = buffer.to(self.device, dtype)
 
     def _read(self, name: str, shape: torch.Size, keep_dtype: bool) -> torch.Tensor:
         source = self._names.find(name)

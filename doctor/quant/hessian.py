@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from scipy.linalg.blas import dsyrk, ssyrk
@@ -89,6 +90,7 @@ class Hessian:
         self._sum = torch.zeros(columns, columns, dtype=dtype, device=device)
         # On a CPU BLAS computes the half that is not its mirror image: 1.6 times faster than a full product.
         self._syrk = {torch.float32: ssyrk, torch.float64: dsyrk}.get(dtype) if self._sum.device.type == "cpu" else None
+        self._mixed = dtype == torch.float32 and mixed_products(self._sum.device)
 
     def add(self, X: torch.Tensor) -> None:
         """Adds the rows of X[..., k], any float dtype. The first non-finite value is kept in `nonfinite`, and in H."""
@@ -96,7 +98,11 @@ class Hessian:
         self._look_for_nonfinite(X)
         with exact_products():
             for part in X.split(_ROWS_AT_A_TIME):
-                part = part.to(self._sum.device, self._sum.dtype)
+                part = part.to(self._sum.device)
+                if self._mixed and part.dtype in (torch.bfloat16, torch.float16):
+                    self._sum += torch.mm(part.T, part, out_dtype=torch.float32)
+                    continue
+                part = part.to(self._sum.dtype)
                 if self._syrk:
                     # Transposed views are in Fortran's order, so nothing is copied and the lower half of _sum is written.
                     self._syrk(1.0, part.contiguous().numpy().T, beta=1.0, c=self._sum.numpy().T, overwrite_c=1)
@@ -122,6 +128,18 @@ class Hessian:
             self.nonfinite = NonFinite(self.rows + row, channel, X[row, channel].item(), count)
         else:
             self.nonfinite = NonFinite(first.row, first.channel, first.value, first.count + count)
+
+
+@lru_cache(maxsize=None)
+def mixed_products(device: torch.device) -> bool:
+    """Whether this torch multiplies 16-bit floats to float32 on the device: exact products, float32 sums, ten times the speed."""
+    if device.type != "cuda":
+        return False
+    one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        return bool((torch.mm(one, one, out_dtype=torch.float32) == 16).all())
+    except (TypeError, RuntimeError):   # torch before 2.8 does not know the argument
+        return False
 
 
 @contextmanager
@@ -233,7 +251,7 @@ def _reversed(H: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
 
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or Inf, in one pass: both reach the bounds."""
-    return not values.numel() or all(map(torch.isfinite, torch.aminmax(values)))
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def _lower_factor(A: torch.Tensor) -> tuple[torch.Tensor | None, int]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from doctor.errors import BadCheckpoint, NotQuantizable
+from doctor.quant import kernels
 from doctor.quant.grid import BITS, Grid, contiguous_groups, dequantize
 
 # Position of a word's eight 4-bit fields in AWQ: field p holds column AWQ_ORDER[p] of its eight.
@@ -30,6 +31,8 @@ def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Any integer dtype; values must be 0..2^bits-1. A field of 32 neighbouring words is one contiguous run of c.
     """
+    if _by_kernel(codes):
+        return kernels.pack_columns(codes.to(torch.uint8), bits)
     m, columns = codes.shape
     blocks = -(-m // 32)
     padded = codes if m == blocks * 32 else torch.nn.functional.pad(codes, (0, 0, 0, blocks * 32 - m))
@@ -58,6 +61,8 @@ def unpack_columns(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """i32[r, ceil(m*bits/32)]: each row of codes [r, m] as a bit stream."""
+    if _by_kernel(codes):
+        return kernels.pack_rows(codes.to(torch.uint8), bits)
     return pack_columns(codes.T.contiguous(), bits).T.contiguous()
 
 
@@ -107,7 +112,7 @@ def gptq_unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tenso
         # The stored field is zero - 1. Its highest value means 2^bits: written so by no grid of ours, read so by engines.
         zero = zero + 1
     if g_idx is None:
-        g_idx = _groups_of_neighbours(k, groups)
+        g_idx = _groups_of_neighbours(k, groups, scales.device)
     _require_groups(g_idx, k, groups)
     return codes, Grid(scales.T.to(torch.float32).contiguous(), zero.T.contiguous()), g_idx.to(torch.int32)
 
@@ -131,7 +136,7 @@ def awq_unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor
     _require_shape("scales", scales, (groups, words * 8))
     codes, zero = _awq_fields(qweight), _awq_fields(qzeros)
     return (codes, Grid(scales.T.to(torch.float32).contiguous(), zero.to(torch.int32)),
-            _groups_of_neighbours(k, groups))
+            _groups_of_neighbours(k, groups, scales.device))
 
 
 def compressed_pack(codes: torch.Tensor, grid: Grid, bits: int, sym: bool, *,
@@ -180,7 +185,7 @@ def compressed_unpack(weight_packed: torch.Tensor, weight_scale: torch.Tensor, w
         _require_shape("weight_zero_point", weight_zero_point, (-(-n * bits // 32), groups))
         zero = unpack_columns(weight_zero_point, bits, n).to(torch.int32)
     if weight_g_idx is None:
-        weight_g_idx = _groups_of_neighbours(k, groups)
+        weight_g_idx = _groups_of_neighbours(k, groups, weight_scale.device)
     _require_groups(weight_g_idx, k, groups)
     return codes, Grid(weight_scale.to(torch.float32), zero), weight_g_idx.to(torch.int32)
 
@@ -209,12 +214,18 @@ def _placements(bits: int):
             yield word + 1, code, shift - 32
 
 
+def _by_kernel(codes: torch.Tensor) -> bool:
+    return codes.is_cuda and kernels.available(codes.device) is None
+
+
 def _low(bits: int) -> int:
     return (1 << bits) - 1
 
 
 def _awq_words(codes: torch.Tensor) -> torch.Tensor:
     """i32[c, n/8] of codes [n, c], eight rows to a word in AWQ's order."""
+    if _by_kernel(codes):
+        return kernels.awq_words(codes.to(torch.uint8))
     n, columns = codes.shape
     ordered = codes.reshape(n // 8, 8, columns)[:, list(AWQ_ORDER)].reshape(n, columns)
     return pack_columns(ordered, 4).T.contiguous()
@@ -237,10 +248,10 @@ def _stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return stored
 
 
-def _groups_of_neighbours(k: int, groups: int) -> torch.Tensor:
+def _groups_of_neighbours(k: int, groups: int, device: torch.device) -> torch.Tensor:
     if groups < 1 or k % groups:
         raise BadCheckpoint(f"{groups} groups of scales for {k} in_features: groups must divide in_features.")
-    return contiguous_groups(k, k // groups)
+    return contiguous_groups(k, k // groups, device)
 
 
 def _require_bits(bits: int) -> None:

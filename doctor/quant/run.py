@@ -38,7 +38,7 @@ from doctor.quant.blocks import Call, Skeleton, load_tensor
 from doctor.quant.budget import BATCH_TOKENS
 from doctor.quant.gptq import Solution, round_to_nearest, solve
 from doctor.quant.grid import Grid
-from doctor.quant.hessian import Attempt
+from doctor.quant.hessian import Attempt, mixed_products
 from doctor.quant.ranks import Ranks, finite_json
 from doctor.quant.walk import WITHOUT_GREENLET, Input, Stages, Walk, discover, greenlet
 from doctor.recipe import Recipe, matches
@@ -154,7 +154,7 @@ class _Run:
         self.progress, self.memory = progress, memory
         shown = [] if recipe.method == "rtn" else rows
         self.need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
-        self.skeleton = Skeleton(checkpoint, spec, device)
+        self.skeleton = Skeleton(checkpoint, spec, device, computing_dtype(checkpoint, spec, recipe, device))
         self.batches = self._batches(rows) if recipe.method != "rtn" else []
         self.result = Result(recipe=recipe)
         self.consent: Consent | None = None
@@ -200,16 +200,19 @@ class _Run:
         for number, (inputs, calls) in enumerate(self.skeleton.open_calls(self.batches)):
             if self.hidden is None:
                 shapes = [(*ids.shape, inputs.shape[-1]) for ids in self.batches]
-                self.hidden = Hidden(shapes, left, self.output.stage / f"activations{self.ranks.rank or ''}.bin", self.progress)
+                self.hidden = Hidden(shapes, left, self.output.stage / f"activations{self.ranks.rank or ''}.bin", self.progress,
+                                     self.skeleton.device, self.skeleton.dtype, self._room() // 2)
             self.hidden[number] = inputs
             self.calls.append(calls)
-        self.room = left if self.hidden.on_disk else left - self.hidden.nbytes
+        self.room = left - (0 if self.hidden.on_disk or self.hidden.on_device else self.hidden.nbytes)
 
     def _slower_paths(self) -> list[str]:
         """What does the work another way than it could, and why."""
         device, found = self.skeleton.device, []
         if device.type == "cuda" and kernels.available(device) is not None:
             found.append(f"no CUDA kernel runs on {device}, torch does their work: {kernels.available(device)}")
+        if device.type == "cuda" and self.skeleton.dtype == torch.bfloat16 and not mixed_products(device):
+            found.append("this torch has no product of bfloat16 with a float32 result: Hessians are summed from float32 copies")
         if device.type == "cpu" and solver.note():
             found.append(solver.note())
         if self.batches and greenlet is None:
@@ -427,11 +430,11 @@ class _Run:
         try:
             if isinstance(solution, str):
                 raise NotQuantizable(solution)
-            parts = export.pack_linear(linear.name, solution.codes.cpu(), _on_cpu(solution.grid), solution.g_idx.cpu(), self.recipe.for_linear(linear.name))
+            parts = export.pack_linear(linear.name, solution.codes, solution.grid, solution.g_idx, self.recipe.for_linear(linear.name))
         except NotQuantizable as error:
             failed = Solve("failed", self.recipe.damp, 0.0, "", float("nan"), float("nan"), (), error.message)
             return self._record(linear, failed, seen and seen.fact, seconds)
-        packed.update(parts)
+        packed.update({name: part.cpu() for name, part in parts.items()})
         put_weight(module, solution.weight(), linear.transposed)
         return self._record(linear, self._solve_fact(linear.name, solution, seen), seen and seen.fact, seconds + time.perf_counter() - started)
 
@@ -552,23 +555,36 @@ def put_weight(module: torch.nn.Module, W: torch.Tensor, transposed: bool) -> No
     module.weight.data = (W.T if transposed else W).to(old.device, old.dtype).contiguous()
 
 
-class Hidden:
-    """Hidden states f32[rows, length, hidden] of every batch: in memory, or in a memory-mapped file above `limit` bytes."""
+def computing_dtype(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, device: str) -> torch.dtype:
+    """What blocks compute in: bfloat16 where a GPU quantizes by gptq a model whose blocks are stored so, as engines will serve it, since
+    products of bfloat16 are exact in the float32 sums of a Hessian and ten times as fast there. Else float32: what awq folds
+    needs the digits, and float16 ends where the activations of a model that was trained in bfloat16 may not.
+    """
+    stored = {checkpoint.tensors[x.tensor].dtype.name for x in spec.linears if x.block is not None and x.tensor in checkpoint.tensors}
+    return torch.bfloat16 if torch.device(device).type == "cuda" and recipe.method == "gptq" and stored == {"BF16"} else torch.float32
 
-    def __init__(self, shapes: list[tuple[int, int, int]], limit: int, path: Path, progress: Callable[[str], None]):
-        self._shapes = shapes
+
+class Hidden:
+    """Hidden states [rows, length, hidden] of every batch, given and taken on `device`: they lie there where they take at most
+    `room` bytes, else in memory, or in a memory-mapped file above `limit` bytes.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int, int]], limit: int, path: Path, progress: Callable[[str], None],
+                 device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float32, room: int = 0):
+        self._shapes, self._device = shapes, device
         sizes = [rows * length * hidden for rows, length, hidden in shapes]
         self._ends = torch.tensor(sizes).cumsum(0).tolist()
-        total = self.nbytes = 4 * sum(sizes)
-        self.on_disk = total > limit
+        total = self.nbytes = dtype.itemsize * sum(sizes)
+        self.on_device = device.type != "cpu" and total <= room
+        self.on_disk = not self.on_device and total > limit
         if self.on_disk:
             progress(f"hidden states take {total / 2**30:.2f} GiB, more than {limit / 2**30:.2f} GiB: kept in {path}")
             try:
-                self._all = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=torch.float32)
+                self._all = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=dtype)
             except RuntimeError as error:
                 raise MachineError(f"{path}: no room for {total:,} bytes of hidden states: {error}.", "Free space there, or raise --memory.") from None
         else:
-            self._all = torch.empty(sum(sizes), dtype=torch.float32)
+            self._all = torch.empty(sum(sizes), dtype=dtype, device=device if self.on_device else "cpu")
 
     def _part(self, i: int) -> torch.Tensor:
         rows, length, hidden = self._shapes[i]
@@ -576,7 +592,7 @@ class Hidden:
         return self._all[end - rows * length * hidden: end].view(rows, length, hidden)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return self._part(i)
+        return self._part(i).to(self._device)
 
     def __setitem__(self, i: int, value: torch.Tensor) -> None:
         self._part(i).copy_(value)
@@ -618,10 +634,6 @@ def _finite(value: object) -> object:
 
 def _part(i: int) -> str:
     return f"{i:05d}"
-
-
-def _on_cpu(grid):
-    return type(grid)(grid.scale.cpu(), grid.zero.cpu())
 
 
 def _solve_of(data: dict) -> Solve:
