@@ -1,31 +1,100 @@
-"""Kernels on a GPU beside what the device can do: prints the table for bench/RESULTS.md, and can record goldens.
+"""Everything that is owed on a GPU, in one command and in this order, each step with a time limit of its own:
 
-    python bench/gpu.py             measure
-    python bench/gpu.py --record    also write fixtures/goldens/cuda.json, which the host build must then reproduce
+    python3 bench/gpu.py [--out DIR] [--budget SECONDS] [STEP ...]
 
-Every figure is the median of REPEATS timed by events, after warm-up, on buffers larger than the second-level cache where
-memory is the bound. The share is of the copy bandwidth measured in the same run, not of a data sheet.
+    goldens     what the kernels compute from fixed inputs, for fixtures/goldens/cuda.json (the host build must reproduce it)
+    kernels     rung R4: kernels against the reference, odd shapes, NaN and Inf
+    table       copy bandwidth, bf16 rate, each kernel beside them, the column loop in torch, whole layers
+    sanitizer   compute-sanitizer memcheck and racecheck over the kernels' tests
+    model       a 7B-shaped model with random weights, 128 x 2048 tokens, quantized from directory to directory
+
+It runs under the python3 whose torch sees the GPU, from a checkout, and installs nothing. A failing step does not stop the next. In DIR
+(default .cache/gpu): a log for each step, table.md for bench/RESULTS.md, cuda.json.
+
+Figures are medians by events after warm-up, on buffers larger than the second-level cache where memory is the bound; the share is of the copy
+bandwidth measured in the same run, not of a data sheet.
 """
 
+import argparse
 import json
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-import torch
-
-from doctor.quant import gptq, grid, kernels
-from doctor.quant.gptq import _Rules
-from doctor.quant.grid import contiguous_groups
-
 ROOT = Path(__file__).resolve().parent.parent
+STEPS = {"goldens": 60, "kernels": 150, "table": 150, "sanitizer": 120, "model": 240}     # most seconds of each
+SANITIZED = "gpu and (ragged or refinement or streams or cached or scan or groups_that or differences) and not 1000"
 REPEATS = 20
-SIDE = 4096
+
+
+def places():
+    """PYTHONPATH under which `doctor` is whole: a checkout keeps rules/ and cuda/ beside the package, and an installation maps them in."""
+    site = ROOT / ".cache" / "gpu" / "site" / "doctor"
+    shutil.rmtree(site, ignore_errors=True)
+    site.mkdir(parents=True)
+    for entry in [*(ROOT / "doctor").iterdir(), ROOT / "rules", ROOT / "cuda"]:
+        (site / entry.name).symlink_to(entry)
+    return os.pathsep.join([str(site.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def all_steps(wanted, out, budget):
+    """Each step in a process of its own. Returns the exit status: 0 where all passed."""
+    environment = {**os.environ, "PYTHONPATH": places(), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    python = [sys.executable, "-P"]
+    tests = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda/test_kernels.py", "-k"]
+    own = [*python, "bench/gpu.py", "--out", str(out)]
+    commands = {"goldens": [[*own, "--inside", "goldens"]], "kernels": [[*tests, "gpu"]], "table": [[*own, "--inside", "table"]],
+                "sanitizer": [["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *tests, SANITIZED] for tool in ("memcheck", "racecheck")],
+                "model": [[*own, "--inside", "model"]]}
+    out.mkdir(parents=True, exist_ok=True)
+    began, results = time.monotonic(), []
+    for step in wanted:
+        for number, command in enumerate(commands[step]):
+            left = budget - (time.monotonic() - began)
+            limit = min(STEPS[step] / len(commands[step]), left)
+            name = step + (f"-{command[1].partition('=')[2]}" if step == "sanitizer" else "")
+            if limit < 10:
+                results.append((name, "not run: no time left", 0.0))
+            elif shutil.which(command[0]) is None:
+                results.append((name, f"not run: no {command[0]} here", 0.0))
+            else:
+                results.append((name, *one_step(name, command, limit, environment, out / f"{name}.log")))
+    print("\n| step | result | s |\n|---|---|---|")
+    for name, result, seconds in results:
+        print(f"| {name} | {result} | {seconds:.0f} |")
+    return int(any(result != "passed" for _, result, _ in results))
+
+
+def one_step(name, command, limit, environment, log):
+    print(f"\n== {name} (at most {limit:.0f} s): {' '.join(command)}", flush=True)
+    began = time.monotonic()
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            status = None
+    lines = log.read_text(errors="replace").splitlines()
+    print("\n".join(lines[-60:] if status == 0 else lines[-90:]), flush=True)
+    result = "passed" if status == 0 else f"ended at its limit of {limit:.0f} s" if status is None else f"failed with {status}"
+    return result, time.monotonic() - began
+
+
+# inside a step
 
 
 def milliseconds(work, repeats=REPEATS, prepare=None):
     """Median of `repeats` runs of work(); prepare() is not timed."""
+    import torch
+
     times = []
-    for turn in range(repeats + 3):
+    for turn in range(repeats + 2):
         if prepare:
             prepare()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -33,13 +102,15 @@ def milliseconds(work, repeats=REPEATS, prepare=None):
         work()
         end.record()
         torch.cuda.synchronize()
-        if turn >= 3:
+        if turn >= 2:
             times.append(begin.elapsed_time(end))
     return sorted(times)[len(times) // 2]
 
 
 def columns_by_torch(T, U, scale, zero, top):
     """One column at a time with a rank-1 correction of the whole block: how the first implementations do it."""
+    import torch
+
     for begin in range(0, len(T), 128):
         block = T[begin:begin + 128].clone()
         errors = torch.empty_like(block)
@@ -51,86 +122,277 @@ def columns_by_torch(T, U, scale, zero, top):
         T[begin + 128:] -= U[begin:begin + 128, begin + 128:].T @ errors
 
 
-def rows(device):
-    """(what, milliseconds, bytes moved or None, floating-point operations or None) of every measurement."""
+class Bench:
+    """Rows of the table: each is measured alone, and one that fails says why and leaves the others."""
+
+    def __init__(self, device, side=4096, large=16384, wide=(29568, 8192), copy=1 << 28, tokens=16384, cached=32768 * 1024):
+        self.device, self.side, self.large, self.wide = device, side, large, wide
+        self.copy, self.tokens, self.cached = copy, tokens, cached
+        self.rate = None
+        self.lines = ["| what | ms | GB/s | share of copy | TFLOP/s |", "|---|---|---|---|---|"]
+
+    def row(self, what, measure, moved=None, flops=None):
+        """One line. measure() gives milliseconds. Returns them, or None where it failed."""
+        try:
+            ms = measure()
+        except Exception as error:  # a figure that cannot be had must not cost the others
+            self._say(f"| {what} | failed: {type(error).__name__}: {str(error).splitlines()[0][:160]} | | | |")
+            return None
+        rate = moved / ms / 1e6 if moved else None
+        self.rate = self.rate or rate
+        self._say(f"| {what} | {ms:.3f} | {f'{rate:.0f}' if rate else ''} | {f'{rate / self.rate:.2f}' if rate else ''} | "
+                  f"{f'{flops / ms / 1e9:.1f}' if flops else ''} |")
+        return ms
+
+    def _say(self, line):
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def random(self, *shape):
+        import torch
+
+        return torch.randn(*shape, device=self.device, generator=torch.Generator(self.device).manual_seed(0))
+
+    def card(self):
+        import torch
+
+        first, second = torch.empty(2, self.copy, device=self.device)
+        self.row(f"copy of {first.nbytes >> 20} MiB", lambda: milliseconds(lambda: second.copy_(first)), 2 * first.nbytes)
+        del first, second
+        n = 2 * self.side
+        A = self.random(n, n).to(torch.bfloat16)
+        self.row(f"bf16 product of {n}^3", lambda: milliseconds(lambda: A @ A), None, 2 * n**3)
+        F = A[:n // 2, :n // 2].float()
+        self.row(f"float32 product of {n // 2}^3, no TF32", lambda: milliseconds(lambda: F @ F, 5), None, 2 * (n // 2)**3)
+
+    def hessian(self, k, tokens):
+        """H of correlated rows, and the seconds that its pieces take."""
+        import torch
+
+        X = self.random(tokens, k) * torch.linspace(0.2, 3, k, device=self.device)
+        X += X.roll(1, 1) / 2
+        half = X.to(torch.bfloat16)
+        work = 2 * tokens * k * k
+        self.row(f"X^T X of {tokens} x {k}, float32", lambda: milliseconds(lambda: X.T @ X, 3), None, work)
+        self.row(f"X^T X of {tokens} x {k}, bf16 in, float32 out",
+                 lambda: milliseconds(lambda: torch.mm(half.T, half, out_dtype=torch.float32), 5), None, work)
+        return 2 / tokens * X.T @ X
+
+    def layer(self):
+        """A layer of side x side, piece by piece."""
+        import torch
+
+        from doctor.quant import gptq, grid, kernels
+        from doctor.quant.hessian import exact_products
+
+        n = k = self.side
+        with exact_products():
+            W, H = self.random(n, k) * 0.02, self.hessian(k, self.tokens)
+            damped = H + 0.01 * H.diagonal().mean() * torch.eye(k, device=self.device)
+            self.row(f"Cholesky of {k} (potrf)", lambda: milliseconds(lambda: torch.linalg.cholesky_ex(damped), 5), None, k**3 / 3)
+            self.row(f"the factor of {k}, damped, reversed, inverted", lambda: milliseconds(lambda: gptq.factorise_with_escalation(H, 0.01, 0.1), 5))
+            U, _ = gptq.factorise_with_escalation(H, 0.01, 0.1)
+            cost = U.diagonal() ** -2
+            self.row(f"grid search of {n} x {k}, groups of 128", lambda: milliseconds(lambda: kernels.fit(W, 4, 128, True, mse=True, weight=cost)), W.nbytes)
+            static = kernels.fit(W, 4, 128, True, mse=True, weight=cost, zero_min=1)
+            groups, rule = grid.contiguous_groups(k, 128, self.device), gptq._Rules(4, 128, True, True, False, 1, torch.float16)
+            T = W.T.contiguous()
+            work, small, mine = T.clone(), U[:128, :128].contiguous(), T[:128].contiguous()
+            first = grid.Grid(static.scale[:, :1], static.zero[:, :1])
+            block = self.row("a block of 128 columns, kernel alone", lambda: milliseconds(
+                lambda: kernels.round_columns(mine, small, rule, groups[:128], first)), n * 128 * 9, n * 128 * 128)
+            scale, zero = static.scale.T.contiguous(), static.zero.T.to(torch.float32)
+            loop = self.row("the same block in torch, column by column", lambda: milliseconds(
+                lambda: columns_by_torch(mine, small, scale, zero, 15), 3))
+            if block and loop:
+                self._say(f"| the block's kernel is {loop / block:.0f} times the torch loop's speed | | | | |")
+            self.row("all columns, kernels and products", lambda: milliseconds(
+                lambda: kernels.round_columns(work, U, rule, groups, static), prepare=lambda: work.copy_(T)), None, n * k * k)
+            self.row("all columns, torch column by column", lambda: milliseconds(
+                lambda: columns_by_torch(work, U, scale, zero, 15), 1, lambda: work.copy_(T)), None, n * k * k)
+            codes, _ = kernels.round_columns(T.clone(), U, rule, groups, static)
+            E = (W - grid.dequantize(codes.T, static)).T.contiguous()
+            self.row("one refinement, kernels and products", lambda: milliseconds(
+                lambda: kernels.refine(E, damped, codes.clone(), static, groups, rule, 128), 5), None, 3 * n * k * k)
+        for refine in (0, 1):
+            self.row(f"gptq.solve of {n} x {k}, refine {refine}, end to end", lambda: milliseconds(lambda: gptq.solve(W, H, refine=refine), 5))
+
+    def memory_bound(self):
+        import torch
+
+        from doctor.quant import grid, kernels, pack
+
+        n = k = self.large
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=self.device)
+        across = codes.T.contiguous()
+        self.row(f"pack {n} x {k}, GPTQ order", lambda: milliseconds(lambda: kernels.pack_columns(across, 4)), n * k * 1.5)
+        self.row("pack, compressed-tensors order", lambda: milliseconds(lambda: kernels.pack_rows(codes, 4)), n * k * 1.5)
+        self.row("pack, AWQ order", lambda: milliseconds(lambda: kernels.awq_words(across.T)), n * k * 1.5)
+        found = grid.Grid(torch.full((n, k // 128), 0.01, device=self.device).half().float(),
+                          torch.full((n, k // 128), 8, dtype=torch.int32, device=self.device))
+        groups = grid.contiguous_groups(k, 128, self.device)
+        for name, words, back in (
+                ("GPTQ", pack.gptq_pack(codes, found, groups, 4), lambda w: kernels.gptq_dequantize(**w, bits=4)),
+                ("AWQ", pack.awq_pack(codes, found), lambda w: kernels.awq_dequantize(**w)),
+                ("compressed-tensors", pack.compressed_pack(codes, found, 4, True), lambda w: kernels.compressed_dequantize(**w, bits=4))):
+            self.row(f"dequantize, {name} order", lambda: milliseconds(lambda: back(words)), n * k * 4.5)
+        del codes, across, words
+        W, s = self.random(n, k // 2) * 0.02, torch.rand(k // 2, device=self.device) + 0.5
+        self.row(f"AWQ difference of {n} x {k // 2}", lambda: milliseconds(lambda: kernels.awq_difference(W, s, 4, 128, False)), 2 * W.nbytes)
+        del W
+        x = self.random(self.cached).half()
+        for bits in (4, 8):
+            moved = x.nbytes + x.numel() * (bits + 0.5) / 8
+            self.row(f"KV cache store of {x.numel() >> 20} M values, {bits} bits", lambda: milliseconds(lambda: kernels.kv_store(x, bits)), moved)
+            kept = kernels.kv_store(x, bits)
+            self.row(f"KV cache load, {bits} bits", lambda: milliseconds(lambda: kernels.kv_load(*kept, bits)), moved)
+        half = self.random(self.copy).to(torch.bfloat16)
+        self.row(f"health scan of {half.nbytes >> 20} MiB bf16 (waits for its result)", lambda: milliseconds(lambda: kernels.health_scan(half)), half.nbytes)
+
+    def wide_layer(self):
+        from doctor.quant import gptq
+
+        k, n = self.wide
+        W, H = self.random(n, k) * 0.02, self.hessian(k, self.tokens)
+        for refine in (0, 1):
+            self.row(f"gptq.solve of {n} x {k}, refine {refine}, end to end", lambda: milliseconds(lambda: gptq.solve(W, H, refine=refine), 1))
+
+
+def table(device, out, **sizes):
+    import torch
+
+    bench = Bench(device, **sizes)
+    where = f"{torch.cuda.get_device_name(device)}, {driver()}, torch {torch.__version__}, CUDA {torch.version.cuda}, commit {commit()}"
+    print(where, *bench.lines, sep="\n", flush=True)
+    for part in (bench.card, bench.layer, bench.memory_bound, bench.wide_layer):
+        try:
+            part()
+        except Exception as error:  # the next part may still run
+            bench._say(f"| {part.__name__} | failed: {type(error).__name__}: {str(error).splitlines()[0][:160]} | | | |")
+        torch.cuda.empty_cache()
+        (out / "table.md").write_text("\n".join([where, "", *bench.lines, ""]))
+    return any("failed" in line for line in bench.lines)
+
+
+def driver():
+    run = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    return f"driver {run.stdout.split()[0]}" if run and run.stdout.split() else "driver unknown"
+
+
+def commit():
+    run = shutil.which("git") and subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return run.stdout.strip() or "unknown" if run else "unknown"
+
+
+def goldens(device, out):
+    sys.path.insert(0, str(ROOT / "tests" / "cuda"))
+    from test_goldens import record
+
+    (out / "cuda.json").write_text(json.dumps(record(device), indent=1) + "\n")
+    print(f"recorded {out / 'cuda.json'}: copy it to fixtures/goldens/cuda.json and commit it")
+
+
+def write_model(folder, device, layers=32, hidden=4096, inner=11008, heads=32):
+    """A Llama checkpoint in bfloat16 with random weights made on the device; everything around the blocks is small."""
+    import torch
+    from safetensors.torch import save_file
+
+    from doctor.testing import tiny
+
+    case = tiny("llama")
+    case.config.update(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
+                       num_key_value_heads=heads, head_dim=hidden // heads, max_position_embeddings=4096)
+    case.json["tokenizer_config.json"]["model_max_length"] = 4096
+    folder.mkdir(parents=True)
+    for name, value in case.json.items():
+        (folder / name).write_text(json.dumps(value))
+    vocabulary = case.config["vocab_size"]
+    shapes = {"q_proj": (hidden, hidden), "k_proj": (hidden, hidden), "v_proj": (hidden, hidden), "o_proj": (hidden, hidden),
+              "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
     g = torch.Generator(device).manual_seed(0)
-    n = k = SIDE
-    big, other = torch.empty(2, 1 << 28, dtype=torch.float32, device=device)
-    yield "copy 1 GiB", milliseconds(lambda: other.copy_(big)), 2 * big.nbytes, None
-    del big, other
-    W = torch.randn(n, k, device=device, generator=g) * 0.02
-    X = torch.randn(16384, k, device=device, generator=g)
-    H = 2 / len(X) * X.T @ X
-    U, _ = gptq.factorise_with_escalation(H, 0.01, 0.1)
-    cost = U.diagonal() ** -2
-    static = kernels.fit(W, 4, 128, True, mse=True, weight=cost, zero_min=1)
-    groups, rule = contiguous_groups(k, 128, device), _Rules(4, 128, True, True, False, 1, torch.float16)
-    T = W.T.contiguous()
-    work = T.clone()
-    ours = milliseconds(lambda: kernels.round_columns(work, U, rule, groups, static), prepare=lambda: work.copy_(T))
-    yield "columns of 4096 x 4096, kernels and products", ours, None, 2 * n * k * k
-    one = work[:128].contiguous()
-    small = U[:128, :128].contiguous()
-    yield ("one block of 128 columns, kernel alone",
-           milliseconds(lambda: kernels.round_columns(one, small, rule, groups[:128], grid.Grid(static.scale[:, :1], static.zero[:, :1]))),
-           n * 128 * (4 + 4 + 1), n * 128 * 128)
-    scale, zero = static.scale.T.contiguous(), static.zero.T.to(torch.float32)
-    yield ("columns of 4096 x 4096, torch column by column",
-           milliseconds(lambda: columns_by_torch(work, U, scale, zero, 15), 2, lambda: work.copy_(T)), None, 2 * n * k * k)
-    yield ("grid search, 4 bits, groups of 128", milliseconds(lambda: kernels.fit(W, 4, 128, True, mse=True, weight=cost)), W.nbytes, None)
-    codes = grid.quantize(W, static, 4)
-    across = codes.T.contiguous()
-    yield "pack, GPTQ order", milliseconds(lambda: kernels.pack_columns(across, 4)), n * k * 1.5, None
-    yield "pack, compressed-tensors order", milliseconds(lambda: kernels.pack_rows(codes, 4)), n * k * 1.5, None
-    yield "pack, AWQ order", milliseconds(lambda: kernels.awq_words(across.T)), n * k * 1.5, None
-    from doctor.quant import pack
-    packed = pack.gptq_pack(codes, static, groups, 4)
-    yield "dequantize, GPTQ order", milliseconds(lambda: kernels.gptq_dequantize(**packed, bits=4)), n * k * 4.5, None
-    s = torch.rand(k, device=device) + 0.5
-    yield "AWQ difference", milliseconds(lambda: kernels.awq_difference(W, s, 4, 128, False)), 2 * W.nbytes, None
-    x = torch.randn(32768 * 1024, device=device).half()
-    for bits in (4, 8):
-        yield (f"KV cache store, {bits} bits, 32K tokens of 8 x 128", milliseconds(lambda: kernels.kv_store(x, bits)),
-               x.nbytes + x.numel() * (bits + 0.5) / 8, None)
-        kept = kernels.kv_store(x, bits)
-        yield (f"KV cache load, {bits} bits", milliseconds(lambda: kernels.kv_load(*kept, bits)),
-               x.nbytes + x.numel() * (bits + 0.5) / 8, None)
-    half = torch.randn(1 << 28, device=device).to(torch.bfloat16)
-    yield "health scan, 512 MiB bf16 (waits for its result)", milliseconds(lambda: kernels.health_scan(half)), half.nbytes, None
-    del half
-    Xb = X.to(torch.bfloat16)
-    yield "X^T X, float32", milliseconds(lambda: X.T @ X, 5), None, 2 * len(X) * k * k
-    try:
-        yield "X^T X, bf16 in, float32 out", milliseconds(lambda: torch.mm(Xb.T, Xb, out_dtype=torch.float32), 5), None, 2 * len(X) * k * k
-    except (TypeError, RuntimeError) as error:
-        print(f"mm with out_dtype: not in this torch ({str(error).splitlines()[0]})")
-    damped = H + 0.01 * H.diagonal().mean() * torch.eye(k, device=device)
-    yield "Cholesky of 4096 (potrf)", milliseconds(lambda: torch.linalg.cholesky(damped), 5), None, k**3 / 3
-    yield "gptq.solve of 4096 x 4096, end to end", milliseconds(lambda: gptq.solve(W, H), 3), None, None
+
+    def random(*shape):
+        return (torch.randn(*shape, device=device, generator=g) * 0.02).to(torch.bfloat16).cpu()
+
+    ones, index = torch.ones(hidden, dtype=torch.bfloat16), {}
+    outer = {"model.embed_tokens.weight": random(vocabulary, hidden), "model.norm.weight": ones.clone()}
+    if not case.config.get("tie_word_embeddings"):
+        outer["lm_head.weight"] = random(vocabulary, hidden)
+    for i in range(layers + 1):
+        shard = outer if i == layers else {f"model.layers.{i}.{'mlp' if name[0] in 'gud' else 'self_attn'}.{name}.weight": random(*shape)
+                                           for name, shape in shapes.items()}
+        if i < layers:
+            shard |= {f"model.layers.{i}.{norm}.weight": ones.clone() for norm in ("input_layernorm", "post_attention_layernorm")}
+        file = f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    total = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+    return vocabulary
+
+
+def model(device, out, rows=128, length=2048, **sizes):
+    import random
+
+    from doctor import api
+    from doctor.quant.walk import WITHOUT_GREENLET, greenlet
+    from doctor.recipe import Recipe
+
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 40 << 30
+    with tempfile.TemporaryDirectory(dir=memory if roomy else None) as place:
+        began = time.monotonic()
+        vocabulary = write_model(Path(place) / "m", device, **sizes)
+        print(f"written in {time.monotonic() - began:.1f} s to {place}", flush=True)
+        rng = random.Random(0)
+        text = Path(place) / "rows.jsonl"
+        text.write_text("\n".join(json.dumps({"input_ids": [1] + [rng.randrange(3, vocabulary) for _ in range(length - 1)]}) for _ in range(rows)))
+        if greenlet is None:
+            print(WITHOUT_GREENLET)
+        began = time.monotonic()
+        last = began
+
+        def progress(line):
+            nonlocal last
+            now = time.monotonic()
+            print(f"{now - began:7.1f} s (+{now - last:.1f})  {line}", flush=True)
+            last = now
+
+        result = api.quantize(Path(place) / "m", Path(place) / "o", Recipe(), calibration=text, rows=rows, max_seq_length=length,
+                              device=str(device), progress=progress)
+        seconds = time.monotonic() - began
+        for finding in result.report.findings:
+            print(finding.code, finding.message)
+        line = f"a model of {sizes or '7B shape'}, {rows} x {length} tokens, from directory to directory: {seconds:.1f} s"
+        print(line)
+        (out / "model.txt").write_text(line + "\n")
+        return not result.report.ok
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("steps", nargs="*", default=[], help=f"of {', '.join(STEPS)}; all of them by default")
+    parser.add_argument("--out", type=Path, default=ROOT / ".cache" / "gpu")
+    parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
+    parser.add_argument("--inside", choices=("goldens", "table", "model"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.steps) - set(STEPS):
+        parser.error(f"no such step: {', '.join(sorted(unknown))}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.inside:
+        sys.path[:0] = places().split(os.pathsep)
+    import torch
+
+    from doctor.quant import kernels
+
     reason = kernels.available("cuda")
     if reason:
-        print(f"no GPU here: {reason}. Nothing was measured.")
+        print(f"no GPU here: {reason}. Nothing was run.")
         return 3
+    if not options.inside:
+        return all_steps(options.steps or list(STEPS), options.out.resolve(), options.budget)
     device = torch.device("cuda", torch.cuda.current_device())
-    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}, median of {REPEATS}\n")
-    print("| what | ms | GB/s | share of copy | TFLOP/s |\n|---|---|---|---|---|")
-    copy = None
-    for what, ms, moved, flops in rows(device):
-        rate = moved / ms / 1e6 if moved else None
-        copy = copy or rate
-        print(f"| {what} | {ms:.3f} | {f'{rate:.0f}' if rate else ''} | {f'{rate / copy:.2f}' if rate else ''} | "
-              f"{f'{flops / ms / 1e9:.1f}' if flops else ''} |")
-    if "--record" in sys.argv:
-        sys.path.insert(0, str(ROOT / "tests" / "cuda"))
-        from test_goldens import GOLDENS, record
-
-        GOLDENS.parent.mkdir(parents=True, exist_ok=True)
-        GOLDENS.write_text(json.dumps(record(device), indent=1) + "\n")
-        print(f"\nrecorded {GOLDENS.relative_to(ROOT)}: commit it")
-    return 0
+    return int(bool({"goldens": goldens, "table": table, "model": model}[options.inside](device, options.out)))
 
 
 if __name__ == "__main__":
