@@ -236,7 +236,8 @@ def _solve_in_torch(W: torch.Tensor, H: torch.Tensor, rules: _Rules, order: _Ord
     codes = codes.T.contiguous()
     E = W - dequantize(codes, grid, g_idx)
     loss = (lost - (E.square() @ extra).to(torch.float64)).clamp_min(0) if exact else _energies(E, H)
-    return Solution(codes, grid, g_idx, "gptq", *_shares(W, H, rules, cost, loss), tuple(attempts))
+    return Solution(codes, grid, g_idx, "gptq", *_shares(W, H, rules, cost, loss, max(_SAMPLE, _SAMPLE_WEIGHTS // len(H))),
+                    tuple(attempts))
 
 
 def _refine(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, rules: _Rules, passes: int,
