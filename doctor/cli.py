@@ -6,6 +6,7 @@ Exit 0: nothing at or above --fail-on. 1: findings. 2: the work could not be don
 
 import gc
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,11 @@ def cli():
 
 def _words(values) -> tuple[str, ...]:
     return tuple(w for value in values for w in value.replace(",", " ").split())
+
+
+def _patterns(values) -> tuple[str, ...]:
+    """Like _words, but a comma or blank inside braces belongs to its pattern: {q,k}_proj is one."""
+    return tuple(p for value in values for p in re.split(r"[,\s]+(?![^{}]*\})", value) if p)
 
 
 def _options(*decorators):
@@ -547,7 +553,7 @@ def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order
     outputs = _outputs(formats, False)
     with _json_on_failure(outputs):
         recipe = _recipe(method, bits, group_size, sym, tp, runtime, act_order=act_order, mse=mse, damp=damp, damp_max=damp_max,
-                         format=format or "", seed=seed, keep=_words(keep), bits_for=bits_for)
+                         format=format or "", seed=seed, keep=_patterns(keep), bits_for=bits_for)
         if plan_only:
             return _forecast(api.plan_quantize(path, output, recipe, **_given(rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory))))
         more = {"preflight": True} if preflight else {}

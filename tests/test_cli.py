@@ -11,6 +11,7 @@ import pytest
 
 from doctor import api, cli
 from doctor.errors import BadCheckpoint, DoctorError
+from doctor.recipe import matches
 from doctor.testing import tiny
 
 PLAN = ["--group-size", "32"]
@@ -296,6 +297,14 @@ def test_quantize_passes_the_recipe_and_leaves_defaults_to_the_function(run, cal
     recipe = args[2]
     assert (recipe.method, recipe.group_size, recipe.damp, recipe.keep, recipe.mse, recipe.act_order) == ("awq", 64, 0.02, ("lm_head",), False, True)
     assert options["rows"] == 7 and options["memory"] == 2 << 30 and "max_seq_length" not in options and "calibration" not in options
+
+
+def test_keep_is_split_at_commas_outside_braces_only(run, called, good):
+    install, seen = called
+    install("quantize")
+    run("quantize", good, "-o", "out", "--keep", "lm_head, *.{0,1}.*{q,k}_proj,*down_proj", "--keep", "router gate", "--keep", "{a, b}")
+    assert seen[-1][0][2].keep == ("lm_head", "*.{0,1}.*{q,k}_proj", "*down_proj", "router", "gate", "{a, b}")
+    assert matches("*.{0,1}.*{q,k}_proj", "model.layers.1.self_attn.k_proj")
 
 
 def test_verify_and_kvcache_pass_their_options(run, called):
