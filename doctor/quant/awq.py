@@ -1,8 +1,8 @@
 """AWQ: columns that carry large activations are scaled up before rounding, and what feeds them is scaled down.
 
 Scaling column j of every linear that reads an input by s_j, and the input's source by 1 / s_j, leaves the function as it is
-and moves rounding errors away from the columns that matter. s = rms(x)^r for the r of a grid of 20 that loses least, r = 0
-(no scaling) among them; then each group's range is shortened where that loses less (clipping).
+and moves rounding errors away from the columns that matter. s = rms(x)^r, or rms(x)^r / size(w)^(1-r), for the r of a grid of 20 that
+loses least, no scaling among them; then each group gets the grid that loses least: its range shortened (clipping), or fitted.
 
 Both searches need X only as a Gram matrix: the loss of D = W - Q is tr(D H D^T), so a candidate costs one product with
 H instead of a forward pass. That is exact for a linear's own output; AutoAWQ measures q, k and v behind the
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from doctor.quant.gptq import Solution, proxy_loss
+from doctor.quant.gptq import Solution, improve, proxy_loss
 from doctor.quant.grid import Grid, contiguous_groups, dequantize, fit, group_width, quantize, require_finite, store_scale
 from doctor.quant.hessian import exact_products
 from doctor.spec import Linear, ModelSpec, condition, exists
@@ -94,19 +94,23 @@ def _rows_before(spec: ModelSpec, linear: Linear, linearity: dict, quantized: di
 
 
 def find_scales(weights: list[torch.Tensor], H: torch.Tensor, source: Source, *, bits: int, group_size: int, sym: bool,
-                zero_min: int) -> tuple[torch.Tensor, float]:
-    """(s f32 of the source's channels, r): the least sum of tr(D H D^T) over weights [n_i, k] that share H f32[k, k].
+                zero_min: int) -> tuple[torch.Tensor, str]:
+    """(s f32 of the source's channels, how it was found or ""): the least sum of tr(D H D^T) over weights [n_i, k] that share H f32[k, k].
 
-    The sum is over SEARCH_ROWS rows of each weight, at equal distances, and counts for all of its rows. s is 1 with r = 0 where nothing is better, and for channels that calibration never reached.
+    The sum is over SEARCH_ROWS rows of each weight, at equal distances, and counts for all of its rows. s is 1 with "" where nothing is
+    better, and for channels that calibration never reached.
     """
     energy = source.gather(H.diagonal())
     live = energy > 0
     size = torch.where(live, energy, torch.ones_like(energy)).sqrt()
-    best, chosen, kept = math.inf, torch.ones_like(size), 0.0
+    filled = source.gather(_filled(weights, group_size)).clamp_min(1e-4)
+    best, chosen, kept = math.inf, torch.ones_like(size), ""
     sampled = [_some_rows(W) for W in weights]
+    candidates = [("", torch.ones_like(size))]
+    candidates += [(f"rms(x)^{ratio:g}", size**ratio) for ratio in RATIOS[1:]]
+    candidates += [(f"rms(x)^{ratio:g} / size(w)^{1 - ratio:g}", size**ratio / filled ** (1 - ratio)) for ratio in RATIOS]
     with exact_products():
-        for ratio in RATIOS:
-            s = size**ratio
+        for name, s in candidates:
             s = s / (s[live].max() * s[live].min()).sqrt() if live.any() else s
             s = torch.where(live, s, torch.ones_like(s)).clamp(1e-4, 1e4)
             columns, loss = source.spread(s), 0.0
@@ -116,8 +120,17 @@ def find_scales(weights: list[torch.Tensor], H: torch.Tensor, source: Source, *,
                 D = W - dequantize(quantize(scaled, grid, bits), grid) / columns
                 loss += float(((D @ H) * D).sum(dtype=torch.float64)) / share
             if loss < best:
-                best, chosen, kept = loss, s, ratio
-    return (chosen if kept else torch.ones_like(chosen)), kept
+                best, chosen, kept = loss, s, name
+    return chosen, kept
+
+
+def _filled(weights: list[torch.Tensor], group_size: int) -> torch.Tensor:
+    """How far the weights of a column fill their groups' ranges on average, f32[k] in 0..1: a column of small ones can grow for nothing."""
+    total = 0
+    for W in weights:
+        size = W.abs().to(torch.float32).reshape(len(W), -1, group_width(W.shape[1], group_size))
+        total = total + (size / size.amax(-1, keepdim=True).clamp_min(1e-12)).reshape(W.shape).sum(0)
+    return total / sum(map(len, weights))
 
 
 def _some_rows(W: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -146,28 +159,28 @@ def fold(source: Source, s: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     return s, torch.where(good, new, weight), bias
 
 
-def clip(W: torch.Tensor, H: torch.Tensor, start: Grid, width: int, bits: int, scale_dtype: torch.dtype = torch.float16) -> Grid:
-    """`start` of W f32[n, k] with each group's scale shortened to the factor of 0.55 .. 1 that loses least under H f32[k, k].
+def clip(W: torch.Tensor, H: torch.Tensor, start: Grid, width: int, bits: int, scale_dtype: torch.dtype = torch.float16,
+         others: tuple[Grid, ...] = ()) -> Grid:
+    """The grid of each group of W f32[n, k] that loses least under H f32[k, k], of `start` with scales shortened to 0.55 .. 1 and `others`.
 
     The loss is that of the group alone, d H_gg d^T.
     """
     n, k = W.shape
     blocks = torch.stack([H[i:i + width, i:i + width] for i in range(0, k, width)])     # [G, g, g]
-    best, least = start.scale, torch.full_like(start.scale, math.inf)
-    for ratio in SHRINKS:
-        grid = Grid(store_scale(start.scale * ratio, scale_dtype), start.zero)
+    scale, zero, least = start.scale, start.zero, torch.full_like(start.scale, math.inf)
+    for grid in (*(Grid(store_scale(start.scale * ratio, scale_dtype), start.zero) for ratio in SHRINKS), *others):
         D = (W - dequantize(quantize(W, grid, bits), grid)).reshape(n, -1, width).transpose(0, 1)   # [G, n, g]
         loss = (torch.bmm(D, blocks) * D).sum(-1).T
-        best = torch.where(loss < least, grid.scale, best)
-        least = torch.minimum(loss, least)
-    return Grid(best.contiguous(), start.zero)
+        better = loss < least
+        scale, zero, least = torch.where(better, grid.scale, scale), torch.where(better, grid.zero, zero), torch.where(better, loss, least)
+    return Grid(scale.contiguous(), zero.contiguous())
 
 
-def solve(W: torch.Tensor, H: torch.Tensor, s: torch.Tensor | None, *, bits: int, group_size: int, sym: bool, zero_min: int
-          ) -> Solution:
+def solve(W: torch.Tensor, H: torch.Tensor, s: torch.Tensor | None, *, bits: int, group_size: int, sym: bool, zero_min: int,
+          damp: float = 0.01) -> Solution:
     """Codes of W[n, k], whose columns carry the factors s f32[k] (None: none), under H[k, k] of the scaled input.
 
-    Clipped, then rounded to nearest. loss as in gptq.solve; rtn_loss is that of the unscaled weight on a min-max grid.
+    Clipped, rounded to nearest, then refined as GPTQ's codes are: published AWQ stops before that. loss as in gptq.solve; rtn_loss is that of the unscaled weight on a min-max grid.
     Raises NotQuantizable for a non-finite W.
     """
     require_finite(W)
@@ -175,9 +188,14 @@ def solve(W: torch.Tensor, H: torch.Tensor, s: torch.Tensor | None, *, bits: int
     width = group_width(W.shape[1], group_size)
     with exact_products():
         start = fit(W, bits, group_size, sym, zero_min=zero_min)
-        grid = clip(W, H, start, width, bits)
+        fitted = fit(W, bits, group_size, sym, mse=True, weight=H.diagonal(), zero_min=zero_min)
+        grid = clip(W, H, start, width, bits, others=(fitted,))
         codes = quantize(W, grid, bits)
         loss = proxy_loss(W, dequantize(codes, grid), H)
+        better = improve(W, H, codes, grid, bits=bits, group_size=group_size, sym=sym, zero_min=zero_min, damp=damp)
+        gained = proxy_loss(W, dequantize(*better), H)
+        if gained < loss:
+            loss, (codes, grid) = gained, better
         plain = W if s is None else W / s
         first = start if s is None else fit(plain, bits, group_size, sym, zero_min=zero_min)
         rounded = dequantize(quantize(plain, first, bits), first)
@@ -206,8 +224,8 @@ class Folding:
             self.notes.update(dict.fromkeys(group, f"not scaled: {why or 'its norm is not in the block'}"))
             return
         weights = [_rows(*self.modules[name]) for name in group]
-        s, ratio = find_scales(weights, H, source, **rules)
-        if ratio == 0:
+        s, found = find_scales(weights, H, source, **rules)
+        if not found:
             self.notes.update(dict.fromkeys(group, "scales of 1 lose least"))
             return
         flipped = source.kind == "rows" and any(x.transposed for x, m in self.modules.values() if m is module)
@@ -226,7 +244,7 @@ class Folding:
             linear, target = self.modules[name]
             self._put(target, "weight", (W * columns).T if linear.transposed else W * columns)
             self.columns[name] = columns
-            self.notes[name] = f"scaled by rms(x)^{ratio:g}, folded into {source.tensor}"
+            self.notes[name] = f"scaled by {found}, folded into {source.tensor}"
 
     def take_back(self, why: str) -> None:
         """The block as it was."""

@@ -266,6 +266,26 @@ def _refine(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, g
     return codes if by_group is None else codes[torch.argsort(by_group)], grid, bool(inside)
 
 
+def improve(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, *, bits: int, group_size: int, sym: bool,
+            zero_min: int, damp: float = 0.01) -> tuple[torch.Tensor, Grid]:
+    """One pass of refinement of codes u8[n, k] on a grid of neighbours, wherever they come from, under H f32[k, k] with damp."""
+    rules = _Rules(bits, group_size, sym, True, False, zero_min, torch.float16)
+    mean, width = live_mean(H), group_width(W.shape[1], group_size)
+    if mean == 0:
+        return codes, grid
+    g_idx = contiguous_groups(W.shape[1], group_size, W.device)
+    extra = torch.where(H.diagonal() > 0, 0.0, mean) + damp * mean
+    if not solver.usable(W):
+        lost = torch.zeros(len(W), dtype=torch.float64, device=W.device)
+        codes, grid, _ = _refine(W, H + torch.diag(extra), codes.T.contiguous(), grid, g_idx, rules, 1, lost, True)
+        return codes.T.contiguous(), grid
+    inside = width if solver.fits(width) else 0
+    codes, scale, zero, *_ = solver.refine(W.contiguous(), H.contiguous(), torch.arange(len(H), dtype=torch.int32), g_idx, extra, rules.native[0],
+                                           codes, grid, inside)
+    grid = Grid(scale, zero)
+    return codes, grid if inside else refit_scales(W, H + torch.diag(extra), codes, grid, g_idx)
+
+
 def round_to_nearest(W: torch.Tensor, H: torch.Tensor | None = None, *, bits: int = 4, group_size: int = 128,
                      sym: bool = True, mse: bool = True, signed: bool = False, zero_min: int = 1,
                      scale_dtype: torch.dtype = torch.float16) -> Solution:

@@ -448,7 +448,7 @@ class _Run:
             return round_to_nearest(W, **options)
         if r.method == "awq":
             del options["mse"]
-            return awq.solve(W, seen.H, self.folding.columns.get(linear.name), **options)
+            return awq.solve(W, seen.H, self.folding.columns.get(linear.name), damp=r.damp, **options)
         return solve(W, seen.H, act_order=r.act_order, damp=r.damp, damp_max=r.damp_max, **options)
 
     def _solve_fact(self, name: str, solution: Solution, seen: Input | None) -> Solve:
