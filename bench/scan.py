@@ -10,6 +10,10 @@ CPU time and per second on the clock. The peer is the usual torch loop (isnan, i
 
 The whole command instead: `doctor check` of a checkpoint of that size (2048) in eight shards, a child with all its threads, interpreter
 and rules included, against `cat` of the same files in page cache; and its peak memory, which must not grow with the size.
+
+    python bench/scan.py --peer CHECKPOINT
+
+`doctor check` of that checkpoint beside `model-clinic exam` of its shards (tests/clients/setup.sh clinic), once each: the clinic takes minutes.
 """
 
 import json
@@ -121,10 +125,10 @@ print(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss
 """
 
 
-def child(*command):
-    """(wall seconds, CPU seconds, peak MiB) of a command; best wall of five, its own CPU, largest peak."""
+def child(*command, times=5):
+    """(wall seconds, CPU seconds, peak MiB) of a command; best wall of `times`, its own CPU, largest peak."""
     runs = [tuple(map(float, subprocess.run([sys.executable, "-c", MEASURED, *map(str, command)], capture_output=True, text=True, check=True).stdout.split()))
-            for _ in range(5)]
+            for _ in range(times)]
     return *min(runs)[:2], max(r[2] for r in runs)
 
 
@@ -142,7 +146,20 @@ def whole_command(sizes):
             print(f"{size / 1e9:7.2f} GB {plain:7.2f} {wall:8.2f} {size / wall / 1e9:6.2f} {plain / wall:7.2f} {cpu:6.2f} {headers:10.2f} {peak:9.0f}")
 
 
+def beside_clinic(folder):
+    """model-clinic looks for other things too, singular values above all: the figures are what a user waits, not the same work."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    clinic = Path(__file__).resolve().parents[1] / ".cache" / "venv-clinic" / "bin" / "model-clinic"
+    size = sum(f.stat().st_size for f in files)
+    ours = [sys.executable, "-m", "doctor", "check", folder, "--concise", "--config", "none", "--fail-on", "never"]
+    for name, commands in (("cat", [["cat", *files]]), ("doctor check", [ours]), ("model-clinic exam", [[clinic, "exam", f] for f in files])):
+        wall, cpu, peak = (sum(x) if i < 2 else max(x) for i, x in enumerate(zip(*(child(*c, times=1) for c in commands))))
+        print(f"{name:20} {wall:8.2f} s  {cpu:8.2f} CPU s  {size / wall / 1e9:7.3f} GB/s  {peak:7.0f} MiB at most", flush=True)
+
+
 def main():
+    if sys.argv[1:2] == ["--peer"]:
+        return beside_clinic(sys.argv[2])
     if sys.argv[1:2] == ["--check"]:
         return whole_command([int(x) for x in sys.argv[2:]] or [2048])
     n_bytes = int(sys.argv[1] if len(sys.argv) > 1 else 256) << 20

@@ -5,8 +5,8 @@
 #                      peer that bench/quality.py measures
 #   .cache/peers       source of older quantizers, unpacked and never installed, for tests/clients/test_peers.py
 #   .cache/venv-llmc   llm-compressor, and
-#   .cache/venv-awq    AutoAWQ beside the last transformers that it works with: peers of bench/quality.py alone, built
-#                      only when asked for by name
+#   .cache/venv-awq    AutoAWQ beside the last transformers that it works with: peers of bench/quality.py alone, and
+#   .cache/venv-clinic model-clinic, a peer of bench/scan.py: built only when asked for by name
 # They are apart because their pins contradict each other (transformers, compressed-tensors, setuptools).
 # Called by `make test-clients`; does nothing when the environments stand. Wants about 5 GB of disk.
 #
@@ -68,6 +68,14 @@ build_awq() {
     $pip install --quiet --no-deps --no-build-isolation autoawq==0.2.9
     touch "$venv/finished"
 }
+build_clinic() {
+    venv=.cache/venv-clinic
+    if [ -e "$venv/finished" ]; then return; fi
+    echo "building $venv for model-clinic==0.4.2" >&2
+    "$python" -m venv --clear "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy safetensors model-clinic==0.4.2
+    touch "$venv/finished"
+}
 
 # fetch FOLDER PACKAGE==VERSION [PIP OPTION...]: one distribution, without what it wants to stand beside it
 fetch() {
@@ -109,6 +117,7 @@ case "${1:-all}" in
     peers) build_hf; build_peers ;;
     llmc) build_llmc ;;
     awq) build_awq ;;
+    clinic) build_clinic ;;
     all) build_vllm; build_hf; build_peers ;;
-    *) echo "usage: tests/clients/setup.sh [vllm|hf|peers|all|llmc|awq]" >&2; exit 2 ;;
+    *) echo "usage: tests/clients/setup.sh [vllm|hf|peers|all|llmc|awq|clinic]" >&2; exit 2 ;;
 esac
