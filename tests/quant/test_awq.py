@@ -9,7 +9,7 @@ import torch
 
 from doctor import api
 from doctor.checkpoint import Checkpoint
-from doctor.quant import awq, run
+from doctor.quant import awq, gptq, run
 from doctor.quant.blocks import Skeleton
 from doctor.quant.dequant import as_float
 from doctor.quant.gptq import proxy_loss
@@ -225,3 +225,18 @@ def test_the_search_on_some_rows_chooses_as_the_search_on_all(monkeypatch):
         return sum(awq.solve(W * s, H / s / s[:, None], s, **options).loss for W in weights)
 
     assert found and loss(sampled) == pytest.approx(loss(whole), rel=0.02)
+
+
+@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize(("sym", "width"), [(True, 32), (False, 32), (False, 96)])
+def test_refinement_lowers_the_loss_of_codes_from_anywhere(native, sym, width, monkeypatch):
+    monkeypatch.setenv("DOCTOR_NATIVE", native)
+    W, H = torch.randn(40, 96, generator=torch.Generator().manual_seed(8)), hessian(96)
+    grid = fit(W, 4, width, sym)
+    codes = quantize(W, grid, 4)
+    before = proxy_loss(W, dequantize(codes, grid), H)
+    better, moved = gptq.improve(W, H, codes, grid, bits=4, group_size=width, sym=sym, zero_min=0)
+    assert proxy_loss(W, dequantize(better, moved), H) < 0.8 * before
+    assert torch.equal(moved.zero, grid.zero) and torch.equal(moved.scale, moved.scale.half().float()) and better.max() <= 15
+    still, same = gptq.improve(W, torch.zeros(96, 96), codes, grid, bits=4, group_size=width, sym=sym, zero_min=0)
+    assert torch.equal(still, codes) and same is grid
