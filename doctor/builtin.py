@@ -114,7 +114,8 @@ class Comparison:
     longest_repeat: int  # most times one token stands in a row in them
     generated: int
     replies: tuple[tuple[str, str, str], ...] = ()  # (prompt, original's reply, quantized model's reply)
-    block_errors: tuple[float, ...] = ()  # relative output error after each block
+    block_errors: tuple[float, ...] = ()  # relative output error after each block: carried along from block to block
+    own_errors: tuple[float, ...] = ()  # of each block alone, given the original's input: error relative to what the block adds
     token0_share_original: float = 0.0  # the same two of the original's replies: what it says too is no collapse
     longest_repeat_original: int = 0
     half: Half | None = None

@@ -323,7 +323,7 @@ def compared() -> Case:
     case.put("checkpoint:", "comparison", Comparison(
         tokens=8192, context=512, perplexity_original=12.0, perplexity_quantized=12.3, kl_mean=0.02, kl_p99=0.2, top1_agreement=0.93,
         nonfinite_original=0, nonfinite_quantized=0, token0_share=0.0, longest_repeat=2, generated=256,
-        replies=(("Once", "upon a time", "upon a time"),), block_errors=(0.01, 0.02),
+        replies=(("Once", "upon a time", "upon a time"),), block_errors=(0.01, 0.02), own_errors=(0.05, 0.06),
         entropy_original=2.4, entropy_quantized=2.5, one_choice=0.06, one_choice_token=17, one_choice_original=0.05,
         half=Half(absmax=600.0, place="the residual stream after model.layers.1", first=None, residual=(30.0, 600.0),
                   blocks=(("the input of model.layers.0.mlp.down_proj", 31.0), ("the residual stream after model.layers.1", 600.0)),

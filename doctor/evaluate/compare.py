@@ -1,11 +1,13 @@
 """Two checkpoints on the same text, one decoder block of each in memory at a time, and their greedy replies.
 
 Both are read as floats (a quantized one through quant/dequant.py, as engines read it) and run by the same code in float32, so a
-difference is a difference of weights. Activations of both are kept; where they start to part is the error after each block.
+difference is a difference of weights. Activations of both are kept; how far they have parted is the error after each block. That error is
+carried along, and late blocks amplify it, so it does not name the block it came from. The error of one block alone does: the quantized
+block given what the original gives its own, for which a few rows are enough.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -20,6 +22,7 @@ from doctor.quant.dequant import as_float
 from doctor.spec import build_spec
 
 REPLY_TOKENS = 24
+ALONE_ROWS = 2  # of the text; one more pass over them costs a twenty-fourth of a comparison on 24 rows, a fifth of one on a single row
 
 
 class Streamed:
@@ -36,9 +39,10 @@ class Streamed:
             self.calls.append(calls)
 
     @torch.no_grad()
-    def step(self, i: int, probe: HalfProbe | None = None) -> None:
-        """Run block i over all rows, with a probe looking on."""
+    def step(self, i: int, probe: HalfProbe | None = None, given: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+        """Run block i over all rows, with a probe looking on. Returns what it makes of other activations given to it for the first rows."""
         self.skeleton.load_block(i)
+        alone = [self.skeleton.run_block(i, x, calls[i]) for x, calls in zip(given, self.calls, strict=False)]
         with probe.watch(i) if probe else nullcontext():
             for r, calls in enumerate(self.calls):
                 self.hidden[r] = self.skeleton.run_block(i, self.hidden[r], calls[i])
@@ -46,6 +50,7 @@ class Streamed:
             probe.leave(i, self.hidden)
             probe.round(i)
         self.skeleton.drop_block(i)
+        return alone
 
     @torch.no_grad()
     def logits(self, rows: list[torch.Tensor] | None = None, states: list[torch.Tensor] | None = None) -> Iterator[torch.Tensor]:
@@ -126,10 +131,12 @@ def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor
     blocks = len(a.skeleton.blocks)
     if len(b.skeleton.blocks) != blocks:
         raise NotQuantizable(f"{original.name} has {blocks} blocks, {quantized.name} has {len(b.skeleton.blocks)}: not the same model.")
-    errors, probe = [], HalfProbe(a.skeleton, rows, a.hidden, a.calls)
+    errors, own, probe = [], [], HalfProbe(a.skeleton, rows, a.hidden, a.calls)
     for i in range(blocks):
+        given = a.hidden[:ALONE_ROWS]
         a.step(i, probe)
-        b.step(i)
+        alone = b.step(i, given=given)
+        own.append(_own_error(given, a.hidden, alone))
         errors.append(_distance(a.hidden, b.hidden))
         progress(i + 1, blocks)
     tally = Tally()
@@ -147,7 +154,7 @@ def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor
         token0_share=zeros[1], token0_share_original=zeros[0], longest_repeat=runs[1], longest_repeat_original=runs[0],
         generated=sum(map(len, said[1])),
         replies=tuple((decode(p[0].tolist()), decode(x), decode(y)) for p, x, y in zip(prompts, *said, strict=False)),
-        block_errors=tuple(errors), half=half, entropy_original=tally.entropy(0), entropy_quantized=tally.entropy(1),
+        block_errors=tuple(errors), own_errors=tuple(own), half=half, entropy_original=tally.entropy(0), entropy_quantized=tally.entropy(1),
         one_choice=share, one_choice_original=usual, one_choice_token=favourite)
 
 
@@ -172,3 +179,18 @@ def _distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     off = sum(float((y - x).double().square().sum()) for x, y in zip(left, right, strict=True))
     size = sum(float(x.double().square().sum()) for x in left)
     return (off / size) ** 0.5 if size > 0 else float("nan")
+
+
+def _own_error(given: list[torch.Tensor], right: list[torch.Tensor], alone: list[torch.Tensor]) -> float:
+    """How far what a quantized block adds to its input is from what the original adds to the same, token by token, on average.
+
+    Against what the block adds, not its output: the residual stream that passes through a block hides a wrong one (with the
+    down_proj of SmolLM2-135M's block 12 taken from block 20 the output is off by 1.4 percent, what is added by 74, and a healthy
+    last block's output by 15). Token by token, because one token's massive activation outweighs all others together.
+    """
+    shares = []
+    for x, y, z in zip(given, right, alone, strict=False):
+        off, added = ((p - q).double().norm(dim=-1).flatten() for p, q in ((z, y), (y, x)))
+        shares.append((off / added)[added != 0])  # a token to which the original adds nothing has no share
+    found = torch.cat(shares)
+    return float(found.mean()) if found.numel() else float("nan")

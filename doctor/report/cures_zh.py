@@ -92,7 +92,7 @@ CURES = {
     "serve with {keys}-bit keys; the weights are fine to quantize": "推理时用 {keys} 位的键；权重可以照常量化",
     "serve with {keys}; the weights are fine to quantize": "推理时用 {keys}；权重可以照常量化",
     "calibrate the scales, or remove the entry": "校准这些缩放因子，或删去该项", "calibrate the cache again": "重新校准缓存",
-    "see the Q findings of that block, or take more bits or smaller groups": "看该层的 Q 类发现，或用更多位、更小的组",
+    "see the Q findings of that block and quantize it again; where all blocks are off, take more bits or smaller groups": "看该层的 Q 类发现并重新量化该层；若各层都偏，用更多位或更小的组",
     "run doctor check on the output, then quantize that block again": "对输出运行 doctor check，再重新量化那一层",
     "look for scales and logits that are not finite": "找非有限的缩放因子和 logits",
     "look at scales, zero points and the block at which the error jumps": "看缩放因子、零点和误差突增的层",

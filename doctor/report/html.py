@@ -118,7 +118,7 @@ def _context(report: Report) -> dict:
         "exponents": _exponents(extra.get("exponents")), "calibration": _calibration(extra.get("calibration")), "worst": _worst(report.linears),
         "half": _half((extra.get("comparison") or {}).get("half")), "receipt": _receipt(extra.get("receipt")), "machine": _machine(report),
         "replies": [tuple(map(view.safe, r)) for r in (extra.get("comparison") or {}).get("replies", ())],
-        "block_errors": _strips({say("block output"): (extra.get("comparison") or {}).get("block_errors") or []})[0], "tokens": _tokens(extra.get("tokens", ())), "geometry": extra.get("geometry", ()),
+        "block_errors": _block_errors(extra.get("comparison") or {}), "tokens": _tokens(extra.get("tokens", ())), "geometry": extra.get("geometry", ()),
         "group_size": report.recipe.group_size, "tp": report.recipe.tp, "odd_tp": len((extra.get("matrix") or [{"cells": ()}])[0]["cells"]) > 4,
         "when": view.safe((extra.get("machine") or {}).get("when", "")), "config_sha256": next((f["sha256"] for f in extra.get("files", ()) if f["name"] == "config.json" and "sha256" in f), ""), "files": extra.get("files", ()),
         "rules": [_rule(r) for r in report.runs], "skipped_tensors": {view.safe(k): view.safe(known(v)) for k, v in report.skipped_tensors.items()}, "markdown": markdown.render([report]),
@@ -174,8 +174,13 @@ def _strips(strip: dict | None) -> list[dict]:
         top = max(numbers, default=0)
         bars = [1.0 if isinstance(v, str) or (v is not None and (v != v or abs(v) == float("inf"))) else abs(v or 0) / top if top else 0.0
                 for v in values]
-        rows.append({"label": label, "top": top, "bars": bars, "values": values, "ticks": [b for b in range(len(bars)) if b % _tick(len(bars)) == 0]})
+        rows.append({"label": known(label), "top": top, "bars": bars, "values": values, "ticks": [b for b in range(len(bars)) if b % _tick(len(bars)) == 0]})
     return rows
+
+
+def _block_errors(comparison: dict) -> list[dict]:
+    rows = {"each block alone": comparison.get("own_errors"), "carried along": comparison.get("block_errors")}
+    return _strips({label: errors for label, errors in rows.items() if errors})
 
 
 def _heat(heat: dict | None) -> dict | None:

@@ -259,7 +259,7 @@ def _frame(screen: Screen, group: Group, gutter: int, colour: str) -> None:
 
 def _strip(screen: Screen, strip: dict, bar: Text, colour: str) -> None:
     """One row per label, one character per block, each row against its own largest value."""
-    labels = [safe(k) for k in strip]
+    labels = [safe(known(k)) for k in strip]
     wide = min(max(map(cell_len, labels)), 24)
     blocks = max(len(v) for v in strip.values())
     room = max(screen.width - bar.cell_len - wide - 20, 10)

@@ -288,6 +288,7 @@ def results(report: Report) -> list[tuple[str, str]]:
         change = f" ({after / before - 1:+.1%})" if number(before) and number(after) and before > 0 else ""
         span = say("{change} on {tokens} tokens, {context} at a time", change=change, tokens=f"{c['tokens']:,}", context=f"{c['context']:,}")
         lines.append((say("perplexity"), f"{figure(before)} → {figure(after)}{span}"))
+        lines += [(say("blocks"), _blocks(c["own_errors"], c["block_errors"]))] if c.get("own_errors") else []
         lines.append((say("divergence"), say("KL {mean} nats on average, {p99} at the 99th percentile; same next token {top1}",
                                              mean=figure(c["kl_mean"]), p99=figure(c["kl_p99"]), top1=percent(c["top1_agreement"]))))
         if number(c.get("entropy_quantized")) or number(c.get("entropy_original")):
@@ -300,6 +301,14 @@ def results(report: Report) -> list[tuple[str, str]]:
         if c.get("half"):
             lines.append((say("float16"), _sixteen_bits(c["half"])))
     return [(label, safe(text)) for label, text in lines]
+
+
+def _blocks(own: list, carried: list) -> str:
+    """The error of each block alone, and what is carried along to the end."""
+    finite = sorted(e for e in own if number(e))
+    worst = max(range(len(own)), key=lambda i: own[i] if number(own[i]) else float("inf"))
+    return say("each alone off by {median} (median), block {worst} the most by {most}; carried along to the last block {last}",
+               median=percent(finite[len(finite) // 2]) if finite else "NaN", worst=worst, most=percent(own[worst]), last=percent(carried[-1]))
 
 
 def _no_replies(report: Report) -> str:

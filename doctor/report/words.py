@@ -131,7 +131,11 @@ ZH = {
     "KL {mean} nats on average, {p99} at the 99th percentile; same next token {top1}":
         "KL 平均 {mean} nat，第 99 百分位 {p99}；下一词元相同 {top1}",
     "none: not quantized": "无：未量化", "entropy": "熵", "block": "层", "not taken": "未计算", "when": "时间",
-    "relative error of each block's output: where it jumps, the damage began": "各层输出的相对误差：突增之处就是出问题的地方",
+    "relative error of what each block adds, given the original's input: one that stands out is wrong; and of its output, with all that is carried along":
+        "给各层原模型的输入时，其增量的相对误差：突出的那层有问题；以及累积到各层输出的相对误差",
+    "each block alone": "每层单独", "carried along": "累积", "blocks": "各层",
+    "each alone off by {median} (median), block {worst} the most by {most}; carried along to the last block {last}":
+        "单独误差中位数 {median}，第 {worst} 层最大，为 {most}；累积到最后一层 {last}",
     "size of a weight, as a power of two": "权重的大小（2 的幂）",
     "Where the engine stores full heads": "引擎按完整的头存储时", "Keys by layer": "逐层的键", "Measured": "实测",
     "{before} → {after} nats a token; one and the same first choice at most {one_before} → {one_after}":
@@ -165,7 +169,6 @@ ZH = {
     "not judged": "未判断", "As Markdown, to copy": "Markdown 版，供复制", "Made by doctor {version}.": "由 doctor {version} 生成。",
     "The report as JSON lies in this file.": "JSON 报告就在本文件里。", "The report as JSON is too large to lie in this file:": "JSON 报告太大，没有放进本文件：",
     "Nothing here was fetched from a network.": "本页没有从网络取任何内容。", "block {n}": "第 {n} 层", "{label} by block": "{label}（逐层）",
-    "block output": "层输出",
     "The original's activations": "原模型的激活值", "largest |value| by block; float16 ends at 65,504": "逐层最大绝对值；float16 只到 65,504",
     "residual": "残差流", "largest": "最大值", "linears with the largest error": "误差最大的线性层", "how": "方式", "relative error": "相对误差",
     "plain rounding": "直接取整", "damp": "阻尼", "tokens seen": "见过的词元", "source": "来源", " (doctor's own texts)": "（doctor 自带的文本）",

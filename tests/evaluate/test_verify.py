@@ -88,12 +88,42 @@ def test_zero_points_of_the_other_version_are_named_as_such(trained, tmp_path):
 def test_one_wrong_linear_is_found_and_its_block_is_named(trained, tmp_path):
     """Scales of the wrong size and order: each of them is a scale that a file may hold, only the outputs tell."""
     wrong = spoiled(trained[1], tmp_path / "b", lambda name, x: x.flip(1).contiguous() * 30 if name.endswith("layers.1.mlp.down_proj.scales") else x)
-    code, findings, figures, _ = answer(trained[0], wrong, tmp_path)
+    code, findings, figures, screen = answer(trained[0], wrong, tmp_path)
     assert "O601" in findings and code == (findings["O601"]["severity"] == "error"), figures
     assert figures["perplexity_quantized"] > 1.25 * figures["perplexity_original"]
     assert not {"O602", "O608", "W201"} & findings.keys()
-    assert findings["O601"]["message"].endswith("the error grows most in block 1")
+    assert findings["O601"]["message"].partition("; ")[2].startswith("block 1 is the wrong one: alone, given the original's input, it is off by ")
     assert figures["block_errors"][0] < 0.2 < figures["block_errors"][1]
+    assert figures["own_errors"][1] > 2 * figures["own_errors"][0]
+    said = " ".join(screen.split())
+    assert "block 1 the most by" in said and "carried along to the last block" in said and "each block alone" in said
+    file = str(tmp_path / "verify.json")
+    for form, words in (("html", "each block alone"), ("markdown", "block 1 the most by")):
+        assert words in CliRunner().invoke(cli, ["render", file, "-f", form]).output
+    assert "每层单独" in CliRunner().invoke(cli, ["render", file, "-f", "html", "--lang", "zh"]).output
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """(original, its 4-bit copy) of six blocks that learnt the same letters."""
+    folder = tmp_path_factory.mktemp("deep")
+    case = tiny("llama")
+    case.config["num_hidden_layers"] = 6  # transformers draws the blocks that are not there
+    original = train(case.write(folder / "original"), steps=60)
+    return original, api.quantize(original, folder / "q4", RECIPE, rows=16, max_seq_length=64).output
+
+
+@pytest.mark.parametrize("block, linear", [(0, "mlp.down_proj"), (2, "mlp.up_proj"), (3, "self_attn.o_proj"), (5, "mlp.gate_proj")])
+def test_the_block_with_a_linear_of_another_block_is_named(block, linear, deep, tmp_path):
+    """Whole and plausible in every file, and the error carried along grows after it too."""
+    other, parts = (block + 3) % 6, (".qweight", ".scales", ".qzeros", ".g_idx")
+    with safe_open(deep[1] / "model.safetensors", "pt") as file:
+        swapped = {f"model.layers.{block}.{linear}{p}": file.get_tensor(f"model.layers.{other}.{linear}{p}") for p in parts}
+    wrong = spoiled(deep[1], tmp_path / "b", lambda name, x: swapped.get(name, x))
+    _, findings, figures, _ = answer(*(deep[0], wrong), tmp_path)
+    assert max(range(6), key=figures["own_errors"].__getitem__) == block, figures["own_errors"]
+    if "O601" in findings:
+        assert f"; block {block} is the wrong one" in findings["O601"]["message"]
 
 
 def test_a_chinese_screen_has_no_english_sentence(trained):
