@@ -206,14 +206,21 @@ def test_the_runtimes_own_message_comes_first():
 
 
 def test_three_safeties_have_three_labels():
+    alone = make_report([])
     safe = view.Group(key_finding(), [])
     named = view.Group(make_finding(), [])
     manual = view.Group(make_finding(fix=None, advice=""), [])
     unsafe = view.Group(make_finding(fix=Fix("pad", (PadTensor("t", 0, 8),), "unsafe", needs=("W201", "G301"))), [])
-    assert view.cures(safe, None) == [("fix", "set it to 1")]
-    assert view.cures(named, None)[0] == ("fix!", "replace by 0: a guess, only by name with --unsafe-fixes=W901")
-    assert view.cures(manual, make_rule()) == [("you", "copy the file again.")]
-    assert view.cures(unsafe, None)[0] == ("fix!", "pad (once W201 and G301 are gone)")
+    assert view.cures(safe, None, alone) == [("fix", "set it to 1")]
+    assert view.cures(named, None, alone)[0] == ("fix!", "replace by 0: a guess, only by name with --unsafe-fixes=W901")
+    assert view.cures(manual, make_rule(), alone) == [("you", "copy the file again.")]
+    assert view.cures(unsafe, None, alone)[0] == ("fix!", "pad")
+
+
+@pytest.mark.parametrize("found, waits", [((), ""), (("W201",), " (once W201 is gone)"), (("G301", "W201"), " (once W201 and G301 are gone)")])
+def test_a_fix_waits_for_the_codes_that_were_found_and_no_others(found, waits):
+    unsafe = view.Group(make_finding(fix=Fix("pad", (PadTensor("t", 0, 8),), "unsafe", needs=("W201", "G301"))), [])
+    assert view.cures(unsafe, None, make_report([make_finding(code=c) for c in found]))[0] == ("fix!", "pad" + waits)
 
 
 def test_colour_adds_nothing_to_the_text():

@@ -34,7 +34,7 @@ def _annotation(command: str, report: Report, group: Group) -> str:
     file, line, column = view.anchor(group.first)
     path = view.path_of(report, file)
     more = "" if group.folds_into_message else f"\n{len(group.all)} alike: {group.names}"
-    cures = "".join(f"\n{label}: {text}" for label, text in view.cures(group, view.page_rule(report, group.code)))
+    cures = "".join(f"\n{label}: {text}" for label, text in view.cures(group, view.page_rule(report, group.code), report))
     spot = f"file={_property(path)},line={line},col={column}"
     return f"::{command} title={_property(group.code + ' ' + group.first.name)},{spot}::{_value(group.message + more + cures)}"
 

@@ -136,7 +136,7 @@ def _card(report: Report, group: Group) -> dict:
         "indent": _indent(where), "note": view.safe(where.note),
         "more": "" if group.folds_into_message else say("{n} more", n=len(group.all) - 1) + f": {group.names}",
         "table": view.table(first), "strip": _strips(first.strip), "why": view.why(entry) if entry else "",
-        "seen": view.elsewhere(entry, report, 4) if entry else (), "cures": view.cures(group, entry),
+        "seen": view.elsewhere(entry, report, 4) if entry else (), "cures": view.cures(group, entry, report),
         "effects": ", ".join(f"{e.code} {e.first.name}" for e in group.effects), "page": _page(entry),
     }
 

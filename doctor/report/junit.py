@@ -49,7 +49,7 @@ def _case(suite: ET.Element, report: Report, run: RuleRun, found: list[Group]) -
 def _line(report: Report, group: Group) -> str:
     file, line, column = view.anchor(group.first)
     more = "" if group.folds_into_message else f" (and {len(group.all) - 1} more: {group.names})"
-    cures = "".join(f"\n  {label}: {text}" for label, text in view.cures(group, view.page_rule(report, group.code)))
+    cures = "".join(f"\n  {label}: {text}" for label, text in view.cures(group, view.page_rule(report, group.code), report))
     return f"{file}:{line}:{column}: {group.first.severity} {group.message}{more}{cures}"
 
 

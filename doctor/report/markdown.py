@@ -63,7 +63,7 @@ def _finding(report: Report, group: Group) -> str:
     if entry is not None:
         lines += [f"**{say('why')}** {_plain(view.why(entry))}  "]
         lines += [f"**{say('else')}** {_plain(s.tool)}: {_code(s.text)}  " for s in view.elsewhere(entry, report)]
-    lines += [f"**{say(label)}** {_plain(text)}  " for label, text in view.cures(group, entry)]
+    lines += [f"**{say(label)}** {_plain(text)}  " for label, text in view.cures(group, entry, report)]
     if group.effects:
         effects = ", ".join(f"{e.code} {e.first.name}" for e in group.effects)
         lines.append(f"**{say('then')}** " + say("also reported because of this: {codes}", codes=effects))

@@ -71,7 +71,7 @@ def _result(group: Group, report: Report, rules: list[Rule], files: list[str]) -
     if first.where.tensor:
         location["logicalLocations"] = [{"fullyQualifiedName": group.names, "kind": "tensor"}]
     message = group.message if group.folds_into_message else f"{group.message} (and {len(group.all) - 1} more: {group.names})"
-    cures = " ".join(f"{label}: {text}." for label, text in view.cures(group, view.page_rule(report, first.code)))
+    cures = " ".join(f"{label}: {text}." for label, text in view.cures(group, view.page_rule(report, first.code), report))
     result = {
         "ruleId": first.code, "level": LEVELS[first.severity], "kind": "fail", "occurrenceCount": len(group.all),
         "rank": _RANK[first.certainty], "message": {"text": f"{message}. {cures}".strip()}, "locations": [location],

@@ -301,7 +301,7 @@ def _explanations(report: Report, group: Group, entry) -> list[tuple[str, str]]:
         if view.why(entry):
             lines.append(("why", view.why(entry)))
         lines += [("else", f"{s.tool}: {s.text}") for s in view.elsewhere(entry, report)]
-    lines += view.cures(group, entry)
+    lines += view.cures(group, entry, report)
     if group.effects:
         many: dict[str, int] = {}
         for effect in group.effects:

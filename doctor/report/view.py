@@ -388,8 +388,11 @@ def _letters(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
-def cures(group: Group, entry: Rule | None) -> list[tuple[str, str]]:
-    """(label, sentence): `fix` safe, `fix!` changes numbers or shapes, `you` is for the user, `do` the page's advice in Chinese."""
+def cures(group: Group, entry: Rule | None, report: Report) -> list[tuple[str, str]]:
+    """(label, sentence): `fix` safe, `fix!` changes numbers or shapes, `you` is for the user, `do` the page's advice in Chinese.
+
+    A fix waits only for codes that the report holds.
+    """
     fix, advice = group.first.fix, group.first.advice
     lines = []
     if chinese() and entry is not None:
@@ -397,8 +400,10 @@ def cures(group: Group, entry: Rule | None) -> list[tuple[str, str]]:
     if group.safety == "safe":
         lines.append(("fix", known(fix.title)))
     elif group.safety == "unsafe":
-        once = " (once {codes} is gone)" if len(fix.needs) == 1 else " (once {codes} are gone)"
-        waits = say(once, codes=" and ".join(fix.needs) if not chinese() else "、".join(fix.needs)) if fix.needs else ""
+        standing = {f.code for f in report.findings}
+        needs = [code for code in fix.needs if code in standing]
+        once = " (once {codes} is gone)" if len(needs) == 1 else " (once {codes} are gone)"
+        waits = say(once, codes=" and ".join(needs) if not chinese() else "、".join(needs)) if needs else ""
         lines.append(("fix!", known(fix.title) + waits))
     elif group.safety == "by name":
         lines.append(("fix!", say("{title}: a guess, only by name with --unsafe-fixes={code}", title=known(fix.title), code=group.code)))
