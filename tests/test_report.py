@@ -223,6 +223,14 @@ def test_a_fix_waits_for_the_codes_that_were_found_and_no_others(found, waits):
     assert view.cures(unsafe, None, make_report([make_finding(code=c) for c in found]))[0] == ("fix!", "pad" + waits)
 
 
+@pytest.mark.parametrize("after, words", [(10.5, "10 → 10.5 (+5.0%)"), (110.0, "10 → 110 (+1000.0%)"), (120.0, "10 → 120 (× 12)"),
+                                          (2.2e9, "10 → 2.2e+09 (× 2.2e+08)"), (9.0, "10 → 9 (-10.0%)")])
+def test_a_runaway_perplexity_is_a_factor(after, words):
+    comparison = {"tokens": 1024, "context": 512, "perplexity_original": 10.0, "perplexity_quantized": after, "kl_mean": 0.012, "kl_p99": 0.1,
+                  "top1_agreement": 0.93, "token0_share": 0.0, "longest_repeat": 3, "generated": 0, "block_errors": []}
+    assert dict(view.results(make_report(extra={"comparison": comparison})))["perplexity"].startswith(words + " on")
+
+
 def test_colour_adds_nothing_to_the_text():
     coloured = io.StringIO()
     terminal.show([BUSY], terminal.console(coloured, 100, force_terminal=True, color_system="truecolor"))

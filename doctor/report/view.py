@@ -285,7 +285,7 @@ def results(report: Report) -> list[tuple[str, str]]:
     c = report.extra.get("comparison")
     if c:
         before, after = c["perplexity_original"], c["perplexity_quantized"]
-        change = f" ({after / before - 1:+.1%})" if number(before) and number(after) and before > 0 else ""
+        change = f" ({_change(after / before)})" if number(before) and number(after) and before > 0 else ""
         span = say("{change} on {tokens} tokens, {context} at a time", change=change, tokens=f"{c['tokens']:,}", context=f"{c['context']:,}")
         lines.append((say("perplexity"), f"{figure(before)} → {figure(after)}{span}"))
         lines += [(say("blocks"), _blocks(c["own_errors"], c["block_errors"]))] if c.get("own_errors") else []
@@ -309,6 +309,11 @@ def _blocks(own: list, carried: list) -> str:
     worst = max(range(len(own)), key=lambda i: own[i] if number(own[i]) else float("inf"))
     return say("each alone off by {median} (median), block {worst} the most by {most}; carried along to the last block {last}",
                median=percent(finite[len(finite) // 2]) if finite else "NaN", worst=worst, most=percent(own[worst]), last=percent(carried[-1]))
+
+
+def _change(ratio: float) -> str:
+    """`+5.0%`; a factor from eleven times on, where percents only count digits."""
+    return f"{ratio - 1:+.1%}" if ratio <= 11 else f"× {ratio:.2g}"
 
 
 def _no_replies(report: Report) -> str:
