@@ -45,6 +45,8 @@ class Calibration:
     bos_doubled: int  # rows whose first two ids are both the BOS id
     padding: int  # tokens that are padding
     languages: tuple[str, ...] = ()
+    sampled_rows: int = 0  # of the rows, written by the model itself
+    not_sampled: str = ""  # why none is, where doctor's own texts are used
 
 
 @dataclass(frozen=True)

@@ -525,7 +525,7 @@ def undo(path):
 @click.option("--damp", type=float, default=0.01, help="Share of the mean diagonal added to each Hessian.")
 @click.option("--damp-max", type=float, default=0.1, help="Most that a retry may raise it to.")
 @click.option("--calibration", metavar="FILE|ORG/NAME", default=None, show_default=False,
-              help="Text, JSONL, Parquet or a dataset on the Hub.  [default: texts of doctor; yours are better]")
+              help="Text, JSONL, Parquet or a dataset on the Hub.  [default: Python's documentation and text the model writes; yours is better]")
 @click.option("--rows", type=int, default=None, help="Calibration rows.")
 @click.option("--max-seq-length", type=int, default=None, help="Tokens per row, at most.")
 @click.option("--seed", type=int, default=0)

@@ -99,8 +99,8 @@ The copy is checked again with all rules before it appears; the source is never 
     "File format.  [default: the method's own]": "文件格式。  [默认：该方法自己的格式]",
     "Share of the mean diagonal added to each Hessian.": "给每个 Hessian 加上其对角线平均值的多大比例。",
     "Most that a retry may raise it to.": "重试时最多加大到多少。",
-    "Text, JSONL, Parquet or a dataset on the Hub.  [default: texts of doctor; yours are better]":
-        "文本、JSONL、Parquet 或 Hub 上的数据集。  [默认：doctor 自带的文本；用你自己的更好]",
+    "Text, JSONL, Parquet or a dataset on the Hub.  [default: Python's documentation and text the model writes; yours is better]":
+        "文本、JSONL、Parquet 或 Hub 上的数据集。  [默认：Python 文档和模型自己写的文本；用你自己的更好]",
     "Calibration rows.": "校准行数。",
     "Tokens per row, at most.": "每行最多词元数。",
     "Linears left in 16 bits; repeatable.": "保留 16 位的线性层；可重复。",

@@ -1,7 +1,9 @@
 """Q414 builtin-calibration: no calibration text was given, so doctor's own was used.
 
-Why: the built-in text is English documentation. It serves for a first look; a model for other languages,
-code or chat is better calibrated on what it will serve.
+Why: the built-in text is Python's English documentation and, for up to a quarter of the rows, text that the
+model itself writes at temperature 1; the evidence counts those rows. Where the whole model does not fit in memory
+or would take long to sample from, it is documentation alone, and the evidence says why. Either serves for a first
+look; a model for other languages, code or chat is better calibrated on what it will serve.
 
 Do: `--calibration FILE` with text of the kind to be served.
 
@@ -9,11 +11,12 @@ False alarms: none; it says what was used.
 
 Fix safety: no fix: the text is yours to give.
 
-Sources: doctor/quant/calibrate.py.
+Sources: doctor/quant/calibrate.py, doctor/quant/sample.py; arXiv 2410.17170 (self-calibration).
 
 标题: 没有给校准文本，用了 doctor 自带的
 
-原因: 自带文本是英文文档，只够初步看看；用于其他语言（如中文）、代码或对话的模型，最好用实际要处理的文本校准。
+原因: 自带文本是 Python 的英文文档，另有最多四分之一的行由模型自己以温度 1 写出（证据里有行数）；模型整个放不进内存、
+或采样太慢时只用文档，证据里写明原因。只够初步看看；用于其他语言（如中文）、代码或对话的模型，最好用实际要处理的文本校准。
 
 处理: `--calibration FILE`，内容与实际用途同类。
 
@@ -32,7 +35,8 @@ def builtin_calibration(checkpoint, calibration):
         yield finding(
             f"calibrated on {calibration.source}, {calibration.tokens:,} tokens, because no text was given",
             at=Place(calibration.source),
-            evidence={"tokens": calibration.tokens},
+            evidence={"tokens": calibration.tokens, "sampled_rows": calibration.sampled_rows,
+                      **({"not_sampled": calibration.not_sampled} if calibration.not_sampled else {})},
             advice="--calibration FILE with text of the kind to be served",
         )
 

@@ -17,7 +17,7 @@ from doctor.checkpoint import Checkpoint
 from doctor.errors import NotQuantizable
 from doctor.evaluate.half import HalfProbe
 from doctor.evaluate.scores import Tally, longest_run
-from doctor.quant.blocks import Skeleton, load_tensor
+from doctor.quant.blocks import Skeleton
 from doctor.quant.dequant import as_float
 from doctor.spec import build_spec
 
@@ -56,7 +56,7 @@ class Streamed:
     def logits(self, rows: list[torch.Tensor] | None = None, states: list[torch.Tensor] | None = None) -> Iterator[torch.Tensor]:
         """Logits f32[length, vocabulary] of every row, after the last block; or of other rows with their hidden states."""
         model, blocks = self.skeleton.model, self.skeleton.blocks
-        self._load_ends()
+        self.skeleton.load_ends()
         current: list[torch.Tensor] = []
 
         def passing(hidden, *args, **kwargs):
@@ -76,24 +76,6 @@ class Streamed:
             for block in blocks:
                 block.__dict__.pop("forward", None)
 
-    def _load_ends(self) -> None:
-        """Weights of everything outside the blocks: embeddings, final norm, head (its own, or the embedding's where tied)."""
-        skeleton = self.skeleton
-        skeleton._load(skeleton.base, "", skip=skeleton.blocks)
-        for module in skeleton.base.modules():
-            if isinstance(module, torch.nn.Embedding):
-                module.weight.data = module.weight.data.float()
-        head = skeleton.model.get_output_embeddings()
-        if head is None:
-            raise NotQuantizable(f"{type(skeleton.model).__name__} has no output head, so there are no logits to compare.")
-        source = self.spec.head_tensor if self.spec.head_tensor in self.checkpoint.tensors else self.spec.embed_tensor
-        if source is None:
-            raise NotQuantizable("neither an output head nor an embedding is among the tensors, so there are no logits to compare.")
-        head.weight = torch.nn.Parameter(load_tensor(self.checkpoint, source, torch.float32), requires_grad=False)
-        bias = source.removesuffix("weight") + "bias"
-        if getattr(head, "bias", None) is not None and bias in self.checkpoint.tensors:
-            head.bias = torch.nn.Parameter(load_tensor(self.checkpoint, bias, torch.float32), requires_grad=False)
-
     @property
     def resident_bytes(self) -> int:
         """What the whole model takes in float32."""
@@ -102,9 +84,7 @@ class Streamed:
     @torch.no_grad()
     def reply(self, prompts: list[torch.Tensor], tokens: int = REPLY_TOKENS) -> list[list[int]]:
         """Greedy continuations of prompts int64[1, length]; loads every block, so ask `resident_bytes` first."""
-        self._load_ends()
-        for i in range(len(self.skeleton.blocks)):
-            self.skeleton.load_block(i)
+        self.skeleton.load_whole()
         model = self.skeleton.model
         name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # as older releases of transformers call it
         replies = []

@@ -261,6 +261,29 @@ class Skeleton:
         inside = {name for i in range(len(self.blocks)) for name in self.tensors_of(i)}
         return [name for name in self.checkpoint.tensors if name not in inside]
 
+    def load_ends(self) -> None:
+        """Weights of everything outside the blocks: embeddings, final norm, head (its own, or the embedding's where tied)."""
+        self._load(self.base, "", skip=self.blocks)
+        for module in self.base.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.data = module.weight.data.to(self.dtype)
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise NotQuantizable(f"{type(self.model).__name__} has no output head, so there are no logits to compare.")
+        source = self.spec.head_tensor if self.spec.head_tensor in self.checkpoint.tensors else self.spec.embed_tensor
+        if source is None:
+            raise NotQuantizable("neither an output head nor an embedding is among the tensors, so there are no logits to compare.")
+        head.weight = nn.Parameter(load_tensor(self.checkpoint, source, self.dtype).to(self.device), requires_grad=False)
+        bias = source.removesuffix("weight") + "bias"
+        if getattr(head, "bias", None) is not None and bias in self.checkpoint.tensors:
+            head.bias = nn.Parameter(load_tensor(self.checkpoint, bias, self.dtype).to(self.device), requires_grad=False)
+
+    def load_whole(self) -> None:
+        """Everything: the model computes from ids to logits."""
+        self.load_ends()
+        for i in range(len(self.blocks)):
+            self.load_block(i)
+
     def _load(self, module: nn.Module, prefix: str, skip: nn.Module | None = None) -> None:
         for path, child in module.named_modules():
             if skip is not None and any(child is m for m in skip.modules()):

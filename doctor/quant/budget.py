@@ -141,8 +141,12 @@ def require(need: Need, memory: int | None) -> None:
 
 def left(need: Need, memory: int | None) -> int:
     """Bytes for hidden states and halted passes; 0 where there are none."""
-    limit = memory if memory is not None else resident() + int(_SHARE_OF_FREE * free_memory())
-    return max(0, limit - need.fixed)
+    return max(0, limit(memory) - need.fixed)
+
+
+def limit(memory: int | None) -> int:
+    """Bytes that this process may take."""
+    return memory if memory is not None else resident() + int(_SHARE_OF_FREE * free_memory())
 
 
 def resident() -> int:

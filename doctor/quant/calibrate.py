@@ -2,10 +2,10 @@
 
 Documents are joined by the end-of-sequence token and cut into rows of one length; a row starts with BOS once where the
 model's own tokenizer starts with it. Rows are spread evenly over the text, so the same input gives the same rows on any
-machine. Padding would enter the Hessian as if it were text, so there is none.
+machine, but for text sampled from the model. Padding would enter the Hessian as if it were text, so there is none.
 
-Text that Python brings along is the default: the language reference (pydoc_data.topics) and the docstrings of the standard
-library. The second half of the reference is left out of it on purpose: it is what perplexity is measured on.
+The default is text that Python brings along, the language reference (pydoc_data.topics) and the docstrings of the standard library,
+and for up to a quarter of the rows text that the model itself writes, where that is cheap (sample.py). The second half of the reference is left out of it on purpose: it is what perplexity is measured on.
 """
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import random
 import re
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -27,11 +28,16 @@ from doctor.errors import BadCheckpoint, DoctorError
 
 ROWS, MAX_SEQ_LENGTH = 128, 512
 BUILTIN = "Python's documentation"
+SAMPLED_SHARE = 4    # at most one row in so many is written by the model itself, where no text is given
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
                    "merges.txt", "tokenizer.model", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
                    "config.json", "generation_config.json")
 _SUFFIXES = (".jsonl", ".parquet", ".txt")
 _MIN_ROW = 2  # a row of one token has no context at all
+
+
+class NotSampled(Exception):
+    """Why the model writes no text to calibrate on; its text is a reason for people."""
 
 
 class Documents:
@@ -46,11 +52,12 @@ class Documents:
 
 
 def calibration_rows(checkpoint: Checkpoint, source: str | os.PathLike | None, *, rows: int, length: int, seed: int = 0,
-                     vocab: int | None = None, max_positions: int | None = None) -> tuple[list[list[int]], Calibration, list[str]]:
+                     vocab: int | None = None, max_positions: int | None = None,
+                     sample: Callable | None = None) -> tuple[list[list[int]], Calibration, list[str]]:
     """(rows of token ids, facts about them, notes): at most `rows` rows of at most `length` tokens.
 
     source: a .txt, .jsonl or .parquet file, org/name of a dataset on the Hub, or None for the built-in text. seed 0 keeps the documents' order, others shuffle
-    them. notes are sentences on what differs from what was asked (shorter rows, fewer rows).
+    them. sample: sample.sampler's function; with it a part of the rows of the built-in text is written by the model. notes are sentences on what differs from what was asked (shorter rows, fewer rows).
     Raises DoctorError for a source that cannot be read or gives no row.
     """
     if rows < 1 or length < _MIN_ROW:
@@ -63,17 +70,33 @@ def calibration_rows(checkpoint: Checkpoint, source: str | os.PathLike | None, *
     needs_tokenizer = bool(documents.texts or documents.messages)
     tokenizer = load_tokenizer(checkpoint, documents.name) if needs_tokenizer else None
     ready = [list(r[:length]) for r in documents.ids if len(r) >= _MIN_ROW]
-    packed = rows_of(documents, tokenizer, rows - min(len(ready), rows), length, seed) if needs_tokenizer else []
+    own, reason = _sampled(sample, tokenizer, rows, length) if documents.builtin and sample else ([], "")
+    if reason:
+        notes.append(f"no text is sampled from the model: {reason}")
+    packed = rows_of(documents, tokenizer, rows - min(len(ready), rows) - len(own), length, seed) if needs_tokenizer else []
     short = len(documents.ids) - len(ready)
     if short:
         notes.append(f"{short} rows of fewer than {_MIN_ROW} tokens are left out")
-    found = ready[:rows] + packed
+    found = ready[:rows] + packed + own
     if not found:
         raise DoctorError(f"{documents.name}: not one row of {_MIN_ROW} or more tokens.", "Give more or longer text.")
     if len(found) < rows:
         notes.append(f"{len(found)} rows instead of {rows}: {documents.name} has no more text")
     _require_in_vocabulary(found, vocab, documents.name)
-    return found, describe(found, documents, tokenizer), notes
+    facts = replace(describe(found, documents, tokenizer), sampled_rows=len(own), not_sampled=reason)
+    return found, replace(facts, source=f"{BUILTIN} and text sampled from the model") if own else facts, notes
+
+
+def _sampled(sample: Callable, tokenizer, rows: int, length: int) -> tuple[list[list[int]], str]:
+    """(whole rows that the model wrote, "") or ([], why there are none)."""
+    wanted = rows // SAMPLED_SHARE
+    if not wanted:
+        return [], f"fewer than {SAMPLED_SHARE} rows"
+    try:
+        found = [r for r in pack(sample(tokenizer, wanted, length), wanted, length, tokenizer) if len(r) == length]
+    except NotSampled as error:
+        return [], str(error)
+    return found, "" if found else "it ended its texts at once"
 
 
 def describe(rows: list[list[int]], documents: Documents, tokenizer) -> Calibration:

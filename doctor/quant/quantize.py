@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from doctor.builtin import Calibration, summary
@@ -26,7 +27,8 @@ from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, calibration_rows
 from doctor.quant.preflight import Forecast
 from doctor.quant.ranks import Ranks, device_of, size, start, stop
 from doctor.quant.room import measure
-from doctor.quant.run import Result, fingerprint, receipt, run
+from doctor.quant.run import Result, computing_dtype, fingerprint, receipt, run
+from doctor.quant.sample import sampler, unable
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Rule
 from doctor.spec import build_spec
@@ -59,7 +61,7 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
              preflight: bool = False) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`, which is whole or absent; the source is never written to.
 
-    calibration: .txt, .jsonl, .parquet or a Hub dataset; None takes text that Python brings along. rows rows of max_seq_length tokens, fewer
+    calibration: .txt, .jsonl, .parquet or a Hub dataset; None takes text that Python brings along and text sampled from the model. rows rows of max_seq_length tokens, fewer
     where text or positions end. fix: safe fixes first (and those of unsafe_fixes), read through, never written. keep: patterns
     of linears left in 16 bits. memory: bytes that the process may take (budget.py); what can be on disk goes there above it. resume: go on
     where an interrupted run of the same inputs stopped. progress gets a line for each step.
@@ -80,7 +82,7 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
     if not job.report().ok:
         job.progress(f"not quantized: {job.report().count('error')} errors")
         return QuantizeResult(job.report())
-    chosen = job.calibrate(calibration, rows, max_seq_length)
+    chosen = job.calibrate(calibration, rows, max_seq_length, memory, device)
     if not job.report().ok:
         return QuantizeResult(job.report(), calibration=job.facts)
     if preflight:
@@ -147,13 +149,16 @@ class _Job:
         counts = ", ".join(f"{self.report().count(s)} {s}s" for s in ("error", "warning"))
         self.progress(f"check before: {counts} ({time.perf_counter() - started:.1f} s)")
 
-    def calibrate(self, source: str | os.PathLike | None, rows: int, length: int) -> list[list[int]]:
+    def calibrate(self, source: str | os.PathLike | None, rows: int, length: int, memory: int | None, device: str) -> list[list[int]]:
         if self.recipe.method == "rtn":
             return []
         started = time.perf_counter()
         spec = self.seen.store.get(CHECKPOINT, "spec")
+        sample = partial(unable, "several processes would each have to hold it") if size() > 1 else \
+            sampler(self.seen.checkpoint, spec, seed=self.recipe.seed, memory=memory, device=device,
+                    dtype=computing_dtype(self.seen.checkpoint, spec, self.recipe, device))
         chosen, self.facts, notes = calibration_rows(self.seen.checkpoint, source, rows=rows, length=length, seed=self.recipe.seed,
-                                                     vocab=spec.vocab, max_positions=spec.max_positions)
+                                                     vocab=spec.vocab, max_positions=spec.max_positions, sample=sample)
         for note in notes:
             self._note(f"calibration: {note}")
         self.seen.store.put(CHECKPOINT, "calibration", self.facts)

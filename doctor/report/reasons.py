@@ -45,6 +45,14 @@ SENTENCES = {
     "calibration: {text}": "校准：{text}", "fix: {title}": "修复：{title}",
     "rows have {positions} tokens instead of {length}: the model has no more positions": "每行 {positions} 个词元而不是 {length} 个：模型没有更多位置",
     "{found} rows instead of {rows}: {source} has no more text": "{found} 行而不是 {rows} 行：{source} 没有更多文本",
+    "no text is sampled from the model: {reason}": "没有用模型自己写的文本：{reason}",
+    "Python's documentation and text sampled from the model": "Python 文档和模型自己写的文本",
+    "fewer than {n} rows": "少于 {n} 行", "its logits are not finite": "它的 logits 不是有限数",
+    "the whole model takes {need}, {limit} are allowed": "整个模型要 {need}，只允许 {limit}",
+    "{count} B parameters would take minutes on this device": "{count} B 个参数，在这台设备上要几分钟",
+    "the model does not run: {error}": "模型跑不起来：{error}", "it ended its texts at once": "它一开头就结束文本",
+    "several processes would each have to hold it": "每个进程都得装下整个模型",
+    "{model} has no key/value cache": "{model} 没有键值缓存", "the tokenizer has no token to start with": "分词器没有可以开头的词元",
     # quantize --plan and --preflight
     "memory  {peak} at the peak: {parts}; passes that wait between stages take what is left":
         "内存    峰值 {peak}：{parts}；各阶段之间等待的前向计算用剩下的",
