@@ -248,9 +248,9 @@ def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend
             click.echo(render_plan(result), err=True, nl=False)
             _emit([result.report], outputs, verbose)
             _exit([result.report], fail_on_skipped)
-        base = _baseline(baseline, recipe, options) if baseline else None
+        base = _baseline(ctx, baseline, recipe, options) if baseline else None
         reports, stopped = _until_interrupted(paths, lambda path: _checked(
-            path, recipe, (revision, download), baseline=base and base(path), matrix=matrix, room=room, keep_partial=True, **options,
+            path, recipe, (revision, download), ctx=ctx, baseline=base and base(path), matrix=matrix, room=room, keep_partial=True, **options,
             pictures=any(name in ("json", "html", "markdown") for name, _ in outputs)))
         if not stopped:
             _settled(reports)
@@ -279,23 +279,44 @@ def _settled(reports) -> None:
     settle(reports)
 
 
-def _checked(path: str, recipe: Recipe, remote=(None, False), **options):
+_STATED = ("method", "bits", "group_size", "sym")  # what a quantized checkpoint states of its own plan
+
+
+def _own_plan(ctx, checkpoint, recipe: Recipe) -> Recipe:
+    """The plan a quantized checkpoint states for itself, unless flags, environment or configuration ask for another; that is said."""
+    from click.core import ParameterSource
+    from doctor.layout import stored_recipe
+
+    stored = stored_recipe(checkpoint, recipe)
+    if all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in _STATED):
+        return stored
+    if any(getattr(stored, name) != getattr(recipe, name) for name in _STATED):
+        click.echo(words.say("{name} states {stored} of itself; judged against {asked}, which was asked for", name=checkpoint.name,
+                             stored=_grid(stored), asked=_grid(recipe)), err=True)
+    return recipe
+
+
+def _grid(recipe: Recipe) -> str:
+    return f"{recipe.label()} {'sym' if recipe.sym else 'asym'}"
+
+
+def _checked(path: str, recipe: Recipe, remote=(None, False), *, ctx, **options):
     from doctor import api, hub
 
     checkpoint = hub.open_checkpoint(path, *remote, notice=lambda line: click.echo(line, err=True))
+    recipe, base = _own_plan(ctx, checkpoint, recipe), options.get("baseline")
+    if base and base.recipe != recipe:
+        click.echo(f"{ctx.params['baseline']} was made for {base.recipe.label()}, this run is for {recipe.label()}: findings of the plan may be new.", err=True)
     with _progress(checkpoint.total_bytes, "reading") as tick:
         return api.check(checkpoint, recipe, progress=partial(tick, "reading"), **options)
 
 
-def _baseline(text: str, recipe: Recipe, options: dict):
+def _baseline(ctx, text: str, recipe: Recipe, options: dict):
     """path -> the report to compare its own with: saved ones are told apart by name, a checkpoint is checked once for all."""
     if not text.endswith(".json"):
-        report = _checked(text, recipe, **options)
+        report = _checked(text, recipe, ctx=ctx, **options)
         return lambda path: report
     saved = _read_reports(Path(text))
-    other = next((r for r in saved if r.recipe != recipe), None)
-    if other is not None:
-        click.echo(f"{text} was made for {other.recipe.label()}, this run is for {recipe.label()}: findings of the plan may be new.", err=True)
 
     def find(path: str):
         name = Path(path).resolve().name

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from doctor.checkpoint import Checkpoint
 from doctor.edits import MISSING, Edit, Keep, PadTensor, SetJson
+from doctor.errors import DoctorError
 from doctor.facts import Unavailable, fact, provide
-from doctor.recipe import Recipe, matches
+from doctor.recipe import METHODS, Recipe, matches
 from doctor.shard import TensorInfo
 from doctor.spec import NOT_TEXT, ROLE_OF_TAIL, ROW_PARALLEL, ModelSpec, evaluate
 from doctor.tables import table
@@ -188,6 +189,21 @@ def read_quantization(raw: Mapping, file: str, pointer: str) -> Quantization:
                 pointer,
             )
     raise Unavailable(f"quantization by {method} has no packed groups of columns")
+
+
+def stored_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
+    """This recipe with the method, bits, groups and symmetry that the checkpoint states for itself; as it is where it states none."""
+    block = quantization_of(checkpoint)
+    if block is None:
+        return recipe
+    raw, *place = block
+    try:  # linears of other widths (dynamic) do not change what holds for the rest
+        stored = read_quantization({k: v for k, v in raw.items() if k not in ("dynamic", "extra_config")}, *place)
+        form = stored.version if stored.method == "gptq" else stored.method
+        method = stored.method if stored.method in METHODS else "gptq"
+        return replace(recipe, method=method, bits=stored.bits, group_size=stored.group_size, sym=stored.sym, format=form)
+    except (Unavailable, DoctorError):  # what is wrong with the block is for rules to say
+        return recipe
 
 
 def _require_known(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from doctor import api, cli
 from doctor.errors import BadCheckpoint, DoctorError
 from doctor.recipe import matches
-from doctor.testing import tiny
+from doctor.testing import tiny, tiny_gptq
 
 PLAN = ["--group-size", "32"]
 
@@ -393,3 +393,34 @@ def test_explain_reads_the_order_of_the_minor_and_names_the_commands_that_decide
     assert code == 0 and "Order 18,163: H breaks at input column 18,162" in text
     assert "start with doctor check CKPT --select W201" in text and "after that doctor quantize CKPT -o OUT --calibration FILE" in text
     assert "all of H is NaN" in run("explain", "leading minor of order 1 is not positive-definite")[1]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A checkpoint that states gptq, 4 bits, groups of 32 of itself."""
+    return str(tiny_gptq().write(tmp_path / "stored"))
+
+
+def test_a_quantized_checkpoint_is_judged_against_the_plan_it_states(run, stored, tmp_path):
+    run("check", stored, "--config", "none", "-f", f"json:{tmp_path / 'r.json'}", "-f", "full", "--tp", "2")
+    recipe = json.loads((tmp_path / "r.json").read_text())["recipe"]
+    assert (recipe["method"], recipe["bits"], recipe["group_size"], recipe["sym"], recipe["tp"]) == ("gptq", 4, 32, True, 2)
+
+
+def test_a_plan_that_contradicts_what_is_stored_is_said(run, stored):
+    said = "stored states gptq 4-bit g32 sym of itself; judged against gptq 4-bit g128 sym, which was asked for"
+    _, out, err = run("check", stored, "--config", "none", "--group-size", "128")
+    assert said in err and "for gptq 4-bit g128" in out
+    for flags in ((), ("--group-size", "32"), ("--runtime", "vllm")):
+        _, out, err = run("check", stored, "--config", "none", *flags)
+        assert "of itself" not in err and "for gptq 4-bit g32" in out
+
+
+def test_linears_of_other_widths_leave_the_plan_of_the_rest(run, stored):
+    path = os.path.join(stored, "config.json")
+    with open(path) as file:
+        config = json.load(file)
+    config["quantization_config"]["dynamic"] = {"+:.*down_proj": {"bits": 8}}
+    with open(path, "w") as file:
+        json.dump(config, file)
+    assert "for gptq 4-bit g32" in run("check", stored, "--config", "none")[1]

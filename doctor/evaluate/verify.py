@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,9 +16,10 @@ from doctor.errors import DoctorError
 from doctor.evaluate.compare import compare
 from doctor.facts import CHECKPOINT, closure
 from doctor.host import describe
+from doctor.layout import stored_recipe
 from doctor.quant import calibrate
 from doctor.quant.dequant import quantization
-from doctor.recipe import BITS, FORMATS, METHODS, Recipe
+from doctor.recipe import Recipe
 from doctor.scan import scan
 
 CONTEXT, ROWS = 512, 24
@@ -48,7 +49,7 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
 
     # A 16-bit model, say a fine-tune against its base, has no plan: whether it could be quantized is another question.
     plain = quantization(second) is None
-    recipe, rules = recipe_of(second), load_rules()
+    recipe, rules = stored_recipe(second, Recipe()), load_rules()
     if plain:
         rules = [r for r in rules if "recipe" not in closure(r.needs)]
     store = header_facts(second, recipe)
@@ -63,19 +64,6 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
     return Report(checkpoint=second.name, recipe=recipe, findings=locate(findings, second), runs=runs, summary=summary(second, store),
                   skipped_tensors=scanned.skipped, bytes_read=scanned.bytes_read, seconds=time.perf_counter() - started, fail_on=fail_on,
                   extra=extra)
-
-
-def recipe_of(checkpoint: Checkpoint) -> Recipe:
-    """The recipe that a quantized checkpoint's own config states; the default recipe where it states none."""
-    stated = quantization(checkpoint)
-    if stated is None:
-        return Recipe()
-    method, bits = str(stated.get("quant_method", "gptq")), stated.get("bits", 4)
-    group = stated.get("group_size", 128)
-    written = str(stated.get("checkpoint_format") or method)
-    recipe = Recipe(method=method if method in METHODS else "gptq", bits=bits if bits in BITS else 4,
-                    group_size=group if isinstance(group, int) and (group > 0 or group == -1) else 128)
-    return replace(recipe, sym=bool(stated.get("sym", not stated.get("zero_point", False))), format=written if written in FORMATS else "")
 
 
 def _rows(checkpoint: Checkpoint, text, rows: int, context: int):

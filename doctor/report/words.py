@@ -133,6 +133,7 @@ ZH = {
     "none: not quantized": "无：未量化", "entropy": "熵", "block": "层", "not taken": "未计算", "when": "时间",
     "relative error of what each block adds, given the original's input: one that stands out is wrong; and of its output, with all that is carried along":
         "给各层原模型的输入时，其增量的相对误差：突出的那层有问题；以及累积到各层输出的相对误差",
+    "{name} states {stored} of itself; judged against {asked}, which was asked for": "{name} 自称为 {stored}；按所要求的 {asked} 检查",
     "each block alone": "每层单独", "carried along": "累积", "blocks": "各层",
     "each alone off by {median} (median), block {worst} the most by {most}; carried along to the last block {last}":
         "单独误差中位数 {median}，第 {worst} 层最大，为 {most}；累积到最后一层 {last}",
