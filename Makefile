@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-clients bench gpu docs clean
+.PHONY: demo test test-clients nvrtc bench gpu docs clean
 
 demo: $(STAMP)          ## the main job on real weights: check, fix, quantize, verify (TINY=1: no download)
 	$(BIN)/python fixtures/demo.py $(if $(TINY),--tiny)
@@ -15,6 +15,10 @@ test: $(STAMP)          ## every test that needs no other engine and no GPU
 test-clients: $(STAMP)  ## load our output in vLLM and transformers, each in its own environment
 	bash tests/clients/setup.sh
 	$(BIN)/python -m pytest -m clients tests/clients
+
+nvrtc: $(STAMP)         ## compile every kernel with NVRTC, as a run on a GPU does, for every architecture; needs no GPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nvrtc]'
+	$(BIN)/python -m pytest tests/cuda/test_compile.py -k nvrtc
 
 bench: $(STAMP)         ## measure against peers in one run
 	$(BIN)/python bench/header.py

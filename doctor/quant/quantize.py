@@ -27,7 +27,7 @@ from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, calibration_rows
 from doctor.quant.preflight import Forecast
 from doctor.quant.ranks import Ranks, device_of, size, start, stop
 from doctor.quant.room import measure
-from doctor.quant.run import Result, computing_dtype, fingerprint, receipt, run
+from doctor.quant.run import Result, computing_dtype, computing_note, fingerprint, receipt, run
 from doctor.quant.sample import sampler, unable
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Rule
@@ -184,16 +184,18 @@ class _Job:
         checkpoint, store = self.seen.checkpoint, self.seen.store
         if "config.json" not in checkpoint.json:
             raise DoctorError(f"{checkpoint.root}: has no config.json; quantizing needs the model's shape.", "Give the checkpoint's directory.")
-        if solver.note():
-            self._note(solver.note())
-        budget.require(budget.needs(checkpoint, store.get(CHECKPOINT, "spec"), self.recipe, len(rows), max(map(len, rows), default=0)), memory)
+        spec = store.get(CHECKPOINT, "spec")
+        for note in (solver.note(device), computing_note(checkpoint, spec, self.recipe, device)):
+            if note:
+                self._note(note)
+        budget.require(budget.needs(checkpoint, spec, self.recipe, len(rows), max(map(len, rows), default=0)), memory)
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        mark = {**fingerprint(checkpoint, self.recipe, rows), "ranks": self.ranks.size}
+        mark = {**fingerprint(checkpoint, self.recipe, rows, device), "ranks": self.ranks.size}
         staged = export.Output.open(self.output, mark, resume=resume) if self.ranks.speaks else None
         self.ranks.wait()
         staged = staged or export.Watched(self.output)
         self.ranks.wait()
-        done = run(checkpoint, store.get(CHECKPOINT, "spec"), self.recipe, rows, staged, store, self.rules, memory=memory,
+        done = run(checkpoint, spec, self.recipe, rows, staged, store, self.rules, memory=memory,
                    progress=self.progress, device=device, ranks=self.ranks, consent=self.consent)
         self.linears, self.recipe = done.records, done.recipe
         self.notes += [f"fix: {text}" for text in done.fixes]

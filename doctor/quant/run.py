@@ -71,7 +71,7 @@ class Result:
         return sum(r["outcome"] == outcome for r in self.records)
 
 
-def fingerprint(checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]]) -> dict:
+def fingerprint(checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]], device: str = "cpu") -> dict:
     """What must be equal for two runs to write the same bytes."""
     import transformers
 
@@ -80,7 +80,7 @@ def fingerprint(checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]]) -
     source = repr((sorted(headers), sorted(files), checkpoint.json["config.json"].raw, getattr(checkpoint, "edits", ())))
     return {"doctor": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
             "recipe": {**asdict(recipe), "format": recipe.output_format}, "rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
-            "checkpoint": hashlib.sha256(source.encode()).hexdigest()}
+            "checkpoint": hashlib.sha256(source.encode()).hexdigest(), "device": torch.device(device).type}
 
 
 def _modified(checkpoint: Checkpoint, name: str) -> int:
@@ -213,8 +213,8 @@ class _Run:
             found.append(f"no CUDA kernel runs on {device}, torch does their work: {kernels.available(device)}")
         if device.type == "cuda" and self.skeleton.dtype == torch.bfloat16 and not mixed_products(device):
             found.append("this torch has no product of bfloat16 with a float32 result: Hessians are summed from float32 copies")
-        if device.type == "cpu" and solver.note():
-            found.append(solver.note())
+        if solver.note(device):
+            found.append(solver.note(device))
         if self.batches and greenlet is None:
             found.append(WITHOUT_GREENLET)
         return found
@@ -562,6 +562,15 @@ def computing_dtype(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, dev
     """
     stored = {checkpoint.tensors[x.tensor].dtype.name for x in spec.linears if x.block is not None and x.tensor in checkpoint.tensors}
     return torch.bfloat16 if torch.device(device).type == "cuda" and recipe.method == "gptq" and stored == {"BF16"} else torch.float32
+
+
+def computing_note(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, device: str) -> str:
+    """One line for a run's notes where blocks compute in fewer digits than a CPU's run of the same recipe; empty elsewhere."""
+    dtype = computing_dtype(checkpoint, spec, recipe, device)
+    if dtype == torch.float32:
+        return ""
+    return (f"blocks compute in {str(dtype)[6:]} on {torch.device(device).type}, as they are stored, and in float32 on a CPU: codes and losses "
+            "differ a little from a CPU's")
 
 
 class Hidden:

@@ -25,9 +25,9 @@ class Rule(ctypes.Structure):
                 *((name, ctypes.c_int32) for name in ("sym", "turn", "mse", "dtype", "ratios", "fine", "refits"))]
 
 
-def note() -> str:
-    """One line for a run's notes where torch does the work of the native loops; empty where they run."""
-    if native.level():
+def note(device: torch.device | str) -> str:
+    """One line for a run's notes where torch does the work of the native loops; empty where they run, or where the device is no CPU."""
+    if torch.device(device).type != "cpu" or native.level():
         return ""
     return ("the native library is absent or turned off: grid searches and column loops run in torch, which gives the "
             "same quality and takes two to four times as long a linear")

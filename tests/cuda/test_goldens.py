@@ -12,7 +12,7 @@ import torch
 
 from doctor.quant import kernels
 from doctor.quant.gptq import _Rules
-from doctor.quant.grid import contiguous_groups
+from doctor.quant.grid import Grid, contiguous_groups, dequantize, quantize
 
 pytestmark = pytest.mark.R3
 GOLDENS = host.ROOT / "fixtures" / "goldens" / "cuda.json"
@@ -38,7 +38,7 @@ def run(source, engine, place):
         codes, grid = kernels.round_columns(W.T.contiguous(), U, rule, contiguous_groups(256, 64).to(place), None,
                                             torch.ones(256, device=place), 64, engine=engine)
         # The second block follows a product of matrices, which no two libraries add up alike.
-        return {"codes": codes[:128], "scale": grid.scale[:, :2].contiguous(), "zero": grid.zero[:, :2].contiguous()}
+        return {"codes": codes[:128], "scale": grid.scale[:, :2].contiguous(), "zero": grid.zero[:, :2].contiguous(), **refined(engine, place)}
     if source == "grid_search":
         found = [kernels.fit(W, 3, width, sym, mse=True, engine=engine) for width in (32, 128, -1) for sym in (True, False)]
         return {f"{name}{at}": getattr(grid, name) for at, grid in enumerate(found) for name in ("scale", "zero")}
@@ -52,6 +52,22 @@ def run(source, engine, place):
         return {"codes": codes, "scales": scales, "back": kernels.kv_load(codes, scales, 4, engine=engine)}
     found = kernels.health_scan(W, engine=engine)
     return {"counts": torch.tensor([v for k, v in found.items() if k not in ("sum", "sumsq")], dtype=torch.float64)}
+
+
+def refined(engine, place):
+    """{name: tensor} of gptq_refine on one block, whose first product H E is of small integers: every order of its sums gives the same bits."""
+    W = (weights(70, 128) * 256).round() / 64
+    R = (weights(128, 128) * 7).round()
+    H = R @ R.T + 64 * torch.eye(128)
+    start = Grid(torch.full((70, 2), 0.25), torch.full((70, 2), 8, dtype=torch.int32))
+    codes = quantize(W, start, 4)
+    E = (W - dequantize(codes, start)).T.contiguous()
+    assert ((H @ E).abs() < 2**18).all() and (E * 64 == (E * 64).round()).all(), "H E is not exact in float32"
+    loss = torch.zeros(70, dtype=torch.float64, device=place)
+    rule = _Rules(4, 64, True, True, False, 0, torch.float16)
+    codes, grid = kernels.refine(E.to(place), H.to(place), codes.T.contiguous().to(place), Grid(start.scale.to(place), start.zero.to(place)),
+                                 contiguous_groups(128, 64).to(place), rule, 64, loss, engine=engine)
+    return {"refined codes": codes, "refined scale": grid.scale, "change of the loss": loss}
 
 
 def digest(tensors):
@@ -81,3 +97,10 @@ def test_the_host_build_reproduces_a_devices_bits(source, host_engine):
 def test_what_is_recorded_does_not_change_from_run_to_run(source, host_engine):
     first, second = (digest(run(source, host_engine, torch.device("cpu"))) for _ in range(2))
     assert first == second and all(len(value) == 16 for value in first.values())
+
+
+def test_the_refinement_that_is_recorded_changes_codes_and_scales_and_lowers_the_loss(host_engine):
+    found = refined(host_engine, torch.device("cpu"))
+    start = quantize((weights(70, 128) * 256).round() / 64, Grid(torch.full((70, 2), 0.25), torch.full((70, 2), 8, dtype=torch.int32)), 4)
+    assert (found["refined codes"] != start.T).float().mean() > 0.01
+    assert (found["refined scale"] != 0.25).any() and (found["change of the loss"] < 0).float().mean() > 0.9

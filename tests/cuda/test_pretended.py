@@ -110,6 +110,20 @@ def test_words_are_packed_where_the_codes_are(host_engine, bits):
             assert torch.equal(there.cpu(), packer(codes, bits))
 
 
+def test_a_run_that_computes_in_bfloat16_says_so_and_not_a_word_of_the_cpus_library(tmp_path, text, host_engine):
+    """tests/cuda turn the native library off, which a run on the device has no reason to mention."""
+    tiny("llama").write(tmp_path / "m")
+    options = {"calibration": text, "max_seq_length": 64}
+    notes = {}
+    with pretend(host_engine):
+        api.quantize(tmp_path / "m", tmp_path / "cuda", Recipe(group_size=32), device="cuda", **options)
+    api.quantize(tmp_path / "m", tmp_path / "cpu", Recipe(group_size=32), **options)
+    for place in ("cuda", "cpu"):
+        notes[place] = " ".join(json.loads((tmp_path / place / "doctor.json").read_text())["notes"])
+    assert "blocks compute in bfloat16 on cuda" in notes["cuda"] and "native library" not in notes["cuda"]
+    assert "bfloat16" not in notes["cpu"] and "native library" in notes["cpu"]
+
+
 @pytest.mark.parametrize("limit, room, place", [(0, 1 << 20, "device"), (1 << 20, 0, "memory"), (0, 0, "disk")])
 def test_hidden_states_lie_where_there_is_room(tmp_path, limit, room, place):
     with pretend():

@@ -181,6 +181,7 @@ def test_threads_do_not_change_a_row(monkeypatch):
 
 
 def test_a_run_without_the_library_says_what_that_costs(monkeypatch):
-    assert solver.note() == ""
+    assert solver.note("cpu") == ""
     in_torch(monkeypatch)
-    assert "column loops run in torch" in solver.note()
+    assert "column loops run in torch" in solver.note("cpu")
+    assert solver.note("cuda") == "", "a GPU does not use the library"
