@@ -381,7 +381,7 @@ def test_html_of_a_run_has_its_calibration_and_its_worst_linears():
     linears = [{"name": f"model.layers.{i}.down", "block": i, "role": "down", "outcome": "gptq", "solve": {**solve, "loss": loss}, "hessian": {"tokens": 512}}
                for i, loss in enumerate((0.01, 0.03, float("nan"), *[0.001] * 20))]
     calibration = {"source": "<b>x", "builtin": True, "rows": 8, "tokens": 512, "shortest": 60, "median": 64, "longest": 64, "distinct_tokens": 41,
-                   "duplicate_rows": 2, "bos_doubled": 0, "padding": 0, "languages": ("en", "zh")}
+                   "duplicate_rows": 2, "bos_doubled": 0, "padding": 0, "scripts": ("Latin", "CJK"), "unused_scripts": ()}
     text = render("html", [make_report(linears=linears, extra={"calibration": calibration})])
     assert text.index("model.layers.2.down</td>") < text.index("model.layers.1.down</td>") < text.index("model.layers.0.down</td>")
     assert "60 / 64 / 64" in text and "&lt;b&gt;x (doctor&#39;s own texts)" in text and text.count('down</td><td>gptq') == 10

@@ -25,6 +25,7 @@ from pathlib import Path
 from doctor.builtin import Calibration
 from doctor.checkpoint import Checkpoint
 from doctor.errors import BadCheckpoint, DoctorError
+from doctor.quant import text_scripts
 
 ROWS, MAX_SEQ_LENGTH = 128, 512
 BUILTIN = "Python's documentation"
@@ -105,8 +106,9 @@ def describe(rows: list[list[int]], documents: Documents, tokenizer) -> Calibrat
     bos = getattr(tokenizer, "bos_token_id", None)
     pad = getattr(tokenizer, "pad_token_id", None)
     shares_pad = pad is None or pad in {bos, getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "unk_token_id", None)}
+    scripts, unused = text_scripts.of_rows(rows, tokenizer) if tokenizer is not None else ((), ())
     return Calibration(
-        source=documents.name, builtin=documents.builtin, rows=len(rows), tokens=sum(lengths), shortest=lengths[0],
+        scripts=scripts, unused_scripts=unused, source=documents.name, builtin=documents.builtin, rows=len(rows), tokens=sum(lengths), shortest=lengths[0],
         median=lengths[len(lengths) // 2], longest=lengths[-1], distinct_tokens=len({t for r in rows for t in r}),
         duplicate_rows=len(rows) - len({tuple(r) for r in rows}),
         bos_doubled=sum(bos is not None and r[:2] == [bos, bos] for r in rows),

@@ -115,6 +115,7 @@ CURES = {
     "tokenize rendered templates with add_special_tokens=False": "套好模板的文本用 add_special_tokens=False 分词",
     "raise damp to {damp}": "把阻尼加大到 {damp}", "raise damp": "加大阻尼", "join texts and cut rows of 512 tokens or more": "把文本接起来，切成每行 512 个词元以上",
     "mix sources: prose, code, chat and every language to be served": "混合来源：散文、代码、对话，以及推理时会用到的每种语言",
+    "add text of every language to be served": "加入要服务的每种语言的文本",
     "--calibration FILE with text of the kind to be served": "用 --calibration FILE 给出与实际用途同类的文本",
     "cut the rows: --max-seq-length {n}": "把行截短：--max-seq-length {n}", "convert the experts to linears of their own": "把专家转成各自独立的线性层",
     "the result is the same; install what is missing to save time": "结果相同；装上缺少的东西可以省时间",

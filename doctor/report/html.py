@@ -253,7 +253,7 @@ def _calibration(facts: dict | None) -> list[tuple[str, str]]:
             (say("rows"), f"{facts['rows']:,}"), (say("tokens"), f"{facts['tokens']:,}"), (say("shortest / median / longest row"), lengths),
             (say("distinct tokens"), f"{facts['distinct_tokens']:,}"), (say("rows that repeat another"), f"{facts['duplicate_rows']:,}"),
             (say("padding tokens"), f"{facts['padding']:,}"), (say("rows with two BOS tokens"), f"{facts['bos_doubled']:,}"),
-            *([(say("languages"), view.safe(", ".join(facts["languages"])))] if facts["languages"] else [])]
+            *([(say("scripts"), view.safe(", ".join(facts["scripts"])))] if facts["scripts"] else [])]
 
 
 def _worst(linears: list) -> list[tuple[str, ...]]:

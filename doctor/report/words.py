@@ -174,7 +174,7 @@ ZH = {
     "residual": "残差流", "largest": "最大值", "linears with the largest error": "误差最大的线性层", "how": "方式", "relative error": "相对误差",
     "plain rounding": "直接取整", "damp": "阻尼", "tokens seen": "见过的词元", "source": "来源", " (doctor's own texts)": "（doctor 自带的文本）",
     "rows": "行数", "tokens": "词元数", "shortest / median / longest row": "最短 / 中位 / 最长行", "distinct tokens": "不同的词元",
-    "rows that repeat another": "与别行重复的行", "padding tokens": "填充词元", "rows with two BOS tokens": "有两个 BOS 的行", "languages": "语言",
+    "rows that repeat another": "与别行重复的行", "padding tokens": "填充词元", "rows with two BOS tokens": "有两个 BOS 的行", "scripts": "文字",
     "Exponents of the weights": "权重的指数", "of {n} sampled values, logarithmic; red: float16 cannot hold them":
         "抽样 {n} 个值，对数刻度；红色：float16 放不下",
     "histogram of exponents: {beyond} values beyond float16, {lost} too small for it, {zeros} zeros, {nonfinite} NaN or Inf":

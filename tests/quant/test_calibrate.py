@@ -24,6 +24,12 @@ class Ids:
         ids = [] if text == "a" else [int(t) for t in text.split()]
         return {"input_ids": ([self.bos_token_id] if self.adds and add_special_tokens else []) + (ids or [9])}
 
+    def __len__(self):
+        return 10
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [" ".join(map(str, row)) for row in rows]
+
     def apply_chat_template(self, messages, tokenize):
         return " ".join(["1", *(m["content"] for m in messages)])
 
@@ -202,3 +208,29 @@ def test_rows_without_a_token_of_context_are_left_out_and_counted(checkpoint, tm
     path = lines(tmp_path / "c.jsonl", {"input_ids": []}, {"input_ids": [5]}, {"input_ids": [5, 6, 7]})
     rows, _, notes = calibration_rows(checkpoint, path, rows=4, length=8)
     assert rows == [[5, 6, 7]] and notes[0] == "2 rows of fewer than 2 tokens are left out"
+
+
+def byte_level():
+    """A byte-level tokenizer whose vocabulary was made for English and Chinese."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 4, "模型量化之前先看一看文件里有没有坏的数字 " * 4] * 3,
+                             trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize(("text", "scripts", "unused"), [
+    ("The quick brown fox, and 3 dogs.", ("Latin",), ("CJK",)),
+    ("模型 is a model", ("Latin", "CJK"), ()),
+    ("Ещё слово " + "the fox " * 2, ("Latin", "Cyrillic"), ("CJK",)),
+    ("12 34 + 56", (), ("CJK", "Latin")),
+])
+def test_scripts_of_a_text_and_those_that_it_leaves_out(text, scripts, unused):
+    from doctor.quant.text_scripts import of_rows
+
+    tokenizer = byte_level()
+    found, lacking = of_rows([tokenizer(text)["input_ids"]], tokenizer)
+    assert sorted(found) == sorted(scripts) and sorted(lacking) == sorted(unused)
