@@ -100,7 +100,7 @@ def leaves(name, value):
     if is_dataclass(value):
         for f in fields(value):
             inner = getattr(value, f.name)
-            yield from leaves(f"{name}.{f.name}", inner) if is_dataclass(inner) else [(f"{name}.{f.name}", str(inner))]
+            yield from leaves(f"{name}.{f.name}", inner) if is_dataclass(inner) or isinstance(inner, tuple) else [(f"{name}.{f.name}", str(inner))]
     elif isinstance(value, tuple):
         for i, entry in enumerate(value):
             yield from leaves(f"{name}[{i}]", entry)
