@@ -81,8 +81,8 @@ def product(pair: Pair, tensors: Mapping) -> tuple[int, int]:
 @fact("checkpoint", stage="header")
 def trained_whole(checkpoint, tensors, files):
     """tensor -> digest of what an adapter holds beside matrices of LoRA: modules that were trained whole."""
-    from doctor.made import digest
-
     if ADAPTER not in files or checkpoint.unread:
         return {}
+    from doctor.made import digest  # NumPy comes with it, which a look at headers alone does not pay for
+
     return {n: digest(checkpoint, info) for n, info in tensors.items() if n.startswith("base_model.model.") and "lora_" not in n}

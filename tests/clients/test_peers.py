@@ -134,7 +134,7 @@ def test_not_positive_definite_at_a_late_minor_is_rounding_and_no_lack_of_sample
     order = int(error.split("order ")[1].split()[0])
     assert order > 1000, "a late minor: neither NaN nor a dead input"
     assert {"Q402", "Q411"} <= set(first_answers(error))
-    report = ends_well(sink, tmp_path / "q", Recipe(group_size=32, damp=0.0001), sink)
+    report = ends_well(sink, tmp_path / "q", Recipe(group_size=32, damp=0.0001), sink, 1.1)  # 40 steps of training leave it fragile
     assert {"Q402", "Q411"} & {f.code for f in report.findings}
 
 

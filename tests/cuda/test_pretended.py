@@ -41,7 +41,9 @@ def same_on_both(family, recipe, tmp_path, text, monkeypatch, engine):
     want = api.quantize(tmp_path / "m", tmp_path / "cpu", recipe, **options)
     with pretend(engine):
         got = api.quantize(tmp_path / "m", tmp_path / "gpu", recipe, device="cuda", **options)
-    assert got.report.ok and [f.code for f in got.report.findings if f.code != "Q417"] == [f.code for f in want.report.findings]
+    # A channel behind a ReLU that hardly ever is above 0 may be so in one precision only, so Q403 is not compared.
+    apart = ("Q417", "Q403")
+    assert got.report.ok and [f.code for f in got.report.findings if f.code not in apart] == [f.code for f in want.report.findings if f.code not in apart]
     ours, theirs = losses(tmp_path / "gpu"), losses(tmp_path / "cpu")
     assert ours.keys() == theirs.keys() and ours
     total = sum(ours.values()) / sum(theirs.values())
