@@ -44,7 +44,7 @@ class Calibration:
     duplicate_rows: int
     bos_doubled: int  # rows whose first two ids are both the BOS id
     padding: int  # tokens that are padding
-    scripts: tuple[str, ...] = ()  # of the text's letters, each with a share of its own (text_scripts.py); empty where rows came as ids
+    scripts: tuple[str, ...] = ()  # of the text's letters, each with a share of its own (text_scripts.py); empty where rows came as ids or text is doctor's own
     unused_scripts: tuple[str, ...] = ()  # that the vocabulary has many tokens of and the text has none of
     sampled_rows: int = 0  # of the rows, written by the model itself
     not_sampled: str = ""  # why none is, where doctor's own texts are used

@@ -6,7 +6,6 @@ carried along, and late blocks amplify it, so it does not name the block it came
 block given what the original gives its own, for which a few rows are enough.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
@@ -17,7 +16,7 @@ from doctor.checkpoint import Checkpoint
 from doctor.errors import NotQuantizable
 from doctor.evaluate.half import HalfProbe
 from doctor.evaluate.scores import Tally, longest_run
-from doctor.quant.blocks import Skeleton
+from doctor.quant.blocks import Skeleton, cache_argument
 from doctor.quant.dequant import as_float
 from doctor.spec import build_spec
 
@@ -86,7 +85,7 @@ class Streamed:
         """Greedy continuations of prompts int64[1, length]; loads every block, so ask `resident_bytes` first."""
         self.skeleton.load_whole()
         model = self.skeleton.model
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # as older releases of transformers call it
+        name = cache_argument(model)
         replies = []
         for ids in prompts:
             said, cache = [], None

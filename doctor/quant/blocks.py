@@ -11,6 +11,7 @@ own input, hence its own Hessian.
 """
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,11 @@ from doctor.spec import NOT_TEXT, Linear, ModelSpec
 
 MOST_MODULES = 10_000  # layers, or experts of one layer, that a config may ask for
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which forward takes a key/value cache, and its output returns it: releases of transformers differ."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def load_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -106,7 +106,7 @@ def describe(rows: list[list[int]], documents: Documents, tokenizer) -> Calibrat
     bos = getattr(tokenizer, "bos_token_id", None)
     pad = getattr(tokenizer, "pad_token_id", None)
     shares_pad = pad is None or pad in {bos, getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "unk_token_id", None)}
-    scripts, unused = text_scripts.of_rows(rows, tokenizer) if tokenizer is not None else ((), ())
+    scripts, unused = text_scripts.of_rows(rows, tokenizer) if tokenizer is not None and not documents.builtin else ((), ())
     return Calibration(
         scripts=scripts, unused_scripts=unused, source=documents.name, builtin=documents.builtin, rows=len(rows), tokens=sum(lengths), shortest=lengths[0],
         median=lengths[len(lengths) // 2], longest=lengths[-1], distinct_tokens=len({t for r in rows for t in r}),

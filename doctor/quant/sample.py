@@ -7,7 +7,6 @@ Source: Williams, Chrysostomou and Aletras, Self-calibration for Language Model 
 """
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from doctor.checkpoint import Checkpoint
 from doctor.errors import NotQuantizable
 from doctor.quant import budget
-from doctor.quant.blocks import Skeleton
+from doctor.quant.blocks import Skeleton, cache_argument
 from doctor.quant.calibrate import NotSampled
 from doctor.spec import ModelSpec
 
@@ -81,7 +80,7 @@ def _starts(tokenizer, count: int, vocab: int | None) -> list[int]:
 def _pieces(model, starts: list[int], size: int, end: int | None, seed: int) -> list[list[int]]:
     """`size` sampled ids after each start, without the start, and up to the end-of-sequence token. Raises NotSampled."""
     generator = torch.Generator().manual_seed(seed)
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # as older releases of transformers call it
+    name = cache_argument(model)
     device = next(model.parameters()).device
     ids, cache, said = torch.tensor(starts)[:, None], None, []
     for step in range(size):
