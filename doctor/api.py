@@ -59,7 +59,7 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     scanned = None
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)
-    elif STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.needs) for r in rules):
+    elif STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.facts) for r in rules):
         from doctor.scan import scan
 
         scanned = scan(checkpoint, store, progress, keep_partial=keep_partial)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from doctor.checkpoint import INDEX_NAME, Checkpoint
 from doctor.facts import CHECKPOINT, Store, Unavailable, fact, provide
+from doctor.lora import ADAPTER, trained_whole
 from doctor.machine import Machine  # noqa: F401 - declares the facts of the machine
 from doctor.recipe import Recipe
 from doctor.spec import ModelSpec, build_spec
@@ -18,7 +19,7 @@ provide("first_zero_group", "linear", "values", "(row, first column) of the firs
 provide("one_signed", "linear", "values", "(groups looked at, those of them without a negative or without a positive weight); groups of zeros are not counted.")
 provide("zero_rows", "linear", "values", "out_features whose weights are all 0.")
 provide("zero_columns", "linear", "values", "in_features whose weights are all 0.")
-provide("digest", "tensor", "values", "blake2b of a tensor's bytes; only embeddings and heads, to tell tied from copied.")
+provide("digests", "tensor", "values", "file -> blake2b (16 bytes, hexadecimal) of the tensor's bytes in it; only of those that `digested` names.")
 
 
 provide("calibration", "checkpoint", "calibration", "What the calibration rows are (Calibration).")
@@ -167,20 +168,12 @@ def shards(checkpoint):
 
 @fact("checkpoint", stage="header")
 def copies(checkpoint, shards):
-    """tensor -> the files that hold it, and whether the copies are equal (None: not read), of each that stands in more than one."""
+    """tensor -> its TensorInfo in every file that holds it, of each that stands in more than one."""
     held: dict[str, list] = {}
     for shard in shards.values():
         for info in shard.tensors:
             held.setdefault(info.name, []).append(info)
-    return {name: ([i.shard for i in infos], _equal(checkpoint, infos)) for name, infos in held.items() if len(infos) > 1}
-
-
-def _equal(checkpoint: Checkpoint, infos: list) -> bool | None:
-    if len({(i.dtype.name, i.shape) for i in infos}) > 1:
-        return False
-    from doctor.made import digest  # NumPy comes with it, which a look at headers alone does not pay for
-
-    return None if checkpoint.unread else len({digest(checkpoint, i) for i in infos}) == 1
+    return {name: infos for name, infos in held.items() if len(infos) > 1}
 
 
 @fact("checkpoint")
@@ -224,6 +217,13 @@ def _document(checkpoint: Checkpoint, name: str) -> dict:
 def spec(checkpoint, config) -> ModelSpec:
     """What config.json says the model is (spec.ModelSpec)."""
     return build_spec(config, checkpoint.tensors)
+
+
+@fact("checkpoint", stage="header")
+def digested(checkpoint, files, copies, tensors, spec=None):
+    """Names of the tensors whose bytes are compared with others': embedding and head, what stands in two files, what an adapter trained whole."""
+    pair = {spec.embed_tensor, spec.head_tensor} if spec and spec.embed_tensor and spec.head_tensor else set()
+    return pair | copies.keys() | (trained_whole(tensors) if ADAPTER in files else set())
 
 
 @fact("checkpoint")
@@ -363,9 +363,10 @@ def largest_values(checkpoint, every_absmax):
 
 
 @fact("checkpoint")
-def head_equals_embed(checkpoint, every_digest):
+def head_equals_embed(checkpoint, spec, tensors, every_digests):
     """Whether head and embedding hold the same bytes; None where not both are stored."""
-    return len(set(every_digest.values())) == 1 if len(every_digest) > 1 else None
+    pair = [every_digests.get(n, {}).get(tensors[n].shard) for n in (spec.embed_tensor, spec.head_tensor) if n in tensors]
+    return pair[0] == pair[1] if len(pair) == 2 and None not in pair else None
 
 
 @fact("checkpoint")

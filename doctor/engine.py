@@ -149,7 +149,7 @@ def judge(store: Store, rules: Iterable[Rule], until: str = STAGES[-1]) -> tuple
         start = time.perf_counter()
         for subject, thing in list(store.subjects(entry.scope).items()):
             try:
-                values = tuple(store.get(subject, need) for need in entry.needs)
+                values = tuple(store.values(subject, entry))
                 findings.extend(run_rule(entry, subject, thing, values))
                 run.judged += 1
             except Unavailable as error:

@@ -5,6 +5,8 @@ tokenizer, calibration, run, output). It is either *provided* by a producer (the
 function of other facts, worked out once, when a rule first asks. A fact that was not produced in this run is
 `Unavailable` with the reason, and the rules that need it are skipped with that reason: silence is never a pass.
 
+A parameter with the default None is a fact that its asker can do without: it gets None where there is none.
+
 `every_NAME` is a fact of the checkpoint: the fact NAME of all subjects that have it, as a dict by the subject's name. It is how
 one rule speaks of two tensors.
 """
@@ -24,7 +26,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Fact:
-    """One entry of the registry. `compute` is None for a provided fact; `needs` are its parameters, the subject first."""
+    """One entry of the registry. `compute` is None for a provided fact; `needs` and then `wants` are its parameters after the subject."""
 
     name: str
     scope: str
@@ -32,6 +34,7 @@ class Fact:
     doc: str
     compute: Callable | None = None
     needs: tuple[str, ...] = ()
+    wants: tuple[str, ...] = ()
 
 
 FACTS: dict[str, Fact] = {}
@@ -49,15 +52,25 @@ def fact(scope: str, stage: str | None = None):
     """
 
     def wrap(function: Callable) -> Callable:
-        parameters = tuple(inspect.signature(function).parameters)
-        if not parameters or parameters[0] != scope:
+        subject, needs, wants = parameters(function)
+        if subject != scope:
             raise TypeError(f"fact {function.__name__}: the first parameter must be {scope!r}, the subject")
-        needs = parameters[1:]
         own_stage = stage or latest_stage(needs, function.__name__)
-        _register(Fact(function.__name__, scope, own_stage, inspect.getdoc(function) or "", function, needs))
+        # Its value is kept: what might come later than it is worked out must not be among its wants.
+        if STAGES.index(latest_stage(wants, function.__name__)) > STAGES.index(own_stage):
+            raise TypeError(f"fact {function.__name__}: one of {', '.join(wants)} is of a later stage than {own_stage}")
+        _register(Fact(function.__name__, scope, own_stage, inspect.getdoc(function) or "", function, needs, wants))
         return function
 
     return wrap
+
+
+def parameters(function: Callable) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """(the first parameter, the others, those of them with a default, which must come last). Raises TypeError."""
+    first, *rest = inspect.signature(function).parameters.values() or [None]
+    if first is None or any(p.default not in (p.empty, None) for p in rest):
+        raise TypeError(f"{function.__name__}: takes a subject and facts; one that it can do without has the default None")
+    return first.name, tuple(p.name for p in rest if p.default is p.empty), tuple(p.name for p in rest if p.default is None)
 
 
 def known_fact(name: str) -> Fact | None:
@@ -102,7 +115,7 @@ def closure(names: Iterable[str]) -> set[str]:
         known = known_fact(name)
         if name not in seen and known is not None:
             seen.add(name)
-            todo += known.needs
+            todo += (*known.needs, *known.wants)
     return seen
 
 
@@ -183,12 +196,16 @@ class Store:
             raise Unavailable(self._reasons.get(known.stage, f"no {name.replace('_', ' ')} for {holder.partition(':')[2] or 'this checkpoint'}"))
         try:
             thing = self._objects[known.scope].get(holder)
-            value = known.compute(thing, *(self.get(holder, need) for need in known.needs))
+            value = known.compute(thing, *self.values(holder, known))
         except Unavailable as error:
             self._failed[key] = error
             raise
         self._values[key] = value
         return value
+
+    def values(self, subject: str, asker) -> list:
+        """What a fact or rule gets after its subject: its needs, then its wants. Raises Unavailable where a need is."""
+        return [*(self.get(subject, n) for n in asker.needs), *(self.get(subject, n) if self.has(subject, n) else None for n in asker.wants)]
 
     def _every(self, name: str) -> dict[str, object]:
         """name of the subject -> its fact. Raises Unavailable where no subject has it and the stage says why."""

@@ -220,23 +220,6 @@ def _whole(raw: Mapping, *names: str) -> int:
 
 
 @fact("checkpoint", stage="header")
-def zero_words(checkpoint, tensors):
-    """tensor -> the different words of each qzeros tensor (None: not read), where no file says how they are packed."""
-    if quantization_of(checkpoint) is not None or checkpoint.unread:
-        return {}
-    return {n: {int(w) & 0xFFFFFFFF for w in set(checkpoint.load(n).reshape(-1).tolist())} for n in tensors if n.endswith(".qzeros")}
-
-
-@fact("checkpoint", stage="header")
-def index_order(checkpoint, tensors):
-    """Whether every g_idx runs through its groups in order, None where there is none or it was not read; only without a quantization_config."""
-    if quantization_of(checkpoint) is not None or checkpoint.unread:
-        return None
-    found = [checkpoint.load(n).reshape(-1).tolist() for n in tensors if n.endswith(".g_idx")]
-    return all(a <= b for row in found for a, b in zip(row, row[1:])) if found else None
-
-
-@fact("checkpoint", stage="header")
 def layout(checkpoint, recipe, spec, tensors):
     """The linears in groups, planned or stored (Layout)."""
     block = quantization_of(checkpoint)

@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from doctor.facts import fact
-
 ADAPTER = "adapter_config.json"
 MATRIX = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # What an adapter may hold or mean beside B @ A; each changes the sum.
@@ -78,11 +76,6 @@ def product(pair: Pair, tensors: Mapping) -> tuple[int, int]:
     return (k, n) if pair.transposed else (n, k)
 
 
-@fact("checkpoint", stage="header")
-def trained_whole(checkpoint, tensors, files):
-    """tensor -> digest of what an adapter holds beside matrices of LoRA: modules that were trained whole."""
-    if ADAPTER not in files or checkpoint.unread:
-        return {}
-    from doctor.made import digest  # NumPy comes with it, which a look at headers alone does not pay for
-
-    return {n: digest(checkpoint, info) for n, info in tensors.items() if n.startswith("base_model.model.") and "lora_" not in n}
+def trained_whole(tensors: Iterable[str]) -> set[str]:
+    """Names of what an adapter holds beside matrices of LoRA: modules that were trained whole."""
+    return {n for n in tensors if n.startswith("base_model.model.") and "lora_" not in n}

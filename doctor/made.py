@@ -4,7 +4,6 @@ A Made tensor is read by leading rows like a stored one, so the view streams it 
 fix of a quantized checkpoint needs no torch. The packed formats are those of quant/pack.py, whose results the tests compare.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ from doctor.dtypes import CODE_NUMPY, DTYPES
 from doctor.edits import (CASTS, MADE, AddLowRank, Dequantize, Edit, EqualZeros, GroupsInOrder, GrowRows, TakeTensor, from_codes, nonfinite_mask,
                           to_codes)
 from doctor.errors import BadCheckpoint, PlanRefused
-from doctor.shard import TensorInfo
+from doctor.shard import TensorInfo, new_digest
 
 AWQ_FIELD = (0, 4, 1, 5, 2, 6, 3, 7)  # which 4-bit field of a word holds column 0, 1, … of its eight
 MEAN_SLAB = 1 << 22  # values summed at once
@@ -202,7 +201,7 @@ def _opened(root: str) -> Checkpoint:
 
 def digest(checkpoint: Checkpoint, info: TensorInfo) -> str:
     """blake2b, 16 bytes in hexadecimal, of a tensor's bytes."""
-    result = hashlib.blake2b(digest_size=16)
+    result = new_digest()
     with checkpoint.open_file(info.shard) as file:
         for part in checkpoint.chunks(file, info, 1 << 20):
             result.update(part)

@@ -56,7 +56,7 @@ def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> 
     if not store.has(CHECKPOINT, "layout"):
         return []
     recipe, layout = store.get(CHECKPOINT, "recipe"), store.get(CHECKPOINT, "layout")
-    asked = [r for r in rules if STAGES.index(r.stage) <= STAGES.index("header") and "recipe" in closure(r.needs)]
+    asked = [r for r in rules if STAGES.index(r.stage) <= STAGES.index("header") and "recipe" in closure(r.facts)]
     own = {r.code for r in asked}
     always = _worst(f for f in findings if f.severity == "error" and f.code not in own and not f.consequence_of)
     made: dict[tuple, list] = {}  # (group size, steps) -> plans

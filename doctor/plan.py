@@ -69,7 +69,7 @@ def look(checkpoint: Checkpoint, recipe: Recipe, rules: list[Rule], *, facts: It
     for subject, name, value in facts:
         store.put(subject, name, value)
     result = Look(checkpoint, store, [], [])
-    if STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.needs) for r in rules):
+    if STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.facts) for r in rules):
         part: Checkpoint | _Part = checkpoint
         if before is not None:
             kept = _carry(checkpoint, store, before, set(touched))
@@ -98,13 +98,13 @@ class _Part:
 def _carry(checkpoint: Checkpoint, store: Store, before: Look, touched: set[str]) -> set[str]:
     """Take over what the last look says of tensors that are as they were; returns their names."""
     linears, old_linears = _linears(store), _linears(before.store)
-    digests = _digests(store)
+    digested = store.get(CHECKPOINT, "digested") if store.has(CHECKPOINT, "digested") else ()
     kept, subjects = set(), []
     for name, info in checkpoint.tensors.items():
         old = before.checkpoint.tensors.get(name)
         if old is None or name in touched or (old.dtype, old.shape, old.shard) != (info.dtype, info.shape, info.shard):
             continue
-        if linears.get(name) != old_linears.get(name) or (name in digests and not before.store.has(f"tensor:{name}", "digest")):
+        if linears.get(name) != old_linears.get(name) or (name in digested and not before.store.has(f"tensor:{name}", "digests")):
             continue
         kept.add(name)
         subjects.append(f"tensor:{name}")
@@ -116,13 +116,6 @@ def _carry(checkpoint: Checkpoint, store: Store, before: Look, touched: set[str]
 
 def _linears(store: Store) -> dict:
     return {linear.tensor: linear for linear in store.get(CHECKPOINT, "spec").linears} if store.has(CHECKPOINT, "spec") else {}
-
-
-def _digests(store: Store) -> set[str]:
-    if not store.has(CHECKPOINT, "spec"):
-        return set()
-    spec = store.get(CHECKPOINT, "spec")
-    return {spec.embed_tensor, spec.head_tensor} if spec.embed_tensor and spec.head_tensor else set()
 
 
 # planning

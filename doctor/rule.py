@@ -41,8 +41,8 @@ from doctor.edits import (  # noqa: F401 - rules import edits from here
     TakeTensor,
     widens,
 )
-from doctor.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, provide  # noqa: F401
-from doctor.lora import ADAPTER, MATRIX, NotMergeable, pairs, product  # noqa: F401 - declares `trained_whole` too
+from doctor.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, parameters, provide  # noqa: F401
+from doctor.lora import ADAPTER, MATRIX, NotMergeable, pairs, product  # noqa: F401
 from doctor.placement import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
 from doctor.special import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
 from doctor.spec import ROW_PARALLEL, Linear, ModelSpec  # noqa: F401
@@ -168,6 +168,12 @@ class Rule:
     seen_as: tuple[Seen, ...] = field(repr=False)
     implied_by: tuple[str, ...] = ()
     module: str = ""
+    wants: tuple[str, ...] = ()  # facts that it can do without
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """All facts it asks for, those it can do without included."""
+        return self.needs + self.wants
 
     @property
     def area(self) -> str:
@@ -188,7 +194,7 @@ RULES: dict[str, Rule] = {}
 def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tuple[str, ...] = ()):
     """Register the decorated generator as the rule of its file.
 
-    The first parameter is the scope (checkpoint, shard, tensor, linear), the others are facts. `implied_by` are codes whose
+    The first parameter is the scope (checkpoint, shard, tensor, linear), the others are facts; with the default None, one it can do without. `implied_by` are codes whose
     finding on the same tensor or file (or on the checkpoint) explains this one, which is then folded under it.
     """
 
@@ -196,8 +202,8 @@ def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tu
         module = sys.modules[check.__module__]
         doc = inspect.getdoc(module) or ""
         first, title, sections = page(doc, code)
-        parameters = tuple(inspect.signature(check).parameters)
-        scope, needs = parameters[0], parameters[1:]
+        scope, needs, wants = parameters(check)
+        latest_stage(wants, code)  # they must be facts, but a rule runs without them
         if scope not in SCOPES or severity not in SEVERITIES or certainty not in CERTAINTIES:
             raise TypeError(f"rule {code}: scope {scope!r}, severity {severity!r} or certainty {certainty!r} is unknown")
         if severity == "error" and certainty != "certain":
@@ -205,7 +211,7 @@ def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tu
         if code in RULES and RULES[code].module != check.__module__:
             raise TypeError(f"rule {code}: in {RULES[code].module} and in {check.__module__}")
         RULES[code] = Rule(code, first, title, severity, certainty, scope, latest_stage(needs, code), needs, check, doc, sections,
-                           _seen(sections.get("Seen as", "")), implied_by, check.__module__)
+                           _seen(sections.get("Seen as", "")), implied_by, check.__module__, wants)
         return check
 
     return wrap

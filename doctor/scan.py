@@ -6,7 +6,6 @@ rows and columns are looked for only in chunks that hold enough zeros to form on
 healthy model that is never.
 """
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -18,13 +17,12 @@ from doctor import stats
 from doctor.checkpoint import Checkpoint
 from doctor.facts import CHECKPOINT, Store
 from doctor.layout import Words
-from doctor.shard import CHUNK_BYTES, TensorInfo
+from doctor.shard import CHUNK_BYTES, TensorInfo, new_digest
 from doctor.spec import Linear
 
 SPAN_BYTES = 64 << 20
 # Signs of groups are looked at in one place of a linear every so many values: two groups first, more where one has a single sign: 2 % of the time.
 SAMPLE_EVERY, FIRST_GROUPS, SAMPLE_VALUES = 4 << 20, 2, 8192
-DIGEST = hashlib.blake2b
 
 
 class Scan:
@@ -37,11 +35,16 @@ class Scan:
         self.left: list[str] = []
         self.stopped = threading.Event()
         self.skipped: dict[str, str] = {}
+        self.digests: dict[str, dict[str, str]] = {}  # tensor -> file -> digest of its bytes there
         self._lock = threading.Lock()
 
     def add(self, n: int) -> None:
         with self._lock:
             self.bytes_read += n
+
+    def add_digest(self, info: TensorInfo, digest: str) -> None:
+        with self._lock:
+            self.digests.setdefault(info.name, {})[info.shard] = digest
 
 
 def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] = lambda n: None, workers: int | None = None,
@@ -53,20 +56,17 @@ def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] =
     """
     run = Scan()
     linears = {}
-    digests: set[str] = set()
+    digested = store.get(CHECKPOINT, "digested") if store.has(CHECKPOINT, "digested") else ()
     group = store.get(CHECKPOINT, "recipe").group_size
     if store.has(CHECKPOINT, "spec"):
-        spec = store.get(CHECKPOINT, "spec")
-        linears = {linear.tensor: linear for linear in spec.linears}
-        if spec.embed_tensor and spec.head_tensor:
-            digests = {spec.embed_tensor, spec.head_tensor}
+        linears = {linear.tensor: linear for linear in store.get(CHECKPOINT, "spec").linears}
 
     def work(span: list[TensorInfo]) -> None:
         with checkpoint.open_file(span[0].shard) as file:
             for info in span:
                 if run.stopped.is_set():
                     return
-                _scan_tensor(checkpoint, file, info, linears.get(info.name), group, info.name in digests, store, run, progress)
+                _scan_tensor(checkpoint, file, info, linears.get(info.name), group, info.name in digested, store, run, progress)
 
     spans = list(_spans(checkpoint))
     with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8, max(len(spans), 1))) as pool:
@@ -79,6 +79,8 @@ def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] =
             pool.shutdown(wait=False, cancel_futures=True)
             if not (keep_partial and isinstance(error, KeyboardInterrupt)):
                 raise
+    for name, found in run.digests.items():
+        store.put(f"tensor:{name}", "digests", found)
     if run.stopped.is_set():
         run.left = [info.name for span in spans for info in span if info.name not in run.whole]
         store.say_partial("values", "interrupted before its weights were read")
@@ -105,7 +107,7 @@ def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run
     subject = f"tensor:{info.name}"
     total = stats.EMPTY
     shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and info.numel else None
-    digest = DIGEST() if wants_digest else None
+    digest = new_digest() if wants_digest else None
     known = stats.can_scan(info.dtype.name)
     words = _Words() if info.dtype.name == "I32" and info.name.endswith((".qzeros", ".g_idx", ".weight_g_idx")) else None
     offset = 0
@@ -126,11 +128,11 @@ def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run
         total = total.merge(counted)
         offset += counted.numel
     run.whole.add(info.name)
+    if digest is not None:
+        run.add_digest(info, digest.hexdigest())
     # A tensor that stands in several shards is read in each, but its facts are those of the one a reader takes.
     if checkpoint.tensors.get(info.name) is not info:
         return
-    if digest is not None:
-        store.put(subject, "digest", digest.hexdigest())
     if words is not None:
         store.put(subject, "words", words.result())
     if not known:

@@ -23,6 +23,13 @@ MAX_DIMS = 64  # no tensor has more; a header that says so is hostile or damaged
 MAX_NUMEL = 1 << 62  # above, byte offsets no longer fit signed 64 bits
 
 
+def new_digest():
+    """A hash object for the bytes of one tensor: blake2b, 16 bytes."""
+    import hashlib  # it costs milliseconds, and a look at headers alone hashes nothing
+
+    return hashlib.blake2b(digest_size=16)
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor's entry in a header. `begin` and `end` are offsets in the shard file, header included."""

@@ -29,11 +29,21 @@ from doctor.testing import shard_bytes, tiny
 
 
 @rule("F016", "error")
-def tensor_in_two_shards(checkpoint, copies, weight_map):
-    for name, (files, equal) in copies.items():
+def tensor_in_two_shards(checkpoint, copies, weight_map, every_digests=None):
+    for name, infos in copies.items():
+        files = [info.shard for info in infos]
+        equal = _equal(infos, (every_digests or {}).get(name, {}))
         rest = f" and {len(files) - 2} more files" if len(files) > 2 else ""
         yield finding(f"{name} is in {files[0]} and in {files[1]}{rest}", at=Place(files[0], tensor=name), evidence={"files": ", ".join(files)},
                       fix=_fix(name, files, equal, (weight_map or {}).get(name)))
+
+
+def _equal(infos, digests):
+    """Whether all copies are the same, None where their bytes were not read."""
+    if len({(info.dtype.name, info.shape) for info in infos}) > 1:
+        return False
+    found = [digests.get(info.shard) for info in infos]
+    return None if None in found else len(set(found)) == 1
 
 
 def _fix(name, files, equal, named):

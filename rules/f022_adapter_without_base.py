@@ -38,13 +38,13 @@ from doctor.testing import shard_bytes, tiny
 
 
 @rule("F022", "error")
-def adapter_without_base(checkpoint, files, json_files, base, trained_whole):
+def adapter_without_base(checkpoint, files, json_files, base, every_digests=None):
     if ADAPTER not in files or any(n.endswith(".safetensors") and not n.startswith("adapter_model") for n in files):
         return
     value = checkpoint.value(ADAPTER) or {}
     named = value.get("base_model_name_or_path")
     of = f" of {named}" if isinstance(named, str) and named else ""
-    edits, why = _merge(checkpoint, value, base, trained_whole) if base is not None else ((), "")
+    edits, why = _merge(checkpoint, value, base, every_digests or {}) if base is not None else ((), "")
     manual = f"merge it with PEFT's merge_and_unload(): {why}" if why else "merge the adapter into its base model and check that"
     fix = Fix(f"merge it into {base.text}: {len(edits) - 1:,} {'weight changes' if len(edits) == 2 else 'weights change'}", edits) if edits else Fix(manual, (), "manual")
     yield finding(f"a {value.get('peft_type', 'PEFT')} adapter{of}, without the model it changes",
@@ -52,7 +52,7 @@ def adapter_without_base(checkpoint, files, json_files, base, trained_whole):
                   fix=fix)
 
 
-def _merge(checkpoint, config, donor, trained_whole):
+def _merge(checkpoint, config, donor, digests):
     """(edits, "") that make the base with the adapter in it, or ((), why doctor does not)."""
     base, edits, own = donor.checkpoint.tensors, [Rebase(donor.root)], checkpoint.tensors
     try:
@@ -68,13 +68,13 @@ def _merge(checkpoint, config, donor, trained_whole):
             if not any(f".{saved}." in n for n in rest):
                 raise NotMergeable(f"modules_to_save names {saved}, of which no tensor is there")
         for name in rest:
-            edits += _saved(checkpoint, config, own[name], base, trained_whole)
+            edits += _saved(checkpoint, config, own[name], base, digests)
     except NotMergeable as error:
         return (), str(error)
     return (tuple(edits), "") if len(edits) > 1 else ((), "the adapter has no tensor")
 
 
-def _saved(checkpoint, config, info, base, trained_whole):
+def _saved(checkpoint, config, info, base, digests):
     """A module that was trained whole (modules_to_save) in the place of the base's."""
     name = info.name.removeprefix("base_model.model.")
     module = name.rpartition(".")[0]
@@ -82,7 +82,9 @@ def _saved(checkpoint, config, info, base, trained_whole):
         raise NotMergeable(f"{info.name} is no matrix of a linear's LoRA")
     if name not in base or base[name].shape != info.shape:
         raise NotMergeable(f"{info.name} is {list(info.shape)}, and the base has {list(base[name].shape) if name in base else 'no such tensor'}")
-    yield TakeTensor(name, str(checkpoint.root), trained_whole[info.name], info.name)
+    if info.name not in digests:
+        raise NotMergeable(f"{info.name} was not read")
+    yield TakeTensor(name, str(checkpoint.root), digests[info.name][info.shard], info.name)
     if info.dtype.name != base[name].dtype.name:
         yield CastTensor(name, base[name].dtype.name)
 

@@ -36,7 +36,7 @@ PACKED = (".qweight", ".weight_packed", ".q_weight")
 
 
 @rule("O611", "error")
-def quantization_config_missing(checkpoint, quantization_block, tensors, config, zero_words, index_order):
+def quantization_config_missing(checkpoint, quantization_block, tensors, config, packed_words=None):
     packed = [name for name in tensors if name.endswith(PACKED)]
     if quantization_block is not None or not packed:
         return
@@ -44,13 +44,13 @@ def quantization_config_missing(checkpoint, quantization_block, tensors, config,
         f"{len(packed):,} tensors are packed (first {packed[0]}) and there is no quantization_config",
         at=Place("config.json", pointer="/quantization_config"),
         evidence={"packed": len(packed)},
-        fix=_fix(tensors, config, zero_words, index_order),
+        fix=_fix(tensors, config, packed_words or {}),
         advice="copy quantize_config.json from where the model came from",
     )
 
 
-def _fix(tensors, config, zero_words, index_order):
-    """quantization_config as the tensors show it; None where they leave anything open."""
+def _fix(tensors, config, words):
+    """quantization_config as the tensors and their words show it; None where they leave anything open."""
     modules = [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]
     shapes = [[tensors[f"{m}.{part}"].shape if f"{m}.{part}" in tensors else None for part in ("qweight", "qzeros", "scales", "g_idx")] for m in modules]
     if not shapes or any(len(s or ()) != 2 for three in shapes for s in three[:3]):
@@ -63,10 +63,11 @@ def _fix(tensors, config, zero_words, index_order):
     if method == "awq":
         block |= {"zero_point": True, "version": "gemm"}
     else:
-        versions = [v for v in ("gptq", "gptq_v2") if bits != 3 and all(w == {symmetric_word(bits, v)} for w in zero_words.values())]
-        if len(versions) != 1 or not zero_words or shapes[0][3] is not None and index_order is None:
+        zeros, orders = ([words[f"{m}.{part}"] for m in modules if f"{m}.{part}" in words] for part in ("qzeros", "g_idx"))
+        versions = [v for v in ("gptq", "gptq_v2") if bits != 3 and all(z.kinds is not None and z.kinds.keys() == {symmetric_word(bits, v)} for z in zeros)]
+        if len(versions) != 1 or len(zeros) < len(modules) or any(s[3] for s in shapes) and len(orders) < len(modules):
             return None
-        block |= {"sym": True, "desc_act": index_order is False, "checkpoint_format": versions[0], "lm_head": "lm_head" in modules}
+        block |= {"sym": True, "desc_act": not all(o.rising for o in orders), "checkpoint_format": versions[0], "lm_head": "lm_head" in modules}
     edit = SetJson("config.json", "/quantization_config", block, config.get("quantization_config", MISSING))
     groups = f"groups of {group}" if group > 0 else "whole rows"
     return Fix(f"write quantization_config as the tensors show it: {method}, {bits} bits, {groups}", (edit,))

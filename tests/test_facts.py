@@ -47,6 +47,28 @@ def test_a_derived_fact_that_failed_is_worked_out_again_when_what_it_lacked_is_p
     assert store.get("tensor:a", "doubled") == 42
 
 
+def test_an_asker_gets_none_for_a_fact_that_it_can_do_without(registry):
+    @fact("tensor", stage="header")
+    def size(tensor):
+        raise Unavailable("no size")
+
+    @fact("tensor", stage="header")
+    def label(tensor, size=None):
+        return (tensor, size)
+
+    store = Store()
+    store.add_subject("tensor", "tensor:a", "thing")
+    assert store.get("tensor:a", "label") == ("thing", None) and registry["label"].stage == "header"
+    assert facts.closure(["label"]) == {"label", "size"}
+
+
+def test_a_fact_wants_none_that_comes_after_it_and_no_other_default(registry):
+    with pytest.raises(TypeError, match="one of stats is of a later stage than header"):
+        fact("tensor", stage="header")(lambda tensor, stats=None: stats)
+    with pytest.raises(TypeError, match="has the default None"):
+        fact("tensor")(lambda tensor, stats=0: stats)
+
+
 def test_a_fact_that_was_not_produced_says_why(registry):
     store = Store()
     store.add_subject("tensor", "tensor:a", None)

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from doctor.api import check
+from doctor.checkpoint import Checkpoint
 from doctor.config import OWN_RULES
 from doctor.engine import load_rules
 from doctor.rule import CHINESE, RULES
@@ -61,15 +62,18 @@ def test_bad_example_gives_exactly_its_finding_with_all_rules_on(code, tmp_path)
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_good_example_is_silent_under_all_rules(code, tmp_path):
-    report = judged(module(code).good(), tmp_path)
+def test_no_rule_reads_tensors_on_its_own(code, tmp_path, monkeypatch):
+    """Bytes of tensors are read by the scan, once; a look at headers has none of them."""
+    case, _ = module(code).bad()
+    monkeypatch.setattr(Checkpoint, "open_file", lambda self, shard: pytest.fail(f"{shard} was opened"))
+    report = check(case.write(tmp_path), case.recipe, stage="header", facts=[(s, n, v) for (s, n), v in case.facts.items()])
     assert not report.crashed, [r.crashed for r in report.crashed]
-    assert not report.findings, lines(report)
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_rule_judges_its_own_examples(code, tmp_path):
-    """A rule that is skipped on its good example would pass the test above without looking."""
+def test_good_example_is_judged_and_silent_under_all_rules(code, tmp_path):
     report = judged(module(code).good(), tmp_path)
+    assert not report.crashed, [r.crashed for r in report.crashed]
+    assert not report.findings, lines(report)
     run = next(r for r in report.runs if r.rule.code == code)
     assert run.judged, f"{code} looked at nothing: {run.status}, {run.reasons}"

@@ -51,7 +51,7 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
     plain = quantization(second) is None
     recipe, rules = stored_recipe(second, Recipe()), load_rules()
     if plain:
-        rules = [r for r in rules if "recipe" not in closure(r.needs)]
+        rules = [r for r in rules if "recipe" not in closure(r.facts)]
     store = header_facts(second, recipe)
     scanned = scan(second, store)
     store.put(CHECKPOINT, "comparison", comparison)

@@ -89,7 +89,7 @@ def preflight(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, output: P
     forecast = plan(checkpoint, spec, recipe, output, len(rows), max(map(len, rows), default=0), memory)
     blocks = tuple(dict.fromkeys((0, forecast.blocks - 1)))
     few = rows[:: -(-len(rows) // ROWS)] if rows else []
-    judged = [r for r in rules if r.severity == "error" or "hessian" not in r.needs]
+    judged = [r for r in rules if r.severity == "error" or "hessian" not in r.facts]
     with tempfile.TemporaryDirectory(prefix="doctor-preflight-") as folder:
         staged = export.Output.open(Path(folder) / "out", {})
         started = time.perf_counter()

@@ -153,7 +153,7 @@ def show_rules(rules: list[Rule], out: Console) -> None:
 def rules_json(rules: list[Rule]) -> str:
     """A list of objects: identity, cost, page and quotations of every rule."""
     data = [{"code": r.code, "name": r.name, "title": r.title, "severity": r.severity, "certainty": r.certainty, "area": r.area,
-             "scope": r.scope, "stage": r.stage, "needs": list(r.needs), "implied_by": list(r.implied_by),
+             "scope": r.scope, "stage": r.stage, "needs": list(r.needs), "wants": list(r.wants), "implied_by": list(r.implied_by),
              "seen_as": [{"tool": s.tool, "text": s.text} for s in r.seen_as], "page": r.sections} for r in rules]
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
