@@ -22,7 +22,7 @@ from doctor.engine import RuleRun, match_rules
 from doctor.errors import BadCheckpoint, DoctorError
 from doctor.facts import CHECKPOINT
 from doctor.recipe import Recipe, parse_runtime
-from doctor.rule import RULES, SEVERITIES, Finding, Place, Rule, page
+from doctor.rule import RULES, SEVERITIES, Finding, Place, Rule, headline
 
 FILE = "doctor.toml"
 MAX_BYTES = 1 << 20
@@ -37,8 +37,7 @@ _SUPPRESS = {"code": "a string", "where": "a string", "reason": "a string", "unt
 def own_rule(doc: str, severity: str) -> Rule:
     """A rule of the engine's own, which is judged here and not by the store: its page is `doc`, like that of any rule file."""
     code = doc.split(" ", 1)[0]
-    name, title, sections = page(doc, code)
-    return Rule(code, name, title, severity, "certain", "checkpoint", "listing", (), lambda *_: (), doc, sections, (), (), __name__)
+    return Rule(code, *headline(doc, code), severity, "certain", "checkpoint", "listing", (), lambda *_: (), doc, module=__name__)
 
 
 UNUSED = own_rule("""S001 unused-suppression: a suppression in the configuration matches no finding.

@@ -8,7 +8,7 @@ target are refused by the plan.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from doctor.dtypes import DTYPES
 from doctor.errors import PlanRefused
@@ -399,9 +399,9 @@ def edited_info(info: TensorInfo, edits: list[Edit]) -> TensorInfo:
         elif isinstance(edit, CastTensor):
             dtype = DTYPES[edit.dtype]
         elif isinstance(edit, RenameTensor):
-            info = replace(info, name=edit.to)
+            info = info._replace(name=edit.to)
     numel = int(np.prod(shape, dtype=np.int64)) if shape else 1
-    return replace(info, shape=tuple(shape), dtype=dtype, end=info.begin + dtype.nbytes(numel))
+    return info._replace(shape=tuple(shape), dtype=dtype, end=info.begin + dtype.nbytes(numel))
 
 
 def apply(codes: np.ndarray, info: TensorInfo, edits: list[Edit]) -> np.ndarray:

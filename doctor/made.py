@@ -6,7 +6,6 @@ fix of a quantized checkpoint needs no torch. The packed formats are those of qu
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -341,4 +340,4 @@ def _made(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
 
 
 def _sized(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
-    return replace(info, shape=shape, end=info.begin + info.dtype.nbytes(int(np.prod(shape, dtype=np.int64))))
+    return info._replace(shape=shape, end=info.begin + info.dtype.nbytes(int(np.prod(shape, dtype=np.int64))))

@@ -10,8 +10,9 @@ first line) · `原因:` · `处理:` · `误报:` · `修复:`. A finding's mes
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from doctor.edits import (  # noqa: F401 - rules import edits from here
     MISSING,
@@ -152,7 +153,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Rule:
-    """A registered rule: identity, what it needs, and its page."""
+    """A registered rule: identity, what it needs, and in `doc` its page, which is taken apart when it is first looked at."""
 
     code: str
     name: str
@@ -164,11 +165,21 @@ class Rule:
     needs: tuple[str, ...]
     check: Callable = field(repr=False)
     doc: str = field(repr=False)
-    sections: dict = field(repr=False)
-    seen_as: tuple[Seen, ...] = field(repr=False)
     implied_by: tuple[str, ...] = ()
     module: str = ""
     wants: tuple[str, ...] = ()  # facts that it can do without
+
+    @cached_property
+    def sections(self) -> dict[str, str]:
+        """Heading of each section of the page -> its text."""
+        parts = _SECTION.split(inspect.cleandoc(self.doc))
+        return {parts[i]: _SEAM.sub("", parts[i + 1].strip()) for i in range(1, len(parts) - 1, 2)}
+
+    @cached_property
+    def seen_as(self) -> tuple[Seen, ...]:
+        """What other tools print for it."""
+        quotes = re.findall(r"^- ([^:`]+): ``?(.+?)``?\s*$", self.sections.get("Seen as", ""), re.M)
+        return tuple(Seen(tool.strip(), text) for tool, text in quotes)
 
     @property
     def facts(self) -> tuple[str, ...]:
@@ -200,8 +211,8 @@ def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tu
 
     def wrap(check: Callable) -> Callable:
         module = sys.modules[check.__module__]
-        doc = inspect.getdoc(module) or ""
-        first, title, sections = page(doc, code)
+        doc = module.__doc__ or ""
+        name, title = headline(doc, code)
         scope, needs, wants = parameters(check)
         latest_stage(wants, code)  # they must be facts, but a rule runs without them
         if scope not in SCOPES or severity not in SEVERITIES or certainty not in CERTAINTIES:
@@ -210,28 +221,24 @@ def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tu
             raise TypeError(f"rule {code}: an error must be certain")
         if code in RULES and RULES[code].module != check.__module__:
             raise TypeError(f"rule {code}: in {RULES[code].module} and in {check.__module__}")
-        RULES[code] = Rule(code, first, title, severity, certainty, scope, latest_stage(needs, code), needs, check, doc, sections,
-                           _seen(sections.get("Seen as", "")), implied_by, check.__module__, wants)
+        RULES[code] = Rule(code, name, title, severity, certainty, scope, latest_stage(needs, code), needs, check, doc,
+                           implied_by, check.__module__, wants)
         return check
 
     return wrap
 
 
-def page(doc: str, code: str) -> tuple[str, str, dict[str, str]]:
-    """(name, title, sections) of a rule's docstring. Raises TypeError where it does not begin as it must."""
-    parts = _SECTION.split(doc)
-    match = _FIRST.match(parts[0].strip())
+def headline(doc: str, code: str) -> tuple[str, str]:
+    """(name, title) of a page. Raises TypeError where it does not begin as it must."""
+    match = _FIRST.match(_SECTION.split(doc, 1)[0].strip())
     if not match or match[1] != code:
         raise TypeError(f"rule {code}: the docstring must begin with '{code} name: what is wrong.'")
-    sections = {parts[i]: _SEAM.sub("", parts[i + 1].strip()) for i in range(1, len(parts) - 1, 2)}
-    return match[2], " ".join(match[3].split()), sections
+    return match[2], " ".join(match[3].split())
 
 
-def _seen(text: str) -> tuple[Seen, ...]:
-    found = []
-    for tool, quoted in re.findall(r"^- ([^:`]+): ``?(.+?)``?\s*$", text, re.M):
-        found.append(Seen(tool.strip(), quoted))
-    return tuple(found)
+def write_page(code: str, name: str, title: str, sections: Mapping[str, str]) -> str:
+    """The page that has these sections: what Rule.doc is to a rule that comes without its file."""
+    return "\n\n".join([f"{code} {name}: {title}.", *(f"{heading}: {text}" for heading, text in sections.items())])
 
 
 def finding(message: str, *, at: Place | None = None, fix: Fix | None = None, advice: str = "", evidence: dict | None = None,

@@ -13,7 +13,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -240,7 +240,7 @@ class EditedCheckpoint(Checkpoint):
         """(tensor before edits in place, after, edits, what makes it or None)."""
         maker = made(self.source, edits[0].tensor, edits) if edits else None
         if maker is not None:
-            info = replace(maker.info, name=edits[0].tensor, shard=shard)
+            info = maker.info._replace(name=edits[0].tensor, shard=shard)
         return info, _edited(info, edits), edits, maker
 
     # JSON
@@ -419,7 +419,7 @@ def _lay_out(shard: Shard, parts: list[tuple]) -> tuple[Shard, list[Piece]]:
     pieces = [Piece(0, result.data_begin, data=struct.pack("<Q", len(raw)) + raw)]
     at = result.data_begin
     for old, new, edits, maker in parts:
-        info = replace(new, begin=at, end=at + new.nbytes)
+        info = new._replace(begin=at, end=at + new.nbytes)
         result.tensors.append(info)
         if info.nbytes:
             _join(pieces, old, info, edits, maker)

@@ -6,14 +6,15 @@ import pytest
 
 from doctor import explain
 from doctor.engine import load_rules
-from doctor.rule import Rule, Seen
+from doctor.rule import Rule, write_page
 
 RULES = load_rules()
 QUOTES = [(r.code, s.text) for r in RULES for s in r.seen_as]
 
 
 def made(code, *quotes, name="made-up", stage="values"):
-    return Rule(code, name, "a title", "error", "certain", "tensor", stage, (), lambda *_: (), "", {}, tuple(Seen("Tool", q) for q in quotes))
+    doc = write_page(code, name, "a title", {"Seen as": "\n".join(f"- Tool: ``{q}``" for q in quotes)})
+    return Rule(code, name, "a title", "error", "certain", "tensor", stage, (), lambda *_: (), doc)
 
 
 LIBRARY = [

@@ -20,7 +20,7 @@ from doctor.engine import Report, RuleRun
 from doctor.errors import BadCheckpoint, DoctorError
 from doctor.recipe import Recipe
 from doctor.report import FORMATS, json_report, render, terminal, view
-from doctor.rule import Finding, Fix, Place, Rule, Seen
+from doctor.rule import Finding, Fix, Place, Rule, write_page
 
 SCHEMA = json.loads(files("doctor.report").joinpath("schema.json").read_text())
 HOSTILE = "model.\x1b[31m<script>alert(1)</script>|`*_[x](javascript:1) \u202e]]> --> 模型.down_proj.weight"
@@ -28,10 +28,11 @@ HOSTILE = "model.\x1b[31m<script>alert(1)</script>|`*_[x](javascript:1) \u202e]]
 
 def make_rule(code="W901", name="made-up-defect", severity="error", stage="values", scope="tensor", **more):
     sections = {"Why": "numbers that are not numbers\nspread.\n\nA second paragraph.", "Do": "copy the file again.",
+                "Seen as": "- AutoAWQ: `assert torch.isnan(w).sum() == 0`\n- vLLM: `not aligned with {shape} <x>`",
                 "False alarms": "none.", "Fix safety": "unsafe.", "Sources": "here."}
-    values = dict(certainty="certain", needs=("n_nan",), check=lambda *_: (), doc="", sections=sections,
-                  seen_as=(Seen("AutoAWQ", "assert torch.isnan(w).sum() == 0"), Seen("vLLM", "not aligned with {shape} <x>")), module="doctor.rules.w901_x")
-    return Rule(code, name, f"what {code} is about", severity, scope=scope, stage=stage, **{**values, **more})
+    title = f"what {code} is about"
+    values = dict(certainty="certain", needs=("n_nan",), check=lambda *_: (), doc=write_page(code, name, title, sections), module="doctor.rules.w901_x")
+    return Rule(code, name, title, severity, scope=scope, stage=stage, **{**values, **more})
 
 
 def make_finding(code="W901", tensor="model.layers.{i}.mlp.down_proj.weight", block=0, severity="error", **more):

@@ -13,7 +13,7 @@ from doctor import __version__, edits
 from doctor.engine import Report, RuleRun
 from doctor.errors import DoctorError
 from doctor.recipe import Recipe
-from doctor.rule import Finding, Fix, Place, Rule, Seen
+from doctor.rule import Finding, Fix, Place, Rule, write_page
 
 SCHEMA = "doctor.report/1"
 _EDITS = {c.__name__: c for c in get_args(edits.Edit)}
@@ -147,10 +147,9 @@ def _read_edit(data: dict):
 
 
 def _read_run(data: dict) -> RuleRun:
-    page = data.get("page", {})
+    doc = write_page(data["code"], data["name"], data["title"], data.get("page", {}))
     entry = Rule(data["code"], data["name"], data["title"], data["severity"], data["certainty"], data["scope"], data["stage"],
-                 tuple(data["needs"]), _no_check, "", page, tuple(Seen(s["tool"], s["text"]) for s in data.get("seen_as", ())),
-                 tuple(data["implied_by"]), data["module"])
+                 tuple(data["needs"]), _no_check, doc, tuple(data["implied_by"]), data["module"])
     return RuleRun(entry, data["judged"], data["seconds"], dict(data["reasons"]), data["crashed"])
 
 
