@@ -421,7 +421,9 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
 def _parameters(checkpoint: Checkpoint, store: Store) -> int:
     """Weights of the model. A packed linear counts as the matrix that it stands for, not as the words it is stored in."""
     layout = store.get(CHECKPOINT, "layout") if store.has(CHECKPOINT, "layout") else None
-    packed = {x.name: x.in_features * x.out_features for x in layout.linears} if layout and layout.quantized else {}
+    if layout is None or not layout.quantized:
+        return sum(t.numel for t in checkpoint.tensors.values())
+    packed = {x.name: x.in_features * x.out_features for x in layout.linears}
     rest = sum(t.numel for name, t in checkpoint.tensors.items() if name.endswith(".bias") or name.rpartition(".")[0] not in packed)
     return rest + sum(packed.values())
 

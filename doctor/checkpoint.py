@@ -257,7 +257,7 @@ class Checkpoint:
                     found[info.name] = info
         return found
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         return sum(t.nbytes for s in self.shards.values() for t in s.tensors)
 

@@ -104,16 +104,22 @@ class Placement:
         lookup = lookup or self.spec.lookup
         wants: dict[str, int | None] = {}  # an expression stands for thousands of tensors
         found = []
+        fits: set[tuple] = set()  # (expressions, shape): in a sound model a few hundred for all its tensors
         for info, template, expressions in self.sizes():
+            if (expressions, info.shape) in fits:
+                continue
             if len(info.shape) != len(expressions):
                 found.append(Misfit(info, template, None, "", len(expressions), len(info.shape)))
                 continue
+            before = len(found)
             for axis, expression in enumerate(expressions):
                 if expression not in wants:
                     wants[expression] = evaluate(expression, lookup) if keys_of(expression) else None
                 want = wants[expression]
                 if want is not None and want != info.shape[axis]:
                     found.append(Misfit(info, template, axis, expression, want, info.shape[axis]))
+            if len(found) == before:
+                fits.add((expressions, info.shape))
         return found
 
     def users(self, key: str) -> list[tuple[TensorInfo, int, str]]:

@@ -36,8 +36,10 @@ FUSING = ("vllm", "sglang", "exllamav2")
 
 @rule("G307", "error")
 def fused_linears_differ(checkpoint, layout, recipe, spec):
-    have = {linear.name for linear in layout.linears}
     missed = set(layout.missed)
+    if not missed:
+        return
+    have = {linear.name for linear in layout.linears}
     of_role = {role: group for group in reversed(FUSED) for role in group}
     seen = {}
     for linear in (
