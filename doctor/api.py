@@ -41,6 +41,7 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     calibration or run made elsewhere. pictures: also make the tables that HTML and Markdown draw (Report.extra); matrix: only that
     of plans by GPU count.
     room: the directory that a quantized copy would be written to; memory and disk of this machine are then judged too.
+    recipe: without one, that of config; a quantized checkpoint is judged against the plan that it states for itself, unless config has one.
     config: what doctor.config.load() found; its selection comes before select and ignore, its recipe is the default, and its
     suppressions hold. None reads no configuration, not even the checkpoint's own. baseline: findings are new or not against it.
     keep_partial: Ctrl-C while weights are read ends the reading; the report holds what was found so far and, in its summary, what was
@@ -48,8 +49,8 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     Raises BadCheckpoint where there is nothing to look at.
     """
     started = time.perf_counter()
-    recipe = recipe or (config.recipe() if config else Recipe())
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    recipe = recipe or _default_recipe(checkpoint, config)
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
     store = header_facts(checkpoint, recipe)
     if room is not None:
@@ -98,6 +99,14 @@ def _chosen(rules_dirs: Iterable[Path], config: Config | None, select: Iterable[
     config = config or Config()
     layers = (config.selection, Selection(tuple(select), tuple(extend_select), tuple(ignore)))
     return choose(load_rules(dict.fromkeys((*config.rules_dirs, *rules_dirs))), layers)
+
+
+def _default_recipe(checkpoint: Checkpoint, config: Config | None) -> Recipe:
+    """What a checkpoint is judged against where nobody gives a plan: a quantized one against the plan that it states for itself."""
+    from doctor.layout import STATED, stored_recipe
+
+    own = config.recipe() if config else Recipe()
+    return own if config and config.recipe_values.keys() & STATED else stored_recipe(checkpoint, own)
 
 
 def _hush(report: Report, config: Config, checkpoint: Checkpoint) -> None:
@@ -156,7 +165,7 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike | None, 
     elif not dry_run:
         check_output(source, Path(os.path.abspath(output)), overwrite)
     with _base(base, source, Path(os.path.abspath(output)), progress or no_progress) as given:
-        return _fixed(source, Path(output), recipe or Recipe(), rules, consent, given + list(facts), config, started, dry_run=dry_run, copy=copy,
+        return _fixed(source, Path(output), recipe or _default_recipe(source, config), rules, consent, given + list(facts), config, started, dry_run=dry_run, copy=copy,
                       overwrite=overwrite, in_place=in_place, stage=stage, fail_on=fail_on, progress=progress or no_progress)
 
 

@@ -242,9 +242,11 @@ def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend
                        rules_dirs=rules_dirs, config=ctx.obj)
         if fix_too:
             from doctor import api
+            from doctor.checkpoint import Checkpoint
             from doctor.report.plan_text import render_plan
 
-            result = api.fix(paths[0], output, recipe, **options)
+            source = Checkpoint.open(paths[0])
+            result = api.fix(source, output, _own_plan(ctx, source, recipe), **options)
             click.echo(render_plan(result), err=True, nl=False)
             _emit([result.report], outputs, verbose)
             _exit([result.report], fail_on_skipped)
@@ -279,18 +281,15 @@ def _settled(reports) -> None:
     settle(reports)
 
 
-_STATED = ("method", "bits", "group_size", "sym")  # what a quantized checkpoint states of its own plan
-
-
 def _own_plan(ctx, checkpoint, recipe: Recipe) -> Recipe:
     """The plan a quantized checkpoint states for itself, unless flags, environment or configuration ask for another; that is said."""
     from click.core import ParameterSource
-    from doctor.layout import stored_recipe
+    from doctor.layout import STATED, stored_recipe
 
     stored = stored_recipe(checkpoint, recipe)
-    if all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in _STATED):
+    if all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in STATED):
         return stored
-    if any(getattr(stored, name) != getattr(recipe, name) for name in _STATED):
+    if any(getattr(stored, name) != getattr(recipe, name) for name in STATED):
         click.echo(words.say("{name} states {stored} of itself; judged against {asked}, which was asked for", name=checkpoint.name,
                              stored=_grid(stored), asked=_grid(recipe)), err=True)
     return recipe
@@ -519,7 +518,7 @@ def fix(ctx, path, output, in_place, method, bits, group_size, sym, tp, runtime,
         click.echo(note, err=True)
     source = Checkpoint.open(path)
     with _progress(source.total_bytes, "fetch", "scan", "write", "verify") as tick:
-        result = api.fix(source, output, recipe, unsafe_fixes=_words([unsafe_fixes]), only=_words(only), dry_run=dry_run, copy=copy,
+        result = api.fix(source, output, _own_plan(ctx, source, recipe), unsafe_fixes=_words([unsafe_fixes]), only=_words(only), dry_run=dry_run, copy=copy,
                          overwrite=overwrite, select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore),
                          rules_dirs=rules_dirs, fail_on=fail_on, config=ctx.obj, base=base, in_place=in_place, progress=tick)
     click.echo(render_plan(result), nl=False)

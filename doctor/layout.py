@@ -191,6 +191,9 @@ def read_quantization(raw: Mapping, file: str, pointer: str) -> Quantization:
     raise Unavailable(f"quantization by {method} has no packed groups of columns")
 
 
+STATED = frozenset({"method", "bits", "group_size", "sym"})  # what a quantized checkpoint states of its own plan
+
+
 def stored_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """This recipe with the method, bits, groups and symmetry that the checkpoint states for itself; as it is where it states none."""
     block = quantization_of(checkpoint)

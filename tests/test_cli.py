@@ -416,6 +416,18 @@ def test_a_plan_that_contradicts_what_is_stored_is_said(run, stored):
         assert "of itself" not in err and "for gptq 4-bit g32" in out
 
 
+def test_fix_and_the_python_door_take_the_stored_plan_too(run, stored, tmp_path):
+    from doctor import api
+    from doctor.config import load
+
+    assert "of itself" not in run("fix", stored, "-o", str(tmp_path / "a"), "--dry-run", "--config", "none")[2]
+    assert "which was asked for" in run("fix", stored, "-o", str(tmp_path / "a"), "--dry-run", "--config", "none", "--group-size", "64")[2]
+    assert "for gptq 4-bit g32" in run("check", stored, "--fix", "-o", str(tmp_path / "b"), "--config", "none")[1]
+    assert api.check(stored).recipe.group_size == api.fix(stored, tmp_path / "c", dry_run=True).report.recipe.group_size == 32
+    (tmp_path / "doctor.toml").write_text("[recipe]\ngroup-size = 64\n")
+    assert api.check(stored, config=load(tmp_path)).recipe.group_size == 64
+
+
 def test_linears_of_other_widths_leave_the_plan_of_the_rest(run, stored):
     path = os.path.join(stored, "config.json")
     with open(path) as file:
