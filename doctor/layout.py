@@ -5,6 +5,7 @@ a way that has no groups of columns (FP8, bitsandbytes, EXL2), the layout is una
 """
 
 import ast
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -367,16 +368,18 @@ WIDTH_STEP = 8  # widths are sought in steps of 8: packing needs more, so no leg
 
 
 def grown(
-    checkpoint: Checkpoint, spec: ModelSpec, tensors: Mapping[str, TensorInfo], key: str, suits: Callable[[int], bool], unit: int
+    checkpoint: Checkpoint, spec: ModelSpec, tensors: Mapping[str, TensorInfo], key: str, suits: Callable[[int], bool], period: int
 ) -> tuple[str, tuple[Edit, ...]] | None:
     """(title, edits) that zero-pad all that follows config[key] to the least width that `suits`, None where no exact padding is known.
 
-    unit: a width that suits divides no further than this, so that the search ends.
+    period: whether a size suits depends on its remainder by this alone, so that the search ends. Sizes may be a fraction of the key's
+    value, as Qwen 1 states twice its width; that makes the period as many times longer, four at most.
     """
     old = spec.lookup(key)
     if not old:
         return None
-    new = next((v for v in range(fits(old, WIDTH_STEP), 2 * unit * old, WIDTH_STEP) if suits(v)), None)
+    first = fits(old, WIDTH_STEP)
+    new = next((v for v in range(first, first + 4 * math.lcm(period, WIDTH_STEP), WIDTH_STEP) if suits(v)), None)
     edits = pad_edits(spec, tensors, key, new) if new else ()
     if not edits:
         return None

@@ -32,6 +32,7 @@ Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9
 修复: 不安全，且只针对 MLP：补零到满足分块，按精确算术输出不变。注意力的矩阵由 hidden_size 决定，不能加宽。
 """
 
+import math
 from dataclasses import replace
 
 from doctor.rule import Fix, Place, axis_expression, finding, grown, on_one_gpu, resized, rule, size_key
@@ -91,8 +92,8 @@ def _padding(checkpoint, layout, kernel, spec, recipe, tensors, linear):
         return whole and len(found) == len(on_one_gpu(replace(layout, linears=tuple(mlp)), 1, None)) and all(
             kernel.takes(k, n) for _, k, n, _ in found)
 
-    unit = max(i * o for i, o in kernel.tiles) * recipe.tp
-    found = grown(checkpoint, spec, tensors, key, suits, unit)
+    period = math.lcm(max(layout.group_size, 1), *(size for tile in kernel.tiles for size in tile)) * recipe.tp
+    found = grown(checkpoint, spec, tensors, key, suits, period)
     return found and Fix(*found, "unsafe", needs=("W201", "G301", "G302"))
 
 

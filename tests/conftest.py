@@ -6,49 +6,51 @@ from pathlib import Path
 
 import pytest
 
-
 os.environ["LC_ALL"] = "C.UTF-8"  # tests compare English screens on every machine, a Chinese one too
 
 
 class Proof:
-    """What the run proved of the rules: planted, found, false alarms; printed after the last test."""
+    """What one test proved of the rules. It travels with the test's report, because tests may run in several processes."""
 
-    def __init__(self):
-        self.pairs, self.hits, self.false, self.families = set(), set(), [], set()
+    def __init__(self, properties: list):
+        self._properties = properties
 
     def planted(self, code: str, family: str) -> None:
-        self.pairs.add((code, family))
+        self._properties.append(("planted", (code, family)))
 
     def found(self, code: str, family: str) -> None:
-        self.hits.add((code, family))
+        self._properties.append(("found", (code, family)))
 
     def healthy(self, family: str) -> None:
-        self.families.add(family)
+        self._properties.append(("healthy", family))
 
     def alarms(self, messages: list[str]) -> None:
-        self.false += messages
-
-    def lines(self):
-        if self.pairs:
-            rules, families = ({p[i] for p in self.pairs} for i in (0, 1))
-            yield f"planted: {len(rules)} rules x {len(families)} families, {len(self.pairs)} defects: {len(self.hits)} found and named"
-        if self.families:
-            yield f"healthy: {len(self.families)} families as transformers saves them"
-        if self.pairs or self.families:
-            yield f"false alarms: {len(self.false)}"
+        self._properties += [("alarm", message) for message in messages]
 
 
-_PROOF = Proof()
+@pytest.fixture
+def proof(request) -> Proof:
+    return Proof(request.node.user_properties)
 
 
-@pytest.fixture(scope="session")
-def proof() -> Proof:
-    return _PROOF
+PROVED = {"planted": [], "found": [], "healthy": [], "alarm": []}
+
+
+def pytest_runtest_logreport(report):
+    for name, value in report.user_properties if report.when == "call" else ():
+        if name in PROVED:
+            PROVED[name].append(value)
 
 
 def pytest_terminal_summary(terminalreporter):
-    for line in _PROOF.lines():
-        terminalreporter.write_line(line)
+    pairs, families = PROVED["planted"], PROVED["healthy"]
+    if pairs:
+        codes, hosts = (len({p[i] for p in pairs}) for i in (0, 1))
+        terminalreporter.write_line(f"planted: {codes} rules x {hosts} families, {len(pairs)} defects: {len(PROVED['found'])} found and named")
+    if families:
+        terminalreporter.write_line(f"healthy: {len(families)} families as transformers saves them")
+    if pairs or families:
+        terminalreporter.write_line(f"false alarms: {len(PROVED['alarm'])}")
 
 
 ROOT = Path(__file__).resolve().parent.parent

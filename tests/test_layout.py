@@ -395,3 +395,20 @@ def test_sound_calibration_of_every_family_gives_no_finding(family, tmp_path):
     case = measured(family)
     report = check(case.write(tmp_path), case.recipe, facts=[(s, n, v) for (s, n), v in case.facts.items()])
     assert not report.crashed and messages(report.findings) == []
+
+
+def test_where_no_width_fills_the_tiles_the_search_ends(tmp_path):
+    """64 in_features are no multiple of 128, whatever the MLP's width; Marlin wants both."""
+    case = tiny("llama", mlp=576)
+    case.recipe = Recipe(group_size=64, runtime="sglang", tp=8)
+    tried = []
+    from doctor.rules import g303_kernel_shape as rule_file
+
+    def counting(*args, grown=rule_file.grown):
+        *rest, suits, period = args
+        return grown(*rest, lambda width: tried.append(width) or suits(width), period)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rule_file, "grown", counting)
+        found = [f for f in check(case.write(tmp_path), case.recipe, stage="header").findings if f.code == "G303"]
+    assert found and all(f.fix is None for f in found) and 0 < len(tried) < 3000

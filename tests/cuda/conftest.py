@@ -39,17 +39,22 @@ def rung_of(item):
     return next((rung for rung in RUNGS if item.get_closest_marker(rung)), None)
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = (yield).get_result()
-    if Path(__file__).parent not in item.path.parents:
-        return
+def pytest_runtest_setup(item):
     rung = rung_of(item)
+    if rung is not None:
+        item.user_properties.append(("rung", rung))  # it travels with the report, because tests may run in several processes
+
+
+def pytest_runtest_logreport(report):
+    properties = dict(report.user_properties)
+    rung = properties.get("rung")
     if rung is None or not (report.when == "call" or report.skipped or report.failed):
         return
     RESULTS[rung]["passed" if report.passed else "skipped" if report.skipped else "failed"] += 1
     if report.skipped:
         REASONS[rung][str(report.longrepr[2]).removeprefix("Skipped: ")] += 1
+    if "line" in properties:
+        REPORT_LINES.append(properties["line"])
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -60,7 +65,7 @@ def pytest_terminal_summary(terminalreporter):
         counts = ", ".join(f"{RESULTS[rung][what]} {what}" for what in ("passed", "failed", "skipped") if RESULTS[rung][what])
         reasons = "; ".join(f"{count}x {reason}" for reason, count in REASONS[rung].items())
         terminalreporter.write_line(f"{rung} {meaning}: {counts or 'not run'}{f' ({reasons})' if reasons else ''}")
-    for line in REPORT_LINES:
+    for line in sorted(REPORT_LINES):
         terminalreporter.write_line(line)
 
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 
-import conftest
 import host
 import pytest
 
@@ -48,7 +47,7 @@ def parse(log):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nvcc_compiles_every_kernel_without_warning_or_spill(architecture, tmp_path):
+def test_nvcc_compiles_every_kernel_without_warning_or_spill(architecture, tmp_path, record_property):
     if NVCC is None:
         pytest.skip("no nvcc here")
     made = compile_for(architecture, tmp_path)
@@ -60,7 +59,7 @@ def test_nvcc_compiles_every_kernel_without_warning_or_spill(architecture, tmp_p
     assert {name: row for name, row in table.items() if row[1] or row[2]} == {}, "(registers, spills, stack)"
     # 65,536 registers: three blocks of 128 threads, where shared memory holds no more than three.
     assert all(registers * 128 * 3 <= 65536 for registers, _, _ in table.values())
-    conftest.REPORT_LINES.append(f"   sm_{architecture}: {made['bytes'] // 1024} KiB, registers " + ", ".join(
+    record_property("line", f"   sm_{architecture:<3}: {made['bytes'] // 1024} KiB, registers " + ", ".join(
         f"{name} {row[0]}" for name, row in sorted(table.items())) + "; no spills")
 
 
