@@ -10,7 +10,7 @@ demo: $(STAMP)          ## the main job on real weights: check, fix, quantize, v
 	$(BIN)/python fixtures/demo.py $(if $(TINY),--tiny)
 
 test: $(STAMP)          ## every test that needs no other engine and no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-clients: $(STAMP)  ## load our output in vLLM and transformers, each in its own environment
 	bash tests/clients/setup.sh

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
+# Where tests run in several processes, each takes its share of the cores; what they start inherits it. Before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 os.environ["LC_ALL"] = "C.UTF-8"  # tests compare English screens on every machine, a Chinese one too
+for name in ("COLUMNS", "LINES"):  # and of one width: several processes at once are told the terminal's
+    os.environ.pop(name, None)
 
 
 class Proof:

@@ -1,9 +1,12 @@
 """Ctrl-C in a terminal: what was found so far is printed, what was not looked at is said, and the exit code is 130."""
 
+import fcntl
 import os
 import pty
+import signal
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -35,12 +38,17 @@ def broken(tmp_path):
     return case.write(tmp_path / "m")
 
 
+def _own_terminal():
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that was started in the background ignores it, and its children would too
+
+
 def in_a_terminal(*args, after):
     """(exit code, what the terminal showed) of `doctor ARGS`, with Ctrl-C typed once `after` was shown three times."""
     keyboard, terminal = pty.openpty()
     environment = {k: v for k, v in os.environ.items() if k != "CI"} | {"TERM": "xterm-256color", "COLUMNS": "110", "LC_ALL": "C.UTF-8"}
     child = subprocess.Popen([sys.executable, "-c", CHILD, *map(str, args)], stdin=terminal, stdout=terminal, stderr=terminal, env=environment,
-                             start_new_session=True, preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0))
+                             start_new_session=True, preexec_fn=_own_terminal)
     os.close(terminal)
     shown, typed = "", False
     while True:

@@ -90,7 +90,7 @@ torch.manual_seed(0)
 folder, blocks = sys.argv[1], int(sys.argv[2])
 from transformers import AutoConfig, AutoModelForCausalLM
 if len(sys.argv) == 3:
-    config = AutoConfig.for_model("llama", hidden_size=256, intermediate_size=768, num_hidden_layers=blocks, num_attention_heads=4, num_key_value_heads=4,
+    config = AutoConfig.for_model("llama", hidden_size=128, intermediate_size=384, num_hidden_layers=blocks, num_attention_heads=4, num_key_value_heads=4,
                                   vocab_size=96, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 else:
@@ -127,5 +127,5 @@ def test_a_hundred_blocks_take_no_more_memory_than_the_first_few(tmp_path):
     assert len(peaks) == 100
     checkpoint = Checkpoint.open(tmp_path / "m")
     need = budget.needs(checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), Recipe(group_size=64), 8, 64)
-    assert peaks[-1] - peaks[9] < 24 << 20  # 90 blocks are 180 MB as stored and 360 MB in float32
+    assert peaks[-1] - peaks[9] < 16 << 20  # 90 blocks are 38 MB as stored and 77 MB in float32
     assert peaks[-1] < need.fixed + need.hidden
