@@ -119,7 +119,7 @@ class Output:
         Raises PlanRefused where the stage is of another run. The caller has judged the destination (writer.check_output).
         """
         destination = Path(os.path.abspath(destination))
-        stage = destination.parent / f".{destination.name}.doctor-quantize"
+        stage = _stage_of(destination)
         self = cls(destination, stage)
         try:
             if stage.exists() and resume:
@@ -256,11 +256,20 @@ class Output:
         return weight_map, total
 
 
+def left_by(destination: Path) -> list[dict]:
+    """The journal of an interrupted run with this destination, [] where there is none."""
+    return Output(destination, _stage_of(destination)).notes()
+
+
+def _stage_of(destination: Path) -> Path:
+    return destination.parent / f".{destination.name}.doctor-quantize"
+
+
 class Watched(Output):
     """The stage of a run as its other ranks see it: what was there at the start is read, nothing is written."""
 
     def __init__(self, destination: Path):
-        super().__init__(destination, destination.parent / f".{destination.name}.doctor-quantize")
+        super().__init__(destination, _stage_of(destination))
         self._there = {path.name for path in self.stage.glob("part-*.safetensors")}
         self._noted = super().notes()
 

@@ -28,7 +28,7 @@ from doctor.quant.preflight import Forecast
 from doctor.quant.ranks import Ranks, device_of, size, start, stop
 from doctor.quant.room import measure
 from doctor.quant.run import Result, computing_dtype, computing_note, fingerprint, receipt, run
-from doctor.quant.sample import sampler, unable
+from doctor.quant.sample import Once, sampler, unable
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Rule
 from doctor.spec import build_spec
@@ -82,7 +82,7 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
     if not job.report().ok:
         job.progress(f"not quantized: {job.report().count('error')} errors")
         return QuantizeResult(job.report())
-    chosen = job.calibrate(calibration, rows, max_seq_length, memory, device)
+    chosen = job.calibrate(calibration, rows, max_seq_length, memory, device, resume)
     if not job.report().ok:
         return QuantizeResult(job.report(), calibration=job.facts)
     if preflight:
@@ -120,6 +120,7 @@ class _Job:
         self.consent: Consent | None = None  # what fixes may be made, None: none
         self.seen: Look | None = None
         self.facts: Calibration | None = None
+        self.sample: Once | None = None
         self.notes: list[str] = []
         self.linears: list[dict] = []
         self.after: list[Finding] = []
@@ -149,7 +150,7 @@ class _Job:
         counts = ", ".join(f"{self.report().count(s)} {s}s" for s in ("error", "warning"))
         self.progress(f"check before: {counts} ({time.perf_counter() - started:.1f} s)")
 
-    def calibrate(self, source: str | os.PathLike | None, rows: int, length: int, memory: int | None, device: str) -> list[list[int]]:
+    def calibrate(self, source: str | os.PathLike | None, rows: int, length: int, memory: int | None, device: str, resume: bool) -> list[list[int]]:
         if self.recipe.method == "rtn":
             return []
         started = time.perf_counter()
@@ -157,8 +158,10 @@ class _Job:
         sample = partial(unable, "several processes would each have to hold it") if size() > 1 else \
             sampler(self.seen.checkpoint, spec, seed=self.recipe.seed, memory=memory, device=device,
                     dtype=computing_dtype(self.seen.checkpoint, spec, self.recipe, device))
+        left = export.left_by(self.output) if resume else []
+        self.sample = Once(sample, next((entry["sampled"] for entry in left if "sampled" in entry), None))
         chosen, self.facts, notes = calibration_rows(self.seen.checkpoint, source, rows=rows, length=length, seed=self.recipe.seed,
-                                                     vocab=spec.vocab, max_positions=spec.max_positions, sample=sample)
+                                                     vocab=spec.vocab, max_positions=spec.max_positions, sample=self.sample)
         for note in notes:
             self._note(f"calibration: {note}")
         self.seen.store.put(CHECKPOINT, "calibration", self.facts)
@@ -192,6 +195,8 @@ class _Job:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         mark = {**fingerprint(checkpoint, self.recipe, rows, device), "ranks": self.ranks.size}
         staged = export.Output.open(self.output, mark, resume=resume) if self.ranks.speaks else None
+        if staged and self.sample and self.sample.said is not None and not any("sampled" in entry for entry in staged.notes()):
+            staged.note({"sampled": self.sample.said})
         self.ranks.wait()
         staged = staged or export.Watched(self.output)
         self.ranks.wait()

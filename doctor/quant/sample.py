@@ -32,6 +32,23 @@ def unable(reason: str, *args) -> list[list[int]]:
     raise NotSampled(reason)
 
 
+class Once:
+    """A sampler that keeps what it gave, pieces or the reason for none: a run that is resumed takes `said`, whatever memory is free by then."""
+
+    def __init__(self, sample: Callable, said: dict | None):
+        self._sample, self.said = sample, said
+
+    def __call__(self, tokenizer, rows: int, length: int) -> list[list[int]]:
+        if self.said is None:
+            try:
+                self.said = {"pieces": self._sample(tokenizer, rows, length)}
+            except NotSampled as error:
+                self.said = {"reason": str(error)}
+        if "reason" in self.said:
+            raise NotSampled(self.said["reason"])
+        return self.said["pieces"]
+
+
 def sampler(checkpoint: Checkpoint, spec: ModelSpec, *, seed: int, memory: int | None, device: str = "cpu",
             dtype: torch.dtype = torch.float32) -> Callable:
     """A function (tokenizer, rows, length) -> pieces of ids, for `rows` rows or as many as are cheap. It raises NotSampled."""

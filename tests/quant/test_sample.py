@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from doctor.checkpoint import Checkpoint
-from doctor.quant import calibrate, sample
+from doctor.quant import calibrate, run, sample
 from doctor.quant.calibrate import BUILTIN, NotSampled, calibration_rows
 from doctor.quant.quantize import quantize
 from doctor.quant.sample import sampler
@@ -136,3 +136,24 @@ def test_a_run_says_what_it_was_calibrated_on(tmp_path):
 def test_several_processes_leave_it_out():
     with pytest.raises(NotSampled, match="several processes"):
         sample.unable("several processes would each have to hold it", None, 1, 8)
+
+@pytest.mark.parametrize("at_first", ["sampled", "not sampled"])
+def test_a_resumed_run_takes_the_rows_of_the_first_whatever_memory_is_free_by_then(tmp_path, monkeypatch, at_first):
+    checkpoint, _ = model(tmp_path / "m")
+    options = dict(recipe=Recipe(group_size=32), rows=8, max_seq_length=16)
+    monkeypatch.setitem(sample.MOST_PARAMETERS, "cpu", 1e9 if at_first == "sampled" else 1)
+    quantize(checkpoint, tmp_path / "whole", **options)
+
+    def dies(self, i, *args, real=run._Run._block, **more):
+        if i == 1:
+            raise KeyboardInterrupt
+        return real(self, i, *args, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run._Run, "_block", dies)
+        quantize(checkpoint, tmp_path / "out", **options)
+    monkeypatch.setitem(sample.MOST_PARAMETERS, "cpu", 1 if at_first == "sampled" else 1e9)
+    result = quantize(checkpoint, tmp_path / "out", **options, resume=True)
+    assert result.calibration.sampled_rows == (2 if at_first == "sampled" else 0)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
