@@ -5,7 +5,6 @@ checkpoint_format gives the same wrong weights here as there, which is what `ver
 """
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ class Dequantized:
         self.tensors: dict[str, TensorInfo] = {n: i for n, i in source.tensors.items() if n not in own}
         for module in self.modules:
             first = source.tensors[f"{module}.{_FIRST[method]}"]
-            self.tensors[f"{module}.weight"] = replace(first, name=f"{module}.weight", dtype=DTYPES["F32"], shape=self._shape(module))
+            self.tensors[f"{module}.weight"] = first._replace(name=f"{module}.weight", dtype=DTYPES["F32"], shape=self._shape(module))
 
     def __getattr__(self, name):
         return getattr(self.source, name)
