@@ -65,7 +65,7 @@ def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> 
         made.setdefault((plan.group_size, json.dumps(steps)), []).append(plan)
     rows = []
     for (_, steps), plans in made.items():
-        label = plans[0].label().replace(plans[0].method, "/".join(p.method for p in plans), 1)
+        label = plans[0].label().replace(plans[0].name, "/".join(p.name for p in plans), 1)
         if layout.quantized:
             label = f"as stored: {layout.format} {layout.bits}-bit " + ("per-channel" if layout.group_size == -1 else f"g{layout.group_size}")
         rows += [{"plan": label, **step} for step in json.loads(steps)]

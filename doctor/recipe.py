@@ -67,10 +67,15 @@ class Recipe:
         bits = next((int(b) for p, _, b in (x.rpartition("=") for x in reversed(self.bits_for)) if matches(p, name)), self.bits)
         return self if not self.bits_for else replace(self, bits=bits, bits_for=())
 
+    @property
+    def name(self) -> str:
+        """The first word of the plan: its format where one is named (a file in compressed-tensors does not say who rounded it), else the method."""
+        return self.format or self.method
+
     def label(self) -> str:
         """`gptq 4-bit g128 tp8`: the plan as people write it."""
         group = "per-channel" if self.group_size == -1 else f"g{self.group_size}"
-        return " ".join([self.method, f"{self.bits}-bit", group, *([f"tp{self.tp}"] if self.tp > 1 else [])])
+        return " ".join([self.name, f"{self.bits}-bit", group, *([f"tp{self.tp}"] if self.tp > 1 else [])])
 
     def with_field(self, name: str, value: object) -> "Recipe":
         """This recipe with one field changed by a fix. Raises DoctorError on a step back (less damping, a finer method)."""

@@ -28,5 +28,6 @@ def test_a_recipe_moves_one_way():
 def test_labels_read_as_people_write_them():
     assert Recipe(tp=8).label() == "gptq 4-bit g128 tp8"
     assert Recipe(method="awq", group_size=-1).label() == "awq 4-bit per-channel"
+    assert Recipe(format="compressed-tensors", group_size=64).label() == "compressed-tensors 4-bit g64"  # who rounded it, its files do not say
     assert parse_runtime("vLLM==0.6.0") == ("vllm", "0.6.0")
     assert parse_runtime("vllm") == ("vllm", "")

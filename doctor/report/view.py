@@ -186,7 +186,7 @@ def plan_text(report: Report) -> str:
     group = say("per channel") if r.group_size == -1 else say("group {n}", n=r.group_size)
     target = [" ".join(filter(None, (r.runtime, r.runtime_version)))] if r.runtime else []
     target += [say("tensor parallel {n}", n=r.tp)] if r.tp > 1 or r.runtime else [say("1 GPU")]
-    return " · ".join([r.method, say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")]) + f" → {say(', ').join(target)}"
+    return " · ".join([r.name, say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")]) + f" → {say(', ').join(target)}"
 
 
 @dataclass(frozen=True)
