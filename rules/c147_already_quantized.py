@@ -4,6 +4,7 @@ Why: their numbers mean something only together with their scales. Read as plain
 took bytes for integers, a factor of 20,000.
 
 Seen as:
+- llama.cpp: `Can not map tensor 'model.layers.0.mlp.down_proj.qweight'`
 - vLLM: `Cannot find the config file for`
 - llama.cpp: `NotImplementedError: Quant method is not yet supported`
 

@@ -4,6 +4,7 @@ Why: a download or copy stopped early. The format has no checksum, but it states
 reader refuses the whole file.
 
 Seen as:
+- huggingface_hub: `Consistency check failed: file should be of size`
 - safetensors: `Error while deserializing header: incomplete metadata, file not fully covered`
 - safetensors: `SafetensorError: Error while deserializing header: MetadataIncompleteBuffer`
 - safetensors: `Error while deserializing header: invalid header length`

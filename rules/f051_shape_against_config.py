@@ -4,6 +4,7 @@ Why: readers build the model from config.json and cannot put the weights in. Whe
 wrong; when one tensor stands alone, that tensor is.
 
 Seen as:
+- transformers: `Trying to set a tensor of shape`
 - transformers: `size mismatch for`
 - transformers: `You set `ignore_mismatched_sizes` to `False``
 - vLLM: `Attempted to load weight`

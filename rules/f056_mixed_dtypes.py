@@ -4,6 +4,7 @@ Why: most readers cast all to one type, so part of the model silently loses or g
 first product of two types. A merge or a partial save leaves this.
 
 Seen as:
+- PyTorch: `expected scalar type Half but found BFloat16`
 - PyTorch: `expected mat1 and mat2 to have the same dtype`
 - PyTorch: `expected m1 and m2 to have the same dtype`
 

@@ -4,6 +4,7 @@ Why: such kernels refuse bfloat16 activations, and a cast of the whole model to 
 trained in bfloat16, Qwen1.5 and Gemma among them: logits turn to NaN and the reply to "!!!!".
 
 Seen as:
+- PyTorch: `expected scalar type Half but found BFloat16`
 - vLLM: `torch.bfloat16 is not supported for quantization method awq`
 - vLLM: `torch.bfloat16 is not supported for quantization method gptq`
 - vLLM: `torch.bfloat16 is not supported for quantization method awq. Supported dtypes: [torch.float16]`

@@ -3,6 +3,8 @@
 Why: a runtime learns model types one by one. An older one refuses the checkpoint when it loads it, after the hours of quantizing.
 
 Seen as:
+- transformers: `Unrecognized configuration class`
+- transformers: `does not recognize this architecture`
 - transformers: `does not recognize this architecture. This could be because of an issue with the checkpoint, or because your version of Transformers is out of date.`
 - vLLM: `are not supported for now. Supported architectures:`
 - transformers: `KeyError: 'qwen3'`
