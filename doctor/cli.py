@@ -575,7 +575,8 @@ def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order
         recipe = _recipe(method, bits, group_size, sym, tp, runtime, act_order=act_order, mse=mse, damp=damp, damp_max=damp_max,
                          format=format or "", seed=seed, keep=_patterns(keep), bits_for=bits_for)
         if plan_only:
-            return _forecast(api.plan_quantize(path, output, recipe, **_given(rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory))))
+            return _forecast(api.plan_quantize(path, output, recipe, **_given(rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory),
+                                                                                  calibration=calibration)))
         more = {"preflight": True} if preflight else {}
         result = api.quantize(path, output, recipe, fix=fix, unsafe_fixes=_words([unsafe_fixes]), resume=resume, overwrite=overwrite,
                               progress=lambda text: click.echo(words.known(text), err=True), **more,

@@ -37,12 +37,18 @@ class Forecast:
     hidden_on_disk: bool
     free_disk: int
     seconds: float | None = None
+    sampling: int = 0       # bytes that the whole model takes while it writes calibration rows, before the first block; 0: it writes none
     tried: tuple[int, ...] = ()
     tried_rows: int = 0
     problems: list[str] = field(default_factory=list)
 
     @property
     def peak(self) -> int:
+        return max(self.running, self.sampling)
+
+    @property
+    def running(self) -> int:
+        """Bytes while blocks are quantized."""
         return self.need.fixed + (0 if self.hidden_on_disk else self.need.hidden)
 
     @property
@@ -53,7 +59,8 @@ class Forecast:
         """For a screen: one line each for memory with its parts, disk, time and problems."""
         hidden = "hidden states in a file" if self.hidden_on_disk else f"hidden states {_gib(self.need.hidden)}"
         parts = [f"{what} {_gib(size)}" for what, size in self.need.parts() if size]
-        found = [f"memory  {_gib(self.peak)} at the peak: {', '.join([*parts, hidden])}; passes that wait between stages take what is left",
+        before = [f"        {_gib(self.sampling)} before the first block, where the whole model writes a part of the calibration rows"] if self.sampling else []
+        found = [f"memory  {_gib(self.running)} at the peak: {', '.join([*parts, hidden])}; passes that wait between stages take what is left", *before,
                  f"disk    {_gib(self.disk)} at the peak, {_gib(self.need.output)} at the end; {_gib(self.free_disk)} free"]
         if self.seconds is not None:
             tried = " and ".join(str(i + 1) for i in self.tried)
@@ -67,12 +74,12 @@ class Forecast:
         return {**asdict(self), "peak": self.peak, "disk": self.disk}
 
 
-def plan(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, output: Path, rows: int, length: int, memory: int | None) -> Forecast:
-    """From headers alone. rows of `length` tokens; rtn takes none."""
+def plan(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, output: Path, rows: int, length: int, memory: int | None, sampling: int = 0) -> Forecast:
+    """From headers alone. rows of `length` tokens; rtn takes none. sampling: bytes of the whole model, where it writes rows."""
     rows = 0 if recipe.method == "rtn" else rows
     need = budget.needs(checkpoint, spec, recipe, rows, length)
     limit = memory if memory is not None else budget.resident() + budget.free_memory()
-    found = Forecast(spec.n_layers or 0, rows, length, need, limit, need.hidden > budget.left(need, memory), _free_disk(output))
+    found = Forecast(spec.n_layers or 0, rows, length, need, limit, need.hidden > budget.left(need, memory), _free_disk(output), sampling=sampling)
     if need.fixed > limit:
         found.problems.append(f"memory: {_gib(need.fixed)} at least, {_gib(limit)} {'allowed' if memory is not None else 'free'}")
     if found.disk > found.free_disk:

@@ -7,6 +7,7 @@ the check before finds an error, and nothing is committed where the check after 
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,12 @@ from doctor.pictures import receipt as picture_receipt
 from doctor.plan import Consent, Look, look, make_plan, refuse
 from doctor.quant import budget, export, solver
 from doctor.quant import preflight as flight
-from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, calibration_rows
+from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled, calibration_rows
 from doctor.quant.preflight import Forecast
 from doctor.quant.ranks import Ranks, device_of, size, start, stop
 from doctor.quant.room import measure
 from doctor.quant.run import Result, computing_dtype, computing_note, fingerprint, receipt, run
-from doctor.quant.sample import Once, sampler, unable
+from doctor.quant.sample import Once, forecast, sampler, unable
 from doctor.recipe import Recipe
 from doctor.rule import Finding, Rule
 from doctor.spec import build_spec
@@ -95,15 +96,20 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
 
 
 def plan(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, *, rows: int = ROWS,
-         max_seq_length: int = MAX_SEQ_LENGTH, memory: int | None = None) -> Forecast:
-    """Memory and disk of quantizing, from headers alone; path may be org/name on the Hub. Raises BadCheckpoint."""
+         max_seq_length: int = MAX_SEQ_LENGTH, memory: int | None = None, calibration: str | os.PathLike | None = None) -> Forecast:
+    """Memory and disk of quantizing, from headers alone; path may be org/name on the Hub. calibration is not opened, but without one the
+    model writes a part of the rows, for which it is held whole. Raises BadCheckpoint."""
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     config = checkpoint.value("config.json")
     if config is None:
         raise BadCheckpoint(f"{checkpoint.root}: config.json is absent or broken; quantizing needs the model's shape.")
     spec = build_spec(config, checkpoint.tensors)
-    length = min(max_seq_length, spec.max_positions or max_seq_length)
-    return flight.plan(checkpoint, spec, recipe or Recipe(), Path(os.path.abspath(output)), rows, length, memory)
+    length, recipe = min(max_seq_length, spec.max_positions or max_seq_length), recipe or Recipe()
+    sampling = 0
+    if calibration is None and recipe.method != "rtn" and rows >= SAMPLED_SHARE:
+        with suppress(NotSampled):
+            sampling = forecast(checkpoint, spec, rows // SAMPLED_SHARE, length, memory=memory).bytes
+    return flight.plan(checkpoint, spec, recipe, Path(os.path.abspath(output)), rows, length, memory, sampling)
 
 
 def _silent(text: str) -> None:

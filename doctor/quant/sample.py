@@ -8,6 +8,7 @@ Source: Williams, Chrysostomou and Aletras, Self-calibration for Language Model 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -54,25 +55,41 @@ def sampler(checkpoint: Checkpoint, spec: ModelSpec, *, seed: int, memory: int |
     """A function (tokenizer, rows, length) -> pieces of ids, for `rows` rows or as many as are cheap. It raises NotSampled."""
 
     def sample(tokenizer, rows: int, length: int) -> list[list[int]]:
-        parameters = sum(t.numel for t in checkpoint.tensors.values())
-        kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
-        rows = min(rows, max(1, int(WORK[kind] / parameters / length)))
-        if parameters > MOST_PARAMETERS[kind]:
-            raise NotSampled(f"{parameters / 1e9:.1f} B parameters would take minutes on this device")
-        size = min(PIECE, length)
-        count = -(-rows * length * 5 // (size * 4))     # a quarter more: pieces end early where the model ends its text
-        need = _bytes(spec, parameters, count, size, dtype)
-        limit = torch.cuda.mem_get_info(torch.device(device))[0] if kind == "cuda" else budget.limit(memory)
-        if need > limit:
-            raise NotSampled(f"the whole model takes {need / 2**30:.1f} GiB, {limit / 2**30:.1f} GiB are allowed")
+        cost = forecast(checkpoint, spec, rows, length, memory=memory, device=device, dtype=dtype)
         try:
             skeleton = Skeleton(checkpoint, spec, device, dtype)
             skeleton.load_whole()
-            return _pieces(skeleton.model, _starts(tokenizer, count, spec.vocab), size, tokenizer.eos_token_id, seed)
+            return _pieces(skeleton.model, _starts(tokenizer, cost.pieces, spec.vocab), cost.size, tokenizer.eos_token_id, seed)
         except (NotQuantizable, RuntimeError, ValueError, IndexError, TypeError) as error:  # the run that follows will name the cause
             raise NotSampled(f"the model does not run: {type(error).__name__}") from error
 
     return sample
+
+
+class Cost(NamedTuple):
+    """What sampling takes: rows that it gives, pieces of `size` tokens for them, bytes of memory."""
+
+    rows: int
+    pieces: int
+    size: int
+    bytes: int
+
+
+def forecast(checkpoint: Checkpoint, spec: ModelSpec, rows: int, length: int, *, memory: int | None, device: str = "cpu",
+             dtype: torch.dtype = torch.float32) -> Cost:
+    """From headers alone. Raises NotSampled where the model is too large to be run whole."""
+    parameters = sum(t.numel for t in checkpoint.tensors.values())
+    kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
+    if parameters > MOST_PARAMETERS[kind]:
+        raise NotSampled(f"{parameters / 1e9:.1f} B parameters would take minutes on this device")
+    rows = min(rows, max(1, int(WORK[kind] / parameters / length)))
+    size = min(PIECE, length)
+    pieces = -(-rows * length * 5 // (size * 4))     # a quarter more: pieces end early where the model ends its text
+    need = _bytes(spec, parameters, pieces, size, dtype)
+    limit = torch.cuda.mem_get_info(torch.device(device))[0] if kind == "cuda" else budget.limit(memory)
+    if need > limit:
+        raise NotSampled(f"the whole model takes {need / 2**30:.1f} GiB, {limit / 2**30:.1f} GiB are allowed")
+    return Cost(rows, pieces, size, need)
 
 
 def _bytes(spec: ModelSpec, parameters: int, pieces: int, size: int, dtype: torch.dtype) -> int:

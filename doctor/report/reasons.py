@@ -54,6 +54,8 @@ SENTENCES = {
     "several processes would each have to hold it": "每个进程都得装下整个模型",
     "{model} has no key/value cache": "{model} 没有键值缓存", "the tokenizer has no token to start with": "分词器没有可以开头的词元",
     # quantize --plan and --preflight
+    "        {peak} before the first block, where the whole model writes a part of the calibration rows":
+        "        第 1 层之前为 {peak}：整个模型在内存中写出一部分校准行",
     "memory  {peak} at the peak: {parts}; passes that wait between stages take what is left":
         "内存    峰值 {peak}：{parts}；各阶段之间等待的前向计算用剩下的",
     "disk    {peak} at the peak, {end} at the end; {free} free": "磁盘    峰值 {peak}，最后 {end}；空闲 {free}",

@@ -8,7 +8,7 @@ import pytest
 
 from doctor import api
 from doctor.cli import main
-from doctor.quant import preflight
+from doctor.quant import budget, preflight
 from doctor.recipe import Recipe
 from doctor.testing import encode, tiny
 
@@ -81,3 +81,14 @@ def test_the_command_line_prints_it_and_exits_by_it(tmp_path, text, capsys):
         main([*args, "--plan", "--memory", "100MB"])
     out = capsys.readouterr().out
     assert ended.value.code == 1 and "would fail: memory: " in out and "time" not in out
+
+
+def test_a_plan_states_the_memory_in_which_the_model_writes_rows(tmp_path):
+    folder = tiny("llama").write(tmp_path / "m")
+    options = {"recipe": RECIPE, "rows": 64, "max_seq_length": 32}
+    whole = api.plan_quantize(folder, tmp_path / "o", **options)
+    line = next(x for x in whole.lines() if "writes a part of the calibration rows" in x)
+    assert whole.peak >= whole.sampling > budget.CONSTANT and f"{whole.sampling / 2**30:.2f} GiB" in line
+    given = api.plan_quantize(folder, tmp_path / "o", **options, calibration="rows.jsonl")
+    assert given.sampling == 0 and not any("writes a part" in x for x in given.lines())
+    assert api.plan_quantize(folder, tmp_path / "o", **options, memory=whole.sampling - 1).sampling == 0  # then it writes none
