@@ -122,7 +122,7 @@ class Output:
         stage = _stage_of(destination)
         self = cls(destination, stage)
         try:
-            if stage.exists() and resume:
+            if resume and self.notes():  # a stage without a line is of a run that was killed before or after it had work to keep
                 self._require_same(fingerprint)
                 self._cut_journal()
                 return self

@@ -1,7 +1,14 @@
 """Quantizing from the first check to the commit, on the smallest models of every family."""
 
+import contextlib
 import json
+import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +28,7 @@ from doctor.spec import Linear, build_spec
 from doctor.testing import FAMILIES, encode, tiny
 
 RECIPE = Recipe(group_size=32)
+KILLS = int(os.environ.get("DOCTOR_TEST_KILLS", "4"))
 
 
 @pytest.fixture
@@ -164,6 +172,56 @@ def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(tmp_p
     assert len(solved) == 7 * (2 - min(call - 1, 2))
     assert len(result.linears) == 14
     assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "whole")
+
+
+# Forks a run for each line that it reads: imports are paid for once.
+SERVER = """
+import os, sys
+import transformers.models.llama.modeling_llama
+from doctor import api
+from doctor.quant import quantize
+from doctor.recipe import Recipe
+folder, out, rows = sys.argv[1:]
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        print(os.getpid(), flush=True)
+        result = api.quantize(folder, out, Recipe(group_size=32), calibration=rows, max_seq_length=64, resume=True)
+        os._exit(0 if result.output else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_run_that_is_resumed_to_the_same_bytes(tmp_path, text):
+    folder, out = tiny("llama").write(tmp_path / "m"), tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", SERVER, folder, out, text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as server:
+        def go(seconds=None):
+            """(exit code of a run, how long it took); it is killed after so many seconds."""
+            print(file=server.stdin, flush=True)
+            pid, started = int(server.stdout.readline()), time.perf_counter()
+            if seconds is not None:
+                time.sleep(seconds)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return int(server.stdout.readline()), time.perf_counter() - started
+
+        code, whole = go()
+        assert code == 0
+        want, draw, killed, ended = bytes_of(out), random.Random(7), 0, 0
+        shutil.rmtree(out)
+        while killed < KILLS:
+            code, _ = go(draw.uniform(0, whole))
+            assert code in (0, -signal.SIGKILL) and out.exists() == (code == 0)
+            killed += code != 0
+            if code == 0 or draw.random() < 0.3:  # some are killed again and again before they end
+                assert code == 0 or go()[0] == 0
+                assert bytes_of(out) == want and not [n for n in os.listdir(tmp_path) if ".doctor-" in n]
+                shutil.rmtree(out)
+                ended += 1
+        assert go()[0] == 0 and bytes_of(out) == want
+        print(f"{killed} kills, {ended + 1} runs ended whole")
+        server.stdin.close()
 
 
 def least_memory(folder, rows=32, length=64):
