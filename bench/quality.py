@@ -212,33 +212,34 @@ def table(options) -> None:
     options.model = str(Path(options.model).resolve())
     write_rows(argparse.Namespace(**{**vars(options), "out": work}))
     base = judge(Path(options.model), work, options.model)
-    results = [result("bf16", Path(options.model), base, None)]
+    results = [result("bf16", Path(options.model), base, {})]
     for tool in options.tools.split(","):
         out = work / f"{tool}-w{options.bits}g{options.group_size}"
-        seconds = quantize(tool, options, work / "calibration.jsonl", out)
-        results.append(result(tool, out, judge(out, work, options.model), seconds))
+        cost = quantize(tool, options, work / "calibration.jsonl", out)
+        results.append(result(tool, out, judge(out, work, options.model), cost))
     (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"{options.bits}-bit, groups of {options.group_size}, {options.calibration_rows} calibration rows, "
           f"{options.heldout_rows} held-out rows of 512 tokens, Python {sys.version.split()[0]}\n")
-    print("| tool | perplexity | × bf16 | mean KL, nats | MB | seconds |\n|---|---:|---:|---:|---:|---:|")
+    print("| tool | perplexity | × bf16 | mean KL, nats | MB | seconds | processor s | peak MiB |\n|---|---:|---:|---:|---:|---:|---:|---:|")
     for row in results:
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        cost = " | ".join(f"{row[key]:.0f}" if key in row else "" for key in ("seconds", "processor", "peak"))
         print(f"| {row['tool']} | {row['perplexity']:.3f} | {row['perplexity'] / base['perplexity']:.4f} | {row['kl']:.5f} "
-              f"| {row['bytes'] / 1e6:.0f} | {seconds} |")
+              f"| {row['bytes'] / 1e6:.0f} | {cost} |")
 
 
-def quantize(tool: str, options, rows: Path, out: Path) -> float | None:
-    """Seconds of wall time, loading and saving included; None when the output stood already."""
+def quantize(tool: str, options, rows: Path, out: Path) -> dict:
+    """Seconds of wall time and of processors, and MiB of peak memory, loading and saving included; {} when the output stood already."""
     if out.exists():
         print(f"{out}: stands already, judged as it is; remove it to quantize again", file=sys.stderr)
-        return None
+        return {}
     start = time.perf_counter()
     with open(out.with_suffix(".log"), "w") as log:
         # GPTQModel leaves a folder logs/ where it runs.
-        run = subprocess.run(command_of(tool, options, rows, out), cwd=out.parent, stdout=log, stderr=log)
-    if run.returncode:
-        raise SystemExit(f"{tool}: quantizing ended with exit code {run.returncode}; see {log.name}.")
-    return time.perf_counter() - start
+        child = subprocess.Popen(command_of(tool, options, rows, out), cwd=out.parent, stdout=log, stderr=log)
+        _, status, used = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{tool}: quantizing ended with exit code {os.waitstatus_to_exitcode(status)}; see {log.name}.")
+    return {"seconds": time.perf_counter() - start, "processor": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss / 1024}
 
 
 def judge(model: Path, work: Path, original: str) -> dict:
@@ -250,9 +251,9 @@ def judge(model: Path, work: Path, original: str) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def result(tool: str, model: Path, judged: dict, seconds: float | None) -> dict:
+def result(tool: str, model: Path, judged: dict, cost: dict) -> dict:
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    return {"tool": tool, **judged, "seconds": seconds, "bytes": size}
+    return {"tool": tool, **judged, **cost, "bytes": size}
 
 
 def main() -> None:
