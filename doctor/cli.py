@@ -550,7 +550,7 @@ def undo(path):
 @click.option("--max-seq-length", type=int, default=None, help="Tokens per row, at most.")
 @click.option("--seed", type=int, default=0)
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Linears left in 16 bits; repeatable.")
-@click.option("--bits-for", multiple=True, metavar="PATTERN=BITS", help="Other bits for some linears, as '{0,1}.*down_proj=8'; repeatable.")
+@click.option("--bits-for", multiple=True, metavar="PATTERN=BITS", help="Other bits for some linears, as '{0,1}.*down_proj=8'; repeatable. In the GPTQ format transformers does not read them.")
 @click.option("--fix", "fix", is_flag=True, help="Apply safe fixes first, without writing the cured copy.")
 @unsafe_option
 @click.option("--memory", default="", metavar="SIZE", help="Most memory to use, as 24GB.  [default: what is free]")

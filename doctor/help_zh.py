@@ -104,7 +104,8 @@ The copy is checked again with all rules before it appears; the source is never 
     "Calibration rows.": "校准行数。",
     "Tokens per row, at most.": "每行最多词元数。",
     "Linears left in 16 bits; repeatable.": "保留 16 位的线性层；可重复。",
-    "Other bits for some linears, as '{0,1}.*down_proj=8'; repeatable.": "为部分线性层指定别的位宽，例如 '{0,1}.*down_proj=8'；可重复。",
+    "Other bits for some linears, as '{0,1}.*down_proj=8'; repeatable. In the GPTQ format transformers does not read them.":
+        "为部分线性层指定别的位宽，例如 '{0,1}.*down_proj=8'；可重复。GPTQ 格式里的这种位宽 transformers 不读。",
     "Apply safe fixes first, without writing the cured copy.": "先做安全修复，但不写出修好的副本。",
     "Most memory to use, as 24GB.  [default: what is free]": "最多使用的内存，如 24GB。  [默认：全部空闲内存]",
     "Where to compute: cpu, cuda, cuda:1; under torchrun, cuda is one GPU a process.": "在哪里计算：cpu、cuda、cuda:1；用 torchrun 时，cuda 为每个进程一块 GPU。",

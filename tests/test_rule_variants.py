@@ -243,3 +243,15 @@ def test_a_config_that_counts_blocks_without_end_is_answered_at_once(tmp_path):
     case.config["num_hidden_layers"] = 1 << 39
     assert said(case, tmp_path, "C142") == [("error", "num_hidden_layers is 549755813888 in config.json; the files hold 2 blocks: "
                                                       "model.layers.{2-9999} is in no file")]
+
+
+@pytest.mark.parametrize("runtime, dynamic, says", [
+    ("transformers", {"+:^model\\.layers\\.0\\..*$": {"bits": 8}}, True), ("exllamav2", {"model.layers.0": {"bits": 8}}, True),
+    ("vllm", {"+:^model\\.layers\\.0\\..*$": {"bits": 8}}, False), ("transformers", {"-:^lm_head$": {}}, False), ("transformers", None, False),
+    ("transformers", {"+:x": {"desc_act": True}}, False), ("transformers", ["+:x"], False)])
+def test_stored_widths_that_a_runtime_does_not_read_are_named(runtime, dynamic, says, tmp_path):
+    case = tiny_gptq("llama")
+    case.config["quantization_config"]["dynamic"] = dynamic
+    case.recipe = case.recipe.with_field("runtime", runtime)
+    found = said(case, tmp_path, "G318")
+    assert bool(found) is says and (not says or found[0][0] == "error" and runtime in found[0][1] and next(iter(dynamic)) in found[0][1])

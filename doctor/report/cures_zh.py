@@ -142,4 +142,6 @@ CURES = {
     # heads of tables
     "tensor parallel that fits": "可行的张量并行数", "tensor parallel": "张量并行", "groups per GPU": "每块 GPU 的组数", "next size that fits": "下一个合适的尺寸",
     "group size": "组大小", "groups per row": "每行的组数", "kernel": "内核",
+    "write compressed-tensors": "改写成 compressed-tensors", "one width for all, or another runtime": "所有线性层用同一位宽，或换一个运行时",
+    "quantize the original again, into compressed-tensors or with one width": "重新量化原始模型：写成 compressed-tensors，或只用一种位宽",
 }
