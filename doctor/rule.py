@@ -230,7 +230,7 @@ def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tu
 
 def headline(doc: str, code: str) -> tuple[str, str]:
     """(name, title) of a page. Raises TypeError where it does not begin as it must."""
-    match = _FIRST.match(_SECTION.split(doc, 1)[0].strip())
+    match = _FIRST.match(_SECTION.split(doc.strip().partition("\n\n")[0], 1)[0].strip())
     if not match or match[1] != code:
         raise TypeError(f"rule {code}: the docstring must begin with '{code} name: what is wrong.'")
     return match[2], " ".join(match[3].split())

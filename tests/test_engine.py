@@ -115,3 +115,13 @@ def test_a_caret_stands_under_its_value_behind_tabs(tmp_path):
     (folder / "generation_config.json").write_text('{\n\t"eos_token_id": 2\n}')
     spot = engine._located(rule_module.Place("generation_config.json", "/eos_token_id"), engine.Checkpoint.open(folder))
     assert spot.frame[-1][1][spot.column - 1] == "2"
+
+
+def test_a_rule_files_page_may_be_indented_and_its_first_line_wrapped():
+    from doctor.rule import Rule, headline
+
+    text = "X901 my-rule: what is\n    wrong.\n\n    Why: because.\n\n    Seen as:\n    - Tool: `it broke`\n"
+    assert headline(text, "X901") == ("my-rule", "what is wrong")
+    assert headline("X901 my-rule: what is wrong.\nWhy: because.", "X901") == ("my-rule", "what is wrong")
+    page = Rule("X901", *headline(text, "X901"), "error", "certain", "tensor", "header", (), lambda *_: (), text)
+    assert page.section("Why") == "because." and [(s.tool, s.text) for s in page.seen_as] == [("Tool", "it broke")]
