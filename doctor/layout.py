@@ -201,8 +201,14 @@ def stored_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     if block is None:
         return recipe
     raw, *place = block
-    try:  # linears of other widths (dynamic) do not change what holds for the rest
-        stored = read_quantization({k: v for k, v in raw.items() if k not in ("dynamic", "extra_config")}, *place)
+    # Linears of other widths (dynamic, further groups) do not change what holds for the rest.
+    common = {k: v for k, v in raw.items() if k not in ("dynamic", "extra_config")}
+    groups = common.get("config_groups")
+    if isinstance(groups, dict) and groups:
+        name = next((n for n, g in groups.items() if isinstance(g, dict) and g.get("targets") == ["Linear"]), next(iter(groups)))
+        common["config_groups"] = {name: groups[name]}
+    try:
+        stored = read_quantization(common, *place)
         form = stored.version if stored.method == "gptq" else stored.method
         method = stored.method if stored.method in METHODS else "gptq"
         return replace(recipe, method=method, bits=stored.bits, group_size=stored.group_size, sym=stored.sym, format=form)

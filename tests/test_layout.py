@@ -412,3 +412,15 @@ def test_where_no_width_fills_the_tiles_the_search_ends(tmp_path):
         patch.setattr(rule_file, "grown", counting)
         found = [f for f in check(case.write(tmp_path), case.recipe, stage="header").findings if f.code == "G303"]
     assert found and all(f.fix is None for f in found) and 0 < len(tried) < 3000
+
+
+def test_further_groups_of_compressed_tensors_leave_the_plan_of_the_rest(tmp_path):
+    from doctor.layout import stored_recipe
+    from doctor.quant.export import quantization_config
+
+    case = tiny("llama")
+    recipe = Recipe(group_size=32, format="compressed-tensors")
+    case.config["quantization_config"] = quantization_config(recipe, widths={"model.layers.0.mlp.down_proj": 8})
+    assert len(case.config["quantization_config"]["config_groups"]) == 2
+    found = stored_recipe(Checkpoint.open(case.write(tmp_path)), Recipe())
+    assert (found.label(), found.sym) == ("compressed-tensors 4-bit g32", True)
