@@ -60,6 +60,11 @@ class Quantization:
     file: str
     pointer: str
 
+    @property
+    def autoround(self) -> bool:
+        """Whether it is a block of AutoRound's, which has keys of its own."""
+        return self.raw.get("quant_method") in AUTOROUND
+
 
 class GroupedLinear(NamedTuple):
     """One linear that is, or will be, stored in groups of group_size in_features (-1: whole rows)."""
@@ -121,8 +126,31 @@ def quantization(checkpoint, quantization_block):
     return read_quantization(raw, file, pointer)
 
 
+# packing_format of AutoRound's own blocks -> the form that it packs in. Source: intel/auto-round auto_round/inference/backend.py (GPTQ_FORMAT
+# stores zero points minus one, GPTQ_FORMAT_NO_ZP as they are), 0.16.1.
+_AUTOROUND = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2", "auto_round": "gptq_v2", "auto_round:auto_awq": "awq"}
+AUTOROUND = ("auto-round", "intel/auto-round")
+
+
+def plain_block(raw: Mapping) -> Mapping:
+    """An AutoRound block in the words of the form that it packs in, where that is known; any other block as it is."""
+    form = _AUTOROUND.get(raw.get("packing_format")) if raw.get("quant_method") in AUTOROUND and raw.get("data_type", "int") == "int" else None
+    if form is None:
+        return raw
+    shared = {k: raw[k] for k in ("bits", "group_size", "sym", "extra_config") if k in raw}
+    if form == "awq":
+        return {**shared, "quant_method": "awq", "zero_point": not raw.get("sym", True), "version": "gemm"}
+    return {**shared, "quant_method": "gptq", "desc_act": False, "checkpoint_format": form}
+
+
 def read_quantization(raw: Mapping, file: str, pointer: str) -> Quantization:
-    """One spelling for GPTQ, AWQ and compressed-tensors blocks. Raises Unavailable for other methods."""
+    """One spelling for GPTQ, AWQ, compressed-tensors and AutoRound blocks. Raises Unavailable for other methods."""
+    stated, raw = raw, plain_block(raw)
+    found = _read_plain(raw, file, pointer)
+    return found if stated is raw else replace(found, raw=dict(stated))
+
+
+def _read_plain(raw: Mapping, file: str, pointer: str) -> Quantization:
     method = str(
         raw.get("quant_method")
         or ("awq" if "zero_point" in raw else "gptq" if "desc_act" in raw else "unknown")

@@ -52,15 +52,18 @@ def qzeros_version(checkpoint, quantization, packed_words):
     if not wrong:
         return
     key = (
-        "checkpoint_format"
+        "packing_format"
+        if quantization.autoround
+        else "checkpoint_format"
         if "checkpoint_format" in quantization.raw or "format" not in quantization.raw
         else "format"
     )
+    value = {"gptq": "auto_round:auto_gptq", "gptq_v2": "auto_round:gptqmodel"}[other] if quantization.autoround else other
     pointer = f"{quantization.pointer}/{key}"
     if other == "gptq_v2" and key not in quantization.raw:
         fix = Fix("store the zero points minus one, as version 1 does", tuple(ShiftZeros(n, quantization.bits, -1) for n in wrong))
     else:
-        fix = Fix(f"set {key} to {other}", (SetJson(quantization.file, pointer, other, expect=quantization.raw.get(key, MISSING)),))
+        fix = Fix(f"set {key} to {value}", (SetJson(quantization.file, pointer, value, expect=quantization.raw.get(key, MISSING)),))
     yield finding(
         f"{len(wrong)} qzeros tensors hold 0x{word:08x} only, which is {other}, and {key} says {stated}",
         at=Place(quantization.file, pointer=pointer),

@@ -64,7 +64,7 @@ def group_index(checkpoint, quantization, packed_words, tensors):
             f"g_idx is scattered in {len(scattered)} linears (first {scattered[0]}) and desc_act says the groups lie in order",
             at=Place(quantization.file, pointer=pointer),
             evidence={"linears": len(scattered)},
-            fix=fix,
+            fix=None if quantization.autoround else fix,
             advice="set desc_act to true",
         )
 

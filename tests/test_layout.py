@@ -424,3 +424,44 @@ def test_further_groups_of_compressed_tensors_leave_the_plan_of_the_rest(tmp_pat
     assert len(case.config["quantization_config"]["config_groups"]) == 2
     found = stored_recipe(Checkpoint.open(case.write(tmp_path)), Recipe())
     assert (found.label(), found.sym) == ("compressed-tensors 4-bit g32", True)
+
+
+def autoround(packing, version="gptq"):
+    """The same packed words under the block that AutoRound writes."""
+    case = tiny_gptq("llama", version=version)
+    case.files.pop("quantize_config.json", None)
+    plain = case.config["quantization_config"]
+    case.config["quantization_config"] = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 32, "sym": True, "data_type": "int",
+                                          "iters": 200, "autoround_version": "0.16.1", "block_name_to_quantize": "model.layers"}
+    return case, plain
+
+
+@pytest.mark.parametrize("packing, version", [("auto_round:auto_gptq", "gptq"), ("auto_round:gptqmodel", "gptq_v2"), ("auto_round", "gptq_v2")])
+def test_an_autoround_block_is_read_as_the_form_that_it_packs_in(packing, version, tmp_path):
+    from doctor.quant.dequant import as_float
+
+    case, plain = autoround(packing, version)
+    report = check(case.write(tmp_path / "m"))
+    assert not report.findings and report.recipe.label() == f"{version} 4-bit g32" and next(r for r in report.runs if r.rule.code == "O608").judged
+    case.config["quantization_config"] = plain
+    ours, same = as_float(Checkpoint.open(tmp_path / "m")), as_float(Checkpoint.open(case.write(tmp_path / "n")))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert (ours.load(name) == same.load(name)).all() and np.isfinite(ours.load(name)).all()
+
+
+def test_the_wrong_packing_format_is_found_and_set_in_autorounds_own_words(tmp_path):
+    from doctor.api import fix
+
+    case, _ = autoround("auto_round:auto_gptq", "gptq_v2")
+    result = fix(case.write(tmp_path / "m"), tmp_path / "o")
+    assert [f.code for f in result.report_before.findings] == ["O608"] and not result.report.findings
+    assert Checkpoint.open(tmp_path / "o").value("config.json")["quantization_config"]["packing_format"] == "auto_round:gptqmodel"
+
+
+@pytest.mark.parametrize("change", [{"packing_format": "auto_round:llm_compressor"}, {"data_type": "mx_fp"}, {"extra_config": {"lm_head": {"bits": 8}}}])
+def test_other_autoround_blocks_are_not_judged_and_that_is_said(change, tmp_path):
+    case, _ = autoround("auto_round:auto_gptq")
+    case.config["quantization_config"] |= change
+    report = check(case.write(tmp_path))
+    run = next(r for r in report.runs if r.rule.code == "O608")
+    assert not report.findings and run.status == "skipped" and run.reasons

@@ -12,6 +12,7 @@ import torch
 from doctor.checkpoint import Checkpoint
 from doctor.dtypes import DTYPES
 from doctor.errors import BadCheckpoint
+from doctor.layout import plain_block
 from doctor.quant import pack
 from doctor.recipe import BITS
 from doctor.shard import TensorInfo
@@ -25,7 +26,7 @@ def quantization(checkpoint: Checkpoint) -> dict | None:
     """quantization_config of config.json, or of quantize_config.json where config.json has none; None for a float model."""
     config = checkpoint.value("config.json") or {}
     stated = config.get("quantization_config") or checkpoint.value("quantize_config.json")
-    return stated if isinstance(stated, dict) else None
+    return plain_block(stated) if isinstance(stated, dict) else None
 
 
 def as_float(checkpoint: Checkpoint) -> Checkpoint:
