@@ -32,7 +32,7 @@ Sources: transformers src/transformers/quantizers/auto.py; vllm-project/vllm vll
 from doctor.rule import Fix, Place, RemoveJson, finding, rule
 from doctor.testing import tiny
 
-PACKING = ("gptq", "gptq_marlin", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "fp8", "exl2", "exl3", "mxfp4", "aqlm", "hqq", "quip")
+PACKING = ("gptq", "gptq_marlin", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "auto-round", "fp8", "exl2", "exl3", "mxfp4", "aqlm", "hqq", "quip")
 SIGNS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".q_weight", ".trellis", ".codes", "_blocks", ".W_q", "_scale")
 
 
