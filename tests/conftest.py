@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rungs
 
 # Where tests run in several processes, each takes its share of the cores; what they start inherits it. Before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -42,6 +43,7 @@ PROVED = {"planted": [], "found": [], "healthy": [], "alarm": []}
 
 
 def pytest_runtest_logreport(report):
+    rungs.count(report)
     for name, value in report.user_properties if report.when == "call" else ():
         if name in PROVED:
             PROVED[name].append(value)
@@ -56,6 +58,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"healthy: {len(families)} families as transformers saves them")
     if pairs or families:
         terminalreporter.write_line(f"false alarms: {len(PROVED['alarm'])}")
+    rungs.summary(terminalreporter)
 
 
 ROOT = Path(__file__).resolve().parent.parent

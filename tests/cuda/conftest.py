@@ -1,12 +1,8 @@
-"""The five rungs that stand in for a GPU, and the lines that say on which of them this run stood.
-
-A test belongs to a rung by its marker or, when it runs on several devices, by its device.
-"""
+"""Devices for the tests of kernels. A test belongs to a rung (rungs.py) by its marker or, when it runs on several devices, by its device."""
 
 import contextlib
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,17 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import host  # noqa: E402
-
-RUNGS = {
-    "R0": "the reference equals the definition",
-    "R1": "the kernel source, built for the host, equals the reference",
-    "R2": "nvcc and NVRTC compile every kernel without a warning or a spill",
-    "R3": "goldens recorded on a device are reproduced",
-    "R4": "kernels on a GPU equal the reference",
-}
-RESULTS = {rung: Counter() for rung in RUNGS}
-REASONS = {rung: Counter() for rung in RUNGS}
-REPORT_LINES = []
+from rungs import RUNGS  # noqa: E402
 
 
 def pytest_configure(config):
@@ -43,30 +29,6 @@ def pytest_runtest_setup(item):
     rung = rung_of(item)
     if rung is not None:
         item.user_properties.append(("rung", rung))  # it travels with the report, because tests may run in several processes
-
-
-def pytest_runtest_logreport(report):
-    properties = dict(report.user_properties)
-    rung = properties.get("rung")
-    if rung is None or not (report.when == "call" or report.skipped or report.failed):
-        return
-    RESULTS[rung]["passed" if report.passed else "skipped" if report.skipped else "failed"] += 1
-    if report.skipped:
-        REASONS[rung][str(report.longrepr[2]).removeprefix("Skipped: ")] += 1
-    if "line" in properties:
-        REPORT_LINES.append(properties["line"])
-
-
-def pytest_terminal_summary(terminalreporter):
-    if not any(RESULTS.values()):
-        return
-    terminalreporter.section("kernels without a GPU: how far the proof went")
-    for rung, meaning in RUNGS.items():
-        counts = ", ".join(f"{RESULTS[rung][what]} {what}" for what in ("passed", "failed", "skipped") if RESULTS[rung][what])
-        reasons = "; ".join(f"{count}x {reason}" for reason, count in REASONS[rung].items())
-        terminalreporter.write_line(f"{rung} {meaning}: {counts or 'not run'}{f' ({reasons})' if reasons else ''}")
-    for line in sorted(REPORT_LINES):
-        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)
