@@ -418,13 +418,24 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     return store
 
 
+_SCALES = {".qweight": ".scales", ".weight_packed": ".weight_scale"}
+
+
 def _parameters(checkpoint: Checkpoint, store: Store) -> int:
     """Weights of the model. A packed linear counts as the matrix that it stands for, not as the words it is stored in."""
     layout = store.get(CHECKPOINT, "layout") if store.has(CHECKPOINT, "layout") else None
-    if layout is None or not layout.quantized:
-        return sum(t.numel for t in checkpoint.tensors.values())
-    packed = {x.name: x.in_features * x.out_features for x in layout.linears}
-    rest = sum(t.numel for name, t in checkpoint.tensors.items() if name.endswith(".bias") or name.rpartition(".")[0] not in packed)
+    tensors = checkpoint.tensors
+    if layout is not None and not layout.quantized:
+        return sum(t.numel for t in tensors.values())
+    if layout is not None:
+        packed = {x.name: x.in_features * x.out_features for x in layout.linears}
+    else:  # of several widths, or of a form that is not read: each scale stands for a group, where the group size is stated
+        from doctor.layout import stored_recipe
+
+        group = stored_recipe(checkpoint, Recipe(group_size=-1)).group_size
+        scales = {n.removesuffix(own): tensors.get(n.removesuffix(own) + of) for own, of in _SCALES.items() for n in tensors if n.endswith(own)}
+        packed = {module: info.numel * group for module, info in scales.items() if info is not None and group > 0}
+    rest = sum(t.numel for name, t in tensors.items() if name.endswith(".bias") or name.rpartition(".")[0] not in packed)
     return rest + sum(packed.values())
 
 

@@ -465,3 +465,12 @@ def test_other_autoround_blocks_are_not_judged_and_that_is_said(change, tmp_path
     report = check(case.write(tmp_path))
     run = next(r for r in report.runs if r.rule.code == "O608")
     assert not report.findings and run.status == "skipped" and run.reasons
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+def test_weights_are_counted_where_widths_differ(form, tmp_path):
+    from doctor.api import quantize
+
+    source = tiny("llama").write(tmp_path / "m")
+    made = quantize(source, tmp_path / "q", Recipe(method="rtn", group_size=32, format=form, bits_for=("*.1.*down*=8",))).output
+    assert check(made).summary["parameters"] == check(source).summary["parameters"] > 0
