@@ -134,7 +134,7 @@ AUTOROUND = ("auto-round", "intel/auto-round")
 
 def plain_block(raw: Mapping) -> Mapping:
     """An AutoRound block in the words of the form that it packs in, where that is known; any other block as it is."""
-    form = _AUTOROUND.get(raw.get("packing_format")) if raw.get("quant_method") in AUTOROUND and raw.get("data_type", "int") == "int" else None
+    form = _AUTOROUND.get(str(raw.get("packing_format"))) if raw.get("quant_method") in AUTOROUND and raw.get("data_type", "int") == "int" else None
     if form is None:
         return raw
     shared = {k: raw[k] for k in ("bits", "group_size", "sym", "extra_config") if k in raw}

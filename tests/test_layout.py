@@ -458,11 +458,18 @@ def test_the_wrong_packing_format_is_found_and_set_in_autorounds_own_words(tmp_p
     assert Checkpoint.open(tmp_path / "o").value("config.json")["quantization_config"]["packing_format"] == "auto_round:gptqmodel"
 
 
-@pytest.mark.parametrize("change", [{"packing_format": "auto_round:llm_compressor"}, {"data_type": "mx_fp"}, {"extra_config": {"lm_head": {"bits": 8}}}])
+@pytest.mark.parametrize("change", [{"packing_format": "auto_round:llm_compressor"}, {"packing_format": ["auto_round"]}, {"data_type": "mx_fp"},
+                                    {"extra_config": {"lm_head": {"bits": 8}}}])
 def test_other_autoround_blocks_are_not_judged_and_that_is_said(change, tmp_path):
     case, _ = autoround("auto_round:auto_gptq")
+    from doctor.errors import BadCheckpoint
+    from doctor.quant.dequant import as_float
+
     case.config["quantization_config"] |= change
     report = check(case.write(tmp_path))
+    assert not report.crashed, [r.crashed for r in report.crashed]
+    with pytest.raises(BadCheckpoint, match="cannot be read back"):
+        as_float(Checkpoint.open(tmp_path))
     run = next(r for r in report.runs if r.rule.code == "O608")
     assert not report.findings and run.status == "skipped" and run.reasons
 

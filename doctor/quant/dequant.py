@@ -37,6 +37,10 @@ def as_float(checkpoint: Checkpoint) -> Checkpoint:
     method = str(stated.get("quant_method") or "gptq").lower()
     if method not in PARTS:
         raise BadCheckpoint(f"config.json: quant_method {method!r} cannot be read back; {', '.join(PARTS)} can.")
+    own = stated.get("extra_config")  # AutoRound's own way to give single linears another width
+    if own:
+        first = next(iter(own)) if isinstance(own, dict) else own
+        raise BadCheckpoint(f"config.json: extra_config describes linears apart from the rest (first {str(first)[:80]}); such a file cannot be read back.")
     return Dequantized(checkpoint, method, stated)
 
 
