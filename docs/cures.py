@@ -11,6 +11,7 @@ JUDGED = "the copy is read again under all rules: this finding is gone and none 
 PROOFS = {"PadTensor": "logits before and after, on fixed prompts", "GrowRows": "logits of the old tokens before and after",
           "TakeTensor": "blake2b of the base's tensor, in the receipt", "TakeFile": "sha256 of the base's file, on the copy",
           "RenameTensor": "bytes are copied, no name is given twice", "NameFormat": "bytes are copied, the header is read again",
+          "RenameFile": "the files are linked, no byte is written but the index's",
           "DropFile": "the source keeps it", "CastTensor": "a value that would become Inf is refused",
           "Dequantize": "the numbers that engines compute with, by the packers' vectors", "AddLowRank": "against the sum in float64",
           "ShiftZeros": "a field that would wrap is refused", "DropTensor": "nothing else is touched",

@@ -176,6 +176,10 @@ class Checkpoint:
         in_hub_cache = os.path.basename(os.path.dirname(root)) == "snapshots"
         return target.startswith(root + os.sep) or (in_hub_cache and target.startswith(blobs + os.sep))
 
+    def origin(self, name: str) -> str:
+        """The name that a listed file has on disk: another than here where edits renamed it."""
+        return name
+
     def path(self, name: str) -> Path:
         """Path of a listed file. Raises BadCheckpoint for a name that is not in the listing."""
         if name not in self.entries:

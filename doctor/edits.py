@@ -167,6 +167,19 @@ class NameFormat:
 
 
 @dataclass(frozen=True)
+class RenameFile:
+    """Keep one weight file under another name, linked and not written again; the index follows. Other edits go by its old name."""
+
+    file: str
+    to: str
+    phase = "base"
+
+    @property
+    def target(self) -> str:
+        return f"file:{self.file}:name"
+
+
+@dataclass(frozen=True)
 class CastTensor:
     """Store one tensor in another floating type, rounded once to nearest. One that would turn a finite value into Inf is refused."""
 
@@ -367,7 +380,7 @@ class Keep:
 
 
 Edit = (SetJson | RemoveJson | ReplaceText | CleanJson | ReplaceNonfinite | ClampTensor | CastTensor | TakeTensor | TakeFile | Dequantize
-        | AddLowRank | GrowRows | ShiftZeros | GroupsInOrder | EqualZeros | PadTensor | DropTensor | RenameTensor | NameFormat | DropFile | Rebase
+        | AddLowRank | GrowRows | ShiftZeros | GroupsInOrder | EqualZeros | PadTensor | DropTensor | RenameTensor | NameFormat | RenameFile | DropFile | Rebase
         | RebuildIndex | SetRecipe | Keep)
 MADE = (TakeTensor, Dequantize, AddLowRank, GrowRows, GroupsInOrder, EqualZeros)  # carried out by made.py: they need more than the tensor's own codes
 CREATE = (TakeTensor, Dequantize, GroupsInOrder, EqualZeros)  # may stand for a tensor that is not there

@@ -8,6 +8,7 @@ duplicate keys, NaN and Infinity, a byte order mark.
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from json.decoder import scanstring
 
@@ -204,6 +205,16 @@ def set_value(text: str, path: str, value: object) -> str:
     one_line = "\n" not in text[parent.begin : last_child.key_begin]
     glue = ", " if one_line else ",\n" + step
     return f"{text[: last_child.end]}{glue}{key}: {_literal(value, step)}{text[last_child.end :]}"
+
+
+def replace_strings(text: str, path: str, new: Mapping[str, str]) -> str:
+    """The text with each string right below `path` that `new` names replaced; one reading, however many there are."""
+    doc, parts, at = parse(text), [], 0
+    for place, span in sorted(doc.spans.items(), key=lambda item: item[1].begin):
+        if place.rpartition("/")[0] == path and text[span.begin] == '"' and (old := json.loads(text[span.begin : span.end])) in new:
+            parts += [text[at : span.begin], json.dumps(new[old], ensure_ascii=False)]
+            at = span.end
+    return "".join([*parts, text[at:]])
 
 
 def remove_value(text: str, path: str) -> str:

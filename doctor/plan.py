@@ -18,8 +18,8 @@ from pathlib import Path
 from doctor import __version__
 from doctor.builtin import header_facts
 from doctor.checkpoint import Checkpoint
-from doctor.edits import (MISSING, PHASES, RECIPE_EDITS, Edit, GrowRows, Keep, PadTensor, Rebase, RemoveJson, ReplaceText, SetJson, SetRecipe,
-                          TakeFile, TakeTensor)
+from doctor.edits import (MISSING, PHASES, RECIPE_EDITS, Edit, GrowRows, Keep, PadTensor, Rebase, RemoveJson, RenameFile, ReplaceText, SetJson,
+                          SetRecipe, TakeFile, TakeTensor)
 from doctor.engine import RuleRun, judge, locate
 from doctor.errors import BadCheckpoint, DoctorError, PlanRefused
 from doctor.facts import CHECKPOINT, STAGES, Store, asks
@@ -102,7 +102,9 @@ def _carry(checkpoint: Checkpoint, store: Store, before: Look, touched: set[str]
     kept, subjects = set(), []
     for name, info in checkpoint.tensors.items():
         old = before.checkpoint.tensors.get(name)
-        if old is None or name in touched or (old.dtype, old.shape, old.shard) != (info.dtype, info.shape, info.shard):
+        if old is None or name in touched or (old.dtype, old.shape) != (info.dtype, info.shape):
+            continue
+        if before.checkpoint.origin(old.shard) != checkpoint.origin(info.shard):
             continue
         if linears.get(name) != old_linears.get(name) or (name in digested and not before.store.has(f"tensor:{name}", "digests")):
             continue
@@ -111,6 +113,10 @@ def _carry(checkpoint: Checkpoint, store: Store, before: Look, touched: set[str]
         if name in linears:
             subjects.append(f"linear:{linears[name].name}")
     store.carry(before.store, subjects)
+    called = {checkpoint.origin(n): n for n in checkpoint.shards}
+    for name in kept & set(digested):  # digests are kept by file, and a file may have another name now
+        found = store.get(f"tensor:{name}", "digests")
+        store.put(f"tensor:{name}", "digests", {called.get(before.checkpoint.origin(file), file): digest for file, digest in found.items()})
     return kept
 
 
@@ -395,7 +401,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, rules: list[Rule], consent: Co
 
 def _touched(edits: list[Edit], view: EditedCheckpoint) -> set[str]:
     """Tensors whose bytes these edits change."""
-    files = {e.file for e in edits if isinstance(e, TakeFile)} & view.shards.keys()
+    files = {view.called(e.file) for e in edits if isinstance(e, TakeFile)} & view.shards.keys()
     return {e.tensor for e in edits if hasattr(e, "tensor")} | {t.name for n in files for t in view.shards[n].tensors}
 
 
@@ -463,8 +469,9 @@ def _describe_step(step: Step, before: EditedCheckpoint, after: EditedCheckpoint
         if old != new:
             step.diffs[name] = diff_lines(old.decode("utf-8", "replace"), new.decode("utf-8", "replace"))
     touched = sorted({e.tensor for e in step.edits if hasattr(e, "tensor")})
-    step.notes += [f"{e.file}: {after.entries[e.file].size:,} bytes, sha256 {e.sha256}" for e in step.edits
-                   if isinstance(e, TakeFile) and e.file in after.entries]
+    step.notes += [f"{e.file}: {after.entries[after.called(e.file)].size:,} bytes, sha256 {e.sha256}" for e in step.edits
+                   if isinstance(e, TakeFile) and after.called(e.file) in after.entries]
+    step.notes += [f"{e.file} → {e.to}" for e in step.edits if isinstance(e, RenameFile)]
     changes: dict[tuple, list[str]] = {}
     for name in touched:
         old, new = before.tensors.get(name), after.tensors.get(name)
@@ -539,17 +546,20 @@ def fold_names(names: Iterable[str]) -> list[str]:
     return sorted(lines)
 
 
-def _key(item: Finding) -> tuple:
-    return item.code, item.subject, item.where.file, item.where.tensor, item.where.pointer
+def _key(item: Finding, checkpoint: Checkpoint) -> tuple:
+    """What makes two findings the same one; a file goes by its name on disk."""
+    subject = f"shard:{checkpoint.origin(name)}" if (name := item.subject.removeprefix("shard:")) != item.subject else item.subject
+    return item.code, subject, checkpoint.origin(item.where.file), item.where.tensor, item.where.pointer
 
 
 def _problems(plan: Plan) -> list[str]:
     """Findings that fixes caused, and findings that fixes were aimed at and that are still there."""
     if not plan.steps:
         return []
-    remaining, allowed = Counter(map(_key, plan.after.findings)), Counter(map(_key, plan.before.findings))
-    cured = {_key(f): f for step in plan.steps for f in step.findings}
-    allowed.subtract(_key(f) for step in plan.steps for f in step.findings)
+    view = plan.view
+    remaining, allowed = (Counter(_key(f, view) for f in seen.findings) for seen in (plan.after, plan.before))
+    cured = {_key(f, view): f for step in plan.steps for f in step.findings}
+    allowed.subtract(_key(f, view) for step in plan.steps for f in step.findings)
     found = [f"{f.code} is still there after its fix: {f.message}" for key, f in cured.items() if remaining[key] > max(allowed[key], 0)]
     return found + [f"{f.code} appears because of the fixes: {f.message}" for f in caused(plan.reference or plan.before, plan.after)]
 
@@ -557,12 +567,13 @@ def _problems(plan: Plan) -> list[str]:
 def caused(before: Look, after: Look) -> list[Finding]:
     """Findings that are new after edits. One that no rule could have seen before (unreadable then) is not new."""
     blind = {r.rule.code for r in before.runs if not r.judged}
-    known = Counter(map(_key, before.findings))
+    known = Counter(_key(f, before.checkpoint) for f in before.findings)
     new = []
     for item in after.findings:
-        known[_key(item)] -= 1
-        seen_before = item.subject in before.store.subjects(item.subject.partition(":")[0])
-        if known[_key(item)] < 0 and item.code not in blind and seen_before:
+        key = _key(item, after.checkpoint)
+        known[key] -= 1
+        seen_before = key[1] in before.store.subjects(item.subject.partition(":")[0])
+        if known[key] < 0 and item.code not in blind and seen_before:
             new.append(item)
     return new
 
@@ -612,16 +623,17 @@ def _verify(plan: Plan, staged: Stage, rules: list[Rule], facts: list, stage: st
     with ThreadPoolExecutor(2) as pool:  # hashing leaves Python's lock, so it runs beside the scan
         after = {n: pool.submit(sha256, staged.path / n) for n in changed}
         origin = _origin(plan)
-        before = {n: pool.submit(sha256, origin.path(n)) for n in changed if n in origin.entries}
+        before = {n: pool.submit(sha256, origin.path(old)) for n in changed if (old := plan.view.origin(n)) in origin.entries}
         again = look(disk, plan.recipe, rules, facts=facts, stage=stage, before=plan.after, touched=touched,
                      progress=lambda n: progress("verify", n), hush=plan.hush)
         digests = {n: (before[n].result() if n in before else None, after[n].result()) for n in changed}
     for edit in plan.view.edits:
-        if isinstance(edit, TakeFile) and edit.file in plan.view.taken and digests[edit.file][1] != edit.sha256:
-            raise BadCheckpoint(f"{edit.file}: came with sha256 {digests[edit.file][1]}; the plan was made for {edit.sha256}.",
+        name = plan.view.called(edit.file) if isinstance(edit, TakeFile) else None
+        if name in plan.view.taken and digests[name][1] != edit.sha256:
+            raise BadCheckpoint(f"{edit.file}: came with sha256 {digests[name][1]}; the plan was made for {edit.sha256}.",
                                 "Nothing was kept; run the command again.")
-    expected = Counter(map(_key, plan.after.findings))
-    unexpected = [f for f in again.findings if not expected[_key(f)]]
+    expected = Counter(_key(f, disk) for f in plan.after.findings)
+    unexpected = [f for f in again.findings if not expected[_key(f, disk)]]
     if unexpected:
         raise PlanRefused(f"{staged.output}: the stage shows {unexpected[0].code}, which the plan did not: {unexpected[0].message}.",
                           "Nothing was kept. This is a bug of doctor, or something wrote to the files meanwhile.")
@@ -644,7 +656,7 @@ def _taken_from(plan: Plan, base) -> dict:
     files = {e.file for e in edits if isinstance(e, TakeFile)}
     files |= {base.checkpoint.tensors[e.tensor].shard for e in edits if isinstance(e, TakeTensor) and e.root == base.root}
     if any(isinstance(e, Rebase) for e in edits):
-        files |= {n for n in plan.view.changed if n in base.checkpoint.entries}
+        files |= {old for n in plan.view.changed if (old := plan.view.origin(n)) in base.checkpoint.entries}
     return {"name": base.name, "files": {n: base.checkpoint.sha256(n) for n in sorted(files)}}
 
 

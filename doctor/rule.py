@@ -33,6 +33,7 @@ from doctor.edits import (  # noqa: F401 - rules import edits from here
     Rebase,
     RebuildIndex,
     RemoveJson,
+    RenameFile,
     RenameTensor,
     ReplaceNonfinite,
     ReplaceText,

@@ -1,7 +1,8 @@
-"""A checkpoint of which some files are another's: what the edits TakeFile make, before any other edit sees it.
+"""A checkpoint of which some files are another's, or bear other names: what the edits TakeFile and RenameFile make, before any
+other edit sees it.
 
 Shards, JSON texts and the listing are those that the directory would have with the files in it, so the view edits, scans and
-writes a shard that came from a base model like one of its own. No byte is copied here.
+writes a shard that came from a base model, or one under a new name, like any of its own. No byte is copied here.
 """
 
 import os
@@ -9,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from doctor import jsontext
 from doctor.checkpoint import INDEX_NAME, Checkpoint, Entry, JsonFile
-from doctor.edits import TakeFile
+from doctor.edits import RenameFile, TakeFile
 from doctor.errors import PlanRefused
 from doctor.made import STALE, opened
 from doctor.shard import ShardFile
@@ -53,3 +55,50 @@ class WithFiles(Checkpoint):
     def open_file(self, shard: str) -> ShardFile:
         donor = self.donors.get(shard)
         return donor.open_file(shard) if donor is not None else super().open_file(shard)
+
+
+class WithNames(Checkpoint):
+    """`source` with weight files under other names, which the index follows. Raises PlanRefused where a name is not free or no such file is there."""
+
+    def __init__(self, source: Checkpoint, edits: Iterable[RenameFile]):
+        super().__init__(source.root, source.only)
+        self.source, self.names = source, {e.file: e.to for e in edits}
+        self._check()
+        self._old = {new: old for old, new in self.names.items()}
+        new = self.names.get
+        self.entries = {n: replace(e, name=n) for n, e in sorted((new(n, n), e) for n, e in source.entries.items())}
+        self.problems, self.missing_shards = list(source.problems), list(source.missing_shards)
+        self.json = dict(source.json)
+        index = source.json.get(INDEX_NAME)
+        if index is not None and self.names.keys() & set(source.weight_map.values()):
+            text = jsontext.replace_strings(index.raw.decode("utf-8"), jsontext.pointer("weight_map"), self.names)
+            self.json[INDEX_NAME] = JsonFile(INDEX_NAME, text.encode("utf-8"))
+            self.entries[INDEX_NAME] = Entry(INDEX_NAME, len(self.json[INDEX_NAME].raw))
+        self.shards = {new(n, n): replace(s, name=new(n, n), tensors=[t._replace(shard=new(n, n)) for t in s.tensors]) for n, s in source.shards.items()}
+
+    def _check(self) -> None:
+        source, given = self.source, list(self.names.values())
+        # A name that is missing is the index's for other tensors.
+        others = {*source.entries, *source.missing_shards} - self.names.keys()
+        for old, to in self.names.items():
+            if old not in source.shards or source.only:
+                raise PlanRefused(f"{old}: not a weight file of this checkpoint.", STALE)
+            if not to.endswith(".safetensors") or os.path.basename(to) != to or "\\" in to or to.startswith("."):
+                raise PlanRefused(f"{old}: {to!r} is no name for a weight file.", STALE)
+            if to in others or given.count(to) > 1:
+                raise PlanRefused(f"{old}: {to}, its new name, is another file's.", STALE)
+
+    def origin(self, name: str) -> str:
+        return self.source.origin(self._old.get(name, name))
+
+    def path(self, name: str) -> Path:
+        if name not in self.entries:
+            return super().path(name)
+        return self.source.path(self._old.get(name, name))
+
+    def read_file(self, name: str, limit: int = 64 << 20) -> bytes:
+        file = self.json.get(name)
+        return file.raw if file is not None else self.source.read_file(self._old.get(name, name), limit)
+
+    def open_file(self, shard: str) -> ShardFile:
+        return self.source.open_file(self._old.get(shard, shard))

@@ -331,6 +331,19 @@ def compared() -> Case:
     return case
 
 
+def rename_parts(*numbers: str):
+    """Damage that calls the parts of a checkpoint otherwise, in files and index: "3-of-7" for the first, and so on."""
+    def damage(folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        for at, number in enumerate(numbers, 1):
+            part, _, total = number.partition("-of-")
+            old, new = f"model-{at:05d}-of-{len(numbers):05d}.safetensors", f"model-{int(part):05d}-of-{int(total):05d}.safetensors"
+            if new != old:
+                (folder / old).rename(folder / new)
+                index.write_text(index.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    return damage
+
+
 def shown_by(module) -> Iterator[tuple[Case, Case | None]]:
     """(case, base) of each state that shows a rule's cures: its `bad` and what `more` gives, each alone and with a twin to take from.
 

@@ -13,7 +13,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,11 +21,11 @@ from doctor import jsontext
 from doctor.checkpoint import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.dtypes import CODE_NUMPY
 from doctor.edits import (CASTS, CREATE, MADE, MISSING, TENSOR_EDITS, CastTensor, CleanJson, DropFile, DropTensor, Edit, NameFormat, PadTensor, Rebase,
-                          RebuildIndex, RemoveJson, RenameTensor, ReplaceText, SetJson, TakeFile, apply, edited_info, pad_positions)
+                          RebuildIndex, RemoveJson, RenameFile, RenameTensor, ReplaceText, SetJson, TakeFile, apply, edited_info, pad_positions)
 from doctor.errors import BadCheckpoint, PlanRefused
 from doctor.made import STALE, made, opened
 from doctor.shard import Shard, ShardFile, TensorInfo, open_shard
-from doctor.taken import WithFiles
+from doctor.taken import WithFiles, WithNames
 
 IOV_PARTS = 512  # parts of one scattered read; the kernel takes 1,024
 
@@ -154,6 +154,10 @@ class EditedCheckpoint(Checkpoint):
         source = opened(other.root) if other is not None else source
         files = [e for e in self.edits if isinstance(e, TakeFile)]
         source = WithFiles(source, files) if files else source
+        names = [e for e in self.edits if isinstance(e, RenameFile)]
+        if names:
+            source = WithNames(source, names)
+            self.edits = tuple(_called(e, source.names) for e in self.edits)
         super().__init__(source.root, source.only)
         self.source = source
         self.entries = dict(source.entries)
@@ -161,8 +165,11 @@ class EditedCheckpoint(Checkpoint):
         self.shards = dict(source.shards)
         self.json = dict(source.json)
         self.missing_shards = list(source.missing_shards)
-        self.taken: set[str] = {e.file for e in files}
+        self.taken: set[str] = {self.called(e.file) for e in files}
         self.changed: set[str] = set(self.taken)
+        if names and source.json.get(INDEX_NAME) is not source.source.json.get(INDEX_NAME):
+            self.changed.add(INDEX_NAME)
+            self.taken.discard(INDEX_NAME)
         self.changed_tensors: set[str] = set()
         self.pieces: dict[str, list[Piece]] = {}
         self.texts: dict[str, bytes] = {}  # changed files that are neither shards nor JSON
@@ -351,11 +358,18 @@ class EditedCheckpoint(Checkpoint):
 
     # reading
 
+    def origin(self, name: str) -> str:
+        return self.source.origin(name)
+
+    def called(self, name: str) -> str:
+        """The name that a file of the source has here."""
+        return self.source.names.get(name, name) if isinstance(self.source, WithNames) else name
+
     def path(self, name: str):
         """Path of a file that no edit changes. Raises BadCheckpoint for one that exists only as edits."""
         if name in self.changed:
             raise BadCheckpoint(f"{name}: changed by edits that are not on disk; read it through the checkpoint.")
-        return super().path(name)
+        return self.source.path(name) if name in self.entries else super().path(name)
 
     def read_file(self, name: str, limit: int = 64 << 20) -> bytes:
         if name in self.taken or name not in self.changed:
@@ -377,6 +391,17 @@ class EditedCheckpoint(Checkpoint):
             return EditedFile(self.source.path(shard), shard, pieces)
         except OSError as error:
             raise BadCheckpoint(f"{shard}: {error.strerror}.") from None
+
+
+def _called(edit: Edit, names: dict[str, str]) -> Edit:
+    """An edit of a shard that is renamed too, by the new name."""
+    if isinstance(edit, DropFile) and edit.file in names:
+        raise PlanRefused(f"{edit.file}: one edit leaves it out and another renames it to {names[edit.file]}.", STALE)
+    if isinstance(edit, NameFormat):
+        return replace(edit, file=names.get(edit.file, edit.file))
+    if isinstance(edit, DropTensor):
+        return replace(edit, shard=names.get(edit.shard, edit.shard))
+    return edit
 
 
 def _is_numbered(name: str) -> bool:

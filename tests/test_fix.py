@@ -21,7 +21,7 @@ from doctor.evaluate.proof import prove
 from doctor.plan import Consent, make_plan
 from doctor.report.plan_text import render_plan
 from doctor.rule import RULES
-from doctor.testing import FAMILIES, tiny
+from doctor.testing import FAMILIES, rename_parts, tiny
 from doctor.view import EditedCheckpoint
 from doctor.writer import sha256
 
@@ -280,7 +280,7 @@ def arm(at, code):
 """
 
 
-def run_all_failures(source, out, code):
+def run_all_failures(source, out, code, codes):
     """Run fix in one process with its n-th system call failing, for every n; one line per n: what became of it."""
     script = RUNNER.format(root=os.getcwd()) + f"""
 saved = {{n: getattr(os, n) for n in NAMES}}
@@ -290,14 +290,14 @@ import doctor.evaluate.proof as proof
 from doctor.plan import Proof
 proof.prove = lambda a, b: Proof("equal", "not the subject here")
 import shutil
-fix(checkpoint, {str(out)!r} + "-warm", recipe, unsafe_fixes=("G302", "W201"))
+fix(checkpoint, {str(out)!r} + "-warm", recipe, unsafe_fixes={codes})
 n = 0
 while True:
     n += 1
     target = {str(out)!r} + f"-{{n}}"
     count = arm(n, {code})
     try:
-        fix(checkpoint, target, recipe, unsafe_fixes=("G302", "W201"), copy=n % 2 == 0)
+        fix(checkpoint, target, recipe, unsafe_fixes={codes}, copy=n % 2 == 0)
         word = "done"
     except DoctorError as error:
         word = type(error).__name__
@@ -313,13 +313,17 @@ while True:
     return [line.split() for line in run.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("code", ["errno.ENOSPC", "errno.EIO"])
-def test_failure_of_any_call_leaves_the_source_untouched_and_the_output_absent_or_whole(tmp_path, code):
+@pytest.mark.parametrize("code, codes", [("errno.ENOSPC", ALL), ("errno.EIO", ALL), ("errno.EIO", ("W201",))], ids=["ENOSPC", "EIO", "EIO-renamed"])
+def test_failure_of_any_call_leaves_the_source_untouched_and_the_output_absent_or_whole(tmp_path, code, codes):
+    """The last of them writes one shard and links the other, both under new names."""
     case, source = spoiled(tmp_path)
+    if codes != ALL:
+        rename_parts("1-of-4", "3-of-4")(source)
     before = digests(source)
-    lines = run_all_failures(source, tmp_path / "out", code)
+    lines = run_all_failures(source, tmp_path / "out", code, codes)
     assert digests(source) == before
     whole = digests(tmp_path / "out-warm")
+    assert {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} < whole.keys()
     assert len(lines) > 20 and lines[-1][1:] == ["done", "present", "False"]
     failed = [line for line in lines if line[1] != "done"]
     assert len(failed) > 15 and all(line[1] in ("MachineError", "BadCheckpoint", "PlanRefused") for line in failed), lines

@@ -1,4 +1,4 @@
-"""`fix --from`: whole files and single tensors of a directory or of the Hub (a server on the loopback), checked, or nothing."""
+"""`fix --from`: whole files and single tensors of a directory or of the Hub (a server on the loopback), checked, or nothing; files under new names."""
 
 import hashlib
 import json
@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from test_hub import COMMIT, fake, refuse, torn  # noqa: F401 - a fixture
 
-from doctor.api import check, fix
-from doctor.checkpoint import Checkpoint
-from doctor.errors import BadCheckpoint, MachineError
-from doctor.testing import tiny
+from doctor.api import check, fix, quantize, undo
+from doctor.checkpoint import INDEX_NAME, Checkpoint
+from doctor.edits import DropFile, DropTensor, NameFormat, PadTensor, RebuildIndex, RenameFile, RenameTensor, TakeFile
+from doctor.errors import BadCheckpoint, MachineError, PlanRefused
+from doctor.recipe import Recipe
+from doctor.testing import rename_parts, tiny
+from doctor.view import EditedCheckpoint
 from doctor.writer import sha256
 
 SECOND = "model-00002-of-00003.safetensors"
@@ -329,6 +332,137 @@ def test_a_format_is_written_into_the_header_by_name_only(tmp_path):
     out = Checkpoint.open(tmp_path / "out")
     assert out.shards["model.safetensors"].metadata == {"format": "pt"}
     assert all((out.load(n) == a).all() for n, a in tiny().tensors.items())
+
+
+# files under new names
+
+FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
+NEW = "model-00007-of-00009.safetensors"
+
+
+def of_names(case, tmp_path, *numbers):
+    case.shards = len(numbers)
+    case.damage.append(rename_parts(*numbers))
+    return case.write(tmp_path / "source")
+
+
+def read(view, shard):
+    with view.open_file(shard) as file:
+        return file.read(0, file.size())
+
+
+def test_a_renamed_shard_is_linked_and_the_index_keeps_its_text_but_for_the_name(tmp_path, whole):
+    view = EditedCheckpoint(Checkpoint.open(whole), [RenameFile(SECOND, NEW)])
+    assert list(view.shards) == [FIRST, LAST, NEW] == [n for n in view.entries if n.startswith("model-")]
+    assert {t.shard for t in view.shards[NEW].tensors} == {NEW} and not view.missing_shards
+    assert view.json[INDEX_NAME].raw == (whole / INDEX_NAME).read_bytes().replace(SECOND.encode(), NEW.encode())
+    assert view.changed == {INDEX_NAME} and view.origin(NEW) == SECOND and view.called(SECOND) == NEW
+    assert read(view, NEW) == (whole / SECOND).read_bytes() and view.path(NEW) == whole / SECOND
+    name = view.shards[NEW].tensors[0].name
+    assert (view.load(name) == Checkpoint.open(whole).load(name)).all()
+
+
+@pytest.mark.parametrize("edit", ["pad", "drop", "drop here", "format", "rename", "index", "base", "swap"])
+def test_a_new_name_goes_with_every_other_edit_of_the_shard(tmp_path, whole, edit):
+    """As if the one had been done after the other; a chain of names loses no file."""
+    source = Checkpoint.open(whole)
+    name = source.shards[SECOND].tensors[0].name
+    first = {"pad": lambda: [PadTensor(name, 0, 200)], "drop": lambda: [DropTensor(name)], "drop here": lambda: [DropTensor(name, SECOND)],
+             "format": lambda: [NameFormat(SECOND)], "rename": lambda: [RenameTensor(name, "x.y")], "index": lambda: [RebuildIndex()],
+             "base": lambda: [TakeFile(SECOND, str(copy_of(whole, tmp_path / "base")), sha256(whole / SECOND))], "swap": lambda: [RenameFile(LAST, SECOND)]}[edit]()
+    view = EditedCheckpoint(source, [*first, RenameFile(SECOND, NEW)])
+    alone = EditedCheckpoint(source, first if edit != "swap" else [])
+    if edit == "swap":
+        assert read(view, NEW) == (whole / SECOND).read_bytes() and read(view, SECOND) == (whole / LAST).read_bytes()
+    else:
+        assert read(view, NEW) == read(alone, SECOND)
+        assert {n: t._replace(shard=SECOND if t.shard == NEW else t.shard) for n, t in view.tensors.items()} == alone.tensors
+        assert view.index == json.loads(json.dumps(alone.index).replace(SECOND, NEW))
+    assert view.taken == ({NEW} if edit == "base" else set())
+
+
+@pytest.mark.parametrize("edits, message", [
+    ([RenameFile(SECOND, LAST)], "another file's"), ([RenameFile(SECOND, NEW), RenameFile(LAST, NEW)], "another file's"),
+    ([RenameFile("config.json", NEW)], "config.json: not a weight file"), ([RenameFile(NEW, SECOND)], "not a weight file"),
+    ([RenameFile(SECOND, "../x.safetensors")], "no name for a weight file"), ([RenameFile(SECOND, "x.bin")], "no name for a weight file"),
+    ([RenameFile(SECOND, NEW), DropFile(SECOND)], "one edit leaves it out and another renames it")])
+def test_a_name_that_is_not_free_or_no_name_is_refused(whole, edits, message):
+    with pytest.raises(PlanRefused, match=message):
+        EditedCheckpoint(Checkpoint.open(whole), edits)
+
+
+def test_a_name_that_the_index_has_for_lost_tensors_is_not_free(whole):
+    (whole / LAST).unlink()
+    with pytest.raises(PlanRefused, match="is another file's"):
+        EditedCheckpoint(Checkpoint.open(whole), [RenameFile(SECOND, LAST)])
+
+
+def test_parts_of_a_whole_model_are_numbered_anew_and_no_weight_is_written(tmp_path):
+    case = tiny()
+    source = of_names(case, tmp_path, "1-of-5", "3-of-5", "5-of-5")
+    before = {p.name: p.read_bytes() for p in source.iterdir()}
+    result = fix(source, tmp_path / "out", case.recipe)
+    assert [s.code for s in result.plan.steps] == ["F027"] and not result.report.findings and result.plan.files_written == [INDEX_NAME]
+    assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+    for old, new in (("model-00001-of-00005", FIRST), ("model-00003-of-00005", SECOND), ("model-00005-of-00005", LAST)):
+        assert os.stat(result.output / new).st_ino == os.stat(source / f"{old}.safetensors").st_ino
+    assert result.plan.after.bytes_read == 0 and not check(result.output, case.recipe).findings  # what has a new name alone is not read twice
+    assert "model-00003-of-00005.safetensors → model-00002-of-00003.safetensors" in result.plan.steps[0].notes
+
+
+def test_parts_that_were_lost_or_are_of_two_saves_are_not_numbered_anew_unasked(tmp_path):
+    case = tiny()
+    of_names(case, tmp_path, "1-of-2", "2-of-3")
+    assert not fix(tmp_path / "source", tmp_path / "out", case.recipe, unsafe_fixes=True).plan.steps
+    assert [s.code for s in fix(tmp_path / "source", tmp_path / "out", case.recipe, unsafe_fixes=["F027"]).plan.steps] == ["F027"]
+    lost = tiny()
+    of_names(lost, tmp_path / "lost", "1-of-3", "3-of-3")
+    name = lost.name("down")
+    del lost.tensors[name]
+    lost.write(tmp_path / "less")
+    (item,) = [f for f in check(tmp_path / "less", lost.recipe).findings if f.code == "F027"]
+    assert item.fix.safety == "manual" and not item.fix.edits
+
+
+def test_a_new_name_goes_with_the_cures_of_other_rules_in_place_and_back(tmp_path):
+    """One shard with NaN is written under its new name, and every finding that stays is the one that was there."""
+    case = tiny()
+    case.down()[3, 5] = 0x7FC0
+    case.tensors[case.name("up", 1)][:] = 0
+    source = of_names(case, tmp_path, "1-of-4", "3-of-4")
+    before = {p.name: sha256(p) for p in source.iterdir()}
+    result = fix(source, None, case.recipe, in_place=True, unsafe_fixes=("W201",))
+    assert {s.code for s in result.plan.steps} == {"F027", "W201"} and {f.code for f in result.report.findings} == {"W202", "W204", "W209"}
+    assert result.plan.files_written in ([SECOND.replace("3.", "2."), INDEX_NAME], [FIRST.replace("3.", "2."), INDEX_NAME])
+    receipt = json.loads(result.receipt_path.read_text())
+    (shard,) = [w for w in receipt["written"] if w["file"] != INDEX_NAME]
+    assert shard["sha256_before"] in before.values() and shard["sha256_after"] == sha256(source / shard["file"])
+    assert "is what it was before the fix" in undo(source)[0]
+    assert {p.name: sha256(p) for p in source.iterdir()} == before
+
+
+def test_a_damaged_shard_is_taken_from_the_base_and_gets_its_name(tmp_path):
+    case = tiny()
+    base = of_names(case, tmp_path / "base", "1-of-4", "3-of-4")
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in base.iterdir():
+        (source / path.name).write_bytes(path.read_bytes()[: -100 if "00003-of" in path.name else None])
+    result = fix(source, tmp_path / "out", case.recipe, base=base)
+    assert {s.code for s in result.plan.steps} == {"F001", "F027"} and not result.report.findings
+    assert sha256(result.output / "model-00002-of-00002.safetensors") == sha256(base / "model-00003-of-00004.safetensors")
+    assert json.loads(result.receipt_path.read_text())["base"]["files"].keys() == {"model-00003-of-00004.safetensors"}
+
+
+def test_a_renamed_shard_is_quantized_through_the_view(tmp_path):
+    case = tiny()
+    source = of_names(case, tmp_path, "1-of-4", "3-of-4")
+    plain = tiny()
+    plain.shards = 2
+    recipe = Recipe(method="rtn", group_size=32)
+    outs = [quantize(folder, tmp_path / f"out{i}", recipe, fix=True).output for i, folder in enumerate((source, plain.write(tmp_path / "plain")))]
+    weights = [{p.name: sha256(p) for p in out.glob("*.safetensors")} for out in outs]
+    assert weights[0] == weights[1] and weights[0]
 
 
 def test_every_rule_stands_in_the_table_with_its_cure_or_the_reason_why_there_is_none(capsys):

@@ -48,6 +48,7 @@ CURES = {
     "rebuild the index from the shards' headers": "根据各分片的文件头重建索引", "write the index from the shards' headers": "根据各分片的文件头写索引",
     "fetch index and shards of one revision; rebuild only if the tensor was dropped on purpose": "取同一版本的索引和分片；只有张量是有意去掉的，才重建",
     "fetch the index and the shards from one save": "取同一次保存的索引和分片", "fetch the absent parts and the index": "取回缺少的部分和索引",
+    "number the {n} parts anew, 1 to {last}": "把 {n} 个分片重新编号，从 1 到 {last}",
     "fetch the model's *.safetensors files": "取回模型的 *.safetensors 文件", "fetch the shard that holds the absent blocks": "取回存有缺失各层的分片",
     "fetch the shard that holds it, or take it from the base model": "取回存有它的分片，或从基座模型取",
     "fetch this tensor's shard again, of the same revision as config.json": "重新取这个张量所在的分片，版本与 config.json 一致",
