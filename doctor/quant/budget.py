@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +21,13 @@ from doctor.recipe import Recipe
 from doctor.spec import Linear, ModelSpec
 
 BATCH_TOKENS = 4096     # a batch this long keeps matrix products at full speed; more only costs memory
-# Python, torch, transformers, the model's frame, heap that is free but not returned. Measured: 450 MiB with torch's CPU build; its CUDA
+# Python, torch, transformers, the model's frame, heap that is free but not returned. Measured: 440 MiB with torch's CPU build; its CUDA
 # build takes 770 even where there is no GPU, most of it while the libraries load.
-CONSTANT = (700 if version("torch").endswith("+cpu") else 1100) << 20
+CONSTANT = (560 if version("torch").endswith("+cpu") else 900) << 20
 # Matrices of [k, k] and of [n, k] in float32 that solving one linear holds at its peak, besides its Hessian and its weight.
 _SQUARES, _OBLONGS = 6, 6
+_M_MMAP_THRESHOLD = -3  # of mallopt
+_OWN_MAPPING = 1 << 20  # bytes from which an allocation gets pages of its own
 _SHARE_OF_FREE = 0.7    # of what is free, where no limit is given: other programs want to live too
 
 
@@ -157,11 +159,25 @@ def resident() -> int:
         return CONSTANT
 
 
+def return_freed_tensors() -> None:
+    """From now on a freed tensor's pages go back to the system at once, where the C library can: glibc moves its threshold for that up to
+    32 MiB as tensors are freed, and keeps what halted passes leave between them, a third of the peak of a small model. The
+    kernel clears pages more often then; huge pages (doctor/quant/__init__.py) keep that to a few percent of a run.
+    """
+    set_option = _of_c_library("mallopt")
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _OWN_MAPPING)
+
+
 def give_back() -> None:
     """Free heap back to the system, where the C library can: glibc keeps what a block left in holes, 2 MB a block of 256 x 768."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    trim = _of_c_library("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def _of_c_library(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def free_memory() -> int:

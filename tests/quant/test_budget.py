@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import struct
 import subprocess
 import sys
@@ -113,6 +114,29 @@ def test_quantize_says_at_the_start_that_the_disk_will_not_do(tmp_path, monkeypa
     monkeypatch.setattr("doctor.quant.quantize.measure", lambda *asked: Machine("OUT", 64 << 30, 1 << 30, 1 << 20, 64 << 20))
     done = api.quantize(tiny("llama").write(tmp_path / "m"), tmp_path / "q", Recipe(method="rtn", group_size=32))
     assert [f.code for f in done.report.findings] == ["G314"]
+
+
+HOLES = """
+import sys
+import doctor.quant, torch
+from doctor.quant import budget
+if sys.argv[1] == "returned":
+    budget.return_freed_tensors()
+torch.ones(6 << 20)         # freed: where glibc decides, its threshold is above 24 MB from here on
+before = budget.resident()
+tensors = [torch.ones(1 << 20) for _ in range(64)]
+del tensors[::2]
+print(budget.resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_what_tensors_leave_between_others_goes_back_to_the_system():
+    def grown(how):
+        done = subprocess.run([sys.executable, "-c", HOLES, how], timeout=120, capture_output=True, text=True, check=True)
+        return int(done.stdout) / (4 << 20)
+
+    assert grown("kept") > 60 and 30 < grown("returned") < 40
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
