@@ -561,7 +561,12 @@ def _problems(plan: Plan) -> list[str]:
     cured = {_key(f, view): f for step in plan.steps for f in step.findings}
     allowed.subtract(_key(f, view) for step in plan.steps for f in step.findings)
     found = [f"{f.code} is still there after its fix: {f.message}" for key, f in cured.items() if remaining[key] > max(allowed[key], 0)]
+    found += [f"{code} crashed on what the fixes give, so it cannot tell whether all is well" for code in _crashed(plan.after) - _crashed(plan.before)]
     return found + [f"{f.code} appears because of the fixes: {f.message}" for f in caused(plan.reference or plan.before, plan.after)]
+
+
+def _crashed(seen: Look) -> set[str]:
+    return {run.rule.code for run in seen.runs if run.crashed}
 
 
 def caused(before: Look, after: Look) -> list[Finding]:

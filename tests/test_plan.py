@@ -143,6 +143,13 @@ def test_a_finding_that_a_fix_causes_stops_the_plan(plan_of):
     assert plan.problems == ["C191 appears because of the fixes: five is bad"]
 
 
+def test_a_rule_that_a_fix_makes_crash_stops_the_plan(plan_of):
+    plan = plan_of(tiny(), {"C190": sets(5), "C191": 'if config.get("x_test") == 5:\n    raise KeyError("x")\nyield from ()'})
+    assert plan.problems == ["C191 crashed on what the fixes give, so it cannot tell whether all is well"]
+    before = plan_of(tiny(), {"C190": sets(5), "C191": 'raise KeyError("x")\nyield from ()'})
+    assert not before.problems and [s.code for s in before.steps] == ["C190"]
+
+
 def test_fixes_that_never_rest_are_our_bug_and_said(plan_of):
     body = '''
 n = sum(k.startswith("x_test") for k in config)

@@ -21,6 +21,8 @@ def render_plan(result: FixResult) -> str:
     for step in plan.optional:
         lines.append(f"-  {step.code}  {say(_word(step))}  {safe(known(step.title))}   ({_how_to_ask(plan, step)})")
     lines += [_for_you(group, plan) for group in _folded(plan.for_you)]
+    lines += [f"☠  {say('{code} crashed', code=run.rule.code)}: {safe(run.crashed)}; {say('this is a defect of doctor, please report it')}"
+              for run in result.report.crashed]
     if lines:
         lines.append("")
     lines += [say("note: {text}", text=safe(note)) for note in result.notes]
@@ -122,13 +124,13 @@ def _undo(result: FixResult, out: str) -> str:
 
 def _remaining(result: FixResult) -> str:
     report = result.report_after
-    codes = sorted({f.code for f in report.findings})
+    codes = sorted({f.code for f in report.findings} | {run.rule.code for run in report.crashed})
     if not codes:
         return say(" No findings remain.") if result.plan.steps else ""
     ahead = result.receipt_path is None and result.plan.steps
     sentence = (" Exit {code}: {codes} would remain." if ahead else " Exit {code}: {codes} remain." if len(codes) > 1 else
                 " Exit {code}: {codes} remains.")
-    return say(sentence, code=0 if report.ok else 1, codes=_and(codes))
+    return say(sentence, code=2 if report.crashed else 0 if report.ok else 1, codes=_and(codes))
 
 
 def _and(words: list[str]) -> str:
