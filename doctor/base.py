@@ -17,6 +17,7 @@ from doctor.edits import MISSING, TakeFile, TakeTensor, nonfinite_mask
 from doctor.jsontext import split_pointer
 from doctor.made import digest
 from doctor.shard import TensorInfo
+from doctor.spec import build_spec
 
 POINTER_BYTES = 1024  # git-lfs's notes are shorter, weight files longer
 COMPARE_BYTES = 1 << 20
@@ -117,6 +118,12 @@ class Base:
         if flags == {True} and not stored:
             return True
         return False if stored and True not in flags else None
+
+    def is_tied(self, name: str) -> bool:
+        """Whether this tensor is the base's embedding and its head in one."""
+        config = self.checkpoint.value("config.json")
+        spec = build_spec(config, self.checkpoint.tensors) if config else None
+        return spec is not None and spec.tied and name == spec.embed_tensor
 
     def agrees(self, info: TensorInfo) -> tuple[bool, str]:
         """(whether all finite values of this tensor are the base's, bit by bit, and enough of them; what was found)."""

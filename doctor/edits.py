@@ -254,7 +254,8 @@ class Dequantize:
 class AddLowRank:
     """weight + scale * B @ A, in float32, rounded once. `a` [r, in] and `b` [out, r] are tensors of the adapter in `root`.
 
-    transposed: the weight is stored [in, out]. Needs a Rebase on the model that the adapter changes.
+    transposed: the weight is stored [in, out]. magnitude: DoRA's [out], to which each output's row of the sum is brought, "" without.
+    Needs a Rebase on the model that the adapter changes.
     """
 
     tensor: str
@@ -263,6 +264,7 @@ class AddLowRank:
     b: str
     scale: float
     transposed: bool = False
+    magnitude: str = ""
     phase = "bytes"
 
     @property

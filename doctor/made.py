@@ -88,22 +88,49 @@ class Grown:
 
 
 class Merged:
-    """A weight with a low-rank change added to it."""
+    """A weight with a low-rank change added to it; with DoRA's magnitudes, each output's row of the sum is brought to its own.
+
+    PEFT works the norms out in the type of the sum, which is float32 here; they are summed in float64, whose rounding does not hang
+    on the order.
+    """
 
     def __init__(self, inner, edit: AddLowRank):
         adapter = opened(edit.root)
         self.inner, self.info, self.edit = inner, inner.info, edit
-        self.a, self.b = (_values(adapter, name) for name in (edit.a, edit.b))
+        self.a, self.b = (_values(adapter, name, 2) for name in (edit.a, edit.b))
         product = (self.b.shape[0], self.a.shape[1])
         want = product[::-1] if edit.transposed else product
         if self.a.shape[0] != self.b.shape[1] or want != self.info.shape or self.info.dtype.name not in CASTS:
             raise PlanRefused(f"{edit.tensor}: {self.info.dtype.name} {list(self.info.shape)}; B {list(self.b.shape)} times A {list(self.a.shape)} "
                               "cannot be added to it.", "Give the base model that the adapter was trained on.")
+        self.magnitude = _values(adapter, edit.magnitude, 1) if edit.magnitude else None
+        if self.magnitude is not None and len(self.magnitude) != product[0]:
+            raise PlanRefused(f"{edit.tensor}: {product[0]} outputs; {edit.magnitude} has {len(self.magnitude)}.", STALE)
+        self.factor: np.ndarray | None = None  # of every output of a transposed weight
 
     def rows(self, begin: int, end: int) -> np.ndarray:
+        total = self._sum(begin, end)
+        if self.magnitude is not None and self.edit.transposed:
+            if self.factor is None:
+                step = max(MEAN_SLAB // max(self.info.shape[1], 1), 1)
+                parts = (self._sum(row, min(row + step, self.info.shape[0])) for row in range(0, self.info.shape[0], step))
+                self.factor = self._factor(sum(np.square(part, dtype=np.float64).sum(0) for part in parts), self.magnitude)
+            total = self.factor * total
+        elif self.magnitude is not None:
+            total = self._factor(np.square(total, dtype=np.float64).sum(1), self.magnitude[begin:end])[:, None] * total
+        return to_codes(total, self.info.dtype.name)
+
+    def _sum(self, begin: int, end: int) -> np.ndarray:
         values = from_codes(self.inner.rows(begin, end), self.info.dtype.name)
         change = (self.b @ self.a[:, begin:end]).T if self.edit.transposed else self.b[begin:end] @ self.a
-        return to_codes(values + np.float32(self.edit.scale) * change, self.info.dtype.name)
+        return values + np.float32(self.edit.scale) * change
+
+    def _factor(self, squares: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+        zero = int((squares == 0).sum())
+        if zero:
+            raise PlanRefused(f"{self.edit.tensor}: {zero:,} outputs are all zero after the sum and cannot be brought to a magnitude.",
+                              "Give the base model that the adapter was trained on.")
+        return magnitude / np.sqrt(squares).astype(np.float32)
 
 
 class Groups:
@@ -323,11 +350,12 @@ def _e4m3_values() -> np.ndarray:
 _E4M3 = _e4m3_values()
 
 
-def _values(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """f32 values of an adapter's matrix; PlanRefused where it is none or is not finite."""
+def _values(checkpoint: Checkpoint, name: str, axes: int) -> np.ndarray:
+    """f32 values of an adapter's tensor; PlanRefused where it has other axes or is not finite."""
     info = Stored(checkpoint, name).info
-    if info.dtype.name not in CASTS or len(info.shape) != 2:
-        raise PlanRefused(f"{name}: {info.dtype.name} {list(info.shape)}; a low-rank matrix has two axes and floating values.")
+    if info.dtype.name not in CASTS or len(info.shape) != axes:
+        raise PlanRefused(f"{name}: {info.dtype.name} {list(info.shape)}; {'a low-rank matrix has two axes' if axes == 2 else 'magnitudes have one axis'} "
+                          "and floating values.")
     codes = checkpoint.load(name)
     wrong = int(nonfinite_mask(codes, info.dtype.name).sum())
     if wrong:

@@ -7,13 +7,15 @@ Seen as:
 - AutoGPTQ: `does not appear to have a file named config.json`
 
 Do: merge it into its base model: `doctor fix ADAPTER -o OUT --from BASE`, or `model.merge_and_unload()` of PEFT. W + scale * B @ A is
-worked out in float32 and rounded once to the base's type; scale is lora_alpha / r, with use_rslora lora_alpha / sqrt(r).
+worked out in float32 and rounded once to the base's type; scale is lora_alpha / r, with use_rslora lora_alpha / sqrt(r). With use_dora
+each output's row of that sum is brought to the magnitude that the adapter holds for it.
 
 False alarms: a full model that keeps its adapter beside it is not counted.
 
 Fix safety: safe with `--from`, if every matrix of the adapter finds its weight there; else manual. Ranks and
-alphas by pattern and modules that were trained whole are part of it. What is more than LoRA (DoRA, trained biases, other kinds of
-adapter) is left to PEFT, and the finding says which it was.
+alphas by pattern and modules that were trained whole are part of it. What is more than LoRA and DoRA (trained biases, other kinds of
+adapter, any key that doctor does not know) is left to PEFT, and so is an adapter whose training began by taking a part out of the base
+(PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), to which W + scale * B @ A would add that part twice. The finding says which it was.
 
 Sources: huggingface/peft docs, "Model merging".
 
@@ -23,17 +25,18 @@ Sources: huggingface/peft docs, "Model merging".
 
 处理: 合并进基座模型：`doctor fix ADAPTER -o OUT --from BASE`，或 PEFT 的 `model.merge_and_unload()`。W +
 scale * B @ A 按 float32 计算，再一次性取整到基座的类型；scale 为 lora_alpha / r，use_rslora 时为 lora_alpha
-/ sqrt(r)。
+/ sqrt(r)。use_dora 时，再把每个输出对应的那一行缩放到适配器为它保存的模长。
 
 误报: 完整模型旁边放着自己的适配器，不计。
 
 修复: 用 `--from` 且适配器的每个矩阵都能找到对应权重时安全；否则需手动。按名字设定的秩和 alpha、
-整个训练过的模块都包括在内。超出 LoRA 的部分（DoRA、训练过的偏置、其他种类的适配器）交给 PEFT，发现中会写明是哪一种。
+整个训练过的模块都包括在内。超出 LoRA 和 DoRA 的（训练过的偏置、其他种类的适配器、doctor 不认识的键）交给 PEFT；训练开始时先从
+基座里取走一部分的适配器（PiSSA、OLoRA、CorDA、LoftQ、LoRA-GA）也是，因为 W + scale * B @ A 会把那一部分算两遍。发现中会写明是哪一种。
 """
 
 import json
 
-from doctor.rule import ADAPTER, MATRIX, AddLowRank, CastTensor, Fix, NotMergeable, Place, Rebase, TakeTensor, finding, pairs, product, rule
+from doctor.rule import ADAPTER, AddLowRank, CastTensor, Fix, NotMergeable, Place, Rebase, TakeTensor, finding, pairs, product, rule, saved_whole
 from doctor.testing import shard_bytes, tiny
 
 
@@ -56,32 +59,35 @@ def _merge(checkpoint, config, donor, digests):
     """(edits, "") that make the base with the adapter in it, or ((), why doctor does not)."""
     base, edits, own = donor.checkpoint.tensors, [Rebase(donor.root)], checkpoint.tensors
     try:
-        for pair in pairs(config, own, own):
+        merged = pairs(config, own, own)
+        for pair in merged:
             weight = base.get(f"{pair.module}.weight")
             if weight is None:
                 raise NotMergeable(f"{pair.module} lacks its weight in the base")
             if weight.shape != product(pair, own):
                 raise NotMergeable(f"{pair.module} is {list(weight.shape)} in the base; B times A is {list(product(pair, own))}")
-            edits.append(AddLowRank(weight.name, str(checkpoint.root), pair.a, pair.b, pair.scale, pair.transposed))
-        rest = sorted(n for n in own if MATRIX.fullmatch(n) is None)
-        for saved in config.get("modules_to_save") or ():
+            edits.append(AddLowRank(weight.name, str(checkpoint.root), pair.a, pair.b, pair.scale, pair.transposed, pair.magnitude))
+        rest = sorted(own.keys() - {n for pair in merged for n in pair.names})
+        for saved in saved_whole(config):
             if not any(f".{saved}." in n for n in rest):
                 raise NotMergeable(f"modules_to_save names {saved}, of which no tensor is there")
         for name in rest:
-            edits += _saved(checkpoint, config, own[name], base, digests)
+            edits += _saved(checkpoint, config, own[name], donor, digests)
     except NotMergeable as error:
         return (), str(error)
     return (tuple(edits), "") if len(edits) > 1 else ((), "the adapter has no tensor")
 
 
-def _saved(checkpoint, config, info, base, digests):
+def _saved(checkpoint, config, info, donor, digests):
     """A module that was trained whole (modules_to_save) in the place of the base's."""
-    name = info.name.removeprefix("base_model.model.")
+    base, name = donor.checkpoint.tensors, info.name.removeprefix("base_model.model.")
     module = name.rpartition(".")[0]
-    if not any(module == saved or module.endswith(f".{saved}") for saved in config.get("modules_to_save") or ()):
+    if not any(module == saved or module.endswith(f".{saved}") for saved in saved_whole(config)):
         raise NotMergeable(f"{info.name} is no matrix of a linear's LoRA")
     if name not in base or base[name].shape != info.shape:
         raise NotMergeable(f"{info.name} is {list(info.shape)}, and the base has {list(base[name].shape) if name in base else 'no such tensor'}")
+    if donor.is_tied(name):
+        raise NotMergeable(f"{info.name} was trained apart from the head, and the base has one matrix for both")
     if info.name not in digests:
         raise NotMergeable(f"{info.name} was not read")
     yield TakeTensor(name, str(checkpoint.root), digests[info.name][info.shard], info.name)

@@ -12,7 +12,7 @@ Do: load with PEFT, `merge_and_unload()`, save again.
 False alarms: none known; models with low-rank linears of their own (DeepSeek) use other names.
 
 Fix safety: safe where adapter_config.json lies beside the weights: it gives the scale, each weight becomes W + scale * B @ A, worked out in
-float32 and rounded once, and gets its plain name. Else manual, as the scale stands nowhere. An adapter of its own is F022.
+float32 and rounded once (with use_dora, brought to its magnitudes), and gets its plain name. Else manual, as the scale stands nowhere. An adapter of its own is F022.
 
 Sources: huggingface/peft src/peft/tuners/lora/layer.py.
 
@@ -25,12 +25,12 @@ Sources: huggingface/peft src/peft/tuners/lora/layer.py.
 
 误报: 暂无已知；本身就有低秩线性层的模型（DeepSeek）用的是别的名字。
 
-修复: 权重旁边有 adapter_config.json 时安全：系数取自它，每个权重按 float32 算 W + scale * B @ A，一次性取整，并改回本名。否则需手动，系数无从得知。单独的适配器见 F022。
+修复: 权重旁边有 adapter_config.json 时安全：系数取自它，每个权重按 float32 算 W + scale * B @ A（use_dora 时再缩放到各行的模长），一次性取整，并改回本名。否则需手动，系数无从得知。单独的适配器见 F022。
 """
 
 import re
 
-from doctor.rule import ADAPTER, MATRIX, AddLowRank, DropTensor, Fix, NotMergeable, Place, RenameTensor, finding, pairs, product, rule
+from doctor.rule import ADAPTER, AddLowRank, DropTensor, Fix, NotMergeable, Place, RenameTensor, finding, pairs, product, rule
 from doctor.testing import tiny
 
 LORA = re.compile(r"(^|\.)(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save)(\.|$)|^base_model\.model\.")
@@ -55,13 +55,16 @@ def _merge(checkpoint, tensors, found):
     try:
         if config is None:
             raise NotMergeable("adapter_config.json, which holds the scale, is not there")
-        edits, plain = [], {n: n.removeprefix("base_model.model.").replace(".base_layer.", ".") for n in tensors if MATRIX.fullmatch(n) is None}
+        edits, merged = [], pairs(config, tensors, found)
+        matrices = {n for pair in merged for n in pair.names}
+        plain = {n: n.removeprefix("base_model.model.").replace(".base_layer.", ".") for n in tensors if n not in matrices}
         weights = {to: n for n, to in plain.items()}
-        for pair in pairs(config, tensors, found):
+        for pair in merged:
             name = weights.get(f"{pair.module}.weight")
             if name is None or tensors[name].shape != product(pair, tensors):
                 raise NotMergeable(f"{pair.module} has no weight {list(product(pair, tensors))} beside them")
-            edits += [AddLowRank(name, str(checkpoint.root), pair.a, pair.b, pair.scale, pair.transposed), DropTensor(pair.a), DropTensor(pair.b)]
+            edits.append(AddLowRank(name, str(checkpoint.root), pair.a, pair.b, pair.scale, pair.transposed, pair.magnitude))
+        edits += [DropTensor(name) for name in sorted(matrices)]
         odd = next((to for to in plain.values() if LORA.search(to)), None)
         if odd is not None or not edits or len(weights) < len(plain):
             raise NotMergeable(f"{odd or found[0]} is no matrix of a linear's LoRA")
