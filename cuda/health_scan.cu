@@ -40,8 +40,9 @@ INLINE u32 warp_highest(u32 x)
 }
 
 extern "C" __global__ void __launch_bounds__(256) health_scan(
-    const void *data, Health *out,  // out starts as zeros, first_nonfinite as all ones
-    i64 count, int dtype)
+    const void *data, Health *out,  // out starts as zeros, first_nonfinite as all ones, and is added to
+    i64 count, i64 base,            // base: how many values earlier launches have added to out
+    int dtype)
 {
     SHARED_MEMORY(Health, warps);  // one a warp
     u64 counts[6] = {0, 0, 0, 0, 0, 0}, first = ~0ull;
@@ -64,8 +65,8 @@ extern "C" __global__ void __launch_bounds__(256) health_scan(
             lowest = ~key > lowest ? ~key : lowest;
             sum += x;
             sumsq += (double)x * x;
-        } else if ((u64)i < first) {
-            first = (u64)i;
+        } else if ((u64)(base + i) < first) {
+            first = (u64)(base + i);
         }
     }
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
+from doctor.errors import NotQuantizable
+from doctor.quant import kernels
 from doctor.quant.gptq import Solution, improve, proxy_loss
 from doctor.quant.grid import Grid, contiguous_groups, dequantize, fit, group_width, quantize, require_finite, store_scale
 from doctor.quant.hessian import exact_products
@@ -104,24 +106,42 @@ def find_scales(weights: list[torch.Tensor], H: torch.Tensor, source: Source, *,
     live = energy > 0
     size = torch.where(live, energy, torch.ones_like(energy)).sqrt()
     filled = source.gather(_filled(weights, group_size)).clamp_min(1e-4)
-    best, chosen, kept = math.inf, torch.ones_like(size), ""
     sampled = [_some_rows(W) for W in weights]
+    for W, _ in sampled:
+        require_finite(W)
     candidates = [("", torch.ones_like(size))]
     candidates += [(f"rms(x)^{ratio:g}", size**ratio) for ratio in RATIOS[1:]]
     candidates += [(f"rms(x)^{ratio:g} / size(w)^{1 - ratio:g}", size**ratio / filled ** (1 - ratio)) for ratio in RATIOS]
+    tried, losses = [], []
     with exact_products():
-        for name, s in candidates:
-            s = s / (s[live].max() * s[live].min()).sqrt() if live.any() else s
-            s = torch.where(live, s, torch.ones_like(s)).clamp(1e-4, 1e4)
-            columns, loss = source.spread(s), 0.0
-            for W, share in sampled:
-                scaled = W * columns
-                grid = fit(scaled, bits, group_size, sym, zero_min=zero_min)
-                D = W - dequantize(quantize(scaled, grid, bits), grid) / columns
-                loss += float(((D @ H) * D).sum(dtype=torch.float64)) / share
-            if loss < best:
-                best, chosen, kept = loss, s, name
-    return chosen, kept
+        for _, s in candidates:
+            middle = (s.masked_fill(~live, 0).amax() * s.masked_fill(~live, math.inf).amin()).sqrt()
+            s = torch.where(live, s / middle, torch.ones_like(s)).clamp(1e-4, 1e4)
+            columns = source.spread(s)
+            tried.append(s)
+            losses.append(sum(_loss(_difference(W, columns, bits, group_size, sym, zero_min), H) / share for W, share in sampled))
+    values = torch.stack(losses).tolist()       # the one wait for a device
+    if not min(values) < math.inf:
+        return torch.ones_like(size), ""
+    best = values.index(min(values))
+    return tried[best], candidates[best][0]
+
+
+def _loss(D: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """tr(D H D^T), f64[]; Inf where D is not finite, so that such a candidate is none."""
+    return ((D @ H) * D).sum(dtype=torch.float64).nan_to_num(nan=math.inf)
+
+
+def _difference(W: torch.Tensor, columns: torch.Tensor, bits: int, group_size: int, sym: bool, zero_min: int) -> torch.Tensor:
+    """W * columns, rounded on min-max grids, brought back by columns, less W: f32[n, k]; not finite where no float16 holds a scale."""
+    if W.is_cuda and kernels.available(W.device) is None:
+        return kernels.awq_difference(W, columns, bits, group_size, sym, zero_min=zero_min)
+    scaled = W * columns
+    try:
+        grid = fit(scaled, bits, group_size, sym, zero_min=zero_min)
+    except NotQuantizable:
+        return torch.full_like(scaled, math.nan)
+    return dequantize(quantize(scaled, grid, bits), grid) / columns - W
 
 
 def _filled(weights: list[torch.Tensor], group_size: int) -> torch.Tensor:

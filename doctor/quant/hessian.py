@@ -41,7 +41,6 @@ class NonFinite:
 
     row: int
     channel: int
-    value: float
     count: int
 
 
@@ -86,7 +85,8 @@ class Hessian:
     def __init__(self, columns: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         self.columns = columns
         self.rows = 0
-        self.nonfinite: NonFinite | None = None
+        self._nonfinite: NonFinite | None = None
+        self._scan = _scan_on(torch.device(device)) if dtype == torch.float32 else None
         self._sum = torch.zeros(columns, columns, dtype=dtype, device=device)
         # On a CPU BLAS computes the half that is not its mirror image: 1.6 times faster than a full product.
         self._syrk = {torch.float32: ssyrk, torch.float64: dsyrk}.get(dtype) if self._sum.device.type == "cpu" else None
@@ -95,7 +95,10 @@ class Hessian:
     def add(self, X: torch.Tensor) -> None:
         """Adds the rows of X[..., k], any float dtype. The first non-finite value is kept in `nonfinite`, and in H."""
         X = X.reshape(-1, self.columns)
-        self._look_for_nonfinite(X)
+        if self._scan is not None:
+            self._scan.add(X.to(self._sum.device, torch.float32 if X.dtype == torch.float64 else X.dtype))
+        else:
+            self._look_for_nonfinite(X)
         with exact_products():
             for part in X.split(_ROWS_AT_A_TIME):
                 part = part.to(self._sum.device)
@@ -117,17 +120,39 @@ class Hessian:
             return H.tril_().add_(H.tril(-1).T)
         return H.add_(H.T.clone()).mul_(0.5)
 
+    @property
+    def nonfinite(self) -> NonFinite | None:
+        """The first value that is not finite. On a device this waits for the batches so far, which adding them does not."""
+        if self._scan is not None and self._scan.numel:
+            found = self._scan.read()
+            count = found["n_nan"] + found["n_inf"]
+            return NonFinite(*divmod(found["first_nonfinite"], self.columns), count) if count else None
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: NonFinite | None) -> None:
+        self._nonfinite, self._scan = value, None
+
     def _look_for_nonfinite(self, X: torch.Tensor) -> None:
         if all_finite(X):
             return
         bad = ~torch.isfinite(X)
         count = int(bad.sum())
-        first = self.nonfinite
+        first = self._nonfinite
         if first is None:
             row, channel = divmod(int(bad.flatten().to(torch.uint8).argmax()), self.columns)
-            self.nonfinite = NonFinite(self.rows + row, channel, X[row, channel].item(), count)
+            self._nonfinite = NonFinite(self.rows + row, channel, count)
         else:
-            self.nonfinite = NonFinite(first.row, first.channel, first.value, first.count + count)
+            self._nonfinite = NonFinite(first.row, first.channel, first.count + count)
+
+
+def _scan_on(device: torch.device):
+    """A kernels.Scan, which counts without waiting for the device; None where no kernel runs."""
+    if device.type != "cuda":
+        return None
+    from doctor.quant import kernels    # kernels.py needs grid.py, which needs this file
+
+    return kernels.Scan(device) if kernels.available(device) is None else None
 
 
 @lru_cache(maxsize=None)

@@ -523,7 +523,7 @@ def awq_dequantize(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Te
     return out.T
 
 
-def awq_difference(W: torch.Tensor, s: torch.Tensor, bits: int, group_size: int, sym: bool, *,
+def awq_difference(W: torch.Tensor, s: torch.Tensor, bits: int, group_size: int, sym: bool, *, zero_min: int = 0,
                    scale_dtype: torch.dtype = torch.float16, engine: Engine | None = None) -> torch.Tensor:
     """D f32[n, k] = grid(W * s) / s - W with min-max grids: a candidate s f32[k] > 0 of AWQ's search costs tr(D H D^T)."""
     engine = engine or engine_for(W.device)
@@ -534,7 +534,7 @@ def awq_difference(W: torch.Tensor, s: torch.Tensor, bits: int, group_size: int,
     out = torch.empty(n, k, device=W.device)
     difference = Difference(_at(W), _at(s), _at(out), n, k, width, _DTYPES[W.dtype])
     engine.launch("awq_difference", "awq_difference", (-(-n * (k // width) // 4), 1), 128, 0,
-                  (difference, _rule(bits, sym, False, False, 0, scale_dtype)), _stream(W), f"W[{n}, {k}] by {width}")
+                  (difference, _rule(bits, sym, False, False, zero_min, scale_dtype)), _stream(W), f"W[{n}, {k}] by {width}")
     return out
 
 
@@ -570,22 +570,41 @@ def _require_kv(count: int, bits: int) -> None:
                         "Q6 is 8 bits for keys and 4 for values.")
 
 
+class Scan:
+    """stats.Stats of float32, float16 or bfloat16 tensors on a device that are added one after the other, as if they were one.
+
+    Nothing waits for the device before `read`. Calibration counts what is not finite by it (hessian.py).
+    """
+
+    def __init__(self, device: torch.device, *, engine: Engine | None = None):
+        self.numel = 0
+        self._engine = engine or engine_for(device)
+        self._found = torch.frombuffer(bytearray(bytes(Health(first_nonfinite=2**64 - 1))), dtype=torch.uint8).to(device)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        tensor = tensor.contiguous()
+        if not tensor.numel():
+            return
+        blocks = max(1, min(-(-tensor.numel() // 256), self._engine.multiprocessors * 8))
+        self._engine.launch("health_scan", "health_scan", (blocks, 1), 256, 8 * ctypes.sizeof(Health),
+                            (_Pointer(_at(tensor)), _Pointer(_at(self._found)), _I64(tensor.numel()), _I64(self.numel),
+                             _I32(_DTYPES[tensor.dtype])), _stream(tensor), f"{tensor.numel()} values")
+        self.numel += tensor.numel()
+
+    def read(self) -> dict[str, int | float]:
+        found = Health.from_buffer_copy(bytes(self._found.cpu().numpy()))
+        low, high = _float_of_key(~found.lowest & 0xffffffff) if found.lowest else 0.0, _float_of_key(found.highest)
+        names = ("n_nan", "n_inf", "n_zero", "n_subnormal", "n_fp16_overflow", "n_fp16_underflow")
+        first = found.first_nonfinite
+        return {"numel": self.numel, **dict(zip(names, found.counts)), "absmax": max(abs(low), abs(high)), "min": low,
+                "max": high, "sum": found.sum, "sumsq": found.sumsq, "first_nonfinite": -1 if first == 2**64 - 1 else first}
+
+
 def health_scan(tensor: torch.Tensor, *, engine: Engine | None = None) -> dict[str, int | float]:
-    """stats.Stats of a float32, float16 or bfloat16 tensor on the device, as a dictionary. Waits for the device."""
-    engine = engine or engine_for(tensor.device)
-    tensor = tensor.contiguous()
-    start = Health(first_nonfinite=2**64 - 1)
-    raw = torch.frombuffer(bytearray(bytes(start)), dtype=torch.uint8).to(tensor.device)
-    blocks = max(1, min(-(-tensor.numel() // 256), engine.multiprocessors * 8))
-    engine.launch("health_scan", "health_scan", (blocks, 1), 256, 8 * ctypes.sizeof(Health),
-                  (_Pointer(_at(tensor)), _Pointer(_at(raw)), _I64(tensor.numel()), _I32(_DTYPES[tensor.dtype])),
-                  _stream(tensor), f"{tensor.numel()} values")
-    found = Health.from_buffer_copy(bytes(raw.cpu().numpy()))
-    low, high = _float_of_key(~found.lowest & 0xffffffff) if found.lowest else 0.0, _float_of_key(found.highest)
-    names = ("n_nan", "n_inf", "n_zero", "n_subnormal", "n_fp16_overflow", "n_fp16_underflow")
-    first = found.first_nonfinite
-    return {"numel": tensor.numel(), **dict(zip(names, found.counts)), "absmax": max(abs(low), abs(high)), "min": low,
-            "max": high, "sum": found.sum, "sumsq": found.sumsq, "first_nonfinite": -1 if first == 2**64 - 1 else first}
+    """stats.Stats of one tensor on a device, as a dictionary. Waits for the device."""
+    scan = Scan(tensor.device, engine=engine)
+    scan.add(tensor)
+    return scan.read()
 
 
 def _float_of_key(key: int) -> float:

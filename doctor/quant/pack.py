@@ -102,19 +102,13 @@ def gptq_pack(codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, bits: int, *
 def gptq_unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor | None,
                 bits: int, *, version: int = 1) -> tuple[torch.Tensor, Grid, torch.Tensor]:
     """(codes u8[n, k], grid, g_idx i32[k]) of a GPTQ linear; g_idx None stands for groups of neighbours."""
-    _require_bits(bits)
-    k, n, groups = qweight.shape[0] * 32 // bits, qweight.shape[1], scales.shape[0]
-    _require_shape("qzeros", qzeros, (groups, -(-n * bits // 32)))
-    _require_shape("scales", scales, (groups, n))
+    k, n, g_idx = _require_gptq(qweight, qzeros, scales, g_idx, bits)
     codes = unpack_columns(qweight, bits, k).T.contiguous()
     zero = unpack_rows(qzeros, bits, n).to(torch.int32)
     if version == 1:
         # The stored field is zero - 1. Its highest value means 2^bits: written so by no grid of ours, read so by engines.
         zero = zero + 1
-    if g_idx is None:
-        g_idx = _groups_of_neighbours(k, groups, scales.device)
-    _require_groups(g_idx, k, groups)
-    return codes, Grid(scales.T.to(torch.float32).contiguous(), zero.T.contiguous()), g_idx.to(torch.int32)
+    return codes, Grid(scales.T.to(torch.float32).contiguous(), zero.T.contiguous()), g_idx
 
 
 def awq_pack(codes: torch.Tensor, grid: Grid, *, scale_dtype: torch.dtype = torch.float16
@@ -131,12 +125,9 @@ def awq_pack(codes: torch.Tensor, grid: Grid, *, scale_dtype: torch.dtype = torc
 def awq_unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor
                ) -> tuple[torch.Tensor, Grid, torch.Tensor]:
     """(codes u8[n, k], grid, g_idx i32[k]) of an AWQ gemm linear."""
-    (k, words), groups = qweight.shape, scales.shape[0]
-    _require_shape("qzeros", qzeros, (groups, words))
-    _require_shape("scales", scales, (groups, words * 8))
+    g_idx = _require_awq(qweight, qzeros, scales)
     codes, zero = _awq_fields(qweight), _awq_fields(qzeros)
-    return (codes, Grid(scales.T.to(torch.float32).contiguous(), zero.to(torch.int32)),
-            _groups_of_neighbours(k, groups, scales.device))
+    return codes, Grid(scales.T.to(torch.float32).contiguous(), zero.to(torch.int32)), g_idx
 
 
 def compressed_pack(codes: torch.Tensor, grid: Grid, bits: int, sym: bool, *,
@@ -166,10 +157,9 @@ def compressed_unpack(weight_packed: torch.Tensor, weight_scale: torch.Tensor, w
     The layout follows from the width: ceil(k*b/32) words is the dense stream; ceil(k / floor(32/b)) is the older layout
     without crossings, which differs for 3 bits.
     """
-    _require_bits(bits)
+    g_idx = _require_compressed(weight_scale, weight_shape, bits, weight_zero_point, weight_g_idx)
     n, k = (int(side) for side in weight_shape)
     groups, width = weight_scale.shape[1], weight_packed.shape[1]
-    _require_shape("weight_scale", weight_scale, (n, groups))
     per_word = 32 // bits
     if width == -(-k * bits // 32):
         codes = unpack_rows(weight_packed, bits, k)
@@ -182,26 +172,32 @@ def compressed_unpack(weight_packed: torch.Tensor, weight_scale: torch.Tensor, w
     if weight_zero_point is None:
         zero = torch.full((n, groups), 2 ** (bits - 1), dtype=torch.int32, device=codes.device)
     else:
-        _require_shape("weight_zero_point", weight_zero_point, (-(-n * bits // 32), groups))
         zero = unpack_columns(weight_zero_point, bits, n).to(torch.int32)
-    if weight_g_idx is None:
-        weight_g_idx = _groups_of_neighbours(k, groups, weight_scale.device)
-    _require_groups(weight_g_idx, k, groups)
-    return codes, Grid(weight_scale.to(torch.float32), zero), weight_g_idx.to(torch.int32)
+    return codes, Grid(weight_scale.to(torch.float32), zero), g_idx
 
 
 def gptq_dequantize(qweight, qzeros, scales, g_idx, bits: int, *, version: int = 1) -> torch.Tensor:
     """W f32[n, k] that an engine computes from a GPTQ linear."""
+    if _by_kernel(qweight):
+        _, _, g_idx = _require_gptq(qweight, qzeros, scales, g_idx, bits)
+        return kernels.gptq_dequantize(qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), g_idx, bits, version=version)
     return dequantize(*gptq_unpack(qweight, qzeros, scales, g_idx, bits, version=version))
 
 
 def awq_dequantize(qweight, qzeros, scales) -> torch.Tensor:
     """W f32[n, k] that an engine computes from an AWQ gemm linear."""
+    if _by_kernel(qweight):
+        _require_awq(qweight, qzeros, scales)
+        return kernels.awq_dequantize(qweight.contiguous(), qzeros.contiguous(), scales.contiguous())
     return dequantize(*awq_unpack(qweight, qzeros, scales))
 
 
 def compressed_dequantize(weight_packed, weight_scale, weight_shape, bits: int, **optional) -> torch.Tensor:
     """W f32[n, k] that an engine computes from a pack-quantized weight; optional as in compressed_unpack."""
+    if _by_kernel(weight_packed) and weight_packed.shape[1] == -(-int(weight_shape[1]) * bits // 32):
+        _require_compressed(weight_scale, weight_shape, bits, **optional)
+        optional = {name: None if t is None else t.contiguous() for name, t in optional.items()}
+        return kernels.compressed_dequantize(weight_packed.contiguous(), weight_scale.contiguous(), weight_shape, bits, **optional)
     return dequantize(*compressed_unpack(weight_packed, weight_scale, weight_shape, bits, **optional))
 
 
@@ -257,6 +253,42 @@ def _groups_of_neighbours(k: int, groups: int, device: torch.device) -> torch.Te
 def _require_bits(bits: int) -> None:
     if bits not in BITS:
         raise NotQuantizable(f"bits is {bits}: the packed formats here have {', '.join(map(str, BITS))}.")
+
+
+def _require_gptq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor | None, bits: int
+                  ) -> tuple[int, int, torch.Tensor]:
+    """(k, n, g_idx i32[k]) of a GPTQ linear whose tensors fit each other."""
+    _require_bits(bits)
+    k, n, groups = qweight.shape[0] * 32 // bits, qweight.shape[1], scales.shape[0]
+    _require_shape("qzeros", qzeros, (groups, -(-n * bits // 32)))
+    _require_shape("scales", scales, (groups, n))
+    if g_idx is None:
+        g_idx = _groups_of_neighbours(k, groups, scales.device)
+    _require_groups(g_idx, k, groups)
+    return k, n, g_idx.to(torch.int32).contiguous()
+
+
+def _require_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """g_idx i32[k] of an AWQ gemm linear whose tensors fit each other."""
+    (k, words), groups = qweight.shape, scales.shape[0]
+    _require_shape("qzeros", qzeros, (groups, words))
+    _require_shape("scales", scales, (groups, words * 8))
+    return _groups_of_neighbours(k, groups, scales.device)
+
+
+def _require_compressed(weight_scale: torch.Tensor, weight_shape, bits: int, weight_zero_point: torch.Tensor | None = None,
+                        weight_g_idx: torch.Tensor | None = None) -> torch.Tensor:
+    """g_idx i32[k] of a pack-quantized weight whose other tensors fit each other."""
+    _require_bits(bits)
+    n, k = (int(side) for side in weight_shape)
+    groups = weight_scale.shape[1]
+    _require_shape("weight_scale", weight_scale, (n, groups))
+    if weight_zero_point is not None:
+        _require_shape("weight_zero_point", weight_zero_point, (-(-n * bits // 32), groups))
+    if weight_g_idx is None:
+        weight_g_idx = _groups_of_neighbours(k, groups, weight_scale.device)
+    _require_groups(weight_g_idx, k, groups)
+    return weight_g_idx.to(torch.int32)
 
 
 def _require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

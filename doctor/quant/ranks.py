@@ -58,18 +58,18 @@ class Ranks:
         """Rows, sums and the first non-finite value of all ranks in the place of this one's."""
         if self.size == 1:
             return
-        bad = hessian.nonfinite or NonFinite(-1, -1, 0.0, 0)
-        own = torch.tensor([hessian.rows, bad.count, bad.row, bad.channel, bad.value], dtype=torch.float64, device=self.device)
+        bad = hessian.nonfinite or NonFinite(-1, -1, 0)
+        own = torch.tensor([hessian.rows, bad.count, bad.row, bad.channel], dtype=torch.int64, device=self.device)
         found = [torch.empty_like(own) for _ in range(self.size)]
         self._do(lambda d: d.all_gather(found, own))
         self._do(lambda d: d.all_reduce(hessian._sum))
         rows = [one.tolist() for one in found]
         first = next((r for r in range(self.size) if rows[r][1]), None)
         if first is not None:
-            before = sum(int(r[0]) for r in rows[:first])
-            _, _, row, channel, value = rows[first]
-            hessian.nonfinite = NonFinite(before + int(row), int(channel), value, sum(int(r[1]) for r in rows))
-        hessian.rows = sum(int(r[0]) for r in rows)
+            before = sum(r[0] for r in rows[:first])
+            _, _, row, channel = rows[first]
+            hessian.nonfinite = NonFinite(before + row, channel, sum(r[1] for r in rows))
+        hessian.rows = sum(r[0] for r in rows)
 
     def tell(self, source: int, value: object) -> object:
         """A JSON value of rank `source`, on every rank."""

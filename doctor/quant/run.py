@@ -29,7 +29,7 @@ from doctor import __version__, builtin
 from doctor.builtin import Calibration, Solve
 from doctor.checkpoint import Checkpoint
 from doctor.engine import judge
-from doctor.errors import DoctorError, MachineError, NotQuantizable
+from doctor.errors import CudaError, DoctorError, MachineError, NotQuantizable
 from doctor.facts import CHECKPOINT, Store
 from doctor.layout import is_kept
 from doctor.plan import Consent, with_fields
@@ -431,12 +431,17 @@ class _Run:
         try:
             if isinstance(solution, str):
                 raise NotQuantizable(solution)
-            parts = export.pack_linear(linear.name, solution.codes, solution.grid, solution.g_idx, self.recipe.for_linear(linear.name))
+            recipe = self.recipe.for_linear(linear.name)
+            parts = export.pack_linear(linear.name, solution.codes, solution.grid, solution.g_idx, recipe)
         except NotQuantizable as error:
             failed = Solve("failed", self.recipe.damp, 0.0, "", float("nan"), float("nan"), (), error.message)
             return self._record(linear, failed, seen and seen.fact, seconds)
+        W = solution.weight()
+        if W.is_cuda and not torch.equal(export.unpack_linear(linear.name, parts, recipe), W):
+            raise CudaError(f"{linear.name}: the words that were packed on {W.device} do not read back as the weights that were meant.",
+                            "Set DOCTOR_KERNELS=0 to quantize with torch, and report this text.")
         packed.update({name: part.cpu() for name, part in parts.items()})
-        put_weight(module, solution.weight(), linear.transposed)
+        put_weight(module, W, linear.transposed)
         return self._record(linear, self._solve_fact(linear.name, solution, seen), seen and seen.fact, seconds + time.perf_counter() - started)
 
     def _solve(self, linear: Linear, module: torch.nn.Module, seen: Input | None) -> Solution:
@@ -503,7 +508,7 @@ class _Run:
                 self._note_kept(record)
         if self.batches:
             self._load(i)
-            tensors = self.output.read_part(_part(i))
+            tensors = {name: t.to(self.skeleton.device) for name, t in self.output.read_part(_part(i)).items()}
             for name, (linear, module) in self.skeleton.modules_of(i).items():
                 if name in block_names and name not in self.result.kept:
                     put_weight(module, export.unpack_linear(name, tensors, self.recipe.for_linear(name)), linear.transposed)

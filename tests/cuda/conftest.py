@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def pytest_configure(config):
 def rung_of(item):
     device = getattr(item, "callspec", None) and item.callspec.params.get("device")
     if device:
-        return {"host": "R1", "gpu": "R4"}[device]
+        return "R1" if device == "host" or os.environ.get("DOCTOR_PRETEND_GPU") else "R4"
     return next((rung for rung in RUNGS if item.get_closest_marker(rung)), None)
 
 
@@ -51,6 +52,19 @@ def host_builds(tmp_path_factory):
 @pytest.fixture(scope="session")
 def host_engine(host_builds, tmp_path_factory):
     return host.engine(tmp_path_factory.mktemp("host"), host_builds)
+
+
+@pytest.fixture
+def launched(host_engine, monkeypatch):
+    """Launches by kernel, from here on."""
+    counts, launch = Counter(), host_engine.launch
+
+    def counted(kernel, *rest):
+        counts[kernel] += 1
+        return launch(kernel, *rest)
+
+    monkeypatch.setattr(host_engine, "launch", counted)
+    return counts
 
 
 @pytest.fixture(params=["host", "gpu"])

@@ -101,7 +101,7 @@ def health_scan(library):
     for size, dtype in ((4, 0), (2, 1), (2, 2)):
         out = buffer(88, bytes(48) + b"\xff" * 8 + bytes(32))
         launch(library, "health_scan", (2, 1), 256, 8 * 80, struct.pack("P", buffer(1001 * size, b"\0\x3c")), struct.pack("P", out),
-               struct.pack("q", 1001), struct.pack("i", dtype))
+               struct.pack("q", 1001), struct.pack("q", 7), struct.pack("i", dtype))
 
 
 globals()[sys.argv[1]](ctypes.CDLL(sys.argv[2]))

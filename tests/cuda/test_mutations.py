@@ -131,7 +131,10 @@ def caches(engine):
 def scans(engine):
     x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     x[4000] = float("nan")
-    found = kernels.health_scan(x, engine=engine)
+    scan = kernels.Scan(x.device, engine=engine)
+    for part in x.split(3000):
+        scan.add(part)
+    found = scan.read()
     assert (found["n_nan"], found["n_zero"], found["first_nonfinite"], found["max"]) == (1, 0, 4000, float(x[~x.isnan()].max()))
     assert abs(found["sum"] - float(x[~x.isnan()].double().sum())) <= 1e-9
 
@@ -206,6 +209,7 @@ MUTATIONS = {
     "absmax misses a lane": ("kv_cache", caches, {"kv_cache.cu": swap("for (int step = 8; step;", "for (int step = 4; step;")}),
     "a warp's partial result is not waited for": ("health_scan", scans, {"health_scan.cu": swap("    __syncthreads();\n", "")}),
     "the last warp is not joined": ("health_scan", scans, {"health_scan.cu": swap("other < blockDim.x / WARP;", "other + 1 < blockDim.x / WARP;")}),
+    "a second batch counts from the first value": ("health_scan", scans, {"health_scan.cu": swap("first = (u64)(base + i);", "first = (u64)i;")}),
     "zeros past the end are counted": ("health_scan", "asan", {"health_scan.cu": swap("i < count; i += step", "i <= count; i += step")}),
     "the difference is not scaled back": ("awq_difference", differs, {"awq_difference.cu": swap(
         "divide(value_of(code, fit.scale, fit.zero), d.s[column + lane + i * WARP])", "value_of(code, fit.scale, fit.zero)")}),

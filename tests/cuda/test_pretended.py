@@ -10,7 +10,8 @@ import torch
 from pretend import PLACE, pretend
 
 from doctor import api
-from doctor.quant import gptq, pack
+from doctor.errors import BadCheckpoint, CudaError, NotQuantizable, PlanRefused
+from doctor.quant import awq, gptq, grid, kernels, pack
 from doctor.quant.hessian import Hessian, mixed_products
 from doctor.quant.run import Hidden
 from doctor.recipe import Recipe
@@ -100,6 +101,184 @@ def test_a_hessian_is_summed_from_16_bit_rows_without_a_copy(dtype):
         assert got.is_cuda and got.dtype == torch.float32
         got = got.cpu()
     assert not ((got - want).abs() > 1e-5).any()
+
+
+def sums(rows, device, engine):
+    """(Hessian of the batches `rows`, waits while they were added)."""
+    with pretend(engine) as mode:
+        H = Hessian(40, device=device)
+        mode.waits.clear()
+        for X in rows:
+            H.add(X.to(device))
+        waits = sum(mode.waits.values())
+        return H.rows, H.nonfinite, waits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_calibration_rows_are_looked_through_without_a_wait(dtype, host_engine, launched):
+    """What is not finite is found as on a CPU, counted over the batches; without a kernel torch waits once a batch and finds the same."""
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randn(2, 30, 40, generator=g).to(dtype) for _ in range(5)]
+    assert sums(rows, PLACE, host_engine) == (300, None, 0) and launched == {"health_scan": 5}
+    rows[2][1, 7, 11], rows[2][1, 7, 12], rows[4][0, 0, 0] = float("nan"), -float("inf"), float("inf")
+    want = sums(rows, "cpu", host_engine)[1]
+    assert (want.row, want.channel, want.count) == (120 + 37, 11, 3)
+    assert sums(rows, PLACE, host_engine)[1:] == (want, 0)
+    found, waits = sums(rows, PLACE, None)[1:]
+    assert found == want and waits >= 5 and launched == {"health_scan": 10}
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("width", [32, -1])
+def test_awqs_candidates_are_tried_on_the_device(sym, width, host_engine, launched, monkeypatch):
+    """One launch a candidate and weight, one wait for all of them; the factors are the CPU's to the bit, with and without the kernel."""
+    monkeypatch.setattr(awq, "SEARCH_ROWS", 50)
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(n, 96, generator=g) * torch.linspace(0.1, 1, 96) for n in (40, 90)]
+    X = torch.randn(400, 96, generator=g) * torch.linspace(3, 0.2, 96)
+    X[:, 17] = 0
+    H = 2 / 400 * X.T @ X
+    options = {"bits": 4, "group_size": width, "sym": sym, "zero_min": 0}
+    want, name = awq.find_scales(weights, H, awq.Source("norm", "x"), **options)
+    assert name and want[17] == 1
+    for engine, launches in ((host_engine, 2 * 40), (None, 0)):
+        launched.clear()
+        with pretend(engine) as mode:
+            there = [W.to(PLACE) for W in weights], H.to(PLACE)
+            mode.waits.clear()
+            s, found = awq.find_scales(*there, awq.Source("norm", "x"), **options)
+            waits = sum(mode.waits.values())
+        assert found == name and torch.equal(s.cpu(), want)
+        assert launched == ({"awq_difference": launches} if launches else {}) and (waits <= 4 or not launches)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_ends_awqs_search_on_the_device_too(value, host_engine):
+    W = torch.ones(32, 32)
+    W[3, 4] = value
+    with pretend(host_engine), pytest.raises(NotQuantizable, match=r"W\[3, 4\] is"):
+        awq.find_scales([W.to(PLACE)], torch.eye(32).to(PLACE), awq.Source("norm", "x"), bits=4, group_size=32, sym=True, zero_min=0)
+
+
+def test_a_candidate_whose_scales_no_float16_holds_loses(host_engine):
+    """Weights near float16's end: some factors would take a group's scale past it, the rest are judged all the same."""
+    W = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) * 5e4
+    H = torch.diag(torch.logspace(8, -8, 32))
+    options = {"bits": 4, "group_size": 32, "sym": True, "zero_min": 0}
+    want, name = awq.find_scales([W], H, awq.Source("norm", "x"), **options)
+    assert torch.isfinite(grid.fit(W * want, 4, 32, True).scale).all()
+    with pretend(host_engine):
+        s, found = awq.find_scales([W.to(PLACE)], H.to(PLACE), awq.Source("norm", "x"), **options)
+    assert found == name and torch.equal(s.cpu(), want)
+
+
+def packed_in(form, bits):
+    """(the tensors of a packed weight [64, 96], the pack function that reads them, its arguments)."""
+    W = torch.randn(64, 96, generator=torch.Generator().manual_seed(bits))
+    found = grid.fit(W, bits, 32, False, zero_min=1)
+    codes, g_idx = grid.quantize(W, found, bits), grid.contiguous_groups(96, 32)
+    if form == "awq":
+        return pack.awq_pack(codes, found), pack.awq_dequantize, {}
+    if form == "compressed-tensors":
+        return pack.compressed_pack(codes, found, bits, False), pack.compressed_dequantize, {"bits": bits}
+    if form == "scattered":
+        g_idx = g_idx[torch.randperm(96, generator=torch.Generator().manual_seed(0))]
+    return pack.gptq_pack(codes, found, g_idx, bits), pack.gptq_dequantize, {"bits": bits}
+
+
+@pytest.mark.parametrize("form, bits", [*((form, bits) for form in ("gptq", "scattered", "compressed-tensors") for bits in (2, 3, 4, 8)), ("awq", 4)])
+def test_words_are_read_where_they_are(form, bits, host_engine, launched):
+    packed, read, options = packed_in(form, bits)
+    want = read(**packed, **options)
+    for engine in (host_engine, None):
+        launched.clear()
+        with pretend(engine):
+            there = {name: t.to(PLACE) if name != "weight_shape" else t for name, t in packed.items()}
+            W = read(**there, **options)
+            assert W.is_cuda
+        assert torch.equal(W.cpu(), want)
+        assert sum(launched.values()) == bool(engine) and all(kernel.startswith("dequantize") for kernel in launched)
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq", "compressed-tensors"])
+def test_words_that_do_not_fit_each_other_reach_no_kernel(form, host_engine, launched):
+    """A kernel trusts its words: shapes and groups are looked at before."""
+    packed, read, options = packed_in(form, 4)
+    zeros = "weight_zero_point" if form == "compressed-tensors" else "qzeros"
+    wrong = [{**packed, zeros: packed[zeros][:1]}]
+    if form == "gptq":
+        wrong.append({**packed, "g_idx": packed["g_idx"] + 1})
+    with pretend(host_engine):
+        for tensors in wrong:
+            with pytest.raises(BadCheckpoint, match="ask for|there are 3 groups"):
+                read(**{name: t.to(PLACE) if name != "weight_shape" else t for name, t in tensors.items()}, **options)
+    assert not launched
+
+
+def test_three_bits_in_the_layout_of_old_are_read_by_torch(host_engine, launched):
+    W = torch.randint(0, 8, (4, 32), generator=torch.Generator().manual_seed(0))
+    words = torch.stack([sum(W[:, i] << 3 * (i - at) for i in range(at, min(at + 10, 32))) for at in range(0, 32, 10)], 1).to(torch.int32)
+    scale = torch.ones(4, 1)
+    with pretend(host_engine):
+        read = pack.compressed_dequantize(words.to(PLACE), scale.to(PLACE), (4, 32), 3)
+    assert torch.equal(read.cpu(), W - 4.0) and not launched
+
+
+@pytest.mark.parametrize("recipe", [Recipe(group_size=32, format="compressed-tensors"), Recipe(method="awq", group_size=32)], ids=lambda r: r.method)
+def test_a_resumed_run_reads_its_words_back_on_the_device(recipe, tmp_path, text, host_engine, launched, monkeypatch):
+    """Interrupted and gone on: the same bytes as in one go. Every linear is read back once as a proof, and those of a replayed block again."""
+    monkeypatch.setattr(awq, "RATIOS", (0.0, 0.5))
+    tiny("llama").write(tmp_path / "m")
+    text.write_text("\n".join(text.read_text().splitlines()[:6]))
+    options = {"calibration": text, "max_seq_length": 64, "device": "cuda"}
+    with pretend(host_engine):
+        whole = api.quantize(tmp_path / "m", tmp_path / "whole", recipe, **options)
+        linears = sum(r["outcome"] in ("gptq", "awq", "rtn") for r in whole.linears)
+        once = sum(count for kernel, count in launched.items() if kernel.startswith("dequantize"))
+        assert once == linears > 0 and bool(launched["awq_difference"]) == (recipe.method == "awq") and launched["health_scan"]
+        launched.clear()
+
+        def stop(line):
+            if line.startswith("block 2 of"):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            api.quantize(tmp_path / "m", tmp_path / "halved", recipe, progress=stop, **options)
+        launched.clear()
+        api.quantize(tmp_path / "m", tmp_path / "halved", recipe, resume=True, **options)
+    assert sum(count for kernel, count in launched.items() if kernel.startswith("dequantize")) == linears
+    for name in ("model.safetensors", "doctor.json"):
+        assert (tmp_path / "halved" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_words_that_do_not_read_back_end_the_run(tmp_path, text, host_engine, monkeypatch):
+    """A device that packs wrongly writes nothing."""
+    tiny("llama").write(tmp_path / "m")
+    packs = kernels.pack_columns
+
+    def flawed(codes, bits, **more):
+        words = packs(codes, bits, **more)
+        words[0, 0] ^= 1
+        return words
+
+    monkeypatch.setattr(kernels, "pack_columns", flawed)
+    with pretend(host_engine), pytest.raises(CudaError, match="do not read back as the weights that were meant"):
+        api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64, device="cuda")
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_run_of_the_cpu_is_not_taken_up_on_the_device(tmp_path, text, host_engine):
+    tiny("llama").write(tmp_path / "m")
+    options = {"calibration": text, "max_seq_length": 64}
+
+    def stop(line):
+        if line.startswith("block 1 of"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), progress=stop, **options)
+    with pretend(host_engine), pytest.raises(PlanRefused, match="differs in device"):
+        api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), resume=True, device="cuda", **options)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
