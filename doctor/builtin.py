@@ -6,6 +6,7 @@ from doctor.checkpoint import INDEX_NAME, Checkpoint
 from doctor.facts import CHECKPOINT, Store, Unavailable, fact, provide
 from doctor.lora import ADAPTER, trained_whole
 from doctor.machine import Machine  # noqa: F401 - declares the facts of the machine
+from doctor.packed import SCALES, WORDS
 from doctor.recipe import Recipe
 from doctor.spec import ModelSpec, build_spec
 
@@ -418,9 +419,6 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     return store
 
 
-_SCALES = {".qweight": ".scales", ".weight_packed": ".weight_scale"}
-
-
 def _parameters(checkpoint: Checkpoint, store: Store) -> int:
     """Weights of the model. A packed linear counts as the matrix that it stands for, not as the words it is stored in."""
     layout = store.get(CHECKPOINT, "layout") if store.has(CHECKPOINT, "layout") else None
@@ -433,7 +431,8 @@ def _parameters(checkpoint: Checkpoint, store: Store) -> int:
         from doctor.layout import stored_recipe
 
         group = stored_recipe(checkpoint, Recipe(group_size=-1)).group_size
-        scales = {n.removesuffix(own): tensors.get(n.removesuffix(own) + of) for own, of in _SCALES.items() for n in tensors if n.endswith(own)}
+        names = {n.rpartition(".")[0]: SCALES[method] for method, words in WORDS.items() for n in tensors if n.endswith(f".{words}")}
+        scales = {module: tensors.get(f"{module}.{tail}") for module, tail in names.items()}
         packed = {module: info.numel * group for module, info in scales.items() if info is not None and group > 0}
     rest = sum(t.numel for name, t in tensors.items() if name.endswith(".bias") or name.rpartition(".")[0] not in packed)
     return rest + sum(packed.values())

@@ -16,12 +16,12 @@ from doctor.checkpoint import Checkpoint
 from doctor.edits import MISSING, Edit, Keep, PadTensor, SetJson
 from doctor.errors import DoctorError
 from doctor.facts import Unavailable, fact, provide
+from doctor.packed import WORD_TAILS
 from doctor.recipe import METHODS, Recipe, matches
 from doctor.shard import TensorInfo
 from doctor.spec import NOT_TEXT, ROLE_OF_TAIL, ROW_PARALLEL, ModelSpec, evaluate
 from doctor.tables import table
 
-PACKED = (".qweight", ".weight_packed")
 # Linears that a serving engine stores as one matrix, so that they must be quantized alike or not at all.
 FUSED = (("q", "k", "v"), ("gate", "up"))
 
@@ -261,7 +261,7 @@ def _whole(raw: Mapping, *names: str) -> int:
 def layout(checkpoint, recipe, spec, tensors):
     """The linears in groups, planned or stored (Layout)."""
     block = quantization_of(checkpoint)
-    packed = [info for name, info in tensors.items() if name.endswith(PACKED)]
+    packed = [info for name, info in tensors.items() if name.endswith(WORD_TAILS)]
     if block is None and not packed:
         return planned_layout(recipe, spec, tensors)
     if block is None:

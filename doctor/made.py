@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 
+from doctor import packed
 from doctor.checkpoint import Checkpoint
 from doctor.dtypes import CODE_NUMPY, DTYPES
 from doctor.edits import (CASTS, MADE, AddLowRank, Dequantize, Edit, EqualZeros, GroupsInOrder, GrowRows, TakeTensor, from_codes, nonfinite_mask,
@@ -173,9 +174,7 @@ class Plain:
         return to_codes(values, self.edit.dtype)
 
 
-PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales"),
-         "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
-         "fp8": ("weight", "weight_scale_inv", "weight_scale")}
+PARTS = {**packed.PARTS, "fp8": ("weight", "weight_scale_inv", "weight_scale")}
 
 
 def made(source: Checkpoint, name: str, edits: list[Edit]):

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from doctor.facts import Unavailable, fact
+from doctor.packed import WORD_TAILS
 from doctor.shard import TensorInfo
 from doctor.spec import NOT_TEXT, QUANTIZABLE, ModelSpec, Template, evaluate
 
-PACKED = (".qweight", ".weight_packed")
+PACKED = (*WORD_TAILS, ".q_weight")
 _NUMBERED = re.compile(r"^(?P<stem>(?:.*?\.)?)(?P<block>\d+)\.(?P<tail>.+)$")
 
 
@@ -248,10 +249,8 @@ def _tail_pattern(template: str) -> re.Pattern:
 @fact("checkpoint", stage="header")
 def placement(checkpoint, spec, tensors) -> Placement:
     """Tensors sorted into blocks and matched with the family's templates (placement.Placement)."""
-    if any(name.endswith((".qweight", ".weight_packed", ".q_weight")) for name in tensors):
-        raise Unavailable("the linears are packed: the family's table knows plain weights")
     if any(name.endswith(PACKED) for name in tensors):
-        raise Unavailable("the weights are packed already: their layout is judged instead")
+        raise Unavailable("the linears are packed: the family's table knows plain weights")
     stems: dict[str, int] = {}
     for linear in spec.linears:
         match = _NUMBERED.match(linear.tensor)

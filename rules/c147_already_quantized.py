@@ -35,22 +35,33 @@ Sources: ml-explore/mlx-lm issue 1192; ModelCloud/GPTQModel PR 2827; transformer
 
 import re
 
-from doctor.rule import Dequantize, DropFile, DropTensor, Fix, Place, RemoveJson, Unavailable, finding, packed_size, read_quantization, rule
+from doctor.rule import (
+    PARTS,
+    WORD_TAILS,
+    Dequantize,
+    DropFile,
+    DropTensor,
+    Fix,
+    Place,
+    RemoveJson,
+    Unavailable,
+    finding,
+    packed_size,
+    read_quantization,
+    rule,
+)
 from doctor.testing import tiny
 
 SCALES = re.compile(r"\.(weight_scale_inv|weight_scale|SCB|absmax|quant_state\.bitsandbytes__\w+|quant_map|_scales)$|_(blocks|scales)$")
 
 
-PACKED = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
-PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales"),
-         "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")}
 FP8_PARTS = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
 OWN_FILES = ("quantize_config.json", "quant_config.json")
 
 
 @rule("C147", "error", implied_by=("F002", "F005"))
 def already_quantized(checkpoint, tensors, config, quantization_block, asked):
-    packed = [i for n, i in sorted(tensors.items()) if n.endswith((".qweight", ".weight_packed"))]
+    packed = [i for n, i in sorted(tensors.items()) if n.endswith(WORD_TAILS)]
     if packed:
         if "C147" in asked and quantization_block is not None:
             yield _packed(checkpoint, tensors, packed, quantization_block)

@@ -29,10 +29,10 @@ Sources: vllm-project/vllm issues 1100 and 13612; vllm-project/llm-compressor is
 本，其他形式不读：需手动。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule, symmetric_word
+from doctor.rule import MISSING, WORD_TAILS, Fix, Place, SetJson, finding, rule, symmetric_word
 from doctor.testing import np, tiny_gptq
 
-PACKED = (".qweight", ".weight_packed", ".q_weight")
+PACKED = (*WORD_TAILS, ".q_weight")
 
 
 @rule("O611", "error")

@@ -30,18 +30,15 @@ awq/modules/linear/gemm.py.
 修复: 文件能确定时安全：对称 GPTQ 的零点全是同一个字；所有线性层的缩放因子一致表明的分组大小写入配置。用 `--from` 时从另一份副本取张量，不安全。否则不提供修复。
 """
 
-from doctor.rule import EqualZeros, Fix, Place, SetJson, finding, rule, symmetric_word
+from doctor.rule import NEEDED, SCALES, WORDS, EqualZeros, Fix, Place, SetJson, finding, rule, symmetric_word
 from doctor.testing import tiny_gptq
-
-NEEDED = {"gptq": ("scales", "qzeros"), "awq": ("scales", "qzeros"), "compressed-tensors": ("weight_scale",)}
-PACKED = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
 
 
 @rule("O612", "error")
 def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
     shown = _group_size(quantization, layout, tensors)
     for linear in layout.linears:
-        at = Place("", tensor=f"{linear.name}.{PACKED[quantization.method]}")
+        at = Place("", tensor=f"{linear.name}.{WORDS[quantization.method]}")
         absent = [tail for tail in NEEDED[quantization.method] if f"{linear.name}.{tail}" not in tensors]
         if quantization.method == "gptq" and quantization.desc_act and f"{linear.name}.g_idx" not in tensors:
             absent.append("g_idx")
@@ -54,7 +51,7 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
                 advice="copy the shard again from where it came from",
             )
             continue
-        scales = tensors[f"{linear.name}.{NEEDED[quantization.method][0]}"].shape
+        scales = tensors[f"{linear.name}.{SCALES[quantization.method]}"].shape
         group = linear.in_features if quantization.group_size == -1 else quantization.group_size
         groups, height = -(-linear.in_features // group), linear.out_features
         expected = (height, groups) if quantization.method == "compressed-tensors" else (groups, height)
@@ -91,7 +88,7 @@ def _group_size(quantization, layout, tensors):
     """Fix that states the one group size which the scales of every linear show; None where they show several or another defect."""
     found = set()
     for linear in layout.linears:
-        scales = tensors.get(f"{linear.name}.{NEEDED[quantization.method][0]}")
+        scales = tensors.get(f"{linear.name}.{SCALES[quantization.method]}")
         if scales is None or len(scales.shape) != 2 or quantization.version not in ("gptq", "gptq_v2", "gemm"):
             return None
         groups, height = scales.shape

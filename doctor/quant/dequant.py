@@ -13,13 +13,10 @@ from doctor.checkpoint import Checkpoint
 from doctor.dtypes import DTYPES
 from doctor.errors import BadCheckpoint
 from doctor.layout import plain_block
+from doctor.packed import NEEDED, PARTS, WORDS
 from doctor.quant import pack
 from doctor.recipe import BITS
 from doctor.shard import TensorInfo
-
-PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales"),
-         "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")}
-_FIRST = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
 
 
 def quantization(checkpoint: Checkpoint) -> dict | None:
@@ -50,11 +47,11 @@ class Dequantized:
     def __init__(self, source: Checkpoint, method: str, stated: dict):
         self.source, self.method, self.stated = source, method, stated
         self.bits = _bits(method, stated)
-        self.modules = sorted(n.removesuffix("." + _FIRST[method]) for n in source.tensors if n.endswith("." + _FIRST[method]))
+        self.modules = sorted(n.removesuffix("." + WORDS[method]) for n in source.tensors if n.endswith("." + WORDS[method]))
         own = {f"{module}.{part}" for module in self.modules for part in PARTS[method]}
         self.tensors: dict[str, TensorInfo] = {n: i for n, i in source.tensors.items() if n not in own}
         for module in self.modules:
-            first = source.tensors[f"{module}.{_FIRST[method]}"]
+            first = source.tensors[f"{module}.{WORDS[method]}"]
             self.tensors[f"{module}.weight"] = first._replace(name=f"{module}.weight", dtype=DTYPES["F32"], shape=self._shape(module))
 
     def __getattr__(self, name):
@@ -77,12 +74,12 @@ class Dequantized:
     def load(self, name: str) -> np.ndarray:
         """Codes of a stored tensor; float32 values of a dequantized weight [out_features, in_features]."""
         module = name.removesuffix(".weight")
-        if name in self.source.tensors or f"{module}.{_FIRST[self.method]}" not in self.source.tensors:
+        if name in self.source.tensors or f"{module}.{WORDS[self.method]}" not in self.source.tensors:
             return self.source.load(name)
         parts = {p: self._part(f"{module}.{p}") for p in PARTS[self.method] if f"{module}.{p}" in self.source.tensors}
-        missing = [p for p in PARTS[self.method][:2] if p not in parts]
+        missing = [p for p in NEEDED[self.method] if p not in parts]
         if missing:
-            raise BadCheckpoint(f"{module}: {', '.join(missing)} missing beside {_FIRST[self.method]}.")
+            raise BadCheckpoint(f"{module}: {', '.join(missing)} missing beside {WORDS[self.method]}.")
         return self._dequantize(parts, self._bits_of(module)).numpy()
 
     def _bits_of(self, module: str) -> int:

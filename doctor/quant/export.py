@@ -23,6 +23,7 @@ import torch
 from doctor import __version__
 from doctor.checkpoint import INDEX_NAME, Checkpoint
 from doctor.errors import DoctorError, MachineError, PlanRefused
+from doctor.packed import WORD_TAILS
 from doctor.quant import pack
 from doctor.quant.grid import Grid
 from doctor.recipe import Recipe
@@ -203,7 +204,7 @@ class Output:
         weight_map, total = self._join(parts)
         if len(set(weight_map.values())) > 1:
             self._json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-        names = [name.rpartition(".")[0] for name in weight_map if name.endswith((".qweight", ".weight_packed"))]
+        names = [name.rpartition(".")[0] for name in weight_map if name.endswith(WORD_TAILS)]
         stated = quantization_config(recipe, kept, {n: w for n in names if (w := recipe.for_linear(n).bits) != recipe.bits})
         self._json("config.json", {**_sixteen_bits(checkpoint.value("config.json") or {}), "quantization_config": stated})
         if stated["quant_method"] == "gptq":
