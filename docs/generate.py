@@ -47,7 +47,8 @@ def cell(text: str) -> str:
 
 def page(entry) -> str:
     """One rule's page: its docstring's sections as Markdown, in English and then in Chinese."""
-    from doctor.rule import CHINESE
+    from doctor.explain import code_span
+    from doctor.rule import CHINESE, QUOTATION
 
     title = entry.title[:1].upper() + entry.title[1:]
     parts = [f"# {entry.code} {entry.name}", f"{title}.", f"{entry.severity} · {entry.certainty} · {entry.area.lower()} · looks at: {entry.stage}"]
@@ -55,7 +56,8 @@ def page(entry) -> str:
              "Fix safety": "Fix safety", "Sources": "Sources"}
     for section, head in heads.items():
         if entry.section(section):
-            parts.append(f"## {head}\n\n{entry.section(section)}")
+            text = QUOTATION.sub(lambda m: f"- {m[1]}: {code_span(m[3])}", entry.section(section)) if section == "Seen as" else entry.section(section)
+            parts.append(f"## {head}\n\n{text}")
     parts.append(f"---\n\n# 中文：{entry.heading('zh')}")
     parts += [f"## {head}\n\n{entry.section(section, 'zh')}" for section, head in CHINESE.items() if section != "Title"]
     return "\n\n".join(parts) + "\n"

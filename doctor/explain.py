@@ -211,6 +211,15 @@ SECTIONS = (("Why", "Why it matters"), ("Do", "Ways out"), ("False alarms", "Whe
 CHINESE_HEADS = {**CHINESE, "Seen as": "别处的报错", "Sources": "出处"}
 
 
+def code_span(text: str) -> str:
+    """Markdown's inline code, between as many backticks as the text needs."""
+    fence = "`"
+    while fence in text:
+        fence += "`"
+    pad = " " if text[:1] == "`" or text[-1:] == "`" else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
 def markdown(entry: Rule, lang: str = "en") -> str:
     """The rule's page as Markdown, from the text in its file."""
     heads = CHINESE_HEADS if lang == "zh" else {}
@@ -218,7 +227,7 @@ def markdown(entry: Rule, lang: str = "en") -> str:
              entry.heading(lang) + ("。" if lang == "zh" else ".")]
     if entry.seen_as:
         parts.append(f"## {heads.get('Seen as', 'Seen as')}")
-        parts.append("\n".join(f"- {s.tool}: ``{s.text}``" for s in entry.seen_as))
+        parts.append("\n".join(f"- {s.tool}: {code_span(s.text)}" for s in entry.seen_as))
     for key, title in SECTIONS:
         if entry.section(key):
             parts += [f"## {heads.get(key, title)}", entry.section(key, lang)]

@@ -80,6 +80,7 @@ AREAS = (("F001", "Files"), ("F050", "Tensors"), ("C100", "Tokenizer"), ("C140",
 # What each section is called in Chinese; what other tools print and the sources need no translation.
 CHINESE = {"Title": "标题", "Why": "原因", "Do": "处理", "False alarms": "误报", "Fix safety": "修复"}
 _SECTION = re.compile(rf"^(Why|Seen as|Do|False alarms|Fix safety|Sources|{'|'.join(CHINESE.values())}):[ ]*", re.M)
+QUOTATION = re.compile(r"^- ([^:`]+): (``?)(.+)\2\s*$", re.M)
 _WIDE = "\u2e80-\u9fff\uff00-\uffef“”…"
 # Between Chinese characters, and after their punctuation, a line break is no blank.
 _SEAM = re.compile(rf"(?<=[，。；：、！？（）“”])\n|(?<=[{_WIDE}])\n(?=[{_WIDE}])")
@@ -179,9 +180,8 @@ class Rule:
 
     @cached_property
     def seen_as(self) -> tuple[Seen, ...]:
-        """What other tools print for it."""
-        quotes = re.findall(r"^- ([^:`]+): ``?(.+?)``?\s*$", self.sections.get("Seen as", ""), re.M)
-        return tuple(Seen(tool.strip(), text) for tool, text in quotes)
+        """What other tools print for it. A quotation stands between single backticks or between double ones, and may hold others."""
+        return tuple(Seen(tool.strip(), text) for tool, _, text in QUOTATION.findall(self.sections.get("Seen as", "")))
 
     @property
     def facts(self) -> tuple[str, ...]:

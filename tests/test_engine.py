@@ -120,8 +120,9 @@ def test_a_caret_stands_under_its_value_behind_tabs(tmp_path):
 def test_a_rule_files_page_may_be_indented_and_its_first_line_wrapped():
     from doctor.rule import Rule, headline
 
-    text = "X901 my-rule: what is\n    wrong.\n\n    Why: because.\n\n    Seen as:\n    - Tool: `it broke`\n"
+    text = "X901 my-rule: what is\n    wrong.\n\n    Why: because.\n\n    Seen as:\n    - Tool: `it broke`\n    - One: `set `a` to `b``\n    - Two: ```a` is not `b```\n"
     assert headline(text, "X901") == ("my-rule", "what is wrong")
     assert headline("X901 my-rule: what is wrong.\nWhy: because.", "X901") == ("my-rule", "what is wrong")
     page = Rule("X901", *headline(text, "X901"), "error", "certain", "tensor", "header", (), lambda *_: (), text)
-    assert page.section("Why") == "because." and [(s.tool, s.text) for s in page.seen_as] == [("Tool", "it broke")]
+    assert page.section("Why") == "because." and [(s.tool, s.text) for s in page.seen_as] == [
+        ("Tool", "it broke"), ("One", "set `a` to `b`"), ("Two", "`a` is not `b`")]

@@ -34,6 +34,11 @@ def test_page_has_its_parts(code):
     assert entry.module.rsplit(".", 1)[1][5:].replace("_", "-") == entry.name
     for section in ("Why", "Do", "False alarms", "Fix safety", "Sources"):
         assert len(entry.section(section)) > 3, f"{code} has no section {section}:"
+    # Each quotation is read whole, also where it holds backticks itself.
+    lines = [line for line in entry.section("Seen as").splitlines() if re.match("- [^:`]+: `", line)]
+    for line, seen in zip(lines, entry.seen_as, strict=True):
+        assert line in (f"- {seen.tool}: `{seen.text}`", f"- {seen.tool}: ``{seen.text}``"), f"{code}: {line!r} is read as {seen.text!r}"
+        assert seen.text.count("`") % 2 == 0 or seen.text.endswith("`damp_percent="), f"{code}: {line!r} is cut at a backtick"
     for seen in entry.seen_as:
         assert len(seen.text) >= len("Killed"), f"{code}: {seen.text!r} is too short to recognise an error by"
 

@@ -4,6 +4,7 @@ A comment holds 65,536 characters: findings are cut from the end and counted, th
 """
 
 from doctor.engine import Report
+from doctor.explain import code_span
 from doctor.report import view
 from doctor.report.view import Group
 from doctor.report.words import say
@@ -89,9 +90,4 @@ def _plain(text: str) -> str:
 
 def _code(text: str) -> str:
     """Inline code with as many backticks as the text needs."""
-    text = view.safe(text)
-    fence = "`"
-    while fence in text:
-        fence += "`"
-    pad = " " if text[:1] == "`" or text[-1:] == "`" else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
+    return code_span(view.safe(text))
