@@ -17,7 +17,7 @@ from doctor import __version__
 from doctor.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.facts import STAGES
 from doctor.recipe import FORMATS as OUTPUT_FORMATS
-from doctor.recipe import METHODS, RUNTIMES, Recipe, parse_runtime
+from doctor.recipe import DAMP, DAMP_MAX, METHODS, RUNTIMES, Recipe, parse_runtime
 from doctor.report import FORMATS, words
 
 _ENV = "Every option can also be set in the environment: --fail-on as DOCTOR_FAIL_ON. DOCTOR_DEBUG=1 shows tracebacks."
@@ -542,8 +542,8 @@ def undo(path):
 @click.option("--act-order/--no-act-order", default=True, help="Columns in order of importance; groups stay as they are.")
 @click.option("--mse/--no-mse", default=True, help="Search each group's scale for the least squared error.")
 @click.option("--format", "format", type=click.Choice(OUTPUT_FORMATS), default=None, help="File format.  [default: the method's own]")
-@click.option("--damp", type=float, default=0.01, help="Share of the mean diagonal added to each Hessian.")
-@click.option("--damp-max", type=float, default=0.1, help="Most that a retry may raise it to.")
+@click.option("--damp", type=float, default=DAMP, help="Share of the mean diagonal added to each Hessian.")
+@click.option("--damp-max", type=float, default=DAMP_MAX, help="Most that a retry may raise it to.")
 @click.option("--calibration", metavar="FILE|ORG/NAME", default=None, show_default=False,
               help="Text, JSONL, Parquet or a dataset on the Hub.  [default: Python's documentation and text the model writes; yours is better]")
 @click.option("--rows", type=int, default=None, help="Calibration rows.")

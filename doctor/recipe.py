@@ -13,6 +13,7 @@ METHODS = ("gptq", "awq", "rtn")
 FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 RUNTIMES = ("vllm", "sglang", "exllamav2", "transformers", "llama.cpp")
 BITS = (2, 3, 4, 8)
+DAMP, DAMP_MAX = 0.01, 0.1  # defaults: GPTQ's own share, and where a retry ends
 _FALL = ("gptq", "awq", "rtn", "keep")
 
 
@@ -30,8 +31,8 @@ class Recipe:
     sym: bool | None = None  # None takes the method's own: asymmetric for awq, whose kernels expect zero points
     act_order: bool = True
     mse: bool = True
-    damp: float = 0.01
-    damp_max: float = 0.1
+    damp: float = DAMP
+    damp_max: float = DAMP_MAX
     format: str = ""  # "" takes the method's own: gptq for gptq and rtn, awq for awq
     tp: int = 1
     runtime: str = ""

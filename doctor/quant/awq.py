@@ -27,6 +27,7 @@ from doctor.quant import kernels
 from doctor.quant.gptq import Solution, improve, proxy_loss
 from doctor.quant.grid import Grid, contiguous_groups, dequantize, fit, group_width, quantize, require_finite, store_scale
 from doctor.quant.hessian import exact_products
+from doctor.recipe import DAMP
 from doctor.spec import Linear, ModelSpec, condition, exists
 from doctor.tables import table
 
@@ -197,7 +198,7 @@ def clip(W: torch.Tensor, H: torch.Tensor, start: Grid, width: int, bits: int, s
 
 
 def solve(W: torch.Tensor, H: torch.Tensor, s: torch.Tensor | None, *, bits: int, group_size: int, sym: bool, zero_min: int,
-          damp: float = 0.01) -> Solution:
+          damp: float = DAMP) -> Solution:
     """Codes of W[n, k], whose columns carry the factors s f32[k] (None: none), under H[k, k] of the scaled input.
 
     Clipped, rounded to nearest, then refined as GPTQ's codes are: published AWQ stops before that. loss as in gptq.solve; rtn_loss is that of the unscaled weight on a min-max grid.

@@ -40,6 +40,7 @@ from doctor.quant.grid import (Grid, contiguous_groups, dequantize, fit, group_w
                                store_scale)
 from doctor.quant.hessian import (Attempt, all_finite, exact_products, factorise_with_escalation, live_mean,
                                   reversed_factor)
+from doctor.recipe import DAMP, DAMP_MAX
 
 _BLOCK = 128
 _SUB = 16
@@ -96,7 +97,7 @@ class _Rules:
 
 def solve(W: torch.Tensor, H: torch.Tensor, *, bits: int = 4, group_size: int = 128, sym: bool = True,
           act_order: bool = True, scattered: bool = False, mse: bool = True, signed: bool = False, refine: int = 1,
-          damp: float = 0.01, damp_max: float = 0.1, zero_min: int = 1,
+          damp: float = DAMP, damp_max: float = DAMP_MAX, zero_min: int = 1,
           scale_dtype: torch.dtype = torch.float16) -> Solution:
     """Codes, grid and losses of W[n, k] under H[k, k] = 2/n X^T X, both on one device.
 
@@ -267,7 +268,7 @@ def _refine(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, g
 
 
 def improve(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, *, bits: int, group_size: int, sym: bool,
-            zero_min: int, damp: float = 0.01) -> tuple[torch.Tensor, Grid]:
+            zero_min: int, damp: float = DAMP) -> tuple[torch.Tensor, Grid]:
     """One pass of refinement of codes u8[n, k] on a grid of neighbours, wherever they come from, under H f32[k, k] with damp."""
     rules = _Rules(bits, group_size, sym, True, False, zero_min, torch.float16)
     mean, width = live_mean(H), group_width(W.shape[1], group_size)

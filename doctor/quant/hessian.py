@@ -24,6 +24,7 @@ from scipy.linalg.blas import dsyrk, ssyrk
 from scipy.linalg.lapack import dpotrf, dtrtri, spotrf, strtri
 
 from doctor.quant import solver
+from doctor.recipe import DAMP
 
 # A damp of 2e-7 to 6e-7 of lambda_max / mean diag(H) was the least that passed in float32, for widths 512 to 4096 and a
 # dominant direction (lambda_max about k times the mean). The upper edge, so that below it a failure is no surprise.
@@ -194,7 +195,7 @@ def dead_columns(H: torch.Tensor) -> torch.Tensor:
     return H.diagonal() <= 0
 
 
-def spectrum(H: torch.Tensor, rows: int, damp: float = 0.01) -> Spectrum:
+def spectrum(H: torch.Tensor, rows: int, damp: float = DAMP) -> Spectrum:
     """Facts of H[k, k] that foretell how factoring will go. `damp` enters the condition estimate only."""
     columns = H.shape[0]
     if not all_finite(H):
