@@ -9,10 +9,12 @@ from doctor.machine import Machine  # noqa: F401 - declares the facts of the mac
 from doctor.packed import SCALES, WORDS
 from doctor.recipe import Recipe
 from doctor.spec import ModelSpec, build_spec
+from doctor.tables import table
 
 provide("recipe", "checkpoint", "listing", "The plan that findings are judged against.")
 provide("base", "checkpoint", "listing", "What `--from` gives to take tensors from (base.Base), None without it.")
 provide("asked", "checkpoint", "listing", "Codes whose unsafe fixes the user named: some cures are offered only then.")
+provide("given_published", "checkpoint", "listing", "Parts that an example has in the place of those of rules/tables/published.toml; {} elsewhere.")
 provide("stats", "tensor", "values", "Exact counters over every value of a tensor (stats.Stats).")
 provide("zero_groups", "linear", "values", "Groups of group_size in_features whose weights are all 0, counted per row.")
 provide("zero_groups_fp16", "linear", "values", "The same after a cast to fp16, where tiny weights become 0; zero_groups are among them.")
@@ -133,6 +135,12 @@ class Comparison:
 
 
 # files
+
+
+@fact("checkpoint")
+def published(checkpoint, given_published):
+    """What vendors published and users reported of models and runtimes: the table of that name."""
+    return table("published") | given_published
 
 
 @fact("checkpoint")
@@ -405,6 +413,7 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     store.put(CHECKPOINT, "recipe", recipe)
     store.put(CHECKPOINT, "base", None)
     store.put(CHECKPOINT, "given_machine", None)
+    store.put(CHECKPOINT, "given_published", {})
     store.put(CHECKPOINT, "asked", frozenset())
     for name, shard in checkpoint.shards.items():
         store.add_subject("shard", f"shard:{name}", shard)

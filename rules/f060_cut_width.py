@@ -23,22 +23,22 @@ Sources: QwenLM/Qwen3-VL issue 231 (29568 cut to 29440); rules/tables/published.
 修复: 不提供修复：被截掉的部分不在这些文件里。
 """
 
-from doctor.rule import Fix, Place, finding, rule, size_key, table
+from doctor.rule import Fix, Place, finding, rule, size_key
 from doctor.testing import NotHere, tiny
 
 CUT = 0.97  # least share of the published width that is still a cut to fit; below, it is another model, or one pruned on purpose
 
 
 @rule("F060", "warning", certainty="likely", implied_by=("F051",))
-def cut_width(checkpoint, spec):
+def cut_width(checkpoint, spec, published):
     widths = {x.in_features: x for x in spec.linears if x.role == "down" and x.expert is None}
     if len(widths) != 1:
         return
     width, linear = next(iter(widths.items()))
-    published = sorted(w for *sizes, in_widths in _published() if tuple(sizes) == (spec.hidden, spec.n_layers, spec.vocab) for w in in_widths)
-    if width in published:
+    known = sorted(w for row in published["width"] if tuple(row[:3]) == (spec.hidden, spec.n_layers, spec.vocab) for w in row[3:])
+    if width in known:
         return
-    whole = next((w for w in published if CUT * w <= width < w), None)
+    whole = next((w for w in known if CUT * w <= width < w), None)
     if whole is None:
         return
     key = size_key(spec, linear.name, 1)
@@ -48,15 +48,12 @@ def cut_width(checkpoint, spec):
                   fix=Fix("take the original weights; pad, never cut", (), "manual"))
 
 
-def _published():
-    return [(*row[:3], row[3:]) for row in table("published")["width"]]
-
-
 def bad():
     case = tiny(mlp=320)
     spec = case.spec
     if {x.in_features for x in spec.linears if x.role == "down" and x.expert is None} != {320} or (spec.hidden, spec.n_layers, spec.vocab) != (64, 2, 96):
         raise NotHere("the width of this family's MLPs follows from its hidden size, or all of them are experts")
+    case.put("checkpoint:", "given_published", {"width": [[64, 2, 96, 328]]})
     return case, "the MLPs are 320 wide; published models of hidden size 64 and 2 blocks have 328: 8 columns are gone"
 
 

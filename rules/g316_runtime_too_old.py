@@ -30,16 +30,16 @@ Sources: rules/tables/published.toml; huggingface/transformers src/transformers/
 修复: 不提供修复：文件没有问题。
 """
 
-from doctor.rule import Place, Unavailable, finding, rule, table, version_before
+from doctor.rule import Place, Unavailable, finding, rule, version_before
 from doctor.testing import only_in, tiny
 
 
 @rule("G316", "error")
-def runtime_too_old(checkpoint, spec, config, recipe):
+def runtime_too_old(checkpoint, spec, config, recipe, published):
     if not recipe.runtime_version:
         raise Unavailable("no version of a runtime was named: --runtime NAME==VERSION asks for one")
     types = [spec.model_type, str(config.get("model_type") or "")]
-    first = next((v for t in types if (v := table("published")["since"].get(recipe.runtime, {}).get(t))), None)
+    first = next((v for t in types if (v := published["since"].get(recipe.runtime, {}).get(t))), None)
     if first is None or not version_before(recipe.runtime_version, first) or (recipe.runtime == "transformers" and config.get("auto_map")):
         return
     yield finding(f"{recipe.runtime} {recipe.runtime_version} does not know {spec.model_type} models: {first} is the first that does",

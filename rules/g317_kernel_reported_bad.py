@@ -21,15 +21,15 @@ Sources: rules/tables/published.toml; vllm-project/vllm issues 3998 and 14126; t
 修复: 不提供修复：文件没有问题。
 """
 
-from doctor.rule import Unavailable, finding, rule, table
+from doctor.rule import Unavailable, finding, rule
 from doctor.testing import tiny
 
 
 @rule("G317", "warning", certainty="likely")
-def kernel_reported_bad(checkpoint, layout, spec, recipe):
+def kernel_reported_bad(checkpoint, layout, spec, recipe, published):
     if not recipe.runtime_version:
         raise Unavailable("no version of a runtime was named: --runtime NAME==VERSION asks for one")
-    for row in table("published")["reports"]:
+    for row in published["reports"]:
         if (row["runtime"] == recipe.runtime and row.get("model_type", spec.model_type) == spec.model_type
                 and recipe.runtime_version in row["versions"] and layout.format in row["formats"]):
             yield finding(f"{recipe.runtime} {recipe.runtime_version}: {row['what']}, users report ({row['source']}): {row['cause']}",
@@ -38,8 +38,11 @@ def kernel_reported_bad(checkpoint, layout, spec, recipe):
 
 def bad():
     case = tiny()
+    case.put("checkpoint:", "given_published", {"reports": [{
+        "runtime": "exllamav2", "versions": ["0.0.0"], "formats": ["gptq"], "what": "an example answers with `!` only", "cause": "it is none",
+        "source": "this rule's file"}]})
     case.recipe = case.recipe.with_field("runtime", "exllamav2").with_field("runtime_version", "0.0.0")
-    return case, "exllamav2 0.0.0: an example answers with `!` only, users report (doctor): it is none"
+    return case, "exllamav2 0.0.0: an example answers with `!` only, users report (this rule's file): it is none"
 
 
 def good():

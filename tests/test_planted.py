@@ -82,7 +82,7 @@ def healthy(family, shards, measurements):
             made = [compared()]
         elif measurements == {"given_machine"}:
             made = [roomy()]
-        elif measurements:
+        elif measurements - {"given_published"}:
             made = [measured()]
         else:
             made = [tiny(), tiny_gptq(), tiny_gptq(version="gptq_v2")]

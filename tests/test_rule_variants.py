@@ -1,6 +1,7 @@
 """What rules say beyond the one sentence of their example: other causes, other severities, and the edges of their thresholds."""
 
 import math
+import re
 
 import pytest
 
@@ -217,15 +218,25 @@ def test_only_the_versions_that_users_named_are_reported(runtime, version, repor
     assert bool(said(case, tmp_path, "G317")) is reported
 
 
+def test_the_table_of_what_was_published_holds_nothing_made_up():
+    """Examples bring rows of their own (the fact given_published), so that none stands among those that users are judged by."""
+    from doctor.tables import table
+
+    known = table("published")
+    assert all(re.search(r"\w+/\w+ (issue|pull)", row["source"]) and "doctor" not in row["source"] for row in known["reports"])
+    assert all(len(row) > 3 and row[0] >= 512 and row[2] >= 32000 and row[3:] == sorted(set(row[3:])) for row in known["width"])
+
+
 @pytest.mark.parametrize("width, cut", [(29440, True), (29568, False), (29696, False), (24576, False), (27000, False)])
 def test_a_width_just_below_a_published_one_is_a_cut_and_padding_is_not(width, cut, tmp_path):
     """Qwen3-VL issue 231: 29568 cut to 29440 = 230 x 128."""
     from doctor.rules.f060_cut_width import cut_width
     from doctor.spec import Linear, build_spec
+    from doctor.tables import table
 
     spec = build_spec({"model_type": "qwen2", "hidden_size": 8192, "num_hidden_layers": 80, "vocab_size": 152064, "intermediate_size": width}, {})
     spec.linears = (Linear("model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj.weight", "down", 0, width, 8192),)
-    assert [f.evidence["published"] for f in cut_width(None, spec)] == ([29568] if cut else [])
+    assert [f.evidence["published"] for f in cut_width(None, spec, table("published"))] == ([29568] if cut else [])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "opt"])
