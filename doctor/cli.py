@@ -483,6 +483,7 @@ def _given(**options) -> dict:
 
 
 out_option = click.option("-o", "--output", "output", type=_PATH, required=True, metavar="DIR", help="Directory to write; must not exist.")
+device_option = click.option("--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda or cuda:1.")
 unsafe_option = click.option("--unsafe-fixes", default="", metavar="[=CODES]",
                              help="Also fixes that change numbers or shapes; =CODES only those, and those that go by name only.")
 
@@ -604,8 +605,9 @@ def _forecast(forecast, report=None) -> None:
 @click.option("--context", type=int, default=None, help="Tokens of a row.  [default: 512]")
 @click.option("--rows", type=int, default=None, help="Rows, at most; they do not overlap.  [default: 24]")
 @click.option("--memory", default="", metavar="SIZE", help="Memory for whole models, as 24GB: greedy replies need them.  [default: half of what is free]")
+@device_option
 @format_options
-def verify(original, quantized, text, context, rows, memory, formats, concise, verbose):
+def verify(original, quantized, text, context, rows, memory, device, formats, concise, verbose):
     """Compare a quantized model with its original.
 
     Measures perplexity, divergence of the next-token distributions, and collapse of greedy replies.
@@ -616,7 +618,7 @@ def verify(original, quantized, text, context, rows, memory, formats, concise, v
     with _json_on_failure(outputs):
         with _steps() as tick:
             report = api.verify(original, quantized, progress=partial(tick, "compare"),
-                                **_given(text=text, context=context, rows=rows, memory=_bytes(memory)))
+                                **_given(text=text, context=context, rows=rows, memory=_bytes(memory), device=None if device == "cpu" else device))
         _emit([report], outputs, verbose)
     _exit([report])
 
@@ -631,9 +633,10 @@ def verify(original, quantized, text, context, rows, memory, formats, concise, v
 @click.option("--measure", is_flag=True, help="Also run the model on text with its cache quantized: perplexity of each scheme.")
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure on.  [default: texts of doctor]")
 @click.option("--rows", type=int, default=None, help="Rows to measure, of 512 tokens.  [default: 2]")
+@device_option
 @click.option("-f", "--format", "formats", multiple=True, metavar="FORMAT[:FILE]", help=f"{', '.join(KV_FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]")
 @lang_option
-def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, rows, formats):
+def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, rows, device, formats):
     """Memory of the key/value cache, and the fewest bits its keys survive.
 
     The verdict comes from the weights: random states go through each layer's own projections, and the exact cache.
@@ -644,7 +647,8 @@ def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, r
     with _json_on_failure(outputs):
         with _steps() as tick:
             result = api.kvcache(path, context=context, batch=batch, measure=measure, progress=tick,
-                                 **_given(memory=_bytes(memory), key_bits=key_bits, value_bits=value_bits, text=text, rows=rows))
+                                 **_given(memory=_bytes(memory), key_bits=key_bits, value_bits=value_bits, text=text, rows=rows,
+                                          device=None if device == "cpu" else device))
         _emit_kvcache(result, outputs)
 
 

@@ -113,6 +113,7 @@ The copy is checked again with all rules before it appears; the source is never 
     "Quantize the first and last block only, write nothing: would it fail, how long would it take?": "只量化首末两层，不写入：会不会失败，要多久？",
     "Go on where an interrupted run stopped.": "从中断处继续。",
     # verify and kvcache
+    "Where to compute: cpu, cuda or cuda:1.": "在哪里计算：cpu、cuda 或 cuda:1。",
     """Compare a quantized model with its original.
 
 Measures perplexity, divergence of the next-token distributions, and collapse of greedy replies.""":

@@ -27,10 +27,10 @@ ALONE_ROWS = 2  # of the text; one more pass over them costs a twenty-fourth of 
 class Streamed:
     """One checkpoint run over rows of ids int64[1, length], block by block. `hidden` are the current activations, one per row."""
 
-    def __init__(self, checkpoint: Checkpoint, rows: list[torch.Tensor]):
+    def __init__(self, checkpoint: Checkpoint, rows: list[torch.Tensor], device: str = "cpu"):
         self.checkpoint = as_float(checkpoint)
         self.spec = build_spec(self.checkpoint.value("config.json") or {}, self.checkpoint.tensors)
-        self.skeleton = Skeleton(self.checkpoint, self.spec)
+        self.skeleton = Skeleton(self.checkpoint, self.spec, device)
         self.rows = rows
         self.hidden, self.calls = [], []
         for hidden, calls in self.skeleton.open_calls(rows):
@@ -70,7 +70,7 @@ class Streamed:
                 block.forward = lambda *args, hidden_states=None, **kwargs: passing(args[0] if args else hidden_states)
             for ids, hidden in zip(rows or self.rows, states or self.hidden, strict=True):
                 current[:] = [hidden]
-                yield model(input_ids=ids, use_cache=False).logits[0].float()
+                yield model(input_ids=ids.to(self.skeleton.device), use_cache=False).logits[0].float()
         finally:
             for block in blocks:
                 block.__dict__.pop("forward", None)
@@ -88,7 +88,7 @@ class Streamed:
         name = cache_argument(model)
         replies = []
         for ids in prompts:
-            said, cache = [], None
+            ids, said, cache = ids.to(self.skeleton.device), [], None
             for _ in range(tokens):
                 out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
                 ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), getattr(out, name)
@@ -100,13 +100,14 @@ class Streamed:
 
 
 def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor], prompts: list[torch.Tensor],
-            decode: Callable[[list[int]], str], memory: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Comparison:
-    """Comparison of two checkpoints of one model on rows int64[1, length]; replies to prompts where the model fits `memory` bytes.
+            decode: Callable[[list[int]], str], memory: int, progress: Callable[[int, int], None] = lambda done, total: None,
+            device: str = "cpu") -> Comparison:
+    """Comparison of two checkpoints of one model on rows int64[1, length]; replies to prompts where the model fits `memory` bytes of the device.
 
     progress gets (blocks done, blocks in all). Raises NotQuantizable where the two do not have the same number of blocks.
     """
     _same_model(original, quantized)
-    a, b = Streamed(original, rows), Streamed(quantized, rows)
+    a, b = Streamed(original, rows, device), Streamed(quantized, rows, device)
     blocks = len(a.skeleton.blocks)
     if len(b.skeleton.blocks) != blocks:
         raise NotQuantizable(f"{original.name} has {blocks} blocks, {quantized.name} has {len(b.skeleton.blocks)}: not the same model.")

@@ -47,13 +47,13 @@ def with_widths(key_bits: int | None, value_bits: int | None) -> dict[str, tuple
 
 @torch.no_grad()
 def measure(checkpoint: Checkpoint, rows: list[torch.Tensor], schemes: dict[str, tuple[Side, Side]] | None = None,
-            progress: Callable[[int, int], None] = lambda done, total: None) -> list[Measured]:
+            progress: Callable[[int, int], None] = lambda done, total: None, device: str = "cpu") -> list[Measured]:
     """Measured of every scheme on rows int64[1, length], FP16 first; the one with the key bias apart only where there is a bias.
 
     Raises NotQuantizable for a model that cannot be run block by block, or whose attention is code of its own.
     """
     schemes = {"FP16": SCHEMES["FP16"], **(schemes or SCHEMES)}
-    model = Streamed(checkpoint, rows)
+    model = Streamed(checkpoint, rows, device)
     blocks = model.skeleton.blocks
     biased = any(_key_projection(block) is not None for block in blocks)
     if biased and "Q4" in schemes:

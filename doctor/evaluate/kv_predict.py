@@ -60,7 +60,7 @@ class _Probe(Skeleton):
         if self.positions is None:
             super()._forward(ids)
         else:
-            self.base(input_ids=ids, position_ids=self.positions, use_cache=False)
+            self.base(input_ids=ids.to(self.device), position_ids=self.positions, use_cache=False)
 
     def load_attention(self, i: int) -> None:
         """Weights of block i without its MLP, which the keys never meet. Skips modules that hold other modules and weights of their own."""
@@ -72,7 +72,7 @@ class _Probe(Skeleton):
 
 @torch.no_grad()
 def predict(checkpoint: Checkpoint, spec: ModelSpec, layers: tuple[Layer, ...], keys: dict[str, Side] | None = None,
-            progress: Callable[[int, int], None] = lambda done, total: None) -> list[Fitness]:
+            progress: Callable[[int, int], None] = lambda done, total: None, device: str = "cpu") -> list[Fitness]:
     """Fitness of every layer that keeps plain keys. Raises NotQuantizable where the model cannot be built or hides its attention.
 
     keys: other ways to store keys that are tried beside KEYS. The same weights give the same figures: seeds are fixed.
@@ -80,16 +80,16 @@ def predict(checkpoint: Checkpoint, spec: ModelSpec, layers: tuple[Layer, ...], 
     wanted = [x.block for x in layers if x.kind in ("full", "sliding", "hybrid")]
     if not wanted:
         raise NotQuantizable("no layer caches plain keys, so there is nothing to simulate.")
-    probe = _Probe(checkpoint, spec)
+    probe = _Probe(checkpoint, spec, device)
     room = min(spec.max_positions or POSITIONS, POSITIONS)
     generator = torch.Generator().manual_seed(SEED)
     where = torch.randperm(room, generator=generator)[:TOKENS].sort().values[None]
-    probe.positions = where if _takes_positions(probe.base) else None
+    probe.positions = where.to(device) if _takes_positions(probe.base) else None
     ids = torch.arange(where.shape[1])[None] % (spec.vocab or 1)
     ((hidden, calls),) = list(probe.open_calls([ids]))
     found = []
     for n, i in enumerate(wanted):
-        z = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(SEED + i))
+        z = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(SEED + i)).to(device)
         found.append(_fitness(probe, i, z / z.square().mean(-1, keepdim=True).sqrt(), calls[i], {**KEYS, **(keys or {})}))
         progress(n + 1, len(wanted))
     return found

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from doctor.quant import kernels
+
 LANES = 32  # points of one transform
 SPAN = 2 * LANES  # consecutive values that are transformed together
 GROUP = 32  # consecutive rotated values that share a scale
@@ -47,8 +49,17 @@ def round_trip(x: torch.Tensor, bits: int) -> torch.Tensor:
 
     ExLlamaV2 has 4 and 8 bits; other widths from 2 to 8 use the same formula. A last span that is not full is filled with 0.
     """
-    codes, scales = store(x, bits)
-    return read(codes, scales, bits)[..., : x.shape[-1]]
+    if x.is_cuda and bits in kernels.KV_BITS and kernels.available(x.device) is None:
+        spans = _in_spans(x)
+        back = kernels.kv_load(*kernels.kv_store(spans, bits), bits).reshape(spans.shape)
+    else:
+        back = read(*store(x, bits), bits)
+    return back[..., : x.shape[-1]]
+
+
+def _in_spans(x: torch.Tensor) -> torch.Tensor:
+    """float16 of x[..., values], the last span filled with 0."""
+    return torch.nn.functional.pad(x.half(), (0, -x.shape[-1] % SPAN))
 
 
 def store(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,11 +67,7 @@ def store(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     if bits not in BITS:
         raise ValueError(f"{bits} bits; a quantized cache has {BITS[0]} to {BITS[-1]}")
     half = 1 << (bits - 1)
-    x = x.half()
-    rest = -x.shape[-1] % SPAN
-    if rest:
-        x = torch.nn.functional.pad(x, (0, rest))
-    groups = _hadamard(x).unflatten(-1, (-1, GROUP))
+    groups = _hadamard(_in_spans(x)).unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1)
     shifted = ((groups / largest[..., None]).float() * half + half).half()  # one rounding, as the fused multiply-add has
     # A group of zeros is 0/0; the kernel's conversion makes NaN code 0, and its scale 0 makes that 0 again.

@@ -54,7 +54,8 @@ def logit_error(query: torch.Tensor, key: torch.Tensor, cached: torch.Tensor, sc
     batch, heads, tokens, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], tokens, dim).float()
     total, count = 0.0, 0
-    seen = torch.ones(tokens, tokens, dtype=torch.bool).tril() if causal else torch.ones(tokens, tokens, dtype=torch.bool)
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)
+    seen = seen.tril() if causal else seen
     width = seen.sum(1, keepdim=True)
     change = (cached - key).float()
     for h in range(key.shape[1]):  # one key head at a time: [group, tokens, tokens] is the largest thing held

@@ -19,7 +19,9 @@ from doctor.evaluate.kv_size import KIB, Layout, Scheme, read_layout, with_custo
 from doctor.evaluate.verify import _rows as text_rows
 from doctor.evaluate.verify import quiet
 from doctor.host import describe
+from doctor.quant import kernels
 from doctor.quant.dequant import as_float
+from doctor.quant.device import device_memory, device_of
 from doctor.recipe import Recipe
 from doctor.spec import build_spec
 
@@ -46,36 +48,39 @@ class KvReport:
 
 def kvcache(path: str | os.PathLike | Checkpoint, *, context: int = 8192, batch: int = 1, memory: int | None = None, key_bits: int | None = None,
             value_bits: int | None = None, measure: bool = False, text: str | os.PathLike | None = None, rows: int = MEASURED_ROWS,
-            measured_context: int = MEASURED_CONTEXT, progress: Callable[[str, int, int], None] = lambda phase, done, total: None) -> KvReport:
+            measured_context: int = MEASURED_CONTEXT, device: str = "cpu",
+            progress: Callable[[str, int, int], None] = lambda phase, done, total: None) -> KvReport:
     """KvReport of a checkpoint. context: tokens a sequence keeps; batch: sequences at a time; memory: bytes for weights and cache.
 
     key_bits, value_bits: one more scheme with these widths (2 to 8, or 16). measure: also run the model on `text` (rows of
     measured_context tokens; the half of Python's documentation that no calibration sees by default).
-    Raises DoctorError for impossible options, BadCheckpoint where config.json is absent or does not give the sizes.
+    device: where layers are simulated and the model is run. Raises DoctorError for impossible options, MachineError for a device that is not
+    there, BadCheckpoint where config.json is absent or does not give the sizes.
     """
     for name, value in (("--context", context), ("--batch", batch), ("rows", rows)):
         if value < 1:
             raise DoctorError(f"{name} {value}: must be 1 or more.")
+    device = device_of(device)
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     config = checkpoint.value("config.json")
     if config is None:
         raise BadCheckpoint(f"{checkpoint.name}: config.json is absent or broken; the cache's shape stands there.")
-    with quiet():
+    with quiet(), device_memory(device):
         spec = build_spec(config, checkpoint.tensors)
         layout = read_layout(spec)
         weights = sum(info.nbytes for info in checkpoint.tensors.values())
         data = {
             "architecture": spec.architecture or spec.model_type, "context": context, "batch": batch, "memory_bytes": memory,
             "weight_bytes": weights, "max_positions": spec.max_positions, "layers": layout.describe(), "kinds": [list(k) for k in layout.kinds()], "windows": layout.windows,
-            "notes": list(layout.notes),
+            "notes": [*layout.notes, *filter(None, [kernels.note(device)])],
             "schemes": [_scheme_row(layout, s, context, batch, memory, weights) for s in with_custom(key_bits, value_bits)],
         }
         if layout.expanded:
             full = Layout(layout.expanded)
             data["full_heads"] = [_scheme_row(full, s, context, batch, memory, weights) for s in with_custom(key_bits, value_bits)]
-        _add_fitness(data, checkpoint, layout, key_bits, progress)
+        _add_fitness(data, checkpoint, layout, key_bits, device, progress)
         if measure:
-            _add_measured(data, checkpoint, layout, with_widths(key_bits, value_bits), text, rows, measured_context, progress)
+            _add_measured(data, checkpoint, layout, with_widths(key_bits, value_bits), text, rows, measured_context, device, progress)
     data["machine"] = describe()
     return KvReport(checkpoint.name, data)
 
@@ -115,7 +120,7 @@ def key_biases(checkpoint: Checkpoint) -> dict[int, dict]:
     return found
 
 
-def _add_fitness(data: dict, checkpoint: Checkpoint, layout: Layout, key_bits: int | None, progress) -> None:
+def _add_fitness(data: dict, checkpoint: Checkpoint, layout: Layout, key_bits: int | None, device: str, progress) -> None:
     biases, fits, reason = {}, [], ""
     if not checkpoint.tensors:
         reason = "there are no weights to look at"
@@ -125,7 +130,7 @@ def _add_fitness(data: dict, checkpoint: Checkpoint, layout: Layout, key_bits: i
         try:
             view = as_float(checkpoint)
             spec = build_spec(view.value("config.json"), view.tensors)
-            fits = predict(view, spec, layout.layers, more, lambda done, total: progress("predict", done, total))
+            fits = predict(view, spec, layout.layers, more, lambda done, total: progress("predict", done, total), device)
         except DoctorError as error:
             reason = error.message
     errors = {f.block: f for f in fits}
@@ -213,13 +218,13 @@ def _listed(numbers: list[int], most: int = 8) -> str:
     return ", ".join(map(str, numbers[:most])) + (f" and {len(numbers) - most} more" if len(numbers) > most else "")
 
 
-def _add_measured(data: dict, checkpoint: Checkpoint, layout: Layout, schemes, text, rows: int, context: int, progress) -> None:
+def _add_measured(data: dict, checkpoint: Checkpoint, layout: Layout, schemes, text, rows: int, context: int, device: str, progress) -> None:
     if any(x.kind == "latent" for x in layout.layers):
         data["not_measured"] = "its cache holds latent vectors, and transformers runs the model on full heads"
         return
     try:
         ids, _, source = text_rows(checkpoint, Path(text) if text is not None else None, rows, context)
-        found = kv_measure.measure(checkpoint, ids, schemes, lambda done, total: progress("measure", done, total))
+        found = kv_measure.measure(checkpoint, ids, schemes, lambda done, total: progress("measure", done, total), device)
     except DoctorError as error:
         data["not_measured"] = error.message
         return

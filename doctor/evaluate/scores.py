@@ -31,7 +31,7 @@ class Tally:
         width = min(original.shape[1], quantized.shape[1])
         for at in range(0, len(targets), CHUNK_ROWS):
             part = slice(at, at + CHUNK_ROWS)
-            self._add(original[part, :width].float(), quantized[part, :width].float(), targets[part])
+            self._add(original[part, :width].float(), quantized[part, :width].float(), targets[part].to(original.device))
 
     def _add(self, a: torch.Tensor, b: torch.Tensor, targets: torch.Tensor) -> None:
         self.tokens += len(targets)

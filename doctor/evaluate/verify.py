@@ -17,8 +17,9 @@ from doctor.evaluate.compare import compare
 from doctor.facts import CHECKPOINT, closure
 from doctor.host import describe
 from doctor.layout import stored_recipe
-from doctor.quant import calibrate
+from doctor.quant import calibrate, kernels
 from doctor.quant.dequant import quantization
+from doctor.quant.device import device_memory, device_of
 from doctor.recipe import Recipe
 from doctor.scan import scan
 
@@ -28,24 +29,26 @@ PROMPT_TOKENS = 16  # of a held-out row, where there is no tokenizer to make pro
 
 
 def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: str | os.PathLike | None = None, context: int = CONTEXT,
-           rows: int = ROWS, memory: int | None = None, fail_on: str = "error",
+           rows: int = ROWS, memory: int | None = None, device: str = "cpu", fail_on: str = "error",
            progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
     """Report on the quantized checkpoint, with a Comparison against its original among its facts.
 
     text: a .txt, .jsonl or .parquet file; None takes the half of Python's language reference that no built-in calibration
     row holds. context: tokens of a row; rows do not overlap. memory: bytes a whole float32 model may take for the greedy
-    replies (half of what is free by default); a larger model is compared without them, and the report says so.
+    replies (half of what is free by default); a larger model is compared without them, and the report says so. device: where both
+    are computed, block by block, in float32; its memory is what counts then.
     """
     started = time.perf_counter()
     for name, value, least in (("--rows", rows, 1), ("--context", context, 2)):
         if value < least:
             raise DoctorError(f"{name} {value}: must be {least} or more.")
+    device = device_of(device)
     first, second = Checkpoint.open(original), Checkpoint.open(quantized)
     ids, tokenizer, source = _rows(first, text, rows, context)
     prompts, decode = _prompts(tokenizer, ids)
-    budget = memory if memory is not None else free_memory() // 2
-    with quiet():
-        comparison = compare(first, second, ids, prompts, decode, budget, progress)
+    budget = memory if memory is not None else free_memory(device) // 2
+    with quiet(), device_memory(device):
+        comparison = compare(first, second, ids, prompts, decode, budget, progress, device)
 
     # A 16-bit model, say a fine-tune against its base, has no plan: whether it could be quantized is another question.
     plain = quantization(second) is None
@@ -55,6 +58,8 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
     store = header_facts(second, recipe)
     scanned = scan(second, store)
     store.put(CHECKPOINT, "comparison", comparison)
+    if device != "cpu":
+        store.put(CHECKPOINT, "slower_paths", tuple(filter(None, [kernels.note(device)])))
     findings, runs = judge(store, rules)
     extra = {"comparison": asdict(comparison), "text": {"source": source, "rows": len(ids), "context": context, "stride": context},
              "machine": describe(), "plain": plain}
@@ -99,8 +104,10 @@ def quiet():
         transformers.logging.set_verbosity(level)
 
 
-def free_memory() -> int:
-    """Bytes of memory that a new program can take on this machine."""
+def free_memory(device: str = "cpu") -> int:
+    """Bytes of memory that a new program can take on this machine, or on this GPU."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(torch.device(device))[0]
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)

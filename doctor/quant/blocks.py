@@ -23,6 +23,7 @@ from torch import nn
 
 from doctor.checkpoint import Checkpoint
 from doctor.errors import BadCheckpoint, NotQuantizable
+from doctor.quant.dequant import Dequantized
 from doctor.spec import NOT_TEXT, Linear, ModelSpec
 
 MOST_MODULES = 10_000  # layers, or experts of one layer, that a config may ask for
@@ -316,6 +317,8 @@ class Skeleton:
             raise NotQuantizable(f"{name}: {type(self.model).__name__} has this parameter, the checkpoint has no tensor for it.",
                                  "Run `doctor check`: rules F05x compare the tensors with config.json.")
         tensor = self._at_hand.pop(source, None)
+        if tensor is None and isinstance(self.checkpoint, Dequantized):
+            tensor = self.checkpoint.load_on(source, self.device)
         tensor = load_tensor(self.checkpoint, source) if tensor is None else tensor
         if tensor.shape != shape:
             raise NotQuantizable(f"{source}: shape {list(tensor.shape)}; config.json makes it {list(shape)}.",

@@ -73,14 +73,21 @@ class Dequantized:
 
     def load(self, name: str) -> np.ndarray:
         """Codes of a stored tensor; float32 values of a dequantized weight [out_features, in_features]."""
+        return self.source.load(name) if self._stored(name) else self.load_on(name, "cpu").numpy()
+
+    def _stored(self, name: str) -> bool:
+        return name in self.source.tensors or f"{name.removesuffix('.weight')}.{WORDS[self.method]}" not in self.source.tensors
+
+    def load_on(self, name: str, device: torch.device | str) -> torch.Tensor | None:
+        """f32[out_features, in_features] of a dequantized weight, its words moved to the device before they are unpacked; None for a stored tensor."""
+        if self._stored(name):
+            return None
         module = name.removesuffix(".weight")
-        if name in self.source.tensors or f"{module}.{WORDS[self.method]}" not in self.source.tensors:
-            return self.source.load(name)
         parts = {p: self._part(f"{module}.{p}") for p in PARTS[self.method] if f"{module}.{p}" in self.source.tensors}
         missing = [p for p in NEEDED[self.method] if p not in parts]
         if missing:
             raise BadCheckpoint(f"{module}: {', '.join(missing)} missing beside {WORDS[self.method]}.")
-        return self._dequantize(parts, self._bits_of(module)).numpy()
+        return self._dequantize({p: t if p == "weight_shape" else t.to(device) for p, t in parts.items()}, self._bits_of(module))
 
     def _bits_of(self, module: str) -> int:
         """Its own width where the file names one for it, else that of all."""

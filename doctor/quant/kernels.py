@@ -31,6 +31,7 @@ SOURCES = ("gptq_block", "grid_search", "pack", "awq_difference", "kv_cache", "h
 _BLOCK = 128                    # BLOCK of gptq_block.cu
 _TALLEST = 65535                # blocks in a grid's second direction
 _OPTIN = 48 << 10               # dynamic shared memory that needs no opt-in
+KV_BITS = (4, 8)                # widths of ExLlamaV2's cache: Q6 is 8 bits for keys and 4 for values
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ATTRIBUTES = {"multiprocessors": 16, "major": 75, "minor": 76, "shared_optin": 97}   # CUdevice_attribute
 _MAX_DYNAMIC_SHARED = 8         # CUfunction_attribute
@@ -293,6 +294,12 @@ def available(device: torch.device | str = "cuda") -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return _engine(torch.cuda.current_device() if device.index is None else device.index)[1] or None
+
+
+def note(device: torch.device | str) -> str:
+    """The sentence for a finding where torch does the kernels' work on a GPU; empty where they run, or where the device is none."""
+    reason = available(device) if torch.device(device).type == "cuda" else None
+    return f"no CUDA kernel runs on {device}, torch does their work: {reason}" if reason else ""
 
 
 def engine_for(device: torch.device) -> Engine:
@@ -565,7 +572,7 @@ def _kv(kernel: str, tensors: tuple[torch.Tensor, ...], count: int, bits: int, e
 
 
 def _require_kv(count: int, bits: int) -> None:
-    if count % 64 or not count or bits not in (4, 8):
+    if count % 64 or not count or bits not in KV_BITS:
         raise CudaError(f"{count} cached values at {bits} bits; must be a multiple of 64 at 4 or 8 bits.",
                         "Q6 is 8 bits for keys and 4 for values.")
 

@@ -25,8 +25,9 @@ from doctor.plan import Consent, Look, look, make_plan, refuse
 from doctor.quant import budget, export, solver
 from doctor.quant import preflight as flight
 from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled, calibration_rows
+from doctor.quant.device import device_memory, device_of
 from doctor.quant.preflight import Forecast
-from doctor.quant.ranks import Ranks, device_of, size, start, stop
+from doctor.quant.ranks import Ranks, size, start, stop
 from doctor.quant.room import measure
 from doctor.quant.run import Result, computing_dtype, computing_note, fingerprint, receipt, run
 from doctor.quant.sample import Once, forecast, sampler, unable
@@ -83,16 +84,17 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
     if not job.report().ok:
         job.progress(f"not quantized: {job.report().count('error')} errors")
         return QuantizeResult(job.report())
-    chosen = job.calibrate(calibration, rows, max_seq_length, memory, device, resume)
-    if not job.report().ok:
-        return QuantizeResult(job.report(), calibration=job.facts)
-    if preflight:
-        return job.preflight(chosen, memory, device)
-    job.ranks = start(device)
-    try:
-        return job.quantize(chosen, memory, resume, device)
-    finally:
-        stop(job.ranks)
+    with device_memory(device):
+        chosen = job.calibrate(calibration, rows, max_seq_length, memory, device, resume)
+        if not job.report().ok:
+            return QuantizeResult(job.report(), calibration=job.facts)
+        if preflight:
+            return job.preflight(chosen, memory, device)
+        job.ranks = start(device)
+        try:
+            return job.quantize(chosen, memory, resume, device)
+        finally:
+            stop(job.ranks)
 
 
 def plan(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, *, rows: int = ROWS,

@@ -106,12 +106,6 @@ def lost(rank: int, size: int, why: str) -> MachineError:
                         "Finished blocks are kept: look at that rank's own error, then run the same command again with --resume.")
 
 
-def device_of(device: str) -> str:
-    """The device of this rank: cuda becomes cuda:LOCAL_RANK where torchrun started several."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if device == "cuda" and local is not None else device
-
-
 def size() -> int:
     """How many processes torchrun started; 1 where it did not start this one."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1

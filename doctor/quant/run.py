@@ -210,8 +210,8 @@ class _Run:
     def _slower_paths(self) -> list[str]:
         """What does the work another way than it could, and why."""
         device, found = self.skeleton.device, []
-        if device.type == "cuda" and kernels.available(device) is not None:
-            found.append(f"no CUDA kernel runs on {device}, torch does their work: {kernels.available(device)}")
+        if kernels.note(device):
+            found.append(kernels.note(device))
         if device.type == "cuda" and self.skeleton.dtype == torch.bfloat16 and not mixed_products(device):
             found.append("this torch has no product of bfloat16 with a float32 result: Hessians are summed from float32 copies")
         if solver.note(device):

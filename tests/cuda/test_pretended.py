@@ -10,6 +10,7 @@ import torch
 from pretend import PLACE, pretend
 
 from doctor import api
+from doctor.evaluate import kv_quant
 from doctor.errors import BadCheckpoint, CudaError, NotQuantizable, PlanRefused
 from doctor.quant import awq, gptq, grid, kernels, pack
 from doctor.quant.hessian import Hessian, mixed_products
@@ -279,6 +280,63 @@ def test_a_run_of_the_cpu_is_not_taken_up_on_the_device(tmp_path, text, host_eng
         api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), progress=stop, **options)
     with pretend(host_engine), pytest.raises(PlanRefused, match="differs in device"):
         api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), resume=True, device="cuda", **options)
+
+
+def test_two_models_are_compared_on_the_device(tmp_path, text, host_engine, launched, monkeypatch):
+    """Words are read by a kernel, activations and logits stay there, and the figures are the CPU's; without a kernel a finding says so."""
+    tiny("llama").write(tmp_path / "m")
+    with monkeypatch.context() as m:
+        m.setenv("DOCTOR_NATIVE", "1")
+        made = api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64)
+    linears = sum(r["outcome"] == "gptq" for r in made.linears)
+    options = {"text": text, "rows": 3, "context": 64, "memory": 1 << 30}
+    want = api.verify(tmp_path / "m", tmp_path / "q", **options)
+    for engine in (host_engine, None):
+        launched.clear()
+        with pretend(engine):
+            got = api.verify(tmp_path / "m", tmp_path / "q", device="cuda", **options)
+        ours, theirs = got.extra["comparison"], want.extra["comparison"]
+        for name in ("perplexity_original", "perplexity_quantized", "kl_mean", "kl_p99", "entropy_quantized"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+        assert ours["tokens"] == theirs["tokens"] and ours["replies"] == theirs["replies"] and ours["half"]["place"] == theirs["half"]["place"]
+        assert ours["own_errors"] == pytest.approx(theirs["own_errors"], rel=1e-3)
+        # Once for the comparison and once for the replies, for which the model is held whole; the first block once more, to see what it returns.
+        assert launched["dequantize_stream"] == (2 * linears + linears // 2 if engine else 0) and linears
+        slow = [f.message for f in got.findings if f.code == "Q417"]
+        assert slow == ([] if engine else ["no CUDA kernel runs on cuda, torch does their work: this device is pretended"])
+    assert not [f for f in want.findings if f.code == "Q417"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_a_cache_on_the_device_gives_back_what_the_definition_gives(bits, host_engine, launched):
+    """Spans that are not full, zeros, and sums that overflow; widths that no engine's kernel has are the definition's everywhere."""
+    x = torch.randn(3, 200, generator=torch.Generator().manual_seed(bits))
+    x[0, 5], x[1, :64], x[2, 64:128] = 140.0, 0.0, 3000.0
+    want = kv_quant.round_trip(x, bits)
+    assert not torch.isfinite(want[2, 64:128]).any() and torch.isfinite(want[0]).all()
+    with pretend(host_engine):
+        got = kv_quant.round_trip(x.to(PLACE), bits)
+        assert got.is_cuda
+    assert torch.equal(got.cpu().nan_to_num(7.0), want.nan_to_num(7.0)) and got.dtype == torch.float16
+    assert launched == ({"kv_store": 1, "kv_load": 1} if bits in kernels.KV_BITS else {})
+
+
+def test_a_cache_is_measured_on_the_device(tmp_path, text, host_engine, launched):
+    """kvcache --measure: the figures of the CPU, and a note where torch stands in for the kernels."""
+    tiny("qwen2").write(tmp_path / "m")
+    options = {"measure": True, "text": text, "rows": 2, "measured_context": 64}
+    want = api.kvcache(tmp_path / "m", **options).data
+    for engine in (host_engine, None):
+        launched.clear()
+        with pretend(engine):
+            got = api.kvcache(tmp_path / "m", device="cuda", **options).data
+        assert [(s["scheme"], s["perplexity"]) for s in got["measured"]["schemes"]] == [
+            (s["scheme"], pytest.approx(s["perplexity"], rel=1e-4)) for s in want["measured"]["schemes"]]
+        for ours, theirs in zip(got["fitness"], want["fitness"], strict=True):
+            assert ours["errors"] == pytest.approx(theirs["errors"], rel=1e-3)
+        assert bool(launched["kv_store"]) == bool(launched["kv_load"]) == bool(engine)
+        note = "no CUDA kernel runs on cuda, torch does their work: this device is pretended"
+        assert (note in got["notes"]) == (engine is None) and note not in want["notes"]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
