@@ -172,10 +172,14 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike | None, 
 def _fixed(source: Checkpoint, output: Path, recipe: Recipe, rules: list, consent, facts: list, config: Config | None, started: float, *, dry_run: bool,
            copy: bool, overwrite: bool, in_place: bool, stage: str, fail_on: str, progress: Progress) -> FixResult:
     """Plan, prove, carry out."""
+    from doctor.edits import Rebase
+    from doctor.errors import PlanRefused
     from doctor.plan import carry_out, make_plan, refuse
 
     plan = make_plan(source, recipe, rules, consent, facts=facts, stage=stage, progress=progress, hush=config.hush if config else None)
     result = FixResult(plan, _report(plan.before, plan.recipe, fail_on, started), _report(plan.after, plan.recipe, fail_on, started), output)
+    if in_place and any(isinstance(e, Rebase) for e in plan.view.edits):
+        raise PlanRefused(f"{source.root}: what an adapter is merged into is another model, which does not take its place.", "Write it with -o.")
     if dry_run or not plan.steps:
         return result
     refuse(plan)

@@ -512,6 +512,8 @@ def fix(ctx, path, output, in_place, method, bits, group_size, sym, tp, runtime,
     from doctor.checkpoint import Checkpoint
     from doctor.report.plan_text import render_plan
 
+    if dry_run and not in_place and output is None:
+        output = "fixed"  # what the diff calls it; nothing is written
     if in_place == (output is not None):
         raise click.UsageError("Give -o DIR, or --in-place, and not both.")
     recipe = _recipe(method, bits, group_size, sym, tp, runtime, ctx.obj)

@@ -68,7 +68,8 @@ class Stage:
             self._pool = pool
             for name in sorted(self.view.entries, key=lambda n: (not n.endswith(".safetensors"), n)):
                 if name == RECEIPT and not self.view.only:
-                    continue  # the receipt of an earlier run: the new one quotes it
+                    self._leave_receipt()
+                    continue
                 if name in self.view.pieces:
                     self._write_shard(name)
                 elif name in self.view.changed - self.view.taken:
@@ -86,6 +87,13 @@ class Stage:
             self.not_carried[problem.tensor or "?"] = problem.detail
         if self._source_state() != before:
             raise BadCheckpoint(f"{self.view.source.root}: the files changed while they were read.", "Run the command again when nothing writes there.")
+
+    def _leave_receipt(self) -> None:
+        """The receipt of an earlier run, which the new one quotes; a file of another kind is said to be missing."""
+        found = self.view.source.value(RECEIPT)
+        if found is None or not str(found.get("schema", "")).startswith("doctor.receipt"):
+            self.not_carried[RECEIPT] = "no receipt of doctor, whose receipt stands under this name now"
+            self.notes.append(f"{RECEIPT}: the source's own file of this name is no receipt and is not in the output")
 
     def add(self, name: str, data: bytes) -> None:
         """One small file, synced."""
@@ -307,11 +315,15 @@ def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
         raise PlanRefused(f"{output}: exists and is not a directory.", "Choose another output.")
     there = os.listdir(output)
     if there and not overwrite:
-        raise PlanRefused(f"{output}: exists and holds {len(there)} files; an output must be new or empty.",
-                          "Choose another output, or pass --overwrite.")
+        raise PlanRefused(f"{output}: exists and holds {_files(there)}; an output must be new or empty.",
+                          "Choose another output, or `doctor fix --overwrite`.")
     if there and not any(n in ("config.json", RECEIPT) or n.endswith(".safetensors") for n in there):
-        raise PlanRefused(f"{output}: holds {len(there)} files and none of them is a checkpoint's; --overwrite replaces checkpoints only.",
+        raise PlanRefused(f"{output}: holds {_files(there)} and none of them is a checkpoint's; --overwrite replaces checkpoints only.",
                           "Choose another output.")
+
+
+def _files(names: list[str]) -> str:
+    return "1 file" if len(names) == 1 else f"{len(names):,} files"
 
 
 def check_in_place(source: Checkpoint, path: Path) -> None:

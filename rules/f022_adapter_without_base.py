@@ -36,7 +36,7 @@ scale * B @ A 按 float32 计算，再一次性取整到基座的类型；scale 
 
 import json
 
-from doctor.rule import ADAPTER, AddLowRank, CastTensor, Fix, NotMergeable, Place, Rebase, TakeTensor, finding, pairs, product, rule, saved_whole
+from doctor.rule import ADAPTER, WORDS, AddLowRank, CastTensor, Fix, NotMergeable, Place, Rebase, TakeTensor, finding, pairs, product, rule, saved_whole
 from doctor.testing import shard_bytes, tiny
 
 
@@ -62,6 +62,8 @@ def _merge(checkpoint, config, donor, digests):
         merged = pairs(config, own, own)
         for pair in merged:
             weight = base.get(f"{pair.module}.weight")
+            if any(f"{pair.module}.{words}" in base for words in WORDS.values()):
+                raise NotMergeable(f"{pair.module} is packed in the base, whose 16-bit original is wanted")
             if weight is None:
                 raise NotMergeable(f"{pair.module} lacks its weight in the base")
             if weight.shape != product(pair, own):

@@ -12,7 +12,8 @@ Do: load with PEFT, `merge_and_unload()`, save again.
 False alarms: none known; models with low-rank linears of their own (DeepSeek) use other names.
 
 Fix safety: safe where adapter_config.json lies beside the weights: it gives the scale, each weight becomes W + scale * B @ A, worked out in
-float32 and rounded once (with use_dora, brought to its magnitudes), and gets its plain name. Else manual, as the scale stands nowhere. An adapter of its own is F022.
+float32 and rounded once (with use_dora, brought to its magnitudes), and gets its plain name; adapter_config.json is
+left out, because transformers would load the base that it names. Else manual, as the scale stands nowhere. An adapter of its own is F022.
 
 Sources: huggingface/peft src/peft/tuners/lora/layer.py.
 
@@ -25,12 +26,12 @@ Sources: huggingface/peft src/peft/tuners/lora/layer.py.
 
 误报: 暂无已知；本身就有低秩线性层的模型（DeepSeek）用的是别的名字。
 
-修复: 权重旁边有 adapter_config.json 时安全：系数取自它，每个权重按 float32 算 W + scale * B @ A（use_dora 时再缩放到各行的模长），一次性取整，并改回本名。否则需手动，系数无从得知。单独的适配器见 F022。
+修复: 权重旁边有 adapter_config.json 时安全：系数取自它，每个权重按 float32 算 W + scale * B @ A（use_dora 时再缩放到各行的模长），一次性取整，并改回本名；adapter_config.json 不再带上，否则 transformers 会去加载它写的基座。否则需手动，系数无从得知。单独的适配器见 F022。
 """
 
 import re
 
-from doctor.rule import ADAPTER, AddLowRank, DropTensor, Fix, NotMergeable, Place, RenameTensor, finding, pairs, product, rule
+from doctor.rule import ADAPTER, AddLowRank, DropFile, DropTensor, Fix, NotMergeable, Place, RenameTensor, finding, pairs, product, rule
 from doctor.testing import tiny
 
 LORA = re.compile(r"(^|\.)(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save)(\.|$)|^base_model\.model\.")
@@ -71,6 +72,7 @@ def _merge(checkpoint, tensors, found):
     except NotMergeable as error:
         return Fix(f"merge the adapter with PEFT's merge_and_unload() and save again: {error}", (), "manual")
     edits += [RenameTensor(n, to) for n, to in plain.items() if n != to]
+    edits.append(DropFile(ADAPTER))  # transformers takes a directory that has one for an adapter, and fetches its base instead
     return Fix("merge the adapter into the weights beside it", tuple(edits))
 
 

@@ -1,6 +1,7 @@
 """Cures that need more than the checkpoint itself: tensors from a base model, adapters merged, packed weights made plain."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -342,6 +343,7 @@ def test_magnitudes_beside_the_weights_are_merged_too(tmp_path):
     want = dora_sum(from_codes(case.tensors[name], "BF16"), *(parts[f"{stem}.lora_{p}.weight"] for p in "AB"), 2.0, parts[f"{stem}.lora_magnitude_vector"])
     assert not (np.abs(from_codes(out.load(name), "BF16") - want) > np.abs(want) * 2**-8 * 1.01 + 1e-6).any()
     assert not [n for n in out.tensors if "lora_" in n]
+    assert "adapter_config.json" not in out.entries  # or transformers would load the base that it names instead
 
 
 def test_an_embedding_trained_apart_from_its_tied_head_is_not_merged(tmp_path):
@@ -627,6 +629,27 @@ def test_a_rule_that_crashes_is_said_by_a_fix_too(tmp_path, doctor):
         RULES.pop("C194", None)
         sys.modules.pop("doctor_extra_rules.c194_breaks", None)
     assert code == 2 and "☠  C194 crashed: checkpoint:: KeyError: 'x'; this is a defect of doctor" in out and "Exit 2: C194 remains." in out
+
+
+def test_a_dry_run_needs_no_output(tmp_path, doctor):
+    case = tiny()
+    case.json["generation_config.json"]["eos_token_id"] = 50
+    code, out, _ = doctor("fix", case.write(tmp_path / "source"), "--dry-run", *PLAN)
+    assert code == 0 and "+++ fixed/generation_config.json" in out and "Nothing was written. No findings would remain." in out
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_an_adapter_is_not_merged_in_its_own_place_nor_into_a_packed_base(tmp_path, doctor):
+    case = tiny("llama")
+    _, packed = quantized(tmp_path / "packed", "gptq")
+    base = case.write(tmp_path / "base")
+    folder, _ = adapter(tmp_path / "adapter", case)
+    before = sorted(os.listdir(tmp_path)), sorted(os.listdir(folder))
+    code, _, err = doctor("fix", folder, "--in-place", "--from", base, *PLAN)
+    assert code == 2 and "what an adapter is merged into is another model, which does not take its place. Hint: Write it with -o." in " ".join(err.split())
+    result = fix(folder, tmp_path / "out", case.recipe, base=packed)
+    assert "is packed in the base, whose 16-bit original is wanted" in next(f.fix.title for f in result.plan.for_you if f.code == "F022")
+    assert (sorted(os.listdir(tmp_path)), sorted(os.listdir(folder))) == before
 
 
 def test_in_place_and_undo_from_the_command_line(tmp_path, doctor):

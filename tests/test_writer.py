@@ -264,6 +264,14 @@ def test_one_file_in_gives_one_file_out(tmp_path):
     assert Checkpoint.open(tmp_path / "out").load(case.name("down"))[0, 0] == 0
 
 
+def test_a_file_that_bears_the_receipts_name_is_said_to_be_missing(tmp_path):
+    _, source = sharded(tmp_path)
+    for text, notes in (("[1]", 1), ("rubbish", 1), ('{"schema": "mine"}', 1), ('{"schema": "doctor.receipt/1"}', 0)):
+        (source.root / "doctor.json").write_text(text)
+        stage = written(one_value(Checkpoint.open(source.root)), tmp_path / f"out{len(text)}")
+        assert len(stage.notes) == notes == len(stage.not_carried) and all("is no receipt and is not in the output" in n for n in stage.notes)
+
+
 def test_index_is_written_with_the_new_size(tmp_path):
     case, source = sharded(tmp_path)
     written(EditedCheckpoint(source, [PadTensor(case.name("down"), 1, 160)]), tmp_path / "out")

@@ -125,9 +125,9 @@ def _undo(result: FixResult, out: str) -> str:
 def _remaining(result: FixResult) -> str:
     report = result.report_after
     codes = sorted({f.code for f in report.findings} | {run.rule.code for run in report.crashed})
-    if not codes:
-        return say(" No findings remain.") if result.plan.steps else ""
     ahead = result.receipt_path is None and result.plan.steps
+    if not codes:
+        return (say(" No findings would remain.") if ahead else say(" No findings remain.")) if result.plan.steps else ""
     sentence = (" Exit {code}: {codes} would remain." if ahead else " Exit {code}: {codes} remain." if len(codes) > 1 else
                 " Exit {code}: {codes} remains.")
     return say(sentence, code=2 if report.crashed else 0 if report.ok else 1, codes=_and(codes))

@@ -216,7 +216,7 @@ ZH = {
     "Fixed {tally}. Wrote {files} ({size}); {linked} unchanged ({linked_size}).": "已修复 {tally}。写入 {files}（{size}）；{linked} 个未改（{linked_size}）。",
     "Wrote {out}/ · receipt {receipt} · undo: {undo}": "已写入 {out}/ · 凭据 {receipt} · 撤销：{undo}", "delete {out}/": "删除 {out}/",
     "doctor undo {out}; until then {out}.before-fix/ holds what was there": "doctor undo {out}；在此之前，原来的内容在 {out}.before-fix/",
-    " No findings remain.": "没有遗留的发现。", " Exit {code}: {codes} would remain.": "退出码 {code}：将遗留 {codes}。",
+    " No findings remain.": "没有遗留的发现。", " No findings would remain.": "不会遗留发现。", " Exit {code}: {codes} would remain.": "退出码 {code}：将遗留 {codes}。",
     " Exit {code}: {codes} remain.": "退出码 {code}：遗留 {codes}。", " Exit {code}: {codes} remains.": "退出码 {code}：遗留 {codes}。",
     "{most} and {last}": "{most} 和 {last}", ", ": "、",
     # bars of a run through the blocks
