@@ -2,9 +2,10 @@
 
     python bench/scan.py [MiB]
 
-One run, one thread, one table; every row is the best of several passes over the same bf16 weights, in GB per second of
-CPU time and per second on the clock. The peer is the usual torch loop (isnan, isinf, zeros, absmax, sum on
-`.float()`), in a process of its own. Ratios within one run are what to quote: machines and neighbours differ.
+One run, one table; every row is the best of several passes over bf16 weights, in GB per second of CPU time and per second on the
+clock, the latter also against `cat FILE > /dev/null` of the same file. The peer is the usual torch loop (isnan, isinf, zeros,
+absmax, sum on `.float()`), in a process of its own. The last rows are the full scan of a checkpoint as `doctor check` does it, with
+one thread and with all. Ratios within one run are what to quote: machines and neighbours differ.
 
     python bench/scan.py --check [MiB ...]
 
@@ -28,6 +29,11 @@ from pathlib import Path
 import numpy as np
 
 from doctor import native, stats
+from doctor.builtin import header_facts
+from doctor.checkpoint import Checkpoint
+from doctor.recipe import Recipe
+from doctor.scan import scan
+from doctor.shard import ShardFile
 
 CHUNK = 1 << 20  # what doctor.scan reads at a time
 ROWS, COLUMNS = 4096, 4096
@@ -79,10 +85,15 @@ def with_level(level, work):
 
 
 def scan_file(path):
-    buffer = bytearray(CHUNK)
-    with open(path, "rb", buffering=0) as file:
-        while n := file.readinto(buffer):
-            stats.scan(memoryview(buffer)[:n], "BF16")
+    buffer = memoryview(bytearray(CHUNK))
+    with ShardFile(path, "weights") as file:
+        for at in range(0, file.size(), CHUNK):
+            stats.read_and_scan(file, at, buffer[: file.size() - at], "BF16")
+
+
+def scan_checkpoint(folder, workers):
+    opened = Checkpoint.open(folder)
+    scan(opened, header_facts(opened, Recipe()), workers=workers)
 
 
 def checkpoint(folder, mib, shards=8):
@@ -110,8 +121,8 @@ def checkpoint(folder, mib, shards=8):
         text = json.dumps(header).encode()
         with open(folder / file, "wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
-            for name in mine:
-                out.write(np.resize(some, int(np.prod(shapes[name]))).data)
+            for number, name in enumerate(mine, 7 * shard):  # no two alike: equal tensors are compared to their ends
+                out.write(np.resize(some[1000 * number:], int(np.prod(shapes[name]))).data)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
 
@@ -178,27 +189,38 @@ def main():
         rows.append((f"scan, native {level}", best_of(with_level(level, scan_all))))
     rows.append(("scan, NumPy", best_of(with_level("0", scan_all), 2)))
     os.environ.pop("DOCTOR_NATIVE")
-    with tempfile.NamedTemporaryFile() as file:
-        codes.tofile(file.name)
-        rows.append(("file in page cache: cat > /dev/null", cat(file.name)))
-        rows.append((f"file in page cache: read and scan ({available or 'NumPy'})", best_of(lambda: scan_file(file.name))))
-        peer = subprocess.run([sys.executable, "-c", PEER, file.name, str(ROWS * COLUMNS)], capture_output=True,
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "weights"
+        codes.tofile(file)
+        plain = cat(file)
+        rows.append(("file in page cache: cat > /dev/null", plain))
+        rows.append((f"file in page cache: read and scan ({available or 'NumPy'})", best_of(lambda: scan_file(file))))
+        peer = subprocess.run([sys.executable, "-c", PEER, file, str(ROWS * COLUMNS)], capture_output=True,
                               text=True, check=True)
-        rows.append(("torch loop on .float()", tuple(map(float, peer.stdout.split()))))
-    memory, torch_loop = rows[0][1][0], rows[-1][1][0]
-    print(f"{n_bytes >> 20} MiB of bf16, one thread, native level: {available or 'none'}")
-    print(f"{'':52} {'GB/cpu-s':>9} {'GB/s':>7} {'of memory':>10} {'x torch loop':>13}")
-    for name, (cpu, wall) in rows:
-        print(f"{name:52} {n_bytes / cpu / 1e9:9.2f} {n_bytes / wall / 1e9:7.2f} {memory / cpu:10.2f} {torch_loop / cpu:13.1f}")
+        torch_loop = tuple(map(float, peer.stdout.split()))
+        rows.append(("torch loop on .float()", torch_loop))
+        folder = checkpoint(Path(temporary) / "m", n_bytes >> 20)
+        shards = sorted(folder.glob("*.safetensors"))
+        size = sum(f.stat().st_size for f in shards)
+        plain_shards = cat(*shards)
+        whole = [("its shards in page cache: cat > /dev/null", plain_shards)]
+        for workers in sorted({1, os.cpu_count() or 1}):
+            whole.append((f"full scan of the checkpoint, {workers} thread{'s' * (workers > 1)}", best_of(lambda: scan_checkpoint(folder, workers))))
+    print(f"{n_bytes >> 20} MiB of bf16 in one thread; a checkpoint of {size >> 20} MiB in {len(shards)} shards; native level: {available or 'none'}")
+    print(f"{'':52} {'GB/cpu-s':>9} {'GB/s':>7} {'of cat':>7} {'x torch loop':>13}")
+    for some, bytes_of, copy in ((rows, n_bytes, plain), (whole, size, plain_shards)):
+        for name, (cpu, wall) in some:
+            print(f"{name:52} {bytes_of / cpu / 1e9:9.2f} {bytes_of / wall / 1e9:7.2f} {copy[1] / wall:7.2f} "
+                  f"{torch_loop[0] / n_bytes * bytes_of / cpu:13.1f}")
 
 
-def cat(path):
+def cat(*paths):
     """(CPU seconds of the child, wall seconds) of the fastest of five."""
     times = []
     for _ in range(5):
         before, wall = os.times(), time.perf_counter()
         with open(os.devnull, "wb") as sink:
-            subprocess.run(["cat", path], stdout=sink, check=True)
+            subprocess.run(["cat", *paths], stdout=sink, check=True)
         after = os.times()
         cpu = after.children_user + after.children_system - before.children_user - before.children_system
         times.append((max(cpu, 0.01), time.perf_counter() - wall))

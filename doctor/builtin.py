@@ -22,6 +22,7 @@ provide("first_zero_group", "linear", "values", "(row, first column) of the firs
 provide("one_signed", "linear", "values", "(groups looked at, those of them without a negative or without a positive weight); groups of zeros are not counted.")
 provide("zero_rows", "linear", "values", "out_features whose weights are all 0.")
 provide("zero_columns", "linear", "values", "in_features whose weights are all 0.")
+provide("same_bytes", "tensor", "values", "Whether the tensor's bytes are those of the one that `compared` names beside it.")
 provide("digests", "tensor", "values", "file -> blake2b (16 bytes, hexadecimal) of the tensor's bytes in it; only of those that `digested` names.")
 
 
@@ -230,9 +231,18 @@ def spec(checkpoint, config) -> ModelSpec:
 
 @fact("checkpoint", stage="header")
 def digested(checkpoint, files, copies, tensors, spec=None):
-    """Names of the tensors whose bytes are compared with others': embedding and head, what stands in two files, what an adapter trained whole."""
-    pair = {spec.embed_tensor, spec.head_tensor} if spec and spec.embed_tensor and spec.head_tensor else set()
-    return pair | copies.keys() | (trained_whole(tensors) if ADAPTER in files else set())
+    """Names of the tensors whose bytes are compared with others' by a digest: what stands in two files, what an adapter trained whole."""
+    return copies.keys() | (trained_whole(tensors) if ADAPTER in files else set())
+
+
+@fact("checkpoint", stage="header")
+def compared(checkpoint, tensors, spec=None) -> dict[str, str]:
+    """Tensor -> the one that its bytes are compared with as they are read, up to the first that differs: the head with the embedding."""
+    pair = (spec.head_tensor, spec.embed_tensor) if spec else (None, None)
+    if pair[0] == pair[1] or not all(n in tensors for n in pair):
+        return {}
+    head, embed = (tensors[n] for n in pair)
+    return {pair[0]: pair[1]} if (head.dtype, head.shape) == (embed.dtype, embed.shape) else {}
 
 
 @fact("checkpoint")
@@ -372,10 +382,11 @@ def largest_values(checkpoint, every_absmax):
 
 
 @fact("checkpoint")
-def head_equals_embed(checkpoint, spec, tensors, every_digests):
+def head_equals_embed(checkpoint, spec, tensors, compared, every_same_bytes):
     """Whether head and embedding hold the same bytes; None where not both are stored."""
-    pair = [every_digests.get(n, {}).get(tensors[n].shard) for n in (spec.embed_tensor, spec.head_tensor) if n in tensors]
-    return pair[0] == pair[1] if len(pair) == 2 and None not in pair else None
+    if spec.head_tensor == spec.embed_tensor or not all(n in tensors for n in (spec.head_tensor, spec.embed_tensor)):
+        return None
+    return every_same_bytes.get(spec.head_tensor) if spec.head_tensor in compared else False
 
 
 @fact("checkpoint")

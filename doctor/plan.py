@@ -91,15 +91,15 @@ class _Part:
     """What the scan asks of a checkpoint, less the tensors whose facts are known."""
 
     def __init__(self, checkpoint: Checkpoint, known: set[str]):
-        self.tensors, self.open_file, self.chunks = checkpoint.tensors, checkpoint.open_file, checkpoint.chunks
+        self.tensors, self.open_file = checkpoint.tensors, checkpoint.open_file
         self.shards = {n: Shard(n, s.size, s.header_bytes, [t for t in s.tensors if t.name not in known]) for n, s in checkpoint.shards.items()}
 
 
 def _carry(checkpoint: Checkpoint, store: Store, before: Look, touched: set[str]) -> set[str]:
     """Take over what the last look says of tensors that are as they were; returns their names."""
     linears, old_linears = _linears(store), _linears(before.store)
-    digested = store.get(CHECKPOINT, "digested") if store.has(CHECKPOINT, "digested") else ()
-    kept, subjects = set(), []
+    digested, compared = _named(store, "digested"), _named(store, "compared")
+    kept = set()
     for name, info in checkpoint.tensors.items():
         old = before.checkpoint.tensors.get(name)
         if old is None or name in touched or (old.dtype, old.shape) != (info.dtype, info.shape):
@@ -109,15 +109,19 @@ def _carry(checkpoint: Checkpoint, store: Store, before: Look, touched: set[str]
         if linears.get(name) != old_linears.get(name) or (name in digested and not before.store.has(f"tensor:{name}", "digests")):
             continue
         kept.add(name)
-        subjects.append(f"tensor:{name}")
-        if name in linears:
-            subjects.append(f"linear:{linears[name].name}")
+    paired_before = _named(before.store, "compared")
+    kept -= {name for name in kept if compared.get(name) != paired_before.get(name) or compared.get(name, name) not in kept}
+    subjects = [f"tensor:{name}" for name in kept] + [f"linear:{linears[name].name}" for name in kept & linears.keys()]
     store.carry(before.store, subjects)
     called = {checkpoint.origin(n): n for n in checkpoint.shards}
     for name in kept & set(digested):  # digests are kept by file, and a file may have another name now
         found = store.get(f"tensor:{name}", "digests")
         store.put(f"tensor:{name}", "digests", {called.get(before.checkpoint.origin(file), file): digest for file, digest in found.items()})
     return kept
+
+
+def _named(store: Store, fact: str) -> dict | set:
+    return store.get(CHECKPOINT, fact) if store.has(CHECKPOINT, fact) else {}
 
 
 def _linears(store: Store) -> dict:

@@ -56,17 +56,19 @@ def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] =
     """
     run = Scan()
     linears = {}
-    digested = store.get(CHECKPOINT, "digested") if store.has(CHECKPOINT, "digested") else ()
+    digested, compared = (store.get(CHECKPOINT, n) if store.has(CHECKPOINT, n) else {} for n in ("digested", "compared"))
     group = store.get(CHECKPOINT, "recipe").group_size
     if store.has(CHECKPOINT, "spec"):
         linears = {linear.tensor: linear for linear in store.get(CHECKPOINT, "spec").linears}
 
     def work(span: list[TensorInfo]) -> None:
+        buffer = memoryview(bytearray(max(min(_step(info), info.nbytes) for info in span)))
         with checkpoint.open_file(span[0].shard) as file:
             for info in span:
                 if run.stopped.is_set():
                     return
-                _scan_tensor(checkpoint, file, info, linears.get(info.name), group, info.name in digested, store, run, progress)
+                with _Twin(checkpoint, info, compared.get(info.name)) as twin:
+                    _scan_tensor(checkpoint, file, buffer, info, linears.get(info.name), group, info.name in digested, twin, store, run, progress)
 
     spans = list(_spans(checkpoint))
     with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8, max(len(spans), 1))) as pool:
@@ -103,26 +105,31 @@ def _spans(checkpoint: Checkpoint):
             yield span
 
 
-def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run, progress) -> None:
+def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, twin, store, run, progress) -> None:
     subject = f"tensor:{info.name}"
     total = stats.EMPTY
     shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and info.numel else None
     digest = new_digest() if wants_digest else None
     known = stats.can_scan(info.dtype.name)
     words = _Words() if info.dtype.name == "I32" and info.name.endswith((".qzeros", ".g_idx", ".weight_g_idx")) else None
-    offset = 0
-    for part in checkpoint.chunks(file, info, _step(info)):
+    offset, step = 0, _step(info)
+    for at in range(info.begin, info.end, step):
         if run.stopped.is_set():
             return
+        part = buffer[: min(step, info.end - at)]
+        if known:
+            counted = stats.read_and_scan(file, at, part, info.dtype.name, offset)
+        else:
+            file.read_into(at, part)
         run.add(len(part))
         progress(len(part))
+        twin.compare(part)
         if digest is not None:
             digest.update(part)
         if words is not None:
             words.add(part)
         if not known:
             continue
-        counted = stats.scan(part, info.dtype.name, offset)
         if shape is not None:
             shape.add(part, counted)
         total = total.merge(counted)
@@ -135,6 +142,8 @@ def _scan_tensor(checkpoint, file, info, linear, group, wants_digest, store, run
         return
     if words is not None:
         store.put(subject, "words", words.result())
+    if twin.same is not None:
+        store.put(subject, "same_bytes", twin.same)
     if not known:
         if words is None:
             run.skipped[info.name] = f"{info.dtype.name} values are not judged"
@@ -150,6 +159,33 @@ def _step(info: TensorInfo) -> int:
         return CHUNK_BYTES - CHUNK_BYTES % max(info.dtype.bits // 8, 1)
     row = info.nbytes // info.shape[0]
     return max(CHUNK_BYTES // row, 1) * row
+
+
+class _Twin:
+    """The tensor whose bytes another's are compared with while those are read; nothing of it is read past the first difference.
+
+    same: whether they are equal so far; None where there is nothing to compare with.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, info: TensorInfo, name: str | None):
+        self.same = None
+        if name is not None and checkpoint.tensors.get(info.name) is info:
+            self.same, other = True, checkpoint.tensors[name]
+            self._file, self._at = checkpoint.open_file(other.shard), other.begin
+
+    def compare(self, part: memoryview) -> None:
+        if self.same:
+            raw = bytearray(len(part))
+            self._file.read_into(self._at, memoryview(raw))
+            self._at += len(part)
+            self.same = raw == part
+
+    def __enter__(self) -> "_Twin":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.same is not None:
+            self._file.close()
 
 
 class _Words:

@@ -242,6 +242,11 @@ class ShardFile:
     def fileno(self) -> int:
         return self._fd
 
+    @property
+    def plain(self) -> bool:
+        """Whether what `read_into` gives is what lies at that offset of the file `fileno`: a subclass makes something else of it."""
+        return type(self).read_into is ShardFile.read_into
+
     def size(self) -> int:
         return os.fstat(self._fd).st_size
 
@@ -263,19 +268,20 @@ class ShardFile:
         while done < len(buffer):
             n = os.preadv(self._fd, [buffer[done:]], offset + done)
             if n == 0:
-                raise BadCheckpoint(f"{self.name}: ends at byte {offset + done:,} while {len(buffer) - done:,} more were to "
-                                    "come; it became shorter while it was read.", "Run the command again when nothing writes to it.")
+                raise self.ended(offset + done, len(buffer) - done)
             done += n
+
+    def ended(self, at: int, missing: int) -> BadCheckpoint:
+        return BadCheckpoint(f"{self.name}: ends at byte {at:,} while {missing:,} more were to come; it became shorter while it was read.",
+                             "Run the command again when nothing writes to it.")
 
     def blocks(self, begin: int, end: int, step: int = CHUNK_BYTES) -> Iterator[tuple[int, memoryview]]:
         """Consecutive (offset, bytes) of [begin, end); the buffer is reused, so copy what must outlive the step."""
         buffer = memoryview(bytearray(min(step, max(end - begin, 1))))
-        at = begin
-        while at < end:
-            part = buffer[: min(len(buffer), end - at)]
+        for at in range(begin, end, len(buffer)):
+            part = buffer[: end - at]
             self.read_into(at, part)
             yield at, part
-            at += len(part)
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -18,13 +18,13 @@ from doctor.testing import tiny
 CHILD = """
 import sys, time
 from doctor import scan
-count = scan.stats.scan
+count = scan.stats.read_and_scan
 def slow(*args):
     print("READING", file=sys.stderr, flush=True)
     result = count(*args)
     time.sleep(0.4)     # so that a busy machine types Ctrl-C before the last tensor was read
     return result
-scan.stats.scan = slow
+scan.stats.read_and_scan = slow
 from doctor.cli import main
 main(sys.argv[1:])
 """

@@ -33,13 +33,13 @@ def test_every_byte_of_every_tensor_is_read_once(tmp_path, monkeypatch, shards, 
     monkeypatch.setattr(scan_module, "CHUNK_BYTES", chunk)
     monkeypatch.setattr(scan_module, "SPAN_BYTES", 4096)
     seen = {}
-    read_into = ShardFile.read_into
+    read_and_scan = stats.read_and_scan
 
-    def counting(self, offset, buffer):
-        seen.setdefault(self.name, Counter()).update(range(offset, offset + len(buffer)))
-        return read_into(self, offset, buffer)
+    def counting(file, at, buffer, *more):
+        seen.setdefault(file.name, Counter()).update(range(at, at + len(buffer)))
+        return read_and_scan(file, at, buffer, *more)
 
-    monkeypatch.setattr(ShardFile, "read_into", counting)
+    monkeypatch.setattr(stats, "read_and_scan", counting)
     case = tiny()
     case.shards = shards
     told = []
@@ -104,6 +104,28 @@ def test_head_and_embedding_are_told_tied_from_copied(tmp_path):
     case.tensors["lm_head.weight"] = case.tensors["model.embed_tokens.weight"].copy()
     store, *_ = scanned(case.write(tmp_path / "b"))
     assert store.get(CHECKPOINT, "head_equals_embed") is True
+    case.tensors["lm_head.weight"].reshape(-1)[-1] ^= 1
+    store, *_ = scanned(case.write(tmp_path / "c"))
+    assert store.get(CHECKPOINT, "head_equals_embed") is False
+    case.tensors["lm_head.weight"] = case.tensors["model.embed_tokens.weight"][:-1].copy()
+    store, *_ = scanned(case.write(tmp_path / "d"))
+    assert store.get(CHECKPOINT, "head_equals_embed") is False
+
+
+def test_a_head_is_compared_with_the_embedding_up_to_the_first_difference(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan_module, "CHUNK_BYTES", 256)
+    case = tiny()
+    folder = case.write(tmp_path)
+    compared = []
+    compare = scan_module._Twin.compare
+
+    def watching(self, part):
+        compared.extend([len(part)] if self.same else [])
+        compare(self, part)
+
+    monkeypatch.setattr(scan_module._Twin, "compare", watching)
+    scanned(folder)
+    assert len(compared) == 1 and compared[0] <= 256
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from doctor import native, stats
 from doctor.dtypes import CODE_NUMPY
+from doctor.errors import BadCheckpoint
+from doctor.shard import ShardFile
 
 NUMPY = "0"
 LEVELS = [name for name in native.LEVELS if native.level() and native.LEVELS.index(name) <= native.LEVELS.index(native.level())]
@@ -102,6 +105,40 @@ def test_every_path_counts_by_the_definition(path, dtype, n):
     for seed in range(4):
         codes = hard_codes(dtype, n, seed)
         assert_same(stats.scan(codes.tobytes(), dtype, 7), definition(codes, dtype, 7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [0, 1, 4097, 300_000])
+def test_a_range_of_a_file_is_counted_as_its_bytes_are_and_left_in_the_buffer(path, tmp_path, dtype, n):
+    codes = hard_codes(dtype, n, 2)
+    (tmp_path / "x").write_bytes(b"header" + codes.tobytes() + b"more")
+    buffer = bytearray(codes.nbytes)
+    with ShardFile(tmp_path / "x", "x") as file:
+        got = stats.read_and_scan(file, 6, memoryview(buffer), dtype, 7)
+    assert repr(got) == repr(stats.scan(codes.tobytes(), dtype, 7))  # sums of F64 may be NaN
+    assert buffer == codes.tobytes()
+
+
+def test_a_file_that_ends_or_cannot_be_read_is_named(path, tmp_path):
+    (tmp_path / "x").write_bytes(bytes(1000))
+    with ShardFile(tmp_path / "x", "x.safetensors") as file:
+        with pytest.raises(BadCheckpoint, match="x.safetensors: ends at byte 1,000 while 200 more"):
+            stats.read_and_scan(file, 200, memoryview(bytearray(1000)), "BF16")
+        os.close(file.fileno())
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            stats.read_and_scan(file, 0, memoryview(bytearray(1000)), "BF16")
+        file._fd = -1
+
+
+def test_a_file_that_is_made_while_it_is_read_is_not_read_past_what_makes_it(path, tmp_path):
+    class Doubled(ShardFile):
+        def read_into(self, offset, buffer):
+            super().read_into(offset, buffer)
+            buffer[:] = bytes(255 - b for b in buffer)
+
+    (tmp_path / "x").write_bytes(bytes(64))
+    with Doubled(tmp_path / "x", "x") as file:
+        assert stats.read_and_scan(file, 0, memoryview(bytearray(64)), "BF16").n_nan == 32
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])

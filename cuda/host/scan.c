@@ -8,6 +8,9 @@
  * Integers, minimum and maximum are exact. The sums are float64 over float32 partial sums of 1024 values, and float64
  * throughout in what remains and where float32 squares could overflow or vanish.
  */
+#include <errno.h>
+#include <unistd.h>
+
 #include "level.h"
 
 #if defined(__F16C__)
@@ -20,7 +23,23 @@ typedef struct {
     double absmax, min, max, sum, sumsq;  /* over finite values, 0 if none */
 } scan_result;
 
-enum { BLOCK_BYTES = 8192, SUM_RUN = 1024 };
+/* PIECE_BYTES is a whole number of blocks, so that a read piece by piece counts and adds as one over a whole buffer does. */
+enum { BLOCK_BYTES = 8192, SUM_RUN = 1024, PIECE_BYTES = 128 << 10 };
+
+/* n bytes at offset, fewer only at the end of the file; -errno if reading fails. */
+static int64_t read_fully(int fd, void *data, size_t n, int64_t offset)
+{
+    size_t done = 0;
+    while (done < n) {
+        ssize_t got = pread(fd, (char *)data + done, n - done, (off_t)(offset + (int64_t)done));
+        if (got == 0)
+            break;
+        if (got < 0 && errno != EINTR)
+            return -errno;
+        done += got > 0 ? (size_t)got : 0;
+    }
+    return (int64_t)done;
+}
 
 static inline float float_of(uint32_t bits)
 {

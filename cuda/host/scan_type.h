@@ -157,31 +157,63 @@ static void OF_TYPE(scan_block)(const CODE *x, size_t n, KEY *low, KEY *high, sc
     OF_TYPE(sum_block)(x, n, absmax, out);
 }
 
-/* Statistics of x[n]. `out` is written, never read. */
-void EXPORT(OF_TYPE(doctor_scan))(const void *data, int64_t n, scan_result *out)
+/* The blocks of x[n], of which the first is at `at` in the buffer, into out and the keys so far. */
+static void OF_TYPE(scan_run)(const CODE *x, size_t n, size_t at, KEY *lowest, KEY *highest, scan_result *out)
 {
-    const CODE *x = data;
-    const size_t block = BLOCK_BYTES / sizeof(CODE), numel = (size_t)n;
-    KEY lowest = LARGEST, highest = (KEY)SIGN;
-    *out = (scan_result){.first_nonfinite = -1};
-    for (size_t start = 0; start < numel; start += block) {
-        size_t length = numel - start < block ? numel - start : block;
+    const size_t block = BLOCK_BYTES / sizeof(CODE);
+    for (size_t start = 0; start < n; start += block) {
+        size_t length = n - start < block ? n - start : block;
         KEY low, high;
         OF_TYPE(scan_block)(x + start, length, &low, &high, out);
-        lowest = low < lowest ? low : lowest;
-        highest = high > highest ? high : highest;
+        *lowest = low < *lowest ? low : *lowest;
+        *highest = high > *highest ? high : *highest;
         if (out->first_nonfinite < 0 && out->n_nan + out->n_inf) {
             size_t i = start;
             while (MAGNITUDE(x[i]) < INF)
                 i++;
-            out->first_nonfinite = (int64_t)i;
+            out->first_nonfinite = (int64_t)(at + i);
         }
     }
-    if (lowest <= highest) {
-        out->min = OF_TYPE(value_of_key)(lowest);
-        out->max = OF_TYPE(value_of_key)(highest);
-        out->absmax = -out->min > out->max ? -out->min : out->max;
+}
+
+static void OF_TYPE(put_bounds)(KEY lowest, KEY highest, scan_result *out)
+{
+    if (lowest > highest)
+        return;
+    out->min = OF_TYPE(value_of_key)(lowest);
+    out->max = OF_TYPE(value_of_key)(highest);
+    out->absmax = -out->min > out->max ? -out->min : out->max;
+}
+
+/* Statistics of x[n]. `out` is written, never read. */
+void EXPORT(OF_TYPE(doctor_scan))(const void *data, int64_t n, scan_result *out)
+{
+    KEY lowest = LARGEST, highest = (KEY)SIGN;
+    *out = (scan_result){.first_nonfinite = -1};
+    OF_TYPE(scan_run)(data, (size_t)n, 0, &lowest, &highest, out);
+    OF_TYPE(put_bounds)(lowest, highest, out);
+}
+
+/* The same of n elements at `offset` of a file, which also go into data[n]: each piece is counted while the second-level cache still
+ * holds it. Returns the bytes that were read, fewer than asked for only at the end of the file, or -errno. */
+int64_t EXPORT(OF_TYPE(doctor_read_scan))(int fd, int64_t offset, void *data, int64_t n, scan_result *out)
+{
+    KEY lowest = LARGEST, highest = (KEY)SIGN;
+    const size_t size = (size_t)n * sizeof(CODE);
+    size_t done = 0;
+    *out = (scan_result){.first_nonfinite = -1};
+    while (done < size) {
+        size_t piece = size - done < PIECE_BYTES ? size - done : PIECE_BYTES;
+        int64_t got = read_fully(fd, (u8 *)data + done, piece, offset + (int64_t)done);
+        if (got < 0)
+            return got;
+        if ((size_t)got < piece)
+            return (int64_t)done + got;
+        OF_TYPE(scan_run)((const CODE *)((u8 *)data + done), piece / sizeof(CODE), done / sizeof(CODE), &lowest, &highest, out);
+        done += piece;
     }
+    OF_TYPE(put_bounds)(lowest, highest, out);
+    return (int64_t)done;
 }
 
 /* Groups of a chunk of whole rows x[rows, k], `group` columns each, the last of a row shorter where group does not
