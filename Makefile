@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-clients nvrtc bench gpu docs clean
+.PHONY: demo test test-clients nvrtc kernels bench gpu docs clean
 
 demo: $(STAMP)          ## the main job on real weights: check, fix, quantize, verify (TINY=1: no download)
 	$(BIN)/python fixtures/demo.py $(if $(TINY),--tiny)
@@ -19,6 +19,11 @@ test-clients: $(STAMP)  ## load our output in vLLM and transformers, each in its
 nvrtc: $(STAMP)         ## compile every kernel with NVRTC, as a run on a GPU does, for every architecture; needs no GPU
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nvrtc]'
 	$(BIN)/python -m pytest tests/cuda/test_compile.py -k nvrtc
+
+kernels: $(STAMP)       ## all that is known of the CUDA kernels without a GPU: rungs, registers, spills, sizes, planted faults, R4's lines on a pretended one
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nvrtc]'
+	DOCTOR_PRETEND_GPU=1 $(BIN)/python -m pytest -q -n auto --dist worksteal tests/cuda/test_kernels.py -k gpu
+	DOCTOR_KERNEL_TABLE=1 $(BIN)/python -m pytest -q -n auto --dist worksteal tests/cuda
 
 bench: $(STAMP)         ## measure against peers in one run
 	$(BIN)/python bench/header.py

@@ -59,13 +59,12 @@ def test_nvcc_compiles_every_kernel_without_warning_or_spill(architecture, tmp_p
     assert {name: row for name, row in table.items() if row[1] or row[2]} == {}, "(registers, spills, stack)"
     # 65,536 registers: three blocks of 128 threads, where shared memory holds no more than three.
     assert all(registers * 128 * 3 <= 65536 for registers, _, _ in table.values())
-    record_property("line", f"   sm_{architecture:<3}: {made['bytes'] // 1024} KiB, registers " + ", ".join(
-        f"{name} {row[0]}" for name, row in sorted(table.items())) + "; no spills")
+    record_property("ptxas", [architecture, made["bytes"], {name: [row[0], row[1] + row[2]] for name, row in table.items()}])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", host.SOURCES)
-def test_nvrtc_compiles_what_nvcc_does(source, architecture):
+def test_nvrtc_compiles_what_nvcc_does(source, architecture, record_property):
     library = kernels.find_nvrtc()
     if library is None:
         pytest.skip("no libnvrtc here: `make nvrtc` installs it and runs this")
@@ -77,6 +76,7 @@ def test_nvrtc_compiles_what_nvcc_does(source, architecture):
                              [*kernels.OPTIONS, f"--gpu-architecture={target}"], cubin)
     names = re.findall(r"HOST_ENTRY\((\w+)\)", (host.CUDA / f"{source}.cu").read_text())
     assert image.startswith(b"\x7fELF") and names and all(name.encode() in image for name in names)
+    record_property("nvrtc", [architecture, len(image), ".".join(map(str, compiler.version))])
 
 
 def test_the_parser_sees_a_spill():

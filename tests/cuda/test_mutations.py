@@ -3,6 +3,8 @@
 Also the same kernels under AddressSanitizer and UBSan, where every buffer ends where it ends.
 """
 
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -115,6 +117,9 @@ def packs(engine):
     found = grid.fit(W, 3, 32, False, zero_min=1)
     packed = pack.gptq_pack(grid.quantize(W, found, 3), found, contiguous_groups(160, 32), 3)
     assert torch.equal(kernels.gptq_dequantize(**packed, bits=3, engine=engine), pack.gptq_dequantize(**packed, bits=3))
+    found = grid.fit(W, 4, 32, False)
+    packed = pack.awq_pack(grid.quantize(W, found, 4), found)
+    assert torch.equal(kernels.awq_dequantize(**packed, engine=engine), pack.awq_dequantize(**packed))
 
 
 def caches(engine):
@@ -211,6 +216,15 @@ MUTATIONS = {
     "the last warp is not joined": ("health_scan", scans, {"health_scan.cu": swap("other < blockDim.x / WARP;", "other + 1 < blockDim.x / WARP;")}),
     "a second batch counts from the first value": ("health_scan", scans, {"health_scan.cu": swap("first = (u64)(base + i);", "first = (u64)i;")}),
     "zeros past the end are counted": ("health_scan", "asan", {"health_scan.cu": swap("i < count; i += step", "i <= count; i += step")}),
+    "a group takes the factors of the first": ("awq_difference", differs, {"awq_difference.cu": swap("{d.W, d.s + column, first,", "{d.W, d.s, first,")}),
+    "the bound of groups is missing": ("awq_difference", "asan", {"awq_difference.cu": swap("    if (at >= d.n * groups)\n        return;\n", "")}),
+    "a stored zero point is read as it is": ("pack", packs, {"pack.cu": swap("int zero = p.zero_offset;", "int zero = 0;")}),
+    "AWQ's zero points are those of the first field": ("pack", packs, {"pack.cu": swap("(int)(zero >> field * 4 & 15u)", "(int)(zero & 15u)")}),
+    "the bound of unpacked columns is missing": ("pack", "asan", {"pack.cu": swap(
+        "    if (fast >= (p.along_rows ? p.n : p.k))\n        return;\n", "")}),
+    "a scale is read for the wrong 32 values": ("kv_cache", caches, {"kv_cache.cu": swap("f32_of_f16(scales[thread / 16])", "f32_of_f16(scales[thread / 32])")}),
+    "a cached sum is not rounded to float16": ("kv_cache", caches, {"kv_cache.cu": swap("x = lane_f16((lane & step ? -x : x) + other);", "x = (lane & step ? -x : x) + other;")}),
+    "the bound of cached values is missing": ("kv_cache", "asan", {"kv_cache.cu": swap("WARP * 64 >= count)", "WARP * 64 >= count + 64)")}),
     "the difference is not scaled back": ("awq_difference", differs, {"awq_difference.cu": swap(
         "divide(value_of(code, fit.scale, fit.zero), d.s[column + lane + i * WARP])", "value_of(code, fit.scale, fit.zero)")}),
 }
@@ -232,18 +246,25 @@ def divides_exactly(engine):
 
 
 @pytest.mark.parametrize("fault", MUTATIONS)
-def test_a_planted_fault_is_caught(fault, tmp_path, host_builds):
+def test_a_planted_fault_is_caught(fault, tmp_path, host_builds, record_property):
     source, check, edit = MUTATIONS[fault]
+    shutil.copytree(host_builds, tmp_path / "builds")       # the other sources as they are: a check may need them too
+    record_property("fault", [source, fault, caught_by(source, check, edit, tmp_path)])
+
+
+def caught_by(source, check, edit, tmp_path):
+    """What showed the fault, in one line. Fails where nothing did."""
     if check == "asan":
         made, output = under_sanitizers(source, tmp_path, edit)
         assert made != 0 and ("AddressSanitizer" in output or "misaligned address" in output), output[-2000:]
-        return
+        return re.search(r"AddressSanitizer: [\w-]+|runtime error: [\w ]*misaligned address", output)[0]
     if check is None:
         source, check = "gptq_block", divides_exactly
     host.build(source, tmp_path / "builds", edit=edit)
     with pytest.raises((AssertionError, CudaError)) as caught:
         check(host.engine(tmp_path, tmp_path / "builds"))
-    assert "finds nothing to change" not in str(caught.value)
+    assert "finds nothing to change" not in str(caught.value) and "cuModuleLoadData" not in str(caught.value)
+    return f"{check.__name__}: {str(caught.value).splitlines()[0]}" if str(caught.value) else check.__name__
 
 
 @pytest.mark.parametrize("check", [*CHECKS.values(), rounds_on_the_fly, rounds_in_reverse, refines, adds_up, huge, divides_exactly])
