@@ -30,10 +30,11 @@ bench: $(STAMP)         ## measure against peers in one run
 	$(BIN)/python bench/scan.py
 	$(BIN)/python bench/fix.py
 
-# No installation: GPU_PYTHON must hold torch and see the GPU, and a machine with one may have no network. STEPS=table runs that step alone.
+# No installation: GPU_PYTHON must hold torch and see the GPU, and a machine with one may have no network. STEPS=table runs that step alone,
+# WHEELS is a folder of wheels of what that Python lacks.
 GPU_PYTHON ?= python3
 gpu:                    ## on a machine with a GPU, under 10 minutes: goldens, kernels against the reference, compute-sanitizer, measurements
-	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out $(OUT)) $(STEPS)
+	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(STEPS)
 
 docs: $(STAMP)          ## write the rule table of the README and docs/rules/ anew
 	$(BIN)/python docs/generate.py

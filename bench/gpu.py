@@ -1,15 +1,16 @@
 """Everything that is owed on a GPU, in one command and in this order, each step with a time limit of its own:
 
-    python3 bench/gpu.py [--out DIR] [--budget SECONDS] [STEP ...]
+    python3 bench/gpu.py [--out DIR] [--budget SECONDS] [--wheels DIR] [STEP ...]
 
     goldens     what the kernels compute from fixed inputs, for fixtures/goldens/cuda.json (the host build must reproduce it)
     kernels     rung R4: kernels against the reference, odd shapes, NaN and Inf
     table       copy bandwidth, bf16 rate, each kernel beside them, the column loop in torch, whole layers
-    sanitizer   compute-sanitizer memcheck and racecheck over the kernels' tests
     model       a 7B-shaped model with random weights, 128 x 2048 tokens, quantized from directory to directory
+    sanitizer   compute-sanitizer memcheck and racecheck over the kernels' tests
 
-It runs under the python3 whose torch sees the GPU, from a checkout, and installs nothing. A failing step does not stop the next. In DIR
-(default .cache/gpu): a log for each step, table.md for bench/RESULTS.md, cuda.json.
+It runs under the python3 whose torch sees the GPU, from a checkout, and installs nothing: packages that it lacks (greenlet, without which
+the model takes three times the forward work) may lie as wheels in DIR of --wheels, and the native library is built where there is a C
+compiler. A failing step does not stop the next. In DIR of --out (default .cache/gpu): log.txt, table.md for bench/RESULTS.md, cuda.json.
 
 Figures are medians by events after warm-up, on buffers larger than the second-level cache where memory is the bound; the share is of the copy
 bandwidth measured in the same run, not of a data sheet.
@@ -23,35 +24,60 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = {"goldens": 60, "kernels": 150, "table": 150, "sanitizer": 120, "model": 240}     # most seconds of each
-SANITIZED = "gpu and (ragged or refinement or streams or cached or scan or groups_that or differences) and not 1000"
+STEPS = {"goldens": 60, "kernels": 120, "table": 150, "model": 200, "sanitizer": 180}     # most seconds of each; what all need fits the budget
+SANITIZED = ("gpu and (errors_reach or loop_adds or ragged and (129 or 64-256) or refinement and (asymmetric-40-256-32-3 or asymmetric-33-128-128-4) "
+             "or fitted_to or minmax-True-48 or mse-False-128 or mse-True--1 or streams and 333 or words and (3 or 1056) or differences and 33-32 and True "
+             "or cached and 512 or scan and 10007)")
 REPEATS = 20
 
 
-def places():
-    """PYTHONPATH under which `doctor` is whole: a checkout keeps rules/ and cuda/ beside the package, and an installation maps them in."""
+def places(wheels=None):
+    """PYTHONPATH under which `doctor` is whole: a checkout keeps rules/ and cuda/ beside the package, and an installation maps them in.
+
+    wheels: a folder of wheels, unpacked beside it.
+    """
     site = ROOT / ".cache" / "gpu" / "site" / "doctor"
-    shutil.rmtree(site, ignore_errors=True)
+    shutil.rmtree(site.parent, ignore_errors=True)
     site.mkdir(parents=True)
     for entry in [*(ROOT / "doctor").iterdir(), ROOT / "rules", ROOT / "cuda"]:
         (site / entry.name).symlink_to(entry)
+    for wheel in sorted(Path(wheels).glob("*.whl")) if wheels else ():
+        zipfile.ZipFile(wheel).extractall(site.parent)
     return os.pathsep.join([str(site.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def all_steps(wanted, out, budget):
+def build_library():
+    """The native library into the site of places(), where the checkout has none and there is a compiler: the model is read at its speed."""
+    site = ROOT / ".cache" / "gpu" / "site"
+    if (site / "doctor" / "libdoctor_cpu.so").exists():
+        return "there already"
+    made = site.parent / "build"
+    shutil.rmtree(made, ignore_errors=True)
+    try:
+        run = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(made), "--build-temp", str(made)], cwd=ROOT,
+                             capture_output=True, text=True, timeout=60)
+        shutil.copyfile(made / "doctor" / "libdoctor_cpu.so", site / "doctor" / "libdoctor_cpu.so")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"not built, NumPy reads the model: {error if isinstance(error, subprocess.TimeoutExpired) else run.stderr[-300:]}"
+    return "built"
+
+
+def all_steps(wanted, out, budget, wheels=None):
     """Each step in a process of its own. Returns the exit status: 0 where all passed."""
-    environment = {**os.environ, "PYTHONPATH": places(), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": places(wheels), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     python = [sys.executable, "-P"]
     tests = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda/test_kernels.py", "-k"]
     own = [*python, "bench/gpu.py", "--out", str(out)]
     commands = {"goldens": [[*own, "--inside", "goldens"]], "kernels": [[*tests, "gpu"]], "table": [[*own, "--inside", "table"]],
                 "sanitizer": [["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *tests, SANITIZED] for tool in ("memcheck", "racecheck")],
                 "model": [[*own, "--inside", "model"]]}
-    out.mkdir(parents=True, exist_ok=True)
     began, results = time.monotonic(), []
+    (out / "log.txt").write_text("")
+    print(f"native library: {build_library()}", flush=True)
     for step in wanted:
         for number, command in enumerate(commands[step]):
             left = budget - (time.monotonic() - began)
@@ -62,17 +88,20 @@ def all_steps(wanted, out, budget):
             elif shutil.which(command[0]) is None:
                 results.append((name, f"not run: no {command[0]} here", 0.0))
             else:
-                results.append((name, *one_step(name, command, limit, environment, out / f"{name}.log")))
-    print("\n| step | result | s |\n|---|---|---|")
-    for name, result, seconds in results:
-        print(f"| {name} | {result} | {seconds:.0f} |")
+                results.append((name, *one_step(name, command, limit, environment, out / "log.txt")))
+    lines = ["| step | result | s |", "|---|---|---|", *(f"| {name} | {result} | {seconds:.0f} |" for name, result, seconds in results)]
+    print("", *lines, sep="\n")
+    append(out, "", *lines)
     return int(any(result != "passed" for _, result, _ in results))
 
 
 def one_step(name, command, limit, environment, log):
     print(f"\n== {name} (at most {limit:.0f} s): {' '.join(command)}", flush=True)
     began = time.monotonic()
-    with open(log, "w") as file:
+    with open(log, "a") as file:
+        file.write(f"\n== {name}\n")
+        file.flush()
+        start = file.tell()
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = process.wait(limit)
@@ -80,10 +109,16 @@ def one_step(name, command, limit, environment, log):
             os.killpg(process.pid, 9)
             process.wait()
             status = None
-    lines = log.read_text(errors="replace").splitlines()
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
     print("\n".join(lines[-60:] if status == 0 else lines[-90:]), flush=True)
     result = "passed" if status == 0 else f"ended at its limit of {limit:.0f} s" if status is None else f"failed with {status}"
     return result, time.monotonic() - began
+
+
+def append(out, *lines):
+    """Lines to the end of table.md, in which everything that bench/RESULTS.md wants stands."""
+    with open(out / "table.md", "a") as file:
+        file.write("\n".join([*lines, ""]))
 
 
 # inside a step
@@ -128,11 +163,11 @@ class Bench:
     def __init__(self, device, side=4096, large=16384, wide=(29568, 8192), copy=1 << 28, tokens=16384, cached=32768 * 1024):
         self.device, self.side, self.large, self.wide = device, side, large, wide
         self.copy, self.tokens, self.cached = copy, tokens, cached
-        self.rate = None
+        self.rate, self.shares, self.found = None, {}, {}
         self.lines = ["| what | ms | GB/s | share of copy | TFLOP/s |", "|---|---|---|---|---|"]
 
-    def row(self, what, measure, moved=None, flops=None):
-        """One line. measure() gives milliseconds. Returns them, or None where it failed."""
+    def row(self, what, measure, moved=None, flops=None, bound=False):
+        """One line. measure() gives milliseconds. Returns them, or None where it failed. bound: memory is all that should hold it up."""
         try:
             ms = measure()
         except Exception as error:  # a figure that cannot be had must not cost the others
@@ -140,6 +175,9 @@ class Bench:
             return None
         rate = moved / ms / 1e6 if moved else None
         self.rate = self.rate or rate
+        self.found[what] = ms
+        if bound:
+            self.shares[what] = rate / self.rate
         self._say(f"| {what} | {ms:.3f} | {f'{rate:.0f}' if rate else ''} | {f'{rate / self.rate:.2f}' if rate else ''} | "
                   f"{f'{flops / ms / 1e9:.1f}' if flops else ''} |")
         return ms
@@ -205,6 +243,7 @@ class Bench:
             loop = self.row("the same block in torch, column by column", lambda: milliseconds(
                 lambda: columns_by_torch(mine, small, scale, zero, 15), 3))
             if block and loop:
+                self.found["loop"] = loop / block
                 self._say(f"| the block's kernel is {loop / block:.0f} times the torch loop's speed | | | | |")
             self.row("all columns, kernels and products", lambda: milliseconds(
                 lambda: kernels.round_columns(work, U, rule, groups, static), prepare=lambda: work.copy_(T)), None, n * k * k)
@@ -225,9 +264,9 @@ class Bench:
         n = k = self.large
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=self.device)
         across = codes.T.contiguous()
-        self.row(f"pack {n} x {k}, GPTQ order", lambda: milliseconds(lambda: kernels.pack_columns(across, 4)), n * k * 1.5)
-        self.row("pack, compressed-tensors order", lambda: milliseconds(lambda: kernels.pack_rows(codes, 4)), n * k * 1.5)
-        self.row("pack, AWQ order", lambda: milliseconds(lambda: kernels.awq_words(across.T)), n * k * 1.5)
+        self.row(f"pack {n} x {k}, GPTQ order", lambda: milliseconds(lambda: kernels.pack_columns(across, 4)), n * k * 1.5, bound=True)
+        self.row("pack, compressed-tensors order", lambda: milliseconds(lambda: kernels.pack_rows(codes, 4)), n * k * 1.5, bound=True)
+        self.row("pack, AWQ order", lambda: milliseconds(lambda: kernels.awq_words(across.T)), n * k * 1.5, bound=True)
         found = grid.Grid(torch.full((n, k // 128), 0.01, device=self.device).half().float(),
                           torch.full((n, k // 128), 8, dtype=torch.int32, device=self.device))
         groups = grid.contiguous_groups(k, 128, self.device)
@@ -235,19 +274,30 @@ class Bench:
                 ("GPTQ", pack.gptq_pack(codes, found, groups, 4), lambda w: kernels.gptq_dequantize(**w, bits=4)),
                 ("AWQ", pack.awq_pack(codes, found), lambda w: kernels.awq_dequantize(**w)),
                 ("compressed-tensors", pack.compressed_pack(codes, found, 4, True), lambda w: kernels.compressed_dequantize(**w, bits=4))):
-            self.row(f"dequantize, {name} order", lambda: milliseconds(lambda: back(words)), n * k * 4.5)
+            self.row(f"dequantize, {name} order", lambda: milliseconds(lambda: back(words)), n * k * 4.5, bound=True)
         del codes, across, words
         W, s = self.random(n, k // 2) * 0.02, torch.rand(k // 2, device=self.device) + 0.5
-        self.row(f"AWQ difference of {n} x {k // 2}", lambda: milliseconds(lambda: kernels.awq_difference(W, s, 4, 128, False)), 2 * W.nbytes)
+        self.row(f"AWQ difference of {n} x {k // 2}", lambda: milliseconds(lambda: kernels.awq_difference(W, s, 4, 128, False)), 2 * W.nbytes, bound=True)
         del W
         x = self.random(self.cached).half()
         for bits in (4, 8):
             moved = x.nbytes + x.numel() * (bits + 0.5) / 8
-            self.row(f"KV cache store of {x.numel() >> 20} M values, {bits} bits", lambda: milliseconds(lambda: kernels.kv_store(x, bits)), moved)
+            self.row(f"KV cache store of {x.numel() >> 20} M values, {bits} bits", lambda: milliseconds(lambda: kernels.kv_store(x, bits)), moved, bound=True)
             kept = kernels.kv_store(x, bits)
-            self.row(f"KV cache load, {bits} bits", lambda: milliseconds(lambda: kernels.kv_load(*kept, bits)), moved)
+            self.row(f"KV cache load, {bits} bits", lambda: milliseconds(lambda: kernels.kv_load(*kept, bits)), moved, bound=True)
         half = self.random(self.copy).to(torch.bfloat16)
-        self.row(f"health scan of {half.nbytes >> 20} MiB bf16 (waits for its result)", lambda: milliseconds(lambda: kernels.health_scan(half)), half.nbytes)
+        scan = kernels.Scan(self.device)
+        self.row(f"health scan of {half.nbytes >> 20} MiB bf16", lambda: milliseconds(lambda: scan.add(half)), half.nbytes, bound=True)
+
+    def wanted(self):
+        """What was asked for beside what was measured."""
+        layer = next((ms for what, ms in self.found.items() if what.startswith(f"gptq.solve of {self.side} x {self.side}, refine 0")), None)
+        least = min(self.shares, key=self.shares.get, default=None)
+        lines = [("the block's kernel against the torch loop, times", 50, self.found.get("loop"), True), (f"a layer of {self.side} x {self.side}, ms", 10, layer, False),
+                 (f"least share of the copy rate where memory is the bound ({least})", 0.7, self.shares.get(least), True)]
+        return ["| wanted | bound | measured | met |", "|---|---|---|---|"] + [
+            f"| {what} | {'>=' if more else '<='} {bound} | {'failed' if value is None else f'{value:.2f}'} | "
+            f"{'yes' if value is not None and (value >= bound if more else value <= bound) else 'no'} |" for what, bound, value, more in lines]
 
     def wide_layer(self):
         from doctor.quant import gptq
@@ -270,7 +320,8 @@ def table(device, out, **sizes):
         except Exception as error:  # the next part may still run
             bench._say(f"| {part.__name__} | failed: {type(error).__name__}: {str(error).splitlines()[0][:160]} | | | |")
         torch.cuda.empty_cache()
-        (out / "table.md").write_text("\n".join([where, "", *bench.lines, ""]))
+        (out / "table.md").write_text("\n".join([where, "", *bench.lines, "", *bench.wanted(), ""]))
+    print(*bench.wanted(), sep="\n")
     return any("failed" in line for line in bench.lines)
 
 
@@ -365,7 +416,7 @@ def model(device, out, rows=128, length=2048, **sizes):
             print(finding.code, finding.message)
         line = f"a model of {sizes or '7B shape'}, {rows} x {length} tokens, from directory to directory: {seconds:.1f} s"
         print(line)
-        (out / "model.txt").write_text(line + "\n")
+        append(out, line)
         return not result.report.ok
 
 
@@ -374,13 +425,14 @@ def main():
     parser.add_argument("steps", nargs="*", default=[], help=f"of {', '.join(STEPS)}; all of them by default")
     parser.add_argument("--out", type=Path, default=ROOT / ".cache" / "gpu")
     parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels of packages that this Python lacks")
     parser.add_argument("--inside", choices=("goldens", "table", "model"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.steps) - set(STEPS):
         parser.error(f"no such step: {', '.join(sorted(unknown))}")
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.inside:
-        sys.path[:0] = places().split(os.pathsep)
+        sys.path[:0] = places(options.wheels).split(os.pathsep)
     import torch
 
     from doctor.quant import kernels
@@ -390,7 +442,7 @@ def main():
         print(f"no GPU here: {reason}. Nothing was run.")
         return 3
     if not options.inside:
-        return all_steps(options.steps or list(STEPS), options.out.resolve(), options.budget)
+        return all_steps(options.steps or list(STEPS), options.out.resolve(), options.budget, options.wheels)
     device = torch.device("cuda", torch.cuda.current_device())
     return int(bool({"goldens": goldens, "table": table, "model": model}[options.inside](device, options.out)))
 

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import host
 import pytest
@@ -29,6 +31,8 @@ def test_every_row_of_the_table_is_measured(gpu, host_engine, tmp_path):
     text = (tmp_path / "table.md").read_text()
     assert not failed and "failed" not in text, text
     assert text.count("\n| ") >= 30
+    wanted = text.partition("| wanted | bound | measured | met |")[2].splitlines()[2:5]     # every run lasts 1 ms here
+    assert [line.rpartition(" | ")[2] for line in wanted] == ["no |", "yes |", "no |"] and "against the torch loop" in wanted[0]
 
 
 def test_a_row_that_fails_leaves_the_others(gpu, tmp_path):
@@ -39,6 +43,19 @@ def test_a_row_that_fails_leaves_the_others(gpu, tmp_path):
 
     assert bench.row("a", fails) is None and bench.row("b", lambda: 2.0, 8e6) == 2.0
     assert "| a | failed: RuntimeError: out of memory | | | |" in bench.lines and bench.rate == 4.0
+    assert all(line.endswith("| failed | no |") for line in bench.wanted()[2:])
+
+
+def test_the_sanitizer_meets_every_kernel(gpu):
+    """Its tests are chosen by name, and a name that is not there chooses nothing in silence."""
+    run = subprocess.run([sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/cuda/test_kernels.py",
+                          "-k", gpu.SANITIZED], capture_output=True, text=True, cwd=host.ROOT)
+    names = {line.partition("::")[2].partition("[")[0] for line in run.stdout.splitlines() if "[gpu" in line}
+    assert run.returncode == 0 and names >= {
+        "test_ragged_shapes_round_as_the_reference", "test_a_refinement_is_the_references", "test_grids_are_the_references", "test_bit_streams_are_the_packers",
+        "test_awq_words_are_the_packers", "test_gptq_words_become_the_references_weights", "test_awq_words_become_the_references_weights",
+        "test_awq_differences_are_the_references", "test_a_cached_key_reads_back_as_exllamav2s", "test_a_scan_counts_what_the_cpu_counts"}, run.stdout
+    assert "[host" not in run.stdout and run.stdout.count("[gpu") < 70, "more than its minutes allow"
 
 
 def test_goldens_are_recorded_as_they_are_read(gpu, host_engine, tmp_path):
@@ -56,10 +73,27 @@ def test_a_model_goes_from_directory_to_directory(gpu, host_engine, tmp_path, ca
     assert not failed and "14 gptq" in said and "block 2 of 2" in said, said
 
 
+def test_wheels_and_the_native_library_come_along(gpu, tmp_path, monkeypatch):
+    """A checkout as it travels: nothing built, and a Python that lacks a package."""
+    import zipfile
+
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "checkout")
+    shutil.copytree(host.ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(".venv", ".cache", ".git", "*.so", "build", "tests", "docs", "fixtures"))
+    with zipfile.ZipFile(tmp_path / "one-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("one/__init__.py", "")
+    first = Path(gpu.places(tmp_path).split(":")[0])
+    assert (first / "one" / "__init__.py").exists() and not (first / "doctor" / "libdoctor_cpu.so").exists()
+    assert gpu.build_library() == "built" and (first / "doctor" / "libdoctor_cpu.so").exists() and gpu.build_library() == "there already"
+    monkeypatch.setattr(gpu.sys, "executable", "/bin/false")
+    gpu.places()
+    assert gpu.build_library().startswith("not built, NumPy reads the model")
+
+
 def test_a_step_is_ended_at_its_limit_and_the_next_one_runs(gpu, tmp_path, monkeypatch):
     assert gpu.one_step("a", [sys.executable, "-c", "import time; time.sleep(60)"], 1, None, tmp_path / "a")[0] == "ended at its limit of 1 s"
     assert gpu.one_step("b", [sys.executable, "-c", "raise SystemExit(3)"], 30, None, tmp_path / "b")[0] == "failed with 3"
-    assert gpu.one_step("c", [sys.executable, "-c", "print(1)"], 30, None, tmp_path / "c")[0] == "passed"
+    assert gpu.one_step("c", [sys.executable, "-c", "print(1)"], 30, None, tmp_path / "a")[0] == "passed"
+    assert (tmp_path / "a").read_text().endswith("== c\n1\n"), "one file holds all steps, and each shows its own part"
 
 
 def test_a_checkout_runs_without_an_installation(gpu):
