@@ -20,7 +20,8 @@ from doctor.layout import is_kept
 from doctor.recipe import Recipe
 from doctor.spec import Linear, ModelSpec
 
-BATCH_TOKENS = 4096     # a batch this long keeps matrix products at full speed; more only costs memory
+# A batch this long keeps matrix products at full speed, on a CPU and on a GPU; more only costs memory.
+BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
 # Python, torch, transformers, the model's frame, heap that is free but not returned. Measured: 440 MiB with torch's CPU build; its CUDA
 # build takes 770 even where there is no GPU, most of it while the libraries load.
 CONSTANT = (560 if version("torch").endswith("+cpu") else 900) << 20

@@ -35,7 +35,7 @@ from doctor.layout import is_kept
 from doctor.plan import Consent, with_fields
 from doctor.quant import awq, budget, export, kernels, solver
 from doctor.quant.blocks import Call, Skeleton, load_tensor
-from doctor.quant.budget import BATCH_TOKENS
+from doctor.quant.budget import BATCH_TOKENS, DEVICE_BATCH_TOKENS
 from doctor.quant.gptq import Solution, round_to_nearest, solve
 from doctor.quant.grid import Grid
 from doctor.quant.hessian import Attempt, mixed_products
@@ -192,9 +192,10 @@ class _Run:
 
     def _batches(self, rows: list[list[int]]) -> list[torch.Tensor]:
         """This rank's batches; with several ranks they are small enough that each gets one."""
+        tokens = BATCH_TOKENS if self.skeleton.device.type == "cpu" else DEVICE_BATCH_TOKENS
         if self.ranks.size == 1:
-            return make_batches(rows)
-        return self.ranks.mine(make_batches(rows, min(BATCH_TOKENS, max(1, sum(map(len, rows)) // self.ranks.size))))
+            return make_batches(rows, tokens)
+        return self.ranks.mine(make_batches(rows, min(tokens, max(1, sum(map(len, rows)) // self.ranks.size))))
 
     def _first_inputs(self) -> None:
         left = budget.left(self.need, self.memory)
@@ -613,9 +614,8 @@ class Hidden:
         self._part(i).copy_(value)
 
 
-def make_batches(rows: list[list[int]], tokens: int | None = None) -> list[torch.Tensor]:
-    """Batches int64[rows, length] of equally long rows, about `tokens` (BATCH_TOKENS) each, in the order of the rows: no padding."""
-    tokens = tokens or BATCH_TOKENS
+def make_batches(rows: list[list[int]], tokens: int) -> list[torch.Tensor]:
+    """Batches int64[rows, length] of equally long rows, about `tokens` each, in the order of the rows: no padding."""
     batches: list[list[list[int]]] = []
     for row in sorted(rows, key=len):
         last = batches[-1] if batches else None

@@ -375,7 +375,7 @@ def test_gpt2_is_quantized_though_its_linears_lie_transposed(tmp_path, text):
 
 
 def test_batches_hold_rows_of_one_length():
-    batches = make_batches([[1] * 2000, [2] * 3, [3] * 3, [4] * 2000, [5] * 2000])
+    batches = make_batches([[1] * 2000, [2] * 3, [3] * 3, [4] * 2000, [5] * 2000], 4096)
     assert [tuple(b.shape) for b in batches] == [(2, 3), (2, 2000), (1, 2000)]
 
 
