@@ -8,7 +8,7 @@ import ast
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from doctor.edits import MISSING, Edit, Keep, PadTensor, SetJson
 from doctor.errors import DoctorError
 from doctor.facts import Unavailable, fact, provide
 from doctor.packed import WORD_TAILS
-from doctor.recipe import METHODS, Recipe, matches
+from doctor.recipe import BITS, METHODS, Recipe, matches
 from doctor.shard import TensorInfo
 from doctor.spec import NOT_TEXT, ROLE_OF_TAIL, ROW_PARALLEL, ModelSpec, evaluate
 from doctor.tables import table
@@ -46,9 +46,64 @@ def packed_words(checkpoint, every_words):
     return every_words
 
 
+class Widths:
+    """Bits of the linears that have others than the rest, by name or by a pattern that a name must begin with."""
+
+    def __init__(self):
+        self._names: dict[str, int] = {}  # looked up: a mixture may name thousands of linears one by one
+        self._patterns: list[tuple[re.Pattern, int]] = []
+
+    def add(self, pattern: str, bits: int) -> None:
+        """Raises re.error for a pattern that is none."""
+        name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
+        if pattern == f"^{re.escape(name)}$":
+            self._names.setdefault(name, bits)
+        else:
+            self._patterns.append((re.compile(pattern), bits))
+
+    def of(self, module: str, common: int) -> int:
+        if module in self._names:
+            return self._names[module]
+        return next((bits for pattern, bits in self._patterns if pattern.match(module)), common)
+
+    def __bool__(self) -> bool:
+        return bool(self._names or self._patterns)
+
+
+def own_widths(raw: Mapping) -> Widths:
+    """What a quantization block says of single linears' bits: GPTQ's "dynamic", the further groups of compressed-tensors.
+
+    Raises Unavailable for a pattern that is none. Sources: ModelCloud/GPTQModel gptqmodel/quantization/config.py (dynamic_get);
+    vllm-project/compressed-tensors src/compressed_tensors/utils/match.py (names, and patterns after "re:").
+    """
+    found, dynamic = Widths(), raw.get("dynamic")
+    own = [(key.removeprefix("+:"), value.get("bits")) for key, value in (dynamic.items() if isinstance(dynamic, Mapping) else ())
+           if not key.startswith("-:") and isinstance(value, Mapping)]
+    for group in weight_groups(raw)[1:]:
+        targets = [t for t in group.get("targets") or () if isinstance(t, str)]
+        own += [(t.removeprefix("re:") if t.startswith("re:") else f"^{re.escape(t)}$", group["weights"].get("num_bits")) for t in targets]
+    for pattern, bits in own:
+        if bits in BITS:
+            try:
+                found.add(pattern, bits)
+            except re.error as error:
+                raise Unavailable(f"the quantization block names linears by {pattern!r}, which is no pattern: {error}") from None
+    return found
+
+
+def weight_groups(raw: Mapping) -> list[dict]:
+    """Groups of compressed-tensors that say something of weights, the one for all Linear first."""
+    groups = raw.get("config_groups")
+    found = [g for g in (groups.values() if isinstance(groups, Mapping) else ()) if isinstance(g, dict) and isinstance(g.get("weights"), dict)]
+    return sorted(found, key=lambda g: g.get("targets") != ["Linear"])
+
+
 @dataclass(frozen=True)
 class Quantization:
-    """A quantization_config in one spelling. method: gptq, awq, compressed-tensors; it stands at `pointer` of `file`."""
+    """A quantization_config in one spelling. method: gptq, awq, compressed-tensors; it stands at `pointer` of `file`.
+
+    bits is the common width; `bits_of` a linear's own.
+    """
 
     method: str
     bits: int
@@ -59,6 +114,10 @@ class Quantization:
     raw: dict
     file: str
     pointer: str
+    widths: Widths = field(default_factory=Widths)
+
+    def bits_of(self, module: str) -> int:
+        return self.widths.of(module, self.bits)
 
     @property
     def autoround(self) -> bool:
@@ -83,7 +142,7 @@ class Layout:
 
     quantized: bool
     format: str  # gptq, gptq_v2, awq, compressed-tensors
-    bits: int
+    bits: int  # of most linears, where single ones have widths of their own
     group_size: int
     sym: bool
     act_order: bool  # groups scattered over columns (g_idx), not merely another order of work
@@ -146,8 +205,7 @@ def plain_block(raw: Mapping) -> Mapping:
 def read_quantization(raw: Mapping, file: str, pointer: str) -> Quantization:
     """One spelling for GPTQ, AWQ, compressed-tensors and AutoRound blocks. Raises Unavailable for other methods."""
     stated, raw = raw, plain_block(raw)
-    found = _read_plain(raw, file, pointer)
-    return found if stated is raw else replace(found, raw=dict(stated))
+    return replace(_read_plain(raw, file, pointer), raw=dict(stated), widths=own_widths(raw))
 
 
 def _read_plain(raw: Mapping, file: str, pointer: str) -> Quantization:
@@ -156,8 +214,10 @@ def _read_plain(raw: Mapping, file: str, pointer: str) -> Quantization:
         or ("awq" if "zero_point" in raw else "gptq" if "desc_act" in raw else "unknown")
     )
     dynamic = raw.get("dynamic") or {}      # -: leaves linears in 16 bits, which judges nothing less of the others
-    if not isinstance(dynamic, Mapping) or any(not k.startswith("-:") for k in dynamic) or raw.get("extra_config"):
-        raise Unavailable("widths differ between linears (dynamic): their shapes are not judged")
+    if raw.get("extra_config") or not isinstance(dynamic, Mapping) or any(
+            not isinstance(own, Mapping) or any(k != "bits" and v != raw.get(k, v) for k, v in own.items())
+            for key, own in dynamic.items() if not key.startswith("-:")):
+        raise Unavailable("linears differ in more than their width (dynamic): their shapes are not judged")
     if method in ("gptq", "gptq_marlin", "auto_gptq"):
         version = str(raw.get("checkpoint_format") or raw.get("format") or "gptq")
         _require_known("checkpoint_format", version, ("gptq", "gptq_v2"))
@@ -188,18 +248,10 @@ def _read_plain(raw: Mapping, file: str, pointer: str) -> Quantization:
             pointer,
         )
     if method == "compressed-tensors":
-        groups = raw.get("config_groups")
-        schemes = [
-            g["weights"]
-            for g in (groups.values() if isinstance(groups, dict) else ())
-            if isinstance(g, dict) and isinstance(g.get("weights"), dict)
-        ]
+        schemes = [group["weights"] for group in weight_groups(raw)]
         weights = schemes[0] if schemes else None
-        if any(
-            s.get("num_bits") != weights.get("num_bits") or s.get("group_size") != weights.get("group_size")
-            for s in schemes
-        ):
-            raise Unavailable("widths differ between linears (config_groups): their shapes are not judged")
+        if any(scheme.get(key) != weights.get(key) for scheme in schemes for key in ("group_size", "strategy", "symmetric", "actorder")):
+            raise Unavailable("linears differ in more than their width (config_groups): their shapes are not judged")
         if (
             weights
             and raw.get("format") == "pack-quantized"
@@ -229,12 +281,10 @@ def stored_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     if block is None:
         return recipe
     raw, *place = block
-    # Linears of other widths (dynamic, further groups) do not change what holds for the rest.
+    # What single linears have of their own (dynamic, further groups) does not change what holds for the rest.
     common = {k: v for k, v in raw.items() if k not in ("dynamic", "extra_config")}
-    groups = common.get("config_groups")
-    if isinstance(groups, dict) and groups:
-        name = next((n for n, g in groups.items() if isinstance(g, dict) and g.get("targets") == ["Linear"]), next(iter(groups)))
-        common["config_groups"] = {name: groups[name]}
+    if weight_groups(raw):
+        common["config_groups"] = {"common": weight_groups(raw)[0]}
     try:
         stored = read_quantization(common, *place)
         form = stored.version if stored.method == "gptq" else stored.method
@@ -297,7 +347,7 @@ def stored_layout(
         name, _, tail = info.name.rpartition(".")
         if len(info.shape) != 2 or NOT_TEXT.search(name):
             continue
-        size = packed_size(quant, tail, info.shape)
+        size = packed_size(quant, name, tail, info.shape)
         role, block, expert = role_of(name, spec)
         linears.append(GroupedLinear(name, role, block, expert, *size))
     have = {x.name for x in linears}
@@ -313,18 +363,14 @@ def symmetric_word(bits: int, version: str) -> int:
     return sum(stored << shift for shift in range(0, 32, bits))
 
 
-def packed_size(quant: Quantization, tail: str, shape: tuple[int, int]) -> tuple[int, int]:
-    """(in_features, out_features) of a packed matrix, from the words it has."""
-    first, second = shape
+def packed_size(quant: Quantization, module: str, tail: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """(in_features, out_features) of a module's packed matrix, from the words it has."""
+    (first, second), bits = shape, quant.bits_of(module)
     if tail == "weight_packed":
-        return second * 32 // quant.bits, first
+        return second * 32 // bits, first
     if quant.method == "awq":
-        return (
-            (first, second * 32 // quant.bits)
-            if quant.version == "gemm"
-            else (second * 32 // quant.bits, first)
-        )
-    return first * 32 // quant.bits, second
+        return (first, second * 32 // bits) if quant.version == "gemm" else (second * 32 // bits, first)
+    return first * 32 // bits, second
 
 
 def role_of(name: str, spec: ModelSpec) -> tuple[str, int | None, int | None]:

@@ -88,8 +88,8 @@ def _packed(checkpoint, tensors, packed, block):
         edits, kind = [], _dtype(tensors)
         for info in packed:
             module, _, tail = info.name.rpartition(".")
-            width, height = packed_size(quant, tail, info.shape)
-            edits.append(Dequantize(f"{module}.weight", (height, width), quant.method, quant.bits, 2 if quant.version == "gptq_v2" else 1,
+            width, height = packed_size(quant, module, tail, info.shape)
+            edits.append(Dequantize(f"{module}.weight", (height, width), quant.method, quant.bits_of(module), 2 if quant.version == "gptq_v2" else 1,
                                     dtype=kind))
             edits += [DropTensor(f"{module}.{part}") for part in PARTS[quant.method] if f"{module}.{part}" in tensors]
         fix = _plain(checkpoint, block, edits, len(packed))

@@ -39,16 +39,12 @@ from doctor.testing import tiny_gptq
 
 @rule("O608", "error")
 def qzeros_version(checkpoint, quantization, packed_words):
-    if quantization.method != "gptq" or not quantization.sym or quantization.bits not in (2, 4, 8):
+    if quantization.method != "gptq" or not quantization.sym:
         return
     stated = "gptq_v2" if quantization.version == "gptq_v2" else "gptq"
     other = "gptq" if stated == "gptq_v2" else "gptq_v2"
-    word = symmetric_word(quantization.bits, other)
-    wrong = [
-        name
-        for name, words in packed_words.items()
-        if name.endswith(".qzeros") and words.kinds == {word: words.count}
-    ]
+    bits = {n: quantization.bits_of(n.removesuffix(".qzeros")) for n in packed_words if n.endswith(".qzeros")}
+    wrong = [n for n, b in bits.items() if b in (2, 4, 8) and packed_words[n].kinds == {symmetric_word(b, other): packed_words[n].count}]
     if not wrong:
         return
     key = (
@@ -61,13 +57,14 @@ def qzeros_version(checkpoint, quantization, packed_words):
     value = {"gptq": "auto_round:auto_gptq", "gptq_v2": "auto_round:gptqmodel"}[other] if quantization.autoround else other
     pointer = f"{quantization.pointer}/{key}"
     if other == "gptq_v2" and key not in quantization.raw:
-        fix = Fix("store the zero points minus one, as version 1 does", tuple(ShiftZeros(n, quantization.bits, -1) for n in wrong))
+        fix = Fix("store the zero points minus one, as version 1 does", tuple(ShiftZeros(n, bits[n], -1) for n in wrong))
     else:
         fix = Fix(f"set {key} to {value}", (SetJson(quantization.file, pointer, value, expect=quantization.raw.get(key, MISSING)),))
+    words = " or ".join(sorted({f"0x{symmetric_word(bits[n], other):08x}" for n in wrong}))
     yield finding(
-        f"{len(wrong)} qzeros tensors hold 0x{word:08x} only, which is {other}, and {key} says {stated}",
+        f"{len(wrong)} qzeros tensors hold {words} only, which is {other}, and {key} says {stated}",
         at=Place(quantization.file, pointer=pointer),
-        evidence={"word": f"0x{word:08x}", "tensors": len(wrong), "first": wrong[0]},
+        evidence={"word": words, "tensors": len(wrong), "first": wrong[0]},
         fix=fix,
         advice="set it to what the words are",
     )

@@ -31,14 +31,10 @@ from doctor.testing import np, tiny_gptq
 
 @rule("O609", "warning", certainty="likely")
 def v1_zero_wraps(checkpoint, quantization, packed_words):
-    if (quantization.method, quantization.bits, quantization.sym) != (
-        "gptq",
-        4,
-        False,
-    ) or quantization.version == "gptq_v2":
+    if quantization.method != "gptq" or quantization.sym or quantization.version == "gptq_v2":
         return
     for name, words in packed_words.items():
-        if name.endswith(".qzeros") and words.full_fields:
+        if name.endswith(".qzeros") and words.full_fields and quantization.bits_of(name.removesuffix(".qzeros")) == 4:
             yield finding(
                 f"{words.full_fields:,} of {words.count:,} words of {name} hold a zero point stored as 15, which wraps in version 1",
                 evidence={"words": words.full_fields, "of": words.count},

@@ -79,7 +79,8 @@ def group_index(checkpoint, quantization, packed_words, tensors):
 
 
 def _in_order(name, tensors, quantization):
-    width = tensors[name.removesuffix(".g_idx") + ".qweight"].shape[0] * 32 // quantization.bits
+    module = name.removesuffix(".g_idx")
+    width = tensors[f"{module}.qweight"].shape[0] * 32 // quantization.bits_of(module)
     return GroupsInOrder(name, width, quantization.group_size)
 
 

@@ -62,7 +62,7 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
             "pack-quantized",
         ):
             yield finding(
-                f"{linear.name} has scales {list(scales)}, and {quantization.bits} bits in groups of {group} make {list(expected)}",
+                f"{linear.name} has scales {list(scales)}, and {quantization.bits_of(linear.name)} bits in groups of {group} make {list(expected)}",
                 at=at,
                 evidence={"scales": list(scales), "expected": list(expected)},
                 fix=shown,
@@ -73,7 +73,7 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
 def _absent(quantization, linear, tensors, absent, base):
     """Equal zero points for a symmetric GPTQ file; else what --from has under these names."""
     scales = tensors.get(f"{linear.name}.scales")
-    bits = quantization.bits
+    bits = quantization.bits_of(linear.name)
     if absent == ["qzeros"] and quantization.method == "gptq" and quantization.sym and bits in (2, 4, 8) and scales is not None:
         groups, height = scales.shape
         edit = EqualZeros(f"{linear.name}.qzeros", (groups, height * bits // 32), symmetric_word(bits, quantization.version))

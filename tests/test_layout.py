@@ -4,6 +4,7 @@ The checkpoints are headers over sparse files: full size for every shape rule, a
 """
 
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -325,13 +326,28 @@ def test_stored_awq_and_compressed_tensors_sizes():
         {"quant_method": "gptq", "bits": "4"},
         {"quant_method": "compressed-tensors", "config_groups": []},
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"},
-        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*down.*": {"bits": 8}}},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*down.*": {"bits": 8, "group_size": 32}}},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:*down": {"bits": 8}}},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*down.*": 8}},
         {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv_fast"},
     ],
 )
 def test_other_quantizations_are_unavailable_with_a_reason(raw):
     with pytest.raises(Unavailable):
         read_quantization(raw, "config.json", "")
+
+
+def test_a_linear_has_the_width_that_its_name_is_given():
+    common = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    found = read_quantization({**common, "dynamic": {r"-:^a\.kept$": {}, r"+:^a\.b$": {"bits": 8}, r".*\.1\.": {"bits": 2, "group_size": 128}}}, "f", "")
+    assert [found.bits_of(n) for n in ("a.b", "a.bc", "a.kept", "x.1.y", "x.11.y")] == [8, 4, 4, 2, 4]
+    weights = {"num_bits": 4, "group_size": 32, "symmetric": True, "strategy": "group"}
+    groups = {"some": {"targets": ["a.b", "re:.*down"], "weights": {**weights, "num_bits": 8}}, "rest": {"targets": ["Linear"], "weights": weights}}
+    found = read_quantization({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}, "f", "")
+    assert (found.bits, [found.bits_of(n) for n in ("a.b", "a.b.c", "x.down_proj", "x.up")]) == (4, [8, 4, 8, 4])
+    groups["some"]["weights"]["group_size"] = 64
+    with pytest.raises(Unavailable, match="more than their width"):
+        read_quantization({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}, "f", "")
 
 
 def test_quantized_checkpoint_is_judged_for_the_gpus_it_is_to_be_cut_into(tmp_path):
@@ -474,10 +490,60 @@ def test_other_autoround_blocks_are_not_judged_and_that_is_said(change, tmp_path
     assert not report.findings and run.status == "skipped" and run.reasons
 
 
-@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
-def test_weights_are_counted_where_widths_differ(form, tmp_path):
+@pytest.fixture(scope="module", params=["gptq", "compressed-tensors"])
+def mixed(request, tmp_path_factory):
+    """A checkpoint of 4 bits but for one linear of 8, and the one that it was made of."""
     from doctor.api import quantize
 
-    source = tiny("llama").write(tmp_path / "m")
-    made = quantize(source, tmp_path / "q", Recipe(method="rtn", group_size=32, format=form, bits_for=("*.1.*down*=8",))).output
+    folder = tmp_path_factory.mktemp("mixed")
+    source = tiny("llama").write(folder / "m")
+    recipe = Recipe(method="rtn", group_size=32, format=request.param, bits_for=("*.1.*down*=8",))
+    return quantize(source, folder / "q", recipe).output, source
+
+
+def changed(folder, target, change):
+    """A copy of a checkpoint with `change` made to its tensors."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+def test_weights_are_counted_where_widths_differ(mixed):
+    made, source = mixed
     assert check(made).summary["parameters"] == check(source).summary["parameters"] > 0
+
+
+def test_a_linear_of_its_own_width_is_judged_by_that(mixed, tmp_path):
+    made, _ = mixed
+    name = "model.layers.1.mlp.down_proj"
+    report = check(made, select=["O"])
+    assert not report.findings
+    assert {r.rule.code for r in report.runs if r.status != "skipped"} >= {"O607", "O608", "O612", "O614"}
+    scales = f"{name}.scales" if (gptq := "gptq" in (made / "config.json").read_text()) else f"{name}.weight_scale"
+
+    def halve(tensors):
+        tensors[scales] = (tensors[scales][:1] if gptq else tensors[scales][:, :1]).clone()
+
+    found = check(changed(made, tmp_path / "halved", halve), select=["O612"]).findings
+    assert [f.code for f in found] == ["O612"] and f"{name} has scales" in found[0].message and "8 bits in groups of 32" in found[0].message
+    if gptq:
+        def shift(tensors):
+            tensors[f"{name}.qzeros"].fill_(0x80808080 - (1 << 32))
+
+        found = check(changed(made, tmp_path / "shifted", shift), select=["O608"]).findings
+        assert [f.evidence["first"] for f in found] == [f"{name}.qzeros"] and "0x80808080" in found[0].message
+
+
+def test_every_linear_is_unpacked_by_its_own_width(mixed, tmp_path):
+    from doctor.api import fix
+
+    made, source = mixed
+    fix(made, tmp_path / "plain", only=("C147",), unsafe_fixes=("C147",), extend_select=("C147",))
+    plain, whole = (Checkpoint.open(f) for f in (tmp_path / "plain", source))
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        got, want = (from_codes(c.load(name), c.tensors[name].dtype.name) for c in (plain, whole))
+        assert got.shape == want.shape and np.abs(got - want).max() < np.abs(want).max() * (0.01 if ".1." in name else 0.2)

@@ -4,15 +4,14 @@ Read as the engine reads it, by what quantization_config says and not by what th
 checkpoint_format gives the same wrong weights here as there, which is what `verify` must see.
 """
 
-import re
-
 import numpy as np
 import torch
 
 from doctor.checkpoint import Checkpoint
 from doctor.dtypes import DTYPES
 from doctor.errors import BadCheckpoint
-from doctor.layout import plain_block
+from doctor.facts import Unavailable
+from doctor.layout import own_widths, plain_block, weight_groups
 from doctor.packed import NEEDED, PARTS, WORDS
 from doctor.quant import pack
 from doctor.recipe import BITS
@@ -47,6 +46,10 @@ class Dequantized:
     def __init__(self, source: Checkpoint, method: str, stated: dict):
         self.source, self.method, self.stated = source, method, stated
         self.bits = _bits(method, stated)
+        try:
+            self.widths = own_widths(stated)
+        except Unavailable as error:
+            raise BadCheckpoint(f"config.json: {error}.") from None
         self.modules = sorted(n.removesuffix("." + WORDS[method]) for n in source.tensors if n.endswith("." + WORDS[method]))
         own = {f"{module}.{part}" for module in self.modules for part in PARTS[method]}
         self.tensors: dict[str, TensorInfo] = {n: i for n, i in source.tensors.items() if n not in own}
@@ -69,7 +72,7 @@ class Dequantized:
             n, k = (int(x) for x in self.source.load(f"{module}.weight_shape"))
             return n, k
         height, width = self.source.tensors[f"{module}.qweight"].shape
-        return (width, height * 32 // self._bits_of(module)) if self.method == "gptq" else (width * 8, height)
+        return (width, height * 32 // self.widths.of(module, self.bits)) if self.method == "gptq" else (width * 8, height)
 
     def load(self, name: str) -> np.ndarray:
         """Codes of a stored tensor; float32 values of a dequantized weight [out_features, in_features]."""
@@ -87,14 +90,7 @@ class Dequantized:
         missing = [p for p in NEEDED[self.method] if p not in parts]
         if missing:
             raise BadCheckpoint(f"{module}: {', '.join(missing)} missing beside {WORDS[self.method]}.")
-        return self._dequantize({p: t if p == "weight_shape" else t.to(device) for p, t in parts.items()}, self._bits_of(module))
-
-    def _bits_of(self, module: str) -> int:
-        """Its own width where the file names one for it, else that of all."""
-        for pattern, own in (self.stated.get("dynamic") or {}).items():
-            if not pattern.startswith("-:") and isinstance(own, dict) and own.get("bits") in BITS and re.match(pattern.removeprefix("+:"), module):
-                return own["bits"]
-        return next((g["weights"]["num_bits"] for g in _groups(self.stated) if module in g.get("targets", ())), self.bits)
+        return self._dequantize({p: t if p == "weight_shape" else t.to(device) for p, t in parts.items()}, self.widths.of(module, self.bits))
 
     def _dequantize(self, parts: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
         if self.method == "awq":
@@ -119,16 +115,10 @@ def to_torch(codes: np.ndarray, dtype_name: str) -> torch.Tensor:
     return torch.from_numpy(codes).view(getattr(torch, kind))
 
 
-def _groups(stated: dict) -> list[dict]:
-    """Groups of compressed-tensors that say something of weights."""
-    found = [g for g in (stated.get("config_groups") or {}).values() if isinstance(g, dict)]
-    return [g for g in found if isinstance(g.get("weights"), dict)]
-
-
 def _bits(method: str, stated: dict) -> int:
     bits = stated.get("bits") or stated.get("w_bit")
     if method == "compressed-tensors":
-        groups = _groups(stated)
+        groups = weight_groups(stated)
         rest = [g for g in groups if g.get("targets") == ["Linear"]] or groups      # the others name linears of their own width
         widths = {g["weights"].get("num_bits") for g in rest}
         if stated.get("format") != "pack-quantized" or len(widths) != 1:

@@ -15,7 +15,7 @@ SENTENCES = {
     "no place for the output was named: --room DIR measures disk and memory": "没有指定输出位置：--room DIR 才测磁盘和内存",
     "the linears are packed: the family's table knows plain weights": "线性层是打包的：该模型族的表只认识未打包的权重",
     "the weights are packed already: their layout is judged instead": "权重已经打包：改为检查打包的布局",
-    "widths differ between linears ({key}): their shapes are not judged": "各线性层位数不同（{key}）：不检查它们的形状",
+    "linears differ in more than their width ({key}): their shapes are not judged": "各线性层之间不止位数不同（{key}）：不检查它们的形状",
     "quantization by {method} has no packed groups of columns": "{method} 量化没有打包的列分组",
     "no table of {runtime}'s kernels for grouped weights": "没有 {runtime} 分组权重内核的表",
     "the quantization block has no usable {name}": "量化配置里没有可用的 {name}",
