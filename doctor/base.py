@@ -33,6 +33,7 @@ class Base:
     text: str
     _offers: dict[str, TakeTensor | None] = field(default_factory=dict)
     _equal: dict[str, tuple[bool, str]] = field(default_factory=dict)
+    _filled: dict[str, str] = field(default_factory=dict)
     _files: dict[str, tuple[TakeFile, str] | None] = field(default_factory=dict)
 
     @property
@@ -130,6 +131,24 @@ class Base:
         if info.name not in self._equal:
             self._equal[info.name] = self._compare(info)
         return self._equal[info.name]
+
+    def fills(self, info: TensorInfo) -> str:
+        """What was found where every value of this tensor that is not 0 is the base's, bit by bit, and the base has numbers where it is 0; else ""."""
+        if info.name not in self._filled:
+            self._filled[info.name] = self._fill(info)
+        return self._filled[info.name]
+
+    def _fill(self, info: TensorInfo) -> str:
+        left = filled = 0
+        for ours, theirs in zip(self.source.rows(info.name), self.checkpoint.rows(info.name), strict=True):
+            kind = f"u{ours.itemsize}"
+            bits, others = ours.view(kind), theirs.view(kind)
+            zero = (bits << np.array(1, bits.dtype)) == 0  # of either sign
+            if ((bits != others) & ~zero).any():
+                return ""
+            left += int((~zero).sum())
+            filled += int((zero & ((others << np.array(1, bits.dtype)) != 0)).sum())
+        return f"its other {left:,} values are equal, and {filled:,} are 0 only here" if left >= ENOUGH and filled else ""
 
     def _compare(self, info: TensorInfo) -> tuple[bool, str]:
         compared = different = telling = 0

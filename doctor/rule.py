@@ -266,6 +266,13 @@ def tensor_from_base(base, tensor) -> Fix | None:
     return edit and Fix(f"take the tensor from {base.text}", (edit,), "unsafe")
 
 
+def zeros_from_base(base, tensor) -> Fix | None:
+    """This tensor as --from holds it, where that differs in zeros alone: unsafe, because pruning makes such zeros too."""
+    edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape) if base is not None else None
+    found = base.fills(tensor) if edit is not None else ""
+    return Fix(f"take the tensor from {base.text}: {found}", (edit,), "unsafe") if found else None
+
+
 def value_from_base(base, file: str, pointer: str, now: object, otherwise: str) -> Fix:
     """One JSON value as --from states it: unsafe, because a fine-tune may have changed it. Without one, `otherwise` is for the user."""
     value = base.value(file, pointer) if base is not None else MISSING

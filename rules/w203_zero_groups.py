@@ -15,7 +15,8 @@ group is empty.
 False alarms: pruned models have zero groups on purpose; they are a warning only for the program that
 divides by them.
 
-Fix safety: no fix: the zeros may be meant.
+Fix safety: unsafe, with `--from`: where the base's tensor differs in zeros alone, it is taken. Pruning makes such zeros too, so a
+pruned model would be undone. Without a base nothing is changed: the zeros may be meant.
 
 Sources: casper-hansen/AutoAWQ PR 519 and 522; InternLM/lmdeploy issue 1786; QwenLM/Qwen2
 docs/source/quantization/gptq.md.
@@ -30,15 +31,15 @@ out_features 的补零，不计。
 
 误报: 剪枝模型有意含零组；只对要除以它的程序才是问题。
 
-修复: 不提供修复：零可能是有意的。
+修复: 不安全，且需 `--from`：若基座的张量与这里只在零上不同，就取它；剪枝也会产生这样的零，取了就等于撤销剪枝。没有基座时不改：零可能是有意的。
 """
 
-from doctor.rule import Place, finding, rule
+from doctor.rule import Place, finding, rule, zeros_from_base
 from doctor.testing import tiny
 
 
 @rule("W203", "warning", certainty="likely", implied_by=("W202",))
-def zero_groups(linear, zero_groups, zero_groups_fp16, zero_rows, first_zero_group, recipe):
+def zero_groups(linear, zero_groups, zero_groups_fp16, zero_rows, first_zero_group, recipe, tensors, base):
     size = linear.in_features if recipe.group_size == -1 else recipe.group_size
     per_row = linear.in_features // size
     inside = zero_groups - zero_rows * per_row
@@ -52,6 +53,7 @@ def zero_groups(linear, zero_groups, zero_groups_fp16, zero_rows, first_zero_gro
         f"{inside:,} of {total:,} groups of {size} weights in {linear.tensor} are all 0{first}",
         at=Place("", tensor=linear.tensor, index=tuple(first_zero_group) if alone else None),
         evidence={"zero_groups": zero_groups, "zero_rows": zero_rows, "group_size": size},
+        fix=zeros_from_base(base, tensors[linear.tensor]),
         advice="quantize with a program that gives an empty group scale 1 (doctor does), or spread the padding",
     )
 
@@ -67,3 +69,7 @@ def good():
     case = tiny()
     case.down()[:, ::5] = 0  # padding spread between the columns: no group is empty
     return case
+
+
+def donor():
+    return tiny()

@@ -9,7 +9,8 @@ Do: nothing, if the model was pruned so. Otherwise compare the shard with its so
 False alarms: structured pruning. A few such channels occur in trained models, so less than DEAD_SHARE of
 them stays silent.
 
-Fix safety: no fix: nothing is broken for certain.
+Fix safety: unsafe, with `--from`: where the base's tensor differs in zeros alone, it is taken, which would undo a pruning. Without a
+base nothing is changed: nothing is broken for certain.
 
 Sources: casper-hansen/AutoAWQ PR 522 (zero channels and scales); arXiv 2309.04827 (neurons that never
 fire).
@@ -23,10 +24,10 @@ fire).
 
 误报: 结构化剪枝。训练好的模型也会有少量这种通道，少于 DEAD_SHARE 不报。
 
-修复: 不提供修复：不能断定坏了什么。
+修复: 不安全，且需 `--from`：若基座的张量与这里只在零上不同，就取它，这会撤销剪枝。没有基座时不改：不能断定坏了什么。
 """
 
-from doctor.rule import ROW_PARALLEL, finding, rule
+from doctor.rule import ROW_PARALLEL, finding, rule, zeros_from_base
 from doctor.testing import tiny
 
 # Share of channels. Below it trained models have a few by nature; a zeroed tail or pruning takes whole percents.
@@ -34,7 +35,7 @@ DEAD_SHARE = 0.01
 
 
 @rule("W204", "info", certainty="hint", implied_by=("W202", "W203"))
-def dead_channels(linear, zero_rows, zero_columns):
+def dead_channels(linear, zero_rows, zero_columns, tensors, base):
     writes = linear.role in ROW_PARALLEL
     dead, size, what = (
         (zero_rows, linear.out_features, "rows") if writes else (zero_columns, linear.in_features, "columns")
@@ -44,6 +45,7 @@ def dead_channels(linear, zero_rows, zero_columns):
     yield finding(
         f"{dead:,} of {size:,} {what} of {linear.tensor} are all 0",
         evidence={"dead": dead, "size": size},
+        fix=zeros_from_base(base, tensors[linear.tensor]),
         advice="compare the shard with its source, unless the model was pruned",
     )
 

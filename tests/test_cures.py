@@ -92,6 +92,26 @@ def test_an_all_zero_tensor_is_taken_only_as_an_unsafe_fix(tmp_path):
     assert (Checkpoint.open(tmp_path / "out").load(case.name("down")) == want).all()
 
 
+@pytest.mark.parametrize("code, where", [("W203", (slice(5, 6), slice(32, 64))), ("W204", (slice(3, 5), slice(None)))])
+def test_zeros_that_only_this_copy_has_are_filled_from_a_base_that_agrees_elsewhere(tmp_path, code, where):
+    case = tiny()
+    base = case.write(tmp_path / "base")
+    want = case.down().copy()
+    case.down()[where] = 0
+    count = want[where].size
+    source = case.write(tmp_path / "source")
+    assert not fix(source, tmp_path / "safe", case.recipe, base=base).plan.steps
+    result = fix(source, tmp_path / "out", case.recipe, base=base, unsafe_fixes=True)
+    assert [s.title for s in result.plan.steps] == [f"take the tensor from {base}: its other {want.size - count:,} values are equal, and {count} are 0 only here"]
+    assert codes(result) == {code} and not result.report.findings and (Checkpoint.open(tmp_path / "out").load(case.name("down")) == want).all()
+    for spoil in ((0, 0), (where[0].start, 40)):  # a value that differs; and zeros that the base has too
+        other = tiny()
+        other.down()[spoil] = 0x3F80
+        other.down()[where] = 0 if spoil != (0, 0) else other.down()[where]
+        again = fix(source, tmp_path / "no", case.recipe, base=other.write(tmp_path / f"other{spoil[0]}"), unsafe_fixes=True)
+        assert not again.plan.steps
+
+
 def test_a_base_that_changed_after_the_plan_is_refused(tmp_path):
     case = tiny()
     base, source = case.write(tmp_path / "base"), Checkpoint.open(case.write(tmp_path / "source"))
