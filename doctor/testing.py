@@ -187,14 +187,14 @@ def torch_file(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def tiny(family: str | None = None, dtype: str = "BF16", mlp: int | None = None) -> Case:
+def tiny(family: str | None = None, dtype: str = "BF16", mlp: int | None = None, hidden: int = HIDDEN) -> Case:
     """A healthy checkpoint of two blocks: hidden 64, intermediate 128, 4 heads of 16 (2 for keys), vocabulary 96.
 
-    mlp: another width for all its MLPs, experts included.
+    mlp: another width for all its MLPs, experts included. hidden: another hidden_size, for families that state a head's size too.
     """
     family = family or _family.get() or "llama"
     entry = table("architectures")["families"][family]
-    config = _config(family, entry, mlp)
+    config = _config(family, entry, mlp, hidden)
     rng = np.random.default_rng(7)
     tensors, dtypes = {}, {}
     for name, shape in _shapes(entry, config):
@@ -203,8 +203,8 @@ def tiny(family: str | None = None, dtype: str = "BF16", mlp: int | None = None)
     return Case(family, tensors, dtypes, {"config.json": config, **_tokenizer_files(config)})
 
 
-def _config(family: str, entry: dict, mlp: int | None) -> dict:
-    generic = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+def _config(family: str, entry: dict, mlp: int | None, hidden: int = HIDDEN) -> dict:
+    generic = {"hidden_size": hidden, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
                "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "max_position_embeddings": 256, "num_experts": 4,
                "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN, "shared_expert_intermediate_size": HIDDEN}
     if mlp is not None:

@@ -81,3 +81,10 @@ def bad():
 
 def good():
     return tiny(only_in("qwen2_moe", "mixtral", "qwen3_moe", "olmoe", why="it has no experts"))
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    case = tiny("mixtral", mlp=96, hidden=128)
+    case.recipe = case.recipe.with_field("runtime", "vllm").with_field("runtime_version", "0.20.0")
+    yield case
