@@ -14,6 +14,7 @@ import numpy as np
 
 from doctor.checkpoint import Checkpoint
 from doctor.edits import MISSING, TakeFile, TakeTensor, nonfinite_mask
+from doctor.errors import BadCheckpoint
 from doctor.jsontext import split_pointer
 from doctor.made import digest
 from doctor.shard import TensorInfo
@@ -61,7 +62,11 @@ class Base:
             return None
         if name.endswith(".json") and (name not in donor.json or donor.json[name].broken is not None):
             return None
-        return TakeFile(name, self.root, donor.sha256(name)), self._shown(name, donor.sha256(name))
+        sha256 = donor.sha256(name)
+        try:
+            return TakeFile(name, self.root, sha256), self._shown(name, sha256)
+        except (BadCheckpoint, OSError):  # what is left here cannot be read, so it shows nothing
+            return TakeFile(name, self.root, sha256), ""
 
     def _shown(self, name: str, sha256: str) -> str:
         """Why the base's file is the one that was lost here, "" where nothing shows it."""

@@ -632,7 +632,7 @@ def _verify(plan: Plan, staged: Stage, rules: list[Rule], facts: list, stage: st
     with ThreadPoolExecutor(2) as pool:  # hashing leaves Python's lock, so it runs beside the scan
         after = {n: pool.submit(sha256, staged.path / n) for n in changed}
         origin = _origin(plan)
-        before = {n: pool.submit(sha256, origin.path(old)) for n in changed if (old := plan.view.origin(n)) in origin.entries}
+        before = {n: pool.submit(_sha256_if_readable, origin.path(old)) for n in changed if (old := plan.view.origin(n)) in origin.entries}
         again = look(disk, plan.recipe, rules, facts=facts, stage=stage, before=plan.after, touched=touched,
                      progress=lambda n: progress("verify", n), hush=plan.hush)
         digests = {n: (before[n].result() if n in before else None, after[n].result()) for n in changed}
@@ -651,6 +651,14 @@ def _verify(plan: Plan, staged: Stage, rules: list[Rule], facts: list, stage: st
         if again.store.has(subject, "stats") and again.store.get(subject, "stats") != plan.after.store.get(subject, "stats"):
             raise BadCheckpoint(f"{name}: its values on the stage are not those that were planned.", "Nothing was kept; run the command again.")
     return again, digests
+
+
+def _sha256_if_readable(path: Path) -> str | None:
+    """None for a file that cannot be read, which is then what was cured."""
+    try:
+        return sha256(path)
+    except OSError:
+        return None
 
 
 def _origin(plan: Plan) -> Checkpoint:

@@ -11,7 +11,8 @@ Do: `chmod a+r` the file, or copy it from a disk that still reads it.
 
 False alarms: none known.
 
-Fix safety: manual; permissions and disks are outside the checkpoint.
+Fix safety: with `--from` the base's file of this name, unsafe unless another shard shows that the two are one model. Else manual:
+permissions and disks are outside the checkpoint.
 
 Sources: safetensors 0.8: a file saved under any umask has mode 0600 (tried).
 
@@ -24,21 +25,21 @@ Sources: safetensors 0.8: a file saved under any umask has mode 0600 (tried).
 
 误报: 暂无已知。
 
-修复: 需手动；权限和磁盘不属于检查点。
+修复: 用 `--from` 时取基座的同名文件，除非另一个分片证实是同一个模型，否则不安全。没有 `--from` 时需手动：权限和磁盘不属于检查点。
 """
 
 import os
 
-from doctor.rule import Fix, Place, finding, rule
+from doctor.rule import Place, finding, from_base, rule
 from doctor.testing import tiny
 
 
 @rule("F020", "error")
-def unreadable_file(checkpoint, listing_problems, shards):
+def unreadable_file(checkpoint, listing_problems, shards, base):
     for defect in listing_problems:
         if defect.kind in ("unreadable", "special-file"):
             yield finding(f"{defect.tensor}: {defect.detail}", at=Place(defect.tensor), evidence={"kind": defect.kind},
-                          fix=Fix("make the file readable, or copy it again", (), "manual"))
+                          fix=from_base(base, defect.tensor, "make the file readable, or copy it again"))
 
 
 def bad():
@@ -49,3 +50,10 @@ def bad():
 
 def good():
     return tiny()
+
+
+def donor():
+    """What the unreadable is taken from."""
+    case = tiny()
+    case.files["pipe.json"] = b"{}"
+    return case

@@ -131,6 +131,28 @@ def test_a_shard_that_is_taken_can_be_edited_by_other_fixes(tmp_path):
     assert sha256(tmp_path / "out" / SECOND) == sha256(padded.output / SECOND)
 
 
+def test_a_shard_that_cannot_be_read_is_taken_from_the_base(tmp_path, whole, monkeypatch):
+    """Root reads everything, so the refusal is played."""
+    import builtins
+
+    source = copy_of(whole, tmp_path / "source")
+    locked, real_os, real_open = str(source / SECOND), os.open, builtins.open
+
+    def refused(real):
+        def call(path, *args, **more):
+            if isinstance(path, (str, os.PathLike)) and os.path.realpath(path) == locked:
+                raise PermissionError(13, "Permission denied", locked)
+            return real(path, *args, **more)
+        return call
+
+    monkeypatch.setattr(os, "open", refused(real_os))
+    monkeypatch.setattr(builtins, "open", refused(real_open))
+    result = fix(source, tmp_path / "out", tiny().recipe, base=whole, unsafe_fixes=True)
+    assert [s.code for s in result.plan.steps] == ["F006"] and not result.report.findings and sha256(tmp_path / "out" / SECOND) == sha256(whole / SECOND)
+    (entry,) = json.loads(result.receipt_path.read_text())["written"]
+    assert entry["sha256_before"] is None and entry["sha256_after"] == sha256(whole / SECOND)
+
+
 # from the Hub
 
 
