@@ -155,6 +155,21 @@ class Base:
             filled += int((zero & ((others << np.array(1, bits.dtype)) != 0)).sum())
         return f"its other {left:,} values are equal, and {filled:,} are 0 only here" if left >= ENOUGH and filled else ""
 
+    def begins(self, info: TensorInfo, axis: int, blocks: int = 1) -> bool:
+        """Whether this tensor is the first part of the base's along one axis, bit by bit; of each of `blocks` equal parts of it."""
+        theirs = self.checkpoint.tensors.get(info.name)
+        if theirs is None or theirs.dtype != info.dtype or len(theirs.shape) != len(info.shape):
+            return False
+        old, new = info.shape[axis], theirs.shape[axis]
+        if old > new or old % blocks or new % blocks or info.shape != (*theirs.shape[:axis], old, *theirs.shape[axis + 1 :]):
+            return False
+        split = lambda codes, size: codes.reshape(*codes.shape[:axis], blocks, size // blocks, *codes.shape[axis + 1 :])  # noqa: E731
+        whole = split(self.checkpoint.load(info.name), new)
+        ours = split(self.source.load(info.name), old)
+        part = whole[(slice(None),) * (axis + 1) + (slice(old // blocks),)]
+        kind = f"u{ours.itemsize}"
+        return bool((ours.view(kind) == np.ascontiguousarray(part).view(kind)).all())
+
     def _compare(self, info: TensorInfo) -> tuple[bool, str]:
         compared = different = telling = 0
         for ours, theirs in zip(self.source.rows(info.name), self.checkpoint.rows(info.name), strict=True):

@@ -112,6 +112,25 @@ def test_zeros_that_only_this_copy_has_are_filled_from_a_base_that_agrees_elsewh
         assert not again.plan.steps
 
 
+@pytest.mark.parametrize("family, number", [("llama", 0), ("phi3", 1)])
+def test_a_cut_width_is_undone_with_a_base_that_it_is_the_first_part_of(tmp_path, family, number):
+    from doctor.rules.f060_cut_width import more
+
+    case = list(more())[number]
+    facts = [(s, n, v) for (s, n), v in case.facts.items()]
+    source, whole = case.write(tmp_path / "source"), tiny(family, mlp=352)
+    base = whole.write(tmp_path / "base")
+    assert "F060" not in codes(fix(source, tmp_path / "safe", case.recipe, base=base, facts=facts, only=["F060"]))
+    result = fix(source, tmp_path / "out", case.recipe, base=base, facts=facts, only=["F060"], unsafe_fixes=["F060"])
+    assert codes(result) == {"F060"} and not [f for f in result.report.findings if f.code in ("F051", "F060")]
+    out = Checkpoint.open(tmp_path / "out")
+    assert out.value("config.json")["intermediate_size"] == 352 and all((out.load(n) == a).all() for n, a in whole.tensors.items())
+    whole.tensors[whole.name("down")][1, 1] ^= 1
+    (item,) = [f for f in fix(source, tmp_path / "no", case.recipe, base=whole.write(tmp_path / "other"), facts=facts, unsafe_fixes=["F060"], only=["F060"]).plan.for_you
+               if f.code == "F060"]
+    assert item.fix.safety == "manual"
+
+
 def test_a_base_that_changed_after_the_plan_is_refused(tmp_path):
     case = tiny()
     base, source = case.write(tmp_path / "base"), Checkpoint.open(case.write(tmp_path / "source"))

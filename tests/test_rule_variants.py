@@ -236,7 +236,7 @@ def test_a_width_just_below_a_published_one_is_a_cut_and_padding_is_not(width, c
 
     spec = build_spec({"model_type": "qwen2", "hidden_size": 8192, "num_hidden_layers": 80, "vocab_size": 152064, "intermediate_size": width}, {})
     spec.linears = (Linear("model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj.weight", "down", 0, width, 8192),)
-    assert [f.evidence["published"] for f in cut_width(None, spec, table("published"))] == ([29568] if cut else [])
+    assert [f.evidence["published"] for f in cut_width(None, spec, table("published"), {}, None)] == ([29568] if cut else [])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "opt"])

@@ -70,6 +70,8 @@ CURES = {
     "unwrap the model before saving it: without the wrapper two tensors would have one name": "保存前先解除包装：去掉前缀会使两个张量同名",
     "gather the weights (zero_to_fp32.py) and save again": "汇集权重（zero_to_fp32.py）再保存",
     "take the weights from {base}": "从 {base} 取权重", "take the tensor from the base model": "从基座模型取这个张量",
+    "take the {n} tensors from {base}: what is here is the first {width} of their {whole} columns, bit by bit":
+        "从 {base} 取这 {n} 个张量：这里的是它们 {whole} 列中的前 {width} 列，逐位相同",
     "take the tensor from {base}: {found}": "从 {base} 取这个张量：{found}", "take {name} from {base}": "从 {base} 取 {name}",
     # geometry
     "quantize in groups of {n}": "按每组 {n} 个量化", "--group-size {n} divides every width": "--group-size {n} 能整除每个宽度",
