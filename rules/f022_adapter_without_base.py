@@ -47,12 +47,21 @@ def adapter_without_base(checkpoint, files, json_files, base, every_digests=None
     value = checkpoint.value(ADAPTER) or {}
     named = value.get("base_model_name_or_path")
     of = f" of {named}" if isinstance(named, str) and named else ""
-    edits, why = _merge(checkpoint, value, base, every_digests or {}) if base is not None else ((), "")
-    manual = f"merge it with PEFT's merge_and_unload(): {why}" if why else "merge the adapter into its base model and check that"
+    edits, why = _merge(checkpoint, value, base, every_digests or {}) if base is not None else ((), _refused(value, checkpoint.tensors))
+    manual = f"merge it with PEFT's merge_and_unload(): {why}" if why else f"name the model to merge it into with --from{of and ', as ' + named}"
     fix = Fix(f"merge it into {base.text}: {len(edits) - 1:,} {'weight changes' if len(edits) == 2 else 'weights change'}", edits) if edits else Fix(manual, (), "manual")
     yield finding(f"a {value.get('peft_type', 'PEFT')} adapter{of}, without the model it changes",
                   at=Place(ADAPTER, pointer="/base_model_name_or_path"), evidence={"base": str(named)},
                   fix=fix)
+
+
+def _refused(config, own):
+    """Why no base would do; "" where one may."""
+    try:
+        pairs(config, own, own)
+        return ""
+    except NotMergeable as error:
+        return str(error)
 
 
 def _merge(checkpoint, config, donor, digests):

@@ -411,6 +411,8 @@ def test_what_is_more_than_lora_is_refused_by_name(tmp_path, more, why):
     result = fix(folder, tmp_path / "out", case.recipe, base=base)
     assert not result.plan.steps and not (tmp_path / "out").exists()
     assert why in next(f.fix.title for f in result.plan.for_you if f.code == "F022")
+    said = next(f.fix.title for f in check(folder, case.recipe).findings if f.code == "F022")  # no base is asked for in vain
+    assert why in said or "modules_to_save" in more and said == "name the model to merge it into with --from, as org/base"
 
 
 @pytest.mark.parametrize("more", [{"init_lora_weights": start} for start in (True, False, None, "gaussian", "orthogonal", "eva", "MICA")] + [

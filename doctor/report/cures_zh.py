@@ -55,7 +55,7 @@ CURES = {
     "fetch {file}": "取回 {file}", "keep one of the files; nothing here says which is right": "只留一个文件；这里看不出哪个是对的",
     "leave {name} out": "不带 {name}", "move {name} away if it belongs to an older save": "若 {name} 属于更早的一次保存，请移走",
     "put a copy or a hard link of the file in its place": "用该文件的副本或硬链接代替", "make the file readable, or copy it again": "让文件可读，或重新复制",
-    "merge the adapter into its base model and check that": "把适配器合并进基座模型，再检查合并结果",
+    "name the model to merge it into with --from": "用 --from 指明要合并进哪个模型", "name the model to merge it into with --from, as {base}": "用 --from 指明要合并进哪个模型，如 {base}",
     "merge the adapter with PEFT's merge_and_unload() and save again": "用 PEFT 的 merge_and_unload() 合并适配器，再保存",
     "merge it into {base}: {n} weights change": "合并进 {base}：改变 {n} 个权重", "merge it into {base}: {n} weight changes": "合并进 {base}：改变 {n} 个权重",
     "save the model as safetensors, on a machine where its code may run": "在可以运行其代码的机器上把模型存成 safetensors",
