@@ -71,14 +71,16 @@ class Widths:
 
 
 def own_widths(raw: Mapping) -> Widths:
-    """What a quantization block says of single linears' bits: GPTQ's "dynamic", the further groups of compressed-tensors.
+    """What a quantization block says of single linears' bits: GPTQ's "dynamic", AutoRound's "extra_config", the further groups of
+    compressed-tensors.
 
-    Raises Unavailable for a pattern that is none. Sources: ModelCloud/GPTQModel gptqmodel/quantization/config.py (dynamic_get);
-    vllm-project/compressed-tensors src/compressed_tensors/utils/match.py (names, and patterns after "re:").
+    Raises Unavailable where they differ in more, or a pattern is none. Sources: ModelCloud/GPTQModel gptqmodel/quantization/config.py
+    (dynamic_get); a file that AutoRound 0.16.1 wrote; vllm-project/compressed-tensors src/compressed_tensors/utils/match.py (names, and
+    patterns after "re:").
     """
-    found, dynamic = Widths(), raw.get("dynamic")
-    own = [(key.removeprefix("+:"), value.get("bits")) for key, value in (dynamic.items() if isinstance(dynamic, Mapping) else ())
-           if not key.startswith("-:") and isinstance(value, Mapping)]
+    found = Widths()
+    own = [(key.removeprefix("+:"), value.get("bits")) for key, value in _own(raw, "dynamic") if not key.startswith("-:")]
+    own += [(f"^{re.escape(name)}$", value.get("bits")) for name, value in _own(raw, "extra_config")]
     for group in weight_groups(raw)[1:]:
         targets = [t for t in group.get("targets") or () if isinstance(t, str)]
         own += [(t.removeprefix("re:") if t.startswith("re:") else f"^{re.escape(t)}$", group["weights"].get("num_bits")) for t in targets]
@@ -89,6 +91,21 @@ def own_widths(raw: Mapping) -> Widths:
             except re.error as error:
                 raise Unavailable(f"the quantization block names linears by {pattern!r}, which is no pattern: {error}") from None
     return found
+
+
+def _own(raw: Mapping, key: str) -> list[tuple[str, Mapping]]:
+    """(name or pattern, what is its own) of raw[key]. Raises Unavailable where that is more than a width; what stays in floats has none."""
+    own = raw.get(key) or {}
+    if not isinstance(own, Mapping) or any(
+            not isinstance(value, Mapping) or not _in_floats(name, value) and any(k != "bits" and v != raw.get(k, v) for k, v in value.items())
+            for name, value in own.items()):
+        raise Unavailable(f"linears differ in more than their width ({key}): their shapes are not judged")
+    return list(own.items())
+
+
+def _in_floats(name: str, value: Mapping) -> bool:
+    bits = value.get("bits")
+    return name.startswith("-:") or isinstance(bits, int) and bits >= 16
 
 
 def weight_groups(raw: Mapping) -> list[dict]:
@@ -196,7 +213,7 @@ def plain_block(raw: Mapping) -> Mapping:
     form = _AUTOROUND.get(str(raw.get("packing_format"))) if raw.get("quant_method") in AUTOROUND and raw.get("data_type", "int") == "int" else None
     if form is None:
         return raw
-    shared = {k: raw[k] for k in ("bits", "group_size", "sym", "extra_config") if k in raw}
+    shared = {"data_type": "int", **{k: raw[k] for k in ("bits", "group_size", "sym", "extra_config") if k in raw}}
     if form == "awq":
         return {**shared, "quant_method": "awq", "zero_point": not raw.get("sym", True), "version": "gemm"}
     return {**shared, "quant_method": "gptq", "desc_act": False, "checkpoint_format": form}
@@ -205,7 +222,8 @@ def plain_block(raw: Mapping) -> Mapping:
 def read_quantization(raw: Mapping, file: str, pointer: str) -> Quantization:
     """One spelling for GPTQ, AWQ, compressed-tensors and AutoRound blocks. Raises Unavailable for other methods."""
     stated, raw = raw, plain_block(raw)
-    return replace(_read_plain(raw, file, pointer), raw=dict(stated), widths=own_widths(raw))
+    widths = own_widths(raw)
+    return replace(_read_plain(raw, file, pointer), raw=dict(stated), widths=widths)
 
 
 def _read_plain(raw: Mapping, file: str, pointer: str) -> Quantization:
@@ -213,11 +231,6 @@ def _read_plain(raw: Mapping, file: str, pointer: str) -> Quantization:
         raw.get("quant_method")
         or ("awq" if "zero_point" in raw else "gptq" if "desc_act" in raw else "unknown")
     )
-    dynamic = raw.get("dynamic") or {}      # -: leaves linears in 16 bits, which judges nothing less of the others
-    if raw.get("extra_config") or not isinstance(dynamic, Mapping) or any(
-            not isinstance(own, Mapping) or any(k != "bits" and v != raw.get(k, v) for k, v in own.items())
-            for key, own in dynamic.items() if not key.startswith("-:")):
-        raise Unavailable("linears differ in more than their width (dynamic): their shapes are not judged")
     if method in ("gptq", "gptq_marlin", "auto_gptq"):
         version = str(raw.get("checkpoint_format") or raw.get("format") or "gptq")
         _require_known("checkpoint_format", version, ("gptq", "gptq_v2"))

@@ -465,6 +465,14 @@ def test_an_autoround_block_is_read_as_the_form_that_it_packs_in(packing, versio
     assert (ours.load(name) == same.load(name)).all() and np.isfinite(ours.load(name)).all()
 
 
+def test_a_width_of_its_own_in_autorounds_words_is_read(tmp_path):
+    case, _ = autoround("auto_round:auto_gptq", "gptq")
+    name = "model.layers.1.mlp.down_proj"
+    case.config["quantization_config"]["extra_config"] = {name: {"bits": 8, "group_size": 32}, "lm_head": {"bits": 16, "data_type": "float"}}
+    found = check(case.write(tmp_path), select=["O612"]).findings  # its words are of 4 bits
+    assert [f.code for f in found] == ["O612"] and found[0].message.startswith(f"{name} has scales") and "8 bits" in found[0].message
+
+
 def test_the_wrong_packing_format_is_found_and_set_in_autorounds_own_words(tmp_path):
     from doctor.api import fix
 
@@ -475,7 +483,7 @@ def test_the_wrong_packing_format_is_found_and_set_in_autorounds_own_words(tmp_p
 
 
 @pytest.mark.parametrize("change", [{"packing_format": "auto_round:llm_compressor"}, {"packing_format": ["auto_round"]}, {"data_type": "mx_fp"},
-                                    {"extra_config": {"lm_head": {"bits": 8}}}])
+                                    {"extra_config": {"lm_head": {"bits": 8, "sym": False}}}, {"extra_config": {"lm_head": {"bits": 8, "data_type": "mx_fp"}}}])
 def test_other_autoround_blocks_are_not_judged_and_that_is_said(change, tmp_path):
     case, _ = autoround("auto_round:auto_gptq")
     from doctor.errors import BadCheckpoint

@@ -33,10 +33,6 @@ def as_float(checkpoint: Checkpoint) -> Checkpoint:
     method = str(stated.get("quant_method") or "gptq").lower()
     if method not in PARTS:
         raise BadCheckpoint(f"config.json: quant_method {method!r} cannot be read back; {', '.join(PARTS)} can.")
-    own = stated.get("extra_config")  # AutoRound's own way to give single linears another width
-    if own:
-        first = next(iter(own)) if isinstance(own, dict) else own
-        raise BadCheckpoint(f"config.json: extra_config describes linears apart from the rest (first {str(first)[:80]}); such a file cannot be read back.")
     return Dequantized(checkpoint, method, stated)
 
 
@@ -49,7 +45,7 @@ class Dequantized:
         try:
             self.widths = own_widths(stated)
         except Unavailable as error:
-            raise BadCheckpoint(f"config.json: {error}.") from None
+            raise BadCheckpoint(f"config.json: {error}; such a file cannot be read back.") from None
         self.modules = sorted(n.removesuffix("." + WORDS[method]) for n in source.tensors if n.endswith("." + WORDS[method]))
         own = {f"{module}.{part}" for module in self.modules for part in PARTS[method]}
         self.tensors: dict[str, TensorInfo] = {n: i for n, i in source.tensors.items() if n not in own}
