@@ -163,7 +163,7 @@ def json_files(checkpoint):
     return checkpoint.json
 
 
-PICKLE = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin")
+PICKLE = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|adapter_model\.bin")
 
 
 @fact("checkpoint", stage="header")

@@ -6,7 +6,7 @@ Seen as:
 - transformers: `Due to a serious vulnerability issue in `torch.load`, even with `weights_only=True``
 - transformers: `no file named model.safetensors`
 
-Do: `doctor fix` for files of torch.save (pytorch_model.bin); else convert on a machine where that risk is yours: load with transformers
+Do: `doctor fix` for files of torch.save (pytorch_model.bin, adapter_model.bin); else convert on a machine where that risk is yours: load with transformers
 and `save_pretrained(..., safe_serialization=True)`.
 
 False alarms: none known; a directory with safetensors beside the pickles is not counted.
@@ -21,7 +21,7 @@ Sources: Python docs of `pickle`; CVE-2025-32434 (torch.load with weights_only=T
 
 原因: 打开 pickle 会执行其中的任意代码，所以 doctor 不打开。GGUF 之类是成品，不是量化的来源。
 
-处理: torch.save 的文件（pytorch_model.bin）用 `doctor fix`；其余在能承担该风险的机器上转换：用 transformers 加载，再
+处理: torch.save 的文件（pytorch_model.bin、adapter_model.bin）用 `doctor fix`；其余在能承担该风险的机器上转换：用 transformers 加载，再
 `save_pretrained(..., safe_serialization=True)`。
 
 误报: 暂无已知；pickle 旁边有 safetensors 的目录不计。
@@ -64,7 +64,7 @@ def _read(pickles, files):
         why = "two files hold a tensor of the same name"
     if why:
         return Fix(f"{BY_HAND}: {why}", (), "manual")
-    edits = [ReadPickle(name, "model" + name.removeprefix("pytorch_model").removesuffix("bin") + "safetensors") for name in pickles]
+    edits = [ReadPickle(name, name.removeprefix("pytorch_").removesuffix("bin") + "safetensors") for name in pickles]
     edits += ([RebuildIndex()] if len(edits) > 1 else []) + ([DropFile(INDEX)] if INDEX in files else [])
     count = f"{len(names):,} {'tensor' if len(names) == 1 else 'tensors'}"
     return Fix(f"write {count} as safetensors, byte for byte, without running what stands in the pickle", tuple(edits))

@@ -253,6 +253,21 @@ def test_a_file_that_changes_after_the_plan_is_refused(tmp_path):
         EditedCheckpoint(source, [ReadPickle("nobody.bin", "model.safetensors")])
 
 
+def test_an_adapter_of_a_torch_file_is_written_first_and_merged_then(tmp_path):
+    from test_cures import adapter
+
+    case = tiny("llama")
+    base = case.write(tmp_path / "base")
+    folder, parts = adapter(tmp_path / "adapter", case)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({n: torch.from_numpy(a) for n, a in parts.items()}, folder / "adapter_model.bin")
+    first = fix(folder, tmp_path / "plain", case.recipe, base=base)
+    assert [s.code for s in first.plan.steps] == ["F023"]
+    assert "where F023 writes one, merge that" in next(f.fix.title for f in first.plan.for_you if f.code == "F022")
+    merged = fix(tmp_path / "plain", tmp_path / "out", case.recipe, base=base)
+    assert [s.code for s in merged.plan.steps] == ["F022"] and not merged.report.findings
+
+
 def test_a_repository_of_torch_files_is_judged_from_afar_without_them(fake, tmp_path):  # noqa: F811
     fake.put(in_pickles(tmp_path / "local", tiny()))
     report = check("org/name", Recipe(group_size=32))
