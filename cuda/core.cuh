@@ -30,12 +30,17 @@ typedef long long i64;
 #endif
 
 enum { F32 = 0, F16 = 1, BF16 = 2 };
-enum { WARP = 32 };
+enum { WARP = 32, RUN = 8 };  // RUN: neighbours that one thread takes at once where memory is the bound
 #define ALL_LANES 0xffffffffu
 
+// What a thread reads or writes at once where memory is the bound: with fewer bytes on their way, waiting is most of the time.
 struct __align__(16) f32x4 {
     float v[4];
 };
+struct __align__(16) u32x4 {
+    u32 v[4];
+};
+INLINE bool by_sixteen(const void *at) { return (reinterpret_cast<u64>(at) & 15u) == 0; }
 
 // The arguments of grid.fit that are one for a whole tensor. doctor/quant/kernels.py mirrors this struct.
 struct Rule {
@@ -133,12 +138,26 @@ INLINE u16 f16_code(float x)
 #endif
 }
 
+// Two float16 sums at once. On the host each is a float32 sum rounded: that is exact, since float32 has more than twice the digits.
+INLINE u32 add_f16x2(u32 a, u32 b)
+{
+#ifdef __CUDA_ARCH__
+    u32 sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+#else
+    const float low = f32_of_f16((u16)a) + f32_of_f16((u16)b), high = f32_of_f16((u16)(a >> 16)) + f32_of_f16((u16)(b >> 16));
+    return f16_code(lane_f16(low)) | (u32)f16_code(lane_f16(high)) << 16;
+#endif
+}
+
+INLINE float f32_of_code(u16 code, int dtype) { return dtype == F16 ? f32_of_f16(code) : f32_of_bits((u32)code << 16); }
+
 INLINE float load_as_f32(const void *data, i64 index, int dtype)
 {
     if (dtype == F32)
         return static_cast<const float *>(data)[index];
-    const u16 code = static_cast<const u16 *>(data)[index];
-    return dtype == F16 ? f32_of_f16(code) : f32_of_bits((u32)code << 16);
+    return f32_of_code(static_cast<const u16 *>(data)[index], dtype);
 }
 
 // grid.store_scale: what a file can hold, never 0. Not lane_max: that would turn NaN into the least scale.

@@ -1,5 +1,7 @@
 // The counts of cuda/host/scan.c for a tensor that already lies on the device: NaN, Inf, zeros, subnormals, what float16 would lose,
-// bounds and sums. Bound by memory. Counts, bounds and first_nonfinite are exact; the sums are float64, in no fixed order.
+// bounds and sums. Bound by memory: a thread takes RUN neighbours at once, and counts one by one only where their bounds and the sum of their
+// squares say that there is something to count. Counts, bounds and first_nonfinite are exact; the sums are float32 over RUN neighbours
+// and float64 above, in no fixed order.
 #include "core.cuh"
 
 struct Health {
@@ -8,6 +10,28 @@ struct Health {
     u32 highest, lowest;   // ordered keys (key_of) of the largest and, complemented, the smallest finite value; 0 if none
     double sum, sumsq;     // over finite values
 };
+
+INLINE void load_run(float *x, const void *data, i64 at, int dtype)
+{
+    if (dtype == F32 && by_sixteen(static_cast<const float *>(data) + at)) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const f32x4 four = reinterpret_cast<const f32x4 *>(static_cast<const float *>(data) + at)[half];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                x[half * 4 + i] = four.v[i];
+        }
+    } else if (dtype != F32 && by_sixteen(static_cast<const u16 *>(data) + at)) {
+        const u32x4 eight = *reinterpret_cast<const u32x4 *>(static_cast<const u16 *>(data) + at);
+#pragma unroll
+        for (int i = 0; i < RUN; i++)
+            x[i] = f32_of_code((u16)(eight.v[i / 2] >> i % 2 * 16), dtype);
+    } else {
+#pragma unroll
+        for (int i = 0; i < RUN; i++)
+            x[i] = load_as_f32(data, at + i, dtype);
+    }
+}
 
 // Order of floats as order of unsigned integers; 0 is below every finite value.
 INLINE u32 key_of(float x)
@@ -49,24 +73,47 @@ extern "C" __global__ void __launch_bounds__(256) health_scan(
     u32 highest = 0, lowest = 0;
     double sum = 0.0, sumsq = 0.0;
     const float normal = dtype == F16 ? 6.103515625e-5f : 1.17549435e-38f;
-    const i64 step = (i64)gridDim.x * blockDim.x;
-    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
-        const float x = load_as_f32(data, i, dtype), size = lane_abs(x);
-        const bool finite = size <= 3.4028234663852886e38f;
-        counts[0] += x != x;
-        counts[1] += !finite && x == x;
-        counts[2] += size == 0.0f;
-        counts[3] += size > 0.0f && size < normal;
-        counts[4] += finite && size >= 65520.0f;
-        counts[5] += size > 0.0f && size <= 2.98023223876953125e-8f;
-        if (finite) {
-            const u32 key = key_of(x);
-            highest = key > highest ? key : highest;
-            lowest = ~key > lowest ? ~key : lowest;
-            sum += x;
-            sumsq += (double)x * x;
-        } else if ((u64)(base + i) < first) {
-            first = (u64)(base + i);
+    const float plain = dtype == F16 ? normal : 2.98023259404989835e-8f;  // from here to 65520 nothing is counted: the float above 2^-25
+    const i64 step = (i64)gridDim.x * blockDim.x * RUN;
+    for (i64 at = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * RUN; at < count; at += step) {
+        if (at + RUN <= count) {
+            float x[RUN];
+            load_run(x, data, at, dtype);
+            float high = x[0], low = x[0], least = lane_abs(x[0]), all = 0.0f, squares = 0.0f;
+#pragma unroll
+            for (int i = 0; i < RUN; i++) {
+                high = lane_max(high, x[i]);
+                low = lane_min(low, x[i]);
+                least = lane_min(least, lane_abs(x[i]));
+                all = all + x[i];
+                squares = lane_fma(x[i], x[i], squares);
+            }
+            if (squares <= 3.4028234663852886e38f && least >= plain && lane_max(high, -low) < 65520.0f) {
+                highest = key_of(high) > highest ? key_of(high) : highest;
+                lowest = ~key_of(low) > lowest ? ~key_of(low) : lowest;
+                sum += all;
+                sumsq += squares;
+                continue;
+            }
+        }
+        for (i64 i = at; i < at + RUN && i < count; i++) {
+            const float x = load_as_f32(data, i, dtype), size = lane_abs(x);
+            const bool finite = size <= 3.4028234663852886e38f;
+            counts[0] += x != x;
+            counts[1] += !finite && x == x;
+            counts[2] += size == 0.0f;
+            counts[3] += size > 0.0f && size < normal;
+            counts[4] += finite && size >= 65520.0f;
+            counts[5] += size > 0.0f && size <= 2.98023223876953125e-8f;
+            if (finite) {
+                const u32 key = key_of(x);
+                highest = key > highest ? key : highest;
+                lowest = ~key > lowest ? ~key : lowest;
+                sum += x;
+                sumsq += (double)x * x;
+            } else if ((u64)(base + i) < first) {
+                first = (u64)(base + i);
+            }
         }
     }
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;

@@ -29,6 +29,8 @@ OPTIONS = ("--std=c++17", "--fmad=false")
 SOURCES = ("gptq_block", "grid_search", "pack", "awq_difference", "kv_cache", "health_scan")
 
 _BLOCK = 128                    # BLOCK of gptq_block.cu
+_SPANS = 4                      # SPANS of kv_cache.cu
+_RUN = 8                        # RUN of core.cuh
 _TALLEST = 65535                # blocks in a grid's second direction
 _OPTIN = 48 << 10               # dynamic shared memory that needs no opt-in
 KV_BITS = (4, 8)                # widths of ExLlamaV2's cache: Q6 is 8 bits for keys and 4 for values
@@ -51,7 +53,7 @@ Columns = _struct("Columns", "T:p U:p owner:p scale:p zero:p codes:p errors:p lo
 Refinement = _struct("Refinement", "H:p owner:p scale:p zero:p codes:p pull:p moved:p loss:p n:l k:l begin:i count:i width:i")
 Search = _struct("Search", "W:p cost:p candidates:p scale:p zero:p n:l k:l row_stride:l width:i")
 Stream = _struct("Stream", "codes:p words:p lines:l count:l height:l line_stride:l code_stride:l word_line_stride:l "
-                 "word_stride:l bits:i")
+                 "word_stride:l bits:i along_codes:i")
 Packed = _struct("Packed", "words:p zeros:p scales:p owner:p W:p n:l k:l groups:l word_line_stride:l word_stride:l "
                  "zero_line_stride:l zero_stride:l scale_row_stride:l scale_group_stride:l row_stride:l column_stride:l bits:i "
                  "zero_offset:i dtype:i width:i along_rows:i")
@@ -463,8 +465,12 @@ def _pack(lines: torch.Tensor, words: torch.Tensor, by_line: torch.Tensor, bits:
     if lines.dtype != torch.uint8:
         raise CudaError(f"codes are {lines.dtype}; must be torch.uint8.", "This is a fault of ours.")
     count, m = lines.shape
-    stream = Stream(_at(lines), _at(words), count, m, by_line.shape[1], *lines.stride(), *by_line.stride(), bits)
-    engine.launch("pack_stream", "pack", (-(-count // 128), min(-(-m // 32), _TALLEST)), 128, 0, (stream,), _stream(lines),
+    fast, slow = count, -(-m // 32)
+    along_codes = lines.stride(1) == 1 and lines.stride(0) != 1
+    if along_codes:
+        fast, slow = slow, fast
+    stream = Stream(_at(lines), _at(words), count, m, by_line.shape[1], *lines.stride(), *by_line.stride(), bits, along_codes)
+    engine.launch("pack_stream", "pack", (-(-fast // 128), min(slow, _TALLEST)), 128, 0, (stream,), _stream(lines),
                   f"codes[{count}, {m}], {bits} bits")
     return words
 
@@ -476,6 +482,7 @@ def awq_words(codes: torch.Tensor, *, engine: Engine | None = None) -> torch.Ten
     if codes.dtype != torch.uint8 or n % 8:
         raise CudaError(f"codes are {codes.dtype}[{n}, {columns}]; must be torch.uint8 with n a multiple of 8.",
                         "This is a fault of ours.")
+    codes = codes.T.contiguous().T      # the eight rows of a word side by side: read one by one from eight lines they cost 32 times the bytes
     words = torch.empty(columns, n // 8, dtype=torch.int32, device=codes.device)
     engine.launch("pack_awq", "pack", (-(-(n // 8) // 128), min(columns, _TALLEST)), 128, 0,
                   (_Pointer(_at(codes)), _Pointer(_at(words)), _I64(columns), _I64(n // 8), *map(_I64, codes.stride())),
@@ -490,7 +497,7 @@ def gptq_dequantize(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.T
     out = torch.empty(k, n, device=qweight.device)
     packed = Packed(_at(qweight), _at(qzeros), _at(scales), _at(g_idx), _at(out), n, k, groups, 1, n, qzeros.shape[1], 1, 1, n,
                     1, n, bits, 1 if version == 1 else 0, _DTYPES[scales.dtype], k // groups, 1)
-    return _dequantize(packed, (qweight, qzeros, scales, g_idx), (n, k), engine, out).T
+    return _dequantize(packed, (qweight, qzeros, scales, g_idx), (n, -(-k // _RUN)), engine, out).T
 
 
 def compressed_dequantize(weight_packed: torch.Tensor, weight_scale: torch.Tensor, weight_shape, bits: int, *,
@@ -503,7 +510,7 @@ def compressed_dequantize(weight_packed: torch.Tensor, weight_scale: torch.Tenso
     packed = Packed(_at(weight_packed), _at(weight_zero_point), _at(weight_scale), _at(weight_g_idx), _at(out), n, k, groups,
                     width, 1, 1, groups, groups, 1, k, 1, bits, 0 if weight_zero_point is not None else 2 ** (bits - 1),
                     _DTYPES[weight_scale.dtype], k // groups, 0)
-    return _dequantize(packed, (weight_packed, weight_zero_point, weight_scale, weight_g_idx), (k, n), engine, out)
+    return _dequantize(packed, (weight_packed, weight_zero_point, weight_scale, weight_g_idx), (-(-k // _RUN), n), engine, out)
 
 
 def _dequantize(packed: Packed, tensors: tuple, sides: tuple[int, int], engine: Engine | None, out: torch.Tensor) -> torch.Tensor:
@@ -548,7 +555,7 @@ def awq_difference(W: torch.Tensor, s: torch.Tensor, bits: int, group_size: int,
 def kv_store(x: torch.Tensor, bits: int, *, engine: Engine | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes u8[count*bits/8], scales f16[count/32]) of f16 values, count a multiple of 64, as ExLlamaV2 caches them."""
     engine = engine or engine_for(x.device)
-    x = _require("x", x.reshape(-1), torch.float16, x.device)
+    x = _by_four(_require("x", x.reshape(-1), torch.float16, x.device))
     _require_kv(x.numel(), bits)
     codes = torch.empty(x.numel() * bits // 8, dtype=torch.uint8, device=x.device)
     scales = torch.empty(x.numel() // 32, dtype=torch.float16, device=x.device)
@@ -561,14 +568,19 @@ def kv_load(codes: torch.Tensor, scales: torch.Tensor, bits: int, *, engine: Eng
     engine = engine or engine_for(codes.device)
     x = torch.empty(scales.numel() * 32, dtype=torch.float16, device=codes.device)
     _require_kv(x.numel(), bits)
-    _kv("kv_load", (codes.contiguous(), scales.contiguous(), x), x.numel(), bits, engine)
+    _kv("kv_load", (_by_four(codes.contiguous()), scales.contiguous(), x), x.numel(), bits, engine)
     return x
 
 
 def _kv(kernel: str, tensors: tuple[torch.Tensor, ...], count: int, bits: int, engine: Engine) -> None:
-    engine.launch(kernel, "kv_cache", (-(-count // 256), 1), 128, 0,
+    engine.launch(kernel, "kv_cache", (-(-count // (4 * 64 * _SPANS)), 1), 128, 0,     # four warps a block
                   (*[_Pointer(_at(t)) for t in tensors], _I64(count), _I32(bits)), _stream(tensors[0]),
                   f"{count} values, {bits} bits")
+
+
+def _by_four(tensor: torch.Tensor) -> torch.Tensor:
+    """It, or its copy where a kernel that reads words of 32 bits could not."""
+    return tensor if tensor.data_ptr() % 4 == 0 else tensor.clone()
 
 
 def _require_kv(count: int, bits: int) -> None:
@@ -592,7 +604,7 @@ class Scan:
         tensor = tensor.contiguous()
         if not tensor.numel():
             return
-        blocks = max(1, min(-(-tensor.numel() // 256), self._engine.multiprocessors * 8))
+        blocks = min(-(-tensor.numel() // (256 * _RUN)), self._engine.multiprocessors * 8)
         self._engine.launch("health_scan", "health_scan", (blocks, 1), 256, 8 * ctypes.sizeof(Health),
                             (_Pointer(_at(tensor)), _Pointer(_at(self._found)), _I64(tensor.numel()), _I64(self.numel),
                              _I32(_DTYPES[tensor.dtype])), _stream(tensor), f"{tensor.numel()} values")

@@ -69,12 +69,23 @@ def pack(library):
     m, c = 333, 7
     for bits in (2, 3, 4, 8):
         height = -(-m * bits // 32)
-        stream = struct.pack("2P7qi4x", buffer(m * c, b"\1\2"), buffer(4 * height * c), c, m, height, 1, c, 1, c, bits)
+        stream = struct.pack("2P7q2i", buffer(m * c, b"\1\2"), buffer(4 * height * c), c, m, height, 1, c, 1, c, bits, 0)
         launch(library, "pack_stream", (1, -(-m // 32)), 128, 0, stream)
+        for odd in (0, 1):  # lines that begin at a multiple of 16 bytes, and lines that do not
+            m = 352 + odd
+            height = -(-m * bits // 32)
+            stream = struct.pack("2P7q2i", buffer(m * c, b"\1\2"), buffer(4 * height * c), c, m, height, m, 1, height, 1, bits, 1)
+            launch(library, "pack_stream", (1, c), 128, 0, stream)
+        m = 333
         n, k, groups = 64, 96, 3
         packed = struct.pack("5P11q5i4x", buffer(k * bits // 8 * n), buffer(groups * n * bits // 8), buffer(2 * groups * n), buffer(4 * k),
                              buffer(4 * n * k), n, k, groups, 1, n, n * bits // 32, 1, 1, n, 1, n, bits, 1, 1, 32, 1)
-        launch(library, "dequantize_stream", (1, k), 128, 0, packed)
+        launch(library, "dequantize_stream", (1, k // 8), 128, 0, packed)
+        for k in (96, 99):      # compressed-tensors
+            width = -(-k * bits // 32)
+            packed = struct.pack("5P11q5i4x", buffer(4 * width * 5), 0, buffer(2 * 3 * 5), 0, buffer(4 * 5 * k), 5, k, 3, width, 1, 1, 3, 3, 1,
+                                 k, 1, bits, 8, 1, k // 3, 0)
+            launch(library, "dequantize_stream", (1, 5), 128, 0, packed)
     address, number = struct.Struct("P").pack, struct.Struct("q").pack
     launch(library, "pack_awq", (1, 5), 128, 0, address(buffer(24 * 5)), address(buffer(4 * 3 * 5)), number(5), number(3), number(5), number(1))
     launch(library, "dequantize_awq", (1, 6), 128, 0, address(buffer(4 * 6 * 3)), address(buffer(4 * 2 * 3)), address(buffer(2 * 2 * 24)),

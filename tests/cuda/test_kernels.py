@@ -333,7 +333,7 @@ def test_a_scan_counts_what_the_cpu_counts(device, dtype, count):
     wide = x.to(torch.float64)
     finite = torch.isfinite(wide)
     assert_close(torch.tensor([got["sum"], got["sumsq"]], dtype=torch.float64), torch.stack([wide[finite].sum(), wide[finite].square().sum()]),
-                 1e-9 * wide[finite].square().sum().clamp_min(wide[finite].abs().sum()).item() + 1e-12, "sums")
+                 1e-6 * wide[finite].square().sum().clamp_min(wide[finite].abs().sum()).item() + 1e-12, "sums")
 
 
 def test_a_layer_end_to_end_has_the_references_loss(device):
