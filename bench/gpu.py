@@ -51,16 +51,18 @@ def places(wheels=None):
 
 
 def build_library():
-    """The native library into the site of places(), where the checkout has none and there is a compiler: the model is read at its speed."""
+    """The native library into the site of places(), where the checkout has none of its sources and there is a compiler: the model is read at its speed."""
     site = ROOT / ".cache" / "gpu" / "site"
-    if (site / "doctor" / "libdoctor_cpu.so").exists():
+    library = site / "doctor" / "libdoctor_cpu.so"
+    if library.exists() and all(library.stat().st_mtime >= source.stat().st_mtime for source in (ROOT / "cuda" / "host").iterdir()):
         return "there already"
+    library.unlink(missing_ok=True)
     made = site.parent / "build"
     shutil.rmtree(made, ignore_errors=True)
     try:
         run = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(made), "--build-temp", str(made)], cwd=ROOT,
                              capture_output=True, text=True, timeout=60)
-        shutil.copyfile(made / "doctor" / "libdoctor_cpu.so", site / "doctor" / "libdoctor_cpu.so")
+        shutil.copyfile(made / "doctor" / "libdoctor_cpu.so", library)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"not built, NumPy reads the model: {error if isinstance(error, subprocess.TimeoutExpired) else run.stderr[-300:]}"
     return "built"

@@ -19,7 +19,7 @@ from doctor.host import describe
 from doctor.layout import stored_recipe
 from doctor.quant import calibrate, kernels
 from doctor.quant.dequant import quantization
-from doctor.quant.device import device_memory, device_of
+from doctor.quant.device import device_free, device_memory, device_of
 from doctor.recipe import Recipe
 from doctor.scan import scan
 
@@ -107,7 +107,7 @@ def quiet():
 def free_memory(device: str = "cpu") -> int:
     """Bytes of memory that a new program can take on this machine, or on this GPU."""
     if device != "cpu":
-        return torch.cuda.mem_get_info(torch.device(device))[0]
+        return device_free(device)
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)

@@ -52,6 +52,11 @@ class Need:
         return self.constant + max(running, self.outside + self.block + self.batch)
 
     @property
+    def on_device(self) -> int:
+        """Of a GPU's memory, an upper edge; hidden states and halted passes take some of what is left there (run.py)."""
+        return self.block + self.hessians + self.solving + self.batch
+
+    @property
     def disk(self) -> int:
         """Parts and the shards that they are joined into exist together for a moment."""
         return 2 * self.output

@@ -33,6 +33,11 @@ def device_of(device: str) -> str:
     return device
 
 
+def device_free(device: str) -> int | None:
+    """Bytes of a GPU's memory that nobody uses; None for a CPU."""
+    return None if device == "cpu" else torch.cuda.mem_get_info(torch.device(device))[0]
+
+
 @contextmanager
 def device_memory(device: str) -> Iterator[None]:
     """Inside, running out of the device's memory is an error of the machine, with what was free."""

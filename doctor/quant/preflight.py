@@ -61,6 +61,7 @@ class Forecast:
         parts = [f"{what} {_gib(size)}" for what, size in self.need.parts() if size]
         before = [f"        {_gib(self.sampling)} before the first block, where the whole model writes a part of the calibration rows"] if self.sampling else []
         found = [f"memory  {_gib(self.running)} at the peak: {', '.join([*parts, hidden])}; passes that wait between stages take what is left", *before,
+                 f"GPU     up to {_gib(self.need.on_device)} of its memory, with --device cuda",
                  f"disk    {_gib(self.disk)} at the peak, {_gib(self.need.output)} at the end; {_gib(self.free_disk)} free"]
         if self.seconds is not None:
             tried = " and ".join(str(i + 1) for i in self.tried)

@@ -25,7 +25,7 @@ from doctor.plan import Consent, Look, look, make_plan, refuse
 from doctor.quant import budget, export, solver
 from doctor.quant import preflight as flight
 from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled, calibration_rows
-from doctor.quant.device import device_memory, device_of
+from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.preflight import Forecast
 from doctor.quant.ranks import Ranks, size, start, stop
 from doctor.quant.room import measure
@@ -199,7 +199,12 @@ class _Job:
         for note in (solver.note(device), computing_note(checkpoint, spec, self.recipe, device)):
             if note:
                 self._note(note)
-        budget.require(budget.needs(checkpoint, spec, self.recipe, len(rows), max(map(len, rows), default=0)), memory)
+        need = budget.needs(checkpoint, spec, self.recipe, len(rows), max(map(len, rows), default=0))
+        budget.require(need, memory)
+        free = device_free(device)
+        if free is not None:
+            self.progress(f"{device}: up to {need.on_device / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free"
+                          f"{'' if need.on_device <= free else ': it may run out of memory; finished blocks are kept for --resume'}")
         self.output.parent.mkdir(parents=True, exist_ok=True)
         mark = {**fingerprint(checkpoint, self.recipe, rows, device), "ranks": self.ranks.size}
         staged = export.Output.open(self.output, mark, resume=resume) if self.ranks.speaks else None

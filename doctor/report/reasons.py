@@ -58,6 +58,7 @@ SENTENCES = {
         "        第 1 层之前为 {peak}：整个模型在内存中写出一部分校准行",
     "memory  {peak} at the peak: {parts}; passes that wait between stages take what is left":
         "内存    峰值 {peak}：{parts}；各阶段之间等待的前向计算用剩下的",
+    "GPU     up to {size} of its memory, with --device cuda": "GPU     用 --device cuda 时最多占用其内存 {size}",
     "disk    {peak} at the peak, {end} at the end; {free} free": "磁盘    峰值 {peak}，最后 {end}；空闲 {free}",
     "time    about {clock} for {blocks} blocks: measured on block {tried} of {n} with {few} of {rows} rows":
         "时间    {blocks} 层约 {clock}：在第 {tried} 层实测（共 {n} 层），用了 {rows} 行中的 {few} 行",

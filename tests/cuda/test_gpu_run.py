@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -85,8 +86,11 @@ def test_wheels_and_the_native_library_come_along(gpu, tmp_path, monkeypatch):
     assert (first / "one" / "__init__.py").exists() and not (first / "doctor" / "libdoctor_cpu.so").exists()
     assert gpu.build_library() == "built" and (first / "doctor" / "libdoctor_cpu.so").exists() and gpu.build_library() == "there already"
     monkeypatch.setattr(gpu.sys, "executable", "/bin/false")
+    old = tmp_path / "checkout" / "doctor" / "libdoctor_cpu.so"
+    old.write_bytes(b"of older sources")
+    os.utime(old, (0, 0))
     gpu.places()
-    assert gpu.build_library().startswith("not built, NumPy reads the model")
+    assert gpu.build_library().startswith("not built, NumPy reads the model") and not (first / "doctor" / old.name).exists() and old.exists()
 
 
 def test_a_step_is_ended_at_its_limit_and_the_next_one_runs(gpu, tmp_path, monkeypatch):

@@ -268,6 +268,23 @@ def test_words_that_do_not_read_back_end_the_run(tmp_path, text, host_engine, mo
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.parametrize("free, said", [(1 << 30, ""), (1 << 10, ": it may run out of memory; finished blocks are kept for --resume")])
+def test_a_run_says_what_it_takes_of_the_device(free, said, tmp_path, text, host_engine):
+    tiny("llama").write(tmp_path / "m")
+    lines = []
+
+    def progress(line):
+        lines.append(line)
+        if line.startswith("cuda: "):
+            raise KeyboardInterrupt
+
+    with pretend(host_engine, free=free), pytest.raises(KeyboardInterrupt):
+        api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64, device="cuda", progress=progress)
+    planned = api.plan_quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, rows=32, max_seq_length=64)
+    assert lines[-1] == f"cuda: up to {planned.need.on_device / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free{said}"
+    assert f"GPU     up to {planned.need.on_device / 2**30:.2f} GiB of its memory, with --device cuda" in planned.lines()
+
+
 def test_a_run_of_the_cpu_is_not_taken_up_on_the_device(tmp_path, text, host_engine):
     tiny("llama").write(tmp_path / "m")
     options = {"calibration": text, "max_seq_length": 64}

@@ -76,7 +76,7 @@ def test_the_command_line_prints_it_and_exits_by_it(tmp_path, text, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*args, "--preflight"])
     out = capsys.readouterr().out
-    assert ended.value.code == 0 and "\ntime    about " in out and "memory  " in out and "disk    " in out
+    assert ended.value.code == 0 and "\ntime    about " in out and "memory  " in out and "\nGPU     up to " in out and "disk    " in out
     with pytest.raises(SystemExit) as ended:
         main([*args, "--plan", "--memory", "100MB"])
     out = capsys.readouterr().out
