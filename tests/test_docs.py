@@ -41,7 +41,7 @@ def test_the_examples_of_the_python_page_run(tmp_path):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/before-you-quantize.md", "docs/pipelines.md", "docs/python.md",
-                                  "docs/reports.md", "docs/verify.md", "docs/kvcache.md", "docs/fixing.md", "docs/hub.md", "docs/configuration.md"])
+                                  "docs/reports.md", "docs/verify.md", "docs/kvcache.md", "docs/gpu.md", "docs/fixing.md", "docs/hub.md", "docs/configuration.md"])
 def test_commands_options_and_links_of_a_page_exist(page):
     import re
 
@@ -54,6 +54,16 @@ def test_commands_options_and_links_of_a_page_exist(page):
         assert used <= known, f"{page}: doctor {command} has no {used - known}"
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert ((ROOT / page).parent / link).exists(), f"{page}: {link} is not there"
+
+
+def test_every_kernel_stands_on_the_gpus_page():
+    import re
+
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").replace("`_2`, `_4`, `_wide`", "`grid_search_2`, `grid_search_4`, `grid_search_wide`")
+    for source in (ROOT / "cuda").glob("*.cu"):
+        rows = [line for line in page.splitlines() if f"| {source.name} |" in line]
+        names = {name for line in rows for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+        assert names == set(re.findall(r"HOST_ENTRY\((\w+)\)", source.read_text())), source.name
 
 
 @pytest.mark.parametrize("command", ["make demo", "make test"])
