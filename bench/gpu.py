@@ -28,7 +28,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = {"goldens": 60, "kernels": 120, "table": 150, "model": 200, "sanitizer": 180}     # most seconds of each; what all need fits the budget
+STEPS = {"goldens": 60, "kernels": 120, "table": 150, "model": 200, "sanitizer": 180}     # most seconds of each, in order of worth: together more than the budget, which cuts the last
 SANITIZED = ("gpu and (errors_reach or loop_adds or ragged and (129 or 64-256) or refinement and (asymmetric-40-256-32-3 or asymmetric-33-128-128-4) "
              "or fitted_to or minmax-True-48 or mse-False-128 or mse-True--1 or streams and 333 or words and (3 or 1056) or differences and 33-32 and True "
              "or cached and 512 or scan and 10007)")
