@@ -3,6 +3,7 @@ the quality of the CPU's run."""
 
 import json
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -266,6 +267,20 @@ def test_words_that_do_not_read_back_end_the_run(tmp_path, text, host_engine, mo
     with pretend(host_engine), pytest.raises(CudaError, match="do not read back as the weights that were meant"):
         api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64, device="cuda")
     assert not (tmp_path / "q").exists()
+
+
+def test_the_next_block_is_read_into_pinned_memory_by_a_thread_of_its_own(tmp_path, text, host_engine, monkeypatch):
+    tiny("llama").write(tmp_path / "m")
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(threading.current_thread().name)
+        return tensor
+
+    with pretend(host_engine), monkeypatch.context() as m:
+        m.setattr(torch.Tensor, "pin_memory", pin)
+        api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64, device="cuda")
+    assert pinned == ["doctor-read-ahead"] * 9      # seven linears and two norms of the second of two blocks
 
 
 @pytest.mark.parametrize("free, said", [(1 << 30, ""), (1 << 10, ": it may run out of memory; finished blocks are kept for --resume")])
