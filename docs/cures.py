@@ -12,7 +12,7 @@ PROOFS = {"PadTensor": "logits before and after, on fixed prompts", "GrowRows": 
           "TakeTensor": "blake2b of the base's tensor, in the receipt", "TakeFile": "sha256 of the base's file, on the copy",
           "RenameTensor": "bytes are copied, no name is given twice", "NameFormat": "bytes are copied, the header is read again",
           "RenameFile": "the files are linked, no byte is written but the index's",
-          "DropFile": "the source keeps it", "ReadPickle": "every byte of a tensor is one of the file's, compared with torch.load", "CastTensor": "a value that would become Inf is refused",
+          "DropFile": "the source keeps it", "CastTensor": "a value that would become Inf is refused",
           "Dequantize": "the numbers that engines compute with, by the packers' vectors", "AddLowRank": "against the sum in float64",
           "ShiftZeros": "a field that would wrap is refused", "DropTensor": "nothing else is touched",
           "ReplaceNonfinite": "only NaN and Inf change", "RebuildIndex": "the shards' own headers", "GroupsInOrder": "what desc_act false means",

@@ -1,6 +1,5 @@
 """The facts every run has: what the listing, the JSON files, the headers and the scan say, under the names rules ask for."""
 
-import re
 from dataclasses import dataclass, field
 
 from doctor.checkpoint import INDEX_NAME, Checkpoint
@@ -161,28 +160,6 @@ def listing_problems(checkpoint):
 def json_files(checkpoint):
     """name -> JsonFile of every JSON document."""
     return checkpoint.json
-
-
-PICKLE = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|adapter_model\.bin")
-
-
-@fact("checkpoint", stage="header")
-def pickles(checkpoint, files):
-    """file of torch.save, where it holds the weights -> its tensors (TensorInfo), or why they are not read; {} beside safetensors."""
-    if checkpoint.unread or any(n.endswith(".safetensors") for n in files):
-        return {}
-    return {name: _pickled(checkpoint, name) for name in sorted(files) if PICKLE.fullmatch(name)}
-
-
-def _pickled(checkpoint: Checkpoint, name: str):
-    from doctor.pickled import NotPlain, read_pickle
-
-    try:
-        return read_pickle(checkpoint.path(name), name)
-    except NotPlain as error:
-        return str(error)
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
 
 
 @fact("checkpoint", stage="header")

@@ -229,19 +229,6 @@ class TakeFile:
 
 
 @dataclass(frozen=True)
-class ReadPickle:
-    """The tensors of a file of torch.save as the safetensors file `to`, byte for byte; the pickle is read as data and not carried out."""
-
-    file: str
-    to: str
-    phase = "base"
-
-    @property
-    def target(self) -> str:
-        return f"file:{self.file}"
-
-
-@dataclass(frozen=True)
 class Dequantize:
     """`tensor` [out_features, in_features] as plain numbers, made of the packed tensors beside it, which other edits drop.
 
@@ -394,7 +381,7 @@ class Keep:
         return f"recipe:keep:{self.pattern}"
 
 
-Edit = (SetJson | RemoveJson | ReplaceText | CleanJson | ReplaceNonfinite | ClampTensor | CastTensor | TakeTensor | TakeFile | ReadPickle | Dequantize
+Edit = (SetJson | RemoveJson | ReplaceText | CleanJson | ReplaceNonfinite | ClampTensor | CastTensor | TakeTensor | TakeFile | Dequantize
         | AddLowRank | GrowRows | ShiftZeros | GroupsInOrder | EqualZeros | PadTensor | DropTensor | RenameTensor | NameFormat | RenameFile | DropFile | Rebase
         | RebuildIndex | SetRecipe | Keep)
 MADE = (TakeTensor, Dequantize, AddLowRank, GrowRows, GroupsInOrder, EqualZeros)  # carried out by made.py: they need more than the tensor's own codes

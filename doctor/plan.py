@@ -18,7 +18,7 @@ from pathlib import Path
 from doctor import __version__
 from doctor.builtin import header_facts
 from doctor.checkpoint import Checkpoint
-from doctor.edits import (MISSING, PHASES, RECIPE_EDITS, Edit, GrowRows, Keep, PadTensor, ReadPickle, Rebase, RemoveJson, RenameFile, ReplaceText, SetJson,
+from doctor.edits import (MISSING, PHASES, RECIPE_EDITS, Edit, GrowRows, Keep, PadTensor, Rebase, RemoveJson, RenameFile, ReplaceText, SetJson,
                           SetRecipe, TakeFile, TakeTensor)
 from doctor.engine import RuleRun, judge, locate
 from doctor.errors import BadCheckpoint, DoctorError, PlanRefused
@@ -389,7 +389,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, rules: list[Rule], consent: Co
             break
         recipe = with_fields(recipe, fresh)
         view = EditedCheckpoint(source, choice.taken.edits())
-        if any(isinstance(e, (ReadPickle, Rebase)) for e in fresh):  # what the weights themselves show was not caused here
+        if any(isinstance(e, Rebase) for e in fresh):  # what the base itself shows was not caused here
             reference = current = look(view.source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush)
         current = look(view, recipe, rules, facts=facts, stage=stage, before=None if _regroups(fresh) else current,
                        touched=_touched(fresh, view), progress=lambda n: progress("scan", n), hush=hush)
@@ -475,7 +475,7 @@ def _describe_step(step: Step, before: EditedCheckpoint, after: EditedCheckpoint
     touched = sorted({e.tensor for e in step.edits if hasattr(e, "tensor")})
     step.notes += [f"{e.file}: {after.entries[after.called(e.file)].size:,} bytes, sha256 {e.sha256}" for e in step.edits
                    if isinstance(e, TakeFile) and after.called(e.file) in after.entries]
-    step.notes += [f"{e.file} → {e.to}" for e in step.edits if isinstance(e, (ReadPickle, RenameFile))]
+    step.notes += [f"{e.file} → {e.to}" for e in step.edits if isinstance(e, RenameFile)]
     changes: dict[tuple, list[str]] = {}
     for name in touched:
         old, new = before.tensors.get(name), after.tensors.get(name)

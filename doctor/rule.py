@@ -31,7 +31,6 @@ from doctor.edits import (  # noqa: F401 - rules import edits from here
     NameFormat,
     PadTensor,
     Rebase,
-    ReadPickle,
     RebuildIndex,
     RemoveJson,
     RenameFile,

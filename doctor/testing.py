@@ -154,39 +154,6 @@ def shard_bytes(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes
     return struct.pack("<Q", len(raw)) + raw + b"".join(np.ascontiguousarray(c).tobytes() for c in tensors.values())
 
 
-def torch_file(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes:
-    """What torch.save writes for a state_dict of these tensors: a zip of storages and the pickle that names them, put together by hand."""
-    import io
-    import zipfile
-
-    from doctor.pickled import STORAGES
-
-    kinds = {dtype: storage for storage, dtype in STORAGES.items()}
-
-    def text(value: str) -> bytes:
-        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-    def number(value: int) -> bytes:
-        return b"J" + struct.pack("<i", value)
-
-    def row(values) -> bytes:
-        return b"(" + b"".join(map(number, values)) + b"t"
-
-    pickle = b"\x80\x02ccollections\nOrderedDict\n)R("
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for key, (name, codes) in enumerate(tensors.items()):
-            strides = [int(np.prod(codes.shape[i + 1 :])) for i in range(codes.ndim)]
-            storage = b"(" + text("storage") + f"ctorch\n{kinds[dtypes[name]]}\n".encode() + text(str(key)) + text("cpu") + number(codes.size) + b"tQ"
-            pickle += (text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(0) + row(codes.shape) + row(strides)
-                       + b"\x89ccollections\nOrderedDict\n)RtR")
-            archive.writestr(f"archive/data/{key}", np.ascontiguousarray(codes).tobytes())
-        archive.writestr("archive/data.pkl", pickle + b"u.")
-        archive.writestr("archive/byteorder", b"little")
-        archive.writestr("archive/version", b"3\n")
-    return buffer.getvalue()
-
-
 def tiny(family: str | None = None, dtype: str = "BF16", mlp: int | None = None, hidden: int = HIDDEN) -> Case:
     """A healthy checkpoint of two blocks: hidden 64, intermediate 128, 4 heads of 16 (2 for keys), vocabulary 96.
 

@@ -20,11 +20,10 @@ import numpy as np
 from doctor import jsontext
 from doctor.checkpoint import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.dtypes import CODE_NUMPY
-from doctor.edits import (CASTS, CREATE, MADE, MISSING, TENSOR_EDITS, CastTensor, CleanJson, DropFile, DropTensor, Edit, NameFormat, PadTensor, ReadPickle, Rebase,
+from doctor.edits import (CASTS, CREATE, MADE, MISSING, TENSOR_EDITS, CastTensor, CleanJson, DropFile, DropTensor, Edit, NameFormat, PadTensor, Rebase,
                           RebuildIndex, RemoveJson, RenameFile, RenameTensor, ReplaceText, SetJson, TakeFile, apply, edited_info, pad_positions)
 from doctor.errors import BadCheckpoint, PlanRefused
 from doctor.made import STALE, made, opened
-from doctor.pickled import WithPickles
 from doctor.shard import Shard, ShardFile, TensorInfo, open_shard
 from doctor.taken import WithFiles, WithNames
 
@@ -155,8 +154,6 @@ class EditedCheckpoint(Checkpoint):
         source = opened(other.root) if other is not None else source
         files = [e for e in self.edits if isinstance(e, TakeFile)]
         source = WithFiles(source, files) if files else source
-        pickles = [e for e in self.edits if isinstance(e, ReadPickle)]
-        source = WithPickles(source, pickles) if pickles else source
         names = [e for e in self.edits if isinstance(e, RenameFile)]
         if names:
             source = WithNames(source, names)
@@ -203,7 +200,7 @@ class EditedCheckpoint(Checkpoint):
                 added.setdefault(self._home(name), []).append(name)
         self.changed_tensors = {*by_tensor, *(t.name for n in self.taken & self.shards.keys() for t in self.shards[n].tensors)}
         self._check_names()
-        again = {e.file for e in self.edits if isinstance(e, NameFormat)} | {self.called(e.to) for e in self.edits if isinstance(e, ReadPickle)}
+        again = {e.file for e in self.edits if isinstance(e, NameFormat)}
         for name in again - self.source.shards.keys():
             raise PlanRefused(f"{name}: not a weight file of this checkpoint.", STALE)
         for shard in list(self.source.shards.values()):

@@ -433,6 +433,15 @@ def test_magnitudes_that_do_not_fit_are_refused_by_name(tmp_path, shape, why):
     assert not result.plan.steps and why in next(f.fix.title for f in result.plan.for_you if f.code == "F022")
 
 
+
+def test_an_adapter_that_is_a_pickle_alone_is_not_merged_as_nothing(tmp_path):
+    case = tiny("llama")
+    folder, _ = adapter(tmp_path / "adapter", case)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    result = fix(folder, tmp_path / "out", case.recipe, base=case.write(tmp_path / "base"))
+    assert not result.plan.steps and "in no safetensors file" in next(f.fix.title for f in result.plan.for_you if f.code == "F022")
+
+
 def test_a_merge_with_a_matrix_that_is_not_finite_is_refused(tmp_path):
     case = tiny()
     base = Checkpoint.open(case.write(tmp_path / "base"))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ("errors", "lazy", "dtypes", "jsontext", "recipe", "tables", "host", "packed"),
-    1: ("native", "shard", "edits", "spec", "checkpoint", "hub", "made", "pickled", "taken", "view", "swap", "writer"),
+    1: ("native", "shard", "edits", "spec", "checkpoint", "hub", "made", "taken", "view", "swap", "writer"),
     2: ("facts", "base", "stats", "scan", "builtin", "machine", "placement", "special", "layout", "lora"),
     3: ("rule", "testing"),
     4: ("engine", "plan", "explain", "pictures", "config"),

@@ -59,8 +59,6 @@ CURES = {
     "merge the adapter with PEFT's merge_and_unload() and save again": "用 PEFT 的 merge_and_unload() 合并适配器，再保存",
     "merge it into {base}: {n} weights change": "合并进 {base}：改变 {n} 个权重", "merge it into {base}: {n} weight changes": "合并进 {base}：改变 {n} 个权重",
     "save the model as safetensors, on a machine where its code may run": "在可以运行其代码的机器上把模型存成 safetensors",
-    "save the model as safetensors, on a machine where its code may run: {why}": "在可以运行其代码的机器上把模型存成 safetensors：{why}",
-    "write {n} tensors as safetensors, byte for byte, without running what stands in the pickle": "把 {n} 个张量逐字节写成 safetensors，不执行 pickle 里的内容",
     "finish the download, or delete the working file": "把下载做完，或删去临时文件", "write the format into the header": "把格式写进文件头",
     "save again with metadata={'format': 'pt'} if transformers 4 must read it": "若要让 transformers 4 读，请带 metadata={{'format': 'pt'}} 重新保存",
     "drop the plain weight": "去掉未打包的权重", "drop it, if the packed form is the output that was meant": "若要的就是打包的形式，去掉它",
