@@ -119,6 +119,7 @@ def checkpoint(folder, mib, shards=8):
             size = 2 * int(np.prod(shapes[name]))
             header[name], where[name], at = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [at, at + size]}, file, at + size
         text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
         with open(folder / file, "wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
             for number, name in enumerate(mine, 7 * shard):  # no two alike: equal tensors are compared to their ends

@@ -11,8 +11,10 @@ on how the machine treats NaN or subnormals.
 
 import ctypes
 import os
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +28,7 @@ FP16_UNDERFLOW = 2.0**-25   # half the smallest fp16 subnormal: ties go to even,
 NUMPY_PART = 1 << 16        # elements a NumPy pass over a wide type takes at a time: its temporaries stay in cache
 
 
-@dataclass(frozen=True)
-class Stats:
+class Stats(NamedTuple):  # not a dataclass: one is made for each MiB, and again to merge it
     """What one pass over the values of a tensor, or of a chunk of it, counts.
 
     n_subnormal is of the tensor's own type. n_fp16_overflow counts finite values that become Inf in fp16,
@@ -61,13 +62,10 @@ class Stats:
         else:
             low, high = min(self.min, later.min), max(self.max, later.max)
         return Stats(
-            numel=self.numel + later.numel, n_nan=self.n_nan + later.n_nan, n_inf=self.n_inf + later.n_inf,
-            n_zero=self.n_zero + later.n_zero, n_subnormal=self.n_subnormal + later.n_subnormal,
-            n_fp16_overflow=self.n_fp16_overflow + later.n_fp16_overflow,
-            n_fp16_underflow=self.n_fp16_underflow + later.n_fp16_underflow,
-            absmax=max(self.absmax, later.absmax), min=low, max=high,
-            sum=self.sum + later.sum, sumsq=self.sumsq + later.sumsq,
-            first_nonfinite=self.first_nonfinite if self.first_nonfinite >= 0 else later.first_nonfinite)
+            self.numel + later.numel, self.n_nan + later.n_nan, self.n_inf + later.n_inf, self.n_zero + later.n_zero,
+            self.n_subnormal + later.n_subnormal, self.n_fp16_overflow + later.n_fp16_overflow,
+            self.n_fp16_underflow + later.n_fp16_underflow, max(self.absmax, later.absmax), low, high, self.sum + later.sum,
+            self.sumsq + later.sumsq, self.first_nonfinite if self.first_nonfinite >= 0 else later.first_nonfinite)
 
 
 EMPTY = Stats()
@@ -101,15 +99,8 @@ NARROW = {"F8_E4M3": (4, 3, 7, "fn"), "F8_E5M2": (5, 2, 15, "ieee"), "F8_E4M3FNU
           "F8_E5M2FNUZ": (5, 2, 16, "fnuz"), "F8_E8M0": (8, 0, 127, "scale")}
 
 
-class _Result(ctypes.Structure):
-    """scan_result of cuda/host/scan.c."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in
-                ("n_nan", "n_inf", "n_zero", "n_subnormal", "n_fp16_overflow", "n_fp16_underflow", "first_nonfinite")]
-    _fields_ += [(name, ctypes.c_double) for name in ("absmax", "min", "max", "sum", "sumsq")]
-
-
-_RESULTS = [name for name, _ in _Result._fields_]
+# scan_result of cuda/host/scan.c: six counters, first_nonfinite, then absmax, min, max, sum and sumsq.
+_RESULT = struct.Struct("=7q5d")
 
 def can_scan(dtype_name: str) -> bool:
     """Whether `scan` and its neighbours know this safetensors type."""
@@ -127,11 +118,13 @@ def scan(buffer, dtype_name: str, offset: int = 0) -> Stats:
     if not codes.size:
         return EMPTY
     if function is not None:
-        out = _Result()
-        function(_address(codes), ctypes.c_int64(codes.size), ctypes.byref(out))
-        return _stats(codes.size, offset, {name: getattr(out, name) for name in _RESULTS})
+        out = ctypes.create_string_buffer(_RESULT.size)
+        function(_address(codes), ctypes.c_int64(codes.size), out)
+        return _unpacked(codes.size, offset, out)
     if codes.itemsize <= 2:
-        return _stats(codes.size, offset, _scan_by_codes(codes, dtype_name))
+        counted = _scan_by_codes(codes, dtype_name)
+        first = counted.pop("first_nonfinite")
+        return Stats(numel=codes.size, first_nonfinite=first + offset if first >= 0 else -1, **counted)
     return _scan_wide(codes, dtype_name, offset)
 
 
@@ -145,20 +138,20 @@ def read_and_scan(file: ShardFile, at: int, buffer: memoryview, dtype_name: str,
     if function is None:
         file.read_into(at, buffer)
         return scan(buffer, dtype_name, offset)
-    codes, out = _codes(buffer, dtype_name), _Result()
+    codes, out = _codes(buffer, dtype_name), ctypes.create_string_buffer(_RESULT.size)
     function.restype = ctypes.c_int64
-    got = function(file.fileno(), ctypes.c_int64(at), _address(codes), ctypes.c_int64(codes.size), ctypes.byref(out))
+    place = ctypes.byref(ctypes.c_char.from_buffer(buffer)) if len(buffer) else None
+    got = function(file.fileno(), ctypes.c_int64(at), place, ctypes.c_int64(codes.size), out)
     if got < 0:
         raise OSError(-got, os.strerror(-got), file.path)
     if got < len(buffer):
         raise file.ended(at + got, len(buffer) - got)
-    return _stats(codes.size, offset, {name: getattr(out, name) for name in _RESULTS})
+    return _unpacked(codes.size, offset, out)
 
 
-def _stats(numel: int, offset: int, counted: dict) -> Stats:
-    if counted["first_nonfinite"] >= 0:
-        counted["first_nonfinite"] += offset
-    return Stats(numel=numel, **counted)
+def _unpacked(numel: int, offset: int, out: ctypes.Array) -> Stats:
+    *counts, first, absmax, low, high, total, squares = _RESULT.unpack(out)
+    return Stats(numel, *counts, absmax, low, high, total, squares, first + offset if first >= 0 else -1)
 
 
 def code_hist(buffer, dtype_name: str) -> np.ndarray:
@@ -225,11 +218,16 @@ def _codes(buffer, dtype_name: str) -> np.ndarray:
     """The codes of the chunk as unsigned integers, a view; the address may be unaligned."""
     if not can_scan(dtype_name):
         raise ValueError(f"scan: {dtype_name} is not one of {', '.join([*WIDE, *NARROW])}")
-    code = np.dtype(CODE_NUMPY[dtype_name].replace("f", "u"))
+    code = _code_type(dtype_name)
     size = memoryview(buffer).nbytes
     if size % code.itemsize:
         raise ValueError(f"scan: {size} bytes are no whole number of {dtype_name} elements of {code.itemsize} bytes")
     return np.frombuffer(buffer, code) if size else np.empty(0, code)
+
+
+@lru_cache(maxsize=None)
+def _code_type(dtype_name: str) -> np.dtype:
+    return np.dtype(CODE_NUMPY[dtype_name].replace("f", "u"))
 
 
 def _rows(buffer, dtype_name: str, k: int) -> np.ndarray:
@@ -240,7 +238,7 @@ def _rows(buffer, dtype_name: str, k: int) -> np.ndarray:
 
 
 def _address(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
+    return ctypes.c_void_p(array.__array_interface__["data"][0])  # .ctypes builds an object of its own for it
 
 
 def _count(mask: np.ndarray) -> int:
