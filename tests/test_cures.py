@@ -207,6 +207,16 @@ def adapter(folder, case, roles=("q", "down"), r=4, **config):
     return folder, tensors
 
 
+def adapted(case, parts, out):
+    """(name, codes, stem of its adapter's tensors) of each weight that the adapter changes; every other one is in `out` as it was."""
+    for name, old in case.tensors.items():
+        stem = "base_model.model." + name.removesuffix(".weight")
+        if f"{stem}.lora_A.weight" in parts:
+            yield name, old, stem
+        else:
+            assert (out.load(name) == old).all()
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_is_merged_in_float32_and_rounded_once(tmp_path, rslora):
     case = tiny()
@@ -217,11 +227,7 @@ def test_an_adapter_is_merged_in_float32_and_rounded_once(tmp_path, rslora):
     result = fix(folder, tmp_path / "out", case.recipe, base=base)
     assert codes(result) == {"F022"} and not check(tmp_path / "out", case.recipe).findings
     out = Checkpoint.open(tmp_path / "out")
-    for name, old in case.tensors.items():
-        stem = "base_model.model." + name.removesuffix(".weight")
-        if f"{stem}.lora_A.weight" not in parts:
-            assert (out.load(name) == old).all()
-            continue
+    for name, old, stem in adapted(case, parts, out):
         change = parts[f"{stem}.lora_B.weight"].astype(np.float64) @ parts[f"{stem}.lora_A.weight"].astype(np.float64)
         want = from_codes(old, "BF16").astype(np.float64) + (8 / 2 if rslora else 8 / 4) * change
         got = from_codes(out.load(name), "BF16")
@@ -292,11 +298,7 @@ def test_dora_brings_each_output_to_its_magnitude_and_rounds_once(tmp_path, rslo
     result = fix(folder, tmp_path / "out", case.recipe, base=base)
     assert codes(result) == {"F022"} and not check(tmp_path / "out", case.recipe).findings
     out = Checkpoint.open(tmp_path / "out")
-    for name, old in case.tensors.items():
-        stem = "base_model.model." + name.removesuffix(".weight")
-        if f"{stem}.lora_A.weight" not in parts:
-            assert (out.load(name) == old).all()
-            continue
+    for name, old, stem in adapted(case, parts, out):
         a, b, m = (parts[f"{stem}.lora_{part}"].astype(np.float64) for part in ("A.weight", "B.weight", "magnitude_vector"))
         want = dora_sum(from_codes(old, "BF16").astype(np.float64), a, b, 8 / 2 if rslora else 8 / 4, m)
         got = from_codes(out.load(name), "BF16")
