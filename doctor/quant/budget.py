@@ -166,9 +166,11 @@ def resident() -> int:
 
 
 def return_freed_tensors() -> None:
-    """From now on a freed tensor's pages go back to the system at once, where the C library can: glibc moves its threshold for that up to
-    32 MiB as tensors are freed, and keeps what halted passes leave between them, a third of the peak of a small model. The
-    kernel clears pages more often then; huge pages (doctor/quant/__init__.py) keep that to a few percent of a run.
+    """From now on a freed tensor's pages go back to the system at once, where the C library can.
+
+    glibc moves its threshold for that up to 32 MiB as tensors are freed, and keeps what halted passes leave between them: an eighth of the
+    peak of a small model. The kernel clears pages more often then, 9 % of a run on two threads in huge pages (see
+    doctor/quant/__init__.py), so this is for runs with a limit.
     """
     set_option = _of_c_library("mallopt")
     if set_option is not None:

@@ -147,7 +147,8 @@ def require_widths(spec: ModelSpec, recipe: Recipe) -> None:
 
 class _Run:
     def __init__(self, checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device, ranks=Ranks()):
-        budget.return_freed_tensors()
+        if memory is not None:
+            budget.return_freed_tensors()
         self.ranks = ranks
         self.checkpoint, self.spec, self.recipe, self.output, self.store = checkpoint, spec, recipe, output, store
         self.rules = [r for r in rules if r.stage in RUN_STAGES]
