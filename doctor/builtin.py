@@ -22,7 +22,7 @@ provide("first_zero_group", "linear", "values", "(row, first column) of the firs
 provide("one_signed", "linear", "values", "(groups looked at, those of them without a negative or without a positive weight); groups of zeros are not counted.")
 provide("zero_rows", "linear", "values", "out_features whose weights are all 0.")
 provide("zero_columns", "linear", "values", "in_features whose weights are all 0.")
-provide("same_bytes", "tensor", "values", "Whether the tensor's bytes are those of the one that `compared` names beside it.")
+provide("same_bytes", "tensor", "values", "Whether the tensor is, in dtype, shape and bytes, the one that `compared` names beside it.")
 provide("digests", "tensor", "values", "file -> blake2b (16 bytes, hexadecimal) of the tensor's bytes in it; only of those that `digested` names.")
 
 
@@ -238,11 +238,8 @@ def digested(checkpoint, files, copies, tensors, spec=None):
 @fact("checkpoint", stage="header")
 def compared(checkpoint, tensors, spec=None) -> dict[str, str]:
     """Tensor -> the one that its bytes are compared with as they are read, up to the first that differs: the head with the embedding."""
-    pair = (spec.head_tensor, spec.embed_tensor) if spec else (None, None)
-    if pair[0] == pair[1] or not all(n in tensors for n in pair):
-        return {}
-    head, embed = (tensors[n] for n in pair)
-    return {pair[0]: pair[1]} if (head.dtype, head.shape) == (embed.dtype, embed.shape) else {}
+    head, embed = (spec.head_tensor, spec.embed_tensor) if spec else (None, None)
+    return {head: embed} if head != embed and head in tensors and embed in tensors else {}
 
 
 @fact("checkpoint")
@@ -382,11 +379,9 @@ def largest_values(checkpoint, every_absmax):
 
 
 @fact("checkpoint")
-def head_equals_embed(checkpoint, spec, tensors, compared, every_same_bytes):
+def head_equals_embed(checkpoint, spec, every_same_bytes):
     """Whether head and embedding hold the same bytes; None where not both are stored."""
-    if spec.head_tensor == spec.embed_tensor or not all(n in tensors for n in (spec.head_tensor, spec.embed_tensor)):
-        return None
-    return every_same_bytes.get(spec.head_tensor) if spec.head_tensor in compared else False
+    return every_same_bytes.get(spec.head_tensor)
 
 
 @fact("checkpoint")
@@ -447,7 +442,7 @@ def _parameters(checkpoint: Checkpoint, store: Store) -> int:
         return sum(t.numel for t in tensors.values())
     if layout is not None:
         packed = {x.name: x.in_features * x.out_features for x in layout.linears}
-    else:  # of several widths, or of a form that is not read: each scale stands for a group, where the group size is stated
+    else:  # of a form that is not read: each scale stands for a group, where the group size is stated
         from doctor.layout import stored_recipe
 
         group = stored_recipe(checkpoint, Recipe(group_size=-1)).group_size

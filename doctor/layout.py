@@ -66,9 +66,6 @@ class Widths:
             return self._names[module]
         return next((bits for pattern, bits in self._patterns if pattern.match(module)), common)
 
-    def __bool__(self) -> bool:
-        return bool(self._names or self._patterns)
-
 
 def own_widths(raw: Mapping) -> Widths:
     """What a quantization block says of single linears' bits: GPTQ's "dynamic", AutoRound's "extra_config", the further groups of
@@ -79,13 +76,14 @@ def own_widths(raw: Mapping) -> Widths:
     patterns after "re:").
     """
     found = Widths()
-    own = [(key.removeprefix("+:"), value.get("bits")) for key, value in _own(raw, "dynamic") if not key.startswith("-:")]
+    own = [(key.removeprefix("+:"), value.get("bits")) for key, value in _own(raw, "dynamic")]
     own += [(f"^{re.escape(name)}$", value.get("bits")) for name, value in _own(raw, "extra_config")]
     for group in weight_groups(raw)[1:]:
-        targets = [t for t in group.get("targets") or () if isinstance(t, str)]
+        targets = group.get("targets")
+        targets = [t for t in targets if isinstance(t, str)] if isinstance(targets, list) else []
         own += [(t.removeprefix("re:") if t.startswith("re:") else f"^{re.escape(t)}$", group["weights"].get("num_bits")) for t in targets]
     for pattern, bits in own:
-        if bits in BITS:
+        if type(bits) is int and bits in BITS:
             try:
                 found.add(pattern, bits)
             except re.error as error:
@@ -97,15 +95,15 @@ def _own(raw: Mapping, key: str) -> list[tuple[str, Mapping]]:
     """(name or pattern, what is its own) of raw[key]. Raises Unavailable where that is more than a width; what stays in floats has none."""
     own = raw.get(key) or {}
     if not isinstance(own, Mapping) or any(
-            not isinstance(value, Mapping) or not _in_floats(name, value) and any(k != "bits" and v != raw.get(k, v) for k, v in value.items())
-            for name, value in own.items()):
+            not isinstance(value, Mapping) or not _in_floats(value) and any(k != "bits" and v != raw.get(k, v) for k, v in value.items())
+            for name, value in own.items() if not name.startswith("-:")):
         raise Unavailable(f"linears differ in more than their width ({key}): their shapes are not judged")
-    return list(own.items())
+    return [(name, value) for name, value in own.items() if not name.startswith("-:")]
 
 
-def _in_floats(name: str, value: Mapping) -> bool:
-    bits = value.get("bits")
-    return name.startswith("-:") or isinstance(bits, int) and bits >= 16
+def _in_floats(own: Mapping) -> bool:
+    bits = own.get("bits")
+    return isinstance(bits, int) and bits >= 16
 
 
 def weight_groups(raw: Mapping) -> list[dict]:

@@ -46,20 +46,21 @@ def native_path() -> str | None:
 
 
 @lru_cache(maxsize=None)
-def _symbol(name: str):
+def _symbol(name: str, result):
     try:
         function = getattr(_library()[0], name)
     except AttributeError as error:
         raise MachineError(f"{LIBRARY}: has no function {name}: it was built from older sources.",
                            "Reinstall the package: pip install -e . or pip install .") from error
-    function.restype = None
+    function.restype = result
     return function
 
 
-def function(name: str):
-    """The C function `name` at the level in use (restype None; set others on the result), or None without library.
+def function(name: str, result=None):
+    """The C function `name` at the level in use, or None without library.
 
+    result: the ctypes type that it returns, the same in every call: ctypes has one object a function, which threads share.
     Arguments must be ctypes values: c_int64 for sizes, c_void_p for addresses.
     """
     chosen = level()
-    return _symbol(f"{name}_{chosen}") if chosen else None
+    return _symbol(f"{name}_{chosen}", result) if chosen else None

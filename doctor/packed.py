@@ -10,3 +10,4 @@ WORDS = {method: parts[0] for method, parts in PARTS.items()}
 SCALES = {"gptq": "scales", "awq": "scales", "compressed-tensors": "weight_scale"}
 NEEDED = {"gptq": ("scales", "qzeros"), "awq": ("scales", "qzeros"), "compressed-tensors": ("weight_scale",)}
 WORD_TAILS = tuple(f".{words}" for words in dict.fromkeys(WORDS.values()))
+PACKED_TAILS = (*WORD_TAILS, ".q_weight")  # and those of EXL2, which are known and not read

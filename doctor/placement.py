@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from doctor.facts import Unavailable, fact
-from doctor.packed import WORD_TAILS
+from doctor.packed import PACKED_TAILS
 from doctor.shard import TensorInfo
 from doctor.spec import NOT_TEXT, QUANTIZABLE, ModelSpec, Template, evaluate
 
-PACKED = (*WORD_TAILS, ".q_weight")
 _NUMBERED = re.compile(r"^(?P<stem>(?:.*?\.)?)(?P<block>\d+)\.(?P<tail>.+)$")
 
 
@@ -249,7 +248,7 @@ def _tail_pattern(template: str) -> re.Pattern:
 @fact("checkpoint", stage="header")
 def placement(checkpoint, spec, tensors) -> Placement:
     """Tensors sorted into blocks and matched with the family's templates (placement.Placement)."""
-    if any(name.endswith(PACKED) for name in tensors):
+    if any(name.endswith(PACKED_TAILS) for name in tensors):
         raise Unavailable("the linears are packed: the family's table knows plain weights")
     stems: dict[str, int] = {}
     for linear in spec.linears:

@@ -45,7 +45,7 @@ from doctor.edits import (  # noqa: F401 - rules import edits from here
 )
 from doctor.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, parameters, provide  # noqa: F401
 from doctor.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
-from doctor.packed import NEEDED, PARTS, SCALES, WORD_TAILS, WORDS  # noqa: F401
+from doctor.packed import NEEDED, PACKED_TAILS, PARTS, SCALES, WORD_TAILS, WORDS  # noqa: F401
 from doctor.placement import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
 from doctor.special import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
 from doctor.spec import ROW_PARALLEL, Linear, ModelSpec  # noqa: F401

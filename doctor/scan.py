@@ -170,7 +170,8 @@ class _Twin:
     def __init__(self, checkpoint: Checkpoint, info: TensorInfo, name: str | None):
         self.same = None
         if name is not None and checkpoint.tensors.get(info.name) is info:
-            self.same, other = True, checkpoint.tensors[name]
+            other = checkpoint.tensors[name]
+            self.same = (other.dtype, other.shape) == (info.dtype, info.shape)
             self._file, self._at = checkpoint.open_file(other.shard), other.begin
 
     def compare(self, part: memoryview) -> None:

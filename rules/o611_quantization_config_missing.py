@@ -29,15 +29,13 @@ Sources: vllm-project/vllm issues 1100 and 13612; vllm-project/llm-compressor is
 本，其他形式不读：需手动。
 """
 
-from doctor.rule import MISSING, WORD_TAILS, Fix, Place, SetJson, finding, rule, symmetric_word
+from doctor.rule import MISSING, PACKED_TAILS, Fix, Place, SetJson, finding, rule, symmetric_word
 from doctor.testing import np, tiny_gptq
-
-PACKED = (*WORD_TAILS, ".q_weight")
 
 
 @rule("O611", "error")
 def quantization_config_missing(checkpoint, quantization_block, tensors, config, packed_words=None):
-    packed = [name for name in tensors if name.endswith(PACKED)]
+    packed = [name for name in tensors if name.endswith(PACKED_TAILS)]
     if quantization_block is not None or not packed:
         return
     yield finding(

@@ -232,7 +232,7 @@ def test_an_adapter_is_merged_in_float32_and_rounded_once(tmp_path, rslora):
         want = from_codes(old, "BF16").astype(np.float64) + (8 / 2 if rslora else 8 / 4) * change
         got = from_codes(out.load(name), "BF16")
         # Half a unit in the last of bf16's 8 bits, and a little for float32's own sums.
-        assert not (np.abs(got - want) > np.abs(want) * 2.0**-8 * 1.01 + 1e-6).any() and (out.load(name) != old).any()
+        assert (np.abs(got - want) <= np.abs(want) * 2.0**-8 * 1.01 + 1e-6).all() and (out.load(name) != old).any()
     assert {p.name: p.read_bytes() for p in base.iterdir()} == before and (tmp_path / "out" / "tokenizer.json").exists()
 
 
@@ -277,7 +277,7 @@ def test_ranks_by_pattern_and_modules_trained_whole_are_merged_as_peft_does(tmp_
         weight = name.removeprefix("base_model.model.") + ".weight"
         want = from_codes(case.tensors[weight], "BF16") + alpha / 4 * b @ a
         got = from_codes(out.load(weight), "BF16")
-        assert not (np.abs(got - want) > np.abs(want) * 2**-8 + 1e-6).any(), name
+        assert (np.abs(got - want) <= np.abs(want) * 2**-8 + 1e-6).all(), name
 
 
 def dora_sum(weight, a, b, scale, magnitude):
@@ -302,8 +302,8 @@ def test_dora_brings_each_output_to_its_magnitude_and_rounds_once(tmp_path, rslo
         a, b, m = (parts[f"{stem}.lora_{part}"].astype(np.float64) for part in ("A.weight", "B.weight", "magnitude_vector"))
         want = dora_sum(from_codes(old, "BF16").astype(np.float64), a, b, 8 / 2 if rslora else 8 / 4, m)
         got = from_codes(out.load(name), "BF16")
-        assert not (np.abs(got - want) > np.abs(want) * 2.0**-8 * 1.01 + 1e-6).any()
-        assert not (np.abs(np.linalg.norm(got.astype(np.float64), axis=1) / m - 1) > 2.0**-8).any()  # lengths are the magnitudes
+        assert (np.abs(got - want) <= np.abs(want) * 2.0**-8 * 1.01 + 1e-6).all()
+        assert (np.abs(np.linalg.norm(got.astype(np.float64), axis=1) / m - 1) <= 2.0**-8).all()  # lengths are the magnitudes
 
 
 def test_a_merge_with_magnitudes_is_the_function_that_was_trained(tmp_path):
@@ -353,9 +353,9 @@ def test_magnitudes_are_read_in_slabs_of_any_height(tmp_path, transposed, monkey
     w, a, b, m = (x.astype(np.float64) for x in (weight, parts["a"], parts["b"], parts["m"]))
     want = dora_sum(w.T, a, b, 0.5, m).T if transposed else dora_sum(w, a, b, 0.5, m)
     whole = view.load(name)
-    assert not (np.abs(whole - want) > 1e-6 * np.abs(want) + 1e-7).any()
+    assert (np.abs(whole - want) <= 1e-6 * np.abs(want) + 1e-7).all()
     slabs = np.concatenate([part.copy() for part in view.rows(name, max_bytes=5 * whole[0].nbytes)])
-    assert not (np.abs(slabs - whole) > 2e-7 * np.abs(whole)).any()
+    assert (np.abs(slabs - whole) <= 2e-7 * np.abs(whole)).all()
 
 
 def test_an_output_without_a_direction_is_not_brought_to_a_magnitude(tmp_path):
@@ -382,7 +382,7 @@ def test_magnitudes_beside_the_weights_are_merged_too(tmp_path):
     out, name = Checkpoint.open(tmp_path / "out"), case.name("down")
     stem = "base_model.model." + name.removesuffix(".weight")
     want = dora_sum(from_codes(case.tensors[name], "BF16"), *(parts[f"{stem}.lora_{p}.weight"] for p in "AB"), 2.0, parts[f"{stem}.lora_magnitude_vector"])
-    assert not (np.abs(from_codes(out.load(name), "BF16") - want) > np.abs(want) * 2**-8 * 1.01 + 1e-6).any()
+    assert (np.abs(from_codes(out.load(name), "BF16") - want) <= np.abs(want) * 2**-8 * 1.01 + 1e-6).all()
     assert not [n for n in out.tensors if "lora_" in n]
     assert "adapter_config.json" not in out.entries  # or transformers would load the base that it names instead
 

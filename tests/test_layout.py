@@ -329,6 +329,7 @@ def test_stored_awq_and_compressed_tensors_sizes():
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*down.*": {"bits": 8, "group_size": 32}}},
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:*down": {"bits": 8}}},
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*down.*": 8}},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": ["+:.*down.*"]},
         {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv_fast"},
     ],
 )
@@ -345,6 +346,10 @@ def test_a_linear_has_the_width_that_its_name_is_given():
     groups = {"some": {"targets": ["a.b", "re:.*down"], "weights": {**weights, "num_bits": 8}}, "rest": {"targets": ["Linear"], "weights": weights}}
     found = read_quantization({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}, "f", "")
     assert (found.bits, [found.bits_of(n) for n in ("a.b", "a.b.c", "x.down_proj", "x.up")]) == (4, [8, 4, 8, 4])
+    for odd in (5, None, [7]):      # no target is named, and nothing crashes
+        stated = {"some": {**groups["some"], "targets": odd}, "rest": groups["rest"]}
+        assert read_quantization({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": stated}, "f", "").bits_of("a.b") == 4
+    assert read_quantization({**common, "dynamic": {"-:.*": None, "+:.*a": {"bits": 8.0}}}, "f", "").bits_of("a") == 4
     groups["some"]["weights"]["group_size"] = 64
     with pytest.raises(Unavailable, match="more than their width"):
         read_quantization({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}, "f", "")

@@ -18,6 +18,7 @@ from doctor.facts import CHECKPOINT, closure
 from doctor.host import describe
 from doctor.layout import stored_recipe
 from doctor.quant import calibrate, kernels
+from doctor.quant.budget import free_memory
 from doctor.quant.dequant import quantization
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.recipe import Recipe
@@ -46,9 +47,11 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
     first, second = Checkpoint.open(original), Checkpoint.open(quantized)
     ids, tokenizer, source = _rows(first, text, rows, context)
     prompts, decode = _prompts(tokenizer, ids)
-    budget = memory if memory is not None else free_memory(device) // 2
+    if memory is None:
+        free = device_free(device)
+        memory = (free_memory() if free is None else free) // 2
     with quiet(), device_memory(device):
-        comparison = compare(first, second, ids, prompts, decode, budget, progress, device)
+        comparison = compare(first, second, ids, prompts, decode, memory, progress, device)
 
     # A 16-bit model, say a fine-tune against its base, has no plan: whether it could be quantized is another question.
     plain = quantization(second) is None
@@ -64,8 +67,8 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
     extra = {"comparison": asdict(comparison), "text": {"source": source, "rows": len(ids), "context": context, "stride": context},
              "machine": describe(), "plain": plain}
     if not comparison.generated:
-        extra["not_generated"] = f"a whole model in float32 does not fit the {budget / 2**30:.1f} GiB given to it; --memory raises it"
-        extra["reply_bytes"] = budget
+        extra["not_generated"] = f"a whole model in float32 does not fit the {memory / 2**30:.1f} GiB given to it; --memory raises it"
+        extra["reply_bytes"] = memory
     return Report(checkpoint=second.name, recipe=recipe, findings=locate(findings, second), runs=runs, summary=summary(second, store),
                   skipped_tensors=scanned.skipped, bytes_read=scanned.bytes_read, seconds=time.perf_counter() - started, fail_on=fail_on,
                   extra=extra)
@@ -102,15 +105,3 @@ def quiet():
         yield
     finally:
         transformers.logging.set_verbosity(level)
-
-
-def free_memory(device: str = "cpu") -> int:
-    """Bytes of memory that a new program can take on this machine, or on this GPU."""
-    if device != "cpu":
-        return device_free(device)
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

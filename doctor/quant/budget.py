@@ -41,6 +41,7 @@ class Need:
     hessians: int
     solving: int
     batch: int
+    device_batch: int   # on a GPU, where batches are longer
     outside: int        # embeddings as stored, held with one block while the first inputs are taken
     hidden: int
     output: int
@@ -54,7 +55,7 @@ class Need:
     @property
     def on_device(self) -> int:
         """Of a GPU's memory, an upper edge; hidden states and halted passes take some of what is left there (run.py)."""
-        return self.block + self.hessians + self.solving + self.batch
+        return self.block + self.hessians + self.solving + self.device_batch
 
     @property
     def disk(self) -> int:
@@ -79,11 +80,15 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
     most = max(linears, key=lambda x: _SQUARES * x.in_features**2 * bool(rows) + _OBLONGS * x.in_features * x.out_features, default=None)
     solving = 0 if most is None else 4 * (_SQUARES * most.in_features**2 * bool(rows) + _OBLONGS * most.in_features * most.out_features)
     inside = {t.name for tensors in blocks.values() for t in tensors}
+
+    def batch(most_tokens: int) -> int:
+        return 4 * min(tokens, max(most_tokens, length)) * _width(spec, linears) if rows else 0
+
     outside = [t for t in checkpoint.tensors.values() if t.name not in inside]
     return Need(
         block=4 * max(elements for elements, _ in sizes), ahead=max(stored for _, stored in sizes) if len(sizes) > 1 else 0,
         hessians=_hessian_bytes(linears, recipe) if rows else 0, solving=solving,
-        batch=4 * min(tokens, max(BATCH_TOKENS, length)) * _width(spec, linears) if rows else 0,
+        batch=batch(BATCH_TOKENS), device_batch=batch(DEVICE_BATCH_TOKENS),
         outside=sum(t.nbytes for t in outside if len(t.shape) == 2 and "head" not in t.name) if rows else 0,
         hidden=4 * tokens * (spec.hidden or 0), output=_output_bytes(checkpoint, linears, recipe))
 

@@ -384,7 +384,7 @@ class _Run:
         if self.skeleton.device.type != "cuda":
             return self.room
         free = torch.cuda.mem_get_info(self.skeleton.device)[0]
-        return int(_SHARE_OF_DEVICE * max(0, free - self.need.hessians - self.need.solving - self.need.batch))
+        return int(_SHARE_OF_DEVICE * max(0, free - self.need.hessians - self.need.solving - self.need.device_batch))
 
     def _inputs(self, walk: Walk, number: int) -> dict[str, Input]:
         """What the linears of a stage get as input, by name; linears of one group have one object."""

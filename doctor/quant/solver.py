@@ -132,8 +132,7 @@ def _run(name: str, W: torch.Tensor, order: torch.Tensor, owner: torch.Tensor, p
     sums = torch.zeros(2, n, dtype=torch.float64)
     tensors = (W, order, owner, packed, extra, scale, zero, codes, sums[0], sums[1], cost, candidates)
     columns = _Columns(*(_at(t) for t in tensors), n, k, groups, block, width)
-    call, size = native.function(name), native.function("doctor_columns_scratch")
-    size.restype = ctypes.c_int64
+    call, size = native.function(name), native.function("doctor_columns_scratch", ctypes.c_int64)
     floats = size(_i64(k), _i64(groups), _i64(width))
 
     def part(begin: int, end: int) -> None:

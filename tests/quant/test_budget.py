@@ -57,6 +57,7 @@ def test_a_72b_model_is_planned_from_its_headers(tmp_path):
     assert need.hessians == 2 * 4 * WIDE**2  # down's, and its sums while they become a matrix
     assert need.solving == 4 * (6 * WIDE**2 + 6 * WIDE * HIDDEN)
     assert need.outside == 2 * VOCAB * HIDDEN
+    assert need.device_batch == 2 * need.batch and need.on_device == need.block + need.hessians + need.solving + need.device_batch
     assert need.hidden == 128 * 2048 * HIDDEN * 4
     assert need.fixed == need.constant + need.block + need.ahead + need.hessians + need.solving + need.batch
     packed = {(n, k): n * k // 2 + n * k // 128 * 2 + n * k // 128 // 2 + 4 * k for n, k in
