@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from doctor.checkpoint import Checkpoint
 from doctor.errors import BadCheckpoint, NotQuantizable
@@ -52,6 +53,20 @@ def load_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = N
     return tensor if dtype is None else tensor.to(dtype)
 
 
+_DRAWS = ("normal_", "uniform_")     # and trunc_normal_, kaiming_uniform_, xavier_normal_ …
+
+
+class _NoDraws(TorchFunctionMode):
+    """Initial values of meta tensors are not drawn: there is nothing to fill, and torch imports sympy to say so (45 MiB, 1 s)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "").endswith(_DRAWS) and tensor is not None and tensor.is_meta:
+            return tensor
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters registered inside go to the meta device; buffers keep the values that constructors give them."""
@@ -64,7 +79,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta
     try:
-        yield
+        with _NoDraws():
+            yield
     finally:
         nn.Module.register_parameter = register
 
