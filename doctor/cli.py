@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from doctor import __version__
+from doctor import __version__, lean
 from doctor.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.facts import STAGES
 from doctor.recipe import FORMATS as OUTPUT_FORMATS
@@ -790,6 +790,8 @@ def main(args: list[str] | None = None) -> None:
     """The entry point of both scripts: errors for the user without a traceback, and the exit code."""
     # A few objects for each tensor live to the end of a check; looking through them for garbage again and again took a fifth of it.
     gc.set_threshold(100_000, 20, 20)
+    if args is None:    # a process of doctor's own
+        lean.install()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ✓ must not end the run
