@@ -108,7 +108,7 @@ def _blocks(checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, list]:
 
 
 def _hessian_bytes(linears: list[Linear], recipe: Recipe) -> int:
-    """Of the largest stage (all of a block for awq): one a kind of input, and one more while the sums become a matrix."""
+    """Of the largest stage (all of a block for awq): one a kind of input."""
     kinds = {"k": "q", "v": "q", "up": "gate"}
     stages: dict[int, dict[str, dict]] = {}
     for x in linears:
@@ -118,7 +118,7 @@ def _hessian_bytes(linears: list[Linear], recipe: Recipe) -> int:
         held = [sum(sum(s.values()) for s in block.values()) for block in stages.values()]
     else:
         held = [sum(s.values()) for block in stages.values() for s in block.values()]
-    return max(held, default=0) + max((4 * x.in_features**2 for x in linears), default=0)
+    return max(held, default=0)
 
 
 def _width(spec: ModelSpec, linears: list[Linear]) -> int:

@@ -34,6 +34,7 @@ DAMP_RUNGS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 GENTLE_DAMP = 0.1
 EIGEN_LIMIT = 8192      # eigh in float64 takes minutes above, on a CPU
 _ROWS_AT_A_TIME = 8192
+_PANEL = 256              # rows of H that are worked on at a time where a second H would be held else
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,22 @@ class Hessian:
                     self._sum.addmm_(part.T, part)
         self.rows += X.shape[0]
 
-    def matrix(self) -> torch.Tensor:
-        """H [k, k], exactly symmetric, in the dtype of the sums. All zeros before the first row."""
-        H = self._sum * (2 / max(1, self.rows))
-        if self._syrk:
-            return H.tril_().add_(H.tril(-1).T)
-        return H.add_(H.T.clone()).mul_(0.5)
+    def take(self) -> torch.Tensor:
+        """H [k, k], exactly symmetric, in the dtype of the sums, whose memory it takes: nothing can be added any more.
+
+        All zeros before the first row.
+        """
+        H, self._sum = self._sum.mul_(2 / max(1, self.rows)), None
+        for at in range(0, self.columns, _PANEL):
+            end = at + _PANEL
+            square, beside, below = H[at:end, at:end], H[at:end, end:], H[end:, at:end]
+            if self._syrk:
+                square.tril_().add_(square.tril(-1).T)
+            else:
+                square.copy_((square + square.T) / 2)
+                below.add_(beside.T).mul_(0.5)
+            beside.copy_(below.T)
+        return H
 
     @property
     def nonfinite(self) -> NonFinite | None:
@@ -214,14 +225,13 @@ def power_iteration(H: torch.Tensor, steps: int = 20) -> float:
     it is the column of H with the largest diagonal, so equal input gives equal output.
     """
     vector = H[:, int(H.diagonal().argmax())].to(torch.float64)
-    matrix = H.to(torch.float64) if H.shape[0] <= 2048 else H
     value = 0.0
     for _ in range(steps):
         norm = float(vector.norm())
         if not norm > 0:
             return value
         vector = vector / norm
-        product = (matrix @ vector.to(matrix.dtype)).to(torch.float64)
+        product = (H @ vector.to(H.dtype)).to(torch.float64)
         value, vector = float(vector @ product), product
     return value
 

@@ -388,6 +388,7 @@ class _Run:
 
     def _inputs(self, walk: Walk, number: int) -> dict[str, Input]:
         """What the linears of a stage get as input, by name; linears of one group have one object."""
+        budget.give_back()
         hessians, found = walk.hessians(number), {}
         for group in walk.stages[number]:
             self.ranks.sum(hessians[0])

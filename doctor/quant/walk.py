@@ -45,7 +45,7 @@ class Input:
     """The calibration input of one or more linears: H f32[k, k] and what its spectrum says."""
 
     def __init__(self, hessian: Hessian, damp: float):
-        self.H = hessian.matrix()
+        self.H = hessian.take()
         s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
         self.fact = builtin.Hessian(hessian.rows, hessian.columns, bad.count if bad else 0, (bad.row, bad.channel) if bad else None,
                                     s.finite, s.dead, s.mean_diag, s.lambda_max, s.damp_needed, s.condition)

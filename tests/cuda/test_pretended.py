@@ -99,7 +99,7 @@ def test_a_hessian_is_summed_from_16_bit_rows_without_a_copy(dtype):
         H = Hessian(40, device=PLACE)
         H.add(X[:100].to(PLACE))
         H.add(X[100:].to(PLACE))
-        got = H.matrix()
+        got = H.take()
         assert got.is_cuda and got.dtype == torch.float32
         got = got.cpu()
     assert not ((got - want).abs() > 1e-5).any()

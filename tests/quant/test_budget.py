@@ -54,7 +54,7 @@ def test_a_72b_model_is_planned_from_its_headers(tmp_path):
     found = plan(headers_of_72b(tmp_path / "m"), tmp_path / "out", Recipe(), rows=128, max_seq_length=2048, memory=48 << 30)
     need = found.need
     assert (found.blocks, need.block, need.ahead) == (80, 4 * BLOCK, 2 * BLOCK)
-    assert need.hessians == 2 * 4 * WIDE**2  # down's, and its sums while they become a matrix
+    assert need.hessians == 4 * WIDE**2  # down's
     assert need.solving == 4 * (6 * WIDE**2 + 6 * WIDE * HIDDEN)
     assert need.outside == 2 * VOCAB * HIDDEN
     assert need.device_batch == 2 * need.batch and need.on_device == need.block + need.hessians + need.solving + need.device_batch

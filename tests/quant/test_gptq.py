@@ -23,7 +23,7 @@ def hessian(k, tokens=600, seed=1, dead=()):
     X[:, list(dead)] = 0
     H = Hessian(k)
     H.add(X)
-    return H.matrix()
+    return H.take()
 
 
 def same(a, b):

@@ -18,18 +18,24 @@ def rows(n, k, seed=0, sink=0.0):
 def hessian_of(X, dtype=torch.float32):
     H = Hessian(X.shape[1], dtype)
     H.add(X)
-    return H.matrix()
+    return H.take()
 
 
-def test_batches_add_up_to_two_over_n_times_the_gram_matrix():
-    X = rows(300, 40)
-    H = Hessian(40)
-    for part in (X[:7].reshape(1, 7, 40), X[7:100], X[100:]):
-        H.add(part)
+@pytest.mark.parametrize("by_halves", [True, False])
+@pytest.mark.parametrize("k", [40, 256, 700])
+def test_batches_add_up_to_two_over_n_times_the_gram_matrix(k, by_halves):
+    X = rows(300, k)
+    sums = Hessian(k)
+    if not by_halves:   # as on a device
+        sums._syrk = None
+    for part in (X[:7].reshape(1, 7, k), X[7:100], X[100:]):
+        sums.add(part)
     want = 2 / 300 * X.double().T @ X.double()
-    assert H.rows == 300
-    assert ((H.matrix() - want).abs().max() / want.max()).item() < 1e-6
-    assert torch.equal(H.matrix(), H.matrix().T)
+    assert sums.rows == 300
+    before = sums._sum.data_ptr()
+    H = sums.take()
+    assert H.data_ptr() == before and torch.equal(H, H.T)
+    assert ((H - want).abs().max() / want.max()).item() < 1e-6
 
 
 def test_half_precision_rows_lose_nothing_in_the_sums():
@@ -50,14 +56,16 @@ def test_the_first_non_finite_value_is_named_over_batches(value):
     H.add(bad[1])
     first = H.nonfinite
     assert (first.row, first.channel, first.count) == (10 + 7, 3, 4)
-    assert not spectrum(H.matrix(), H.rows).finite
+    assert not spectrum(H.take(), H.rows).finite
 
 
 def test_finite_rows_whose_squares_overflow_are_seen_in_the_spectrum():
     H = Hessian(4)
     H.add(torch.full((2, 4), 1e20))
-    assert H.nonfinite is None and not spectrum(H.matrix(), 2).finite
-    assert factorise(H.matrix(), 0.01) == (None, -1)
+    assert H.nonfinite is None
+    taken = H.take()
+    assert not spectrum(taken, 2).finite
+    assert factorise(taken, 0.01) == (None, -1)
 
 
 def test_dead_columns_do_not_count_in_the_mean():
@@ -179,6 +187,6 @@ def test_products_are_exact_inside_and_as_before_outside():
 
 
 def test_empty_calibration_is_all_dead():
-    facts = spectrum(Hessian(6).matrix(), 0)
+    facts = spectrum(Hessian(6).take(), 0)
     assert (facts.dead, facts.rank_bound, facts.mean_diag, facts.lambda_max) == (6, 0, 0.0, 0.0)
     assert math.isnan(facts.damp_needed) and facts.condition == math.inf and facts.finite

@@ -38,7 +38,7 @@ def hessian(k, seed=1):
     X[:, 5] = 0
     H = Hessian(k)
     H.add(X)
-    return H.matrix()
+    return H.take()
 
 
 def errors_of(W, found, bits, cost):
