@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,7 +41,8 @@ _PLAIN, _PLUS_ONE = "weight * xhat", "(1 + weight) * xhat"
 class Source:
     """What a group of linears reads from. kind: norm, norm+1 (stored as weight - 1) or rows (of a linear); tensor: its weight.
 
-    repeat: times that each head of v appears side by side in o's input; head: its width (1 and the whole width otherwise).
+    repeat: times that each head of v appears side by side in o's input; head: its width (1 and the whole width otherwise). A norm that
+    every head has in common is a source of one head.
     """
 
     kind: str
@@ -244,6 +245,12 @@ class Folding:
         if module is None:
             self.notes.update(dict.fromkeys(group, f"not scaled: {why or 'its norm is not in the block'}"))
             return
+        width = linears[0].in_features
+        if source.kind != "rows" and len(module.weight) != width:   # one norm for each head: its weight stands under all of them
+            if width % len(module.weight):
+                self.notes.update(dict.fromkeys(group, f"not scaled: its norm has {len(module.weight)} channels for {width} columns"))
+                return
+            source = replace(source, repeat=width // len(module.weight), head=len(module.weight))
         weights = [_rows(*self.modules[name]) for name in group]
         s, found = find_scales(weights, H, source, **rules)
         if not found:
