@@ -371,7 +371,7 @@ class SetRecipe:
 
 @dataclass(frozen=True)
 class Keep:
-    """Leave the linears of a pattern in 16 bits, beside those that the recipe keeps already (layout.is_kept)."""
+    """Leave the linears of a pattern in 16 bits, beside those that the recipe keeps already (recipe.is_kept)."""
 
     pattern: str
     phase = "recipe"

@@ -17,9 +17,10 @@ from doctor.edits import MISSING, Edit, Keep, PadTensor, SetJson
 from doctor.errors import DoctorError
 from doctor.facts import Unavailable, fact, provide
 from doctor.packed import WORD_TAILS
-from doctor.recipe import BITS, METHODS, Recipe, matches
+from doctor.recipe import BITS, METHODS, Recipe, is_kept
 from doctor.shard import TensorInfo
 from doctor.spec import NOT_TEXT, ROLE_OF_TAIL, ROW_PARALLEL, ModelSpec, evaluate
+from doctor.stacks import find_stacks
 from doctor.tables import table
 
 # Linears that a serving engine stores as one matrix, so that they must be quantized alike or not at all.
@@ -163,11 +164,6 @@ class Layout:
     act_order: bool  # groups scattered over columns (g_idx), not merely another order of work
     linears: tuple[GroupedLinear, ...]
     missed: tuple[str, ...] = ()  # linears left in floats though others are grouped
-
-
-def is_kept(recipe: Recipe, name: str) -> bool:
-    """Whether recipe.keep leaves this linear in 16 bits: a shell pattern, or a part of its name."""
-    return any(matches(pattern, name) for pattern in recipe.keep)
 
 
 @fact("checkpoint")
@@ -339,9 +335,10 @@ def planned_layout(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, Tensor
         )
     kept = tuple(x.name for x in floats if is_kept(recipe, x.name)) if recipe.keep else ()
     out = set(kept)
+    apart = [x for found in find_stacks(spec, tensors, recipe) if not found.why for x in found.linears if not is_kept(recipe, x.name)]
     linears = tuple(
         GroupedLinear(x.name, x.role, x.block, x.expert, x.in_features, x.out_features)
-        for x in floats
+        for x in (*floats, *apart)
         if x.name not in out
     )
     return Layout(
@@ -386,7 +383,7 @@ def packed_size(quant: Quantization, module: str, tail: str, shape: tuple[int, i
 
 def role_of(name: str, spec: ModelSpec) -> tuple[str, int | None, int | None]:
     """(role, block, expert) of a module by the family's table, or by its last word."""
-    for template in spec.templates:
+    for template in (*spec.templates, *spec.expert_templates):
         match = template.pattern.match(f"{name}.weight")
         if match and template.role:
             parts = match.groupdict()
@@ -397,7 +394,7 @@ def role_of(name: str, spec: ModelSpec) -> tuple[str, int | None, int | None]:
 
 def axis_expression(spec: ModelSpec, name: str, axis: int) -> str | None:
     """The family table's expression for a linear's size along an axis (0 out_features, 1 in_features)."""
-    for template in spec.templates:
+    for template in (*spec.templates, *spec.expert_templates):
         if template.pattern.match(f"{name}.weight") and len(template.shape) == 2:
             return template.shape[1 - axis if template.transposed else axis]
     return None

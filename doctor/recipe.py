@@ -14,6 +14,7 @@ FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 RUNTIMES = ("vllm", "sglang", "exllamav2", "transformers", "llama.cpp")
 BITS = (2, 3, 4, 8)
 DAMP, DAMP_MAX = 0.01, 0.1  # defaults: GPTQ's own share, and where a retry ends
+ASKED = "asked for with keep"  # why a linear stays in 16 bits that recipe.keep names
 _FALL = ("gptq", "awq", "rtn", "keep")
 
 
@@ -96,6 +97,21 @@ def matches(pattern: str, name: str) -> bool:
         before, after = pattern[:choice.start()], pattern[choice.end():]
         return any(matches(before + word + after, name) for word in choice[1].split(","))
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*{pattern}*")
+
+
+def is_kept(recipe: Recipe, name: str) -> bool:
+    """Whether recipe.keep leaves this linear in 16 bits: a shell pattern, or a part of its name."""
+    return any(matches(pattern, name) for pattern in recipe.keep)
+
+
+def unfit(recipe: Recipe, in_features: int, out_features: int) -> str:
+    """Why a linear of this size cannot be packed as the recipe says, "" where it can."""
+    width = in_features if recipe.group_size == -1 else recipe.group_size
+    if in_features % width:
+        return f"in_features {in_features} is not a multiple of group_size {width}"
+    if in_features % 32 or out_features % 32:
+        return f"[{out_features}, {in_features}]: packing needs multiples of 32"
+    return ""
 
 
 def _require(holds: bool, what: str, must: str) -> None:

@@ -47,6 +47,7 @@ from doctor.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, parame
 from doctor.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.packed import NEEDED, PACKED_TAILS, PARTS, SCALES, WORD_TAILS, WORDS  # noqa: F401
 from doctor.placement import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
+from doctor.recipe import ASKED, is_kept  # noqa: F401
 from doctor.special import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
 from doctor.spec import ROW_PARALLEL, Linear, ModelSpec  # noqa: F401
 from doctor.tables import table  # noqa: F401
@@ -58,7 +59,6 @@ from doctor.layout import (  # noqa: F401 - declares the layout of groups too
     fits,
     grown,
     in_force,
-    is_kept,
     keep_edits,
     nearest_plan,
     on_one_gpu,

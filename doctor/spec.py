@@ -87,6 +87,7 @@ class ModelSpec:
     head_tensor: str | None = None
     biases: frozenset[str] = frozenset()  # names of all bias tensors
     templates: tuple[Template, ...] = field(default=(), repr=False)
+    expert_templates: tuple[Template, ...] = field(default=(), repr=False)  # linears of experts that this family's own files hold in stacks
 
     def at(self, key: str) -> str:
         """JSON pointer in config.json of a key of the language model's block."""
@@ -136,16 +137,21 @@ def build_spec(config: Mapping, tensors: Mapping[str, TensorInfo]) -> ModelSpec:
     heads = _size(_lookup(block, family, "num_attention_heads"))
     hidden = _size(_lookup(block, family, "hidden_size"))
     templates = tuple(t for t in _templates(family) if exists(t.when, block)) if family else ()
+    if templates:
+        known = {t.tensor for t in templates}
+        templates += tuple(t for t in _stack_templates(model_type) if t.tensor not in known)
+    expert_templates = tuple(_expert_templates(model_type))
     spec = ModelSpec(
         family=family, model_type=model_type, architecture=architecture, config=block, text_key=text_key,
         n_layers=_size(_lookup(block, family, "num_hidden_layers")), hidden=hidden,
         intermediate=_size(_lookup(block, family, "intermediate_size")), n_heads=heads,
         n_kv_heads=_size(_lookup(block, family, "num_key_value_heads")), head_dim=_size(_lookup(block, family, "head_dim")),
         vocab=_size(_lookup(block, family, "vocab_size")), max_positions=_size(_lookup(block, family, "max_position_embeddings")),
-        tied=tied, tie_stated=stated if isinstance(stated, bool) else None, templates=templates)
+        tied=tied, tie_stated=stated if isinstance(stated, bool) else None, templates=templates,
+        expert_templates=expert_templates)
     spec.embed_tensor = _named(tensors, entry.get("embed_tokens", "model.embed_tokens"), "embed_tokens", "wte", "word_embeddings")
     spec.head_tensor = _named(tensors, entry.get("lm_head", "lm_head"), "lm_head", "embed_out", "output_layer")
-    spec.linears = tuple(_linears(tensors.values(), templates))
+    spec.linears = tuple(_linears(tensors.values(), templates, expert_templates))
     spec.prefix = _prefix(spec.linears, templates)
     spec.biases = frozenset(n for n in tensors if n.endswith(".bias"))
     return spec
@@ -234,6 +240,27 @@ def _templates(family: str) -> tuple[Template, ...]:
     return tuple(found)
 
 
+def stacks_of(model_type: str) -> list[dict]:
+    """Entries of the table `stacks` for a language model's type: how its files hold experts in one tensor."""
+    return [entry for entry in table("stacks")["stack"] if model_type in entry["models"]]
+
+
+def _expert_templates(model_type: str) -> Iterable[Template]:
+    for entry in stacks_of(model_type):
+        for role in ("gate", "up", "down"):
+            tensor = f"model.layers.{{i}}.{entry['linear'].replace('{role}', role)}.weight"
+            shape = (entry["hidden"], entry["inner"]) if role == "down" else (entry["inner"], entry["hidden"])
+            yield Template(tensor, _pattern(tensor), shape, role, False, False, entry["biases"])
+
+
+def _stack_templates(model_type: str) -> Iterable[Template]:
+    for entry in stacks_of(model_type):
+        for role, size in (("gate_up", (f"2 * {entry['inner']}", entry["hidden"])), ("down", (entry["hidden"], entry["inner"]))):
+            tensor = f"model.layers.{{i}}.{entry[role]}"
+            shape = (entry["experts"], *(size[::-1] if entry["in_first"] else size))
+            yield Template(tensor, _pattern(tensor), shape, role, False, False, entry["biases"])
+
+
 def condition(item: Mapping) -> tuple[str | None, str | None]:
     """What a table's entry says about models that have this tensor: (only_with, only_without), keys of config.json."""
     return item.get("only_with"), item.get("only_without")
@@ -270,9 +297,9 @@ def _named(tensors: Mapping[str, TensorInfo], module: str, *tails: str) -> str |
 _BLOCK = re.compile(r"\.(?P<i>\d+)\.")
 
 
-def _linears(infos: Iterable[TensorInfo], templates: tuple[Template, ...]) -> Iterable[Linear]:
+def _linears(infos: Iterable[TensorInfo], templates: tuple[Template, ...], experts: tuple[Template, ...]) -> Iterable[Linear]:
     if templates:
-        yield from _by_template(infos, [t for t in templates if t.role in QUANTIZABLE])
+        yield from _by_template(infos, [*(t for t in templates if t.role in QUANTIZABLE), *experts])
     else:
         yield from _by_shape(infos)
 

@@ -209,8 +209,8 @@ def _shapes(entry: dict, config: dict):
                 yield name, shape
                 if item.get("bias") is True:
                     out = shape[-1] if str(item.get("orientation", "")).startswith("in_out") else shape[0]
-                    if len(shape) == 3:  # a stack of experts has one bias each
-                        yield f"{name}_bias", (shape[0], out)
+                    if len(shape) == 3:  # a stack of experts [experts, in, out] has one bias each
+                        yield f"{name}_bias", (shape[0], shape[-1])
                     else:
                         yield name.replace(".weight", ".bias"), (out,)
     if entry["norm_classes"] == ["LayerNorm"] and family == "opt":

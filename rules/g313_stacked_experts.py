@@ -1,64 +1,75 @@
 """G313 stacked-experts: experts are stored as one three-dimensional tensor, which the plan leaves in 16 bits.
 
-Why: quantizers work on linears, each a matrix of its own. A stack of experts is none, so most programs pass
-over it without a word, and a "4-bit" model keeps most of its weights in 16 bits.
+Why: quantizers work on linears, each a matrix of its own. doctor takes a stack apart into the linears that engines read
+for the family in the plan's format. Where none is known to, or their sizes do not fit the plan, the stack stays as it
+is, and a "4-bit" model keeps most of its weights in 16 bits. An engine computes an expert's linears in one kernel, so
+they are taken apart all or not at all.
 
-Do: unstack the experts with a conversion that the runtime reads (one gate_proj, up_proj and down_proj for
-each), or choose a runtime that quantizes the stack while loading.
+Seen as:
+- GPTQModel, AutoAWQ: a quantized GPT-OSS or Llama 4 of nearly its old size
+- vLLM: random text from GPT-OSS whose experts were saved one by one
 
-False alarms: none; the tensors were counted.
+Do: plan a format, a group size or a runtime that the finding names as able to. Llama 4, Qwen3.5-MoE and Granite MoE are
+read by vLLM in every format; GPT-OSS by GPTQModel alone, in the GPTQ and AWQ formats.
 
-Fix safety: no fix: the other layout needs other model code.
+False alarms: none; the tensors were counted. An engine newer than the table may read more.
 
-Sources: transformers models/llama4/modeling_llama4.py and models/granitemoe/modeling_granitemoe.py (experts
-as parameters, not linears); vllm-project/llm-compressor src/llmcompressor/modeling (replaces such modules
-before it calibrates).
+Fix safety: no fix: what to serve with is the user's choice.
+
+Sources: rules/tables/stacks.toml, with the files of vLLM, GPTQModel and llm-compressor that it was read from.
 
 标题: 专家存成一个三维张量，按计划会留在 16 位
 
-原因: 量化器处理的是线性层，每个是独立的矩阵。叠在一起的专家不是线性层，多数程序一声不响地跳过，“4 位”模型的大
-部分权重其实还是 16 位。
+原因: 量化器处理的是线性层，每个是独立的矩阵。doctor 会把整叠专家拆成该架构的推理引擎按计划格式能读的线性层；若已知
+没有引擎能读，或尺寸不符合计划，这叠专家就原样保留，“4 位”模型的大部分权重其实还是 16 位。引擎用一个内核计算一个专
+家的全部线性层，所以要么全拆，要么都不拆。
 
-处理: 用运行时能读的转换把专家拆开（每个专家各有 gate_proj、up_proj、down_proj），或选加载时能量化整叠专家的运
-行时。
+处理: 换成发现中说明可行的格式、组大小或运行时。Llama 4、Qwen3.5-MoE 和 Granite MoE 的各种格式 vLLM 都能读；GPT-OSS
+只有 GPTQModel 能读，格式为 GPTQ 或 AWQ。
 
-误报: 无；这些张量是数出来的。
+误报: 无；这些张量是数出来的。比表更新的引擎也许能读更多。
 
-修复: 不提供修复：换一种布局需要另外的模型代码。
+修复: 不提供修复：用什么推理由用户决定。
 """
 
-from doctor.rule import Place, finding, rule
+from doctor.rule import ASKED, Place, finding, rule
 from doctor.testing import only_in, tiny
 
 MLP = ("gate", "up", "gate_up", "down")
 
 
 @rule("G313", "warning")
-def stacked_experts(checkpoint, layout, spec, tensors):
-    templates = [t for t in spec.templates if len(t.shape) == 3 and t.role in MLP]
-    stacks = [
-        i
-        for i in tensors.values()
-        if len(i.shape) == 3 and i.dtype.is_float and any(t.pattern.match(i.name) for t in templates)
-    ]
-    if layout.quantized or not stacks:
+def stacked_experts(checkpoint, layout, spec, tensors, stacks):
+    if layout.quantized:
         return
-    inside = sum(info.numel for info in stacks)
-    share = inside / sum(info.numel for info in tensors.values())
-    yield finding(
-        f"{len(stacks):,} stacks of experts (first {stacks[0].name}) hold {share:.0%} of the weights and stay in 16 bits",
-        at=Place("", tensor=stacks[0].name),
-        evidence={"stacks": len(stacks), "values": inside},
-        advice="unstack the experts with a conversion that the runtime reads",
-    )
+    why = {name: found.why for found in stacks for name in found.tensors}
+    templates = [t for t in spec.templates if len(t.shape) == 3 and t.role in MLP]
+    stays: dict[str, list] = {}
+    for info in tensors.values():
+        if len(info.shape) == 3 and info.dtype.is_float and any(t.pattern.match(info.name) for t in templates):
+            reason = why.get(info.name, "its shape is not the family's")
+            if reason not in ("", ASKED):
+                stays.setdefault(reason, []).append(info)
+    whole = sum(info.numel for info in tensors.values())
+    for reason, found in stays.items():
+        inside = sum(info.numel for info in found)
+        yield finding(
+            f"{len(found):,} stacks of experts (first {found[0].name}) hold {inside / whole:.0%} of the weights and stay in 16 bits: {reason}",
+            at=Place("", tensor=found[0].name),
+            evidence={"stacks": len(found), "values": inside},
+            advice="plan a format, a group size or a runtime for which the experts can be taken apart",
+        )
 
 
 def bad():
-    return tiny(only_in("granitemoe", "llama4_text", "gpt_oss", why="its experts are not stacked")), (
+    case = tiny(only_in("granitemoe", "llama4_text", "gpt_oss", why="its experts are not stacked"))
+    case.recipe = case.recipe.with_field("runtime", "exllamav2")
+    return case, (
         "4 stacks of experts (first model.layers.0.block_sparse_moe.input_linear.weight) hold 84% of the weights "
-        "and stay in 16 bits"
+        "and stay in 16 bits: exllamav2 is not known to read granitemoe experts as gptq linears, vllm can: GPTQModel takes "
+        "each stack apart by expert alone, gate and up in one linear, under other names"
     )
 
 
 def good():
-    return tiny("qwen2_moe")
+    return tiny("granitemoe")

@@ -1,29 +1,34 @@
 """Q416 stacked-experts-kept: experts that lie in one 3-D tensor were left in 16 bits.
 
-Why: most of a mixture's weights are its experts. Where a checkpoint stores them as one tensor [experts, out, in], a run over
-linears passes them by, and the output is nearly as large as the input although its config says 4 bits.
+Why: most of a mixture's weights are its experts. Where a checkpoint stores them as one tensor [experts, out, in], they are taken
+apart into the linears that engines read. Where no engine is known to read such linears of the family in the output's format, or their
+sizes do not fit the plan, or the family is not in the table, they stay, and the output is nearly as large as the input although its
+config says 4 bits. That is so for GPT-OSS in compressed-tensors (vLLM passes over linears of single experts without a word), and for
+families whose stacks the table does not have: DBRX, JetMoE, Aria.
 
 Seen as:
 - GPTQModel: a quantized GPT-OSS or Llama 4 of nearly its old size
 - AutoAWQ: experts that no line of the log mentions
 
-Do: convert the checkpoint to one linear an expert (transformers' older layout of the family), or serve what is there: engines are
-told that these modules are in 16 bits.
+Do: plan another format, group size or runtime, as the finding says (rule G313 tells it before the run), or serve what is there:
+engines are told that these modules are in 16 bits.
 
-False alarms: none; it reports what was done.
+False alarms: none; it reports what was done. What was asked for with --keep is not reported.
 
 Fix safety: no fix: the layout of a checkpoint is its publisher's choice.
 
-Sources: huggingface/transformers src/transformers/models/gpt_oss/modeling_gpt_oss.py (GptOssExperts);
+Sources: rules/tables/stacks.toml; huggingface/transformers src/transformers/models/gpt_oss/modeling_gpt_oss.py (GptOssExperts);
 src/transformers/models/llama4/modeling_llama4.py (Llama4TextExperts).
 
 标题: 堆叠成三维张量的专家留在 16 位
 
-原因: 混合专家模型的大部分权重是专家。检查点若把它们存成一个 [experts, out, in] 张量，按线性层量化就会略过；输出几乎与输入一样大，而 config 写着 4 位。
+原因: 混合专家模型的大部分权重是专家。检查点若把它们存成一个 [experts, out, in] 张量，会先拆成推理引擎能读的线性层。若已知没有引擎能按输出格式读该
+架构的这种线性层，或尺寸不符合计划，或表中没有该架构，它们就留在 16 位：输出几乎与输入一样大，而 config 写着 4 位。GPT-OSS 的 compressed-tensors 格式
+即是如此（vLLM 会不声不响地跳过单个专家的线性层），表中没有的 DBRX、JetMoE、Aria 也是。
 
-处理: 把检查点转换为每个专家一个线性层，或按现状使用：输出已告知推理引擎这些模块是 16 位。
+处理: 按发现所说换一种格式、组大小或运行时（规则 G313 在运行前就会指出），或按现状使用：输出已告知推理引擎这些模块是 16 位。
 
-误报: 无；如实报告所做的事。
+误报: 无；如实报告所做的事。用 --keep 要求保留的不报告。
 
 修复: 不提供修复：检查点的布局由发布者决定。
 """
@@ -35,7 +40,7 @@ from doctor.testing import measured
 @rule("Q416", "warning")
 def stacked_experts_kept(checkpoint, stacked_experts):
     for name, why in stacked_experts:
-        yield finding(f"{name} stays in 16 bits: {why}", advice="convert the experts to linears of their own")
+        yield finding(f"{name} stays in 16 bits: {why}", advice="plan a format, a group size or a runtime for which they can be taken apart")
 
 
 def bad():

@@ -1,6 +1,7 @@
 """Healthy checkpoints of many families, saved by transformers itself from tiny random models."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -35,6 +36,29 @@ OWN = {
                "mamba_headdim": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+def stacked(source: Path, folder: Path) -> Path:
+    """A copy of a checkpoint whose experts' linears (`experts.0.gate_proj.weight` and so on) lie in two tensors, as Qwen3.5-MoE is published."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    tensors, parts = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        match = re.match(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$", name)
+        if match:
+            parts.setdefault(match[1], {})[int(match[2]), match[3]] = tensor
+        else:
+            tensors[name] = tensor
+    for name, own in parts.items():
+        count = range(len(own) // 3)
+        tensors[f"{name}.gate_up_proj"] = torch.stack([torch.cat((own[e, "gate"], own[e, "up"])) for e in count])
+        tensors[f"{name}.down_proj"] = torch.stack([own[e, "down"] for e in count])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def save(model_type: str, folder: Path, *, dtype: str = "bfloat16", tie: bool | None = None, max_shard_size: str = "5GB", **changes) -> Path:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ("errors", "lazy", "dtypes", "jsontext", "recipe", "tables", "host", "packed"),
     1: ("native", "shard", "edits", "spec", "checkpoint", "hub", "made", "taken", "view", "swap", "writer"),
-    2: ("facts", "base", "stats", "scan", "builtin", "machine", "placement", "special", "layout", "lora"),
+    2: ("facts", "base", "stats", "scan", "builtin", "machine", "placement", "special", "layout", "lora", "stacks"),
     3: ("rule", "testing"),
     4: ("engine", "plan", "explain", "pictures", "config"),
     5: ("quant", "evaluate"),

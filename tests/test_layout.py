@@ -15,8 +15,8 @@ from doctor.builtin import header_facts
 from doctor.checkpoint import Checkpoint
 from doctor.edits import PadTensor, SetJson, apply, from_codes
 from doctor.facts import CHECKPOINT, Unavailable
-from doctor.layout import Words, in_force, is_kept, read_quantization, runtime_entries
-from doctor.recipe import Recipe
+from doctor.layout import Words, in_force, read_quantization, runtime_entries
+from doctor.recipe import Recipe, is_kept
 from doctor.scan import _Words
 from doctor.spec import _lookup, build_spec, evaluate
 from doctor.tables import table

@@ -86,7 +86,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 class Experts(nn.Module):
-    """The experts of one block as linears, in place of transformers' stacked [experts, out, in] parameters.
+    """The experts of one block as linears, in place of transformers' stacked [experts, …] parameters.
 
     forward(hidden [tokens, k], top_k_index int64[tokens, top_k], top_k_weights [tokens, top_k]) -> [tokens, k], with the
     arithmetic of the stacked module: act(gate(x)) * up(x), down, weighted sum over the experts that a token chose.
@@ -97,18 +97,20 @@ class Experts(nn.Module):
 
     before: Callable[[list], None] | None = None
 
-    def __init__(self, stacked: nn.Module):
+    def __init__(self, stacked: nn.Module, *, in_first: bool = False, bias: bool = False):
         super().__init__()
         count, both, hidden = stacked.gate_up_proj.shape
-        self.act_fn = stacked.act_fn
+        if in_first:
+            hidden, both = both, hidden
+        self.gated = self.gate_of(stacked)
         with torch.device("meta"):
             self.experts = nn.ModuleList(
-                nn.ModuleDict({"gate": nn.Linear(hidden, both // 2, bias=False), "up": nn.Linear(hidden, both // 2, bias=False),
-                               "down": nn.Linear(both // 2, hidden, bias=False)}) for _ in range(count))
+                nn.ModuleDict({"gate": nn.Linear(hidden, both // 2, bias), "up": nn.Linear(hidden, both // 2, bias),
+                               "down": nn.Linear(both // 2, hidden, bias)}) for _ in range(count))
         self.requires_grad_(False)
 
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
         """Whether this is the plain stacked form: gate_up_proj [E, 2I, H], down_proj [E, H, I], no biases."""
         parameters = dict(module.named_parameters(recurse=False))
         if parameters.keys() != {"gate_up_proj", "down_proj"} or not callable(getattr(module, "act_fn", None)):
@@ -116,23 +118,89 @@ class Experts(nn.Module):
         gate_up, down = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
         return len(gate_up) == 3 and down == (gate_up[0], gate_up[2], gate_up[1] // 2) and not hasattr(module, "limit")
 
+    @staticmethod
+    def gate_of(stacked: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The input of down from what gate and up give."""
+        act = stacked.act_fn
+        return lambda gate, up: act(gate) * up
+
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         routes = [(expert, *torch.where(top_k_index == number)) for number, expert in enumerate(self.experts)]
         routes = [(expert, token, choice) for expert, token, choice in routes if token.numel()]
-        self._tell([(expert[role], lambda token=token: hidden[token]) for expert, token, _ in routes for role in ("gate", "up")])
+        weights = [top_k_weights[token, choice, None] for _, token, choice in routes]
+        return self._sum(hidden, [(expert, token, lambda token=token: hidden[token]) for expert, token, _ in routes], weights)
+
+    def _sum(self, hidden: torch.Tensor, routes: list[tuple[nn.ModuleDict, torch.Tensor, Callable[[], torch.Tensor]]],
+             weights: list[torch.Tensor] | None) -> torch.Tensor:
+        """Outputs of experts, added up in the places of their tokens. routes: (expert, its tokens, function that gives its input)."""
+        self._tell([(expert[role], x) for expert, _, x in routes for role in ("gate", "up")])
         middle = []
-        for expert, token, _ in routes:
-            x = hidden[token]
-            middle.append(self.act_fn(expert["gate"](x)) * expert["up"](x))
+        for expert, _, x in routes:
+            x = x()
+            middle.append(self.gated(expert["gate"](x), expert["up"](x)))
         self._tell([(expert["down"], lambda y=y: y) for (expert, _, _), y in zip(routes, middle)])
         out = torch.zeros_like(hidden)
-        for (expert, token, choice), y in zip(routes, middle):
-            out.index_add_(0, token, (expert["down"](y) * top_k_weights[token, choice, None]).to(out.dtype))
+        for number, ((expert, token, _), y) in enumerate(zip(routes, middle)):
+            y = expert["down"](y)
+            out.index_add_(0, token, (y if weights is None else y * weights[number]).to(out.dtype))
         return out
 
     def _tell(self, inputs: list[tuple[nn.Module, Callable[[], torch.Tensor]]]) -> None:
         if self.before is not None:
             self.before(inputs)
+
+
+class GptOssExperts(Experts):
+    """GPT-OSS: stacks lie [experts, in, out] with biases, gate and up take turns among the outputs, and both are clamped before they meet.
+
+    The linears `gate` and `up` are the first and the second half of those outputs, as GPTQModel names them.
+    """
+
+    def __init__(self, stacked: nn.Module):
+        super().__init__(stacked, in_first=True, bias=True)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == "GptOssExperts" and callable(getattr(module, "_apply_gate", None))
+
+    @staticmethod
+    def gate_of(stacked: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        return lambda gate, up: stacked._apply_gate(torch.cat((gate, up), -1))
+
+
+class SortedGptOssExperts(GptOssExperts):
+    """The same with linears that are gate and up, as llm-compressor writes them."""
+
+    @staticmethod
+    def gate_of(stacked: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        return lambda gate, up: stacked._apply_gate(torch.stack((gate, up), -1).flatten(-2))
+
+
+class Llama4Experts(Experts):
+    """Llama 4's whole mixture. Its router scales what goes into an expert, not what comes out, and gives scores for all experts, 0 for those
+    that a token did not choose: transformers computes all of them for every token, the zeros too.
+
+    forward(hidden [rows, length, k]) -> ([tokens, k], the router's logits)
+    """
+
+    def __init__(self, mixture: nn.Module):
+        super().__init__(mixture.experts, in_first=True)
+        self.router, self.shared_expert = mixture.router, mixture.shared_expert
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == "Llama4TextMoe"
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        scores, logits = self.router(hidden)
+        chosen = [(expert, number, torch.where(scores[:, number] != 0)[0]) for number, expert in enumerate(self.experts)]
+        routed = self._sum(hidden, [(expert, token, lambda token=token, n=number: hidden[token] * scores[token, n, None])
+                                    for expert, number, token in chosen if token.numel()], None)
+        return self.shared_expert(hidden) + routed, logits
+
+
+_FORMS = (Experts, GptOssExperts, Llama4Experts)
 
 
 @dataclass
@@ -231,11 +299,16 @@ class Skeleton:
         if not experts:
             return
         for path, module in list(self.blocks[i].named_modules()):
-            if Experts.fits(module):
+            form = next((form for form in _FORMS if form.fits(module)), None)
+            if form is GptOssExperts and getattr(self.checkpoint, "method", "") == "compressed-tensors":
+                form = SortedGptOssExperts
+            if form is not None:
                 parent = self.blocks[i].get_submodule(path.rpartition(".")[0])
-                setattr(parent, path.rpartition(".")[2], Experts(module))
+                setattr(parent, path.rpartition(".")[2], form(module))
                 for linear in experts:
-                    self._names.give(f"{self.list_name}.{i}.{path}.experts.{linear.expert}.{linear.role}.weight", linear.tensor)
+                    at = f"{self.list_name}.{i}.{path}.experts.{linear.expert}.{linear.role}"
+                    self._names.give(f"{at}.weight", linear.tensor)
+                    self._names.give(f"{at}.bias", f"{linear.name}.bias")
                 return
         raise NotQuantizable(f"block {i}: the checkpoint has {len(experts)} separate linears of experts, and transformers' "
                              f"{type(self.blocks[i]).__name__} stacks them in a form that is not known here.",

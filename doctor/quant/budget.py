@@ -16,9 +16,9 @@ from pathlib import Path
 
 from doctor.checkpoint import Checkpoint
 from doctor.errors import MachineError
-from doctor.layout import is_kept
-from doctor.recipe import Recipe
+from doctor.recipe import Recipe, is_kept
 from doctor.spec import Linear, ModelSpec
+from doctor.stacks import take_apart
 
 # A batch this long keeps matrix products at full speed, on a CPU and on a GPU; more only costs memory.
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
@@ -73,6 +73,7 @@ class Need:
 
 def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int) -> Need:
     """Of quantizing with `rows` calibration rows of `length` tokens; 0 rows for rtn, which takes no Hessian."""
+    checkpoint, spec = take_apart(checkpoint, spec, recipe)
     blocks = _blocks(checkpoint, spec)
     sizes = [(sum(t.numel for t in tensors), sum(t.nbytes for t in tensors)) for tensors in blocks.values()] or [(0, 0)]
     linears = [x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]

@@ -31,7 +31,6 @@ from doctor.checkpoint import Checkpoint
 from doctor.engine import judge
 from doctor.errors import CudaError, DoctorError, MachineError, NotQuantizable
 from doctor.facts import CHECKPOINT, Store
-from doctor.layout import is_kept
 from doctor.plan import Consent, with_fields
 from doctor.quant import awq, budget, export, kernels, solver
 from doctor.quant.blocks import Call, Skeleton, load_tensor
@@ -41,9 +40,10 @@ from doctor.quant.grid import Grid
 from doctor.quant.hessian import Attempt, mixed_products
 from doctor.quant.ranks import Ranks, finite_json
 from doctor.quant.walk import WITHOUT_GREENLET, Input, Stages, Walk, discover, greenlet
-from doctor.recipe import Recipe, matches
+from doctor.recipe import ASKED, Recipe, is_kept, matches, unfit
 from doctor.rule import Finding, Rule
 from doctor.spec import Linear, ModelSpec
+from doctor.stacks import find_stacks, take_apart
 
 # An exact fold moves float32 results by rounding only; a fold into something that is not linear moves them by percents.
 _FOLD_TOLERANCE = 1e-3
@@ -150,6 +150,8 @@ class _Run:
         if memory is not None:
             budget.return_freed_tensors()
         self.ranks = ranks
+        self.whole = {name: found.why for found in find_stacks(spec, checkpoint.tensors, recipe) for name in found.tensors}
+        checkpoint, spec = take_apart(checkpoint, spec, recipe)
         self.checkpoint, self.spec, self.recipe, self.output, self.store = checkpoint, spec, recipe, output, store
         self.rules = [r for r in rules if r.stage in RUN_STAGES]
         require_widths(spec, recipe)
@@ -331,7 +333,8 @@ class _Run:
             shape = self.checkpoint.tensors[name].shape
             if name in known or not re.search("expert|moe", name) or len(shape) != 3 or min(shape[1:]) < 2:
                 continue
-            reason = f"{shape[0]} experts in one tensor {list(shape)}; separate linears are quantized, such a stack is not"
+            why = self.whole.get(name, "no known form of stacks fits it")
+            reason = f"{shape[0]} experts in one tensor {list(shape)}; {why}"
             solved = Solve("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)
             record = _line(Linear(name.removesuffix(".weight"), name, STACKED, i, shape[2], shape[1]), solved, None, 0.0)
             self._note_kept(record)
@@ -342,20 +345,14 @@ class _Run:
         """Into the list of what the output's config names as 16 bits; engines know a stack by the module that holds it."""
         name = record["name"]
         if record["role"] == STACKED:
-            self.stacked += [(name, record["solve"]["note"])] * (name not in dict(self.stacked))
+            if self.whole.get(name) != ASKED and name not in dict(self.stacked):
+                self.stacked.append((name, record["solve"]["note"]))
             name = name.rpartition(".")[0]
         if name not in self.result.kept:
             self.result.kept.append(name)
 
     def _why_kept(self, linear: Linear) -> str:
-        width = linear.in_features if self.recipe.group_size == -1 else self.recipe.group_size
-        if is_kept(self.recipe, linear.name):
-            return "asked for with keep"
-        if linear.in_features % width:
-            return f"in_features {linear.in_features} is not a multiple of group_size {width}"
-        if linear.in_features % 32 or linear.out_features % 32:
-            return f"[{linear.out_features}, {linear.in_features}]: packing needs multiples of 32"
-        return ""
+        return ASKED if is_kept(self.recipe, linear.name) else unfit(self.recipe, linear.in_features, linear.out_features)
 
     def _keep(self, linear: Linear, reason: str) -> dict:
         solved = Solve("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)

@@ -196,7 +196,7 @@ class Walk:
                 self._where[modules[group[0]][1]] = number, place
         self._hessians: list[Hessian] = []
         experts = [m for m in skeleton.blocks[i].modules() if isinstance(m, Experts)]
-        inside = {m for e in experts for m in e.modules()}
+        inside = {m for e in experts for m in e.experts.modules()}
         # Groups of a stage that come one after the other cannot all be had at one halt, unless their experts are ours.
         self._at_once = [len(stage) == 1 or all(modules[group[0]][1] in inside for group in stage) for stage in stages]
         self.passes = []

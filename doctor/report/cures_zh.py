@@ -86,7 +86,7 @@ CURES = {
     "--keep {name} leaves them in 16 bits": "--keep {name} 把它们留在 16 位", "--keep {name} leaves it in 16 bits": "--keep {name} 把它留在 16 位",
     "serve on one GPU, or quantize again with static groups": "用一块 GPU 推理，或用静态分组重新量化",
     "plan for the memory, or use --method awq": "备足内存，或用 --method awq",
-    "unstack the experts with a conversion that the runtime reads": "用运行时能读的转换把堆叠的专家拆开",
+    "plan a format, a group size or a runtime for which the experts can be taken apart": "换一种能把专家拆开的格式、组大小或运行时",
     "split by layers instead (gpu_split), or serve EXL2": "改为按层切分（gpu_split），或用 EXL2 推理",
     "free {size}, or write to another disk": "腾出 {size}，或写到别的磁盘",
     "take a machine with more memory, or --method rtn, which needs no Hessian": "换内存更大的机器，或用不需要 Hessian 的 --method rtn",
@@ -120,7 +120,7 @@ CURES = {
     "mix sources: prose, code, chat and every language to be served": "混合来源：散文、代码、对话，以及推理时会用到的每种语言",
     "add text of every language to be served": "加入要服务的每种语言的文本",
     "--calibration FILE with text of the kind to be served": "用 --calibration FILE 给出与实际用途同类的文本",
-    "cut the rows: --max-seq-length {n}": "把行截短：--max-seq-length {n}", "convert the experts to linears of their own": "把专家转成各自独立的线性层",
+    "cut the rows: --max-seq-length {n}": "把行截短：--max-seq-length {n}", "plan a format, a group size or a runtime for which they can be taken apart": "换一种能把它们拆开的格式、组大小或运行时",
     "the result is the same; install what is missing to save time": "结果相同；装上缺少的东西可以省时间",
     # weights
     "replace the non-finite values by 0": "把非有限值换成 0",

@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from doctor.checkpoint import Checkpoint
 from doctor.errors import NotQuantizable
 from doctor.quant.blocks import Skeleton, load_tensor
+from doctor.recipe import Recipe
 from doctor.spec import build_spec
+from doctor.stacks import take_apart
 from doctor.testing import FAMILIES, tiny
+
+from healthy_models import save, stacked
 
 IDS = torch.stack([torch.arange(3, 35), torch.arange(34, 2, -1)])
 
@@ -32,9 +37,9 @@ def outputs(built, batches):
     return states
 
 
-def reference(folder):
+def reference(folder, attention="sdpa"):
     """The same from transformers' model, before the final norm."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     states = []
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)
     for layer in layers:
@@ -42,7 +47,7 @@ def reference(folder):
                                         with_kwargs=True)
     layers[-1].register_forward_hook(lambda m, args, out: states.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
-        model(IDS)
+        model(IDS, use_cache=False)
     return states
 
 
@@ -54,6 +59,24 @@ def test_blocks_one_by_one_equal_the_whole_model(family, tmp_path):
     for ours, theirs in zip(got, want):
         assert torch.isfinite(ours).all()
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "gpt_oss", "granitemoe", "qwen3_5_moe_text"])
+def test_stacks_taken_apart_compute_what_transformers_own_blocks_do(family, tmp_path):
+    """Every expert is chosen by some token; a clamp of GPT-OSS has something to clamp."""
+    folder = stored = save(family, tmp_path / "m", dtype="float32", num_hidden_layers=2)
+    if family == "qwen3_5_moe_text":
+        stored = stacked(folder, tmp_path / "stacked")
+    if family == "gpt_oss":
+        tensors = load_file(folder / "model.safetensors")
+        save_file({n: t * 40 if "gate_up_proj" in n else t for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(stored)
+    view, spec = take_apart(checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), Recipe(group_size=32))
+    assert view is not checkpoint
+    got, want = outputs(Skeleton(view, spec), [IDS]), reference(folder, "eager" if family == "gpt_oss" else "sdpa")
+    assert len(got) == len(want) == 3
+    for ours, theirs in zip(got, want):
+        assert torch.isfinite(ours).all() and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

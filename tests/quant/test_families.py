@@ -3,18 +3,23 @@
 import json
 import random
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from doctor import api
 from doctor.checkpoint import Checkpoint
 from doctor.errors import DoctorError, NotQuantizable
-from doctor.quant.blocks import load_tensor
+from doctor.quant import budget
+from doctor.quant.blocks import Skeleton, load_tensor
 from doctor.quant.dequant import as_float
 from doctor.recipe import Recipe
+from doctor.spec import build_spec
+from doctor.stacks import find_stacks, take_apart
 
-from healthy_models import save
+from healthy_models import save, stacked
 
 # Latent attention has as many key heads as query heads, whatever the other families' sizes are.
 OWN = {"deepseek_v2": {"num_key_value_heads": 4}, "deepseek_v3": {"num_key_value_heads": 4}}
@@ -32,12 +37,12 @@ def text(tmp_path):
     return path
 
 
-def quantized(family, tmp_path, text, method="gptq", **changes):
+def quantized(family, tmp_path, text, method="gptq", format="", **changes):
     save(family, tmp_path / "m", **(OWN.get(family, {}) | changes))
-    return api.quantize(tmp_path / "m", tmp_path / "o", Recipe(method=method, group_size=32), calibration=text, max_seq_length=64)
+    return api.quantize(tmp_path / "m", tmp_path / "o", Recipe(method=method, group_size=32, format=format), calibration=text, max_seq_length=64)
 
 
-@pytest.mark.parametrize("family, method", [*((f, "gptq") for f in MIXTURES), ("mixtral", "awq"), ("deepseek_v3", "awq"), ("olmoe", "rtn")])
+@pytest.mark.parametrize("family, method", [*((f, "gptq") for f in MIXTURES), ("mixtral", "awq"), ("deepseek_v3", "awq"), ("qwen3_next", "awq"), ("olmoe", "rtn")])
 def test_every_expert_is_quantized_on_what_reached_it(family, method, tmp_path, text):
     done = quantized(family, tmp_path, text, method)
     experts = [line for line in done.linears if ".experts." in line["name"]]
@@ -50,12 +55,99 @@ def test_every_expert_is_quantized_on_what_reached_it(family, method, tmp_path, 
     assert all(f"{line['name']}.qweight" in stored for line in experts)
 
 
+@pytest.mark.parametrize("family, method, format", [
+    *((f, m, "") for f in IN_ONE_TENSOR for m in ("gptq", "awq")), ("llama4_text", "gptq", "compressed-tensors"), ("granitemoe", "rtn", "")])
+def test_experts_in_one_tensor_are_quantized_as_linears_of_their_own_and_read_back(family, method, format, tmp_path, text):
+    done = quantized(family, tmp_path, text, method, format=format)
+    assert done.output and {line["outcome"] for line in done.linears} == {method} and done.report.ok
+    assert not {f.code for f in done.report.findings} & {"G313", "Q416", "Q406"}
+    source = Checkpoint.open(tmp_path / "m")
+    spec = build_spec(source.value("config.json"), source.tensors)
+    view, apart = take_apart(source, spec, done.report.recipe)
+    experts = [x for x in apart.linears if x.expert is not None]
+    assert len(experts) == 3 * 4 * 3 and {x.name for x in apart.linears} == {line["name"] for line in done.linears}
+    if method != "rtn":
+        reached = {(x["block"], re.search(r"experts\.(\d+)", x["name"])[1]): x["hessian"]["tokens"] for x in done.linears if ".experts." in x["name"]}
+        assert len(reached) == 12 and len(set(reached.values())) > 1 and all(0 < n < 32 * 64 for n in reached.values())
+    written = Checkpoint.open(done.output)
+    read = as_float(written)
+    assert not {n for s in find_stacks(spec, source.tensors, done.report.recipe) for n in s.tensors} & read.tensors.keys()
+    for x in experts:
+        W = load_tensor(view, x.tensor, torch.float32)
+        if method != "awq":     # awq's are scaled
+            error = (torch.from_numpy(read.load(x.tensor)) - W).norm() / W.norm()
+            assert 0.01 < error < 0.2
+        bias = f"{x.name}.bias"
+        assert (bias in view.tensors) == (bias in written.tensors) == (family == "gpt_oss")
+        if bias in written.tensors:
+            assert np.array_equal(written.load(bias), view.load(bias))
+    stated = written.value("config.json")["quantization_config"]
+    assert not stated.get("dynamic") and not stated.get("modules_to_not_convert", ["lm_head"])[1:] and not stated.get("ignore", ["lm_head"])[1:]
+    assert sum(p.stat().st_size for p in done.output.glob("*.safetensors")) < 0.45 * sum(p.stat().st_size for p in (tmp_path / "m").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("family", IN_ONE_TENSOR)
-def test_experts_in_one_tensor_are_kept_and_said_so_while_the_rest_is_quantized(family, tmp_path, text):
-    done = quantized(family, tmp_path, text)
+def test_the_output_of_stacks_computes_as_the_model_does(family, tmp_path, text):
+    """8 bits are close enough to say that no expert, half or row is in another's place, where tokens choose all experts: no choice can flip."""
+    save(family, tmp_path / "m", num_experts_per_tok=4)
+    done = api.quantize(tmp_path / "m", tmp_path / "o", Recipe(bits=8, group_size=32), calibration=text, max_seq_length=64)
+    ids = torch.tensor([list(range(3, 67))])
+    logits = []
+    for folder in (tmp_path / "m", done.output):
+        read = as_float(Checkpoint.open(folder))
+        built = Skeleton(read, build_spec(read.value("config.json"), read.tensors))
+        built.load_whole()
+        with torch.no_grad():
+            logits.append(built.model(ids).logits)
+    assert (logits[1] - logits[0]).norm() < 0.03 * logits[0].norm()
+
+
+def test_a_stacked_checkpoint_gives_the_bytes_of_the_same_with_linears_of_their_own(tmp_path, text):
+    save("qwen3_5_moe_text", tmp_path / "apart")
+    stacked(tmp_path / "apart", tmp_path / "stacked")
+    for method in ("gptq", "awq"):
+        for name in ("apart", "stacked"):
+            recipe = Recipe(method=method, group_size=32)
+            done = api.quantize(tmp_path / name, tmp_path / f"{name}-{method}", recipe, calibration=text, max_seq_length=64)
+            assert done.output and not [f for f in done.report.findings if f.severity != "info"]
+        ours, theirs = ({n: c.load(n).tobytes() for n in c.tensors} for c in (Checkpoint.open(tmp_path / f"{n}-{method}") for n in ("stacked", "apart")))
+        assert ours == theirs and len([n for n in ours if ".experts." in n]) >= 3 * 4 * 3
+
+
+def test_stacks_that_no_engine_reads_apart_are_kept_and_said_so_while_the_rest_is_quantized(tmp_path, text):
+    done = quantized("gpt_oss", tmp_path, text, format="compressed-tensors")
     kept = {line["name"] for line in done.linears if line["outcome"] == "kept"}
-    assert done.output and kept and sum(line["outcome"] == "gptq" for line in done.linears) >= 12
+    assert done.output and len(kept) == 6 and sum(line["outcome"] == "gptq" for line in done.linears) == 12
     assert {f.code for f in done.report.findings} >= {"G313", "Q416"}
+    assert all("vLLM loads gpt_oss experts as one tensor" in f.message for f in done.report.findings if f.code in ("G313", "Q416"))
+
+
+def test_stacks_that_the_user_keeps_are_whole_and_no_finding(tmp_path, text):
+    save("llama4_text", tmp_path / "m")
+    done = api.quantize(tmp_path / "m", tmp_path / "o", Recipe(group_size=32, keep=("layers.1.feed_forward.experts",)), calibration=text, max_seq_length=64)
+    source, written = Checkpoint.open(tmp_path / "m"), Checkpoint.open(done.output)
+    whole = [n for n in written.tensors if n.endswith(("gate_up_proj", "experts.down_proj"))]
+    assert sorted(whole) == [f"model.layers.1.feed_forward.experts.{x}_proj" for x in ("down", "gate_up")]
+    assert all(np.array_equal(written.load(n), source.load(n)) for n in whole)
+    assert not {f.code for f in done.report.findings} & {"G313", "Q416", "Q406"}
+    assert r"-:^model\.layers\.1\.feed_forward\.experts$" in written.value("config.json")["quantization_config"]["dynamic"]
+
+
+def test_experts_of_a_stack_get_their_own_width_by_name(tmp_path, text):
+    save("gpt_oss", tmp_path / "m")
+    done = api.quantize(tmp_path / "m", tmp_path / "o", Recipe(group_size=32, bits_for=("experts.*.down_proj=8",)), calibration=text, max_seq_length=64)
+    losses = {bits: [x["solve"]["loss"] for x in done.linears if x["role"] == "down" and (bits == 8)] or
+              [x["solve"]["loss"] for x in done.linears if x["role"] == "gate"] for bits in (4, 8)}
+    assert len(losses[8]) == 12 and max(losses[8]) < min(losses[4]) / 20
+
+
+@pytest.mark.parametrize("family", IN_ONE_TENSOR)
+def test_the_need_of_stacks_is_that_of_their_linears(family, tmp_path):
+    source = Checkpoint.open(save(family, tmp_path / "m"))
+    spec, recipe = build_spec(source.value("config.json"), source.tensors), Recipe(group_size=32)
+    apart, whole = (budget.needs(source, spec, replace(recipe, keep=keep), 32, 64) for keep in ((), ("experts", "input_linear")))
+    assert apart.hessians == 4 * (4 * 256**2 + 256**2 * (1 if family != "llama4_text" else 2))   # of down in four experts, and one as it becomes a matrix
+    assert apart.block == whole.block and apart.output < 0.45 * whole.output and apart.hidden == whole.hidden
 
 
 def test_sizes_that_the_models_own_code_cannot_compute_with_are_refused_with_its_words(tmp_path, text):
@@ -100,3 +192,34 @@ def test_widths_that_no_reader_would_understand_are_refused(options, words, tmp_
     save("llama", tmp_path / "m")
     with pytest.raises(DoctorError, match=words):
         api.quantize(tmp_path / "m", tmp_path / "o", Recipe(group_size=32, **options), calibration=text, max_seq_length=64)
+
+
+def test_gpt_oss_experts_that_llm_compressor_sorted_into_gate_and_up_compute_as_the_stacks_do(tmp_path):
+    """The same names mean halves in GPTQModel's files and gate and up in llm-compressor's, which are compressed-tensors."""
+    source = Checkpoint.open(save("gpt_oss", tmp_path / "m", dtype="float32"))
+    spec = build_spec(source.value("config.json"), source.tensors)
+    view, apart = take_apart(source, spec, Recipe(group_size=32))
+    ids, logits = torch.tensor([list(range(3, 67))]), []
+
+    class Sorted:
+        """What a compressed-tensors file of llm-compressor reads back as."""
+
+        method, tensors = "compressed-tensors", view.tensors
+
+        def __getattr__(self, name):
+            return getattr(view, name)
+
+        def load(self, name):
+            match = re.match(r"(.*experts)\.(\d+)\.(gate|up)_proj\.(weight|bias)$", name)
+            if not match:
+                return view.load(name)
+            both = np.concatenate([view.load(f"{match[1]}.{match[2]}.{role}_proj.{match[4]}") for role in ("gate", "up")])
+            return np.ascontiguousarray(both[0 if match[3] == "gate" else 1::2])
+
+    for checkpoint in (source, view, Sorted()):
+        built = Skeleton(checkpoint, spec if checkpoint is source else apart)
+        built.load_whole()
+        with torch.no_grad():
+            logits.append(built.model(ids).logits)
+    for got in logits[1:]:
+        assert (got - logits[0]).abs().max() <= 1e-5 * logits[0].abs().max()

@@ -245,7 +245,7 @@ def test_less_memory_than_a_block_takes_is_refused_with_the_sum(tmp_path, text):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, "llama4_text", "gpt_oss", "granitemoe"))
 def test_a_pass_that_is_halted_and_one_that_starts_anew_write_the_same_bytes(family, method, tmp_path, text, monkeypatch):
     recipe = Recipe(method=method, group_size=32)
     monkeypatch.setattr(run, "BATCH_TOKENS", 512)  # four batches
@@ -419,7 +419,7 @@ def test_a_run_is_not_resumed_in_another_output_format(tmp_path, text, monkeypat
     assert quantized(tiny("llama"), tmp_path, text, Recipe(group_size=32, format="gptq"), resume=True).output is not None  # said or meant
 
 
-def test_experts_in_one_tensor_stay_in_16_bits_and_are_found(tmp_path, text):
+def test_stacks_that_the_runtime_does_not_read_apart_stay_in_16_bits_and_are_found(tmp_path, text):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model("gpt_oss", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -427,7 +427,8 @@ def test_experts_in_one_tensor_stay_in_16_bits_and_are_found(tmp_path, text):
                                   bos_token_id=1, eos_token_id=2, pad_token_id=2)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
-    result = api.quantize(tmp_path / "m", tmp_path / "o", RECIPE, calibration=text, max_seq_length=64, select=("Q", "O"))
+    recipe = Recipe(group_size=32, runtime="vllm")
+    result = api.quantize(tmp_path / "m", tmp_path / "o", recipe, calibration=text, max_seq_length=64, select=("Q", "O"))
     stacked = [r for r in result.linears if r["role"] == "experts"]
     assert [(r["block"], r["outcome"], r["out_features"] * r["in_features"]) for r in stacked] == [(i, "kept", size) for i in (0, 1) for size in (64 * 128, 64 * 256)]
     found = [f.message for f in result.report.findings if f.code == "Q416"]
