@@ -55,8 +55,9 @@ class Stacks:
     why: str
 
     @property
-    def experts(self) -> int:
-        return len({x.expert for x in self.linears})
+    def module(self) -> str:
+        """What engines call the module that holds the experts."""
+        return self.linears[0].name.rpartition(".0.")[0]
 
 
 def find_stacks(spec: ModelSpec, tensors: Mapping[str, TensorInfo], recipe: Recipe) -> tuple[Stacks, ...]:
@@ -64,11 +65,23 @@ def find_stacks(spec: ModelSpec, tensors: Mapping[str, TensorInfo], recipe: Reci
     found = []
     for entry in stacks_of(spec.model_type):
         tail = re.compile(rf"^(?P<block>(?:\w+\.)*?layers\.(?P<i>\d+)\.){re.escape(entry['gate_up'])}$")
+        own = []
         for name in tensors:
             match = tail.match(name)
             if match and match["block"] + entry["down"] in tensors:
-                found += _of_block(entry, spec, tensors, recipe, match["block"], int(match["i"]))
+                own += _of_block(entry, spec, tensors, recipe, match["block"], int(match["i"]))
+        found += _alike(own, recipe) if entry.get("in_all_blocks") else own
     return tuple(found)
+
+
+def _alike(found: list[Stacks], recipe: Recipe) -> list[Stacks]:
+    """All taken apart or none, where an engine reads no other: linears that stay in 16 bits can do so apart, by their own names."""
+    staying = [s for s in found if s.why]
+    if not staying or len(staying) == len(found):
+        return found
+    if all(is_kept(recipe, x.name) for s in staying for x in s.linears):
+        return [replace(s, why="") for s in found]
+    return [replace(s, why=s.why or f"those of block {staying[0].block} stay, and vLLM reads stacks in all blocks or in none") for s in found]
 
 
 def _of_block(entry: dict, spec: ModelSpec, tensors: Mapping[str, TensorInfo], recipe: Recipe, prefix: str, block: int) -> Iterable[Stacks]:

@@ -141,6 +141,12 @@ def test_blocks_are_kept_one_by_one(tmp_path):
     assert why("granitemoe", keep=("layers.1.block_sparse_moe",)) == {0: "", 1: "asked for with keep"}
 
 
+def test_an_engine_that_reads_stacks_in_all_blocks_or_none_gets_that():
+    assert why("llama4_text", keep=("layers.1.feed_forward.experts",)) == {0: "", 1: ""}     # its linears stay in 16 bits by their own names
+    assert why("llama4_text", keep=("layers.1.feed_forward.experts.down_proj",)) == {
+        0: "those of block 1 stay, and vLLM reads stacks in all blocks or in none", 1: "asked for with keep"}
+
+
 def test_shapes_that_are_not_the_familys_are_left_alone():
     case = tiny("granitemoe")
     name = "model.layers.0.block_sparse_moe.input_linear.weight"

@@ -95,6 +95,13 @@ def quantization_config(recipe: Recipe, kept: Iterable[str] = (), widths: dict[s
             "config_groups": groups}
 
 
+def _modules_of_experts(kept: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """Modules of experts of which every linear is kept: vLLM computes them in one kernel, and asks by the module's name."""
+    number = re.compile(r"^(.*)\.\d+\.\w+$")
+    found = {match[1] for match in map(number.match, kept) if match and match[1].endswith("experts")}
+    return sorted(found - {match[1] for match in map(number.match, quantized) if match})
+
+
 def _with_joined(names: Iterable[str]) -> list[str]:
     """The names, and those under which vLLM knows linears that it joins."""
     names, found = set(names), []
@@ -205,6 +212,7 @@ class Output:
         if len(set(weight_map.values())) > 1:
             self._json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         names = [name.rpartition(".")[0] for name in weight_map if name.endswith(WORD_TAILS)]
+        kept = [*kept, *_modules_of_experts(kept, names)]
         stated = quantization_config(recipe, kept, {n: w for n in names if (w := recipe.for_linear(n).bits) != recipe.bits})
         self._json("config.json", {**_sixteen_bits(checkpoint.value("config.json") or {}), "quantization_config": stated})
         if stated["quant_method"] == "gptq":

@@ -150,7 +150,7 @@ class _Run:
         if memory is not None:
             budget.return_freed_tensors()
         self.ranks = ranks
-        self.whole = {name: found.why for found in find_stacks(spec, checkpoint.tensors, recipe) for name in found.tensors}
+        self.whole = {name.removesuffix(".weight"): found for found in find_stacks(spec, checkpoint.tensors, recipe) for name in found.tensors}
         checkpoint, spec = take_apart(checkpoint, spec, recipe)
         self.checkpoint, self.spec, self.recipe, self.output, self.store = checkpoint, spec, recipe, output, store
         self.rules = [r for r in rules if r.stage in RUN_STAGES]
@@ -333,23 +333,28 @@ class _Run:
             shape = self.checkpoint.tensors[name].shape
             if name in known or not re.search("expert|moe", name) or len(shape) != 3 or min(shape[1:]) < 2:
                 continue
-            why = self.whole.get(name, "no known form of stacks fits it")
+            module = name.removesuffix(".weight")
+            why = self.whole[module].why if module in self.whole else "no known form of stacks fits it"
             reason = f"{shape[0]} experts in one tensor {list(shape)}; {why}"
             solved = Solve("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)
-            record = _line(Linear(name.removesuffix(".weight"), name, STACKED, i, shape[2], shape[1]), solved, None, 0.0)
+            record = _line(Linear(module, name, STACKED, i, shape[2], shape[1]), solved, None, 0.0)
             self._note_kept(record)
             records.append(record)
         return records
 
     def _note_kept(self, record: dict) -> None:
-        """Into the list of what the output's config names as 16 bits; engines know a stack by the module that holds it."""
-        name = record["name"]
+        """Into the list of what the output's config names as 16 bits; engines know a stack by the module that holds the experts.
+
+        vLLM asks compressed-tensors for the linears that would be in the module.
+        """
+        names = [record["name"]]
         if record["role"] == STACKED:
-            if self.whole.get(name) != ASKED and name not in dict(self.stacked):
-                self.stacked.append((name, record["solve"]["note"]))
-            name = name.rpartition(".")[0]
-        if name not in self.result.kept:
-            self.result.kept.append(name)
+            found = self.whole.get(names[0])
+            if (found is None or found.why != ASKED) and names[0] not in dict(self.stacked):
+                self.stacked.append((names[0], record["solve"]["note"]))
+            names = [found.module if found else names[0].rpartition(".")[0]]
+            names += [rf"re:^{re.escape(names[0])}\."] * (self.recipe.output_format == "compressed-tensors")
+        self.result.kept += [name for name in names if name not in self.result.kept]
 
     def _why_kept(self, linear: Linear) -> str:
         return ASKED if is_kept(self.recipe, linear.name) else unfit(self.recipe, linear.in_features, linear.out_features)

@@ -122,15 +122,42 @@ def test_stacks_that_no_engine_reads_apart_are_kept_and_said_so_while_the_rest_i
     assert all("vLLM loads gpt_oss experts as one tensor" in f.message for f in done.report.findings if f.code in ("G313", "Q416"))
 
 
-def test_stacks_that_the_user_keeps_are_whole_and_no_finding(tmp_path, text):
-    save("llama4_text", tmp_path / "m")
-    done = api.quantize(tmp_path / "m", tmp_path / "o", Recipe(group_size=32, keep=("layers.1.feed_forward.experts",)), calibration=text, max_seq_length=64)
+@pytest.mark.parametrize("format, said", [("gptq", r"-:^model\.layers\.1\.block_sparse_moe\.experts$"), ("awq", "model.layers.1.block_sparse_moe.experts"),
+                                          ("compressed-tensors", r"re:^model\.layers\.1\.block_sparse_moe\.experts\.")])
+def test_stacks_that_the_user_keeps_are_whole_and_no_finding(format, said, tmp_path, text):
+    """The config names the module as vLLM does, and for compressed-tensors the linears that would be in it: so vLLM 0.32 loads all three."""
+    save("granitemoe", tmp_path / "m")
+    recipe = Recipe(group_size=32, format=format, keep=("layers.1.block_sparse_moe",))
+    done = api.quantize(tmp_path / "m", tmp_path / "o", recipe, calibration=text, max_seq_length=64)
     source, written = Checkpoint.open(tmp_path / "m"), Checkpoint.open(done.output)
-    whole = [n for n in written.tensors if n.endswith(("gate_up_proj", "experts.down_proj"))]
-    assert sorted(whole) == [f"model.layers.1.feed_forward.experts.{x}_proj" for x in ("down", "gate_up")]
+    whole = [n for n in written.tensors if len(written.tensors[n].shape) == 3]
+    assert sorted(whole) == [f"model.layers.1.block_sparse_moe.{x}_linear.weight" for x in ("input", "output")]
     assert all(np.array_equal(written.load(n), source.load(n)) for n in whole)
     assert not {f.code for f in done.report.findings} & {"G313", "Q416", "Q406"}
+    stated = written.value("config.json")["quantization_config"]
+    assert said in {"gptq": stated.get("dynamic"), "awq": stated.get("modules_to_not_convert"), "compressed-tensors": stated.get("ignore")}[format]
+
+
+def test_stacks_that_an_engine_reads_in_all_blocks_or_none_are_kept_as_linears(tmp_path, text):
+    """vLLM's Llama 4 takes everything behind the first stack for one; its linears in 16 bits are loaded (run with vLLM 0.32)."""
+    save("llama4_text", tmp_path / "m")
+    done = api.quantize(tmp_path / "m", tmp_path / "o", Recipe(group_size=32, keep=("layers.1.feed_forward.experts",)), calibration=text, max_seq_length=64)
+    written = Checkpoint.open(done.output)
+    assert not [n for n in written.tensors if len(written.tensors[n].shape) == 3] and not {f.code for f in done.report.findings} & {"G313", "Q416", "Q406"}
+    kept = {x["name"] for x in done.linears if x["outcome"] == "kept"}
+    assert kept == {f"model.layers.1.feed_forward.experts.{e}.{r}_proj" for e in range(4) for r in ("gate", "up", "down")}
+    assert all(written.tensors[f"{name}.weight"].dtype.name == "BF16" for name in kept)
     assert r"-:^model\.layers\.1\.feed_forward\.experts$" in written.value("config.json")["quantization_config"]["dynamic"]
+
+
+def test_a_module_of_experts_is_named_where_all_of_its_linears_are_kept(tmp_path, text):
+    """vLLM asks by the module's name; where one linear of it is quantized, the module is not in 16 bits."""
+    save("mixtral", tmp_path / "m")
+    for keep, named in (("layers.1.block_sparse_moe", [r"-:^model\.layers\.1\.block_sparse_moe\.experts$"]), ("experts.3.", [])):
+        recipe = Recipe(method="rtn", group_size=32, keep=(keep,))
+        done = api.quantize(tmp_path / "m", tmp_path / f"o{keep}", recipe, calibration=text, max_seq_length=64)
+        dynamic = Checkpoint.open(done.output).value("config.json")["quantization_config"]["dynamic"]
+        assert [p for p in dynamic if p.endswith("experts$")] == named
 
 
 def test_experts_of_a_stack_get_their_own_width_by_name(tmp_path, text):
@@ -146,7 +173,7 @@ def test_the_need_of_stacks_is_that_of_their_linears(family, tmp_path):
     source = Checkpoint.open(save(family, tmp_path / "m"))
     spec, recipe = build_spec(source.value("config.json"), source.tensors), Recipe(group_size=32)
     apart, whole = (budget.needs(source, spec, replace(recipe, keep=keep), 32, 64) for keep in ((), ("experts", "input_linear")))
-    assert apart.hessians == 4 * (4 * 256**2 + 256**2 * (1 if family != "llama4_text" else 2))   # of down in four experts, and one as it becomes a matrix
+    assert apart.hessians == 4 * 256**2 * (5 if family == "llama4_text" else 4)     # of down in four experts, and in the shared one
     assert apart.block == whole.block and apart.output < 0.45 * whole.output and apart.hidden == whole.hidden
 
 
