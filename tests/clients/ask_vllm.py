@@ -5,7 +5,8 @@ graphs and with 1 GiB of KV cache, so that a machine of 8 GB is enough.
 
 vLLM's 4-bit CPU kernel is compiled for AVX-512 alone. On a CPU without it the same product is computed
 in torch here, from the words that vLLM's own loader made: the engine then still judges names, shapes, packing
-and config of the checkpoint, and the answer says "int4_kernel": "reference".
+and config of the checkpoint, and the answer says "int4_kernel": "reference". Its 4-bit kernel for experts wants AMX; without it the
+experts are computed here in the same way ("int4_experts").
 
     ask_vllm.py MODEL PROMPT... [--tp N] [--tokens 24] [--dtype bfloat16]
 
@@ -41,7 +42,7 @@ def main() -> None:
 def ask(options) -> dict:
     from vllm import LLM, SamplingParams
 
-    kernel = provide_int4_kernel()
+    kernel, experts = provide_int4_kernel(), provide_int4_experts()
     llm = LLM(options.model, tensor_parallel_size=options.tp, dtype=options.dtype, enforce_eager=True,
               max_model_len=256, max_num_seqs=1)
     asked = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True, logprobs=2)
@@ -53,6 +54,7 @@ def ask(options) -> dict:
         "quantization": config.quantization,
         "dtype": str(config.dtype).removeprefix("torch."),
         "int4_kernel": kernel,
+        "int4_experts": experts,
     }
 
 
@@ -100,6 +102,78 @@ def dequantize(q_weight, scales, zeros):
     k = codes.shape[0]
     repeat = k // groups
     return (codes - zero.repeat_interleave(repeat, 0)).float() * scales.float().repeat_interleave(repeat, 0)
+
+
+def provide_int4_experts() -> str:
+    """The 4-bit kernel for experts: "vllm" where this CPU has AMX, else "reference": sums over experts in torch."""
+    import torch
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
+    from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
+    from vllm.model_executor.layers.quantization import auto_awq, auto_gptq
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as packed,
+    )
+
+    if torch.cpu._is_amx_tile_supported():
+        return "vllm"
+
+    def keep(decode):
+        def after_loading(self, layer):
+            layer.decoded = [[decode(layer, name, e) for e in range(layer.local_num_experts)] for name in ("w13", "w2")]
+        return after_loading
+
+    def apply(self, layer, x, topk_weights, topk_ids, shared_experts=None, shared_experts_input=None):
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        for e, (both, down) in enumerate(zip(*layer.decoded, strict=True)):
+            token, choice = torch.where(topk_ids == e)
+            weight = topk_weights[token, choice, None].float()
+            given = x[token].float() * (weight if layer.apply_router_weight_on_input else 1)
+            gate, up = (given @ both.T).chunk(2, -1)
+            made = (torch.nn.functional.silu(gate) * up) @ down.T
+            out.index_add_(0, token, made * (1 if layer.apply_router_weight_on_input else weight))
+        return out.to(x.dtype)
+
+    for module, method, decode in ((auto_gptq, auto_gptq.AutoGPTQMoEMethod, gptq_expert), (auto_awq, auto_awq.AutoAWQMoEMethod, awq_expert),
+                                   (packed, packed.CompressedTensorsWNA16MoEMethod, packed_expert)):
+        module.select_wna16_moe_backend = lambda *args, **kwargs: (WNA16MoEBackend.CPU, CPUExpertsInt4)
+        method.process_weights_after_loading, method.apply = keep(decode), apply
+    return "reference"
+
+
+def fields(words, order=range(8)):
+    """i32[..., n] -> codes of 4 bits, i32[..., n * 8], in the order of their places in a word."""
+    import torch
+
+    return (words.unsqueeze(-1) >> torch.tensor([4 * place for place in order], dtype=torch.int32) & 15).flatten(-2)
+
+
+def spread(codes, scale, zero):
+    """f32[n, k] from codes [n, k] and a grid [n, groups]."""
+    repeat = codes.shape[1] // scale.shape[1]
+    return (codes - zero.repeat_interleave(repeat, 1)).float() * scale.float().repeat_interleave(repeat, 1)
+
+
+def gptq_expert(layer, name, e):
+    """Symmetric: code 8 is 0.0."""
+    import torch
+
+    scale = getattr(layer, f"{name}_scales")[e].T
+    return spread(fields(getattr(layer, f"{name}_qweight")[e].T.contiguous()), scale, torch.full(scale.shape, 8))
+
+
+def awq_expert(layer, name, e):
+    order = (0, 4, 1, 5, 2, 6, 3, 7)
+    return spread(*(fields(getattr(layer, f"{name}_qweight")[e], order).T, getattr(layer, f"{name}_scales")[e].T,
+                    fields(getattr(layer, f"{name}_qzeros")[e], order).T))
+
+
+def packed_expert(layer, name, e):
+    """Without zero points, code 8 is 0.0."""
+    import torch
+
+    scale, zeros = getattr(layer, f"{name}_weight_scale")[e], getattr(layer, f"{name}_weight_zero_point", None)
+    zero = torch.full(scale.shape, 8) if zeros is None else fields(zeros[e].T.contiguous()).T
+    return spread(fields(getattr(layer, f"{name}_weight_packed")[e]), scale, zero)
 
 
 if __name__ == "__main__":
