@@ -50,6 +50,11 @@ def install() -> None:
         sys.meta_path.insert(0, _Watch())
 
 
+def installed() -> bool:
+    """Whether this process goes, or will go, without them."""
+    return any(isinstance(finder, _Watch) for finder in sys.meta_path) or isinstance(sys.modules.get(_LOSSES), _Later)
+
+
 def _take_places() -> None:
     if _DYNAMO not in sys.modules:
         sys.modules[_DYNAMO] = _Later(_DYNAMO, {"disable": _as_it_is, "allow_in_graph": _as_it_is, "assume_constant_result": _as_it_is})

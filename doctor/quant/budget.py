@@ -1,19 +1,20 @@
 """What a run takes, worked out from headers alone: memory, disk, and how much is left for what may also lie on disk.
 
-Peak memory = one block in float32 + the next one as stored + the Hessians of one stage + what solving and one batch hold +
-a constant for Python, torch and transformers. It does not grow with the number of blocks. Hidden states come on top where there is
-room, else they are in a file; passes halted between stages (walk.py) take what is left then.
+Peak memory = one block in float32 + the next one as stored + the Hessians of one stage + the larger of what solving and one batch
+hold + a constant for Python, torch and transformers. It does not grow with the number of blocks. Hidden states come on top where there is
+room, and passes halted between stages (walk.py) take what is left then; what finds no room lies on disk (shelf.py).
 """
 from __future__ import annotations
 
 import ctypes
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from doctor import lean
 from doctor.checkpoint import Checkpoint
 from doctor.errors import MachineError
 from doctor.recipe import Recipe, is_kept
@@ -22,14 +23,20 @@ from doctor.stacks import take_apart
 
 # A batch this long keeps matrix products at full speed, on a CPU and on a GPU; more only costs memory.
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
-# Python, torch, transformers, the model's frame, heap that is free but not returned. Measured: 440 MiB with torch's CPU build; its CUDA
-# build takes 770 even where there is no GPU, most of it while the libraries load.
-CONSTANT = (560 if version("torch").endswith("+cpu") else 900) << 20
 # Matrices of [k, k] and of [n, k] in float32 that solving one linear holds at its peak, besides its Hessian and its weight.
 _SQUARES, _OBLONGS = 6, 6
-_M_MMAP_THRESHOLD = -3  # of mallopt
-_OWN_MAPPING = 1 << 20  # bytes from which an allocation gets pages of its own
 _SHARE_OF_FREE = 0.7    # of what is free, where no limit is given: other programs want to live too
+
+
+def constant() -> int:
+    """Bytes of Python, torch, transformers, the model's frame, and heap that is free but not returned.
+
+    Measured with torch's CPU build: 350 MiB in a process of doctor's own (lean.py), 440 in another. Its CUDA build takes 770 even where
+    there is no GPU, most of it while the libraries load.
+    """
+    if not version("torch").endswith("+cpu"):
+        return 900 << 20
+    return (390 if lean.installed() else 520) << 20
 
 
 @dataclass(frozen=True)
@@ -42,20 +49,21 @@ class Need:
     solving: int
     batch: int
     device_batch: int   # on a GPU, where batches are longer
+    row: int            # one row instead of a batch of them
     outside: int        # embeddings as stored, held with one block while the first inputs are taken
     hidden: int
     output: int
-    constant: int = CONSTANT
+    constant: int = field(default_factory=constant)
 
     @property
     def fixed(self) -> int:
-        running = self.block + self.ahead + self.hessians + self.solving + self.batch
-        return self.constant + max(running, self.outside + self.block + self.batch)
+        running = self.block + self.ahead + self.hessians + max(self.solving, self.batch)   # one after the other
+        return self.constant + max(running, self.outside + self.block + self.row)
 
     @property
     def on_device(self) -> int:
         """Of a GPU's memory, an upper edge; hidden states and halted passes take some of what is left there (run.py)."""
-        return self.block + self.hessians + self.solving + self.device_batch
+        return self.block + self.hessians + max(self.solving, self.device_batch)
 
     @property
     def disk(self) -> int:
@@ -65,8 +73,8 @@ class Need:
     def parts(self) -> list[tuple[str, int]]:
         """(what, bytes) of `fixed` as a person wants to see it; the larger of the two moments."""
         running = [("one block in float32", self.block), ("the next block as stored", self.ahead), ("Hessians of one stage", self.hessians),
-                   ("solving one linear", self.solving), ("one batch of rows", self.batch)]
-        first = [("one block in float32", self.block), ("embeddings", self.outside), ("one batch of rows", self.batch)]
+                   max(("solving one linear", self.solving), ("one batch of rows", self.batch), key=lambda row: row[1])]
+        first = [("one block in float32", self.block), ("embeddings", self.outside), ("one row", self.row)]
         larger = max(running, first, key=lambda rows: sum(b for _, b in rows))
         return [*larger, ("Python, torch and transformers", self.constant)]
 
@@ -89,7 +97,7 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
     return Need(
         block=4 * max(elements for elements, _ in sizes), ahead=max(stored for _, stored in sizes) if len(sizes) > 1 else 0,
         hessians=_hessian_bytes(linears, recipe) if rows else 0, solving=solving,
-        batch=batch(BATCH_TOKENS), device_batch=batch(DEVICE_BATCH_TOKENS),
+        batch=batch(BATCH_TOKENS), device_batch=batch(DEVICE_BATCH_TOKENS), row=batch(0),
         outside=sum(t.nbytes for t in outside if len(t.shape) == 2 and "head" not in t.name) if rows else 0,
         hidden=4 * tokens * (spec.hidden or 0), output=_output_bytes(checkpoint, linears, recipe))
 
@@ -168,30 +176,15 @@ def resident() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:     # no /proc: the constant stands for it
-        return CONSTANT
-
-
-def return_freed_tensors() -> None:
-    """From now on a freed tensor's pages go back to the system at once, where the C library can.
-
-    glibc moves its threshold for that up to 32 MiB as tensors are freed, and keeps what halted passes leave between them: an eighth of the
-    peak of a small model. The kernel clears pages more often then, 9 % of a run on two threads in huge pages (see
-    doctor/quant/__init__.py), so this is for runs with a limit.
-    """
-    set_option = _of_c_library("mallopt")
-    if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, _OWN_MAPPING)
+        return constant()
 
 
 def give_back() -> None:
-    """Free heap back to the system, where the C library can: glibc keeps what a block left in holes, 2 MB a block of 256 x 768."""
-    trim = _of_c_library("malloc_trim")
+    """Free heap back to the system, where the C library can: glibc keeps what halted passes leave in holes, an eighth of the peak of
+    a small model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
-
-
-def _of_c_library(name: str) -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def free_memory() -> int:

@@ -222,7 +222,7 @@ class Output:
                 raw = checkpoint.json[name].raw if name in checkpoint.json else checkpoint.read_file(name, _COPY_LIMIT)
                 (self.stage / name).write_bytes(raw)
         self._json(RECEIPT, receipt)
-        for leftover in (*parts, *self.stage.glob("*.tmp"), self.stage / JOURNAL, *self.stage.glob("activations*")):
+        for leftover in (*parts, *self.stage.glob("*.tmp"), self.stage / JOURNAL):
             leftover.unlink(missing_ok=True)
 
     def commit(self, overwrite: bool = False) -> Path:

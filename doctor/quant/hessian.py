@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from scipy.linalg.blas import dsyrk, ssyrk
 from scipy.linalg.lapack import dpotrf, dtrtri, spotrf, strtri
@@ -109,8 +110,9 @@ class Hessian:
                     continue
                 part = part.to(self._sum.dtype)
                 if self._syrk:
-                    # Transposed views are in Fortran's order, so nothing is copied and the lower half of _sum is written.
-                    self._syrk(1.0, part.contiguous().numpy().T, beta=1.0, c=self._sum.numpy().T, overwrite_c=1)
+                    # Transposed views are in Fortran's order, so nothing is copied and the lower half of _sum is written. Not part.numpy(),
+                    # which would keep a halted pass from putting it away (shelf.py).
+                    self._syrk(1.0, np.from_dlpack(part.contiguous()).T, beta=1.0, c=self._sum.numpy().T, overwrite_c=1)
                 else:
                     self._sum.addmm_(part.T, part)
         self.rows += X.shape[0]

@@ -9,8 +9,8 @@ Linears that got the same tensor share a Hessian. Experts of a mixture each have
 reached is rounded to nearest and says so.
 
 Numbers become facts as they appear and are judged by the same rules as everything else; a finding of severity error
-stops the run at that block. Memory is worked out in budget.py: what does not grow with the model's depth is always held, and
-the hidden states move to a memory-mapped file when they exceed what the limit leaves.
+stops the run at that block. Memory is worked out in budget.py: what does not grow with the model's depth is always held; hidden
+states and what halted passes hold go to disk where they exceed what the limit leaves (shelf.py).
 """
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from doctor import __version__, builtin
 from doctor.builtin import Calibration, Solve
 from doctor.checkpoint import Checkpoint
 from doctor.engine import judge
-from doctor.errors import CudaError, DoctorError, MachineError, NotQuantizable
+from doctor.errors import CudaError, DoctorError, NotQuantizable
 from doctor.facts import CHECKPOINT, Store
 from doctor.plan import Consent, with_fields
 from doctor.quant import awq, budget, export, kernels, solver
@@ -39,6 +40,7 @@ from doctor.quant.gptq import Solution, round_to_nearest, solve
 from doctor.quant.grid import Grid
 from doctor.quant.hessian import Attempt, mixed_products
 from doctor.quant.ranks import Ranks, finite_json
+from doctor.quant.shelf import Shelf
 from doctor.quant.walk import WITHOUT_GREENLET, Input, Stages, Walk, discover, greenlet
 from doctor.recipe import ASKED, Recipe, is_kept, matches, unfit
 from doctor.rule import Finding, Rule
@@ -147,8 +149,6 @@ def require_widths(spec: ModelSpec, recipe: Recipe) -> None:
 
 class _Run:
     def __init__(self, checkpoint, spec, recipe, rows, output, store, rules, memory, progress, device, ranks=Ranks()):
-        if memory is not None:
-            budget.return_freed_tensors()
         self.ranks = ranks
         self.whole = {name.removesuffix(".weight"): found for found in find_stacks(spec, checkpoint.tensors, recipe) for name in found.tensors}
         checkpoint, spec = take_apart(checkpoint, spec, recipe)
@@ -165,6 +165,8 @@ class _Run:
         self.wanted: list[Finding] = []
         self.calls: list[list[Call]] = []
         self.hidden: Hidden | None = None
+        self.shelf: Shelf | None = None
+        self.shelved = False    # whether that was said
         self.room = 0
         self.structures: dict[tuple, Stages] = {}
         self.stacked: list[tuple[str, str]] = []
@@ -205,8 +207,10 @@ class _Run:
         for number, (inputs, calls) in enumerate(self.skeleton.open_calls(self.batches)):
             if self.hidden is None:
                 shapes = [(*ids.shape, inputs.shape[-1]) for ids in self.batches]
-                self.hidden = Hidden(shapes, left, self.output.stage / f"activations{self.ranks.rank or ''}.bin", self.progress,
-                                     self.skeleton.device, self.skeleton.dtype, self._room() // 2)
+                self.hidden = Hidden(shapes, left, self._shelf, self.skeleton.device, self.skeleton.dtype, self._room() // 2)
+                if self.hidden.on_disk:
+                    self.progress(f"hidden states take {self.hidden.nbytes / 2**30:.2f} GiB, more than {left / 2**30:.2f} GiB: kept on disk, in "
+                                  f"{self.output.stage}")
             self.hidden[number] = inputs
             self.calls.append(calls)
         self.room = left - (0 if self.hidden.on_disk or self.hidden.on_device else self.hidden.nbytes)
@@ -378,8 +382,22 @@ class _Run:
 
     def _walk(self, i: int, stages: list[list[list[str]]], modules: dict, halted_bytes: float = float("inf")) -> Walk:
         """A walk in which the stages are halts; by default one in which no pass is kept between them."""
-        return Walk(self.skeleton, i, self.hidden, [calls[i] for calls in self.calls], stages, modules, room=self._room(),
-                    halted_bytes=halted_bytes)
+        room, calls = self._room(), [calls[i] for calls in self.calls]
+        tokens = sum(batch.numel() for batch in self.batches)
+        if self.hidden.on_disk:     # then a pass holds its input too
+            halted_bytes += self.hidden.nbytes / tokens
+        held = halted_bytes * tokens
+        shelf = self._shelf() if room < held < float("inf") and self.skeleton.device.type == "cpu" else None
+        if shelf and not self.shelved:
+            self.shelved = True
+            self.progress(f"halted passes hold {held / 2**30:.2f} GiB, more than {room / 2**30:.2f} GiB: the rest on disk, in {self.output.stage}")
+        return Walk(self.skeleton, i, self.hidden, calls, stages, modules, room=room, halted_bytes=halted_bytes, shelf=shelf)
+
+    def _shelf(self) -> Shelf:
+        """Of this run, made when first needed."""
+        if self.shelf is None:
+            self.shelf = Shelf(self.output.stage)
+        return self.shelf
 
     def _room(self) -> int:
         """Bytes for halted passes, where they are computed."""
@@ -586,36 +604,48 @@ def computing_note(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, devi
 
 class Hidden:
     """Hidden states [rows, length, hidden] of every batch, given and taken on `device`: they lie there where they take at most
-    `room` bytes, else in memory, or in a memory-mapped file above `limit` bytes.
+    `room` bytes, else in memory, or on a shelf above `limit` bytes.
     """
 
-    def __init__(self, shapes: list[tuple[int, int, int]], limit: int, path: Path, progress: Callable[[str], None],
+    def __init__(self, shapes: list[tuple[int, int, int]], limit: int, shelf: Callable[[], Shelf],
                  device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float32, room: int = 0):
-        self._shapes, self._device = shapes, device
+        self._shapes, self._device, self._dtype = shapes, device, dtype
         sizes = [rows * length * hidden for rows, length, hidden in shapes]
-        self._ends = torch.tensor(sizes).cumsum(0).tolist()
+        self._ends = list(accumulate(sizes))
         total = self.nbytes = dtype.itemsize * sum(sizes)
         self.on_device = device.type != "cpu" and total <= room
         self.on_disk = not self.on_device and total > limit
         if self.on_disk:
-            progress(f"hidden states take {total / 2**30:.2f} GiB, more than {limit / 2**30:.2f} GiB: kept in {path}")
-            try:
-                self._all = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=dtype)
-            except RuntimeError as error:
-                raise MachineError(f"{path}: no room for {total:,} bytes of hidden states: {error}.", "Free space there, or raise --memory.") from None
+            self._shelf = shelf()
+            self._place = self._shelf.reserve(total)
         else:
             self._all = torch.empty(sum(sizes), dtype=dtype, device=device if self.on_device else "cpu")
 
-    def _part(self, i: int) -> torch.Tensor:
+    def _begin(self, i: int) -> int:
+        """The first element of batch i."""
         rows, length, hidden = self._shapes[i]
-        end = self._ends[i]
-        return self._all[end - rows * length * hidden: end].view(rows, length, hidden)
+        return self._ends[i] - rows * length * hidden
+
+    def _part(self, i: int) -> torch.Tensor:
+        return self._all[self._begin(i): self._ends[i]].view(self._shapes[i])
+
+    def _where(self, i: int) -> int:
+        return self._place + self._dtype.itemsize * self._begin(i)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return self._part(i).to(self._device)
+        if not self.on_disk:
+            return self._part(i).to(self._device)
+        found = torch.empty(self._shapes[i], dtype=self._dtype)
+        self._shelf.read(self._where(i), found.untyped_storage())
+        return found.to(self._device)
 
     def __setitem__(self, i: int, value: torch.Tensor) -> None:
-        self._part(i).copy_(value)
+        if self.on_disk:
+            # a copy where the tensor is not the whole of its storage
+            whole = torch.empty(self._shapes[i], dtype=self._dtype).copy_(value)
+            self._shelf.write(self._where(i), whole.untyped_storage())
+        else:
+            self._part(i).copy_(value)
 
 
 def make_batches(rows: list[list[int]], tokens: int) -> list[torch.Tensor]:

@@ -3,15 +3,17 @@
 A batch's forward pass runs in a coroutine (greenlet) that is left in a hook of the stage's first linear: whatever the block has
 computed so far stays where transformers keeps it, in the local variables of the pass, and computing goes on from there once
 the stage is quantized. So a block costs one forward pass, whatever its architecture, with the very operations of an
-uninterrupted one. A halted pass holds a few tensors a token; where the limit leaves no room for all of them (or greenlet is
-absent) the other batches start anew for every stage, which costs about three passes a block and gives the same bytes.
+uninterrupted one. A halted pass holds a few tensors a token; what the limit leaves no room for lies on disk until its pass goes on
+(shelf.py). Where there is no such place (a GPU's memory is full, or greenlet is absent) the other batches start anew for every stage,
+which costs about three passes a block. All give the same bytes.
 
 Which linears share an input, and their order, is seen in one pass over one batch, not looked up.
 """
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from doctor import builtin
 from doctor.quant.blocks import Call, Experts, Skeleton, _Enough
 from doctor.quant.hessian import Hessian, spectrum
+from doctor.quant.shelf import Shelf
 from doctor.spec import Linear
 
 try:
@@ -51,39 +54,54 @@ class Input:
                                     s.finite, s.dead, s.mean_diag, s.lambda_max, s.damp_needed, s.condition)
 
 
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that were made inside it and are still held."""
+class _Made(TorchDispatchMode):
+    """Knows the tensors whose memory was taken inside it and is still held. What was there before is never among them."""
 
     def __init__(self):
         super().__init__()
-        self._made: list[weakref.ref] = []
+        self._made: dict[int, list[weakref.ref]] = {}   # by storage: the tensors that were seen on it
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in _tensors((*args, *(kwargs or {}).values()))}
+        own = {key for key in given if self._alive(key) is not None}
         out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, torch.Tensor):
-                self._made.append(weakref.ref(value))
+        for tensor in _tensors((out,)):
+            key = tensor.untyped_storage()._cdata
+            if key in own:
+                self._made[key].append(weakref.ref(tensor))
+            elif key not in given:
+                self._made[key] = [weakref.ref(tensor)]
         return out
 
-    def count(self, without: Iterable[torch.Tensor]) -> int:
-        """Bytes alive now, views counted once, storages of `without` not at all."""
-        storages = {}
-        for tensor in (ref() for ref in self._made):
-            if tensor is not None:
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        for tensor in without:
-            storages.pop(tensor.untyped_storage().data_ptr(), None)
-        return sum(storages.values())
+    def _alive(self, key: int) -> torch.Tensor | None:
+        return next((t for t in (ref() for ref in self._made.get(key, ())) if t is not None), None)
+
+    def storages(self) -> dict[int, torch.UntypedStorage]:
+        """Those that live now."""
+        found = {key: self._alive(key) for key in self._made}
+        self._made = {key: self._made[key] for key, tensor in found.items() if tensor is not None}
+        return {key: found[key].untyped_storage() for key in self._made}
+
+
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    """The tensors among values, lists of them included."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
 
 
 def discover(skeleton: Skeleton, i: int, hidden: torch.Tensor, call: Call, modules: dict[str, tuple[Linear, torch.nn.Module]]) -> Stages:
     """One pass of hidden f32[rows, length, hidden] through block i: who reads what, when, and what is held meanwhile."""
     groups: list[tuple[weakref.ref, list[str]]] = []
-    alive, most = _Alive(), 0
+    made, most = _Made(), 0
 
     def arrived(name: str, x: torch.Tensor) -> None:
         nonlocal most
-        most = max(most, alive.count([hidden]))
+        most = max(most, sum(storage.nbytes() for storage in made.storages().values()))
         members = next((members for ref, members in groups if ref() is x), None)
         if members is None:
             groups.append((weakref.ref(x), members := []))
@@ -92,7 +110,7 @@ def discover(skeleton: Skeleton, i: int, hidden: torch.Tensor, call: Call, modul
 
     hooks = [m.register_forward_pre_hook(lambda mod, args, name=name: arrived(name, args[0])) for name, (_, m) in modules.items()]
     try:
-        with alive:
+        with made:
             skeleton.run_block(i, hidden, call)
     finally:
         for hook in hooks:
@@ -138,13 +156,19 @@ def _kind(linear: Linear) -> str:
 
 
 class _Pass:
-    """One batch on its way. `stage` and `reached` say where it was left; a pass without a coroutine starts anew each time."""
+    """One batch on its way. `stage` and `reached` say where it was left; a pass without a coroutine starts anew each time.
 
-    def __init__(self, compute: Callable[[], torch.Tensor], coroutine: bool):
+    shelf: where those of its tensors lie while it is left that have no room in memory; None: all have.
+    """
+
+    def __init__(self, compute: Callable[[], torch.Tensor], coroutine: bool, shelf: Shelf | None = None):
         self.stage, self.output = -1, None
         self.reached: list[tuple[Hessian, Callable[[], torch.Tensor]]] = []
         self._compute = compute
         self._body = greenlet(compute) if coroutine else None
+        self.shelf, self._made = shelf, _Made() if shelf else nullcontext()
+        self._place, self._reserved, self._kept = 0, 0, 0
+        self._away: list[tuple[torch.UntypedStorage, int, int]] = []    # storage, its bytes, their place
 
     @property
     def lasts(self) -> bool:
@@ -157,13 +181,46 @@ class _Pass:
 
     def go_on(self) -> None:
         """To where it is left next, or to its end."""
+        self.come_back()
         self.reached = []
-        self.output = self._body.switch()
+        with self._made:
+            self.output = self._body.switch()
 
     def leave(self, stage: int, reached: list) -> None:
         """Called inside the pass."""
         self.stage, self.reached = stage, reached
         self._body.parent.switch()
+
+    def put_away(self, stays: set[int], room: int) -> int:
+        """What it holds, to the shelf; but for `room` bytes of it, and the storages `stays`, which others hold too. The room that is left then."""
+        if self.over or self._away:
+            return room
+        moved = []
+        for key, storage in self._made.storages().items():
+            size = storage.nbytes()
+            if size <= room:
+                room, self._kept = room - size, self._kept + size
+            elif key not in stays and storage.resizable():
+                moved.append((storage, size))
+        size = sum(size for _, size in moved)
+        if size > self._reserved:
+            self._place, self._reserved = self.shelf.reserve(size), size
+        at = self._place
+        for storage, size in moved:
+            self.shelf.write(at, storage)
+            self._away.append((storage, size, at))
+            at += size
+            storage.resize_(0)
+        return room
+
+    def come_back(self) -> int:
+        """All that it holds is in memory again; the room that it took there while it was left."""
+        away, self._away = self._away, []
+        for storage, size, place in away:
+            storage.resize_(size)
+            self.shelf.read(place, storage)
+        kept, self._kept = self._kept, 0
+        return kept
 
     def whole(self) -> torch.Tensor:
         """The block's output."""
@@ -183,11 +240,12 @@ class Walk:
     """Every batch through block i, stage by stage: `hessians(0)`, `hessians(1)`, …, then `finish`. To be closed by `with`.
 
     stages: of groups of names, as `discover` found them. hidden: its items are the block's inputs, and `finish` puts the outputs in
-    their place. room: bytes that halted passes may hold.
+    their place. room: bytes that halted passes may hold in memory. shelf: where the rest goes; None: the passes that have no room start anew.
     """
 
     def __init__(self, skeleton: Skeleton, i: int, hidden, calls: list[Call], stages: list[list[list[str]]],
-                 modules: dict[str, tuple[Linear, torch.nn.Module]], *, room: float = 0, halted_bytes: float = 0):
+                 modules: dict[str, tuple[Linear, torch.nn.Module]], *, room: float = 0, halted_bytes: float = 0, shelf: Shelf | None = None):
+        self._block = skeleton.blocks[i]
         self.skeleton, self.modules, self.stages, self.hidden = skeleton, modules, stages, hidden
         self._stage, self._taken = -1, False
         self._where: dict[torch.nn.Module, tuple[int, int]] = {}
@@ -202,9 +260,11 @@ class Walk:
         self.passes = []
         for number, call in enumerate(calls):
             held = halted_bytes * hidden[number].shape[0] * hidden[number].shape[1]
-            lasts = greenlet is not None and all(self._at_once) and held <= room
-            room -= held if lasts else 0
-            self.passes.append(_Pass(lambda n=number, c=call: skeleton.run_block(i, hidden[n], c), lasts))
+            lasts = greenlet is not None and all(self._at_once)
+            lasts = lasts and (held <= room or shelf is not None)
+            room -= held if lasts and shelf is None else 0
+            self.passes.append(_Pass(lambda n=number, c=call: skeleton.run_block(i, hidden[n], c), lasts, shelf if lasts else None))
+        self._room = room
         self._now: _Pass | None = None
         self._experts = experts
         self._hooks = [m.register_forward_pre_hook(lambda mod, args: self._arrive([(mod, lambda: args[0])]))
@@ -241,6 +301,11 @@ class Walk:
         for place, x in found:
             self._hessians[place].add(x())
 
+    def _kept_by_modules(self) -> set[int]:
+        """Storages that outlive a pass because a module of the block keeps them: tables that it made for the lengths it met."""
+        kept = (value for module in self._block.modules() for value in (*vars(module).values(), *module._buffers.values()))
+        return {tensor.untyped_storage()._cdata for tensor in _tensors(kept)}
+
     def hessians(self, stage: int) -> list[Hessian]:
         """The Hessians of the stage's groups, taken with everything before it as it stands now."""
         self._stage = stage
@@ -253,11 +318,14 @@ class Walk:
                 except _Enough:
                     pass
                 continue
+            self._room += one.come_back()
             while not one.over and one.stage < stage:
                 one.go_on()
             if one.stage == stage:
                 self._add(one.reached)
                 one.reached = []
+            if one.shelf is not None:
+                self._room = one.put_away(self._kept_by_modules(), self._room)
         found, self._hessians = self._hessians, []
         return found
 

@@ -16,6 +16,7 @@ from doctor.errors import BadCheckpoint, CudaError, NotQuantizable, PlanRefused
 from doctor.quant import awq, gptq, grid, kernels, pack
 from doctor.quant.hessian import Hessian, mixed_products
 from doctor.quant.run import Hidden
+from doctor.quant.shelf import Shelf
 from doctor.recipe import Recipe
 from doctor.testing import tiny
 
@@ -398,7 +399,7 @@ def test_a_run_that_computes_in_bfloat16_says_so_and_not_a_word_of_the_cpus_libr
 @pytest.mark.parametrize("limit, room, place", [(0, 1 << 20, "device"), (1 << 20, 0, "memory"), (0, 0, "disk")])
 def test_hidden_states_lie_where_there_is_room(tmp_path, limit, room, place):
     with pretend():
-        hidden = Hidden([(2, 3, 4), (1, 5, 4)], limit, tmp_path / "h", lambda text: None, PLACE, torch.bfloat16, room)
+        hidden = Hidden([(2, 3, 4), (1, 5, 4)], limit, lambda: Shelf(tmp_path), PLACE, torch.bfloat16, room)
         assert ("device" if hidden.on_device else "disk" if hidden.on_disk else "memory") == place
         for i, shape in enumerate([(2, 3, 4), (1, 5, 4)]):
             hidden[i] = torch.full(shape, float(i)).to(PLACE)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import struct
 import subprocess
 import sys
@@ -57,9 +56,9 @@ def test_a_72b_model_is_planned_from_its_headers(tmp_path):
     assert need.hessians == 4 * WIDE**2  # down's
     assert need.solving == 4 * (6 * WIDE**2 + 6 * WIDE * HIDDEN)
     assert need.outside == 2 * VOCAB * HIDDEN
-    assert need.device_batch == 2 * need.batch and need.on_device == need.block + need.hessians + need.solving + need.device_batch
+    assert need.device_batch == 2 * need.batch and need.on_device == need.block + need.hessians + max(need.solving, need.device_batch)
     assert need.hidden == 128 * 2048 * HIDDEN * 4
-    assert need.fixed == need.constant + need.block + need.ahead + need.hessians + need.solving + need.batch
+    assert need.fixed == need.constant + need.block + need.ahead + need.hessians + max(need.solving, need.batch)
     packed = {(n, k): n * k // 2 + n * k // 128 * 2 + n * k // 128 // 2 + 4 * k for n, k in
               ((HIDDEN, HIDDEN), (KV, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE))}
     block = 2 * packed[HIDDEN, HIDDEN] + 2 * packed[KV, HIDDEN] + 2 * packed[WIDE, HIDDEN] + packed[HIDDEN, WIDE] + 2 * (HIDDEN + 2 * KV + 2 * HIDDEN)
@@ -115,29 +114,6 @@ def test_quantize_says_at_the_start_that_the_disk_will_not_do(tmp_path, monkeypa
     monkeypatch.setattr("doctor.quant.quantize.measure", lambda *asked: Machine("OUT", 64 << 30, 1 << 30, 1 << 20, 64 << 20))
     done = api.quantize(tiny("llama").write(tmp_path / "m"), tmp_path / "q", Recipe(method="rtn", group_size=32))
     assert [f.code for f in done.report.findings] == ["G314"]
-
-
-HOLES = """
-import sys
-import doctor.quant, torch
-from doctor.quant import budget
-if sys.argv[1] == "returned":
-    budget.return_freed_tensors()
-torch.ones(6 << 20)         # freed: where glibc decides, its threshold is above 24 MB from here on
-before = budget.resident()
-tensors = [torch.ones(1 << 20) for _ in range(64)]
-del tensors[::2]
-print(budget.resident() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_what_tensors_leave_between_others_goes_back_to_the_system():
-    def grown(how):
-        done = subprocess.run([sys.executable, "-c", HOLES, how], timeout=120, capture_output=True, text=True, check=True)
-        return int(done.stdout) / (4 << 20)
-
-    assert grown("kept") > 60 and 30 < grown("returned") < 40
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

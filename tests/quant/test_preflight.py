@@ -88,7 +88,7 @@ def test_a_plan_states_the_memory_in_which_the_model_writes_rows(tmp_path):
     options = {"recipe": RECIPE, "rows": 64, "max_seq_length": 32}
     whole = api.plan_quantize(folder, tmp_path / "o", **options)
     line = next(x for x in whole.lines() if "writes a part of the calibration rows" in x)
-    assert whole.peak >= whole.sampling > budget.CONSTANT and f"{whole.sampling / 2**30:.2f} GiB" in line
+    assert whole.peak >= whole.sampling > budget.constant() and f"{whole.sampling / 2**30:.2f} GiB" in line
     given = api.plan_quantize(folder, tmp_path / "o", **options, calibration="rows.jsonl")
     assert given.sampling == 0 and not any("writes a part" in x for x in given.lines())
     assert api.plan_quantize(folder, tmp_path / "o", **options, memory=whole.sampling - 1).sampling == 0  # then it writes none

@@ -7,7 +7,7 @@ import pytest
 
 from doctor.api import check
 from doctor.quant import room
-from doctor.quant.budget import CONSTANT
+from doctor.quant.budget import constant
 from doctor.recipe import Recipe
 from doctor.testing import tiny
 
@@ -41,7 +41,7 @@ def test_a_full_disk_and_a_full_memory_are_each_said(tmp_path, machine):
     folder = tiny().write(tmp_path / "model")
     machine(4096, 1 << 40)
     assert codes(folder, tmp_path) == ["G314"]
-    machine(1 << 40, CONSTANT)
+    machine(1 << 40, constant())
     assert codes(folder, tmp_path) == ["G315"]
 
 

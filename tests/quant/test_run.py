@@ -22,6 +22,7 @@ from doctor.quant import budget, export, run, walk
 from doctor.quant.blocks import Skeleton
 from doctor.quant.dequant import as_float
 from doctor.quant.run import Hidden, make_batches
+from doctor.quant.shelf import Shelf
 from doctor.quant.walk import Walk, arrange
 from doctor.recipe import Recipe
 from doctor.spec import Linear, build_spec
@@ -233,7 +234,8 @@ def test_hidden_states_on_disk_give_the_same_bytes(tmp_path, text):
     said = []
     quantized(tiny("llama"), tmp_path, text)
     quantized(tiny("llama"), tmp_path, text, name="disk", memory=least_memory(tmp_path / "m"), progress=said.append)
-    assert any("activations.bin" in line for line in said)
+    assert any("hidden states take 0.00 GiB, more than 0.00 GiB: kept on disk, in" in line for line in said)
+    assert any("halted passes hold 0.00 GiB, more than 0.00 GiB: the rest on disk, in" in line for line in said)
     assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "disk")
 
 
@@ -246,7 +248,7 @@ def test_less_memory_than_a_block_takes_is_refused_with_the_sum(tmp_path, text):
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("family", (*FAMILIES, "llama4_text", "gpt_oss", "granitemoe"))
-def test_a_pass_that_is_halted_and_one_that_starts_anew_write_the_same_bytes(family, method, tmp_path, text, monkeypatch):
+def test_a_pass_that_is_halted_one_that_lies_on_disk_and_one_that_starts_anew_write_the_same_bytes(family, method, tmp_path, text, monkeypatch):
     recipe = Recipe(method=method, group_size=32)
     monkeypatch.setattr(run, "BATCH_TOKENS", 512)  # four batches
     quantized(tiny(family), tmp_path, text, recipe)
@@ -257,14 +259,20 @@ def test_a_pass_that_is_halted_and_one_that_starts_anew_write_the_same_bytes(fam
     lasting = []
 
     class Half(Walk):
-        def __init__(self, *args, room, halted_bytes):
-            super().__init__(*args, room=2.5, halted_bytes=1 / 512 if halted_bytes < float("inf") else halted_bytes)
-            lasting.append([one.lasts for one in self.passes])
+        shelf = None
+
+        def __init__(self, *args, room, halted_bytes, shelf):
+            room = 2.5 if self.shelf is None else 1 << 20
+            super().__init__(*args, room=room, halted_bytes=1 / 512 if halted_bytes < float("inf") else halted_bytes, shelf=self.shelf)
+            lasting.append([one.lasts and (one.shelf or True) for one in self.passes])
 
     monkeypatch.setattr(run, "Walk", Half)
     quantized(tiny(family), tmp_path, text, recipe, name="half")
     assert [True, True, False, False] in lasting
-    assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "anew") == bytes_of(tmp_path / "half")
+    Half.shelf = Shelf(tmp_path)
+    quantized(tiny(family), tmp_path, text, recipe, name="shelf")
+    assert [Half.shelf] * 4 in lasting and Half.shelf.written > 0
+    assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "anew") == bytes_of(tmp_path / "half") == bytes_of(tmp_path / "shelf")
 
 
 def forwards(tmp_path, text, monkeypatch, name):
@@ -381,7 +389,7 @@ def test_batches_hold_rows_of_one_length():
 
 def test_hidden_states_are_kept_apart(tmp_path):
     for limit in (0, 1 << 20):
-        hidden = Hidden([(2, 3, 4), (1, 5, 4)], limit, tmp_path / f"h{limit}", lambda text: None)
+        hidden = Hidden([(2, 3, 4), (1, 5, 4)], limit, lambda: Shelf(tmp_path))
         hidden[0], hidden[1] = torch.full((2, 3, 4), 1.0), torch.full((1, 5, 4), 2.0)
         assert hidden.on_disk == (limit == 0)
         assert hidden[0].eq(1).all() and hidden[1].eq(2).all() and hidden[1].shape == (1, 5, 4)
