@@ -46,8 +46,12 @@ def saved(tmp_path_factory):
     return get
 
 
+# What is true of the plan, not of the files: vLLM misreads a Llama 4 in the GPTQ format.
+OF_THE_PLAN = ("G319",)
+
+
 def complaints(folder, **options):
-    report = check(folder, RECIPE, **options)
+    report = check(folder, RECIPE, **({"ignore": OF_THE_PLAN} | options))
     assert not report.crashed, [r.crashed for r in report.crashed]
     return [f"{f.code} {f.message}" for f in report.findings if f.severity != "info"]
 

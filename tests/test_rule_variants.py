@@ -2,10 +2,12 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from doctor.api import check
+from doctor.plan import with_fields
 from doctor.testing import change, compared, encode, measured, tiny, tiny_gptq
 
 NAN = float("nan")
@@ -266,3 +268,43 @@ def test_stored_widths_that_a_runtime_does_not_read_are_named(runtime, dynamic, 
     case.recipe = case.recipe.with_field("runtime", runtime)
     found = said(case, tmp_path, "G318")
     assert bool(found) is says and (not says or found[0][0] == "error" and runtime in found[0][1] and next(iter(dynamic)) in found[0][1])
+
+
+QK = "vllm puts the rows of q and k in the wrong order (first model.layers.0.self_attn.k_proj, 4 in all): for its rotary embedding it reorders"
+RANDOM = "transformers leaves the linears of experts out when from_pretrained loads them, and computes with random ones"
+
+
+@pytest.mark.parametrize("family, changes, expected", [
+    ("llama4_text", {}, ("warning", QK)),
+    ("llama4_text", {"runtime": "vllm"}, ("error", QK)),
+    ("llama4_text", {"runtime": "vllm", "format": "gptq_v2"}, ("error", QK)),
+    ("llama4_text", {"runtime": "vllm", "format": "awq"}, ("error", QK)),
+    ("llama4_text", {"runtime": "vllm", "format": "compressed-tensors", "sym": False}, ("error", QK)),
+    ("llama4_text", {"runtime": "vllm", "format": "compressed-tensors"}, None),
+    ("llama4_text", {"runtime": "vllm", "keep": ("q_proj", "k_proj", "v_proj")}, None),
+    ("llama4_text", {"runtime": "sglang"}, None),
+    ("llama", {"runtime": "vllm"}, None),
+    ("mixtral", {}, None),
+    ("mixtral", {"runtime": "vllm"}, None),
+    ("mixtral", {"runtime": "transformers"}, ("warning", RANDOM)),
+    ("mixtral", {"runtime": "transformers", "runtime_version": "4.57.0"}, None),
+    ("mixtral", {"runtime": "transformers", "format": "compressed-tensors"}, None),
+    ("gpt_oss", {"runtime": "transformers"}, ("warning", RANDOM)),
+])
+def test_what_a_runtime_misreads_is_said_of_what_it_reads(family, changes, expected, tmp_path):
+    case = tiny(family)
+    case.recipe = replace(case.recipe, **changes)
+    found = said(case, tmp_path, "G319")
+    assert [severity for severity, _ in found] == ([expected[0]] if expected else []) and all(text.startswith(expected[1]) for _, text in found)
+
+
+@pytest.mark.parametrize("changes, fix", [({}, "write compressed-tensors"), ({"format": "awq"}, "write compressed-tensors"),
+                                          ({"format": "compressed-tensors", "sym": False}, "keep q, k, v in 16 bits")])
+def test_a_misread_plan_is_cured_by_another_format_or_by_16_bits(changes, fix, tmp_path):
+    case = tiny("llama4_text")
+    case.recipe = replace(case.recipe, runtime="vllm", **changes)
+    report = check(case.write(tmp_path), case.recipe)
+    item = next(f for f in report.findings if f.code == "G319")
+    assert item.fix.title == fix
+    recipe = with_fields(case.recipe, item.fix.edits)
+    assert not [f for f in check(tmp_path, recipe).findings if f.code == "G319"]

@@ -145,6 +145,8 @@ CURES = {
     # heads of tables
     "tensor parallel that fits": "可行的张量并行数", "tensor parallel": "张量并行", "groups per GPU": "每块 GPU 的组数", "next size that fits": "下一个合适的尺寸",
     "group size": "组大小", "groups per row": "每行的组数", "kernel": "内核",
-    "write compressed-tensors": "改写成 compressed-tensors", "one width for all, or another runtime": "所有线性层用同一位宽，或换一个运行时",
+    "write compressed-tensors": "改写成 compressed-tensors", "serve it with another runtime": "换一个运行时来服务",
+    "quantize into symmetric compressed-tensors, or leave q, k and v in 16 bits": "量化成对称的 compressed-tensors，或让 q、k、v 留在 16 位",
+    "load the file with GPTQModel.load, or serve it with vLLM": "用 GPTQModel.load 加载该文件，或用 vLLM 服务", "one width for all, or another runtime": "所有线性层用同一位宽，或换一个运行时",
     "quantize the original again, into compressed-tensors or with one width": "重新量化原始模型：写成 compressed-tensors，或只用一种位宽",
 }

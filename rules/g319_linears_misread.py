@@ -1,0 +1,93 @@
+"""G319 linears-misread: a runtime puts packed linears of this kind in wrongly, or leaves them out, without an error.
+
+Why: a runtime may rearrange weights of a family while it loads them. Where it does so by the names of the tensors, those
+that a quantized checkpoint has in their place are passed over, and the model answers with random text though file and
+kernel are sound.
+
+Seen as:
+- vLLM: random text from a Llama 4 in the GPTQ or AWQ format, while compressed-tensors answers well
+- transformers: unexpected and missing experts in its load report, then random text from a quantized mixture
+
+Do: for Llama 4 in vLLM, write symmetric compressed-tensors, or leave q, k and v in 16 bits. For mixtures in transformers
+5, load the file with GPTQModel.load or serve it with vLLM.
+
+False alarms: a version newer than the table may have been corrected. Without --runtime only what vLLM does is told, as a
+warning.
+
+Fix safety: unsafe: another format, or linears in 16 bits, is the user's choice. A quantized checkpoint has no fix.
+
+Sources: rules/tables/published.toml (misread), run with vLLM 0.32 and transformers 5.23 on tiny random models;
+vllm-project/vllm vllm/model_executor/models/llama4.py (permute_qk_weight_for_rotary) and pull request 34243, where the
+same mismatch took Llama 4 Scout from 90.9 to 5.4 on GSM8k.
+
+标题: 运行时会放错或漏掉这类打包的线性层，而且不报错
+
+原因: 运行时加载时可能会重排某些架构的权重。如果它按张量名来做，量化检查点里代替它们的张量就会被略过：文件和内核都没有
+问题，模型却回答乱码。
+
+处理: vLLM 上的 Llama 4：写成对称的 compressed-tensors，或让 q、k、v 留在 16 位。transformers 5 上的混合专家模型：用
+GPTQModel.load 加载，或用 vLLM 服务。
+
+误报: 比表更新的版本可能已经修正。没有 --runtime 时只提示 vLLM 的情况，作为警告。
+
+修复: 不安全：换格式或让线性层留在 16 位由用户决定。已量化的检查点无法修复。
+"""
+
+from doctor.rule import FUSED, Fix, SetRecipe, finding, in_force, keep_edits, rule
+from doctor.testing import tiny
+
+
+@rule("G319", "error")
+def linears_misread(checkpoint, layout, spec, recipe, published):
+    for row in published["misread"]:
+        asked = recipe.runtime == row["runtime"]
+        if not asked and (recipe.runtime or not row.get("unasked")) or not in_force(row, recipe.runtime_version):
+            continue
+        if row.get("model_type", spec.model_type) != spec.model_type or not _reads_so(row, layout.format, layout.sym):
+            continue
+        wrong = [x for x in layout.linears if x.role in row["roles"] and (x.expert is not None or not row.get("experts"))]
+        if wrong:
+            yield finding(
+                f"{row['runtime']} {row['what']} (first {wrong[0].name}, {len(wrong):,} in all): {row['cause']}",
+                severity=row.get("severity", "error") if asked else "warning",
+                evidence={"runtime": row["runtime"], "format": layout.format, "linears": len(wrong)},
+                fix=None if layout.quantized or row.get("experts") else _cure(row, layout, recipe, wrong),
+                advice=row["advice"],
+            )
+
+
+def _reads_so(row, form, sym):
+    return form in row["formats"] or not sym and form in row.get("asymmetric", ())
+
+
+def _cure(row, layout, recipe, wrong):
+    instead = row.get("instead")
+    if instead and instead != layout.format and not _reads_so(row, instead, recipe.sym):
+        return Fix(f"write {instead}", (SetRecipe("format", instead),), "unsafe")
+    roles = next((fused for fused in FUSED if set(row["roles"]) & set(fused)), row["roles"])
+    return Fix(f"keep {', '.join(roles)} in 16 bits", keep_edits(layout.linears, [x.name for x in wrong]), "unsafe")
+
+
+def bad():
+    case = tiny()
+    case.put("checkpoint:", "given_published", {"misread": [{
+        "runtime": "exllamav2", "formats": ["gptq"], "roles": ["down"], "what": "loads an example's down upside down", "cause": "it is none",
+        "advice": "serve it with another runtime"}]})
+    case.recipe = case.recipe.with_field("runtime", "exllamav2")
+    name = case.name("down").removesuffix(".weight")
+    return case, f"exllamav2 loads an example's down upside down (first {name}, 2 in all): it is none"
+
+
+def good():
+    case = tiny("llama")
+    case.recipe = case.recipe.with_field("runtime", "vllm")
+    return case
+
+
+def more():
+    """Cases whose cures the example above does not show."""
+    for changes in ({"format": "gptq"}, {"format": "awq"}, {"format": "compressed-tensors", "sym": False}):
+        case = tiny("llama4_text")
+        for name, value in changes.items():
+            case.recipe = case.recipe.with_field(name, value)
+        yield case
