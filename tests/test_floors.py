@@ -14,7 +14,7 @@ FLOORS = {
     2: ("facts", "base", "stats", "scan", "builtin", "machine", "placement", "special", "layout", "lora", "stacks"),
     3: ("rule", "testing"),
     4: ("engine", "plan", "explain", "pictures", "config"),
-    5: ("quant", "evaluate"),
+    5: ("quant", "evaluate", "lean"),
     6: ("api", "cli", "help_zh", "__main__", "report", "__init__"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -4,7 +4,10 @@ Run it with .cache/venv-hf/bin/python. `load` is also what bench/quality.py judg
 The compute dtype is float32 unless told otherwise: a CPU without bf16 instructions takes several times longer
 in bfloat16.
 
-    ask_transformers.py MODEL PROMPT [--tokens 24] [--dtype float32]
+    ask_transformers.py MODEL PROMPT... [--tokens 24] [--dtype float32] [--gptqmodel]
+
+"text" continues the first prompt; "answers" has the token ids of every prompt's continuation. With --gptqmodel the model is loaded by
+GPTQModel.load, which has linears for the experts of a mixture where transformers has one tensor (bfloat16: its torch kernel takes no float32).
 """
 
 import argparse
@@ -31,6 +34,15 @@ def load(model: str, dtype: str):
     return loaded.eval()
 
 
+def load_with_gptqmodel(model: str):
+    """The model as GPTQModel makes it."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    return GPTQModel.load(model, device="cpu", backend=BACKEND.TORCH, dtype=torch.bfloat16).model.eval()
+
+
 def quantization_of(config) -> dict | None:
     """quantization_config of a loaded config as a dict, None where there is none."""
     declared = getattr(config, "quantization_config", None)
@@ -40,9 +52,10 @@ def quantization_of(config) -> dict | None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("prompt")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--gptqmodel", action="store_true")
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # libraries print banners; stdout carries the answer alone
         answer = ask(options)
@@ -53,12 +66,16 @@ def ask(options) -> dict:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = load(options.model, options.dtype)
-    inputs = tokenizer(options.prompt, return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=options.tokens, do_sample=False)[0]
+    model = load_with_gptqmodel(options.model) if options.gptqmodel else load(options.model, options.dtype)
+    answers = []
+    for prompt in options.prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=options.tokens, do_sample=False)[0]
+        answers.append(ids[inputs["input_ids"].shape[1]:])
     declared = quantization_of(model.config)
     return {
-        "text": tokenizer.decode(ids[inputs["input_ids"].shape[1]:], skip_special_tokens=True),
+        "text": tokenizer.decode(answers[0], skip_special_tokens=True),
+        "answers": [ids.tolist() for ids in answers],
         "quantization": declared and declared["quant_method"],
         "dtype": str(model.dtype).removeprefix("torch."),
     }

@@ -15,8 +15,13 @@ import pytest
 
 from doctor import api
 from doctor.checkpoint import Checkpoint
+from doctor.quant.blocks import Skeleton
+from doctor.quant.dequant import as_float
 from doctor.recipe import Recipe
+from doctor.spec import build_spec
 from doctor.testing import encode, tiny
+
+from healthy_models import save
 
 pytestmark = [pytest.mark.real, pytest.mark.clients]
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +83,59 @@ def test_client_opens_our_quantized_model_and_finds_paris(client, format, quanti
     if client == "vllm":
         print("4-bit kernel:", answer["int4_kernel"])
         assert answer["int4_kernel"] in ("vllm", "reference")
+
+
+# experts that lie in one tensor and are written as linears
+
+
+def taken_apart(family: str, format: str, folder: Path) -> Path:
+    """A tiny random mixture, rounded to nearest into the format; symmetric, which is all that the clients' stand-ins compute."""
+    save(family, folder / "m", num_experts_per_tok=1 if family == "llama4_text" else 2)
+    done = api.quantize(folder / "m", folder / "o", Recipe(method="rtn", group_size=32, sym=format != "awq", format=format))
+    assert done.output and not [n for n, i in Checkpoint.open(done.output).tensors.items() if len(i.shape) == 3]
+    return done.output
+
+
+def agreement(folder: Path, prompts: list[str], answers: list[list[int]]) -> float:
+    """Share of the client's tokens that the file's own numbers put first too, or within bfloat16's rounding of the first."""
+    import torch
+    from transformers import AutoTokenizer
+
+    read = as_float(Checkpoint.open(folder))
+    built, tokenizer = Skeleton(read, build_spec(read.value("config.json"), read.tensors)), AutoTokenizer.from_pretrained(folder)
+    built.load_whole()
+    found = []
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"] + tokens])
+        with torch.no_grad():
+            logits = built.model(ids, use_cache=False).logits[0, -len(tokens) - 1:-1]
+        found += (logits.amax(-1) - logits[range(len(tokens)), tokens] < 0.06).tolist()
+    return sum(found) / len(found)
+
+
+EXPERT_PROMPTS = ["abcdefgh", "xyzXYZ12", "ABab", "MNOPmnop", "98765"]
+
+
+@pytest.mark.parametrize("family, format", [("granitemoe", "gptq"), ("granitemoe", "awq"), ("granitemoe", "compressed-tensors"), ("llama4_text", "compressed-tensors")])
+def test_vllm_serves_experts_that_were_taken_apart(family, format, tmp_path):
+    folder = taken_apart(family, format, tmp_path)
+    answer = ask("vllm", folder, "--tokens", "6", prompts=EXPERT_PROMPTS)
+    assert answer["int4_experts"] in ("vllm", "reference")
+    assert agreement(folder, EXPERT_PROMPTS, [[token for token, _ in one] for one in answer["answers"]]) >= 0.8
+
+
+def test_vllm_misreads_what_g319_finds(tmp_path):
+    folder = taken_apart("llama4_text", "gptq", tmp_path)
+    assert "G319" in {f.code for f in api.check(folder).findings}
+    answer = ask("vllm", folder, "--tokens", "6", prompts=EXPERT_PROMPTS)
+    assert agreement(folder, EXPERT_PROMPTS, [[token for token, _ in one] for one in answer["answers"]]) < 0.8
+
+
+@pytest.mark.parametrize("family, format", [("gpt_oss", "gptq"), ("gpt_oss", "awq"), ("llama4_text", "gptq")])
+def test_gptqmodel_loads_experts_that_were_taken_apart(family, format, tmp_path):
+    folder = taken_apart(family, format, tmp_path)
+    answer = ask("transformers", folder, "--gptqmodel", "--tokens", "6", prompts=EXPERT_PROMPTS)
+    assert agreement(folder, EXPERT_PROMPTS, answer["answers"]) >= 0.8
 
 
 # two GPUs, played by two cores
