@@ -301,7 +301,9 @@ def _linears(infos: Iterable[TensorInfo], templates: tuple[Template, ...], exper
     if templates:
         yield from _by_template(infos, [*(t for t in templates if t.role in QUANTIZABLE), *experts])
     else:
-        yield from _by_shape(infos)
+        for linear in _by_shape(infos):
+            found = _template_and_match(linear.tensor, experts)
+            yield linear._replace(role=found[0].role, expert=int(found[1]["e"])) if found else linear
 
 
 def _by_template(infos: Iterable[TensorInfo], templates: list[Template]) -> Iterable[Linear]:

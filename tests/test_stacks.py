@@ -163,6 +163,15 @@ def test_every_entry_of_the_table_names_its_linears_apart():
         assert len(names) == 6 and entry["read_by"] and entry["why_not"]
 
 
+def test_experts_of_a_family_that_no_table_knows_are_numbered_when_they_are_read_back(tmp_path):
+    source = Checkpoint.open(save("granitemoeshared", tmp_path / "m"))
+    spec = build_spec(source.value("config.json"), source.tensors)
+    view, apart = take_apart(source, spec, RECIPE)
+    again = build_spec(view.value("config.json"), view.tensors)
+    assert spec.family is None and len([x for x in apart.linears if x.expert is not None]) == 3 * 4 * 3
+    assert {x.name: x for x in again.linears} == {x.name: x for x in apart.linears}
+
+
 def test_qwen3_5_as_it_is_published_gets_no_finding(tmp_path):
     """Its experts lie in stacks, which the family's table knows under the names of linears: dropping them was offered once."""
     assert [f.code for f in check(stacked(save("qwen3_5_moe_text", tmp_path / "m"), tmp_path / "stacked"), RECIPE).findings] == []

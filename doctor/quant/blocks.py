@@ -587,7 +587,7 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> nn.Module:
                              "Install a transformers that has it: code that comes with a checkpoint is never run.")
     _require_finite_work(block)
     try:
-        built = CONFIG_MAPPING[kind].from_dict({k: v for k, v in block.items() if k != "quantization_config"})
+        built = CONFIG_MAPPING[kind].from_dict(_numbers({k: v for k, v in block.items() if k != "quantization_config"}))
         built.use_cache = False
         with _parameters_on_meta(), torch.no_grad():
             model = AutoModelForCausalLM.from_config(built, attn_implementation=attention(built), dtype=torch.float32, trust_remote_code=False)
@@ -596,6 +596,13 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> nn.Module:
         raise NotQuantizable(f"config.json: transformers {transformers.__version__} cannot build {kind}: {type(error).__name__}: {reason}.",
                              "Run `doctor check`: rules C14x say what is wrong with config.json.") from error
     return model.eval()
+
+
+def _numbers(value: object) -> object:
+    """A config with {"__float__": "Infinity"}, transformers' spelling of what JSON has no number for, as that number."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
+    return [_numbers(v) for v in value] if isinstance(value, list) else value
 
 
 def _require_finite_work(block: dict) -> None:
