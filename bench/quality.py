@@ -200,10 +200,11 @@ def command_of(tool: str, options, rows: Path, out: Path) -> list[str]:
         python, command = PEERS[tool]
         return [str(ROOT / ".cache" / python / "bin" / "python"), str(HERE / "quality.py"), command, options.model, str(rows), str(out),
                 *size]
+    tool, _, limit = tool.partition("@")
     method = {"doctor": "gptq", "doctor-awq": "awq", "doctor-rtn": "rtn"}[tool]
     doctor = Path(sys.executable).with_name("doctor")
     return [str(doctor), "quantize", options.model, "-o", str(out), "--method", method, *size,
-            "--calibration", str(rows)]
+            "--calibration", str(rows), *(["--memory", limit] if limit else [])]
 
 
 def table(options) -> None:

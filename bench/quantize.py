@@ -78,7 +78,7 @@ def scales(shapes, repeat):
         def search():
             H = Hessian(k)
             H.add(X)
-            return awq.find_scales(weights, H.matrix(), source, bits=4, group_size=128, sym=False, zero_min=0)[1]
+            return awq.find_scales(weights, H.take(), source, bits=4, group_size=128, sym=False, zero_min=0)[1]
 
         ours, ratio = timed(search, repeat)
         print(f"{shape:24} {theirs:7.2f}  {ours:7.2f} ({theirs / ours:.1f})   {ratio}", flush=True)

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from doctor.checkpoint import Checkpoint, JsonFile
+from doctor.checkpoint import FORGOTTEN_BYTES, Checkpoint, JsonFile
 from doctor.errors import BadCheckpoint
 from doctor.testing import tiny
 
@@ -85,6 +85,19 @@ def test_a_document_notes_what_the_standard_forbids():
     file = JsonFile("config.json", b'\xef\xbb\xbf{"a": NaN, "b": {"c": 1, "c": 2}}')
     assert file.value["b"] == {"c": 2} and file.bom and file.duplicates == ["c"] and file.non_standard == ["NaN"]
     assert file.place("/b/c") == (1, 32, 1)
+
+
+def test_large_documents_that_were_forgotten_are_parsed_again(tmp_path):
+    folder = tiny("llama").write(tmp_path / "m")
+    text = '{"version": "1.0", "version": "2.0", "model": {"vocab": {' + ", ".join(f'"token{i}": {i}' for i in range(60_000)) + "}}}"
+    (folder / "tokenizer.json").write_text(text)
+    checkpoint = Checkpoint.open(folder)
+    file = checkpoint.json["tokenizer.json"]
+    first, config = file.value, checkpoint.value("config.json")
+    assert len(text) > FORGOTTEN_BYTES and file.value is first
+    checkpoint.forget_parsed()
+    assert "value" not in vars(file) and checkpoint.value("config.json") is config
+    assert file.value == first and file.value is not first and file.duplicates == ["version"]
 
 
 def test_json_nested_deeper_than_places_are_worked_out_is_read_all_the_same(tmp_path):

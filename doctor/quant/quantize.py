@@ -88,6 +88,7 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
         chosen = job.calibrate(calibration, rows, max_seq_length, memory, device, resume)
         if not job.report().ok:
             return QuantizeResult(job.report(), calibration=job.facts)
+        job.seen.checkpoint.forget_parsed()
         if preflight:
             return job.preflight(chosen, memory, device)
         job.ranks = start(device)
