@@ -134,8 +134,10 @@ def test_calibration_rows_are_looked_through_without_a_wait(dtype, host_engine, 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("width", [32, -1])
 def test_awqs_candidates_are_tried_on_the_device(sym, width, host_engine, launched, monkeypatch):
-    """One launch a candidate and weight, one wait for all of them; the factors are the CPU's to the bit, with and without the kernel."""
-    monkeypatch.setattr(awq, "SEARCH_ROWS", 50)
+    """One launch a candidate and weight, a wait for all of them and one for the finalists; the factors are the CPU's to the bit, with and
+    without the kernel."""
+    monkeypatch.setattr(awq, "FIRST_ROWS", 50)
+    monkeypatch.setattr(awq, "FINALISTS", 41)   # all of the 40 candidates
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(n, 96, generator=g) * torch.linspace(0.1, 1, 96) for n in (40, 90)]
     X = torch.randn(400, 96, generator=g) * torch.linspace(3, 0.2, 96)
@@ -144,7 +146,7 @@ def test_awqs_candidates_are_tried_on_the_device(sym, width, host_engine, launch
     options = {"bits": 4, "group_size": width, "sym": sym, "zero_min": 0}
     want, name = awq.find_scales(weights, H, awq.Source("norm", "x"), **options)
     assert name and want[17] == 1
-    for engine, launches in ((host_engine, 2 * 40), (None, 0)):
+    for engine, launches in ((host_engine, 2 * 2 * 40), (None, 0)):
         launched.clear()
         with pretend(engine) as mode:
             there = [W.to(PLACE) for W in weights], H.to(PLACE)

@@ -212,13 +212,13 @@ def test_a_linear_that_came_out_worse_than_rounding_is_found(tmp_path, text, mon
     assert found == worse
 
 
-def test_the_search_on_some_rows_chooses_as_the_search_on_all(monkeypatch):
+def test_the_search_on_some_rows_first_chooses_as_the_search_on_all(monkeypatch):
     generator = torch.Generator().manual_seed(7)
     weights = [torch.randn(n, 96, generator=generator) for n in (700, 1300)]
     H, source = hessian(96), awq.Source("norm", "norm.weight")
     options = {"bits": 4, "group_size": 32, "sym": False, "zero_min": 0}
     sampled, found = awq.find_scales(weights, H, source, **options)
-    monkeypatch.setattr(awq, "SEARCH_ROWS", 1300)
+    monkeypatch.setattr(awq, "FIRST_ROWS", 1300)
     whole, _ = awq.find_scales(weights, H, source, **options)
 
     def loss(s):
