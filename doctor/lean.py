@@ -40,7 +40,7 @@ class _Watch:
         asks = sys.modules.get("transformers.utils.import_utils")
         if hasattr(asks, "is_torch_distributed_available"):
             sys.meta_path.remove(self)
-            if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            if os.environ.get("WORLD_SIZE", "1") == "1":
                 _deny_distributed(asks)
 
 

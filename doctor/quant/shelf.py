@@ -18,7 +18,7 @@ _AT_ONCE = 1 << 30  # bytes of one call; the system takes 2 GiB at most
 
 
 class Shelf:
-    """One such file. Places are reserved, written and read; none is given back before the end."""
+    """One such file. Places are reserved one behind the other, written and read, and given back from the end."""
 
     def __init__(self, folder: Path):
         self._folder, self._end = folder, 0
@@ -37,6 +37,16 @@ class Shelf:
         except OSError as error:
             raise self._no_room(size, error) from None
         return place
+
+    @property
+    def end(self) -> int:
+        """Where the next place begins."""
+        return self._end
+
+    def give_back(self, end: int) -> None:
+        """Every place from `end` on: what lies there is forgotten, on the disk too."""
+        self._end = end
+        os.ftruncate(self._file.fileno(), end)
 
     def write(self, place: int, storage: torch.UntypedStorage) -> None:
         """All bytes of a storage to a place. Raises MachineError where that fails."""

@@ -264,7 +264,7 @@ class Walk:
             lasts = lasts and (held <= room or shelf is not None)
             room -= held if lasts and shelf is None else 0
             self.passes.append(_Pass(lambda n=number, c=call: skeleton.run_block(i, hidden[n], c), lasts, shelf if lasts else None))
-        self._room = room
+        self._room, self._shelf, self._before = room, shelf, shelf.end if shelf else 0
         self._now: _Pass | None = None
         self._experts = experts
         self._hooks = [m.register_forward_pre_hook(lambda mod, args: self._arrive([(mod, lambda: args[0])]))
@@ -282,6 +282,8 @@ class Walk:
             hook.remove()
         for expert in self._experts:
             expert.before = None
+        if self._shelf is not None:
+            self._shelf.give_back(self._before)
 
     def _arrive(self, inputs: list[tuple[torch.nn.Module, Callable[[], torch.Tensor]]]) -> None:
         """Called by the block: these linears are about to compute on these inputs."""

@@ -272,6 +272,7 @@ def test_a_pass_that_is_halted_one_that_lies_on_disk_and_one_that_starts_anew_wr
     Half.shelf = Shelf(tmp_path)
     quantized(tiny(family), tmp_path, text, recipe, name="shelf")
     assert [Half.shelf] * 4 in lasting and Half.shelf.written > 0
+    assert Half.shelf.end == os.fstat(Half.shelf._file.fileno()).st_size == 0   # every block gave its places back
     assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "anew") == bytes_of(tmp_path / "half") == bytes_of(tmp_path / "shelf")
 
 

@@ -26,6 +26,9 @@ def test_storages_come_back_from_their_places(tmp_path, monkeypatch, at_once):
         shelf.read(place, tensor.untyped_storage())
         assert tensor.view(torch.uint8).equal(copy.view(torch.uint8))
     assert list(tmp_path.iterdir()) == []   # it has no name
+    assert places == [0, 1028] and shelf.end == os.fstat(shelf._file.fileno()).st_size == 1028 + 30
+    shelf.give_back(1028)
+    assert shelf.reserve(4) == 1028 and os.fstat(shelf._file.fileno()).st_size == 1032
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
