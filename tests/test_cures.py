@@ -256,7 +256,7 @@ def test_a_merge_is_the_one_that_peft_defines(tmp_path):
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.inference_mode():
         want, got = model(ids).logits, merged(ids).logits
-    assert not (got - want).abs().max() > 0.02 * want.abs().max()
+    assert (got - want).abs().max() <= 0.02 * want.abs().max()
 
 
 def test_ranks_by_pattern_and_modules_trained_whole_are_merged_as_peft_does(tmp_path):
@@ -331,7 +331,7 @@ def test_a_merge_with_magnitudes_is_the_function_that_was_trained(tmp_path):
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.inference_mode():
         want, got = model(ids).logits, merged(ids).logits
-    assert not (got - want).abs().max() > 0.02 * want.abs().max()
+    assert (got - want).abs().max() <= 0.02 * want.abs().max()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -191,17 +191,19 @@ class _Pass:
         self.stage, self.reached = stage, reached
         self._body.parent.switch()
 
-    def put_away(self, stays: set[int], room: int) -> int:
-        """What it holds, to the shelf; but for `room` bytes of it, and the storages `stays`, which others hold too. The room that is left then."""
+    def put_away(self, stays: Callable[[], set[int]], room: int) -> int:
+        """What it holds, to the shelf; but for `room` bytes of it, and the storages stays(), which others hold too. The room that is left then."""
         if self.over or self._away:
             return room
-        moved = []
+        without = {}
         for key, storage in self._made.storages().items():
             size = storage.nbytes()
             if size <= room:
                 room, self._kept = room - size, self._kept + size
-            elif key not in stays and storage.resizable():
-                moved.append((storage, size))
+            elif storage.resizable():
+                without[key] = storage, size
+        kept = stays() if without else ()   # asked for only then: it looks through every expert
+        moved = [place for key, place in without.items() if key not in kept]
         size = sum(size for _, size in moved)
         if size > self._reserved:
             self._place, self._reserved = self.shelf.reserve(size), size
@@ -327,7 +329,7 @@ class Walk:
                 self._add(one.reached)
                 one.reached = []
             if one.shelf is not None:
-                self._room = one.put_away(self._kept_by_modules(), self._room)
+                self._room = one.put_away(self._kept_by_modules, self._room)
         found, self._hessians = self._hessians, []
         return found
 

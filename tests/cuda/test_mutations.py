@@ -72,7 +72,7 @@ def refines(engine):
         rule = _Rules(4, width or -1, False, True, False, 0, torch.float16)
         got, found = kernels.refine(E, H, codes.clone(), given, groups, rule, width, loss, engine=engine)
         before, after = judge_refined(T, H, (codes, given), (got, found), groups, 4, width)
-        assert not ((loss - (after - before)).abs() > 1e-4 * before.max()).any()
+        assert ((loss - (after - before)).abs() <= 1e-4 * before.max()).all()
 
 
 def adds_up(engine):
@@ -81,7 +81,7 @@ def adds_up(engine):
     codes, found = kernels.round_columns(T.clone(), U, _Rules(4, 40, True, True, False, 0, torch.float16), groups, grid_of(T, 4, 40, True),
                                          loss=loss, engine=engine)
     want = energies(T - grid.dequantize(codes.T, found).T, torch.linalg.inv(U.double().T @ U.double()))
-    assert not ((loss - want).abs() > 1e-3 * want.max()).any()
+    assert ((loss - want).abs() <= 1e-3 * want.max()).all()
 
 
 def searches(engine):
@@ -150,7 +150,7 @@ def differs(engine):
     W, s = torch.randn(5, 96, generator=g), torch.rand(96, generator=g) + 0.5
     found = grid.fit(W * s, 4, 48, False)
     want = grid.dequantize(grid.quantize(W * s, found, 4), found) / s - W
-    assert not ((kernels.awq_difference(W, s, 4, 48, False, engine=engine) - want).abs() > 1e-5).any()
+    assert ((kernels.awq_difference(W, s, 4, 48, False, engine=engine) - want).abs() <= 1e-5).all()
 
 
 MUTATIONS = {

@@ -66,7 +66,7 @@ def test_only_what_a_pass_made_itself_is_put_away(tmp_path):
     one = _Pass(compute, True, Shelf(tmp_path))
     one.go_on()
     want = [t.clone() for t in seen["parts"]]
-    assert one.put_away({kept[0].untyped_storage()._cdata}, 100) == 100
+    assert one.put_away(lambda: {kept[0].untyped_storage()._cdata}, 100) == 100
     x, view, old = seen["parts"]
     assert x.untyped_storage().nbytes() == view.untyped_storage().nbytes() == 0
     assert weight.untyped_storage().nbytes() == 64 * 64 * 4 and kept[0].untyped_storage().nbytes() == 32 * 64 * 4
@@ -85,7 +85,7 @@ def test_what_has_room_stays(tmp_path):
 
     one = _Pass(compute, True, shelf := Shelf(tmp_path))
     one.go_on()
-    assert one.put_away(set(), 200) == 200 - 64 - 128
+    assert one.put_away(set, 200) == 200 - 64 - 128
     assert [t.untyped_storage().nbytes() for t in tensors] == [0, 64, 128, 0] and shelf.written == 288
     assert one.come_back() == 192 and one.come_back() == 0
     assert one.whole() == sum(sum(range(n)) for n in (64, 16, 32, 8))
