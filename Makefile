@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 .PHONY: demo test test-clients nvrtc kernels bench gpu docs clean
 
 demo: $(STAMP)          ## the main job on real weights: check, fix, quantize, verify (TINY=1: no download)
-	$(BIN)/python fixtures/demo.py $(if $(TINY),--tiny)
+	$(BIN)/python examples/demo.py $(if $(TINY),--tiny)
 
 test: $(STAMP)          ## every test that needs no other engine and no GPU
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -37,10 +37,10 @@ gpu:                    ## on a machine with a GPU, under 10 minutes: goldens, k
 	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(STEPS)
 
 docs: $(STAMP)          ## write the rule table of the README and docs/rules/ anew
-	$(BIN)/python docs/generate.py
+	$(BIN)/python tools/generate_docs.py
 
 # The constraints file pins torch: an open range would take gigabytes of CUDA libraries on some machines.
-$(STAMP): pyproject.toml constraints.txt $(wildcard setup.py cuda/host/*)
+$(STAMP): pyproject.toml constraints.txt $(wildcard setup.py cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
 	touch $@

@@ -2,7 +2,7 @@
 
 One plain C library, loaded with ctypes, so that one wheel (py3-none-PLATFORM) serves every Python version. Each source
 in PER_LEVEL is compiled once per instruction level of LEVELS, its symbols suffixed with the level's name; the processor
-picks at load (doctor/native.py). Without a C compiler the package installs as a pure wheel with NumPy paths instead.
+picks at load (doctor/scan/native.py). Without a C compiler the package installs as a pure wheel with NumPy paths instead.
 To add a source, add its name to PER_LEVEL.
 """
 
@@ -10,13 +10,13 @@ import os
 import platform
 import tempfile
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools._distutils.ccompiler import new_compiler
 from setuptools._distutils.sysconfig import customize_compiler
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-HOST = "cuda/host"
+SOURCES = "cpu"
 PER_LEVEL = {"scan.c": [], "solve.c": ["-ffp-contract=off"]}  # with flags of its own
 HEADERS = ["level.h", "scan_type.h"]
 
@@ -42,10 +42,10 @@ class BuildLibrary(build_ext):
         objects = []
         for level, level_flags in LEVELS.items():
             for name, own_flags in PER_LEVEL.items():
-                objects += self.compiler.compile([f"{HOST}/{name}"], depends=ext.depends,
+                objects += self.compiler.compile([f"{SOURCES}/{name}"], depends=ext.depends,
                                                  output_dir=os.path.join(self.build_temp, level),
                                                  macros=[("LEVEL", level)], extra_postargs=FLAGS + level_flags + own_flags)
-        objects += self.compiler.compile([f"{HOST}/cpu.c"], output_dir=self.build_temp, extra_postargs=FLAGS)
+        objects += self.compiler.compile([f"{SOURCES}/cpu.c"], output_dir=self.build_temp, extra_postargs=FLAGS)
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name))
 
 
@@ -73,6 +73,8 @@ def compiler_works():
     return True
 
 
-library = Extension("doctor.libdoctor_cpu", [f"{HOST}/{name}" for name in [*PER_LEVEL, "cpu.c"]],
-                    depends=[f"{HOST}/{name}" for name in HEADERS])
-setup(cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel}, ext_modules=[library] if compiler_works() else [])
+library = Extension("doctor.scan.libdoctor_cpu", [f"{SOURCES}/{name}" for name in [*PER_LEVEL, "cpu.c"]],
+                    depends=[f"{SOURCES}/{name}" for name in HEADERS])
+# rules/ and cuda/ lie beside doctor/ and are installed inside it (package-dir in pyproject.toml).
+packages = [*find_packages(include=["doctor", "doctor.*"]), "doctor.rules", "doctor.rules.tables", "doctor.cuda"]
+setup(packages=packages, cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel}, ext_modules=[library] if compiler_works() else [])

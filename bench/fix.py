@@ -22,11 +22,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from doctor import api  # noqa: E402
-from doctor.checkpoint import Checkpoint  # noqa: E402
-from doctor.edits import PadTensor, SetJson  # noqa: E402
-from doctor.testing import shard_bytes  # noqa: E402
-from doctor.view import EditedCheckpoint  # noqa: E402
-from doctor.writer import open_stage  # noqa: E402
+from doctor.checkpoint.directory import Checkpoint  # noqa: E402
+from doctor.edits.kinds import PadTensor, SetJson  # noqa: E402
+from doctor.lint.testing import shard_bytes  # noqa: E402
+from doctor.edits.overlay import EditedCheckpoint  # noqa: E402
+from doctor.fix.staging import open_stage  # noqa: E402
 
 
 def build(folder: Path, hidden: int, width: int, blocks: int, shards: int) -> None:

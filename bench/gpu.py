@@ -53,8 +53,8 @@ def places(wheels=None):
 def build_library():
     """The native library into the site of places(), where the checkout has none of its sources and there is a compiler: the model is read at its speed."""
     site = ROOT / ".cache" / "gpu" / "site"
-    library = site / "doctor" / "libdoctor_cpu.so"
-    if library.exists() and all(library.stat().st_mtime >= source.stat().st_mtime for source in (ROOT / "cuda" / "host").iterdir()):
+    library = site / "doctor" / "scan" / "libdoctor_cpu.so"
+    if library.exists() and all(library.stat().st_mtime >= source.stat().st_mtime for source in (ROOT / "cpu").iterdir()):
         return "there already"
     library.unlink(missing_ok=True)
     made = site.parent / "build"
@@ -62,7 +62,7 @@ def build_library():
     try:
         run = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(made), "--build-temp", str(made)], cwd=ROOT,
                              capture_output=True, text=True, timeout=60)
-        shutil.copyfile(made / "doctor" / "libdoctor_cpu.so", library)
+        shutil.copyfile(made / "doctor" / "scan" / "libdoctor_cpu.so", library)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"not built, NumPy reads the model: {error if isinstance(error, subprocess.TimeoutExpired) else run.stderr[-300:]}"
     return "built"
@@ -222,8 +222,8 @@ class Bench:
         """A layer of side x side, piece by piece."""
         import torch
 
-        from doctor.quant import gptq, grid, kernels
-        from doctor.quant.hessian import exact_products
+        from doctor.quant.solve import gptq, grid, kernels
+        from doctor.quant.solve.hessian import exact_products
 
         n = k = self.side
         with exact_products():
@@ -261,7 +261,8 @@ class Bench:
     def memory_bound(self):
         import torch
 
-        from doctor.quant import grid, kernels, pack
+        from doctor.quant.solve import grid, kernels
+        from doctor.quant import pack
 
         n = k = self.large
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=self.device)
@@ -302,7 +303,7 @@ class Bench:
             f"{'yes' if value is not None and (value >= bound if more else value <= bound) else 'no'} |" for what, bound, value, more in lines]
 
     def wide_layer(self):
-        from doctor.quant import gptq
+        from doctor.quant.solve import gptq
 
         k, n = self.wide
         W, H = self.random(n, k) * 0.02, self.hessian(k, self.tokens)
@@ -338,7 +339,7 @@ def commit():
 
 
 def goldens(device, out):
-    sys.path.insert(0, str(ROOT / "tests" / "cuda"))
+    sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("cuda", "helpers")]
     from test_goldens import record
 
     (out / "cuda.json").write_text(json.dumps(record(device), indent=1) + "\n")
@@ -350,7 +351,7 @@ def write_model(folder, device, layers=32, hidden=4096, inner=11008, heads=32):
     import torch
     from safetensors.torch import save_file
 
-    from doctor.testing import tiny
+    from doctor.lint.testing import tiny
 
     case = tiny("llama")
     case.config.update(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
@@ -388,8 +389,8 @@ def model(device, out, rows=128, length=2048, **sizes):
     import random
 
     from doctor import api
-    from doctor.quant.walk import WITHOUT_GREENLET, greenlet
-    from doctor.recipe import Recipe
+    from doctor.quant.forward.staged import WITHOUT_GREENLET, greenlet
+    from doctor.core.recipe import Recipe
 
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 40 << 30
@@ -437,7 +438,7 @@ def main():
         sys.path[:0] = places(options.wheels).split(os.pathsep)
     import torch
 
-    from doctor.quant import kernels
+    from doctor.quant.solve import kernels
 
     reason = kernels.available("cuda")
     if reason:

@@ -17,9 +17,9 @@ os.environ["OMP_NUM_THREADS"] = "1"     # before the imports: SciPy's BLAS has t
 
 import torch
 
-from doctor.quant import awq
-from doctor.quant.gptq import proxy_loss, solve
-from doctor.quant.hessian import Hessian
+from doctor.quant.solve import awq
+from doctor.quant.solve.gptq import proxy_loss, solve
+from doctor.quant.solve.hessian import Hessian
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "clients"))
 import ask_peer

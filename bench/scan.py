@@ -28,14 +28,14 @@ from pathlib import Path
 
 import numpy as np
 
-from doctor import native, stats
-from doctor.builtin import header_facts
-from doctor.checkpoint import Checkpoint
-from doctor.recipe import Recipe
-from doctor.scan import scan
-from doctor.shard import ShardFile
+from doctor.scan import native, counters
+from doctor.scan.header import header_facts
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.recipe import Recipe
+from doctor.scan.scan import scan
+from doctor.checkpoint.safetensors import ShardFile
 
-CHUNK = 1 << 20  # what doctor.scan reads at a time
+CHUNK = 1 << 20  # what doctor.scan.scan reads at a time
 ROWS, COLUMNS = 4096, 4096
 
 PEER = """
@@ -88,7 +88,7 @@ def scan_file(path):
     buffer = memoryview(bytearray(CHUNK))
     with ShardFile(path, "weights") as file:
         for at in range(0, file.size(), CHUNK):
-            stats.read_and_scan(file, at, buffer[: file.size() - at], "BF16")
+            counters.read_and_scan(file, at, buffer[: file.size() - at], "BF16")
 
 
 def scan_checkpoint(folder, workers):
@@ -184,7 +184,7 @@ def main():
 
     def scan_all():
         for chunk in chunks:
-            stats.scan(chunk, "BF16")
+            counters.scan(chunk, "BF16")
 
     for level in levels:
         rows.append((f"scan, native {level}", best_of(with_level(level, scan_all))))

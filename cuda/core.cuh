@@ -1,4 +1,4 @@
-// The arithmetic of grids and codes, written once: doctor/quant/grid.py says what each function means.
+// The arithmetic of grids and codes, written once: doctor/quant/solve/grid.py says what each function means.
 //
 // Every function is a template over a lane type F that stands for one row of weights. `float` makes the CUDA kernels;
 // a vector type makes SIMD code of the same source once it brings its own lane_* functions.
@@ -42,7 +42,7 @@ struct __align__(16) u32x4 {
 };
 INLINE bool by_sixteen(const void *at) { return (reinterpret_cast<u64>(at) & 15u) == 0; }
 
-// The arguments of grid.fit that are one for a whole tensor. doctor/quant/kernels.py mirrors this struct.
+// The arguments of grid.fit that are one for a whole tensor. doctor/quant/solve/kernels.py mirrors this struct.
 struct Rule {
     float top;       // 2^bits - 1
     float half;      // 2^(bits - 1)

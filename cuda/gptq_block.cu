@@ -1,5 +1,5 @@
 // GPTQ's inner loop: up to 128 columns of every row in one launch, where a loop of tensor operations needs some twenty
-// launches a column. doctor/quant/gptq.py (_round_columns) is the definition.
+// launches a column. doctor/quant/solve/gptq.py (_round_columns) is the definition.
 //
 // One thread is one row. T is W transposed, so a warp reads 32 neighbours. The block of U lies in shared memory and is
 // read by broadcast; a thread's own errors lie beside it. Sixteen columns at a time are in registers: they first take
@@ -147,7 +147,7 @@ HOST_ENTRY(gptq_block)
 
 // One pass of coordinate descent over a block's columns (gptq.descend): each code in turn to its best value given all others. Where
 // width > 0, each group's scale then takes its least-squares value given the codes and all other groups (refine_block and
-// refit_scale of cuda/host/solve.c). E = W - Q; what the block's changes of E do to the pull of later columns is one product of
+// refit_scale of cpu/solve.c). E = W - Q; what the block's changes of E do to the pull of later columns is one product of
 // matrices, and the host's business.
 //
 // Shared memory as above, and 128 codes a thread.

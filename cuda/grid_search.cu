@@ -1,5 +1,5 @@
 // The grid of every group of W[n, k]: min-max, or the least weighted squared error over the candidates that
-// doctor/quant/grid.py tries, in its order. The candidates' factors are grid.py's own, handed over as an array.
+// doctor/quant/solve/grid.py tries, in its order. The candidates' factors are grid.py's own, handed over as an array.
 //
 // One warp is one group, a lane holds every 32nd weight. Groups up to 128 wide stay in registers, wider ones (group_size
 // -1) are read again for each candidate, from the cache. Bound by arithmetic: about 30 candidates of a division, a

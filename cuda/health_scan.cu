@@ -1,4 +1,4 @@
-// The counts of cuda/host/scan.c for a tensor that already lies on the device: NaN, Inf, zeros, subnormals, what float16 would lose,
+// The counts of cpu/scan.c for a tensor that already lies on the device: NaN, Inf, zeros, subnormals, what float16 would lose,
 // bounds and sums. Bound by memory: a thread takes RUN neighbours at once, and counts one by one only where their bounds and the sum of their
 // squares say that there is something to count. Counts, bounds and first_nonfinite are exact; the sums are float32 over RUN neighbours
 // and float64 above, in no fixed order.

@@ -12,11 +12,11 @@ _HOME = {
     "fix": "doctor.api",
     "quantize": "doctor.api",
     "verify": "doctor.api",
-    "Recipe": "doctor.recipe",
-    "Finding": "doctor.rule",
-    "Report": "doctor.engine",
-    "DoctorError": "doctor.errors",
-    "CheckpointNotReady": "doctor.errors",
+    "Recipe": "doctor.core.recipe",
+    "Finding": "doctor.lint.rule",
+    "Report": "doctor.lint.engine",
+    "DoctorError": "doctor.core.errors",
+    "CheckpointNotReady": "doctor.core.errors",
 }
 __all__ = sorted(_HOME)
 

@@ -14,19 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from doctor.builtin import header_facts, summary
-from doctor.checkpoint import Checkpoint
-from doctor.config import Config, Selection, choose
-from doctor.engine import Report, against, in_order, judge, load_rules, locate, select_rules
-from doctor.errors import BadCheckpoint
-from doctor.facts import CHECKPOINT, STAGES, Store, asks
-from doctor.hub import HubCheckpoint, HubDonor, open_checkpoint
-from doctor.recipe import Recipe
-from doctor.rule import Finding, Place
+from doctor.scan.header import header_facts, summary
+from doctor.checkpoint.directory import Checkpoint
+from doctor.lint.config import Config, Selection, choose
+from doctor.lint.engine import Report, against, in_order, judge, load_rules, locate, select_rules
+from doctor.core.errors import BadCheckpoint
+from doctor.core.facts import CHECKPOINT, STAGES, Store, asks
+from doctor.checkpoint.hub import HubCheckpoint, HubDonor, open_checkpoint
+from doctor.core.recipe import Recipe
+from doctor.lint.rule import Finding, Place
 
 if TYPE_CHECKING:
-    from doctor.base import Base
-    from doctor.plan import Look, Plan, Progress, Proof
+    from doctor.edits.donor import Base
+    from doctor.fix.plan import Look, Plan, Progress, Proof
 
 
 def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *, select: Iterable[str] = (), ignore: Iterable[str] = (),
@@ -42,7 +42,7 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     of plans by GPU count.
     room: the directory that a quantized copy would be written to; memory and disk of this machine are then judged too.
     recipe: without one, that of config; a quantized checkpoint is judged against the plan that it states for itself, unless config has one.
-    config: what doctor.config.load() found; its selection comes before select and ignore, its recipe is the default, and its
+    config: what doctor.lint.config.load() found; its selection comes before select and ignore, its recipe is the default, and its
     suppressions hold. None reads no configuration, not even the checkpoint's own. baseline: findings are new or not against it.
     keep_partial: Ctrl-C while weights are read ends the reading; the report holds what was found so far and, in its summary, what was
     not read. Else KeyboardInterrupt is raised.
@@ -61,14 +61,14 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)
     elif STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.facts) for r in rules):
-        from doctor.scan import scan
+        from doctor.scan.scan import scan
 
         scanned = scan(checkpoint, store, progress, keep_partial=keep_partial)
     findings, runs = judge(store, rules, stage)
     extra = {}
     stopped = scanned is not None and scanned.stopped.is_set()
     if (pictures or matrix) and not stopped:
-        from doctor import pictures as draw
+        from doctor.report import figures as draw
 
         extra = draw.pictures(checkpoint, store, rules, findings) if pictures else {"matrix": draw.matrix(store, rules, findings)}
     report = Report(extra=extra, checkpoint=checkpoint.name, recipe=recipe, findings=locate(findings, checkpoint), runs=runs,
@@ -89,7 +89,7 @@ def check(path: str | os.PathLike | Checkpoint, recipe: Recipe | None = None, *,
 def _measure(checkpoint: Checkpoint, store: Store, recipe: Recipe, room: str | os.PathLike) -> None:
     """Put what this machine has, and what quantizing into `room` takes, where the config says what to quantize."""
     if store.has(CHECKPOINT, "spec"):
-        from doctor.quant.room import measure
+        from doctor.quant.capacity import measure
 
         store.put(CHECKPOINT, "given_machine", measure(checkpoint, store.get(CHECKPOINT, "spec"), recipe, room))
 
@@ -103,7 +103,7 @@ def _chosen(rules_dirs: Iterable[Path], config: Config | None, select: Iterable[
 
 def _default_recipe(checkpoint: Checkpoint, config: Config | None) -> Recipe:
     """What a checkpoint is judged against where nobody gives a plan: a quantized one against the plan that it states for itself."""
-    from doctor.layout import STATED, stored_recipe
+    from doctor.plan.groups import STATED, stored_recipe
 
     own = config.recipe() if config else Recipe()
     return own if config and config.recipe_values.keys() & STATED else stored_recipe(checkpoint, own)
@@ -148,8 +148,8 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike | None, 
     in_place: output is None; the directory changes names with its fixed copy and is kept as NAME.before-fix, which `undo` puts back.
     Raises PlanRefused, MachineError, BadCheckpoint; then there is no output.
     """
-    from doctor.plan import Consent, no_progress
-    from doctor.writer import check_in_place, check_output
+    from doctor.fix.plan import Consent, no_progress
+    from doctor.fix.staging import check_in_place, check_output
 
     started = time.perf_counter()
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
@@ -172,9 +172,9 @@ def fix(path: str | os.PathLike | Checkpoint, output: str | os.PathLike | None, 
 def _fixed(source: Checkpoint, output: Path, recipe: Recipe, rules: list, consent, facts: list, config: Config | None, started: float, *, dry_run: bool,
            copy: bool, overwrite: bool, in_place: bool, stage: str, fail_on: str, progress: Progress) -> FixResult:
     """Plan, prove, carry out."""
-    from doctor.edits import Rebase
-    from doctor.errors import PlanRefused
-    from doctor.plan import carry_out, make_plan, refuse
+    from doctor.edits.kinds import Rebase
+    from doctor.core.errors import PlanRefused
+    from doctor.fix.plan import carry_out, make_plan, refuse
 
     plan = make_plan(source, recipe, rules, consent, facts=facts, stage=stage, progress=progress, hush=config.hush if config else None)
     result = FixResult(plan, _report(plan.before, plan.recipe, fail_on, started), _report(plan.after, plan.recipe, fail_on, started), output)
@@ -202,33 +202,33 @@ def undo(path: str | os.PathLike) -> list[str]:
     Only a fix in place replaces anything: an output of `fix -o` is deleted by whoever made it. Raises PlanRefused, MachineError,
     BadCheckpoint.
     """
-    from doctor import swap
-    from doctor.plan import SCHEMA
-    from doctor.writer import RECEIPT, changed_since
+    from doctor.fix import in_place
+    from doctor.fix.plan import SCHEMA
+    from doctor.fix.staging import RECEIPT, changed_since
 
     path = Path(os.path.abspath(path))
-    notes = swap.recover(path)
-    if notes and not swap.kept_name(path).exists():
+    notes = in_place.recover(path)
+    if notes and not in_place.kept_name(path).exists():
         return notes
     receipt = Checkpoint.open(path).value(RECEIPT)
     if receipt is None or receipt.get("schema") != SCHEMA:
         raise BadCheckpoint(f"{path}: holds no receipt of doctor ({RECEIPT}); nothing here says what to undo.")
-    return [*notes, swap.undo(path, receipt, changed_since(path, receipt))]
+    return [*notes, in_place.undo(path, receipt, changed_since(path, receipt))]
 
 
 def recover(path: str | os.PathLike) -> list[str]:
     """Finish or take back a fix in place that was killed; says what was done, [] where nothing was to do."""
-    from doctor import swap
+    from doctor.fix import in_place
 
-    return swap.recover(Path(os.path.abspath(path)))
+    return in_place.recover(Path(os.path.abspath(path)))
 
 
 @contextmanager
 def _base(base: str | os.PathLike | Checkpoint | None, source: Checkpoint, output: Path, progress: Progress) -> Iterator[list]:
     """The fact `base`, while it may be read from: what is fetched from the Hub lies beside the output and is removed at the end."""
-    from doctor.base import Base
-    from doctor.made import lend
-    from doctor.writer import open_fetch
+    from doctor.edits.donor import Base
+    from doctor.edits.derived import lend
+    from doctor.fix.staging import open_fetch
 
     if base is None:
         yield []
@@ -288,7 +288,7 @@ def plan_quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLik
 
 
 def kvcache(path: str | os.PathLike | Checkpoint, **options):
-    """KvReport on a model's key/value cache; see doctor.evaluate.kvcache.kvcache for the options."""
-    from doctor.evaluate.kvcache import kvcache as run
+    """KvReport on a model's key/value cache; see doctor.evaluate.kvcache.study.kvcache for the options."""
+    from doctor.evaluate.kvcache.study import kvcache as run
 
     return run(path, **options)

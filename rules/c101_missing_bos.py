@@ -34,8 +34,8 @@ tokenizer_config.json 也写明了它，只作提示（Gemma 3 就是这样发�
 修复: 安全；只改 config.json 的一个键，取值是分词器里已有的 id，权重不动。
 """
 
-from doctor.rule import MISSING, TURN_MARKS, Fix, Place, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import MISSING, TURN_MARKS, Fix, Place, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("C101", "error")

@@ -24,8 +24,8 @@ dolphin-2.9.2-qwen2-72b, where 151644 was set and later changed back to 151643.
 修复: 安全；恢复成 Qwen 发布时的值，且仅在分词器有该词元时进行。
 """
 
-from doctor.rule import TURN_MARKS, Fix, Place, SetJson, finding, rule
-from doctor.testing import only_in, tiny
+from doctor.lint.rule import TURN_MARKS, Fix, Place, SetJson, finding, rule
+from doctor.lint.testing import only_in, tiny
 
 VENDOR = "<|endoftext|>"
 

@@ -28,8 +28,8 @@ EOS 则永远结束不了回答。
 修复: 若 tokenizer_config.json 写明了该词元，且分词器里它的 id 在嵌入表范围内，则安全；否则需手动。
 """
 
-from doctor.rule import Fix, Place, SetJson, Unavailable, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetJson, Unavailable, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("C103", "error")

@@ -24,8 +24,8 @@ Sources: turboderp/exllamav2 exllamav2/tokenizer/tokenizer.py (config first); tr
 修复: 不安全；分词器正确只是很可能，并非确定。
 """
 
-from doctor.rule import Fix, Place, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("C104", "warning", implied_by=("C102", "C103", "C106"))

@@ -25,8 +25,8 @@ eos_token 的那个。
 修复: 安全；只增加停止词元，不删除任何一个。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("C105", "warning", implied_by=("C103", "C106"))

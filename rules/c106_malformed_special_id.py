@@ -28,8 +28,8 @@ Sources: AutoGPTQ auto_gptq/modeling/_base.py:275 (a list as pad id); transforme
 修复: 数值没有歧义时（"2"、2.0）安全；否则需手动。
 """
 
-from doctor.rule import Fix, Place, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("C106", "error")

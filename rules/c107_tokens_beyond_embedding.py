@@ -37,8 +37,8 @@ Sources: turboderp/exllamav2 issue 52; NVIDIA/TensorRT-LLM issue 1272; google/ge
 
 import re
 
-from doctor.rule import MISSING, Fix, GrowRows, Place, SetJson, Unavailable, finding, fits, rule
-from doctor.testing import tiny
+from doctor.lint.rule import MISSING, Fix, GrowRows, Place, SetJson, Unavailable, finding, fits, rule
+from doctor.lint.testing import tiny
 
 UNIT = 64  # engines cut the vocabulary into parts of 64 rows and pad it to that themselves
 MOST = 1.25  # ids beyond that are a mistake in the tokenizer, not a few tokens more

@@ -27,8 +27,8 @@ Sources: huggingface/open-r1 issue 462; EleutherAI/lm-evaluation-harness issue 2
 
 import re
 
-from doctor.rule import Fix, Place, ReplaceText, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, ReplaceText, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("C108", "warning")

@@ -27,8 +27,8 @@ Sources: transformers src/transformers/utils/chat_template_utils.py; Jinja docum
 
 import re
 
-from doctor.rule import Fix, Place, SetJson, Unavailable, finding, from_base, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetJson, Unavailable, finding, from_base, rule
+from doctor.lint.testing import tiny
 
 # transformers marks the assistant's words with a tag of its own; to a parser it is a block like any other.
 GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")

@@ -26,8 +26,8 @@ Sources: transformers src/transformers/models/auto/tokenization_auto.py.
 修复: 不安全，且需 `--from`：取基座模型的文件；微调可能加过词元。否则需手动。
 """
 
-from doctor.rule import Fix, Place, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, finding, rule
+from doctor.lint.testing import tiny
 
 KNOWN = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")

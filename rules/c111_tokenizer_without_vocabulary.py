@@ -25,8 +25,8 @@ Sources: huggingface/tokenizers tokenizers/src/models/mod.rs.
 修复: 不安全，且需 `--from`：取基座模型的文件；微调可能加过词元。否则需手动。
 """
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import tiny
 
 
 @rule("C111", "error")

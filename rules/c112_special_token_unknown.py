@@ -28,8 +28,8 @@ Sources: transformers src/transformers/tokenization_utils_base.py, `add_special_
 修复: 不安全：用 config.json 与 generation_config.json 所写 id 对应的词元，或（`--from`）基座模型写的那个。否则需手动。
 """
 
-from doctor.rule import Fix, Place, SetJson, finding, rule, token_text, value_from_base
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetJson, finding, rule, token_text, value_from_base
+from doctor.lint.testing import tiny
 
 
 @rule("C112", "warning")

@@ -22,8 +22,8 @@ Sources: transformers src/transformers/tokenization_utils_tokenizers.py.
 修复: 只有 tokenizer.json 这一份词表时安全：added_tokens_decoder 改用它的编号。旁边还有慢速分词器的文件时不安全；两个词元会得到同一编号时需手动。
 """
 
-from doctor.rule import Fix, Place, RemoveJson, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, RemoveJson, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 
 # Files that a slow tokenizer takes its ids from.

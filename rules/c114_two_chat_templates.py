@@ -23,8 +23,8 @@ Sources: transformers src/transformers/tokenization_utils_base.py, `chat_templat
 修复: 不安全：不认识该文件的程序会因此没有模板。
 """
 
-from doctor.rule import Fix, Place, RemoveJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("C114", "warning")

@@ -25,8 +25,8 @@ Sources: transformers src/transformers/configuration_utils.py.
 修复: 不安全，且需 `--from`：取基座模型的文件。否则需手动；不会仅凭形状编造配置。
 """
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import tiny
 
 
 @rule("C140", "error", implied_by=("F019", "F020", "F022"))

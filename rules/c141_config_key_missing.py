@@ -26,8 +26,8 @@ Sources: turboderp/exllamav2 exllamav2/config.py; transformers configuration cla
 修复: 安全：凡依赖该键的张量都指向同一个值。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, keys_of, rule, solve
-from doctor.testing import tiny
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, keys_of, rule, solve
+from doctor.lint.testing import tiny
 
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 NESTED = ("hidden_size", "num_hidden_layers")

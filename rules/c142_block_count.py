@@ -28,8 +28,8 @@ Sources: transformers src/transformers/modeling_utils.py; deepseek-ai/DeepSeek-V
 修复: 不安全：只有在没有文件缺失时，文件里的层数才是对的。
 """
 
-from doctor.rule import Fix, Place, SetJson, finding, ranges, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetJson, finding, ranges, rule
+from doctor.lint.testing import tiny
 
 FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010", "F011", "F018", "F019", "F020", "C147")
 MOST = 10_000  # blocks that are looked for one by one: no model has more, and a config that says 2**39 must not fill memory

@@ -26,8 +26,8 @@ Sources: transformers src/transformers/models/llama/modeling_llama.py; Mistral-N
 修复: 恰有一个键能解释所有张量时安全；否则需手动。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, assume, finding, keys_of, rule, solve
-from doctor.testing import never_in, tiny
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, assume, finding, keys_of, rule, solve
+from doctor.lint.testing import never_in, tiny
 
 KEYS = ("num_key_value_heads", "head_dim", "num_attention_heads", "num_kv_heads", "n_head", "n_heads", "num_heads", "kv_channels",
         "multi_query_group_num", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim")

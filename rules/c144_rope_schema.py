@@ -29,8 +29,8 @@ Sources: transformers src/transformers/modeling_rope_utils.py; meta-llama/llama3
 
 import math
 
-from doctor.rule import Place, finding, rule, value_from_base
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, rule, value_from_base
+from doctor.lint.testing import tiny
 
 REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",), "longrope": ("short_factor", "long_factor"),
             "su": ("short_factor", "long_factor"),

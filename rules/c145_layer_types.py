@@ -28,8 +28,8 @@ Sources: transformers src/transformers/configuration_utils.py, `layer_type_valid
 修复: 不安全：过长的列表从末尾截断，只有删的是最后几层时才对；过短的按已有的规律续写。窗口宽度从基座模型取（`--from`）。否则需手动。
 """
 
-from doctor.rule import Fix, Place, SetJson, finding, rule, value_from_base
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetJson, finding, rule, value_from_base
+from doctor.lint.testing import tiny
 
 
 @rule("C145", "error", implied_by=("C142",))

@@ -27,8 +27,8 @@ Sources: transformers src/transformers/dynamic_module_utils.py.
 修复: 该系列已内置于 transformers 时不需要 auto_map，删除属不安全修复。doctor 不运行检查点里的任何代码。
 """
 
-from doctor.rule import Fix, Place, RemoveJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule
+from doctor.lint.testing import tiny
 
 REMOTE_ONLY = ("baichuan", "chatglm", "internlm2", "qwen")
 

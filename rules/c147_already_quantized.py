@@ -35,7 +35,7 @@ Sources: ml-explore/mlx-lm issue 1192; ModelCloud/GPTQModel PR 2827; transformer
 
 import re
 
-from doctor.rule import (
+from doctor.lint.rule import (
     PARTS,
     WORD_TAILS,
     Dequantize,
@@ -50,7 +50,7 @@ from doctor.rule import (
     read_quantization,
     rule,
 )
-from doctor.testing import tiny
+from doctor.lint.testing import tiny
 
 SCALES = re.compile(r"\.(weight_scale_inv|weight_scale|SCB|absmax|quant_state\.bitsandbytes__\w+|quant_map|_scales)$|_(blocks|scales)$")
 

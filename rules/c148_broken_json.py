@@ -26,8 +26,8 @@ Sources: transformers src/transformers/configuration_utils.py; RFC 8259.
 修复: 不安全，且需 `--from`：取基座模型的文件，不一定就是丢失的那份。否则需手动。
 """
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import tiny
 
 # Other JSON files may be anything; no reader of models opens them.
 READ = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "vocab.json",

@@ -22,8 +22,8 @@ Sources: RFC 8259 section 4: names should be unique.
 修复: 两个值相同时安全；不同时不安全：保留读取程序所取的最后一个。文件超过 1 MiB 时需手动。
 """
 
-from doctor.rule import CleanJson, Fix, Place, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import CleanJson, Fix, Place, finding, rule
+from doctor.lint.testing import tiny
 
 READ = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "quantize_config.json")
 

@@ -27,8 +27,8 @@ Sources: RFC 8259 section 8.1; CPython Lib/json/__init__.py.
 修复: 安全；只去掉三个字节，值不变。若文件其余部分也不是 JSON，则需手动。
 """
 
-from doctor.rule import CleanJson, Fix, Place, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import CleanJson, Fix, Place, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("C150", "error")

@@ -27,8 +27,8 @@ Sources: RFC 8259 section 6.
 修复: 不安全，且需 `--from`：从基座模型取该数字。否则需手动；文件里找不到本来的数字。
 """
 
-from doctor.rule import Place, finding, rule, value_from_base
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, rule, value_from_base
+from doctor.lint.testing import tiny
 
 READ = ("config.json", "generation_config.json", "tokenizer_config.json", "quantize_config.json")
 

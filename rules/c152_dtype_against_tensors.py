@@ -27,8 +27,8 @@ Sources: transformers src/transformers/modeling_utils.py (`dtype="auto"` takes t
 修复: 安全：写上存储的类型后，加载时不改变任何数值。
 """
 
-from doctor.rule import Fix, Place, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 SPELLINGS = {"half": "float16", "float": "float32", "double": "float64"}

@@ -29,8 +29,8 @@ Sources: transformers src/transformers/quantizers/auto.py; vllm-project/vllm vll
 修复: 安全：权重里没有任何打包的内容，去掉配置块后照普通权重读取。
 """
 
-from doctor.rule import Fix, Place, RemoveJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule
+from doctor.lint.testing import tiny
 
 PACKING = ("gptq", "gptq_marlin", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "auto-round", "fp8", "exl2", "exl3", "mxfp4", "aqlm", "hqq", "quip")
 SIGNS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".q_weight", ".trellis", ".codes", "_blocks", ".W_q", "_scale")

@@ -25,8 +25,8 @@ Sources: vllm-project/vllm vllm/model_executor/models/registry.py; ggml-org/llam
 修复: 表中已有的系列安全：类名由 model_type 决定。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule, table
-from doctor.testing import tiny
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule, table
+from doctor.lint.testing import tiny
 
 
 @rule("C154", "warning")

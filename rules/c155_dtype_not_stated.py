@@ -24,8 +24,8 @@ Sources: transformers 4 src/transformers/modeling_utils.py (default float32); sg
 修复: 安全；写的就是存储的类型。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 STORED = {"F16": "float16", "BF16": "bfloat16"}
 

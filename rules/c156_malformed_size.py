@@ -27,8 +27,8 @@ Sources: transformers src/transformers/configuration_utils.py.
 修复: 数值没有歧义时（"4096"、4096.0）安全；否则需手动。
 """
 
-from doctor.rule import Fix, Place, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 SIZES = ("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "num_hidden_layers", "n_layer", "n_layers",
          "num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_kv_heads", "head_dim", "vocab_size",

@@ -27,8 +27,8 @@ Sources: transformers src/transformers/models/llama/configuration_llama.py.
 修复: 写明了 head_dim，或两个头数中只有一个可能是对的时，安全：另一个由权重的行数得出。否则需手动。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, assume, finding, keys_of, rule
-from doctor.testing import never_in, tiny
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, assume, finding, keys_of, rule
+from doctor.lint.testing import never_in, tiny
 
 
 COUNTS = ("num_attention_heads", "num_key_value_heads")

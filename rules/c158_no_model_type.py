@@ -25,8 +25,8 @@ Sources: transformers src/transformers/models/auto/configuration_auto.py.
 修复: architectures 里的类在表中时安全；否则需手动。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule, table
-from doctor.testing import tiny
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule, table
+from doctor.lint.testing import tiny
 
 
 @rule("C158", "error")

@@ -23,8 +23,8 @@ Sources: turboderp/exllamav2 doc/convert.md.
 修复: 不提供修复：文件是对的。
 """
 
-from doctor.rule import Place, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, rule
+from doctor.lint.testing import tiny
 
 UNREAD = {"exllamav2": ("linear",)}  # runtime -> kinds of scaling that it wants by option
 

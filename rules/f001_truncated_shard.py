@@ -35,8 +35,8 @@ Sources: safetensors safetensors/src/tensor.rs (0.8), `read_metadata`.
 的部分），安全；否则不安全。没有 `--from` 时需手动：缺的字节不在这块磁盘上。
 """
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import shard_bytes, tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import shard_bytes, tiny
 
 
 @rule("F001", "error")

@@ -30,8 +30,8 @@ Sources: git-lfs docs/spec.md; safetensors safetensors/src/tensor.rs (0.8).
 的部分），安全；否则不安全。没有 `--from` 时需手动：数据在别处。
 """
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import tiny
 
 POINTER = b"version https://git-lfs"
 

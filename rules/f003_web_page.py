@@ -28,8 +28,8 @@ Sources: safetensors safetensors/src/tensor.rs (0.8): the first eight letters ar
 的部分），安全；否则不安全。没有 `--from` 时需手动：数据在别处。
 """
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import tiny
 
 
 @rule("F003", "error")

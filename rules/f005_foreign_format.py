@@ -30,8 +30,8 @@ Sources: safetensors safetensors/src/tensor.rs (0.8); Python docs of `pickle`, w
 的部分），安全；否则不安全。没有 `--from` 时需手动：这里绝不打开 pickle。
 """
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import tiny
 
 
 @rule("F005", "error")

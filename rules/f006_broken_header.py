@@ -34,8 +34,8 @@ Sources: safetensors safetensors/src/tensor.rs (0.8).
 
 import struct
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import tiny
 
 KINDS = ("header-length", "header-json", "metadata", "unreadable")
 

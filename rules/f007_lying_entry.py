@@ -30,8 +30,8 @@ Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 的部分），安全；否则不安全。没有 `--from` 时需手动：不知道三者中哪个是错的。
 """
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import shard_bytes, tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import shard_bytes, tiny
 
 KINDS = ("entry", "dtype", "shape", "offsets", "size")
 

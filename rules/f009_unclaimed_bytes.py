@@ -31,8 +31,8 @@ Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 的部分），安全；否则不安全。没有 `--from` 时需手动：这些字节也许是丢了条目的张量。
 """
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import shard_bytes, tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import shard_bytes, tiny
 
 
 @rule("F009", "error", implied_by=("F025",))

@@ -29,8 +29,8 @@ Sources: transformers src/transformers/modeling_utils.py, `load_state_dict`.
 的部分），安全；否则不安全。没有 `--from` 时需手动：去掉这些张量的索引只会掩盖缺失。
 """
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
 

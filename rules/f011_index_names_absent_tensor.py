@@ -26,8 +26,8 @@ Sources: transformers src/transformers/modeling_utils.py; huggingface/safetensor
 修复: 不安全：按现有文件重建的索引不再显示缺了张量。
 """
 
-from doctor.rule import Fix, Place, RebuildIndex, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
 FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010")

@@ -26,8 +26,8 @@ Sources: vllm-project/vllm vllm/model_executor/model_loader/weight_utils.py, `fi
 修复: 安全；文件头写明了每个张量的位置。
 """
 
-from doctor.rule import Fix, Place, RebuildIndex, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
 

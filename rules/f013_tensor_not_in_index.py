@@ -22,8 +22,8 @@ vllm/model_executor/model_loader/weight_utils.py.
 修复: 安全；列全张量的索引对整文件读取的程序没有任何影响。
 """
 
-from doctor.rule import Fix, Place, RebuildIndex, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
 

@@ -22,8 +22,8 @@ Sources: huggingface/huggingface_hub src/huggingface_hub/serialization/_base.py:
 修复: 安全；按文件头求和是精确的。
 """
 
-from doctor.rule import Fix, Place, RebuildIndex, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
 FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F008", "F009", "F010", "F011", "F013", "F015", "F016")

@@ -26,8 +26,8 @@ Sources: transformers src/transformers/utils/hub.py, `get_checkpoint_shard_files
 修复: 安全；索引的每一条都可由文件头得出。
 """
 
-from doctor.rule import Fix, Place, RebuildIndex, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
 

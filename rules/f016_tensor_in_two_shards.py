@@ -24,8 +24,8 @@ vllm/model_executor/model_loader/weight_utils.py goes by the index.
 修复: 各份逐位相同时安全：只留一份，即索引指的那份。不同时只能点名执行：保留索引指的那份。没有索引指明时需手动。
 """
 
-from doctor.rule import DropTensor, Fix, Place, finding, rule
-from doctor.testing import shard_bytes, tiny
+from doctor.lint.rule import DropTensor, Fix, Place, finding, rule
+from doctor.lint.testing import shard_bytes, tiny
 
 
 @rule("F016", "error")

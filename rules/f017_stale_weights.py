@@ -26,8 +26,8 @@ AutoGPTQ issue 306 (a stale file mixed with a new index gave NaN).
 
 import re
 
-from doctor.rule import DropFile, Fix, Place, finding, rule
-from doctor.testing import shard_bytes, tiny
+from doctor.lint.rule import DropFile, Fix, Place, finding, rule
+from doctor.lint.testing import shard_bytes, tiny
 
 LOOKED_FOR = re.compile(r"^model(-\d{5}-of-\d{5})?\.safetensors$")
 

@@ -28,8 +28,8 @@ Sources: transformers src/transformers/modeling_utils.py, `_get_resolved_checkpo
 
 import re
 
-from doctor.rule import Fix, Place, RebuildIndex, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.testing import tiny
 
 PART = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.safetensors$")
 INDEX = "model.safetensors.index.json"

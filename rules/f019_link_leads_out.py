@@ -26,8 +26,8 @@ Sources: huggingface/huggingface_hub docs, "Manage your cache": snapshots hold l
 
 import os
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import tiny
 
 READ = (".safetensors", ".json", ".jinja", ".model")
 

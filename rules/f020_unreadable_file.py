@@ -30,8 +30,8 @@ Sources: safetensors 0.8: a file saved under any umask has mode 0600 (tried).
 
 import os
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import tiny
 
 
 @rule("F020", "error")

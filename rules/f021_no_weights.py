@@ -25,8 +25,8 @@ Sources: transformers src/transformers/modeling_utils.py; vllm-project/vllm vllm
 修复: 不安全，且需 `--from`：基座的权重是它自己的，不是微调后的。否则需手动。
 """
 
-from doctor.rule import Fix, Place, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, finding, rule
+from doctor.lint.testing import tiny
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
 INDEX = "model.safetensors.index.json"

@@ -36,8 +36,23 @@ scale * B @ A 按 float32 计算，再一次性取整到基座的类型；scale 
 
 import json
 
-from doctor.rule import ADAPTER, WORDS, AddLowRank, CastTensor, Fix, NotMergeable, Place, Rebase, TakeTensor, finding, pairs, product, rule, saved_whole
-from doctor.testing import shard_bytes, tiny
+from doctor.lint.rule import (
+    ADAPTER,
+    WORDS,
+    AddLowRank,
+    CastTensor,
+    Fix,
+    NotMergeable,
+    Place,
+    Rebase,
+    TakeTensor,
+    finding,
+    pairs,
+    product,
+    rule,
+    saved_whole,
+)
+from doctor.lint.testing import shard_bytes, tiny
 
 
 @rule("F022", "error")

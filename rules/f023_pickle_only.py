@@ -25,8 +25,8 @@ Sources: Python docs of `pickle`; CVE-2025-32434 (torch.load with weights_only=T
 修复: 需手动；这里不反序列化任何东西。
 """
 
-from doctor.rule import Fix, Place, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, finding, rule
+from doctor.lint.testing import tiny
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 OTHERS = (".gguf", ".h5", ".msgpack", ".npz")

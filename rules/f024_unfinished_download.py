@@ -22,8 +22,8 @@ Sources: aria2 manual, "Control file"; huggingface/huggingface_hub src/huggingfa
 修复: 不安全，且只能点名执行：副本里不再有该工作文件；没下载完的仍是没下载完。
 """
 
-from doctor.rule import DropFile, Fix, Place, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import DropFile, Fix, Place, finding, rule
+from doctor.lint.testing import tiny
 
 ENDINGS = (".incomplete", ".aria2", ".part", ".partial", ".crdownload", ".download", ".!qB", ".st")
 

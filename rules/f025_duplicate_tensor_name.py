@@ -29,8 +29,8 @@ Sources: safetensors safetensors/src/tensor.rs (0.8); tried: the same name twice
 的部分），安全；否则不安全。没有 `--from` 时需手动：不知道本意是哪一个。
 """
 
-from doctor.rule import Place, finding, from_base, rule
-from doctor.testing import shard_bytes, tiny
+from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.testing import shard_bytes, tiny
 
 
 @rule("F025", "warning")

@@ -30,8 +30,8 @@ Sources: transformers 4.57 src/transformers/modeling_utils.py, `load_state_dict`
 import json
 import struct
 
-from doctor.rule import Fix, NameFormat, Place, finding, rule
-from doctor.testing import shard_bytes, tiny
+from doctor.lint.rule import Fix, NameFormat, Place, finding, rule
+from doctor.lint.testing import shard_bytes, tiny
 
 
 @rule("F026", "info")

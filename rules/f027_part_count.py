@@ -28,8 +28,8 @@ Sources: huggingface/huggingface_hub src/huggingface_hub/serialization/_base.py.
 
 import re
 
-from doctor.rule import Fix, Place, RenameFile, finding, rule
-from doctor.testing import rename_parts, tiny
+from doctor.lint.rule import Fix, Place, RenameFile, finding, rule
+from doctor.lint.testing import rename_parts, tiny
 
 PART = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.safetensors$")
 INDEX = "model.safetensors.index.json"

@@ -33,8 +33,8 @@ Sources: transformers src/transformers/modeling_utils.py; the table of families 
 import re
 from collections import Counter
 
-from doctor.rule import Fix, Place, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, finding, rule
+from doctor.lint.testing import tiny
 
 NUMBER = re.compile(r"\.\d+\.")
 FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010", "F011", "F018", "F019", "F020", "F057", "F058", "C142", "C147")

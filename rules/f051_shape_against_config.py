@@ -32,8 +32,8 @@ Sources: QwenLM/Qwen issue 585; transformers src/transformers/modeling_utils.py.
 修复: 所有张量对该键指向同一个值时安全。单独不同的张量可用 `--from` 从基座模型取，不安全；否则需手动。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, keys_of, rule, solve
-from doctor.testing import tiny
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, keys_of, rule, solve
+from doctor.lint.testing import tiny
 
 HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "n_heads", "num_heads", "num_kv_heads", "kv_channels",
          "multi_query_group_num", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}

@@ -31,8 +31,8 @@ Sources: transformers src/transformers/modeling_utils.py, `_keys_to_ignore_on_lo
 
 import re
 
-from doctor.rule import DropTensor, Fix, Place, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import DropTensor, Fix, Place, finding, rule
+from doctor.lint.testing import tiny
 
 # Buffers that older saves hold, scales of a key-value cache, positions: no reader misses or minds them.
 BENIGN = re.compile(r"(rotary_emb|inv_freq|rope|masked_bias|attn\.bias|attention\.bias|position_ids|[kv]_scale|[kv]_proj\.output_scale|weight_scale|input_scale|"

@@ -30,8 +30,8 @@ Sources: QwenLM/Qwen issue 1101; tried with transformers 5.23.
 取它的，不安全，因为本模型的可能训练过。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 HEAD = "lm_head.weight"
 FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010", "F011", "F018", "F019", "F020", "F057", "F058", "C147")

@@ -28,8 +28,8 @@ vllm/model_executor/models/llama.py, `tie_weights`.
 修复: 不安全：false 保留存着的权重，只有训练过输出头才对。用 `--from` 且基座模型不共享时安全。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("F054", "error")

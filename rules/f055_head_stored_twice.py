@@ -26,8 +26,8 @@ Sources: AutoGPTQ PR 536; huggingface/safetensors docs, "Torch shared tensors".
 修复: 安全；删去的张量与嵌入表逐字节相同。
 """
 
-from doctor.rule import DropTensor, Fix, Place, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import DropTensor, Fix, Place, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("F055", "info")

@@ -31,8 +31,8 @@ Sources: transformers src/transformers/modeling_utils.py: one dtype per model.
 转换会拒绝，并给出数字。
 """
 
-from doctor.rule import CastTensor, Fix, Place, finding, rule, widens
-from doctor.testing import encode, tiny
+from doctor.lint.rule import CastTensor, Fix, Place, finding, rule, widens
+from doctor.lint.testing import encode, tiny
 
 
 CASTS = {"F16", "BF16", "F32"}

@@ -31,8 +31,21 @@ Sources: huggingface/peft src/peft/tuners/lora/layer.py.
 
 import re
 
-from doctor.rule import ADAPTER, AddLowRank, DropFile, DropTensor, Fix, NotMergeable, Place, RenameTensor, finding, pairs, product, rule
-from doctor.testing import tiny
+from doctor.lint.rule import (
+    ADAPTER,
+    AddLowRank,
+    DropFile,
+    DropTensor,
+    Fix,
+    NotMergeable,
+    Place,
+    RenameTensor,
+    finding,
+    pairs,
+    product,
+    rule,
+)
+from doctor.lint.testing import tiny
 
 LORA = re.compile(r"(^|\.)(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save)(\.|$)|^base_model\.model\.")
 # What every such name holds: one look at all names, since a large model has 50,000.

@@ -30,8 +30,8 @@ Sources: pytorch/pytorch torch/_dynamo/eval_frame.py (`_orig_mod`); torch/nn/par
 
 import re
 
-from doctor.rule import Fix, Place, RebuildIndex, RenameTensor, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, RebuildIndex, RenameTensor, finding, rule
+from doctor.lint.testing import tiny
 
 WRAPPER = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.|^module\.|^actor\.|^policy\.")
 # What every such name holds, at the start of a line or anywhere: one look at all names, since a large model has 50,000.

@@ -27,8 +27,8 @@ Sources: deepspeedai/DeepSpeed deepspeed/utils/zero_to_fp32.py.
 修复: 不安全，且需 `--from`：从另一份副本取权重。否则需手动；数值在训练目录里。
 """
 
-from doctor.rule import Fix, Place, finding, rule
-from doctor.testing import never_in, tiny
+from doctor.lint.rule import Fix, Place, finding, rule
+from doctor.lint.testing import never_in, tiny
 
 
 @rule("F059", "error")

@@ -24,8 +24,8 @@ Sources: QwenLM/Qwen3-VL issue 231 (29568 cut to 29440); rules/tables/published.
 修复: 不安全，且需 `--from`：若这里的每个 MLP 都与基座的前一部分逐位相同，就取基座完整的张量。否则需手动：被截掉的部分不在这些文件里。
 """
 
-from doctor.rule import Fix, Place, SetJson, finding, rule, size_key
-from doctor.testing import NotHere, np, tiny
+from doctor.lint.rule import Fix, Place, SetJson, finding, rule, size_key
+from doctor.lint.testing import NotHere, np, tiny
 
 CUT = 0.97  # least share of the published width that is still a cut to fit; below, it is another model, or one pruned on purpose
 

@@ -31,8 +31,8 @@ src/llmcompressor/modifiers/quantization/group_size_validation.py; intel/auto-ro
 修复: 不安全：改的是你要求的计划（缩放因子更多，文件略大；没有常用分组合适时，相关线性层保留 16 位），检查点不变。
 """
 
-from doctor.rule import Fix, Place, SetRecipe, finding, keep_edits, rule, size_key
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetRecipe, finding, keep_edits, rule, size_key
+from doctor.lint.testing import tiny
 
 ROLES = " q k v qkv o gate up gate_up down "  # the order in which a block uses them
 GROUP_SIZES = (128, 64, 32)  # the sizes that every common kernel has; 16 only a few

@@ -35,19 +35,8 @@ issues 63 and 258; QwenLM/Qwen2 docs/source/quantization/gptq.md.
 插入各列之间，不会出现全零的组。
 """
 
-from doctor.rule import (
-    ROW_PARALLEL,
-    Fix,
-    Place,
-    axis_expression,
-    finding,
-    fits,
-    grown,
-    resized,
-    rule,
-    size_key,
-)
-from doctor.testing import tiny
+from doctor.lint.rule import ROW_PARALLEL, Fix, Place, axis_expression, finding, fits, grown, resized, rule, size_key
+from doctor.lint.testing import tiny
 
 TPS = (1, 2, 4, 8)  # the GPU counts people rent
 OTHER_GROUPS = (64, 32)

@@ -35,8 +35,8 @@ Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9
 import math
 from dataclasses import replace
 
-from doctor.rule import Fix, Place, axis_expression, finding, grown, on_one_gpu, resized, rule, size_key
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, axis_expression, finding, grown, on_one_gpu, resized, rule, size_key
+from doctor.lint.testing import tiny
 
 
 @rule("G303", "error", implied_by=("G301", "G302", "G304"))

@@ -34,8 +34,8 @@ Sources: vllm-project/vllm vllm/config (verify_with_parallel_config); QwenLM/Qwe
 增加整组。仅当新的头数能整除 hidden_size（transformers 的要求）时提供。
 """
 
-from doctor.rule import MISSING, Fix, PadTensor, Place, SetJson, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import MISSING, Fix, PadTensor, Place, SetJson, finding, rule
+from doctor.lint.testing import tiny
 
 READ_HEAD_DIM = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 MOST = 2  # times as many heads at most: beyond, another plan is cheaper

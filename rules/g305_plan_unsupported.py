@@ -30,8 +30,8 @@ Sources: rules/tables/kernels.toml and what it names.
 修复: 不安全：把你要求的计划改为表中最接近的一个，检查点不变：先改对称性，再改分组，再改文件格式，最后才改位宽。
 """
 
-from doctor.rule import Fix, SetRecipe, finding, nearest_plan, rule, table
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, SetRecipe, finding, nearest_plan, rule, table
+from doctor.lint.testing import tiny
 
 
 @rule("G305", "error")

@@ -35,8 +35,8 @@ float16 下 logits 有限，才设为 float16。
 float16，且只能点名执行：会溢出的权重会拒绝并给出数字；激活值仍可能溢出（O615），由 `doctor verify` 测出。
 """
 
-from doctor.rule import CastTensor, Fix, Place, SetJson, SetRecipe, finding, nearest_plan, rule
-from doctor.testing import tiny, tiny_gptq
+from doctor.lint.rule import CastTensor, Fix, Place, SetJson, SetRecipe, finding, nearest_plan, rule
+from doctor.lint.testing import tiny, tiny_gptq
 
 
 @rule("G306", "warning", certainty="likely")

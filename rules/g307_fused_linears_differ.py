@@ -28,8 +28,8 @@ vllm issues 47473, 50214 and 53992; turboderp/exllamav2 exllamav2/module.py.
 修复: 不安全：改的是你要求的计划，检查点不变。已经如此的检查点需重新量化。
 """
 
-from doctor.rule import FUSED, Fix, Keep, Place, finding, rule
-from doctor.testing import never_in, tiny
+from doctor.lint.rule import FUSED, Fix, Keep, Place, finding, rule
+from doctor.lint.testing import never_in, tiny
 
 FUSING = ("vllm", "sglang", "exllamav2")
 

@@ -30,8 +30,8 @@ request 45703.
 修复: 不安全，且只针对专家的宽度：补零后按精确算术输出不变。hidden_size 不能加宽。
 """
 
-from doctor.rule import Fix, Place, axis_expression, finding, grown, in_force, resized, rule, size_key, table
-from doctor.testing import only_in, tiny
+from doctor.lint.rule import Fix, Place, axis_expression, finding, grown, in_force, resized, rule, size_key, table
+from doctor.lint.testing import only_in, tiny
 
 
 @rule("G308", "warning", certainty="likely", implied_by=("G301", "G302"))

@@ -28,8 +28,8 @@ Sources: ggml-org/llama.cpp gguf-py/gguf/constants.py (GGML_QUANT_SIZES), pull r
 修复: 不提供修复：模型本身没有问题。
 """
 
-from doctor.rule import Place, finding, rule, size_key
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, rule, size_key
+from doctor.lint.testing import tiny
 
 BLOCK, SMALL_BLOCK = 256, 32  # in_features in a block of a k-quant, and of the type it falls back to
 

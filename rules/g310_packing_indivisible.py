@@ -30,8 +30,8 @@ awq/modules/linear/gemm.py.
 修复: 不安全：改的是你要求的计划，检查点不变。
 """
 
-from doctor.rule import Fix, Place, finding, keep_edits, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, finding, keep_edits, rule
+from doctor.lint.testing import tiny
 
 # (in_features, out_features) multiples. AutoAWQ asserts out % 8 but sizes its buffer by 32, so 32 is what works.
 UNITS = {"gptq": (32, 32), "gptq_v2": (32, 32), "awq": (1, 32)}

@@ -26,8 +26,8 @@ Sources: vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py (crea
 修复: 不提供修复：顺序已写进存储的编码。
 """
 
-from doctor.rule import Place, finding, rule
-from doctor.testing import tiny_gptq
+from doctor.lint.rule import Place, finding, rule
+from doctor.lint.testing import tiny_gptq
 
 
 @rule("G311", "warning", certainty="likely")

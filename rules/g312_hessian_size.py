@@ -24,8 +24,8 @@ Sources: turboderp/exllamav2 commit c49df4f (0.0.21).
 修复: 文件无需修复。
 """
 
-from doctor.rule import Place, finding, rule, size_key
-from doctor.testing import only_in, tiny
+from doctor.lint.rule import Place, finding, rule, size_key
+from doctor.lint.testing import only_in, tiny
 
 INDEX_LIMIT = 2**31  # entries that a signed 32-bit index reaches
 

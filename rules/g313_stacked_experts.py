@@ -32,8 +32,8 @@ Sources: rules/tables/stacks.toml, with the files of vLLM, GPTQModel and llm-com
 修复: 不提供修复：用什么推理由用户决定。
 """
 
-from doctor.rule import ASKED, Place, finding, rule
-from doctor.testing import only_in, tiny
+from doctor.lint.rule import ASKED, Place, finding, rule
+from doctor.lint.testing import only_in, tiny
 
 MLP = ("gate", "up", "gate_up", "down")
 

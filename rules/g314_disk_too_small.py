@@ -27,8 +27,8 @@ Sources: unslothai/unsloth issue 847; ModelCloud/GPTQModel issue 2196.
 修复: 文件无需修复。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import change, roomy
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, roomy
 
 GIB = 2**30
 

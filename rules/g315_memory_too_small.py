@@ -32,8 +32,8 @@ Sources: mit-han-lab/llm-awq issue 157; vllm-project/llm-compressor issue 109; d
 修复: 文件无需修复。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import change, roomy
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, roomy
 
 GIB = 2**30
 

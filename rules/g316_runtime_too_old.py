@@ -30,8 +30,8 @@ Sources: rules/tables/published.toml; huggingface/transformers src/transformers/
 修复: 不提供修复：文件没有问题。
 """
 
-from doctor.rule import Place, Unavailable, finding, rule, version_before
-from doctor.testing import only_in, tiny
+from doctor.lint.rule import Place, Unavailable, finding, rule, version_before
+from doctor.lint.testing import only_in, tiny
 
 
 @rule("G316", "error")

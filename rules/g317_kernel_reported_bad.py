@@ -21,8 +21,8 @@ Sources: rules/tables/published.toml; vllm-project/vllm issues 3998 and 14126; t
 修复: 不提供修复：文件没有问题。
 """
 
-from doctor.rule import Unavailable, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Unavailable, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("G317", "warning", certainty="likely")

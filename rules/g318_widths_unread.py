@@ -27,8 +27,8 @@ Sources: run with transformers 5.24 (size mismatch), GPTQModel 7.7 (loads and an
 修复: 不安全：改的是你要求的格式，检查点不变。已经量化的，需要你重新量化。
 """
 
-from doctor.rule import Fix, Place, SetRecipe, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetRecipe, finding, rule
+from doctor.lint.testing import tiny
 
 ONE_WIDTH = ("transformers", "exllamav2")
 

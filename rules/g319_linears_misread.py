@@ -33,8 +33,8 @@ GPTQModel.load 加载，或用 vLLM 服务。
 修复: 不安全：换格式或让线性层留在 16 位由用户决定。已量化的检查点无法修复。
 """
 
-from doctor.rule import FUSED, Fix, SetRecipe, finding, in_force, keep_edits, rule
-from doctor.testing import tiny
+from doctor.lint.rule import FUSED, Fix, SetRecipe, finding, in_force, keep_edits, rule
+from doctor.lint.testing import tiny
 
 
 @rule("G319", "error")

@@ -32,8 +32,8 @@ ggml-org/llama.cpp issue 21385.
 
 import re
 
-from doctor.rule import fact, finding, rule
-from doctor.testing import encode, only_in, tiny
+from doctor.lint.rule import fact, finding, rule
+from doctor.lint.testing import encode, only_in, tiny
 
 # Largest |bias| of a key channel. Measured per block on Qwen2.5-Coder-0.5B: below 30 the error of the attention logits at
 # 4 bits stays under 0.6; 34 gave 0.8, 66 gave 1.3, 145 gave 19. From 60 on, 6 bits were not enough either.

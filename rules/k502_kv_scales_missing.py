@@ -29,8 +29,8 @@ issue 2176.
 修复: 不安全：删去该条目，缓存保持 16 位，占用两倍内存。缩放因子要靠校准得出。
 """
 
-from doctor.rule import Fix, Place, RemoveJson, finding, rule
-from doctor.testing import tiny_gptq
+from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule
+from doctor.lint.testing import tiny_gptq
 
 SCALES = (".k_scale", ".v_scale", ".kv_scale")
 

@@ -22,8 +22,8 @@ Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py.
 修复: 不安全，且需 `--from`：从此检查点的另一份副本取缩放因子。没有副本就要靠校准得出。
 """
 
-from doctor.rule import finding, rule, tensor_from_base
-from doctor.testing import np, tiny_gptq
+from doctor.lint.rule import finding, rule, tensor_from_base
+from doctor.lint.testing import np, tiny_gptq
 
 SCALES = (".k_scale", ".v_scale", ".kv_scale")
 

@@ -33,8 +33,8 @@ was right); QwenLM/Qwen2 docs (4-bit models of 0.5 B and 1.5 B lose 3 to 5 point
 import math
 from statistics import median
 
-from doctor.rule import finding, rule
-from doctor.testing import change, compared
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, compared
 
 # Ratios of the two perplexities. Up to 1.25 even small models at 4 bits stay; from 2 on replies fall apart.
 NOTABLE, BROKEN = 1.25, 2.0

@@ -29,8 +29,8 @@ Sources: vllm-project/vllm issues 3998, 14126 and 38966; AutoGPTQ/AutoGPTQ issue
 修复: 不提供修复：重新量化。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import change, compared
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, compared
 
 
 @rule("O602", "error", implied_by=("O606",))

@@ -28,8 +28,8 @@ GPTQ model).
 修复: 不提供修复：重新量化。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import change, compared
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, compared
 
 SHARE = 0.5  # of the generated tokens; a sound model writes id 0 now and then, a broken one nothing else
 

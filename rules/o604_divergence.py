@@ -25,8 +25,8 @@ need).
 修复: 不提供修复：重新量化。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import change, compared
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, compared
 
 KL = 0.3  # nats per token, mean. Round-to-nearest at 4 bits in groups gives about 0.1 on small models, at 3 bits about 0.5
 AGREEMENT = 0.7  # share of tokens with the same first choice

@@ -23,8 +23,8 @@ Sources: QwenLM/Qwen2 docs (4-bit 72B that does not stop); QwenLM/Qwen issue 315
 修复: 不提供修复：重新量化。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import change, compared
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, compared
 
 RUN = 12  # times in a row; dashes and dots of sound replies stay below
 

@@ -25,8 +25,8 @@ Sources: turboderp/exllamav2 issue 600 (models that overflow in their own refere
 修复: 不提供修复：要修的是原模型。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import change, compared
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, compared
 
 
 @rule("O606", "error")

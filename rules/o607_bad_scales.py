@@ -28,8 +28,8 @@ Sources: AutoGPTQ/AutoGPTQ issues 306, 582 and 587; casper-hansen/AutoAWQ PR 516
 修复: 不安全，且需 `--from`：从该量化检查点的另一份副本（例如它的仓库）取缩放因子。没有副本，背后的权重也就没了。
 """
 
-from doctor.rule import finding, rule, tensor_from_base
-from doctor.testing import encode, tiny_gptq
+from doctor.lint.rule import finding, rule, tensor_from_base
+from doctor.lint.testing import encode, tiny_gptq
 
 SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
 # A scale is at most twice the largest weight of its group divided by the number of steps; weights above a few hundred do

@@ -33,8 +33,8 @@ exllamav2/ext.py (0x11111111).
 绝。
 """
 
-from doctor.rule import MISSING, Fix, Place, SetJson, ShiftZeros, finding, rule, symmetric_word
-from doctor.testing import tiny_gptq
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, ShiftZeros, finding, rule, symmetric_word
+from doctor.lint.testing import tiny_gptq
 
 
 @rule("O608", "error")

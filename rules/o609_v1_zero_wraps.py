@@ -25,8 +25,8 @@ gptqmodel/utils/model.py.
 修复: 不提供修复：本意是哪个，文件里没有。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import np, tiny_gptq
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import np, tiny_gptq
 
 
 @rule("O609", "warning", certainty="likely")

@@ -29,8 +29,8 @@ vllm/model_executor/layers/quantization/gptq.py.
 组的条目不安全，且只在 desc_act 为 false 时修。
 """
 
-from doctor.rule import MISSING, Fix, GroupsInOrder, Place, SetJson, finding, rule
-from doctor.testing import np, tiny_gptq
+from doctor.lint.rule import MISSING, Fix, GroupsInOrder, Place, SetJson, finding, rule
+from doctor.lint.testing import np, tiny_gptq
 
 
 @rule("O610", "error")

@@ -29,8 +29,8 @@ Sources: vllm-project/vllm issues 1100 and 13612; vllm-project/llm-compressor is
 本，其他形式不读：需手动。
 """
 
-from doctor.rule import MISSING, PACKED_TAILS, Fix, Place, SetJson, finding, rule, symmetric_word
-from doctor.testing import np, tiny_gptq
+from doctor.lint.rule import MISSING, PACKED_TAILS, Fix, Place, SetJson, finding, rule, symmetric_word
+from doctor.lint.testing import np, tiny_gptq
 
 
 @rule("O611", "error")

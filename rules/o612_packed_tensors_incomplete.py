@@ -30,8 +30,8 @@ awq/modules/linear/gemm.py.
 修复: 文件能确定时安全：对称 GPTQ 的零点全是同一个字；所有线性层的缩放因子一致表明的分组大小写入配置。用 `--from` 时从另一份副本取张量，不安全。否则不提供修复。
 """
 
-from doctor.rule import NEEDED, SCALES, WORDS, EqualZeros, Fix, Place, SetJson, finding, rule, symmetric_word
-from doctor.testing import tiny_gptq
+from doctor.lint.rule import NEEDED, SCALES, WORDS, EqualZeros, Fix, Place, SetJson, finding, rule, symmetric_word
+from doctor.lint.testing import tiny_gptq
 
 
 @rule("O612", "error")

@@ -29,8 +29,8 @@ Sources: vllm-project/vllm issue 25029, vllm/model_executor/layers/quantization/
 
 import re
 
-from doctor.rule import MISSING, Fix, Place, SetJson, finding, rule
-from doctor.testing import never_in, tiny_gptq
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.lint.testing import never_in, tiny_gptq
 
 ROUTER = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)\.(?:qweight|weight_packed)$")
 HEAD = re.compile(r"(?:^|\.)lm_head\.(?:qweight|weight_packed)$")

@@ -22,8 +22,8 @@ Sources: AutoGPTQ/AutoGPTQ issue 306 (an old shard mixed with a new index gave N
 修复: 不安全：丢弃的是该目录里唯一的全精度副本。
 """
 
-from doctor.rule import DropTensor, Fix, Place, finding, rule
-from doctor.testing import encode, np, tiny_gptq
+from doctor.lint.rule import DropTensor, Fix, Place, finding, rule
+from doctor.lint.testing import encode, np, tiny_gptq
 
 
 @rule("O614", "warning")

@@ -35,8 +35,8 @@ config.json 里的 "torch_dtype": "bfloat16"。
 
 from dataclasses import replace
 
-from doctor.rule import finding, rule
-from doctor.testing import change, compared
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, compared
 
 FP16_MAX = 65504  # the largest finite float16
 # Of that range, on a few thousand tokens. Above, other text may well go beyond it. SmolLM2-135M, sound in float16, reaches 0.37:

@@ -26,8 +26,8 @@ Sources: QwenLM/Qwen issue 381; vllm-project/vllm issue 38966 (token 0 for ever,
 
 import math
 
-from doctor.rule import finding, rule
-from doctor.testing import change, compared
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, compared
 
 FAVOURITE = 0.5  # of the tokens with the same first choice; a collapsed model is near 1
 TWICE = 2.0  # times the original's own share: below, the text is the reason and not the model

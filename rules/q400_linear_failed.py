@@ -27,8 +27,8 @@ Sources: the run's own record of the linear.
 修复: 不安全：该线性层与引擎会同它融合的那些一起保留 16 位，并重新量化这一层。
 """
 
-from doctor.rule import Fix, Keep, finding, is_kept, rule, together
-from doctor.testing import change, measured
+from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together
+from doctor.lint.testing import change, measured
 
 
 @rule("Q400", "error", implied_by=("Q401", "W201"))

@@ -37,8 +37,8 @@ with NaN, so success of a factorisation proves nothing.
 修复: 输入有限而只是乘积溢出时不安全：该线性层与引擎会同它融合的那些一起保留 16 位。输入本身是 NaN 或 Inf 的不提供修复：原因在别处。
 """
 
-from doctor.rule import Fix, Keep, finding, is_kept, rule, together
-from doctor.testing import change, measured
+from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together
+from doctor.lint.testing import change, measured
 
 
 @rule("Q401", "error", implied_by=("W201",))

@@ -34,8 +34,8 @@ vllm-project/llm-compressor issue 109.
 修复: 无需修复。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, measured
 
 
 @rule("Q402", "warning")

@@ -29,8 +29,8 @@ src/llmcompressor/modifiers/gptq/helpers.py; arXiv 2309.04827.
 修复: 不提供修复：doctor 保留这些权重，直接取整。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, measured
 
 # Share of a linear's columns. A few silent units are normal; from a percent on the calibration misses part of the model.
 DEAD_SHARE = 0.01

@@ -30,8 +30,8 @@ vllm-project/llm-compressor issue 142.
 修复: 不提供修复：文本要由你给。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, measured
 
 
 @rule("Q404", "warning", implied_by=("Q401",))

@@ -24,8 +24,8 @@ act-order).
 修复: 不安全：该线性层与引擎会同它融合的那些一起保留 16 位，并重新量化这一层。
 """
 
-from doctor.rule import Fix, Keep, finding, is_kept, rule, together
-from doctor.testing import change, measured
+from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together
+from doctor.lint.testing import change, measured
 
 MARGIN = 1.01  # ratio of the two losses; both are sums in float32, so within a percent they are the same
 

@@ -31,8 +31,8 @@ compressors/layer_config_resolver.py:69 (layers left in 16 bits without a word).
 修复: 不安全：改用取整的线性层与引擎会同它融合的那些一起保留 16 位，并重新量化这一层。已留在 16 位的不提供修复：取决于原因。
 """
 
-from doctor.rule import Fix, Keep, finding, is_kept, rule, together
-from doctor.testing import change, measured
+from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together
+from doctor.lint.testing import change, measured
 
 
 @rule("Q406", "warning", implied_by=("Q401", "Q410", "G301", "G310"))

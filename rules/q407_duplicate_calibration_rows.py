@@ -22,8 +22,8 @@ Sources: the rows themselves; the tokens' count is what Q404 judges.
 修复: 不提供修复：文本是你的。
 """
 
-from doctor.rule import Place, finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import Place, finding, rule
+from doctor.lint.testing import change, measured
 
 DUPLICATE_SHARE = 0.05  # share of rows; below it the Hessian hardly changes
 

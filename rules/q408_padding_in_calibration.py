@@ -23,8 +23,8 @@ Sources: AutoGPTQ/AutoGPTQ issue 306 (batch_size 1 cured it); intel/auto-round i
 修复: 不提供修复：校准行是你的。
 """
 
-from doctor.rule import Place, finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import Place, finding, rule
+from doctor.lint.testing import change, measured
 
 
 @rule("Q408", "warning")

@@ -24,8 +24,8 @@ huggingface/open-r1 issue 462.
 修复: 不提供修复：校准行是你的。
 """
 
-from doctor.rule import Place, finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import Place, finding, rule
+from doctor.lint.testing import change, measured
 
 
 @rule("Q409", "warning")

@@ -33,8 +33,8 @@ vllm-project/llm-compressor PR 2826.
 修复: 不提供修复：没见过词元的专家，doctor 直接取整。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import change, measured, only_in
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import change, measured, only_in
 
 TOKEN_SHARE = 0.25  # tokens per in_feature; below it more than three quarters of the directions are unseen
 

@@ -19,7 +19,7 @@ Fix safety: unsafe: it changes the plan you asked for, never the checkpoint; the
 same damp.
 
 Sources: AutoGPTQ/AutoGPTQ issues 637, 644 and 780; Higham, Accuracy and Stability of Numerical Algorithms,
-theorem 10.7; doctor/quant/hessian.py.
+theorem 10.7; doctor/quant/solve/hessian.py.
 
 标题: 从 Hessian 的谱看，float32 需要比配方更大的阻尼
 
@@ -33,8 +33,8 @@ theorem 10.7; doctor/quant/hessian.py.
 修复: 不安全：改的是你要求的计划，检查点不变；重新量化这一层，其后各层用同样的阻尼。
 """
 
-from doctor.rule import Fix, SetRecipe, finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import Fix, SetRecipe, finding, rule
+from doctor.lint.testing import change, measured
 
 STEPS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # the run's own rungs
 

@@ -26,8 +26,8 @@ Sources: Frantar et al. 2022 (arXiv 2210.17323) §5; ModelCloud/GPTQModel issue 
 修复: 不提供修复：校准行是你的。
 """
 
-from doctor.rule import Place, finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import Place, finding, rule
+from doctor.lint.testing import change, measured
 
 SHORT = 64  # tokens, median row. GPTQ's authors took 2,048, AutoAWQ takes 512; a sentence has about 25
 

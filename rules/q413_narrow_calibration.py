@@ -25,8 +25,8 @@ text, by a factor of 10 to 100.
 
 import math
 
-from doctor.rule import Place, finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import Place, finding, rule
+from doctor.lint.testing import change, measured
 
 # Distinct tokens per square root of the tokens. Ordinary text has 10 or more; repeated templates have 2 or fewer.
 DIVERSITY = 3

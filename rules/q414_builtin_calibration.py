@@ -11,7 +11,7 @@ False alarms: none; it says what was used.
 
 Fix safety: no fix: the text is yours to give.
 
-Sources: doctor/quant/calibrate.py, doctor/quant/sample.py; arXiv 2410.17170 (self-calibration).
+Sources: doctor/quant/calibration/rows.py, doctor/quant/calibration/self_generated.py; arXiv 2410.17170 (self-calibration).
 
 标题: 没有给校准文本，用了 doctor 自带的
 
@@ -25,8 +25,8 @@ Sources: doctor/quant/calibrate.py, doctor/quant/sample.py; arXiv 2410.17170 (se
 修复: 不提供修复：文本要由你给。
 """
 
-from doctor.rule import Place, finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import Place, finding, rule
+from doctor.lint.testing import change, measured
 
 
 @rule("Q414", "info")

@@ -25,8 +25,8 @@ Sources: ModelCloud/GPTQModel gptqmodel/utils/calibration.py:355.
 修复: 不提供修复：校准行是你的。
 """
 
-from doctor.rule import Place, finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import Place, finding, rule
+from doctor.lint.testing import change, measured
 
 
 @rule("Q415", "warning", certainty="likely")

@@ -33,8 +33,8 @@ src/transformers/models/llama4/modeling_llama4.py (Llama4TextExperts).
 修复: 不提供修复：检查点的布局由发布者决定。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import measured
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import measured
 
 
 @rule("Q416", "warning")

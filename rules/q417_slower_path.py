@@ -14,7 +14,7 @@ False alarms: none; it reports what was done.
 
 Fix safety: no fix: what is missing is on the machine, not in the checkpoint.
 
-Sources: doctor's own kernels and loops (doctor/quant/kernels.py, doctor/quant/solver.py, doctor/quant/walk.py).
+Sources: doctor's own kernels and loops (doctor/quant/solve/kernels.py, doctor/quant/solve/cpu.py, doctor/quant/forward/staged.py).
 
 标题: 运行走了较慢的路径
 
@@ -27,8 +27,8 @@ Sources: doctor's own kernels and loops (doctor/quant/kernels.py, doctor/quant/s
 修复: 不提供修复：缺的是机器上的东西，不在检查点里。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import measured
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import measured
 
 
 @rule("Q417", "info")

@@ -22,8 +22,8 @@ Sources: Unicode names of the letters; Williams and Aletras, On the Impact of Ca
 修复: 不提供修复：文本是你的。
 """
 
-from doctor.rule import Place, finding, rule
-from doctor.testing import change, measured
+from doctor.lint.rule import Place, finding, rule
+from doctor.lint.testing import change, measured
 
 
 @rule("Q418", "info", certainty="hint")

@@ -35,8 +35,8 @@ ggml-org/llama.cpp PR 6884.
 座逐位相同（说明该张量没训练过），则安全；否则不安全。
 """
 
-from doctor.rule import Fix, ReplaceNonfinite, element, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, ReplaceNonfinite, element, finding, rule
+from doctor.lint.testing import tiny
 
 
 @rule("W201", "error")

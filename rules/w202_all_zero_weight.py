@@ -30,8 +30,8 @@ casper-hansen/AutoAWQ PR 522.
 修复: 不安全，且需 `--from`：从基座模型取张量。文件无法说明它没有训练过。
 """
 
-from doctor.rule import finding, rule, tensor_from_base
-from doctor.testing import tiny
+from doctor.lint.rule import finding, rule, tensor_from_base
+from doctor.lint.testing import tiny
 
 
 @rule("W202", "warning", certainty="likely")

@@ -34,8 +34,8 @@ out_features 的补零，不计。
 修复: 不安全，且需 `--from`：若基座的张量与这里只在零上不同，就取它；剪枝也会产生这样的零，取了就等于撤销剪枝。没有基座时不改：零可能是有意的。
 """
 
-from doctor.rule import Place, finding, rule, zeros_from_base
-from doctor.testing import tiny
+from doctor.lint.rule import Place, finding, rule, zeros_from_base
+from doctor.lint.testing import tiny
 
 
 @rule("W203", "warning", certainty="likely", implied_by=("W202",))

@@ -27,8 +27,8 @@ fire).
 修复: 不安全，且需 `--from`：若基座的张量与这里只在零上不同，就取它，这会撤销剪枝。没有基座时不改：不能断定坏了什么。
 """
 
-from doctor.rule import ROW_PARALLEL, finding, rule, zeros_from_base
-from doctor.testing import tiny
+from doctor.lint.rule import ROW_PARALLEL, finding, rule, zeros_from_base
+from doctor.lint.testing import tiny
 
 # Share of channels. Below it trained models have a few by nature; a zeroed tail or pruning takes whole percents.
 DEAD_SHARE = 0.01

@@ -32,8 +32,8 @@ Sources: ggml-org/llama.cpp issue 14788; turboderp/exllamav2 issue 600.
 修复: 不安全，且只能点名执行：超出的值改为 float16 的最大值，模型会因此改变。全程 bfloat16 则无需修复。
 """
 
-from doctor.rule import ClampTensor, Fix, finding, rule
-from doctor.testing import encode, tiny
+from doctor.lint.rule import ClampTensor, Fix, finding, rule
+from doctor.lint.testing import encode, tiny
 
 FP16_MAX = 65504  # the largest finite float16
 

@@ -28,8 +28,8 @@ Sources: casper-hansen/AutoAWQ PR 519; InternLM/lmdeploy issue 1786 (Qwen2-72B g
 修复: 文件无需修复：权重是对的。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import encode, tiny
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import encode, tiny
 
 SMALLEST = 2.98e-8  # float32 values below half of float16's smallest subnormal, 5.96e-8, round to 0
 

@@ -24,8 +24,8 @@ Sources: rules/tables/architectures.json (norm_parametrisation of each family).
 修复: 不安全，且需 `--from`：从基座模型取张量。文件无法说明它没有训练过。
 """
 
-from doctor.rule import finding, rule, table, tensor_from_base
-from doctor.testing import never_in, tiny
+from doctor.lint.rule import finding, rule, table, tensor_from_base
+from doctor.lint.testing import never_in, tiny
 
 FACTOR = "weight * xhat"  # how a family stores a norm whose weights multiply; "(1 + weight) * xhat" is the other way
 

@@ -25,8 +25,8 @@ says so only in a log line (modeling_utils, "newly initialized").
 修复: 不安全，且需 `--from`：从基座模型取张量。文件无法说明它没有训练过。
 """
 
-from doctor.rule import finding, rule, tensor_from_base
-from doctor.testing import encode, np, tiny
+from doctor.lint.rule import finding, rule, tensor_from_base
+from doctor.lint.testing import encode, np, tiny
 
 SMALLEST = 4096  # values; tables below that (a shared expert's gate, a toy) may be equal by chance or design
 

@@ -30,8 +30,8 @@ Sources: IST-DASLab/gptq gptq.py (dead columns); turboderp/exllamav2 exllamav2/c
 修复: 不提供修复：不论来历，零行是模型正在起作用的一部分。
 """
 
-from doctor.rule import finding, rule
-from doctor.testing import never_in, tiny
+from doctor.lint.rule import finding, rule
+from doctor.lint.testing import never_in, tiny
 
 
 @rule("W209", "warning", implied_by=("W202",))

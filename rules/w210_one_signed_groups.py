@@ -25,8 +25,8 @@ Sources: ModelCloud/GPTQModel gptqmodel/quantization/quantizer.py:112; AutoGPTQ 
 修复: 不安全：改的是你要求的计划，检查点不变。
 """
 
-from doctor.rule import Fix, Place, SetRecipe, finding, rule
-from doctor.testing import tiny
+from doctor.lint.rule import Fix, Place, SetRecipe, finding, rule
+from doctor.lint.testing import tiny
 
 SHARE = 0.1  # of the groups looked at. SmolLM2 has none among millions; a matrix built without a sign has all
 

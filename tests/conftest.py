@@ -61,8 +61,7 @@ def pytest_terminal_summary(terminalreporter):
     rungs.summary(terminalreporter)
 
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "fixtures"))
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

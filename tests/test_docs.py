@@ -10,12 +10,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_rule_pages_and_the_readmes_table_are_not_stale():
-    run = subprocess.run([sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, str(ROOT / "tools" / "generate_docs.py"), "--check"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stdout + run.stderr + "\nrun: make docs"
 
 
 def test_every_command_stands_in_the_readme():
-    from doctor.cli import cli
+    from doctor.cli.main import cli
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in cli.commands:
@@ -31,7 +31,7 @@ def test_the_readmes_commands_are_targets(command):
 def test_the_examples_of_the_python_page_run(tmp_path):
     import doctest
 
-    from doctor.testing import tiny
+    from doctor.lint.testing import tiny
 
     case = tiny()
     case.down()[3, 5] = 0x7FC0
@@ -45,7 +45,7 @@ def test_the_examples_of_the_python_page_run(tmp_path):
 def test_commands_options_and_links_of_a_page_exist(page):
     import re
 
-    from doctor.cli import cli
+    from doctor.cli.main import cli
 
     text = (ROOT / page).read_text(encoding="utf-8")
     for command, rest in re.findall(r"(?:`|\n    |\$ |run: |entry: )(?:\S*/)?doctor ([a-z]+)([^`\n]*)", text):

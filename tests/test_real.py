@@ -10,15 +10,15 @@ import time
 import pytest
 
 from doctor import api
-from doctor.checkpoint import Checkpoint
-from doctor.recipe import Recipe
-from doctor.testing import shard_bytes
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.recipe import Recipe
+from doctor.lint.testing import shard_bytes
 
 pytestmark = pytest.mark.real
 
 MEMORY_LIMIT = 400 << 20  # bytes resident at most; the weights alone are 269 MB, so a check that loads them whole cannot pass
 # VmHWM and not ru_maxrss: the latter starts at what the process that forked this one had.
-CHILD = "import json, resource, sys; from doctor.cli import main\n" \
+CHILD = "import json, resource, sys; from doctor.cli.main import main\n" \
         "try: main(sys.argv[1:])\n" \
         "finally:\n" \
         "    peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n" \

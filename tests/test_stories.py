@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from test_layout import QWEN2_72B, QWEN15_14B, headers_only
+from test_groups import QWEN2_72B, QWEN15_14B, headers_only
 
-from doctor import api, cli
-from doctor.checkpoint import Checkpoint
-from doctor.edits import from_codes
-from doctor.quant.dequant import as_float
-from doctor.recipe import Recipe
-from doctor.testing import encode, shard_bytes, tiny
+from doctor import api
+from doctor.cli import main as cli
+from doctor.checkpoint.directory import Checkpoint
+from doctor.edits.kinds import from_codes
+from doctor.quant.dequantize import as_float
+from doctor.core.recipe import Recipe
+from doctor.lint.testing import encode, shard_bytes, tiny
 
 RECIPE = Recipe(group_size=32)
 ENDOFTEXT, IM_START, IM_END = 151643, 151644, 151645

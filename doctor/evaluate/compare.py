@@ -11,14 +11,14 @@ from contextlib import nullcontext
 
 import torch
 
-from doctor.builtin import Comparison
-from doctor.checkpoint import Checkpoint
-from doctor.errors import NotQuantizable
-from doctor.evaluate.half import HalfProbe
+from doctor.scan.header import Comparison
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import NotQuantizable
+from doctor.evaluate.fp16_range import HalfProbe
 from doctor.evaluate.scores import Tally, longest_run
-from doctor.quant.blocks import Skeleton, cache_argument
-from doctor.quant.dequant import as_float
-from doctor.spec import build_spec
+from doctor.quant.forward.skeleton import Skeleton, cache_argument
+from doctor.quant.dequantize import as_float
+from doctor.model.spec import build_spec
 
 REPLY_TOKENS = 24
 ALONE_ROWS = 2  # of the text; one more pass over them costs a twenty-fourth of a comparison on 24 rows, a fifth of one on a single row

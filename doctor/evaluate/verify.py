@@ -9,20 +9,21 @@ from pathlib import Path
 
 import torch
 
-from doctor.builtin import header_facts, summary
-from doctor.checkpoint import Checkpoint
-from doctor.engine import Report, judge, load_rules, locate
-from doctor.errors import DoctorError
+from doctor.scan.header import header_facts, summary
+from doctor.checkpoint.directory import Checkpoint
+from doctor.lint.engine import Report, judge, load_rules, locate
+from doctor.core.errors import DoctorError
 from doctor.evaluate.compare import compare
-from doctor.facts import CHECKPOINT, closure
-from doctor.host import describe
-from doctor.layout import stored_recipe
-from doctor.quant import calibrate, kernels
+from doctor.core.facts import CHECKPOINT, closure
+from doctor.core.host import describe
+from doctor.plan.groups import stored_recipe
+from doctor.quant.calibration import rows as calibration
+from doctor.quant.solve import kernels
 from doctor.quant.budget import free_memory
-from doctor.quant.dequant import quantization
+from doctor.quant.dequantize import quantization
 from doctor.quant.device import device_free, device_memory, device_of
-from doctor.recipe import Recipe
-from doctor.scan import scan
+from doctor.core.recipe import Recipe
+from doctor.scan.scan import scan
 
 CONTEXT, ROWS = 512, 24
 PROMPTS = ("The capital of France is", "Water boils at a temperature of", "def add(a, b):\n    return", "1, 2, 3, 4, 5,")
@@ -76,12 +77,12 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
 
 def _rows(checkpoint: Checkpoint, text, rows: int, context: int):
     """(rows int64[1, context], tokenizer or None, name of the source). Raises DoctorError where there is not one row."""
-    documents = calibrate.heldout_documents() if text is None else calibrate.read_documents(Path(text))
+    documents = calibration.heldout_documents() if text is None else calibration.read_documents(Path(text))
     if documents.ids:
         ids, tokenizer = [r[:context] for r in documents.ids[:rows] if len(r) > 1], None
     else:
-        tokenizer = calibrate.load_tokenizer(checkpoint, documents.name)
-        ids = calibrate.rows_of(documents, tokenizer, rows, context)
+        tokenizer = calibration.load_tokenizer(checkpoint, documents.name)
+        ids = calibration.rows_of(documents, tokenizer, rows, context)
     if not ids:
         raise DoctorError(f"{documents.name}: not one row of 2 or more tokens.", "Give more text.")
     return [torch.tensor([row]) for row in ids], tokenizer, documents.name

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from doctor import lean
-from doctor.checkpoint import Checkpoint
-from doctor.errors import MachineError
-from doctor.recipe import Recipe, is_kept
-from doctor.spec import Linear, ModelSpec
-from doctor.stacks import take_apart
+from doctor.core import import_stubs
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import MachineError
+from doctor.core.recipe import Recipe, is_kept
+from doctor.model.spec import Linear, ModelSpec
+from doctor.model.fused_experts import take_apart
 
 # A batch this long keeps matrix products at full speed, on a CPU and on a GPU; more only costs memory.
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
@@ -36,7 +36,7 @@ def constant() -> int:
     """
     if not version("torch").endswith("+cpu"):
         return 900 << 20
-    return (390 if lean.installed() else 520) << 20
+    return (390 if import_stubs.installed() else 520) << 20
 
 
 @dataclass(frozen=True)

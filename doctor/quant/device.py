@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from doctor.errors import DoctorError, MachineError
+from doctor.core.errors import DoctorError, MachineError
 
 
 def device_of(device: str) -> str:

@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 
 from doctor import __version__
-from doctor.checkpoint import INDEX_NAME, Checkpoint
-from doctor.errors import DoctorError, MachineError, PlanRefused
-from doctor.packed import WORD_TAILS
+from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
+from doctor.core.errors import DoctorError, MachineError, PlanRefused
+from doctor.formats.tensor_names import WORD_TAILS
 from doctor.quant import pack
-from doctor.quant.grid import Grid
-from doctor.recipe import Recipe
-from doctor.shard import open_shard
-from doctor.writer import RECEIPT, Stage
+from doctor.quant.solve.grid import Grid
+from doctor.core.recipe import Recipe
+from doctor.checkpoint.safetensors import open_shard
+from doctor.fix.staging import RECEIPT, Stage
 
 MAX_SHARD_BYTES = 4 << 30
 JOURNAL = "journal.jsonl"

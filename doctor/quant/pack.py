@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import torch
 
-from doctor.errors import BadCheckpoint, NotQuantizable
-from doctor.quant import kernels
-from doctor.quant.grid import BITS, Grid, contiguous_groups, dequantize
+from doctor.core.errors import BadCheckpoint, NotQuantizable
+from doctor.quant.solve import kernels
+from doctor.quant.solve.grid import BITS, Grid, contiguous_groups, dequantize
 
 # Position of a word's eight 4-bit fields in AWQ: field p holds column AWQ_ORDER[p] of its eight.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from doctor.checkpoint import Checkpoint
+from doctor.checkpoint.directory import Checkpoint
 from doctor.quant import budget, export
 from doctor.quant.budget import Need
-from doctor.quant.run import Result, try_blocks
-from doctor.recipe import Recipe
-from doctor.rule import Rule
-from doctor.spec import ModelSpec
+from doctor.quant.job import Result, try_blocks
+from doctor.core.recipe import Recipe
+from doctor.lint.rule import Rule
+from doctor.model.spec import ModelSpec
 
 ROWS = 32   # of the calibration rows: enough for a speed, few enough for a minute
 

@@ -12,29 +12,30 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from doctor.builtin import Calibration, summary
-from doctor.checkpoint import Checkpoint
-from doctor.engine import Report, judge, load_rules, locate, select_rules
-from doctor.errors import BadCheckpoint, DoctorError
-from doctor.facts import CHECKPOINT
-from doctor.host import describe
-from doctor.hub import open_checkpoint
-from doctor.pictures import files
-from doctor.pictures import receipt as picture_receipt
-from doctor.plan import Consent, Look, look, make_plan, refuse
-from doctor.quant import budget, export, solver
+from doctor.scan.header import Calibration, summary
+from doctor.checkpoint.directory import Checkpoint
+from doctor.lint.engine import Report, judge, load_rules, locate, select_rules
+from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.facts import CHECKPOINT
+from doctor.core.host import describe
+from doctor.checkpoint.hub import open_checkpoint
+from doctor.report.figures import files
+from doctor.report.figures import receipt as picture_receipt
+from doctor.fix.plan import Consent, Look, look, make_plan, refuse
+from doctor.quant import budget, export
+from doctor.quant.solve import cpu
 from doctor.quant import preflight as flight
-from doctor.quant.calibrate import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled, calibration_rows
+from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled, calibration_rows
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.preflight import Forecast
-from doctor.quant.ranks import Ranks, size, start, stop
-from doctor.quant.room import measure
-from doctor.quant.run import Result, computing_dtype, computing_note, fingerprint, receipt, run
-from doctor.quant.sample import Once, forecast, sampler, unable
-from doctor.recipe import Recipe
-from doctor.rule import Finding, Rule
-from doctor.spec import build_spec
-from doctor.writer import check_output
+from doctor.quant.distributed import Ranks, size, start, stop
+from doctor.quant.capacity import measure
+from doctor.quant.job import Result, computing_dtype, computing_note, fingerprint, receipt, run
+from doctor.quant.calibration.self_generated import Once, forecast, sampler, unable
+from doctor.core.recipe import Recipe
+from doctor.lint.rule import Finding, Rule
+from doctor.model.spec import build_spec
+from doctor.fix.staging import check_output
 
 
 @dataclass
@@ -197,7 +198,7 @@ class _Job:
         if "config.json" not in checkpoint.json:
             raise DoctorError(f"{checkpoint.root}: has no config.json; quantizing needs the model's shape.", "Give the checkpoint's directory.")
         spec = store.get(CHECKPOINT, "spec")
-        for note in (solver.note(device), computing_note(checkpoint, spec, self.recipe, device)):
+        for note in (cpu.note(device), computing_note(checkpoint, spec, self.recipe, device)):
             if note:
                 self._note(note)
         need = budget.needs(checkpoint, spec, self.recipe, len(rows), max(map(len, rows), default=0))

@@ -2,8 +2,8 @@
 
 from importlib import import_module
 
-from doctor.errors import DoctorError
-from doctor.report.words import HUMAN, language
+from doctor.core.errors import DoctorError
+from doctor.locale.catalogue import HUMAN, language
 
 _HOME = {"full": "terminal", "concise": "concise", "json": "json_report", "sarif": "sarif", "junit": "junit", "github": "github",
          "gitlab": "gitlab", "markdown": "markdown", "html": "html"}
@@ -18,4 +18,4 @@ def render(name: str, reports: list, lang: str = "en") -> str:
     if name not in _HOME:
         raise DoctorError(f"format {name!r}: must be one of {', '.join(FORMATS)}.")
     with language(lang if name in HUMAN else "en"):
-        return import_module(f"doctor.report.{_HOME[name]}").render(reports)
+        return import_module(f"doctor.report.formats.{_HOME[name]}").render(reports)

@@ -6,11 +6,11 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from doctor.evaluate.kvcache import KvReport
-from doctor.report.json_report import dumps
-from doctor.report.terminal import COLOURS, Screen, _pad, _text, console
-from doctor.report.view import level, number, safe, squeeze
-from doctor.report.words import chinese, counted, known, pad, say
+from doctor.evaluate.kvcache.study import KvReport
+from doctor.report.formats.json_report import dumps
+from doctor.report.formats.terminal import COLOURS, Screen, _pad, _text, console
+from doctor.report.presentation import level, number, safe, squeeze
+from doctor.locale.catalogue import chinese, counted, known, pad, say
 
 GIB = 1 << 30
 _COLOUR = {"Q4": COLOURS["ok"], "Q6": COLOURS["warning"], "never Q4": COLOURS["error"], "unknown": COLOURS["skipped"]}
@@ -30,7 +30,7 @@ def kvcache_json(report: KvReport) -> str:
 
 
 def kvcache_html(report: KvReport) -> str:
-    from doctor.report.html import render_kvcache as page
+    from doctor.report.formats.html import render_kvcache as page
 
     return page(report, kvcache_json(report))
 

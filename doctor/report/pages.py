@@ -6,12 +6,12 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from doctor import explain
-from doctor.facts import STAGES
-from doctor.report.terminal import COLOURS, Screen, _text
-from doctor.report.view import one_line, safe
-from doctor.report.words import chinese, counted, current, pad, say
-from doctor.rule import AREAS, Rule
+from doctor.lint import explain
+from doctor.core.facts import STAGES
+from doctor.report.formats.terminal import COLOURS, Screen, _text
+from doctor.report.presentation import one_line, safe
+from doctor.locale.catalogue import chinese, counted, current, pad, say
+from doctor.lint.rule import AREAS, Rule
 
 
 def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:

@@ -3,10 +3,10 @@
 import os
 
 from doctor.api import FixResult
-from doctor.engine import fold
-from doctor.plan import PROOF_PROMPTS, Plan, Proof, Step
-from doctor.report.view import Group, safe, size
-from doctor.report.words import counted, known, pad, say
+from doctor.lint.engine import fold
+from doctor.fix.plan import PROOF_PROMPTS, Plan, Proof, Step
+from doctor.report.presentation import Group, safe, size
+from doctor.locale.catalogue import counted, known, pad, say
 
 _INDENT = "   "
 _MOST_TENSORS = 12  # lines of changed tensors a step shows; the receipt has them all

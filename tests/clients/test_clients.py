@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from doctor import api
-from doctor.checkpoint import Checkpoint
-from doctor.quant.blocks import Skeleton
-from doctor.quant.dequant import as_float
-from doctor.recipe import Recipe
-from doctor.spec import build_spec
-from doctor.testing import encode, tiny
+from doctor.checkpoint.directory import Checkpoint
+from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.dequantize import as_float
+from doctor.core.recipe import Recipe
+from doctor.model.spec import build_spec
+from doctor.lint.testing import encode, tiny
 
 from healthy_models import save
 
@@ -147,7 +147,7 @@ PROMPTS = ("The", "with", "class", "import", "return", "Python", "def", "if", "w
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory) -> Path:
     """A small trained Llama of 4 heads whose MLP of 96 = 3 x 32 two GPUs cannot share in groups of 32. Heads are of 32: vLLM has no smaller."""
-    from fixtures.demo import train
+    from demo import train
 
     case = tiny("llama", mlp=96)
     case.config["head_dim"] = 32

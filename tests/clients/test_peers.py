@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from doctor import api
-from doctor.checkpoint import Checkpoint
-from doctor.engine import load_rules
-from doctor.explain import search
-from doctor.recipe import Recipe
-from doctor.testing import encode, shard_bytes, tiny
+from doctor.checkpoint.directory import Checkpoint
+from doctor.lint.engine import load_rules
+from doctor.lint.explain import search
+from doctor.core.recipe import Recipe
+from doctor.lint.testing import encode, shard_bytes, tiny
 
 pytestmark = [pytest.mark.real, pytest.mark.clients]
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def ends_well(source: Path, output: Path, recipe: Recipe, original: Path, larges
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
-    from fixtures.demo import train
+    from demo import train
 
     return train(tiny("llama").write(tmp_path_factory.mktemp("good") / "m"))
 
@@ -123,7 +123,7 @@ def test_not_positive_definite_at_a_late_minor_is_rounding_and_no_lack_of_sample
 
     4,096 inputs want more than 0.0001; the default of 0.01 is reached at 14,000 to 29,000, where the reports come from.
     """
-    from fixtures.demo import train
+    from demo import train
 
     wide = train(tiny("llama", mlp=4096).write(tmp_path / "wide"), steps=40)
     sink = changed(wide, tmp_path / "sink", plant_sink)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import host  # noqa: E402
 from rungs import RUNGS  # noqa: E402
 
@@ -72,7 +70,7 @@ def device(request):
     """(engine, torch device): the host build behind the real launcher, or a GPU."""
     import torch
 
-    from doctor.quant import kernels
+    from doctor.quant.solve import kernels
 
     if request.param == "host":
         return request.getfixturevalue("host_engine"), torch.device("cpu")

@@ -10,7 +10,7 @@ import subprocess
 import host
 import pytest
 
-from doctor.quant import kernels
+from doctor.quant.solve import kernels
 
 pytestmark = pytest.mark.R2
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)

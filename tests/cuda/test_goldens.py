@@ -10,9 +10,9 @@ import host
 import pytest
 import torch
 
-from doctor.quant import kernels
-from doctor.quant.gptq import _Rules
-from doctor.quant.grid import Grid, contiguous_groups, dequantize, quantize
+from doctor.quant.solve import kernels
+from doctor.quant.solve.gptq import _Rules
+from doctor.quant.solve.grid import Grid, contiguous_groups, dequantize, quantize
 
 pytestmark = pytest.mark.R3
 GOLDENS = host.ROOT / "fixtures" / "goldens" / "cuda.json"

@@ -83,14 +83,14 @@ def test_wheels_and_the_native_library_come_along(gpu, tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "one-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("one/__init__.py", "")
     first = Path(gpu.places(tmp_path).split(":")[0])
-    assert (first / "one" / "__init__.py").exists() and not (first / "doctor" / "libdoctor_cpu.so").exists()
-    assert gpu.build_library() == "built" and (first / "doctor" / "libdoctor_cpu.so").exists() and gpu.build_library() == "there already"
+    assert (first / "one" / "__init__.py").exists() and not (first / "doctor" / "scan" / "libdoctor_cpu.so").exists()
+    assert gpu.build_library() == "built" and (first / "doctor" / "scan" / "libdoctor_cpu.so").exists() and gpu.build_library() == "there already"
     monkeypatch.setattr(gpu.sys, "executable", "/bin/false")
-    old = tmp_path / "checkout" / "doctor" / "libdoctor_cpu.so"
+    old = tmp_path / "checkout" / "doctor" / "scan" / "libdoctor_cpu.so"
     old.write_bytes(b"of older sources")
     os.utime(old, (0, 0))
     gpu.places()
-    assert gpu.build_library().startswith("not built, NumPy reads the model") and not (first / "doctor" / old.name).exists() and old.exists()
+    assert gpu.build_library().startswith("not built, NumPy reads the model") and not (first / "doctor" / "scan" / old.name).exists() and old.exists()
 
 
 def test_a_step_is_ended_at_its_limit_and_the_next_one_runs(gpu, tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_checkout_runs_without_an_installation(gpu):
     packages = [p for p in sys.path if p.endswith("site-packages")]
     code = (f"import sys; sys.path[:] = {gpu.places().split(':')!r} + [p for p in sys.path if 'site-packages' not in p] + {packages!r}; "
             "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]; "
-            "from doctor.engine import load_rules; from doctor import tables; from doctor.quant import kernels; "
+            "from doctor.lint.engine import load_rules; from doctor.core import tables; from doctor.quant.solve import kernels; "
             "print(len(load_rules()), kernels.source_folder().name, len(tables.table('architectures')))")
     run = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd="/")
     assert run.returncode == 0, run.stderr

@@ -4,10 +4,11 @@ import pytest
 import torch
 from judges import assert_close, energies, grid_of, judge_columns, judge_fit, judge_refined, problem
 
-from doctor import stats
-from doctor.quant import gptq, grid, kernels, pack
-from doctor.quant.gptq import _Rules
-from doctor.quant.grid import Grid, contiguous_groups
+from doctor.scan import counters
+from doctor.quant.solve import gptq, grid, kernels
+from doctor.quant import pack
+from doctor.quant.solve.gptq import _Rules
+from doctor.quant.solve.grid import Grid, contiguous_groups
 
 F16 = torch.float16
 
@@ -327,7 +328,7 @@ def test_a_scan_counts_what_the_cpu_counts(device, dtype, count):
             x[at * 11 + 3] = value
     x = x.to(dtype)
     got = kernels.health_scan(x.to(place), engine=engine)
-    want = stats.scan(x.view(torch.uint8).numpy(), {torch.float32: "F32", F16: "F16", torch.bfloat16: "BF16"}[dtype])
+    want = counters.scan(x.view(torch.uint8).numpy(), {torch.float32: "F32", F16: "F16", torch.bfloat16: "BF16"}[dtype])
     assert {key: got[key] for key in got if key not in ("sum", "sumsq")} == {
         key: getattr(want, key) for key in got if key not in ("sum", "sumsq")}
     wide = x.to(torch.float64)
@@ -345,7 +346,7 @@ def test_a_layer_end_to_end_has_the_references_loss(device):
     H = 2 / 700 * X.T @ X
     want = gptq.solve(W, H, refine=0)
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    from doctor.quant.hessian import factorise
+    from doctor.quant.solve.hessian import factorise
     U, _ = factorise(H[order][:, order], 0.01)
     cost = torch.empty(256)
     cost[order] = U.diagonal() ** -2

@@ -7,10 +7,10 @@ import host
 import pytest
 import torch
 
-from doctor.errors import CudaError
-from doctor.quant import kernels
-from doctor.quant.gptq import _Rules
-from doctor.quant.grid import Grid, contiguous_groups
+from doctor.core.errors import CudaError
+from doctor.quant.solve import kernels
+from doctor.quant.solve.gptq import _Rules
+from doctor.quant.solve.grid import Grid, contiguous_groups
 
 pytestmark = pytest.mark.R1
 CODES = torch.arange(64, dtype=torch.uint8).reshape(32, 2) % 16

@@ -16,10 +16,11 @@ import pytest
 import torch
 from judges import energies, grid_of, judge_columns, judge_fit, judge_refined, problem
 
-from doctor.errors import CudaError
-from doctor.quant import grid, kernels, pack
-from doctor.quant.gptq import _Rules
-from doctor.quant.grid import contiguous_groups
+from doctor.core.errors import CudaError
+from doctor.quant.solve import grid, kernels
+from doctor.quant import pack
+from doctor.quant.solve.gptq import _Rules
+from doctor.quant.solve.grid import contiguous_groups
 
 pytestmark = pytest.mark.R1
 
@@ -286,7 +287,7 @@ def under_sanitizers(source, folder, edit=None):
         pytest.skip("g++ has no AddressSanitizer runtime here")
     made = host.build(source, folder / "asan", ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "--param",
                                                 "asan-stack=0"), edit=edit)
-    run = subprocess.run([sys.executable, str(Path(__file__).with_name("sanitized.py")), source, str(made)], capture_output=True,
+    run = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "helpers" / "sanitized.py"), source, str(made)], capture_output=True,
                          text=True, env={"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin"})
     return run.returncode, run.stdout + run.stderr
 

@@ -11,14 +11,15 @@ import torch
 from pretend import PLACE, pretend
 
 from doctor import api
-from doctor.evaluate import kv_quant
-from doctor.errors import BadCheckpoint, CudaError, NotQuantizable, PlanRefused
-from doctor.quant import awq, gptq, grid, kernels, pack
-from doctor.quant.hessian import Hessian, mixed_products
-from doctor.quant.run import Hidden
-from doctor.quant.shelf import Shelf
-from doctor.recipe import Recipe
-from doctor.testing import tiny
+from doctor.evaluate.kvcache import quantizers
+from doctor.core.errors import BadCheckpoint, CudaError, NotQuantizable, PlanRefused
+from doctor.quant.solve import awq, gptq, grid, kernels
+from doctor.quant import pack
+from doctor.quant.solve.hessian import Hessian, mixed_products
+from doctor.quant.job import Hidden
+from doctor.quant.forward.spill import Shelf
+from doctor.core.recipe import Recipe
+from doctor.lint.testing import tiny
 
 pytestmark = pytest.mark.R1
 WAITS_A_LINEAR = 40
@@ -347,10 +348,10 @@ def test_a_cache_on_the_device_gives_back_what_the_definition_gives(bits, host_e
     """Spans that are not full, zeros, and sums that overflow; widths that no engine's kernel has are the definition's everywhere."""
     x = torch.randn(3, 200, generator=torch.Generator().manual_seed(bits))
     x[0, 5], x[1, :64], x[2, 64:128] = 140.0, 0.0, 3000.0
-    want = kv_quant.round_trip(x, bits)
+    want = quantizers.round_trip(x, bits)
     assert not torch.isfinite(want[2, 64:128]).any() and torch.isfinite(want[0]).all()
     with pretend(host_engine):
-        got = kv_quant.round_trip(x.to(PLACE), bits)
+        got = quantizers.round_trip(x.to(PLACE), bits)
         assert got.is_cuda
     assert torch.equal(got.cpu().nan_to_num(7.0), want.nan_to_num(7.0)) and got.dtype == torch.float16
     assert launched == ({"kv_store": 1, "kv_load": 1} if bits in kernels.KV_BITS else {})

@@ -4,8 +4,9 @@ import pytest
 import torch
 from judges import grid_of, judge_columns, judge_fit, problem
 
-from doctor.quant import gptq, grid, pack
-from doctor.quant.grid import contiguous_groups
+from doctor.quant.solve import gptq, grid
+from doctor.quant import pack
+from doctor.quant.solve.grid import contiguous_groups
 
 pytestmark = pytest.mark.R0
 

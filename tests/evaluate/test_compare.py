@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from doctor.checkpoint import Checkpoint
-from doctor.errors import NotQuantizable
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import NotQuantizable
 from doctor.evaluate.compare import compare
-from doctor.testing import encode, tiny
+from doctor.lint.testing import encode, tiny
 
 FAMILIES = ("llama", "qwen2", "gemma", "phi3", "opt", "qwen2_moe")
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from doctor import api
-from doctor.cli import cli
-from doctor.testing import tiny
+from doctor.cli.main import cli
+from doctor.lint.testing import tiny
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "fixtures"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from demo import train  # noqa: E402
 
 RECIPE = tiny().recipe

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from doctor.checkpoint import Checkpoint
+from doctor.checkpoint.directory import Checkpoint
 from doctor.quant import budget
 from doctor.quant.quantize import plan
-from doctor.recipe import Recipe
-from doctor.spec import build_spec
-from doctor.testing import tiny
+from doctor.core.recipe import Recipe
+from doctor.model.spec import build_spec
+from doctor.lint.testing import tiny
 
 HIDDEN, WIDE, KV, VOCAB, BLOCKS = 8192, 29568, 1024, 152064, 80
 # One block: q and o [h, h], k and v [kv, h], gate, up and down, biases of q, k and v, two norms.
@@ -96,7 +96,7 @@ if len(sys.argv) == 3:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 else:
     from doctor import api
-    from doctor.recipe import Recipe
+    from doctor.core.recipe import Recipe
     peaks = []
     def said(line):
         if line.startswith("block"):
@@ -109,7 +109,7 @@ else:
 
 def test_quantize_says_at_the_start_that_the_disk_will_not_do(tmp_path, monkeypatch):
     from doctor import api
-    from doctor.machine import Machine
+    from doctor.core.machine import Machine
 
     monkeypatch.setattr("doctor.quant.quantize.measure", lambda *asked: Machine("OUT", 64 << 30, 1 << 30, 1 << 20, 64 << 20))
     done = api.quantize(tiny("llama").write(tmp_path / "m"), tmp_path / "q", Recipe(method="rtn", group_size=32))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from doctor.errors import DoctorError, MachineError
+from doctor.core.errors import DoctorError, MachineError
 from doctor.quant.device import device_memory, device_of
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from doctor.checkpoint import Checkpoint
-from doctor.errors import DoctorError, PlanRefused
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import DoctorError, PlanRefused
 from doctor.quant import export
-from doctor.quant.gptq import round_to_nearest
+from doctor.quant.solve.gptq import round_to_nearest
 from doctor.quant.export import Output, pack_linear, quantization_config, unpack_linear
-from doctor.recipe import Recipe
-from doctor.shard import open_shard
-from doctor.testing import tiny
+from doctor.core.recipe import Recipe
+from doctor.checkpoint.safetensors import open_shard
+from doctor.lint.testing import tiny
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from doctor import api
-from doctor.checkpoint import Checkpoint
-from doctor.errors import DoctorError, NotQuantizable
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.quant import budget
-from doctor.quant.blocks import Skeleton, load_tensor
-from doctor.quant.dequant import as_float
-from doctor.recipe import Recipe
-from doctor.spec import build_spec
-from doctor.stacks import find_stacks, take_apart
+from doctor.quant.forward.skeleton import Skeleton, load_tensor
+from doctor.quant.dequantize import as_float
+from doctor.core.recipe import Recipe
+from doctor.model.spec import build_spec
+from doctor.model.fused_experts import find_stacks, take_apart
 
 from healthy_models import save, stacked
 

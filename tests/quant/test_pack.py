@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from doctor.errors import BadCheckpoint, NotQuantizable
+from doctor.core.errors import BadCheckpoint, NotQuantizable
 from doctor.quant import pack
-from doctor.quant.grid import Grid, contiguous_groups, dequantize, fit, quantize
+from doctor.quant.solve.grid import Grid, contiguous_groups, dequantize, fit, quantize
 
 VECTORS = Path(__file__).parents[2] / "fixtures" / "vectors"
 GPTQ = sorted(path for path in VECTORS.glob("gptq_w?_in*.json"))

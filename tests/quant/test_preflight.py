@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from doctor import api
-from doctor.cli import main
+from doctor.cli.main import main
 from doctor.quant import budget, preflight
-from doctor.recipe import Recipe
-from doctor.testing import encode, tiny
+from doctor.core.recipe import Recipe
+from doctor.lint.testing import encode, tiny
 
 RECIPE = Recipe(group_size=32)
 
@@ -56,9 +56,9 @@ def test_time_grows_with_blocks_and_with_rows(tmp_path, text, monkeypatch):
     """Half the rows tried and two of two blocks: passes count double, solving counts once."""
     case = tiny("llama")
     case.write(tmp_path / "m")
-    from doctor.checkpoint import Checkpoint
-    from doctor.quant.run import Result
-    from doctor.spec import build_spec
+    from doctor.checkpoint.directory import Checkpoint
+    from doctor.quant.job import Result
+    from doctor.model.spec import build_spec
 
     checkpoint = Checkpoint.open(tmp_path / "m")
     records = [{"seconds": 3.0}, {"seconds": 1.0}]

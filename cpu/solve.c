@@ -1,0 +1,680 @@
+/* The inner loops of the quantizer on a CPU: the grid search of a group, and the loops over columns of GPTQ and of its
+ * coordinate descent. doctor/quant/solve/grid.py and gptq.py are their definitions; products of matrices stay with BLAS.
+ *
+ * Built without contraction (setup.py): a fused operation stands here as fused(), so that the error of a candidate is that
+ * of grid.py but for the order of the sum. Every function takes a range of rows, which is how threads share the work; a row's
+ * result does not depend on the range.
+ */
+#include "level.h"
+
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#elif defined(__AVX2__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+typedef u8 bytes __attribute__((vector_size(LANES)));
+
+enum { BLOCK = 128, COLUMNS = 4, PANELS = BLOCK / COLUMNS, WIDE = 3, ROWS = WIDE * LANES, DEPTH = 256, TILES = 8,
+       STRIP = 16 };   /* rows that are packed together: their lines stay in the first-level cache */
+
+static inline lanes load(const float *from, int64_t count)
+{
+    lanes out = {0};
+    if (count >= LANES)
+        __builtin_memcpy(&out, from, sizeof out);
+    else if (count > 0)
+        __builtin_memcpy(&out, from, (size_t)count * 4);
+    return out;
+}
+
+static inline void store(float *to, lanes value, int64_t count)
+{
+    if (count >= LANES)
+        __builtin_memcpy(to, &value, sizeof value);
+    else if (count > 0)
+        __builtin_memcpy(to, &value, (size_t)count * 4);
+}
+
+static inline void store_codes(u8 *to, lanes value, int64_t count)
+{
+    bytes codes = __builtin_convertvector(__builtin_convertvector(value, integers), bytes);
+    if (count > 0)
+        __builtin_memcpy(to, &codes, count >= LANES ? LANES : (size_t)count);
+}
+
+static inline lanes all(float x)
+{
+    return x - (lanes){0};
+}
+
+/* a * b + c, rounded once where the level can. */
+static inline lanes fused(lanes a, lanes b, lanes c)
+{
+#if defined(__AVX512F__)
+    return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* a < b ? a : b, which C has no operator for. */
+static inline lanes smaller(lanes a, lanes b)
+{
+#if defined(__AVX512F__)
+    return (lanes)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (lanes)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    const integers yes = a < b;
+    return (lanes)(((integers)a & yes) | ((integers)b & ~yes));
+#endif
+}
+
+static inline lanes larger(lanes a, lanes b) { return -smaller(-a, -b); }
+
+/* Codes round(x) + zero clamped to 0..top, for x = w / scale. Values past 2^10 only ever clamp, and below it adding and
+ * taking off 1.5 * 2^23 rounds to nearest even at every level. No NaN comes here: W, H and
+ * scales were refused before. */
+static inline lanes code_of(lanes x, lanes zero, float top)
+{
+    const lanes magic = all(0x1.8p23f);
+    x = larger(smaller(x, all(1024.0f)), all(-1024.0f));
+    return larger(smaller((x + magic) - magic + zero, all(top)), all(0.0f));
+}
+
+static inline float sum_of(lanes x)
+{
+    float sum = 0.0f;
+    for (int i = 0; i < LANES; i++)
+        sum += x[i];
+    return sum;
+}
+
+/* The arguments of grid.fit that are one for a whole tensor; doctor/quant/solve/cpu.py mirrors this struct. */
+typedef struct {
+    float top, half, zero_min;
+    int32_t sym, turn, mse, dtype;   /* dtype of stored scales: 0 float32, 1 float16, 2 bfloat16 */
+    int32_t ratios, fine, refits;
+} grid_rule;
+
+static inline uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits)
+{
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* The nearest positive scale that a file can hold (ties to even), never 0; Inf past its range. */
+static float stored_scale(float scale, int dtype)
+{
+    const float least = dtype == 1 ? 0x1p-24f : dtype == 2 ? 0x1p-133f : 0x1p-149f;
+    const uint32_t bits = bits_of(scale);
+    if (dtype == 1) {
+        if (bits >= 0x477ff000u)
+            return float_of(0x7f800000u);
+        scale = bits < 0x38800000u ? (scale + 0.5f) - 0.5f : float_of((bits + 0xfffu + (bits >> 13 & 1)) & ~0x1fffu);
+    } else if (dtype == 2)
+        scale = float_of((bits + 0x7fffu + (bits >> 16 & 1)) & 0xffff0000u);
+    return scale < least ? least : scale;
+}
+
+static const float LARGEST[3] = {0x1.fffffep127f, 65504.0f, 0x1.fep127f};
+
+typedef struct {
+    const float *w, *cost;           /* one group, filled up with zeros to a multiple of 2 * LANES */
+    int64_t count;
+    float scale, zero, error;
+} group;
+
+static float error_of(const group *g, float scale, float zero, float top)
+{
+    const lanes s = all(scale), z = all(zero);
+    lanes sum[2] = {{0}, {0}};
+    for (int64_t i = 0; i < g->count; i += 2 * LANES)
+        for (int half = 0; half < 2; half++) {
+            const lanes w = load(g->w + i + half * LANES, LANES);
+            const lanes off = (code_of(w / s, z, top) - z) * s - w;
+            sum[half] += off * off * load(g->cost + i + half * LANES, LANES);
+        }
+    return sum_of(sum[0] + sum[1]);
+}
+
+static void consider(group *g, float scale, float zero, const grid_rule *rule)
+{
+    const float largest = LARGEST[rule->dtype];
+    scale = stored_scale(scale < largest ? scale : largest, rule->dtype);
+    const float error = error_of(g, scale, zero, rule->top);
+    if (error < g->error) {
+        g->scale = scale;
+        g->zero = zero;
+        g->error = error;
+    }
+}
+
+static void refit(group *g, const grid_rule *rule)
+{
+    const lanes s = all(g->scale), z = all(g->zero);
+    lanes norm = {0}, product = {0};
+    for (int64_t i = 0; i < g->count; i += LANES) {
+        const lanes w = load(g->w + i, LANES), level = code_of(w / s, z, rule->top) - z;
+        const lanes weighted = level * load(g->cost + i, LANES);
+        norm += weighted * level;
+        product += weighted * w;
+    }
+    const float below = sum_of(norm), above = sum_of(product);
+    consider(g, below > 0 && above / below > 0 ? above / below : g->scale, g->zero, rule);
+}
+
+static float clamped(float x, float low, float high)
+{
+    return x < low ? low : x > high ? high : x;
+}
+
+static float nearest_even(float x)   /* |x| < 2^22 */
+{
+    return (x + 0x1.8p23f) - 0x1.8p23f;
+}
+
+static void fit_group(group *g, const grid_rule *rule, const float *candidates, float low, float high)
+{
+    const float span = rule->sym ? (high > -low ? high : -low) : high - low;
+    const float raw = span > 0 ? span / (rule->sym ? rule->half - 0.5f : rule->top) : 1.0f;
+    const float first = g->scale = stored_scale(raw, rule->dtype);
+    const int live = span > 0;
+    g->zero = live && !rule->sym ? clamped(nearest_even(-low / first), rule->zero_min, rule->top) : rule->half;
+    const float start = g->zero;
+    if (!rule->mse || !live || first > LARGEST[rule->dtype])
+        return;
+    g->error = error_of(g, first, start, rule->top);
+    for (int i = 0; i < rule->ratios; i++)
+        consider(g, first * candidates[i], start, rule);
+    for (int i = 0; i < rule->fine; i++)
+        consider(g, g->scale + first * candidates[rule->ratios + i], g->zero, rule);
+    if (!rule->sym)
+        for (int step = -1; step <= 1; step += 2)
+            consider(g, g->scale, clamped(g->zero + (float)step, rule->zero_min, rule->top), rule);
+    for (int i = 0; i < rule->refits; i++)
+        refit(g, rule);
+}
+
+/* grid.fit of rows [from, to) of W f32[n, k], finite. cost f32[k] or NULL; candidates f32[ratios + fine]; scale f32[n, k / width];
+ * zero i32[n, k / width]; scratch f32[2 * (width + 2 * 16)] of the caller's. A scale past the stored dtype comes out as Inf. */
+void EXPORT(doctor_fit_grid)(const float *W, const float *cost, int64_t k, int64_t width, int64_t from, int64_t to,
+                             const grid_rule *rule, const float *candidates, float *scale, int32_t *zero, float *scratch)
+{
+    const int64_t groups = k / width, padded = (width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+    float *w = scratch, *costs = scratch + padded;
+    for (int64_t i = 0; i < padded; i++)
+        w[i] = costs[i] = 0.0f;
+    for (int64_t at = 0; at < groups; at++)
+        for (int64_t row = from; row < to; row++) {
+            const float *here = W + row * k + at * width;
+            float low = 0.0f, high = 0.0f;
+            for (int64_t i = 0; i < width; i++) {
+                w[i] = here[i];
+                low = w[i] < low ? w[i] : low;
+                high = w[i] > high ? w[i] : high;
+            }
+            if (row == from)
+                for (int64_t i = 0; i < width; i++)
+                    costs[i] = cost ? cost[at * width + i] : 1.0f;
+            const int turned = rule->sym && rule->mse && rule->turn && high > -low;
+            for (int64_t i = 0; turned && i < width; i++)
+                w[i] = -w[i];
+            group g = {w, costs, padded, 0, 0, 0};
+            fit_group(&g, rule, candidates, turned ? -high : low, turned ? -low : high);
+            scale[row * groups + at] = turned ? -g.scale : g.scale;
+            zero[row * groups + at] = (int32_t)g.zero;
+        }
+}
+
+/* Rows of W go through all columns in tiles of ROWS, one lane a row: E[j * ROWS + lane] is the error of column j. A factor or
+ * a Hessian is packed beforehand in panels of COLUMNS columns, so that what earlier columns owe to a panel is a sum over i
+ * of one broadcast value times one vector: 120 GF on a core where the BLAS at hand reaches 80. DEPTH values of i and the lanes
+ * that belong to them stay in the first-level cache while every panel of a block takes them up; TILES tiles share a block's
+ * panels while those are in the second-level cache. */
+typedef struct {
+    lanes of[COLUMNS][WIDE];
+} panel;
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* sum += P[i, c] * E[i] over `count` rows of P f32[., COLUMNS] and E f32[., ROWS]. */
+static inline panel added(panel sum, const float *P, const float *E, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++, P += COLUMNS, E += ROWS) {
+        lanes sent[WIDE];
+        for (int v = 0; v < WIDE; v++)
+            sent[v] = load(E + v * LANES, LANES);
+        for (int c = 0; c < COLUMNS; c++)
+            for (int v = 0; v < WIDE; v++)
+                sum.of[c][v] = fused(sent[v], all(P[c]), sum.of[c][v]);
+    }
+    return sum;
+}
+
+static inline int64_t panels_of(int64_t count) { return (count + COLUMNS - 1) / COLUMNS; }
+
+/* owed[tile][column] of the block P f32[panels][height][COLUMNS]: what the first `rows` rows of each tile's E send to its columns. */
+static void gather_owed(panel *owed, const float *P, int64_t height, int64_t panels, int64_t rows, const float *E, int64_t k,
+                        int64_t tiles)
+{
+    for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t at = 0; at < panels; at++)
+            owed[tile * PANELS + at] = (panel){0};
+    for (int64_t first = 0; first < rows; first += DEPTH)
+        for (int64_t tile = 0; tile < tiles; tile++)
+            for (int64_t at = 0; at < panels; at++)
+                owed[tile * PANELS + at] = added(owed[tile * PANELS + at], P + (at * height + first) * COLUMNS,
+                                                 E + (tile * k + first) * ROWS, least(DEPTH, rows - first));
+}
+
+/* Everything that the two loops over columns share; doctor/quant/solve/cpu.py mirrors this struct. Step p of the loop treats
+ * column order[p] of W, and owner[p] is its group. */
+typedef struct {
+    const float *W;                  /* [n, k] */
+    const int32_t *order, *owner;    /* [k] */
+    const float *packed;             /* the factor or the Hessian, in panels */
+    const float *extra;              /* [k], by step: what damping added to diag(H) */
+    float *scale;                    /* [n, G] */
+    int32_t *zero;                   /* [n, G] */
+    u8 *codes;                       /* [n, k] */
+    double *loss, *excess;           /* [n]: e H e^T of the damped H, and the share of it that damping added */
+    const float *cost;               /* [k], by step: of grids that are fitted on the way, or NULL */
+    const float *candidates;
+    int64_t n, k, groups, block, width;   /* width: of groups fitted or refitted on the way, 0 for none */
+} columns_of;
+
+/* W f32[., ROWS] of steps [first, last), and zeros in the lanes past row `to`. */
+static void take_weights(float *to_tile, const columns_of *all_of, int64_t row, int64_t to, int64_t first, int64_t last)
+{
+    const int64_t lanes_here = least(ROWS, to - row);
+    for (int64_t lane = 0; lane < ROWS; lane++) {
+        const float *from = all_of->W + (row + lane) * all_of->k;
+        for (int64_t p = first; p < last; p++)
+            to_tile[(p - first) * ROWS + lane] = lane < lanes_here ? from[all_of->order[p]] : 0.0f;
+    }
+}
+
+static void put_codes(const columns_of *all_of, const u8 *tile, int64_t row, int64_t to, int64_t first, int64_t last)
+{
+    for (int64_t lane = 0; lane < least(ROWS, to - row); lane++) {
+        u8 *codes = all_of->codes + (row + lane) * all_of->k;
+        for (int64_t p = first; p < last; p++)
+            codes[all_of->order[p]] = tile[(p - first) * ROWS + lane];
+    }
+}
+
+/* Scales and zeros f32[G, ROWS] of a tile; scale 1 in the lanes past row `to`. */
+static void take_grid(float *scale, float *zero, const columns_of *all_of, int64_t row, int64_t to)
+{
+    for (int64_t lane = 0; lane < ROWS; lane++)
+        for (int64_t g = 0; g < all_of->groups; g++) {
+            const int here = row + lane < to;
+            scale[g * ROWS + lane] = here ? all_of->scale[(row + lane) * all_of->groups + g] : 1.0f;
+            zero[g * ROWS + lane] = here ? (float)all_of->zero[(row + lane) * all_of->groups + g] : 0.0f;
+        }
+}
+
+static void put_grid(const columns_of *all_of, const float *scale, const float *zero, int64_t row, int64_t to)
+{
+    for (int64_t lane = 0; lane < least(ROWS, to - row); lane++)
+        for (int64_t g = 0; g < all_of->groups; g++) {
+            all_of->scale[(row + lane) * all_of->groups + g] = scale[g * ROWS + lane];
+            all_of->zero[(row + lane) * all_of->groups + g] = (int32_t)zero[g * ROWS + lane];
+        }
+}
+
+static void put_sums(double *sums, const lanes *of, int64_t row, int64_t to)
+{
+    for (int64_t lane = 0; lane < least(ROWS, to - row); lane++)
+        sums[row + lane] += of[lane / LANES][lane % LANES];
+}
+
+/* Step p of a panel whose first step is `start`: the value that a column may still change by others' hands goes to those after it. */
+static inline void send(panel *sum, const float *P, int64_t p, int64_t start, const lanes *value)
+{
+    for (int64_t later = p + 1 - start; later < COLUMNS; later++)
+        for (int v = 0; v < WIDE; v++)
+            sum->of[later][v] = fused(value[v], all(P[p * COLUMNS + later]), sum->of[later][v]);
+}
+
+/* The grid of the group of steps [first, first + width), on weights that carry every correction from steps before it: owed to
+ * column j is A_j = sum_i<first E_i M_ij, and X M = A within the group is what all of them change W by. Scratch: X
+ * f32[BLOCK, ROWS], rows f32[2 * padded]. */
+static void fit_on_the_way(const columns_of *all_of, const grid_rule *rule, const panel *owed, const float *P, int64_t height,
+                           const float *E, const float *W, int64_t begin, int64_t first, float *X, float *rows, float *scale,
+                           float *zero)
+{
+    const int64_t last = first + all_of->width, padded = (all_of->width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+    lanes low[WIDE] = {{0}}, high[WIDE] = {{0}};
+    for (int64_t start = first; start < last; start += COLUMNS) {
+        const int64_t at = (start - begin) / COLUMNS;
+        const float *mine = P + at * height * COLUMNS;
+        panel sum = added(owed[at], mine + begin * COLUMNS, E + begin * ROWS, first - begin);
+        sum = added(sum, mine + first * COLUMNS, X, start - first);
+        for (int64_t p = start; p < start + COLUMNS; p++) {
+            lanes back[WIDE];
+            for (int v = 0; v < WIDE; v++) {
+                const lanes x = sum.of[p - start][v] / all(mine[p * COLUMNS + p - start]);
+                const lanes w = load(W + (p - begin) * ROWS + v * LANES, LANES) + x;
+                back[v] = -x;
+                low[v] = smaller(low[v], w);
+                high[v] = larger(high[v], w);
+                store(X + (p - first) * ROWS + v * LANES, back[v], LANES);
+            }
+            send(&sum, mine, p, start, back);
+        }
+    }
+    for (int64_t i = 0; i < padded; i++) {
+        rows[i] = 0.0f;
+        rows[padded + i] = i < all_of->width ? (all_of->cost ? all_of->cost[first + i] : 1.0f) : 0.0f;
+    }
+    const int64_t g = all_of->owner[first];
+    for (int64_t lane = 0; lane < ROWS; lane++) {
+        const float bottom = low[lane / LANES][lane % LANES], top = high[lane / LANES][lane % LANES];
+        const int turned = rule->sym && rule->mse && rule->turn && top > -bottom;
+        for (int64_t i = 0; rule->mse && i < all_of->width; i++) {
+            const float w = W[(first - begin + i) * ROWS + lane] - X[i * ROWS + lane];
+            rows[i] = turned ? -w : w;
+        }
+        group found = {rows, rows + padded, padded, 0, 0, 0};
+        fit_group(&found, rule, all_of->candidates, turned ? -top : bottom, turned ? -bottom : top);
+        scale[g * ROWS + lane] = turned ? -found.scale : found.scale;
+        zero[g * ROWS + lane] = found.zero;
+    }
+}
+
+/* Sizes of the scratch that the two functions below want, in floats. */
+int64_t EXPORT(doctor_columns_scratch)(int64_t k, int64_t groups, int64_t width)
+{
+    return TILES * (k * ROWS + 2 * groups * ROWS + PANELS * (int64_t)(sizeof(panel) / 4)) + 3 * BLOCK * ROWS
+           + 2 * (width + 2 * LANES) + 64;
+}
+
+typedef struct {
+    float *E, *scale, *zero;         /* of TILES tiles */
+    panel *owed;
+    float *W, *X, *rows;
+    u8 *codes;
+} room;
+
+static room rooms_of(float *scratch, const columns_of *all_of)
+{
+    room r;
+    scratch += (64 - (uintptr_t)scratch % 64) % 64 / 4;
+    r.owed = (panel *)scratch;
+    r.E = scratch + TILES * PANELS * (int64_t)(sizeof(panel) / 4);
+    r.scale = r.E + TILES * all_of->k * ROWS;
+    r.zero = r.scale + TILES * all_of->groups * ROWS;
+    r.W = r.zero + TILES * all_of->groups * ROWS;
+    r.X = r.W + BLOCK * ROWS;
+    r.codes = (u8 *)(r.X + BLOCK * ROWS);
+    r.rows = r.X + 2 * BLOCK * ROWS;
+    return r;
+}
+
+static void round_block(const columns_of *all_of, const grid_rule *rule, const room *r, const panel *owed, const float *P, int64_t begin,
+                        int64_t end, int64_t row, int64_t to, float *E, float *scale, float *zero)
+{
+    lanes loss[WIDE] = {{0}}, excess[WIDE] = {{0}};
+    take_weights(r->W, all_of, row, to, begin, end);
+    for (int64_t start = begin; start < end; start += COLUMNS) {
+        if (all_of->width && start % all_of->width == 0)
+            fit_on_the_way(all_of, rule, owed, P, end, E, r->W, begin, start, r->X, r->rows, scale, zero);
+        const float *mine = P + (start - begin) * end;
+        panel sum = added(owed[(start - begin) / COLUMNS], mine + begin * COLUMNS, E + begin * ROWS, start - begin);
+        for (int64_t p = start; p < least(start + COLUMNS, end); p++) {
+            const lanes pivot = all(mine[p * COLUMNS + p - start]), more = all(all_of->extra[p]);
+            lanes error[WIDE];
+            for (int v = 0; v < WIDE; v++) {
+                const int64_t lane = v * LANES;
+                const lanes s = load(scale + all_of->owner[p] * ROWS + lane, LANES), z = load(zero + all_of->owner[p] * ROWS + lane, LANES);
+                const lanes w = load(r->W + (p - begin) * ROWS + lane, LANES), drawn = w + sum.of[p - start][v] / pivot;
+                const lanes code = code_of(drawn / s, z, rule->top), value = (code - z) * s, off = (drawn - value) * pivot;
+                error[v] = w - value;
+                loss[v] += off * off;
+                excess[v] += error[v] * error[v] * more;
+                store_codes(r->codes + (p - begin) * ROWS + lane, code, LANES);
+                store(E + p * ROWS + lane, error[v], LANES);
+            }
+            send(&sum, mine, p, start, error);
+        }
+    }
+    put_codes(all_of, r->codes, row, to, begin, end);
+    put_sums(all_of->loss, loss, row, to);
+    put_sums(all_of->excess, excess, row, to);
+}
+
+/* GPTQ of rows [from, to) in LDLQ form: with the damped H = M M^T, M upper triangular in the order of the steps, step p rounds
+ * w_p + (sum_i<p E_i M_ip) / M_pp, E = W - Q, and its share of the loss is the square of what was rounded off times M_pp. These are the
+ * codes of the form with U = M^-1, which is never computed. Fills codes, and scale and zero where width says that they are fitted on
+ * the way; adds to loss and excess. packed: M by doctor_pack_factor. Chee et al. 2023 (arXiv 2307.13304) thm 6. */
+void EXPORT(doctor_round_columns)(const columns_of *all_of, const grid_rule *rule, int64_t from, int64_t to, float *scratch)
+{
+    const room r = rooms_of(scratch, all_of);
+    const int64_t k = all_of->k, groups = all_of->groups;
+    for (int64_t base = from; base < to; base += TILES * ROWS) {
+        const int64_t tiles = (least(to - base, TILES * ROWS) + ROWS - 1) / ROWS;
+        const float *P = all_of->packed;
+        for (int64_t tile = 0; tile < tiles && !all_of->width; tile++)
+            take_grid(r.scale + tile * groups * ROWS, r.zero + tile * groups * ROWS, all_of, base + tile * ROWS, to);
+        for (int64_t begin = 0; begin < k; begin += all_of->block) {
+            const int64_t end = least(k, begin + all_of->block);
+            gather_owed(r.owed, P, end, panels_of(end - begin), begin, r.E, k, tiles);
+            for (int64_t tile = 0; tile < tiles; tile++)
+                round_block(all_of, rule, &r, r.owed + tile * PANELS, P, begin, end, base + tile * ROWS, to, r.E + tile * k * ROWS,
+                            r.scale + tile * groups * ROWS, r.zero + tile * groups * ROWS);
+            P += panels_of(end - begin) * COLUMNS * end;
+        }
+        for (int64_t tile = 0; tile < tiles && all_of->width; tile++)
+            put_grid(all_of, r.scale + tile * groups * ROWS, r.zero + tile * groups * ROWS, base + tile * ROWS, to);
+    }
+}
+
+/* The scale of the group of steps [begin, end) to its least-squares value, given the codes and all other groups: with levels q and
+ * v = H q, a change of the scale by d changes the loss by -2 d (q . pull) + d^2 (q . v), pull = H E. X: scratch of the levels. */
+static void refit_scale(const columns_of *all_of, const grid_rule *rule, const room *r, const panel *owed, const float *P, int64_t begin,
+                        int64_t end, float *E, const lanes *zero, float *scale, const float *moved, lanes *loss)
+{
+    const int64_t k = all_of->k;
+    lanes drawn[WIDE] = {{0}}, own[WIDE] = {{0}};
+    for (int64_t p = begin; p < end; p++)
+        for (int v = 0; v < WIDE; v++) {
+            const bytes code = *(const bytes *)(r->codes + (p - begin) * ROWS + v * LANES);
+            store(r->X + (p - begin) * ROWS + v * LANES, __builtin_convertvector(code, lanes) - zero[v], LANES);
+        }
+    for (int64_t start = begin; start < end; start += COLUMNS) {
+        const int64_t at = (start - begin) / COLUMNS;
+        const panel reach = added((panel){0}, P + (at * k + begin) * COLUMNS, r->X, end - begin);
+        for (int64_t p = start; p < end && p < start + COLUMNS; p++)
+            for (int v = 0; v < WIDE; v++) {
+                const int64_t place = (p - begin) * ROWS + v * LANES;
+                const lanes level = load(r->X + place, LANES), here = reach.of[p - start][v];
+                drawn[v] += level * owed[at].of[p - start][v] + load(moved + place, LANES) * here;
+                own[v] += level * here;
+            }
+    }
+    float change[ROWS];
+    for (int64_t lane = 0; lane < ROWS; lane++) {
+        const float q_pull = drawn[lane / LANES][lane % LANES], q_v = own[lane / LANES][lane % LANES], old = scale[lane];
+        const float size = q_v > 0 ? (old + q_pull / q_v) * (old < 0 ? -1.0f : 1.0f) : 0.0f, largest = LARGEST[rule->dtype];
+        change[lane] = 0.0f;
+        if (!(size > 0))
+            continue;
+        const float stored = stored_scale(size < largest ? size : largest, rule->dtype), d = (old < 0 ? -stored : stored) - old;
+        const float gain = d * (2.0f * q_pull - d * q_v);
+        if (gain > 0) {
+            change[lane] = d;
+            scale[lane] = old + d;
+            loss[lane / LANES][lane % LANES] -= gain;
+        }
+    }
+    for (int64_t p = begin; p < end; p++)
+        for (int v = 0; v < WIDE; v++) {
+            const int64_t place = v * LANES;
+            const lanes now = load(E + p * ROWS + place, LANES) - load(change + place, LANES) * load(r->X + (p - begin) * ROWS + place, LANES);
+            store(E + p * ROWS + place, now, LANES);
+        }
+}
+
+static void refine_block(const columns_of *all_of, const grid_rule *rule, const room *r, const panel *owed, const float *P, int64_t begin,
+                         int64_t end, int64_t row, int64_t to, float *E, float *scale, const float *zero)
+{
+    const int64_t k = all_of->k;
+    float *moved = r->W;
+    lanes loss[WIDE] = {{0}}, middle[WIDE] = {{0}};
+    for (int64_t start = begin; start < end; start += COLUMNS) {
+        const float *mine = P + (start - begin) * k;
+        panel sum = added(owed[(start - begin) / COLUMNS], mine + begin * COLUMNS, moved, start - begin);
+        for (int64_t p = start; p < least(start + COLUMNS, end); p++) {
+            const float own = mine[p * COLUMNS + p - start];
+            lanes step[WIDE];
+            for (int v = 0; v < WIDE; v++) {
+                const int64_t lane = v * LANES, place = (p - begin) * ROWS + lane;
+                const lanes s = load(scale + all_of->owner[p] * ROWS + lane, LANES), z = load(zero + all_of->owner[p] * ROWS + lane, LANES);
+                const lanes before = load(E + p * ROWS + lane, LANES), pull = sum.of[p - start][v];
+                const lanes level = __builtin_convertvector(*(const bytes *)(r->codes + place), lanes) - z, w = before + level * s;
+                const lanes best = own > 0 ? pull / all(own) + w - before : w;
+                const lanes code = code_of(best / s, z, rule->top);
+                step[v] = (level - (code - z)) * s;
+                loss[v] += step[v] * (all(2.0f) * pull + step[v] * all(own));
+                middle[v] = z;
+                store_codes(r->codes + place, code, LANES);
+                store(E + p * ROWS + lane, before + step[v], LANES);
+                store(moved + place, step[v], LANES);
+            }
+            send(&sum, mine, p, start, step);
+        }
+    }
+    if (all_of->width)
+        refit_scale(all_of, rule, r, owed, P, begin, end, E, middle, scale + all_of->owner[begin] * ROWS, moved, loss);
+    put_codes(all_of, r->codes, row, to, begin, end);
+    put_sums(all_of->loss, loss, row, to);
+}
+
+/* The codes of steps [first, last) of a tile, and the errors that they leave. */
+static void take_errors(const columns_of *all_of, float *E, const float *scale, const float *zero, int64_t row, int64_t to)
+{
+    take_weights(E, all_of, row, to, 0, all_of->k);
+    for (int64_t lane = 0; lane < least(ROWS, to - row); lane++) {
+        const u8 *codes = all_of->codes + (row + lane) * all_of->k;
+        for (int64_t p = 0; p < all_of->k; p++) {
+            const int64_t at = all_of->owner[p] * ROWS + lane;
+            E[p * ROWS + lane] -= ((float)codes[all_of->order[p]] - zero[at]) * scale[at];
+        }
+    }
+}
+
+static void take_codes(const columns_of *all_of, u8 *tile, int64_t row, int64_t to, int64_t first, int64_t last)
+{
+    for (int64_t lane = 0; lane < ROWS; lane++)
+        for (int64_t p = first; p < last; p++)
+            tile[(p - first) * ROWS + lane] = row + lane < to ? all_of->codes[(row + lane) * all_of->k + all_of->order[p]] : 0;
+}
+
+/* One pass of refinement of rows [from, to): each code in turn to its best value given all others and, where width says so (then
+ * it is block), each group's scale after its codes. Changes codes and scale, adds the change (never positive, but for rounding) to loss,
+ * sets excess. packed: the damped H by doctor_pack_hessian. */
+void EXPORT(doctor_refine)(const columns_of *all_of, const grid_rule *rule, int64_t from, int64_t to, float *scratch)
+{
+    const room r = rooms_of(scratch, all_of);
+    const int64_t k = all_of->k, groups = all_of->groups;
+    for (int64_t base = from; base < to; base += TILES * ROWS) {
+        const int64_t tiles = (least(to - base, TILES * ROWS) + ROWS - 1) / ROWS;
+        const float *P = all_of->packed;
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            float *scale = r.scale + tile * groups * ROWS, *zero = r.zero + tile * groups * ROWS;
+            take_grid(scale, zero, all_of, base + tile * ROWS, to);
+            take_errors(all_of, r.E + tile * k * ROWS, scale, zero, base + tile * ROWS, to);
+        }
+        for (int64_t begin = 0; begin < k; begin += all_of->block) {
+            const int64_t end = least(k, begin + all_of->block);
+            gather_owed(r.owed, P, k, panels_of(end - begin), k, r.E, k, tiles);
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                const int64_t row = base + tile * ROWS, of_group = tile * groups * ROWS;
+                take_codes(all_of, r.codes, row, to, begin, end);
+                refine_block(all_of, rule, &r, r.owed + tile * PANELS, P, begin, end, row, to, r.E + tile * k * ROWS,
+                             r.scale + of_group, r.zero + of_group);
+            }
+            P += panels_of(end - begin) * COLUMNS * k;
+        }
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            const int64_t row = base + tile * ROWS;
+            put_grid(all_of, r.scale + tile * groups * ROWS, r.zero + tile * groups * ROWS, row, to);
+            lanes excess[WIDE] = {{0}};
+            for (int64_t p = 0; p < k; p++)
+                for (int v = 0; v < WIDE; v++) {
+                    const lanes error = load(r.E + (tile * k + p) * ROWS + v * LANES, LANES);
+                    excess[v] += error * error * all(all_of->extra[p]);
+                }
+            put_sums(all_of->excess, excess, row, to);
+        }
+    }
+}
+
+/* M of H = M M^T by blocks of columns, each f32[panels][end][COLUMNS], from the lower factor L f32[k, k] of H with its order
+ * reversed: M[p, q] = L[k - 1 - p, k - 1 - q]. packed f32[sum of panels * COLUMNS * end]. */
+void EXPORT(doctor_pack_factor)(const float *L, int64_t k, int64_t block, float *packed)
+{
+    for (int64_t begin = 0; begin < k; begin += block) {
+        const int64_t end = least(k, begin + block), panels = panels_of(end - begin);
+        for (int64_t first = 0; first < end; first += STRIP)
+            for (int64_t at = 0; at < panels; at++)
+                for (int64_t p = first; p < least(end, first + STRIP); p++) {
+                    const float *row = L + (k - 1 - p) * k + k - 1;
+                    float *to = packed + (at * end + p) * COLUMNS;
+                    for (int64_t c = 0; c < COLUMNS; c++) {
+                        const int64_t q = begin + at * COLUMNS + c;
+                        to[c] = q < end && p <= q ? row[-q] : 0.0f;
+                    }
+                }
+        packed += panels * COLUMNS * end;
+    }
+}
+
+/* H + diag(extra) with rows and columns in `order`, by blocks of columns, each f32[panels][k][COLUMNS]. */
+void EXPORT(doctor_pack_hessian)(const float *H, const int32_t *order, const float *extra, int64_t k, int64_t block, float *packed)
+{
+    for (int64_t begin = 0; begin < k; begin += block) {
+        const int64_t end = least(k, begin + block), panels = panels_of(end - begin);
+        for (int64_t first = 0; first < k; first += STRIP)
+            for (int64_t at = 0; at < panels; at++)
+                for (int64_t p = first; p < least(k, first + STRIP); p++) {
+                    const float *row = H + order[p] * k;
+                    float *to = packed + (at * k + p) * COLUMNS;
+                    for (int64_t c = 0; c < COLUMNS; c++) {
+                        const int64_t q = begin + at * COLUMNS + c;
+                        to[c] = q < end ? row[order[q]] + (p == q ? extra[p] : 0.0f) : 0.0f;
+                    }
+                }
+        packed += panels * COLUMNS * k;
+    }
+}
+
+/* The lower triangle of H f32[k, k] with rows and columns in `order`; what lies above it is left as it was. */
+void EXPORT(doctor_arrange)(const float *H, const int32_t *order, int64_t k, float *out)
+{
+    for (int64_t i = 0; i < k; i++) {
+        const float *row = H + order[i] * k;
+        for (int64_t j = 0; j <= i; j++)
+            out[i * k + j] = row[order[j]];
+    }
+}

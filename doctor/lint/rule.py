@@ -1,0 +1,325 @@
+"""All that a rule file imports: the decorator, findings, fixes and the closed set of edits.
+
+A rule is one file: its docstring is its page, `check` a generator over facts, `bad()` and `good()` its proof. The docstring's
+first line is `CODE name: what is wrong.`; then come sections, each a word and a colon at the start of a line:
+`Why:` what follows from it · `Seen as:` lines `- Tool: `exact text`` that other tools print · `Do:` what to do by hand ·
+`False alarms:` when not to worry · `Fix safety:` · `Sources:`. After them the page stands once more in Chinese: `标题:` (the
+first line) · `原因:` · `处理:` · `误报:` · `修复:`. A finding's message stays English: it is the defect's identity for machines.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
+    MISSING,
+    AddLowRank,
+    CastTensor,
+    ClampTensor,
+    CleanJson,
+    Dequantize,
+    DropFile,
+    DropTensor,
+    Edit,
+    EqualZeros,
+    GroupsInOrder,
+    GrowRows,
+    Keep,
+    NameFormat,
+    PadTensor,
+    Rebase,
+    RebuildIndex,
+    RemoveJson,
+    RenameFile,
+    RenameTensor,
+    ReplaceNonfinite,
+    ReplaceText,
+    SetJson,
+    SetRecipe,
+    ShiftZeros,
+    TakeTensor,
+    widens,
+)
+from doctor.core.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, parameters, provide  # noqa: F401
+from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
+from doctor.formats.tensor_names import NEEDED, PACKED_TAILS, PARTS, SCALES, WORD_TAILS, WORDS  # noqa: F401
+from doctor.model.tensor_map import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
+from doctor.core.recipe import ASKED, is_kept  # noqa: F401
+from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
+from doctor.model.spec import ROW_PARALLEL, Linear, ModelSpec  # noqa: F401
+from doctor.core.tables import table  # noqa: F401
+import doctor.scan.header  # noqa: F401 - declares the facts that rules name
+from doctor.plan.groups import (  # noqa: F401 - declares the layout of groups too
+    FUSED,
+    GroupedLinear,
+    axis_expression,
+    fits,
+    grown,
+    in_force,
+    keep_edits,
+    nearest_plan,
+    on_one_gpu,
+    packed_size,
+    pad_edits,
+    read_quantization,
+    resized,
+    size_key,
+    symmetric_word,
+    together,
+    version_before,
+)
+
+SEVERITIES = ("error", "warning", "info")
+CERTAINTIES = ("certain", "likely", "hint")
+# Codes are numbered by area; a report says for each area what was established.
+AREAS = (("F001", "Files"), ("F050", "Tensors"), ("C100", "Tokenizer"), ("C140", "Config"), ("W200", "Weights"), ("G300", "Geometry"),
+         ("Q400", "Calibration"), ("K500", "Serving"), ("O600", "Output"), ("S001", "Settings"))
+# What each section is called in Chinese; what other tools print and the sources need no translation.
+CHINESE = {"Title": "标题", "Why": "原因", "Do": "处理", "False alarms": "误报", "Fix safety": "修复"}
+_SECTION = re.compile(rf"^(Why|Seen as|Do|False alarms|Fix safety|Sources|{'|'.join(CHINESE.values())}):[ ]*", re.M)
+QUOTATION = re.compile(r"^- ([^:`]+): (``?)(.+)\2\s*$", re.M)
+_WIDE = "\u2e80-\u9fff\uff00-\uffef“”…"
+# Between Chinese characters, and after their punctuation, a line break is no blank.
+_SEAM = re.compile(rf"(?<=[，。；：、！？（）“”])\n|(?<=[{_WIDE}])\n(?=[{_WIDE}])")
+_FIRST = re.compile(r"^([A-Z]\d{3}) ([a-z][a-z0-9-]+): (.+?)\.?$", re.S)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a finding points: a file, and in it a JSON value, or a tensor and one element of it.
+
+    note: what stands beside the `^^^^` of the frame. The engine fills in line, column, length and frame from the file.
+    """
+
+    file: str
+    pointer: str | None = None
+    tensor: str | None = None
+    index: tuple[int, ...] | None = None
+    byte: int | None = None
+    note: str = ""
+    line: int | None = None
+    column: int | None = None
+    length: int | None = None
+    frame: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A cure: edits and how safe they are. "manual" has no edits: the title is the sentence for the user.
+
+    by_name: never part of a blanket --unsafe-fixes, because it invents content. needs: codes that must be gone first.
+    """
+
+    title: str
+    edits: tuple[Edit, ...] = ()
+    safety: str = "safe"
+    by_name: bool = False
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One defect at one place. `message` is one sentence with the numbers; `facts_table` rows are the arithmetic behind it."""
+
+    message: str
+    where: Place
+    evidence: dict = field(default_factory=dict)
+    fix: Fix | None = None
+    advice: str = ""
+    facts_table: tuple[tuple[str, ...], ...] = ()
+    strip: dict | None = None  # {row label: one number per block}: drawn as a picture across blocks
+    code: str = ""
+    name: str = ""
+    severity: str = ""
+    certainty: str = ""
+    subject: str = ""
+    consequence_of: str = ""  # code of the finding that explains this one
+    baseline_state: str = ""  # new, unchanged or absent against the baseline; "" without one
+    suppression: dict | None = None  # reason, origin and from_checkpoint of the entry that suppressed it
+
+    @property
+    def target(self) -> str:
+        """What it is about, for people: a tensor, a key, or a file."""
+        return self.where.tensor or (f"{self.where.file}#{self.where.pointer}" if self.where.pointer is not None else self.where.file)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What another tool prints for the same defect, word for word."""
+
+    tool: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A registered rule: identity, what it needs, and in `doc` its page, which is taken apart when it is first looked at."""
+
+    code: str
+    name: str
+    title: str
+    severity: str
+    certainty: str
+    scope: str
+    stage: str
+    needs: tuple[str, ...]
+    check: Callable = field(repr=False)
+    doc: str = field(repr=False)
+    implied_by: tuple[str, ...] = ()
+    module: str = ""
+    wants: tuple[str, ...] = ()  # facts that it can do without
+
+    @cached_property
+    def sections(self) -> dict[str, str]:
+        """Heading of each section of the page -> its text."""
+        parts = _SECTION.split(inspect.cleandoc(self.doc))
+        return {parts[i]: _SEAM.sub("", parts[i + 1].strip()) for i in range(1, len(parts) - 1, 2)}
+
+    @cached_property
+    def seen_as(self) -> tuple[Seen, ...]:
+        """What other tools print for it. A quotation stands between single backticks or between double ones, and may hold others."""
+        return tuple(Seen(tool.strip(), text) for tool, _, text in QUOTATION.findall(self.sections.get("Seen as", "")))
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """All facts it asks for, those it can do without included."""
+        return self.needs + self.wants
+
+    @property
+    def area(self) -> str:
+        return [name for first, name in AREAS if first[0] == self.code[0] and first <= self.code][-1]
+
+    def section(self, name: str, lang: str = "en") -> str:
+        """A section of the page; in English where a user's own rule has no translation."""
+        return (self.sections.get(CHINESE.get(name, name), "") if lang == "zh" else "") or self.sections.get(name, "")
+
+    def heading(self, lang: str = "en") -> str:
+        """What is wrong, in one line."""
+        return self.section("Title", lang) or self.title
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tuple[str, ...] = ()):
+    """Register the decorated generator as the rule of its file.
+
+    The first parameter is the scope (checkpoint, shard, tensor, linear), the others are facts; with the default None, one it can do without. `implied_by` are codes whose
+    finding on the same tensor or file (or on the checkpoint) explains this one, which is then folded under it.
+    """
+
+    def wrap(check: Callable) -> Callable:
+        module = sys.modules[check.__module__]
+        doc = module.__doc__ or ""
+        name, title = headline(doc, code)
+        scope, needs, wants = parameters(check)
+        latest_stage(wants, code)  # they must be facts, but a rule runs without them
+        if scope not in SCOPES or severity not in SEVERITIES or certainty not in CERTAINTIES:
+            raise TypeError(f"rule {code}: scope {scope!r}, severity {severity!r} or certainty {certainty!r} is unknown")
+        if severity == "error" and certainty != "certain":
+            raise TypeError(f"rule {code}: an error must be certain")
+        if code in RULES and RULES[code].module != check.__module__:
+            raise TypeError(f"rule {code}: in {RULES[code].module} and in {check.__module__}")
+        RULES[code] = Rule(code, name, title, severity, certainty, scope, latest_stage(needs, code), needs, check, doc,
+                           implied_by, check.__module__, wants)
+        return check
+
+    return wrap
+
+
+def headline(doc: str, code: str) -> tuple[str, str]:
+    """(name, title) of a page. Raises TypeError where it does not begin as it must."""
+    match = _FIRST.match(_SECTION.split(doc.strip().partition("\n\n")[0], 1)[0].strip())
+    if not match or match[1] != code:
+        raise TypeError(f"rule {code}: the docstring must begin with '{code} name: what is wrong.'")
+    return match[2], " ".join(match[3].split())
+
+
+def write_page(code: str, name: str, title: str, sections: Mapping[str, str]) -> str:
+    """The page that has these sections: what Rule.doc is to a rule that comes without its file."""
+    return "\n\n".join([f"{code} {name}: {title}.", *(f"{heading}: {text}" for heading, text in sections.items())])
+
+
+def finding(message: str, *, at: Place | None = None, fix: Fix | None = None, advice: str = "", evidence: dict | None = None,
+            facts_table=(), strip: dict | None = None, severity: str = "") -> Finding:
+    """One finding, to be yielded by a rule. `at` defaults to the rule's subject; `severity` may only lower the rule's own."""
+    return Finding(message, at or Place(""), dict(evidence or {}), fix, advice,
+                   tuple(tuple(map(str, row)) for row in facts_table), strip, severity=severity)
+
+
+def from_base(base, name: str, otherwise: str) -> Fix:
+    """A whole file from what --from names: safe where something shows that it is the lost one. Without it, `otherwise` is for the user."""
+    offer = base.offer_file(name) if base is not None else None
+    if offer is None:
+        return Fix(otherwise, (), "manual")
+    edit, why = offer
+    return Fix(f"take {name} from {base.text}" + (f": {why}" if why else ""), (edit,), "safe" if why else "unsafe")
+
+
+def tensor_from_base(base, tensor) -> Fix | None:
+    """This tensor as what --from names holds it, in the same type and shape: unsafe, because nothing says that it was not trained."""
+    edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape) if base is not None else None
+    return edit and Fix(f"take the tensor from {base.text}", (edit,), "unsafe")
+
+
+def zeros_from_base(base, tensor) -> Fix | None:
+    """This tensor as --from holds it, where that differs in zeros alone: unsafe, because pruning makes such zeros too."""
+    edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape) if base is not None else None
+    found = base.fills(tensor) if edit is not None else ""
+    return Fix(f"take the tensor from {base.text}: {found}", (edit,), "unsafe") if found else None
+
+
+def value_from_base(base, file: str, pointer: str, now: object, otherwise: str) -> Fix:
+    """One JSON value as --from states it: unsafe, because a fine-tune may have changed it. Without one, `otherwise` is for the user."""
+    value = base.value(file, pointer) if base is not None else MISSING
+    if value is MISSING or value == now or value != value:
+        return Fix(otherwise, (), "manual")
+    key = pointer.rpartition("/")[2]
+    return Fix(f'set "{key}" as {base.text} has it', (SetJson(file, pointer, value, now),), "unsafe")
+
+
+def run_rule(entry: Rule, subject: str, thing: object, values: tuple) -> Iterator[Finding]:
+    """Findings of one rule on one subject, completed with the rule's identity and a default place."""
+    for item in entry.check(thing, *values):
+        severity = item.severity or entry.severity
+        if SEVERITIES.index(severity) < SEVERITIES.index(entry.severity):
+            raise TypeError(f"rule {entry.code} raised its severity to {severity}")
+        where = item.where if item.where.file or item.where.tensor else default_place(subject, thing)
+        yield replace(item, where=where, code=entry.code, name=entry.name, severity=severity, certainty=entry.certainty, subject=subject)
+
+
+def default_place(subject: str, thing: object) -> Place:
+    """Where a subject lies when a rule does not say."""
+    scope = subject.partition(":")[0]
+    if scope == "tensor":
+        return Place(thing.shard, tensor=thing.name)
+    if scope == "linear":
+        return Place("", tensor=thing.tensor)
+    if scope == "shard":
+        return Place(thing.name)
+    return Place("config.json")
+
+
+def element(info, flat: int) -> Place:
+    """Place of one element of a tensor, by its flat index: file, index and byte offset."""
+    index, rest = [], flat
+    for size in reversed(info.shape):
+        index.append(rest % size)
+        rest //= size
+    return Place(info.shard, tensor=info.name, index=tuple(reversed(index)), byte=info.begin + flat * info.dtype.bits // 8)
+
+
+def ranges(numbers) -> str:
+    """Block numbers as people write them: {0-3,7}."""
+    numbers = sorted(set(numbers))
+    parts, i = [], 0
+    while i < len(numbers):
+        j = i
+        while j + 1 < len(numbers) and numbers[j + 1] == numbers[j] + 1:
+            j += 1
+        parts.append(str(numbers[i]) if i == j else f"{numbers[i]}-{numbers[j]}")
+        i = j + 1
+    return parts[0] if len(parts) == 1 and "-" not in parts[0] else "{" + ",".join(parts) + "}"

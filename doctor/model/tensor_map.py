@@ -1,0 +1,271 @@
+"""Which tensor is which: names sorted into blocks, each matched with the template of its family.
+
+A rule about missing, unexpected or misshapen tensors needs one answer to "what should stand here"; it is worked out once.
+Templates come from the table `architectures`, which was taken from two-block models, so what a family's other kinds of block hold
+is learnt from the checkpoint itself: a block is compared only with blocks that hold everything it holds.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+from doctor.core.facts import Unavailable, fact
+from doctor.formats.tensor_names import PACKED_TAILS
+from doctor.checkpoint.safetensors import TensorInfo
+from doctor.model.spec import NOT_TEXT, QUANTIZABLE, ModelSpec, Template, evaluate
+
+_NUMBERED = re.compile(r"^(?P<stem>(?:.*?\.)?)(?P<block>\d+)\.(?P<tail>.+)$")
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """One axis that differs from config.json; axis None: another number of axes."""
+
+    info: TensorInfo
+    template: Template
+    axis: int | None
+    expression: str
+    want: int
+    have: int
+
+
+@dataclass
+class Placement:
+    """Tensors by place. blocks: number -> tail of the name -> tensor; `stem` + number + "." + tail is the whole name.
+
+    outside: the language model's tensors that stand in no block. foreign: vision towers and the like, not judged.
+    """
+
+    spec: ModelSpec
+    stem: str
+    blocks: dict[int, dict[str, TensorInfo]] = field(default_factory=dict)
+    outside: dict[str, TensorInfo] = field(default_factory=dict)
+    foreign: dict[str, TensorInfo] = field(default_factory=dict)
+    _sizes: list | None = field(default=None, repr=False)
+    _templates: dict[str, Template | None] = field(default_factory=dict, repr=False)  # tail of a name -> its template
+
+    def name(self, block: int, tail: str) -> str:
+        return f"{self.stem}{block}.{tail}"
+
+    @property
+    def counted(self) -> list[int]:
+        """Numbers of the blocks that config.json counts; extra blocks behind them (multi-token prediction) are left out."""
+        limit = self.spec.n_layers
+        return [b for b in sorted(self.blocks) if limit is None or b < limit]
+
+    def template_of(self, name: str) -> Template | None:
+        """The family's template for a tensor at its place; None where the table has none."""
+        match = _NUMBERED.match(name) if name.startswith(self.stem) else None
+        if not match or match["stem"] != self.stem:
+            return next((t for t in self.spec.templates if "{i}" not in t.tensor and self.outer_name(t) == name), None)
+        return self._inner(match["tail"])
+
+    def _inner(self, tail: str) -> Template | None:
+        """The template of a tensor inside a block, by the part of its name after the block's number."""
+        if tail not in self._templates:
+            inner = (t for t in self.spec.templates if "{i}" in t.tensor)
+            self._templates[tail] = next((t for t in inner if _tail_pattern(t.tensor).match(tail)), None)
+        return self._templates[tail]
+
+    def outer_name(self, template: Template) -> str:
+        """What this checkpoint calls a tensor of the family that stands in no block."""
+        if template.tensor.startswith("lm_head") and self.spec.head_tensor:
+            return self.spec.head_tensor
+        family_root = _root(self.family_stem)
+        if family_root and template.tensor.startswith(family_root):
+            return _root(self.stem) + template.tensor[len(family_root) :]
+        return template.tensor
+
+    @property
+    def family_stem(self) -> str:
+        """What stands before a block's number in the family's own names: `model.layers.`."""
+        return next((t.tensor.partition("{i}")[0] for t in self.spec.templates if "{i}" in t.tensor), "")
+
+    def sizes(self) -> list[tuple[TensorInfo, Template, tuple[str, ...]]]:
+        """(tensor, template, expressions) of every tensor with a template, biases of linears included. Worked out once."""
+        if self._sizes is None:
+            self._sizes = list(self._every_size())
+        return self._sizes
+
+    def _every_size(self):
+        named = [(info, self.template_of, name) for name, info in self.outside.items()]
+        named += [(info, self._inner, tail) for block in self.blocks.values() for tail, info in block.items()]
+        for info, template_of, name in named:
+            template = template_of(name)
+            if template is not None:
+                yield info, template, template.shape
+            elif name.endswith(".bias"):
+                template = template_of(name.removesuffix(".bias") + ".weight")
+                if template is not None and len(template.shape) == 2 and template.role in QUANTIZABLE:
+                    yield info, template, (template.shape[1 if template.transposed else 0],)
+
+    def misfits(self, lookup=None) -> list[Misfit]:
+        """Axes whose length is not what config.json gives. Lengths that the table states as plain numbers are not judged."""
+        lookup = lookup or self.spec.lookup
+        wants: dict[str, int | None] = {}  # an expression stands for thousands of tensors
+        found = []
+        fits: set[tuple] = set()  # (expressions, shape): in a sound model a few hundred for all its tensors
+        for info, template, expressions in self.sizes():
+            if (expressions, info.shape) in fits:
+                continue
+            if len(info.shape) != len(expressions):
+                found.append(Misfit(info, template, None, "", len(expressions), len(info.shape)))
+                continue
+            before = len(found)
+            for axis, expression in enumerate(expressions):
+                if expression not in wants:
+                    wants[expression] = evaluate(expression, lookup) if keys_of(expression) else None
+                want = wants[expression]
+                if want is not None and want != info.shape[axis]:
+                    found.append(Misfit(info, template, axis, expression, want, info.shape[axis]))
+            if len(found) == before:
+                fits.add((expressions, info.shape))
+        return found
+
+    def users(self, key: str) -> list[tuple[TensorInfo, int, str]]:
+        """(tensor, axis, expression) of every axis whose length depends on this config key and on no other."""
+        return [(info, axis, e) for info, _, expressions in self.sizes() if len(info.shape) == len(expressions)
+                for axis, e in enumerate(expressions) if keys_of(e) == [key]]
+
+    def missing(self) -> dict[str, str]:
+        """Name of each absent tensor -> why it must be there."""
+        found = self._missing_outside() | self._missing_in_all() | self._missing_siblings()
+        counted = self.counted
+        kinds = [frozenset(self.blocks[b]) for b in counted]
+        for block in counted:
+            own = frozenset(self.blocks[block])
+            fuller = [kind for kind in kinds if own < kind]
+            lacking = frozenset().union(*fuller) - own
+            if lacking and (self.spec.family or (len(counted) >= 4 and len(fuller) * 4 >= 3 * len(counted))):
+                found |= {self.name(block, t): f"{sum(t in k for k in kinds)} of {len(counted)} blocks have it" for t in lacking}
+        return found
+
+    def _missing_siblings(self) -> dict[str, str]:
+        """What a block of a kind of its own lacks: linears of a module that has its others, norms that all other blocks have."""
+        inner = [t for t in self.spec.templates if "{i}" in t.tensor and "{e}" not in t.tensor]
+        tails = {t.tensor.partition("{i}.")[2]: t for t in inner}
+        found = {}
+        for block in self.counted:
+            own = self.blocks[block]
+            for tail, template in tails.items():
+                module = tail.split(".")[:-2]
+                if tail in own:
+                    continue
+                if not module and template.role is None and template.every_layer:
+                    others = [b for b in self.counted if b != block]
+                    if others and all(tail in self.blocks[b] for b in others):
+                        found[self.name(block, tail)] = "every other block has it"
+                elif module and template.role in QUANTIZABLE:
+                    beside = [t for t in own if t.split(".")[:-2] == module and t.endswith(".weight")]
+                    if any(tails[t].role in QUANTIZABLE for t in beside if t in tails) and all(t in tails for t in beside):
+                        found[self.name(block, tail)] = f"{module[-1]} has its other linears"
+        return found
+
+    def _missing_outside(self) -> dict[str, str]:
+        """Embedding, last norm and the like: what stands beside the blocks in every model of the family."""
+        root = _root(self.family_stem)
+        return {self.outer_name(t): f"every {self.spec.family} model has it" for t in self.spec.templates
+                if "{i}" not in t.tensor and root and t.tensor.startswith(root) and self.outer_name(t) not in self.outside}
+
+    def _missing_in_all(self) -> dict[str, str]:
+        """Linears, experts, norms and routers that no block has, though the family has them in each, and nothing unknown stands in their place."""
+        held = {tail for b in self.counted for tail in self.blocks[b]}
+        inner = [t for t in self.spec.templates if "{i}" in t.tensor]
+        if any(tail.endswith(".weight") and not any(_tail_pattern(t.tensor).match(tail) for t in inner) for tail in held):
+            return {}
+        found = {}
+        for template in inner:
+            tail = template.tensor.partition("{i}.")[2]
+            if template.every_layer and not any(_tail_pattern(template.tensor).match(t) for t in held):
+                if "{e}" in tail:
+                    found |= self._experts_without(tail)
+                elif template.role in QUANTIZABLE or self._stands_in_every_block(template, held):
+                    found |= {self.name(b, tail): "no block has it" for b in self.counted}
+        return found
+
+    def _experts_without(self, tail: str) -> dict[str, str]:
+        """A linear that no expert of any block has, in the blocks whose experts have their others."""
+        module = re.compile("^" + re.escape(tail.partition("{e}")[0]) + r"(\d+)\.")
+        found = {}
+        for block in self.counted:
+            experts = {int(match[1]) for match in map(module.match, self.blocks[block]) if match}
+            found |= {self.name(block, tail.replace("{e}", str(e))): "no expert has it" for e in sorted(experts)}
+        return found
+
+    def _stands_in_every_block(self, template: Template, held: set[str]) -> bool:
+        """Whether a norm or router has no excuse to be absent from all blocks.
+
+        A norm of the block itself: none where a flag sets attention and MLP side by side, because one norm then serves both. Inside a
+        module: where the module has other tensors, and no flag about norms is off.
+        """
+        tail = template.tensor.partition("{i}.")[2]
+        module, _, rest = tail.partition(".")
+        if template.role in QUANTIZABLE or not tail.endswith(".weight"):
+            return False
+        flags = {key: value for key, value in self.spec.config.items() if isinstance(value, bool)}
+        if "." not in rest:
+            side_by_side = any(value and "parallel" in key for key, value in flags.items())
+            return ("norm" in module or module.startswith("ln_")) and not side_by_side
+        return any(t.startswith(module + ".") for t in held) and not any("norm" in key and not value for key, value in flags.items())
+
+
+def assume(spec: ModelSpec, **values: int):
+    """spec.lookup as it would answer if config.json held these values."""
+    return replace(spec, config={**spec.config, **values}).lookup
+
+
+def solve(expression: str, key: str, spec: ModelSpec, want: int) -> int | None:
+    """The value of one config key that makes a shape expression come out as `want`; None where no whole number does.
+
+    Every expression is linear in each of its keys, up to one floor division by 2, so the divisors of 2 * want are enough to try.
+    """
+    tried = set()
+    for divisor in range(1, min(want, 1024) + 1):
+        for value in (want // divisor, divisor, 2 * want // divisor):
+            if value not in tried and evaluate(expression, assume(spec, **{key: value})) == want:
+                return value
+            tried.add(value)
+    return None
+
+
+@cache
+def keys_of(expression: str) -> list[str]:
+    """Names of config keys in a shape expression, in order, each once."""
+    return list(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", expression)))
+
+
+def _root(stem: str) -> str:
+    """`model.layers.` -> `model.`; `h.` -> ``."""
+    return stem.rstrip(".").rpartition(".")[0] + "." if "." in stem.rstrip(".") else ""
+
+
+@cache
+def _tail_pattern(template: str) -> re.Pattern:
+    tail = template.partition("{i}.")[2]
+    return re.compile("^" + re.escape(tail).replace(r"\{e\}", r"\d+") + "$")
+
+
+@fact("checkpoint", stage="header")
+def placement(checkpoint, spec, tensors) -> Placement:
+    """Tensors sorted into blocks and matched with the family's templates (placement.Placement)."""
+    if any(name.endswith(PACKED_TAILS) for name in tensors):
+        raise Unavailable("the linears are packed: the family's table knows plain weights")
+    stems: dict[str, int] = {}
+    for linear in spec.linears:
+        match = _NUMBERED.match(linear.tensor)
+        if match:
+            stems[match["stem"]] = stems.get(match["stem"], 0) + 1
+    if not stems and (not spec.templates or any(map(_NUMBERED.match, tensors))):
+        raise Unavailable("no numbered blocks with linears among the tensors")
+    found = Placement(spec, max(stems, key=stems.get, default=""))
+    if not stems:  # a family that is known, and not one of its blocks: its names are what must stand here
+        found.stem = found.family_stem
+    for name, info in tensors.items():
+        match = _NUMBERED.match(name)
+        if match and match["stem"] == found.stem:
+            found.blocks.setdefault(int(match["block"]), {})[match["tail"]] = info
+        elif NOT_TEXT.search(name):
+            found.foreign[name] = info
+        else:
+            found.outside[name] = info
+    return found

@@ -1,0 +1,146 @@
+"""One run on several processes, as torchrun starts them: rows are split, Hessians summed, linears of a stage solved side by side.
+
+Every rank does the same steps on the same weights, so there is one code path: rank 0 alone writes and speaks. What travels
+are sums of Hessians, codes with their grids, and short JSON; nothing is pickled. Sums of several ranks are taken in another order than
+those of one, so results agree to rounding and not to the bit.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+
+from doctor.core.errors import DoctorError, MachineError
+from doctor.quant.solve.hessian import Hessian, NonFinite
+
+# A rank that waits for another's solving must outlast the largest linear; a rank that died is seen at once, by its closed connection.
+_TIMEOUT = timedelta(hours=2)
+
+
+class Ranks:
+    """This process among `size`. With size 1 every method is the identity and torch.distributed is not touched."""
+
+    def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu"):
+        self.rank, self.size, self.device = rank, size, torch.device(device)
+
+    @property
+    def speaks(self) -> bool:
+        return self.rank == 0
+
+    def mine(self, batches: list) -> list:
+        """This rank's batches, neighbours. Raises DoctorError where there are fewer than ranks."""
+        if len(batches) < self.size:
+            raise DoctorError(f"{self.size} ranks for {len(batches)} batches of rows: every rank needs one.", "Start fewer, or give more rows.")
+        cuts = [len(batches) * r // self.size for r in range(self.size + 1)]
+        return batches[cuts[self.rank]: cuts[self.rank + 1]]
+
+    def owner(self, number: int) -> int:
+        return number % self.size
+
+    def wait(self) -> None:
+        """For all ranks to come here."""
+        self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        self._do(lambda d: d.all_reduce(value))
+        return bool(value.item() > 0)
+
+    def sum(self, hessian: Hessian) -> None:
+        """Rows, sums and the first non-finite value of all ranks in the place of this one's."""
+        if self.size == 1:
+            return
+        bad = hessian.nonfinite or NonFinite(-1, -1, 0)
+        own = torch.tensor([hessian.rows, bad.count, bad.row, bad.channel], dtype=torch.int64, device=self.device)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        self._do(lambda d: d.all_gather(found, own))
+        self._do(lambda d: d.all_reduce(hessian._sum))
+        rows = [one.tolist() for one in found]
+        first = next((r for r in range(self.size) if rows[r][1]), None)
+        if first is not None:
+            before = sum(r[0] for r in rows[:first])
+            _, _, row, channel = rows[first]
+            hessian.nonfinite = NonFinite(before + row, channel, sum(r[1] for r in rows))
+        hessian.rows = sum(r[0] for r in rows)
+
+    def tell(self, source: int, value: object) -> object:
+        """A JSON value of rank `source`, on every rank."""
+        if self.size == 1:
+            return value
+        raw = json.dumps(value).encode() if self.rank == source else b""
+        size = torch.tensor([len(raw)], device=self.device)
+        self._do(lambda d: d.broadcast(size, source))
+        data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if raw:
+            data.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+        self._do(lambda d: d.broadcast(data, source))
+        return json.loads(bytes(data.cpu().numpy()))
+
+    def give(self, source: int, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor of rank `source`, on every rank."""
+        if self.size == 1:
+            return tensor
+        found = torch.empty(shape, dtype=dtype, device=self.device) if tensor is None else tensor.to(self.device).contiguous()
+        self._do(lambda d: d.broadcast(found, source))
+        return found.to(device)
+
+    def _do(self, call: Callable) -> None:
+        import torch.distributed as distributed
+
+        try:
+            call(distributed)
+        except RuntimeError as error:
+            raise lost(self.rank, self.size, str(error).splitlines()[0][:160]) from None
+
+
+def lost(rank: int, size: int, why: str) -> MachineError:
+    return MachineError(f"rank {rank} of {size}: another rank of this run is gone: {why}.",
+                        "Finished blocks are kept: look at that rank's own error, then run the same command again with --resume.")
+
+
+def size() -> int:
+    """How many processes torchrun started; 1 where it did not start this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def start(device: str) -> Ranks:
+    """Join the ranks that torchrun started, or be the only one. Raises MachineError where they do not find each other."""
+    if size() == 1:
+        return Ranks(device=device)
+    import torch.distributed as distributed
+
+    kind = torch.device(device).type
+    if not distributed.is_initialized():
+        try:
+            distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise MachineError(f"rank {os.environ['RANK']}: cannot join the others: {str(error).splitlines()[0][:200]}.",
+                               "Start with `torchrun --nproc-per-node N -m doctor quantize …`.") from None
+    ranks = Ranks(distributed.get_rank(), distributed.get_world_size(), device)
+
+    def ended(number, frame):
+        raise lost(ranks.rank, ranks.size, "torchrun ends this one")
+
+    signal.signal(signal.SIGTERM, ended)
+    return ranks
+
+
+def stop(ranks: Ranks) -> None:
+    """Leave the group."""
+    import torch.distributed as distributed
+
+    if ranks.size > 1 and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def finite_json(value: float) -> float | None:
+    """NaN has no JSON; None stands for it."""
+    return value if math.isfinite(value) else None

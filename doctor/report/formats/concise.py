@@ -1,0 +1,57 @@
+"""One finding, one line, with a place that editors make clickable: `file:line:column: CODE [*] message`."""
+
+from doctor.lint.engine import Report
+from doctor.report import presentation
+from doctor.report.presentation import Group, safe
+
+_MARK = {"safe": "[*] ", "unsafe": "[!] "}
+
+
+def render(reports: list[Report]) -> str:
+    """All reports, each ending in its own count."""
+    return "".join(line + "\n" for report in reports for line in lines(report))
+
+
+def lines(report: Report) -> list[str]:
+    found = presentation.groups(report)
+    out = [_line(report, g) for root in found for g in (root, *root.effects)]
+    out += [f"☠ {r.rule.code} crashed: {safe(r.crashed)}; this is a defect of doctor, please report it" for r in report.crashed]
+    facts = presentation.run_facts(report).replace(" · ", ", ").replace(" run", " run", 1)
+    if found:
+        out.append(f"Found {presentation.tally(found)} in {_looked_at(report)} for {presentation.plan_label(report)} ({facts})")
+        out += _cures(found)
+    else:
+        mark, sentence = presentation.verdict(report)
+        out.append(f"{presentation.MARKS[mark]} {safe(report.checkpoint)}: {sentence}; {_looked_at(report)} ({facts})")
+    return out
+
+
+def _looked_at(report: Report) -> str:
+    s = report.summary
+    read = "" if presentation.weights_read(report) else ", weights not read"
+    return f"{presentation.counted(s.get('tensors', 0), 'tensor')}, {presentation.size(s.get('bytes', 0))}{read}"
+
+
+def _line(report: Report, group: Group) -> str:
+    where = group.first.where
+    index = f" at [{', '.join(map(str, where.index))}]" if where.index is not None else ""
+    more = ""
+    if len(group.all) > 1:
+        more = f" ({len(group.all)} tensors)" if group.folds_into_message else f" (and {len(group.all) - 1} more: {group.names})"
+    state = " (new)" if group.first.baseline_state == "new" else ""
+    because = f" (because of {group.first.consequence_of})" if group.first.consequence_of else ""
+    return f"{safe(presentation.path_of(report, where.file))}{presentation.spot(where)}: {group.code} {_MARK.get(group.safety, '')}{group.message}{index}{more}{because}{state}"
+
+
+def _cures(found: list[Group]) -> list[str]:
+    by = presentation.fixable(found)
+    parts = []
+    if by["safe"]:
+        parts.append(f"[*] {presentation.counted(len(by['safe']), 'safe fix', 'safe fixes')} with `doctor fix`")
+    if by["unsafe"]:
+        parts.append(f"[!] {len(by['unsafe'])} more with `--unsafe-fixes`")
+    yours = [*by["manual"], *by["by name"]]
+    if yours:
+        codes = ", ".join(dict.fromkeys(g.code for g in yours))
+        parts.append(f"{len(yours)} need{'s' if len(yours) == 1 else ''} you ({codes})")
+    return ["; ".join(parts)] if parts else []

@@ -1,0 +1,418 @@
+"""The full screen: plan, findings with their pictures, a verdict by area, commands to paste.
+
+Everything printed is a rich Text, never markup: a tensor element is written [3117, 9204] and markup would eat it. Lines are
+wrapped here with a hanging indent, in cells and not characters, so that CJK text stays inside its column; no line ends in
+blanks, so piped output can be compared.
+"""
+
+import io
+import re
+import socket
+import sys
+from pathlib import Path
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from doctor import __version__
+from doctor.lint.engine import Report
+from doctor.report import presentation
+from doctor.report.presentation import Group, safe
+from doctor.locale.catalogue import known, pad, say
+
+MAX_WIDTH = 110  # longer lines are hard to read, however wide the window
+COLOURS = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan", "ok": "bold green", "skipped": "bright_black",
+           "crashed": "bold red"}
+_LABELS = {"fix": "green", "fix!": "yellow", "you": "magenta", "why": "bold", "else": "bold", "then": "bold", "do": "bold"}
+_GUTTER = "blue"
+
+
+class Screen:
+    """Lines of Text for a console of a given width."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.width = max(min(console.width, MAX_WIDTH), 40)
+        self.links = shows_links(console)
+
+    def code(self, text: str, entry, style: str = "") -> Text:
+        """A rule's code, linked to its page where the terminal can."""
+        return _text((text, style + (page_link(entry) if self.links else "")))
+
+    def line(self, *parts: tuple[str, str] | str | Text) -> None:
+        """One line as it is; what does not fit is folded by the terminal."""
+        self.console.print(_text(*parts), soft_wrap=True)
+
+    def hang(self, head: Text, body: Text, indent: int | None = None) -> None:
+        """head, then body wrapped in the rest of the width, its further lines indented to where it began."""
+        indent = head.cell_len if indent is None else indent
+        room = max(self.width - max(indent, head.cell_len), 16)
+        lines = wrap(self.console, body, room)
+        for i, part in enumerate(lines):
+            part.rstrip()
+            self.line(head if i == 0 else Text(" " * indent), part)
+
+
+_UNIT = re.compile(r"\s+|[“（《]*(?:[\u2e80-\u9fff\uff00-\uffef]|[^\s\u2e80-\u9fff\uff00-\uffef“”（）《》]+)[，。；：、！？）”》]*")
+_CJK = re.compile("[\u2e80-\u9fff]")
+
+
+def wrap(console: Console, body: Text, room: int) -> list[Text]:
+    """Lines of at most `room` cells. Chinese breaks between any two characters, but no line begins with a comma or ends with a
+    bracket that opens; rich knows only blanks, and would push a whole sentence to the next line."""
+    if not _CJK.search(body.plain):
+        return list(body.wrap(console, room, tab_size=4, no_wrap=False, overflow="fold")) or [Text()]
+    cuts, used = [], 0
+    for unit in _UNIT.finditer(body.plain):
+        wide = cell_len(unit[0])
+        if used + cell_len(unit[0].rstrip()) > room and used and not unit[0].isspace():
+            cuts.append(unit.start())
+            used = 0
+        used += wide
+    return [part for line in body.divide(cuts) for part in line.wrap(console, room, tab_size=4, no_wrap=False, overflow="fold")]
+
+
+def _text(*parts) -> Text:
+    out = Text(no_wrap=True, end="")
+    for part in parts:
+        if isinstance(part, Text):
+            out.append_text(part)
+        elif isinstance(part, tuple):
+            out.append(*part)
+        else:
+            out.append(part)
+    return out
+
+
+def console(file=None, width: int | None = None, **options) -> Console:
+    """A console that prints what it is given: no markup, no emoji codes, no colouring of numbers. 100 columns where piped."""
+    made = Console(file=file, highlight=False, markup=False, emoji=False, width=width, **options)
+    if width is None and not made.is_terminal and "COLUMNS" not in made._environ:
+        made.width = 100
+    return made
+
+
+def shows_links(out: Console) -> bool:
+    """Whether this terminal makes a link of OSC 8. FORCE_HYPERLINK=0 or 1 decides; pipes, dumb and very old terminals get none."""
+    env = out._environ
+    term, vte = env.get("TERM", ""), env.get("VTE_VERSION", "")
+    if not out.is_terminal or out.is_dumb_terminal or out.no_color or out.color_system is None:
+        return False
+    if env.get("FORCE_HYPERLINK"):
+        return env["FORCE_HYPERLINK"] != "0"
+    # The Linux console and VTE before 0.50 print the address itself; screen cuts it off.
+    return not (env.get("CI") or term in ("", "linux") or term.startswith(("screen", "vt")) and "TMUX" not in env or (vte.isdigit() and int(vte) < 5000))
+
+
+def page_link(entry) -> str:
+    """The style that links a rule to its file, whose first lines are its page; "" where it has no file."""
+    file = getattr(sys.modules.get(entry.module), "__file__", None) if entry is not None else None
+    return " link " + Path(file).as_uri().replace("file://", f"file://{socket.gethostname()}", 1) if file else ""
+
+
+def render(reports: list[Report], width: int = 100, verbose: bool = False) -> str:
+    """The screen as plain text."""
+    file = io.StringIO()
+    show(reports, console(file, width, no_color=True, force_terminal=False), verbose)
+    return file.getvalue()
+
+
+def show(reports: list[Report], out: Console, verbose: bool = False, matrix: bool = False) -> None:
+    """Print the screen of each report; with `matrix` also its plans by GPU count."""
+    for i, report in enumerate(reports):
+        if i:
+            out.print()
+        _report(Screen(out), report, verbose)
+        if matrix:
+            _matrix(Screen(out), report)
+
+
+def _report(screen: Screen, report: Report, verbose: bool) -> None:
+    found = presentation.groups(report)
+    mark, sentence = presentation.verdict(report)
+    if not found and mark == "ok":
+        _ready(screen, report, sentence)
+        _results(screen, report)
+        if verbose:
+            _box(screen, report, found)
+    else:
+        _head(screen, report)
+        told: dict[str, list] = {}
+        for group in found:
+            screen.line()
+            _group(screen, report, group, told)
+        _crashes(screen, report)
+        screen.line()
+        if _results(screen, report):
+            screen.line()
+        _box(screen, report, found)
+        _next(screen, report, found)
+    if verbose:
+        _rules(screen, report)
+
+
+def _ready(screen: Screen, report: Report, sentence: str) -> None:
+    head = _text(("✓ ", COLOURS["ok"]), (sentence, "bold"), "   ")
+    screen.hang(head, Text(f"{safe(report.checkpoint)} · {presentation.what_it_is(report)}"), 2)
+    read = say("every byte read") if presentation.weights_read(report) else say("weights not read")
+    if report.skipped_tensors:
+        read += say(", ") + say("{tensors} of a type that is not judged", tensors=presentation.counted(len(report.skipped_tensors), "tensor"))
+    left_out = say("{n} skipped", n=presentation.skipped(report))
+    facts = presentation.run_facts(report).replace(left_out, left_out + say(" (doctor check -v says why)"), 1)
+    tensors = presentation.counted(report.summary.get("tensors", 0), "tensor")
+    screen.hang(Text("  "), Text(f"{tensors}{say(', ')}{read} · {facts}", "bright_black"))
+
+
+def _head(screen: Screen, report: Report) -> None:
+    from doctor.core.recipe import Recipe
+
+    name = f"{safe(report.checkpoint)}   "
+    screen.hang(_text((f"doctor {__version__}  ", "bold")), _text((name, "cyan"), presentation.what_it_is(report)))
+    hint = "   " + say("default plan; --for, --bits, --group-size, --tp change it") if report.recipe == Recipe() else ""
+    screen.hang(_text((pad(say("plan"), len(f"doctor {__version__}  ")), "bold")), _text(presentation.plan_text(report), (hint, "bright_black")))
+
+
+# one finding
+
+
+def _group(screen: Screen, report: Report, group: Group, told: dict[str, list]) -> None:
+    """One finding. told: code -> explanations already on the screen, which are not said twice for the same rule."""
+    first, entry = group.first, presentation.page_rule(report, group.code)
+    colour = COLOURS[first.severity]
+    state = say("new") + " " if first.baseline_state == "new" else ""
+    title, message = presentation.headline(group, entry)
+    head = _text((f"{state}{say(first.severity)}[", colour), screen.code(group.code, entry, colour), ("] ", colour))
+    screen.hang(head, Text(title, "bold"), 2)
+    if message:
+        screen.hang(Text("  "), Text(message))
+    _where(screen, group)
+    where = first.where
+    gutter = len(str(where.frame[-1][0])) + 3 if where.frame else 2
+    bar = _text((" " * gutter + " |", _GUTTER))
+    pictured = where.frame or first.strip or first.facts_table
+    if pictured:
+        screen.line(bar)
+    if where.frame:
+        _frame(screen, group, gutter, colour)
+    if first.strip:
+        _strip(screen, first.strip, bar, colour)
+    if first.facts_table:
+        if where.frame or first.strip:
+            screen.line(bar)
+        _table(screen, presentation.table(first), bar)
+    if pictured:
+        screen.line(bar)
+    last, before = "", told.setdefault(group.code, [])
+    here = _explanations(report, group, entry)
+    for label, body in [line for line in here if line not in before]:
+        again, last = label == last, label
+        screen.hang(_text((" " * gutter + ("   " if again else " = "), _GUTTER), (pad("" if again else say(label), 7), _LABELS[label])), Text(body))
+    before += here
+
+
+def _where(screen: Screen, group: Group) -> None:
+    where = group.first.where
+    head = _text(("  --> ", _GUTTER))
+    if where.tensor:
+        element = "" if where.index is None else "[" + ", ".join(map(str, where.index)) + "]"
+        byte = "" if where.byte is None else f" (byte {where.byte:,})"
+        body = _text((safe(where.file), "cyan"), " : " if where.file else "", safe(where.tensor) + element, (byte, "bright_black"))
+    else:
+        body = _text((safe(where.file) + presentation.spot(where), "cyan"))
+    if len(group.all) > 1:
+        more = "  " + say("and {n} more", n=len(group.all) - 1) + ("" if group.folds_into_message else f": {group.names}")
+        body.append(more, "bright_black")
+    screen.hang(head, body)
+
+
+def _frame(screen: Screen, group: Group, gutter: int, colour: str) -> None:
+    """Lines of the JSON file with carets under the value, and the note beside them."""
+    where = group.first.where
+    room = screen.width - gutter - 3
+    column, length, shown = where.column or 1, where.length or 1, ""
+    for number, line in where.frame:
+        at = column if number == where.line else 1
+        text, begin = presentation.window(line, at, length, room // 2 if cell_len(line) > room and not line.isascii() else room)
+        screen.line((f"{number:>{gutter}} |", _GUTTER), " ", safe(text).rstrip())
+        if number == where.line:
+            shown, column = text, begin
+    before = cell_len(safe(shown[: column - 1]))
+    carets = max(cell_len(safe(shown[column - 1 : column - 1 + length])), 1)
+    bar = _text((" " * gutter + " |", _GUTTER))
+    marker = _text(bar, " " * (before + 1), ("^" * carets, colour))
+    note = safe(where.note)
+    if not note:
+        screen.line(marker)
+    elif marker.cell_len + 1 + min(cell_len(note), 30) <= screen.width:
+        pad = marker.cell_len + 1
+        lines = Text(note, colour).wrap(screen.console, screen.width - pad)
+        for i, part in enumerate(lines):
+            part.rstrip()
+            screen.line(*((marker, " ") if i == 0 else (bar, " " * (pad - bar.cell_len))), part)
+    else:
+        screen.line(marker)
+        for part in Text(note, colour).wrap(screen.console, max(screen.width - gutter - 4, 16)):
+            part.rstrip()
+            screen.line(bar, "  ", part)
+
+
+def _strip(screen: Screen, strip: dict, bar: Text, colour: str) -> None:
+    """One row per label, one character per block, each row against its own largest value."""
+    labels = [safe(known(k)) for k in strip]
+    wide = min(max(map(cell_len, labels)), 24)
+    blocks = max(len(v) for v in strip.values())
+    room = max(screen.width - bar.cell_len - wide - 20, 10)
+    screen.line(bar, "  " + (say("by block, 0 → {last}", last=blocks - 1) if blocks <= room else
+                             say("by block, 0 → {last}, the largest of each {n}", last=blocks - 1, n=-(-blocks // room))))
+    for label, values in zip(labels, strip.values(), strict=True):
+        numbers = [v for v in values if isinstance(v, (int, float)) and v == v and abs(v) != float("inf")]
+        top = max(map(abs, numbers), default=0)
+        picture = presentation.level(presentation.squeeze(values, room), top)
+        screen.line(bar, "    ", label.ljust(wide), "  ", (picture, colour if top or "?" in picture else "bright_black"),
+                    (f"   max {_number(top)}" if top else "", "bright_black"))
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _table(screen: Screen, rows: tuple, bar: Text) -> None:
+    """The arithmetic: first column left, the rest right; turned on its side where it is wider than the screen."""
+    wide = max(map(len, rows))
+    rows = [[safe(cell) for cell in (*row, *([""] * (wide - len(row))))] for row in rows]
+    sizes = [max(cell_len(r[i]) for r in rows) for i in range(wide)]
+    if sum(sizes) + 3 * wide > screen.width - bar.cell_len - 2 and wide > len(rows):
+        rows = [list(column) for column in zip(*rows, strict=True)]
+        sizes = [max(cell_len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [_pad(cell, n, i > 0) for i, (cell, n) in enumerate(zip(row, sizes, strict=True))]
+        screen.line(bar, ("  " + "   ".join(cells)).rstrip())
+
+
+def _pad(cell: str, width: int, right: bool) -> str:
+    blank = " " * (width - cell_len(cell))
+    return blank + cell if right else cell + blank
+
+
+def _explanations(report: Report, group: Group, entry) -> list[tuple[str, str]]:
+    lines = []
+    if entry is not None:
+        if presentation.why(entry):
+            lines.append(("why", presentation.why(entry)))
+        lines += [("else", f"{s.tool}: {s.text}") for s in presentation.elsewhere(entry, report)]
+    lines += presentation.cures(group, entry, report)
+    if group.effects:
+        many: dict[str, int] = {}
+        for effect in group.effects:
+            label = f"{effect.code} {effect.first.name}"
+            many[label] = many.get(label, 0) + len(effect.all)
+        effects = [label + (f" × {n}" if n > 1 else "") for label, n in many.items()]
+        lines.append(("then", say("also reported because of this: {codes}", codes=", ".join(effects))))
+    return [(label, safe(body)) for label, body in lines]
+
+
+def _crashes(screen: Screen, report: Report) -> None:
+    for run in report.crashed:
+        screen.line()
+        screen.hang(_text(("☠ ", COLOURS["crashed"]), (say("{code} crashed", code=run.rule.code) + ": ", "bold")),
+                    Text(safe(run.crashed) + "; " + say("this is a defect of doctor, please report it")), 2)
+
+
+# the verdict
+
+
+def _box(screen: Screen, report: Report, found: list[Group]) -> None:
+    mark, sentence = presentation.verdict(report)
+    colour = COLOURS[mark]
+    inner = screen.width - 2
+    title = f" {presentation.MARKS[mark]} {sentence} "
+    while cell_len(title) > inner - 2 and re.search(", |，", title):
+        title = re.split(r"(?:, |，)(?!.*(?:, |，))", title)[0] + " "
+    screen.line(("╭─", colour), (title, colour), ("─" * (inner - 1 - cell_len(title)) + "╮", colour))
+    for area in presentation.areas(report, found):
+        head = _text(" ", (presentation.MARKS[area.mark], COLOURS[area.mark]), f"   {pad(area.name, 11)}  ")
+        for i, part in enumerate(wrap(screen.console, Text(area.text), inner - head.cell_len - 1)):
+            part.rstrip()
+            row = _text(head if i == 0 else " " * head.cell_len, part)
+            screen.line(("│", colour), row, " " * (inner - row.cell_len), ("│", colour))
+    counted = presentation.tally(found).replace(say(", "), " · ")
+    foot = f" {counted} · {presentation.run_facts(report)} "
+    if cell_len(foot) > inner - 2:  # what was hidden and what is new may never be left out
+        foot = f" {' · '.join(filter(None, (counted, presentation.since(report), presentation.suppressed(report))))} "
+    screen.line(("╰" + "─" * (inner - 1 - cell_len(foot)), colour), (foot, colour), ("─╯", colour))
+
+
+def _results(screen: Screen, report: Report) -> bool:
+    """Numbers of a quantization or a comparison."""
+    lines = presentation.results(report)
+    for label, text in lines:
+        screen.hang(_text(("  " + pad(label, 12), "bold")), Text(text))
+    return bool(lines)
+
+
+def _next(screen: Screen, report: Report, found: list[Group]) -> None:
+    steps = presentation.next_steps(report, found)
+    width = max((cell_len(command) for command, _ in steps), default=0)
+    beside = 8 + width + 3 + max((cell_len(what) for _, what in steps), default=0) <= screen.width
+    for i, (command, what) in enumerate(steps):
+        head = _text(("  " + pad(say("next"), 6) if i == 0 else "        ", "bold"), (command, "cyan"))
+        if beside:
+            screen.line(head, " " * (width - cell_len(command) + 3), (what, "bright_black"))
+        else:
+            screen.line(head)
+            screen.hang(Text("          "), Text(what, "bright_black"))
+
+
+def _matrix(screen: Screen, report: Report) -> None:
+    """Plans by GPU count: ready or not, and the codes in the way."""
+    rows = report.extra.get("matrix")
+    screen.line()
+    if not rows:
+        screen.line("  " + say("no matrix: without readable tensors and config.json there is nothing to plan"))
+        return
+    wide = max(cell_len(presentation.plan_row(row)) for row in rows)
+    gpus = [cell["tp"] for cell in rows[0]["cells"]]
+    screen.line(("  " + pad(say("plan"), wide) + "".join(f"{n:>5}" for n in gpus) + f" {say('GPUs')}  {say('in the way')}", "bold"))
+    for row in rows:
+        head = _text(f"  {pad(presentation.plan_row(row), wide)}")
+        for cell in row["cells"]:
+            head.append("    ✓" if cell["ready"] else "    ✗", COLOURS["ok" if cell["ready"] else "error"])
+        blockers = presentation.blockers(row["cells"])
+        if blockers:
+            screen.hang(_text(head, "       "), Text(blockers))
+        else:
+            screen.line(head)
+
+
+def _rules(screen: Screen, report: Report) -> None:
+    """-v: every rule, and the reason of each that judged nothing."""
+    screen.line()
+    wide = max((len(r.rule.name) for r in report.runs), default=0)
+    for run in report.runs:
+        if run.status == "run":
+            mark, text = "✓", say("{subjects}, {ms} ms", subjects=presentation.counted(run.judged, "subject"), ms=f"{run.seconds * 1000:.1f}")
+            if run.reasons:
+                reason = max(run.reasons, key=run.reasons.get)
+                text += say("; {n} not judged: {reason}", n=sum(run.reasons.values()), reason=known(reason))
+        elif run.status == "crashed":
+            mark, text = "☠", run.crashed
+        else:
+            mark = "○"
+            text = next(r for c, _, r in presentation.skip_reasons(report) if c == run.rule.code)
+        head = _text(f"  {mark} {run.rule.code}  {run.rule.name:<{wide}}  ")
+        if screen.width - head.cell_len >= 40:
+            screen.hang(head, Text(safe(text), "bright_black"))
+        else:
+            screen.line(f"  {mark} {run.rule.code}  {run.rule.name}")
+            screen.hang(Text(" " * 10), Text(safe(text), "bright_black"))
+
+
+def show_statistics(report: Report, out: Console) -> None:
+    """Findings by code, most first: what --statistics prints."""
+    totals: dict[tuple[str, str, str], int] = {}
+    for f in report.findings:
+        totals[f.code, f.severity, f.name] = totals.get((f.code, f.severity, f.name), 0) + 1
+    screen = Screen(out)
+    for (code, severity, name), n in sorted(totals.items(), key=lambda item: (-item[1], item[0])):
+        screen.line(f"{n:>6}  {code}  ", (pad(say(severity), 8), COLOURS[severity]), name)

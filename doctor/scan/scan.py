@@ -1,0 +1,282 @@
+"""One pass over the bytes: every tensor is read exactly once, counted, and turned into facts.
+
+Shards are cut into spans of whole tensors, so that one large file keeps every worker busy too. A worker reads a span in
+file order in chunks of about 1 MiB, aligned to whole rows of a matrix; the counters merge by addition and maximum. Zero groups,
+rows and columns are looked for only in chunks that hold enough zeros to form one, while they are still in cache: on a
+healthy model that is never.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from doctor.scan import counters
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.facts import CHECKPOINT, Store
+from doctor.plan.groups import Words
+from doctor.checkpoint.safetensors import CHUNK_BYTES, TensorInfo, new_digest
+from doctor.model.spec import Linear
+
+SPAN_BYTES = 64 << 20
+# Signs of groups are looked at in one place of a linear every so many values: two groups first, more where one has a single sign: 2 % of the time.
+SAMPLE_EVERY, FIRST_GROUPS, SAMPLE_VALUES = 4 << 20, 2, 8192
+
+
+class Scan:
+    """Counts of one pass. `bytes_read` are tensor bytes read; `skipped` maps tensor -> why its values were not judged;
+    `whole` are the tensors of which every byte was read, `left` the others where the user stopped the pass."""
+
+    def __init__(self):
+        self.bytes_read = 0
+        self.whole: set[str] = set()
+        self.left: list[str] = []
+        self.stopped = threading.Event()
+        self.skipped: dict[str, str] = {}
+        self.digests: dict[str, dict[str, str]] = {}  # tensor -> file -> digest of its bytes there
+        self._lock = threading.Lock()
+
+    def add(self, n: int) -> None:
+        with self._lock:
+            self.bytes_read += n
+
+    def add_digest(self, info: TensorInfo, digest: str) -> None:
+        with self._lock:
+            self.digests.setdefault(info.name, {})[info.shard] = digest
+
+
+def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] = lambda n: None, workers: int | None = None,
+         keep_partial: bool = False) -> Scan:
+    """Read every tensor's bytes once and put the value facts into the store.
+
+    keep_partial: a KeyboardInterrupt ends the pass and keeps the facts of the tensors that were read; else it is raised.
+    progress gets the number of bytes of each chunk, from any thread. Raises BadCheckpoint when a file changes under the scan.
+    """
+    run = Scan()
+    linears = {}
+    digested, compared = (store.get(CHECKPOINT, n) if store.has(CHECKPOINT, n) else {} for n in ("digested", "compared"))
+    group = store.get(CHECKPOINT, "recipe").group_size
+    if store.has(CHECKPOINT, "spec"):
+        linears = {linear.tensor: linear for linear in store.get(CHECKPOINT, "spec").linears}
+
+    def work(span: list[TensorInfo]) -> None:
+        buffer = memoryview(bytearray(max(min(_step(info), info.nbytes) for info in span)))
+        with checkpoint.open_file(span[0].shard) as file:
+            for info in span:
+                if run.stopped.is_set():
+                    return
+                with _Twin(checkpoint, info, compared.get(info.name)) as twin:
+                    _scan_tensor(checkpoint, file, buffer, info, linears.get(info.name), group, info.name in digested, twin, store, run, progress)
+
+    spans = list(_spans(checkpoint))
+    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8, max(len(spans), 1))) as pool:
+        jobs = [pool.submit(work, span) for span in spans]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException as error:
+            run.stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not (keep_partial and isinstance(error, KeyboardInterrupt)):
+                raise
+    for name, found in run.digests.items():
+        store.put(f"tensor:{name}", "digests", found)
+    if run.stopped.is_set():
+        run.left = [info.name for span in spans for info in span if info.name not in run.whole]
+        store.say_partial("values", "interrupted before its weights were read")
+    else:
+        store.say_produced("values")
+    return run
+
+
+def _spans(checkpoint: Checkpoint):
+    """Runs of tensors of one shard, in file order, of about SPAN_BYTES each; every tensor stands in exactly one."""
+    for shard in checkpoint.shards.values():
+        span, size = [], 0
+        for info in shard.tensors:
+            span.append(info)
+            size += info.nbytes
+            if size >= SPAN_BYTES:
+                yield span
+                span, size = [], 0
+        if span:
+            yield span
+
+
+def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, twin, store, run, progress) -> None:
+    subject = f"tensor:{info.name}"
+    total = counters.EMPTY
+    shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and info.numel else None
+    digest = new_digest() if wants_digest else None
+    known = counters.can_scan(info.dtype.name)
+    words = _Words() if info.dtype.name == "I32" and info.name.endswith((".qzeros", ".g_idx", ".weight_g_idx")) else None
+    offset, step = 0, _step(info)
+    for at in range(info.begin, info.end, step):
+        if run.stopped.is_set():
+            return
+        part = buffer[: min(step, info.end - at)]
+        if known:
+            counted = counters.read_and_scan(file, at, part, info.dtype.name, offset)
+        else:
+            file.read_into(at, part)
+        run.add(len(part))
+        progress(len(part))
+        twin.compare(part)
+        if digest is not None:
+            digest.update(part)
+        if words is not None:
+            words.add(part)
+        if not known:
+            continue
+        if shape is not None:
+            shape.add(part, counted)
+        total = total.merge(counted)
+        offset += counted.numel
+    run.whole.add(info.name)
+    if digest is not None:
+        run.add_digest(info, digest.hexdigest())
+    # A tensor that stands in several shards is read in each, but its facts are those of the one a reader takes.
+    if checkpoint.tensors.get(info.name) is not info:
+        return
+    if words is not None:
+        store.put(subject, "words", words.result())
+    if twin.same is not None:
+        store.put(subject, "same_bytes", twin.same)
+    if not known:
+        if words is None:
+            run.skipped[info.name] = f"{info.dtype.name} values are not judged"
+        return
+    store.put(subject, "stats", total)
+    if shape is not None:
+        shape.put(store)
+
+
+def _step(info: TensorInfo) -> int:
+    """Chunk size: about CHUNK_BYTES, whole rows where the tensor has rows."""
+    if len(info.shape) < 2 or not info.numel:
+        return CHUNK_BYTES - CHUNK_BYTES % max(info.dtype.bits // 8, 1)
+    row = info.nbytes // info.shape[0]
+    return max(CHUNK_BYTES // row, 1) * row
+
+
+class _Twin:
+    """The tensor whose bytes another's are compared with while those are read; nothing of it is read past the first difference.
+
+    same: whether they are equal so far; None where there is nothing to compare with.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, info: TensorInfo, name: str | None):
+        self.same = None
+        if name is not None and checkpoint.tensors.get(info.name) is info:
+            other = checkpoint.tensors[name]
+            self.same = (other.dtype, other.shape) == (info.dtype, info.shape)
+            self._file, self._at = checkpoint.open_file(other.shard), other.begin
+
+    def compare(self, part: memoryview) -> None:
+        if self.same:
+            raw = bytearray(len(part))
+            self._file.read_into(self._at, memoryview(raw))
+            self._at += len(part)
+            self.same = raw == part
+
+    def __enter__(self) -> "_Twin":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.same is not None:
+            self._file.close()
+
+
+class _Words:
+    """What the words of a packed index or zero-point tensor are, gathered chunk by chunk."""
+
+    KINDS = 16  # symmetric zero points are one word repeated; more kinds than this are counted no further
+
+    def __init__(self):
+        self.count = self.full = 0
+        self.smallest, self.largest, self.last = 1 << 31, -(1 << 31), -(1 << 31)
+        self.rising = True
+        self.kinds: dict[int, int] | None = {}
+
+    def add(self, part: memoryview) -> None:
+        words = np.frombuffer(part, "<i4")
+        if not words.size:
+            return
+        self.count += words.size
+        self.smallest, self.largest = min(self.smallest, int(words.min())), max(self.largest, int(words.max()))
+        self.rising = self.rising and int(words[0]) >= self.last and bool((words[1:] >= words[:-1]).all())
+        self.last = int(words[-1])
+        pairs = words & (words >> 1)
+        self.full += int((pairs & (pairs >> 2) & 0x11111111 != 0).sum())
+        if self.kinds is not None:
+            found, counts = np.unique(words.view(np.uint32), return_counts=True)
+            for word, n in zip(found[: self.KINDS + 1].tolist(), counts.tolist()):
+                self.kinds[word] = self.kinds.get(word, 0) + n
+            if len(self.kinds) > self.KINDS:
+                self.kinds = None
+
+    def result(self) -> Words:
+        return Words(self.count, self.smallest, self.largest, self.rising, self.full, self.kinds)
+
+
+class _Shape:
+    """Zero groups, rows and columns of one linear, gathered chunk by chunk. Rows are out_features unless stored transposed."""
+
+    def __init__(self, info: TensorInfo, linear: Linear, group: int):
+        self.info, self.linear = info, linear
+        self.columns = info.shape[1]
+        self.group = self.columns if group == -1 else group
+        self.row = 0
+        self.zero_rows = 0
+        self.live_columns: np.ndarray | None = np.zeros(self.columns, bool)  # None: every column has shown a value
+        self.zero_groups = self.zero_groups_fp16 = 0
+        self.first: tuple[int, int] | None = None
+        self.sampled, self.one_signed, self.next_sample = 0, 0, 0
+
+    def add(self, part: memoryview, counted: counters.Stats) -> None:
+        rows = counted.numel // self.columns
+        if self.live_columns is not None:
+            # Fewer zeros than rows in a chunk: no column of it can be all zero.
+            if counted.n_zero < rows:
+                self.live_columns = None
+            else:
+                _, per_column = counters.row_col_absmax(part, self.info.dtype.name, self.columns)
+                self.live_columns |= per_column > 0
+        if counted.n_zero >= self.columns:
+            per_row, _ = counters.row_col_absmax(part, self.info.dtype.name, self.columns)
+            self.zero_rows += int((per_row == 0).sum())
+        if not self.linear.transposed and counted.n_zero + counted.n_fp16_underflow >= self.group and self.columns % self.group == 0:
+            zero, zero_fp16, first = counters.group_zeros(part, self.info.dtype.name, self.columns, self.group)
+            self.zero_groups += zero
+            self.zero_groups_fp16 += zero + zero_fp16
+            if first is not None and self.first is None:
+                self.first = (self.row + first[0], first[1] * self.group)
+        if self.row >= self.next_sample and not self.linear.transposed and self.columns % self.group == 0:
+            self._sample(part)
+        self.row += rows
+
+    def _sample(self, part: memoryview) -> None:
+        """Signs of the groups of a chunk's first rows: who builds a matrix without negative weights builds all of it so."""
+        self.next_sample = self.row + max(SAMPLE_EVERY // self.columns, 1)
+        width = self.info.dtype.bits // 8
+        step = self.group * width
+        tops = (bytes(part[at + width - 1 : at + step : width]) for at in range(0, min(FIRST_GROUPS * step, len(part)), step))
+        if all(min(top) < 128 <= max(top) for top in tops):  # the sign is the highest bit of the last byte
+            return
+        size = SAMPLE_VALUES // self.columns * self.columns or self.columns
+        some = part[: size * width]
+        counted = counters.one_signed_groups(some, self.info.dtype.name, self.columns, self.group)
+        self.sampled, self.one_signed = self.sampled + counted[0], self.one_signed + counted[1]
+
+    def put(self, store: Store) -> None:
+        dead = 0 if self.live_columns is None else int((~self.live_columns).sum())
+        rows, columns = (dead, self.zero_rows) if self.linear.transposed else (self.zero_rows, dead)
+        subject = f"linear:{self.linear.name}"
+        for name, value in (("zero_rows", rows), ("zero_columns", columns)):
+            store.put(subject, name, value)
+        if not self.linear.transposed:
+            for name, value in (("zero_groups", self.zero_groups), ("zero_groups_fp16", self.zero_groups_fp16), ("first_zero_group", self.first),
+                                ("one_signed", (self.sampled, self.one_signed))):
+                store.put(subject, name, value)

@@ -1,0 +1,85 @@
+"""Writes what is said about rules in two places from the one place where it stands, the rule files: the table of the README
+and docs/rules/. `--check` writes nothing and ends 1 where something is stale."""
+
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- rules: written by tools/generate_docs.py -->", "<!-- /rules -->"
+
+
+def pages() -> dict[Path, str]:
+    """Path -> content of everything generated."""
+    from doctor.lint.engine import load_rules
+
+    rules = load_rules()
+    files = {ROOT / "docs" / "rules" / f"{r.code}.md": page(r) for r in rules}
+    files[ROOT / "docs" / "rules" / "README.md"] = "# Rules\n\n" + rule_table(rules, "") + "\n"
+    files[ROOT / "docs" / "modes.md"] = modes()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, rest = readme.split(BEGIN)
+    files[ROOT / "README.md"] = before + BEGIN + "\n" + rule_table(rules, "docs/rules/") + "\n" + END + rest.split(END)[1]
+    return files
+
+
+def modes() -> str:
+    """The table of failures and the rules that see them, from fixtures/modes.toml."""
+    entries = tomllib.loads((ROOT / "fixtures" / "modes.toml").read_text(encoding="utf-8"))["mode"]
+    seen = sum(bool(e["rules"]) for e in entries)
+    lines = ["# Ways to fail, and the rules that see them", "", f"{seen} of {len(entries)} have a rule; the others say why not.", "",
+             "| what fails | rules |", "|---|---|"]
+    for entry in entries:
+        links = ", ".join(f"[{c}](rules/{c}.md)" for c in entry["rules"])
+        lines.append(f"| {cell(entry['what'])} | {links or cell('none: ' + entry['why_none'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def rule_table(rules, folder: str) -> str:
+    lines = ["| code | name | what is wrong | severity | looks at |", "|---|---|---|---|---|"]
+    lines += [f"| [{r.code}]({folder}{r.code}.md) | {r.name} | {cell(r.title)} | {r.severity} | {r.stage} |" for r in rules]
+    return "\n".join(lines)
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def page(entry) -> str:
+    """One rule's page: its docstring's sections as Markdown, in English and then in Chinese."""
+    from doctor.lint.explain import code_span
+    from doctor.lint.rule import CHINESE, QUOTATION
+
+    title = entry.title[:1].upper() + entry.title[1:]
+    parts = [f"# {entry.code} {entry.name}", f"{title}.", f"{entry.severity} · {entry.certainty} · {entry.area.lower()} · looks at: {entry.stage}"]
+    heads = {"Why": "Why it matters", "Seen as": "What other tools say", "Do": "What to do", "False alarms": "When not to worry",
+             "Fix safety": "Fix safety", "Sources": "Sources"}
+    for section, head in heads.items():
+        if entry.section(section):
+            text = QUOTATION.sub(lambda m: f"- {m[1]}: {code_span(m[3])}", entry.section(section)) if section == "Seen as" else entry.section(section)
+            parts.append(f"## {head}\n\n{text}")
+    parts.append(f"---\n\n# 中文：{entry.heading('zh')}")
+    parts += [f"## {head}\n\n{entry.section(section, 'zh')}" for section, head in CHINESE.items() if section != "Title"]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    files = pages()
+    folder = ROOT / "docs" / "rules"
+    stale = [p for p, text in files.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
+    gone = [p for p in folder.glob("*.md") if p not in files]
+    if "--check" in arguments:
+        for path in [*stale, *gone]:
+            print(f"stale: {path.relative_to(ROOT)}")
+        return 1 if stale or gone else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in stale:
+        path.write_text(files[path], encoding="utf-8")
+    for path in gone:
+        path.unlink()
+    print(f"{len(stale)} written, {len(gone)} removed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,82 @@
+"""Prints the table of cures: rule, what its fix does, how safe it is, and what proves it. Worked out, not written down: each rule's own
+examples are judged, without and with a healthy twin as a base model (`--from`), and the findings say what would be done. A rule
+without a cure stands there with the reason, which is its page's own section."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+JUDGED = "the copy is read again under all rules: this finding is gone and none is new"
+# What each kind of edit is held to beside that.
+PROOFS = {"PadTensor": "logits before and after, on fixed prompts", "GrowRows": "logits of the old tokens before and after",
+          "TakeTensor": "blake2b of the base's tensor, in the receipt", "TakeFile": "sha256 of the base's file, on the copy",
+          "RenameTensor": "bytes are copied, no name is given twice", "NameFormat": "bytes are copied, the header is read again",
+          "RenameFile": "the files are linked, no byte is written but the index's",
+          "DropFile": "the source keeps it", "CastTensor": "a value that would become Inf is refused",
+          "Dequantize": "the numbers that engines compute with, by the packers' vectors", "AddLowRank": "against the sum in float64",
+          "ShiftZeros": "a field that would wrap is refused", "DropTensor": "nothing else is touched",
+          "ReplaceNonfinite": "only NaN and Inf change", "RebuildIndex": "the shards' own headers", "GroupsInOrder": "what desc_act false means",
+          "ClampTensor": "only values beyond float16 change", "EqualZeros": "what sym true means"}
+TEXT_ONLY = {"SetJson", "RemoveJson", "CleanJson", "ReplaceText"}
+
+
+def main() -> None:
+    print("| rule | cure | safety | proof, or why there is no cure |\n|---|---|---|---|")
+    cured = total = 0
+    for entry in _rules():
+        rows = list(dict.fromkeys(_rows(entry)))
+        total, cured = total + 1, cured + bool(rows)
+        if not rows:
+            print(f"| {entry.code} {entry.name} | - | - | {_cell(_reason(entry))} |")
+        for title, safety, kinds in rows:
+            print(f"| {entry.code} {entry.name} | {_cell(title)} | {safety} | {_proof(kinds)} |")
+    print(f"\n{cured} of {total} rules have a cure that doctor carries out. For all: {JUDGED}.")
+
+
+def _reason(entry) -> str:
+    """The first sentence of what the page says of its fix, from where the reason begins."""
+    text = " ".join(entry.section("Fix safety").split()).removeprefix("manual; ").removeprefix("no fix: ").removeprefix("no fix; ").removeprefix("no fix here; ")
+    return text.rstrip(".")
+
+
+def _rules():
+    from doctor.lint.engine import load_rules
+
+    return load_rules()
+
+
+def _rows(entry):
+    """(title, safety, kinds of edits) of each cure that the rule's examples get."""
+    from doctor.edits.donor import Base
+    from doctor.checkpoint.directory import Checkpoint
+    from doctor.core.facts import CHECKPOINT
+    from doctor.fix.plan import Consent, look
+    from doctor.lint.testing import shown_by
+
+    for case, healthy in shown_by(sys.modules[entry.module]):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Checkpoint.open(case.write(Path(folder) / "bad"))
+            facts = [(s, n, v) for (s, n), v in case.facts.items()] + [(CHECKPOINT, "asked", frozenset({entry.code}))]
+            if healthy is not None:
+                facts.append((CHECKPOINT, "base", Base(Checkpoint.open(healthy.write(Path(folder) / "base")), source, "BASE")))
+            for item in look(source, case.recipe, _rules(), facts=facts).findings:
+                fix = item.fix
+                if item.code == entry.code and Consent(recipe=True).can_carry_out(fix):
+                    text = fix.title + (" (`--from`)" if "BASE" in fix.title else "")
+                    yield text, "by name" if fix.by_name else fix.safety, frozenset(type(e).__name__ for e in fix.edits)
+
+
+def _proof(kinds: frozenset) -> str:
+    if kinds <= TEXT_ONLY:
+        return "weights untouched, every byte linked"
+    if kinds <= {"SetRecipe", "Keep"}:
+        return "the run is judged again with it"
+    return "; ".join(PROOFS[k] for k in sorted(kinds) if k in PROOFS)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main()
