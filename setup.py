@@ -2,8 +2,8 @@
 
 One plain C library, loaded with ctypes, so that one wheel (py3-none-PLATFORM) serves every Python version. Each source
 in PER_LEVEL is compiled once per instruction level of LEVELS, its symbols suffixed with the level's name; the processor
-picks at load (doctor/scan/native.py). Without a C compiler the package installs as a pure wheel with NumPy paths instead.
-To add a source, add its name to PER_LEVEL.
+picks at load (doctor/scan/native.py). Without a C compiler the package installs as a pure wheel with NumPy paths
+instead. To add a source, add its name to PER_LEVEL.
 """
 
 import os
@@ -25,8 +25,14 @@ FLAGS = ["-O3", "-std=gnu11", "-fopenmp-simd", "-fvisibility=default", "-Wall", 
 LEVELS = {"base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    LEVELS["avx512"] = [*LEVELS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
-                        "-mprefer-vector-width=512"]
+    LEVELS["avx512"] = [
+        *LEVELS["avx2"],
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mprefer-vector-width=512",
+    ]
 
 
 class BuildLibrary(build_ext):
@@ -42,9 +48,13 @@ class BuildLibrary(build_ext):
         objects = []
         for level, level_flags in LEVELS.items():
             for name, own_flags in PER_LEVEL.items():
-                objects += self.compiler.compile([f"{SOURCES}/{name}"], depends=ext.depends,
-                                                 output_dir=os.path.join(self.build_temp, level),
-                                                 macros=[("LEVEL", level)], extra_postargs=FLAGS + level_flags + own_flags)
+                objects += self.compiler.compile(
+                    [f"{SOURCES}/{name}"],
+                    depends=ext.depends,
+                    output_dir=os.path.join(self.build_temp, level),
+                    macros=[("LEVEL", level)],
+                    extra_postargs=FLAGS + level_flags + own_flags,
+                )
         objects += self.compiler.compile([f"{SOURCES}/cpu.c"], output_dir=self.build_temp, extra_postargs=FLAGS)
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name))
 
@@ -67,14 +77,23 @@ def compiler_works():
             for level_flags in LEVELS.values():
                 compiler.compile([source], output_dir=folder, extra_postargs=FLAGS + level_flags)
         except Exception as error:  # each setuptools version has its own CompileError; the notice carries the words
-            print(f"setup.py: no native library: the C compiler did not compile a test file ({error}). The package "
-                  f"works without it, but scans about ten times slower. Install gcc or clang and reinstall.")
+            print(
+                f"setup.py: no native library: the C compiler did not compile a test file ({error}). The package "
+                f"works without it, but scans about ten times slower. Install gcc or clang and reinstall."
+            )
             return False
     return True
 
 
-library = Extension("doctor.scan.libdoctor_cpu", [f"{SOURCES}/{name}" for name in [*PER_LEVEL, "cpu.c"]],
-                    depends=[f"{SOURCES}/{name}" for name in HEADERS])
+library = Extension(
+    "doctor.scan.libdoctor_cpu",
+    [f"{SOURCES}/{name}" for name in [*PER_LEVEL, "cpu.c"]],
+    depends=[f"{SOURCES}/{name}" for name in HEADERS],
+)
 # rules/ and cuda/ lie beside doctor/ and are installed inside it (package-dir in pyproject.toml).
 packages = [*find_packages(include=["doctor", "doctor.*"]), "doctor.rules", "doctor.rules.tables", "doctor.cuda"]
-setup(packages=packages, cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel}, ext_modules=[library] if compiler_works() else [])
+setup(
+    packages=packages,
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+    ext_modules=[library] if compiler_works() else [],
+)

@@ -1,9 +1,9 @@
 """What a fix costs beside copying: one JSON value, one shard, every MLP padded, on a generated sharded checkpoint.
 
-Prints seconds of the write (without the scans before and after, which `bench/scan.py` measures), bytes written and the ratio
-to `cp` of the same bytes, each the best of several runs that take turns. `cp` does not sync, the writer does: a `cp` followed by
-`sync` of the files stands beside it. Last the whole command for one JSON value, with what it read: each weight once, before the
-write, and none after it.
+Prints seconds of the write (without the scans before and after, which `bench/scan.py` measures), bytes written and the
+ratio to `cp` of the same bytes, each the best of several runs that take turns. `cp` does not sync, the writer does: a
+`cp` followed by `sync` of the files stands beside it. Last the whole command for one JSON value, with what it read:
+each weight once, before the write, and none after it.
 """
 
 import argparse
@@ -21,12 +21,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from doctor import api  # noqa: E402
-from doctor.checkpoint.directory import Checkpoint  # noqa: E402
-from doctor.edits.kinds import PadTensor, SetJson  # noqa: E402
-from doctor.lint.testing import shard_bytes  # noqa: E402
-from doctor.edits.overlay import EditedCheckpoint  # noqa: E402
-from doctor.fix.staging import open_stage  # noqa: E402
+from doctor import api
+from doctor.checkpoint.directory import Checkpoint
+from doctor.edits.kinds import PadTensor, SetJson
+from doctor.edits.overlay import EditedCheckpoint
+from doctor.fix.staging import open_stage
+from doctor.lint.testing import shard_bytes
 
 
 def build(folder: Path, hidden: int, width: int, blocks: int, shards: int) -> None:
@@ -40,14 +40,22 @@ def build(folder: Path, hidden: int, width: int, blocks: int, shards: int) -> No
         tensors = {}
         for i in range(shard * blocks // shards, (shard + 1) * blocks // shards):
             at = f"model.layers.{i}."
-            tensors |= {f"{at}mlp.down_proj.weight": np.ascontiguousarray(noise.T), f"{at}mlp.gate_proj.weight": noise, f"{at}mlp.up_proj.weight": noise}
+            tensors |= {
+                f"{at}mlp.down_proj.weight": np.ascontiguousarray(noise.T),
+                f"{at}mlp.gate_proj.weight": noise,
+                f"{at}mlp.up_proj.weight": noise,
+            }
             tensors |= {f"{at}self_attn.{n}_proj.weight": square for n in "qkvo"}
         name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         (folder / name).write_bytes(shard_bytes(tensors, dict.fromkeys(tensors, "BF16")))
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(t.nbytes for t in tensors.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "intermediate_size": width, "bos_token_id": None}, indent=2))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    )
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "intermediate_size": width, "bos_token_id": None}, indent=2)
+    )
 
 
 def best(times: int, *actions) -> list[float]:
@@ -71,21 +79,33 @@ def write(view: EditedCheckpoint, output: Path) -> None:
 
 def whole_command(work: Path, times: int) -> None:
     """`fix` of one JSON value from Python, scans included, beside a check alone."""
-    (work / "source" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}))
+    (work / "source" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"})
+    )
     config = json.loads((work / "source" / "config.json").read_text())
-    config |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"}  # the tensors are bf16: C152, cured in config.json alone
+    config |= {
+        "architectures": ["LlamaForCausalLM"],
+        "torch_dtype": "float16",
+    }  # the tensors are bf16: C152, cured in config.json alone
     (work / "source" / "config.json").write_text(json.dumps(config, indent=2))
     read = {"scan": 0, "verify": 0}
 
     def fix() -> None:
         shutil.rmtree(work / "out", ignore_errors=True)
         read.update(scan=0, verify=0)
-        result = api.fix(work / "source", work / "out", only=("C152",), progress=lambda phase, n: read.__setitem__(phase, read.get(phase, 0) + n))
+        result = api.fix(
+            work / "source",
+            work / "out",
+            only=("C152",),
+            progress=lambda phase, n: read.__setitem__(phase, read.get(phase, 0) + n),
+        )
         assert [s.code for s in result.plan.steps] == ["C152"] and result.receipt_path
 
     command, check = best(times, fix, lambda: api.check(work / "source"))
-    print(f"whole fix of one JSON value {command:.3f} s, check alone {check:.3f} s, ratio {command / check:.2f}; "
-          f"{read['scan']:,} bytes of weights read before the write, {read['verify']:,} after it")
+    print(
+        f"whole fix of one JSON value {command:.3f} s, check alone {check:.3f} s, ratio {command / check:.2f}; "
+        f"{read['scan']:,} bytes of weights read before the write, {read['verify']:,} after it"
+    )
 
 
 def main() -> None:
@@ -107,7 +127,9 @@ def run(work: Path, blocks: int, times: int) -> None:
     source = Checkpoint.open(work / "source")
     size = sum(e.size for e in source.entries.values())
     names = list(source.shards)
-    print(f"{size / 1e9:.2f} GB in {shards} shards, {blocks} blocks of hidden {hidden}, MLP {width} → 5120; best of {times}")
+    print(
+        f"{size / 1e9:.2f} GB in {shards} shards, {blocks} blocks of hidden {hidden}, MLP {width} → 5120; best of {times}"
+    )
 
     def copy(files, sync):
         shutil.rmtree(work / "copy", ignore_errors=True)
@@ -122,17 +144,28 @@ def run(work: Path, blocks: int, times: int) -> None:
             edits.append(PadTensor(name, 1 if "down" in name else 0, 5120))
     json_edit = SetJson("config.json", "/bos_token_id", 1, expect=None)
     one = [e for e in edits if source.tensors[e.tensor].shard == names[0]]
-    rows = (("one JSON value", [json_edit], names[:0]), ("one shard's MLPs", one, names[:1]), ("every MLP", edits, names))
-    print(f"{'change':<18}{'written':>12}{'write s':>9}{'cp s':>8}{'cp+sync s':>11}{'ratio cp':>10}{'ratio cp+sync':>15}")
+    rows = (
+        ("one JSON value", [json_edit], names[:0]),
+        ("one shard's MLPs", one, names[:1]),
+        ("every MLP", edits, names),
+    )
+    print(
+        f"{'change':<18}{'written':>12}{'write s':>9}{'cp s':>8}{'cp+sync s':>11}{'ratio cp':>10}{'ratio cp+sync':>15}"
+    )
     for label, chosen, files in rows:
         view = EditedCheckpoint(source, chosen)
         written = sum(view.entries[n].size for n in view.changed)
         copies = [lambda s=s: copy(files, s) for s in (False, True)] if files else []
-        seconds, plain, synced = [*best(times, lambda: write(view, work / "out"), *copies), *([float("nan")] * (2 - len(copies)))]
+        seconds, plain, synced = [
+            *best(times, lambda: write(view, work / "out"), *copies),
+            *([float("nan")] * (2 - len(copies))),
+        ]
         ratios = f"{seconds / plain:>10.2f}{seconds / synced:>15.2f}" if files else f"{'-':>10}{'-':>15}"
         print(f"{label:<18}{written:>12,}{seconds:>9.3f}{plain:>8.3f}{synced:>11.3f}{ratios}", flush=True)
     whole_command(work, times)
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, most of it from generating the checkpoint")
+    print(
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, most of it from generating the checkpoint"
+    )
 
 
 if __name__ == "__main__":

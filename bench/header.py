@@ -1,8 +1,10 @@
-"""How long a check of headers takes from a cold interpreter: a checkpoint of 300 tensors, and one of 50,000 in 16 shards.
+"""How long a check of headers takes from a cold interpreter: a checkpoint of 300 tensors, and one of 50,000 in 16
+shards.
 
-The files are made here: real names and shapes, header and index whole, tensor bytes a hole in a sparse file. Each figure is the
-least of several runs of `doctor check --stage header --concise` in a process of its own, so it holds the interpreter's start and
-all imports. CPU seconds are user and system time of that process; wall seconds depend on what else the machine does.
+The files are made here: real names and shapes, header and index whole, tensor bytes a hole in a sparse file. Each
+figure is the least of several runs of `doctor check --stage header --concise` in a process of its own, so it holds the
+interpreter's start and all imports. CPU seconds are user and system time of that process; wall seconds depend on what
+else the machine does.
 
     python bench/header.py [--runs 5]
 """
@@ -23,34 +25,89 @@ LIMITS = {"300 tensors": 0.35, "50,000 tensors": 2.0}  # seconds we hold ourselv
 
 def dense(blocks: int = 33) -> tuple[dict, dict]:
     """(config, tensor -> shape) of a Llama with 9 tensors a block."""
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-              "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": blocks, "vocab_size": 128256}
-    shapes = {"model.embed_tokens.weight": [128256, 4096], "lm_head.weight": [128256, 4096], "model.norm.weight": [4096]}
-    sizes = {"self_attn.q_proj": [4096, 4096], "self_attn.k_proj": [1024, 4096], "self_attn.v_proj": [1024, 4096], "self_attn.o_proj": [4096, 4096],
-             "mlp.gate_proj": [14336, 4096], "mlp.up_proj": [14336, 4096], "mlp.down_proj": [4096, 14336], "input_layernorm": [4096],
-             "post_attention_layernorm": [4096]}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": blocks,
+        "vocab_size": 128256,
+    }
+    shapes = {
+        "model.embed_tokens.weight": [128256, 4096],
+        "lm_head.weight": [128256, 4096],
+        "model.norm.weight": [4096],
+    }
+    sizes = {
+        "self_attn.q_proj": [4096, 4096],
+        "self_attn.k_proj": [1024, 4096],
+        "self_attn.v_proj": [1024, 4096],
+        "self_attn.o_proj": [4096, 4096],
+        "mlp.gate_proj": [14336, 4096],
+        "mlp.up_proj": [14336, 4096],
+        "mlp.down_proj": [4096, 14336],
+        "input_layernorm": [4096],
+        "post_attention_layernorm": [4096],
+    }
     shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(blocks) for name, shape in sizes.items()}
     return _common(config), shapes
 
 
 def mixture(blocks: int = 65, experts: int = 256) -> tuple[dict, dict]:
     """(config, tensor -> shape) of a Qwen3 mixture of experts: 50,508 tensors."""
-    config = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
-              "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": blocks,
-              "vocab_size": 151936, "num_experts": experts, "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    shapes = {"model.embed_tokens.weight": [151936, 2048], "lm_head.weight": [151936, 2048], "model.norm.weight": [2048]}
-    sizes = {"self_attn.q_proj": [4096, 2048], "self_attn.k_proj": [512, 2048], "self_attn.v_proj": [512, 2048], "self_attn.o_proj": [2048, 4096],
-             "self_attn.q_norm": [128], "self_attn.k_norm": [128], "mlp.gate": [experts, 2048], "input_layernorm": [2048],
-             "post_attention_layernorm": [2048]}
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_hidden_layers": blocks,
+        "vocab_size": 151936,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    shapes = {
+        "model.embed_tokens.weight": [151936, 2048],
+        "lm_head.weight": [151936, 2048],
+        "model.norm.weight": [2048],
+    }
+    sizes = {
+        "self_attn.q_proj": [4096, 2048],
+        "self_attn.k_proj": [512, 2048],
+        "self_attn.v_proj": [512, 2048],
+        "self_attn.o_proj": [2048, 4096],
+        "self_attn.q_norm": [128],
+        "self_attn.k_norm": [128],
+        "mlp.gate": [experts, 2048],
+        "input_layernorm": [2048],
+        "post_attention_layernorm": [2048],
+    }
     for e in range(experts):
-        sizes |= {f"mlp.experts.{e}.gate_proj": [768, 2048], f"mlp.experts.{e}.up_proj": [768, 2048], f"mlp.experts.{e}.down_proj": [2048, 768]}
+        sizes |= {
+            f"mlp.experts.{e}.gate_proj": [768, 2048],
+            f"mlp.experts.{e}.up_proj": [768, 2048],
+            f"mlp.experts.{e}.down_proj": [2048, 768],
+        }
     shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(blocks) for name, shape in sizes.items()}
     return _common(config), shapes
 
 
 def _common(config: dict) -> dict:
-    return config | {"max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-                     "torch_dtype": "bfloat16"}
+    return config | {
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
 
 
 def write(folder: Path, config: dict, shapes: dict, shards: int) -> Path:
@@ -74,14 +131,33 @@ def write(folder: Path, config: dict, shapes: dict, shards: int) -> Path:
             out.write(struct.pack("<Q", len(raw)) + raw)
             out.truncate(8 + len(raw) + at)
     if shards > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+        )
     return folder
 
 
 def measure(folder: Path, runs: int, cache: Path) -> tuple[float, float]:
-    """(least wall seconds, least CPU seconds) of a check in a fresh process; the first run, which compiles, is not counted."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONPYCACHEPREFIX": str(cache)}
-    command = [sys.executable, "-m", "doctor", "check", str(folder), "--stage", "header", "--concise", "--config", "none", "--fail-on", "never"]
+    """(least wall seconds, least CPU seconds) of a check in a fresh process; the first run, which compiles, is not
+    counted.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
+        "PYTHONPYCACHEPREFIX": str(cache)
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "doctor",
+        "check",
+        str(folder),
+        "--stage",
+        "header",
+        "--concise",
+        "--config",
+        "none",
+        "--fail-on",
+        "never",
+    ]
     wall, cpu = [], []
     for _ in range(runs + 1):
         before, start = os.times(), time.perf_counter()
@@ -100,7 +176,9 @@ def main() -> None:
         for label, (config, shapes), shards in (("300 tensors", dense(), 1), ("50,000 tensors", mixture(), 16)):
             folder = write(Path(temporary) / str(shards), config, shapes, shards)
             wall, cpu = measure(folder, runs, Path(temporary) / "bytecode")
-            print(f"{label:<15} {len(shapes):>6} tensors  {wall:.2f} s wall  {cpu:.2f} s CPU  (limit {LIMITS[label]} s)  load {os.getloadavg()[0]:.1f}")
+            print(
+                f"{label:<15} {len(shapes):>6} tensors  {wall:.2f} s wall  {cpu:.2f} s CPU  (limit {LIMITS[label]} s)  load {os.getloadavg()[0]:.1f}"
+            )
 
 
 if __name__ == "__main__":

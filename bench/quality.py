@@ -8,10 +8,10 @@ checkpoint with transformers in one more process and takes the perplexity on hel
 
     exp(mean over all predicted tokens of the negative log-likelihood)
 
-and the mean over the same tokens of KL(16-bit model || quantized model), in nats, with rows of 512 tokens that do not overlap, each seen alone (no earlier context), the first token of a row
-not predicted; weights dequantized by the format's own code, arithmetic and logits in float32, the sum in
-float64. So a figure says what was lost in the weights, and nothing about an engine's kernels or 16-bit
-activations.
+and the mean over the same tokens of KL(16-bit model || quantized model), in nats, with rows of 512 tokens that do not
+overlap, each seen alone (no earlier context), the first token of a row not predicted; weights dequantized by the
+format's own code, arithmetic and logits in float32, the sum in float64. So a figure says what was lost in the weights,
+and nothing about an engine's kernels or 16-bit activations.
 
 The rows follow the Python version (its documentation is the text): compare figures from one run only.
 """
@@ -30,8 +30,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 JUDGE = [str(ROOT / ".cache" / "venv-hf" / "bin" / "python"), str(HERE / "quality.py")]  # this script there
 # tool -> (virtual environment, command of this script in it)
-PEERS = {"gptqmodel": ("venv-hf", "gptqmodel"), "llmcompressor": ("venv-llmc", "llmcompressor"),
-         "autoawq": ("venv-awq", "autoawq")}
+PEERS = {
+    "gptqmodel": ("venv-hf", "gptqmodel"),
+    "llmcompressor": ("venv-llmc", "llmcompressor"),
+    "autoawq": ("venv-awq", "autoawq"),
+}
 CALIBRATION_ROWS = 32
 HELDOUT_ROWS = 24
 
@@ -44,8 +47,10 @@ def write_rows(options) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("calibration", calibration_rows(tokenizer, options.calibration_rows)),
-                       ("heldout", heldout_rows(tokenizer, options.heldout_rows))):
+    for name, rows in (
+        ("calibration", calibration_rows(tokenizer, options.calibration_rows)),
+        ("heldout", heldout_rows(tokenizer, options.heldout_rows)),
+    ):
         lines = [json.dumps({"input_ids": row}) for row in rows]
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -90,8 +95,15 @@ def quantize_with_llmcompressor(options) -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
-    oneshot(model=model, processor=tokenizer, dataset=data, recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
-            num_calibration_samples=len(rows), max_seq_length=len(rows[0]), shuffle_calibration_samples=False)
+    oneshot(
+        model=model,
+        processor=tokenizer,
+        dataset=data,
+        recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
+        num_calibration_samples=len(rows),
+        max_seq_length=len(rows[0]),
+        shuffle_calibration_samples=False,
+    )
     model.save_pretrained(options.out, save_compressed=True)
     tokenizer.save_pretrained(options.out)
 
@@ -99,8 +111,9 @@ def quantize_with_llmcompressor(options) -> None:
 def quantize_with_autoawq(options) -> None:
     """AutoAWQ's defaults but for bits and group size; runs in its own environment.
 
-    Its search is helped twice, or it would be wrong and endless on a CPU: the weights that it puts back after each ratio are copies (its
-    `.cpu()` copies on a GPU only, and it multiplies in place), and the outputs of its clipping are matrix products.
+    Its search is helped twice, or it would be wrong and endless on a CPU: the weights that it puts back after each
+    ratio are copies (its `.cpu()` copies on a GPU only, and it multiplies in place), and the outputs of its clipping
+    are matrix products.
     """
     import torch
     from awq import AutoAWQForCausalLM
@@ -121,10 +134,16 @@ def quantize_with_autoawq(options) -> None:
     AwqQuantizer._compute_best_clip = lambda self, w, inputs: clipping(self, w, _Inputs(inputs))
     rows = read_rows(options.rows)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoAWQForCausalLM.from_pretrained(options.model, torch_dtype=torch.float32, device_map="cpu", use_cache=False)
-    model.quantize(tokenizer, quant_config={"zero_point": True, "q_group_size": options.group_size, "w_bit": options.bits,
-                                            "version": "GEMM"}, calib_data=rows, max_calib_samples=len(rows),
-                   max_calib_seq_len=len(rows[0]))
+    model = AutoAWQForCausalLM.from_pretrained(
+        options.model, torch_dtype=torch.float32, device_map="cpu", use_cache=False
+    )
+    model.quantize(
+        tokenizer,
+        quant_config={"zero_point": True, "q_group_size": options.group_size, "w_bit": options.bits, "version": "GEMM"},
+        calib_data=rows,
+        max_calib_samples=len(rows),
+        max_calib_seq_len=len(rows[0]),
+    )
     model.save_quantized(options.out)
     tokenizer.save_pretrained(options.out)
 
@@ -158,7 +177,9 @@ class _Inputs:
 
 
 def perplexity(options) -> None:
-    """Print {"perplexity": …, "kl": …, "tokens": …} of the checkpoint on the rows; the module docstring defines them."""
+    """Print {"perplexity": …, "kl": …, "tokens": …} of the checkpoint on the rows; the module docstring defines
+    them.
+    """
     sys.path.insert(0, str(ROOT / "tests" / "clients"))
     with contextlib.redirect_stdout(sys.stderr):
         from ask_transformers import load
@@ -174,7 +195,9 @@ def perplexity(options) -> None:
                 ids = torch.tensor([row])
                 got, want = (m(ids).logits[0, :-1].float().log_softmax(-1) for m in (model, original))
                 total -= got.gather(1, ids[0, 1:, None]).double().sum().item()
-                divergence += torch.nn.functional.kl_div(got, want, reduction="none", log_target=True).double().sum().item()
+                divergence += (
+                    torch.nn.functional.kl_div(got, want, reduction="none", log_target=True).double().sum().item()
+                )
                 count += len(row) - 1
     print(json.dumps({"perplexity": math.exp(total / count), "kl": divergence / count, "tokens": count}))
 
@@ -198,13 +221,31 @@ def command_of(tool: str, options, rows: Path, out: Path) -> list[str]:
     size = ["--bits", str(options.bits), "--group-size", str(options.group_size)]
     if tool in PEERS:
         python, command = PEERS[tool]
-        return [str(ROOT / ".cache" / python / "bin" / "python"), str(HERE / "quality.py"), command, options.model, str(rows), str(out),
-                *size]
+        return [
+            str(ROOT / ".cache" / python / "bin" / "python"),
+            str(HERE / "quality.py"),
+            command,
+            options.model,
+            str(rows),
+            str(out),
+            *size,
+        ]
     tool, _, limit = tool.partition("@")
     method = {"doctor": "gptq", "doctor-awq": "awq", "doctor-rtn": "rtn"}[tool]
     doctor = Path(sys.executable).with_name("doctor")
-    return [str(doctor), "quantize", options.model, "-o", str(out), "--method", method, *size,
-            "--calibration", str(rows), *(["--memory", limit] if limit else [])]
+    return [
+        str(doctor),
+        "quantize",
+        options.model,
+        "-o",
+        str(out),
+        "--method",
+        method,
+        *size,
+        "--calibration",
+        str(rows),
+        *(["--memory", limit] if limit else []),
+    ]
 
 
 def table(options) -> None:
@@ -219,17 +260,25 @@ def table(options) -> None:
         cost = quantize(tool, options, work / "calibration.jsonl", out)
         results.append(result(tool, out, judge(out, work, options.model), cost))
     (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"{options.bits}-bit, groups of {options.group_size}, {options.calibration_rows} calibration rows, "
-          f"{options.heldout_rows} held-out rows of 512 tokens, Python {sys.version.split()[0]}\n")
-    print("| tool | perplexity | × bf16 | mean KL, nats | MB | seconds | processor s | peak MiB |\n|---|---:|---:|---:|---:|---:|---:|---:|")
+    print(
+        f"{options.bits}-bit, groups of {options.group_size}, {options.calibration_rows} calibration rows, "
+        f"{options.heldout_rows} held-out rows of 512 tokens, Python {sys.version.split()[0]}\n"
+    )
+    print(
+        "| tool | perplexity | × bf16 | mean KL, nats | MB | seconds | processor s | peak MiB |\n|---|---:|---:|---:|---:|---:|---:|---:|"
+    )
     for row in results:
         cost = " | ".join(f"{row[key]:.0f}" if key in row else "" for key in ("seconds", "processor", "peak"))
-        print(f"| {row['tool']} | {row['perplexity']:.3f} | {row['perplexity'] / base['perplexity']:.4f} | {row['kl']:.5f} "
-              f"| {row['bytes'] / 1e6:.0f} | {cost} |")
+        print(
+            f"| {row['tool']} | {row['perplexity']:.3f} | {row['perplexity'] / base['perplexity']:.4f} | {row['kl']:.5f} "
+            f"| {row['bytes'] / 1e6:.0f} | {cost} |"
+        )
 
 
 def quantize(tool: str, options, rows: Path, out: Path) -> dict:
-    """Seconds of wall time and of processors, and MiB of peak memory, loading and saving included; {} when the output stood already."""
+    """Seconds of wall time and of processors, and MiB of peak memory, loading and saving included; {} when the output
+    stood already.
+    """
     if out.exists():
         print(f"{out}: stands already, judged as it is; remove it to quantize again", file=sys.stderr)
         return {}
@@ -239,8 +288,14 @@ def quantize(tool: str, options, rows: Path, out: Path) -> dict:
         child = subprocess.Popen(command_of(tool, options, rows, out), cwd=out.parent, stdout=log, stderr=log)
         _, status, used = os.wait4(child.pid, 0)
     if status:
-        raise SystemExit(f"{tool}: quantizing ended with exit code {os.waitstatus_to_exitcode(status)}; see {log.name}.")
-    return {"seconds": time.perf_counter() - start, "processor": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss / 1024}
+        raise SystemExit(
+            f"{tool}: quantizing ended with exit code {os.waitstatus_to_exitcode(status)}; see {log.name}."
+        )
+    return {
+        "seconds": time.perf_counter() - start,
+        "processor": used.ru_utime + used.ru_stime,
+        "peak": used.ru_maxrss / 1024,
+    }
 
 
 def judge(model: Path, work: Path, original: str) -> dict:
@@ -277,8 +332,12 @@ def main() -> None:
         each.add_argument("--calibration-rows", type=int, default=CALIBRATION_ROWS)
         each.add_argument("--heldout-rows", type=int, default=HELDOUT_ROWS)
     command("perplexity", perplexity, "model", "rows", "original")
-    for each in (whole, command("llmcompressor", quantize_with_llmcompressor, "model", "rows", "out"), command("gptqmodel", quantize_with_gptqmodel, "model", "rows", "out"),
-                 command("autoawq", quantize_with_autoawq, "model", "rows", "out")):
+    for each in (
+        whole,
+        command("llmcompressor", quantize_with_llmcompressor, "model", "rows", "out"),
+        command("gptqmodel", quantize_with_gptqmodel, "model", "rows", "out"),
+        command("autoawq", quantize_with_autoawq, "model", "rows", "out"),
+    ):
         each.add_argument("--bits", type=int, default=4)
         each.add_argument("--group-size", type=int, default=64)
     options = parser.parse_args()

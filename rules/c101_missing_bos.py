@@ -1,23 +1,24 @@
 """C101 missing-bos: config.json names no BOS token, though another file or the family has one.
 
-Why: calibration rows and prompts start with this id. With none, some tools crash on None, some quietly take id 1, and some leave it out;
-the model is then calibrated on text it never saw begin that way.
+Why: calibration rows and prompts start with this id. With none, some tools crash on None, some quietly take id 1, and
+some leave it out; the model is then calibrated on text it never saw begin that way.
 
 Seen as:
 - ExLlamaV2: `RuntimeError: Could not infer dtype of NoneType`
 - ExLlamaV2: `TypeError: 'NoneType' object cannot be interpreted as an integer`
 
-Do: write the id that the checkpoint's own tokenizer has. For Qwen that is <|endoftext|> (151643), as its vendor ships it; the often
-quoted 151644 is <|im_start|>, a chat mark: it stops the crash and puts a second turn start before the first.
+Do: write the id that the checkpoint's own tokenizer has. For Qwen that is <|endoftext|> (151643), as its vendor ships
+it; the often quoted 151644 is <|im_start|>, a chat mark: it stops the crash and puts a second turn start before the
+first.
 
-False alarms: families that have no BOS at all are left alone (GLM, MPT, OLMo). A key whose absence means the same id to transformers,
-and which tokenizer_config.json states too, is a note (Gemma 3 is published so); where only config.json could tell, a warning: programs
-that read it themselves do not know the class's default.
+False alarms: families that have no BOS at all are left alone (GLM, MPT, OLMo). A key whose absence means the same id to
+transformers, and which tokenizer_config.json states too, is a note (Gemma 3 is published so); where only config.json
+could tell, a warning: programs that read it themselves do not know the class's default.
 
 Fix safety: safe; one key of config.json, with an id that the tokenizer has. The weights stay as they are.
 
-Sources: turboderp/exllamav2 issue 453 and exllamav2/tokenizer/tokenizer.py (0.0.21: line 415); QwenLM/Qwen3 issue 369 and
-docs/source/getting_started/concepts.md; QwenLM/Qwen tokenization_note.md.
+Sources: turboderp/exllamav2 issue 453 and exllamav2/tokenizer/tokenizer.py (0.0.21: line 415); QwenLM/Qwen3 issue 369
+and docs/source/getting_started/concepts.md; QwenLM/Qwen tokenization_note.md.
 
 标题: config.json 没有写 BOS 词元，而其他文件或该模型系列有
 
@@ -52,15 +53,22 @@ def missing_bos(checkpoint, special, tokenizer, embedding_rows):
     note = f"{source} has {token} = {number}" + (f"; so does {others[0]}" if others else "")
     what = "null" if stated.stated else "absent"
     known = same_by_default and source == "tokenizer_config.json"
-    yield finding(f"bos_token_id is {what} in config.json; {source} says {token} = {number}",
-                  at=Place("config.json", pointer=stated.pointer, note=note), evidence={"token": token, "id": number},
-                  severity="info" if known else "" if special.ships_bos and not same_by_default else "warning",
-                  fix=Fix(f'set "bos_token_id": {number} ({token}, by {source}; weights untouched)',
-                          (SetJson("config.json", stated.pointer, number, None if stated.stated else MISSING),)))
+    yield finding(
+        f"bos_token_id is {what} in config.json; {source} says {token} = {number}",
+        at=Place("config.json", pointer=stated.pointer, note=note),
+        evidence={"token": token, "id": number},
+        severity="info" if known else "" if special.ships_bos and not same_by_default else "warning",
+        fix=Fix(
+            f'set "bos_token_id": {number} ({token}, by {source}; weights untouched)',
+            (SetJson("config.json", stated.pointer, number, None if stated.stated else MISSING),),
+        ),
+    )
 
 
 def _evidence(special, tokenizer):
-    """(source, token, id), best first. A chat mark is no evidence for Qwen, whose vendor says that it is not the BOS."""
+    """(source, token, id), best first. A chat mark is no evidence for Qwen, whose vendor says that it is not the
+    BOS.
+    """
     refused = TURN_MARKS if special.model_type.startswith("qwen") else frozenset()
     found = []
     name = special.names.get("bos")

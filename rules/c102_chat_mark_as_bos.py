@@ -1,7 +1,8 @@
 """C102 chat-mark-as-bos: a Qwen model names a chat mark as its BOS token.
 
-Why: <|im_start|> opens a turn. As BOS it stands before every text, so a chat begins with two turn starts and plain text begins inside a
-turn: calibration rows and answers change. The value comes from a work-around that went round for a crash in ExLlamaV2.
+Why: <|im_start|> opens a turn. As BOS it stands before every text, so a chat begins with two turn starts and plain text
+begins inside a turn: calibration rows and answers change. The value comes from a work-around that went round for a
+crash in ExLlamaV2.
 
 Do: take the vendor's value, <|endoftext|>; in tokenizer_config.json the vendor has null.
 
@@ -9,8 +10,8 @@ False alarms: vendors of other families that do use a chat mark as BOS (SmolLM2)
 
 Fix safety: safe; it restores what Qwen ships, and only where the tokenizer has that token.
 
-Sources: QwenLM/Qwen3 docs/source/getting_started/concepts.md: the BOS token "should not be set to <|im_start|>"; history of
-dolphin-2.9.2-qwen2-72b, where 151644 was set and later changed back to 151643.
+Sources: QwenLM/Qwen3 docs/source/getting_started/concepts.md: the BOS token "should not be set to <|im_start|>";
+history of dolphin-2.9.2-qwen2-72b, where 151644 was set and later changed back to 151643.
 
 标题: Qwen 模型把对话标记当成了 BOS 词元
 
@@ -40,17 +41,35 @@ def chat_mark_as_bos(checkpoint, special, tokenizer):
         for number in stated.ids:
             token = tokenizer.token(number)
             if token in TURN_MARKS:
-                fix = Fix(f'set "bos_token_id": {vendor} ({VENDOR}, as Qwen ships it)', (SetJson(file, stated.pointer, vendor, stated.value),))
-                yield finding(f"bos_token_id {number} in {file} is {token}, a chat mark; Qwen's is {VENDOR}"
-                              + (f" = {vendor}" if vendor is not None else ""),
-                              at=Place(file, pointer=stated.pointer, note=f"{token} opens a turn"), evidence={"id": number, "token": token},
-                              fix=fix if vendor is not None else None)
+                fix = Fix(
+                    f'set "bos_token_id": {vendor} ({VENDOR}, as Qwen ships it)',
+                    (SetJson(file, stated.pointer, vendor, stated.value),),
+                )
+                yield finding(
+                    f"bos_token_id {number} in {file} is {token}, a chat mark; Qwen's is {VENDOR}"
+                    + (f" = {vendor}" if vendor is not None else ""),
+                    at=Place(file, pointer=stated.pointer, note=f"{token} opens a turn"),
+                    evidence={"id": number, "token": token},
+                    fix=fix if vendor is not None else None,
+                )
     name = special.names.get("bos")
     if name in TURN_MARKS:
-        yield finding(f"bos_token in tokenizer_config.json is {name}, a chat mark; Qwen ships null",
-                      at=Place("tokenizer_config.json", pointer="/bos_token"), evidence={"token": name},
-                      fix=Fix('set "bos_token": null', (SetJson("tokenizer_config.json", "/bos_token", None,
-                                                                checkpoint.value("tokenizer_config.json")["bos_token"]),)))
+        yield finding(
+            f"bos_token in tokenizer_config.json is {name}, a chat mark; Qwen ships null",
+            at=Place("tokenizer_config.json", pointer="/bos_token"),
+            evidence={"token": name},
+            fix=Fix(
+                'set "bos_token": null',
+                (
+                    SetJson(
+                        "tokenizer_config.json",
+                        "/bos_token",
+                        None,
+                        checkpoint.value("tokenizer_config.json")["bos_token"],
+                    ),
+                ),
+            ),
+        )
 
 
 def bad():

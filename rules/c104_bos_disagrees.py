@@ -1,16 +1,17 @@
 """C104 bos-disagrees: config.json and the tokenizer have different BOS tokens.
 
-Why: which one a text begins with depends on the program: some ask the tokenizer, some read config.json. Calibrating with one and serving
-with the other shifts every activation that follows.
+Why: which one a text begins with depends on the program: some ask the tokenizer, some read config.json. Calibrating
+with one and serving with the other shifts every activation that follows.
 
 Do: take the tokenizer's token, with which training texts were made.
 
-False alarms: DeepSeek's distilled Qwen models ship such a pair; where generation_config.json sides with the tokenizer it is said as
-information only.
+False alarms: DeepSeek's distilled Qwen models ship such a pair; where generation_config.json sides with the tokenizer
+it is said as information only.
 
 Fix safety: unsafe; that the tokenizer is right is likely, not certain.
 
-Sources: turboderp/exllamav2 exllamav2/tokenizer/tokenizer.py (config first); transformers src/transformers/tokenization_utils_base.py.
+Sources: turboderp/exllamav2 exllamav2/tokenizer/tokenizer.py (config first); transformers
+src/transformers/tokenization_utils_base.py.
 
 标题: config.json 与分词器的 BOS 词元不一致
 
@@ -38,10 +39,17 @@ def bos_disagrees(checkpoint, special, tokenizer):
     backed = right in special.of("generation_config.json", "bos").ids
     token = tokenizer.token(stated.ids[0])
     shown = f" ({token})" if token is not None else ""
-    yield finding(f"bos_token_id is {stated.ids[0]}{shown} in config.json; the tokenizer's is {name} = {right}",
-                  at=Place("config.json", pointer=stated.pointer, note=f"tokenizer_config.json: {name} = {right}"),
-                  evidence={"config": stated.ids[0], "tokenizer": right}, severity="info" if backed else "",
-                  fix=Fix(f'set "bos_token_id": {right} ({name})', (SetJson("config.json", stated.pointer, right, stated.value),), "unsafe"))
+    yield finding(
+        f"bos_token_id is {stated.ids[0]}{shown} in config.json; the tokenizer's is {name} = {right}",
+        at=Place("config.json", pointer=stated.pointer, note=f"tokenizer_config.json: {name} = {right}"),
+        evidence={"config": stated.ids[0], "tokenizer": right},
+        severity="info" if backed else "",
+        fix=Fix(
+            f'set "bos_token_id": {right} ({name})',
+            (SetJson("config.json", stated.pointer, right, stated.value),),
+            "unsafe",
+        ),
+    )
 
 
 def bad():

@@ -1,12 +1,12 @@
 """C105 end-token-not-a-stop: the tokenizer's end token is not among the ids at which generation stops.
 
-Why: the model writes its end token, nothing stops, and it goes on to speak for the user or repeats itself to the limit. Quantizing is
-then blamed for it.
+Why: the model writes its end token, nothing stops, and it goes on to speak for the user or repeats itself to the limit.
+Quantizing is then blamed for it.
 
 Do: let generation_config.json stop at both ids.
 
-False alarms: base models whose tokenizer ends texts with another token than chat templates do are not counted: only the token that
-tokenizer_config.json itself calls eos_token is.
+False alarms: base models whose tokenizer ends texts with another token than chat templates do are not counted: only the
+token that tokenizer_config.json itself calls eos_token is.
 
 Fix safety: safe; a stop is added and none is taken away.
 
@@ -42,11 +42,15 @@ def end_token_not_a_stop(checkpoint, special, tokenizer, generation_config):
     target = stated
     token = tokenizer.token(stated.ids[0])
     shown = f" ({token})" if token is not None else ""
-    yield finding(f"generation stops at {', '.join(map(str, stated.ids))}{shown} by {stated.file}; the tokenizer ends texts with {name} = {right}",
-                  at=Place(stated.file, pointer=stated.pointer, note=f"tokenizer_config.json says {name} = {right}"),
-                  evidence={"stops": str(list(stated.ids)), "tokenizer": right},
-                  fix=Fix(f'set "eos_token_id": {value} (stop at either)',
-                          (SetJson(target.file, target.pointer, value, target.value if target.stated else MISSING),)))
+    yield finding(
+        f"generation stops at {', '.join(map(str, stated.ids))}{shown} by {stated.file}; the tokenizer ends texts with {name} = {right}",
+        at=Place(stated.file, pointer=stated.pointer, note=f"tokenizer_config.json says {name} = {right}"),
+        evidence={"stops": str(list(stated.ids)), "tokenizer": right},
+        fix=Fix(
+            f'set "eos_token_id": {value} (stop at either)',
+            (SetJson(target.file, target.pointer, value, target.value if target.stated else MISSING),),
+        ),
+    )
 
 
 def bad():

@@ -1,7 +1,7 @@
 """C106 malformed-special-id: a special token's id is not a whole number.
 
-Why: an id is an index. A text like "151643", a fraction, a list where one id must stand, or an object make readers stop, or compare
-unequal to every token, so that generation never ends.
+Why: an id is an index. A text like "151643", a fraction, a list where one id must stand, or an object make readers
+stop, or compare unequal to every token, so that generation never ends.
 
 Seen as:
 - Python: `TypeError: 'list' object cannot be interpreted as an integer`
@@ -14,7 +14,8 @@ False alarms: a list of ids is legal for eos_token_id alone.
 
 Fix safety: safe where the number is beyond doubt ("2", 2.0); else manual.
 
-Sources: AutoGPTQ auto_gptq/modeling/_base.py:275 (a list as pad id); transformers src/transformers/generation/configuration_utils.py.
+Sources: AutoGPTQ auto_gptq/modeling/_base.py:275 (a list as pad id); transformers
+src/transformers/generation/configuration_utils.py.
 
 标题: 特殊词元的 id 不是整数
 
@@ -42,10 +43,14 @@ def malformed_special_id(checkpoint, special):
             continue
         right = _number(value)
         must = "a whole number or a list of them" if stated.role == "eos" else "a whole number"
-        yield finding(f"{stated.role}_token_id is {str(value)[:60]!r} in {stated.file}; it must be {must}",
-                      at=Place(stated.file, pointer=stated.pointer), evidence={"value": str(value)[:60]},
-                      fix=Fix(f'set "{stated.role}_token_id": {right}', (SetJson(stated.file, stated.pointer, right, value),))
-                      if right is not None else Fix("write the id of the token in tokenizer.json", (), "manual"))
+        yield finding(
+            f"{stated.role}_token_id is {str(value)[:60]!r} in {stated.file}; it must be {must}",
+            at=Place(stated.file, pointer=stated.pointer),
+            evidence={"value": str(value)[:60]},
+            fix=Fix(f'set "{stated.role}_token_id": {right}', (SetJson(stated.file, stated.pointer, right, value),))
+            if right is not None
+            else Fix("write the id of the token in tokenizer.json", (), "manual"),
+        )
 
 
 def _is_id(value):

@@ -1,24 +1,25 @@
 """C107 tokens-beyond-embedding: the tokenizer has tokens for which the embedding has no row.
 
-Why: the first text that holds such a token stops the program; on a GPU with a device-side assertion. A fine-tune that added tokens and
-saved the tokenizer, but not the larger embedding, leaves this.
+Why: the first text that holds such a token stops the program; on a GPU with a device-side assertion. A fine-tune that
+added tokens and saved the tokenizer, but not the larger embedding, leaves this.
 
 Seen as:
 - PyTorch: `IndexError: index out of range in self`
 - CUDA: `device-side assert triggered`
 - ExLlamaV2: `exceeds dimension size (32001)`
 
-Do: fetch the embedding that belongs to this tokenizer, or take the added tokens out of the tokenizer. If the tokens only must not stop
-the program, `--unsafe-fixes=C107` adds rows up to a multiple of 64 for each GPU.
+Do: fetch the embedding that belongs to this tokenizer, or take the added tokens out of the tokenizer. If the tokens
+only must not stop the program, `--unsafe-fixes=C107` adds rows up to a multiple of 64 for each GPU.
 
-False alarms: placeholders for images and sound, which are replaced before the embedding is asked (Gemma 3), are not counted. An
-embedding with more rows than tokens is healthy: rows are padded for speed.
+False alarms: placeholders for images and sound, which are replaced before the embedding is asked (Gemma 3), are not
+counted. An embedding with more rows than tokens is healthy: rows are padded for speed.
 
-Fix safety: unsafe, and only by name: rows for new tokens are learnt, and these are not. Each is the mean of the others, in the head too:
-its logit is then the mean of all logits and never the largest, while a row of zeros wins wherever all others are below 0. Logits of the
-old tokens stay as they are, which is proved.
+Fix safety: unsafe, and only by name: rows for new tokens are learnt, and these are not. Each is the mean of the others,
+in the head too: its logit is then the mean of all logits and never the largest, while a row of zeros wins wherever all
+others are below 0. Logits of the old tokens stay as they are, which is proved.
 
-Sources: turboderp/exllamav2 issue 52; NVIDIA/TensorRT-LLM issue 1272; google/gemma-3-1b: 262,145 tokens on 262,144 rows.
+Sources: turboderp/exllamav2 issue 52; NVIDIA/TensorRT-LLM issue 1272; google/gemma-3-1b: 262,145 tokens on 262,144
+rows.
 
 标题: 分词器里有些词元在嵌入表中没有对应的行
 
@@ -53,14 +54,19 @@ def tokens_beyond_embedding(checkpoint, tokenizer, embedding_rows, spec, tensors
     over = sorted((i, t) for t, i in tokenizer.ids.items() if i >= embedding_rows and not PLACEHOLDER.search(t))
     if over:
         noun = "token has" if len(over) == 1 else "tokens have"
-        yield finding(f"{len(over):,} {noun} no row in the embedding of {embedding_rows:,} rows; the first is {over[0][1]} = {over[0][0]}",
-                      at=Place("tokenizer.json"), evidence={"tokens": len(over), "rows": embedding_rows},
-                      fix=_more_rows(checkpoint, spec, tensors, embedding_rows, over[-1][0], UNIT * recipe.tp)
-                      or Fix("fetch the embedding that belongs to this tokenizer, or take the tokens out of it", (), "manual"))
+        yield finding(
+            f"{len(over):,} {noun} no row in the embedding of {embedding_rows:,} rows; the first is {over[0][1]} = {over[0][0]}",
+            at=Place("tokenizer.json"),
+            evidence={"tokens": len(over), "rows": embedding_rows},
+            fix=_more_rows(checkpoint, spec, tensors, embedding_rows, over[-1][0], UNIT * recipe.tp)
+            or Fix("fetch the embedding that belongs to this tokenizer, or take the tokens out of it", (), "manual"),
+        )
 
 
 def _more_rows(checkpoint, spec, tensors, rows, last, unit):
-    """Rows for every id, in the embedding and a stored head; None where a tensor beside them follows the vocabulary too."""
+    """Rows for every id, in the embedding and a stored head; None where a tensor beside them follows the vocabulary
+    too.
+    """
     names = [n for n in (spec.embed_tensor, spec.head_tensor) if n]
     names += [n for n in (f"{name.removesuffix('.weight')}.bias" for name in names) if n in tensors]
     others = [n for n, i in tensors.items() if n not in names and rows in i.shape and OUTER.search(n)]
@@ -70,8 +76,13 @@ def _more_rows(checkpoint, spec, tensors, rows, last, unit):
     block = checkpoint.value("config.json")
     block = block.get(spec.text_key) or {} if spec.text_key else block
     edits = (*(GrowRows(n, size) for n in names), SetJson("config.json", spec.at(key), size, block.get(key, MISSING)))
-    return Fix(f"add {size - rows:,} rows to {' and '.join(names)}, each the mean of the others: {key} {rows:,} -> {size:,}", edits, "unsafe",
-               by_name=True, needs=("W201",))
+    return Fix(
+        f"add {size - rows:,} rows to {' and '.join(names)}, each the mean of the others: {key} {rows:,} -> {size:,}",
+        edits,
+        "unsafe",
+        by_name=True,
+        needs=("W201",),
+    )
 
 
 def bad():

@@ -1,12 +1,12 @@
 """C108 bos-doubled: the tokenizer or the chat template puts the BOS token at the front twice.
 
-Why: no training text began with two. The second BOS takes the part of the attention sink from the first, and calibration on such rows
-quantizes for a state that serving never sees, or the other way round.
+Why: no training text began with two. The second BOS takes the part of the attention sink from the first, and
+calibration on such rows quantizes for a state that serving never sees, or the other way round.
 
 Do: take one of the two out of the template or of tokenizer.json's post_processor.
 
-False alarms: a template that writes BOS and a tokenizer that adds it are healthy together (Llama 3, Gemma): programs tokenize a
-rendered chat without special tokens.
+False alarms: a template that writes BOS and a tokenizer that adds it are healthy together (Llama 3, Gemma): programs
+tokenize a rendered chat without special tokens.
 
 Fix safety: unsafe: one of the two is taken out, so that texts begin as training's did; outputs change with it.
 
@@ -38,13 +38,24 @@ def bos_doubled(checkpoint, special, tokenizer, tokenizer_config, chat_template,
         return
     times = _leading(checkpoint.value("tokenizer.json").get("post_processor"), name)
     if times > 1:
-        yield finding(f"the post_processor of tokenizer.json puts {name} at the front {times} times",
-                      at=Place("tokenizer.json", pointer="/post_processor"), evidence={"times": times},
-                      fix=Fix("leave one of them in tokenizer.json", tuple(_single(checkpoint.value("tokenizer.json")["post_processor"], name)), "unsafe"))
+        yield finding(
+            f"the post_processor of tokenizer.json puts {name} at the front {times} times",
+            at=Place("tokenizer.json", pointer="/post_processor"),
+            evidence={"times": times},
+            fix=Fix(
+                "leave one of them in tokenizer.json",
+                tuple(_single(checkpoint.value("tokenizer.json")["post_processor"], name)),
+                "unsafe",
+            ),
+        )
     if chat_template and (times := _template_times(chat_template, name)) > 1:
         file = "chat_template.jinja" if "chat_template.jinja" in checkpoint.entries else "tokenizer_config.json"
-        yield finding(f"the chat template begins with {name} {times} times", at=Place(file), evidence={"times": times},
-                      fix=_template_fix(file, chat_template, tokenizer_config, name))
+        yield finding(
+            f"the chat template begins with {name} {times} times",
+            at=Place(file),
+            evidence={"times": times},
+            fix=_template_fix(file, chat_template, tokenizer_config, name),
+        )
 
 
 def _leading(processor, name) -> int:
@@ -71,7 +82,7 @@ def _single(processor, name, at="/post_processor"):
             items = part.get(key) or []
             count = next((i for i, item in enumerate(items) if not _is(item, name)), len(items))
             if count > (0 if kept else 1):
-                yield SetJson("tokenizer.json", f"{place}/{key}", items[count - (not kept):], items)
+                yield SetJson("tokenizer.json", f"{place}/{key}", items[count - (not kept) :], items)
         kept = kept or _leading(part, name) > 0
 
 
@@ -91,7 +102,9 @@ def _is(item, name):
 
 def _one(name: str) -> str:
     """Pattern of the token in a template, as text or as {{ bos_token }}."""
-    return r"(?:\{\{-?\s*bos_token\s*-?\}\}|" + re.escape(name) + r"|\{\{-?\s*['\"]" + re.escape(name) + r"['\"]\s*-?\}\})"
+    return (
+        r"(?:\{\{-?\s*bos_token\s*-?\}\}|" + re.escape(name) + r"|\{\{-?\s*['\"]" + re.escape(name) + r"['\"]\s*-?\}\})"
+    )
 
 
 def _template_times(template: str, name: str) -> int:
@@ -113,7 +126,7 @@ def _template_fix(file, template, tokenizer_config, name):
         return Fix(title, (ReplaceText(file, front, first),), "unsafe")
     if tokenizer_config.get("chat_template") != template:  # one of several named templates
         return Fix("take one of them out of the chat template", (), "manual")
-    return Fix(title, (SetJson(file, "/chat_template", first + template[len(front):], template),), "unsafe")
+    return Fix(title, (SetJson(file, "/chat_template", first + template[len(front) :], template),), "unsafe")
 
 
 def bad():
@@ -134,7 +147,10 @@ def more():
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
     once = {"type": "TemplateProcessing", "single": [bos, text], "pair": [bos, text], "special_tokens": {}}
-    case.json["tokenizer.json"]["post_processor"] = {"type": "Sequence", "processors": [once, {**once, "single": [bos, bos, text]}]}
+    case.json["tokenizer.json"]["post_processor"] = {
+        "type": "Sequence",
+        "processors": [once, {**once, "single": [bos, bos, text]}],
+    }
     yield case
     case = tiny()
     case.json["tokenizer_config.json"]["chat_template"] = "<s>{{ bos_token }}{{ messages[0].content }}"

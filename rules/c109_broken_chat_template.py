@@ -10,7 +10,8 @@ Do: repair the template at the place that is named, or take the base model's.
 
 False alarms: tags of a program's own. Loop controls and transformers' `generation` tag are known here.
 
-Fix safety: unsafe, and only with `--from`: the base's template is taken. Else manual. The template is parsed, never run.
+Fix safety: unsafe, and only with `--from`: the base's template is taken. Else manual. The template is parsed, never
+run.
 
 Sources: transformers src/transformers/utils/chat_template_utils.py; Jinja documentation, "Sandbox".
 
@@ -44,14 +45,24 @@ def broken_chat_template(checkpoint, chat_template, base):
     except ImportError:
         raise Unavailable("jinja2 is not installed") from None
     text = GENERATION.sub(lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", chat_template)
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     try:
         environment.parse(text)
     except TemplateSyntaxError as error:
         own = "chat_template.jinja" in checkpoint.entries
-        at = Place("chat_template.jinja", line=error.lineno) if own else Place("tokenizer_config.json", pointer="/chat_template")
-        yield finding(f"the chat template does not parse at line {error.lineno}: {error.message}".rstrip("."), at=at,
-                      evidence={"line": error.lineno}, fix=_from_base(checkpoint, base, own))
+        at = (
+            Place("chat_template.jinja", line=error.lineno)
+            if own
+            else Place("tokenizer_config.json", pointer="/chat_template")
+        )
+        yield finding(
+            f"the chat template does not parse at line {error.lineno}: {error.message}".rstrip("."),
+            at=at,
+            evidence={"line": error.lineno},
+            fix=_from_base(checkpoint, base, own),
+        )
 
 
 def _from_base(checkpoint, base, own):
@@ -61,7 +72,11 @@ def _from_base(checkpoint, base, own):
     if own or not isinstance(theirs, str):
         return from_base(base if own else None, "chat_template.jinja", manual)
     mine = checkpoint.value("tokenizer_config.json")["chat_template"]
-    return Fix(f"take the template of {base.text}", (SetJson("tokenizer_config.json", "/chat_template", theirs, mine),), "unsafe")
+    return Fix(
+        f"take the template of {base.text}",
+        (SetJson("tokenizer_config.json", "/chat_template", theirs, mine),),
+        "unsafe",
+    )
 
 
 def bad():
@@ -72,5 +87,7 @@ def bad():
 
 def good():
     case = tiny()
-    case.files["chat_template.jinja"] = b"{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    case.files["chat_template.jinja"] = (
+        b"{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
     return case

@@ -1,7 +1,7 @@
 """C110 no-tokenizer: the directory holds no tokenizer.
 
-Why: without it no text becomes token ids, so nothing can be calibrated or compared; with another model's tokenizer, the ids mean other
-words.
+Why: without it no text becomes token ids, so nothing can be calibrated or compared; with another model's tokenizer, the
+ids mean other words.
 
 Seen as:
 - transformers: `Can't load tokenizer for`
@@ -11,7 +11,8 @@ Do: copy tokenizer.json and tokenizer_config.json (or tokenizer.model) from the 
 
 False alarms: a directory that is meant to hold weights only; `--calibration` with ready token ids needs no tokenizer.
 
-Fix safety: unsafe, and only with `--from`: the base's files are taken; a fine-tune may have added tokens to them. Else manual.
+Fix safety: unsafe, and only with `--from`: the base's files are taken; a fine-tune may have added tokens to them. Else
+manual.
 
 Sources: transformers src/transformers/models/auto/tokenization_auto.py.
 
@@ -29,16 +30,29 @@ Sources: transformers src/transformers/models/auto/tokenization_auto.py.
 from doctor.lint.rule import Fix, Place, finding, rule
 from doctor.lint.testing import tiny
 
-KNOWN = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+KNOWN = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
 BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 @rule("C110", "warning", implied_by=("F019", "F020", "F022"))
 def no_tokenizer(checkpoint, files, config, base):
-    if any(n in files or n in checkpoint.json for n in KNOWN) or any(n.endswith((".tiktoken", ".model")) for n in files):
+    if any(n in files or n in checkpoint.json for n in KNOWN) or any(
+        n.endswith((".tiktoken", ".model")) for n in files
+    ):
         return
-    yield finding("no tokenizer.json, tokenizer.model or other vocabulary is there", at=Place("tokenizer.json"),
-                  fix=_from_base(base, files))
+    yield finding(
+        "no tokenizer.json, tokenizer.model or other vocabulary is there",
+        at=Place("tokenizer.json"),
+        fix=_from_base(base, files),
+    )
 
 
 def _from_base(base, files):

@@ -1,7 +1,7 @@
 """C112 special-token-unknown: tokenizer_config.json names a special token that the tokenizer does not have.
 
-Why: transformers adds the text as a new token with the next free id, for which the embedding has no trained row, or none at all. A text
-that ends with it then stops the program or means nothing to the model.
+Why: transformers adds the text as a new token with the next free id, for which the embedding has no trained row, or
+none at all. A text that ends with it then stops the program or means nothing to the model.
 
 Seen as:
 - PyTorch: `IndexError: index out of range in self`
@@ -11,8 +11,8 @@ Do: name a token that is in tokenizer.json, the one the base model names.
 
 False alarms: none known; tokens listed under added_tokens_decoder count as there.
 
-Fix safety: unsafe: the token whose id config.json and generation_config.json state, or with `--from` the one that the base model names.
-Else manual.
+Fix safety: unsafe: the token whose id config.json and generation_config.json state, or with `--from` the one that the
+base model names. Else manual.
 
 Sources: transformers src/transformers/tokenization_utils_base.py, `add_special_tokens`.
 
@@ -38,9 +38,12 @@ def special_token_unknown(checkpoint, special, tokenizer, tokenizer_config, base
     listed = {t.get("content") for t in listed.values() if isinstance(t, dict)} if isinstance(listed, dict) else set()
     for role, name in special.names.items():
         if name not in tokenizer.ids and name not in listed:
-            yield finding(f"{role}_token is {name!r} in tokenizer_config.json; tokenizer.json has no such token",
-                          at=Place("tokenizer_config.json", pointer=f"/{role}_token"), evidence={"token": name},
-                          fix=_fix(role, special, tokenizer, tokenizer_config[f"{role}_token"], base))
+            yield finding(
+                f"{role}_token is {name!r} in tokenizer_config.json; tokenizer.json has no such token",
+                at=Place("tokenizer_config.json", pointer=f"/{role}_token"),
+                evidence={"token": name},
+                fix=_fix(role, special, tokenizer, tokenizer_config[f"{role}_token"], base),
+            )
 
 
 def _fix(role, special, tokenizer, stated, base):

@@ -1,13 +1,14 @@
 """C113 token-ids-disagree: tokenizer_config.json and tokenizer.json give one token two ids.
 
-Why: which id the text becomes depends on the class that loads it, so calibration and serving may not read the same text.
+Why: which id the text becomes depends on the class that loads it, so calibration and serving may not read the same
+text.
 
 Do: make added_tokens_decoder agree with tokenizer.json, which fast tokenizers go by.
 
 False alarms: none known.
 
-Fix safety: safe where tokenizer.json is the only vocabulary: added_tokens_decoder gets its numbers. Unsafe where a slow tokenizer's file
-lies beside it, and manual where two tokens would get one number.
+Fix safety: safe where tokenizer.json is the only vocabulary: added_tokens_decoder gets its numbers. Unsafe where a slow
+tokenizer's file lies beside it, and manual where two tokens would get one number.
 
 Sources: transformers src/transformers/tokenization_utils_tokenizers.py.
 
@@ -25,7 +26,6 @@ Sources: transformers src/transformers/tokenization_utils_tokenizers.py.
 from doctor.lint.rule import Fix, Place, RemoveJson, SetJson, finding, rule
 from doctor.lint.testing import tiny
 
-
 # Files that a slow tokenizer takes its ids from.
 SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 
@@ -37,9 +37,16 @@ def token_ids_disagree(checkpoint, tokenizer, tokenizer_config, files):
         text = token.get("content") if isinstance(token, dict) else None
         right = tokenizer.ids.get(text)
         if right is not None and str(right) != str(number):
-            yield finding(f"{text} is {number} in tokenizer_config.json and {right} in tokenizer.json",
-                          at=Place("tokenizer_config.json", pointer=f"/added_tokens_decoder/{number}", note=f"{right} in tokenizer.json"),
-                          evidence={"token": text, "tokenizer.json": right}, fix=_renumber(listed, tokenizer.ids, files))
+            yield finding(
+                f"{text} is {number} in tokenizer_config.json and {right} in tokenizer.json",
+                at=Place(
+                    "tokenizer_config.json",
+                    pointer=f"/added_tokens_decoder/{number}",
+                    note=f"{right} in tokenizer.json",
+                ),
+                evidence={"token": text, "tokenizer.json": right},
+                fix=_renumber(listed, tokenizer.ids, files),
+            )
 
 
 def _renumber(listed, ids, files):
@@ -52,9 +59,16 @@ def _renumber(listed, ids, files):
             return Fix("save the tokenizer again with save_pretrained", (), "manual")
     at = "/added_tokens_decoder/"
     edits = [RemoveJson("tokenizer_config.json", at + n, listed[n]) for n in listed if n not in wanted]
-    edits += [SetJson("tokenizer_config.json", at + n, token, *([listed[n]] if n in listed else []))
-              for n, token in wanted.items() if n not in listed or listed[n] != token]
-    return Fix("number added_tokens_decoder as tokenizer.json does", tuple(edits), "unsafe" if any(n in files for n in SLOW) else "safe")
+    edits += [
+        SetJson("tokenizer_config.json", at + n, token, *([listed[n]] if n in listed else []))
+        for n, token in wanted.items()
+        if n not in listed or listed[n] != token
+    ]
+    return Fix(
+        "number added_tokens_decoder as tokenizer.json does",
+        tuple(edits),
+        "unsafe" if any(n in files for n in SLOW) else "safe",
+    )
 
 
 def bad():
@@ -70,5 +84,7 @@ def good():
 def more():
     """Cases whose cures the example above does not show."""
     case = tiny()
-    case.json["tokenizer_config.json"]["added_tokens_decoder"] = {str(i): {"content": t} for i, t in ((1, "</s>"), (2, "<s>"), (50, "<x>"))}
+    case.json["tokenizer_config.json"]["added_tokens_decoder"] = {
+        str(i): {"content": t} for i, t in ((1, "</s>"), (2, "<s>"), (50, "<x>"))
+    }
     yield case

@@ -1,7 +1,7 @@
 """C114 two-chat-templates: chat_template.jinja and tokenizer_config.json hold different chat templates.
 
-Why: transformers takes the file, older programs the one in tokenizer_config.json. A chat is then written in two ways, and calibration
-need not see what serving sends.
+Why: transformers takes the file, older programs the one in tokenizer_config.json. A chat is then written in two ways,
+and calibration need not see what serving sends.
 
 Do: keep one of them; the file is the newer place.
 
@@ -34,9 +34,15 @@ def two_chat_templates(checkpoint, files, tokenizer_config):
         return
     outer = checkpoint.read_file("chat_template.jinja", 4 << 20).decode("utf-8", "replace")
     if inner.strip() != outer.strip():
-        yield finding(f"two chat templates: {len(outer):,} characters in chat_template.jinja, {len(inner):,} others in tokenizer_config.json",
-                      at=Place("tokenizer_config.json", pointer="/chat_template"),
-                      fix=Fix("remove the one in tokenizer_config.json", (RemoveJson("tokenizer_config.json", "/chat_template", inner),), "unsafe"))
+        yield finding(
+            f"two chat templates: {len(outer):,} characters in chat_template.jinja, {len(inner):,} others in tokenizer_config.json",
+            at=Place("tokenizer_config.json", pointer="/chat_template"),
+            fix=Fix(
+                "remove the one in tokenizer_config.json",
+                (RemoveJson("tokenizer_config.json", "/chat_template", inner),),
+                "unsafe",
+            ),
+        )
 
 
 def bad():

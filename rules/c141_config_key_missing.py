@@ -9,7 +9,8 @@ Seen as:
 
 Do: write the key with the value that every tensor agrees on.
 
-False alarms: defaults of a family that this version does not know. Multimodal configs lean on defaults and are asked for less.
+False alarms: defaults of a family that this version does not know. Multimodal configs lean on defaults and are asked
+for less.
 
 Fix safety: safe: all tensors that depend on the key agree on one value.
 
@@ -43,13 +44,18 @@ def config_key_missing(checkpoint, placement, config):
             continue
         value = len(placement.blocks) if key == "num_hidden_layers" else _shown(placement, key)
         if value is not None:
-            yield finding(f"config.json has no {key}; the weights say {value}", at=Place("config.json", pointer=spec.at(key)),
-                          evidence={"value": value},
-                          fix=Fix(f'set "{key}": {value}', (SetJson("config.json", spec.at(key), value, MISSING),)))
+            yield finding(
+                f"config.json has no {key}; the weights say {value}",
+                at=Place("config.json", pointer=spec.at(key)),
+                evidence={"value": value},
+                fix=Fix(f'set "{key}": {value}', (SetJson("config.json", spec.at(key), value, MISSING),)),
+            )
 
 
 def _shown(placement, key):
-    """The value on which every tensor whose size needs this key alone, or with keys that are stated, agrees; else None."""
+    """The value on which every tensor whose size needs this key alone, or with keys that are stated, agrees; else
+    None.
+    """
     spec = placement.spec
     values = set()
     for info, _, expressions in placement.sizes():

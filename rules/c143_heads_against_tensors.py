@@ -1,7 +1,7 @@
 """C143 heads-against-tensors: head counts and head_dim do not give the sizes of the attention's weights.
 
-Why: the product of heads and head_dim is the width of q, k, v and o. With another product the weights do not fit; with the same
-product cut in other heads, nothing can be seen from sizes.
+Why: the product of heads and head_dim is the width of q, k, v and o. With another product the weights do not fit; with
+the same product cut in other heads, nothing can be seen from sizes.
 
 Seen as:
 - transformers: `size mismatch for model.layers.0.self_attn.k_proj.weight`
@@ -13,7 +13,8 @@ False alarms: attention of a kind this version does not know under a known model
 
 Fix safety: safe where exactly one key explains every tensor; else manual.
 
-Sources: transformers src/transformers/models/llama/modeling_llama.py; Mistral-Nemo, whose head_dim is not hidden_size / heads.
+Sources: transformers src/transformers/models/llama/modeling_llama.py; Mistral-Nemo, whose head_dim is not hidden_size /
+heads.
 
 标题: 头数与 head_dim 算不出注意力权重的尺寸
 
@@ -29,8 +30,20 @@ Sources: transformers src/transformers/models/llama/modeling_llama.py; Mistral-N
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, assume, finding, keys_of, rule, solve
 from doctor.lint.testing import never_in, tiny
 
-KEYS = ("num_key_value_heads", "head_dim", "num_attention_heads", "num_kv_heads", "n_head", "n_heads", "num_heads", "kv_channels",
-        "multi_query_group_num", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim")
+KEYS = (
+    "num_key_value_heads",
+    "head_dim",
+    "num_attention_heads",
+    "num_kv_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "kv_channels",
+    "multi_query_group_num",
+    "v_head_dim",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+)
 
 
 @rule("C143", "error", implied_by=("F051", "C147", "C141", "C156", "C157", "F059"))
@@ -43,17 +56,31 @@ def heads_against_tensors(checkpoint, placement, config):
     cures = list(_cures(placement, first))
     info = first.info
     axis = "rows" if first.axis == 0 else "columns"
-    message = f"{first.expression} = {first.want} by config.json; {info.name} {list(info.shape)} has {first.have} {axis}"
+    message = (
+        f"{first.expression} = {first.want} by config.json; {info.name} {list(info.shape)} has {first.have} {axis}"
+    )
     if len(cures) >= 1:
         key, value = cures[0]
         name = spec.key_for(key)
         pointer = spec.at(name)
         stated = spec.config.get(name, MISSING)
-        yield finding(message, at=Place("config.json", pointer=pointer, note=f"{value} fits every tensor"), evidence={"tensors": len(wrong)},
-                      fix=Fix(f'set "{name}": {value}', (SetJson("config.json", pointer, value, stated),), "safe" if len(cures) == 1 else "unsafe"))
+        yield finding(
+            message,
+            at=Place("config.json", pointer=pointer, note=f"{value} fits every tensor"),
+            evidence={"tensors": len(wrong)},
+            fix=Fix(
+                f'set "{name}": {value}',
+                (SetJson("config.json", pointer, value, stated),),
+                "safe" if len(cures) == 1 else "unsafe",
+            ),
+        )
     else:
-        yield finding(message, at=Place(info.shard, tensor=info.name), evidence={"tensors": len(wrong)},
-                      fix=Fix("take config.json and weights of one revision", (), "manual"))
+        yield finding(
+            message,
+            at=Place(info.shard, tensor=info.name),
+            evidence={"tensors": len(wrong)},
+            fix=Fix("take config.json and weights of one revision", (), "manual"),
+        )
 
 
 def _cures(placement, misfit):
@@ -62,14 +89,19 @@ def _cures(placement, misfit):
         if key not in KEYS:
             continue
         value = solve(misfit.expression, key, placement.spec, misfit.have)
-        if value is not None and not any(set(KEYS) & set(keys_of(m.expression)) for m in placement.misfits(assume(placement.spec, **{key: value}))):
+        if value is not None and not any(
+            set(KEYS) & set(keys_of(m.expression)) for m in placement.misfits(assume(placement.spec, **{key: value}))
+        ):
             yield key, value
 
 
 def bad():
     case = tiny(never_in("opt", why="every query head has a key head of its own"))
     case.config["num_key_value_heads"] = 4
-    return case, "num_key_value_heads * head_dim = 64 by config.json; model.layers.0.self_attn.k_proj.weight [32, 64] has 32 rows"
+    return (
+        case,
+        "num_key_value_heads * head_dim = 64 by config.json; model.layers.0.self_attn.k_proj.weight [32, 64] has 32 rows",
+    )
 
 
 def good():

@@ -1,7 +1,7 @@
 """C144 rope-schema: the description of the rotary positions is incomplete or contradicts itself.
 
-Why: readers stop on a missing field, or fall back to plain rotation, with which a long text is read wrongly and calibration runs on
-other activations than serving.
+Why: readers stop on a missing field, or fall back to plain rotation, with which a long text is read wrongly and
+calibration runs on other activations than serving.
 
 Seen as:
 - transformers: ``rope_scaling` must be a dictionary with two fields`
@@ -10,9 +10,11 @@ Seen as:
 
 Do: take the block from the base model's config.json, whole.
 
-False alarms: kinds of scaling newer than this version are not judged. `type` in place of `rope_type` is the older spelling and fine.
+False alarms: kinds of scaling newer than this version are not judged. `type` in place of `rope_type` is the older
+spelling and fine.
 
-Fix safety: unsafe, and only with `--from`: the block is taken from the base model, whole. Else manual; the numbers belong to the training.
+Fix safety: unsafe, and only with `--from`: the block is taken from the base model, whole. Else manual; the numbers
+belong to the training.
 
 Sources: transformers src/transformers/modeling_rope_utils.py; meta-llama/llama3 issue 299; ml-explore/mlx-lm issue 5.
 
@@ -32,9 +34,14 @@ import math
 from doctor.lint.rule import Place, finding, rule, value_from_base
 from doctor.lint.testing import tiny
 
-REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",), "longrope": ("short_factor", "long_factor"),
-            "su": ("short_factor", "long_factor"),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+REQUIRED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "su": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @rule("C144", "error")
@@ -49,7 +56,9 @@ def rope_schema(checkpoint, spec, base):
         nested = {k: v for k, v in block.items() if isinstance(v, dict)}
         for name, part in (nested or {"": block}).items():
             for problem in _problems(part, key):
-                yield _say(spec, base, key, f"{key}/{name}" if name else key, f"{key}{'.' + name if name else ''} {problem}")
+                yield _say(
+                    spec, base, key, f"{key}/{name}" if name else key, f"{key}{'.' + name if name else ''} {problem}"
+                )
 
 
 def _problems(block, key):
@@ -66,7 +75,12 @@ def _problems(block, key):
         yield f"of type {kind!r} has no {' and no '.join(absent)}"
     factor = block.get("factor")
     if factor is not None and kind in REQUIRED:
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor) or not factor >= 1:
+        if (
+            isinstance(factor, bool)
+            or not isinstance(factor, (int, float))
+            or not math.isfinite(factor)
+            or not factor >= 1
+        ):
             yield f"has factor {factor!r}; it must be a number of 1 or more"
     short, long = block.get("short_factor"), block.get("long_factor")
     if isinstance(short, list) and isinstance(long, list) and len(short) != len(long):
@@ -77,7 +91,9 @@ def _problems(block, key):
 
 
 def _say(spec, base, key, path, message):
-    whole = value_from_base(base, "config.json", spec.at(key), spec.config[key], "take the block from the base model's config.json")
+    whole = value_from_base(
+        base, "config.json", spec.at(key), spec.config[key], "take the block from the base model's config.json"
+    )
     return finding(message, at=Place("config.json", pointer=spec.at(path)), fix=whole)
 
 

@@ -1,7 +1,7 @@
 """C145 layer-types: the list of block kinds, or the sliding window, contradicts the rest of config.json.
 
-Why: transformers stops on a list of the wrong length; other readers count from the front and give blocks the wrong attention. A window
-that is switched on without a width, or for no block, is not what the model was trained with.
+Why: transformers stops on a list of the wrong length; other readers count from the front and give blocks the wrong
+attention. A window that is switched on without a width, or for no block, is not what the model was trained with.
 
 Seen as:
 - transformers: `must be equal to the number of layer types`
@@ -9,10 +9,11 @@ Seen as:
 
 Do: after cutting or adding blocks, cut or extend layer_types with them.
 
-False alarms: sliding_window values under use_sliding_window false are leftovers that nobody reads; they are not counted.
+False alarms: sliding_window values under use_sliding_window false are leftovers that nobody reads; they are not
+counted.
 
-Fix safety: unsafe: a list that is too long is cut at its end, which is right only if the last blocks were cut; one that is too short goes on
-as it repeats. A window is taken from the base model (`--from`). Else manual.
+Fix safety: unsafe: a list that is too long is cut at its end, which is right only if the last blocks were cut; one that
+is too short goes on as it repeats. A window is taken from the base model (`--from`). Else manual.
 
 Sources: transformers src/transformers/configuration_utils.py, `layer_type_validation`; turboderp/exllamav2 issue 621.
 
@@ -39,21 +40,39 @@ def layer_types(checkpoint, spec, base):
         wanted = kinds[:n] if len(kinds) > n else _continued(kinds, n)
         fix = Fix("write one kind for each block", (), "manual")
         if wanted:
-            title = f"cut layer_types to its first {n}" if len(kinds) > n else f"continue layer_types to {n} as it repeats"
+            title = (
+                f"cut layer_types to its first {n}" if len(kinds) > n else f"continue layer_types to {n} as it repeats"
+            )
             fix = Fix(title, (SetJson("config.json", spec.at("layer_types"), wanted, kinds),), "unsafe")
-        yield finding(f"layer_types lists {len(kinds)} blocks; {spec.key_for('num_hidden_layers')} is {n}",
-                      at=Place("config.json", pointer=spec.at("layer_types"), note=f"{n} blocks"), evidence={"listed": len(kinds), "blocks": n},
-                      fix=fix)
+        yield finding(
+            f"layer_types lists {len(kinds)} blocks; {spec.key_for('num_hidden_layers')} is {n}",
+            at=Place("config.json", pointer=spec.at("layer_types"), note=f"{n} blocks"),
+            evidence={"listed": len(kinds), "blocks": n},
+            fix=fix,
+        )
     window = spec.config.get("sliding_window")
-    slides = isinstance(kinds, list) and "sliding_attention" in kinds or kinds is None and spec.config.get("use_sliding_window") is True
+    slides = (isinstance(kinds, list) and "sliding_attention" in kinds) or (
+        kinds is None and spec.config.get("use_sliding_window") is True
+    )
     if slides and "sliding_window" in spec.config and not (isinstance(window, int) and window > 0):
-        yield finding(f"blocks use a sliding window, and sliding_window is {window}", at=Place("config.json", pointer=spec.at("sliding_window")),
-                      fix=value_from_base(base, "config.json", spec.at("sliding_window"), window, "write the window's width from the base model's config.json"))
+        yield finding(
+            f"blocks use a sliding window, and sliding_window is {window}",
+            at=Place("config.json", pointer=spec.at("sliding_window")),
+            fix=value_from_base(
+                base,
+                "config.json",
+                spec.at("sliding_window"),
+                window,
+                "write the window's width from the base model's config.json",
+            ),
+        )
 
 
 def _continued(kinds, n):
     """The list made longer by its own period, [] where it has none that stands in it twice."""
-    period = next((p for p in range(1, len(kinds) // 2 + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds)))), None)
+    period = next(
+        (p for p in range(1, len(kinds) // 2 + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds)))), None
+    )
     return [kinds[i % period] for i in range(n)] if period else []
 
 

@@ -1,7 +1,7 @@
 """C146 absent-code: config.json names code of the checkpoint's own that is not there.
 
-Why: with trust_remote_code, transformers looks for the file and stops; without, it cannot know the model unless its model_type is built
-in.
+Why: with trust_remote_code, transformers looks for the file and stops; without, it cannot know the model unless its
+model_type is built in.
 
 Seen as:
 - transformers: `does not appear to have a file named configuration_`
@@ -11,7 +11,8 @@ Do: copy the .py files from where the model came from; or remove auto_map if tra
 
 False alarms: names of the form `repo--file.Class` point at another repository and are not counted.
 
-Fix safety: unsafe where this family is built into transformers: then auto_map is not needed. Doctor runs no code of a checkpoint.
+Fix safety: unsafe where this family is built into transformers: then auto_map is not needed. Doctor runs no code of a
+checkpoint.
 
 Sources: transformers src/transformers/dynamic_module_utils.py.
 
@@ -42,10 +43,21 @@ def absent_code(checkpoint, files, config, spec):
                 module = one.partition(".")[0] if isinstance(one, str) and "--" not in one else None
                 if module and f"{module}.py" not in files:
                     known = file == "config.json" and spec.family is not None and spec.family not in REMOTE_ONLY
-                    fix = (Fix("remove auto_map: transformers knows this family", (RemoveJson(file, "/auto_map", mapping),), "unsafe") if known
-                           else Fix(f"copy {module}.py from where the model came from", (), "manual"))
-                    yield finding(f"{name} is {one} in {file}; {module}.py is not there",
-                                  at=Place(file, pointer=f"/auto_map/{name}"), evidence={"module": module}, fix=fix)
+                    fix = (
+                        Fix(
+                            "remove auto_map: transformers knows this family",
+                            (RemoveJson(file, "/auto_map", mapping),),
+                            "unsafe",
+                        )
+                        if known
+                        else Fix(f"copy {module}.py from where the model came from", (), "manual")
+                    )
+                    yield finding(
+                        f"{name} is {one} in {file}; {module}.py is not there",
+                        at=Place(file, pointer=f"/auto_map/{name}"),
+                        evidence={"module": module},
+                        fix=fix,
+                    )
 
 
 def bad():

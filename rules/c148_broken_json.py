@@ -11,7 +11,8 @@ Do: look at the place that is named; a comma before a closing bracket is the mos
 
 False alarms: none known: Python's own reader refuses the same text.
 
-Fix safety: unsafe, and only with `--from`: the base's file is taken, which need not be the one that was lost. Else manual.
+Fix safety: unsafe, and only with `--from`: the base's file is taken, which need not be the one that was lost. Else
+manual.
 
 Sources: transformers src/transformers/configuration_utils.py; RFC 8259.
 
@@ -30,8 +31,17 @@ from doctor.lint.rule import Place, finding, from_base, rule
 from doctor.lint.testing import tiny
 
 # Other JSON files may be anything; no reader of models opens them.
-READ = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "vocab.json",
-        "added_tokens.json", "quantize_config.json", "preprocessor_config.json")
+READ = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "added_tokens.json",
+    "quantize_config.json",
+    "preprocessor_config.json",
+)
 
 
 @rule("C148", "error", implied_by=("F002",))
@@ -41,11 +51,17 @@ def broken_json(checkpoint, json_files, base):
         if file is None:
             continue
         if file.broken is not None:
-            yield finding(f"{name} is not JSON: {file.broken}", at=Place(name, line=file.broken.line, column=file.broken.column),
-                          fix=from_base(base, name, "correct the text at this place, or fetch the file again"))
+            yield finding(
+                f"{name} is not JSON: {file.broken}",
+                at=Place(name, line=file.broken.line, column=file.broken.column),
+                fix=from_base(base, name, "correct the text at this place, or fetch the file again"),
+            )
         elif not isinstance(file.value, dict) and not file.raw.startswith(b"version https://git-lfs"):
-            yield finding(f"{name} holds a JSON {type(file.value).__name__}; it must be an object", at=Place(name, line=1),
-                          fix=from_base(base, name, "fetch the file again"))
+            yield finding(
+                f"{name} holds a JSON {type(file.value).__name__}; it must be an object",
+                at=Place(name, line=1),
+                fix=from_base(base, name, "fetch the file again"),
+            )
 
 
 def bad():

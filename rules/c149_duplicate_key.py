@@ -6,8 +6,8 @@ Do: delete one of the two.
 
 False alarms: none known.
 
-Fix safety: safe where both values are equal; unsafe where they differ: the last one, which readers take, is kept. Manual in a file of more
-than 1 MiB.
+Fix safety: safe where both values are equal; unsafe where they differ: the last one, which readers take, is kept.
+Manual in a file of more than 1 MiB.
 
 Sources: RFC 8259 section 4: names should be unique.
 
@@ -25,7 +25,13 @@ Sources: RFC 8259 section 4: names should be unique.
 from doctor.lint.rule import CleanJson, Fix, Place, finding, rule
 from doctor.lint.testing import tiny
 
-READ = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "quantize_config.json")
+READ = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "quantize_config.json",
+)
 
 
 @rule("C149", "warning")
@@ -36,15 +42,23 @@ def duplicate_key(checkpoint, json_files):
             continue
         fix = _fix(name, file)
         for key in file.duplicates:
-            yield finding(f"{name} states {key!r} twice in one object; the last one counts", at=Place(name, pointer=_pointer(file, key)),
-                          evidence={"key": key}, fix=fix)
+            yield finding(
+                f"{name} states {key!r} twice in one object; the last one counts",
+                at=Place(name, pointer=_pointer(file, key)),
+                evidence={"key": key},
+                fix=fix,
+            )
 
 
 def _fix(name, file):
     """Keep what readers take, in the whole file: the second reading of a key is not a place of its own."""
     if not file.duplicates or file.doc is None:
         return Fix("delete one of the two", (), "manual")
-    return Fix("keep the last value of each key, which readers take", (CleanJson(name),), "unsafe" if file.doc.unlike else "safe")
+    return Fix(
+        "keep the last value of each key, which readers take",
+        (CleanJson(name),),
+        "unsafe" if file.doc.unlike else "safe",
+    )
 
 
 def _pointer(file, key):

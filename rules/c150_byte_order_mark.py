@@ -1,7 +1,7 @@
 """C150 byte-order-mark: a JSON file begins with a byte order mark.
 
-Why: Python's reader refuses a text that begins with it, so transformers cannot load the file. Editors on Windows write it when they save
-"UTF-8 with BOM".
+Why: Python's reader refuses a text that begins with it, so transformers cannot load the file. Editors on Windows write
+it when they save "UTF-8 with BOM".
 
 Seen as:
 - Python: `json.decoder.JSONDecodeError: Unexpected UTF-8 BOM (decode using utf-8-sig)`
@@ -35,7 +35,9 @@ from doctor.lint.testing import tiny
 def byte_order_mark(checkpoint, json_files):
     for name, file in json_files.items():
         if file.bom:
-            yield finding(f"{name} begins with a byte order mark (EF BB BF)", at=Place(name, byte=0), fix=_fix(name, file))
+            yield finding(
+                f"{name} begins with a byte order mark (EF BB BF)", at=Place(name, byte=0), fix=_fix(name, file)
+            )
 
 
 def _fix(name, file):

@@ -1,7 +1,7 @@
 """C151 nan-in-config: a config file holds NaN.
 
-Why: Python reads and writes NaN, the standard has no such word, and readers in C++, Rust or JavaScript stop at it. A NaN in a scale or an
-epsilon also makes every output NaN.
+Why: Python reads and writes NaN, the standard has no such word, and readers in C++, Rust or JavaScript stop at it. A
+NaN in a scale or an epsilon also makes every output NaN.
 
 Seen as:
 - tokenizers: `Exception: expected value at line`
@@ -11,7 +11,8 @@ Do: write the number, or null.
 
 False alarms: Infinity is not counted: state-space models state it as an open limit.
 
-Fix safety: unsafe, and only with `--from`: the number is taken from the base model. Else manual; the one that was meant is not in the file.
+Fix safety: unsafe, and only with `--from`: the number is taken from the base model. Else manual; the one that was meant
+is not in the file.
 
 Sources: RFC 8259 section 6.
 
@@ -40,8 +41,13 @@ def nan_in_config(checkpoint, json_files, base):
         if file is None or file.value is None or "NaN" not in file.non_standard:
             continue
         pointer = next((p for p in (file.doc.non_standard if file.doc else ()) if _is_nan(file.value, p)), None)
-        yield finding(f"{name} holds NaN at {pointer or 'an unknown place'}", at=Place(name, pointer=pointer),
-                      fix=value_from_base(base if pointer else None, name, pointer or "", float("nan"), "write the number that was meant, or null"))
+        yield finding(
+            f"{name} holds NaN at {pointer or 'an unknown place'}",
+            at=Place(name, pointer=pointer),
+            fix=value_from_base(
+                base if pointer else None, name, pointer or "", float("nan"), "write the number that was meant, or null"
+            ),
+        )
 
 
 def _is_nan(value, pointer):

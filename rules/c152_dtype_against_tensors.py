@@ -1,7 +1,7 @@
 """C152 dtype-against-tensors: config.json states another type than the weights are stored in.
 
-Why: readers cast to the stated type. From bfloat16 to float16 large values become Inf and small ones 0; from float32 the file is twice as
-large as it must be, and memory is planned for the wrong size.
+Why: readers cast to the stated type. From bfloat16 to float16 large values become Inf and small ones 0; from float32
+the file is twice as large as it must be, and memory is planned for the wrong size.
 
 Seen as:
 - PyTorch: `expected m1 and m2 to have the same dtype`
@@ -13,7 +13,8 @@ False alarms: models stored in more than one type are judged by what most of the
 
 Fix safety: safe: with the stored type stated, no value changes on loading.
 
-Sources: transformers src/transformers/modeling_utils.py (`dtype="auto"` takes the stated type); ggml-org/llama.cpp issue 14788.
+Sources: transformers src/transformers/modeling_utils.py (`dtype="auto"` takes the stated type); ggml-org/llama.cpp
+issue 14788.
 
 标题: config.json 写的数据类型与权重实际存储的不同
 
@@ -50,9 +51,12 @@ def dtype_against_tensors(checkpoint, spec, tensors, config, quantization_block)
                 continue
             plain = said.removeprefix("torch.")
             if SPELLINGS.get(plain, plain) != stored:
-                yield finding(f"{key} is {said} in config.json; the linears are stored in {stored}",
-                              at=Place("config.json", pointer=pointer, note=f"stored in {stored}"), evidence={"said": said, "stored": stored},
-                              fix=Fix(f'set "{key}": "{stored}"', (SetJson("config.json", pointer, stored, said),)))
+                yield finding(
+                    f"{key} is {said} in config.json; the linears are stored in {stored}",
+                    at=Place("config.json", pointer=pointer, note=f"stored in {stored}"),
+                    evidence={"said": said, "stored": stored},
+                    fix=Fix(f'set "{key}": "{stored}"', (SetJson("config.json", pointer, stored, said),)),
+                )
 
 
 def bad():

@@ -1,7 +1,7 @@
 """C153 stale-quantization-config: config.json says that the model is quantized, but its weights are plain.
 
-Why: readers build quantized linears and find no packed weights for them. A model that was dequantized, or a fine-tune saved from a
-quantized one, keeps the block.
+Why: readers build quantized linears and find no packed weights for them. A model that was dequantized, or a fine-tune
+saved from a quantized one, keeps the block.
 
 Seen as:
 - transformers: `Some weights of`
@@ -10,8 +10,8 @@ Seen as:
 
 Do: remove the block.
 
-False alarms: blocks that describe the cache or activations only are left alone; formats that quantize while loading (bitsandbytes and
-the like) keep plain weights on purpose and are not counted.
+False alarms: blocks that describe the cache or activations only are left alone; formats that quantize while loading
+(bitsandbytes and the like) keep plain weights on purpose and are not counted.
 
 Fix safety: safe: nothing in the files is quantized.
 
@@ -32,8 +32,34 @@ Sources: transformers src/transformers/quantizers/auto.py; vllm-project/vllm vll
 from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule
 from doctor.lint.testing import tiny
 
-PACKING = ("gptq", "gptq_marlin", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "auto-round", "fp8", "exl2", "exl3", "mxfp4", "aqlm", "hqq", "quip")
-SIGNS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".q_weight", ".trellis", ".codes", "_blocks", ".W_q", "_scale")
+PACKING = (
+    "gptq",
+    "gptq_marlin",
+    "auto_gptq",
+    "awq",
+    "awq_marlin",
+    "compressed-tensors",
+    "auto-round",
+    "fp8",
+    "exl2",
+    "exl3",
+    "mxfp4",
+    "aqlm",
+    "hqq",
+    "quip",
+)
+SIGNS = (
+    ".qweight",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".q_weight",
+    ".trellis",
+    ".codes",
+    "_blocks",
+    ".W_q",
+    "_scale",
+)
 
 
 @rule("C153", "error")
@@ -47,13 +73,23 @@ def stale_quantization_config(checkpoint, tensors, quantization_block):
         return
     if raw.get("quant_method") == "compressed-tensors" and not raw.get("config_groups"):
         return
-    yield finding(f"quantization_config names {raw['quant_method']}, but all {len(tensors):,} tensors are plain", at=Place(file, pointer=pointer),
-                  evidence={"method": raw["quant_method"]}, fix=Fix("remove quantization_config", (RemoveJson(file, pointer, raw),)))
+    yield finding(
+        f"quantization_config names {raw['quant_method']}, but all {len(tensors):,} tensors are plain",
+        at=Place(file, pointer=pointer),
+        evidence={"method": raw["quant_method"]},
+        fix=Fix("remove quantization_config", (RemoveJson(file, pointer, raw),)),
+    )
 
 
 def bad():
     case = tiny()
-    case.config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    case.config["quantization_config"] = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "zero_point": True,
+        "version": "gemm",
+    }
     return case, f"quantization_config names awq, but all {len(case.tensors)} tensors are plain"
 
 

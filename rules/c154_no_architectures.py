@@ -37,9 +37,16 @@ def no_architectures(checkpoint, config, spec):
     fix = Fix("write the model's class into architectures", (), "manual")
     if spec.family is not None and spec.text_key is None:
         value = [table("architectures")["families"][spec.family]["architecture"]]
-        fix = Fix(f'set "architectures": {value}', (SetJson("config.json", "/architectures", value, config.get("architectures", MISSING)),))
+        fix = Fix(
+            f'set "architectures": {value}',
+            (SetJson("config.json", "/architectures", value, config.get("architectures", MISSING)),),
+        )
     what = "has no architectures" if "architectures" not in config else f"has architectures {str(stated)[:40]}"
-    yield finding(f"config.json {what}; it must be a list with the model's class", at=Place("config.json", pointer="/architectures"), fix=fix)
+    yield finding(
+        f"config.json {what}; it must be a list with the model's class",
+        at=Place("config.json", pointer="/architectures"),
+        fix=fix,
+    )
 
 
 def bad():

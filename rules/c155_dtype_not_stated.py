@@ -33,14 +33,23 @@ STORED = {"F16": "float16", "BF16": "bfloat16"}
 @rule("C155", "info", implied_by=("C147",))
 def dtype_not_stated(checkpoint, spec, tensors, config):
     inner = config.get(spec.text_key) or {}
-    if any(isinstance(block.get(key), str) for block in (config, inner) for key in ("dtype", "torch_dtype")) or not spec.linears:
+    if (
+        any(isinstance(block.get(key), str) for block in (config, inner) for key in ("dtype", "torch_dtype"))
+        or not spec.linears
+    ):
         return
     kinds = {tensors[linear.tensor].dtype.name for linear in spec.linears}
     stored = STORED.get(next(iter(kinds))) if len(kinds) == 1 else None
     if stored is not None:
-        yield finding(f"config.json states no dtype; the linears are stored in {stored}", at=Place("config.json", pointer="/torch_dtype"),
-                      evidence={"stored": stored},
-                      fix=Fix(f'set "torch_dtype": "{stored}"', (SetJson("config.json", "/torch_dtype", stored, config.get("torch_dtype", MISSING)),)))
+        yield finding(
+            f"config.json states no dtype; the linears are stored in {stored}",
+            at=Place("config.json", pointer="/torch_dtype"),
+            evidence={"stored": stored},
+            fix=Fix(
+                f'set "torch_dtype": "{stored}"',
+                (SetJson("config.json", "/torch_dtype", stored, config.get("torch_dtype", MISSING)),),
+            ),
+        )
 
 
 def bad():

@@ -1,7 +1,7 @@
 """C156 malformed-size: a size in config.json is not a positive whole number.
 
-Why: sizes are lengths of axes and counts of blocks. A text, a fraction, zero or a negative number stops the reader, or builds a model of
-another shape.
+Why: sizes are lengths of axes and counts of blocks. A text, a fraction, zero or a negative number stops the reader, or
+builds a model of another shape.
 
 Seen as:
 - PyTorch: `TypeError: empty() received an invalid combination of arguments`
@@ -30,9 +30,29 @@ Sources: transformers src/transformers/configuration_utils.py.
 from doctor.lint.rule import Fix, Place, SetJson, finding, rule
 from doctor.lint.testing import tiny
 
-SIZES = ("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "num_hidden_layers", "n_layer", "n_layers",
-         "num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_kv_heads", "head_dim", "vocab_size",
-         "max_position_embeddings", "n_positions", "moe_intermediate_size", "num_local_experts", "num_experts")
+SIZES = (
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "n_positions",
+    "moe_intermediate_size",
+    "num_local_experts",
+    "num_experts",
+)
 # Zero is how a config says "none of these".
 MAY_BE_ZERO = ("moe_intermediate_size", "num_local_experts", "num_experts", "max_position_embeddings")
 
@@ -44,14 +64,18 @@ def malformed_size(checkpoint, spec):
         if value is None or isinstance(value, (list, dict)):
             continue
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if whole and (value > 0 or value == 0 and key in MAY_BE_ZERO or key == "max_position_embeddings"):
+        if whole and (value > 0 or (value == 0 and key in MAY_BE_ZERO) or key == "max_position_embeddings"):
             continue
         right = _number(value)
         fix = Fix("write the size that the weights have", (), "manual")
         if right is not None:
             fix = Fix(f'set "{key}": {right}', (SetJson("config.json", spec.at(key), right, value),))
-        yield finding(f"{key} is {value!r} in config.json; it must be a positive whole number", at=Place("config.json", pointer=spec.at(key)),
-                      evidence={"value": str(value)}, fix=fix)
+        yield finding(
+            f"{key} is {value!r} in config.json; it must be a positive whole number",
+            at=Place("config.json", pointer=spec.at(key)),
+            evidence={"value": str(value)},
+            fix=fix,
+        )
 
 
 def _number(value):

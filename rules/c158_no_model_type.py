@@ -33,16 +33,25 @@ from doctor.lint.testing import tiny
 def no_model_type(checkpoint, config, spec):
     if isinstance(config.get("model_type"), str) and config["model_type"]:
         return
-    known = {f["model_type"] for f in table("architectures")["families"].values() if f["architecture"] == spec.architecture}
+    known = {
+        f["model_type"] for f in table("architectures")["families"].values() if f["architecture"] == spec.architecture
+    }
     # Some families borrow another's class (InternLM3 runs as LlamaForCausalLM); the class's own family has its name.
     own = {k for k in known if spec.architecture.lower() == f"{k.replace('_', '')}forcausallm"}
     known = own if len(own) == 1 else known
     fix = Fix("write the model_type of the base model", (), "manual")
     if len(known) == 1:
         kind = known.pop()
-        fix = Fix(f'set "model_type": "{kind}"', (SetJson("config.json", "/model_type", kind, config.get("model_type", MISSING)),))
-    yield finding("config.json has no model_type", at=Place("config.json", pointer="/model_type"),
-                  evidence={"architecture": spec.architecture}, fix=fix)
+        fix = Fix(
+            f'set "model_type": "{kind}"',
+            (SetJson("config.json", "/model_type", kind, config.get("model_type", MISSING)),),
+        )
+    yield finding(
+        "config.json has no model_type",
+        at=Place("config.json", pointer="/model_type"),
+        evidence={"architecture": spec.architecture},
+        fix=fix,
+    )
 
 
 def bad():

@@ -1,7 +1,7 @@
 """C159 rope-scale-unread: linear rotary scaling stands in config.json, and the converter named does not read it there.
 
-Why: ExLlamaV2's converter takes the scale from its own option. Without it, calibration runs on positions that the model was not trained
-for, and the quantized layers fit other activations than serving has.
+Why: ExLlamaV2's converter takes the scale from its own option. Without it, calibration runs on positions that the model
+was not trained for, and the quantized layers fit other activations than serving has.
 
 Do: give the converter the factor: `-rs FACTOR`.
 
@@ -37,8 +37,12 @@ def rope_scale_unread(checkpoint, spec, recipe):
             continue
         kind, factor = block.get("rope_type", block.get("type")), block.get("factor")
         if kind in UNREAD.get(recipe.runtime, ()) and isinstance(factor, (int, float)) and factor != 1:
-            yield finding(f"{key} of type {kind!r} has factor {factor}; {recipe.runtime} does not read it when it converts",
-                          at=Place("config.json", pointer=spec.at(key)), evidence={"factor": factor}, advice=f"give its converter -rs {factor}")
+            yield finding(
+                f"{key} of type {kind!r} has factor {factor}; {recipe.runtime} does not read it when it converts",
+                at=Place("config.json", pointer=spec.at(key)),
+                evidence={"factor": factor},
+                advice=f"give its converter -rs {factor}",
+            )
             return
 
 

@@ -1,7 +1,7 @@
 """F001 truncated-shard: a weight file is shorter than its own header says.
 
-Why: a download or copy stopped early. The format has no checksum, but it states every tensor's place, so the loss is certain; every
-reader refuses the whole file.
+Why: a download or copy stopped early. The format has no checksum, but it states every tensor's place, so the loss is
+certain; every reader refuses the whole file.
 
 Seen as:
 - huggingface_hub: `Consistency check failed: file should be of size`
@@ -16,9 +16,9 @@ Do: fetch this one file again and compare its size with the source's.
 
 False alarms: none known.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
-shard with the same hash, or the part that is left. Unsafe where nothing does.
-Without `--from` manual; the missing bytes are not on this disk.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
+pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
+the missing bytes are not on this disk.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `read_metadata`.
 
@@ -51,8 +51,12 @@ def truncated_shard(shard, base):
         evidence = {"bytes": shard.size, "needed": need, "tensors": len(cut)}
     else:
         what, evidence = f"{shard.name} ends inside its header: {short[0].detail}", {"bytes": shard.size}
-    yield finding(what, at=Place(shard.name, byte=shard.size), evidence=evidence,
-                  fix=from_base(base, shard.name, f"download or copy {shard.name} again"))
+    yield finding(
+        what,
+        at=Place(shard.name, byte=shard.size),
+        evidence=evidence,
+        fix=from_base(base, shard.name, f"download or copy {shard.name} again"),
+    )
 
 
 def bad():

@@ -12,9 +12,9 @@ Do: run `git lfs install` and `git lfs pull` in the clone, or fetch the model wi
 
 False alarms: none known: the text begins with `version https://git-lfs`.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
-shard with the same hash, or the part that is left. Unsafe where nothing does.
-Without `--from` manual; the data are elsewhere.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
+pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
+the data are elsewhere.
 
 Sources: git-lfs docs/spec.md; safetensors safetensors/src/tensor.rs (0.8).
 
@@ -42,8 +42,12 @@ def lfs_pointer(checkpoint, shards, json_files, base):
     found |= {name for name, file in json_files.items() if file.raw.startswith(POINTER)}
     for name in sorted(found):
         size = checkpoint.entries[name].size
-        yield finding(f"{name} is a git-lfs pointer of {size:,} bytes, not the file it points to", at=Place(name),
-                      evidence={"bytes": size}, fix=from_base(base, name, "run `git lfs pull`, or download the file again"))
+        yield finding(
+            f"{name} is a git-lfs pointer of {size:,} bytes, not the file it points to",
+            at=Place(name),
+            evidence={"bytes": size},
+            fix=from_base(base, name, "run `git lfs pull`, or download the file again"),
+        )
 
 
 def bad():

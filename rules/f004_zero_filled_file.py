@@ -10,9 +10,9 @@ Do: fetch the file again.
 
 False alarms: none known: eight zero bytes say that the header is empty, which no writer produces.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
-shard with the same hash, or the part that is left. Unsafe where nothing does.
-Without `--from` manual; the data are elsewhere.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
+pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
+the data are elsewhere.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8): N = 0 is invalid JSON.
 
@@ -36,8 +36,12 @@ from doctor.lint.testing import tiny
 def zero_filled_file(shard, base):
     for defect in shard.defects:
         if defect.kind == "zero-filled":
-            yield finding(f"{shard.name}: {defect.detail}", at=Place(shard.name, byte=0), evidence={"bytes": shard.size},
-                          fix=from_base(base, shard.name, f"download or copy {shard.name} again"))
+            yield finding(
+                f"{shard.name}: {defect.detail}",
+                at=Place(shard.name, byte=0),
+                evidence={"bytes": shard.size},
+                fix=from_base(base, shard.name, f"download or copy {shard.name} again"),
+            )
 
 
 def bad():

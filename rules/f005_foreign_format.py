@@ -1,7 +1,7 @@
 """F005 foreign-format: a file called .safetensors holds another format.
 
-Why: somebody renamed a PyTorch or GGUF file. Readers take the first eight bytes for a length and refuse; a reader that falls back to
-unpickling would run code from the file.
+Why: somebody renamed a PyTorch or GGUF file. Readers take the first eight bytes for a length and refuse; a reader that
+falls back to unpickling would run code from the file.
 
 Seen as:
 - safetensors: `Error while deserializing header: HeaderTooLarge`
@@ -11,9 +11,9 @@ Do: convert the file on a machine where you may run its code, or fetch the safet
 
 False alarms: none known: the first bytes name the format.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
-shard with the same hash, or the part that is left. Unsafe where nothing does.
-Without `--from` manual; a pickle is never opened here.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
+pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
+a pickle is never opened here.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8); Python docs of `pickle`, warning on untrusted data.
 
@@ -38,8 +38,14 @@ from doctor.lint.testing import tiny
 def foreign_format(shard, base):
     for defect in shard.defects:
         if defect.kind in ("pickle", "gguf"):
-            yield finding(f"{shard.name} is {defect.detail}", at=Place(shard.name, byte=0), evidence={"kind": defect.kind},
-                          fix=from_base(base, shard.name, "take the safetensors file from the model's page; doctor never unpickles"))
+            yield finding(
+                f"{shard.name} is {defect.detail}",
+                at=Place(shard.name, byte=0),
+                evidence={"kind": defect.kind},
+                fix=from_base(
+                    base, shard.name, "take the safetensors file from the model's page; doctor never unpickles"
+                ),
+            )
 
 
 def bad():

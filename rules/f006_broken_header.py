@@ -1,6 +1,7 @@
 """F006 broken-header: a weight file's header cannot be read.
 
-Why: without the header no tensor has a name, a type or a place. A damaged disk, a text-mode transfer or a wrong tool wrote it.
+Why: without the header no tensor has a name, a type or a place. A damaged disk, a text-mode transfer or a wrong tool
+wrote it.
 
 Seen as:
 - safetensors: `Error while deserializing header: invalid JSON in header`
@@ -14,9 +15,9 @@ Do: fetch the file again; if the source is broken too, write it again with safet
 
 False alarms: none known: the format's own reader refuses the same files.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
-shard with the same hash, or the part that is left. Unsafe where nothing does.
-Without `--from` manual; names and places of tensors are not invented.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
+pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
+names and places of tensors are not invented.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8).
 
@@ -44,8 +45,12 @@ KINDS = ("header-length", "header-json", "metadata", "unreadable")
 def broken_header(shard, base):
     for defect in shard.defects:
         if defect.kind in KINDS:
-            yield finding(f"{shard.name}: {defect.detail}", at=Place(shard.name, byte=0), evidence={"kind": defect.kind},
-                          fix=from_base(base, shard.name, f"download or copy {shard.name} again"))
+            yield finding(
+                f"{shard.name}: {defect.detail}",
+                at=Place(shard.name, byte=0),
+                evidence={"kind": defect.kind},
+                fix=from_base(base, shard.name, f"download or copy {shard.name} again"),
+            )
 
 
 def bad():

@@ -8,13 +8,14 @@ Seen as:
 - ExLlamaV3: `data_offsets span`
 - safetensors: `Error while deserializing header: TensorInvalidInfo`
 
-Do: fetch the file again, or save the model again with the tool that wrote it. An unknown dtype needs a newer safetensors.
+Do: fetch the file again, or save the model again with the tool that wrote it. An unknown dtype needs a newer
+safetensors.
 
 False alarms: a dtype that was added to the format after this version of doctor.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
-shard with the same hash, or the part that is left. Unsafe where nothing does.
-Without `--from` manual; which of the three lies is not known.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
+pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
+which of the three lies is not known.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 
@@ -40,8 +41,12 @@ KINDS = ("entry", "dtype", "shape", "offsets", "size")
 def lying_entry(shard, base):
     for defect in shard.defects:
         if defect.kind in KINDS:
-            yield finding(f"{defect.tensor}: {defect.detail}", at=Place(shard.name, tensor=defect.tensor), evidence={"kind": defect.kind},
-                          fix=from_base(base, shard.name, f"download {shard.name} again, or save the model again"))
+            yield finding(
+                f"{defect.tensor}: {defect.detail}",
+                at=Place(shard.name, tensor=defect.tensor),
+                evidence={"kind": defect.kind},
+                fix=from_base(base, shard.name, f"download {shard.name} again, or save the model again"),
+            )
 
 
 def bad():
@@ -49,7 +54,9 @@ def bad():
     name, (n, k) = case.name("down"), case.down().shape
     raw = shard_bytes({t: case.tensors[t] for t in sorted(case.tensors)}, case.dtypes)
     at = raw.index(f'"{name}"'.encode())
-    case.files["model.safetensors"] = raw[:at] + raw[at:].replace(f"[{n},{k}]".encode(), f"[{n},{k + 1}]".encode().ljust(len(f"[{n},{k}]")), 1)
+    case.files["model.safetensors"] = raw[:at] + raw[at:].replace(
+        f"[{n},{k}]".encode(), f"[{n},{k + 1}]".encode().ljust(len(f"[{n},{k}]")), 1
+    )
     return case, f"{name}: BF16 [{n}, {k + 1}] takes {2 * n * (k + 1):,} bytes, data_offsets span {2 * n * k:,}"
 
 

@@ -10,9 +10,9 @@ Do: fetch the file again, or save the model again with safetensors' own writer.
 
 False alarms: none known. Tied weights are stored once under one name, never as two names on one range.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
-shard with the same hash, or the part that is left. Unsafe where nothing does.
-Without `--from` manual; which tensor owns the bytes is not known.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
+pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
+which tensor owns the bytes is not known.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 
@@ -36,8 +36,11 @@ from doctor.lint.testing import shard_bytes, tiny
 def overlapping_tensors(shard, base):
     for defect in shard.defects:
         if defect.kind == "overlap":
-            yield finding(f"{defect.tensor} {defect.detail}", at=Place(shard.name, tensor=defect.tensor, byte=defect.offset),
-                          fix=from_base(base, shard.name, f"download {shard.name} again, or save the model again"))
+            yield finding(
+                f"{defect.tensor} {defect.detail}",
+                at=Place(shard.name, tensor=defect.tensor, byte=defect.offset),
+                fix=from_base(base, shard.name, f"download {shard.name} again, or save the model again"),
+            )
 
 
 def _last_range_moved_onto_the_first(case):

@@ -7,13 +7,14 @@ Seen as:
 - transformers: `does not appear to have a file named`
 - safetensors: `FileNotFoundError: No such file or directory: "model-`
 
-Do: fetch the named file. Where only the index is old, delete it and let doctor write it anew from the files that are there.
+Do: fetch the named file. Where only the index is old, delete it and let doctor write it anew from the files that are
+there.
 
 False alarms: a directory that holds one part of a model on purpose.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
-shard with the same hash, or the part that is left. Unsafe where nothing does.
-Without `--from` manual; an index without these tensors would only hide the loss.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
+pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
+an index without these tensors would only hide the loss.
 
 Sources: transformers src/transformers/modeling_utils.py, `load_state_dict`.
 
@@ -41,8 +42,12 @@ def missing_shard(checkpoint, missing_shards, base):
         lost = [t for t, file in checkpoint.weight_map.items() if file == name]
         noun = "tensor" if len(lost) == 1 else "tensors"
         pointer = f"/weight_map/{lost[0].replace('~', '~0').replace('/', '~1')}" if lost else None
-        yield finding(f"{name} is not there; the index places {len(lost):,} {noun} in it", at=Place(INDEX, pointer=pointer),
-                      evidence={"file": name, "tensors": len(lost)}, fix=from_base(base, name, f"fetch {name}"))
+        yield finding(
+            f"{name} is not there; the index places {len(lost):,} {noun} in it",
+            at=Place(INDEX, pointer=pointer),
+            evidence={"file": name, "tensors": len(lost)},
+            fix=from_base(base, name, f"fetch {name}"),
+        )
 
 
 def bad():

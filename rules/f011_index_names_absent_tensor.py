@@ -1,6 +1,7 @@
 """F011 index-names-absent-tensor: the index places a tensor in a file that does not hold it, nor does any other.
 
-Why: the weight is lost, or the index is of another revision. transformers fills the gap with random numbers and prints one line.
+Why: the weight is lost, or the index is of another revision. transformers fills the gap with random numbers and prints
+one line.
 
 Seen as:
 - transformers: `were not initialized from the model checkpoint at`
@@ -39,10 +40,13 @@ def index_names_absent_tensor(checkpoint, weight_map, shards):
     for name, file in (weight_map or {}).items():
         if name not in held:
             pointer = "/weight_map/" + name.replace("~", "~0").replace("/", "~1")
-            yield finding(f"the index places {name} in {file}, but no shard holds it", at=Place(INDEX, pointer=pointer),
-                          evidence={"tensor": name, "file": file},
-                          fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),), "unsafe"),
-                          advice="fetch index and shards of one revision; rebuild only if the tensor was dropped on purpose")
+            yield finding(
+                f"the index places {name} in {file}, but no shard holds it",
+                at=Place(INDEX, pointer=pointer),
+                evidence={"tensor": name, "file": file},
+                fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),), "unsafe"),
+                advice="fetch index and shards of one revision; rebuild only if the tensor was dropped on purpose",
+            )
 
 
 def bad():
@@ -51,7 +55,9 @@ def bad():
 
     def plant(folder):
         path = folder / INDEX
-        text = path.read_text().replace('"weight_map": {', '"weight_map": {\n    "model.extra.weight": "model-00001-of-00002.safetensors",')
+        text = path.read_text().replace(
+            '"weight_map": {', '"weight_map": {\n    "model.extra.weight": "model-00001-of-00002.safetensors",'
+        )
         path.write_text(text)
 
     case.damage.append(plant)

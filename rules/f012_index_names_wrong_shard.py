@@ -1,7 +1,7 @@
 """F012 index-names-wrong-shard: the index places a tensor in one file, and another file holds it.
 
-Why: transformers reads every listed file and does not notice; vLLM and tools that read tensor by tensor follow the index and stop, or
-lose the tensor.
+Why: transformers reads every listed file and does not notice; vLLM and tools that read tensor by tensor follow the
+index and stop, or lose the tensor.
 
 Seen as:
 - safetensors: `SafetensorError: File does not contain tensor`
@@ -41,9 +41,12 @@ def index_names_wrong_shard(checkpoint, weight_map, shards):
     for name, file in (weight_map or {}).items():
         if name in held and file in shards and file not in held[name] and not shards[file].defects:
             pointer = "/weight_map/" + name.replace("~", "~0").replace("/", "~1")
-            yield finding(f"the index places {name} in {file}; it is in {held[name][0]}", at=Place(INDEX, pointer=pointer),
-                          evidence={"tensor": name, "said": file, "is": held[name][0]},
-                          fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),)))
+            yield finding(
+                f"the index places {name} in {file}; it is in {held[name][0]}",
+                at=Place(INDEX, pointer=pointer),
+                evidence={"tensor": name, "said": file, "is": held[name][0]},
+                fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),)),
+            )
 
 
 def bad():

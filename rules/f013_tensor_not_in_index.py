@@ -35,9 +35,12 @@ def tensor_not_in_index(checkpoint, weight_map, shards):
     for file, shard in shards.items():
         for info in shard.tensors:
             if info.name not in weight_map:
-                yield finding(f"{info.name} is in {file} but not in the index", at=Place(INDEX, pointer="/weight_map", note=info.name),
-                              evidence={"tensor": info.name, "file": file},
-                              fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),)))
+                yield finding(
+                    f"{info.name} is in {file} but not in the index",
+                    at=Place(INDEX, pointer="/weight_map", note=info.name),
+                    evidence={"tensor": info.name, "file": file},
+                    fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),)),
+                )
 
 
 def bad():

@@ -1,7 +1,7 @@
 """F014 index-total-size: the index states another number of bytes than the shards hold.
 
-Why: readers take the figure for planning memory only, so nothing breaks; but it differs from the truth only when index and shards are
-not of one revision, or a tool forgot to recount.
+Why: readers take the figure for planning memory only, so nothing breaks; but it differs from the truth only when index
+and shards are not of one revision, or a tool forgot to recount.
 
 Do: rebuild the index; if the difference is large, compare the shards with their source first.
 
@@ -37,9 +37,12 @@ def index_total_size(checkpoint, weight_map, shards):
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     holds = sum(info.nbytes for shard in shards.values() for info in shard.tensors)
     if isinstance(said, (int, float)) and said != holds:
-        yield finding(f"the index states {said:,} bytes of tensors, the shards hold {holds:,}",
-                      at=Place(INDEX, pointer="/metadata/total_size", note=f"{holds:,}"), evidence={"said": said, "holds": holds},
-                      fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),)))
+        yield finding(
+            f"the index states {said:,} bytes of tensors, the shards hold {holds:,}",
+            at=Place(INDEX, pointer="/metadata/total_size", note=f"{holds:,}"),
+            evidence={"said": said, "holds": holds},
+            fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),)),
+        )
 
 
 def bad():

@@ -44,14 +44,28 @@ def broken_index(checkpoint, json_files):
     value = file.value
     mapping = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(mapping, dict):
-        yield finding(f"{INDEX} has no weight_map; it must map each tensor to its file", at=Place(INDEX, pointer=""), fix=fix)
+        yield finding(
+            f"{INDEX} has no weight_map; it must map each tensor to its file", at=Place(INDEX, pointer=""), fix=fix
+        )
         return
     if not isinstance(value.get("metadata"), dict):
-        yield finding(f"{INDEX} has no metadata; transformers stops with KeyError: 'metadata'", at=Place(INDEX, pointer=""), fix=fix)
-    odd = [name for name, where in mapping.items() if not isinstance(where, str) or "/" in where or "\\" in where or where.startswith("..")]
+        yield finding(
+            f"{INDEX} has no metadata; transformers stops with KeyError: 'metadata'",
+            at=Place(INDEX, pointer=""),
+            fix=fix,
+        )
+    odd = [
+        name
+        for name, where in mapping.items()
+        if not isinstance(where, str) or "/" in where or "\\" in where or where.startswith("..")
+    ]
     if odd:
-        yield finding(f"{len(odd):,} entries of weight_map are not file names, the first is {odd[0]} -> {str(mapping[odd[0]])[:60]!r}",
-                      at=Place(INDEX, pointer="/weight_map"), evidence={"entries": len(odd)}, fix=fix)
+        yield finding(
+            f"{len(odd):,} entries of weight_map are not file names, the first is {odd[0]} -> {str(mapping[odd[0]])[:60]!r}",
+            at=Place(INDEX, pointer="/weight_map"),
+            evidence={"entries": len(odd)},
+            fix=fix,
+        )
 
 
 def bad():

@@ -1,14 +1,14 @@
 """F016 tensor-in-two-shards: two weight files hold a tensor of the same name.
 
-Why: which one a model gets depends on the reader: the one the index names, the first file, or the last. Where the two differ, two
-programs run two models.
+Why: which one a model gets depends on the reader: the one the index names, the first file, or the last. Where the two
+differ, two programs run two models.
 
 Do: find out which file is right. If all names of one file stand twice, that file is a leftover; delete it.
 
 False alarms: none known; files that the index does not list are not counted here (F017).
 
-Fix safety: safe where the copies are equal, bit by bit: one is dropped, and the one that the index names stays. Where they differ, only by
-name: the one that the index names is kept. Without an index that names one, manual.
+Fix safety: safe where the copies are equal, bit by bit: one is dropped, and the one that the index names stays. Where
+they differ, only by name: the one that the index names is kept. Without an index that names one, manual.
 
 Sources: transformers src/transformers/modeling_utils.py loads file after file, so that the last wins; vllm-project/vllm
 vllm/model_executor/model_loader/weight_utils.py goes by the index.
@@ -34,8 +34,12 @@ def tensor_in_two_shards(checkpoint, copies, weight_map, every_digests=None):
         files = [info.shard for info in infos]
         equal = _equal(infos, (every_digests or {}).get(name, {}))
         rest = f" and {len(files) - 2} more files" if len(files) > 2 else ""
-        yield finding(f"{name} is in {files[0]} and in {files[1]}{rest}", at=Place(files[0], tensor=name), evidence={"files": ", ".join(files)},
-                      fix=_fix(name, files, equal, (weight_map or {}).get(name)))
+        yield finding(
+            f"{name} is in {files[0]} and in {files[1]}{rest}",
+            at=Place(files[0], tensor=name),
+            evidence={"files": ", ".join(files)},
+            fix=_fix(name, files, equal, (weight_map or {}).get(name)),
+        )
 
 
 def _equal(infos, digests):

@@ -1,7 +1,8 @@
-"""F017 stale-weights: beside the shards of the index lies another set of weights under a name that readers look for first.
+"""F017 stale-weights: beside the shards of the index lies another set of weights under a name that readers look for
+first.
 
-Why: transformers prefers a single model.safetensors to an index, others read every *.safetensors. So one directory is two models, and
-an old file quietly wins.
+Why: transformers prefers a single model.safetensors to an index, others read every *.safetensors. So one directory is
+two models, and an old file quietly wins.
 
 Do: move the file that does not belong away. The index lists those that do.
 
@@ -9,8 +10,8 @@ False alarms: Mistral's consolidated.safetensors and other names that no reader 
 
 Fix safety: unsafe: the copy does not get the file; the source keeps it. It may be the newer one of the two.
 
-Sources: transformers src/transformers/modeling_utils.py, `_get_resolved_checkpoint_files`: model.safetensors before its index;
-AutoGPTQ issue 306 (a stale file mixed with a new index gave NaN).
+Sources: transformers src/transformers/modeling_utils.py, `_get_resolved_checkpoint_files`: model.safetensors before its
+index; AutoGPTQ issue 306 (a stale file mixed with a new index gave NaN).
 
 标题: 除索引所列分片外，还有另一套权重，且文件名会被优先读取
 
@@ -40,9 +41,13 @@ def stale_weights(checkpoint, files, weight_map):
     for name in sorted(files):
         if LOOKED_FOR.match(name) and name not in listed:
             first = " and transformers reads it first" if name == "model.safetensors" else ""
-            yield finding(f"{name} ({files[name].size:,} bytes) is not in the index{first}", at=Place(name),
-                          evidence={"bytes": files[name].size}, fix=Fix(f"leave {name} out", (DropFile(name),), "unsafe"),
-                          advice=f"move {name} away if it belongs to an older save")
+            yield finding(
+                f"{name} ({files[name].size:,} bytes) is not in the index{first}",
+                at=Place(name),
+                evidence={"bytes": files[name].size},
+                fix=Fix(f"leave {name} out", (DropFile(name),), "unsafe"),
+                advice=f"move {name} away if it belongs to an older save",
+            )
 
 
 def bad():

@@ -1,7 +1,7 @@
 """F018 shards-without-index: weight files are numbered as parts of a set, but no index says what is in which.
 
-Why: transformers and most tools look for model.safetensors or for the index, find neither, and say that there are no weights. A part
-that is absent goes unnoticed.
+Why: transformers and most tools look for model.safetensors or for the index, find neither, and say that there are no
+weights. A part that is absent goes unnoticed.
 
 Seen as:
 - transformers: `no file named pytorch_model.bin, model.safetensors`
@@ -43,17 +43,25 @@ def shards_without_index(checkpoint, files, weight_map):
     for match in filter(None, map(PART.match, files)):
         sets.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
     for (stem, total), have in sets.items():
-        if f"{stem}.safetensors" in files or stem != "model" and "model.safetensors" in files:
+        if f"{stem}.safetensors" in files or (stem != "model" and "model.safetensors" in files):
             continue
         lost = sorted(set(range(1, total + 1)) - have)
         first = f"{stem}-{min(have):05d}-of-{total:05d}.safetensors"
         if lost:
             numbers = ", ".join(map(str, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
-            yield finding(f"{len(have)} of {total} parts of {stem} are there and no index; absent: {numbers}", at=Place(first),
-                          evidence={"present": len(have), "total": total}, fix=Fix("fetch the absent parts and the index", (), "manual"))
+            yield finding(
+                f"{len(have)} of {total} parts of {stem} are there and no index; absent: {numbers}",
+                at=Place(first),
+                evidence={"present": len(have), "total": total},
+                fix=Fix("fetch the absent parts and the index", (), "manual"),
+            )
         else:
-            yield finding(f"{total} parts of {stem} are there, but no {INDEX}", at=Place(first), evidence={"total": total},
-                          fix=Fix("write the index from the shards' headers", (RebuildIndex(),)))
+            yield finding(
+                f"{total} parts of {stem} are there, but no {INDEX}",
+                at=Place(first),
+                evidence={"total": total},
+                fix=Fix("write the index from the shards' headers", (RebuildIndex(),)),
+            )
 
 
 def bad():

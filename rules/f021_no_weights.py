@@ -12,7 +12,8 @@ False alarms: directories that are meant to hold a configuration only.
 
 Fix safety: unsafe, and only with `--from`: a base's weights are its own, not those of a fine-tune. Else manual.
 
-Sources: transformers src/transformers/modeling_utils.py; vllm-project/vllm vllm/model_executor/model_loader/default_loader.py.
+Sources: transformers src/transformers/modeling_utils.py; vllm-project/vllm
+vllm/model_executor/model_loader/default_loader.py.
 
 标题: 没有任何一种权重文件
 
@@ -36,8 +37,12 @@ INDEX = "model.safetensors.index.json"
 def no_weights(checkpoint, files, shards, base):
     if any(name.endswith(WEIGHTS) for name in files):
         return
-    yield finding(f"none of {len(files)} files holds weights", at=Place("model.safetensors"), evidence={"files": len(files)},
-                  fix=_from_base(base))
+    yield finding(
+        f"none of {len(files)} files holds weights",
+        at=Place("model.safetensors"),
+        evidence={"files": len(files)},
+        fix=_from_base(base),
+    )
 
 
 def _from_base(base):

@@ -1,7 +1,7 @@
 """F024 unfinished-download: a downloader's working file still lies in the directory.
 
-Why: these files are renamed or deleted when the download ends. While one is there, some file is not whole, even if its size is right:
-aria2 reserves the full size first.
+Why: these files are renamed or deleted when the download ends. While one is there, some file is not whole, even if its
+size is right: aria2 reserves the full size first.
 
 Do: start the download again; it goes on where it stopped. If it did end, delete the working file.
 
@@ -32,9 +32,13 @@ ENDINGS = (".incomplete", ".aria2", ".part", ".partial", ".crdownload", ".downlo
 def unfinished_download(checkpoint, files):
     for name in sorted(files):
         if name.endswith(ENDINGS):
-            yield finding(f"{name} ({files[name].size:,} bytes) is what a download leaves before it is done", at=Place(name),
-                          evidence={"bytes": files[name].size}, fix=Fix(f"leave {name} out", (DropFile(name),), "unsafe", by_name=True),
-                          advice="finish the download, or delete the working file")
+            yield finding(
+                f"{name} ({files[name].size:,} bytes) is what a download leaves before it is done",
+                at=Place(name),
+                evidence={"bytes": files[name].size},
+                fix=Fix(f"leave {name} out", (DropFile(name),), "unsafe", by_name=True),
+                advice="finish the download, or delete the working file",
+            )
 
 
 def bad():

@@ -1,7 +1,7 @@
 """F025 duplicate-tensor-name: a header names a tensor twice.
 
-Why: JSON readers keep the last of two equal keys, so the first one's bytes are lost without a word; where the two ranges differ, the
-format's reader refuses the file for the hole.
+Why: JSON readers keep the last of two equal keys, so the first one's bytes are lost without a word; where the two
+ranges differ, the format's reader refuses the file for the hole.
 
 Seen as:
 - safetensors: `Error while deserializing header: invalid offset for tensor`
@@ -10,9 +10,9 @@ Do: save the model again with safetensors' own writer, or fetch the file again.
 
 False alarms: none known.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs pointer, another
-shard with the same hash, or the part that is left. Unsafe where nothing does.
-Without `--from` manual; which of the two is meant is not known.
+Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
+pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
+which of the two is meant is not known.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8); tried: the same name twice on one range is accepted.
 
@@ -37,9 +37,11 @@ from doctor.lint.testing import shard_bytes, tiny
 def duplicate_tensor_name(shard, base):
     for defect in shard.defects:
         if defect.kind == "duplicate-name":
-            yield finding(f"{defect.tensor} stands twice in the header of {shard.name}; readers keep the last",
-                          at=Place(shard.name, tensor=defect.tensor),
-                          fix=from_base(base, shard.name, f"download {shard.name} again, or save the model again"))
+            yield finding(
+                f"{defect.tensor} stands twice in the header of {shard.name}; readers keep the last",
+                at=Place(shard.name, tensor=defect.tensor),
+                fix=from_base(base, shard.name, f"download {shard.name} again, or save the model again"),
+            )
 
 
 def bad():

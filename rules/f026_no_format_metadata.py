@@ -1,17 +1,18 @@
 """F026 no-format-metadata: a weight file does not say which framework wrote it.
 
-Why: transformers before version 5 demands `"format": "pt"` in the header and stops without it; newer ones and all other readers do not
-look.
+Why: transformers before version 5 demands `"format": "pt"` in the header and stops without it; newer ones and all other
+readers do not look.
 
 Seen as:
 - transformers: `does not contain the valid metadata. Make sure you save your model with the `save_pretrained` method`
 
-Do: nothing for current tools. For transformers 4, save again with `save_file(tensors, path, metadata={"format": "pt"})`. Whatever
-doctor writes has it.
+Do: nothing for current tools. For transformers 4, save again with `save_file(tensors, path, metadata={"format":
+"pt"})`. Whatever doctor writes has it.
 
 False alarms: files that only programs of your own read.
 
-Fix safety: nothing but the header changes, but only by name: a header is rewritten together with its file, however large.
+Fix safety: nothing but the header changes, but only by name: a header is rewritten together with its file, however
+large.
 
 Sources: transformers 4.57 src/transformers/modeling_utils.py, `load_state_dict`; tried with 5.23: loads.
 
@@ -40,9 +41,13 @@ def no_format_metadata(checkpoint, shards):
     if without:
         what = without[0] if len(without) == 1 else f"{len(without)} of {len(shards)} weight files"
         verb = "has" if len(without) == 1 else "have"
-        yield finding(f"{what} {verb} no format in the metadata; transformers 4 refuses that", at=Place(without[0], byte=8),
-                      evidence={"files": len(without)},
-                      fix=Fix("write the format into the header", tuple(NameFormat(n) for n in without), "unsafe", by_name=True), advice="save again with metadata={'format': 'pt'} if transformers 4 must read it")
+        yield finding(
+            f"{what} {verb} no format in the metadata; transformers 4 refuses that",
+            at=Place(without[0], byte=8),
+            evidence={"files": len(without)},
+            fix=Fix("write the format into the header", tuple(NameFormat(n) for n in without), "unsafe", by_name=True),
+            advice="save again with metadata={'format': 'pt'} if transformers 4 must read it",
+        )
 
 
 def bad():

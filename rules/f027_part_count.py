@@ -1,15 +1,16 @@
 """F027 part-count: the names of the shards say another number of parts than the index uses.
 
-Why: in `model-00002-of-00007.safetensors` the 7 is the number of parts that were saved. An index that names fewer has lost some, and one
-that mixes two numbers joins parts of two saves: the blocks are then of two models.
+Why: in `model-00002-of-00007.safetensors` the 7 is the number of parts that were saved. An index that names fewer has
+lost some, and one that mixes two numbers joins parts of two saves: the blocks are then of two models.
 
 Do: fetch the index and the shards from one save; where shards were merged or split by hand, name them anew.
 
-False alarms: a tool that drops a shard which no tensor is left in, and keeps the others' names. The weights are then whole.
+False alarms: a tool that drops a shard which no tensor is left in, and keeps the others' names. The weights are then
+whole.
 
-Fix safety: safe where all names say one number and every tensor that config.json asks for is there: then nothing was lost, the parts are
-numbered anew and the index follows; files are linked, not a byte of a weight is written. Where the names say two numbers, it goes by
-name, because the parts may be of two saves. Else manual.
+Fix safety: safe where all names say one number and every tensor that config.json asks for is there: then nothing was
+lost, the parts are numbered anew and the index follows; files are linked, not a byte of a weight is written. Where the
+names say two numbers, it goes by name, because the parts may be of two saves. Else manual.
 
 Sources: huggingface/huggingface_hub src/huggingface_hub/serialization/_base.py.
 
@@ -45,22 +46,32 @@ def part_count(checkpoint, weight_map, files, shards, placement=None):
         have, totals = {number for number, _, _ in parts}, sorted({total for _, total, _ in parts})
         if len(totals) > 1 or have != set(range(1, totals[-1] + 1)):
             said = " and ".join(f"of {n}" for n in totals)
-            yield finding(f"the index uses {len(parts)} parts of {stem}, whose names say {said}",
-                          at=Place(INDEX, pointer="/weight_map"), evidence={"used": len(have), "said": totals},
-                          fix=_number(stem, sorted(parts), len(totals) == 1, files, shards) if whole else BY_HAND)
+            yield finding(
+                f"the index uses {len(parts)} parts of {stem}, whose names say {said}",
+                at=Place(INDEX, pointer="/weight_map"),
+                evidence={"used": len(have), "said": totals},
+                fix=_number(stem, sorted(parts), len(totals) == 1, files, shards) if whole else BY_HAND,
+            )
 
 
 BY_HAND = Fix("fetch the index and the shards from one save", (), "manual")
 
 
 def _number(stem, parts, alike, files, shards):
-    """1 to n of n: a part whose name is right already keeps it, the others take what is left. By hand where such a name is another file's."""
+    """1 to n of n: a part whose name is right already keeps it, the others take what is left. By hand where such a name
+    is another file's.
+    """
     names = [f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     old = [file for _, _, file in parts if file not in names]
     new = [name for name in names if all(name != file for _, _, file in parts)]
     if any(name in files for name in new) or any(file not in shards for file in old):
         return BY_HAND
-    return Fix(f"number the {len(parts)} parts anew, 1 to {len(parts)}", tuple(RenameFile(a, b) for a, b in zip(old, new, strict=True)), "safe" if alike else "unsafe", by_name=not alike)
+    return Fix(
+        f"number the {len(parts)} parts anew, 1 to {len(parts)}",
+        tuple(RenameFile(a, b) for a, b in zip(old, new, strict=True)),
+        "safe" if alike else "unsafe",
+        by_name=not alike,
+    )
 
 
 def bad():

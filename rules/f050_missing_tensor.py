@@ -1,7 +1,7 @@
 """F050 missing-tensor: a tensor that the model needs is in no weight file.
 
-Why: transformers fills the gap with random numbers and prints one line; other tools stop. A block with random weights wrecks every
-block after it, and calibration with it.
+Why: transformers fills the gap with random numbers and prints one line; other tools stop. A block with random weights
+wrecks every block after it, and calibration with it.
 
 Seen as:
 - transformers: `Some weights of`
@@ -11,13 +11,14 @@ Seen as:
 
 Do: fetch the shard that holds it, or take the tensor from the base model.
 
-False alarms: a family whose blocks differ in a way this version does not know. A block is compared only with blocks that hold
-everything that it holds.
+False alarms: a family whose blocks differ in a way this version does not know. A block is compared only with blocks
+that hold everything that it holds.
 
-Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model, in the type that its like have here. Else manual;
-weights are not invented.
+Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model, in the type that its like have here.
+Else manual; weights are not invented.
 
-Sources: transformers src/transformers/modeling_utils.py; the table of families was taken from models saved by transformers 5.23.
+Sources: transformers src/transformers/modeling_utils.py; the table of families was taken from models saved by
+transformers 5.23.
 
 标题: 模型需要的张量在所有权重文件里都没有
 
@@ -37,19 +38,43 @@ from doctor.lint.rule import Fix, Place, finding, rule
 from doctor.lint.testing import tiny
 
 NUMBER = re.compile(r"\.\d+\.")
-FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010", "F011", "F018", "F019", "F020", "F057", "F058", "C142", "C147")
+FILES = (
+    "F001",
+    "F002",
+    "F003",
+    "F004",
+    "F005",
+    "F006",
+    "F007",
+    "F010",
+    "F011",
+    "F018",
+    "F019",
+    "F020",
+    "F057",
+    "F058",
+    "C142",
+    "C147",
+)
 
 
 @rule("F050", "error", implied_by=FILES)
 def missing_tensor(checkpoint, placement, tensors, base):
     for name, reason in sorted(placement.missing().items()):
         known = placement.spec.family is not None
-        yield finding(f"{name} is in no weight file; {reason}", at=Place("", tensor=name), severity="" if known else "warning",
-                      fix=_from_base(base, tensors, name) or Fix("fetch the shard that holds it, or take it from the base model", (), "manual"))
+        yield finding(
+            f"{name} is in no weight file; {reason}",
+            at=Place("", tensor=name),
+            severity="" if known else "warning",
+            fix=_from_base(base, tensors, name)
+            or Fix("fetch the shard that holds it, or take it from the base model", (), "manual"),
+        )
 
 
 def _from_base(base, tensors, name):
-    """The base's tensor, if it has the shape and type of this tensor in other blocks here, or where no block has it, the commonest type."""
+    """The base's tensor, if it has the shape and type of this tensor in other blocks here, or where no block has it,
+    the commonest type.
+    """
     theirs = base.checkpoint.tensors.get(name) if base else None
     if theirs is None:
         return None

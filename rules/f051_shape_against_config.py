@@ -1,7 +1,7 @@
 """F051 shape-against-config: a tensor's size is not what config.json says.
 
-Why: readers build the model from config.json and cannot put the weights in. When every tensor agrees on another number, config.json is
-wrong; when one tensor stands alone, that tensor is.
+Why: readers build the model from config.json and cannot put the weights in. When every tensor agrees on another number,
+config.json is wrong; when one tensor stands alone, that tensor is.
 
 Seen as:
 - transformers: `Trying to set a tensor of shape`
@@ -10,12 +10,13 @@ Seen as:
 - vLLM: `Attempted to load weight`
 - PyTorch: `copying a param with shape torch.Size([13696, 5120]) from checkpoint, the shape in current model is`
 
-Do: correct the key, or fetch the tensor's shard again. Qwen 1 states intermediate_size twice as large as its MLP: that is known here.
+Do: correct the key, or fetch the tensor's shard again. Qwen 1 states intermediate_size twice as large as its MLP: that
+is known here.
 
 False alarms: a family whose shapes this version's table gives wrongly.
 
-Fix safety: safe where all tensors agree on one value of the key. A tensor that stands alone is taken from a base model with `--from`,
-unsafe; else manual.
+Fix safety: safe where all tensors agree on one value of the key. A tensor that stands alone is taken from a base model
+with `--from`, unsafe; else manual.
 
 Sources: QwenLM/Qwen issue 585; transformers src/transformers/modeling_utils.py.
 
@@ -35,8 +36,20 @@ Sources: QwenLM/Qwen issue 585; transformers src/transformers/modeling_utils.py.
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, keys_of, rule, solve
 from doctor.lint.testing import tiny
 
-HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "n_heads", "num_heads", "num_kv_heads", "kv_channels",
-         "multi_query_group_num", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
+HEADS = {
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "num_kv_heads",
+    "kv_channels",
+    "multi_query_group_num",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+}
 
 
 @rule("F051", "error", implied_by=("C147", "C141", "C156", "F059"))
@@ -71,10 +84,16 @@ def _key(spec, config, key, value, misfit, placement):
     users = len(placement.users(key))
     noun = "tensor says" if users == 1 else "tensors say"
     info = misfit.info
-    fix = Fix(f'set "{name}": {value}', (SetJson("config.json", _pointer(spec, config, name), value, spec.config.get(name, MISSING)),))
-    return finding(f"{name} is {stated} in config.json; {users:,} {noun} {value}, such as {info.name} {info.dtype.name} {list(info.shape)}",
-                   at=Place("config.json", pointer=_pointer(spec, config, name), note=f"{value} in the weights"),
-                   evidence={"stated": stated, "tensors": value}, fix=fix)
+    fix = Fix(
+        f'set "{name}": {value}',
+        (SetJson("config.json", _pointer(spec, config, name), value, spec.config.get(name, MISSING)),),
+    )
+    return finding(
+        f"{name} is {stated} in config.json; {users:,} {noun} {value}, such as {info.name} {info.dtype.name} {list(info.shape)}",
+        at=Place("config.json", pointer=_pointer(spec, config, name), note=f"{value} in the weights"),
+        evidence={"stated": stated, "tensors": value},
+        fix=fix,
+    )
 
 
 def _one(misfit, base):
@@ -88,12 +107,22 @@ def _one(misfit, base):
         text = f"{info.name} is {list(info.shape)}; config.json gives {want} ({misfit.expression} = {misfit.want})"
         edit = base.offer(info.name, info.dtype.name, tuple(want)) if base else None
         fix = Fix(f"take it from {base.text}", (edit,), "unsafe") if edit else fix
-    return finding(text, at=Place(info.shard, tensor=info.name), evidence={"is": str(list(info.shape)), "axis": misfit.axis},
-                   fix=fix)
+    return finding(
+        text,
+        at=Place(info.shard, tensor=info.name),
+        evidence={"is": str(list(info.shape)), "axis": misfit.axis},
+        fix=fix,
+    )
 
 
 def _pointer(spec, config, name):
-    return spec.at(name) if spec.text_key and name in config.get(spec.text_key, {}) else f"/{name}" if name in config else spec.at(name)
+    return (
+        spec.at(name)
+        if spec.text_key and name in config.get(spec.text_key, {})
+        else f"/{name}"
+        if name in config
+        else spec.at(name)
+    )
 
 
 def bad():

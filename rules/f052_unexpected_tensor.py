@@ -1,7 +1,7 @@
 """F052 unexpected-tensor: a tensor has no place in this family's model.
 
-Why: readers drop it without a word or with one line, so the model that runs is not the one that was trained; often the model is of
-another family than config.json says, or was changed by a tool.
+Why: readers drop it without a word or with one line, so the model that runs is not the one that was trained; often the
+model is of another family than config.json says, or was changed by a tool.
 
 Seen as:
 - transformers: `Some weights of the model checkpoint at`
@@ -9,8 +9,8 @@ Seen as:
 
 Do: compare architectures and model_type in config.json with where the weights come from.
 
-False alarms: variants of a family that add tensors and are newer than this version. Buffers that readers recompute (rotary
-frequencies, causal masks) and stored cache scales are not counted.
+False alarms: variants of a family that add tensors and are newer than this version. Buffers that readers recompute
+(rotary frequencies, causal masks) and stored cache scales are not counted.
 
 Fix safety: unsafe, and only by name: the tensor is dropped. Only you know whether the tensor or the config is right.
 
@@ -35,8 +35,10 @@ from doctor.lint.rule import DropTensor, Fix, Place, finding, rule
 from doctor.lint.testing import tiny
 
 # Buffers that older saves hold, scales of a key-value cache, positions: no reader misses or minds them.
-BENIGN = re.compile(r"(rotary_emb|inv_freq|rope|masked_bias|attn\.bias|attention\.bias|position_ids|[kv]_scale|[kv]_proj\.output_scale|weight_scale|input_scale|"
-                    r"(q|k|query|key)_?(layer)?norm|sinks|score|mtp|nextn|eh_proj|enorm|hnorm|shared_head)")
+BENIGN = re.compile(
+    r"(rotary_emb|inv_freq|rope|masked_bias|attn\.bias|attention\.bias|position_ids|[kv]_scale|[kv]_proj\.output_scale|weight_scale|input_scale|"
+    r"(q|k|query|key)_?(layer)?norm|sinks|score|mtp|nextn|eh_proj|enorm|hnorm|shared_head)"
+)
 BIAS_KEYS = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias", "bias", "attention_out_bias")
 
 
@@ -53,16 +55,25 @@ def unexpected_tensor(checkpoint, placement, config):
                     continue
             elif tail.endswith("bias"):
                 continue
-            yield finding(f"{info.name} has no place in a {spec.family} model", at=Place(info.shard, tensor=info.name),
-                          evidence={"family": spec.family}, fix=Fix("drop it", (DropTensor(info.name),), "unsafe", by_name=True),
-                          advice="make sure that config.json names the family of these weights")
+            yield finding(
+                f"{info.name} has no place in a {spec.family} model",
+                at=Place(info.shard, tensor=info.name),
+                evidence={"family": spec.family},
+                fix=Fix("drop it", (DropTensor(info.name),), "unsafe", by_name=True),
+                advice="make sure that config.json names the family of these weights",
+            )
 
 
 def _bias_is_denied(spec, tail, placement, info):
     """True where config.json says in so many words that this linear has no bias."""
     key = "mlp_bias" if tail.startswith("mlp.") else "attention_bias"
     template = placement.template_of(info.name.removesuffix(".bias") + ".weight")
-    return spec.config.get(key) is False and template is not None and template.bias is False and spec.family in ("llama", "granite", "arcee")
+    return (
+        spec.config.get(key) is False
+        and template is not None
+        and template.bias is False
+        and spec.family in ("llama", "granite", "arcee")
+    )
 
 
 def bad():

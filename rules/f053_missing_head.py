@@ -1,7 +1,7 @@
 """F053 missing-head: there is no lm_head, and config.json does not tie it to the embedding.
 
-Why: transformers starts the head with random numbers and prints one line; the model then speaks noise. Converters that drop the tied
-copy and forget the flag do this.
+Why: transformers starts the head with random numbers and prints one line; the model then speaks noise. Converters that
+drop the tied copy and forget the flag do this.
 
 Seen as:
 - transformers: `lm_head.weight`
@@ -12,8 +12,9 @@ Do: set tie_word_embeddings to true if the base model ties them; else fetch the 
 
 False alarms: models without a language head (embedding models) under a CausalLM name.
 
-Fix safety: unsafe: it is right only if the model was trained with one matrix for both. With `--from` the base model decides: a base that
-ties them makes the flag safe; one that stores a head gives its head, unsafe, because this model's may have been trained.
+Fix safety: unsafe: it is right only if the model was trained with one matrix for both. With `--from` the base model
+decides: a base that ties them makes the flag safe; one that stores a head gives its head, unsafe, because this model's
+may have been trained.
 
 Sources: QwenLM/Qwen issue 1101; tried with transformers 5.23.
 
@@ -34,20 +35,49 @@ from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule
 from doctor.lint.testing import tiny
 
 HEAD = "lm_head.weight"
-FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010", "F011", "F018", "F019", "F020", "F057", "F058", "C147")
+FILES = (
+    "F001",
+    "F002",
+    "F003",
+    "F004",
+    "F005",
+    "F006",
+    "F007",
+    "F010",
+    "F011",
+    "F018",
+    "F019",
+    "F020",
+    "F057",
+    "F058",
+    "C147",
+)
 
 
 @rule("F053", "error", implied_by=FILES)
 def missing_head(checkpoint, placement, config, tensors, base):
     spec = placement.spec
-    if spec.tied or spec.head_tensor or not spec.embed_tensor or spec.family is None or "CausalLM" not in spec.architecture:
+    if (
+        spec.tied
+        or spec.head_tensor
+        or not spec.embed_tensor
+        or spec.family is None
+        or "CausalLM" not in spec.architecture
+    ):
         return
-    at = "/tie_word_embeddings" if "tie_word_embeddings" in config or not spec.text_key else spec.at("tie_word_embeddings")
+    at = (
+        "/tie_word_embeddings"
+        if "tie_word_embeddings" in config or not spec.text_key
+        else spec.at("tie_word_embeddings")
+    )
     stated = "false" if spec.tie_stated is False else f"not stated (false for {spec.family})"
-    yield finding(f"no lm_head.weight, and tie_word_embeddings is {stated}", at=Place("config.json", pointer=at),
-                  evidence={"tied": False},
-                  fix=_fix(spec, tensors, SetJson("config.json", at, True, config.get("tie_word_embeddings", MISSING)), base),
-                  advice="set the flag if the base model ties head and embedding; else fetch the shard that holds lm_head.weight")
+    yield finding(
+        f"no lm_head.weight, and tie_word_embeddings is {stated}",
+        at=Place("config.json", pointer=at),
+        evidence={"tied": False},
+        fix=_fix(spec, tensors, SetJson("config.json", at, True, config.get("tie_word_embeddings", MISSING)), base),
+        advice="set the flag if the base model ties head and embedding; else fetch the shard that holds lm_head.weight",
+    )
 
 
 def _fix(spec, tensors, flag, base):

@@ -1,7 +1,7 @@
 """F055 head-stored-twice: the head is tied to the embedding and stored once more all the same.
 
-Why: nothing reads wrongly, the file is only larger than it must be. Tools that quantize the head but not the embedding would break
-the tie: then one of the two copies is stale.
+Why: nothing reads wrongly, the file is only larger than it must be. Tools that quantize the head but not the embedding
+would break the tie: then one of the two copies is stale.
 
 Seen as:
 - AutoGPTQ: `Some tensors share memory`
@@ -34,9 +34,12 @@ from doctor.lint.testing import tiny
 def head_stored_twice(checkpoint, spec, head_equals_embed):
     if spec.tied and head_equals_embed:
         head = checkpoint.tensors[spec.head_tensor]
-        yield finding(f"{spec.head_tensor} is a copy of {spec.embed_tensor}, to which it is tied: {head.nbytes:,} bytes twice",
-                      at=Place(head.shard, tensor=spec.head_tensor), evidence={"bytes": head.nbytes},
-                      fix=Fix(f"drop {spec.head_tensor}", (DropTensor(spec.head_tensor),)))
+        yield finding(
+            f"{spec.head_tensor} is a copy of {spec.embed_tensor}, to which it is tied: {head.nbytes:,} bytes twice",
+            at=Place(head.shard, tensor=spec.head_tensor),
+            evidence={"bytes": head.nbytes},
+            fix=Fix(f"drop {spec.head_tensor}", (DropTensor(spec.head_tensor),)),
+        )
 
 
 def bad():

@@ -1,7 +1,7 @@
 """F056 mixed-dtypes: linears of one kind are stored in different types.
 
-Why: most readers cast all to one type, so part of the model silently loses or gains precision; readers that do not cast stop at the
-first product of two types. A merge or a partial save leaves this.
+Why: most readers cast all to one type, so part of the model silently loses or gains precision; readers that do not cast
+stop at the first product of two types. A merge or a partial save leaves this.
 
 Seen as:
 - PyTorch: `expected scalar type Half but found BFloat16`
@@ -10,11 +10,11 @@ Seen as:
 
 Do: cast to the type that most have. Where that is float16, look at W205 first: values beyond 65,504 would become Inf.
 
-False alarms: norms, routers and heads are often kept in float32 on purpose and are not counted; only linears of the same kind are
-compared with each other.
+False alarms: norms, routers and heads are often kept in float32 on purpose and are not counted; only linears of the
+same kind are compared with each other.
 
-Fix safety: safe where every value of the one type is a value of the other (to float32); else unsafe, because a cast rounds. A cast that
-would make a finite value Inf is refused with the numbers.
+Fix safety: safe where every value of the one type is a value of the other (to float32); else unsafe, because a cast
+rounds. A cast that would make a finite value Inf is refused with the numbers.
 
 Sources: transformers src/transformers/modeling_utils.py: one dtype per model.
 
@@ -34,7 +34,6 @@ Sources: transformers src/transformers/modeling_utils.py: one dtype per model.
 from doctor.lint.rule import CastTensor, Fix, Place, finding, rule, widens
 from doctor.lint.testing import encode, tiny
 
-
 CASTS = {"F16", "BF16", "F32"}
 
 
@@ -52,16 +51,23 @@ def mixed_dtypes(checkpoint, spec, tensors):
         main = max(by_dtype, key=lambda d: len(by_dtype[d]))
         for dtype, infos in by_dtype.items():
             for info in infos if dtype != main else ():
-                yield finding(f"{info.name} is {dtype}; {len(by_dtype[main])} of {total} {role} linears are {main}",
-                              at=Place(info.shard, tensor=info.name), evidence={"dtype": dtype, "most": main},
-                              fix=_cast(info, main))
+                yield finding(
+                    f"{info.name} is {dtype}; {len(by_dtype[main])} of {total} {role} linears are {main}",
+                    at=Place(info.shard, tensor=info.name),
+                    evidence={"dtype": dtype, "most": main},
+                    fix=_cast(info, main),
+                )
 
 
 def _cast(info, main):
     if not {info.dtype.name, main} <= CASTS:
         return Fix("save the model again in one type", (), "manual")
-    return Fix(f"cast to {main}", (CastTensor(info.name, main),), "safe" if widens(info.dtype.name, main) else "unsafe",
-               needs=("W205",) if main == "F16" else ())
+    return Fix(
+        f"cast to {main}",
+        (CastTensor(info.name, main),),
+        "safe" if widens(info.dtype.name, main) else "unsafe",
+        needs=("W205",) if main == "F16" else (),
+    )
 
 
 def bad():

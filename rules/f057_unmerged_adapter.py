@@ -11,9 +11,10 @@ Do: load with PEFT, `merge_and_unload()`, save again.
 
 False alarms: none known; models with low-rank linears of their own (DeepSeek) use other names.
 
-Fix safety: safe where adapter_config.json lies beside the weights: it gives the scale, each weight becomes W + scale * B @ A, worked out in
-float32 and rounded once (with use_dora, brought to its magnitudes), and gets its plain name; adapter_config.json is
-left out, because transformers would load the base that it names. Else manual, as the scale stands nowhere. An adapter of its own is F022.
+Fix safety: safe where adapter_config.json lies beside the weights: it gives the scale, each weight becomes W + scale *
+B @ A, worked out in float32 and rounded once (with use_dora, brought to its magnitudes), and gets its plain name;
+adapter_config.json is left out, because transformers would load the base that it names. Else manual, as the scale
+stands nowhere. An adapter of its own is F022.
 
 Sources: huggingface/peft src/peft/tuners/lora/layer.py.
 
@@ -47,7 +48,9 @@ from doctor.lint.rule import (
 )
 from doctor.lint.testing import tiny
 
-LORA = re.compile(r"(^|\.)(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save)(\.|$)|^base_model\.model\.")
+LORA = re.compile(
+    r"(^|\.)(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save)(\.|$)|^base_model\.model\."
+)
 # What every such name holds: one look at all names, since a large model has 50,000.
 MARKS = ("lora_", "base_layer", "modules_to_save", "base_model.model.")
 
@@ -59,8 +62,12 @@ def unmerged_adapter(checkpoint, tensors, json_files):
     if found:
         info = tensors[found[0]]
         noun = "tensor is" if len(found) == 1 else "tensors are"
-        yield finding(f"{len(found):,} {noun} an adapter's that was not merged, the first is {found[0]}", at=Place(info.shard, tensor=found[0]),
-                      evidence={"tensors": len(found)}, fix=_merge(checkpoint, tensors, found))
+        yield finding(
+            f"{len(found):,} {noun} an adapter's that was not merged, the first is {found[0]}",
+            at=Place(info.shard, tensor=found[0]),
+            evidence={"tensors": len(found)},
+            fix=_merge(checkpoint, tensors, found),
+        )
 
 
 def _merge(checkpoint, tensors, found):
@@ -71,13 +78,17 @@ def _merge(checkpoint, tensors, found):
             raise NotMergeable("adapter_config.json, which holds the scale, is not there")
         edits, merged = [], pairs(config, tensors, found)
         matrices = {n for pair in merged for n in pair.names}
-        plain = {n: n.removeprefix("base_model.model.").replace(".base_layer.", ".") for n in tensors if n not in matrices}
+        plain = {
+            n: n.removeprefix("base_model.model.").replace(".base_layer.", ".") for n in tensors if n not in matrices
+        }
         weights = {to: n for n, to in plain.items()}
         for pair in merged:
             name = weights.get(f"{pair.module}.weight")
             if name is None or tensors[name].shape != product(pair, tensors):
                 raise NotMergeable(f"{pair.module} has no weight {list(product(pair, tensors))} beside them")
-            edits.append(AddLowRank(name, str(checkpoint.root), pair.a, pair.b, pair.scale, pair.transposed, pair.magnitude))
+            edits.append(
+                AddLowRank(name, str(checkpoint.root), pair.a, pair.b, pair.scale, pair.transposed, pair.magnitude)
+            )
         edits += [DropTensor(name) for name in sorted(matrices)]
         odd = next((to for to in plain.values() if LORA.search(to)), None)
         if odd is not None or not edits or len(weights) < len(plain):
@@ -85,7 +96,9 @@ def _merge(checkpoint, tensors, found):
     except NotMergeable as error:
         return Fix(f"merge the adapter with PEFT's merge_and_unload() and save again: {error}", (), "manual")
     edits += [RenameTensor(n, to) for n, to in plain.items() if n != to]
-    edits.append(DropFile(ADAPTER))  # transformers takes a directory that has one for an adapter, and fetches its base instead
+    edits.append(
+        DropFile(ADAPTER)
+    )  # transformers takes a directory that has one for an adapter, and fetches its base instead
     return Fix("merge the adapter into the weights beside it", tuple(edits))
 
 

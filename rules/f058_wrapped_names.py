@@ -1,7 +1,7 @@
 """F058 wrapped-names: every tensor name carries a training wrapper's prefix.
 
-Why: torch.compile, DistributedDataParallel, FSDP and trainers put a word in front of each name. Readers look for the plain names, find
-none, and start the model from random numbers.
+Why: torch.compile, DistributedDataParallel, FSDP and trainers put a word in front of each name. Readers look for the
+plain names, find none, and start the model from random numbers.
 
 Seen as:
 - transformers: `Some weights of the model checkpoint at`
@@ -33,9 +33,19 @@ import re
 from doctor.lint.rule import Fix, Place, RebuildIndex, RenameTensor, finding, rule
 from doctor.lint.testing import tiny
 
-WRAPPER = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.|^module\.|^actor\.|^policy\.")
+WRAPPER = re.compile(
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.|^module\.|^actor\.|^policy\."
+)
 # What every such name holds, at the start of a line or anywhere: one look at all names, since a large model has 50,000.
-MARKS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.", "\nmodule.", "\nactor.", "\npolicy.")
+MARKS = (
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "_forward_module.",
+    "\nmodule.",
+    "\nactor.",
+    "\npolicy.",
+)
 
 
 @rule("F058", "error")
@@ -44,9 +54,12 @@ def wrapped_names(checkpoint, tensors):
     found = sorted(n for n in tensors if WRAPPER.search(n)) if any(mark in text for mark in MARKS) else []
     if found:
         word = WRAPPER.search(found[0])[0].strip(".")
-        yield finding(f"{len(found):,} of {len(tensors):,} tensor names carry the wrapper {word!r}, the first is {found[0]}",
-                      at=Place(tensors[found[0]].shard, tensor=found[0]), evidence={"tensors": len(found)},
-                      fix=_unwrap(tensors, found, checkpoint.index))
+        yield finding(
+            f"{len(found):,} of {len(tensors):,} tensor names carry the wrapper {word!r}, the first is {found[0]}",
+            at=Place(tensors[found[0]].shard, tensor=found[0]),
+            evidence={"tensors": len(found)},
+            fix=_unwrap(tensors, found, checkpoint.index),
+        )
 
 
 def _unwrap(tensors, found, index):
@@ -54,7 +67,9 @@ def _unwrap(tensors, found, index):
     names = {n: _bare(n) for n in found}
     others = tensors.keys() - names.keys()
     if len(set(names.values())) < len(names) or not others.isdisjoint(names.values()):
-        return Fix("unwrap the model before saving it: without the wrapper two tensors would have one name", (), "manual")
+        return Fix(
+            "unwrap the model before saving it: without the wrapper two tensors would have one name", (), "manual"
+        )
     edits = tuple(RenameTensor(old, new) for old, new in names.items())
     return Fix("take the wrapper off the names", (*edits, RebuildIndex()) if index is not None else edits)
 

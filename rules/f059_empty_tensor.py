@@ -1,7 +1,7 @@
 """F059 empty-tensor: a weight has no element.
 
-Why: DeepSpeed ZeRO-3 keeps each weight in parts and leaves an empty shell on the module; saving the shells gives a small checkpoint
-that looks complete by its names.
+Why: DeepSpeed ZeRO-3 keeps each weight in parts and leaves an empty shell on the module; saving the shells gives a
+small checkpoint that looks complete by its names.
 
 Seen as:
 - PyTorch: `copying a param with shape torch.Size([0]) from checkpoint`
@@ -11,7 +11,8 @@ Do: gather the weights: `zero_to_fp32.py` in the training directory, or `stage3_
 
 False alarms: none known among weights; empty buffers that no family needs are not counted.
 
-Fix safety: unsafe, and only with `--from`: the weights are taken from another copy. Else manual; the numbers are in the training directory.
+Fix safety: unsafe, and only with `--from`: the weights are taken from another copy. Else manual; the numbers are in the
+training directory.
 
 Sources: deepspeedai/DeepSpeed deepspeed/utils/zero_to_fp32.py.
 
@@ -37,9 +38,12 @@ def empty_tensor(checkpoint, tensors, base):
     if found:
         info = tensors[found[0]]
         verb = "holds no element" if len(found) == 1 else "hold no element"
-        yield finding(f"{len(found):,} of {len(tensors):,} tensors {verb}, the first is {found[0]} {list(info.shape)}",
-                      at=Place(info.shard, tensor=found[0]), evidence={"tensors": len(found)},
-                      fix=_from_base(base, found))
+        yield finding(
+            f"{len(found):,} of {len(tensors):,} tensors {verb}, the first is {found[0]} {list(info.shape)}",
+            at=Place(info.shard, tensor=found[0]),
+            evidence={"tensors": len(found)},
+            fix=_from_base(base, found),
+        )
 
 
 def _from_base(base, names):

@@ -13,8 +13,8 @@ Do: take a smaller group size that divides every width, or keep the linears conc
 
 False alarms: none; the division is exact arithmetic.
 
-Fix safety: unsafe: it changes the plan you asked for (more scales, a slightly larger file; where no common group size fits, the
-linears concerned stay in 16 bits), never the checkpoint.
+Fix safety: unsafe: it changes the plan you asked for (more scales, a slightly larger file; where no common group size
+fits, the linears concerned stay in 16 bits), never the checkpoint.
 
 Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:77; vllm-project/llm-compressor
 src/llmcompressor/modifiers/quantization/group_size_validation.py; intel/auto-round issue 388.
@@ -74,9 +74,7 @@ def group_size_indivisible(checkpoint, layout, spec, recipe):
             fix=fix,
             facts_table=table,
             evidence={"in_features": width, "group_size": group, "linears": len(linears)},
-            advice=f"--group-size {fitting[0]} divides every width"
-            if fitting
-            else "keep these linears in 16 bits",
+            advice=f"--group-size {fitting[0]} divides every width" if fitting else "keep these linears in 16 bits",
         )
 
 

@@ -56,15 +56,9 @@ def group_count_indivisible_by_tp(checkpoint, layout, spec, recipe, tensors):
             misfits.setdefault((size_key(spec, linear.name, 1), linear.role), []).append(linear)
     for (key, role), linears in misfits.items():
         width = max(linear.in_features for linear in linears)
-        where = Place(
-            "config.json", pointer=spec.at(key or "num_attention_heads"), note=_factors(width, group)
-        )
+        where = Place("config.json", pointer=spec.at(key or "num_attention_heads"), note=_factors(width, group))
         name = key if key and spec.lookup(key) == width else f"in_features of {role}"
-        fix = (
-            None
-            if layout.quantized or not key
-            else _padding(checkpoint, spec, tensors, key, linears, group * tp)
-        )
+        fix = None if layout.quantized or not key else _padding(checkpoint, spec, tensors, key, linears, group * tp)
         others = [g for g in OTHER_GROUPS if g < group and not width % (g * tp)]
         plans = ["--tp 1", *(f"--group-size {g} --tp {tp}" for g in others[:1])]
         yield finding(
@@ -97,7 +91,14 @@ def _padding(checkpoint, spec, tensors, key, linears, unit):
     expressions = {axis_expression(spec, linear.name, 1) for linear in linears}
     if None in expressions:
         return None
-    found = grown(checkpoint, spec, tensors, key, lambda v: all(not (resized(spec, e, key, v) or 1) % unit for e in expressions), unit)
+    found = grown(
+        checkpoint,
+        spec,
+        tensors,
+        key,
+        lambda v: all(not (resized(spec, e, key, v) or 1) % unit for e in expressions),
+        unit,
+    )
     return found and Fix(*found, "unsafe", needs=("W201", "G301"))
 
 

@@ -14,8 +14,8 @@ Do: use fewer GPUs, a newer runtime (vLLM pads the tiles itself since June 2026)
 False alarms: a runtime built with other kernels than the table knows. `--runtime vllm==VERSION` picks the
 rows that hold.
 
-Fix safety: unsafe, and for the MLP alone: zero-padded to the tiles, its outputs are the same in exact arithmetic. Attention's matrices
-follow hidden_size, which cannot grow.
+Fix safety: unsafe, and for the MLP alone: zero-padded to the tiles, its outputs are the same in exact arithmetic.
+Attention's matrices follow hidden_size, which cannot grow.
 
 Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9913 and 13640, pull request
 45295.
@@ -74,9 +74,13 @@ def kernel_shape(checkpoint, layout, kernels, spec, recipe, tensors):
 
 
 def _padding(checkpoint, layout, kernel, spec, recipe, tensors, linear):
-    """Fix that widens the MLP of this linear until all its matrices fill the kernel's tiles on each GPU, None where it is not the width."""
+    """Fix that widens the MLP of this linear until all its matrices fill the kernel's tiles on each GPU, None where it
+    is not the width.
+    """
     parent = linear.name.rpartition(".")[0]
-    mlp = [x for x in layout.linears if x.name.rpartition(".")[0] == parent and x.role in ("gate", "up", "gate_up", "down")]
+    mlp = [
+        x for x in layout.linears if x.name.rpartition(".")[0] == parent and x.role in ("gate", "up", "gate_up", "down")
+    ]
     key = next((size_key(spec, x.name, 1) for x in mlp if x.role == "down"), None)
     if key is None or linear not in mlp:
         return None
@@ -86,11 +90,16 @@ def _padding(checkpoint, layout, kernel, spec, recipe, tensors, linear):
 
     def suits(width):
         sizes = {n: tuple(resized(spec, e, key, width) or 0 for e in pair) for n, pair in shapes.items()}
-        wide = replace(layout, linears=tuple(x._replace(in_features=sizes[x.name][0], out_features=sizes[x.name][1]) for x in mlp))
+        wide = replace(
+            layout, linears=tuple(x._replace(in_features=sizes[x.name][0], out_features=sizes[x.name][1]) for x in mlp)
+        )
         found = on_one_gpu(wide, recipe.tp, spec.n_kv_heads)
         whole = all(k % (max(layout.group_size, 1)) == 0 for _, k, _, _ in found)
-        return whole and len(found) == len(on_one_gpu(replace(layout, linears=tuple(mlp)), 1, None)) and all(
-            kernel.takes(k, n) for _, k, n, _ in found)
+        return (
+            whole
+            and len(found) == len(on_one_gpu(replace(layout, linears=tuple(mlp)), 1, None))
+            and all(kernel.takes(k, n) for _, k, n, _ in found)
+        )
 
     period = math.lcm(max(layout.group_size, 1), *(size for tile in kernel.tiles for size in tile)) * recipe.tp
     found = grown(checkpoint, spec, tensors, key, suits, period)

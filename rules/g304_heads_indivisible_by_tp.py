@@ -9,14 +9,15 @@ Seen as:
 - TGI: ```num_heads` must be divisible by `num_shards```
 - Qwen: `heads (64) must be divisible by TP`
 
-Do: choose a tp that divides both (the table lists those that do), or use pipeline parallelism. `--unsafe-fixes=G304` adds heads of zeros.
+Do: choose a tp that divides both (the table lists those that do), or use pipeline parallelism. `--unsafe-fixes=G304`
+adds heads of zeros.
 
 False alarms: runtimes that split heads unevenly (ExLlamaV2 splits by layers and rows).
 
-Fix safety: unsafe, and only by name: shapes change, and head_dim must be read from config.json (the families that do are listed).
-Outputs do not change in exact arithmetic: what a head of zeros puts out meets zero columns of o. New query heads stand at the end of
-each key-value group, so that every old head keeps its keys; or whole groups are added at the end. Offered where the new number of heads
-divides hidden_size, which transformers asks for.
+Fix safety: unsafe, and only by name: shapes change, and head_dim must be read from config.json (the families that do
+are listed). Outputs do not change in exact arithmetic: what a head of zeros puts out meets zero columns of o. New query
+heads stand at the end of each key-value group, so that every old head keeps its keys; or whole groups are added at the
+end. Offered where the new number of heads divides hidden_size, which transformers asks for.
 
 Sources: vllm-project/vllm vllm/config (verify_with_parallel_config); QwenLM/Qwen3 issue 578.
 
@@ -81,10 +82,19 @@ def _zero_heads(checkpoint, spec, tensors, tp):
     wanted = {spec.key_for("num_attention_heads"): new_kv * new_share, "head_dim": width}
     if new_kv != kv and spec.key_for("num_key_value_heads") in block:
         wanted[spec.key_for("num_key_value_heads")] = new_kv
-    config = [SetJson("config.json", spec.at(k), v, block.get(k, MISSING)) for k, v in wanted.items() if block.get(k, MISSING) != v]
+    config = [
+        SetJson("config.json", spec.at(k), v, block.get(k, MISSING))
+        for k, v in wanted.items()
+        if block.get(k, MISSING) != v
+    ]
     what = f"{new_share - share} more in each of {kv} groups" if new_kv == kv else f"{new_kv - kv} groups more"
-    return Fix(f"add heads of zeros: {heads} -> {new_kv * new_share} ({what}; same outputs in exact arithmetic)", (*edits, *config), "unsafe",
-               by_name=True, needs=("W201",))
+    return Fix(
+        f"add heads of zeros: {heads} -> {new_kv * new_share} ({what}; same outputs in exact arithmetic)",
+        (*edits, *config),
+        "unsafe",
+        by_name=True,
+        needs=("W201",),
+    )
 
 
 def _pads(spec, tensors, width, old, new):

@@ -13,8 +13,8 @@ Do: choose a combination from the table.
 
 False alarms: a runtime newer than the table, or one with kernels added by a plugin.
 
-Fix safety: unsafe: it changes the plan you asked for to the nearest one of the table, never the checkpoint: symmetry before groups,
-groups before the form of the file, bits last.
+Fix safety: unsafe: it changes the plan you asked for to the nearest one of the table, never the checkpoint: symmetry
+before groups, groups before the form of the file, bits last.
 
 Sources: rules/tables/kernels.toml and what it names.
 
@@ -58,7 +58,9 @@ def plan_unsupported(checkpoint, layout, kernels, recipe, spec):
     elif recipe.runtime == "exllamav2" and recipe.tp > 1:
         yield finding(
             f"exllamav2 does not split {layout.format} matrices among GPUs, and the plan says tp {recipe.tp}",
-            fix=None if layout.quantized else Fix("plan for one GPU, or for a split by layers", (SetRecipe("tp", 1),), "unsafe"),
+            fix=None
+            if layout.quantized
+            else Fix("plan for one GPU, or for a split by layers", (SetRecipe("tp", 1),), "unsafe"),
             advice="split by layers instead (gpu_split), or serve EXL2",
             evidence={"tp": recipe.tp},
         )

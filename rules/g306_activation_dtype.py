@@ -15,9 +15,9 @@ float16 only after `doctor verify` has shown finite logits in it.
 
 False alarms: a model that is sound in float16.
 
-Fix safety: unsafe: the nearest plan that a bfloat16 kernel of the table takes. Where there is none, and for a checkpoint that is quantized
-already, all bfloat16 tensors are cast to float16, and only by name: a weight that would overflow is refused with the numbers, but
-activations may still overflow (O615), which `doctor verify` measures.
+Fix safety: unsafe: the nearest plan that a bfloat16 kernel of the table takes. Where there is none, and for a
+checkpoint that is quantized already, all bfloat16 tensors are cast to float16, and only by name: a weight that would
+overflow is refused with the numbers, but activations may still overflow (O615), which `doctor verify` measures.
 
 Sources: vllm-project/vllm issues 1823, 1941 and 14126; rules/tables/kernels.toml.
 
@@ -60,14 +60,14 @@ def _fix(spec, recipe, layout, tensors, key):
         return Fix(found[0], tuple(SetRecipe(k, v) for k, v in found[1].items()), "unsafe")
     casts = tuple(CastTensor(n, "F16") for n, info in tensors.items() if info.dtype.name == "BF16")
     flag = SetJson("config.json", spec.at(key), "float16", spec.config[key])
-    return Fix(f"cast {len(casts):,} tensors to float16", (*casts, flag), "unsafe", by_name=True, needs=("W201", "W205"))
+    return Fix(
+        f"cast {len(casts):,} tensors to float16", (*casts, flag), "unsafe", by_name=True, needs=("W201", "W205")
+    )
 
 
 def bad():
     case = tiny()
-    case.recipe = (
-        case.recipe.with_field("runtime", "vllm").with_field("runtime_version", "0.9.0").with_field("bits", 3)
-    )
+    case.recipe = case.recipe.with_field("runtime", "vllm").with_field("runtime_version", "0.9.0").with_field("bits", 3)
     return case, "vllm's ExLlama kernel computes in float16 and the checkpoint is bfloat16"
 
 

@@ -11,7 +11,8 @@ Do: keep all parts of a fused set in 16 bits, or none.
 
 False alarms: a runtime that never fuses (transformers).
 
-Fix safety: unsafe: it changes the plan you asked for, never the checkpoint. A checkpoint that is so already needs the run again.
+Fix safety: unsafe: it changes the plan you asked for, never the checkpoint. A checkpoint that is so already needs the
+run again.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/utils/quant_utils.py (is_layer_skipped);
 vllm issues 47473, 50214 and 53992; turboderp/exllamav2 exllamav2/module.py.
@@ -43,9 +44,7 @@ def fused_linears_differ(checkpoint, layout, recipe, spec):
     of_role = {role: group for group in reversed(FUSED) for role in group}
     seen = {}
     for linear in (
-        spec.linears
-        if not layout.quantized
-        else (*layout.linears, *(x for x in spec.linears if x.name in missed))
+        spec.linears if not layout.quantized else (*layout.linears, *(x for x in spec.linears if x.name in missed))
     ):
         fused = of_role.get(linear.role)
         if fused:
@@ -60,8 +59,13 @@ def fused_linears_differ(checkpoint, layout, recipe, spec):
                 at=Place("", tensor=next(x.tensor for x in members if x.name in missed)),
                 severity="error" if recipe.runtime in FUSING else "warning",
                 evidence={"quantized": inside, "kept": outside},
-                fix=None if layout.quantized else Fix(
-                    f"keep {', '.join(inside)} in 16 bits too", tuple(Keep(x.name) for x in members if x.name in have), "unsafe"),
+                fix=None
+                if layout.quantized
+                else Fix(
+                    f"keep {', '.join(inside)} in 16 bits too",
+                    tuple(Keep(x.name) for x in members if x.name in have),
+                    "unsafe",
+                ),
                 advice="keep all of them in 16 bits, or none",
             )
 

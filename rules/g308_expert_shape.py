@@ -11,8 +11,8 @@ Do: use fewer GPUs or expert parallelism, which keeps experts whole.
 
 False alarms: runtimes with other kernels than the table knows.
 
-Fix safety: unsafe, and for the experts' width alone: zero-padded, their outputs are the same in exact arithmetic. hidden_size cannot
-grow.
+Fix safety: unsafe, and for the experts' width alone: zero-padded, their outputs are the same in exact arithmetic.
+hidden_size cannot grow.
 
 Sources: rules/tables/kernels.toml; vllm-project/vllm
 vllm/model_executor/layers/quantization/utils/marlin_utils.py (check_moe_marlin_supports_layer), pull
@@ -36,15 +36,9 @@ from doctor.lint.testing import only_in, tiny
 
 @rule("G308", "warning", certainty="likely", implied_by=("G301", "G302"))
 def expert_shape(checkpoint, layout, spec, recipe, tensors):
-    experts = {
-        (x.in_features, x.out_features): x
-        for x in layout.linears
-        if x.expert is not None and x.role == "down"
-    }
+    experts = {(x.in_features, x.out_features): x for x in layout.linears if x.expert is not None and x.role == "down"}
     rows = [
-        r
-        for r in table("kernels")["moe"]
-        if r["runtime"] == recipe.runtime and in_force(r, recipe.runtime_version)
+        r for r in table("kernels")["moe"] if r["runtime"] == recipe.runtime and in_force(r, recipe.runtime_version)
     ]
     for row in rows:
         inner = max(row["inner"], layout.group_size)
@@ -62,14 +56,17 @@ def expert_shape(checkpoint, layout, spec, recipe, tensors):
                 f"{row['name']} of {recipe.runtime}: {what}",
                 at=Place("config.json", pointer=spec.at(key) if key else None),
                 evidence={"hidden": hidden, "width": width, "tp": recipe.tp},
-                fix=None if bad_hidden or layout.quantized or not key
+                fix=None
+                if bad_hidden or layout.quantized or not key
                 else _padding(checkpoint, spec, tensors, key, axis_expression(spec, linear.name, 1), inner * recipe.tp),
                 advice="use fewer GPUs or expert parallelism",
             )
 
 
 def _padding(checkpoint, spec, tensors, key, expression, unit):
-    found = expression and grown(checkpoint, spec, tensors, key, lambda v: not (resized(spec, expression, key, v) or 1) % unit, unit)
+    found = expression and grown(
+        checkpoint, spec, tensors, key, lambda v: not (resized(spec, expression, key, v) or 1) % unit, unit
+    )
     return Fix(*found, "unsafe", needs=("W201", "G301", "G302")) if found else None
 
 

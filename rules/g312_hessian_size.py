@@ -49,7 +49,9 @@ def hessian_size(checkpoint, layout, spec, recipe):
 
 def bad():
     # The next multiple of 32 above the square root of 2^31.
-    case = tiny(only_in("llama", "phi3", "opt", why="of its kind three others are tried: the example is large"), mlp=46368)
+    case = tiny(
+        only_in("llama", "phi3", "opt", why="of its kind three others are tried: the example is large"), mlp=46368
+    )
     return case, "down has in_features 46,368: its Hessian is 8.0 GiB in float32 and beyond 32-bit indices"
 
 

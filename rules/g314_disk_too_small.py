@@ -1,7 +1,7 @@
 """G314 disk-too-small: the disk has less room than the output takes while it is written.
 
-Why: a run of hours ends at the save. For a moment the parts of each block and the shards they are joined into exist together, so the
-disk must hold the output twice.
+Why: a run of hours ends at the save. For a moment the parts of each block and the shards they are joined into exist
+together, so the disk must hold the output twice.
 
 Seen as:
 - Python: `OSError: [Errno 28] No space left on device`
@@ -10,7 +10,8 @@ Seen as:
 
 Do: free the bytes named, or write to another disk.
 
-False alarms: another program may free room before the end. The size of the output is worked out from the headers, and is an upper edge.
+False alarms: another program may free room before the end. The size of the output is worked out from the headers, and
+is an upper edge.
 
 Fix safety: no fix is needed in the files.
 

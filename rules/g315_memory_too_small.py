@@ -1,7 +1,7 @@
 """G315 memory-too-small: the machine has less memory free than quantizing takes.
 
-Why: the run holds one block in float32, the Hessians of its linears and what solving the widest of them takes, whatever the number of
-calibration rows. With less, the system ends the process without a message, or swaps for days.
+Why: the run holds one block in float32, the Hessians of its linears and what solving the widest of them takes, whatever
+the number of calibration rows. With less, the system ends the process without a message, or swaps for days.
 
 Seen as:
 - Linux: `Out of memory: Killed process`
@@ -11,8 +11,8 @@ Seen as:
 - Linux: `Killed`
 - zsh: `zsh: killed`
 
-Do: close other programs, take a machine with the memory named, or `--method rtn`, which needs no Hessian. Fewer calibration rows change
-nothing.
+Do: close other programs, take a machine with the memory named, or `--method rtn`, which needs no Hessian. Fewer
+calibration rows change nothing.
 
 False alarms: memory that another program gives back before the run.
 
@@ -45,7 +45,8 @@ def memory_too_small(checkpoint, machine, layout, recipe):
     yield finding(
         f"this machine has {machine.memory_free / GIB:.1f} GiB of memory free; {recipe.label()} takes {machine.memory_need / GIB:.1f} GiB",
         evidence={"memory_free": machine.memory_free, "memory_need": machine.memory_need},
-        advice="take a machine with more memory" + ("" if recipe.method == "rtn" else ", or --method rtn, which needs no Hessian"),
+        advice="take a machine with more memory"
+        + ("" if recipe.method == "rtn" else ", or --method rtn, which needs no Hessian"),
     )
 
 

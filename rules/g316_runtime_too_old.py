@@ -1,6 +1,7 @@
 """G316 runtime-too-old: the plan names a version of a runtime that came before this kind of model.
 
-Why: a runtime learns model types one by one. An older one refuses the checkpoint when it loads it, after the hours of quantizing.
+Why: a runtime learns model types one by one. An older one refuses the checkpoint when it loads it, after the hours of
+quantizing.
 
 Seen as:
 - transformers: `Unrecognized configuration class`
@@ -12,8 +13,8 @@ Seen as:
 
 Do: install the version that the message names, or a newer one.
 
-False alarms: a runtime with code added by a plugin. Where config.json brings code of its own (auto_map), transformers is not judged; nor
-are model types that the table lacks.
+False alarms: a runtime with code added by a plugin. Where config.json brings code of its own (auto_map), transformers
+is not judged; nor are model types that the table lacks.
 
 Fix safety: no fix: the files are sound.
 
@@ -40,19 +41,44 @@ def runtime_too_old(checkpoint, spec, config, recipe, published):
         raise Unavailable("no version of a runtime was named: --runtime NAME==VERSION asks for one")
     types = [spec.model_type, str(config.get("model_type") or "")]
     first = next((v for t in types if (v := published["since"].get(recipe.runtime, {}).get(t))), None)
-    if first is None or not version_before(recipe.runtime_version, first) or (recipe.runtime == "transformers" and config.get("auto_map")):
+    if (
+        first is None
+        or not version_before(recipe.runtime_version, first)
+        or (recipe.runtime == "transformers" and config.get("auto_map"))
+    ):
         return
-    yield finding(f"{recipe.runtime} {recipe.runtime_version} does not know {spec.model_type} models: {first} is the first that does",
-                  at=Place("config.json", pointer="/model_type"), advice=f"install {recipe.runtime} {first} or newer",
-                  evidence={"runtime": recipe.runtime, "version": recipe.runtime_version, "first": first})
+    yield finding(
+        f"{recipe.runtime} {recipe.runtime_version} does not know {spec.model_type} models: {first} is the first that does",
+        at=Place("config.json", pointer="/model_type"),
+        advice=f"install {recipe.runtime} {first} or newer",
+        evidence={"runtime": recipe.runtime, "version": recipe.runtime_version, "first": first},
+    )
 
 
 def bad():
-    family = only_in("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "mixtral", "olmo2", why="the table has no first version for it")
+    family = only_in(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gemma2",
+        "phi3",
+        "mixtral",
+        "olmo2",
+        why="the table has no first version for it",
+    )
     case = tiny(family)
     case.recipe = case.recipe.with_field("runtime", "transformers").with_field("runtime_version", "4.27.0")
-    first = {"llama": "4.28.0", "qwen2": "4.37.0", "qwen3": "4.51.0", "mistral": "4.34.0", "gemma2": "4.42.0", "phi3": "4.41.0",
-             "mixtral": "4.36.0", "olmo2": "4.47.0"}[family]
+    first = {
+        "llama": "4.28.0",
+        "qwen2": "4.37.0",
+        "qwen3": "4.51.0",
+        "mistral": "4.34.0",
+        "gemma2": "4.42.0",
+        "phi3": "4.41.0",
+        "mixtral": "4.36.0",
+        "olmo2": "4.47.0",
+    }[family]
     return case, f"transformers 4.27.0 does not know {family} models: {first} is the first that does"
 
 

@@ -1,6 +1,8 @@
-"""G317 kernel-reported-bad: users reported wrong answers from this version of the runtime for this kind of model and format.
+"""G317 kernel-reported-bad: users reported wrong answers from this version of the runtime for this kind of model and
+format.
 
-Why: a kernel that computes in float16 can overflow where the model does not; the files are sound and another version serves them well.
+Why: a kernel that computes in float16 can overflow where the model does not; the files are sound and another version
+serves them well.
 
 Do: serve with a newer version, or in another format.
 
@@ -30,17 +32,37 @@ def kernel_reported_bad(checkpoint, layout, spec, recipe, published):
     if not recipe.runtime_version:
         raise Unavailable("no version of a runtime was named: --runtime NAME==VERSION asks for one")
     for row in published["reports"]:
-        if (row["runtime"] == recipe.runtime and row.get("model_type", spec.model_type) == spec.model_type
-                and recipe.runtime_version in row["versions"] and layout.format in row["formats"]):
-            yield finding(f"{recipe.runtime} {recipe.runtime_version}: {row['what']}, users report ({row['source']}): {row['cause']}",
-                          advice="serve with a newer version", evidence={"runtime": recipe.runtime, "version": recipe.runtime_version})
+        if (
+            row["runtime"] == recipe.runtime
+            and row.get("model_type", spec.model_type) == spec.model_type
+            and recipe.runtime_version in row["versions"]
+            and layout.format in row["formats"]
+        ):
+            yield finding(
+                f"{recipe.runtime} {recipe.runtime_version}: {row['what']}, users report ({row['source']}): {row['cause']}",
+                advice="serve with a newer version",
+                evidence={"runtime": recipe.runtime, "version": recipe.runtime_version},
+            )
 
 
 def bad():
     case = tiny()
-    case.put("checkpoint:", "given_published", {"reports": [{
-        "runtime": "exllamav2", "versions": ["0.0.0"], "formats": ["gptq"], "what": "an example answers with `!` only", "cause": "it is none",
-        "source": "this rule's file"}]})
+    case.put(
+        "checkpoint:",
+        "given_published",
+        {
+            "reports": [
+                {
+                    "runtime": "exllamav2",
+                    "versions": ["0.0.0"],
+                    "formats": ["gptq"],
+                    "what": "an example answers with `!` only",
+                    "cause": "it is none",
+                    "source": "this rule's file",
+                }
+            ]
+        },
+    )
     case.recipe = case.recipe.with_field("runtime", "exllamav2").with_field("runtime_version", "0.0.0")
     return case, "exllamav2 0.0.0: an example answers with `!` only, users report (this rule's file): it is none"
 

@@ -1,18 +1,18 @@
 """G319 linears-misread: a runtime puts packed linears of this kind in wrongly, or leaves them out, without an error.
 
-Why: a runtime may rearrange weights of a family while it loads them. Where it does so by the names of the tensors, those
-that a quantized checkpoint has in their place are passed over, and the model answers with random text though file and
-kernel are sound.
+Why: a runtime may rearrange weights of a family while it loads them. Where it does so by the names of the tensors,
+those that a quantized checkpoint has in their place are passed over, and the model answers with random text though file
+and kernel are sound.
 
 Seen as:
 - vLLM: random text from a Llama 4 in the GPTQ or AWQ format, while compressed-tensors answers well
 - transformers: unexpected and missing experts in its load report, then random text from a quantized mixture
 
-Do: for Llama 4 in vLLM, write symmetric compressed-tensors, or leave q, k and v in 16 bits. For mixtures in transformers
-5, load the file with GPTQModel.load or serve it with vLLM.
+Do: for Llama 4 in vLLM, write symmetric compressed-tensors, or leave q, k and v in 16 bits. For mixtures in
+transformers 5, load the file with GPTQModel.load or serve it with vLLM.
 
-False alarms: a version newer than the table may have been corrected. Without --runtime only what vLLM does is told, as a
-warning.
+False alarms: a version newer than the table may have been corrected. Without --runtime only what vLLM does is told, as
+a warning.
 
 Fix safety: unsafe: another format, or linears in 16 bits, is the user's choice. A quantized checkpoint has no fix.
 
@@ -41,11 +41,13 @@ from doctor.lint.testing import tiny
 def linears_misread(checkpoint, layout, spec, recipe, published):
     for row in published["misread"]:
         asked = recipe.runtime == row["runtime"]
-        if not asked and (recipe.runtime or not row.get("unasked")) or not in_force(row, recipe.runtime_version):
+        if (not asked and (recipe.runtime or not row.get("unasked"))) or not in_force(row, recipe.runtime_version):
             continue
         if row.get("model_type", spec.model_type) != spec.model_type or not _reads_so(row, layout.format, layout.sym):
             continue
-        wrong = [x for x in layout.linears if x.role in row["roles"] and (x.expert is not None or not row.get("experts"))]
+        wrong = [
+            x for x in layout.linears if x.role in row["roles"] and (x.expert is not None or not row.get("experts"))
+        ]
         if wrong:
             yield finding(
                 f"{row['runtime']} {row['what']} (first {wrong[0].name}, {len(wrong):,} in all): {row['cause']}",
@@ -57,7 +59,7 @@ def linears_misread(checkpoint, layout, spec, recipe, published):
 
 
 def _reads_so(row, form, sym):
-    return form in row["formats"] or not sym and form in row.get("asymmetric", ())
+    return form in row["formats"] or (not sym and form in row.get("asymmetric", ()))
 
 
 def _cure(row, layout, recipe, wrong):
@@ -70,9 +72,22 @@ def _cure(row, layout, recipe, wrong):
 
 def bad():
     case = tiny()
-    case.put("checkpoint:", "given_published", {"misread": [{
-        "runtime": "exllamav2", "formats": ["gptq"], "roles": ["down"], "what": "loads an example's down upside down", "cause": "it is none",
-        "advice": "serve it with another runtime"}]})
+    case.put(
+        "checkpoint:",
+        "given_published",
+        {
+            "misread": [
+                {
+                    "runtime": "exllamav2",
+                    "formats": ["gptq"],
+                    "roles": ["down"],
+                    "what": "loads an example's down upside down",
+                    "cause": "it is none",
+                    "advice": "serve it with another runtime",
+                }
+            ]
+        },
+    )
     case.recipe = case.recipe.with_field("runtime", "exllamav2")
     name = case.name("down").removesuffix(".weight")
     return case, f"exllamav2 loads an example's down upside down (first {name}, 2 in all): it is none"

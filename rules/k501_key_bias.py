@@ -35,8 +35,8 @@ import re
 from doctor.lint.rule import fact, finding, rule
 from doctor.lint.testing import encode, only_in, tiny
 
-# Largest |bias| of a key channel. Measured per block on Qwen2.5-Coder-0.5B: below 30 the error of the attention logits at
-# 4 bits stays under 0.6; 34 gave 0.8, 66 gave 1.3, 145 gave 19. From 60 on, 6 bits were not enough either.
+# Largest |bias| of a key channel. Measured per block on Qwen2.5-Coder-0.5B: below 30 the error of the attention logits
+# at 4 bits stays under 0.6; 34 gave 0.8, 66 gave 1.3, 145 gave 19. From 60 on, 6 bits were not enough either.
 NEEDS_SIX_BITS, NEEDS_EIGHT_BITS = 30, 60
 _NUMBERED = re.compile(r"(.*?\.)(\d+)(\..*)$")
 KEY_BIASES = (".k_proj.bias", ".key.bias", ".wk.bias")
@@ -44,7 +44,9 @@ KEY_BIASES = (".k_proj.bias", ".key.bias", ".wk.bias")
 
 @fact("tensor")
 def key_bits(tensor, absmax, tensors):
-    """Fewest bits (4, 6, 8) for cached keys by the largest value of a key bias; None for what is no key bias or has a norm behind it."""
+    """Fewest bits (4, 6, 8) for cached keys by the largest value of a key bias; None for what is no key bias or has a
+    norm behind it.
+    """
     if not tensor.name.endswith(KEY_BIASES):
         return None
     # A norm after the projection takes the bias's size away.
@@ -75,9 +77,7 @@ def _across_blocks(name, values):
     others = ((_NUMBERED.match(other), value) for other, value in values.items() if other.endswith(place[3]))
     return [
         value
-        for _, value in sorted(
-            (int(m[2]), value) for m, value in others if m and (m[1], m[3]) == (place[1], place[3])
-        )
+        for _, value in sorted((int(m[2]), value) for m, value in others if m and (m[1], m[3]) == (place[1], place[3]))
     ]
 
 

@@ -13,7 +13,8 @@ dtype on auto.
 
 False alarms: engines that compute scales while serving.
 
-Fix safety: unsafe: the entry is removed, and the cache stays in 16 bits, which takes twice the memory. Scales need a calibration.
+Fix safety: unsafe: the entry is removed, and the cache stays in 16 bits, which takes twice the memory. Scales need a
+calibration.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py; vllm-project/llm-compressor
 issue 2176.
@@ -40,9 +41,7 @@ def kv_scales_missing(checkpoint, quantization_block, tensors):
     if quantization_block is None:
         return
     raw, file, pointer = quantization_block
-    key = next(
-        (k for k in ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_method") if raw.get(k)), None
-    )
+    key = next((k for k in ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_method") if raw.get(k)), None)
     if key is None or any(name.endswith(SCALES) for name in tensors):
         return
     yield finding(

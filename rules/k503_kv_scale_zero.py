@@ -7,7 +7,8 @@ Do: calibrate again, with text that reaches this block.
 
 False alarms: none; nothing can be divided by 0.
 
-Fix safety: unsafe, and only with `--from`: the scale is taken from another copy of this checkpoint. Without one it needs a calibration.
+Fix safety: unsafe, and only with `--from`: the scale is taken from another copy of this checkpoint. Without one it
+needs a calibration.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py.
 

@@ -38,17 +38,16 @@ from doctor.lint.testing import change, compared
 
 # Ratios of the two perplexities. Up to 1.25 even small models at 4 bits stay; from 2 on replies fall apart.
 NOTABLE, BROKEN = 1.25, 2.0
-# A block's own error against the median of the other blocks'. Blocks of healthy copies stay below 1.5 times (SmolLM2-135M by
-# rounding to 4 bits: 1.4), one linear of another block makes 3.2; below 2 no block is named, for the difference may be the block's nature.
+# A block's own error against the median of the other blocks'. Blocks of healthy copies stay below 1.5 times
+# (SmolLM2-135M by rounding to 4 bits: 1.4), one linear of another block makes 3.2; below 2 no block is named, for the
+# difference may be the block's nature.
 OUTLIER = 2.0
 
 
 @rule("O601", "error", implied_by=("O602", "O606", "O616"))
 def perplexity_blowup(checkpoint, comparison):
     before, after = comparison.perplexity_original, comparison.perplexity_quantized
-    if (
-        after <= NOTABLE * before or not before == before
-    ):  # not before == before: the original is NaN, which is O606
+    if after <= NOTABLE * before or not before == before:  # not before == before: the original is NaN, which is O606
         return
     yield finding(
         f"perplexity {before:.2f} became {after:.2f} on {comparison.tokens:,} tokens in rows of {comparison.context} (up to {NOTABLE} × passes, "
@@ -74,7 +73,9 @@ def perplexity_blowup(checkpoint, comparison):
 
 
 def _worst_block(comparison):
-    """Which block to look at: the one that is an outlier by itself, else the one after which the error carried along has grown most."""
+    """Which block to look at: the one that is an outlier by itself, else the one after which the error carried along
+    has grown most.
+    """
     own, errors = {i: e for i, e in enumerate(comparison.own_errors) if math.isfinite(e)}, comparison.block_errors
     if len(own) > 1:
         block = max(own, key=own.get)
@@ -87,7 +88,9 @@ def _worst_block(comparison):
 
 def bad():
     case = compared()
-    change(case, "checkpoint:", "comparison", perplexity_quantized=61.5, own_errors=(0.05, 0.06), block_errors=(0.01, 0.9))
+    change(
+        case, "checkpoint:", "comparison", perplexity_quantized=61.5, own_errors=(0.05, 0.06), block_errors=(0.01, 0.9)
+    )
     return (
         case,
         "perplexity 12.00 became 61.50 on 8,192 tokens in rows of 512 (up to 1.25 × passes, above 2 × is broken); the error grows most in block 1",

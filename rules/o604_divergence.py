@@ -28,7 +28,8 @@ need).
 from doctor.lint.rule import finding, rule
 from doctor.lint.testing import change, compared
 
-KL = 0.3  # nats per token, mean. Round-to-nearest at 4 bits in groups gives about 0.1 on small models, at 3 bits about 0.5
+# nats per token, mean. Round-to-nearest at 4 bits in groups gives about 0.1 on small models, at 3 bits about 0.5
+KL = 0.3
 AGREEMENT = 0.7  # share of tokens with the same first choice
 
 

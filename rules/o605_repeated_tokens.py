@@ -54,5 +54,7 @@ def bad():
 
 def good():
     case = compared()
-    change(case, "checkpoint:", "comparison", longest_repeat=64, longest_repeat_original=64)  # the original says the same
+    change(
+        case, "checkpoint:", "comparison", longest_repeat=64, longest_repeat_original=64
+    )  # the original says the same
     return case

@@ -11,8 +11,8 @@ Do: quantize this linear again (Q401 and Q405 of that run say why it failed).
 
 False alarms: scale 0 for a group whose weights are all 0, as some packers write for padding.
 
-Fix safety: unsafe, and only with `--from`: the scales are taken from another copy of the quantized checkpoint, such as its repository.
-Without one the weights behind a wrong scale are lost.
+Fix safety: unsafe, and only with `--from`: the scales are taken from another copy of the quantized checkpoint, such as
+its repository. Without one the weights behind a wrong scale are lost.
 
 Sources: AutoGPTQ/AutoGPTQ issues 306, 582 and 587; casper-hansen/AutoAWQ PR 516 (sets such scales to 1).
 
@@ -32,8 +32,8 @@ from doctor.lint.rule import finding, rule, tensor_from_base
 from doctor.lint.testing import encode, tiny_gptq
 
 SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
-# A scale is at most twice the largest weight of its group divided by the number of steps; weights above a few hundred do
-# not occur in trained linears, so a scale of 100 (weights of 800 at 4 bits) is an accident.
+# A scale is at most twice the largest weight of its group divided by the number of steps; weights above a few hundred
+# do not occur in trained linears, so a scale of 100 (weights of 800 at 4 bits) is an accident.
 HUGE = 100.0
 
 

@@ -8,13 +8,13 @@ there and fails elsewhere.
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`
 
-Do: set checkpoint_format to what the words are. A config without that key comes from a tool older than version 2, whose readers do
-not know the key either: there the words are moved to version 1, which every reader takes.
+Do: set checkpoint_format to what the words are. A config without that key comes from a tool older than version 2, whose
+readers do not know the key either: there the words are moved to version 1, which every reader takes.
 
 False alarms: none for symmetric files, whose zero points are known.
 
-Fix safety: safe: one word of the config; or, without the key, zero points 8 become 7 (4 bits), which is the same model in version 1.
-A field that cannot move is refused.
+Fix safety: safe: one word of the config; or, without the key, zero points 8 become 7 (4 bits), which is the same model
+in version 1. A field that cannot move is refused.
 
 Sources: vllm-project/vllm PR 26092 and 38966; AutoGPTQ/AutoGPTQ PR 640; turboderp/exllamav2
 exllamav2/ext.py (0x11111111).
@@ -44,7 +44,11 @@ def qzeros_version(checkpoint, quantization, packed_words):
     stated = "gptq_v2" if quantization.version == "gptq_v2" else "gptq"
     other = "gptq" if stated == "gptq_v2" else "gptq_v2"
     bits = {n: quantization.bits_of(n.removesuffix(".qzeros")) for n in packed_words if n.endswith(".qzeros")}
-    wrong = [n for n, b in bits.items() if b in (2, 4, 8) and packed_words[n].kinds == {symmetric_word(b, other): packed_words[n].count}]
+    wrong = [
+        n
+        for n, b in bits.items()
+        if b in (2, 4, 8) and packed_words[n].kinds == {symmetric_word(b, other): packed_words[n].count}
+    ]
     if not wrong:
         return
     key = (
@@ -54,12 +58,19 @@ def qzeros_version(checkpoint, quantization, packed_words):
         if "checkpoint_format" in quantization.raw or "format" not in quantization.raw
         else "format"
     )
-    value = {"gptq": "auto_round:auto_gptq", "gptq_v2": "auto_round:gptqmodel"}[other] if quantization.autoround else other
+    value = (
+        {"gptq": "auto_round:auto_gptq", "gptq_v2": "auto_round:gptqmodel"}[other] if quantization.autoround else other
+    )
     pointer = f"{quantization.pointer}/{key}"
     if other == "gptq_v2" and key not in quantization.raw:
-        fix = Fix("store the zero points minus one, as version 1 does", tuple(ShiftZeros(n, bits[n], -1) for n in wrong))
+        fix = Fix(
+            "store the zero points minus one, as version 1 does", tuple(ShiftZeros(n, bits[n], -1) for n in wrong)
+        )
     else:
-        fix = Fix(f"set {key} to {value}", (SetJson(quantization.file, pointer, value, expect=quantization.raw.get(key, MISSING)),))
+        fix = Fix(
+            f"set {key} to {value}",
+            (SetJson(quantization.file, pointer, value, expect=quantization.raw.get(key, MISSING)),),
+        )
     words = " or ".join(sorted({f"0x{symmetric_word(bits[n], other):08x}" for n in wrong}))
     yield finding(
         f"{len(wrong)} qzeros tensors hold {words} only, which is {other}, and {key} says {stated}",

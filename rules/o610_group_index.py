@@ -10,8 +10,8 @@ Do: set desc_act to true where g_idx is scattered.
 
 False alarms: none; the entries were counted.
 
-Fix safety: safe for the flag: the tensors stay. Safe for an absent g_idx beside others where desc_act is false: groups of neighbours are
-all it can mean. Unsafe for entries beyond the last group, and only where desc_act is false.
+Fix safety: safe for the flag: the tensors stay. Safe for an absent g_idx beside others where desc_act is false: groups
+of neighbours are all it can mean. Unsafe for entries beyond the last group, and only where desc_act is false.
 
 Sources: AutoGPTQ/AutoGPTQ commit c0f8edb; vllm-project/vllm
 vllm/model_executor/layers/quantization/gptq.py.
@@ -68,14 +68,21 @@ def group_index(checkpoint, quantization, packed_words, tensors):
             advice="set desc_act to true",
         )
 
-
     indexed = {n.removesuffix(".g_idx") for n in tensors if n.endswith(".g_idx")}
-    absent = sorted(n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight") and n.removesuffix(".qweight") not in indexed)
+    absent = sorted(
+        n.removesuffix(".qweight")
+        for n in tensors
+        if n.endswith(".qweight") and n.removesuffix(".qweight") not in indexed
+    )
     if indexed and absent and not quantization.desc_act:
         edits = tuple(_in_order(f"{module}.g_idx", tensors, quantization) for module in absent)
-        yield finding(f"{len(absent)} linears have no g_idx and {len(indexed)} have one, the first without is {absent[0]}",
-                      at=Place("", tensor=f"{absent[0]}.qweight"), evidence={"absent": len(absent), "present": len(indexed)}, severity="warning",
-                      fix=Fix("add g_idx as groups of neighbours", edits))
+        yield finding(
+            f"{len(absent)} linears have no g_idx and {len(indexed)} have one, the first without is {absent[0]}",
+            at=Place("", tensor=f"{absent[0]}.qweight"),
+            evidence={"absent": len(absent), "present": len(indexed)},
+            severity="warning",
+            fix=Fix("add g_idx as groups of neighbours", edits),
+        )
 
 
 def _in_order(name, tensors, quantization):

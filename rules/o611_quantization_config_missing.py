@@ -12,8 +12,9 @@ maker used.
 
 False alarms: none; without it no engine reads the file.
 
-Fix safety: safe where the tensors determine all of it: bits and groups by their shapes, and symmetry and version by zero points that are one
-symmetric word throughout; AWQ always. Zero points that vary leave GPTQ's version open, and other forms are not read: then manual.
+Fix safety: safe where the tensors determine all of it: bits and groups by their shapes, and symmetry and version by
+zero points that are one symmetric word throughout; AWQ always. Zero points that vary leave GPTQ's version open, and
+other forms are not read: then manual.
 
 Sources: vllm-project/vllm issues 1100 and 13612; vllm-project/llm-compressor issues 959 and 967.
 
@@ -50,7 +51,13 @@ def quantization_config_missing(checkpoint, quantization_block, tensors, config,
 def _fix(tensors, config, words):
     """quantization_config as the tensors and their words show it; None where they leave anything open."""
     modules = [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]
-    shapes = [[tensors[f"{m}.{part}"].shape if f"{m}.{part}" in tensors else None for part in ("qweight", "qzeros", "scales", "g_idx")] for m in modules]
+    shapes = [
+        [
+            tensors[f"{m}.{part}"].shape if f"{m}.{part}" in tensors else None
+            for part in ("qweight", "qzeros", "scales", "g_idx")
+        ]
+        for m in modules
+    ]
     if not shapes or any(len(s or ()) != 2 for three in shapes for s in three[:3]):
         return None
     found = {_read(*four) for four in shapes}
@@ -61,11 +68,26 @@ def _fix(tensors, config, words):
     if method == "awq":
         block |= {"zero_point": True, "version": "gemm"}
     else:
-        zeros, orders = ([words[f"{m}.{part}"] for m in modules if f"{m}.{part}" in words] for part in ("qzeros", "g_idx"))
-        versions = [v for v in ("gptq", "gptq_v2") if bits != 3 and all(z.kinds is not None and z.kinds.keys() == {symmetric_word(bits, v)} for z in zeros)]
-        if len(versions) != 1 or len(zeros) < len(modules) or any(s[3] for s in shapes) and len(orders) < len(modules):
+        zeros, orders = (
+            [words[f"{m}.{part}"] for m in modules if f"{m}.{part}" in words] for part in ("qzeros", "g_idx")
+        )
+        versions = [
+            v
+            for v in ("gptq", "gptq_v2")
+            if bits != 3 and all(z.kinds is not None and z.kinds.keys() == {symmetric_word(bits, v)} for z in zeros)
+        ]
+        if (
+            len(versions) != 1
+            or len(zeros) < len(modules)
+            or (any(s[3] for s in shapes) and len(orders) < len(modules))
+        ):
             return None
-        block |= {"sym": True, "desc_act": not all(o.rising for o in orders), "checkpoint_format": versions[0], "lm_head": "lm_head" in modules}
+        block |= {
+            "sym": True,
+            "desc_act": not all(o.rising for o in orders),
+            "checkpoint_format": versions[0],
+            "lm_head": "lm_head" in modules,
+        }
     edit = SetJson("config.json", "/quantization_config", block, config.get("quantization_config", MISSING))
     groups = f"groups of {group}" if group > 0 else "whole rows"
     return Fix(f"write quantization_config as the tensors show it: {method}, {bits} bits, {groups}", (edit,))
@@ -82,7 +104,7 @@ def _read(words, zeros, scales, index):
     else:
         width, method = words[0], "awq"
     fits = words == ((width * bits / 32, height) if method == "gptq" else (width, height * bits / 32))
-    if bits not in (2, 3, 4, 8) or not fits or zeros[0] != groups or width % groups or method == "awq" and bits != 4:
+    if bits not in (2, 3, 4, 8) or not fits or zeros[0] != groups or width % groups or (method == "awq" and bits != 4):
         return None
     return method, int(bits), int(width // groups) if groups > 1 else -1
 

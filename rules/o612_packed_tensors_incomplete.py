@@ -12,8 +12,9 @@ Do: copy the missing tensors' shard again; set bits and group_size to what the s
 
 False alarms: formats with other tensor names are not judged.
 
-Fix safety: safe where the files determine it: the zero points of a symmetric GPTQ file are one word, and a group size that the scales of
-every linear show goes into the config. With `--from` tensors are taken from another copy, unsafe. Else no fix.
+Fix safety: safe where the files determine it: the zero points of a symmetric GPTQ file are one word, and a group size
+that the scales of every linear show goes into the config. With `--from` tensors are taken from another copy, unsafe.
+Else no fix.
 
 Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py; casper-hansen/AutoAWQ
 awq/modules/linear/gemm.py.
@@ -74,25 +75,43 @@ def _absent(quantization, linear, tensors, absent, base):
     """Equal zero points for a symmetric GPTQ file; else what --from has under these names."""
     scales = tensors.get(f"{linear.name}.scales")
     bits = quantization.bits_of(linear.name)
-    if absent == ["qzeros"] and quantization.method == "gptq" and quantization.sym and bits in (2, 4, 8) and scales is not None:
+    if (
+        absent == ["qzeros"]
+        and quantization.method == "gptq"
+        and quantization.sym
+        and bits in (2, 4, 8)
+        and scales is not None
+    ):
         groups, height = scales.shape
-        edit = EqualZeros(f"{linear.name}.qzeros", (groups, height * bits // 32), symmetric_word(bits, quantization.version))
+        edit = EqualZeros(
+            f"{linear.name}.qzeros", (groups, height * bits // 32), symmetric_word(bits, quantization.version)
+        )
         return Fix("write the zero points of a symmetric file", (edit,))
     donor = base.checkpoint.tensors if base is not None else {}
     names = [f"{linear.name}.{tail}" for tail in absent]
     offers = [base.offer(n, donor[n].dtype.name, donor[n].shape) for n in names if n in donor]
-    return Fix(f"take {' and '.join(absent)} from {base.text}", tuple(offers), "unsafe") if len(offers) == len(names) and None not in offers else None
+    return (
+        Fix(f"take {' and '.join(absent)} from {base.text}", tuple(offers), "unsafe")
+        if len(offers) == len(names) and None not in offers
+        else None
+    )
 
 
 def _group_size(quantization, layout, tensors):
-    """Fix that states the one group size which the scales of every linear show; None where they show several or another defect."""
+    """Fix that states the one group size which the scales of every linear show; None where they show several or another
+    defect.
+    """
     found = set()
     for linear in layout.linears:
         scales = tensors.get(f"{linear.name}.{SCALES[quantization.method]}")
         if scales is None or len(scales.shape) != 2 or quantization.version not in ("gptq", "gptq_v2", "gemm"):
             return None
         groups, height = scales.shape
-        found.add(linear.in_features // groups if height == linear.out_features and groups and not linear.in_features % groups else None)
+        found.add(
+            linear.in_features // groups
+            if height == linear.out_features and groups and not linear.in_features % groups
+            else None
+        )
     key = next((k for k in ("group_size", "q_group_size") if k in quantization.raw), None)
     if len(found) != 1 or None in found or key is None:
         return None

@@ -45,7 +45,12 @@ def unexpected_packed(checkpoint, quantization, tensors):
                 at=Place(info.shard, tensor=name),
                 advice="quantize again with routers left out",
             )
-        elif HEAD.search(name) and quantization.method == "gptq" and not quantization.autoround and not quantization.raw.get("lm_head"):
+        elif (
+            HEAD.search(name)
+            and quantization.method == "gptq"
+            and not quantization.autoround
+            and not quantization.raw.get("lm_head")
+        ):
             pointer = f"{quantization.pointer}/lm_head"
             edit = SetJson(quantization.file, pointer, True, expect=quantization.raw.get("lm_head", MISSING))
             yield finding(

@@ -39,8 +39,8 @@ from doctor.lint.rule import finding, rule
 from doctor.lint.testing import change, compared
 
 FP16_MAX = 65504  # the largest finite float16
-# Of that range, on a few thousand tokens. Above, other text may well go beyond it. SmolLM2-135M, sound in float16, reaches 0.37:
-# one channel of the first token's residual stream, which no text moves.
+# Of that range, on a few thousand tokens. Above, other text may well go beyond it. SmolLM2-135M, sound in float16,
+# reaches 0.37: one channel of the first token's residual stream, which no text moves.
 NEAR = 0.5
 
 
@@ -49,26 +49,40 @@ def float16_overflow(checkpoint, comparison, spec):
     half = comparison.half
     if half is None:
         return
-    evidence = {"absmax": half.absmax, "place": half.place, "nonfinite_float16": half.nonfinite_float16, "kl_float16": half.kl_float16,
-                "kl_bfloat16": half.kl_bfloat16}
+    evidence = {
+        "absmax": half.absmax,
+        "place": half.place,
+        "nonfinite_float16": half.nonfinite_float16,
+        "kl_float16": half.kl_float16,
+        "kl_bfloat16": half.kl_bfloat16,
+    }
     stated = str(spec.config.get("dtype") or spec.config.get("torch_dtype") or "").removeprefix("torch.")
     if half.first is not None or half.nonfinite_float16:
         place, size = half.first or (half.place, half.absmax)
         yield finding(
             f"{place} reaches {size:,.0f}, float16 ends at {FP16_MAX:,}: run in float16, {half.nonfinite_float16:,} of {half.tokens:,} rows "
             f"of the original's logits hold NaN or Inf (in bfloat16 {half.nonfinite_bfloat16:,})",
-            severity="error" if stated == "float16" else "warning", evidence=evidence,
-            advice="serve in bfloat16, and leave no \"float16\" in config.json")
+            severity="error" if stated == "float16" else "warning",
+            evidence=evidence,
+            advice='serve in bfloat16, and leave no "float16" in config.json',
+        )
     elif not half.absmax <= NEAR * FP16_MAX:
-        yield finding(f"{half.place} reaches {half.absmax:,.0f}, {half.absmax / FP16_MAX:.0%} of float16's range, on {comparison.tokens:,} tokens; "
-                      f"other text may go beyond it", severity="info", evidence=evidence, advice="serve in bfloat16 where the kernel can")
+        yield finding(
+            f"{half.place} reaches {half.absmax:,.0f}, {half.absmax / FP16_MAX:.0%} of float16's range, on {comparison.tokens:,} tokens; "
+            f"other text may go beyond it",
+            severity="info",
+            evidence=evidence,
+            advice="serve in bfloat16 where the kernel can",
+        )
 
 
 def bad():
     case = compared()
     half = case.facts["checkpoint:", "comparison"].half
     place = "the input of model.layers.1.mlp.down_proj"
-    broken = replace(half, absmax=151552.0, place=place, first=(place, 151552.0), nonfinite_float16=1022, kl_float16=float("nan"))
+    broken = replace(
+        half, absmax=151552.0, place=place, first=(place, 151552.0), nonfinite_float16=1022, kl_float16=float("nan")
+    )
     change(case, "checkpoint:", "comparison", half=broken)
     return case, (
         f"{place} reaches 151,552, float16 ends at 65,504: run in float16, 1,022 of 1,022 rows of the original's logits hold NaN or Inf "

@@ -1,8 +1,8 @@
 """O616 collapsed-predictions: the quantized model predicts nearly the same whatever the text.
 
-Why: a model that has collapsed still gives finite logits. It ranks one token first wherever it stands (token 0 is "!" in Qwen's
-vocabulary), or it spreads its belief evenly over the whole vocabulary. Both show in the predictions on the text, so a
-model too large to be held in memory and asked for replies is judged as well.
+Why: a model that has collapsed still gives finite logits. It ranks one token first wherever it stands (token 0 is "!"
+in Qwen's vocabulary), or it spreads its belief evenly over the whole vocabulary. Both show in the predictions on the
+text, so a model too large to be held in memory and asked for replies is judged as well.
 
 Do: see the findings on scales and zero points, and the block at which the error jumps; then quantize that block again.
 
@@ -37,26 +37,40 @@ SHARPER = 0.8  # of ln(vocabulary): an original above it is no better, as one th
 
 @rule("O616", "error", implied_by=("O602", "O606"))
 def collapsed_predictions(checkpoint, comparison, spec):
-    c, evidence = comparison, {"entropy": comparison.entropy_quantized, "entropy_original": comparison.entropy_original,
-                               "one_choice": comparison.one_choice, "one_choice_original": comparison.one_choice_original}
+    c, evidence = (
+        comparison,
+        {
+            "entropy": comparison.entropy_quantized,
+            "entropy_original": comparison.entropy_original,
+            "one_choice": comparison.one_choice,
+            "one_choice_original": comparison.one_choice_original,
+        },
+    )
     if c.one_choice > FAVOURITE and c.one_choice > TWICE * c.one_choice_original:
         yield finding(
             f"token {c.one_choice_token} is the first choice at {c.one_choice:.0%} of {c.tokens:,} tokens (the original's favourite at "
             f"{c.one_choice_original:.0%}; above {FAVOURITE:.0%} is a collapse)",
-            evidence=evidence, advice="look at scales, zero points and the block at which the error jumps")
+            evidence=evidence,
+            advice="look at scales, zero points and the block at which the error jumps",
+        )
         return
     guess = math.log(spec.vocab) if spec.vocab and spec.vocab > 1 else math.inf
     if c.entropy_quantized > FLAT * guess and c.entropy_original < SHARPER * guess:
         yield finding(
             f"next-token entropy is {c.entropy_quantized:.2f} nats, {c.entropy_quantized / guess:.0%} of a blind guess (the original's "
             f"{c.entropy_original:.2f}; above {FLAT:.0%} is a collapse)",
-            evidence=evidence, advice="look at scales, zero points and the block at which the error jumps")
+            evidence=evidence,
+            advice="look at scales, zero points and the block at which the error jumps",
+        )
 
 
 def bad():
     case = compared()
     change(case, "checkpoint:", "comparison", one_choice=0.97, one_choice_token=0)
-    return case, "token 0 is the first choice at 97% of 8,192 tokens (the original's favourite at 5%; above 50% is a collapse)"
+    return (
+        case,
+        "token 0 is the first choice at 97% of 8,192 tokens (the original's favourite at 5%; above 50% is a collapse)",
+    )
 
 
 def good():

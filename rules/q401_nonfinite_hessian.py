@@ -18,8 +18,8 @@ bfloat16 or float32.
 
 False alarms: none; the values were counted.
 
-Fix safety: unsafe where the inputs are finite and only their products overflow: the linear stays in 16 bits, with those that engines fuse
-with it. Inputs that are NaN or Inf have no fix here: the cause is elsewhere.
+Fix safety: unsafe where the inputs are finite and only their products overflow: the linear stays in 16 bits, with those
+that engines fuse with it. Inputs that are NaN or Inf have no fix here: the cause is elsewhere.
 
 Sources: turboderp/exllamav2 exllamav2/conversion/adaptivegptq.py:276-333, issues 453 and 459;
 turboderp-org/exllamav3 issue 58; AutoGPTQ/AutoGPTQ issue 708. LAPACK's spotrf returns success for a matrix
@@ -43,7 +43,7 @@ from doctor.lint.testing import change, measured
 
 @rule("Q401", "error", implied_by=("W201",))
 def nonfinite_hessian(linear, hessian, spec, recipe):
-    if hessian.finite and not hessian.n_nonfinite or is_kept(recipe, linear.name):
+    if (hessian.finite and not hessian.n_nonfinite) or is_kept(recipe, linear.name):
         return
     if hessian.n_nonfinite:
         first = hessian.first_nonfinite
@@ -53,8 +53,9 @@ def nonfinite_hessian(linear, hessian, spec, recipe):
         what = f"the inputs of {linear.name} are finite, but their products overflow"
     yield finding(
         what,
-        fix=None if hessian.n_nonfinite else
-        Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
+        fix=None
+        if hessian.n_nonfinite
+        else Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
         evidence={"n_nonfinite": hessian.n_nonfinite, "tokens": hessian.tokens},
         advice="look for W201 and W205 in this and earlier blocks; damping cannot help",
     )

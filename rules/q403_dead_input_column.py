@@ -32,7 +32,8 @@ src/llmcompressor/modifiers/gptq/helpers.py; arXiv 2309.04827.
 from doctor.lint.rule import finding, rule
 from doctor.lint.testing import change, measured
 
-# Share of a linear's columns. A few silent units are normal; from a percent on the calibration misses part of the model.
+# Share of a linear's columns. A few silent units are normal; from a percent on the calibration misses part of the
+# model.
 DEAD_SHARE = 0.01
 
 

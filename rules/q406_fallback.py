@@ -14,8 +14,8 @@ divides.
 
 False alarms: none; it reports what was done. Linears that `--keep` names are not counted.
 
-Fix safety: unsafe: a linear that was rounded stays in 16 bits, with those that engines fuse with it, and the block is quantized
-again. One that stays in 16 bits already has no fix: the cause decides.
+Fix safety: unsafe: a linear that was rounded stays in 16 bits, with those that engines fuse with it, and the block is
+quantized again. One that stays in 16 bits already has no fix: the cause decides.
 
 Sources: vllm-project/llm-compressor src/llmcompressor/modifiers/gptq/base.py:391; intel/auto-round
 compressors/layer_config_resolver.py:69 (layers left in 16 bits without a word).
@@ -43,7 +43,9 @@ def fallback(linear, solve, spec, recipe):
     yield finding(
         f"{linear.name} {what} instead of {recipe.method}: {solve.note or 'no reason recorded'}",
         evidence={"outcome": solve.outcome, "method": recipe.method},
-        fix=None if solve.outcome == "kept" else Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
+        fix=None
+        if solve.outcome == "kept"
+        else Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
         advice="cure the reason given, or name it with --keep",
     )
 

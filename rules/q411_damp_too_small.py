@@ -15,8 +15,8 @@ raises damping.
 
 False alarms: it is a prediction: float64 may pass at the damping asked for.
 
-Fix safety: unsafe: it changes the plan you asked for, never the checkpoint; the block is quantized again, and those after it with the
-same damp.
+Fix safety: unsafe: it changes the plan you asked for, never the checkpoint; the block is quantized again, and those
+after it with the same damp.
 
 Sources: AutoGPTQ/AutoGPTQ issues 637, 644 and 780; Higham, Accuracy and Stability of Numerical Algorithms,
 theorem 10.7; doctor/quant/solve/hessian.py.

@@ -11,7 +11,8 @@ False alarms: none; it says what was used.
 
 Fix safety: no fix: the text is yours to give.
 
-Sources: doctor/quant/calibration/rows.py, doctor/quant/calibration/self_generated.py; arXiv 2410.17170 (self-calibration).
+Sources: doctor/quant/calibration/rows.py, doctor/quant/calibration/self_generated.py; arXiv 2410.17170
+(self-calibration).
 
 标题: 没有给校准文本，用了 doctor 自带的
 
@@ -35,8 +36,11 @@ def builtin_calibration(checkpoint, calibration):
         yield finding(
             f"calibrated on {calibration.source}, {calibration.tokens:,} tokens, because no text was given",
             at=Place(calibration.source),
-            evidence={"tokens": calibration.tokens, "sampled_rows": calibration.sampled_rows,
-                      **({"not_sampled": calibration.not_sampled} if calibration.not_sampled else {})},
+            evidence={
+                "tokens": calibration.tokens,
+                "sampled_rows": calibration.sampled_rows,
+                **({"not_sampled": calibration.not_sampled} if calibration.not_sampled else {}),
+            },
             advice="--calibration FILE with text of the kind to be served",
         )
 

@@ -1,20 +1,22 @@
 """Q417 slower-path: a run did its work in a slower way than it can.
 
-Why: results are of the same quality, but a run that silently takes several times as long looks like a slow program or a broken
-device.
+Why: results are of the same quality, but a run that silently takes several times as long looks like a slow program or a
+broken device.
 
 Seen as:
 - GPTQModel: `Triton is not installed`
 - AutoAWQ: `torch is not compiled with CUDA`
 - the same model takes an hour on one machine and four on its twin
 
-Do: see the reason: install what is missing (nvidia-cuda-nvrtc, greenlet, a C compiler when installing doctor), or leave it.
+Do: see the reason: install what is missing (nvidia-cuda-nvrtc, greenlet, a C compiler when installing doctor), or leave
+it.
 
 False alarms: none; it reports what was done.
 
 Fix safety: no fix: what is missing is on the machine, not in the checkpoint.
 
-Sources: doctor's own kernels and loops (doctor/quant/solve/kernels.py, doctor/quant/solve/cpu.py, doctor/quant/forward/staged.py).
+Sources: doctor's own kernels and loops (doctor/quant/solve/kernels.py, doctor/quant/solve/cpu.py,
+doctor/quant/forward/staged.py).
 
 标题: 运行走了较慢的路径
 
@@ -39,7 +41,9 @@ def slower_path(checkpoint, slower_paths):
 
 def bad():
     case = measured()
-    case.put("checkpoint:", "slower_paths", ("no CUDA kernel runs on cuda:0, torch does their work: libcuda does not load",))
+    case.put(
+        "checkpoint:", "slower_paths", ("no CUDA kernel runs on cuda:0, torch does their work: libcuda does not load",)
+    )
     return case, "no CUDA kernel runs on cuda:0, torch does their work: libcuda does not load"
 
 

@@ -1,15 +1,17 @@
 """Q418 one-script: calibration text is of one script, and the vocabulary is made for others too.
 
-Why: the Hessians weigh what the text uses. What only the other languages use is rounded as if nobody needed it, and a check of perplexity
-on text of the same kind does not show that.
+Why: the Hessians weigh what the text uses. What only the other languages use is rounded as if nobody needed it, and a
+check of perplexity on text of the same kind does not show that.
 
 Do: add text of every language to be served, in the shares in which it is served.
 
-False alarms: a model that serves this one language only. Languages of one script are not told apart, so silence says little.
+False alarms: a model that serves this one language only. Languages of one script are not told apart, so silence says
+little.
 
 Fix safety: no fix: the text is yours.
 
-Sources: Unicode names of the letters; Williams and Aletras, On the Impact of Calibration Data in Post-training Quantization, arXiv 2311.09755.
+Sources: Unicode names of the letters; Williams and Aletras, On the Impact of Calibration Data in Post-training
+Quantization, arXiv 2311.09755.
 
 标题: 校准文本只有一种文字，而词表还为其他文字而设
 

@@ -1,7 +1,7 @@
 """W201 nonfinite-weight: a weight tensor holds NaN or Inf.
 
-Why: every quantizer derives a scale from the largest and smallest weight of a group, so one NaN poisons its whole group;
-in a forward pass it spreads to every later block, which is then calibrated on NaN.
+Why: every quantizer derives a scale from the largest and smallest weight of a group, so one NaN poisons its whole
+group; in a forward pass it spreads to every later block, which is then calibrated on NaN.
 
 Seen as:
 - AutoAWQ: `assert torch.isnan(w).sum() == 0`
@@ -10,16 +10,18 @@ Seen as:
 - PyTorch: `linalg.cholesky: The factorization could not be completed because the input is not positive-definite (the leading minor of order 1 is not positive-definite)`
 - AutoGPTQ: `the leading minor of order 1 is not positive-definite`
 
-Do: copy the shard again from where it came from, or take the tensor from the base model (`--from DIR`). Zero is a guess: it is
-offered only by name (`--unsafe-fixes=W201`).
+Do: copy the shard again from where it came from, or take the tensor from the base model (`--from DIR`). Zero is a
+guess: it is offered only by name (`--unsafe-fixes=W201`).
 
-False alarms: none known. A NaN that no token reaches (an unused embedding row) still breaks tools that look at whole tensors.
+False alarms: none known. A NaN that no token reaches (an unused embedding row) still breaks tools that look at whole
+tensors.
 
-Fix safety: zero is unsafe, and only by name, because the true values are not in the files. With `--from` the base model's tensor is
-taken: safe where every finite value that is left is the base's bit by bit (then the tensor was never trained), else unsafe.
+Fix safety: zero is unsafe, and only by name, because the true values are not in the files. With `--from` the base
+model's tensor is taken: safe where every finite value that is left is the base's bit by bit (then the tensor was never
+trained), else unsafe.
 
-Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:80; turboderp/exllamav2 exllamav2/conversion/adaptivegptq.py:332;
-ggml-org/llama.cpp PR 6884.
+Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:80; turboderp/exllamav2
+exllamav2/conversion/adaptivegptq.py:332; ggml-org/llama.cpp PR 6884.
 
 标题: 权重张量里有 NaN 或 Inf
 
@@ -44,11 +46,14 @@ def nonfinite_weight(tensor, n_nan, n_inf, numel, first_nonfinite, base):
     if not (n_nan or n_inf):
         return
     what = " and ".join(f"{n:,} {word}" for n, word in ((n_nan, "NaN"), (n_inf, "Inf")) if n)
-    yield finding(f"{what} among {numel:,} values of {tensor.name}", at=element(tensor, first_nonfinite),
-                  evidence={"n_nan": n_nan, "n_inf": n_inf, "numel": numel},
-                  fix=(base and _from_base(base, tensor))
-                  or Fix("replace the non-finite values by 0", (ReplaceNonfinite(tensor.name),), "unsafe", by_name=True),
-                  advice="copy the shard again from where it came from; doctor will not invent a number unless told to by name")
+    yield finding(
+        f"{what} among {numel:,} values of {tensor.name}",
+        at=element(tensor, first_nonfinite),
+        evidence={"n_nan": n_nan, "n_inf": n_inf, "numel": numel},
+        fix=(base and _from_base(base, tensor))
+        or Fix("replace the non-finite values by 0", (ReplaceNonfinite(tensor.name),), "unsafe", by_name=True),
+        advice="copy the shard again from where it came from; doctor will not invent a number unless told to by name",
+    )
 
 
 def _from_base(base, tensor):

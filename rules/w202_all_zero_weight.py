@@ -13,7 +13,8 @@ with zero output (block expansion), say `ignore = ["W202"]` after training it.
 False alarms: a freshly expanded model whose new blocks start at zero. Biases, norms stored as offset from 1
 and correction terms of a router may well be 0 and are not looked at.
 
-Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model. Nothing here says that it was not trained.
+Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model. Nothing here says that it was not
+trained.
 
 Sources: safetensors reads any bytes inside the offsets as values (safetensors/src/tensor.rs);
 casper-hansen/AutoAWQ PR 522.

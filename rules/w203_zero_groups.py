@@ -15,8 +15,8 @@ group is empty.
 False alarms: pruned models have zero groups on purpose; they are a warning only for the program that
 divides by them.
 
-Fix safety: unsafe, with `--from`: where the base's tensor differs in zeros alone, it is taken. Pruning makes such zeros too, so a
-pruned model would be undone. Without a base nothing is changed: the zeros may be meant.
+Fix safety: unsafe, with `--from`: where the base's tensor differs in zeros alone, it is taken. Pruning makes such zeros
+too, so a pruned model would be undone. Without a base nothing is changed: the zeros may be meant.
 
 Sources: casper-hansen/AutoAWQ PR 519 and 522; InternLM/lmdeploy issue 1786; QwenLM/Qwen2
 docs/source/quantization/gptq.md.

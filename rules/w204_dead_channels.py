@@ -9,8 +9,8 @@ Do: nothing, if the model was pruned so. Otherwise compare the shard with its so
 False alarms: structured pruning. A few such channels occur in trained models, so less than DEAD_SHARE of
 them stays silent.
 
-Fix safety: unsafe, with `--from`: where the base's tensor differs in zeros alone, it is taken, which would undo a pruning. Without a
-base nothing is changed: nothing is broken for certain.
+Fix safety: unsafe, with `--from`: where the base's tensor differs in zeros alone, it is taken, which would undo a
+pruning. Without a base nothing is changed: nothing is broken for certain.
 
 Sources: casper-hansen/AutoAWQ PR 522 (zero channels and scales); arXiv 2309.04827 (neurons that never
 fire).

@@ -15,8 +15,8 @@ load it with `torch_dtype=float16`.
 
 False alarms: a tensor that no program casts, for instance a constant kept in float32 by name.
 
-Fix safety: unsafe, and only by name: the values become the largest that float16 holds, which changes the model. Keeping it in bfloat16
-needs no fix.
+Fix safety: unsafe, and only by name: the values become the largest that float16 holds, which changes the model. Keeping
+it in bfloat16 needs no fix.
 
 Sources: ggml-org/llama.cpp issue 14788; turboderp/exllamav2 issue 600.
 

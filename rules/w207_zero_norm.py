@@ -8,7 +8,8 @@ Do: compare the shard's checksum with its source's and copy it again.
 False alarms: norms that are stored as an offset from 1 (Gemma) are 0 in a fresh model and are not looked
 at. A norm after a block may be switched off with zeros on purpose.
 
-Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model. Nothing here says that it was not trained.
+Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model. Nothing here says that it was not
+trained.
 
 Sources: rules/tables/architectures.json (norm_parametrisation of each family).
 

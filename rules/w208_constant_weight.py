@@ -8,7 +8,8 @@ Do: take the tensor from the base model, or find out which tool wrote it.
 
 False alarms: a matrix made constant on purpose, for instance a mask stored under a weight's name.
 
-Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model. Nothing here says that it was not trained.
+Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model. Nothing here says that it was not
+trained.
 
 Sources: PyTorch leaves memory of torch.empty as it was; transformers initialises what it does not find and
 says so only in a log line (modeling_utils, "newly initialized").
@@ -34,14 +35,7 @@ SMALLEST = 4096  # values; tables below that (a shared expert's gate, a toy) may
 @rule("W208", "warning", certainty="likely")
 def constant_weight(tensor, stats, base):
     whole = len(tensor.shape) >= 2 and tensor.name.endswith(".weight") and stats.numel >= SMALLEST
-    if (
-        not whole
-        or not tensor.dtype.is_float
-        or stats.n_nan
-        or stats.n_inf
-        or stats.min != stats.max
-        or not stats.max
-    ):
+    if not whole or not tensor.dtype.is_float or stats.n_nan or stats.n_inf or stats.min != stats.max or not stats.max:
         return
     yield finding(
         f"all {stats.numel:,} values of {tensor.name} are {stats.max:g}",

@@ -1,12 +1,13 @@
-"""W210 one-signed-groups: groups of weights have no negative value, or no positive one, and the plan is a symmetric grid.
+"""W210 one-signed-groups: groups of weights have no negative value, or no positive one, and the plan is a symmetric
+grid.
 
-Why: a symmetric grid spends half of its codes on the sign that never comes: 4 bits do the work of 3. Programs that take the range from 0
-to the largest weight, but put the zero point in the middle, cut off all above 7/15 of it.
+Why: a symmetric grid spends half of its codes on the sign that never comes: 4 bits do the work of 3. Programs that take
+the range from 0 to the largest weight, but put the zero point in the middle, cut off all above 7/15 of it.
 
 Do: quantize asymmetrically (`--asym`), whose grid begins where the group does.
 
-False alarms: only a few places of each matrix are looked at. None known in trained models: of random signs, one group of 32 in two billion has a single one. Heavily pruned matrices
-have such groups, and lose the bit too.
+False alarms: only a few places of each matrix are looked at. None known in trained models: of random signs, one group
+of 32 in two billion has a single one. Heavily pruned matrices have such groups, and lose the bit too.
 
 Fix safety: unsafe: it changes the plan you asked for, never the checkpoint.
 
@@ -49,7 +50,10 @@ def bad():
     case = tiny()
     case.down()[:] &= 0x7FFF  # every bf16 without its sign
     name = case.name("down")
-    return case, f"256 of 256 groups of weights looked at in {name} have a single sign: a symmetric grid wastes half its codes"
+    return (
+        case,
+        f"256 of 256 groups of weights looked at in {name} have a single sign: a symmetric grid wastes half its codes",
+    )
 
 
 def good():

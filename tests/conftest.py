@@ -1,13 +1,13 @@
 """Fixtures that more than one test file needs."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import rungs
 
-# Where tests run in several processes, each takes its share of the cores; what they start inherits it. Before torch is imported.
+# Where tests run in several processes, each takes its share of the cores; what they start inherits it. Before torch is
+# imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 os.environ["LC_ALL"] = "C.UTF-8"  # tests compare English screens on every machine, a Chinese one too
@@ -16,7 +16,9 @@ for name in ("COLUMNS", "LINES"):  # and of one width: several processes at once
 
 
 class Proof:
-    """What one test proved of the rules. It travels with the test's report, because tests may run in several processes."""
+    """What one test proved of the rules. It travels with the test's report, because tests may run in several
+    processes.
+    """
 
     def __init__(self, properties: list):
         self._properties = properties
@@ -53,7 +55,9 @@ def pytest_terminal_summary(terminalreporter):
     pairs, families = PROVED["planted"], PROVED["healthy"]
     if pairs:
         codes, hosts = (len({p[i] for p in pairs}) for i in (0, 1))
-        terminalreporter.write_line(f"planted: {codes} rules x {hosts} families, {len(pairs)} defects: {len(PROVED['found'])} found and named")
+        terminalreporter.write_line(
+            f"planted: {codes} rules x {hosts} families, {len(pairs)} defects: {len(PROVED['found'])} found and named"
+        )
     if families:
         terminalreporter.write_line(f"healthy: {len(families)} families as transformers saves them")
     if pairs or families:

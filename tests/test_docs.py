@@ -10,7 +10,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_rule_pages_and_the_readmes_table_are_not_stale():
-    run = subprocess.run([sys.executable, str(ROOT / "tools" / "generate_docs.py"), "--check"], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "generate_docs.py"), "--check"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert run.returncode == 0, run.stdout + run.stderr + "\nrun: make docs"
 
 
@@ -40,8 +45,23 @@ def test_the_examples_of_the_python_page_run(tmp_path):
     assert found.attempted > 5 and not found.failed
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/before-you-quantize.md", "docs/pipelines.md", "docs/python.md",
-                                  "docs/reports.md", "docs/verify.md", "docs/kvcache.md", "docs/gpu.md", "docs/fixing.md", "docs/hub.md", "docs/configuration.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "README.zh.md",
+        "docs/before-you-quantize.md",
+        "docs/pipelines.md",
+        "docs/python.md",
+        "docs/reports.md",
+        "docs/verify.md",
+        "docs/kvcache.md",
+        "docs/gpu.md",
+        "docs/fixing.md",
+        "docs/hub.md",
+        "docs/configuration.md",
+    ],
+)
 def test_commands_options_and_links_of_a_page_exist(page):
     import re
 
@@ -49,7 +69,11 @@ def test_commands_options_and_links_of_a_page_exist(page):
 
     text = (ROOT / page).read_text(encoding="utf-8")
     for command, rest in re.findall(r"(?:`|\n    |\$ |run: |entry: )(?:\S*/)?doctor ([a-z]+)([^`\n]*)", text):
-        known = {option for parameter in cli.commands[command].params for option in (*parameter.opts, *parameter.secondary_opts)}
+        known = {
+            option
+            for parameter in cli.commands[command].params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         used = set(re.findall(r"(?<= )--[a-z-]+", rest))
         assert used <= known, f"{page}: doctor {command} has no {used - known}"
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -59,7 +83,11 @@ def test_commands_options_and_links_of_a_page_exist(page):
 def test_every_kernel_stands_on_the_gpus_page():
     import re
 
-    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").replace("`_2`, `_4`, `_wide`", "`grid_search_2`, `grid_search_4`, `grid_search_wide`")
+    page = (
+        (ROOT / "docs" / "gpu.md")
+        .read_text(encoding="utf-8")
+        .replace("`_2`, `_4`, `_wide`", "`grid_search_2`, `grid_search_4`, `grid_search_wide`")
+    )
     for source in (ROOT / "cuda").glob("*.cu"):
         rows = [line for line in page.splitlines() if f"| {source.name} |" in line]
         names = {name for line in rows for name in re.findall(r"`(\w+)`", line.split("|")[1])}

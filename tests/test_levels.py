@@ -1,4 +1,6 @@
-"""The house's levels: an import, one inside a function included, goes down from wing to wing, and inside a wing there is no circle."""
+"""The house's levels: an import, one inside a function included, goes down from wing to wing, and inside a wing there
+is no circle.
+"""
 
 import ast
 import subprocess
@@ -10,8 +12,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# From the ground up. A wing may import those before it; a file of a wing in turn those of its own wing, without a circle.
-WINGS = ("core", "checkpoint", "formats", "model", "plan", "scan", "edits", "lint", "rules", "fix", "quant", "evaluate", "locale", "report", "api", "cli")
+# From the ground up. A wing may import those before it; a file of a wing in turn those of its own wing, without a
+# circle.
+WINGS = (
+    "core",
+    "checkpoint",
+    "formats",
+    "model",
+    "plan",
+    "scan",
+    "edits",
+    "lint",
+    "rules",
+    "fix",
+    "quant",
+    "evaluate",
+    "locale",
+    "report",
+    "api",
+    "cli",
+)
 LEVEL = {wing: level for level, wing in enumerate(WINGS)}
 HEAVY = {"torch", "transformers"}
 MAY_BE_HEAVY = {"formats", "quant", "evaluate"}  # the wings that compute on tensors
@@ -42,7 +62,12 @@ def modules() -> dict[str, Path]:
 def imports(path: Path) -> tuple[tuple[str, str, bool], ...]:
     """(module, name or "", whether inside a function) of every import of a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) for n in ast.walk(f)}
+    inside = {
+        id(n)
+        for f in ast.walk(tree)
+        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for n in ast.walk(f)
+    }
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -50,7 +75,11 @@ def imports(path: Path) -> tuple[tuple[str, str, bool], ...]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                found.append((whole, "", id(node) in inside) if whole in modules() else (node.module, alias.name, id(node) in inside))
+                found.append(
+                    (whole, "", id(node) in inside)
+                    if whole in modules()
+                    else (node.module, alias.name, id(node) in inside)
+                )
     return tuple(found)
 
 
@@ -63,7 +92,9 @@ def arrows():
 
 
 def test_every_file_lies_in_a_wing():
-    homeless = [m for m in modules() if m.count(".") == 1 and wing_of(m) == "cli" and m not in ("doctor.__main__", "doctor.cli")]
+    homeless = [
+        m for m in modules() if m.count(".") == 1 and wing_of(m) == "cli" and m not in ("doctor.__main__", "doctor.cli")
+    ]
     assert not homeless
     assert {p.name for p in (ROOT / "doctor").glob("*.py")} <= {"__init__.py", "__main__.py", "api.py"}
 
@@ -89,7 +120,7 @@ def test_there_is_no_circle():
     done: set[str] = set()
 
     def visit(node, trail):
-        assert node not in trail, f"circle: {' → '.join([*trail[trail.index(node):], node])}"
+        assert node not in trail, f"circle: {' → '.join([*trail[trail.index(node) :], node])}"
         if node not in done:
             for child in sorted(graph.get(node, ())):
                 visit(child, [*trail, node])
@@ -102,7 +133,9 @@ def test_there_is_no_circle():
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_no_private_name_leaves_its_file(module):
     for target, name, _ in imports(modules()[module]):
-        assert not (target.startswith("doctor") and name.startswith("_") and name not in ("_", "__version__")), f"{module} imports {target}.{name}"
+        assert not (target.startswith("doctor") and name.startswith("_") and name not in ("_", "__version__")), (
+            f"{module} imports {target}.{name}"
+        )
 
 
 @pytest.mark.parametrize("path", own_files(), ids=lambda p: str(p.relative_to(ROOT)))

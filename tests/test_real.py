@@ -1,4 +1,6 @@
-"""The whole chain on real weights: SmolLM2-135M checked as a user checks it, and its first two blocks quantized and verified."""
+"""The whole chain on real weights: SmolLM2-135M checked as a user checks it, and its first two blocks quantized and
+verified.
+"""
 
 import json
 import os
@@ -16,19 +18,25 @@ from doctor.lint.testing import shard_bytes
 
 pytestmark = pytest.mark.real
 
-MEMORY_LIMIT = 400 << 20  # bytes resident at most; the weights alone are 269 MB, so a check that loads them whole cannot pass
+MEMORY_LIMIT = (
+    400 << 20
+)  # bytes resident at most; the weights alone are 269 MB, so a check that loads them whole cannot pass
 # VmHWM and not ru_maxrss: the latter starts at what the process that forked this one had.
-CHILD = "import json, resource, sys; from doctor.cli.main import main\n" \
-        "try: main(sys.argv[1:])\n" \
-        "finally:\n" \
-        "    peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n" \
-        "    print(json.dumps([*resource.getrusage(resource.RUSAGE_SELF)[:2], peak]), file=sys.stderr)"
+CHILD = (
+    "import json, resource, sys; from doctor.cli.main import main\n"
+    "try: main(sys.argv[1:])\n"
+    "finally:\n"
+    "    peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+    "    print(json.dumps([*resource.getrusage(resource.RUSAGE_SELF)[:2], peak]), file=sys.stderr)"
+)
 
 
 def doctor(*arguments):
     """(exit code, stdout, CPU seconds, peak resident bytes) of a process of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("DOCTOR_")}
-    run = subprocess.run([sys.executable, "-c", CHILD, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
     user, system, peak = json.loads(run.stderr.splitlines()[-1])
     return run.returncode, run.stdout, user + system, peak * 1024
 
@@ -53,14 +61,17 @@ def test_groups_of_128_give_one_finding_that_names_576(smollm2):
 def test_headers_alone_are_judged_in_a_moment(smollm2):
     code, text, seconds, peak = doctor("check", smollm2, "--group-size", 64, "--stage", "header")
     assert code == 0 and "ready" in text
-    # 0.3 s on an idle core; the limit is for a busy machine, and still far below what reading the weights would take there.
+    # 0.3 s on an idle core; the limit is for a busy machine, and still far below what reading the weights would take
+    # there.
     assert seconds < 2, f"{seconds:.2f} s of CPU"
     assert peak < 160 << 20, f"{peak / 2**20:.0f} MiB"
 
 
 @pytest.fixture(scope="module")
 def two_blocks(smollm2, tmp_path_factory):
-    """SmolLM2 without its blocks 2 to 29: a checkpoint of its own, with real embeddings and real inputs of two blocks."""
+    """SmolLM2 without its blocks 2 to 29: a checkpoint of its own, with real embeddings and real inputs of two
+    blocks.
+    """
     folder = tmp_path_factory.mktemp("real") / "two-blocks"
     folder.mkdir()
     source = Checkpoint.open(smollm2)
@@ -93,5 +104,3 @@ def test_two_real_blocks_are_quantized_far_closer_than_rounding_and_verified(two
     assert "O604" not in {f.code for f in report.findings}
     spent = time.process_time() - started
     assert spent < 120, f"{spent:.0f} s of CPU"  # 40 s alone; a neighbour on the same core doubles that
-
-

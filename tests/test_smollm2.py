@@ -24,12 +24,23 @@ def test_checkpoint_has_the_tensors_of_a_tied_llama_in_bf16(smollm2):
 
 def test_config_holds_the_published_values(smollm2):
     config = json.loads((smollm2 / "config.json").read_text())
-    published = {"architectures": ["LlamaForCausalLM"],
-                 "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
-                 "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                 "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-                 "rms_norm_eps": 1e-05, "rope_theta": 100000,
-                 "max_position_embeddings": 8192, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+    published = {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 100000,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
     assert {key: config[key] for key in published} == published
 
 
@@ -51,14 +62,13 @@ def test_model_names_paris_and_answers_in_a_chat(smollm2):
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     assert "Paris" in continuation(model, tokenizer, inputs)
     question = [{"role": "user", "content": "What is 2+2?"}]
-    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt",
-                                           return_dict=True)
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert "4" in continuation(model, tokenizer, inputs)
 
 
 def continuation(model, tokenizer, inputs, n_tokens: int = 16) -> str:
     ids = model.generate(**inputs, max_new_tokens=n_tokens, do_sample=False)[0]
-    return tokenizer.decode(ids[inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    return tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_building_again_changes_nothing(smollm2):

@@ -1,6 +1,7 @@
 """The field reports this project began with, from the symptom to the cure, through the doors that users take.
 
-Each story plants the true cause in a small checkpoint, starts from what its victims saw, and ends with a checkpoint that works.
+Each story plants the true cause in a small checkpoint, starts from what its victims saw, and ends with a checkpoint
+that works.
 """
 
 import json
@@ -14,12 +15,12 @@ from click.testing import CliRunner
 from test_groups import QWEN2_72B, QWEN15_14B, headers_only
 
 from doctor import api
-from doctor.cli import main as cli
 from doctor.checkpoint.directory import Checkpoint
-from doctor.edits.kinds import from_codes
-from doctor.quant.dequantize import as_float
+from doctor.cli import main as cli
 from doctor.core.recipe import Recipe
+from doctor.edits.kinds import from_codes
 from doctor.lint.testing import encode, shard_bytes, tiny
+from doctor.quant.dequantize import as_float
 
 RECIPE = Recipe(group_size=32)
 ENDOFTEXT, IM_START, IM_END = 151643, 151644, 151645
@@ -51,7 +52,11 @@ def rows_file(folder, rows=32, length=64, seed=0):
     """A calibration file of ready token ids."""
     draw = random.Random(seed)
     path = folder / f"rows-{rows}-{length}.jsonl"
-    path.write_text("\n".join(json.dumps({"input_ids": [1] + [draw.randrange(3, 96) for _ in range(length - 1)]}) for _ in range(rows)))
+    path.write_text(
+        "\n".join(
+            json.dumps({"input_ids": [1] + [draw.randrange(3, 96) for _ in range(length - 1)]}) for _ in range(rows)
+        )
+    )
     return path
 
 
@@ -73,7 +78,9 @@ def logits(folder, dtype=torch.float32):
 
 
 def qwen_without_bos(folder, key, generation):
-    """A Qwen2 with its own ids and tokenizer_config, as its vendor ships them, whose config.json has bos_token_id null or not at all."""
+    """A Qwen2 with its own ids and tokenizer_config, as its vendor ships them, whose config.json has bos_token_id null
+    or not at all.
+    """
     case = tiny("qwen2")
     config, tokenizer = case.config, case.json["tokenizer.json"]
     config |= {"vocab_size": 151936, "eos_token_id": IM_END, "pad_token_id": ENDOFTEXT, "bos_token_id": None}
@@ -88,8 +95,14 @@ def qwen_without_bos(folder, key, generation):
     tokenizer["added_tokens"] = [{"id": i, "content": t, "special": True, **flags} for t, i in marks.items()]
     tokenizer["model"]["vocab"] = {chr(0x21 + i): i for i in range(90)}
     tokenizer["model"]["unk_token"] = "!"
-    case.json["tokenizer_config.json"] = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 32768, "bos_token": None,
-                                          "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
+    case.json["tokenizer_config.json"] = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "model_max_length": 32768,
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+    }
     case.json["generation_config.json"] = {"eos_token_id": [IM_END, ENDOFTEXT], "pad_token_id": ENDOFTEXT}
     if generation:
         case.json["generation_config.json"]["bos_token_id"] = ENDOFTEXT
@@ -97,7 +110,9 @@ def qwen_without_bos(folder, key, generation):
 
 
 def test_could_not_infer_dtype_of_nonetype_leads_to_the_missing_bos():
-    assert "start with   doctor check CKPT --select C101\n" in explained("RuntimeError: Could not infer dtype of NoneType")
+    assert "start with   doctor check CKPT --select C101\n" in explained(
+        "RuntimeError: Could not infer dtype of NoneType"
+    )
     page = explained("C101")
     assert "151643" in page and "151644, is <|im_start|>" in page.replace("\n", " ").replace("151644 is", "151644, is")
 
@@ -154,7 +169,9 @@ def test_one_bad_weight_is_named_to_the_element_before_any_hour_is_spent(tmp_pat
 
 
 def test_nan_that_calibration_makes_stops_the_run_at_its_linear_without_one_try_of_damping(tmp_path):
-    """Every stored value is finite; but queries times keys are not, so attention is Inf - Inf: what Qwen2 does in float16."""
+    """Every stored value is finite; but queries times keys are not, so attention is Inf - Inf: what Qwen2 does in
+    float16.
+    """
     case = tiny("qwen2")
     for role in "qk":
         case.tensors[case.name(role, 1).replace(".weight", ".bias")][:] = encode(np.full(1, 1e20), "BF16")
@@ -164,7 +181,10 @@ def test_nan_that_calibration_makes_stops_the_run_at_its_linear_without_one_try_
     assert result.output is None and not (tmp_path / "q").exists()
     linear = case.name("o", 1).removesuffix(".weight")
     (finding,) = found(result.report, "Q401")
-    assert f"NaN or Inf among the inputs of {linear}, the first at token " in finding.message and ", channel " in finding.message
+    assert (
+        f"NaN or Inf among the inputs of {linear}, the first at token " in finding.message
+        and ", channel " in finding.message
+    )
     assert "damping cannot help" in finding.advice
     (record,) = [r for r in result.linears if r["outcome"] == "failed"]
     assert record["name"] == linear and record["solve"]["attempts"] == ()
@@ -175,20 +195,33 @@ def test_nan_that_calibration_makes_stops_the_run_at_its_linear_without_one_try_
 
 
 def test_the_message_of_the_servers_leads_to_the_group_count():
-    text = explained("ValueError: The input size is not aligned with the quantized weight shape. "
-                     "This can be caused by too large tensor parallel size.")
+    text = explained(
+        "ValueError: The input size is not aligned with the quantized weight shape. "
+        "This can be caused by too large tensor parallel size."
+    )
     assert "group-count-indivisible-by-tp" in text and "--stage header" in text
 
 
-@pytest.mark.parametrize("config, tp, size", [(QWEN15_14B, 2, 13824), (QWEN15_14B, 4, 13824), (QWEN15_14B, 8, 14336),
-                                              (QWEN2_72B, 2, 29696), (QWEN2_72B, 4, 29696), (QWEN2_72B, 8, 29696)])
+@pytest.mark.parametrize(
+    "config, tp, size",
+    [
+        (QWEN15_14B, 2, 13824),
+        (QWEN15_14B, 4, 13824),
+        (QWEN15_14B, 8, 14336),
+        (QWEN2_72B, 2, 29696),
+        (QWEN2_72B, 4, 29696),
+        (QWEN2_72B, 8, 29696),
+    ],
+)
 def test_the_widths_of_qwen_are_refused_and_the_published_sizes_proposed(tmp_path, config, tp, size):
     source = headers_only(tmp_path, config)
     report = api.check(source, Recipe(tp=tp), stage="header")
     (finding,) = found(report, "G302")
     assert f"intermediate_size {config['intermediate_size']} = " in finding.message
     assert finding.fix.edits[-1].value == size
-    assert not found(api.check(headers_only(source, config | {"intermediate_size": size}), Recipe(tp=tp), stage="header"), "G302")
+    assert not found(
+        api.check(headers_only(source, config | {"intermediate_size": size}), Recipe(tp=tp), stage="header"), "G302"
+    )
 
 
 def test_14436_is_no_size_that_any_plan_of_128_can_have(tmp_path):
@@ -265,7 +298,9 @@ def test_zeros_appended_at_the_end_leave_empty_groups_and_spread_ones_do_not(tmp
             case.tensors[name] = np.pad(case.tensors[name], pad)
     case.config["intermediate_size"] = 128
     appended = case.write(tmp_path / "appended")
-    assert {f.subject for f in found(api.check(appended, RECIPE), "W203")} == {f"linear:{case.name('down', b).removesuffix('.weight')}" for b in (0, 1)}
+    assert {f.subject for f in found(api.check(appended, RECIPE), "W203")} == {
+        f"linear:{case.name('down', b).removesuffix('.weight')}" for b in (0, 1)
+    }
     assert finite_scales(quantize(appended, tmp_path / "q"))
     result = api.fix(whole, tmp_path / "spread", Recipe(group_size=32, tp=2), unsafe_fixes=["G302"])
     assert result.report.ok and not codes(result.report) & {"W203", "W206"}
@@ -273,12 +308,16 @@ def test_zeros_appended_at_the_end_leave_empty_groups_and_spread_ones_do_not(tmp
 
 
 def finite_scales(result):
-    """Whether a run was written whole, with no scale that is 0 or not finite, and weights that a reader decodes to finite values."""
+    """Whether a run was written whole, with no scale that is 0 or not finite, and weights that a reader decodes to
+    finite values.
+    """
     assert result.output is not None, result.report.findings
     out = Checkpoint.open(result.output)
     scales = [out.load(n).view(np.float16) for n in out.tensors if n.endswith(".scales")]
     weights = as_float(out)
-    assert all(np.isfinite(np.asarray(weights.load(n), np.float32)).all() for n in weights.tensors if n.endswith("proj.weight"))
+    assert all(
+        np.isfinite(np.asarray(weights.load(n), np.float32)).all() for n in weights.tensors if n.endswith("proj.weight")
+    )
     return len(scales) == 14 and all(np.isfinite(s).all() and (s != 0).all() for s in scales)
 
 
@@ -286,10 +325,18 @@ def finite_scales(result):
 
 
 @pytest.mark.parametrize("order, likely", [(1, "W201"), (1025, "Q411"), (14960, "Q411")])
-def test_a_leading_minor_leads_to_every_cause_it_has_the_one_of_its_order_first_and_the_cheapest_check_to_start_with(order, likely):
-    text = explained("linalg.cholesky: The factorization could not be completed because the input is not positive-definite "
-                     f"(the leading minor of order {order} is not positive-definite)")
-    listed = [line.split()[0] for line in text.splitlines() if line.startswith("  ") and line.split()[0] in ("W201", "W209", "Q401", "Q404", "Q411", "Q402")]
+def test_a_leading_minor_leads_to_every_cause_it_has_the_one_of_its_order_first_and_the_cheapest_check_to_start_with(
+    order, likely
+):
+    text = explained(
+        "linalg.cholesky: The factorization could not be completed because the input is not positive-definite "
+        f"(the leading minor of order {order} is not positive-definite)"
+    )
+    listed = [
+        line.split()[0]
+        for line in text.splitlines()
+        if line.startswith("  ") and line.split()[0] in ("W201", "W209", "Q401", "Q404", "Q411", "Q402")
+    ]
     assert sorted(listed) == ["Q401", "Q402", "Q404", "Q411", "W201", "W209"] and listed[0] == likely
     assert "start with   doctor check CKPT --select W201,W209\n" in text
 
@@ -308,8 +355,12 @@ def test_fewer_tokens_than_columns_without_damping_end_in_a_good_result_that_say
         assert record["solve"]["loss"] < record["solve"]["rtn_loss"]
     linear = downs[0]["name"]
     assert [f.message for f in found(result.report, "Q404")][0].endswith("in_features")
-    assert any(f"{linear} saw 48 calibration tokens for 128 in_features" == f.message for f in found(result.report, "Q404"))
-    assert any(f"from 0 to {downs[0]['solve']['damp_used']:g} for {linear}" in f.message for f in found(result.report, "Q402"))
+    assert any(
+        f"{linear} saw 48 calibration tokens for 128 in_features" == f.message for f in found(result.report, "Q404")
+    )
+    assert any(
+        f"from 0 to {downs[0]['solve']['damp_used']:g} for {linear}" in f.message for f in found(result.report, "Q402")
+    )
     assert any(linear in f.message for f in found(result.report, "Q411"))
     assert finite_scales(result)
 
@@ -320,7 +371,13 @@ def test_group_size_has_no_part_in_it(tmp_path):
     tries = []
     for group in (32, 64):
         result = quantize(source, tmp_path / f"q{group}", Recipe(group_size=group, damp=0.0), rows=2, length=16)
-        tries.append({r["role"]: (r["solve"]["attempts"], r["hessian"]) for r in result.linears if r["block"] == 0 and r["role"] in "qkv"})
+        tries.append(
+            {
+                r["role"]: (r["solve"]["attempts"], r["hessian"])
+                for r in result.linears
+                if r["block"] == 0 and r["role"] in "qkv"
+            }
+        )
     assert len(tries[0]) == 3 and tries[0] == tries[1]
     assert tries[0]["q"][0][0][2] == "not-positive"
 
@@ -353,7 +410,9 @@ def sound(tmp_path_factory):
     source = tiny("qwen2").write(folder / "m")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    said = model.generate(torch.arange(3, 7)[:, None], do_sample=True, temperature=0.7, min_new_tokens=48, max_new_tokens=48)
+    said = model.generate(
+        torch.arange(3, 7)[:, None], do_sample=True, temperature=0.7, min_new_tokens=48, max_new_tokens=48
+    )
     text = folder / "own.jsonl"
     text.write_text("\n".join(json.dumps({"input_ids": row}) for row in said.tolist()))
     return source, quantize(source, folder / "q"), text
@@ -367,7 +426,11 @@ def test_exclamation_marks_lead_to_scales_zero_points_and_logits():
 def test_scales_that_are_nan_are_named_and_so_is_what_the_model_then_says(tmp_path, sound):
     original, result, text = sound
     name = "model.layers.1.mlp.down_proj.scales"
-    broken = spoiled(result, tmp_path / "broken", lambda n, c: np.where(np.arange(c.size).reshape(c.shape) == 5, np.uint16(0x7E00), c) if n == name else None)
+    broken = spoiled(
+        result,
+        tmp_path / "broken",
+        lambda n, c: np.where(np.arange(c.size).reshape(c.shape) == 5, np.uint16(0x7E00), c) if n == name else None,
+    )
     code, printed = doctor("check", broken, "--group-size", 32)
     assert code == 1 and "W201" in printed and name in printed
     report = api.verify(original, broken, text=text)
@@ -386,7 +449,9 @@ def test_scales_that_are_zero_are_named(tmp_path, sound):
 
 def test_zero_points_of_version_2_under_the_name_of_version_1_are_found_and_renamed(tmp_path, sound):
     original, result, text = sound
-    mixed = spoiled(result, tmp_path / "mixed", lambda n, c: c + np.int32(0x11111111) if n.endswith(".qzeros") else None)
+    mixed = spoiled(
+        result, tmp_path / "mixed", lambda n, c: c + np.int32(0x11111111) if n.endswith(".qzeros") else None
+    )
     code, printed = doctor("check", mixed, "--group-size", 32)
     assert code == 1 and "O608" in printed and "0x88888888" in printed
     wrong = api.verify(original, mixed, text=text)

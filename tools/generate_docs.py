@@ -1,5 +1,6 @@
-"""Writes what is said about rules in two places from the one place where it stands, the rule files: the table of the README
-and docs/rules/. `--check` writes nothing and ends 1 where something is stale."""
+"""Writes what is said about rules in two places from the one place where it stands, the rule files: the table of the
+README and docs/rules/. `--check` writes nothing and ends 1 where something is stale.
+"""
 
 import sys
 import tomllib
@@ -19,7 +20,9 @@ def pages() -> dict[Path, str]:
     files[ROOT / "docs" / "modes.md"] = modes()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, rest = readme.split(BEGIN)
-    files[ROOT / "README.md"] = before + BEGIN + "\n" + rule_table(rules, "docs/rules/") + "\n" + END + rest.split(END)[1]
+    files[ROOT / "README.md"] = (
+        before + BEGIN + "\n" + rule_table(rules, "docs/rules/") + "\n" + END + rest.split(END)[1]
+    )
     return files
 
 
@@ -27,8 +30,14 @@ def modes() -> str:
     """The table of failures and the rules that see them, from fixtures/modes.toml."""
     entries = tomllib.loads((ROOT / "fixtures" / "modes.toml").read_text(encoding="utf-8"))["mode"]
     seen = sum(bool(e["rules"]) for e in entries)
-    lines = ["# Ways to fail, and the rules that see them", "", f"{seen} of {len(entries)} have a rule; the others say why not.", "",
-             "| what fails | rules |", "|---|---|"]
+    lines = [
+        "# Ways to fail, and the rules that see them",
+        "",
+        f"{seen} of {len(entries)} have a rule; the others say why not.",
+        "",
+        "| what fails | rules |",
+        "|---|---|",
+    ]
     for entry in entries:
         links = ", ".join(f"[{c}](rules/{c}.md)" for c in entry["rules"])
         lines.append(f"| {cell(entry['what'])} | {links or cell('none: ' + entry['why_none'])} |")
@@ -37,7 +46,9 @@ def modes() -> str:
 
 def rule_table(rules, folder: str) -> str:
     lines = ["| code | name | what is wrong | severity | looks at |", "|---|---|---|---|---|"]
-    lines += [f"| [{r.code}]({folder}{r.code}.md) | {r.name} | {cell(r.title)} | {r.severity} | {r.stage} |" for r in rules]
+    lines += [
+        f"| [{r.code}]({folder}{r.code}.md) | {r.name} | {cell(r.title)} | {r.severity} | {r.stage} |" for r in rules
+    ]
     return "\n".join(lines)
 
 
@@ -51,12 +62,26 @@ def page(entry) -> str:
     from doctor.lint.rule import CHINESE, QUOTATION
 
     title = entry.title[:1].upper() + entry.title[1:]
-    parts = [f"# {entry.code} {entry.name}", f"{title}.", f"{entry.severity} · {entry.certainty} · {entry.area.lower()} · looks at: {entry.stage}"]
-    heads = {"Why": "Why it matters", "Seen as": "What other tools say", "Do": "What to do", "False alarms": "When not to worry",
-             "Fix safety": "Fix safety", "Sources": "Sources"}
+    parts = [
+        f"# {entry.code} {entry.name}",
+        f"{title}.",
+        f"{entry.severity} · {entry.certainty} · {entry.area.lower()} · looks at: {entry.stage}",
+    ]
+    heads = {
+        "Why": "Why it matters",
+        "Seen as": "What other tools say",
+        "Do": "What to do",
+        "False alarms": "When not to worry",
+        "Fix safety": "Fix safety",
+        "Sources": "Sources",
+    }
     for section, head in heads.items():
         if entry.section(section):
-            text = QUOTATION.sub(lambda m: f"- {m[1]}: {code_span(m[3])}", entry.section(section)) if section == "Seen as" else entry.section(section)
+            text = (
+                QUOTATION.sub(lambda m: f"- {m[1]}: {code_span(m[3])}", entry.section(section))
+                if section == "Seen as"
+                else entry.section(section)
+            )
             parts.append(f"## {head}\n\n{text}")
     parts.append(f"---\n\n# 中文：{entry.heading('zh')}")
     parts += [f"## {head}\n\n{entry.section(section, 'zh')}" for section, head in CHINESE.items() if section != "Title"]

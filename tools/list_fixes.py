@@ -1,6 +1,7 @@
-"""Prints the table of cures: rule, what its fix does, how safe it is, and what proves it. Worked out, not written down: each rule's own
-examples are judged, without and with a healthy twin as a base model (`--from`), and the findings say what would be done. A rule
-without a cure stands there with the reason, which is its page's own section."""
+"""Prints the table of cures: rule, what its fix does, how safe it is, and what proves it. Worked out, not written down:
+each rule's own examples are judged, without and with a healthy twin as a base model (`--from`), and the findings say
+what would be done. A rule without a cure stands there with the reason, which is its page's own section.
+"""
 
 import sys
 import tempfile
@@ -8,15 +9,26 @@ from pathlib import Path
 
 JUDGED = "the copy is read again under all rules: this finding is gone and none is new"
 # What each kind of edit is held to beside that.
-PROOFS = {"PadTensor": "logits before and after, on fixed prompts", "GrowRows": "logits of the old tokens before and after",
-          "TakeTensor": "blake2b of the base's tensor, in the receipt", "TakeFile": "sha256 of the base's file, on the copy",
-          "RenameTensor": "bytes are copied, no name is given twice", "NameFormat": "bytes are copied, the header is read again",
-          "RenameFile": "the files are linked, no byte is written but the index's",
-          "DropFile": "the source keeps it", "CastTensor": "a value that would become Inf is refused",
-          "Dequantize": "the numbers that engines compute with, by the packers' vectors", "AddLowRank": "against the sum in float64",
-          "ShiftZeros": "a field that would wrap is refused", "DropTensor": "nothing else is touched",
-          "ReplaceNonfinite": "only NaN and Inf change", "RebuildIndex": "the shards' own headers", "GroupsInOrder": "what desc_act false means",
-          "ClampTensor": "only values beyond float16 change", "EqualZeros": "what sym true means"}
+PROOFS = {
+    "PadTensor": "logits before and after, on fixed prompts",
+    "GrowRows": "logits of the old tokens before and after",
+    "TakeTensor": "blake2b of the base's tensor, in the receipt",
+    "TakeFile": "sha256 of the base's file, on the copy",
+    "RenameTensor": "bytes are copied, no name is given twice",
+    "NameFormat": "bytes are copied, the header is read again",
+    "RenameFile": "the files are linked, no byte is written but the index's",
+    "DropFile": "the source keeps it",
+    "CastTensor": "a value that would become Inf is refused",
+    "Dequantize": "the numbers that engines compute with, by the packers' vectors",
+    "AddLowRank": "against the sum in float64",
+    "ShiftZeros": "a field that would wrap is refused",
+    "DropTensor": "nothing else is touched",
+    "ReplaceNonfinite": "only NaN and Inf change",
+    "RebuildIndex": "the shards' own headers",
+    "GroupsInOrder": "what desc_act false means",
+    "ClampTensor": "only values beyond float16 change",
+    "EqualZeros": "what sym true means",
+}
 TEXT_ONLY = {"SetJson", "RemoveJson", "CleanJson", "ReplaceText"}
 
 
@@ -35,7 +47,13 @@ def main() -> None:
 
 def _reason(entry) -> str:
     """The first sentence of what the page says of its fix, from where the reason begins."""
-    text = " ".join(entry.section("Fix safety").split()).removeprefix("manual; ").removeprefix("no fix: ").removeprefix("no fix; ").removeprefix("no fix here; ")
+    text = (
+        " ".join(entry.section("Fix safety").split())
+        .removeprefix("manual; ")
+        .removeprefix("no fix: ")
+        .removeprefix("no fix; ")
+        .removeprefix("no fix here; ")
+    )
     return text.rstrip(".")
 
 
@@ -47,9 +65,9 @@ def _rules():
 
 def _rows(entry):
     """(title, safety, kinds of edits) of each cure that the rule's examples get."""
-    from doctor.edits.donor import Base
     from doctor.checkpoint.directory import Checkpoint
     from doctor.core.facts import CHECKPOINT
+    from doctor.edits.donor import Base
     from doctor.fix.plan import Consent, look
     from doctor.lint.testing import shown_by
 
@@ -58,7 +76,9 @@ def _rows(entry):
             source = Checkpoint.open(case.write(Path(folder) / "bad"))
             facts = [(s, n, v) for (s, n), v in case.facts.items()] + [(CHECKPOINT, "asked", frozenset({entry.code}))]
             if healthy is not None:
-                facts.append((CHECKPOINT, "base", Base(Checkpoint.open(healthy.write(Path(folder) / "base")), source, "BASE")))
+                facts.append(
+                    (CHECKPOINT, "base", Base(Checkpoint.open(healthy.write(Path(folder) / "base")), source, "BASE"))
+                )
             for item in look(source, case.recipe, _rules(), facts=facts).findings:
                 fix = item.fix
                 if item.code == entry.code and Consent(recipe=True).can_carry_out(fix):

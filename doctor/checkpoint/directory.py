@@ -3,8 +3,8 @@
 Everything that can be wrong with the files becomes data here (`problems`, `Shard.defects`, `JsonFile.error`), because a
 rule must be able to say it with a place and a cure. Only what leaves nothing to look at is an exception.
 
-No path leaves the directory: names from an index are file names, never paths; a symbolic link is followed only inside the
-directory or into the blob store of a Hub cache, which is how huggingface_hub lays out its snapshots.
+No path leaves the directory: names from an index are file names, never paths; a symbolic link is followed only inside
+the directory or into the blob store of a Hub cache, which is how huggingface_hub lays out its snapshots.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 
 from doctor.checkpoint import json_text
 from doctor.checkpoint.dtypes import CODE_NUMPY
+from doctor.checkpoint.safetensors import Defect, Shard, ShardFile, TensorInfo, open_shard
 from doctor.core.errors import BadCheckpoint
 from doctor.core.lazy_numpy import np
-from doctor.checkpoint.safetensors import Defect, Shard, ShardFile, TensorInfo, open_shard
 
 INDEX_NAME = "model.safetensors.index.json"
-FORGOTTEN_BYTES = 1 << 20   # of documents that are not kept parsed for hours
+FORGOTTEN_BYTES = 1 << 20  # of documents that are not kept parsed for hours
 MAX_JSON_BYTES = 64 << 20  # the largest tokenizer.json in use is about 33 MB
 MAX_SPAN_BYTES = 1 << 20  # above, places inside the text are not worked out: findings point at line 1
 
@@ -52,6 +52,7 @@ class JsonFile:
     @cached_property
     def value(self) -> object:
         """The parsed document, None where it is broken; `error`, `duplicates` and `non_standard` are set with it."""
+
         def pairs(items):
             seen = dict(items)
             if len(seen) != len(items):
@@ -69,7 +70,9 @@ class JsonFile:
             return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
         except UnicodeDecodeError as error:
             before = self.raw[: error.start].decode("utf-8", "replace")
-            self.error = json_text.JsonError(f"not UTF-8: byte 0x{self.raw[error.start]:02x} at offset {error.start}", before, len(before))
+            self.error = json_text.JsonError(
+                f"not UTF-8: byte 0x{self.raw[error.start]:02x} at offset {error.start}", before, len(before)
+            )
         except json.JSONDecodeError as error:
             self.error = json_text.JsonError(error.msg, error.doc, error.pos)
         except (RecursionError, ValueError) as error:
@@ -83,7 +86,9 @@ class JsonFile:
 
     @cached_property
     def doc(self) -> json_text.JsonText | None:
-        """Text with the place of every value; None where the file is broken, very large or nested deeper than places are worked out."""
+        """Text with the place of every value; None where the file is broken, very large or nested deeper than places
+        are worked out.
+        """
         if self.broken is not None or len(self.raw) > MAX_SPAN_BYTES:
             return None
         try:
@@ -103,8 +108,8 @@ class JsonFile:
 class Checkpoint:
     """The files of one checkpoint. Use `Checkpoint.open`.
 
-    `tensors` maps names to the TensorInfo that a reader would take: the shard the index names, else the first that has it.
-    `problems` are Defects of the listing itself (links that lead out, unsafe names, unreadable files).
+    `tensors` maps names to the TensorInfo that a reader would take: the shard the index names, else the first that has
+    it. `problems` are Defects of the listing itself (links that lead out, unsafe names, unreadable files).
     """
 
     unread = ""  # why tensor bytes cannot be read, "" where they can
@@ -119,17 +124,21 @@ class Checkpoint:
         self.missing_shards: list[str] = []
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "Checkpoint":
+    def open(cls, path: str | os.PathLike) -> Checkpoint:
         """Open a directory or one .safetensors file. Raises BadCheckpoint where there is nothing to look at."""
         root = Path(path)
         try:
             mode = root.stat().st_mode
         except OSError as error:
-            raise BadCheckpoint(f"{path}: {error.strerror}.", "Give a directory that holds config.json and *.safetensors.") from None
+            raise BadCheckpoint(
+                f"{path}: {error.strerror}.", "Give a directory that holds config.json and *.safetensors."
+            ) from None
         only = None
         if stat.S_ISREG(mode):
             if root.suffix != ".safetensors":
-                raise BadCheckpoint(f"{path}: not a directory and not a .safetensors file.", "Give the checkpoint's directory.")
+                raise BadCheckpoint(
+                    f"{path}: not a directory and not a .safetensors file.", "Give the checkpoint's directory."
+                )
             root, only = root.parent, root.name
         elif not stat.S_ISDIR(mode):
             raise BadCheckpoint(f"{path}: neither a directory nor a regular file.", "Give the checkpoint's directory.")
@@ -160,7 +169,9 @@ class Checkpoint:
                 self.problems.append(Defect("unreadable", error.strerror or str(error), item.name))
                 continue
             if target is not None and not self.may_follow(target):
-                self.problems.append(Defect("link-leads-out", f"a symbolic link to {os.readlink(item.path)}", item.name))
+                self.problems.append(
+                    Defect("link-leads-out", f"a symbolic link to {os.readlink(item.path)}", item.name)
+                )
             elif stat.S_ISREG(info.st_mode):
                 self.entries[item.name] = Entry(item.name, info.st_size, target)
             elif not stat.S_ISDIR(info.st_mode):
@@ -222,10 +233,12 @@ class Checkpoint:
             self.json[name] = JsonFile(name, raw)
 
     def forget_parsed(self) -> None:
-        """Let go of large documents that were parsed: a tokenizer of 256,000 tokens takes 28 MB as text and 200 as objects."""
+        """Let go of large documents that were parsed: a tokenizer of 256,000 tokens takes 28 MB as text and 200 as
+        objects.
+        """
         for file in self.json.values():
             if len(file.raw) > FORGOTTEN_BYTES:
-                vars(file).pop("value", None)   # whoever asks again waits for it again
+                vars(file).pop("value", None)  # whoever asks again waits for it again
 
     def value(self, name: str) -> dict | None:
         """The object in a JSON file, or None where the file is absent, broken or holds no object."""
@@ -307,5 +320,7 @@ def codes(raw: bytes | bytearray | memoryview, info: TensorInfo) -> np.ndarray:
     """View of raw bytes as the tensor's codes. Raises BadCheckpoint for types without a whole-byte code (F4, F6)."""
     kind = CODE_NUMPY.get(info.dtype.name)
     if kind is None:
-        raise BadCheckpoint(f"{info.name}: dtype {info.dtype.name} has no whole-byte elements and cannot be read as an array.")
+        raise BadCheckpoint(
+            f"{info.name}: dtype {info.dtype.name} has no whole-byte elements and cannot be read as an array."
+        )
     return np.frombuffer(raw, kind).reshape(info.shape)

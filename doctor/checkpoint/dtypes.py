@@ -55,11 +55,37 @@ DTYPES: dict[str, Dtype] = {
 }
 
 # How config.json spells the types that models are stored in ("torch_dtype" before transformers 5, "dtype" since).
-CONFIG_NAMES = {"float16": "F16", "half": "F16", "bfloat16": "BF16", "float32": "F32", "float": "F32", "float64": "F64",
-                "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+CONFIG_NAMES = {
+    "float16": "F16",
+    "half": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float": "F32",
+    "float64": "F64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
 
 # The NumPy type that carries the raw codes. BF16 and the 8-bit floats have no NumPy type: their codes travel as
 # unsigned integers, and quant/ turns them into torch tensors.
-CODE_NUMPY = {"BOOL": "u1", "U8": "u1", "I8": "i1", "F8_E5M2": "u1", "F8_E4M3": "u1", "F8_E8M0": "u1",
-              "F8_E4M3FNUZ": "u1", "F8_E5M2FNUZ": "u1", "I16": "<i2", "U16": "<u2", "F16": "<u2", "BF16": "<u2",
-              "I32": "<i4", "U32": "<u4", "F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8", "C64": "<c8"}
+CODE_NUMPY = {
+    "BOOL": "u1",
+    "U8": "u1",
+    "I8": "i1",
+    "F8_E5M2": "u1",
+    "F8_E4M3": "u1",
+    "F8_E8M0": "u1",
+    "F8_E4M3FNUZ": "u1",
+    "F8_E5M2FNUZ": "u1",
+    "I16": "<i2",
+    "U16": "<u2",
+    "F16": "<u2",
+    "BF16": "<u2",
+    "I32": "<i4",
+    "U32": "<u4",
+    "F32": "<f4",
+    "F64": "<f8",
+    "I64": "<i8",
+    "U64": "<u8",
+    "C64": "<c8",
+}

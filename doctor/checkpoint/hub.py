@@ -1,9 +1,11 @@
-"""A repository on the Hugging Face Hub, looked at without downloading it: the listing, the JSON files, and each shard's header.
+"""A repository on the Hugging Face Hub, looked at without downloading it: the listing, the JSON files, and each shard's
+header.
 
-The interface is Checkpoint's, so rules cannot tell the difference, except that tensor bytes are not there. Everything the
-server says is distrusted as a local file would be: JSON is read up to a limit, headers go through shard.parse_header, a length
-is believed only if the listing and the response agree on it. A shard costs one request, two where its header is longer than
-HEAD_BYTES. All requests go to one commit, so a push in between cannot mix two states.
+The interface is Checkpoint's, so rules cannot tell the difference, except that tensor bytes are not there. Everything
+the server says is distrusted as a local file would be: JSON is read up to a limit, headers go through
+shard.parse_header, a length is believed only if the listing and the response agree on it. A shard costs one request,
+two where its header is longer than HEAD_BYTES. All requests go to one commit, so a push in between cannot mix two
+states.
 
 Endpoint, token, offline mode and proxy are huggingface_hub's (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE). Its own
 get_safetensors_metadata is not used: it raises at the first fault and gives no place.
@@ -22,8 +24,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
 from doctor.checkpoint.directory import MAX_JSON_BYTES, Checkpoint, Entry, JsonFile
-from doctor.core.errors import BadCheckpoint, DoctorError, MachineError
 from doctor.checkpoint.safetensors import Defect, Shard, ShardFile, parse_header
+from doctor.core.errors import BadCheckpoint, DoctorError, MachineError
 
 NOT_DOWNLOADED = "not downloaded; --download fetches it"
 HEAD_BYTES = 64 << 10  # most headers of a shard end before that
@@ -40,8 +42,12 @@ _REPO = re.compile(r"(?:hf://)?(?P<repo>\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<
 _NOT_WANTED = ["*/*", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.tflite"]
 
 
-def open_checkpoint(text: str | os.PathLike, revision: str | None = None, download: bool = False,
-                    notice: Callable[[str], None] = lambda line: None) -> Checkpoint:
+def open_checkpoint(
+    text: str | os.PathLike,
+    revision: str | None = None,
+    download: bool = False,
+    notice: Callable[[str], None] = lambda line: None,
+) -> Checkpoint:
     """A local directory or file, else the Hub repository `org/name[@revision]`; hf://org/name is always the Hub's.
 
     notice gets a line for the user where there was a choice. Raises BadCheckpoint, MachineError.
@@ -51,15 +57,22 @@ def open_checkpoint(text: str | os.PathLike, revision: str | None = None, downlo
     forced = text.startswith("hf://")
     if not forced and (match is None or os.path.exists(text)):
         if revision or download:
-            raise BadCheckpoint(f"{text}: {'a local path' if os.path.exists(text) else 'no repository name'}; --revision and --download are for "
-                                "the Hub.", "Write hf://org/name for a repository.")
+            raise BadCheckpoint(
+                f"{text}: {'a local path' if os.path.exists(text) else 'no repository name'}; --revision and --download are for "
+                "the Hub.",
+                "Write hf://org/name for a repository.",
+            )
         if match is not None and _is_cached(match["repo"]):
-            notice(f"{text}: the local directory is checked, not the Hub's repository of this name; hf://{text} is that one.")
+            notice(
+                f"{text}: the local directory is checked, not the Hub's repository of this name; hf://{text} is that one."
+            )
         return Checkpoint.open(text)
     if match is None:
         raise BadCheckpoint(f"{text}: not a repository name.", "Write hf://org/name or hf://org/name@revision.")
     if match["revision"] and revision and match["revision"] != revision:
-        raise BadCheckpoint(f"{text}: names revision {match['revision']}, --revision names {revision}.", "Give one of them.")
+        raise BadCheckpoint(
+            f"{text}: names revision {match['revision']}, --revision names {revision}.", "Give one of them."
+        )
     repo, revision = match["repo"], revision or match["revision"]
     if _offline():
         return _from_cache(repo, revision, notice)
@@ -90,8 +103,10 @@ def _from_cache(repo: str, revision: str | None, notice: Callable[[str], None]) 
     try:
         folder = snapshot_download(repo, revision=revision, local_files_only=True)
     except (LocalEntryNotFoundError, OSError):
-        raise MachineError(f"{repo}: HF_HUB_OFFLINE is set, and the cache has no snapshot of it.",
-                           "Unset HF_HUB_OFFLINE, or give a local directory.") from None
+        raise MachineError(
+            f"{repo}: HF_HUB_OFFLINE is set, and the cache has no snapshot of it.",
+            "Unset HF_HUB_OFFLINE, or give a local directory.",
+        ) from None
     notice(f"{repo}: HF_HUB_OFFLINE is set; what the cache holds is checked, which may be less than the repository.")
     return Checkpoint.open(folder)
 
@@ -102,7 +117,10 @@ def _download(repo: str, commit: str) -> Path:
     try:
         return Path(snapshot_download(repo, revision=commit, ignore_patterns=_NOT_WANTED))
     except (OSError, *_network_errors()) as error:
-        raise MachineError(f"{repo}: the download ended early: {str(error).splitlines()[0][:200]}", "Run it again: it goes on where it stopped.") from None
+        raise MachineError(
+            f"{repo}: the download ended early: {str(error).splitlines()[0][:200]}",
+            "Run it again: it goes on where it stopped.",
+        ) from None
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
@@ -114,8 +132,9 @@ def _network_errors() -> tuple[type[Exception], ...]:
 
 
 class Hub:
-    """GET requests about one repository, with bounded patience: a torn connection goes on where it stopped, a busy server is
-    waited for as long as it asks, within limits. Safe to use from several threads."""
+    """GET requests about one repository, with bounded patience: a torn connection goes on where it stopped, a busy
+    server is waited for as long as it asks, within limits. Safe to use from several threads.
+    """
 
     def __init__(self, repo: str):
         from huggingface_hub import constants
@@ -129,7 +148,8 @@ class Hub:
         return f"{self.endpoint}/{self.repo}/resolve/{quote(commit, safe='')}/{quote(name)}"
 
     def read(self, url: str, what: str, begin: int, count: int) -> tuple[bytes, int | None, object]:
-        """(bytes [begin, begin + count) of the resource, fewer where it ends; its size where the server says; the headers).
+        """(bytes [begin, begin + count) of the resource, fewer where it ends; its size where the server says; the
+        headers).
 
         Raises MachineError with the byte at which the connection broke, BadCheckpoint for what the Hub does not have.
         """
@@ -145,18 +165,28 @@ class Hub:
             if answer is not None:
                 return bytes(got), *answer
             tries += 1
-            if tries > 1 and why.startswith("ConnectError"):  # nobody there: a mistyped path must not take long to say so
-                raise MachineError(f"{self.repo}: no such directory here, and {self.endpoint} cannot be reached: {why}.",
-                                   "Check the path; for a repository check the network and HF_ENDPOINT.")
+            if tries > 1 and why.startswith(
+                "ConnectError"
+            ):  # nobody there: a mistyped path must not take long to say so
+                raise MachineError(
+                    f"{self.repo}: no such directory here, and {self.endpoint} cannot be reached: {why}.",
+                    "Check the path; for a repository check the network and HF_ENDPOINT.",
+                )
             if tries > RETRIES:
-                raise MachineError(f"{self.repo}: {what}: not whole after {tries} tries; the last ended at byte {begin + len(got):,}: {why}.",
-                                   "Run it again later.")
+                raise MachineError(
+                    f"{self.repo}: {what}: not whole after {tries} tries; the last ended at byte {begin + len(got):,}: {why}.",
+                    "Run it again later.",
+                )
             if wait > MAX_WAIT_S:
-                raise MachineError(f"{self.repo}: {what}: the Hub asks to wait {wait:,.0f} s; at most {MAX_WAIT_S:.0f} s are waited.",
-                                   "Run it again after that; with HF_TOKEN set the limits are wider.")
+                raise MachineError(
+                    f"{self.repo}: {what}: the Hub asks to wait {wait:,.0f} s; at most {MAX_WAIT_S:.0f} s are waited.",
+                    "Run it again after that; with HF_TOKEN set the limits are wider.",
+                )
             time.sleep(wait)
 
-    def _once(self, url: str, at: int, count: int, got: bytearray, what: str) -> tuple[float, tuple[int | None, object] | None]:
+    def _once(
+        self, url: str, at: int, count: int, got: bytearray, what: str
+    ) -> tuple[float, tuple[int | None, object] | None]:
         """One request; appends to `got`. (seconds to wait, None) where it must be asked again."""
         headers = {**self._headers, "Range": f"bytes={at}-{at + count - 1}"}
         with self._session.stream("GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True) as response:
@@ -170,7 +200,9 @@ class Hub:
                 raise self._refusal(status, response.headers.get("x-error-code", ""), what)
             first = re.match(r"bytes (\d+)-", response.headers.get("content-range", ""))
             if status == 206 and (first is None or int(first[1]) != at):
-                raise MachineError(f"{self.repo}: {what}: asked for byte {at:,}, the server sent {response.headers.get('content-range', 'no range')!r}.")
+                raise MachineError(
+                    f"{self.repo}: {what}: asked for byte {at:,}, the server sent {response.headers.get('content-range', 'no range')!r}."
+                )
             skip = at if status == 200 else 0  # a server that knows no ranges sends everything from the start
             for part in response.iter_raw():
                 cut = min(skip, len(part))
@@ -184,15 +216,21 @@ class Hub:
     def _refusal(self, status: int, code: str, what: str) -> DoctorError:
         page = f"{self.endpoint}/{self.repo}"
         if code == "GatedRepo" or status == 403:
-            return MachineError(f"{self.repo}: {what}: the Hub refuses access ({status}).",
-                                f"Accept the terms on {page}, and set HF_TOKEN or run `hf auth login`.")
+            return MachineError(
+                f"{self.repo}: {what}: the Hub refuses access ({status}).",
+                f"Accept the terms on {page}, and set HF_TOKEN or run `hf auth login`.",
+            )
         if code == "RevisionNotFound":
-            return BadCheckpoint(f"{self.repo}: {what}: the repository has no such revision (404).", f"See {page}/commits/main.")
+            return BadCheckpoint(
+                f"{self.repo}: {what}: the repository has no such revision (404).", f"See {page}/commits/main."
+            )
         if code == "EntryNotFound":
             return BadCheckpoint(f"{self.repo}: {what}: the file is not in the repository (404).")
         if status in (401, 404):
-            return BadCheckpoint(f"{self.repo}: {what}: no such directory here, and no such repository on {self.endpoint}, or it is private ({status}).",
-                                 "Check the name; for a private repository set HF_TOKEN or run `hf auth login`.")
+            return BadCheckpoint(
+                f"{self.repo}: {what}: no such directory here, and no such repository on {self.endpoint}, or it is private ({status}).",
+                "Check the name; for a private repository set HF_TOKEN or run `hf auth login`.",
+            )
         return MachineError(f"{self.repo}: {what}: the Hub answered {status}.", "Run it again later.")
 
     def document(self, url: str, what: str) -> tuple[object, str | None]:
@@ -201,8 +239,10 @@ class Hub:
         try:
             return json.loads(raw), _next_page(headers.get("link", ""), self.endpoint)
         except (ValueError, RecursionError):
-            raise MachineError(f"{self.repo}: {what}: the Hub's answer is not JSON, or longer than {MAX_LISTING_BYTES:,} bytes.",
-                               "Check HF_ENDPOINT.") from None
+            raise MachineError(
+                f"{self.repo}: {what}: the Hub's answer is not JSON, or longer than {MAX_LISTING_BYTES:,} bytes.",
+                "Check HF_ENDPOINT.",
+            ) from None
 
 
 def _next_page(link: str, endpoint: str) -> str | None:
@@ -260,7 +300,9 @@ class HubCheckpoint(Checkpoint):
     def _list(self) -> None:
         hub = self.requests
         base = f"{hub.endpoint}/api/models/{hub.repo}"
-        info, _ = hub.document(f"{base}/revision/{quote(self.revision, safe='')}" if self.revision else base, "its description")
+        info, _ = hub.document(
+            f"{base}/revision/{quote(self.revision, safe='')}" if self.revision else base, "its description"
+        )
         commit = info.get("sha") if isinstance(info, dict) else None
         if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40,64}", commit):
             raise MachineError(f"{hub.repo}: its description names no commit.", "Check HF_ENDPOINT.")
@@ -271,7 +313,10 @@ class HubCheckpoint(Checkpoint):
             for row in rows if isinstance(rows, list) else []:
                 self._add(row)
             if len(self.entries) > MAX_FILES:
-                raise BadCheckpoint(f"{hub.repo}: more than {MAX_FILES:,} files.", "Download the files that belong together and check them.")
+                raise BadCheckpoint(
+                    f"{hub.repo}: more than {MAX_FILES:,} files.",
+                    "Download the files that belong together and check them.",
+                )
 
     def _add(self, row: object) -> None:
         """One row of the listing; folders and what has no usable name or size are left out or said."""
@@ -294,7 +339,13 @@ class HubCheckpoint(Checkpoint):
             if entry.name.endswith(".json"):
                 room -= entry.size
                 if room < 0:
-                    self.problems.append(Defect("unreadable", f"{entry.size:,} bytes; at most {MAX_ALL_JSON_BYTES:,} of JSON are fetched", entry.name))
+                    self.problems.append(
+                        Defect(
+                            "unreadable",
+                            f"{entry.size:,} bytes; at most {MAX_ALL_JSON_BYTES:,} of JSON are fetched",
+                            entry.name,
+                        )
+                    )
                 else:
                     wanted.append(entry.name)
         for name, raw in zip(wanted, self._in_parallel(self._try_read, wanted), strict=True):
@@ -322,13 +373,17 @@ class HubCheckpoint(Checkpoint):
                 raise
 
     def read_file(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
-        """Bytes of one listed file, fetched. Raises BadCheckpoint when it is larger than `limit` or not what the listing says."""
+        """Bytes of one listed file, fetched. Raises BadCheckpoint when it is larger than `limit` or not what the
+        listing says.
+        """
         size = self.entries[name].size
         if size > limit:
             raise BadCheckpoint(f"{name}: {size:,} bytes; at most {limit:,} are read.")
         raw, total, _ = self.requests.read(self._url(name), name, 0, size + 1)
         if len(raw) != size or total not in (None, size):
-            raise BadCheckpoint(f"{name}: the Hub lists {size:,} bytes and serves {total if total is not None else len(raw):,}.")
+            raise BadCheckpoint(
+                f"{name}: the Hub lists {size:,} bytes and serves {total if total is not None else len(raw):,}."
+            )
         return raw
 
     def _url(self, name: str) -> str:
@@ -365,7 +420,9 @@ class HubCheckpoint(Checkpoint):
         return result
 
     def sha256(self, name: str) -> str:
-        """SHA-256 as the Hub states it for a large file, worked out for a JSON file. Raises BadCheckpoint for others."""
+        """SHA-256 as the Hub states it for a large file, worked out for a JSON file. Raises BadCheckpoint for
+        others.
+        """
         if name in self.lfs_sha256:
             return self.lfs_sha256[name]
         if name in self.json:
@@ -380,10 +437,12 @@ class HubCheckpoint(Checkpoint):
 
 
 class HubDonor(HubCheckpoint):
-    """A repository to take from: a tensor is one range of its shard, a file is checked by the hash that the Hub keeps of it.
+    """A repository to take from: a tensor is one range of its shard, a file is checked by the hash that the Hub keeps
+    of it.
 
-    What is asked for is fetched into `folder` once, sparse files of the shards' own sizes, and read from there; the folder is the
-    caller's to remove. A range cannot be checked by a hash of the whole file: there the digest of what came is in the receipt.
+    What is asked for is fetched into `folder` once, sparse files of the shards' own sizes, and read from there; the
+    folder is the caller's to remove. A range cannot be checked by a hash of the whole file: there the digest of what
+    came is in the receipt.
     """
 
     unread = ""
@@ -402,7 +461,9 @@ class HubDonor(HubCheckpoint):
         return f"hf://{self.requests.repo}@{self.commit}"
 
     def path(self, name: str) -> Path:
-        """The whole file, fetched and checked. Raises BadCheckpoint where its hash is not the Hub's, MachineError for the network."""
+        """The whole file, fetched and checked. Raises BadCheckpoint where its hash is not the Hub's, MachineError for
+        the network.
+        """
         if name not in self.entries:
             raise BadCheckpoint(f"{name}: not a file of {self.name}.")
         self.fetch(name, 0, self.entries[name].size)
@@ -417,7 +478,10 @@ class HubDonor(HubCheckpoint):
             found = hashlib.file_digest(file, "sha256").hexdigest()
         stated = self.sha256(name)
         if found != stated:
-            raise BadCheckpoint(f"{self.name}: {name} came with sha256 {found}; the Hub states {stated}.", "Run it again; nothing was kept.")
+            raise BadCheckpoint(
+                f"{self.name}: {name} came with sha256 {found}; the Hub states {stated}.",
+                "Run it again; nothing was kept.",
+            )
 
     def open_file(self, shard: str) -> ShardFile:
         self._place(shard)
@@ -436,7 +500,9 @@ class HubDonor(HubCheckpoint):
                     count = min(FETCH_BYTES, end - at)
                     data = self.requests.read(self._url(name), name, at, count)[0]
                     if len(data) != count:
-                        raise BadCheckpoint(f"{self.name}: {name} ends at byte {at + len(data):,}; the Hub lists {self.entries[name].size:,}.")
+                        raise BadCheckpoint(
+                            f"{self.name}: {name} ends at byte {at + len(data):,}; the Hub lists {self.entries[name].size:,}."
+                        )
                     os.pwrite(fd, data, at)
                     self.progress(count)
             finally:
@@ -450,7 +516,9 @@ class HubDonor(HubCheckpoint):
 
 
 class _Fetched(ShardFile):
-    """A shard of which the tensors that are read are fetched first, each with one range from its first byte to its last."""
+    """A shard of which the tensors that are read are fetched first, each with one range from its first byte to its
+    last.
+    """
 
     def __init__(self, donor: HubDonor, name: str):
         super().__init__(donor.folder / name, name)

@@ -1,7 +1,7 @@
 """JSON read twice at once: its values, and where in the text each of them stands.
 
-The standard parser gives values and forgets places; a finding must point at `config.json:13:24`, and an edit must change
-one value and leave the user's own formatting alone. YAML parsers give places, but reject tabs and read some JSON
+The standard parser gives values and forgets places; a finding must point at `config.json:13:24`, and an edit must
+change one value and leave the user's own formatting alone. YAML parsers give places, but reject tabs and read some JSON
 differently, so this is a small strict reader of JSON itself. It also reports what `json` lets through in silence:
 duplicate keys, NaN and Infinity, a byte order mark.
 """
@@ -14,8 +14,14 @@ from json.decoder import scanstring
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
-_WORDS = {"true": True, "false": False, "null": None, "NaN": float("nan"), "Infinity": float("inf"),
-          "-Infinity": float("-inf")}
+_WORDS = {
+    "true": True,
+    "false": False,
+    "null": None,
+    "NaN": float("nan"),
+    "Infinity": float("inf"),
+    "-Infinity": float("-inf"),
+}
 MAX_DEPTH = 200
 
 
@@ -84,8 +90,11 @@ def parse_bytes(data: bytes) -> JsonText:
         return parse(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         readable = data.decode("utf-8", "replace")
-        raise JsonError(f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}", readable,
-                        len(data[: error.start].decode("utf-8", "replace"))) from None
+        raise JsonError(
+            f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
+            readable,
+            len(data[: error.start].decode("utf-8", "replace")),
+        ) from None
 
 
 def _skip(text: str, at: int) -> int:
@@ -156,7 +165,7 @@ def _object(doc: JsonText, at: int, path: str, depth: int):
         doc.spans[child] = Span(key_begin, at, at)
         seen, old = key in value, value.get(key)
         value[key], at = _value(doc, _skip(text, at + 1), child, depth + 1)
-        doc.unlike = doc.unlike or seen and repr(old) != repr(value[key])  # repr: NaN is like NaN, and 1 is not True
+        doc.unlike = doc.unlike or (seen and repr(old) != repr(value[key]))  # repr: NaN is like NaN, and 1 is not True
         at = _skip(text, at)
         if text[at : at + 1] == "}":
             return value, at + 1
@@ -195,7 +204,9 @@ def set_value(text: str, path: str, value: object) -> str:
     parent = doc.spans.get(parent_path)
     if parent is None or text[parent.begin] != "{":
         raise KeyError(parent_path)
-    children = [s for p, s in doc.spans.items() if p.startswith(parent_path + "/") and "/" not in p[len(parent_path) + 1 :]]
+    children = [
+        s for p, s in doc.spans.items() if p.startswith(parent_path + "/") and "/" not in p[len(parent_path) + 1 :]
+    ]
     key = json.dumps(split_pointer("/" + last)[0], ensure_ascii=False)
     if not children:
         step = _indent(text, parent.key_begin) + "  "
@@ -211,7 +222,11 @@ def replace_strings(text: str, path: str, new: Mapping[str, str]) -> str:
     """The text with each string right below `path` that `new` names replaced; one reading, however many there are."""
     doc, parts, at = parse(text), [], 0
     for place, span in sorted(doc.spans.items(), key=lambda item: item[1].begin):
-        if place.rpartition("/")[0] == path and text[span.begin] == '"' and (old := json.loads(text[span.begin : span.end])) in new:
+        if (
+            place.rpartition("/")[0] == path
+            and text[span.begin] == '"'
+            and (old := json.loads(text[span.begin : span.end])) in new
+        ):
             parts += [text[at : span.begin], json.dumps(new[old], ensure_ascii=False)]
             at = span.end
     return "".join([*parts, text[at:]])
@@ -231,7 +246,9 @@ def remove_value(text: str, path: str) -> str:
 
 
 def cleaned(text: str) -> str:
-    """The text as readers take it: no byte order mark, each key of an object once with its last value; all else left as it is."""
+    """The text as readers take it: no byte order mark, each key of an object once with its last value; all else left as
+    it is.
+    """
     parts, at = [], 1 if text.startswith("\ufeff") else 0
     for span in sorted(parse(text).overwritten, key=lambda s: (s.key_begin, -s.end)):
         if span.key_begin >= at:  # else it lies inside one that is gone already
@@ -246,6 +263,10 @@ def _indent(text: str, offset: int) -> str:
 
 
 def _literal(value: object, indent: str) -> str:
-    if not isinstance(value, (dict, list)) or not value or all(not isinstance(v, (dict, list)) for v in value) and isinstance(value, list):
+    if (
+        not isinstance(value, (dict, list))
+        or not value
+        or (all(not isinstance(v, (dict, list)) for v in value) and isinstance(value, list))
+    ):
         return json.dumps(value, ensure_ascii=False)
     return json.dumps(value, ensure_ascii=False, indent=2).replace("\n", "\n" + indent)

@@ -1,8 +1,8 @@
 """One safetensors file: its header, read with distrust, and its bytes, read once.
 
-The format's own reader stops at the first fault and names one tensor at most. Here a fault becomes a `Defect` (data that
-rules turn into findings) and reading goes on with whatever can still be trusted, so that one damaged entry does not hide
-the other four hundred. Nothing is mapped: a truncated or failing file raises OSError instead of SIGBUS.
+The format's own reader stops at the first fault and names one tensor at most. Here a fault becomes a `Defect` (data
+that rules turn into findings) and reading goes on with whatever can still be trusted, so that one damaged entry does
+not hide the other four hundred. Nothing is mapped: a truncated or failing file raises OSError instead of SIGBUS.
 
 Rules of the format: safetensors `safetensors/src/tensor.rs` (0.8).
 """
@@ -87,7 +87,9 @@ def parse_header(name: str, size: int, read) -> Shard:
     if _is_not_safetensors(shard, read):
         return shard
     if length > MAX_HEADER_BYTES:
-        shard.defects.append(Defect("header-length", f"header length {length:,} is over the format's {MAX_HEADER_BYTES:,}"))
+        shard.defects.append(
+            Defect("header-length", f"header length {length:,} is over the format's {MAX_HEADER_BYTES:,}")
+        )
         return shard
     if length + 8 > size:
         shard.defects.append(Defect("truncated", f"header needs {length + 8:,} bytes, the file has {size:,}"))
@@ -119,7 +121,9 @@ def _is_not_safetensors(shard: Shard, read) -> bool:
             shard.defects.append(Defect(kind, detail))
             return True
     if start == bytes(len(start)):
-        shard.defects.append(Defect("zero-filled", f"the first {len(start)} bytes are zero: a preallocated file that was never filled"))
+        shard.defects.append(
+            Defect("zero-filled", f"the first {len(start)} bytes are zero: a preallocated file that was never filled")
+        )
         return True
     return False
 
@@ -146,7 +150,9 @@ def _parse_json(shard: Shard, raw: bytes) -> None:
         shard.defects.append(Defect("header-json", f"header is a JSON {type(header).__name__}; it must be an object"))
         return
     for key in duplicates:
-        shard.defects.append(Defect("duplicate-name", "the name stands twice in the header; readers keep the last", key))
+        shard.defects.append(
+            Defect("duplicate-name", "the name stands twice in the header; readers keep the last", key)
+        )
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         shard.defects.append(Defect("metadata", "__metadata__ must map strings to strings"))
@@ -171,8 +177,14 @@ def _entry(shard: Shard, name: str, entry: object) -> TensorInfo | None:
     """The tensor of one header entry, or None and a defect of the shard."""
     try:  # what is sound needs no reason; a large mixture of experts has 50,000 entries
         dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if (type(shape) is list and len(shape) <= MAX_DIMS and all(map(_is_count, shape)) and type(entry["data_offsets"]) is list
-                and _is_count(first) and _is_count(last)):
+        if (
+            type(shape) is list
+            and len(shape) <= MAX_DIMS
+            and all(map(_is_count, shape))
+            and type(entry["data_offsets"]) is list
+            and _is_count(first)
+            and _is_count(last)
+        ):
             numel = math.prod(shape)
             end = shard.data_begin + last
             if numel <= MAX_NUMEL and dtype.nbytes(numel) == last - first and end <= shard.size:
@@ -218,14 +230,24 @@ def _check_coverage(shard: Shard) -> None:
     faulty = any(d.kind in ("entry", "dtype", "shape", "offsets", "size", "truncated") for d in shard.defects)
     for info in shard.tensors:
         if info.begin < at and info.nbytes:
-            shard.defects.append(Defect("overlap", f"begins at byte {info.begin:,}, inside {previous}, which ends at {at:,}",
-                                        info.name, info.begin))
+            shard.defects.append(
+                Defect(
+                    "overlap",
+                    f"begins at byte {info.begin:,}, inside {previous}, which ends at {at:,}",
+                    info.name,
+                    info.begin,
+                )
+            )
         elif info.begin > at and not faulty:
-            shard.defects.append(Defect("hole", f"{info.begin - at:,} bytes before it belong to no tensor", info.name, at))
+            shard.defects.append(
+                Defect("hole", f"{info.begin - at:,} bytes before it belong to no tensor", info.name, at)
+            )
         if info.end >= at:
             at, previous = info.end, info.name
     if at < shard.size and not faulty:
-        shard.defects.append(Defect("trailing", f"{shard.size - at:,} bytes after the last tensor belong to none", None, at))
+        shard.defects.append(
+            Defect("trailing", f"{shard.size - at:,} bytes after the last tensor belong to none", None, at)
+        )
 
 
 class ShardFile:
@@ -244,7 +266,9 @@ class ShardFile:
 
     @property
     def plain(self) -> bool:
-        """Whether what `read_into` gives is what lies at that offset of the file `fileno`: a subclass makes something else of it."""
+        """Whether what `read_into` gives is what lies at that offset of the file `fileno`: a subclass makes something
+        else of it.
+        """
         return type(self).read_into is ShardFile.read_into
 
     def size(self) -> int:
@@ -272,8 +296,10 @@ class ShardFile:
             done += n
 
     def ended(self, at: int, missing: int) -> BadCheckpoint:
-        return BadCheckpoint(f"{self.name}: ends at byte {at:,} while {missing:,} more were to come; it became shorter while it was read.",
-                             "Run the command again when nothing writes to it.")
+        return BadCheckpoint(
+            f"{self.name}: ends at byte {at:,} while {missing:,} more were to come; it became shorter while it was read.",
+            "Run the command again when nothing writes to it.",
+        )
 
     def blocks(self, begin: int, end: int, step: int = CHUNK_BYTES) -> Iterator[tuple[int, memoryview]]:
         """Consecutive (offset, bytes) of [begin, end); the buffer is reused, so copy what must outlive the step."""

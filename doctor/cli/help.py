@@ -1,6 +1,7 @@
 """`--help` in Chinese: the same commands and options, with this table's texts for the English ones in cli.py.
 
-click breaks lines at blanks and counts characters, so a page of its own is written here. tests/test_help_zh.py keeps the table whole.
+click breaks lines at blanks and counts characters, so a page of its own is written here. tests/test_help_zh.py keeps
+the table whole.
 """
 
 import re
@@ -10,7 +11,7 @@ from rich.cells import cell_len
 
 from doctor.report.formats.terminal import Text, console, wrap
 
-_MOST, _NAMES = 100, 34     # cells of a line, and of the column of names
+_MOST, _NAMES = 100, 34  # cells of a line, and of the column of names
 
 ZH = {
     """Finds, explains and cures what makes quantizing a language model fail, then quantizes it.
@@ -19,24 +20,21 @@ ZH = {
 doctor check ckpt/ --for gptq --tp 2       look, write nothing
 doctor fix ckpt/ -o fixed/                 write a cured copy beside it
 doctor quantize fixed/ -o q4/              check, calibrate, quantize, check again
-doctor explain "Hessian is not invertible" what an error points to""":
-        """找出、解释并修复使语言模型量化失败的问题，然后量化。
+doctor explain "Hessian is not invertible" what an error points to""": """找出、解释并修复使语言模型量化失败的问题，然后量化。
 
 \b
 doctor check ckpt/ --for gptq --tp 2       只看，不写
 doctor fix ckpt/ -o fixed/                 在旁边写一份修好的副本
 doctor quantize fixed/ -o q4/              检查、校准、量化、再检查
 doctor explain "Hessian is not invertible" 一条报错指向什么""",
-    "Every option can also be set in the environment: --fail-on as DOCTOR_FAIL_ON. DOCTOR_DEBUG=1 shows tracebacks.":
-        "每个选项也可以用环境变量设置：--fail-on 即 DOCTOR_FAIL_ON。DOCTOR_DEBUG=1 显示调用栈。",
+    "Every option can also be set in the environment: --fail-on as DOCTOR_FAIL_ON. DOCTOR_DEBUG=1 shows tracebacks.": "每个选项也可以用环境变量设置：--fail-on 即 DOCTOR_FAIL_ON。DOCTOR_DEBUG=1 显示调用栈。",
     "Show the version and exit.": "显示版本并退出。",
     "Show this message and exit.": "显示本帮助并退出。",
     "Language of this page and of the command's screens.  [default: the locale's]": "本页和命令界面的语言。  [默认：随系统区域设置]",
     # check
     """Say whether checkpoints are ready for a plan. Writes nothing, unless --fix asks for it.
 
-CHECKPOINT is a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only headers are fetched.""":
-        """判断检查点能否用于某个计划。除非给了 --fix，什么也不写。
+CHECKPOINT is a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only headers are fetched.""": """判断检查点能否用于某个计划。除非给了 --fix，什么也不写。
 
 CHECKPOINT 是目录、.safetensors 文件，或 Hub 上的 org/name[@revision]（只取文件头）。""",
     "Quantization method of the plan.": "计划的量化方法。",
@@ -45,16 +43,14 @@ CHECKPOINT 是目录、.safetensors 文件，或 Hub 上的 org/name[@revision]�
     "Symmetric or asymmetric grid; asymmetric for awq, else symmetric.": "对称或非对称网格；awq 默认非对称，其余对称。",
     "GPUs that share each linear at serving.": "推理时分摊每个线性层的 GPU 数。",
     "Where it will be served: vllm, sglang, exllamav2, transformers, llama.cpp.": "将在哪里做推理：vllm、sglang、exllamav2、transformers、llama.cpp。",
-    "This configuration; none for no file at all.  [default: the nearest doctor.toml or pyproject.toml]":
-        "用这个配置文件；none 为不用任何文件。  [默认：最近的 doctor.toml 或 pyproject.toml]",
+    "This configuration; none for no file at all.  [default: the nearest doctor.toml or pyproject.toml]": "用这个配置文件；none 为不用任何文件。  [默认：最近的 doctor.toml 或 pyproject.toml]",
     "Only these codes, families (G, W2), names or certainties; commas or repeated.": "只用这些编号、类别（G、W2）、名称或把握程度；用逗号分隔或重复给出。",
     "These too, beside what is selected already.": "在已选之外再加上这些。",
     "All but these.": "除这些之外。",
     "Also load the rule files of DIR. They are Python: load only what you trust.": "另外加载 DIR 里的规则文件。它们是 Python 代码：只加载可信的。",
     "Least severity for exit code 1.": "达到哪一级别时退出码为 1。",
     "Exit 1 when a rule could not judge.": "有规则无法判断时退出码为 1。",
-    "full, concise, json, sarif, junit, github, gitlab, markdown, html; repeatable, to stdout or to a FILE.  [default: full]":
-        "full、concise、json、sarif、junit、github、gitlab、markdown、html；可重复，输出到屏幕或 FILE。  [默认：full]",
+    "full, concise, json, sarif, junit, github, gitlab, markdown, html; repeatable, to stdout or to a FILE.  [default: full]": "full、concise、json、sarif、junit、github、gitlab、markdown、html；可重复，输出到屏幕或 FILE。  [默认：full]",
     "Short for -f concise.": "即 -f concise。",
     "Also list every rule, and why it was skipped.": "另外列出每条规则，以及跳过的原因。",
     "Language of screens, Markdown and HTML.  [default: the locale's]": "界面、Markdown 和 HTML 的语言。  [默认：随系统区域设置]",
@@ -71,26 +67,22 @@ CHECKPOINT 是目录、.safetensors 文件，或 Hub 上的 org/name[@revision]�
     # fix and undo
     """Write a cured copy of a checkpoint, beside it.
 
-The copy is checked again with all rules before it appears; the source is never changed.""":
-        """在检查点旁边写一份修好的副本。
+The copy is checked again with all rules before it appears; the source is never changed.""": """在检查点旁边写一份修好的副本。
 
 副本出现之前会用全部规则再检查一遍；来源绝不改动。""",
     "Directory to write; the source is never changed.": "要写入的目录；来源绝不改动。",
     "Instead of -o: put the cured copy in CHECKPOINT's place and keep the old one beside it.": "代替 -o：用修好的副本替换 CHECKPOINT，旧的保留在旁边。",
     "Show the edits, write nothing.": "只显示改动，不写入。",
-    "Also fixes that change numbers or shapes; =CODES only those, and those that go by name only.":
-        "也做会改变数值或形状的修复；=CODES 只做这些，包括只能点名的修复。",
+    "Also fixes that change numbers or shapes; =CODES only those, and those that go by name only.": "也做会改变数值或形状的修复；=CODES 只做这些，包括只能点名的修复。",
     "Only the fixes of these rules.": "只做这些规则的修复。",
-    "Base model, or a whole copy: lost files and tensors are taken from it, an adapter is merged into it.":
-        "基座模型或完好的副本：从中取回缺失的文件和张量，或把适配器合并进去。",
+    "Base model, or a whole copy: lost files and tensors are taken from it, an adapter is merged into it.": "基座模型或完好的副本：从中取回缺失的文件和张量，或把适配器合并进去。",
     "Copy unchanged shards instead of linking them.": "未改动的分片用复制代替链接。",
     "Replace an existing DIR.": "替换已有的 DIR。",
     "Put back what `doctor fix --in-place` replaced.": "恢复 `doctor fix --in-place` 替换掉的内容。",
     # quantize
     """Check, calibrate, quantize and check the result.
 
-`torchrun --nproc-per-node N -m doctor quantize …` shares the work among N processes.""":
-        """检查、校准、量化，再检查结果。
+`torchrun --nproc-per-node N -m doctor quantize …` shares the work among N processes.""": """检查、校准、量化，再检查结果。
 
 `torchrun --nproc-per-node N -m doctor quantize …` 由 N 个进程分担工作。""",
     "Directory to write; must not exist.": "要写入的目录；必须尚不存在。",
@@ -99,13 +91,11 @@ The copy is checked again with all rules before it appears; the source is never 
     "File format.  [default: the method's own]": "文件格式。  [默认：该方法自己的格式]",
     "Share of the mean diagonal added to each Hessian.": "给每个 Hessian 加上其对角线平均值的多大比例。",
     "Most that a retry may raise it to.": "重试时最多加大到多少。",
-    "Text, JSONL, Parquet or a dataset on the Hub.  [default: Python's documentation and text the model writes; yours is better]":
-        "文本、JSONL、Parquet 或 Hub 上的数据集。  [默认：Python 文档和模型自己写的文本；用你自己的更好]",
+    "Text, JSONL, Parquet or a dataset on the Hub.  [default: Python's documentation and text the model writes; yours is better]": "文本、JSONL、Parquet 或 Hub 上的数据集。  [默认：Python 文档和模型自己写的文本；用你自己的更好]",
     "Calibration rows.": "校准行数。",
     "Tokens per row, at most.": "每行最多词元数。",
     "Linears left in 16 bits; repeatable.": "保留 16 位的线性层；可重复。",
-    "Other bits for some linears, as '{0,1}.*down_proj=8'; repeatable. In the GPTQ format transformers does not read them.":
-        "为部分线性层指定别的位宽，例如 '{0,1}.*down_proj=8'；可重复。GPTQ 格式里的这种位宽 transformers 不读。",
+    "Other bits for some linears, as '{0,1}.*down_proj=8'; repeatable. In the GPTQ format transformers does not read them.": "为部分线性层指定别的位宽，例如 '{0,1}.*down_proj=8'；可重复。GPTQ 格式里的这种位宽 transformers 不读。",
     "Apply safe fixes first, without writing the cured copy.": "先做安全修复，但不写出修好的副本。",
     "Most memory to use, as 24GB.  [default: what is free]": "最多使用的内存，如 24GB。  [默认：全部空闲内存]",
     "Where to compute: cpu, cuda, cuda:1; under torchrun, cuda is one GPU a process.": "在哪里计算：cpu、cuda、cuda:1；用 torchrun 时，cuda 为每个进程一块 GPU。",
@@ -116,8 +106,7 @@ The copy is checked again with all rules before it appears; the source is never 
     "Where to compute: cpu, cuda or cuda:1.": "在哪里计算：cpu、cuda 或 cuda:1。",
     """Compare a quantized model with its original.
 
-Measures perplexity, divergence of the next-token distributions, and collapse of greedy replies.""":
-        """比较量化后的模型和原模型。
+Measures perplexity, divergence of the next-token distributions, and collapse of greedy replies.""": """比较量化后的模型和原模型。
 
 测量困惑度、下一词元分布的散度，以及贪心回答是否崩坏。""",
     "Text to compare on.  [default: texts of doctor]": "用来比较的文本。  [默认：doctor 自带的文本]",
@@ -126,8 +115,7 @@ Measures perplexity, divergence of the next-token distributions, and collapse of
     "Memory for whole models, as 24GB: greedy replies need them.  [default: half of what is free]": "给整个模型的内存，如 24GB：贪心回答需要它。  [默认：空闲内存的一半]",
     """Memory of the key/value cache, and the fewest bits its keys survive.
 
-The verdict comes from the weights: random states go through each layer's own projections, and the exact cache.""":
-        """键值缓存的内存，以及键最少能用几位。
+The verdict comes from the weights: random states go through each layer's own projections, and the exact cache.""": """键值缓存的内存，以及键最少能用几位。
 
 结论来自权重：用随机状态通过每层自己的投影和真实的缓存格式。""",
     "Tokens kept per sequence.": "每条序列保留的词元数。",
@@ -142,16 +130,14 @@ The verdict comes from the weights: random states go through each layer's own pr
     # the others
     """A rule's page, or what a pasted error points to.
 
-- reads the error from stdin: `python quantize.py 2>&1 | tail -1 | doctor explain -`.""":
-        """一条规则的说明，或一条粘贴来的报错指向什么。
+- reads the error from stdin: `python quantize.py 2>&1 | tail -1 | doctor explain -`.""": """一条规则的说明，或一条粘贴来的报错指向什么。
 
 - 从标准输入读报错：`python quantize.py 2>&1 | tail -1 | doctor explain -`。""",
     "List the rules.": "列出规则。",
     "Only these codes, families, names or certainties.": "只列这些编号、类别、名称或把握程度。",
     """Render a saved report in another format.
 
-Needs only the JSON that `doctor check -f json:REPORT.json` wrote (or quantize, verify, kvcache), not the checkpoint.""":
-        """把保存的报告转成另一种格式。
+Needs only the JSON that `doctor check -f json:REPORT.json` wrote (or quantize, verify, kvcache), not the checkpoint.""": """把保存的报告转成另一种格式。
 
 只需要 `doctor check -f json:REPORT.json`（或 quantize、verify、kvcache）写出的 JSON，不需要检查点。""",
     """Print the script that completes commands, options and rule codes in a shell.
@@ -159,8 +145,7 @@ Needs only the JSON that `doctor check -f json:REPORT.json` wrote (or quantize, 
 \b
 bash   doctor completion bash >> ~/.bashrc
 zsh    doctor completion zsh >> ~/.zshrc      after compinit
-fish   doctor completion fish > ~/.config/fish/completions/doctor.fish""":
-        """打印在 shell 里补全命令、选项和规则编号的脚本。
+fish   doctor completion fish > ~/.config/fish/completions/doctor.fish""": """打印在 shell 里补全命令、选项和规则编号的脚本。
 
 \b
 bash   doctor completion bash >> ~/.bashrc
@@ -185,7 +170,9 @@ def page(command: click.Command, ctx: click.Context) -> str:
     options = [record for p in command.get_params(ctx) if (record := _option(p, ctx))]
     lines += ["选项：", *_table(options, width)]
     if isinstance(command, click.Group):
-        shown = [(name, said(command.get_command(ctx, name).help).split("\n")[0]) for name in command.list_commands(ctx)]
+        shown = [
+            (name, said(command.get_command(ctx, name).help).split("\n")[0]) for name in command.list_commands(ctx)
+        ]
         lines += ["", "命令：", *_table(shown, width)]
     if command.epilog:
         lines += ["", *("  " + line for line in _wrapped(said(command.epilog), width - 2))]

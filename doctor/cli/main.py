@@ -17,10 +17,10 @@ from doctor import __version__
 from doctor.core import import_stubs
 from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.core.facts import STAGES
-from doctor.core.recipe import FORMATS as OUTPUT_FORMATS
 from doctor.core.recipe import DAMP, DAMP_MAX, METHODS, RUNTIMES, Recipe, parse_runtime
-from doctor.report import FORMATS
+from doctor.core.recipe import FORMATS as OUTPUT_FORMATS
 from doctor.locale import catalogue
+from doctor.report import FORMATS
 
 _ENV = "Every option can also be set in the environment: --fail-on as DOCTOR_FAIL_ON. DOCTOR_DEBUG=1 shows tracebacks."
 KV_FORMATS = ("full", "json", "markdown", "html")
@@ -31,7 +31,9 @@ class _Command(click.Command):
     """A command whose options also come from DOCTOR_<OPTION>, and where `--unsafe-fixes PATH` does not swallow the path."""
 
     def __init__(self, *args, **kwargs):
-        kwargs.setdefault("context_settings", {}).update(auto_envvar_prefix="DOCTOR", max_content_width=100, show_default=True)
+        kwargs.setdefault("context_settings", {}).update(
+            auto_envvar_prefix="DOCTOR", max_content_width=100, show_default=True
+        )
         kwargs.setdefault("epilog", _ENV)
         super().__init__(*args, **kwargs)
         for param in self.params:  # an empty text is no default to speak of
@@ -89,14 +91,28 @@ class _Group(click.Group):
 
 def _version(ctx, _param, value):
     if value and not ctx.resilient_parsing:
-        click.echo(f"doctor {__version__} (checkpoint-doctor), Python {sys.version.split()[0]}\nNo telemetry: nothing leaves this machine.")
+        click.echo(
+            f"doctor {__version__} (checkpoint-doctor), Python {sys.version.split()[0]}\nNo telemetry: nothing leaves this machine."
+        )
         ctx.exit()
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, invoke_without_command=False)
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit.")
-@click.option("--lang", type=click.Choice(catalogue.LANGUAGES), default=None, expose_value=False, callback=_spoken,
-              help="Language of this page and of the command's screens.  [default: the locale's]")
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    invoke_without_command=False,
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
+)
+@click.option(
+    "--lang",
+    type=click.Choice(catalogue.LANGUAGES),
+    default=None,
+    expose_value=False,
+    callback=_spoken,
+    help="Language of this page and of the command's screens.  [default: the locale's]",
+)
 def cli():
     """Finds, explains and cures what makes quantizing a language model fail, then quantizes it.
 
@@ -137,7 +153,9 @@ def _configured(ctx, _param, value):
     else:
         ctx.obj = config.read(Path(value)) if value else config.load()
     if ctx.obj is None:
-        raise DoctorError(f"{value}: holds no [tool.doctor].", "Give a doctor.toml, or a pyproject.toml with that table.")
+        raise DoctorError(
+            f"{value}: holds no [tool.doctor].", "Give a doctor.toml, or a pyproject.toml with that table."
+        )
     runtime = "==".join(filter(None, map(ctx.obj.recipe_values.get, ("runtime", "runtime_version"))))
     ctx.default_map = {**ctx.obj.recipe_values, **_given(runtime=runtime or None, fail_on=ctx.obj.fail_on)}
 
@@ -145,12 +163,17 @@ def _configured(ctx, _param, value):
 def _complete_rules(_ctx, _param, incomplete):
     """Codes, names and family letters of rules that go on from the last word of a comma list."""
     from click.shell_completion import CompletionItem
+
     from doctor.lint.engine import load_rules
 
     before, comma, word = incomplete.rpartition(",")
     rules = load_rules()
-    return [CompletionItem(before + comma + found, help=r.title) for r in rules
-            for found in (r.code, r.name) if word and found.lower().startswith(word.lower()) or (not word and found == r.code)]
+    return [
+        CompletionItem(before + comma + found, help=r.title)
+        for r in rules
+        for found in (r.code, r.name)
+        if word and found.lower().startswith(word.lower()) or (not word and found == r.code)
+    ]
 
 
 def _complete_path(_ctx, _param, incomplete):
@@ -159,30 +182,85 @@ def _complete_path(_ctx, _param, incomplete):
     return [CompletionItem(incomplete, type="file")]
 
 
-lang_option = click.option("--lang", type=click.Choice(catalogue.LANGUAGES), default=None, expose_value=False, callback=_spoken, show_default=False,
-                           help="Language of screens, Markdown and HTML.  [default: the locale's]")
+lang_option = click.option(
+    "--lang",
+    type=click.Choice(catalogue.LANGUAGES),
+    default=None,
+    expose_value=False,
+    callback=_spoken,
+    show_default=False,
+    help="Language of screens, Markdown and HTML.  [default: the locale's]",
+)
 _PATH = click.Path(path_type=Path)
 plan_options = _options(
-    click.option("--for", "--method", "method", type=click.Choice(METHODS), default="gptq", help="Quantization method of the plan."),
+    click.option(
+        "--for",
+        "--method",
+        "method",
+        type=click.Choice(METHODS),
+        default="gptq",
+        help="Quantization method of the plan.",
+    ),
     click.option("--bits", type=int, default=4, help="Bits per weight: 2, 3, 4 or 8."),
     click.option("--group-size", type=int, default=128, help="in_features that share a scale; -1 for whole rows."),
-    click.option("--sym/--asym", default=None, help="Symmetric or asymmetric grid; asymmetric for awq, else symmetric."),
-    click.option("--tp", "--tensor-parallel-size", "tp", type=int, default=1, help="GPUs that share each linear at serving."),
-    click.option("--runtime", default="", metavar="NAME[==VERSION]", help=f"Where it will be served: {', '.join(RUNTIMES)}."),
-    click.option("--config", is_eager=True, expose_value=False, callback=_configured, metavar="FILE",
-                 help="This configuration; none for no file at all.  [default: the nearest doctor.toml or pyproject.toml]"),
+    click.option(
+        "--sym/--asym", default=None, help="Symmetric or asymmetric grid; asymmetric for awq, else symmetric."
+    ),
+    click.option(
+        "--tp", "--tensor-parallel-size", "tp", type=int, default=1, help="GPUs that share each linear at serving."
+    ),
+    click.option(
+        "--runtime", default="", metavar="NAME[==VERSION]", help=f"Where it will be served: {', '.join(RUNTIMES)}."
+    ),
+    click.option(
+        "--config",
+        is_eager=True,
+        expose_value=False,
+        callback=_configured,
+        metavar="FILE",
+        help="This configuration; none for no file at all.  [default: the nearest doctor.toml or pyproject.toml]",
+    ),
 )
 rule_options = _options(
-    click.option("--select", multiple=True, metavar="RULES", shell_complete=_complete_rules, help="Only these codes, families (G, W2), names or certainties; commas or repeated."),
-    click.option("--extend-select", multiple=True, metavar="RULES", shell_complete=_complete_rules, help="These too, beside what is selected already."),
+    click.option(
+        "--select",
+        multiple=True,
+        metavar="RULES",
+        shell_complete=_complete_rules,
+        help="Only these codes, families (G, W2), names or certainties; commas or repeated.",
+    ),
+    click.option(
+        "--extend-select",
+        multiple=True,
+        metavar="RULES",
+        shell_complete=_complete_rules,
+        help="These too, beside what is selected already.",
+    ),
     click.option("--ignore", multiple=True, metavar="RULES", shell_complete=_complete_rules, help="All but these."),
-    click.option("--rules", "rules_dirs", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
-                 help="Also load the rule files of DIR. They are Python: load only what you trust."),
-    click.option("--fail-on", type=click.Choice(("error", "warning", "info", "never")), default="error", help="Least severity for exit code 1."),
+    click.option(
+        "--rules",
+        "rules_dirs",
+        multiple=True,
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="Also load the rule files of DIR. They are Python: load only what you trust.",
+    ),
+    click.option(
+        "--fail-on",
+        type=click.Choice(("error", "warning", "info", "never")),
+        default="error",
+        help="Least severity for exit code 1.",
+    ),
 )
 format_options = _options(
-    click.option("-f", "--format", "formats", multiple=True, metavar="FORMAT[:FILE]",
-                 help=f"{', '.join(FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]"),
+    click.option(
+        "-f",
+        "--format",
+        "formats",
+        multiple=True,
+        metavar="FORMAT[:FILE]",
+        help=f"{', '.join(FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]",
+    ),
     click.option("--concise", is_flag=True, help="Short for -f concise."),
     click.option("-v", "--verbose", is_flag=True, help="Also list every rule, and why it was skipped."),
     lang_option,
@@ -193,8 +271,19 @@ def _recipe(method, bits, group_size, sym, tp, runtime, config=None, **more) -> 
     """The plan of the flags; fields that the command has no flag for come from the configuration."""
     name, version = parse_runtime(runtime)
     values = dict(config.recipe_values) if config else {}
-    return Recipe(**{**values, "method": method, "bits": bits, "group_size": group_size, "sym": sym, "tp": tp, "runtime": name,
-                     "runtime_version": version, **more})
+    return Recipe(
+        **{
+            **values,
+            "method": method,
+            "bits": bits,
+            "group_size": group_size,
+            "sym": sym,
+            "tp": tp,
+            "runtime": name,
+            "runtime_version": version,
+            **more,
+        }
+    )
 
 
 def _outputs(formats, concise, known=FORMATS) -> list[tuple[str, str]]:
@@ -216,19 +305,63 @@ def _outputs(formats, concise, known=FORMATS) -> list[tuple[str, str]]:
 @rule_options
 @click.option("--fail-on-skipped", is_flag=True, help="Exit 1 when a rule could not judge.")
 @format_options
-@click.option("--stage", type=click.Choice(STAGES), default=STAGES[-1], help="Most expensive evidence to gather: header reads no weights.")
-@click.option("--room", metavar="DIR", help="Also say whether this machine has the memory to quantize, and the disk to write into DIR.")
-@click.option("--matrix", is_flag=True, help="Also print methods, group sizes and GPU counts, and what stands in the way of each.")
+@click.option(
+    "--stage",
+    type=click.Choice(STAGES),
+    default=STAGES[-1],
+    help="Most expensive evidence to gather: header reads no weights.",
+)
+@click.option(
+    "--room",
+    metavar="DIR",
+    help="Also say whether this machine has the memory to quantize, and the disk to write into DIR.",
+)
+@click.option(
+    "--matrix", is_flag=True, help="Also print methods, group sizes and GPU counts, and what stands in the way of each."
+)
 @click.option("--statistics", is_flag=True, help="Print counts by code instead of findings.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository; org/name@REV says it too.")
 @click.option("--download", is_flag=True, help="Fetch a Hub repository's files and check them whole.")
-@click.option("--baseline", metavar="REPORT.json|CHECKPOINT", help="Say what is new, unchanged and gone against it; exit 1 for what is new.")
-@click.option("--fix", "fix_too", is_flag=True, help="Write a cured copy to -o DIR, as `doctor fix` does, and report on that.")
+@click.option(
+    "--baseline",
+    metavar="REPORT.json|CHECKPOINT",
+    help="Say what is new, unchanged and gone against it; exit 1 for what is new.",
+)
+@click.option(
+    "--fix", "fix_too", is_flag=True, help="Write a cured copy to -o DIR, as `doctor fix` does, and report on that."
+)
 @click.option("-o", "--output", "output", type=_PATH, metavar="DIR", help="With --fix: the directory to write.")
 @click.option("--show-settings", is_flag=True, help="Print every setting and where it comes from, and check nothing.")
 @click.pass_context
-def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, fail_on_skipped,
-          formats, concise, verbose, stage, room, matrix, statistics, revision, download, baseline, fix_too, output, show_settings):
+def check(
+    ctx,
+    paths,
+    method,
+    bits,
+    group_size,
+    sym,
+    tp,
+    runtime,
+    select,
+    extend_select,
+    ignore,
+    rules_dirs,
+    fail_on,
+    fail_on_skipped,
+    formats,
+    concise,
+    verbose,
+    stage,
+    room,
+    matrix,
+    statistics,
+    revision,
+    download,
+    baseline,
+    fix_too,
+    output,
+    show_settings,
+):
     """Say whether checkpoints are ready for a plan. Writes nothing, unless --fix asks for it.
 
     CHECKPOINT is a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only headers are fetched.
@@ -240,8 +373,15 @@ def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend
     outputs = _outputs(formats, concise)
     with _json_on_failure(outputs):
         recipe = _recipe(method, bits, group_size, sym, tp, runtime, ctx.obj)
-        options = dict(select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore), stage=stage, fail_on=fail_on,
-                       rules_dirs=rules_dirs, config=ctx.obj)
+        options = dict(
+            select=_words(select),
+            extend_select=_words(extend_select),
+            ignore=_words(ignore),
+            stage=stage,
+            fail_on=fail_on,
+            rules_dirs=rules_dirs,
+            config=ctx.obj,
+        )
         if fix_too:
             from doctor import api
             from doctor.checkpoint.directory import Checkpoint
@@ -253,14 +393,26 @@ def check(ctx, paths, method, bits, group_size, sym, tp, runtime, select, extend
             _emit([result.report], outputs, verbose)
             _exit([result.report], fail_on_skipped)
         base = _baseline(ctx, baseline, recipe, options) if baseline else None
-        reports, stopped = _until_interrupted(paths, lambda path: _checked(
-            path, recipe, (revision, download), ctx=ctx, baseline=base and base(path), matrix=matrix, room=room, keep_partial=True, **options,
-            pictures=any(name in ("json", "html", "markdown") for name, _ in outputs)))
+        reports, stopped = _until_interrupted(
+            paths,
+            lambda path: _checked(
+                path,
+                recipe,
+                (revision, download),
+                ctx=ctx,
+                baseline=base and base(path),
+                matrix=matrix,
+                room=room,
+                keep_partial=True,
+                **options,
+                pictures=any(name in ("json", "html", "markdown") for name, _ in outputs),
+            ),
+        )
         if not stopped:
             _settled(reports)
         _emit(reports, [("statistics", "")] if statistics else outputs, verbose, matrix)
     if stopped:
-        _fail("Interrupted." + "".join(f" Not looked at: {path}." for path in paths[len(reports):]), "", 130)
+        _fail("Interrupted." + "".join(f" Not looked at: {path}." for path in paths[len(reports) :]), "", 130)
     _exit(reports, fail_on_skipped)
 
 
@@ -286,14 +438,22 @@ def _settled(reports) -> None:
 def _own_plan(ctx, checkpoint, recipe: Recipe) -> Recipe:
     """The plan a quantized checkpoint states for itself, unless flags, environment or configuration ask for another; that is said."""
     from click.core import ParameterSource
+
     from doctor.plan.groups import STATED, stored_recipe
 
     stored = stored_recipe(checkpoint, recipe)
     if all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in STATED):
         return stored
     if any(getattr(stored, name) != getattr(recipe, name) for name in STATED):
-        click.echo(catalogue.say("{name} states {stored} of itself; judged against {asked}, which was asked for", name=checkpoint.name,
-                             stored=_grid(stored), asked=_grid(recipe)), err=True)
+        click.echo(
+            catalogue.say(
+                "{name} states {stored} of itself; judged against {asked}, which was asked for",
+                name=checkpoint.name,
+                stored=_grid(stored),
+                asked=_grid(recipe),
+            ),
+            err=True,
+        )
     return recipe
 
 
@@ -308,7 +468,10 @@ def _checked(path: str, recipe: Recipe, remote=(None, False), *, ctx, **options)
     checkpoint = hub.open_checkpoint(path, *remote, notice=lambda line: click.echo(line, err=True))
     recipe, base = _own_plan(ctx, checkpoint, recipe), options.get("baseline")
     if base and base.recipe != recipe:
-        click.echo(f"{ctx.params['baseline']} was made for {base.recipe.label()}, this run is for {recipe.label()}: findings of the plan may be new.", err=True)
+        click.echo(
+            f"{ctx.params['baseline']} was made for {base.recipe.label()}, this run is for {recipe.label()}: findings of the plan may be new.",
+            err=True,
+        )
     with _progress(checkpoint.total_bytes, "reading") as tick:
         return api.check(checkpoint, recipe, progress=partial(tick, "reading"), **options)
 
@@ -324,7 +487,10 @@ def _baseline(ctx, text: str, recipe: Recipe, options: dict):
         name = Path(path).resolve().name
         found = saved if len(saved) == 1 else [r for r in saved if r.checkpoint in (path, name)]
         if len(found) != 1:
-            raise DoctorError(f"{text}: holds {len(saved)} reports, {len(found)} of them on {name}.", "Give a report on one checkpoint.")
+            raise DoctorError(
+                f"{text}: holds {len(saved)} reports, {len(found)} of them on {name}.",
+                "Give a report on one checkpoint.",
+            )
         return found[0]
 
     return find
@@ -334,27 +500,44 @@ def _show_settings(ctx) -> None:
     """Each setting, its value and who had the last word."""
     from click.core import ParameterSource
 
-    from doctor.report.pages import show_settings
     from doctor.report.formats.terminal import console
+    from doctor.report.pages import show_settings
 
-    keys = {"fail_on": "fail-on", "rules_dirs": "rules", "select": "select", "extend_select": "extend-select", "ignore": "ignore", "stage": "stage"}
+    keys = {
+        "fail_on": "fail-on",
+        "rules_dirs": "rules",
+        "select": "select",
+        "extend_select": "extend-select",
+        "ignore": "ignore",
+        "stage": "stage",
+    }
     rows = []
     for param in ctx.command.params:
         key = keys.get(param.name) or (f"recipe.{param.name}" if param.name in Recipe.__dataclass_fields__ else None)
         if key is None:
             continue
         source = ctx.get_parameter_source(param.name)
-        origin = {ParameterSource.COMMANDLINE: param.opts[0], ParameterSource.ENVIRONMENT: f"DOCTOR_{param.name.upper()}",
-                  ParameterSource.DEFAULT_MAP: ctx.obj.origin(key)}.get(source, "built in")
-        filed = {"rules": ctx.obj.rules_dirs, "select": ctx.obj.selection.select, "extend-select": ctx.obj.selection.extend_select,
-                 "ignore": ctx.obj.selection.ignore}.get(key, ())
+        origin = {
+            ParameterSource.COMMANDLINE: param.opts[0],
+            ParameterSource.ENVIRONMENT: f"DOCTOR_{param.name.upper()}",
+            ParameterSource.DEFAULT_MAP: ctx.obj.origin(key),
+        }.get(source, "built in")
+        filed = {
+            "rules": ctx.obj.rules_dirs,
+            "select": ctx.obj.selection.select,
+            "extend-select": ctx.obj.selection.extend_select,
+            "ignore": ctx.obj.selection.ignore,
+        }.get(key, ())
         if filed:
             rows.append((key, filed, ctx.obj.origin(key)))
         if not filed or origin != "built in":
             rows.append((key, ctx.params[param.name], origin))
     shown = {key for key, _, _ in rows}
-    rows += [(f"recipe.{k}", v, ctx.obj.origin(f"recipe.{k}")) for k, v in ctx.obj.recipe_values.items()
-             if f"recipe.{k}" not in shown and k != "runtime_version"]
+    rows += [
+        (f"recipe.{k}", v, ctx.obj.origin(f"recipe.{k}"))
+        for k, v in ctx.obj.recipe_values.items()
+        if f"recipe.{k}" not in shown and k != "runtime_version"
+    ]
     rows += [(f"suppress {s.code}", s.where or "every place", s.origin) for s in ctx.obj.suppress]
     show_settings(rows, ctx.obj.file, console(sys.stdout))
 
@@ -417,7 +600,9 @@ def _write(text: str, file: str) -> None:
 
 def _watched() -> bool:
     """Whether a person looks at stderr, so that a bar is of use."""
-    return sys.stderr.isatty() and not (os.environ.get("CI") or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") or os.environ.get("TERM") == "dumb")
+    return sys.stderr.isatty() and not (
+        os.environ.get("CI") or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") or os.environ.get("TERM") == "dumb"
+    )
 
 
 class _steps:
@@ -433,8 +618,14 @@ class _steps:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(),
-                            console=Console(stderr=True), transient=True)
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
         self.bar.start()
 
         def tick(phase: str, done: int, total: int) -> None:
@@ -462,10 +653,24 @@ class _progress:
         if not _watched() or self.total < 64 << 20:
             return lambda phase, n: None
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
-        self.bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(None), DownloadColumn(), TransferSpeedColumn(),
-                            TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(None),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
         tasks = {phase: self.bar.add_task(phase, total=self.total, visible=False) for phase in self.phases}
         self.bar.start()
 
@@ -485,28 +690,68 @@ def _given(**options) -> dict:
     return {k: v for k, v in options.items() if v is not None}
 
 
-out_option = click.option("-o", "--output", "output", type=_PATH, required=True, metavar="DIR", help="Directory to write; must not exist.")
+out_option = click.option(
+    "-o", "--output", "output", type=_PATH, required=True, metavar="DIR", help="Directory to write; must not exist."
+)
 device_option = click.option("--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda or cuda:1.")
-unsafe_option = click.option("--unsafe-fixes", default="", metavar="[=CODES]",
-                             help="Also fixes that change numbers or shapes; =CODES only those, and those that go by name only.")
+unsafe_option = click.option(
+    "--unsafe-fixes",
+    default="",
+    metavar="[=CODES]",
+    help="Also fixes that change numbers or shapes; =CODES only those, and those that go by name only.",
+)
 
 
 @cli.command(cls=_Command)
 @click.argument("path", metavar="CHECKPOINT", shell_complete=_complete_path)
-@click.option("-o", "--output", "output", type=_PATH, metavar="DIR", help="Directory to write; the source is never changed.")
-@click.option("--in-place", is_flag=True, help="Instead of -o: put the cured copy in CHECKPOINT's place and keep the old one beside it.")
+@click.option(
+    "-o", "--output", "output", type=_PATH, metavar="DIR", help="Directory to write; the source is never changed."
+)
+@click.option(
+    "--in-place",
+    is_flag=True,
+    help="Instead of -o: put the cured copy in CHECKPOINT's place and keep the old one beside it.",
+)
 @plan_options
 @rule_options
 @click.option("--dry-run", is_flag=True, help="Show the edits, write nothing.")
 @unsafe_option
-@click.option("--only", multiple=True, metavar="CODES", shell_complete=_complete_rules, help="Only the fixes of these rules.")
-@click.option("--from", "base", metavar="DIR|ORG/NAME[@REV]", help="Base model, or a whole copy: lost files and tensors are taken from it, an adapter is merged into it.")
+@click.option(
+    "--only", multiple=True, metavar="CODES", shell_complete=_complete_rules, help="Only the fixes of these rules."
+)
+@click.option(
+    "--from",
+    "base",
+    metavar="DIR|ORG/NAME[@REV]",
+    help="Base model, or a whole copy: lost files and tensors are taken from it, an adapter is merged into it.",
+)
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of linking them.")
 @lang_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
 @click.pass_context
-def fix(ctx, path, output, in_place, method, bits, group_size, sym, tp, runtime, select, extend_select, ignore, rules_dirs, fail_on, dry_run,
-        unsafe_fixes, only, base, copy, overwrite):
+def fix(
+    ctx,
+    path,
+    output,
+    in_place,
+    method,
+    bits,
+    group_size,
+    sym,
+    tp,
+    runtime,
+    select,
+    extend_select,
+    ignore,
+    rules_dirs,
+    fail_on,
+    dry_run,
+    unsafe_fixes,
+    only,
+    base,
+    copy,
+    overwrite,
+):
     """Write a cured copy of a checkpoint, beside it.
 
     The copy is checked again with all rules before it appears; the source is never changed.
@@ -524,9 +769,25 @@ def fix(ctx, path, output, in_place, method, bits, group_size, sym, tp, runtime,
         click.echo(note, err=True)
     source = Checkpoint.open(path)
     with _progress(source.total_bytes, "fetch", "scan", "write", "verify") as tick:
-        result = api.fix(source, output, _own_plan(ctx, source, recipe), unsafe_fixes=_words([unsafe_fixes]), only=_words(only), dry_run=dry_run, copy=copy,
-                         overwrite=overwrite, select=_words(select), extend_select=_words(extend_select), ignore=_words(ignore),
-                         rules_dirs=rules_dirs, fail_on=fail_on, config=ctx.obj, base=base, in_place=in_place, progress=tick)
+        result = api.fix(
+            source,
+            output,
+            _own_plan(ctx, source, recipe),
+            unsafe_fixes=_words([unsafe_fixes]),
+            only=_words(only),
+            dry_run=dry_run,
+            copy=copy,
+            overwrite=overwrite,
+            select=_words(select),
+            extend_select=_words(extend_select),
+            ignore=_words(ignore),
+            rules_dirs=rules_dirs,
+            fail_on=fail_on,
+            config=ctx.obj,
+            base=base,
+            in_place=in_place,
+            progress=tick,
+        )
     click.echo(render_plan(result), nl=False)
     _exit([result.report])
 
@@ -545,31 +806,94 @@ def undo(path):
 @click.argument("path", metavar="CHECKPOINT", shell_complete=_complete_path)
 @out_option
 @plan_options
-@click.option("--act-order/--no-act-order", default=True, help="Columns in order of importance; groups stay as they are.")
+@click.option(
+    "--act-order/--no-act-order", default=True, help="Columns in order of importance; groups stay as they are."
+)
 @click.option("--mse/--no-mse", default=True, help="Search each group's scale for the least squared error.")
-@click.option("--format", "format", type=click.Choice(OUTPUT_FORMATS), default=None, help="File format.  [default: the method's own]")
+@click.option(
+    "--format",
+    "format",
+    type=click.Choice(OUTPUT_FORMATS),
+    default=None,
+    help="File format.  [default: the method's own]",
+)
 @click.option("--damp", type=float, default=DAMP, help="Share of the mean diagonal added to each Hessian.")
 @click.option("--damp-max", type=float, default=DAMP_MAX, help="Most that a retry may raise it to.")
-@click.option("--calibration", metavar="FILE|ORG/NAME", default=None, show_default=False,
-              help="Text, JSONL, Parquet or a dataset on the Hub.  [default: Python's documentation and text the model writes; yours is better]")
+@click.option(
+    "--calibration",
+    metavar="FILE|ORG/NAME",
+    default=None,
+    show_default=False,
+    help="Text, JSONL, Parquet or a dataset on the Hub.  [default: Python's documentation and text the model writes; yours is better]",
+)
 @click.option("--rows", type=int, default=None, help="Calibration rows.")
 @click.option("--max-seq-length", type=int, default=None, help="Tokens per row, at most.")
 @click.option("--seed", type=int, default=0)
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Linears left in 16 bits; repeatable.")
-@click.option("--bits-for", multiple=True, metavar="PATTERN=BITS", help="Other bits for some linears, as '{0,1}.*down_proj=8'; repeatable. In the GPTQ format transformers does not read them.")
+@click.option(
+    "--bits-for",
+    multiple=True,
+    metavar="PATTERN=BITS",
+    help="Other bits for some linears, as '{0,1}.*down_proj=8'; repeatable. In the GPTQ format transformers does not read them.",
+)
 @click.option("--fix", "fix", is_flag=True, help="Apply safe fixes first, without writing the cured copy.")
 @unsafe_option
 @click.option("--memory", default="", metavar="SIZE", help="Most memory to use, as 24GB.  [default: what is free]")
-@click.option("--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1; under torchrun, cuda is one GPU a process.")
-@click.option("--plan", "plan_only", is_flag=True, help="Only print the memory and disk that it takes, from headers alone.")
-@click.option("--preflight", is_flag=True, help="Quantize the first and last block only, write nothing: would it fail, how long would it take?")
+@click.option(
+    "--device",
+    default="cpu",
+    metavar="NAME",
+    help="Where to compute: cpu, cuda, cuda:1; under torchrun, cuda is one GPU a process.",
+)
+@click.option(
+    "--plan", "plan_only", is_flag=True, help="Only print the memory and disk that it takes, from headers alone."
+)
+@click.option(
+    "--preflight",
+    is_flag=True,
+    help="Quantize the first and last block only, write nothing: would it fail, how long would it take?",
+)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DIR.")
-@click.option("-f", "--report", "formats", multiple=True, metavar="FORMAT[:FILE]",
-              help=f"{', '.join(FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]")
+@click.option(
+    "-f",
+    "--report",
+    "formats",
+    multiple=True,
+    metavar="FORMAT[:FILE]",
+    help=f"{', '.join(FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]",
+)
 @lang_option
-def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order, mse, format, damp, damp_max, calibration, rows,
-             max_seq_length, seed, keep, bits_for, fix, unsafe_fixes, memory, device, plan_only, preflight, resume, overwrite, formats):
+def quantize(
+    path,
+    output,
+    method,
+    bits,
+    group_size,
+    sym,
+    tp,
+    runtime,
+    act_order,
+    mse,
+    format,
+    damp,
+    damp_max,
+    calibration,
+    rows,
+    max_seq_length,
+    seed,
+    keep,
+    bits_for,
+    fix,
+    unsafe_fixes,
+    memory,
+    device,
+    plan_only,
+    preflight,
+    resume,
+    overwrite,
+    formats,
+):
     """Check, calibrate, quantize and check the result.
 
     `torchrun --nproc-per-node N -m doctor quantize …` shares the work among N processes.
@@ -578,22 +902,58 @@ def quantize(path, output, method, bits, group_size, sym, tp, runtime, act_order
 
     outputs = _outputs(formats, False)
     with _json_on_failure(outputs):
-        recipe = _recipe(method, bits, group_size, sym, tp, runtime, act_order=act_order, mse=mse, damp=damp, damp_max=damp_max,
-                         format=format or "", seed=seed, keep=_patterns(keep), bits_for=bits_for)
+        recipe = _recipe(
+            method,
+            bits,
+            group_size,
+            sym,
+            tp,
+            runtime,
+            act_order=act_order,
+            mse=mse,
+            damp=damp,
+            damp_max=damp_max,
+            format=format or "",
+            seed=seed,
+            keep=_patterns(keep),
+            bits_for=bits_for,
+        )
         if plan_only:
-            return _forecast(api.plan_quantize(path, output, recipe, **_given(rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory),
-                                                                                  calibration=calibration)))
+            return _forecast(
+                api.plan_quantize(
+                    path,
+                    output,
+                    recipe,
+                    **_given(rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory), calibration=calibration),
+                )
+            )
         more = {"preflight": True} if preflight else {}
-        result = api.quantize(path, output, recipe, fix=fix, unsafe_fixes=_words([unsafe_fixes]), resume=resume, overwrite=overwrite,
-                              progress=lambda text: click.echo(catalogue.known(text), err=True), **more,
-                              **_given(calibration=calibration, rows=rows, max_seq_length=max_seq_length, memory=_bytes(memory),
-                                       device=None if device == "cpu" else device))
-        if int(os.environ.get("RANK", "0")):    # under torchrun, rank 0 speaks for all
+        result = api.quantize(
+            path,
+            output,
+            recipe,
+            fix=fix,
+            unsafe_fixes=_words([unsafe_fixes]),
+            resume=resume,
+            overwrite=overwrite,
+            progress=lambda text: click.echo(catalogue.known(text), err=True),
+            **more,
+            **_given(
+                calibration=calibration,
+                rows=rows,
+                max_seq_length=max_seq_length,
+                memory=_bytes(memory),
+                device=None if device == "cpu" else device,
+            ),
+        )
+        if int(os.environ.get("RANK", "0")):  # under torchrun, rank 0 speaks for all
             _exit([result.report])
         _emit([result.report], outputs)
     if result.forecast is not None:
         _forecast(result.forecast, result.report)
-    click.echo(catalogue.say("Wrote {file}", file=output) if result.output else catalogue.say("Nothing was written."), err=True)
+    click.echo(
+        catalogue.say("Wrote {file}", file=output) if result.output else catalogue.say("Nothing was written."), err=True
+    )
     _exit([result.report])
 
 
@@ -606,10 +966,17 @@ def _forecast(forecast, report=None) -> None:
 @cli.command(cls=_Command)
 @click.argument("original", metavar="ORIGINAL", shell_complete=_complete_path)
 @click.argument("quantized", metavar="QUANTIZED", shell_complete=_complete_path)
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to compare on.  [default: texts of doctor]")
+@click.option(
+    "--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to compare on.  [default: texts of doctor]"
+)
 @click.option("--context", type=int, default=None, help="Tokens of a row.  [default: 512]")
 @click.option("--rows", type=int, default=None, help="Rows, at most; they do not overlap.  [default: 24]")
-@click.option("--memory", default="", metavar="SIZE", help="Memory for whole models, as 24GB: greedy replies need them.  [default: half of what is free]")
+@click.option(
+    "--memory",
+    default="",
+    metavar="SIZE",
+    help="Memory for whole models, as 24GB: greedy replies need them.  [default: half of what is free]",
+)
 @device_option
 @format_options
 def verify(original, quantized, text, context, rows, memory, device, formats, concise, verbose):
@@ -622,8 +989,18 @@ def verify(original, quantized, text, context, rows, memory, device, formats, co
     outputs = _outputs(formats, concise)
     with _json_on_failure(outputs):
         with _steps() as tick:
-            report = api.verify(original, quantized, progress=partial(tick, "compare"),
-                                **_given(text=text, context=context, rows=rows, memory=_bytes(memory), device=None if device == "cpu" else device))
+            report = api.verify(
+                original,
+                quantized,
+                progress=partial(tick, "compare"),
+                **_given(
+                    text=text,
+                    context=context,
+                    rows=rows,
+                    memory=_bytes(memory),
+                    device=None if device == "cpu" else device,
+                ),
+            )
         _emit([report], outputs, verbose)
     _exit([report])
 
@@ -632,14 +1009,30 @@ def verify(original, quantized, text, context, rows, memory, device, formats, co
 @click.argument("path", metavar="CHECKPOINT", shell_complete=_complete_path)
 @click.option("--context", type=int, default=8192, help="Tokens kept per sequence.")
 @click.option("--batch", type=int, default=1, help="Sequences at a time.")
-@click.option("--memory", default="", metavar="SIZE", help="GPU memory for weights and cache, as 24GB: prints the longest context that fits.")
+@click.option(
+    "--memory",
+    default="",
+    metavar="SIZE",
+    help="GPU memory for weights and cache, as 24GB: prints the longest context that fits.",
+)
 @click.option("--k-bits", "key_bits", type=int, default=None, help="One more row: keys of this width, 2 to 8, or 16.")
 @click.option("--v-bits", "value_bits", type=int, default=None, help="The same for values.")
-@click.option("--measure", is_flag=True, help="Also run the model on text with its cache quantized: perplexity of each scheme.")
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure on.  [default: texts of doctor]")
+@click.option(
+    "--measure", is_flag=True, help="Also run the model on text with its cache quantized: perplexity of each scheme."
+)
+@click.option(
+    "--text", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure on.  [default: texts of doctor]"
+)
 @click.option("--rows", type=int, default=None, help="Rows to measure, of 512 tokens.  [default: 2]")
 @device_option
-@click.option("-f", "--format", "formats", multiple=True, metavar="FORMAT[:FILE]", help=f"{', '.join(KV_FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]")
+@click.option(
+    "-f",
+    "--format",
+    "formats",
+    multiple=True,
+    metavar="FORMAT[:FILE]",
+    help=f"{', '.join(KV_FORMATS)}; repeatable, to stdout or to a FILE.  [default: full]",
+)
 @lang_option
 def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, rows, device, formats):
     """Memory of the key/value cache, and the fewest bits its keys survive.
@@ -651,15 +1044,27 @@ def kvcache(path, context, batch, memory, key_bits, value_bits, measure, text, r
     outputs = _outputs(formats, False, KV_FORMATS)
     with _json_on_failure(outputs):
         with _steps() as tick:
-            result = api.kvcache(path, context=context, batch=batch, measure=measure, progress=tick,
-                                 **_given(memory=_bytes(memory), key_bits=key_bits, value_bits=value_bits, text=text, rows=rows,
-                                          device=None if device == "cpu" else device))
+            result = api.kvcache(
+                path,
+                context=context,
+                batch=batch,
+                measure=measure,
+                progress=tick,
+                **_given(
+                    memory=_bytes(memory),
+                    key_bits=key_bits,
+                    value_bits=value_bits,
+                    text=text,
+                    rows=rows,
+                    device=None if device == "cpu" else device,
+                ),
+            )
         _emit_kvcache(result, outputs)
 
 
 def _emit_kvcache(result, outputs) -> None:
-    from doctor.report.kv_text import kvcache_html, kvcache_json, kvcache_markdown, render_kvcache, show_kvcache
     from doctor.report.formats.terminal import console
+    from doctor.report.kv_text import kvcache_html, kvcache_json, kvcache_markdown, render_kvcache, show_kvcache
 
     writers = {"full": render_kvcache, "json": kvcache_json, "markdown": kvcache_markdown, "html": kvcache_html}
     for name, file in outputs:
@@ -712,8 +1117,16 @@ def explain(what, format):
 @cli.command(cls=_Command)
 @click.option("-f", "--format", "format", type=click.Choice(("table", "json", "markdown")), default="table")
 @lang_option
-@click.option("--select", multiple=True, metavar="RULES", shell_complete=_complete_rules, help="Only these codes, families, names or certainties.")
-@click.option("--rules", "rules_dirs", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR")
+@click.option(
+    "--select",
+    multiple=True,
+    metavar="RULES",
+    shell_complete=_complete_rules,
+    help="Only these codes, families, names or certainties.",
+)
+@click.option(
+    "--rules", "rules_dirs", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR"
+)
 def rules(format, select, rules_dirs):
     """List the rules."""
     from doctor.lint.engine import load_rules, select_rules
@@ -778,7 +1191,9 @@ def _kvcache_of(text: str):
     try:
         return from_dict(json.loads(text))
     except ValueError as error:
-        raise DoctorError(f"not JSON: {error}.", "Make a report with `doctor kvcache CHECKPOINT -f json:kv.json`.") from None
+        raise DoctorError(
+            f"not JSON: {error}.", "Make a report with `doctor kvcache CHECKPOINT -f json:kv.json`."
+        ) from None
 
 
 def _text_of(path: Path) -> str:
@@ -786,14 +1201,16 @@ def _text_of(path: Path) -> str:
     try:
         return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise MachineError(f"{path}: {getattr(error, 'strerror', None) or error}.", "Give a report made with -f json:FILE.") from None
+        raise MachineError(
+            f"{path}: {getattr(error, 'strerror', None) or error}.", "Give a report made with -f json:FILE."
+        ) from None
 
 
 def main(args: list[str] | None = None) -> None:
     """The entry point of both scripts: errors for the user without a traceback, and the exit code."""
     # A few objects for each tensor live to the end of a check; looking through them for garbage again and again took a fifth of it.
     gc.set_threshold(100_000, 20, 20)
-    if args is None:    # a process of doctor's own
+    if args is None:  # a process of doctor's own
         import_stubs.install()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -817,7 +1234,11 @@ def main(args: list[str] | None = None) -> None:
     except (OSError, MemoryError) as error:
         _fail(f"{type(error).__name__}: {error}", "", 2)
     except Exception as error:
-        _fail(f"{type(error).__name__}: {error}", "This is a defect of doctor: please report it, with the output of DOCTOR_DEBUG=1.", 2)
+        _fail(
+            f"{type(error).__name__}: {error}",
+            "This is a defect of doctor: please report it, with the output of DOCTOR_DEBUG=1.",
+            2,
+        )
 
 
 def _fail(message: str, hint: str, code: int) -> None:

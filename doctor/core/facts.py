@@ -1,14 +1,14 @@
 """The store of facts, and the registry of what a fact is: the only words in which a rule may ask.
 
 A fact belongs to a scope (checkpoint, shard, tensor, linear) and to the stage that it costs (listing, header, values,
-tokenizer, calibration, run, output). It is either *provided* by a producer (the scan, the quantizer) or *derived*: a pure
-function of other facts, worked out once, when a rule first asks. A fact that was not produced in this run is
+tokenizer, calibration, run, output). It is either *provided* by a producer (the scan, the quantizer) or *derived*: a
+pure function of other facts, worked out once, when a rule first asks. A fact that was not produced in this run is
 `Unavailable` with the reason, and the rules that need it are skipped with that reason: silence is never a pass.
 
 A parameter with the default None is a fact that its asker can do without: it gets None where there is none.
 
-`every_NAME` is a fact of the checkpoint: the fact NAME of all subjects that have it, as a dict by the subject's name. It is how
-one rule speaks of two tensors.
+`every_NAME` is a fact of the checkpoint: the fact NAME of all subjects that have it, as a dict by the subject's name.
+It is how one rule speaks of two tensors.
 """
 
 import inspect
@@ -26,7 +26,9 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Fact:
-    """One entry of the registry. `compute` is None for a provided fact; `needs` and then `wants` are its parameters after the subject."""
+    """One entry of the registry. `compute` is None for a provided fact; `needs` and then `wants` are its parameters
+    after the subject.
+    """
 
     name: str
     scope: str
@@ -69,14 +71,23 @@ def parameters(function: Callable) -> tuple[str, tuple[str, ...], tuple[str, ...
     """(the first parameter, the others, those of them with a default, which must come last). Raises TypeError."""
     code = function.__code__  # inspect.signature() takes twenty times as long, for 300 functions at each start
     names, defaults = code.co_varnames[: code.co_argcount], function.__defaults__ or ()
-    if not names or any(d is not None for d in defaults) or code.co_kwonlyargcount or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
-        raise TypeError(f"{function.__name__}: takes a subject and facts; one that it can do without has the default None")
+    if (
+        not names
+        or any(d is not None for d in defaults)
+        or code.co_kwonlyargcount
+        or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    ):
+        raise TypeError(
+            f"{function.__name__}: takes a subject and facts; one that it can do without has the default None"
+        )
     first_want = len(names) - len(defaults)
-    return names[0], names[1:first_want], names[max(first_want, 1):]
+    return names[0], names[1:first_want], names[max(first_want, 1) :]
 
 
 def known_fact(name: str) -> Fact | None:
-    """The registry's entry of a name, or the one that gathers a fact over all its subjects; None for what is no fact."""
+    """The registry's entry of a name, or the one that gathers a fact over all its subjects; None for what is no
+    fact.
+    """
     if name in FACTS or not name.startswith("every_"):
         return FACTS.get(name)
     one = FACTS.get(name.removeprefix("every_"))
@@ -127,7 +138,9 @@ def asks(stage: str, names: Iterable[str]) -> bool:
 
 
 class Store:
-    """Facts of one run. Subjects are strings ("tensor:NAME"); each has an object that rules get as their first argument."""
+    """Facts of one run. Subjects are strings ("tensor:NAME"); each has an object that rules get as their first
+    argument.
+    """
 
     def __init__(self):
         self._objects: dict[str, dict[str, object]] = {scope: {} for scope in SCOPES}
@@ -139,7 +152,9 @@ class Store:
         self._weight_of: dict[str, str] = {}
 
     def add_subject(self, scope: str, subject: str, thing: object, weight: str | None = None) -> None:
-        """Declare a subject. A linear names its `weight` subject ("tensor:…"), whose facts its rules may ask for too."""
+        """Declare a subject. A linear names its `weight` subject ("tensor:…"), whose facts its rules may ask for
+        too.
+        """
         self._objects[scope][subject] = thing
         if weight is not None:
             self._weight_of[subject] = weight
@@ -198,7 +213,11 @@ class Store:
             self._values[key] = self._every(known.needs[0])
             return self._values[key]
         if known.compute is None:
-            raise Unavailable(self._reasons.get(known.stage, f"no {name.replace('_', ' ')} for {holder.partition(':')[2] or 'this checkpoint'}"))
+            raise Unavailable(
+                self._reasons.get(
+                    known.stage, f"no {name.replace('_', ' ')} for {holder.partition(':')[2] or 'this checkpoint'}"
+                )
+            )
         try:
             thing = self._objects[known.scope].get(holder)
             value = known.compute(thing, *self.values(holder, known))
@@ -210,20 +229,29 @@ class Store:
 
     def values(self, subject: str, asker) -> list:
         """What a fact or rule gets after its subject: its needs, then its wants. Raises Unavailable where a need is."""
-        return [*(self.get(subject, n) for n in asker.needs), *(self.get(subject, n) if self.has(subject, n) else None for n in asker.wants)]
+        return [
+            *(self.get(subject, n) for n in asker.needs),
+            *(self.get(subject, n) if self.has(subject, n) else None for n in asker.wants),
+        ]
 
     def _every(self, name: str) -> dict[str, object]:
         """name of the subject -> its fact. Raises Unavailable where no subject has it and the stage says why."""
         one = FACTS[name]
         if one.stage in self._partial:
             raise Unavailable(self._reasons[one.stage])
-        found = {} if self._lacks(one) else {s.partition(":")[2]: self.get(s, name) for s in self._objects[one.scope] if self.has(s, name)}
+        found = (
+            {}
+            if self._lacks(one)
+            else {s.partition(":")[2]: self.get(s, name) for s in self._objects[one.scope] if self.has(s, name)}
+        )
         if not found and one.stage in self._reasons:
             raise Unavailable(self._reasons[one.stage])
         return found
 
     def _lacks(self, one: Fact) -> bool:
-        """Whether no subject can have it, because nothing that it rests on was put for any: 50,000 tensors are not asked one by one."""
+        """Whether no subject can have it, because nothing that it rests on was put for any: 50,000 tensors are not
+        asked one by one.
+        """
         if one.compute is None:
             return one.name not in self._put
         return any(self._lacks(FACTS[n]) for n in one.needs if n in FACTS and FACTS[n].scope == one.scope)
@@ -240,11 +268,19 @@ class Store:
 
 
 class Variant(Store):
-    """A store that differs from another in one provided fact of the checkpoint: what rests on it is worked out anew, the rest is shared."""
+    """A store that differs from another in one provided fact of the checkpoint: what rests on it is worked out anew,
+    the rest is shared.
+    """
 
     def __init__(self, base: Store, name: str, value: object):
         super().__init__()
-        self._base, self._objects, self._weight_of, self._reasons, self._partial = base, base._objects, base._weight_of, base._reasons, base._partial
+        self._base, self._objects, self._weight_of, self._reasons, self._partial = (
+            base,
+            base._objects,
+            base._weight_of,
+            base._reasons,
+            base._partial,
+        )
         self._put = set(base._put)
         self._own = {n for n in FACTS if name in closure([n])}
         self.put(CHECKPOINT, name, value)

@@ -1,4 +1,6 @@
-"""Where a run took place, for its report: versions, processor, memory. Nothing is imported to find out, least of all torch."""
+"""Where a run took place, for its report: versions, processor, memory. Nothing is imported to find out, least of all
+torch.
+"""
 
 import os
 import platform
@@ -12,8 +14,14 @@ PACKAGES = ("torch", "transformers", "numpy")
 
 
 def describe() -> dict[str, str]:
-    """What -> text: the time, versions of doctor, Python and the packages that are installed, system, processor, cores, memory, GPUs."""
-    found = {"when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "doctor": __version__, "Python": platform.python_version()}
+    """What -> text: the time, versions of doctor, Python and the packages that are installed, system, processor, cores,
+    memory, GPUs.
+    """
+    found = {
+        "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "doctor": __version__,
+        "Python": platform.python_version(),
+    }
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
@@ -22,7 +30,9 @@ def describe() -> dict[str, str]:
     found["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
     found["processor"] = _processor()
     found["cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    found["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB" if hasattr(os, "sysconf") else ""
+    found["memory"] = (
+        f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB" if hasattr(os, "sysconf") else ""
+    )
     found["GPU"] = _gpus()
     return {name: text for name, text in found.items() if text}
 

@@ -1,10 +1,12 @@
 """transformers without the parts of it and of torch that only training, compiling and sharding use.
 
-transformers loads torch._dynamo, the distributed tensors of torch with sympy, and losses that take scipy's optimizers as soon as a model is
-defined, whatever it is then used for: 96 MiB and more than half of the import's time, with transformers 5.24 and torch 2.13. No command
-of doctor compiles, shards or computes a loss. So a process that is doctor's own puts something in their place that loads the real module the
-moment anything else is asked of it. A program that imports doctor is left alone: it may train.
+transformers loads torch._dynamo, the distributed tensors of torch with sympy, and losses that take scipy's optimizers
+as soon as a model is defined, whatever it is then used for: 96 MiB and more than half of the import's time, with
+transformers 5.24 and torch 2.13. No command of doctor compiles, shards or computes a loss. So a process that is
+doctor's own puts something in their place that loads the real module the moment anything else is asked of it. A program
+that imports doctor is left alone: it may train.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -13,7 +15,11 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-_DYNAMO, _INDEXING, _LOSSES = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op", "transformers.loss.loss_utils"
+_DYNAMO, _INDEXING, _LOSSES = (
+    "torch._dynamo",
+    "torch._dynamo._trace_wrapped_higher_order_op",
+    "transformers.loss.loss_utils",
+)
 
 
 class _Later(ModuleType):
@@ -32,7 +38,9 @@ class _Later(ModuleType):
 
 
 class _Watch:
-    """First of the finders; finds nothing. Takes the places when transformers is looked for, and answers for it as soon as it can ask."""
+    """First of the finders; finds nothing. Takes the places when transformers is looked for, and answers for it as soon
+    as it can ask.
+    """
 
     def find_spec(self, name: str, path=None, target=None) -> None:
         if name == "transformers":
@@ -57,7 +65,9 @@ def installed() -> bool:
 
 def _take_places() -> None:
     if _DYNAMO not in sys.modules:
-        sys.modules[_DYNAMO] = _Later(_DYNAMO, {"disable": _as_it_is, "allow_in_graph": _as_it_is, "assume_constant_result": _as_it_is})
+        sys.modules[_DYNAMO] = _Later(
+            _DYNAMO, {"disable": _as_it_is, "allow_in_graph": _as_it_is, "assume_constant_result": _as_it_is}
+        )
         sys.modules[_INDEXING] = _Later(_INDEXING, {"__path__": [], "TransformGetItemToIndex": _indexing})
     sys.modules[_LOSSES] = _Later(_LOSSES, {"__path__": [], "LOSS_MAPPING": {}})
 
@@ -75,7 +85,9 @@ def _indexing(*args):
 
 
 def _deny_distributed(asks: ModuleType) -> None:
-    """transformers asks once whether torch was built with torch.distributed, and keeps the answer; torch itself is not changed."""
+    """transformers asks once whether torch was built with torch.distributed, and keeps the answer; torch itself is not
+    changed.
+    """
     import torch
 
     available = torch.distributed.is_available

@@ -22,8 +22,9 @@ _FALL = ("gptq", "awq", "rtn", "keep")
 class Recipe:
     """One way to quantize and serve. `damp` is a share of mean diag(H); `keep` are patterns of linears left in 16 bits.
 
-    group_size: consecutive in_features that share a scale; -1 is the whole row. tp: GPUs that split each linear at serving.
-    act_order: columns in order of diag(H) with groups fixed beforehand (static groups), so that serving costs nothing.
+    group_size: consecutive in_features that share a scale; -1 is the whole row. tp: GPUs that split each linear at
+    serving. act_order: columns in order of diag(H) with groups fixed beforehand (static groups), so that serving costs
+    nothing.
     """
 
     method: str = "gptq"
@@ -47,18 +48,33 @@ class Recipe:
         if self.sym is None:
             object.__setattr__(self, "sym", self.method != "awq")
         _require(self.bits in BITS, f"bits {self.bits}", "2, 3, 4 or 8")
-        _require(self.group_size == -1 or self.group_size > 0, f"group size {self.group_size}", "positive, or -1 for whole rows")
+        _require(
+            self.group_size == -1 or self.group_size > 0,
+            f"group size {self.group_size}",
+            "positive, or -1 for whole rows",
+        )
         _require(self.tp >= 1, f"tensor parallel {self.tp}", "1 or more")
-        _require(0 <= self.damp <= self.damp_max <= 1, f"damp {self.damp} to {self.damp_max}", "0 <= damp <= damp_max <= 1")
+        _require(
+            0 <= self.damp <= self.damp_max <= 1, f"damp {self.damp} to {self.damp_max}", "0 <= damp <= damp_max <= 1"
+        )
         _require(self.format in ("", *FORMATS), f"format {self.format!r}", f"one of {', '.join(FORMATS)}")
         _require(self.runtime in ("", *RUNTIMES), f"runtime {self.runtime!r}", f"one of {', '.join(RUNTIMES)}")
-        _require("awq" not in (self.method, self.format) or self.bits == 4, f"awq with {self.bits} bits", "4: the AWQ format has no other width")
+        _require(
+            "awq" not in (self.method, self.format) or self.bits == 4,
+            f"awq with {self.bits} bits",
+            "4: the AWQ format has no other width",
+        )
         for text in self.bits_for:
             pattern, _, bits = text.rpartition("=")
-            _require(bool(pattern) and bits in map(str, BITS), f"bits for {text!r}", "PATTERN=BITS with 2, 3, 4 or 8 bits")
+            _require(
+                bool(pattern) and bits in map(str, BITS), f"bits for {text!r}", "PATTERN=BITS with 2, 3, 4 or 8 bits"
+            )
         one_width = self.bits_for and (self.method == "awq" or self.output_format == "awq")
-        _require(not one_width, f"bits for {', '.join(self.bits_for)} with {self.method} in the {self.output_format} format",
-                 "gptq or rtn in a GPTQ or compressed-tensors format: AWQ has one width for all linears")
+        _require(
+            not one_width,
+            f"bits for {', '.join(self.bits_for)} with {self.method} in the {self.output_format} format",
+            "gptq or rtn in a GPTQ or compressed-tensors format: AWQ has one width for all linears",
+        )
 
     @property
     def output_format(self) -> str:
@@ -66,12 +82,16 @@ class Recipe:
 
     def for_linear(self, name: str) -> "Recipe":
         """The recipe of this linear: of its own width where bits_for names it."""
-        bits = next((int(b) for p, _, b in (x.rpartition("=") for x in reversed(self.bits_for)) if matches(p, name)), self.bits)
+        bits = next(
+            (int(b) for p, _, b in (x.rpartition("=") for x in reversed(self.bits_for)) if matches(p, name)), self.bits
+        )
         return self if not self.bits_for else replace(self, bits=bits, bits_for=())
 
     @property
     def name(self) -> str:
-        """The first word of the plan: its format where one is named (a file in compressed-tensors does not say who rounded it), else the method."""
+        """The first word of the plan: its format where one is named (a file in compressed-tensors does not say who
+        rounded it), else the method.
+        """
         return self.format or self.method
 
     def label(self) -> str:
@@ -80,7 +100,9 @@ class Recipe:
         return " ".join([self.name, f"{self.bits}-bit", group, *([f"tp{self.tp}"] if self.tp > 1 else [])])
 
     def with_field(self, name: str, value: object) -> "Recipe":
-        """This recipe with one field changed by a fix. Raises DoctorError on a step back (less damping, a finer method)."""
+        """This recipe with one field changed by a fix. Raises DoctorError on a step back (less damping, a finer
+        method).
+        """
         _require(name in {f.name for f in fields(self)}, f"recipe field {name!r}", "a field of the recipe")
         old = getattr(self, name)
         if name in ("damp", "damp_max"):
@@ -94,7 +116,7 @@ def matches(pattern: str, name: str) -> bool:
     """Whether a shell pattern, {a,b} being one of a and b, is this name or a part of it."""
     choice = re.search(r"\{([^{}]*)\}", pattern)
     if choice:
-        before, after = pattern[:choice.start()], pattern[choice.end():]
+        before, after = pattern[: choice.start()], pattern[choice.end() :]
         return any(matches(before + word + after, name) for word in choice[1].split(","))
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*{pattern}*")
 

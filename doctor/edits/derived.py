@@ -1,7 +1,8 @@
 """Tensors that an edit makes of more than their own codes: taken from another checkpoint, unpacked, merged, grown.
 
-A Made tensor is read by leading rows like a stored one, so the view streams it and nothing is worked out twice. NumPy alone: a
-fix of a quantized checkpoint needs no torch. The packed formats are those of quant/pack.py, whose results the tests compare.
+A Made tensor is read by leading rows like a stored one, so the view streams it and nothing is worked out twice. NumPy
+alone: a fix of a quantized checkpoint needs no torch. The packed formats are those of quant/pack.py, whose results the
+tests compare.
 """
 
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from functools import cache
 
 import numpy as np
 
-from doctor.formats import tensor_names
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.dtypes import CODE_NUMPY, DTYPES
+from doctor.checkpoint.safetensors import TensorInfo, new_digest
+from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.edits.kinds import (
     CASTS,
     MADE,
@@ -27,8 +29,7 @@ from doctor.edits.kinds import (
     nonfinite_mask,
     to_codes,
 )
-from doctor.core.errors import BadCheckpoint, PlanRefused
-from doctor.checkpoint.safetensors import TensorInfo, new_digest
+from doctor.formats import tensor_names
 
 AWQ_FIELD = (0, 4, 1, 5, 2, 6, 3, 7)  # which 4-bit field of a word holds column 0, 1, … of its eight
 MEAN_SLAB = 1 << 22  # values summed at once
@@ -65,7 +66,10 @@ class Taken(Stored):
         if not self.known:
             found = digest(self.checkpoint, self.info)
             if found != self.edit.digest:
-                raise PlanRefused(f"{self.edit.root}: {self.info.name} has blake2b {found}; the edit was made for {self.edit.digest}.", STALE)
+                raise PlanRefused(
+                    f"{self.edit.root}: {self.info.name} has blake2b {found}; the edit was made for {self.edit.digest}.",
+                    STALE,
+                )
             self.known = True
         return super().rows(begin, end)
 
@@ -76,7 +80,9 @@ class Grown:
     def __init__(self, inner, edit: GrowRows):
         shape = inner.info.shape
         if inner.info.dtype.name not in CASTS or not shape or edit.size < shape[0]:
-            raise PlanRefused(f"{edit.tensor}: {inner.info.dtype.name} {list(shape)} cannot grow to {edit.size} rows.", STALE)
+            raise PlanRefused(
+                f"{edit.tensor}: {inner.info.dtype.name} {list(shape)} cannot grow to {edit.size} rows.", STALE
+            )
         self.inner, self.info, self.mean = inner, _sized(inner.info, (edit.size, *shape[1:])), None
 
     def rows(self, begin: int, end: int) -> np.ndarray:
@@ -101,10 +107,11 @@ class Grown:
 
 
 class Merged:
-    """A weight with a low-rank change added to it; with DoRA's magnitudes, each output's row of the sum is brought to its own.
+    """A weight with a low-rank change added to it; with DoRA's magnitudes, each output's row of the sum is brought to
+    its own.
 
-    PEFT works the norms out in the type of the sum, which is float32 here; they are summed in float64, whose rounding does not hang
-    on the order.
+    PEFT works the norms out in the type of the sum, which is float32 here; they are summed in float64, whose rounding
+    does not hang on the order.
     """
 
     def __init__(self, inner, edit: AddLowRank):
@@ -114,11 +121,16 @@ class Merged:
         product = (self.b.shape[0], self.a.shape[1])
         want = product[::-1] if edit.transposed else product
         if self.a.shape[0] != self.b.shape[1] or want != self.info.shape or self.info.dtype.name not in CASTS:
-            raise PlanRefused(f"{edit.tensor}: {self.info.dtype.name} {list(self.info.shape)}; B {list(self.b.shape)} times A {list(self.a.shape)} "
-                              "cannot be added to it.", "Give the base model that the adapter was trained on.")
+            raise PlanRefused(
+                f"{edit.tensor}: {self.info.dtype.name} {list(self.info.shape)}; B {list(self.b.shape)} times A {list(self.a.shape)} "
+                "cannot be added to it.",
+                "Give the base model that the adapter was trained on.",
+            )
         self.magnitude = _values(adapter, edit.magnitude, 1) if edit.magnitude else None
         if self.magnitude is not None and len(self.magnitude) != product[0]:
-            raise PlanRefused(f"{edit.tensor}: {product[0]} outputs; {edit.magnitude} has {len(self.magnitude)}.", STALE)
+            raise PlanRefused(
+                f"{edit.tensor}: {product[0]} outputs; {edit.magnitude} has {len(self.magnitude)}.", STALE
+            )
         self.factor: np.ndarray | None = None  # of every output of a transposed weight
 
     def rows(self, begin: int, end: int) -> np.ndarray:
@@ -126,8 +138,12 @@ class Merged:
         if self.magnitude is not None and self.edit.transposed:
             if self.factor is None:
                 step = max(MEAN_SLAB // max(self.info.shape[1], 1), 1)
-                parts = (self._sum(row, min(row + step, self.info.shape[0])) for row in range(0, self.info.shape[0], step))
-                self.factor = self._factor(sum(np.square(part, dtype=np.float64).sum(0) for part in parts), self.magnitude)
+                parts = (
+                    self._sum(row, min(row + step, self.info.shape[0])) for row in range(0, self.info.shape[0], step)
+                )
+                self.factor = self._factor(
+                    sum(np.square(part, dtype=np.float64).sum(0) for part in parts), self.magnitude
+                )
             total = self.factor * total
         elif self.magnitude is not None:
             total = self._factor(np.square(total, dtype=np.float64).sum(1), self.magnitude[begin:end])[:, None] * total
@@ -141,8 +157,10 @@ class Merged:
     def _factor(self, squares: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
         zero = int((squares == 0).sum())
         if zero:
-            raise PlanRefused(f"{self.edit.tensor}: {zero:,} outputs are all zero after the sum and cannot be brought to a magnitude.",
-                              "Give the base model that the adapter was trained on.")
+            raise PlanRefused(
+                f"{self.edit.tensor}: {zero:,} outputs are all zero after the sum and cannot be brought to a magnitude.",
+                "Give the base model that the adapter was trained on.",
+            )
         return magnitude / np.sqrt(squares).astype(np.float32)
 
 
@@ -167,15 +185,20 @@ class Zeros:
 
 
 class Plain:
-    """A quantized linear as plain numbers. Its packed tensors are in memory from the first row asked for to the last."""
+    """A quantized linear as plain numbers. Its packed tensors are in memory from the first row asked for to the
+    last.
+    """
 
     def __init__(self, source: Checkpoint, edit: Dequantize):
         self.source, self.edit, self.info = source, edit, _made(edit.tensor, edit.dtype, edit.shape)
         self.module, self.parts = edit.tensor.removesuffix(".weight"), None
 
     def rows(self, begin: int, end: int) -> np.ndarray:
-        parts = self.parts or {name: _part(self.source, f"{self.module}.{name}") for name in PARTS[self.edit.method]
-                               if f"{self.module}.{name}" in self.source.tensors}
+        parts = self.parts or {
+            name: _part(self.source, f"{self.module}.{name}")
+            for name in PARTS[self.edit.method]
+            if f"{self.module}.{name}" in self.source.tensors
+        }
         self.parts = parts if end < self.edit.shape[0] else None
         try:
             values = _READ[self.edit.method](self.edit, parts, begin, end)
@@ -190,7 +213,8 @@ PARTS = {**tensor_names.PARTS, "fp8": ("weight", "weight_scale_inv", "weight_sca
 
 
 def made(source: Checkpoint, name: str, edits: list[Edit]):
-    """The tensor that these edits make, before those that change codes in place; None where none of them makes anything.
+    """The tensor that these edits make, before those that change codes in place; None where none of them makes
+    anything.
 
     Raises PlanRefused where the files do not hold what an edit needs.
     """
@@ -288,7 +312,11 @@ def _awq(edit: Dequantize, parts: dict, begin: int, end: int) -> np.ndarray:
 
 def _awq_fields(words: np.ndarray) -> np.ndarray:
     shifts = np.array(AWQ_FIELD, np.uint32) * np.uint32(4)
-    return ((np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts) & np.uint32(15)).reshape(len(words), -1).astype(np.uint8)
+    return (
+        ((np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts) & np.uint32(15))
+        .reshape(len(words), -1)
+        .astype(np.uint8)
+    )
 
 
 def _compressed(edit: Dequantize, parts: dict, begin: int, end: int) -> np.ndarray:
@@ -316,8 +344,11 @@ def _fp8(edit: Dequantize, parts: dict, begin: int, end: int) -> np.ndarray:
     scale = scale.reshape(len(scale), -1)
     rows, columns = edit.block or (-(-n // scale.shape[0]), -(-k // scale.shape[1]))
     if scale.shape != (-(-n // rows), -(-k // columns)):
-        raise PlanRefused(f"{edit.tensor}: scales {list(scale.shape)}; blocks of {rows} × {columns} of {[n, k]} make "
-                          f"{[-(-n // rows), -(-k // columns)]}.", STALE)
+        raise PlanRefused(
+            f"{edit.tensor}: scales {list(scale.shape)}; blocks of {rows} × {columns} of {[n, k]} make "
+            f"{[-(-n // rows), -(-k // columns)]}.",
+            STALE,
+        )
     return values * scale[np.arange(begin, end)[:, None] // rows, np.arange(k)[None, :] // columns]
 
 
@@ -327,11 +358,15 @@ _READ = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed, "fp8": _
 def _group_index(stored: np.ndarray | None, k: int, groups: int, name: str) -> np.ndarray:
     if stored is None:
         if not groups or k % groups:
-            raise PlanRefused(f"{name}: {groups} groups of scales for {k} in_features; groups must divide in_features.", STALE)
+            raise PlanRefused(
+                f"{name}: {groups} groups of scales for {k} in_features; groups must divide in_features.", STALE
+            )
         return np.arange(k) // (k // groups)
     if len(stored) != k or stored.min() < 0 or stored.max() >= groups:
-        raise PlanRefused(f"{name}: g_idx has {len(stored)} entries from {stored.min()} to {stored.max()}; there are {k} columns and {groups} groups.",
-                          STALE)
+        raise PlanRefused(
+            f"{name}: g_idx has {len(stored)} entries from {stored.min()} to {stored.max()}; there are {k} columns and {groups} groups.",
+            STALE,
+        )
     return stored
 
 
@@ -365,12 +400,17 @@ def _values(checkpoint: Checkpoint, name: str, axes: int) -> np.ndarray:
     """f32 values of an adapter's tensor; PlanRefused where it has other axes or is not finite."""
     info = Stored(checkpoint, name).info
     if info.dtype.name not in CASTS or len(info.shape) != axes:
-        raise PlanRefused(f"{name}: {info.dtype.name} {list(info.shape)}; {'a low-rank matrix has two axes' if axes == 2 else 'magnitudes have one axis'} "
-                          "and floating values.")
+        raise PlanRefused(
+            f"{name}: {info.dtype.name} {list(info.shape)}; {'a low-rank matrix has two axes' if axes == 2 else 'magnitudes have one axis'} "
+            "and floating values."
+        )
     codes = checkpoint.load(name)
     wrong = int(nonfinite_mask(codes, info.dtype.name).sum())
     if wrong:
-        raise PlanRefused(f"{name}: {wrong:,} values are not finite; merged, they would spread over whole rows.", "Train or fetch the adapter again.")
+        raise PlanRefused(
+            f"{name}: {wrong:,} values are not finite; merged, they would spread over whole rows.",
+            "Train or fetch the adapter again.",
+        )
     return from_codes(codes, info.dtype.name)
 
 

@@ -1,28 +1,29 @@
 """Another checkpoint to take tensors from: the base model that a fine-tune was made of, or the repository it came from.
 
-A tensor from elsewhere is no proof by itself. What is known is where both files hold numbers: if every finite value that is
-left of a broken tensor is bit-equal to the base's, the tensor was not trained, and the base's is the one that was lost. A whole
-file is known to be the lost one where what is left of it is the beginning of the base's, where git-lfs's note about it names the
-base's hash, or where another weight file of the two is equal.
+A tensor from elsewhere is no proof by itself. What is known is where both files hold numbers: if every finite value
+that is left of a broken tensor is bit-equal to the base's, the tensor was not trained, and the base's is the one that
+was lost. A whole file is known to be the lost one where what is left of it is the beginning of the base's, where
+git-lfs's note about it names the base's hash, or where another weight file of the two is equal.
 """
 
 import os
-
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.edits.kinds import MISSING, TakeFile, TakeTensor, nonfinite_mask
-from doctor.core.errors import BadCheckpoint
 from doctor.checkpoint.json_text import split_pointer
-from doctor.edits.derived import digest
 from doctor.checkpoint.safetensors import TensorInfo
+from doctor.core.errors import BadCheckpoint
+from doctor.edits.derived import digest
+from doctor.edits.kinds import MISSING, TakeFile, TakeTensor, nonfinite_mask
 from doctor.model.spec import build_spec
 
 POINTER_BYTES = 1024  # git-lfs's notes are shorter, weight files longer
 COMPARE_BYTES = 1 << 20
-ENOUGH = 16  # equal values other than 0 that are no accident: by chance two bf16 numbers agree once in thousands of times
+ENOUGH = (
+    16  # equal values other than 0 that are no accident: by chance two bf16 numbers agree once in thousands of times
+)
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Base:
         return getattr(self.checkpoint, "label", None) or self.checkpoint.name
 
     def offer_file(self, name: str) -> tuple[TakeFile, str] | None:
-        """(edit that takes this whole file, what shows that it is the lost one, "" where nothing does); None where the base lacks it.
+        """(edit that takes this whole file, what shows that it is the lost one, "" where nothing does); None where the
+        base lacks it.
 
         A weight file is offered only where the base's own can be read without a fault.
         """
@@ -58,7 +60,9 @@ class Base:
     def _offer_file(self, name: str) -> tuple[TakeFile, str] | None:
         donor = self.checkpoint
         shard = donor.shards.get(name)
-        if name not in donor.entries or name.endswith(".safetensors") and (shard is None or shard.defects or not shard.tensors):
+        if name not in donor.entries or (
+            name.endswith(".safetensors") and (shard is None or shard.defects or not shard.tensors)
+        ):
             return None
         if name.endswith(".json") and (name not in donor.json or donor.json[name].broken is not None):
             return None
@@ -73,7 +77,9 @@ class Base:
         if name in self.source.entries and self.source.entries[name].size < POINTER_BYTES:
             pointer = self.source.read_file(name, POINTER_BYTES)
             if pointer.startswith(b"version https://git-lfs"):
-                return "its hash is the one that the pointer names" if f"oid sha256:{sha256}".encode() in pointer else ""
+                return (
+                    "its hash is the one that the pointer names" if f"oid sha256:{sha256}".encode() in pointer else ""
+                )
         return self._sibling(name) or self._beginning(name) if name.endswith(".safetensors") else ""
 
     def _sibling(self, lost: str) -> str:
@@ -86,7 +92,9 @@ class Base:
         return ""
 
     def _beginning(self, name: str) -> str:
-        """What is left of a file that was cut short, if it is the first part of the base's and reaches into its values."""
+        """What is left of a file that was cut short, if it is the first part of the base's and reaches into its
+        values.
+        """
         if name not in self.source.entries:
             return ""
         size, begin = self.source.entries[name].size, self.checkpoint.shards[name].data_begin
@@ -100,7 +108,9 @@ class Base:
         return f"the {size:,} bytes that are left are its first"
 
     def offer(self, name: str, dtype: str, shape: tuple[int, ...]) -> TakeTensor | None:
-        """The edit that takes this tensor; None where the base lacks it in this type and shape, or its own is not finite."""
+        """The edit that takes this tensor; None where the base lacks it in this type and shape, or its own is not
+        finite.
+        """
         info = self.checkpoint.tensors.get(name)
         if info is None or (info.dtype.name, info.shape) != (dtype, tuple(shape)) or self.checkpoint.unread:
             return None
@@ -117,9 +127,13 @@ class Base:
         return MISSING if value is None else value
 
     def ties(self) -> bool | None:
-        """Whether the base has one matrix for embedding and head; None where its files do not say it twice, by flag and by tensors."""
+        """Whether the base has one matrix for embedding and head; None where its files do not say it twice, by flag and
+        by tensors.
+        """
         config = self.checkpoint.value("config.json") or {}
-        flags = {b.get("tie_word_embeddings") for b in (config, config.get("text_config")) if isinstance(b, dict)} - {None}
+        flags = {b.get("tie_word_embeddings") for b in (config, config.get("text_config")) if isinstance(b, dict)} - {
+            None
+        }
         stored = any(n.endswith("lm_head.weight") for n in self.checkpoint.tensors)
         if flags == {True} and not stored:
             return True
@@ -138,7 +152,9 @@ class Base:
         return self._equal[info.name]
 
     def fills(self, info: TensorInfo) -> str:
-        """What was found where every value of this tensor that is not 0 is the base's, bit by bit, and the base has numbers where it is 0; else ""."""
+        """What was found where every value of this tensor that is not 0 is the base's, bit by bit, and the base has
+        numbers where it is 0; else "".
+        """
         if info.name not in self._filled:
             self._filled[info.name] = self._fill(info)
         return self._filled[info.name]
@@ -153,15 +169,24 @@ class Base:
                 return ""
             left += int((~zero).sum())
             filled += int((zero & ((others << np.array(1, bits.dtype)) != 0)).sum())
-        return f"its other {left:,} values are equal, and {filled:,} are 0 only here" if left >= ENOUGH and filled else ""
+        return (
+            f"its other {left:,} values are equal, and {filled:,} are 0 only here" if left >= ENOUGH and filled else ""
+        )
 
     def begins(self, info: TensorInfo, axis: int, blocks: int = 1) -> bool:
-        """Whether this tensor is the first part of the base's along one axis, bit by bit; of each of `blocks` equal parts of it."""
+        """Whether this tensor is the first part of the base's along one axis, bit by bit; of each of `blocks` equal
+        parts of it.
+        """
         theirs = self.checkpoint.tensors.get(info.name)
         if theirs is None or theirs.dtype != info.dtype or len(theirs.shape) != len(info.shape):
             return False
         old, new = info.shape[axis], theirs.shape[axis]
-        if old > new or old % blocks or new % blocks or info.shape != (*theirs.shape[:axis], old, *theirs.shape[axis + 1 :]):
+        if (
+            old > new
+            or old % blocks
+            or new % blocks
+            or info.shape != (*theirs.shape[:axis], old, *theirs.shape[axis + 1 :])
+        ):
             return False
         split = lambda codes, size: codes.reshape(*codes.shape[:axis], blocks, size // blocks, *codes.shape[axis + 1 :])  # noqa: E731
         whole = split(self.checkpoint.load(info.name), new)

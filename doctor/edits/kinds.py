@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 from doctor.checkpoint.dtypes import DTYPES
+from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import PlanRefused
 from doctor.core.lazy_numpy import np
-from doctor.checkpoint.safetensors import TensorInfo
 
 PHASES = ("base", "bytes", "dtype", "shape", "names", "config", "files", "index", "recipe")
 
@@ -73,7 +73,9 @@ class ReplaceText:
 
 @dataclass(frozen=True)
 class CleanJson:
-    """Take what Python's reader refuses or passes over out of a JSON file: a byte order mark, and all but the last value of a key."""
+    """Take what Python's reader refuses or passes over out of a JSON file: a byte order mark, and all but the last
+    value of a key.
+    """
 
     file: str
     phase = "config"
@@ -98,7 +100,8 @@ class ReplaceNonfinite:
 
 @dataclass(frozen=True)
 class PadTensor:
-    """Grow one axis to `size` with zeros. The axis is `blocks` equal parts, each grown alike (fused halves, head groups).
+    """Grow one axis to `size` with zeros. The axis is `blocks` equal parts, each grown alike (fused halves, head
+    groups).
 
     spread: zeros stand evenly between the values, so that no group of neighbours is all zero; else at each part's end.
     """
@@ -168,7 +171,9 @@ class NameFormat:
 
 @dataclass(frozen=True)
 class RenameFile:
-    """Keep one weight file under another name, linked and not written again; the index follows. Other edits go by its old name."""
+    """Keep one weight file under another name, linked and not written again; the index follows. Other edits go by its
+    old name.
+    """
 
     file: str
     to: str
@@ -181,7 +186,9 @@ class RenameFile:
 
 @dataclass(frozen=True)
 class CastTensor:
-    """Store one tensor in another floating type, rounded once to nearest. One that would turn a finite value into Inf is refused."""
+    """Store one tensor in another floating type, rounded once to nearest. One that would turn a finite value into Inf
+    is refused.
+    """
 
     tensor: str
     dtype: str
@@ -196,8 +203,8 @@ class CastTensor:
 class TakeTensor:
     """The tensor as another checkpoint holds it, in place of this one's or where there is none.
 
-    root: directory of the other checkpoint; digest: blake2b (16 bytes, hexadecimal) of the tensor's bytes there; called: its name there,
-    "" where it is the same.
+    root: directory of the other checkpoint; digest: blake2b (16 bytes, hexadecimal) of the tensor's bytes there;
+    called: its name there, "" where it is the same.
     """
 
     tensor: str
@@ -230,10 +237,11 @@ class TakeFile:
 
 @dataclass(frozen=True)
 class Dequantize:
-    """`tensor` [out_features, in_features] as plain numbers, made of the packed tensors beside it, which other edits drop.
+    """`tensor` [out_features, in_features] as plain numbers, made of the packed tensors beside it, which other edits
+    drop.
 
-    method: gptq, awq, compressed-tensors or fp8. version: of GPTQ's zero points. block: rows and columns that share an fp8
-    scale, () where a scale's own shape says it.
+    method: gptq, awq, compressed-tensors or fp8. version: of GPTQ's zero points. block: rows and columns that share an
+    fp8 scale, () where a scale's own shape says it.
     """
 
     tensor: str
@@ -252,10 +260,11 @@ class Dequantize:
 
 @dataclass(frozen=True)
 class AddLowRank:
-    """weight + scale * B @ A, in float32, rounded once. `a` [r, in] and `b` [out, r] are tensors of the adapter in `root`.
+    """weight + scale * B @ A, in float32, rounded once. `a` [r, in] and `b` [out, r] are tensors of the adapter in
+    `root`.
 
-    transposed: the weight is stored [in, out]. magnitude: DoRA's [out], to which each output's row of the sum is brought, "" without.
-    Needs a Rebase on the model that the adapter changes.
+    transposed: the weight is stored [in, out]. magnitude: DoRA's [out], to which each output's row of the sum is
+    brought, "" without. Needs a Rebase on the model that the adapter changes.
     """
 
     tensor: str
@@ -274,7 +283,9 @@ class AddLowRank:
 
 @dataclass(frozen=True)
 class GrowRows:
-    """Rows up to `size`, each the mean of those that are there: its logit is the mean of all logits, so it is never the largest."""
+    """Rows up to `size`, each the mean of those that are there: its logit is the mean of all logits, so it is never the
+    largest.
+    """
 
     tensor: str
     size: int
@@ -287,7 +298,9 @@ class GrowRows:
 
 @dataclass(frozen=True)
 class ShiftZeros:
-    """GPTQ's packed zero points moved by `step` (version 1 stores them minus one). A field that would leave its bits is refused."""
+    """GPTQ's packed zero points moved by `step` (version 1 stores them minus one). A field that would leave its bits is
+    refused.
+    """
 
     tensor: str
     bits: int
@@ -315,7 +328,9 @@ class GroupsInOrder:
 
 @dataclass(frozen=True)
 class EqualZeros:
-    """Zero points i32[groups, words], every word `word`: what a symmetric GPTQ file holds. Made where there are none."""
+    """Zero points i32[groups, words], every word `word`: what a symmetric GPTQ file holds. Made where there are
+    none.
+    """
 
     tensor: str
     shape: tuple[int, int]
@@ -381,10 +396,41 @@ class Keep:
         return f"recipe:keep:{self.pattern}"
 
 
-Edit = (SetJson | RemoveJson | ReplaceText | CleanJson | ReplaceNonfinite | ClampTensor | CastTensor | TakeTensor | TakeFile | Dequantize
-        | AddLowRank | GrowRows | ShiftZeros | GroupsInOrder | EqualZeros | PadTensor | DropTensor | RenameTensor | NameFormat | RenameFile | DropFile | Rebase
-        | RebuildIndex | SetRecipe | Keep)
-MADE = (TakeTensor, Dequantize, AddLowRank, GrowRows, GroupsInOrder, EqualZeros)  # carried out by made.py: they need more than the tensor's own codes
+Edit = (
+    SetJson
+    | RemoveJson
+    | ReplaceText
+    | CleanJson
+    | ReplaceNonfinite
+    | ClampTensor
+    | CastTensor
+    | TakeTensor
+    | TakeFile
+    | Dequantize
+    | AddLowRank
+    | GrowRows
+    | ShiftZeros
+    | GroupsInOrder
+    | EqualZeros
+    | PadTensor
+    | DropTensor
+    | RenameTensor
+    | NameFormat
+    | RenameFile
+    | DropFile
+    | Rebase
+    | RebuildIndex
+    | SetRecipe
+    | Keep
+)
+MADE = (
+    TakeTensor,
+    Dequantize,
+    AddLowRank,
+    GrowRows,
+    GroupsInOrder,
+    EqualZeros,
+)  # carried out by made.py: they need more than the tensor's own codes
 CREATE = (TakeTensor, Dequantize, GroupsInOrder, EqualZeros)  # may stand for a tensor that is not there
 TENSOR_EDITS = (ReplaceNonfinite, ClampTensor, CastTensor, ShiftZeros, PadTensor, DropTensor, RenameTensor, *MADE)
 RECIPE_EDITS = (SetRecipe, Keep)  # change the plan of a quantizer's run, never the files
@@ -393,8 +439,8 @@ RECIPE_EDITS = (SetRecipe, Keep)  # change the plan of a quantizer's run, never 
 def pad_positions(old: int, new: int, blocks: int, spread: bool) -> np.ndarray:
     """Where each of the `old` entries lands among `new`: int64[old], strictly increasing.
 
-    Spread places them evenly, so the longest run of zeros is as short as it can be: ceil((new - old) / old) where padding
-    is less than the content.
+    Spread places them evenly, so the longest run of zeros is as short as it can be: ceil((new - old) / old) where
+    padding is less than the content.
     """
     if old % blocks or new % blocks or new < old:
         raise ValueError(f"cannot pad {old} to {new} in {blocks} blocks")
@@ -406,7 +452,9 @@ def pad_positions(old: int, new: int, blocks: int, spread: bool) -> np.ndarray:
 
 
 def edited_info(info: TensorInfo, edits: list[Edit]) -> TensorInfo:
-    """Name, dtype and shape of the tensor after its edits; `begin` and `end` keep their length's meaning, not their place."""
+    """Name, dtype and shape of the tensor after its edits; `begin` and `end` keep their length's meaning, not their
+    place.
+    """
     shape, dtype = list(info.shape), info.dtype
     for edit in edits:
         if isinstance(edit, PadTensor):
@@ -450,8 +498,10 @@ def cast(codes: np.ndarray, old: str, new: str, name: str) -> np.ndarray:
     lost = nonfinite_mask(result, new) & np.isfinite(values)
     if lost.any():
         worst = float(np.abs(values[lost]).max())
-        raise PlanRefused(f"{name}: {int(lost.sum()):,} finite values, up to {worst:.6g}, are beyond {new}; a cast would make them Inf.",
-                          "Keep its type, or leave this fix out with --ignore.")
+        raise PlanRefused(
+            f"{name}: {int(lost.sum()):,} finite values, up to {worst:.6g}, are beyond {new}; a cast would make them Inf.",
+            "Keep its type, or leave this fix out with --ignore.",
+        )
     return result
 
 
@@ -481,12 +531,17 @@ def to_codes(values: np.ndarray, dtype_name: str) -> np.ndarray:
 
 
 def shift_fields(words: np.ndarray, bits: int, step: int, name: str) -> np.ndarray:
-    """int32 words with `step` (1 or -1) added to each field of `bits`, for widths that divide 32. Raises PlanRefused where one wraps."""
+    """int32 words with `step` (1 or -1) added to each field of `bits`, for widths that divide 32. Raises PlanRefused
+    where one wraps.
+    """
     fields, top = words.view(np.uint32), (1 << bits) - 1
     edge = top if step > 0 else 0
     full = sum(int(((fields >> shift) & top == edge).sum()) for shift in range(0, 32, bits))
     if full:
-        raise PlanRefused(f"{name}: {full:,} zero points are {edge} and cannot move by {step:+d} in {bits} bits.", "Quantize this linear again.")
+        raise PlanRefused(
+            f"{name}: {full:,} zero points are {edge} and cannot move by {step:+d} in {bits} bits.",
+            "Quantize this linear again.",
+        )
     ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
     return (fields + ones if step > 0 else fields - ones).view(np.int32)
 
@@ -509,7 +564,9 @@ def _pad(codes: np.ndarray, edit: PadTensor) -> np.ndarray:
     old, tail = codes.shape[edit.axis], codes.shape[edit.axis + 1 :]
     periods, runs = pad_runs(old, edit.size, edit.blocks, edit.spread)
     head = codes.shape[: edit.axis]
-    out = np.zeros((*head, periods, edit.size // periods, *tail), codes.dtype)  # code 0 is +0.0 in every floating type, E8M0 apart
+    out = np.zeros(
+        (*head, periods, edit.size // periods, *tail), codes.dtype
+    )  # code 0 is +0.0 in every floating type, E8M0 apart
     parts = codes.reshape(*head, periods, old // periods, *tail)
     before = (slice(None),) * (edit.axis + 1)
     for begin, end, place in runs:
@@ -553,7 +610,9 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     """uint16 codes of float32 values, rounded to nearest, ties to even; NaN stays NaN."""
     bits = np.asarray(values, np.float32).view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16).astype(np.uint16)
-    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, np.uint16(0x7FC0) | (bits >> 31).astype(np.uint16) << 15, rounded).astype(np.uint16)
+    return np.where(
+        (bits & 0x7FFFFFFF) > 0x7F800000, np.uint16(0x7FC0) | (bits >> 31).astype(np.uint16) << 15, rounded
+    ).astype(np.uint16)
 
 
 def from_codes(codes: np.ndarray, dtype_name: str) -> np.ndarray:

@@ -1,8 +1,9 @@
 """A checkpoint read through edits: what a fix would write, without writing it.
 
-Scan, rules, quantizer and writer take an EditedCheckpoint like any other. The listing, the JSON texts, the headers and the
-bytes of every shard are those that the writer puts on disk, so a finding on the view points at places in the fixed files.
-Bytes that no edit touches come straight from the source; an edited tensor is worked out slab by slab while it is read.
+Scan, rules, quantizer and writer take an EditedCheckpoint like any other. The listing, the JSON texts, the headers and
+the bytes of every shard are those that the writer puts on disk, so a finding on the view points at places in the fixed
+files. Bytes that no edit touches come straight from the source; an edited tensor is worked out slab by slab while it is
+read.
 
 Edits are checked against the files here: one that expects another value, tensor or shape than there is, is PlanRefused.
 """
@@ -20,6 +21,9 @@ import numpy as np
 from doctor.checkpoint import json_text
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.checkpoint.dtypes import CODE_NUMPY
+from doctor.checkpoint.safetensors import Shard, ShardFile, TensorInfo, open_shard
+from doctor.core.errors import BadCheckpoint, PlanRefused
+from doctor.edits.derived import STALE, made, opened
 from doctor.edits.kinds import (
     CASTS,
     CREATE,
@@ -45,9 +49,6 @@ from doctor.edits.kinds import (
     edited_info,
     pad_positions,
 )
-from doctor.core.errors import BadCheckpoint, PlanRefused
-from doctor.edits.derived import STALE, made, opened
-from doctor.checkpoint.safetensors import Shard, ShardFile, TensorInfo, open_shard
 from doctor.edits.substituted import WithFiles, WithNames
 
 IOV_PARTS = 512  # parts of one scattered read; the kernel takes 1,024
@@ -65,13 +66,15 @@ class Piece:
 
 
 class EditedTensor:
-    """One tensor under its edits, readable by leading rows in any order. `made` stands for the stored tensor `old` where it is given."""
+    """One tensor under its edits, readable by leading rows in any order. `made` stands for the stored tensor `old`
+    where it is given.
+    """
 
     def __init__(self, old: TensorInfo, new: TensorInfo, edits: list[Edit], made=None):
         self.old, self.new, self.made = old, new, made
         self.shape = new.shape or (1,)
         # Rows grow where slabs are put together, everything else inside a slab.
-        self.inner = [e for e in edits if not (isinstance(e, MADE) or isinstance(e, PadTensor) and e.axis == 0)]
+        self.inner = [e for e in edits if not (isinstance(e, MADE) or (isinstance(e, PadTensor) and e.axis == 0))]
         outer = next((e for e in edits if isinstance(e, PadTensor) and e.axis == 0), None)
         self.positions = None if outer is None else pad_positions(old.shape[0], outer.size, outer.blocks, outer.spread)
         self.old_row_bytes = old.nbytes // (old.shape or (1,))[0] if old.numel else 0
@@ -99,11 +102,16 @@ class EditedTensor:
         return codes
 
     def _scatter(self, file: ShardFile, first: int, places: np.ndarray, out: np.ndarray) -> None:
-        """Read source rows from `first` on straight to their places: rows that stay neighbours are one part of one read."""
+        """Read source rows from `first` on straight to their places: rows that stay neighbours are one part of one
+        read.
+        """
         target, offset, row = _bytes(out), self.old.begin + first * self.old_row_bytes, self.row_bytes
         begins = np.flatnonzero(np.diff(places, prepend=-2) != 1)
         ends = np.append(begins[1:], len(places))
-        parts = [target[place * row : (place + n) * row] for place, n in zip(places[begins].tolist(), (ends - begins).tolist())]
+        parts = [
+            target[place * row : (place + n) * row]
+            for place, n in zip(places[begins].tolist(), (ends - begins).tolist())
+        ]
         for i in range(0, len(parts), IOV_PARTS):
             group = parts[i : i + IOV_PARTS]
             wanted = sum(map(len, group))
@@ -166,9 +174,9 @@ class EditedFile(ShardFile):
 class EditedCheckpoint(Checkpoint):
     """`source` as it will be after `edits`. Nothing is written.
 
-    changed: names of files whose content differs from the source's. taken: those of them that are another checkpoint's, byte for
-    byte; `source` holds them already. changed_tensors: names of tensors that edits touch.
-    Raises PlanRefused for an edit that does not fit the files.
+    changed: names of files whose content differs from the source's. taken: those of them that are another checkpoint's,
+    byte for byte; `source` holds them already. changed_tensors: names of tensors that edits touch. Raises PlanRefused
+    for an edit that does not fit the files.
     """
 
     def __init__(self, source: Checkpoint, edits: Iterable[Edit] = ()):
@@ -221,13 +229,20 @@ class EditedCheckpoint(Checkpoint):
                 if not any(isinstance(e, CREATE) for e in edits) or not self.source.shards:
                     raise PlanRefused(f"{name}: the checkpoint has no such tensor.", STALE)
                 added.setdefault(self._home(name), []).append(name)
-        self.changed_tensors = {*by_tensor, *(t.name for n in self.taken & self.shards.keys() for t in self.shards[n].tensors)}
+        self.changed_tensors = {
+            *by_tensor,
+            *(t.name for n in self.taken & self.shards.keys() for t in self.shards[n].tensors),
+        }
         self._check_names()
         again = {e.file for e in self.edits if isinstance(e, NameFormat)}
         for name in again - self.source.shards.keys():
             raise PlanRefused(f"{name}: not a weight file of this checkpoint.", STALE)
         for shard in list(self.source.shards.values()):
-            if shard.name in added or shard.name in again or any(_concern(by_tensor.get(t.name, ()), shard.name) for t in shard.tensors):
+            if (
+                shard.name in added
+                or shard.name in again
+                or any(_concern(by_tensor.get(t.name, ()), shard.name) for t in shard.tensors)
+            ):
                 self._edit_shard(shard, by_tensor, sorted(added.get(shard.name, [])))
 
     def _check_names(self) -> None:
@@ -251,8 +266,10 @@ class EditedCheckpoint(Checkpoint):
 
     def _edit_shard(self, shard: Shard, by_tensor: dict[str, list[Edit]], added: list[str]) -> None:
         if shard.defects:
-            raise PlanRefused(f"{shard.name}: {shard.defects[0].detail}; a shard is rewritten only when every byte of it is accounted for.",
-                              "Copy the file again from where it came from, then run `doctor fix`.")
+            raise PlanRefused(
+                f"{shard.name}: {shard.defects[0].detail}; a shard is rewritten only when every byte of it is accounted for.",
+                "Copy the file again from where it came from, then run `doctor fix`.",
+            )
         kept = [(t, _concern(by_tensor.get(t.name, ()), shard.name)) for t in shard.tensors]
         kept = [(t, edits) for t, edits in kept if not any(isinstance(e, DropTensor) for e in edits)]
         kept += [(None, by_tensor[name]) for name in added]
@@ -313,7 +330,10 @@ class EditedCheckpoint(Checkpoint):
                 raise PlanRefused(f"{name}: not a JSON file of this checkpoint.")
             return "{}\n"
         if file.broken is not None:
-            raise PlanRefused(f"{name}: {file.broken}; a value can be set only in JSON that can be read.", "Repair the file by hand first.")
+            raise PlanRefused(
+                f"{name}: {file.broken}; a value can be set only in JSON that can be read.",
+                "Repair the file by hand first.",
+            )
         return file.raw.decode("utf-8")
 
     def _put_json(self, name: str, text: str) -> None:
@@ -343,7 +363,11 @@ class EditedCheckpoint(Checkpoint):
         for name in self.changed_tensors - self.tensors.keys():
             if name in self.weight_map:
                 text = json_text.remove_value(text, json_text.pointer("weight_map", name))
-        for name in sorted(self.tensors.keys() - self.source.tensors.keys()) if isinstance(self.index.get("weight_map"), dict) else ():
+        for name in (
+            sorted(self.tensors.keys() - self.source.tensors.keys())
+            if isinstance(self.index.get("weight_map"), dict)
+            else ()
+        ):
             text = json_text.set_value(text, json_text.pointer("weight_map", name), self.tensors[name].shard)
         metadata = self.index.get("metadata")
         for key, value in self._totals().items():
@@ -356,7 +380,9 @@ class EditedCheckpoint(Checkpoint):
         return {"total_size": sum(t.nbytes for t in infos), "total_parameters": sum(t.numel for t in infos)}
 
     def _rebuild_index(self) -> None:
-        """An index made of the headers alone: every tensor in the shard the old index named, else in the first that has it."""
+        """An index made of the headers alone: every tensor in the shard the old index named, else in the first that has
+        it.
+        """
         old_map, old_index = dict(self.weight_map), self.index or {}
         for name in self.entries:
             if name.endswith(".safetensors") and name not in self.shards:
@@ -444,12 +470,17 @@ def _edited(info: TensorInfo, edits: list[Edit]) -> TensorInfo:
         raise PlanRefused(f"{info.name}: dtype {info.dtype.name} has no whole-byte elements and cannot be edited.")
     for edit in edits:
         if isinstance(edit, CastTensor) and not {info.dtype.name, edit.dtype} <= {*CASTS}:
-            raise PlanRefused(f"{info.name}: {info.dtype.name} is not cast to {edit.dtype} here; {', '.join(CASTS)} are.", STALE)
+            raise PlanRefused(
+                f"{info.name}: {info.dtype.name} is not cast to {edit.dtype} here; {', '.join(CASTS)} are.", STALE
+            )
         if isinstance(edit, PadTensor):
             old = info.shape[edit.axis] if 0 <= edit.axis < len(info.shape) else None
             if old is None or edit.size < old or old % edit.blocks or edit.size % edit.blocks:
-                raise PlanRefused(f"{info.name}: axis {edit.axis} of {list(info.shape)} cannot grow to {edit.size} in {edit.blocks} equal "
-                                  "parts.", STALE)
+                raise PlanRefused(
+                    f"{info.name}: axis {edit.axis} of {list(info.shape)} cannot grow to {edit.size} in {edit.blocks} equal "
+                    "parts.",
+                    STALE,
+                )
     return edited_info(info, edits)
 
 
@@ -492,13 +523,17 @@ def edited_text(text: str, edit: SetJson | RemoveJson) -> str:
     where = f"{edit.file}#{edit.pointer}"
     anything = isinstance(edit, RemoveJson) and edit.expect is None
     if not (now is not MISSING if anything else same_json(now, edit.expect)):
-        raise PlanRefused(f"{where}: {shown(now)}; the edit expects {'a value' if anything else shown(edit.expect)}.", STALE)
+        raise PlanRefused(
+            f"{where}: {shown(now)}; the edit expects {'a value' if anything else shown(edit.expect)}.", STALE
+        )
     try:
         if isinstance(edit, SetJson):
             return json_text.set_value(text, edit.pointer, edit.value)
         return json_text.remove_value(text, edit.pointer)
     except KeyError as error:
-        raise PlanRefused(f"{where}: {error.args[0] or 'the document'} is no object that could hold the key.", STALE) from None
+        raise PlanRefused(
+            f"{where}: {error.args[0] or 'the document'} is no object that could hold the key.", STALE
+        ) from None
 
 
 def _value_at(value: object, pointer: str) -> object:

@@ -1,8 +1,9 @@
-"""A checkpoint of which some files are another's, or bear other names: what the edits TakeFile and RenameFile make, before any
-other edit sees it.
+"""A checkpoint of which some files are another's, or bear other names: what the edits TakeFile and RenameFile make,
+before any other edit sees it.
 
-Shards, JSON texts and the listing are those that the directory would have with the files in it, so the view edits, scans and
-writes a shard that came from a base model, or one under a new name, like any of its own. No byte is copied here.
+Shards, JSON texts and the listing are those that the directory would have with the files in it, so the view edits,
+scans and writes a shard that came from a base model, or one under a new name, like any of its own. No byte is copied
+here.
 """
 
 import os
@@ -12,10 +13,10 @@ from pathlib import Path
 
 from doctor.checkpoint import json_text
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint, Entry, JsonFile
-from doctor.edits.kinds import RenameFile, TakeFile
+from doctor.checkpoint.safetensors import ShardFile
 from doctor.core.errors import PlanRefused
 from doctor.edits.derived import STALE, opened
-from doctor.checkpoint.safetensors import ShardFile
+from doctor.edits.kinds import RenameFile, TakeFile
 
 
 class WithFiles(Checkpoint):
@@ -29,7 +30,10 @@ class WithFiles(Checkpoint):
                 raise PlanRefused(f"{name}: {donor.name} has no such file.", STALE)
         self.entries = {**source.entries, **{n: Entry(n, d.entries[n].size) for n, d in self.donors.items()}}
         self.problems = [p for p in source.problems if p.tensor not in self.donors]
-        self.json = {**source.json, **{n: JsonFile(n, d.read_file(n)) for n, d in self.donors.items() if n.endswith(".json")}}
+        self.json = {
+            **source.json,
+            **{n: JsonFile(n, d.read_file(n)) for n, d in self.donors.items() if n.endswith(".json")},
+        }
         self._place_shards(source)
 
     def _place_shards(self, source: Checkpoint) -> None:
@@ -58,7 +62,9 @@ class WithFiles(Checkpoint):
 
 
 class WithNames(Checkpoint):
-    """`source` with weight files under other names, which the index follows. Raises PlanRefused where a name is not free or no such file is there."""
+    """`source` with weight files under other names, which the index follows. Raises PlanRefused where a name is not
+    free or no such file is there.
+    """
 
     def __init__(self, source: Checkpoint, edits: Iterable[RenameFile]):
         super().__init__(source.root, source.only)
@@ -74,7 +80,10 @@ class WithNames(Checkpoint):
             text = json_text.replace_strings(index.raw.decode("utf-8"), json_text.pointer("weight_map"), self.names)
             self.json[INDEX_NAME] = JsonFile(INDEX_NAME, text.encode("utf-8"))
             self.entries[INDEX_NAME] = Entry(INDEX_NAME, len(self.json[INDEX_NAME].raw))
-        self.shards = {new(n, n): replace(s, name=new(n, n), tensors=[t._replace(shard=new(n, n)) for t in s.tensors]) for n, s in source.shards.items()}
+        self.shards = {
+            new(n, n): replace(s, name=new(n, n), tensors=[t._replace(shard=new(n, n)) for t in s.tensors])
+            for n, s in source.shards.items()
+        }
 
     def _check(self) -> None:
         source, given = self.source, list(self.names.values())

@@ -1,9 +1,10 @@
 """Two checkpoints on the same text, one decoder block of each in memory at a time, and their greedy replies.
 
-Both are read as floats (a quantized one through quant/dequant.py, as engines read it) and run by the same code in float32, so a
-difference is a difference of weights. Activations of both are kept; how far they have parted is the error after each block. That error is
-carried along, and late blocks amplify it, so it does not name the block it came from. The error of one block alone does: the quantized
-block given what the original gives its own, for which a few rows are enough.
+Both are read as floats (a quantized one through quant/dequant.py, as engines read it) and run by the same code in
+float32, so a difference is a difference of weights. Activations of both are kept; how far they have parted is the error
+after each block. That error is carried along, and late blocks amplify it, so it does not name the block it came from.
+The error of one block alone does: the quantized block given what the original gives its own, for which a few rows are
+enough.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,21 +12,24 @@ from contextlib import nullcontext
 
 import torch
 
-from doctor.scan.header import Comparison
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
 from doctor.evaluate.fp16_range import HalfProbe
 from doctor.evaluate.scores import Tally, longest_run
-from doctor.quant.forward.skeleton import Skeleton, cache_argument
-from doctor.quant.dequantize import as_float
 from doctor.model.spec import build_spec
+from doctor.quant.dequantize import as_float
+from doctor.quant.forward.skeleton import Skeleton, cache_argument
+from doctor.scan.header import Comparison
 
 REPLY_TOKENS = 24
-ALONE_ROWS = 2  # of the text; one more pass over them costs a twenty-fourth of a comparison on 24 rows, a fifth of one on a single row
+# of the text; one more pass over them costs a twenty-fourth of a comparison on 24 rows, a fifth of one on a single row
+ALONE_ROWS = 2
 
 
 class Streamed:
-    """One checkpoint run over rows of ids int64[1, length], block by block. `hidden` are the current activations, one per row."""
+    """One checkpoint run over rows of ids int64[1, length], block by block. `hidden` are the current activations, one
+    per row.
+    """
 
     def __init__(self, checkpoint: Checkpoint, rows: list[torch.Tensor], device: str = "cpu"):
         self.checkpoint = as_float(checkpoint)
@@ -39,7 +43,9 @@ class Streamed:
 
     @torch.no_grad()
     def step(self, i: int, probe: HalfProbe | None = None, given: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
-        """Run block i over all rows, with a probe looking on. Returns what it makes of other activations given to it for the first rows."""
+        """Run block i over all rows, with a probe looking on. Returns what it makes of other activations given to it
+        for the first rows.
+        """
         self.skeleton.load_block(i)
         alone = [self.skeleton.run_block(i, x, calls[i]) for x, calls in zip(given, self.calls, strict=False)]
         with probe.watch(i) if probe else nullcontext():
@@ -52,8 +58,12 @@ class Streamed:
         return alone
 
     @torch.no_grad()
-    def logits(self, rows: list[torch.Tensor] | None = None, states: list[torch.Tensor] | None = None) -> Iterator[torch.Tensor]:
-        """Logits f32[length, vocabulary] of every row, after the last block; or of other rows with their hidden states."""
+    def logits(
+        self, rows: list[torch.Tensor] | None = None, states: list[torch.Tensor] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Logits f32[length, vocabulary] of every row, after the last block; or of other rows with their hidden
+        states.
+        """
         model, blocks = self.skeleton.model, self.skeleton.blocks
         self.skeleton.load_ends()
         current: list[torch.Tensor] = []
@@ -99,18 +109,29 @@ class Streamed:
         return replies
 
 
-def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor], prompts: list[torch.Tensor],
-            decode: Callable[[list[int]], str], memory: int, progress: Callable[[int, int], None] = lambda done, total: None,
-            device: str = "cpu") -> Comparison:
-    """Comparison of two checkpoints of one model on rows int64[1, length]; replies to prompts where the model fits `memory` bytes of the device.
+def compare(
+    original: Checkpoint,
+    quantized: Checkpoint,
+    rows: list[torch.Tensor],
+    prompts: list[torch.Tensor],
+    decode: Callable[[list[int]], str],
+    memory: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
+) -> Comparison:
+    """Comparison of two checkpoints of one model on rows int64[1, length]; replies to prompts where the model fits
+    `memory` bytes of the device.
 
-    progress gets (blocks done, blocks in all). Raises NotQuantizable where the two do not have the same number of blocks.
+    progress gets (blocks done, blocks in all). Raises NotQuantizable where the two do not have the same number of
+    blocks.
     """
     _same_model(original, quantized)
     a, b = Streamed(original, rows, device), Streamed(quantized, rows, device)
     blocks = len(a.skeleton.blocks)
     if len(b.skeleton.blocks) != blocks:
-        raise NotQuantizable(f"{original.name} has {blocks} blocks, {quantized.name} has {len(b.skeleton.blocks)}: not the same model.")
+        raise NotQuantizable(
+            f"{original.name} has {blocks} blocks, {quantized.name} has {len(b.skeleton.blocks)}: not the same model."
+        )
     errors, own, probe = [], [], HalfProbe(a.skeleton, rows, a.hidden, a.calls)
     for i in range(blocks):
         given = a.hidden[:ALONE_ROWS]
@@ -128,24 +149,44 @@ def compare(original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor
     (_, usual), (favourite, share) = tally.one_choice(0), tally.one_choice(1)
     zeros, runs = zip(*(_collapse(replies) for replies in said), strict=True)
     return Comparison(
-        tokens=tally.tokens, context=max(r.shape[1] for r in rows), perplexity_original=tally.perplexity(0),
-        perplexity_quantized=tally.perplexity(1), kl_mean=mean, kl_p99=p99, top1_agreement=tally.agreement(),
-        nonfinite_original=tally.nonfinite[0], nonfinite_quantized=tally.nonfinite[1],
-        token0_share=zeros[1], token0_share_original=zeros[0], longest_repeat=runs[1], longest_repeat_original=runs[0],
+        tokens=tally.tokens,
+        context=max(r.shape[1] for r in rows),
+        perplexity_original=tally.perplexity(0),
+        perplexity_quantized=tally.perplexity(1),
+        kl_mean=mean,
+        kl_p99=p99,
+        top1_agreement=tally.agreement(),
+        nonfinite_original=tally.nonfinite[0],
+        nonfinite_quantized=tally.nonfinite[1],
+        token0_share=zeros[1],
+        token0_share_original=zeros[0],
+        longest_repeat=runs[1],
+        longest_repeat_original=runs[0],
         generated=sum(map(len, said[1])),
         replies=tuple((decode(p[0].tolist()), decode(x), decode(y)) for p, x, y in zip(prompts, *said, strict=False)),
-        block_errors=tuple(errors), own_errors=tuple(own), half=half, entropy_original=tally.entropy(0), entropy_quantized=tally.entropy(1),
-        one_choice=share, one_choice_original=usual, one_choice_token=favourite)
+        block_errors=tuple(errors),
+        own_errors=tuple(own),
+        half=half,
+        entropy_original=tally.entropy(0),
+        entropy_quantized=tally.entropy(1),
+        one_choice=share,
+        one_choice_original=usual,
+        one_choice_token=favourite,
+    )
 
 
 def _same_model(original: Checkpoint, quantized: Checkpoint) -> None:
-    """Raises NotQuantizable where the two configs cannot be of one model. Vocabularies may differ: quantizers pad them."""
+    """Raises NotQuantizable where the two configs cannot be of one model. Vocabularies may differ: quantizers pad
+    them.
+    """
     configs = [c.value("config.json") or {} for c in (original, quantized)]
     for key in ("model_type", "hidden_size", "num_hidden_layers"):
         a, b = (c.get(key) for c in configs)
         if a is not None and b is not None and a != b:
-            raise NotQuantizable(f"{original.name} and {quantized.name} are not one model: {key} is {a} there and {b} here.",
-                                 "Give the checkpoint that was quantized first, then what came out.")
+            raise NotQuantizable(
+                f"{original.name} and {quantized.name} are not one model: {key} is {a} there and {b} here.",
+                "Give the checkpoint that was quantized first, then what came out.",
+            )
 
 
 def _collapse(replies: list[list[int]]) -> tuple[float, int]:
@@ -162,11 +203,13 @@ def _distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
 
 
 def _own_error(given: list[torch.Tensor], right: list[torch.Tensor], alone: list[torch.Tensor]) -> float:
-    """How far what a quantized block adds to its input is from what the original adds to the same, token by token, on average.
+    """How far what a quantized block adds to its input is from what the original adds to the same, token by token, on
+    average.
 
-    Against what the block adds, not its output: the residual stream that passes through a block hides a wrong one (with the
-    down_proj of SmolLM2-135M's block 12 taken from block 20 the output is off by 1.4 percent, what is added by 74, and a healthy
-    last block's output by 15). Token by token, because one token's massive activation outweighs all others together.
+    Against what the block adds, not its output: the residual stream that passes through a block hides a wrong one (with
+    the down_proj of SmolLM2-135M's block 12 taken from block 20 the output is off by 1.4 percent, what is added by 74,
+    and a healthy last block's output by 15). Token by token, because one token's massive activation outweighs all
+    others together.
     """
     shares = []
     for x, y, z in zip(given, right, alone, strict=False):

@@ -1,9 +1,11 @@
-"""Would a model survive float16? Its activations in float32 against float16's range, and its predictions with every step rounded.
+"""Would a model survive float16? Its activations in float32 against float16's range, and its predictions with every
+step rounded.
 
-Most kernels for GPTQ and AWQ files compute in float16, while models are trained in bfloat16, whose range is 10^33 times wider. So
-while the original is run block by block, everything its modules take and give is looked at, on all rows; and a few rows run
-twice more, with weights, inputs and outputs of each module rounded to float16 and to bfloat16. Sums stay in float32, as they do in
-the matrix kernels of every engine. Not seen: attention scores that an engine keeps in float16 (doctor kvcache gives the largest q·k).
+Most kernels for GPTQ and AWQ files compute in float16, while models are trained in bfloat16, whose range is 10^33 times
+wider. So while the original is run block by block, everything its modules take and give is looked at, on all rows; and
+a few rows run twice more, with weights, inputs and outputs of each module rounded to float16 and to bfloat16. Sums stay
+in float32, as they do in the matrix kernels of every engine. Not seen: attention scores that an engine keeps in float16
+(doctor kvcache gives the largest q·k).
 """
 
 from collections.abc import Callable, Iterator
@@ -11,16 +13,18 @@ from contextlib import contextmanager
 
 import torch
 
-from doctor.scan.header import Half
 from doctor.evaluate.scores import Tally
 from doctor.scan.counters import FP16_OVERFLOW
+from doctor.scan.header import Half
 
 ROUNDED_ROWS = 2  # of the text; two more passes over them cost a twelfth of a comparison on 24 rows
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class HalfProbe:
-    """Looks at one model while it is run: `watch(i)` around block i on all rows, then `round(i)` while its weights are there."""
+    """Looks at one model while it is run: `watch(i)` around block i on all rows, then `round(i)` while its weights are
+    there.
+    """
 
     def __init__(self, skeleton, rows: list[torch.Tensor], hidden: list[torch.Tensor], calls: list[list]):
         """hidden f32[1, length, width] and calls (of every block) of every row, as they enter the first block."""
@@ -46,6 +50,7 @@ class HalfProbe:
 
     def _look_on(self, module: torch.nn.Module, name: str) -> list:
         """Hooks on one step. They answer nothing: what a hook returns would take the value's place."""
+
         def before(_module, args):
             self._see(f"the input of {name}", args)
 
@@ -60,27 +65,43 @@ class HalfProbe:
 
     @torch.no_grad()
     def round(self, i: int) -> None:
-        """Run the first rows through block i in float16 and in bfloat16. Its weights must be loaded; they are left as they were."""
+        """Run the first rows through block i in float16 and in bfloat16. Its weights must be loaded; they are left as
+        they were.
+        """
         for name, dtype in DTYPES.items():
             with _rounding(self.skeleton.blocks[i], dtype):
-                self.hidden[name] = [_rounded(self.skeleton.run_block(i, x, calls[i]), dtype)
-                                     for x, calls in zip(self.hidden[name], self.calls, strict=True)]
+                self.hidden[name] = [
+                    _rounded(self.skeleton.run_block(i, x, calls[i]), dtype)
+                    for x, calls in zip(self.hidden[name], self.calls, strict=True)
+                ]
 
     def result(self, exact: list[torch.Tensor], logits: Callable[[list, list], Iterator[torch.Tensor]]) -> Half:
-        """exact: hidden states of the rounded rows in float32, after the last block. logits(rows, hidden) gives each one's logits."""
+        """exact: hidden states of the rounded rows in float32, after the last block. logits(rows, hidden) gives each
+        one's logits.
+        """
         tallies = {name: Tally() for name in DTYPES}
         states = [exact, *self.hidden.values()]
-        found = logits([ids for ids in self.rows for _ in states], [s[r] for r in range(len(self.rows)) for s in states])
+        found = logits(
+            [ids for ids in self.rows for _ in states], [s[r] for r in range(len(self.rows)) for s in states]
+        )
         for ids in self.rows:
             base = next(found)
             for tally in tallies.values():
                 tally.add(base[:-1], next(found)[:-1], ids[0, 1:])
         found.close()
         largest = max(self.largest, key=lambda pair: _sortable(pair[1]), default=("", 0.0))
-        return Half(absmax=largest[1], place=largest[0], first=self.first, residual=tuple(self.residual),
-                    blocks=tuple(self.largest), tokens=tallies["float16"].tokens,
-                    kl_float16=tallies["float16"].divergence()[0], kl_bfloat16=tallies["bfloat16"].divergence()[0],
-                    nonfinite_float16=tallies["float16"].nonfinite[1], nonfinite_bfloat16=tallies["bfloat16"].nonfinite[1])
+        return Half(
+            absmax=largest[1],
+            place=largest[0],
+            first=self.first,
+            residual=tuple(self.residual),
+            blocks=tuple(self.largest),
+            tokens=tallies["float16"].tokens,
+            kl_float16=tallies["float16"].divergence()[0],
+            kl_bfloat16=tallies["bfloat16"].divergence()[0],
+            nonfinite_float16=tallies["float16"].nonfinite[1],
+            nonfinite_bfloat16=tallies["bfloat16"].nonfinite[1],
+        )
 
     def _name(self, i: int) -> str:
         return f"{self.skeleton.model.base_model_prefix}.{self.skeleton.list_name}.{i}"
@@ -108,6 +129,7 @@ def _rounding(block: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     One module's weights are held twice at a time.
     """
+
     def before(module, args):
         module.exact = dict(module._parameters)
         for name, parameter in module.exact.items():

@@ -1,9 +1,10 @@
-"""Proof that a fix which changes shapes leaves the model's outputs as they were: logits before and after, on fixed token ids.
+"""Proof that a fix which changes shapes leaves the model's outputs as they were: logits before and after, on fixed
+token ids.
 
-The mathematics (padding with zeros: new channels of the first matrices meet zeros in the second) says "equal"; the program
-that runs the model is transformers' own, on the CPU in float32, fed from the source and from the view through the edits, so
-that what is proved is the file and not our idea of it. Longer sums may be added in another order, so "equal to float32
-rounding" is demanded, and equality to the bit is said where it holds.
+The mathematics (padding with zeros: new channels of the first matrices meet zeros in the second) says "equal"; the
+program that runs the model is transformers' own, on the CPU in float32, fed from the source and from the view through
+the edits, so that what is proved is the file and not our idea of it. Longer sums may be added in another order, so
+"equal to float32 rounding" is demanded, and equality to the bit is said where it holds.
 """
 
 import os
@@ -17,7 +18,8 @@ from doctor.fix.plan import PROOF_PROMPTS as PROMPTS
 from doctor.fix.plan import Proof
 
 PROMPT_TOKENS = 16
-# Float32 has 24 bits; sums over some 10^4 channels through some dozens of blocks lose about 6 of them. Above: not rounding.
+# Float32 has 24 bits; sums over some 10^4 channels through some dozens of blocks lose about 6 of them. Above: not
+# rounding.
 RELATIVE_TOLERANCE = 2.0**-16
 TRUNCATED_BLOCKS = 2
 MEMORY_SHARE = 0.5  # of what is free: two models are never held at once, but loading holds a tensor twice
@@ -29,24 +31,38 @@ class CannotBuild(Exception):
 
 
 def prove(source: Checkpoint, view: Checkpoint) -> Proof:
-    """Compare the logits of two states of a checkpoint. Never raises for a model that cannot be run: the proof is "not run"."""
+    """Compare the logits of two states of a checkpoint. Never raises for a model that cannot be run: the proof is "not
+    run".
+    """
     try:
         blocks = _blocks_that_fit(view)
         before = logits(source, blocks)
-        after = logits(view, blocks, before.shape[-1])[..., : before.shape[-1]]  # a vocabulary may have grown: its old part is compared
+        after = logits(view, blocks, before.shape[-1])[
+            ..., : before.shape[-1]
+        ]  # a vocabulary may have grown: its old part is compared
     except CannotBuild as error:
         return Proof("not run", str(error))
     of = f", first {blocks} blocks only" if blocks is not None else ""
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        return Proof("not run", f"logits are not finite ({(~np.isfinite(before)).sum():,} before, {(~np.isfinite(after)).sum():,} after){of}")
+        return Proof(
+            "not run",
+            f"logits are not finite ({(~np.isfinite(before)).sum():,} before, {(~np.isfinite(after)).sum():,} after){of}",
+        )
     if before.shape != after.shape:
-        return Proof("differs", f"logits {list(before.shape)} before, {list(after.shape)} after{of}", prompts=PROMPTS, blocks=blocks)
+        return Proof(
+            "differs",
+            f"logits {list(before.shape)} before, {list(after.shape)} after{of}",
+            prompts=PROMPTS,
+            blocks=blocks,
+        )
     difference, largest = float(np.abs(after - before).max()), float(np.abs(before).max())
     if difference == 0:
         status, detail = "equal", f"logits on {PROMPTS} fixed prompts are equal to the bit{of}"
     else:
         status = "agrees" if difference <= RELATIVE_TOLERANCE * largest else "differs"
-        detail = f"logits on {PROMPTS} fixed prompts differ by at most {difference:.2g}, the largest is {largest:.3g}{of}"
+        detail = (
+            f"logits on {PROMPTS} fixed prompts differ by at most {difference:.2g}, the largest is {largest:.3g}{of}"
+        )
     return Proof(status, detail, difference, largest, PROMPTS, blocks)
 
 
@@ -57,7 +73,8 @@ def prompts(vocabulary: int) -> np.ndarray:
 
 
 def logits(checkpoint: Checkpoint, blocks: int | None = None, vocabulary: int | None = None) -> np.ndarray:
-    """Logits f32[PROMPTS, PROMPT_TOKENS, vocabulary] by transformers' model; `blocks` keeps only the first decoder blocks.
+    """Logits f32[PROMPTS, PROMPT_TOKENS, vocabulary] by transformers' model; `blocks` keeps only the first decoder
+    blocks.
 
     vocabulary: draw the prompts from this many token ids; None for all rows of the embedding.
 
@@ -92,19 +109,25 @@ def _build(checkpoint: Checkpoint, blocks: int | None):
         config._attn_implementation = "eager"
         state = {name: _tensor(checkpoint, name) for name in checkpoint.tensors if _wanted(name, blocks)}
         config_class = AutoModelForCausalLM._model_mapping[type(config)]
-        model, said = config_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True)
+        model, said = config_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
     except DoctorError as error:
         raise CannotBuild(error.message) from None
     except Exception as error:  # whatever the library raises for a config it does not like is the reason
-        raise CannotBuild(f"transformers {transformers.__version__} cannot build {kind}: {type(error).__name__}: {str(error)[:200]}") from error
+        raise CannotBuild(
+            f"transformers {transformers.__version__} cannot build {kind}: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
     finally:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()
     lost = sorted(said["missing_keys"]) + sorted(map(str, said["mismatched_keys"]))
     if lost:
-        raise CannotBuild(f"transformers {transformers.__version__} finds no fitting tensor for {lost[0]}"
-                          + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""))
+        raise CannotBuild(
+            f"transformers {transformers.__version__} finds no fitting tensor for {lost[0]}"
+            + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
+        )
     return model.eval()
 
 
@@ -144,8 +167,10 @@ def _blocks_that_fit(view: Checkpoint) -> int | None:
         return None
     if _need(view, TRUNCATED_BLOCKS) <= free:
         return TRUNCATED_BLOCKS
-    raise CannotBuild(f"{TRUNCATED_BLOCKS} blocks and the embeddings need {_need(view, TRUNCATED_BLOCKS) / 2**30:.1f} GiB in float32, "
-                      f"{free / 2**30:.1f} GiB may be used")
+    raise CannotBuild(
+        f"{TRUNCATED_BLOCKS} blocks and the embeddings need {_need(view, TRUNCATED_BLOCKS) / 2**30:.1f} GiB in float32, "
+        f"{free / 2**30:.1f} GiB may be used"
+    )
 
 
 def _need(checkpoint: Checkpoint, blocks: int | None) -> int:

@@ -1,4 +1,6 @@
-"""How far two models' next-token distributions are apart, and whether a reply has collapsed: pure functions of logits and tokens."""
+"""How far two models' next-token distributions are apart, and whether a reply has collapsed: pure functions of logits
+and tokens.
+"""
 
 import math
 from collections import Counter
@@ -12,7 +14,9 @@ CHUNK_ROWS = 256  # rows of logits worked on at once: 256 × 152k × 4 B = 156 M
 
 @dataclass
 class Tally:
-    """Running sums over token positions. nats throughout. A row with NaN or Inf counts as non-finite and gives no figure."""
+    """Running sums over token positions. nats throughout. A row with NaN or Inf counts as non-finite and gives no
+    figure.
+    """
 
     tokens: int = 0
     nll: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -31,7 +35,9 @@ class Tally:
         width = min(original.shape[1], quantized.shape[1])
         for at in range(0, len(targets), CHUNK_ROWS):
             part = slice(at, at + CHUNK_ROWS)
-            self._add(original[part, :width].float(), quantized[part, :width].float(), targets[part].to(original.device))
+            self._add(
+                original[part, :width].float(), quantized[part, :width].float(), targets[part].to(original.device)
+            )
 
     def _add(self, a: torch.Tensor, b: torch.Tensor, targets: torch.Tensor) -> None:
         self.tokens += len(targets)
@@ -55,7 +61,9 @@ class Tally:
         return math.exp(mean) if mean < 700 else math.inf
 
     def divergence(self) -> tuple[float, float]:
-        """Mean and 99th percentile of KL(original ‖ quantized) over the rows finite in both; NaN where there are none."""
+        """Mean and 99th percentile of KL(original ‖ quantized) over the rows finite in both; NaN where there are
+        none.
+        """
         values = torch.cat(self.kl) if self.kl else torch.zeros(0)
         if not len(values):
             return math.nan, math.nan

@@ -1,4 +1,6 @@
-"""`doctor verify`: is the quantized model still the model? Perplexity, divergence and replies of both, judged by rules."""
+"""`doctor verify`: is the quantized model still the model? Perplexity, divergence and replies of both, judged by
+rules.
+"""
 
 import os
 import time
@@ -9,36 +11,50 @@ from pathlib import Path
 
 import torch
 
-from doctor.scan.header import header_facts, summary
 from doctor.checkpoint.directory import Checkpoint
-from doctor.lint.engine import Report, judge, load_rules, locate
 from doctor.core.errors import DoctorError
-from doctor.evaluate.compare import compare
 from doctor.core.facts import CHECKPOINT, closure
 from doctor.core.host import describe
+from doctor.core.recipe import Recipe
+from doctor.evaluate.compare import compare
+from doctor.lint.engine import Report, judge, load_rules, locate
 from doctor.plan.groups import stored_recipe
-from doctor.quant.calibration import rows as calibration
-from doctor.quant.solve import kernels
 from doctor.quant.budget import free_memory
+from doctor.quant.calibration import rows as calibration
 from doctor.quant.dequantize import quantization
 from doctor.quant.device import device_free, device_memory, device_of
-from doctor.core.recipe import Recipe
+from doctor.quant.solve import kernels
+from doctor.scan.header import header_facts, summary
 from doctor.scan.scan import scan
 
 CONTEXT, ROWS = 512, 24
-PROMPTS = ("The capital of France is", "Water boils at a temperature of", "def add(a, b):\n    return", "1, 2, 3, 4, 5,")
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def add(a, b):\n    return",
+    "1, 2, 3, 4, 5,",
+)
 PROMPT_TOKENS = 16  # of a held-out row, where there is no tokenizer to make prompts with
 
 
-def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: str | os.PathLike | None = None, context: int = CONTEXT,
-           rows: int = ROWS, memory: int | None = None, device: str = "cpu", fail_on: str = "error",
-           progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+def verify(
+    original: str | os.PathLike,
+    quantized: str | os.PathLike,
+    *,
+    text: str | os.PathLike | None = None,
+    context: int = CONTEXT,
+    rows: int = ROWS,
+    memory: int | None = None,
+    device: str = "cpu",
+    fail_on: str = "error",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
     """Report on the quantized checkpoint, with a Comparison against its original among its facts.
 
-    text: a .txt, .jsonl or .parquet file; None takes the half of Python's language reference that no built-in calibration
-    row holds. context: tokens of a row; rows do not overlap. memory: bytes a whole float32 model may take for the greedy
-    replies (half of what is free by default); a larger model is compared without them, and the report says so. device: where both
-    are computed, block by block, in float32; its memory is what counts then.
+    text: a .txt, .jsonl or .parquet file; None takes the half of Python's language reference that no built-in
+    calibration row holds. context: tokens of a row; rows do not overlap. memory: bytes a whole float32 model may take
+    for the greedy replies (half of what is free by default); a larger model is compared without them, and the report
+    says so. device: where both are computed, block by block, in float32; its memory is what counts then.
     """
     started = time.perf_counter()
     for name, value, least in (("--rows", rows, 1), ("--context", context, 2)):
@@ -65,18 +81,35 @@ def verify(original: str | os.PathLike, quantized: str | os.PathLike, *, text: s
     if device != "cpu":
         store.put(CHECKPOINT, "slower_paths", tuple(filter(None, [kernels.note(device)])))
     findings, runs = judge(store, rules)
-    extra = {"comparison": asdict(comparison), "text": {"source": source, "rows": len(ids), "context": context, "stride": context},
-             "machine": describe(), "plain": plain}
+    extra = {
+        "comparison": asdict(comparison),
+        "text": {"source": source, "rows": len(ids), "context": context, "stride": context},
+        "machine": describe(),
+        "plain": plain,
+    }
     if not comparison.generated:
-        extra["not_generated"] = f"a whole model in float32 does not fit the {memory / 2**30:.1f} GiB given to it; --memory raises it"
+        extra["not_generated"] = (
+            f"a whole model in float32 does not fit the {memory / 2**30:.1f} GiB given to it; --memory raises it"
+        )
         extra["reply_bytes"] = memory
-    return Report(checkpoint=second.name, recipe=recipe, findings=locate(findings, second), runs=runs, summary=summary(second, store),
-                  skipped_tensors=scanned.skipped, bytes_read=scanned.bytes_read, seconds=time.perf_counter() - started, fail_on=fail_on,
-                  extra=extra)
+    return Report(
+        checkpoint=second.name,
+        recipe=recipe,
+        findings=locate(findings, second),
+        runs=runs,
+        summary=summary(second, store),
+        skipped_tensors=scanned.skipped,
+        bytes_read=scanned.bytes_read,
+        seconds=time.perf_counter() - started,
+        fail_on=fail_on,
+        extra=extra,
+    )
 
 
 def _rows(checkpoint: Checkpoint, text, rows: int, context: int):
-    """(rows int64[1, context], tokenizer or None, name of the source). Raises DoctorError where there is not one row."""
+    """(rows int64[1, context], tokenizer or None, name of the source). Raises DoctorError where there is not one
+    row.
+    """
     documents = calibration.heldout_documents() if text is None else calibration.read_documents(Path(text))
     if documents.ids:
         ids, tokenizer = [r[:context] for r in documents.ids[:rows] if len(r) > 1], None

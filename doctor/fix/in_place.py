@@ -1,14 +1,16 @@
 """A fix in place, and its undoing: two directories change names in one step, and nothing is ever written into either.
 
-NAME becomes the fixed checkpoint and NAME.before-fix what it was. A journal beside them, synced before the first rename, names
-both directories by inode, so that the next run knows from any state between which is which and finishes or takes back:
+NAME becomes the fixed checkpoint and NAME.before-fix what it was. A journal beside them, synced before the first
+rename, names both directories by inode, so that the next run knows from any state between which is which and finishes
+or takes back:
 
     before the swap      NAME = old               the stage and the new NAME.before-fix go away
     after it             NAME = new               the journal goes away
     between two renames  NAME is absent           NAME.before-fix = old takes its name again
 
-Where the kernel can exchange names (renameat2), the third state does not occur. An undo keeps the same journal (`undo` in it), with
-the same states seen from the other side: old is what NAME.before-fix was, new the fixed copy, which passes through NAME.after-fix.
+Where the kernel can exchange names (renameat2), the third state does not occur. An undo keeps the same journal (`undo`
+in it), with the same states seen from the other side: old is what NAME.before-fix was, new the fixed copy, which passes
+through NAME.after-fix.
 """
 
 import contextlib
@@ -39,7 +41,9 @@ def after_name(path: Path) -> Path:
 
 
 def swap(stage: Path, path: Path) -> None:
-    """`stage` becomes `path`, and what `path` was is kept beside it. Raises OSError; then `path` is as it was, or `recover` makes it so."""
+    """`stage` becomes `path`, and what `path` was is kept beside it. Raises OSError; then `path` is as it was, or
+    `recover` makes it so.
+    """
     kept, journal = kept_name(path), _journal(path)
     _write_journal(journal, {"pid": os.getpid(), "old": _inode(path), "new": _inode(stage)})
     os.rename(stage, kept)
@@ -56,14 +60,21 @@ def swap(stage: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> list[str]:
-    """Finish or take back a swap that a killed run left half done; says what it did. Does nothing where there is no journal."""
+    """Finish or take back a swap that a killed run left half done; says what it did. Does nothing where there is no
+    journal.
+    """
     journal, kept = _journal(path), kept_name(path)
     try:
         record = json.loads(journal.read_text(encoding="utf-8"))
         old, new = record["old"], record["new"]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError):  # cut short: it is synced before anything is renamed, so nothing was
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # cut short: it is synced before anything is renamed, so nothing was
         with contextlib.suppress(OSError):
             os.unlink(journal)
         return []
@@ -111,14 +122,17 @@ def _settle(path: Path, after: Path, changed: list[str]) -> str:
 
 
 def undo(path: Path, receipt: dict, changed: list[str]) -> str:
-    """Give `path` back what a fix in place replaced, by the receipt that lies in it; says what became of the fixed copy.
+    """Give `path` back what a fix in place replaced, by the receipt that lies in it; says what became of the fixed
+    copy.
 
-    changed: files of the fixed copy that are no longer what the receipt says; with any, the copy is kept as NAME.after-fix.
-    A kill at any moment is finished by `recover`. Raises PlanRefused, MachineError.
+    changed: files of the fixed copy that are no longer what the receipt says; with any, the copy is kept as
+    NAME.after-fix. A kill at any moment is finished by `recover`. Raises PlanRefused, MachineError.
     """
     if receipt.get("kept") != kept_name(path).name:
-        raise PlanRefused(f"{path}: was written with -o, so its source was never changed and there is nothing to put back.",
-                          f"Delete {path} to be rid of it; what --overwrite replaced cannot be brought back.")
+        raise PlanRefused(
+            f"{path}: was written with -o, so its source was never changed and there is nothing to put back.",
+            f"Delete {path} to be rid of it; what --overwrite replaced cannot be brought back.",
+        )
     kept, after = kept_name(path), after_name(path)
     if not kept.is_dir():
         raise PlanRefused(f"{kept}: is not there; what the fix replaced was removed, and nothing else holds it.")
@@ -135,7 +149,10 @@ def undo(path: Path, receipt: dict, changed: list[str]) -> str:
         done = _settle(path, after, changed)
         os.unlink(_journal(path))
     except OSError as error:
-        raise MachineError(f"{error.filename or path}: {error.strerror}.", f"Run `doctor undo {path}` again: it goes on where it stopped.") from error
+        raise MachineError(
+            f"{error.filename or path}: {error.strerror}.",
+            f"Run `doctor undo {path}` again: it goes on where it stopped.",
+        ) from error
     return done
 
 
@@ -163,7 +180,9 @@ def sync_folder(path: str | os.PathLike) -> None:
 
 
 def write_back(fd: int, offset: int, count: int) -> None:
-    """Let the kernel begin to write these bytes to the disk, without waiting (sync_file_range). No promise: only fsync is one."""
+    """Let the kernel begin to write these bytes to the disk, without waiting (sync_file_range). No promise: only fsync
+    is one.
+    """
     call = getattr(_libc(), "sync_file_range", None)
     if call is not None:
         call(fd, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)

@@ -1,8 +1,9 @@
-"""From findings to a repaired checkpoint: collects fixes until nothing more is allowed, refuses conflicts, writes, proves, commits.
+"""From findings to a repaired checkpoint: collects fixes until nothing more is allowed, refuses conflicts, writes,
+proves, commits.
 
-The fixes of one pass become edits, the edits a view, the view is judged by all rules, and so on until a pass brings nothing
-new. Nothing is written while planning. `carry_out` stages the view, opens the stage from disk, reads every changed shard
-again under all rules, and renames it into place only if the stage says what the plan said.
+The fixes of one pass become edits, the edits a view, the view is judged by all rules, and so on until a pass brings
+nothing new. Nothing is written while planning. `carry_out` stages the view, opens the stage from disk, reads every
+changed shard again under all rules, and renames it into place only if the stage says what the plan said.
 
 A fix that causes a finding, or leaves the one it was aimed at, stops the whole plan: the idea that every linter that
 rewrites code has arrived at (compare eslint and ruff), with a cap on passes that is a bug of ours when it is reached.
@@ -16,8 +17,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from doctor import __version__
-from doctor.scan.header import header_facts
 from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.safetensors import Shard
+from doctor.core.errors import BadCheckpoint, DoctorError, PlanRefused
+from doctor.core.facts import CHECKPOINT, STAGES, Store, asks
+from doctor.core.recipe import Recipe
+from doctor.edits.derived import opened
 from doctor.edits.kinds import (
     MISSING,
     PHASES,
@@ -29,23 +34,18 @@ from doctor.edits.kinds import (
     Rebase,
     RemoveJson,
     RenameFile,
-    ReplaceText,
     SetJson,
     SetRecipe,
     TakeFile,
     TakeTensor,
 )
-from doctor.lint.engine import RuleRun, judge, locate
-from doctor.core.errors import BadCheckpoint, DoctorError, PlanRefused
-from doctor.core.facts import CHECKPOINT, STAGES, Store, asks
-from doctor.edits.derived import opened
-from doctor.core.recipe import Recipe
-from doctor.lint.rule import Finding, Fix, Rule
-from doctor.scan.scan import scan
-from doctor.checkpoint.safetensors import Shard
-from doctor.fix.in_place import kept_name
 from doctor.edits.overlay import EditedCheckpoint, shown
+from doctor.fix.in_place import kept_name
 from doctor.fix.staging import RECEIPT, Stage, open_stage, sha256
+from doctor.lint.engine import RuleRun, judge, locate
+from doctor.lint.rule import Finding, Fix, Rule
+from doctor.scan.header import header_facts
+from doctor.scan.scan import scan
 
 MAX_PASSES = 10
 PROOF_PROMPTS = 4  # rows of token ids on which a proof compares logits (evaluate/proof.py)
@@ -69,13 +69,25 @@ class Look:
     findings: list[Finding]
     runs: list[RuleRun]
     bytes_read: int = 0
-    bytes_known: int = 0  # of tensors whose values are known, those that an earlier look read and that are as they were included
+    bytes_known: int = (
+        0  # of tensors whose values are known, those that an earlier look read and that are as they were included
+    )
     skipped: dict[str, str] = field(default_factory=dict)
     suppressed: list[Finding] = field(default_factory=list)
 
 
-def look(checkpoint: Checkpoint, recipe: Recipe, rules: list[Rule], *, facts: Iterable[tuple[str, str, object]] = (),
-         stage: str = STAGES[-1], before: Look | None = None, touched: Iterable[str] = (), progress: Callable[[int], None] = lambda n: None, hush=None) -> Look:
+def look(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    rules: list[Rule],
+    *,
+    facts: Iterable[tuple[str, str, object]] = (),
+    stage: str = STAGES[-1],
+    before: Look | None = None,
+    touched: Iterable[str] = (),
+    progress: Callable[[int], None] = lambda n: None,
+    hush=None,
+) -> Look:
     """Judge a checkpoint; with `before`, only tensors that are new, changed shape or are `touched` are read again.
 
     hush(findings, runs, checkpoint) -> config.Hushed takes out what the user suppressed: it is neither shown nor fixed.
@@ -92,7 +104,9 @@ def look(checkpoint: Checkpoint, recipe: Recipe, rules: list[Rule], *, facts: It
             result.skipped = {n: why for n, why in before.skipped.items() if n in kept}
         scanned = scan(part, store, progress)
         result.bytes_read = scanned.bytes_read
-        result.bytes_known = scanned.bytes_read + (checkpoint.total_bytes - sum(t.nbytes for s in part.shards.values() for t in s.tensors))
+        result.bytes_known = scanned.bytes_read + (
+            checkpoint.total_bytes - sum(t.nbytes for s in part.shards.values() for t in s.tensors)
+        )
         result.skipped |= scanned.skipped
     findings, result.runs = judge(store, rules, stage)
     result.findings = locate(findings, checkpoint)
@@ -107,7 +121,10 @@ class _Part:
 
     def __init__(self, checkpoint: Checkpoint, known: set[str]):
         self.tensors, self.open_file = checkpoint.tensors, checkpoint.open_file
-        self.shards = {n: Shard(n, s.size, s.header_bytes, [t for t in s.tensors if t.name not in known]) for n, s in checkpoint.shards.items()}
+        self.shards = {
+            n: Shard(n, s.size, s.header_bytes, [t for t in s.tensors if t.name not in known])
+            for n, s in checkpoint.shards.items()
+        }
 
 
 def _carry(checkpoint: Checkpoint, store: Store, before: Look, touched: set[str]) -> set[str]:
@@ -121,17 +138,25 @@ def _carry(checkpoint: Checkpoint, store: Store, before: Look, touched: set[str]
             continue
         if before.checkpoint.origin(old.shard) != checkpoint.origin(info.shard):
             continue
-        if linears.get(name) != old_linears.get(name) or (name in digested and not before.store.has(f"tensor:{name}", "digests")):
+        if linears.get(name) != old_linears.get(name) or (
+            name in digested and not before.store.has(f"tensor:{name}", "digests")
+        ):
             continue
         kept.add(name)
     paired_before = _named(before.store, "compared")
-    kept -= {name for name in kept if compared.get(name) != paired_before.get(name) or compared.get(name, name) not in kept}
+    kept -= {
+        name for name in kept if compared.get(name) != paired_before.get(name) or compared.get(name, name) not in kept
+    }
     subjects = [f"tensor:{name}" for name in kept] + [f"linear:{linears[name].name}" for name in kept & linears.keys()]
     store.carry(before.store, subjects)
     called = {checkpoint.origin(n): n for n in checkpoint.shards}
     for name in kept & set(digested):  # digests are kept by file, and a file may have another name now
         found = store.get(f"tensor:{name}", "digests")
-        store.put(f"tensor:{name}", "digests", {called.get(before.checkpoint.origin(file), file): digest for file, digest in found.items()})
+        store.put(
+            f"tensor:{name}",
+            "digests",
+            {called.get(before.checkpoint.origin(file), file): digest for file, digest in found.items()},
+        )
     return kept
 
 
@@ -140,7 +165,11 @@ def _named(store: Store, fact: str) -> dict | set:
 
 
 def _linears(store: Store) -> dict:
-    return {linear.tensor: linear for linear in store.get(CHECKPOINT, "spec").linears} if store.has(CHECKPOINT, "spec") else {}
+    return (
+        {linear.tensor: linear for linear in store.get(CHECKPOINT, "spec").linears}
+        if store.has(CHECKPOINT, "spec")
+        else {}
+    )
 
 
 # planning
@@ -148,8 +177,10 @@ def _linears(store: Store) -> dict:
 
 @dataclass(frozen=True)
 class Consent:
-    """What the user allows. unsafe: every unsafe fix but those that go by name; codes: unsafe fixes of these rules, by name
-    included; only: no fix of any other rule. recipe: edits of the recipe too (a quantizer's run; a directory has none)."""
+    """What the user allows. unsafe: every unsafe fix but those that go by name; codes: unsafe fixes of these rules, by
+    name included; only: no fix of any other rule. recipe: edits of the recipe too (a quantizer's run; a directory has
+    none).
+    """
 
     unsafe: bool = False
     codes: frozenset[str] = frozenset()
@@ -163,15 +194,20 @@ class Consent:
 
     def can_carry_out(self, fix: Fix | None) -> bool:
         """Whether there is anything here that edits could do, asked for or not."""
-        return (fix is not None and bool(fix.edits) and fix.safety != "manual"
-                and (self.recipe or not any(isinstance(e, RECIPE_EDITS) for e in fix.edits)))
+        return (
+            fix is not None
+            and bool(fix.edits)
+            and fix.safety != "manual"
+            and (self.recipe or not any(isinstance(e, RECIPE_EDITS) for e in fix.edits))
+        )
 
 
 @dataclass
 class Step:
     """One line of the plan: the fixes of one rule with one title. `waits` says why it is not carried out now.
 
-    diffs: JSON file -> lines of a diff without context. tensors: (names with blocks folded, dtype, old shape or None, new shape or None).
+    diffs: JSON file -> lines of a diff without context. tensors: (names with blocks folded, dtype, old shape or None,
+    new shape or None).
     """
 
     code: str
@@ -217,7 +253,9 @@ class Proof:
 
 @dataclass
 class Plan:
-    """What would be done. `steps` are carried out; `waiting` and `optional` are not; `for_you` are (finding, number of blocks)."""
+    """What would be done. `steps` are carried out; `waiting` and `optional` are not; `for_you` are (finding, number of
+    blocks).
+    """
 
     source: Checkpoint
     view: EditedCheckpoint
@@ -254,12 +292,15 @@ class Plan:
         return any(step.pads for step in self.steps)
 
     def unpadded(self) -> EditedCheckpoint:
-        """The view without the steps that change shapes: what a proof compares with, since other steps may change outputs."""
+        """The view without the steps that change shapes: what a proof compares with, since other steps may change
+        outputs.
+        """
         return EditedCheckpoint(self.source, compose((s.code, e) for s in self.steps if not s.pads for e in s.edits))
 
 
 def compose(owned: Iterable[tuple[str, Edit]]) -> list[Edit]:
-    """(rule code, edit) pairs as one list in the order of phases; the same edit twice is once, in any order of the input.
+    """(rule code, edit) pairs as one list in the order of phases; the same edit twice is once, in any order of the
+    input.
 
     Raises PlanRefused where two different edits have one target, naming both rules and both values.
     """
@@ -277,7 +318,9 @@ class Taken:
 
     def __init__(self, other: "Taken | None" = None):
         self.by_target: dict[str, tuple[str, Edit]] = dict(other.by_target) if other else {}
-        self.values: list[tuple[str, Edit]] = list(other.values) if other else []  # those that may lie around or inside another
+        self.values: list[tuple[str, Edit]] = (
+            list(other.values) if other else []
+        )  # those that may lie around or inside another
 
     def add(self, code: str, edit: Edit) -> None:
         if edit.target not in self.by_target:
@@ -297,7 +340,11 @@ class Taken:
 
 
 def _nested(one: Edit, other: Edit) -> bool:
-    if not isinstance(one, (SetJson, RemoveJson)) or not isinstance(other, (SetJson, RemoveJson)) or one.file != other.file:
+    if (
+        not isinstance(one, (SetJson, RemoveJson))
+        or not isinstance(other, (SetJson, RemoveJson))
+        or one.file != other.file
+    ):
         return False
     return (one.pointer + "/").startswith(other.pointer + "/") or (other.pointer + "/").startswith(one.pointer + "/")
 
@@ -381,21 +428,40 @@ class _Choice:
 def unmet(fix: Fix, findings: Iterable[Finding]) -> list[str]:
     """Codes the fix needs gone that still have a finding on a tensor it edits, or on no tensor in particular."""
     tensors = {e.tensor for e in fix.edits if hasattr(e, "tensor")}
-    return sorted({f.code for f in findings if f.code in fix.needs and (not tensors or f.where.tensor is None or f.where.tensor in tensors)})
+    return sorted(
+        {
+            f.code
+            for f in findings
+            if f.code in fix.needs and (not tensors or f.where.tensor is None or f.where.tensor in tensors)
+        }
+    )
 
 
 def _step(item: Finding) -> Step:
     return Step(item.code, item.name, item.fix.safety, item.fix.title, needs=item.fix.needs)
 
 
-def make_plan(source: Checkpoint, recipe: Recipe, rules: list[Rule], consent: Consent = Consent(), *,
-              facts: Iterable[tuple[str, str, object]] = (), stage: str = STAGES[-1], progress: Progress = no_progress, hush: Callable | None = None) -> Plan:
-    """Judge, collect, judge through the edits, until nothing new is allowed. Reads every tensor once and edited ones again.
+def make_plan(
+    source: Checkpoint,
+    recipe: Recipe,
+    rules: list[Rule],
+    consent: Consent = Consent(),
+    *,
+    facts: Iterable[tuple[str, str, object]] = (),
+    stage: str = STAGES[-1],
+    progress: Progress = no_progress,
+    hush: Callable | None = None,
+) -> Plan:
+    """Judge, collect, judge through the edits, until nothing new is allowed. Reads every tensor once and edited ones
+    again.
 
-    Raises BadCheckpoint where there is nothing to look at and DoctorError where fixes never come to rest (a bug of ours).
+    Raises BadCheckpoint where there is nothing to look at and DoctorError where fixes never come to rest (a bug of
+    ours).
     """
     facts = [*facts, (CHECKPOINT, "asked", consent.codes)]
-    first = current = reference = look(source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush)
+    first = current = reference = look(
+        source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush
+    )
     choice = _Choice(source, consent)
     view = EditedCheckpoint(source)
     for _ in range(MAX_PASSES):
@@ -405,13 +471,29 @@ def make_plan(source: Checkpoint, recipe: Recipe, rules: list[Rule], consent: Co
         recipe = with_fields(recipe, fresh)
         view = EditedCheckpoint(source, choice.taken.edits())
         if any(isinstance(e, Rebase) for e in fresh):  # what the base itself shows was not caused here
-            reference = current = look(view.source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush)
-        current = look(view, recipe, rules, facts=facts, stage=stage, before=None if _regroups(fresh) else current,
-                       touched=_touched(fresh, view), progress=lambda n: progress("scan", n), hush=hush)
+            reference = current = look(
+                view.source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush
+            )
+        current = look(
+            view,
+            recipe,
+            rules,
+            facts=facts,
+            stage=stage,
+            before=None if _regroups(fresh) else current,
+            touched=_touched(fresh, view),
+            progress=lambda n: progress("scan", n),
+            hush=hush,
+        )
     else:
-        raise DoctorError(f"{source.name}: after {MAX_PASSES} passes fixes still bring new fixes ({', '.join(sorted({s.code for s in choice.steps.values()}))}). "
-                          "This is a bug of doctor.", "Nothing was written; fix one rule at a time with --only.")
-    plan = Plan(source, view, recipe, first, current, consent, list(choice.steps.values()), hush=hush, reference=reference)
+        raise DoctorError(
+            f"{source.name}: after {MAX_PASSES} passes fixes still bring new fixes ({', '.join(sorted({s.code for s in choice.steps.values()}))}). "
+            "This is a bug of doctor.",
+            "Nothing was written; fix one rule at a time with --only.",
+        )
+    plan = Plan(
+        source, view, recipe, first, current, consent, list(choice.steps.values()), hush=hush, reference=reference
+    )
     _describe_rest(plan, choice)
     _describe_steps(plan)
     plan.problems = _problems(plan)
@@ -451,7 +533,10 @@ def _describe_rest(plan: Plan, choice: _Choice) -> None:
         if plan.consent.allows(item.code, fix):
             group, reason = waiting, choice.blocked(item, plan.after.findings)
         else:
-            group, reason = optional, "" if not plan.consent.only or item.code in plan.consent.only else "not among --only"
+            group, reason = (
+                optional,
+                "" if not plan.consent.only or item.code in plan.consent.only else "not among --only",
+            )
         step = group.setdefault((item.code, fix.title, reason), _step(item))
         step.waits = reason
         step.add(item)
@@ -480,32 +565,49 @@ def _describe_step(step: Step, before: EditedCheckpoint, after: EditedCheckpoint
     for name in sorted(after.json):
         old, new = before.json.get(name), after.json[name]
         if old is None or old.raw != new.raw:
-            if any(isinstance(e, Rebase) or isinstance(e, TakeFile) and e.file == name for e in step.edits):
+            if any(isinstance(e, Rebase) or (isinstance(e, TakeFile) and e.file == name) for e in step.edits):
                 continue  # another checkpoint's files, not changed ones
-            step.diffs[name] = diff_lines("" if old is None else old.raw.decode("utf-8", "replace"), new.raw.decode("utf-8", "replace"))
+            step.diffs[name] = diff_lines(
+                "" if old is None else old.raw.decode("utf-8", "replace"), new.raw.decode("utf-8", "replace")
+            )
     for name in sorted(after.texts):
         old, new = before.read_file(name), after.texts[name]
         if old != new:
             step.diffs[name] = diff_lines(old.decode("utf-8", "replace"), new.decode("utf-8", "replace"))
     touched = sorted({e.tensor for e in step.edits if hasattr(e, "tensor")})
-    step.notes += [f"{e.file}: {after.entries[after.called(e.file)].size:,} bytes, sha256 {e.sha256}" for e in step.edits
-                   if isinstance(e, TakeFile) and after.called(e.file) in after.entries]
+    step.notes += [
+        f"{e.file}: {after.entries[after.called(e.file)].size:,} bytes, sha256 {e.sha256}"
+        for e in step.edits
+        if isinstance(e, TakeFile) and after.called(e.file) in after.entries
+    ]
     step.notes += [f"{e.file} → {e.to}" for e in step.edits if isinstance(e, RenameFile)]
     changes: dict[tuple, list[str]] = {}
     for name in touched:
         old, new = before.tensors.get(name), after.tensors.get(name)
         if old is not None or new is not None:
             kinds = dict.fromkeys(t.dtype.name for t in (old, new) if t is not None)
-            changes.setdefault((" → ".join(kinds), old.shape if old else None, new.shape if new else None), []).append(name)
+            changes.setdefault((" → ".join(kinds), old.shape if old else None, new.shape if new else None), []).append(
+                name
+            )
     for (dtype, old_shape, new_shape), names in changes.items():
         step.tensors += [(folded, dtype, old_shape, new_shape) for folded in fold_names(names)]
     step.tensors.sort(key=lambda t: t[0])
-    pads = {(before.tensors[e.tensor].shape[e.axis], e.size, e.spread) for e in step.edits if isinstance(e, PadTensor) and e.tensor in before.tensors}
+    pads = {
+        (before.tensors[e.tensor].shape[e.axis], e.size, e.spread)
+        for e in step.edits
+        if isinstance(e, PadTensor) and e.tensor in before.tensors
+    }
     for old_size, size, spread in sorted(pads):
         where = "spread evenly, so no group of neighbours is all zero" if spread else "at the end of each part"
         step.notes.append(f"{size - old_size:,} zero channels, {old_size:,} → {size:,}, {where}")
-    grown = {(before.tensors[e.tensor].shape[0], e.size) for e in step.edits if isinstance(e, GrowRows) and e.tensor in before.tensors}
-    step.notes += [f"{size - old:,} rows more, {old:,} → {size:,}, each the mean of the others" for old, size in sorted(grown)]
+    grown = {
+        (before.tensors[e.tensor].shape[0], e.size)
+        for e in step.edits
+        if isinstance(e, GrowRows) and e.tensor in before.tensors
+    }
+    step.notes += [
+        f"{size - old:,} rows more, {old:,} → {size:,}, each the mean of the others" for old, size in sorted(grown)
+    ]
 
 
 def diff_lines(old: str, new: str, most: int = 40) -> list[str]:
@@ -521,14 +623,18 @@ def diff_lines(old: str, new: str, most: int = 40) -> list[str]:
         tail += 1
     a, b = a[head : len(a) - tail], b[head : len(b) - tail]
     # Worked out for what differs alone: a tokenizer.json has hundreds of thousands of lines.
-    codes = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if max(len(a), len(b)) <= 2000 else [("replace", 0, len(a), 0, len(b))]
+    codes = (
+        difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+        if max(len(a), len(b)) <= 2000
+        else [("replace", 0, len(a), 0, len(b))]
+    )
     lines = []
     for tag, a0, a1, b0, b1 in codes:
         if tag == "equal":
             continue
         lines.append(f"@@ -{head + a0 + 1},{a1 - a0} +{head + b0 + 1},{b1 - b0} @@")
-        lines += ["-" + _clipped(line, b[b0 : b1][i : i + 1]) for i, line in enumerate(a[a0:a1])]
-        lines += ["+" + _clipped(line, a[a0 : a1][i : i + 1]) for i, line in enumerate(b[b0:b1])]
+        lines += ["-" + _clipped(line, b[b0:b1][i : i + 1]) for i, line in enumerate(a[a0:a1])]
+        lines += ["+" + _clipped(line, a[a0:a1][i : i + 1]) for i, line in enumerate(b[b0:b1])]
     if len(lines) > most:
         lines = [*lines[: most - 1], f"and {len(lines) - most + 1:,} more lines"]
     return lines
@@ -544,7 +650,9 @@ def _clipped(line: str, other: list[str], width: int = 160) -> str:
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Tensor names alike but for numbers, as few lines as say exactly the same: layers.{0-1}.mlp.experts.{0-3}.up_proj.weight."""
+    """Tensor names alike but for numbers, as few lines as say exactly the same:
+    layers.{0-1}.mlp.experts.{0-3}.up_proj.weight.
+    """
     import itertools
     import re
 
@@ -567,7 +675,11 @@ def fold_names(names: Iterable[str]) -> list[str]:
 
 def _key(item: Finding, checkpoint: Checkpoint) -> tuple:
     """What makes two findings the same one; a file goes by its name on disk."""
-    subject = f"shard:{checkpoint.origin(name)}" if (name := item.subject.removeprefix("shard:")) != item.subject else item.subject
+    subject = (
+        f"shard:{checkpoint.origin(name)}"
+        if (name := item.subject.removeprefix("shard:")) != item.subject
+        else item.subject
+    )
     return item.code, subject, checkpoint.origin(item.where.file), item.where.tensor, item.where.pointer
 
 
@@ -579,9 +691,18 @@ def _problems(plan: Plan) -> list[str]:
     remaining, allowed = (Counter(_key(f, view) for f in seen.findings) for seen in (plan.after, plan.before))
     cured = {_key(f, view): f for step in plan.steps for f in step.findings}
     allowed.subtract(_key(f, view) for step in plan.steps for f in step.findings)
-    found = [f"{f.code} is still there after its fix: {f.message}" for key, f in cured.items() if remaining[key] > max(allowed[key], 0)]
-    found += [f"{code} crashed on what the fixes give, so it cannot tell whether all is well" for code in _crashed(plan.after) - _crashed(plan.before)]
-    return found + [f"{f.code} appears because of the fixes: {f.message}" for f in caused(plan.reference or plan.before, plan.after)]
+    found = [
+        f"{f.code} is still there after its fix: {f.message}"
+        for key, f in cured.items()
+        if remaining[key] > max(allowed[key], 0)
+    ]
+    found += [
+        f"{code} crashed on what the fixes give, so it cannot tell whether all is well"
+        for code in _crashed(plan.after) - _crashed(plan.before)
+    ]
+    return found + [
+        f"{f.code} appears because of the fixes: {f.message}" for f in caused(plan.reference or plan.before, plan.after)
+    ]
 
 
 def _crashed(seen: Look) -> set[str]:
@@ -615,12 +736,27 @@ class Outcome:
     notes: list[str]
 
 
-def carry_out(plan: Plan, output: Path, rules: list[Rule], *, copy: bool = False, overwrite: bool = False, in_place: bool = False, proofs: Iterable[Proof] = (),
-              facts: Iterable[tuple[str, str, object]] = (), stage: str = STAGES[-1], progress: Progress = no_progress) -> Outcome:
-    """Write the plan's view to `output`, judge it again from disk, commit. Raises PlanRefused, MachineError, BadCheckpoint."""
+def carry_out(
+    plan: Plan,
+    output: Path,
+    rules: list[Rule],
+    *,
+    copy: bool = False,
+    overwrite: bool = False,
+    in_place: bool = False,
+    proofs: Iterable[Proof] = (),
+    facts: Iterable[tuple[str, str, object]] = (),
+    stage: str = STAGES[-1],
+    progress: Progress = no_progress,
+) -> Outcome:
+    """Write the plan's view to `output`, judge it again from disk, commit. Raises PlanRefused, MachineError,
+    BadCheckpoint.
+    """
     proofs = list(proofs)
     refuse(plan, proofs)
-    with open_stage(plan.view, output, copy=copy, overwrite=overwrite, in_place=in_place, progress=lambda n: progress("write", n)) as staged:
+    with open_stage(
+        plan.view, output, copy=copy, overwrite=overwrite, in_place=in_place, progress=lambda n: progress("write", n)
+    ) as staged:
         staged.write()
         again, digests = _verify(plan, staged, rules, list(facts), stage, progress)
         receipt = _receipt(plan, staged, digests, again, proofs)
@@ -635,11 +771,18 @@ def refuse(plan: Plan, proofs: Iterable[Proof] = ()) -> None:
     problems = [*plan.problems, *(f"the logits differ: {d}" for d in differs)]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise PlanRefused(f"{plan.source.name}: {'; '.join(problems[:5])}{more}.", "Nothing was written; choose fixes one by one with --only.")
+        raise PlanRefused(
+            f"{plan.source.name}: {'; '.join(problems[:5])}{more}.",
+            "Nothing was written; choose fixes one by one with --only.",
+        )
 
 
-def _verify(plan: Plan, staged: Stage, rules: list[Rule], facts: list, stage: str, progress: Progress) -> tuple[Look, dict]:
-    """Open the stage from disk, read every changed shard, and demand what the plan saw; also the digests for the receipt."""
+def _verify(
+    plan: Plan, staged: Stage, rules: list[Rule], facts: list, stage: str, progress: Progress
+) -> tuple[Look, dict]:
+    """Open the stage from disk, read every changed shard, and demand what the plan saw; also the digests for the
+    receipt.
+    """
     only = plan.source.only
     disk = Checkpoint.open(staged.path / only if only else staged.path)
     changed = [n for n in plan.files_written if n in disk.entries]
@@ -647,24 +790,46 @@ def _verify(plan: Plan, staged: Stage, rules: list[Rule], facts: list, stage: st
     with ThreadPoolExecutor(2) as pool:  # hashing leaves Python's lock, so it runs beside the scan
         after = {n: pool.submit(sha256, staged.path / n) for n in changed}
         origin = _origin(plan)
-        before = {n: pool.submit(_sha256_if_readable, origin.path(old)) for n in changed if (old := plan.view.origin(n)) in origin.entries}
-        again = look(disk, plan.recipe, rules, facts=facts, stage=stage, before=plan.after, touched=touched,
-                     progress=lambda n: progress("verify", n), hush=plan.hush)
+        before = {
+            n: pool.submit(_sha256_if_readable, origin.path(old))
+            for n in changed
+            if (old := plan.view.origin(n)) in origin.entries
+        }
+        again = look(
+            disk,
+            plan.recipe,
+            rules,
+            facts=facts,
+            stage=stage,
+            before=plan.after,
+            touched=touched,
+            progress=lambda n: progress("verify", n),
+            hush=plan.hush,
+        )
         digests = {n: (before[n].result() if n in before else None, after[n].result()) for n in changed}
     for edit in plan.view.edits:
         name = plan.view.called(edit.file) if isinstance(edit, TakeFile) else None
         if name in plan.view.taken and digests[name][1] != edit.sha256:
-            raise BadCheckpoint(f"{edit.file}: came with sha256 {digests[name][1]}; the plan was made for {edit.sha256}.",
-                                "Nothing was kept; run the command again.")
+            raise BadCheckpoint(
+                f"{edit.file}: came with sha256 {digests[name][1]}; the plan was made for {edit.sha256}.",
+                "Nothing was kept; run the command again.",
+            )
     expected = Counter(_key(f, disk) for f in plan.after.findings)
     unexpected = [f for f in again.findings if not expected[_key(f, disk)]]
     if unexpected:
-        raise PlanRefused(f"{staged.output}: the stage shows {unexpected[0].code}, which the plan did not: {unexpected[0].message}.",
-                          "Nothing was kept. This is a bug of doctor, or something wrote to the files meanwhile.")
+        raise PlanRefused(
+            f"{staged.output}: the stage shows {unexpected[0].code}, which the plan did not: {unexpected[0].message}.",
+            "Nothing was kept. This is a bug of doctor, or something wrote to the files meanwhile.",
+        )
     for name in sorted(touched):
         subject = f"tensor:{name}"
-        if again.store.has(subject, "stats") and again.store.get(subject, "stats") != plan.after.store.get(subject, "stats"):
-            raise BadCheckpoint(f"{name}: its values on the stage are not those that were planned.", "Nothing was kept; run the command again.")
+        if again.store.has(subject, "stats") and again.store.get(subject, "stats") != plan.after.store.get(
+            subject, "stats"
+        ):
+            raise BadCheckpoint(
+                f"{name}: its values on the stage are not those that were planned.",
+                "Nothing was kept; run the command again.",
+            )
     return again, digests
 
 
@@ -683,27 +848,51 @@ def _origin(plan: Plan) -> Checkpoint:
 
 
 def _taken_from(plan: Plan, base) -> dict:
-    """The base as the receipt holds it: its name, never a path, and the sha256 of each file that something was taken from."""
+    """The base as the receipt holds it: its name, never a path, and the sha256 of each file that something was taken
+    from.
+    """
     edits = plan.view.edits
     files = {e.file for e in edits if isinstance(e, TakeFile)}
-    files |= {base.checkpoint.tensors[e.tensor].shard for e in edits if isinstance(e, TakeTensor) and e.root == base.root}
+    files |= {
+        base.checkpoint.tensors[e.tensor].shard for e in edits if isinstance(e, TakeTensor) and e.root == base.root
+    }
     if any(isinstance(e, Rebase) for e in edits):
         files |= {old for n in plan.view.changed if (old := plan.view.origin(n)) in base.checkpoint.entries}
     return {"name": base.name, "files": {n: base.checkpoint.sha256(n) for n in sorted(files)}}
 
 
 def _receipt(plan: Plan, staged: Stage, digests: dict, again: Look, proofs: list[Proof]) -> dict:
-    """The receipt: what was done to which file, and what was found before and after. The same input gives the same text."""
+    """The receipt: what was done to which file, and what was found before and after. The same input gives the same
+    text.
+    """
     base = plan.before.store.get(CHECKPOINT, "base") if plan.before.store.has(CHECKPOINT, "base") else None
     names = {str(plan.source.root): plan.source.name, **({base.root: base.name} if base is not None else {})}
     receipt = {
-        "schema": SCHEMA, "doctor": __version__, "source": plan.source.name, "recipe": plan.recipe.label(),
-        "steps": [{"code": s.code, "name": s.name, "safety": s.safety, "title": s.title.replace(base.text, base.name) if base is not None else s.title,
-                   "edits": [_edit_data(e, names) for e in sorted(s.edits, key=lambda e: (PHASES.index(e.phase), e.target))]}
-                  for s in plan.steps],
-        "written": [{"file": n, "bytes": plan.view.entries[n].size, "sha256_before": old, "sha256_after": new}
-                    for n, (old, new) in sorted(digests.items())],
-        "unchanged": [{"file": f.name, "bytes": f.size, "how": f.how} for f in sorted(staged.files, key=lambda f: f.name) if f.how != "written"],
+        "schema": SCHEMA,
+        "doctor": __version__,
+        "source": plan.source.name,
+        "recipe": plan.recipe.label(),
+        "steps": [
+            {
+                "code": s.code,
+                "name": s.name,
+                "safety": s.safety,
+                "title": s.title.replace(base.text, base.name) if base is not None else s.title,
+                "edits": [
+                    _edit_data(e, names) for e in sorted(s.edits, key=lambda e: (PHASES.index(e.phase), e.target))
+                ],
+            }
+            for s in plan.steps
+        ],
+        "written": [
+            {"file": n, "bytes": plan.view.entries[n].size, "sha256_before": old, "sha256_after": new}
+            for n, (old, new) in sorted(digests.items())
+        ],
+        "unchanged": [
+            {"file": f.name, "bytes": f.size, "how": f.how}
+            for f in sorted(staged.files, key=lambda f: f.name)
+            if f.how != "written"
+        ],
         "not_carried": dict(sorted(staged.not_carried.items())),
         "bytes_written": sum(f.size for f in staged.files if f.how in ("written", "copied")),
         "findings_before": [_finding_data(f) for f in plan.before.findings],

@@ -1,9 +1,9 @@
 """Puts a view on disk so that the output is whole or absent, and the source is never written to.
 
-Everything goes into a stage directory beside the output, on the same file system: files no edit changes become reflinks or
-hard links, edited shards are streamed (untouched ranges copied inside the kernel), every written file is synced. The caller
-then opens the stage, scans it and calls `commit`: one rename. An error, Ctrl-C or a kill before that leaves no output; what
-a killed run left behind is removed by the next one, which says so.
+Everything goes into a stage directory beside the output, on the same file system: files no edit changes become reflinks
+or hard links, edited shards are streamed (untouched ranges copied inside the kernel), every written file is synced. The
+caller then opens the stage, scans it and calls `commit`: one rename. An error, Ctrl-C or a kill before that leaves no
+output; what a killed run left behind is removed by the next one, which says so.
 """
 
 import contextlib
@@ -20,12 +20,16 @@ import numpy as np
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, MachineError, PlanRefused
-from doctor.fix.in_place import CANNOT, exchange, kept_name, swap, sync_folder, write_back
 from doctor.edits.overlay import EditedCheckpoint, Piece
+from doctor.fix.in_place import CANNOT, exchange, kept_name, swap, sync_folder, write_back
 
 COPY_STEP = 64 << 20  # bytes a call: larger steps were no faster, and Ctrl-C is heard between them
-SLAB_BYTES = 1 << 20  # of an edited tensor worked out at once: larger slabs leave the cache and took twice the system time
-WRITE_BACK_STEP = 16 << 20  # the disk is set to work every so many bytes, so that little is left for the sync at the end
+SLAB_BYTES = (
+    1 << 20
+)  # of an edited tensor worked out at once: larger slabs leave the cache and took twice the system time
+WRITE_BACK_STEP = (
+    16 << 20
+)  # the disk is set to work every so many bytes, so that little is left for the sync at the end
 SPARE_BYTES = 1 << 20  # left free for directory entries and the receipt
 RECEIPT = "doctor.json"
 _FICLONE = 0x40049409
@@ -61,7 +65,9 @@ class Stage:
     _syncing: list[Future] = field(default_factory=list)
 
     def write(self) -> None:
-        """Every file of the view. Raises MachineError (disk, permissions) or BadCheckpoint (the source changed meanwhile)."""
+        """Every file of the view. Raises MachineError (disk, permissions) or BadCheckpoint (the source changed
+        meanwhile).
+        """
         before = self._source_state()
         # Shards are synced while the next one is written; leaving the block waits for all of them, whatever happened.
         with _machine(self.path), ThreadPoolExecutor(1) as pool:
@@ -82,11 +88,16 @@ class Stage:
                 job.result()
         if self._private:
             more = f" and {len(self._private) - 1} more" if len(self._private) > 1 else ""
-            self.notes.append(f"{self._private[0]}{more}: linked, so still readable by the owner alone, as in the source; --copy gives mode 0644")
+            self.notes.append(
+                f"{self._private[0]}{more}: linked, so still readable by the owner alone, as in the source; --copy gives mode 0644"
+            )
         for problem in self.view.problems:
             self.not_carried[problem.tensor or "?"] = problem.detail
         if self._source_state() != before:
-            raise BadCheckpoint(f"{self.view.source.root}: the files changed while they were read.", "Run the command again when nothing writes there.")
+            raise BadCheckpoint(
+                f"{self.view.source.root}: the files changed while they were read.",
+                "Run the command again when nothing writes there.",
+            )
 
     def _leave_receipt(self) -> None:
         """The receipt of an earlier run, which the new one quotes; a file of another kind is said to be missing."""
@@ -118,7 +129,9 @@ class Stage:
         try:
             sync_folder(self.output.parent)
         except OSError as error:
-            self.notes.append(f"{self.output.parent}: {error.strerror}; the output is whole, but a power cut now could still lose it")
+            self.notes.append(
+                f"{self.output.parent}: {error.strerror}; the output is whole, but a power cut now could still lose it"
+            )
 
     def _replace(self) -> None:
         if not os.listdir(self.output):
@@ -180,7 +193,9 @@ class Stage:
                 if error.errno not in CANNOT:
                     raise
                 self._way = "copy"
-                self.notes.append(f"unchanged files are copied: {os.path.basename(source)} cannot be linked ({os.strerror(error.errno)})")
+                self.notes.append(
+                    f"unchanged files are copied: {os.path.basename(source)} cannot be linked ({os.strerror(error.errno)})"
+                )
         with _create(target) as fd, open(source, "rb", buffering=0) as file:
             self._copy_range(file, 0, fd, size)
             self._sync_behind(fd)
@@ -201,7 +216,7 @@ class Stage:
             for name in sorted(names):
                 path = os.path.join(folder, name)
                 real, relative = os.path.realpath(path), os.path.relpath(path, root)
-                if os.path.islink(path) and not self.view.source.may_follow(real) or not os.path.isfile(real):
+                if (os.path.islink(path) and not self.view.source.may_follow(real)) or not os.path.isfile(real):
                     self.not_carried[relative] = "a link that leads out of the directory, or no regular file"
                 else:
                     self._carry(relative, real)
@@ -219,20 +234,28 @@ class Stage:
         self._syncing.append(self._pool.submit(sync))
 
     def _copy_range(self, source, offset: int, fd: int, count: int, at: int = 0) -> None:
-        """`count` bytes of an open file from `offset` to the end of `fd`, which is at byte `at`, inside the kernel where it can."""
+        """`count` bytes of an open file from `offset` to the end of `fd`, which is at byte `at`, inside the kernel
+        where it can.
+        """
         source_fd = source.fileno()
         in_kernel = hasattr(os, "copy_file_range")
         while count:
             step = min(count, COPY_STEP)
             try:
-                done = os.copy_file_range(source_fd, fd, step, offset) if in_kernel else _read_write(source_fd, fd, step, offset)
+                done = (
+                    os.copy_file_range(source_fd, fd, step, offset)
+                    if in_kernel
+                    else _read_write(source_fd, fd, step, offset)
+                )
             except OSError as error:
                 if not in_kernel or error.errno not in CANNOT:
                     raise
                 in_kernel = False
                 continue
             if done == 0:
-                raise BadCheckpoint(f"{source.name}: ends at byte {offset:,} while {count:,} more were to come; it became shorter while it was read.")
+                raise BadCheckpoint(
+                    f"{source.name}: ends at byte {offset:,} while {count:,} more were to come; it became shorter while it was read."
+                )
             write_back(fd, at, done)
             offset += done
             at += done
@@ -250,12 +273,19 @@ class Stage:
 
 
 @contextlib.contextmanager
-def open_stage(view: EditedCheckpoint, output: str | os.PathLike, *, copy: bool = False, overwrite: bool = False, in_place: bool = False,
-               progress: Callable[[int], None] = lambda n: None) -> Iterator[Stage]:
+def open_stage(
+    view: EditedCheckpoint,
+    output: str | os.PathLike,
+    *,
+    copy: bool = False,
+    overwrite: bool = False,
+    in_place: bool = False,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Iterator[Stage]:
     """A stage for `output`, removed again unless it was committed.
 
-    progress gets the bytes of each step. Raises PlanRefused for an output that may not be written, MachineError for a disk
-    that is too small or refuses.
+    progress gets the bytes of each step. Raises PlanRefused for an output that may not be written, MachineError for a
+    disk that is too small or refuses.
     """
     output = Path(os.path.abspath(output))
     if in_place:
@@ -269,8 +299,10 @@ def open_stage(view: EditedCheckpoint, output: str | os.PathLike, *, copy: bool 
         disk = os.statvfs(output.parent)
         free = disk.f_bavail * disk.f_frsize
         if need + SPARE_BYTES > free:
-            raise MachineError(f"{output.parent}: {free:,} bytes are free; {need + SPARE_BYTES:,} will be written.",
-                               "Free some space, or choose an output on the source's own file system, where unchanged files are only linked.")
+            raise MachineError(
+                f"{output.parent}: {free:,} bytes are free; {need + SPARE_BYTES:,} will be written.",
+                "Free some space, or choose an output on the source's own file system, where unchanged files are only linked.",
+            )
         path = _stage_path(output, os.getpid())
         os.mkdir(path)
     stage = Stage(view, output, path, copy, overwrite, in_place, progress, notes=notes)
@@ -288,7 +320,9 @@ def open_stage(view: EditedCheckpoint, output: str | os.PathLike, *, copy: bool 
 
 @contextlib.contextmanager
 def open_fetch(output: Path) -> Iterator[Path]:
-    """A directory beside `output` for what is fetched from elsewhere, so that a file of it is linked into the stage and not copied."""
+    """A directory beside `output` for what is fetched from elsewhere, so that a file of it is linked into the stage and
+    not copied.
+    """
     parent = next(p for p in output.parents if p.is_dir())
     with _machine(parent):
         if parent == output.parent:
@@ -308,18 +342,25 @@ def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
     """Raises PlanRefused where writing `output` could harm something that is there."""
     root, real = os.path.realpath(source.root), os.path.realpath(output)
     if real == root or real.startswith(root + os.sep) or root.startswith(real + os.sep):
-        raise PlanRefused(f"{output}: lies in the source, or the source in it; the source is never written to.", "Choose another output.")
+        raise PlanRefused(
+            f"{output}: lies in the source, or the source in it; the source is never written to.",
+            "Choose another output.",
+        )
     if not os.path.lexists(output):
         return
     if os.path.islink(output) or not os.path.isdir(output):
         raise PlanRefused(f"{output}: exists and is not a directory.", "Choose another output.")
     there = os.listdir(output)
     if there and not overwrite:
-        raise PlanRefused(f"{output}: exists and holds {_files(there)}; an output must be new or empty.",
-                          "Choose another output, or `doctor fix --overwrite`.")
+        raise PlanRefused(
+            f"{output}: exists and holds {_files(there)}; an output must be new or empty.",
+            "Choose another output, or `doctor fix --overwrite`.",
+        )
     if there and not any(n in ("config.json", RECEIPT) or n.endswith(".safetensors") for n in there):
-        raise PlanRefused(f"{output}: holds {_files(there)} and none of them is a checkpoint's; --overwrite replaces checkpoints only.",
-                          "Choose another output.")
+        raise PlanRefused(
+            f"{output}: holds {_files(there)} and none of them is a checkpoint's; --overwrite replaces checkpoints only.",
+            "Choose another output.",
+        )
 
 
 def _files(names: list[str]) -> str:
@@ -329,12 +370,20 @@ def _files(names: list[str]) -> str:
 def check_in_place(source: Checkpoint, path: Path) -> None:
     """Raises PlanRefused where a checkpoint cannot change places with its fixed copy."""
     if source.only or os.path.realpath(source.root) != str(path):
-        raise PlanRefused(f"{source.root}: no plain directory of its own name; only such a one is fixed in place.", "Write a copy with -o.")
+        raise PlanRefused(
+            f"{source.root}: no plain directory of its own name; only such a one is fixed in place.",
+            "Write a copy with -o.",
+        )
     if any(entry.target for entry in source.entries.values()) or path.parent.name == "snapshots":
-        raise PlanRefused(f"{path}: its files are links, as in a Hub cache, which other programs count on.", "Write a copy with -o.")
+        raise PlanRefused(
+            f"{path}: its files are links, as in a Hub cache, which other programs count on.", "Write a copy with -o."
+        )
     kept = kept_name(path)
     if os.path.lexists(kept):
-        raise PlanRefused(f"{kept}: holds what an earlier fix in place replaced.", f"`doctor undo {path}` puts it back; delete it if it is not needed.")
+        raise PlanRefused(
+            f"{kept}: holds what an earlier fix in place replaced.",
+            f"`doctor undo {path}` puts it back; delete it if it is not needed.",
+        )
 
 
 def bytes_needed(view: EditedCheckpoint, parent: Path, copy: bool) -> int:
@@ -348,11 +397,19 @@ def bytes_needed(view: EditedCheckpoint, parent: Path, copy: bool) -> int:
 
 
 def changed_since(folder: Path, receipt: dict) -> list[str]:
-    """Files of an output that are not what its receipt says: other bytes in edited ones, other sizes, absent, or more."""
+    """Files of an output that are not what its receipt says: other bytes in edited ones, other sizes, absent, or
+    more.
+    """
     written = {e["file"]: e for e in receipt["written"]}
     known = {**{e["file"]: e["bytes"] for e in receipt["unchanged"]}, **{n: e["bytes"] for n, e in written.items()}}
-    found = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != RECEIPT}
-    wrong = [n for n in sorted({*known, *found}) if known.get(n) != found.get(n) and not (n in written and n not in found and not known[n])]
+    found = {
+        str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != RECEIPT
+    }
+    wrong = [
+        n
+        for n in sorted({*known, *found})
+        if known.get(n) != found.get(n) and not (n in written and n not in found and not known[n])
+    ]
     return wrong + [n for n, e in written.items() if n not in wrong and e["sha256_after"] != sha256(folder / n)]
 
 
@@ -363,7 +420,12 @@ def clean_stale(output: Path) -> list[str]:
     for name in sorted(os.listdir(output.parent)):
         kind, _, pid = name.removeprefix(prefix).partition("-")
         path = output.parent / name
-        if not name.startswith(prefix) or kind not in ("stage", "old", "fetch") or not pid.isdigit() or not _is_dead(path, int(pid)):
+        if (
+            not name.startswith(prefix)
+            or kind not in ("stage", "old", "fetch")
+            or not pid.isdigit()
+            or not _is_dead(path, int(pid))
+        ):
             continue
         if kind == "old" and not os.path.lexists(output):
             os.rename(path, output)
@@ -422,12 +484,16 @@ def _machine(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or where
-        raise MachineError(f"{place}: {error.strerror or error}.", "The source is untouched and no output was made.") from error
+        raise MachineError(
+            f"{place}: {error.strerror or error}.", "The source is untouched and no output was made."
+        ) from error
 
 
 @contextlib.contextmanager
 def _create(path: Path) -> Iterator[int]:
-    """A new file of mode 0644 less the umask, open for writing (safetensors' own writer leaves 0600, which locks others out)."""
+    """A new file of mode 0644 less the umask, open for writing (safetensors' own writer leaves 0600, which locks others
+    out).
+    """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         yield fd

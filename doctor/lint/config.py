@@ -1,12 +1,12 @@
 """Configuration: which file said what, what it selects, and what it suppresses with a reason.
 
-Layers, the later one wins: what is built in; the nearest doctor.toml, or pyproject.toml with [tool.doctor], upward from the
-working directory; DOCTOR_* variables; flags. A doctor.toml inside a checkpoint is no layer: it came with the files, so it may
-only suppress, and what it suppresses is counted on the last line. For the same reason a directory that looks like a
-checkpoint is passed over on the way up: `cd download && doctor check .` must not load rules out of the download.
+Layers, the later one wins: what is built in; the nearest doctor.toml, or pyproject.toml with [tool.doctor], upward from
+the working directory; DOCTOR_* variables; flags. A doctor.toml inside a checkpoint is no layer: it came with the files,
+so it may only suppress, and what it suppresses is counted on the last line. For the same reason a directory that looks
+like a checkpoint is passed over on the way up: `cd download && doctor check .` must not load rules out of the download.
 
-A shard has no comments, so suppressions live here. One that matches nothing is itself a finding (S001), or it would outlive
-the defect it was written for and hide the next one.
+A shard has no comments, so suppressions live here. One that matches nothing is itself a finding (S001), or it would
+outlive the defect it was written for and hide the next one.
 """
 
 import re
@@ -18,10 +18,10 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
-from doctor.lint.engine import RuleRun, match_rules
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.facts import CHECKPOINT
 from doctor.core.recipe import Recipe, parse_runtime
+from doctor.lint.engine import RuleRun, match_rules
 from doctor.lint.rule import RULES, SEVERITIES, Finding, Place, Rule, headline
 
 FILE = "doctor.toml"
@@ -29,18 +29,39 @@ MAX_BYTES = 1 << 20
 MAX_STARS = 8  # of one pattern; the checkpoint's own patterns are not to be trusted with the time they take
 MAX_RANGE = 1000  # numbers of one {a-b}
 _STRINGS = "a list of strings"
-_TYPES = {"select": _STRINGS, "extend-select": _STRINGS, "ignore": _STRINGS, "rules": _STRINGS, "fail-on": "a string",
-          "recipe": "a table", "suppress": "an array of tables"}
+_TYPES = {
+    "select": _STRINGS,
+    "extend-select": _STRINGS,
+    "ignore": _STRINGS,
+    "rules": _STRINGS,
+    "fail-on": "a string",
+    "recipe": "a table",
+    "suppress": "an array of tables",
+}
 _SUPPRESS = {"code": "a string", "where": "a string", "reason": "a string", "until": "a date", "sha256": "a string"}
 
 
 def own_rule(doc: str, severity: str) -> Rule:
-    """A rule of the engine's own, which is judged here and not by the store: its page is `doc`, like that of any rule file."""
+    """A rule of the engine's own, which is judged here and not by the store: its page is `doc`, like that of any rule
+    file.
+    """
     code = doc.split(" ", 1)[0]
-    return Rule(code, *headline(doc, code), severity, "certain", "checkpoint", "listing", (), lambda *_: (), doc, module=__name__)
+    return Rule(
+        code,
+        *headline(doc, code),
+        severity,
+        "certain",
+        "checkpoint",
+        "listing",
+        (),
+        lambda *_: (),
+        doc,
+        module=__name__,
+    )
 
 
-UNUSED = own_rule("""S001 unused-suppression: a suppression in the configuration matches no finding.
+UNUSED = own_rule(
+    """S001 unused-suppression: a suppression in the configuration matches no finding.
 
 Why: what it was written for is gone, or its pattern never fitted. Left in place it would hide the next defect at that place without
 a word.
@@ -64,8 +85,11 @@ Sources: doctor/lint/config.py.
 次没有运行的规则不会报 S001。
 
 修复: 不提供修复：文件是你的。
-""", "warning")
-UNTRUSTED = own_rule("""S002 configuration-in-checkpoint: the checkpoint's own doctor.toml says more than it may, or cannot be read.
+""",
+    "warning",
+)
+UNTRUSTED = own_rule(
+    """S002 configuration-in-checkpoint: the checkpoint's own doctor.toml says more than it may, or cannot be read.
 
 Why: it came with the files, from whoever made them. It may suppress findings, which is counted; it may not select, ignore, load rules
 or change the plan.
@@ -87,7 +111,9 @@ Sources: doctor/lint/config.py.
 误报: 无。
 
 修复: 不提供修复。
-""", "warning")
+""",
+    "warning",
+)
 OWN_RULES = (UNUSED, UNTRUSTED)
 
 
@@ -101,7 +127,9 @@ class Selection:
 
 
 def choose(rules: Iterable[Rule], layers: Iterable[Selection]) -> list[Rule]:
-    """Rules left after every layer, first layer first. Raises DoctorError for a word that means no rule, and when none is left."""
+    """Rules left after every layer, first layer first. Raises DoctorError for a word that means no rule, and when none
+    is left.
+    """
     rules = list(rules)
     chosen = {r.code for r in rules}
     for layer in layers:
@@ -109,7 +137,9 @@ def choose(rules: Iterable[Rule], layers: Iterable[Selection]) -> list[Rule]:
             chosen = match_rules(rules, layer.select)
         chosen = (chosen | match_rules(rules, layer.extend_select)) - match_rules(rules, layer.ignore)
     if not chosen:
-        raise DoctorError("no rule is left after select and ignore.", "`doctor check --show-settings` says where each comes from.")
+        raise DoctorError(
+            "no rule is left after select and ignore.", "`doctor check --show-settings` says where each comes from."
+        )
     return [r for r in rules if r.code in chosen]
 
 
@@ -118,7 +148,9 @@ def choose(rules: Iterable[Rule], layers: Iterable[Selection]) -> list[Rule]:
 
 @dataclass(frozen=True)
 class Suppression:
-    """One [[suppress]] entry. where: pattern of a tensor, a file or file#pointer, "" for every place. until: last day it holds."""
+    """One [[suppress]] entry. where: pattern of a tensor, a file or file#pointer, "" for every place. until: last day
+    it holds.
+    """
 
     code: str
     reason: str
@@ -139,14 +171,18 @@ class Suppression:
         if self.code not in (item.code, item.name):
             return False
         where = item.where
-        return not self.where or any(_pattern(self.where).fullmatch(t) for t in (where.tensor, where.file, item.target) if t)
+        return not self.where or any(
+            _pattern(self.where).fullmatch(t) for t in (where.tensor, where.file, item.target) if t
+        )
 
 
 @cache
 def _pattern(text: str) -> re.Pattern:
-    """A place pattern: `*` and `?` as in a shell, {1,2,down} alternatives, {0-39} ranges of numbers. Raises DoctorError.
+    """A place pattern: `*` and `?` as in a shell, {1,2,down} alternatives, {0-39} ranges of numbers. Raises
+    DoctorError.
 
-    Each part between two stars is tried at its first fit only (an atomic group), so matching takes no more than length × stars.
+    Each part between two stars is tried at its first fit only (an atomic group), so matching takes no more than length
+    × stars.
     """
     if text.count("*") > MAX_STARS:
         raise DoctorError(f"pattern {text[:80]!r}: {text.count('*')} stars; at most {MAX_STARS} are read.")
@@ -158,8 +194,10 @@ def _pattern(text: str) -> re.Pattern:
 
 
 def _part(text: str) -> str:
-    return "".join(_choices(p[1:-1]) if p[:1] == "{" and p[-1:] == "}" else re.escape(p).replace(r"\?", ".")
-                   for p in re.split(r"(\{[^{}]*\})", text))
+    return "".join(
+        _choices(p[1:-1]) if p[:1] == "{" and p[-1:] == "}" else re.escape(p).replace(r"\?", ".")
+        for p in re.split(r"(\{[^{}]*\})", text)
+    )
 
 
 def _choices(text: str) -> str:
@@ -174,7 +212,11 @@ def _choices(text: str) -> str:
             raise DoctorError(f"pattern {{{text}}}: {option.strip()} is not a range of 1 to {MAX_RANGE} numbers.")
         options += map(str, range(first, last + 1))
     # Bounds on both sides: {1-3} must not fit the 1 of 10.
-    return "(?<![0-9])(?:" + "|".join(options) + ")(?![0-9])" if all(o.isdigit() for o in options) else "(?:" + "|".join(options) + ")"
+    return (
+        "(?<![0-9])(?:" + "|".join(options) + ")(?![0-9])"
+        if all(o.isdigit() for o in options)
+        else "(?:" + "|".join(options) + ")"
+    )
 
 
 # one file
@@ -201,7 +243,9 @@ class Config:
         """`pyproject.toml:12` for a key that the file sets, "" for another."""
         return f"{_shown(self.file)}:{self.lines[key]}" if key in self.lines else ""
 
-    def hush(self, findings: list[Finding], runs: list[RuleRun], checkpoint: Checkpoint, today: date | None = None) -> "Hushed":
+    def hush(
+        self, findings: list[Finding], runs: list[RuleRun], checkpoint: Checkpoint, today: date | None = None
+    ) -> "Hushed":
         """Part suppressed findings from the others, and give a finding for each suppression that did nothing."""
         own, problems = of_checkpoint(checkpoint) if self.reads_checkpoint else ((), ())
         return hush((*self.suppress, *own), findings, runs, checkpoint, today, problems)
@@ -226,11 +270,15 @@ def _holds_checkpoint(folder: Path) -> bool:
 
 
 def read(path: Path) -> Config | None:
-    """One configuration file; None for a pyproject.toml without [tool.doctor]. Raises DoctorError with file and line."""
+    """One configuration file; None for a pyproject.toml without [tool.doctor]. Raises DoctorError with file and
+    line.
+    """
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
-        raise DoctorError(f"{path}: {error.strerror}.", "Give a doctor.toml or pyproject.toml that can be read.") from None
+        raise DoctorError(
+            f"{path}: {error.strerror}.", "Give a doctor.toml or pyproject.toml that can be read."
+        ) from None
     inside = path.name == "pyproject.toml"
     if inside and b"tool" not in raw:
         return None
@@ -241,17 +289,30 @@ def read(path: Path) -> Config | None:
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> tuple[list[Suppression], list[Finding]]:
-    """Suppressions of the checkpoint's own doctor.toml, and a finding where it is broken or asks for more than it may."""
+    """Suppressions of the checkpoint's own doctor.toml, and a finding where it is broken or asks for more than it
+    may.
+    """
     if FILE not in checkpoint.entries:
         return [], []
     try:
         text = _Text(Path(FILE), checkpoint.read_file(FILE, MAX_BYTES), "", from_checkpoint=True)
         more = sorted(k for k in text.table if k != "suppress")
-        problems = [_own(UNTRUSTED, f"{FILE} of the checkpoint sets {', '.join(more)}, which was not followed: it may only suppress",
-                         Suppression("", "", file=FILE, line=text.line(more[0])))] if more else []
+        problems = (
+            [
+                _own(
+                    UNTRUSTED,
+                    f"{FILE} of the checkpoint sets {', '.join(more)}, which was not followed: it may only suppress",
+                    Suppression("", "", file=FILE, line=text.line(more[0])),
+                )
+            ]
+            if more
+            else []
+        )
         return text.suppressions(), problems
     except (DoctorError, BadCheckpoint) as error:
-        return [], [_own(UNTRUSTED, f"{error.message.rstrip('.')}; nothing of it was followed", Suppression("", "", file=FILE))]
+        return [], [
+            _own(UNTRUSTED, f"{error.message.rstrip('.')}; nothing of it was followed", Suppression("", "", file=FILE))
+        ]
 
 
 class _Text:
@@ -269,7 +330,9 @@ class _Text:
         except tomllib.TOMLDecodeError as error:
             where = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
             spot = f":{where[1]}:{where[2]}" if where else ""
-            raise DoctorError(f"{name}{spot}: not TOML: {str(error).partition(' (at')[0]}.", "Correct the file.") from None
+            raise DoctorError(
+                f"{name}{spot}: not TOML: {str(error).partition(' (at')[0]}.", "Correct the file."
+            ) from None
         except RecursionError:
             raise DoctorError(f"{name}: nested too deeply.", "Correct the file.") from None
 
@@ -283,7 +346,9 @@ class _Text:
         return {_hyphen(k): v for k, v in found.items()}
 
     def line(self, key: str, table: str = "", nth: int = 0) -> int:
-        """Line of a key in a table (the nth of an array of tables); of the table's head where the key is not found; else 1."""
+        """Line of a key in a table (the nth of an array of tables); of the table's head where the key is not found;
+        else 1.
+        """
         wanted = ".".join(filter(None, (self.prefix, table)))
         here, seen, best = not wanted, -1, 1
         for number, line in enumerate(self.text.split("\n"), 1):
@@ -299,7 +364,10 @@ class _Text:
         return best
 
     def wrong(self, line: int, what: str, must: str = "") -> DoctorError:
-        return DoctorError(f"{self.name}:{line}: {what}{'; it must be ' + must if must else ''}.", "`doctor check --show-settings` shows every key.")
+        return DoctorError(
+            f"{self.name}:{line}: {what}{'; it must be ' + must if must else ''}.",
+            "`doctor check --show-settings` shows every key.",
+        )
 
     def checked(self, table: Mapping, types: Mapping[str, str], name: str = "", nth: int = 0) -> dict:
         """The table, its keys known and its values of the right type. Raises DoctorError with the line."""
@@ -309,8 +377,11 @@ class _Text:
                 import difflib
 
                 near = difflib.get_close_matches(key, types, 1)
-                raise self.wrong(self.line(key, name, nth), f"unknown key {label}{key}" + (f"; did you mean {near[0]}?" if near else
-                                 f"; known are {', '.join(types)}"))
+                raise self.wrong(
+                    self.line(key, name, nth),
+                    f"unknown key {label}{key}"
+                    + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(types)}"),
+                )
             if not _is(value, types[key]):
                 raise self.wrong(self.line(key, name, nth), f"{label}{key} is {_kind(value)}", types[key])
         return dict(table)
@@ -327,16 +398,31 @@ class _Text:
                 raise self.wrong(self.line("rules"), f"rules names {folder}, which is no directory")
         lines = {k: self.line(k) for k in table if k not in ("recipe", "suppress")}
         lines |= {f"recipe.{k}": self.line(k, "recipe") for k in table.get("recipe", {})}
-        return Config(path, Selection(*(tuple(table.get(k, ())) for k in ("select", "extend-select", "ignore"))), fail_on, dirs, recipe,
-                      tuple(self.suppressions()), {k.replace("-", "_") if k.startswith("recipe.") else k: n for k, n in lines.items()})
+        return Config(
+            path,
+            Selection(*(tuple(table.get(k, ())) for k in ("select", "extend-select", "ignore"))),
+            fail_on,
+            dirs,
+            recipe,
+            tuple(self.suppressions()),
+            {k.replace("-", "_") if k.startswith("recipe.") else k: n for k, n in lines.items()},
+        )
 
     def recipe(self, table: Mapping) -> dict:
         """Fields of Recipe; the runtime as `vllm==0.9` on the command line."""
         table = {k.replace("-", "_"): v for k, v in table.items()}
         known = {f.name: f.default for f in fields(Recipe) if f.name != "runtime_version"}
-        types = {k: {bool: "true or false", int: "a whole number", float: "a number", str: "a string", tuple: _STRINGS,
-                     type(None): "true or false"}[type(v)]  # only sym has no default of its own: the method decides
-                 for k, v in known.items()}
+        types = {
+            k: {
+                bool: "true or false",
+                int: "a whole number",
+                float: "a number",
+                str: "a string",
+                tuple: _STRINGS,
+                type(None): "true or false",
+            }[type(v)]  # only sym has no default of its own: the method decides
+            for k, v in known.items()
+        }
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in self.checked(table, types, "recipe").items()}
         if "runtime" in values:
             values["runtime"], values["runtime_version"] = parse_runtime(values["runtime"])
@@ -361,14 +447,27 @@ class _Text:
                     raise self.wrong(head, f"suppress has no {key}", "there: a suppression says what it hides and why")
             sha256 = entry.get("sha256", "").lower()
             if sha256 and not re.fullmatch(r"[0-9a-f]{64}", sha256):
-                raise self.wrong(self.line("sha256", "suppress", nth), "suppress.sha256 is not a SHA-256", "64 hexadecimal digits")
+                raise self.wrong(
+                    self.line("sha256", "suppress", nth), "suppress.sha256 is not a SHA-256", "64 hexadecimal digits"
+                )
             until = entry.get("until")
             until = until.date() if isinstance(until, datetime) else until
             try:
                 _pattern(entry.get("where", ""))
             except DoctorError as error:
                 raise DoctorError(f"{self.name}:{self.line('where', 'suppress', nth)}: {error.message}") from None
-            found.append(Suppression(entry["code"], entry["reason"], entry.get("where", ""), until, sha256, self.file, head, self.from_checkpoint))
+            found.append(
+                Suppression(
+                    entry["code"],
+                    entry["reason"],
+                    entry.get("where", ""),
+                    until,
+                    sha256,
+                    self.file,
+                    head,
+                    self.from_checkpoint,
+                )
+            )
         return found
 
 
@@ -379,17 +478,33 @@ def _hyphen(key: str) -> str:
 def _is(value: object, kind: str) -> bool:
     whole = isinstance(value, int) and not isinstance(value, bool)
     return {
-        "a string": isinstance(value, str), "true or false": isinstance(value, bool), "a whole number": whole,
-        "a number": whole or isinstance(value, float), "a table": isinstance(value, dict), "a date": isinstance(value, date),
+        "a string": isinstance(value, str),
+        "true or false": isinstance(value, bool),
+        "a whole number": whole,
+        "a number": whole or isinstance(value, float),
+        "a table": isinstance(value, dict),
+        "a date": isinstance(value, date),
         _STRINGS: isinstance(value, list) and all(isinstance(v, str) for v in value),
         "an array of tables": isinstance(value, list) and all(isinstance(v, dict) for v in value),
     }[kind]
 
 
 def _kind(value: object) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a table", list: "a list",
-             date: "a date", datetime: "a date"}
-    return f"{names.get(type(value), type(value).__name__)} ({str(value)[:40]})" if not isinstance(value, (dict, list)) else names[type(value)]
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        dict: "a table",
+        list: "a list",
+        date: "a date",
+        datetime: "a date",
+    }
+    return (
+        f"{names.get(type(value), type(value).__name__)} ({str(value)[:40]})"
+        if not isinstance(value, (dict, list))
+        else names[type(value)]
+    )
 
 
 def _shown(path: Path) -> str:
@@ -406,8 +521,9 @@ def _shown(path: Path) -> str:
 
 @dataclass
 class Hushed:
-    """Findings after suppression. `suppressed` carry their reason in Finding.suppression; `own` are about the configuration
-    itself, and `runs` the rules they belong to."""
+    """Findings after suppression. `suppressed` carry their reason in Finding.suppression; `own` are about the
+    configuration itself, and `runs` the rules they belong to.
+    """
 
     findings: list[Finding]
     own: list[Finding]
@@ -415,8 +531,14 @@ class Hushed:
     runs: list[RuleRun]
 
 
-def hush(suppressions: Iterable[Suppression], findings: list[Finding], runs: list[RuleRun], checkpoint: Checkpoint, today: date | None = None,
-         problems: Iterable[Finding] = ()) -> Hushed:
+def hush(
+    suppressions: Iterable[Suppression],
+    findings: list[Finding],
+    runs: list[RuleRun],
+    checkpoint: Checkpoint,
+    today: date | None = None,
+    problems: Iterable[Finding] = (),
+) -> Hushed:
     """Part the findings; see Config.hush. Only the files of findings that a sha256 is about are hashed."""
     today = today or date.today()
     suppressions, problems = list(suppressions), list(problems)
@@ -426,19 +548,38 @@ def hush(suppressions: Iterable[Suppression], findings: list[Finding], runs: lis
         about = [s for s in suppressions if s.means(item)]
         for late in (s for s in about if s.until is not None and today > s.until):
             ended[late] = ended.get(late, 0) + 1
-        holds = next((s for s in about if (s.until is None or today <= s.until) and _same_file(s, item, checkpoint, digests)), None)
+        holds = next(
+            (s for s in about if (s.until is None or today <= s.until) and _same_file(s, item, checkpoint, digests)),
+            None,
+        )
         if holds is None:
             kept.append(item)
         else:
             used.add(holds)
-            suppressed.append(replace(item, suppression={"reason": holds.reason, "origin": holds.origin, "from_checkpoint": holds.from_checkpoint}))
+            suppressed.append(
+                replace(
+                    item,
+                    suppression={
+                        "reason": holds.reason,
+                        "origin": holds.origin,
+                        "from_checkpoint": holds.from_checkpoint,
+                    },
+                )
+            )
     judged = {word for r in runs if r.status == "run" for word in (r.rule.code, r.rule.name)}
     known = {word for r in RULES.values() for word in (r.code, r.name)}
     own = list(problems)
     for entry in suppressions:
         if entry in ended:
-            own.append(_own(UNUSED, f"the suppression of {_what(entry)} ended on {entry.until}: {ended[entry]} finding{'s' * (ended[entry] != 1)} "
-                            "of it are shown again", entry, severity="info"))
+            own.append(
+                _own(
+                    UNUSED,
+                    f"the suppression of {_what(entry)} ended on {entry.until}: {ended[entry]} finding{'s' * (ended[entry] != 1)} "
+                    "of it are shown again",
+                    entry,
+                    severity="info",
+                )
+            )
         elif entry.code not in known:
             own.append(_own(UNUSED, f"the suppression of {_what(entry)} names no rule", entry))
         elif entry not in used and entry.code in judged:
@@ -449,7 +590,9 @@ def hush(suppressions: Iterable[Suppression], findings: list[Finding], runs: lis
 
 
 def settle(reports: Iterable) -> None:
-    """Take back S001 where several checkpoints were checked with one configuration and another of them has the finding."""
+    """Take back S001 where several checkpoints were checked with one configuration and another of them has the
+    finding.
+    """
     reports = list(reports)
     used = {f.suppression["origin"] for r in reports for f in r.suppressed}
     for report in reports:
@@ -468,9 +611,21 @@ def _same_file(entry: Suppression, item: Finding, checkpoint: Checkpoint, digest
 
 
 def _what(entry: Suppression) -> str:
-    return entry.code + (f" on {entry.where}" if entry.where else "") + (f" for sha256 {entry.sha256[:12]}…" if entry.sha256 else "")
+    return (
+        entry.code
+        + (f" on {entry.where}" if entry.where else "")
+        + (f" for sha256 {entry.sha256[:12]}…" if entry.sha256 else "")
+    )
 
 
 def _own(entry: Rule, message: str, source: Suppression, severity: str = "") -> Finding:
-    return Finding(message, Place(source.file, line=source.line, column=1), code=entry.code, name=entry.name, certainty=entry.certainty,
-                   severity=severity or entry.severity, subject=CHECKPOINT, evidence={"origin": source.origin})
+    return Finding(
+        message,
+        Place(source.file, line=source.line, column=1),
+        code=entry.code,
+        name=entry.name,
+        certainty=entry.certainty,
+        severity=severity or entry.severity,
+        subject=CHECKPOINT,
+        evidence={"origin": source.origin},
+    )

@@ -25,7 +25,9 @@ _RULE_FILE = re.compile(r"^[a-z]\d{3}_\w+$")
 
 
 def load_rules(extra: Iterable[Path] = ()) -> list[Rule]:
-    """All rules of the package doctor.rules and of the extra directories, by code. Raises DoctorError for a broken file."""
+    """All rules of the package doctor.rules and of the extra directories, by code. Raises DoctorError for a broken
+    file.
+    """
     import doctor.rules as package
 
     for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if _RULE_FILE.match(m.name)):
@@ -51,18 +53,26 @@ def _load_file(path: Path) -> None:
 
 
 def match_rules(rules: Iterable[Rule], words: Iterable[str]) -> set[str]:
-    """Codes of the rules that a word means: a code, a family letter or prefix, a name or a certainty. Raises DoctorError for none."""
+    """Codes of the rules that a word means: a code, a family letter or prefix, a name or a certainty. Raises
+    DoctorError for none.
+    """
     rules, found = list(rules), set()
     for word in words:
-        means = {r.code for r in rules if word in (r.name, r.certainty) or (word.upper() == word and r.code.startswith(word))}
+        means = {
+            r.code for r in rules if word in (r.name, r.certainty) or (word.upper() == word and r.code.startswith(word))
+        }
         if not means:
-            raise DoctorError(f"{word!r}: no rule has this code, family, name or certainty.", "`doctor rules` lists them.")
+            raise DoctorError(
+                f"{word!r}: no rule has this code, family, name or certainty.", "`doctor rules` lists them."
+            )
         found |= means
     return found
 
 
 def select_rules(rules: Iterable[Rule], select: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[Rule]:
-    """Rules that any word of select means (all for none) and no word of ignore. Raises DoctorError for a word that means none."""
+    """Rules that any word of select means (all for none) and no word of ignore. Raises DoctorError for a word that
+    means none.
+    """
     rules, select = list(rules), list(select)
     wanted = match_rules(rules, select) if select else {r.code for r in rules}
     wanted -= match_rules(rules, ignore)
@@ -81,7 +91,9 @@ class RuleRun:
 
     @property
     def status(self) -> str:
-        """"crashed", "run", "skipped" (some reason kept it from judging anything) or "not applicable" (no subject at all)."""
+        """ "crashed", "run", "skipped" (some reason kept it from judging anything) or "not applicable" (no subject at
+        all).
+        """
         if self.crashed:
             return "crashed"
         return "run" if self.judged else "skipped" if self.reasons else "not applicable"
@@ -95,7 +107,9 @@ class Report:
     recipe: Recipe
     findings: list[Finding]
     runs: list[RuleRun]
-    summary: dict = field(default_factory=dict)  # architecture, parameters, bytes, shards, tensors …: the second line of the screen
+    summary: dict = field(
+        default_factory=dict
+    )  # architecture, parameters, bytes, shards, tensors …: the second line of the screen
     skipped_tensors: dict[str, str] = field(default_factory=dict)
     bytes_read: int = 0
     seconds: float = 0.0
@@ -133,7 +147,9 @@ class Report:
         bad = self.failing
         if bad:
             lines = "\n".join(f"{f.code} {f.message}" for f in bad)
-            raise CheckpointNotReady(f"{self.checkpoint}: not ready for {self.recipe.label()}: {len(bad)} findings\n{lines}")
+            raise CheckpointNotReady(
+                f"{self.checkpoint}: not ready for {self.recipe.label()}: {len(bad)} findings\n{lines}"
+            )
 
 
 def judge(store: Store, rules: Iterable[Rule], until: str = STAGES[-1]) -> tuple[list[Finding], list[RuleRun]]:
@@ -167,8 +183,12 @@ def judge(store: Store, rules: Iterable[Rule], until: str = STAGES[-1]) -> tuple
 
 
 def in_order(findings: list[Finding]) -> list[Finding]:
-    """Errors before warnings, then by family in the order of repair, then by code; a consequence follows its cause's rank."""
-    return sorted(findings, key=lambda f: (bool(f.consequence_of), SEVERITIES.index(f.severity), _ORDER.find(f.code[0]), f.code))
+    """Errors before warnings, then by family in the order of repair, then by code; a consequence follows its cause's
+    rank.
+    """
+    return sorted(
+        findings, key=lambda f: (bool(f.consequence_of), SEVERITIES.index(f.severity), _ORDER.find(f.code[0]), f.code)
+    )
 
 
 def under_causes(findings: list[Finding], rules: Iterable[Rule]) -> list[Finding]:
@@ -186,11 +206,15 @@ def under_causes(findings: list[Finding], rules: Iterable[Rule]) -> list[Finding
 def _touches(cause: Finding, effect: Finding) -> bool:
     if cause.subject.startswith("checkpoint:") or effect.subject.startswith("checkpoint:"):
         return True
-    return cause.where.file == effect.where.file or (cause.where.tensor is not None and cause.where.tensor == effect.where.tensor)
+    return cause.where.file == effect.where.file or (
+        cause.where.tensor is not None and cause.where.tensor == effect.where.tensor
+    )
 
 
 def against(report: Report, baseline: Report) -> None:
-    """Say of each finding whether the baseline had it (same code, same place, blocks counted), and keep what is gone."""
+    """Say of each finding whether the baseline had it (same code, same place, blocks counted), and keep what is
+    gone.
+    """
     left: dict[tuple[str, str], list[Finding]] = {}
     for item in [*baseline.findings, *baseline.suppressed]:
         left.setdefault((item.code, item.target), []).append(item)
@@ -202,7 +226,9 @@ def against(report: Report, baseline: Report) -> None:
     report.findings = [replace(f, baseline_state=state(f)) for f in report.findings]
     report.suppressed = [replace(f, baseline_state=state(f)) for f in report.suppressed]
     hidden = {id(f) for f in baseline.suppressed}
-    report.gone = in_order([replace(f, baseline_state="absent") for rest in left.values() for f in rest if id(f) not in hidden])
+    report.gone = in_order(
+        [replace(f, baseline_state="absent") for rest in left.values() for f in rest if id(f) not in hidden]
+    )
     report.baseline = baseline.checkpoint
 
 
@@ -233,7 +259,9 @@ def _located(place: Place, checkpoint: Checkpoint) -> Place:
     lines = file.doc.text.split("\n")
     first = max(line - 1, 1)
     frame = tuple((n, lines[n - 1].rstrip("\r").replace("\t", " ")) for n in range(first, line + 1))
-    return replace(place, line=line, column=column, length=min(length, max(len(lines[line - 1]) - column + 1, 1)), frame=frame)
+    return replace(
+        place, line=line, column=column, length=min(length, max(len(lines[line - 1]) - column + 1, 1)), frame=frame
+    )
 
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")

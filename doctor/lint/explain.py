@@ -1,12 +1,12 @@
 """From an error message, or a whole log, to the rules that find its cause.
 
-Each rule quotes in `seen_as` what other tools print for its defect. A pasted message differs from the quotation in numbers,
-names and paths, so both are reduced to the same words first. A quotation that stands in the text is a match; else the share
-of its words (rare ones weigh more) that one line has decides. This is a look-up: it says which check would tell, never that
-the defect is there.
+Each rule quotes in `seen_as` what other tools print for its defect. A pasted message differs from the quotation in
+numbers, names and paths, so both are reduced to the same words first. A quotation that stands in the text is a match;
+else the share of its words (rare ones weigh more) that one line has decides. This is a look-up: it says which check
+would tell, never that the defect is there.
 
-Some messages come from no file of a checkpoint: two versions that do not fit, a full disk. rules/tables/elsewhere.toml holds
-those, each with its cause and its way out.
+Some messages come from no file of a checkpoint: two versions that do not fit, a full disk. rules/tables/elsewhere.toml
+holds those, each with its cause and its way out.
 """
 
 import difflib
@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from doctor.core.facts import STAGES
-from doctor.lint.rule import CHINESE, Rule, Seen
 from doctor.core.tables import table
+from doctor.lint.rule import CHINESE, Rule, Seen
 
 ENOUGH = 0.62  # share of a quotation's weight one line must have; below, unrelated errors of the same library match
 MAX_LINES = 4000  # of a log, the last ones: the error stands at its end
@@ -28,13 +28,18 @@ _PATH = re.compile(r"(?:[A-Za-z]:)?(?:[\\/][\w.@+~-]+){2,}[\\/]?")
 _PLACEHOLDER = re.compile(r"\{[^{}]*\}|<[^<>]{1,40}>|%[-0-9.]*[sdfrxg]|…|\.\.\.")
 _NUMBER = re.compile(r"[-+]?\b(?:0x[0-9a-f]+|\d+(?:[.,]\d+)*(?:e[-+]?\d+)?)\b")
 _WORD = re.compile(r"[a-z_][a-z0-9_]*|#")
-# Two numbers that are part of the wording: a matrix that fails at its first row fails for another reason than one that fails late.
+# Two numbers that are part of the wording: a matrix that fails at its first row fails for another reason than one that
+# fails late.
 _FIRST = (re.compile(r"\border 1\b(?![.,]?\d)"), "order one"), (re.compile(r"\[0\]"), "[zero]")
-_PHRASES = re.compile(r"object has no attribute|missing # required positional arguments?")  # of Python, whatever the cause
+_PHRASES = re.compile(
+    r"object has no attribute|missing # required positional arguments?"
+)  # of Python, whatever the cause
 # What stands before the message itself. Without its "KeyError:" the name of a key is a word like any other.
 _HEAD = re.compile(r"^(?!keyerror)(?:[\w.]*(?:error|exception|warning)|assert(?:ion)?)\s*:?\s*")
 _MINOR = re.compile(r"leading minor of order (\d+)|\b(\d+)-th leading minor|U\((\d+), ?\3\) is zero", re.I)
-_STAMP = re.compile(r"^\s*(?:\[[^\]]{0,60}\]\s*|\(\w+ pid=[^)]*\)\s*|\d{4}-\d\d-\d\d[t ][\d:.,z+]*\s*|(?:info|error|warning|debug)(?:\s*:\s*|\s+(?=[#\[]|\d\d)))+")
+_STAMP = re.compile(
+    r"^\s*(?:\[[^\]]{0,60}\]\s*|\(\w+ pid=[^)]*\)\s*|\d{4}-\d\d-\d\d[t ][\d:.,z+]*\s*|(?:info|error|warning|debug)(?:\s*:\s*|\s+(?=[#\[]|\d\d)))+"
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def find(word: str, rules: Iterable[Rule]) -> Rule | None:
 
 
 def search(text: str, rules: Iterable[Rule]) -> list[Match]:
-    """Rules whose quoted messages the text holds or resembles, best first, and among equals the one that costs least to check.
+    """Rules whose quoted messages the text holds or resembles, best first, and among equals the one that costs least to
+    check.
 
     One match per rule; [] for none.
     """
@@ -106,18 +112,28 @@ def elsewhere(text: str, lang: str = "en") -> Elsewhere | None:
         for quote in entry["texts"]:
             score, at = log.score(quote, {})
             if score >= 0.95 and (found is None or (score, at) > (found.score, found.at)):
-                found = Elsewhere(entry["tool"], *(entry.get(f"{key}_{lang}", entry[key]) for key in ("cause", "do")), log.lines[at].strip(), score, at)
+                found = Elsewhere(
+                    entry["tool"],
+                    *(entry.get(f"{key}_{lang}", entry[key]) for key in ("cause", "do")),
+                    log.lines[at].strip(),
+                    score,
+                    at,
+                )
     return found
 
 
 def minor(text: str) -> int | None:
-    """The order of the leading minor at which a Cholesky factorization failed, from 1, of the last one in the text; None for none."""
+    """The order of the leading minor at which a Cholesky factorization failed, from 1, of the last one in the text;
+    None for none.
+    """
     found = _MINOR.findall(_ANSI.sub("", text))
     return int(next(filter(None, found[-1]))) if found else None
 
 
 def _rank(match: Match) -> tuple[float, int, int]:
-    """The error stands at the end of a log. Of two quotations found whole the longer one says more; of resemblances none does."""
+    """The error stands at the end of a log. Of two quotations found whole the longer one says more; of resemblances
+    none does.
+    """
     return match.score, match.at, len(normal(match.seen.text)) if match.score >= 0.95 else 0
 
 
@@ -146,15 +162,22 @@ class _Log:
         quote = normal(text)
         bare = _HEAD.sub("", quote)
         for wanted, score in ((quote, 1.0), (bare, 0.98)):
-            enough = len(wanted) >= (8 if wanted is quote else 12)  # of a shorter one only a line of its own is the message
+            enough = len(wanted) >= (
+                8 if wanted is quote else 12
+            )  # of a shorter one only a line of its own is the message
             for at in range(len(self.tidy) - 1, -1, -1):
                 if (enough and wanted in self.tidy[at]) or (wanted is quote and wanted == self.tidy[at]):
                     return score, at
         if len(bare) >= 16 and bare in self.joined:  # wrapped over lines
             return 0.95, len(self.lines) - 1
         want = Counter(_words(quote))
-        return max(((_overlap(bare, want, line, have, weights), at) for at, (line, have) in enumerate(zip(self.tidy, self.words, strict=True))),
-                   default=(0.0, 0))
+        return max(
+            (
+                (_overlap(bare, want, line, have, weights), at)
+                for at, (line, have) in enumerate(zip(self.tidy, self.words, strict=True))
+            ),
+            default=(0.0, 0),
+        )
 
 
 def _overlap(bare: str, want: Counter, line: str, have: Counter, weights: dict[str, float]) -> float:
@@ -174,8 +197,11 @@ def nearest(text: str, rules: Iterable[Rule], most: int = 3) -> list[Rule]:
     """Rules by shared words with code, name, title and quotations, for a text that matches none."""
     rules = list(rules)
     words = set(_WORD.findall(normal(text))) - {"#"}
-    bags = {r.code: set(_WORD.findall(normal(" ".join([r.name.replace("-", " "), r.title, *(s.text for s in r.seen_as)])))) - {"#"}
-            for r in rules}
+    bags = {
+        r.code: set(_WORD.findall(normal(" ".join([r.name.replace("-", " "), r.title, *(s.text for s in r.seen_as)]))))
+        - {"#"}
+        for r in rules
+    }
     common = Counter(w for bag in bags.values() for w in bag)
 
     def rank(entry: Rule) -> float:
@@ -199,13 +225,22 @@ def decider(entry: Rule) -> str:
 def relatives(entry: Rule, rules: Iterable[Rule], most: int = 4) -> list[Rule]:
     """Rules that explain it, that it explains, or that end in the same message elsewhere."""
     quotes = {normal(s.text) for s in entry.seen_as}
-    found = [r for r in rules if r.code != entry.code and (
-        r.code in entry.implied_by or entry.code in r.implied_by or quotes & {normal(s.text) for s in r.seen_as})]
+    found = [
+        r
+        for r in rules
+        if r.code != entry.code
+        and (r.code in entry.implied_by or entry.code in r.implied_by or quotes & {normal(s.text) for s in r.seen_as})
+    ]
     return found[:most]
 
 
-SECTIONS = (("Why", "Why it matters"), ("Do", "Ways out"), ("False alarms", "When not to worry"), ("Fix safety", "How safe the fix is"),
-            ("Sources", "Sources"))
+SECTIONS = (
+    ("Why", "Why it matters"),
+    ("Do", "Ways out"),
+    ("False alarms", "When not to worry"),
+    ("Fix safety", "How safe the fix is"),
+    ("Sources", "Sources"),
+)
 
 
 CHINESE_HEADS = {**CHINESE, "Seen as": "别处的报错", "Sources": "出处"}
@@ -223,8 +258,11 @@ def code_span(text: str) -> str:
 def markdown(entry: Rule, lang: str = "en") -> str:
     """The rule's page as Markdown, from the text in its file."""
     heads = CHINESE_HEADS if lang == "zh" else {}
-    parts = [f"# {entry.code} {entry.name}", f"{entry.severity} · {entry.certainty} · {entry.area.lower()}",
-             entry.heading(lang) + ("。" if lang == "zh" else ".")]
+    parts = [
+        f"# {entry.code} {entry.name}",
+        f"{entry.severity} · {entry.certainty} · {entry.area.lower()}",
+        entry.heading(lang) + ("。" if lang == "zh" else "."),
+    ]
     if entry.seen_as:
         parts.append(f"## {heads.get('Seen as', 'Seen as')}")
         parts.append("\n".join(f"- {s.tool}: {code_span(s.text)}" for s in entry.seen_as))

@@ -14,6 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import doctor.scan.header  # noqa: F401 - declares the facts that rules name
+from doctor.core.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, parameters, provide  # noqa: F401
+from doctor.core.recipe import ASKED, is_kept  # noqa: F401
+from doctor.core.tables import table  # noqa: F401
 from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
     MISSING,
     AddLowRank,
@@ -43,15 +47,11 @@ from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
     TakeTensor,
     widens,
 )
-from doctor.core.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, parameters, provide  # noqa: F401
-from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.formats.tensor_names import NEEDED, PACKED_TAILS, PARTS, SCALES, WORD_TAILS, WORDS  # noqa: F401
-from doctor.model.tensor_map import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
-from doctor.core.recipe import ASKED, is_kept  # noqa: F401
-from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
+from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.spec import ROW_PARALLEL, Linear, ModelSpec  # noqa: F401
-from doctor.core.tables import table  # noqa: F401
-import doctor.scan.header  # noqa: F401 - declares the facts that rules name
+from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
+from doctor.model.tensor_map import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
 from doctor.plan.groups import (  # noqa: F401 - declares the layout of groups too
     FUSED,
     GroupedLinear,
@@ -75,8 +75,18 @@ from doctor.plan.groups import (  # noqa: F401 - declares the layout of groups t
 SEVERITIES = ("error", "warning", "info")
 CERTAINTIES = ("certain", "likely", "hint")
 # Codes are numbered by area; a report says for each area what was established.
-AREAS = (("F001", "Files"), ("F050", "Tensors"), ("C100", "Tokenizer"), ("C140", "Config"), ("W200", "Weights"), ("G300", "Geometry"),
-         ("Q400", "Calibration"), ("K500", "Serving"), ("O600", "Output"), ("S001", "Settings"))
+AREAS = (
+    ("F001", "Files"),
+    ("F050", "Tensors"),
+    ("C100", "Tokenizer"),
+    ("C140", "Config"),
+    ("W200", "Weights"),
+    ("G300", "Geometry"),
+    ("Q400", "Calibration"),
+    ("K500", "Serving"),
+    ("O600", "Output"),
+    ("S001", "Settings"),
+)
 # What each section is called in Chinese; what other tools print and the sources need no translation.
 CHINESE = {"Title": "标题", "Why": "原因", "Do": "处理", "False alarms": "误报", "Fix safety": "修复"}
 _SECTION = re.compile(rf"^(Why|Seen as|Do|False alarms|Fix safety|Sources|{'|'.join(CHINESE.values())}):[ ]*", re.M)
@@ -122,7 +132,9 @@ class Fix:
 
 @dataclass(frozen=True)
 class Finding:
-    """One defect at one place. `message` is one sentence with the numbers; `facts_table` rows are the arithmetic behind it."""
+    """One defect at one place. `message` is one sentence with the numbers; `facts_table` rows are the arithmetic behind
+    it.
+    """
 
     message: str
     where: Place
@@ -143,7 +155,9 @@ class Finding:
     @property
     def target(self) -> str:
         """What it is about, for people: a tensor, a key, or a file."""
-        return self.where.tensor or (f"{self.where.file}#{self.where.pointer}" if self.where.pointer is not None else self.where.file)
+        return self.where.tensor or (
+            f"{self.where.file}#{self.where.pointer}" if self.where.pointer is not None else self.where.file
+        )
 
 
 @dataclass(frozen=True)
@@ -156,7 +170,9 @@ class Seen:
 
 @dataclass(frozen=True)
 class Rule:
-    """A registered rule: identity, what it needs, and in `doc` its page, which is taken apart when it is first looked at."""
+    """A registered rule: identity, what it needs, and in `doc` its page, which is taken apart when it is first looked
+    at.
+    """
 
     code: str
     name: str
@@ -180,7 +196,9 @@ class Rule:
 
     @cached_property
     def seen_as(self) -> tuple[Seen, ...]:
-        """What other tools print for it. A quotation stands between single backticks or between double ones, and may hold others."""
+        """What other tools print for it. A quotation stands between single backticks or between double ones, and may
+        hold others.
+        """
         return tuple(Seen(tool.strip(), text) for tool, _, text in QUOTATION.findall(self.sections.get("Seen as", "")))
 
     @property
@@ -207,8 +225,9 @@ RULES: dict[str, Rule] = {}
 def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tuple[str, ...] = ()):
     """Register the decorated generator as the rule of its file.
 
-    The first parameter is the scope (checkpoint, shard, tensor, linear), the others are facts; with the default None, one it can do without. `implied_by` are codes whose
-    finding on the same tensor or file (or on the checkpoint) explains this one, which is then folded under it.
+    The first parameter is the scope (checkpoint, shard, tensor, linear), the others are facts; with the default None,
+    one it can do without. `implied_by` are codes whose finding on the same tensor or file (or on the checkpoint)
+    explains this one, which is then folded under it.
     """
 
     def wrap(check: Callable) -> Callable:
@@ -218,13 +237,28 @@ def rule(code: str, severity: str, *, certainty: str = "certain", implied_by: tu
         scope, needs, wants = parameters(check)
         latest_stage(wants, code)  # they must be facts, but a rule runs without them
         if scope not in SCOPES or severity not in SEVERITIES or certainty not in CERTAINTIES:
-            raise TypeError(f"rule {code}: scope {scope!r}, severity {severity!r} or certainty {certainty!r} is unknown")
+            raise TypeError(
+                f"rule {code}: scope {scope!r}, severity {severity!r} or certainty {certainty!r} is unknown"
+            )
         if severity == "error" and certainty != "certain":
             raise TypeError(f"rule {code}: an error must be certain")
         if code in RULES and RULES[code].module != check.__module__:
             raise TypeError(f"rule {code}: in {RULES[code].module} and in {check.__module__}")
-        RULES[code] = Rule(code, name, title, severity, certainty, scope, latest_stage(needs, code), needs, check, doc,
-                           implied_by, check.__module__, wants)
+        RULES[code] = Rule(
+            code,
+            name,
+            title,
+            severity,
+            certainty,
+            scope,
+            latest_stage(needs, code),
+            needs,
+            check,
+            doc,
+            implied_by,
+            check.__module__,
+            wants,
+        )
         return check
 
     return wrap
@@ -243,15 +277,36 @@ def write_page(code: str, name: str, title: str, sections: Mapping[str, str]) ->
     return "\n\n".join([f"{code} {name}: {title}.", *(f"{heading}: {text}" for heading, text in sections.items())])
 
 
-def finding(message: str, *, at: Place | None = None, fix: Fix | None = None, advice: str = "", evidence: dict | None = None,
-            facts_table=(), strip: dict | None = None, severity: str = "") -> Finding:
-    """One finding, to be yielded by a rule. `at` defaults to the rule's subject; `severity` may only lower the rule's own."""
-    return Finding(message, at or Place(""), dict(evidence or {}), fix, advice,
-                   tuple(tuple(map(str, row)) for row in facts_table), strip, severity=severity)
+def finding(
+    message: str,
+    *,
+    at: Place | None = None,
+    fix: Fix | None = None,
+    advice: str = "",
+    evidence: dict | None = None,
+    facts_table=(),
+    strip: dict | None = None,
+    severity: str = "",
+) -> Finding:
+    """One finding, to be yielded by a rule. `at` defaults to the rule's subject; `severity` may only lower the rule's
+    own.
+    """
+    return Finding(
+        message,
+        at or Place(""),
+        dict(evidence or {}),
+        fix,
+        advice,
+        tuple(tuple(map(str, row)) for row in facts_table),
+        strip,
+        severity=severity,
+    )
 
 
 def from_base(base, name: str, otherwise: str) -> Fix:
-    """A whole file from what --from names: safe where something shows that it is the lost one. Without it, `otherwise` is for the user."""
+    """A whole file from what --from names: safe where something shows that it is the lost one. Without it, `otherwise`
+    is for the user.
+    """
     offer = base.offer_file(name) if base is not None else None
     if offer is None:
         return Fix(otherwise, (), "manual")
@@ -260,20 +315,26 @@ def from_base(base, name: str, otherwise: str) -> Fix:
 
 
 def tensor_from_base(base, tensor) -> Fix | None:
-    """This tensor as what --from names holds it, in the same type and shape: unsafe, because nothing says that it was not trained."""
+    """This tensor as what --from names holds it, in the same type and shape: unsafe, because nothing says that it was
+    not trained.
+    """
     edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape) if base is not None else None
     return edit and Fix(f"take the tensor from {base.text}", (edit,), "unsafe")
 
 
 def zeros_from_base(base, tensor) -> Fix | None:
-    """This tensor as --from holds it, where that differs in zeros alone: unsafe, because pruning makes such zeros too."""
+    """This tensor as --from holds it, where that differs in zeros alone: unsafe, because pruning makes such zeros
+    too.
+    """
     edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape) if base is not None else None
     found = base.fills(tensor) if edit is not None else ""
     return Fix(f"take the tensor from {base.text}: {found}", (edit,), "unsafe") if found else None
 
 
 def value_from_base(base, file: str, pointer: str, now: object, otherwise: str) -> Fix:
-    """One JSON value as --from states it: unsafe, because a fine-tune may have changed it. Without one, `otherwise` is for the user."""
+    """One JSON value as --from states it: unsafe, because a fine-tune may have changed it. Without one, `otherwise` is
+    for the user.
+    """
     value = base.value(file, pointer) if base is not None else MISSING
     if value is MISSING or value == now or value != value:
         return Fix(otherwise, (), "manual")
@@ -288,7 +349,15 @@ def run_rule(entry: Rule, subject: str, thing: object, values: tuple) -> Iterato
         if SEVERITIES.index(severity) < SEVERITIES.index(entry.severity):
             raise TypeError(f"rule {entry.code} raised its severity to {severity}")
         where = item.where if item.where.file or item.where.tensor else default_place(subject, thing)
-        yield replace(item, where=where, code=entry.code, name=entry.name, severity=severity, certainty=entry.certainty, subject=subject)
+        yield replace(
+            item,
+            where=where,
+            code=entry.code,
+            name=entry.name,
+            severity=severity,
+            certainty=entry.certainty,
+            subject=subject,
+        )
 
 
 def default_place(subject: str, thing: object) -> Place:
@@ -309,7 +378,9 @@ def element(info, flat: int) -> Place:
     for size in reversed(info.shape):
         index.append(rest % size)
         rest //= size
-    return Place(info.shard, tensor=info.name, index=tuple(reversed(index)), byte=info.begin + flat * info.dtype.bits // 8)
+    return Place(
+        info.shard, tensor=info.name, index=tuple(reversed(index)), byte=info.begin + flat * info.dtype.bits // 8
+    )
 
 
 def ranges(numbers) -> str:

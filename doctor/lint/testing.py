@@ -1,7 +1,7 @@
 """The smallest healthy checkpoints, as data in memory, for the examples in rule files and for tests.
 
-`tiny()` is healthy under every rule for its own recipe. A rule's `bad()` spoils one thing and returns the case. The family is
-taken from `use_family`, so that the same example plants its defect in several families.
+`tiny()` is healthy under every rule for its own recipe. A rule's `bad()` spoils one thing and returns the case. The
+family is taken from `use_family`, so that the same example plants its defect in several families.
 """
 
 from __future__ import annotations
@@ -15,16 +15,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from doctor.checkpoint.dtypes import CODE_NUMPY
-from doctor.edits.kinds import to_bf16
-from doctor.core.lazy_numpy import np  # noqa: F401 - rules take it from here
+from doctor.core.lazy_numpy import np
 from doctor.core.recipe import Recipe
 from doctor.core.tables import table
+from doctor.edits.kinds import to_bf16
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 64, 128, 4, 2, 16, 96, 2
 FAMILIES = ("llama", "qwen2", "mistral", "gemma", "qwen2_moe", "phi3", "opt")
 # Sizes of latent and linear attention, for the families whose shapes are made of them.
-_OWN_SIZES = {"q_lora_rank": 32, "kv_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-              "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+_OWN_SIZES = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 _family: ContextVar[str | None] = ContextVar("family", default=None)
 
 
@@ -43,7 +52,9 @@ def use_family(name: str):
 
 
 def only_in(*families: str, why: str) -> str:
-    """The family in use where it is one of these, the first of these where none is in use. Raises NotHere with `why` for others."""
+    """The family in use where it is one of these, the first of these where none is in use. Raises NotHere with `why`
+    for others.
+    """
     family = _family.get() or families[0]
     if family not in families:
         raise NotHere(why)
@@ -60,7 +71,9 @@ def never_in(*families: str, why: str) -> str:
 
 @dataclass
 class Case:
-    """One checkpoint in memory. tensors: name -> raw codes; dtypes: name -> safetensors dtype; facts: (subject, name) -> value."""
+    """One checkpoint in memory. tensors: name -> raw codes; dtypes: name -> safetensors dtype; facts: (subject, name)
+    -> value.
+    """
 
     family: str
     tensors: dict[str, np.ndarray]
@@ -115,7 +128,10 @@ class Case:
         from doctor.checkpoint.dtypes import DTYPES
         from doctor.checkpoint.safetensors import TensorInfo
 
-        return {n: TensorInfo(n, DTYPES[self.dtypes[n]], a.shape, "model.safetensors", 0, a.nbytes) for n, a in self.tensors.items()}
+        return {
+            n: TensorInfo(n, DTYPES[self.dtypes[n]], a.shape, "model.safetensors", 0, a.nbytes)
+            for n, a in self.tensors.items()
+        }
 
     def write(self, folder: Path) -> Path:
         """Write the checkpoint into an existing or new directory and return it."""
@@ -157,7 +173,8 @@ def shard_bytes(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes
 def tiny(family: str | None = None, dtype: str = "BF16", mlp: int | None = None, hidden: int = HIDDEN) -> Case:
     """A healthy checkpoint of two blocks: hidden 64, intermediate 128, 4 heads of 16 (2 for keys), vocabulary 96.
 
-    mlp: another width for all its MLPs, experts included. hidden: another hidden_size, for families that state a head's size too.
+    mlp: another width for all its MLPs, experts included. hidden: another hidden_size, for families that state a head's
+    size too.
     """
     family = family or _family.get() or "llama"
     entry = table("architectures")["families"][family]
@@ -171,9 +188,19 @@ def tiny(family: str | None = None, dtype: str = "BF16", mlp: int | None = None,
 
 
 def _config(family: str, entry: dict, mlp: int | None, hidden: int = HIDDEN) -> dict:
-    generic = {"hidden_size": hidden, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-               "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "max_position_embeddings": 256, "num_experts": 4,
-               "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN, "shared_expert_intermediate_size": HIDDEN}
+    generic = {
+        "hidden_size": hidden,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 256,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": HIDDEN,
+        "shared_expert_intermediate_size": HIDDEN,
+    }
     if mlp is not None:
         generic |= dict.fromkeys((k for k in generic if "intermediate" in k), mlp)
     keys = entry["config_keys"]
@@ -190,8 +217,13 @@ def _config(family: str, entry: dict, mlp: int | None, hidden: int = HIDDEN) -> 
         config["head_dim"] = HEAD_DIM
     if family == "opt":
         config["word_embed_proj_dim"] = HIDDEN
-    config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": bool(entry["tie_word_embeddings_default"]),
-               "torch_dtype": "bfloat16"}
+    config |= {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": bool(entry["tie_word_embeddings_default"]),
+        "torch_dtype": "bfloat16",
+    }
     return config
 
 
@@ -200,7 +232,9 @@ def _shapes(entry: dict, config: dict):
 
     family = next(k for k, v in table("architectures")["families"].items() if v is entry)
     for item in sorted([*entry["linears"], *entry["other_tensors"]], key=lambda t: t["tensor"]):
-        if item["tensor"].startswith("lm_head") and config["tie_word_embeddings"] or not exists(condition(item), config):
+        if (item["tensor"].startswith("lm_head") and config["tie_word_embeddings"]) or not exists(
+            condition(item), config
+        ):
             continue
         shape = tuple(evaluate(e, lambda k: _lookup(config, family, k)) for e in item["shape"])
         for i in range(LAYERS) if "{i}" in item["tensor"] else [None]:
@@ -243,12 +277,29 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
 def _tokenizer_files(config: dict) -> dict[str, dict]:
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     vocabulary |= {chr(0x21 + i): 3 + i for i in range(VOCAB - 3)}
-    added = [{"id": i, "content": t, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-             for t, i in list(vocabulary.items())[:3]]
-    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-                 "pre_tokenizer": {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False},
-                 "post_processor": None, "decoder": None,
-                 "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}}
+    added = [
+        {
+            "id": i,
+            "content": t,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        for t, i in list(vocabulary.items())[:3]
+    ]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     return {
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
@@ -281,23 +332,38 @@ def tiny_gptq(family: str | None = None, version: str = "gptq") -> Case:
         }
         for tail, (codes, dtype) in parts.items():
             case.tensors[f"{linear.name}.{tail}"], case.dtypes[f"{linear.name}.{tail}"] = codes, dtype
-    case.config["quantization_config"] = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False, "sym": True,
-                                          "checkpoint_format": version, "lm_head": False}
+    case.config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": version,
+        "lm_head": False,
+    }
     return case
 
 
 def measured(family: str | None = None) -> Case:
-    """tiny() with the facts of a sound calibration and run: every linear saw 4,096 tokens and lost less than rounding would."""
-    from doctor.scan.header import Calibration, Hessian, Solve
+    """tiny() with the facts of a sound calibration and run: every linear saw 4,096 tokens and lost less than rounding
+    would.
+    """
     from doctor.model.spec import build_spec
+    from doctor.scan.header import Calibration, Hessian, Solve
 
     case = tiny(family)
     tokens = 4096
-    case.put("checkpoint:", "calibration", Calibration("text.jsonl", False, 16, tokens, 256, 256, 256, VOCAB - 6, 0, 0, 0))
+    case.put(
+        "checkpoint:", "calibration", Calibration("text.jsonl", False, 16, tokens, 256, 256, 256, VOCAB - 6, 0, 0, 0)
+    )
     for linear in build_spec(case.config, case.infos()).linears:
         hessian = Hessian(tokens, linear.in_features, 0, None, True, 0, 1.0, 8.0, 4.8e-6, 801.0)
         case.put(f"linear:{linear.name}", "hessian", hessian)
-        case.put(f"linear:{linear.name}", "solve", Solve("gptq", 0.01, 0.01, "float32", 0.004, 0.01, ((0.01, "float32", "ok"),)))
+        case.put(
+            f"linear:{linear.name}",
+            "solve",
+            Solve("gptq", 0.01, 0.01, "float32", 0.004, 0.01, ((0.01, "float32", "ok"),)),
+        )
     return case
 
 
@@ -320,32 +386,71 @@ def compared() -> Case:
     from doctor.scan.header import Comparison, Half
 
     case = tiny()
-    case.put("checkpoint:", "comparison", Comparison(
-        tokens=8192, context=512, perplexity_original=12.0, perplexity_quantized=12.3, kl_mean=0.02, kl_p99=0.2, top1_agreement=0.93,
-        nonfinite_original=0, nonfinite_quantized=0, token0_share=0.0, longest_repeat=2, generated=256,
-        replies=(("Once", "upon a time", "upon a time"),), block_errors=(0.01, 0.02), own_errors=(0.05, 0.06),
-        entropy_original=2.4, entropy_quantized=2.5, one_choice=0.06, one_choice_token=17, one_choice_original=0.05,
-        half=Half(absmax=600.0, place="the residual stream after model.layers.1", first=None, residual=(30.0, 600.0),
-                  blocks=(("the input of model.layers.0.mlp.down_proj", 31.0), ("the residual stream after model.layers.1", 600.0)),
-                  tokens=1022, kl_float16=0.0001, kl_bfloat16=0.004, nonfinite_float16=0, nonfinite_bfloat16=0)))
+    case.put(
+        "checkpoint:",
+        "comparison",
+        Comparison(
+            tokens=8192,
+            context=512,
+            perplexity_original=12.0,
+            perplexity_quantized=12.3,
+            kl_mean=0.02,
+            kl_p99=0.2,
+            top1_agreement=0.93,
+            nonfinite_original=0,
+            nonfinite_quantized=0,
+            token0_share=0.0,
+            longest_repeat=2,
+            generated=256,
+            replies=(("Once", "upon a time", "upon a time"),),
+            block_errors=(0.01, 0.02),
+            own_errors=(0.05, 0.06),
+            entropy_original=2.4,
+            entropy_quantized=2.5,
+            one_choice=0.06,
+            one_choice_token=17,
+            one_choice_original=0.05,
+            half=Half(
+                absmax=600.0,
+                place="the residual stream after model.layers.1",
+                first=None,
+                residual=(30.0, 600.0),
+                blocks=(
+                    ("the input of model.layers.0.mlp.down_proj", 31.0),
+                    ("the residual stream after model.layers.1", 600.0),
+                ),
+                tokens=1022,
+                kl_float16=0.0001,
+                kl_bfloat16=0.004,
+                nonfinite_float16=0,
+                nonfinite_bfloat16=0,
+            ),
+        ),
+    )
     return case
 
 
 def rename_parts(*numbers: str):
     """Damage that calls the parts of a checkpoint otherwise, in files and index: "3-of-7" for the first, and so on."""
+
     def damage(folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         for at, number in enumerate(numbers, 1):
             part, _, total = number.partition("-of-")
-            old, new = f"model-{at:05d}-of-{len(numbers):05d}.safetensors", f"model-{int(part):05d}-of-{int(total):05d}.safetensors"
+            old, new = (
+                f"model-{at:05d}-of-{len(numbers):05d}.safetensors",
+                f"model-{int(part):05d}-of-{int(total):05d}.safetensors",
+            )
             if new != old:
                 (folder / old).rename(folder / new)
                 index.write_text(index.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+
     return damage
 
 
 def shown_by(module) -> Iterator[tuple[Case, Case | None]]:
-    """(case, base) of each state that shows a rule's cures: its `bad` and what `more` gives, each alone and with a twin to take from.
+    """(case, base) of each state that shows a rule's cures: its `bad` and what `more` gives, each alone and with a twin
+    to take from.
 
     The twin is `good()`, or `donor()` where a rule has one.
     """

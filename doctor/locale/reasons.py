@@ -1,7 +1,8 @@
-"""Chinese for texts that come from the floors below, numbers and names in them: reasons, notes, lines of progress, places.
+"""Chinese for texts that come from the floors below, numbers and names in them: reasons, notes, lines of progress,
+places.
 
-Those floors know no language. `known(text)` finds the sentence that a text was made from and says it with the same values. A text
-that is not here is shown as it is; tests/locale/test_chinese.py runs every command and finds it.
+Those floors know no language. `known(text)` finds the sentence that a text was made from and says it with the same
+values. A text that is not here is shown as it is; tests/locale/test_chinese.py runs every command and finds it.
 """
 
 import re
@@ -27,14 +28,14 @@ SENTENCES = {
     "no {fact} for this checkpoint": "这个检查点没有 {fact}",
     "no {fact} for {subject}": "{subject} 没有 {fact}",
     # places of a model
-    "the output of {name}": "{name} 的输出", "the input of {name}": "{name} 的输入", "the residual stream after {name}": "{name} 之后的残差流",
+    "the output of {name}": "{name} 的输出",
+    "the input of {name}": "{name} 的输入",
+    "the residual stream after {name}": "{name} 之后的残差流",
     # progress of quantize
     "check before: {errors} errors, {warnings} warnings ({seconds} s)": "量化前检查：{errors} 个错误，{warnings} 个警告（{seconds} 秒）",
     "calibrate: {rows} rows, {tokens} tokens of {source} ({seconds} s)": "校准：{source} 的 {rows} 行，{tokens} 个词元（{seconds} 秒）",
-    "block {i} of {n}: {linears} linears in {seconds} s, largest relative error {worst}; damp raised: {names}":
-        "第 {i} 层，共 {n} 层：{linears} 个线性层，{seconds} 秒，最大相对误差 {worst}；加大了阻尼：{names}",
-    "block {i} of {n}: {linears} linears in {seconds} s, largest relative error {worst}":
-        "第 {i} 层，共 {n} 层：{linears} 个线性层，{seconds} 秒，最大相对误差 {worst}",
+    "block {i} of {n}: {linears} linears in {seconds} s, largest relative error {worst}; damp raised: {names}": "第 {i} 层，共 {n} 层：{linears} 个线性层，{seconds} 秒，最大相对误差 {worst}；加大了阻尼：{names}",
+    "block {i} of {n}: {linears} linears in {seconds} s, largest relative error {worst}": "第 {i} 层，共 {n} 层：{linears} 个线性层，{seconds} 秒，最大相对误差 {worst}",
     "block {i} of {n}: {linears} linears in {seconds} s": "第 {i} 层，共 {n} 层：{linears} 个线性层，{seconds} 秒",
     "block {i} is quantized again": "重新量化第 {i} 层",
     "block {i} of {n}: done before": "第 {i} 层，共 {n} 层：之前已完成",
@@ -42,30 +43,31 @@ SENTENCES = {
     "check after: {errors} errors ({seconds} s)": "量化后检查：{errors} 个错误（{seconds} 秒）",
     "not quantized: {errors} errors": "没有量化：{errors} 个错误",
     "hidden states take {size} GiB, more than {limit} GiB: kept in {path}": "隐藏状态占 {size} GiB，超过 {limit} GiB：存放在 {path}",
-    "calibration: {text}": "校准：{text}", "fix: {title}": "修复：{title}",
+    "calibration: {text}": "校准：{text}",
+    "fix: {title}": "修复：{title}",
     "rows have {positions} tokens instead of {length}: the model has no more positions": "每行 {positions} 个词元而不是 {length} 个：模型没有更多位置",
     "{found} rows instead of {rows}: {source} has no more text": "{found} 行而不是 {rows} 行：{source} 没有更多文本",
     "no text is sampled from the model: {reason}": "没有用模型自己写的文本：{reason}",
     "Python's documentation and text sampled from the model": "Python 文档和模型自己写的文本",
-    "fewer than {n} rows": "少于 {n} 行", "its logits are not finite": "它的 logits 不是有限数",
+    "fewer than {n} rows": "少于 {n} 行",
+    "its logits are not finite": "它的 logits 不是有限数",
     "the whole model takes {need}, {limit} are allowed": "整个模型要 {need}，只允许 {limit}",
     "{count} B parameters would take minutes on this device": "{count} B 个参数，在这台设备上要几分钟",
-    "the model does not run: {error}": "模型跑不起来：{error}", "it ended its texts at once": "它一开头就结束文本",
+    "the model does not run: {error}": "模型跑不起来：{error}",
+    "it ended its texts at once": "它一开头就结束文本",
     "several processes would each have to hold it": "每个进程都得装下整个模型",
-    "{model} has no key/value cache": "{model} 没有键值缓存", "the tokenizer has no token to start with": "分词器没有可以开头的词元",
+    "{model} has no key/value cache": "{model} 没有键值缓存",
+    "the tokenizer has no token to start with": "分词器没有可以开头的词元",
     # quantize --plan and --preflight
-    "        {peak} before the first block, where the whole model writes a part of the calibration rows":
-        "        第 1 层之前为 {peak}：整个模型在内存中写出一部分校准行",
-    "memory  {peak} at the peak: {parts}; passes that wait between stages take what is left":
-        "内存    峰值 {peak}：{parts}；各阶段之间等待的前向计算用剩下的",
+    "        {peak} before the first block, where the whole model writes a part of the calibration rows": "        第 1 层之前为 {peak}：整个模型在内存中写出一部分校准行",
+    "memory  {peak} at the peak: {parts}; passes that wait between stages take what is left": "内存    峰值 {peak}：{parts}；各阶段之间等待的前向计算用剩下的",
     "GPU     up to {size} of its memory, with --device cuda": "GPU     用 --device cuda 时最多占用其内存 {size}",
     "disk    {peak} at the peak, {end} at the end; {free} free": "磁盘    峰值 {peak}，最后 {end}；空闲 {free}",
-    "time    about {clock} for {blocks} blocks: measured on block {tried} of {n} with {few} of {rows} rows":
-        "时间    {blocks} 层约 {clock}：在第 {tried} 层实测（共 {n} 层），用了 {rows} 行中的 {few} 行",
-    "        block {last} got the outputs of block 1, not its own inputs: its errors are a hint":
-        "        第 {last} 层的输入取自第 1 层的输出，不是它自己的：其误差只是线索",
+    "time    about {clock} for {blocks} blocks: measured on block {tried} of {n} with {few} of {rows} rows": "时间    {blocks} 层约 {clock}：在第 {tried} 层实测（共 {n} 层），用了 {rows} 行中的 {few} 行",
+    "        block {last} got the outputs of block 1, not its own inputs: its errors are a hint": "        第 {last} 层的输入取自第 1 层的输出，不是它自己的：其误差只是线索",
     "would fail: {problem}": "将会失败：{problem}",
-    "memory: {need} at least, {limit} allowed": "内存：至少 {need}，允许 {limit}", "memory: {need} at least, {limit} free": "内存：至少 {need}，空闲 {limit}",
+    "memory: {need} at least, {limit} allowed": "内存：至少 {need}，允许 {limit}",
+    "memory: {need} at least, {limit} free": "内存：至少 {need}，空闲 {limit}",
     "disk: {need} at {place}, {free} free": "磁盘：{place} 需要 {need}，空闲 {free}",
     # notes of kvcache
     "transformers cannot read this config ({error}): layers are read from its keys alone": "transformers 读不了这个配置（{error}）：只按它的键判断各层",
@@ -78,17 +80,26 @@ SENTENCES = {
 }
 # Names inside a list of parts.
 PARTS = {
-    "one block in float32": "一层（float32）", "the next block as stored": "下一层（原样）", "Hessians of one stage": "一个阶段的 Hessian",
-    "solving one linear": "求解一个线性层", "one batch of rows": "一批校准行", "embeddings": "嵌入", "hidden states in a file": "隐藏状态在文件里",
-    "hidden states": "隐藏状态", "Python, torch and transformers": "Python、torch 和 transformers", ", ": "，",
+    "one block in float32": "一层（float32）",
+    "the next block as stored": "下一层（原样）",
+    "Hessians of one stage": "一个阶段的 Hessian",
+    "solving one linear": "求解一个线性层",
+    "one batch of rows": "一批校准行",
+    "embeddings": "嵌入",
+    "hidden states in a file": "隐藏状态在文件里",
+    "hidden states": "隐藏状态",
+    "Python, torch and transformers": "Python、torch 和 transformers",
+    ", ": "，",
 }
 
 
 @cache
 def _patterns() -> tuple[tuple[re.Pattern, str], ...]:
     """(pattern with a named group a value, sentence in Chinese)."""
-    return tuple((re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+?)", re.escape(english)), re.S), chinese)
-                 for english, chinese in (CURES | SENTENCES).items())
+    return tuple(
+        (re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+?)", re.escape(english)), re.S), chinese)
+        for english, chinese in (CURES | SENTENCES).items()
+    )
 
 
 def chinese(text: str) -> str | None:

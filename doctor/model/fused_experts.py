@@ -1,10 +1,12 @@
 """Experts that lie in one tensor, taken apart into the linears that a quantized checkpoint has in their place.
 
-The table `stacks` says how a family's two stacks lie and what engines call the linears. Whether those of a block are taken apart
-depends on the plan: on whether an engine reads the family's linears in its format, on their sizes, on what is to stay in 16 bits. An
-engine computes an expert's linears in one kernel, so a block's stacks come apart together or not at all.
+The table `stacks` says how a family's two stacks lie and what engines call the linears. Whether those of a block are
+taken apart depends on the plan: on whether an engine reads the family's linears in its format, on their sizes, on what
+is to stay in 16 bits. An engine computes an expert's linears in one kernel, so a block's stacks come apart together or
+not at all.
 
-`take_apart` is a view: headers change at once, bytes are cut out of the stack when a linear is loaded, one expert at a time.
+`take_apart` is a view: headers change at once, bytes are cut out of the stack when a linear is loaded, one expert at a
+time.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from doctor.checkpoint.directory import Checkpoint, codes
+from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import fact
 from doctor.core.lazy_numpy import np
 from doctor.core.recipe import ASKED, Recipe, is_kept, unfit
-from doctor.checkpoint.safetensors import TensorInfo
 from doctor.model.spec import Linear, ModelSpec, stacks_of
 
 ROLES = ("gate", "up", "down")
@@ -41,7 +43,7 @@ class Cut:
     def of(self, part: np.ndarray) -> np.ndarray:
         """The tensor, [out, in] or [out], from the codes of one expert in the stack."""
         rows = part.T if self.in_first and part.ndim == 2 else part
-        return np.ascontiguousarray(rows[self.begin:self.end])
+        return np.ascontiguousarray(rows[self.begin : self.end])
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Stacks:
     block: int
     tensors: tuple[str, ...]
     linears: tuple[Linear, ...]
-    cuts: Mapping[str, Cut]     # by the name of the new tensor
+    cuts: Mapping[str, Cut]  # by the name of the new tensor
     why: str
 
     @property
@@ -61,7 +63,9 @@ class Stacks:
 
 
 def find_stacks(spec: ModelSpec, tensors: Mapping[str, TensorInfo], recipe: Recipe) -> tuple[Stacks, ...]:
-    """Stacks of the blocks of a model whose family the table has; () where none are stored. Shapes that do not fit are left out."""
+    """Stacks of the blocks of a model whose family the table has; () where none are stored. Shapes that do not fit are
+    left out.
+    """
     found = []
     for entry in stacks_of(spec.model_type):
         tail = re.compile(rf"^(?P<block>(?:\w+\.)*?layers\.(?P<i>\d+)\.){re.escape(entry['gate_up'])}$")
@@ -75,26 +79,42 @@ def find_stacks(spec: ModelSpec, tensors: Mapping[str, TensorInfo], recipe: Reci
 
 
 def _alike(found: list[Stacks], recipe: Recipe) -> list[Stacks]:
-    """All taken apart or none, where an engine reads no other: linears that stay in 16 bits can do so apart, by their own names."""
+    """All taken apart or none, where an engine reads no other: linears that stay in 16 bits can do so apart, by their
+    own names.
+    """
     staying = [s for s in found if s.why]
     if not staying or len(staying) == len(found):
         return found
     if all(is_kept(recipe, x.name) for s in staying for x in s.linears):
         return [replace(s, why="") for s in found]
-    return [replace(s, why=s.why or f"those of block {staying[0].block} stay, and vLLM reads stacks in all blocks or in none") for s in found]
+    return [
+        replace(
+            s, why=s.why or f"those of block {staying[0].block} stay, and vLLM reads stacks in all blocks or in none"
+        )
+        for s in found
+    ]
 
 
-def _of_block(entry: dict, spec: ModelSpec, tensors: Mapping[str, TensorInfo], recipe: Recipe, prefix: str, block: int) -> Iterable[Stacks]:
+def _of_block(
+    entry: dict, spec: ModelSpec, tensors: Mapping[str, TensorInfo], recipe: Recipe, prefix: str, block: int
+) -> Iterable[Stacks]:
     gate_up, down = (tensors[prefix + entry[role]] for role in ("gate_up", "down"))
     flip = slice(None, None, -1 if entry["in_first"] else 1)
     if len(gate_up.shape) != 3 or len(down.shape) != 3:
         return
     (both, hidden), (out, inner) = gate_up.shape[1:][flip], down.shape[1:][flip]
-    if both != 2 * inner or hidden != out or gate_up.shape[0] != down.shape[0] or not (gate_up.dtype.is_float and down.dtype.is_float):
+    if (
+        both != 2 * inner
+        or hidden != out
+        or gate_up.shape[0] != down.shape[0]
+        or not (gate_up.dtype.is_float and down.dtype.is_float)
+    ):
         return
     biases = {s.name: tensors.get(f"{s.name}_bias") for s in (gate_up, down)} if entry["biases"] else {}
-    if any(bias is None or bias.shape != (stack.shape[0], stack.shape[2 if entry["in_first"] else 1])
-           for stack, bias in zip((gate_up, down), biases.values())):
+    if any(
+        bias is None or bias.shape != (stack.shape[0], stack.shape[2 if entry["in_first"] else 1])
+        for stack, bias in zip((gate_up, down), biases.values())
+    ):
         return
     ends = {"gate": (0, inner), "up": (inner, both), "down": (0, out)}
     linears, cuts = [], {}
@@ -120,7 +140,14 @@ def _why_whole(entry: dict, recipe: Recipe, linears: list[Linear], stored: tuple
         return f"no engine is known to read {model} experts as {recipe.output_format} linears: {entry['why_not']}"
     if recipe.runtime and recipe.runtime not in readers:
         return f"{recipe.runtime} is not known to read {model} experts as {recipe.output_format} linears, {' and '.join(readers)} can: {entry['why_not']}"
-    return next((f"{x.role} of an expert: {why}" for x in linears[:len(ROLES)] if (why := unfit(recipe, x.in_features, x.out_features))), "")
+    return next(
+        (
+            f"{x.role} of an expert: {why}"
+            for x in linears[: len(ROLES)]
+            if (why := unfit(recipe, x.in_features, x.out_features))
+        ),
+        "",
+    )
 
 
 @fact("checkpoint", stage="header")
@@ -130,7 +157,9 @@ def stacks(checkpoint, spec, tensors, recipe) -> tuple[Stacks, ...]:
 
 
 def take_apart(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> tuple[Checkpoint, ModelSpec]:
-    """The checkpoint as the quantizer sees it, with linears in the place of stacks that are taken apart, and its spec."""
+    """The checkpoint as the quantizer sees it, with linears in the place of stacks that are taken apart, and its
+    spec.
+    """
     found = [s for s in find_stacks(spec, checkpoint.tensors, recipe) if not s.why]
     if not found:
         return checkpoint, spec
@@ -146,7 +175,7 @@ class Separated:
 
     def __init__(self, source: Checkpoint, cuts: Mapping[str, Cut], gone: set[str]):
         self.source, self._cuts, self._gone = source, cuts, gone
-        self._last: tuple[tuple[str, int], np.ndarray] | None = None     # gate and up lie in one part: read once
+        self._last: tuple[tuple[str, int], np.ndarray] | None = None  # gate and up lie in one part: read once
 
     def __getattr__(self, name):
         return getattr(self.source, name)
@@ -179,7 +208,9 @@ class Separated:
         return self.source.load(name) if cut is None else cut.of(self._part(cut.stack, cut.expert))
 
     def _part(self, stack: str, expert: int) -> np.ndarray:
-        """Codes of one expert's part of a stack. Kept until another is asked for; a second thread may read the same part once more."""
+        """Codes of one expert's part of a stack. Kept until another is asked for; a second thread may read the same
+        part once more.
+        """
         last = self._last
         if last is not None and last[0] == (stack, expert):
             return last[1]

@@ -1,10 +1,10 @@
 """LoRA: what PEFT's adapter_config.json and the names of its matrices say about the sum that a merge is.
 
-weight + scale * B @ A, scale = alpha / r, or alpha / sqrt(r) with use_rslora; r and alpha by module where patterns name it. With
-use_dora each output's row of the sum is then brought to its stored magnitude: m / ‖sum‖ * sum. Whatever would make another sum is
-named and not merged, and so is every key that is not known here: PEFT's next release may add one that means something else.
-Sources: huggingface/peft src/peft/tuners/lora/layer.py, variants.py (DoraLinearVariant), utils/save_and_load.py, utils/other.py
-(get_pattern_key).
+weight + scale * B @ A, scale = alpha / r, or alpha / sqrt(r) with use_rslora; r and alpha by module where patterns name
+it. With use_dora each output's row of the sum is then brought to its stored magnitude: m / ‖sum‖ * sum. Whatever would
+make another sum is named and not merged, and so is every key that is not known here: PEFT's next release may add one
+that means something else. Sources: huggingface/peft src/peft/tuners/lora/layer.py, variants.py (DoraLinearVariant),
+utils/save_and_load.py, utils/other.py (get_pattern_key).
 """
 
 import re
@@ -12,14 +12,44 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 ADAPTER = "adapter_config.json"
-MATRIX = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>A|B|magnitude_vector)(?:\.default)?(?:\.weight)?")
-# Keys of adapter_config.json that say how it was trained, or that are read here. Any other that is set may change the sum.
-KNOWN = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "target_modules",
-         "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights",
-         "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config",
-         "lora_ga_config", "qalora_group_size", "runtime_config"}
-# Beginnings that leave the base as it was. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take a part out of it, and the adapter is a
-# change to the rest: added to the base itself, that part would count twice.
+MATRIX = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>A|B|magnitude_vector)(?:\.default)?(?:\.weight)?"
+)
+# Keys of adapter_config.json that say how it was trained, or that are read here. Any other that is set may change the
+# sum.
+KNOWN = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "use_dora",
+    "modules_to_save",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "runtime_config",
+}
+# Beginnings that leave the base as it was. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take a part out of it, and
+# the adapter is a change to the rest: added to the base itself, that part would count twice.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
@@ -73,12 +103,19 @@ def _pair(config: Mapping, module: str, sides: Mapping[str, str], tensors: Mappi
     if odd is not None:
         raise NotMergeable(f"{odd} is {list(tensors[odd].shape)}, no matrix of a linear's LoRA")
     if magnitude and tensors[magnitude].shape != tensors[b].shape[:1]:
-        raise NotMergeable(f"{magnitude} is {list(tensors[magnitude].shape)}, and {module} has {tensors[b].shape[0]} outputs")
-    return Pair(module, a, b, _scale(config, module, tensors[a].shape[0]), bool(config.get("fan_in_fan_out")), magnitude)
+        raise NotMergeable(
+            f"{magnitude} is {list(tensors[magnitude].shape)}, and {module} has {tensors[b].shape[0]} outputs"
+        )
+    return Pair(
+        module, a, b, _scale(config, module, tensors[a].shape[0]), bool(config.get("fan_in_fan_out")), magnitude
+    )
 
 
 def _scale(config: Mapping, module: str, stored: int) -> float:
-    rank, alpha = (_of_module(config.get(pattern), module, config.get(key)) for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))
+    rank, alpha = (
+        _of_module(config.get(pattern), module, config.get(key))
+        for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0 for x in (rank, alpha)):
         raise NotMergeable(f"r is {rank} and lora_alpha {alpha}; both must be numbers above 0")
     if rank != stored:

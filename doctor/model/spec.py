@@ -1,8 +1,8 @@
 """What config.json says a model is: sizes, heads, token ids, and which tensors are linears.
 
-Families come from the table `architectures` (tensor templates and shape expressions); a family that is not in it is read by
-the pattern of its own tensor names, and says so (`family` is None). Nothing here judges: a contradiction between config
-and tensors is a rule's business.
+Families come from the table `architectures` (tensor templates and shape expressions); a family that is not in it is
+read by the pattern of its own tensor names, and says so (`family` is None). Nothing here judges: a contradiction
+between config and tensors is a rule's business.
 """
 
 import ast
@@ -18,7 +18,9 @@ from doctor.core.tables import table
 # Where multimodal configs keep the language model's own block.
 TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config", "text_model_config")
 # Parts of a multimodal checkpoint that hold linears which no text calibration reaches.
-NOT_TEXT = re.compile(r"(?:^|\.)(?:visual|vision\w*|vit|audio\w*|image\w*|multi_modal_projector|mm_projector|patch_embed)(?:\.|$)")
+NOT_TEXT = re.compile(
+    r"(?:^|\.)(?:visual|vision\w*|vit|audio\w*|image\w*|multi_modal_projector|mm_projector|patch_embed)(?:\.|$)"
+)
 _ALIASES = {
     "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
     "hidden_size": ("n_embd", "d_model", "dim"),
@@ -29,8 +31,25 @@ _ALIASES = {
     "vocab_size": ("padded_vocab_size",),
     "max_position_embeddings": ("n_positions", "seq_length", "max_seq_len", "max_sequence_length"),
 }
-QUANTIZABLE = frozenset({"q", "k", "v", "o", "gate", "up", "down", "qkv", "gate_up", "q_a", "q_b", "kv_a", "kv_b",
-                         "linear_attn_in", "linear_attn_out"})
+QUANTIZABLE = frozenset(
+    {
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+        "qkv",
+        "gate_up",
+        "q_a",
+        "q_b",
+        "kv_a",
+        "kv_b",
+        "linear_attn_in",
+        "linear_attn_out",
+    }
+)
 # Row-parallel linears are cut along in_features by tensor parallelism; the others along out_features.
 ROW_PARALLEL = frozenset({"o", "down", "linear_attn_out"})
 
@@ -87,7 +106,9 @@ class ModelSpec:
     head_tensor: str | None = None
     biases: frozenset[str] = frozenset()  # names of all bias tensors
     templates: tuple[Template, ...] = field(default=(), repr=False)
-    expert_templates: tuple[Template, ...] = field(default=(), repr=False)  # linears of experts that this family's own files hold in stacks
+    expert_templates: tuple[Template, ...] = field(
+        default=(), repr=False
+    )  # linears of experts that this family's own files hold in stacks
 
     def at(self, key: str) -> str:
         """JSON pointer in config.json of a key of the language model's block."""
@@ -119,7 +140,9 @@ def text_block(config: Mapping) -> tuple[dict, str | None]:
     """The language model's own block of a config, and its key (None when it is the whole file)."""
     for key in TEXT_KEYS:
         block = config.get(key)
-        if isinstance(block, dict) and ("hidden_size" in block or "num_hidden_layers" in block or "model_type" in block):
+        if isinstance(block, dict) and (
+            "hidden_size" in block or "num_hidden_layers" in block or "model_type" in block
+        ):
             return {**{k: v for k, v in config.items() if k not in TEXT_KEYS and not isinstance(v, dict)}, **block}, key
     return dict(config), None
 
@@ -128,7 +151,11 @@ def build_spec(config: Mapping, tensors: Mapping[str, TensorInfo]) -> ModelSpec:
     """Spec of a parsed config.json and the tensors beside it. Never raises on odd values: what is unusable is None."""
     block, text_key = text_block(config)
     architectures = config.get("architectures")
-    architecture = architectures[0] if isinstance(architectures, list) and architectures and isinstance(architectures[0], str) else ""
+    architecture = (
+        architectures[0]
+        if isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
+        else ""
+    )
     model_type = str(block.get("model_type") or config.get("model_type") or "")
     family = _family(model_type, str(config.get("model_type") or ""), architecture, block)
     entry = table("architectures")["families"].get(family, {})
@@ -142,14 +169,27 @@ def build_spec(config: Mapping, tensors: Mapping[str, TensorInfo]) -> ModelSpec:
         templates += tuple(t for t in _stack_templates(model_type) if t.tensor not in known)
     expert_templates = tuple(_expert_templates(model_type))
     spec = ModelSpec(
-        family=family, model_type=model_type, architecture=architecture, config=block, text_key=text_key,
-        n_layers=_size(_lookup(block, family, "num_hidden_layers")), hidden=hidden,
-        intermediate=_size(_lookup(block, family, "intermediate_size")), n_heads=heads,
-        n_kv_heads=_size(_lookup(block, family, "num_key_value_heads")), head_dim=_size(_lookup(block, family, "head_dim")),
-        vocab=_size(_lookup(block, family, "vocab_size")), max_positions=_size(_lookup(block, family, "max_position_embeddings")),
-        tied=tied, tie_stated=stated if isinstance(stated, bool) else None, templates=templates,
-        expert_templates=expert_templates)
-    spec.embed_tensor = _named(tensors, entry.get("embed_tokens", "model.embed_tokens"), "embed_tokens", "wte", "word_embeddings")
+        family=family,
+        model_type=model_type,
+        architecture=architecture,
+        config=block,
+        text_key=text_key,
+        n_layers=_size(_lookup(block, family, "num_hidden_layers")),
+        hidden=hidden,
+        intermediate=_size(_lookup(block, family, "intermediate_size")),
+        n_heads=heads,
+        n_kv_heads=_size(_lookup(block, family, "num_key_value_heads")),
+        head_dim=_size(_lookup(block, family, "head_dim")),
+        vocab=_size(_lookup(block, family, "vocab_size")),
+        max_positions=_size(_lookup(block, family, "max_position_embeddings")),
+        tied=tied,
+        tie_stated=stated if isinstance(stated, bool) else None,
+        templates=templates,
+        expert_templates=expert_templates,
+    )
+    spec.embed_tensor = _named(
+        tensors, entry.get("embed_tokens", "model.embed_tokens"), "embed_tokens", "wte", "word_embeddings"
+    )
     spec.head_tensor = _named(tensors, entry.get("lm_head", "lm_head"), "lm_head", "embed_out", "output_layer")
     spec.linears = tuple(_linears(tensors.values(), templates, expert_templates))
     spec.prefix = _prefix(spec.linears, templates)
@@ -193,7 +233,11 @@ def _lookup(config: Mapping, family: str | None, key: str) -> int | None:
         hidden = _lookup(config, family, "n_embd")
         return 4 * hidden if _size(hidden) else None
     if key in ("n_head", "n_embd", "d_model", "num_heads", "n_heads"):
-        generic = {"n_head": "num_attention_heads", "num_heads": "num_attention_heads", "n_heads": "num_attention_heads"}.get(key, "hidden_size")
+        generic = {
+            "n_head": "num_attention_heads",
+            "num_heads": "num_attention_heads",
+            "n_heads": "num_attention_heads",
+        }.get(key, "hidden_size")
         return next((config[n] for n in (generic, *_ALIASES[generic]) if _size(config.get(n))), None)
     return None
 
@@ -234,9 +278,18 @@ def _templates(family: str) -> tuple[Template, ...]:
     entry = table("architectures")["families"][family]
     found = []
     for item in [*entry["linears"], *entry["other_tensors"]]:
-        found.append(Template(item["tensor"], _pattern(item["tensor"]), tuple(item["shape"]), item.get("role"),
-                              str(item.get("orientation", "")).startswith("in_out"), "layers_in_probe" not in item,
-                              item.get("bias", False), condition(item)))
+        found.append(
+            Template(
+                item["tensor"],
+                _pattern(item["tensor"]),
+                tuple(item["shape"]),
+                item.get("role"),
+                str(item.get("orientation", "")).startswith("in_out"),
+                "layers_in_probe" not in item,
+                item.get("bias", False),
+                condition(item),
+            )
+        )
     return tuple(found)
 
 
@@ -255,7 +308,10 @@ def _expert_templates(model_type: str) -> Iterable[Template]:
 
 def _stack_templates(model_type: str) -> Iterable[Template]:
     for entry in stacks_of(model_type):
-        for role, size in (("gate_up", (f"2 * {entry['inner']}", entry["hidden"])), ("down", (entry["hidden"], entry["inner"]))):
+        for role, size in (
+            ("gate_up", (f"2 * {entry['inner']}", entry["hidden"])),
+            ("down", (entry["hidden"], entry["inner"])),
+        ):
             tensor = f"model.layers.{{i}}.{entry[role]}"
             shape = (entry["experts"], *(size[::-1] if entry["in_first"] else size))
             yield Template(tensor, _pattern(tensor), shape, role, False, False, entry["biases"])
@@ -289,7 +345,9 @@ def _named(tensors: Mapping[str, TensorInfo], module: str, *tails: str) -> str |
     if exact in tensors:
         return exact
     for name in tensors:
-        if name.endswith(tuple(f".{t}.weight" for t in tails) + tuple(f"{t}.weight" for t in tails)) and not NOT_TEXT.search(name):
+        if name.endswith(
+            tuple(f".{t}.weight" for t in tails) + tuple(f"{t}.weight" for t in tails)
+        ) and not NOT_TEXT.search(name):
             return name
     return None
 
@@ -297,7 +355,9 @@ def _named(tensors: Mapping[str, TensorInfo], module: str, *tails: str) -> str |
 _BLOCK = re.compile(r"\.(?P<i>\d+)\.")
 
 
-def _linears(infos: Iterable[TensorInfo], templates: tuple[Template, ...], experts: tuple[Template, ...]) -> Iterable[Linear]:
+def _linears(
+    infos: Iterable[TensorInfo], templates: tuple[Template, ...], experts: tuple[Template, ...]
+) -> Iterable[Linear]:
     if templates:
         yield from _by_template(infos, [*(t for t in templates if t.role in QUANTIZABLE), *experts])
     else:
@@ -307,7 +367,9 @@ def _linears(infos: Iterable[TensorInfo], templates: tuple[Template, ...], exper
 
 
 def _by_template(infos: Iterable[TensorInfo], templates: list[Template]) -> Iterable[Linear]:
-    known: dict[str, tuple[Template, int | None] | None] = {}  # name without its block's number: a large MoE has 50,000 tensors
+    known: dict[
+        str, tuple[Template, int | None] | None
+    ] = {}  # name without its block's number: a large MoE has 50,000 tensors
     for info in infos:
         if len(info.shape) != 2:
             continue
@@ -318,11 +380,24 @@ def _by_template(infos: Iterable[TensorInfo], templates: list[Template]) -> Iter
             if found is not None and (block is None or found[1].start("i") != block.start("i")):
                 alike = info.name  # another number counts the blocks
             expert = found and found[1].groupdict().get("e")
-            known[alike] = found and (found[0], found[1]["i"] if alike == info.name else None, int(expert) if expert is not None else None)
+            known[alike] = found and (
+                found[0],
+                found[1]["i"] if alike == info.name else None,
+                int(expert) if expert is not None else None,
+            )
         if known[alike] is not None:
             template, number, expert = known[alike]
             out, inn = info.shape[::-1] if template.transposed else info.shape
-            yield Linear(info.name.removesuffix(".weight"), info.name, template.role, int(number or block["i"]), inn, out, template.transposed, expert)
+            yield Linear(
+                info.name.removesuffix(".weight"),
+                info.name,
+                template.role,
+                int(number or block["i"]),
+                inn,
+                out,
+                template.transposed,
+                expert,
+            )
 
 
 def _template_and_match(name: str, templates: list[Template]) -> tuple[Template, re.Match] | None:
@@ -331,27 +406,55 @@ def _template_and_match(name: str, templates: list[Template]) -> tuple[Template,
     return next(((t, match) for t in templates if (match := t.pattern.match(name))), None)
 
 
-ROLE_OF_TAIL = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
-                 "down_proj": "down", "qkv_proj": "qkv", "gate_up_proj": "gate_up", "w1": "gate", "w3": "up", "w2": "down"}
+ROLE_OF_TAIL = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "qkv_proj": "qkv",
+    "gate_up_proj": "gate_up",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+}
 
 
-# Parts that stay in 16 bits: norms (some hold matrices), routers, embeddings, and what steers the step of a state-space model:
-# x_proj and dt_proj are a few per cent of a Mamba block, as narrow as its step's rank, and feed a recurrence that adds up their errors.
+# Parts that stay in 16 bits: norms (some hold matrices), routers, embeddings, and what steers the step of a state-space
+# model: x_proj and dt_proj are a few per cent of a Mamba block, as narrow as its step's rank, and feed a recurrence
+# that adds up their errors.
 _LEFT_OUT = re.compile(r"norm[^.]*(?:\.[^.]*)?$|(?:embed|router)[^.]*$|\.(?:gate|x_proj|dt_proj)$")
 NARROWEST = 32  # below, neither a group of weights nor a word of packed ones is filled
 
 
 def _by_shape(infos: Iterable[TensorInfo]) -> Iterable[Linear]:
-    """Linears of a family no table knows: 2-D float weights inside numbered blocks that are wide enough to be worth packing."""
+    """Linears of a family no table knows: 2-D float weights inside numbered blocks that are wide enough to be worth
+    packing.
+    """
     for info in infos:
         block = _BLOCK.search(info.name)
         module = info.name.removesuffix(".weight")
-        if (block is None or len(info.shape) != 2 or module == info.name or not info.dtype.is_float or min(info.shape) < NARROWEST
-                or _LEFT_OUT.search(module, block.end() - 1) or NOT_TEXT.search(info.name)):
+        if (
+            block is None
+            or len(info.shape) != 2
+            or module == info.name
+            or not info.dtype.is_float
+            or min(info.shape) < NARROWEST
+            or _LEFT_OUT.search(module, block.end() - 1)
+            or NOT_TEXT.search(info.name)
+        ):
             continue
         tail = module.rpartition(".")[2]
-        yield Linear(info.name.removesuffix(".weight"), info.name, ROLE_OF_TAIL.get(tail, "other"), int(block["i"]), info.shape[1],
-                     info.shape[0])
+        yield Linear(
+            info.name.removesuffix(".weight"),
+            info.name,
+            ROLE_OF_TAIL.get(tail, "other"),
+            int(block["i"]),
+            info.shape[1],
+            info.shape[0],
+        )
 
 
 def _prefix(linears: tuple[Linear, ...], templates: tuple[Template, ...]) -> str:

@@ -1,7 +1,7 @@
 """Special tokens: which file says what about BOS, EOS and PAD, in one list, and what is known of the model's family.
 
-Every file may say it in its own way: an id, a list of ids, a token's text, an object with `content`, null, or nothing. Id 0 is legal,
-so presence is never tested by truth.
+Every file may say it in its own way: an id, a list of ids, a token's text, an object with `content`, null, or nothing.
+Id 0 is legal, so presence is never tested by truth.
 """
 
 import re
@@ -11,14 +11,30 @@ from doctor.core.facts import fact
 from doctor.core.tables import table
 
 ROLES = ("bos", "eos", "pad")
-# Marks that open or close a turn of a chat; a model's beginning-of-text token is not one of them unless its vendor says so.
-TURN_MARKS = frozenset({"<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>",
-                        "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"})
+# Marks that open or close a turn of a chat; a model's beginning-of-text token is not one of them unless its vendor says
+# so.
+TURN_MARKS = frozenset(
+    {
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|system|>",
+        "<|end|>",
+    }
+)
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What one file says of one role. `value` is as it stands in the file; `stated` is False where the key is absent."""
+    """What one file says of one role. `value` is as it stands in the file; `stated` is False where the key is
+    absent.
+    """
 
     file: str
     pointer: str
@@ -42,7 +58,9 @@ class Special:
     names: dict[str, str] = field(default_factory=dict)
 
     def of(self, file: str, role: str) -> Statement:
-        """The statement of config.json or generation_config.json on a role; one with stated False where there is none."""
+        """The statement of config.json or generation_config.json on a role; one with stated False where there is
+        none.
+        """
         for s in self.statements:
             if s.file == file and s.role == role:
                 return s
@@ -51,7 +69,11 @@ class Special:
     @property
     def families(self) -> list[dict]:
         """Entries of the table of special tokens for this model_type; several vendors may share one."""
-        return [e for e in table("special_tokens")["families"].values() if _covers(str(e.get("model_type", "")), self.model_type)]
+        return [
+            e
+            for e in table("special_tokens")["families"].values()
+            if _covers(str(e.get("model_type", "")), self.model_type)
+        ]
 
     @property
     def ships_bos(self) -> bool | None:
@@ -66,7 +88,7 @@ class Special:
 
 def _covers(names: str, model_type: str) -> bool:
     for name in re.split(r"[,/ ]+", re.sub(r"\(.*?\)", "", names)):
-        if name and (name == model_type or name.endswith("*") and model_type.startswith(name[:-1])):
+        if name and (name == model_type or (name.endswith("*") and model_type.startswith(name[:-1]))):
             return True
     return False
 
@@ -91,7 +113,11 @@ def special(checkpoint, spec, generation_config, tokenizer_config) -> Special:
         else:
             found.statements.append(Statement("config.json", f"/{key}", role, outer.get(key), key in outer))
         if generation_config is not None:
-            found.statements.append(Statement("generation_config.json", f"/{key}", role, generation_config.get(key), key in generation_config))
+            found.statements.append(
+                Statement(
+                    "generation_config.json", f"/{key}", role, generation_config.get(key), key in generation_config
+                )
+            )
         text = token_text((tokenizer_config or {}).get(f"{role}_token"))
         if text:
             found.names[role] = text

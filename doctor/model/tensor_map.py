@@ -1,17 +1,18 @@
 """Which tensor is which: names sorted into blocks, each matched with the template of its family.
 
-A rule about missing, unexpected or misshapen tensors needs one answer to "what should stand here"; it is worked out once.
-Templates come from the table `architectures`, which was taken from two-block models, so what a family's other kinds of block hold
-is learnt from the checkpoint itself: a block is compared only with blocks that hold everything it holds.
+A rule about missing, unexpected or misshapen tensors needs one answer to "what should stand here"; it is worked out
+once. Templates come from the table `architectures`, which was taken from two-block models, so what a family's other
+kinds of block hold is learnt from the checkpoint itself: a block is compared only with blocks that hold everything it
+holds.
 """
 
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable, fact
 from doctor.formats.tensor_names import PACKED_TAILS
-from doctor.checkpoint.safetensors import TensorInfo
 from doctor.model.spec import NOT_TEXT, QUANTIZABLE, ModelSpec, Template, evaluate
 
 _NUMBERED = re.compile(r"^(?P<stem>(?:.*?\.)?)(?P<block>\d+)\.(?P<tail>.+)$")
@@ -49,7 +50,9 @@ class Placement:
 
     @property
     def counted(self) -> list[int]:
-        """Numbers of the blocks that config.json counts; extra blocks behind them (multi-token prediction) are left out."""
+        """Numbers of the blocks that config.json counts; extra blocks behind them (multi-token prediction) are left
+        out.
+        """
         limit = self.spec.n_layers
         return [b for b in sorted(self.blocks) if limit is None or b < limit]
 
@@ -82,7 +85,9 @@ class Placement:
         return next((t.tensor.partition("{i}")[0] for t in self.spec.templates if "{i}" in t.tensor), "")
 
     def sizes(self) -> list[tuple[TensorInfo, Template, tuple[str, ...]]]:
-        """(tensor, template, expressions) of every tensor with a template, biases of linears included. Worked out once."""
+        """(tensor, template, expressions) of every tensor with a template, biases of linears included. Worked out
+        once.
+        """
         if self._sizes is None:
             self._sizes = list(self._every_size())
         return self._sizes
@@ -100,7 +105,9 @@ class Placement:
                     yield info, template, (template.shape[1 if template.transposed else 0],)
 
     def misfits(self, lookup=None) -> list[Misfit]:
-        """Axes whose length is not what config.json gives. Lengths that the table states as plain numbers are not judged."""
+        """Axes whose length is not what config.json gives. Lengths that the table states as plain numbers are not
+        judged.
+        """
         lookup = lookup or self.spec.lookup
         wants: dict[str, int | None] = {}  # an expression stands for thousands of tensors
         found = []
@@ -124,8 +131,13 @@ class Placement:
 
     def users(self, key: str) -> list[tuple[TensorInfo, int, str]]:
         """(tensor, axis, expression) of every axis whose length depends on this config key and on no other."""
-        return [(info, axis, e) for info, _, expressions in self.sizes() if len(info.shape) == len(expressions)
-                for axis, e in enumerate(expressions) if keys_of(e) == [key]]
+        return [
+            (info, axis, e)
+            for info, _, expressions in self.sizes()
+            if len(info.shape) == len(expressions)
+            for axis, e in enumerate(expressions)
+            if keys_of(e) == [key]
+        ]
 
     def missing(self) -> dict[str, str]:
         """Name of each absent tensor -> why it must be there."""
@@ -137,11 +149,16 @@ class Placement:
             fuller = [kind for kind in kinds if own < kind]
             lacking = frozenset().union(*fuller) - own
             if lacking and (self.spec.family or (len(counted) >= 4 and len(fuller) * 4 >= 3 * len(counted))):
-                found |= {self.name(block, t): f"{sum(t in k for k in kinds)} of {len(counted)} blocks have it" for t in lacking}
+                found |= {
+                    self.name(block, t): f"{sum(t in k for k in kinds)} of {len(counted)} blocks have it"
+                    for t in lacking
+                }
         return found
 
     def _missing_siblings(self) -> dict[str, str]:
-        """What a block of a kind of its own lacks: linears of a module that has its others, norms that all other blocks have."""
+        """What a block of a kind of its own lacks: linears of a module that has its others, norms that all other blocks
+        have.
+        """
         inner = [t for t in self.spec.templates if "{i}" in t.tensor and "{e}" not in t.tensor]
         tails = {t.tensor.partition("{i}.")[2]: t for t in inner}
         found = {}
@@ -157,21 +174,30 @@ class Placement:
                         found[self.name(block, tail)] = "every other block has it"
                 elif module and template.role in QUANTIZABLE:
                     beside = [t for t in own if t.split(".")[:-2] == module and t.endswith(".weight")]
-                    if any(tails[t].role in QUANTIZABLE for t in beside if t in tails) and all(t in tails for t in beside):
+                    if any(tails[t].role in QUANTIZABLE for t in beside if t in tails) and all(
+                        t in tails for t in beside
+                    ):
                         found[self.name(block, tail)] = f"{module[-1]} has its other linears"
         return found
 
     def _missing_outside(self) -> dict[str, str]:
         """Embedding, last norm and the like: what stands beside the blocks in every model of the family."""
         root = _root(self.family_stem)
-        return {self.outer_name(t): f"every {self.spec.family} model has it" for t in self.spec.templates
-                if "{i}" not in t.tensor and root and t.tensor.startswith(root) and self.outer_name(t) not in self.outside}
+        return {
+            self.outer_name(t): f"every {self.spec.family} model has it"
+            for t in self.spec.templates
+            if "{i}" not in t.tensor and root and t.tensor.startswith(root) and self.outer_name(t) not in self.outside
+        }
 
     def _missing_in_all(self) -> dict[str, str]:
-        """Linears, experts, norms and routers that no block has, though the family has them in each, and nothing unknown stands in their place."""
+        """Linears, experts, norms and routers that no block has, though the family has them in each, and nothing
+        unknown stands in their place.
+        """
         held = {tail for b in self.counted for tail in self.blocks[b]}
         inner = [t for t in self.spec.templates if "{i}" in t.tensor]
-        if any(tail.endswith(".weight") and not any(_tail_pattern(t.tensor).match(tail) for t in inner) for tail in held):
+        if any(
+            tail.endswith(".weight") and not any(_tail_pattern(t.tensor).match(tail) for t in inner) for tail in held
+        ):
             return {}
         found = {}
         for template in inner:
@@ -195,8 +221,8 @@ class Placement:
     def _stands_in_every_block(self, template: Template, held: set[str]) -> bool:
         """Whether a norm or router has no excuse to be absent from all blocks.
 
-        A norm of the block itself: none where a flag sets attention and MLP side by side, because one norm then serves both. Inside a
-        module: where the module has other tensors, and no flag about norms is off.
+        A norm of the block itself: none where a flag sets attention and MLP side by side, because one norm then serves
+        both. Inside a module: where the module has other tensors, and no flag about norms is off.
         """
         tail = template.tensor.partition("{i}.")[2]
         module, _, rest = tail.partition(".")
@@ -206,7 +232,9 @@ class Placement:
         if "." not in rest:
             side_by_side = any(value and "parallel" in key for key, value in flags.items())
             return ("norm" in module or module.startswith("ln_")) and not side_by_side
-        return any(t.startswith(module + ".") for t in held) and not any("norm" in key and not value for key, value in flags.items())
+        return any(t.startswith(module + ".") for t in held) and not any(
+            "norm" in key and not value for key, value in flags.items()
+        )
 
 
 def assume(spec: ModelSpec, **values: int):
@@ -217,7 +245,8 @@ def assume(spec: ModelSpec, **values: int):
 def solve(expression: str, key: str, spec: ModelSpec, want: int) -> int | None:
     """The value of one config key that makes a shape expression come out as `want`; None where no whole number does.
 
-    Every expression is linear in each of its keys, up to one floor division by 2, so the divisors of 2 * want are enough to try.
+    Every expression is linear in each of its keys, up to one floor division by 2, so the divisors of 2 * want are
+    enough to try.
     """
     tried = set()
     for divisor in range(1, min(want, 1024) + 1):

@@ -13,15 +13,15 @@ from functools import cache
 from typing import NamedTuple
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.edits.kinds import MISSING, Edit, Keep, PadTensor, SetJson
+from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import DoctorError
 from doctor.core.facts import Unavailable, fact, provide
-from doctor.formats.tensor_names import WORD_TAILS
 from doctor.core.recipe import BITS, METHODS, Recipe, is_kept
-from doctor.checkpoint.safetensors import TensorInfo
-from doctor.model.spec import NOT_TEXT, ROLE_OF_TAIL, ROW_PARALLEL, ModelSpec, evaluate
-from doctor.model.fused_experts import find_stacks
 from doctor.core.tables import table
+from doctor.edits.kinds import MISSING, Edit, Keep, PadTensor, SetJson
+from doctor.formats.tensor_names import WORD_TAILS
+from doctor.model.fused_experts import find_stacks
+from doctor.model.spec import NOT_TEXT, ROLE_OF_TAIL, ROW_PARALLEL, ModelSpec, evaluate
 
 # Linears that a serving engine stores as one matrix, so that they must be quantized alike or not at all.
 FUSED = (("q", "k", "v"), ("gate", "up"))
@@ -69,12 +69,12 @@ class Widths:
 
 
 def own_widths(raw: Mapping) -> Widths:
-    """What a quantization block says of single linears' bits: GPTQ's "dynamic", AutoRound's "extra_config", the further groups of
-    compressed-tensors.
+    """What a quantization block says of single linears' bits: GPTQ's "dynamic", AutoRound's "extra_config", the further
+    groups of compressed-tensors.
 
-    Raises Unavailable where they differ in more, or a pattern is none. Sources: ModelCloud/GPTQModel gptqmodel/quantization/config.py
-    (dynamic_get); a file that AutoRound 0.16.1 wrote; vllm-project/compressed-tensors src/compressed_tensors/utils/match.py (names, and
-    patterns after "re:").
+    Raises Unavailable where they differ in more, or a pattern is none. Sources: ModelCloud/GPTQModel
+    gptqmodel/quantization/config.py (dynamic_get); a file that AutoRound 0.16.1 wrote; vllm-project/compressed-tensors
+    src/compressed_tensors/utils/match.py (names, and patterns after "re:").
     """
     found = Widths()
     own = [(key.removeprefix("+:"), value.get("bits")) for key, value in _own(raw, "dynamic")]
@@ -82,22 +82,32 @@ def own_widths(raw: Mapping) -> Widths:
     for group in weight_groups(raw)[1:]:
         targets = group.get("targets")
         targets = [t for t in targets if isinstance(t, str)] if isinstance(targets, list) else []
-        own += [(t.removeprefix("re:") if t.startswith("re:") else f"^{re.escape(t)}$", group["weights"].get("num_bits")) for t in targets]
+        own += [
+            (t.removeprefix("re:") if t.startswith("re:") else f"^{re.escape(t)}$", group["weights"].get("num_bits"))
+            for t in targets
+        ]
     for pattern, bits in own:
         if type(bits) is int and bits in BITS:
             try:
                 found.add(pattern, bits)
             except re.error as error:
-                raise Unavailable(f"the quantization block names linears by {pattern!r}, which is no pattern: {error}") from None
+                raise Unavailable(
+                    f"the quantization block names linears by {pattern!r}, which is no pattern: {error}"
+                ) from None
     return found
 
 
 def _own(raw: Mapping, key: str) -> list[tuple[str, Mapping]]:
-    """(name or pattern, what is its own) of raw[key]. Raises Unavailable where that is more than a width; what stays in floats has none."""
+    """(name or pattern, what is its own) of raw[key]. Raises Unavailable where that is more than a width; what stays in
+    floats has none.
+    """
     own = raw.get(key) or {}
     if not isinstance(own, Mapping) or any(
-            not isinstance(value, Mapping) or not _in_floats(value) and any(k != "bits" and v != raw.get(k, v) for k, v in value.items())
-            for name, value in own.items() if not name.startswith("-:")):
+        not isinstance(value, Mapping)
+        or (not _in_floats(value) and any(k != "bits" and v != raw.get(k, v) for k, v in value.items()))
+        for name, value in own.items()
+        if not name.startswith("-:")
+    ):
         raise Unavailable(f"linears differ in more than their width ({key}): their shapes are not judged")
     return [(name, value) for name, value in own.items() if not name.startswith("-:")]
 
@@ -110,7 +120,11 @@ def _in_floats(own: Mapping) -> bool:
 def weight_groups(raw: Mapping) -> list[dict]:
     """Groups of compressed-tensors that say something of weights, the one for all Linear first."""
     groups = raw.get("config_groups")
-    found = [g for g in (groups.values() if isinstance(groups, Mapping) else ()) if isinstance(g, dict) and isinstance(g.get("weights"), dict)]
+    found = [
+        g
+        for g in (groups.values() if isinstance(groups, Mapping) else ())
+        if isinstance(g, dict) and isinstance(g.get("weights"), dict)
+    ]
     return sorted(found, key=lambda g: g.get("targets") != ["Linear"])
 
 
@@ -196,15 +210,24 @@ def quantization(checkpoint, quantization_block):
     return read_quantization(raw, file, pointer)
 
 
-# packing_format of AutoRound's own blocks -> the form that it packs in. Source: intel/auto-round auto_round/inference/backend.py (GPTQ_FORMAT
-# stores zero points minus one, GPTQ_FORMAT_NO_ZP as they are), 0.16.1.
-_AUTOROUND = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2", "auto_round": "gptq_v2", "auto_round:auto_awq": "awq"}
+# packing_format of AutoRound's own blocks -> the form that it packs in. Source: intel/auto-round
+# auto_round/inference/backend.py (GPTQ_FORMAT stores zero points minus one, GPTQ_FORMAT_NO_ZP as they are), 0.16.1.
+_AUTOROUND = {
+    "auto_round:auto_gptq": "gptq",
+    "auto_round:gptqmodel": "gptq_v2",
+    "auto_round": "gptq_v2",
+    "auto_round:auto_awq": "awq",
+}
 AUTOROUND = ("auto-round", "intel/auto-round")
 
 
 def plain_block(raw: Mapping) -> Mapping:
     """An AutoRound block in the words of the form that it packs in, where that is known; any other block as it is."""
-    form = _AUTOROUND.get(str(raw.get("packing_format"))) if raw.get("quant_method") in AUTOROUND and raw.get("data_type", "int") == "int" else None
+    form = (
+        _AUTOROUND.get(str(raw.get("packing_format")))
+        if raw.get("quant_method") in AUTOROUND and raw.get("data_type", "int") == "int"
+        else None
+    )
     if form is None:
         return raw
     shared = {"data_type": "int", **{k: raw[k] for k in ("bits", "group_size", "sym", "extra_config") if k in raw}}
@@ -222,8 +245,7 @@ def read_quantization(raw: Mapping, file: str, pointer: str) -> Quantization:
 
 def _read_plain(raw: Mapping, file: str, pointer: str) -> Quantization:
     method = str(
-        raw.get("quant_method")
-        or ("awq" if "zero_point" in raw else "gptq" if "desc_act" in raw else "unknown")
+        raw.get("quant_method") or ("awq" if "zero_point" in raw else "gptq" if "desc_act" in raw else "unknown")
     )
     if method in ("gptq", "gptq_marlin", "auto_gptq"):
         version = str(raw.get("checkpoint_format") or raw.get("format") or "gptq")
@@ -240,9 +262,7 @@ def _read_plain(raw: Mapping, file: str, pointer: str) -> Quantization:
             pointer,
         )
     if method == "awq":
-        _require_known(
-            "version", str(raw.get("version") or raw.get("format") or "gemm").lower(), ("gemm", "gemv")
-        )
+        _require_known("version", str(raw.get("version") or raw.get("format") or "gemm").lower(), ("gemm", "gemv"))
         return Quantization(
             "awq",
             _whole(raw, "bits", "w_bit"),
@@ -257,13 +277,13 @@ def _read_plain(raw: Mapping, file: str, pointer: str) -> Quantization:
     if method == "compressed-tensors":
         schemes = [group["weights"] for group in weight_groups(raw)]
         weights = schemes[0] if schemes else None
-        if any(scheme.get(key) != weights.get(key) for scheme in schemes for key in ("group_size", "strategy", "symmetric", "actorder")):
-            raise Unavailable("linears differ in more than their width (config_groups): their shapes are not judged")
-        if (
-            weights
-            and raw.get("format") == "pack-quantized"
-            and weights.get("strategy") in ("group", "channel")
+        if any(
+            scheme.get(key) != weights.get(key)
+            for scheme in schemes
+            for key in ("group_size", "strategy", "symmetric", "actorder")
         ):
+            raise Unavailable("linears differ in more than their width (config_groups): their shapes are not judged")
+        if weights and raw.get("format") == "pack-quantized" and weights.get("strategy") in ("group", "channel"):
             group = _whole(weights, "group_size") if weights["strategy"] == "group" else -1
             return Quantization(
                 method,
@@ -283,7 +303,9 @@ STATED = frozenset({"method", "bits", "group_size", "sym"})  # what a quantized 
 
 
 def stored_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
-    """This recipe with the method, bits, groups and symmetry that the checkpoint states for itself; as it is where it states none."""
+    """This recipe with the method, bits, groups and symmetry that the checkpoint states for itself; as it is where it
+    states none.
+    """
     block = quantization_of(checkpoint)
     if block is None:
         return recipe
@@ -296,7 +318,9 @@ def stored_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
         stored = read_quantization(common, *place)
         form = stored.version if stored.method == "gptq" else stored.method
         method = stored.method if stored.method in METHODS else "gptq"
-        return replace(recipe, method=method, bits=stored.bits, group_size=stored.group_size, sym=stored.sym, format=form)
+        return replace(
+            recipe, method=method, bits=stored.bits, group_size=stored.group_size, sym=stored.sym, format=form
+        )
     except (Unavailable, DoctorError):  # what is wrong with the block is for rules to say
         return recipe
 
@@ -335,15 +359,19 @@ def planned_layout(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, Tensor
         )
     kept = tuple(x.name for x in floats if is_kept(recipe, x.name)) if recipe.keep else ()
     out = set(kept)
-    apart = [x for found in find_stacks(spec, tensors, recipe) if not found.why for x in found.linears if not is_kept(recipe, x.name)]
+    apart = [
+        x
+        for found in find_stacks(spec, tensors, recipe)
+        if not found.why
+        for x in found.linears
+        if not is_kept(recipe, x.name)
+    ]
     linears = tuple(
         GroupedLinear(x.name, x.role, x.block, x.expert, x.in_features, x.out_features)
         for x in (*floats, *apart)
         if x.name not in out
     )
-    return Layout(
-        False, recipe.output_format, recipe.bits, recipe.group_size, recipe.sym, False, linears, kept
-    )
+    return Layout(False, recipe.output_format, recipe.bits, recipe.group_size, recipe.sym, False, linears, kept)
 
 
 def stored_layout(
@@ -420,10 +448,9 @@ def resized(spec: ModelSpec, expression: str, key: str, value: int) -> int | Non
 _PADDABLE = frozenset({"gate", "up", "gate_up", "down"})
 
 
-def pad_edits(
-    spec: ModelSpec, tensors: Mapping[str, TensorInfo], key: str, value: int
-) -> tuple[PadTensor, ...]:
-    """Zero-padding of every tensor whose shape follows config[key], to `value`; empty where it is not known to be exact.
+def pad_edits(spec: ModelSpec, tensors: Mapping[str, TensorInfo], key: str, value: int) -> tuple[PadTensor, ...]:
+    """Zero-padding of every tensor whose shape follows config[key], to `value`; empty where it is not known to be
+    exact.
 
     Gate and up get zero rows, down zero columns at the same places, so the new hidden units put out 0 and the sum is
     unchanged in exact arithmetic. A fused gate_up is padded in each half alike.
@@ -441,12 +468,7 @@ def pad_edits(
             new = resized(spec, expression, key, value)
             if key not in map(spec.key_for, _words(expression)) or new == info.shape[axis]:
                 continue
-            if (
-                template.role not in _PADDABLE
-                or len(template.shape) != 2
-                or new is None
-                or new < info.shape[axis]
-            ):
+            if template.role not in _PADDABLE or len(template.shape) != 2 or new is None or new < info.shape[axis]:
                 return ()
             edits.append(PadTensor(name, axis, new, blocks=2 if template.role == "gate_up" else 1))
     return tuple(edits)
@@ -456,12 +478,19 @@ WIDTH_STEP = 8  # widths are sought in steps of 8: packing needs more, so no leg
 
 
 def grown(
-    checkpoint: Checkpoint, spec: ModelSpec, tensors: Mapping[str, TensorInfo], key: str, suits: Callable[[int], bool], period: int
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    tensors: Mapping[str, TensorInfo],
+    key: str,
+    suits: Callable[[int], bool],
+    period: int,
 ) -> tuple[str, tuple[Edit, ...]] | None:
-    """(title, edits) that zero-pad all that follows config[key] to the least width that `suits`, None where no exact padding is known.
+    """(title, edits) that zero-pad all that follows config[key] to the least width that `suits`, None where no exact
+    padding is known.
 
-    period: whether a size suits depends on its remainder by this alone, so that the search ends. Sizes may be a fraction of the key's
-    value, as Qwen 1 states twice its width; that makes the period as many times longer, four at most.
+    period: whether a size suits depends on its remainder by this alone, so that the search ends. Sizes may be a
+    fraction of the key's value, as Qwen 1 states twice its width; that makes the period as many times longer, four at
+    most.
     """
     old = spec.lookup(key)
     if not old:
@@ -479,7 +508,9 @@ def grown(
 
 
 def together(linears: Iterable, names: Iterable[str]) -> list[str]:
-    """These linears and those that an engine stores with one of them as one matrix, in order: they are quantized alike or not at all."""
+    """These linears and those that an engine stores with one of them as one matrix, in order: they are quantized alike
+    or not at all.
+    """
     wanted = set(names)
     sets: dict[tuple, list[str]] = {}
     for x in linears:
@@ -492,39 +523,62 @@ def together(linears: Iterable, names: Iterable[str]) -> list[str]:
 
 
 def keep_edits(linears: Iterable, names: Iterable[str]) -> tuple[Keep, ...]:
-    """Edits that leave these linears, and what is fused with them, in 16 bits: by the last part of their names where it means no others."""
+    """Edits that leave these linears, and what is fused with them, in 16 bits: by the last part of their names where it
+    means no others.
+    """
     linears = list(linears)
     wanted = set(together(linears, names))
     tails: dict[str, set[str]] = {}
     for x in linears:
         tails.setdefault(x.name.rpartition(".")[2], set()).add(x.name)
-    patterns = [[f"*.{tail}"] if all_of <= wanted and len(all_of) > 1 else sorted(all_of & wanted) for tail, all_of in tails.items()]
+    patterns = [
+        [f"*.{tail}"] if all_of <= wanted and len(all_of) > 1 else sorted(all_of & wanted)
+        for tail, all_of in tails.items()
+    ]
     return tuple(Keep(pattern) for found in patterns for pattern in found)
 
 
 def reads(entries: Iterable[Mapping], form: str, bits: int, group_size: int, sym: bool) -> list[Mapping]:
     """Those rows of the table of kernels that read this format, width, group size and symmetry."""
-    return [e for e in entries if form in e["formats"] and bits in e["bits"] and sym in e["sym"][form] and (not e["groups"] or group_size in e["groups"])]
+    return [
+        e
+        for e in entries
+        if form in e["formats"]
+        and bits in e["bits"]
+        and sym in e["sym"][form]
+        and (not e["groups"] or group_size in e["groups"])
+    ]
 
 
-def nearest_plan(recipe: Recipe, layout: Layout, n_kv_heads: int | None, dtype: str = "") -> tuple[str, dict[str, object]] | None:
-    """(in words, {recipe field: value}) of the smallest change after which the runtime has a kernel, None where no two fields help.
+def nearest_plan(
+    recipe: Recipe, layout: Layout, n_kv_heads: int | None, dtype: str = ""
+) -> tuple[str, dict[str, object]] | None:
+    """(in words, {recipe field: value}) of the smallest change after which the runtime has a kernel, None where no two
+    fields help.
 
-    dtype: one that the kernel must compute in. The order is by what it costs: symmetry, groups, the form of the file, then bits.
+    dtype: one that the kernel must compute in. The order is by what it costs: symmetry, groups, the form of the file,
+    then bits.
     """
     shapes = {(k, n) for _, k, n, _ in on_one_gpu(layout, recipe.tp, n_kv_heads)}
     fitting = lambda e: any(all(k % i == 0 and n % o == 0 for k, n in shapes) for i, o in e["tiles"])  # noqa: E731
     entries = [e for e in runtime_entries(recipe) if (not dtype or dtype in e["dtypes"]) and fitting(e)]
     widths = {x.in_features for x in layout.linears}
     groups = [g for g in (128, 64, 32, -1) if g == -1 or not any(w % g for w in widths)]
-    forms = [f for f in ("gptq", "gptq_v2", "compressed-tensors") if recipe.method != "awq"] + ["awq"] * (recipe.bits == 4)
+    forms = [f for f in ("gptq", "gptq_v2", "compressed-tensors") if recipe.method != "awq"] + ["awq"] * (
+        recipe.bits == 4
+    )
     single = (
         [("quantize symmetrically" if sym else "quantize asymmetrically", {"sym": sym}) for sym in (True, False)]
         + [(f"quantize in groups of {g}" if g > 0 else "quantize whole rows", {"group_size": g}) for g in groups]
         + [(f"write {form}", {"format": form}) for form in forms]
         + [(f"quantize to {bits} bits", {"bits": bits}) for bits in (4, 8) if recipe.method != "awq"]
     )
-    pairs = [(f"{a} and {b.removeprefix('quantize ')}", x | y) for a, x in single for b, y in single if x.keys().isdisjoint(y)]
+    pairs = [
+        (f"{a} and {b.removeprefix('quantize ')}", x | y)
+        for a, x in single
+        for b, y in single
+        if x.keys().isdisjoint(y)
+    ]
     for words, values in [*single, *sorted(pairs, key=lambda p: "bits" in p[1])]:
         other = replace(recipe, **values)
         if other != recipe and reads(entries, other.output_format, other.bits, other.group_size, other.sym):
@@ -578,9 +632,7 @@ def in_force(entry: Mapping, version: str) -> bool:
     if not version:
         return "until" not in entry
     asked = _release(version)
-    return _release(entry.get("since", "0")) <= asked and (
-        "until" not in entry or asked < _release(entry["until"])
-    )
+    return _release(entry.get("since", "0")) <= asked and ("until" not in entry or asked < _release(entry["until"]))
 
 
 def version_before(version: str, other: str) -> bool:

@@ -1,9 +1,11 @@
 """What a run takes, worked out from headers alone: memory, disk, and how much is left for what may also lie on disk.
 
-Peak memory = one block in float32 + the next one as stored + the Hessians of one stage + the larger of what solving and one batch
-hold + a constant for Python, torch and transformers. It does not grow with the number of blocks. Hidden states come on top where there is
-room, and passes halted between stages (walk.py) take what is left then; what finds no room lies on disk (shelf.py).
+Peak memory = one block in float32 + the next one as stored + the Hessians of one stage + the larger of what solving and
+one batch hold + a constant for Python, torch and transformers. It does not grow with the number of blocks. Hidden
+states come on top where there is room, and passes halted between stages (walk.py) take what is left then; what finds no
+room lies on disk (shelf.py).
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -14,25 +16,26 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from doctor.core import import_stubs
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core import import_stubs
 from doctor.core.errors import MachineError
 from doctor.core.recipe import Recipe, is_kept
-from doctor.model.spec import Linear, ModelSpec
 from doctor.model.fused_experts import take_apart
+from doctor.model.spec import Linear, ModelSpec
 
 # A batch this long keeps matrix products at full speed, on a CPU and on a GPU; more only costs memory.
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
-# Matrices of [k, k] and of [n, k] in float32 that solving one linear holds at its peak, besides its Hessian and its weight.
+# Matrices of [k, k] and of [n, k] in float32 that solving one linear holds at its peak, besides its Hessian and its
+# weight.
 _SQUARES, _OBLONGS = 6, 6
-_SHARE_OF_FREE = 0.7    # of what is free, where no limit is given: other programs want to live too
+_SHARE_OF_FREE = 0.7  # of what is free, where no limit is given: other programs want to live too
 
 
 def constant() -> int:
     """Bytes of Python, torch, transformers, the model's frame, and heap that is free but not returned.
 
-    Measured with torch's CPU build: 350 MiB in a process of doctor's own (lean.py), 440 in another. Its CUDA build takes 770 even where
-    there is no GPU, most of it while the libraries load.
+    Measured with torch's CPU build: 350 MiB in a process of doctor's own (lean.py), 440 in another. Its CUDA build
+    takes 770 even where there is no GPU, most of it while the libraries load.
     """
     if not version("torch").endswith("+cpu"):
         return 900 << 20
@@ -41,28 +44,32 @@ def constant() -> int:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes. `fixed` is held whatever the number of rows; hidden states are for all rows; disk is the output with its parts."""
+    """Bytes. `fixed` is held whatever the number of rows; hidden states are for all rows; disk is the output with its
+    parts.
+    """
 
     block: int
     ahead: int
     hessians: int
     solving: int
     batch: int
-    device_batch: int   # on a GPU, where batches are longer
-    row: int            # one row instead of a batch of them
-    outside: int        # embeddings as stored, held with one block while the first inputs are taken
+    device_batch: int  # on a GPU, where batches are longer
+    row: int  # one row instead of a batch of them
+    outside: int  # embeddings as stored, held with one block while the first inputs are taken
     hidden: int
     output: int
     constant: int = field(default_factory=constant)
 
     @property
     def fixed(self) -> int:
-        running = self.block + self.ahead + self.hessians + max(self.solving, self.batch)   # one after the other
+        running = self.block + self.ahead + self.hessians + max(self.solving, self.batch)  # one after the other
         return self.constant + max(running, self.outside + self.block + self.row)
 
     @property
     def on_device(self) -> int:
-        """Of a GPU's memory, an upper edge; hidden states and halted passes take some of what is left there (run.py)."""
+        """Of a GPU's memory, an upper edge; hidden states and halted passes take some of what is left there
+        (run.py).
+        """
         return self.block + self.hessians + max(self.solving, self.device_batch)
 
     @property
@@ -72,8 +79,12 @@ class Need:
 
     def parts(self) -> list[tuple[str, int]]:
         """(what, bytes) of `fixed` as a person wants to see it; the larger of the two moments."""
-        running = [("one block in float32", self.block), ("the next block as stored", self.ahead), ("Hessians of one stage", self.hessians),
-                   max(("solving one linear", self.solving), ("one batch of rows", self.batch), key=lambda row: row[1])]
+        running = [
+            ("one block in float32", self.block),
+            ("the next block as stored", self.ahead),
+            ("Hessians of one stage", self.hessians),
+            max(("solving one linear", self.solving), ("one batch of rows", self.batch), key=lambda row: row[1]),
+        ]
         first = [("one block in float32", self.block), ("embeddings", self.outside), ("one row", self.row)]
         larger = max(running, first, key=lambda rows: sum(b for _, b in rows))
         return [*larger, ("Python, torch and transformers", self.constant)]
@@ -86,8 +97,16 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
     sizes = [(sum(t.numel for t in tensors), sum(t.nbytes for t in tensors)) for tensors in blocks.values()] or [(0, 0)]
     linears = [x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]
     tokens = rows * length
-    most = max(linears, key=lambda x: _SQUARES * x.in_features**2 * bool(rows) + _OBLONGS * x.in_features * x.out_features, default=None)
-    solving = 0 if most is None else 4 * (_SQUARES * most.in_features**2 * bool(rows) + _OBLONGS * most.in_features * most.out_features)
+    most = max(
+        linears,
+        key=lambda x: _SQUARES * x.in_features**2 * bool(rows) + _OBLONGS * x.in_features * x.out_features,
+        default=None,
+    )
+    solving = (
+        0
+        if most is None
+        else 4 * (_SQUARES * most.in_features**2 * bool(rows) + _OBLONGS * most.in_features * most.out_features)
+    )
     inside = {t.name for tensors in blocks.values() for t in tensors}
 
     def batch(most_tokens: int) -> int:
@@ -95,11 +114,17 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
 
     outside = [t for t in checkpoint.tensors.values() if t.name not in inside]
     return Need(
-        block=4 * max(elements for elements, _ in sizes), ahead=max(stored for _, stored in sizes) if len(sizes) > 1 else 0,
-        hessians=_hessian_bytes(linears, recipe) if rows else 0, solving=solving,
-        batch=batch(BATCH_TOKENS), device_batch=batch(DEVICE_BATCH_TOKENS), row=batch(0),
+        block=4 * max(elements for elements, _ in sizes),
+        ahead=max(stored for _, stored in sizes) if len(sizes) > 1 else 0,
+        hessians=_hessian_bytes(linears, recipe) if rows else 0,
+        solving=solving,
+        batch=batch(BATCH_TOKENS),
+        device_batch=batch(DEVICE_BATCH_TOKENS),
+        row=batch(0),
         outside=sum(t.nbytes for t in outside if len(t.shape) == 2 and "head" not in t.name) if rows else 0,
-        hidden=4 * tokens * (spec.hidden or 0), output=_output_bytes(checkpoint, linears, recipe))
+        hidden=4 * tokens * (spec.hidden or 0),
+        output=_output_bytes(checkpoint, linears, recipe),
+    )
 
 
 def _blocks(checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, list]:
@@ -157,8 +182,10 @@ def require(need: Need, memory: int | None) -> None:
     """Raises MachineError where `memory` is less than the run takes with everything that can be on disk there."""
     if memory is not None and memory < need.fixed:
         parts = ", ".join(f"{what} {_gib(size)}" for what, size in need.parts())
-        raise MachineError(f"--memory {_gib(memory)}: this run needs {_gib(need.fixed)} at least: {parts}.",
-                           "Give more, or another machine; fewer rows change nothing here.")
+        raise MachineError(
+            f"--memory {_gib(memory)}: this run needs {_gib(need.fixed)} at least: {parts}.",
+            "Give more, or another machine; fewer rows change nothing here.",
+        )
 
 
 def left(need: Need, memory: int | None) -> int:
@@ -175,13 +202,14 @@ def resident() -> int:
     """Bytes of this process that are in memory."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:     # no /proc: the constant stands for it
+    except OSError:  # no /proc: the constant stands for it
         return constant()
 
 
 def give_back() -> None:
-    """Free heap back to the system, where the C library can: glibc keeps what halted passes leave in holes, an eighth of the peak of
-    a small model."""
+    """Free heap back to the system, where the C library can: glibc keeps what halted passes leave in holes, an eighth
+    of the peak of a small model.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
@@ -198,14 +226,18 @@ def free_memory() -> int:
 
 
 def _container() -> Iterator[int]:
-    """What a container's limit leaves, where there is one. Cached files are given back when asked for, so they count as free."""
+    """What a container's limit leaves, where there is one. Cached files are given back when asked for, so they count as
+    free.
+    """
     root = Path("/sys/fs/cgroup")
-    for folder, limit, used in ((root, "memory.max", "memory.current"),
-                                (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+    for folder, limit, used in (
+        (root, "memory.max", "memory.current"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
         try:
             most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):   # another cgroup version, or no container
+        except (OSError, ValueError):  # another cgroup version, or no container
             continue
         if most != "max":
             yield max(0, int(most) - now + int(stat.get("inactive_file", 0)))

@@ -1,4 +1,6 @@
-"""Measures disk and memory of this machine against what quantizing a checkpoint takes. Reads headers and the system, loads no weights."""
+"""Measures disk and memory of this machine against what quantizing a checkpoint takes. Reads headers and the system,
+loads no weights.
+"""
 
 import os
 from pathlib import Path
@@ -6,13 +8,15 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import MachineError
 from doctor.core.machine import Machine
-from doctor.quant.budget import BATCH_TOKENS, free_memory, needs
 from doctor.core.recipe import Recipe
 from doctor.model.spec import ModelSpec
+from doctor.quant.budget import BATCH_TOKENS, free_memory, needs
 
 
 def measure(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, output: str | os.PathLike) -> Machine:
-    """Machine for an output in `output`, which need not exist yet. Raises MachineError where its disk cannot be asked."""
+    """Machine for an output in `output`, which need not exist yet. Raises MachineError where its disk cannot be
+    asked.
+    """
     rows = 0 if recipe.method == "rtn" else 1
     need = needs(checkpoint, spec, recipe, rows, BATCH_TOKENS)
     place = Path(os.path.abspath(output))
@@ -21,5 +25,7 @@ def measure(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, output: str
     try:
         disk = os.statvfs(place)
     except OSError as error:
-        raise MachineError(f"{place}: {error.strerror}.", "Name a directory on the disk that will hold the output.") from None
+        raise MachineError(
+            f"{place}: {error.strerror}.", "Name a directory on the disk that will hold the output."
+        ) from None
     return Machine(str(output), free_memory(), need.fixed, disk.f_bavail * disk.f_frsize, need.disk)

@@ -1,4 +1,5 @@
 """Which device a command computes on, and what its user is told where that device cannot."""
+
 from __future__ import annotations
 
 import os
@@ -22,14 +23,18 @@ def device_of(device: str) -> str:
         return device
     if not torch.cuda.is_available():
         why = "was built without CUDA" if torch.version.cuda is None else "sees no GPU"
-        raise MachineError(f"--device {device}: torch {torch.__version__} {why}.",
-                           "Install a torch with CUDA and the driver of the GPU (nvidia-smi must list it), or leave --device away.")
+        raise MachineError(
+            f"--device {device}: torch {torch.__version__} {why}.",
+            "Install a torch with CUDA and the driver of the GPU (nvidia-smi must list it), or leave --device away.",
+        )
     local = os.environ.get("LOCAL_RANK")
     device = f"cuda:{local}" if device == "cuda" and local is not None else device
     count, number = torch.cuda.device_count(), int(device.partition(":")[2] or 0)
     if number >= count:
-        raise MachineError(f"--device {device}: this process sees {count} GPU{'s' * (count > 1)}, numbered from 0.",
-                           "CUDA_VISIBLE_DEVICES says which it sees; start no more processes than there are.")
+        raise MachineError(
+            f"--device {device}: this process sees {count} GPU{'s' * (count > 1)}, numbered from 0.",
+            "CUDA_VISIBLE_DEVICES says which it sees; start no more processes than there are.",
+        )
     return device
 
 
@@ -45,5 +50,7 @@ def device_memory(device: str) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         free, whole = torch.cuda.mem_get_info(torch.device(device))
-        raise MachineError(f"{device}: out of memory: {str(error).splitlines()[0]} {free / 2**30:.2f} of {whole / 2**30:.2f} GiB are free now.",
-                           "End what else runs on this GPU (nvidia-smi lists it), or take another; an interrupted quantize goes on with --resume.") from None
+        raise MachineError(
+            f"{device}: out of memory: {str(error).splitlines()[0]} {free / 2**30:.2f} of {whole / 2**30:.2f} GiB are free now.",
+            "End what else runs on this GPU (nvidia-smi lists it), or take another; an interrupted quantize goes on with --resume.",
+        ) from None

@@ -1,9 +1,11 @@
-"""One run on several processes, as torchrun starts them: rows are split, Hessians summed, linears of a stage solved side by side.
+"""One run on several processes, as torchrun starts them: rows are split, Hessians summed, linears of a stage solved
+side by side.
 
-Every rank does the same steps on the same weights, so there is one code path: rank 0 alone writes and speaks. What travels
-are sums of Hessians, codes with their grids, and short JSON; nothing is pickled. Sums of several ranks are taken in another order than
-those of one, so results agree to rounding and not to the bit.
+Every rank does the same steps on the same weights, so there is one code path: rank 0 alone writes and speaks. What
+travels are sums of Hessians, codes with their grids, and short JSON; nothing is pickled. Sums of several ranks are
+taken in another order than those of one, so results agree to rounding and not to the bit.
 """
+
 from __future__ import annotations
 
 import json
@@ -18,7 +20,8 @@ import torch
 from doctor.core.errors import DoctorError, MachineError
 from doctor.quant.solve.hessian import Hessian, NonFinite
 
-# A rank that waits for another's solving must outlast the largest linear; a rank that died is seen at once, by its closed connection.
+# A rank that waits for another's solving must outlast the largest linear; a rank that died is seen at once, by its
+# closed connection.
 _TIMEOUT = timedelta(hours=2)
 
 
@@ -35,9 +38,12 @@ class Ranks:
     def mine(self, batches: list) -> list:
         """This rank's batches, neighbours. Raises DoctorError where there are fewer than ranks."""
         if len(batches) < self.size:
-            raise DoctorError(f"{self.size} ranks for {len(batches)} batches of rows: every rank needs one.", "Start fewer, or give more rows.")
+            raise DoctorError(
+                f"{self.size} ranks for {len(batches)} batches of rows: every rank needs one.",
+                "Start fewer, or give more rows.",
+            )
         cuts = [len(batches) * r // self.size for r in range(self.size + 1)]
-        return batches[cuts[self.rank]: cuts[self.rank + 1]]
+        return batches[cuts[self.rank] : cuts[self.rank + 1]]
 
     def owner(self, number: int) -> int:
         return number % self.size
@@ -84,11 +90,17 @@ class Ranks:
         self._do(lambda d: d.broadcast(data, source))
         return json.loads(bytes(data.cpu().numpy()))
 
-    def give(self, source: int, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def give(
+        self, source: int, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         """A tensor of rank `source`, on every rank."""
         if self.size == 1:
             return tensor
-        found = torch.empty(shape, dtype=dtype, device=self.device) if tensor is None else tensor.to(self.device).contiguous()
+        found = (
+            torch.empty(shape, dtype=dtype, device=self.device)
+            if tensor is None
+            else tensor.to(self.device).contiguous()
+        )
         self._do(lambda d: d.broadcast(found, source))
         return found.to(device)
 
@@ -102,8 +114,10 @@ class Ranks:
 
 
 def lost(rank: int, size: int, why: str) -> MachineError:
-    return MachineError(f"rank {rank} of {size}: another rank of this run is gone: {why}.",
-                        "Finished blocks are kept: look at that rank's own error, then run the same command again with --resume.")
+    return MachineError(
+        f"rank {rank} of {size}: another rank of this run is gone: {why}.",
+        "Finished blocks are kept: look at that rank's own error, then run the same command again with --resume.",
+    )
 
 
 def size() -> int:
@@ -112,7 +126,9 @@ def size() -> int:
 
 
 def start(device: str) -> Ranks:
-    """Join the ranks that torchrun started, or be the only one. Raises MachineError where they do not find each other."""
+    """Join the ranks that torchrun started, or be the only one. Raises MachineError where they do not find each
+    other.
+    """
     if size() == 1:
         return Ranks(device=device)
     import torch.distributed as distributed
@@ -122,8 +138,10 @@ def start(device: str) -> Ranks:
         try:
             distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            raise MachineError(f"rank {os.environ['RANK']}: cannot join the others: {str(error).splitlines()[0][:200]}.",
-                               "Start with `torchrun --nproc-per-node N -m doctor quantize …`.") from None
+            raise MachineError(
+                f"rank {os.environ['RANK']}: cannot join the others: {str(error).splitlines()[0][:200]}.",
+                "Start with `torchrun --nproc-per-node N -m doctor quantize …`.",
+            ) from None
     ranks = Ranks(distributed.get_rank(), distributed.get_world_size(), device)
 
     def ended(number, frame):

@@ -1,13 +1,14 @@
 """The quantized checkpoint on disk: parts while the run goes on, shards at its end, one rename when all is well.
 
-Every finished block is one part file, written, synced and renamed; a journal line says how its linears went. A part that is
-there is therefore whole, which is what resuming stands on. At the end parts are joined into shards of at most 4 GiB by
-copying bytes, never by holding tensors.
+Every finished block is one part file, written, synced and renamed; a journal line says how its linears went. A part
+that is there is therefore whole, which is what resuming stands on. At the end parts are joined into shards of at most 4
+GiB by copying bytes, never by holding tensors.
 
 What stays in 16 bits keeps its dtype (float32 is stored as bfloat16, since no 4-bit kernel computes in float32).
-Formats and keys: formats as read by vLLM, transformers, GPTQModel and ExLlamaV2; `desc_act` is false even with act-order
-because groups are fixed beforehand, so serving costs nothing.
+Formats and keys: formats as read by vLLM, transformers, GPTQModel and ExLlamaV2; `desc_act` is false even with
+act-order because groups are fixed beforehand, so serving costs nothing.
 """
+
 from __future__ import annotations
 
 import json
@@ -22,24 +23,36 @@ import torch
 
 from doctor import __version__
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
+from doctor.checkpoint.safetensors import open_shard
 from doctor.core.errors import DoctorError, MachineError, PlanRefused
+from doctor.core.recipe import Recipe
+from doctor.fix.staging import RECEIPT, Stage
 from doctor.formats.tensor_names import WORD_TAILS
 from doctor.quant import pack
 from doctor.quant.solve.grid import Grid
-from doctor.core.recipe import Recipe
-from doctor.checkpoint.safetensors import open_shard
-from doctor.fix.staging import RECEIPT, Stage
 
 MAX_SHARD_BYTES = 4 << 30
 JOURNAL = "journal.jsonl"
-_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int32: "I32",
-          torch.int64: "I64", torch.uint8: "U8", torch.int8: "I8"}
+_NAMES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+}
 # Weights in other containers would be a second, unquantized copy of the model; pickles are never carried along.
-_NOT_COPIED = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|pkl|py)$|\.index\.json$|^(quantize_config|doctor)\.json$")
+_NOT_COPIED = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|pkl|py)$|\.index\.json$|^(quantize_config|doctor)\.json$"
+)
 _COPY_LIMIT = 256 << 20
 
 
-def pack_linear(name: str, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
+def pack_linear(
+    name: str, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, recipe: Recipe
+) -> dict[str, torch.Tensor]:
     """Tensors by full name of one quantized linear: codes u8[n, k] and their grid in the recipe's output format."""
     if recipe.output_format == "gptq":
         parts = pack.gptq_pack(codes, grid, g_idx, recipe.bits, version=1)
@@ -54,49 +67,98 @@ def pack_linear(name: str, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor,
 
 def unpack_linear(name: str, tensors: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
     """W f32[n, k] that an engine computes from what pack_linear made."""
+
     def part(word):
         return tensors.get(f"{name}.{word}")
 
     if recipe.output_format in ("gptq", "gptq_v2"):
-        return pack.gptq_dequantize(part("qweight"), part("qzeros"), part("scales"), part("g_idx"), recipe.bits,
-                                    version=2 if recipe.output_format == "gptq_v2" else 1)
+        return pack.gptq_dequantize(
+            part("qweight"),
+            part("qzeros"),
+            part("scales"),
+            part("g_idx"),
+            recipe.bits,
+            version=2 if recipe.output_format == "gptq_v2" else 1,
+        )
     if recipe.output_format == "awq":
         return pack.awq_dequantize(part("qweight"), part("qzeros"), part("scales"))
-    return pack.compressed_dequantize(part("weight_packed"), part("weight_scale"), tuple(part("weight_shape").tolist()), recipe.bits,
-                                      weight_zero_point=part("weight_zero_point"))
+    return pack.compressed_dequantize(
+        part("weight_packed"),
+        part("weight_scale"),
+        tuple(part("weight_shape").tolist()),
+        recipe.bits,
+        weight_zero_point=part("weight_zero_point"),
+    )
 
 
 def quantization_config(recipe: Recipe, kept: Iterable[str] = (), widths: dict[str, int] | None = None) -> dict:
-    """config.json#/quantization_config for the recipe's output format; `kept` are linears inside blocks that stay in 16 bits.
+    """config.json#/quantization_config for the recipe's output format; `kept` are linears inside blocks that stay in 16
+    bits.
 
     widths: bits of the linears that have others than recipe.bits.
     """
     kept, widths = sorted(kept), widths or {}
     if recipe.output_format in ("gptq", "gptq_v2"):
-        stated = {"quant_method": "gptq", "checkpoint_format": recipe.output_format, "format": recipe.output_format, "bits": recipe.bits,
-                  "group_size": recipe.group_size, "desc_act": False, "sym": recipe.sym, "lm_head": False, "true_sequential": True,
-                  "static_groups": True, "damp_percent": recipe.damp, "pack_dtype": "int32", "meta": {"quantizer": [f"doctor:{__version__}"]}}
+        stated = {
+            "quant_method": "gptq",
+            "checkpoint_format": recipe.output_format,
+            "format": recipe.output_format,
+            "bits": recipe.bits,
+            "group_size": recipe.group_size,
+            "desc_act": False,
+            "sym": recipe.sym,
+            "lm_head": False,
+            "true_sequential": True,
+            "static_groups": True,
+            "damp_percent": recipe.damp,
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [f"doctor:{__version__}"]},
+        }
         dynamic = {f"-:^{re.escape(name)}$": {} for name in _with_joined(kept)}
         for bits in sorted(set(widths.values())):
             names = _with_joined([name for name, own in widths.items() if own == bits])
             dynamic |= {f"+:^{re.escape(name)}$": {"bits": bits} for name in names}
         return {**stated, "dynamic": dynamic} if dynamic else stated
     if recipe.output_format == "awq":
-        return {"quant_method": "awq", "bits": recipe.bits, "group_size": recipe.group_size, "zero_point": not recipe.sym, "version": "gemm",
-                "modules_to_not_convert": ["lm_head", *kept]}
-    weights = {"num_bits": recipe.bits, "type": "int", "symmetric": recipe.sym, "strategy": "channel" if recipe.group_size == -1 else "group",
-               "group_size": None if recipe.group_size == -1 else recipe.group_size, "dynamic": False, "actorder": None, "observer": "minmax"}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}}
+        return {
+            "quant_method": "awq",
+            "bits": recipe.bits,
+            "group_size": recipe.group_size,
+            "zero_point": not recipe.sym,
+            "version": "gemm",
+            "modules_to_not_convert": ["lm_head", *kept],
+        }
+    weights = {
+        "num_bits": recipe.bits,
+        "type": "int",
+        "symmetric": recipe.sym,
+        "strategy": "channel" if recipe.group_size == -1 else "group",
+        "group_size": None if recipe.group_size == -1 else recipe.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+    }
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    }
     for number, bits in enumerate(sorted(set(widths.values())), 1):
         targets = sorted(name for name, own in widths.items() if own == bits)
         groups[f"group_{number}"] = {**groups["group_0"], "targets": targets, "weights": {**weights, "num_bits": bits}}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-            "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": ["lm_head", *kept],
-            "config_groups": groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ["lm_head", *kept],
+        "config_groups": groups,
+    }
 
 
 def _modules_of_experts(kept: Iterable[str], quantized: Iterable[str]) -> list[str]:
-    """Modules of experts of which every linear is kept: vLLM computes them in one kernel, and asks by the module's name."""
+    """Modules of experts of which every linear is kept: vLLM computes them in one kernel, and asks by the module's
+    name.
+    """
     number = re.compile(r"^(.*)\.\d+\.\w+$")
     found = {match[1] for match in map(number.match, kept) if match and match[1].endswith("experts")}
     return sorted(found - {match[1] for match in map(number.match, quantized) if match})
@@ -107,30 +169,39 @@ def _with_joined(names: Iterable[str]) -> list[str]:
     names, found = set(names), []
     for name in sorted(names):
         owner, _, last = name.rpartition(".")
-        for first, rest, joined in (("q_proj", ("k_proj", "v_proj"), "qkv_proj"), ("gate_proj", ("up_proj",), "gate_up_proj")):
+        for first, rest, joined in (
+            ("q_proj", ("k_proj", "v_proj"), "qkv_proj"),
+            ("gate_proj", ("up_proj",), "gate_up_proj"),
+        ):
             if last == first and all(f"{owner}.{other}" in names for other in rest):
                 found.append(f"{owner}.{joined}")
     return sorted(names) + found
 
 
 class Output:
-    """The directory that a run fills beside its destination. `Output.open`, then write_part and note, then finish and commit."""
+    """The directory that a run fills beside its destination. `Output.open`, then write_part and note, then finish and
+    commit.
+    """
 
     def __init__(self, destination: Path, stage: Path):
         self.destination = destination
         self.stage = stage
 
     @classmethod
-    def open(cls, destination: str | os.PathLike, fingerprint: dict, *, resume: bool = False) -> "Output":
-        """A stage beside the destination. resume takes up the one that an interrupted run of the same fingerprint left there.
+    def open(cls, destination: str | os.PathLike, fingerprint: dict, *, resume: bool = False) -> Output:
+        """A stage beside the destination. resume takes up the one that an interrupted run of the same fingerprint left
+        there.
 
-        Raises PlanRefused where the stage is of another run. The caller has judged the destination (writer.check_output).
+        Raises PlanRefused where the stage is of another run. The caller has judged the destination
+        (writer.check_output).
         """
         destination = Path(os.path.abspath(destination))
         stage = _stage_of(destination)
         self = cls(destination, stage)
         try:
-            if resume and self.notes():  # a stage without a line is of a run that was killed before or after it had work to keep
+            if (
+                resume and self.notes()
+            ):  # a stage without a line is of a run that was killed before or after it had work to keep
                 self._require_same(fingerprint)
                 self._cut_journal()
                 return self
@@ -138,7 +209,9 @@ class Output:
                 shutil.rmtree(stage)
             stage.mkdir(parents=True)
         except OSError as error:
-            raise MachineError(f"{stage}: {error.strerror}.", "Check the permissions and the free space there.") from None
+            raise MachineError(
+                f"{stage}: {error.strerror}.", "Check the permissions and the free space there."
+            ) from None
         self.note({"fingerprint": fingerprint})
         return self
 
@@ -148,8 +221,10 @@ class Output:
         now = json.loads(json.dumps(fingerprint))
         if before != now:
             differs = _differences(before if isinstance(before, dict) else {}, now)
-            raise PlanRefused(f"{self.stage}: the interrupted run differs in {', '.join(differs) or 'its fingerprint'}.",
-                              "Resume with the same checkpoint, recipe, text and versions, or start anew without --resume.")
+            raise PlanRefused(
+                f"{self.stage}: the interrupted run differs in {', '.join(differs) or 'its fingerprint'}.",
+                "Resume with the same checkpoint, recipe, text and versions, or start anew without --resume.",
+            )
 
     def _cut_journal(self) -> None:
         """Without the line that a crash cut short: the next line would otherwise be glued to it."""
@@ -206,15 +281,21 @@ class Output:
     # the end
 
     def finish(self, checkpoint: Checkpoint, recipe: Recipe, kept: Iterable[str], receipt: dict) -> None:
-        """Join parts into shards, write index, configs and receipt, copy the other files. Parts and journal are gone after it."""
+        """Join parts into shards, write index, configs and receipt, copy the other files. Parts and journal are gone
+        after it.
+        """
         parts = sorted(self.stage.glob("part-*.safetensors"))
         weight_map, total = self._join(parts)
         if len(set(weight_map.values())) > 1:
             self._json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         names = [name.rpartition(".")[0] for name in weight_map if name.endswith(WORD_TAILS)]
         kept = [*kept, *_modules_of_experts(kept, names)]
-        stated = quantization_config(recipe, kept, {n: w for n in names if (w := recipe.for_linear(n).bits) != recipe.bits})
-        self._json("config.json", {**_sixteen_bits(checkpoint.value("config.json") or {}), "quantization_config": stated})
+        stated = quantization_config(
+            recipe, kept, {n: w for n in names if (w := recipe.for_linear(n).bits) != recipe.bits}
+        )
+        self._json(
+            "config.json", {**_sixteen_bits(checkpoint.value("config.json") or {}), "quantization_config": stated}
+        )
         if stated["quant_method"] == "gptq":
             self._json("quantize_config.json", stated)
         for name, entry in checkpoint.entries.items():
@@ -311,7 +392,9 @@ def _differences(before: dict, now: dict) -> list[str]:
 
 
 def header_bytes(infos: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    """Length and JSON header, padded to 8 bytes, of (name, dtype, shape, bytes) entries that lie one behind the other."""
+    """Length and JSON header, padded to 8 bytes, of (name, dtype, shape, bytes) entries that lie one behind the
+    other.
+    """
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, dtype, shape, nbytes in infos:
         if name in header:
@@ -340,7 +423,9 @@ def kept_tensors(names: Iterable[str], load) -> Iterator[tuple[str, torch.Tensor
 
 def _sixteen_bits(config: dict) -> dict:
     """config.json with float32 as its dtype replaced by what kept_tensors stores instead."""
-    return {k: "bfloat16" if k in ("dtype", "torch_dtype") and v in ("float32", "float64") else v for k, v in config.items()}
+    return {
+        k: "bfloat16" if k in ("dtype", "torch_dtype") and v in ("float32", "float64") else v for k, v in config.items()
+    }
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Codes to the int32 words that engines read, and back: GPTQ v1 and v2, AWQ gemm, compressed-tensors pack-quantized.
 
-One law serves all of them: along one axis the codes form a little-endian bit stream, code e in bits [e*b, e*b+b), stream
-bit p being bit p % 32 of word p // 32. Thirty-two codes fill b words exactly, so packing goes through blocks of
+One law serves all of them: along one axis the codes form a little-endian bit stream, code e in bits [e*b, e*b+b),
+stream bit p being bit p % 32 of word p // 32. Thirty-two codes fill b words exactly, so packing goes through blocks of
 32 codes. AWQ differs by an order inside each word; compressed-tensors up to 0.17 did not let codes cross words.
 
 | format | weights | zero points | scales |
@@ -13,6 +13,7 @@ bit p being bit p % 32 of word p // 32. Thirty-two codes fill b words exactly, s
 Sources: GPTQModel nn_modules/qlinear/__init__.py; AutoAWQ awq/modules/linear/gemm.py; compressed-tensors
 compressors/pack_quantized. The packed examples of the tests were made by those programs.
 """
+
 from __future__ import annotations
 
 import torch
@@ -41,7 +42,7 @@ def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
     for word, code, shift in _placements(bits):
         field = fields[:, code].to(torch.int32)
         packed[:, word] |= field << shift if shift >= 0 else field >> -shift
-    return packed.reshape(blocks * bits, columns)[:-(-m * bits // 32)].contiguous()
+    return packed.reshape(blocks * bits, columns)[: -(-m * bits // 32)].contiguous()
 
 
 def unpack_columns(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -49,7 +50,7 @@ def unpack_columns(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     height, columns = words.shape
     blocks = -(-count // 32)
     short = max(0, blocks * bits - height)
-    packed = torch.nn.functional.pad(words, (0, 0, 0, short))[:blocks * bits].reshape(blocks, bits, columns)
+    packed = torch.nn.functional.pad(words, (0, 0, 0, short))[: blocks * bits].reshape(blocks, bits, columns)
     codes = torch.zeros(blocks, 32, columns, dtype=torch.uint8, device=words.device)
     for word, code, shift in _placements(bits):
         value = packed[:, word]
@@ -71,8 +72,15 @@ def unpack_rows(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return unpack_columns(words.T.contiguous(), bits, count).T.contiguous()
 
 
-def gptq_pack(codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, bits: int, *, version: int = 1,
-              scale_dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def gptq_pack(
+    codes: torch.Tensor,
+    grid: Grid,
+    g_idx: torch.Tensor,
+    bits: int,
+    *,
+    version: int = 1,
+    scale_dtype: torch.dtype = torch.float16,
+) -> dict[str, torch.Tensor]:
     """qweight, qzeros, scales and g_idx of codes u8[n, k] for checkpoint_format gptq (version 1) or gptq_v2 (2).
 
     Raises NotQuantizable where n or k is not a multiple of 32 (both packers need whole words), or where version 1 would
@@ -82,8 +90,10 @@ def gptq_pack(codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, bits: int, *
     n, k = codes.shape
     _require_bits(bits)
     if k % 32 or n % 32:
-        raise NotQuantizable(f"GPTQ packing of [{n}, {k}]: out_features and in_features must be multiples of 32.",
-                             "Pad them, or keep this linear in 16 bits.")
+        raise NotQuantizable(
+            f"GPTQ packing of [{n}, {k}]: out_features and in_features must be multiples of 32.",
+            "Pad them, or keep this linear in 16 bits.",
+        )
     zero = grid.zero
     if version == 1:
         if int(zero.min()) < 1:
@@ -91,67 +101,95 @@ def gptq_pack(codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, bits: int, *
             raise NotQuantizable(
                 f"GPTQ v1 stores zero - 1, and row {row}, group {group} has zero {int(zero.min())} "
                 f"({int((zero < 1).sum())} such groups): zeros must be 1..{2**bits - 1}.",
-                "Fit the grid with zero_min=1, or write gptq_v2.")
+                "Fit the grid with zero_min=1, or write gptq_v2.",
+            )
         zero = zero - 1
-    return {"qweight": pack_columns(codes.T.contiguous(), bits),
-            "qzeros": pack_rows(zero.T, bits),
-            "scales": _stored_scale(grid.scale.T, scale_dtype),
-            "g_idx": g_idx.to(torch.int32)}
+    return {
+        "qweight": pack_columns(codes.T.contiguous(), bits),
+        "qzeros": pack_rows(zero.T, bits),
+        "scales": _stored_scale(grid.scale.T, scale_dtype),
+        "g_idx": g_idx.to(torch.int32),
+    }
 
 
-def gptq_unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor | None,
-                bits: int, *, version: int = 1) -> tuple[torch.Tensor, Grid, torch.Tensor]:
+def gptq_unpack(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    *,
+    version: int = 1,
+) -> tuple[torch.Tensor, Grid, torch.Tensor]:
     """(codes u8[n, k], grid, g_idx i32[k]) of a GPTQ linear; g_idx None stands for groups of neighbours."""
     k, n, g_idx = _require_gptq(qweight, qzeros, scales, g_idx, bits)
     codes = unpack_columns(qweight, bits, k).T.contiguous()
     zero = unpack_rows(qzeros, bits, n).to(torch.int32)
     if version == 1:
-        # The stored field is zero - 1. Its highest value means 2^bits: written so by no grid of ours, read so by engines.
+        # The stored field is zero - 1. Its highest value means 2^bits: written so by no grid of ours, read so by
+        # engines.
         zero = zero + 1
     return codes, Grid(scales.T.to(torch.float32).contiguous(), zero.T.contiguous()), g_idx
 
 
-def awq_pack(codes: torch.Tensor, grid: Grid, *, scale_dtype: torch.dtype = torch.float16
-             ) -> dict[str, torch.Tensor]:
+def awq_pack(codes: torch.Tensor, grid: Grid, *, scale_dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
     """qweight, qzeros and scales of codes u8[n, k] (4 bits, groups of neighbours) for AWQ version gemm."""
     n, k = codes.shape
     if n % 32:
-        raise NotQuantizable(f"AWQ gemm packing of [{n}, {k}]: out_features must be a multiple of 32.",
-                             "Pad them, or keep this linear in 16 bits.")
-    return {"qweight": _awq_words(codes), "qzeros": _awq_words(grid.zero),
-            "scales": _stored_scale(grid.scale.T, scale_dtype)}
+        raise NotQuantizable(
+            f"AWQ gemm packing of [{n}, {k}]: out_features must be a multiple of 32.",
+            "Pad them, or keep this linear in 16 bits.",
+        )
+    return {
+        "qweight": _awq_words(codes),
+        "qzeros": _awq_words(grid.zero),
+        "scales": _stored_scale(grid.scale.T, scale_dtype),
+    }
 
 
-def awq_unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor
-               ) -> tuple[torch.Tensor, Grid, torch.Tensor]:
+def awq_unpack(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, Grid, torch.Tensor]:
     """(codes u8[n, k], grid, g_idx i32[k]) of an AWQ gemm linear."""
     g_idx = _require_awq(qweight, qzeros, scales)
     codes, zero = _awq_fields(qweight), _awq_fields(qzeros)
     return codes, Grid(scales.T.to(torch.float32).contiguous(), zero.to(torch.int32)), g_idx
 
 
-def compressed_pack(codes: torch.Tensor, grid: Grid, bits: int, sym: bool, *,
-                    scale_dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def compressed_pack(
+    codes: torch.Tensor, grid: Grid, bits: int, sym: bool, *, scale_dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
     """weight_packed, weight_scale, weight_shape and, asymmetric, weight_zero_point of codes u8[n, k].
 
     Groups of neighbours. Stored codes are offset binary, signed + 2^(b-1), which is what our codes are already.
     """
     _require_bits(bits)
     n, k = codes.shape
-    packed = {"weight_packed": pack_rows(codes, bits), "weight_scale": _stored_scale(grid.scale, scale_dtype),
-              "weight_shape": torch.tensor([n, k], dtype=torch.int64)}
+    packed = {
+        "weight_packed": pack_rows(codes, bits),
+        "weight_scale": _stored_scale(grid.scale, scale_dtype),
+        "weight_shape": torch.tensor([n, k], dtype=torch.int64),
+    }
     if not sym:
         packed["weight_zero_point"] = pack_columns(grid.zero, bits)
     elif not (grid.zero == 2 ** (bits - 1)).all():
-        raise NotQuantizable(f"a symmetric compressed-tensors weight has no zero points, and a group has "
-                             f"{int(grid.zero.min())}..{int(grid.zero.max())}: all must be {2 ** (bits - 1)}.",
-                             "Write it as symmetric=false.")
+        raise NotQuantizable(
+            f"a symmetric compressed-tensors weight has no zero points, and a group has "
+            f"{int(grid.zero.min())}..{int(grid.zero.max())}: all must be {2 ** (bits - 1)}.",
+            "Write it as symmetric=false.",
+        )
     return packed
 
 
-def compressed_unpack(weight_packed: torch.Tensor, weight_scale: torch.Tensor, weight_shape: tuple[int, int],
-                      bits: int, *, weight_zero_point: torch.Tensor | None = None,
-                      weight_g_idx: torch.Tensor | None = None) -> tuple[torch.Tensor, Grid, torch.Tensor]:
+def compressed_unpack(
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_shape: tuple[int, int],
+    bits: int,
+    *,
+    weight_zero_point: torch.Tensor | None = None,
+    weight_g_idx: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Grid, torch.Tensor]:
     """(codes u8[n, k], grid, g_idx i32[k]) of a pack-quantized weight of [n, k] = weight_shape.
 
     The layout follows from the width: ceil(k*b/32) words is the dense stream; ceil(k / floor(32/b)) is the older layout
@@ -167,8 +205,10 @@ def compressed_unpack(weight_packed: torch.Tensor, weight_scale: torch.Tensor, w
         shifts = torch.arange(per_word, device=weight_packed.device, dtype=torch.int32) * bits
         codes = ((weight_packed[:, :, None] >> shifts) & _low(bits)).reshape(n, -1)[:, :k].to(torch.uint8)
     else:
-        raise BadCheckpoint(f"weight_packed has {width} words a row for {k} codes of {bits} bits: a dense stream has "
-                            f"{-(-k * bits // 32)}, the layout before compressed-tensors 0.18 {-(-k // per_word)}.")
+        raise BadCheckpoint(
+            f"weight_packed has {width} words a row for {k} codes of {bits} bits: a dense stream has "
+            f"{-(-k * bits // 32)}, the layout before compressed-tensors 0.18 {-(-k // per_word)}."
+        )
     if weight_zero_point is None:
         zero = torch.full((n, groups), 2 ** (bits - 1), dtype=torch.int32, device=codes.device)
     else:
@@ -180,7 +220,9 @@ def gptq_dequantize(qweight, qzeros, scales, g_idx, bits: int, *, version: int =
     """W f32[n, k] that an engine computes from a GPTQ linear."""
     if _by_kernel(qweight):
         _, _, g_idx = _require_gptq(qweight, qzeros, scales, g_idx, bits)
-        return kernels.gptq_dequantize(qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), g_idx, bits, version=version)
+        return kernels.gptq_dequantize(
+            qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), g_idx, bits, version=version
+        )
     return dequantize(*gptq_unpack(qweight, qzeros, scales, g_idx, bits, version=version))
 
 
@@ -197,12 +239,16 @@ def compressed_dequantize(weight_packed, weight_scale, weight_shape, bits: int, 
     if _by_kernel(weight_packed) and weight_packed.shape[1] == -(-int(weight_shape[1]) * bits // 32):
         _require_compressed(weight_scale, weight_shape, bits, **optional)
         optional = {name: None if t is None else t.contiguous() for name, t in optional.items()}
-        return kernels.compressed_dequantize(weight_packed.contiguous(), weight_scale.contiguous(), weight_shape, bits, **optional)
+        return kernels.compressed_dequantize(
+            weight_packed.contiguous(), weight_scale.contiguous(), weight_shape, bits, **optional
+        )
     return dequantize(*compressed_unpack(weight_packed, weight_scale, weight_shape, bits, **optional))
 
 
 def _placements(bits: int):
-    """(word, code, shift) for the 32 codes in `bits` words; a negative shift puts a code's upper bits in the next word."""
+    """(word, code, shift) for the 32 codes in `bits` words; a negative shift puts a code's upper bits in the next
+    word.
+    """
     for code in range(32):
         word, shift = divmod(code * bits, 32)
         yield word, code, shift
@@ -239,8 +285,11 @@ def _stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     stored = scale.to(dtype).contiguous()
     off = int((stored.to(torch.float32) != scale).sum())
     if off:
-        raise NotQuantizable(f"{off} of {scale.numel()} scales are not exact in {str(dtype)[6:]}: codes were chosen "
-                             "against other scales than would be stored.", "Fit the grid with this scale_dtype.")
+        raise NotQuantizable(
+            f"{off} of {scale.numel()} scales are not exact in {str(dtype)[6:]}: codes were chosen "
+            "against other scales than would be stored.",
+            "Fit the grid with this scale_dtype.",
+        )
     return stored
 
 
@@ -255,8 +304,9 @@ def _require_bits(bits: int) -> None:
         raise NotQuantizable(f"bits is {bits}: the packed formats here have {', '.join(map(str, BITS))}.")
 
 
-def _require_gptq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor | None, bits: int
-                  ) -> tuple[int, int, torch.Tensor]:
+def _require_gptq(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor | None, bits: int
+) -> tuple[int, int, torch.Tensor]:
     """(k, n, g_idx i32[k]) of a GPTQ linear whose tensors fit each other."""
     _require_bits(bits)
     k, n, groups = qweight.shape[0] * 32 // bits, qweight.shape[1], scales.shape[0]
@@ -276,8 +326,13 @@ def _require_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tens
     return _groups_of_neighbours(k, groups, scales.device)
 
 
-def _require_compressed(weight_scale: torch.Tensor, weight_shape, bits: int, weight_zero_point: torch.Tensor | None = None,
-                        weight_g_idx: torch.Tensor | None = None) -> torch.Tensor:
+def _require_compressed(
+    weight_scale: torch.Tensor,
+    weight_shape,
+    bits: int,
+    weight_zero_point: torch.Tensor | None = None,
+    weight_g_idx: torch.Tensor | None = None,
+) -> torch.Tensor:
     """g_idx i32[k] of a pack-quantized weight whose other tensors fit each other."""
     _require_bits(bits)
     n, k = (int(side) for side in weight_shape)

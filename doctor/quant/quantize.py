@@ -1,7 +1,8 @@
-"""The whole job of `doctor quantize`: check, fix through a view, calibrate, run block by block, check the output, commit.
+"""The whole job of `doctor quantize`: check, fix through a view, calibrate, run block by block, check the output,
+commit.
 
-Rules judge at every step, in one store: what the files say, what calibration and the run measured. Nothing is written where
-the check before finds an error, and nothing is committed where the check after finds one.
+Rules judge at every step, in one store: what the files say, what calibration and the run measured. Nothing is written
+where the check before finds an error, and nothing is committed where the check after finds one.
 """
 
 import os
@@ -12,30 +13,30 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from doctor.scan.header import Calibration, summary
 from doctor.checkpoint.directory import Checkpoint
-from doctor.lint.engine import Report, judge, load_rules, locate, select_rules
+from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.facts import CHECKPOINT
 from doctor.core.host import describe
-from doctor.checkpoint.hub import open_checkpoint
-from doctor.report.figures import files
-from doctor.report.figures import receipt as picture_receipt
-from doctor.fix.plan import Consent, Look, look, make_plan, refuse
-from doctor.quant import budget, export
-from doctor.quant.solve import cpu
-from doctor.quant import preflight as flight
-from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled, calibration_rows
-from doctor.quant.device import device_free, device_memory, device_of
-from doctor.quant.preflight import Forecast
-from doctor.quant.distributed import Ranks, size, start, stop
-from doctor.quant.capacity import measure
-from doctor.quant.job import Result, computing_dtype, computing_note, fingerprint, receipt, run
-from doctor.quant.calibration.self_generated import Once, forecast, sampler, unable
 from doctor.core.recipe import Recipe
+from doctor.fix.plan import Consent, Look, look, make_plan, refuse
+from doctor.fix.staging import check_output
+from doctor.lint.engine import Report, judge, load_rules, locate, select_rules
 from doctor.lint.rule import Finding, Rule
 from doctor.model.spec import build_spec
-from doctor.fix.staging import check_output
+from doctor.quant import budget, export
+from doctor.quant import preflight as flight
+from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled, calibration_rows
+from doctor.quant.calibration.self_generated import Once, forecast, sampler, unable
+from doctor.quant.capacity import measure
+from doctor.quant.device import device_free, device_memory, device_of
+from doctor.quant.distributed import Ranks, size, start, stop
+from doctor.quant.job import Result, computing_dtype, computing_note, fingerprint, receipt, run
+from doctor.quant.preflight import Forecast
+from doctor.quant.solve import cpu
+from doctor.report.figures import files
+from doctor.report.figures import receipt as picture_receipt
+from doctor.scan.header import Calibration, summary
 
 
 @dataclass
@@ -56,20 +57,39 @@ class QuantizeResult:
         return self.report.linears
 
 
-def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, *,
-             calibration: str | os.PathLike | None = None, rows: int = ROWS, max_seq_length: int = MAX_SEQ_LENGTH, seed: int | None = None,
-             fix: bool = False, unsafe_fixes: bool | Iterable[str] = False, keep: Iterable[str] = (), memory: int | None = None,
-             resume: bool = False, overwrite: bool = False, device: str = "cpu", select: Iterable[str] = (), ignore: Iterable[str] = (),
-             fail_on: str = "error", rules_dirs: Iterable[Path] = (), progress: Callable[[str], None] = lambda text: None,
-             preflight: bool = False) -> QuantizeResult:
+def quantize(
+    path: str | os.PathLike | Checkpoint,
+    output: str | os.PathLike,
+    recipe: Recipe | None = None,
+    *,
+    calibration: str | os.PathLike | None = None,
+    rows: int = ROWS,
+    max_seq_length: int = MAX_SEQ_LENGTH,
+    seed: int | None = None,
+    fix: bool = False,
+    unsafe_fixes: bool | Iterable[str] = False,
+    keep: Iterable[str] = (),
+    memory: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    fail_on: str = "error",
+    rules_dirs: Iterable[Path] = (),
+    progress: Callable[[str], None] = lambda text: None,
+    preflight: bool = False,
+) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`, which is whole or absent; the source is never written to.
 
-    calibration: .txt, .jsonl, .parquet or a Hub dataset; None takes text that Python brings along and text sampled from the model. rows rows of max_seq_length tokens, fewer
-    where text or positions end. fix: safe fixes first (and those of unsafe_fixes), read through, never written. keep: patterns
-    of linears left in 16 bits. memory: bytes that the process may take (budget.py); what can be on disk goes there above it. resume: go on
-    where an interrupted run of the same inputs stopped. progress gets a line for each step.
+    calibration: .txt, .jsonl, .parquet or a Hub dataset; None takes text that Python brings along and text sampled from
+    the model. rows rows of max_seq_length tokens, fewer where text or positions end. fix: safe fixes first (and those
+    of unsafe_fixes), read through, never written. keep: patterns of linears left in 16 bits. memory: bytes that the
+    process may take (budget.py); what can be on disk goes there above it. resume: go on where an interrupted run of the
+    same inputs stopped. progress gets a line for each step.
 
-    preflight: check and calibrate, quantize the first and the last block only, write nothing: the result has a forecast.
+    preflight: check and calibrate, quantize the first and the last block only, write nothing: the result has a
+    forecast.
 
     Raises PlanRefused (output or plan), NotQuantizable (numbers), BadCheckpoint, MachineError; then there is no output.
     """
@@ -99,10 +119,19 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
             stop(job.ranks)
 
 
-def plan(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, recipe: Recipe | None = None, *, rows: int = ROWS,
-         max_seq_length: int = MAX_SEQ_LENGTH, memory: int | None = None, calibration: str | os.PathLike | None = None) -> Forecast:
-    """Memory and disk of quantizing, from headers alone; path may be org/name on the Hub. calibration is not opened, but without one the
-    model writes a part of the rows, for which it is held whole. Raises BadCheckpoint."""
+def plan(
+    path: str | os.PathLike | Checkpoint,
+    output: str | os.PathLike,
+    recipe: Recipe | None = None,
+    *,
+    rows: int = ROWS,
+    max_seq_length: int = MAX_SEQ_LENGTH,
+    memory: int | None = None,
+    calibration: str | os.PathLike | None = None,
+) -> Forecast:
+    """Memory and disk of quantizing, from headers alone; path may be org/name on the Hub. calibration is not opened,
+    but without one the model writes a part of the rows, for which it is held whole. Raises BadCheckpoint.
+    """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     config = checkpoint.value("config.json")
     if config is None:
@@ -121,7 +150,14 @@ def _silent(text: str) -> None:
 
 
 class _Job:
-    def __init__(self, recipe: Recipe, output: str | os.PathLike, rules: list[Rule], fail_on: str, progress: Callable[[str], None]):
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: str | os.PathLike,
+        rules: list[Rule],
+        fail_on: str,
+        progress: Callable[[str], None],
+    ):
         self.started = time.perf_counter()
         self.recipe, self.rules, self.fail_on, self.progress = recipe, rules, fail_on, progress
         self.output = Path(os.path.abspath(output))
@@ -134,7 +170,7 @@ class _Job:
         self.notes: list[str] = []
         self.linears: list[dict] = []
         self.after: list[Finding] = []
-        self.made: dict = {}    # files and receipt of the output, for the report
+        self.made: dict = {}  # files and receipt of the output, for the report
 
     def check_before(self, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iterable[str]) -> None:
         """Judge the source, or what fixes make of it; `seen` is what will be quantized."""
@@ -160,35 +196,70 @@ class _Job:
         counts = ", ".join(f"{self.report().count(s)} {s}s" for s in ("error", "warning"))
         self.progress(f"check before: {counts} ({time.perf_counter() - started:.1f} s)")
 
-    def calibrate(self, source: str | os.PathLike | None, rows: int, length: int, memory: int | None, device: str, resume: bool) -> list[list[int]]:
+    def calibrate(
+        self, source: str | os.PathLike | None, rows: int, length: int, memory: int | None, device: str, resume: bool
+    ) -> list[list[int]]:
         if self.recipe.method == "rtn":
             return []
         started = time.perf_counter()
         spec = self.seen.store.get(CHECKPOINT, "spec")
-        sample = partial(unable, "several processes would each have to hold it") if size() > 1 else \
-            sampler(self.seen.checkpoint, spec, seed=self.recipe.seed, memory=memory, device=device,
-                    dtype=computing_dtype(self.seen.checkpoint, spec, self.recipe, device))
+        sample = (
+            partial(unable, "several processes would each have to hold it")
+            if size() > 1
+            else sampler(
+                self.seen.checkpoint,
+                spec,
+                seed=self.recipe.seed,
+                memory=memory,
+                device=device,
+                dtype=computing_dtype(self.seen.checkpoint, spec, self.recipe, device),
+            )
+        )
         left = export.left_by(self.output) if resume else []
         self.sample = Once(sample, next((entry["sampled"] for entry in left if "sampled" in entry), None))
-        chosen, self.facts, notes = calibration_rows(self.seen.checkpoint, source, rows=rows, length=length, seed=self.recipe.seed,
-                                                     vocab=spec.vocab, max_positions=spec.max_positions, sample=self.sample)
+        chosen, self.facts, notes = calibration_rows(
+            self.seen.checkpoint,
+            source,
+            rows=rows,
+            length=length,
+            seed=self.recipe.seed,
+            vocab=spec.vocab,
+            max_positions=spec.max_positions,
+            sample=self.sample,
+        )
         for note in notes:
             self._note(f"calibration: {note}")
         self.seen.store.put(CHECKPOINT, "calibration", self.facts)
         self._judge()
-        self.progress(f"calibrate: {self.facts.rows} rows, {self.facts.tokens:,} tokens of {self.facts.source} "
-                      f"({time.perf_counter() - started:.1f} s)")
+        self.progress(
+            f"calibrate: {self.facts.rows} rows, {self.facts.tokens:,} tokens of {self.facts.source} "
+            f"({time.perf_counter() - started:.1f} s)"
+        )
         return chosen
 
     def preflight(self, rows: list[list[int]], memory: int | None, device: str) -> QuantizeResult:
         """Two blocks and a forecast. Checking the output takes about what checking the source took, hence twice."""
         checkpoint, store = self.seen.checkpoint, self.seen.store
         around = 2 * (time.perf_counter() - self.started)
-        forecast, done = flight.preflight(checkpoint, store.get(CHECKPOINT, "spec"), self.recipe, self.output, rows, store, self.rules,
-                                          memory=memory, device=device, around=around, progress=self.progress)
+        forecast, done = flight.preflight(
+            checkpoint,
+            store.get(CHECKPOINT, "spec"),
+            self.recipe,
+            self.output,
+            rows,
+            store,
+            self.rules,
+            memory=memory,
+            device=device,
+            around=around,
+            progress=self.progress,
+        )
         self.linears = done.records
         known = {(f.code, f.message) for f in self.seen.findings}
-        self.seen.findings = [*self.seen.findings, *locate([f for f in done.judged if (f.code, f.message) not in known], checkpoint)]
+        self.seen.findings = [
+            *self.seen.findings,
+            *locate([f for f in done.judged if (f.code, f.message) not in known], checkpoint),
+        ]
         forecast.problems += [f.message for f in done.stopped]
         return QuantizeResult(self.report(), calibration=self.facts, notes=self.notes, forecast=forecast)
 
@@ -196,7 +267,10 @@ class _Job:
         started = time.perf_counter()
         checkpoint, store = self.seen.checkpoint, self.seen.store
         if "config.json" not in checkpoint.json:
-            raise DoctorError(f"{checkpoint.root}: has no config.json; quantizing needs the model's shape.", "Give the checkpoint's directory.")
+            raise DoctorError(
+                f"{checkpoint.root}: has no config.json; quantizing needs the model's shape.",
+                "Give the checkpoint's directory.",
+            )
         spec = store.get(CHECKPOINT, "spec")
         for note in (cpu.note(device), computing_note(checkpoint, spec, self.recipe, device)):
             if note:
@@ -205,18 +279,37 @@ class _Job:
         budget.require(need, memory)
         free = device_free(device)
         if free is not None:
-            self.progress(f"{device}: up to {need.on_device / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free"
-                          f"{'' if need.on_device <= free else ': it may run out of memory; finished blocks are kept for --resume'}")
+            self.progress(
+                f"{device}: up to {need.on_device / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free"
+                f"{'' if need.on_device <= free else ': it may run out of memory; finished blocks are kept for --resume'}"
+            )
         self.output.parent.mkdir(parents=True, exist_ok=True)
         mark = {**fingerprint(checkpoint, self.recipe, rows, device), "ranks": self.ranks.size}
         staged = export.Output.open(self.output, mark, resume=resume) if self.ranks.speaks else None
-        if staged and self.sample and self.sample.said is not None and not any("sampled" in entry for entry in staged.notes()):
+        if (
+            staged
+            and self.sample
+            and self.sample.said is not None
+            and not any("sampled" in entry for entry in staged.notes())
+        ):
             staged.note({"sampled": self.sample.said})
         self.ranks.wait()
         staged = staged or export.Watched(self.output)
         self.ranks.wait()
-        done = run(checkpoint, spec, self.recipe, rows, staged, store, self.rules, memory=memory,
-                   progress=self.progress, device=device, ranks=self.ranks, consent=self.consent)
+        done = run(
+            checkpoint,
+            spec,
+            self.recipe,
+            rows,
+            staged,
+            store,
+            self.rules,
+            memory=memory,
+            progress=self.progress,
+            device=device,
+            ranks=self.ranks,
+            consent=self.consent,
+        )
         self.linears, self.recipe = done.records, done.recipe
         self.notes += [f"fix: {text}" for text in done.fixes]
         self._judge()
@@ -253,10 +346,19 @@ class _Job:
 
     def report(self) -> Report:
         seen = self.seen
-        return Report(checkpoint=seen.checkpoint.name, recipe=self.recipe, findings=[*seen.findings, *self.after], runs=list(seen.runs),
-                      summary=summary(seen.checkpoint, seen.store), skipped_tensors=seen.skipped, bytes_read=seen.bytes_known,
-                      seconds=time.perf_counter() - self.started, fail_on=self.fail_on, linears=self.linears,
-                      extra={"machine": describe(), **({"calibration": asdict(self.facts)} if self.facts else {}), **self.made})
+        return Report(
+            checkpoint=seen.checkpoint.name,
+            recipe=self.recipe,
+            findings=[*seen.findings, *self.after],
+            runs=list(seen.runs),
+            summary=summary(seen.checkpoint, seen.store),
+            skipped_tensors=seen.skipped,
+            bytes_read=seen.bytes_known,
+            seconds=time.perf_counter() - self.started,
+            fail_on=self.fail_on,
+            linears=self.linears,
+            extra={"machine": describe(), **({"calibration": asdict(self.facts)} if self.facts else {}), **self.made},
+        )
 
 
 def _outcomes(done: Result) -> str:

@@ -1,12 +1,23 @@
-"""Renderings of one Report. `render` makes any of them by name; each format is a module of its own, imported when asked for."""
+"""Renderings of one Report. `render` makes any of them by name; each format is a module of its own, imported when asked
+for.
+"""
 
 from importlib import import_module
 
 from doctor.core.errors import DoctorError
 from doctor.locale.catalogue import HUMAN, language
 
-_HOME = {"full": "terminal", "concise": "concise", "json": "json_report", "sarif": "sarif", "junit": "junit", "github": "github",
-         "gitlab": "gitlab", "markdown": "markdown", "html": "html"}
+_HOME = {
+    "full": "terminal",
+    "concise": "concise",
+    "json": "json_report",
+    "sarif": "sarif",
+    "junit": "junit",
+    "github": "github",
+    "gitlab": "gitlab",
+    "markdown": "markdown",
+    "html": "html",
+}
 FORMATS = tuple(_HOME)
 
 

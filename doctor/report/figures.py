@@ -1,7 +1,7 @@
 """Tables and series behind the pictures of a report: plans by GPU count, weights by block, shapes, tokens, files.
 
-They are made from the same store and rules as the findings, and only when a format that draws them was asked for. Everything
-here is plain data, because it travels in the report's JSON.
+They are made from the same store and rules as the findings, and only when a format that draws them was asked for.
+Everything here is plain data, because it travels in the report's JSON.
 """
 
 import hashlib
@@ -13,11 +13,11 @@ import numpy as np
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.dtypes import CODE_NUMPY
-from doctor.edits.kinds import RECIPE_EDITS, PadTensor, from_codes
-from doctor.lint.engine import judge
 from doctor.core.facts import CHECKPOINT, STAGES, Store, Variant, closure
 from doctor.core.host import describe
 from doctor.core.recipe import Recipe
+from doctor.edits.kinds import RECIPE_EDITS, PadTensor, from_codes
+from doctor.lint.engine import judge
 from doctor.lint.rule import ROW_PARALLEL, Finding, Fix, Rule
 
 TPS = (1, 2, 4, 8)
@@ -34,13 +34,21 @@ _CURES = ("safe", "padding", "unsafe", "manual")
 def pictures(checkpoint: Checkpoint, store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> dict:
     """name -> plain data, for Report.extra. A picture whose facts this run does not have is left out."""
     recipe, rules, findings = store.get(CHECKPOINT, "recipe"), list(rules), list(findings)
-    made = {"files": files(checkpoint), "machine": describe(), "exponents": exponents(checkpoint, store), "receipt": receipt(checkpoint)}
+    made = {
+        "files": files(checkpoint),
+        "machine": describe(),
+        "exponents": exponents(checkpoint, store),
+        "receipt": receipt(checkpoint),
+    }
     if store.has(CHECKPOINT, "spec"):
         spec = store.get(CHECKPOINT, "spec")
         made["tokens"] = tokens(checkpoint, spec, store)
         if spec.linears:
-            made |= {"geometry": geometry(spec, recipe), "heat": heat(spec, store),
-                     "matrix": matrix(store, rules, findings)}
+            made |= {
+                "geometry": geometry(spec, recipe),
+                "heat": heat(spec, store),
+                "matrix": matrix(store, rules, findings),
+            }
     return {k: v for k, v in made.items() if v}
 
 
@@ -48,10 +56,12 @@ def pictures(checkpoint: Checkpoint, store: Store, rules: Iterable[Rule], findin
 
 
 def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> list[dict]:
-    """Rows {plan, step, cells: [{tp, ready, codes}]}: which errors stand in the way as it is, after safe fixes, after padding.
+    """Rows {plan, step, cells: [{tp, ready, codes}]}: which errors stand in the way as it is, after safe fixes, after
+    padding.
 
-    Rules that look at headers and at the recipe are asked again under each plan; what the others found holds for every plan.
-    Methods that meet the same errors share their rows; a step that changes nothing has none. [] where nothing can be planned.
+    Rules that look at headers and at the recipe are asked again under each plan; what the others found holds for every
+    plan. Methods that meet the same errors share their rows; a step that changes nothing has none. [] where nothing can
+    be planned.
     """
     if not store.has(CHECKPOINT, "layout"):
         return []
@@ -67,7 +77,9 @@ def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> 
     for (_, steps), plans in made.items():
         label = plans[0].label().replace(plans[0].name, "/".join(p.name for p in plans), 1)
         if layout.quantized:
-            label = f"as stored: {layout.format} {layout.bits}-bit " + ("per-channel" if layout.group_size == -1 else f"g{layout.group_size}")
+            label = f"as stored: {layout.format} {layout.bits}-bit " + (
+                "per-channel" if layout.group_size == -1 else f"g{layout.group_size}"
+            )
         rows += [{"plan": label, **step} for step in json.loads(steps)]
     return rows
 
@@ -75,8 +87,11 @@ def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> 
 def _plans(recipe: Recipe) -> list[Recipe]:
     """The plan asked for and its neighbours: other group sizes, and the other methods that have its width."""
     methods = [m for m in dict.fromkeys((recipe.method, "gptq", "awq")) if m != "awq" or recipe.bits == 4]
-    return [replace(recipe, method=m, group_size=g, tp=1, format=recipe.format if m == recipe.method else "")
-            for g in dict.fromkeys((recipe.group_size, *GROUPS)) for m in methods]
+    return [
+        replace(recipe, method=m, group_size=g, tp=1, format=recipe.format if m == recipe.method else "")
+        for g in dict.fromkeys((recipe.group_size, *GROUPS))
+        for m in methods
+    ]
 
 
 def _shared(plan: Recipe, asked: int) -> list[Recipe]:
@@ -85,15 +100,24 @@ def _shared(plan: Recipe, asked: int) -> list[Recipe]:
 
 
 def _errors(store: Store, rules: list[Rule], plan: Recipe) -> list[Finding]:
-    return [f for f in judge(Variant(store, "recipe", plan), rules)[0] if f.severity == "error" and not f.consequence_of]
+    return [
+        f for f in judge(Variant(store, "recipe", plan), rules)[0] if f.severity == "error" and not f.consequence_of
+    ]
 
 
 def _steps(blocked: list[tuple[int, dict[str, str]]]) -> list[dict]:
     """Rows of one plan from (tp, code -> safety of its cure)."""
     rows: list[dict] = []
-    for step, cured in (("as it is", ()), ("after safe fixes", ("safe",)), ("after padding", ("safe", "padding")),
-                        ("after unsafe fixes", ("safe", "padding", "unsafe"))):
-        cells = [{"tp": tp, "codes": sorted(c for c, safety in codes.items() if safety not in cured)} for tp, codes in blocked]
+    for step, cured in (
+        ("as it is", ()),
+        ("after safe fixes", ("safe",)),
+        ("after padding", ("safe", "padding")),
+        ("after unsafe fixes", ("safe", "padding", "unsafe")),
+    ):
+        cells = [
+            {"tp": tp, "codes": sorted(c for c, safety in codes.items() if safety not in cured)}
+            for tp, codes in blocked
+        ]
         cells = [{**c, "ready": not c["codes"]} for c in cells]
         if not rows or cells != rows[-1]["cells"]:
             rows.append({"step": step, "cells": cells})
@@ -121,7 +145,9 @@ def _cure(fix: Fix | None) -> str:
 
 
 def heat(spec, store: Store) -> dict:
-    """{blocks, roles: [{role, absmax: [per block], nonfinite: [per block], zero: [share per block]}]}; {} where nothing was read."""
+    """{blocks, roles: [{role, absmax: [per block], nonfinite: [per block], zero: [share per block]}]}; {} where nothing
+    was read.
+    """
     blocks = 1 + max((x.block for x in spec.linears if x.block is not None), default=-1)
     rows: dict[str, dict] = {}
     for linear in spec.linears:
@@ -129,7 +155,10 @@ def heat(spec, store: Store) -> dict:
         if linear.block is None or not store.has(subject, "stats"):
             continue
         stats = store.get(subject, "stats")
-        row = rows.setdefault(linear.role, {"role": linear.role, "absmax": [None] * blocks, "nonfinite": [0] * blocks, "zero": [None] * blocks})
+        row = rows.setdefault(
+            linear.role,
+            {"role": linear.role, "absmax": [None] * blocks, "nonfinite": [0] * blocks, "zero": [None] * blocks},
+        )
         row["absmax"][linear.block] = max(row["absmax"][linear.block] or 0.0, float(stats.absmax))
         row["nonfinite"][linear.block] += stats.n_nan + stats.n_inf
         row["zero"][linear.block] = max(row["zero"][linear.block] or 0.0, stats.n_zero / max(stats.numel, 1))
@@ -140,11 +169,16 @@ def heat(spec, store: Store) -> dict:
 
 
 def exponents(checkpoint: Checkpoint, store: Store) -> dict:
-    """{low, counts, zeros, nonfinite, sampled}: how many of the sampled weights lie in [2^e, 2^(e+1)), from e = low upward.
+    """{low, counts, zeros, nonfinite, sampled}: how many of the sampled weights lie in [2^e, 2^(e+1)), from e = low
+    upward.
 
     Up to SAMPLE values from the middle of each tensor of 16 or 32 bits, SAMPLES in all; {} where no weights were read.
     """
-    names = [n for n, t in checkpoint.tensors.items() if t.dtype.name in ("F16", "BF16", "F32") and t.numel and store.has(f"tensor:{n}", "stats")]
+    names = [
+        n
+        for n, t in checkpoint.tensors.items()
+        if t.dtype.name in ("F16", "BF16", "F32") and t.numel and store.has(f"tensor:{n}", "stats")
+    ]
     counts = np.zeros(2 * _FAR + 1, np.int64)
     zeros = nonfinite = sampled = 0
     for name in names:
@@ -152,11 +186,21 @@ def exponents(checkpoint: Checkpoint, store: Store) -> dict:
         finite = values[np.isfinite(values)]
         own = np.abs(finite[finite != 0])
         counts += np.bincount(np.clip(np.frexp(own)[1] - 1 + _FAR, 0, 2 * _FAR), minlength=2 * _FAR + 1)
-        zeros, nonfinite, sampled = zeros + finite.size - own.size, nonfinite + values.size - finite.size, sampled + values.size
+        zeros, nonfinite, sampled = (
+            zeros + finite.size - own.size,
+            nonfinite + values.size - finite.size,
+            sampled + values.size,
+        )
     there = np.flatnonzero(counts)
     if not there.size:
         return {}
-    return {"low": int(there[0]) - _FAR, "counts": counts[there[0] : there[-1] + 1].tolist(), "zeros": zeros, "nonfinite": nonfinite, "sampled": sampled}
+    return {
+        "low": int(there[0]) - _FAR,
+        "counts": counts[there[0] : there[-1] + 1].tolist(),
+        "zeros": zeros,
+        "nonfinite": nonfinite,
+        "sampled": sampled,
+    }
 
 
 def _middle(checkpoint: Checkpoint, info, most: int) -> np.ndarray:
@@ -170,19 +214,28 @@ def _middle(checkpoint: Checkpoint, info, most: int) -> np.ndarray:
 
 
 def receipt(checkpoint: Checkpoint) -> dict:
-    """What doctor itself did to this checkpoint, by the receipt in it: {source, plan, steps: [[code, title, safety]]}; {} without one."""
+    """What doctor itself did to this checkpoint, by the receipt in it: {source, plan, steps: [[code, title, safety]]};
+    {} without one.
+    """
     document = checkpoint.value("doctor.json") or {}
     if isinstance(document.get("outcomes"), dict):
         return quantized_receipt(document)
     steps = document.get("steps")
     if not (isinstance(steps, list) and all(isinstance(s, dict) for s in steps)):
         return {}
-    return {"source": str(document.get("source", "")), "plan": str(document.get("recipe", "")),
-            "steps": [[str(s.get("code", "")), str(s.get("title", "")), str(s.get("safety", ""))] for s in steps[:MOST_STEPS]]}
+    return {
+        "source": str(document.get("source", "")),
+        "plan": str(document.get("recipe", "")),
+        "steps": [
+            [str(s.get("code", "")), str(s.get("title", "")), str(s.get("safety", ""))] for s in steps[:MOST_STEPS]
+        ],
+    }
 
 
 def quantized_receipt(document: dict) -> dict:
-    """The same of a quantization: its settings, its calibration, what became of the linears, and what a reader should know."""
+    """The same of a quantization: its settings, its calibration, what became of the linears, and what a reader should
+    know.
+    """
     settings = document.get("recipe") if isinstance(document.get("recipe"), dict) else {}
     text = document.get("calibration") if isinstance(document.get("calibration"), dict) else {}
     kinds = ", ".join(f"{n} {kind}" for kind, n in document["outcomes"].items())
@@ -198,7 +251,9 @@ def quantized_receipt(document: dict) -> dict:
 
 
 def geometry(spec, recipe: Recipe) -> list[dict]:
-    """Every distinct linear shape: how many, groups in a row, and the GPU counts that cut it into whole groups, heads and columns."""
+    """Every distinct linear shape: how many, groups in a row, and the GPU counts that cut it into whole groups, heads
+    and columns.
+    """
     shares = sorted({1, 2, 4, 8, 16, recipe.tp})
     kinds: dict[tuple, list] = {}
     for linear in spec.linears:
@@ -206,16 +261,32 @@ def geometry(spec, recipe: Recipe) -> list[dict]:
     rows = []
     for (role, k, n), members in kinds.items():
         group = k if recipe.group_size == -1 else recipe.group_size
-        cut = [tp for tp in shares if (k % (group * tp) == 0 if role in ROW_PARALLEL else k % group == 0 and n % tp == 0)]
-        if recipe.group_size == -1 and role in ROW_PARALLEL:  # one scale for the whole row: every GPU holds a copy of it
+        cut = [
+            tp for tp in shares if (k % (group * tp) == 0 if role in ROW_PARALLEL else k % group == 0 and n % tp == 0)
+        ]
+        if (
+            recipe.group_size == -1 and role in ROW_PARALLEL
+        ):  # one scale for the whole row: every GPU holds a copy of it
             cut = [tp for tp in shares if k % tp == 0]
         cut = [tp for tp in cut if tp == 1 or _shares_heads(role, spec, tp)]
-        rows.append({"role": role, "in_features": k, "out_features": n, "count": len(members), "groups": k / group, "tp": cut, "shares": shares})
+        rows.append(
+            {
+                "role": role,
+                "in_features": k,
+                "out_features": n,
+                "count": len(members),
+                "groups": k / group,
+                "tp": cut,
+                "shares": shares,
+            }
+        )
     return rows
 
 
 def _shares_heads(role: str, spec, tp: int) -> bool:
-    """Whether GPUs get whole heads of an attention's linear; key heads may be copied where there are fewer of them than GPUs."""
+    """Whether GPUs get whole heads of an attention's linear; key heads may be copied where there are fewer of them than
+    GPUs.
+    """
     if role in ("q", "qkv", "o") and spec.n_heads and spec.n_heads % tp:
         return False
     fewer = spec.n_kv_heads and spec.n_kv_heads % tp and tp % spec.n_kv_heads
@@ -229,7 +300,10 @@ def tokens(checkpoint: Checkpoint, spec, store: Store) -> list[dict]:
     rows = []
     for token in _TOKENS:
         says = {}
-        for file, document in (("config.json", spec.config), ("generation_config.json", checkpoint.value("generation_config.json"))):
+        for file, document in (
+            ("config.json", spec.config),
+            ("generation_config.json", checkpoint.value("generation_config.json")),
+        ):
             if document is not None and f"{token}_token_id" in document:
                 says[file] = _ids(document[f"{token}_token_id"], tokenizer)
         text = named.get(f"{token}_token")
@@ -255,8 +329,20 @@ def _ids(value: object, tokenizer) -> str:
 
 
 def files(checkpoint: Checkpoint) -> list[dict]:
-    """Rows {name, bytes, tensors, header_bytes} of shards, then of the other files; with sha256 where the run holds the whole file."""
-    rows = [{"name": s.name, "bytes": s.size, "tensors": len(s.tensors), "header_bytes": s.header_bytes} for s in checkpoint.shards.values()]
-    held = {name: hashlib.sha256(file.raw).hexdigest() for name, file in checkpoint.json.items() if isinstance(file.raw, bytes)}
-    return rows + [{"name": e.name, "bytes": e.size, **({"sha256": held[e.name]} if e.name in held else {})}
-                   for e in checkpoint.entries.values() if e.name not in checkpoint.shards]
+    """Rows {name, bytes, tensors, header_bytes} of shards, then of the other files; with sha256 where the run holds the
+    whole file.
+    """
+    rows = [
+        {"name": s.name, "bytes": s.size, "tensors": len(s.tensors), "header_bytes": s.header_bytes}
+        for s in checkpoint.shards.values()
+    ]
+    held = {
+        name: hashlib.sha256(file.raw).hexdigest()
+        for name, file in checkpoint.json.items()
+        if isinstance(file.raw, bytes)
+    }
+    return rows + [
+        {"name": e.name, "bytes": e.size, **({"sha256": held[e.name]} if e.name in held else {})}
+        for e in checkpoint.entries.values()
+        if e.name not in checkpoint.shards
+    ]

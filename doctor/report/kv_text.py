@@ -1,4 +1,6 @@
-"""The screen of `doctor kvcache`: sizes by scheme, how the keys take few bits layer by layer, advice, and what was measured."""
+"""The screen of `doctor kvcache`: sizes by scheme, how the keys take few bits layer by layer, advice, and what was
+measured.
+"""
 
 import io
 
@@ -7,10 +9,10 @@ from rich.console import Console
 from rich.text import Text
 
 from doctor.evaluate.kvcache.study import KvReport
+from doctor.locale.catalogue import chinese, counted, known, pad, say
 from doctor.report.formats.json_report import dumps
 from doctor.report.formats.terminal import COLOURS, Screen, _pad, _text, console
 from doctor.report.presentation import level, number, safe, squeeze
-from doctor.locale.catalogue import chinese, counted, known, pad, say
 
 GIB = 1 << 30
 _COLOUR = {"Q4": COLOURS["ok"], "Q6": COLOURS["warning"], "never Q4": COLOURS["error"], "unknown": COLOURS["skipped"]}
@@ -40,31 +42,71 @@ def kvcache_markdown(report: KvReport) -> str:
     data = report.data
     found, past, fitting = data["advice"], past_said(data), longest_said(data)
     sentences = [safe(s) for s in advice_said(found)]
-    lines = [f"### {_MARK[found['level']]} {safe(report.checkpoint)}: {sentences[0]}", "", f"{_what(data)} · {' · '.join(layers_said(data))}", "", *(f"- {s}" for s in sentences[1:]), ""]
-    heads = [h for h in (say("cache"), say("K bits"), say("V bits"), say("KiB/token"), past, "GiB", fitting, "vLLM", "llama.cpp") if h]
+    lines = [
+        f"### {_MARK[found['level']]} {safe(report.checkpoint)}: {sentences[0]}",
+        "",
+        f"{_what(data)} · {' · '.join(layers_said(data))}",
+        "",
+        *(f"- {s}" for s in sentences[1:]),
+        "",
+    ]
+    heads = [
+        h
+        for h in (
+            say("cache"),
+            say("K bits"),
+            say("V bits"),
+            say("KiB/token"),
+            past,
+            "GiB",
+            fitting,
+            "vLLM",
+            "llama.cpp",
+        )
+        if h
+    ]
     lines += ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 3) + "|---|---|"]
     for s in data["schemes"]:
-        cells = [s["name"], f"{s['key_bits']:g}", f"{s['value_bits']:g}", f"{s['kib_per_token']:,.2f}",
-                 *([f"{s['kib_per_token_past_windows']:,.2f}"] if past else []), f"{s['total_bytes'] / GIB:,.3f}", *([longest(s)] if fitting else []),
-                 s["vllm"], s["llama_cpp"]]
+        cells = [
+            s["name"],
+            f"{s['key_bits']:g}",
+            f"{s['value_bits']:g}",
+            f"{s['kib_per_token']:,.2f}",
+            *([f"{s['kib_per_token_past_windows']:,.2f}"] if past else []),
+            f"{s['total_bytes'] / GIB:,.3f}",
+            *([longest(s)] if fitting else []),
+            s["vllm"],
+            s["llama_cpp"],
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     if "measured" in data:
         heads = [say(head) for head in ("cache", "perplexity", "KL, nats", "same top token")]
         lines += ["", "| " + " | ".join(heads) + " |", "|---" + "|--:" * 3 + "|"]
-        lines += [f"| {scheme_said(m['scheme'])} | {m['perplexity']:.3f} | {m['kl']:.4f} | {m['top1']:.1%} |" for m in data["measured"]["schemes"]]
+        lines += [
+            f"| {scheme_said(m['scheme'])} | {m['perplexity']:.3f} | {m['kl']:.4f} | {m['top1']:.1%} |"
+            for m in data["measured"]["schemes"]
+        ]
     return "\n".join(lines) + "\n"
 
 
 def show_kvcache(report: KvReport, out: Console) -> None:
     """Print the screen of a KvReport."""
     screen, data = Screen(out), report.data
-    screen.hang(_text((f"doctor {report.version}  ", "bold")), _text((f"{safe(report.checkpoint)}   ", "cyan"), _what(data)))
+    screen.hang(
+        _text((f"doctor {report.version}  ", "bold")), _text((f"{safe(report.checkpoint)}   ", "cyan"), _what(data))
+    )
     screen.line()
     for line in layers_said(data):
         screen.hang(Text("  "), Text(line))
     notes = list(data["notes"])
     if data["max_positions"] and data["context"] > data["max_positions"]:
-        notes.append(say("{n} tokens are more than the {positions} positions the model is made for", n=f"{data['context']:,}", positions=f"{data['max_positions']:,}"))
+        notes.append(
+            say(
+                "{n} tokens are more than the {positions} positions the model is made for",
+                n=f"{data['context']:,}",
+                positions=f"{data['max_positions']:,}",
+            )
+        )
     for note in notes:
         screen.hang(_text((f"  {pad(say('note'), 4)}  ", "bold")), Text(safe(known(note))))
     _sizes(screen, data, data["schemes"], "")
@@ -76,7 +118,10 @@ def show_kvcache(report: KvReport, out: Console) -> None:
 
 
 def _what(data: dict) -> str:
-    parts = [safe(data["architecture"]), say("{sequences} of {n} tokens", sequences=counted(data["batch"], "sequence"), n=f"{data['context']:,}")]
+    parts = [
+        safe(data["architecture"]),
+        say("{sequences} of {n} tokens", sequences=counted(data["batch"], "sequence"), n=f"{data['context']:,}"),
+    ]
     if data["weight_bytes"]:
         parts.append(say("weights {n} GiB", n=f"{data['weight_bytes'] / GIB:.2f}"))
     if data["max_positions"]:
@@ -85,35 +130,53 @@ def _what(data: dict) -> str:
 
 
 def _rows(screen: Screen, rows: list[list[str]], right: set[int]) -> None:
-    """A table: the first row is its head; columns in `right` are flush right; a column that is empty in every row is left out.
+    """A table: the first row is its head; columns in `right` are flush right; a column that is empty in every row is
+    left out.
 
     What the screen has no room for stands in a table of its own below, beside the first column again.
     """
     keep = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     sizes = {i: max(cell_len(row[i]) for row in rows) for i in keep}
     fit = [i for n, i in enumerate(keep) if n < 2 or sum(sizes[j] + 2 for j in keep[: n + 1]) <= screen.width]
-    later, keep = keep[len(fit):], fit
+    later, keep = keep[len(fit) :], fit
     for n, row in enumerate(rows):
         text = "  ".join(_pad(safe(row[i]), sizes[i], i in right) for i in keep).rstrip()
         screen.line(_text(("  " + text, "bold" if n == 0 else "")))
     if later:
         screen.line()
-        _rows(screen, [[row[i] for i in (keep[0], *later)] for row in rows], {n for n, i in enumerate((keep[0], *later)) if i in right})
+        _rows(
+            screen,
+            [[row[i] for i in (keep[0], *later)] for row in rows],
+            {n for n, i in enumerate((keep[0], *later)) if i in right},
+        )
 
 
 def _sizes(screen: Screen, data: dict, schemes: list[dict], title: str) -> None:
     past, fitting = past_said(data), longest_said(data)
     rows = [[say("cache"), say("K bits"), say("V bits"), say("KiB/token"), past, "GiB", fitting, "vLLM", "llama.cpp"]]
     for s in schemes:
-        rows.append([s["name"], f"{s['key_bits']:g}", f"{s['value_bits']:g}", f"{s['kib_per_token']:,.2f}",
-                     f"{s['kib_per_token_past_windows']:,.2f}" if past else "", f"{s['total_bytes'] / GIB:,.3f}", longest(s),
-                     s["vllm"], s["llama_cpp"]])
+        rows.append(
+            [
+                s["name"],
+                f"{s['key_bits']:g}",
+                f"{s['value_bits']:g}",
+                f"{s['kib_per_token']:,.2f}",
+                f"{s['kib_per_token_past_windows']:,.2f}" if past else "",
+                f"{s['total_bytes'] / GIB:,.3f}",
+                longest(s),
+                s["vllm"],
+                s["llama_cpp"],
+            ]
+        )
     screen.line()
     if title:
         screen.line(("  " + title, "bold"))
     _rows(screen, rows, {1, 2, 3, 4, 5, 6})
     if fitting:
-        screen.hang(Text("  "), Text(say("beside the weights; activations and the engine's own memory are not counted"), "bright_black"))
+        screen.hang(
+            Text("  "),
+            Text(say("beside the weights; activations and the engine's own memory are not counted"), "bright_black"),
+        )
 
 
 def past_said(data: dict) -> str:
@@ -130,7 +193,13 @@ def longest(scheme: dict) -> str:
     """The longest context that fits, or that any or none does; "" where no memory was given."""
     if "fits" not in scheme:
         return ""
-    return say("any") if scheme["unbounded"] else f"{scheme['largest_context']:,}" if scheme["largest_context"] else say("none")
+    return (
+        say("any")
+        if scheme["unbounded"]
+        else f"{scheme['largest_context']:,}"
+        if scheme["largest_context"]
+        else say("none")
+    )
 
 
 def _layers(screen: Screen, data: dict) -> None:
@@ -166,9 +235,15 @@ def _flagged(screen: Screen, rows: list[dict]) -> None:
     table = [[say("layer"), say("|key bias|"), say("by bias"), say("4-bit error"), say("8-bit"), "FP8", say("advice")]]
     for r in bad[:_MOST_LAYERS]:
         errors = r.get("errors", {})
-        table.append([str(r["layer"]), f"{r['bias_absmax']:.3g}" if r["bias_absmax"] is not None else "",
-                      say("{n}+ bits", n=r["bias_key_bits"]) if r["bias_key_bits"] else "",
-                      *(f"{errors[k]:.2f}" if k in errors else "" for k in ("4-bit", "8-bit", "FP8")), r.get("advice", "")])
+        table.append(
+            [
+                str(r["layer"]),
+                f"{r['bias_absmax']:.3g}" if r["bias_absmax"] is not None else "",
+                say("{n}+ bits", n=r["bias_key_bits"]) if r["bias_key_bits"] else "",
+                *(f"{errors[k]:.2f}" if k in errors else "" for k in ("4-bit", "8-bit", "FP8")),
+                r.get("advice", ""),
+            ]
+        )
     screen.line()
     _rows(screen, table, {0, 1, 2, 3, 4, 5})
     if len(bad) > _MOST_LAYERS:
@@ -177,7 +252,10 @@ def _flagged(screen: Screen, rows: list[dict]) -> None:
 
 def advice_said(found: dict) -> list[str]:
     """The sentences of the advice in the language that is set; reasons that come from elsewhere stay as they are."""
-    return [say(words, **{k: known(v) if k == "reason" else v for k, v in values.items()}) for words, values in found["parts"]]
+    return [
+        say(words, **{k: known(v) if k == "reason" else v for k, v in values.items()})
+        for words, values in found["parts"]
+    ]
 
 
 def layers_said(data: dict) -> list[str]:
@@ -199,19 +277,42 @@ def _advice(screen: Screen, found: dict) -> None:
 def _measured(screen: Screen, data: dict) -> None:
     if "not_measured" in data:
         screen.line()
-        screen.hang(_text(("○ ", COLOURS["skipped"])), Text(say("not measured: {reason}", reason=safe(known(data["not_measured"])))))
+        screen.hang(
+            _text(("○ ", COLOURS["skipped"])),
+            Text(say("not measured: {reason}", reason=safe(known(data["not_measured"])))),
+        )
     if "measured" not in data:
         return
     found = data["measured"]
     screen.line()
-    screen.hang(_text((f"  {say('measured')} ", "bold")), Text(say("on {source}: {tokens}, {rows} of at most {n}", source=safe(found["source"]),
-        tokens=counted(found["tokens"], "token"), rows=counted(found["rows"], "row"), n=f"{found['context']:,}")))
+    screen.hang(
+        _text((f"  {say('measured')} ", "bold")),
+        Text(
+            say(
+                "on {source}: {tokens}, {rows} of at most {n}",
+                source=safe(found["source"]),
+                tokens=counted(found["tokens"], "token"),
+                rows=counted(found["rows"], "row"),
+                n=f"{found['context']:,}",
+            )
+        ),
+    )
     base = found["schemes"][0]["perplexity"]
-    rows = [[say(head) for head in ("cache", "perplexity", "× FP16", "KL, nats", "same top token", "worst layer's error")]]
+    rows = [
+        [say(head) for head in ("cache", "perplexity", "× FP16", "KL, nats", "same top token", "worst layer's error")]
+    ]
     for m in found["schemes"]:
         errors = [e for e in m["layer_errors"] if e is not None]
-        rows.append([scheme_said(m["scheme"]), f"{m['perplexity']:.3f}", f"{m['perplexity'] / base:.3f}", f"{m['kl']:.4f}", f"{m['top1']:.1%}",
-                     f"{max(errors, key=lambda e: e if e == e else float('inf')):.3f}"])
+        rows.append(
+            [
+                scheme_said(m["scheme"]),
+                f"{m['perplexity']:.3f}",
+                f"{m['perplexity'] / base:.3f}",
+                f"{m['kl']:.4f}",
+                f"{m['top1']:.1%}",
+                f"{max(errors, key=lambda e: e if e == e else float('inf')):.3f}",
+            ]
+        )
     _rows(screen, rows, {1, 2, 3, 4, 5})
     if "note" in found:
         screen.hang(Text("  "), Text(known(found["note"]), "bright_black"))

@@ -6,12 +6,12 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from doctor.lint import explain
 from doctor.core.facts import STAGES
+from doctor.lint import explain
+from doctor.lint.rule import AREAS, Rule
+from doctor.locale.catalogue import chinese, counted, current, pad, say
 from doctor.report.formats.terminal import COLOURS, Screen, _text
 from doctor.report.presentation import one_line, safe
-from doctor.locale.catalogue import chinese, counted, current, pad, say
-from doctor.lint.rule import AREAS, Rule
 
 
 def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
@@ -19,16 +19,25 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
     screen = Screen(out)
     screen.line()
     head = f"{entry.code}  {entry.name}"
-    facts = " · ".join([say(entry.severity), say(entry.certainty), say(entry.area).lower(), say("needs {stage}", stage=entry.stage)])
+    facts = " · ".join(
+        [say(entry.severity), say(entry.certainty), say(entry.area).lower(), say("needs {stage}", stage=entry.stage)]
+    )
     screen.hang(_text((head, "bold " + COLOURS[entry.severity].split()[-1]), "     "), Text(facts, "bright_black"))
     if entry.seen_as:
         for i, seen in enumerate(entry.seen_as):
-            screen.hang(_text((pad(say("find me by") if i == 0 else "", 12), "bold")), _text(f'"{seen.text}"', (f"  {seen.tool}", "bright_black")))
+            screen.hang(
+                _text((pad(say("find me by") if i == 0 else "", 12), "bold")),
+                _text(f'"{seen.text}"', (f"  {seen.tool}", "bright_black")),
+            )
     _section(screen, "What it checks", _sentence(entry.heading(current()) + ("。" if chinese() else ".")))
     for key, title in explain.SECTIONS[:-1]:
         _section(screen, title, _sentence(entry.section(key, current())))
     if entry.module.startswith("doctor.rules."):
-        _section(screen, "Checked by", say("rules/{file}, with its bad and good examples", file=entry.module.rpartition(".")[2] + ".py"))
+        _section(
+            screen,
+            "Checked by",
+            say("rules/{file}, with its bad and good examples", file=entry.module.rpartition(".")[2] + ".py"),
+        )
     _section(screen, "Sources", entry.section("Sources"))
     related = explain.relatives(entry, rules)
     if related:
@@ -63,17 +72,23 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
         screen.line()
     elif not matches:
         line = next((x for x in reversed(text.splitlines()) if x.strip()), "")
-        screen.hang(Text("  "), _text((f'"{safe(line.strip())[:200]}"', "bold"), say("   no rule quotes this message.")))
+        screen.hang(
+            Text("  "), _text((f'"{safe(line.strip())[:200]}"', "bold"), say("   no rule quotes this message."))
+        )
         screen.line()
         screen.line("  " + say("nearest by shared words"))
         _list(screen, [(r, r.heading(current())) for r in near])
         screen.line()
-        screen.hang(Text("  "), Text(say("If doctor check finds nothing either, please report the message: a rule is missing.")))
+        screen.hang(
+            Text("  "), Text(say("If doctor check finds nothing either, please report the message: a rule is missing."))
+        )
         return
     best = matches[0]
     tools = ", ".join(dict.fromkeys(m.seen.tool for m in matches[:4]))
     one = len(matches) == 1
-    sentence = "{tools} · {defects} ends in words like these:" if one else "{tools} · {defects} end in words like these:"
+    sentence = (
+        "{tools} · {defects} ends in words like these:" if one else "{tools} · {defects} end in words like these:"
+    )
     what = say(sentence, tools=tools, defects=say("one defect") if one else counted(len(matches), "defect"))
     quote = _text((f'"{safe(best.line)[:300]}"', "bold"))
     if quote.cell_len + cell_len(what) + 5 <= screen.width:
@@ -105,20 +120,30 @@ def _show_elsewhere(screen: Screen, found: explain.Elsewhere) -> None:
 def _minor(order: int) -> str:
     """What the order of the minor tells, at which a factorization failed."""
     if order == 1:
-        return say("Order 1: the very first element of the diagonal is not positive. As a rule all of H is NaN then, and no damping helps.")
-    return say("Order {n}: H breaks at input column {column} of the linear, counted from 0 in the order the tool takes them (with act-order "
-               "not that of the weights). Late in the width it is rounding, which more damping cures; at one more than the number of "
-               "calibration tokens there are too few tokens; NaN or Inf in a column stops there as well.", n=f"{order:,}", column=f"{order - 1:,}")
+        return say(
+            "Order 1: the very first element of the diagonal is not positive. As a rule all of H is NaN then, and no damping helps."
+        )
+    return say(
+        "Order {n}: H breaks at input column {column} of the linear, counted from 0 in the order the tool takes them (with act-order "
+        "not that of the weights). Late in the width it is rounding, which more damping cures; at one more than the number of "
+        "calibration tokens there are too few tokens; NaN or Inf in a column stops there as well.",
+        n=f"{order:,}",
+        column=f"{order - 1:,}",
+    )
 
 
 def _commands(matches: list[explain.Match]) -> list[tuple[str, str]]:
-    """(label, command): one check for all rules that need no calibration; after it the best match's own, where that is another."""
+    """(label, command): one check for all rules that need no calibration; after it the best match's own, where that is
+    another.
+    """
     cheap = [m.rule for m in matches[:8] if m.rule.stage in ("listing", "header", "tokenizer", "values")]
     own = explain.decider(matches[0].rule)
     if not cheap:
         return [("start with", own)]
     latest = max((r.stage for r in cheap), key=STAGES.index)
-    command = f"doctor check CKPT --select {','.join(r.code for r in cheap)}" + (f" --stage {latest}" if latest in ("listing", "header") else "")
+    command = f"doctor check CKPT --select {','.join(r.code for r in cheap)}" + (
+        f" --stage {latest}" if latest in ("listing", "header") else ""
+    )
     return [("start with", command)] + ([("after that", own)] if matches[0].rule not in cheap else [])
 
 
@@ -126,7 +151,9 @@ def _list(screen: Screen, rows: list[tuple[Rule, str]]) -> None:
     wide = max(len(r.name) for r, _ in rows)
     beside = wide + 14 + max(cell_len(t) for _, t in rows) <= screen.width
     for entry, text in rows:
-        head = _text("  ", screen.code(entry.code, entry), "  ", (entry.name.ljust(wide), COLOURS[entry.severity]), "   ")
+        head = _text(
+            "  ", screen.code(entry.code, entry), "  ", (entry.name.ljust(wide), COLOURS[entry.severity]), "   "
+        )
         if beside:
             screen.line(head, text)
         else:
@@ -141,7 +168,13 @@ def show_rules(rules: list[Rule], out: Console) -> None:
     for area in (name for _, name in AREAS if any(r.area == name for r in rules)):
         screen.line((say(area), "bold"))
         for entry in (r for r in rules if r.area == area):
-            head = _text("  ", screen.code(entry.code, entry), "  ", (pad(say(entry.severity), 8), COLOURS[entry.severity]), f"{entry.name.ljust(wide)}  ")
+            head = _text(
+                "  ",
+                screen.code(entry.code, entry),
+                "  ",
+                (pad(say(entry.severity), 8), COLOURS[entry.severity]),
+                f"{entry.name.ljust(wide)}  ",
+            )
             if screen.width - head.cell_len >= 30:
                 screen.hang(head, Text(one_line(entry.heading(current())), "bright_black"))
             else:
@@ -152,16 +185,45 @@ def show_rules(rules: list[Rule], out: Console) -> None:
 
 def rules_json(rules: list[Rule]) -> str:
     """A list of objects: identity, cost, page and quotations of every rule."""
-    data = [{"code": r.code, "name": r.name, "title": r.title, "severity": r.severity, "certainty": r.certainty, "area": r.area,
-             "scope": r.scope, "stage": r.stage, "needs": list(r.needs), "wants": list(r.wants), "implied_by": list(r.implied_by),
-             "seen_as": [{"tool": s.tool, "text": s.text} for s in r.seen_as], "page": r.sections} for r in rules]
+    data = [
+        {
+            "code": r.code,
+            "name": r.name,
+            "title": r.title,
+            "severity": r.severity,
+            "certainty": r.certainty,
+            "area": r.area,
+            "scope": r.scope,
+            "stage": r.stage,
+            "needs": list(r.needs),
+            "wants": list(r.wants),
+            "implied_by": list(r.implied_by),
+            "seen_as": [{"tool": s.tool, "text": s.text} for s in r.seen_as],
+            "page": r.sections,
+        }
+        for r in rules
+    ]
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def rules_markdown(rules: list[Rule]) -> str:
     """One table."""
-    rows = [f"| {r.code} | {r.name} | {say(r.severity)} | {say(r.certainty)} | {r.stage} | {one_line(r.heading(current())).replace('|', chr(92) + '|')} |" for r in rules]
-    return "\n".join(["| " + " | ".join(say(word) for word in ("code", "name", "severity", "certainty", "needs", "what it finds")) + " |", "|---|---|---|---|---|---|", *rows]) + "\n"
+    rows = [
+        f"| {r.code} | {r.name} | {say(r.severity)} | {say(r.certainty)} | {r.stage} | {one_line(r.heading(current())).replace('|', chr(92) + '|')} |"
+        for r in rules
+    ]
+    return (
+        "\n".join(
+            [
+                "| "
+                + " | ".join(say(word) for word in ("code", "name", "severity", "certainty", "needs", "what it finds"))
+                + " |",
+                "|---|---|---|---|---|---|",
+                *rows,
+            ]
+        )
+        + "\n"
+    )
 
 
 def show_settings(rows: list[tuple[str, object, str]], file, out: Console) -> None:
@@ -171,7 +233,10 @@ def show_settings(rows: list[tuple[str, object, str]], file, out: Console) -> No
     shown = [(key, _toml(value), origin) for key, value, origin in rows]
     wide, long = (max(len(row[i]) for row in shown) for i in (0, 1))
     for key, value, origin in shown:
-        screen.line(f"  {key:<{wide}}  {safe(value):<{min(long, 48)}}  ", (origin, "bright_black" if origin == "built in" else "cyan"))
+        screen.line(
+            f"  {key:<{wide}}  {safe(value):<{min(long, 48)}}  ",
+            (origin, "bright_black" if origin == "built in" else "cyan"),
+        )
 
 
 def _toml(value: object) -> str:

@@ -1,12 +1,14 @@
-"""The plan of a fix as plain text: what each step changes, what waits, what is left to the user, and what was written."""
+"""The plan of a fix as plain text: what each step changes, what waits, what is left to the user, and what was
+written.
+"""
 
 import os
 
 from doctor.api import FixResult
-from doctor.lint.engine import fold
 from doctor.fix.plan import PROOF_PROMPTS, Plan, Proof, Step
-from doctor.report.presentation import Group, safe, size
+from doctor.lint.engine import fold
 from doctor.locale.catalogue import counted, known, pad, say
+from doctor.report.presentation import Group, safe, size
 
 _INDENT = "   "
 _MOST_TENSORS = 12  # lines of changed tensors a step shows; the receipt has them all
@@ -21,8 +23,10 @@ def render_plan(result: FixResult) -> str:
     for step in plan.optional:
         lines.append(f"-  {step.code}  {say(_word(step))}  {safe(known(step.title))}   ({_how_to_ask(plan, step)})")
     lines += [_for_you(group, plan) for group in _folded(plan.for_you)]
-    lines += [f"☠  {say('{code} crashed', code=run.rule.code)}: {safe(run.crashed)}; {say('this is a defect of doctor, please report it')}"
-              for run in result.report.crashed]
+    lines += [
+        f"☠  {say('{code} crashed', code=run.rule.code)}: {safe(run.crashed)}; {say('this is a defect of doctor, please report it')}"
+        for run in result.report.crashed
+    ]
     if lines:
         lines.append("")
     lines += [say("note: {text}", text=safe(note)) for note in result.notes]
@@ -31,11 +35,17 @@ def render_plan(result: FixResult) -> str:
 
 def _step(step: Step, plan: Plan, result: FixResult, done: bool) -> list[str]:
     mark = "✓" if done and not step.waits else f"{step.number}"
-    remarks = ([say("(after {n}: same file)", n=step.after)] if step.after else []) + ([f"({safe(step.waits)})"] if step.waits else [])
+    remarks = ([say("(after {n}: same file)", n=step.after)] if step.after else []) + (
+        [f"({safe(step.waits)})"] if step.waits else []
+    )
     lines = ["  ".join([mark, step.code, pad(say(_word(step)), 7), safe(known(step.title)), *remarks])]
     for name, diff in step.diffs.items():
         target = os.path.join(os.path.basename(os.path.normpath(result.output)), name)
-        lines += [f"{_INDENT}--- {safe(name)}", f"{_INDENT}+++ {safe(target)}", *(_INDENT + safe(line) for line in diff)]
+        lines += [
+            f"{_INDENT}--- {safe(name)}",
+            f"{_INDENT}+++ {safe(target)}",
+            *(_INDENT + safe(line) for line in diff),
+        ]
     shown = step.tensors[:_MOST_TENSORS]
     width = max((len(t[0]) for t in shown), default=0)
     for name, dtype, old, new in shown:
@@ -59,8 +69,12 @@ def _change(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> str:
 def _proof(proofs: list[Proof]) -> str:
     if not proofs:
         return say("logits on {n} fixed prompts, before and after, must agree to float32 rounding", n=PROOF_PROMPTS)
-    return "; ".join(f"{'✓' if p.status in ('equal', 'agrees') else '✗'} {safe(p.detail)}" if p.status != "not run" else say("not run: {text}", text=safe(p.detail))
-                     for p in proofs)
+    return "; ".join(
+        f"{'✓' if p.status in ('equal', 'agrees') else '✗'} {safe(p.detail)}"
+        if p.status != "not run"
+        else say("not run: {text}", text=safe(p.detail))
+        for p in proofs
+    )
 
 
 def _word(step: Step) -> str:
@@ -80,15 +94,21 @@ def _folded(findings) -> list[Group]:
 
 def _for_you(group: Group, plan: Plan) -> str:
     first = group.first
-    text = known(first.fix.title if first.fix is not None and first.fix.safety == "manual" else first.advice or group.message)
+    text = known(
+        first.fix.title if first.fix is not None and first.fix.safety == "manual" else first.advice or group.message
+    )
     unblocks = [str(s.number) for s in plan.waiting if group.code in s.needs]
-    return f"-  {group.code}  {say('for you')}  {safe(text)}" + (say("   (unblocks {steps})", steps=", ".join(unblocks)) if unblocks else "")
+    return f"-  {group.code}  {say('for you')}  {safe(text)}" + (
+        say("   (unblocks {steps})", steps=", ".join(unblocks)) if unblocks else ""
+    )
 
 
 def _tally(plan: Plan) -> str:
     cured, total = len(_folded([f for s in plan.steps for f in s.findings])), len(_folded(plan.before.findings))
     now = say("{n} of {findings}", n=cured, findings=counted(max(total, cured), "finding"))
-    needs = sorted({code for s in plan.waiting for code in s.needs if s.waits.startswith("waits for") and code in s.waits})
+    needs = sorted(
+        {code for s in plan.waiting for code in s.needs if s.waits.startswith("waits for") and code in s.waits}
+    )
     later = sum(len(_folded(s.findings)) for s in plan.waiting if s.waits.startswith("waits for"))
     sentence = " now, {n} more once {codes} is gone" if len(needs) == 1 else " now, {n} more once {codes} are gone"
     return now + (say(sentence, n=later, codes=_and(needs)) if needs else "")
@@ -99,27 +119,48 @@ def _not_written(result: FixResult) -> list[str]:
     if not plan.steps:
         what = say("Nothing to fix") if not plan.before.findings else say("No fix can be carried out now")
         return [say("{what}: nothing was written.", what=what) + _remaining(result)]
-    lines = [say("Would fix {tally}. Would write {files} ({size}), link {linked} ({linked_size}).", tally=_tally(plan), **_sizes(plan))]
+    lines = [
+        say(
+            "Would fix {tally}. Would write {files} ({size}), link {linked} ({linked_size}).",
+            tally=_tally(plan),
+            **_sizes(plan),
+        )
+    ]
     lines += [say("Would stop: {problem}.", problem=safe(problem)) for problem in plan.problems]
     return [*lines, say("Nothing was written.") + _remaining(result)]
 
 
 def _sizes(plan: Plan) -> dict[str, str]:
-    return {"files": counted(len(plan.files_written), "file"), "size": size(plan.bytes_to_write),
-            "linked": f"{len(plan.files_linked):,}", "linked_size": size(plan.bytes_linked)}
+    return {
+        "files": counted(len(plan.files_written), "file"),
+        "size": size(plan.bytes_to_write),
+        "linked": f"{len(plan.files_linked):,}",
+        "linked_size": size(plan.bytes_linked),
+    }
 
 
 def _written(result: FixResult) -> list[str]:
     plan = result.plan
     out = os.path.normpath(result.output)
-    fixed = say("Fixed {tally}. Wrote {files} ({size}); {linked} unchanged ({linked_size}).", tally=_tally(plan), **_sizes(plan))
-    return [fixed + _remaining(result), say("Wrote {out}/ · receipt {receipt} · undo: {undo}", out=safe(str(out)),
-                                            receipt=safe(str(result.receipt_path)), undo=_undo(result, safe(str(out))))]
+    fixed = say(
+        "Fixed {tally}. Wrote {files} ({size}); {linked} unchanged ({linked_size}).", tally=_tally(plan), **_sizes(plan)
+    )
+    return [
+        fixed + _remaining(result),
+        say(
+            "Wrote {out}/ · receipt {receipt} · undo: {undo}",
+            out=safe(str(out)),
+            receipt=safe(str(result.receipt_path)),
+            undo=_undo(result, safe(str(out))),
+        ),
+    ]
 
 
 def _undo(result: FixResult, out: str) -> str:
     in_place = os.path.abspath(result.output) == os.path.abspath(result.plan.source.root)
-    return say("doctor undo {out}; until then {out}.before-fix/ holds what was there" if in_place else "delete {out}/", out=out)
+    return say(
+        "doctor undo {out}; until then {out}.before-fix/ holds what was there" if in_place else "delete {out}/", out=out
+    )
 
 
 def _remaining(result: FixResult) -> str:
@@ -127,12 +168,18 @@ def _remaining(result: FixResult) -> str:
     codes = sorted({f.code for f in report.findings} | {run.rule.code for run in report.crashed})
     ahead = result.receipt_path is None and result.plan.steps
     if not codes:
-        return (say(" No findings would remain.") if ahead else say(" No findings remain.")) if result.plan.steps else ""
-    sentence = (" Exit {code}: {codes} would remain." if ahead else " Exit {code}: {codes} remain." if len(codes) > 1 else
-                " Exit {code}: {codes} remains.")
+        return (
+            (say(" No findings would remain.") if ahead else say(" No findings remain.")) if result.plan.steps else ""
+        )
+    sentence = (
+        " Exit {code}: {codes} would remain."
+        if ahead
+        else " Exit {code}: {codes} remain."
+        if len(codes) > 1
+        else " Exit {code}: {codes} remains."
+    )
     return say(sentence, code=2 if report.crashed else 0 if report.ok else 1, codes=_and(codes))
 
 
 def _and(words: list[str]) -> str:
     return words[0] if len(words) == 1 else say("{most} and {last}", most=say(", ").join(words[:-1]), last=words[-1])
-

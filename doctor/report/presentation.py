@@ -1,4 +1,5 @@
-"""What every picture of a Report shares: findings folded over blocks, the verdict, what each area established, what to do next.
+"""What every picture of a Report shares: findings folded over blocks, the verdict, what each area established, what to
+do next.
 
 Pure functions over a Report; no terminal, no file. A format that counted or worded these by itself would soon disagree
 with the others.
@@ -10,13 +11,15 @@ import shlex
 from dataclasses import dataclass, field
 
 from doctor.lint.engine import Report, fold, folded_name
-from doctor.locale.catalogue import chinese, counted, current, known, say
 from doctor.lint.rule import AREAS, Finding, Place, Rule, Seen
+from doctor.locale.catalogue import chinese, counted, current, known, say
 
 FP16_MAX = 65504
 MARKS = {"error": "✗", "warning": "!", "info": "i", "ok": "✓", "skipped": "○", "crashed": "☠"}
 # C0, C1, bidirectional overrides and line separators: a tensor name may hold them, and a terminal or a log would obey.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Group:
 
     @property
     def safety(self) -> str:
-        """"safe", "unsafe", "by name" or "manual": who or what can cure it."""
+        """ "safe", "unsafe", "by name" or "manual": who or what can cure it."""
         fix = self.first.fix
         if fix is None or fix.safety == "manual" or not fix.edits:
             return "manual"
@@ -61,7 +64,9 @@ class Group:
 
 
 def groups(report: Report) -> list[Group]:
-    """Folded findings in repair order, consequences hung under the first group of the code that explains them, or explains that."""
+    """Folded findings in repair order, consequences hung under the first group of the code that explains them, or
+    explains that.
+    """
     made = [Group(first, every) for first, every in fold(report.findings)]
     roots = [g for g in made if not g.first.consequence_of]
     causes = {g.code: g.first.consequence_of for g in made if g.first.consequence_of}
@@ -105,7 +110,9 @@ def verdict(report: Report) -> tuple[str, str]:
     if report.summary.get("interrupted"):
         return "skipped", say("interrupted: no verdict for {plan}", plan=label)
     if report.crashed:
-        return "crashed", say("no verdict for {plan}: {rules} crashed", plan=label, rules=counted(len(report.crashed), "rule"))
+        return "crashed", say(
+            "no verdict for {plan}: {rules} crashed", plan=label, rules=counted(len(report.crashed), "rule")
+        )
     if not ran(report):
         return "skipped", say("nothing was judged for {plan}", plan=label)
     sentence = say(good, plan=label) + ("" if weights_read(report) else say(" (headers only)"))
@@ -129,8 +136,14 @@ def weights_read(report: Report) -> bool:
 
 def run_facts(report: Report) -> str:
     """`2 new, 1 gone since base · 61 rules run · 3 skipped · 2 suppressed (1 by the checkpoint itself) · 41 s`."""
-    parts = [since(report), say("{rules} run", rules=counted(ran(report), "rule")), say("{n} skipped", n=skipped(report)) if skipped(report) else "",
-             say("{n} crashed", n=len(report.crashed)) if report.crashed else "", suppressed(report), seconds(report.seconds)]
+    parts = [
+        since(report),
+        say("{rules} run", rules=counted(ran(report), "rule")),
+        say("{n} skipped", n=skipped(report)) if skipped(report) else "",
+        say("{n} crashed", n=len(report.crashed)) if report.crashed else "",
+        suppressed(report),
+        seconds(report.seconds),
+    ]
     return " · ".join(filter(None, parts))
 
 
@@ -148,7 +161,9 @@ def suppressed(report: Report) -> str:
     own = sum(f.suppression["from_checkpoint"] for f in report.suppressed if f.suppression)
     if not report.suppressed:
         return ""
-    return say("{n} suppressed", n=len(report.suppressed)) + (say(" ({n} by the checkpoint itself)", n=own) if own else "")
+    return say("{n} suppressed", n=len(report.suppressed)) + (
+        say(" ({n} by the checkpoint itself)", n=own) if own else ""
+    )
 
 
 def relative(file: str) -> str:
@@ -168,8 +183,13 @@ def path_of(report: Report, file: str) -> str:
 def what_it_is(report: Report) -> str:
     """`Qwen2ForCausalLM · 14.2 B · bf16 · 8 shards · 28.3 GB`, of what is known."""
     s = report.summary
-    parts = [s.get("architecture", ""), count(s.get("parameters", 0)), str(s.get("dtype", "")).lower(),
-             counted(s.get("shards", 0), "shard"), size(s.get("bytes", 0))]
+    parts = [
+        s.get("architecture", ""),
+        count(s.get("parameters", 0)),
+        str(s.get("dtype", "")).lower(),
+        counted(s.get("shards", 0), "shard"),
+        size(s.get("bytes", 0)),
+    ]
     return safe(" · ".join(p for p in parts if p))
 
 
@@ -186,7 +206,10 @@ def plan_text(report: Report) -> str:
     group = say("per channel") if r.group_size == -1 else say("group {n}", n=r.group_size)
     target = [" ".join(filter(None, (r.runtime, r.runtime_version)))] if r.runtime else []
     target += [say("tensor parallel {n}", n=r.tp)] if r.tp > 1 or r.runtime else [say("1 GPU")]
-    return " · ".join([r.name, say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")]) + f" → {say(', ').join(target)}"
+    return (
+        " · ".join([r.name, say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")])
+        + f" → {say(', ').join(target)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -199,7 +222,9 @@ class Area:
 
 
 def areas(report: Report, found: list[Group]) -> list[Area]:
-    """A line for each area that has rules in this run: what was found, else what was established, else why nothing was."""
+    """A line for each area that has rules in this run: what was found, else what was established, else why nothing
+    was.
+    """
     lines = []
     for name in dict.fromkeys(n for _, n in AREAS):
         runs = [r for r in report.runs if r.rule.area == name]
@@ -209,21 +234,46 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
         here = [g for g in found if g.code in codes]
         left_out = sum(r.status == "skipped" for r in runs)
         if any(r.crashed for r in runs):
-            lines.append(Area(say(name), "crashed", say("{rules} crashed", rules=counted(sum(bool(r.crashed) for r in runs), "rule"))))
+            lines.append(
+                Area(
+                    say(name),
+                    "crashed",
+                    say("{rules} crashed", rules=counted(sum(bool(r.crashed) for r in runs), "rule")),
+                )
+            )
         elif name == "Weights" and report.summary.get("interrupted"):
-            worst = next((s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here)), "skipped")
-            lines.append(Area(say(name), worst, ", ".join(filter(None, (tally(here) if here else "", interrupted(report))))))
+            worst = next(
+                (s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here)), "skipped"
+            )
+            lines.append(
+                Area(say(name), worst, ", ".join(filter(None, (tally(here) if here else "", interrupted(report)))))
+            )
         elif here:
             worst = next(s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here))
             extra = f"   ({_read(report)})" if name == "Weights" and weights_read(report) else ""
             lines.append(Area(say(name), worst, tally(here) + extra))
         elif follow := [(g.code, e) for g in found for e in g.effects if e.code in codes]:
             worst = next(s for s in ("error", "warning", "info") if any(e.first.severity == s for _, e in follow))
-            lines.append(Area(say(name), worst, say("follows from {causes}: {codes}", causes=", ".join(dict.fromkeys(c for c, _ in follow)),
-                                                    codes=", ".join(dict.fromkeys(e.code for _, e in follow)))))
+            lines.append(
+                Area(
+                    say(name),
+                    worst,
+                    say(
+                        "follows from {causes}: {codes}",
+                        causes=", ".join(dict.fromkeys(c for c, _ in follow)),
+                        codes=", ".join(dict.fromkeys(e.code for _, e in follow)),
+                    ),
+                )
+            )
         elif any(r.status == "run" for r in runs):
             text = _established(name, report, [r for r in runs if r.status == "run"])
-            lines.append(Area(say(name), "ok", text + (" · " + say("{rules} skipped", rules=counted(left_out, "rule")) if left_out else "")))
+            lines.append(
+                Area(
+                    say(name),
+                    "ok",
+                    text + (" · " + say("{rules} skipped", rules=counted(left_out, "rule")) if left_out else ""),
+                )
+            )
         else:
             lines.append(Area(say(name), "skipped", _why_skipped(runs)))
     return lines
@@ -232,8 +282,16 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
 def interrupted(report: Report) -> str:
     """What was read before Ctrl-C and what was not looked at; "" where the run came to its end."""
     stop = report.summary.get("interrupted")
-    return say("interrupted: {read} of {total} read, {tensors} not looked at", read=size(stop["bytes_read"]), total=size(stop["bytes"]),
-               tensors=counted(stop["tensors_left"], "tensor")) if stop else ""
+    return (
+        say(
+            "interrupted: {read} of {total} read, {tensors} not looked at",
+            read=size(stop["bytes_read"]),
+            total=size(stop["bytes"]),
+            tensors=counted(stop["tensors_left"], "tensor"),
+        )
+        if stop
+        else ""
+    )
 
 
 def _read(report: Report) -> str:
@@ -245,18 +303,29 @@ def _established(name: str, report: Report, runs: list) -> str:
     judged = counted(len(runs), "rule")
     tensors = counted(s.get("tensors", 0), "tensor")
     text = {
-        "Files": say("{shards}, {size}, {tensors}", shards=counted(s.get("shards", 0), "shard"), size=size(s.get("bytes", 0)), tensors=tensors),
+        "Files": say(
+            "{shards}, {size}, {tensors}",
+            shards=counted(s.get("shards", 0), "shard"),
+            size=size(s.get("bytes", 0)),
+            tensors=tensors,
+        ),
         "Tensors": say("{tensors} as config.json asks", tensors=tensors),
         "Config": say("{what}, {n} blocks", what=s.get("architecture") or "config.json", n=s.get("blocks") or "?"),
         "Tokenizer": say("tokenizer and special tokens agree with config.json"),
         "Weights": _read(report),
-        "Geometry": say("{linears} fit {plan}", linears=counted(s["linears"], "linear"), plan=plan_label(report)) if s.get("linears") else None,
-        "Serving": say("nothing against serving with {runtime}", runtime=report.recipe.runtime) if report.recipe.runtime else
-        say("nothing against serving with any runtime"),
+        "Geometry": say("{linears} fit {plan}", linears=counted(s["linears"], "linear"), plan=plan_label(report))
+        if s.get("linears")
+        else None,
+        "Serving": say("nothing against serving with {runtime}", runtime=report.recipe.runtime)
+        if report.recipe.runtime
+        else say("nothing against serving with any runtime"),
     }.get(name)
     subjects = max(r.judged for r in runs)
-    return safe(say("{known} ({rules})", known=text, rules=judged) if text else
-                say("{rules} on {subjects}", rules=judged, subjects=counted(subjects, "subject")))
+    return safe(
+        say("{known} ({rules})", known=text, rules=judged)
+        if text
+        else say("{rules} on {subjects}", rules=judged, subjects=counted(subjects, "subject"))
+    )
 
 
 def _why_skipped(runs: list) -> str:
@@ -277,27 +346,68 @@ def results(report: Report) -> list[tuple[str, str]]:
         kinds = {o: sum(x.get("outcome") == o for x in done) for o in dict.fromkeys(x.get("outcome", "") for x in done)}
         solves = [x["solve"] for x in done if x.get("solve")]
         raised = sum(s["damp_used"] > s["damp_asked"] for s in solves)
-        better = [s["loss"] / s["rtn_loss"] for s in solves if number(s["loss"]) and number(s["rtn_loss"]) and s["rtn_loss"] > 0]
+        better = [
+            s["loss"] / s["rtn_loss"]
+            for s in solves
+            if number(s["loss"]) and number(s["rtn_loss"]) and s["rtn_loss"] > 0
+        ]
         text = ", ".join(f"{n:,} {o}" for o, n in kinds.items())
         text += say("; damp raised for {n}", n=raised) if raised else ""
-        text += say("; error {share} of plain rounding's (median)", share=f"{sorted(better)[len(better) // 2]:.0%}") if better else ""
+        text += (
+            say("; error {share} of plain rounding's (median)", share=f"{sorted(better)[len(better) // 2]:.0%}")
+            if better
+            else ""
+        )
         lines.append((say("linears"), text))
     c = report.extra.get("comparison")
     if c:
         before, after = c["perplexity_original"], c["perplexity_quantized"]
         change = f" ({_change(after / before)})" if number(before) and number(after) and before > 0 else ""
-        span = say("{change} on {tokens} tokens, {context} at a time", change=change, tokens=f"{c['tokens']:,}", context=f"{c['context']:,}")
+        span = say(
+            "{change} on {tokens} tokens, {context} at a time",
+            change=change,
+            tokens=f"{c['tokens']:,}",
+            context=f"{c['context']:,}",
+        )
         lines.append((say("perplexity"), f"{figure(before)} → {figure(after)}{span}"))
         lines += [(say("blocks"), _blocks(c["own_errors"], c["block_errors"]))] if c.get("own_errors") else []
-        lines.append((say("divergence"), say("KL {mean} nats on average, {p99} at the 99th percentile; same next token {top1}",
-                                             mean=figure(c["kl_mean"]), p99=figure(c["kl_p99"]), top1=percent(c["top1_agreement"]))))
+        lines.append(
+            (
+                say("divergence"),
+                say(
+                    "KL {mean} nats on average, {p99} at the 99th percentile; same next token {top1}",
+                    mean=figure(c["kl_mean"]),
+                    p99=figure(c["kl_p99"]),
+                    top1=percent(c["top1_agreement"]),
+                ),
+            )
+        )
         if number(c.get("entropy_quantized")) or number(c.get("entropy_original")):
-            lines.append((say("entropy"), say("{before} → {after} nats a token; one and the same first choice at most {one_before} → {one_after}",
-                                              before=figure(c["entropy_original"]), after=figure(c["entropy_quantized"]),
-                                              one_before=percent(c["one_choice_original"]), one_after=percent(c["one_choice"]))))
-        lines.append((say("replies"), say("{tokens}, longest repeat {repeat}, token 0 {share}", tokens=counted(c["generated"], "token"),
-                                          repeat=c["longest_repeat"], share=percent(c["token0_share"]))
-                      if c["generated"] else say("not generated: {reason}", reason=_no_replies(report))))
+            lines.append(
+                (
+                    say("entropy"),
+                    say(
+                        "{before} → {after} nats a token; one and the same first choice at most {one_before} → {one_after}",
+                        before=figure(c["entropy_original"]),
+                        after=figure(c["entropy_quantized"]),
+                        one_before=percent(c["one_choice_original"]),
+                        one_after=percent(c["one_choice"]),
+                    ),
+                )
+            )
+        lines.append(
+            (
+                say("replies"),
+                say(
+                    "{tokens}, longest repeat {repeat}, token 0 {share}",
+                    tokens=counted(c["generated"], "token"),
+                    repeat=c["longest_repeat"],
+                    share=percent(c["token0_share"]),
+                )
+                if c["generated"]
+                else say("not generated: {reason}", reason=_no_replies(report)),
+            )
+        )
         if c.get("half"):
             lines.append((say("float16"), _sixteen_bits(c["half"])))
     return [(label, safe(text)) for label, text in lines]
@@ -307,8 +417,13 @@ def _blocks(own: list, carried: list) -> str:
     """The error of each block alone, and what is carried along to the end."""
     finite = sorted(e for e in own if number(e))
     worst = max(range(len(own)), key=lambda i: own[i] if number(own[i]) else float("inf"))
-    return say("each alone off by {median} (median), block {worst} the most by {most}; carried along to the last block {last}",
-               median=percent(finite[len(finite) // 2]) if finite else "NaN", worst=worst, most=percent(own[worst]), last=percent(carried[-1]))
+    return say(
+        "each alone off by {median} (median), block {worst} the most by {most}; carried along to the last block {last}",
+        median=percent(finite[len(finite) // 2]) if finite else "NaN",
+        worst=worst,
+        most=percent(own[worst]),
+        last=percent(carried[-1]),
+    )
 
 
 def _change(ratio: float) -> str:
@@ -319,18 +434,37 @@ def _change(ratio: float) -> str:
 def _no_replies(report: Report) -> str:
     given = report.extra.get("reply_bytes")
     if number(given):
-        return say("a whole model in float32 does not fit the {size} GiB given to it; --memory raises it", size=f"{given / 2**30:.1f}")
+        return say(
+            "a whole model in float32 does not fit the {size} GiB given to it; --memory raises it",
+            size=f"{given / 2**30:.1f}",
+        )
     return known(report.extra.get("not_generated") or "") or say("no prompts")
 
 
 def _sixteen_bits(half: dict) -> str:
     """Whether the original fits float16, and what rounding to each 16-bit type does to its predictions."""
-    shift = say("KL of the original rounded to float16 {fp16}, to bfloat16 {bf16}", fp16=figure(half["kl_float16"]), bf16=figure(half["kl_bfloat16"]))
+    shift = say(
+        "KL of the original rounded to float16 {fp16}, to bfloat16 {bf16}",
+        fp16=figure(half["kl_float16"]),
+        bf16=figure(half["kl_bfloat16"]),
+    )
     if half["first"] is not None:
         place, size = half["first"]
-        return say("overflows: {place} reaches {size}, float16 ends at 65,504", place=known(place), size=thousands(size)) + "; " + shift
+        return (
+            say("overflows: {place} reaches {size}, float16 ends at 65,504", place=known(place), size=thousands(size))
+            + "; "
+            + shift
+        )
     used = percent(half["absmax"] / FP16_MAX) if number(half["absmax"]) else half["absmax"]
-    return say("the original fits: its largest activation is {size}, {share} of the range", size=thousands(half["absmax"]), share=used) + f" ({known(half['place'])}); " + shift
+    return (
+        say(
+            "the original fits: its largest activation is {size}, {share} of the range",
+            size=thousands(half["absmax"]),
+            share=used,
+        )
+        + f" ({known(half['place'])}); "
+        + shift
+    )
 
 
 def thousands(value: object) -> str:
@@ -360,7 +494,9 @@ def _first(entry: Rule, section: str) -> str:
 
 
 def headline(group: Group, entry: Rule | None) -> tuple[str, str]:
-    """(what is wrong, the exact message): in English the message says both; in Chinese the rule's title goes before it."""
+    """(what is wrong, the exact message): in English the message says both; in Chinese the rule's title goes before
+    it.
+    """
     if chinese() and entry is not None:
         return entry.heading(current()), group.message
     return group.message, ""
@@ -371,7 +507,11 @@ def page_rule(report: Report, code: str) -> Rule | None:
 
 
 # Which tools a method's users run; a message of theirs comes before others'.
-_TOOLS = {"gptq": ("gptqmodel", "autogptq", "gptq", "exllamav2", "llmcompressor"), "awq": ("autoawq", "awq", "llmcompressor"), "rtn": ()}
+_TOOLS = {
+    "gptq": ("gptqmodel", "autogptq", "gptq", "exllamav2", "llmcompressor"),
+    "awq": ("autoawq", "awq", "llmcompressor"),
+    "rtn": (),
+}
 
 
 def elsewhere(entry: Rule, report: Report, most: int = 2) -> list[Seen]:
@@ -394,7 +534,8 @@ def _letters(text: str) -> str:
 
 
 def cures(group: Group, entry: Rule | None, report: Report) -> list[tuple[str, str]]:
-    """(label, sentence): `fix` safe, `fix!` changes numbers or shapes, `you` is for the user, `do` the page's advice in Chinese.
+    """(label, sentence): `fix` safe, `fix!` changes numbers or shapes, `you` is for the user, `do` the page's advice in
+    Chinese.
 
     A fix waits only for codes that the report holds.
     """
@@ -411,7 +552,14 @@ def cures(group: Group, entry: Rule | None, report: Report) -> list[tuple[str, s
         waits = say(once, codes=" and ".join(needs) if not chinese() else "、".join(needs)) if needs else ""
         lines.append(("fix!", known(fix.title) + waits))
     elif group.safety == "by name":
-        lines.append(("fix!", say("{title}: a guess, only by name with --unsafe-fixes={code}", title=known(fix.title), code=group.code)))
+        lines.append(
+            (
+                "fix!",
+                say(
+                    "{title}: a guess, only by name with --unsafe-fixes={code}", title=known(fix.title), code=group.code
+                ),
+            )
+        )
     elif fix is not None:
         lines.append(("you", known(fix.title)))
     if advice:
@@ -443,7 +591,12 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
     elif by["safe"]:
         steps.append((command, counted(len(by["safe"]), "safe fix", "safe fixes")))
     if by["unsafe"] and not report.summary.get("unread"):
-        steps.append((f"{command} --unsafe-fixes", f"+{len(by['unsafe'])}: " + ", ".join(dict.fromkeys(g.code for g in by["unsafe"]))))
+        steps.append(
+            (
+                f"{command} --unsafe-fixes",
+                f"+{len(by['unsafe'])}: " + ", ".join(dict.fromkeys(g.code for g in by["unsafe"])),
+            )
+        )
     yours = list(dict.fromkeys(g.code for g in (*by["manual"], *by["by name"]) if g.first.severity != "info"))
     if yours:
         steps.append((f"doctor explain {yours[0]}", say("{n} for you: {codes}", n=len(yours), codes=", ".join(yours))))
@@ -488,9 +641,13 @@ def blockers(cells: list[dict]) -> str:
     last = cells[-1]["tp"]
     parts = [", ".join(sorted(everywhere))] if everywhere else []
     for counts, codes in gpus.items():
-        upward = list(counts) == [c["tp"] for c in cells if c["tp"] >= counts[0]] and counts[-1] == last and len(counts) > 1
+        upward = (
+            list(counts) == [c["tp"] for c in cells if c["tp"] >= counts[0]] and counts[-1] == last and len(counts) > 1
+        )
         where = f"{counts[0]}+" if upward else ", ".join(map(str, counts))
-        parts.append(say("{n} GPUs also {codes}" if everywhere else "{n} GPUs {codes}", n=where, codes=", ".join(codes)))
+        parts.append(
+            say("{n} GPUs also {codes}" if everywhere else "{n} GPUs {codes}", n=where, codes=", ".join(codes))
+        )
     return "; ".join(parts)
 
 
@@ -552,8 +709,12 @@ def one_line(text: str) -> str:
 
 
 def safe(text: str) -> str:
-    """Text with control characters written out, so that a file's contents cannot steer a terminal or forge a log line."""
-    return _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", str(text)).replace("\n", " ")
+    """Text with control characters written out, so that a file's contents cannot steer a terminal or forge a log
+    line.
+    """
+    return _CONTROL.sub(
+        lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", str(text)
+    ).replace("\n", " ")
 
 
 def window(line: str, column: int, length: int, width: int) -> tuple[str, int]:

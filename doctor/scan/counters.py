@@ -13,19 +13,19 @@ import ctypes
 import os
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from doctor.scan import native
 from doctor.checkpoint.dtypes import CODE_NUMPY
-from doctor.scan.native import native_path  # noqa: F401  re-exported: reports say which path counted
 from doctor.checkpoint.safetensors import ShardFile
+from doctor.scan import native
+from doctor.scan.native import native_path  # noqa: F401  re-exported: reports say which path counted
 
-FP16_OVERFLOW = 65520.0     # halfway from 65504, the largest fp16, to 65536: ties go to even, so it becomes Inf
-FP16_UNDERFLOW = 2.0**-25   # half the smallest fp16 subnormal: ties go to even, so it becomes 0
-NUMPY_PART = 1 << 16        # elements a NumPy pass over a wide type takes at a time: its temporaries stay in cache
+FP16_OVERFLOW = 65520.0  # halfway from 65504, the largest fp16, to 65536: ties go to even, so it becomes Inf
+FP16_UNDERFLOW = 2.0**-25  # half the smallest fp16 subnormal: ties go to even, so it becomes 0
+NUMPY_PART = 1 << 16  # elements a NumPy pass over a wide type takes at a time: its temporaries stay in cache
 
 
 class Stats(NamedTuple):  # not a dataclass: one is made for each MiB, and again to merge it
@@ -62,10 +62,20 @@ class Stats(NamedTuple):  # not a dataclass: one is made for each MiB, and again
         else:
             low, high = min(self.min, later.min), max(self.max, later.max)
         return Stats(
-            self.numel + later.numel, self.n_nan + later.n_nan, self.n_inf + later.n_inf, self.n_zero + later.n_zero,
-            self.n_subnormal + later.n_subnormal, self.n_fp16_overflow + later.n_fp16_overflow,
-            self.n_fp16_underflow + later.n_fp16_underflow, max(self.absmax, later.absmax), low, high, self.sum + later.sum,
-            self.sumsq + later.sumsq, self.first_nonfinite if self.first_nonfinite >= 0 else later.first_nonfinite)
+            self.numel + later.numel,
+            self.n_nan + later.n_nan,
+            self.n_inf + later.n_inf,
+            self.n_zero + later.n_zero,
+            self.n_subnormal + later.n_subnormal,
+            self.n_fp16_overflow + later.n_fp16_overflow,
+            self.n_fp16_underflow + later.n_fp16_underflow,
+            max(self.absmax, later.absmax),
+            low,
+            high,
+            self.sum + later.sum,
+            self.sumsq + later.sumsq,
+            self.first_nonfinite if self.first_nonfinite >= 0 else later.first_nonfinite,
+        )
 
 
 EMPTY = Stats()
@@ -95,12 +105,18 @@ WIDE = {
 
 # exponent bits, mantissa bits, bias, and which codes are special: "ieee" Inf and NaN in the top exponent, "fn" only NaN
 # at 0x7f and 0xff, "fnuz" only NaN at 0x80. Sources: OCP 8-bit floating point 1.0; arXiv 2206.02915 for fnuz.
-NARROW = {"F8_E4M3": (4, 3, 7, "fn"), "F8_E5M2": (5, 2, 15, "ieee"), "F8_E4M3FNUZ": (4, 3, 8, "fnuz"),
-          "F8_E5M2FNUZ": (5, 2, 16, "fnuz"), "F8_E8M0": (8, 0, 127, "scale")}
+NARROW = {
+    "F8_E4M3": (4, 3, 7, "fn"),
+    "F8_E5M2": (5, 2, 15, "ieee"),
+    "F8_E4M3FNUZ": (4, 3, 8, "fnuz"),
+    "F8_E5M2FNUZ": (5, 2, 16, "fnuz"),
+    "F8_E8M0": (8, 0, 127, "scale"),
+}
 
 
 # scan_result of cpu/scan.c: six counters, first_nonfinite, then absmax, min, max, sum and sumsq.
 _RESULT = struct.Struct("=7q5d")
+
 
 def can_scan(dtype_name: str) -> bool:
     """Whether `scan` and its neighbours know this safetensors type."""
@@ -182,7 +198,8 @@ def group_zeros(buffer, dtype_name: str, k: int, group: int) -> tuple[int, int, 
 
 
 def one_signed_groups(buffer, dtype_name: str, k: int, group: int) -> tuple[int, int]:
-    """(groups that hold a weight other than 0, those of them whose weights have one sign) of whole rows of a weight [rows, k].
+    """(groups that hold a weight other than 0, those of them whose weights have one sign) of whole rows of a weight
+    [rows, k].
 
     `group` columns of a row, which must divide k. NaN counts by its sign bit. Not for F8_E8M0, which has no sign.
     """
@@ -225,7 +242,7 @@ def _codes(buffer, dtype_name: str) -> np.ndarray:
     return np.frombuffer(buffer, code) if size else np.empty(0, code)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _code_type(dtype_name: str) -> np.dtype:
     return np.dtype(CODE_NUMPY[dtype_name].replace("f", "u"))
 
@@ -280,7 +297,7 @@ class _Table:
     magnitude: np.ndarray  # f32, inf for the non-finite
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table(dtype_name: str) -> _Table:
     if dtype_name in WIDE:
         codes = np.arange(65536, dtype="<u2")
@@ -291,10 +308,16 @@ def _table(dtype_name: str) -> _Table:
     else:
         values, subnormal = _narrow_values(*NARROW[dtype_name])
     absolute, finite = np.abs(values), np.isfinite(values)
-    return _Table(nan=np.isnan(values), inf=np.isinf(values), zero=values == 0, subnormal=subnormal,
-                  overflow=finite & (absolute >= FP16_OVERFLOW),
-                  underflow=(values != 0) & (absolute <= FP16_UNDERFLOW),
-                  value=np.where(finite, values, 0.0), magnitude=np.where(finite, absolute, np.inf).astype(np.float32))
+    return _Table(
+        nan=np.isnan(values),
+        inf=np.isinf(values),
+        zero=values == 0,
+        subnormal=subnormal,
+        overflow=finite & (absolute >= FP16_OVERFLOW),
+        underflow=(values != 0) & (absolute <= FP16_UNDERFLOW),
+        value=np.where(finite, values, 0.0),
+        magnitude=np.where(finite, absolute, np.inf).astype(np.float32),
+    )
 
 
 def _narrow_values(exponent_bits: int, mantissa_bits: int, bias: int, special: str) -> tuple[np.ndarray, np.ndarray]:
@@ -336,24 +359,35 @@ def _scan_by_codes(codes: np.ndarray, dtype_name: str) -> dict:
     seen = np.flatnonzero(hist)
     counts = hist[seen]
     table = _table(dtype_name)
-    n = {name: int(counts[getattr(table, name)[seen]].sum())
-         for name in ("nan", "inf", "zero", "subnormal", "overflow", "underflow")}
+    n = {
+        name: int(counts[getattr(table, name)[seen]].sum())
+        for name in ("nan", "inf", "zero", "subnormal", "overflow", "underflow")
+    }
     nonfinite = table.nan | table.inf
     values = table.value[seen]
     finite_values = values[~nonfinite[seen]]
     low, high = (finite_values.min(), finite_values.max()) if finite_values.size else (0.0, 0.0)
-    return {"n_nan": n["nan"], "n_inf": n["inf"], "n_zero": n["zero"], "n_subnormal": n["subnormal"],
-            "n_fp16_overflow": n["overflow"], "n_fp16_underflow": n["underflow"],
-            "absmax": float(max(-low, high)), "min": float(low) + 0.0, "max": float(high) + 0.0,
-            "sum": float(values @ counts), "sumsq": float((values * values) @ counts),
-            "first_nonfinite": int(np.argmax(nonfinite[codes])) if n["nan"] + n["inf"] else -1}
+    return {
+        "n_nan": n["nan"],
+        "n_inf": n["inf"],
+        "n_zero": n["zero"],
+        "n_subnormal": n["subnormal"],
+        "n_fp16_overflow": n["overflow"],
+        "n_fp16_underflow": n["underflow"],
+        "absmax": float(max(-low, high)),
+        "min": float(low) + 0.0,
+        "max": float(high) + 0.0,
+        "sum": float(values @ counts),
+        "sumsq": float((values * values) @ counts),
+        "first_nonfinite": int(np.argmax(nonfinite[codes])) if n["nan"] + n["inf"] else -1,
+    }
 
 
 def _scan_wide(codes: np.ndarray, dtype_name: str, offset: int) -> Stats:
     """Stats of F32 or F64 codes, merged over parts that stay in cache."""
     total = EMPTY
     for start in range(0, codes.size, NUMPY_PART):
-        total = total.merge(_scan_wide_part(codes[start:start + NUMPY_PART], dtype_name, offset + start))
+        total = total.merge(_scan_wide_part(codes[start : start + NUMPY_PART], dtype_name, offset + start))
     return total
 
 
@@ -370,9 +404,18 @@ def _scan_wide_part(codes: np.ndarray, dtype_name: str, offset: int) -> Stats:
     values = values.astype(np.float64)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # squares and sums of F64 may leave float64
         total, squares = float(values.sum()), float(values @ values)
-    return Stats(numel=codes.size, n_nan=n_nan, n_inf=n_nonfinite - n_nan, n_zero=n_zero,
-                 n_subnormal=_count(magnitudes < kind.normal) - n_zero,
-                 n_fp16_overflow=_count(magnitudes >= kind.overflow) - n_nonfinite,
-                 n_fp16_underflow=_count(magnitudes <= kind.underflow) - n_zero,
-                 absmax=max(-low, high), min=low, max=high, sum=total, sumsq=squares,
-                 first_nonfinite=offset + int(np.argmax(magnitudes >= kind.inf)) if n_nonfinite else -1)
+    return Stats(
+        numel=codes.size,
+        n_nan=n_nan,
+        n_inf=n_nonfinite - n_nan,
+        n_zero=n_zero,
+        n_subnormal=_count(magnitudes < kind.normal) - n_zero,
+        n_fp16_overflow=_count(magnitudes >= kind.overflow) - n_nonfinite,
+        n_fp16_underflow=_count(magnitudes <= kind.underflow) - n_zero,
+        absmax=max(-low, high),
+        min=low,
+        max=high,
+        sum=total,
+        sumsq=squares,
+        first_nonfinite=offset + int(np.argmax(magnitudes >= kind.inf)) if n_nonfinite else -1,
+    )

@@ -1,36 +1,68 @@
-"""The facts every run has: what the listing, the JSON files, the headers and the scan say, under the names rules ask for."""
+"""The facts every run has: what the listing, the JSON files, the headers and the scan say, under the names rules ask
+for.
+"""
 
 from dataclasses import dataclass, field
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
 from doctor.core.facts import CHECKPOINT, Store, Unavailable, fact, provide
-from doctor.model.lora import ADAPTER, trained_whole
 from doctor.core.machine import Machine  # noqa: F401 - declares the facts of the machine
-from doctor.formats.tensor_names import SCALES, WORDS
 from doctor.core.recipe import Recipe
-from doctor.model.spec import ModelSpec, build_spec
 from doctor.core.tables import table
+from doctor.formats.tensor_names import SCALES, WORDS
+from doctor.model.lora import ADAPTER, trained_whole
+from doctor.model.spec import ModelSpec, build_spec
 
 provide("recipe", "checkpoint", "listing", "The plan that findings are judged against.")
 provide("base", "checkpoint", "listing", "What `--from` gives to take tensors from (base.Base), None without it.")
 provide("asked", "checkpoint", "listing", "Codes whose unsafe fixes the user named: some cures are offered only then.")
-provide("given_published", "checkpoint", "listing", "Parts that an example has in the place of those of rules/tables/published.toml; {} elsewhere.")
+provide(
+    "given_published",
+    "checkpoint",
+    "listing",
+    "Parts that an example has in the place of those of rules/tables/published.toml; {} elsewhere.",
+)
 provide("stats", "tensor", "values", "Exact counters over every value of a tensor (stats.Stats).")
 provide("zero_groups", "linear", "values", "Groups of group_size in_features whose weights are all 0, counted per row.")
-provide("zero_groups_fp16", "linear", "values", "The same after a cast to fp16, where tiny weights become 0; zero_groups are among them.")
+provide(
+    "zero_groups_fp16",
+    "linear",
+    "values",
+    "The same after a cast to fp16, where tiny weights become 0; zero_groups are among them.",
+)
 provide("first_zero_group", "linear", "values", "(row, first column) of the first of either, or None.")
-provide("one_signed", "linear", "values", "(groups looked at, those of them without a negative or without a positive weight); groups of zeros are not counted.")
+provide(
+    "one_signed",
+    "linear",
+    "values",
+    "(groups looked at, those of them without a negative or without a positive weight); groups of zeros are not counted.",
+)
 provide("zero_rows", "linear", "values", "out_features whose weights are all 0.")
 provide("zero_columns", "linear", "values", "in_features whose weights are all 0.")
-provide("same_bytes", "tensor", "values", "Whether the tensor is, in dtype, shape and bytes, the one that `compared` names beside it.")
-provide("digests", "tensor", "values", "file -> blake2b (16 bytes, hexadecimal) of the tensor's bytes in it; only of those that `digested` names.")
+provide(
+    "same_bytes",
+    "tensor",
+    "values",
+    "Whether the tensor is, in dtype, shape and bytes, the one that `compared` names beside it.",
+)
+provide(
+    "digests",
+    "tensor",
+    "values",
+    "file -> blake2b (16 bytes, hexadecimal) of the tensor's bytes in it; only of those that `digested` names.",
+)
 
 
 provide("calibration", "checkpoint", "calibration", "What the calibration rows are (Calibration).")
 provide("hessian", "linear", "calibration", "What the Hessian of a linear's input says (Hessian).")
 provide("solve", "linear", "run", "How a linear was quantized, and everything that was tried (Solve).")
 provide("stacked_experts", "checkpoint", "run", "(tensor, why) of 3-D tensors of experts that a run left in 16 bits.")
-provide("slower_paths", "checkpoint", "run", "Sentences on what a run did in a slower way than it can, and why; () where nothing.")
+provide(
+    "slower_paths",
+    "checkpoint",
+    "run",
+    "Sentences on what a run did in a slower way than it can, and why; () where nothing.",
+)
 provide("comparison", "checkpoint", "output", "The quantized model against its original (Comparison).")
 
 
@@ -49,7 +81,11 @@ class Calibration:
     duplicate_rows: int
     bos_doubled: int  # rows whose first two ids are both the BOS id
     padding: int  # tokens that are padding
-    scripts: tuple[str, ...] = ()  # of the text's letters, each with a share of its own (text_scripts.py); empty where rows came as ids or text is doctor's own
+    scripts: tuple[
+        str, ...
+        # of the text's letters, each with a share of its own (text_scripts.py); empty where rows came as ids or text is
+        # doctor's own
+    ] = ()
     unused_scripts: tuple[str, ...] = ()  # that the vocabulary has many tokens of and the text has none of
     sampled_rows: int = 0  # of the rows, written by the model itself
     not_sampled: str = ""  # why none is, where doctor's own texts are used
@@ -73,7 +109,9 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Solve:
-    """One linear's outcome. attempts: (damp, precision, what happened), in order. Losses are tr(E H Eᵀ) / tr(W H Wᵀ)."""
+    """One linear's outcome. attempts: (damp, precision, what happened), in order. Losses are tr(E H Eᵀ) / tr(W H
+    Wᵀ).
+    """
 
     outcome: str  # gptq, awq, rtn, kept, failed
     damp_asked: float
@@ -87,10 +125,11 @@ class Solve:
 
 @dataclass(frozen=True)
 class Half:
-    """The original in 16 bits: how large its activations get in float32, and what rounding every step of it does to its predictions.
+    """The original in 16 bits: how large its activations get in float32, and what rounding every step of it does to its
+    predictions.
 
-    Places are written out ("the input of model.layers.3.mlp.down_proj"); sizes are largest |values|; kl is nats a token against
-    float32, on `tokens` tokens.
+    Places are written out ("the input of model.layers.3.mlp.down_proj"); sizes are largest |values|; kl is nats a token
+    against float32, on `tokens` tokens.
     """
 
     absmax: float
@@ -107,7 +146,9 @@ class Half:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same text. nats for kl; shares between 0 and 1; generated are greedy continuations of prompts."""
+    """Two models on the same text. nats for kl; shares between 0 and 1; generated are greedy continuations of
+    prompts.
+    """
 
     tokens: int
     context: int
@@ -123,7 +164,9 @@ class Comparison:
     generated: int
     replies: tuple[tuple[str, str, str], ...] = ()  # (prompt, original's reply, quantized model's reply)
     block_errors: tuple[float, ...] = ()  # relative output error after each block: carried along from block to block
-    own_errors: tuple[float, ...] = ()  # of each block alone, given the original's input: error relative to what the block adds
+    own_errors: tuple[
+        float, ...
+    ] = ()  # of each block alone, given the original's input: error relative to what the block adds
     token0_share_original: float = 0.0  # the same two of the original's replies: what it says too is no collapse
     longest_repeat_original: int = 0
     half: Half | None = None
@@ -231,13 +274,17 @@ def spec(checkpoint, config) -> ModelSpec:
 
 @fact("checkpoint", stage="header")
 def digested(checkpoint, files, copies, tensors, spec=None):
-    """Names of the tensors whose bytes are compared with others' by a digest: what stands in two files, what an adapter trained whole."""
+    """Names of the tensors whose bytes are compared with others' by a digest: what stands in two files, what an adapter
+    trained whole.
+    """
     return copies.keys() | (trained_whole(tensors) if ADAPTER in files else set())
 
 
 @fact("checkpoint", stage="header")
 def compared(checkpoint, tensors, spec=None) -> dict[str, str]:
-    """Tensor -> the one that its bytes are compared with as they are read, up to the first that differs: the head with the embedding."""
+    """Tensor -> the one that its bytes are compared with as they are read, up to the first that differs: the head with
+    the embedding.
+    """
     head, embed = (spec.head_tensor, spec.embed_tensor) if spec else (None, None)
     return {head: embed} if head != embed and head in tensors and embed in tensors else {}
 
@@ -298,8 +345,13 @@ def read_tokenizer(document: dict) -> Tokenizer:
             added[token["content"]] = token["id"]
             if token.get("special"):
                 special.add(token["content"])
-    return Tokenizer({**ids, **added}, added, frozenset(special), _first_added(document.get("post_processor")),
-                     str(model.get("type", "")))
+    return Tokenizer(
+        {**ids, **added},
+        added,
+        frozenset(special),
+        _first_added(document.get("post_processor")),
+        str(model.get("type", "")),
+    )
 
 
 def _first_added(processor: object) -> str | None:
@@ -310,7 +362,12 @@ def _first_added(processor: object) -> str | None:
         parts = processor.get("processors")
         return next(filter(None, map(_first_added, parts if isinstance(parts, list) else [])), None)
     single = processor.get("single")
-    if processor.get("type") == "TemplateProcessing" and isinstance(single, list) and single and isinstance(single[0], dict):
+    if (
+        processor.get("type") == "TemplateProcessing"
+        and isinstance(single, list)
+        and single
+        and isinstance(single[0], dict)
+    ):
         token = single[0].get("SpecialToken")
         return token.get("id") if isinstance(token, dict) else None
     if processor.get("type") in ("BertProcessing", "RobertaProcessing") and isinstance(processor.get("cls"), list):
@@ -398,8 +455,8 @@ def mlp_makers(checkpoint, spec):
 def dead_inputs(linear, spec, mlp_makers, every_zero_rows, every_zero_columns):
     """in_features of an MLP's second matrix whose input is 0 for every token, because the row that makes it is all 0.
 
-    Where the column that reads it is 0 as well it is padding, and not counted. 0 for other linears, and where a bias may make
-    such a row speak.
+    Where the column that reads it is 0 as well it is padding, and not counted. 0 for other linears, and where a bias
+    may make such a row speak.
     """
     makers = mlp_makers.get(_mlp(linear), []) if linear.role == "down" else []
     if not makers or any(f"{x.name}.bias" in spec.biases for x in makers):
@@ -428,14 +485,20 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     if store.has(CHECKPOINT, "spec"):
         for linear in store.get(CHECKPOINT, "spec").linears:
             store.add_subject("linear", f"linear:{linear.name}", linear, f"tensor:{linear.tensor}")
-    for stage, reason in (("values", "the weights were not read"), ("calibration", "no calibration in this run: doctor quantize measures it"),
-                          ("run", "nothing was quantized in this run"), ("output", "no quantized output was compared: doctor verify does it")):
+    for stage, reason in (
+        ("values", "the weights were not read"),
+        ("calibration", "no calibration in this run: doctor quantize measures it"),
+        ("run", "nothing was quantized in this run"),
+        ("output", "no quantized output was compared: doctor verify does it"),
+    ):
         store.say_missing(stage, reason)
     return store
 
 
 def _parameters(checkpoint: Checkpoint, store: Store) -> int:
-    """Weights of the model. A packed linear counts as the matrix that it stands for, not as the words it is stored in."""
+    """Weights of the model. A packed linear counts as the matrix that it stands for, not as the words it is stored
+    in.
+    """
     layout = store.get(CHECKPOINT, "layout") if store.has(CHECKPOINT, "layout") else None
     tensors = checkpoint.tensors
     if layout is not None and not layout.quantized:
@@ -446,10 +509,17 @@ def _parameters(checkpoint: Checkpoint, store: Store) -> int:
         from doctor.plan.groups import stored_recipe
 
         group = stored_recipe(checkpoint, Recipe(group_size=-1)).group_size
-        names = {n.rpartition(".")[0]: SCALES[method] for method, words in WORDS.items() for n in tensors if n.endswith(f".{words}")}
+        names = {
+            n.rpartition(".")[0]: SCALES[method]
+            for method, words in WORDS.items()
+            for n in tensors
+            if n.endswith(f".{words}")
+        }
         scales = {module: tensors.get(f"{module}.{tail}") for module, tail in names.items()}
         packed = {module: info.numel * group for module, info in scales.items() if info is not None and group > 0}
-    rest = sum(t.numel for name, t in tensors.items() if name.endswith(".bias") or name.rpartition(".")[0] not in packed)
+    rest = sum(
+        t.numel for name, t in tensors.items() if name.endswith(".bias") or name.rpartition(".")[0] not in packed
+    )
     return rest + sum(packed.values())
 
 
@@ -460,8 +530,13 @@ def summary(checkpoint: Checkpoint, store: Store) -> dict:
         kinds[info.dtype.name] = kinds.get(info.dtype.name, 0) + info.nbytes
     spec = store.get(CHECKPOINT, "spec") if store.has(CHECKPOINT, "spec") else None
     return {
-        "path": str(checkpoint.root), "architecture": spec.architecture or spec.model_type if spec else "",
-        "parameters": _parameters(checkpoint, store), "dtype": max(kinds, key=kinds.get, default=""),
-        "shards": len(checkpoint.shards), "tensors": len(checkpoint.tensors), "bytes": checkpoint.total_bytes,
-        "blocks": spec.n_layers if spec else None, "linears": len(spec.linears) if spec else 0,
+        "path": str(checkpoint.root),
+        "architecture": spec.architecture or spec.model_type if spec else "",
+        "parameters": _parameters(checkpoint, store),
+        "dtype": max(kinds, key=kinds.get, default=""),
+        "shards": len(checkpoint.shards),
+        "tensors": len(checkpoint.tensors),
+        "bytes": checkpoint.total_bytes,
+        "blocks": spec.n_layers if spec else None,
+        "linears": len(spec.linears) if spec else 0,
     }

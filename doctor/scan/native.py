@@ -7,7 +7,7 @@ or avx2 lowers the level.
 
 import ctypes
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from doctor.core.errors import MachineError
@@ -24,8 +24,10 @@ def _library() -> tuple[ctypes.CDLL, int] | None:
         library = ctypes.CDLL(str(LIBRARY))
         return library, library.doctor_cpu_level()
     except (OSError, AttributeError) as error:
-        raise MachineError(f"{LIBRARY}: the native library does not load: {error}.",
-                           "Reinstall the package here, or set DOCTOR_NATIVE=0 to work without it.") from error
+        raise MachineError(
+            f"{LIBRARY}: the native library does not load: {error}.",
+            "Reinstall the package here, or set DOCTOR_NATIVE=0 to work without it.",
+        ) from error
 
 
 def level() -> str | None:
@@ -45,13 +47,15 @@ def native_path() -> str | None:
     return str(LIBRARY) if level() else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _symbol(name: str, result):
     try:
         function = getattr(_library()[0], name)
     except AttributeError as error:
-        raise MachineError(f"{LIBRARY}: has no function {name}: it was built from older sources.",
-                           "Reinstall the package: pip install -e . or pip install .") from error
+        raise MachineError(
+            f"{LIBRARY}: has no function {name}: it was built from older sources.",
+            "Reinstall the package: pip install -e . or pip install .",
+        ) from error
     function.restype = result
     return function
 
@@ -59,8 +63,8 @@ def _symbol(name: str, result):
 def function(name: str, result=None):
     """The C function `name` at the level in use, or None without library.
 
-    result: the ctypes type that it returns, the same in every call: ctypes has one object a function, which threads share.
-    Arguments must be ctypes values: c_int64 for sizes, c_void_p for addresses.
+    result: the ctypes type that it returns, the same in every call: ctypes has one object a function, which threads
+    share. Arguments must be ctypes values: c_int64 for sizes, c_void_p for addresses.
     """
     chosen = level()
     return _symbol(f"{name}_{chosen}", result) if chosen else None

@@ -1,9 +1,9 @@
 """One pass over the bytes: every tensor is read exactly once, counted, and turned into facts.
 
 Shards are cut into spans of whole tensors, so that one large file keeps every worker busy too. A worker reads a span in
-file order in chunks of about 1 MiB, aligned to whole rows of a matrix; the counters merge by addition and maximum. Zero groups,
-rows and columns are looked for only in chunks that hold enough zeros to form one, while they are still in cache: on a
-healthy model that is never.
+file order in chunks of about 1 MiB, aligned to whole rows of a matrix; the counters merge by addition and maximum. Zero
+groups, rows and columns are looked for only in chunks that hold enough zeros to form one, while they are still in
+cache: on a healthy model that is never.
 """
 
 import os
@@ -13,15 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from doctor.scan import counters
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.facts import CHECKPOINT, Store
-from doctor.plan.groups import Words
 from doctor.checkpoint.safetensors import CHUNK_BYTES, TensorInfo, new_digest
+from doctor.core.facts import CHECKPOINT, Store
 from doctor.model.spec import Linear
+from doctor.plan.groups import Words
+from doctor.scan import counters
 
 SPAN_BYTES = 64 << 20
-# Signs of groups are looked at in one place of a linear every so many values: two groups first, more where one has a single sign: 2 % of the time.
+# Signs of groups are looked at in one place of a linear every so many values: two groups first, more where one has a
+# single sign: 2 % of the time.
 SAMPLE_EVERY, FIRST_GROUPS, SAMPLE_VALUES = 4 << 20, 2, 8192
 
 
@@ -47,16 +48,24 @@ class Scan:
             self.digests.setdefault(info.name, {})[info.shard] = digest
 
 
-def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] = lambda n: None, workers: int | None = None,
-         keep_partial: bool = False) -> Scan:
+def scan(
+    checkpoint: Checkpoint,
+    store: Store,
+    progress: Callable[[int], None] = lambda n: None,
+    workers: int | None = None,
+    keep_partial: bool = False,
+) -> Scan:
     """Read every tensor's bytes once and put the value facts into the store.
 
-    keep_partial: a KeyboardInterrupt ends the pass and keeps the facts of the tensors that were read; else it is raised.
-    progress gets the number of bytes of each chunk, from any thread. Raises BadCheckpoint when a file changes under the scan.
+    keep_partial: a KeyboardInterrupt ends the pass and keeps the facts of the tensors that were read; else it is
+    raised. progress gets the number of bytes of each chunk, from any thread. Raises BadCheckpoint when a file changes
+    under the scan.
     """
     run = Scan()
     linears = {}
-    digested, compared = (store.get(CHECKPOINT, n) if store.has(CHECKPOINT, n) else {} for n in ("digested", "compared"))
+    digested, compared = (
+        store.get(CHECKPOINT, n) if store.has(CHECKPOINT, n) else {} for n in ("digested", "compared")
+    )
     group = store.get(CHECKPOINT, "recipe").group_size
     if store.has(CHECKPOINT, "spec"):
         linears = {linear.tensor: linear for linear in store.get(CHECKPOINT, "spec").linears}
@@ -68,7 +77,19 @@ def scan(checkpoint: Checkpoint, store: Store, progress: Callable[[int], None] =
                 if run.stopped.is_set():
                     return
                 with _Twin(checkpoint, info, compared.get(info.name)) as twin:
-                    _scan_tensor(checkpoint, file, buffer, info, linears.get(info.name), group, info.name in digested, twin, store, run, progress)
+                    _scan_tensor(
+                        checkpoint,
+                        file,
+                        buffer,
+                        info,
+                        linears.get(info.name),
+                        group,
+                        info.name in digested,
+                        twin,
+                        store,
+                        run,
+                        progress,
+                    )
 
     spans = list(_spans(checkpoint))
     with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8, max(len(spans), 1))) as pool:
@@ -111,7 +132,9 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
     shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and info.numel else None
     digest = new_digest() if wants_digest else None
     known = counters.can_scan(info.dtype.name)
-    words = _Words() if info.dtype.name == "I32" and info.name.endswith((".qzeros", ".g_idx", ".weight_g_idx")) else None
+    words = (
+        _Words() if info.dtype.name == "I32" and info.name.endswith((".qzeros", ".g_idx", ".weight_g_idx")) else None
+    )
     offset, step = 0, _step(info)
     for at in range(info.begin, info.end, step):
         if run.stopped.is_set():
@@ -162,7 +185,8 @@ def _step(info: TensorInfo) -> int:
 
 
 class _Twin:
-    """The tensor whose bytes another's are compared with while those are read; nothing of it is read past the first difference.
+    """The tensor whose bytes another's are compared with while those are read; nothing of it is read past the first
+    difference.
 
     same: whether they are equal so far; None where there is nothing to compare with.
     """
@@ -222,7 +246,9 @@ class _Words:
 
 
 class _Shape:
-    """Zero groups, rows and columns of one linear, gathered chunk by chunk. Rows are out_features unless stored transposed."""
+    """Zero groups, rows and columns of one linear, gathered chunk by chunk. Rows are out_features unless stored
+    transposed.
+    """
 
     def __init__(self, info: TensorInfo, linear: Linear, group: int):
         self.info, self.linear = info, linear
@@ -247,7 +273,11 @@ class _Shape:
         if counted.n_zero >= self.columns:
             per_row, _ = counters.row_col_absmax(part, self.info.dtype.name, self.columns)
             self.zero_rows += int((per_row == 0).sum())
-        if not self.linear.transposed and counted.n_zero + counted.n_fp16_underflow >= self.group and self.columns % self.group == 0:
+        if (
+            not self.linear.transposed
+            and counted.n_zero + counted.n_fp16_underflow >= self.group
+            and self.columns % self.group == 0
+        ):
             zero, zero_fp16, first = counters.group_zeros(part, self.info.dtype.name, self.columns, self.group)
             self.zero_groups += zero
             self.zero_groups_fp16 += zero + zero_fp16
@@ -258,11 +288,16 @@ class _Shape:
         self.row += rows
 
     def _sample(self, part: memoryview) -> None:
-        """Signs of the groups of a chunk's first rows: who builds a matrix without negative weights builds all of it so."""
+        """Signs of the groups of a chunk's first rows: who builds a matrix without negative weights builds all of it
+        so.
+        """
         self.next_sample = self.row + max(SAMPLE_EVERY // self.columns, 1)
         width = self.info.dtype.bits // 8
         step = self.group * width
-        tops = (bytes(part[at + width - 1 : at + step : width]) for at in range(0, min(FIRST_GROUPS * step, len(part)), step))
+        tops = (
+            bytes(part[at + width - 1 : at + step : width])
+            for at in range(0, min(FIRST_GROUPS * step, len(part)), step)
+        )
         if all(min(top) < 128 <= max(top) for top in tops):  # the sign is the highest bit of the last byte
             return
         size = SAMPLE_VALUES // self.columns * self.columns or self.columns
@@ -277,6 +312,10 @@ class _Shape:
         for name, value in (("zero_rows", rows), ("zero_columns", columns)):
             store.put(subject, name, value)
         if not self.linear.transposed:
-            for name, value in (("zero_groups", self.zero_groups), ("zero_groups_fp16", self.zero_groups_fp16), ("first_zero_group", self.first),
-                                ("one_signed", (self.sampled, self.one_signed))):
+            for name, value in (
+                ("zero_groups", self.zero_groups),
+                ("zero_groups_fp16", self.zero_groups_fp16),
+                ("first_zero_group", self.first),
+                ("one_signed", (self.sampled, self.one_signed)),
+            ):
                 store.put(subject, name, value)

@@ -43,7 +43,10 @@ def test_a_link_out_of_the_directory_is_not_followed(tmp_path):
     (folder / "loop.json").symlink_to(folder / "loop.json")
     (folder / "inside.json").symlink_to("config.json")
     checkpoint = Checkpoint.open(folder)
-    assert {(p.kind, p.tensor) for p in checkpoint.problems} == {("link-leads-out", "extra.json"), ("unreadable", "loop.json")}
+    assert {(p.kind, p.tensor) for p in checkpoint.problems} == {
+        ("link-leads-out", "extra.json"),
+        ("unreadable", "loop.json"),
+    }
     assert "extra.json" not in checkpoint.json and checkpoint.value("inside.json") is not None
 
 
@@ -61,7 +64,9 @@ def test_index_names_are_never_paths(tmp_path):
     folder = tiny().write(tmp_path / "model")
     (tmp_path / "x.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     names = ["../x.safetensors", str(tmp_path / "x.safetensors"), "a/b.safetensors", "", "."]
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {f"t{i}": n for i, n in enumerate(names)}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {f"t{i}": n for i, n in enumerate(names)}})
+    )
     checkpoint = Checkpoint.open(folder)
     assert sorted(checkpoint.missing_shards) == sorted(names) and not checkpoint.shards
     with pytest.raises(BadCheckpoint, match="not a file of"):
@@ -75,7 +80,9 @@ def test_special_files_are_named_and_not_opened(tmp_path):
     assert [(p.kind, p.tensor) for p in checkpoint.problems] == [("special-file", "pipe.safetensors")]
 
 
-@pytest.mark.parametrize("raw, words", [(b"{", "line 1"), (b"\xff", "not UTF-8"), (b"", "line 1"), (b"[" * 200_000, "not readable")])
+@pytest.mark.parametrize(
+    "raw, words", [(b"{", "line 1"), (b"\xff", "not UTF-8"), (b"", "line 1"), (b"[" * 200_000, "not readable")]
+)
 def test_a_broken_document_keeps_its_reason(raw, words):
     file = JsonFile("config.json", raw)
     assert file.value is None and words in str(file.broken) and file.doc is None
@@ -89,7 +96,11 @@ def test_a_document_notes_what_the_standard_forbids():
 
 def test_large_documents_that_were_forgotten_are_parsed_again(tmp_path):
     folder = tiny("llama").write(tmp_path / "m")
-    text = '{"version": "1.0", "version": "2.0", "model": {"vocab": {' + ", ".join(f'"token{i}": {i}' for i in range(60_000)) + "}}}"
+    text = (
+        '{"version": "1.0", "version": "2.0", "model": {"vocab": {'
+        + ", ".join(f'"token{i}": {i}' for i in range(60_000))
+        + "}}}"
+    )
     (folder / "tokenizer.json").write_text(text)
     checkpoint = Checkpoint.open(folder)
     file = checkpoint.json["tokenizer.json"]

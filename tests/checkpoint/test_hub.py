@@ -1,4 +1,6 @@
-"""A server on the loopback speaks the parts of the Hub's API that are used, and misbehaves on demand. Nothing leaves this machine."""
+"""A server on the loopback speaks the parts of the Hub's API that are used, and misbehaves on demand. Nothing leaves
+this machine.
+"""
 
 import hashlib
 import json
@@ -15,26 +17,30 @@ from urllib.parse import unquote
 
 import pytest
 
-from doctor.checkpoint import hub
 from doctor.api import check
+from doctor.checkpoint import hub
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
-from doctor.core.errors import BadCheckpoint, MachineError
 from doctor.checkpoint.hub import HubCheckpoint, open_checkpoint
+from doctor.core.errors import BadCheckpoint, MachineError
 from doctor.core.recipe import Recipe
-from doctor.report import render
 from doctor.lint.testing import tiny
+from doctor.report import render
 
 COMMIT = "c0ffee" * 6 + "beef"
 PLAN = Recipe(group_size=32)
 
 
 class FakeHub:
-    """The repository `org/name` of a server, and what it does wrong. `log` holds (path, Range header, Authorization header)."""
+    """The repository `org/name` of a server, and what it does wrong. `log` holds (path, Range header, Authorization
+    header).
+    """
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
         self.listed: dict[str, int] = {}  # name -> the size that the listing states, where it lies
-        self.failures: dict[str, list] = {}  # part of a path -> handlers for the next requests with it; each is used once
+        self.failures: dict[
+            str, list
+        ] = {}  # part of a path -> handlers for the next requests with it; each is used once
         self.always: dict[str, object] = {}
         self.log: list[tuple] = []
         self.page = 1000
@@ -95,7 +101,11 @@ class FakeHub:
             if name.endswith(".safetensors"):
                 row["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 134}
             rows.append(row)
-        more = {"Link": f'<{self.url}/api/models/org/name/tree/{COMMIT}?cursor={start + self.page}>; rel="next"'} if start + self.page < len(names) else {}
+        more = (
+            {"Link": f'<{self.url}/api/models/org/name/tree/{COMMIT}?cursor={start + self.page}>; rel="next"'}
+            if start + self.page < len(names)
+            else {}
+        )
         send(request, 200, json.dumps(rows).encode(), more)
 
     def serve(self, request, data: bytes) -> None:
@@ -114,7 +124,11 @@ class FakeHub:
 def send(request, status, body, headers=None, promise=None) -> None:
     """An answer; with `promise` it claims more bytes than it sends and hangs up."""
     request.send_response(status)
-    for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body) if promise is None else promise), **(headers or {})}.items():
+    for key, value in {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body) if promise is None else promise),
+        **(headers or {}),
+    }.items():
         request.send_header(key, value)
     request.end_headers()
     try:
@@ -131,10 +145,17 @@ def refuse(status, **headers):
 
 def torn(data, after):
     """Answers a range in full by its headers and breaks off after some bytes."""
+
     def handler(request):
         first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["Range"]).groups())
         last = min(last, len(data) - 1)
-        send(request, 206, data[first : min(first + after, last + 1)], {"Content-Range": f"bytes {first}-{last}/{len(data)}"}, promise=last + 1 - first)
+        send(
+            request,
+            206,
+            data[first : min(first + after, last + 1)],
+            {"Content-Range": f"bytes {first}-{last}/{len(data)}"},
+            promise=last + 1 - first,
+        )
 
     return handler
 
@@ -144,7 +165,16 @@ def fake(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     made = FakeHub()
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "HF_TOKEN", "HF_HUB_OFFLINE"):
+    for name in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "HF_TOKEN",
+        "HF_HUB_OFFLINE",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", made.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -177,10 +207,14 @@ def test_headers_and_json_are_read_and_the_report_is_that_of_the_same_files_here
     fake.put(local)
     far, near = check("org/name", PLAN), check(local, PLAN, stage="header")
     assert lines(far) == lines(near) == []
-    assert {k: v for k, v in far.summary.items() if k not in ("path", "unread")} == {k: v for k, v in near.summary.items() if k != "path"}
+    assert {k: v for k, v in far.summary.items() if k not in ("path", "unread")} == {
+        k: v for k, v in near.summary.items() if k != "path"
+    }
     assert far.checkpoint == "org/name" and far.bytes_read == 0
     status = {r.rule.code: r for r in far.runs}
-    assert status["W201"].status == "skipped" and list(status["W201"].reasons) == ["not downloaded; --download fetches it"]
+    assert status["W201"].status == "skipped" and list(status["W201"].reasons) == [
+        "not downloaded; --download fetches it"
+    ]
     assert status["C101"].status == "run" and status["F051"].status == "run"
 
 
@@ -205,7 +239,9 @@ def test_what_to_do_next_is_the_download_and_no_fix_of_files_that_are_not_here(f
 def test_a_small_shard_costs_one_request_and_no_tensor_byte_is_asked_for_twice(fake, local):
     fake.put(local)
     HubCheckpoint.at("org/name")
-    assert len(fake.requests_for("/cdn/")) == 3 and len(fake.requests_for("/resolve/")) == 3 + len([n for n in fake.files if n.endswith(".json")])
+    assert len(fake.requests_for("/cdn/")) == 3 and len(fake.requests_for("/resolve/")) == 3 + len(
+        [n for n in fake.files if n.endswith(".json")]
+    )
 
 
 def test_a_long_header_costs_two_requests_and_nothing_behind_it_is_asked_for(fake, local, monkeypatch):
@@ -282,14 +318,19 @@ def test_a_shard_whose_listed_size_lies_is_a_finding_and_judged_by_what_is_serve
     size = len(fake.files[name])
     fake.listed[name] = size + by
     report = check("org/name", PLAN)
-    assert [f.message for f in report.findings if f.code == "F020"] == [f"{name}: the Hub lists {size + by:,} bytes and serves {size:,}"]
+    assert [f.message for f in report.findings if f.code == "F020"] == [
+        f"{name}: the Hub lists {size + by:,} bytes and serves {size:,}"
+    ]
     assert len(report.findings) == 1, lines(report)
 
 
 def test_json_whose_listed_size_lies_is_a_finding(fake, local):
     fake.put(local)
     fake.listed["generation_config.json"] = 10
-    assert any("generation_config.json" in f.message and "the Hub lists 10 bytes" in f.message for f in check("org/name", PLAN).findings)
+    assert any(
+        "generation_config.json" in f.message and "the Hub lists 10 bytes" in f.message
+        for f in check("org/name", PLAN).findings
+    )
 
 
 def test_a_truncated_shard_is_the_same_finding_as_here(fake, local):
@@ -299,7 +340,17 @@ def test_a_truncated_shard_is_the_same_finding_as_here(fake, local):
     assert lines(far) == lines(near) and "F001" in [f.code for f in far.findings]
 
 
-@pytest.mark.parametrize("data", (b"", b"\x08", b"\xff" * 64, b"version https://git-lfs.github.com/spec/v1\noid x\n", bytes(100), b"<!DOCTYPE html><html>"))
+@pytest.mark.parametrize(
+    "data",
+    (
+        b"",
+        b"\x08",
+        b"\xff" * 64,
+        b"version https://git-lfs.github.com/spec/v1\noid x\n",
+        bytes(100),
+        b"<!DOCTYPE html><html>",
+    ),
+)
 def test_any_bytes_in_place_of_a_shard_give_what_they_give_here(fake, tmp_path, data):
     folder = tiny().write(tmp_path / "local")
     (folder / "model.safetensors").write_bytes(data)
@@ -311,11 +362,23 @@ def test_json_over_the_limit_is_not_fetched(fake, local):
     fake.put(local)
     fake.listed["trainer_state.json"] = 65 << 20
     report = check("org/name", PLAN)
-    assert any("trainer_state.json" in f.message for f in report.findings) and not fake.requests_for("trainer_state.json")
+    assert any("trainer_state.json" in f.message for f in report.findings) and not fake.requests_for(
+        "trainer_state.json"
+    )
 
 
-@pytest.mark.parametrize("row", ({"path": "../up.json", "size": 1}, {"path": "a/b.json", "size": 1}, {"path": 7, "size": 1}, "text", {"path": "x.json"},
-                                 {"path": "x.json", "size": -1}, {"path": "..", "size": 1}))
+@pytest.mark.parametrize(
+    "row",
+    (
+        {"path": "../up.json", "size": 1},
+        {"path": "a/b.json", "size": 1},
+        {"path": 7, "size": 1},
+        "text",
+        {"path": "x.json"},
+        {"path": "x.json", "size": -1},
+        {"path": "..", "size": 1},
+    ),
+)
 def test_odd_rows_of_a_listing_name_no_file(fake, row):
     checkpoint = HubCheckpoint("org/name", None)
     checkpoint._add({"type": "file", **row} if isinstance(row, dict) else row)
@@ -330,7 +393,11 @@ def test_a_torn_connection_goes_on_where_it_stopped(fake, local):
     name = "model-00001-of-00003.safetensors"
     fake.failures[f"/cdn/{name}"] = [torn(fake.files[name], 100), torn(fake.files[name], 50)]
     assert check("org/name", PLAN).ok
-    assert [r for _, r, _ in fake.requests_for(f"/cdn/{name}")] == ["bytes=0-65535", "bytes=100-65535", "bytes=150-65535"]
+    assert [r for _, r, _ in fake.requests_for(f"/cdn/{name}")] == [
+        "bytes=0-65535",
+        "bytes=100-65535",
+        "bytes=150-65535",
+    ]
 
 
 def test_a_connection_that_always_tears_ends_with_file_and_byte(fake, local):
@@ -361,14 +428,33 @@ def test_a_busy_hub_is_not_waited_for_without_end(fake, local):
         open_checkpoint("org/name")
 
 
-@pytest.mark.parametrize("part, answer, error, says", [
-    ("/api/", refuse(401, X_Error_Code="RepoNotFound"), BadCheckpoint, r"no such repository on http.*or it is private \(401\).*HF_TOKEN"),
-    ("/api/", refuse(404, X_Error_Code="RevisionNotFound"), BadCheckpoint, "no such revision"),
-    ("/resolve/", refuse(403, X_Error_Code="GatedRepo"), MachineError, r"refuses access \(403\).*Accept the terms on http.*/org/name"),
-    ("/api/", refuse(418), MachineError, "the Hub answered 418"),
-    ("/tree/", lambda r: send(r, 200, b"<html>"), MachineError, "answer is not JSON.*HF_ENDPOINT"),
-    ("/api/", lambda r: send(r, 200, b'{"sha": "../../x"}'), MachineError, "names no commit"),
-    ("/cdn/", lambda r: send(r, 206, b"x" * 9, {"Content-Range": "bytes 5-13/900"}), MachineError, "asked for byte 0, the server sent 'bytes 5-13/900'")])
+@pytest.mark.parametrize(
+    "part, answer, error, says",
+    [
+        (
+            "/api/",
+            refuse(401, X_Error_Code="RepoNotFound"),
+            BadCheckpoint,
+            r"no such repository on http.*or it is private \(401\).*HF_TOKEN",
+        ),
+        ("/api/", refuse(404, X_Error_Code="RevisionNotFound"), BadCheckpoint, "no such revision"),
+        (
+            "/resolve/",
+            refuse(403, X_Error_Code="GatedRepo"),
+            MachineError,
+            r"refuses access \(403\).*Accept the terms on http.*/org/name",
+        ),
+        ("/api/", refuse(418), MachineError, "the Hub answered 418"),
+        ("/tree/", lambda r: send(r, 200, b"<html>"), MachineError, "answer is not JSON.*HF_ENDPOINT"),
+        ("/api/", lambda r: send(r, 200, b'{"sha": "../../x"}'), MachineError, "names no commit"),
+        (
+            "/cdn/",
+            lambda r: send(r, 206, b"x" * 9, {"Content-Range": "bytes 5-13/900"}),
+            MachineError,
+            "asked for byte 0, the server sent 'bytes 5-13/900'",
+        ),
+    ],
+)
 def test_refusals_say_what_to_do(fake, local, part, answer, error, says):
     fake.put(local).always[part] = answer
     with pytest.raises(error, match=says):
@@ -379,7 +465,9 @@ def test_a_hub_that_is_not_there_is_said_after_one_more_try(fake, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(MachineError, match="org/name: no such directory here, and http://127.0.0.1:9 cannot be reached"):
+    with pytest.raises(
+        MachineError, match="org/name: no such directory here, and http://127.0.0.1:9 cannot be reached"
+    ):
         open_checkpoint("org/name")
     assert fake.waits == [0.5]
 
@@ -394,13 +482,18 @@ def test_a_local_path_wins_and_says_so_where_the_cache_knows_the_repository(fake
     assert not isinstance(open_checkpoint("org/name", notice=said.append), HubCheckpoint) and not said and not fake.log
     (tmp_path / "cache" / "models--org--name").mkdir(parents=True)
     open_checkpoint("org/name", notice=said.append)
-    assert said == ["org/name: the local directory is checked, not the Hub's repository of this name; hf://org/name is that one."]
+    assert said == [
+        "org/name: the local directory is checked, not the Hub's repository of this name; hf://org/name is that one."
+    ]
     assert isinstance(open_checkpoint("hf://org/name"), HubCheckpoint)
     with pytest.raises(BadCheckpoint, match="a local path; --revision and --download"):
         open_checkpoint("org/name", revision="v1")
 
 
-@pytest.mark.parametrize("path", ("./missing", "../missing", "/tmp/missing/x", "missing", "a/b/c", "dir/model.safetensors", "dir/config.json"))
+@pytest.mark.parametrize(
+    "path",
+    ("./missing", "../missing", "/tmp/missing/x", "missing", "a/b/c", "dir/model.safetensors", "dir/config.json"),
+)
 def test_what_looks_like_a_path_asks_nobody(fake, path):
     with pytest.raises(BadCheckpoint):
         open_checkpoint(path)
@@ -441,14 +534,24 @@ def test_download_fetches_the_commit_that_was_listed_and_checks_it_here(fake, lo
     assert check(open_checkpoint("org/name", download=True), PLAN).bytes_read > 0 and asked == [("org/name", COMMIT)]
     fake.files = {n: d for n, d in fake.files.items() if n == "config.json"}
     said = []
-    assert isinstance(open_checkpoint("org/name", download=True, notice=said.append), HubCheckpoint) and "nothing was downloaded" in said[0]
+    assert (
+        isinstance(open_checkpoint("org/name", download=True, notice=said.append), HubCheckpoint)
+        and "nothing was downloaded" in said[0]
+    )
 
 
 def test_the_command_line_obeys_the_endpoint_and_imports_no_torch(fake, local, tmp_path):
     fake.put(local)
-    code = ("import sys\nfrom doctor.cli.main import main\ntry:\n    main(['check', 'org/name', '--group-size', '32', '--config', 'none'])\n"
-            "except SystemExit as error:\n    assert 'torch' not in sys.modules\n    sys.exit(error.code)\n")
-    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {"HF_ENDPOINT": fake.url, "HF_HOME": str(tmp_path / "home")}
+    code = (
+        "import sys\nfrom doctor.cli.main import main\ntry:\n    main(['check', 'org/name', '--group-size', '32', '--config', 'none'])\n"
+        "except SystemExit as error:\n    assert 'torch' not in sys.modules\n    sys.exit(error.code)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {
+        "HF_ENDPOINT": fake.url,
+        "HF_HOME": str(tmp_path / "home"),
+    }
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
-    assert run.returncode == 0 and "ready for gptq 4-bit g32 (headers only)   org/name" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 0 and "ready for gptq 4-bit g32 (headers only)   org/name" in run.stdout, (
+        run.stdout + run.stderr
+    )
     assert "weights not read" in run.stdout and any(INDEX_NAME in path for path, _, _ in fake.log)

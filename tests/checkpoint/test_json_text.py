@@ -6,8 +6,15 @@ from hypothesis import strategies as st
 
 from doctor.checkpoint.json_text import JsonError, cleaned, parse, parse_bytes, pointer, remove_value, set_value
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers(-10**9, 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=12)
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**9), 10**9)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
 
 
 @given(JSON, st.sampled_from([None, 2, "\t"]))
@@ -67,7 +74,7 @@ def test_setting_a_key_changes_that_key_alone(document, key, value, indent):
 
 def test_the_rest_of_the_text_keeps_its_own_form():
     text = '{\r\n\t"a" :1,\r\n\t"list": [1,2,\r\n3],\r\n\t"z": {}\r\n}\r\n'
-    assert set_value(text, "/a", 7) == text.replace("1,\r\n\t\"list\"", "7,\r\n\t\"list\"")
+    assert set_value(text, "/a", 7) == text.replace('1,\r\n\t"list"', '7,\r\n\t"list"')
     assert json.loads(set_value(text, "/new", True))["new"] is True
     assert set_value(text, "/new", True).startswith(text[: text.index("}\r\n}")])
 
@@ -77,12 +84,16 @@ def test_setting_below_a_missing_parent_is_refused():
         set_value('{"a": 1}', "/b/c", 1)
 
 
-@pytest.mark.parametrize("text, want", [
-    ("\ufeff{\"a\": 1}", '{"a": 1}'),
-    ('{"a": 1, "b": 2, "a": 3}', '{"b": 2, "a": 3}'),
-    ('{\n  "a": {"x": 1, "x": 2},\n  "a": {"x": 3,\n "x": 4}\n}\n', '{\n  "a": {"x": 4}\n}\n'),
-    ('{"a": 1, "a": 2, "a": 3, "c": [{"d": 1, "d": 1}]}', '{"a": 3, "c": [{"d": 1}]}'),
-    ('{"a": 1}', '{"a": 1}')])
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ('\ufeff{"a": 1}', '{"a": 1}'),
+        ('{"a": 1, "b": 2, "a": 3}', '{"b": 2, "a": 3}'),
+        ('{\n  "a": {"x": 1, "x": 2},\n  "a": {"x": 3,\n "x": 4}\n}\n', '{\n  "a": {"x": 4}\n}\n'),
+        ('{"a": 1, "a": 2, "a": 3, "c": [{"d": 1, "d": 1}]}', '{"a": 3, "c": [{"d": 1}]}'),
+        ('{"a": 1}', '{"a": 1}'),
+    ],
+)
 def test_a_cleaned_text_says_once_what_readers_take(text, want):
     assert cleaned(text) == want
     again = parse(want)

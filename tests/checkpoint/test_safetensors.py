@@ -1,4 +1,6 @@
-"""Headers of every broken kind: a fault is a Defect with its numbers, never another exception, and never hides its neighbours."""
+"""Headers of every broken kind: a fault is a Defect with its numbers, never another exception, and never hides its
+neighbours.
+"""
 
 import json
 import struct
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from doctor.core.errors import BadCheckpoint
 from doctor.checkpoint.safetensors import MAX_HEADER_BYTES, ShardFile, open_shard, parse_header
+from doctor.core.errors import BadCheckpoint
 
 
 def parsed(data: bytes):
@@ -33,38 +35,61 @@ def kinds(data):
 
 
 def test_a_good_file_has_every_tensor_and_no_defect():
-    data = save({"b": np.ones((2, 3), np.float32), "a": np.zeros((), np.int64), "empty": np.zeros((0, 4), np.float16)}, {"format": "pt"})
+    data = save(
+        {"b": np.ones((2, 3), np.float32), "a": np.zeros((), np.int64), "empty": np.zeros((0, 4), np.float16)},
+        {"format": "pt"},
+    )
     shard = parsed(data)
     assert not shard.defects and shard.metadata == {"format": "pt"}
-    assert {t.name: (t.dtype.name, t.shape) for t in shard.tensors} == {"b": ("F32", (2, 3)), "a": ("I64", ()), "empty": ("F16", (0, 4))}
+    assert {t.name: (t.dtype.name, t.shape) for t in shard.tensors} == {
+        "b": ("F32", (2, 3)),
+        "a": ("I64", ()),
+        "empty": ("F16", (0, 4)),
+    }
     assert max(t.end for t in shard.tensors) == len(data)
 
 
-@pytest.mark.parametrize("data, kind, words", [
-    (b"", "too-small", "0 bytes"), (b"abc", "too-small", "3 bytes"),
-    (struct.pack("<Q", 0) + b"{}", "header-json", "not JSON"), (bytes(8), "zero-filled", "8 bytes are zero"),
-    (struct.pack("<Q", 1000) + b"{}", "truncated", "1,008 bytes, the file has 10"),
-    (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "header-length", "100,000,000"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "lfs-pointer", "git-lfs"),
-    (b"<!DOCTYPE html><html></html>", "web-page", "HTML"), (b"PK\x03\x04" + bytes(40), "pickle", "zip"),
-    (bytes(4096), "zero-filled", "512 bytes are zero"),
-    (file_of(b"[1]"), "header-json", "list"), (file_of(b"\xff\xfe{}"), "header-json", "UTF-8"),
-    (file_of(b"[" * 5000), "header-json", "not"),
-    (file_of({"a": 3}), "entry", "lacks"), (file_of({"a": entry(0, 4, dtype="f32")}, bytes(4)), "dtype", "'f32'"),
-    (file_of({"a": entry(0, 4, [-4])}, bytes(4)), "shape", "-4"), (file_of({"a": entry(0, 4, [4.0])}, bytes(4)), "shape", "4.0"),
-    (file_of({"a": entry(0, 4, [True])}, bytes(4)), "shape", "True"), (file_of({"a": entry(0, 4, [1 << 61, 1 << 61])}, bytes(4)), "size", "addressed"),
-    (file_of({"a": entry(0, 4, [3])}, bytes(4)), "size", "takes 3 bytes, data_offsets span 4"),
-    (file_of({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]}}, bytes(2)), "size", "addressed"),
-    (file_of({"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 0]}}, bytes(4)), "offsets", "end before"),
-    (file_of({"a": entry(0, 8)}, bytes(4)), "truncated", "the file has"),
-    (file_of({"a": entry(0, 4), "b": entry(2, 6)}, bytes(6)), "overlap", "inside a"),
-    (file_of({"a": entry(0, 4), "b": entry(6, 8)}, bytes(8)), "hole", "2 bytes"),
-    (file_of({"a": entry(2, 4)}, bytes(4)), "hole", "2 bytes"),
-    (file_of({"a": entry(0, 4)}, bytes(7)), "trailing", "3 bytes"),
-    (file_of(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"),
-     "duplicate-name", "twice"),
-    (file_of({"__metadata__": {"k": 1}}), "metadata", "strings"),
-])
+@pytest.mark.parametrize(
+    "data, kind, words",
+    [
+        (b"", "too-small", "0 bytes"),
+        (b"abc", "too-small", "3 bytes"),
+        (struct.pack("<Q", 0) + b"{}", "header-json", "not JSON"),
+        (bytes(8), "zero-filled", "8 bytes are zero"),
+        (struct.pack("<Q", 1000) + b"{}", "truncated", "1,008 bytes, the file has 10"),
+        (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "header-length", "100,000,000"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "lfs-pointer", "git-lfs"),
+        (b"<!DOCTYPE html><html></html>", "web-page", "HTML"),
+        (b"PK\x03\x04" + bytes(40), "pickle", "zip"),
+        (bytes(4096), "zero-filled", "512 bytes are zero"),
+        (file_of(b"[1]"), "header-json", "list"),
+        (file_of(b"\xff\xfe{}"), "header-json", "UTF-8"),
+        (file_of(b"[" * 5000), "header-json", "not"),
+        (file_of({"a": 3}), "entry", "lacks"),
+        (file_of({"a": entry(0, 4, dtype="f32")}, bytes(4)), "dtype", "'f32'"),
+        (file_of({"a": entry(0, 4, [-4])}, bytes(4)), "shape", "-4"),
+        (file_of({"a": entry(0, 4, [4.0])}, bytes(4)), "shape", "4.0"),
+        (file_of({"a": entry(0, 4, [True])}, bytes(4)), "shape", "True"),
+        (file_of({"a": entry(0, 4, [1 << 61, 1 << 61])}, bytes(4)), "size", "addressed"),
+        (file_of({"a": entry(0, 4, [3])}, bytes(4)), "size", "takes 3 bytes, data_offsets span 4"),
+        (file_of({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]}}, bytes(2)), "size", "addressed"),
+        (file_of({"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 0]}}, bytes(4)), "offsets", "end before"),
+        (file_of({"a": entry(0, 8)}, bytes(4)), "truncated", "the file has"),
+        (file_of({"a": entry(0, 4), "b": entry(2, 6)}, bytes(6)), "overlap", "inside a"),
+        (file_of({"a": entry(0, 4), "b": entry(6, 8)}, bytes(8)), "hole", "2 bytes"),
+        (file_of({"a": entry(2, 4)}, bytes(4)), "hole", "2 bytes"),
+        (file_of({"a": entry(0, 4)}, bytes(7)), "trailing", "3 bytes"),
+        (
+            file_of(
+                b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+                b"x",
+            ),
+            "duplicate-name",
+            "twice",
+        ),
+        (file_of({"__metadata__": {"k": 1}}), "metadata", "strings"),
+    ],
+)
 def test_each_fault_has_its_kind_and_its_numbers(data, kind, words):
     shard = parsed(data)
     assert kind in [d.kind for d in shard.defects], shard.defects
@@ -84,9 +109,17 @@ def test_any_bytes_are_judged_without_an_exception(data, framed):
 
 
 OFFSETS = st.integers(-2, 12)
-ENTRIES = st.dictionaries(st.sampled_from("abcd"), st.fixed_dictionaries(
-    {"dtype": st.sampled_from(["U8", "F16", "F32", "x"]), "shape": st.lists(st.integers(-1, 4), max_size=3),
-     "data_offsets": st.tuples(OFFSETS, OFFSETS)}), max_size=4)
+ENTRIES = st.dictionaries(
+    st.sampled_from("abcd"),
+    st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from(["U8", "F16", "F32", "x"]),
+            "shape": st.lists(st.integers(-1, 4), max_size=3),
+            "data_offsets": st.tuples(OFFSETS, OFFSETS),
+        }
+    ),
+    max_size=4,
+)
 
 
 @settings(max_examples=400, deadline=None)
@@ -94,7 +127,9 @@ ENTRIES = st.dictionaries(st.sampled_from("abcd"), st.fixed_dictionaries(
 def test_judges_as_the_formats_own_reader_does(tmp_path_factory, entries, size):
     """Whatever the reference reader opens has no defect, and whatever it refuses has one."""
     path = tmp_path_factory.mktemp("s") / "x.safetensors"
-    path.write_bytes(file_of({k: {**v, "data_offsets": list(v["data_offsets"])} for k, v in entries.items()}, bytes(size)))
+    path.write_bytes(
+        file_of({k: {**v, "data_offsets": list(v["data_offsets"])} for k, v in entries.items()}, bytes(size))
+    )
     try:
         with safe_open(path, "np"):
             accepted = True

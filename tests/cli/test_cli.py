@@ -1,4 +1,6 @@
-"""The command line as a user meets it: exit codes, what goes where, errors without tracebacks, and no torch unless needed."""
+"""The command line as a user meets it: exit codes, what goes where, errors without tracebacks, and no torch unless
+needed.
+"""
 
 import json
 import os
@@ -95,20 +97,23 @@ def test_the_default_plan_is_printed_and_said_to_be_the_default(run, bad):
     assert out.splitlines()[1] == "plan          awq · 4 bit · group 128 · asym → vllm 0.9.1, tensor parallel 2"
 
 
-@pytest.mark.parametrize("args, says", [
-    (["check", "/nowhere/at/all"], "Error: /nowhere/at/all: No such file or directory."),
-    (["check", "."], None),
-    (["check", ".", "--bits", "5"], "Error: recipe: bits 5; must be 2, 3, 4 or 8."),
-    (["check", ".", "--runtime", "tgi"], "runtime 'tgi'; must be one of"),
-    (["check", ".", "--select", "Z9"], "Error: 'Z9': no rule has this code"),
-    (["check", ".", "-f", "yaml"], "'yaml' is not one of full, concise, json"),
-    (["check", ".", "-f", "json", "-f", "sarif"], "Only one format can go to stdout"),
-    (["check", "--group-size", "x", "."], "is not a valid integer"),
-    (["check"], "Missing argument 'CHECKPOINT...'"),
-    (["chek"], "No such command 'chek'"),
-    (["render", "/nowhere.json"], "Error: /nowhere.json: No such file or directory."),
-    (["quantize", ".", "-o", "x", "--memory", "lots"], "'lots' is not a size"),
-])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["check", "/nowhere/at/all"], "Error: /nowhere/at/all: No such file or directory."),
+        (["check", "."], None),
+        (["check", ".", "--bits", "5"], "Error: recipe: bits 5; must be 2, 3, 4 or 8."),
+        (["check", ".", "--runtime", "tgi"], "runtime 'tgi'; must be one of"),
+        (["check", ".", "--select", "Z9"], "Error: 'Z9': no rule has this code"),
+        (["check", ".", "-f", "yaml"], "'yaml' is not one of full, concise, json"),
+        (["check", ".", "-f", "json", "-f", "sarif"], "Only one format can go to stdout"),
+        (["check", "--group-size", "x", "."], "is not a valid integer"),
+        (["check"], "Missing argument 'CHECKPOINT...'"),
+        (["chek"], "No such command 'chek'"),
+        (["render", "/nowhere.json"], "Error: /nowhere.json: No such file or directory."),
+        (["quantize", ".", "-o", "x", "--memory", "lots"], "'lots' is not a size"),
+    ],
+)
 def test_what_cannot_be_done_exits_2_without_a_traceback(run, tmp_path, monkeypatch, args, says):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
@@ -143,8 +148,18 @@ def test_json_is_one_valid_document_also_on_failure(run, bad, monkeypatch):
 
 
 def test_several_formats_go_to_files_and_one_to_stdout(run, bad, tmp_path):
-    names = {"html": "r.html", "sarif": "r.sarif", "junit": "r.xml", "markdown": "r.md", "json": "r.json", "gitlab": "r.gl", "github": "r.gh"}
-    code, out, err = run("check", bad, *PLAN, "--concise", *(x for n, f in names.items() for x in ("-f", f"{n}:{tmp_path / f}")))
+    names = {
+        "html": "r.html",
+        "sarif": "r.sarif",
+        "junit": "r.xml",
+        "markdown": "r.md",
+        "json": "r.json",
+        "gitlab": "r.gl",
+        "github": "r.gh",
+    }
+    code, out, err = run(
+        "check", bad, *PLAN, "--concise", *(x for n, f in names.items() for x in ("-f", f"{n}:{tmp_path / f}"))
+    )
     assert code == 1 and out.splitlines()[0].startswith(f"{bad}/model.safetensors: W201 1 NaN")
     for file in names.values():
         assert "W201" in (tmp_path / file).read_text() and f"Wrote {tmp_path / file}" in err
@@ -165,8 +180,10 @@ def test_several_checkpoints_exit_with_the_worst(run, good, bad):
 def test_a_rule_that_crashes_is_ours_and_exits_2(run, good, tmp_path):
     rules = tmp_path / "rules"
     rules.mkdir()
-    (rules / "w990_crashes.py").write_text('"""W990 crashes: it crashes."""\nfrom doctor.lint.rule import rule\n\n\n@rule("W990", "error")\n'
-                                           'def crashes(tensor, numel):\n    yield 1 / 0\n')
+    (rules / "w990_crashes.py").write_text(
+        '"""W990 crashes: it crashes."""\nfrom doctor.lint.rule import rule\n\n\n@rule("W990", "error")\n'
+        "def crashes(tensor, numel):\n    yield 1 / 0\n"
+    )
     try:
         code, out, _ = run("check", good, *PLAN, "--rules", rules)
         assert code == 2 and "☠ W990 crashed" in out and "✓ ready" not in out
@@ -219,7 +236,12 @@ def test_render_makes_another_format_from_a_saved_report(run, bad, tmp_path):
 
 def test_explain_shows_a_page_for_codes_and_names(run):
     code, out, _ = run("explain", "w201")
-    assert code == 0 and "nonfinite-weight" in out and "Why it matters" in out and "ValueError: Hessian is not invertible" in out
+    assert (
+        code == 0
+        and "nonfinite-weight" in out
+        and "Why it matters" in out
+        and "ValueError: Hessian is not invertible" in out
+    )
     assert run("explain", "nonfinite-weight")[1] == out
     assert run("explain", "W201", "-f", "markdown")[1].startswith("# W201 nonfinite-weight")
 
@@ -293,17 +315,58 @@ def test_unsafe_fixes_never_swallow_the_next_word(run, called, good):
 def test_quantize_passes_the_recipe_and_leaves_defaults_to_the_function(run, called, good):
     install, seen = called
     install("quantize")
-    run("quantize", good, "-o", "out", "--method", "awq", "--group-size", "64", "--damp", "0.02", "--keep", "lm_head", "--rows", "7", "--memory", "2GiB", "--no-mse")
+    run(
+        "quantize",
+        good,
+        "-o",
+        "out",
+        "--method",
+        "awq",
+        "--group-size",
+        "64",
+        "--damp",
+        "0.02",
+        "--keep",
+        "lm_head",
+        "--rows",
+        "7",
+        "--memory",
+        "2GiB",
+        "--no-mse",
+    )
     args, options = seen[-1]
     recipe = args[2]
-    assert (recipe.method, recipe.group_size, recipe.damp, recipe.keep, recipe.mse, recipe.act_order) == ("awq", 64, 0.02, ("lm_head",), False, True)
-    assert options["rows"] == 7 and options["memory"] == 2 << 30 and "max_seq_length" not in options and "calibration" not in options
+    assert (recipe.method, recipe.group_size, recipe.damp, recipe.keep, recipe.mse, recipe.act_order) == (
+        "awq",
+        64,
+        0.02,
+        ("lm_head",),
+        False,
+        True,
+    )
+    assert (
+        options["rows"] == 7
+        and options["memory"] == 2 << 30
+        and "max_seq_length" not in options
+        and "calibration" not in options
+    )
 
 
 def test_keep_is_split_at_commas_outside_braces_only(run, called, good):
     install, seen = called
     install("quantize")
-    run("quantize", good, "-o", "out", "--keep", "lm_head, *.{0,1}.*{q,k}_proj,*down_proj", "--keep", "router gate", "--keep", "{a, b}")
+    run(
+        "quantize",
+        good,
+        "-o",
+        "out",
+        "--keep",
+        "lm_head, *.{0,1}.*{q,k}_proj,*down_proj",
+        "--keep",
+        "router gate",
+        "--keep",
+        "{a, b}",
+    )
     assert seen[-1][0][2].keep == ("lm_head", "*.{0,1}.*{q,k}_proj", "*down_proj", "router", "gate", "{a, b}")
     assert matches("*.{0,1}.*{q,k}_proj", "model.layers.1.self_attn.k_proj")
 
@@ -313,12 +376,22 @@ def test_verify_and_kvcache_pass_their_options(run, called):
     install("verify")
     install("kvcache")
     run("verify", "a", "b", "--text", "t.txt", "--rows", "3")
-    assert seen[-1][0] == ("a", "b") and {k: str(v) for k, v in seen[-1][1].items() if k != "progress"} == {"text": "t.txt", "rows": "3"}
+    assert seen[-1][0] == ("a", "b") and {k: str(v) for k, v in seen[-1][1].items() if k != "progress"} == {
+        "text": "t.txt",
+        "rows": "3",
+    }
     run("kvcache", "a", "--context", "4096", "--memory", "24GB", "--measure")
-    assert seen[-1][1].pop("progress") and seen[-1][1] == {"context": 4096, "batch": 1, "memory": 24 * 10**9, "measure": True}
+    assert seen[-1][1].pop("progress") and seen[-1][1] == {
+        "context": 4096,
+        "batch": 1,
+        "memory": 24 * 10**9,
+        "measure": True,
+    }
 
 
-@pytest.mark.parametrize("text, size", [("24GB", 24 * 10**9), ("1.5 GiB", 3 << 29), ("512m", 512 * 10**6), ("1000", 1000), ("", None)])
+@pytest.mark.parametrize(
+    "text, size", [("24GB", 24 * 10**9), ("1.5 GiB", 3 << 29), ("512m", 512 * 10**6), ("1000", 1000), ("", None)]
+)
 def test_sizes_are_read_as_people_write_them(text, size):
     assert cli._bytes(text) == size
 
@@ -330,12 +403,23 @@ def shell(*args, **options):
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120, **options)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["explain", "W201"], ["explain", "Hessian is not invertible"], ["rules"], ["check", "CK", "--stage", "header"],
-                                  ["check", "CK", "-f", "html"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["explain", "W201"],
+        ["explain", "Hessian is not invertible"],
+        ["rules"],
+        ["check", "CK", "--stage", "header"],
+        ["check", "CK", "-f", "html"],
+    ],
+)
 def test_looking_never_imports_torch(args, good):
     args = [str(good) if a == "CK" else a for a in args]
-    code = ("import sys\nfrom doctor.cli.main import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
-            "heavy = {'torch', 'transformers', 'scipy'} & set(sys.modules)\nsys.exit(f'imported {heavy}' if heavy else 0)")
+    code = (
+        "import sys\nfrom doctor.cli.main import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'scipy'} & set(sys.modules)\nsys.exit(f'imported {heavy}' if heavy else 0)"
+    )
     done = shell("-c", code, *args)
     assert done.returncode == 0, done.stderr
 
@@ -343,8 +427,18 @@ def test_looking_never_imports_torch(args, good):
 def test_help_imports_neither_numpy_nor_rich():
     done = shell("-X", "importtime", "-m", "doctor", "--help")
     assert done.returncode == 0
-    names = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert not names & {"rich", "jinja2", "torch", "yaml", "numpy"}, names & {"rich", "jinja2", "torch", "yaml", "numpy"}
+    names = {
+        line.rsplit("|", 1)[-1].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
+    assert not names & {"rich", "jinja2", "torch", "yaml", "numpy"}, names & {
+        "rich",
+        "jinja2",
+        "torch",
+        "yaml",
+        "numpy",
+    }
 
 
 def test_piped_output_has_no_escapes_and_forced_colour_has(bad):
@@ -361,7 +455,11 @@ def test_a_terminal_that_knows_no_unicode_still_gets_its_findings(bad):
 
 
 def test_a_closed_pipe_is_no_traceback(bad):
-    done = subprocess.run(["bash", "-c", f"{sys.executable} -m doctor rules -f json | head -c 10; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m doctor rules -f json | head -c 10; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+    )
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
@@ -392,7 +490,10 @@ def test_explain_reads_the_order_of_the_minor_and_names_the_commands_that_decide
     code, out, _ = run("explain", "linalg.cholesky: (the leading minor of order 18163 is not positive-definite)")
     text = " ".join(out.split())
     assert code == 0 and "Order 18,163: H breaks at input column 18,162" in text
-    assert "start with doctor check CKPT --select W201" in text and "after that doctor quantize CKPT -o OUT --calibration FILE" in text
+    assert (
+        "start with doctor check CKPT --select W201" in text
+        and "after that doctor quantize CKPT -o OUT --calibration FILE" in text
+    )
     assert "all of H is NaN" in run("explain", "leading minor of order 1 is not positive-definite")[1]
 
 
@@ -405,7 +506,13 @@ def stored(tmp_path):
 def test_a_quantized_checkpoint_is_judged_against_the_plan_it_states(run, stored, tmp_path):
     run("check", stored, "--config", "none", "-f", f"json:{tmp_path / 'r.json'}", "-f", "full", "--tp", "2")
     recipe = json.loads((tmp_path / "r.json").read_text())["recipe"]
-    assert (recipe["method"], recipe["bits"], recipe["group_size"], recipe["sym"], recipe["tp"]) == ("gptq", 4, 32, True, 2)
+    assert (recipe["method"], recipe["bits"], recipe["group_size"], recipe["sym"], recipe["tp"]) == (
+        "gptq",
+        4,
+        32,
+        True,
+        2,
+    )
 
 
 def test_a_plan_that_contradicts_what_is_stored_is_said(run, stored):
@@ -422,9 +529,16 @@ def test_fix_and_the_python_door_take_the_stored_plan_too(run, stored, tmp_path)
     from doctor.lint.config import load
 
     assert "of itself" not in run("fix", stored, "-o", str(tmp_path / "a"), "--dry-run", "--config", "none")[2]
-    assert "which was asked for" in run("fix", stored, "-o", str(tmp_path / "a"), "--dry-run", "--config", "none", "--group-size", "64")[2]
+    assert (
+        "which was asked for"
+        in run("fix", stored, "-o", str(tmp_path / "a"), "--dry-run", "--config", "none", "--group-size", "64")[2]
+    )
     assert "for gptq 4-bit g32" in run("check", stored, "--fix", "-o", str(tmp_path / "b"), "--config", "none")[1]
-    assert api.check(stored).recipe.group_size == api.fix(stored, tmp_path / "c", dry_run=True).report.recipe.group_size == 32
+    assert (
+        api.check(stored).recipe.group_size
+        == api.fix(stored, tmp_path / "c", dry_run=True).report.recipe.group_size
+        == 32
+    )
     (tmp_path / "doctor.toml").write_text("[recipe]\ngroup-size = 64\n")
     assert api.check(stored, config=load(tmp_path)).recipe.group_size == 64
 

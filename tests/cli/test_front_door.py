@@ -1,4 +1,6 @@
-"""Whatever of an error stands in a terminal, `doctor explain` leads to the rule that tells its cause, and unrelated errors to none."""
+"""Whatever of an error stands in a terminal, `doctor explain` leads to the rule that tells its cause, and unrelated
+errors to none.
+"""
 
 import re
 import tomllib
@@ -22,13 +24,24 @@ def other_numbers(text):
     """The same message of another model: layers, sizes and orders differ; a count that is part of the wording stays."""
     fixed = re.compile(r"= 128|= 64|by 256|10%|\(2\)|\(3\)|1\.0 for|token-0|== 0|< 0|F16|e4m3|order 1\b")
     kept = [m.span() for m in fixed.finditer(text)]
-    return re.sub(r"(?<![\w.-])\d+(?!\w)|(?<=layers\.)\d+", lambda m: m[0] if any(a <= m.start() < b for a, b in kept) else str(int(m[0]) + 7), text)
+    return re.sub(
+        r"(?<![\w.-])\d+(?!\w)|(?<=layers\.)\d+",
+        lambda m: m[0] if any(a <= m.start() < b for a, b in kept) else str(int(m[0]) + 7),
+        text,
+    )
 
 
 def in_a_log(text):
-    return "\n".join(["INFO 11-23 19:00:01 [loader.py:42] Loading weights took 3.21 seconds", "Traceback (most recent call last):",
-                      '  File "/opt/venv/lib/python3.12/site-packages/engine/worker.py", line 1021, in load_model',
-                      "    self.model = build(config)", f"(Worker pid=4711) ERROR 11-23 19:00:02 [worker.py:7] {text}", ""])
+    return "\n".join(
+        [
+            "INFO 11-23 19:00:01 [loader.py:42] Loading weights took 3.21 seconds",
+            "Traceback (most recent call last):",
+            '  File "/opt/venv/lib/python3.12/site-packages/engine/worker.py", line 1021, in load_model',
+            "    self.model = build(config)",
+            f"(Worker pid=4711) ERROR 11-23 19:00:02 [worker.py:7] {text}",
+            "",
+        ]
+    )
 
 
 @pytest.mark.parametrize("text, rules", ERRORS, ids=[t[:40] for t, _ in ERRORS])
@@ -75,39 +88,66 @@ def test_a_message_that_no_checkpoint_causes_gets_its_cause_and_no_rule(text, sa
     assert re.search("[一-鿿]", chinese.cause) and re.search("[一-鿿]", chinese.do)
 
 
-@pytest.mark.parametrize("text", [t for t, _ in ERRORS] + [u["text"] for u in DATA["unrelated"] if "attention_mask" not in u["text"] and "Catcher" not in u["text"]],
-                         ids=lambda t: t[:40])
+@pytest.mark.parametrize(
+    "text",
+    [t for t, _ in ERRORS]
+    + [u["text"] for u in DATA["unrelated"] if "attention_mask" not in u["text"] and "Catcher" not in u["text"]],
+    ids=lambda t: t[:40],
+)
 def test_a_message_with_a_rule_or_of_something_else_is_not_said_to_come_from_elsewhere(text):
     assert explain.elsewhere(in_a_log(text)) is None
 
 
 # What a terminal holds after each tool: colours, bars, boxes and stamps around the message.
 LOGS = [
-    ("\x1b[32mQuantizing\x1b[0m:  12%|█▎        | 3/24 [01:10<08:12, 23.5s/it]\rQuantizing:  17%|█▋        | 4/24 [01:34<07:52, 23.6s/it]\n"
-     "Traceback (most recent call last):\n"
-     '  File "/home/u/q.py", line 31, in <module>\n    model.quantize(tokenizer, quant_config=quant_config)\n'
-     '  File "/home/u/venv/lib/python3.11/site-packages/awq/quantize/quantizer.py", line 80, in pseudo_quantize_tensor\n'
-     "    assert torch.isnan(w).sum() == 0\n           ^^^^^^^^^^^^^^^^^^^^^^^^^^\nAssertionError\n", "W201"),
-    (" -- Layer: model.layers.11 (Attention)\n !! Warning: Applied additional damping\n !! Warning: Applied additional damping\n"
-     'Traceback (most recent call last):\n  File "/srv/exllamav2/conversion/adaptivegptq.py", line 333, in prepare\n'
-     '    raise ValueError("Hessian is not invertible")\nValueError: Hessian is not invertible\n', "W201"),
-    ("INFO - Start quantizing layer 17/80\nINFO - Quantizing mlp.down_proj in layer 17/80...\n"
-     '  File "/opt/auto_gptq/quantization/gptq.py", line 116, in fasterquant\n    H = torch.linalg.cholesky(H)\n'
-     "torch._C._LinAlgError: linalg.cholesky: The factorization could not be completed because the input is not positive-definite "
-     "(the leading minor of order 18163 is not positive-definite).\n", "Q411"),
-    ("(EngineCore_DP0 pid=4711) ERROR 11-23 19:00:02 [core.py:842] EngineCore failed to start.\n"
-     "(EngineCore_DP0 pid=4711) ERROR 11-23 19:00:02 [core.py:842] ValueError: The input size is not aligned with the quantized weight shape. "
-     "This can be caused by too large tensor parallel size.\n"
-     "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n", "G302"),
-    ("╭──────────────── Traceback (most recent call last) ────────────────╮\n│ /opt/v/tokenizer.py:415 in encode                                 │\n"
-     "│ ❱ 415 │   │   ids = torch.tensor(list_ids)                          │\n╰───────────────────────────────────────────────────────────────────╯\n"
-     "\x1b[1;31mRuntimeError: \x1b[0mCould not infer dtype of NoneType\n", "C101"),
-    ("\x1b]8;;https://example.org/x\x1b\\link\x1b]8;;\x1b\\ 2026-11-23T19:00:02.123Z stderr F safetensors_rust.SafetensorError: Error while deserializing header: "
-     "MetadataIncompleteBuffer\n", "F001"),
-    ("llm-compressor | WARNING - Hessian inversion failed for 12/280 modules (4.3%). These modules were quantized with round-to-nearest instead of GPTQ\n",
-     "Q406"),
-    ("Loading checkpoint shards:  33%|███▎      | 1/3 [00:02<00:05,  2.61s/it]\nTraceback (most recent call last):\n"
-     '  File "x.py", line 2, in <module>\nFileNotFoundError: No such file or directory: "model-00002-of-00003.safetensors"\n', "F010"),
+    (
+        "\x1b[32mQuantizing\x1b[0m:  12%|█▎        | 3/24 [01:10<08:12, 23.5s/it]\rQuantizing:  17%|█▋        | 4/24 [01:34<07:52, 23.6s/it]\n"
+        "Traceback (most recent call last):\n"
+        '  File "/home/u/q.py", line 31, in <module>\n    model.quantize(tokenizer, quant_config=quant_config)\n'
+        '  File "/home/u/venv/lib/python3.11/site-packages/awq/quantize/quantizer.py", line 80, in pseudo_quantize_tensor\n'
+        "    assert torch.isnan(w).sum() == 0\n           ^^^^^^^^^^^^^^^^^^^^^^^^^^\nAssertionError\n",
+        "W201",
+    ),
+    (
+        " -- Layer: model.layers.11 (Attention)\n !! Warning: Applied additional damping\n !! Warning: Applied additional damping\n"
+        'Traceback (most recent call last):\n  File "/srv/exllamav2/conversion/adaptivegptq.py", line 333, in prepare\n'
+        '    raise ValueError("Hessian is not invertible")\nValueError: Hessian is not invertible\n',
+        "W201",
+    ),
+    (
+        "INFO - Start quantizing layer 17/80\nINFO - Quantizing mlp.down_proj in layer 17/80...\n"
+        '  File "/opt/auto_gptq/quantization/gptq.py", line 116, in fasterquant\n    H = torch.linalg.cholesky(H)\n'
+        "torch._C._LinAlgError: linalg.cholesky: The factorization could not be completed because the input is not positive-definite "
+        "(the leading minor of order 18163 is not positive-definite).\n",
+        "Q411",
+    ),
+    (
+        "(EngineCore_DP0 pid=4711) ERROR 11-23 19:00:02 [core.py:842] EngineCore failed to start.\n"
+        "(EngineCore_DP0 pid=4711) ERROR 11-23 19:00:02 [core.py:842] ValueError: The input size is not aligned with the quantized weight shape. "
+        "This can be caused by too large tensor parallel size.\n"
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n",
+        "G302",
+    ),
+    (
+        "╭──────────────── Traceback (most recent call last) ────────────────╮\n│ /opt/v/tokenizer.py:415 in encode                                 │\n"
+        "│ ❱ 415 │   │   ids = torch.tensor(list_ids)                          │\n╰───────────────────────────────────────────────────────────────────╯\n"
+        "\x1b[1;31mRuntimeError: \x1b[0mCould not infer dtype of NoneType\n",
+        "C101",
+    ),
+    (
+        "\x1b]8;;https://example.org/x\x1b\\link\x1b]8;;\x1b\\ 2026-11-23T19:00:02.123Z stderr F safetensors_rust.SafetensorError: Error while deserializing header: "
+        "MetadataIncompleteBuffer\n",
+        "F001",
+    ),
+    (
+        "llm-compressor | WARNING - Hessian inversion failed for 12/280 modules (4.3%). These modules were quantized with round-to-nearest instead of GPTQ\n",
+        "Q406",
+    ),
+    (
+        "Loading checkpoint shards:  33%|███▎      | 1/3 [00:02<00:05,  2.61s/it]\nTraceback (most recent call last):\n"
+        '  File "x.py", line 2, in <module>\nFileNotFoundError: No such file or directory: "model-00002-of-00003.safetensors"\n',
+        "F010",
+    ),
 ]
 
 
@@ -120,5 +160,8 @@ def test_the_order_of_the_minor_is_read_and_tells_an_early_failure_from_a_late_o
     late = "linalg.cholesky: (the leading minor of order 18163 is not positive-definite)"
     early = late.replace("18163", "1")
     assert (explain.minor(late), explain.minor(early), explain.minor("no factorization here")) == (18163, 1, None)
-    assert explain.minor("\x1b[31m" + early + "\n" + late) == 18163 and explain.minor("14314-th leading minor of the array") == 14314
+    assert (
+        explain.minor("\x1b[31m" + early + "\n" + late) == 18163
+        and explain.minor("14314-th leading minor of the array") == 14314
+    )
     assert first(late) == ["Q411"] and first(early) == ["W201"]

@@ -1,4 +1,6 @@
-"""A check of headers stays quick. The limits are several times what an idle machine needs, because tests share theirs."""
+"""A check of headers stays quick. The limits are several times what an idle machine needs, because tests share
+theirs.
+"""
 
 import subprocess
 import sys
@@ -12,7 +14,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 import header  # noqa: E402
 
 
-@pytest.mark.parametrize("made, shards, limit", [(header.dense, 1, 1.5), (header.mixture, 16, 10.0)], ids=("300", "50000"))
+@pytest.mark.parametrize(
+    "made, shards, limit", [(header.dense, 1, 1.5), (header.mixture, 16, 10.0)], ids=("300", "50000")
+)
 def test_cpu_time_of_a_header_check_from_a_cold_interpreter(tmp_path, made, shards, limit):
     folder = header.write(tmp_path / "m", *made(), shards)
     _, cpu = header.measure(folder, 1, tmp_path / "bytecode")
@@ -30,8 +34,10 @@ def test_the_files_of_the_measurement_are_whole_and_say_nothing_wrong(tmp_path):
 
 def test_a_header_check_imports_no_numpy_and_no_planner(tmp_path):
     folder = header.write(tmp_path / "m", *header.dense(1), 1)
-    code = ("import sys\nfrom doctor.cli.main import main\n"
-            f"try:\n    main(['check', {str(folder)!r}, '--stage', 'header', '--concise', '--config', 'none'])\nexcept SystemExit:\n    pass\n"
-            "heavy = {'numpy', 'rich', 'jinja2', 'doctor.fix.plan', 'doctor.scan.scan', 'huggingface_hub'} & set(sys.modules)\nassert not heavy, heavy\n")
+    code = (
+        "import sys\nfrom doctor.cli.main import main\n"
+        f"try:\n    main(['check', {str(folder)!r}, '--stage', 'header', '--concise', '--config', 'none'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'rich', 'jinja2', 'doctor.fix.plan', 'doctor.scan.scan', 'huggingface_hub'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr

@@ -11,9 +11,9 @@ import termios
 import pytest
 
 from doctor import api
-from doctor.scan import scan
 from doctor.core.facts import Store, Unavailable
 from doctor.lint.testing import tiny
+from doctor.scan import scan
 
 # Reading takes a while and says when it has begun; the rest of the run is the command's own.
 CHILD = """
@@ -41,15 +41,28 @@ def broken(tmp_path):
 
 def _own_terminal():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that was started in the background ignores it, and its children would too
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a suite that was started in the background ignores it, and its children would too
 
 
 def in_a_terminal(*args, after):
     """(exit code, what the terminal showed) of `doctor ARGS`, with Ctrl-C typed once `after` was shown three times."""
     keyboard, terminal = pty.openpty()
-    environment = {k: v for k, v in os.environ.items() if k != "CI"} | {"TERM": "xterm-256color", "COLUMNS": "110", "LC_ALL": "C.UTF-8"}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, *map(str, args)], stdin=terminal, stdout=terminal, stderr=terminal, env=environment,
-                             start_new_session=True, preexec_fn=_own_terminal)
+    environment = {k: v for k, v in os.environ.items() if k != "CI"} | {
+        "TERM": "xterm-256color",
+        "COLUMNS": "110",
+        "LC_ALL": "C.UTF-8",
+    }
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *map(str, args)],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_own_terminal,
+    )
     os.close(terminal)
     shown, typed = "", False
     while True:

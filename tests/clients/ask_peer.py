@@ -1,12 +1,14 @@
-"""Runs the part of another quantizer that fails in the field, in its own code, on a checkpoint; prints one line of JSON.
+"""Runs the part of another quantizer that fails in the field, in its own code, on a checkpoint; prints one line of
+JSON.
 
-Run it with .cache/venv-hf/bin/python. The peers' packages lie unpacked in .cache/peers and are never installed: they want
-CUDA when they are imported. So each file is imported under its own name with stand-ins for its neighbours that only a GPU
-needs; what is under test, the arithmetic and its errors, is the peer's.
+Run it with .cache/venv-hf/bin/python. The peers' packages lie unpacked in .cache/peers and are never installed: they
+want CUDA when they are imported. So each file is imported under its own name with stand-ins for its neighbours that
+only a GPU needs; what is under test, the arithmetic and its errors, is the peer's.
 
     ask_peer.py {exllamav2,auto-gptq,autoawq-0.2.5,autoawq-0.2.9} MODEL LINEAR [--damp 0.01] [--tokens 256]
 
-LINEAR (a module's name) gets the inputs that the float model gives it. "error" is the peer's exception, null where it had none.
+LINEAR (a module's name) gets the inputs that the float model gives it. "error" is the peer's exception, null where it
+had none.
 """
 
 import argparse
@@ -40,7 +42,9 @@ def stand_in(name: str, **members) -> None:
 
 
 def inputs_of(model, name: str, tokens: int, vocabulary: int) -> torch.Tensor:
-    """[1, tokens, in_features]: what the linear gets for random tokens; rows where an earlier defect spreads are kept."""
+    """[1, tokens, in_features]: what the linear gets for random tokens; rows where an earlier defect spreads are
+    kept.
+    """
     seen = []
 
     def take(module, args):
@@ -100,8 +104,14 @@ def autoawq_code(version: str):
 def awq_quantizer(code, group_size: int):
     """One that searches 4-bit scales of linears that it is handed; its constructor wants a whole model."""
     quantizer = code.AwqQuantizer.__new__(code.AwqQuantizer)
-    quantizer.__dict__.update(w_bit=4, group_size=group_size, zero_point=True, duo_scaling=True, max_chunk_memory=1 << 30,
-                              n_parallel_calib_samples=None)
+    quantizer.__dict__.update(
+        w_bit=4,
+        group_size=group_size,
+        zero_point=True,
+        duo_scaling=True,
+        max_chunk_memory=1 << 30,
+        n_parallel_calib_samples=None,
+    )
     return quantizer
 
 
@@ -113,8 +123,12 @@ def autoawq(version: str, model, name: str, x: torch.Tensor, damp: float) -> Non
         quantizer._search_best_scale(model, SimpleNamespace(), [linear], x.to(linear.weight.dtype), linear)
 
 
-RUNS = {"exllamav2": exllamav2, "auto-gptq": auto_gptq,
-        "autoawq-0.2.5": lambda *a: autoawq("0.2.5", *a), "autoawq-0.2.9": lambda *a: autoawq("0.2.9", *a)}
+RUNS = {
+    "exllamav2": exllamav2,
+    "auto-gptq": auto_gptq,
+    "autoawq-0.2.5": lambda *a: autoawq("0.2.5", *a),
+    "autoawq-0.2.9": lambda *a: autoawq("0.2.9", *a),
+}
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ in bfloat16.
 
     ask_transformers.py MODEL PROMPT... [--tokens 24] [--dtype float32] [--gptqmodel]
 
-"text" continues the first prompt; "answers" has the token ids of every prompt's continuation. With --gptqmodel the model is loaded by
-GPTQModel.load, which has linears for the experts of a mixture where transformers has one tensor (bfloat16: its torch kernel takes no float32).
+"text" continues the first prompt; "answers" has the token ids of every prompt's continuation. With --gptqmodel the
+model is loaded by GPTQModel.load, which has linears for the experts of a mixture where transformers has one tensor
+(bfloat16: its torch kernel takes no float32).
 """
 
 import argparse
@@ -29,8 +30,7 @@ def load(model: str, dtype: str):
     if declared and declared["quant_method"] == "gptq":
         # GPTQModel's plain torch kernel: the only one that runs everywhere and in float32.
         extra["quantization_config"] = GPTQConfig(bits=declared["bits"], backend="torch")
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), device_map="cpu",
-                                                  **extra)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), device_map="cpu", **extra)
     return loaded.eval()
 
 
@@ -71,7 +71,7 @@ def ask(options) -> dict:
     for prompt in options.prompts:
         inputs = tokenizer(prompt, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=options.tokens, do_sample=False)[0]
-        answers.append(ids[inputs["input_ids"].shape[1]:])
+        answers.append(ids[inputs["input_ids"].shape[1] :])
     declared = quantization_of(model.config)
     return {
         "text": tokenizer.decode(answers[0], skip_special_tokens=True),

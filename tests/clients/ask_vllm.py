@@ -3,9 +3,9 @@
 Run it with .cache/venv-vllm/bin/python. The engine runs in this process (no server), without compiled
 graphs and with 1 GiB of KV cache, so that a machine of 8 GB is enough.
 
-vLLM's 4-bit CPU kernel is compiled for AVX-512 alone. On a CPU without it the same product is computed
-in torch here, from the words that vLLM's own loader made: the engine then still judges names, shapes, packing
-and config of the checkpoint, and the answer says "int4_kernel": "reference". Its 4-bit kernel for experts wants AMX; without it the
+vLLM's 4-bit CPU kernel is compiled for AVX-512 alone. On a CPU without it the same product is computed in torch here,
+from the words that vLLM's own loader made: the engine then still judges names, shapes, packing and config of the
+checkpoint, and the answer says "int4_kernel": "reference". Its 4-bit kernel for experts wants AMX; without it the
 experts are computed here in the same way ("int4_experts").
 
     ask_vllm.py MODEL PROMPT... [--tp N] [--tokens 24] [--dtype bfloat16]
@@ -43,8 +43,14 @@ def ask(options) -> dict:
     from vllm import LLM, SamplingParams
 
     kernel, experts = provide_int4_kernel(), provide_int4_experts()
-    llm = LLM(options.model, tensor_parallel_size=options.tp, dtype=options.dtype, enforce_eager=True,
-              max_model_len=256, max_num_seqs=1)
+    llm = LLM(
+        options.model,
+        tensor_parallel_size=options.tp,
+        dtype=options.dtype,
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=1,
+    )
     asked = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True, logprobs=2)
     outputs = [output.outputs[0] for output in llm.generate(options.prompts, asked, use_tqdm=False)]
     config = llm.llm_engine.model_config
@@ -120,6 +126,7 @@ def provide_int4_experts() -> str:
     def keep(decode):
         def after_loading(self, layer):
             layer.decoded = [[decode(layer, name, e) for e in range(layer.local_num_experts)] for name in ("w13", "w2")]
+
         return after_loading
 
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts=None, shared_experts_input=None):
@@ -133,8 +140,11 @@ def provide_int4_experts() -> str:
             out.index_add_(0, token, made * (1 if layer.apply_router_weight_on_input else weight))
         return out.to(x.dtype)
 
-    for module, method, decode in ((auto_gptq, auto_gptq.AutoGPTQMoEMethod, gptq_expert), (auto_awq, auto_awq.AutoAWQMoEMethod, awq_expert),
-                                   (packed, packed.CompressedTensorsWNA16MoEMethod, packed_expert)):
+    for module, method, decode in (
+        (auto_gptq, auto_gptq.AutoGPTQMoEMethod, gptq_expert),
+        (auto_awq, auto_awq.AutoAWQMoEMethod, awq_expert),
+        (packed, packed.CompressedTensorsWNA16MoEMethod, packed_expert),
+    ):
         module.select_wna16_moe_backend = lambda *args, **kwargs: (WNA16MoEBackend.CPU, CPUExpertsInt4)
         method.process_weights_after_loading, method.apply = keep(decode), apply
     return "reference"
@@ -163,8 +173,13 @@ def gptq_expert(layer, name, e):
 
 def awq_expert(layer, name, e):
     order = (0, 4, 1, 5, 2, 6, 3, 7)
-    return spread(*(fields(getattr(layer, f"{name}_qweight")[e], order).T, getattr(layer, f"{name}_scales")[e].T,
-                    fields(getattr(layer, f"{name}_qzeros")[e], order).T))
+    return spread(
+        *(
+            fields(getattr(layer, f"{name}_qweight")[e], order).T,
+            getattr(layer, f"{name}_scales")[e].T,
+            fields(getattr(layer, f"{name}_qzeros")[e], order).T,
+        )
+    )
 
 
 def packed_expert(layer, name, e):

@@ -1,7 +1,7 @@
 """Real engines open our checkpoints: each test starts vLLM or transformers in its own environment and asks it.
 
-`make test-clients` builds the environments; without them the tests skip. Where vLLM has no 4-bit kernel for this CPU (it
-wants AVX-512), its loader still judges the checkpoint and ask_vllm.py multiplies; the answer then says "reference".
+`make test-clients` builds the environments; without them the tests skip. Where vLLM has no 4-bit kernel for this CPU
+(it wants AVX-512), its loader still judges the checkpoint and ask_vllm.py multiplies; the answer then says "reference".
 """
 
 import json
@@ -12,31 +12,44 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from healthy_models import save
 
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
-from doctor.quant.forward.skeleton import Skeleton
-from doctor.quant.dequantize import as_float
 from doctor.core.recipe import Recipe
-from doctor.model.spec import build_spec
 from doctor.lint.testing import encode, tiny
-
-from healthy_models import save
+from doctor.model.spec import build_spec
+from doctor.quant.dequantize import as_float
+from doctor.quant.forward.skeleton import Skeleton
 
 pytestmark = [pytest.mark.real, pytest.mark.clients]
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = {"transformers": "venv-hf", "vllm": "venv-vllm"}
 PROMPT = "The capital of France is"
-# Formats are a matter of packing, so rounding to nearest does for all but the method's own: 40 s of CPU instead of minutes.
-QUANTIZED = {"gptq": ("--method", "gptq", "--rows", "32", "--max-seq-length", "512"),
-             "awq": ("--method", "awq", "--rows", "16", "--max-seq-length", "512"), "gptq_v2": ("--method", "rtn"), "compressed-tensors": ("--method", "rtn")}
-STATED = {("vllm", "gptq"): {"gptq", "auto_gptq", "gptq_marlin"}, ("vllm", "compressed-tensors"): {"compressed-tensors"},
-          ("vllm", "awq"): {"awq", "awq_marlin"}, ("transformers", "awq"): {"awq"}, ("transformers", "gptq"): {"gptq"}, ("transformers", "gptq_v2"): {"gptq"}, ("transformers", "compressed-tensors"): {"compressed-tensors"}}
+# Formats are a matter of packing, so rounding to nearest does for all but the method's own: 40 s of CPU instead of
+# minutes.
+QUANTIZED = {
+    "gptq": ("--method", "gptq", "--rows", "32", "--max-seq-length", "512"),
+    "awq": ("--method", "awq", "--rows", "16", "--max-seq-length", "512"),
+    "gptq_v2": ("--method", "rtn"),
+    "compressed-tensors": ("--method", "rtn"),
+}
+STATED = {
+    ("vllm", "gptq"): {"gptq", "auto_gptq", "gptq_marlin"},
+    ("vllm", "compressed-tensors"): {"compressed-tensors"},
+    ("vllm", "awq"): {"awq", "awq_marlin"},
+    ("transformers", "awq"): {"awq"},
+    ("transformers", "gptq"): {"gptq"},
+    ("transformers", "gptq_v2"): {"gptq"},
+    ("transformers", "compressed-tensors"): {"compressed-tensors"},
+}
 # In float32 two orders of summation move a logarithm of probability by less; beyond it, not rounding decided.
 ROUNDING = 1e-3
 
 
-def start(client: str, model: Path, *options: str, prompts=(PROMPT,), **environment: str) -> subprocess.CompletedProcess:
+def start(
+    client: str, model: Path, *options: str, prompts=(PROMPT,), **environment: str
+) -> subprocess.CompletedProcess:
     """The client's finished process; skips where its environment is not built."""
     folder = ROOT / ".cache" / ENVIRONMENTS[client]
     if not (folder / "finished").exists():
@@ -55,12 +68,27 @@ def ask(client: str, model: Path, *options: str, **more) -> dict:
 
 @pytest.fixture
 def quantized(smollm2):
-    """format -> SmolLM2 quantized into it in groups of 64, kept in .cache/clients; an interrupted run goes on where it was."""
+    """format -> SmolLM2 quantized into it in groups of 64, kept in .cache/clients; an interrupted run goes on where it
+    was.
+    """
 
     def build(format: str) -> Path:
         folder = ROOT / ".cache" / "clients" / f"{format}-g64"
         if not folder.exists():
-            command = [sys.executable, "-m", "doctor", "quantize", smollm2, "-o", folder, "--group-size", "64", "--format", format, "--resume"]
+            command = [
+                sys.executable,
+                "-m",
+                "doctor",
+                "quantize",
+                smollm2,
+                "-o",
+                folder,
+                "--group-size",
+                "64",
+                "--format",
+                format,
+                "--resume",
+            ]
             run = subprocess.run([*command, *QUANTIZED[format]], cwd=ROOT, capture_output=True, text=True)
             assert run.returncode == 0, run.stdout + run.stderr
         return folder
@@ -89,26 +117,35 @@ def test_client_opens_our_quantized_model_and_finds_paris(client, format, quanti
 
 
 def taken_apart(family: str, format: str, folder: Path) -> Path:
-    """A tiny random mixture, rounded to nearest into the format; symmetric, which is all that the clients' stand-ins compute."""
+    """A tiny random mixture, rounded to nearest into the format; symmetric, which is all that the clients' stand-ins
+    compute.
+    """
     save(family, folder / "m", num_experts_per_tok=1 if family == "llama4_text" else 2)
-    done = api.quantize(folder / "m", folder / "o", Recipe(method="rtn", group_size=32, sym=format != "awq", format=format))
+    done = api.quantize(
+        folder / "m", folder / "o", Recipe(method="rtn", group_size=32, sym=format != "awq", format=format)
+    )
     assert done.output and not [n for n, i in Checkpoint.open(done.output).tensors.items() if len(i.shape) == 3]
     return done.output
 
 
 def agreement(folder: Path, prompts: list[str], answers: list[list[int]]) -> float:
-    """Share of the client's tokens that the file's own numbers put first too, or within bfloat16's rounding of the first."""
+    """Share of the client's tokens that the file's own numbers put first too, or within bfloat16's rounding of the
+    first.
+    """
     import torch
     from transformers import AutoTokenizer
 
     read = as_float(Checkpoint.open(folder))
-    built, tokenizer = Skeleton(read, build_spec(read.value("config.json"), read.tensors)), AutoTokenizer.from_pretrained(folder)
+    built, tokenizer = (
+        Skeleton(read, build_spec(read.value("config.json"), read.tensors)),
+        AutoTokenizer.from_pretrained(folder),
+    )
     built.load_whole()
     found = []
     for prompt, tokens in zip(prompts, answers, strict=True):
         ids = torch.tensor([tokenizer(prompt)["input_ids"] + tokens])
         with torch.no_grad():
-            logits = built.model(ids, use_cache=False).logits[0, -len(tokens) - 1:-1]
+            logits = built.model(ids, use_cache=False).logits[0, -len(tokens) - 1 : -1]
         found += (logits.amax(-1) - logits[range(len(tokens)), tokens] < 0.06).tolist()
     return sum(found) / len(found)
 
@@ -116,7 +153,15 @@ def agreement(folder: Path, prompts: list[str], answers: list[list[int]]) -> flo
 EXPERT_PROMPTS = ["abcdefgh", "xyzXYZ12", "ABab", "MNOPmnop", "98765"]
 
 
-@pytest.mark.parametrize("family, format", [("granitemoe", "gptq"), ("granitemoe", "awq"), ("granitemoe", "compressed-tensors"), ("llama4_text", "compressed-tensors")])
+@pytest.mark.parametrize(
+    "family, format",
+    [
+        ("granitemoe", "gptq"),
+        ("granitemoe", "awq"),
+        ("granitemoe", "compressed-tensors"),
+        ("llama4_text", "compressed-tensors"),
+    ],
+)
 def test_vllm_serves_experts_that_were_taken_apart(family, format, tmp_path):
     folder = taken_apart(family, format, tmp_path)
     answer = ask("vllm", folder, "--tokens", "6", prompts=EXPERT_PROMPTS)
@@ -146,7 +191,9 @@ PROMPTS = ("The", "with", "class", "import", "return", "Python", "def", "if", "w
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory) -> Path:
-    """A small trained Llama of 4 heads whose MLP of 96 = 3 x 32 two GPUs cannot share in groups of 32. Heads are of 32: vLLM has no smaller."""
+    """A small trained Llama of 4 heads whose MLP of 96 = 3 x 32 two GPUs cannot share in groups of 32. Heads are of 32:
+    vLLM has no smaller.
+    """
     from demo import train
 
     case = tiny("llama", mlp=96)
@@ -174,7 +221,9 @@ def test_two_gpus_refuse_what_g302_finds_and_serve_what_it_cures(narrow, cured, 
         assert api.quantize(source, tmp_path / name, recipe).output is not None
     refused = start("vllm", tmp_path / "q-narrow", "--tp", "2", **TWO)
     # Workers write to stdout. 48 of the 96 inputs are one and a half groups; the served one has 64.
-    assert refused.returncode != 0 and "Input size (48) not supported" in refused.stdout, (refused.stdout + refused.stderr)[-3000:]
+    assert refused.returncode != 0 and "Input size (48) not supported" in refused.stdout, (
+        refused.stdout + refused.stderr
+    )[-3000:]
     served = ask("vllm", tmp_path / "q-cured", "--tp", "2", "--tokens", "12", prompts=PROMPTS, **TWO)
     assert len(served["answers"]) == 12 and served["quantization"] in STATED["vllm", "gptq"]
 
@@ -187,6 +236,8 @@ def test_the_cured_model_on_two_gpus_says_what_the_original_says_on_one(narrow, 
     for prompt, want, got in zip(PROMPTS, original, padded, strict=True):
         at = next((i for i, (a, b) in enumerate(zip(want, got, strict=True)) if a[0] != b[0]), None)
         equal += at is None
-        assert at is None or want[at][1] < ROUNDING, f"{prompt!r}: token {at} differs, with a lead of {want[at][1]:.4f} in the original"
+        assert at is None or want[at][1] < ROUNDING, (
+            f"{prompt!r}: token {at} differs, with a lead of {want[at][1]:.4f} in the original"
+        )
     print(f"{equal} of {len(PROMPTS)} replies are equal")
     assert equal >= len(PROMPTS) // 2

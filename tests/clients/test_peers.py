@@ -1,4 +1,5 @@
-"""Field reports from their beginning: another quantizer fails, in its own code, on a checkpoint; we name the cause and end in a good model.
+"""Field reports from their beginning: another quantizer fails, in its own code, on a checkpoint; we name the cause and
+end in a good model.
 
 `make test-clients` fetches the peers and the environment that they run in; without them the tests skip.
 """
@@ -13,9 +14,9 @@ import pytest
 
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core.recipe import Recipe
 from doctor.lint.engine import load_rules
 from doctor.lint.explain import search
-from doctor.core.recipe import Recipe
 from doctor.lint.testing import encode, shard_bytes, tiny
 
 pytestmark = [pytest.mark.real, pytest.mark.clients]
@@ -29,7 +30,14 @@ def fails(peer: str, model: Path, linear: str, *options: str) -> str | None:
     """The peer's own exception on this linear, None where it has none."""
     if not (CACHE / "venv-hf" / "finished").exists() or not (CACHE / "peers" / "finished").exists():
         pytest.skip("the peers are not there: make test-clients")
-    command = [CACHE / "venv-hf" / "bin" / "python", ROOT / "tests" / "clients" / "ask_peer.py", peer, model, linear, *options]
+    command = [
+        CACHE / "venv-hf" / "bin" / "python",
+        ROOT / "tests" / "clients" / "ask_peer.py",
+        peer,
+        model,
+        linear,
+        *options,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])["error"]
@@ -56,7 +64,9 @@ def values(codes: np.ndarray) -> np.ndarray:
 
 
 def ends_well(source: Path, output: Path, recipe: Recipe, original: Path, largest: float = 1.05) -> api.Report:
-    """Quantizes and compares: the model is there and its perplexity is at most `largest` of the original's. The run's report."""
+    """Quantizes and compares: the model is there and its perplexity is at most `largest` of the original's. The run's
+    report.
+    """
     done = api.quantize(source, output, recipe, rows=32, max_seq_length=64)
     assert done.output is not None, [f.message for f in done.report.findings]
     verdict = api.verify(original, output, rows=8)
@@ -103,7 +113,9 @@ def test_a_bare_assertion_of_the_last_autoawq_is_the_same_bad_weight(good, with_
 
 
 def test_nan_of_autoawq_on_healthy_weights_is_a_group_that_float16_makes_zero(good, tmp_path):
-    """Before its epsilons AutoAWQ divided by the largest weight of a group. Nothing is NaN in the file: float16 has no 1e-9."""
+    """Before its epsilons AutoAWQ divided by the largest weight of a group. Nothing is NaN in the file: float16 has no
+    1e-9.
+    """
     linear = "model.layers.1.self_attn.q_proj"
 
     def one_group(tensors):
@@ -134,14 +146,18 @@ def test_not_positive_definite_at_a_late_minor_is_rounding_and_no_lack_of_sample
     order = int(error.split("order ")[1].split()[0])
     assert order > 1000, "a late minor: neither NaN nor a dead input"
     assert {"Q402", "Q411"} <= set(first_answers(error))
-    report = ends_well(sink, tmp_path / "q", Recipe(group_size=32, damp=0.0001), sink, 1.1)  # 40 steps of training leave it fragile
+    report = ends_well(
+        sink, tmp_path / "q", Recipe(group_size=32, damp=0.0001), sink, 1.1
+    )  # 40 steps of training leave it fragile
     assert {"Q402", "Q411"} & {f.code for f in report.findings}
 
 
 def plant_sink(tensors) -> None:
-    """One rare letter gets a direction of its own in the embedding, on which gate and up of block 0 answer with 4,096 large numbers.
+    """One rare letter gets a direction of its own in the embedding, on which gate and up of block 0 answer with 4,096
+    large numbers.
 
-    down_proj is made blind for their direction, so that the model says what it said: only its Hessian is dominated by the letter.
+    down_proj is made blind for their direction, so that the model says what it said: only its Hessian is dominated by
+    the letter.
     """
     letter, channel, height = 40, 0, 3e3
     embedding = values(tensors["model.embed_tokens.weight"])
@@ -153,7 +169,7 @@ def plant_sink(tensors) -> None:
     norm[channel] = encode(np.ones(1), "BF16")[0]
     draw = np.random.default_rng(1)
     answers = draw.normal(0, 1, 4096)
-    for name, column in (("gate", np.full(4096, height ** 0.5)), ("up", answers * height ** 0.5)):
+    for name, column in (("gate", np.full(4096, height**0.5)), ("up", answers * height**0.5)):
         weight = values(tensors[f"model.layers.0.mlp.{name}_proj.weight"])
         weight[:, channel] = column / 8  # a lone channel of 64 leaves the norm as sqrt(64)
         tensors[f"model.layers.0.mlp.{name}_proj.weight"] = encode(weight, "BF16")

@@ -1,11 +1,11 @@
 import pytest
 
-from doctor.core import facts
-from doctor.scan.header import header_facts
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core import facts
 from doctor.core.facts import CHECKPOINT, FACTS, Store, Unavailable, fact, provide
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import tiny
+from doctor.scan.header import header_facts
 
 
 @pytest.fixture
@@ -97,6 +97,7 @@ def test_two_facts_of_one_name_are_refused(registry):
 def test_every_provided_fact_has_a_document_and_every_stage_is_known():
     for entry in FACTS.values():
         assert entry.doc and entry.stage in facts.STAGES and entry.scope in facts.SCOPES, entry.name
+
 
 def test_every_gathers_a_fact_over_its_subjects_and_says_why_there_is_none(registry):
     store = Store()

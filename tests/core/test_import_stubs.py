@@ -1,4 +1,5 @@
 """What doctor's own process leaves out of transformers and torch, and that it comes back when it is asked for."""
+
 import json
 import os
 import subprocess
@@ -8,13 +9,17 @@ import pytest
 
 from doctor.lint.testing import tiny
 
-LOADED = "[m for m in ('sympy', 'torch._dynamo', 'torch.distributed.tensor', 'scipy.optimize', 'transformers.loss.loss_utils') " \
-         "if type(sys.modules.get(m)).__name__ == 'module']"
+LOADED = (
+    "[m for m in ('sympy', 'torch._dynamo', 'torch.distributed.tensor', 'scipy.optimize', 'transformers.loss.loss_utils') "
+    "if type(sys.modules.get(m)).__name__ == 'module']"
+)
 
 
 def run(code: str, **environment: str):
     """The JSON that `code` prints in an interpreter of its own."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -41,7 +46,9 @@ def test_a_model_computes_the_same_without_what_was_left_out(install):
 
 
 def test_what_was_left_out_is_there_when_it_is_asked_for():
-    code = MODEL.format(install=True) + """
+    code = (
+        MODEL.format(install=True)
+        + """
 from transformers.masking_utils import TransformGetItemToIndex
 import transformers.loss.loss_utils as losses
 from torch._dynamo.utils import counters
@@ -49,6 +56,7 @@ wanted = [type(TransformGetItemToIndex()).__module__, torch.compile(lambda x: 2 
           callable(losses.ForCausalLMLoss), type(sys.modules["torch._dynamo"]).__name__]
 print(json.dumps(wanted))
 """
+    )
     assert run(code) == ["torch._dynamo._trace_wrapped_higher_order_op", 2.0, True, "module"]
 
 
@@ -74,6 +82,8 @@ try:
 except SystemExit as end:
     print(json.dumps([end.code, {LOADED}]))
 """
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input_ids": [(7 * i + j) % 90 + 3 for j in range(32)]}) + "\n" for i in range(16)))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"input_ids": [(7 * i + j) % 90 + 3 for j in range(32)]}) + "\n" for i in range(16))
+    )
     assert run(code) == [0, []]
     assert (tmp_path / "out" / "config.json").exists()

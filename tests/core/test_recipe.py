@@ -4,10 +4,19 @@ from doctor.core.errors import DoctorError
 from doctor.core.recipe import Recipe, parse_runtime
 
 
-@pytest.mark.parametrize("bad, text", [
-    ({"bits": 5}, "bits 5; must be 2, 3, 4 or 8"), ({"method": "exl9"}, "method 'exl9'"), ({"group_size": 0}, "group size 0"),
-    ({"tp": 0}, "tensor parallel 0"), ({"damp": 0.5, "damp_max": 0.1}, "damp 0.5 to 0.1"), ({"damp": float("nan")}, "damp nan"),
-    ({"method": "awq", "bits": 8}, "awq with 8 bits"), ({"runtime": "tgi"}, "runtime 'tgi'")])
+@pytest.mark.parametrize(
+    "bad, text",
+    [
+        ({"bits": 5}, "bits 5; must be 2, 3, 4 or 8"),
+        ({"method": "exl9"}, "method 'exl9'"),
+        ({"group_size": 0}, "group size 0"),
+        ({"tp": 0}, "tensor parallel 0"),
+        ({"damp": 0.5, "damp_max": 0.1}, "damp 0.5 to 0.1"),
+        ({"damp": float("nan")}, "damp nan"),
+        ({"method": "awq", "bits": 8}, "awq with 8 bits"),
+        ({"runtime": "tgi"}, "runtime 'tgi'"),
+    ],
+)
 def test_an_illegal_value_is_refused_with_what_it_must_be(bad, text):
     with pytest.raises(DoctorError, match=text):
         Recipe(**bad)
@@ -28,6 +37,8 @@ def test_a_recipe_moves_one_way():
 def test_labels_read_as_people_write_them():
     assert Recipe(tp=8).label() == "gptq 4-bit g128 tp8"
     assert Recipe(method="awq", group_size=-1).label() == "awq 4-bit per-channel"
-    assert Recipe(format="compressed-tensors", group_size=64).label() == "compressed-tensors 4-bit g64"  # who rounded it, its files do not say
+    assert (
+        Recipe(format="compressed-tensors", group_size=64).label() == "compressed-tensors 4-bit g64"
+    )  # who rounded it, its files do not say
     assert parse_runtime("vLLM==0.6.0") == ("vllm", "0.6.0")
     assert parse_runtime("vllm") == ("vllm", "")

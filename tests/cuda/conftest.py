@@ -1,15 +1,14 @@
-"""Devices for the tests of kernels. A test belongs to a rung (rungs.py) by its marker or, when it runs on several devices, by its device."""
+"""Devices for the tests of kernels. A test belongs to a rung (rungs.py) by its marker or, when it runs on several
+devices, by its device.
+"""
 
 import contextlib
 import os
-import sys
 from collections import Counter
-from pathlib import Path
 
+import host
 import pytest
-
-import host  # noqa: E402
-from rungs import RUNGS  # noqa: E402
+from rungs import RUNGS
 
 
 def pytest_configure(config):
@@ -27,7 +26,9 @@ def rung_of(item):
 def pytest_runtest_setup(item):
     rung = rung_of(item)
     if rung is not None:
-        item.user_properties.append(("rung", rung))  # it travels with the report, because tests may run in several processes
+        item.user_properties.append(
+            ("rung", rung)
+        )  # it travels with the report, because tests may run in several processes
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,9 @@ def device(request):
 
     if request.param == "host":
         return request.getfixturevalue("host_engine"), torch.device("cpu")
-    if os.environ.get("DOCTOR_PRETEND_GPU"):    # the lines of R4 on a device that is none: mistakes of the tests show here, not there
+    if os.environ.get(
+        "DOCTOR_PRETEND_GPU"
+    ):  # the lines of R4 on a device that is none: mistakes of the tests show here, not there
         from pretend import pretend
 
         request.getfixturevalue("pretended").enter_context(pretend(request.getfixturevalue("host_engine")))

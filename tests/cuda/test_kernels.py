@@ -1,14 +1,16 @@
-"""Kernels against the reference: R1 on the host build through the real launcher, R4 on a GPU. The same tests for both."""
+"""Kernels against the reference: R1 on the host build through the real launcher, R4 on a GPU. The same tests for
+both.
+"""
 
 import pytest
 import torch
 from judges import assert_close, energies, grid_of, judge_columns, judge_fit, judge_refined, problem
 
-from doctor.scan import counters
-from doctor.quant.solve import gptq, grid, kernels
 from doctor.quant import pack
+from doctor.quant.solve import gptq, grid, kernels
 from doctor.quant.solve.gptq import _Rules
 from doctor.quant.solve.grid import Grid, contiguous_groups
+from doctor.scan import counters
 
 F16 = torch.float16
 
@@ -26,8 +28,9 @@ def rounded(device, T, U, rule, groups, static, cost=None, width=0):
     """kernels.round_columns on the device, results on the CPU. T is kept."""
     engine, place = device
     static = static and Grid(*on(place, *static))
-    codes, found = kernels.round_columns(T.clone().to(place), on(place, U), rule, on(place, groups), static,
-                                         on(place, cost), width, engine=engine)
+    codes, found = kernels.round_columns(
+        T.clone().to(place), on(place, U), rule, on(place, groups), static, on(place, cost), width, engine=engine
+    )
     return codes.cpu(), Grid(found.scale.cpu(), found.zero.cpu())
 
 
@@ -63,8 +66,19 @@ def test_grids_made_on_the_fly_are_the_references(device, bits, width, sym):
     assert_close(found.scale, reference.scale, 0.5 * reference.scale.abs() + 1e-7, "scales")
 
 
-@pytest.mark.parametrize("n, k, width", [(333, 128, 128), (1000, 96, 32), (333, 328, -1), (5, 1000, -1), (1, 32, 32), (129, 144, 48),
-                                         (7, 200, 8), (64, 256, 256)])
+@pytest.mark.parametrize(
+    "n, k, width",
+    [
+        (333, 128, 128),
+        (1000, 96, 32),
+        (333, 328, -1),
+        (5, 1000, -1),
+        (1, 32, 32),
+        (129, 144, 48),
+        (7, 200, 8),
+        (64, 256, 256),
+    ],
+)
 @pytest.mark.parametrize("static", [True, False])
 def test_ragged_shapes_round_as_the_reference(device, n, k, width, static):
     """Rows that fill no block of threads, one group, k = group, widths and blocks that 16 and 4 do not divide."""
@@ -83,7 +97,9 @@ def test_a_weight_that_is_not_finite_spoils_its_own_row_only(device, bad, static
     clean = grid_of(T, 4, 64, True)
     T[70, 17] = bad
     groups = contiguous_groups(128, 64)
-    codes, found = rounded(device, T, U, rules(4, 64, True), groups, clean if static else None, cost, 0 if static else 64)
+    codes, found = rounded(
+        device, T, U, rules(4, 64, True), groups, clean if static else None, cost, 0 if static else 64
+    )
     judge_columns(T, U, codes, found, groups, 4)
     others = torch.arange(40) != 17
     assert torch.isfinite(found.scale[others]).all()
@@ -98,7 +114,9 @@ def test_errors_reach_the_later_blocks(device):
     groups = contiguous_groups(257, -1)
     codes, _ = rounded(device, T, U, rules(3, -1, False), groups, static)
     judge_columns(T, U, codes, static, groups, 3)
-    assert (codes != grid.quantize(T.T, static, 3).T).float().mean() > 0.05, "no correction changed a code: nothing was tested"
+    assert (codes != grid.quantize(T.T, static, 3).T).float().mean() > 0.05, (
+        "no correction changed a code: nothing was tested"
+    )
 
 
 def hessian_of(U):
@@ -106,7 +124,9 @@ def hessian_of(U):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("n, k, width", [(40, 256, 32), (33, 128, 128), (7, 200, 8), (130, 192, 64), (5, 144, 48), (1, 100, -1)])
+@pytest.mark.parametrize(
+    "n, k, width", [(40, 256, 32), (33, 128, 128), (7, 200, 8), (130, 192, 64), (5, 144, 48), (1, 100, -1)]
+)
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "signed"])
 def test_a_refinement_is_the_references(device, bits, n, k, width, kind):
     """With scales where a group fits a block, without where it does not; the change of the loss is what it says."""
@@ -120,8 +140,17 @@ def test_a_refinement_is_the_references(device, bits, n, k, width, kind):
     E = T - grid.dequantize(codes.T, static).T
     change = torch.zeros(n, dtype=torch.float64)
     there, moved = change.to(place), codes.clone().to(place)
-    got, found = kernels.refine(E.to(place).contiguous(), H.to(place), moved, Grid(*on(place, *static)), groups.to(place), rule, inside,
-                                there, engine=engine)
+    got, found = kernels.refine(
+        E.to(place).contiguous(),
+        H.to(place),
+        moved,
+        Grid(*on(place, *static)),
+        groups.to(place),
+        rule,
+        inside,
+        there,
+        engine=engine,
+    )
     found = Grid(found.scale.cpu(), found.zero.cpu())
     assert (found.scale != static.scale).any() == bool(inside)
     before, after = judge_refined(T, H, (codes, static), (got.cpu(), found), groups, bits, inside)
@@ -135,8 +164,17 @@ def test_the_loop_adds_up_the_loss(device, static):
     given = grid_of(T, 4, 40, True) if static else None
     groups = contiguous_groups(200, 40)
     loss = torch.full((40,), 2.0, dtype=torch.float64).to(place)
-    codes, found = kernels.round_columns(T.clone().to(place), U.to(place), rules(4, 40, True), groups.to(place),
-                                         given and Grid(*on(place, *given)), cost.to(place), 0 if static else 40, loss, engine=engine)
+    codes, found = kernels.round_columns(
+        T.clone().to(place),
+        U.to(place),
+        rules(4, 40, True),
+        groups.to(place),
+        given and Grid(*on(place, *given)),
+        cost.to(place),
+        0 if static else 40,
+        loss,
+        engine=engine,
+    )
     E = T - grid.dequantize(codes.cpu().T, Grid(found.scale.cpu(), found.zero.cpu())).T
     want = energies(E, hessian_of(U))
     assert_close(loss.cpu() - 2, want, 1e-3 * want.max().item(), "the loss")
@@ -196,7 +234,9 @@ def test_bit_streams_are_the_packers(device, bits, m, c):
     assert torch.equal(kernels.pack_columns(codes.to(place), bits, engine=engine).cpu(), pack.pack_columns(codes, bits))
     assert torch.equal(kernels.pack_rows(codes.to(place), bits, engine=engine).cpu(), pack.pack_rows(codes, bits))
     turned = codes.T.contiguous().T
-    assert torch.equal(kernels.pack_columns(turned.to(place), bits, engine=engine).cpu(), pack.pack_columns(codes, bits))
+    assert torch.equal(
+        kernels.pack_columns(turned.to(place), bits, engine=engine).cpu(), pack.pack_columns(codes, bits)
+    )
 
 
 @pytest.mark.parametrize("n, columns", [(8, 1), (32, 33), (1000, 5), (1032, 3)])
@@ -297,8 +337,8 @@ def kv_reference(x, bits):
 def test_a_cached_key_reads_back_as_exllamav2s(device, bits, count):
     engine, place = device
     x = torch.randn(count, generator=torch.Generator().manual_seed(count))
-    x[5] = 140.0                                    # a key bias, the case that breaks 4 bits
-    x[-32:] *= 1e-6                                 # subnormal in float16
+    x[5] = 140.0  # a key bias, the case that breaks 4 bits
+    x[-32:] *= 1e-6  # subnormal in float16
     x = x.to(F16)
     want_codes, want_scales, want = kv_reference(x, bits)
     codes, scales = kernels.kv_store(x.to(place), bits, engine=engine)
@@ -311,7 +351,7 @@ def test_a_cached_key_reads_back_as_exllamav2s(device, bits, count):
 def test_zeros_and_overflow_in_the_cache_are_exllamav2s(device):
     engine, place = device
     x = torch.zeros(128, dtype=F16)
-    x[64:] = 3000.0                                 # 32 times that is past 65504
+    x[64:] = 3000.0  # 32 times that is past 65504
     for bits in (4, 8):
         codes, scales = kernels.kv_store(x.to(place), bits, engine=engine)
         back = kernels.kv_load(codes, scales, bits, engine=engine).cpu()
@@ -330,11 +370,16 @@ def test_a_scan_counts_what_the_cpu_counts(device, dtype, count):
     got = kernels.health_scan(x.to(place), engine=engine)
     want = counters.scan(x.view(torch.uint8).numpy(), {torch.float32: "F32", F16: "F16", torch.bfloat16: "BF16"}[dtype])
     assert {key: got[key] for key in got if key not in ("sum", "sumsq")} == {
-        key: getattr(want, key) for key in got if key not in ("sum", "sumsq")}
+        key: getattr(want, key) for key in got if key not in ("sum", "sumsq")
+    }
     wide = x.to(torch.float64)
     finite = torch.isfinite(wide)
-    assert_close(torch.tensor([got["sum"], got["sumsq"]], dtype=torch.float64), torch.stack([wide[finite].sum(), wide[finite].square().sum()]),
-                 1e-6 * wide[finite].square().sum().clamp_min(wide[finite].abs().sum()).item() + 1e-12, "sums")
+    assert_close(
+        torch.tensor([got["sum"], got["sumsq"]], dtype=torch.float64),
+        torch.stack([wide[finite].sum(), wide[finite].square().sum()]),
+        1e-6 * wide[finite].square().sum().clamp_min(wide[finite].abs().sum()).item() + 1e-12,
+        "sums",
+    )
 
 
 def test_a_layer_end_to_end_has_the_references_loss(device):
@@ -347,12 +392,19 @@ def test_a_layer_end_to_end_has_the_references_loss(device):
     want = gptq.solve(W, H, refine=0)
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
     from doctor.quant.solve.hessian import factorise
+
     U, _ = factorise(H[order][:, order], 0.01)
     cost = torch.empty(256)
     cost[order] = U.diagonal() ** -2
     static = kernels.fit(W.to(place), 4, 128, True, mse=True, weight=cost.to(place), zero_min=1, engine=engine)
-    codes, found = kernels.round_columns(W[:, order].T.contiguous().to(place), U.to(place), rules(4, 128, True),
-                                         contiguous_groups(256, 128)[order].to(place), static, engine=engine)
+    codes, found = kernels.round_columns(
+        W[:, order].T.contiguous().to(place),
+        U.to(place),
+        rules(4, 128, True),
+        contiguous_groups(256, 128)[order].to(place),
+        static,
+        engine=engine,
+    )
     Q = grid.dequantize(codes.cpu()[torch.argsort(order)].T, Grid(found.scale.cpu(), found.zero.cpu()))
     loss = gptq.proxy_loss(W, Q, H)
     assert abs(loss / want.loss - 1) <= 2e-3 and loss < 0.8 * want.rtn_loss

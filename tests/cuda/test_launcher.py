@@ -76,7 +76,9 @@ def test_a_cache_that_cannot_be_written_costs_a_compilation_only(library, tmp_pa
 def test_a_compilers_words_reach_the_user(library, tmp_path, host_builds, monkeypatch):
     engine = host.engine(tmp_path, host_builds, library)
     monkeypatch.delenv("FAKE_CUDA_BUILDS")
-    with pytest.raises(CudaError, match=r"pack.cu: NVRTC 12.9 stopped with code 6 for .*sm_90: fake.cu\(1\): error: no builds"):
+    with pytest.raises(
+        CudaError, match=r"pack.cu: NVRTC 12.9 stopped with code 6 for .*sm_90: fake.cu\(1\): error: no builds"
+    ):
         kernels.pack_columns(CODES, 4, engine=engine)
 
 
@@ -88,7 +90,9 @@ def test_a_missing_kernel_is_named(library, tmp_path, host_builds):
 
 def test_shared_memory_past_the_device_is_refused_with_numbers(library, tmp_path, host_builds):
     engine = host.engine(tmp_path, host_builds, library)
-    with pytest.raises(CudaError, match=r"gptq_block\(T\): grid 1x1, 128 threads, 131072 bytes .* allows 101376 bytes a block"):
+    with pytest.raises(
+        CudaError, match=r"gptq_block\(T\): grid 1x1, 128 threads, 131072 bytes .* allows 101376 bytes a block"
+    ):
         engine.launch("gptq_block", "gptq_block", (1, 1), 128, 131072, (), 0, "T")
 
 
@@ -96,14 +100,28 @@ def test_large_shared_memory_is_opted_in(library, tmp_path, host_builds):
     """gptq_block asks for 80 KiB, and the fake driver refuses what was not opted in."""
     engine = host.engine(tmp_path, host_builds, library)
     static = Grid(torch.full((3, 1), 0.1), torch.full((3, 1), 8, dtype=torch.int32))
-    kernels.round_columns(torch.zeros(32, 3), torch.eye(32), _Rules(4, 32, True, False, False, 0, torch.float16),
-                          contiguous_groups(32, 32), static, engine=engine)
+    kernels.round_columns(
+        torch.zeros(32, 3),
+        torch.eye(32),
+        _Rules(4, 32, True, False, False, 0, torch.float16),
+        contiguous_groups(32, 32),
+        static,
+        engine=engine,
+    )
     function, allowed = engine._functions["gptq_block"]
     assert allowed == [(128 + 32) * 512]
 
 
-@pytest.mark.parametrize("n, optin, multiprocessors, threads", [(64, 232448, 132, 32), (8192, 101376, 84, 64), (29568, 232448, 132, 128),
-                                                               (8448, 232448, 132, 64), (29568, 101376, 84, 64)])
+@pytest.mark.parametrize(
+    "n, optin, multiprocessors, threads",
+    [
+        (64, 232448, 132, 32),
+        (8192, 101376, 84, 64),
+        (29568, 232448, 132, 128),
+        (8448, 232448, 132, 64),
+        (29568, 101376, 84, 64),
+    ],
+)
 def test_blocks_are_as_wide_as_device_and_rows_allow(host_engine, monkeypatch, n, optin, multiprocessors, threads):
     monkeypatch.setattr(host_engine, "shared_optin", optin)
     monkeypatch.setattr(host_engine, "multiprocessors", multiprocessors)
@@ -112,10 +130,22 @@ def test_blocks_are_as_wide_as_device_and_rows_allow(host_engine, monkeypatch, n
 
 def test_a_failing_kernel_is_named_with_its_shapes_and_code(library, tmp_path):
     builds = tmp_path / "broken"
-    host.build("pack", builds, edit={"pack.cu": lambda text: text.replace(
-        "    const u8 *codes = s.codes", "    if (threadIdx.x) __syncthreads();\n    const u8 *codes = s.codes", 1)})
-    with pytest.raises(CudaError, match=r"pack_stream\(codes\[2, 32\], 4 bits\): grid 1x1.*cuLaunchKernel returned 719 "
-                                        r"\(block \(0, 0\): some threads wait at __syncthreads"):
+    host.build(
+        "pack",
+        builds,
+        edit={
+            "pack.cu": lambda text: text.replace(
+                "    const u8 *codes = s.codes",
+                "    if (threadIdx.x) __syncthreads();\n    const u8 *codes = s.codes",
+                1,
+            )
+        },
+    )
+    with pytest.raises(
+        CudaError,
+        match=r"pack_stream\(codes\[2, 32\], 4 bits\): grid 1x1.*cuLaunchKernel returned 719 "
+        r"\(block \(0, 0\): some threads wait at __syncthreads",
+    ):
         kernels.pack_columns(CODES, 4, engine=host.engine(tmp_path, builds, library))
 
 
@@ -123,17 +153,33 @@ def test_fibers_in_reverse_order_give_the_same_bits(library, tmp_path, host_buil
     """A result that depends on which thread runs first is a race."""
     engine = host.engine(tmp_path, host_builds, library)
     from judges import problem
+
     T, U, cost = problem(128, 70)
     W = T.T.contiguous()
     results = []
     for turned in (0, 1):
         counter(library, "fake_reversed").value = turned
-        codes, found = kernels.round_columns(T.clone(), U, _Rules(4, 32, False, True, False, 0, torch.float16),
-                                             contiguous_groups(128, 32), None, cost, 32, engine=engine)
+        codes, found = kernels.round_columns(
+            T.clone(),
+            U,
+            _Rules(4, 32, False, True, False, 0, torch.float16),
+            contiguous_groups(128, 32),
+            None,
+            cost,
+            32,
+            engine=engine,
+        )
         scan = kernels.health_scan(W[:7], engine=engine)
         scan.pop("sum"), scan.pop("sumsq")
-        results.append((codes, *found, *kernels.fit(W, 4, 64, False, mse=True, engine=engine),
-                        *kernels.kv_store(W.reshape(-1).half(), 4, engine=engine), torch.tensor(list(scan.values()))))
+        results.append(
+            (
+                codes,
+                *found,
+                *kernels.fit(W, 4, 64, False, mse=True, engine=engine),
+                *kernels.kv_store(W.reshape(-1).half(), 4, engine=engine),
+                torch.tensor(list(scan.values())),
+            )
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -157,12 +203,18 @@ def test_the_cache_lies_with_hugging_faces_or_xdgs(monkeypatch):
     assert str(kernels.cache_folder()) == os.path.join("/data/xdg", "doctor", "kernels")
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda e: kernels.kv_store(torch.zeros(63, dtype=torch.float16), 4, engine=e), "63 cached values at 4 bits"),
-    (lambda e: kernels.kv_store(torch.zeros(64), 4, engine=e), "x is torch.float32 on cpu; must be torch.float16"),
-    (lambda e: kernels.awq_words(torch.zeros(12, 2, dtype=torch.uint8), engine=e), r"torch.uint8\[12, 2\]; must be torch.uint8"),
-    (lambda e: kernels.pack_rows(torch.zeros(4, 4), 4, engine=e), "codes are torch.float32; must be torch.uint8"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda e: kernels.kv_store(torch.zeros(63, dtype=torch.float16), 4, engine=e), "63 cached values at 4 bits"),
+        (lambda e: kernels.kv_store(torch.zeros(64), 4, engine=e), "x is torch.float32 on cpu; must be torch.float16"),
+        (
+            lambda e: kernels.awq_words(torch.zeros(12, 2, dtype=torch.uint8), engine=e),
+            r"torch.uint8\[12, 2\]; must be torch.uint8",
+        ),
+        (lambda e: kernels.pack_rows(torch.zeros(4, 4), 4, engine=e), "codes are torch.float32; must be torch.uint8"),
+    ],
+)
 def test_what_a_kernel_cannot_take_is_refused_before_launch(host_engine, call, message):
     with pytest.raises(CudaError, match=message):
         call(host_engine)

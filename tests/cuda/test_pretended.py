@@ -1,5 +1,6 @@
-"""R1: what a GPU run does around its kernels, on a device that is pretended (pretend.py): every tensor in its place, few waits, and
-the quality of the CPU's run."""
+"""R1: what a GPU run does around its kernels, on a device that is pretended (pretend.py): every tensor in its place,
+few waits, and the quality of the CPU's run.
+"""
 
 import json
 import random
@@ -11,15 +12,15 @@ import torch
 from pretend import PLACE, pretend
 
 from doctor import api
-from doctor.evaluate.kvcache import quantizers
 from doctor.core.errors import BadCheckpoint, CudaError, NotQuantizable, PlanRefused
-from doctor.quant.solve import awq, gptq, grid, kernels
-from doctor.quant import pack
-from doctor.quant.solve.hessian import Hessian, mixed_products
-from doctor.quant.job import Hidden
-from doctor.quant.forward.spill import Shelf
 from doctor.core.recipe import Recipe
+from doctor.evaluate.kvcache import quantizers
 from doctor.lint.testing import tiny
+from doctor.quant import pack
+from doctor.quant.forward.spill import Shelf
+from doctor.quant.job import Hidden
+from doctor.quant.solve import awq, gptq, grid, kernels
+from doctor.quant.solve.hessian import Hessian, mixed_products
 
 pytestmark = pytest.mark.R1
 WAITS_A_LINEAR = 40
@@ -48,7 +49,9 @@ def same_on_both(family, recipe, tmp_path, text, monkeypatch, engine):
         got = api.quantize(tmp_path / "m", tmp_path / "gpu", recipe, device="cuda", **options)
     # A channel behind a ReLU that hardly ever is above 0 may be so in one precision only, so Q403 is not compared.
     apart = ("Q417", "Q403")
-    assert got.report.ok and [f.code for f in got.report.findings if f.code not in apart] == [f.code for f in want.report.findings if f.code not in apart]
+    assert got.report.ok and [f.code for f in got.report.findings if f.code not in apart] == [
+        f.code for f in want.report.findings if f.code not in apart
+    ]
     ours, theirs = losses(tmp_path / "gpu"), losses(tmp_path / "cpu")
     assert ours.keys() == theirs.keys() and ours
     total = sum(ours.values()) / sum(theirs.values())
@@ -60,17 +63,26 @@ def test_a_run_on_the_device_is_as_good_as_one_on_the_cpu(tmp_path, text, host_e
     assert same_on_both("llama", Recipe(group_size=32), tmp_path, text, monkeypatch, host_engine) == []
 
 
-@pytest.mark.parametrize("family, recipe", [("llama", Recipe(method="awq", group_size=32)), ("gemma", Recipe(group_size=32)),
-                                            ("qwen2_moe", Recipe(group_size=32, bits=3, sym=False, format="gptq_v2")),
-                                            ("opt", Recipe(group_size=32, format="compressed-tensors"))],
-                         ids=["awq", "norms of 1 + w", "experts", "positions"])
+@pytest.mark.parametrize(
+    "family, recipe",
+    [
+        ("llama", Recipe(method="awq", group_size=32)),
+        ("gemma", Recipe(group_size=32)),
+        ("qwen2_moe", Recipe(group_size=32, bits=3, sym=False, format="gptq_v2")),
+        ("opt", Recipe(group_size=32, format="compressed-tensors")),
+    ],
+    ids=["awq", "norms of 1 + w", "experts", "positions"],
+)
 def test_without_kernels_torch_does_the_work_and_a_finding_says_so(family, recipe, tmp_path, text, monkeypatch):
     assert same_on_both(family, recipe, tmp_path, text, monkeypatch, None) == [
-        ("Q417", "no CUDA kernel runs on cuda, torch does their work: this device is pretended")]
+        ("Q417", "no CUDA kernel runs on cuda, torch does their work: this device is pretended")
+    ]
 
 
-@pytest.mark.parametrize("act_order, scattered, width", [(True, False, 32), (True, True, 64), (False, False, 128), (True, False, 48),
-                                                         (True, False, -1)])
+@pytest.mark.parametrize(
+    "act_order, scattered, width",
+    [(True, False, 32), (True, True, 64), (False, False, 128), (True, False, 48), (True, False, -1)],
+)
 def test_a_linear_solved_on_the_device_loses_what_the_definition_loses(host_engine, act_order, scattered, width):
     """Every flavour of order and group; past 128 rows, where losses are told from a sample."""
     g = torch.Generator().manual_seed(5)
@@ -120,7 +132,9 @@ def sums(rows, device, engine):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_calibration_rows_are_looked_through_without_a_wait(dtype, host_engine, launched):
-    """What is not finite is found as on a CPU, counted over the batches; without a kernel torch waits once a batch and finds the same."""
+    """What is not finite is found as on a CPU, counted over the batches; without a kernel torch waits once a batch and
+    finds the same.
+    """
     g = torch.Generator().manual_seed(0)
     rows = [torch.randn(2, 30, 40, generator=g).to(dtype) for _ in range(5)]
     assert sums(rows, PLACE, host_engine) == (300, None, 0) and launched == {"health_scan": 5}
@@ -135,10 +149,11 @@ def test_calibration_rows_are_looked_through_without_a_wait(dtype, host_engine, 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("width", [32, -1])
 def test_awqs_candidates_are_tried_on_the_device(sym, width, host_engine, launched, monkeypatch):
-    """One launch a candidate and weight, a wait for all of them and one for the finalists; the factors are the CPU's to the bit, with and
-    without the kernel."""
+    """One launch a candidate and weight, a wait for all of them and one for the finalists; the factors are the CPU's to
+    the bit, with and without the kernel.
+    """
     monkeypatch.setattr(awq, "FIRST_ROWS", 50)
-    monkeypatch.setattr(awq, "FINALISTS", 41)   # all of the 40 candidates
+    monkeypatch.setattr(awq, "FINALISTS", 41)  # all of the 40 candidates
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(n, 96, generator=g) * torch.linspace(0.1, 1, 96) for n in (40, 90)]
     X = torch.randn(400, 96, generator=g) * torch.linspace(3, 0.2, 96)
@@ -163,7 +178,9 @@ def test_a_weight_that_is_not_finite_ends_awqs_search_on_the_device_too(value, h
     W = torch.ones(32, 32)
     W[3, 4] = value
     with pretend(host_engine), pytest.raises(NotQuantizable, match=r"W\[3, 4\] is"):
-        awq.find_scales([W.to(PLACE)], torch.eye(32).to(PLACE), awq.Source("norm", "x"), bits=4, group_size=32, sym=True, zero_min=0)
+        awq.find_scales(
+            [W.to(PLACE)], torch.eye(32).to(PLACE), awq.Source("norm", "x"), bits=4, group_size=32, sym=True, zero_min=0
+        )
 
 
 def test_a_candidate_whose_scales_no_float16_holds_loses(host_engine):
@@ -192,7 +209,10 @@ def packed_in(form, bits):
     return pack.gptq_pack(codes, found, g_idx, bits), pack.gptq_dequantize, {"bits": bits}
 
 
-@pytest.mark.parametrize("form, bits", [*((form, bits) for form in ("gptq", "scattered", "compressed-tensors") for bits in (2, 3, 4, 8)), ("awq", 4)])
+@pytest.mark.parametrize(
+    "form, bits",
+    [*((form, bits) for form in ("gptq", "scattered", "compressed-tensors") for bits in (2, 3, 4, 8)), ("awq", 4)],
+)
 def test_words_are_read_where_they_are(form, bits, host_engine, launched):
     packed, read, options = packed_in(form, bits)
     want = read(**packed, **options)
@@ -223,16 +243,24 @@ def test_words_that_do_not_fit_each_other_reach_no_kernel(form, host_engine, lau
 
 def test_three_bits_in_the_layout_of_old_are_read_by_torch(host_engine, launched):
     W = torch.randint(0, 8, (4, 32), generator=torch.Generator().manual_seed(0))
-    words = torch.stack([sum(W[:, i] << 3 * (i - at) for i in range(at, min(at + 10, 32))) for at in range(0, 32, 10)], 1).to(torch.int32)
+    words = torch.stack(
+        [sum(W[:, i] << 3 * (i - at) for i in range(at, min(at + 10, 32))) for at in range(0, 32, 10)], 1
+    ).to(torch.int32)
     scale = torch.ones(4, 1)
     with pretend(host_engine):
         read = pack.compressed_dequantize(words.to(PLACE), scale.to(PLACE), (4, 32), 3)
     assert torch.equal(read.cpu(), W - 4.0) and not launched
 
 
-@pytest.mark.parametrize("recipe", [Recipe(group_size=32, format="compressed-tensors"), Recipe(method="awq", group_size=32)], ids=lambda r: r.method)
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(group_size=32, format="compressed-tensors"), Recipe(method="awq", group_size=32)],
+    ids=lambda r: r.method,
+)
 def test_a_resumed_run_reads_its_words_back_on_the_device(recipe, tmp_path, text, host_engine, launched, monkeypatch):
-    """Interrupted and gone on: the same bytes as in one go. Every linear is read back once as a proof, and those of a replayed block again."""
+    """Interrupted and gone on: the same bytes as in one go. Every linear is read back once as a proof, and those of a
+    replayed block again.
+    """
     monkeypatch.setattr(awq, "RATIOS", (0.0, 0.5))
     tiny("llama").write(tmp_path / "m")
     text.write_text("\n".join(text.read_text().splitlines()[:6]))
@@ -241,7 +269,11 @@ def test_a_resumed_run_reads_its_words_back_on_the_device(recipe, tmp_path, text
         whole = api.quantize(tmp_path / "m", tmp_path / "whole", recipe, **options)
         linears = sum(r["outcome"] in ("gptq", "awq", "rtn") for r in whole.linears)
         once = sum(count for kernel, count in launched.items() if kernel.startswith("dequantize"))
-        assert once == linears > 0 and bool(launched["awq_difference"]) == (recipe.method == "awq") and launched["health_scan"]
+        assert (
+            once == linears > 0
+            and bool(launched["awq_difference"]) == (recipe.method == "awq")
+            and launched["health_scan"]
+        )
         launched.clear()
 
         def stop(line):
@@ -269,7 +301,9 @@ def test_words_that_do_not_read_back_end_the_run(tmp_path, text, host_engine, mo
 
     monkeypatch.setattr(kernels, "pack_columns", flawed)
     with pretend(host_engine), pytest.raises(CudaError, match="do not read back as the weights that were meant"):
-        api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64, device="cuda")
+        api.quantize(
+            tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64, device="cuda"
+        )
     assert not (tmp_path / "q").exists()
 
 
@@ -283,11 +317,15 @@ def test_the_next_block_is_read_into_pinned_memory_by_a_thread_of_its_own(tmp_pa
 
     with pretend(host_engine), monkeypatch.context() as m:
         m.setattr(torch.Tensor, "pin_memory", pin)
-        api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64, device="cuda")
-    assert pinned == ["doctor-read-ahead"] * 9      # seven linears and two norms of the second of two blocks
+        api.quantize(
+            tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64, device="cuda"
+        )
+    assert pinned == ["doctor-read-ahead"] * 9  # seven linears and two norms of the second of two blocks
 
 
-@pytest.mark.parametrize("free, said", [(1 << 30, ""), (1 << 10, ": it may run out of memory; finished blocks are kept for --resume")])
+@pytest.mark.parametrize(
+    "free, said", [(1 << 30, ""), (1 << 10, ": it may run out of memory; finished blocks are kept for --resume")]
+)
 def test_a_run_says_what_it_takes_of_the_device(free, said, tmp_path, text, host_engine):
     tiny("llama").write(tmp_path / "m")
     lines = []
@@ -298,10 +336,25 @@ def test_a_run_says_what_it_takes_of_the_device(free, said, tmp_path, text, host
             raise KeyboardInterrupt
 
     with pretend(host_engine, free=free), pytest.raises(KeyboardInterrupt):
-        api.quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64, device="cuda", progress=progress)
-    planned = api.plan_quantize(tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, rows=32, max_seq_length=64)
-    assert lines[-1] == f"cuda: up to {planned.need.on_device / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free{said}"
-    assert f"GPU     up to {planned.need.on_device / 2**30:.2f} GiB of its memory, with --device cuda" in planned.lines()
+        api.quantize(
+            tmp_path / "m",
+            tmp_path / "q",
+            Recipe(group_size=32),
+            calibration=text,
+            max_seq_length=64,
+            device="cuda",
+            progress=progress,
+        )
+    planned = api.plan_quantize(
+        tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, rows=32, max_seq_length=64
+    )
+    assert (
+        lines[-1]
+        == f"cuda: up to {planned.need.on_device / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free{said}"
+    )
+    assert (
+        f"GPU     up to {planned.need.on_device / 2**30:.2f} GiB of its memory, with --device cuda" in planned.lines()
+    )
 
 
 def test_a_run_of_the_cpu_is_not_taken_up_on_the_device(tmp_path, text, host_engine):
@@ -319,7 +372,9 @@ def test_a_run_of_the_cpu_is_not_taken_up_on_the_device(tmp_path, text, host_eng
 
 
 def test_two_models_are_compared_on_the_device(tmp_path, text, host_engine, launched, monkeypatch):
-    """Words are read by a kernel, activations and logits stay there, and the figures are the CPU's; without a kernel a finding says so."""
+    """Words are read by a kernel, activations and logits stay there, and the figures are the CPU's; without a kernel a
+    finding says so.
+    """
     tiny("llama").write(tmp_path / "m")
     with monkeypatch.context() as m:
         m.setenv("DOCTOR_NATIVE", "1")
@@ -334,18 +389,27 @@ def test_two_models_are_compared_on_the_device(tmp_path, text, host_engine, laun
         ours, theirs = got.extra["comparison"], want.extra["comparison"]
         for name in ("perplexity_original", "perplexity_quantized", "kl_mean", "kl_p99", "entropy_quantized"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
-        assert ours["tokens"] == theirs["tokens"] and ours["replies"] == theirs["replies"] and ours["half"]["place"] == theirs["half"]["place"]
+        assert (
+            ours["tokens"] == theirs["tokens"]
+            and ours["replies"] == theirs["replies"]
+            and ours["half"]["place"] == theirs["half"]["place"]
+        )
         assert ours["own_errors"] == pytest.approx(theirs["own_errors"], rel=1e-3)
-        # Once for the comparison and once for the replies, for which the model is held whole; the first block once more, to see what it returns.
+        # Once for the comparison and once for the replies, for which the model is held whole; the first block once
+        # more, to see what it returns.
         assert launched["dequantize_stream"] == (2 * linears + linears // 2 if engine else 0) and linears
         slow = [f.message for f in got.findings if f.code == "Q417"]
-        assert slow == ([] if engine else ["no CUDA kernel runs on cuda, torch does their work: this device is pretended"])
+        assert slow == (
+            [] if engine else ["no CUDA kernel runs on cuda, torch does their work: this device is pretended"]
+        )
     assert not [f for f in want.findings if f.code == "Q417"]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_a_cache_on_the_device_gives_back_what_the_definition_gives(bits, host_engine, launched):
-    """Spans that are not full, zeros, and sums that overflow; widths that no engine's kernel has are the definition's everywhere."""
+    """Spans that are not full, zeros, and sums that overflow; widths that no engine's kernel has are the definition's
+    everywhere.
+    """
     x = torch.randn(3, 200, generator=torch.Generator().manual_seed(bits))
     x[0, 5], x[1, :64], x[2, 64:128] = 140.0, 0.0, 3000.0
     want = quantizers.round_trip(x, bits)
@@ -367,7 +431,8 @@ def test_a_cache_is_measured_on_the_device(tmp_path, text, host_engine, launched
         with pretend(engine):
             got = api.kvcache(tmp_path / "m", device="cuda", **options).data
         assert [(s["scheme"], s["perplexity"]) for s in got["measured"]["schemes"]] == [
-            (s["scheme"], pytest.approx(s["perplexity"], rel=1e-4)) for s in want["measured"]["schemes"]]
+            (s["scheme"], pytest.approx(s["perplexity"], rel=1e-4)) for s in want["measured"]["schemes"]
+        ]
         for ours, theirs in zip(got["fitness"], want["fitness"], strict=True):
             assert ours["errors"] == pytest.approx(theirs["errors"], rel=1e-3)
         assert bool(launched["kv_store"]) == bool(launched["kv_load"]) == bool(engine)

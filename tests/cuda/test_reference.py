@@ -4,8 +4,8 @@ import pytest
 import torch
 from judges import grid_of, judge_columns, judge_fit, problem
 
-from doctor.quant.solve import gptq, grid
 from doctor.quant import pack
+from doctor.quant.solve import gptq, grid
 from doctor.quant.solve.grid import contiguous_groups
 
 pytestmark = pytest.mark.R0
@@ -19,7 +19,7 @@ def column_by_column(T, U, static, groups, bits):
         scale, zero = static.scale[:, groups[j]].to(torch.float64), static.zero[:, groups[j]]
         codes[j] = ((T[j] / scale).round() + zero).clamp(0, 2**bits - 1)
         error = (T[j] - (codes[j] - zero) * scale) / U[j, j]
-        T[j + 1:] -= U[j, j + 1:, None] * error
+        T[j + 1 :] -= U[j, j + 1 :, None] * error
     return codes
 
 
@@ -31,7 +31,7 @@ def test_the_torch_loop_is_algorithm_1(bits, sym):
     want = column_by_column(T, U, static, groups, bits)
     rule = gptq._Rules(bits, 32, sym, True, False, 0, torch.float16)
     got, _ = gptq._round_columns(T.clone(), U, rule, groups, static)
-    assert (got == want).all(0).float().mean() >= 0.85      # a tie that float32 sees otherwise changes the rest of a row
+    assert (got == want).all(0).float().mean() >= 0.85  # a tie that float32 sees otherwise changes the rest of a row
     judge_columns(T, U, want, static, groups, bits)
     judge_columns(T, U, got, static, groups, bits)
 
@@ -74,4 +74,4 @@ def test_packing_is_one_little_endian_bit_stream(bits):
     codes = torch.randint(0, 2**bits, (77, 3), dtype=torch.uint8)
     for column, words in zip(codes.T.tolist(), pack.pack_columns(codes, bits).T.tolist()):
         stream = sum(code << e * bits for e, code in enumerate(column))
-        assert [word & 0xffffffff for word in words] == [stream >> 32 * w & 0xffffffff for w in range(len(words))]
+        assert [word & 0xFFFFFFFF for word in words] == [stream >> 32 * w & 0xFFFFFFFF for w in range(len(words))]

@@ -1,4 +1,6 @@
-"""Laws of the edits' arithmetic: padding keeps every value, in order, and shows it again when the zeros are taken out."""
+"""Laws of the edits' arithmetic: padding keeps every value, in order, and shows it again when the zeros are taken
+out.
+"""
 
 import itertools
 
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doctor.checkpoint.dtypes import DTYPES
+from doctor.checkpoint.safetensors import TensorInfo
 from doctor.edits.kinds import (
     MISSING,
     PadTensor,
@@ -21,7 +24,6 @@ from doctor.edits.kinds import (
     pad_runs,
     to_bf16,
 )
-from doctor.checkpoint.safetensors import TensorInfo
 
 
 def info_of(codes, dtype="BF16"):
@@ -84,9 +86,17 @@ def test_edits_apply_in_phase_order_whatever_the_order_given():
     assert (one == two).all() and (one == np.array([[0, 0, 0x3F80, 0], [0x3F80, 0, 0, 0]])).all()
 
 
-@pytest.mark.parametrize("dtype, bad, good", [("F16", [0x7C00, 0xFE00], [0x7BFF, 0]), ("BF16", [0x7F80, 0xFFC0], [0x7F7F, 0]),
-                                              ("F8_E5M2", [0x7C, 0xFD], [0x7B, 0]), ("F8_E4M3", [0x7F, 0xFF], [0x7E, 0]),
-                                              ("F8_E4M3FNUZ", [0x80], [0x7F, 0]), ("F8_E8M0", [0xFF], [0xFE, 0])])
+@pytest.mark.parametrize(
+    "dtype, bad, good",
+    [
+        ("F16", [0x7C00, 0xFE00], [0x7BFF, 0]),
+        ("BF16", [0x7F80, 0xFFC0], [0x7F7F, 0]),
+        ("F8_E5M2", [0x7C, 0xFD], [0x7B, 0]),
+        ("F8_E4M3", [0x7F, 0xFF], [0x7E, 0]),
+        ("F8_E4M3FNUZ", [0x80], [0x7F, 0]),
+        ("F8_E8M0", [0xFF], [0xFE, 0]),
+    ],
+)
 def test_nonfinite_codes_are_known_in_every_type(dtype, bad, good):
     kind = np.uint16 if "16" in dtype else np.uint8
     assert nonfinite_mask(np.array(bad, kind), dtype).all() and not nonfinite_mask(np.array(good, kind), dtype).any()

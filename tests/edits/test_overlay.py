@@ -7,11 +7,11 @@ import pytest
 from safetensors import safe_open
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
-from doctor.edits.kinds import DropTensor, PadTensor, RebuildIndex, RemoveJson, ReplaceNonfinite, SetJson, apply
-from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.checkpoint.safetensors import parse_header
-from doctor.lint.testing import tiny
+from doctor.core.errors import BadCheckpoint, PlanRefused
+from doctor.edits.kinds import DropTensor, PadTensor, RebuildIndex, RemoveJson, ReplaceNonfinite, SetJson, apply
 from doctor.edits.overlay import EditedCheckpoint
+from doctor.lint.testing import tiny
 
 
 def source_of(case, tmp_path):
@@ -97,7 +97,9 @@ def test_nonfinite_values_are_replaced_and_only_they(tmp_path):
 
 def test_json_changes_one_value_and_keeps_the_users_text(tmp_path):
     case = tiny()
-    case.files["config.json"] = json.dumps(case.config, indent=1).replace('"bos_token_id": 1,', '"bos_token_id":   null,').encode()
+    case.files["config.json"] = (
+        json.dumps(case.config, indent=1).replace('"bos_token_id": 1,', '"bos_token_id":   null,').encode()
+    )
     view = EditedCheckpoint(source_of(case, tmp_path), [SetJson("config.json", "/bos_token_id", 1, expect=None)])
     assert view.json["config.json"].raw == case.files["config.json"].replace(b":   null,", b":   1,")
     assert view.value("config.json")["bos_token_id"] == 1 and view.changed == {"config.json"}
@@ -110,24 +112,29 @@ def test_json_changes_one_value_and_keeps_the_users_text(tmp_path):
 def test_an_absent_json_file_is_made_and_a_key_removed(tmp_path):
     case = tiny()
     del case.json["generation_config.json"]
-    view = EditedCheckpoint(source_of(case, tmp_path), [SetJson("generation_config.json", "/eos_token_id", 2),
-                                                        RemoveJson("config.json", "/torch_dtype")])
+    view = EditedCheckpoint(
+        source_of(case, tmp_path),
+        [SetJson("generation_config.json", "/eos_token_id", 2), RemoveJson("config.json", "/torch_dtype")],
+    )
     assert view.value("generation_config.json") == {"eos_token_id": 2}
     assert "torch_dtype" not in view.value("config.json") and "generation_config.json" in view.entries
 
 
-@pytest.mark.parametrize("edit, message", [
-    (SetJson("config.json", "/bos_token_id", 5, expect=7), r"config.json#/bos_token_id: 1; the edit expects 7"),
-    (SetJson("config.json", "/bos_token_id", 5), r"config.json#/bos_token_id: 1; the edit expects no value"),
-    (SetJson("config.json", "/bos_token_id", 5, expect=True), r"1; the edit expects true"),
-    (SetJson("config.json", "/nothing/there", 5), r"config.json#/nothing/there: /nothing is no object"),
-    (RemoveJson("config.json", "/nothing"), r"config.json#/nothing: no value; the edit expects a value"),
-    (SetJson("../config.json", "/a", 5), r"not a JSON file of this checkpoint"),
-    (PadTensor("nobody", 0, 8), r"nobody: the checkpoint has no such tensor"),
-    (PadTensor("model.norm.weight", 0, 8), r"axis 0 of \[64\] cannot grow to 8"),
-    (PadTensor("model.norm.weight", 1, 80), r"axis 1 of \[64\] cannot grow to 80"),
-    (PadTensor("model.norm.weight", 0, 66, blocks=4), r"cannot grow to 66 in 4 equal parts"),
-])
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (SetJson("config.json", "/bos_token_id", 5, expect=7), r"config.json#/bos_token_id: 1; the edit expects 7"),
+        (SetJson("config.json", "/bos_token_id", 5), r"config.json#/bos_token_id: 1; the edit expects no value"),
+        (SetJson("config.json", "/bos_token_id", 5, expect=True), r"1; the edit expects true"),
+        (SetJson("config.json", "/nothing/there", 5), r"config.json#/nothing/there: /nothing is no object"),
+        (RemoveJson("config.json", "/nothing"), r"config.json#/nothing: no value; the edit expects a value"),
+        (SetJson("../config.json", "/a", 5), r"not a JSON file of this checkpoint"),
+        (PadTensor("nobody", 0, 8), r"nobody: the checkpoint has no such tensor"),
+        (PadTensor("model.norm.weight", 0, 8), r"axis 0 of \[64\] cannot grow to 8"),
+        (PadTensor("model.norm.weight", 1, 80), r"axis 1 of \[64\] cannot grow to 80"),
+        (PadTensor("model.norm.weight", 0, 66, blocks=4), r"cannot grow to 66 in 4 equal parts"),
+    ],
+)
 def test_edits_for_another_state_of_the_files_are_refused(tmp_path, edit, message):
     with pytest.raises(PlanRefused, match=message):
         EditedCheckpoint(source_of(tiny(), tmp_path), [edit])
@@ -151,7 +158,11 @@ def test_index_sizes_follow_the_tensors_and_keep_their_text(tmp_path):
     source = source_of(case, tmp_path)
     name = case.name("down")
     view = EditedCheckpoint(source, [PadTensor(name, 1, 160)])
-    assert view.index["metadata"]["total_size"] == sum(t.nbytes for t in view.tensors.values()) == source.index["metadata"]["total_size"] + 64 * 32 * 2
+    assert (
+        view.index["metadata"]["total_size"]
+        == sum(t.nbytes for t in view.tensors.values())
+        == source.index["metadata"]["total_size"] + 64 * 32 * 2
+    )
     assert view.changed == {INDEX_NAME, source.tensors[name].shard}
     old, new = source.json[INDEX_NAME].raw.split(b"\n"), view.json[INDEX_NAME].raw.split(b"\n")
     assert sum(a != b for a, b in zip(old, new, strict=True)) == 1
@@ -172,7 +183,10 @@ def test_rebuilt_index_names_every_tensor_of_every_shard(tmp_path):
     case.shards = 3
     folder = case.write(tmp_path / "source")
     good = json.loads((folder / INDEX_NAME).read_text())
-    bad = {"metadata": {"total_size": 5}, "weight_map": {"a": "missing.safetensors", "b": "model-00001-of-00003.safetensors"}}
+    bad = {
+        "metadata": {"total_size": 5},
+        "weight_map": {"a": "missing.safetensors", "b": "model-00001-of-00003.safetensors"},
+    }
     (folder / INDEX_NAME).write_text(json.dumps(bad))
     view = EditedCheckpoint(Checkpoint.open(folder), [RebuildIndex()])
     assert view.index == good and not view.missing_shards and len(view.shards) == 3

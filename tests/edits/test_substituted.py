@@ -1,4 +1,6 @@
-"""`fix --from`: whole files and single tensors of a directory or of the Hub (a server on the loopback), checked, or nothing; files under new names."""
+"""`fix --from`: whole files and single tensors of a directory or of the Hub (a server on the loopback), checked, or
+nothing; files under new names.
+"""
 
 import hashlib
 import json
@@ -10,6 +12,8 @@ from test_hub import COMMIT, fake, refuse, torn  # noqa: F401 - a fixture
 
 from doctor.api import check, fix, quantize, undo
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
+from doctor.core.errors import BadCheckpoint, MachineError, PlanRefused
+from doctor.core.recipe import Recipe
 from doctor.edits.kinds import (
     DropFile,
     DropTensor,
@@ -20,11 +24,9 @@ from doctor.edits.kinds import (
     RenameTensor,
     TakeFile,
 )
-from doctor.core.errors import BadCheckpoint, MachineError, PlanRefused
-from doctor.core.recipe import Recipe
-from doctor.lint.testing import rename_parts, tiny
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.fix.staging import sha256
+from doctor.lint.testing import rename_parts, tiny
 
 SECOND = "model-00002-of-00003.safetensors"
 
@@ -51,7 +53,9 @@ def cut(path):
 
 def pointer(path):
     data = path.read_bytes()
-    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{hashlib.sha256(data).hexdigest()}\nsize {len(data)}\n")
+    path.write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{hashlib.sha256(data).hexdigest()}\nsize {len(data)}\n"
+    )
 
 
 def scribble(path):
@@ -59,10 +63,17 @@ def scribble(path):
     path.write_bytes(path.read_bytes().replace(b"64]", b"65]", 1))
 
 
-DAMAGE = {"F001": cut, "F002": pointer, "F003": lambda p: p.write_bytes(b"<!DOCTYPE html><html></html>" + b" " * 1200),
-          "F004": lambda p: p.write_bytes(bytes(4096)), "F005": lambda p: p.write_bytes(b"PK\x03\x04" + bytes(2000)),
-          "F006": lambda p: p.write_bytes(b"\x10" + bytes(7) + b'["no object"]'.ljust(2000)), "F007": scribble,
-          "F009": lambda p: p.write_bytes(p.read_bytes() + bytes(37)), "F010": os.unlink}
+DAMAGE = {
+    "F001": cut,
+    "F002": pointer,
+    "F003": lambda p: p.write_bytes(b"<!DOCTYPE html><html></html>" + b" " * 1200),
+    "F004": lambda p: p.write_bytes(bytes(4096)),
+    "F005": lambda p: p.write_bytes(b"PK\x03\x04" + bytes(2000)),
+    "F006": lambda p: p.write_bytes(b"\x10" + bytes(7) + b'["no object"]'.ljust(2000)),
+    "F007": scribble,
+    "F009": lambda p: p.write_bytes(p.read_bytes() + bytes(37)),
+    "F010": os.unlink,
+}
 
 
 def left_over(folder):
@@ -75,10 +86,14 @@ def test_a_damaged_shard_is_replaced_by_the_bases_file(tmp_path, whole, code):
     assert code in {f.code for f in check(source, tiny().recipe).findings}
     result = fix(source, tmp_path / "out", tiny().recipe, base=whole)
     assert {s.code for s in result.plan.steps} == {code} and not result.report.findings
-    assert {p.name: sha256(p) for p in (tmp_path / "out").iterdir() if p.name != "doctor.json"} == {p.name: sha256(p) for p in whole.iterdir()}
+    assert {p.name: sha256(p) for p in (tmp_path / "out").iterdir() if p.name != "doctor.json"} == {
+        p.name: sha256(p) for p in whole.iterdir()
+    }
     receipt = json.loads(result.receipt_path.read_text())
     assert receipt["base"] == {"name": "whole", "files": {SECOND: sha256(whole / SECOND)}}
-    assert [w["sha256_after"] for w in receipt["written"]] == [sha256(whole / SECOND)] and str(tmp_path) not in result.receipt_path.read_text()
+    assert [w["sha256_after"] for w in receipt["written"]] == [sha256(whole / SECOND)] and str(
+        tmp_path
+    ) not in result.receipt_path.read_text()
 
 
 def test_a_file_that_nothing_shows_to_be_the_lost_one_is_taken_only_as_an_unsafe_fix(tmp_path, whole):
@@ -98,7 +113,9 @@ def test_what_is_left_of_a_single_file_shows_that_the_bases_is_the_one(tmp_path)
     cut(source / "model.safetensors")
     result = fix(source, tmp_path / "out", tiny().recipe, base=base)
     size = (source / "model.safetensors").stat().st_size
-    assert [s.title for s in result.plan.steps] == [f"take model.safetensors from {base}: the {size:,} bytes that are left are its first"]
+    assert [s.title for s in result.plan.steps] == [
+        f"take model.safetensors from {base}: the {size:,} bytes that are left are its first"
+    ]
     (source / "model.safetensors").write_bytes(bytes(4096))
     assert not fix(source, tmp_path / "two", tiny().recipe, base=base).plan.steps
 
@@ -152,12 +169,17 @@ def test_a_shard_that_cannot_be_read_is_taken_from_the_base(tmp_path, whole, mon
             if isinstance(path, (str, os.PathLike)) and os.path.realpath(path) == locked:
                 raise PermissionError(13, "Permission denied", locked)
             return real(path, *args, **more)
+
         return call
 
     monkeypatch.setattr(os, "open", refused(real_os))
     monkeypatch.setattr(builtins, "open", refused(real_open))
     result = fix(source, tmp_path / "out", tiny().recipe, base=whole, unsafe_fixes=True)
-    assert [s.code for s in result.plan.steps] == ["F006"] and not result.report.findings and sha256(tmp_path / "out" / SECOND) == sha256(whole / SECOND)
+    assert (
+        [s.code for s in result.plan.steps] == ["F006"]
+        and not result.report.findings
+        and sha256(tmp_path / "out" / SECOND) == sha256(whole / SECOND)
+    )
     (entry,) = json.loads(result.receipt_path.read_text())["written"]
     assert entry["sha256_before"] is None and entry["sha256_after"] == sha256(whole / SECOND)
 
@@ -180,7 +202,9 @@ def test_one_file_is_fetched_from_the_hub_and_checked_by_its_hash(fake, tmp_path
 def test_a_revision_is_asked_for(fake, tmp_path, whole):  # noqa: F811
     fake.put(whole)
     source = copy_of(whole, tmp_path / "source", cut)
-    assert fix(source, tmp_path / "out", tiny().recipe, base="org/name@v1").report.ok and fake.requests_for("/revision/v1")
+    assert fix(source, tmp_path / "out", tiny().recipe, base="org/name@v1").report.ok and fake.requests_for(
+        "/revision/v1"
+    )
 
 
 @pytest.fixture
@@ -225,7 +249,11 @@ def test_a_torn_network_leaves_nothing(fake, tmp_path, whole, what):  # noqa: F8
     fake.serve = breaks
     with pytest.raises(MachineError, match=f"{name}: not whole after 5 tries"):
         fix(source, tmp_path / "out", tiny().recipe, base="org/name")
-    assert not (tmp_path / "out").exists() and not left_over(tmp_path) and {p.name: sha256(p) for p in source.iterdir()} == before
+    assert (
+        not (tmp_path / "out").exists()
+        and not left_over(tmp_path)
+        and {p.name: sha256(p) for p in source.iterdir()} == before
+    )
 
 
 def test_a_connection_that_tears_once_goes_on(fake, tmp_path, whole):  # noqa: F811
@@ -281,6 +309,7 @@ def test_an_interrupted_fetch_is_removed_by_the_next_run(fake, tmp_path, whole):
 
 def test_an_adapter_is_merged_into_a_base_of_the_hub_which_is_fetched_whole(fake, tmp_path, whole, monkeypatch):  # noqa: F811
     import doctor.rules.f022_adapter_without_base as module
+
     from doctor import api
 
     source = module.bad()[0].write(tmp_path / "adapter")
@@ -288,7 +317,11 @@ def test_an_adapter_is_merged_into_a_base_of_the_hub_which_is_fetched_whole(fake
     fake.put(base)
     asked = []
     real = api.open_checkpoint
-    monkeypatch.setattr(api, "open_checkpoint", lambda text, **more: asked.append(more) or (Checkpoint.open(base) if more else real(text)))
+    monkeypatch.setattr(
+        api,
+        "open_checkpoint",
+        lambda text, **more: asked.append(more) or (Checkpoint.open(base) if more else real(text)),
+    )
     result = fix(source, tmp_path / "out", tiny().recipe, base="org/name")
     assert {s.code for s in result.plan.steps} == {"F022"} and asked == [{}, {"download": True}]
     receipt = json.loads(result.receipt_path.read_text())
@@ -306,7 +339,9 @@ def test_a_tokenizer_is_taken_from_the_base_only_as_an_unsafe_fix(tmp_path):
     (source / "tokenizer.json").unlink()
     assert not fix(source, tmp_path / "out", tiny().recipe, base=base).plan.steps
     result = fix(source, tmp_path / "out", tiny().recipe, base=base, unsafe_fixes=True)
-    assert {s.code for s in result.plan.steps} == {"C110"} and sha256(tmp_path / "out" / "tokenizer.json") == sha256(base / "tokenizer.json")
+    assert {s.code for s in result.plan.steps} == {"C110"} and sha256(tmp_path / "out" / "tokenizer.json") == sha256(
+        base / "tokenizer.json"
+    )
 
 
 def test_weights_that_are_all_lost_are_taken_with_their_index(tmp_path, whole):
@@ -341,8 +376,8 @@ def test_wrapped_names_are_unwrapped_and_no_byte_of_a_tensor_changes(tmp_path, s
 
 
 def test_two_tensors_never_get_one_name(tmp_path):
-    from doctor.edits.kinds import RenameTensor
     from doctor.core.errors import PlanRefused
+    from doctor.edits.kinds import RenameTensor
     from doctor.edits.overlay import EditedCheckpoint
 
     source = Checkpoint.open(tiny().write(tmp_path / "source"))
@@ -398,25 +433,41 @@ def test_a_new_name_goes_with_every_other_edit_of_the_shard(tmp_path, whole, edi
     """As if the one had been done after the other; a chain of names loses no file."""
     source = Checkpoint.open(whole)
     name = source.shards[SECOND].tensors[0].name
-    first = {"pad": lambda: [PadTensor(name, 0, 200)], "drop": lambda: [DropTensor(name)], "drop here": lambda: [DropTensor(name, SECOND)],
-             "format": lambda: [NameFormat(SECOND)], "rename": lambda: [RenameTensor(name, "x.y")], "index": lambda: [RebuildIndex()],
-             "base": lambda: [TakeFile(SECOND, str(copy_of(whole, tmp_path / "base")), sha256(whole / SECOND))], "swap": lambda: [RenameFile(LAST, SECOND)]}[edit]()
+    first = {
+        "pad": lambda: [PadTensor(name, 0, 200)],
+        "drop": lambda: [DropTensor(name)],
+        "drop here": lambda: [DropTensor(name, SECOND)],
+        "format": lambda: [NameFormat(SECOND)],
+        "rename": lambda: [RenameTensor(name, "x.y")],
+        "index": lambda: [RebuildIndex()],
+        "base": lambda: [TakeFile(SECOND, str(copy_of(whole, tmp_path / "base")), sha256(whole / SECOND))],
+        "swap": lambda: [RenameFile(LAST, SECOND)],
+    }[edit]()
     view = EditedCheckpoint(source, [*first, RenameFile(SECOND, NEW)])
     alone = EditedCheckpoint(source, first if edit != "swap" else [])
     if edit == "swap":
         assert read(view, NEW) == (whole / SECOND).read_bytes() and read(view, SECOND) == (whole / LAST).read_bytes()
     else:
         assert read(view, NEW) == read(alone, SECOND)
-        assert {n: t._replace(shard=SECOND if t.shard == NEW else t.shard) for n, t in view.tensors.items()} == alone.tensors
+        assert {
+            n: t._replace(shard=SECOND if t.shard == NEW else t.shard) for n, t in view.tensors.items()
+        } == alone.tensors
         assert view.index == json.loads(json.dumps(alone.index).replace(SECOND, NEW))
     assert view.taken == ({NEW} if edit == "base" else set())
 
 
-@pytest.mark.parametrize("edits, message", [
-    ([RenameFile(SECOND, LAST)], "another file's"), ([RenameFile(SECOND, NEW), RenameFile(LAST, NEW)], "another file's"),
-    ([RenameFile("config.json", NEW)], "config.json: not a weight file"), ([RenameFile(NEW, SECOND)], "not a weight file"),
-    ([RenameFile(SECOND, "../x.safetensors")], "no name for a weight file"), ([RenameFile(SECOND, "x.bin")], "no name for a weight file"),
-    ([RenameFile(SECOND, NEW), DropFile(SECOND)], "one edit leaves it out and another renames it")])
+@pytest.mark.parametrize(
+    "edits, message",
+    [
+        ([RenameFile(SECOND, LAST)], "another file's"),
+        ([RenameFile(SECOND, NEW), RenameFile(LAST, NEW)], "another file's"),
+        ([RenameFile("config.json", NEW)], "config.json: not a weight file"),
+        ([RenameFile(NEW, SECOND)], "not a weight file"),
+        ([RenameFile(SECOND, "../x.safetensors")], "no name for a weight file"),
+        ([RenameFile(SECOND, "x.bin")], "no name for a weight file"),
+        ([RenameFile(SECOND, NEW), DropFile(SECOND)], "one edit leaves it out and another renames it"),
+    ],
+)
 def test_a_name_that_is_not_free_or_no_name_is_refused(whole, edits, message):
     with pytest.raises(PlanRefused, match=message):
         EditedCheckpoint(Checkpoint.open(whole), edits)
@@ -433,11 +484,17 @@ def test_parts_of_a_whole_model_are_numbered_anew_and_no_weight_is_written(tmp_p
     source = of_names(case, tmp_path, "1-of-5", "3-of-5", "5-of-5")
     before = {p.name: p.read_bytes() for p in source.iterdir()}
     result = fix(source, tmp_path / "out", case.recipe)
-    assert [s.code for s in result.plan.steps] == ["F027"] and not result.report.findings and result.plan.files_written == [INDEX_NAME]
+    assert (
+        [s.code for s in result.plan.steps] == ["F027"]
+        and not result.report.findings
+        and result.plan.files_written == [INDEX_NAME]
+    )
     assert {p.name: p.read_bytes() for p in source.iterdir()} == before
     for old, new in (("model-00001-of-00005", FIRST), ("model-00003-of-00005", SECOND), ("model-00005-of-00005", LAST)):
         assert os.stat(result.output / new).st_ino == os.stat(source / f"{old}.safetensors").st_ino
-    assert result.plan.after.bytes_read == 0 and not check(result.output, case.recipe).findings  # what has a new name alone is not read twice
+    assert (
+        result.plan.after.bytes_read == 0 and not check(result.output, case.recipe).findings
+    )  # what has a new name alone is not read twice
     assert "model-00003-of-00005.safetensors → model-00002-of-00003.safetensors" in result.plan.steps[0].notes
 
 
@@ -445,7 +502,9 @@ def test_parts_that_were_lost_or_are_of_two_saves_are_not_numbered_anew_unasked(
     case = tiny()
     of_names(case, tmp_path, "1-of-2", "2-of-3")
     assert not fix(tmp_path / "source", tmp_path / "out", case.recipe, unsafe_fixes=True).plan.steps
-    assert [s.code for s in fix(tmp_path / "source", tmp_path / "out", case.recipe, unsafe_fixes=["F027"]).plan.steps] == ["F027"]
+    assert [
+        s.code for s in fix(tmp_path / "source", tmp_path / "out", case.recipe, unsafe_fixes=["F027"]).plan.steps
+    ] == ["F027"]
     lost = tiny()
     of_names(lost, tmp_path / "lost", "1-of-3", "3-of-3")
     name = lost.name("down")
@@ -463,8 +522,15 @@ def test_a_new_name_goes_with_the_cures_of_other_rules_in_place_and_back(tmp_pat
     source = of_names(case, tmp_path, "1-of-4", "3-of-4")
     before = {p.name: sha256(p) for p in source.iterdir()}
     result = fix(source, None, case.recipe, in_place=True, unsafe_fixes=("W201",))
-    assert {s.code for s in result.plan.steps} == {"F027", "W201"} and {f.code for f in result.report.findings} == {"W202", "W204", "W209"}
-    assert result.plan.files_written in ([SECOND.replace("3.", "2."), INDEX_NAME], [FIRST.replace("3.", "2."), INDEX_NAME])
+    assert {s.code for s in result.plan.steps} == {"F027", "W201"} and {f.code for f in result.report.findings} == {
+        "W202",
+        "W204",
+        "W209",
+    }
+    assert result.plan.files_written in (
+        [SECOND.replace("3.", "2."), INDEX_NAME],
+        [FIRST.replace("3.", "2."), INDEX_NAME],
+    )
     receipt = json.loads(result.receipt_path.read_text())
     (shard,) = [w for w in receipt["written"] if w["file"] != INDEX_NAME]
     assert shard["sha256_before"] in before.values() and shard["sha256_after"] == sha256(source / shard["file"])
@@ -481,7 +547,9 @@ def test_a_damaged_shard_is_taken_from_the_base_and_gets_its_name(tmp_path):
         (source / path.name).write_bytes(path.read_bytes()[: -100 if "00003-of" in path.name else None])
     result = fix(source, tmp_path / "out", case.recipe, base=base)
     assert {s.code for s in result.plan.steps} == {"F001", "F027"} and not result.report.findings
-    assert sha256(result.output / "model-00002-of-00002.safetensors") == sha256(base / "model-00003-of-00004.safetensors")
+    assert sha256(result.output / "model-00002-of-00002.safetensors") == sha256(
+        base / "model-00003-of-00004.safetensors"
+    )
     assert json.loads(result.receipt_path.read_text())["base"]["files"].keys() == {"model-00003-of-00004.safetensors"}
 
 
@@ -491,7 +559,10 @@ def test_a_renamed_shard_is_quantized_through_the_view(tmp_path):
     plain = tiny()
     plain.shards = 2
     recipe = Recipe(method="rtn", group_size=32)
-    outs = [quantize(folder, tmp_path / f"out{i}", recipe, fix=True).output for i, folder in enumerate((source, plain.write(tmp_path / "plain")))]
+    outs = [
+        quantize(folder, tmp_path / f"out{i}", recipe, fix=True).output
+        for i, folder in enumerate((source, plain.write(tmp_path / "plain")))
+    ]
     weights = [{p.name: sha256(p) for p in out.glob("*.safetensors")} for out in outs]
     assert weights[0] == weights[1] and weights[0]
 
@@ -503,7 +574,11 @@ def test_every_rule_stands_in_the_table_with_its_cure_or_the_reason_why_there_is
     from doctor.lint.engine import load_rules
 
     runpy.run_path(str(Path(__file__).parents[2] / "tools" / "list_fixes.py"))["main"]()
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "rule |" not in line]
+    lines = [
+        line.split(" | ")
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| ") and "rule |" not in line
+    ]
     assert {line[0][2:6] for line in lines} == {r.code for r in load_rules()}
     without = {line[0][2:6]: line[3].rstrip(" |") for line in lines if line[1] == "-"}
     assert len(without) < 70 and not {c: why for c, why in without.items() if len(why) < 10 or why.startswith("manual")}

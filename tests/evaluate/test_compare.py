@@ -39,7 +39,9 @@ def test_two_that_are_not_one_model_are_refused_by_the_key_that_differs(key, val
     other = tiny("llama")
     other.config[key] = value
     with pytest.raises(NotQuantizable, match=rf"a and b are not one model: {key} is \w+ there and {value} here"):
-        compare(*(Checkpoint.open(c.write(tmp_path / n)) for c, n in ((tiny("llama"), "a"), (other, "b"))), [], [], str, 0)
+        compare(
+            *(Checkpoint.open(c.write(tmp_path / n)) for c, n in ((tiny("llama"), "a"), (other, "b"))), [], [], str, 0
+        )
 
 
 def test_logits_are_those_of_the_whole_model(tmp_path):

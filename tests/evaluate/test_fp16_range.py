@@ -89,7 +89,9 @@ def said(half, stated, folder):
     case.config["torch_dtype"] = stated
     known = case.facts["checkpoint:", "comparison"].half
     change(case, "checkpoint:", "comparison", half=replace(known, **half))
-    report = check(case.write(folder), case.recipe, facts=[(s, n, v) for (s, n), v in case.facts.items()], select=["O615"])
+    report = check(
+        case.write(folder), case.recipe, facts=[(s, n, v) for (s, n), v in case.facts.items()], select=["O615"]
+    )
     return [(f.severity, f.message) for f in report.findings]
 
 

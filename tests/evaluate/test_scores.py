@@ -24,7 +24,9 @@ def test_a_model_against_itself_has_no_divergence_and_its_own_perplexity():
 def test_divergence_is_kullback_leibler_of_the_original_from_the_quantized():
     a, b = torch.randn(3, 7), torch.randn(3, 7)
     p, q = torch.softmax(a.double(), 1), torch.softmax(b.double(), 1)
-    assert tally(a, b, torch.zeros(3, dtype=torch.long)).divergence()[0] == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
+    assert tally(a, b, torch.zeros(3, dtype=torch.long)).divergence()[0] == pytest.approx(
+        float((p * (p / q).log()).sum(1).mean()), rel=1e-5
+    )
 
 
 def test_a_row_that_is_not_finite_is_counted_and_never_averaged_away():

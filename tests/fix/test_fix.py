@@ -13,17 +13,17 @@ import pytest
 
 from doctor.api import check, fix
 from doctor.checkpoint.directory import Checkpoint
-from doctor.edits.kinds import PadTensor, SetJson
-from doctor.lint.engine import load_rules
 from doctor.core.errors import PlanRefused
+from doctor.edits.kinds import PadTensor, SetJson
+from doctor.edits.overlay import EditedCheckpoint
 from doctor.evaluate import proof
 from doctor.evaluate.proof import prove
 from doctor.fix.plan import Consent, make_plan
-from doctor.report.plan_text import render_plan
+from doctor.fix.staging import sha256
+from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
 from doctor.lint.testing import FAMILIES, rename_parts, tiny
-from doctor.edits.overlay import EditedCheckpoint
-from doctor.fix.staging import sha256
+from doctor.report.plan_text import render_plan
 
 KILLS = int(os.environ.get("DOCTOR_TEST_KILLS", "4"))
 
@@ -71,7 +71,11 @@ def test_everything_is_cured_and_the_receipt_says_how(tmp_path):
     assert {e["file"] for e in receipt["written"] + receipt["unchanged"]} | {"doctor.json"} == set(after)
     assert {f["code"] for f in receipt["findings_before"]} == {"W201", "G302", "C105"} and not receipt["findings_after"]
     assert [p["status"] for p in receipt["proofs"]] == ["equal"]
-    assert receipt["bytes_written"] == sum((tmp_path / "out" / n).stat().st_size for n in result.plan.files_written) == result.plan.bytes_to_write
+    assert (
+        receipt["bytes_written"]
+        == sum((tmp_path / "out" / n).stat().st_size for n in result.plan.files_written)
+        == result.plan.bytes_to_write
+    )
 
 
 def test_the_second_run_finds_nothing_to_do_and_writes_nothing(tmp_path):
@@ -195,7 +199,10 @@ def test_padding_leaves_the_logits_of_every_family_as_they_were(tmp_path, family
 def test_padding_a_fused_matrix_at_its_end_is_caught(tmp_path):
     case = tiny("phi3")
     source = Checkpoint.open(case.write(tmp_path / "source"))
-    edits = [e if not isinstance(e, PadTensor) else PadTensor(e.tensor, e.axis, e.size, 1, spread=False) for e in padding(case, source)]
+    edits = [
+        e if not isinstance(e, PadTensor) else PadTensor(e.tensor, e.axis, e.size, 1, spread=False)
+        for e in padding(case, source)
+    ]
     found = prove(source, EditedCheckpoint(source, edits))
     assert found.status == "differs" and found.max_difference > 0.01
 
@@ -282,7 +289,9 @@ def arm(at, code):
 
 def run_all_failures(source, out, code, codes):
     """Run fix in one process with its n-th system call failing, for every n; one line per n: what became of it."""
-    script = RUNNER.format(root=os.getcwd()) + f"""
+    script = (
+        RUNNER.format(root=os.getcwd())
+        + f"""
 saved = {{n: getattr(os, n) for n in NAMES}}
 recipe = Recipe(group_size=32, tp=2)
 checkpoint = Checkpoint.open({str(source)!r})
@@ -308,12 +317,17 @@ while True:
     if count[0] < n:
         break
 """
+    )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     return [line.split() for line in run.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("code, codes", [("errno.ENOSPC", ALL), ("errno.EIO", ALL), ("errno.EIO", ("W201",))], ids=["ENOSPC", "EIO", "EIO-renamed"])
+@pytest.mark.parametrize(
+    "code, codes",
+    [("errno.ENOSPC", ALL), ("errno.EIO", ALL), ("errno.EIO", ("W201",))],
+    ids=["ENOSPC", "EIO", "EIO-renamed"],
+)
 def test_failure_of_any_call_leaves_the_source_untouched_and_the_output_absent_or_whole(tmp_path, code, codes):
     """The last of them writes one shard and links the other, both under new names."""
     case, source = spoiled(tmp_path)
@@ -326,12 +340,16 @@ def test_failure_of_any_call_leaves_the_source_untouched_and_the_output_absent_o
     assert {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} < whole.keys()
     assert len(lines) > 20 and lines[-1][1:] == ["done", "present", "False"]
     failed = [line for line in lines if line[1] != "done"]
-    assert len(failed) > 15 and all(line[1] in ("MachineError", "BadCheckpoint", "PlanRefused") for line in failed), lines
+    assert len(failed) > 15 and all(line[1] in ("MachineError", "BadCheckpoint", "PlanRefused") for line in failed), (
+        lines
+    )
     for n, word, there, _ in lines:
         assert (word == "done") == (there == "present"), (n, word, there)
         if there == "present":
             found = digests(tmp_path / f"out-{n}")
-            assert {k: v for k, v in found.items() if k != "doctor.json"} == {k: v for k, v in whole.items() if k != "doctor.json"}
+            assert {k: v for k, v in found.items() if k != "doctor.json"} == {
+                k: v for k, v in whole.items() if k != "doctor.json"
+            }
     left = [n for n in os.listdir(tmp_path) if ".doctor-" in n]
     assert not left, left
 
@@ -344,7 +362,9 @@ def test_a_kill_at_any_moment_leaves_the_output_absent_or_whole_and_the_next_run
     case.recipe = case.recipe.with_field("tp", 2)
     source = case.write(tmp_path / "source")
     before = digests(source)
-    script = RUNNER.format(root=os.getcwd()) + f"""
+    script = (
+        RUNNER.format(root=os.getcwd())
+        + f"""
 import doctor.evaluate.proof as proof, time
 from doctor.fix.plan import Proof
 proof.prove = lambda a, b: Proof("equal", "not the subject here")
@@ -353,11 +373,14 @@ sys.stdin.readline()
 fix({str(source)!r}, {str(tmp_path / "out")!r}, Recipe(group_size=32, tp=2), unsafe_fixes=("G302",), copy=True)
 print("finished", flush=True)
 """
+    )
     fix(source, tmp_path / "reference", case.recipe, unsafe_fixes=("G302",))
     whole = {k: v for k, v in digests(tmp_path / "reference").items() if k != "doctor.json"}
     draw = random.Random(5)
     for _ in range(KILLS):
-        child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert child.stdout.readline() == "ready\n"
         child.stdin.write("\n")
         child.stdin.flush()

@@ -1,4 +1,6 @@
-"""A fix in place: the directory changes names with its fixed copy, any kill leaves one of the two states, undo goes back."""
+"""A fix in place: the directory changes names with its fixed copy, any kill leaves one of the two states, undo goes
+back.
+"""
 
 import json
 import os
@@ -10,12 +12,12 @@ import time
 
 import pytest
 
-from doctor.fix import in_place
 from doctor.api import check, fix, recover, undo
 from doctor.core.errors import BadCheckpoint, PlanRefused
-from doctor.report.plan_text import render_plan
-from doctor.lint.testing import tiny
+from doctor.fix import in_place
 from doctor.fix.staging import sha256
+from doctor.lint.testing import tiny
+from doctor.report.plan_text import render_plan
 
 KILLS = int(os.environ.get("DOCTOR_TEST_KILLS", "4"))
 
@@ -43,11 +45,15 @@ def fix_in_place(folder, **options):
 def test_a_fix_in_place_keeps_what_was_there_and_undo_puts_it_back(spoiled):
     before = digests(spoiled)
     result = fix_in_place(spoiled)
-    assert names(spoiled) == ["model", "model.before-fix"] and digests(in_place.kept_name(spoiled)) == before != digests(spoiled)
+    assert names(spoiled) == ["model", "model.before-fix"] and digests(
+        in_place.kept_name(spoiled)
+    ) == before != digests(spoiled)
     assert not check(spoiled, tiny().recipe).findings
     assert json.loads((spoiled / "doctor.json").read_text())["kept"] == "model.before-fix"
     assert f"undo: doctor undo {spoiled}" in render_plan(result)
-    assert undo(spoiled) == [f"{spoiled} is what it was before the fix. The fixed copy was as the receipt says and is removed"]
+    assert undo(spoiled) == [
+        f"{spoiled} is what it was before the fix. The fixed copy was as the receipt says and is removed"
+    ]
     assert names(spoiled) == ["model"] and digests(spoiled) == before
 
 
@@ -141,7 +147,11 @@ def test_an_undo_that_was_killed_is_carried_to_its_end(spoiled, monkeypatch, sta
         monkeypatch.setattr(in_place, "exchange", lambda one, other: False)
     notes = undo(spoiled)
     assert digests(spoiled) == before and names(spoiled) == ["model"] and not in_place._journal(spoiled).exists()
-    assert len(notes) == 1 and "is what it was before the fix" in notes[0] and ("was killed" in notes[0]) == (state != "nothing yet")
+    assert (
+        len(notes) == 1
+        and "is what it was before the fix" in notes[0]
+        and ("was killed" in notes[0]) == (state != "nothing yet")
+    )
     assert recover(spoiled) == []
 
 
@@ -156,6 +166,7 @@ def test_an_undo_in_which_any_call_fails_can_be_repeated(spoiled, monkeypatch, a
         fix_in_place(spoiled)
         calls = [0]
         for name, real in saved.items():
+
             def call(*args, real=real, **more):
                 calls[0] += 1
                 if calls[0] == n:
@@ -173,7 +184,9 @@ def test_an_undo_in_which_any_call_fails_can_be_repeated(spoiled, monkeypatch, a
         if in_place.kept_name(spoiled).exists() or in_place._journal(spoiled).exists():
             undo(spoiled)
         assert digests(spoiled) == before and set(names(spoiled)) <= {"model", "model.after-fix"}, n
-        if in_place.after_name(spoiled).exists():  # files of the copy that could not be read count as changed, and it is kept
+        if in_place.after_name(
+            spoiled
+        ).exists():  # files of the copy that could not be read count as changed, and it is kept
             subprocess.run(["rm", "-r", str(in_place.after_name(spoiled))], check=True)
         if calls[0] < n:
             break
@@ -222,13 +235,17 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(spoiled):
     fix_in_place(spoiled)
     after = digests(spoiled)
     undo(spoiled)
-    script = ("import sys\nfrom doctor.api import fix, recover, undo\nfrom doctor.lint.testing import tiny\nprint('ready', flush=True)\nsys.stdin.readline()\n"
-              f"path = {str(spoiled)!r}\n"
-              "while True:\n    fix(path, None, tiny('llama').recipe, in_place=True)\n    undo(path)\n")
+    script = (
+        "import sys\nfrom doctor.api import fix, recover, undo\nfrom doctor.lint.testing import tiny\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+        f"path = {str(spoiled)!r}\n"
+        "while True:\n    fix(path, None, tiny('llama').recipe, in_place=True)\n    undo(path)\n"
+    )
     draw = random.Random(3)
     child = None
     for _ in range(KILLS):
-        child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert child.stdout.readline() == "ready\n"
         child.stdin.write("\n")
         child.stdin.flush()

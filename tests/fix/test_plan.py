@@ -1,4 +1,6 @@
-"""Fixes become a plan: composed in any order, refused where they clash, carried out only when nothing new comes of them."""
+"""Fixes become a plan: composed in any order, refused where they clash, carried out only when nothing new comes of
+them.
+"""
 
 import itertools
 import sys
@@ -6,10 +8,10 @@ import sys
 import pytest
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.edits.kinds import PadTensor, RemoveJson, ReplaceNonfinite, SetJson, SetRecipe
-from doctor.lint.engine import load_rules
 from doctor.core.errors import DoctorError, PlanRefused
+from doctor.edits.kinds import PadTensor, RemoveJson, ReplaceNonfinite, SetJson, SetRecipe
 from doctor.fix.plan import Consent, compose, diff_lines, fold_names, look, make_plan, refuse
+from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
 from doctor.lint.testing import tiny
 
@@ -50,7 +52,14 @@ def plan_of(tmp_path):
         for code, body in bodies.items():
             lines = "\n".join("    " + line for line in body.strip().splitlines())
             name = f"{code.lower()}_for_tests_{tmp_path.name.replace('-', '_')}_{number}"
-            (folder / f"{name}.py").write_text(RULE_FILE.format(code=code, name="for-tests", body=lines, more="".join(f", {fact}" for fact in ("tensors", "recipe") if fact in body)))
+            (folder / f"{name}.py").write_text(
+                RULE_FILE.format(
+                    code=code,
+                    name="for-tests",
+                    body=lines,
+                    more="".join(f", {fact}" for fact in ("tensors", "recipe") if fact in body),
+                )
+            )
             made.append((code, name))
         rules = load_rules([folder])
         source = Checkpoint.open(case.write(tmp_path / "source"))
@@ -71,32 +80,60 @@ if config.get("{key}") != {value!r}:
 
 # compose
 
-EDITS = [("A1", SetJson("a.json", "/x", 1)), ("B1", SetJson("a.json", "/x", 1)), ("A1", PadTensor("t", 0, 8)), ("C1", PadTensor("t", 1, 8)),
-         ("D1", ReplaceNonfinite("t"))]
+EDITS = [
+    ("A1", SetJson("a.json", "/x", 1)),
+    ("B1", SetJson("a.json", "/x", 1)),
+    ("A1", PadTensor("t", 0, 8)),
+    ("C1", PadTensor("t", 1, 8)),
+    ("D1", ReplaceNonfinite("t")),
+]
 
 
 def test_compose_gives_the_same_in_any_order_and_once_for_all():
     results = {tuple(compose(order)) for order in itertools.permutations(EDITS)}
     assert len(results) == 1
     (only,) = results
-    assert len(only) == 4 and [type(e).__name__ for e in only] == ["ReplaceNonfinite", "PadTensor", "PadTensor", "SetJson"]
+    assert len(only) == 4 and [type(e).__name__ for e in only] == [
+        "ReplaceNonfinite",
+        "PadTensor",
+        "PadTensor",
+        "SetJson",
+    ]
     assert tuple(compose([("Z9", e) for e in only] * 2)) == only
 
 
-@pytest.mark.parametrize("one, other, message", [
-    (SetJson("c.json", "/x", 1), SetJson("c.json", "/x", 2), r"c.json#/x: B1 wants 2, A1 wants 1"),
-    (SetJson("c.json", "/x", 1), RemoveJson("c.json", "/x"), r"B1 wants it removed, A1 wants 1"),
-    (SetJson("c.json", "/x", {"y": 1}), SetJson("c.json", "/x/y", 2), r"c.json#/x/y: B1 wants 2, A1 wants \{\"y\": 1\}"),
-    (PadTensor("t", 0, 8), PadTensor("t", 0, 16, blocks=2), r"tensor:t:axis0: B1 wants 16 in 2 parts, A1 wants 8"),
-    (ReplaceNonfinite("t"), ReplaceNonfinite("t", 1.0), r"tensor:t:values: B1 wants ReplaceNonfinite\(1.0\)"),
-])
+@pytest.mark.parametrize(
+    "one, other, message",
+    [
+        (SetJson("c.json", "/x", 1), SetJson("c.json", "/x", 2), r"c.json#/x: B1 wants 2, A1 wants 1"),
+        (SetJson("c.json", "/x", 1), RemoveJson("c.json", "/x"), r"B1 wants it removed, A1 wants 1"),
+        (
+            SetJson("c.json", "/x", {"y": 1}),
+            SetJson("c.json", "/x/y", 2),
+            r"c.json#/x/y: B1 wants 2, A1 wants \{\"y\": 1\}",
+        ),
+        (PadTensor("t", 0, 8), PadTensor("t", 0, 16, blocks=2), r"tensor:t:axis0: B1 wants 16 in 2 parts, A1 wants 8"),
+        (ReplaceNonfinite("t"), ReplaceNonfinite("t", 1.0), r"tensor:t:values: B1 wants ReplaceNonfinite\(1.0\)"),
+    ],
+)
 def test_two_edits_on_one_target_are_refused_naming_both_rules_and_values(one, other, message):
     with pytest.raises(PlanRefused, match=message):
         compose([("A1", one), ("B1", other)])
 
 
 def test_keys_with_a_common_beginning_are_different_targets():
-    assert len(compose([("A1", SetJson("c.json", "/x", 1)), ("B1", SetJson("c.json", "/xy", 2)), ("B1", SetJson("d.json", "/x", 3))])) == 3
+    assert (
+        len(
+            compose(
+                [
+                    ("A1", SetJson("c.json", "/x", 1)),
+                    ("B1", SetJson("c.json", "/xy", 2)),
+                    ("B1", SetJson("d.json", "/x", 3)),
+                ]
+            )
+        )
+        == 3
+    )
 
 
 # the loop
@@ -109,8 +146,12 @@ def test_a_healthy_checkpoint_gives_an_empty_plan(plan_of):
 
 def test_safe_fixes_go_and_unsafe_ones_wait_for_the_users_word(plan_of):
     bodies = {"C190": sets(5), "C191": sets(6, "y_test", "unsafe"), "C192": sets(7, "z_test", "unsafe", by_name=True)}
-    for consent, gone in ((Consent(), {"C190"}), (Consent(unsafe=True), {"C190", "C191"}), (Consent(codes=frozenset({"C192"})), {"C190", "C192"}),
-                          (Consent(unsafe=True, only=frozenset({"C191"})), {"C191"})):
+    for consent, gone in (
+        (Consent(), {"C190"}),
+        (Consent(unsafe=True), {"C190", "C191"}),
+        (Consent(codes=frozenset({"C192"})), {"C190", "C192"}),
+        (Consent(unsafe=True, only=frozenset({"C191"})), {"C191"}),
+    ):
         plan = plan_of(tiny(), bodies, consent)
         assert {s.code for s in plan.steps} == gone
         assert {s.code for s in plan.optional} == set(bodies) - gone
@@ -119,7 +160,14 @@ def test_safe_fixes_go_and_unsafe_ones_wait_for_the_users_word(plan_of):
 
 
 def test_a_fix_that_uncovers_another_finding_is_followed_by_its_fix(plan_of):
-    plan = plan_of(tiny(), {"C190": sets(5), "C191": 'if config.get("x_test") == 5:\n' + "\n".join("    " + x for x in sets(6, "y_test").strip().splitlines())})
+    plan = plan_of(
+        tiny(),
+        {
+            "C190": sets(5),
+            "C191": 'if config.get("x_test") == 5:\n'
+            + "\n".join("    " + x for x in sets(6, "y_test").strip().splitlines()),
+        },
+    )
     assert [s.code for s in plan.steps] == ["C190", "C191"] and not plan.problems
     assert plan.view.value("config.json")["y_test"] == 6 and plan.steps[1].after == 1
 
@@ -139,34 +187,44 @@ def test_a_fix_that_does_not_cure_stops_the_plan(plan_of):
 
 
 def test_a_finding_that_a_fix_causes_stops_the_plan(plan_of):
-    plan = plan_of(tiny(), {"C190": sets(5), "C191": 'if config.get("x_test") == 5:\n    yield finding("five is bad", at=Place("config.json", "/x_test"))'})
+    plan = plan_of(
+        tiny(),
+        {
+            "C190": sets(5),
+            "C191": 'if config.get("x_test") == 5:\n    yield finding("five is bad", at=Place("config.json", "/x_test"))',
+        },
+    )
     assert plan.problems == ["C191 appears because of the fixes: five is bad"]
 
 
 def test_a_rule_that_a_fix_makes_crash_stops_the_plan(plan_of):
-    plan = plan_of(tiny(), {"C190": sets(5), "C191": 'if config.get("x_test") == 5:\n    raise KeyError("x")\nyield from ()'})
+    plan = plan_of(
+        tiny(), {"C190": sets(5), "C191": 'if config.get("x_test") == 5:\n    raise KeyError("x")\nyield from ()'}
+    )
     assert plan.problems == ["C191 crashed on what the fixes give, so it cannot tell whether all is well"]
     before = plan_of(tiny(), {"C190": sets(5), "C191": 'raise KeyError("x")\nyield from ()'})
     assert not before.problems and [s.code for s in before.steps] == ["C190"]
 
 
 def test_fixes_that_never_rest_are_our_bug_and_said(plan_of):
-    body = '''
+    body = """
 n = sum(k.startswith("x_test") for k in config)
 yield finding(f"{n} is not enough", at=Place("config.json", f"/x_test{n}"), fix=Fix("one more", (SetJson("config.json", f"/x_test{n}", 1, MISSING),)))
-'''
-    with pytest.raises(DoctorError, match=r"after 10 passes fixes still bring new fixes \(C190\). This is a bug of doctor"):
+"""
+    with pytest.raises(
+        DoctorError, match=r"after 10 passes fixes still bring new fixes \(C190\). This is a bug of doctor"
+    ):
         plan_of(tiny(), {"C190": body})
 
 
 def test_a_fix_waits_for_what_it_needs_on_its_own_tensors_only(plan_of):
     case = tiny()
     case.down()[0, 0] = 0x7FC0
-    body = '''
+    body = """
 name = "{name}"
 if tensors[name].shape[1] == 128:
     yield finding("too narrow", at=Place("", tensor=name), fix=Fix("grow", (PadTensor(name, 1, 160), SetJson("config.json", "/x_test", 1, MISSING)), "safe", needs=("W201",)))
-'''
+"""
     blocked = plan_of(case, {"C190": body.format(name=case.name("down"))}, Consent(only=frozenset({"C190"})))
     assert not blocked.steps and blocked.waiting[0].waits == "waits for W201"
     assert blocked.waiting[0].tensors == [(case.name("down"), "BF16", (64, 128), (64, 160))]
@@ -180,14 +238,16 @@ def test_edits_that_do_not_fit_the_files_are_told_and_the_others_go_on(plan_of):
 
 
 def test_edits_of_the_recipe_are_for_a_quantizers_run(plan_of):
-    body = '''
+    body = """
 if recipe.damp < 0.05:
     yield finding("damp too low", at=Place("config.json"), fix=Fix("more damp", (SetRecipe("damp", 0.05),)))
-'''
+"""
     on_disk = plan_of(tiny(), {"C190": body})
     assert not on_disk.steps and [f.code for f in on_disk.for_you] == ["C190"]
     in_run = plan_of(tiny(), {"C190": body}, Consent(recipe=True))
-    assert in_run.steps[0].edits == [SetRecipe("damp", 0.05)] and in_run.recipe.damp == 0.05 and not in_run.after.findings
+    assert (
+        in_run.steps[0].edits == [SetRecipe("damp", 0.05)] and in_run.recipe.damp == 0.05 and not in_run.after.findings
+    )
 
 
 def test_only_edited_tensors_are_read_again(plan_of):
@@ -227,4 +287,3 @@ def test_names_fold_into_ranges_only_where_that_says_the_same():
     assert fold_names(names) == ["l.{0-1}.mlp.experts.{0-3}.up"]
     assert fold_names(names[:-1]) == sorted(names[:-1])
     assert fold_names(["l.0.up", "l.2.up", "norm"]) == ["l.{0,2}.up", "norm"]
-

@@ -7,13 +7,13 @@ import stat
 
 import pytest
 
-from doctor.fix import staging
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
-from doctor.edits.kinds import PadTensor, ReplaceNonfinite, SetJson
 from doctor.core.errors import BadCheckpoint, MachineError, PlanRefused
-from doctor.lint.testing import tiny
+from doctor.edits.kinds import PadTensor, ReplaceNonfinite, SetJson
 from doctor.edits.overlay import EditedCheckpoint
+from doctor.fix import staging
 from doctor.fix.staging import clean_stale, open_stage
+from doctor.lint.testing import tiny
 
 
 def sharded(tmp_path, shards=3):
@@ -48,8 +48,14 @@ def assert_same_content(view, output):
 def test_output_has_the_views_bytes_and_the_source_is_untouched(tmp_path):
     case, source = sharded(tmp_path)
     before = snapshot(source.root)
-    view = EditedCheckpoint(source, [PadTensor(case.name("down"), 1, 160), PadTensor(case.name("gate"), 0, 160),
-                                     SetJson("config.json", "/bos_token_id", 0, expect=1)])
+    view = EditedCheckpoint(
+        source,
+        [
+            PadTensor(case.name("down"), 1, 160),
+            PadTensor(case.name("gate"), 0, 160),
+            SetJson("config.json", "/bos_token_id", 0, expect=1),
+        ],
+    )
     stage = written(view, tmp_path / "out")
     assert_same_content(view, tmp_path / "out")
     assert snapshot(source.root) == before and sorted(os.listdir(tmp_path)) == ["out", "source"]
@@ -83,7 +89,11 @@ def test_links_that_cross_file_systems_become_copies_and_it_is_said(tmp_path, mo
     view = one_value(source)
     stage = written(view, tmp_path / "out")
     assert_same_content(view, tmp_path / "out")
-    assert len(stage.notes) == 1 and "unchanged files are copied" in stage.notes[0] and "cannot be linked" in stage.notes[0]
+    assert (
+        len(stage.notes) == 1
+        and "unchanged files are copied" in stage.notes[0]
+        and "cannot be linked" in stage.notes[0]
+    )
 
 
 def test_without_copy_in_the_kernel_bytes_go_through_memory(tmp_path, monkeypatch):
@@ -128,7 +138,8 @@ def test_a_linked_file_that_others_cannot_read_is_said(tmp_path):
     for name in source.shards:
         os.chmod(source.root / name, 0o600)
     assert written(one_value(source), tmp_path / "out").notes == [
-        "model-00001-of-00003.safetensors and 2 more: linked, so still readable by the owner alone, as in the source; --copy gives mode 0644"]
+        "model-00001-of-00003.safetensors and 2 more: linked, so still readable by the owner alone, as in the source; --copy gives mode 0644"
+    ]
     assert not written(one_value(source), tmp_path / "copied", copy=True).notes
 
 
@@ -146,7 +157,10 @@ def test_folders_come_along_and_hidden_ones_are_named(tmp_path):
 @pytest.mark.parametrize("where", ["source", "source/inside", "."])
 def test_output_in_the_source_or_around_it_is_refused(tmp_path, where):
     _, source = sharded(tmp_path)
-    with pytest.raises(PlanRefused, match="the source is never written to"), open_stage(one_value(source), tmp_path / where, overwrite=True):
+    with (
+        pytest.raises(PlanRefused, match="the source is never written to"),
+        open_stage(one_value(source), tmp_path / where, overwrite=True),
+    ):
         pass
 
 
@@ -156,7 +170,10 @@ def test_existing_output_is_refused_unless_told_and_then_replaced(tmp_path):
     out.mkdir()
     written(view, out)  # an empty directory is as good as none
     (out / "mine.txt").write_text("kept until the swap")
-    with pytest.raises(PlanRefused, match=r"exists and holds 9 files; an output must be new or empty. .*--overwrite"), open_stage(view, out):
+    with (
+        pytest.raises(PlanRefused, match=r"exists and holds 9 files; an output must be new or empty. .*--overwrite"),
+        open_stage(view, out),
+    ):
         pass
     written(view, out, overwrite=True)
     assert_same_content(view, out)
@@ -167,10 +184,16 @@ def test_overwrite_replaces_checkpoints_only(tmp_path):
     _, source = sharded(tmp_path)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("")
-    with pytest.raises(PlanRefused, match="none of them is a checkpoint's"), open_stage(one_value(source), tmp_path / "thesis", overwrite=True):
+    with (
+        pytest.raises(PlanRefused, match="none of them is a checkpoint's"),
+        open_stage(one_value(source), tmp_path / "thesis", overwrite=True),
+    ):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(PlanRefused, match="exists and is not a directory"), open_stage(one_value(source), tmp_path / "file", overwrite=True):
+    with (
+        pytest.raises(PlanRefused, match="exists and is not a directory"),
+        open_stage(one_value(source), tmp_path / "file", overwrite=True),
+    ):
         pass
 
 
@@ -204,7 +227,10 @@ def test_a_disk_too_small_is_said_before_anything_is_written(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "statvfs", lambda _: Small)
     view = EditedCheckpoint(source, [PadTensor(case.name("down"), 1, 160)])
-    with pytest.raises(MachineError, match=rf"{3 * real.f_frsize:,} bytes are free; 1,[\d,]+ will be written"), open_stage(view, tmp_path / "out"):
+    with (
+        pytest.raises(MachineError, match=rf"{3 * real.f_frsize:,} bytes are free; 1,[\d,]+ will be written"),
+        open_stage(view, tmp_path / "out"),
+    ):
         pass
     assert os.listdir(tmp_path) == ["source"]
 
@@ -227,7 +253,10 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path):
             (source.root / "config.json").write_text("{}")
         calls.append(1)
 
-    with pytest.raises(BadCheckpoint, match="the files changed while they were read"), open_stage(one_value(source), tmp_path / "out", progress=meddle) as stage:
+    with (
+        pytest.raises(BadCheckpoint, match="the files changed while they were read"),
+        open_stage(one_value(source), tmp_path / "out", progress=meddle) as stage,
+    ):
         stage.write()
     assert os.listdir(tmp_path) == ["source"]
 
@@ -269,7 +298,9 @@ def test_a_file_that_bears_the_receipts_name_is_said_to_be_missing(tmp_path):
     for text, notes in (("[1]", 1), ("rubbish", 1), ('{"schema": "mine"}', 1), ('{"schema": "doctor.receipt/1"}', 0)):
         (source.root / "doctor.json").write_text(text)
         stage = written(one_value(Checkpoint.open(source.root)), tmp_path / f"out{len(text)}")
-        assert len(stage.notes) == notes == len(stage.not_carried) and all("is no receipt and is not in the output" in n for n in stage.notes)
+        assert len(stage.notes) == notes == len(stage.not_carried) and all(
+            "is no receipt and is not in the output" in n for n in stage.notes
+        )
 
 
 def test_index_is_written_with_the_new_size(tmp_path):

@@ -9,37 +9,94 @@ from doctor.lint.testing import tiny
 
 # One set of sizes for all; a config class takes those of its own names. All are multiples of 32 but for counts.
 SIZES = {
-    "hidden_size": 128, "n_embd": 128, "d_model": 128, "dim": 128, "word_embed_proj_dim": 128, "embedding_size": 128,
-    "intermediate_size": 256, "ffn_dim": 256, "n_inner": 256, "ffn_hidden_size": 256, "moe_intermediate_size": 64, "d_ff": 256,
-    "shared_expert_intermediate_size": 64, "shared_intermediate_size": 64, "block_ff_dim": 256, "block_dim": 128,
-    "num_hidden_layers": 3, "n_layer": 3, "n_layers": 3, "num_layers": 3,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 32,
-    "vocab_size": 96, "max_position_embeddings": 256, "n_positions": 256, "max_seq_len": 256, "n_ctx": 256, "rotary_dim": 16,
-    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2,
-    "moe_k": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
-    "v_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
-    "first_k_dense_replace": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 64,
+    "hidden_size": 128,
+    "n_embd": 128,
+    "d_model": 128,
+    "dim": 128,
+    "word_embed_proj_dim": 128,
+    "embedding_size": 128,
+    "intermediate_size": 256,
+    "ffn_dim": 256,
+    "n_inner": 256,
+    "ffn_hidden_size": 256,
+    "moe_intermediate_size": 64,
+    "d_ff": 256,
+    "shared_expert_intermediate_size": 64,
+    "shared_intermediate_size": 64,
+    "block_ff_dim": 256,
+    "block_dim": 128,
+    "num_hidden_layers": 3,
+    "n_layer": 3,
+    "n_layers": 3,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "num_key_value_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 96,
+    "max_position_embeddings": 256,
+    "n_positions": 256,
+    "max_seq_len": 256,
+    "n_ctx": 256,
+    "rotary_dim": 16,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "first_k_dense_replace": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "sliding_window": 64,
 }
 
 # What single families need besides, because their own defaults are large or ask for numbers that fit each other.
 OWN = {
     "dots1": {"num_key_value_heads": 2, "n_shared_experts": 1},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 96,
-                     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "activation_sparsity_pattern": None},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 96,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": None,
+    },
     "gemma4_text": {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 96},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 32, "head_dim": 8, "n_groups": 1, "state_size": 32},
     "nemotron_h": {"moe_shared_expert_intermediate_size": 256},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"], "mamba_ngroups": 1, "n_mamba_heads": 32,
-               "mamba_headdim": 8},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 32,
+        "mamba_headdim": 8,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
 
 def stacked(source: Path, folder: Path) -> Path:
-    """A copy of a checkpoint whose experts' linears (`experts.0.gate_proj.weight` and so on) lie in two tensors, as Qwen3.5-MoE is published."""
+    """A copy of a checkpoint whose experts' linears (`experts.0.gate_proj.weight` and so on) lie in two tensors, as
+    Qwen3.5-MoE is published.
+    """
     import shutil
 
     import torch
@@ -61,7 +118,15 @@ def stacked(source: Path, folder: Path) -> Path:
     return folder
 
 
-def save(model_type: str, folder: Path, *, dtype: str = "bfloat16", tie: bool | None = None, max_shard_size: str = "5GB", **changes) -> Path:
+def save(
+    model_type: str,
+    folder: Path,
+    *,
+    dtype: str = "bfloat16",
+    tie: bool | None = None,
+    max_shard_size: str = "5GB",
+    **changes,
+) -> Path:
     """A tiny random model of this type with a tokenizer's files beside it."""
     import torch
     import transformers

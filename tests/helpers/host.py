@@ -13,15 +13,31 @@ CUDA = ROOT / "cuda"
 SOURCES = ("gptq_block", "grid_search", "pack", "awq_difference", "kv_cache", "health_scan")
 COMPILER = shutil.which("g++")
 # -fno-strict-aliasing: kernels read floats by fours, as CUDA allows. FMA hardware, where there is one, is only faster.
-FLAGS = ["-O2", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-Wall", "-Wextra", "-Werror",
-         "-Wno-unknown-pragmas", "-fPIC", "-shared", "-x", "c++"]
-if platform.machine() == "x86_64" and " fma " in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""):
+FLAGS = [
+    "-O2",
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-fPIC",
+    "-shared",
+    "-x",
+    "c++",
+]
+if platform.machine() == "x86_64" and " fma " in (
+    Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+):
     FLAGS = ["-mfma", *FLAGS]
 CACHE = ROOT / ".cache" / "cuda-tests"
 
 
 def build(source: str, folder: Path, extra: tuple[str, ...] = (), edit=None) -> Path:
-    """folder/<source>.so of cuda/<source>.cu; edit(text) -> text plants a fault in the .cu or, as {name: edit}, in a header.
+    """folder/<source>.so of cuda/<source>.cu; edit(text) -> text plants a fault in the .cu or, as {name: edit}, in a
+    header.
 
     Unedited builds are kept under .cache, keyed by everything that goes into them.
     """
@@ -40,9 +56,12 @@ def build(source: str, folder: Path, extra: tuple[str, ...] = (), edit=None) -> 
         for name, text in texts.items():
             (work / name).write_text(text)
         made = work / out.name
-        flags = ["-O1" if edit and flag == "-O2" else flag for flag in FLAGS]     # built once, run once
-        run = subprocess.run([COMPILER, *flags, *extra, "-include", str(work / "shim.h"), str(work / f"{source}.cu"), "-o",
-                              str(made)], capture_output=True, text=True)
+        flags = ["-O1" if edit and flag == "-O2" else flag for flag in FLAGS]  # built once, run once
+        run = subprocess.run(
+            [COMPILER, *flags, *extra, "-include", str(work / "shim.h"), str(work / f"{source}.cu"), "-o", str(made)],
+            capture_output=True,
+            text=True,
+        )
         assert run.returncode == 0, run.stderr
         if edit:
             shutil.copyfile(made, out)
@@ -57,8 +76,25 @@ def fake_libraries(folder: Path) -> ctypes.CDLL:
     """The fake libcuda and libnvrtc in one library, a fresh copy (its counters are its own)."""
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "libfake_cuda.so"
-    run = subprocess.run([shutil.which("gcc") or COMPILER, "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-x", "c",
-                          str(Path(__file__).with_name("fake_cuda.c")), "-o", str(out), "-ldl"], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            shutil.which("gcc") or COMPILER,
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-fPIC",
+            "-shared",
+            "-x",
+            "c",
+            str(Path(__file__).with_name("fake_cuda.c")),
+            "-o",
+            str(out),
+            "-ldl",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(out))
 

@@ -1,16 +1,19 @@
-"""What a kernel's output must be, step by step in float64: judged on its own decisions, so that one tie that fell the other way
-does not excuse the rest of a row."""
+"""What a kernel's output must be, step by step in float64: judged on its own decisions, so that one tie that fell the
+other way does not excuse the rest of a row.
+"""
 
 import torch
 
 from doctor.quant.solve.grid import _error
 
-TIE = 2e-4      # of a step: nearer to a tie than this, either code is right
-EPS = 2.0 ** -24
+TIE = 2e-4  # of a step: nearer to a tie than this, either code is right
+EPS = 2.0**-24
 
 
 def assert_close(got, want, tolerance, what):
-    """NaN and Inf must stand at the same places; elsewhere abs(got - want) <= tolerance. Fails on NaN by construction."""
+    """NaN and Inf must stand at the same places; elsewhere abs(got - want) <= tolerance. Fails on NaN by
+    construction.
+    """
     got, want = got.to(torch.float64), want.to(torch.float64)
     finite = torch.isfinite(want)
     assert (torch.isfinite(got) == finite).all(), f"{what}: finite in other places"
@@ -22,8 +25,8 @@ def assert_close(got, want, tolerance, what):
 def judge_columns(T, U, codes, grid, groups, bits):
     """Every code of GPTQ follows from the codes before it in its row.
 
-    T f32[k, n] as it was, codes u8[k, n], grid Grid of [n, G], groups i32[k]. With e_i = (w_i - q_i) / U_ii, the weight that was
-    rounded is w_j = T_j - sum of e_i U_ij over i < j: that is U^T e = T - Q, one triangular system in float64.
+    T f32[k, n] as it was, codes u8[k, n], grid Grid of [n, G], groups i32[k]. With e_i = (w_i - q_i) / U_ii, the weight
+    that was rounded is w_j = T_j - sum of e_i U_ij over i < j: that is U^T e = T - Q, one triangular system in float64.
     """
     T, U = T.to(torch.float64), U.to(torch.float64)
     scale, zero = grid.scale.to(torch.float64).T[groups.long()], grid.zero.to(torch.float64).T[groups.long()]
@@ -40,12 +43,16 @@ def judge_columns(T, U, codes, grid, groups, bits):
     clamped = exact.clamp(0, top)
     off = (chosen - clamped).abs()
     wrong = ~(off <= slack)
-    assert not wrong.any(), (f"{int(wrong.sum())} of {wrong.numel()} codes do not follow from those before them, first at column "
-                             f"{int(wrong.any(1).to(torch.uint8).argmax())}; off by {off[wrong].max().item():.2f}")
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {wrong.numel()} codes do not follow from those before them, first at column "
+        f"{int(wrong.any(1).to(torch.uint8).argmax())}; off by {off[wrong].max().item():.2f}"
+    )
 
 
 def judge_fit(W, grid, want, weight, bits, share=0.995):
-    """The grid found is the reference's in `share` of the groups, and elsewhere as good: float32 sums decide near-ties."""
+    """The grid found is the reference's in `share` of the groups, and elsewhere as good: float32 sums decide
+    near-ties.
+    """
     n, k = W.shape
     groups = grid.scale.shape[1]
     assert torch.isfinite(grid.scale).all()
@@ -53,8 +60,12 @@ def judge_fit(W, grid, want, weight, bits, share=0.995):
     assert same.float().mean() >= share, f"only {same.float().mean():.4f} of the grids are the reference's"
     part = W.to(torch.float64).reshape(n, groups, k // groups)
     cost = None if weight is None else weight.to(torch.float64).reshape(1, groups, k // groups)
-    error = [_error(part, cost, g.scale.to(torch.float64)[..., None], g.zero.to(torch.float64)[..., None], 2**bits - 1)[..., 0]
-             for g in (grid, want)]
+    error = [
+        _error(part, cost, g.scale.to(torch.float64)[..., None], g.zero.to(torch.float64)[..., None], 2**bits - 1)[
+            ..., 0
+        ]
+        for g in (grid, want)
+    ]
     assert not (~(error[0] <= error[1] * (1 + 1e-4) + 1e-30)).any(), "a grid is worse than the reference's"
 
 
@@ -65,8 +76,9 @@ def energies(E, H):
 
 
 def refined(T, H, codes, grid, groups, bits, width):
-    """(codes u8[k, n], scale f64[G, n]) of one pass of coordinate descent in float64, written from its definition: each code in turn to
-    its best value given all others; width > 0: then the scale of each run of `width` columns to its best float16 value, where that gains.
+    """(codes u8[k, n], scale f64[G, n]) of one pass of coordinate descent in float64, written from its definition: each
+    code in turn to its best value given all others; width > 0: then the scale of each run of `width` columns to its
+    best float16 value, where that gains.
     """
     T, H, groups = T.to(torch.float64), H.to(torch.float64), groups.long()
     scale, zero = grid.scale.T.to(torch.float64).clone(), grid.zero.T.to(torch.float64)
@@ -84,7 +96,9 @@ def refined(T, H, codes, grid, groups, bits, width):
             q[own] = level[own]
             against = (q * (H @ q)).sum(0)
             free = torch.where(against > 0, s + (q * (H @ E)).sum(0) / against, 0 * s)
-            free = (free.to(torch.float32) * s.sign()).clamp_max(65504).half().to(torch.float64).clamp_min(2.0**-24) * s.sign()
+            free = (free.to(torch.float32) * s.sign()).clamp_max(65504).half().to(torch.float64).clamp_min(
+                2.0**-24
+            ) * s.sign()
             moved = E - q * (free - s)
             better = (energies(moved, H) < energies(E, H)) & (against > 0) & (free * s > 0)
             E = torch.where(better, moved, E)
@@ -93,22 +107,32 @@ def refined(T, H, codes, grid, groups, bits, width):
 
 
 def judge_refined(T, H, before, after, groups, bits, width):
-    """No row loses, most rows are the reference's to the last code and scale, and the rest are as good. before, after: (codes, grid)."""
+    """No row loses, most rows are the reference's to the last code and scale, and the rest are as good. before, after:
+    (codes, grid).
+    """
     want, scale = refined(T, H, *before, groups, bits, width)
     index = groups.long()
-    loss = [energies(T - (codes.to(torch.float64) - grid.zero.T.to(torch.float64)[index]) * grid.scale.T.to(torch.float64)[index], H)
-            for codes, grid in (before, after)]
+    loss = [
+        energies(
+            T
+            - (codes.to(torch.float64) - grid.zero.T.to(torch.float64)[index]) * grid.scale.T.to(torch.float64)[index],
+            H,
+        )
+        for codes, grid in (before, after)
+    ]
     best = energies(T - (want.to(torch.float64) - before[1].zero.T.to(torch.float64)[index]) * scale[index], H)
     assert not (~(loss[1] <= loss[0] * (1 + 1e-5))).any(), "a row is worse than before"
     assert not (~((loss[1] - best).abs() <= 0.03 * best)).any(), "a row is not as good as the reference's"
     assert abs(float(loss[1].sum() / best.sum()) - 1) <= 1e-3
-    same = (after[0] == want).all(0) & (after[1].scale.T == scale.to(torch.float32)).all(0)
+    same = (after[0] == want).all(0) & (scale.to(torch.float32) == after[1].scale.T).all(0)
     assert same.float().mean() >= 0.75, f"only {same.float().mean():.3f} of the rows are the reference's"
     return loss
 
 
 def problem(k, n, seed=0, spikes=True):
-    """(T f32[k, n], U f32[k, k], cost f32[k]): weights with an outlier row and column, and a factor of a correlated Hessian."""
+    """(T f32[k, n], U f32[k, k], cost f32[k]): weights with an outlier row and column, and a factor of a correlated
+    Hessian.
+    """
     from doctor.quant.solve.hessian import factorise
 
     g = torch.Generator().manual_seed(seed)
@@ -127,4 +151,3 @@ def grid_of(T, bits, width, sym, **rules):
     from doctor.quant.solve.grid import fit
 
     return fit(T.T.contiguous(), bits, width, sym, **rules)
-

@@ -1,8 +1,9 @@
-"""A CUDA device that is none: tensors that say they are on cuda:0 and are computed by the CPU, so that what a GPU run does can be run
-here line by line, through the real launcher and the host build of the kernels.
+"""A CUDA device that is none: tensors that say they are on cuda:0 and are computed by the CPU, so that what a GPU run
+does can be run here line by line, through the real launcher and the host build of the kernels.
 
-It catches what a CPU run cannot: tensors of two devices in one operation (which CUDA refuses), `numpy()` of a device tensor, and it counts
-the places where the host waits for the device. It says nothing about speed or about CUDA's own arithmetic.
+It catches what a CPU run cannot: tensors of two devices in one operation (which CUDA refuses), `numpy()` of a device
+tensor, and it counts the places where the host waits for the device. It says nothing about speed or about CUDA's own
+arithmetic.
 """
 
 from collections import Counter
@@ -13,9 +14,34 @@ import torch
 from torch.overrides import TorchFunctionMode, get_default_nowrap_functions
 
 PLACE = torch.device("cuda", 0)
-_WAITS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__len__", "cpu", "nonzero", "masked_select", "equal",
-          "allclose", "repeat_interleave"} - {"__len__"}
-_MAY_MIX = {"copy_", "__getitem__", "__setitem__", "to", "__get__", "__set__", "set_", "is_floating_point", "size", "stride", "dim"}
+_WAITS = {
+    "item",
+    "tolist",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__len__",
+    "cpu",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "allclose",
+    "repeat_interleave",
+} - {"__len__"}
+_MAY_MIX = {
+    "copy_",
+    "__getitem__",
+    "__setitem__",
+    "to",
+    "__get__",
+    "__set__",
+    "set_",
+    "is_floating_point",
+    "size",
+    "stride",
+    "dim",
+}
 
 
 class OnCuda(torch.Tensor):
@@ -48,7 +74,13 @@ def _tensors(values):
 
 
 def _device_of(value):
-    return value if isinstance(value, torch.device) else torch.device(value) if isinstance(value, str) and value[:4] in ("cuda", "cpu", "meta") else None
+    return (
+        value
+        if isinstance(value, torch.device)
+        else torch.device(value)
+        if isinstance(value, str) and value[:4] in ("cuda", "cpu", "meta")
+        else None
+    )
 
 
 def _run(func, args, kwargs):
@@ -68,14 +100,25 @@ def _run(func, args, kwargs):
     if placed and not moves and name not in _MAY_MIX:
         strangers = [t for t in found if not isinstance(t, OnCuda) and t.dim() and t.device.type == "cpu"]
         if strangers:
-            raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu "
-                               f"{[list(t.shape) for t in strangers]}!")
+            raise RuntimeError(
+                f"{name}: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu "
+                f"{[list(t.shape) for t in strangers]}!"
+            )
     if placed and Pretend.now is not None:
-        masks = name in ("__getitem__", "__setitem__") and any(t.dtype == torch.bool and t.dim() for t in _tensors(args[1:2]))
-        if name in _WAITS and not (name == "repeat_interleave" and not any(isinstance(a, torch.Tensor) for a in args[1:])) or masks \
-                or moves and wanted is not None and wanted.type == "cpu" or name == "where" and len(found) == 1 and len(args) == 1:
+        masks = name in ("__getitem__", "__setitem__") and any(
+            t.dtype == torch.bool and t.dim() for t in _tensors(args[1:2])
+        )
+        if (
+            (
+                name in _WAITS
+                and not (name == "repeat_interleave" and not any(isinstance(a, torch.Tensor) for a in args[1:]))
+            )
+            or masks
+            or (moves and wanted is not None and wanted.type == "cpu")
+            or (name == "where" and len(found) == 1 and len(args) == 1)
+        ):
             Pretend.now.waits[name] += 1
-    if name == "mm" and placed and "out_dtype" in kwargs:       # CUDA only
+    if name == "mm" and placed and "out_dtype" in kwargs:  # CUDA only
         args, kwargs = [t.to(kwargs["out_dtype"]) for t in args], {}
     with torch._C.DisableTorchFunctionSubclass(), _without_mode():
         out = func(*args, **kwargs)
@@ -136,6 +179,7 @@ class _Event:
 
     def record(self):
         import time
+
         self.at = time.perf_counter()
 
     def elapsed_time(self, other):
@@ -159,16 +203,27 @@ def pretend(engine=None, free=64 << 30):
     hessian.mixed_products.cache_clear()
     mode = Pretend()
     with ExitStack() as stack:
-        cuda = {"is_available": lambda: True, "current_device": lambda: 0, "synchronize": lambda *a: None, "Event": _Event,
-                "get_device_capability": lambda *a: (9, 0), "get_device_name": lambda *a: "a pretended device",
-                "current_stream": lambda *a: _Stream, "mem_get_info": lambda *a: (free, free), "empty_cache": lambda: None,
-                "set_device": lambda *a: None, "device_count": lambda: 1}
+        cuda = {
+            "is_available": lambda: True,
+            "current_device": lambda: 0,
+            "synchronize": lambda *a: None,
+            "Event": _Event,
+            "get_device_capability": lambda *a: (9, 0),
+            "get_device_name": lambda *a: "a pretended device",
+            "current_stream": lambda *a: _Stream,
+            "mem_get_info": lambda *a: (free, free),
+            "empty_cache": lambda: None,
+            "set_device": lambda *a: None,
+            "device_count": lambda: 1,
+        }
         for name, value in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         found = (engine, "") if engine is not None else (None, "this device is pretended")
         stack.enter_context(mock.patch.object(kernels, "_engine", lambda ordinal: found))
-        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))     # also in other threads
+        stack.enter_context(
+            mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        )  # also in other threads
         stack.enter_context(mode)
         Pretend.now = mode
         try:

@@ -1,4 +1,6 @@
-"""The five rungs that stand in for a GPU, counted over a run. Tests of tests/cuda say theirs in a property of their reports."""
+"""The five rungs that stand in for a GPU, counted over a run. Tests of tests/cuda say theirs in a property of their
+reports.
+"""
 
 import os
 from collections import Counter
@@ -12,8 +14,12 @@ RUNGS = {
 }
 RESULTS = {rung: Counter() for rung in RUNGS}
 REASONS = {rung: Counter() for rung in RUNGS}
-PTXAS, NVRTC, FAULTS = {}, {}, []     # architecture: [bytes, {kernel: [registers, bytes spilled]}]; architecture: [bytes, versions]; planted faults
-ALL = "DOCTOR_KERNEL_TABLE"             # set by `make kernels`: one line for each planted fault
+PTXAS, NVRTC, FAULTS = (
+    {},
+    {},
+    [],
+)  # architecture: [bytes, {kernel: [registers, bytes spilled]}]; architecture: [bytes, versions]; planted faults
+ALL = "DOCTOR_KERNEL_TABLE"  # set by `make kernels`: one line for each planted fault
 
 
 def count(report) -> None:
@@ -41,7 +47,9 @@ def summary(terminalreporter) -> None:
         return
     terminalreporter.section("kernels without a GPU: how far the proof went")
     for rung, meaning in RUNGS.items():
-        counts = ", ".join(f"{RESULTS[rung][what]} {what}" for what in ("passed", "failed", "skipped") if RESULTS[rung][what])
+        counts = ", ".join(
+            f"{RESULTS[rung][what]} {what}" for what in ("passed", "failed", "skipped") if RESULTS[rung][what]
+        )
         reasons = "; ".join(f"{n}x {reason}" for reason, n in REASONS[rung].items())
         terminalreporter.write_line(f"{rung} {meaning}: {counts or 'not run'}{f' ({reasons})' if reasons else ''}")
     for line in (*registers(), *faults(os.environ.get(ALL))):
@@ -60,7 +68,12 @@ def registers() -> list[str]:
     rows.append(["bytes spilled", *(str(sum(spilled for _, spilled in PTXAS[a][1].values())) for a in order)])
     rows.append(["KiB by nvcc", *(str(PTXAS[a][0] // 1024) for a in order)])
     if NVRTC:
-        rows.append([f"KiB by NVRTC {next(iter(NVRTC.values()))[1]}", *(str(NVRTC[a][0] // 1024) if a in NVRTC else "" for a in order)])
+        rows.append(
+            [
+                f"KiB by NVRTC {next(iter(NVRTC.values()))[1]}",
+                *(str(NVRTC[a][0] // 1024) if a in NVRTC else "" for a in order),
+            ]
+        )
     return ["", *table(rows)]
 
 
@@ -72,7 +85,11 @@ def faults(whole: str | None) -> list[str]:
     by_source = Counter(source for source, *_ in caught)
     counts = ", ".join(f"{source} {n}" for source, n in sorted(by_source.items()))
     said = f"faults planted in the kernels: {len(caught)} of {len(FAULTS)} caught ({counts})"
-    return ["", *table([["source", "planted fault", "caught by"], *([a, b, c[:90]] for a, b, c in caught)]), said] if whole else ["", said]
+    return (
+        ["", *table([["source", "planted fault", "caught by"], *([a, b, c[:90]] for a, b, c in caught)]), said]
+        if whole
+        else ["", said]
+    )
 
 
 def table(rows: list[list[str]]) -> list[str]:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from doctor.lint import config
 from doctor.api import check, fix
 from doctor.checkpoint.directory import Checkpoint
-from doctor.lint.config import Config, Selection, Suppression, choose
-from doctor.lint.engine import load_rules
 from doctor.core.errors import DoctorError
 from doctor.core.recipe import Recipe
-from doctor.report.formats import json_report
-from doctor.report import render
+from doctor.lint import config
+from doctor.lint.config import Config, Selection, Suppression, choose
+from doctor.lint.engine import load_rules
 from doctor.lint.rule import Finding, Place
 from doctor.lint.testing import tiny
+from doctor.report import render
+from doctor.report.formats import json_report
 
 RECIPE = Recipe(group_size=32)
 
@@ -56,7 +56,9 @@ def test_the_nearest_file_upward_wins_and_is_not_merged(tmp_path):
     write(tmp_path / "a", '[tool.doctor]\nignore = ["G"]\n', "pyproject.toml")
     write(inner, "[tool.other]\nx = 1\n", "pyproject.toml")
     found = config.load(inner)
-    assert found.file == tmp_path / "a" / "pyproject.toml" and found.selection.ignore == ("G",) and found.fail_on is None
+    assert (
+        found.file == tmp_path / "a" / "pyproject.toml" and found.selection.ignore == ("G",) and found.fail_on is None
+    )
     assert config.load(tmp_path).fail_on == "info"
 
 
@@ -75,7 +77,9 @@ def test_a_directory_that_holds_a_checkpoint_is_never_the_configuration(project)
 
 def test_every_key_is_read(tmp_path):
     (tmp_path / "mine").mkdir()
-    path = write(tmp_path, """
+    path = write(
+        tmp_path,
+        """
 select = ["W", "G"]
 extend-select = ["C101"]
 ignore = ["K501"]
@@ -93,31 +97,51 @@ where = "model.layers.{1,2}.mlp.down_proj.weight"
 reason = "kept in 16 bits"
 until = 2027-03-01
 sha256 = "%s"
-""" % ("aB" * 32))
+"""
+        % ("aB" * 32),
+    )
     found = config.read(path)
     assert found.selection == Selection(("W", "G"), ("C101",), ("K501",)) and found.rules_dirs == (tmp_path / "mine",)
-    assert found.recipe() == Recipe(method="awq", group_size=64, runtime="vllm", runtime_version="0.9", keep=("lm_head",), damp=0)
-    entry, = found.suppress
+    assert found.recipe() == Recipe(
+        method="awq", group_size=64, runtime="vllm", runtime_version="0.9", keep=("lm_head",), damp=0
+    )
+    (entry,) = found.suppress
     assert (entry.until, entry.sha256, entry.line) == (date(2027, 3, 1), "ab" * 32, 13)
     assert found.lines["recipe.group_size"] == 9 and found.lines["ignore"] == 4
 
 
-@pytest.mark.parametrize("text, says", [
-    ('fail-on = "never"\nignroe = ["K"]\n', r"doctor.toml:2: unknown key ignroe; did you mean ignore\?"),
-    ("ignore = [1]\n", "doctor.toml:1: ignore is a list; it must be a list of strings"),
-    ('ignore = "K"\n', r"doctor.toml:1: ignore is a string \(K\); it must be a list of strings"),
-    ('\nfail-on = "fatal"\n', "doctor.toml:2: fail-on is 'fatal'; it must be one of error"),
-    ("[recipe]\nbits = 4\ntp = true\n", r"doctor.toml:3: recipe.tp is true or false \(True\); it must be a whole number"),
-    ("[recipe]\nbits = 5\n", "doctor.toml:2: recipe: bits 5; must be 2, 3, 4 or 8"),
-    ('[recipe]\nbitz = 4\n', r"doctor.toml:2: unknown key recipe.bitz; did you mean bits\?"),
-    ('[[suppress]]\ncode = "W201"\nreason = "a"\n[[suppress]]\ncode = "W202"\n', "doctor.toml:4: suppress has no reason"),
-    ('[[suppress]]\nreason = "a"\n', "doctor.toml:1: suppress has no code"),
-    ('[[suppress]]\ncode = "W201"\nreason = "a"\n\nuntil = "2027-01-01"\n', "doctor.toml:5: suppress.until is a string .* a date"),
-    ('[[suppress]]\ncode = "W201"\nreason = "a"\nsha256 = "12"\n', "doctor.toml:4: suppress.sha256 is not a SHA-256"),
-    ('[[suppress]]\ncode = "W201"\nreason = "a"\nwhere = "{9-1}"\n', "doctor.toml:4: .*9-1 is not a range"),
-    ('rules = ["absent"]\n', "doctor.toml:1: rules names .*absent, which is no directory"),
-    ("fail-on = \"error\"\nignore = \n", "doctor.toml:2:10: not TOML"),
-    ('suppress = 3\n', "doctor.toml:1: suppress is a whole number")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ('fail-on = "never"\nignroe = ["K"]\n', r"doctor.toml:2: unknown key ignroe; did you mean ignore\?"),
+        ("ignore = [1]\n", "doctor.toml:1: ignore is a list; it must be a list of strings"),
+        ('ignore = "K"\n', r"doctor.toml:1: ignore is a string \(K\); it must be a list of strings"),
+        ('\nfail-on = "fatal"\n', "doctor.toml:2: fail-on is 'fatal'; it must be one of error"),
+        (
+            "[recipe]\nbits = 4\ntp = true\n",
+            r"doctor.toml:3: recipe.tp is true or false \(True\); it must be a whole number",
+        ),
+        ("[recipe]\nbits = 5\n", "doctor.toml:2: recipe: bits 5; must be 2, 3, 4 or 8"),
+        ("[recipe]\nbitz = 4\n", r"doctor.toml:2: unknown key recipe.bitz; did you mean bits\?"),
+        (
+            '[[suppress]]\ncode = "W201"\nreason = "a"\n[[suppress]]\ncode = "W202"\n',
+            "doctor.toml:4: suppress has no reason",
+        ),
+        ('[[suppress]]\nreason = "a"\n', "doctor.toml:1: suppress has no code"),
+        (
+            '[[suppress]]\ncode = "W201"\nreason = "a"\n\nuntil = "2027-01-01"\n',
+            "doctor.toml:5: suppress.until is a string .* a date",
+        ),
+        (
+            '[[suppress]]\ncode = "W201"\nreason = "a"\nsha256 = "12"\n',
+            "doctor.toml:4: suppress.sha256 is not a SHA-256",
+        ),
+        ('[[suppress]]\ncode = "W201"\nreason = "a"\nwhere = "{9-1}"\n', "doctor.toml:4: .*9-1 is not a range"),
+        ('rules = ["absent"]\n', "doctor.toml:1: rules names .*absent, which is no directory"),
+        ('fail-on = "error"\nignore = \n', "doctor.toml:2:10: not TOML"),
+        ("suppress = 3\n", "doctor.toml:1: suppress is a whole number"),
+    ],
+)
 def test_what_is_wrong_is_said_with_file_and_line(tmp_path, text, says):
     with pytest.raises(DoctorError, match=says):
         config.read(write(tmp_path, text))
@@ -126,10 +150,46 @@ def test_what_is_wrong_is_said_with_file_and_line(tmp_path, text, says):
 def test_any_text_gives_a_configuration_or_an_error_of_ours(tmp_path):
     """Values of every type at every key, tables in the wrong place, lines left out."""
     draw = random.Random(5)
-    lines = ['select = ["F"]', 'ignore = ["K501"]', 'fail-on = "error"', "[recipe]", "bits = 4", 'keep = ["a"]', "damp = 0.01", "[[suppress]]",
-             'code = "W201"', 'where = "a.{0-3}.*"', 'reason = "r"', "until = 2027-01-01"]
-    values = ("1", "true", '"x"', "[1]", '["a"]', "{a=1}", "2027-01-01", "1.5", "nan", "-1", "[[1]]", "2027-01-01T00:00:00Z", "00:00:01")
-    odd = ("[suppress]", "[[recipe]]", "x=1", "[recipe.x]", "suppress = 1", "\0", '"recipe".tp = "z"', "select.x=1", "[a")
+    lines = [
+        'select = ["F"]',
+        'ignore = ["K501"]',
+        'fail-on = "error"',
+        "[recipe]",
+        "bits = 4",
+        'keep = ["a"]',
+        "damp = 0.01",
+        "[[suppress]]",
+        'code = "W201"',
+        'where = "a.{0-3}.*"',
+        'reason = "r"',
+        "until = 2027-01-01",
+    ]
+    values = (
+        "1",
+        "true",
+        '"x"',
+        "[1]",
+        '["a"]',
+        "{a=1}",
+        "2027-01-01",
+        "1.5",
+        "nan",
+        "-1",
+        "[[1]]",
+        "2027-01-01T00:00:00Z",
+        "00:00:01",
+    )
+    odd = (
+        "[suppress]",
+        "[[recipe]]",
+        "x=1",
+        "[recipe.x]",
+        "suppress = 1",
+        "\0",
+        '"recipe".tp = "z"',
+        "select.x=1",
+        "[a",
+    )
     ended = {True: 0, False: 0}
     for _ in range(400):
         text = list(lines)
@@ -150,7 +210,7 @@ def test_any_text_gives_a_configuration_or_an_error_of_ours(tmp_path):
 
 
 def test_a_line_is_found_below_the_table_of_pyproject(tmp_path):
-    path = write(tmp_path, '[tool.x]\nignore = 1\n[tool.doctor]\nignore = 1\n', "pyproject.toml")
+    path = write(tmp_path, "[tool.x]\nignore = 1\n[tool.doctor]\nignore = 1\n", "pyproject.toml")
     with pytest.raises(DoctorError, match=r"pyproject.toml:4: ignore is"):
         config.read(path)
 
@@ -166,8 +226,12 @@ def test_layers_add_and_take_away_and_the_later_wins():
 
     every = {r.code for r in rules}
     assert chosen() == every
-    assert chosen(Selection(ignore=("W",)), Selection(extend_select=("W201",))) == {c for c in every if c[0] != "W"} | {"W201"}
-    assert chosen(Selection(extend_select=("W201",)), Selection(select=("G",), ignore=("G302",))) == {c for c in every if c[0] == "G"} - {"G302"}
+    assert chosen(Selection(ignore=("W",)), Selection(extend_select=("W201",))) == {c for c in every if c[0] != "W"} | {
+        "W201"
+    }
+    assert chosen(Selection(extend_select=("W201",)), Selection(select=("G",), ignore=("G302",))) == {
+        c for c in every if c[0] == "G"
+    } - {"G302"}
     assert "K501" not in chosen(Selection(ignore=("K501",)), Selection(ignore=("G302",)))
     with pytest.raises(DoctorError, match="no rule is left"):
         chosen(Selection(select=("W201",), ignore=("W",)))
@@ -178,21 +242,25 @@ def test_layers_add_and_take_away_and_the_later_wins():
 # suppression
 
 
-@pytest.mark.parametrize("where, name, fits", [
-    ("model.layers.{1,2}.mlp.down_proj.weight", "model.layers.2.mlp.down_proj.weight", True),
-    ("model.layers.{1,2}.mlp.down_proj.weight", "model.layers.12.mlp.down_proj.weight", False),
-    ("*layers.{0-3}.*", "model.layers.3.mlp.down_proj.weight", True),
-    ("*layers.{0-3}.*", "model.layers.30.mlp.down_proj.weight", False),
-    ("*layers.{0-3}*", "model.layers.13.x", False),
-    ("*.{gate,up}_proj.weight", "model.layers.7.mlp.up_proj.weight", True),
-    ("*.{gate,up}_proj.weight", "model.layers.7.mlp.down_proj.weight", False),
-    ("*.mlp.*", "model.layers.7.mlp.up_proj.weight", True),
-    ("*a*b*c*", "xxaxxbxxc", True),
-    ("*a*b*c*", "xxaxxcxxb", False),
-    ("lm_head.weigh?", "lm_head.weight", True),
-    ("a.b", "axb", False),
-    ("w[0]", "w[0]", True),
-    ("config.json#/bos_token_id", "config.json#/bos_token_id", True)])
+@pytest.mark.parametrize(
+    "where, name, fits",
+    [
+        ("model.layers.{1,2}.mlp.down_proj.weight", "model.layers.2.mlp.down_proj.weight", True),
+        ("model.layers.{1,2}.mlp.down_proj.weight", "model.layers.12.mlp.down_proj.weight", False),
+        ("*layers.{0-3}.*", "model.layers.3.mlp.down_proj.weight", True),
+        ("*layers.{0-3}.*", "model.layers.30.mlp.down_proj.weight", False),
+        ("*layers.{0-3}*", "model.layers.13.x", False),
+        ("*.{gate,up}_proj.weight", "model.layers.7.mlp.up_proj.weight", True),
+        ("*.{gate,up}_proj.weight", "model.layers.7.mlp.down_proj.weight", False),
+        ("*.mlp.*", "model.layers.7.mlp.up_proj.weight", True),
+        ("*a*b*c*", "xxaxxbxxc", True),
+        ("*a*b*c*", "xxaxxcxxb", False),
+        ("lm_head.weigh?", "lm_head.weight", True),
+        ("a.b", "axb", False),
+        ("w[0]", "w[0]", True),
+        ("config.json#/bos_token_id", "config.json#/bos_token_id", True),
+    ],
+)
 def test_a_pattern_fits_the_names_it_says(where, name, fits):
     place = Place("config.json", pointer="/bos_token_id") if "#" in name else Place("model.safetensors", tensor=name)
     entry = Suppression("W201", "r", where)
@@ -210,22 +278,42 @@ def test_a_hostile_pattern_costs_no_time():
 def test_a_suppressed_finding_is_kept_in_the_report_and_not_shown(project):
     report = check("ck", RECIPE, config=suppress(where="*.mlp.*"))
     assert report.ok and not report.findings and codes(report.suppressed) == ["W201"]
-    assert "W201" not in render("concise", [report]).replace("suppressed", "") and "1 suppressed" in render("concise", [report])
+    assert "W201" not in render("concise", [report]).replace("suppressed", "") and "1 suppressed" in render(
+        "concise", [report]
+    )
     assert "1 suppressed" in render("full", [report]) and "1 suppressed" in render("markdown", [report])
     data = json.loads(render("json", [report]))
-    assert data["suppressed"][0]["suppression"] == {"reason": "known", "origin": "/x/doctor.toml:1", "from_checkpoint": False}
-    result, = json.loads(render("sarif", [report]))["runs"][0]["results"]
-    assert result["ruleId"] == "W201" and result["suppressions"] == [{"kind": "external", "status": "accepted", "justification": "known"}]
-    assert json_report.from_dict(data).suppressed == [replace(report.suppressed[0], evidence=data["suppressed"][0]["evidence"])]
+    assert data["suppressed"][0]["suppression"] == {
+        "reason": "known",
+        "origin": "/x/doctor.toml:1",
+        "from_checkpoint": False,
+    }
+    (result,) = json.loads(render("sarif", [report]))["runs"][0]["results"]
+    assert result["ruleId"] == "W201" and result["suppressions"] == [
+        {"kind": "external", "status": "accepted", "justification": "known"}
+    ]
+    assert json_report.from_dict(data).suppressed == [
+        replace(report.suppressed[0], evidence=data["suppressed"][0]["evidence"])
+    ]
 
 
 def test_a_suppression_that_matches_nothing_is_a_finding_where_it_stands(project):
     report = check("base", RECIPE, config=suppress(line=7))
-    item, = report.findings
-    assert (item.code, item.severity, item.where.file, item.where.line) == ("S001", "warning", "/x/doctor.toml", 7) and report.ok
+    (item,) = report.findings
+    assert (item.code, item.severity, item.where.file, item.where.line) == (
+        "S001",
+        "warning",
+        "/x/doctor.toml",
+        7,
+    ) and report.ok
     assert "/x/doctor.toml:7:1: S001 the suppression of W201 matches no finding" in render("concise", [report])
     assert "file=/x/doctor.toml,line=7" in render("github", [report])
-    assert json.loads(render("sarif", [report]))["runs"][0]["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "/x/doctor.toml"
+    assert (
+        json.loads(render("sarif", [report]))["runs"][0]["results"][0]["locations"][0]["physicalLocation"][
+            "artifactLocation"
+        ]["uri"]
+        == "/x/doctor.toml"
+    )
 
 
 def test_a_rule_that_did_not_run_gives_no_unused_suppression(project):
@@ -240,10 +328,16 @@ def test_a_suppression_that_names_no_rule_is_said(project):
 def test_after_its_date_it_is_a_finding_again(project):
     entry = Suppression("W201", "known", until=date(2026, 3, 1), file="/x/doctor.toml")
     report = check("ck", RECIPE, config=Config())
-    last, after = (config.hush([entry], report.findings, report.runs, Checkpoint.open("ck"), day) for day in (date(2026, 3, 1), date(2026, 3, 2)))
+    last, after = (
+        config.hush([entry], report.findings, report.runs, Checkpoint.open("ck"), day)
+        for day in (date(2026, 3, 1), date(2026, 3, 2))
+    )
     assert not last.findings and not last.own
     assert codes(after.findings) == ["W201"] and not after.suppressed
-    assert "ended on 2026-03-01: 1 finding of it are shown again" in after.own[0].message and after.own[0].severity == "info"
+    assert (
+        "ended on 2026-03-01: 1 finding of it are shown again" in after.own[0].message
+        and after.own[0].severity == "info"
+    )
 
 
 def test_a_hash_ties_a_suppression_to_one_file_and_only_that_file_is_hashed(project, monkeypatch):
@@ -251,7 +345,9 @@ def test_a_hash_ties_a_suppression_to_one_file_and_only_that_file_is_hashed(proj
     hashed = []
     real = Checkpoint.sha256
     monkeypatch.setattr(Checkpoint, "sha256", lambda self, name: hashed.append(name) or real(self, name))
-    assert codes(check("ck", RECIPE, config=suppress(sha256=digest)).suppressed) == ["W201"] and hashed == ["model.safetensors"]
+    assert codes(check("ck", RECIPE, config=suppress(sha256=digest)).suppressed) == ["W201"] and hashed == [
+        "model.safetensors"
+    ]
     other = check("ck", RECIPE, config=suppress(sha256="0" * 64))
     assert codes(other.findings) == ["W201", "S001"] and "for sha256 000000000000…" in other.findings[1].message
     check("ck", RECIPE, config=suppress())
@@ -267,13 +363,17 @@ def test_the_checkpoints_own_file_may_suppress_and_is_counted(project):
     assert codes(check("ck", RECIPE).findings) == ["W201"]
 
 
-@pytest.mark.parametrize("text, says", [
-    ('ignore = ["W"]\nselect = ["G"]\n', "sets ignore, select, which was not followed"),
-    ("[recipe]\ngroup_size = 64\n", "sets recipe, which was not followed"),
-    ("ignore = [", "not TOML: .*nothing of it was followed"),
-    ('[[suppress]]\ncode = "W201"\n', "suppress has no reason.*nothing of it was followed"),
-    ('[[suppress]]\ncode = "W201"\nreason="x"\nwhere = "%s"\n' % ("*" + "x*" * 40), "41 stars"),
-    ("a = " + "[" * 4000, "nothing of it was followed")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ('ignore = ["W"]\nselect = ["G"]\n', "sets ignore, select, which was not followed"),
+        ("[recipe]\ngroup_size = 64\n", "sets recipe, which was not followed"),
+        ("ignore = [", "not TOML: .*nothing of it was followed"),
+        ('[[suppress]]\ncode = "W201"\n', "suppress has no reason.*nothing of it was followed"),
+        ('[[suppress]]\ncode = "W201"\nreason="x"\nwhere = "%s"\n' % ("*" + "x*" * 40), "41 stars"),
+        ("a = " + "[" * 4000, "nothing of it was followed"),
+    ],
+)
 def test_the_checkpoints_own_file_may_do_nothing_else(project, text, says):
     write(project / "ck", text)
     report = check("ck", RECIPE, config=Config())
@@ -395,7 +495,11 @@ def test_the_documentation_shows_every_key_and_its_example_is_read(tmp_path):
     example = text.partition("```toml\n")[2].partition("```")[0]
     (tmp_path / "lint" / "rules").mkdir(parents=True)
     found = config.read(write(tmp_path, example))
-    assert set(found.lines) | {"recipe", "suppress"} >= set(config._TYPES) and found.suppress[0].until and found.recipe().runtime_version == "0.9"
+    assert (
+        set(found.lines) | {"recipe", "suppress"} >= set(config._TYPES)
+        and found.suppress[0].until
+        and found.recipe().runtime_version == "0.9"
+    )
     assert all(f"`{key}`" in text for key in config._SUPPRESS)
 
 
@@ -418,8 +522,19 @@ def test_rules_of_a_directory_run_beside_ours(project, capsys, monkeypatch, how)
     (project / "mine").mkdir()
     (project / "mine" / f"w99{len(how)}_own_{how}.py").write_text(
         f'"""W99{len(how)} own-{how}: invented.\n\nWhy: a test.\nDo: nothing.\n"""\nfrom doctor.lint.rule import finding, rule\n\n\n'
-        f'@rule("W99{len(how)}", "error")\ndef check(tensor, numel):\n    yield finding("seen")\n')
+        f'@rule("W99{len(how)}", "error")\ndef check(tensor, numel):\n    yield finding("seen")\n'
+    )
     if how == "file":
         write(project, 'rules = ["mine"]\n')
-    code, out, _ = run(capsys, "check", "base", "--group-size", "32", "--select", f"own-{how}", *(("--rules", "mine") if how == "flag" else ()), "--concise")
+    code, out, _ = run(
+        capsys,
+        "check",
+        "base",
+        "--group-size",
+        "32",
+        "--select",
+        f"own-{how}",
+        *(("--rules", "mine") if how == "flag" else ()),
+        "--concise",
+    )
     assert code == 1 and f"W99{len(how)}" in out and "seen" in out

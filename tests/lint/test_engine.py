@@ -2,10 +2,11 @@ import json
 
 import pytest
 
-from doctor.lint import engine, rule as rule_module
 from doctor.api import check
-from doctor.lint.engine import fold, folded_name, select_rules
 from doctor.core.errors import CheckpointNotReady, DoctorError
+from doctor.lint import engine
+from doctor.lint import rule as rule_module
+from doctor.lint.engine import fold, folded_name, select_rules
 from doctor.lint.rule import RULES
 from doctor.lint.testing import tiny
 
@@ -31,20 +32,28 @@ def rules_dir(tmp_path, monkeypatch):
     folder.mkdir()
 
     def add(code, name, body):
-        (folder / f"{code.lower()}_{name.replace('-', '_')}_{tmp_path.name}.py").write_text(PAGE.format(code=code, name=name) + body)
+        (folder / f"{code.lower()}_{name.replace('-', '_')}_{tmp_path.name}.py").write_text(
+            PAGE.format(code=code, name=name) + body
+        )
         return folder
 
     return add
 
 
 def test_a_rule_of_the_user_runs_beside_ours(rules_dir, tmp_path):
-    folder = rules_dir("W991", "seen-tensor", '@rule("W991", "info")\ndef check(tensor, numel):\n    yield finding(f"{numel} values in {tensor.name}")\n')
+    folder = rules_dir(
+        "W991",
+        "seen-tensor",
+        '@rule("W991", "info")\ndef check(tensor, numel):\n    yield finding(f"{numel} values in {tensor.name}")\n',
+    )
     report = check(tiny().write(tmp_path / "m"), tiny().recipe, rules_dirs=[folder])
     assert len([f for f in report.findings if f.code == "W991"]) == len(tiny().tensors) and report.ok
 
 
 def test_a_rule_that_crashes_is_named_and_the_others_run(rules_dir, tmp_path):
-    folder = rules_dir("W992", "crash-here", '@rule("W992", "error")\ndef check(tensor, numel):\n    yield finding(str(1 // 0))\n')
+    folder = rules_dir(
+        "W992", "crash-here", '@rule("W992", "error")\ndef check(tensor, numel):\n    yield finding(str(1 // 0))\n'
+    )
     case = tiny()
     case.down()[0, 0] = 0x7FC0
     report = check(case.write(tmp_path / "m"), case.recipe, rules_dirs=[folder])
@@ -52,12 +61,16 @@ def test_a_rule_that_crashes_is_named_and_the_others_run(rules_dir, tmp_path):
     assert "W201" in [f.code for f in report.findings]
 
 
-@pytest.mark.parametrize("body, words", [
-    ('@rule("W993", "error", certainty="likely")\ndef check(tensor):\n    yield\n', "an error must be certain"),
-    ('@rule("W993", "warning")\ndef check(thing):\n    yield\n', "scope 'thing'"),
-    ('@rule("W993", "warning")\ndef check(tensor, n_nam):\n    yield\n', "nearest: n_nan"),
-    ('@rule("W994", "warning")\ndef check(tensor):\n    yield\n', "must begin with 'W994"),
-    ('syntax error', "cannot be loaded")])
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ('@rule("W993", "error", certainty="likely")\ndef check(tensor):\n    yield\n', "an error must be certain"),
+        ('@rule("W993", "warning")\ndef check(thing):\n    yield\n', "scope 'thing'"),
+        ('@rule("W993", "warning")\ndef check(tensor, n_nam):\n    yield\n', "nearest: n_nan"),
+        ('@rule("W994", "warning")\ndef check(tensor):\n    yield\n', "must begin with 'W994"),
+        ("syntax error", "cannot be loaded"),
+    ],
+)
 def test_a_wrong_rule_file_is_refused_with_its_reason(rules_dir, body, words):
     folder = rules_dir("W993", "wrong-rule", body)
     with pytest.raises(DoctorError, match=words):
@@ -76,7 +89,9 @@ def test_select_and_ignore_take_codes_families_names_and_certainties():
 def test_what_was_not_looked_at_is_said(tmp_path):
     report = check(tiny().write(tmp_path), tiny().recipe, stage="header")
     run = next(r for r in report.runs if r.rule.code == "W201")
-    assert run.status == "skipped" and list(run.reasons) == ["stage values was not asked for"] and report.bytes_read == 0
+    assert (
+        run.status == "skipped" and list(run.reasons) == ["stage values was not asked for"] and report.bytes_read == 0
+    )
 
 
 def test_findings_alike_but_for_the_block_fold_into_one_line(tmp_path):
@@ -84,7 +99,7 @@ def test_findings_alike_but_for_the_block_fold_into_one_line(tmp_path):
     for block in (0, 1):
         case.down(block)[0, 0] = 0x7FC0
     report = check(case.write(tmp_path), case.recipe)
-    (first, group), = fold(report.findings)
+    ((first, group),) = fold(report.findings)
     assert len(group) == 2 and folded_name(f.where.tensor for f in group) == "model.layers.{0-1}.mlp.down_proj.weight"
     assert folded_name(["a.1.b", "a.2.b", "a.3.b", "a.9.b"]) == "a.{1-3,9}.b" and folded_name(["lm_head"]) == "lm_head"
     with pytest.raises(CheckpointNotReady, match="2 findings"):
@@ -125,4 +140,7 @@ def test_a_rule_files_page_may_be_indented_and_its_first_line_wrapped():
     assert headline("X901 my-rule: what is wrong.\nWhy: because.", "X901") == ("my-rule", "what is wrong")
     page = Rule("X901", *headline(text, "X901"), "error", "certain", "tensor", "header", (), lambda *_: (), text)
     assert page.section("Why") == "because." and [(s.tool, s.text) for s in page.seen_as] == [
-        ("Tool", "it broke"), ("One", "set `a` to `b`"), ("Two", "`a` is not `b`")]
+        ("Tool", "it broke"),
+        ("One", "set `a` to `b`"),
+        ("Two", "`a` is not `b`"),
+    ]

@@ -20,9 +20,15 @@ def made(code, *quotes, name="made-up", stage="values"):
 LIBRARY = [
     made("W901", "ValueError: Hessian is not invertible", name="nonfinite"),
     made("G901", "must be divisible by tensor parallel size", name="heads"),
-    made("G902", "The input size is not aligned with the quantized weight shape. This can be caused by too large tensor parallel size.", name="groups"),
+    made(
+        "G902",
+        "The input size is not aligned with the quantized weight shape. This can be caused by too large tensor parallel size.",
+        name="groups",
+    ),
     made("F901", "Error while deserializing header: MetadataIncompleteBuffer", name="cut"),
-    made("F902", "size mismatch for {key}: copying a param with shape torch.Size([4, 8])", name="shape", stage="header"),
+    made(
+        "F902", "size mismatch for {key}: copying a param with shape torch.Size([4, 8])", name="shape", stage="header"
+    ),
 ]
 
 
@@ -39,35 +45,77 @@ def test_every_quoted_message_finds_its_own_rule_first(code, quote):
 
 @pytest.mark.parametrize("code, quote", [q for q in QUOTES if len(q[1]) >= 25][::3], ids=lambda x: x[:30])
 def test_every_long_quote_is_found_inside_a_log(code, quote):
-    log = "\n".join(["INFO 11-23 19:00:01 [loader.py:42] Loading weights took 3.21 seconds", "Traceback (most recent call last):",
-                     '  File "/usr/lib/python3/site-packages/vllm/worker.py", line 1021, in load_model', "    self.model = get_model(config)",
-                     f"(EngineCore pid=4711) {quote}", "", "During handling of the above exception, another exception occurred:", "Killed"])
+    log = "\n".join(
+        [
+            "INFO 11-23 19:00:01 [loader.py:42] Loading weights took 3.21 seconds",
+            "Traceback (most recent call last):",
+            '  File "/usr/lib/python3/site-packages/vllm/worker.py", line 1021, in load_model',
+            "    self.model = get_model(config)",
+            f"(EngineCore pid=4711) {quote}",
+            "",
+            "During handling of the above exception, another exception occurred:",
+            "Killed",
+        ]
+    )
     assert code in [m.rule.code for m in explain.search(log, RULES)]
 
 
-@pytest.mark.parametrize("text, code", [
-    ("ValueError: Hessian is not invertible", "W901"),
-    ("hessian is not invertible", "W901"),
-    ('  File "/home/u/q.py", line 333, in <module>\n    raise ValueError("Hessian is not invertible")\nValueError: Hessian is not invertible\n', "W901"),
-    ("\x1b[31mERROR\x1b[0m 2026-01-02T10:11:12 ValueError:   Hessian is\tnot invertible", "W901"),
-    ("AssertionError: 14 must be divisible by tensor parallel size 8", "G901"),
-    ("safetensors_rust.SafetensorError: Error while deserializing header: MetadataIncompleteBuffer", "F901"),
-    ("RuntimeError: size mismatch for model.layers.3.mlp.up_proj.weight: copying a param with shape torch.Size([11008, 4096])", "F902"),
-    ("The input size is not aligned with the quantized\nweight shape. This can be caused by too large\ntensor parallel size.", "G902"),
-    ("input size not aligned with quantized weight shape, caused by too large tensor parallel size", "G902"),
-])
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("ValueError: Hessian is not invertible", "W901"),
+        ("hessian is not invertible", "W901"),
+        (
+            '  File "/home/u/q.py", line 333, in <module>\n    raise ValueError("Hessian is not invertible")\nValueError: Hessian is not invertible\n',
+            "W901",
+        ),
+        ("\x1b[31mERROR\x1b[0m 2026-01-02T10:11:12 ValueError:   Hessian is\tnot invertible", "W901"),
+        ("AssertionError: 14 must be divisible by tensor parallel size 8", "G901"),
+        ("safetensors_rust.SafetensorError: Error while deserializing header: MetadataIncompleteBuffer", "F901"),
+        (
+            "RuntimeError: size mismatch for model.layers.3.mlp.up_proj.weight: copying a param with shape torch.Size([11008, 4096])",
+            "F902",
+        ),
+        (
+            "The input size is not aligned with the quantized\nweight shape. This can be caused by too large\ntensor parallel size.",
+            "G902",
+        ),
+        ("input size not aligned with quantized weight shape, caused by too large tensor parallel size", "G902"),
+    ],
+)
 def test_a_pasted_message_finds_its_rule_first(text, code):
     assert codes(text)[0] == code
 
 
-@pytest.mark.parametrize("text", ["", "   \n ", "hello world", "CUDA out of memory. Tried to allocate 2.00 GiB", "ValueError: invalid literal for int() with base 10",
-                                  "ModuleNotFoundError: No module named 'torch'", "{}", "{key}", "assert", "the of is not"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "   \n ",
+        "hello world",
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "ValueError: invalid literal for int() with base 10",
+        "ModuleNotFoundError: No module named 'torch'",
+        "{}",
+        "{key}",
+        "assert",
+        "the of is not",
+    ],
+)
 def test_an_unrelated_message_finds_nothing(text):
     assert codes(text) == []
 
 
-@pytest.mark.parametrize("text", ["ModuleNotFoundError: No module named 'flash_attn'", "ConnectionError: HTTPSConnectionPool(host='example.org', port=443)",
-                                  "KeyboardInterrupt", "Permission denied: '/srv/x'", "Segmentation fault (core dumped)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ModuleNotFoundError: No module named 'flash_attn'",
+        "ConnectionError: HTTPSConnectionPool(host='example.org', port=443)",
+        "KeyboardInterrupt",
+        "Permission denied: '/srv/x'",
+        "Segmentation fault (core dumped)",
+    ],
+)
 def test_unrelated_messages_find_none_of_the_real_rules(text):
     assert codes(text, RULES) == []
 
@@ -82,15 +130,21 @@ def test_the_last_of_two_errors_comes_first():
 
 
 def test_among_equals_the_cheapest_to_check_comes_first():
-    rules = [made("A901", "the very same message", stage="calibration"), made("B901", "the very same message", stage="values"),
-             made("C901", "the very same message", stage="header")]
+    rules = [
+        made("A901", "the very same message", stage="calibration"),
+        made("B901", "the very same message", stage="values"),
+        made("C901", "the very same message", stage="header"),
+    ]
     assert codes("error: the very same message", rules) == ["C901", "B901", "A901"]
 
 
 def test_a_long_log_is_searched_in_a_moment_and_from_its_end():
     import time
 
-    log = "\n".join(f"step {i} loss {i / 7} some words of a progress line" for i in range(50_000)) + "\nValueError: Hessian is not invertible\n"
+    log = (
+        "\n".join(f"step {i} loss {i / 7} some words of a progress line" for i in range(50_000))
+        + "\nValueError: Hessian is not invertible\n"
+    )
     start = time.perf_counter()
     assert codes(log) == ["W901"]
     assert time.perf_counter() - start < 5
@@ -120,4 +174,6 @@ def test_a_page_loses_no_word_of_its_file(entry):
     for key, _ in explain.SECTIONS:
         assert entry.section(key) in page
     for key, _ in explain.SECTIONS:
-        assert re.sub(r"\s+", " ", " ".join(explain.paragraphs(entry.section(key)))).split() == entry.section(key).split()
+        assert (
+            re.sub(r"\s+", " ", " ".join(explain.paragraphs(entry.section(key)))).split() == entry.section(key).split()
+        )

@@ -3,34 +3,155 @@
 import random
 
 import pytest
+from healthy_models import save
 
 from doctor.api import check
 from doctor.checkpoint.directory import Checkpoint
-from doctor.model.tensor_map import placement
 from doctor.core.recipe import Recipe
-from doctor.model.spec import build_spec
 from doctor.lint.testing import shard_bytes
-
-from healthy_models import save
+from doctor.model.spec import build_spec
+from doctor.model.tensor_map import placement
 
 RECIPE = Recipe(group_size=32)
-FAMILIES = (
-    "apertus arcee bloom codegen cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe exaone4 falcon gemma gemma2 gemma3_text glm "
-    "glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe helium hunyuan_v1_dense hunyuan_v1_moe lfm2 llama llama4_text "
-    "minicpm3 minimax_m2 ministral3 mistral mixtral mpt nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe "
-    "qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 stablelm starcoder2"
-).split()
+FAMILIES = [
+    "apertus",
+    "arcee",
+    "bloom",
+    "codegen",
+    "cohere",
+    "cohere2",
+    "deepseek_v2",
+    "deepseek_v3",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "exaone4",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "gpt_oss",
+    "gptj",
+    "granite",
+    "granitemoe",
+    "helium",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "lfm2",
+    "llama",
+    "llama4_text",
+    "minicpm3",
+    "minimax_m2",
+    "ministral3",
+    "mistral",
+    "mixtral",
+    "mpt",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "opt",
+    "persimmon",
+    "phi",
+    "phi3",
+    "phimoe",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+]
 
 
-# No table describes these; they are read by the shapes and names of their tensors. State-space and recurrent models are among them.
-UNKNOWN = (
-    "afmoe aria_text axk1 axk2 bailing_hybrid bamba bert biogpt bitnet cohere2_moe cwm deepseek_v32 deepseek_v4 diffllama doge dots1 electra "
-    "exaone_moe falcon_h1 falcon_mamba flex_olmo flint gemma3n_text gemma4_text gemma4_unified_text glm4_moe_lite glm_moe_dsa gpt-sw3 gpt_neo "
-    "gpt_neox_japanese granite_swa granitemoe_swa granitemoehybrid granitemoeshared hrm_text hy_v3 hy_v4 hyperclovax internlm3 iquestcoder "
-    "jais2 jamba jetmoe kimi_linear laguna lfm2_moe lfm3 mamba mamba2 mellum mimo_v2_flash minimax minimax_m3_vl_text ministral "
-    "modernbert-decoder nanochat nemotron_h olmo_hybrid openai-gpt qwen4_exp_text recurrent_gemma rembert roberta rwkv solar_open vaultgemma "
-    "xglm xlm xlstm youtu zamba zamba2 zaya"
-).split()
+# No table describes these; they are read by the shapes and names of their tensors. State-space and recurrent models are
+# among them.
+UNKNOWN = [
+    "afmoe",
+    "aria_text",
+    "axk1",
+    "axk2",
+    "bailing_hybrid",
+    "bamba",
+    "bert",
+    "biogpt",
+    "bitnet",
+    "cohere2_moe",
+    "cwm",
+    "deepseek_v32",
+    "deepseek_v4",
+    "diffllama",
+    "doge",
+    "dots1",
+    "electra",
+    "exaone_moe",
+    "falcon_h1",
+    "falcon_mamba",
+    "flex_olmo",
+    "flint",
+    "gemma3n_text",
+    "gemma4_text",
+    "gemma4_unified_text",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "gpt-sw3",
+    "gpt_neo",
+    "gpt_neox_japanese",
+    "granite_swa",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "hrm_text",
+    "hy_v3",
+    "hy_v4",
+    "hyperclovax",
+    "internlm3",
+    "iquestcoder",
+    "jais2",
+    "jamba",
+    "jetmoe",
+    "kimi_linear",
+    "laguna",
+    "lfm2_moe",
+    "lfm3",
+    "mamba",
+    "mamba2",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax",
+    "minimax_m3_vl_text",
+    "ministral",
+    "modernbert-decoder",
+    "nanochat",
+    "nemotron_h",
+    "olmo_hybrid",
+    "openai-gpt",
+    "qwen4_exp_text",
+    "recurrent_gemma",
+    "rembert",
+    "roberta",
+    "rwkv",
+    "solar_open",
+    "vaultgemma",
+    "xglm",
+    "xlm",
+    "xlstm",
+    "youtu",
+    "zamba",
+    "zamba2",
+    "zaya",
+]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +199,11 @@ def test_shards_with_an_index_are_healthy(model_type, tmp_path):
 
 
 # Every third family once more, each in another dtype, in shards or with the other kind of head.
-VARIANTS = ({"dtype": "float16", "max_shard_size": "200KB"}, {"dtype": "float32", "tie": True}, {"tie": False, "max_shard_size": "100KB"})
+VARIANTS = (
+    {"dtype": "float16", "max_shard_size": "200KB"},
+    {"dtype": "float32", "tie": True},
+    {"tie": False, "max_shard_size": "100KB"},
+)
 
 
 @pytest.mark.parametrize("number, model_type", list(enumerate([*FAMILIES, *UNKNOWN][1::3])))
@@ -103,7 +228,9 @@ def test_attention_without_a_low_rank_query_is_healthy_and_its_q_proj_a_linear(m
     roles = {x.role for x in build_spec(checkpoint.value("config.json"), checkpoint.tensors).linears}
     assert "q" in roles and not roles & {"q_a", "q_b"}
     tensors = {n: checkpoint.load(n) for n in checkpoint.tensors if not n.endswith("1.self_attn.q_proj.weight")}
-    (folder / "model.safetensors").write_bytes(shard_bytes(tensors, {n: checkpoint.tensors[n].dtype.name for n in tensors}))
+    (folder / "model.safetensors").write_bytes(
+        shard_bytes(tensors, {n: checkpoint.tensors[n].dtype.name for n in tensors})
+    )
     assert any("1.self_attn.q_proj.weight" in line for line in complaints(folder, select=("F050",), ignore=()))
 
 
@@ -116,7 +243,9 @@ def test_a_tensor_taken_out_of_any_family_is_missed(model_type, saved, tmp_path)
     matched = [info.name for info, _, _ in place.sizes() if info.name.startswith(place.stem)]
     lost = rng.choice(sorted(matched))
     tensors = {n: source.load(n) for n in source.tensors if n != lost}
-    (tmp_path / "model.safetensors").write_bytes(shard_bytes(tensors, {n: source.tensors[n].dtype.name for n in tensors}))
+    (tmp_path / "model.safetensors").write_bytes(
+        shard_bytes(tensors, {n: source.tensors[n].dtype.name for n in tensors})
+    )
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         if name in source.entries:
             (tmp_path / name).write_bytes(source.read_file(name))

@@ -1,8 +1,8 @@
 """No defect is missed: every rule's example, planted in family after family, is found and named.
 
-What was planted is not asked of the rule. It is read off the disk: the case is written beside the nearest healthy checkpoint of
-the same family, and what differs between the two (a tensor, a JSON value, a file, a fact, a field of the recipe) is what the
-finding must name.
+What was planted is not asked of the rule. It is read off the disk: the case is written beside the nearest healthy
+checkpoint of the same family, and what differs between the two (a tensor, a JSON value, a file, a fact, a field of the
+recipe) is what the finding must name.
 """
 
 import json
@@ -15,8 +15,8 @@ from functools import cache
 import pytest
 
 from doctor.api import check
-from doctor.lint.engine import load_rules
 from doctor.core.recipe import Recipe
+from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
 from doctor.lint.testing import FAMILIES, NotHere, compared, measured, roomy, tiny, tiny_gptq, use_family
 
@@ -27,8 +27,14 @@ MORE = ("qwen3", "qwen3_moe", "olmoe", "granitemoe", "llama4_text", "gpt_oss")
 AT_LEAST = 3
 # A tiny mixture is narrower than the tiles of vLLM's kernel for experts, some runtimes read no stacks apart, vLLM and
 # transformers misread some packed linears: all of it is true and said.
-TRUE_HERE = {"qwen2_moe": {"G308", "G319"}, "olmoe": {"G308", "G319"}, "qwen3_moe": {"G308", "G319"}, "granitemoe": {"G308", "G313"}, "llama4_text": {"G308", "G313", "G319"},
-             "gpt_oss": {"G313", "G319"}}
+TRUE_HERE = {
+    "qwen2_moe": {"G308", "G319"},
+    "olmoe": {"G308", "G319"},
+    "qwen3_moe": {"G308", "G319"},
+    "granitemoe": {"G308", "G313"},
+    "llama4_text": {"G308", "G313", "G319"},
+    "gpt_oss": {"G313", "G319"},
+}
 
 
 def disk(folder):
@@ -48,8 +54,15 @@ def tensors(path, raw):
     try:
         size = struct.unpack("<Q", raw[:8])[0]
         header = json.loads(raw[8 : 8 + size])
-        return {("tensor", n, path.name): (e["dtype"], e["shape"], raw[8 + size + e["data_offsets"][0] : 8 + size + e["data_offsets"][1]])
-                for n, e in header.items() if n != "__metadata__"}
+        return {
+            ("tensor", n, path.name): (
+                e["dtype"],
+                e["shape"],
+                raw[8 + size + e["data_offsets"][0] : 8 + size + e["data_offsets"][1]],
+            )
+            for n, e in header.items()
+            if n != "__metadata__"
+        }
     except (struct.error, ValueError, AttributeError):
         return {}
 
@@ -94,15 +107,23 @@ def healthy(family, shards, measurements):
 
 
 def facts(case):
-    return {("fact", s.partition(":")[2], key): value for (s, n), v in case.facts.items() for key, value in leaves(n, v)}
+    return {
+        ("fact", s.partition(":")[2], key): value for (s, n), v in case.facts.items() for key, value in leaves(n, v)
+    }
 
 
 def leaves(name, value):
-    """(name, text) of each value that a rule can read of a fact: fields, also of what is in a field, and entries of a bare list."""
+    """(name, text) of each value that a rule can read of a fact: fields, also of what is in a field, and entries of a
+    bare list.
+    """
     if is_dataclass(value):
         for f in fields(value):
             inner = getattr(value, f.name)
-            yield from leaves(f"{name}.{f.name}", inner) if is_dataclass(inner) or isinstance(inner, tuple) else [(f"{name}.{f.name}", str(inner))]
+            yield from (
+                leaves(f"{name}.{f.name}", inner)
+                if is_dataclass(inner) or isinstance(inner, tuple)
+                else [(f"{name}.{f.name}", str(inner))]
+            )
     elif isinstance(value, tuple):
         for i, entry in enumerate(value):
             yield from leaves(f"{name}[{i}]", entry)
@@ -127,7 +148,9 @@ def planted(case, family, folder):
 
 
 def named(finding, differ, entry):
-    """Whether the finding says what was planted: the tensor, else the JSON key, else the file, else the value of the fact or field."""
+    """Whether the finding says what was planted: the tensor, else the JSON key, else the file, else the value of the
+    fact or field.
+    """
     place = finding.where
     said = " ".join([place.tensor or "", finding.message, json.dumps(finding.evidence, default=str)])
     parts = {k[1] for k in differ if k[0] in ("tensor", "fact") and k[1]}
@@ -137,22 +160,36 @@ def named(finding, differ, entry):
         return True
     if any(place.file == file and place.pointer is not None and _within(at, place.pointer) for file, at in written):
         return True
-    if any(_mentions(finding.message, at.rsplit("/", 1)[-1] or "/") or isinstance(v, str) and v in finding.message for (_, at), v in written.items()):
+    if any(
+        _mentions(finding.message, at.rsplit("/", 1)[-1] or "/") or (isinstance(v, str) and v in finding.message)
+        for (_, at), v in written.items()
+    ):
         return True
-    gone = {k[1] for k, v in differ.items() if k[0] == "file" and (v is None or k[1].endswith(".json") and not keys(k[1], v))}
+    gone = {
+        k[1]
+        for k, v in differ.items()
+        if k[0] == "file" and (v is None or (k[1].endswith(".json") and not keys(k[1], v)))
+    }
     if place.file in gone or any(f in finding.message for f in gone):
         return True
     if entry.area == "Files" or not (parts or written):
         values = {str(v) for k, v in differ.items() if k[0] in ("fact", "recipe")}
         # A plan at odds with a sound checkpoint is said of the size or the tensor that it does not fit.
-        return place.file in files or (not files and (place.pointer or place.tensor) is not None) or any(v.replace(",", "") in said.replace(",", "") for v in values)
+        return (
+            place.file in files
+            or (not files and (place.pointer or place.tensor) is not None)
+            or any(v.replace(",", "") in said.replace(",", "") for v in values)
+        )
     return False
 
 
 def _mentions(text, name):
     """Whether the text has the name of the tensor, or of the linear that it is a part of."""
     linear = re.sub(r"\.(weight|bias|qweight|qzeros|scales|g_idx)$", "", name)
-    return re.search(rf"(?<![\w.]){re.escape(linear)}(?:\.(?:weight|bias|qweight|qzeros|scales|g_idx))?(?!\.?\w)", text) is not None
+    return (
+        re.search(rf"(?<![\w.]){re.escape(linear)}(?:\.(?:weight|bias|qweight|qzeros|scales|g_idx))?(?!\.?\w)", text)
+        is not None
+    )
 
 
 def _within(planted, pointed):
@@ -184,9 +221,15 @@ def test_a_planted_defect_is_found_and_named_in_family_after_family(code, tmp_pa
         proof.planted(code, family)
         own = [f for f in findings if f.code == code]
         assert own, f"{family}: not found among {[(f.code, f.message) for f in findings]}"
-        assert any(named(f, differ, RULES[code]) for f in own), f"{family}: {own[0].message!r} at {own[0].target} names none of {sorted(differ)[:8]}"
+        assert any(named(f, differ, RULES[code]) for f in own), (
+            f"{family}: {own[0].message!r} at {own[0].target} names none of {sorted(differ)[:8]}"
+        )
         proof.found(code, family)
-        alarms = [f"{f.code} {f.message}" for f in findings if f.code != code and not f.consequence_of and f.code not in TRUE_HERE.get(family, ())]
+        alarms = [
+            f"{f.code} {f.message}"
+            for f in findings
+            if f.code != code and not f.consequence_of and f.code not in TRUE_HERE.get(family, ())
+        ]
         proof.alarms(alarms)
         assert not alarms, f"{family}: {alarms}"
     assert tried >= AT_LEAST, f"{code} was planted in {tried} families only; elsewhere: {elsewhere}"

@@ -1,4 +1,6 @@
-"""What rules say beyond the one sentence of their example: other causes, other severities, and the edges of their thresholds."""
+"""What rules say beyond the one sentence of their example: other causes, other severities, and the edges of their
+thresholds.
+"""
 
 import math
 import re
@@ -154,9 +156,7 @@ def test_part_of_a_fused_set_in_16_bits_is_an_error_only_where_engines_fuse(tmp_
         encode([[0.1] * 63 + [0.2]] * 32, "BF16"),
         "BF16",
     )
-    message = (
-        "model.layers.1.self_attn: q, v in 4 bits and k in 16 bits, but engines fuse them into one matrix"
-    )
+    message = "model.layers.1.self_attn: q, v in 4 bits and k in 16 bits, but engines fuse them into one matrix"
     assert said(case, tmp_path / "any", "G307") == [("warning", message)]
     case.recipe = case.recipe.with_field("runtime", "vllm")
     assert said(case, tmp_path / "vllm", "G307") == [("error", message)]
@@ -165,9 +165,7 @@ def test_part_of_a_fused_set_in_16_bits_is_an_error_only_where_engines_fuse(tmp_
 def test_group_index_beyond_the_scales_is_named(tmp_path):
     case = tiny_gptq("llama")
     case.tensors[f"{DOWN}.g_idx"][-1] = 9
-    assert said(case, tmp_path, "O610") == [
-        ("error", f"{DOWN}.g_idx runs from 0 to 9, and there are 4 groups")
-    ]
+    assert said(case, tmp_path, "O610") == [("error", f"{DOWN}.g_idx runs from 0 to 9, and there are 4 groups")]
 
 
 def test_group_size_that_the_scales_contradict_is_named(tmp_path):
@@ -195,9 +193,7 @@ def test_a_packed_router_is_named(tmp_path):
             case.dtypes[source],
         )
     del case.tensors["model.layers.0.mlp.gate.weight"]
-    assert said(case, tmp_path, "O613") == [
-        ("warning", "model.layers.0.mlp.gate.qweight: a router is packed")
-    ]
+    assert said(case, tmp_path, "O613") == [("warning", "model.layers.0.mlp.gate.qweight: a router is packed")]
 
 
 def test_an_absent_bos_that_its_class_and_its_tokenizer_give_alike_is_a_note(tmp_path):
@@ -211,8 +207,16 @@ def test_an_absent_bos_that_its_class_and_its_tokenizer_give_alike_is_a_note(tmp
     assert said(case, tmp_path / "class", "C101") == [("warning", message)]
 
 
-@pytest.mark.parametrize("runtime, version, reported", [("vllm", "0.3.3", True), ("vllm", "0.4.2", False), ("exllamav2", "0.1.4", True),
-                                                        ("exllamav2", "0.1.5", False), ("exllamav2", "", False)])
+@pytest.mark.parametrize(
+    "runtime, version, reported",
+    [
+        ("vllm", "0.3.3", True),
+        ("vllm", "0.4.2", False),
+        ("exllamav2", "0.1.4", True),
+        ("exllamav2", "0.1.5", False),
+        ("exllamav2", "", False),
+    ],
+)
 def test_only_the_versions_that_users_named_are_reported(runtime, version, reported, tmp_path):
     case = tiny("qwen2", dtype="F16")
     case.config["torch_dtype"] = "float16"
@@ -221,24 +225,44 @@ def test_only_the_versions_that_users_named_are_reported(runtime, version, repor
 
 
 def test_the_table_of_what_was_published_holds_nothing_made_up():
-    """Examples bring rows of their own (the fact given_published), so that none stands among those that users are judged by."""
+    """Examples bring rows of their own (the fact given_published), so that none stands among those that users are
+    judged by.
+    """
     from doctor.core.tables import table
 
     known = table("published")
-    assert all(re.search(r"\w+/\w+ (issue|pull)", row["source"]) and "doctor" not in row["source"] for row in known["reports"])
-    assert all(len(row) > 3 and row[0] >= 512 and row[2] >= 32000 and row[3:] == sorted(set(row[3:])) for row in known["width"])
+    assert all(
+        re.search(r"\w+/\w+ (issue|pull)", row["source"]) and "doctor" not in row["source"] for row in known["reports"]
+    )
+    assert all(
+        len(row) > 3 and row[0] >= 512 and row[2] >= 32000 and row[3:] == sorted(set(row[3:])) for row in known["width"]
+    )
 
 
 @pytest.mark.parametrize("width, cut", [(29440, True), (29568, False), (29696, False), (24576, False), (27000, False)])
 def test_a_width_just_below_a_published_one_is_a_cut_and_padding_is_not(width, cut, tmp_path):
     """Qwen3-VL issue 231: 29568 cut to 29440 = 230 x 128."""
     from doctor.rules.f060_cut_width import cut_width
-    from doctor.model.spec import Linear, build_spec
-    from doctor.core.tables import table
 
-    spec = build_spec({"model_type": "qwen2", "hidden_size": 8192, "num_hidden_layers": 80, "vocab_size": 152064, "intermediate_size": width}, {})
-    spec.linears = (Linear("model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj.weight", "down", 0, width, 8192),)
-    assert [f.evidence["published"] for f in cut_width(None, spec, table("published"), {}, None)] == ([29568] if cut else [])
+    from doctor.core.tables import table
+    from doctor.model.spec import Linear, build_spec
+
+    spec = build_spec(
+        {
+            "model_type": "qwen2",
+            "hidden_size": 8192,
+            "num_hidden_layers": 80,
+            "vocab_size": 152064,
+            "intermediate_size": width,
+        },
+        {},
+    )
+    spec.linears = (
+        Linear("model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj.weight", "down", 0, width, 8192),
+    )
+    assert [f.evidence["published"] for f in cut_width(None, spec, table("published"), {}, None)] == (
+        [29568] if cut else []
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "opt"])
@@ -254,52 +278,78 @@ def test_a_known_family_without_any_of_its_blocks_is_not_passed(family, tmp_path
 def test_a_config_that_counts_blocks_without_end_is_answered_at_once(tmp_path):
     case = tiny("llama")
     case.config["num_hidden_layers"] = 1 << 39
-    assert said(case, tmp_path, "C142") == [("error", "num_hidden_layers is 549755813888 in config.json; the files hold 2 blocks: "
-                                                      "model.layers.{2-9999} is in no file")]
+    assert said(case, tmp_path, "C142") == [
+        (
+            "error",
+            "num_hidden_layers is 549755813888 in config.json; the files hold 2 blocks: "
+            "model.layers.{2-9999} is in no file",
+        )
+    ]
 
 
-@pytest.mark.parametrize("runtime, dynamic, says", [
-    ("transformers", {"+:^model\\.layers\\.0\\..*$": {"bits": 8}}, True), ("exllamav2", {"model.layers.0": {"bits": 8}}, True),
-    ("vllm", {"+:^model\\.layers\\.0\\..*$": {"bits": 8}}, False), ("transformers", {"-:^lm_head$": {}}, False), ("transformers", None, False),
-    ("transformers", {"+:x": {"desc_act": True}}, False), ("transformers", ["+:x"], False)])
+@pytest.mark.parametrize(
+    "runtime, dynamic, says",
+    [
+        ("transformers", {"+:^model\\.layers\\.0\\..*$": {"bits": 8}}, True),
+        ("exllamav2", {"model.layers.0": {"bits": 8}}, True),
+        ("vllm", {"+:^model\\.layers\\.0\\..*$": {"bits": 8}}, False),
+        ("transformers", {"-:^lm_head$": {}}, False),
+        ("transformers", None, False),
+        ("transformers", {"+:x": {"desc_act": True}}, False),
+        ("transformers", ["+:x"], False),
+    ],
+)
 def test_stored_widths_that_a_runtime_does_not_read_are_named(runtime, dynamic, says, tmp_path):
     case = tiny_gptq("llama")
     case.config["quantization_config"]["dynamic"] = dynamic
     case.recipe = case.recipe.with_field("runtime", runtime)
     found = said(case, tmp_path, "G318")
-    assert bool(found) is says and (not says or found[0][0] == "error" and runtime in found[0][1] and next(iter(dynamic)) in found[0][1])
+    assert bool(found) is says and (
+        not says or (found[0][0] == "error" and runtime in found[0][1] and next(iter(dynamic)) in found[0][1])
+    )
 
 
 QK = "vllm puts the rows of q and k in the wrong order (first model.layers.0.self_attn.k_proj, 4 in all): for its rotary embedding it reorders"
 RANDOM = "transformers leaves the linears of experts out when from_pretrained loads them, and computes with random ones"
 
 
-@pytest.mark.parametrize("family, changes, expected", [
-    ("llama4_text", {}, ("warning", QK)),
-    ("llama4_text", {"runtime": "vllm"}, ("error", QK)),
-    ("llama4_text", {"runtime": "vllm", "format": "gptq_v2"}, ("error", QK)),
-    ("llama4_text", {"runtime": "vllm", "format": "awq"}, ("error", QK)),
-    ("llama4_text", {"runtime": "vllm", "format": "compressed-tensors", "sym": False}, ("error", QK)),
-    ("llama4_text", {"runtime": "vllm", "format": "compressed-tensors"}, None),
-    ("llama4_text", {"runtime": "vllm", "keep": ("q_proj", "k_proj", "v_proj")}, None),
-    ("llama4_text", {"runtime": "sglang"}, None),
-    ("llama", {"runtime": "vllm"}, None),
-    ("mixtral", {}, None),
-    ("mixtral", {"runtime": "vllm"}, None),
-    ("mixtral", {"runtime": "transformers"}, ("warning", RANDOM)),
-    ("mixtral", {"runtime": "transformers", "runtime_version": "4.57.0"}, None),
-    ("mixtral", {"runtime": "transformers", "format": "compressed-tensors"}, None),
-    ("gpt_oss", {"runtime": "transformers"}, ("warning", RANDOM)),
-])
+@pytest.mark.parametrize(
+    "family, changes, expected",
+    [
+        ("llama4_text", {}, ("warning", QK)),
+        ("llama4_text", {"runtime": "vllm"}, ("error", QK)),
+        ("llama4_text", {"runtime": "vllm", "format": "gptq_v2"}, ("error", QK)),
+        ("llama4_text", {"runtime": "vllm", "format": "awq"}, ("error", QK)),
+        ("llama4_text", {"runtime": "vllm", "format": "compressed-tensors", "sym": False}, ("error", QK)),
+        ("llama4_text", {"runtime": "vllm", "format": "compressed-tensors"}, None),
+        ("llama4_text", {"runtime": "vllm", "keep": ("q_proj", "k_proj", "v_proj")}, None),
+        ("llama4_text", {"runtime": "sglang"}, None),
+        ("llama", {"runtime": "vllm"}, None),
+        ("mixtral", {}, None),
+        ("mixtral", {"runtime": "vllm"}, None),
+        ("mixtral", {"runtime": "transformers"}, ("warning", RANDOM)),
+        ("mixtral", {"runtime": "transformers", "runtime_version": "4.57.0"}, None),
+        ("mixtral", {"runtime": "transformers", "format": "compressed-tensors"}, None),
+        ("gpt_oss", {"runtime": "transformers"}, ("warning", RANDOM)),
+    ],
+)
 def test_what_a_runtime_misreads_is_said_of_what_it_reads(family, changes, expected, tmp_path):
     case = tiny(family)
     case.recipe = replace(case.recipe, **changes)
     found = said(case, tmp_path, "G319")
-    assert [severity for severity, _ in found] == ([expected[0]] if expected else []) and all(text.startswith(expected[1]) for _, text in found)
+    assert [severity for severity, _ in found] == ([expected[0]] if expected else []) and all(
+        text.startswith(expected[1]) for _, text in found
+    )
 
 
-@pytest.mark.parametrize("changes, fix", [({}, "write compressed-tensors"), ({"format": "awq"}, "write compressed-tensors"),
-                                          ({"format": "compressed-tensors", "sym": False}, "keep q, k, v in 16 bits")])
+@pytest.mark.parametrize(
+    "changes, fix",
+    [
+        ({}, "write compressed-tensors"),
+        ({"format": "awq"}, "write compressed-tensors"),
+        ({"format": "compressed-tensors", "sym": False}, "keep q, k, v in 16 bits"),
+    ],
+)
 def test_a_misread_plan_is_cured_by_another_format_or_by_16_bits(changes, fix, tmp_path):
     case = tiny("llama4_text")
     case.recipe = replace(case.recipe, runtime="vllm", **changes)

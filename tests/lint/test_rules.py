@@ -37,8 +37,12 @@ def test_page_has_its_parts(code):
     # Each quotation is read whole, also where it holds backticks itself.
     lines = [line for line in entry.section("Seen as").splitlines() if re.match("- [^:`]+: `", line)]
     for line, seen in zip(lines, entry.seen_as, strict=True):
-        assert line in (f"- {seen.tool}: `{seen.text}`", f"- {seen.tool}: ``{seen.text}``"), f"{code}: {line!r} is read as {seen.text!r}"
-        assert seen.text.count("`") % 2 == 0 or seen.text.endswith("`damp_percent="), f"{code}: {line!r} is cut at a backtick"
+        assert line in (f"- {seen.tool}: `{seen.text}`", f"- {seen.tool}: ``{seen.text}``"), (
+            f"{code}: {line!r} is read as {seen.text!r}"
+        )
+        assert seen.text.count("`") % 2 == 0 or seen.text.endswith("`damp_percent="), (
+            f"{code}: {line!r} is cut at a backtick"
+        )
     for seen in entry.seen_as:
         assert len(seen.text) >= len("Killed"), f"{code}: {seen.text!r} is too short to recognise an error by"
 
@@ -71,7 +75,9 @@ def test_no_rule_reads_tensors_on_its_own(code, tmp_path, monkeypatch):
     """Bytes of tensors are read by the scan, once; a look at headers has none of them."""
     case, _ = module(code).bad()
     monkeypatch.setattr(Checkpoint, "open_file", lambda self, shard: pytest.fail(f"{shard} was opened"))
-    report = check(case.write(tmp_path), case.recipe, stage="header", facts=[(s, n, v) for (s, n), v in case.facts.items()])
+    report = check(
+        case.write(tmp_path), case.recipe, stage="header", facts=[(s, n, v) for (s, n), v in case.facts.items()]
+    )
     assert not report.crashed, [r.crashed for r in report.crashed]
 
 

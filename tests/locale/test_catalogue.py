@@ -13,26 +13,37 @@ from doctor.api import check
 from doctor.lint.config import OWN_RULES
 from doctor.lint.engine import load_rules
 from doctor.lint.explain import SECTIONS
-from doctor.report import FORMATS, render
-from doctor.report.formats import html, terminal
-from doctor.locale import catalogue
 from doctor.lint.rule import AREAS, CERTAINTIES, SEVERITIES
 from doctor.lint.testing import tiny
+from doctor.locale import catalogue
+from doctor.report import FORMATS, render
+from doctor.report.formats import html, terminal
 
 HOME = Path(catalogue.__file__).parents[1] / "report"
 # Said through a variable: names of areas, severities, headings and labels.
-NAMED = {*html._KV_HEADLINES.values(), *(name for _, name in AREAS), *SEVERITIES, *CERTAINTIES, *(title for _, title in SECTIONS)}
+NAMED = {
+    *html._KV_HEADLINES.values(),
+    *(name for _, name in AREAS),
+    *SEVERITIES,
+    *CERTAINTIES,
+    *(title for _, title in SECTIONS),
+}
 
 
 def texts(function):
-    """Every constant text that stands in the first argument of a call of `function` in the reports' code and the page."""
+    """Every constant text that stands in the first argument of a call of `function` in the reports' code and the
+    page.
+    """
     found = set()
     for path in sorted(HOME.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == function:
                 place = node.args[0 if function == "say" else 1]
-                found |= {n.value for n in ast.walk(place) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-                          and not isinstance(place, ast.JoinedStr)}
+                found |= {
+                    n.value
+                    for n in ast.walk(place)
+                    if isinstance(n, ast.Constant) and isinstance(n.value, str) and not isinstance(place, ast.JoinedStr)
+                }
     page = (HOME / "formats" / "page.html").read_text(encoding="utf-8")
     found |= set(re.findall(rf'\b{function}\({"" if function == "say" else "[^()]*?, "}"([^"]+)"', page))
     return found
@@ -59,9 +70,19 @@ def test_a_translation_takes_the_same_values(english):
     assert fields(catalogue.ZH[english]) == fields(english)
 
 
-@pytest.mark.parametrize(("environment", "lang"), [
-    ({"LANG": "zh_CN.UTF-8"}, "zh"), ({"LANG": "zh_TW"}, "zh"), ({"LANG": "en_US.UTF-8"}, "en"), ({}, "en"), ({"LANG": "C"}, "en"),
-    ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C"}, "en"), ({"LANG": "de_DE", "LC_MESSAGES": "zh_CN"}, "zh"), ({"LANG": "zh_CN", "LC_ALL": ""}, "zh")])
+@pytest.mark.parametrize(
+    ("environment", "lang"),
+    [
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_TW"}, "zh"),
+        ({"LANG": "en_US.UTF-8"}, "en"),
+        ({}, "en"),
+        ({"LANG": "C"}, "en"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C"}, "en"),
+        ({"LANG": "de_DE", "LC_MESSAGES": "zh_CN"}, "zh"),
+        ({"LANG": "zh_CN", "LC_ALL": ""}, "zh"),
+    ],
+)
 def test_the_locale_decides_the_language(environment, lang, monkeypatch):
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
@@ -75,7 +96,9 @@ def test_chinese_reports_show_title_reason_and_the_exact_message(tmp_path):
     for name in catalogue.HUMAN:
         text = render(name, [found], "zh")
         assert "权重张量里有 NaN 或 Inf" in text, name
-        assert "尚不能量化" in text and "量化器都用一组权重的最大、最小值求缩放因子" in text.replace("\n", "").replace(" " * 10, ""), name
+        assert "尚不能量化" in text and "量化器都用一组权重的最大、最小值求缩放因子" in text.replace("\n", "").replace(
+            " " * 10, ""
+        ), name
         assert "1 NaN among 8,192 values of" in text, name
 
 
@@ -102,7 +125,9 @@ def test_no_line_of_a_chinese_screen_is_wider_than_the_screen(width, tmp_path):
 
 
 def test_chinese_lines_do_not_begin_with_a_comma():
-    body = terminal.Text("一个缩放因子对应连续的输入，有余数时每行最后一组不满，而没有内核能读不满的组（量化器要么停下，要么保留）。")
+    body = terminal.Text(
+        "一个缩放因子对应连续的输入，有余数时每行最后一组不满，而没有内核能读不满的组（量化器要么停下，要么保留）。"
+    )
     for room in range(16, 60):
         lines = [line.plain for line in terminal.wrap(terminal.console(width=80), body, room)]
         assert "".join(lines) == body.plain

@@ -11,9 +11,9 @@ from doctor import api
 from doctor.cli import help
 from doctor.cli.main import cli
 from doctor.lint.engine import load_rules
-from doctor.locale import fixes_zh, reasons, catalogue
 from doctor.lint.rule import RULES
 from doctor.lint.testing import tiny
+from doctor.locale import catalogue, fixes_zh, reasons
 
 load_rules()
 PLAN = ("--group-size", "32")
@@ -29,7 +29,9 @@ def models(tmp_path_factory):
     broken = tiny()
     broken.down()[3, 5] = 0x7FC0
     text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"input_ids": [3 + (7 * i + j) % 90 for j in range(32)]}) + "\n" for i in range(4)))
+    text.write_text(
+        "".join(json.dumps({"input_ids": [3 + (7 * i + j) % 90 for j in range(32)]}) + "\n" for i in range(4))
+    )
     api.quantize(good, folder / "q", tiny().recipe, calibration=text, rows=2, max_seq_length=32)
     return {"good": good, "bad": broken.write(folder / "bad"), "q": folder / "q", "text": text, "new": folder}
 
@@ -42,7 +44,9 @@ def spoken(*args):
 
 
 def quoted(report):
-    """What stands in English in a Chinese screen by intention: exact messages, notes on a place, and other tools' errors."""
+    """What stands in English in a Chinese screen by intention: exact messages, notes on a place, and other tools'
+    errors.
+    """
     texts = [f.message for f in report.findings] + [f.where.note for f in report.findings]
     return [t for t in texts if t]
 
@@ -50,7 +54,7 @@ def quoted(report):
 def english(text, others=()):
     """Sentences of English in a text, but for `others` and the errors that rules quote."""
     seen = [s.text for entry in RULES.values() for s in entry.seen_as]
-    text = re.sub(r"\s*\n\s+", " ", text)     # lines that were wrapped are indented
+    text = re.sub(r"\s*\n\s+", " ", text)  # lines that were wrapped are indented
     for other in sorted([*others, *seen], key=len, reverse=True):
         text = text.replace(" ".join(other.split()), "…")
     return [m[0] for line in text.splitlines() for m in SENTENCE.finditer(re.sub(r'"[^"]*"|`[^`]*`', "", line))]
@@ -64,9 +68,28 @@ COMMANDS = {
     "check headers": lambda m: ("check", m["good"], "--stage", "header", "-v", *PLAN),
     "fix": lambda m: ("fix", m["bad"], "-o", m["new"] / "fixed", "--unsafe-fixes=W201", *PLAN),
     "fix --dry-run": lambda m: ("fix", m["bad"], "-o", m["new"] / "dry", "--dry-run", *PLAN),
-    "quantize": lambda m: ("quantize", m["good"], "-o", m["new"] / "again", "--calibration", m["text"], "--rows", 9, *PLAN),
+    "quantize": lambda m: (
+        "quantize",
+        m["good"],
+        "-o",
+        m["new"] / "again",
+        "--calibration",
+        m["text"],
+        "--rows",
+        9,
+        *PLAN,
+    ),
     "quantize --plan": lambda m: ("quantize", m["good"], "-o", m["new"] / "none", "--plan", *PLAN),
-    "quantize --preflight": lambda m: ("quantize", m["good"], "-o", m["new"] / "none", "--preflight", "--calibration", m["text"], *PLAN),
+    "quantize --preflight": lambda m: (
+        "quantize",
+        m["good"],
+        "-o",
+        m["new"] / "none",
+        "--preflight",
+        "--calibration",
+        m["text"],
+        *PLAN,
+    ),
     "verify": lambda m: ("verify", m["good"], m["q"], "--text", m["text"], "--context", 32, "--rows", 2, "-v"),
     "kvcache": lambda m: ("kvcache", m["good"], "--measure", "--text", m["text"], "--memory", "1GB", "--k-bits", 5),
     "explain": lambda m: ("explain", "G302"),
@@ -80,7 +103,7 @@ def test_a_command_says_no_sentence_in_english(name, models):
     others = quoted(api.check(models["bad"], tiny().recipe)) + quoted(api.check(models["q"], tiny().recipe))
     args = COMMANDS[name](models)
     text = spoken(*args, "--lang", "zh")
-    if args[0] in ("verify", "quantize"):   # their findings are known only to themselves
+    if args[0] in ("verify", "quantize"):  # their findings are known only to themselves
         others += re.findall(r"\[[A-Z]\d{3}\] .*\n  (.*)$", text, re.M)
     assert not english(text, others)
     assert re.search("[一-鿿]{3}", text)
@@ -99,7 +122,9 @@ def test_help_is_chinese_whole(name):
 def test_help_follows_the_locale_and_lang_goes_before_it(monkeypatch):
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
     assert "用法：" in spoken("rules", "--help") and "用法：" in spoken("--help")
-    assert "Usage:" in spoken("rules", "--help", "--lang", "en") and "Usage:" in spoken("--lang", "en", "rules", "--help")
+    assert "Usage:" in spoken("rules", "--help", "--lang", "en") and "Usage:" in spoken(
+        "--lang", "en", "rules", "--help"
+    )
 
 
 def test_every_help_text_is_translated_and_none_is_left_over():
@@ -132,7 +157,12 @@ def test_what_a_rule_advises_stands_in_chinese(code, tmp_path):
     """Fixes, advice and heads of tables of every rule's example."""
     case, _ = sys.modules[RULES[code].module].bad()
     report = api.check(case.write(tmp_path), case.recipe, facts=[(s, n, v) for (s, n), v in case.facts.items()])
-    said = {t for f in report.findings if f.code == code for t in (f.fix.title if f.fix else "", f.advice, *(str(row[0]) for row in f.facts_table))}
+    said = {
+        t
+        for f in report.findings
+        if f.code == code
+        for t in (f.fix.title if f.fix else "", f.advice, *(str(row[0]) for row in f.facts_table))
+    }
     with catalogue.language("zh"):
         left = [t for t in said if t and not re.search("[\u4e00-\u9fff]", catalogue.known(t)) and " " in t]
     assert not left
@@ -142,4 +172,6 @@ def test_no_sentence_is_hidden_behind_another():
     """Each sentence finds its own translation: an earlier one that is less special would take its texts."""
     for english, translated in (fixes_zh.CURES | reasons.SENTENCES).items():
         plain = re.sub(r"\{(\w+)\}", r"\1", english)
-        assert reasons.chinese(plain) == translated.format(**{n: reasons._value(n, n) for n in re.findall(r"\{(\w+)\}", english)}), english
+        assert reasons.chinese(plain) == translated.format(
+            **{n: reasons._value(n, n) for n in re.findall(r"\{(\w+)\}", english)}
+        ), english

@@ -1,10 +1,10 @@
 """What each file says about special tokens, whatever its way of saying it."""
 
-from doctor.scan.header import header_facts
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.facts import CHECKPOINT
-from doctor.model.special_tokens import Statement, token_text
 from doctor.lint.testing import tiny
+from doctor.model.special_tokens import Statement, token_text
+from doctor.scan.header import header_facts
 
 
 def special_of(case, folder):
@@ -46,8 +46,9 @@ def test_families_know_whether_vendors_state_a_bos(tmp_path):
 
 def qwen(folder, **tokenizer_config):
     """Findings of C101 for a Qwen fine-tune whose config has lost its BOS."""
-    from doctor.scan.header import Tokenizer
     from doctor.rules.c101_missing_bos import missing_bos
+
+    from doctor.scan.header import Tokenizer
 
     case = tiny("qwen2")
     case.config["bos_token_id"] = None
@@ -69,8 +70,9 @@ def test_a_chat_mark_is_never_offered_as_the_bos_of_a_qwen(tmp_path):
 
 
 def test_a_family_without_bos_is_left_alone(tmp_path):
-    from doctor.scan.header import Tokenizer
     from doctor.rules.c101_missing_bos import missing_bos
+
+    from doctor.scan.header import Tokenizer
 
     case = tiny("llama")
     case.config.update(model_type="glm4", bos_token_id=None)

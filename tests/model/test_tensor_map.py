@@ -4,10 +4,10 @@ import contextlib
 import re
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.model.tensor_map import placement, solve
-from doctor.model.spec import build_spec
 from doctor.core.tables import table
 from doctor.lint.testing import tiny
+from doctor.model.spec import build_spec
+from doctor.model.tensor_map import placement, solve
 
 
 def placed(case, folder):
@@ -70,7 +70,11 @@ def test_what_no_block_has_any_more_is_missing_in_any_family():
     for family, case in buildable():
         infos = case.infos()
         spec = build_spec(case.config, infos)
-        for tail in {t.tensor.partition("{i}.")[2] for t in spec.templates if "{i}" in t.tensor and t.every_layer and t.tensor.endswith("weight")}:
+        for tail in {
+            t.tensor.partition("{i}.")[2]
+            for t in spec.templates
+            if "{i}" in t.tensor and t.every_layer and t.tensor.endswith("weight")
+        }:
             place = re.compile(r"(?:.*\.)?\d+\." + re.escape(tail).replace(r"\{e\}", r"\d+") + "$")
             rest = {n: i for n, i in infos.items() if not place.match(n)}
             lost = infos.keys() - rest.keys()
@@ -82,7 +86,10 @@ def test_what_no_block_has_any_more_is_missing_in_any_family():
 
 
 def test_a_norm_that_a_flag_switches_off_is_not_missed():
-    for family, tails, flag in (("glm4_moe", ("q_norm", "k_norm"), {"use_qk_norm": False}), ("stablelm", ("post_attention_layernorm",), {"use_parallel_residual": True})):
+    for family, tails, flag in (
+        ("glm4_moe", ("q_norm", "k_norm"), {"use_qk_norm": False}),
+        ("stablelm", ("post_attention_layernorm",), {"use_parallel_residual": True}),
+    ):
         case = tiny(family)
         case.config.update(flag)
         rest = {n: i for n, i in case.infos().items() if not any(f".{t}." in n for t in tails)}

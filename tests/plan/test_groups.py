@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from doctor.api import check
-from doctor.scan.header import header_facts
 from doctor.checkpoint.directory import Checkpoint
-from doctor.edits.kinds import PadTensor, SetJson, apply, from_codes
 from doctor.core.facts import CHECKPOINT, Unavailable
-from doctor.plan.groups import Words, in_force, read_quantization, runtime_entries
 from doctor.core.recipe import Recipe, is_kept
-from doctor.scan.scan import _Words
-from doctor.model.spec import _lookup, build_spec, evaluate
 from doctor.core.tables import table
+from doctor.edits.kinds import PadTensor, SetJson, apply, from_codes
 from doctor.lint.testing import measured, tiny, tiny_gptq
+from doctor.model.spec import _lookup, build_spec, evaluate
+from doctor.plan.groups import Words, in_force, read_quantization, runtime_entries
+from doctor.scan.header import header_facts
+from doctor.scan.scan import _Words
 
 QWEN15_14B = {
     "model_type": "qwen2",
@@ -186,9 +186,7 @@ def test_qwen_1_states_twice_its_width_and_so_does_the_fix(tmp_path):
         (LLAMA3_8B, {"runtime": "llama.cpp"}),
         (LLAMA3_8B, {"runtime": "transformers", "bits": 3}),
     ],
-    ids=lambda x: (
-        x["model_type"] if "model_type" in x else " ".join(f"{k}={v}" for k, v in x.items()) or "plain"
-    ),
+    ids=lambda x: x["model_type"] if "model_type" in x else " ".join(f"{k}={v}" for k, v in x.items()) or "plain",
 )
 def test_published_models_have_no_geometry_findings_where_they_are_known_to_serve(tmp_path, config, recipe):
     assert messages(geometry(headers_only(tmp_path, config), **recipe)) == []
@@ -212,9 +210,7 @@ def test_old_vllm_refuses_what_new_vllm_pads(tmp_path):
 
 
 def test_awq_without_a_group_that_divides_is_one_finding_per_width(tmp_path):
-    found = geometry(
-        headers_only(tmp_path, {**LLAMA3_8B, "hidden_size": 4160, "head_dim": 128}), method="awq"
-    )
+    found = geometry(headers_only(tmp_path, {**LLAMA3_8B, "hidden_size": 4160, "head_dim": 128}), method="awq")
     assert messages(found) == [
         "G301 in_features 4160 of q, k, v, gate and up (10 linears) = 32.5 × 128: group size 128 does not divide it"
     ]
@@ -229,9 +225,7 @@ def test_padding_leaves_the_mlp_exact_and_no_group_empty(family, tmp_path):
     case = tiny(family)
     case.recipe = Recipe(group_size=32, tp=4)
     _narrow(case, family)
-    found = [
-        f for f in check(case.write(tmp_path), case.recipe, stage="header", select=["G302"]).findings if f.fix
-    ]
+    found = [f for f in check(case.write(tmp_path), case.recipe, stage="header", select=["G302"]).findings if f.fix]
     assert found
     infos = case.infos()
     for edit in [e for f in found for e in f.fix.edits if isinstance(e, PadTensor)]:
@@ -269,10 +263,7 @@ def test_fused_gate_and_up_are_padded_in_each_half(tmp_path):
     case = tiny("phi3")
     _narrow(case, "phi3")
     (found,) = [
-        f
-        for f in check(
-            case.write(tmp_path), Recipe(group_size=32, tp=2), stage="header", select=["G302"]
-        ).findings
+        f for f in check(case.write(tmp_path), Recipe(group_size=32, tp=2), stage="header", select=["G302"]).findings
     ]
     edit = next(e for e in found.fix.edits if isinstance(e, PadTensor) and "gate_up" in e.tensor)
     assert (edit.blocks, edit.size) == (2, 256)
@@ -326,7 +317,12 @@ def test_stored_awq_and_compressed_tensors_sizes():
         {"quant_method": "gptq", "bits": "4"},
         {"quant_method": "compressed-tensors", "config_groups": []},
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"},
-        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*down.*": {"bits": 8, "group_size": 32}}},
+        {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "dynamic": {"+:.*down.*": {"bits": 8, "group_size": 32}},
+        },
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:*down": {"bits": 8}}},
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*down.*": 8}},
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": ["+:.*down.*"]},
@@ -340,19 +336,38 @@ def test_other_quantizations_are_unavailable_with_a_reason(raw):
 
 def test_a_linear_has_the_width_that_its_name_is_given():
     common = {"quant_method": "gptq", "bits": 4, "group_size": 128}
-    found = read_quantization({**common, "dynamic": {r"-:^a\.kept$": {}, r"+:^a\.b$": {"bits": 8}, r".*\.1\.": {"bits": 2, "group_size": 128}}}, "f", "")
+    found = read_quantization(
+        {
+            **common,
+            "dynamic": {r"-:^a\.kept$": {}, r"+:^a\.b$": {"bits": 8}, r".*\.1\.": {"bits": 2, "group_size": 128}},
+        },
+        "f",
+        "",
+    )
     assert [found.bits_of(n) for n in ("a.b", "a.bc", "a.kept", "x.1.y", "x.11.y")] == [8, 4, 4, 2, 4]
     weights = {"num_bits": 4, "group_size": 32, "symmetric": True, "strategy": "group"}
-    groups = {"some": {"targets": ["a.b", "re:.*down"], "weights": {**weights, "num_bits": 8}}, "rest": {"targets": ["Linear"], "weights": weights}}
-    found = read_quantization({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}, "f", "")
+    groups = {
+        "some": {"targets": ["a.b", "re:.*down"], "weights": {**weights, "num_bits": 8}},
+        "rest": {"targets": ["Linear"], "weights": weights},
+    }
+    found = read_quantization(
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}, "f", ""
+    )
     assert (found.bits, [found.bits_of(n) for n in ("a.b", "a.b.c", "x.down_proj", "x.up")]) == (4, [8, 4, 8, 4])
-    for odd in (5, None, [7]):      # no target is named, and nothing crashes
+    for odd in (5, None, [7]):  # no target is named, and nothing crashes
         stated = {"some": {**groups["some"], "targets": odd}, "rest": groups["rest"]}
-        assert read_quantization({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": stated}, "f", "").bits_of("a.b") == 4
+        assert (
+            read_quantization(
+                {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": stated}, "f", ""
+            ).bits_of("a.b")
+            == 4
+        )
     assert read_quantization({**common, "dynamic": {"-:.*": None, "+:.*a": {"bits": 8.0}}}, "f", "").bits_of("a") == 4
     groups["some"]["weights"]["group_size"] = 64
     with pytest.raises(Unavailable, match="more than their width"):
-        read_quantization({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}, "f", "")
+        read_quantization(
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}, "f", ""
+        )
 
 
 def test_quantized_checkpoint_is_judged_for_the_gpus_it_is_to_be_cut_into(tmp_path):
@@ -452,18 +467,34 @@ def autoround(packing, version="gptq"):
     case = tiny_gptq("llama", version=version)
     case.files.pop("quantize_config.json", None)
     plain = case.config["quantization_config"]
-    case.config["quantization_config"] = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 32, "sym": True, "data_type": "int",
-                                          "iters": 200, "autoround_version": "0.16.1", "block_name_to_quantize": "model.layers"}
+    case.config["quantization_config"] = {
+        "quant_method": "auto-round",
+        "packing_format": packing,
+        "bits": 4,
+        "group_size": 32,
+        "sym": True,
+        "data_type": "int",
+        "iters": 200,
+        "autoround_version": "0.16.1",
+        "block_name_to_quantize": "model.layers",
+    }
     return case, plain
 
 
-@pytest.mark.parametrize("packing, version", [("auto_round:auto_gptq", "gptq"), ("auto_round:gptqmodel", "gptq_v2"), ("auto_round", "gptq_v2")])
+@pytest.mark.parametrize(
+    "packing, version",
+    [("auto_round:auto_gptq", "gptq"), ("auto_round:gptqmodel", "gptq_v2"), ("auto_round", "gptq_v2")],
+)
 def test_an_autoround_block_is_read_as_the_form_that_it_packs_in(packing, version, tmp_path):
     from doctor.quant.dequantize import as_float
 
     case, plain = autoround(packing, version)
     report = check(case.write(tmp_path / "m"))
-    assert not report.findings and report.recipe.label() == f"{version} 4-bit g32" and next(r for r in report.runs if r.rule.code == "O608").judged
+    assert (
+        not report.findings
+        and report.recipe.label() == f"{version} 4-bit g32"
+        and next(r for r in report.runs if r.rule.code == "O608").judged
+    )
     case.config["quantization_config"] = plain
     ours, same = as_float(Checkpoint.open(tmp_path / "m")), as_float(Checkpoint.open(case.write(tmp_path / "n")))
     name = "model.layers.0.mlp.down_proj.weight"
@@ -473,9 +504,16 @@ def test_an_autoround_block_is_read_as_the_form_that_it_packs_in(packing, versio
 def test_a_width_of_its_own_in_autorounds_words_is_read(tmp_path):
     case, _ = autoround("auto_round:auto_gptq", "gptq")
     name = "model.layers.1.mlp.down_proj"
-    case.config["quantization_config"]["extra_config"] = {name: {"bits": 8, "group_size": 32}, "lm_head": {"bits": 16, "data_type": "float"}}
+    case.config["quantization_config"]["extra_config"] = {
+        name: {"bits": 8, "group_size": 32},
+        "lm_head": {"bits": 16, "data_type": "float"},
+    }
     found = check(case.write(tmp_path), select=["O612"]).findings  # its words are of 4 bits
-    assert [f.code for f in found] == ["O612"] and found[0].message.startswith(f"{name} has scales") and "8 bits" in found[0].message
+    assert (
+        [f.code for f in found] == ["O612"]
+        and found[0].message.startswith(f"{name} has scales")
+        and "8 bits" in found[0].message
+    )
 
 
 def test_the_wrong_packing_format_is_found_and_set_in_autorounds_own_words(tmp_path):
@@ -484,11 +522,22 @@ def test_the_wrong_packing_format_is_found_and_set_in_autorounds_own_words(tmp_p
     case, _ = autoround("auto_round:auto_gptq", "gptq_v2")
     result = fix(case.write(tmp_path / "m"), tmp_path / "o")
     assert [f.code for f in result.report_before.findings] == ["O608"] and not result.report.findings
-    assert Checkpoint.open(tmp_path / "o").value("config.json")["quantization_config"]["packing_format"] == "auto_round:gptqmodel"
+    assert (
+        Checkpoint.open(tmp_path / "o").value("config.json")["quantization_config"]["packing_format"]
+        == "auto_round:gptqmodel"
+    )
 
 
-@pytest.mark.parametrize("change", [{"packing_format": "auto_round:llm_compressor"}, {"packing_format": ["auto_round"]}, {"data_type": "mx_fp"},
-                                    {"extra_config": {"lm_head": {"bits": 8, "sym": False}}}, {"extra_config": {"lm_head": {"bits": 8, "data_type": "mx_fp"}}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"packing_format": "auto_round:llm_compressor"},
+        {"packing_format": ["auto_round"]},
+        {"data_type": "mx_fp"},
+        {"extra_config": {"lm_head": {"bits": 8, "sym": False}}},
+        {"extra_config": {"lm_head": {"bits": 8, "data_type": "mx_fp"}}},
+    ],
+)
 def test_other_autoround_blocks_are_not_judged_and_that_is_said(change, tmp_path):
     case, _ = autoround("auto_round:auto_gptq")
     from doctor.core.errors import BadCheckpoint
@@ -542,8 +591,13 @@ def test_a_linear_of_its_own_width_is_judged_by_that(mixed, tmp_path):
         tensors[scales] = (tensors[scales][:1] if gptq else tensors[scales][:, :1]).clone()
 
     found = check(changed(made, tmp_path / "halved", halve), select=["O612"]).findings
-    assert [f.code for f in found] == ["O612"] and f"{name} has scales" in found[0].message and "8 bits in groups of 32" in found[0].message
+    assert (
+        [f.code for f in found] == ["O612"]
+        and f"{name} has scales" in found[0].message
+        and "8 bits in groups of 32" in found[0].message
+    )
     if gptq:
+
         def shift(tensors):
             tensors[f"{name}.qzeros"].fill_(0x80808080 - (1 << 32))
 
@@ -559,4 +613,6 @@ def test_every_linear_is_unpacked_by_its_own_width(mixed, tmp_path):
     plain, whole = (Checkpoint.open(f) for f in (tmp_path / "plain", source))
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight"):
         got, want = (from_codes(c.load(name), c.tensors[name].dtype.name) for c in (plain, whole))
-        assert got.shape == want.shape and np.abs(got - want).max() < np.abs(want).max() * (0.01 if ".1." in name else 0.2)
+        assert got.shape == want.shape and np.abs(got - want).max() < np.abs(want).max() * (
+            0.01 if ".1." in name else 0.2
+        )

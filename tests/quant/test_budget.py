@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core.recipe import Recipe
+from doctor.lint.testing import tiny
+from doctor.model.spec import build_spec
 from doctor.quant import budget
 from doctor.quant.quantize import plan
-from doctor.core.recipe import Recipe
-from doctor.model.spec import build_spec
-from doctor.lint.testing import tiny
 
 HIDDEN, WIDE, KV, VOCAB, BLOCKS = 8192, 29568, 1024, 152064, 80
 # One block: q and o [h, h], k and v [kv, h], gate, up and down, biases of q, k and v, two norms.
@@ -22,14 +22,23 @@ BLOCK = 2 * HIDDEN**2 + 2 * KV * HIDDEN + 3 * HIDDEN * WIDE + HIDDEN + 2 * KV + 
 
 def headers_of_72b(folder):
     """Qwen2.5-72B as headers over a file with a hole of its size: not a byte of weights."""
-    shapes = {"model.embed_tokens.weight": [VOCAB, HIDDEN], "lm_head.weight": [VOCAB, HIDDEN], "model.norm.weight": [HIDDEN]}
+    shapes = {
+        "model.embed_tokens.weight": [VOCAB, HIDDEN],
+        "lm_head.weight": [VOCAB, HIDDEN],
+        "model.norm.weight": [HIDDEN],
+    }
     for i in range(BLOCKS):
         at = f"model.layers.{i}."
         for role, rows in (("q", HIDDEN), ("k", KV), ("v", KV)):
             shapes |= {f"{at}self_attn.{role}_proj.weight": [rows, HIDDEN], f"{at}self_attn.{role}_proj.bias": [rows]}
-        shapes |= {f"{at}self_attn.o_proj.weight": [HIDDEN, HIDDEN], f"{at}mlp.gate_proj.weight": [WIDE, HIDDEN],
-                   f"{at}mlp.up_proj.weight": [WIDE, HIDDEN], f"{at}mlp.down_proj.weight": [HIDDEN, WIDE],
-                   f"{at}input_layernorm.weight": [HIDDEN], f"{at}post_attention_layernorm.weight": [HIDDEN]}
+        shapes |= {
+            f"{at}self_attn.o_proj.weight": [HIDDEN, HIDDEN],
+            f"{at}mlp.gate_proj.weight": [WIDE, HIDDEN],
+            f"{at}mlp.up_proj.weight": [WIDE, HIDDEN],
+            f"{at}mlp.down_proj.weight": [HIDDEN, WIDE],
+            f"{at}input_layernorm.weight": [HIDDEN],
+            f"{at}post_attention_layernorm.weight": [HIDDEN],
+        }
     header, at = {}, 0
     for name, shape in shapes.items():
         size = 2
@@ -43,29 +52,56 @@ def headers_of_72b(folder):
     with open(folder / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         file.truncate(8 + len(raw) + at)
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": WIDE, "num_hidden_layers": BLOCKS,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": VOCAB, "max_position_embeddings": 32768, "tie_word_embeddings": False}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "qwen2",
+                "architectures": ["Qwen2ForCausalLM"],
+                "hidden_size": HIDDEN,
+                "intermediate_size": WIDE,
+                "num_hidden_layers": BLOCKS,
+                "num_attention_heads": 64,
+                "num_key_value_heads": 8,
+                "vocab_size": VOCAB,
+                "max_position_embeddings": 32768,
+                "tie_word_embeddings": False,
+            }
+        )
+    )
     return folder
 
 
 def test_a_72b_model_is_planned_from_its_headers(tmp_path):
-    found = plan(headers_of_72b(tmp_path / "m"), tmp_path / "out", Recipe(), rows=128, max_seq_length=2048, memory=48 << 30)
+    found = plan(
+        headers_of_72b(tmp_path / "m"), tmp_path / "out", Recipe(), rows=128, max_seq_length=2048, memory=48 << 30
+    )
     need = found.need
     assert (found.blocks, need.block, need.ahead) == (80, 4 * BLOCK, 2 * BLOCK)
     assert need.hessians == 4 * WIDE**2  # down's
     assert need.solving == 4 * (6 * WIDE**2 + 6 * WIDE * HIDDEN)
     assert need.outside == 2 * VOCAB * HIDDEN
-    assert need.device_batch == 2 * need.batch and need.on_device == need.block + need.hessians + max(need.solving, need.device_batch)
+    assert need.device_batch == 2 * need.batch and need.on_device == need.block + need.hessians + max(
+        need.solving, need.device_batch
+    )
     assert need.hidden == 128 * 2048 * HIDDEN * 4
     assert need.fixed == need.constant + need.block + need.ahead + need.hessians + max(need.solving, need.batch)
-    packed = {(n, k): n * k // 2 + n * k // 128 * 2 + n * k // 128 // 2 + 4 * k for n, k in
-              ((HIDDEN, HIDDEN), (KV, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE))}
-    block = 2 * packed[HIDDEN, HIDDEN] + 2 * packed[KV, HIDDEN] + 2 * packed[WIDE, HIDDEN] + packed[HIDDEN, WIDE] + 2 * (HIDDEN + 2 * KV + 2 * HIDDEN)
+    packed = {
+        (n, k): n * k // 2 + n * k // 128 * 2 + n * k // 128 // 2 + 4 * k
+        for n, k in ((HIDDEN, HIDDEN), (KV, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE))
+    }
+    block = (
+        2 * packed[HIDDEN, HIDDEN]
+        + 2 * packed[KV, HIDDEN]
+        + 2 * packed[WIDE, HIDDEN]
+        + packed[HIDDEN, WIDE]
+        + 2 * (HIDDEN + 2 * KV + 2 * HIDDEN)
+    )
     assert need.output == 80 * block + 2 * (2 * VOCAB * HIDDEN + HIDDEN)
     assert found.disk == 2 * need.output + (need.hidden if found.hidden_on_disk else 0)
     assert found.peak <= 48 << 30
-    assert found.lines()[0].startswith(f"memory  {found.peak / 2**30:.2f} GiB at the peak: one block in float32 3.27 GiB")
+    assert found.lines()[0].startswith(
+        f"memory  {found.peak / 2**30:.2f} GiB at the peak: one block in float32 3.27 GiB"
+    )
 
 
 def test_the_plan_says_what_would_not_fit(tmp_path):
@@ -111,7 +147,9 @@ def test_quantize_says_at_the_start_that_the_disk_will_not_do(tmp_path, monkeypa
     from doctor import api
     from doctor.core.machine import Machine
 
-    monkeypatch.setattr("doctor.quant.quantize.measure", lambda *asked: Machine("OUT", 64 << 30, 1 << 30, 1 << 20, 64 << 20))
+    monkeypatch.setattr(
+        "doctor.quant.quantize.measure", lambda *asked: Machine("OUT", 64 << 30, 1 << 30, 1 << 20, 64 << 20)
+    )
     done = api.quantize(tiny("llama").write(tmp_path / "m"), tmp_path / "q", Recipe(method="rtn", group_size=32))
     assert [f.code for f in done.report.findings] == ["G314"]
 
@@ -122,11 +160,15 @@ def test_a_hundred_blocks_take_no_more_memory_than_the_first_few(tmp_path):
     rows.write_text("\n".join(json.dumps({"input_ids": [1 + (i * j) % 90 for j in range(1, 65)]}) for i in range(1, 9)))
     run = [sys.executable, "-c", MEASURED, str(tmp_path / "m"), "100"]
     subprocess.run(run, check=True, timeout=120, capture_output=True)
-    done = subprocess.run([*run, str(rows)], timeout=240, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [*run, str(rows)], timeout=240, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     peaks = json.loads(done.stdout.splitlines()[-1])
     assert len(peaks) == 100
     checkpoint = Checkpoint.open(tmp_path / "m")
-    need = budget.needs(checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), Recipe(group_size=64), 8, 64)
+    need = budget.needs(
+        checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), Recipe(group_size=64), 8, 64
+    )
     assert peaks[-1] - peaks[9] < 16 << 20  # 90 blocks are 38 MB as stored and 77 MB in float32
     assert peaks[-1] < need.fixed + need.hidden

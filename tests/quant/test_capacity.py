@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from doctor.api import check
-from doctor.quant import capacity
-from doctor.quant.budget import constant
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import tiny
+from doctor.quant import capacity
+from doctor.quant.budget import constant
 
 RECIPE = Recipe(group_size=32)
 
@@ -20,7 +20,11 @@ def machine(monkeypatch):
     asked = []
 
     def have(disk, memory):
-        monkeypatch.setattr(capacity.os, "statvfs", lambda path: asked.append(path) or SimpleNamespace(f_bavail=disk // 4096, f_frsize=4096))
+        monkeypatch.setattr(
+            capacity.os,
+            "statvfs",
+            lambda path: asked.append(path) or SimpleNamespace(f_bavail=disk // 4096, f_frsize=4096),
+        )
         monkeypatch.setattr(capacity, "free_memory", lambda: memory)
         return asked
 

@@ -33,7 +33,12 @@ def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
 
 def test_a_full_device_is_an_error_of_the_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 24 << 30))
-    with pytest.raises(MachineError, match=r"^cuda:0: out of memory: Tried to allocate 3.00 GiB. 1.00 of 24.00 GiB are free now") as caught, device_memory("cuda:0"):
+    with (
+        pytest.raises(
+            MachineError, match=r"^cuda:0: out of memory: Tried to allocate 3.00 GiB. 1.00 of 24.00 GiB are free now"
+        ) as caught,
+        device_memory("cuda:0"),
+    ):
         raise torch.cuda.OutOfMemoryError("Tried to allocate 3.00 GiB.\nsecond line")
     assert "--resume" in caught.value.hint
     with pytest.raises(RuntimeError, match="^another$"), device_memory("cuda:0"):

@@ -1,4 +1,6 @@
-"""torchrun on two processes of this machine: the same result as one, and a rank that dies leaves a run to be resumed."""
+"""torchrun on two processes of this machine: the same result as one, and a rank that dies leaves a run to be
+resumed.
+"""
 
 import json
 import os
@@ -18,10 +20,33 @@ def started(tmp_path, name, ranks, *args, code=None):
     """The finished process of a run on so many ranks; code: Python that runs before it in every rank."""
     script = tmp_path / "start.py"
     script.write_text((code or "") + "\nfrom doctor.cli.main import main\nmain()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(script)] if ranks > 1 else [sys.executable, str(script)]
-    return subprocess.run([*command, "quantize", str(tmp_path / "m"), "-o", str(tmp_path / name), "--group-size", "32", "--calibration",
-                           str(tmp_path / "rows.jsonl"), "--max-seq-length", "64", "--report", f"json:{tmp_path / name}.json", *args],
-                          capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", "DOCTOR_LANG": "en"})
+    command = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(script)]
+        if ranks > 1
+        else [sys.executable, str(script)]
+    )
+    return subprocess.run(
+        [
+            *command,
+            "quantize",
+            str(tmp_path / "m"),
+            "-o",
+            str(tmp_path / name),
+            "--group-size",
+            "32",
+            "--calibration",
+            str(tmp_path / "rows.jsonl"),
+            "--max-seq-length",
+            "64",
+            "--report",
+            f"json:{tmp_path / name}.json",
+            *args,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DOCTOR_LANG": "en"},
+    )
 
 
 @pytest.fixture
@@ -39,11 +64,15 @@ def test_two_ranks_give_what_one_gives_up_to_the_order_of_sums(tmp_path, text, f
         assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("block 2 of 2") == 1  # one voice
     one, two = (json.loads((tmp_path / name / "doctor.json").read_text()) for name in ("one", "two"))
-    assert [x["name"] for x in one["linears"]] == [x["name"] for x in two["linears"]] and one["outcomes"] == two["outcomes"]
+    assert [x["name"] for x in one["linears"]] == [x["name"] for x in two["linears"]] and one["outcomes"] == two[
+        "outcomes"
+    ]
     for a, b in zip(one["linears"], two["linears"]):
         assert b["solve"]["loss"] == pytest.approx(a["solve"]["loss"], rel=0.05), a["name"]
     reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
-    tokens = [[x["hessian"]["tokens"] for x in r["linears"]] for r in reports] if "linears" in reports[0] else [[0], [0]]
+    tokens = (
+        [[x["hessian"]["tokens"] for x in r["linears"]] for r in reports] if "linears" in reports[0] else [[0], [0]]
+    )
     assert tokens[0] == tokens[1]
     first, second = (Checkpoint.open(tmp_path / name) for name in ("one", "two"))
     assert {n: t.shape for n, t in first.tensors.items()} == {n: t.shape for n, t in second.tensors.items()}

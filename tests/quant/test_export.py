@@ -1,4 +1,6 @@
-"""The output on disk: parts that are whole or absent, shards joined by copying, configs that every reader understands."""
+"""The output on disk: parts that are whole or absent, shards joined by copying, configs that every reader
+understands.
+"""
 
 import json
 
@@ -7,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import DoctorError, PlanRefused
-from doctor.quant import export
-from doctor.quant.solve.gptq import round_to_nearest
-from doctor.quant.export import Output, pack_linear, quantization_config, unpack_linear
-from doctor.core.recipe import Recipe
 from doctor.checkpoint.safetensors import open_shard
+from doctor.core.errors import DoctorError, PlanRefused
+from doctor.core.recipe import Recipe
 from doctor.lint.testing import tiny
+from doctor.quant import export
+from doctor.quant.export import Output, pack_linear, quantization_config, unpack_linear
+from doctor.quant.solve.gptq import round_to_nearest
 
 
 @pytest.fixture
@@ -21,8 +23,17 @@ def source(tmp_path):
     return Checkpoint.open(tiny("llama").write(tmp_path / "m"))
 
 
-@pytest.mark.parametrize("format, bits, sym", [("gptq", 4, True), ("gptq", 3, False), ("gptq_v2", 2, False), ("gptq", 8, True),
-                                               ("compressed-tensors", 4, True), ("compressed-tensors", 4, False)])
+@pytest.mark.parametrize(
+    "format, bits, sym",
+    [
+        ("gptq", 4, True),
+        ("gptq", 3, False),
+        ("gptq_v2", 2, False),
+        ("gptq", 8, True),
+        ("compressed-tensors", 4, True),
+        ("compressed-tensors", 4, False),
+    ],
+)
 def test_what_is_packed_reads_back_as_what_was_solved(format, bits, sym):
     recipe = Recipe(bits=bits, group_size=32, sym=sym, format=format)
     W = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
@@ -35,7 +46,13 @@ def test_what_is_packed_reads_back_as_what_was_solved(format, bits, sym):
 def test_the_gptq_config_says_what_all_readers_need():
     stated = quantization_config(Recipe(bits=4, group_size=64))
     assert stated["quant_method"] == "gptq" and stated["checkpoint_format"] == "gptq"
-    assert (stated["bits"], stated["group_size"], stated["sym"], stated["desc_act"], stated["lm_head"]) == (4, 64, True, False, False)
+    assert (stated["bits"], stated["group_size"], stated["sym"], stated["desc_act"], stated["lm_head"]) == (
+        4,
+        64,
+        True,
+        False,
+        False,
+    )
     assert "dynamic" not in stated
 
 
@@ -47,12 +64,18 @@ def test_kept_linears_are_named_to_the_reader():
 
 
 def test_compressed_tensors_states_channel_or_group():
-    weights = quantization_config(Recipe(format="compressed-tensors", group_size=-1))["config_groups"]["group_0"]["weights"]
+    weights = quantization_config(Recipe(format="compressed-tensors", group_size=-1))["config_groups"]["group_0"][
+        "weights"
+    ]
     assert (weights["strategy"], weights["group_size"]) == ("channel", None)
 
 
 def test_our_shards_have_no_defect_and_the_formats_own_reader_agrees(tmp_path):
-    tensors = {"b": torch.arange(6, dtype=torch.int32).reshape(2, 3), "a": torch.randn(3, dtype=torch.bfloat16), "s": torch.tensor([7, 9])}
+    tensors = {
+        "b": torch.arange(6, dtype=torch.int32).reshape(2, 3),
+        "a": torch.randn(3, dtype=torch.bfloat16),
+        "s": torch.tensor([7, 9]),
+    }
     with open(tmp_path / "x.safetensors", "wb") as file:
         export.write_safetensors(file, tensors)
     assert open_shard(tmp_path / "x.safetensors", "x").defects == []
@@ -88,8 +111,14 @@ def test_finishing_leaves_no_part_and_no_journal_and_carries_the_tokenizer(tmp_p
     assert not (tmp_path / "o").exists()
     staged.commit()
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
-        "config.json", "doctor.json", "generation_config.json", "model.safetensors", "quantize_config.json", "tokenizer.json",
-        "tokenizer_config.json"]
+        "config.json",
+        "doctor.json",
+        "generation_config.json",
+        "model.safetensors",
+        "quantize_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert (tmp_path / "o" / "tokenizer.json").read_bytes() == (source.root / "tokenizer.json").read_bytes()
     stated = json.loads((tmp_path / "o" / "config.json").read_text())
     assert stated["quantization_config"] == json.loads((tmp_path / "o" / "quantize_config.json").read_text())

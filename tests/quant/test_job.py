@@ -18,16 +18,16 @@ import torch
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import MachineError, PlanRefused
+from doctor.core.recipe import Recipe
+from doctor.lint.testing import FAMILIES, encode, tiny
+from doctor.model.spec import Linear, build_spec
 from doctor.quant import budget, export, job
+from doctor.quant.dequantize import as_float
 from doctor.quant.forward import staged
 from doctor.quant.forward.skeleton import Skeleton
-from doctor.quant.dequantize import as_float
-from doctor.quant.job import Hidden, make_batches
 from doctor.quant.forward.spill import Shelf
 from doctor.quant.forward.staged import Walk, arrange
-from doctor.core.recipe import Recipe
-from doctor.model.spec import Linear, build_spec
-from doctor.lint.testing import FAMILIES, encode, tiny
+from doctor.quant.job import Hidden, make_batches
 
 RECIPE = Recipe(group_size=32)
 KILLS = int(os.environ.get("DOCTOR_TEST_KILLS", "4"))
@@ -196,8 +196,14 @@ for line in sys.stdin:
 
 def test_a_kill_at_any_moment_leaves_a_run_that_is_resumed_to_the_same_bytes(tmp_path, text):
     folder, out = tiny("llama").write(tmp_path / "m"), tmp_path / "out"
-    with subprocess.Popen([sys.executable, "-c", SERVER, folder, out, text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as server:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, folder, out, text],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as server:
+
         def go(seconds=None):
             """(exit code of a run, how long it took); it is killed after so many seconds."""
             print(file=server.stdin, flush=True)
@@ -228,7 +234,9 @@ def test_a_kill_at_any_moment_leaves_a_run_that_is_resumed_to_the_same_bytes(tmp
 
 def least_memory(folder, rows=32, length=64):
     checkpoint = Checkpoint.open(folder)
-    return budget.needs(checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), RECIPE, rows, length).fixed
+    return budget.needs(
+        checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), RECIPE, rows, length
+    ).fixed
 
 
 def test_hidden_states_on_disk_give_the_same_bytes(tmp_path, text):
@@ -242,14 +250,19 @@ def test_hidden_states_on_disk_give_the_same_bytes(tmp_path, text):
 
 def test_less_memory_than_a_block_takes_is_refused_with_the_sum(tmp_path, text):
     least = least_memory(tiny("llama").write(tmp_path / "m"))
-    with pytest.raises(MachineError, match=r"this run needs 0\.\d\d GiB at least: one block in float32 .*, Python, torch and transformers"):
+    with pytest.raises(
+        MachineError,
+        match=r"this run needs 0\.\d\d GiB at least: one block in float32 .*, Python, torch and transformers",
+    ):
         quantized(tiny("llama"), tmp_path, text, memory=least - 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "rows.jsonl"]
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("family", (*FAMILIES, "llama4_text", "gpt_oss", "granitemoe"))
-def test_a_pass_that_is_halted_one_that_lies_on_disk_and_one_that_starts_anew_write_the_same_bytes(family, method, tmp_path, text, monkeypatch):
+def test_a_pass_that_is_halted_one_that_lies_on_disk_and_one_that_starts_anew_write_the_same_bytes(
+    family, method, tmp_path, text, monkeypatch
+):
     recipe = Recipe(method=method, group_size=32)
     monkeypatch.setattr(job, "BATCH_TOKENS", 512)  # four batches
     quantized(tiny(family), tmp_path, text, recipe)
@@ -264,7 +277,12 @@ def test_a_pass_that_is_halted_one_that_lies_on_disk_and_one_that_starts_anew_wr
 
         def __init__(self, *args, room, halted_bytes, shelf):
             room = 2.5 if self.shelf is None else 1 << 20
-            super().__init__(*args, room=room, halted_bytes=1 / 512 if halted_bytes < float("inf") else halted_bytes, shelf=self.shelf)
+            super().__init__(
+                *args,
+                room=room,
+                halted_bytes=1 / 512 if halted_bytes < float("inf") else halted_bytes,
+                shelf=self.shelf,
+            )
             lasting.append([one.lasts and (one.shelf or True) for one in self.passes])
 
     monkeypatch.setattr(job, "Walk", Half)
@@ -273,8 +291,13 @@ def test_a_pass_that_is_halted_one_that_lies_on_disk_and_one_that_starts_anew_wr
     Half.shelf = Shelf(tmp_path)
     quantized(tiny(family), tmp_path, text, recipe, name="shelf")
     assert [Half.shelf] * 4 in lasting and Half.shelf.written > 0
-    assert Half.shelf.end == os.fstat(Half.shelf._file.fileno()).st_size == 0   # every block gave its places back
-    assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "anew") == bytes_of(tmp_path / "half") == bytes_of(tmp_path / "shelf")
+    assert Half.shelf.end == os.fstat(Half.shelf._file.fileno()).st_size == 0  # every block gave its places back
+    assert (
+        bytes_of(tmp_path / "o")
+        == bytes_of(tmp_path / "anew")
+        == bytes_of(tmp_path / "half")
+        == bytes_of(tmp_path / "shelf")
+    )
 
 
 def forwards(tmp_path, text, monkeypatch, name):
@@ -313,7 +336,9 @@ def test_kept_linears_stay_as_they_are_and_are_no_finding(tmp_path, text):
 def test_experts_that_no_row_reached_are_rounded_and_found(tmp_path):
     case = tiny("qwen2_moe")
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"input_ids": [5] * 16}))  # equal tokens stay equal through attention: two experts of four
+    rows.write_text(
+        json.dumps({"input_ids": [5] * 16})
+    )  # equal tokens stay equal through attention: two experts of four
     result = quantized(case, tmp_path, rows, rows=1)
     unseen = [r for r in result.linears if r["outcome"] == "rtn"]
     assert unseen and all(r["solve"]["note"] == "no calibration row reached it" for r in unseen)
@@ -349,7 +374,9 @@ def test_activations_that_overflow_stop_the_run_at_their_block(tmp_path, text):
     assert result.output is None and not (tmp_path / "o").exists()
     assert "Q401" in codes(result.report.findings)
     assert {r["block"] for r in result.linears if r["outcome"] == "failed"} == {1}
-    assert any(line.startswith("block 1 of 2") for line in said) and not any(line.startswith("block 2 of 2") for line in said)
+    assert any(line.startswith("block 1 of 2") for line in said) and not any(
+        line.startswith("block 2 of 2") for line in said
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "rows.jsonl"]
 
 
@@ -363,7 +390,9 @@ def test_the_destination_is_not_replaced_unless_asked(tmp_path, text):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "o", "rows.jsonl"]
 
 
-@pytest.mark.parametrize("format, sym", [("gptq_v2", False), ("gptq", False), ("compressed-tensors", True), ("compressed-tensors", False)])
+@pytest.mark.parametrize(
+    "format, sym", [("gptq_v2", False), ("gptq", False), ("compressed-tensors", True), ("compressed-tensors", False)]
+)
 def test_other_formats_are_checked_and_committed_too(tmp_path, text, format, sym):
     result = quantized(tiny("llama"), tmp_path, text, Recipe(method="rtn", group_size=32, format=format, sym=sym))
     assert result.report.ok and codes(result.report.findings) == [] and result.output is not None
@@ -372,10 +401,14 @@ def test_other_formats_are_checked_and_committed_too(tmp_path, text, format, sym
 def test_gpt2_is_quantized_though_its_linears_lie_transposed(tmp_path, text):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=96, bos_token_id=1, eos_token_id=2)
+    config = AutoConfig.for_model(
+        "gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=96, bos_token_id=1, eos_token_id=2
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
-    result = api.quantize(tmp_path / "m", tmp_path / "o", RECIPE, calibration=text, max_seq_length=64, select=("Q", "G", "O"))
+    result = api.quantize(
+        tmp_path / "m", tmp_path / "o", RECIPE, calibration=text, max_seq_length=64, select=("Q", "G", "O")
+    )
     assert {r["outcome"] for r in result.linears} == {"gptq"} and len(result.linears) == 8
     linear = next(r["name"] for r in result.linears if r["role"] == "up")
     got = torch.from_numpy(np.array(as_float(Checkpoint.open(tmp_path / "o")).load(f"{linear}.weight")))
@@ -408,16 +441,23 @@ def test_experts_of_one_kind_share_a_stage_and_unreached_ones_join_it():
     def of(e, *roles):
         return [f"model.layers.0.mlp.experts.{e}.{r}_proj" for r in roles]
 
-    stages = arrange([["model.layers.0.o"], of(0, "gate", "up"), of(0, "down"), of(2, "gate", "up"), of(2, "down")], linears)
-    assert stages == [[["model.layers.0.o"]], [of(0, "gate", "up"), of(2, "gate", "up"), of(1, "gate", "up")],
-                      [of(0, "down"), of(2, "down"), of(1, "down")]]
+    stages = arrange(
+        [["model.layers.0.o"], of(0, "gate", "up"), of(0, "down"), of(2, "gate", "up"), of(2, "down")], linears
+    )
+    assert stages == [
+        [["model.layers.0.o"]],
+        [of(0, "gate", "up"), of(2, "gate", "up"), of(1, "gate", "up")],
+        [of(0, "down"), of(2, "down"), of(1, "down")],
+    ]
 
 
 def interrupted(tmp_path, text, monkeypatch, recipe):
     """A run that was killed behind its first block."""
     with monkeypatch.context() as patch:
         real = job._Run._block
-        patch.setattr(job._Run, "_block", lambda self, i: real(self, i) if i == 0 else (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            job._Run, "_block", lambda self, i: real(self, i) if i == 0 else (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             quantized(tiny("llama"), tmp_path, text, recipe)
 
@@ -426,21 +466,40 @@ def test_a_run_is_not_resumed_in_another_output_format(tmp_path, text, monkeypat
     interrupted(tmp_path, text, monkeypatch, RECIPE)
     with pytest.raises(PlanRefused, match=r"differs in recipe \(format was gptq, is compressed-tensors\)"):
         quantized(tiny("llama"), tmp_path, text, Recipe(group_size=32, format="compressed-tensors"), resume=True)
-    assert quantized(tiny("llama"), tmp_path, text, Recipe(group_size=32, format="gptq"), resume=True).output is not None  # said or meant
+    assert (
+        quantized(tiny("llama"), tmp_path, text, Recipe(group_size=32, format="gptq"), resume=True).output is not None
+    )  # said or meant
 
 
 def test_stacks_that_the_runtime_does_not_read_apart_stay_in_16_bits_and_are_found(tmp_path, text):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model("gpt_oss", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                  head_dim=16, num_local_experts=4, num_experts_per_tok=2, vocab_size=96, max_position_embeddings=64,
-                                  bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    config = AutoConfig.for_model(
+        "gpt_oss",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=96,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
     recipe = Recipe(group_size=32, runtime="vllm")
-    result = api.quantize(tmp_path / "m", tmp_path / "o", recipe, calibration=text, max_seq_length=64, select=("Q", "O"))
+    result = api.quantize(
+        tmp_path / "m", tmp_path / "o", recipe, calibration=text, max_seq_length=64, select=("Q", "O")
+    )
     stacked = [r for r in result.linears if r["role"] == "experts"]
-    assert [(r["block"], r["outcome"], r["out_features"] * r["in_features"]) for r in stacked] == [(i, "kept", size) for i in (0, 1) for size in (64 * 128, 64 * 256)]
+    assert [(r["block"], r["outcome"], r["out_features"] * r["in_features"]) for r in stacked] == [
+        (i, "kept", size) for i in (0, 1) for size in (64 * 128, 64 * 256)
+    ]
     found = [f.message for f in result.report.findings if f.code == "Q416"]
     assert len(found) == 4 and "stays in 16 bits: 4 experts in one tensor [4, 128, 64]" in "".join(found)
     stated = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
@@ -451,7 +510,9 @@ def test_work_done_in_a_slower_way_is_in_the_report(tmp_path, text, monkeypatch)
     monkeypatch.setattr(staged, "greenlet", None)
     monkeypatch.setattr(job, "greenlet", None)
     result = quantized(tiny("llama"), tmp_path, text)
-    assert [f.message for f in result.report.findings if f.code == "Q417"] == [staged.WITHOUT_GREENLET] and result.report.ok
+    assert [f.message for f in result.report.findings if f.code == "Q417"] == [
+        staged.WITHOUT_GREENLET
+    ] and result.report.ok
 
 
 # fixes of the recipe during the run
@@ -474,10 +535,14 @@ def test_a_linear_that_fails_is_kept_with_those_fused_to_it_as_if_asked_at_the_s
     assert (alone.output is None) == (code == "Q400") and code in codes(alone.report.findings)
     fixed = quantized(tiny("llama"), tmp_path, text, name="fixed", fix=True, unsafe_fixes=[code])
     assert fixed.report.ok and code not in codes(fixed.report.findings) and fixed.report.recipe.keep == tuple(parts)
-    assert [r["name"] for r in fixed.linears if r["outcome"] == "kept"] == [r["name"] for r in asked.linears if r["outcome"] == "kept"]
+    assert [r["name"] for r in fixed.linears if r["outcome"] == "kept"] == [
+        r["name"] for r in asked.linears if r["outcome"] == "kept"
+    ]
     assert any(f"fix: {code} keep it in 16 bits: {broken}" in n for n in fixed.notes)
     assert (fixed.output / "model.safetensors").read_bytes() == (asked.output / "model.safetensors").read_bytes()
-    assert json.loads((fixed.output / "config.json").read_text()) == json.loads((asked.output / "config.json").read_text())
+    assert json.loads((fixed.output / "config.json").read_text()) == json.loads(
+        (asked.output / "config.json").read_text()
+    )
 
 
 def test_damp_is_raised_for_a_block_and_those_after_it(tmp_path, text, monkeypatch):
@@ -500,5 +565,7 @@ def test_what_libraries_ask_the_environment_for_once_stands_there_before_they_ar
     code = f"import os, sys, doctor.quant; print([os.environ[n] for n in {names}], sorted({{'torch', 'scipy', 'numpy'}} & set(sys.modules)))"
     clean = {k: v for k, v in os.environ.items() if k not in names}
     for given, said in (({}, "['1', '4', '1000'] []"), ({"GOMP_SPINCOUNT": "infinite"}, "['1', '4', 'infinite'] []")):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**clean, **given})
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**clean, **given}
+        )
         assert done.stdout.strip() == said

@@ -45,7 +45,11 @@ def test_gptq_packs_and_reads_the_words_of_other_programs(path, version):
     assert torch.equal(made["qzeros"], words(vector["tensors"][f"qzeros_v{version}"]["data"]))
     assert torch.equal(made["scales"].view(torch.int16), scales.view(torch.int16))
     assert {name: tensor.dtype for name, tensor in made.items()} == {
-        "qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32}
+        "qweight": torch.int32,
+        "qzeros": torch.int32,
+        "scales": torch.float16,
+        "g_idx": torch.int32,
+    }
     assert all(tensor.is_contiguous() for tensor in made.values())
     back, read, groups = pack.gptq_unpack(**made, bits=vector["bits"], version=version)
     assert torch.equal(back, codes) and torch.equal(groups, g_idx)
@@ -81,7 +85,9 @@ def test_awq_packs_and_reads_the_words_of_autoawq(path):
     codes = torch.tensor(vector["codes"], dtype=torch.uint8).T.contiguous()
     groups, n = len(vector["scales_f16_hex"]), codes.shape[0]
     zero = vector.get("zeros") or [[8] * n] * groups
-    grid = Grid(half(vector["scales_f16_hex"]).float().T.contiguous(), torch.tensor(zero, dtype=torch.int32).T.contiguous())
+    grid = Grid(
+        half(vector["scales_f16_hex"]).float().T.contiguous(), torch.tensor(zero, dtype=torch.int32).T.contiguous()
+    )
     made = pack.awq_pack(codes, grid)
     for name in ("qweight", "qzeros"):
         assert torch.equal(made[name], words(vector["tensors"][name]["data"]))

@@ -8,9 +8,9 @@ import pytest
 
 from doctor import api
 from doctor.cli.main import main
-from doctor.quant import budget, preflight
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import encode, tiny
+from doctor.quant import budget, preflight
 
 RECIPE = Recipe(group_size=32)
 
@@ -19,7 +19,9 @@ RECIPE = Recipe(group_size=32)
 def text(tmp_path):
     rng = random.Random(0)
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"input_ids": [1] + [rng.randrange(3, 96) for _ in range(63)]}) for _ in range(64)))
+    path.write_text(
+        "\n".join(json.dumps({"input_ids": [1] + [rng.randrange(3, 96) for _ in range(63)]}) for _ in range(64))
+    )
     return path
 
 
@@ -36,7 +38,10 @@ def test_it_quantizes_the_first_and_the_last_block_and_writes_nothing(tmp_path, 
     assert (forecast.tried, forecast.tried_rows, forecast.rows, forecast.problems) == ((0, 1), preflight.ROWS, 64, [])
     assert result.report.ok and 0 < forecast.seconds < 600
     text = "\n".join(forecast.lines())
-    assert "block 2 got the outputs of block 1, not its own inputs" in text and "measured on block 1 and 2 of 2 with 32 of 64 rows" in text
+    assert (
+        "block 2 got the outputs of block 1, not its own inputs" in text
+        and "measured on block 1 and 2 of 2 with 32 of 64 rows" in text
+    )
 
 
 def test_what_would_fail_hours_later_fails_now(tmp_path, text):
@@ -57,26 +62,55 @@ def test_time_grows_with_blocks_and_with_rows(tmp_path, text, monkeypatch):
     case = tiny("llama")
     case.write(tmp_path / "m")
     from doctor.checkpoint.directory import Checkpoint
-    from doctor.quant.job import Result
     from doctor.model.spec import build_spec
+    from doctor.quant.job import Result
 
     checkpoint = Checkpoint.open(tmp_path / "m")
     records = [{"seconds": 3.0}, {"seconds": 1.0}]
     monkeypatch.setattr(preflight, "try_blocks", lambda *a, **k: (Result(records), [5.0, 3.0]))
     spec = build_spec(checkpoint.value("config.json"), checkpoint.tensors)
-    forecast, _ = preflight.preflight(checkpoint, spec, RECIPE, tmp_path / "o", [[1] * 8] * 64, None, [], memory=None, device="cpu", around=10.0,
-                                      progress=print)
-    # 4 s of solving, and 4 s of passes that would be 8 with all rows: 6 a block. Opening: the clock ran less than the 8 s claimed.
+    forecast, _ = preflight.preflight(
+        checkpoint,
+        spec,
+        RECIPE,
+        tmp_path / "o",
+        [[1] * 8] * 64,
+        None,
+        [],
+        memory=None,
+        device="cpu",
+        around=10.0,
+        progress=print,
+    )
+    # 4 s of solving, and 4 s of passes that would be 8 with all rows: 6 a block. Opening: the clock ran less than the 8
+    # s claimed.
     assert forecast.seconds == pytest.approx(10 + 2 * 6 - 2 * 8, abs=0.5)
 
 
 def test_the_command_line_prints_it_and_exits_by_it(tmp_path, text, capsys):
     tiny("llama").write(tmp_path / "m")
-    args = ["quantize", str(tmp_path / "m"), "-o", str(tmp_path / "o"), "--group-size", "32", "--calibration", str(text), "--max-seq-length", "64"]
+    args = [
+        "quantize",
+        str(tmp_path / "m"),
+        "-o",
+        str(tmp_path / "o"),
+        "--group-size",
+        "32",
+        "--calibration",
+        str(text),
+        "--max-seq-length",
+        "64",
+    ]
     with pytest.raises(SystemExit) as ended:
         main([*args, "--preflight"])
     out = capsys.readouterr().out
-    assert ended.value.code == 0 and "\ntime    about " in out and "memory  " in out and "\nGPU     up to " in out and "disk    " in out
+    assert (
+        ended.value.code == 0
+        and "\ntime    about " in out
+        and "memory  " in out
+        and "\nGPU     up to " in out
+        and "disk    " in out
+    )
     with pytest.raises(SystemExit) as ended:
         main([*args, "--plan", "--memory", "100MB"])
     out = capsys.readouterr().out
@@ -91,4 +125,6 @@ def test_a_plan_states_the_memory_in_which_the_model_writes_rows(tmp_path):
     assert whole.peak >= whole.sampling > budget.constant() and f"{whole.sampling / 2**30:.2f} GiB" in line
     given = api.plan_quantize(folder, tmp_path / "o", **options, calibration="rows.jsonl")
     assert given.sampling == 0 and not any("writes a part" in x for x in given.lines())
-    assert api.plan_quantize(folder, tmp_path / "o", **options, memory=whole.sampling - 1).sampling == 0  # then it writes none
+    assert (
+        api.plan_quantize(folder, tmp_path / "o", **options, memory=whole.sampling - 1).sampling == 0
+    )  # then it writes none

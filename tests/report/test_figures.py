@@ -5,19 +5,18 @@ import jsonschema
 import numpy as np
 import pytest
 
-from doctor.report import figures
 from doctor.api import check
-from doctor.scan.header import header_facts
 from doctor.checkpoint.directory import Checkpoint
 from doctor.cli.main import main
-from doctor.lint.engine import load_rules
 from doctor.core.facts import CHECKPOINT, Variant
-from doctor.report.figures import matrix
 from doctor.core.recipe import Recipe
-from doctor.report import render
-from doctor.report.formats import terminal
-from doctor.model.spec import build_spec
+from doctor.lint.engine import load_rules
 from doctor.lint.testing import tiny, tiny_gptq
+from doctor.model.spec import build_spec
+from doctor.report import figures, render
+from doctor.report.figures import matrix
+from doctor.report.formats import terminal
+from doctor.scan.header import header_facts
 
 PLAN = Recipe(group_size=32)
 
@@ -63,7 +62,9 @@ def test_cells_are_what_a_check_of_that_plan_finds(tmp_path):
         group = -1 if "per-channel" in row["plan"] else int(row["plan"].rsplit("g", 1)[1])
         for tp, codes in cells(row).items():
             found = check(tmp_path, Recipe(group_size=group, tp=tp))
-            assert sorted({f.code for f in found.findings if f.severity == "error" and not f.consequence_of}) == codes, (row["plan"], tp)
+            assert (
+                sorted({f.code for f in found.findings if f.severity == "error" and not f.consequence_of}) == codes
+            ), (row["plan"], tp)
 
 
 def test_what_other_rules_found_stands_in_every_plan(tmp_path):
@@ -92,12 +93,18 @@ def test_geometry_cuts_attention_by_whole_heads_and_copies_few_key_heads(tmp_pat
     linears = tuple(x._replace(in_features=576, out_features=576) for x in spec.linears)
     found = {r["role"]: r["tp"] for r in figures.geometry(replace(spec, linears=linears), Recipe(group_size=64, tp=3))}
     assert found["q"] == found["o"] == found["k"] == [1, 3]
-    found = {r["role"]: r["tp"] for r in figures.geometry(replace(spec, linears=linears, n_heads=16, n_kv_heads=2), Recipe(group_size=-1))}
+    found = {
+        r["role"]: r["tp"]
+        for r in figures.geometry(replace(spec, linears=linears, n_heads=16, n_kv_heads=2), Recipe(group_size=-1))
+    }
     assert found["q"] == found["k"] == [1, 2, 4, 8, 16]
 
 
 def test_a_packed_linear_counts_as_the_matrix_it_stands_for(tmp_path):
-    plain, packed = (check(case.write(tmp_path / name), stage="header").summary["parameters"] for case, name in ((tiny("llama"), "a"), (tiny_gptq(), "b")))
+    plain, packed = (
+        check(case.write(tmp_path / name), stage="header").summary["parameters"]
+        for case, name in ((tiny("llama"), "a"), (tiny_gptq(), "b"))
+    )
     assert packed == plain
 
 
@@ -138,25 +145,52 @@ def test_the_screen_shows_the_matrix_only_when_asked_and_ends_no_line_in_blanks(
 def test_the_option_puts_it_into_every_format_that_has_room(tmp_path, capsys):
     narrow().write(tmp_path / "m")
     with pytest.raises(SystemExit):
-        main(["check", str(tmp_path / "m"), "--group-size", "32", "--config", "none", "--matrix", "-f", "full", "-f", f"json:{tmp_path / 'r.json'}",
-              "-f", f"html:{tmp_path / 'r.html'}", "-f", f"markdown:{tmp_path / 'r.md'}"])
+        main(
+            [
+                "check",
+                str(tmp_path / "m"),
+                "--group-size",
+                "32",
+                "--config",
+                "none",
+                "--matrix",
+                "-f",
+                "full",
+                "-f",
+                f"json:{tmp_path / 'r.json'}",
+                "-f",
+                f"html:{tmp_path / 'r.html'}",
+                "-f",
+                f"markdown:{tmp_path / 'r.md'}",
+            ]
+        )
     assert "in the way" in capsys.readouterr().out
     from importlib.resources import files
 
     document = json.loads((tmp_path / "r.json").read_text())
     jsonschema.validate(document, json.loads(files("doctor.report.formats").joinpath("schema.json").read_text()))
-    assert document["extra"]["matrix"] and "after padding" in (tmp_path / "r.md").read_text() and "after padding" in (tmp_path / "r.html").read_text()
+    assert (
+        document["extra"]["matrix"]
+        and "after padding" in (tmp_path / "r.md").read_text()
+        and "after padding" in (tmp_path / "r.html").read_text()
+    )
 
 
 def test_exponents_of_a_small_model_are_those_of_every_value(tmp_path):
     case = tiny()
     case.down()[3, 5:8] = [0x7FC0, 0x4980, 0]  # NaN, 2^20 and 0
     found = check(case.write(tmp_path), PLAN, pictures=True).extra["exponents"]
-    values = np.concatenate([(codes.astype(np.uint32).ravel() << 16).view(np.float32) for codes in case.tensors.values()])
+    values = np.concatenate(
+        [(codes.astype(np.uint32).ravel() << 16).view(np.float32) for codes in case.tensors.values()]
+    )
     finite = values[np.isfinite(values)]
     own = np.floor(np.log2(np.abs(finite[finite != 0]))).astype(int)
     assert found["sampled"] == values.size and found["nonfinite"] == 1 and found["zeros"] == (finite == 0).sum()
-    assert found["low"] == own.min() and found["counts"] == np.bincount(own - own.min()).tolist() and found["counts"][-1] == 1
+    assert (
+        found["low"] == own.min()
+        and found["counts"] == np.bincount(own - own.min()).tolist()
+        and found["counts"][-1] == 1
+    )
 
 
 def test_a_large_tensor_is_sampled_in_its_middle_and_headers_alone_have_no_picture(tmp_path, monkeypatch):
@@ -169,8 +203,15 @@ def test_a_large_tensor_is_sampled_in_its_middle_and_headers_alone_have_no_pictu
 
 def test_a_receipt_of_doctor_is_shown_and_a_stranger_file_of_that_name_is_not(tmp_path):
     steps = [{"code": "C101", "title": "set it", "safety": "safe"}]
-    for document, there in (({"source": "a", "recipe": "gptq", "steps": steps}, True), ({"steps": "x"}, False), ({"steps": [3]}, False), ({}, False)):
+    for document, there in (
+        ({"source": "a", "recipe": "gptq", "steps": steps}, True),
+        ({"steps": "x"}, False),
+        ({"steps": [3]}, False),
+        ({}, False),
+    ):
         folder = tiny().write(tmp_path / str(there) / str(len(str(document))))
         (folder / "doctor.json").write_text(json.dumps(document))
         extra = check(folder, PLAN, pictures=True).extra
-        assert extra.get("receipt") == ({"source": "a", "plan": "gptq", "steps": [["C101", "set it", "safe"]]} if there else None)
+        assert extra.get("receipt") == (
+            {"source": "a", "plan": "gptq", "steps": [["C101", "set it", "safe"]]} if there else None
+        )

@@ -1,4 +1,6 @@
-"""One report, many pictures: each format says the same, stays valid whatever a checkpoint holds, and never obeys its contents."""
+"""One report, many pictures: each format says the same, stays valid whatever a checkpoint holds, and never obeys its
+contents.
+"""
 
 import dataclasses
 import io
@@ -14,59 +16,134 @@ import jsonschema
 import pytest
 from rich.cells import cell_len
 
+from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.recipe import Recipe
 from doctor.edits import kinds
 from doctor.edits.kinds import MISSING, PadTensor, RebuildIndex, SetJson, SetRecipe
 from doctor.lint.engine import Report, RuleRun
-from doctor.core.errors import BadCheckpoint, DoctorError
-from doctor.core.recipe import Recipe
-from doctor.report import FORMATS, render, presentation
-from doctor.report.formats import json_report, terminal
 from doctor.lint.rule import Finding, Fix, Place, Rule, write_page
+from doctor.report import FORMATS, presentation, render
+from doctor.report.formats import json_report, terminal
 
 SCHEMA = json.loads(files("doctor.report.formats").joinpath("schema.json").read_text())
 HOSTILE = "model.\x1b[31m<script>alert(1)</script>|`*_[x](javascript:1) \u202e]]> --> 模型.down_proj.weight"
 
 
 def make_rule(code="W901", name="made-up-defect", severity="error", stage="values", scope="tensor", **more):
-    sections = {"Why": "numbers that are not numbers\nspread.\n\nA second paragraph.", "Do": "copy the file again.",
-                "Seen as": "- AutoAWQ: `assert torch.isnan(w).sum() == 0`\n- vLLM: `not aligned with {shape} <x>`",
-                "False alarms": "none.", "Fix safety": "unsafe.", "Sources": "here."}
+    sections = {
+        "Why": "numbers that are not numbers\nspread.\n\nA second paragraph.",
+        "Do": "copy the file again.",
+        "Seen as": "- AutoAWQ: `assert torch.isnan(w).sum() == 0`\n- vLLM: `not aligned with {shape} <x>`",
+        "False alarms": "none.",
+        "Fix safety": "unsafe.",
+        "Sources": "here.",
+    }
     title = f"what {code} is about"
-    values = dict(certainty="certain", needs=("n_nan",), check=lambda *_: (), doc=write_page(code, name, title, sections), module="doctor.rules.w901_x")
+    values = dict(
+        certainty="certain",
+        needs=("n_nan",),
+        check=lambda *_: (),
+        doc=write_page(code, name, title, sections),
+        module="doctor.rules.w901_x",
+    )
     return Rule(code, name, title, severity, scope=scope, stage=stage, **{**values, **more})
 
 
 def make_finding(code="W901", tensor="model.layers.{i}.mlp.down_proj.weight", block=0, severity="error", **more):
     name = tensor.replace("{i}", str(block))
-    values = dict(message=f"1 NaN among 64 values of {name}", where=Place("model.safetensors", tensor=name, index=(3, 5), byte=1234),
-                  evidence={"n_nan": 1, "share": float("nan")}, subject=f"tensor:{name}",
-                  fix=Fix("replace by 0", (PadTensor(name, 0, 8),), "unsafe", by_name=True), advice="copy the shard again")
+    values = dict(
+        message=f"1 NaN among 64 values of {name}",
+        where=Place("model.safetensors", tensor=name, index=(3, 5), byte=1234),
+        evidence={"n_nan": 1, "share": float("nan")},
+        subject=f"tensor:{name}",
+        fix=Fix("replace by 0", (PadTensor(name, 0, 8),), "unsafe", by_name=True),
+        advice="copy the shard again",
+    )
     return Finding(code=code, name="made-up-defect", severity=severity, certainty="certain", **{**values, **more})
 
 
 def key_finding(**more):
-    where = Place("config.json", pointer="/bos_token_id", line=3, column=19, length=4, note="tokenizer.json has <s> = 1",
-                  frame=((2, '  "a": 1,'), (3, '  "bos_token_id": null,')))
-    values = dict(message="no bos_token_id (null)", where=where, fix=Fix("set it to 1", (SetJson("config.json", "/bos_token_id", 1, None),)),
-                  facts_table=(("tensor parallel", "1", "2"), ("groups", "107", "53.5")), evidence={}, advice="", subject="checkpoint:")
+    where = Place(
+        "config.json",
+        pointer="/bos_token_id",
+        line=3,
+        column=19,
+        length=4,
+        note="tokenizer.json has <s> = 1",
+        frame=((2, '  "a": 1,'), (3, '  "bos_token_id": null,')),
+    )
+    values = dict(
+        message="no bos_token_id (null)",
+        where=where,
+        fix=Fix("set it to 1", (SetJson("config.json", "/bos_token_id", 1, None),)),
+        facts_table=(("tensor parallel", "1", "2"), ("groups", "107", "53.5")),
+        evidence={},
+        advice="",
+        subject="checkpoint:",
+    )
     return make_finding(code="C901", **{**values, **more})
 
 
 def make_report(findings=(), runs=None, **more):
-    codes = {"W901": make_rule(), "C901": make_rule("C901", "no-such-token", stage="listing", scope="checkpoint", certainty="certain")}
+    codes = {
+        "W901": make_rule(),
+        "C901": make_rule("C901", "no-such-token", stage="listing", scope="checkpoint", certainty="certain"),
+    }
     runs = runs if runs is not None else [RuleRun(codes["C901"], 1), RuleRun(codes["W901"], 7)]
-    summary = {"path": "/data/ck", "architecture": "LlamaForCausalLM", "parameters": 134515008, "dtype": "BF16", "shards": 1, "tensors": 272,
-               "bytes": 269030016, "blocks": 30, "linears": 210}
-    return Report(**{**dict(checkpoint="ck", recipe=Recipe(), findings=list(findings), runs=runs, summary=summary, bytes_read=269030016,
-                            seconds=1.25), **more})
+    summary = {
+        "path": "/data/ck",
+        "architecture": "LlamaForCausalLM",
+        "parameters": 134515008,
+        "dtype": "BF16",
+        "shards": 1,
+        "tensors": 272,
+        "bytes": 269030016,
+        "blocks": 30,
+        "linears": 210,
+    }
+    return Report(
+        **{
+            **dict(
+                checkpoint="ck",
+                recipe=Recipe(),
+                findings=list(findings),
+                runs=runs,
+                summary=summary,
+                bytes_read=269030016,
+                seconds=1.25,
+            ),
+            **more,
+        }
+    )
 
 
-BUSY = make_report([key_finding(), *(make_finding(block=i) for i in range(40)), make_finding("W901", "odd", severity="warning", strip={"down": [0, 1.5, float("nan"), float("inf")]}),
-                    make_finding(code="W901", tensor="effect", consequence_of="C901")])
+BUSY = make_report(
+    [
+        key_finding(),
+        *(make_finding(block=i) for i in range(40)),
+        make_finding("W901", "odd", severity="warning", strip={"down": [0, 1.5, float("nan"), float("inf")]}),
+        make_finding(code="W901", tensor="effect", consequence_of="C901"),
+    ]
+)
 QUIET = make_report()
-HOSTILE_REPORT = make_report([make_finding(tensor=HOSTILE, message=f"bad {HOSTILE}"),
-                              key_finding(where=Place("config.json", pointer="/a", line=1, column=5000, length=3, note=HOSTILE, frame=((1, "{" + "界" * 9000),)))],
-                             checkpoint=HOSTILE, skipped_tensors={HOSTILE: "type"})
+HOSTILE_REPORT = make_report(
+    [
+        make_finding(tensor=HOSTILE, message=f"bad {HOSTILE}"),
+        key_finding(
+            where=Place(
+                "config.json",
+                pointer="/a",
+                line=1,
+                column=5000,
+                length=3,
+                note=HOSTILE,
+                frame=((1, "{" + "界" * 9000),),
+            )
+        ),
+    ],
+    checkpoint=HOSTILE,
+    skipped_tensors={HOSTILE: "type"},
+)
 SKIPPED = make_report(runs=[RuleRun(make_rule(), reasons={"the weights were not read": 3})], bytes_read=0)
 CRASHED = make_report(runs=[RuleRun(make_rule(), crashed="tensor:x: ZeroDivisionError: division by zero")])
 EVERY = {"busy": BUSY, "quiet": QUIET, "hostile": HOSTILE_REPORT, "skipped": SKIPPED, "crashed": CRASHED}
@@ -89,14 +166,22 @@ def test_json_is_valid_by_its_schema_and_gives_the_report_again(report):
     again = json_report.read(text)[0]
     assert json_report.to_dict(again) == document
     for name in FORMATS:
-        assert render(name, [again]) == render(name, [report]) or report.findings and name in ("full", "html", "concise"), name
+        assert render(name, [again]) == render(name, [report]) or (
+            report.findings and name in ("full", "html", "concise")
+        ), name
     assert [f.where for f in again.findings] == [f.where for f in report.findings]
     assert [f.fix for f in again.findings] == [f.fix for f in report.findings]
 
 
 def test_every_kind_of_edit_goes_through_json_and_is_valid_by_the_schema():
-    every = (SetJson("config.json", "/a", [1, {"b": None}], MISSING), SetJson("c.json", "/a", 1, 2), PadTensor("t", 1, 8, 2, False), RebuildIndex(),
-             SetRecipe("group_size", 64), *(filled(kind) for kind in get_args(kinds.Edit)))
+    every = (
+        SetJson("config.json", "/a", [1, {"b": None}], MISSING),
+        SetJson("c.json", "/a", 1, 2),
+        PadTensor("t", 1, 8, 2, False),
+        RebuildIndex(),
+        SetRecipe("group_size", 64),
+        *(filled(kind) for kind in get_args(kinds.Edit)),
+    )
     report = make_report([make_finding(fix=Fix("all of them", every, "unsafe", needs=("W201",)))])
     text = json_report.render([report])
     jsonschema.validate(json.loads(text), SCHEMA, jsonschema.Draft202012Validator)
@@ -118,8 +203,15 @@ def test_json_of_a_failure_is_valid_and_cannot_be_rendered():
         json_report.read(text)
 
 
-@pytest.mark.parametrize("text, says", [("{", "not JSON"), ("[]", "not a report"), ('{"schema": "doctor.report/1"}', "damaged"),
-                                        ('{"schema": "doctor.report/1", "recipe": {"bits": 5}}', "must be 2, 3, 4 or 8")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{", "not JSON"),
+        ("[]", "not a report"),
+        ('{"schema": "doctor.report/1"}', "damaged"),
+        ('{"schema": "doctor.report/1", "recipe": {"bits": 5}}', "must be 2, 3, 4 or 8"),
+    ],
+)
 def test_what_is_no_report_is_refused_with_a_reason(text, says):
     with pytest.raises(DoctorError, match=says):
         json_report.read(text)
@@ -178,7 +270,8 @@ def test_consequences_stand_in_one_line_under_their_cause():
 def test_a_ready_checkpoint_takes_two_lines_with_its_plan_and_what_was_read():
     assert terminal.render([QUIET]).splitlines() == [
         "✓ ready for gptq 4-bit g128   ck · LlamaForCausalLM · 134.5 M · bf16 · 1 shard · 269 MB",
-        "  272 tensors, every byte read · 2 rules run · 1.2 s"]
+        "  272 tensors, every byte read · 2 rules run · 1.2 s",
+    ]
 
 
 def test_a_verdict_from_headers_says_that_weights_were_not_read():
@@ -212,25 +305,59 @@ def test_three_safeties_have_three_labels():
     safe = presentation.Group(key_finding(), [])
     named = presentation.Group(make_finding(), [])
     manual = presentation.Group(make_finding(fix=None, advice=""), [])
-    unsafe = presentation.Group(make_finding(fix=Fix("pad", (PadTensor("t", 0, 8),), "unsafe", needs=("W201", "G301"))), [])
+    unsafe = presentation.Group(
+        make_finding(fix=Fix("pad", (PadTensor("t", 0, 8),), "unsafe", needs=("W201", "G301"))), []
+    )
     assert presentation.cures(safe, None, alone) == [("fix", "set it to 1")]
-    assert presentation.cures(named, None, alone)[0] == ("fix!", "replace by 0: a guess, only by name with --unsafe-fixes=W901")
+    assert presentation.cures(named, None, alone)[0] == (
+        "fix!",
+        "replace by 0: a guess, only by name with --unsafe-fixes=W901",
+    )
     assert presentation.cures(manual, make_rule(), alone) == [("you", "copy the file again.")]
     assert presentation.cures(unsafe, None, alone)[0] == ("fix!", "pad")
 
 
-@pytest.mark.parametrize("found, waits", [((), ""), (("W201",), " (once W201 is gone)"), (("G301", "W201"), " (once W201 and G301 are gone)")])
+@pytest.mark.parametrize(
+    "found, waits",
+    [((), ""), (("W201",), " (once W201 is gone)"), (("G301", "W201"), " (once W201 and G301 are gone)")],
+)
 def test_a_fix_waits_for_the_codes_that_were_found_and_no_others(found, waits):
-    unsafe = presentation.Group(make_finding(fix=Fix("pad", (PadTensor("t", 0, 8),), "unsafe", needs=("W201", "G301"))), [])
-    assert presentation.cures(unsafe, None, make_report([make_finding(code=c) for c in found]))[0] == ("fix!", "pad" + waits)
+    unsafe = presentation.Group(
+        make_finding(fix=Fix("pad", (PadTensor("t", 0, 8),), "unsafe", needs=("W201", "G301"))), []
+    )
+    assert presentation.cures(unsafe, None, make_report([make_finding(code=c) for c in found]))[0] == (
+        "fix!",
+        "pad" + waits,
+    )
 
 
-@pytest.mark.parametrize("after, words", [(10.5, "10 → 10.5 (+5.0%)"), (110.0, "10 → 110 (+1000.0%)"), (120.0, "10 → 120 (× 12)"),
-                                          (2.2e9, "10 → 2.2e+09 (× 2.2e+08)"), (9.0, "10 → 9 (-10.0%)")])
+@pytest.mark.parametrize(
+    "after, words",
+    [
+        (10.5, "10 → 10.5 (+5.0%)"),
+        (110.0, "10 → 110 (+1000.0%)"),
+        (120.0, "10 → 120 (× 12)"),
+        (2.2e9, "10 → 2.2e+09 (× 2.2e+08)"),
+        (9.0, "10 → 9 (-10.0%)"),
+    ],
+)
 def test_a_runaway_perplexity_is_a_factor(after, words):
-    comparison = {"tokens": 1024, "context": 512, "perplexity_original": 10.0, "perplexity_quantized": after, "kl_mean": 0.012, "kl_p99": 0.1,
-                  "top1_agreement": 0.93, "token0_share": 0.0, "longest_repeat": 3, "generated": 0, "block_errors": []}
-    assert dict(presentation.results(make_report(extra={"comparison": comparison})))["perplexity"].startswith(words + " on")
+    comparison = {
+        "tokens": 1024,
+        "context": 512,
+        "perplexity_original": 10.0,
+        "perplexity_quantized": after,
+        "kl_mean": 0.012,
+        "kl_p99": 0.1,
+        "top1_agreement": 0.93,
+        "token0_share": 0.0,
+        "longest_repeat": 3,
+        "generated": 0,
+        "block_errors": [],
+    }
+    assert dict(presentation.results(make_report(extra={"comparison": comparison})))["perplexity"].startswith(
+        words + " on"
+    )
 
 
 def test_colour_adds_nothing_to_the_text():
@@ -291,10 +418,24 @@ def test_html_asks_for_nothing_runs_nothing_and_stays_small(report):
 
 def test_results_of_a_run_and_of_a_comparison_are_shown_even_when_they_are_no_numbers():
     solve = {"damp_asked": 0.01, "damp_used": 0.05, "loss": 0.02, "rtn_loss": 0.04}
-    linears = [{"name": "a", "block": 0, "role": "down", "outcome": "gptq", "solve": solve},
-               {"name": "b", "block": 1, "role": "down", "outcome": "rtn", "solve": {**solve, "loss": float("nan")}}]
-    comparison = {"tokens": 1024, "context": 512, "perplexity_original": 10.0, "perplexity_quantized": 10.5, "kl_mean": 0.012, "kl_p99": float("nan"),
-                  "top1_agreement": 0.93, "token0_share": 0.0, "longest_repeat": 3, "generated": 64, "replies": [["<b>p", "one", "two"]], "block_errors": [0.1, 0.2]}
+    linears = [
+        {"name": "a", "block": 0, "role": "down", "outcome": "gptq", "solve": solve},
+        {"name": "b", "block": 1, "role": "down", "outcome": "rtn", "solve": {**solve, "loss": float("nan")}},
+    ]
+    comparison = {
+        "tokens": 1024,
+        "context": 512,
+        "perplexity_original": 10.0,
+        "perplexity_quantized": 10.5,
+        "kl_mean": 0.012,
+        "kl_p99": float("nan"),
+        "top1_agreement": 0.93,
+        "token0_share": 0.0,
+        "longest_repeat": 3,
+        "generated": 64,
+        "replies": [["<b>p", "one", "two"]],
+        "block_errors": [0.1, 0.2],
+    }
     report = make_report(linears=linears, extra={"comparison": comparison})
     again = json_report.read(json_report.render([report]))[0]
     for one in (report, again):
@@ -309,7 +450,10 @@ def test_results_of_a_run_and_of_a_comparison_are_shown_even_when_they_are_no_nu
 
 def test_the_verdict_is_worded_for_what_was_asked():
     assert presentation.verdict(make_report(linears=[{"outcome": "gptq"}]))[1] == "quantized to gptq 4-bit g128"
-    assert presentation.verdict(make_report(extra={"comparison": {"x": 1}}))[1] == "agrees with its original: gptq 4-bit g128"
+    assert (
+        presentation.verdict(make_report(extra={"comparison": {"x": 1}}))[1]
+        == "agrees with its original: gptq 4-bit g128"
+    )
 
 
 def test_html_embeds_the_report():
@@ -331,18 +475,28 @@ def test_rounding_that_was_asked_for_is_not_painted_as_a_fallback():
 
 
 def test_what_a_rule_explains_is_said_once_on_a_screen_and_every_place_is_named():
-    report = make_report([make_finding(tensor=f"model.layers.0.{n}_proj.weight", message=f"{n} is odd") for n in ("q", "up", "down")])
+    report = make_report(
+        [make_finding(tensor=f"model.layers.0.{n}_proj.weight", message=f"{n} is odd") for n in ("q", "up", "down")]
+    )
     text = terminal.render([report])
-    assert all(f"{n} is odd" in text for n in ("q", "up", "down")) and text.count("--> ") == 3 and text.count("= why") == 1
+    assert (
+        all(f"{n} is odd" in text for n in ("q", "up", "down")) and text.count("--> ") == 3 and text.count("= why") == 1
+    )
 
 
 def test_a_consequence_of_a_consequence_hangs_under_the_cause():
-    chain = [make_finding(code="W901", tensor="a"), make_finding(code="W902", tensor="a", consequence_of="W901"),
-             make_finding(code="W903", tensor="a", consequence_of="W902")]
+    chain = [
+        make_finding(code="W901", tensor="a"),
+        make_finding(code="W902", tensor="a", consequence_of="W901"),
+        make_finding(code="W903", tensor="a", consequence_of="W902"),
+    ]
     runs = [RuleRun(make_rule(c), 1) for c in ("W901", "W902", "W903")]
     (root,) = presentation.groups(make_report(chain, runs=runs))
     assert [g.code for g in root.effects] == ["W902", "W903"]
-    circle = [make_finding(code="W901", tensor="a", consequence_of="W902"), make_finding(code="W902", tensor="a", consequence_of="W901")]
+    circle = [
+        make_finding(code="W901", tensor="a", consequence_of="W902"),
+        make_finding(code="W902", tensor="a", consequence_of="W901"),
+    ]
     (root,) = presentation.groups(make_report(circle, runs=runs))  # nothing is lost
     assert len(root.effects) == 1
 
@@ -354,18 +508,37 @@ def test_a_receipt_is_told_from_a_report():
 
 
 def test_html_draws_each_picture_the_report_holds():
-    extra = {"heat": {"blocks": 2, "roles": [{"role": "down", "absmax": [1.0, "NaN"], "nonfinite": [0, 3], "zero": [0.0, 0.5]},
-                                             {"role": "q", "absmax": [1.0, 2.0], "nonfinite": [0, 1], "zero": [0.0, 0.5]}]},
-             "tokens": [{"token": "eos", "says": {"config.json": "</s> = 2", "generation_config.json": "<s> = 1"}},
-                        {"token": "bos", "says": {"config.json": "[<s> = 1, </s> = 2]", "tokenizer_config.json": "<s>"}}],
-             "geometry": [{"role": "down", "in_features": 13696, "out_features": 5120, "count": 40, "groups": 107.0, "tp": [1]}],
-             "matrix": [{"plan": "gptq 4-bit g128", "step": "as it is", "cells": [{"tp": 1, "ready": True, "codes": []}, {"tp": 2, "ready": False, "codes": ["G302"]}]}],
-             "files": [{"name": "model.safetensors", "bytes": 10, "tensors": 2, "header_bytes": 8}]}
+    extra = {
+        "heat": {
+            "blocks": 2,
+            "roles": [
+                {"role": "down", "absmax": [1.0, "NaN"], "nonfinite": [0, 3], "zero": [0.0, 0.5]},
+                {"role": "q", "absmax": [1.0, 2.0], "nonfinite": [0, 1], "zero": [0.0, 0.5]},
+            ],
+        },
+        "tokens": [
+            {"token": "eos", "says": {"config.json": "</s> = 2", "generation_config.json": "<s> = 1"}},
+            {"token": "bos", "says": {"config.json": "[<s> = 1, </s> = 2]", "tokenizer_config.json": "<s>"}},
+        ],
+        "geometry": [
+            {"role": "down", "in_features": 13696, "out_features": 5120, "count": 40, "groups": 107.0, "tp": [1]}
+        ],
+        "matrix": [
+            {
+                "plan": "gptq 4-bit g128",
+                "step": "as it is",
+                "cells": [{"tp": 1, "ready": True, "codes": []}, {"tp": 2, "ready": False, "codes": ["G302"]}],
+            }
+        ],
+        "files": [{"name": "model.safetensors", "bytes": 10, "tensors": 2, "header_bytes": 8}],
+    }
     extra["heat"]["roles"][0]["absmax"][1] = None
     text = render("html", [make_report([make_finding()], extra=extra)])
     assert text.count('<rect class="bad"') == 1 and text.count('<tr class="differ">') == 1
     assert "13696" in text and "2 GPUs" in text
-    assert "| gptq 4-bit g128 | ✓ | ✗ | 2 GPUs G302 |" in render("markdown", [make_report([make_finding()], extra=extra)])
+    assert "| gptq 4-bit g128 | ✓ | ✗ | 2 GPUs G302 |" in render(
+        "markdown", [make_report([make_finding()], extra=extra)]
+    )
 
 
 def test_html_shows_what_float16_can_hold_of_the_weights():
@@ -373,30 +546,85 @@ def test_html_shows_what_float16_can_hold_of_the_weights():
     text = render("html", [make_report(extra={"exponents": found})])
     picture = re.search(r'<svg class="heat hist".*?</svg>', text, re.S)[0]
     assert picture.count('<rect class="bad"') == 3, "2^-26, 2^-25 and 2^17"
-    assert 'aria-label="histogram of exponents: 7 values beyond float16, 3 too small for it, 3 zeros, 1 NaN or Inf"' in picture
+    assert (
+        'aria-label="histogram of exponents: 7 values beyond float16, 3 too small for it, 3 zeros, 1 NaN or Inf"'
+        in picture
+    )
     assert "<title>2^-26: 1 (0.01%)</title>" in picture and "fp16 ends" in picture
     assert "histogram" not in render("html", [make_report(extra={"exponents": {}})])
 
 
 def test_html_of_a_run_has_its_calibration_and_its_worst_linears():
     solve = {"damp_asked": 0.01, "damp_used": 0.05, "rtn_loss": 0.04}
-    linears = [{"name": f"model.layers.{i}.down", "block": i, "role": "down", "outcome": "gptq", "solve": {**solve, "loss": loss}, "hessian": {"tokens": 512}}
-               for i, loss in enumerate((0.01, 0.03, float("nan"), *[0.001] * 20))]
-    calibration = {"source": "<b>x", "builtin": True, "rows": 8, "tokens": 512, "shortest": 60, "median": 64, "longest": 64, "distinct_tokens": 41,
-                   "duplicate_rows": 2, "bos_doubled": 0, "padding": 0, "scripts": ("Latin", "CJK"), "unused_scripts": ()}
+    linears = [
+        {
+            "name": f"model.layers.{i}.down",
+            "block": i,
+            "role": "down",
+            "outcome": "gptq",
+            "solve": {**solve, "loss": loss},
+            "hessian": {"tokens": 512},
+        }
+        for i, loss in enumerate((0.01, 0.03, float("nan"), *[0.001] * 20))
+    ]
+    calibration = {
+        "source": "<b>x",
+        "builtin": True,
+        "rows": 8,
+        "tokens": 512,
+        "shortest": 60,
+        "median": 64,
+        "longest": 64,
+        "distinct_tokens": 41,
+        "duplicate_rows": 2,
+        "bos_doubled": 0,
+        "padding": 0,
+        "scripts": ("Latin", "CJK"),
+        "unused_scripts": (),
+    }
     text = render("html", [make_report(linears=linears, extra={"calibration": calibration})])
-    assert text.index("model.layers.2.down</td>") < text.index("model.layers.1.down</td>") < text.index("model.layers.0.down</td>")
-    assert "60 / 64 / 64" in text and "&lt;b&gt;x (doctor&#39;s own texts)" in text and text.count('down</td><td>gptq') == 10
+    assert (
+        text.index("model.layers.2.down</td>")
+        < text.index("model.layers.1.down</td>")
+        < text.index("model.layers.0.down</td>")
+    )
+    assert (
+        "60 / 64 / 64" in text
+        and "&lt;b&gt;x (doctor&#39;s own texts)" in text
+        and text.count("down</td><td>gptq") == 10
+    )
 
 
 def test_html_says_how_large_the_originals_activations_get_and_what_doctor_did():
-    comparison = {"tokens": 1, "context": 2, "perplexity_original": 1.0, "perplexity_quantized": 1.0, "kl_mean": 0.0, "kl_p99": 0.0, "top1_agreement": 1.0,
-                  "token0_share": 0.0, "longest_repeat": 1, "generated": 0, "block_errors": [],
-                  "half": {"absmax": 151552.0, "place": "p", "first": ["the input of <p>", 151552.0], "residual": [1.0, float("nan")],
-                           "blocks": [["p", 3.0], ["p", 151552.0]], "tokens": 9, "kl_float16": float("nan"), "kl_bfloat16": 0.001}}
+    comparison = {
+        "tokens": 1,
+        "context": 2,
+        "perplexity_original": 1.0,
+        "perplexity_quantized": 1.0,
+        "kl_mean": 0.0,
+        "kl_p99": 0.0,
+        "top1_agreement": 1.0,
+        "token0_share": 0.0,
+        "longest_repeat": 1,
+        "generated": 0,
+        "block_errors": [],
+        "half": {
+            "absmax": 151552.0,
+            "place": "p",
+            "first": ["the input of <p>", 151552.0],
+            "residual": [1.0, float("nan")],
+            "blocks": [["p", 3.0], ["p", 151552.0]],
+            "tokens": 9,
+            "kl_float16": float("nan"),
+            "kl_bfloat16": 0.001,
+        },
+    }
     receipt = {"source": "spoiled", "plan": "gptq", "steps": [["W201", "replace <x>", "unsafe"]]}
     report = make_report(extra={"comparison": comparison, "receipt": receipt})
-    for lang, words in (("en", "overflows: the input of &lt;p&gt; reaches 151,552"), ("zh", "溢出：&lt;p&gt; 的输入 达到 151,552")):
+    for lang, words in (
+        ("en", "overflows: the input of &lt;p&gt; reaches 151,552"),
+        ("zh", "溢出：&lt;p&gt; 的输入 达到 151,552"),
+    ):
         for one in (report, json_report.read(json_report.render([report]))[0]):
             text = render("html", [one], lang)
             assert words in text and "W201" in text and "replace &lt;x&gt;" in text
@@ -405,15 +633,55 @@ def test_html_says_how_large_the_originals_activations_get_and_what_doctor_did()
 def test_a_page_for_80_blocks_of_a_72b_model_is_small_and_every_picture_has_words():
     roles = ("q", "k", "v", "o", "gate", "up", "down")
     solve = {"damp_asked": 0.01, "damp_used": 0.01, "loss": 0.0123456789, "rtn_loss": 0.04}
-    linears = [{"name": f"model.layers.{i}.mlp.{r}_proj", "block": i, "role": r, "outcome": "gptq", "solve": solve, "hessian": {"tokens": 65536}}
-               for i in range(80) for r in roles]
-    heat = {"blocks": 80, "roles": [{"role": r, "absmax": [1.23456] * 80, "nonfinite": [0] * 80, "zero": [0.01] * 80} for r in roles]}
-    half = {"absmax": 9e4, "place": "p", "first": None, "residual": [1.5] * 80, "blocks": [["the output of model.layers.7.mlp.down_proj", 2.5]] * 80,
-            "tokens": 9, "kl_float16": 0.1, "kl_bfloat16": 0.001}
-    comparison = {"tokens": 1, "context": 2, "perplexity_original": 1.0, "perplexity_quantized": 1.0, "kl_mean": 0.0, "kl_p99": 0.0, "top1_agreement": 1.0,
-                  "token0_share": 0.0, "longest_repeat": 1, "generated": 0, "block_errors": [0.01] * 80, "half": half}
-    extra = {"heat": heat, "comparison": comparison, "exponents": {"low": -40, "counts": [9] * 60, "zeros": 0, "nonfinite": 0, "sampled": 540},
-             "files": [{"name": f"model-{i:05d}-of-00037.safetensors", "bytes": 4 << 30, "tensors": 26, "header_bytes": 9} for i in range(37)]}
+    linears = [
+        {
+            "name": f"model.layers.{i}.mlp.{r}_proj",
+            "block": i,
+            "role": r,
+            "outcome": "gptq",
+            "solve": solve,
+            "hessian": {"tokens": 65536},
+        }
+        for i in range(80)
+        for r in roles
+    ]
+    heat = {
+        "blocks": 80,
+        "roles": [{"role": r, "absmax": [1.23456] * 80, "nonfinite": [0] * 80, "zero": [0.01] * 80} for r in roles],
+    }
+    half = {
+        "absmax": 9e4,
+        "place": "p",
+        "first": None,
+        "residual": [1.5] * 80,
+        "blocks": [["the output of model.layers.7.mlp.down_proj", 2.5]] * 80,
+        "tokens": 9,
+        "kl_float16": 0.1,
+        "kl_bfloat16": 0.001,
+    }
+    comparison = {
+        "tokens": 1,
+        "context": 2,
+        "perplexity_original": 1.0,
+        "perplexity_quantized": 1.0,
+        "kl_mean": 0.0,
+        "kl_p99": 0.0,
+        "top1_agreement": 1.0,
+        "token0_share": 0.0,
+        "longest_repeat": 1,
+        "generated": 0,
+        "block_errors": [0.01] * 80,
+        "half": half,
+    }
+    extra = {
+        "heat": heat,
+        "comparison": comparison,
+        "exponents": {"low": -40, "counts": [9] * 60, "zeros": 0, "nonfinite": 0, "sampled": 540},
+        "files": [
+            {"name": f"model-{i:05d}-of-00037.safetensors", "bytes": 4 << 30, "tensors": 26, "header_bytes": 9}
+            for i in range(37)
+        ],
+    }
     text = render("html", [make_report([make_finding(block=i) for i in range(80)], linears=linears, extra=extra)])
     assert len(text.encode()) < 300_000
     page = _Page()
@@ -452,7 +720,13 @@ def test_sarif_carries_json_fixes_as_text_and_skips_as_notifications():
     replacement = fix["artifactChanges"][0]["replacements"][0]
     assert replacement["insertedContent"] == {"text": "1"} and replacement["deletedRegion"]["startColumn"] == 19
     notes = json.loads(render("sarif", [SKIPPED]))["runs"][0]["invocations"][0]["toolExecutionNotifications"]
-    assert notes == [{"level": "note", "message": {"text": "W901 made-up-defect was skipped: the weights were not read"}, "associatedRule": {"id": "W901"}}]
+    assert notes == [
+        {
+            "level": "note",
+            "message": {"text": "W901 made-up-defect was skipped: the weights were not read"},
+            "associatedRule": {"id": "W901"},
+        }
+    ]
     assert json.loads(render("sarif", [CRASHED]))["runs"][0]["invocations"][0]["executionSuccessful"] is False
 
 
@@ -465,7 +739,11 @@ def test_sarif_has_what_code_scanning_requires(report):
         assert {"id", "name", "shortDescription", "defaultConfiguration"} <= rule.keys()
         assert len(set(rule["properties"]["tags"])) == len(rule["properties"]["tags"]) <= 10
     for result in run["results"]:
-        assert result["level"] in ("error", "warning", "note") and result["message"]["text"] and result["partialFingerprints"]
+        assert (
+            result["level"] in ("error", "warning", "note")
+            and result["message"]["text"]
+            and result["partialFingerprints"]
+        )
         region = result["locations"][0]["physicalLocation"]["region"]
         assert min(region.values()) >= 1 and region["endColumn"] > region["startColumn"]
 
@@ -489,8 +767,15 @@ def test_junit_has_a_case_for_each_rule_passed_ones_too():
 @each_report
 def test_junit_has_only_what_readers_of_junit_know(report):
     """Elements and attributes of Jenkins' junit-10.xsd, counts that add up, times that are numbers."""
-    known = {"testsuites": {"name"}, "testsuite": {"name", "tests", "failures", "errors", "skipped", "time"}, "testcase": {"classname", "name", "time"},
-             "failure": {"message", "type"}, "error": {"message", "type"}, "skipped": {"message"}, "system-out": set()}
+    known = {
+        "testsuites": {"name"},
+        "testsuite": {"name", "tests", "failures", "errors", "skipped", "time"},
+        "testcase": {"classname", "name", "time"},
+        "failure": {"message", "type"},
+        "error": {"message", "type"},
+        "skipped": {"message"},
+        "system-out": set(),
+    }
     root = ET.fromstring(render("junit", [report]))
     for element in root.iter():
         assert set(element.attrib) <= known[element.tag]
@@ -498,7 +783,9 @@ def test_junit_has_only_what_readers_of_junit_know(report):
     for suite in root:
         assert int(suite.get("tests")) == len(suite)
         for name in ("failures", "errors", "skipped"):
-            assert int(suite.get(name)) == len(suite.findall(f"testcase/{name.removesuffix('s') if name != 'skipped' else name}"))
+            assert int(suite.get(name)) == len(
+                suite.findall(f"testcase/{name.removesuffix('s') if name != 'skipped' else name}")
+            )
 
 
 @each_report
@@ -508,12 +795,32 @@ def test_github_prints_nothing_but_commands_and_one_line_a_checkpoint(report):
     assert all(command.fullmatch(line) for line in lines[:-1]) and not lines[-1].startswith("::")
 
 
-GITLAB = {"type": "array", "items": {
-    "type": "object", "required": ["description", "check_name", "fingerprint", "severity", "location"], "additionalProperties": False,
-    "properties": {"description": {"type": "string", "minLength": 1}, "check_name": {"type": "string"}, "fingerprint": {"type": "string", "pattern": "^[0-9a-f]{40}$"},
-                   "severity": {"enum": ["info", "minor", "major", "critical", "blocker"]},
-                   "location": {"type": "object", "required": ["path", "lines"], "properties": {
-                       "path": {"type": "string", "minLength": 1}, "lines": {"type": "object", "required": ["begin"], "properties": {"begin": {"type": "integer", "minimum": 1}}}}}}}}
+GITLAB = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["description", "check_name", "fingerprint", "severity", "location"],
+        "additionalProperties": False,
+        "properties": {
+            "description": {"type": "string", "minLength": 1},
+            "check_name": {"type": "string"},
+            "fingerprint": {"type": "string", "pattern": "^[0-9a-f]{40}$"},
+            "severity": {"enum": ["info", "minor", "major", "critical", "blocker"]},
+            "location": {
+                "type": "object",
+                "required": ["path", "lines"],
+                "properties": {
+                    "path": {"type": "string", "minLength": 1},
+                    "lines": {
+                        "type": "object",
+                        "required": ["begin"],
+                        "properties": {"begin": {"type": "integer", "minimum": 1}},
+                    },
+                },
+            },
+        },
+    },
+}
 
 
 @each_report
@@ -548,7 +855,9 @@ def test_markdown_cuts_findings_and_never_the_verdict():
 def test_concise_is_one_line_per_finding_with_place_and_mark():
     lines = render("concise", [BUSY]).splitlines()
     assert lines[0] == "/data/ck/config.json:3:19: C901 [*] no bos_token_id (null)"
-    assert lines[2].startswith("/data/ck/model.safetensors: W901 1 NaN among 64 values of model.layers.{0-39}.mlp.down_proj.weight at [3, 5] (40 tensors)")
+    assert lines[2].startswith(
+        "/data/ck/model.safetensors: W901 1 NaN among 64 values of model.layers.{0-39}.mlp.down_proj.weight at [3, 5] (40 tensors)"
+    )
     assert lines[-2].startswith("Found 2 errors, 1 warning in 272 tensors, 269 MB for gptq 4-bit g128")
     assert lines[-1] == "[*] 1 safe fix with `doctor fix`; 2 need you (W901)"
 
@@ -562,6 +871,13 @@ def test_a_place_without_a_column_is_a_file_and_a_line():
 
 
 def test_next_steps_can_be_pasted():
-    report = make_report([key_finding()], summary={**BUSY.summary, "path": "my models/ck; rm"}, recipe=Recipe(group_size=64, tp=2, runtime="vllm", runtime_version="0.9", sym=False))
+    report = make_report(
+        [key_finding()],
+        summary={**BUSY.summary, "path": "my models/ck; rm"},
+        recipe=Recipe(group_size=64, tp=2, runtime="vllm", runtime_version="0.9", sym=False),
+    )
     command, what = presentation.next_steps(report, presentation.groups(report))[0]
-    assert command == "doctor fix 'my models/ck; rm' --group-size 64 --tp 2 --asym --runtime vllm==0.9 -o fixed/" and what == "1 safe fix"
+    assert (
+        command == "doctor fix 'my models/ck; rm' --group-size 64 --tp 2 --asym --runtime vllm==0.9 -o fixed/"
+        and what == "1 safe fix"
+    )

@@ -8,13 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doctor.scan import native, counters
 from doctor.checkpoint.dtypes import CODE_NUMPY
-from doctor.core.errors import BadCheckpoint
 from doctor.checkpoint.safetensors import ShardFile
+from doctor.core.errors import BadCheckpoint
+from doctor.scan import counters, native
 
 NUMPY = "0"
-LEVELS = [name for name in native.LEVELS if native.level() and native.LEVELS.index(name) <= native.LEVELS.index(native.level())]
+LEVELS = [
+    name
+    for name in native.LEVELS
+    if native.level() and native.LEVELS.index(name) <= native.LEVELS.index(native.level())
+]
 PATHS = [NUMPY, *LEVELS]
 DTYPES = [*counters.WIDE, *counters.NARROW]
 EXACT = [name for name in counters.Stats._fields if name not in ("sum", "sumsq")]
@@ -42,12 +46,22 @@ def values_of(codes, dtype):
         return codes.view(f"<f{codes.itemsize}").astype(np.float64)
     torch = pytest.importorskip("torch")
     from doctor.checkpoint.dtypes import DTYPES as KNOWN
+
     return torch.from_numpy(codes.copy()).view(getattr(torch, KNOWN[dtype].torch)).to(torch.float64).numpy()
 
 
 def smallest_normal(dtype):
-    return {"BF16": 2.0**-126, "F16": 2.0**-14, "F32": 2.0**-126, "F64": 2.0**-1022, "F8_E4M3": 2.0**-6,
-            "F8_E5M2": 2.0**-14, "F8_E4M3FNUZ": 2.0**-7, "F8_E5M2FNUZ": 2.0**-15, "F8_E8M0": 2.0**-127}[dtype]
+    return {
+        "BF16": 2.0**-126,
+        "F16": 2.0**-14,
+        "F32": 2.0**-126,
+        "F64": 2.0**-1022,
+        "F8_E4M3": 2.0**-6,
+        "F8_E5M2": 2.0**-14,
+        "F8_E4M3FNUZ": 2.0**-7,
+        "F8_E5M2FNUZ": 2.0**-15,
+        "F8_E8M0": 2.0**-127,
+    }[dtype]
 
 
 @np.errstate(all="ignore")
@@ -58,13 +72,20 @@ def definition(codes, dtype, offset=0):
     half = finite.astype(np.float16)
     bad = np.flatnonzero(~np.isfinite(x))
     return counters.Stats(
-        numel=x.size, n_nan=int(np.isnan(x).sum()), n_inf=int(np.isinf(x).sum()), n_zero=int((x == 0).sum()),
+        numel=x.size,
+        n_nan=int(np.isnan(x).sum()),
+        n_inf=int(np.isinf(x).sum()),
+        n_zero=int((x == 0).sum()),
         n_subnormal=int(((finite != 0) & (np.abs(finite) < smallest_normal(dtype))).sum()),
-        n_fp16_overflow=int(np.isinf(half).sum()), n_fp16_underflow=int(((half == 0) & (finite != 0)).sum()),
+        n_fp16_overflow=int(np.isinf(half).sum()),
+        n_fp16_underflow=int(((half == 0) & (finite != 0)).sum()),
         absmax=float(np.abs(finite).max(initial=0.0)),
-        min=float(finite.min()) if finite.size else 0.0, max=float(finite.max()) if finite.size else 0.0,
+        min=float(finite.min()) if finite.size else 0.0,
+        max=float(finite.max()) if finite.size else 0.0,
         sum=math.fsum(finite) if np.abs(finite).max(initial=0.0) < 1e300 else float(finite.sum()),
-        sumsq=float((finite * finite).sum()), first_nonfinite=offset + int(bad[0]) if bad.size else -1)
+        sumsq=float((finite * finite).sum()),
+        first_nonfinite=offset + int(bad[0]) if bad.size else -1,
+    )
 
 
 def assert_same(got, want, sums=1e-6):
@@ -88,7 +109,9 @@ def weight_codes(dtype, n, rng):
 
 
 def hard_codes(dtype, n, seed):
-    """Weights with none, few, some or mostly random codes, which include NaN, Inf, subnormal, huge and tiny; and zeros."""
+    """Weights with none, few, some or mostly random codes, which include NaN, Inf, subnormal, huge and tiny; and
+    zeros.
+    """
     rng = np.random.default_rng(seed)
     codes = weight_codes(dtype, n, rng)
     where = rng.random(n) < (0, 0.001, 0.05, 0.9)[seed % 4]
@@ -147,13 +170,20 @@ def test_all_65536_codes_are_classified_by_their_values(path, dtype):
         x = values_of(codes, dtype)
         half = x.astype(np.float16)
     finite = np.isfinite(x)
-    want = {"n_nan": np.isnan(x), "n_inf": np.isinf(x), "n_zero": x == 0,
-            "n_subnormal": (x != 0) & (np.abs(x) < smallest_normal(dtype)),
-            "n_fp16_overflow": finite & ~np.isfinite(half), "n_fp16_underflow": (x != 0) & (half == 0)}
+    want = {
+        "n_nan": np.isnan(x),
+        "n_inf": np.isinf(x),
+        "n_zero": x == 0,
+        "n_subnormal": (x != 0) & (np.abs(x) < smallest_normal(dtype)),
+        "n_fp16_overflow": finite & ~np.isfinite(half),
+        "n_fp16_underflow": (x != 0) & (half == 0),
+    }
     assert_same(counters.scan(codes, dtype), definition(codes, dtype))
-    step = 5 if path != NUMPY else 37  # every code was counted above; alone, a sample shows the scalar tail of the loops
+    step = (
+        5 if path != NUMPY else 37
+    )  # every code was counted above; alone, a sample shows the scalar tail of the loops
     for code in range(0, 65536, step):
-        got = counters.scan(codes[code:code + 1], dtype)
+        got = counters.scan(codes[code : code + 1], dtype)
         assert {name: getattr(got, name) for name in want} == {name: int(mask[code]) for name, mask in want.items()}
         assert (got.min, got.max) == ((x[code], x[code]) if finite[code] else (0.0, 0.0))
 
@@ -167,14 +197,20 @@ def test_8_bit_codes_have_the_values_torch_gives_them(dtype):
     assert np.array_equal(table.inf, np.isinf(want))
 
 
-@pytest.mark.parametrize("dtype, below, at", [
-    ("F32", np.nextafter(np.float32(65520), np.float32(0)), np.float32(65520)),
-    ("F64", np.nextafter(65520.0, 0.0), 65520.0),
-])
+@pytest.mark.parametrize(
+    "dtype, below, at",
+    [
+        ("F32", np.nextafter(np.float32(65520), np.float32(0)), np.float32(65520)),
+        ("F64", np.nextafter(65520.0, 0.0), 65520.0),
+    ],
+)
 def test_65520_overflows_fp16_and_the_value_below_does_not(path, dtype, below, at):
     for sign in (1, -1):
-        got = counters.scan(np.array([sign * below, sign * at, np.inf]), dtype) if dtype == "F64" else \
-            counters.scan(np.array([sign * below, sign * at, np.inf], np.float32), dtype)
+        got = (
+            counters.scan(np.array([sign * below, sign * at, np.inf]), dtype)
+            if dtype == "F64"
+            else counters.scan(np.array([sign * below, sign * at, np.inf], np.float32), dtype)
+        )
         assert (got.n_fp16_overflow, got.n_inf) == (1, 1)
 
 
@@ -211,7 +247,7 @@ def test_merging_the_parts_of_any_split_gives_the_whole(dtype, n, seed, data):
 @given(dtype=st.sampled_from(DTYPES), n=st.integers(1, 20000), seed=st.integers(0, 2**16), shift=st.integers(1, 15))
 def test_paths_agree_at_every_address(dtype, n, seed, shift):
     codes = hard_codes(dtype, n, seed)
-    buffer = memoryview(b"\xff" * shift + codes.tobytes() + b"\xff" * 9)[shift:shift + codes.nbytes]
+    buffer = memoryview(b"\xff" * shift + codes.tobytes() + b"\xff" * 9)[shift : shift + codes.nbytes]
     results = []
     for path in PATHS:
         with pytest.MonkeyPatch.context() as patch:
@@ -224,7 +260,9 @@ def test_paths_agree_at_every_address(dtype, n, seed, shift):
 CONSTANTS = [(dtype, value) for dtype in ("BF16", "F16", "F32") for value in (1.0, 1.99609375, -0.0137, 3e-5, 60000.0)]
 
 
-@pytest.mark.parametrize("dtype, constant", [*CONSTANTS, ("BF16", 1e-25), ("F32", 1e-25), ("BF16", 1e18), ("F32", 1e30)])
+@pytest.mark.parametrize(
+    "dtype, constant", [*CONSTANTS, ("BF16", 1e-25), ("F32", 1e-25), ("BF16", 1e18), ("F32", 1e30)]
+)
 def test_sums_of_a_constant_do_not_drift(path, dtype, constant):
     """The worst case of float32 partial sums: every rounding goes the same way."""
     value = np.float16(constant) if dtype == "F16" else np.float32(constant)
@@ -242,8 +280,17 @@ def test_one_planted_value_in_a_large_tensor_is_found_where_it_lies(path, dtype)
     assert (got.n_nan, got.n_inf, got.first_nonfinite) == (1, 1, 32234)
 
 
-@pytest.mark.parametrize("codes, low, high", [([0x3F80, 0x4000], 1, 2), ([0xBF80, 0xC000], -2, -1), ([0x8000], 0, 0),
-                                              ([0x7FC0], 0, 0), ([0xFF80, 0xBF80], -1, -1), ([0x7F80, 0x4000], 2, 2)])
+@pytest.mark.parametrize(
+    "codes, low, high",
+    [
+        ([0x3F80, 0x4000], 1, 2),
+        ([0xBF80, 0xC000], -2, -1),
+        ([0x8000], 0, 0),
+        ([0x7FC0], 0, 0),
+        ([0xFF80, 0xBF80], -1, -1),
+        ([0x7F80, 0x4000], 2, 2),
+    ],
+)
 def test_bounds_of_one_signed_tensors_and_of_none(path, codes, low, high):
     got = counters.scan(np.array(codes, np.uint16), "BF16")
     assert (got.min, got.max, got.absmax) == (low, high, max(-low, high))
@@ -272,7 +319,7 @@ def test_zero_groups_are_counted_before_and_after_fp16(path, dtype, k, group):
     tiny = {"BF16": 0x3300, "F32": 0x33000000, "F64": 0x3E6 << 52}.get(dtype, 0)
     for _ in range(12):
         row, start = rng.integers(40), rng.integers(-(-k // width)) * width
-        codes[row, start:start + width] = rng.choice([0, tiny])
+        codes[row, start : start + width] = rng.choice([0, tiny])
     with np.errstate(all="ignore"):
         x = values_of(codes, dtype)
         half = x.astype(np.float16)
@@ -295,7 +342,9 @@ def test_absmax_of_rows_and_columns(path, dtype, rows, k):
         magnitudes = np.abs(values_of(codes, dtype)).reshape(rows, k)
     magnitudes = np.where(np.isfinite(magnitudes), magnitudes, np.inf)
     by_row, by_column = counters.row_col_absmax(codes, dtype, k)
-    assert np.array_equal(by_row, magnitudes.max(axis=1)) and np.array_equal(by_column, magnitudes.max(axis=0, initial=0))
+    assert np.array_equal(by_row, magnitudes.max(axis=1)) and np.array_equal(
+        by_column, magnitudes.max(axis=0, initial=0)
+    )
     assert by_row.dtype == by_column.dtype == (np.float64 if dtype == "F64" else np.float32)
 
 
@@ -308,7 +357,9 @@ def test_a_row_of_nan_is_not_a_row_of_zeros(path):
 @pytest.mark.parametrize("n", [0, 1, 70001])
 def test_code_hist_counts_every_code(path, dtype, n):
     codes = hard_codes(dtype, n, 5)
-    assert np.array_equal(counters.code_hist(codes.tobytes(), dtype), np.bincount(codes, minlength=2 ** code_bits(dtype)))
+    assert np.array_equal(
+        counters.code_hist(codes.tobytes(), dtype), np.bincount(codes, minlength=2 ** code_bits(dtype))
+    )
 
 
 def test_part_of_an_element_and_unknown_types_are_refused():

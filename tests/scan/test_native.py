@@ -1,9 +1,11 @@
-"""The native library: found or not, turned off, lowered to another level, and loud when it is not the one it should be."""
+"""The native library: found or not, turned off, lowered to another level, and loud when it is not the one it should
+be.
+"""
 
 import pytest
 
-from doctor.scan import native, counters
 from doctor.core.errors import MachineError
+from doctor.scan import counters, native
 
 needs_library = pytest.mark.skipif(not native.LIBRARY.exists(), reason="no native library was built here")
 

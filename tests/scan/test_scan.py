@@ -6,18 +6,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from doctor.scan import scan as scan_module
-from doctor.scan import counters
 from doctor.api import check
-from doctor.scan.header import header_facts
 from doctor.checkpoint.directory import Checkpoint
-from doctor.edits.kinds import from_codes
 from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import CHECKPOINT
 from doctor.core.recipe import Recipe
-from doctor.scan.scan import scan
-from doctor.checkpoint.safetensors import ShardFile
+from doctor.edits.kinds import from_codes
 from doctor.lint.testing import FAMILIES, encode, tiny
+from doctor.scan import counters
+from doctor.scan import scan as scan_module
+from doctor.scan.header import header_facts
+from doctor.scan.scan import scan
 
 
 def scanned(folder, recipe=Recipe(group_size=32), **options):
@@ -68,8 +67,12 @@ def test_zero_rows_columns_and_groups_are_those_of_the_whole_matrix(tmp_path, mo
     for subject, linear in store.subjects("linear").items():
         W = np.abs(from_codes(checkpoint.load(linear.tensor), "BF16"))
         groups = W.reshape(W.shape[0], -1, 32).max(2)
-        want = {"zero_rows": (W.max(1) == 0).sum(), "zero_columns": (W.max(0) == 0).sum(), "zero_groups": (groups == 0).sum(),
-                "zero_groups_fp16": (groups <= 2**-25).sum()}
+        want = {
+            "zero_rows": (W.max(1) == 0).sum(),
+            "zero_columns": (W.max(0) == 0).sum(),
+            "zero_groups": (groups == 0).sum(),
+            "zero_groups_fp16": (groups <= 2**-25).sum(),
+        }
         assert {name: store.get(subject, name) for name in want} == want, linear.name
 
 
@@ -131,7 +134,11 @@ def test_a_head_is_compared_with_the_embedding_up_to_the_first_difference(tmp_pa
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_groups_of_one_sign_are_counted_in_samples_and_zeros_are_no_sign(dtype):
     rng = np.random.default_rng(3)
-    for values, want in ((rng.normal(size=(8, 64)), 0), (np.abs(rng.normal(size=(8, 64))), 16), (-np.abs(rng.normal(size=(8, 64))), 16)):
+    for values, want in (
+        (rng.normal(size=(8, 64)), 0),
+        (np.abs(rng.normal(size=(8, 64))), 16),
+        (-np.abs(rng.normal(size=(8, 64))), 16),
+    ):
         values[0, :32] = -0.0
         values[1, 0] = 0.0
         counted = counters.one_signed_groups(encode(values, dtype).tobytes(), dtype, 64, 32)

@@ -1,8 +1,10 @@
-"""A model run on held-out text with its cache really quantized: perplexity and divergence of each scheme, and each layer's error.
+"""A model run on held-out text with its cache really quantized: perplexity and divergence of each scheme, and each
+layer's error.
 
-Block by block (quant/blocks.py): a block is loaded once, every scheme runs it on its own activations, and keys and values pass
-through the cache's store and read on their way into attention. All tokens of a row are cached before they are attended to, which
-is what an engine does in prefill with a quantized cache, and within rounding what it does in decoding.
+Block by block (quant/blocks.py): a block is loaded once, every scheme runs it on its own activations, and keys and
+values pass through the cache's store and read on their way into attention. All tokens of a row are cached before they
+are attended to, which is what an engine does in prefill with a quantized cache, and within rounding what it does in
+decoding.
 """
 
 from collections.abc import Callable
@@ -18,23 +20,31 @@ from doctor.evaluate.kvcache.tap import capture, logit_error, tapped
 from doctor.evaluate.scores import Tally
 
 FP16 = Side("fp16")
-# name -> (keys, values); the last one takes the key bias, turned by RoPE, off before the keys are stored and adds it on reading.
+# name -> (keys, values); the last one takes the key bias, turned by RoPE, off before the keys are stored and adds it on
+# reading.
 SCHEMES = {
-    "FP16": (FP16, FP16), "FP8": (Side("fp8"), Side("fp8")), "Q8": (Side("int", 8), Side("int", 8)),
-    "Q6": (Side("int", 8), Side("int", 4)), "Q4": (Side("int", 4), Side("int", 4)),
+    "FP16": (FP16, FP16),
+    "FP8": (Side("fp8"), Side("fp8")),
+    "Q8": (Side("int", 8), Side("int", 8)),
+    "Q6": (Side("int", 8), Side("int", 4)),
+    "Q4": (Side("int", 4), Side("int", 4)),
 }
 WITHOUT_BIAS = "Q4, key bias apart"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One scheme against the 16-bit cache. nats for kl; top1: share of positions where both rank the same token first."""
+    """One scheme against the 16-bit cache. nats for kl; top1: share of positions where both rank the same token
+    first.
+    """
 
     scheme: str
     perplexity: float
     kl: float
     top1: float
-    layer_errors: tuple[float | None, ...]  # rms change of a layer's attention logits by its keys; None for layers without keys
+    layer_errors: tuple[
+        float | None, ...
+    ]  # rms change of a layer's attention logits by its keys; None for layers without keys
 
 
 def with_widths(key_bits: int | None, value_bits: int | None) -> dict[str, tuple[Side, Side]]:
@@ -46,9 +56,15 @@ def with_widths(key_bits: int | None, value_bits: int | None) -> dict[str, tuple
 
 
 @torch.no_grad()
-def measure(checkpoint: Checkpoint, rows: list[torch.Tensor], schemes: dict[str, tuple[Side, Side]] | None = None,
-            progress: Callable[[int, int], None] = lambda done, total: None, device: str = "cpu") -> list[Measured]:
-    """Measured of every scheme on rows int64[1, length], FP16 first; the one with the key bias apart only where there is a bias.
+def measure(
+    checkpoint: Checkpoint,
+    rows: list[torch.Tensor],
+    schemes: dict[str, tuple[Side, Side]] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
+) -> list[Measured]:
+    """Measured of every scheme on rows int64[1, length], FP16 first; the one with the key bias apart only where there
+    is a bias.
 
     Raises NotQuantizable for a model that cannot be run block by block, or whose attention is code of its own.
     """
@@ -65,7 +81,9 @@ def measure(checkpoint: Checkpoint, rows: list[torch.Tensor], schemes: dict[str,
         for name, (keys, values) in schemes.items():
             tap = _Tap(block, keys, values, apart=name == WITHOUT_BIAS)
             with tapped(tap):
-                hidden[name] = [tap.run(model, i, x, calls[i]) for x, calls in zip(hidden[name], model.calls, strict=True)]
+                hidden[name] = [
+                    tap.run(model, i, x, calls[i]) for x, calls in zip(hidden[name], model.calls, strict=True)
+                ]
             errors[name].append(tap.error)
         model.skeleton.drop_block(i)
         progress(i + 1, len(blocks))
@@ -90,7 +108,9 @@ class _Tap:
         return model.skeleton.run_block(i, hidden, call)
 
     def _bias_as_key(self, model: Streamed, i: int, hidden: torch.Tensor, call) -> torch.Tensor:
-        """The keys f32[1, heads, tokens, head_dim] that the bias alone makes at these positions: the block's own code, RoPE and all."""
+        """The keys f32[1, heads, tokens, head_dim] that the bias alone makes at these positions: the block's own code,
+        RoPE and all.
+        """
         bias = self.projection.bias
         self.projection.forward = lambda x: bias.expand(*x.shape[:-1], -1)
         try:
@@ -125,7 +145,9 @@ def _key_projection(block: torch.nn.Module) -> torch.nn.Module | None:
     return None
 
 
-def _score(model: Streamed, rows, hidden: dict[str, list[torch.Tensor]], errors: dict[str, list[float]]) -> list[Measured]:
+def _score(
+    model: Streamed, rows, hidden: dict[str, list[torch.Tensor]], errors: dict[str, list[float]]
+) -> list[Measured]:
     tallies = {name: Tally() for name in hidden}
     model.rows = [ids for ids in rows for _ in hidden]
     model.hidden = [hidden[name][r] for r in range(len(rows)) for name in hidden]
@@ -136,4 +158,7 @@ def _score(model: Streamed, rows, hidden: dict[str, list[torch.Tensor]], errors:
             base = current if name == "FP16" else base
             tally.add(base[:-1], current[:-1], ids[0, 1:])
     logits.close()
-    return [Measured(name, t.perplexity(1), t.divergence()[0], t.agreement(), tuple(errors[name])) for name, t in tallies.items()]
+    return [
+        Measured(name, t.perplexity(1), t.divergence()[0], t.agreement(), tuple(errors[name]))
+        for name, t in tallies.items()
+    ]

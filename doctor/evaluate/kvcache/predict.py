@@ -1,9 +1,10 @@
 """Which cache a model's keys survive, from its weights alone: no text, no run of the model, about a second a layer.
 
-Each attention layer gets random hidden states, z ~ N(0, 1) at rms 1, at random positions. The model's own code makes queries and
-keys of them: input norm, projections, biases, q and k norms, RoPE. The keys go through the exact cache, and what counts is how far
-the attention logits move. On Qwen2.5-Coder-0.5B the logarithm of this figure correlates 0.97 with the error measured on text
-(median ratio 0.78): it names layers 0, 1, 2, 4 and 8 where text shows 0, 1, 2 and 8; on SmolLM2-135M it names none, nor does text.
+Each attention layer gets random hidden states, z ~ N(0, 1) at rms 1, at random positions. The model's own code makes
+queries and keys of them: input norm, projections, biases, q and k norms, RoPE. The keys go through the exact cache, and
+what counts is how far the attention logits move. On Qwen2.5-Coder-0.5B the logarithm of this figure correlates 0.97
+with the error measured on text (median ratio 0.78): it names layers 0, 1, 2, 4 and 8 where text shows 0, 1, 2 and 8; on
+SmolLM2-135M it names none, nor does text.
 
 A hidden state that is always the same in some channel (massive activations) is not in this picture; --measure sees it.
 """
@@ -18,12 +19,13 @@ from doctor.core.errors import NotQuantizable
 from doctor.evaluate.kvcache.quantizers import Side
 from doctor.evaluate.kvcache.size import Layer
 from doctor.evaluate.kvcache.tap import capture, logit_error
-from doctor.quant.forward.skeleton import Skeleton
 from doctor.model.spec import ModelSpec
+from doctor.quant.forward.skeleton import Skeleton
 
 TOKENS, POSITIONS, SEED = 192, 1024, 0
-# RMS error of the attention logits with 4-bit keys. Below FINE, perplexity rises by a few percent (SmolLM2: at most 0.52, 26.6 to
-# 28.3); above BROKEN some heads attend to the wrong tokens (Qwen2.5-Coder-0.5B: up to 19, perplexity 7.4 to 46).
+# RMS error of the attention logits with 4-bit keys. Below FINE, perplexity rises by a few percent (SmolLM2: at most
+# 0.52, 26.6 to 28.3); above BROKEN some heads attend to the wrong tokens (Qwen2.5-Coder-0.5B: up to 19, perplexity 7.4
+# to 46).
 FINE, BROKEN = 0.5, 1.0
 KEYS = {"4-bit": Side("int", 4), "8-bit": Side("int", 8), "FP8": Side("fp8")}
 FP16_MAX = 65504.0
@@ -32,7 +34,9 @@ _MLP = frozenset({"gate", "up", "down", "gate_up"})
 
 @dataclass(frozen=True)
 class Fitness:
-    """What one layer's keys suffer. errors: rms error of its attention logits by kind of key; peak: largest |q·k| before scaling."""
+    """What one layer's keys suffer. errors: rms error of its attention logits by kind of key; peak: largest |q·k|
+    before scaling.
+    """
 
     block: int
     errors: dict[str, float]
@@ -45,7 +49,7 @@ class Fitness:
 
 
 def advice(error: float) -> str:
-    """"Q4", "Q6" or "never Q4" by the error that 4-bit keys make; NaN is never Q4."""
+    """ "Q4", "Q6" or "never Q4" by the error that 4-bit keys make; NaN is never Q4."""
     if error < FINE:
         return "Q4"
     return "Q6" if error <= BROKEN else "never Q4"
@@ -63,7 +67,9 @@ class _Probe(Skeleton):
             self.base(input_ids=ids.to(self.device), position_ids=self.positions, use_cache=False)
 
     def load_attention(self, i: int) -> None:
-        """Weights of block i without its MLP, which the keys never meet. Skips modules that hold other modules and weights of their own."""
+        """Weights of block i without its MLP, which the keys never meet. Skips modules that hold other modules and
+        weights of their own.
+        """
         mlp = {id(module) for linear, module in self.modules_of(i).values() if linear.role in _MLP}
         for path, module in self.blocks[i].named_modules():
             if not list(module.children()) and id(module) not in mlp:
@@ -71,9 +77,16 @@ class _Probe(Skeleton):
 
 
 @torch.no_grad()
-def predict(checkpoint: Checkpoint, spec: ModelSpec, layers: tuple[Layer, ...], keys: dict[str, Side] | None = None,
-            progress: Callable[[int, int], None] = lambda done, total: None, device: str = "cpu") -> list[Fitness]:
-    """Fitness of every layer that keeps plain keys. Raises NotQuantizable where the model cannot be built or hides its attention.
+def predict(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    layers: tuple[Layer, ...],
+    keys: dict[str, Side] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
+) -> list[Fitness]:
+    """Fitness of every layer that keeps plain keys. Raises NotQuantizable where the model cannot be built or hides its
+    attention.
 
     keys: other ways to store keys that are tried beside KEYS. The same weights give the same figures: seeds are fixed.
     """
@@ -90,7 +103,9 @@ def predict(checkpoint: Checkpoint, spec: ModelSpec, layers: tuple[Layer, ...], 
     found = []
     for n, i in enumerate(wanted):
         z = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(SEED + i)).to(device)
-        found.append(_fitness(probe, i, z / z.square().mean(-1, keepdim=True).sqrt(), calls[i], {**KEYS, **(keys or {})}))
+        found.append(
+            _fitness(probe, i, z / z.square().mean(-1, keepdim=True).sqrt(), calls[i], {**KEYS, **(keys or {})})
+        )
         progress(n + 1, len(wanted))
     return found
 
@@ -100,8 +115,12 @@ def _fitness(probe: _Probe, i: int, z: torch.Tensor, call, keys: dict[str, Side]
     seen = capture(lambda: probe.run_block(i, z, call))
     probe.drop_block(i)
     if seen is None:
-        raise NotQuantizable(f"block {i}: {type(probe.model).__name__} computes attention in code of its own, so its keys cannot be seen.")
-    errors = {name: logit_error(seen.query, seen.key, side.apply(seen.key), seen.scaling) for name, side in keys.items()}
+        raise NotQuantizable(
+            f"block {i}: {type(probe.model).__name__} computes attention in code of its own, so its keys cannot be seen."
+        )
+    errors = {
+        name: logit_error(seen.query, seen.key, side.apply(seen.key), seen.scaling) for name, side in keys.items()
+    }
     groups = seen.query.shape[1] // seen.key.shape[1]
     peak = (seen.query @ seen.key.repeat_interleave(groups, 1).transpose(-1, -2)).abs().max()
     return Fitness(i, errors, float(seen.key.abs().max()), float(peak))

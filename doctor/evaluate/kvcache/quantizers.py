@@ -1,11 +1,13 @@
 """What a quantized KV cache gives back: ExLlamaV2's Q4, Q6 and Q8 to the bit, the same at other widths, and its FP8.
 
-Keys arrive here after RoPE, as engines cache them. Every 64 consecutive values of a token's row [heads * head_dim] are two
-interleaved vectors, the even and the odd positions; each goes through a 32-point Hadamard transform without scaling, so that an
-outlier is spread before 32 neighbours share one scale. 1/32 is applied on reading. Every step rounds to float16, as the kernel
-does, and that is not a detail: the sum of 32 values overflows where they average above 2047, and such a cache reads back NaN.
+Keys arrive here after RoPE, as engines cache them. Every 64 consecutive values of a token's row [heads * head_dim] are
+two interleaved vectors, the even and the odd positions; each goes through a 32-point Hadamard transform without
+scaling, so that an outlier is spread before 32 neighbours share one scale. 1/32 is applied on reading. Every step
+rounds to float16, as the kernel does, and that is not a detail: the sum of 32 values overflows where they average above
+2047, and such a cache reads back NaN.
 
-Source: turboderp/exllamav2 exllamav2/exllamav2_ext/cuda/cache_q.cuh and cache.cu, fp16_to_q, q_to_fp16 and the FP8 pair of v0.1.5.
+Source: turboderp/exllamav2 exllamav2/exllamav2_ext/cuda/cache_q.cuh and cache.cu, fp16_to_q, q_to_fp16 and the FP8 pair
+of v0.1.5.
 """
 
 from dataclasses import dataclass
@@ -47,7 +49,8 @@ def truncate_fp8(x: torch.Tensor) -> torch.Tensor:
 def round_trip(x: torch.Tensor, bits: int) -> torch.Tensor:
     """x[..., values] stored with `bits` bits and read back, in float16.
 
-    ExLlamaV2 has 4 and 8 bits; other widths from 2 to 8 use the same formula. A last span that is not full is filled with 0.
+    ExLlamaV2 has 4 and 8 bits; other widths from 2 to 8 use the same formula. A last span that is not full is filled
+    with 0.
     """
     if x.is_cuda and bits in kernels.KV_BITS and kernels.available(x.device) is None:
         spans = _in_spans(x)
@@ -69,7 +72,9 @@ def store(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     half = 1 << (bits - 1)
     groups = _hadamard(_in_spans(x)).unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1)
-    shifted = ((groups / largest[..., None]).float() * half + half).half()  # one rounding, as the fused multiply-add has
+    shifted = (
+        (groups / largest[..., None]).float() * half + half
+    ).half()  # one rounding, as the fused multiply-add has
     # A group of zeros is 0/0; the kernel's conversion makes NaN code 0, and its scale 0 makes that 0 again.
     codes = shifted.float().nan_to_num(0.0).round().clamp(0, 2 * half - 1).to(torch.int16)
     return codes.flatten(-2), largest * (1 / half)
@@ -82,7 +87,9 @@ def read(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _hadamard(x: torch.Tensor) -> torch.Tensor:
-    """Both interleaved 32-point transforms of every 64 values of f16[..., spans * 64], each addition rounded to float16."""
+    """Both interleaved 32-point transforms of every 64 values of f16[..., spans * 64], each addition rounded to
+    float16.
+    """
     x = x.unflatten(-1, (-1, LANES, 2))
     step = 1
     while step < LANES:

@@ -1,9 +1,10 @@
 """How much a KV cache takes, layer by layer, from config.json alone.
 
-A layer with full attention keeps keys and values of every token; one with a sliding window those of the last tokens; latent
-attention (MLA) one compressed vector a token for all heads; linear attention, state-space and convolution layers a state of
-constant size; layers that reuse another's cache nothing. Which layer is which is read as transformers reads it where it knows
-the model_type, since half of the families state it only in their class's defaults; else from the keys that are written.
+A layer with full attention keeps keys and values of every token; one with a sliding window those of the last tokens;
+latent attention (MLA) one compressed vector a token for all heads; linear attention, state-space and convolution layers
+a state of constant size; layers that reuse another's cache nothing. Which layer is which is read as transformers reads
+it where it knows the model_type, since half of the families state it only in their class's defaults; else from the keys
+that are written.
 
 bytes per token = Σ over layers of (key values × key bits + value values × value bits) / 8, bits with their scales.
 """
@@ -29,7 +30,9 @@ _ASK_CHECK = "Run `doctor check`: rules C14x say which key is missing."
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits per cached key and value, scales included, and what engines call it; "" where an engine has no such cache."""
+    """Bits per cached key and value, scales included, and what engines call it; "" where an engine has no such
+    cache.
+    """
 
     name: str
     key_bits: float
@@ -39,7 +42,8 @@ class Scheme:
     llama_cpp: str = ""
 
 
-# llama.cpp counts a float16 scale for 32 values into its types' names: q8_0 is 8.5 bits, q4_0 4.5 (ggml-org/llama.cpp ggml-quants).
+# llama.cpp counts a float16 scale for 32 values into its types' names: q8_0 is 8.5 bits, q4_0 4.5 (ggml-org/llama.cpp
+# ggml-quants).
 SCHEMES = (
     Scheme("FP16", 16, 16, "FP16", "auto", "f16"),
     Scheme("FP8", 8, 8, "FP8", "fp8_e5m2, fp8_e4m3"),
@@ -62,7 +66,9 @@ def custom(key_bits: int, value_bits: int) -> Scheme:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer keeps. keys, values: numbers a token adds; window: tokens kept, None for all; state_bytes: whatever the length."""
+    """What one layer keeps. keys, values: numbers a token adds; window: tokens kept, None for all; state_bytes:
+    whatever the length.
+    """
 
     block: int
     kind: str  # full, sliding, latent, state, hybrid, none
@@ -79,10 +85,12 @@ class Layer:
 
 
 KEEPS = {
-    "full": "{n} full: {keys} + {values} numbers a token", "latent": "{n} latent: {keys} numbers a token for all heads",
+    "full": "{n} full: {keys} + {values} numbers a token",
+    "latent": "{n} latent: {keys} numbers a token for all heads",
     "sliding": "{n} sliding: {keys} + {values} numbers a token, of the last {window} tokens",
     "hybrid": "{n} hybrid: {keys} + {values} numbers a token and a state of {state} KiB",
-    "state": "{n} state: a state of {state} KiB at any length", "none": "{n} none: nothing of its own",
+    "state": "{n} state: a state of {state} KiB at any length",
+    "none": "{n} none: nothing of its own",
 }
 
 
@@ -103,7 +111,9 @@ class Layout:
         return batch * sum(x.state_bytes + x.bytes_per_token(scheme) * x.tokens_kept(context) for x in self.layers)
 
     def largest_context(self, scheme: Scheme, room: float, batch: int = 1) -> int | None:
-        """Most tokens per sequence whose cache fits `room` bytes; 0 where none does, None where length costs nothing more."""
+        """Most tokens per sequence whose cache fits `room` bytes; 0 where none does, None where length costs nothing
+        more.
+        """
         widest = max((x.window for x in self.layers if x.window is not None), default=0)
         growth = self.bytes_per_token(scheme, widest) * batch
         left = room - self.total_bytes(scheme, widest, batch)
@@ -126,8 +136,13 @@ class Layout:
     def kinds(self) -> list[tuple[str, dict]]:
         """The same as (words, values), for renderings in another language."""
         counts = Counter((x.kind, x.keys, x.values, x.window, x.state_bytes) for x in self.layers)
-        return [(KEEPS[kind], {"n": n, "keys": keys, "values": values, "window": f"{window or 0:,}", "state": f"{state / KIB:,.0f}"})
-                for (kind, keys, values, window, state), n in counts.items()]
+        return [
+            (
+                KEEPS[kind],
+                {"n": n, "keys": keys, "values": values, "window": f"{window or 0:,}", "state": f"{state / KIB:,.0f}"},
+            )
+            for (kind, keys, values, window, state), n in counts.items()
+        ]
 
 
 def read_layout(spec: ModelSpec) -> Layout:
@@ -138,7 +153,9 @@ def read_layout(spec: ModelSpec) -> Layout:
     expanded = ()
     if reader.latent:
         expanded = tuple(reader.full_heads(x) if x.kind == "latent" else x for x in layers)
-        reader.notes.append("latent attention: engines that do not absorb its matrices keep full heads instead; figures for both")
+        reader.notes.append(
+            "latent attention: engines that do not absorb its matrices keep full heads instead; figures for both"
+        )
     return Layout(tuple(layers), tuple(dict.fromkeys(reader.notes)), expanded)
 
 
@@ -151,12 +168,16 @@ class _Reader:
         if not self.count:
             raise BadCheckpoint("config.json: the number of layers is not stated.", _ASK_CHECK)
         if not (isinstance(self.count, int) and 0 < self.count <= MOST_LAYERS):
-            raise BadCheckpoint(f"config.json: {self.count!r} layers; must be a whole number from 1 to {MOST_LAYERS:,}.", _ASK_CHECK)
+            raise BadCheckpoint(
+                f"config.json: {self.count!r} layers; must be a whole number from 1 to {MOST_LAYERS:,}.", _ASK_CHECK
+            )
         self.latent = self._size("kv_lora_rank") is not None and self._size("qk_rope_head_dim") is not None
         self.heads, self.dim = self._kv_heads(), spec.head_dim or self._size("head_dim")
 
     def _library(self):
-        """transformers' config object of this model, which fills in the class's defaults; None where it knows no such model_type."""
+        """transformers' config object of this model, which fills in the class's defaults; None where it knows no such
+        model_type.
+        """
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         if self.spec.model_type not in CONFIG_MAPPING:
@@ -165,7 +186,9 @@ class _Reader:
         try:
             return CONFIG_MAPPING[self.spec.model_type].from_dict(stated)
         except Exception as error:  # its validators raise whatever they like; the written keys are still there
-            self.notes.append(f"transformers cannot read this config ({type(error).__name__}): layers are read from its keys alone")
+            self.notes.append(
+                f"transformers cannot read this config ({type(error).__name__}): layers are read from its keys alone"
+            )
             return None
 
     def _size(self, *names: str) -> int | None:
@@ -180,7 +203,10 @@ class _Reader:
         """A value of transformers' config; None where it has none, or where it would be another for each layer."""
         try:
             return getattr(self.reference, name, None)
-        except (RuntimeError, ValueError):  # ambiguous over the layers, or worked out from keys that contradict each other
+        except (
+            RuntimeError,
+            ValueError,
+        ):  # ambiguous over the layers, or worked out from keys that contradict each other
             return None
 
     def _kv_heads(self) -> int | None:
@@ -195,7 +221,9 @@ class _Reader:
 
     def layer_types(self) -> list[str]:
         stated = self.config.get("layer_types")
-        types = list(stated) if isinstance(stated, list) and len(stated) == self.count else self._of_class("layer_types")
+        types = (
+            list(stated) if isinstance(stated, list) and len(stated) == self.count else self._of_class("layer_types")
+        )
         if types is None:
             types = [self._one_kind()] * self.count
         sharing = self._of_class("kv_sharing_modes") or [None] * self.count
@@ -214,16 +242,27 @@ class _Reader:
         if kind in _STATE:
             return Layer(i, "state", state_bytes=self.state_bytes())
         if kind not in _FULL | _WINDOWED:
-            self.notes.append(f"layer type {kind!r} is not known here: counted as full attention, which is the most it can be")
+            self.notes.append(
+                f"layer type {kind!r} is not known here: counted as full attention, which is the most it can be"
+            )
         state = self.state_bytes() if kind in _BOTH else 0
         chooser = self._size("index_head_dim") or 0 if kind == _INDEXED else 0
         if self.latent:
-            return Layer(i, "latent", self._size("kv_lora_rank") + self._size("qk_rope_head_dim") + chooser, state_bytes=state)
+            return Layer(
+                i, "latent", self._size("kv_lora_rank") + self._size("qk_rope_head_dim") + chooser, state_bytes=state
+            )
         if not (self.heads and self.dim):
-            raise BadCheckpoint("config.json: the size of a key is not stated (num_attention_heads, head_dim or hidden_size).", _ASK_CHECK)
+            raise BadCheckpoint(
+                "config.json: the size of a key is not stated (num_attention_heads, head_dim or hidden_size).",
+                _ASK_CHECK,
+            )
         heads, dim = self._heads_of(i)
         value_dim = self._size("v_head_dim") if "v_head_dim" in self.config else dim
-        window = (self._size("sliding_window") if kind != "chunked_attention" else self._size("attention_chunk_size")) if kind in _WINDOWED else None
+        window = (
+            (self._size("sliding_window") if kind != "chunked_attention" else self._size("attention_chunk_size"))
+            if kind in _WINDOWED
+            else None
+        )
         shape = "hybrid" if state else "sliding" if window else "full"
         return Layer(i, shape, heads * dim + chooser, heads * value_dim, window, state)
 
@@ -243,23 +282,47 @@ class _Reader:
         """A latent layer as engines keep it that multiply the latent out: keys and values of every head."""
         heads = self._size("num_attention_heads")
         keys = (self._size("qk_nope_head_dim") or 0) + self._size("qk_rope_head_dim")
-        return Layer(layer.block, "full", heads * keys, heads * (self._size("v_head_dim") or keys), state_bytes=layer.state_bytes)
+        return Layer(
+            layer.block, "full", heads * keys, heads * (self._size("v_head_dim") or keys), state_bytes=layer.state_bytes
+        )
 
     def state_bytes(self) -> int:
-        """Bytes of one sequence's state: recurrences in float32, inputs of a convolution (its kernel less one) in 16 bits."""
+        """Bytes of one sequence's state: recurrences in float32, inputs of a convolution (its kernel less one) in 16
+        bits.
+        """
         size = self._size
         hidden = size("hidden_size") or 0
-        kernel = size("linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel", "conv_L_cache", "conv1d_width", "short_conv_kernel_size") or 1
+        kernel = (
+            size(
+                "linear_conv_kernel_dim",
+                "mamba_d_conv",
+                "conv_kernel",
+                "conv_L_cache",
+                "conv1d_width",
+                "short_conv_kernel_size",
+            )
+            or 1
+        )
         if size("linear_num_value_heads", "linear_num_heads"):  # gated delta net
-            heads, key_heads = size("linear_num_value_heads", "linear_num_heads"), size("linear_num_key_heads", "linear_num_heads")
-            key, value = size("linear_key_head_dim", "linear_head_dim"), size("linear_value_head_dim", "linear_head_dim")
+            heads, key_heads = (
+                size("linear_num_value_heads", "linear_num_heads"),
+                size("linear_num_key_heads", "linear_num_heads"),
+            )
+            key, value = (
+                size("linear_key_head_dim", "linear_head_dim"),
+                size("linear_value_head_dim", "linear_head_dim"),
+            )
             return 4 * heads * key * value + 2 * (2 * key_heads * key + heads * value) * (kernel - 1)
         state = size("mamba_d_state", "ssm_state_size", "state_size")
         if state:
-            heads = size("mamba_n_heads", "mamba_num_heads", "n_mamba_heads") or (size("num_heads") if self.spec.model_type == "mamba2" else None)
+            heads = size("mamba_n_heads", "mamba_num_heads", "n_mamba_heads") or (
+                size("num_heads") if self.spec.model_type == "mamba2" else None
+            )
             inner = size("mamba_d_ssm", "mamba_intermediate_size") or (
-                heads * size("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim") if heads
-                else (size("mamba_expand") or 0) * hidden or size("intermediate_size") or 2 * hidden)
+                heads * size("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim")
+                if heads
+                else (size("mamba_expand") or 0) * hidden or size("intermediate_size") or 2 * hidden
+            )
             shared = 2 * (size("mamba_n_groups", "mamba_ngroups", "n_groups") or 1) * state if heads else 0
             return 4 * inner * state + 2 * (inner + shared) * (kernel - 1)
         if size("lru_width"):
@@ -268,7 +331,9 @@ class _Reader:
             return 2 * hidden * (kernel - 1)
         if hasattr(self.reference, "linear_attn_alpha_factor") and self.dim:  # lightning attention: one matrix a head
             return 4 * self.spec.n_heads * self.dim**2
-        self.notes.append("the constant state of its linear-attention layers is not known for this family, and not counted")
+        self.notes.append(
+            "the constant state of its linear-attention layers is not known for this family, and not counted"
+        )
         return 0
 
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+
 class Captured(Exception):
     """Leaves a block as soon as its attention was reached; carries what it was given."""
 
@@ -18,8 +19,9 @@ class Captured(Exception):
 def tapped(replacement: Callable) -> Iterator[None]:
     """Inside, transformers' sdpa attention is replacement(sdpa, module, query, key, value, attention_mask, **options).
 
-    Query, key and value are [batch, heads, tokens, head_dim]; there may be fewer key heads than query heads. Models are built for
-    sdpa (quant/blocks.py), so their masks stay what they were; a model with its own attention code never comes here.
+    Query, key and value are [batch, heads, tokens, head_dim]; there may be fewer key heads than query heads. Models are
+    built for sdpa (quant/blocks.py), so their masks stay what they were; a model with its own attention code never
+    comes here.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -45,11 +47,13 @@ def capture(run: Callable[[], object]) -> Captured | None:
     return None
 
 
-def logit_error(query: torch.Tensor, key: torch.Tensor, cached: torch.Tensor, scaling: float, causal: bool = False) -> float:
+def logit_error(
+    query: torch.Tensor, key: torch.Tensor, cached: torch.Tensor, scaling: float, causal: bool = False
+) -> float:
     """RMS change of the attention logits when `cached` stands in for `key`, both [batch, kv_heads, tokens, head_dim].
 
-    The mean of each row is taken away first: softmax does not see it. causal: only over the tokens that a row attends to.
-    NaN where the cache holds NaN.
+    The mean of each row is taken away first: softmax does not see it. causal: only over the tokens that a row attends
+    to. NaN where the cache holds NaN.
     """
     batch, heads, tokens, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], tokens, dim).float()

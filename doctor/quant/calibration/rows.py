@@ -4,9 +4,11 @@ Documents are joined by the end-of-sequence token and cut into rows of one lengt
 model's own tokenizer starts with it. Rows are spread evenly over the text, so the same input gives the same rows on any
 machine, but for text sampled from the model. Padding would enter the Hessian as if it were text, so there is none.
 
-The default is text that Python brings along, the language reference (pydoc_data.topics) and the docstrings of the standard library,
-and for up to a quarter of the rows text that the model itself writes, where that is cheap (sample.py). The second half of the reference is left out of it on purpose: it is what perplexity is measured on.
+The default is text that Python brings along, the language reference (pydoc_data.topics) and the docstrings of the
+standard library, and for up to a quarter of the rows text that the model itself writes, where that is cheap
+(sample.py). The second half of the reference is left out of it on purpose: it is what perplexity is measured on.
 """
+
 from __future__ import annotations
 
 import ast
@@ -22,17 +24,29 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from doctor.scan.header import Calibration
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.quant.calibration import text_scripts
+from doctor.scan.header import Calibration
 
 ROWS, MAX_SEQ_LENGTH = 128, 512
 BUILTIN = "Python's documentation"
-SAMPLED_SHARE = 4    # at most one row in so many is written by the model itself, where no text is given
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                   "merges.txt", "tokenizer.model", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-                   "config.json", "generation_config.json")
+SAMPLED_SHARE = 4  # at most one row in so many is written by the model itself, where no text is given
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+)
 _SUFFIXES = (".jsonl", ".parquet", ".txt")
 _MIN_ROW = 2  # a row of one token has no context at all
 
@@ -52,17 +66,28 @@ class Documents:
         self.ids: list[list[int]] = []
 
 
-def calibration_rows(checkpoint: Checkpoint, source: str | os.PathLike | None, *, rows: int, length: int, seed: int = 0,
-                     vocab: int | None = None, max_positions: int | None = None,
-                     sample: Callable | None = None) -> tuple[list[list[int]], Calibration, list[str]]:
+def calibration_rows(
+    checkpoint: Checkpoint,
+    source: str | os.PathLike | None,
+    *,
+    rows: int,
+    length: int,
+    seed: int = 0,
+    vocab: int | None = None,
+    max_positions: int | None = None,
+    sample: Callable | None = None,
+) -> tuple[list[list[int]], Calibration, list[str]]:
     """(rows of token ids, facts about them, notes): at most `rows` rows of at most `length` tokens.
 
-    source: a .txt, .jsonl or .parquet file, org/name of a dataset on the Hub, or None for the built-in text. seed 0 keeps the documents' order, others shuffle
-    them. sample: sample.sampler's function; with it a part of the rows of the built-in text is written by the model. notes are sentences on what differs from what was asked (shorter rows, fewer rows).
-    Raises DoctorError for a source that cannot be read or gives no row.
+    source: a .txt, .jsonl or .parquet file, org/name of a dataset on the Hub, or None for the built-in text. seed 0
+    keeps the documents' order, others shuffle them. sample: sample.sampler's function; with it a part of the rows of
+    the built-in text is written by the model. notes are sentences on what differs from what was asked (shorter rows,
+    fewer rows). Raises DoctorError for a source that cannot be read or gives no row.
     """
     if rows < 1 or length < _MIN_ROW:
-        raise DoctorError(f"calibration: {rows} rows of {length} tokens; must be 1 or more rows of {_MIN_ROW} or more tokens.")
+        raise DoctorError(
+            f"calibration: {rows} rows of {length} tokens; must be 1 or more rows of {_MIN_ROW} or more tokens."
+        )
     notes = []
     if max_positions and length > max_positions:
         notes.append(f"rows have {max_positions} tokens instead of {length}: the model has no more positions")
@@ -74,7 +99,9 @@ def calibration_rows(checkpoint: Checkpoint, source: str | os.PathLike | None, *
     own, reason = _sampled(sample, tokenizer, rows, length) if documents.builtin and sample else ([], "")
     if reason:
         notes.append(f"no text is sampled from the model: {reason}")
-    packed = rows_of(documents, tokenizer, rows - min(len(ready), rows) - len(own), length, seed) if needs_tokenizer else []
+    packed = (
+        rows_of(documents, tokenizer, rows - min(len(ready), rows) - len(own), length, seed) if needs_tokenizer else []
+    )
     short = len(documents.ids) - len(ready)
     if short:
         notes.append(f"{short} rows of fewer than {_MIN_ROW} tokens are left out")
@@ -105,21 +132,38 @@ def describe(rows: list[list[int]], documents: Documents, tokenizer) -> Calibrat
     lengths = sorted(len(r) for r in rows)
     bos = getattr(tokenizer, "bos_token_id", None)
     pad = getattr(tokenizer, "pad_token_id", None)
-    shares_pad = pad is None or pad in {bos, getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "unk_token_id", None)}
-    scripts, unused = text_scripts.of_rows(rows, tokenizer) if tokenizer is not None and not documents.builtin else ((), ())
+    shares_pad = pad is None or pad in {
+        bos,
+        getattr(tokenizer, "eos_token_id", None),
+        getattr(tokenizer, "unk_token_id", None),
+    }
+    scripts, unused = (
+        text_scripts.of_rows(rows, tokenizer) if tokenizer is not None and not documents.builtin else ((), ())
+    )
     return Calibration(
-        scripts=scripts, unused_scripts=unused, source=documents.name, builtin=documents.builtin, rows=len(rows), tokens=sum(lengths), shortest=lengths[0],
-        median=lengths[len(lengths) // 2], longest=lengths[-1], distinct_tokens=len({t for r in rows for t in r}),
+        scripts=scripts,
+        unused_scripts=unused,
+        source=documents.name,
+        builtin=documents.builtin,
+        rows=len(rows),
+        tokens=sum(lengths),
+        shortest=lengths[0],
+        median=lengths[len(lengths) // 2],
+        longest=lengths[-1],
+        distinct_tokens=len({t for r in rows for t in r}),
         duplicate_rows=len(rows) - len({tuple(r) for r in rows}),
         bos_doubled=sum(bos is not None and r[:2] == [bos, bos] for r in rows),
-        padding=0 if shares_pad else sum(r.count(pad) for r in rows))
+        padding=0 if shares_pad else sum(r.count(pad) for r in rows),
+    )
 
 
 # sources
 
 
 def _local(source: str | os.PathLike) -> Path:
-    """The file of a source: itself, or one file of the dataset org/name, downloaded: its training part, JSON Lines before Parquet."""
+    """The file of a source: itself, or one file of the dataset org/name, downloaded: its training part, JSON Lines
+    before Parquet.
+    """
     path = Path(source)
     text = os.fspath(source).removeprefix("hf://datasets/")
     if path.exists() or path.suffix.lower() in _SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
@@ -130,20 +174,29 @@ def _local(source: str | os.PathLike) -> Path:
         files = huggingface_hub.list_repo_files(text, repo_type="dataset")
         fit = [f for f in files if Path(f).suffix.lower() in _SUFFIXES]
         if not fit:
-            raise DoctorError(f"{text}: the dataset has none of {', '.join(_SUFFIXES)} among its {len(files)} files.", "Convert a part of it to .jsonl.")
+            raise DoctorError(
+                f"{text}: the dataset has none of {', '.join(_SUFFIXES)} among its {len(files)} files.",
+                "Convert a part of it to .jsonl.",
+            )
         best = min(fit, key=lambda f: ("train" not in f, _SUFFIXES.index(Path(f).suffix.lower()), f))
         return Path(huggingface_hub.hf_hub_download(text, best, repo_type="dataset"))
     except (OSError, ValueError) as error:  # what the Hub's client raises for no network and no such dataset
-        raise DoctorError(f"{text}: neither a file here nor a dataset that the Hub gives: {str(error).splitlines()[0][:160]}",
-                          "Give a .txt, .jsonl or .parquet file, or org/name of a dataset.") from None
+        raise DoctorError(
+            f"{text}: neither a file here nor a dataset that the Hub gives: {str(error).splitlines()[0][:160]}",
+            "Give a .txt, .jsonl or .parquet file, or org/name of a dataset.",
+        ) from None
 
 
 def read_documents(path: Path) -> Documents:
-    """Documents of a .txt (one document), .jsonl (an object a line) or .parquet file (a column text, messages or input_ids)."""
+    """Documents of a .txt (one document), .jsonl (an object a line) or .parquet file (a column text, messages or
+    input_ids).
+    """
     documents = Documents(path.name)
     reader = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix.lower())
     if reader is None:
-        raise DoctorError(f"{path}: calibration text in a {path.suffix or 'nameless'} file; must be .txt, .jsonl or .parquet.")
+        raise DoctorError(
+            f"{path}: calibration text in a {path.suffix or 'nameless'} file; must be .txt, .jsonl or .parquet."
+        )
     try:
         reader(path, documents)
     except OSError as error:
@@ -173,14 +226,20 @@ def _read_parquet(path: Path, documents: Documents) -> None:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise DoctorError(f"{path}: reading .parquet needs pyarrow, which is not installed.",
-                          "pip install pyarrow, or convert the file to .jsonl.") from None
+        raise DoctorError(
+            f"{path}: reading .parquet needs pyarrow, which is not installed.",
+            "pip install pyarrow, or convert the file to .jsonl.",
+        ) from None
     for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
         _take({k: v for k, v in row.items() if v is not None}, f"{path}: row {number}", documents)
 
 
 def _take(row: object, where: str, documents: Documents) -> None:
-    if isinstance(row, dict) and isinstance(row.get("input_ids"), list) and all(type(t) is int and t >= 0 for t in row["input_ids"]):
+    if (
+        isinstance(row, dict)
+        and isinstance(row.get("input_ids"), list)
+        and all(type(t) is int and t >= 0 for t in row["input_ids"])
+    ):
         documents.ids.append(row["input_ids"])
     elif isinstance(row, dict) and isinstance(row.get("messages"), list):
         documents.messages.append(row["messages"])
@@ -257,8 +316,10 @@ def load_tokenizer(checkpoint: Checkpoint, wanted_by: str):
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-            raise BadCheckpoint(f"{checkpoint.root}: no tokenizer can be loaded for {wanted_by}: {str(error).splitlines()[0][:200]}.",
-                                'Add the tokenizer\'s files, or calibrate on a .jsonl of {"input_ids": [...]} lines.') from None
+            raise BadCheckpoint(
+                f"{checkpoint.root}: no tokenizer can be loaded for {wanted_by}: {str(error).splitlines()[0][:200]}.",
+                'Add the tokenizer\'s files, or calibrate on a .jsonl of {"input_ids": [...]} lines.',
+            ) from None
 
 
 @contextmanager
@@ -276,8 +337,10 @@ def _tokenize(documents: Documents, tokenizer, seed: int) -> list[list[int]]:
     """Ids of every document, without special tokens in front: packing adds BOS once a row."""
     found = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents.texts]
     if documents.messages and not tokenizer.chat_template:
-        raise DoctorError(f'{documents.name}: has "messages", and the tokenizer has no chat template to write them with.',
-                          'Give "text" instead.')
+        raise DoctorError(
+            f'{documents.name}: has "messages", and the tokenizer has no chat template to write them with.',
+            'Give "text" instead.',
+        )
     for messages in documents.messages:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -299,7 +362,9 @@ def starts_with_bos(tokenizer) -> bool:
 
 
 def pack(documents: list[list[int]], rows: int, length: int, tokenizer) -> list[list[int]]:
-    """At most `rows` rows of `length` ids, at equal distances over the documents joined by EOS; one short row if that is all."""
+    """At most `rows` rows of `length` ids, at equal distances over the documents joined by EOS; one short row if that
+    is all.
+    """
     first = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream = [token for number, ids in enumerate(documents) for token in ((end if number else []) + ids)]
@@ -308,12 +373,14 @@ def pack(documents: list[list[int]], rows: int, length: int, tokenizer) -> list[
     if rows and not count and len(stream) >= _MIN_ROW:
         return [first + stream]
     step = len(stream) // count if count else 0
-    return [first + stream[row * step: row * step + body] for row in range(count)]
+    return [first + stream[row * step : row * step + body] for row in range(count)]
 
 
 def _require_in_vocabulary(rows: list[list[int]], vocab: int | None, name: str) -> None:
     largest = max(max(r) for r in rows)
     if vocab is not None and largest >= vocab:
         row = next(i for i, r in enumerate(rows) if largest in r)
-        raise DoctorError(f"{name}: row {row} has token id {largest}; ids must be below vocab_size {vocab}.",
-                          "Use ids of this model's own tokenizer.")
+        raise DoctorError(
+            f"{name}: row {row} has token id {largest}; ids must be below vocab_size {vocab}.",
+            "Use ids of this model's own tokenizer.",
+        )

@@ -1,10 +1,14 @@
-"""Text that the model itself writes, to calibrate on where none was given: it is of the languages and kinds that the model was trained on.
+"""Text that the model itself writes, to calibrate on where none was given: it is of the languages and kinds that the
+model was trained on.
 
-Sampled at temperature 1 in short pieces, all at once with a key/value cache, with the whole model in memory; so only where it fits
-there and takes seconds. The seed decides the text; another number of threads may round a probability otherwise and write another one.
+Sampled at temperature 1 in short pieces, all at once with a key/value cache, with the whole model in memory; so only
+where it fits there and takes seconds. The seed decides the text; another number of threads may round a probability
+otherwise and write another one.
 
-Source: Williams, Chrysostomou and Aletras, Self-calibration for Language Model Quantization and Pruning, arXiv 2410.17170.
+Source: Williams, Chrysostomou and Aletras, Self-calibration for Language Model Quantization and Pruning, arXiv
+2410.17170.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,18 +18,40 @@ import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
-from doctor.quant import budget
-from doctor.quant.forward.skeleton import Skeleton, cache_argument
-from doctor.quant.calibration.rows import NotSampled
 from doctor.model.spec import ModelSpec
+from doctor.quant import budget
+from doctor.quant.calibration.rows import NotSampled
+from doctor.quant.forward.skeleton import Skeleton, cache_argument
 
-PIECE = 64     # tokens of a piece: a step costs one pass over the weights, so many short pieces are cheaper than a few long ones
-# Most tokens x parameters, and most parameters for the one row that is always worth it. On one core of a busy server a step of SmolLM2-135M
-# took 0.28 processor seconds for 16 pieces and 0.69 for 64: 2 rows of 512 tokens in about 18 s.
+# tokens of a piece: a step costs one pass over the weights, so many short pieces are cheaper than a few long ones
+PIECE = 64
+# Most tokens x parameters, and most parameters for the one row that is always worth it. On one core of a busy server a
+# step of SmolLM2-135M took 0.28 processor seconds for 16 pieces and 0.69 for 64: 2 rows of 512 tokens in about 18 s.
 WORK = {"cpu": 1.5e11, "cuda": 1e14}
 MOST_PARAMETERS = {"cpu": 1.5e9, "cuda": 1e11}
 # Where the tokenizer has no BOS: how texts begin, in several languages and kinds. The first id of each starts a piece.
-OPENINGS = ("The", "In", "I", "A", "How", "What", "import", "def", "#", "1", "{", "<", "这", "在", "El", "Le", "Der", "В", "の", "ال")
+OPENINGS = (
+    "The",
+    "In",
+    "I",
+    "A",
+    "How",
+    "What",
+    "import",
+    "def",
+    "#",
+    "1",
+    "{",
+    "<",
+    "这",
+    "在",
+    "El",
+    "Le",
+    "Der",
+    "В",
+    "の",
+    "ال",
+)
 
 
 def unable(reason: str, *args) -> list[list[int]]:
@@ -34,7 +60,9 @@ def unable(reason: str, *args) -> list[list[int]]:
 
 
 class Once:
-    """A sampler that keeps what it gave, pieces or the reason for none: a run that is resumed takes `said`, whatever memory is free by then."""
+    """A sampler that keeps what it gave, pieces or the reason for none: a run that is resumed takes `said`, whatever
+    memory is free by then.
+    """
 
     def __init__(self, sample: Callable, said: dict | None):
         self._sample, self.said = sample, said
@@ -50,17 +78,34 @@ class Once:
         return self.said["pieces"]
 
 
-def sampler(checkpoint: Checkpoint, spec: ModelSpec, *, seed: int, memory: int | None, device: str = "cpu",
-            dtype: torch.dtype = torch.float32) -> Callable:
-    """A function (tokenizer, rows, length) -> pieces of ids, for `rows` rows or as many as are cheap. It raises NotSampled."""
+def sampler(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    *,
+    seed: int,
+    memory: int | None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Callable:
+    """A function (tokenizer, rows, length) -> pieces of ids, for `rows` rows or as many as are cheap. It raises
+    NotSampled.
+    """
 
     def sample(tokenizer, rows: int, length: int) -> list[list[int]]:
         cost = forecast(checkpoint, spec, rows, length, memory=memory, device=device, dtype=dtype)
         try:
             skeleton = Skeleton(checkpoint, spec, device, dtype)
             skeleton.load_whole()
-            return _pieces(skeleton.model, _starts(tokenizer, cost.pieces, spec.vocab), cost.size, tokenizer.eos_token_id, seed)
-        except (NotQuantizable, RuntimeError, ValueError, IndexError, TypeError) as error:  # the run that follows will name the cause
+            return _pieces(
+                skeleton.model, _starts(tokenizer, cost.pieces, spec.vocab), cost.size, tokenizer.eos_token_id, seed
+            )
+        except (
+            NotQuantizable,
+            RuntimeError,
+            ValueError,
+            IndexError,
+            TypeError,
+        ) as error:  # the run that follows will name the cause
             raise NotSampled(f"the model does not run: {type(error).__name__}") from error
 
     return sample
@@ -75,8 +120,16 @@ class Cost(NamedTuple):
     bytes: int
 
 
-def forecast(checkpoint: Checkpoint, spec: ModelSpec, rows: int, length: int, *, memory: int | None, device: str = "cpu",
-             dtype: torch.dtype = torch.float32) -> Cost:
+def forecast(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    rows: int,
+    length: int,
+    *,
+    memory: int | None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Cost:
     """From headers alone. Raises NotSampled where the model is too large to be run whole."""
     parameters = sum(t.numel for t in checkpoint.tensors.values())
     kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
@@ -84,7 +137,7 @@ def forecast(checkpoint: Checkpoint, spec: ModelSpec, rows: int, length: int, *,
         raise NotSampled(f"{parameters / 1e9:.1f} B parameters would take minutes on this device")
     rows = min(rows, max(1, int(WORK[kind] / parameters / length)))
     size = min(PIECE, length)
-    pieces = -(-rows * length * 5 // (size * 4))     # a quarter more: pieces end early where the model ends its text
+    pieces = -(-rows * length * 5 // (size * 4))  # a quarter more: pieces end early where the model ends its text
     need = _bytes(spec, parameters, pieces, size, dtype)
     limit = torch.cuda.mem_get_info(torch.device(device))[0] if kind == "cuda" else budget.limit(memory)
     if need > limit:
@@ -93,7 +146,9 @@ def forecast(checkpoint: Checkpoint, spec: ModelSpec, rows: int, length: int, *,
 
 
 def _bytes(spec: ModelSpec, parameters: int, pieces: int, size: int, dtype: torch.dtype) -> int:
-    """Weights, a head that is tied to the embedding again, keys and values (as wide as hidden at most), logits with what sampling makes of them."""
+    """Weights, a head that is tied to the embedding again, keys and values (as wide as hidden at most), logits with
+    what sampling makes of them.
+    """
     hidden, vocab = spec.hidden or 0, spec.vocab or 0
     cache = 2 * (spec.n_layers or 0) * hidden * pieces * size
     return budget.constant() + dtype.itemsize * (parameters + hidden * vocab + cache) + 12 * pieces * vocab
@@ -102,8 +157,17 @@ def _bytes(spec: ModelSpec, parameters: int, pieces: int, size: int, dtype: torc
 def _starts(tokenizer, count: int, vocab: int | None) -> list[int]:
     """First ids of `count` pieces: BOS, or those of OPENINGS in turn."""
     bos = tokenizer.bos_token_id
-    found = [bos] if bos is not None else \
-        list(dict.fromkeys(ids[0] for text in OPENINGS if (ids := tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])))
+    found = (
+        [bos]
+        if bos is not None
+        else list(
+            dict.fromkeys(
+                ids[0]
+                for text in OPENINGS
+                if (ids := tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            )
+        )
+    )
     found = [token for token in found if vocab is None or token < vocab]
     if not found:
         raise NotSampled("the tokenizer has no token to start with")
@@ -112,7 +176,9 @@ def _starts(tokenizer, count: int, vocab: int | None) -> list[int]:
 
 @torch.no_grad()
 def _pieces(model, starts: list[int], size: int, end: int | None, seed: int) -> list[list[int]]:
-    """`size` sampled ids after each start, without the start, and up to the end-of-sequence token. Raises NotSampled."""
+    """`size` sampled ids after each start, without the start, and up to the end-of-sequence token. Raises
+    NotSampled.
+    """
     generator = torch.Generator().manual_seed(seed)
     name = cache_argument(model)
     device = next(model.parameters()).device

@@ -1,7 +1,8 @@
 """A model of which one decoder block at a time has weights: built on the meta device, filled from a checkpoint view.
 
-The architecture is transformers' own definition of the config's model_type, never code of the checkpoint. Parameters are
-on meta from the start; buffers (rotary frequencies, causal masks) are real, because their values come from constructors.
+The architecture is transformers' own definition of the config's model_type, never code of the checkpoint. Parameters
+are on meta from the start; buffers (rotary frequencies, causal masks) are real, because their values come from
+constructors.
 
 The part before the first block (embeddings, positions, masks) runs once for each batch. Every block is a recorder then,
 so each block's own arguments are known: models with several attention kinds give different masks to different blocks.
@@ -9,6 +10,7 @@ so each block's own arguments are known: models with several attention kinds giv
 Experts that transformers stacks into 3-D parameters are taken apart again into linears of their own, since each has its
 own input, hence its own Hessian.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -24,15 +26,17 @@ from torch.overrides import TorchFunctionMode
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, NotQuantizable
-from doctor.quant.dequantize import Dequantized
 from doctor.model.spec import NOT_TEXT, Linear, ModelSpec
+from doctor.quant.dequantize import Dequantized
 
 MOST_MODULES = 10_000  # layers, or experts of one layer, that a config may ask for
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 def cache_argument(model: nn.Module) -> str:
-    """The name under which forward takes a key/value cache, and its output returns it: releases of transformers differ."""
+    """The name under which forward takes a key/value cache, and its output returns it: releases of transformers
+    differ.
+    """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -43,8 +47,10 @@ def load_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = N
     """
     stored = checkpoint.tensors[name].dtype.name
     if stored not in TORCH_DTYPES:
-        raise NotQuantizable(f"{name}: dtype {stored}; must be BF16, F16, F32 or F64.",
-                             "Quantize from the 16-bit original: rounding twice costs twice.")
+        raise NotQuantizable(
+            f"{name}: dtype {stored}; must be BF16, F16, F32 or F64.",
+            "Quantize from the 16-bit original: rounding twice costs twice.",
+        )
     codes = checkpoint.load(name)
     if codes.itemsize == 2:
         tensor = torch.from_numpy(codes.view("int16")).view(TORCH_DTYPES[stored])
@@ -53,11 +59,13 @@ def load_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = N
     return tensor if dtype is None else tensor.to(dtype)
 
 
-_DRAWS = ("normal_", "uniform_")     # and trunc_normal_, kaiming_uniform_, xavier_normal_ …
+_DRAWS = ("normal_", "uniform_")  # and trunc_normal_, kaiming_uniform_, xavier_normal_ …
 
 
 class _NoDraws(TorchFunctionMode):
-    """Initial values of meta tensors are not drawn: there is nothing to fill, and torch imports sympy to say so (45 MiB, 1 s)."""
+    """Initial values of meta tensors are not drawn: there is nothing to fill, and torch imports sympy to say so (45
+    MiB, 1 s).
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -88,11 +96,11 @@ def _parameters_on_meta() -> Iterator[None]:
 class Experts(nn.Module):
     """The experts of one block as linears, in place of transformers' stacked [experts, …] parameters.
 
-    forward(hidden [tokens, k], top_k_index int64[tokens, top_k], top_k_weights [tokens, top_k]) -> [tokens, k], with the
-    arithmetic of the stacked module: act(gate(x)) * up(x), down, weighted sum over the experts that a token chose.
+    forward(hidden [tokens, k], top_k_index int64[tokens, top_k], top_k_weights [tokens, top_k]) -> [tokens, k], with
+    the arithmetic of the stacked module: act(gate(x)) * up(x), down, weighted sum over the experts that a token chose.
 
-    before: called twice in a pass, with (linear, function that gives its input) of every expert that tokens chose: before the
-    first gate computes, and before the first down.
+    before: called twice in a pass, with (linear, function that gives its input) of every expert that tokens chose:
+    before the first gate computes, and before the first down.
     """
 
     before: Callable[[list], None] | None = None
@@ -105,8 +113,15 @@ class Experts(nn.Module):
         self.gated = self.gate_of(stacked)
         with torch.device("meta"):
             self.experts = nn.ModuleList(
-                nn.ModuleDict({"gate": nn.Linear(hidden, both // 2, bias), "up": nn.Linear(hidden, both // 2, bias),
-                               "down": nn.Linear(both // 2, hidden, bias)}) for _ in range(count))
+                nn.ModuleDict(
+                    {
+                        "gate": nn.Linear(hidden, both // 2, bias),
+                        "up": nn.Linear(hidden, both // 2, bias),
+                        "down": nn.Linear(both // 2, hidden, bias),
+                    }
+                )
+                for _ in range(count)
+            )
         self.requires_grad_(False)
 
     @classmethod
@@ -128,11 +143,19 @@ class Experts(nn.Module):
         routes = [(expert, *torch.where(top_k_index == number)) for number, expert in enumerate(self.experts)]
         routes = [(expert, token, choice) for expert, token, choice in routes if token.numel()]
         weights = [top_k_weights[token, choice, None] for _, token, choice in routes]
-        return self._sum(hidden, [(expert, token, lambda token=token: hidden[token]) for expert, token, _ in routes], weights)
+        return self._sum(
+            hidden, [(expert, token, lambda token=token: hidden[token]) for expert, token, _ in routes], weights
+        )
 
-    def _sum(self, hidden: torch.Tensor, routes: list[tuple[nn.ModuleDict, torch.Tensor, Callable[[], torch.Tensor]]],
-             weights: list[torch.Tensor] | None) -> torch.Tensor:
-        """Outputs of experts, added up in the places of their tokens. routes: (expert, its tokens, function that gives its input)."""
+    def _sum(
+        self,
+        hidden: torch.Tensor,
+        routes: list[tuple[nn.ModuleDict, torch.Tensor, Callable[[], torch.Tensor]]],
+        weights: list[torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Outputs of experts, added up in the places of their tokens. routes: (expert, its tokens, function that gives
+        its input).
+        """
         self._tell([(expert[role], x) for expert, _, x in routes for role in ("gate", "up")])
         middle = []
         for expert, _, x in routes:
@@ -151,7 +174,8 @@ class Experts(nn.Module):
 
 
 class GptOssExperts(Experts):
-    """GPT-OSS: stacks lie [experts, in, out] with biases, gate and up take turns among the outputs, and both are clamped before they meet.
+    """GPT-OSS: stacks lie [experts, in, out] with biases, gate and up take turns among the outputs, and both are
+    clamped before they meet.
 
     The linears `gate` and `up` are the first and the second half of those outputs, as GPTQModel names them.
     """
@@ -177,8 +201,8 @@ class SortedGptOssExperts(GptOssExperts):
 
 
 class Llama4Experts(Experts):
-    """Llama 4's whole mixture. Its router scales what goes into an expert, not what comes out, and gives scores for all experts, 0 for those
-    that a token did not choose: transformers computes all of them for every token, the zeros too.
+    """Llama 4's whole mixture. Its router scales what goes into an expert, not what comes out, and gives scores for all
+    experts, 0 for those that a token did not choose: transformers computes all of them for every token, the zeros too.
 
     forward(hidden [rows, length, k]) -> ([tokens, k], the router's logits)
     """
@@ -194,9 +218,18 @@ class Llama4Experts(Experts):
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = hidden.reshape(-1, hidden.shape[-1])
         scores, logits = self.router(hidden)
-        chosen = [(expert, number, torch.where(scores[:, number] != 0)[0]) for number, expert in enumerate(self.experts)]
-        routed = self._sum(hidden, [(expert, token, lambda token=token, n=number: hidden[token] * scores[token, n, None])
-                                    for expert, number, token in chosen if token.numel()], None)
+        chosen = [
+            (expert, number, torch.where(scores[:, number] != 0)[0]) for number, expert in enumerate(self.experts)
+        ]
+        routed = self._sum(
+            hidden,
+            [
+                (expert, token, lambda token=token, n=number: hidden[token] * scores[token, n, None])
+                for expert, number, token in chosen
+                if token.numel()
+            ],
+            None,
+        )
         return self.shared_expert(hidden) + routed, logits
 
 
@@ -212,7 +245,9 @@ class Call:
 
 
 class _Ahead:
-    """Tensors of one block as stored, read by a thread of their own while another block computes; pinned for a copy to a GPU."""
+    """Tensors of one block as stored, read by a thread of their own while another block computes; pinned for a copy to
+    a GPU.
+    """
 
     def __init__(self, checkpoint: Checkpoint, names: list[str], pinned: bool):
         self._found: dict[str, torch.Tensor] = {}
@@ -250,18 +285,27 @@ class _Enough(Exception):
 class Skeleton:
     """transformers' model of a checkpoint, weights on meta. `blocks` are its decoder blocks.
 
-    Computes in `dtype`: float32 whatever the checkpoint's, unless asked otherwise. On a CPU it is faster than bfloat16, and the
-    Hessians see inputs without a second rounding. Embeddings keep their stored dtype (they are only looked up); what they give is cast.
+    Computes in `dtype`: float32 whatever the checkpoint's, unless asked otherwise. On a CPU it is faster than bfloat16,
+    and the Hessians see inputs without a second rounding. Embeddings keep their stored dtype (they are only looked up);
+    what they give is cast.
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
         self.checkpoint, self.dtype = checkpoint, dtype
         self.spec = spec
         self.device = torch.device(device)
         self.model = build_model(checkpoint, spec)
         self.base = getattr(self.model, self.model.base_model_prefix, self.model)
         self.list_name, self.blocks = _find_blocks(self.base, spec)
-        self._names = _Names(checkpoint, self.model.base_model_prefix, self.list_name, getattr(self.model.config, "model_type", ""))
+        self._names = _Names(
+            checkpoint, self.model.base_model_prefix, self.list_name, getattr(self.model.config, "model_type", "")
+        )
         self.linears: dict[int, dict[str, Linear]] = {}
         for linear in spec.linears:
             if linear.block is not None:
@@ -275,12 +319,20 @@ class Skeleton:
     # names
 
     def modules_of(self, i: int) -> dict[str, tuple[Linear, nn.Module]]:
-        """Linear's checkpoint name -> (Linear, the module that holds it) of block i, without those that have no module."""
+        """Linear's checkpoint name -> (Linear, the module that holds it) of block i, without those that have no
+        module.
+        """
         by_source = self.by_tensor(i)
-        return {name: (linear, by_source[linear.tensor]) for name, linear in self.linears.get(i, {}).items() if linear.tensor in by_source}
+        return {
+            name: (linear, by_source[linear.tensor])
+            for name, linear in self.linears.get(i, {}).items()
+            if linear.tensor in by_source
+        }
 
     def kind_of(self, i: int) -> tuple[str, str]:
-        """What tells blocks with linears of the same names apart: their class, and the kind of attention that config gives this one."""
+        """What tells blocks with linears of the same names apart: their class, and the kind of attention that config
+        gives this one.
+        """
         kinds = getattr(self.model.config, "layer_types", None)
         return type(self.blocks[i]).__name__, str(kinds[i]) if kinds and i < len(kinds) else ""
 
@@ -310,9 +362,11 @@ class Skeleton:
                     self._names.give(f"{at}.weight", linear.tensor)
                     self._names.give(f"{at}.bias", f"{linear.name}.bias")
                 return
-        raise NotQuantizable(f"block {i}: the checkpoint has {len(experts)} separate linears of experts, and transformers' "
-                             f"{type(self.blocks[i]).__name__} stacks them in a form that is not known here.",
-                             "Quantize a model whose experts are gate, up and down without biases.")
+        raise NotQuantizable(
+            f"block {i}: the checkpoint has {len(experts)} separate linears of experts, and transformers' "
+            f"{type(self.blocks[i]).__name__} stacks them in a form that is not known here.",
+            "Quantize a model whose experts are gate, up and down without biases.",
+        )
 
     def _source(self, i: int, parameter: str) -> str | None:
         return self._names.find(f"{self.list_name}.{i}.{parameter}")
@@ -358,7 +412,9 @@ class Skeleton:
         return [name for name in self.checkpoint.tensors if name not in inside]
 
     def load_ends(self) -> None:
-        """Weights of everything outside the blocks: embeddings, final norm, head (its own, or the embedding's where tied)."""
+        """Weights of everything outside the blocks: embeddings, final norm, head (its own, or the embedding's where
+        tied).
+        """
         self._load(self.base, "", skip=self.blocks)
         for module in self.base.modules():
             if isinstance(module, nn.Embedding):
@@ -368,11 +424,17 @@ class Skeleton:
             raise NotQuantizable(f"{type(self.model).__name__} has no output head, so there are no logits to compare.")
         source = self.spec.head_tensor if self.spec.head_tensor in self.checkpoint.tensors else self.spec.embed_tensor
         if source is None:
-            raise NotQuantizable("neither an output head nor an embedding is among the tensors, so there are no logits to compare.")
-        head.weight = nn.Parameter(load_tensor(self.checkpoint, source, self.dtype).to(self.device), requires_grad=False)
+            raise NotQuantizable(
+                "neither an output head nor an embedding is among the tensors, so there are no logits to compare."
+            )
+        head.weight = nn.Parameter(
+            load_tensor(self.checkpoint, source, self.dtype).to(self.device), requires_grad=False
+        )
         bias = source.removesuffix("weight") + "bias"
         if getattr(head, "bias", None) is not None and bias in self.checkpoint.tensors:
-            head.bias = nn.Parameter(load_tensor(self.checkpoint, bias, self.dtype).to(self.device), requires_grad=False)
+            head.bias = nn.Parameter(
+                load_tensor(self.checkpoint, bias, self.dtype).to(self.device), requires_grad=False
+            )
 
     def load_whole(self) -> None:
         """Everything: the model computes from ids to logits."""
@@ -389,12 +451,16 @@ class Skeleton:
                 if child._parameters[name] is None:
                     continue
                 full = prefix + (f"{path}.{name}" if path else name)
-                child._parameters[name] = nn.Parameter(self._read(full, child._parameters[name].shape, keep_dtype), requires_grad=False)
+                child._parameters[name] = nn.Parameter(
+                    self._read(full, child._parameters[name].shape, keep_dtype), requires_grad=False
+                )
             for name, buffer in child._buffers.items():
                 if buffer is None:
                     continue
                 source = self._names.find(prefix + (f"{path}.{name}" if path else name))
-                dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype   # rotary frequencies, in every model
+                dtype = (
+                    torch.float32 if buffer.is_floating_point() else buffer.dtype
+                )  # rotary frequencies, in every model
                 if source is not None and name not in child._non_persistent_buffers_set:
                     buffer = load_tensor(self.checkpoint, source)
                     dtype = self.dtype if buffer.is_floating_point() else buffer.dtype
@@ -403,15 +469,19 @@ class Skeleton:
     def _read(self, name: str, shape: torch.Size, keep_dtype: bool) -> torch.Tensor:
         source = self._names.find(name)
         if source is None:
-            raise NotQuantizable(f"{name}: {type(self.model).__name__} has this parameter, the checkpoint has no tensor for it.",
-                                 "Run `doctor check`: rules F05x compare the tensors with config.json.")
+            raise NotQuantizable(
+                f"{name}: {type(self.model).__name__} has this parameter, the checkpoint has no tensor for it.",
+                "Run `doctor check`: rules F05x compare the tensors with config.json.",
+            )
         tensor = self._at_hand.pop(source, None)
         if tensor is None and isinstance(self.checkpoint, Dequantized):
             tensor = self.checkpoint.load_on(source, self.device)
         tensor = load_tensor(self.checkpoint, source) if tensor is None else tensor
         if tensor.shape != shape:
-            raise NotQuantizable(f"{source}: shape {list(tensor.shape)}; config.json makes it {list(shape)}.",
-                                 "Run `doctor check`: rules F05x compare the tensors with config.json.")
+            raise NotQuantizable(
+                f"{source}: shape {list(tensor.shape)}; config.json makes it {list(shape)}.",
+                "Run `doctor check`: rules F05x compare the tensors with config.json.",
+            )
         # The copy to a GPU is of the stored width and need not be waited for; the cast happens there.
         return tensor.to(self.device, non_blocking=True).to(tensor.dtype if keep_dtype else self.dtype)
 
@@ -419,13 +489,18 @@ class Skeleton:
 
     @torch.no_grad()
     def open_calls(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, list[Call]]]:
-        """(inputs of the first block f32[rows, length, hidden], each block's Call) for every batch of ids int64[rows, length].
+        """(inputs of the first block f32[rows, length, hidden], each block's Call) for every batch of ids int64[rows,
+        length].
 
-        Materialises everything before the blocks and forgets it at the end. Arguments equal to those of the batch before
-        are the same objects, so masks and positions are held once.
+        Materialises everything before the blocks and forgets it at the end. Arguments equal to those of the batch
+        before are the same objects, so masks and positions are held once.
         """
         self._load(self.base, "", skip=self.blocks)
-        casts = [m.register_forward_hook(_cast_output(self.dtype)) for m in self.base.modules() if isinstance(m, nn.Embedding)]
+        casts = [
+            m.register_forward_hook(_cast_output(self.dtype))
+            for m in self.base.modules()
+            if isinstance(m, nn.Embedding)
+        ]
         try:
             if batches:
                 self._returns_tuple = self._probe(batches[0])
@@ -453,8 +528,10 @@ class Skeleton:
     def _refuse(self, i: int, error: Exception) -> NotQuantizable:
         """The model's own code raised on its own weights: sizes in config.json that do not fit each other."""
         reason = " ".join(str(error).split())[:200].removesuffix(".")
-        return NotQuantizable(f"block {i}: transformers' {type(self.blocks[i]).__name__} cannot compute: {type(error).__name__}: {reason}.",
-                              "Run the model in transformers: it ends the same way; correct the sizes in config.json.")
+        return NotQuantizable(
+            f"block {i}: transformers' {type(self.blocks[i]).__name__} cannot compute: {type(error).__name__}: {reason}.",
+            "Run the model in transformers: it ends the same way; correct the sizes in config.json.",
+        )
 
     def _probe(self, ids: torch.Tensor) -> bool:
         """Whether blocks return a tuple: the recorders have to answer in the same form."""
@@ -488,6 +565,7 @@ class Skeleton:
                 named = {k: None if k == "hidden_states" else _no_cache(v) for k, v in kwargs.items()}
                 calls[i] = Call(tuple(_no_cache(a) for a in (args if "hidden_states" in kwargs else args[1:])), named)
                 return (hidden,) if self._returns_tuple else hidden
+
             return forward
 
         for i, block in enumerate(self.blocks):
@@ -498,8 +576,10 @@ class Skeleton:
             for block in self.blocks:
                 del block.forward
         if any(call is None for call in calls):
-            raise NotQuantizable(f"{type(self.model).__name__} does not run all of its {len(calls)} blocks one after another.",
-                                 "Such a model cannot be quantized block by block.")
+            raise NotQuantizable(
+                f"{type(self.model).__name__} does not run all of its {len(calls)} blocks one after another.",
+                "Such a model cannot be quantized block by block.",
+            )
         return first[0], calls
 
     def _forward(self, ids: torch.Tensor) -> None:
@@ -541,8 +621,15 @@ class _Names:
         if name in self._given:
             return self._given[name]
         outer = name.partition(".")[2]
-        candidates = [name, f"{self._base}.{name}", outer, f"{self._base}.{outer}", f"language_model.{name}",
-                      f"language_model.{self._base}.{name}", f"{self._base}.language_model.{name}"]
+        candidates = [
+            name,
+            f"{self._base}.{name}",
+            outer,
+            f"{self._base}.{outer}",
+            f"language_model.{name}",
+            f"language_model.{self._base}.{name}",
+            f"{self._base}.language_model.{name}",
+        ]
         return next((self._by_name[c] for c in candidates if c in self._by_name), None)
 
     def of_block(self, i: int) -> list[str]:
@@ -577,43 +664,66 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> nn.Module:
         raise BadCheckpoint(f"{checkpoint.root}: config.json is absent or broken; quantizing needs the model's shape.")
     stated = config.get("quantization_config")
     if stated is not None:
-        method = stated.get("quant_method", "some method") if isinstance(stated, dict) else f"{stated!r}, which is no object"
-        raise NotQuantizable(f"config.json#/quantization_config: this checkpoint is quantized already ({method}).",
-                             "Quantize from the 16-bit original.")
+        method = (
+            stated.get("quant_method", "some method") if isinstance(stated, dict) else f"{stated!r}, which is no object"
+        )
+        raise NotQuantizable(
+            f"config.json#/quantization_config: this checkpoint is quantized already ({method}).",
+            "Quantize from the 16-bit original.",
+        )
     block = {k: v for k, v in (config[spec.text_key] if spec.text_key else config).items() if k != "auto_map"}
     kind = str(block.get("model_type") or config.get("model_type") or "")
     if kind not in CONFIG_MAPPING:
-        raise NotQuantizable(f"config.json#/model_type: {kind!r} is not defined in transformers {transformers.__version__}.",
-                             "Install a transformers that has it: code that comes with a checkpoint is never run.")
+        raise NotQuantizable(
+            f"config.json#/model_type: {kind!r} is not defined in transformers {transformers.__version__}.",
+            "Install a transformers that has it: code that comes with a checkpoint is never run.",
+        )
     _require_finite_work(block)
     try:
         built = CONFIG_MAPPING[kind].from_dict(_numbers({k: v for k, v in block.items() if k != "quantization_config"}))
         built.use_cache = False
         with _parameters_on_meta(), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(built, attn_implementation=attention(built), dtype=torch.float32, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                built, attn_implementation=attention(built), dtype=torch.float32, trust_remote_code=False
+            )
     except Exception as error:  # whatever the library raises for a config it does not like is the reason
         reason = " ".join(str(error).split())[:200].removesuffix(".")
-        raise NotQuantizable(f"config.json: transformers {transformers.__version__} cannot build {kind}: {type(error).__name__}: {reason}.",
-                             "Run `doctor check`: rules C14x say what is wrong with config.json.") from error
+        raise NotQuantizable(
+            f"config.json: transformers {transformers.__version__} cannot build {kind}: {type(error).__name__}: {reason}.",
+            "Run `doctor check`: rules C14x say what is wrong with config.json.",
+        ) from error
     return model.eval()
 
 
 def _numbers(value: object) -> object:
-    """A config with {"__float__": "Infinity"}, transformers' spelling of what JSON has no number for, as that number."""
+    """A config with {"__float__": "Infinity"}, transformers' spelling of what JSON has no number for, as that
+    number.
+    """
     if isinstance(value, dict):
-        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
+        return (
+            float(value["__float__"]) if value.keys() == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
+        )
     return [_numbers(v) for v in value] if isinstance(value, list) else value
 
 
 def _require_finite_work(block: dict) -> None:
     """Raises NotQuantizable for a number of layers or experts that transformers would build one by one for hours."""
     for key, value in block.items():
-        if re.fullmatch(r"(num|n)_.*(layers?|experts)", key) and isinstance(value, (int, float)) and not value <= MOST_MODULES:
-            raise NotQuantizable(f"config.json#/{key}: {value:,}; must be a whole number up to {MOST_MODULES:,}.", "Correct it in config.json.")
+        if (
+            re.fullmatch(r"(num|n)_.*(layers?|experts)", key)
+            and isinstance(value, (int, float))
+            and not value <= MOST_MODULES
+        ):
+            raise NotQuantizable(
+                f"config.json#/{key}: {value:,}; must be a whole number up to {MOST_MODULES:,}.",
+                "Correct it in config.json.",
+            )
 
 
 def attention(config) -> str:
-    """The attention that computes what the model defines: eager where it has a softcap, which sdpa does not know, or no sdpa at all."""
+    """The attention that computes what the model defines: eager where it has a softcap, which sdpa does not know, or no
+    sdpa at all.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     defined = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -652,13 +762,19 @@ def _no_cache(value: object) -> object:
 
 
 def _share(call: Call, before: Call) -> Call:
-    return Call(tuple(_same(a, b) for a, b in zip(call.args, before.args, strict=True)),
-                {k: _same(v, before.kwargs.get(k)) for k, v in call.kwargs.items()})
+    return Call(
+        tuple(_same(a, b) for a, b in zip(call.args, before.args, strict=True)),
+        {k: _same(v, before.kwargs.get(k)) for k, v in call.kwargs.items()},
+    )
 
 
 def _same(value: object, before: object) -> object:
     if isinstance(value, torch.Tensor) and isinstance(before, torch.Tensor):
-        return before if value.shape == before.shape and value.dtype == before.dtype and torch.equal(value, before) else value
+        return (
+            before
+            if value.shape == before.shape and value.dtype == before.dtype and torch.equal(value, before)
+            else value
+        )
     if isinstance(value, tuple) and isinstance(before, tuple) and len(value) == len(before):
         return tuple(_same(v, b) for v, b in zip(value, before))
     return value

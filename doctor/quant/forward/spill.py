@@ -1,8 +1,10 @@
 """What a run with little memory keeps on disk: hidden states of all rows, and what halted passes hold.
 
-Files without a name in the staging folder: they end with the process, whatever ends it. They are written and read by calls and not
-mapped, so that a full disk is an error that says so and not a signal, and so that the system may forget what lies there.
+Files without a name in the staging folder: they end with the process, whatever ends it. They are written and read by
+calls and not mapped, so that a full disk is an error that says so and not a signal, and so that the system may forget
+what lies there.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -22,7 +24,7 @@ class Shelf:
 
     def __init__(self, folder: Path):
         self._folder, self._end = folder, 0
-        self.written = 0    # bytes so far
+        self.written = 0  # bytes so far
         try:
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
         except OSError as error:
@@ -70,17 +72,25 @@ class Shelf:
                         raise OSError("the file ends before them")
                     done += got
         except OSError as error:
-            raise MachineError(f"{self._folder}: {storage.nbytes():,} bytes that were put there cannot be read: {error.strerror or error}.",
-                               "See what the system's log says of that disk; `--resume` goes on from the last finished block.") from None
+            raise MachineError(
+                f"{self._folder}: {storage.nbytes():,} bytes that were put there cannot be read: {error.strerror or error}.",
+                "See what the system's log says of that disk; `--resume` goes on from the last finished block.",
+            ) from None
 
     def _no_room(self, size: int, error: OSError) -> MachineError:
-        return MachineError(f"{self._folder}: no room for {size:,} bytes that memory has none for: {error.strerror or error}.",
-                            "Free space there, or raise --memory; `--resume` goes on from the last finished block.")
+        return MachineError(
+            f"{self._folder}: no room for {size:,} bytes that memory has none for: {error.strerror or error}.",
+            "Free space there, or raise --memory; `--resume` goes on from the last finished block.",
+        )
 
 
 def _parts(storage: torch.UntypedStorage):
     """(offset, bytes) of a storage on the CPU, a GiB at a time, without a copy."""
     # Not through numpy(): a storage whose memory NumPy has seen can never be emptied again.
-    whole = memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B") if storage.nbytes() else b""
+    whole = (
+        memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+        if storage.nbytes()
+        else b""
+    )
     for at in range(0, len(whole), _AT_ONCE):
-        yield at, whole[at:at + _AT_ONCE]
+        yield at, whole[at : at + _AT_ONCE]

@@ -1,14 +1,16 @@
-"""Calibration rows on their way through one block, halted before the linears of each stage until their new weights stand.
+"""Calibration rows on their way through one block, halted before the linears of each stage until their new weights
+stand.
 
-A batch's forward pass runs in a coroutine (greenlet) that is left in a hook of the stage's first linear: whatever the block has
-computed so far stays where transformers keeps it, in the local variables of the pass, and computing goes on from there once
-the stage is quantized. So a block costs one forward pass, whatever its architecture, with the very operations of an
-uninterrupted one. A halted pass holds a few tensors a token; what the limit leaves no room for lies on disk until its pass goes on
-(shelf.py). Where there is no such place (a GPU's memory is full, or greenlet is absent) the other batches start anew for every stage,
-which costs about three passes a block. All give the same bytes.
+A batch's forward pass runs in a coroutine (greenlet) that is left in a hook of the stage's first linear: whatever the
+block has computed so far stays where transformers keeps it, in the local variables of the pass, and computing goes on
+from there once the stage is quantized. So a block costs one forward pass, whatever its architecture, with the very
+operations of an uninterrupted one. A halted pass holds a few tensors a token; what the limit leaves no room for lies on
+disk until its pass goes on (shelf.py). Where there is no such place (a GPU's memory is full, or greenlet is absent) the
+other batches start anew for every stage, which costs about three passes a block. All give the same bytes.
 
 Which linears share an input, and their order, is seen in one pass over one batch, not looked up.
 """
+
 from __future__ import annotations
 
 import weakref
@@ -19,23 +21,27 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from doctor.scan import header
-from doctor.quant.forward.skeleton import Call, Experts, Skeleton, _Enough
-from doctor.quant.solve.hessian import Hessian, spectrum
-from doctor.quant.forward.spill import Shelf
 from doctor.model.spec import Linear
+from doctor.quant.forward.skeleton import Call, Experts, Skeleton, _Enough
+from doctor.quant.forward.spill import Shelf
+from doctor.quant.solve.hessian import Hessian, spectrum
+from doctor.scan import header
 
 try:
     from greenlet import GreenletExit, greenlet
 except ImportError:
     greenlet = None
 
-WITHOUT_GREENLET = "greenlet is not installed: every stage runs its block from the start, about three times the forward work"
+WITHOUT_GREENLET = (
+    "greenlet is not installed: every stage runs its block from the start, about three times the forward work"
+)
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Stages of groups of linears (positions in the block's list of linears), and bytes a token that a halted pass holds."""
+    """Stages of groups of linears (positions in the block's list of linears), and bytes a token that a halted pass
+    holds.
+    """
 
     groups: tuple[tuple[tuple[int, ...], ...], ...]
     halted_bytes: float
@@ -50,16 +56,28 @@ class Input:
     def __init__(self, hessian: Hessian, damp: float):
         self.H = hessian.take()
         s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
-        self.fact = header.Hessian(hessian.rows, hessian.columns, bad.count if bad else 0, (bad.row, bad.channel) if bad else None,
-                                    s.finite, s.dead, s.mean_diag, s.lambda_max, s.damp_needed, s.condition)
+        self.fact = header.Hessian(
+            hessian.rows,
+            hessian.columns,
+            bad.count if bad else 0,
+            (bad.row, bad.channel) if bad else None,
+            s.finite,
+            s.dead,
+            s.mean_diag,
+            s.lambda_max,
+            s.damp_needed,
+            s.condition,
+        )
 
 
 class _Made(TorchDispatchMode):
-    """Knows the tensors whose memory was taken inside it and is still held. What was there before is never among them."""
+    """Knows the tensors whose memory was taken inside it and is still held. What was there before is never among
+    them.
+    """
 
     def __init__(self):
         super().__init__()
-        self._made: dict[int, list[weakref.ref]] = {}   # by storage: the tensors that were seen on it
+        self._made: dict[int, list[weakref.ref]] = {}  # by storage: the tensors that were seen on it
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {t.untyped_storage()._cdata for t in _tensors((*args, *(kwargs or {}).values()))}
@@ -94,8 +112,12 @@ def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
             yield from _tensors(value.values())
 
 
-def discover(skeleton: Skeleton, i: int, hidden: torch.Tensor, call: Call, modules: dict[str, tuple[Linear, torch.nn.Module]]) -> Stages:
-    """One pass of hidden f32[rows, length, hidden] through block i: who reads what, when, and what is held meanwhile."""
+def discover(
+    skeleton: Skeleton, i: int, hidden: torch.Tensor, call: Call, modules: dict[str, tuple[Linear, torch.nn.Module]]
+) -> Stages:
+    """One pass of hidden f32[rows, length, hidden] through block i: who reads what, when, and what is held
+    meanwhile.
+    """
     groups: list[tuple[weakref.ref, list[str]]] = []
     made, most = _Made(), 0
 
@@ -108,7 +130,10 @@ def discover(skeleton: Skeleton, i: int, hidden: torch.Tensor, call: Call, modul
         if name not in members:
             members.append(name)
 
-    hooks = [m.register_forward_pre_hook(lambda mod, args, name=name: arrived(name, args[0])) for name, (_, m) in modules.items()]
+    hooks = [
+        m.register_forward_pre_hook(lambda mod, args, name=name: arrived(name, args[0]))
+        for name, (_, m) in modules.items()
+    ]
     try:
         with made:
             skeleton.run_block(i, hidden, call)
@@ -117,15 +142,17 @@ def discover(skeleton: Skeleton, i: int, hidden: torch.Tensor, call: Call, modul
             hook.remove()
     stages = arrange([members for _, members in groups], {n: linear for n, (linear, _) in modules.items()})
     at = {name: k for k, name in enumerate(modules)}
-    return Stages(tuple(tuple(tuple(at[name] for name in group) for group in stage) for stage in stages),
-                  most / (hidden.shape[0] * hidden.shape[1]))
+    return Stages(
+        tuple(tuple(tuple(at[name] for name in group) for group in stage) for stage in stages),
+        most / (hidden.shape[0] * hidden.shape[1]),
+    )
 
 
 def arrange(groups: list[list[str]], linears: dict[str, Linear]) -> list[list[list[str]]]:
     """Groups into stages: each group its own, except that experts' groups of one kind share a stage.
 
-    groups: linears that got the same tensor, in the order of computing. Experts that were not reached are put where their
-    likes are; where none was reached, they come last, each linear alone.
+    groups: linears that got the same tensor, in the order of computing. Experts that were not reached are put where
+    their likes are; where none was reached, they come last, each linear alone.
     """
     stages: list[tuple[frozenset, list[list[str]]]] = []
     for group in groups:
@@ -156,7 +183,8 @@ def _kind(linear: Linear) -> str:
 
 
 class _Pass:
-    """One batch on its way. `stage` and `reached` say where it was left; a pass without a coroutine starts anew each time.
+    """One batch on its way. `stage` and `reached` say where it was left; a pass without a coroutine starts anew each
+    time.
 
     shelf: where those of its tensors lie while it is left that have no room in memory; None: all have.
     """
@@ -168,7 +196,7 @@ class _Pass:
         self._body = greenlet(compute) if coroutine else None
         self.shelf, self._made = shelf, _Made() if shelf else nullcontext()
         self._place, self._reserved, self._kept = 0, 0, 0
-        self._away: list[tuple[torch.UntypedStorage, int, int]] = []    # storage, its bytes, their place
+        self._away: list[tuple[torch.UntypedStorage, int, int]] = []  # storage, its bytes, their place
 
     @property
     def lasts(self) -> bool:
@@ -192,7 +220,9 @@ class _Pass:
         self._body.parent.switch()
 
     def put_away(self, stays: Callable[[], set[int]], room: int) -> int:
-        """What it holds, to the shelf; but for `room` bytes of it, and the storages stays(), which others hold too. The room that is left then."""
+        """What it holds, to the shelf; but for `room` bytes of it, and the storages stays(), which others hold too. The
+        room that is left then.
+        """
         if self.over or self._away:
             return room
         without = {}
@@ -202,7 +232,7 @@ class _Pass:
                 room, self._kept = room - size, self._kept + size
             elif storage.resizable():
                 without[key] = storage, size
-        kept = stays() if without else ()   # asked for only then: it looks through every expert
+        kept = stays() if without else ()  # asked for only then: it looks through every expert
         moved = [place for key, place in without.items() if key not in kept]
         size = sum(size for _, size in moved)
         if size > self._reserved:
@@ -239,14 +269,27 @@ class _Pass:
 
 
 class Walk:
-    """Every batch through block i, stage by stage: `hessians(0)`, `hessians(1)`, …, then `finish`. To be closed by `with`.
+    """Every batch through block i, stage by stage: `hessians(0)`, `hessians(1)`, …, then `finish`. To be closed by
+    `with`.
 
-    stages: of groups of names, as `discover` found them. hidden: its items are the block's inputs, and `finish` puts the outputs in
-    their place. room: bytes that halted passes may hold in memory. shelf: where the rest goes; None: the passes that have no room start anew.
+    stages: of groups of names, as `discover` found them. hidden: its items are the block's inputs, and `finish` puts
+    the outputs in their place. room: bytes that halted passes may hold in memory. shelf: where the rest goes; None: the
+    passes that have no room start anew.
     """
 
-    def __init__(self, skeleton: Skeleton, i: int, hidden, calls: list[Call], stages: list[list[list[str]]],
-                 modules: dict[str, tuple[Linear, torch.nn.Module]], *, room: float = 0, halted_bytes: float = 0, shelf: Shelf | None = None):
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        i: int,
+        hidden,
+        calls: list[Call],
+        stages: list[list[list[str]]],
+        modules: dict[str, tuple[Linear, torch.nn.Module]],
+        *,
+        room: float = 0,
+        halted_bytes: float = 0,
+        shelf: Shelf | None = None,
+    ):
         self._block = skeleton.blocks[i]
         self.skeleton, self.modules, self.stages, self.hidden = skeleton, modules, stages, hidden
         self._stage, self._taken = -1, False
@@ -265,16 +308,21 @@ class Walk:
             lasts = greenlet is not None and all(self._at_once)
             lasts = lasts and (held <= room or shelf is not None)
             room -= held if lasts and shelf is None else 0
-            self.passes.append(_Pass(lambda n=number, c=call: skeleton.run_block(i, hidden[n], c), lasts, shelf if lasts else None))
+            self.passes.append(
+                _Pass(lambda n=number, c=call: skeleton.run_block(i, hidden[n], c), lasts, shelf if lasts else None)
+            )
         self._room, self._shelf, self._before = room, shelf, shelf.end if shelf else 0
         self._now: _Pass | None = None
         self._experts = experts
-        self._hooks = [m.register_forward_pre_hook(lambda mod, args: self._arrive([(mod, lambda: args[0])]))
-                       for m in self._where if m not in inside]
+        self._hooks = [
+            m.register_forward_pre_hook(lambda mod, args: self._arrive([(mod, lambda: args[0])]))
+            for m in self._where
+            if m not in inside
+        ]
         for expert in experts:
             expert.before = self._arrive
 
-    def __enter__(self) -> "Walk":
+    def __enter__(self) -> Walk:
         return self
 
     def __exit__(self, *_) -> None:
@@ -306,14 +354,20 @@ class Walk:
             self._hessians[place].add(x())
 
     def _kept_by_modules(self) -> set[int]:
-        """Storages that outlive a pass because a module of the block keeps them: tables that it made for the lengths it met."""
-        kept = (value for module in self._block.modules() for value in (*vars(module).values(), *module._buffers.values()))
+        """Storages that outlive a pass because a module of the block keeps them: tables that it made for the lengths it
+        met.
+        """
+        kept = (
+            value for module in self._block.modules() for value in (*vars(module).values(), *module._buffers.values())
+        )
         return {tensor.untyped_storage()._cdata for tensor in _tensors(kept)}
 
     def hessians(self, stage: int) -> list[Hessian]:
         """The Hessians of the stage's groups, taken with everything before it as it stands now."""
         self._stage = stage
-        self._hessians = [Hessian(self.modules[group[0]][0].in_features, device=self.skeleton.device) for group in self.stages[stage]]
+        self._hessians = [
+            Hessian(self.modules[group[0]][0].in_features, device=self.skeleton.device) for group in self.stages[stage]
+        ]
         for one in self.passes:
             self._now = one
             if not one.lasts:

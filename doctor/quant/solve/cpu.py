@@ -1,8 +1,10 @@
-"""The native loops of cpu/solve.c: the grid search, GPTQ's loop over columns and its refinement, on CPU tensors in float32.
+"""The native loops of cpu/solve.c: the grid search, GPTQ's loop over columns and its refinement, on CPU tensors in
+float32.
 
 grid.py and gptq.py ask here first and go on in torch where the answer is None or False: no library, or another device.
 Rows are shared among as many threads as torch has; a row's result does not depend on how they are shared.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -13,24 +15,30 @@ import torch
 
 from doctor.scan import native
 
-BLOCK, _PANEL = 128, 4          # columns of a block and of a panel, BLOCK and COLUMNS of solve.c
-_WORK_OF_A_THREAD = 1 << 16     # weights below which a second thread costs more than it brings
+BLOCK, _PANEL = 128, 4  # columns of a block and of a panel, BLOCK and COLUMNS of solve.c
+_WORK_OF_A_THREAD = 1 << 16  # weights below which a second thread costs more than it brings
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class Rule(ctypes.Structure):
     """struct grid_rule of solve.c."""
 
-    _fields_ = [*((name, ctypes.c_float) for name in ("top", "half", "zero_min")),
-                *((name, ctypes.c_int32) for name in ("sym", "turn", "mse", "dtype", "ratios", "fine", "refits"))]
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("top", "half", "zero_min")),
+        *((name, ctypes.c_int32) for name in ("sym", "turn", "mse", "dtype", "ratios", "fine", "refits")),
+    ]
 
 
 def note(device: torch.device | str) -> str:
-    """One line for a run's notes where torch does the work of the native loops; empty where they run, or where the device is no CPU."""
+    """One line for a run's notes where torch does the work of the native loops; empty where they run, or where the
+    device is no CPU.
+    """
     if torch.device(device).type != "cpu" or native.level():
         return ""
-    return ("the native library is absent or turned off: grid searches and column loops run in torch, which gives the "
-            "same quality and takes two to four times as long a linear")
+    return (
+        "the native library is absent or turned off: grid searches and column loops run in torch, which gives the "
+        "same quality and takes two to four times as long a linear"
+    )
 
 
 def usable(*tensors: torch.Tensor) -> bool:
@@ -38,8 +46,9 @@ def usable(*tensors: torch.Tensor) -> bool:
     return native.level() is not None and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
 
 
-def fit(W: torch.Tensor, cost: torch.Tensor | None, width: int, rule: Rule, candidates: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor] | None:
+def fit(
+    W: torch.Tensor, cost: torch.Tensor | None, width: int, rule: Rule, candidates: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(scale f32[n, G], zero i32[n, G]) of finite W f32[n, k] in groups of `width`, or None.
 
     cost f32[k] or None; candidates f32[ratios + fine]. A scale past the stored dtype is Inf.
@@ -55,22 +64,43 @@ def fit(W: torch.Tensor, cost: torch.Tensor | None, width: int, rule: Rule, cand
 
     def part(begin: int, end: int) -> None:
         scratch = torch.empty(2 * (width + 32))
-        call(_at(W), _at(cost), _i64(k), _i64(width), _i64(begin), _i64(end), ctypes.byref(rule), _at(candidates), _at(scale),
-             _at(zero), _at(scratch))
+        call(
+            _at(W),
+            _at(cost),
+            _i64(k),
+            _i64(width),
+            _i64(begin),
+            _i64(end),
+            ctypes.byref(rule),
+            _at(candidates),
+            _at(scale),
+            _at(zero),
+            _at(scratch),
+        )
 
     _share(n, n * k, part)
     return scale, zero
 
 
-def round_columns(W: torch.Tensor, L: torch.Tensor, order: torch.Tensor, owner: torch.Tensor, extra: torch.Tensor, found: Rule,
-                  grid: tuple[torch.Tensor, torch.Tensor] | None, cost: torch.Tensor | None = None, width: int = 0,
-                  candidates: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """GPTQ of W f32[n, k], step p rounding column order[p] to the grid of group owner[p]: (codes u8[n, k], scale f32[n, G],
+def round_columns(
+    W: torch.Tensor,
+    L: torch.Tensor,
+    order: torch.Tensor,
+    owner: torch.Tensor,
+    extra: torch.Tensor,
+    found: Rule,
+    grid: tuple[torch.Tensor, torch.Tensor] | None,
+    cost: torch.Tensor | None = None,
+    width: int = 0,
+    candidates: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """GPTQ of W f32[n, k], step p rounding column order[p] to the grid of group owner[p]: (codes u8[n, k], scale f32[n,
+    G],
 
-    zero i32[n, G], loss f64[n], excess f64[n]). L f32[k, k] is hessian.reversed_factor of H in that order; loss is tr(e H e^T) of the damped
-    H by row, excess what the damping extra f32[k] of each step has in it. grid (scale, zero) fixed beforehand, or None: then groups are
-    runs of `width` steps, a multiple of 4 up to 128, fitted when their first step comes up, with cost f32[k] by step.
-    A scale past the stored dtype comes out as Inf.
+    zero i32[n, G], loss f64[n], excess f64[n]). L f32[k, k] is hessian.reversed_factor of H in that order; loss is tr(e
+    H e^T) of the damped H by row, excess what the damping extra f32[k] of each step has in it. grid (scale, zero) fixed
+    beforehand, or None: then groups are runs of `width` steps, a multiple of 4 up to 128, fitted when their first step
+    comes up, with cost f32[k] by step. A scale past the stored dtype comes out as Inf.
     """
     n, k = W.shape
     block = BLOCK if grid else width * (BLOCK // width)
@@ -79,16 +109,41 @@ def round_columns(W: torch.Tensor, L: torch.Tensor, order: torch.Tensor, owner: 
     groups = grid[0].shape[1] if grid else k // width
     scale, zero = grid or (torch.empty(n, groups), torch.empty(n, groups, dtype=torch.int32))
     codes = torch.empty(n, k, dtype=torch.uint8)
-    sums = _run("doctor_round_columns", W, order, owner, packed, extra, scale, zero, codes, found, block, 0 if grid else width, cost,
-                candidates)
+    sums = _run(
+        "doctor_round_columns",
+        W,
+        order,
+        owner,
+        packed,
+        extra,
+        scale,
+        zero,
+        codes,
+        found,
+        block,
+        0 if grid else width,
+        cost,
+        candidates,
+    )
     return codes, scale, zero, *sums
 
 
-def refine(W: torch.Tensor, H: torch.Tensor, order: torch.Tensor, owner: torch.Tensor, extra: torch.Tensor, found: Rule,
-           codes: torch.Tensor, grid: tuple[torch.Tensor, torch.Tensor], width: int = 0) -> tuple[torch.Tensor, ...]:
-    """One pass of coordinate descent under H f32[k, k] + diag(extra): (codes, scale, zero, change of the loss f64[n], excess f64[n]).
+def refine(
+    W: torch.Tensor,
+    H: torch.Tensor,
+    order: torch.Tensor,
+    owner: torch.Tensor,
+    extra: torch.Tensor,
+    found: Rule,
+    codes: torch.Tensor,
+    grid: tuple[torch.Tensor, torch.Tensor],
+    width: int = 0,
+) -> tuple[torch.Tensor, ...]:
+    """One pass of coordinate descent under H f32[k, k] + diag(extra): (codes, scale, zero, change of the loss f64[n],
+    excess f64[n]).
 
-    width: of the groups, runs in `order`, whose scale is fitted anew after its codes (a multiple of 4 up to 128); 0 leaves scales alone.
+    width: of the groups, runs in `order`, whose scale is fitted anew after its codes (a multiple of 4 up to 128); 0
+    leaves scales alone.
     """
     k = W.shape[1]
     block = width or BLOCK
@@ -114,19 +169,54 @@ def fits(width: int) -> bool:
 class _Columns(ctypes.Structure):
     """struct columns_of of solve.c."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("W", "order", "owner", "packed", "extra", "scale", "zero", "codes", "loss",
-                                                       "excess", "cost", "candidates")),
-                *((name, ctypes.c_int64) for name in ("n", "k", "groups", "block", "width"))]
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "W",
+                "order",
+                "owner",
+                "packed",
+                "extra",
+                "scale",
+                "zero",
+                "codes",
+                "loss",
+                "excess",
+                "cost",
+                "candidates",
+            )
+        ),
+        *((name, ctypes.c_int64) for name in ("n", "k", "groups", "block", "width")),
+    ]
 
 
 def _packed(k: int, block: int, height: Callable[[int], int]) -> torch.Tensor:
     ends = [min(k, begin + block) for begin in range(0, k, block)]
-    return torch.empty(sum(-(-(end - begin) // _PANEL) * _PANEL * height(end) for begin, end in zip(range(0, k, block), ends, strict=True)))
+    return torch.empty(
+        sum(
+            -(-(end - begin) // _PANEL) * _PANEL * height(end)
+            for begin, end in zip(range(0, k, block), ends, strict=True)
+        )
+    )
 
 
-def _run(name: str, W: torch.Tensor, order: torch.Tensor, owner: torch.Tensor, packed: torch.Tensor, extra: torch.Tensor,
-         scale: torch.Tensor, zero: torch.Tensor, codes: torch.Tensor, found: Rule, block: int, width: int,
-         cost: torch.Tensor | None = None, candidates: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(
+    name: str,
+    W: torch.Tensor,
+    order: torch.Tensor,
+    owner: torch.Tensor,
+    packed: torch.Tensor,
+    extra: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    codes: torch.Tensor,
+    found: Rule,
+    block: int,
+    width: int,
+    cost: torch.Tensor | None = None,
+    candidates: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     n, k = W.shape
     groups = scale.shape[1]
     sums = torch.zeros(2, n, dtype=torch.float64)
@@ -143,8 +233,18 @@ def _run(name: str, W: torch.Tensor, order: torch.Tensor, owner: torch.Tensor, p
     return sums[0], sums[1]
 
 
-def rule(bits: int, sym: bool, *, turn: bool, mse: bool, zero_min: int, dtype: torch.dtype, ratios: int, fine: int, refits: int
-         ) -> Rule:
+def rule(
+    bits: int,
+    sym: bool,
+    *,
+    turn: bool,
+    mse: bool,
+    zero_min: int,
+    dtype: torch.dtype,
+    ratios: int,
+    fine: int,
+    refits: int,
+) -> Rule:
     """The arguments of grid.fit as solve.c takes them."""
     return Rule(2**bits - 1, 2 ** (bits - 1), zero_min, sym, turn, mse, _DTYPES[dtype], ratios, fine, refits)
 

@@ -12,6 +12,7 @@ its sign (llama.cpp's Q4_0 has always stored it so).
 
 Sources: Frantar et al. 2022 (arXiv 2210.17323) §3; IST-DASLab/gptq quant.py (min-max and shrinking search).
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -28,7 +29,7 @@ BITS = (2, 3, 4, 8)
 _RATIOS = tuple(1.10 - 0.035 * step for step in range(20))
 _FINE = (-0.020, -0.010, 0.010, 0.020)
 _REFITS = 2
-_CHUNK_CPU = 1 << 18        # weights at a time: four float32 temporaries of 1 MiB stay in the cache of a core
+_CHUNK_CPU = 1 << 18  # weights at a time: four float32 temporaries of 1 MiB stay in the cache of a core
 _CHUNK_DEVICE = 1 << 25
 
 
@@ -44,8 +45,10 @@ def group_width(k: int, group_size: int) -> int:
     """Columns in a group: group_size, or k for -1. NotQuantizable where groups do not divide k."""
     width = k if group_size == -1 else group_size
     if width < 1 or k % width:
-        raise NotQuantizable(f"in_features {k} is not a multiple of group_size {group_size}: every group needs the "
-                             "same width.", f"Pad in_features, or choose a group_size that divides {k}.")
+        raise NotQuantizable(
+            f"in_features {k} is not a multiple of group_size {group_size}: every group needs the same width.",
+            f"Pad in_features, or choose a group_size that divides {k}.",
+        )
     return width
 
 
@@ -54,9 +57,18 @@ def contiguous_groups(k: int, group_size: int, device: torch.device | str = "cpu
     return (torch.arange(k, device=device) // group_width(k, group_size)).to(torch.int32)
 
 
-def fit(W: torch.Tensor, bits: int, group_size: int, sym: bool, *, mse: bool = False,
-        weight: torch.Tensor | None = None, signed: bool = False, zero_min: int = 0,
-        scale_dtype: torch.dtype = torch.float16) -> Grid:
+def fit(
+    W: torch.Tensor,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    *,
+    mse: bool = False,
+    weight: torch.Tensor | None = None,
+    signed: bool = False,
+    zero_min: int = 0,
+    scale_dtype: torch.dtype = torch.float16,
+) -> Grid:
     """Grid of every group of W[n, k].
 
     mse: choose scale (and, asymmetric, zero) by the least sum of weight[j] * (W[:, j] - grid)^2 over each group,
@@ -77,36 +89,62 @@ def fit(W: torch.Tensor, bits: int, group_size: int, sym: bool, *, mse: bool = F
         from doctor.quant.solve import kernels
 
         if kernels.available(W.device) is None:
-            made = kernels.fit(W, bits, group_size, sym, mse=mse, weight=weight, signed=signed, zero_min=zero_min,
-                               scale_dtype=scale_dtype)
-            if torch.isfinite(made.scale).all():    # else the code below names the scale that is not
+            made = kernels.fit(
+                W,
+                bits,
+                group_size,
+                sym,
+                mse=mse,
+                weight=weight,
+                signed=signed,
+                zero_min=zero_min,
+                scale_dtype=scale_dtype,
+            )
+            if torch.isfinite(made.scale).all():  # else the code below names the scale that is not
                 return made
     grouped = W.to(torch.float32).reshape(n, k // width, width)
     cost = None if weight is None else weight.to(W.device, torch.float32).reshape(1, k // width, width)
-    found = cpu.fit(grouped.reshape(n, k), None if cost is None else cost.reshape(k), width,
-                       *native_rule(bits, sym, mse=mse, signed=signed, zero_min=zero_min, scale_dtype=scale_dtype))
-    if found is not None and torch.isfinite(found[0]).all():    # where it is not, the code below names the scale
+    found = cpu.fit(
+        grouped.reshape(n, k),
+        None if cost is None else cost.reshape(k),
+        width,
+        *native_rule(bits, sym, mse=mse, signed=signed, zero_min=zero_min, scale_dtype=scale_dtype),
+    )
+    if found is not None and torch.isfinite(found[0]).all():  # where it is not, the code below names the scale
         return Grid(*found)
     scale = torch.empty(n, k // width, device=W.device)
     zero = torch.empty(n, k // width, device=W.device, dtype=torch.int32)
     rows = max(1, (_CHUNK_CPU if W.device.type == "cpu" else _CHUNK_DEVICE) // k)
     for first in range(0, n, rows):
-        part = grouped[first:first + rows]
+        part = grouped[first : first + rows]
         turn = _turn(part) if sym and mse and signed else None
         part = part if turn is None else part * turn
         found = _minmax(part, bits, sym, zero_min, scale_dtype)
         if mse:
             found = _search(part, cost, found, bits, sym, zero_min, scale_dtype)
-        scale[first:first + rows] = (found[0] if turn is None else found[0] * turn)[..., 0]
-        zero[first:first + rows] = found[1][..., 0].to(torch.int32)
+        scale[first : first + rows] = (found[0] if turn is None else found[0] * turn)[..., 0]
+        zero[first : first + rows] = found[1][..., 0].to(torch.int32)
     return Grid(scale, zero)
 
 
-def native_rule(bits: int, sym: bool, *, mse: bool, signed: bool, zero_min: int, scale_dtype: torch.dtype
-                ) -> tuple[cpu.Rule, torch.Tensor]:
+def native_rule(
+    bits: int, sym: bool, *, mse: bool, signed: bool, zero_min: int, scale_dtype: torch.dtype
+) -> tuple[cpu.Rule, torch.Tensor]:
     """The arguments of `fit` as the native loops take them: (rule, candidates f32[ratios + fine])."""
-    return (cpu.rule(bits, sym, turn=signed, mse=mse, zero_min=zero_min, dtype=scale_dtype, ratios=len(_RATIOS), fine=len(_FINE),
-                        refits=_REFITS), torch.tensor([*_RATIOS, *_FINE]))
+    return (
+        cpu.rule(
+            bits,
+            sym,
+            turn=signed,
+            mse=mse,
+            zero_min=zero_min,
+            dtype=scale_dtype,
+            ratios=len(_RATIOS),
+            fine=len(_FINE),
+            refits=_REFITS,
+        ),
+        torch.tensor([*_RATIOS, *_FINE]),
+    )
 
 
 def require_finite(W: torch.Tensor) -> None:
@@ -114,8 +152,11 @@ def require_finite(W: torch.Tensor) -> None:
     if not all_finite(W):
         bad = ~torch.isfinite(W)
         row, column = divmod(int(bad.flatten().to(torch.uint8).argmax()), W.shape[1])
-        raise NotQuantizable(f"W[{row}, {column}] is {W[row, column].item()} ({int(bad.sum())} non-finite values): "
-                             "a scale needs finite values.", "Run `doctor check`: it lists every such tensor.")
+        raise NotQuantizable(
+            f"W[{row}, {column}] is {W[row, column].item()} ({int(bad.sum())} non-finite values): "
+            "a scale needs finite values.",
+            "Run `doctor check`: it lists every such tensor.",
+        )
 
 
 def quantize(W: torch.Tensor, grid: Grid, bits: int, g_idx: torch.Tensor | None = None) -> torch.Tensor:
@@ -141,9 +182,11 @@ def store_scale(scale: torch.Tensor, dtype: torch.dtype = torch.float16) -> torc
     """
     stored = scale.to(dtype).to(torch.float32)
     if not torch.isfinite(stored).all():
-        raise NotQuantizable(f"a group needs the scale {scale.max().item():.6g}, and {str(dtype)[6:]} ends at "
-                             f"{torch.finfo(dtype).max:.6g}: the scale would be stored as Inf.",
-                             "Run `doctor check` for the tensor's outliers, or keep this linear in 16 bits.")
+        raise NotQuantizable(
+            f"a group needs the scale {scale.max().item():.6g}, and {str(dtype)[6:]} ends at "
+            f"{torch.finfo(dtype).max:.6g}: the scale would be stored as Inf.",
+            "Run `doctor check` for the tensor's outliers, or keep this linear in 16 bits.",
+        )
     return stored.clamp_min_(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
 
 
@@ -160,10 +203,11 @@ def _turn(part: torch.Tensor) -> torch.Tensor:
     return torch.where(part.amax(-1, keepdim=True) > -part.amin(-1, keepdim=True), -1.0, 1.0)
 
 
-def _minmax(part: torch.Tensor, bits: int, sym: bool, zero_min: int, dtype: torch.dtype
-            ) -> tuple[torch.Tensor, torch.Tensor]:
+def _minmax(
+    part: torch.Tensor, bits: int, sym: bool, zero_min: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """scale f32[r, G, 1] and zero f32[r, G, 1] that span part f32[r, G, g]."""
-    top, half = 2**bits - 1, float(2**(bits - 1))
+    top, half = 2**bits - 1, float(2 ** (bits - 1))
     if sym:
         span = part.abs().amax(-1, keepdim=True)
         scale = span / (half - 0.5)
@@ -178,8 +222,15 @@ def _minmax(part: torch.Tensor, bits: int, sym: bool, zero_min: int, dtype: torc
     return scale, torch.where(span > 0, zero, torch.full_like(zero, half))
 
 
-def _search(part: torch.Tensor, cost: torch.Tensor | None, start: tuple[torch.Tensor, torch.Tensor], bits: int,
-            sym: bool, zero_min: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _search(
+    part: torch.Tensor,
+    cost: torch.Tensor | None,
+    start: tuple[torch.Tensor, torch.Tensor],
+    bits: int,
+    sym: bool,
+    zero_min: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Least weighted squared error over shrink factors, then zero points, then a least-squares refit of the scale.
 
     Every candidate is rounded to the stored dtype first, so the error that is compared is the error that is kept.
@@ -212,8 +263,9 @@ def _search(part: torch.Tensor, cost: torch.Tensor | None, start: tuple[torch.Te
     return torch.where(live, best[0], first), torch.where(live, best[1], zero)
 
 
-def _error(part: torch.Tensor, cost: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor, top: int
-           ) -> torch.Tensor:
+def _error(
+    part: torch.Tensor, cost: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor, top: int
+) -> torch.Tensor:
     """Weighted squared rounding error f32[r, G, 1]."""
     off = (part / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale).sub_(part).square_()
     return (off if cost is None else off.mul_(cost)).sum(-1, keepdim=True)

@@ -11,21 +11,22 @@ LAPACK with info = 0.
 
 Sources: Frantar et al. 2022 (arXiv 2210.17323); Higham, Accuracy and Stability of Numerical Algorithms, thm 10.7.
 """
+
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
 from scipy.linalg.blas import dsyrk, ssyrk
 from scipy.linalg.lapack import dpotrf, dtrtri, spotrf, strtri
 
-from doctor.quant.solve import cpu
 from doctor.core.recipe import DAMP
+from doctor.quant.solve import cpu
 
 # A damp of 2e-7 to 6e-7 of lambda_max / mean diag(H) was the least that passed in float32, for widths 512 to 4096 and a
 # dominant direction (lambda_max about k times the mean). The upper edge, so that below it a failure is no surprise.
@@ -33,14 +34,16 @@ FLOAT32_DAMP_PER_LAMBDA = 6e-7
 # Rungs between damp and damp_max. Past 0.1 the result leans to RTN, so the eigenvalue repair comes first.
 DAMP_RUNGS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 GENTLE_DAMP = 0.1
-EIGEN_LIMIT = 8192      # eigh in float64 takes minutes above, on a CPU
+EIGEN_LIMIT = 8192  # eigh in float64 takes minutes above, on a CPU
 _ROWS_AT_A_TIME = 8192
-_PANEL = 256              # rows of H that are worked on at a time where a second H would be held else
+_PANEL = 256  # rows of H that are worked on at a time where a second H would be held else
 
 
 @dataclass(frozen=True)
 class NonFinite:
-    """The first non-finite calibration value: its row counted from the first batch, its channel, and how many there are."""
+    """The first non-finite calibration value: its row counted from the first batch, its channel, and how many there
+    are.
+    """
 
     row: int
     channel: int
@@ -53,13 +56,13 @@ class Spectrum:
 
     columns: int
     rows: int
-    dead: int                # columns with diag(H) = 0: never active in calibration
-    rank_bound: int          # min(rows, live columns)
-    mean_diag: float         # over live columns
+    dead: int  # columns with diag(H) = 0: never active in calibration
+    rank_bound: int  # min(rows, live columns)
+    mean_diag: float  # over live columns
     max_diag: float
-    lambda_max: float        # by power iteration: a lower bound, within a percent where one direction dominates
-    damp_needed: float       # least damp expected to pass in float32; an upper edge
-    condition: float         # (lambda_max + damp * mean_diag) / (lambda_min + damp * mean_diag), lambda_min taken as 0
+    lambda_max: float  # by power iteration: a lower bound, within a percent where one direction dominates
+    damp_needed: float  # least damp expected to pass in float32; an upper edge
+    condition: float  # (lambda_max + damp * mean_diag) / (lambda_min + damp * mean_diag), lambda_min taken as 0
     finite: bool
 
     @property
@@ -73,7 +76,7 @@ class Attempt:
     """One try to factor H. outcome: ok, not-positive (info is the order of the minor) or non-finite."""
 
     damp: float
-    precision: str           # float32, float64, eigen
+    precision: str  # float32, float64, eigen
     outcome: str
     info: int = 0
 
@@ -110,8 +113,8 @@ class Hessian:
                     continue
                 part = part.to(self._sum.dtype)
                 if self._syrk:
-                    # Transposed views are in Fortran's order, so nothing is copied and the lower half of _sum is written. Not part.numpy(),
-                    # which would keep a halted pass from putting it away (shelf.py).
+                    # Transposed views are in Fortran's order, so nothing is copied and the lower half of _sum is
+                    # written. Not part.numpy(), which would keep a halted pass from putting it away (shelf.py).
                     self._syrk(1.0, np.from_dlpack(part.contiguous()).T, beta=1.0, c=self._sum.numpy().T, overwrite_c=1)
                 else:
                     self._sum.addmm_(part.T, part)
@@ -136,7 +139,9 @@ class Hessian:
 
     @property
     def nonfinite(self) -> NonFinite | None:
-        """The first value that is not finite. On a device this waits for the batches so far, which adding them does not."""
+        """The first value that is not finite. On a device this waits for the batches so far, which adding them does
+        not.
+        """
         if self._scan is not None and self._scan.numel:
             found = self._scan.read()
             count = found["n_nan"] + found["n_inf"]
@@ -169,21 +174,25 @@ def _scan_on(device: torch.device):
     return kernels.Scan(device) if kernels.available(device) is None else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def mixed_products(device: torch.device) -> bool:
-    """Whether this torch multiplies 16-bit floats to float32 on the device: exact products, float32 sums, ten times the speed."""
+    """Whether this torch multiplies 16-bit floats to float32 on the device: exact products, float32 sums, ten times the
+    speed.
+    """
     if device.type != "cuda":
         return False
     one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     try:
         return bool((torch.mm(one, one, out_dtype=torch.float32) == 16).all())
-    except (TypeError, RuntimeError):   # torch before 2.8 does not know the argument
+    except (TypeError, RuntimeError):  # torch before 2.8 does not know the argument
         return False
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """float32 products in float32: TF32 in a product that feeds H or the error feedback costs what calibration gains."""
+    """float32 products in float32: TF32 in a product that feeds H or the error feedback costs what calibration
+    gains.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -217,8 +226,18 @@ def spectrum(H: torch.Tensor, rows: int, damp: float = DAMP) -> Spectrum:
     mean, largest = live_mean(H), power_iteration(H)
     ratio = largest / mean if mean > 0 else math.nan
     floor = damp * mean
-    return Spectrum(columns, rows, dead, min(rows, columns - dead), mean, float(H.diagonal().max()), largest,
-                    FLOAT32_DAMP_PER_LAMBDA * ratio, (largest + floor) / floor if floor > 0 else math.inf, True)
+    return Spectrum(
+        columns,
+        rows,
+        dead,
+        min(rows, columns - dead),
+        mean,
+        float(H.diagonal().max()),
+        largest,
+        FLOAT32_DAMP_PER_LAMBDA * ratio,
+        (largest + floor) / floor if floor > 0 else math.inf,
+        True,
+    )
 
 
 def power_iteration(H: torch.Tensor, steps: int = 20) -> float:
@@ -239,7 +258,8 @@ def power_iteration(H: torch.Tensor, steps: int = 20) -> float:
 
 
 def factorise(H: torch.Tensor, damp: float, mean: float | None = None) -> tuple[torch.Tensor | None, int]:
-    """(U, info): U upper triangular with (H + damp * mean * I)^-1 = U^T U, and why there is none, as in reversed_factor.
+    """(U, info): U upper triangular with (H + damp * mean * I)^-1 = U^T U, and why there is none, as in
+    reversed_factor.
 
     One factorization instead of three: with J the reversal of order, J H J = L L^T gives U = J L^-1 J, so there is one
     place that can fail, and 2/3 k^3 operations instead of 4/3.
@@ -254,9 +274,11 @@ def factorise(H: torch.Tensor, damp: float, mean: float | None = None) -> tuple[
     return (U, 0) if all_finite(U) else (None, -1)
 
 
-def reversed_factor(H: torch.Tensor, damp: float, mean: float | None = None, order: torch.Tensor | None = None
-                    ) -> tuple[torch.Tensor | None, int]:
-    """(L, info): L lower triangular with L L^T = H + damp * mean * I in reversed `order` (i64[k]; None: as it is), and why there is none.
+def reversed_factor(
+    H: torch.Tensor, damp: float, mean: float | None = None, order: torch.Tensor | None = None
+) -> tuple[torch.Tensor | None, int]:
+    """(L, info): L lower triangular with L L^T = H + damp * mean * I in reversed `order` (i64[k]; None: as it is), and
+    why there is none.
 
     H [k, k] in float32 or float64, which is the precision of the work; mean is the mean diagonal that damp is a share
     of (default: over live columns). Dead columns stand in with the mean, which decouples them from the others.
@@ -317,15 +339,20 @@ def _inverse_of_triangle(L: torch.Tensor) -> tuple[torch.Tensor | None, int]:
     return torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False), 0
 
 
-def factorise_with_escalation(H: torch.Tensor, damp: float, damp_max: float, mean: float | None = None,
-                              factor: Callable[..., tuple[torch.Tensor | None, int]] = factorise
-                              ) -> tuple[torch.Tensor | None, list[Attempt]]:
-    """(the factor in the dtype of H, attempts): the first that succeeds of factor(H, damp, mean), and every try before it as data.
+def factorise_with_escalation(
+    H: torch.Tensor,
+    damp: float,
+    damp_max: float,
+    mean: float | None = None,
+    factor: Callable[..., tuple[torch.Tensor | None, int]] = factorise,
+) -> tuple[torch.Tensor | None, list[Attempt]]:
+    """(the factor in the dtype of H, attempts): the first that succeeds of factor(H, damp, mean), and every try before
+    it as data.
 
     In order of what each costs in quality: float32 at damp; float64 at damp (same problem, more digits); more damping
     up to 0.1, each rung no higher than damp_max; eigenvalues of H clamped from below at damp; more damping up to
-    damp_max. The factor is None when all failed: the caller quantizes without feedback (RTN) and says so. A non-finite H ends
-    the ladder at its first rung, since no damping makes NaN finite.
+    damp_max. The factor is None when all failed: the caller quantizes without feedback (RTN) and says so. A non-finite
+    H ends the ladder at its first rung, since no damping makes NaN finite.
     """
     attempts: list[Attempt] = []
     mean = live_mean(H) if mean is None else mean

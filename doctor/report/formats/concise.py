@@ -15,10 +15,15 @@ def render(reports: list[Report]) -> str:
 def lines(report: Report) -> list[str]:
     found = presentation.groups(report)
     out = [_line(report, g) for root in found for g in (root, *root.effects)]
-    out += [f"☠ {r.rule.code} crashed: {safe(r.crashed)}; this is a defect of doctor, please report it" for r in report.crashed]
+    out += [
+        f"☠ {r.rule.code} crashed: {safe(r.crashed)}; this is a defect of doctor, please report it"
+        for r in report.crashed
+    ]
     facts = presentation.run_facts(report).replace(" · ", ", ").replace(" run", " run", 1)
     if found:
-        out.append(f"Found {presentation.tally(found)} in {_looked_at(report)} for {presentation.plan_label(report)} ({facts})")
+        out.append(
+            f"Found {presentation.tally(found)} in {_looked_at(report)} for {presentation.plan_label(report)} ({facts})"
+        )
         out += _cures(found)
     else:
         mark, sentence = presentation.verdict(report)
@@ -37,7 +42,11 @@ def _line(report: Report, group: Group) -> str:
     index = f" at [{', '.join(map(str, where.index))}]" if where.index is not None else ""
     more = ""
     if len(group.all) > 1:
-        more = f" ({len(group.all)} tensors)" if group.folds_into_message else f" (and {len(group.all) - 1} more: {group.names})"
+        more = (
+            f" ({len(group.all)} tensors)"
+            if group.folds_into_message
+            else f" (and {len(group.all) - 1} more: {group.names})"
+        )
     state = " (new)" if group.first.baseline_state == "new" else ""
     because = f" (because of {group.first.consequence_of})" if group.first.consequence_of else ""
     return f"{safe(presentation.path_of(report, where.file))}{presentation.spot(where)}: {group.code} {_MARK.get(group.safety, '')}{group.message}{index}{more}{because}{state}"

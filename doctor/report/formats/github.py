@@ -21,12 +21,14 @@ def render(reports: list[Report]) -> str:
         shown = here if len(here) <= MOST else here[: MOST - 1]
         lines += [_annotation(command, report, group) for report, group in shown]
         if len(here) > len(shown):
-            left = ", ".join(dict.fromkeys(g.code for _, g in here[len(shown):]))
+            left = ", ".join(dict.fromkeys(g.code for _, g in here[len(shown) :]))
             lines.append(f"::{command} title=doctor::{len(here) - len(shown)} more are not shown here: {left}")
     for report in reports:
         lines += [f"::error title={run.rule.code} crashed::{_value(run.crashed)}" for run in report.crashed]
         mark, sentence = presentation.verdict(report)
-        lines.append(f"{presentation.MARKS[mark]} {presentation.safe(report.checkpoint)}: {sentence} ({presentation.tally(presentation.groups(report))}; {presentation.run_facts(report)})")
+        lines.append(
+            f"{presentation.MARKS[mark]} {presentation.safe(report.checkpoint)}: {sentence} ({presentation.tally(presentation.groups(report))}; {presentation.run_facts(report)})"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -34,7 +36,10 @@ def _annotation(command: str, report: Report, group: Group) -> str:
     file, line, column = presentation.anchor(group.first)
     path = presentation.path_of(report, file)
     more = "" if group.folds_into_message else f"\n{len(group.all)} alike: {group.names}"
-    cures = "".join(f"\n{label}: {text}" for label, text in presentation.cures(group, presentation.page_rule(report, group.code), report))
+    cures = "".join(
+        f"\n{label}: {text}"
+        for label, text in presentation.cures(group, presentation.page_rule(report, group.code), report)
+    )
     spot = f"file={_property(path)},line={line},col={column}"
     return f"::{command} title={_property(group.code + ' ' + group.first.name)},{spot}::{_value(group.message + more + cures)}"
 

@@ -18,9 +18,18 @@ def render(reports: list[Report]) -> str:
             for group in (top, *top.effects):
                 file, line, _ = presentation.anchor(group.first)
                 more = "" if group.folds_into_message else f" (and {len(group.all) - 1} more: {group.names})"
-                rows.append({
-                    "description": group.message + more, "check_name": f"{group.code} {group.first.name}",
-                    "fingerprint": hashlib.sha256(f"{root}:{presentation.fingerprint(group.first)}".encode("utf-8", "backslashreplace")).hexdigest()[:40],
-                    "severity": _SEVERITY[group.first.severity],
-                    "location": {"path": presentation.safe(presentation.path_of(report, file)), "lines": {"begin": line}}})
+                rows.append(
+                    {
+                        "description": group.message + more,
+                        "check_name": f"{group.code} {group.first.name}",
+                        "fingerprint": hashlib.sha256(
+                            f"{root}:{presentation.fingerprint(group.first)}".encode("utf-8", "backslashreplace")
+                        ).hexdigest()[:40],
+                        "severity": _SEVERITY[group.first.severity],
+                        "location": {
+                            "path": presentation.safe(presentation.path_of(report, file)),
+                            "lines": {"begin": line},
+                        },
+                    }
+                )
     return json.dumps(rows, indent=1, ensure_ascii=True) + "\n"

@@ -1,7 +1,8 @@
 """The report as data: schema `doctor.report/1` (schema.json beside this file). Every other format can be made from it.
 
-`from_dict(to_dict(r))` gives the same report again, but for rule functions, which are not data, and for what JSON cannot
-hold: NaN and infinities become the strings "NaN", "Infinity", "-Infinity", since a document with bare NaN is not JSON.
+`from_dict(to_dict(r))` gives the same report again, but for rule functions, which are not data, and for what JSON
+cannot hold: NaN and infinities become the strings "NaN", "Infinity", "-Infinity", since a document with bare NaN is not
+JSON.
 """
 
 import dataclasses
@@ -10,10 +11,10 @@ import math
 from typing import get_args
 
 from doctor import __version__
-from doctor.edits import kinds
-from doctor.lint.engine import Report, RuleRun
 from doctor.core.errors import DoctorError
 from doctor.core.recipe import Recipe
+from doctor.edits import kinds
+from doctor.lint.engine import Report, RuleRun
 from doctor.lint.rule import Finding, Fix, Place, Rule, write_page
 
 SCHEMA = "doctor.report/1"
@@ -24,14 +25,22 @@ def render(reports: list[Report]) -> str:
     """One document: the report, or an object with `reports` where several checkpoints were checked."""
     if len(reports) == 1:
         return dumps(to_dict(reports[0]))
-    return dumps({"schema": SCHEMA, "ok": all(r.ok and not r.crashed for r in reports), "reports": [to_dict(r) for r in reports]})
+    return dumps(
+        {"schema": SCHEMA, "ok": all(r.ok and not r.crashed for r in reports), "reports": [to_dict(r) for r in reports]}
+    )
 
 
 def failure(error: Exception) -> str:
     """The document of a run that could not do its work."""
     message = getattr(error, "message", "") or str(error)
-    return dumps({"schema": SCHEMA, "ok": False, "version": __version__,
-                  "error": {"type": type(error).__name__, "message": message, "hint": getattr(error, "hint", "") or ""}})
+    return dumps(
+        {
+            "schema": SCHEMA,
+            "ok": False,
+            "version": __version__,
+            "error": {"type": type(error).__name__, "message": message, "hint": getattr(error, "hint", "") or ""},
+        }
+    )
 
 
 def dumps(document: dict) -> str:
@@ -59,23 +68,44 @@ def plain(value: object) -> object:
 def to_dict(report: Report) -> dict:
     """The report as plain data, by schema.json."""
     found = {f.code for f in (*report.findings, *report.suppressed, *report.gone)}
-    return plain({
-        "schema": SCHEMA, "ok": report.ok and not report.crashed, "version": report.version, "checkpoint": report.checkpoint,
-        "plan": report.recipe.label(), "recipe": report.recipe, "fail_on": report.fail_on, "summary": report.summary,
-        "counts": {s: report.count(s) for s in ("error", "warning", "info")},
-        "findings": [_finding(f) for f in report.findings], "suppressed": [_finding(f) for f in report.suppressed],
-        "baseline": report.baseline, "gone": [_finding(f) for f in report.gone],
-        "rules": [_run(r, r.rule.code in found) for r in report.runs],
-        "skipped_tensors": report.skipped_tensors, "bytes_read": report.bytes_read, "seconds": round(report.seconds, 4),
-        "linears": report.linears, "extra": report.extra,
-    })
+    return plain(
+        {
+            "schema": SCHEMA,
+            "ok": report.ok and not report.crashed,
+            "version": report.version,
+            "checkpoint": report.checkpoint,
+            "plan": report.recipe.label(),
+            "recipe": report.recipe,
+            "fail_on": report.fail_on,
+            "summary": report.summary,
+            "counts": {s: report.count(s) for s in ("error", "warning", "info")},
+            "findings": [_finding(f) for f in report.findings],
+            "suppressed": [_finding(f) for f in report.suppressed],
+            "baseline": report.baseline,
+            "gone": [_finding(f) for f in report.gone],
+            "rules": [_run(r, r.rule.code in found) for r in report.runs],
+            "skipped_tensors": report.skipped_tensors,
+            "bytes_read": report.bytes_read,
+            "seconds": round(report.seconds, 4),
+            "linears": report.linears,
+            "extra": report.extra,
+        }
+    )
 
 
 def _finding(item: Finding) -> dict:
     data = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
-    data["fix"] = None if item.fix is None else {
-        "title": item.fix.title, "safety": item.fix.safety, "by_name": item.fix.by_name, "needs": item.fix.needs,
-        "edits": [_edit(e) for e in item.fix.edits]}
+    data["fix"] = (
+        None
+        if item.fix is None
+        else {
+            "title": item.fix.title,
+            "safety": item.fix.safety,
+            "by_name": item.fix.by_name,
+            "needs": item.fix.needs,
+            "edits": [_edit(e) for e in item.fix.edits],
+        }
+    )
     return data
 
 
@@ -87,9 +117,23 @@ def _edit(edit) -> dict:
 
 def _run(run: RuleRun, with_page: bool) -> dict:
     r = run.rule
-    data = {"code": r.code, "name": r.name, "title": r.title, "severity": r.severity, "certainty": r.certainty, "scope": r.scope,
-            "stage": r.stage, "needs": r.needs, "implied_by": r.implied_by, "module": r.module, "status": run.status, "judged": run.judged,
-            "seconds": round(run.seconds, 6), "reasons": run.reasons, "crashed": run.crashed}
+    data = {
+        "code": r.code,
+        "name": r.name,
+        "title": r.title,
+        "severity": r.severity,
+        "certainty": r.certainty,
+        "scope": r.scope,
+        "stage": r.stage,
+        "needs": r.needs,
+        "implied_by": r.implied_by,
+        "module": r.module,
+        "status": run.status,
+        "judged": run.judged,
+        "seconds": round(run.seconds, 6),
+        "reasons": run.reasons,
+        "crashed": run.crashed,
+    }
     if with_page:
         data |= {"page": r.sections, "seen_as": [{"tool": s.tool, "text": s.text} for s in r.seen_as]}
     return data
@@ -97,24 +141,47 @@ def _run(run: RuleRun, with_page: bool) -> dict:
 
 def from_dict(document: dict) -> Report:
     """The report of a document by schema.json. Raises DoctorError for what is none."""
-    if isinstance(document, dict) and (str(document.get("schema", "")).startswith("doctor.receipt/") or "outcomes" in document):
-        raise DoctorError("this is a receipt: it says how a directory was made, and holds no findings.",
-                          "`doctor check DIR -f html:report.html` reports on the directory, its receipt included.")
+    if isinstance(document, dict) and (
+        str(document.get("schema", "")).startswith("doctor.receipt/") or "outcomes" in document
+    ):
+        raise DoctorError(
+            "this is a receipt: it says how a directory was made, and holds no findings.",
+            "`doctor check DIR -f html:report.html` reports on the directory, its receipt included.",
+        )
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise DoctorError(f"not a report: the schema must be {SCHEMA!r}.", "Make one with `doctor check CHECKPOINT -f json:doctor.json`.")
+        raise DoctorError(
+            f"not a report: the schema must be {SCHEMA!r}.",
+            "Make one with `doctor check CHECKPOINT -f json:doctor.json`.",
+        )
     if "error" in document:
-        raise DoctorError(f"this report holds only an error: {document['error'].get('message', '')}", "Run the check again.")
+        raise DoctorError(
+            f"this report holds only an error: {document['error'].get('message', '')}", "Run the check again."
+        )
     try:
-        recipe = Recipe(**{**document["recipe"], **{k: tuple(document["recipe"].get(k, ())) for k in ("keep", "bits_for")}})
+        recipe = Recipe(
+            **{**document["recipe"], **{k: tuple(document["recipe"].get(k, ())) for k in ("keep", "bits_for")}}
+        )
         return Report(
-            checkpoint=document["checkpoint"], recipe=recipe, findings=[_read_finding(f) for f in document["findings"]],
-            runs=[_read_run(r) for r in document["rules"]], summary=document["summary"], skipped_tensors=document["skipped_tensors"],
-            bytes_read=document["bytes_read"], seconds=document["seconds"], fail_on=document["fail_on"], version=document["version"],
-            linears=document["linears"], extra=document["extra"],
-            suppressed=[_read_finding(f) for f in document["suppressed"]], baseline=document["baseline"],
-            gone=[_read_finding(f) for f in document["gone"]])
+            checkpoint=document["checkpoint"],
+            recipe=recipe,
+            findings=[_read_finding(f) for f in document["findings"]],
+            runs=[_read_run(r) for r in document["rules"]],
+            summary=document["summary"],
+            skipped_tensors=document["skipped_tensors"],
+            bytes_read=document["bytes_read"],
+            seconds=document["seconds"],
+            fail_on=document["fail_on"],
+            version=document["version"],
+            linears=document["linears"],
+            extra=document["extra"],
+            suppressed=[_read_finding(f) for f in document["suppressed"]],
+            baseline=document["baseline"],
+            gone=[_read_finding(f) for f in document["gone"]],
+        )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DoctorError(f"the report is damaged: {type(error).__name__}: {error}.", "Make it again with `doctor check`.") from None
+        raise DoctorError(
+            f"the report is damaged: {type(error).__name__}: {error}.", "Make it again with `doctor check`."
+        ) from None
 
 
 def read(text: str) -> list[Report]:
@@ -122,7 +189,9 @@ def read(text: str) -> list[Report]:
     try:
         document = json.loads(text)
     except ValueError as error:
-        raise DoctorError(f"not JSON: {error}.", "Make a report with `doctor check CHECKPOINT -f json:doctor.json`.") from None
+        raise DoctorError(
+            f"not JSON: {error}.", "Make a report with `doctor check CHECKPOINT -f json:doctor.json`."
+        ) from None
     if isinstance(document, dict) and document.get("schema") == SCHEMA and isinstance(document.get("reports"), list):
         return [from_dict(d) for d in document["reports"]]
     return [from_dict(document)]
@@ -133,8 +202,12 @@ def _read_finding(data: dict) -> Finding:
     place = Place(**{**where, "index": _tuple(where["index"]), "frame": tuple((n, t) for n, t in where["frame"])})
     fix = data["fix"]
     if fix is not None:
-        fix = Fix(fix["title"], tuple(_read_edit(e) for e in fix["edits"]), fix["safety"], fix["by_name"], tuple(fix["needs"]))
-    return Finding(**{**data, "where": place, "fix": fix, "facts_table": tuple(tuple(row) for row in data["facts_table"])})
+        fix = Fix(
+            fix["title"], tuple(_read_edit(e) for e in fix["edits"]), fix["safety"], fix["by_name"], tuple(fix["needs"])
+        )
+    return Finding(
+        **{**data, "where": place, "fix": fix, "facts_table": tuple(tuple(row) for row in data["facts_table"])}
+    )
 
 
 def _tuple(value):
@@ -149,8 +222,20 @@ def _read_edit(data: dict):
 
 def _read_run(data: dict) -> RuleRun:
     doc = write_page(data["code"], data["name"], data["title"], data.get("page", {}))
-    entry = Rule(data["code"], data["name"], data["title"], data["severity"], data["certainty"], data["scope"], data["stage"],
-                 tuple(data["needs"]), _no_check, doc, tuple(data["implied_by"]), data["module"])
+    entry = Rule(
+        data["code"],
+        data["name"],
+        data["title"],
+        data["severity"],
+        data["certainty"],
+        data["scope"],
+        data["stage"],
+        tuple(data["needs"]),
+        _no_check,
+        doc,
+        tuple(data["implied_by"]),
+        data["module"],
+    )
     return RuleRun(entry, data["judged"], data["seconds"], dict(data["reasons"]), data["crashed"])
 
 

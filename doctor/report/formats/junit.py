@@ -1,4 +1,6 @@
-"""JUnit XML: a suite per checkpoint, a case per rule. Rules that passed are listed too, else CI would show "0 tests" when all is well."""
+"""JUnit XML: a suite per checkpoint, a case per rule. Rules that passed are listed too, else CI would show "0 tests"
+when all is well.
+"""
 
 import re
 from xml.etree import ElementTree as ET
@@ -23,16 +25,28 @@ def _suite(root: ET.Element, report: Report) -> None:
     found = [g for top in presentation.groups(report) for g in (top, *top.effects)]
     runs = [r for r in report.runs if r.status != "not applicable"]
     failed = {g.code for g in found if g.first.severity != "info"}
-    suite = ET.SubElement(root, "testsuite", name=_xml(f"{report.checkpoint} {presentation.plan_label(report)}"), tests=str(len(runs)),
-                          failures=str(sum(r.rule.code in failed and not r.crashed for r in runs)), errors=str(len(report.crashed)),
-                          skipped=str(presentation.skipped(report)), time=f"{report.seconds:.3f}")
+    suite = ET.SubElement(
+        root,
+        "testsuite",
+        name=_xml(f"{report.checkpoint} {presentation.plan_label(report)}"),
+        tests=str(len(runs)),
+        failures=str(sum(r.rule.code in failed and not r.crashed for r in runs)),
+        errors=str(len(report.crashed)),
+        skipped=str(presentation.skipped(report)),
+        time=f"{report.seconds:.3f}",
+    )
     for run in runs:
         _case(suite, report, run, [g for g in found if g.code == run.rule.code])
 
 
 def _case(suite: ET.Element, report: Report, run: RuleRun, found: list[Group]) -> None:
-    case = ET.SubElement(suite, "testcase", classname=_xml(f"doctor.{run.rule.area.lower()}"), name=f"{run.rule.code} {run.rule.name}",
-                         time=f"{run.seconds:.3f}")
+    case = ET.SubElement(
+        suite,
+        "testcase",
+        classname=_xml(f"doctor.{run.rule.area.lower()}"),
+        name=f"{run.rule.code} {run.rule.name}",
+        time=f"{run.seconds:.3f}",
+    )
     bad = [g for g in found if g.first.severity != "info"]
     if run.crashed:
         ET.SubElement(case, "error", message=_xml(run.crashed), type="crash")
@@ -49,7 +63,10 @@ def _case(suite: ET.Element, report: Report, run: RuleRun, found: list[Group]) -
 def _line(report: Report, group: Group) -> str:
     file, line, column = presentation.anchor(group.first)
     more = "" if group.folds_into_message else f" (and {len(group.all) - 1} more: {group.names})"
-    cures = "".join(f"\n  {label}: {text}" for label, text in presentation.cures(group, presentation.page_rule(report, group.code), report))
+    cures = "".join(
+        f"\n  {label}: {text}"
+        for label, text in presentation.cures(group, presentation.page_rule(report, group.code), report)
+    )
     return f"{file}:{line}:{column}: {group.first.severity} {group.message}{more}{cures}"
 
 

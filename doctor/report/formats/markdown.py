@@ -5,9 +5,9 @@ A comment holds 65,536 characters: findings are cut from the end and counted, th
 
 from doctor.lint.engine import Report
 from doctor.lint.explain import code_span
+from doctor.locale.catalogue import say
 from doctor.report import presentation
 from doctor.report.presentation import Group
-from doctor.locale.catalogue import say
 
 MOST = 60_000
 
@@ -20,8 +20,11 @@ def render(reports: list[Report]) -> str:
 def _report(report: Report, room: int) -> str:
     found = presentation.groups(report)
     mark, sentence = presentation.verdict(report)
-    head = [f"<!-- doctor:{_plain(report.checkpoint).replace('--', '-')} -->", f"### {presentation.MARKS[mark]} {sentence}",
-            f"{_code(report.checkpoint)} · {_plain(presentation.what_it_is(report))} · **{presentation.tally(found)}** · {presentation.run_facts(report)}"]
+    head = [
+        f"<!-- doctor:{_plain(report.checkpoint).replace('--', '-')} -->",
+        f"### {presentation.MARKS[mark]} {sentence}",
+        f"{_code(report.checkpoint)} · {_plain(presentation.what_it_is(report))} · **{presentation.tally(found)}** · {presentation.run_facts(report)}",
+    ]
     if presentation.results(report):
         head.append("\n".join(f"- **{label}** {_plain(text)}" for label, text in presentation.results(report)))
     if report.extra.get("matrix"):
@@ -30,7 +33,9 @@ def _report(report: Report, room: int) -> str:
     for group in found:
         text = _finding(report, group)
         if size + len(text) > room:
-            parts.append(say("{n} more findings do not fit here; `doctor check` prints them all.", n=len(found) - shown))
+            parts.append(
+                say("{n} more findings do not fit here; `doctor check` prints them all.", n=len(found) - shown)
+            )
             break
         parts.append(text)
         size, shown = size + len(text), shown + 1
@@ -41,11 +46,19 @@ def _report(report: Report, room: int) -> str:
 def matrix(rows: list[dict]) -> str:
     """Plans by GPU count: ready or not, and the codes in the way."""
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
-    lines = [f"| {say('plan')} | " + " | ".join([say("1 GPU") if n == 1 else str(n) for n in gpus]) + f" | {say('in the way')} |",
-             "|---|" + ":-:|" * len(gpus) + "---|"]
+    lines = [
+        f"| {say('plan')} | "
+        + " | ".join([say("1 GPU") if n == 1 else str(n) for n in gpus])
+        + f" | {say('in the way')} |",
+        "|---|" + ":-:|" * len(gpus) + "---|",
+    ]
     for row in rows:
         name = presentation.plan_row(row)
-        lines.append(f"| {name} | " + " | ".join("✓" if c["ready"] else "✗" for c in row["cells"]) + f" | {presentation.blockers(row['cells'])} |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join("✓" if c["ready"] else "✗" for c in row["cells"])
+            + f" | {presentation.blockers(row['cells'])} |"
+        )
     return "\n".join(lines)
 
 
@@ -54,7 +67,10 @@ def _finding(report: Report, group: Group) -> str:
     spot = f"{file}:{line}" if group.first.where.line else file
     entry = presentation.page_rule(report, group.code)
     title, message = presentation.headline(group, entry)
-    lines = [f"<details><summary><b>{say(group.first.severity)} {group.code}</b> {_html(title)} · <code>{_html(presentation.safe(spot))}</code></summary>", ""]
+    lines = [
+        f"<details><summary><b>{say(group.first.severity)} {group.code}</b> {_html(title)} · <code>{_html(presentation.safe(spot))}</code></summary>",
+        "",
+    ]
     if message:
         lines += [_plain(message), ""]
     if not group.folds_into_message:
@@ -63,7 +79,9 @@ def _finding(report: Report, group: Group) -> str:
         lines += [_table(presentation.table(group.first)), ""]
     if entry is not None:
         lines += [f"**{say('why')}** {_plain(presentation.why(entry))}  "]
-        lines += [f"**{say('else')}** {_plain(s.tool)}: {_code(s.text)}  " for s in presentation.elsewhere(entry, report)]
+        lines += [
+            f"**{say('else')}** {_plain(s.tool)}: {_code(s.text)}  " for s in presentation.elsewhere(entry, report)
+        ]
     lines += [f"**{say(label)}** {_plain(text)}  " for label, text in presentation.cures(group, entry, report)]
     if group.effects:
         effects = ", ".join(f"{e.code} {e.first.name}" for e in group.effects)

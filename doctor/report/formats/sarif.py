@@ -1,9 +1,9 @@
 """SARIF 2.1.0, for code scanning.
 
-A result must be anchored in text: a region of a binary file may not carry lines, and GitHub shows only the first location
-and needs its lines. So a tensor is shown at its own line of the index, else at line 1 of config.json, and its bytes stand
-in relatedLocations. Findings alike in many blocks are one result with occurrenceCount: code scanning takes 25,000 results
-a run, which two bad tensors per layer of a large mixture of experts would fill.
+A result must be anchored in text: a region of a binary file may not carry lines, and GitHub shows only the first
+location and needs its lines. So a tensor is shown at its own line of the index, else at line 1 of config.json, and its
+bytes stand in relatedLocations. Findings alike in many blocks are one result with occurrenceCount: code scanning takes
+25,000 results a run, which two bad tensors per layer of a large mixture of experts would fill.
 """
 
 import json
@@ -11,9 +11,9 @@ import os
 
 from doctor.lint import explain
 from doctor.lint.engine import Report, fold
+from doctor.lint.rule import Place, Rule, SetJson
 from doctor.report import presentation
 from doctor.report.presentation import Group, safe
-from doctor.lint.rule import Place, Rule, SetJson
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 LEVELS = {"error": "error", "warning": "warning", "info": "note"}
@@ -35,8 +35,14 @@ def _run(report: Report) -> dict:
     files = list(dict.fromkeys(f for g in found for f in (_text_file(g.first.where, report), g.first.where.file) if f))
     root = str(report.summary.get("path") or report.checkpoint).rstrip("/")
     return {
-        "tool": {"driver": {"name": "doctor", "semanticVersion": report.version, "version": report.version,
-                            "rules": [_rule(r, any(g.code == r.code for g in found)) for r in rules]}},
+        "tool": {
+            "driver": {
+                "name": "doctor",
+                "semanticVersion": report.version,
+                "version": report.version,
+                "rules": [_rule(r, any(g.code == r.code for g in found)) for r in rules],
+            }
+        },
         "originalUriBaseIds": {"MODELROOT": {"description": {"text": f"the checkpoint {safe(root)}"}}},
         "artifacts": [{"location": _location(f), "mimeType": _mime(f)} for f in files],
         "results": [_result(g, report, rules, files) for g in found],
@@ -48,39 +54,62 @@ def _run(report: Report) -> dict:
 
 def _rule(entry: Rule, with_page: bool) -> dict:
     data = {
-        "id": entry.code, "name": "".join(p.capitalize() for p in entry.name.split("-")),
+        "id": entry.code,
+        "name": "".join(p.capitalize() for p in entry.name.split("-")),
         "shortDescription": {"text": entry.title + "."},
         "defaultConfiguration": {"level": LEVELS[entry.severity]},
-        "properties": {"tags": list(dict.fromkeys((entry.area.lower(), entry.certainty, entry.stage))), "precision": _PRECISION[entry.certainty],
-                       "problem.severity": {"info": "recommendation"}.get(entry.severity, entry.severity)},
+        "properties": {
+            "tags": list(dict.fromkeys((entry.area.lower(), entry.certainty, entry.stage))),
+            "precision": _PRECISION[entry.certainty],
+            "problem.severity": {"info": "recommendation"}.get(entry.severity, entry.severity),
+        },
     }
     if with_page and entry.sections:
         data["fullDescription"] = {"text": presentation.why(entry) or entry.title}
-        data["help"] = {"text": presentation.one_line(entry.section("Do")) or entry.title, "markdown": explain.markdown(entry)}
+        data["help"] = {
+            "text": presentation.one_line(entry.section("Do")) or entry.title,
+            "markdown": explain.markdown(entry),
+        }
     return data
 
 
 def _result(group: Group, report: Report, rules: list[Rule], files: list[str]) -> dict:
     first = group.first
     text_file = _text_file(first.where, report)
-    line, column, length = (first.where.line, first.where.column, first.where.length) if text_file == first.where.file else (None,) * 3
+    line, column, length = (
+        (first.where.line, first.where.column, first.where.length) if text_file == first.where.file else (None,) * 3
+    )
     line, column, length = line or 1, column or 1, length or 1
-    physical = {"artifactLocation": _artifact(text_file, files),
-                "region": {"startLine": line, "startColumn": column, "endLine": line, "endColumn": column + length}}
+    physical = {
+        "artifactLocation": _artifact(text_file, files),
+        "region": {"startLine": line, "startColumn": column, "endLine": line, "endColumn": column + length},
+    }
     location: dict = {"physicalLocation": physical}
     if first.where.tensor:
         location["logicalLocations"] = [{"fullyQualifiedName": group.names, "kind": "tensor"}]
-    message = group.message if group.folds_into_message else f"{group.message} (and {len(group.all) - 1} more: {group.names})"
-    cures = " ".join(f"{label}: {text}." for label, text in presentation.cures(group, presentation.page_rule(report, first.code), report))
+    message = (
+        group.message if group.folds_into_message else f"{group.message} (and {len(group.all) - 1} more: {group.names})"
+    )
+    cures = " ".join(
+        f"{label}: {text}."
+        for label, text in presentation.cures(group, presentation.page_rule(report, first.code), report)
+    )
     result = {
-        "ruleId": first.code, "level": LEVELS[first.severity], "kind": "fail", "occurrenceCount": len(group.all),
-        "rank": _RANK[first.certainty], "message": {"text": f"{message}. {cures}".strip()}, "locations": [location],
+        "ruleId": first.code,
+        "level": LEVELS[first.severity],
+        "kind": "fail",
+        "occurrenceCount": len(group.all),
+        "rank": _RANK[first.certainty],
+        "message": {"text": f"{message}. {cures}".strip()},
+        "locations": [location],
         "partialFingerprints": {"doctorFinding/v1": presentation.fingerprint(first)},
         "properties": {"certainty": first.certainty, "evidence": _evidence(first.evidence)},
     }
     codes = [r.code for r in rules]
     if first.suppression:
-        result["suppressions"] = [{"kind": "external", "status": "accepted", "justification": safe(first.suppression["reason"])}]
+        result["suppressions"] = [
+            {"kind": "external", "status": "accepted", "justification": safe(first.suppression["reason"])}
+        ]
     if first.baseline_state:
         result["baselineState"] = first.baseline_state
     if first.code in codes:
@@ -115,7 +144,11 @@ def _artifact(file: str, files: list[str]) -> dict:
 
 def _location(file: str) -> dict:
     """A file of the checkpoint, from its root; a configuration file from the working directory."""
-    return {"uri": _uri(presentation.relative(file))} if os.path.isabs(file) else {"uri": _uri(file), "uriBaseId": "MODELROOT"}
+    return (
+        {"uri": _uri(presentation.relative(file))}
+        if os.path.isabs(file)
+        else {"uri": _uri(file), "uriBaseId": "MODELROOT"}
+    )
 
 
 def _uri(file: str) -> str:
@@ -142,14 +175,29 @@ def _fixes(finding, files: list[str]) -> list[dict]:
     edit = fix.edits[0]
     if edit.file != where.file or edit.pointer != where.pointer or not where.length or where.line is None:
         return []
-    region = {"startLine": where.line, "startColumn": where.column, "endLine": where.line, "endColumn": where.column + where.length}
-    change = {"artifactLocation": _artifact(edit.file, files),
-              "replacements": [{"deletedRegion": region, "insertedContent": {"text": json.dumps(edit.value)}}]}
+    region = {
+        "startLine": where.line,
+        "startColumn": where.column,
+        "endLine": where.line,
+        "endColumn": where.column + where.length,
+    }
+    change = {
+        "artifactLocation": _artifact(edit.file, files),
+        "replacements": [{"deletedRegion": region, "insertedContent": {"text": json.dumps(edit.value)}}],
+    }
     return [{"description": {"text": safe(fix.title)}, "artifactChanges": [change]}]
 
 
 def _notes(report: Report) -> list[dict]:
-    notes = [{"level": "note", "message": {"text": f"{code} {name} was skipped: {reason}"}, "associatedRule": {"id": code}}
-             for code, name, reason in presentation.skip_reasons(report)]
-    return notes + [{"level": "error", "message": {"text": safe(f"{r.rule.code} crashed: {r.crashed}")}, "associatedRule": {"id": r.rule.code}}
-                    for r in report.crashed]
+    notes = [
+        {"level": "note", "message": {"text": f"{code} {name} was skipped: {reason}"}, "associatedRule": {"id": code}}
+        for code, name, reason in presentation.skip_reasons(report)
+    ]
+    return notes + [
+        {
+            "level": "error",
+            "message": {"text": safe(f"{r.rule.code} crashed: {r.crashed}")},
+            "associatedRule": {"id": r.rule.code},
+        }
+        for r in report.crashed
+    ]

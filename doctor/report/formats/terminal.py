@@ -1,8 +1,8 @@
 """The full screen: plan, findings with their pictures, a verdict by area, commands to paste.
 
-Everything printed is a rich Text, never markup: a tensor element is written [3117, 9204] and markup would eat it. Lines are
-wrapped here with a hanging indent, in cells and not characters, so that CJK text stays inside its column; no line ends in
-blanks, so piped output can be compared.
+Everything printed is a rich Text, never markup: a tensor element is written [3117, 9204] and markup would eat it. Lines
+are wrapped here with a hanging indent, in cells and not characters, so that CJK text stays inside its column; no line
+ends in blanks, so piped output can be compared.
 """
 
 import io
@@ -17,14 +17,28 @@ from rich.text import Text
 
 from doctor import __version__
 from doctor.lint.engine import Report
+from doctor.locale.catalogue import known, pad, say
 from doctor.report import presentation
 from doctor.report.presentation import Group, safe
-from doctor.locale.catalogue import known, pad, say
 
 MAX_WIDTH = 110  # longer lines are hard to read, however wide the window
-COLOURS = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan", "ok": "bold green", "skipped": "bright_black",
-           "crashed": "bold red"}
-_LABELS = {"fix": "green", "fix!": "yellow", "you": "magenta", "why": "bold", "else": "bold", "then": "bold", "do": "bold"}
+COLOURS = {
+    "error": "bold red",
+    "warning": "bold yellow",
+    "info": "bold cyan",
+    "ok": "bold green",
+    "skipped": "bright_black",
+    "crashed": "bold red",
+}
+_LABELS = {
+    "fix": "green",
+    "fix!": "yellow",
+    "you": "magenta",
+    "why": "bold",
+    "else": "bold",
+    "then": "bold",
+    "do": "bold",
+}
 _GUTTER = "blue"
 
 
@@ -54,13 +68,16 @@ class Screen:
             self.line(head if i == 0 else Text(" " * indent), part)
 
 
-_UNIT = re.compile(r"\s+|[“（《]*(?:[\u2e80-\u9fff\uff00-\uffef]|[^\s\u2e80-\u9fff\uff00-\uffef“”（）《》]+)[，。；：、！？）”》]*")
+_UNIT = re.compile(
+    r"\s+|[“（《]*(?:[\u2e80-\u9fff\uff00-\uffef]|[^\s\u2e80-\u9fff\uff00-\uffef“”（）《》]+)[，。；：、！？）”》]*"
+)
 _CJK = re.compile("[\u2e80-\u9fff]")
 
 
 def wrap(console: Console, body: Text, room: int) -> list[Text]:
-    """Lines of at most `room` cells. Chinese breaks between any two characters, but no line begins with a comma or ends with a
-    bracket that opens; rich knows only blanks, and would push a whole sentence to the next line."""
+    """Lines of at most `room` cells. Chinese breaks between any two characters, but no line begins with a comma or ends
+    with a bracket that opens; rich knows only blanks, and would push a whole sentence to the next line.
+    """
     if not _CJK.search(body.plain):
         return list(body.wrap(console, room, tab_size=4, no_wrap=False, overflow="fold")) or [Text()]
     cuts, used = [], 0
@@ -70,7 +87,11 @@ def wrap(console: Console, body: Text, room: int) -> list[Text]:
             cuts.append(unit.start())
             used = 0
         used += wide
-    return [part for line in body.divide(cuts) for part in line.wrap(console, room, tab_size=4, no_wrap=False, overflow="fold")]
+    return [
+        part
+        for line in body.divide(cuts)
+        for part in line.wrap(console, room, tab_size=4, no_wrap=False, overflow="fold")
+    ]
 
 
 def _text(*parts) -> Text:
@@ -86,7 +107,9 @@ def _text(*parts) -> Text:
 
 
 def console(file=None, width: int | None = None, **options) -> Console:
-    """A console that prints what it is given: no markup, no emoji codes, no colouring of numbers. 100 columns where piped."""
+    """A console that prints what it is given: no markup, no emoji codes, no colouring of numbers. 100 columns where
+    piped.
+    """
     made = Console(file=file, highlight=False, markup=False, emoji=False, width=width, **options)
     if width is None and not made.is_terminal and "COLUMNS" not in made._environ:
         made.width = 100
@@ -94,7 +117,9 @@ def console(file=None, width: int | None = None, **options) -> Console:
 
 
 def shows_links(out: Console) -> bool:
-    """Whether this terminal makes a link of OSC 8. FORCE_HYPERLINK=0 or 1 decides; pipes, dumb and very old terminals get none."""
+    """Whether this terminal makes a link of OSC 8. FORCE_HYPERLINK=0 or 1 decides; pipes, dumb and very old terminals
+    get none.
+    """
     env = out._environ
     term, vte = env.get("TERM", ""), env.get("VTE_VERSION", "")
     if not out.is_terminal or out.is_dumb_terminal or out.no_color or out.color_system is None:
@@ -102,7 +127,12 @@ def shows_links(out: Console) -> bool:
     if env.get("FORCE_HYPERLINK"):
         return env["FORCE_HYPERLINK"] != "0"
     # The Linux console and VTE before 0.50 print the address itself; screen cuts it off.
-    return not (env.get("CI") or term in ("", "linux") or term.startswith(("screen", "vt")) and "TMUX" not in env or (vte.isdigit() and int(vte) < 5000))
+    return not (
+        env.get("CI")
+        or term in ("", "linux")
+        or (term.startswith(("screen", "vt")) and "TMUX" not in env)
+        or (vte.isdigit() and int(vte) < 5000)
+    )
 
 
 def page_link(entry) -> str:
@@ -157,7 +187,10 @@ def _ready(screen: Screen, report: Report, sentence: str) -> None:
     screen.hang(head, Text(f"{safe(report.checkpoint)} · {presentation.what_it_is(report)}"), 2)
     read = say("every byte read") if presentation.weights_read(report) else say("weights not read")
     if report.skipped_tensors:
-        read += say(", ") + say("{tensors} of a type that is not judged", tensors=presentation.counted(len(report.skipped_tensors), "tensor"))
+        read += say(", ") + say(
+            "{tensors} of a type that is not judged",
+            tensors=presentation.counted(len(report.skipped_tensors), "tensor"),
+        )
     left_out = say("{n} skipped", n=presentation.skipped(report))
     facts = presentation.run_facts(report).replace(left_out, left_out + say(" (doctor check -v says why)"), 1)
     tensors = presentation.counted(report.summary.get("tensors", 0), "tensor")
@@ -170,7 +203,10 @@ def _head(screen: Screen, report: Report) -> None:
     name = f"{safe(report.checkpoint)}   "
     screen.hang(_text((f"doctor {__version__}  ", "bold")), _text((name, "cyan"), presentation.what_it_is(report)))
     hint = "   " + say("default plan; --for, --bits, --group-size, --tp change it") if report.recipe == Recipe() else ""
-    screen.hang(_text((pad(say("plan"), len(f"doctor {__version__}  ")), "bold")), _text(presentation.plan_text(report), (hint, "bright_black")))
+    screen.hang(
+        _text((pad(say("plan"), len(f"doctor {__version__}  ")), "bold")),
+        _text(presentation.plan_text(report), (hint, "bright_black")),
+    )
 
 
 # one finding
@@ -207,7 +243,13 @@ def _group(screen: Screen, report: Report, group: Group, told: dict[str, list]) 
     here = _explanations(report, group, entry)
     for label, body in [line for line in here if line not in before]:
         again, last = label == last, label
-        screen.hang(_text((" " * gutter + ("   " if again else " = "), _GUTTER), (pad("" if again else say(label), 7), _LABELS[label])), Text(body))
+        screen.hang(
+            _text(
+                (" " * gutter + ("   " if again else " = "), _GUTTER),
+                (pad("" if again else say(label), 7), _LABELS[label]),
+            ),
+            Text(body),
+        )
     before += here
 
 
@@ -217,11 +259,18 @@ def _where(screen: Screen, group: Group) -> None:
     if where.tensor:
         element = "" if where.index is None else "[" + ", ".join(map(str, where.index)) + "]"
         byte = "" if where.byte is None else f" (byte {where.byte:,})"
-        body = _text((safe(where.file), "cyan"), " : " if where.file else "", safe(where.tensor) + element, (byte, "bright_black"))
+        body = _text(
+            (safe(where.file), "cyan"),
+            " : " if where.file else "",
+            safe(where.tensor) + element,
+            (byte, "bright_black"),
+        )
     else:
         body = _text((safe(where.file) + presentation.spot(where), "cyan"))
     if len(group.all) > 1:
-        more = "  " + say("and {n} more", n=len(group.all) - 1) + ("" if group.folds_into_message else f": {group.names}")
+        more = (
+            "  " + say("and {n} more", n=len(group.all) - 1) + ("" if group.folds_into_message else f": {group.names}")
+        )
         body.append(more, "bright_black")
     screen.hang(head, body)
 
@@ -233,7 +282,9 @@ def _frame(screen: Screen, group: Group, gutter: int, colour: str) -> None:
     column, length, shown = where.column or 1, where.length or 1, ""
     for number, line in where.frame:
         at = column if number == where.line else 1
-        text, begin = presentation.window(line, at, length, room // 2 if cell_len(line) > room and not line.isascii() else room)
+        text, begin = presentation.window(
+            line, at, length, room // 2 if cell_len(line) > room and not line.isascii() else room
+        )
         screen.line((f"{number:>{gutter}} |", _GUTTER), " ", safe(text).rstrip())
         if number == where.line:
             shown, column = text, begin
@@ -263,14 +314,27 @@ def _strip(screen: Screen, strip: dict, bar: Text, colour: str) -> None:
     wide = min(max(map(cell_len, labels)), 24)
     blocks = max(len(v) for v in strip.values())
     room = max(screen.width - bar.cell_len - wide - 20, 10)
-    screen.line(bar, "  " + (say("by block, 0 → {last}", last=blocks - 1) if blocks <= room else
-                             say("by block, 0 → {last}, the largest of each {n}", last=blocks - 1, n=-(-blocks // room))))
+    screen.line(
+        bar,
+        "  "
+        + (
+            say("by block, 0 → {last}", last=blocks - 1)
+            if blocks <= room
+            else say("by block, 0 → {last}, the largest of each {n}", last=blocks - 1, n=-(-blocks // room))
+        ),
+    )
     for label, values in zip(labels, strip.values(), strict=True):
         numbers = [v for v in values if isinstance(v, (int, float)) and v == v and abs(v) != float("inf")]
         top = max(map(abs, numbers), default=0)
         picture = presentation.level(presentation.squeeze(values, room), top)
-        screen.line(bar, "    ", label.ljust(wide), "  ", (picture, colour if top or "?" in picture else "bright_black"),
-                    (f"   max {_number(top)}" if top else "", "bright_black"))
+        screen.line(
+            bar,
+            "    ",
+            label.ljust(wide),
+            "  ",
+            (picture, colour if top or "?" in picture else "bright_black"),
+            (f"   max {_number(top)}" if top else "", "bright_black"),
+        )
 
 
 def _number(value: float) -> str:
@@ -315,8 +379,11 @@ def _explanations(report: Report, group: Group, entry) -> list[tuple[str, str]]:
 def _crashes(screen: Screen, report: Report) -> None:
     for run in report.crashed:
         screen.line()
-        screen.hang(_text(("☠ ", COLOURS["crashed"]), (say("{code} crashed", code=run.rule.code) + ": ", "bold")),
-                    Text(safe(run.crashed) + "; " + say("this is a defect of doctor, please report it")), 2)
+        screen.hang(
+            _text(("☠ ", COLOURS["crashed"]), (say("{code} crashed", code=run.rule.code) + ": ", "bold")),
+            Text(safe(run.crashed) + "; " + say("this is a defect of doctor, please report it")),
+            2,
+        )
 
 
 # the verdict
@@ -373,7 +440,12 @@ def _matrix(screen: Screen, report: Report) -> None:
         return
     wide = max(cell_len(presentation.plan_row(row)) for row in rows)
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
-    screen.line(("  " + pad(say("plan"), wide) + "".join(f"{n:>5}" for n in gpus) + f" {say('GPUs')}  {say('in the way')}", "bold"))
+    screen.line(
+        (
+            "  " + pad(say("plan"), wide) + "".join(f"{n:>5}" for n in gpus) + f" {say('GPUs')}  {say('in the way')}",
+            "bold",
+        )
+    )
     for row in rows:
         head = _text(f"  {pad(presentation.plan_row(row), wide)}")
         for cell in row["cells"]:
@@ -391,7 +463,14 @@ def _rules(screen: Screen, report: Report) -> None:
     wide = max((len(r.rule.name) for r in report.runs), default=0)
     for run in report.runs:
         if run.status == "run":
-            mark, text = "✓", say("{subjects}, {ms} ms", subjects=presentation.counted(run.judged, "subject"), ms=f"{run.seconds * 1000:.1f}")
+            mark, text = (
+                "✓",
+                say(
+                    "{subjects}, {ms} ms",
+                    subjects=presentation.counted(run.judged, "subject"),
+                    ms=f"{run.seconds * 1000:.1f}",
+                ),
+            )
             if run.reasons:
                 reason = max(run.reasons, key=run.reasons.get)
                 text += say("; {n} not judged: {reason}", n=sum(run.reasons.values()), reason=known(reason))

@@ -10,7 +10,9 @@ H = np.float16
 
 
 def lane_by_lane(values, bits):
-    """64 float16 values stored and read back as one warp of 32 lanes does it, two values a lane. Returns (codes, scales, values)."""
+    """64 float16 values stored and read back as one warp of 32 lanes does it, two values a lane. Returns (codes,
+    scales, values).
+    """
     half = 1 << (bits - 1)
     lanes = [[H(values[2 * t]), H(values[2 * t + 1])] for t in range(32)]
     lanes = butterflies(lanes)
@@ -30,7 +32,9 @@ def lane_by_lane(values, bits):
 def butterflies(lanes):
     step = 1
     while step < 32:
-        lanes = [[H((-own if t & step else own) + other) for own, other in zip(lanes[t], lanes[t ^ step])] for t in range(32)]
+        lanes = [
+            [H((-own if t & step else own) + other) for own, other in zip(lanes[t], lanes[t ^ step])] for t in range(32)
+        ]
         step *= 2
     return lanes
 

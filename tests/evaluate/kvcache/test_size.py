@@ -10,8 +10,16 @@ BY_NAME = {s.name: s for s in SCHEMES}
 
 
 def config(kind, layers, heads, kv=None, dim=128, **more):
-    return {"model_type": kind, "num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": heads * dim,
-            "intermediate_size": 2 * heads * dim, "vocab_size": 1000, **({"num_key_value_heads": kv} if kv else {}), **more}
+    return {
+        "model_type": kind,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_size": heads * dim,
+        "intermediate_size": 2 * heads * dim,
+        "vocab_size": 1000,
+        **({"num_key_value_heads": kv} if kv else {}),
+        **more,
+    }
 
 
 QWEN2_7B = config("qwen2", 28, 28, 4)
@@ -31,11 +39,20 @@ def kib(document, scheme="FP16"):
 
 
 # The KiB per token that users reported for these models, and the other widths worked out from them.
-@pytest.mark.parametrize("document, figures", [
-    (QWEN2_7B, (56, 28, 29.75, 22.75, 15.75)), (LLAMA3_8B, (128, 64, 68, 52, 36)), (LLAMA2_7B, (512, 256, 272, 208, 144)),
-    (QWEN2_72B, (320, 160, 170, 130, 90)), (QWEN15_14B, (800, 400, 425, 325, 225)), (QWEN15_72B, (2560, 1280, 1360, 1040, 720)),
-    (config("gemma", 28, 16, 16, 256), (448, 224, 238, 182, 126)), (config("llama", 30, 9, 3, 64), (22.5, 11.25, 11.953125, 9.140625, 6.328125)),
-], ids=lambda v: "" if isinstance(v, dict) else str(v[0]))
+@pytest.mark.parametrize(
+    "document, figures",
+    [
+        (QWEN2_7B, (56, 28, 29.75, 22.75, 15.75)),
+        (LLAMA3_8B, (128, 64, 68, 52, 36)),
+        (LLAMA2_7B, (512, 256, 272, 208, 144)),
+        (QWEN2_72B, (320, 160, 170, 130, 90)),
+        (QWEN15_14B, (800, 400, 425, 325, 225)),
+        (QWEN15_72B, (2560, 1280, 1360, 1040, 720)),
+        (config("gemma", 28, 16, 16, 256), (448, 224, 238, 182, 126)),
+        (config("llama", 30, 9, 3, 64), (22.5, 11.25, 11.953125, 9.140625, 6.328125)),
+    ],
+    ids=lambda v: "" if isinstance(v, dict) else str(v[0]),
+)
 def test_reported_figures_come_out_exactly(document, figures):
     assert tuple(kib(document, s.name) for s in SCHEMES) == figures
 
@@ -57,7 +74,16 @@ def test_keys_and_values_have_widths_of_their_own():
 
 
 def test_latent_attention_keeps_one_vector_a_token():
-    v3 = config("deepseek_v3", 61, 128, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, q_lora_rank=1536)
+    v3 = config(
+        "deepseek_v3",
+        61,
+        128,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        q_lora_rank=1536,
+    )
     found = layout(v3)
     assert found.bytes_per_token(BY_NAME["FP16"]) == 61 * 576 * 2 == 70272
     assert {x.keys + x.values for x in found.expanded} == {128 * (192 + 128)} and "full heads" in found.notes[0]
@@ -85,8 +111,18 @@ def test_layer_types_are_taken_from_the_file_before_the_class():
 
 
 def test_linear_attention_keeps_a_state_of_constant_size():
-    qwen = config("qwen3_next", 8, 16, 2, 256, linear_num_value_heads=32, linear_num_key_heads=16, linear_key_head_dim=128,
-                  linear_value_head_dim=128, linear_conv_kernel_dim=4)
+    qwen = config(
+        "qwen3_next",
+        8,
+        16,
+        2,
+        256,
+        linear_num_value_heads=32,
+        linear_num_key_heads=16,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_conv_kernel_dim=4,
+    )
     shape = layout(qwen)
     assert [x.kind for x in shape.layers] == ["state", "state", "state", "full"] * 2
     assert shape.layers[0].state_bytes == 4 * 32 * 128 * 128 + 2 * (2 * 16 * 128 + 32 * 128) * 3
@@ -96,16 +132,36 @@ def test_linear_attention_keeps_a_state_of_constant_size():
 
 
 def test_state_space_layers_beside_attention():
-    bamba = config("bamba", 4, 32, 8, attn_layer_indices=[3], mamba_n_heads=128, mamba_d_head=64, mamba_d_state=256, mamba_n_groups=1,
-                   mamba_d_conv=4)
+    bamba = config(
+        "bamba",
+        4,
+        32,
+        8,
+        attn_layer_indices=[3],
+        mamba_n_heads=128,
+        mamba_d_head=64,
+        mamba_d_state=256,
+        mamba_n_groups=1,
+        mamba_d_conv=4,
+    )
     shape = layout(bamba)
     assert [x.kind for x in shape.layers] == ["state", "state", "state", "full"]
     assert shape.layers[0].state_bytes == 4 * 8192 * 256 + 2 * (8192 + 512) * 3
 
 
 def test_shared_caches_and_other_heads_in_full_layers():
-    gemma4 = config("gemma4_text", 12, 8, 4, 256, sliding_window=512, global_head_dim=512, num_global_key_value_heads=2,
-                    attention_k_eq_v=True, num_kv_shared_layers=0)
+    gemma4 = config(
+        "gemma4_text",
+        12,
+        8,
+        4,
+        256,
+        sliding_window=512,
+        global_head_dim=512,
+        num_global_key_value_heads=2,
+        attention_k_eq_v=True,
+        num_kv_shared_layers=0,
+    )
     shape = layout(gemma4)
     full, window = (next(x for x in shape.layers if x.kind == k) for k in ("full", "sliding"))
     assert (window.keys, window.window) == (4 * 256, 512)
@@ -120,9 +176,20 @@ def test_other_ways_to_state_few_key_heads(more, heads):
 
 
 def test_a_model_type_that_no_library_knows_is_read_from_its_keys():
-    shape = layout(config("my_model", 4, 8, 2, layer_types=["full_attention", "sliding_attention", "something_new", "mamba"], sliding_window=64))
+    shape = layout(
+        config(
+            "my_model",
+            4,
+            8,
+            2,
+            layer_types=["full_attention", "sliding_attention", "something_new", "mamba"],
+            sliding_window=64,
+        )
+    )
     assert [x.kind for x in shape.layers] == ["full", "sliding", "full", "state"]
-    assert any("'something_new' is not known here" in n for n in shape.notes) and any("not counted" in n for n in shape.notes)
+    assert any("'something_new' is not known here" in n for n in shape.notes) and any(
+        "not counted" in n for n in shape.notes
+    )
 
 
 def test_largest_context_fits_and_one_token_more_does_not():
@@ -144,6 +211,15 @@ def test_sizes_that_are_not_stated_are_named():
 
 
 def test_a_model_without_attention_has_a_state_and_no_cache():
-    shape = layout({"model_type": "mamba", "num_hidden_layers": 3, "hidden_size": 64, "state_size": 16, "expand": 2, "conv_kernel": 4})
+    shape = layout(
+        {
+            "model_type": "mamba",
+            "num_hidden_layers": 3,
+            "hidden_size": 64,
+            "state_size": 16,
+            "expand": 2,
+            "conv_kernel": 4,
+        }
+    )
     assert {(x.kind, x.state_bytes) for x in shape.layers} == {("state", 4 * 128 * 16 + 2 * 128 * 3)}
     assert shape.largest_context(BY_NAME["FP16"], GIB) is None

@@ -16,12 +16,12 @@ from doctor.core.errors import BadCheckpoint, DoctorError, NotQuantizable
 from doctor.evaluate.kvcache.measure import SCHEMES, WITHOUT_BIAS, measure
 from doctor.evaluate.kvcache.predict import Fitness, advice, predict
 from doctor.evaluate.kvcache.size import read_layout
-from doctor.evaluate.kvcache.tap import capture, logit_error, tapped
 from doctor.evaluate.kvcache.study import conclude, key_biases
+from doctor.evaluate.kvcache.tap import capture, logit_error, tapped
 from doctor.evaluate.verify import _rows
-from doctor.report.kv_text import render_kvcache
-from doctor.model.spec import build_spec
 from doctor.lint.testing import encode, tiny, tiny_gptq
+from doctor.model.spec import build_spec
+from doctor.report.kv_text import render_kvcache
 
 LAYER, CHANNEL = 1, 5
 
@@ -31,7 +31,9 @@ def opened(case, folder):
 
 
 def with_bias(size, family="qwen2"):
-    """A tiny model whose queries and keys are large enough to matter, and one key channel of layer 1 with a huge bias."""
+    """A tiny model whose queries and keys are large enough to matter, and one key channel of layer 1 with a huge
+    bias.
+    """
     case = tiny(family)
     for block in (0, 1):
         for role in ("q", "k"):
@@ -59,7 +61,9 @@ def test_a_planted_key_bias_is_predicted_and_the_measurement_agrees(tmp_path):
     assert found["Q4"].layer_errors[0] < 0.5 and found["Q4"].layer_errors[LAYER] > 1
     assert 0.5 < sick.errors["4-bit"] / found["Q4"].layer_errors[LAYER] < 2
     assert found["Q4"].kl > 20 * found["Q8"].kl and found["Q4"].top1 < found["Q8"].top1
-    assert found[WITHOUT_BIAS].layer_errors[LAYER] < 0.5 and found[WITHOUT_BIAS].kl < 0.3 * found["Q4"].kl, "the bias is the cause"
+    assert found[WITHOUT_BIAS].layer_errors[LAYER] < 0.5 and found[WITHOUT_BIAS].kl < 0.3 * found["Q4"].kl, (
+        "the bias is the cause"
+    )
     assert found["FP16"].kl == 0 and found["FP16"].top1 == 1
 
 
@@ -107,7 +111,9 @@ def test_smollm2_is_predicted_to_take_4_bits(smollm2):
 
 
 def test_smollm2_measured_has_the_order_and_ratios_that_were_reported(smollm2):
-    """Reported on 512 tokens of another text: FP16 26.61, Q8 26.60, Q6 26.69, Q4 28.29. 160 tokens leave Q6 some noise."""
+    """Reported on 512 tokens of another text: FP16 26.61, Q8 26.60, Q6 26.69, Q4 28.29. 160 tokens leave Q6 some
+    noise.
+    """
     checkpoint = Checkpoint.open(smollm2)
     rows, _, _ = _rows(checkpoint, None, 1, 160)
     found = {m.scheme: m for m in measure(checkpoint, rows, {k: SCHEMES[k] for k in ("Q8", "Q6", "Q4")})}
@@ -139,7 +145,9 @@ def test_the_error_is_that_of_the_definition(causal):
             n = t + 1 if causal else 5
             row = (query[0, h, t] @ (cached - key)[0, h // 2, :n].T) * 0.3
             seen += (row - row.mean()).tolist()
-    assert logit_error(query, key, cached, 0.3, causal) == pytest.approx((sum(x * x for x in seen) / len(seen)) ** 0.5, rel=1e-5)
+    assert logit_error(query, key, cached, 0.3, causal) == pytest.approx(
+        (sum(x * x for x in seen) / len(seen)) ** 0.5, rel=1e-5
+    )
 
 
 def test_attention_is_the_librarys_again_afterwards():
@@ -166,11 +174,15 @@ def fit(block, four, eight=0.1, fp8=0.5, peak=10.0):
 def test_advice_follows_the_worst_layer_and_names_what_is_no_way_out():
     assert conclude([fit(0, 0.2), fit(1, 0.49)], {}, 2)["level"] == "Q4"
     assert conclude([fit(0, 0.2), fit(1, 0.7)], {}, 2)["level"] == "Q6"
-    assert "FP8 (e5m2) keys move them by 0.50, more than 4-bit keys do" in conclude([fit(0, 0.2)], {}, 1)["sentences"][-1]
+    assert (
+        "FP8 (e5m2) keys move them by 0.50, more than 4-bit keys do" in conclude([fit(0, 0.2)], {}, 1)["sentences"][-1]
+    )
     assert "FP8" not in " ".join(conclude([fit(0, 0.6)], {}, 1)["sentences"])
     worst = conclude([fit(0, 19.2, 1.27, 3.0), fit(1, 0.2), fit(2, 2.0)], {}, 24)
     assert worst["level"] == "never Q4" and "2 of 24 layers are this bad (0, 2)" in " ".join(worst["sentences"])
-    assert "8-bit keys move the logits by at most 1.27, FP8 (e5m2) by 3.00. Run --measure" in " ".join(worst["sentences"])
+    assert "8-bit keys move the logits by at most 1.27, FP8 (e5m2) by 3.00. Run --measure" in " ".join(
+        worst["sentences"]
+    )
     assert conclude([fit(0, math.nan), fit(1, 0.2)], {}, 2)["level"] == "never Q4"
     assert "overflows (65,504)" in " ".join(conclude([fit(0, 0.2, peak=7e4)], {}, 1)["sentences"])
 
@@ -179,7 +191,11 @@ def test_without_a_simulation_the_biases_decide_and_without_them_nothing_does():
     def bias(size, bits):
         return {3: {"tensor": "x", "absmax": size, "key_bits": bits}}
 
-    assert [conclude([], bias(s, b), 8, "why.")["level"] for s, b in ((9, 4), (40, 6), (90, 8))] == ["Q4", "Q6", "never Q4"]
+    assert [conclude([], bias(s, b), 8, "why.")["level"] for s, b in ((9, 4), (40, 6), (90, 8))] == [
+        "Q4",
+        "Q6",
+        "never Q4",
+    ]
     unknown = conclude([], {}, 8, "there are no weights to look at")
     assert unknown["level"] == "unknown" and unknown["sentences"][0] == "Not judged: there are no weights to look at."
 
@@ -187,7 +203,9 @@ def test_without_a_simulation_the_biases_decide_and_without_them_nothing_does():
 def test_a_large_bias_that_the_simulation_clears_is_no_reason_to_refuse():
     """Qwen2-72B has the family's biases and is fine at 4 bits."""
     found = conclude([fit(0, 0.3)], {0: {"tensor": "x", "absmax": 90.0, "key_bits": 8}}, 1)
-    assert found["level"] == "Q4" and "layer 0 reaches 90, by its size alone a reason for 8 bits" in found["sentences"][-1]
+    assert (
+        found["level"] == "Q4" and "layer 0 reaches 90, by its size alone a reason for 8 bits" in found["sentences"][-1]
+    )
 
 
 # the command
@@ -203,8 +221,18 @@ def test_the_screen_says_sizes_layers_advice_and_figures(tmp_path):
     rows.write_text("".join(json.dumps({"input_ids": r[0].tolist()}) + "\n" for r in text()))
     done = run(folder, "--context", 4096, "--memory", "1MiB", "--k-bits", 6, "--measure", "--text", rows)
     assert done.exit_code == 0, done.output
-    for part in ("K6 V16", "longest in 0.0009766 GiB", "2 full: 32 + 32 numbers a token", "300", "8+ bits", "never Q4",
-                 "✗ 4-bit keys move the attention logits of layer 1", "Never store these keys in 4 bits", "Q4, key bias apart", "190 tokens, 2 rows"):
+    for part in (
+        "K6 V16",
+        "longest in 0.0009766 GiB",
+        "2 full: 32 + 32 numbers a token",
+        "300",
+        "8+ bits",
+        "never Q4",
+        "✗ 4-bit keys move the attention logits of layer 1",
+        "Never store these keys in 4 bits",
+        "Q4, key bias apart",
+        "190 tokens, 2 rows",
+    ):
         assert part in done.output, part
     assert max(map(len, done.output.splitlines())) <= 110
 
@@ -214,11 +242,20 @@ def test_no_table_is_wider_than_the_screen(width, tmp_path):
     checkpoint = with_bias(300.0)
     checkpoint.config.update({"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0})
     report = kvcache(checkpoint.write(tmp_path / "m"), memory=1 << 30, key_bits=3)
-    report.data["measured"] = {"source": "s", "tokens": 9, "rows": 1, "context": 9, "schemes": [
-        {"scheme": WITHOUT_BIAS, "perplexity": 12345.678, "kl": 1.5, "top1": 0.5, "layer_errors": [0.1, None]}]}
+    report.data["measured"] = {
+        "source": "s",
+        "tokens": 9,
+        "rows": 1,
+        "context": 9,
+        "schemes": [
+            {"scheme": WITHOUT_BIAS, "perplexity": 12345.678, "kl": 1.5, "top1": 0.5, "layer_errors": [0.1, None]}
+        ],
+    }
     text = render_kvcache(report, width)
     assert max(map(cell_len, text.splitlines())) <= width
-    assert all(word in text for word in ("K q8_0, V q4_0", "longest in 1 GiB", "fp8_e5m2", "12345.678", "worst layer's error"))
+    assert all(
+        word in text for word in ("K q8_0, V q4_0", "longest in 1 GiB", "fp8_e5m2", "12345.678", "worst layer's error")
+    )
 
 
 def test_json_holds_what_the_screen_shows(tmp_path):
@@ -226,9 +263,18 @@ def test_json_holds_what_the_screen_shows(tmp_path):
     document = json.loads(done.output)
     assert document["schema"] == "doctor.kvcache/1" and document["checkpoint"] == "m"
     data = document["kvcache"]
-    assert [s["name"] for s in data["schemes"]] == ["FP16", "FP8", "Q8", "Q6", "Q4"] and data["schemes"][0]["kib_per_token"] == 0.25
-    assert data["advice"]["level"] == "never Q4" and [r["layer"] for r in data["fitness"]] == [0, 1] and "measured" not in data
-    assert data["schemes"][0]["fits"] and data["schemes"][0]["largest_context"] == (24 * 10**9 - data["weight_bytes"]) // 256
+    assert [s["name"] for s in data["schemes"]] == ["FP16", "FP8", "Q8", "Q6", "Q4"] and data["schemes"][0][
+        "kib_per_token"
+    ] == 0.25
+    assert (
+        data["advice"]["level"] == "never Q4"
+        and [r["layer"] for r in data["fitness"]] == [0, 1]
+        and "measured" not in data
+    )
+    assert (
+        data["schemes"][0]["fits"]
+        and data["schemes"][0]["largest_context"] == (24 * 10**9 - data["weight_bytes"]) // 256
+    )
 
 
 def test_a_config_without_weights_still_has_its_sizes(tmp_path):
@@ -245,12 +291,27 @@ def test_a_quantized_checkpoint_is_judged_by_what_its_weights_decode_to(tmp_path
 
 
 def test_latent_attention_is_sized_and_not_judged(tmp_path):
-    config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 61, "hidden_size": 7168,
-              "num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
-              "v_head_dim": 128, "q_lora_rank": 1536, "vocab_size": 129280}
+    config = {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_hidden_layers": 61,
+        "hidden_size": 7168,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "q_lora_rank": 1536,
+        "vocab_size": 129280,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     screen = render_kvcache(kvcache(tmp_path, measure=True))
-    assert "68.62" in screen and "where the engine stores full heads" in screen and "not measured: its cache holds latent vectors" in screen
+    assert (
+        "68.62" in screen
+        and "where the engine stores full heads" in screen
+        and "not measured: its cache holds latent vectors" in screen
+    )
 
 
 def test_what_cannot_be_asked_is_said(tmp_path):
@@ -289,7 +350,11 @@ def test_bars_are_shown_to_people_only(lang, tmp_path, monkeypatch):
     with module.catalogue.language(lang), bars as tick:
         for phase in ("predict", "measure", "compare"):
             tick(phase, 1, 2)
-        assert [(t.description, t.completed, t.total) for t in bars.bar.tasks][1] == ({"en": "measure", "zh": "实测"}[lang], 1, 2)
+        assert [(t.description, t.completed, t.total) for t in bars.bar.tasks][1] == (
+            {"en": "measure", "zh": "实测"}[lang],
+            1,
+            2,
+        )
 
 
 @pytest.mark.parametrize("lang", ("en", "zh"))
@@ -299,8 +364,13 @@ def test_the_page_has_sizes_advice_and_a_picture_of_every_way_to_store_keys(lang
     text = page.read_text(encoding="utf-8")
     assert done.exit_code == 0, done.output
     assert {"en": "Never store these keys in 4 bits", "zh": "这些键绝不能用 4 位"}[lang] in text
-    assert text.count('class="strip"') == 4 and text.count("<b>Q6</b>") == 1 and "doctor.kvcache/1" in text and len(text) < 100_000
-    assert 'src=' not in text and text.count("<svg") == text.count('role="img"')
+    assert (
+        text.count('class="strip"') == 4
+        and text.count("<b>Q6</b>") == 1
+        and "doctor.kvcache/1" in text
+        and len(text) < 100_000
+    )
+    assert "src=" not in text and text.count("<svg") == text.count('role="img"')
 
 
 @pytest.mark.parametrize("lang", ("en", "zh"))
@@ -313,8 +383,12 @@ def test_a_saved_report_is_rendered_again_in_every_format(lang, tmp_path):
         run(tmp_path / "m", "-f", f"{name}:{made}", *options)
         done = CliRunner().invoke(cli, ["render", str(saved), "-f", f"{name}:{again}", "--lang", lang])
         assert done.exit_code == 0, done.output
-        first, second = (re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", p.read_text(encoding="utf-8")) for p in (made, again))
-        assert first == second and {"en": "longest in 0.9313 GiB", "zh": "0.9313 GiB 内最长"}[lang] in first or name == "json"
+        first, second = (
+            re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", p.read_text(encoding="utf-8")) for p in (made, again)
+        )
+        assert (
+            first == second and {"en": "longest in 0.9313 GiB", "zh": "0.9313 GiB 内最长"}[lang] in first
+        ) or name == "json"
     assert CliRunner().invoke(cli, ["render", str(saved), "-f", "sarif"]).exit_code == 2
     saved.write_text('{"schema": "doctor.kvcache/1", "kvcache": 3}')
     assert "not a report on a cache" in str(CliRunner().invoke(cli, ["render", str(saved)]).exception)
@@ -335,8 +409,10 @@ def test_every_sentence_of_the_advice_stands_in_chinese_and_a_chinese_screen_has
     assert set(SENTENCES) | set(KEEPS.values()) <= catalogue.ZH.keys()
     rows = tmp_path / "text.jsonl"
     rows.write_text("".join(json.dumps({"input_ids": r[0].tolist()}) + "\n" for r in text()))
-    found = [kvcache(case.write(tmp_path / str(i)), measure=measured, text=rows, memory=1 << 20)
-             for i, (case, measured) in enumerate(((with_bias(300.0), True), (tiny(), True), (tiny_gptq("qwen2"), False)))]
+    found = [
+        kvcache(case.write(tmp_path / str(i)), measure=measured, text=rows, memory=1 << 20)
+        for i, (case, measured) in enumerate(((with_bias(300.0), True), (tiny(), True), (tiny_gptq("qwen2"), False)))
+    ]
     with catalogue.language("zh"):
         for report in found:
             for line in render_kvcache(report).splitlines():

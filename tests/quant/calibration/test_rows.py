@@ -1,4 +1,6 @@
-"""Calibration rows: packed without padding, the same every time, and never from the text that perplexity is measured on."""
+"""Calibration rows: packed without padding, the same every time, and never from the text that perplexity is measured
+on.
+"""
 
 import json
 import sys
@@ -7,9 +9,9 @@ import pytest
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.lint.testing import tiny
 from doctor.quant.calibration import rows as calibration
 from doctor.quant.calibration.rows import calibration_rows, pack
-from doctor.lint.testing import tiny
 
 
 class Ids:
@@ -113,10 +115,16 @@ def test_ids_outside_the_vocabulary_are_refused(checkpoint, tmp_path):
         calibration_rows(checkpoint, file, rows=2, length=8, vocab=96)
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{broken", r"c.jsonl:1: not JSON"), ('{"prompt": "x"}', r"c.jsonl:1: has prompt; must have"), ("[1, 2]", r"c.jsonl:1: has list; must have"),
-    ('{"input_ids": [1, "2"]}', "c.jsonl:1: input_ids must be a list of whole numbers"),
-    ('{"input_ids": [-1, 2]}', "whole numbers, 0 or more")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{broken", r"c.jsonl:1: not JSON"),
+        ('{"prompt": "x"}', r"c.jsonl:1: has prompt; must have"),
+        ("[1, 2]", r"c.jsonl:1: has list; must have"),
+        ('{"input_ids": [1, "2"]}', "c.jsonl:1: input_ids must be a list of whole numbers"),
+        ('{"input_ids": [-1, 2]}', "whole numbers, 0 or more"),
+    ],
+)
 def test_a_line_of_another_form_is_named(checkpoint, tmp_path, line, message):
     (tmp_path / "c.jsonl").write_text(line)
     with pytest.raises(DoctorError, match=message):
@@ -138,7 +146,14 @@ def test_parquet_without_pyarrow_says_what_to_install(checkpoint, tmp_path, monk
 def test_duplicates_and_padding_are_counted(checkpoint, tmp_path):
     file = lines(tmp_path / "c.jsonl", {"input_ids": [3, 4]}, {"input_ids": [3, 4]}, {"input_ids": [5, 6, 7]})
     _, facts, _ = calibration_rows(checkpoint, file, rows=3, length=8)
-    assert (facts.rows, facts.tokens, facts.duplicate_rows, facts.shortest, facts.median, facts.longest) == (3, 7, 1, 2, 2, 3)
+    assert (facts.rows, facts.tokens, facts.duplicate_rows, facts.shortest, facts.median, facts.longest) == (
+        3,
+        7,
+        1,
+        2,
+        2,
+        3,
+    )
 
 
 def test_another_seed_takes_documents_in_another_order(checkpoint, tmp_path, monkeypatch):
@@ -157,7 +172,7 @@ def test_the_built_in_text_leaves_out_what_perplexity_is_measured_on():
         if key and key not in seen:
             seen.add(key)
             reference.append(key)
-    held_out = set(reference[len(reference) // 2:])
+    held_out = set(reference[len(reference) // 2 :])
     ours = {" ".join(p.split()) for p in calibration.builtin_paragraphs()}
     assert len(held_out) > 1000 and not held_out & ours
 
@@ -171,12 +186,18 @@ def test_a_dataset_on_the_hub_gives_its_training_file(checkpoint, tmp_path, monk
         asked.append((repo, name, repo_type))
         return str(lines(tmp_path / "got.jsonl", {"input_ids": [3, 4, 5]}))
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, repo_type: ["README.md", "a/test.jsonl", "a/train.parquet", "b/train.jsonl"])
+    monkeypatch.setattr(
+        huggingface_hub,
+        "list_repo_files",
+        lambda repo, repo_type: ["README.md", "a/test.jsonl", "a/train.parquet", "b/train.jsonl"],
+    )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     rows, facts, _ = calibration_rows(checkpoint, "org/texts", rows=1, length=8)
     assert rows == [[3, 4, 5]] and asked == [("org/texts", "b/train.jsonl", "dataset")]
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, repo_type: ["README.md", "data.csv"])
-    with pytest.raises(DoctorError, match=r"org/texts: the dataset has none of \.jsonl, \.parquet, \.txt among its 2 files"):
+    with pytest.raises(
+        DoctorError, match=r"org/texts: the dataset has none of \.jsonl, \.parquet, \.txt among its 2 files"
+    ):
         calibration_rows(checkpoint, "hf://datasets/org/texts", rows=1, length=8)
 
 
@@ -217,17 +238,22 @@ def byte_level():
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 4, "模型量化之前先看一看文件里有没有坏的数字 " * 4] * 3,
-                             trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    made.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog " * 4, "模型量化之前先看一看文件里有没有坏的数字 " * 4] * 3,
+        trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
-@pytest.mark.parametrize(("text", "scripts", "unused"), [
-    ("The quick brown fox, and 3 dogs.", ("Latin",), ("CJK",)),
-    ("模型 is a model", ("Latin", "CJK"), ()),
-    ("Ещё слово " + "the fox " * 2, ("Latin", "Cyrillic"), ("CJK",)),
-    ("12 34 + 56", (), ("CJK", "Latin")),
-])
+@pytest.mark.parametrize(
+    ("text", "scripts", "unused"),
+    [
+        ("The quick brown fox, and 3 dogs.", ("Latin",), ("CJK",)),
+        ("模型 is a model", ("Latin", "CJK"), ()),
+        ("Ещё слово " + "the fox " * 2, ("Latin", "Cyrillic"), ("CJK",)),
+        ("12 34 + 56", (), ("CJK", "Latin")),
+    ],
+)
 def test_scripts_of_a_text_and_those_that_it_leaves_out(text, scripts, unused):
     from doctor.quant.calibration.text_scripts import of_rows
 

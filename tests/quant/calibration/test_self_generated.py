@@ -1,4 +1,6 @@
-"""Text that the model writes to calibrate on: the same from the same seed, whole rows, and left out with a reason where it is dear or broken."""
+"""Text that the model writes to calibrate on: the same from the same seed, whole rows, and left out with a reason where
+it is dear or broken.
+"""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -7,15 +9,15 @@ import pytest
 import torch
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core.recipe import Recipe
+from doctor.lint.testing import tiny
+from doctor.model.spec import build_spec
+from doctor.quant import job
 from doctor.quant.calibration import rows as calibration
 from doctor.quant.calibration import self_generated
-from doctor.quant import job
 from doctor.quant.calibration.rows import BUILTIN, NotSampled, calibration_rows
-from doctor.quant.quantize import quantize
 from doctor.quant.calibration.self_generated import sampler
-from doctor.core.recipe import Recipe
-from doctor.model.spec import build_spec
-from doctor.lint.testing import tiny
+from doctor.quant.quantize import quantize
 
 SOURCE = f"{BUILTIN} and text sampled from the model"
 
@@ -23,7 +25,9 @@ SOURCE = f"{BUILTIN} and text sampled from the model"
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch):
     """Two pages instead of megabytes: the tiny model's tokenizer has a token a letter."""
-    monkeypatch.setattr(calibration, "builtin_paragraphs", lambda: ("".join(chr(33 + i * i % 89) for i in range(4000)),))
+    monkeypatch.setattr(
+        calibration, "builtin_paragraphs", lambda: ("".join(chr(33 + i * i % 89) for i in range(4000)),)
+    )
 
 
 def model(folder, case=None):
@@ -33,7 +37,14 @@ def model(folder, case=None):
 
 def rows_of(folder, rows=8, memory=None, seed=0, case=None):
     checkpoint, spec = model(folder, case)
-    return calibration_rows(checkpoint, None, rows=rows, length=16, vocab=spec.vocab, sample=sampler(checkpoint, spec, seed=seed, memory=memory))
+    return calibration_rows(
+        checkpoint,
+        None,
+        rows=rows,
+        length=16,
+        vocab=spec.vocab,
+        sample=sampler(checkpoint, spec, seed=seed, memory=memory),
+    )
 
 
 def test_a_quarter_of_the_rows_is_written_by_the_model(tmp_path):
@@ -51,6 +62,7 @@ def test_the_seed_decides_the_text(tmp_path):
 
 def test_text_is_sampled_with_the_models_probabilities():
     """A model whose next token is 3 three times in four, whatever came before, and 5 else."""
+
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -88,11 +100,19 @@ def test_pieces_start_with_bos_or_with_openings_where_there_is_none():
 
     assert self_generated._starts(Tokenizer(), 2, 90) == [7, 7]
     Tokenizer.bos_token_id = None
-    assert [chr(i) for i in self_generated._starts(Tokenizer(), 5, 90)] == ["T", "I", "A", "H", "W"]  # the others are at 90 or above, or come again
+    assert [chr(i) for i in self_generated._starts(Tokenizer(), 5, 90)] == [
+        "T",
+        "I",
+        "A",
+        "H",
+        "W",
+    ]  # the others are at 90 or above, or come again
 
 
-@pytest.mark.parametrize("memory, work, reason", [
-    (10, None, "the whole model takes"), (None, 1e4, "parameters would take minutes on this device")])
+@pytest.mark.parametrize(
+    "memory, work, reason",
+    [(10, None, "the whole model takes"), (None, 1e4, "parameters would take minutes on this device")],
+)
 def test_what_is_too_large_is_left_out_with_a_reason(tmp_path, monkeypatch, memory, work, reason):
     if work:
         monkeypatch.setitem(self_generated.MOST_PARAMETERS, "cpu", work)
@@ -138,6 +158,7 @@ def test_a_run_says_what_it_was_calibrated_on(tmp_path):
 def test_several_processes_leave_it_out():
     with pytest.raises(NotSampled, match="several processes"):
         self_generated.unable("several processes would each have to hold it", None, 1, 8)
+
 
 @pytest.mark.parametrize("at_first", ["sampled", "not sampled"])
 def test_a_resumed_run_takes_the_rows_of_the_first_whatever_memory_is_free_by_then(tmp_path, monkeypatch, at_first):

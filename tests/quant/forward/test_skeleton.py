@@ -2,18 +2,17 @@
 
 import pytest
 import torch
+from healthy_models import save, stacked
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
-from doctor.quant.forward.skeleton import Skeleton, load_tensor
 from doctor.core.recipe import Recipe
-from doctor.model.spec import build_spec
-from doctor.model.fused_experts import take_apart
 from doctor.lint.testing import FAMILIES, tiny
-
-from healthy_models import save, stacked
+from doctor.model.fused_experts import take_apart
+from doctor.model.spec import build_spec
+from doctor.quant.forward.skeleton import Skeleton, load_tensor
 
 IDS = torch.stack([torch.arange(3, 35), torch.arange(34, 2, -1)])
 
@@ -43,8 +42,10 @@ def reference(folder, attention="sdpa"):
     states = []
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)
     for layer in layers:
-        layer.register_forward_pre_hook(lambda m, args, kwargs: states.append(kwargs.get("hidden_states", args[0] if args else None)),
-                                        with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda m, args, kwargs: states.append(kwargs.get("hidden_states", args[0] if args else None)),
+            with_kwargs=True,
+        )
     layers[-1].register_forward_hook(lambda m, args, out: states.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
         model(IDS, use_cache=False)
@@ -69,9 +70,15 @@ def test_stacks_taken_apart_compute_what_transformers_own_blocks_do(family, tmp_
         stored = stacked(folder, tmp_path / "stacked")
     if family == "gpt_oss":
         tensors = load_file(folder / "model.safetensors")
-        save_file({n: t * 40 if "gate_up_proj" in n else t for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {n: t * 40 if "gate_up_proj" in n else t for n, t in tensors.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     checkpoint = Checkpoint.open(stored)
-    view, spec = take_apart(checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), Recipe(group_size=32))
+    view, spec = take_apart(
+        checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), Recipe(group_size=32)
+    )
     assert view is not checkpoint
     got, want = outputs(Skeleton(view, spec), [IDS]), reference(folder, "eager" if family == "gpt_oss" else "sdpa")
     assert len(got) == len(want) == 3
@@ -90,20 +97,35 @@ def test_every_linear_of_a_block_has_a_module_of_its_shape(family, tmp_path):
 
 
 def test_gpt2_stores_its_linears_transposed_and_without_prefix(tmp_path):
-    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=96, bos_token_id=1, eos_token_id=2)
+    config = AutoConfig.for_model(
+        "gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=96, bos_token_id=1, eos_token_id=2
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     built = skeleton(tmp_path)
     linear, module = built.modules_of(0)[next(n for n in built.linears[0] if n.endswith("c_attn"))]
-    assert linear.transposed and (linear.out_features, linear.in_features) == tuple(module.weight.shape)[::-1] == (192, 64)
+    assert linear.transposed and (linear.out_features, linear.in_features) == tuple(module.weight.shape)[::-1] == (
+        192,
+        64,
+    )
     for ours, theirs in zip(outputs(built, [IDS]), reference(tmp_path)):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def test_sliding_and_full_attention_blocks_get_their_own_masks(tmp_path):
-    config = AutoConfig.for_model("gemma3_text", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                                  num_key_value_heads=2, head_dim=16, vocab_size=96, sliding_window=8, max_position_embeddings=64,
-                                  layer_types=["sliding_attention", "full_attention"])
+    config = AutoConfig.for_model(
+        "gemma3_text",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=96,
+        sliding_window=8,
+        max_position_embeddings=64,
+        layer_types=["sliding_attention", "full_attention"],
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     for ours, theirs in zip(outputs(skeleton(tmp_path), [IDS]), reference(tmp_path)):
@@ -160,12 +182,37 @@ def test_tensors_are_loaded_bit_for_bit(tmp_path):
     assert (tensor.view(torch.int16).numpy().view("uint16") == case.tensors[name]).all()
 
 
-@pytest.mark.parametrize("model_type, sizes", [
-    ("gemma2", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                "head_dim": 16, "sliding_window": 16}),
-    ("gpt_oss", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                 "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4})])
+@pytest.mark.parametrize(
+    "model_type, sizes",
+    [
+        (
+            "gemma2",
+            {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "sliding_window": 16,
+            },
+        ),
+        (
+            "gpt_oss",
+            {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+        ),
+        ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    ],
+)
 def test_attention_that_sdpa_does_not_know_is_computed_as_the_model_defines_it(tmp_path, model_type, sizes):
     """Softcaps, sinks and ALiBi: the whole model in its eager form gives the same perplexity."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -173,11 +220,15 @@ def test_attention_that_sdpa_does_not_know_is_computed_as_the_model_defines_it(t
     from doctor.evaluate.compare import compare
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](vocab_size=96, **sizes), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[model_type](vocab_size=96, **sizes), attn_implementation="eager"
+    )
     model.save_pretrained(tmp_path)
     ids = torch.randint(0, 96, (1, 32))
     checkpoint = Checkpoint.open(tmp_path)
-    assert compare(checkpoint, checkpoint, [ids], [], str, 0).perplexity_original == pytest.approx(model.eval()(ids, labels=ids).loss.exp().item(), rel=1e-4)
+    assert compare(checkpoint, checkpoint, [ids], [], str, 0).perplexity_original == pytest.approx(
+        model.eval()(ids, labels=ids).loss.exp().item(), rel=1e-4
+    )
 
 
 def test_a_block_that_was_read_ahead_is_the_same_and_is_read_once(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """What waits on disk comes back bit by bit, and a disk that is full says so."""
+
 import errno
 import os
 
@@ -25,7 +26,7 @@ def test_storages_come_back_from_their_places(tmp_path, monkeypatch, at_once):
     for tensor, place, copy in zip((first, second), places, copies):
         shelf.read(place, tensor.untyped_storage())
         assert tensor.view(torch.uint8).equal(copy.view(torch.uint8))
-    assert list(tmp_path.iterdir()) == []   # it has no name
+    assert list(tmp_path.iterdir()) == []  # it has no name
     assert places == [0, 1028] and shelf.end == os.fstat(shelf._file.fileno()).st_size == 1028 + 30
     shelf.give_back(1028)
     assert shelf.reserve(4) == 1028 and os.fstat(shelf._file.fileno()).st_size == 1032
@@ -51,7 +52,9 @@ def test_a_file_that_was_cut_off_is_an_error(tmp_path):
 
 
 def test_only_what_a_pass_made_itself_is_put_away(tmp_path):
-    """Views of what was there before, weights and what a module keeps stay; views of what is put away come back with it."""
+    """Views of what was there before, weights and what a module keeps stay; views of what is put away come back with
+    it.
+    """
     weight, kept = torch.randn(64, 64), []
     seen = {}
 

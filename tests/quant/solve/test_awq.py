@@ -9,20 +9,26 @@ import torch
 
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
-from doctor.quant.solve import awq, gptq
+from doctor.core.recipe import Recipe
+from doctor.lint.testing import FAMILIES, encode, tiny
+from doctor.model.spec import build_spec
 from doctor.quant import job
-from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.dequantize import as_float
+from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.solve import awq, gptq
 from doctor.quant.solve.gptq import proxy_loss
 from doctor.quant.solve.grid import dequantize, fit, quantize
-from doctor.core.recipe import Recipe
-from doctor.model.spec import build_spec
-from doctor.lint.testing import FAMILIES, encode, tiny
 
 RECIPE = Recipe(method="awq", group_size=32)
-SCALED = {"llama": {"q", "k", "v", "o", "gate", "up", "down"}, "qwen2": {"q", "k", "v", "o", "gate", "up", "down"},
-          "mistral": {"q", "k", "v", "o", "gate", "up", "down"}, "gemma": {"q", "k", "v", "o", "gate", "up", "down"},
-          "phi3": {"qkv", "gate_up"}, "opt": {"q", "k", "v", "o", "up", "down"}, "qwen2_moe": {"q", "k", "v", "o", "down"}}
+SCALED = {
+    "llama": {"q", "k", "v", "o", "gate", "up", "down"},
+    "qwen2": {"q", "k", "v", "o", "gate", "up", "down"},
+    "mistral": {"q", "k", "v", "o", "gate", "up", "down"},
+    "gemma": {"q", "k", "v", "o", "gate", "up", "down"},
+    "phi3": {"qkv", "gate_up"},
+    "opt": {"q", "k", "v", "o", "up", "down"},
+    "qwen2_moe": {"q", "k", "v", "o", "down"},
+}
 
 
 @pytest.fixture
@@ -30,7 +36,9 @@ def text(tmp_path):
     """8 rows of 64 random ids."""
     rng = random.Random(0)
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"input_ids": [1] + [rng.randrange(3, 96) for _ in range(63)]}) for _ in range(8)))
+    path.write_text(
+        "\n".join(json.dumps({"input_ids": [1] + [rng.randrange(3, 96) for _ in range(63)]}) for _ in range(8))
+    )
     return path
 
 
@@ -72,7 +80,9 @@ def test_folded_scales_leave_the_function_alone_and_the_output_is_clean(family, 
     monkeypatch.setattr(job._Run, "_fold", watch)
     result = quantized(tmp_path / "m", tmp_path / "o", text)
     assert result.output and result.report.ok and [f for f in result.report.findings if f.severity != "info"] == []
-    assert moved and all(m < (1e-3 if family in ("opt", "qwen2", "qwen2_moe") else 1e-5) for m in moved)  # biases are stored in 16 bits
+    assert moved and all(
+        m < (1e-3 if family in ("opt", "qwen2", "qwen2_moe") else 1e-5) for m in moved
+    )  # biases are stored in 16 bits
     assert scaled and scaled <= SCALED[family], scaled
     assert {r["outcome"] for r in result.linears} <= {"awq", "rtn"}
     assert all(r["solve"]["note"] for r in result.linears)
@@ -90,7 +100,12 @@ def test_what_is_written_is_what_the_run_computed(family, tmp_path, text):
     for format in ("awq", "compressed-tensors"):
         result = quantized(tmp_path / "m", tmp_path / format, text, Recipe(method="awq", group_size=32, format=format))
         got = last_hidden(as_float(Checkpoint.open(result.output)), source.value("config.json"), ids)
-        rounded = quantized(tmp_path / "m", tmp_path / f"rtn-{format}", text, Recipe(method="rtn", group_size=32, sym=False, format=format))
+        rounded = quantized(
+            tmp_path / "m",
+            tmp_path / f"rtn-{format}",
+            text,
+            Recipe(method="rtn", group_size=32, sym=False, format=format),
+        )
         coarse = last_hidden(as_float(Checkpoint.open(rounded.output)), source.value("config.json"), ids)
         assert (got - want).norm() < (coarse - want).norm()
         name = "model.layers.0.input_layernorm.weight"
@@ -154,15 +169,20 @@ def test_scales_and_clipping_never_lose_to_rounding(sym):
     clipped = awq.clip(W, H, plain, 30, 4, others=(fitted,))
     D, E, F = ((W - dequantize(quantize(W, grid, 4), grid)).reshape(48, 3, 30) for grid in (clipped, plain, fitted))
     for g in range(3):
-        block = H[g * 30:g * 30 + 30, g * 30:g * 30 + 30]
-        kept, least = ((D[:, g] @ block) * D[:, g]).sum(1), torch.minimum(((E[:, g] @ block) * E[:, g]).sum(1), ((F[:, g] @ block) * F[:, g]).sum(1))
+        block = H[g * 30 : g * 30 + 30, g * 30 : g * 30 + 30]
+        kept, least = (
+            ((D[:, g] @ block) * D[:, g]).sum(1),
+            torch.minimum(((E[:, g] @ block) * E[:, g]).sum(1), ((F[:, g] @ block) * F[:, g]).sum(1)),
+        )
         assert (kept <= least * (1 + 1e-5)).all()
 
 
 def test_equal_columns_need_no_scales():
     generator = torch.Generator().manual_seed(5)
     W = torch.randn(16, 1, generator=generator) * torch.randn(16, 32, generator=generator).sign()
-    s, found = awq.find_scales([W], 2 * torch.eye(32), awq.Source("norm", "x"), bits=4, group_size=32, sym=True, zero_min=0)
+    s, found = awq.find_scales(
+        [W], 2 * torch.eye(32), awq.Source("norm", "x"), bits=4, group_size=32, sym=True, zero_min=0
+    )
     assert found == "" and torch.equal(s, torch.ones(32))
 
 
@@ -173,7 +193,9 @@ def test_columns_of_small_weights_grow_where_activations_are_equal():
     s, found = awq.find_scales([W], torch.eye(32), awq.Source("norm", "x"), **rules)
     assert "size(w)" in found and (s[3:].min() > s[:3].max())
     plain = fit(W, 4, 32, True)
-    assert awq.solve(W * s, torch.eye(32) / s / s[:, None], s, **rules).loss < 0.7 * proxy_loss(W, dequantize(quantize(W, plain, 4), plain), torch.eye(32))
+    assert awq.solve(W * s, torch.eye(32) / s / s[:, None], s, **rules).loss < 0.7 * proxy_loss(
+        W, dequantize(quantize(W, plain, 4), plain), torch.eye(32)
+    )
 
 
 @pytest.mark.parametrize("kind", ["norm", "norm+1"])
@@ -195,7 +217,9 @@ def test_heads_shared_by_queries_share_their_factors():
 def test_a_fold_that_moves_the_output_is_taken_back(tmp_path, text, monkeypatch):
     uneven("llama").write(tmp_path / "m")
     real = awq.fold
-    monkeypatch.setattr(awq, "fold", lambda source, s, *rest: (real(source, s, *rest)[0] * 1.1, *real(source, s, *rest)[1:]))
+    monkeypatch.setattr(
+        awq, "fold", lambda source, s, *rest: (real(source, s, *rest)[0] * 1.1, *real(source, s, *rest)[1:])
+    )
     result = quantized(tmp_path / "m", tmp_path / "o", text)
     assert all("folding moved" in r["solve"]["note"] or "scales of 1" in r["solve"]["note"] for r in result.linears)
     before, after = Checkpoint.open(tmp_path / "m"), Checkpoint.open(tmp_path / "o")
@@ -205,7 +229,9 @@ def test_a_fold_that_moves_the_output_is_taken_back(tmp_path, text, monkeypatch)
 
 def test_a_linear_that_came_out_worse_than_rounding_is_found(tmp_path, text, monkeypatch):
     uneven("llama").write(tmp_path / "m")
-    monkeypatch.setattr(awq, "clip", lambda W, H, start, *rest, **more: start._replace(scale=(start.scale * 0.25).half().float()))
+    monkeypatch.setattr(
+        awq, "clip", lambda W, H, start, *rest, **more: start._replace(scale=(start.scale * 0.25).half().float())
+    )
     result = quantized(tmp_path / "m", tmp_path / "o", text)
     worse = {r["name"] for r in result.linears if not r["solve"]["loss"] <= r["solve"]["rtn_loss"] * 1.01}
     assert worse == {r["name"] for r in result.linears}
@@ -238,6 +264,10 @@ def test_refinement_lowers_the_loss_of_codes_from_anywhere(native, sym, width, m
     before = proxy_loss(W, dequantize(codes, grid), H)
     better, moved = gptq.improve(W, H, codes, grid, bits=4, group_size=width, sym=sym, zero_min=0)
     assert proxy_loss(W, dequantize(better, moved), H) < 0.8 * before
-    assert torch.equal(moved.zero, grid.zero) and torch.equal(moved.scale, moved.scale.half().float()) and better.max() <= 15
+    assert (
+        torch.equal(moved.zero, grid.zero)
+        and torch.equal(moved.scale, moved.scale.half().float())
+        and better.max() <= 15
+    )
     still, same = gptq.improve(W, torch.zeros(96, 96), codes, grid, bits=4, group_size=width, sym=sym, zero_min=0)
     assert torch.equal(still, codes) and same is grid

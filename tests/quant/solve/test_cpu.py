@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from doctor.scan import native
 from doctor.core.errors import NotQuantizable
-from doctor.quant.solve import gptq, grid, cpu
+from doctor.quant.solve import cpu, gptq, grid
 from doctor.quant.solve.gptq import proxy_loss, solve
 from doctor.quant.solve.hessian import Hessian
+from doctor.scan import native
 
 LEVELS = ["base", "avx2", "avx512"]
 pytestmark = pytest.mark.skipif(native.native_path() is None, reason="no native library")
@@ -100,8 +100,8 @@ def test_solutions_of_both_paths_agree(level, monkeypatch, bits, sym, n, k, grou
     in_torch(monkeypatch)
     want = solve(W, H, **options)
     assert got.outcome == want.outcome == "gptq"
-    # One value near a tie that falls to the other side takes its followers along, and refinement in torch fits all scales of a
-    # row together after its codes, not each group's at once; the loss hardly moves.
+    # One value near a tie that falls to the other side takes its followers along, and refinement in torch fits all
+    # scales of a row together after its codes, not each group's at once; the loss hardly moves.
     assert got.loss == pytest.approx(want.loss, rel=0.08 if bits == 2 else 0.05)
     assert got.rtn_loss == pytest.approx(want.rtn_loss, rel=2e-3)
     assert got.loss == pytest.approx(proxy_loss(W, got.weight(), H), rel=1e-4)
@@ -111,17 +111,22 @@ def test_a_column_loop_with_exact_arithmetic_is_bit_equal(level, monkeypatch):
     """Small integers over powers of two: no rounding anywhere, so the order of sums cannot matter."""
     generator = torch.Generator().manual_seed(3)
     W = torch.randint(-64, 64, (45, 70), generator=generator) / 8.0
-    U = torch.eye(70) + torch.triu(torch.randint(-2, 3, (70, 70), generator=generator) / 4.0, 1) * (torch.rand(70, 70) < 0.02)
+    U = torch.eye(70) + torch.triu(torch.randint(-2, 3, (70, 70), generator=generator) / 4.0, 1) * (
+        torch.rand(70, 70) < 0.02
+    )
     rules = gptq._Rules(4, 10, True, False, False, 0, torch.float16)
     static = grid.Grid(torch.full((45, 7), 0.5), torch.full((45, 7), 8, dtype=torch.int32))
     groups, steps = grid.contiguous_groups(70, 10), torch.arange(70, dtype=torch.int32)
     want, _ = gptq._round_columns(W.T.contiguous(), U, rules, groups, static)
     M = torch.linalg.inv(U.double()).float()
-    got, _, _, loss, excess = cpu.round_columns(W, M.flip(0, 1).contiguous(), steps, groups, torch.full((70,), 0.5),
-                                                   rules.native[0], static)
+    got, _, _, loss, excess = cpu.round_columns(
+        W, M.flip(0, 1).contiguous(), steps, groups, torch.full((70,), 0.5), rules.native[0], static
+    )
     assert torch.equal(got.T, want)
     E = W - grid.dequantize(got, static)
-    assert torch.allclose(loss.float(), (E @ M).square().sum(1)) and torch.allclose(excess.float(), 0.5 * E.square().sum(1))
+    assert torch.allclose(loss.float(), (E @ M).square().sum(1)) and torch.allclose(
+        excess.float(), 0.5 * E.square().sum(1)
+    )
 
 
 @pytest.mark.parametrize("n, k, group", [(37, 192, 32), (5, 128, 64), (130, 264, 132)])
@@ -133,12 +138,18 @@ def test_refinement_says_by_how_much_it_lowers_the_loss(level, n, k, group):
     rule, _ = gptq._Rules(3, group, True, False, False, 0, torch.float16).native
     before = gptq._energies(W - grid.dequantize(codes, found), damped)
     for width in (0, group) if cpu.fits(group) else (0,):
-        moved, *scales, change, excess = cpu.refine(W, H, torch.arange(k, dtype=torch.int32), g_idx, extra, rule, codes, found, width)
+        moved, *scales, change, excess = cpu.refine(
+            W, H, torch.arange(k, dtype=torch.int32), g_idx, extra, rule, codes, found, width
+        )
         E = W - grid.dequantize(moved, grid.Grid(*scales))
         after = gptq._energies(E, damped)
         assert (after <= before * (1 + 1e-5)).all() and after.sum() < 0.9 * before.sum()
-        assert torch.allclose(before + change, after, rtol=1e-3) and torch.allclose(excess, (E.square() @ extra).double(), rtol=1e-4)
-        assert torch.equal(scales[0], scales[0].half().float()) and (width > 0) == (not torch.equal(scales[0], found.scale))
+        assert torch.allclose(before + change, after, rtol=1e-3) and torch.allclose(
+            excess, (E.square() @ extra).double(), rtol=1e-4
+        )
+        assert torch.equal(scales[0], scales[0].half().float()) and (width > 0) == (
+            not torch.equal(scales[0], found.scale)
+        )
 
 
 def test_losses_of_many_rows_are_told_from_a_sample_unless_they_are_close(monkeypatch):

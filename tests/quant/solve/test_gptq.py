@@ -18,7 +18,9 @@ def weights(n, k, seed=0):
 def hessian(k, tokens=600, seed=1, dead=()):
     """H of correlated rows with an outlier channel, as decoder blocks have them."""
     generator = torch.Generator().manual_seed(seed)
-    X = torch.randn(tokens, k, generator=generator) @ (torch.eye(k) + 0.3 * torch.randn(k, k, generator=generator) / k**0.5 * 3)
+    X = torch.randn(tokens, k, generator=generator) @ (
+        torch.eye(k) + 0.3 * torch.randn(k, k, generator=generator) / k**0.5 * 3
+    )
     X[:, 3] *= 20
     X[:, list(dead)] = 0
     H = Hessian(k)
@@ -27,7 +29,11 @@ def hessian(k, tokens=600, seed=1, dead=()):
 
 
 def same(a, b):
-    return torch.equal(a.codes, b.codes) and torch.equal(a.grid.scale, b.grid.scale) and torch.equal(a.grid.zero, b.grid.zero)
+    return (
+        torch.equal(a.codes, b.codes)
+        and torch.equal(a.grid.scale, b.grid.scale)
+        and torch.equal(a.grid.zero, b.grid.zero)
+    )
 
 
 def by_the_book(W, H, grid, g_idx, order, damp, bits):
@@ -38,11 +44,11 @@ def by_the_book(W, H, grid, g_idx, order, damp, bits):
     T, codes = W.double()[:, order].clone(), torch.zeros(W.shape, dtype=torch.uint8)
     for j in range(len(H)):
         group = int(g_idx[order[j]])
-        column = Grid(grid.scale[:, group:group + 1], grid.zero[:, group:group + 1])
-        code = quantize(T[:, j:j + 1].float(), column, bits)
+        column = Grid(grid.scale[:, group : group + 1], grid.zero[:, group : group + 1])
+        code = quantize(T[:, j : j + 1].float(), column, bits)
         codes[:, order[j]] = code[:, 0]
         error = (T[:, j] - dequantize(code, column)[:, 0].double()) / U[j, j]
-        T[:, j + 1:] -= error[:, None] * U[j, j + 1:]
+        T[:, j + 1 :] -= error[:, None] * U[j, j + 1 :]
     return codes
 
 
@@ -60,7 +66,9 @@ def test_static_groups_give_the_codes_of_the_paper(act_order, k):
     assert info == 0 and torch.equal(kept.scale, grid.scale)
     # float32 against float64: a value near a tie may fall to the other side, and takes its followers along
     assert (codes != book).double().mean().item() < 0.01
-    assert proxy_loss(W, dequantize(codes, grid), H) == pytest.approx(proxy_loss(W, dequantize(book, grid), H), rel=5e-3)
+    assert proxy_loss(W, dequantize(codes, grid), H) == pytest.approx(
+        proxy_loss(W, dequantize(book, grid), H), rel=5e-3
+    )
     assert (book != quantize(W, grid, 4)).double().mean().item() > 0.1
 
 
@@ -69,7 +77,9 @@ def test_static_groups_give_the_codes_of_the_paper(act_order, k):
 @pytest.mark.parametrize("mse", [False, True])
 def test_with_the_identity_as_hessian_every_code_is_rounded_to_nearest(sym, act_order, mse):
     W = weights(16, 192)
-    found = solve(W, 2 * torch.eye(192), bits=4, group_size=64, sym=sym, act_order=act_order, mse=mse, signed=True, refine=0)
+    found = solve(
+        W, 2 * torch.eye(192), bits=4, group_size=64, sym=sym, act_order=act_order, mse=mse, signed=True, refine=0
+    )
     plain = fit(W, 4, 64, sym, mse=mse, signed=True, weight=torch.full((192,), 2.02), zero_min=1)
     assert torch.equal(found.codes, quantize(W, plain, 4)) and torch.equal(found.grid.scale, plain.scale)
     assert found.loss == pytest.approx(found.rtn_loss, rel=1e-6) and found.outcome == "gptq"
@@ -122,12 +132,12 @@ def test_a_group_that_opens_inside_a_block_sees_every_earlier_correction(group_s
     U, _ = factorise(H, 0.01)
     width = 480 if group_size == -1 else group_size
     T, scales = W.clone(), []
-    for j in range(480):                                    # no blocks: every correction at once
+    for j in range(480):  # no blocks: every correction at once
         if j % width == 0:
-            scales.append(fit(T[:, j:j + width], 4, -1, True))
-        code = quantize(T[:, j:j + 1], scales[-1], 4)
+            scales.append(fit(T[:, j : j + width], 4, -1, True))
+        code = quantize(T[:, j : j + 1], scales[-1], 4)
         error = (T[:, j] - dequantize(code, scales[-1])[:, 0]) / U[j, j]
-        T[:, j + 1:] -= error[:, None] * U[j, j + 1:]
+        T[:, j + 1 :] -= error[:, None] * U[j, j + 1 :]
     wanted = torch.cat([grid.scale for grid in scales], 1)
     assert ((found.grid.scale - wanted).abs() / wanted).median().item() < 1e-3
     assert ((found.grid.scale - wanted).abs() / wanted).max().item() < 0.2
@@ -192,7 +202,7 @@ def test_refitted_scales_are_the_least_squares_solution():
     grid, g_idx = fit(W, 4, 16, True), contiguous_groups(64, 16)
     codes = quantize(W, grid, 4)
     refit = refit_scales(W, H.float(), codes, grid, g_idx, torch.float32)
-    root = torch.linalg.cholesky(H, upper=True)             # |E root^T|^2 = E H E^T
+    root = torch.linalg.cholesky(H, upper=True)  # |E root^T|^2 = E H E^T
     for row in range(5):
         level = (codes[row].double() - 8) * torch.nn.functional.one_hot(g_idx.long(), 4).T
         wanted = torch.linalg.lstsq((level @ root.T).T, (W[row].double() @ root.T)[:, None]).solution[:, 0]

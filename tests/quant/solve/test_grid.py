@@ -9,7 +9,7 @@ from doctor.quant.solve.grid import Grid, contiguous_groups, dequantize, fit, qu
 
 def weights(n, k, seed=0):
     W = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
-    W[:, 5] *= 30                                   # an outlier channel
+    W[:, 5] *= 30  # an outlier channel
     return W
 
 
@@ -18,8 +18,13 @@ def weighted_error(W, grid, bits, cost):
 
 
 @settings(max_examples=60, deadline=None)
-@given(bits=st.sampled_from([2, 3, 4, 8]), sym=st.booleans(), group=st.sampled_from([-1, 8, 24]),
-       power=st.integers(-6, 2), seed=st.integers(0, 1000))
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    sym=st.booleans(),
+    group=st.sampled_from([-1, 8, 24]),
+    power=st.integers(-6, 2),
+    seed=st.integers(0, 1000),
+)
 def test_minmax_error_is_at_most_half_a_step(bits, sym, group, power, seed):
     W = weights(4, 48, seed) * 10.0**power
     grid = fit(W, bits, group, sym)
@@ -51,7 +56,7 @@ def test_a_group_of_zeros_gets_scale_one_and_decodes_to_zeros(sym, mse):
 
 
 def test_zero_weights_are_exact_on_every_grid():
-    W = weights(16, 64).clamp_min(0.1)              # no negatives: the asymmetric zero is the lowest code
+    W = weights(16, 64).clamp_min(0.1)  # no negatives: the asymmetric zero is the lowest code
     W[:, 7] = 0
     for sym in (True, False):
         for mse in (True, False):
@@ -66,7 +71,7 @@ def test_symmetric_zero_is_the_middle_code_and_positive_groups_are_not_cut():
     grid = fit(W, 4, -1, True)
     assert (grid.zero == 8).all()
     top = dequantize(quantize(W, grid, 4), grid).amax(1)
-    assert (top >= W.amax(1) - 0.51 * grid.scale[:, 0]).all()   # a grid from max - min would end at 7/15 of the max
+    assert (top >= W.amax(1) - 0.51 * grid.scale[:, 0]).all()  # a grid from max - min would end at 7/15 of the max
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -94,7 +99,7 @@ def test_column_weights_move_error_to_the_columns_that_matter_less():
 
 
 def test_search_is_the_same_alone_and_in_a_larger_matrix():
-    W = weights(700, 512)                           # more than one chunk of rows
+    W = weights(700, 512)  # more than one chunk of rows
     whole = fit(W, 4, 128, False, mse=True, weight=torch.rand(512))
     again = fit(W, 4, 128, False, mse=True, weight=torch.ones(512))
     one = fit(W[600:601], 4, 128, False, mse=True, weight=torch.ones(512))

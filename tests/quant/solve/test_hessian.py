@@ -34,7 +34,7 @@ def hessian_of(X, dtype=torch.float32):
 def test_batches_add_up_to_two_over_n_times_the_gram_matrix(k, by_halves):
     X = rows(300, k)
     sums = Hessian(k)
-    if not by_halves:   # as on a device
+    if not by_halves:  # as on a device
         sums._syrk = None
     for part in (X[:7].reshape(1, 7, k), X[7:100], X[100:]):
         sums.add(part)
@@ -132,7 +132,7 @@ def test_dead_columns_are_decoupled_from_the_factor():
 def test_a_minor_that_is_not_positive_is_counted_from_the_end():
     H = torch.eye(6)
     H[1, 1] = 1
-    H[0, 1] = H[1, 0] = 2                                   # indefinite in the last two of the reversed order
+    H[0, 1] = H[1, 0] = 2  # indefinite in the last two of the reversed order
     assert factorise(H, 0.0) == (None, 6)
 
 
@@ -164,10 +164,16 @@ def test_float64_is_tried_before_more_damping():
 def test_the_ladder_climbs_in_order_and_never_past_damp_max():
     H = torch.eye(40)
     H[0, 0] = 1
-    H[0, 1] = H[1, 0] = 1.9                                 # least eigenvalue -0.9: only repair or damp 1 helps
+    H[0, 1] = H[1, 0] = 1.9  # least eigenvalue -0.9: only repair or damp 1 helps
     U, attempts = factorise_with_escalation(H, 0.01, 0.1)
     assert [(a.damp, a.precision) for a in attempts] == [
-        (0.01, "float32"), (0.01, "float64"), (0.02, "float64"), (0.05, "float64"), (0.1, "float64"), (0.01, "eigen")]
+        (0.01, "float32"),
+        (0.01, "float64"),
+        (0.02, "float64"),
+        (0.05, "float64"),
+        (0.1, "float64"),
+        (0.01, "eigen"),
+    ]
     assert [a.outcome for a in attempts] == ["not-positive"] * 5 + ["ok"]
     values = torch.linalg.eigvalsh(torch.linalg.inv(U.double().T @ U.double()))
     assert values.min().item() == pytest.approx(0.01, rel=1e-3)
@@ -177,10 +183,12 @@ def test_no_factor_is_an_answer_with_every_attempt():
     H = -torch.eye(4) + 3 * torch.ones(4, 4)
     H.fill_diagonal_(1.0)
     H[0, 1] = H[1, 0] = 1e6
-    U, attempts = factorise_with_escalation(H, 0.0, 0.0)    # damp 0 leaves no room: no repair, no rung
+    U, attempts = factorise_with_escalation(H, 0.0, 0.0)  # damp 0 leaves no room: no repair, no rung
     assert U is None
     assert [(a.damp, a.precision, a.outcome) for a in attempts] == [
-        (0.0, "float32", "not-positive"), (0.0, "float64", "not-positive")]
+        (0.0, "float32", "not-positive"),
+        (0.0, "float64", "not-positive"),
+    ]
 
 
 def test_products_are_exact_inside_and_as_before_outside():
