@@ -25,7 +25,7 @@ from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.edits.kinds import PadTensor, SetJson
 from doctor.edits.overlay import EditedCheckpoint
-from doctor.fix.staging import open_stage
+from doctor.fixing.staging import open_stage
 from doctor.lint.testing import shard_bytes
 
 

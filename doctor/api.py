@@ -26,7 +26,7 @@ from doctor.lint.rule import Finding, Place
 from doctor.scan.header import header_facts, summary
 
 if TYPE_CHECKING:
-    from doctor.fix.plan import Look, Plan, Progress, Proof
+    from doctor.fixing.plan import Look, Plan, Progress, Proof
 
 
 def check(
@@ -204,8 +204,8 @@ def fix(
     directory changes names with its fixed copy and is kept as NAME.before-fix, which `undo` puts back. Raises
     PlanRefused, MachineError, BadCheckpoint; then there is no output.
     """
-    from doctor.fix.plan import Consent, no_progress
-    from doctor.fix.staging import check_in_place, check_output
+    from doctor.fixing.plan import Consent, no_progress
+    from doctor.fixing.staging import check_in_place, check_output
 
     started = time.perf_counter()
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
@@ -261,7 +261,7 @@ def _fixed(
     """Plan, prove, carry out."""
     from doctor.core.errors import PlanRefused
     from doctor.edits.kinds import Rebase
-    from doctor.fix.plan import carry_out, make_plan, refuse
+    from doctor.fixing.plan import carry_out, make_plan, refuse
 
     plan = make_plan(
         source,
@@ -317,9 +317,9 @@ def undo(path: str | os.PathLike) -> list[str]:
     Only a fix in place replaces anything: an output of `fix -o` is deleted by whoever made it. Raises PlanRefused,
     MachineError, BadCheckpoint.
     """
-    from doctor.fix import in_place
-    from doctor.fix.plan import SCHEMA
-    from doctor.fix.staging import RECEIPT, changed_since
+    from doctor.fixing import in_place
+    from doctor.fixing.plan import SCHEMA
+    from doctor.fixing.staging import RECEIPT, changed_since
 
     path = Path(os.path.abspath(path))
     notes = in_place.recover(path)
@@ -333,7 +333,7 @@ def undo(path: str | os.PathLike) -> list[str]:
 
 def recover(path: str | os.PathLike) -> list[str]:
     """Finish or take back a fix in place that was killed; says what was done, [] where nothing was to do."""
-    from doctor.fix import in_place
+    from doctor.fixing import in_place
 
     return in_place.recover(Path(os.path.abspath(path)))
 
@@ -347,7 +347,7 @@ def _base(
     """
     from doctor.edits.derived import lend
     from doctor.edits.donor import Base
-    from doctor.fix.staging import open_fetch
+    from doctor.fixing.staging import open_fetch
 
     if base is None:
         yield []

@@ -24,7 +24,7 @@ WINGS = (
     "edits",
     "lint",
     "rules",
-    "fix",
+    "fixing",
     "quant",
     "evaluate",
     "locale",

@@ -68,7 +68,7 @@ def _rows(entry):
     from doctor.checkpoint.directory import Checkpoint
     from doctor.core.facts import CHECKPOINT
     from doctor.edits.donor import Base
-    from doctor.fix.plan import Consent, look
+    from doctor.fixing.plan import Consent, look
     from doctor.lint.testing import shown_by
 
     for case, healthy in shown_by(sys.modules[entry.module]):

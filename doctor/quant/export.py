@@ -26,7 +26,7 @@ from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
 from doctor.checkpoint.safetensors import open_shard
 from doctor.core.errors import DoctorError, MachineError, PlanRefused
 from doctor.core.recipe import Recipe
-from doctor.fix.staging import RECEIPT, Stage
+from doctor.fixing.staging import RECEIPT, Stage
 from doctor.formats.tensor_names import WORD_TAILS
 from doctor.quant import pack
 from doctor.quant.solve.grid import Grid

@@ -31,7 +31,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import CudaError, DoctorError, NotQuantizable
 from doctor.core.facts import CHECKPOINT, Store
 from doctor.core.recipe import ASKED, Recipe, is_kept, matches, unfit
-from doctor.fix.plan import Consent, with_fields
+from doctor.fixing.plan import Consent, with_fields
 from doctor.lint.engine import judge
 from doctor.lint.rule import Finding, Rule
 from doctor.model.fused_experts import find_stacks, take_apart

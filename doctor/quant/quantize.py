@@ -19,8 +19,8 @@ from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.facts import CHECKPOINT
 from doctor.core.host import describe
 from doctor.core.recipe import Recipe
-from doctor.fix.plan import Consent, Look, look, make_plan, refuse
-from doctor.fix.staging import check_output
+from doctor.fixing.plan import Consent, Look, look, make_plan, refuse
+from doctor.fixing.staging import check_output
 from doctor.lint.engine import Report, judge, load_rules, locate, select_rules
 from doctor.lint.rule import Finding, Rule
 from doctor.model.spec import build_spec

@@ -5,7 +5,7 @@ written.
 import os
 
 from doctor.api import FixResult
-from doctor.fix.plan import PROOF_PROMPTS, Plan, Proof, Step
+from doctor.fixing.plan import PROOF_PROMPTS, Plan, Proof, Step
 from doctor.lint.engine import fold
 from doctor.locale.catalogue import counted, known, pad, say
 from doctor.report.presentation import Group, safe, size

@@ -25,7 +25,7 @@ from doctor.edits.kinds import (
     TakeFile,
 )
 from doctor.edits.overlay import EditedCheckpoint
-from doctor.fix.staging import sha256
+from doctor.fixing.staging import sha256
 from doctor.lint.testing import rename_parts, tiny
 
 SECOND = "model-00002-of-00003.safetensors"

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from doctor.api import check
-from doctor.fix.plan import with_fields
+from doctor.fixing.plan import with_fields
 from doctor.lint.testing import change, compared, encode, measured, tiny, tiny_gptq
 
 NAN = float("nan")

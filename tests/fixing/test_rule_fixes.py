@@ -1048,7 +1048,7 @@ def test_a_cure_removes_its_finding_adds_none_and_is_done_once(entry, tmp_path):
     """Cures that change the plan instead of the files are held to the same, by the plan that a quantizer's run would
     make.
     """
-    from doctor.fix.plan import Consent, make_plan, refuse
+    from doctor.fixing.plan import Consent, make_plan, refuse
     from doctor.lint.testing import shown_by
 
     for number, (case, healthy) in enumerate(shown_by(sys.modules[entry.module])):

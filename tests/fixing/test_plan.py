@@ -10,7 +10,7 @@ import pytest
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError, PlanRefused
 from doctor.edits.kinds import PadTensor, RemoveJson, ReplaceNonfinite, SetJson, SetRecipe
-from doctor.fix.plan import Consent, compose, diff_lines, fold_names, look, make_plan, refuse
+from doctor.fixing.plan import Consent, compose, diff_lines, fold_names, look, make_plan, refuse
 from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
 from doctor.lint.testing import tiny

@@ -21,7 +21,7 @@ import numpy as np
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, MachineError, PlanRefused
 from doctor.edits.overlay import EditedCheckpoint, Piece
-from doctor.fix.in_place import CANNOT, exchange, kept_name, swap, sync_folder, write_back
+from doctor.fixing.in_place import CANNOT, exchange, kept_name, swap, sync_folder, write_back
 
 COPY_STEP = 64 << 20  # bytes a call: larger steps were no faster, and Ctrl-C is heard between them
 SLAB_BYTES = (

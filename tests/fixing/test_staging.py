@@ -11,8 +11,8 @@ from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
 from doctor.core.errors import BadCheckpoint, MachineError, PlanRefused
 from doctor.edits.kinds import PadTensor, ReplaceNonfinite, SetJson
 from doctor.edits.overlay import EditedCheckpoint
-from doctor.fix import staging
-from doctor.fix.staging import clean_stale, open_stage
+from doctor.fixing import staging
+from doctor.fixing.staging import clean_stale, open_stage
 from doctor.lint.testing import tiny
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from doctor.api import check, fix, recover, undo
 from doctor.core.errors import BadCheckpoint, PlanRefused
-from doctor.fix import in_place
-from doctor.fix.staging import sha256
+from doctor.fixing import in_place
+from doctor.fixing.staging import sha256
 from doctor.lint.testing import tiny
 from doctor.report.plan_text import render_plan
 

@@ -40,8 +40,8 @@ from doctor.edits.kinds import (
     TakeTensor,
 )
 from doctor.edits.overlay import EditedCheckpoint, shown
-from doctor.fix.in_place import kept_name
-from doctor.fix.staging import RECEIPT, Stage, open_stage, sha256
+from doctor.fixing.in_place import kept_name
+from doctor.fixing.staging import RECEIPT, Stage, open_stage, sha256
 from doctor.lint.engine import RuleRun, judge, locate
 from doctor.lint.rule import Finding, Fix, Rule
 from doctor.scan.header import header_facts
