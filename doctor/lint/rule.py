@@ -16,6 +16,7 @@ from functools import cached_property
 
 import doctor.scan.header  # noqa: F401 - declares the facts that rules name
 from doctor.core.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, parameters, provide  # noqa: F401
+from doctor.core.messages import _, listed, plural  # noqa: F401
 from doctor.core.recipe import ASKED, is_kept  # noqa: F401
 from doctor.core.tables import table  # noqa: F401
 from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here

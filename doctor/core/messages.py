@@ -1,0 +1,110 @@
+"""Messages as data: an English template and its named values, rendered in a reader's language when it is shown.
+
+`_("{key} {value} is not divisible by {group}", key=key, value=size, group=128)` is a `Message`: a str equal to its English text
+that keeps template and values. What compares, logs or stores a message sees plain English; a screen asks for another language
+(doctor/locale/catalogue.py). Templates are gettext's message ids: Babel extracts the first argument of `_` and the first two of
+`plural`, and a language is one catalogue, doctor/locale/LANGUAGE/LC_MESSAGES/doctor.po.
+
+Values are formatted by str.format, so a template may say {count:,} or {share:.1%}. A value that is a Message itself is translated
+with its sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+class Message(str):
+    """A sentence for a person. template: English with named fields; values: what they hold; many: the template for counts but 1."""
+
+    template: str
+    values: Mapping[str, Any]
+    many: str
+
+    def __new__(cls, template: str, values: Mapping[str, Any] | None = None, many: str = "") -> Message:
+        values = values or {}
+        self = super().__new__(cls, _filled(template if not many or values["n"] == 1 else many, values))
+        self.template, self.values, self.many = template, values, many
+        return self
+
+    def __getnewargs__(self) -> tuple:  # copy and pickle build it again from its parts
+        return self.template, dict(self.values), self.many
+
+    def rendered(self, look_up: Callable[[str, str, int], str]) -> str:
+        """The text in another language. look_up(template, many, n) gives the translated template; n is 1 without a plural."""
+        values = {name: rendered(value, look_up) for name, value in self.values.items()}
+        return _filled(look_up(self.template, self.many, self.values["n"] if self.many else 1), values)
+
+
+class Listing(Message):
+    """Words in a row: "a, b and c". Each may be a Message."""
+
+    words: tuple[str, ...]
+
+    def __new__(cls, words: Iterable[str]) -> Listing:
+        words = tuple(words)
+        self = str.__new__(cls, _row(words, ", ", " and "))
+        self.template, self.values, self.many, self.words = "", {}, "", words
+        return self
+
+    def __getnewargs__(self) -> tuple:
+        return (self.words,)
+
+    def rendered(self, look_up: Callable[[str, str, int], str]) -> str:
+        return _row([rendered(word, look_up) for word in self.words], look_up(", ", "", 1), look_up(" and ", "", 1))
+
+
+def _(template: str, /, **values: Any) -> Message:
+    """A message with its values. Raises KeyError where the template names a value that is not given."""
+    return Message(template, values)
+
+
+def plural(one: str, many: str, /, n: int, **values: Any) -> Message:
+    """`one` where n is 1, else `many`; both may name {n}."""
+    return Message(one, {"n": n, **values}, many)
+
+
+def listed(words: Iterable[str]) -> Listing:
+    """`a, b and c`, in any language."""
+    return Listing(words)
+
+
+def rendered(value: Any, look_up: Callable[[str, str, int], str]) -> Any:
+    """A message in another language; anything else as it is."""
+    return value.rendered(look_up) if isinstance(value, Message) else value
+
+
+def as_data(text: str) -> dict | None:
+    """A message as JSON: {"template", "values"}, with "many" or "words" where it has them; None for a plain str. `from_data` reads it."""
+    if not isinstance(text, Message):
+        return None
+    if isinstance(text, Listing):
+        return {"words": [as_data(word) or str(word) for word in text.words]}
+    values = {
+        name: as_data(value) if isinstance(value, Message) else _plain(value) for name, value in text.values.items()
+    }
+    return {"template": text.template, "values": values} | ({"many": text.many} if text.many else {})
+
+
+def from_data(data: Any) -> Any:
+    """What `as_data` made: a Message from its parts, anything else as it is. Raises KeyError, ValueError, TypeError or IndexError where the parts do not fit."""
+    if not isinstance(data, Mapping):
+        return data
+    if "words" in data:
+        return Listing([from_data(word) for word in data["words"]])
+    return Message(
+        data["template"], {name: from_data(value) for name, value in data["values"].items()}, data.get("many", "")
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float)) else str(value)
+
+
+def _filled(template: str, values: Mapping[str, Any]) -> str:
+    return template.format(**values) if values else template
+
+
+def _row(words: tuple | list, comma: str, last: str) -> str:
+    return comma.join(words[:-1]) + last + words[-1] if len(words) > 1 else "".join(words)
