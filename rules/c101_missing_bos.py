@@ -19,20 +19,6 @@ Fix safety: safe; one key of config.json, with an id that the tokenizer has. The
 
 Sources: turboderp/exllamav2 issue 453 and exllamav2/tokenizer/tokenizer.py (0.0.21: line 415); QwenLM/Qwen3 issue 369
 and docs/source/getting_started/concepts.md; QwenLM/Qwen tokenization_note.md.
-
-标题: config.json 没有写 BOS 词元，而其他文件或该模型系列有
-
-原因: 校准行和提示词都以这个 id 开头。缺了它，有的工具在 None 上崩溃，有的悄悄取 id 1，有的干脆不加；模型于是
-在它从未见过的开头上校准。
-
-处理: 写入该检查点自己的分词器里的 id。Qwen 用厂商发布的 <|endoftext|>（151643）；网上常见的 151644 是
-<|im_start|>，一个对话标记：崩溃是止住了，却在第一轮之前又多开了一轮。
-
-误报: 本来就没有 BOS 的系列（GLM、MPT、OLMo）不报。若 transformers 在缺键时默认的正是同一个 id，而
-tokenizer_config.json 也写明了它，只作提示（Gemma 3 就是这样发布的）；若只有 config.json 能说明，则给警告：自行读取
-它的程序并不知道类的默认值。
-
-修复: 安全；只改 config.json 的一个键，取值是分词器里已有的 id，权重不动。
 """
 
 from doctor.lint.rule import MISSING, TURN_MARKS, Fix, Place, SetJson, finding, rule

@@ -12,17 +12,6 @@ Fix safety: safe; it restores what Qwen ships, and only where the tokenizer has 
 
 Sources: QwenLM/Qwen3 docs/source/getting_started/concepts.md: the BOS token "should not be set to <|im_start|>";
 history of dolphin-2.9.2-qwen2-72b, where 151644 was set and later changed back to 151643.
-
-标题: Qwen 模型把对话标记当成了 BOS 词元
-
-原因: <|im_start|> 表示一轮对话开始。拿它当 BOS，它就出现在每段文本前面：对话以两个开头标记开始，普通文本像是
-在一轮对话里面；校准行和回答都会变。这个值来自网上流传的、绕过 ExLlamaV2 崩溃的做法。
-
-处理: 改回厂商的值 <|endoftext|>；tokenizer_config.json 里厂商写的是 null。
-
-误报: 其他系列若确实以对话标记作 BOS（SmolLM2），不报。
-
-修复: 安全；恢复成 Qwen 发布时的值，且仅在分词器有该词元时进行。
 """
 
 from doctor.lint.rule import TURN_MARKS, Fix, Place, SetJson, finding, rule

@@ -16,17 +16,6 @@ False alarms: -1 for a pad token, an old way to say "none", is left alone.
 Fix safety: safe where tokenizer_config.json names the token and the tokenizer has it within the embedding; else manual.
 
 Sources: pytorch/pytorch aten/src/ATen/native/cuda/Indexing.cu; NVIDIA/TensorRT-LLM issue 1272.
-
-标题: 特殊词元的 id 在嵌入表里没有对应的行
-
-原因: 文本一开始或批次一填充，就要用这个 id 查嵌入表：在 GPU 上会触发设备端断言，整个进程随之退出。无法生成的
-EOS 则永远结束不了回答。
-
-处理: 改成分词器里该词元的 id。若词元是训练时新增的，说明扩大后的嵌入表没有保存下来。
-
-误报: 填充词元写 -1 是旧式的“没有”，不报。
-
-修复: 若 tokenizer_config.json 写明了该词元，且分词器里它的 id 在嵌入表范围内，则安全；否则需手动。
 """
 
 from doctor.lint.rule import Fix, Place, SetJson, Unavailable, finding, rule

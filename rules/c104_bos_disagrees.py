@@ -12,17 +12,6 @@ Fix safety: unsafe; that the tokenizer is right is likely, not certain.
 
 Sources: turboderp/exllamav2 exllamav2/tokenizer/tokenizer.py (config first); transformers
 src/transformers/tokenization_utils_base.py.
-
-标题: config.json 与分词器的 BOS 词元不一致
-
-原因: 文本以哪个开头取决于程序：有的问分词器，有的读 config.json。用一个校准、用另一个推理，后面所有激活值都会
-偏移。
-
-处理: 以分词器的词元为准，训练文本就是用它切分的。
-
-误报: DeepSeek 蒸馏的 Qwen 模型发布时就是这样；若 generation_config.json 与分词器一致，只作提示。
-
-修复: 不安全；分词器正确只是很可能，并非确定。
 """
 
 from doctor.lint.rule import Fix, Place, SetJson, finding, rule

@@ -12,17 +12,6 @@ Fix safety: safe; a stop is added and none is taken away.
 
 Sources: QwenLM/Qwen1.5 chat models, whose first configs had 151643 where the chat needs 151645; transformers
 src/transformers/generation/utils.py (generation_config.json is asked first, config.json where it has none).
-
-标题: 分词器的结束词元不在停止生成的 id 之列
-
-原因: 模型已经写出结束词元，却没有停下来，接着替用户说话，或一直重复到长度上限。事后往往怪到量化头上。
-
-处理: 让 generation_config.json 在两个 id 上都停止。
-
-误报: 基座模型的分词器与对话模板可能用不同的结束词元，这种情况不报：只看 tokenizer_config.json 自己称为
-eos_token 的那个。
-
-修复: 安全；只增加停止词元，不删除任何一个。
 """
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule

@@ -16,17 +16,6 @@ Fix safety: safe where the number is beyond doubt ("2", 2.0); else manual.
 
 Sources: AutoGPTQ auto_gptq/modeling/_base.py:275 (a list as pad id); transformers
 src/transformers/generation/configuration_utils.py.
-
-标题: 特殊词元的 id 不是整数
-
-原因: id 是下标。写成 "151643" 这样的字符串、小数、该填单个 id 处填了列表或对象，读取程序要么停下，要么与任何
-词元都不相等，生成永远不停。
-
-处理: 写成数字。
-
-误报: 只有 eos_token_id 允许写 id 列表。
-
-修复: 数值没有歧义时（"2"、2.0）安全；否则需手动。
 """
 
 from doctor.lint.rule import Fix, Place, SetJson, finding, rule

@@ -20,20 +20,6 @@ others are below 0. Logits of the old tokens stay as they are, which is proved.
 
 Sources: turboderp/exllamav2 issue 52; NVIDIA/TensorRT-LLM issue 1272; google/gemma-3-1b: 262,145 tokens on 262,144
 rows.
-
-标题: 分词器里有些词元在嵌入表中没有对应的行
-
-原因: 一遇到含这类词元的文本，程序就停；在 GPU 上是设备端断言。微调时新增了词元，保存了分词器却没保存扩大后的
-嵌入表，就会这样。
-
-处理: 取回与该分词器配套的嵌入表，或从分词器里删去新增词元。若只求遇到它们时程序不停，`--unsafe-fixes=C107` 会
-补行，补到 64 乘以 GPU 数的倍数。
-
-误报: 图像、声音的占位词元在查表前已被替换（Gemma 3），不计。嵌入表行数多于词元数是正常的：为提速而补齐。
-
-修复: 不安全，且只能点名执行：新词元的行要靠训练得来，这里没有。补的行取其他行的均值，输出头也一样：其 logit
-是所有 logit 的均值，绝不会最大；若补零行，当其他 logit 都小于 0 时反而胜出。原有词元的 logit 不变，并会加以证
-明。
 """
 
 import re

@@ -11,18 +11,6 @@ tokenize a rendered chat without special tokens.
 Fix safety: unsafe: one of the two is taken out, so that texts begin as training's did; outputs change with it.
 
 Sources: huggingface/open-r1 issue 462; EleutherAI/lm-evaluation-harness issue 2676.
-
-标题: 分词器或对话模板在开头放了两个 BOS 词元
-
-原因: 训练文本从不以两个 BOS 开头。第二个会分走第一个的 attention sink（注意力汇聚）作用；用这样的行校准，量化
-所针对的状态在推理时不会出现，反之亦然。
-
-处理: 从模板或 tokenizer.json 的 post_processor 里去掉其中一个。
-
-误报: 模板写 BOS、分词器也加 BOS，这样的组合本身没问题（Llama 3、Gemma）：程序对渲染好的对话分词时不再加特殊词
-元。
-
-修复: 不安全：去掉其中一个，使文本开头与训练时一致；输出会随之改变。
 """
 
 import re

@@ -14,16 +14,6 @@ Fix safety: unsafe, and only with `--from`: the base's template is taken. Else m
 run.
 
 Sources: transformers src/transformers/utils/chat_template_utils.py; Jinja documentation, "Sandbox".
-
-标题: 对话模板无法解析
-
-原因: 每个对话请求都会失败，用对话做校准也会失败；而在第一次使用之前，谁也看不出来。
-
-处理: 在指出的位置修好模板，或换用基座模型的模板。
-
-误报: 某些程序自定义的标签。循环控制和 transformers 的 `generation` 标签这里认得。
-
-修复: 不安全，且需 `--from`：取基座模型的模板。否则需手动。模板只解析，从不执行。
 """
 
 import re

@@ -15,16 +15,6 @@ Fix safety: unsafe, and only with `--from`: the base's files are taken; a fine-t
 manual.
 
 Sources: transformers src/transformers/models/auto/tokenization_auto.py.
-
-标题: 目录里没有分词器
-
-原因: 没有分词器，文本变不成词元 id，无法校准也无法比较；换成别的模型的分词器，同样的 id 又是另外的词。
-
-处理: 从模型页面或基座模型处复制 tokenizer.json 和 tokenizer_config.json（或 tokenizer.model）。
-
-误报: 目录本来就只放权重；用 `--calibration` 直接给词元 id 时也不需要分词器。
-
-修复: 不安全，且需 `--from`：取基座模型的文件；微调可能加过词元。否则需手动。
 """
 
 from doctor.lint.rule import Fix, Place, finding, rule

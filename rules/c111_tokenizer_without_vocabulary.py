@@ -15,16 +15,6 @@ Fix safety: unsafe, and only with `--from`: the base's file is taken; a fine-tun
 manual.
 
 Sources: huggingface/tokenizers tokenizers/src/models/mod.rs.
-
-标题: tokenizer.json 是合法 JSON，但里面没有词表
-
-原因: 要么把别的文件（配置、报错信息）存成了这个名字，要么词表被删掉了。有它也读不了任何文本。
-
-处理: 重新下载 tokenizer.json。
-
-误报: 比当前版本更新的词表格式。
-
-修复: 不安全，且需 `--from`：取基座模型的文件；微调可能加过词元。否则需手动。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

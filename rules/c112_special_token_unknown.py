@@ -15,17 +15,6 @@ Fix safety: unsafe: the token whose id config.json and generation_config.json st
 base model names. Else manual.
 
 Sources: transformers src/transformers/tokenization_utils_base.py, `add_special_tokens`.
-
-标题: tokenizer_config.json 写的特殊词元在分词器里不存在
-
-原因: transformers 会把这段文字当作新词元，分配下一个空闲 id；嵌入表里那一行没有训练过，甚至不存在。以它结尾的
-文本要么让程序停下，要么对模型毫无意义。
-
-处理: 改成 tokenizer.json 里有的词元，即基座模型写的那个。
-
-误报: 暂无已知；added_tokens_decoder 里列出的词元算作存在。
-
-修复: 不安全：用 config.json 与 generation_config.json 所写 id 对应的词元，或（`--from`）基座模型写的那个。否则需手动。
 """
 
 from doctor.lint.rule import Fix, Place, SetJson, finding, rule, token_text, value_from_base

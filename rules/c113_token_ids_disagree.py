@@ -11,16 +11,6 @@ Fix safety: safe where tokenizer.json is the only vocabulary: added_tokens_decod
 tokenizer's file lies beside it, and manual where two tokens would get one number.
 
 Sources: transformers src/transformers/tokenization_utils_tokenizers.py.
-
-标题: tokenizer_config.json 与 tokenizer.json 给同一词元两个不同的 id
-
-原因: 文本变成哪个 id 取决于用哪个类加载，于是校准和推理读到的可能不是同一段文本。
-
-处理: 让 added_tokens_decoder 与 tokenizer.json 一致，快速分词器以后者为准。
-
-误报: 暂无已知。
-
-修复: 只有 tokenizer.json 这一份词表时安全：added_tokens_decoder 改用它的编号。旁边还有慢速分词器的文件时不安全；两个词元会得到同一编号时需手动。
 """
 
 from doctor.lint.rule import Fix, Place, RemoveJson, SetJson, finding, rule

@@ -10,17 +10,6 @@ False alarms: none known; equal templates are not counted, nor is white space at
 Fix safety: unsafe: programs that do not know the file lose their template.
 
 Sources: transformers src/transformers/tokenization_utils_base.py, `chat_template.jinja`.
-
-标题: chat_template.jinja 与 tokenizer_config.json 里的对话模板不同
-
-原因: transformers 用文件，旧程序用 tokenizer_config.json 里的那份。同一段对话于是有两种写法，校准看到的未必是
-推理时送来的。
-
-处理: 只留一份；文件是较新的放法。
-
-误报: 暂无已知；内容相同不算，首尾空白也不算。
-
-修复: 不安全：不认识该文件的程序会因此没有模板。
 """
 
 from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule

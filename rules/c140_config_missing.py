@@ -14,16 +14,6 @@ Fix safety: unsafe, and only with `--from`: the base's file is taken. Else manua
 alone.
 
 Sources: transformers src/transformers/configuration_utils.py.
-
-标题: 没有 config.json
-
-原因: 形状、注意力头数、归一化和位置旋转方式都只写在这里。没有它，权重只是一堆数字，不成其为模型。
-
-处理: 取回同一修订版本的 config.json。
-
-误报: 单独检查一个权重文件时不报。
-
-修复: 不安全，且需 `--from`：取基座模型的文件。否则需手动；不会仅凭形状编造配置。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

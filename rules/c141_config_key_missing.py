@@ -15,16 +15,6 @@ for less.
 Fix safety: safe: all tensors that depend on the key agree on one value.
 
 Sources: turboderp/exllamav2 exllamav2/config.py; transformers configuration classes.
-
-标题: config.json 缺少一个能从权重看出的尺寸
-
-原因: 读取程序会改用类的默认值，那是别的模型的尺寸，权重就装不进去；或者直接停下。
-
-处理: 写上这个键，取所有张量一致指向的值。
-
-误报: 当前版本不了解其默认值的系列。多模态配置更依赖默认值，对它们要求较少。
-
-修复: 安全：凡依赖该键的张量都指向同一个值。
 """
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, keys_of, rule, solve

@@ -15,17 +15,6 @@ model of several stacks of blocks is not judged where its family is unknown.
 Fix safety: unsafe: the number in the files is right only if no file is missing.
 
 Sources: transformers src/transformers/modeling_utils.py; deepseek-ai/DeepSeek-V3 README_WEIGHTS.md.
-
-标题: config.json 写的解码层数与权重文件里的不同
-
-原因: 文件里的层少了，缺的层从随机数开始；多了，多出的层被悄悄丢弃，模型提前结束。两种情况都能运行，也都胡言乱
-语。
-
-处理: 取回缺失的分片；若有意删层或加层，把实际层数写入 config.json。
-
-误报: 末层之后用于多词元预测的层（DeepSeek V3、GLM）已知，不计入。由几列层组成、系列又未知的模型不作判断。
-
-修复: 不安全：只有在没有文件缺失时，文件里的层数才是对的。
 """
 
 from doctor.lint.rule import Fix, Place, SetJson, finding, ranges, rule

@@ -15,16 +15,6 @@ Fix safety: safe where exactly one key explains every tensor; else manual.
 
 Sources: transformers src/transformers/models/llama/modeling_llama.py; Mistral-Nemo, whose head_dim is not hidden_size /
 heads.
-
-标题: 头数与 head_dim 算不出注意力权重的尺寸
-
-原因: 头数乘以 head_dim 就是 q、k、v、o 的宽度。乘积不对，权重装不进去；乘积对而切法不对，从尺寸上看不出来。
-
-处理: 若改一个键就能让四个尺寸都对上，就改它。
-
-误报: 已知 model_type 之下、当前版本不认识的注意力类型。
-
-修复: 恰有一个键能解释所有张量时安全；否则需手动。
 """
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, assume, finding, keys_of, rule, solve

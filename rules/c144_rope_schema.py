@@ -17,16 +17,6 @@ Fix safety: unsafe, and only with `--from`: the block is taken from the base mod
 belong to the training.
 
 Sources: transformers src/transformers/modeling_rope_utils.py; meta-llama/llama3 issue 299; ml-explore/mlx-lm issue 5.
-
-标题: 旋转位置编码（RoPE）的描述不完整或自相矛盾
-
-原因: 缺字段时读取程序会停下，或退回普通旋转：长文本被读错，校准时的激活值也与推理时不同。
-
-处理: 从基座模型的 config.json 整段取来。
-
-误报: 比当前版本更新的缩放方式不作判断。用 `type` 代替 `rope_type` 是旧写法，没有问题。
-
-修复: 不安全，且需 `--from`：从基座模型整段取来。否则需手动；这些数字属于训练设定。
 """
 
 import math

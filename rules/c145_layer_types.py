@@ -16,17 +16,6 @@ Fix safety: unsafe: a list that is too long is cut at its end, which is right on
 is too short goes on as it repeats. A window is taken from the base model (`--from`). Else manual.
 
 Sources: transformers src/transformers/configuration_utils.py, `layer_type_validation`; turboderp/exllamav2 issue 621.
-
-标题: 各层类型列表或滑动窗口与 config.json 其余部分矛盾
-
-原因: 列表长度不对，transformers 会停下；其他程序从前往后数，给某些层套上错误的注意力。开了窗口却没有宽度，或
-没有任何一层使用，都不是训练时的样子。
-
-处理: 删层或加层之后，相应地删减或补全 layer_types。
-
-误报: use_sliding_window 为 false 时留下的 sliding_window 值没人读，不计。
-
-修复: 不安全：过长的列表从末尾截断，只有删的是最后几层时才对；过短的按已有的规律续写。窗口宽度从基座模型取（`--from`）。否则需手动。
 """
 
 from doctor.lint.rule import Fix, Place, SetJson, finding, rule, value_from_base

@@ -15,17 +15,6 @@ Fix safety: unsafe where this family is built into transformers: then auto_map i
 checkpoint.
 
 Sources: transformers src/transformers/dynamic_module_utils.py.
-
-标题: config.json 指向检查点自带的代码，但代码不在
-
-原因: 带 trust_remote_code 时，transformers 找不到文件就停；不带时，除非 model_type 是内置的，否则不认识这个模
-型。
-
-处理: 从模型来源处复制 .py 文件；若 transformers 已内置该 model_type，则删去 auto_map。
-
-误报: `repo--file.Class` 这种写法指向另一个仓库，不计。
-
-修复: 该系列已内置于 transformers 时不需要 auto_map，删除属不安全修复。doctor 不运行检查点里的任何代码。
 """
 
 from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule

@@ -19,19 +19,6 @@ as large. Each weight is code minus zero point times scale in float32, rounded o
 forms stay manual.
 
 Sources: ml-explore/mlx-lm issue 1192; ModelCloud/GPTQModel PR 2827; transformers PR 46763.
-
-标题: 权重已是量化形式，不能据此再次量化
-
-原因: 这些数字只有配上缩放因子才有意义；当普通权重读会差几个数量级：mlx 曾把字节当成整数，差了 20,000 倍。
-
-处理: 用 16 位的原始模型。没有原始模型时，`--unsafe-fixes=C147` 把推理引擎实际参与计算的数值写成普通权重：带缩
-放因子的 FP8，以及打包的 GPTQ、AWQ、compressed-tensors 都可以。
-
-误报: 打包的 GPTQ、AWQ、compressed-tensors 检查点是量化器的产物，按产物来检查（O6xx）；只有点名要求本修复时才
-在此列出。`doctor quantize` 自己会拒绝它们。
-
-修复: 不安全，且只能点名执行：取整丢掉的信息回不来，文件也会变成两到四倍大。每个权重按 float32 算（编码 − 零
-点）× 缩放因子，再一次性取整到嵌入表的类型。其他形式仍需手动。
 """
 
 import re

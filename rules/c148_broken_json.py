@@ -15,16 +15,6 @@ Fix safety: unsafe, and only with `--from`: the base's file is taken, which need
 manual.
 
 Sources: transformers src/transformers/configuration_utils.py; RFC 8259.
-
-标题: 检查点里的一个 JSON 文件不是合法 JSON
-
-原因: 读取程序到此为止。手工修改（多一个逗号、加了注释）、下载中断或存成了报错页面都会这样。
-
-处理: 看指出的位置；最常见的是右括号前多了逗号。
-
-误报: 暂无已知：Python 自带的解析器同样拒绝这段文本。
-
-修复: 不安全，且需 `--from`：取基座模型的文件，不一定就是丢失的那份。否则需手动。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

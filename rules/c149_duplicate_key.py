@@ -10,16 +10,6 @@ Fix safety: safe where both values are equal; unsafe where they differ: the last
 Manual in a file of more than 1 MiB.
 
 Sources: RFC 8259 section 4: names should be unique.
-
-标题: 配置文件里同一个键写了两次
-
-原因: 读取程序不声不响地取最后一个值，而人看到并相信的可能是另一个。
-
-处理: 删去其中一个。
-
-误报: 暂无已知。
-
-修复: 两个值相同时安全；不同时不安全：保留读取程序所取的最后一个。文件超过 1 MiB 时需手动。
 """
 
 from doctor.lint.rule import CleanJson, Fix, Place, finding, rule

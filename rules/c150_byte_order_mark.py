@@ -14,17 +14,6 @@ False alarms: none known.
 Fix safety: safe; three bytes go, and the values stay. Manual where the rest of the file is no JSON either.
 
 Sources: RFC 8259 section 8.1; CPython Lib/json/__init__.py.
-
-标题: JSON 文件以字节顺序标记（BOM）开头
-
-原因: Python 的解析器拒绝以 BOM 开头的文本，transformers 因此无法加载。Windows 上的编辑器选“UTF-8 带 BOM”保存
-时会写入它。
-
-处理: 另存为不带 BOM 的 UTF-8。
-
-误报: 暂无已知。
-
-修复: 安全；只去掉三个字节，值不变。若文件其余部分也不是 JSON，则需手动。
 """
 
 from doctor.lint.rule import CleanJson, Fix, Place, finding, rule

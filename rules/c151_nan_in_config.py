@@ -15,17 +15,6 @@ Fix safety: unsafe, and only with `--from`: the number is taken from the base mo
 is not in the file.
 
 Sources: RFC 8259 section 6.
-
-标题: 配置文件里有 NaN
-
-原因: Python 能读写 NaN，但 JSON 标准里没有这个词，C++、Rust、JavaScript 的读取程序会停下。缩放系数或 epsilon
-为 NaN，还会让所有输出都变成 NaN。
-
-处理: 写成数字，或 null。
-
-误报: Infinity 不算：状态空间模型用它表示没有上限。
-
-修复: 不安全，且需 `--from`：从基座模型取该数字。否则需手动；文件里找不到本来的数字。
 """
 
 from doctor.lint.rule import Place, finding, rule, value_from_base

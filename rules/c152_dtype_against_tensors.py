@@ -15,17 +15,6 @@ Fix safety: safe: with the stored type stated, no value changes on loading.
 
 Sources: transformers src/transformers/modeling_utils.py (`dtype="auto"` takes the stated type); ggml-org/llama.cpp
 issue 14788.
-
-标题: config.json 写的数据类型与权重实际存储的不同
-
-原因: 读取程序会转换成所写的类型。从 bfloat16 到 float16，大值变成 Inf，小值变成 0；存成 float32 则文件白白大
-一倍，显存也按错误的大小规划。
-
-处理: 写上实际存储的类型；若本意就是所写的类型，则按该类型重新保存模型。
-
-误报: 用多种类型存储的模型，以线性层中字节最多的类型为准。
-
-修复: 安全：写上存储的类型后，加载时不改变任何数值。
 """
 
 from doctor.lint.rule import Fix, Place, SetJson, finding, rule

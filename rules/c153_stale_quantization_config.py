@@ -16,17 +16,6 @@ False alarms: blocks that describe the cache or activations only are left alone;
 Fix safety: safe: nothing in the files is quantized.
 
 Sources: transformers src/transformers/quantizers/auto.py; vllm-project/vllm vllm/model_executor/layers/quantization.
-
-标题: config.json 说模型已量化，但权重是普通权重
-
-原因: 读取程序会按量化线性层来搭建，却找不到打包的权重。反量化过的模型、从量化模型微调后保存的模型，会留下这个
-配置块。
-
-处理: 删去该配置块。
-
-误报: 只描述 KV 缓存或激活值的配置块不动；加载时才量化的格式（bitsandbytes 等）本来就保留普通权重，不计。
-
-修复: 安全：权重里没有任何打包的内容，去掉配置块后照普通权重读取。
 """
 
 from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule

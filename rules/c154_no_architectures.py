@@ -13,16 +13,6 @@ False alarms: directories that only transformers reads.
 Fix safety: safe for a family of the table: the class follows from model_type.
 
 Sources: vllm-project/vllm vllm/model_executor/models/registry.py; ggml-org/llama.cpp convert_hf_to_gguf.py.
-
-标题: config.json 没有写模型的类名
-
-原因: 推理服务和转换工具按这个名字选择代码；transformers 看 model_type，不缺它。
-
-处理: 写上类名，文本模型取以 ForCausalLM 结尾的那个。
-
-误报: 只供 transformers 读取的目录。
-
-修复: 表中已有的系列安全：类名由 model_type 决定。
 """
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule, table

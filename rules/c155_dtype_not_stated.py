@@ -12,16 +12,6 @@ False alarms: older models never had the key; this is information only.
 Fix safety: safe; the stored type is stated.
 
 Sources: transformers 4 src/transformers/modeling_utils.py (default float32); sgl-project/mini-sglang issue 38.
-
-标题: config.json 没有写权重应以哪种类型运行
-
-原因: transformers 4 会按 float32 加载，内存翻倍；其他程序会去看文件。不会出错。
-
-处理: 写上存储的类型。
-
-误报: 较早的模型从来没有这个键；仅作提示。
-
-修复: 安全；写的就是存储的类型。
 """
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule

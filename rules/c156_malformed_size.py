@@ -15,16 +15,6 @@ False alarms: null means the class's default and is not counted, nor are lists o
 Fix safety: safe where the number is beyond doubt ("4096", 4096.0); else manual.
 
 Sources: transformers src/transformers/configuration_utils.py.
-
-标题: config.json 里某个尺寸不是正整数
-
-原因: 尺寸是轴长和层数。写成字符串、小数、零或负数，读取程序会停下，或搭出另一种形状的模型。
-
-处理: 写成整数。
-
-误报: null 表示取类的默认值，不计；逐层给出尺寸的列表也不计。
-
-修复: 数值没有歧义时（"4096"、4096.0）安全；否则需手动。
 """
 
 from doctor.lint.rule import Fix, Place, SetJson, finding, rule

@@ -15,17 +15,6 @@ Fix safety: safe where head_dim is stated, or one of the two counts alone can be
 other. Else manual.
 
 Sources: transformers src/transformers/models/llama/configuration_llama.py.
-
-标题: 查询头不能平均分给键值头，或 hidden_size 不能平均分给查询头
-
-原因: 每个键头服务同样多的查询头；没有单独写 head_dim 的模型，各头平分 hidden_size。不整除时读取程序会停下，或
-在错误的位置切头。
-
-处理: 改正头数，注意力权重能看出正确的值（C143）。
-
-误报: 表中的系列暂无已知。
-
-修复: 写明了 head_dim，或两个头数中只有一个可能是对的时，安全：另一个由权重的行数得出。否则需手动。
 """
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, assume, finding, keys_of, rule

@@ -13,16 +13,6 @@ False alarms: configs of programs other than transformers (Mistral's params.json
 Fix safety: safe where architectures names a class of the table; else manual.
 
 Sources: transformers src/transformers/models/auto/configuration_auto.py.
-
-标题: config.json 没有说明这是哪种模型
-
-原因: transformers 按 model_type 选择类，没有就停下。
-
-处理: 写上与 architectures 里的类对应的 model_type。
-
-误报: 非 transformers 程序的配置（Mistral 的 params.json 文件名不同，这里不读）。
-
-修复: architectures 里的类在表中时安全；否则需手动。
 """
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule, table

@@ -10,17 +10,6 @@ False alarms: a version of the runtime that has learnt to read it. Nothing is wr
 Fix safety: no fix: the file is right.
 
 Sources: turboderp/exllamav2 doc/convert.md.
-
-标题: config.json 写有线性 RoPE 缩放，而指定的转换器不从那里读
-
-原因: ExLlamaV2 的转换器从自己的选项取缩放值。不给的话，校准用的位置与训练时不同，量化后的各层适应的是另一种
-激活值。
-
-处理: 把系数交给转换器：`-rs FACTOR`。
-
-误报: 该运行时的新版本可能已会读取。检查点没有任何问题。
-
-修复: 不提供修复：文件是对的。
 """
 
 from doctor.lint.rule import Place, finding, rule

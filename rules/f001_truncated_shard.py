@@ -21,18 +21,6 @@ pointer, another shard with the same hash, or the part that is left. Unsafe wher
 the missing bytes are not on this disk.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `read_metadata`.
-
-标题: 权重文件比它自己的文件头所说的短
-
-原因: 下载或复制中途停了。这种格式没有校验和，但写明了每个张量的位置，所以缺失是确定的；任何读取程序都会拒绝整
-个文件。
-
-处理: 重新下载这一个文件，并与来源核对大小。
-
-误报: 暂无已知。
-
-修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
-的部分），安全；否则不安全。没有 `--from` 时需手动：缺的字节不在这块磁盘上。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

@@ -17,17 +17,6 @@ pointer, another shard with the same hash, or the part that is left. Unsafe wher
 the data are elsewhere.
 
 Sources: git-lfs docs/spec.md; safetensors safetensors/src/tensor.rs (0.8).
-
-标题: 文件里是 git-lfs 的指针，不是数据本身
-
-原因: 没装 git-lfs 就 `git clone`，每个大文件的位置上只留下约 130 字节的文本。
-
-处理: 在克隆目录里运行 `git lfs install` 和 `git lfs pull`，或用 `hf download` 下载模型。
-
-误报: 暂无已知：文本以 `version https://git-lfs` 开头。
-
-修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
-的部分），安全；否则不安全。没有 `--from` 时需手动：数据在别处。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

@@ -15,17 +15,6 @@ pointer, another shard with the same hash, or the part that is left. Unsafe wher
 the data are elsewhere.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8): the first eight letters are read as a header length.
-
-标题: 权重文件其实是一个 HTML 网页
-
-原因: 存下来的是某个页面（登录、报错、文件预览），而不是文件本身。
-
-处理: 下载文件本身；受限模型需带上访问令牌。
-
-误报: 暂无已知：文件以 `<html` 或 `<!DOCTYPE` 开头。
-
-修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
-的部分），安全；否则不安全。没有 `--from` 时需手动：数据在别处。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

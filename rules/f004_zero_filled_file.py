@@ -15,17 +15,6 @@ pointer, another shard with the same hash, or the part that is left. Unsafe wher
 the data are elsewhere.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8): N = 0 is invalid JSON.
-
-标题: 权重文件开头该是文件头的地方全是零
-
-原因: 下载工具先占好全部空间再填内容；中途停下时，大小和文件名看上去都对。
-
-处理: 重新下载该文件。
-
-误报: 暂无已知：开头八个零字节意味着文件头为空，没有哪个程序会这样写。
-
-修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
-的部分），安全；否则不安全。没有 `--from` 时需手动：数据在别处。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

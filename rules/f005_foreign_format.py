@@ -16,18 +16,6 @@ pointer, another shard with the same hash, or the part that is left. Unsafe wher
 a pickle is never opened here.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8); Python docs of `pickle`, warning on untrusted data.
-
-标题: 名为 .safetensors 的文件其实是别的格式
-
-原因: 有人把 PyTorch 或 GGUF 文件改了名。读取程序把前八个字节当长度，于是拒绝；若退回去做反序列化
-（unpickle），就会执行文件里的代码。
-
-处理: 在可以运行其代码的机器上转换，或下载 safetensors 版本。
-
-误报: 暂无已知：开头的字节表明了格式。
-
-修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
-的部分），安全；否则不安全。没有 `--from` 时需手动：这里绝不打开 pickle。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

@@ -20,17 +20,6 @@ pointer, another shard with the same hash, or the part that is left. Unsafe wher
 names and places of tensors are not invented.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8).
-
-标题: 权重文件的文件头读不出来
-
-原因: 没有文件头，张量就没有名字、类型和位置。磁盘损坏、文本模式传输或写入工具有误都会造成。
-
-处理: 重新下载；若来源也坏了，用 safetensors 自带的 `save_file` 重写。
-
-误报: 暂无已知：该格式自己的读取程序同样拒绝。
-
-修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
-的部分），安全；否则不安全。没有 `--from` 时需手动：张量的名字和位置不能编造。
 """
 
 import struct

@@ -18,17 +18,6 @@ pointer, another shard with the same hash, or the part that is left. Unsafe wher
 which of the three lies is not known.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
-
-标题: 张量的 dtype、形状和字节范围互相矛盾
-
-原因: 三者都不可信，读取程序因此拒绝整个文件。
-
-处理: 重新下载，或用原来的工具重新保存。若是不认识的 dtype，需要更新 safetensors。
-
-误报: 在当前版本的 doctor 之后才加入该格式的 dtype。
-
-修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
-的部分），安全；否则不安全。没有 `--from` 时需手动：不知道三者中哪个是错的。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

@@ -15,17 +15,6 @@ pointer, another shard with the same hash, or the part that is left. Unsafe wher
 which tensor owns the bytes is not known.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
-
-标题: 同一文件里两个张量占用了相同的字节
-
-原因: 至多只有一个是对的。为免同一段字节被当成两个权重，读取程序会拒绝该文件。
-
-处理: 重新下载，或用 safetensors 自带的写入函数重新保存。
-
-误报: 暂无已知。共享的权重只以一个名字存一份，不会两个名字指向同一范围。
-
-修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
-的部分），安全；否则不安全。没有 `--from` 时需手动：不知道这些字节属于哪个张量。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

@@ -17,18 +17,6 @@ pointer, another shard with the same hash, or the part that is left. Unsafe wher
 the bytes may be a tensor whose entry was lost.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
-
-标题: 权重文件里有不属于任何张量的字节
-
-原因: 该格式不允许空隙，以防文件里夹带内容；读取程序会拒绝。两次下载写进同一文件，或手工改过文件头，就是这个样
-子。
-
-处理: 重新下载，并与来源核对大小。
-
-误报: 暂无已知。
-
-修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
-的部分），安全；否则不安全。没有 `--from` 时需手动：这些字节也许是丢了条目的张量。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

@@ -17,17 +17,6 @@ pointer, another shard with the same hash, or the part that is left. Unsafe wher
 an index without these tensors would only hide the loss.
 
 Sources: transformers src/transformers/modeling_utils.py, `load_state_dict`.
-
-标题: 索引列出的权重文件不在
-
-原因: 里面的张量全都没有，任何程序都搭不出模型。
-
-处理: 下载所列文件。若只是索引过时，删掉索引，让 doctor 按现有文件重写。
-
-误报: 有意只放模型一部分的目录。
-
-修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
-的部分），安全；否则不安全。没有 `--from` 时需手动：去掉这些张量的索引只会掩盖缺失。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

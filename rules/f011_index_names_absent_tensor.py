@@ -15,16 +15,6 @@ False alarms: an index that was left as it was after a tensor was dropped on pur
 Fix safety: unsafe: an index rebuilt from the files no longer says that a tensor is missing.
 
 Sources: transformers src/transformers/modeling_utils.py; huggingface/safetensors bindings/python/src/lib.rs.
-
-标题: 索引说张量在某个文件里，但该文件和其他文件都没有
-
-原因: 权重丢了，或索引属于另一个修订版本。transformers 用随机数填补，只打印一行提示。
-
-处理: 取回同一修订版本的索引和分片。
-
-误报: 有意删去了某个张量（如共享的 lm_head）而没改索引：重建索引即可。
-
-修复: 不安全：按现有文件重建的索引不再显示缺了张量。
 """
 
 from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule

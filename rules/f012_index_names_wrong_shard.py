@@ -14,16 +14,6 @@ False alarms: none known.
 Fix safety: safe; the headers say where each tensor is.
 
 Sources: vllm-project/vllm vllm/model_executor/model_loader/weight_utils.py, `filter_duplicate_safetensors_files`.
-
-标题: 索引说张量在某个文件里，实际在另一个文件里
-
-原因: transformers 会读所有列出的文件，发现不了；vLLM 和逐张量读取的工具按索引找，会停下或漏掉该张量。
-
-处理: 按各分片的文件头重建索引，结果是精确的。
-
-误报: 暂无已知。
-
-修复: 安全；文件头写明了每个张量的位置。
 """
 
 from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule

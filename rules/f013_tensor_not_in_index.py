@@ -10,16 +10,6 @@ Fix safety: safe; an index that names every tensor changes nothing for readers t
 
 Sources: transformers src/transformers/utils/hub.py, `get_checkpoint_shard_files`; vllm-project/vllm
 vllm/model_executor/model_loader/weight_utils.py.
-
-标题: 分片里有索引没有列出的张量
-
-原因: transformers 照样加载；只看索引的程序则看不到它，模型在那里少一个权重。
-
-处理: 按各分片的文件头重建索引。
-
-误报: 有意把张量留在文件里而从索引中去掉。
-
-修复: 安全；列全张量的索引对整文件读取的程序没有任何影响。
 """
 
 from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule

@@ -10,16 +10,6 @@ False alarms: tools that count a shared tensor twice. Nothing reads wrongly then
 Fix safety: safe; the sum of the headers is exact.
 
 Sources: huggingface/huggingface_hub src/huggingface_hub/serialization/_base.py: total_size is the sum of tensor bytes.
-
-标题: 索引写的总字节数与分片实际不符
-
-原因: 读取程序只用它规划内存，所以不会出错；但它不对，说明索引与分片不是同一修订版本，或某个工具忘了重算。
-
-处理: 重建索引；若相差很大，先与来源核对分片。
-
-误报: 有的工具把共享张量算了两次。不影响读取，所以只作提示。
-
-修复: 安全；按文件头求和是精确的。
 """
 
 from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule

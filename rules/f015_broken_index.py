@@ -14,16 +14,6 @@ False alarms: none known.
 Fix safety: safe; every entry of an index follows from the headers.
 
 Sources: transformers src/transformers/utils/hub.py, `get_checkpoint_shard_files`; tried with transformers 5.23.
-
-标题: model.safetensors.index.json 不是合法 JSON，或没有可用的 weight_map 或 metadata
-
-原因: 有索引时，读取程序只按索引找分片。
-
-处理: 按各分片的文件头重建索引。
-
-误报: 暂无已知。
-
-修复: 安全；索引的每一条都可由文件头得出。
 """
 
 from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule

@@ -12,16 +12,6 @@ they differ, only by name: the one that the index names is kept. Without an inde
 
 Sources: transformers src/transformers/modeling_utils.py loads file after file, so that the last wins; vllm-project/vllm
 vllm/model_executor/model_loader/weight_utils.py goes by the index.
-
-标题: 两个权重文件里有同名张量
-
-原因: 用哪一个取决于读取程序：索引指的、第一个文件的或最后一个的。若两者不同，两个程序运行的就是两个模型。
-
-处理: 弄清哪个文件是对的。若某个文件里的名字全部重复出现，它就是旧文件，删掉即可。
-
-误报: 暂无已知；索引没有列出的文件不在此计（F017）。
-
-修复: 各份逐位相同时安全：只留一份，即索引指的那份。不同时只能点名执行：保留索引指的那份。没有索引指明时需手动。
 """
 
 from doctor.lint.rule import DropTensor, Fix, Place, finding, rule

@@ -12,17 +12,6 @@ Fix safety: unsafe: the copy does not get the file; the source keeps it. It may 
 
 Sources: transformers src/transformers/modeling_utils.py, `_get_resolved_checkpoint_files`: model.safetensors before its
 index; AutoGPTQ issue 306 (a stale file mixed with a new index gave NaN).
-
-标题: 除索引所列分片外，还有另一套权重，且文件名会被优先读取
-
-原因: transformers 优先读单个 model.safetensors 而不是索引，有的程序读所有 *.safetensors。一个目录就成了两个模
-型，旧文件悄悄胜出。
-
-处理: 把不属于这里的文件移走；属于这里的，索引里都有。
-
-误报: Mistral 的 consolidated.safetensors 等不会被主动读取的文件名不计。
-
-修复: 不安全：副本里不再有该文件，原目录仍保留。它也可能才是较新的那份。
 """
 
 import re

@@ -14,16 +14,6 @@ False alarms: none known: the names themselves say "of N".
 Fix safety: safe when every part is there; a part that is missing has to be fetched.
 
 Sources: transformers src/transformers/modeling_utils.py, `_get_resolved_checkpoint_files`.
-
-标题: 权重文件编号成套，却没有索引说明张量在哪个文件
-
-原因: transformers 和多数工具找 model.safetensors 或索引，两者都没有就说没有权重。少了一份也无人察觉。
-
-处理: 各份齐全就重建索引；否则先取回缺的。
-
-误报: 暂无已知：文件名本身就写着共几份。
-
-修复: 各份齐全时安全；缺的只能去取。
 """
 
 import re

@@ -11,17 +11,6 @@ Fix safety: with `--from` the base's file of this name is taken, unsafe unless a
 model. Else manual; doctor does not follow paths out of the checkpoint.
 
 Sources: huggingface/huggingface_hub docs, "Manage your cache": snapshots hold links into ../../blobs.
-
-标题: 文件是指向检查点之外的符号链接
-
-原因: 它显示什么取决于机器；外来的检查点还可借此指向私人文件。这里不跟随链接，该文件按不存在处理。
-
-处理: 用所指文件的副本或硬链接替换。
-
-误报: 你自己把分片链接到另一块磁盘的布局。Hub 缓存指向自身 blobs 的链接会跟随。
-
-修复: 用 `--from` 时取基座的同名文件，除非另一个分片证实是同一个模型，否则不安全。没有 `--from` 时需手动；doctor 不跟
-随通向检查点之外的路径。
 """
 
 import os

@@ -15,17 +15,6 @@ Fix safety: with `--from` the base's file of this name, unsafe unless another sh
 Else manual: permissions and disks are outside the checkpoint.
 
 Sources: safetensors 0.8: a file saved under any umask has mode 0600 (tried).
-
-标题: 检查点里的文件打不开，或根本不是普通文件
-
-原因: 里面的内容对任何程序都等于没有。safetensors 从 0.8 起写出的文件只有属主可读，换一个用户或在容器里就打不
-开。
-
-处理: 对该文件 `chmod a+r`，或从还能读的磁盘复制。
-
-误报: 暂无已知。
-
-修复: 用 `--from` 时取基座的同名文件，除非另一个分片证实是同一个模型，否则不安全。没有 `--from` 时需手动：权限和磁盘不属于检查点。
 """
 
 import os

@@ -14,16 +14,6 @@ Fix safety: unsafe, and only with `--from`: a base's weights are its own, not th
 
 Sources: transformers src/transformers/modeling_utils.py; vllm-project/vllm
 vllm/model_executor/model_loader/default_loader.py.
-
-标题: 没有任何一种权重文件
-
-原因: 没有可量化的东西。多半是只下载了配置，或权重在下一级目录。
-
-处理: 下载 *.safetensors 文件，或给出放权重的目录。
-
-误报: 本来就只放配置的目录。
-
-修复: 不安全，且需 `--from`：基座的权重是它自己的，不是微调后的。否则需手动。
 """
 
 from doctor.lint.rule import Fix, Place, finding, rule

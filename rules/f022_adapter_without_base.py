@@ -20,20 +20,6 @@ part out of the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), to which W + scale *
 finding says which it was.
 
 Sources: huggingface/peft docs, "Model merging".
-
-标题: 目录里是 LoRA 适配器，不是完整模型
-
-原因: 适配器只是对另一个模型权重的小改动，单独既不能量化也不能运行。
-
-处理: 合并进基座模型：`doctor fix ADAPTER -o OUT --from BASE`，或 PEFT 的 `model.merge_and_unload()`。W +
-scale * B @ A 按 float32 计算，再一次性取整到基座的类型；scale 为 lora_alpha / r，use_rslora 时为 lora_alpha
-/ sqrt(r)。use_dora 时，再把每个输出对应的那一行缩放到适配器为它保存的模长。
-
-误报: 完整模型旁边放着自己的适配器，不计。
-
-修复: 用 `--from` 且适配器的每个矩阵都能找到对应权重时安全；否则需手动。按名字设定的秩和 alpha、
-整个训练过的模块都包括在内。超出 LoRA 和 DoRA 的（训练过的偏置、其他种类的适配器、doctor 不认识的键）交给 PEFT；训练开始时先从
-基座里取走一部分的适配器（PiSSA、OLoRA、CorDA、LoftQ、LoRA-GA）也是，因为 W + scale * B @ A 会把那一部分算两遍。发现中会写明是哪一种。
 """
 
 import json

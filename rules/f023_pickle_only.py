@@ -15,16 +15,6 @@ False alarms: none known; a directory with safetensors beside the pickles is not
 Fix safety: manual; nothing is unpickled here.
 
 Sources: Python docs of `pickle`; CVE-2025-32434 (torch.load with weights_only=True).
-
-标题: 权重只有 pickle 或其他程序的格式
-
-原因: 打开 pickle 会执行其中的任意代码，所以 doctor 不打开。GGUF 之类是成品，不是量化的来源。
-
-处理: 在能承担该风险的机器上转换：用 transformers 加载，再 `save_pretrained(..., safe_serialization=True)`。
-
-误报: 暂无已知；pickle 旁边有 safetensors 的目录不计。
-
-修复: 需手动；这里不反序列化任何东西。
 """
 
 from doctor.lint.rule import Fix, Place, finding, rule

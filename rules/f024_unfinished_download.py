@@ -10,16 +10,6 @@ False alarms: leftovers of a download that was later done by other means.
 Fix safety: unsafe, and only by name: the copy does not get the working file; a download that is not done stays so.
 
 Sources: aria2 manual, "Control file"; huggingface/huggingface_hub src/huggingface_hub/file_download.py (`.incomplete`).
-
-标题: 目录里还留着下载工具的临时文件
-
-原因: 下载结束时这类文件会被改名或删除。它还在，就说明有文件不完整，哪怕大小正确：aria2 会先占满空间。
-
-处理: 重新启动下载，会从断点继续。若确已下完，删掉临时文件。
-
-误报: 后来用别的方式下完了，留下的残余。
-
-修复: 不安全，且只能点名执行：副本里不再有该工作文件；没下载完的仍是没下载完。
 """
 
 from doctor.lint.rule import DropFile, Fix, Place, finding, rule

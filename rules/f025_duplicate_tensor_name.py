@@ -15,18 +15,6 @@ pointer, another shard with the same hash, or the part that is left. Unsafe wher
 which of the two is meant is not known.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8); tried: the same name twice on one range is accepted.
-
-标题: 文件头里同一张量名出现了两次
-
-原因: JSON 读取程序对相同的键取最后一个，前一个的字节就悄悄丢了；若两个范围不同，格式自己的读取程序会因空隙而
-拒绝该文件。
-
-处理: 用 safetensors 自带的写入函数重新保存，或重新下载。
-
-误报: 暂无已知。
-
-修复: 用 `--from` 时取基座的同名文件：若能证实它就是丢失的那份（git-lfs 指针里的哈希、另一个哈希相同的分片、或剩余
-的部分），安全；否则不安全。没有 `--from` 时需手动：不知道本意是哪一个。
 """
 
 from doctor.lint.rule import Place, finding, from_base, rule

@@ -15,17 +15,6 @@ Fix safety: nothing but the header changes, but only by name: a header is rewrit
 large.
 
 Sources: transformers 4.57 src/transformers/modeling_utils.py, `load_state_dict`; tried with 5.23: loads.
-
-标题: 权重文件没有写明由哪个框架写出
-
-原因: transformers 5 之前的版本要求文件头有 `"format": "pt"`，没有就停下；新版本和其他程序不看。
-
-处理: 用现在的工具无需处理。若要给 transformers 4 用，以
-`save_file(tensors, path, metadata={"format": "pt"})` 重新保存。doctor 写出的文件都带有它。
-
-误报: 只供自己的程序读取的文件。
-
-修复: 只改文件头，但只能点名执行：文件头要随整个文件一起重写，无论多大。
 """
 
 import json

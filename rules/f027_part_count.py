@@ -13,18 +13,6 @@ lost, the parts are numbered anew and the index follows; files are linked, not a
 names say two numbers, it goes by name, because the parts may be of two saves. Else manual.
 
 Sources: huggingface/huggingface_hub src/huggingface_hub/serialization/_base.py.
-
-标题: 分片文件名写的份数与索引所用的不同
-
-原因: `model-00002-of-00007.safetensors` 里的 7 是保存时的份数。索引列出的份数少，说明丢了；混有两种份数，则是两次
-保存的分片拼在一起，各层来自两个模型。
-
-处理: 从同一次保存取索引和分片；手工合并或拆分过的，重新命名。
-
-误报: 有的工具丢弃不再含张量的分片，却保留其余的名字。这时权重是完整的。
-
-修复: 各文件名所写的份数一致、且 config.json 要求的张量全都在时安全：什么也没丢，于是重新编号，索引随之改变；文件只做
-链接，权重一个字节也不写。文件名写了两种份数时须点名，因为可能来自两次保存。其余情况需手动。
 """
 
 import re

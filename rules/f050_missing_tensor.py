@@ -19,16 +19,6 @@ Else manual; weights are not invented.
 
 Sources: transformers src/transformers/modeling_utils.py; the table of families was taken from models saved by
 transformers 5.23.
-
-标题: 模型需要的张量在所有权重文件里都没有
-
-原因: transformers 用随机数填补，只打印一行；其他工具会停下。一层随机权重会毁掉其后的每一层，用它校准也一样。
-
-处理: 取回含该张量的分片，或从基座模型取这个张量。
-
-误报: 各层结构不同、而当前版本不了解其规律的系列。只与内容齐全的层相比。
-
-修复: 不安全，且需 `--from`：从基座模型取张量，类型与这里的同类一致。否则需手动；权重不能编造。
 """
 
 import re

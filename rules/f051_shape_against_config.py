@@ -19,18 +19,6 @@ Fix safety: safe where all tensors agree on one value of the key. A tensor that 
 with `--from`, unsafe; else manual.
 
 Sources: QwenLM/Qwen issue 585; transformers src/transformers/modeling_utils.py.
-
-标题: 张量的尺寸与 config.json 所写不符
-
-原因: 读取程序按 config.json 搭建模型，权重装不进去。若所有张量都指向另一个数，是 config.json 错了；若只有一个
-张量不同，是这个张量错了。
-
-处理: 改正该键，或重新下载该张量所在的分片。Qwen 1 的 intermediate_size 写的是 MLP 实际宽度的两倍：这一点已
-知。
-
-误报: 当前版本的表里形状写错的系列。
-
-修复: 所有张量对该键指向同一个值时安全。单独不同的张量可用 `--from` 从基座模型取，不安全；否则需手动。
 """
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, keys_of, rule, solve

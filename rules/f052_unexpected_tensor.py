@@ -15,18 +15,6 @@ False alarms: variants of a family that add tensors and are newer than this vers
 Fix safety: unsafe, and only by name: the tensor is dropped. Only you know whether the tensor or the config is right.
 
 Sources: transformers src/transformers/modeling_utils.py, `_keys_to_ignore_on_load_unexpected`.
-
-标题: 张量在该系列的模型里没有位置
-
-原因: 读取程序把它丢掉，至多打印一行，于是运行的不是训练出的那个模型；往往是模型的系列与 config.json 所写不
-同，或被某个工具改过。
-
-处理: 对照 config.json 的 architectures 和 model_type 与权重的来源。
-
-误报: 比当前版本新、增加了张量的变体。读取程序会重新计算的缓冲区（旋转频率、因果掩码）和保存的缓存缩放因子不
-计。
-
-修复: 不安全，且只能点名执行：删去该张量。张量对还是配置对，只有你知道。
 """
 
 import re

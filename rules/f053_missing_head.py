@@ -17,18 +17,6 @@ decides: a base that ties them makes the flag safe; one that stores a head gives
 may have been trained.
 
 Sources: QwenLM/Qwen issue 1101; tried with transformers 5.23.
-
-标题: 没有 lm_head，config.json 也没有让它与嵌入表共享
-
-原因: transformers 用随机数初始化输出头，只打印一行；模型输出的就是噪声。转换工具删掉了共享的副本却忘了设标
-志，就会这样。
-
-处理: 若基座模型是共享的，把 tie_word_embeddings 设为 true；否则取回含输出头的分片。
-
-误报: 挂着 CausalLM 名字、实际没有语言头的模型（嵌入模型）。
-
-修复: 不安全：只有训练时两者用同一个矩阵才对。用 `--from` 时以基座模型为准：基座共享则设标志是安全的；基座存有输出头则
-取它的，不安全，因为本模型的可能训练过。
 """
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule

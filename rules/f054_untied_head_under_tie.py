@@ -15,17 +15,6 @@ base model that does not tie them makes it safe.
 
 Sources: tried with transformers 5.23: tie true and a different stored head loads untied; vllm-project/vllm
 vllm/model_executor/models/llama.py, `tie_weights`.
-
-标题: config.json 让输出头与嵌入表共享，文件里却存着另一个输出头
-
-原因: vLLM 和 transformers 4 会共享并丢弃存着的输出头；transformers 5 保留它并警告。同一目录于是成了两个模型，
-量化出来的是哪个取决于用什么程序写。
-
-处理: 弄清本意。微调时训练过输出头的，tie_word_embeddings 应为 false。
-
-误报: 暂无已知：两个张量的字节确实不同。
-
-修复: 不安全：false 保留存着的权重，只有训练过输出头才对。用 `--from` 且基座模型不共享时安全。
 """
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule

@@ -14,16 +14,6 @@ False alarms: none: the bytes are equal.
 Fix safety: safe; the dropped tensor is equal to the embedding, byte for byte.
 
 Sources: AutoGPTQ PR 536; huggingface/safetensors docs, "Torch shared tensors".
-
-标题: 输出头与嵌入表共享，却又另存了一份
-
-原因: 读取没有问题，只是文件偏大。若工具量化输出头而不量化嵌入表，共享就被打破，两份里有一份会过时。
-
-处理: 删去副本。
-
-误报: 无：两者字节完全相同。
-
-修复: 安全；删去的张量与嵌入表逐字节相同。
 """
 
 from doctor.lint.rule import DropTensor, Fix, Place, finding, rule

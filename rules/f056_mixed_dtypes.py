@@ -17,18 +17,6 @@ Fix safety: safe where every value of the one type is a value of the other (to f
 rounds. A cast that would make a finite value Inf is refused with the numbers.
 
 Sources: transformers src/transformers/modeling_utils.py: one dtype per model.
-
-标题: 同一种线性层存成了不同的类型
-
-原因: 多数读取程序统一转换成一种，模型的一部分悄悄损失或虚增精度；不转换的则在第一次混合类型相乘时停下。合并模
-型或部分保存会造成这种情况。
-
-处理: 转换成多数所用的类型。若是 float16，先看 W205：超过 65,504 的值会变成 Inf。
-
-误报: 归一化层、路由和输出头常有意保留 float32，不计；只在同种线性层之间比较。
-
-修复: 若一种类型的每个值都能用另一种表示（转为 float32），安全；否则转换会取整，不安全。会让有限值变成 Inf 的
-转换会拒绝，并给出数字。
 """
 
 from doctor.lint.rule import CastTensor, Fix, Place, finding, rule, widens

@@ -17,17 +17,6 @@ adapter_config.json is left out, because transformers would load the base that i
 stands nowhere. An adapter of its own is F022.
 
 Sources: huggingface/peft src/peft/tuners/lora/layer.py.
-
-标题: 权重文件里 LoRA 矩阵与被它修改的权重放在一起
-
-原因: 基座系列的读取程序会丢弃 lora_A 和 lora_B，微调成果随之消失；若权重名是 `base_layer.weight`，则一个权重
-也找不到。
-
-处理: 用 PEFT 加载，`merge_and_unload()`，再保存。
-
-误报: 暂无已知；本身就有低秩线性层的模型（DeepSeek）用的是别的名字。
-
-修复: 权重旁边有 adapter_config.json 时安全：系数取自它，每个权重按 float32 算 W + scale * B @ A（use_dora 时再缩放到各行的模长），一次性取整，并改回本名；adapter_config.json 不再带上，否则 transformers 会去加载它写的基座。否则需手动，系数无从得知。单独的适配器见 F022。
 """
 
 import re

@@ -15,17 +15,6 @@ False alarms: none known; the words are no part of any model.
 Fix safety: safe: names change and no value does. Manual where two tensors would get one name.
 
 Sources: pytorch/pytorch torch/_dynamo/eval_frame.py (`_orig_mod`); torch/nn/parallel/distributed.py (`module`).
-
-标题: 每个张量名都带着训练封装的前缀
-
-原因: torch.compile、DistributedDataParallel、FSDP 和训练器会在名字前加一个词。读取程序找不到原名，就从随机数
-开始。
-
-处理: 保存前先解除封装（`model._orig_mod`、`accelerator.unwrap_model(model)`），或给张量改名。
-
-误报: 暂无已知；这些词不属于任何模型。
-
-修复: 安全：只改名字，不动任何数值。若两个张量会得到同一个名字，则需手动。
 """
 
 import re

@@ -15,17 +15,6 @@ Fix safety: unsafe, and only with `--from`: the weights are taken from another c
 training directory.
 
 Sources: deepspeedai/DeepSpeed deepspeed/utils/zero_to_fp32.py.
-
-标题: 权重一个元素也没有
-
-原因: DeepSpeed ZeRO-3 把每个权重分块存放，模块上只留空壳；把空壳存下来，得到的检查点很小，从名字看却是完整
-的。
-
-处理: 汇集权重：训练目录里的 `zero_to_fp32.py`，或设置 `stage3_gather_16bit_weights_on_model_save`。
-
-误报: 就权重而言暂无已知；任何系列都不需要的空缓冲区不计。
-
-修复: 不安全，且需 `--from`：从另一份副本取权重。否则需手动；数值在训练目录里。
 """
 
 from doctor.lint.rule import Fix, Place, finding, rule

@@ -15,17 +15,6 @@ Fix safety: unsafe, with `--from`: where every MLP here is the first part of the
 taken whole. Else manual: what was cut off is not in these files.
 
 Sources: QwenLM/Qwen3-VL issue 231 (29568 cut to 29440); rules/tables/published.toml.
-
-标题: MLP 比同尺寸的已发布模型略窄：有人为了凑整把权重截短了
-
-原因: 分组或多卡分不开的宽度应当补零，补零不改变模型。截到下一个较小的倍数，则从每一层拿走了隐藏单元；文件彼此一
-致，能加载也能量化，模型却胡言乱语。
-
-处理: 取原始权重再补零：`doctor fix` 会随 G302 提供（分组 128 时，2 到 8 卡下 29568 补到 29696）。
-
-误报: 有意剪枝不到百分之三并继续训练过的模型。更宽从不报：那是补零。
-
-修复: 不安全，且需 `--from`：若这里的每个 MLP 都与基座的前一部分逐位相同，就取基座完整的张量。否则需手动：被截掉的部分不在这些文件里。
 """
 
 from doctor.lint.rule import Fix, Place, SetJson, finding, rule, size_key

@@ -18,17 +18,6 @@ fits, the linears concerned stay in 16 bits), never the checkpoint.
 
 Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:77; vllm-project/llm-compressor
 src/llmcompressor/modifiers/quantization/group_size_validation.py; intel/auto-round issue 388.
-
-标题: 分组大小不能整除线性层的 in_features
-
-原因: 一个缩放因子对应连续 group_size 个 in_features。有余数时每行最后一组不满，而没有内核能读不满的组：量化器
-要么停下，要么把这些线性层留在 16 位。
-
-处理: 取能整除所有宽度的较小分组，或把相关线性层保留为 16 位。
-
-误报: 无；整除是精确计算。
-
-修复: 不安全：改的是你要求的计划（缩放因子更多，文件略大；没有常用分组合适时，相关线性层保留 16 位），检查点不变。
 """
 
 from doctor.lint.rule import Fix, Place, SetRecipe, finding, keep_edits, rule, size_key

@@ -20,19 +20,6 @@ Fix safety: unsafe: shapes change. In exact arithmetic the outputs do not: a pad
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py (create_weights); QwenLM/Qwen3
 issues 63 and 258; QwenLM/Qwen2 docs/source/quantization/gptq.md.
-
-标题: 一行的分组无法在各 GPU 之间平分
-
-原因: 张量并行沿 in_features 切分 o 和 down。一组共用一个缩放因子，每块 GPU 必须拿到完整的组：in_features 须
-是 group_size × tp 的倍数。引擎会拒绝其他尺寸，或不停输出词元 0，在 Qwen 的词表里就是“!”。
-
-处理: 改计划（`--tp 1` 或更小的分组），或给 MLP 补零：gate 和 up 补零行，down 补零列。Qwen 自己发布的 14B 和
-72B GPTQ 就是这样补的（13696 到 14336，29568 到 29696）。切勿靠裁剪权重来凑。
-
-误报: 只在单 GPU 上运行，或用流水线并行。
-
-修复: 不安全：形状会变。按精确算术输出不变：补出的隐藏单元是 act(0) · 0 = 0，它在 down 里的列也是 0。零列分散
-插入各列之间，不会出现全零的组。
 """
 
 from doctor.lint.rule import ROW_PARALLEL, Fix, Place, axis_expression, finding, fits, grown, resized, rule, size_key

@@ -19,17 +19,6 @@ Attention's matrices follow hidden_size, which cannot grow.
 
 Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9913 and 13640, pull request
 45295.
-
-标题: 矩阵不满足运行时内核的分块要求
-
-原因: 快速内核按固定分块计算（Marlin：每块 GPU 上 128 个 in_features × 64 个 out_features）。填不满的矩阵走较
-慢的内核；没有这样的内核时，运行时拒绝该检查点。
-
-处理: 减少 GPU 数，换较新的运行时（vLLM 自 2026 年 6 月起会自己补齐），或照 G302 补零。
-
-误报: 运行时有表中没有的内核。用 `--runtime vllm==VERSION` 选出适用的条目。
-
-修复: 不安全，且只针对 MLP：补零到满足分块，按精确算术输出不变。注意力的矩阵由 hidden_size 决定，不能加宽。
 """
 
 import math

@@ -20,19 +20,6 @@ heads stand at the end of each key-value group, so that every old head keeps its
 end. Offered where the new number of heads divides hidden_size, which transformers asks for.
 
 Sources: vllm-project/vllm vllm/config (verify_with_parallel_config); QwenLM/Qwen3 issue 578.
-
-标题: 注意力头无法在各 GPU 之间平分
-
-原因: 张量并行给每块 GPU 完整的头。查询头数须是 tp 的倍数；键值头也是，或者 tp 是键值头数的倍数，此时键值头会
-被复制。
-
-处理: 选两者都满足的 tp（表中已列出），或用流水线并行。`--unsafe-fixes=G304` 会补全零的头。
-
-误报: 能不平均切分头的运行时（ExLlamaV2 按层和行切分）。
-
-修复: 不安全，且只能点名执行：形状会变，且 head_dim 必须能从 config.json 读到（表中列出了这样的系列）。按精确
-算术输出不变：全零的头的输出遇到的是 o 的零列。新的查询头放在各键值组的末尾，原有的头仍对应原来的键；或在最后
-增加整组。仅当新的头数能整除 hidden_size（transformers 的要求）时提供。
 """
 
 from doctor.lint.rule import MISSING, Fix, PadTensor, Place, SetJson, finding, rule

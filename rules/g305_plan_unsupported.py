@@ -17,17 +17,6 @@ Fix safety: unsafe: it changes the plan you asked for to the nearest one of the 
 before groups, groups before the form of the file, bits last.
 
 Sources: rules/tables/kernels.toml and what it names.
-
-标题: 运行时没有适合这种格式、位宽、分组大小或对称性的内核
-
-原因: 量化文件要有内核能读才有用。运行时只支持格式、位宽、分组大小和对称性的某些组合，其余的到加载时才拒绝，而
-量化的几个小时已经花掉了。
-
-处理: 从表中选一种组合。
-
-误报: 运行时比表新，或通过插件增加了内核。
-
-修复: 不安全：把你要求的计划改为表中最接近的一个，检查点不变：先改对称性，再改分组，再改文件格式，最后才改位宽。
 """
 
 from doctor.lint.rule import Fix, SetRecipe, finding, nearest_plan, rule, table

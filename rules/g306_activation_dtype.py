@@ -20,19 +20,6 @@ checkpoint that is quantized already, all bfloat16 tensors are cast to float16, 
 overflow is refused with the numbers, but activations may still overflow (O615), which `doctor verify` measures.
 
 Sources: vllm-project/vllm issues 1823, 1941 and 14126; rules/tables/kernels.toml.
-
-标题: 检查点是 bfloat16，而运行时内核只能算 float16
-
-原因: 这类内核不接受 bfloat16 激活值；把整个模型转成 float16，用 bfloat16 训练的模型（如 Qwen1.5、Gemma）会溢
-出：logits 变成 NaN，回答变成“!!!!”。
-
-处理: 选 Marlin 内核支持的计划（4 或 8 位，分组 32、64 或 128，GPTQ 用对称）；只有 `doctor verify` 证实
-float16 下 logits 有限，才设为 float16。
-
-误报: 在 float16 下本来就正常的模型。
-
-修复: 不安全：改用表中 bfloat16 内核支持的最接近的计划。没有这样的计划，或检查点已经量化时，把所有 bfloat16 张量转成
-float16，且只能点名执行：会溢出的权重会拒绝并给出数字；激活值仍可能溢出（O615），由 `doctor verify` 测出。
 """
 
 from doctor.lint.rule import CastTensor, Fix, Place, SetJson, SetRecipe, finding, nearest_plan, rule

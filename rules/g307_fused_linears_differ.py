@@ -16,17 +16,6 @@ run again.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/utils/quant_utils.py (is_layer_skipped);
 vllm issues 47473, 50214 and 53992; turboderp/exllamav2 exllamav2/module.py.
-
-标题: q、k、v（或 gate 与 up）有的量化了，有的没有
-
-原因: 推理引擎把 q、k、v 存成一个矩阵，gate 和 up 也是。各部分的位宽和分组必须相同，只把其中一个留在 16 位的计
-划无法加载。
-
-处理: 融合的一组要么全部保留 16 位，要么全部量化。
-
-误报: 从不融合的运行时（transformers）。
-
-修复: 不安全：改的是你要求的计划，检查点不变。已经如此的检查点需重新量化。
 """
 
 from doctor.lint.rule import FUSED, Fix, Keep, Place, finding, rule

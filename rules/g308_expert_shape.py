@@ -17,17 +17,6 @@ hidden_size cannot grow.
 Sources: rules/tables/kernels.toml; vllm-project/vllm
 vllm/model_executor/layers/quantization/utils/marlin_utils.py (check_moe_marlin_supports_layer), pull
 request 45703.
-
-标题: 专家的尺寸不满足运行时的混合专家（MoE）内核
-
-原因: 融合内核一次计算所有专家，要求 hidden_size 是 128 的倍数，每块 GPU 上专家的宽度是 64 或分组大小的倍数。
-否则运行时走较慢的路径，或拒绝。
-
-处理: 减少 GPU 数，或用专家并行，让每个专家保持完整。
-
-误报: 运行时有表中没有的内核。
-
-修复: 不安全，且只针对专家的宽度：补零后按精确算术输出不变。hidden_size 不能加宽。
 """
 
 from doctor.lint.rule import Fix, Place, axis_expression, finding, grown, in_force, resized, rule, size_key, table

@@ -15,17 +15,6 @@ False alarms: none for widths; the loss is size, not quality.
 Fix safety: no fix: the model is sound.
 
 Sources: ggml-org/llama.cpp gguf-py/gguf/constants.py (GGML_QUANT_SIZES), pull request 3747, issue 6614.
-
-标题: 宽度不是 256 的倍数，llama.cpp 无法存成 k-quant
-
-原因: k-quant 每 256 个 in_features 打包一次。其他宽度的张量会退回分块 32 的类型或 float16：文件变大（有人报告
-每个权重从 4.5 位变成 6.2 位），却不报错。
-
-处理: 接受更大的文件，或自行选择分块 32 的类型（Q4_0、Q8_0、IQ4_NL），或把 MLP 宽度补到 256 的倍数。
-
-误报: 宽度的判断没有误报；损失的是体积，不是质量。
-
-修复: 不提供修复：模型本身没有问题。
 """
 
 from doctor.lint.rule import Place, finding, rule, size_key

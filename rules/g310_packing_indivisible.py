@@ -17,17 +17,6 @@ Fix safety: unsafe: it changes the plan you asked for, never the checkpoint.
 
 Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py (pack_block); casper-hansen/AutoAWQ
 awq/modules/linear/gemm.py.
-
-标题: 矩阵无法打包成整数个 32 位字
-
-原因: 八个 4 位编码共用一个字。GPTQ 沿 in_features 打包权重、沿 out_features 打包零点，AWQ 都沿 out_features；
-填不满整字的存不下，打包程序在最后一步才失败。
-
-处理: 把这些线性层保留为 16 位（`--keep PATTERN`），或用 compressed-tensors，它会补满最后一个字。
-
-误报: 无；整除是精确计算。
-
-修复: 不安全：改的是你要求的计划，检查点不变。
 """
 
 from doctor.lint.rule import Fix, Place, finding, keep_edits, rule

@@ -13,17 +13,6 @@ slower.
 Fix safety: no fix: the order is part of the stored codes.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py (create_weights), issue 7374.
-
-标题: 分组打乱的检查点要切到多块 GPU 上
-
-原因: 用 desc_act 时，同一组的列散落在整行里，拿到 o 或 down 一部分的 GPU 需要所有组的缩放因子。运行时对这些线
-性层会离开快速路径，有些版本还算出过错误结果。
-
-处理: 在单 GPU 上运行，或用静态分组重新量化（doctor 的 act_order 始终如此：分组不动）。
-
-误报: 内核在每块 GPU 上保留全部缩放因子的运行时（Marlin full-k）结果正确，只是慢些。
-
-修复: 不提供修复：顺序已写进存储的编码。
 """
 
 from doctor.lint.rule import Place, finding, rule

@@ -11,17 +11,6 @@ False alarms: none; the sizes are exact. Nothing is wrong with the checkpoint.
 Fix safety: no fix is needed in the files.
 
 Sources: turboderp/exllamav2 commit c49df4f (0.0.21).
-
-标题: 线性层的 Hessian 超出 32 位下标或常见显卡的容量
-
-原因: GPTQ 需要 H，即 in_features 为 k 时的 float32[k, k]。k 从 46,341 起，元素数超过 2^31，旧程序的 32 位下标
-会溢出；不算工作副本就要 8 GiB。
-
-处理: 为这一步准备足够的内存（显卡放不下时 doctor 在 CPU 上分解），或用不需要完整 Hessian 的 `--method awq`。
-
-误报: 无；尺寸是精确的。检查点没有任何问题。
-
-修复: 文件无需修复。
 """
 
 from doctor.lint.rule import Place, finding, rule, size_key

@@ -17,19 +17,6 @@ False alarms: none; the tensors were counted. An engine newer than the table may
 Fix safety: no fix: what to serve with is the user's choice.
 
 Sources: rules/tables/stacks.toml, with the files of vLLM, GPTQModel and llm-compressor that it was read from.
-
-标题: 专家存成一个三维张量，按计划会留在 16 位
-
-原因: 量化器处理的是线性层，每个是独立的矩阵。doctor 会把整叠专家拆成该架构的推理引擎按计划格式能读的线性层；若已知
-没有引擎能读，或尺寸不符合计划，这叠专家就原样保留，“4 位”模型的大部分权重其实还是 16 位。引擎用一个内核计算一个专
-家的全部线性层，所以要么全拆，要么都不拆。
-
-处理: 换成发现中说明可行的格式、组大小或运行时。Llama 4、Qwen3.5-MoE 和 Granite MoE 的各种格式 vLLM 都能读；GPT-OSS
-只有 GPTQModel 能读，格式为 GPTQ 或 AWQ。
-
-误报: 无；这些张量是数出来的。比表更新的引擎也许能读更多。
-
-修复: 不提供修复：用什么推理由用户决定。
 """
 
 from doctor.lint.rule import ASKED, Place, finding, rule

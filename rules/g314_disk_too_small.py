@@ -16,16 +16,6 @@ is an upper edge.
 Fix safety: no fix is needed in the files.
 
 Sources: unslothai/unsloth issue 847; ModelCloud/GPTQModel issue 2196.
-
-标题: 磁盘剩余空间不够写输出
-
-原因: 运行几小时后在保存时失败。各层的部分文件与合成的分片会短暂并存，所以磁盘要容得下两份输出。
-
-处理: 腾出所说的字节数，或写到别的磁盘。
-
-误报: 其他程序可能在结束前腾出空间。输出大小由文件头算出，是上限。
-
-修复: 文件无需修复。
 """
 
 from doctor.lint.rule import finding, rule

@@ -19,17 +19,6 @@ False alarms: memory that another program gives back before the run.
 Fix safety: no fix is needed in the files.
 
 Sources: mit-han-lab/llm-awq issue 157; vllm-project/llm-compressor issue 109; doctor/quant/budget.py.
-
-标题: 机器的可用内存少于量化所需
-
-原因: 无论校准多少行，运行时都要放下 float32 的一层、这一层各线性层的 Hessian，以及求解最宽线性层的工作区。内存
-不够时，系统会不声不响地终止进程，或长时间换页。
-
-处理: 关闭其他程序，换内存足够的机器，或用不需要 Hessian 的 `--method rtn`。减少校准行数没有作用。
-
-误报: 其他程序可能在运行前归还内存。
-
-修复: 文件无需修复。
 """
 
 from doctor.lint.rule import finding, rule

@@ -19,16 +19,6 @@ is not judged; nor are model types that the table lacks.
 Fix safety: no fix: the files are sound.
 
 Sources: rules/tables/published.toml; huggingface/transformers src/transformers/models/auto/configuration_auto.py.
-
-标题: 计划指定的运行时版本早于这种模型
-
-原因: 运行时是逐个学会各种模型的。旧版本要到加载时才拒绝该检查点，而量化的几个小时已经花掉了。
-
-处理: 安装消息里写的版本或更新的版本。
-
-误报: 通过插件增加了代码的运行时。config.json 自带代码（auto_map）时不判断 transformers；表中没有的模型类型也不判断。
-
-修复: 不提供修复：文件没有问题。
 """
 
 from doctor.lint.rule import Place, Unavailable, finding, rule, version_before

@@ -11,16 +11,6 @@ False alarms: a build of that version with a corrected kernel. Only the versions
 Fix safety: no fix: the files are sound.
 
 Sources: rules/tables/published.toml; vllm-project/vllm issues 3998 and 14126; turboderp/exllamav2 issue 493.
-
-标题: 有用户报告该版本的运行时对这种模型和格式给出错误回答
-
-原因: 用 float16 计算的内核可能在模型本身不溢出的地方溢出；文件没有问题，换个版本就能正常服务。
-
-处理: 换较新的版本，或换一种格式。
-
-误报: 该版本中内核已被修正的构建。只判断被点名的版本。
-
-修复: 不提供修复：文件没有问题。
 """
 
 from doctor.lint.rule import Unavailable, finding, rule

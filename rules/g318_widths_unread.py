@@ -16,16 +16,6 @@ you.
 
 Sources: run with transformers 5.24 (size mismatch), GPTQModel 7.7 (loads and answers) and vLLM 0.32 (reads the widths;
 its CPU build has no 8-bit kernel); turboderp/exllamav2 exllamav2/linear.py reads 4-bit GPTQ only.
-
-标题: 部分线性层的位宽与其余不同，而运行时不读这种写法
-
-原因: GPTQ 格式把个别线性层的位宽写在 "dynamic" 里，只有部分读取程序认识。其余程序按统一位宽构造所有线性层，打包数据的大小就对不上。
-
-处理: 改写成 compressed-tensors（transformers 和 vLLM 都读其中的位宽），或用 vLLM、SGLang、GPTQModel 提供服务。
-
-误报: 读得懂它的更新版本；实际运行过的版本见来源。
-
-修复: 不安全：改的是你要求的格式，检查点不变。已经量化的，需要你重新量化。
 """
 
 from doctor.lint.rule import Fix, Place, SetRecipe, finding, rule

@@ -19,18 +19,6 @@ Fix safety: unsafe: another format, or linears in 16 bits, is the user's choice.
 Sources: rules/tables/published.toml (misread), run with vLLM 0.32 and transformers 5.23 on tiny random models;
 vllm-project/vllm vllm/model_executor/models/llama4.py (permute_qk_weight_for_rotary) and pull request 34243, where the
 same mismatch took Llama 4 Scout from 90.9 to 5.4 on GSM8k.
-
-标题: 运行时会放错或漏掉这类打包的线性层，而且不报错
-
-原因: 运行时加载时可能会重排某些架构的权重。如果它按张量名来做，量化检查点里代替它们的张量就会被略过：文件和内核都没有
-问题，模型却回答乱码。
-
-处理: vLLM 上的 Llama 4：写成对称的 compressed-tensors，或让 q、k、v 留在 16 位。transformers 5 上的混合专家模型：用
-GPTQModel.load 加载，或用 vLLM 服务。
-
-误报: 比表更新的版本可能已经修正。没有 --runtime 时只提示 vLLM 的情况，作为警告。
-
-修复: 不安全：换格式或让线性层留在 16 位由用户决定。已量化的检查点无法修复。
 """
 
 from doctor.lint.rule import FUSED, Fix, SetRecipe, finding, in_force, keep_edits, rule

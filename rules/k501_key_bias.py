@@ -15,19 +15,6 @@ Fix safety: no fix: the bias cannot be folded away, because rotary positions tur
 
 Sources: turboderp/exllamav2 issue 493; QwenLM/Qwen3 issue 840; vllm-project/vllm PR 11906;
 ggml-org/llama.cpp issue 21385.
-
-标题: 键偏置很可能太大，低位 KV 缓存承受不了
-
-原因: 偏置对每个词元都一样，对注意力没有信息，却决定了缓存中所在组的最大值；4 位缓存的步长于是超过其他通道的信
-号。在 Qwen2.5-Coder-0.5B（|偏置| 最大 211）上实测困惑度：16 位 7.42，8 位键 7.7，4 位键 46.1；只把值设为 4 位
-时 7.49。
-
-处理: 推理时用 8 位键（ExLlamaV2 Q6 或 Q8，llama.cpp --cache-type-k q8_0），vLLM 的缓存类型保持 auto。权重照样
-可以量化。
-
-误报: 偏置大而该通道信号也大。只看系列说明不了问题：Qwen2-72B 用 4 位就没事。
-
-修复: 不提供修复：旋转位置编码在每个词元处都会转动偏置，无法折叠掉。
 """
 
 import re

@@ -18,16 +18,6 @@ calibration.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py; vllm-project/llm-compressor
 issue 2176.
-
-标题: 配置声明 KV 缓存已量化，文件里却没有它的缩放因子
-
-原因: FP8 缓存存的是键和值除以缩放因子的结果。没有因子，引擎取 1.0：超过 448 的值饱和，小值消失。
-
-处理: 校准出缩放因子（llm-compressor 的 kv_cache_scheme），或删去该项，让缓存类型保持 auto。
-
-误报: 推理时才计算缩放因子的引擎。
-
-修复: 不安全：删去该条目，缓存保持 16 位，占用两倍内存。缩放因子要靠校准得出。
 """
 
 from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule

@@ -11,16 +11,6 @@ Fix safety: unsafe, and only with `--from`: the scale is taken from another copy
 needs a calibration.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py.
-
-标题: KV 缓存的一个缩放因子是 0
-
-原因: 键和值要除以它：缓存里全是 NaN 或 Inf，回答永远是同一个词元。
-
-处理: 重新校准，所用文本要能激活到这一层。
-
-误报: 无；任何数都不能除以 0。
-
-修复: 不安全，且需 `--from`：从此检查点的另一份副本取缩放因子。没有副本就要靠校准得出。
 """
 
 from doctor.lint.rule import finding, rule, tensor_from_base

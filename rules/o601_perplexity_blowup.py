@@ -16,18 +16,6 @@ Fix safety: no fix: quantize again.
 
 Sources: Frantar et al. 2022 (arXiv 2210.17323) table 4; turboderp/exllamav2 issue 246 (2,745 where about 5
 was right); QwenLM/Qwen2 docs (4-bit models of 0.5 B and 1.5 B lose 3 to 5 points).
-
-标题: 量化后的模型预测文本远不如原模型
-
-原因: 困惑度是正确词元概率的（几何）平均的倒数，模型一旦走样，最先在这里看出来。4 位、分组 128 时，多数模型变
-差不到 5%，小模型至多 15%。
-
-处理: 看每层单独的误差，即给它原模型输入时的误差（`doctor verify` 会列出）：明显突出的就是出问题的层，不管它之后
-累积的误差如何变化。再看该层的 Q 类发现，重新量化该层。若没有哪层突出，就是各层都有损失：提高位数或减小分组。
-
-误报: 指令模型在普通文本上的困惑度，变化比它的回答更大。
-
-修复: 不提供修复：重新量化。
 """
 
 import math

@@ -16,17 +16,6 @@ False alarms: none; the rows were counted in float32.
 Fix safety: no fix: quantize again.
 
 Sources: vllm-project/vllm issues 3998, 14126 and 38966; AutoGPTQ/AutoGPTQ issues 306, 582 and 587.
-
-标题: 量化后的模型输出 NaN 或 Inf
-
-原因: logits 里有 NaN 时，贪心解码返回 id 0，在 Qwen 和 GPT-2 的词表里就是“!”；采样则报错停下。原因是某个缩放
-因子不是有限值，或让某一层溢出。
-
-处理: 对输出运行 `doctor check` 可找出非有限的缩放因子；其余看误差变成 NaN 的那一层。
-
-误报: 无；按 float32 逐行统计。
-
-修复: 不提供修复：重新量化。
 """
 
 from doctor.lint.rule import finding, rule

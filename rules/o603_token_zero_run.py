@@ -15,17 +15,6 @@ Fix safety: no fix: quantize again.
 
 Sources: vllm-project/vllm issue 38966; QwenLM/Qwen issue 381; QwenLM/Qwen2 docs (known issues of the 32B
 GPTQ model).
-
-标题: 量化后的模型反复回答词元 0
-
-原因: logits 全是 NaN 或全部相等时，最大的就是第一个：id 0，在字节级词表里显示为“!”。这不是分词器的退路，而是
-模型已无话可说。
-
-处理: 见 O602；零点按另一版本的方式存储见 O608。
-
-误报: 正确答案恰好是词元 0 的提示词。原模型同样频繁输出它时不报告。
-
-修复: 不提供修复：重新量化。
 """
 
 from doctor.lint.rule import finding, rule

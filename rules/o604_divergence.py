@@ -12,17 +12,6 @@ Fix safety: no fix: quantize again.
 
 Sources: ggml-org/llama.cpp tools/perplexity (KL divergence); arXiv 2407.09141 (accuracy is not all you
 need).
-
-标题: 量化后的模型与原模型的预测相差很大
-
-原因: 困惑度可以不变，而模型在别处改了主意。KL 散度（nat 每词元）比较整个分布，只有相同才为 0；多数模型 4 位加
-分组的代价是 0.01 到 0.1。
-
-处理: 提高位数，缩小分组，或用更接近实际用途的文本校准。
-
-误报: 很小的模型，4 位时损失更多。
-
-修复: 不提供修复：重新量化。
 """
 
 from doctor.lint.rule import finding, rule

@@ -11,16 +11,6 @@ False alarms: base models that continue a list or a line of dashes.
 Fix safety: no fix: quantize again.
 
 Sources: QwenLM/Qwen2 docs (4-bit 72B that does not stop); QwenLM/Qwen issue 315.
-
-标题: 量化后的模型不停重复同一个词元
-
-原因: 受损模型的贪心回答会陷入单个词元的循环；正常模型至多重复短语。
-
-处理: 对照报告里并列的两份回答。若困惑度正常，换用模型的对话模板再试。
-
-误报: 基座模型续写列表或一串横线。
-
-修复: 不提供修复：重新量化。
 """
 
 from doctor.lint.rule import finding, rule

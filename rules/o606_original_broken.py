@@ -13,16 +13,6 @@ False alarms: none for values that are not finite.
 Fix safety: no fix: the original needs one.
 
 Sources: turboderp/exllamav2 issue 600 (models that overflow in their own reference pass).
-
-标题: 模型在量化之前就已经坏了
-
-原因: 原模型在同一文本上就输出 NaN 或 Inf，或预测得还不如瞎猜。这样看不出量化的好坏，什么配方也没用。
-
-处理: 对原模型运行 `doctor check`。
-
-误报: 非有限值没有误报。
-
-修复: 不提供修复：要修的是原模型。
 """
 
 from doctor.lint.rule import finding, rule

@@ -15,17 +15,6 @@ Fix safety: unsafe, and only with `--from`: the scales are taken from another co
 its repository. Without one the weights behind a wrong scale are lost.
 
 Sources: AutoGPTQ/AutoGPTQ issues 306, 582 and 587; casper-hansen/AutoAWQ PR 516 (sets such scales to 1).
-
-标题: 量化张量的缩放因子为 0 或大得离谱
-
-原因: 每个权重是编码乘以所在组的缩放因子。因子为 0，整组消失；因子上百，这一层溢出。两者都是量化器在 Hessian
-分解失败后继续运行留下的。
-
-处理: 重新量化该线性层（那次运行的 Q401 和 Q405 说明了失败原因）。
-
-误报: 权重全为 0 的组，因子为 0，有的打包程序对补零部分就这么写。
-
-修复: 不安全，且需 `--from`：从该量化检查点的另一份副本（例如它的仓库）取缩放因子。没有副本，背后的权重也就没了。
 """
 
 from doctor.lint.rule import finding, rule, tensor_from_base

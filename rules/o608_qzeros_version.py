@@ -18,19 +18,6 @@ in version 1. A field that cannot move is refused.
 
 Sources: vllm-project/vllm PR 26092 and 38966; AutoGPTQ/AutoGPTQ PR 640; turboderp/exllamav2
 exllamav2/ext.py (0x11111111).
-
-标题: 零点按另一版本的方式存储
-
-原因: GPTQ 第 1 版存的是零点减一（对称 4 位为 7），第 2 版照原值存（8）。标着一版、存着另一版的文件，每个权重
-都偏一步：加载不报错，说话却不通。Marlin 内核对对称文件不看零点，所以同一文件在那里正常，在别处出错。
-
-处理: 把 checkpoint_format 改成与存储内容一致。没有该键的配置出自第 2 版之前的工具，其读取程序也不认识该键：此
-时把存储内容改为所有程序都能读的第 1 版。
-
-误报: 对称文件没有误报，其零点是已知的。
-
-修复: 安全：只改配置里一个词；没有该键时，零点 8 改为 7（4 位），与第 1 版的同一模型等价。无法平移的字段会拒
-绝。
 """
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, ShiftZeros, finding, rule, symmetric_word

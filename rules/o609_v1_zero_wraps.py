@@ -12,17 +12,6 @@ Fix safety: no fix: which of the two was meant is not in the file.
 
 Sources: AutoGPTQ/AutoGPTQ PR 640; huggingface/text-generation-inference PR 2120; ModelCloud/GPTQModel
 gptqmodel/utils/model.py.
-
-标题: 第 1 版的非对称文件里有绕回的零点
-
-原因: 第 1 版存零点减一。零点 0 成了 -1：有的写入程序向相邻字段借位，有的把相邻七个全写成 1；对存储的 15，各读
-取程序理解也不同，有的当 0，有的当 16。
-
-处理: 用 sym=true 重新量化，或写成照原值存零点的 gptq_v2。
-
-误报: 读取时加 1 而不绕回，且零点本意是 16 的文件。
-
-修复: 不提供修复：本意是哪个，文件里没有。
 """
 
 from doctor.lint.rule import finding, rule

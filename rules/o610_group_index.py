@@ -15,18 +15,6 @@ of neighbours are all it can mean. Unsafe for entries beyond the last group, and
 
 Sources: AutoGPTQ/AutoGPTQ commit c0f8edb; vllm-project/vllm
 vllm/model_executor/layers/quantization/gptq.py.
-
-标题: g_idx 与配置或缩放因子不一致
-
-原因: g_idx 说明每列属于哪一组。desc_act 为 false 时内核不看它，打乱的 g_idx 就用错了缩放因子；超出最后一组的
-条目会越界读表。
-
-处理: g_idx 是打乱的，就把 desc_act 设为 true。
-
-误报: 无；条目是数出来的。
-
-修复: 改标志安全：张量不动。desc_act 为 false 而个别线性层缺 g_idx 时补上也安全：只可能是连续分组。超出最后一
-组的条目不安全，且只在 desc_act 为 false 时修。
 """
 
 from doctor.lint.rule import MISSING, Fix, GroupsInOrder, Place, SetJson, finding, rule

@@ -17,17 +17,6 @@ zero points that are one symmetric word throughout; AWQ always. Zero points that
 other forms are not read: then manual.
 
 Sources: vllm-project/vllm issues 1100 and 13612; vllm-project/llm-compressor issues 959 and 967.
-
-标题: 张量是打包的，却没有文件说明如何打包
-
-原因: 位宽、分组大小和零点哪里都没有写明。引擎会把它当成未量化的检查点，去找并不存在的权重。
-
-处理: 从模型来源处复制 quantize_config.json，或写上制作者使用的 quantization_config。
-
-误报: 无；没有它，任何引擎都读不了。
-
-修复: 张量能完全确定时安全：位宽和分组看形状，对称性和版本看零点是否全是同一个对称字；AWQ 总能确定。零点不一时无法确定 GPTQ 的版
-本，其他形式不读：需手动。
 """
 
 from doctor.lint.rule import MISSING, PACKED_TAILS, Fix, Place, SetJson, finding, rule, symmetric_word

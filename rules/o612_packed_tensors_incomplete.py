@@ -18,17 +18,6 @@ Else no fix.
 
 Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py; casper-hansen/AutoAWQ
 awq/modules/linear/gemm.py.
-
-标题: 打包的线性层缺张量，或尺寸互相矛盾
-
-原因: 只有 qweight 没有 scales 无法解码。scales 的组数若与 in_features 和 group_size 对不上，说明配置写的分组
-或位宽不是制作时用的：文件加载不了，或解码出错。
-
-处理: 重新复制缺失张量所在的分片；按形状改正 bits 和 group_size。
-
-误报: 使用其他张量名的格式不作判断。
-
-修复: 文件能确定时安全：对称 GPTQ 的零点全是同一个字；所有线性层的缩放因子一致表明的分组大小写入配置。用 `--from` 时从另一份副本取张量，不安全。否则不提供修复。
 """
 
 from doctor.lint.rule import NEEDED, SCALES, WORDS, EqualZeros, Fix, Place, SetJson, finding, rule, symmetric_word

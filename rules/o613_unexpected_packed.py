@@ -14,17 +14,6 @@ False alarms: an engine that takes its plan from the tensors.
 Fix safety: safe for the head's flag; no fix for routers.
 
 Sources: vllm-project/vllm issue 25029, vllm/model_executor/layers/quantization/gptq.py (lm_head_quantized).
-
-标题: 路由或输出头被打包了，引擎并不支持
-
-原因: 引擎按普通线性层搭建路由；输出头也是，除非配置里 lm_head: true。打包的张量就没有去处。路由还靠微小差异做
-选择，四位会把差异抹掉。
-
-处理: 重新量化，把它们排除在外；若要打包输出头，把 lm_head 设为 true。
-
-误报: 按张量本身决定布局的引擎。
-
-修复: 输出头的标志安全；路由不提供修复。
 """
 
 import re

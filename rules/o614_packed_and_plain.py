@@ -10,16 +10,6 @@ False alarms: none; no format stores both.
 Fix safety: unsafe: it discards the only full-precision copy in this directory.
 
 Sources: AutoGPTQ/AutoGPTQ issue 306 (an old shard mixed with a new index gave NaN).
-
-标题: 同一线性层既有打包权重又有普通权重
-
-原因: 在旧检查点上覆盖导出会两者都留下。读取程序取其中之一，文件最多大到所需的五倍，而两份未必一致。
-
-处理: 若要的是打包的结果，删去普通权重。
-
-误报: 无；没有格式会两者都存。
-
-修复: 不安全：丢弃的是该目录里唯一的全精度副本。
 """
 
 from doctor.lint.rule import DropTensor, Fix, Place, finding, rule

@@ -19,18 +19,6 @@ Fix safety: no fix: scaling activations down means another model definition.
 
 Sources: vllm-project/vllm issue 1941; huggingface/transformers src/transformers/models/t5/modeling_t5.py (clamps
 float16 activations before they become Inf); turboderp/exllamav2 issue 493.
-
-标题: 原模型的激活值超出或接近 float16 的范围
-
-原因: 多数 GPTQ 和 AWQ 内核按 float16 计算，最大只到 65,504；模型却是用 bfloat16 训练的，10^38 也没有问题。只要有
-一个激活值超出，它就成了 Inf，下一个归一化把它变成 NaN，此后回答永远是词元 0。这一点在量化之前看原模型就能知道。
-
-处理: 用 bfloat16 做推理（`--dtype bfloat16` 配 Marlin 内核：4 或 8 位，分组 32、64 或 128，GPTQ 用对称），并保留
-config.json 里的 "torch_dtype": "bfloat16"。
-
-误报: 有的引擎用 float32 保存残差流。接近上限时，换一段文本也许不超，也许会超。
-
-修复: 不提供修复：缩小激活值等于换了模型定义。
 """
 
 from dataclasses import replace

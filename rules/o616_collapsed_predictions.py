@@ -11,17 +11,6 @@ False alarms: text that is one token over and over. An original that does the sa
 Fix safety: no fix: quantize again.
 
 Sources: QwenLM/Qwen issue 381; vllm-project/vllm issue 38966 (token 0 for ever, from finite files).
-
-标题: 无论文本是什么，量化后的模型几乎总给出同样的预测
-
-原因: 已崩溃的模型 logits 仍是有限值：它在任何位置都把同一个词元排第一（Qwen 词表里词元 0 是“!”），或把概率平摊到整个词表。
-两者都能从文本上的预测看出来，因此放不进内存、无法让它回答的大模型也能判断。
-
-处理: 看关于缩放因子和零点的发现，以及误差突增的层；然后重新量化那一层。
-
-误报: 文本本身就是同一个词元不断重复。原模型也这样时不算崩溃，不报告。
-
-修复: 不提供修复：重新量化。
 """
 
 import math

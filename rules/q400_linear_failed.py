@@ -15,16 +15,6 @@ False alarms: none; the linear has no quantized weights.
 Fix safety: unsafe: the linear stays in 16 bits, with those that engines fuse with it, and the block is quantized again.
 
 Sources: the run's own record of the linear.
-
-标题: 线性层未能量化，且没有更具体的原因
-
-原因: 运行在这个线性层中断，或输出里没有它的权重。已做的尝试列在后面。
-
-处理: 先看同一线性层的其他发现。若没有，请把这一行连同尝试报告给我们：这是我们没见过的情况。
-
-误报: 无；该线性层确实没有量化权重。
-
-修复: 不安全：该线性层与引擎会同它融合的那些一起保留 16 位，并重新量化这一层。
 """
 
 from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together

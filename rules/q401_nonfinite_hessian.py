@@ -24,17 +24,6 @@ that engines fuse with it. Inputs that are NaN or Inf have no fix here: the caus
 Sources: turboderp/exllamav2 exllamav2/conversion/adaptivegptq.py:276-333, issues 453 and 459;
 turboderp-org/exllamav3 issue 58; AutoGPTQ/AutoGPTQ issue 708. LAPACK's spotrf returns success for a matrix
 with NaN, so success of a factorisation proves nothing.
-
-标题: 校准时线性层的输入含 NaN 或 Inf
-
-原因: H 由这些输入构成，于是也不是有限值；再大的阻尼也不能把 NaN 变成有限值。有的程序仍一再重试分解，最后报一
-个关于 Hessian 的错。原因在这个线性层之前：某个权重不是有限值，或激活值超出 float16 范围。
-
-处理: 在本层及之前各层找 W201 和 W205。若权重没问题，用 bfloat16 或 float32 做校准。
-
-误报: 无；数值是数出来的。
-
-修复: 输入有限而只是乘积溢出时不安全：该线性层与引擎会同它融合的那些一起保留 16 位。输入本身是 NaN 或 Inf 的不提供修复：原因在别处。
 """
 
 from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together

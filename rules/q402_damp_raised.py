@@ -21,17 +21,6 @@ Fix safety: no fix is needed.
 
 Sources: Frantar et al. 2022 (arXiv 2210.17323) §3; AutoGPTQ/AutoGPTQ issues 637, 644 and 780;
 vllm-project/llm-compressor issue 109.
-
-标题: 线性层需要比配方更大的阻尼
-
-原因: H 原样无法分解。加大阻尼使其正定，也把结果拉向直接取整，质量略降；之所以指出，是因为这里没有悄悄发生的
-事。
-
-处理: 只要损失仍低于直接取整（否则会报 Q405），无需处理。更多、更长的校准行对宽的线性层有帮助。
-
-误报: 无；如实报告所做的事。
-
-修复: 无需修复。
 """
 
 from doctor.lint.rule import finding, rule

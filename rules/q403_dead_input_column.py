@@ -16,17 +16,6 @@ Fix safety: no fix: doctor keeps these weights and rounds them to nearest.
 
 Sources: IST-DASLab/gptq gptq.py (dead); vllm-project/llm-compressor
 src/llmcompressor/modifiers/gptq/helpers.py; arXiv 2309.04827.
-
-标题: 线性层的某些输入在整个校准中始终为 0，而对应权重不为 0
-
-原因: 这些列在 Hessian 里没有信息，取整时没有依据（有的程序甚至把权重置 0，于是真正用到它们的文本会得到另一个
-模型）。没有阻尼时，分解在第一个这样的列就失败。
-
-处理: 用更多样的文本校准。带 ReLU 的模型，对任何一段文本都有许多单元不激活。
-
-误报: 补零的列本来就是 0，不计；不超过 DEAD_SHARE 的列不报。
-
-修复: 不提供修复：doctor 保留这些权重，直接取整。
 """
 
 from doctor.lint.rule import finding, rule

@@ -17,17 +17,6 @@ Fix safety: no fix: the text is yours to give.
 
 Sources: Frantar et al. 2022 (arXiv 2210.17323) §5 (128 rows of 2,048 tokens); AutoGPTQ/AutoGPTQ issue 708;
 vllm-project/llm-compressor issue 142.
-
-标题: 线性层见到的校准词元少于 in_features
-
-原因: 此时 H 的独立方向至多与词元一样多，其余全靠阻尼，误差补偿跟着噪声走。算的是词元不是样本：128 条、每条
-50 个词元只有 6,400 个，少于 72B 模型 down 的 24,576 个输入。
-
-处理: 增加行数或行长，达到最宽线性层的数倍。
-
-误报: 直接取整（rtn）不需要校准；混合专家另有规则（Q410）。
-
-修复: 不提供修复：文本要由你给。
 """
 
 from doctor.lint.rule import finding, rule

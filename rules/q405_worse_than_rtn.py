@@ -12,16 +12,6 @@ Fix safety: unsafe: the linear stays in 16 bits, with those that engines fuse wi
 
 Sources: qwopqwop200/GPTQ-for-LLaMa README (7B: perplexity 6.79 with GPTQ and 6.28 with RTN, without
 act-order).
-
-标题: 线性层的结果比直接取整还差
-
-原因: GPTQ 的意义就是在校准文本上比取整损失更小。若反而更大，说明 Hessian 误导了它、分组不合适，或计算失败。
-
-处理: 用 act-order 和更小的分组，或更多校准文本重新量化，或把该线性层保留为 16 位。
-
-误报: 在校准文本上没有误报；在其他文本上优劣可能不同。
-
-修复: 不安全：该线性层与引擎会同它融合的那些一起保留 16 位，并重新量化这一层。
 """
 
 from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together

@@ -19,16 +19,6 @@ quantized again. One that stays in 16 bits already has no fix: the cause decides
 
 Sources: vllm-project/llm-compressor src/llmcompressor/modifiers/gptq/base.py:391; intel/auto-round
 compressors/layer_config_resolver.py:69 (layers left in 16 bits without a word).
-
-标题: 线性层改用了比要求更简单的方法，或留在 16 位
-
-原因: 别的程序换成取整或保留 16 位，日志里至多一行。文件于是名不副实；融合 q、k、v 的推理引擎可能拒绝它。
-
-处理: 看原因（发现的正文）并对症处理：有限的输入、更多校准文本、能整除的分组大小。
-
-误报: 无；如实报告所做的事。`--keep` 指定的线性层不计。
-
-修复: 不安全：改用取整的线性层与引擎会同它融合的那些一起保留 16 位，并重新量化这一层。已留在 16 位的不提供修复：取决于原因。
 """
 
 from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together

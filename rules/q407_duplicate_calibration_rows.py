@@ -10,16 +10,6 @@ False alarms: a few equal rows in a large source, which stay silent up to DUPLIC
 Fix safety: no fix: the text is yours.
 
 Sources: the rows themselves; the tokens' count is what Q404 judges.
-
-标题: 校准行有重复
-
-原因: 重复的行不给 Hessian 增加方向，只让那段文本权重加倍；真正的词元数比看上去少。
-
-处理: 去掉重复；来源小就少要几行。
-
-误报: 大来源里有几行相同，不超过 DUPLICATE_SHARE 不报。
-
-修复: 不提供修复：文本是你的。
 """
 
 from doctor.lint.rule import Place, finding, rule

@@ -11,16 +11,6 @@ False alarms: a pad token that the model also uses as an end of text is not coun
 Fix safety: no fix: the rows are yours.
 
 Sources: AutoGPTQ/AutoGPTQ issue 306 (batch_size 1 cured it); intel/auto-round issue 1167.
-
-标题: 校准行里有填充词元
-
-原因: 忽略注意力掩码的程序把填充当成文本：Hessian 学到的是填充产生的那个向量，占掉了真实文本的份额。
-
-处理: 把文本首尾相接，切成等长的行（doctor 就这么做），或不填充、逐行校准。
-
-误报: 模型同时用作文本结束的填充词元不计。
-
-修复: 不提供修复：校准行是你的。
 """
 
 from doctor.lint.rule import Place, finding, rule

@@ -11,17 +11,6 @@ Fix safety: no fix: the rows are yours.
 
 Sources: EleutherAI/lm-evaluation-harness issue 2676 (one BOS more or less decided 0.26 or 0.85);
 huggingface/open-r1 issue 462.
-
-标题: 校准行以两个 BOS 词元开头
-
-原因: 对话模板写了 BOS，分词器又加一个。模型最大的激活值就在开头几个词元上，于是 Hessian 看得最多的是实际使用
-中从不出现的开头。
-
-处理: 对渲染好的模板分词时用 add_special_tokens=False。
-
-误报: 就文本行而言没有误报；推理时就用两个 BOS 的模型极少。
-
-修复: 不提供修复：校准行是你的。
 """
 
 from doctor.lint.rule import Place, finding, rule

@@ -20,17 +20,6 @@ Fix safety: no fix: doctor rounds an unseen expert to nearest.
 
 Sources: ModelCloud/GPTQModel issues 1376 and 1680; casper-hansen/AutoAWQ commit de21987;
 vllm-project/llm-compressor PR 2826.
-
-标题: 路由分给某个专家的校准词元太少
-
-原因: 每个专家有自己的 Hessian。词元少于其 in_features 的四分之一，Hessian 基本上就是阻尼；一个都没有，程序会
-崩溃、悄悄取整或除以零。
-
-处理: 用更多、更多样的文本校准；词元增加到四倍，缺词元的专家大约减半。
-
-误报: 任何文本都到不了的专家没有损失；但仍会列出。
-
-修复: 不提供修复：没见过词元的专家，doctor 直接取整。
 """
 
 from doctor.lint.rule import finding, rule

@@ -20,17 +20,6 @@ after it with the same damp.
 
 Sources: AutoGPTQ/AutoGPTQ issues 637, 644 and 780; Higham, Accuracy and Stability of Numerical Algorithms,
 theorem 10.7; doctor/quant/solve/hessian.py.
-
-标题: 从 Hessian 的谱看，float32 需要比配方更大的阻尼
-
-原因: float32 舍入使特征值移动约最大值的 6e-7。少数词元占主导时（attention sink），阻尼若不大于此，最小特征值
-会变负，分解在很后面才失败：有一例是 24,576 阶中的第 14,960 阶。
-
-处理: 提高 damp（GPTQModel 默认 0.05），或让 doctor 用 float64 分解，它在加大阻尼之前会先这样试。
-
-误报: 这是预测：按要求的阻尼，float64 也许能过。
-
-修复: 不安全：改的是你要求的计划，检查点不变；重新量化这一层，其后各层用同样的阻尼。
 """
 
 from doctor.lint.rule import Fix, SetRecipe, finding, rule

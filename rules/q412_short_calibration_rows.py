@@ -14,16 +14,6 @@ False alarms: a model made for short texts.
 Fix safety: no fix: the rows are yours.
 
 Sources: Frantar et al. 2022 (arXiv 2210.17323) §5; ModelCloud/GPTQModel issue 1497 (concat_size).
-
-标题: 校准行太短，看不到模型工作时的样子
-
-原因: 短行里多数词元靠近开头，注意力没有多少可看；Hessian 描述的只是开头。而且少量长行的词元比大量短行还多。
-
-处理: 把文本接起来，切成 512 到 2,048 个词元的行。
-
-误报: 专为短文本设计的模型。
-
-修复: 不提供修复：校准行是你的。
 """
 
 from doctor.lint.rule import Place, finding, rule

@@ -11,16 +11,6 @@ Fix safety: no fix: the text is yours.
 
 Sources: turboderp/exllamav2 issue 262; Heaps' law: distinct words grow about as the square root of the
 text, by a factor of 10 to 100.
-
-标题: 校准文本只用到模型很少一部分词元
-
-原因: 单一类型的文本会让量化偏向这一类：有一例在校准文本上困惑度 7.6，在其他文本上差得多。
-
-处理: 混合来源：文章、代码、对话，以及模型要服务的每种语言。
-
-误报: 只做一件窄任务、并用该任务校准的模型。
-
-修复: 不提供修复：文本是你的。
 """
 
 import math

@@ -13,17 +13,6 @@ Fix safety: no fix: the text is yours to give.
 
 Sources: doctor/quant/calibration/rows.py, doctor/quant/calibration/self_generated.py; arXiv 2410.17170
 (self-calibration).
-
-标题: 没有给校准文本，用了 doctor 自带的
-
-原因: 自带文本是 Python 的英文文档，另有最多四分之一的行由模型自己以温度 1 写出（证据里有行数）；模型整个放不进内存、
-或采样太慢时只用文档，证据里写明原因。只够初步看看；用于其他语言（如中文）、代码或对话的模型，最好用实际要处理的文本校准。
-
-处理: `--calibration FILE`，内容与实际用途同类。
-
-误报: 无；只说明用了什么。
-
-修复: 不提供修复：文本要由你给。
 """
 
 from doctor.lint.rule import Place, finding, rule

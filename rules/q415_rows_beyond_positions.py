@@ -13,16 +13,6 @@ False alarms: a model whose rope scaling extends its range beyond that key.
 Fix safety: no fix: the rows are yours.
 
 Sources: ModelCloud/GPTQModel gptqmodel/utils/calibration.py:355.
-
-标题: 校准行比模型的位置数还长
-
-原因: 超过最后一个位置，模型从未训练过：那里的激活值轻则是噪声，重则下标越界，而它们都会进入 Hessian。
-
-处理: 把行截到 max_position_embeddings 以内（`--max-seq-length`）。
-
-误报: rope 缩放把范围扩展到该键之外的模型。
-
-修复: 不提供修复：校准行是你的。
 """
 
 from doctor.lint.rule import Place, finding, rule

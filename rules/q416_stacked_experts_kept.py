@@ -20,18 +20,6 @@ Fix safety: no fix: the layout of a checkpoint is its publisher's choice.
 
 Sources: rules/tables/stacks.toml; huggingface/transformers src/transformers/models/gpt_oss/modeling_gpt_oss.py
 (GptOssExperts); src/transformers/models/llama4/modeling_llama4.py (Llama4TextExperts).
-
-标题: 堆叠成三维张量的专家留在 16 位
-
-原因: 混合专家模型的大部分权重是专家。检查点若把它们存成一个 [experts, out, in] 张量，会先拆成推理引擎能读的线性层。若已知没有引擎能按输出格式读该
-架构的这种线性层，或尺寸不符合计划，或表中没有该架构，它们就留在 16 位：输出几乎与输入一样大，而 config 写着 4 位。GPT-OSS 的 compressed-tensors 格式
-即是如此（vLLM 会不声不响地跳过单个专家的线性层），表中没有的 DBRX、JetMoE、Aria 也是。
-
-处理: 按发现所说换一种格式、组大小或运行时（规则 G313 在运行前就会指出），或按现状使用：输出已告知推理引擎这些模块是 16 位。
-
-误报: 无；如实报告所做的事。用 --keep 要求保留的不报告。
-
-修复: 不提供修复：检查点的布局由发布者决定。
 """
 
 from doctor.lint.rule import finding, rule

@@ -17,16 +17,6 @@ Fix safety: no fix: what is missing is on the machine, not in the checkpoint.
 
 Sources: doctor's own kernels and loops (doctor/quant/solve/kernels.py, doctor/quant/solve/cpu.py,
 doctor/quant/forward/staged.py).
-
-标题: 运行走了较慢的路径
-
-原因: 结果质量相同，但若不说明，慢几倍的运行看上去像程序慢或设备坏了。
-
-处理: 看原因：安装缺少的东西（nvidia-cuda-nvrtc、greenlet、安装 doctor 时的 C 编译器），或不管它。
-
-误报: 无；如实报告所做的事。
-
-修复: 不提供修复：缺的是机器上的东西，不在检查点里。
 """
 
 from doctor.lint.rule import finding, rule

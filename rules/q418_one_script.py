@@ -12,16 +12,6 @@ Fix safety: no fix: the text is yours.
 
 Sources: Unicode names of the letters; Williams and Aletras, On the Impact of Calibration Data in Post-training
 Quantization, arXiv 2311.09755.
-
-标题: 校准文本只有一种文字，而词表还为其他文字而设
-
-原因: Hessian 按文本用到的内容加权。只有其他语言才用到的部分会被当作无人需要而舍入，用同类文本测困惑度也看不出来。
-
-处理: 按服务时的比例，加入要服务的每种语言的文本。
-
-误报: 只服务这一种语言的模型。同一种文字的不同语言分不出来，所以没有提示并不说明什么。
-
-修复: 不提供修复：文本是你的。
 """
 
 from doctor.lint.rule import Place, finding, rule

@@ -22,19 +22,6 @@ trained), else unsafe.
 
 Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:80; turboderp/exllamav2
 exllamav2/conversion/adaptivegptq.py:332; ggml-org/llama.cpp PR 6884.
-
-标题: 权重张量里有 NaN 或 Inf
-
-原因: 量化器都用一组权重的最大、最小值求缩放因子，一个 NaN 就毁掉整组；前向计算时它扩散到后面每一层，后面的层
-于是在 NaN 上校准。
-
-处理: 从来源重新复制该分片，或从基座模型取该张量（`--from DIR`）。置 0 是猜测，只有点名才做
-（`--unsafe-fixes=W201`）。
-
-误报: 暂无已知。没有词元用到的 NaN（未使用的嵌入行）仍会让查看整个张量的工具出错。
-
-修复: 置 0 不安全，且只能点名执行，因为文件里没有真实的值。用 `--from` 时从基座模型取张量：若剩下的有限值与基
-座逐位相同（说明该张量没训练过），则安全；否则不安全。
 """
 
 from doctor.lint.rule import Fix, ReplaceNonfinite, element, finding, rule

@@ -18,17 +18,6 @@ trained.
 
 Sources: safetensors reads any bytes inside the offsets as values (safetensors/src/tensor.rs);
 casper-hansen/AutoAWQ PR 522.
-
-标题: 权重矩阵全是零
-
-原因: 文件末尾没写完（复制中断，而文件系统用零填空）读出来就是零，零能通过所有 NaN 检查。这个矩阵毫无贡献，除
-以组内最大值的量化器会得到 0/0。
-
-处理: 与来源核对分片的校验和并重新复制。若是有意加了零输出的层（层扩展），训练之后写 `ignore = ["W202"]`。
-
-误报: 刚扩展、新层从零开始的模型。偏置、以 1 为基准存偏移的归一化权重、路由的修正项本可为 0，不看。
-
-修复: 不安全，且需 `--from`：从基座模型取张量。文件无法说明它没有训练过。
 """
 
 from doctor.lint.rule import finding, rule, tensor_from_base

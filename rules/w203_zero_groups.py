@@ -20,18 +20,6 @@ too, so a pruned model would be undone. Without a base nothing is changed: the z
 
 Sources: casper-hansen/AutoAWQ PR 519 and 522; InternLM/lmdeploy issue 1786; QwenLM/Qwen2
 docs/source/quantization/gptq.md.
-
-标题: 补零之外有整组权重为零
-
-原因: 缩放因子来自组内最大的权重。全零组的因子是 0，没有防护的程序算 0/0 就得 NaN。全零行里的组属于
-out_features 的补零，不计。
-
-处理: 用 doctor 量化，它给这种组的因子取 1；或用 AutoAWQ 0.2.6 以上。若零来自 in_features 末尾的补零，改成把零
-列分散插入，使每组都不为空。
-
-误报: 剪枝模型有意含零组；只对要除以它的程序才是问题。
-
-修复: 不安全，且需 `--from`：若基座的张量与这里只在零上不同，就取它；剪枝也会产生这样的零，取了就等于撤销剪枝。没有基座时不改：零可能是有意的。
 """
 
 from doctor.lint.rule import Place, finding, rule, zeros_from_base

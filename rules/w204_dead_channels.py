@@ -14,17 +14,6 @@ pruning. Without a base nothing is changed: nothing is broken for certain.
 
 Sources: casper-hansen/AutoAWQ PR 522 (zero channels and scales); arXiv 2309.04827 (neurons that never
 fire).
-
-标题: 线性层有许多行或列为零，且补零解释不了
-
-原因: 读残差流的线性层出现零列，或写残差流的线性层出现零行，表示这一层忽略了该通道。补零只会在 gate、up 里产生
-零行，在 down 里产生零列，绝不会是这样；所以是剪枝或复制损坏。
-
-处理: 若模型就是这样剪枝的，无需处理。否则与来源对照该分片。
-
-误报: 结构化剪枝。训练好的模型也会有少量这种通道，少于 DEAD_SHARE 不报。
-
-修复: 不安全，且需 `--from`：若基座的张量与这里只在零上不同，就取它，这会撤销剪枝。没有基座时不改：不能断定坏了什么。
 """
 
 from doctor.lint.rule import ROW_PARALLEL, finding, rule, zeros_from_base

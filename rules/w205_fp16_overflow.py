@@ -19,17 +19,6 @@ Fix safety: unsafe, and only by name: the values become the largest that float16
 it in bfloat16 needs no fix.
 
 Sources: ggml-org/llama.cpp issue 14788; turboderp/exllamav2 issue 600.
-
-标题: 权重太大，float16 放不下
-
-原因: 许多加载程序会转成 float16（AutoAWQ、AutoGPTQ 默认如此，vLLM 的 AWQ 和旧 GPTQ 内核必须如此）。超过
-65,504 的值变成 Inf，其后第一次矩阵乘法就得到 Inf 或 NaN。
-
-处理: 全程保持 bfloat16（compressed-tensors，或 Marlin 内核上的 GPTQ），绝不要用 `torch_dtype=float16` 加载。
-
-误报: 没有程序会转换的张量，例如按名字保留 float32 的常量。
-
-修复: 不安全，且只能点名执行：超出的值改为 float16 的最大值，模型会因此改变。全程 bfloat16 则无需修复。
 """
 
 from doctor.lint.rule import ClampTensor, Fix, finding, rule

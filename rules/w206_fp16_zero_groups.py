@@ -15,17 +15,6 @@ False alarms: none where the quantizer casts to float16; harmless where it does 
 Fix safety: no fix is needed in the files: the weights are right.
 
 Sources: casper-hansen/AutoAWQ PR 519; InternLM/lmdeploy issue 1786 (Qwen2-72B gate and up projections).
-
-标题: 转成 float16 后整组权重变为零
-
-原因: float16 最小到 6e-8，更小的 bfloat16 权重舍入为 0。整组都这么小时，转成 float16 的加载程序看到的是全零
-组，并除以它。文件里没有 NaN，结果却是 NaN。
-
-处理: 直接从 bfloat16 量化、不转换（doctor 就这样），或用 AutoAWQ 0.2.6 以上。
-
-误报: 量化器转 float16 时没有误报；不转时无害。
-
-修复: 文件无需修复：权重是对的。
 """
 
 from doctor.lint.rule import finding, rule

@@ -12,17 +12,6 @@ Fix safety: unsafe, and only with `--from`: the tensor is taken from a base mode
 trained.
 
 Sources: rules/tables/architectures.json (norm_parametrisation of each family).
-
-标题: 归一化层的权重全为 0
-
-原因: 这样的归一化对每个词元都输出 0，后面的线性层得不到输入，Hessian 也是 0。损坏文件末尾的填零最先波及小张
-量。
-
-处理: 与来源核对分片的校验和并重新复制。
-
-误报: 以 1 为基准存偏移的归一化（Gemma）在新模型里就是 0，不看。层后的归一化可能有意用零关掉。
-
-修复: 不安全，且需 `--from`：从基座模型取张量。文件无法说明它没有训练过。
 """
 
 from doctor.lint.rule import finding, rule, table, tensor_from_base

@@ -13,17 +13,6 @@ trained.
 
 Sources: PyTorch leaves memory of torch.empty as it was; transformers initialises what it does not find and
 says so only in a log line (modeling_utils, "newly initialized").
-
-标题: 权重矩阵的所有值都相同
-
-原因: 训练不会得出全部相等的矩阵。它是新建后没有加载的（工具扩大过的输出头、工具不认识的张量），模型在那里只是
-乘一个常数，每组都量化成同一个编码。
-
-处理: 从基座模型取该张量，或查出是哪个工具写的。
-
-误报: 有意为常数的矩阵，例如以权重之名存的掩码。
-
-修复: 不安全，且需 `--from`：从基座模型取张量。文件无法说明它没有训练过。
 """
 
 from doctor.lint.rule import finding, rule, tensor_from_base

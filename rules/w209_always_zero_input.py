@@ -19,18 +19,6 @@ Fix safety: no fix: a row of zeros is a working part of the model, whatever made
 
 Sources: IST-DASLab/gptq gptq.py (dead columns); turboderp/exllamav2 exllamav2/conversion/adaptivegptq.py:242 (commented
 out there).
-
-标题: 线性层有些输入对每个词元都是 0，Hessian 因而奇异
-
-原因: GPTQ 要分解 H = XᵀX。始终为 0 的通道让 H 出现零行和零列，只有靠阻尼，或靠会找出这种通道的工具，才能分
-解。有的工具在求均值之前把零换成 1，其他通道的阻尼也随之改变。
-
-处理: 若这些行是剪枝剪掉的，无需处理。doctor quantize 求均值时不算这些列，把它们排在最后并直接取整。用其他工具
-时阻尼要大于 0。若不该为零，与来源对照该分片。
-
-误报: 补零时每个零行后面都有对应的零列，不计。偏置能激活的行也不计。
-
-修复: 不提供修复：不论来历，零行是模型正在起作用的一部分。
 """
 
 from doctor.lint.rule import finding, rule

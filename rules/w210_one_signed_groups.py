@@ -12,18 +12,6 @@ of 32 in two billion has a single one. Heavily pruned matrices have such groups,
 Fix safety: unsafe: it changes the plan you asked for, never the checkpoint.
 
 Sources: ModelCloud/GPTQModel gptqmodel/quantization/quantizer.py:112; AutoGPTQ auto_gptq/quantization/quantizer.py.
-
-标题: 有的权重组没有负值或没有正值，而计划用对称网格
-
-原因: 对称网格把一半编码留给从不出现的符号：4 位只当 3 位用。有的程序把范围取作 0 到最大权重，零点却放在中间，
-于是超过最大值 7/15 的权重全被截断。
-
-处理: 用非对称量化（`--asym`），网格从组的最小值开始。
-
-误报: 每个矩阵只看几处。训练好的模型里暂无已知：符号随机时，32 个一组约二十亿组才有一组同号。大量剪枝的矩阵会有这种组，同样损失
-一位。
-
-修复: 不安全：改的是你要求的计划，检查点不变。
 """
 
 from doctor.lint.rule import Fix, Place, SetRecipe, finding, rule

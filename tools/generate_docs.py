@@ -59,7 +59,9 @@ def cell(text: str) -> str:
 def page(entry) -> str:
     """One rule's page: its docstring's sections as Markdown, in English and then in Chinese."""
     from doctor.lint.explain import code_span
-    from doctor.lint.rule import CHINESE, QUOTATION
+    from doctor.lint.rule import QUOTATION
+    from doctor.locale.rule_pages import HEADINGS, heading
+    from doctor.locale.rule_pages import page as translated
 
     title = entry.title[:1].upper() + entry.title[1:]
     parts = [
@@ -83,8 +85,14 @@ def page(entry) -> str:
                 else entry.section(section)
             )
             parts.append(f"## {head}\n\n{text}")
-    parts.append(f"---\n\n# 中文：{entry.heading('zh')}")
-    parts += [f"## {head}\n\n{entry.section(section, 'zh')}" for section, head in CHINESE.items() if section != "Title"]
+    chinese = translated(entry.code, "zh")
+    if chinese:
+        parts.append(f"---\n\n# 中文\uff1a{heading(entry, 'zh')}")
+        parts += [
+            f"## {head}\n\n{chinese[name]}"
+            for name, head in HEADINGS["zh"].items()
+            if name in chinese and name != "Title"
+        ]
     return "\n\n".join(parts) + "\n"
 
 

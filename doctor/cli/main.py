@@ -19,7 +19,7 @@ from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.core.facts import STAGES
 from doctor.core.recipe import DAMP, DAMP_MAX, METHODS, RUNTIMES, Recipe, parse_runtime
 from doctor.core.recipe import FORMATS as OUTPUT_FORMATS
-from doctor.locale import catalogue
+from doctor.locale import catalogue, rule_pages
 from doctor.report import FORMATS
 
 _ENV = "Every option can also be set in the environment: --fail-on as DOCTOR_FAIL_ON. DOCTOR_DEBUG=1 shows tracebacks."
@@ -1105,7 +1105,7 @@ def explain(what, format):
     rules = [*load_rules(), *OWN_RULES]
     entry = search.find(text, rules)
     if entry is not None and format == "markdown":
-        sys.stdout.write(search.markdown(entry, catalogue.current()))
+        sys.stdout.write(rule_pages.markdown(entry, catalogue.current()))
     elif entry is not None:
         pages.show_page(entry, rules, console(sys.stdout))
     else:

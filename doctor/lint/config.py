@@ -74,17 +74,6 @@ into the doctor.toml of the checkpoint it is for. A rule that was not run in thi
 Fix safety: no fix: the file is yours.
 
 Sources: doctor/lint/config.py.
-
-标题: 配置里的一条抑制没有匹配到任何发现
-
-原因: 它针对的问题已经没有了，或模式从来就没写对。留着它，会不声不响地盖住那里的下一个缺陷。
-
-处理: 删掉它，或改正模式。
-
-误报: 几个检查点共用一份配置、却逐个检查。请在一条命令里一起检查，或把抑制写进相应检查点自己的 doctor.toml。本
-次没有运行的规则不会报 S001。
-
-修复: 不提供修复：文件是你的。
 """,
     "warning",
 )
@@ -101,16 +90,6 @@ False alarms: none.
 Fix safety: no fix.
 
 Sources: doctor/lint/config.py.
-
-标题: 检查点自带的 doctor.toml 超出权限，或读不出来
-
-原因: 它随文件而来，出自制作者之手。它可以抑制发现（会计数），但不能选择、忽略或加载规则，也不能改计划。
-
-处理: 把需要的内容移到你自己的 doctor.toml 或 pyproject.toml。
-
-误报: 无。
-
-修复: 不提供修复。
 """,
     "warning",
 )

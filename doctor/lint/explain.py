@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from doctor.core.facts import STAGES
 from doctor.core.tables import table
-from doctor.lint.rule import CHINESE, Rule, Seen
+from doctor.lint.rule import Rule, Seen
 
 ENOUGH = 0.62  # share of a quotation's weight one line must have; below, unrelated errors of the same library match
 MAX_LINES = 4000  # of a log, the last ones: the error stands at its end
@@ -243,9 +243,6 @@ SECTIONS = (
 )
 
 
-CHINESE_HEADS = {**CHINESE, "Seen as": "别处的报错", "Sources": "出处"}
-
-
 def code_span(text: str) -> str:
     """Markdown's inline code, between as many backticks as the text needs."""
     fence = "`"
@@ -253,23 +250,6 @@ def code_span(text: str) -> str:
         fence += "`"
     pad = " " if text[:1] == "`" or text[-1:] == "`" else ""
     return f"{fence}{pad}{text}{pad}{fence}"
-
-
-def markdown(entry: Rule, lang: str = "en") -> str:
-    """The rule's page as Markdown, from the text in its file."""
-    heads = CHINESE_HEADS if lang == "zh" else {}
-    parts = [
-        f"# {entry.code} {entry.name}",
-        f"{entry.severity} · {entry.certainty} · {entry.area.lower()}",
-        entry.heading(lang) + ("。" if lang == "zh" else "."),
-    ]
-    if entry.seen_as:
-        parts.append(f"## {heads.get('Seen as', 'Seen as')}")
-        parts.append("\n".join(f"- {s.tool}: {code_span(s.text)}" for s in entry.seen_as))
-    for key, title in SECTIONS:
-        if entry.section(key):
-            parts += [f"## {heads.get(key, title)}", entry.section(key, lang)]
-    return "\n\n".join(parts) + "\n"
 
 
 def paragraphs(text: str) -> list[str]:

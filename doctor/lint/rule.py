@@ -3,8 +3,7 @@
 A rule is one file: its docstring is its page, `check` a generator over facts, `bad()` and `good()` its proof. The docstring's
 first line is `CODE name: what is wrong.`; then come sections, each a word and a colon at the start of a line:
 `Why:` what follows from it · `Seen as:` lines `- Tool: `exact text`` that other tools print · `Do:` what to do by hand ·
-`False alarms:` when not to worry · `Fix safety:` · `Sources:`. After them the page stands once more in Chinese: `标题:` (the
-first line) · `原因:` · `处理:` · `误报:` · `修复:`. A finding's message stays English: it is the defect's identity for machines.
+`False alarms:` when not to worry · `Fix safety:` · `Sources:`. Other languages have pages of their own in doctor/locale.
 """
 
 import inspect
@@ -88,13 +87,8 @@ AREAS = (
     ("O600", "Output"),
     ("S001", "Settings"),
 )
-# What each section is called in Chinese; what other tools print and the sources need no translation.
-CHINESE = {"Title": "标题", "Why": "原因", "Do": "处理", "False alarms": "误报", "Fix safety": "修复"}
-_SECTION = re.compile(rf"^(Why|Seen as|Do|False alarms|Fix safety|Sources|{'|'.join(CHINESE.values())}):[ ]*", re.M)
+_SECTION = re.compile(r"^(Why|Seen as|Do|False alarms|Fix safety|Sources):[ ]*", re.M)
 QUOTATION = re.compile(r"^- ([^:`]+): (``?)(.+)\2\s*$", re.M)
-_WIDE = "\u2e80-\u9fff\uff00-\uffef“”…"
-# Between Chinese characters, and after their punctuation, a line break is no blank.
-_SEAM = re.compile(rf"(?<=[，。；：、！？（）“”])\n|(?<=[{_WIDE}])\n(?=[{_WIDE}])")
 _FIRST = re.compile(r"^([A-Z]\d{3}) ([a-z][a-z0-9-]+): (.+?)\.?$", re.S)
 
 
@@ -193,14 +187,14 @@ class Rule:
     def sections(self) -> dict[str, str]:
         """Heading of each section of the page -> its text."""
         parts = _SECTION.split(inspect.cleandoc(self.doc))
-        return {parts[i]: _SEAM.sub("", parts[i + 1].strip()) for i in range(1, len(parts) - 1, 2)}
+        return {parts[i]: parts[i + 1].strip() for i in range(1, len(parts) - 1, 2)}
 
     @cached_property
     def seen_as(self) -> tuple[Seen, ...]:
         """What other tools print for it. A quotation stands between single backticks or between double ones, and may
         hold others.
         """
-        return tuple(Seen(tool.strip(), text) for tool, _, text in QUOTATION.findall(self.sections.get("Seen as", "")))
+        return tuple(Seen(tool.strip(), text) for tool, _fence, text in QUOTATION.findall(self.sections.get("Seen as", "")))
 
     @property
     def facts(self) -> tuple[str, ...]:
@@ -211,13 +205,9 @@ class Rule:
     def area(self) -> str:
         return [name for first, name in AREAS if first[0] == self.code[0] and first <= self.code][-1]
 
-    def section(self, name: str, lang: str = "en") -> str:
-        """A section of the page; in English where a user's own rule has no translation."""
-        return (self.sections.get(CHINESE.get(name, name), "") if lang == "zh" else "") or self.sections.get(name, "")
-
-    def heading(self, lang: str = "en") -> str:
-        """What is wrong, in one line."""
-        return self.section("Title", lang) or self.title
+    def section(self, name: str) -> str:
+        """A section of the page, "" where it has none."""
+        return self.sections.get(name, "")
 
 
 RULES: dict[str, Rule] = {}

@@ -9,7 +9,8 @@ from rich.text import Text
 from doctor.core.facts import STAGES
 from doctor.lint import explain
 from doctor.lint.rule import AREAS, Rule
-from doctor.locale.catalogue import chinese, counted, current, pad, say
+from doctor.locale import rule_pages
+from doctor.locale.catalogue import counted, current, pad, say
 from doctor.report.formats.terminal import COLOURS, Screen, _text
 from doctor.report.presentation import one_line, safe
 
@@ -29,9 +30,9 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
                 _text((pad(say("find me by") if i == 0 else "", 12), "bold")),
                 _text(f'"{seen.text}"', (f"  {seen.tool}", "bright_black")),
             )
-    _section(screen, "What it checks", _sentence(entry.heading(current()) + ("。" if chinese() else ".")))
+    _section(screen, "What it checks", _sentence(rule_pages.sentence(entry, current())))
     for key, title in explain.SECTIONS[:-1]:
-        _section(screen, title, _sentence(entry.section(key, current())))
+        _section(screen, title, _sentence(rule_pages.section(entry, key, current())))
     if entry.module.startswith("doctor.rules."):
         _section(
             screen,
@@ -77,7 +78,7 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
         )
         screen.line()
         screen.line("  " + say("nearest by shared words"))
-        _list(screen, [(r, r.heading(current())) for r in near])
+        _list(screen, [(r, rule_pages.heading(r, current())) for r in near])
         screen.line()
         screen.hang(
             Text("  "), Text(say("If doctor check finds nothing either, please report the message: a rule is missing."))
@@ -176,10 +177,10 @@ def show_rules(rules: list[Rule], out: Console) -> None:
                 f"{entry.name.ljust(wide)}  ",
             )
             if screen.width - head.cell_len >= 30:
-                screen.hang(head, Text(one_line(entry.heading(current())), "bright_black"))
+                screen.hang(head, Text(one_line(rule_pages.heading(entry, current())), "bright_black"))
             else:
                 screen.line(head)
-                screen.hang(Text("        "), Text(one_line(entry.heading(current())), "bright_black"))
+                screen.hang(Text("        "), Text(one_line(rule_pages.heading(entry, current())), "bright_black"))
     screen.line(say("{rules}; `doctor explain CODE` shows a page", rules=counted(len(rules), "rule")))
 
 
@@ -209,7 +210,7 @@ def rules_json(rules: list[Rule]) -> str:
 def rules_markdown(rules: list[Rule]) -> str:
     """One table."""
     rows = [
-        f"| {r.code} | {r.name} | {say(r.severity)} | {say(r.certainty)} | {r.stage} | {one_line(r.heading(current())).replace('|', chr(92) + '|')} |"
+        f"| {r.code} | {r.name} | {say(r.severity)} | {say(r.certainty)} | {r.stage} | {one_line(rule_pages.heading(r, current())).replace('|', chr(92) + '|')} |"
         for r in rules
     ]
     return (

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from doctor.lint.engine import Report, fold, folded_name
 from doctor.lint.rule import AREAS, Finding, Place, Rule, Seen
+from doctor.locale import rule_pages
 from doctor.locale.catalogue import chinese, counted, current, known, say
 
 FP16_MAX = 65504
@@ -490,7 +491,7 @@ def why(entry: Rule) -> str:
 
 
 def _first(entry: Rule, section: str) -> str:
-    return one_line(entry.section(section, current()).split("\n\n")[0])
+    return one_line(rule_pages.section(entry, section, current()).split("\n\n")[0])
 
 
 def headline(group: Group, entry: Rule | None) -> tuple[str, str]:
@@ -498,7 +499,7 @@ def headline(group: Group, entry: Rule | None) -> tuple[str, str]:
     it.
     """
     if chinese() and entry is not None:
-        return entry.heading(current()), group.message
+        return rule_pages.heading(entry, current()), group.message
     return group.message, ""
 
 

@@ -15,7 +15,7 @@ from doctor.lint.engine import load_rules
 from doctor.lint.explain import SECTIONS
 from doctor.lint.rule import AREAS, CERTAINTIES, SEVERITIES
 from doctor.lint.testing import tiny
-from doctor.locale import catalogue
+from doctor.locale import catalogue, rule_pages
 from doctor.report import FORMATS, render
 from doctor.report.formats import html, terminal
 
@@ -144,7 +144,7 @@ def test_every_page_can_be_shown_in_chinese():
         for entry in rules:
             out = io.StringIO()
             show_page(entry, rules, terminal.console(out, 80))
-            assert entry.heading("zh")[:6] in out.getvalue() and "为什么要紧" in out.getvalue()
+            assert rule_pages.heading(entry, "zh")[:6] in out.getvalue() and "为什么要紧" in out.getvalue()
         out = io.StringIO()
         show_rules(rules, terminal.console(out, 80))
         assert "张量" in out.getvalue()

@@ -11,6 +11,7 @@ from functools import cache
 
 from doctor.lint import explain
 from doctor.lint.engine import Report
+from doctor.locale import rule_pages
 from doctor.locale.catalogue import current, known, language, say
 from doctor.report import presentation
 from doctor.report.formats import json_report, markdown
@@ -259,7 +260,7 @@ def _page(entry) -> list[tuple[str, list[str]]]:
     if entry is None:
         return []
     return [
-        (say(title), explain.paragraphs(entry.section(key, current())))
+        (say(title), explain.paragraphs(rule_pages.section(entry, key, current())))
         for key, title in explain.SECTIONS
         if entry.section(key)
     ]

@@ -93,6 +93,11 @@ def to_dict(report: Report) -> dict:
     )
 
 
+def english(page: dict) -> dict:
+    """The English sections of a stored page; reports of older versions held the Chinese ones too."""
+    return {name: text for name, text in page.items() if name.isascii()}
+
+
 def _finding(item: Finding) -> dict:
     data = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
     data["fix"] = (
@@ -221,7 +226,7 @@ def _read_edit(data: dict):
 
 
 def _read_run(data: dict) -> RuleRun:
-    doc = write_page(data["code"], data["name"], data["title"], data.get("page", {}))
+    doc = write_page(data["code"], data["name"], data["title"], english(data.get("page", {})))
     entry = Rule(
         data["code"],
         data["name"],

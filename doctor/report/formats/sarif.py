@@ -9,9 +9,9 @@ bytes stand in relatedLocations. Findings alike in many blocks are one result wi
 import json
 import os
 
-from doctor.lint import explain
 from doctor.lint.engine import Report, fold
 from doctor.lint.rule import Place, Rule, SetJson
+from doctor.locale import rule_pages
 from doctor.report import presentation
 from doctor.report.presentation import Group, safe
 
@@ -68,7 +68,7 @@ def _rule(entry: Rule, with_page: bool) -> dict:
         data["fullDescription"] = {"text": presentation.why(entry) or entry.title}
         data["help"] = {
             "text": presentation.one_line(entry.section("Do")) or entry.title,
-            "markdown": explain.markdown(entry),
+            "markdown": rule_pages.markdown(entry),
         }
     return data
 
