@@ -5,7 +5,7 @@ Importing this package imports no torch: the names below are loaded when they ar
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+from doctor.core.version import __version__  # noqa: F401 - doctor.__version__ is the public name
 
 _HOME = {
     "check": "doctor.api",
@@ -13,7 +13,7 @@ _HOME = {
     "quantize": "doctor.api",
     "verify": "doctor.api",
     "Recipe": "doctor.core.recipe",
-    "Finding": "doctor.lint.rule",
+    "Finding": "doctor.core.finding",
     "Report": "doctor.lint.engine",
     "DoctorError": "doctor.core.errors",
     "CheckpointNotReady": "doctor.core.errors",

@@ -19,11 +19,12 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import HubCheckpoint, HubDonor, open_checkpoint
 from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import CHECKPOINT, STAGES, Store, asks
+from doctor.core.finding import Finding, Place
 from doctor.core.recipe import Recipe
 from doctor.lint.config import Config, Selection, choose
 from doctor.lint.engine import Report, against, in_order, judge, load_rules, locate, select_rules
-from doctor.lint.rule import Finding, Place
-from doctor.scan.header import header_facts, summary
+from doctor.scan.header import header_facts
+from doctor.scan.summary import summary
 
 if TYPE_CHECKING:
     from doctor.fixing.plan import Look, Plan, Progress, Proof

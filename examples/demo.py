@@ -21,8 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import smollm2  # noqa: E402
 
+from doctor.checkpoint.codecs import from_codes, to_bf16  # noqa: E402
 from doctor.checkpoint.directory import Checkpoint  # noqa: E402
-from doctor.edits.kinds import from_codes, to_bf16  # noqa: E402
 from doctor.lint.testing import Case, shard_bytes, tiny  # noqa: E402
 
 NAN = 0x7FC0

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from test_groups import QWEN2_72B, QWEN15_14B, headers_only
 
 from doctor import api
+from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.cli import main as cli
 from doctor.core.recipe import Recipe
-from doctor.edits.kinds import from_codes
 from doctor.lint.testing import encode, shard_bytes, tiny
 from doctor.quant.dequantize import as_float
 

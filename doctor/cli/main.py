@@ -13,7 +13,6 @@ from pathlib import Path
 
 import click
 
-from doctor import __version__
 from doctor.core import import_stubs
 from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.core.facts import STAGES

@@ -8,7 +8,7 @@ import sys
 import time
 from importlib import metadata
 
-from doctor import __version__
+from doctor.core.version import __version__
 
 PACKAGES = ("torch", "transformers", "numpy")
 

@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 
+from doctor.checkpoint.codecs import from_codes, nonfinite_mask, to_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.dtypes import CODE_NUMPY, DTYPES
 from doctor.checkpoint.safetensors import TensorInfo, new_digest
@@ -25,9 +26,6 @@ from doctor.edits.kinds import (
     GroupsInOrder,
     GrowRows,
     TakeTensor,
-    from_codes,
-    nonfinite_mask,
-    to_codes,
 )
 from doctor.formats import tensor_names
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from doctor.checkpoint.codecs import nonfinite_mask
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.json_text import split_pointer
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import BadCheckpoint
 from doctor.edits.derived import digest
-from doctor.edits.kinds import MISSING, TakeFile, TakeTensor, nonfinite_mask
+from doctor.edits.kinds import MISSING, TakeFile, TakeTensor
 from doctor.model.spec import build_spec
 
 POINTER_BYTES = 1024  # git-lfs's notes are shorter, weight files longer

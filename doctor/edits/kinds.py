@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from doctor.checkpoint.codecs import encode, from_codes, nonfinite_mask, to_codes
 from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import PlanRefused
@@ -518,18 +519,6 @@ def clamp(codes: np.ndarray, dtype_name: str, limit: float) -> np.ndarray:
     return np.where(beyond, to_codes(np.where(values < 0, -within, within).astype(np.float32), dtype_name), codes)
 
 
-def to_codes(values: np.ndarray, dtype_name: str) -> np.ndarray:
-    """Raw codes of float32 values in F16, BF16 or F32, rounded to nearest, ties to even."""
-    if dtype_name == "BF16":
-        return to_bf16(values)
-    if dtype_name == "F16":
-        with np.errstate(over="ignore"):  # Inf is the right code: who may not have it looks for it
-            return values.astype(np.float16).view(np.uint16)
-    if dtype_name == "F32":
-        return values.astype(np.float32)
-    raise ValueError(f"{dtype_name} is not written as values here")
-
-
 def shift_fields(words: np.ndarray, bits: int, step: int, name: str) -> np.ndarray:
     """int32 words with `step` (1 or -1) added to each field of `bits`, for widths that divide 32. Raises PlanRefused
     where one wraps.
@@ -572,55 +561,3 @@ def _pad(codes: np.ndarray, edit: PadTensor) -> np.ndarray:
     for begin, end, place in runs:
         out[(*before, slice(place, place + end - begin))] = parts[(*before, slice(begin, end))]
     return out.reshape(*head, edit.size, *tail)
-
-
-_EXPONENT = {"F16": (0x7C00, 0x7FFF), "BF16": (0x7F80, 0x7FFF), "F8_E5M2": (0x7C, 0x7F)}
-
-
-def nonfinite_mask(codes: np.ndarray, dtype_name: str) -> np.ndarray:
-    """bool array: which raw codes are NaN or Inf."""
-    if dtype_name in ("F32", "F64"):
-        return ~np.isfinite(codes)
-    if dtype_name in _EXPONENT:
-        exponent, _ = _EXPONENT[dtype_name]
-        return (codes & exponent) == exponent
-    if dtype_name == "F8_E4M3":
-        return (codes & 0x7F) == 0x7F
-    if dtype_name in ("F8_E4M3FNUZ", "F8_E5M2FNUZ"):
-        return codes == 0x80
-    if dtype_name == "F8_E8M0":
-        return codes == 0xFF
-    return np.zeros(codes.shape, bool)
-
-
-def encode(value: float, dtype_name: str) -> np.generic:
-    """One raw code for a finite value. Raises ValueError for types that hold no such value."""
-    if dtype_name in ("F32", "F64"):
-        return np.dtype(DTYPES[dtype_name].torch).type(value)
-    if dtype_name == "F16":
-        return np.float16(value).view(np.uint16)
-    if dtype_name == "BF16":
-        return to_bf16(np.float32(value))[()]
-    if value == 0 and dtype_name.startswith("F8") and dtype_name != "F8_E8M0":
-        return np.uint8(0)
-    raise ValueError(f"{dtype_name} has no code for {value}")
-
-
-def to_bf16(values: np.ndarray) -> np.ndarray:
-    """uint16 codes of float32 values, rounded to nearest, ties to even; NaN stays NaN."""
-    bits = np.asarray(values, np.float32).view(np.uint32)
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16).astype(np.uint16)
-    return np.where(
-        (bits & 0x7FFFFFFF) > 0x7F800000, np.uint16(0x7FC0) | (bits >> 31).astype(np.uint16) << 15, rounded
-    ).astype(np.uint16)
-
-
-def from_codes(codes: np.ndarray, dtype_name: str) -> np.ndarray:
-    """float32 values of raw codes (float64 for F64). Raises ValueError for types that are not F16, BF16, F32, F64."""
-    if dtype_name == "BF16":
-        return (codes.astype(np.uint32) << 16).view(np.float32)
-    if dtype_name == "F16":
-        return codes.view(np.float16).astype(np.float32)
-    if dtype_name in ("F32", "F64"):
-        return codes
-    raise ValueError(f"{dtype_name} is not read as values here")

@@ -14,12 +14,12 @@ import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
+from doctor.core.records import Comparison
 from doctor.evaluate.fp16_range import HalfProbe
 from doctor.evaluate.scores import Tally, longest_run
 from doctor.model.spec import build_spec
 from doctor.quant.dequantize import as_float
 from doctor.quant.forward.skeleton import Skeleton, cache_argument
-from doctor.scan.header import Comparison
 
 REPLY_TOKENS = 24
 # of the text; one more pass over them costs a twenty-fourth of a comparison on 24 rows, a fifth of one on a single row

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 import torch
 
+from doctor.core.records import Fp16Range
 from doctor.evaluate.scores import Tally
 from doctor.scan.counters import FP16_OVERFLOW
-from doctor.scan.header import Half
 
 ROUNDED_ROWS = 2  # of the text; two more passes over them cost a twelfth of a comparison on 24 rows
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -75,7 +75,7 @@ class HalfProbe:
                     for x, calls in zip(self.hidden[name], self.calls, strict=True)
                 ]
 
-    def result(self, exact: list[torch.Tensor], logits: Callable[[list, list], Iterator[torch.Tensor]]) -> Half:
+    def result(self, exact: list[torch.Tensor], logits: Callable[[list, list], Iterator[torch.Tensor]]) -> Fp16Range:
         """exact: hidden states of the rounded rows in float32, after the last block. logits(rows, hidden) gives each
         one's logits.
         """
@@ -90,7 +90,7 @@ class HalfProbe:
                 tally.add(base[:-1], next(found)[:-1], ids[0, 1:])
         found.close()
         largest = max(self.largest, key=lambda pair: _sortable(pair[1]), default=("", 0.0))
-        return Half(
+        return Fp16Range(
             absmax=largest[1],
             place=largest[0],
             first=self.first,

@@ -24,8 +24,9 @@ from doctor.quant.calibration import rows as calibration
 from doctor.quant.dequantize import quantization
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.solve import kernels
-from doctor.scan.header import header_facts, summary
+from doctor.scan.header import header_facts
 from doctor.scan.scan import scan
+from doctor.scan.summary import summary
 
 CONTEXT, ROWS = 512, 24
 PROMPTS = (

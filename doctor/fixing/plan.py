@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from doctor import __version__
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import Shard
 from doctor.core.errors import BadCheckpoint, DoctorError, PlanRefused
 from doctor.core.facts import CHECKPOINT, STAGES, Store, asks
+from doctor.core.finding import Finding, Fix
 from doctor.core.recipe import Recipe
+from doctor.core.version import __version__
 from doctor.edits.derived import opened
 from doctor.edits.kinds import (
     MISSING,
@@ -43,7 +44,7 @@ from doctor.edits.overlay import EditedCheckpoint, shown
 from doctor.fixing.in_place import kept_name
 from doctor.fixing.staging import RECEIPT, Stage, open_stage, sha256
 from doctor.lint.engine import RuleRun, judge, locate
-from doctor.lint.rule import Finding, Fix, Rule
+from doctor.lint.rule import Rule
 from doctor.scan.header import header_facts
 from doctor.scan.scan import scan
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.facts import CHECKPOINT
+from doctor.core.finding import SEVERITIES, Finding, Place
 from doctor.core.recipe import Recipe, parse_runtime
 from doctor.lint.engine import RuleRun, match_rules
-from doctor.lint.rule import RULES, SEVERITIES, Finding, Place, Rule, headline
+from doctor.lint.rule import RULES, Rule, headline
 
 FILE = "doctor.toml"
 MAX_BYTES = 1 << 20

@@ -13,12 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from doctor import __version__
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
 from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.core.facts import STAGES, Store, Unavailable
+from doctor.core.finding import SEVERITIES, Finding, Place
 from doctor.core.recipe import Recipe
-from doctor.lint.rule import RULES, SEVERITIES, Finding, Place, Rule, run_rule
+from doctor.core.version import __version__
+from doctor.lint.rule import RULES, Rule, run_rule
 
 _ORDER = "FCWGQKOS"
 _RULE_FILE = re.compile(r"^[a-z]\d{3}_\w+$")

@@ -14,11 +14,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from doctor.checkpoint.codecs import to_bf16
 from doctor.checkpoint.dtypes import CODE_NUMPY
 from doctor.core.lazy_numpy import np
 from doctor.core.recipe import Recipe
 from doctor.core.tables import table
-from doctor.edits.kinds import to_bf16
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 64, 128, 4, 2, 16, 96, 2
 FAMILIES = ("llama", "qwen2", "mistral", "gemma", "qwen2_moe", "phi3", "opt")
@@ -348,21 +348,23 @@ def measured(family: str | None = None) -> Case:
     """tiny() with the facts of a sound calibration and run: every linear saw 4,096 tokens and lost less than rounding
     would.
     """
+    from doctor.core.records import CalibrationFacts, HessianFacts, SolveRecord
     from doctor.model.spec import build_spec
-    from doctor.scan.header import Calibration, Hessian, Solve
 
     case = tiny(family)
     tokens = 4096
     case.put(
-        "checkpoint:", "calibration", Calibration("text.jsonl", False, 16, tokens, 256, 256, 256, VOCAB - 6, 0, 0, 0)
+        "checkpoint:",
+        "calibration",
+        CalibrationFacts("text.jsonl", False, 16, tokens, 256, 256, 256, VOCAB - 6, 0, 0, 0),
     )
     for linear in build_spec(case.config, case.infos()).linears:
-        hessian = Hessian(tokens, linear.in_features, 0, None, True, 0, 1.0, 8.0, 4.8e-6, 801.0)
+        hessian = HessianFacts(tokens, linear.in_features, 0, None, True, 0, 1.0, 8.0, 4.8e-6, 801.0)
         case.put(f"linear:{linear.name}", "hessian", hessian)
         case.put(
             f"linear:{linear.name}",
             "solve",
-            Solve("gptq", 0.01, 0.01, "float32", 0.004, 0.01, ((0.01, "float32", "ok"),)),
+            SolveRecord("gptq", 0.01, 0.01, "float32", 0.004, 0.01, ((0.01, "float32", "ok"),)),
         )
     return case
 
@@ -383,7 +385,7 @@ def change(case: Case, subject: str, name: str, **values) -> None:
 
 def compared() -> Case:
     """tiny() with a comparison in which the quantized model kept up with its original."""
-    from doctor.scan.header import Comparison, Half
+    from doctor.core.records import Comparison, Fp16Range
 
     case = tiny()
     case.put(
@@ -410,7 +412,7 @@ def compared() -> Case:
             one_choice=0.06,
             one_choice_token=17,
             one_choice_original=0.05,
-            half=Half(
+            half=Fp16Range(
                 absmax=600.0,
                 place="the residual stream after model.layers.1",
                 first=None,

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from doctor import __version__
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
 from doctor.checkpoint.safetensors import open_shard
 from doctor.core.errors import DoctorError, MachineError, PlanRefused
 from doctor.core.recipe import Recipe
+from doctor.core.version import __version__
 from doctor.fixing.staging import RECEIPT, Stage
 from doctor.formats.tensor_names import WORD_TAILS
 from doctor.quant import pack

@@ -26,14 +26,16 @@ from itertools import accumulate
 
 import torch
 
-from doctor import __version__
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import CudaError, DoctorError, NotQuantizable
 from doctor.core.facts import CHECKPOINT, Store
+from doctor.core.finding import Finding
 from doctor.core.recipe import ASKED, Recipe, is_kept, matches, unfit
+from doctor.core.records import CalibrationFacts, HessianFacts, SolveRecord
+from doctor.core.version import __version__
 from doctor.fixing.plan import Consent, with_fields
 from doctor.lint.engine import judge
-from doctor.lint.rule import Finding, Rule
+from doctor.lint.rule import Rule
 from doctor.model.fused_experts import find_stacks, take_apart
 from doctor.model.spec import Linear, ModelSpec
 from doctor.quant import budget, export
@@ -46,8 +48,6 @@ from doctor.quant.solve import awq, cpu, kernels
 from doctor.quant.solve.gptq import Solution, round_to_nearest, solve
 from doctor.quant.solve.grid import Grid
 from doctor.quant.solve.hessian import Attempt, mixed_products
-from doctor.scan import header
-from doctor.scan.header import Calibration, Solve
 
 # An exact fold moves float32 results by rounding only; a fold into something that is not linear moves them by percents.
 _FOLD_TOLERANCE = 1e-3
@@ -428,7 +428,7 @@ class _Run:
             module = name.removesuffix(".weight")
             why = self.whole[module].why if module in self.whole else "no known form of stacks fits it"
             reason = f"{shape[0]} experts in one tensor {list(shape)}; {why}"
-            solved = Solve("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)
+            solved = SolveRecord("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)
             record = _line(Linear(module, name, STACKED, i, shape[2], shape[1]), solved, None, 0.0)
             self._note_kept(record)
             records.append(record)
@@ -455,7 +455,7 @@ class _Run:
         )
 
     def _keep(self, linear: Linear, reason: str) -> dict:
-        solved = Solve("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)
+        solved = SolveRecord("kept", self.recipe.damp, 0.0, "", 0.0, 0.0, (), reason)
         record = self._record(linear, solved, None, 0.0)
         self._note_kept(record)
         return record
@@ -576,7 +576,7 @@ class _Run:
             recipe = self.recipe.for_linear(linear.name)
             parts = export.pack_linear(linear.name, solution.codes, solution.grid, solution.g_idx, recipe)
         except NotQuantizable as error:
-            failed = Solve("failed", self.recipe.damp, 0.0, "", float("nan"), float("nan"), (), error.message)
+            failed = SolveRecord("failed", self.recipe.damp, 0.0, "", float("nan"), float("nan"), (), error.message)
             return self._record(linear, failed, seen and seen.fact, seconds)
         W = solution.weight()
         if W.is_cuda and not torch.equal(export.unpack_linear(linear.name, parts, recipe), W):
@@ -605,7 +605,7 @@ class _Run:
             return awq.solve(W, seen.H, self.folding.columns.get(linear.name), damp=r.damp, **options)
         return solve(W, seen.H, act_order=r.act_order, damp=r.damp, damp_max=r.damp_max, **options)
 
-    def _solve_fact(self, name: str, solution: Solution, seen: Input | None) -> Solve:
+    def _solve_fact(self, name: str, solution: Solution, seen: Input | None) -> SolveRecord:
         attempts = tuple((a.damp, a.precision, a.outcome) for a in solution.attempts)
         note = ""
         if solution.outcome == "awq":
@@ -617,7 +617,7 @@ class _Run:
                 else "its Hessian could not be factored"
             )
         used = solution.attempts[-1] if solution.attempts and solution.outcome == "gptq" else None
-        return Solve(
+        return SolveRecord(
             solution.outcome,
             self.recipe.damp,
             used.damp if used else 0.0,
@@ -628,12 +628,12 @@ class _Run:
             note,
         )
 
-    def _record(self, linear: Linear, solved: Solve, hessian: header.Hessian | None, seconds: float) -> dict:
+    def _record(self, linear: Linear, solved: SolveRecord, hessian: HessianFacts | None, seconds: float) -> dict:
         """Facts into the store, and the linear's line of the report."""
         self._facts(linear.name, solved, hessian)
         return _line(linear, solved, hessian, seconds)
 
-    def _facts(self, name: str, solved: Solve, hessian: header.Hessian | None) -> None:
+    def _facts(self, name: str, solved: SolveRecord, hessian: HessianFacts | None) -> None:
         self.store.put(f"linear:{name}", "solve", solved)
         if hessian is not None:
             self.store.put(f"linear:{name}", "hessian", hessian)
@@ -718,7 +718,7 @@ class _Run:
         )
 
 
-def _line(linear: Linear, solved: Solve, hessian: header.Hessian | None, seconds: float) -> dict:
+def _line(linear: Linear, solved: SolveRecord, hessian: HessianFacts | None, seconds: float) -> dict:
     """A linear's line of the report."""
     return {
         "name": linear.name,
@@ -835,7 +835,7 @@ def make_batches(rows: list[list[int]], tokens: int) -> list[torch.Tensor]:
     return [torch.tensor(batch, dtype=torch.int64) for batch in batches]
 
 
-def receipt(recipe: Recipe, calibration: Calibration | None, result: Result, notes: list[str]) -> dict:
+def receipt(recipe: Recipe, calibration: CalibrationFacts | None, result: Result, notes: list[str]) -> dict:
     """doctor.json: how this checkpoint was made, without times, so that the same run writes the same bytes."""
     import transformers
 
@@ -870,12 +870,12 @@ def _part(i: int) -> str:
     return f"{i:05d}"
 
 
-def _solve_of(data: dict) -> Solve:
-    return Solve(**{**data, "attempts": tuple(tuple(a) for a in data["attempts"])})
+def _solve_of(data: dict) -> SolveRecord:
+    return SolveRecord(**{**data, "attempts": tuple(tuple(a) for a in data["attempts"])})
 
 
-def _hessian_of(data: dict | None) -> header.Hessian | None:
+def _hessian_of(data: dict | None) -> HessianFacts | None:
     if data is None:
         return None
     first = data["first_nonfinite"]
-    return header.Hessian(**{**data, "first_nonfinite": tuple(first) if first else None})
+    return HessianFacts(**{**data, "first_nonfinite": tuple(first) if first else None})

@@ -17,12 +17,14 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.facts import CHECKPOINT
+from doctor.core.finding import Finding
 from doctor.core.host import describe
 from doctor.core.recipe import Recipe
+from doctor.core.records import CalibrationFacts
 from doctor.fixing.plan import Consent, Look, look, make_plan, refuse
 from doctor.fixing.staging import check_output
 from doctor.lint.engine import Report, judge, load_rules, locate, select_rules
-from doctor.lint.rule import Finding, Rule
+from doctor.lint.rule import Rule
 from doctor.model.spec import build_spec
 from doctor.quant import budget, export
 from doctor.quant import preflight as flight
@@ -36,7 +38,7 @@ from doctor.quant.preflight import Forecast
 from doctor.quant.solve import cpu
 from doctor.report.figures import files
 from doctor.report.figures import receipt as picture_receipt
-from doctor.scan.header import Calibration, summary
+from doctor.scan.summary import summary
 
 
 @dataclass
@@ -48,7 +50,7 @@ class QuantizeResult:
 
     report: Report
     output: Path | None = None
-    calibration: Calibration | None = None
+    calibration: CalibrationFacts | None = None
     notes: list[str] = field(default_factory=list)
     forecast: Forecast | None = None  # of a preflight
 
@@ -165,7 +167,7 @@ class _Job:
         self.ranks = Ranks()
         self.consent: Consent | None = None  # what fixes may be made, None: none
         self.seen: Look | None = None
-        self.facts: Calibration | None = None
+        self.facts: CalibrationFacts | None = None
         self.sample: Once | None = None
         self.notes: list[str] = []
         self.linears: list[dict] = []

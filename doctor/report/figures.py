@@ -11,14 +11,16 @@ from dataclasses import replace
 
 import numpy as np
 
+from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.dtypes import CODE_NUMPY
 from doctor.core.facts import CHECKPOINT, STAGES, Store, Variant, closure
+from doctor.core.finding import Finding, Fix
 from doctor.core.host import describe
 from doctor.core.recipe import Recipe
-from doctor.edits.kinds import RECIPE_EDITS, PadTensor, from_codes
+from doctor.edits.kinds import RECIPE_EDITS, PadTensor
 from doctor.lint.engine import judge
-from doctor.lint.rule import ROW_PARALLEL, Finding, Fix, Rule
+from doctor.lint.rule import ROW_PARALLEL, Rule
 
 TPS = (1, 2, 4, 8)
 GROUPS = (128, 64, 32, -1)

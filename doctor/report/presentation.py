@@ -10,8 +10,9 @@ import re
 import shlex
 from dataclasses import dataclass, field
 
+from doctor.core.finding import Finding, Place
 from doctor.lint.engine import Report, fold, folded_name
-from doctor.lint.rule import AREAS, Finding, Place, Rule, Seen
+from doctor.lint.rule import AREAS, Rule, Seen
 from doctor.locale import rule_pages
 from doctor.locale.catalogue import chinese, counted, current, known, say
 

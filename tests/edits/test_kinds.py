@@ -9,21 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from doctor.checkpoint.codecs import encode, from_codes, nonfinite_mask, to_bf16
 from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.safetensors import TensorInfo
-from doctor.edits.kinds import (
-    MISSING,
-    PadTensor,
-    ReplaceNonfinite,
-    apply,
-    edited_info,
-    encode,
-    from_codes,
-    nonfinite_mask,
-    pad_positions,
-    pad_runs,
-    to_bf16,
-)
+from doctor.edits.kinds import MISSING, PadTensor, ReplaceNonfinite, apply, edited_info, pad_positions, pad_runs
 
 
 def info_of(codes, dtype="BF16"):

@@ -7,9 +7,10 @@ import pytest
 from healthy_models import save
 
 from doctor.api import check, fix
+from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
-from doctor.edits.kinds import PadTensor, SetJson, from_codes
+from doctor.edits.kinds import PadTensor, SetJson
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.evaluate.proof import prove
 from doctor.lint.testing import encode, shard_bytes

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from doctor.api import check, fix
+from doctor.checkpoint.codecs import from_codes, to_bf16
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, PlanRefused
-from doctor.edits.kinds import AddLowRank, CastTensor, GrowRows, TakeTensor, from_codes, to_bf16
+from doctor.edits.kinds import AddLowRank, CastTensor, GrowRows, TakeTensor
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.lint.rule import RULES
 from doctor.lint.testing import encode, shard_bytes, tiny

@@ -10,11 +10,11 @@ import pytest
 from doctor.api import check, fix
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
+from doctor.core.finding import Finding, Place
 from doctor.core.recipe import Recipe
 from doctor.lint import config
 from doctor.lint.config import Config, Selection, Suppression, choose
 from doctor.lint.engine import load_rules
-from doctor.lint.rule import Finding, Place
 from doctor.lint.testing import tiny
 from doctor.report import render
 from doctor.report.formats import json_report

@@ -10,10 +10,11 @@ import pytest
 from rich.cells import cell_len
 
 from doctor.api import check
+from doctor.core.finding import CERTAINTIES, SEVERITIES
 from doctor.lint.config import OWN_RULES
 from doctor.lint.engine import load_rules
 from doctor.lint.explain import SECTIONS
-from doctor.lint.rule import AREAS, CERTAINTIES, SEVERITIES
+from doctor.lint.rule import AREAS
 from doctor.lint.testing import tiny
 from doctor.locale import catalogue, rule_pages
 from doctor.report import FORMATS, render

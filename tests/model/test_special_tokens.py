@@ -48,7 +48,7 @@ def qwen(folder, **tokenizer_config):
     """Findings of C101 for a Qwen fine-tune whose config has lost its BOS."""
     from doctor.rules.c101_missing_bos import missing_bos
 
-    from doctor.scan.header import Tokenizer
+    from doctor.model.tokenizer import Tokenizer
 
     case = tiny("qwen2")
     case.config["bos_token_id"] = None
@@ -72,7 +72,7 @@ def test_a_chat_mark_is_never_offered_as_the_bos_of_a_qwen(tmp_path):
 def test_a_family_without_bos_is_left_alone(tmp_path):
     from doctor.rules.c101_missing_bos import missing_bos
 
-    from doctor.scan.header import Tokenizer
+    from doctor.model.tokenizer import Tokenizer
 
     case = tiny("llama")
     case.config.update(model_type="glm4", bos_token_id=None)

@@ -17,11 +17,12 @@ import pytest
 from rich.cells import cell_len
 
 from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.finding import Finding, Fix, Place
 from doctor.core.recipe import Recipe
 from doctor.edits import kinds
 from doctor.edits.kinds import MISSING, PadTensor, RebuildIndex, SetJson, SetRecipe
 from doctor.lint.engine import Report, RuleRun
-from doctor.lint.rule import Finding, Fix, Place, Rule, write_page
+from doctor.lint.rule import Rule, write_page
 from doctor.report import FORMATS, presentation, render
 from doctor.report.formats import json_report, terminal
 

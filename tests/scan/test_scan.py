@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from doctor.api import check
+from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import CHECKPOINT
 from doctor.core.recipe import Recipe
-from doctor.edits.kinds import from_codes
 from doctor.lint.testing import FAMILIES, encode, tiny
 from doctor.scan import counters
 from doctor.scan import scan as scan_module

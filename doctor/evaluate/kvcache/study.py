@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from doctor import __version__
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.host import describe
 from doctor.core.recipe import Recipe
+from doctor.core.version import __version__
 from doctor.evaluate.kvcache import measure as measurement
 from doctor.evaluate.kvcache.measure import WITHOUT_BIAS, with_widths
 from doctor.evaluate.kvcache.predict import BROKEN, FINE, FP16_MAX, Fitness, advice, predict

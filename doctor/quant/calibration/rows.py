@@ -26,8 +26,8 @@ from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.records import CalibrationFacts
 from doctor.quant.calibration import text_scripts
-from doctor.scan.header import Calibration
 
 ROWS, MAX_SEQ_LENGTH = 128, 512
 BUILTIN = "Python's documentation"
@@ -76,7 +76,7 @@ def calibration_rows(
     vocab: int | None = None,
     max_positions: int | None = None,
     sample: Callable | None = None,
-) -> tuple[list[list[int]], Calibration, list[str]]:
+) -> tuple[list[list[int]], CalibrationFacts, list[str]]:
     """(rows of token ids, facts about them, notes): at most `rows` rows of at most `length` tokens.
 
     source: a .txt, .jsonl or .parquet file, org/name of a dataset on the Hub, or None for the built-in text. seed 0
@@ -127,7 +127,7 @@ def _sampled(sample: Callable, tokenizer, rows: int, length: int) -> tuple[list[
     return found, "" if found else "it ended its texts at once"
 
 
-def describe(rows: list[list[int]], documents: Documents, tokenizer) -> Calibration:
+def describe(rows: list[list[int]], documents: Documents, tokenizer) -> CalibrationFacts:
     """Facts of finished rows."""
     lengths = sorted(len(r) for r in rows)
     bos = getattr(tokenizer, "bos_token_id", None)
@@ -140,7 +140,7 @@ def describe(rows: list[list[int]], documents: Documents, tokenizer) -> Calibrat
     scripts, unused = (
         text_scripts.of_rows(rows, tokenizer) if tokenizer is not None and not documents.builtin else ((), ())
     )
-    return Calibration(
+    return CalibrationFacts(
         scripts=scripts,
         unused_scripts=unused,
         source=documents.name,

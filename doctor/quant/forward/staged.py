@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from doctor.core.records import HessianFacts
 from doctor.model.spec import Linear
 from doctor.quant.forward.skeleton import Call, Experts, Skeleton, _Enough
 from doctor.quant.forward.spill import Shelf
 from doctor.quant.solve.hessian import Hessian, spectrum
-from doctor.scan import header
 
 try:
     from greenlet import GreenletExit, greenlet
@@ -56,7 +56,7 @@ class Input:
     def __init__(self, hessian: Hessian, damp: float):
         self.H = hessian.take()
         s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
-        self.fact = header.Hessian(
+        self.fact = HessianFacts(
             hessian.rows,
             hessian.columns,
             bad.count if bad else 0,

@@ -10,12 +10,13 @@ import json
 import math
 from typing import get_args
 
-from doctor import __version__
 from doctor.core.errors import DoctorError
+from doctor.core.finding import Finding, Fix, Place
 from doctor.core.recipe import Recipe
+from doctor.core.version import __version__
 from doctor.edits import kinds
 from doctor.lint.engine import Report, RuleRun
-from doctor.lint.rule import Finding, Fix, Place, Rule, write_page
+from doctor.lint.rule import Rule, write_page
 
 SCHEMA = "doctor.report/1"
 _EDITS = {c.__name__: c for c in get_args(kinds.Edit)}

@@ -9,8 +9,9 @@ bytes stand in relatedLocations. Findings alike in many blocks are one result wi
 import json
 import os
 
+from doctor.core.finding import Place
 from doctor.lint.engine import Report, fold
-from doctor.lint.rule import Place, Rule, SetJson
+from doctor.lint.rule import Rule, SetJson
 from doctor.locale import rule_pages
 from doctor.report import presentation
 from doctor.report.presentation import Group, safe

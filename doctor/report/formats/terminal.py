@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from doctor import __version__
+from doctor.core.version import __version__
 from doctor.lint.engine import Report
 from doctor.locale.catalogue import known, pad, say
 from doctor.report import presentation

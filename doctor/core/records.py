@@ -1,0 +1,115 @@
+"""What a calibration, a run and a comparison measured: plain records that rules read and reports print."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CalibrationFacts:
+    """The rows a calibration ran on. Lengths are tokens; shares are between 0 and 1."""
+
+    source: str
+    builtin: bool  # doctor's own texts, because none were given
+    rows: int
+    tokens: int
+    shortest: int
+    median: int
+    longest: int
+    distinct_tokens: int
+    duplicate_rows: int
+    bos_doubled: int  # rows whose first two ids are both the BOS id
+    padding: int  # tokens that are padding
+    scripts: tuple[
+        str, ...
+        # of the text's letters, each with a share of its own (text_scripts.py); empty where rows came as ids or text is
+        # doctor's own
+    ] = ()
+    unused_scripts: tuple[str, ...] = ()  # that the vocabulary has many tokens of and the text has none of
+    sampled_rows: int = 0  # of the rows, written by the model itself
+    not_sampled: str = ""  # why none is, where doctor's own texts are used
+
+
+@dataclass(frozen=True)
+class HessianFacts:
+    """H = 2/n XᵀX of one linear's input X[tokens, in_features], before damping."""
+
+    tokens: int
+    in_features: int
+    n_nonfinite: int  # NaN and Inf among the entries of X
+    first_nonfinite: tuple[int, int] | None  # (token, channel) of the first
+    finite: bool  # H itself
+    n_dead: int  # channels with diag(H) = 0
+    mean_diag: float  # over live channels
+    max_eigenvalue: float
+    damp_needed: float  # share of mean_diag that float32 factorisation is predicted to need
+    condition: float  # estimate for H with the recipe's damping
+
+
+@dataclass(frozen=True)
+class SolveRecord:
+    """One linear's outcome. attempts: (damp, precision, what happened), in order. Losses are tr(E H Eᵀ) / tr(W H
+    Wᵀ).
+    """
+
+    outcome: str  # gptq, awq, rtn, kept, failed
+    damp_asked: float
+    damp_used: float
+    precision: str
+    loss: float
+    rtn_loss: float
+    attempts: tuple[tuple[float, str, str], ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Fp16Range:
+    """The original in 16 bits: how large its activations get in float32, and what rounding every step of it does to its
+    predictions.
+
+    Places are written out ("the input of model.layers.3.mlp.down_proj"); sizes are largest |values|; kl is nats a token
+    against float32, on `tokens` tokens.
+    """
+
+    absmax: float
+    place: str
+    first: tuple[str, float] | None  # the first (place, size) that float16 cannot hold, in the order of computing
+    residual: tuple[float, ...]  # size of the residual stream after each block
+    blocks: tuple[tuple[str, float], ...]  # the largest (place, size) of each block
+    tokens: int
+    kl_float16: float
+    kl_bfloat16: float
+    nonfinite_float16: int  # rows of logits with NaN or Inf
+    nonfinite_bfloat16: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same text. nats for kl; shares between 0 and 1; generated are greedy continuations of
+    prompts.
+    """
+
+    tokens: int
+    context: int
+    perplexity_original: float
+    perplexity_quantized: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    nonfinite_original: int  # logit rows with NaN or Inf
+    nonfinite_quantized: int
+    token0_share: float  # of the quantized model's generated tokens
+    longest_repeat: int  # most times one token stands in a row in them
+    generated: int
+    replies: tuple[tuple[str, str, str], ...] = ()  # (prompt, original's reply, quantized model's reply)
+    block_errors: tuple[float, ...] = ()  # relative output error after each block: carried along from block to block
+    own_errors: tuple[
+        float, ...
+    ] = ()  # of each block alone, given the original's input: error relative to what the block adds
+    token0_share_original: float = 0.0  # the same two of the original's replies: what it says too is no collapse
+    longest_repeat_original: int = 0
+    half: Fp16Range | None = None
+    # The same collapse in the predictions on the text, which a model too large to reply in memory gives as well.
+    entropy_original: float = float("nan")  # nats, mean over the tokens' next-token distributions
+    entropy_quantized: float = float("nan")
+    one_choice: float = 0.0  # share of the tokens at which the quantized model ranks one same token first, which is:
+    one_choice_token: int = 0
+    one_choice_original: float = 0.0  # that share for the original's own favourite
