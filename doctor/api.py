@@ -346,8 +346,8 @@ def _base(
     """The fact `base`, while it may be read from: what is fetched from the Hub lies beside the output and is removed at
     the end.
     """
-    from doctor.edits.derived import lend
-    from doctor.edits.donor import Base
+    from doctor.edits.donor import Donor
+    from doctor.edits.donor_registry import donate
     from doctor.fixing.staging import open_fetch
 
     if base is None:
@@ -365,11 +365,11 @@ def _base(
         )
     if os.path.realpath(found.root) == os.path.realpath(source.root):
         raise BadCheckpoint(f"{text}: is the checkpoint itself.", "Give the base model, or another copy.")
-    given = [(CHECKPOINT, "base", Base(found, source, text))]
+    given = [(CHECKPOINT, "base", Donor(found, source, text))]
     if not isinstance(found, HubDonor):
         yield given
         return
-    with open_fetch(output) as found.folder, lend(found.label, found):
+    with open_fetch(output) as found.folder, donate(found.label, found):
         found.progress = partial(progress, "fetch")
         yield given
 

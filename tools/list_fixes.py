@@ -67,7 +67,7 @@ def _rows(entry):
     """(title, safety, kinds of edits) of each cure that the rule's examples get."""
     from doctor.checkpoint.directory import Checkpoint
     from doctor.core.facts import CHECKPOINT
-    from doctor.edits.donor import Base
+    from doctor.edits.donor import Donor
     from doctor.fixing.plan import Consent, look
     from doctor.lint.testing import shown_by
 
@@ -77,7 +77,7 @@ def _rows(entry):
             facts = [(s, n, v) for (s, n), v in case.facts.items()] + [(CHECKPOINT, "asked", frozenset({entry.code}))]
             if healthy is not None:
                 facts.append(
-                    (CHECKPOINT, "base", Base(Checkpoint.open(healthy.write(Path(folder) / "base")), source, "BASE"))
+                    (CHECKPOINT, "base", Donor(Checkpoint.open(healthy.write(Path(folder) / "base")), source, "BASE"))
                 )
             for item in look(source, case.recipe, _rules(), facts=facts).findings:
                 fix = item.fix

@@ -1,9 +1,8 @@
-"""A checkpoint of which some files are another's, or bear other names: what the edits TakeFile and RenameFile make,
-before any other edit sees it.
+"""Checkpoint views with files substituted from a donor or renamed: TakeFile and RenameFile, applied before all other
+edits.
 
-Shards, JSON texts and the listing are those that the directory would have with the files in it, so the view edits,
-scans and writes a shard that came from a base model, or one under a new name, like any of its own. No byte is copied
-here.
+Shards, JSON texts and the listing are those that the directory would have with the files in it, so the overlay edits,
+scans and writes a donor's shard, or a renamed one, like any of its own. No byte is copied here.
 """
 
 import os
@@ -14,20 +13,21 @@ from pathlib import Path
 from doctor.checkpoint import json_text
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.checkpoint.safetensors import ShardFile
-from doctor.core.errors import PlanRefused
-from doctor.edits.derived import STALE, opened
+from doctor.core.messages import _
+from doctor.edits.donor_registry import open_donor
 from doctor.edits.kinds import RenameFile, TakeFile
+from doctor.edits.stale import stale
 
 
-class WithFiles(Checkpoint):
-    """`source` with whole files of other checkpoints. Raises PlanRefused where one of them is not there."""
+class SubstitutedFiles(Checkpoint):
+    """`source` with whole files of donors. Raises PlanRefused where a donor lacks one."""
 
     def __init__(self, source: Checkpoint, edits: Iterable[TakeFile]):
         super().__init__(source.root, source.only)
-        self.source, self.donors = source, {e.file: opened(e.root) for e in edits}
+        self.source, self.donors = source, {e.file: open_donor(e.root) for e in edits}
         for name, donor in self.donors.items():
             if name not in donor.entries:
-                raise PlanRefused(f"{name}: {donor.name} has no such file.", STALE)
+                raise stale(_("{file}: {donor} has no such file.", file=name, donor=donor.name))
         self.entries = {**source.entries, **{n: Entry(n, d.entries[n].size) for n, d in self.donors.items()}}
         self.problems = [p for p in source.problems if p.tensor not in self.donors]
         self.json = {
@@ -37,7 +37,7 @@ class WithFiles(Checkpoint):
         self._place_shards(source)
 
     def _place_shards(self, source: Checkpoint) -> None:
-        """The shards that a reader takes: those of the index, else all."""
+        """The shards that a reader loads: those of the index, else all."""
         listed = [n for n in self.entries if n.endswith(".safetensors")]
         wanted = sorted(set(self.weight_map.values())) if INDEX_NAME in self.donors or source.weight_map else listed
         self.missing_shards = [n for n in wanted if n not in self.entries]
@@ -61,9 +61,9 @@ class WithFiles(Checkpoint):
         return donor.open_file(shard) if donor is not None else super().open_file(shard)
 
 
-class WithNames(Checkpoint):
-    """`source` with weight files under other names, which the index follows. Raises PlanRefused where a name is not
-    free or no such file is there.
+class RenamedFiles(Checkpoint):
+    """`source` with weight files renamed; the index follows. Raises PlanRefused where a name is not free or a file is
+    absent.
     """
 
     def __init__(self, source: Checkpoint, edits: Iterable[RenameFile]):
@@ -87,15 +87,15 @@ class WithNames(Checkpoint):
 
     def _check(self) -> None:
         source, given = self.source, list(self.names.values())
-        # A name that is missing is the index's for other tensors.
+        # The index uses the name of a missing shard for other tensors.
         others = {*source.entries, *source.missing_shards} - self.names.keys()
         for old, to in self.names.items():
             if old not in source.shards or source.only:
-                raise PlanRefused(f"{old}: not a weight file of this checkpoint.", STALE)
+                raise stale(_("{file}: not a weight file of this checkpoint.", file=old))
             if not to.endswith(".safetensors") or os.path.basename(to) != to or "\\" in to or to.startswith("."):
-                raise PlanRefused(f"{old}: {to!r} is no name for a weight file.", STALE)
+                raise stale(_("{file}: {name} is not a valid name of a weight file.", file=old, name=repr(to)))
             if to in others or given.count(to) > 1:
-                raise PlanRefused(f"{old}: {to}, its new name, is another file's.", STALE)
+                raise stale(_("{file}: its new name {name} belongs to another file.", file=old, name=to))
 
     def origin(self, name: str) -> str:
         return self.source.origin(self._old.get(name, name))

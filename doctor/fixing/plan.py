@@ -23,7 +23,8 @@ from doctor.core.facts import CHECKPOINT, STAGES, Store, asks
 from doctor.core.finding import Finding, Fix
 from doctor.core.recipe import Recipe
 from doctor.core.version import __version__
-from doctor.edits.derived import opened
+from doctor.edits.donor_registry import open_donor
+from doctor.edits.json_edits import json_shown
 from doctor.edits.kinds import (
     MISSING,
     PHASES,
@@ -40,7 +41,7 @@ from doctor.edits.kinds import (
     TakeFile,
     TakeTensor,
 )
-from doctor.edits.overlay import EditedCheckpoint, shown
+from doctor.edits.overlay import EditedCheckpoint
 from doctor.fixing.in_place import kept_name
 from doctor.fixing.staging import RECEIPT, Stage, open_stage, sha256
 from doctor.lint.engine import RuleRun, judge, locate
@@ -356,7 +357,7 @@ def _clash(code: str, edit: Edit, other_code: str, other: Edit) -> str:
 
 def _wish(edit: Edit) -> str:
     if isinstance(edit, (SetJson, SetRecipe)):
-        return shown(edit.value)
+        return json_shown(edit.value)
     if isinstance(edit, RemoveJson):
         return "it removed"
     if isinstance(edit, PadTensor):
@@ -503,7 +504,7 @@ def make_plan(
 
 def _touched(edits: list[Edit], view: EditedCheckpoint) -> set[str]:
     """Tensors whose bytes these edits change."""
-    files = {view.called(e.file) for e in edits if isinstance(e, TakeFile)} & view.shards.keys()
+    files = {view.new_name(e.file) for e in edits if isinstance(e, TakeFile)} & view.shards.keys()
     return {e.tensor for e in edits if hasattr(e, "tensor")} | {t.name for n in files for t in view.shards[n].tensors}
 
 
@@ -577,9 +578,9 @@ def _describe_step(step: Step, before: EditedCheckpoint, after: EditedCheckpoint
             step.diffs[name] = diff_lines(old.decode("utf-8", "replace"), new.decode("utf-8", "replace"))
     touched = sorted({e.tensor for e in step.edits if hasattr(e, "tensor")})
     step.notes += [
-        f"{e.file}: {after.entries[after.called(e.file)].size:,} bytes, sha256 {e.sha256}"
+        f"{e.file}: {after.entries[after.new_name(e.file)].size:,} bytes, sha256 {e.sha256}"
         for e in step.edits
-        if isinstance(e, TakeFile) and after.called(e.file) in after.entries
+        if isinstance(e, TakeFile) and after.new_name(e.file) in after.entries
     ]
     step.notes += [f"{e.file} → {e.to}" for e in step.edits if isinstance(e, RenameFile)]
     changes: dict[tuple, list[str]] = {}
@@ -809,8 +810,8 @@ def _verify(
         )
         digests = {n: (before[n].result() if n in before else None, after[n].result()) for n in changed}
     for edit in plan.view.edits:
-        name = plan.view.called(edit.file) if isinstance(edit, TakeFile) else None
-        if name in plan.view.taken and digests[name][1] != edit.sha256:
+        name = plan.view.new_name(edit.file) if isinstance(edit, TakeFile) else None
+        if name in plan.view.substituted and digests[name][1] != edit.sha256:
             raise BadCheckpoint(
                 f"{edit.file}: came with sha256 {digests[name][1]}; the plan was made for {edit.sha256}.",
                 "Nothing was kept; run the command again.",
@@ -845,7 +846,7 @@ def _sha256_if_readable(path: Path) -> str | None:
 def _origin(plan: Plan) -> Checkpoint:
     """Whose files the view changes: the source, or what an adapter is merged into."""
     other = next((e for e in plan.view.edits if isinstance(e, Rebase)), None)
-    return plan.source if other is None else opened(other.root)
+    return plan.source if other is None else open_donor(other.root)
 
 
 def _taken_from(plan: Plan, base) -> dict:

@@ -20,7 +20,8 @@ import numpy as np
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, MachineError, PlanRefused
-from doctor.edits.overlay import EditedCheckpoint, Piece
+from doctor.edits.overlay import EditedCheckpoint
+from doctor.edits.shard_layout import Piece
 from doctor.fixing.in_place import CANNOT, exchange, kept_name, swap, sync_folder, write_back
 
 COPY_STEP = 64 << 20  # bytes a call: larger steps were no faster, and Ctrl-C is heard between them
@@ -78,7 +79,7 @@ class Stage:
                     continue
                 if name in self.view.pieces:
                     self._write_shard(name)
-                elif name in self.view.changed - self.view.taken:
+                elif name in self.view.changed - self.view.substituted:
                     self.add(name, self.view.read_file(name))
                 else:
                     self._carry(name, os.path.realpath(self.view.source.path(name)))

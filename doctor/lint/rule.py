@@ -20,6 +20,7 @@ from doctor.core.finding import CERTAINTIES, SEVERITIES, Finding, Fix, Place
 from doctor.core.messages import _, listed, plural  # noqa: F401
 from doctor.core.recipe import ASKED, is_kept  # noqa: F401
 from doctor.core.tables import table  # noqa: F401
+from doctor.edits.arithmetic import widens  # noqa: F401 - rules import edits from here
 from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
     MISSING,
     AddLowRank,
@@ -47,7 +48,6 @@ from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
     SetRecipe,
     ShiftZeros,
     TakeTensor,
-    widens,
 )
 from doctor.formats.tensor_names import NEEDED, PACKED_TAILS, PARTS, SCALES, WORD_TAILS, WORDS  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from doctor.checkpoint.codecs import encode, from_codes, nonfinite_mask, to_bf16
 from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.safetensors import TensorInfo
-from doctor.edits.kinds import MISSING, PadTensor, ReplaceNonfinite, apply, edited_info, pad_positions, pad_runs
+from doctor.edits.arithmetic import apply, edited_info, pad_positions, pad_runs
+from doctor.edits.kinds import MISSING, PadTensor, ReplaceNonfinite
 
 
 def info_of(codes, dtype="BF16"):

@@ -127,10 +127,10 @@ def test_a_base_that_is_damaged_too_gives_no_file(tmp_path, whole):
 
 
 def test_a_file_of_the_base_that_changes_meanwhile_is_refused(tmp_path, whole, monkeypatch):
-    from doctor.edits.donor import Base
+    from doctor.edits.donor import Donor
 
     source = copy_of(whole, tmp_path / "source", cut)
-    real = Base._offer_file
+    real = Donor._offer_file
 
     def then_changed(self, name):
         offer = real(self, name)
@@ -139,7 +139,7 @@ def test_a_file_of_the_base_that_changes_meanwhile_is_refused(tmp_path, whole, m
         (whole / name).write_bytes(raw)
         return offer
 
-    monkeypatch.setattr(Base, "_offer_file", then_changed)
+    monkeypatch.setattr(Donor, "_offer_file", then_changed)
     with pytest.raises(BadCheckpoint, match="the plan was made for"):
         fix(source, tmp_path / "out", tiny().recipe, base=whole)
     assert not (tmp_path / "out").exists() and not left_over(tmp_path)
@@ -422,7 +422,7 @@ def test_a_renamed_shard_is_linked_and_the_index_keeps_its_text_but_for_the_name
     assert list(view.shards) == [FIRST, LAST, NEW] == [n for n in view.entries if n.startswith("model-")]
     assert {t.shard for t in view.shards[NEW].tensors} == {NEW} and not view.missing_shards
     assert view.json[INDEX_NAME].raw == (whole / INDEX_NAME).read_bytes().replace(SECOND.encode(), NEW.encode())
-    assert view.changed == {INDEX_NAME} and view.origin(NEW) == SECOND and view.called(SECOND) == NEW
+    assert view.changed == {INDEX_NAME} and view.origin(NEW) == SECOND and view.new_name(SECOND) == NEW
     assert read(view, NEW) == (whole / SECOND).read_bytes() and view.path(NEW) == whole / SECOND
     name = view.shards[NEW].tensors[0].name
     assert (view.load(name) == Checkpoint.open(whole).load(name)).all()
@@ -453,19 +453,19 @@ def test_a_new_name_goes_with_every_other_edit_of_the_shard(tmp_path, whole, edi
             n: t._replace(shard=SECOND if t.shard == NEW else t.shard) for n, t in view.tensors.items()
         } == alone.tensors
         assert view.index == json.loads(json.dumps(alone.index).replace(SECOND, NEW))
-    assert view.taken == ({NEW} if edit == "base" else set())
+    assert view.substituted == ({NEW} if edit == "base" else set())
 
 
 @pytest.mark.parametrize(
     "edits, message",
     [
-        ([RenameFile(SECOND, LAST)], "another file's"),
-        ([RenameFile(SECOND, NEW), RenameFile(LAST, NEW)], "another file's"),
+        ([RenameFile(SECOND, LAST)], "belongs to another file"),
+        ([RenameFile(SECOND, NEW), RenameFile(LAST, NEW)], "belongs to another file"),
         ([RenameFile("config.json", NEW)], "config.json: not a weight file"),
         ([RenameFile(NEW, SECOND)], "not a weight file"),
-        ([RenameFile(SECOND, "../x.safetensors")], "no name for a weight file"),
-        ([RenameFile(SECOND, "x.bin")], "no name for a weight file"),
-        ([RenameFile(SECOND, NEW), DropFile(SECOND)], "one edit leaves it out and another renames it"),
+        ([RenameFile(SECOND, "../x.safetensors")], "is not a valid name of a weight file"),
+        ([RenameFile(SECOND, "x.bin")], "is not a valid name of a weight file"),
+        ([RenameFile(SECOND, NEW), DropFile(SECOND)], "one edit drops it and another renames it to"),
     ],
 )
 def test_a_name_that_is_not_free_or_no_name_is_refused(whole, edits, message):
@@ -475,7 +475,7 @@ def test_a_name_that_is_not_free_or_no_name_is_refused(whole, edits, message):
 
 def test_a_name_that_the_index_has_for_lost_tensors_is_not_free(whole):
     (whole / LAST).unlink()
-    with pytest.raises(PlanRefused, match="is another file's"):
+    with pytest.raises(PlanRefused, match="belongs to another file"):
         EditedCheckpoint(Checkpoint.open(whole), [RenameFile(SECOND, LAST)])
 
 

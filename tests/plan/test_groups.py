@@ -16,7 +16,8 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.facts import CHECKPOINT, Unavailable
 from doctor.core.recipe import Recipe, is_kept
 from doctor.core.tables import table
-from doctor.edits.kinds import PadTensor, SetJson, apply
+from doctor.edits.arithmetic import apply
+from doctor.edits.kinds import PadTensor, SetJson
 from doctor.lint.testing import measured, tiny, tiny_gptq
 from doctor.model.spec import _lookup, build_spec, evaluate
 from doctor.plan.groups import Words, in_force, read_quantization, runtime_entries

@@ -1,0 +1,39 @@
+"""Other checkpoints that edits read from, opened once a run and found by the `root` of the edit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.safetensors import TensorInfo, new_digest
+
+_DONATED: dict[str, Checkpoint] = {}
+
+
+def open_donor(root: str) -> Checkpoint:
+    """The checkpoint of an edit's `root`: a directory, or what `donate` registered under that name."""
+    return _DONATED[root] if root in _DONATED else _open(root)
+
+
+@contextmanager
+def donate(root: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Within it, `open_donor(root)` returns this checkpoint, which need not be a directory of this machine."""
+    _DONATED[root] = checkpoint
+    try:
+        yield
+    finally:
+        del _DONATED[root]
+
+
+@cache
+def _open(root: str) -> Checkpoint:
+    return Checkpoint.open(root)
+
+
+def tensor_digest(checkpoint: Checkpoint, info: TensorInfo) -> str:
+    """blake2b (16 bytes, hexadecimal) of the tensor's bytes."""
+    result = new_digest()
+    with checkpoint.open_file(info.shard) as file:
+        for part in checkpoint.chunks(file, info, 1 << 20):
+            result.update(part)
+    return result.hexdigest()
