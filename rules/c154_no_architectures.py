@@ -15,7 +15,7 @@ Fix safety: safe for a family of the table: the class follows from model_type.
 Sources: vllm-project/vllm vllm/model_executor/models/registry.py; ggml-org/llama.cpp convert_hf_to_gguf.py.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule, table
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, family_table, finding, rule
 from doctor.lint.testing import tiny
 
 
@@ -26,7 +26,7 @@ def no_architectures(checkpoint, config, spec):
         return
     fix = Fix("write the model's class into architectures", (), "manual")
     if spec.family is not None and spec.text_key is None:
-        value = [table("architectures")["families"][spec.family]["architecture"]]
+        value = [family_table(spec.family)["architecture"]]
         fix = Fix(
             f'set "architectures": {value}',
             (SetJson("config.json", "/architectures", value, config.get("architectures", MISSING)),),

@@ -15,7 +15,7 @@ Fix safety: safe where architectures names a class of the table; else manual.
 Sources: transformers src/transformers/models/auto/configuration_auto.py.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule, table
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, families_of, finding, rule
 from doctor.lint.testing import tiny
 
 
@@ -23,12 +23,10 @@ from doctor.lint.testing import tiny
 def no_model_type(checkpoint, config, spec):
     if isinstance(config.get("model_type"), str) and config["model_type"]:
         return
-    known = {
-        f["model_type"] for f in table("architectures")["families"].values() if f["architecture"] == spec.architecture
-    }
+    found = families_of(spec.architecture)
     # Some families borrow another's class (InternLM3 runs as LlamaForCausalLM); the class's own family has its name.
-    own = {k for k in known if spec.architecture.lower() == f"{k.replace('_', '')}forcausallm"}
-    known = own if len(own) == 1 else known
+    own = {kind for _, kind in found if spec.architecture.lower() == f"{kind.replace('_', '')}forcausallm"}
+    known = own if len(own) == 1 else {kind for _, kind in found}
     fix = Fix("write the model_type of the base model", (), "manual")
     if len(known) == 1:
         kind = known.pop()

@@ -33,7 +33,7 @@ BIAS_KEYS = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias
 @rule("F052", "warning", certainty="likely", implied_by=("C147", "F057", "F058", "C142", "F050"))
 def unexpected_tensor(checkpoint, placement, config):
     spec = placement.spec
-    if spec.family is None or len(set(spec.config.get("layer_types") or ())) > 1:
+    if spec.family is None:
         return
     placed = {info.name for info, _, _ in placement.sizes()}
     for block in placement.counted:

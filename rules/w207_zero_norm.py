@@ -11,10 +11,10 @@ at. A norm after a block may be switched off with zeros on purpose.
 Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model. Nothing here says that it was not
 trained.
 
-Sources: rules/tables/architectures.json (norm_parametrisation of each family).
+Sources: rules/tables/architectures/ (norm of each family).
 """
 
-from doctor.lint.rule import finding, rule, table, tensor_from_base
+from doctor.lint.rule import finding, rule, tensor_from_base
 from doctor.lint.testing import never_in, tiny
 
 FACTOR = "weight * xhat"  # how a family stores a norm whose weights multiply; "(1 + weight) * xhat" is the other way
@@ -24,8 +24,7 @@ FACTOR = "weight * xhat"  # how a family stores a norm whose weights multiply; "
 def zero_norm(tensor, n_zero, numel, spec, base):
     if len(tensor.shape) != 1 or not tensor.name.endswith("norm.weight") or not numel or n_zero != numel:
         return
-    family = table("architectures")["families"].get(spec.family, {})
-    if family.get("norm_parametrisation") == FACTOR:
+    if spec.norm_of(tensor.name) == FACTOR:
         yield finding(
             f"all {numel:,} weights of {tensor.name} are 0: nothing passes this norm",
             evidence={"numel": numel},

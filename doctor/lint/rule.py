@@ -19,7 +19,8 @@ from doctor.core.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, p
 from doctor.core.finding import CERTAINTIES, SEVERITIES, Finding, Fix, Place
 from doctor.core.messages import _, listed, plural  # noqa: F401
 from doctor.core.recipe import ASKED, is_kept  # noqa: F401
-from doctor.core.tables import table  # noqa: F401
+from doctor.core.tables import families_of, table  # noqa: F401
+from doctor.core.tables import family as family_table  # noqa: F401
 from doctor.edits.arithmetic import widens  # noqa: F401 - rules import edits from here
 from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
     MISSING,

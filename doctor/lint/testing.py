@@ -18,11 +18,11 @@ from doctor.checkpoint.codecs import to_bf16
 from doctor.checkpoint.dtypes import CODE_NUMPY
 from doctor.core.lazy_numpy import np
 from doctor.core.recipe import Recipe
-from doctor.core.tables import table
+from doctor.core.tables import family as family_table
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 64, 128, 4, 2, 16, 96, 2
 FAMILIES = ("llama", "qwen2", "mistral", "gemma", "qwen2_moe", "phi3", "opt")
-# Sizes of latent and linear attention, for the families whose shapes are made of them.
+# Sizes of latent and linear attention and of state spaces, for the families whose shapes are made of them.
 _OWN_SIZES = {
     "q_lora_rank": 32,
     "kv_lora_rank": 48,
@@ -33,6 +33,17 @@ _OWN_SIZES = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
+    "mamba_d_head": 16,
+    "mamba_n_heads": 8,
+    "mamba_head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_d_state": 16,
+    "mamba_d_ssm": 128,
+    "mamba_dt_rank": 8,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
 }
 _family: ContextVar[str | None] = ContextVar("family", default=None)
 
@@ -99,7 +110,7 @@ class Case:
     @property
     def head(self) -> str:
         """Tensor name of the output head, stored or not."""
-        return table("architectures")["families"][self.family].get("lm_head", "lm_head") + ".weight"
+        return family_table(self.family)["lm_head"] + ".weight"
 
     def name(self, role: str, block: int = 0) -> str:
         """Tensor name of the first linear of a role ("down", "k", …) in a block of this family."""
@@ -177,11 +188,11 @@ def tiny(family: str | None = None, dtype: str = "BF16", mlp: int | None = None,
     size too.
     """
     family = family or _family.get() or "llama"
-    entry = table("architectures")["families"][family]
+    entry = family_table(family)
     config = _config(family, entry, mlp, hidden)
     rng = np.random.default_rng(7)
     tensors, dtypes = {}, {}
-    for name, shape in _shapes(entry, config):
+    for name, shape in _shapes(family, entry, config):
         tensors[name] = _values(rng, name, shape, dtype, entry)
         dtypes[name] = dtype
     return Case(family, tensors, dtypes, {"config.json": config, **_tokenizer_files(config)})
@@ -209,7 +220,7 @@ def _config(family: str, entry: dict, mlp: int | None, hidden: int = HIDDEN) -> 
         key = keys.get(name)
         if isinstance(key, str) and key.isidentifier():
             config[key] = value
-    used = " ".join(e for item in [*entry["linears"], *entry["other_tensors"]] for e in item["shape"])
+    used = " ".join(e for item in entry["tensor"] for e in item["shape"])
     config |= {name: size for name, size in _OWN_SIZES.items() if name in used}
     if "norm_eps" in keys and isinstance(keys["norm_eps"], str):
         config[keys["norm_eps"]] = 1e-6
@@ -221,33 +232,34 @@ def _config(family: str, entry: dict, mlp: int | None, hidden: int = HIDDEN) -> 
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        "tie_word_embeddings": bool(entry["tie_word_embeddings_default"]),
+        "tie_word_embeddings": entry["tie_word_embeddings"],
         "torch_dtype": "bfloat16",
     }
     return config
 
 
-def _shapes(entry: dict, config: dict):
-    from doctor.model.spec import _lookup, condition, evaluate, exists
+def _shapes(family: str, entry: dict, config: dict):
+    from doctor.model.spec import build_spec, condition, evaluate, exists
 
-    family = next(k for k, v in table("architectures")["families"].items() if v is entry)
-    for item in sorted([*entry["linears"], *entry["other_tensors"]], key=lambda t: t["tensor"]):
-        if (item["tensor"].startswith("lm_head") and config["tie_word_embeddings"]) or not exists(
-            condition(item), config
-        ):
+    spec = build_spec(config, {})
+    for item in sorted(entry["tensor"], key=lambda t: t["name"]):
+        tied_head = item["name"].startswith("lm_head") and config["tie_word_embeddings"]
+        if tied_head or not exists(condition(item), entry["defaults"] | config):
             continue
-        shape = tuple(evaluate(e, lambda k: _lookup(config, family, k)) for e in item["shape"])
-        for i in range(LAYERS) if "{i}" in item["tensor"] else [None]:
-            for e in range(_lookup(config, family, "num_experts") or 0) if "{e}" in item["tensor"] else [None]:
-                name = item["tensor"].replace("{i}", str(i)).replace("{e}", str(e))
+        shape = tuple(evaluate(e, spec.lookup) for e in item["shape"])
+        for i in range(LAYERS) if "{i}" in item["name"] else [None]:
+            if i is not None and spec.in_layer(item.get("layers"), i) is False:
+                continue
+            for e in range(spec.lookup("num_experts") or 0) if "{e}" in item["name"] else [None]:
+                name = item["name"].replace("{i}", str(i)).replace("{e}", str(e))
                 yield name, shape
                 if item.get("bias") is True:
-                    out = shape[-1] if str(item.get("orientation", "")).startswith("in_out") else shape[0]
+                    out = shape[-1] if item.get("transposed") else shape[0]
                     if len(shape) == 3:  # a stack of experts [experts, in, out] has one bias each
                         yield f"{name}_bias", (shape[0], shape[-1])
                     else:
                         yield name.replace(".weight", ".bias"), (out,)
-    if entry["norm_classes"] == ["LayerNorm"] and family == "opt":
+    if family == "opt":
         for i in range(LAYERS):
             for norm in ("self_attn_layer_norm", "final_layer_norm"):
                 yield f"model.decoder.layers.{i}.{norm}.bias", (HIDDEN,)
@@ -256,7 +268,7 @@ def _shapes(entry: dict, config: dict):
 
 def _values(rng, name: str, shape: tuple[int, ...], dtype: str, entry: dict) -> np.ndarray:
     if "norm" in name and name.endswith("weight"):
-        plus_one = str(entry["norm_parametrisation"]).startswith("(1 +")
+        plus_one = entry["norm"].startswith("(1 +")
         values = rng.normal(0.0 if plus_one else 1.0, 0.05, shape)
     elif name.endswith("bias"):
         values = rng.normal(0, 0.1, shape)

@@ -5,7 +5,6 @@ read by the pattern of its own tensor names, and says so (`family` is None). Not
 between config and tensors is a rule's business.
 """
 
-import ast
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,9 @@ from functools import cache
 from typing import NamedTuple
 
 from doctor.checkpoint.safetensors import TensorInfo
-from doctor.core.tables import table
+from doctor.core.tables import families_of, family_names, table
+from doctor.core.tables import family as family_table
+from doctor.model.expressions import evaluate, holds
 
 # Where multimodal configs keep the language model's own block.
 TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config", "text_model_config")
@@ -31,6 +32,8 @@ _ALIASES = {
     "vocab_size": ("padded_vocab_size",),
     "max_position_embeddings": ("n_positions", "seq_length", "max_seq_len", "max_sequence_length"),
 }
+# Keys that hold one word or letter for each decoder layer.
+_LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern")
 QUANTIZABLE = frozenset(
     {
         "q",
@@ -79,6 +82,8 @@ class Template:
     every_layer: bool  # false where only some blocks have it
     bias: object = False
     when: tuple[str | None, str | None] = (None, None)  # (only_with, only_without) of the table
+    norm: str | None = None  # how a norm applies its weight, where the family's norms differ in it
+    layers: str | None = None  # the kind of decoder layer that has it; None: every layer, or no table says
 
 
 @dataclass
@@ -125,15 +130,27 @@ class ModelSpec:
 
     def expected_shape(self, name: str) -> tuple[int, ...] | None:
         """Shape that config.json and the family's table give this tensor; None where they do not say."""
+        found = set()
         for template in self.templates:
             match = template.pattern.match(name)
-            if match:
-                sizes = tuple(evaluate(e, self.lookup) for e in template.shape)
-                return None if any(s is None for s in sizes) else sizes
-        return None
+            if match and self.in_layer(template.layers, int(match.groupdict().get("i") or 0)) is not False:
+                found.add(tuple(evaluate(e, self.lookup) for e in template.shape))
+        sizes = found.pop() if len(found) == 1 else (None,)
+        return None if any(s is None for s in sizes) else sizes
 
     def lookup(self, key: str) -> int | None:
         return _lookup(self.config, self.family, key)
+
+    def norm_of(self, name: str) -> str | None:
+        """How a norm applies the weight in this tensor: "weight * xhat" or "(1 + weight) * xhat"."""
+        own = next((t.norm for t in self.templates if t.pattern.match(name)), None)
+        return own or family_table(self.family).get("norm")
+
+    def in_layer(self, kind: str | None, layer: int) -> bool | None:
+        """Whether config.json makes a decoder layer one of this kind of the table; None where it does not say."""
+        entry = family_table(self.family)
+        conditions = entry.get("kinds", {}).get(kind)
+        return True if kind is None else holds(conditions or (), lambda key: _raw(self.config, entry, key), layer)
 
 
 def text_block(config: Mapping) -> tuple[dict, str | None]:
@@ -158,12 +175,12 @@ def build_spec(config: Mapping, tensors: Mapping[str, TensorInfo]) -> ModelSpec:
     )
     model_type = str(block.get("model_type") or config.get("model_type") or "")
     family = _family(model_type, str(config.get("model_type") or ""), architecture, block)
-    entry = table("architectures")["families"].get(family, {})
+    entry = family_table(family)
     stated = block.get("tie_word_embeddings", config.get("tie_word_embeddings"))
-    tied = stated if isinstance(stated, bool) else bool(entry.get("tie_word_embeddings_default", False))
+    tied = stated if isinstance(stated, bool) else entry.get("tie_word_embeddings", False)
     heads = _size(_lookup(block, family, "num_attention_heads"))
     hidden = _size(_lookup(block, family, "hidden_size"))
-    templates = tuple(t for t in _templates(family) if exists(t.when, block)) if family else ()
+    templates = tuple(t for t in _templates(family) if exists(t.when, entry["defaults"] | block)) if family else ()
     if templates:
         known = {t.tensor for t in templates}
         templates += tuple(t for t in _stack_templates(model_type) if t.tensor not in known)
@@ -202,26 +219,30 @@ def _size(value: object) -> int | None:
 
 
 def _family(model_type: str, outer_type: str, architecture: str, block: Mapping) -> str | None:
-    families = table("architectures")["families"]
     if model_type == "falcon" and block.get("new_decoder_architecture"):
         return "falcon_new"
     for candidate in (model_type, f"{model_type}_text", outer_type, f"{outer_type}_text"):
-        if candidate in families:
+        if candidate in family_names():
             return candidate
-    by_class = {f["architecture"]: name for name, f in families.items()}
-    return by_class.get(architecture)
+    return next((name for name, _ in families_of(architecture)), None)
+
+
+def _raw(config: Mapping, entry: Mapping, key: str) -> object:
+    """What config.json states for a key, of whatever type, else the class's default."""
+    value = config.get(key)
+    return entry.get("defaults", {}).get(key) if value is None else value
 
 
 def _lookup(config: Mapping, family: str | None, key: str) -> int | None:
     """Value of a generic or family key: stated, aliased, derived as transformers derives it, or the class's default."""
-    entry = table("architectures")["families"].get(family, {})
+    entry = family_table(family)
     mapped = entry.get("config_keys", {}).get(key)
     names = [key, *([mapped] if isinstance(mapped, str) and mapped.isidentifier() else []), *_ALIASES.get(key, ())]
     for name in names:
         value = config.get(name)
         if value is not None and not isinstance(value, (dict, str)):
             return max(value) if isinstance(value, list) and value and all(isinstance(v, int) for v in value) else value
-    default = entry.get("class_defaults", {}).get(key)
+    default = entry.get("defaults", {}).get(key)
     if default is not None and not isinstance(default, (dict, str, list)):
         return default
     if key == "head_dim":
@@ -232,6 +253,10 @@ def _lookup(config: Mapping, family: str | None, key: str) -> int | None:
     if key == "n_inner":
         hidden = _lookup(config, family, "n_embd")
         return 4 * hidden if _size(hidden) else None
+    if key == "num_hidden_layers":  # Nemotron-H states only which layers there are
+        return next(
+            (len(config[n]) for n in _LAYER_LISTS if isinstance(config.get(n), (list, str)) and config[n]), None
+        )
     if key in ("n_head", "n_embd", "d_model", "num_heads", "n_heads"):
         generic = {
             "n_head": "num_attention_heads",
@@ -242,55 +267,23 @@ def _lookup(config: Mapping, family: str | None, key: str) -> int | None:
     return None
 
 
-def evaluate(expression: str, lookup) -> int | None:
-    """Value of a shape expression (+ - * // and parentheses over integers and names); None where a name is unknown."""
-    try:
-        return _evaluate(_parsed(expression), lookup)
-    except (TypeError, ZeroDivisionError, SyntaxError):
-        return None
-
-
-@cache
-def _parsed(expression: str) -> ast.AST:
-    return ast.parse(expression, mode="eval").body
-
-
-def _evaluate(node: ast.AST, lookup) -> int:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if isinstance(node, ast.Name):
-        value = lookup(node.id)
-        if not isinstance(value, int):
-            raise TypeError(node.id)
-        return value
-    if isinstance(node, ast.BinOp):
-        a, b = _evaluate(node.left, lookup), _evaluate(node.right, lookup)
-        for kind, result in ((ast.Add, a + b), (ast.Sub, a - b), (ast.Mult, a * b)):
-            if isinstance(node.op, kind):
-                return result
-        if isinstance(node.op, ast.FloorDiv):
-            return a // b
-    raise TypeError(ast.dump(node))
-
-
 @cache
 def _templates(family: str) -> tuple[Template, ...]:
-    entry = table("architectures")["families"][family]
-    found = []
-    for item in [*entry["linears"], *entry["other_tensors"]]:
-        found.append(
-            Template(
-                item["tensor"],
-                _pattern(item["tensor"]),
-                tuple(item["shape"]),
-                item.get("role"),
-                str(item.get("orientation", "")).startswith("in_out"),
-                "layers_in_probe" not in item,
-                item.get("bias", False),
-                condition(item),
-            )
+    return tuple(
+        Template(
+            item["name"],
+            _pattern(item["name"]),
+            tuple(item["shape"]),
+            item.get("role"),
+            item.get("transposed", False),
+            "layers" not in item,
+            item.get("bias", False),
+            condition(item),
+            item.get("norm"),
+            item.get("layers"),
         )
-    return tuple(found)
+        for item in family_table(family)["tensor"]
+    )
 
 
 def stacks_of(model_type: str) -> list[dict]:
@@ -323,8 +316,10 @@ def condition(item: Mapping) -> tuple[str | None, str | None]:
 
 
 def exists(when: tuple[str | None, str | None], config: Mapping) -> bool:
-    """Whether a model of this config has a tensor with this condition: a key set to null takes away what needs it."""
-    needed, unwanted = (key is not None and config.get(key, key) is None for key in when)
+    """Whether a model of this config has a tensor with this condition. A key set to null, 0 or false takes away what
+    needs it.
+    """
+    needed, unwanted = (key is not None and not config.get(key, key) for key in when)
     return not needed and (when[1] is None or unwanted)
 
 
@@ -353,6 +348,9 @@ def _named(tensors: Mapping[str, TensorInfo], module: str, *tails: str) -> str |
 
 
 _BLOCK = re.compile(r"\.(?P<i>\d+)\.")
+# Layers of multi-token prediction that are stored under a stem of their own: their number counts from 0 again, so a
+# linear of theirs has no decoder layer (block None), and its name alone says which it is.
+_EXTRA_LAYERS = re.compile(r"(?:^|\.)(?:mtp|mtp_layers|nextn)\.")
 
 
 def _linears(
@@ -364,6 +362,11 @@ def _linears(
         for linear in _by_shape(infos):
             found = _template_and_match(linear.tensor, experts)
             yield linear._replace(role=found[0].role, expert=int(found[1]["e"])) if found else linear
+
+
+def in_extra_layer(name: str) -> bool:
+    """Whether a tensor or module belongs to a layer of multi-token prediction that has a stem of its own (`mtp.`)."""
+    return _EXTRA_LAYERS.search(name) is not None
 
 
 def _by_template(infos: Iterable[TensorInfo], templates: list[Template]) -> Iterable[Linear]:
@@ -388,11 +391,12 @@ def _by_template(infos: Iterable[TensorInfo], templates: list[Template]) -> Iter
         if known[alike] is not None:
             template, number, expert = known[alike]
             out, inn = info.shape[::-1] if template.transposed else info.shape
+            layer = None if in_extra_layer(info.name) else int(number or block["i"])
             yield Linear(
                 info.name.removesuffix(".weight"),
                 info.name,
                 template.role,
-                int(number or block["i"]),
+                layer,
                 inn,
                 out,
                 template.transposed,
@@ -447,18 +451,19 @@ def _by_shape(infos: Iterable[TensorInfo]) -> Iterable[Linear]:
         ):
             continue
         tail = module.rpartition(".")[2]
+        layer = None if in_extra_layer(info.name) else int(block["i"])
         yield Linear(
             info.name.removesuffix(".weight"),
             info.name,
             ROLE_OF_TAIL.get(tail, "other"),
-            int(block["i"]),
+            layer,
             info.shape[1],
             info.shape[0],
         )
 
 
 def _prefix(linears: tuple[Linear, ...], templates: tuple[Template, ...]) -> str:
-    for linear in linears[:1]:
+    for linear in [x for x in linears if x.block is not None][:1]:
         for template in templates:
             match = template.pattern.match(linear.tensor)
             if match:

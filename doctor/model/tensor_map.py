@@ -1,9 +1,9 @@
 """Which tensor is which: names sorted into blocks, each matched with the template of its family.
 
 A rule about missing, unexpected or misshapen tensors needs one answer to "what should stand here"; it is worked out
-once. Templates come from the table `architectures`, which was taken from two-block models, so what a family's other
-kinds of block hold is learnt from the checkpoint itself: a block is compared only with blocks that hold everything it
-holds.
+once. Templates come from the table of architectures, which also says what makes a decoder layer one of full attention,
+linear attention, experts and so on. Layers are compared with layers of their own kinds, and only with those that hold
+everything they hold.
 """
 
 import re
@@ -13,7 +13,8 @@ from functools import cache
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable, fact
 from doctor.formats.tensor_names import PACKED_TAILS
-from doctor.model.spec import NOT_TEXT, QUANTIZABLE, ModelSpec, Template, evaluate
+from doctor.model.expressions import evaluate, names_of
+from doctor.model.spec import NOT_TEXT, QUANTIZABLE, ModelSpec, Template
 
 _NUMBERED = re.compile(r"^(?P<stem>(?:.*?\.)?)(?P<block>\d+)\.(?P<tail>.+)$")
 
@@ -43,7 +44,8 @@ class Placement:
     outside: dict[str, TensorInfo] = field(default_factory=dict)
     foreign: dict[str, TensorInfo] = field(default_factory=dict)
     _sizes: list | None = field(default=None, repr=False)
-    _templates: dict[str, Template | None] = field(default_factory=dict, repr=False)  # tail of a name -> its template
+    _kinds: dict[int, tuple[bool | None, ...]] = field(default_factory=dict, repr=False)
+    _templates: dict[str, list[Template]] = field(default_factory=dict, repr=False)  # tail of a name -> its templates
 
     def name(self, block: int, tail: str) -> str:
         return f"{self.stem}{block}.{tail}"
@@ -61,14 +63,22 @@ class Placement:
         match = _NUMBERED.match(name) if name.startswith(self.stem) else None
         if not match or match["stem"] != self.stem:
             return next((t for t in self.spec.templates if "{i}" not in t.tensor and self.outer_name(t) == name), None)
-        return self._inner(match["tail"])
+        return self._inner(match["tail"], int(match["block"]))
 
-    def _inner(self, tail: str) -> Template | None:
-        """The template of a tensor inside a block, by the part of its name after the block's number."""
+    def _inner(self, tail: str, layer: int) -> Template | None:
+        """The template of a tensor inside a decoder layer, by the part of its name after the layer's number.
+
+        Where kinds of layers hold tensors of different sizes under one name, the one of the layer's own kind; without
+        sizes where config.json does not say which kind that is.
+        """
         if tail not in self._templates:
             inner = (t for t in self.spec.templates if "{i}" in t.tensor)
-            self._templates[tail] = next((t for t in inner if _tail_pattern(t.tensor).match(tail)), None)
-        return self._templates[tail]
+            self._templates[tail] = [t for t in inner if _tail_pattern(t.tensor).match(tail)]
+        found = self._templates[tail]
+        if len(found) < 2:
+            return found[0] if found else None
+        own = [t for t in found if self.spec.in_layer(t.layers, layer) is not False]
+        return own[0] if len(own) == 1 else replace(found[0], shape=("unstated",) * len(found[0].shape))
 
     def outer_name(self, template: Template) -> str:
         """What this checkpoint calls a tensor of the family that stands in no block."""
@@ -93,14 +103,15 @@ class Placement:
         return self._sizes
 
     def _every_size(self):
-        named = [(info, self.template_of, name) for name, info in self.outside.items()]
-        named += [(info, self._inner, tail) for block in self.blocks.values() for tail, info in block.items()]
-        for info, template_of, name in named:
-            template = template_of(name)
+        named = [(info, self.template_of, name, ()) for name, info in self.outside.items()]
+        for layer, own in self.blocks.items():
+            named += [(info, self._inner, tail, (layer,)) for tail, info in own.items()]
+        for info, template_of, name, layer in named:
+            template = template_of(name, *layer)
             if template is not None:
                 yield info, template, template.shape
             elif name.endswith(".bias"):
-                template = template_of(name.removesuffix(".bias") + ".weight")
+                template = template_of(name.removesuffix(".bias") + ".weight", *layer)
                 if template is not None and len(template.shape) == 2 and template.role in QUANTIZABLE:
                     yield info, template, (template.shape[1 if template.transposed else 0],)
 
@@ -141,12 +152,16 @@ class Placement:
 
     def missing(self) -> dict[str, str]:
         """Name of each absent tensor -> why it must be there."""
-        found = self._missing_outside() | self._missing_in_all() | self._missing_siblings()
+        found = self._missing_outside() | self._missing_in_all() | self._missing_by_kind() | self._missing_siblings()
         counted = self.counted
         kinds = [frozenset(self.blocks[b]) for b in counted]
-        for block in counted:
-            own = frozenset(self.blocks[block])
-            fuller = [kind for kind in kinds if own < kind]
+        alike = [self._kinds_of(b) for b in counted]
+        lacking_experts: dict[frozenset[str], list[str]] = {}  # layers that hold the same names are looked at once
+        for block, own, kind_of in zip(counted, kinds, alike, strict=True):
+            if own not in lacking_experts:
+                lacking_experts[own] = self._missing_of_experts(own)
+            found |= {self.name(block, tail): "other experts of its layer have it" for tail in lacking_experts[own]}
+            fuller = [kind for kind, other in zip(kinds, alike, strict=True) if kind_of == other and own < kind]
             lacking = frozenset().union(*fuller) - own
             if lacking and (self.spec.family or (len(counted) >= 4 and len(fuller) * 4 >= 3 * len(counted))):
                 found |= {
@@ -155,30 +170,77 @@ class Placement:
                 }
         return found
 
+    def _kinds_of(self, layer: int) -> tuple[bool | None, ...]:
+        """What config.json says about a decoder layer: for each kind that the table knows, whether it is one."""
+        if layer not in self._kinds:
+            names = dict.fromkeys(t.layers for t in self.spec.templates if t.layers)
+            self._kinds[layer] = tuple(self.spec.in_layer(name, layer) for name in names)
+        return self._kinds[layer]
+
+    def _missing_by_kind(self) -> dict[str, str]:
+        """Linears of the kind that config.json gives a layer, where it holds nothing unknown in their place."""
+        own_kind = [t for t in self.spec.templates if t.layers and "{e}" not in t.tensor and t.role in QUANTIZABLE]
+        found = {}
+        for layer in self.counted if own_kind else ():
+            own = self.blocks[layer]
+            here = {t.tensor.partition("{i}.")[2]: t.layers for t in own_kind if self.spec.in_layer(t.layers, layer)}
+            lacking = here.keys() - own.keys()
+            if lacking and all(self._inner(tail, layer) for tail in own if tail.endswith(".weight")):
+                why = f"config.json makes layer {layer} one of {{kind}}"
+                found |= {self.name(layer, tail): why.format(kind=here[tail]) for tail in lacking}
+        return found
+
+    def _missing_of_experts(self, tails: frozenset[str]) -> list[str]:
+        """Linears that single experts of a decoder layer lack, of the names (tails) that the layer holds."""
+        parts = [t.tensor.partition("{i}.")[2].partition("{e}") for t in self.spec.templates if "{e}" in t.tensor]
+        lacking = []
+        for stem in {stem for stem, _, _ in parts}:
+            numbers: dict[str, set[str]] = {rest: set() for before, _, rest in parts if before == stem}
+            for tail in tails:
+                if tail.startswith(stem):
+                    number, dot, rest = tail[len(stem) :].partition(".")
+                    if dot + rest in numbers:
+                        numbers[dot + rest].add(number)
+            every = set().union(*numbers.values())
+            lacking += [f"{stem}{n}{rest}" for rest, have in numbers.items() if have for n in sorted(every - have)]
+        return lacking
+
     def _missing_siblings(self) -> dict[str, str]:
-        """What a block of a kind of its own lacks: linears of a module that has its others, norms that all other blocks
-        have.
+        """What a layer of a kind of its own lacks: linears of a module that has its others, norms that all other
+        layers have.
         """
         inner = [t for t in self.spec.templates if "{i}" in t.tensor and "{e}" not in t.tensor]
         tails = {t.tensor.partition("{i}.")[2]: t for t in inner}
         found = {}
         for block in self.counted:
             own = self.blocks[block]
-            for tail, template in tails.items():
-                module = tail.split(".")[:-2]
-                if tail in own:
+            for template in inner:
+                tail = template.tensor.partition("{i}.")[2]
+                module, here = _module(tail), self.spec.in_layer(template.layers, block)
+                if tail in own or here is False:
                     continue
-                if not module and template.role is None and template.every_layer:
-                    others = [b for b in self.counted if b != block]
-                    if others and all(tail in self.blocks[b] for b in others):
-                        found[self.name(block, tail)] = "every other block has it"
-                elif module and template.role in QUANTIZABLE:
-                    beside = [t for t in own if t.split(".")[:-2] == module and t.endswith(".weight")]
-                    if any(tails[t].role in QUANTIZABLE for t in beside if t in tails) and all(
-                        t in tails for t in beside
-                    ):
+                if template.role in QUANTIZABLE:
+                    beside = [t for t in own if _module(t) == module and t.endswith(".weight")] if module else []
+                    known = all(t in tails for t in beside)
+                    if known and any(tails[t].role in QUANTIZABLE for t in beside):
                         found[self.name(block, tail)] = f"{module[-1]} has its other linears"
+                elif here:
+                    alike = [b for b in self.counted if b != block and self.spec.in_layer(template.layers, b)]
+                    if alike and all(tail in self.blocks[b] for b in alike):
+                        found[self.name(block, tail)] = "every other layer of its kind has it"
+                    elif not alike and template.layers and self._belongs(tail, own):
+                        found[self.name(block, tail)] = f"{module[-1]} has its other tensors"
         return found
+
+    def _belongs(self, tail: str, own: dict[str, TensorInfo]) -> bool:
+        """Whether the only layer of a kind, with the tensors `own`, must hold this one: its module is there, and no flag
+        says that norms are off. Biases are not judged.
+        """
+        flags = self.spec.config.items()
+        off = any("norm" in key and value is False for key, value in flags)
+        judged = not tail.endswith("bias") or tail.endswith("dt_bias")
+        module = _module(tail)[:1]
+        return judged and not off and bool(module) and any(_module(t)[:1] == module for t in own)
 
     def _missing_outside(self) -> dict[str, str]:
         """Embedding, last norm and the like: what stands beside the blocks in every model of the family."""
@@ -257,15 +319,20 @@ def solve(expression: str, key: str, spec: ModelSpec, want: int) -> int | None:
     return None
 
 
-@cache
 def keys_of(expression: str) -> list[str]:
     """Names of config keys in a shape expression, in order, each once."""
-    return list(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", expression)))
+    return list(names_of(expression))
 
 
 def _root(stem: str) -> str:
     """`model.layers.` -> `model.`; `h.` -> ``."""
     return stem.rstrip(".").rpartition(".")[0] + "." if "." in stem.rstrip(".") else ""
+
+
+def _module(tail: str) -> list[str]:
+    """The module a tensor of a layer is in: `self_attn` of `self_attn.q_proj.weight` and of `self_attn.sinks`."""
+    parts = tail.split(".")
+    return parts[: -2 if parts[-1] in ("weight", "bias") else -1]
 
 
 @cache
@@ -282,7 +349,7 @@ def placement(checkpoint, spec, tensors) -> Placement:
     stems: dict[str, int] = {}
     for linear in spec.linears:
         match = _NUMBERED.match(linear.tensor)
-        if match:
+        if match and linear.block is not None:
             stems[match["stem"]] = stems.get(match["stem"], 0) + 1
     if not stems and (not spec.templates or any(map(_NUMBERED.match, tensors))):
         raise Unavailable("no numbered blocks with linears among the tensors")

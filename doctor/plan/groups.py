@@ -20,8 +20,9 @@ from doctor.core.recipe import BITS, METHODS, Recipe, is_kept
 from doctor.core.tables import table
 from doctor.edits.kinds import MISSING, Edit, Keep, PadTensor, SetJson
 from doctor.formats.tensor_names import WORD_TAILS
+from doctor.model.expressions import evaluate
 from doctor.model.fused_experts import find_stacks
-from doctor.model.spec import NOT_TEXT, ROLE_OF_TAIL, ROW_PARALLEL, ModelSpec, evaluate
+from doctor.model.spec import NOT_TEXT, ROLE_OF_TAIL, ROW_PARALLEL, ModelSpec, in_extra_layer
 
 # Linears that a serving engine stores as one matrix, so that they must be quantized alike or not at all.
 FUSED = (("q", "k", "v"), ("gate", "up"))
@@ -415,8 +416,9 @@ def role_of(name: str, spec: ModelSpec) -> tuple[str, int | None, int | None]:
         match = template.pattern.match(f"{name}.weight")
         if match and template.role:
             parts = match.groupdict()
-            return template.role, *(int(parts[k]) if parts.get(k) else None for k in ("i", "e"))
-    numbers = [int(p) for p in name.split(".") if p.isdigit()]
+            block, expert = (int(parts[k]) if parts.get(k) else None for k in ("i", "e"))
+            return template.role, None if in_extra_layer(name) else block, expert
+    numbers = [] if in_extra_layer(name) else [int(p) for p in name.split(".") if p.isdigit()]
     return ROLE_OF_TAIL.get(name.rsplit(".", 1)[-1], "other"), numbers[0] if numbers else None, None
 
 

@@ -67,8 +67,10 @@ SIZES = {
     "sliding_window": 64,
 }
 
-# What single families need besides, because their own defaults are large or ask for numbers that fit each other.
+# What single families need besides: because their own defaults are large or ask for numbers that fit each other, and so
+# that a model has a decoder layer of every kind.
 OWN = {
+    "bamba": {"attn_layer_indices": [1]},
     "dots1": {"num_key_value_heads": 2, "n_shared_experts": 1},
     "gemma3n_text": {
         "num_kv_shared_layers": 0,
@@ -79,9 +81,20 @@ OWN = {
     },
     "gemma4_text": {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 96},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 3},
+    "kimi_linear": {
+        "num_hidden_layers": 4,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"],
+        "q_lora_rank": None,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 32, "head_dim": 8, "n_groups": 1, "state_size": 32},
     "nemotron_h": {"moe_shared_expert_intermediate_size": 256},
+    "qwen3_5_moe_text": {"num_hidden_layers": 4},
+    "qwen3_5_text": {"num_hidden_layers": 4},
+    "qwen3_next": {"num_hidden_layers": 4},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],

@@ -1,9 +1,12 @@
 import pytest
+from healthy_models import save
 
+from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.lint.testing import FAMILIES, tiny
-from doctor.model.spec import build_spec, evaluate
+from doctor.model.expressions import evaluate
+from doctor.model.spec import build_spec
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,3 +112,59 @@ def test_a_matrix_inside_a_norm_or_narrower_than_a_word_of_weights_is_no_linear(
     assert [x.name for x in build_spec({"model_type": "nobody"}, names).linears] == [
         "m.layers.0.norm_attn_norm.attn.Wqkv"
     ]
+
+
+ATTENTION = {"q", "k", "v", "o"}
+LINEAR_ATTENTION = {"linear_attn_in", "linear_attn_out"}
+
+
+@pytest.mark.parametrize(
+    "model_type, attention, others",
+    [
+        ("qwen3_next", [3], [0, 1, 2]),
+        ("qwen3_5_text", [3], [0, 1, 2]),
+        ("lfm2", [1], [0, 2]),
+        ("jamba", [3], [0, 1, 2]),
+    ],
+)
+def test_a_hybrid_lists_the_linears_of_every_kind_of_layer(model_type, attention, others, tmp_path):
+    spec = spec_of(save(model_type, tmp_path))
+    roles = {i: {x.role for x in spec.linears if x.block == i} for i in (*attention, *others)}
+    assert all(roles[i] >= ATTENTION and not roles[i] & LINEAR_ATTENTION for i in attention)
+    assert all(roles[i] >= LINEAR_ATTENTION and not roles[i] & ATTENTION for i in others)
+    assert all(roles[i] >= {"gate", "up", "down"} for i in roles)
+
+
+def test_the_kind_of_a_layer_follows_the_key_that_a_config_has(tmp_path):
+    """Qwen3-Next is published with an interval, transformers 5 writes the list; Nemotron-H has a letter a layer."""
+    for config in ({"layer_types": [*["linear_attention"] * 3, "full_attention"]}, {"full_attention_interval": 4}, {}):
+        spec = build_spec({"model_type": "qwen3_next"} | config, {})
+        assert [spec.in_layer("full_attention", i) for i in range(4)] == [False, False, False, True]
+    spec = build_spec({"model_type": "nemotron_h", "hybrid_override_pattern": "M-*E"}, {})
+    assert spec.n_layers == 4 and [spec.in_layer("mlp", i) for i in range(4)] == [False, True, False, False]
+    assert build_spec({"model_type": "nemotron_h"}, {}).in_layer("mlp", 0) is None
+
+
+def spec_of(folder):
+    checkpoint = Checkpoint.open(folder)
+    return build_spec(checkpoint.value("config.json"), checkpoint.tensors)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "nobody"])
+def test_linears_of_multi_token_prediction_are_not_those_of_layer_0(model_type):
+    tails = ("self_attn.q_proj", "mlp.up_proj")
+    names = [f"{stem}layers.{0}.{tail}.weight" for stem in ("mtp.", "model.") for tail in tails]
+    spec = build_spec({"model_type": model_type}, {n: info(n, 64, 64) for n in names})
+    assert {x.name: x.block for x in spec.linears} == {
+        **{f"mtp.layers.0.{tail}": None for tail in tails},
+        **{f"model.layers.0.{tail}": 0 for tail in tails},
+    }
+    assert spec.prefix == ("model." if spec.family else "")
+
+
+def test_sizes_that_differ_between_kinds_of_layers_are_those_of_the_layers_kind():
+    config = {"model_type": "mimo_v2_flash", "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 64}
+    key = "model.layers.{}.self_attn.k_proj.weight"
+    spec = build_spec(config | {"layer_types": ["full_attention", "sliding_attention"]}, {})
+    assert [spec.expected_shape(key.format(i)) for i in (0, 1)] == [(64, 64), (128, 64)]
+    assert build_spec(config, {}).expected_shape(key.format(0)) is None, "config.json does not say which it is"

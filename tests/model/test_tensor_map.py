@@ -3,8 +3,10 @@
 import contextlib
 import re
 
+from healthy_models import save
+
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.tables import table
+from doctor.core.tables import family_names
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
 from doctor.model.tensor_map import placement, solve
@@ -59,7 +61,7 @@ def test_solve_finds_the_key_behind_products_and_halves(tmp_path):
 
 
 def buildable():
-    for family in sorted(table("architectures")["families"]):
+    for family in family_names():
         with contextlib.suppress(TypeError):  # a table entry whose config keys have no value here
             yield family, tiny(family)
 
@@ -94,3 +96,21 @@ def test_a_norm_that_a_flag_switches_off_is_not_missed():
         case.config.update(flag)
         rest = {n: i for n, i in case.infos().items() if not any(f".{t}." in n for t in tails)}
         assert placement(None, build_spec(case.config, rest), rest).missing() == {}
+
+
+def test_the_only_layer_of_a_kind_misses_what_config_json_makes_it_hold(tmp_path):
+    """Layer 3 of four is the only one with full attention: no other layer says what it must hold, the table does."""
+    for changes in ({}, {"layer_types": None, "full_attention_interval": 4}):
+        checkpoint = Checkpoint.open(save("qwen3_next", tmp_path / str(len(changes))))
+        config = {k: v for k, v in (checkpoint.value("config.json") | changes).items() if v is not None}
+        found = missing_without(config, checkpoint.tensors, ".no tensor")
+        assert found == {}
+        for part in ("3.self_attn.k_proj", "3.self_attn.q_norm", "0.linear_attn.A_log", "2.mlp.experts.1.up_proj"):
+            found = missing_without(config, checkpoint.tensors, part)
+            assert len(found) == 1 and part in next(iter(found))
+        assert len(missing_without(config, checkpoint.tensors, "3.self_attn")) == 4, "its linears: q, k, v and o"
+
+
+def missing_without(config, tensors, part):
+    rest = {n: i for n, i in tensors.items() if part not in n}
+    return placement(None, build_spec(config, rest), rest).missing()

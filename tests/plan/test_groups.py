@@ -15,11 +15,12 @@ from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.facts import CHECKPOINT, Unavailable
 from doctor.core.recipe import Recipe, is_kept
-from doctor.core.tables import table
+from doctor.core.tables import family as family_table
 from doctor.edits.arithmetic import apply
 from doctor.edits.kinds import PadTensor, SetJson
 from doctor.lint.testing import measured, tiny, tiny_gptq
-from doctor.model.spec import _lookup, build_spec, evaluate
+from doctor.model.expressions import evaluate
+from doctor.model.spec import build_spec
 from doctor.plan.groups import Words, in_force, read_quantization, runtime_entries
 from doctor.scan.header import header_facts
 from doctor.scan.scan import _Words
@@ -92,13 +93,13 @@ MIXTRAL = {
 def headers_only(folder, config):
     """A checkpoint of a config's family whose tensors are holes in a sparse file."""
     family = config["model_type"]
-    entry = table("architectures")["families"][family]
+    entry = family_table(family)
     header, at = {}, 0
-    for item in [*entry["linears"], *entry["other_tensors"]]:
-        shape = [evaluate(e, lambda k: _lookup(config, family, k)) for e in item["shape"]]
-        for i in range(config["num_hidden_layers"]) if "{i}" in item["tensor"] else [0]:
-            for e in range(config.get("num_local_experts", 0)) if "{e}" in item["tensor"] else [0]:
-                name = item["tensor"].replace("{i}", str(i)).replace("{e}", str(e))
+    for item in entry["tensor"]:
+        shape = [evaluate(e, build_spec(config, {}).lookup) for e in item["shape"]]
+        for i in range(config["num_hidden_layers"]) if "{i}" in item["name"] else [0]:
+            for e in range(config.get("num_local_experts", 0)) if "{e}" in item["name"] else [0]:
+                name = item["name"].replace("{i}", str(i)).replace("{e}", str(e))
                 parts = {name: shape} | (
                     {name.replace(".weight", ".bias"): shape[:1]} if item.get("bias") is True else {}
                 )

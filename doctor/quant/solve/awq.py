@@ -9,7 +9,7 @@ Both searches need X only as a Gram matrix: the loss of D = W - Q is tr(D H D^T)
 H instead of a forward pass. That is exact for a linear's own output; AutoAWQ measures q, k and v behind the
 whole attention, so its choices there can differ.
 
-The source is a norm, v (for o) or up (for down), where rules/tables/architectures.json says that it is linear and that
+The source is a norm, v (for o) or up (for down), where rules/tables/architectures/ says that it is linear and that
 nobody else reads it. What is stored in 16 bits is rounded first and s derived from it, so that the fold is exact for
 the stored norm. A fold that changes the block's output all the same is taken back.
 
@@ -27,7 +27,7 @@ import torch
 
 from doctor.core.errors import NotQuantizable
 from doctor.core.recipe import DAMP
-from doctor.core.tables import table
+from doctor.core.tables import family as family_table
 from doctor.model.spec import Linear, ModelSpec, condition, exists
 from doctor.quant.solve import kernels
 from doctor.quant.solve.gptq import Solution, improve, proxy_loss
@@ -77,10 +77,13 @@ class Source:
 
 def source_of(spec: ModelSpec, group: list[Linear], quantized: dict[str, Linear]) -> tuple[Source | None, str]:
     """(source, "") of linears that share an input, or (None, why no scaling is possible)."""
-    entry = table("architectures")["families"].get(spec.family, {})
-    entries = {item["role"]: item for item in entry.get("linears", ())}
-    linearity = entry.get("scale_fold_linearity") or {}
+    entry = family_table(spec.family)
     first = group[0]
+    here = [
+        t for t in entry.get("tensor", ()) if "role" in t and spec.in_layer(t.get("layers"), first.block) is not False
+    ]
+    entries = {item["role"]: item for item in here}
+    linearity = entry.get("linear_paths", ())
     if first.role in ("o", "down"):
         return _rows_before(spec, first, linearity, quantized) if len(group) == 1 else (None, "it shares its input")
     norms = {entries.get(x.role, {}).get("norm_before") for x in group}
@@ -88,24 +91,25 @@ def source_of(spec: ModelSpec, group: list[Linear], quantized: dict[str, Linear]
     if norm is None:
         return None, "no norm is known to feed it alone"
     readers = [
-        item for item in entry["linears"] if item.get("norm_before") == norm and exists(condition(item), spec.config)
+        item
+        for item in here
+        if item.get("norm_before") == norm and exists(condition(item), entry["defaults"] | spec.config)
     ]
     if (
-        any("{e}" in item["tensor"] or item["role"] not in {x.role for x in group} for item in readers)
+        any("{e}" in item["name"] or item["role"] not in {x.role for x in group} for item in readers)
         or first.expert is not None
     ):
         return None, "its norm feeds other linears too"
-    stated = entry.get("norm_parametrisation")
-    stated = stated.get(norm) if isinstance(stated, dict) else stated
-    kind = {_PLAIN: "norm", _PLUS_ONE: "norm+1"}.get(stated)
+    own = next((t for t in entry["tensor"] if t["name"].endswith(f".{{i}}.{norm}.weight")), {})
+    kind = {_PLAIN: "norm", _PLUS_ONE: "norm+1"}.get(own.get("norm", entry["norm"]))
     if kind is None:
         return None, "how its norm applies a weight is not known"
     before, _, _ = first.tensor.partition(f".{first.block}.")
-    return Source(kind, f"{before}.{first.block}.{norm.partition('{i}.')[2]}.weight"), ""
+    return Source(kind, f"{before}.{first.block}.{norm}.weight"), ""
 
 
 def _rows_before(
-    spec: ModelSpec, linear: Linear, linearity: dict, quantized: dict[str, Linear]
+    spec: ModelSpec, linear: Linear, linearity: list[str], quantized: dict[str, Linear]
 ) -> tuple[Source | None, str]:
     role, pair = ("v", "v->o") if linear.role == "o" else ("up", "up->down")
     parent = linear.name.rpartition(".")[0]
@@ -117,7 +121,7 @@ def _rows_before(
         ),
         None,
     )
-    if not linearity.get(pair) or source is None:
+    if pair not in linearity or source is None:
         return None, f"{pair} is not linear here, or {role} is no linear of its own that is quantized"
     if source.out_features == linear.in_features:
         return Source("rows", source.tensor), ""
