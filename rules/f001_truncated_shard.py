@@ -1,7 +1,7 @@
-"""F001 truncated-shard: a weight file is shorter than its own header says.
+"""F001 truncated-shard: weight file is truncated: shorter than its header says.
 
-Why: a download or copy stopped early. The format has no checksum, but it states every tensor's place, so the loss is
-certain; every reader refuses the whole file.
+Why: a download or copy stopped early. The format has no checksum, but the header states where each tensor ends, so the
+loss is certain. Every reader refuses the whole file.
 
 Seen as:
 - huggingface_hub: `Consistency check failed: file should be of size`
@@ -12,18 +12,18 @@ Seen as:
 - safetensors: `Error while deserializing header: HeaderTooSmall`
 - safetensors: `Error while deserializing header: InvalidHeaderLength`
 
-Do: fetch this one file again and compare its size with the source's.
+Do: download this one file again and compare its size with the source.
 
 False alarms: none known.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
-pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
-the missing bytes are not on this disk.
+Fix safety: safe with `--from` where evidence shows that the donor's file is the lost one: the hash in a Git LFS
+pointer, another shard with the same hash, or the remaining part of this file. Unsafe without such evidence. Manual
+without `--from`: the missing bytes are not on this disk.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `read_metadata`.
 """
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import shard_bytes, tiny
 
 
@@ -35,15 +35,23 @@ def truncated_shard(shard, base):
     cut = [d for d in short if d.tensor is not None]
     if cut:
         need = max(d.offset for d in cut)
-        what = f"{shard.name} has {shard.size:,} of {need:,} bytes: {len(cut):,} of {len(cut) + len(shard.tensors):,} tensors are cut off"
+        what = _(
+            "{file} has {size:,} of {need:,} bytes: {cut:,} of {total:,} tensors are cut off",
+            file=shard.name,
+            size=shard.size,
+            need=need,
+            cut=len(cut),
+            total=len(cut) + len(shard.tensors),
+        )
         evidence = {"bytes": shard.size, "needed": need, "tensors": len(cut)}
     else:
-        what, evidence = f"{shard.name} ends inside its header: {short[0].detail}", {"bytes": shard.size}
+        what = _("{file} ends inside its header: {detail}", file=shard.name, detail=short[0].detail)
+        evidence = {"bytes": shard.size}
     yield finding(
         what,
         at=Place(shard.name, byte=shard.size),
         evidence=evidence,
-        fix=from_base(base, shard.name, f"download or copy {shard.name} again"),
+        fix=from_base(base, shard.name, _("download or copy {file} again", file=shard.name)),
     )
 
 

@@ -1,6 +1,6 @@
-"""F002 lfs-pointer: a file holds git-lfs's note about the data, not the data.
+"""F002 lfs-pointer: is a Git LFS pointer, not the data.
 
-Why: `git clone` without git-lfs installed leaves a text of about 130 bytes in place of each large file.
+Why: `git clone` without Git LFS installed leaves a text file of about 130 bytes in place of each large file.
 
 Seen as:
 - safetensors: `Error while deserializing header: HeaderTooLarge`
@@ -12,14 +12,14 @@ Do: run `git lfs install` and `git lfs pull` in the clone, or fetch the model wi
 
 False alarms: none known: the text begins with `version https://git-lfs`.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
-pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
-the data are elsewhere.
+Fix safety: safe with `--from` where evidence shows that the donor's file is the lost one: the hash in a Git LFS
+pointer, another shard with the same hash, or the remaining part of this file. Unsafe without such evidence. Manual
+without `--from`: the data is elsewhere.
 
 Sources: git-lfs docs/spec.md; safetensors safetensors/src/tensor.rs (0.8).
 """
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import tiny
 
 POINTER = b"version https://git-lfs"
@@ -32,10 +32,10 @@ def lfs_pointer(checkpoint, shards, json_files, base):
     for name in sorted(found):
         size = checkpoint.entries[name].size
         yield finding(
-            f"{name} is a git-lfs pointer of {size:,} bytes, not the file it points to",
+            _("{file} is a Git LFS pointer of {size:,} bytes, not the file it points to", file=name, size=size),
             at=Place(name),
             evidence={"bytes": size},
-            fix=from_base(base, name, "run `git lfs pull`, or download the file again"),
+            fix=from_base(base, name, _("run `git lfs pull`, or download the file again")),
         )
 
 
@@ -43,7 +43,7 @@ def bad():
     case = tiny()
     text = POINTER + b"/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 269060552\n"
     case.files["model.safetensors"] = text
-    return case, f"model.safetensors is a git-lfs pointer of {len(text)} bytes, not the file it points to"
+    return case, f"model.safetensors is a Git LFS pointer of {len(text)} bytes, not the file it points to"
 
 
 def good():

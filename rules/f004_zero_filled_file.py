@@ -1,23 +1,23 @@
-"""F004 zero-filled-file: a weight file begins with zeros where its header must stand.
+"""F004 zero-filled-file: weight file starts with zeros instead of a header.
 
-Why: downloaders reserve the whole size first and fill it later; when they stop, size and name look right.
+Why: download tools reserve the full size first and fill the file later. When they stop, size and name look right.
 
 Seen as:
 - safetensors: `Error while deserializing header: invalid JSON in header`
 - PyTorch: `UnpicklingError: invalid load key, '\\x00'`
 
-Do: fetch the file again.
+Do: download the file again.
 
-False alarms: none known: eight zero bytes say that the header is empty, which no writer produces.
+False alarms: none known: eight zero bytes mean a header of length 0, which no writer produces.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
-pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
-the data are elsewhere.
+Fix safety: safe with `--from` where evidence shows that the donor's file is the lost one: the hash in a Git LFS
+pointer, another shard with the same hash, or the remaining part of this file. Unsafe without such evidence. Manual
+without `--from`: the data is elsewhere.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8): N = 0 is invalid JSON.
 """
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import tiny
 
 
@@ -26,10 +26,10 @@ def zero_filled_file(shard, base):
     for defect in shard.defects:
         if defect.kind == "zero-filled":
             yield finding(
-                f"{shard.name}: {defect.detail}",
+                _("{file}: {detail}", file=shard.name, detail=defect.detail),
                 at=Place(shard.name, byte=0),
                 evidence={"bytes": shard.size},
-                fix=from_base(base, shard.name, f"download or copy {shard.name} again"),
+                fix=from_base(base, shard.name, _("download or copy {file} again", file=shard.name)),
             )
 
 

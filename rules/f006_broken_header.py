@@ -1,7 +1,7 @@
-"""F006 broken-header: a weight file's header cannot be read.
+"""F006 broken-header: weight file header cannot be read.
 
-Why: without the header no tensor has a name, a type or a place. A damaged disk, a text-mode transfer or a wrong tool
-wrote it.
+Why: without the header no tensor has a name, a dtype or an offset. A damaged disk, a text-mode transfer or a faulty
+tool causes this.
 
 Seen as:
 - safetensors: `Error while deserializing header: invalid JSON in header`
@@ -11,20 +11,20 @@ Seen as:
 - safetensors: `Error while deserializing header: InvalidHeaderDeserialization`
 - safetensors: `Error while deserializing header: InvalidHeaderStart`
 
-Do: fetch the file again; if the source is broken too, write it again with safetensors' own `save_file`.
+Do: download the file again. If the source is broken too, write it again with safetensors' own `save_file`.
 
 False alarms: none known: the format's own reader refuses the same files.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
-pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
-names and places of tensors are not invented.
+Fix safety: safe with `--from` where evidence shows that the donor's file is the lost one: the hash in a Git LFS
+pointer, another shard with the same hash, or the remaining part of this file. Unsafe without such evidence. Manual
+without `--from`: names and offsets of tensors are not invented.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8).
 """
 
 import struct
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import tiny
 
 KINDS = ("header-length", "header-json", "metadata", "unreadable")
@@ -35,10 +35,10 @@ def broken_header(shard, base):
     for defect in shard.defects:
         if defect.kind in KINDS:
             yield finding(
-                f"{shard.name}: {defect.detail}",
+                _("{file}: {detail}", file=shard.name, detail=defect.detail),
                 at=Place(shard.name, byte=0),
                 evidence={"kind": defect.kind},
-                fix=from_base(base, shard.name, f"download or copy {shard.name} again"),
+                fix=from_base(base, shard.name, _("download or copy {file} again", file=shard.name)),
             )
 
 

@@ -1,6 +1,6 @@
-"""F007 lying-entry: a tensor's dtype, shape and byte range contradict each other.
+"""F007 lying-entry: dtype, shape and data_offsets of a tensor contradict each other.
 
-Why: the entry cannot be believed in any of the three, and readers refuse the whole file for it.
+Why: none of the three can be trusted, and readers refuse the whole file because of it.
 
 Seen as:
 - safetensors: `Error while deserializing header: invalid shape, data type, or offset for tensor`
@@ -8,19 +8,19 @@ Seen as:
 - ExLlamaV3: `data_offsets span`
 - safetensors: `Error while deserializing header: TensorInvalidInfo`
 
-Do: fetch the file again, or save the model again with the tool that wrote it. An unknown dtype needs a newer
+Do: download the file again, or save the model again with the tool that wrote it. An unknown dtype needs a newer
 safetensors.
 
 False alarms: a dtype that was added to the format after this version of doctor.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
-pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
-which of the three lies is not known.
+Fix safety: safe with `--from` where evidence shows that the donor's file is the lost one: the hash in a Git LFS
+pointer, another shard with the same hash, or the remaining part of this file. Unsafe without such evidence. Manual
+without `--from`: nothing shows which of the three is wrong.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 """
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import shard_bytes, tiny
 
 KINDS = ("entry", "dtype", "shape", "offsets", "size")
@@ -31,10 +31,10 @@ def lying_entry(shard, base):
     for defect in shard.defects:
         if defect.kind in KINDS:
             yield finding(
-                f"{defect.tensor}: {defect.detail}",
+                _("{tensor}: {detail}", tensor=defect.tensor, detail=defect.detail),
                 at=Place(shard.name, tensor=defect.tensor),
                 evidence={"kind": defect.kind},
-                fix=from_base(base, shard.name, f"download {shard.name} again, or save the model again"),
+                fix=from_base(base, shard.name, _("download {file} again, or save the model again", file=shard.name)),
             )
 
 

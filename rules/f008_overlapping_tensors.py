@@ -1,23 +1,23 @@
-"""F008 overlapping-tensors: two tensors of one file claim the same bytes.
+"""F008 overlapping-tensors: two tensors of one file overlap.
 
-Why: at most one of them can be right. Readers refuse the file, so that one range is not read as two weights.
+Why: at most one of them can be right. Readers refuse the file so that one byte range is not read as two weights.
 
 Seen as:
 - safetensors: `Error while deserializing header: invalid offset for tensor`
 - safetensors: `Error while deserializing header: InvalidOffset`
 
-Do: fetch the file again, or save the model again with safetensors' own writer.
+Do: download the file again, or save the model again with safetensors' own writer.
 
 False alarms: none known. Tied weights are stored once under one name, never as two names on one range.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
-pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
-which tensor owns the bytes is not known.
+Fix safety: safe with `--from` where evidence shows that the donor's file is the lost one: the hash in a Git LFS
+pointer, another shard with the same hash, or the remaining part of this file. Unsafe without such evidence. Manual
+without `--from`: nothing shows which tensor owns the bytes.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 """
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import shard_bytes, tiny
 
 
@@ -26,14 +26,14 @@ def overlapping_tensors(shard, base):
     for defect in shard.defects:
         if defect.kind == "overlap":
             yield finding(
-                f"{defect.tensor} {defect.detail}",
+                _("{tensor} {detail}", tensor=defect.tensor, detail=defect.detail),
                 at=Place(shard.name, tensor=defect.tensor, byte=defect.offset),
-                fix=from_base(base, shard.name, f"download {shard.name} again, or save the model again"),
+                fix=from_base(base, shard.name, _("download {file} again, or save the model again", file=shard.name)),
             )
 
 
 def _last_range_moved_onto_the_first(case):
-    """The header with the last tensor's bytes said to lie 64 bytes inside the tensor before it."""
+    """A file whose header places the last tensor 64 bytes inside the tensor before it."""
     import json
     import struct
 

@@ -1,25 +1,25 @@
-"""F009 unclaimed-bytes: a weight file holds bytes that belong to no tensor.
+"""F009 unclaimed-bytes: weight file has bytes that belong to no tensor.
 
-Why: the format allows no gap, so that nothing can hide in a file; readers refuse it. Two downloads written into one
-file, or a header edited by hand, look like this.
+Why: the format allows no gaps, so that nothing can be hidden in a file; readers refuse it. Two downloads written into
+one file, or a header edited by hand, cause this.
 
 Seen as:
 - safetensors: `Error while deserializing header: incomplete metadata, file not fully covered`
 - safetensors: `Error while deserializing header: invalid offset for tensor`
 - safetensors: `Error while deserializing header: InvalidOffset`
 
-Do: fetch the file again and compare its size with the source's.
+Do: download the file again and compare its size with the source.
 
 False alarms: none known.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
-pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
-the bytes may be a tensor whose entry was lost.
+Fix safety: safe with `--from` where evidence shows that the donor's file is the lost one: the hash in a Git LFS
+pointer, another shard with the same hash, or the remaining part of this file. Unsafe without such evidence. Manual
+without `--from`: the bytes may be a tensor whose header entry was lost.
 
 Sources: safetensors safetensors/src/tensor.rs (0.8), `Metadata::validate`.
 """
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import shard_bytes, tiny
 
 
@@ -27,11 +27,10 @@ from doctor.lint.testing import shard_bytes, tiny
 def unclaimed_bytes(shard, base):
     for defect in shard.defects:
         if defect.kind in ("hole", "trailing"):
-            what = f"{defect.tensor}: {defect.detail}" if defect.tensor else f"{shard.name}: {defect.detail}"
             yield finding(
-                what,
+                _("{place}: {detail}", place=defect.tensor or shard.name, detail=defect.detail),
                 at=Place(shard.name, tensor=defect.tensor, byte=defect.offset),
-                fix=from_base(base, shard.name, f"download or copy {shard.name} again"),
+                fix=from_base(base, shard.name, _("download or copy {file} again", file=shard.name)),
             )
 
 

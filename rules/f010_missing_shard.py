@@ -1,25 +1,25 @@
-"""F010 missing-shard: the index names a weight file that is not there.
+"""F010 missing-shard: shard named in the index is missing.
 
-Why: every tensor in it is absent, so no reader can build the model.
+Why: all its tensors are missing, so no reader can build the model.
 
 Seen as:
 - transformers: `FileNotFoundError: No such file or directory`
 - transformers: `does not appear to have a file named`
 - safetensors: `FileNotFoundError: No such file or directory: "model-`
 
-Do: fetch the named file. Where only the index is old, delete it and let doctor write it anew from the files that are
-there.
+Do: download the named file. If only the index is outdated, delete it and let doctor rebuild it from the shards that
+exist.
 
 False alarms: a directory that holds one part of a model on purpose.
 
-Fix safety: safe with `--from`, where something shows that the base's file is the lost one: the hash in a git-lfs
-pointer, another shard with the same hash, or the part that is left. Unsafe where nothing does. Without `--from` manual;
-an index without these tensors would only hide the loss.
+Fix safety: safe with `--from` where evidence shows that the donor's file is the lost one: the hash in a Git LFS
+pointer, another shard with the same hash, or the remaining part of this file. Unsafe without such evidence. Manual
+without `--from`: an index without these tensors would only hide the loss.
 
 Sources: transformers src/transformers/modeling_utils.py, `load_state_dict`.
 """
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, plural, rule
 from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
@@ -29,13 +29,17 @@ INDEX = "model.safetensors.index.json"
 def missing_shard(checkpoint, missing_shards, base):
     for name in missing_shards:
         lost = [t for t, file in checkpoint.weight_map.items() if file == name]
-        noun = "tensor" if len(lost) == 1 else "tensors"
         pointer = f"/weight_map/{lost[0].replace('~', '~0').replace('/', '~1')}" if lost else None
         yield finding(
-            f"{name} is not there; the index places {len(lost):,} {noun} in it",
+            plural(
+                "{file} is missing; the index places {n:,} tensor in it",
+                "{file} is missing; the index places {n:,} tensors in it",
+                len(lost),
+                file=name,
+            ),
             at=Place(INDEX, pointer=pointer),
             evidence={"file": name, "tensors": len(lost)},
-            fix=from_base(base, name, f"fetch {name}"),
+            fix=from_base(base, name, _("fetch {file}", file=name)),
         )
 
 
@@ -44,7 +48,7 @@ def bad():
     case.shards = 3
     case.damage.append(lambda folder: (folder / "model-00002-of-00003.safetensors").unlink())
     count = len(sorted(case.tensors)[1::3])
-    return case, f"model-00002-of-00003.safetensors is not there; the index places {count} tensors in it"
+    return case, f"model-00002-of-00003.safetensors is missing; the index places {count} tensors in it"
 
 
 def good():

@@ -1,23 +1,23 @@
-"""F011 index-names-absent-tensor: the index places a tensor in a file that does not hold it, nor does any other.
+"""F011 index-names-absent-tensor: tensor named in the index is in no shard.
 
-Why: the weight is lost, or the index is of another revision. transformers fills the gap with random numbers and prints
-one line.
+Why: the weight is lost, or the index belongs to another revision. transformers fills the gap with random numbers and
+prints one line.
 
 Seen as:
 - transformers: `were not initialized from the model checkpoint at`
 - safetensors: `SafetensorError: File does not contain tensor`
 - vLLM: `KeyError: 'model.layers.`
 
-Do: fetch index and shards of one and the same revision.
+Do: download index and shards of the same revision.
 
-False alarms: an index that was left as it was after a tensor was dropped on purpose (a tied lm_head): then rebuild it.
+False alarms: an index that was not updated when a tensor was dropped on purpose (a tied lm_head): rebuild it.
 
-Fix safety: unsafe: an index rebuilt from the files no longer says that a tensor is missing.
+Fix safety: unsafe: an index rebuilt from the shards no longer shows that a tensor is missing.
 
 Sources: transformers src/transformers/modeling_utils.py; huggingface/safetensors bindings/python/src/lib.rs.
 """
 
-from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.rule import Fix, Place, RebuildIndex, _, finding, rule
 from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
@@ -31,11 +31,11 @@ def index_names_absent_tensor(checkpoint, weight_map, shards):
         if name not in held:
             pointer = "/weight_map/" + name.replace("~", "~0").replace("/", "~1")
             yield finding(
-                f"the index places {name} in {file}, but no shard holds it",
+                _("the index places {tensor} in {file}, but no shard holds it", tensor=name, file=file),
                 at=Place(INDEX, pointer=pointer),
                 evidence={"tensor": name, "file": file},
-                fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),), "unsafe"),
-                advice="fetch index and shards of one revision; rebuild only if the tensor was dropped on purpose",
+                fix=Fix(_("rebuild the index from the shards' headers"), (RebuildIndex(),), "unsafe"),
+                advice=_("fetch index and shards of one revision; rebuild only if the tensor was dropped on purpose"),
             )
 
 

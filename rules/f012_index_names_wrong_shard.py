@@ -1,22 +1,22 @@
-"""F012 index-names-wrong-shard: the index places a tensor in one file, and another file holds it.
+"""F012 index-names-wrong-shard: index names the wrong shard for a tensor.
 
-Why: transformers reads every listed file and does not notice; vLLM and tools that read tensor by tensor follow the
+Why: transformers reads every listed shard and does not notice. vLLM and tools that read tensor by tensor follow the
 index and stop, or lose the tensor.
 
 Seen as:
 - safetensors: `SafetensorError: File does not contain tensor`
 - vLLM: `Following weights were not initialized from checkpoint`
 
-Do: rebuild the index from the shards' headers, which is exact.
+Do: rebuild the index from the shards' headers; the result is exact.
 
 False alarms: none known.
 
-Fix safety: safe; the headers say where each tensor is.
+Fix safety: safe: the headers state which shard holds each tensor.
 
 Sources: vllm-project/vllm vllm/model_executor/model_loader/weight_utils.py, `filter_duplicate_safetensors_files`.
 """
 
-from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.rule import Fix, Place, RebuildIndex, _, finding, rule
 from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
@@ -32,10 +32,10 @@ def index_names_wrong_shard(checkpoint, weight_map, shards):
         if name in held and file in shards and file not in held[name] and not shards[file].defects:
             pointer = "/weight_map/" + name.replace("~", "~0").replace("/", "~1")
             yield finding(
-                f"the index places {name} in {file}; it is in {held[name][0]}",
+                _("the index places {tensor} in {file}; it is in {found}", tensor=name, file=file, found=held[name][0]),
                 at=Place(INDEX, pointer=pointer),
                 evidence={"tensor": name, "said": file, "is": held[name][0]},
-                fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),)),
+                fix=Fix(_("rebuild the index from the shards' headers"), (RebuildIndex(),)),
             )
 
 

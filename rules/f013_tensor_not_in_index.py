@@ -1,18 +1,18 @@
-"""F013 tensor-not-in-index: a listed shard holds a tensor that the index does not name.
+"""F013 tensor-not-in-index: tensor in a shard is missing from the index.
 
-Why: transformers loads it all the same; readers that go by the index never see it, and the model lacks a weight there.
+Why: transformers still loads it. Readers that follow the index never see it, and the model lacks a weight there.
 
 Do: rebuild the index from the shards' headers.
 
-False alarms: a tensor that was left in the file on purpose and taken out of the index.
+False alarms: a tensor that was left in the shard on purpose and removed from the index.
 
-Fix safety: safe; an index that names every tensor changes nothing for readers that open whole files.
+Fix safety: safe: an index that names every tensor changes nothing for readers that open whole files.
 
 Sources: transformers src/transformers/utils/hub.py, `get_checkpoint_shard_files`; vllm-project/vllm
 vllm/model_executor/model_loader/weight_utils.py.
 """
 
-from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.rule import Fix, Place, RebuildIndex, _, finding, rule
 from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
@@ -26,10 +26,10 @@ def tensor_not_in_index(checkpoint, weight_map, shards):
         for info in shard.tensors:
             if info.name not in weight_map:
                 yield finding(
-                    f"{info.name} is in {file} but not in the index",
+                    _("{tensor} is in {file} but not in the index", tensor=info.name, file=file),
                     at=Place(INDEX, pointer="/weight_map", note=info.name),
                     evidence={"tensor": info.name, "file": file},
-                    fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),)),
+                    fix=Fix(_("rebuild the index from the shards' headers"), (RebuildIndex(),)),
                 )
 
 

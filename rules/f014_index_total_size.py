@@ -1,18 +1,18 @@
-"""F014 index-total-size: the index states another number of bytes than the shards hold.
+"""F014 index-total-size: metadata.total_size does not match the shards.
 
-Why: readers take the figure for planning memory only, so nothing breaks; but it differs from the truth only when index
-and shards are not of one revision, or a tool forgot to recount.
+Why: readers use the number for memory planning only, so nothing breaks. But it is wrong only when index and shards are
+of different revisions, or when a tool forgot to update it.
 
-Do: rebuild the index; if the difference is large, compare the shards with their source first.
+Do: rebuild the index. If the difference is large, compare the shards with their source first.
 
-False alarms: tools that count a shared tensor twice. Nothing reads wrongly then, which is why this is only information.
+False alarms: tools that count a shared tensor twice. Nothing is read wrongly then, so the severity is only info.
 
-Fix safety: safe; the sum of the headers is exact.
+Fix safety: safe: the sum over the headers is exact.
 
 Sources: huggingface/huggingface_hub src/huggingface_hub/serialization/_base.py: total_size is the sum of tensor bytes.
 """
 
-from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.rule import Fix, Place, RebuildIndex, _, finding, rule
 from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
@@ -28,10 +28,10 @@ def index_total_size(checkpoint, weight_map, shards):
     holds = sum(info.nbytes for shard in shards.values() for info in shard.tensors)
     if isinstance(said, (int, float)) and said != holds:
         yield finding(
-            f"the index states {said:,} bytes of tensors, the shards hold {holds:,}",
+            _("metadata.total_size is {stated:,} bytes; the shards hold {holds:,}", stated=said, holds=holds),
             at=Place(INDEX, pointer="/metadata/total_size", note=f"{holds:,}"),
             evidence={"said": said, "holds": holds},
-            fix=Fix("rebuild the index from the shards' headers", (RebuildIndex(),)),
+            fix=Fix(_("rebuild the index from the shards' headers"), (RebuildIndex(),)),
         )
 
 
@@ -45,7 +45,7 @@ def bad():
         path.write_text(path.read_text().replace(f'"total_size": {holds}', f'"total_size": {holds + 4096}'))
 
     case.damage.append(miscount)
-    return case, f"the index states {holds + 4096:,} bytes of tensors, the shards hold {holds:,}"
+    return case, f"metadata.total_size is {holds + 4096:,} bytes; the shards hold {holds:,}"
 
 
 def good():

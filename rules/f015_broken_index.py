@@ -1,6 +1,6 @@
-"""F015 broken-index: model.safetensors.index.json is not JSON, or has no usable weight_map or metadata.
+"""F015 broken-index: index is not JSON, or its weight_map or metadata is unusable.
 
-Why: with an index beside them, readers take the shards from it alone.
+Why: when an index exists, readers take the list of shards from it alone.
 
 Seen as:
 - transformers: `KeyError: 'metadata'`
@@ -11,12 +11,12 @@ Do: rebuild the index from the shards' headers.
 
 False alarms: none known.
 
-Fix safety: safe; every entry of an index follows from the headers.
+Fix safety: safe: every entry of an index follows from the headers.
 
 Sources: transformers src/transformers/utils/hub.py, `get_checkpoint_shard_files`; tried with transformers 5.23.
 """
 
-from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.rule import Fix, Place, RebuildIndex, _, finding, plural, rule
 from doctor.lint.testing import tiny
 
 INDEX = "model.safetensors.index.json"
@@ -27,20 +27,22 @@ def broken_index(checkpoint, json_files):
     file = json_files.get(INDEX)
     if file is None or file.raw.startswith(b"version https://git-lfs"):
         return
-    fix = Fix("rebuild the index from the shards' headers", (RebuildIndex(),))
+    fix = Fix(_("rebuild the index from the shards' headers"), (RebuildIndex(),))
     if file.broken is not None:
-        yield finding(f"{INDEX}: {file.broken}", at=Place(INDEX), fix=fix)
+        yield finding(_("{file}: {detail}", file=INDEX, detail=file.broken), at=Place(INDEX), fix=fix)
         return
     value = file.value
     mapping = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(mapping, dict):
         yield finding(
-            f"{INDEX} has no weight_map; it must map each tensor to its file", at=Place(INDEX, pointer=""), fix=fix
+            _("{file} has no weight_map; it must map each tensor to its shard", file=INDEX),
+            at=Place(INDEX, pointer=""),
+            fix=fix,
         )
         return
     if not isinstance(value.get("metadata"), dict):
         yield finding(
-            f"{INDEX} has no metadata; transformers stops with KeyError: 'metadata'",
+            _("{file} has no metadata; transformers stops with KeyError: 'metadata'", file=INDEX),
             at=Place(INDEX, pointer=""),
             fix=fix,
         )
@@ -51,7 +53,13 @@ def broken_index(checkpoint, json_files):
     ]
     if odd:
         yield finding(
-            f"{len(odd):,} entries of weight_map are not file names, the first is {odd[0]} -> {str(mapping[odd[0]])[:60]!r}",
+            plural(
+                "{n:,} entry of weight_map is not a file name: {first} -> {value!r}",
+                "{n:,} entries of weight_map are not file names; the first is {first} -> {value!r}",
+                len(odd),
+                first=odd[0],
+                value=str(mapping[odd[0]])[:60],
+            ),
             at=Place(INDEX, pointer="/weight_map"),
             evidence={"entries": len(odd)},
             fix=fix,

@@ -1,20 +1,21 @@
-"""F016 tensor-in-two-shards: two weight files hold a tensor of the same name.
+"""F016 tensor-in-two-shards: tensor is stored in two shards.
 
-Why: which one a model gets depends on the reader: the one the index names, the first file, or the last. Where the two
-differ, two programs run two models.
+Why: which copy a model gets depends on the reader: the one that the index names, the first file, or the last. Where the
+copies differ, two programs run two different models.
 
-Do: find out which file is right. If all names of one file stand twice, that file is a leftover; delete it.
+Do: find out which file is right. If every tensor of one file also exists in another, that file is a leftover; delete
+it.
 
 False alarms: none known; files that the index does not list are not counted here (F017).
 
-Fix safety: safe where the copies are equal, bit by bit: one is dropped, and the one that the index names stays. Where
-they differ, only by name: the one that the index names is kept. Without an index that names one, manual.
+Fix safety: safe where the copies are bit-identical: all but one are dropped, and the one that the index names stays.
+Where they differ, only by name: the copy that the index names is kept. Manual if no index names one.
 
 Sources: transformers src/transformers/modeling_utils.py loads file after file, so that the last wins; vllm-project/vllm
 vllm/model_executor/model_loader/weight_utils.py goes by the index.
 """
 
-from doctor.lint.rule import DropTensor, Fix, Place, finding, rule
+from doctor.lint.rule import DropTensor, Fix, Place, _, finding, plural, rule
 from doctor.lint.testing import shard_bytes, tiny
 
 
@@ -23,9 +24,18 @@ def tensor_in_two_shards(checkpoint, copies, weight_map, every_digests=None):
     for name, infos in copies.items():
         files = [info.shard for info in infos]
         equal = _equal(infos, (every_digests or {}).get(name, {}))
-        rest = f" and {len(files) - 2} more files" if len(files) > 2 else ""
+        first, second, *rest = files
         yield finding(
-            f"{name} is in {files[0]} and in {files[1]}{rest}",
+            plural(
+                "{tensor} is in {first}, in {second} and in {n} more shard",
+                "{tensor} is in {first}, in {second} and in {n} more shards",
+                len(rest),
+                tensor=name,
+                first=first,
+                second=second,
+            )
+            if rest
+            else _("{tensor} is in {first} and in {second}", tensor=name, first=first, second=second),
             at=Place(files[0], tensor=name),
             evidence={"files": ", ".join(files)},
             fix=_fix(name, files, equal, (weight_map or {}).get(name)),
@@ -44,11 +54,11 @@ def _fix(name, files, equal, named):
     """Drop all copies but one: the one that the index names, or the first of equal ones."""
     kept = named if named in files else files[0] if equal else None
     if equal is None or kept is None:
-        return Fix("keep one of the files; nothing here says which is right", (), "manual")
+        return Fix(_("keep one of the files; nothing here shows which is right"), (), "manual")
     drops = tuple(DropTensor(name, file) for file in files if file != kept)
     if equal:
-        return Fix("drop all copies but one: they are equal", drops)
-    return Fix(f"keep the copy in {kept}, which the index names", drops, "unsafe", by_name=True)
+        return Fix(_("drop all copies but one: they are equal"), drops)
+    return Fix(_("keep the copy in {file}, which the index names", file=kept), drops, "unsafe", by_name=True)
 
 
 def bad():
@@ -67,7 +77,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case, _ = bad()
     names = sorted(case.tensors)
     twice = {n: case.tensors[n].copy() for n in [*names[1::2], names[0]]}

@@ -1,24 +1,24 @@
-"""F018 shards-without-index: weight files are numbered as parts of a set, but no index says what is in which.
+"""F018 shards-without-index: shards have no index.
 
-Why: transformers and most tools look for model.safetensors or for the index, find neither, and say that there are no
-weights. A part that is absent goes unnoticed.
+Why: transformers and most tools look for model.safetensors or for the index, find neither, and report that there are no
+weights. A missing shard goes unnoticed.
 
 Seen as:
 - transformers: `no file named pytorch_model.bin, model.safetensors`
 - transformers: `does not appear to have a file named`
 
-Do: rebuild the index when all parts are there; else fetch the others first.
+Do: rebuild the index when all shards are there; else fetch the missing ones first.
 
-False alarms: none known: the names themselves say "of N".
+False alarms: none known: the file names themselves state the total ("of N").
 
-Fix safety: safe when every part is there; a part that is missing has to be fetched.
+Fix safety: safe when every shard is there; a missing shard must be fetched.
 
 Sources: transformers src/transformers/modeling_utils.py, `_get_resolved_checkpoint_files`.
 """
 
 import re
 
-from doctor.lint.rule import Fix, Place, RebuildIndex, finding, rule
+from doctor.lint.rule import Fix, Place, RebuildIndex, _, finding, rule
 from doctor.lint.testing import tiny
 
 PART = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.safetensors$")
@@ -38,19 +38,34 @@ def shards_without_index(checkpoint, files, weight_map):
         lost = sorted(set(range(1, total + 1)) - have)
         first = f"{stem}-{min(have):05d}-of-{total:05d}.safetensors"
         if lost:
-            numbers = ", ".join(map(str, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+            numbers = ", ".join(map(str, lost[:5]))
             yield finding(
-                f"{len(have)} of {total} parts of {stem} are there and no index; absent: {numbers}",
+                _(
+                    "{have} of {total} parts of {stem} exist and no index; missing: {numbers}",
+                    have=len(have),
+                    total=total,
+                    stem=stem,
+                    numbers=numbers,
+                )
+                if len(lost) <= 5
+                else _(
+                    "{have} of {total} parts of {stem} exist and no index; missing: {numbers} and {more} more",
+                    have=len(have),
+                    total=total,
+                    stem=stem,
+                    numbers=numbers,
+                    more=len(lost) - 5,
+                ),
                 at=Place(first),
                 evidence={"present": len(have), "total": total},
-                fix=Fix("fetch the absent parts and the index", (), "manual"),
+                fix=Fix(_("fetch the missing parts and the index"), (), "manual"),
             )
         else:
             yield finding(
-                f"{total} parts of {stem} are there, but no {INDEX}",
+                _("{total} parts of {stem} exist, but no {index}", total=total, stem=stem, index=INDEX),
                 at=Place(first),
                 evidence={"total": total},
-                fix=Fix("write the index from the shards' headers", (RebuildIndex(),)),
+                fix=Fix(_("write the index from the shards' headers"), (RebuildIndex(),)),
             )
 
 
@@ -58,7 +73,7 @@ def bad():
     case = tiny()
     case.shards = 2
     case.damage.append(lambda folder: (folder / INDEX).unlink())
-    return case, f"2 parts of model are there, but no {INDEX}"
+    return case, f"2 parts of model exist, but no {INDEX}"
 
 
 def good():

@@ -1,21 +1,21 @@
-"""F019 link-leads-out: a file is a symbolic link to a place outside the checkpoint.
+"""F019 link-leads-out: symbolic link points outside the checkpoint.
 
-Why: what it shows depends on the machine, and a checkpoint from elsewhere could so point at private files. It is not
-followed here, and the file counts as absent.
+Why: what it points to depends on the machine, and a downloaded checkpoint could use it to reach private files. doctor
+does not follow it, and treats the file as missing.
 
-Do: replace the link by a copy or a hard link of what it points to.
+Do: replace the link by a copy or a hard link of its target.
 
-False alarms: layouts of your own that link shards from another disk. A Hub cache's links into its blobs are followed.
+False alarms: your own layout that links shards from another disk. Links of a Hub cache into its blobs are followed.
 
-Fix safety: with `--from` the base's file of this name is taken, unsafe unless another shard shows that it is the same
-model. Else manual; doctor does not follow paths out of the checkpoint.
+Fix safety: with `--from` the donor's file of this name is used: unsafe unless another shard shows that the donor is the
+same model. Else manual: doctor does not follow paths out of the checkpoint.
 
 Sources: huggingface/huggingface_hub docs, "Manage your cache": snapshots hold links into ../../blobs.
 """
 
 import os
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import tiny
 
 READ = (".safetensors", ".json", ".jinja", ".model")
@@ -26,9 +26,9 @@ def link_leads_out(checkpoint, listing_problems, base):
     for defect in listing_problems:
         if defect.kind == "link-leads-out" and defect.tensor.endswith(READ):
             yield finding(
-                f"{defect.tensor} is {defect.detail}, outside the checkpoint",
+                _("{file} is {detail}, outside the checkpoint", file=defect.tensor, detail=defect.detail),
                 at=Place(defect.tensor),
-                fix=from_base(base, defect.tensor, "put a copy or a hard link of the file in its place"),
+                fix=from_base(base, defect.tensor, _("replace it by a copy or a hard link of the file")),
             )
 
 
@@ -47,7 +47,7 @@ def good():
 
 
 def donor():
-    """What the missing is taken from."""
+    """The checkpoint of --from that has the file."""
     case = tiny()
     case.files["notes.json"] = b"{}"
     return case

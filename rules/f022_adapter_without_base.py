@@ -1,4 +1,4 @@
-"""F022 adapter-without-base: the directory holds a LoRA adapter, not a model.
+"""F022 adapter-without-base: is a LoRA adapter without its base model.
 
 Why: an adapter is a small change to another model's weights. Alone it cannot be quantized or run.
 
@@ -7,17 +7,17 @@ Seen as:
 - AutoGPTQ: `does not appear to have a file named config.json`
 
 Do: merge it into its base model: `doctor fix ADAPTER -o OUT --from BASE`, or `model.merge_and_unload()` of PEFT. W +
-scale * B @ A is worked out in float32 and rounded once to the base's type; scale is lora_alpha / r, with use_rslora
-lora_alpha / sqrt(r). With use_dora each output's row of that sum is brought to the magnitude that the adapter holds for
+scale * B @ A is computed in float32 and rounded once to the base's dtype; scale is lora_alpha / r, with use_rslora
+lora_alpha / sqrt(r). With use_dora each output row of that sum is rescaled to the magnitude that the adapter stores for
 it.
 
-False alarms: a full model that keeps its adapter beside it is not counted.
+False alarms: a full model that keeps its adapter in the same directory is not counted.
 
-Fix safety: safe with `--from`, if every matrix of the adapter finds its weight there; else manual. Ranks and alphas by
-pattern and modules that were trained whole are part of it. What is more than LoRA and DoRA (trained biases, other kinds
-of adapter, any key that doctor does not know) is left to PEFT, and so is an adapter whose training began by taking a
-part out of the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), to which W + scale * B @ A would add that part twice. The
-finding says which it was.
+Fix safety: safe with `--from` if every matrix of the adapter has its weight in the base; else manual. Ranks and alphas
+by pattern are read, and modules that were trained whole are copied. PEFT must merge what is more than LoRA and DoRA
+(trained biases, other kinds of adapter, any key that doctor does not know). The same holds for an adapter whose
+training started by subtracting a part of the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA): W + scale * B @ A would add
+that part twice. The finding states which case it was.
 
 Sources: huggingface/peft docs, "Model merging".
 """
@@ -29,13 +29,16 @@ from doctor.lint.rule import (
     WORDS,
     AddLowRank,
     CastTensor,
+    Edit,
     Fix,
     NotMergeable,
     Place,
     Rebase,
     TakeTensor,
+    _,
     finding,
     pairs,
+    plural,
     product,
     rule,
     saved_whole,
@@ -49,58 +52,73 @@ def adapter_without_base(checkpoint, files, json_files, base, every_digests=None
         return
     value = checkpoint.value(ADAPTER) or {}
     named = value.get("base_model_name_or_path")
-    of = f" of {named}" if isinstance(named, str) and named else ""
-    edits, why = (
-        _merge(checkpoint, value, base, every_digests or {})
-        if base is not None
-        else ((), _refused(value, checkpoint.tensors))
-    )
-    manual = (
-        f"merge it with PEFT's merge_and_unload(): {why}"
-        if why
-        else f"name the model to merge it into with --from{of and ', as ' + named}"
-    )
-    fix = (
-        Fix(
-            f"merge it into {base.text}: {len(edits) - 1:,} {'weight changes' if len(edits) == 2 else 'weights change'}",
-            edits,
-        )
-        if edits
-        else Fix(manual, (), "manual")
-    )
+    of = named if isinstance(named, str) else ""
+    kind = value.get("peft_type", "PEFT")
     yield finding(
-        f"a {value.get('peft_type', 'PEFT')} adapter{of}, without the model it changes",
+        _("a {kind} adapter of {base}, without its base model", kind=kind, base=of)
+        if of
+        else _("a {kind} adapter without its base model", kind=kind),
         at=Place(ADAPTER, pointer="/base_model_name_or_path"),
         evidence={"base": str(named)},
-        fix=fix,
+        fix=_fix(checkpoint, value, of, base, every_digests or {}),
     )
 
 
-def _refused(config, own):
-    """Why no base would do; "" where one may."""
+def _fix(checkpoint, config, named, base, digests) -> Fix:
+    """Merge the adapter into what --from names, or tell the user how. named: the base that the adapter states, or ""."""
+    edits: tuple[Edit, ...] = ()
+    if base is None:
+        why = _refused(config, checkpoint.tensors)
+    else:
+        edits, why = _merge(checkpoint, config, base, digests)
+    if edits:
+        title = plural(
+            "merge it into {base}: {n:,} weight changes",
+            "merge it into {base}: {n:,} weights change",
+            len(edits) - 1,
+            base=base.text,
+        )
+        return Fix(title, edits)
+    if why:
+        return Fix(_("merge it with PEFT's merge_and_unload(): {why}", why=why), (), "manual")
+    if named:
+        return Fix(_("name the model to merge it into with --from, as {base}", base=named), (), "manual")
+    return Fix(_("name the model to merge it into with --from"), (), "manual")
+
+
+def _refused(config, own) -> str:
+    """Why doctor cannot merge this adapter into any base; "" where it may."""
     try:
         pairs(config, own, own)
         return ""
     except NotMergeable as error:
-        return str(error)
+        return error.args[0]
 
 
-def _merge(checkpoint, config, donor, digests):
-    """(edits, "") that make the base with the adapter in it, or ((), why doctor does not)."""
-    base, edits, own = donor.checkpoint.tensors, [Rebase(donor.root)], checkpoint.tensors
+def _merge(checkpoint, config, donor, digests) -> tuple[tuple[Edit, ...], str]:
+    """(edits, "") that merge the adapter into the base, or ((), why doctor does not)."""
+    base, own = donor.checkpoint.tensors, checkpoint.tensors
+    edits: list[Edit] = [Rebase(donor.root)]
     try:
         if not own:
-            raise NotMergeable("its tensors are in no safetensors file")
+            raise NotMergeable(_("its tensors are in no safetensors file"))
         merged = pairs(config, own, own)
         for pair in merged:
             weight = base.get(f"{pair.module}.weight")
             if any(f"{pair.module}.{words}" in base for words in WORDS.values()):
-                raise NotMergeable(f"{pair.module} is packed in the base, whose 16-bit original is wanted")
+                raise NotMergeable(
+                    _("{module} is packed in the base; it must be the 16-bit original", module=pair.module)
+                )
             if weight is None:
-                raise NotMergeable(f"{pair.module} lacks its weight in the base")
+                raise NotMergeable(_("the base has no weight for {module}", module=pair.module))
             if weight.shape != product(pair, own):
                 raise NotMergeable(
-                    f"{pair.module} is {list(weight.shape)} in the base; B times A is {list(product(pair, own))}"
+                    _(
+                        "{module} is {shape} in the base; B @ A is {product}",
+                        module=pair.module,
+                        shape=list(weight.shape),
+                        product=list(product(pair, own)),
+                    )
                 )
             edits.append(
                 AddLowRank(
@@ -110,28 +128,37 @@ def _merge(checkpoint, config, donor, digests):
         rest = sorted(own.keys() - {n for pair in merged for n in pair.names})
         for saved in saved_whole(config):
             if not any(f".{saved}." in n for n in rest):
-                raise NotMergeable(f"modules_to_save names {saved}, of which no tensor is there")
+                raise NotMergeable(_("modules_to_save names {module}, but no tensor of it exists", module=saved))
         for name in rest:
             edits += _saved(checkpoint, config, own[name], donor, digests)
     except NotMergeable as error:
-        return (), str(error)
-    return (tuple(edits), "") if len(edits) > 1 else ((), "the adapter has no tensor")
+        return (), error.args[0]
+    return (tuple(edits), "") if len(edits) > 1 else ((), _("the adapter has no tensor"))
 
 
 def _saved(checkpoint, config, info, donor, digests):
-    """A module that was trained whole (modules_to_save) in the place of the base's."""
+    """Edits that replace a module of the base by the one that was trained whole (modules_to_save)."""
     base, name = donor.checkpoint.tensors, info.name.removeprefix("base_model.model.")
     module = name.rpartition(".")[0]
     if not any(module == saved or module.endswith(f".{saved}") for saved in saved_whole(config)):
-        raise NotMergeable(f"{info.name} is no matrix of a linear's LoRA")
-    if name not in base or base[name].shape != info.shape:
+        raise NotMergeable(_("{tensor} is not a LoRA matrix of a linear", tensor=info.name))
+    if name not in base:
+        raise NotMergeable(_("{tensor} has no counterpart in the base", tensor=info.name))
+    if base[name].shape != info.shape:
         raise NotMergeable(
-            f"{info.name} is {list(info.shape)}, and the base has {list(base[name].shape) if name in base else 'no such tensor'}"
+            _(
+                "{tensor} is {shape}; in the base it is {base}",
+                tensor=info.name,
+                shape=list(info.shape),
+                base=list(base[name].shape),
+            )
         )
     if donor.is_tied(name):
-        raise NotMergeable(f"{info.name} was trained apart from the head, and the base has one matrix for both")
+        raise NotMergeable(
+            _("{tensor} was trained separately; in the base, head and embedding share one matrix", tensor=info.name)
+        )
     if info.name not in digests:
-        raise NotMergeable(f"{info.name} was not read")
+        raise NotMergeable(_("{tensor} was not read", tensor=info.name))
     yield TakeTensor(name, str(checkpoint.root), digests[info.name][info.shard], info.name)
     if info.dtype.name != base[name].dtype.name:
         yield CastTensor(name, base[name].dtype.name)
@@ -149,7 +176,7 @@ def bad():
         {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8, "lora_alpha": 16}
     ).encode()
     case.damage.append(lambda folder: [(folder / n).unlink() for n in ("model.safetensors", "config.json")])
-    return case, "a LORA adapter of org/base, without the model it changes"
+    return case, "a LORA adapter of org/base, without its base model"
 
 
 def good():

@@ -1,18 +1,17 @@
-"""F026 no-format-metadata: a weight file does not say which framework wrote it.
+"""F026 no-format-metadata: weight file has no format metadata.
 
-Why: transformers before version 5 demands `"format": "pt"` in the header and stops without it; newer ones and all other
-readers do not look.
+Why: transformers before version 5 requires `"format": "pt"` in the header and stops without it. Newer versions and all
+other readers ignore it.
 
 Seen as:
 - transformers: `does not contain the valid metadata. Make sure you save your model with the `save_pretrained` method`
 
 Do: nothing for current tools. For transformers 4, save again with `save_file(tensors, path, metadata={"format":
-"pt"})`. Whatever doctor writes has it.
+"pt"})`. Every file that doctor writes has it.
 
-False alarms: files that only programs of your own read.
+False alarms: files that only your own programs read.
 
-Fix safety: nothing but the header changes, but only by name: a header is rewritten together with its file, however
-large.
+Fix safety: only the header changes, but only by name: writing a header means writing its whole file, however large.
 
 Sources: transformers 4.57 src/transformers/modeling_utils.py, `load_state_dict`; tried with 5.23: loads.
 """
@@ -20,7 +19,7 @@ Sources: transformers 4.57 src/transformers/modeling_utils.py, `load_state_dict`
 import json
 import struct
 
-from doctor.lint.rule import Fix, NameFormat, Place, finding, rule
+from doctor.lint.rule import Fix, NameFormat, Place, _, finding, rule
 from doctor.lint.testing import shard_bytes, tiny
 
 
@@ -28,14 +27,20 @@ from doctor.lint.testing import shard_bytes, tiny
 def no_format_metadata(checkpoint, shards):
     without = [n for n, s in shards.items() if s.tensors and not s.defects and "format" not in (s.metadata or {})]
     if without:
-        what = without[0] if len(without) == 1 else f"{len(without)} of {len(shards)} weight files"
-        verb = "has" if len(without) == 1 else "have"
         yield finding(
-            f"{what} {verb} no format in the metadata; transformers 4 refuses that",
+            _("{file} has no format in its metadata; transformers 4 refuses it", file=without[0])
+            if len(without) == 1
+            else _(
+                "{count} of {total} weight files have no format in their metadata; transformers 4 refuses them",
+                count=len(without),
+                total=len(shards),
+            ),
             at=Place(without[0], byte=8),
             evidence={"files": len(without)},
-            fix=Fix("write the format into the header", tuple(NameFormat(n) for n in without), "unsafe", by_name=True),
-            advice="save again with metadata={'format': 'pt'} if transformers 4 must read it",
+            fix=Fix(
+                _("write the format into the header"), tuple(NameFormat(n) for n in without), "unsafe", by_name=True
+            ),
+            advice=_("save again with metadata={'format': 'pt'} if transformers 4 must read it"),
         )
 
 
@@ -48,7 +53,7 @@ def bad():
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     case.files["model.safetensors"] = struct.pack("<Q", len(text)) + text + raw[8 + length :]
-    return case, "model.safetensors has no format in the metadata; transformers 4 refuses that"
+    return case, "model.safetensors has no format in its metadata; transformers 4 refuses it"
 
 
 def good():

@@ -465,7 +465,7 @@ def test_an_embedding_trained_apart_from_its_tied_head_is_not_merged(tmp_path):
     held = parts | {"base_model.model.model.embed_tokens.weight": np.ones((96, 64), np.float32)}
     (folder / "adapter_model.safetensors").write_bytes(shard_bytes(held, dict.fromkeys(held, "F32")))
     result = fix(folder, tmp_path / "out", case.recipe, base=base)
-    assert not result.plan.steps and "was trained apart from the head" in next(
+    assert not result.plan.steps and "was trained separately; in the base, head and embedding share one matrix" in next(
         f.fix.title for f in result.plan.for_you if f.code == "F022"
     )
 
@@ -485,7 +485,7 @@ def test_an_embedding_trained_apart_from_its_tied_head_is_not_merged(tmp_path):
         ({"modules_to_save": 3}, "no list of names"),
         ({"peft_type": "IA3"}, "peft_type is IA3, not LORA"),
         ({"r": 8}, "of rank 4, and r is 8"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, of which no tensor is there"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, but no tensor of it exists"),
         ({"lora_alpha": None}, "lora_alpha None"),
     ],
 )
@@ -883,7 +883,7 @@ def test_an_adapter_is_not_merged_in_its_own_place_nor_into_a_packed_base(tmp_pa
         in " ".join(err.split())
     )
     result = fix(folder, tmp_path / "out", case.recipe, base=packed)
-    assert "is packed in the base, whose 16-bit original is wanted" in next(
+    assert "is packed in the base; it must be the 16-bit original" in next(
         f.fix.title for f in result.plan.for_you if f.code == "F022"
     )
     assert (sorted(os.listdir(tmp_path)), sorted(os.listdir(folder))) == before
