@@ -274,8 +274,8 @@ class Bench:
         """A layer of side x side, piece by piece."""
         import torch
 
-        from doctor.quant.solve import gptq, grid, kernels
-        from doctor.quant.solve.hessian import exact_products
+        from doctor.quant.solve import cuda, factor, gptq, grid
+        from doctor.quant.solve.numerics import exact_products
 
         n = k = self.side
         with exact_products():
@@ -289,26 +289,26 @@ class Bench:
             )
             self.row(
                 f"the factor of {k}, damped, reversed, inverted",
-                lambda: milliseconds(lambda: gptq.factorise_with_escalation(H, 0.01, 0.1), 5),
+                lambda: milliseconds(lambda: factor.factorise_with_escalation(H, 0.01, 0.1), 5),
             )
-            U, _ = gptq.factorise_with_escalation(H, 0.01, 0.1)
+            U, _ = factor.factorise_with_escalation(H, 0.01, 0.1)
             cost = U.diagonal() ** -2
             self.row(
                 f"grid search of {n} x {k}, groups of 128",
-                lambda: milliseconds(lambda: kernels.fit(W, 4, 128, True, mse=True, weight=cost)),
+                lambda: milliseconds(lambda: cuda.fit(W, 4, 128, True, mse=True, weight=cost)),
                 W.nbytes,
             )
-            static = kernels.fit(W, 4, 128, True, mse=True, weight=cost, zero_min=1)
+            static = cuda.fit(W, 4, 128, True, mse=True, weight=cost, zero_min=1)
             groups, rule = (
                 grid.contiguous_groups(k, 128, self.device),
-                gptq._Rules(4, 128, True, True, False, 1, torch.float16),
+                grid.GridParams(4, 128, True, True, False, 1, torch.float16),
             )
             T = W.T.contiguous()
             work, small, mine = T.clone(), U[:128, :128].contiguous(), T[:128].contiguous()
             first = grid.Grid(static.scale[:, :1], static.zero[:, :1])
             block = self.row(
                 "a block of 128 columns, kernel alone",
-                lambda: milliseconds(lambda: kernels.round_columns(mine, small, rule, groups[:128], first)),
+                lambda: milliseconds(lambda: cuda.round_columns(mine, small, rule, groups[:128], first)),
                 n * 128 * 9,
                 n * 128 * 128,
             )
@@ -323,7 +323,7 @@ class Bench:
             self.row(
                 "all columns, kernels and products",
                 lambda: milliseconds(
-                    lambda: kernels.round_columns(work, U, rule, groups, static), prepare=lambda: work.copy_(T)
+                    lambda: cuda.round_columns(work, U, rule, groups, static), prepare=lambda: work.copy_(T)
                 ),
                 None,
                 n * k * k,
@@ -334,11 +334,11 @@ class Bench:
                 None,
                 n * k * k,
             )
-            codes, _ = kernels.round_columns(T.clone(), U, rule, groups, static)
+            codes, _ = cuda.round_columns(T.clone(), U, rule, groups, static)
             E = (W - grid.dequantize(codes.T, static)).T.contiguous()
             self.row(
                 "one refinement, kernels and products",
-                lambda: milliseconds(lambda: kernels.refine(E, damped, codes.clone(), static, groups, rule, 128), 5),
+                lambda: milliseconds(lambda: cuda.refine(E, damped, codes.clone(), static, groups, rule, 128), 5),
                 None,
                 3 * n * k * k,
             )
@@ -352,36 +352,36 @@ class Bench:
         import torch
 
         from doctor.quant import pack
-        from doctor.quant.solve import grid, kernels
+        from doctor.quant.solve import cuda, grid
 
         n = k = self.large
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=self.device)
         across = codes.T.contiguous()
         self.row(
             f"pack {n} x {k}, GPTQ order",
-            lambda: milliseconds(lambda: kernels.pack_columns(across, 4)),
+            lambda: milliseconds(lambda: cuda.pack_columns(across, 4)),
             n * k * 1.5,
             bound=True,
         )
         self.row(
             "pack, compressed-tensors order",
-            lambda: milliseconds(lambda: kernels.pack_rows(codes, 4)),
+            lambda: milliseconds(lambda: cuda.pack_rows(codes, 4)),
             n * k * 1.5,
             bound=True,
         )
-        self.row("pack, AWQ order", lambda: milliseconds(lambda: kernels.awq_words(across.T)), n * k * 1.5, bound=True)
+        self.row("pack, AWQ order", lambda: milliseconds(lambda: cuda.awq_words(across.T)), n * k * 1.5, bound=True)
         found = grid.Grid(
             torch.full((n, k // 128), 0.01, device=self.device).half().float(),
             torch.full((n, k // 128), 8, dtype=torch.int32, device=self.device),
         )
         groups = grid.contiguous_groups(k, 128, self.device)
         for name, words, back in (
-            ("GPTQ", pack.gptq_pack(codes, found, groups, 4), lambda w: kernels.gptq_dequantize(**w, bits=4)),
-            ("AWQ", pack.awq_pack(codes, found), lambda w: kernels.awq_dequantize(**w)),
+            ("GPTQ", pack.gptq_pack(codes, found, groups, 4), lambda w: cuda.gptq_dequantize(**w, bits=4)),
+            ("AWQ", pack.awq_pack(codes, found), lambda w: cuda.awq_dequantize(**w)),
             (
                 "compressed-tensors",
                 pack.compressed_pack(codes, found, 4, True),
-                lambda w: kernels.compressed_dequantize(**w, bits=4),
+                lambda w: cuda.compressed_dequantize(**w, bits=4),
             ),
         ):
             self.row(f"dequantize, {name} order", lambda: milliseconds(lambda: back(words)), n * k * 4.5, bound=True)
@@ -389,7 +389,7 @@ class Bench:
         W, s = self.random(n, k // 2) * 0.02, torch.rand(k // 2, device=self.device) + 0.5
         self.row(
             f"AWQ difference of {n} x {k // 2}",
-            lambda: milliseconds(lambda: kernels.awq_difference(W, s, 4, 128, False)),
+            lambda: milliseconds(lambda: cuda.awq_difference(W, s, 4, 128, False)),
             2 * W.nbytes,
             bound=True,
         )
@@ -399,19 +399,19 @@ class Bench:
             moved = x.nbytes + x.numel() * (bits + 0.5) / 8
             self.row(
                 f"KV cache store of {x.numel() >> 20} M values, {bits} bits",
-                lambda: milliseconds(lambda: kernels.kv_store(x, bits)),
+                lambda: milliseconds(lambda: cuda.kv_store(x, bits)),
                 moved,
                 bound=True,
             )
-            kept = kernels.kv_store(x, bits)
+            kept = cuda.kv_store(x, bits)
             self.row(
                 f"KV cache load, {bits} bits",
-                lambda: milliseconds(lambda: kernels.kv_load(*kept, bits)),
+                lambda: milliseconds(lambda: cuda.kv_load(*kept, bits)),
                 moved,
                 bound=True,
             )
         half = self.random(self.copy).to(torch.bfloat16)
-        scan = kernels.Scan(self.device)
+        scan = cuda.DeviceScan(self.device)
         self.row(
             f"health scan of {half.nbytes >> 20} MiB bf16",
             lambda: milliseconds(lambda: scan.add(half)),
@@ -563,7 +563,7 @@ def model(device, out, rows=128, length=2048, **sizes):
 
     from doctor import api
     from doctor.core.recipe import Recipe
-    from doctor.quant.forward.staged import WITHOUT_GREENLET, greenlet
+    from doctor.quant.forward.suspended import WITHOUT_GREENLET, greenlet
 
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 40 << 30
@@ -626,9 +626,9 @@ def main():
         sys.path[:0] = places(options.wheels).split(os.pathsep)
     import torch
 
-    from doctor.quant.solve import kernels
+    from doctor.quant.solve import cuda
 
-    reason = kernels.available("cuda")
+    reason = cuda.available("cuda")
     if reason:
         print(f"no GPU here: {reason}. Nothing was run.")
         return 3

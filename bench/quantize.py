@@ -20,9 +20,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before the imports: SciPy's BLAS has thre
 
 import torch
 
-from doctor.quant.solve import awq
-from doctor.quant.solve.gptq import proxy_loss, solve
+from doctor.quant.solve import awq_search, awq_source
+from doctor.quant.solve.gptq import solve
 from doctor.quant.solve.hessian import Hessian
+from doctor.quant.solve.losses import proxy_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "clients"))
 import ask_peer
@@ -66,7 +67,7 @@ def peer_scales(weights, X, ratios=20):
 
 def scales(shapes, repeat):
     """Our search against the peer's on 32 x 512 tokens; the Hessian, which the later steps need too, is in our time."""
-    source = awq.Source("norm", "norm.weight")
+    source = awq_source.Source("norm", "norm.weight")
     print("AWQ: in x outs            peer s   ours s (x)   ratio chosen")
     for shape in shapes.split(","):
         k, *outs = map(int, shape.replace("+", "x").split("x"))
@@ -81,7 +82,7 @@ def scales(shapes, repeat):
         def search():
             H = Hessian(k)
             H.add(X)
-            return awq.find_scales(weights, H.take(), source, bits=4, group_size=128, sym=False, zero_min=0)[1]
+            return awq_search.find_scales(weights, H.take(), source, bits=4, group_size=128, sym=False, zero_min=0)[1]
 
         ours, ratio = timed(search, repeat)
         print(f"{shape:24} {theirs:7.2f}  {ours:7.2f} ({theirs / ours:.1f})   {ratio}", flush=True)

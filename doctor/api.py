@@ -419,9 +419,10 @@ def quantize(path: str | os.PathLike | Checkpoint, output: str | os.PathLike, re
     """Quantize a 16-bit checkpoint into `output`; see doctor.quant.quantize.quantize for the options and the
     QuantizeResult.
     """
+    from doctor.evaluate.proof import prove
     from doctor.quant.quantize import quantize as run
 
-    return run(path, output, recipe, **options)
+    return run(path, output, recipe, prove=prove, **options)
 
 
 def plan_quantize(

@@ -19,7 +19,8 @@ from doctor.evaluate.fp16_range import HalfProbe
 from doctor.evaluate.scores import Tally, longest_run
 from doctor.model.spec import build_spec
 from doctor.quant.dequantize import as_float
-from doctor.quant.forward.skeleton import Skeleton, cache_argument
+from doctor.quant.forward.meta_model import cache_argument
+from doctor.quant.forward.skeleton import Skeleton
 
 REPLY_TOKENS = 24
 # of the text; one more pass over them costs a twenty-fourth of a comparison on 24 rows, a fifth of one on a single row
@@ -46,15 +47,15 @@ class Streamed:
         """Run block i over all rows, with a probe looking on. Returns what it makes of other activations given to it
         for the first rows.
         """
-        self.skeleton.load_block(i)
-        alone = [self.skeleton.run_block(i, x, calls[i]) for x, calls in zip(given, self.calls, strict=False)]
+        self.skeleton.load_layer(i)
+        alone = [self.skeleton.run_layer(i, x, calls[i]) for x, calls in zip(given, self.calls, strict=False)]
         with probe.watch(i) if probe else nullcontext():
             for r, calls in enumerate(self.calls):
-                self.hidden[r] = self.skeleton.run_block(i, self.hidden[r], calls[i])
+                self.hidden[r] = self.skeleton.run_layer(i, self.hidden[r], calls[i])
         if probe:
             probe.leave(i, self.hidden)
             probe.round(i)
-        self.skeleton.drop_block(i)
+        self.skeleton.drop_layer(i)
         return alone
 
     @torch.no_grad()
@@ -64,7 +65,7 @@ class Streamed:
         """Logits f32[length, vocabulary] of every row, after the last block; or of other rows with their hidden
         states.
         """
-        model, blocks = self.skeleton.model, self.skeleton.blocks
+        model, blocks = self.skeleton.model, self.skeleton.layers
         self.skeleton.load_ends()
         current: list[torch.Tensor] = []
 
@@ -104,8 +105,8 @@ class Streamed:
                 ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), getattr(out, name)
                 said.append(int(ids))
             replies.append(said)
-        for i in range(len(self.skeleton.blocks)):
-            self.skeleton.drop_block(i)
+        for i in range(len(self.skeleton.layers)):
+            self.skeleton.drop_layer(i)
         return replies
 
 
@@ -127,10 +128,10 @@ def compare(
     """
     _same_model(original, quantized)
     a, b = Streamed(original, rows, device), Streamed(quantized, rows, device)
-    blocks = len(a.skeleton.blocks)
-    if len(b.skeleton.blocks) != blocks:
+    blocks = len(a.skeleton.layers)
+    if len(b.skeleton.layers) != blocks:
         raise NotQuantizable(
-            f"{original.name} has {blocks} blocks, {quantized.name} has {len(b.skeleton.blocks)}: not the same model."
+            f"{original.name} has {blocks} blocks, {quantized.name} has {len(b.skeleton.layers)}: not the same model."
         )
     errors, own, probe = [], [], HalfProbe(a.skeleton, rows, a.hidden, a.calls)
     for i in range(blocks):

@@ -40,7 +40,7 @@ class HalfProbe:
         """Everything that block i's modules take and give while inside is looked at."""
         self.largest.append(("", 0.0))
         hooks = []
-        for path, module in _steps(self.skeleton.blocks[i]):
+        for path, module in _steps(self.skeleton.layers[i]):
             hooks += self._look_on(module, f"{self._name(i)}.{path}")
         try:
             yield
@@ -69,9 +69,9 @@ class HalfProbe:
         they were.
         """
         for name, dtype in DTYPES.items():
-            with _rounding(self.skeleton.blocks[i], dtype):
+            with _rounding(self.skeleton.layers[i], dtype):
                 self.hidden[name] = [
-                    _rounded(self.skeleton.run_block(i, x, calls[i]), dtype)
+                    _rounded(self.skeleton.run_layer(i, x, calls[i]), dtype)
                     for x, calls in zip(self.hidden[name], self.calls, strict=True)
                 ]
 
@@ -104,7 +104,7 @@ class HalfProbe:
         )
 
     def _name(self, i: int) -> str:
-        return f"{self.skeleton.model.base_model_prefix}.{self.skeleton.list_name}.{i}"
+        return f"{self.skeleton.model.base_model_prefix}.{self.skeleton.layers_path}.{i}"
 
     def _see(self, place: str, tensors) -> float:
         """The largest |value| of these tensors, noted; NaN where one is NaN."""

@@ -23,7 +23,7 @@ from doctor.quant.budget import free_memory
 from doctor.quant.calibration import rows as calibration
 from doctor.quant.dequantize import quantization
 from doctor.quant.device import device_free, device_memory, device_of
-from doctor.quant.solve import kernels
+from doctor.quant.solve import cuda
 from doctor.scan.header import header_facts
 from doctor.scan.scan import scan
 from doctor.scan.summary import summary
@@ -80,7 +80,7 @@ def verify(
     scanned = scan(second, store)
     store.put(CHECKPOINT, "comparison", comparison)
     if device != "cpu":
-        store.put(CHECKPOINT, "slower_paths", tuple(filter(None, [kernels.note(device)])))
+        store.put(CHECKPOINT, "slower_paths", tuple(filter(None, [cuda.note(device)])))
     findings, runs = judge(store, rules)
     extra = {
         "comparison": asdict(comparison),

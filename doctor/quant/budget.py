@@ -19,6 +19,7 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core import import_stubs
 from doctor.core.errors import MachineError
+from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept
 from doctor.model.fused_experts import take_apart
 from doctor.model.spec import Linear, ModelSpec
@@ -80,14 +81,18 @@ class Need:
     def parts(self) -> list[tuple[str, int]]:
         """(what, bytes) of `fixed` as a person wants to see it; the larger of the two moments."""
         running = [
-            ("one block in float32", self.block),
-            ("the next block as stored", self.ahead),
-            ("Hessians of one stage", self.hessians),
-            max(("solving one linear", self.solving), ("one batch of rows", self.batch), key=lambda row: row[1]),
+            (_("one decoder layer in float32"), self.block),
+            (_("the next decoder layer as stored"), self.ahead),
+            (_("Hessians of one stage"), self.hessians),
+            max((_("solving one linear"), self.solving), (_("one batch of rows"), self.batch), key=lambda row: row[1]),
         ]
-        first = [("one block in float32", self.block), ("embeddings", self.outside), ("one row", self.row)]
+        first = [
+            (_("one decoder layer in float32"), self.block),
+            (_("embeddings"), self.outside),
+            (_("one row"), self.row),
+        ]
         larger = max(running, first, key=lambda rows: sum(b for _, b in rows))
-        return [*larger, ("Python, torch and transformers", self.constant)]
+        return [*larger, (_("Python, torch and transformers"), self.constant)]
 
 
 def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int) -> Need:
@@ -144,7 +149,7 @@ def _blocks(checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, list]:
 def _hessian_bytes(linears: list[Linear], recipe: Recipe) -> int:
     """Of the largest stage (all of a block for awq): one a kind of input."""
     kinds = {"k": "q", "v": "q", "up": "gate"}
-    stages: dict[int, dict[str, dict]] = {}
+    stages: dict[int | None, dict[str, dict]] = {}
     for x in linears:
         stage = stages.setdefault(x.block, {}).setdefault(kinds.get(x.role, x.role), {})
         stage[x.expert] = 4 * x.in_features**2
@@ -157,7 +162,7 @@ def _hessian_bytes(linears: list[Linear], recipe: Recipe) -> int:
 
 def _width(spec: ModelSpec, linears: list[Linear]) -> int:
     """float32 values a token that one block makes, an upper edge: every output of a linear, and a few hidden states."""
-    blocks: dict[int, int] = {}
+    blocks: dict[int | None, int] = {}
     for x in linears:
         blocks[x.block] = blocks.get(x.block, 0) + (x.out_features if x.expert in (None, 0) else 0)
     return max(blocks.values(), default=0) + 6 * (spec.hidden or 0)
@@ -181,10 +186,15 @@ def _output_bytes(checkpoint: Checkpoint, linears: list[Linear], recipe: Recipe)
 def require(need: Need, memory: int | None) -> None:
     """Raises MachineError where `memory` is less than the run takes with everything that can be on disk there."""
     if memory is not None and memory < need.fixed:
-        parts = ", ".join(f"{what} {_gib(size)}" for what, size in need.parts())
+        parts = listed(_("{what} {size}", what=what, size=gib(size)) for what, size in need.parts())
         raise MachineError(
-            f"--memory {_gib(memory)}: this run needs {_gib(need.fixed)} at least: {parts}.",
-            "Give more, or another machine; fewer rows change nothing here.",
+            _(
+                "--memory {memory}: this run needs {need} at least: {parts}.",
+                memory=gib(memory),
+                need=gib(need.fixed),
+                parts=parts,
+            ),
+            _("Raise --memory or use another machine; fewer rows change nothing here."),
         )
 
 
@@ -243,5 +253,6 @@ def _container() -> Iterator[int]:
             yield max(0, int(most) - now + int(stat.get("inactive_file", 0)))
 
 
-def _gib(size: int) -> str:
+def gib(size: float) -> str:
+    """A size in GiB, for messages."""
     return f"{size / 2**30:.2f} GiB"

@@ -8,6 +8,7 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import MachineError
 from doctor.core.machine import Machine
+from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.model.spec import ModelSpec
 from doctor.quant.budget import BATCH_TOKENS, free_memory, needs
@@ -26,6 +27,7 @@ def measure(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, output: str
         disk = os.statvfs(place)
     except OSError as error:
         raise MachineError(
-            f"{place}: {error.strerror}.", "Name a directory on the disk that will hold the output."
+            _("{path}: {why}.", path=str(place), why=error.strerror),
+            _("Name a directory on the disk that will hold the output."),
         ) from None
     return Machine(str(output), free_memory(), need.fixed, disk.f_bavail * disk.f_frsize, need.disk)

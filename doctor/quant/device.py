@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from doctor.core.errors import DoctorError, MachineError
+from doctor.core.messages import _, plural
 
 
 def device_of(device: str) -> str:
@@ -18,22 +19,27 @@ def device_of(device: str) -> str:
     Raises DoctorError for a name that is none of ours, MachineError for a GPU that torch does not see.
     """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
-        raise DoctorError(f"--device {device}: must be cpu, cuda, or cuda:N for the N-th GPU from 0.")
+        raise DoctorError(_("--device {device}: must be cpu, cuda, or cuda:N for the N-th GPU from 0.", device=device))
     if device == "cpu":
         return device
     if not torch.cuda.is_available():
-        why = "was built without CUDA" if torch.version.cuda is None else "sees no GPU"
+        why = _("was built without CUDA") if torch.version.cuda is None else _("sees no GPU")
         raise MachineError(
-            f"--device {device}: torch {torch.__version__} {why}.",
-            "Install a torch with CUDA and the driver of the GPU (nvidia-smi must list it), or leave --device away.",
+            _("--device {device}: torch {version} {why}.", device=device, version=torch.__version__, why=why),
+            _("Install a torch with CUDA and the GPU's driver (nvidia-smi must list it), or omit --device."),
         )
     local = os.environ.get("LOCAL_RANK")
     device = f"cuda:{local}" if device == "cuda" and local is not None else device
     count, number = torch.cuda.device_count(), int(device.partition(":")[2] or 0)
     if number >= count:
         raise MachineError(
-            f"--device {device}: this process sees {count} GPU{'s' * (count > 1)}, numbered from 0.",
-            "CUDA_VISIBLE_DEVICES says which it sees; start no more processes than there are.",
+            plural(
+                "--device {device}: this process sees {n} GPU, numbered from 0.",
+                "--device {device}: this process sees {n} GPUs, numbered from 0.",
+                count,
+                device=device,
+            ),
+            _("CUDA_VISIBLE_DEVICES says which it sees; start no more processes than there are."),
         )
     return device
 
@@ -51,6 +57,16 @@ def device_memory(device: str) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         free, whole = torch.cuda.mem_get_info(torch.device(device))
         raise MachineError(
-            f"{device}: out of memory: {str(error).splitlines()[0]} {free / 2**30:.2f} of {whole / 2**30:.2f} GiB are free now.",
-            "End what else runs on this GPU (nvidia-smi lists it), or take another; an interrupted quantize goes on with --resume.",
+            _(
+                "{device}: out of memory: {error} {free:.2f} of {whole:.2f} GiB are free now.",
+                device=device,
+                error=str(error).splitlines()[0],
+                free=free / 2**30,
+                whole=whole / 2**30,
+            ),
+            _(
+                "End what else runs on this GPU (nvidia-smi lists it), or use another; --resume continues an "
+                "interrupted "
+                "quantize."
+            ),
         ) from None

@@ -355,8 +355,8 @@ def _stage_of(destination: Path) -> Path:
     return destination.parent / f".{destination.name}.doctor-quantize"
 
 
-class Watched(Output):
-    """The stage of a run as its other ranks see it: what was there at the start is read, nothing is written."""
+class ReadOnlyOutput(Output):
+    """Read-only view of the staging directory for ranks > 0."""
 
     def __init__(self, destination: Path):
         super().__init__(destination, _stage_of(destination))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from doctor.core.errors import BadCheckpoint, NotQuantizable
-from doctor.quant.solve import kernels
+from doctor.quant.solve import cuda
 from doctor.quant.solve.grid import BITS, Grid, contiguous_groups, dequantize
 
 # Position of a word's eight 4-bit fields in AWQ: field p holds column AWQ_ORDER[p] of its eight.
@@ -33,7 +33,7 @@ def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Any integer dtype; values must be 0..2^bits-1. A field of 32 neighbouring words is one contiguous run of c.
     """
     if _by_kernel(codes):
-        return kernels.pack_columns(codes.to(torch.uint8), bits)
+        return cuda.pack_columns(codes.to(torch.uint8), bits)
     m, columns = codes.shape
     blocks = -(-m // 32)
     padded = codes if m == blocks * 32 else torch.nn.functional.pad(codes, (0, 0, 0, blocks * 32 - m))
@@ -63,7 +63,7 @@ def unpack_columns(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """i32[r, ceil(m*bits/32)]: each row of codes [r, m] as a bit stream."""
     if _by_kernel(codes):
-        return kernels.pack_rows(codes.to(torch.uint8), bits)
+        return cuda.pack_rows(codes.to(torch.uint8), bits)
     return pack_columns(codes.T.contiguous(), bits).T.contiguous()
 
 
@@ -220,7 +220,7 @@ def gptq_dequantize(qweight, qzeros, scales, g_idx, bits: int, *, version: int =
     """W f32[n, k] that an engine computes from a GPTQ linear."""
     if _by_kernel(qweight):
         _, _, g_idx = _require_gptq(qweight, qzeros, scales, g_idx, bits)
-        return kernels.gptq_dequantize(
+        return cuda.gptq_dequantize(
             qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), g_idx, bits, version=version
         )
     return dequantize(*gptq_unpack(qweight, qzeros, scales, g_idx, bits, version=version))
@@ -230,7 +230,7 @@ def awq_dequantize(qweight, qzeros, scales) -> torch.Tensor:
     """W f32[n, k] that an engine computes from an AWQ gemm linear."""
     if _by_kernel(qweight):
         _require_awq(qweight, qzeros, scales)
-        return kernels.awq_dequantize(qweight.contiguous(), qzeros.contiguous(), scales.contiguous())
+        return cuda.awq_dequantize(qweight.contiguous(), qzeros.contiguous(), scales.contiguous())
     return dequantize(*awq_unpack(qweight, qzeros, scales))
 
 
@@ -239,7 +239,7 @@ def compressed_dequantize(weight_packed, weight_scale, weight_shape, bits: int, 
     if _by_kernel(weight_packed) and weight_packed.shape[1] == -(-int(weight_shape[1]) * bits // 32):
         _require_compressed(weight_scale, weight_shape, bits, **optional)
         optional = {name: None if t is None else t.contiguous() for name, t in optional.items()}
-        return kernels.compressed_dequantize(
+        return cuda.compressed_dequantize(
             weight_packed.contiguous(), weight_scale.contiguous(), weight_shape, bits, **optional
         )
     return dequantize(*compressed_unpack(weight_packed, weight_scale, weight_shape, bits, **optional))
@@ -257,7 +257,7 @@ def _placements(bits: int):
 
 
 def _by_kernel(codes: torch.Tensor) -> bool:
-    return codes.is_cuda and kernels.available(codes.device) is None
+    return codes.is_cuda and cuda.available(codes.device) is None
 
 
 def _low(bits: int) -> int:
@@ -267,7 +267,7 @@ def _low(bits: int) -> int:
 def _awq_words(codes: torch.Tensor) -> torch.Tensor:
     """i32[c, n/8] of codes [n, c], eight rows to a word in AWQ's order."""
     if _by_kernel(codes):
-        return kernels.awq_words(codes.to(torch.uint8))
+        return cuda.awq_words(codes.to(torch.uint8))
     n, columns = codes.shape
     ordered = codes.reshape(n // 8, 8, columns)[:, list(AWQ_ORDER)].reshape(n, columns)
     return pack_columns(ordered, 4).T.contiguous()

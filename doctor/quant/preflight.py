@@ -1,9 +1,9 @@
-"""Before hours of quantizing: what they would take, from headers (`plan`), and whether they would end well
-(`preflight`).
+"""What a run would take, from headers (`plan`), and whether it would end well (`preflight`), before hours of
+quantizing.
 
-The preflight quantizes the first and the last decoder block for real, into a folder that is thrown away, and judges
-them by the rules of a run. The last block gets what leaves the first one: its true inputs would need every block
-between. So its numbers are a hint, while non-finite values, shapes that cannot be packed and speed are what they will
+The preflight quantizes the first and the last decoder layer for real, into a folder that is thrown away, and judges
+them by the rules of a run. The last layer gets the outputs of the first one: its true inputs would need every layer
+between. So its errors are a hint, while non-finite values, shapes that cannot be packed, and speed are what they will
 be.
 """
 
@@ -14,24 +14,30 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core.facts import Store
+from doctor.core.messages import Message, _, listed
 from doctor.core.recipe import Recipe
 from doctor.lint.rule import Rule
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
-from doctor.quant.budget import Need
-from doctor.quant.job import Result, try_blocks
+from doctor.quant.budget import Need, gib
+from doctor.quant.job import Result, try_layers
+from doctor.quant.methods import method_of
 
 ROWS = 32  # of the calibration rows: enough for a speed, few enough for a minute
 
 
-@dataclass
+@dataclass(frozen=True)
 class Forecast:
-    """What a whole run takes. Bytes and seconds; seconds is None for a plan, which measures nothing. problems end a
-    run.
+    """What a whole run takes. Bytes and seconds; problems would end the run.
+
+    blocks: decoder layers. seconds: None for a plan, which measures nothing. sampling: bytes that the whole model
+    takes while it writes calibration rows, before the first layer; 0 where it writes none. tried: numbers of the
+    layers that a preflight quantized.
     """
 
     blocks: int
@@ -42,11 +48,10 @@ class Forecast:
     hidden_on_disk: bool
     free_disk: int
     seconds: float | None = None
-    # bytes that the whole model takes while it writes calibration rows, before the first block; 0: it writes none
     sampling: int = 0
     tried: tuple[int, ...] = ()
     tried_rows: int = 0
-    problems: list[str] = field(default_factory=list)
+    problems: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -54,7 +59,7 @@ class Forecast:
 
     @property
     def running(self) -> int:
-        """Bytes while blocks are quantized."""
+        """Bytes while layers are quantized."""
         return self.need.fixed + (0 if self.hidden_on_disk else self.need.hidden)
 
     @property
@@ -63,32 +68,56 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """For a screen: one line each for memory with its parts, disk, time and problems."""
-        hidden = "hidden states in a file" if self.hidden_on_disk else f"hidden states {_gib(self.need.hidden)}"
-        parts = [f"{what} {_gib(size)}" for what, size in self.need.parts() if size]
-        before = (
-            [
-                f"        {_gib(self.sampling)} before the first block, where the whole model writes a part of the calibration rows"
-            ]
-            if self.sampling
-            else []
+        parts = [_("{what} {size}", what=what, size=gib(size)) for what, size in self.need.parts() if size]
+        parts.append(
+            _("hidden states in a file")
+            if self.hidden_on_disk
+            else _("hidden states {size}", size=gib(self.need.hidden))
         )
-        found = [
-            f"memory  {_gib(self.running)} at the peak: {', '.join([*parts, hidden])}; passes that wait between stages take what is left",
-            *before,
-            f"GPU     up to {_gib(self.need.on_device)} of its memory, with --device cuda",
-            f"disk    {_gib(self.disk)} at the peak, {_gib(self.need.output)} at the end; {_gib(self.free_disk)} free",
+        found: list[str] = [
+            _(
+                "memory  {peak} at the peak: {parts}; suspended forwards take what is left",
+                peak=gib(self.running),
+                parts=listed(parts),
+            )
         ]
-        if self.seconds is not None:
-            tried = " and ".join(str(i + 1) for i in self.tried)
+        if self.sampling:
             found.append(
-                f"time    about {_clock(self.seconds)} for {self.blocks} blocks: measured on block {tried} of {self.blocks} "
-                f"with {self.tried_rows} of {self.rows} rows"
+                _(
+                    "        {peak} before the first layer, where the whole model writes a part of the "
+                    "calibration rows",
+                    peak=gib(self.sampling),
+                )
+            )
+        found.append(_("GPU     up to {size} of its memory, with --device cuda", size=gib(self.need.on_device)))
+        found.append(
+            _(
+                "disk    {peak} at the peak, {end} at the end; {free} free",
+                peak=gib(self.disk),
+                end=gib(self.need.output),
+                free=gib(self.free_disk),
+            )
+        )
+        if self.seconds is not None:
+            found.append(
+                _(
+                    "time    about {clock} for {layers} layers: measured on layer {tried} of {layers} with {few} "
+                    "of {rows} rows",
+                    clock=_clock(self.seconds),
+                    layers=self.blocks,
+                    tried=listed(str(i + 1) for i in self.tried),
+                    few=self.tried_rows,
+                    rows=self.rows,
+                )
             )
             if len(self.tried) > 1:
                 found.append(
-                    f"        block {self.tried[-1] + 1} got the outputs of block 1, not its own inputs: its errors are a hint"
+                    _(
+                        "        layer {last} got the outputs of layer 1, not its own inputs: its errors are a hint",
+                        last=self.tried[-1] + 1,
+                    )
                 )
-        return found + [f"would fail: {problem}" for problem in self.problems]
+        return found + [_("would fail: {problem}", problem=problem) for problem in self.problems]
 
     def as_dict(self) -> dict:
         return {**asdict(self), "peak": self.peak, "disk": self.disk}
@@ -104,10 +133,10 @@ def plan(
     memory: int | None,
     sampling: int = 0,
 ) -> Forecast:
-    """From headers alone. rows of `length` tokens; rtn takes none. sampling: bytes of the whole model, where it writes
-    rows.
+    """From headers alone. rows of `length` tokens, for a method that takes any. sampling: bytes of the whole model,
+    where it writes rows.
     """
-    rows = 0 if recipe.method == "rtn" else rows
+    rows = rows if method_of(recipe).calibrated else 0
     need = budget.needs(checkpoint, spec, recipe, rows, length)
     limit = memory if memory is not None else budget.resident() + budget.free_memory()
     found = Forecast(
@@ -120,13 +149,29 @@ def plan(
         _free_disk(output),
         sampling=sampling,
     )
-    if need.fixed > limit:
-        found.problems.append(
-            f"memory: {_gib(need.fixed)} at least, {_gib(limit)} {'allowed' if memory is not None else 'free'}"
+    return replace(found, problems=tuple(_problems(found, output, memory)))
+
+
+def _problems(found: Forecast, output: Path, memory: int | None) -> list[str]:
+    """Where memory or disk do not suffice."""
+    problems: list[str] = []
+    need, limit = gib(found.need.fixed), gib(found.memory)
+    if found.need.fixed > found.memory:
+        problems.append(
+            _("memory: {need} at least, {limit} free", need=need, limit=limit)
+            if memory is None
+            else _("memory: {need} at least, {limit} allowed", need=need, limit=limit)
         )
     if found.disk > found.free_disk:
-        found.problems.append(f"disk: {_gib(found.disk)} at {output.parent}, {_gib(found.free_disk)} free")
-    return found
+        problems.append(
+            _(
+                "disk: {need} at {place}, {free} free",
+                need=gib(found.disk),
+                place=str(output.parent),
+                free=gib(found.free_disk),
+            )
+        )
+    return problems
 
 
 def preflight(
@@ -135,7 +180,7 @@ def preflight(
     recipe: Recipe,
     output: Path,
     rows: list[list[int]],
-    store,
+    store: Store,
     rules: list[Rule],
     *,
     memory: int | None,
@@ -143,28 +188,28 @@ def preflight(
     around: float,
     progress: Callable[[str], None],
 ) -> tuple[Forecast, Result]:
-    """(forecast, what the two blocks gave). around: seconds of the work before and after the blocks, measured by the
+    """(forecast, what the two layers gave). around: seconds of the work before and after the layers, measured by the
     caller.
 
     Rules that only warn about a Hessian are left out: with few rows they would warn of the preflight and not of the
     run.
     """
     forecast = plan(checkpoint, spec, recipe, output, len(rows), max(map(len, rows), default=0), memory)
-    blocks = tuple(dict.fromkeys((0, forecast.blocks - 1)))
+    layers = tuple(dict.fromkeys((0, forecast.blocks - 1)))
     few = rows[:: -(-len(rows) // ROWS)] if rows else []
-    judged = [r for r in rules if r.severity == "error" or "hessian" not in r.facts]
+    judging = [r for r in rules if r.severity == "error" or "hessian" not in r.facts]
     with tempfile.TemporaryDirectory(prefix="doctor-preflight-") as folder:
         staged = export.Output.open(Path(folder) / "out", {})
         started = time.perf_counter()
-        result, seconds = try_blocks(
+        result, seconds = try_layers(
             checkpoint,
             spec,
             recipe,
             few,
             staged,
             store,
-            judged,
-            blocks,
+            judging,
+            layers,
             memory=memory,
             progress=progress,
             device=device,
@@ -172,9 +217,14 @@ def preflight(
         opening = time.perf_counter() - started - sum(seconds)
     solving = sum(r["seconds"] for r in result.records)
     share = len(rows) / len(few) if few else 1.0
-    per_block = (solving + (sum(seconds) - solving) * share) / max(1, len(seconds))
-    forecast.seconds = around + opening * share + per_block * forecast.blocks
-    forecast.tried, forecast.tried_rows = blocks, len(few)
+    per_layer = (solving + (sum(seconds) - solving) * share) / max(1, len(seconds))
+    forecast = replace(
+        forecast,
+        seconds=around + opening * share + per_layer * forecast.blocks,
+        tried=layers,
+        tried_rows=len(few),
+        problems=(*forecast.problems, *(f.message for f in result.stopped)),
+    )
     return forecast, result
 
 
@@ -183,10 +233,8 @@ def _free_disk(output: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _clock(seconds: float) -> str:
+def _clock(seconds: float) -> Message:
     minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    if minutes < 2:
+        return _("{seconds:.0f} s", seconds=seconds)
+    return _("{minutes:.0f} min", minutes=minutes) if minutes < 120 else _("{hours:.1f} h", hours=minutes / 60)

@@ -4,7 +4,6 @@ They are made from the same store and rules as the findings, and only when a for
 Everything here is plain data, because it travels in the report's JSON.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from doctor.core.finding import Finding, Fix
 from doctor.core.host import describe
 from doctor.core.recipe import Recipe
 from doctor.edits.kinds import RECIPE_EDITS, PadTensor
+from doctor.fixing.output_summary import files, receipt_summary
 from doctor.lint.engine import judge
 from doctor.lint.rule import ROW_PARALLEL, Rule
 
@@ -40,7 +40,7 @@ def pictures(checkpoint: Checkpoint, store: Store, rules: Iterable[Rule], findin
         "files": files(checkpoint),
         "machine": describe(),
         "exponents": exponents(checkpoint, store),
-        "receipt": receipt(checkpoint),
+        "receipt": receipt_summary(checkpoint),
     }
     if store.has(CHECKPOINT, "spec"):
         spec = store.get(CHECKPOINT, "spec")
@@ -215,43 +215,6 @@ def _middle(checkpoint: Checkpoint, info, most: int) -> np.ndarray:
     return from_codes(np.frombuffer(raw, CODE_NUMPY[info.dtype.name]), info.dtype.name)
 
 
-def receipt(checkpoint: Checkpoint) -> dict:
-    """What doctor itself did to this checkpoint, by the receipt in it: {source, plan, steps: [[code, title, safety]]};
-    {} without one.
-    """
-    document = checkpoint.value("doctor.json") or {}
-    if isinstance(document.get("outcomes"), dict):
-        return quantized_receipt(document)
-    steps = document.get("steps")
-    if not (isinstance(steps, list) and all(isinstance(s, dict) for s in steps)):
-        return {}
-    return {
-        "source": str(document.get("source", "")),
-        "plan": str(document.get("recipe", "")),
-        "steps": [
-            [str(s.get("code", "")), str(s.get("title", "")), str(s.get("safety", ""))] for s in steps[:MOST_STEPS]
-        ],
-    }
-
-
-def quantized_receipt(document: dict) -> dict:
-    """The same of a quantization: its settings, its calibration, what became of the linears, and what a reader should
-    know.
-    """
-    settings = document.get("recipe") if isinstance(document.get("recipe"), dict) else {}
-    text = document.get("calibration") if isinstance(document.get("calibration"), dict) else {}
-    kinds = ", ".join(f"{n} {kind}" for kind, n in document["outcomes"].items())
-    asked = ", ".join(f"{k} {v}" for k, v in settings.items() if v not in ("", [], None))
-    made = ", ".join(f"{name} {document[name]}" for name in ("doctor", "torch", "transformers") if name in document)
-    rows = [("recipe", asked), ("linears", kinds), ("versions", made)]
-    if text:
-        rows.append(("calibration", f"{text.get('source')}: {text.get('rows')} rows, {text.get('tokens')} tokens"))
-    notes = document.get("notes") if isinstance(document.get("notes"), list) else []
-    rows += [("note", str(note)) for note in notes]
-    plan = f"{settings.get('method', '')} {settings.get('bits', '')}-bit".strip()
-    return {"source": "", "plan": plan, "steps": [[kind, text, ""] for kind, text in rows if text][:MOST_STEPS]}
-
-
 def geometry(spec, recipe: Recipe) -> list[dict]:
     """Every distinct linear shape: how many, groups in a row, and the GPU counts that cut it into whole groups, heads
     and columns.
@@ -330,21 +293,3 @@ def _ids(value: object, tokenizer) -> str:
     return f"{name} = {value}" if name is not None else str(value)
 
 
-def files(checkpoint: Checkpoint) -> list[dict]:
-    """Rows {name, bytes, tensors, header_bytes} of shards, then of the other files; with sha256 where the run holds the
-    whole file.
-    """
-    rows = [
-        {"name": s.name, "bytes": s.size, "tensors": len(s.tensors), "header_bytes": s.header_bytes}
-        for s in checkpoint.shards.values()
-    ]
-    held = {
-        name: hashlib.sha256(file.raw).hexdigest()
-        for name, file in checkpoint.json.items()
-        if isinstance(file.raw, bytes)
-    }
-    return rows + [
-        {"name": e.name, "bytes": e.size, **({"sha256": held[e.name]} if e.name in held else {})}
-        for e in checkpoint.entries.values()
-        if e.name not in checkpoint.shards
-    ]

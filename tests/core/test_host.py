@@ -7,8 +7,9 @@ import sys
 from doctor.api import check
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.host import describe
+from doctor.fixing import output_summary
 from doctor.lint.testing import tiny
-from doctor.report import figures, render
+from doctor.report import render
 
 RECEIPT = {
     "doctor": "0.1.0",
@@ -45,7 +46,7 @@ def test_a_quantized_checkpoint_shows_its_receipt_its_files_and_the_machine(tmp_
 
 def test_a_receipt_with_wrong_types_is_shown_as_far_as_it_goes():
     for wrong in (None, 3, "x", [1], {"a": [2]}):
-        found = figures.quantized_receipt(
+        found = output_summary.quantization_summary(
             {"outcomes": {"gptq": wrong}, "recipe": wrong, "calibration": wrong, "notes": wrong, "torch": wrong}
         )
         assert all(isinstance(cell, str) for row in found["steps"] for cell in row)

@@ -71,7 +71,7 @@ def device(request):
     """(engine, torch device): the host build behind the real launcher, or a GPU."""
     import torch
 
-    from doctor.quant.solve import kernels
+    from doctor.quant.solve import cuda
 
     if request.param == "host":
         return request.getfixturevalue("host_engine"), torch.device("cpu")
@@ -82,10 +82,10 @@ def device(request):
 
         request.getfixturevalue("pretended").enter_context(pretend(request.getfixturevalue("host_engine")))
         return request.getfixturevalue("host_engine"), torch.device("cuda", 0)
-    reason = kernels.available("cuda")
+    reason = cuda.available("cuda")
     if reason:
         pytest.skip(f"no GPU run: {reason}")
-    return kernels.engine_for(torch.device("cuda", 0)), torch.device("cuda", 0)
+    return cuda.engine_for(torch.device("cuda", 0)), torch.device("cuda", 0)
 
 
 @pytest.fixture

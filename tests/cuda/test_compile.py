@@ -12,7 +12,8 @@ import subprocess
 import host
 import pytest
 
-from doctor.quant.solve import kernels
+from doctor.quant.solve import cuda
+from doctor.quant.solve.cuda import structs
 
 pytestmark = pytest.mark.R2
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -24,7 +25,7 @@ def compile_for(architecture, folder):
     everything = "".join(f'#include "{source}.cu"\n' for source in host.SOURCES)
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
     texts = [(host.CUDA / name).read_text() for name in ["core.cuh", *[f"{s}.cu" for s in host.SOURCES]]]
-    key = hashlib.sha256(repr((texts, version, kernels.OPTIONS, architecture)).encode()).hexdigest()[:24]
+    key = hashlib.sha256(repr((texts, version, cuda.OPTIONS, architecture)).encode()).hexdigest()[:24]
     kept = host.CACHE / f"ptxas-{architecture}-{key}.json"
     if not kept.exists():
         unit, cubin = folder / "all.cu", folder / "all.cubin"
@@ -33,7 +34,7 @@ def compile_for(architecture, folder):
             [
                 NVCC,
                 f"-arch=sm_{architecture}",
-                *kernels.OPTIONS,
+                *cuda.OPTIONS,
                 "-Xptxas",
                 "-v,-warn-spills,-warn-lmem-usage",
                 "-Werror",
@@ -95,17 +96,17 @@ def test_nvcc_compiles_every_kernel_without_warning_or_spill(architecture, tmp_p
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", host.SOURCES)
 def test_nvrtc_compiles_what_nvcc_does(source, architecture, record_property):
-    library = kernels.find_nvrtc()
+    library = cuda.find_nvrtc()
     if library is None:
         pytest.skip("no libnvrtc here: `make nvrtc` installs it and runs this")
-    compiler = kernels.Compiler(library)
+    compiler = cuda.Compiler(library)
     target, cubin = compiler.target(divmod(architecture, 10))
     assert cubin and target == f"sm_{architecture}"
     image = compiler.compile(
         f"{source}.cu",
         (host.CUDA / f"{source}.cu").read_text(),
         {"core.cuh": (host.CUDA / "core.cuh").read_text()},
-        [*kernels.OPTIONS, f"--gpu-architecture={target}"],
+        [*cuda.OPTIONS, f"--gpu-architecture={target}"],
         cubin,
     )
     names = re.findall(r"HOST_ENTRY\((\w+)\)", (host.CUDA / f"{source}.cu").read_text())
@@ -142,7 +143,7 @@ def test_ctypes_structures_are_the_sources_structs(tmp_path):
         "Health": "health_scan",
     }
     for name, source in owners.items():
-        mirror = getattr(kernels, name)
+        mirror = structs.DeviceGridParams if name == "Rule" else getattr(structs, name)
         fields = [field if field != "source" else "from" for field, *_ in mirror._fields_]
         lines = "".join(f'printf("%zu ", offsetof({name}, {field}));' for field in fields)
         program = tmp_path / f"{name}.cpp"

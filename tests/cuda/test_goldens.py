@@ -11,9 +11,8 @@ import host
 import pytest
 import torch
 
-from doctor.quant.solve import kernels
-from doctor.quant.solve.gptq import _Rules
-from doctor.quant.solve.grid import Grid, contiguous_groups, dequantize, quantize
+from doctor.quant.solve import cuda
+from doctor.quant.solve.grid import Grid, GridParams, contiguous_groups, dequantize, quantize
 
 pytestmark = pytest.mark.R3
 GOLDENS = host.ROOT / "fixtures" / "goldens" / "cuda.json"
@@ -35,8 +34,8 @@ def run(source, engine, place):
     W = weights(70, 256).to(place)
     if source == "gptq_block":
         U = (torch.eye(256) + weights(256, 256).triu(1) / 64).to(place)
-        rule = _Rules(4, 64, False, True, False, 0, torch.float16)
-        codes, grid = kernels.round_columns(
+        rule = GridParams(4, 64, False, True, False, 0, torch.float16)
+        codes, grid = cuda.round_columns(
             W.T.contiguous(),
             U,
             rule,
@@ -55,21 +54,21 @@ def run(source, engine, place):
         }
     if source == "grid_search":
         found = [
-            kernels.fit(W, 3, width, sym, mse=True, engine=engine) for width in (32, 128, -1) for sym in (True, False)
+            cuda.fit(W, 3, width, sym, mse=True, engine=engine) for width in (32, 128, -1) for sym in (True, False)
         ]
         return {f"{name}{at}": getattr(grid, name) for at, grid in enumerate(found) for name in ("scale", "zero")}
     if source == "pack":
         codes = ((W + 0.5) * 15.99).to(torch.uint8)
         return {
-            "columns": kernels.pack_columns(codes, 4, engine=engine),
-            "awq": kernels.awq_words(codes[:64], engine=engine),
+            "columns": cuda.pack_columns(codes, 4, engine=engine),
+            "awq": cuda.awq_words(codes[:64], engine=engine),
         }
     if source == "awq_difference":
-        return {"D": kernels.awq_difference(W, W[0].abs() + 0.5, 4, 64, False, engine=engine)}
+        return {"D": cuda.awq_difference(W, W[0].abs() + 0.5, 4, 64, False, engine=engine)}
     if source == "kv_cache":
-        codes, scales = kernels.kv_store(W.reshape(-1).half(), 4, engine=engine)
-        return {"codes": codes, "scales": scales, "back": kernels.kv_load(codes, scales, 4, engine=engine)}
-    found = kernels.health_scan(W, engine=engine)
+        codes, scales = cuda.kv_store(W.reshape(-1).half(), 4, engine=engine)
+        return {"codes": codes, "scales": scales, "back": cuda.kv_load(codes, scales, 4, engine=engine)}
+    found = cuda.health_scan(W, engine=engine)
     return {"counts": torch.tensor([v for k, v in found.items() if k not in ("sum", "sumsq")], dtype=torch.float64)}
 
 
@@ -85,8 +84,8 @@ def refined(engine, place):
     E = (W - dequantize(codes, start)).T.contiguous()
     assert ((H @ E).abs() < 2**18).all() and ((E * 64).round() == E * 64).all(), "H E is not exact in float32"
     loss = torch.zeros(70, dtype=torch.float64, device=place)
-    rule = _Rules(4, 64, True, True, False, 0, torch.float16)
-    codes, grid = kernels.refine(
+    rule = GridParams(4, 64, True, True, False, 0, torch.float16)
+    codes, grid = cuda.refine(
         E.to(place),
         H.to(place),
         codes.T.contiguous().to(place),
@@ -109,7 +108,7 @@ def digest(tensors):
 
 def record(place):
     """The goldens of a device, for fixtures/goldens/cuda.json."""
-    engine = kernels.engine_for(place)
+    engine = cuda.engine_for(place)
     return {
         "device": torch.cuda.get_device_name(place),
         "sources": {

@@ -109,7 +109,7 @@ def test_a_model_goes_from_directory_to_directory(gpu, host_engine, tmp_path, ca
     with pretend(host_engine):
         failed = gpu.model(PLACE, tmp_path, rows=4, length=64, layers=2, hidden=128, inner=128, heads=2)
     said = capsys.readouterr().out
-    assert not failed and "14 gptq" in said and "block 2 of 2" in said, said
+    assert not failed and "14 gptq" in said and "layer 2 of 2" in said, said
 
 
 def test_wheels_and_the_native_library_come_along(gpu, tmp_path, monkeypatch):
@@ -161,8 +161,8 @@ def test_a_checkout_runs_without_an_installation(gpu):
     code = (
         f"import sys; sys.path[:] = {gpu.places().split(':')!r} + [p for p in sys.path if 'site-packages' not in p] + {packages!r}; "
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]; "
-        "from doctor.lint.engine import load_rules; from doctor.core import tables; from doctor.quant.solve import kernels; "
-        "print(len(load_rules()), kernels.source_folder().name, len(tables.family_names()))"
+        "from doctor.lint.engine import load_rules; from doctor.core import tables; from doctor.quant.solve import cuda; "
+        "print(len(load_rules()), cuda.source_folder().name, len(tables.family_names()))"
     )
     run = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd="/")
     assert run.returncode == 0, run.stderr

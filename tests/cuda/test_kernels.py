@@ -7,9 +7,8 @@ import torch
 from judges import assert_close, energies, grid_of, judge_columns, judge_fit, judge_refined, problem
 
 from doctor.quant import pack
-from doctor.quant.solve import gptq, grid, kernels
-from doctor.quant.solve.gptq import _Rules
-from doctor.quant.solve.grid import Grid, contiguous_groups
+from doctor.quant.solve import columns, cuda, gptq, grid, grid_search, losses
+from doctor.quant.solve.grid import Grid, GridParams, contiguous_groups
 from doctor.scan import counters
 
 F16 = torch.float16
@@ -21,14 +20,14 @@ def on(device, *tensors):
 
 
 def rules(bits, width, sym, mse=True, signed=False, zero_min=0, dtype=F16):
-    return _Rules(bits, width, sym, mse, signed, zero_min, dtype)
+    return GridParams(bits, width, sym, mse, signed, zero_min, dtype)
 
 
 def rounded(device, T, U, rule, groups, static, cost=None, width=0):
-    """kernels.round_columns on the device, results on the CPU. T is kept."""
+    """cuda.round_columns on the device, results on the CPU. T is kept."""
     engine, place = device
     static = static and Grid(*on(place, *static))
-    codes, found = kernels.round_columns(
+    codes, found = cuda.round_columns(
         T.clone().to(place), on(place, U), rule, on(place, groups), static, on(place, cost), width, engine=engine
     )
     return codes.cpu(), Grid(found.scale.cpu(), found.zero.cpu())
@@ -39,12 +38,12 @@ def rounded(device, T, U, rule, groups, static, cost=None, width=0):
 @pytest.mark.parametrize("sym", [True, False])
 def test_static_grids_in_any_order_round_as_the_reference(device, bits, width, sym):
     k, n = 256, 40
-    T, U, cost = problem(k, n, seed=bits)
+    T, U, _cost = problem(k, n, seed=bits)
     static = grid_of(T, bits, width, sym)
     groups = contiguous_groups(k, width)[torch.randperm(k, generator=torch.Generator().manual_seed(1))]
     codes, found = rounded(device, T, U, rules(bits, width, sym), groups, static)
     judge_columns(T, U, codes, static, groups, bits)
-    want, _ = gptq._round_columns(T.clone(), U, rules(bits, width, sym), groups, static)
+    want, _ = columns.round_columns(T.clone(), U, rules(bits, width, sym), groups, static)
     assert (codes == want).all(0).float().mean() >= 0.85, "too few rows are the torch loop's to the last code"
     assert (found.scale == static.scale).all() and (found.zero == static.zero).all()
 
@@ -59,7 +58,7 @@ def test_grids_made_on_the_fly_are_the_references(device, bits, width, sym):
     rule = rules(bits, width, sym, mse=bits != 8)
     codes, found = rounded(device, T, U, rule, groups, None, cost, each)
     judge_columns(T, U, codes, found, groups, bits)
-    want, reference = gptq._round_columns(T.clone(), U, rule, groups, None, cost, each)
+    _want, reference = columns.round_columns(T.clone(), U, rule, groups, None, cost, each)
     # Grids see the errors of earlier columns, so a tie in one changes the next: the first group's are free of that.
     assert (found.scale[:, 0] == reference.scale[:, 0]).float().mean() >= 0.9
     assert (found.scale == reference.scale).float().mean() >= 0.7
@@ -109,7 +108,7 @@ def test_a_weight_that_is_not_finite_spoils_its_own_row_only(device, bad, static
 
 def test_errors_reach_the_later_blocks(device):
     """Three blocks, the last of one column: what a block owes the rest is paid by the product between launches."""
-    T, U, cost = problem(257, 50, spikes=False)
+    T, U, _cost = problem(257, 50, spikes=False)
     static = grid_of(T, 3, -1, False)
     groups = contiguous_groups(257, -1)
     codes, _ = rounded(device, T, U, rules(3, -1, False), groups, static)
@@ -136,11 +135,11 @@ def test_a_refinement_is_the_references(device, bits, n, k, width, kind):
     groups = contiguous_groups(k, width)
     static = grid_of(T, bits, width, kind != "asymmetric", mse=True, weight=cost, signed=kind == "signed")
     codes = grid.quantize(T.T, static, bits).T.contiguous()
-    inside = width if kernels.fits(width) else 0
+    inside = width if cuda.fits(width) else 0
     E = T - grid.dequantize(codes.T, static).T
     change = torch.zeros(n, dtype=torch.float64)
     there, moved = change.to(place), codes.clone().to(place)
-    got, found = kernels.refine(
+    got, found = cuda.refine(
         E.to(place).contiguous(),
         H.to(place),
         moved,
@@ -164,7 +163,7 @@ def test_the_loop_adds_up_the_loss(device, static):
     given = grid_of(T, 4, 40, True) if static else None
     groups = contiguous_groups(200, 40)
     loss = torch.full((40,), 2.0, dtype=torch.float64).to(place)
-    codes, found = kernels.round_columns(
+    codes, found = cuda.round_columns(
         T.clone().to(place),
         U.to(place),
         rules(4, 40, True),
@@ -193,9 +192,9 @@ def test_grids_are_the_references(device, bits, width, sym, kind):
     W[5] = 0.0
     weight = cost if kind in ("weighted", "signed") else None
     options = dict(mse=kind != "minmax", weight=weight, signed=kind == "signed" and sym, zero_min=bits == 4)
-    want = grid.fit(W, bits, width, sym, **options)
+    want = grid_search.fit(W, bits, width, sym, **options)
     options["weight"] = None if weight is None else weight.to(place)
-    found = kernels.fit(W.to(place), bits, width, sym, **options, engine=engine)
+    found = cuda.fit(W.to(place), bits, width, sym, **options, engine=engine)
     found = Grid(found.scale.cpu(), found.zero.cpu())
     if kind == "minmax":
         assert (found.scale == want.scale).all() and (found.zero == want.zero).all()
@@ -206,9 +205,9 @@ def test_grids_are_the_references(device, bits, width, sym, kind):
 def test_scales_are_values_of_their_stored_dtype(device, dtype):
     engine, place = device
     W = torch.randn(9, 128, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-9, 0)[:, None]
-    found = kernels.fit(W.to(place), 4, 32, True, mse=True, scale_dtype=dtype, engine=engine).scale.cpu()
+    found = cuda.fit(W.to(place), 4, 32, True, mse=True, scale_dtype=dtype, engine=engine).scale.cpu()
     assert (found.to(dtype).to(torch.float32) == found).all() and (found > 0).all()
-    want = grid.fit(W, 4, 32, True, mse=True, scale_dtype=dtype).scale
+    want = grid_search.fit(W, 4, 32, True, mse=True, scale_dtype=dtype).scale
     # float32 keeps the last digit of a sum that was added up in another order.
     assert ((found - want).abs() <= want * (1e-6 if dtype == torch.float32 else 0)).float().mean() > 0.9
 
@@ -219,7 +218,7 @@ def test_a_group_that_is_not_finite_gets_no_finite_scale(device, bad, width):
     engine, place = device
     W = torch.randn(4, 256)
     W[2, 200] = bad
-    found = kernels.fit(W.to(place), 4, width, False, mse=True, engine=engine).scale.cpu()
+    found = cuda.fit(W.to(place), 4, width, False, mse=True, engine=engine).scale.cpu()
     spoiled = torch.zeros_like(found, dtype=torch.bool)
     spoiled[2, 3 if width == 64 else 0] = True
     assert (torch.isfinite(found) == ~spoiled).all()
@@ -231,24 +230,22 @@ def test_bit_streams_are_the_packers(device, bits, m, c):
     engine, place = device
     codes = torch.randint(0, 2**bits, (m, c), dtype=torch.uint8, generator=torch.Generator().manual_seed(m))
     codes[-1] = 2**bits - 1
-    assert torch.equal(kernels.pack_columns(codes.to(place), bits, engine=engine).cpu(), pack.pack_columns(codes, bits))
-    assert torch.equal(kernels.pack_rows(codes.to(place), bits, engine=engine).cpu(), pack.pack_rows(codes, bits))
+    assert torch.equal(cuda.pack_columns(codes.to(place), bits, engine=engine).cpu(), pack.pack_columns(codes, bits))
+    assert torch.equal(cuda.pack_rows(codes.to(place), bits, engine=engine).cpu(), pack.pack_rows(codes, bits))
     turned = codes.T.contiguous().T
-    assert torch.equal(
-        kernels.pack_columns(turned.to(place), bits, engine=engine).cpu(), pack.pack_columns(codes, bits)
-    )
+    assert torch.equal(cuda.pack_columns(turned.to(place), bits, engine=engine).cpu(), pack.pack_columns(codes, bits))
 
 
 @pytest.mark.parametrize("n, columns", [(8, 1), (32, 33), (1000, 5), (1032, 3)])
 def test_awq_words_are_the_packers(device, n, columns):
     engine, place = device
     codes = torch.randint(0, 16, (n, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
-    assert torch.equal(kernels.awq_words(codes.to(place), engine=engine).cpu(), pack._awq_words(codes))
+    assert torch.equal(cuda.awq_words(codes.to(place), engine=engine).cpu(), pack._awq_words(codes))
 
 
 def packable(n, k, width, bits, zero_min):
     W = torch.randn(n, k, generator=torch.Generator().manual_seed(bits))
-    found = grid.fit(W, bits, width, False, zero_min=zero_min)
+    found = grid_search.fit(W, bits, width, False, zero_min=zero_min)
     return grid.quantize(W, found, bits), found
 
 
@@ -266,7 +263,7 @@ def test_gptq_words_become_the_references_weights(device, bits, version, order):
         packed["g_idx"] = None
     want = pack.gptq_dequantize(**packed, bits=bits, version=version)
     moved = {name: None if t is None else t.to(place) for name, t in packed.items()}
-    assert torch.equal(kernels.gptq_dequantize(**moved, bits=bits, version=version, engine=engine).cpu(), want)
+    assert torch.equal(cuda.gptq_dequantize(**moved, bits=bits, version=version, engine=engine).cpu(), want)
 
 
 @pytest.mark.parametrize("n, k, width", [(32, 32, 32), (1056, 64, 64), (96, 136, -1)])
@@ -276,7 +273,7 @@ def test_awq_words_become_the_references_weights(device, n, k, width):
     packed = pack.awq_pack(codes, found)
     want = pack.awq_dequantize(**packed)
     moved = {name: t.to(place) for name, t in packed.items()}
-    assert torch.equal(kernels.awq_dequantize(**moved, engine=engine).cpu(), want)
+    assert torch.equal(cuda.awq_dequantize(**moved, engine=engine).cpu(), want)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -285,11 +282,11 @@ def test_awq_words_become_the_references_weights(device, n, k, width):
 def test_compressed_tensors_words_become_the_references_weights(device, bits, sym, n, k, width):
     engine, place = device
     W = torch.randn(n, k, generator=torch.Generator().manual_seed(bits))
-    found = grid.fit(W, bits, width, sym)
+    found = grid_search.fit(W, bits, width, sym)
     packed = pack.compressed_pack(grid.quantize(W, found, bits), found, bits, sym)
     want = pack.compressed_dequantize(**packed, bits=bits)
     moved = {name: t.to(place) if name != "weight_shape" else t for name, t in packed.items()}
-    assert torch.equal(kernels.compressed_dequantize(**moved, bits=bits, engine=engine).cpu(), want)
+    assert torch.equal(cuda.compressed_dequantize(**moved, bits=bits, engine=engine).cpu(), want)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -301,12 +298,12 @@ def test_awq_differences_are_the_references(device, bits, sym, n, width, dtype):
     g = torch.Generator().manual_seed(bits)
     W, s = torch.randn(n, k, generator=g).mul_(0.02).to(dtype), torch.rand(k, generator=g) * 3 + 0.2
     scaled = W.to(torch.float32) * s
-    found = grid.fit(scaled, bits, width, sym)
+    found = grid_search.fit(scaled, bits, width, sym)
     want = grid.dequantize(grid.quantize(scaled, found, bits), found) / s - W.to(torch.float32)
-    got = kernels.awq_difference(W.to(place), s.to(place), bits, width, sym, engine=engine).cpu()
+    got = cuda.awq_difference(W.to(place), s.to(place), bits, width, sym, engine=engine).cpu()
     assert_close(got, want, 1e-6, "D")
     W[1, 5] = float("nan")
-    spoiled = ~torch.isfinite(kernels.awq_difference(W.to(place), s.to(place), bits, width, sym, engine=engine).cpu())
+    spoiled = ~torch.isfinite(cuda.awq_difference(W.to(place), s.to(place), bits, width, sym, engine=engine).cpu())
     assert spoiled[1, 5] and not spoiled[[0, *range(2, n)]].any()
 
 
@@ -341,11 +338,11 @@ def test_a_cached_key_reads_back_as_exllamav2s(device, bits, count):
     x[-32:] *= 1e-6  # subnormal in float16
     x = x.to(F16)
     want_codes, want_scales, want = kv_reference(x, bits)
-    codes, scales = kernels.kv_store(x.to(place), bits, engine=engine)
+    codes, scales = cuda.kv_store(x.to(place), bits, engine=engine)
     assert torch.equal(scales.cpu(), want_scales)
     fields = codes.cpu() if bits == 8 else torch.stack([codes.cpu() & 15, codes.cpu() >> 4], 1).reshape(-1)
     assert torch.equal(fields, want_codes)
-    assert torch.equal(kernels.kv_load(codes, scales, bits, engine=engine).cpu(), want)
+    assert torch.equal(cuda.kv_load(codes, scales, bits, engine=engine).cpu(), want)
 
 
 def test_zeros_and_overflow_in_the_cache_are_exllamav2s(device):
@@ -353,8 +350,8 @@ def test_zeros_and_overflow_in_the_cache_are_exllamav2s(device):
     x = torch.zeros(128, dtype=F16)
     x[64:] = 3000.0  # 32 times that is past 65504
     for bits in (4, 8):
-        codes, scales = kernels.kv_store(x.to(place), bits, engine=engine)
-        back = kernels.kv_load(codes, scales, bits, engine=engine).cpu()
+        codes, scales = cuda.kv_store(x.to(place), bits, engine=engine)
+        back = cuda.kv_load(codes, scales, bits, engine=engine).cpu()
         assert (back[:64] == 0).all() and torch.isinf(scales.cpu()[2]) and not torch.isfinite(back[64:]).any()
 
 
@@ -367,7 +364,7 @@ def test_a_scan_counts_what_the_cpu_counts(device, dtype, count):
         if count > 100:
             x[at * 11 + 3] = value
     x = x.to(dtype)
-    got = kernels.health_scan(x.to(place), engine=engine)
+    got = cuda.health_scan(x.to(place), engine=engine)
     want = counters.scan(x.view(torch.uint8).numpy(), {torch.float32: "F32", F16: "F16", torch.bfloat16: "BF16"}[dtype])
     assert {key: got[key] for key in got if key not in ("sum", "sumsq")} == {
         key: getattr(want, key) for key in got if key not in ("sum", "sumsq")
@@ -391,13 +388,13 @@ def test_a_layer_end_to_end_has_the_references_loss(device):
     H = 2 / 700 * X.T @ X
     want = gptq.solve(W, H, refine=0)
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    from doctor.quant.solve.hessian import factorise
+    from doctor.quant.solve.factor import factorise
 
     U, _ = factorise(H[order][:, order], 0.01)
     cost = torch.empty(256)
     cost[order] = U.diagonal() ** -2
-    static = kernels.fit(W.to(place), 4, 128, True, mse=True, weight=cost.to(place), zero_min=1, engine=engine)
-    codes, found = kernels.round_columns(
+    static = cuda.fit(W.to(place), 4, 128, True, mse=True, weight=cost.to(place), zero_min=1, engine=engine)
+    codes, found = cuda.round_columns(
         W[:, order].T.contiguous().to(place),
         U.to(place),
         rules(4, 128, True),
@@ -406,5 +403,5 @@ def test_a_layer_end_to_end_has_the_references_loss(device):
         engine=engine,
     )
     Q = grid.dequantize(codes.cpu()[torch.argsort(order)].T, Grid(found.scale.cpu(), found.zero.cpu()))
-    loss = gptq.proxy_loss(W, Q, H)
+    loss = losses.proxy_loss(W, Q, H)
     assert abs(loss / want.loss - 1) <= 2e-3 and loss < 0.8 * want.rtn_loss

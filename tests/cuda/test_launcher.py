@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from doctor.core.errors import CudaError
-from doctor.quant.solve import kernels
-from doctor.quant.solve.gptq import _Rules
-from doctor.quant.solve.grid import Grid, contiguous_groups
+from doctor.quant.solve import cuda
+from doctor.quant.solve.cuda import columns, driver
+from doctor.quant.solve.grid import Grid, GridParams, contiguous_groups
 
 pytestmark = pytest.mark.R1
 CODES = torch.arange(64, dtype=torch.uint8).reshape(32, 2) % 16
@@ -27,10 +27,10 @@ def counter(library, name):
 
 def test_a_kernel_is_compiled_once_and_then_taken_from_disk(library, tmp_path, host_builds):
     first = host.engine(tmp_path, host_builds, library)
-    kernels.pack_columns(CODES, 4, engine=first)
-    kernels.awq_words(CODES, engine=first)
+    cuda.pack_columns(CODES, 4, engine=first)
+    cuda.awq_words(CODES, engine=first)
     second = host.engine(tmp_path, host_builds, library)
-    kernels.pack_columns(CODES, 4, engine=second)
+    cuda.pack_columns(CODES, 4, engine=second)
     assert counter(library, "fake_compilations").value == 1 and counter(library, "fake_launches").value == 3
     assert [p.suffix for p in (tmp_path / "kernels").iterdir()] == [".cubin"], "one whole file, nothing half-written"
 
@@ -39,7 +39,7 @@ def test_a_broken_file_in_the_cache_is_compiled_anew(library, tmp_path, host_bui
     engine = host.engine(tmp_path, host_builds, library)
     _, path, _ = engine.image("pack")
     path.write_bytes(b"half a cubin")
-    want = kernels.pack_columns(CODES, 4, engine=engine)
+    want = cuda.pack_columns(CODES, 4, engine=engine)
     assert counter(library, "fake_compilations").value == 2 and path.read_bytes().startswith(b"host:")
     assert want.shape == (4, 2)
 
@@ -52,7 +52,7 @@ def test_the_key_changes_with_source_and_device(library, tmp_path, host_builds, 
     copied.mkdir()
     for name in ("pack.cu", "core.cuh"):
         (copied / name).write_text((host.CUDA / name).read_text() + ("// changed\n" if name == "core.cuh" else ""))
-    monkeypatch.setattr(kernels, "source_folder", lambda: copied)
+    monkeypatch.setattr(driver, "source_folder", lambda: copied)
     paths.add(host.engine(tmp_path, host_builds, library).image("pack")[1])
     assert len(paths) == 3
 
@@ -70,7 +70,7 @@ def test_a_device_older_than_nvrtc_is_refused(library, tmp_path, host_builds):
 
 def test_a_cache_that_cannot_be_written_costs_a_compilation_only(library, tmp_path, host_builds):
     (tmp_path / "kernels").write_text("a file where a folder should be")
-    assert kernels.pack_columns(CODES, 4, engine=host.engine(tmp_path, host_builds, library)).shape == (4, 2)
+    assert cuda.pack_columns(CODES, 4, engine=host.engine(tmp_path, host_builds, library)).shape == (4, 2)
 
 
 def test_a_compilers_words_reach_the_user(library, tmp_path, host_builds, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_compilers_words_reach_the_user(library, tmp_path, host_builds, monkey
     with pytest.raises(
         CudaError, match=r"pack.cu: NVRTC 12.9 stopped with code 6 for .*sm_90: fake.cu\(1\): error: no builds"
     ):
-        kernels.pack_columns(CODES, 4, engine=engine)
+        cuda.pack_columns(CODES, 4, engine=engine)
 
 
 def test_a_missing_kernel_is_named(library, tmp_path, host_builds):
@@ -100,15 +100,15 @@ def test_large_shared_memory_is_opted_in(library, tmp_path, host_builds):
     """gptq_block asks for 80 KiB, and the fake driver refuses what was not opted in."""
     engine = host.engine(tmp_path, host_builds, library)
     static = Grid(torch.full((3, 1), 0.1), torch.full((3, 1), 8, dtype=torch.int32))
-    kernels.round_columns(
+    cuda.round_columns(
         torch.zeros(32, 3),
         torch.eye(32),
-        _Rules(4, 32, True, False, False, 0, torch.float16),
+        GridParams(4, 32, True, False, False, 0, torch.float16),
         contiguous_groups(32, 32),
         static,
         engine=engine,
     )
-    function, allowed = engine._functions["gptq_block"]
+    _function, allowed = engine._functions["gptq_block"]
     assert allowed == [(128 + 32) * 512]
 
 
@@ -125,7 +125,7 @@ def test_large_shared_memory_is_opted_in(library, tmp_path, host_builds):
 def test_blocks_are_as_wide_as_device_and_rows_allow(host_engine, monkeypatch, n, optin, multiprocessors, threads):
     monkeypatch.setattr(host_engine, "shared_optin", optin)
     monkeypatch.setattr(host_engine, "multiprocessors", multiprocessors)
-    assert kernels._threads(host_engine, n, kernels._shared) == threads
+    assert columns.threads_per_block(host_engine, n, columns.shared_bytes) == threads
 
 
 def test_a_failing_kernel_is_named_with_its_shapes_and_code(library, tmp_path):
@@ -146,7 +146,7 @@ def test_a_failing_kernel_is_named_with_its_shapes_and_code(library, tmp_path):
         match=r"pack_stream\(codes\[2, 32\], 4 bits\): grid 1x1.*cuLaunchKernel returned 719 "
         r"\(block \(0, 0\): some threads wait at __syncthreads",
     ):
-        kernels.pack_columns(CODES, 4, engine=host.engine(tmp_path, builds, library))
+        cuda.pack_columns(CODES, 4, engine=host.engine(tmp_path, builds, library))
 
 
 def test_fibers_in_reverse_order_give_the_same_bits(library, tmp_path, host_builds):
@@ -159,60 +159,60 @@ def test_fibers_in_reverse_order_give_the_same_bits(library, tmp_path, host_buil
     results = []
     for turned in (0, 1):
         counter(library, "fake_reversed").value = turned
-        codes, found = kernels.round_columns(
+        codes, found = cuda.round_columns(
             T.clone(),
             U,
-            _Rules(4, 32, False, True, False, 0, torch.float16),
+            GridParams(4, 32, False, True, False, 0, torch.float16),
             contiguous_groups(128, 32),
             None,
             cost,
             32,
             engine=engine,
         )
-        scan = kernels.health_scan(W[:7], engine=engine)
+        scan = cuda.health_scan(W[:7], engine=engine)
         scan.pop("sum"), scan.pop("sumsq")
         results.append(
             (
                 codes,
                 *found,
-                *kernels.fit(W, 4, 64, False, mse=True, engine=engine),
-                *kernels.kv_store(W.reshape(-1).half(), 4, engine=engine),
+                *cuda.fit(W, 4, 64, False, mse=True, engine=engine),
+                *cuda.kv_store(W.reshape(-1).half(), 4, engine=engine),
                 torch.tensor(list(scan.values())),
             )
         )
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=False))
 
 
 def test_without_a_device_a_reason_is_given(monkeypatch):
     if torch.cuda.is_available():
-        assert kernels.available() is None or "libnvrtc" in kernels.available()
+        assert cuda.available() is None or "libnvrtc" in cuda.available()
     else:
-        assert kernels.available() == "torch sees no CUDA device"
+        assert cuda.available() == "torch sees no CUDA device"
         with pytest.raises(CudaError, match="no CUDA kernels on cuda: torch sees no CUDA device"):
-            kernels.engine_for(torch.device("cuda"))
-    assert kernels.available("cpu") == "the kernels are for CUDA, and the tensors are on cpu"
+            cuda.engine_for(torch.device("cuda"))
+    assert cuda.available("cpu") == "the kernels are for CUDA, and the tensors are on cpu"
     monkeypatch.setenv("DOCTOR_KERNELS", "0")
-    assert kernels.available("cuda") == "DOCTOR_KERNELS=0 turns them off"
+    assert cuda.available("cuda") == "DOCTOR_KERNELS=0 turns them off"
 
 
 def test_the_cache_lies_with_hugging_faces_or_xdgs(monkeypatch):
     monkeypatch.setenv("HF_HOME", "/data/hf")
-    assert str(kernels.cache_folder()) == os.path.join("/data/hf", "doctor", "kernels")
+    assert str(cuda.cache_folder()) == os.path.join("/data/hf", "doctor", "kernels")
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", "/data/xdg")
-    assert str(kernels.cache_folder()) == os.path.join("/data/xdg", "doctor", "kernels")
+    assert str(cuda.cache_folder()) == os.path.join("/data/xdg", "doctor", "kernels")
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda e: kernels.kv_store(torch.zeros(63, dtype=torch.float16), 4, engine=e), "63 cached values at 4 bits"),
-        (lambda e: kernels.kv_store(torch.zeros(64), 4, engine=e), "x is torch.float32 on cpu; must be torch.float16"),
+        (lambda e: cuda.kv_store(torch.zeros(63, dtype=torch.float16), 4, engine=e), "63 cached values at 4 bits"),
+        (lambda e: cuda.kv_store(torch.zeros(64), 4, engine=e), "x is torch.float32 on cpu; must be torch.float16"),
         (
-            lambda e: kernels.awq_words(torch.zeros(12, 2, dtype=torch.uint8), engine=e),
+            lambda e: cuda.awq_words(torch.zeros(12, 2, dtype=torch.uint8), engine=e),
             r"torch.uint8\[12, 2\]; must be torch.uint8",
         ),
-        (lambda e: kernels.pack_rows(torch.zeros(4, 4), 4, engine=e), "codes are torch.float32; must be torch.uint8"),
+        (lambda e: cuda.pack_rows(torch.zeros(4, 4), 4, engine=e), "codes are torch.float32; must be torch.uint8"),
     ],
 )
 def test_what_a_kernel_cannot_take_is_refused_before_launch(host_engine, call, message):

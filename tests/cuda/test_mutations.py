@@ -18,9 +18,8 @@ from judges import energies, grid_of, judge_columns, judge_fit, judge_refined, p
 
 from doctor.core.errors import CudaError
 from doctor.quant import pack
-from doctor.quant.solve import grid, kernels
-from doctor.quant.solve.gptq import _Rules
-from doctor.quant.solve.grid import contiguous_groups
+from doctor.quant.solve import cuda, grid, grid_search
+from doctor.quant.solve.grid import GridParams, contiguous_groups
 
 pytestmark = pytest.mark.R1
 
@@ -40,8 +39,8 @@ def rounds(engine, static=True):
         T, U, cost = problem(k, n, seed=k)
         groups = contiguous_groups(k, width)
         given = grid_of(T, 4, width, False) if static else None
-        rule = _Rules(4, width, False, True, False, 0, torch.float16)
-        codes, found = kernels.round_columns(
+        rule = GridParams(4, width, False, True, False, 0, torch.float16)
+        codes, found = cuda.round_columns(
             T.clone(), U, rule, groups, given, cost, 0 if static else width, engine=engine
         )
         assert torch.isfinite(found.scale).all()
@@ -50,7 +49,7 @@ def rounds(engine, static=True):
             judge_fit(
                 T[:width].T.contiguous(),
                 grid.Grid(found.scale[:, :1], found.zero[:, :1]),
-                grid.fit(T[:width].T.contiguous(), 4, width, False, mse=True, weight=cost[:width]),
+                grid_search.fit(T[:width].T.contiguous(), 4, width, False, mse=True, weight=cost[:width]),
                 cost[:width],
                 4,
                 0.9,
@@ -84,19 +83,19 @@ def refines(engine):
         given = grid_of(T, 4, width or -1, False, mse=True, weight=cost)
         codes, loss = grid.quantize(T.T, given, 4).T.contiguous(), torch.zeros(n, dtype=torch.float64)
         E = (T - grid.dequantize(codes.T, given).T).contiguous()
-        rule = _Rules(4, width or -1, False, True, False, 0, torch.float16)
-        got, found = kernels.refine(E, H, codes.clone(), given, groups, rule, width, loss, engine=engine)
+        rule = GridParams(4, width or -1, False, True, False, 0, torch.float16)
+        got, found = cuda.refine(E, H, codes.clone(), given, groups, rule, width, loss, engine=engine)
         before, after = judge_refined(T, H, (codes, given), (got, found), groups, 4, width)
         assert ((loss - (after - before)).abs() <= 1e-4 * before.max()).all()
 
 
 def adds_up(engine):
-    T, U, cost = problem(200, 40)
+    T, U, _cost = problem(200, 40)
     loss, groups = torch.zeros(40, dtype=torch.float64), contiguous_groups(200, 40)
-    codes, found = kernels.round_columns(
+    codes, found = cuda.round_columns(
         T.clone(),
         U,
-        _Rules(4, 40, True, True, False, 0, torch.float16),
+        GridParams(4, 40, True, True, False, 0, torch.float16),
         groups,
         grid_of(T, 4, 40, True),
         loss=loss,
@@ -113,8 +112,8 @@ def searches(engine):
     for width in (32, 48, 128, -1):
         for sym in (True, False):
             for mse in (False, True):
-                want = grid.fit(W, 3, width, sym, mse=mse, weight=cost, zero_min=1)
-                found = kernels.fit(W, 3, width, sym, mse=mse, weight=cost, zero_min=1, engine=engine)
+                want = grid_search.fit(W, 3, width, sym, mse=mse, weight=cost, zero_min=1)
+                found = cuda.fit(W, 3, width, sym, mse=mse, weight=cost, zero_min=1, engine=engine)
                 judge_fit(W, found, want, cost, 3, 0.9)
                 assert int(found.zero.min()) >= 1
 
@@ -125,24 +124,24 @@ def huge(engine):
     memory = torch.from_numpy(np.memmap(HOLE.name, np.uint8, "w+", shape=(2**31 + 3 * stride + 64,)))
     lines = memory.as_strided((4, 32), (stride, 1), 2**31)  # an index that wraps to below 0 still finds memory
     lines[3] = 7
-    words = kernels.pack_rows(lines, 8, engine=engine)
+    words = cuda.pack_rows(lines, 8, engine=engine)
     assert words[3].tolist() == [0x07070707] * 8 and not words[:3].any()
 
 
 def packs(engine):
     for bits in (3, 4):
         codes = torch.randint(0, 2**bits, (333, 65), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(kernels.pack_columns(codes, bits, engine=engine), pack.pack_columns(codes, bits))
+        assert torch.equal(cuda.pack_columns(codes, bits, engine=engine), pack.pack_columns(codes, bits))
     codes = codes[:32]
-    assert torch.equal(kernels.awq_words(codes, engine=engine), pack._awq_words(codes))
+    assert torch.equal(cuda.awq_words(codes, engine=engine), pack._awq_words(codes))
     W = torch.randn(96, 160, generator=torch.Generator().manual_seed(0))
-    found = grid.fit(W, 3, 32, False, zero_min=1)
+    found = grid_search.fit(W, 3, 32, False, zero_min=1)
     order = torch.randperm(160, generator=torch.Generator().manual_seed(1))
     packed = pack.gptq_pack(grid.quantize(W, found, 3), found, contiguous_groups(160, 32)[order], 3)
-    assert torch.equal(kernels.gptq_dequantize(**packed, bits=3, engine=engine), pack.gptq_dequantize(**packed, bits=3))
-    found = grid.fit(W, 4, 32, False)
+    assert torch.equal(cuda.gptq_dequantize(**packed, bits=3, engine=engine), pack.gptq_dequantize(**packed, bits=3))
+    found = grid_search.fit(W, 4, 32, False)
     packed = pack.awq_pack(grid.quantize(W, found, 4), found)
-    assert torch.equal(kernels.awq_dequantize(**packed, engine=engine), pack.awq_dequantize(**packed))
+    assert torch.equal(cuda.awq_dequantize(**packed, engine=engine), pack.awq_dequantize(**packed))
 
 
 def caches(engine):
@@ -150,17 +149,17 @@ def caches(engine):
 
     x = torch.randn(640, generator=torch.Generator().manual_seed(0)).half()
     for bits in (4, 8):
-        codes, scales = kernels.kv_store(x, bits, engine=engine)
+        codes, scales = cuda.kv_store(x, bits, engine=engine)
         want = kv_reference(x, bits)
         fields = codes if bits == 8 else torch.stack([codes & 15, codes >> 4], 1).reshape(-1)
         assert torch.equal(fields, want[0]) and torch.equal(scales, want[1])
-        assert torch.equal(kernels.kv_load(codes, scales, bits, engine=engine), want[2])
+        assert torch.equal(cuda.kv_load(codes, scales, bits, engine=engine), want[2])
 
 
 def scans(engine):
     x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     x[4000], x[4300], x[4400], x[4500] = float("nan"), 0.0, 66000.0, -70000.0
-    scan = kernels.Scan(x.device, engine=engine)
+    scan = cuda.DeviceScan(x.device, engine=engine)
     for part in x.split(3000):
         scan.add(part)
     found = scan.read()
@@ -178,9 +177,9 @@ def scans(engine):
 def differs(engine):
     g = torch.Generator().manual_seed(0)
     W, s = torch.randn(5, 96, generator=g), torch.rand(96, generator=g) + 0.5
-    found = grid.fit(W * s, 4, 48, False)
+    found = grid_search.fit(W * s, 4, 48, False)
     want = grid.dequantize(grid.quantize(W * s, found, 4), found) / s - W
-    assert ((kernels.awq_difference(W, s, 4, 48, False, engine=engine) - want).abs() <= 1e-5).all()
+    assert ((cuda.awq_difference(W, s, 4, 48, False, engine=engine) - want).abs() <= 1e-5).all()
 
 
 MUTATIONS = {
@@ -538,8 +537,8 @@ def divides_exactly(engine):
     W = torch.cat([beside, torch.zeros(400, 128 - beside.shape[1])], 1)
     T, U = W.T.contiguous(), torch.eye(128)
     given = grid.Grid(s[:, None], torch.full((400, 1), 8, dtype=torch.int32))
-    codes, _ = kernels.round_columns(
-        T, U, _Rules(4, -1, True, False, False, 0, torch.float16), contiguous_groups(128, -1), given, engine=engine
+    codes, _ = cuda.round_columns(
+        T, U, GridParams(4, -1, True, False, False, 0, torch.float16), contiguous_groups(128, -1), given, engine=engine
     )
     assert torch.equal(codes.T, grid.quantize(W, given, 4))
 

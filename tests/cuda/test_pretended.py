@@ -17,10 +17,11 @@ from doctor.core.recipe import Recipe
 from doctor.evaluate.kvcache import quantizers
 from doctor.lint.testing import tiny
 from doctor.quant import pack
-from doctor.quant.forward.spill import Shelf
-from doctor.quant.job import Hidden
-from doctor.quant.solve import awq, gptq, grid, kernels
+from doctor.quant.forward.hidden_states import HiddenStates
+from doctor.quant.forward.spill import SpillFile
+from doctor.quant.solve import awq_search, awq_source, cuda, gptq, grid, grid_search
 from doctor.quant.solve.hessian import Hessian, mixed_products
+from doctor.quant.solve.losses import proxy_loss
 
 pytestmark = pytest.mark.R1
 WAITS_A_LINEAR = 40
@@ -99,7 +100,7 @@ def test_a_linear_solved_on_the_device_loses_what_the_definition_loses(host_engi
         assert sum(mode.waits.values()) <= WAITS_A_LINEAR, f"the host waits too often: {dict(mode.waits)}"
         assert got.codes.is_cuda and got.g_idx.is_cuda
         Q = got.weight().cpu()
-    loss, reference = gptq.proxy_loss(W, Q, H), gptq.proxy_loss(W, want.weight(), H)
+    loss, reference = proxy_loss(W, Q, H), proxy_loss(W, want.weight(), H)
     assert abs(loss / reference - 1) <= 0.01 and loss < 0.9 * got.rtn_loss
     assert abs(got.loss / loss - 1) <= 0.03 and abs(got.rtn_loss / want.rtn_loss - 1) <= 0.1
 
@@ -152,22 +153,22 @@ def test_awqs_candidates_are_tried_on_the_device(sym, width, host_engine, launch
     """One launch a candidate and weight, a wait for all of them and one for the finalists; the factors are the CPU's to
     the bit, with and without the kernel.
     """
-    monkeypatch.setattr(awq, "FIRST_ROWS", 50)
-    monkeypatch.setattr(awq, "FINALISTS", 41)  # all of the 40 candidates
+    monkeypatch.setattr(awq_search, "FIRST_ROWS", 50)
+    monkeypatch.setattr(awq_search, "FINALISTS", 41)  # all of the 40 candidates
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(n, 96, generator=g) * torch.linspace(0.1, 1, 96) for n in (40, 90)]
     X = torch.randn(400, 96, generator=g) * torch.linspace(3, 0.2, 96)
     X[:, 17] = 0
     H = 2 / 400 * X.T @ X
     options = {"bits": 4, "group_size": width, "sym": sym, "zero_min": 0}
-    want, name = awq.find_scales(weights, H, awq.Source("norm", "x"), **options)
+    want, name = awq_search.find_scales(weights, H, awq_source.Source("norm", "x"), **options)
     assert name and want[17] == 1
     for engine, launches in ((host_engine, 2 * 2 * 40), (None, 0)):
         launched.clear()
         with pretend(engine) as mode:
             there = [W.to(PLACE) for W in weights], H.to(PLACE)
             mode.waits.clear()
-            s, found = awq.find_scales(*there, awq.Source("norm", "x"), **options)
+            s, found = awq_search.find_scales(*there, awq_source.Source("norm", "x"), **options)
             waits = sum(mode.waits.values())
         assert found == name and torch.equal(s.cpu(), want)
         assert launched == ({"awq_difference": launches} if launches else {}) and (waits <= 4 or not launches)
@@ -178,8 +179,14 @@ def test_a_weight_that_is_not_finite_ends_awqs_search_on_the_device_too(value, h
     W = torch.ones(32, 32)
     W[3, 4] = value
     with pretend(host_engine), pytest.raises(NotQuantizable, match=r"W\[3, 4\] is"):
-        awq.find_scales(
-            [W.to(PLACE)], torch.eye(32).to(PLACE), awq.Source("norm", "x"), bits=4, group_size=32, sym=True, zero_min=0
+        awq_search.find_scales(
+            [W.to(PLACE)],
+            torch.eye(32).to(PLACE),
+            awq_source.Source("norm", "x"),
+            bits=4,
+            group_size=32,
+            sym=True,
+            zero_min=0,
         )
 
 
@@ -188,17 +195,17 @@ def test_a_candidate_whose_scales_no_float16_holds_loses(host_engine):
     W = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) * 5e4
     H = torch.diag(torch.logspace(8, -8, 32))
     options = {"bits": 4, "group_size": 32, "sym": True, "zero_min": 0}
-    want, name = awq.find_scales([W], H, awq.Source("norm", "x"), **options)
-    assert torch.isfinite(grid.fit(W * want, 4, 32, True).scale).all()
+    want, name = awq_search.find_scales([W], H, awq_source.Source("norm", "x"), **options)
+    assert torch.isfinite(grid_search.fit(W * want, 4, 32, True).scale).all()
     with pretend(host_engine):
-        s, found = awq.find_scales([W.to(PLACE)], H.to(PLACE), awq.Source("norm", "x"), **options)
+        s, found = awq_search.find_scales([W.to(PLACE)], H.to(PLACE), awq_source.Source("norm", "x"), **options)
     assert found == name and torch.equal(s.cpu(), want)
 
 
 def packed_in(form, bits):
     """(the tensors of a packed weight [64, 96], the pack function that reads them, its arguments)."""
     W = torch.randn(64, 96, generator=torch.Generator().manual_seed(bits))
-    found = grid.fit(W, bits, 32, False, zero_min=1)
+    found = grid_search.fit(W, bits, 32, False, zero_min=1)
     codes, g_idx = grid.quantize(W, found, bits), grid.contiguous_groups(96, 32)
     if form == "awq":
         return pack.awq_pack(codes, found), pack.awq_dequantize, {}
@@ -261,7 +268,7 @@ def test_a_resumed_run_reads_its_words_back_on_the_device(recipe, tmp_path, text
     """Interrupted and gone on: the same bytes as in one go. Every linear is read back once as a proof, and those of a
     replayed block again.
     """
-    monkeypatch.setattr(awq, "RATIOS", (0.0, 0.5))
+    monkeypatch.setattr(awq_search, "RATIOS", (0.0, 0.5))
     tiny("llama").write(tmp_path / "m")
     text.write_text("\n".join(text.read_text().splitlines()[:6]))
     options = {"calibration": text, "max_seq_length": 64, "device": "cuda"}
@@ -277,7 +284,7 @@ def test_a_resumed_run_reads_its_words_back_on_the_device(recipe, tmp_path, text
         launched.clear()
 
         def stop(line):
-            if line.startswith("block 2 of"):
+            if line.startswith("layer 2 of"):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -292,15 +299,15 @@ def test_a_resumed_run_reads_its_words_back_on_the_device(recipe, tmp_path, text
 def test_words_that_do_not_read_back_end_the_run(tmp_path, text, host_engine, monkeypatch):
     """A device that packs wrongly writes nothing."""
     tiny("llama").write(tmp_path / "m")
-    packs = kernels.pack_columns
+    packs = cuda.pack_columns
 
     def flawed(codes, bits, **more):
         words = packs(codes, bits, **more)
         words[0, 0] ^= 1
         return words
 
-    monkeypatch.setattr(kernels, "pack_columns", flawed)
-    with pretend(host_engine), pytest.raises(CudaError, match="do not read back as the weights that were meant"):
+    monkeypatch.setattr(cuda, "pack_columns", flawed)
+    with pretend(host_engine), pytest.raises(CudaError, match="packed weights do not round-trip on cuda:0"):
         api.quantize(
             tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64, device="cuda"
         )
@@ -324,7 +331,7 @@ def test_the_next_block_is_read_into_pinned_memory_by_a_thread_of_its_own(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "free, said", [(1 << 30, ""), (1 << 10, ": it may run out of memory; finished blocks are kept for --resume")]
+    "free, said", [(1 << 30, ""), (1 << 10, ": it may run out of memory; finished layers are kept for --resume")]
 )
 def test_a_run_says_what_it_takes_of_the_device(free, said, tmp_path, text, host_engine):
     tiny("llama").write(tmp_path / "m")
@@ -362,7 +369,7 @@ def test_a_run_of_the_cpu_is_not_taken_up_on_the_device(tmp_path, text, host_eng
     options = {"calibration": text, "max_seq_length": 64}
 
     def stop(line):
-        if line.startswith("block 1 of"):
+        if line.startswith("layer 1 of"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -418,7 +425,7 @@ def test_a_cache_on_the_device_gives_back_what_the_definition_gives(bits, host_e
         got = quantizers.round_trip(x.to(PLACE), bits)
         assert got.is_cuda
     assert torch.equal(got.cpu().nan_to_num(7.0), want.nan_to_num(7.0)) and got.dtype == torch.float16
-    assert launched == ({"kv_store": 1, "kv_load": 1} if bits in kernels.KV_BITS else {})
+    assert launched == ({"kv_store": 1, "kv_load": 1} if bits in cuda.KV_BITS else {})
 
 
 def test_a_cache_is_measured_on_the_device(tmp_path, text, host_engine, launched):
@@ -460,14 +467,14 @@ def test_a_run_that_computes_in_bfloat16_says_so_and_not_a_word_of_the_cpus_libr
     api.quantize(tmp_path / "m", tmp_path / "cpu", Recipe(group_size=32), **options)
     for place in ("cuda", "cpu"):
         notes[place] = " ".join(json.loads((tmp_path / place / "doctor.json").read_text())["notes"])
-    assert "blocks compute in bfloat16 on cuda" in notes["cuda"] and "native library" not in notes["cuda"]
+    assert "decoder layers compute in bfloat16 on cuda" in notes["cuda"] and "native library" not in notes["cuda"]
     assert "bfloat16" not in notes["cpu"] and "native library" in notes["cpu"]
 
 
 @pytest.mark.parametrize("limit, room, place", [(0, 1 << 20, "device"), (1 << 20, 0, "memory"), (0, 0, "disk")])
 def test_hidden_states_lie_where_there_is_room(tmp_path, limit, room, place):
     with pretend():
-        hidden = Hidden([(2, 3, 4), (1, 5, 4)], limit, lambda: Shelf(tmp_path), PLACE, torch.bfloat16, room)
+        hidden = HiddenStates([(2, 3, 4), (1, 5, 4)], limit, lambda: SpillFile(tmp_path), PLACE, torch.bfloat16, room)
         assert ("device" if hidden.on_device else "disk" if hidden.on_disk else "memory") == place
         for i, shape in enumerate([(2, 3, 4), (1, 5, 4)]):
             hidden[i] = torch.full(shape, float(i)).to(PLACE)

@@ -5,7 +5,7 @@ import torch
 from judges import grid_of, judge_columns, judge_fit, problem
 
 from doctor.quant import pack
-from doctor.quant.solve import gptq, grid
+from doctor.quant.solve import columns, grid, grid_search
 from doctor.quant.solve.grid import contiguous_groups
 
 pytestmark = pytest.mark.R0
@@ -29,8 +29,8 @@ def test_the_torch_loop_is_algorithm_1(bits, sym):
     T, U, _ = problem(160, 60, seed=bits)
     static, groups = grid_of(T, bits, 32, sym), contiguous_groups(160, 32)
     want = column_by_column(T, U, static, groups, bits)
-    rule = gptq._Rules(bits, 32, sym, True, False, 0, torch.float16)
-    got, _ = gptq._round_columns(T.clone(), U, rule, groups, static)
+    rule = grid.GridParams(bits, 32, sym, True, False, 0, torch.float16)
+    got, _ = columns.round_columns(T.clone(), U, rule, groups, static)
     assert (got == want).all(0).float().mean() >= 0.85  # a tie that float32 sees otherwise changes the rest of a row
     judge_columns(T, U, want, static, groups, bits)
     judge_columns(T, U, got, static, groups, bits)
@@ -48,7 +48,7 @@ def test_the_judge_of_columns_refuses_one_code_off_by_one():
 def test_the_judge_of_grids_refuses_a_worse_one():
     T, _, _ = problem(128, 400)
     W = T.T.contiguous()
-    want = grid.fit(W, 4, 64, True, mse=True)
+    want = grid_search.fit(W, 4, 64, True, mse=True)
     worse = grid.Grid(want.scale.clone(), want.zero)
     worse.scale[3, 1] *= 1.05
     with pytest.raises(AssertionError, match="worse than the reference"):
@@ -63,7 +63,7 @@ def test_the_search_never_loses_to_minmax_in_float64(sym):
     part = W.to(torch.float64).reshape(50, 2, 64)
     error = []
     for mse in (True, False):
-        found = grid.fit(W, 3, 64, sym, mse=mse, weight=cost)
+        found = grid_search.fit(W, 3, 64, sym, mse=mse, weight=cost)
         codes = grid.quantize(W, found, 3)
         error.append(((grid.dequantize(codes, found).reshape(50, 2, 64) - part) ** 2 * weight).sum(-1))
     assert (error[0] <= error[1] * (1 + 1e-5)).all() and (error[0] < error[1]).any()
@@ -72,6 +72,6 @@ def test_the_search_never_loses_to_minmax_in_float64(sym):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packing_is_one_little_endian_bit_stream(bits):
     codes = torch.randint(0, 2**bits, (77, 3), dtype=torch.uint8)
-    for column, words in zip(codes.T.tolist(), pack.pack_columns(codes, bits).T.tolist()):
+    for column, words in zip(codes.T.tolist(), pack.pack_columns(codes, bits).T.tolist(), strict=False):
         stream = sum(code << e * bits for e, code in enumerate(column))
         assert [word & 0xFFFFFFFF for word in words] == [stream >> 32 * w & 0xFFFFFFFF for w in range(len(words))]

@@ -66,7 +66,7 @@ def test_the_probe_changes_nothing_that_it_looks_at(tmp_path):
         alone.step(i)
         watched.step(i, probe)
     assert all(torch.equal(a, b) for a, b in zip(alone.hidden, watched.hidden, strict=True))
-    block = watched.skeleton.load_block(0)
+    block = watched.skeleton.load_layer(0)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
 
 

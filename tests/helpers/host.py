@@ -101,7 +101,7 @@ def fake_libraries(folder: Path) -> ctypes.CDLL:
 
 def engine(folder: Path, builds: Path, library: ctypes.CDLL | None = None):
     """An Engine whose device is this CPU. builds: a folder of <source>.so."""
-    from doctor.quant.solve.kernels import Compiler, Engine
+    from doctor.quant.solve.cuda import Compiler, Engine
 
     library = library or fake_libraries(folder)
     os.environ["FAKE_CUDA_BUILDS"] = str(builds)

@@ -4,7 +4,7 @@ other way does not excuse the rest of a row.
 
 import torch
 
-from doctor.quant.solve.grid import _error
+from doctor.quant.solve.grid_search import rounding_error
 
 TIE = 2e-4  # of a step: nearer to a tie than this, either code is right
 EPS = 2.0**-24
@@ -61,9 +61,9 @@ def judge_fit(W, grid, want, weight, bits, share=0.995):
     part = W.to(torch.float64).reshape(n, groups, k // groups)
     cost = None if weight is None else weight.to(torch.float64).reshape(1, groups, k // groups)
     error = [
-        _error(part, cost, g.scale.to(torch.float64)[..., None], g.zero.to(torch.float64)[..., None], 2**bits - 1)[
-            ..., 0
-        ]
+        rounding_error(
+            part, cost, g.scale.to(torch.float64)[..., None], g.zero.to(torch.float64)[..., None], 2**bits - 1
+        )[..., 0]
         for g in (grid, want)
     ]
     assert not (~(error[0] <= error[1] * (1 + 1e-4) + 1e-30)).any(), "a grid is worse than the reference's"
@@ -133,7 +133,7 @@ def problem(k, n, seed=0, spikes=True):
     """(T f32[k, n], U f32[k, k], cost f32[k]): weights with an outlier row and column, and a factor of a correlated
     Hessian.
     """
-    from doctor.quant.solve.hessian import factorise
+    from doctor.quant.solve.factor import factorise
 
     g = torch.Generator().manual_seed(seed)
     T = torch.randn(k, n, generator=g) * 0.02
@@ -148,6 +148,6 @@ def problem(k, n, seed=0, spikes=True):
 
 
 def grid_of(T, bits, width, sym, **rules):
-    from doctor.quant.solve.grid import fit
+    from doctor.quant.solve.grid_search import fit
 
     return fit(T.T.contiguous(), bits, width, sym, **rules)

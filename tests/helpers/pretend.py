@@ -198,7 +198,8 @@ class _Stream:
 @contextmanager
 def pretend(engine=None, free=64 << 30):
     """A cuda:0 with `engine` (host.engine) for its kernels; without one, torch does their work."""
-    from doctor.quant.solve import hessian, kernels
+    from doctor.quant.solve import hessian
+    from doctor.quant.solve.cuda import launcher
 
     hessian.mixed_products.cache_clear()
     mode = Pretend()
@@ -220,7 +221,7 @@ def pretend(engine=None, free=64 << 30):
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         found = (engine, "") if engine is not None else (None, "this device is pretended")
-        stack.enter_context(mock.patch.object(kernels, "_engine", lambda ordinal: found))
+        stack.enter_context(mock.patch.object(launcher, "engine_or_reason", lambda ordinal: found))
         stack.enter_context(
             mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor)
         )  # also in other threads

@@ -100,13 +100,13 @@ def test_a_72b_model_is_planned_from_its_headers(tmp_path):
     assert found.disk == 2 * need.output + (need.hidden if found.hidden_on_disk else 0)
     assert found.peak <= 48 << 30
     assert found.lines()[0].startswith(
-        f"memory  {found.peak / 2**30:.2f} GiB at the peak: one block in float32 3.27 GiB"
+        f"memory  {found.peak / 2**30:.2f} GiB at the peak: one decoder layer in float32 3.27 GiB"
     )
 
 
 def test_the_plan_says_what_would_not_fit(tmp_path):
     found = plan(headers_of_72b(tmp_path / "m"), tmp_path / "out", Recipe(), memory=8 << 30)
-    assert [p.partition(":")[0] for p in found.problems][0] == "memory" and "8.00 GiB allowed" in found.problems[0]
+    assert next(p.partition(":")[0] for p in found.problems) == "memory" and "8.00 GiB allowed" in found.problems[0]
 
 
 def test_depth_does_not_enter(tmp_path):
@@ -135,7 +135,7 @@ else:
     from doctor.core.recipe import Recipe
     peaks = []
     def said(line):
-        if line.startswith("block"):
+        if line.startswith("layer"):
             status = open("/proc/self/status").read()
             peaks.append(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024)
     api.quantize(folder, folder + ".out", Recipe(group_size=64), calibration=sys.argv[3], rows=8, max_seq_length=64, select=("O",), progress=said)
@@ -148,14 +148,14 @@ def test_quantize_says_at_the_start_that_the_disk_will_not_do(tmp_path, monkeypa
     from doctor.core.machine import Machine
 
     monkeypatch.setattr(
-        "doctor.quant.quantize.measure", lambda *asked: Machine("OUT", 64 << 30, 1 << 30, 1 << 20, 64 << 20)
+        "doctor.quant.prepare.measure", lambda *asked: Machine("OUT", 64 << 30, 1 << 30, 1 << 20, 64 << 20)
     )
     done = api.quantize(tiny("llama").write(tmp_path / "m"), tmp_path / "q", Recipe(method="rtn", group_size=32))
     assert [f.code for f in done.report.findings] == ["G314"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_hundred_blocks_take_no_more_memory_than_the_first_few(tmp_path):
+def test_a_hundred_layers_take_no_more_memory_than_the_first_few(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"input_ids": [1 + (i * j) % 90 for j in range(1, 65)]}) for i in range(1, 9)))
     run = [sys.executable, "-c", MEASURED, str(tmp_path / "m"), "100"]
@@ -170,5 +170,5 @@ def test_a_hundred_blocks_take_no_more_memory_than_the_first_few(tmp_path):
     need = budget.needs(
         checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), Recipe(group_size=64), 8, 64
     )
-    assert peaks[-1] - peaks[9] < 16 << 20  # 90 blocks are 38 MB as stored and 77 MB in float32
+    assert peaks[-1] - peaks[9] < 16 << 20  # 90 layers are 38 MB as stored and 77 MB in float32
     assert peaks[-1] < need.fixed + need.hidden

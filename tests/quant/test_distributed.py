@@ -62,12 +62,12 @@ def test_two_ranks_give_what_one_gives_up_to_the_order_of_sums(tmp_path, text, f
     for name, ranks in (("one", 1), ("two", 2)):
         done = started(tmp_path, name, ranks, "--method", method)
         assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("block 2 of 2") == 1  # one voice
+    assert done.stderr.count("layer 2 of 2") == 1  # one voice
     one, two = (json.loads((tmp_path / name / "doctor.json").read_text()) for name in ("one", "two"))
     assert [x["name"] for x in one["linears"]] == [x["name"] for x in two["linears"]] and one["outcomes"] == two[
         "outcomes"
     ]
-    for a, b in zip(one["linears"], two["linears"]):
+    for a, b in zip(one["linears"], two["linears"], strict=False):
         assert b["solve"]["loss"] == pytest.approx(a["solve"]["loss"], rel=0.05), a["name"]
     reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
     tokens = (
@@ -82,13 +82,13 @@ def test_a_rank_that_dies_ends_the_run_which_can_be_resumed(tmp_path, text):
     tiny("llama").write(tmp_path / "m")
     dies = """
 import os
-from doctor.quant import run
-real = run._Run._block
-def block(self, i, ahead=True):
+from doctor.quant import job
+real = job.quantize_layer
+def quantize_layer(setup, activations, i, recipe, **options):
     if i == 1 and os.environ["RANK"] == "1":
         os._exit(7)
-    return real(self, i, ahead)
-run._Run._block = block
+    return real(setup, activations, i, recipe, **options)
+job.quantize_layer = quantize_layer
 """
     done = started(tmp_path, "out", 2, code=dies)
     assert done.returncode != 0 and not (tmp_path / "out").exists()
@@ -103,6 +103,6 @@ def test_more_ranks_than_batches_are_refused():
     from doctor.core.errors import DoctorError
     from doctor.quant.distributed import Ranks
 
-    assert [Ranks(r, 3).mine([0, 1, 2, 3, 4]) for r in range(3)] == [[0], [1, 2], [3, 4]]
+    assert [Ranks(r, 3).local_batches([0, 1, 2, 3, 4]) for r in range(3)] == [[0], [1, 2], [3, 4]]
     with pytest.raises(DoctorError, match="3 ranks for 2 batches of rows"):
-        Ranks(0, 3).mine([0, 1])
+        Ranks(0, 3).local_batches([0, 1])

@@ -15,7 +15,7 @@ from doctor.core.recipe import Recipe
 from doctor.lint.testing import tiny
 from doctor.quant import export
 from doctor.quant.export import Output, pack_linear, quantization_config, unpack_linear
-from doctor.quant.solve.gptq import round_to_nearest
+from doctor.quant.solve.rtn import round_to_nearest
 
 
 @pytest.fixture

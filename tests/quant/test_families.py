@@ -20,7 +20,8 @@ from doctor.model.fused_experts import find_stacks, take_apart
 from doctor.model.spec import build_spec
 from doctor.quant import budget
 from doctor.quant.dequantize import as_float
-from doctor.quant.forward.skeleton import Skeleton, load_tensor
+from doctor.quant.forward.prefetch import load_tensor
+from doctor.quant.forward.skeleton import Skeleton
 
 # Latent attention has as many key heads as query heads, whatever the other families' sizes are.
 OWN = {"deepseek_v2": {"num_key_value_heads": 4}, "deepseek_v3": {"num_key_value_heads": 4}}

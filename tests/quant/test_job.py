@@ -21,13 +21,15 @@ from doctor.core.errors import MachineError, PlanRefused
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import FAMILIES, encode, tiny
 from doctor.model.spec import Linear, build_spec
-from doctor.quant import budget, export, job
+from doctor.quant import activations, budget, export, job, layer, setup
 from doctor.quant.dequantize import as_float
-from doctor.quant.forward import staged
+from doctor.quant.forward import staged, suspended
+from doctor.quant.forward.hidden_states import HiddenStates, make_batches
+from doctor.quant.forward.linear_groups import arrange
 from doctor.quant.forward.skeleton import Skeleton
-from doctor.quant.forward.spill import Shelf
-from doctor.quant.forward.staged import Walk, arrange
-from doctor.quant.job import Hidden, make_batches
+from doctor.quant.forward.spill import SpillFile
+from doctor.quant.forward.staged import StagedForward
+from doctor.quant.solve import gptq
 
 RECIPE = Recipe(group_size=32)
 KILLS = int(os.environ.get("DOCTOR_TEST_KILLS", "4"))
@@ -59,14 +61,14 @@ def codes(findings):
 
 
 def last_hidden(checkpoint, spec, ids):
-    """Hidden states after the last block of a checkpoint or of a dequantized view."""
+    """HiddenStates states after the last block of a checkpoint or of a dequantized view."""
     built = Skeleton(checkpoint, spec)
     with torch.no_grad():
         [(hidden, calls)] = list(built.open_calls([ids]))
-        for i in range(len(built.blocks)):
-            built.load_block(i)
-            hidden = built.run_block(i, hidden, calls[i])
-            built.drop_block(i)
+        for i in range(len(built.layers)):
+            built.load_layer(i)
+            hidden = built.run_layer(i, hidden, calls[i])
+            built.drop_layer(i)
     return hidden
 
 
@@ -115,13 +117,13 @@ def test_what_is_not_quantized_is_carried_bit_for_bit(tmp_path, text):
 def test_later_linears_see_the_errors_of_earlier_ones(tmp_path, text, monkeypatch):
     """down_proj of block 0 gets inputs that quantized gate and up made: its Hessian differs from the float model's."""
     seen = {}
-    real = job.solve
+    real = gptq.solve
 
     def watch(W, H, **options):
         seen.setdefault(len(seen), H.clone())
         return real(W, H, **options)
 
-    monkeypatch.setattr(job, "solve", watch)
+    monkeypatch.setattr(gptq, "solve", watch)
     quantized(tiny("llama"), tmp_path, text)
     exact = dict(seen)
     seen.clear()
@@ -129,7 +131,7 @@ def test_later_linears_see_the_errors_of_earlier_ones(tmp_path, text, monkeypatc
     def untouched(module, W, transposed):
         pass
 
-    monkeypatch.setattr(job, "put_weight", untouched)
+    monkeypatch.setattr(layer, "put_weight", untouched)
     quantized(tiny("llama"), tmp_path, text, name="o2")
     assert torch.equal(exact[0], seen[0])  # q of block 0: nothing before it
     assert not torch.equal(exact[6], seen[6])  # down of block 0
@@ -168,8 +170,8 @@ def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(tmp_p
     assert not (tmp_path / "o").exists()
     monkeypatch.setattr(export.Output, "write_part", write)
     solved = []
-    real = job.solve
-    monkeypatch.setattr(job, "solve", lambda *a, **k: solved.append(1) or real(*a, **k))
+    real = gptq.solve
+    monkeypatch.setattr(gptq, "solve", lambda *a, **k: solved.append(1) or real(*a, **k))
     result = quantized(tiny("llama"), tmp_path, text, resume=True)
     assert len(solved) == 7 * (2 - min(call - 1, 2))
     assert len(result.linears) == 14
@@ -244,15 +246,17 @@ def test_hidden_states_on_disk_give_the_same_bytes(tmp_path, text):
     quantized(tiny("llama"), tmp_path, text)
     quantized(tiny("llama"), tmp_path, text, name="disk", memory=least_memory(tmp_path / "m"), progress=said.append)
     assert any("hidden states take 0.00 GiB, more than 0.00 GiB: kept on disk, in" in line for line in said)
-    assert any("halted passes hold 0.00 GiB, more than 0.00 GiB: the rest on disk, in" in line for line in said)
+    assert any(
+        "suspended forwards hold 0.00 GiB, more than 0.00 GiB: the rest is spilled to disk, in" in line for line in said
+    )
     assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "disk")
 
 
-def test_less_memory_than_a_block_takes_is_refused_with_the_sum(tmp_path, text):
+def test_less_memory_than_a_layer_takes_is_refused_with_the_sum(tmp_path, text):
     least = least_memory(tiny("llama").write(tmp_path / "m"))
     with pytest.raises(
         MachineError,
-        match=r"this run needs 0\.\d\d GiB at least: one block in float32 .*, Python, torch and transformers",
+        match=r"this run needs 0\.\d\d GiB at least: one decoder layer in float32 .* and Python, torch and transformers",
     ):
         quantized(tiny("llama"), tmp_path, text, memory=least - 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "rows.jsonl"]
@@ -260,43 +264,40 @@ def test_less_memory_than_a_block_takes_is_refused_with_the_sum(tmp_path, text):
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("family", (*FAMILIES, "llama4_text", "gpt_oss", "granitemoe"))
-def test_a_pass_that_is_halted_one_that_lies_on_disk_and_one_that_starts_anew_write_the_same_bytes(
-    family, method, tmp_path, text, monkeypatch
-):
+def test_suspended_spilled_and_restarted_forwards_write_the_same_bytes(family, method, tmp_path, text, monkeypatch):
     recipe = Recipe(method=method, group_size=32)
-    monkeypatch.setattr(job, "BATCH_TOKENS", 512)  # four batches
+    monkeypatch.setattr(setup, "BATCH_TOKENS", 512)  # four batches
     quantized(tiny(family), tmp_path, text, recipe)
     monkeypatch.setattr(staged, "greenlet", None)
     quantized(tiny(family), tmp_path, text, recipe, name="anew")
     monkeypatch.undo()
-    monkeypatch.setattr(job, "BATCH_TOKENS", 512)
-    lasting = []
+    monkeypatch.setattr(setup, "BATCH_TOKENS", 512)
+    resumable = []
 
-    class Half(Walk):
-        shelf = None
+    class Half(StagedForward):
+        file = None
 
-        def __init__(self, *args, room, halted_bytes, shelf):
-            room = 2.5 if self.shelf is None else 1 << 20
+        def __init__(self, *args, capacity, suspended_bytes, spill_file):
             super().__init__(
                 *args,
-                room=room,
-                halted_bytes=1 / 512 if halted_bytes < float("inf") else halted_bytes,
-                shelf=self.shelf,
+                capacity=2.5 if self.file is None else 1 << 20,
+                suspended_bytes=1 / 512 if suspended_bytes < float("inf") else suspended_bytes,
+                spill_file=self.file,
             )
-            lasting.append([one.lasts and (one.shelf or True) for one in self.passes])
+            resumable.append([one.resumable and (one.spill_file or True) for one in self.forwards])
 
-    monkeypatch.setattr(job, "Walk", Half)
+    monkeypatch.setattr(activations, "StagedForward", Half)
     quantized(tiny(family), tmp_path, text, recipe, name="half")
-    assert [True, True, False, False] in lasting
-    Half.shelf = Shelf(tmp_path)
-    quantized(tiny(family), tmp_path, text, recipe, name="shelf")
-    assert [Half.shelf] * 4 in lasting and Half.shelf.written > 0
-    assert Half.shelf.end == os.fstat(Half.shelf._file.fileno()).st_size == 0  # every block gave its places back
+    assert [True, True, False, False] in resumable
+    Half.file = SpillFile(tmp_path)
+    quantized(tiny(family), tmp_path, text, recipe, name="spilled")
+    assert [Half.file] * 4 in resumable and Half.file.written > 0
+    assert Half.file.end == os.fstat(Half.file._file.fileno()).st_size == 0  # every layer released its extents
     assert (
         bytes_of(tmp_path / "o")
         == bytes_of(tmp_path / "anew")
         == bytes_of(tmp_path / "half")
-        == bytes_of(tmp_path / "shelf")
+        == bytes_of(tmp_path / "spilled")
     )
 
 
@@ -315,8 +316,8 @@ def forwards(tmp_path, text, monkeypatch, name):
     return calls / (len(result.linears) * 32 * 64)
 
 
-def test_a_block_is_computed_about_once(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(job, "BATCH_TOKENS", 256)  # eight batches
+def test_a_layer_is_computed_about_once(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(setup, "BATCH_TOKENS", 256)  # eight batches
     assert 1 <= forwards(tmp_path, text, monkeypatch, "once") < 1.15  # one batch more, once: to see who reads what
     monkeypatch.setattr(staged, "greenlet", None)
     assert forwards(tmp_path, text, monkeypatch, "anew") > 2.5
@@ -366,7 +367,7 @@ def test_fix_repairs_on_the_way_in_and_leaves_the_source_alone(tmp_path, text):
     assert bytes_of(tmp_path / "m") == before
 
 
-def test_activations_that_overflow_stop_the_run_at_their_block(tmp_path, text):
+def test_activations_that_overflow_stop_the_run_at_their_layer(tmp_path, text):
     case = tiny("llama")
     case.tensors["model.layers.1.input_layernorm.weight"][:] = encode(np.full(64, 3e38), "BF16")
     said = []
@@ -374,8 +375,8 @@ def test_activations_that_overflow_stop_the_run_at_their_block(tmp_path, text):
     assert result.output is None and not (tmp_path / "o").exists()
     assert "Q401" in codes(result.report.findings)
     assert {r["block"] for r in result.linears if r["outcome"] == "failed"} == {1}
-    assert any(line.startswith("block 1 of 2") for line in said) and not any(
-        line.startswith("block 2 of 2") for line in said
+    assert any(line.startswith("layer 1 of 2") for line in said) and not any(
+        line.startswith("layer 2 of 2") for line in said
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "rows.jsonl"]
 
@@ -424,7 +425,7 @@ def test_batches_hold_rows_of_one_length():
 
 def test_hidden_states_are_kept_apart(tmp_path):
     for limit in (0, 1 << 20):
-        hidden = Hidden([(2, 3, 4), (1, 5, 4)], limit, lambda: Shelf(tmp_path))
+        hidden = HiddenStates([(2, 3, 4), (1, 5, 4)], limit, lambda: SpillFile(tmp_path))
         hidden[0], hidden[1] = torch.full((2, 3, 4), 1.0), torch.full((1, 5, 4), 2.0)
         assert hidden.on_disk == (limit == 0)
         assert hidden[0].eq(1).all() and hidden[1].eq(2).all() and hidden[1].shape == (1, 5, 4)
@@ -452,12 +453,16 @@ def test_experts_of_one_kind_share_a_stage_and_unreached_ones_join_it():
 
 
 def interrupted(tmp_path, text, monkeypatch, recipe):
-    """A run that was killed behind its first block."""
+    """A run that was killed behind its first layer."""
     with monkeypatch.context() as patch:
-        real = job._Run._block
-        patch.setattr(
-            job._Run, "_block", lambda self, i: real(self, i) if i == 0 else (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        real = job.quantize_layer
+
+        def killed(setup, activations, i, recipe, **options):
+            if i:
+                raise KeyboardInterrupt
+            return real(setup, activations, i, recipe, **options)
+
+        patch.setattr(job, "quantize_layer", killed)
         with pytest.raises(KeyboardInterrupt):
             quantized(tiny("llama"), tmp_path, text, recipe)
 
@@ -471,7 +476,7 @@ def test_a_run_is_not_resumed_in_another_output_format(tmp_path, text, monkeypat
     )  # said or meant
 
 
-def test_stacks_that_the_runtime_does_not_read_apart_stay_in_16_bits_and_are_found(tmp_path, text):
+def test_fused_experts_that_the_runtime_cannot_read_unfused_stay_in_16_bits_and_are_found(tmp_path, text):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -508,10 +513,10 @@ def test_stacks_that_the_runtime_does_not_read_apart_stay_in_16_bits_and_are_fou
 
 def test_work_done_in_a_slower_way_is_in_the_report(tmp_path, text, monkeypatch):
     monkeypatch.setattr(staged, "greenlet", None)
-    monkeypatch.setattr(job, "greenlet", None)
+    monkeypatch.setattr(setup, "greenlet", None)
     result = quantized(tiny("llama"), tmp_path, text)
     assert [f.message for f in result.report.findings if f.code == "Q417"] == [
-        staged.WITHOUT_GREENLET
+        suspended.WITHOUT_GREENLET
     ] and result.report.ok
 
 
@@ -520,17 +525,19 @@ def test_work_done_in_a_slower_way_is_in_the_report(tmp_path, text, monkeypatch)
 
 @pytest.mark.parametrize("code", ["Q400", "Q405"])
 def test_a_linear_that_fails_is_kept_with_those_fused_to_it_as_if_asked_at_the_start(tmp_path, text, monkeypatch, code):
-    broken, honest = "model.layers.1.self_attn.q_proj", job._Run._solve
+    broken, honest = "model.layers.1.self_attn.q_proj", layer.solve_linear
 
-    def spoiled(self, linear, module, seen):
-        if linear.name == broken and code == "Q400":
-            raise job.NotQuantizable("no factor")
-        solution = honest(self, linear, module, seen)
-        return replace(solution, loss=2 * solution.rtn_loss) if linear.name == broken else solution
+    def spoiled(linear, *args):
+        solved = honest(linear, *args)
+        if linear.name != broken:
+            return solved
+        if code == "Q400":
+            return replace(solved, solution=None, failure="no factor")
+        return replace(solved, solution=replace(solved.solution, loss=2 * solved.solution.rtn_loss))
 
     parts = [f"model.layers.1.self_attn.{x}_proj" for x in "kqv"]
     asked = quantized(tiny("llama"), tmp_path, text, name="asked", keep=parts)
-    monkeypatch.setattr(job._Run, "_solve", spoiled)
+    monkeypatch.setattr(layer, "solve_linear", spoiled)
     alone = quantized(tiny("llama"), tmp_path, text, name="alone", fix=True)
     assert (alone.output is None) == (code == "Q400") and code in codes(alone.report.findings)
     fixed = quantized(tiny("llama"), tmp_path, text, name="fixed", fix=True, unsafe_fixes=[code])
@@ -545,15 +552,15 @@ def test_a_linear_that_fails_is_kept_with_those_fused_to_it_as_if_asked_at_the_s
     )
 
 
-def test_damp_is_raised_for_a_block_and_those_after_it(tmp_path, text, monkeypatch):
-    honest = job._Run._facts
+def test_damp_is_raised_for_a_layer_and_those_after_it(tmp_path, text, monkeypatch):
+    honest = layer.put_facts
 
-    def foretold(self, name, solved, hessian):
+    def foretold(store, name, solved, hessian):
         if name.startswith("model.layers.1.") and hessian is not None:
             hessian = replace(hessian, damp_needed=0.03)
-        honest(self, name, solved, hessian)
+        honest(store, name, solved, hessian)
 
-    monkeypatch.setattr(job._Run, "_facts", foretold)
+    monkeypatch.setattr(layer, "put_facts", foretold)
     result = quantized(tiny("llama"), tmp_path, text, fix=True, unsafe_fixes=["Q411"])
     assert result.report.ok and "Q411" not in codes(result.report.findings) and result.report.recipe.damp == 0.05
     assert {(r["block"], r["solve"]["damp_asked"]) for r in result.linears} == {(0, 0.01), (1, 0.05)}

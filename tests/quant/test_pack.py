@@ -6,7 +6,8 @@ import torch
 
 from doctor.core.errors import BadCheckpoint, NotQuantizable
 from doctor.quant import pack
-from doctor.quant.solve.grid import Grid, contiguous_groups, dequantize, fit, quantize
+from doctor.quant.solve.grid import Grid, contiguous_groups, dequantize, quantize
+from doctor.quant.solve.grid_search import fit
 
 VECTORS = Path(__file__).parents[2] / "fixtures" / "vectors"
 GPTQ = sorted(path for path in VECTORS.glob("gptq_w?_in*.json"))

@@ -1,4 +1,4 @@
-"""A preflight quantizes two blocks, writes nothing, and says what would fail and how long the rest takes."""
+"""A preflight quantizes two decoder layers, writes nothing, and says what would fail and how long the rest takes."""
 
 import json
 import random
@@ -30,17 +30,17 @@ def flown(case, tmp_path, text, recipe=RECIPE):
     return api.quantize(tmp_path / "m", tmp_path / "o", recipe, calibration=text, max_seq_length=64, preflight=True)
 
 
-def test_it_quantizes_the_first_and_the_last_block_and_writes_nothing(tmp_path, text):
+def test_it_quantizes_the_first_and_the_last_layer_and_writes_nothing(tmp_path, text):
     result = flown(tiny("llama"), tmp_path, text)
     forecast = result.forecast
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "rows.jsonl"] and result.output is None
     assert {r["block"] for r in result.linears} == {0, 1} and {r["outcome"] for r in result.linears} == {"gptq"}
-    assert (forecast.tried, forecast.tried_rows, forecast.rows, forecast.problems) == ((0, 1), preflight.ROWS, 64, [])
+    assert (forecast.tried, forecast.tried_rows, forecast.rows, forecast.problems) == ((0, 1), preflight.ROWS, 64, ())
     assert result.report.ok and 0 < forecast.seconds < 600
     text = "\n".join(forecast.lines())
     assert (
-        "block 2 got the outputs of block 1, not its own inputs" in text
-        and "measured on block 1 and 2 of 2 with 32 of 64 rows" in text
+        "layer 2 got the outputs of layer 1, not its own inputs" in text
+        and "measured on layer 1 and 2 of 2 with 32 of 64 rows" in text
     )
 
 
@@ -57,8 +57,8 @@ def test_rtn_takes_no_rows(tmp_path, text):
     assert (forecast.rows, forecast.need.hidden, forecast.need.hessians) == (0, 0, 0)
 
 
-def test_time_grows_with_blocks_and_with_rows(tmp_path, text, monkeypatch):
-    """Half the rows tried and two of two blocks: passes count double, solving counts once."""
+def test_time_grows_with_layers_and_with_rows(tmp_path, text, monkeypatch):
+    """Half the rows tried and two of two layers: forwards count double, solving counts once."""
     case = tiny("llama")
     case.write(tmp_path / "m")
     from doctor.checkpoint.directory import Checkpoint
@@ -67,7 +67,7 @@ def test_time_grows_with_blocks_and_with_rows(tmp_path, text, monkeypatch):
 
     checkpoint = Checkpoint.open(tmp_path / "m")
     records = [{"seconds": 3.0}, {"seconds": 1.0}]
-    monkeypatch.setattr(preflight, "try_blocks", lambda *a, **k: (Result(records), [5.0, 3.0]))
+    monkeypatch.setattr(preflight, "try_layers", lambda *a, **k: (Result(Recipe(), tuple(records)), [5.0, 3.0]))
     spec = build_spec(checkpoint.value("config.json"), checkpoint.tensors)
     forecast, _ = preflight.preflight(
         checkpoint,
@@ -82,7 +82,7 @@ def test_time_grows_with_blocks_and_with_rows(tmp_path, text, monkeypatch):
         around=10.0,
         progress=print,
     )
-    # 4 s of solving, and 4 s of passes that would be 8 with all rows: 6 a block. Opening: the clock ran less than the 8
+    # 4 s of solving, and 4 s of forwards that would be 8 with all rows: 6 a layer. Opening: the clock ran less than the 8
     # s claimed.
     assert forecast.seconds == pytest.approx(10 + 2 * 6 - 2 * 8, abs=0.5)
 

@@ -70,14 +70,14 @@ def measure(
     """
     schemes = {"FP16": SCHEMES["FP16"], **(schemes or SCHEMES)}
     model = Streamed(checkpoint, rows, device)
-    blocks = model.skeleton.blocks
+    blocks = model.skeleton.layers
     biased = any(_key_projection(block) is not None for block in blocks)
     if biased and "Q4" in schemes:
         schemes[WITHOUT_BIAS] = schemes["Q4"]
     hidden = {name: list(model.hidden) for name in schemes}
     errors: dict[str, list[float]] = {name: [] for name in schemes}
     for i, block in enumerate(blocks):
-        model.skeleton.load_block(i)
+        model.skeleton.load_layer(i)
         for name, (keys, values) in schemes.items():
             tap = _Tap(block, keys, values, apart=name == WITHOUT_BIAS)
             with tapped(tap):
@@ -85,7 +85,7 @@ def measure(
                     tap.run(model, i, x, calls[i]) for x, calls in zip(hidden[name], model.calls, strict=True)
                 ]
             errors[name].append(tap.error)
-        model.skeleton.drop_block(i)
+        model.skeleton.drop_layer(i)
         progress(i + 1, len(blocks))
     if all(e is None for e in errors["FP16"]):
         kind = type(model.skeleton.model).__name__
@@ -105,7 +105,7 @@ class _Tap:
     def run(self, model: Streamed, i: int, hidden: torch.Tensor, call) -> torch.Tensor:
         if self.projection is not None:
             self.offset = self._bias_as_key(model, i, hidden, call)
-        return model.skeleton.run_block(i, hidden, call)
+        return model.skeleton.run_layer(i, hidden, call)
 
     def _bias_as_key(self, model: Streamed, i: int, hidden: torch.Tensor, call) -> torch.Tensor:
         """The keys f32[1, heads, tokens, head_dim] that the bias alone makes at these positions: the block's own code,
@@ -114,7 +114,7 @@ class _Tap:
         bias = self.projection.bias
         self.projection.forward = lambda x: bias.expand(*x.shape[:-1], -1)
         try:
-            seen = capture(lambda: model.skeleton.run_block(i, hidden, call))
+            seen = capture(lambda: model.skeleton.run_layer(i, hidden, call))
         finally:
             del self.projection.forward
         return seen.key

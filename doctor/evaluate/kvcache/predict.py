@@ -71,9 +71,9 @@ class _Probe(Skeleton):
         weights of their own.
         """
         mlp = {id(module) for linear, module in self.modules_of(i).values() if linear.role in _MLP}
-        for path, module in self.blocks[i].named_modules():
+        for path, module in self.layers[i].named_modules():
             if not list(module.children()) and id(module) not in mlp:
-                self._load(module, f"{self.list_name}.{i}.{path}.")
+                self._load(module, f"{self.layers_path}.{i}.{path}.")
 
 
 @torch.no_grad()
@@ -112,8 +112,8 @@ def predict(
 
 def _fitness(probe: _Probe, i: int, z: torch.Tensor, call, keys: dict[str, Side]) -> Fitness:
     probe.load_attention(i)
-    seen = capture(lambda: probe.run_block(i, z, call))
-    probe.drop_block(i)
+    seen = capture(lambda: probe.run_layer(i, z, call))
+    probe.drop_layer(i)
     if seen is None:
         raise NotQuantizable(
             f"block {i}: {type(probe.model).__name__} computes attention in code of its own, so its keys cannot be seen."

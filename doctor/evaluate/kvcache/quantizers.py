@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from doctor.quant.solve import kernels
+from doctor.quant.solve import cuda
 
 LANES = 32  # points of one transform
 SPAN = 2 * LANES  # consecutive values that are transformed together
@@ -52,9 +52,9 @@ def round_trip(x: torch.Tensor, bits: int) -> torch.Tensor:
     ExLlamaV2 has 4 and 8 bits; other widths from 2 to 8 use the same formula. A last span that is not full is filled
     with 0.
     """
-    if x.is_cuda and bits in kernels.KV_BITS and kernels.available(x.device) is None:
+    if x.is_cuda and bits in cuda.KV_BITS and cuda.available(x.device) is None:
         spans = _in_spans(x)
-        back = kernels.kv_load(*kernels.kv_store(spans, bits), bits).reshape(spans.shape)
+        back = cuda.kv_load(*cuda.kv_store(spans, bits), bits).reshape(spans.shape)
     else:
         back = read(*store(x, bits), bits)
     return back[..., : x.shape[-1]]

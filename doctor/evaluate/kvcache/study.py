@@ -24,7 +24,7 @@ from doctor.lint.engine import load_rules
 from doctor.model.spec import build_spec
 from doctor.quant.dequantize import as_float
 from doctor.quant.device import device_memory, device_of
-from doctor.quant.solve import kernels
+from doctor.quant.solve import cuda
 from doctor.scan import counters
 from doctor.scan.header import header_facts
 
@@ -94,7 +94,7 @@ def kvcache(
             "layers": layout.describe(),
             "kinds": [list(k) for k in layout.kinds()],
             "windows": layout.windows,
-            "notes": [*layout.notes, *filter(None, [kernels.note(device)])],
+            "notes": [*layout.notes, *filter(None, [cuda.note(device)])],
             "schemes": [
                 _scheme_row(layout, s, context, batch, memory, weights) for s in with_custom(key_bits, value_bits)
             ],

@@ -1,4 +1,5 @@
-"""Calibration rows: text or ids in, rows of token ids out, packed end to end without padding, and the facts about them.
+"""CalibrationFacts rows: text or ids in, rows of token ids out, packed end to end without padding, and the facts
+about them.
 
 Documents are joined by the end-of-sequence token and cut into rows of one length; a row starts with BOS once where the
 model's own tokenizer starts with it. Rows are spread evenly over the text, so the same input gives the same rows on any
@@ -26,11 +27,12 @@ from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.messages import _
 from doctor.core.records import CalibrationFacts
 from doctor.quant.calibration import text_scripts
 
 ROWS, MAX_SEQ_LENGTH = 128, 512
-BUILTIN = "Python's documentation"
+BUILTIN = _("Python's documentation")
 SAMPLED_SHARE = 4  # at most one row in so many is written by the model itself, where no text is given
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -86,11 +88,22 @@ def calibration_rows(
     """
     if rows < 1 or length < _MIN_ROW:
         raise DoctorError(
-            f"calibration: {rows} rows of {length} tokens; must be 1 or more rows of {_MIN_ROW} or more tokens."
+            _(
+                "calibration: {rows} rows of {length} tokens; must be 1 or more rows of {least} or more tokens.",
+                rows=rows,
+                length=length,
+                least=_MIN_ROW,
+            )
         )
-    notes = []
+    notes: list[str] = []
     if max_positions and length > max_positions:
-        notes.append(f"rows have {max_positions} tokens instead of {length}: the model has no more positions")
+        notes.append(
+            _(
+                "rows have {positions} tokens instead of {length}: the model has no more positions",
+                positions=max_positions,
+                length=length,
+            )
+        )
         length = max_positions
     documents = builtin_documents() if source is None else read_documents(_local(source))
     needs_tokenizer = bool(documents.texts or documents.messages)
@@ -98,33 +111,47 @@ def calibration_rows(
     ready = [list(r[:length]) for r in documents.ids if len(r) >= _MIN_ROW]
     own, reason = _sampled(sample, tokenizer, rows, length) if documents.builtin and sample else ([], "")
     if reason:
-        notes.append(f"no text is sampled from the model: {reason}")
+        notes.append(_("no text is sampled from the model: {reason}", reason=reason))
     packed = (
         rows_of(documents, tokenizer, rows - min(len(ready), rows) - len(own), length, seed) if needs_tokenizer else []
     )
     short = len(documents.ids) - len(ready)
     if short:
-        notes.append(f"{short} rows of fewer than {_MIN_ROW} tokens are left out")
+        notes.append(_("{rows} rows of fewer than {least} tokens are left out", rows=short, least=_MIN_ROW))
     found = ready[:rows] + packed + own
     if not found:
-        raise DoctorError(f"{documents.name}: not one row of {_MIN_ROW} or more tokens.", "Give more or longer text.")
+        raise DoctorError(
+            _("{name}: not one row of {least} or more tokens.", name=documents.name, least=_MIN_ROW),
+            _("Give more or longer text."),
+        )
     if len(found) < rows:
-        notes.append(f"{len(found)} rows instead of {rows}: {documents.name} has no more text")
+        notes.append(
+            _(
+                "{found} rows instead of {rows}: {source} has no more text",
+                found=len(found),
+                rows=rows,
+                source=documents.name,
+            )
+        )
     _require_in_vocabulary(found, vocab, documents.name)
     facts = replace(describe(found, documents, tokenizer), sampled_rows=len(own), not_sampled=reason)
-    return found, replace(facts, source=f"{BUILTIN} and text sampled from the model") if own else facts, notes
+    return (
+        found,
+        replace(facts, source=_("{text} and text sampled from the model", text=BUILTIN)) if own else facts,
+        notes,
+    )
 
 
 def _sampled(sample: Callable, tokenizer, rows: int, length: int) -> tuple[list[list[int]], str]:
     """(whole rows that the model wrote, "") or ([], why there are none)."""
     wanted = rows // SAMPLED_SHARE
     if not wanted:
-        return [], f"fewer than {SAMPLED_SHARE} rows"
+        return [], _("fewer than {n} rows", n=SAMPLED_SHARE)
     try:
         found = [r for r in pack(sample(tokenizer, wanted, length), wanted, length, tokenizer) if len(r) == length]
     except NotSampled as error:
-        return [], str(error)
-    return found, "" if found else "it ended its texts at once"
+        return [], error.args[0]
+    return found, "" if found else _("it ended its texts at once")
 
 
 def describe(rows: list[list[int]], documents: Documents, tokenizer) -> CalibrationFacts:
@@ -132,7 +159,8 @@ def describe(rows: list[list[int]], documents: Documents, tokenizer) -> Calibrat
     lengths = sorted(len(r) for r in rows)
     bos = getattr(tokenizer, "bos_token_id", None)
     pad = getattr(tokenizer, "pad_token_id", None)
-    shares_pad = pad is None or pad in {
+    shares_pad = pad in {
+        None,
         bos,
         getattr(tokenizer, "eos_token_id", None),
         getattr(tokenizer, "unk_token_id", None),
@@ -152,8 +180,8 @@ def describe(rows: list[list[int]], documents: Documents, tokenizer) -> Calibrat
         longest=lengths[-1],
         distinct_tokens=len({t for r in rows for t in r}),
         duplicate_rows=len(rows) - len({tuple(r) for r in rows}),
-        bos_doubled=sum(bos is not None and r[:2] == [bos, bos] for r in rows),
-        padding=0 if shares_pad else sum(r.count(pad) for r in rows),
+        bos_doubled=0 if bos is None else sum(r[:2] == [bos, bos] for r in rows),
+        padding=0 if pad is None or shares_pad else sum(r.count(pad) for r in rows),
     )
 
 
@@ -175,15 +203,24 @@ def _local(source: str | os.PathLike) -> Path:
         fit = [f for f in files if Path(f).suffix.lower() in _SUFFIXES]
         if not fit:
             raise DoctorError(
-                f"{text}: the dataset has none of {', '.join(_SUFFIXES)} among its {len(files)} files.",
-                "Convert a part of it to .jsonl.",
+                _(
+                    "{dataset}: none of its {files} files ends with {suffixes}.",
+                    dataset=text,
+                    files=len(files),
+                    suffixes=", ".join(_SUFFIXES),
+                ),
+                _("Convert a part of it to .jsonl."),
             )
         best = min(fit, key=lambda f: ("train" not in f, _SUFFIXES.index(Path(f).suffix.lower()), f))
         return Path(huggingface_hub.hf_hub_download(text, best, repo_type="dataset"))
     except (OSError, ValueError) as error:  # what the Hub's client raises for no network and no such dataset
         raise DoctorError(
-            f"{text}: neither a file here nor a dataset that the Hub gives: {str(error).splitlines()[0][:160]}",
-            "Give a .txt, .jsonl or .parquet file, or org/name of a dataset.",
+            _(
+                "{name}: neither a file nor a dataset on the Hub: {why}",
+                name=text,
+                why=str(error).splitlines()[0][:160],
+            ),
+            _("Give a .txt, .jsonl or .parquet file, or org/name of a dataset."),
         ) from None
 
 
@@ -195,14 +232,20 @@ def read_documents(path: Path) -> Documents:
     reader = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix.lower())
     if reader is None:
         raise DoctorError(
-            f"{path}: calibration text in a {path.suffix or 'nameless'} file; must be .txt, .jsonl or .parquet."
+            _(
+                "{path}: calibration text with the suffix {suffix!r}; must be .txt, .jsonl or .parquet.",
+                path=str(path),
+                suffix=path.suffix,
+            )
         )
     try:
         reader(path, documents)
     except OSError as error:
-        raise DoctorError(f"{path}: {error.strerror}.") from None
+        raise DoctorError(_("{path}: {why}.", path=str(path), why=error.strerror)) from None
     except UnicodeDecodeError as error:
-        raise DoctorError(f"{path}: not UTF-8 at byte {error.start:,}; calibration text must be UTF-8.") from None
+        raise DoctorError(
+            _("{path}: not UTF-8 at byte {start:,}; calibration text must be UTF-8.", path=path, start=error.start)
+        ) from None
     return documents
 
 
@@ -218,7 +261,14 @@ def _read_jsonl(path: Path, documents: Documents) -> None:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DoctorError(f"{path}:{number}: not JSON: {error.msg}; every line must be one object.") from None
+                raise DoctorError(
+                    _(
+                        "{path}:{line}: not JSON: {why}; every line must be one object.",
+                        path=str(path),
+                        line=number,
+                        why=error.msg,
+                    )
+                ) from None
             _take(row, f"{path}:{number}", documents)
 
 
@@ -227,8 +277,8 @@ def _read_parquet(path: Path, documents: Documents) -> None:
         import pyarrow.parquet
     except ImportError:
         raise DoctorError(
-            f"{path}: reading .parquet needs pyarrow, which is not installed.",
-            "pip install pyarrow, or convert the file to .jsonl.",
+            _("{path}: reading .parquet needs pyarrow, which is not installed.", path=path),
+            _("pip install pyarrow, or convert the file to .jsonl."),
         ) from None
     for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
         _take({k: v for k, v in row.items() if v is not None}, f"{path}: row {number}", documents)
@@ -247,9 +297,15 @@ def _take(row: object, where: str, documents: Documents) -> None:
         documents.texts.append(row["text"])
     else:
         if isinstance(row, dict) and "input_ids" in row:
-            raise DoctorError(f"{where}: input_ids must be a list of whole numbers, 0 or more.")
+            raise DoctorError(_("{where}: input_ids must be a list of whole numbers, 0 or more.", where=where))
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise DoctorError(f'{where}: has {keys or "nothing"}; must have "text", "messages" or "input_ids".')
+        raise DoctorError(
+            _(
+                '{where}: has {keys}; must have "text", "messages" or "input_ids".',
+                where=where,
+                keys=keys or _("nothing"),
+            )
+        )
 
 
 @cache
@@ -276,7 +332,7 @@ def heldout_documents() -> Documents:
     from pydoc_data.topics import topics
 
     reference = _unique((topics[name] for name in sorted(topics)), set())
-    documents = Documents("held-out half of " + BUILTIN, builtin=True)
+    documents = Documents(_("held-out half of {text}", text=BUILTIN), builtin=True)
     documents.texts.append("\n\n".join(reference[len(reference) // 2 :]))
     return documents
 
@@ -317,8 +373,16 @@ def load_tokenizer(checkpoint: Checkpoint, wanted_by: str):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             raise BadCheckpoint(
-                f"{checkpoint.root}: no tokenizer can be loaded for {wanted_by}: {str(error).splitlines()[0][:200]}.",
-                'Add the tokenizer\'s files, or calibrate on a .jsonl of {"input_ids": [...]} lines.',
+                _(
+                    "{root}: the tokenizer cannot be loaded for {text}: {why}.",
+                    root=str(checkpoint.root),
+                    text=wanted_by,
+                    why=str(error).splitlines()[0][:200],
+                ),
+                _(
+                    "Add the tokenizer's files, or calibrate on a .jsonl of {example} lines.",
+                    example='{"input_ids": [...]}',
+                ),
             ) from None
 
 
@@ -338,8 +402,11 @@ def _tokenize(documents: Documents, tokenizer, seed: int) -> list[list[int]]:
     found = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents.texts]
     if documents.messages and not tokenizer.chat_template:
         raise DoctorError(
-            f'{documents.name}: has "messages", and the tokenizer has no chat template to write them with.',
-            'Give "text" instead.',
+            _(
+                '{name}: has "messages", and the tokenizer has no chat template to write them with.',
+                name=documents.name,
+            ),
+            _('Give "text" instead.'),
         )
     for messages in documents.messages:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -381,6 +448,12 @@ def _require_in_vocabulary(rows: list[list[int]], vocab: int | None, name: str) 
     if vocab is not None and largest >= vocab:
         row = next(i for i, r in enumerate(rows) if largest in r)
         raise DoctorError(
-            f"{name}: row {row} has token id {largest}; ids must be below vocab_size {vocab}.",
-            "Use ids of this model's own tokenizer.",
+            _(
+                "{name}: row {row} has token id {largest}; ids must be below vocab_size {vocab}.",
+                name=name,
+                row=row,
+                largest=largest,
+                vocab=vocab,
+            ),
+            _("Use ids of this model's own tokenizer."),
         )

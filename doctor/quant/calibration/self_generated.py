@@ -18,10 +18,12 @@ import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
+from doctor.core.messages import _
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget
 from doctor.quant.calibration.rows import NotSampled
-from doctor.quant.forward.skeleton import Skeleton, cache_argument
+from doctor.quant.forward.meta_model import cache_argument
+from doctor.quant.forward.skeleton import Skeleton
 
 # tokens of a piece: a step costs one pass over the weights, so many short pieces are cheaper than a few long ones
 PIECE = 64
@@ -48,7 +50,7 @@ OPENINGS = (
     "El",
     "Le",
     "Der",
-    "В",
+    "В",  # noqa: RUF001
     "の",
     "ال",
 )
@@ -72,7 +74,7 @@ class Once:
             try:
                 self.said = {"pieces": self._sample(tokenizer, rows, length)}
             except NotSampled as error:
-                self.said = {"reason": str(error)}
+                self.said = {"reason": error.args[0]}
         if "reason" in self.said:
             raise NotSampled(self.said["reason"])
         return self.said["pieces"]
@@ -106,7 +108,7 @@ def sampler(
             IndexError,
             TypeError,
         ) as error:  # the run that follows will name the cause
-            raise NotSampled(f"the model does not run: {type(error).__name__}") from error
+            raise NotSampled(_("the model does not run: {error}", error=type(error).__name__)) from error
 
     return sample
 
@@ -134,14 +136,20 @@ def forecast(
     parameters = sum(t.numel for t in checkpoint.tensors.values())
     kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
     if parameters > MOST_PARAMETERS[kind]:
-        raise NotSampled(f"{parameters / 1e9:.1f} B parameters would take minutes on this device")
+        raise NotSampled(_("{count:.1f} B parameters would take minutes on this device", count=parameters / 1e9))
     rows = min(rows, max(1, int(WORK[kind] / parameters / length)))
     size = min(PIECE, length)
     pieces = -(-rows * length * 5 // (size * 4))  # a quarter more: pieces end early where the model ends its text
     need = _bytes(spec, parameters, pieces, size, dtype)
     limit = torch.cuda.mem_get_info(torch.device(device))[0] if kind == "cuda" else budget.limit(memory)
     if need > limit:
-        raise NotSampled(f"the whole model takes {need / 2**30:.1f} GiB, {limit / 2**30:.1f} GiB are allowed")
+        raise NotSampled(
+            _(
+                "the whole model takes {need:.1f} GiB, {limit:.1f} GiB are allowed",
+                need=need / 2**30,
+                limit=limit / 2**30,
+            )
+        )
     return Cost(rows, pieces, size, need)
 
 
@@ -170,7 +178,7 @@ def _starts(tokenizer, count: int, vocab: int | None) -> list[int]:
     )
     found = [token for token in found if vocab is None or token < vocab]
     if not found:
-        raise NotSampled("the tokenizer has no token to start with")
+        raise NotSampled(_("the tokenizer has no token to start with"))
     return [found[i % len(found)] for i in range(count)]
 
 
@@ -183,13 +191,13 @@ def _pieces(model, starts: list[int], size: int, end: int | None, seed: int) -> 
     name = cache_argument(model)
     device = next(model.parameters()).device
     ids, cache, said = torch.tensor(starts)[:, None], None, []
-    for step in range(size):
+    for _step in range(size):
         out = model(input_ids=ids.to(device), use_cache=True, logits_to_keep=1, **{name: cache})
         logits, cache = out.logits[:, -1].float().cpu(), getattr(out, name, None)
         if not torch.isfinite(logits).all():
-            raise NotSampled("its logits are not finite")
+            raise NotSampled(_("its logits are not finite"))
         if cache is None:
-            raise NotSampled(f"{type(model).__name__} has no key/value cache")
+            raise NotSampled(_("{model} has no key/value cache", model=type(model).__name__))
         ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         said.append(ids)
     rows = torch.cat(said, 1).tolist()

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from doctor.core.messages import _
 from doctor.scan import native
 
 BLOCK, _PANEL = 128, 4  # columns of a block and of a panel, BLOCK and COLUMNS of solve.c
@@ -20,7 +21,7 @@ _WORK_OF_A_THREAD = 1 << 16  # weights below which a second thread costs more th
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-class Rule(ctypes.Structure):
+class NativeGridParams(ctypes.Structure):
     """struct grid_rule of solve.c."""
 
     _fields_ = [
@@ -35,7 +36,7 @@ def note(device: torch.device | str) -> str:
     """
     if torch.device(device).type != "cpu" or native.level():
         return ""
-    return (
+    return _(
         "the native library is absent or turned off: grid searches and column loops run in torch, which gives the "
         "same quality and takes two to four times as long a linear"
     )
@@ -47,7 +48,7 @@ def usable(*tensors: torch.Tensor) -> bool:
 
 
 def fit(
-    W: torch.Tensor, cost: torch.Tensor | None, width: int, rule: Rule, candidates: torch.Tensor
+    W: torch.Tensor, cost: torch.Tensor | None, width: int, params: NativeGridParams, candidates: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(scale f32[n, G], zero i32[n, G]) of finite W f32[n, k] in groups of `width`, or None.
 
@@ -71,7 +72,7 @@ def fit(
             _i64(width),
             _i64(begin),
             _i64(end),
-            ctypes.byref(rule),
+            ctypes.byref(params),
             _at(candidates),
             _at(scale),
             _at(zero),
@@ -88,7 +89,7 @@ def round_columns(
     order: torch.Tensor,
     owner: torch.Tensor,
     extra: torch.Tensor,
-    found: Rule,
+    params: NativeGridParams,
     grid: tuple[torch.Tensor, torch.Tensor] | None,
     cost: torch.Tensor | None = None,
     width: int = 0,
@@ -119,7 +120,7 @@ def round_columns(
         scale,
         zero,
         codes,
-        found,
+        params,
         block,
         0 if grid else width,
         cost,
@@ -134,7 +135,7 @@ def refine(
     order: torch.Tensor,
     owner: torch.Tensor,
     extra: torch.Tensor,
-    found: Rule,
+    params: NativeGridParams,
     codes: torch.Tensor,
     grid: tuple[torch.Tensor, torch.Tensor],
     width: int = 0,
@@ -150,7 +151,7 @@ def refine(
     packed = _packed(k, block, lambda end: k)
     native.function("doctor_pack_hessian")(_at(H), _at(order), _at(extra), _i64(k), _i64(block), _at(packed))
     codes, scale, zero = codes.clone(), grid[0].clone(), grid[1].contiguous()
-    sums = _run("doctor_refine", W, order, owner, packed, extra, scale, zero, codes, found, block, width)
+    sums = _run("doctor_refine", W, order, owner, packed, extra, scale, zero, codes, params, block, width)
     return codes, scale, zero, *sums
 
 
@@ -211,7 +212,7 @@ def _run(
     scale: torch.Tensor,
     zero: torch.Tensor,
     codes: torch.Tensor,
-    found: Rule,
+    params: NativeGridParams,
     block: int,
     width: int,
     cost: torch.Tensor | None = None,
@@ -227,13 +228,13 @@ def _run(
 
     def part(begin: int, end: int) -> None:
         scratch = torch.empty(floats)
-        call(ctypes.byref(columns), ctypes.byref(found), _i64(begin), _i64(end), _at(scratch))
+        call(ctypes.byref(columns), ctypes.byref(params), _i64(begin), _i64(end), _at(scratch))
 
     _share(n, n * k, part)
     return sums[0], sums[1]
 
 
-def rule(
+def native_grid_params(
     bits: int,
     sym: bool,
     *,
@@ -244,9 +245,11 @@ def rule(
     ratios: int,
     fine: int,
     refits: int,
-) -> Rule:
+) -> NativeGridParams:
     """The arguments of grid.fit as solve.c takes them."""
-    return Rule(2**bits - 1, 2 ** (bits - 1), zero_min, sym, turn, mse, _DTYPES[dtype], ratios, fine, refits)
+    return NativeGridParams(
+        2**bits - 1, 2 ** (bits - 1), zero_min, sym, turn, mse, _DTYPES[dtype], ratios, fine, refits
+    )
 
 
 def _share(n: int, work: int, part: Callable[[int, int], None]) -> None:

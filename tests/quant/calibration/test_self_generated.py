@@ -135,7 +135,7 @@ def test_logits_that_are_not_finite_leave_it_out(tmp_path):
 
 
 def test_only_the_default_samples(tmp_path):
-    checkpoint, spec = model(tmp_path / "m")
+    checkpoint, _spec = model(tmp_path / "m")
     (tmp_path / "t.txt").write_text('"#$%&' * 40)
 
     def sample(*args):
@@ -167,13 +167,13 @@ def test_a_resumed_run_takes_the_rows_of_the_first_whatever_memory_is_free_by_th
     monkeypatch.setitem(self_generated.MOST_PARAMETERS, "cpu", 1e9 if at_first == "sampled" else 1)
     quantize(checkpoint, tmp_path / "whole", **options)
 
-    def dies(self, i, *args, real=job._Run._block, **more):
+    def dies(setup, activations, i, *args, real=job.quantize_layer, **more):
         if i == 1:
             raise KeyboardInterrupt
-        return real(self, i, *args, **more)
+        return real(setup, activations, i, *args, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(job._Run, "_block", dies)
+        patch.setattr(job, "quantize_layer", dies)
         quantize(checkpoint, tmp_path / "out", **options)
     monkeypatch.setitem(self_generated.MOST_PARAMETERS, "cpu", 1 if at_first == "sampled" else 1e9)
     result = quantize(checkpoint, tmp_path / "out", **options, resume=True)

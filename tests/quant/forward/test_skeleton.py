@@ -12,7 +12,8 @@ from doctor.core.recipe import Recipe
 from doctor.lint.testing import FAMILIES, tiny
 from doctor.model.fused_experts import take_apart
 from doctor.model.spec import build_spec
-from doctor.quant.forward.skeleton import Skeleton, load_tensor
+from doctor.quant.forward.prefetch import load_tensor
+from doctor.quant.forward.skeleton import Skeleton
 
 IDS = torch.stack([torch.arange(3, 35), torch.arange(34, 2, -1)])
 
@@ -28,10 +29,10 @@ def outputs(built, batches):
         for hidden, calls in built.open_calls(batches):
             pass
         states = [hidden]
-        for i in range(len(built.blocks)):
-            built.load_block(i)
-            hidden = built.run_block(i, hidden, calls[i])
-            built.drop_block(i)
+        for i in range(len(built.layers)):
+            built.load_layer(i)
+            hidden = built.run_layer(i, hidden, calls[i])
+            built.drop_layer(i)
             states.append(hidden)
     return states
 
@@ -57,7 +58,7 @@ def test_blocks_one_by_one_equal_the_whole_model(family, tmp_path):
     folder = tiny(family).write(tmp_path / "m")
     got, want = outputs(skeleton(folder), [IDS]), reference(folder)
     assert len(got) == len(want) == 3
-    for ours, theirs in zip(got, want):
+    for ours, theirs in zip(got, want, strict=False):
         assert torch.isfinite(ours).all()
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
@@ -82,7 +83,7 @@ def test_stacks_taken_apart_compute_what_transformers_own_blocks_do(family, tmp_
     assert view is not checkpoint
     got, want = outputs(Skeleton(view, spec), [IDS]), reference(folder, "eager" if family == "gpt_oss" else "sdpa")
     assert len(got) == len(want) == 3
-    for ours, theirs in zip(got, want):
+    for ours, theirs in zip(got, want, strict=False):
         assert torch.isfinite(ours).all() and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
@@ -108,7 +109,7 @@ def test_gpt2_stores_its_linears_transposed_and_without_prefix(tmp_path):
         192,
         64,
     )
-    for ours, theirs in zip(outputs(built, [IDS]), reference(tmp_path)):
+    for ours, theirs in zip(outputs(built, [IDS]), reference(tmp_path), strict=False):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
@@ -128,17 +129,17 @@ def test_sliding_and_full_attention_blocks_get_their_own_masks(tmp_path):
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    for ours, theirs in zip(outputs(skeleton(tmp_path), [IDS]), reference(tmp_path)):
+    for ours, theirs in zip(outputs(skeleton(tmp_path), [IDS]), reference(tmp_path), strict=False):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def test_no_weight_stays_in_memory_outside_the_loaded_block(tmp_path):
     built = skeleton(tiny("llama").write(tmp_path / "m"))
     list(built.open_calls([IDS]))
-    built.load_block(1)
+    built.load_layer(1)
     real = [n for n, p in built.base.named_parameters() if p.device.type != "meta"]
     assert real and all(n.startswith("layers.1.") for n in real)
-    built.drop_block(1)
+    built.drop_layer(1)
     assert all(p.device.type == "meta" for p in built.base.parameters())
 
 
@@ -170,7 +171,7 @@ def test_a_missing_tensor_is_named(tmp_path):
     del case.tensors["model.layers.1.mlp.up_proj.weight"]
     built = skeleton(case.write(tmp_path / "m"))
     with pytest.raises(NotQuantizable, match="layers.1.mlp.up_proj.weight: LlamaForCausalLM has this parameter"):
-        built.load_block(1)
+        built.load_layer(1)
 
 
 def test_tensors_are_loaded_bit_for_bit(tmp_path):
@@ -231,22 +232,22 @@ def test_attention_that_sdpa_does_not_know_is_computed_as_the_model_defines_it(t
     )
 
 
-def test_a_block_that_was_read_ahead_is_the_same_and_is_read_once(tmp_path, monkeypatch):
+def test_a_prefetched_layer_is_the_same_and_is_read_once(tmp_path, monkeypatch):
     from doctor.quant.forward import skeleton as module
 
     built = skeleton(tiny("llama").write(tmp_path / "m"))
-    want = [p.clone() for p in built.load_block(1).parameters()]
-    built.drop_block(1)
-    built.read_ahead(1)
-    built._ahead[1]._thread.join()
+    want = [p.clone() for p in built.load_layer(1).parameters()]
+    built.drop_layer(1)
+    built.prefetch(1)
+    built._prefetch[1]._thread.join()
     monkeypatch.setattr(module, "load_tensor", lambda *a: pytest.fail("read twice"))
-    got = list(built.load_block(1).parameters())
+    got = list(built.load_layer(1).parameters())
     assert len(got) == 9 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert built._ahead is None and not built._at_hand
+    assert built._prefetch is None and not built._prefetched
 
 
-def test_an_error_of_reading_ahead_comes_up_where_the_block_is_loaded(tmp_path, monkeypatch):
-    from doctor.quant.forward import skeleton as module
+def test_an_error_of_prefetching_is_raised_where_the_layer_is_loaded(tmp_path, monkeypatch):
+    from doctor.quant.forward import prefetch as module
 
     built = skeleton(tiny("llama").write(tmp_path / "m"))
 
@@ -254,12 +255,12 @@ def test_an_error_of_reading_ahead_comes_up_where_the_block_is_loaded(tmp_path, 
         raise NotQuantizable("the disk went away")
 
     monkeypatch.setattr(module, "load_tensor", broken)
-    built.read_ahead(1)
+    built.prefetch(1)
     with pytest.raises(NotQuantizable, match="the disk went away"):
-        built.load_block(1)
+        built.load_layer(1)
 
 
-def test_nothing_is_read_behind_the_last_block(tmp_path):
+def test_nothing_is_prefetched_behind_the_last_layer(tmp_path):
     built = skeleton(tiny("llama").write(tmp_path / "m"))
-    built.read_ahead(2)
-    assert built._ahead is None
+    built.prefetch(2)
+    assert built._prefetch is None

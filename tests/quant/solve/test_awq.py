@@ -12,12 +12,13 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import FAMILIES, encode, tiny
 from doctor.model.spec import build_spec
-from doctor.quant import job
+from doctor.quant import layer
 from doctor.quant.dequantize import as_float
 from doctor.quant.forward.skeleton import Skeleton
-from doctor.quant.solve import awq, gptq
-from doctor.quant.solve.gptq import proxy_loss
-from doctor.quant.solve.grid import dequantize, fit, quantize
+from doctor.quant.solve import awq, awq_fold, awq_search, awq_source, refine
+from doctor.quant.solve.grid import dequantize, quantize
+from doctor.quant.solve.grid_search import fit
+from doctor.quant.solve.losses import proxy_loss
 
 RECIPE = Recipe(method="awq", group_size=32)
 SCALED = {
@@ -67,17 +68,17 @@ def quantized(folder, output, text, recipe=RECIPE, **options):
 def test_folded_scales_leave_the_function_alone_and_the_output_is_clean(family, tmp_path, text, monkeypatch):
     uneven(family).write(tmp_path / "m")
     moved, scaled = [], set()
-    real = job._Run._fold
+    real = layer._fold_scales
 
-    def watch(self, i, stages, modules):
-        before = self.skeleton.run_block(i, self.hidden[0], self.calls[0][i])
-        folding = real(self, i, stages, modules)
-        after = self.skeleton.run_block(i, self.hidden[0], self.calls[0][i])
+    def watch(setup, activations, i, *args):
+        before = activations.run_first(i)
+        folding = real(setup, activations, i, *args)
+        after = activations.run_first(i)
         moved.append(float((after - before).norm() / before.norm()))
-        scaled.update(self.skeleton.linears[i][name].role for name in folding.columns)
+        scaled.update(setup.skeleton.linears[i][name].role for name in folding.columns)
         return folding
 
-    monkeypatch.setattr(job._Run, "_fold", watch)
+    monkeypatch.setattr(layer, "_fold_scales", watch)
     result = quantized(tmp_path / "m", tmp_path / "o", text)
     assert result.output and result.report.ok and [f for f in result.report.findings if f.severity != "info"] == []
     assert moved and all(
@@ -126,9 +127,9 @@ def last_hidden(checkpoint, config, ids):
     built = Skeleton(View, build_spec(config, checkpoint.tensors))
     with torch.no_grad():
         [(hidden, calls)] = list(built.open_calls([ids]))
-        for i in range(len(built.blocks)):
-            built.load_block(i)
-            hidden = built.run_block(i, hidden, calls[i])
+        for i in range(len(built.layers)):
+            built.load_layer(i)
+            hidden = built.run_layer(i, hidden, calls[i])
     return hidden
 
 
@@ -159,7 +160,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, text, monkeypatc
 def test_scales_and_clipping_never_lose_to_rounding(sym):
     W, H = torch.randn(48, 90, generator=torch.Generator().manual_seed(2)), hessian(90)
     rules = {"bits": 4, "group_size": 30, "sym": sym, "zero_min": 0}
-    s, found = awq.find_scales([W], H, awq.Source("norm", "x"), **rules)
+    s, found = awq_search.find_scales([W], H, awq_source.Source("norm", "x"), **rules)
     assert found.startswith("rms(x)^") and s.shape == (90,) and (s > 0).all()
     plain = fit(W, 4, 30, sym)
     base = proxy_loss(W, dequantize(quantize(W, plain, 4), plain), H)
@@ -180,8 +181,8 @@ def test_scales_and_clipping_never_lose_to_rounding(sym):
 def test_equal_columns_need_no_scales():
     generator = torch.Generator().manual_seed(5)
     W = torch.randn(16, 1, generator=generator) * torch.randn(16, 32, generator=generator).sign()
-    s, found = awq.find_scales(
-        [W], 2 * torch.eye(32), awq.Source("norm", "x"), bits=4, group_size=32, sym=True, zero_min=0
+    s, found = awq_search.find_scales(
+        [W], 2 * torch.eye(32), awq_source.Source("norm", "x"), bits=4, group_size=32, sym=True, zero_min=0
     )
     assert found == "" and torch.equal(s, torch.ones(32))
 
@@ -190,7 +191,7 @@ def test_columns_of_small_weights_grow_where_activations_are_equal():
     W = torch.randn(64, 32, generator=torch.Generator().manual_seed(6))
     W[:, 3:] *= 0.1
     rules = {"bits": 4, "group_size": 32, "sym": True, "zero_min": 0}
-    s, found = awq.find_scales([W], torch.eye(32), awq.Source("norm", "x"), **rules)
+    s, found = awq_search.find_scales([W], torch.eye(32), awq_source.Source("norm", "x"), **rules)
     assert "size(w)" in found and (s[3:].min() > s[:3].max())
     plain = fit(W, 4, 32, True)
     assert awq.solve(W * s, torch.eye(32) / s / s[:, None], s, **rules).loss < 0.7 * proxy_loss(
@@ -201,14 +202,16 @@ def test_columns_of_small_weights_grow_where_activations_are_equal():
 @pytest.mark.parametrize("kind", ["norm", "norm+1"])
 def test_the_factor_follows_what_the_norm_stores(kind):
     weight = torch.tensor([0.0, 1.37, -0.4, 2.0]).bfloat16().float()
-    s, new, bias = awq.fold(awq.Source(kind, "x"), torch.tensor([1.3, 0.7, 3.0, 1.0]), weight, None, torch.bfloat16)
+    s, new, bias = awq_fold.fold(
+        awq_source.Source(kind, "x"), torch.tensor([1.3, 0.7, 3.0, 1.0]), weight, None, torch.bfloat16
+    )
     offset = 1.0 if kind == "norm+1" else 0.0
     assert torch.equal(new, new.bfloat16().float()) and bias is None
     assert torch.allclose((new + offset) * s, weight + offset, rtol=1e-6)
 
 
 def test_heads_shared_by_queries_share_their_factors():
-    source = awq.Source("rows", "v", repeat=3, head=2)
+    source = awq_source.Source("rows", "v", repeat=3, head=2)
     s = torch.tensor([1.0, 2, 3, 4])
     assert source.spread(s).tolist() == [1, 2, 1, 2, 1, 2, 3, 4, 3, 4, 3, 4]
     assert torch.equal(source.gather(source.spread(s)), s)
@@ -216,9 +219,9 @@ def test_heads_shared_by_queries_share_their_factors():
 
 def test_a_fold_that_moves_the_output_is_taken_back(tmp_path, text, monkeypatch):
     uneven("llama").write(tmp_path / "m")
-    real = awq.fold
+    real = awq_fold.fold
     monkeypatch.setattr(
-        awq, "fold", lambda source, s, *rest: (real(source, s, *rest)[0] * 1.1, *real(source, s, *rest)[1:])
+        awq_fold, "fold", lambda source, s, *rest: (real(source, s, *rest)[0] * 1.1, *real(source, s, *rest)[1:])
     )
     result = quantized(tmp_path / "m", tmp_path / "o", text)
     assert all("folding moved" in r["solve"]["note"] or "scales of 1" in r["solve"]["note"] for r in result.linears)
@@ -242,11 +245,11 @@ def test_a_linear_that_came_out_worse_than_rounding_is_found(tmp_path, text, mon
 def test_the_search_on_some_rows_first_chooses_as_the_search_on_all(monkeypatch):
     generator = torch.Generator().manual_seed(7)
     weights = [torch.randn(n, 96, generator=generator) for n in (700, 1300)]
-    H, source = hessian(96), awq.Source("norm", "norm.weight")
+    H, source = hessian(96), awq_source.Source("norm", "norm.weight")
     options = {"bits": 4, "group_size": 32, "sym": False, "zero_min": 0}
-    sampled, found = awq.find_scales(weights, H, source, **options)
-    monkeypatch.setattr(awq, "FIRST_ROWS", 1300)
-    whole, _ = awq.find_scales(weights, H, source, **options)
+    sampled, found = awq_search.find_scales(weights, H, source, **options)
+    monkeypatch.setattr(awq_search, "FIRST_ROWS", 1300)
+    whole, _ = awq_search.find_scales(weights, H, source, **options)
 
     def loss(s):
         return sum(awq.solve(W * s, H / s / s[:, None], s, **options).loss for W in weights)
@@ -262,12 +265,12 @@ def test_refinement_lowers_the_loss_of_codes_from_anywhere(native, sym, width, m
     grid = fit(W, 4, width, sym)
     codes = quantize(W, grid, 4)
     before = proxy_loss(W, dequantize(codes, grid), H)
-    better, moved = gptq.improve(W, H, codes, grid, bits=4, group_size=width, sym=sym, zero_min=0)
+    better, moved = refine.improve(W, H, codes, grid, bits=4, group_size=width, sym=sym, zero_min=0)
     assert proxy_loss(W, dequantize(better, moved), H) < 0.8 * before
     assert (
         torch.equal(moved.zero, grid.zero)
         and torch.equal(moved.scale, moved.scale.half().float())
         and better.max() <= 15
     )
-    still, same = gptq.improve(W, torch.zeros(96, 96), codes, grid, bits=4, group_size=width, sym=sym, zero_min=0)
+    still, same = refine.improve(W, torch.zeros(96, 96), codes, grid, bits=4, group_size=width, sym=sym, zero_min=0)
     assert torch.equal(still, codes) and same is grid

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from doctor.core.errors import NotQuantizable
-from doctor.quant.solve import cpu, gptq, grid
-from doctor.quant.solve.gptq import proxy_loss, solve
+from doctor.quant.solve import columns, cpu, gptq, grid, grid_search, losses
+from doctor.quant.solve.gptq import solve
 from doctor.quant.solve.hessian import Hessian
+from doctor.quant.solve.losses import proxy_loss
 from doctor.scan import native
 
 LEVELS = ["base", "avx2", "avx512"]
@@ -54,10 +55,10 @@ def test_grids_of_both_paths_are_equal_but_for_ties(level, monkeypatch, bits, sy
     W, cost = weights(n, k), torch.rand(k, generator=torch.Generator().manual_seed(2)) + 0.01
     for weight in (None, cost):
         options = {"mse": True, "weight": weight, "signed": signed, "zero_min": 1}
-        got = grid.fit(W, bits, width, sym, **options)
+        got = grid_search.fit(W, bits, width, sym, **options)
         with monkeypatch.context() as patch:
             in_torch(patch)
-            want = grid.fit(W, bits, width, sym, **options)
+            want = grid_search.fit(W, bits, width, sym, **options)
         # Sums run in another order, so that a near-tie between two candidates may fall to the other one.
         assert ((got.scale == want.scale) & (got.zero == want.zero)).double().mean() > 0.9
         ours, theirs = errors_of(W, got, bits, weight), errors_of(W, want, bits, weight)
@@ -69,15 +70,15 @@ def test_grids_of_both_paths_are_equal_but_for_ties(level, monkeypatch, bits, sy
 @pytest.mark.parametrize("sym", [True, False])
 def test_min_max_grids_are_bit_equal(level, monkeypatch, dtype, size, sym):
     W = weights(9, 64) * size
-    got = grid.fit(W, 4, 16, sym, scale_dtype=dtype)
+    got = grid_search.fit(W, 4, 16, sym, scale_dtype=dtype)
     in_torch(monkeypatch)
-    want = grid.fit(W, 4, 16, sym, scale_dtype=dtype)
+    want = grid_search.fit(W, 4, 16, sym, scale_dtype=dtype)
     assert torch.equal(got.scale, want.scale) and torch.equal(got.zero, want.zero)
 
 
 def test_scales_that_would_be_stored_as_inf_are_refused(level):
     with pytest.raises(NotQuantizable, match="float16 ends at 65504"):
-        grid.fit(weights(4, 32) * 1e7, 4, 16, True, mse=True)
+        grid_search.fit(weights(4, 32) * 1e7, 4, 16, True, mse=True)
 
 
 def test_nan_is_refused_before_the_native_loops_see_it(level):
@@ -114,13 +115,19 @@ def test_a_column_loop_with_exact_arithmetic_is_bit_equal(level, monkeypatch):
     U = torch.eye(70) + torch.triu(torch.randint(-2, 3, (70, 70), generator=generator) / 4.0, 1) * (
         torch.rand(70, 70) < 0.02
     )
-    rules = gptq._Rules(4, 10, True, False, False, 0, torch.float16)
+    rules = grid.GridParams(4, 10, True, False, False, 0, torch.float16)
     static = grid.Grid(torch.full((45, 7), 0.5), torch.full((45, 7), 8, dtype=torch.int32))
     groups, steps = grid.contiguous_groups(70, 10), torch.arange(70, dtype=torch.int32)
-    want, _ = gptq._round_columns(W.T.contiguous(), U, rules, groups, static)
+    want, _ = columns.round_columns(W.T.contiguous(), U, rules, groups, static)
     M = torch.linalg.inv(U.double()).float()
     got, _, _, loss, excess = cpu.round_columns(
-        W, M.flip(0, 1).contiguous(), steps, groups, torch.full((70,), 0.5), rules.native[0], static
+        W,
+        M.flip(0, 1).contiguous(),
+        steps,
+        groups,
+        torch.full((70,), 0.5),
+        grid_search.native_params_of(rules)[0],
+        static,
     )
     assert torch.equal(got.T, want)
     E = W - grid.dequantize(got, static)
@@ -133,16 +140,16 @@ def test_a_column_loop_with_exact_arithmetic_is_bit_equal(level, monkeypatch):
 def test_refinement_says_by_how_much_it_lowers_the_loss(level, n, k, group):
     W, H = weights(n, k), hessian(k)
     extra = torch.full((k,), 0.01 * float(H.diagonal().mean()))
-    found, g_idx = grid.fit(W, 3, group, True), grid.contiguous_groups(k, group)
+    found, g_idx = grid_search.fit(W, 3, group, True), grid.contiguous_groups(k, group)
     codes, damped = grid.quantize(W, found, 3), H + torch.diag(extra)
-    rule, _ = gptq._Rules(3, group, True, False, False, 0, torch.float16).native
-    before = gptq._energies(W - grid.dequantize(codes, found), damped)
+    rule, _ = grid_search.native_params_of(grid.GridParams(3, group, True, False, False, 0, torch.float16))
+    before = losses.energies(W - grid.dequantize(codes, found), damped)
     for width in (0, group) if cpu.fits(group) else (0,):
         moved, *scales, change, excess = cpu.refine(
             W, H, torch.arange(k, dtype=torch.int32), g_idx, extra, rule, codes, found, width
         )
         E = W - grid.dequantize(moved, grid.Grid(*scales))
-        after = gptq._energies(E, damped)
+        after = losses.energies(E, damped)
         assert (after <= before * (1 + 1e-5)).all() and after.sum() < 0.9 * before.sum()
         assert torch.allclose(before + change, after, rtol=1e-3) and torch.allclose(
             excess, (E.square() @ extra).double(), rtol=1e-4
@@ -153,13 +160,13 @@ def test_refinement_says_by_how_much_it_lowers_the_loss(level, n, k, group):
 
 
 def test_losses_of_many_rows_are_told_from_a_sample_unless_they_are_close(monkeypatch):
-    monkeypatch.setattr(gptq, "_SAMPLE_WEIGHTS", 128 * 96)
+    monkeypatch.setattr(gptq, "SAMPLE_WEIGHTS", 128 * 96)
     W, H = torch.randn(1000, 96, generator=torch.Generator().manual_seed(4)), hessian(96)
     W[::9] *= 3
     solution = solve(W, H, group_size=32)
     assert solution.loss == pytest.approx(proxy_loss(W, solution.weight(), H), rel=0.05)
     assert solution.rtn_loss == pytest.approx(0.0023606, rel=0.15)
-    monkeypatch.setattr(gptq, "_CLEAR", 0.0)
+    monkeypatch.setattr(losses, "_CLEAR", 0.0)
     exact = solve(W, H, group_size=32)
     assert exact.loss == pytest.approx(proxy_loss(W, exact.weight(), H), rel=1e-4)
     assert exact.rtn_loss == pytest.approx(0.0023606, rel=1e-3) and torch.equal(solution.codes, exact.codes)
@@ -185,7 +192,7 @@ def test_threads_do_not_change_a_row(monkeypatch):
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(grid.fit(W, 4, 32, False, mse=True, weight=H.diagonal().clamp_min(1e-3)))
+            found.append(grid_search.fit(W, 4, 32, False, mse=True, weight=H.diagonal().clamp_min(1e-3)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0].scale, found[1].scale) and torch.equal(found[0].zero, found[1].zero)

@@ -1,12 +1,19 @@
+import itertools
 import math
 
 import pytest
 import torch
 
 from doctor.core.errors import NotQuantizable
-from doctor.quant.solve.gptq import _round_columns, _Rules, descend, proxy_loss, refit_scales, round_to_nearest, solve
-from doctor.quant.solve.grid import Grid, contiguous_groups, dequantize, fit, quantize
-from doctor.quant.solve.hessian import Hessian, factorise
+from doctor.quant.solve.columns import round_columns
+from doctor.quant.solve.factor import factorise
+from doctor.quant.solve.gptq import solve
+from doctor.quant.solve.grid import Grid, GridParams, contiguous_groups, dequantize, quantize
+from doctor.quant.solve.grid_search import fit
+from doctor.quant.solve.hessian import Hessian
+from doctor.quant.solve.losses import proxy_loss
+from doctor.quant.solve.refine import descend, refit_scales
+from doctor.quant.solve.rtn import round_to_nearest
 
 PLAIN = {"mse": False, "signed": False, "refine": 0}
 
@@ -59,8 +66,8 @@ def test_static_groups_give_the_codes_of_the_paper(act_order, k):
     grid, g_idx = fit(W, 4, 16, False), contiguous_groups(k, 16)
     order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(k)
     U, info = factorise(H[order][:, order], 0.01)
-    rules = _Rules(4, 16, False, False, False, 0, torch.float16)
-    codes, kept = _round_columns(W[:, order].T.contiguous(), U, rules, g_idx[order], grid)
+    rules = GridParams(4, 16, False, False, False, 0, torch.float16)
+    codes, kept = round_columns(W[:, order].T.contiguous(), U, rules, g_idx[order], grid)
     codes = codes[torch.argsort(order)].T
     book = by_the_book(W, H, grid, g_idx, order, 0.01, 4)
     assert info == 0 and torch.equal(kept.scale, grid.scale)
@@ -177,7 +184,7 @@ def test_no_step_of_refinement_raises_the_loss():
         losses.append(proxy_loss(W, dequantize(codes, grid), damped))
         grid = refit_scales(W, damped, codes, grid, start.g_idx)
         losses.append(proxy_loss(W, dequantize(codes, grid), damped))
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(losses, losses[1:]))
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(losses))
     assert losses[1] < losses[0] and losses[2] < losses[1]
     assert torch.equal(grid.scale.half().float(), grid.scale)
 

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doctor.core.errors import NotQuantizable
-from doctor.quant.solve.grid import Grid, contiguous_groups, dequantize, fit, quantize, store_scale
+from doctor.quant.solve.grid import Grid, contiguous_groups, dequantize, quantize, store_scale
+from doctor.quant.solve.grid_search import fit
 
 
 def weights(n, k, seed=0):

@@ -3,16 +3,10 @@ import math
 import pytest
 import torch
 
-from doctor.quant.solve.hessian import (
-    Hessian,
-    dead_columns,
-    exact_products,
-    factorise,
-    factorise_with_escalation,
-    live_mean,
-    power_iteration,
-    spectrum,
-)
+from doctor.quant.solve.factor import factorise, factorise_with_escalation
+from doctor.quant.solve.hessian import Hessian
+from doctor.quant.solve.numerics import exact_products
+from doctor.quant.solve.spectrum import dead_columns, live_mean, power_iteration, spectrum
 
 
 def rows(n, k, seed=0, sink=0.0):
@@ -40,7 +34,7 @@ def test_batches_add_up_to_two_over_n_times_the_gram_matrix(k, by_halves):
         sums.add(part)
     want = 2 / 300 * X.double().T @ X.double()
     assert sums.rows == 300
-    before = sums._sum.data_ptr()
+    before = sums.sums.data_ptr()
     H = sums.take()
     assert H.data_ptr() == before and torch.equal(H, H.T)
     assert ((H - want).abs().max() / want.max()).item() < 1e-6

@@ -1,0 +1,174 @@
+"""Experts of one decoder layer as separate linears, in place of transformers' fused 3-D parameters.
+
+Three forms are known: the plain one (gate_up_proj and down_proj without biases), GPT-OSS, and Llama 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+Inputs = list[tuple[nn.Module, Callable[[], torch.Tensor]]]  # (linear, function that gives its input)
+Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _Route(NamedTuple):
+    """The tokens int64[tokens] of one expert; given: function that gives its input [tokens, k]."""
+
+    expert: nn.ModuleDict
+    token: torch.Tensor
+    given: Callable[[], torch.Tensor]
+
+
+class Experts(nn.Module):
+    """The experts of one decoder layer as linears, in place of transformers' fused [experts, …] parameters.
+
+    before: called twice in a forward, with (linear, function that gives its input) of every expert that tokens chose:
+    before the first gate computes, and before the first down.
+    """
+
+    before: Callable[[Inputs], None] | None = None
+
+    def __init__(self, fused: Any, *, in_first: bool = False, bias: bool = False):
+        super().__init__()
+        count, both, hidden = fused.gate_up_proj.shape
+        if in_first:
+            hidden, both = both, hidden
+        self.gated = self.gate_of(fused)
+        with torch.device("meta"):
+            self.experts = nn.ModuleList(
+                nn.ModuleDict(
+                    {
+                        "gate": nn.Linear(hidden, both // 2, bias),
+                        "up": nn.Linear(hidden, both // 2, bias),
+                        "down": nn.Linear(both // 2, hidden, bias),
+                    }
+                )
+                for _ in range(count)
+            )
+        self.requires_grad_(False)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether a module of transformers is of this form."""
+        raise NotImplementedError
+
+    @staticmethod
+    def gate_of(fused: Any) -> Gate:
+        """The input of down from the outputs of gate and up."""
+        act = fused.act_fn
+        return lambda gate, up: act(gate) * up
+
+    def _sum(self, hidden: torch.Tensor, routes: list[_Route], weights: list[torch.Tensor] | None) -> torch.Tensor:
+        """Outputs of experts, added up at their tokens. weights: one [tokens, 1] a route, None for sums without
+        weights.
+        """
+        self._announce([(route.expert[role], route.given) for route in routes for role in ("gate", "up")])
+        middle = []
+        for route in routes:
+            x = route.given()
+            middle.append(self.gated(route.expert["gate"](x), route.expert["up"](x)))
+        self._announce([(r.expert["down"], lambda y=y: y) for r, y in zip(routes, middle, strict=True)])  # type: ignore[misc]
+        out = torch.zeros_like(hidden)
+        for number, (route, y) in enumerate(zip(routes, middle, strict=True)):
+            y = route.expert["down"](y)
+            out.index_add_(0, route.token, (y if weights is None else y * weights[number]).to(out.dtype))
+        return out
+
+    def _announce(self, inputs: Inputs) -> None:
+        if self.before is not None:
+            self.before(inputs)
+
+    def _numbered(self) -> list[tuple[int, nn.ModuleDict]]:
+        return [(i, expert) for i, expert in enumerate(self.experts) if isinstance(expert, nn.ModuleDict)]
+
+
+class PlainExperts(Experts):
+    """The plain form.
+
+    forward(hidden [tokens, k], top_k_index int64[tokens, top_k], top_k_weights [tokens, top_k]) -> [tokens, k], with
+    the arithmetic of the fused module: act(gate(x)) * up(x), down, weighted sum over the experts that a token chose.
+    """
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """gate_up_proj [E, 2I, H], down_proj [E, H, I], no biases."""
+        parameters = dict(module.named_parameters(recurse=False))
+        if parameters.keys() != {"gate_up_proj", "down_proj"} or not callable(getattr(module, "act_fn", None)):
+            return False
+        gate_up, down = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
+        return len(gate_up) == 3 and down == (gate_up[0], gate_up[2], gate_up[1] // 2) and not hasattr(module, "limit")
+
+    def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        routes, weights = [], []
+        for number, expert in self._numbered():
+            token, choice = torch.where(top_k_index == number)
+            if token.numel():
+                routes.append(_Route(expert, token, _rows(hidden, token)))
+                weights.append(top_k_weights[token, choice, None])
+        return self._sum(hidden, routes, weights)
+
+
+class GptOssExperts(PlainExperts):
+    """GPT-OSS: parameters are [experts, in, out] with biases; gate and up alternate among the outputs and are clamped
+    before they meet.
+
+    The linears `gate` and `up` are the first and the second half of those outputs, as GPTQModel names them.
+    """
+
+    def __init__(self, fused: Any):
+        super().__init__(fused, in_first=True, bias=True)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == "GptOssExperts" and callable(getattr(module, "_apply_gate", None))
+
+    @staticmethod
+    def gate_of(fused: Any) -> Gate:
+        return lambda gate, up: fused._apply_gate(torch.cat((gate, up), -1))
+
+
+class SortedGptOssExperts(GptOssExperts):
+    """The same with linears that are gate and up, as llm-compressor writes them."""
+
+    @staticmethod
+    def gate_of(fused: Any) -> Gate:
+        return lambda gate, up: fused._apply_gate(torch.stack((gate, up), -1).flatten(-2))
+
+
+class Llama4Experts(Experts):
+    """Llama 4's whole mixture. Its router scales what goes into an expert, not what comes out, and gives scores for all
+    experts, 0 for those that a token did not choose: transformers computes all of them for every token, the zeros too.
+
+    forward(hidden [rows, length, k]) -> ([tokens, k], the router's logits)
+    """
+
+    def __init__(self, mixture: Any):
+        super().__init__(mixture.experts, in_first=True)
+        self.router, self.shared_expert = mixture.router, mixture.shared_expert
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == "Llama4TextMoe"
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        scores, logits = self.router(hidden)
+        routes = []
+        for number, expert in self._numbered():
+            token = torch.where(scores[:, number] != 0)[0]
+            if token.numel():
+                routes.append(_Route(expert, token, _rows(hidden, token, scores[token, number, None])))
+        routed = self._sum(hidden, routes, None)
+        return self.shared_expert(hidden) + routed, logits
+
+
+def _rows(hidden: torch.Tensor, token: torch.Tensor, scale: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
+    """Gives hidden's rows, times scale [tokens, 1], when called: one expert's input at a time is in memory."""
+    return lambda: hidden[token] if scale is None else hidden[token] * scale
+
+
+FORMS: tuple[type[Experts], ...] = (PlainExperts, GptOssExperts, Llama4Experts)

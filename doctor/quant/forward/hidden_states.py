@@ -1,0 +1,83 @@
+"""Hidden states of all calibration batches between two decoder layers: on the device, in memory, or in a spill file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+
+from doctor.quant.forward.spill import SpillFile
+
+_CPU = torch.device("cpu")
+
+
+class HiddenStates:
+    """Hidden states [rows, length, hidden] of every batch, taken and given on `device`.
+
+    They stay on the device where they take at most `device_capacity` bytes, else in memory, or in a spill file above
+    `limit` bytes.
+    """
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, int, int]],
+        limit: int,
+        spill_file: Callable[[], SpillFile],
+        device: torch.device = _CPU,
+        dtype: torch.dtype = torch.float32,
+        device_capacity: int = 0,
+    ):
+        self._shapes, self._device, self._dtype = shapes, device, dtype
+        sizes = [rows * length * hidden for rows, length, hidden in shapes]
+        self._ends = list(accumulate(sizes))
+        total = self.nbytes = dtype.itemsize * sum(sizes)
+        self.on_device = device.type != "cpu" and total <= device_capacity
+        self.on_disk = not self.on_device and total > limit
+        if self.on_disk:
+            self._file = spill_file()
+            self._offset = self._file.reserve(total)
+        else:
+            self._all = torch.empty(sum(sizes), dtype=dtype, device=device if self.on_device else "cpu")
+
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self._shapes)
+
+    def _begin(self, number: int) -> int:
+        """The first element of a batch."""
+        rows, length, hidden = self._shapes[number]
+        return self._ends[number] - rows * length * hidden
+
+    def _part(self, number: int) -> torch.Tensor:
+        return self._all[self._begin(number) : self._ends[number]].view(self._shapes[number])
+
+    def _place(self, number: int) -> int:
+        return self._offset + self._dtype.itemsize * self._begin(number)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        if not self.on_disk:
+            return self._part(number).to(self._device)
+        found = torch.empty(self._shapes[number], dtype=self._dtype)
+        self._file.restore(self._place(number), found.untyped_storage())
+        return found.to(self._device)
+
+    def __setitem__(self, number: int, value: torch.Tensor) -> None:
+        if self.on_disk:
+            # a copy where the tensor is not the whole of its storage
+            whole = torch.empty(self._shapes[number], dtype=self._dtype).copy_(value)
+            self._file.spill(self._place(number), whole.untyped_storage())
+        else:
+            self._part(number).copy_(value)
+
+
+def make_batches(rows: list[list[int]], tokens: int) -> list[torch.Tensor]:
+    """Batches int64[rows, length] of equally long rows, about `tokens` each, in the order of the rows: no padding."""
+    batches: list[list[list[int]]] = []
+    for row in sorted(rows, key=len):
+        last = batches[-1] if batches else None
+        if last is None or len(last[0]) != len(row) or (len(last) + 1) * len(row) > tokens:
+            batches.append([row])
+        else:
+            last.append(row)
+    return [torch.tensor(batch, dtype=torch.int64) for batch in batches]

@@ -1,0 +1,37 @@
+"""The calibration input of linears that share it: its Hessian and the facts of its spectrum."""
+
+from __future__ import annotations
+
+import torch
+
+from doctor.core.records import HessianFacts
+from doctor.quant.solve.hessian import Hessian
+from doctor.quant.solve.spectrum import spectrum
+
+
+class LayerInput:
+    """The input of one or more linears: H f32[k, k], and `fact`, what its spectrum says.
+
+    damp: share of mean diag(H), for the estimate of the condition.
+    """
+
+    def __init__(self, hessian: Hessian, damp: float):
+        self.H: torch.Tensor = hessian.take()
+        s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
+        self.fact = HessianFacts(
+            hessian.rows,
+            hessian.columns,
+            bad.count if bad else 0,
+            (bad.row, bad.channel) if bad else None,
+            s.finite,
+            s.dead,
+            s.mean_diag,
+            s.lambda_max,
+            s.damp_needed,
+            s.condition,
+        )
+
+    @property
+    def usable(self) -> bool:
+        """Whether any calibration row reached it."""
+        return bool(self.fact.tokens)

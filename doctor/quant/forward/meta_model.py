@@ -1,0 +1,173 @@
+"""Builds transformers' causal language model of a checkpoint's config with parameters on the meta device."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import BadCheckpoint, NotQuantizable
+from doctor.core.messages import _
+from doctor.model.spec import ModelSpec
+
+MOST_MODULES = 10_000  # layers, or experts of one layer, that a config may ask for
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which forward takes a key/value cache, and its output returns it: releases of transformers
+    differ.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+_DRAWS = ("normal_", "uniform_")  # and trunc_normal_, kaiming_uniform_, xavier_normal_ …
+
+
+class _NoDraws(TorchFunctionMode):
+    """Initial values of meta tensors are not drawn: there is nothing to fill, and torch imports sympy to say so (45
+    MiB, 1 s).
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "").endswith(_DRAWS) and tensor is not None and tensor.is_meta:
+            return tensor
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters registered inside go to the meta device; buffers keep the values that constructors give them."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    try:
+        with _NoDraws():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
+    """transformers' causal language model for the checkpoint's config: eval mode, parameters on meta.
+
+    Raises NotQuantizable for a model_type that transformers does not define: a checkpoint's own code is never run.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = checkpoint.value("config.json")
+    if config is None:
+        raise BadCheckpoint(
+            _("{root}: config.json is absent or broken; quantizing needs the model's shape.", root=str(checkpoint.root))
+        )
+    stated = config.get("quantization_config")
+    if stated is not None:
+        method = (
+            stated.get("quant_method", _("some method"))
+            if isinstance(stated, dict)
+            else _("{value!r}, which is no object", value=stated)
+        )
+        raise NotQuantizable(
+            _("config.json#/quantization_config: this checkpoint is quantized already ({method}).", method=method),
+            _("Quantize from the 16-bit original."),
+        )
+    section = {k: v for k, v in (config[spec.text_key] if spec.text_key else config).items() if k != "auto_map"}
+    kind = str(section.get("model_type") or config.get("model_type") or "")
+    if kind not in CONFIG_MAPPING:
+        raise NotQuantizable(
+            _(
+                "config.json#/model_type: {kind!r} is not defined in transformers {version}.",
+                kind=kind,
+                version=transformers.__version__,
+            ),
+            _("Install a transformers that has it: code that comes with a checkpoint is never run."),
+        )
+    _require_finite_work(section)
+    try:
+        built = CONFIG_MAPPING[kind].from_dict(
+            _numbers({k: v for k, v in section.items() if k != "quantization_config"})
+        )
+        built.use_cache = False
+        with _parameters_on_meta(), torch.no_grad():
+            model = AutoModelForCausalLM.from_config(
+                built, attn_implementation=attention(built), dtype=torch.float32, trust_remote_code=False
+            )
+    except Exception as error:  # whatever the library raises for a config it does not like is the reason
+        reason = " ".join(str(error).split())[:200].removesuffix(".")
+        raise NotQuantizable(
+            _(
+                "config.json: transformers {version} cannot build {kind}: {error}: {reason}.",
+                version=transformers.__version__,
+                kind=kind,
+                error=type(error).__name__,
+                reason=reason,
+            ),
+            _("Run `doctor check`: rules C14x say what is wrong with config.json."),
+        ) from error
+    return model.eval()
+
+
+def _numbers(value: object) -> object:
+    """A config with {"__float__": "Infinity"}, transformers' spelling of what JSON has no number for, as that
+    number.
+    """
+    if isinstance(value, dict):
+        return (
+            float(value["__float__"]) if value.keys() == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
+        )
+    return [_numbers(v) for v in value] if isinstance(value, list) else value
+
+
+def _require_finite_work(section: dict) -> None:
+    """Raises NotQuantizable for a number of layers or experts that transformers would build one by one for hours."""
+    for key, value in section.items():
+        if (
+            re.fullmatch(r"(num|n)_.*(layers?|experts)", key)
+            and isinstance(value, (int, float))
+            and not value <= MOST_MODULES
+        ):
+            raise NotQuantizable(
+                _(
+                    "config.json#/{key}: {value:,}; must be a whole number up to {most:,}.",
+                    key=key,
+                    value=value,
+                    most=MOST_MODULES,
+                ),
+                _("Correct it in config.json."),
+            )
+
+
+def attention(config) -> str:
+    """The attention that computes what the model defines: eager where it has a softcap, which sdpa does not know, or no
+    sdpa at all.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    defined = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    return "eager" if softcap or not getattr(defined, "_supports_sdpa", True) else "sdpa"
+
+
+def find_decoder_layers(base: nn.Module, spec: ModelSpec) -> tuple[str, nn.ModuleList]:
+    found = [(name, m) for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == spec.n_layers]
+    found = [(name, m) for name, m in found if not re.search(r"\.\d+\.", f".{name}.")]
+    if not found:
+        raise NotQuantizable(
+            _("{model} has no list of {layers} decoder layers.", model=type(base).__name__, layers=spec.n_layers)
+        )
+    return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))

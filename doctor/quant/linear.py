@@ -1,0 +1,147 @@
+"""One linear: solved on its calibration input, packed in the output format, and replaced by what an engine will read
+back.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from doctor.core.errors import CudaError, NotQuantizable
+from doctor.core.messages import _
+from doctor.core.recipe import Recipe
+from doctor.core.records import SolveRecord
+from doctor.model.spec import Linear
+from doctor.quant import export
+from doctor.quant.forward.layer_input import LayerInput
+from doctor.quant.methods import SOLVED, method_of
+from doctor.quant.records import failed
+from doctor.quant.solve import awq, gptq
+from doctor.quant.solve.rtn import round_to_nearest
+from doctor.quant.solve.solution import Solution
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What solving one linear gave. solution: None where there is none; failure says why."""
+
+    solution: Solution | None
+    failure: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One linear in the output format. parts: its tensors by full name; weight: W f32[n, k] that an engine reads back
+    from them.
+    """
+
+    parts: dict[str, torch.Tensor]
+    weight: torch.Tensor
+
+
+def zero_min(recipe: Recipe) -> int:
+    """The least zero point that the output format can store: GPTQ v1 stores zero - 1."""
+    return 1 if recipe.output_format == "gptq" else 0
+
+
+def weight_of(linear: Linear, module: nn.Module) -> torch.Tensor:
+    """W [out_features, in_features] of a module, whichever way it stores it."""
+    W = module.get_parameter("weight").detach()
+    return W.T.contiguous() if linear.transposed else W
+
+
+def put_weight(module: nn.Module, W: torch.Tensor, transposed: bool) -> None:
+    """Replace the module's weight by W [out_features, in_features], in its dtype and on its device."""
+    old = module.get_parameter("weight")
+    old.data = (W.T if transposed else W).to(old.device, old.dtype).contiguous()
+
+
+def solve_linear(
+    linear: Linear, module: nn.Module, given: LayerInput | None, recipe: Recipe, columns: torch.Tensor | None = None
+) -> Solved:
+    """Codes and grid of one linear. given: its calibration input, None without calibration. columns f32[k]: factors
+    that AWQ folded into the weight's columns, None for none.
+    """
+    started = time.perf_counter()
+    try:
+        solution = _solution(
+            weight_of(linear, module), given, recipe.for_linear(linear.name), columns, zero_min(recipe)
+        )
+    except NotQuantizable as error:
+        return Solved(None, error.message, time.perf_counter() - started)
+    return Solved(solution, "", time.perf_counter() - started)
+
+
+def _solution(
+    W: torch.Tensor, given: LayerInput | None, recipe: Recipe, columns: torch.Tensor | None, least_zero: int
+) -> Solution:
+    bits, group_size, sym = recipe.bits, recipe.group_size, bool(recipe.sym)
+    if given is None or not given.usable:
+        return round_to_nearest(W, bits=bits, group_size=group_size, sym=sym, mse=recipe.mse, zero_min=least_zero)
+    if method_of(recipe).folds_scales:
+        return awq.solve(
+            W, given.H, columns, bits=bits, group_size=group_size, sym=sym, zero_min=least_zero, damp=recipe.damp
+        )
+    return gptq.solve(
+        W,
+        given.H,
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        mse=recipe.mse,
+        zero_min=least_zero,
+        act_order=recipe.act_order,
+        damp=recipe.damp,
+        damp_max=recipe.damp_max,
+    )
+
+
+def pack_linear(linear: Linear, solved: Solved, recipe: Recipe) -> Packed:
+    """The solution in the recipe's output format. Raises NotQuantizable where there is none, or the format cannot
+    hold it; CudaError where words packed on a GPU do not read back.
+    """
+    if solved.solution is None:
+        raise NotQuantizable(solved.failure)
+    own = recipe.for_linear(linear.name)
+    solution = solved.solution
+    parts = export.pack_linear(linear.name, solution.codes, solution.grid, solution.g_idx, own)
+    W = solution.weight()
+    if W.is_cuda and not torch.equal(export.unpack_linear(linear.name, parts, own), W):
+        raise CudaError(
+            _(
+                "{name}: packed weights do not round-trip on {device}: dequantize(pack(W)) != W.",
+                name=linear.name,
+                device=str(W.device),
+            ),
+            _("Set DOCTOR_KERNELS=0 to quantize with torch, and report this text."),
+        )
+    return Packed({name: part.cpu() for name, part in parts.items()}, W)
+
+
+def outcome(solved: Solved, given: LayerInput | None, recipe: Recipe, folded: str = "") -> SolveRecord:
+    """The fact that rules judge. folded: what AWQ did to the linear's columns, "" for another method."""
+    solution = solved.solution
+    if solution is None:
+        return failed(recipe, solved.failure)
+    note = folded if solution.outcome == method_of(recipe).name else ""
+    if solution.outcome not in SOLVED and method_of(recipe).calibrated:
+        note = (
+            _("no calibration row reached it")
+            if given is None or not given.usable
+            else _("its Hessian could not be factored")
+        )
+    used = solution.attempts[-1] if solution.attempts and solution.outcome in SOLVED else None
+    return SolveRecord(
+        solution.outcome,
+        recipe.damp,
+        used.damp if used else 0.0,
+        used.precision if used else "",
+        solution.loss,
+        solution.rtn_loss,
+        tuple((a.damp, a.precision, a.outcome) for a in solution.attempts),
+        note,
+    )

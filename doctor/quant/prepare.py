@@ -1,0 +1,211 @@
+"""The steps of `doctor quantize` before the run: judge the source, or what fixes make of it, then choose calibration
+rows.
+
+Records: Asked (what the user asked for), Checked (the judged source), Calibrated (with rows of token ids).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import DoctorError
+from doctor.core.facts import CHECKPOINT
+from doctor.core.finding import Finding
+from doctor.core.host import describe
+from doctor.core.messages import _
+from doctor.core.recipe import Recipe
+from doctor.core.records import CalibrationFacts
+from doctor.fixing.plan import Consent, Look, Proof, look, make_plan, refuse
+from doctor.lint.engine import Report, judge, locate
+from doctor.lint.rule import Rule
+from doctor.model.spec import ModelSpec
+from doctor.quant import export
+from doctor.quant.calibration.rows import calibration_rows
+from doctor.quant.calibration.self_generated import Once, sampler, unable
+from doctor.quant.capacity import measure
+from doctor.quant.distributed import size
+from doctor.quant.job import Result
+from doctor.quant.methods import method_of
+from doctor.quant.setup import Progress, computing_dtype
+from doctor.scan.summary import summary
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for. memory: bytes, None for a share of what is free. started: the clock at the start."""
+
+    recipe: Recipe
+    output: Path
+    rules: list[Rule]
+    fail_on: str
+    overwrite: bool
+    resume: bool
+    memory: int | None
+    device: str
+    progress: Progress
+    prove: Callable[[Checkpoint, Checkpoint], Proof] | None  # that fixes of tensors leave the logits as they are
+    started: float
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The source, or what fixes make of it, judged. consent: what fixes may be made, None: none. notes: for the
+    receipt.
+    """
+
+    look: Look
+    recipe: Recipe
+    consent: Consent | None
+    notes: tuple[str, ...]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Raises KeyError where the config gives no model."""
+        spec = self.look.store.get(CHECKPOINT, "spec")
+        assert isinstance(spec, ModelSpec)
+        return spec
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Rows of token ids, [] for a method that takes none, and the facts about them. sample: what the model wrote of
+    them.
+    """
+
+    checked: Checked
+    rows: list[list[int]]
+    facts: CalibrationFacts | None = None
+    sample: Once | None = None
+    notes: tuple[str, ...] = ()
+
+
+def check(asked: Asked, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iterable[str]) -> Checked:
+    """Judge the source, or what fixes make of it, and this machine against what the run takes."""
+    started = time.perf_counter()
+    checked = (
+        _fixed(asked, source, unsafe_fixes)
+        if fix
+        else Checked(look(source, asked.recipe, asked.rules), asked.recipe, None, ())
+    )
+    store = checked.look.store
+    if store.has(CHECKPOINT, "spec"):
+        machine = measure(checked.look.checkpoint, checked.spec, checked.recipe, asked.output)
+        store.put(CHECKPOINT, "given_machine", machine)
+        checked = judged(asked, checked)
+    report = report_of(asked, checked)
+    asked.progress(
+        _(
+            "check before: {errors} errors, {warnings} warnings ({seconds:.1f} s)",
+            errors=report.count("error"),
+            warnings=report.count("warning"),
+            seconds=time.perf_counter() - started,
+        )
+    )
+    return checked
+
+
+def _fixed(asked: Asked, source: Checkpoint, unsafe_fixes: bool | Iterable[str]) -> Checked:
+    """The source seen through its fixes. Raises PlanRefused where they conflict, or change what the model computes."""
+    codes = set() if isinstance(unsafe_fixes, bool) else set(unsafe_fixes)
+    consent = Consent(unsafe_fixes is True or "all" in codes, frozenset(codes - {"all"}), recipe=True)
+    fixes = make_plan(source, asked.recipe, asked.rules, consent)
+    refuse(fixes)
+    if fixes.needs_proof:
+        if asked.prove is None:
+            raise DoctorError(
+                _("fixes that change tensors need a proof that the logits stay; none was given."),
+                _("Use doctor.api.quantize."),
+            )
+        refuse(fixes, [asked.prove(fixes.unpadded(), fixes.view)])
+    notes = tuple(_("fix: {title}", title=_("{code} {title}", code=s.code, title=s.title)) for s in fixes.steps)
+    for note in notes:
+        asked.progress(note)
+    return Checked(fixes.after, fixes.recipe, consent, notes)
+
+
+def calibrate(asked: Asked, checked: Checked, source: str | os.PathLike | None, rows: int, length: int) -> Calibrated:
+    """CalibrationFacts rows, judged."""
+    if not method_of(checked.recipe).calibrated:
+        return Calibrated(checked, [])
+    started = time.perf_counter()
+    checkpoint, spec = checked.look.checkpoint, checked.spec
+    left = export.left_by(asked.output) if asked.resume else []
+    sample = Once(_sampler(asked, checked), next((entry["sampled"] for entry in left if "sampled" in entry), None))
+    chosen, facts, remarks = calibration_rows(
+        checkpoint,
+        source,
+        rows=rows,
+        length=length,
+        seed=checked.recipe.seed,
+        vocab=spec.vocab,
+        max_positions=spec.max_positions,
+        sample=sample,
+    )
+    notes = tuple(_("calibration: {text}", text=remark) for remark in remarks)
+    for note in notes:
+        asked.progress(note)
+    checked.look.store.put(CHECKPOINT, "calibration", facts)
+    checked = judged(asked, checked)
+    asked.progress(
+        _(
+            "calibrate: {rows} rows, {tokens:,} tokens of {source} ({seconds:.1f} s)",
+            rows=facts.rows,
+            tokens=facts.tokens,
+            source=facts.source,
+            seconds=time.perf_counter() - started,
+        )
+    )
+    return Calibrated(checked, chosen, facts, sample, notes)
+
+
+def _sampler(asked: Asked, checked: Checked) -> Callable:
+    """What lets the model write calibration text, or says why it cannot."""
+    if size() > 1:
+        return partial(unable, _("several processes would each have to hold it"))
+    checkpoint, spec = checked.look.checkpoint, checked.spec
+    return sampler(
+        checkpoint,
+        spec,
+        seed=checked.recipe.seed,
+        memory=asked.memory,
+        device=asked.device,
+        dtype=computing_dtype(checkpoint, spec, checked.recipe, asked.device),
+    )
+
+
+def judged(asked: Asked, checked: Checked) -> Checked:
+    """All rules on everything known so far; facts that were judged before cost nothing."""
+    findings, runs = judge(checked.look.store, asked.rules)
+    seen = replace(checked.look, findings=locate(findings, checked.look.checkpoint), runs=runs)
+    return replace(checked, look=seen)
+
+
+def report_of(
+    asked: Asked,
+    checked: Checked,
+    facts: CalibrationFacts | None = None,
+    done: Result | None = None,
+    new: Iterable[Finding] = (),
+    shown: dict | None = None,
+) -> Report:
+    """The report so far. new: findings after those of the look; shown: files and receipt of the output."""
+    seen = checked.look
+    return Report(
+        checkpoint=seen.checkpoint.name,
+        recipe=checked.recipe,
+        findings=[*seen.findings, *new],
+        runs=list(seen.runs),
+        summary=summary(seen.checkpoint, seen.store),
+        skipped_tensors=seen.skipped,
+        bytes_read=seen.bytes_known,
+        seconds=time.perf_counter() - asked.started,
+        fail_on=asked.fail_on,
+        linears=list(done.records) if done else [],
+        extra={"machine": describe(), **({"calibration": asdict(facts)} if facts else {}), **(shown or {})},
+    )

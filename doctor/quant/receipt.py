@@ -1,0 +1,46 @@
+"""doctor.json of a quantized checkpoint: how it was made, without times, so that the same run writes the same bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from doctor.core.recipe import Recipe
+from doctor.core.records import CalibrationFacts
+from doctor.core.version import __version__
+from doctor.quant.job import Result
+
+
+def receipt(recipe: Recipe, calibration: CalibrationFacts | None, result: Result, notes: list[str]) -> dict:
+    """The receipt as JSON. notes: sentences on what differed from what was asked."""
+    import transformers
+
+    linears = [{k: r[k] for k in ("name", "outcome", "solve")} for r in result.records]
+    outcomes = {o: result.count(o) for o in sorted({r["outcome"] for r in result.records})}
+    return json.loads(
+        json.dumps(
+            {
+                "doctor": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "recipe": asdict(recipe),
+                "calibration": None if calibration is None else asdict(calibration),
+                "notes": notes,
+                "outcomes": outcomes,
+                "linears": _finite(linears),
+            }
+        )
+    )
+
+
+def _finite(value: Any) -> Any:
+    """NaN and Inf as strings: JSON has neither."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,146 @@
+"""What a run needs before its first decoder layer, made once and then only read: model, rows, rules, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.facts import CHECKPOINT, Store
+from doctor.core.messages import _
+from doctor.core.recipe import Recipe
+from doctor.fixing.plan import Consent
+from doctor.lint.rule import Rule
+from doctor.model.fused_experts import Stacks, find_stacks, take_apart
+from doctor.model.spec import ModelSpec
+from doctor.quant import budget, export
+from doctor.quant.budget import Need
+from doctor.quant.distributed import Ranks
+from doctor.quant.forward.hidden_states import make_batches
+from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.forward.suspended import WITHOUT_GREENLET, greenlet
+from doctor.quant.methods import method_of
+from doctor.quant.selection import require_widths
+from doctor.quant.solve import cpu, cuda
+from doctor.quant.solve.hessian import mixed_products
+
+BATCH_TOKENS, DEVICE_BATCH_TOKENS = budget.BATCH_TOKENS, budget.DEVICE_BATCH_TOKENS
+RUN_STAGES = ("calibration", "run")  # stages of the rules that judge a run
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run's fixed part.
+
+    fused: fused expert tensors of the checkpoint, by the name of their module. spec and checkpoint have their experts
+    unfused. batches: this rank's calibration batches int64[rows, length], [] where the method takes none. memory:
+    bytes that the process may take, None for a share of what is free. consent: fixes of the recipe that may be made
+    during the run.
+    """
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    output: export.Output
+    store: Store
+    rules: tuple[Rule, ...]
+    memory: int | None
+    progress: Progress
+    ranks: Ranks
+    consent: Consent | None
+    fused: dict[str, Stacks]
+    need: Need
+    skeleton: Skeleton
+    batches: list[torch.Tensor]
+
+
+def set_up(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    recipe: Recipe,
+    rows: list[list[int]],
+    output: export.Output,
+    store: Store,
+    rules: Iterable[Rule],
+    *,
+    memory: int | None,
+    progress: Progress,
+    device: str,
+    ranks: Ranks,
+    consent: Consent | None,
+) -> Setup:
+    """Reads headers and builds the model on the meta device. Raises DoctorError where widths do not fit,
+    NotQuantizable.
+    """
+    fused = {
+        name.removesuffix(".weight"): stacks
+        for stacks in find_stacks(spec, checkpoint.tensors, recipe)
+        for name in stacks.tensors
+    }
+    checkpoint, spec = take_apart(checkpoint, spec, recipe)
+    require_widths(spec, recipe)
+    calibrated = method_of(recipe).calibrated
+    shown = rows if calibrated else []
+    need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
+    skeleton = Skeleton(checkpoint, spec, device, computing_dtype(checkpoint, spec, recipe, device))
+    batches = _local_batches(rows, skeleton.device, ranks) if calibrated else []
+    store.put(CHECKPOINT, "slower_paths", tuple(_slower_paths(skeleton, bool(batches))))
+    own = tuple(r for r in rules if r.stage in RUN_STAGES)
+    return Setup(checkpoint, spec, output, store, own, memory, progress, ranks, consent, fused, need, skeleton, batches)
+
+
+def _local_batches(rows: list[list[int]], device: torch.device, ranks: Ranks) -> list[torch.Tensor]:
+    """This rank's batches; with several ranks they are small enough that each gets one."""
+    tokens = BATCH_TOKENS if device.type == "cpu" else DEVICE_BATCH_TOKENS
+    if ranks.size == 1:
+        return make_batches(rows, tokens)
+    return ranks.local_batches(make_batches(rows, min(tokens, max(1, sum(map(len, rows)) // ranks.size))))
+
+
+def _slower_paths(skeleton: Skeleton, calibrated: bool) -> list[str]:
+    """What runs on a slower path than it could, and why."""
+    device, found = skeleton.device, []
+    if cuda.note(device):
+        found.append(cuda.note(device))
+    if device.type == "cuda" and skeleton.dtype == torch.bfloat16 and not mixed_products(device):
+        found.append(
+            _("this torch has no product of bfloat16 with a float32 result: Hessians are summed from float32 copies")
+        )
+    if cpu.note(device):
+        found.append(cpu.note(device))
+    if calibrated and greenlet is None:
+        found.append(WITHOUT_GREENLET)
+    return found
+
+
+def computing_dtype(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, device: str) -> torch.dtype:
+    """What decoder layers compute in.
+
+    bfloat16 where a GPU quantizes by GPTQ a model whose layers are stored so, as engines will serve it: products of
+    bfloat16 are exact in the float32 sums of a Hessian, and ten times as fast there. Else float32: what AWQ folds
+    needs the digits, and float16 may overflow on the activations of a model that was trained in bfloat16.
+    """
+    stored = {
+        checkpoint.tensors[x.tensor].dtype.name
+        for x in spec.linears
+        if x.block is not None and x.tensor in checkpoint.tensors
+    }
+    low = torch.device(device).type == "cuda" and method_of(recipe).low_precision and stored == {"BF16"}
+    return torch.bfloat16 if low else torch.float32
+
+
+def computing_note(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, device: str) -> str:
+    """A note where decoder layers compute in fewer digits than a CPU's run of the same recipe; "" elsewhere."""
+    dtype = computing_dtype(checkpoint, spec, recipe, device)
+    if dtype == torch.float32:
+        return ""
+    return _(
+        "decoder layers compute in {dtype} on {device}, as they are stored, and in float32 on a CPU: codes and "
+        "losses differ a little "
+        "from a CPU's",
+        dtype=str(dtype)[6:],
+        device=torch.device(device).type,
+    )

@@ -1,0 +1,145 @@
+"""Folds AWQ's scales into the modules of one decoder layer, and takes them back if the layer's output moves.
+
+Values stored in 16 bits are rounded first and s is derived from them, so the fold is exact for the stored norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TypedDict
+
+import torch
+from torch import nn
+
+from doctor.core.messages import _
+from doctor.model.spec import Linear, ModelSpec
+from doctor.quant.solve.awq_search import find_scales
+from doctor.quant.solve.awq_source import Source, source_of
+
+_WIDE = (torch.float32, torch.float64)  # stored in 16 bits by the output
+
+
+class SearchOptions(TypedDict):
+    """Arguments of find_scales that a recipe gives."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    zero_min: int
+
+
+def fold(
+    source: Source, s: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stored: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(s as it comes out, weight, bias) of the source after dividing its output by s; f32, norms exact in `stored`.
+
+    A channel whose new value would be 0 or not finite where the old is neither keeps its factor of 1.
+    """
+    bias = None if bias is None else (bias / s).to(stored).to(torch.float32)
+    if source.kind == "rows":
+        return s, weight / s[:, None], bias
+    old = weight + 1 if source.kind == "norm+1" else weight
+    new = (old / s - 1 if source.kind == "norm+1" else old / s).to(stored).to(torch.float32)
+    whole = new + 1 if source.kind == "norm+1" else new
+    real = old / whole
+    good = torch.isfinite(real) & (real > 0) & torch.isfinite(whole)
+    s = torch.where(good, real, torch.ones_like(s))
+    return s, torch.where(good, new, weight), bias
+
+
+class ScaleFolding:
+    """Scales of a decoder layer: found on the float layer, folded into its modules, taken back if its output moves."""
+
+    def __init__(
+        self,
+        modules: dict[str, tuple[Linear, nn.Module]],
+        sources: dict[str, nn.Module],
+        dtype_of: Callable[[str], torch.dtype],
+    ):
+        """modules: the linears to quantize, by name; sources: every module of the layer that has a weight, by its
+        tensor; dtype_of: the dtype that a tensor is stored in.
+        """
+        self.modules, self.sources, self.dtype_of = modules, sources, dtype_of
+        self.columns: dict[str, torch.Tensor] = {}  # factors f32[k] of each linear's columns, by name
+        self.notes: dict[str, str] = {}
+        self.norms: set[str] = set()  # tensors of norms that changed: written in the output
+        self._before: dict[tuple[nn.Module, str], torch.Tensor] = {}
+
+    def apply(self, spec: ModelSpec, group: list[str], H: torch.Tensor, options: SearchOptions) -> None:
+        """Find and fold the scales of linears that share the input of H f32[k, k]; a note says where nothing can be
+        folded.
+        """
+        linears = [self.modules[name][0] for name in group]
+        source, why = source_of(spec, linears, {name: x for name, (x, _module) in self.modules.items()})
+        module = self.sources.get(source.tensor) if source else None
+        if source is None or module is None:
+            self._note(group, _("not scaled: {why}", why=why or _("its norm is not in the decoder layer")))
+            return
+        width, channels = linears[0].in_features, len(module.get_parameter("weight"))
+        if source.kind != "rows" and channels != width:  # one norm for each head: its weight serves all of them
+            if width % channels:
+                why = _("its norm has {channels} channels for {columns} columns", channels=channels, columns=width)
+                self._note(group, _("not scaled: {why}", why=why))
+                return
+            source = replace(source, repeat=width // channels, head=channels)
+        weights = [_rows(*self.modules[name]) for name in group]
+        s, found = find_scales(weights, H, source, **options)
+        if not found:
+            self._note(group, _("scales of 1 lose least"))
+            return
+        self._fold_into(source, module, group, weights, s)
+        self._note(group, _("scaled by {scale}, folded into {tensor}", scale=found, tensor=source.tensor))
+
+    def _fold_into(
+        self, source: Source, module: nn.Module, group: list[str], weights: list[torch.Tensor], s: torch.Tensor
+    ) -> None:
+        """Divide the source's output by s and multiply the columns of the group's weights by it."""
+        flipped = source.kind == "rows" and any(x.transposed for x, m in self.modules.values() if m is module)
+        old = module.get_parameter("weight").detach()
+        s, weight, bias = fold(
+            source, s, old.T if flipped else old, module._parameters.get("bias"), self._stored(source.tensor)
+        )
+        self._put(module, "weight", weight.T if flipped else weight)
+        if source.kind != "rows":
+            self.norms.add(source.tensor)
+        if bias is not None:
+            self._put(module, "bias", bias)
+            self.norms.add(source.tensor.removesuffix("weight") + "bias")
+        columns = source.spread(s)
+        for name, W in zip(group, weights, strict=True):
+            linear, target = self.modules[name]
+            self._put(target, "weight", (W * columns).T if linear.transposed else W * columns)
+            self.columns[name] = columns
+
+    def take_back(self, why: str) -> None:
+        """Restore the layer's weights."""
+        for (module, name), value in self._before.items():
+            module.get_parameter(name).data = value
+        self._note(self.columns, why)
+        self.columns, self.norms = {}, set()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Folded norms and biases in their stored dtype: they replace the checkpoint's in the output."""
+        found = {}
+        for name in self.norms:
+            owner, _dot, kind = name.rpartition(".")
+            found[name] = self.sources[f"{owner}.weight"].get_parameter(kind).to(self._stored(name))
+        return found
+
+    def _stored(self, name: str) -> torch.dtype:
+        dtype = self.dtype_of(name)
+        return torch.bfloat16 if dtype in _WIDE else dtype
+
+    def _note(self, group: Iterable[str], note: str) -> None:
+        self.notes.update(dict.fromkeys(group, note))
+
+    def _put(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
+        parameter = module.get_parameter(name)
+        self._before.setdefault((module, name), parameter.data)
+        parameter.data = value.contiguous()
+
+
+def _rows(linear: Linear, module: nn.Module) -> torch.Tensor:
+    W = module.get_parameter("weight").detach()
+    return W.T.contiguous() if linear.transposed else W

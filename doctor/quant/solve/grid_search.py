@@ -1,0 +1,216 @@
+"""Fits the grid of each group of a weight: by minimum and maximum, or by the least weighted squared rounding error.
+
+Three implementations of one search: CUDA kernels (cuda/grid_search.cu), native loops (cpu/solve.c) and the torch code
+here, which defines the result. The first that can run on the tensor's device is used.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from doctor.core.errors import NotQuantizable
+from doctor.core.messages import _
+from doctor.quant.solve import cpu, cuda
+from doctor.quant.solve.grid import (
+    BITS,
+    FINE,
+    RATIOS,
+    REFITS,
+    Grid,
+    GridParams,
+    group_width,
+    require_finite,
+    store_scale,
+)
+
+_CHUNK_CPU = 1 << 18  # weights at a time: four float32 temporaries of 1 MiB stay in the cache of a core
+_CHUNK_DEVICE = 1 << 25
+
+
+def fit(
+    W: torch.Tensor,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    *,
+    mse: bool = False,
+    weight: torch.Tensor | None = None,
+    signed: bool = False,
+    zero_min: int = 0,
+    scale_dtype: torch.dtype = torch.float16,
+) -> Grid:
+    """Grid of every group of W[n, k].
+
+    mse: choose scale (and, asymmetric, zero) by the least sum of weight[j] * (W[:, j] - grid)^2 over each group,
+    instead of min-max. weight f32[k] >= 0 is the cost of an error in column j: the diagonal of the Hessian when
+    calibration is there, None for equal columns. signed: a symmetric group whose largest weight is positive gets a
+    negative scale (needs mse; see above). zero_min = 1 for formats that store zero - 1 (GPTQ v1).
+    A group of zeros gets scale 1 and the middle zero: 0/0 would be NaN and spread through dequantize.
+
+    Raises NotQuantizable for a non-finite W (naming the first), a scale past the largest value of scale_dtype,
+    or a group_size that does not divide k.
+    """
+    if bits not in BITS:
+        raise NotQuantizable(
+            _("bits is {bits}: a grid has {widths} bits.", bits=bits, widths=", ".join(map(str, BITS)))
+        )
+    n, k = W.shape
+    width = group_width(k, group_size)
+    require_finite(W)
+    if W.is_cuda and cuda.available(W.device) is None:
+        fitted = cuda.fit(
+            W,
+            bits,
+            group_size,
+            sym,
+            mse=mse,
+            weight=weight,
+            signed=signed,
+            zero_min=zero_min,
+            scale_dtype=scale_dtype,
+        )
+        if torch.isfinite(fitted.scale).all():  # else the code below names the scale that is not finite
+            return fitted
+    grouped = W.to(torch.float32).reshape(n, k // width, width)
+    cost = None if weight is None else weight.to(W.device, torch.float32).reshape(1, k // width, width)
+    found = cpu.fit(
+        grouped.reshape(n, k),
+        None if cost is None else cost.reshape(k),
+        width,
+        *native_grid_params(bits, sym, mse=mse, signed=signed, zero_min=zero_min, scale_dtype=scale_dtype),
+    )
+    if found is not None and torch.isfinite(found[0]).all():  # where it is not, the code below names the scale
+        return Grid(*found)
+    scale = torch.empty(n, k // width, device=W.device)
+    zero = torch.empty(n, k // width, device=W.device, dtype=torch.int32)
+    rows = max(1, (_CHUNK_CPU if W.device.type == "cpu" else _CHUNK_DEVICE) // k)
+    for first in range(0, n, rows):
+        part = grouped[first : first + rows]
+        turn = _turn(part) if sym and mse and signed else None
+        part = part if turn is None else part * turn
+        found = _minmax(part, bits, sym, zero_min, scale_dtype)
+        if mse:
+            found = _search(part, cost, found, bits, sym, zero_min, scale_dtype)
+        scale[first : first + rows] = (found[0] if turn is None else found[0] * turn)[..., 0]
+        zero[first : first + rows] = found[1][..., 0].to(torch.int32)
+    return Grid(scale, zero)
+
+
+def fit_with(params: GridParams, W: torch.Tensor, weight: torch.Tensor | None, group_size: int | None = None) -> Grid:
+    """`fit` of W f32[n, k] with weight f32[k]; group_size replaces the one of params."""
+    return fit(
+        W,
+        params.bits,
+        params.group_size if group_size is None else group_size,
+        params.sym,
+        mse=params.mse,
+        weight=weight,
+        signed=params.signed,
+        zero_min=params.zero_min,
+        scale_dtype=params.scale_dtype,
+    )
+
+
+def native_params_of(params: GridParams) -> tuple[cpu.NativeGridParams, torch.Tensor]:
+    """The parameters as the native loops take them, and the candidate factors f32[ratios + fine] of the search."""
+    return native_grid_params(
+        params.bits,
+        params.sym,
+        mse=params.mse,
+        signed=params.signed,
+        zero_min=params.zero_min,
+        scale_dtype=params.scale_dtype,
+    )
+
+
+def native_grid_params(
+    bits: int, sym: bool, *, mse: bool, signed: bool, zero_min: int, scale_dtype: torch.dtype
+) -> tuple[cpu.NativeGridParams, torch.Tensor]:
+    """The arguments of `fit` as the native loops take them: (rule, candidates f32[ratios + fine])."""
+    return (
+        cpu.native_grid_params(
+            bits,
+            sym,
+            turn=signed,
+            mse=mse,
+            zero_min=zero_min,
+            dtype=scale_dtype,
+            ratios=len(RATIOS),
+            fine=len(FINE),
+            refits=REFITS,
+        ),
+        torch.tensor([*RATIOS, *FINE]),
+    )
+
+
+def _turn(part: torch.Tensor) -> torch.Tensor:
+    """-1 for groups whose largest weight is positive, else 1, f32[r, G, 1]: the sign that puts it at the longer end."""
+    return torch.where(part.amax(-1, keepdim=True) > -part.amin(-1, keepdim=True), -1.0, 1.0)
+
+
+def _minmax(
+    part: torch.Tensor, bits: int, sym: bool, zero_min: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale f32[r, G, 1] and zero f32[r, G, 1] that span part f32[r, G, g]."""
+    top, half = 2**bits - 1, float(2 ** (bits - 1))
+    if sym:
+        span = part.abs().amax(-1, keepdim=True)
+        scale = span / (half - 0.5)
+    else:
+        low, high = part.amin(-1, keepdim=True).clamp_max(0), part.amax(-1, keepdim=True).clamp_min(0)
+        span = high - low
+        scale = span / top
+    scale = store_scale(torch.where(span > 0, scale, torch.ones_like(scale)), dtype)
+    if sym:
+        return scale, torch.full_like(scale, half)
+    zero = (-low / scale).round_().clamp_(zero_min, top)
+    return scale, torch.where(span > 0, zero, torch.full_like(zero, half))
+
+
+def _search(
+    part: torch.Tensor,
+    cost: torch.Tensor | None,
+    start: tuple[torch.Tensor, torch.Tensor],
+    bits: int,
+    sym: bool,
+    zero_min: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least weighted squared error over shrink factors, then zero points, then a least-squares refit of the scale.
+
+    Every candidate is rounded to the stored dtype first, so the error that is compared is the error that is kept.
+    """
+    top = 2**bits - 1
+    first, zero = start
+    best = [first, zero, rounding_error(part, cost, first, zero, top)]
+
+    def consider(scale: torch.Tensor, zero: torch.Tensor) -> None:
+        scale = store_scale(scale.clamp_max(torch.finfo(dtype).max), dtype)
+        error = rounding_error(part, cost, scale, zero, top)
+        better = error < best[2]
+        for slot, value in enumerate((scale, zero, error)):
+            best[slot] = torch.where(better, value, best[slot])
+
+    live = part.abs().amax(-1, keepdim=True) > 0
+    for ratio in RATIOS:
+        consider(first * ratio, zero)
+    for step in FINE:
+        consider(torch.where(live, best[0] + first * step, best[0]), best[1])
+    if not sym:
+        for step in (-1, 1):
+            consider(best[0], (best[1] + step).clamp_(zero_min, top))
+    for _pass in range(REFITS):
+        level = (part / best[0]).round_().add_(best[1]).clamp_(0, top).sub_(best[1])
+        weighted = level if cost is None else level * cost
+        norm = (weighted * level).sum(-1, keepdim=True)
+        refit = (weighted * part).sum(-1, keepdim=True) / norm
+        consider(torch.where((norm > 0) & (refit > 0), refit, best[0]), best[1])
+    return torch.where(live, best[0], first), torch.where(live, best[1], zero)
+
+
+def rounding_error(
+    part: torch.Tensor, cost: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor, top: int
+) -> torch.Tensor:
+    """Weighted squared rounding error f32[r, G, 1]."""
+    off = (part / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale).sub_(part).square_()
+    return (off if cost is None else off.mul_(cost)).sum(-1, keepdim=True)

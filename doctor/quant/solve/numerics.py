@@ -1,0 +1,26 @@
+"""Numeric helpers that every solver needs: a finite check in one pass, and float32 products without TF32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """float32 products in float32: TF32 in a product that feeds H or the error feedback costs what calibration
+    gains.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf, in one pass: both reach the bounds."""
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
