@@ -33,5 +33,5 @@ class Machine:
 def machine(checkpoint, given_machine):
     """The machine that will quantize (machine.Machine)."""
     if given_machine is None:
-        raise Unavailable("no place for the output was named: --room DIR measures disk and memory")
+        raise Unavailable("no place for the output was named: --capacity DIR measures disk and memory")
     return given_machine
