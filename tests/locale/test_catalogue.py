@@ -11,7 +11,7 @@ from rich.cells import cell_len
 
 from doctor.api import check
 from doctor.core.finding import CERTAINTIES, SEVERITIES
-from doctor.lint.config import OWN_RULES
+from doctor.lint.suppress import OWN_RULES
 from doctor.lint.engine import load_rules
 from doctor.lint.explain import SECTIONS
 from doctor.lint.rule import AREAS
