@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-clients nvrtc kernels bench gpu docs clean
+.PHONY: demo test test-clients nvrtc kernels bench gpu docs translations clean
 
 demo: $(STAMP)          ## the main job on real weights: check, fix, quantize, verify (TINY=1: no download)
 	$(BIN)/python examples/demo.py $(if $(TINY),--tiny)
@@ -38,6 +38,9 @@ gpu:                    ## on a machine with a GPU, under 10 minutes: goldens, k
 
 docs: $(STAMP)          ## write the rule table of the README and docs/rules/ anew
 	$(BIN)/python tools/generate_docs.py
+
+translations: $(STAMP)  ## bring doctor/locale/*/LC_MESSAGES/doctor.po up to date with the code, and compile it
+	$(BIN)/python tools/update_translations.py
 
 # The constraints file pins torch: an open range would take gigabytes of CUDA libraries on some machines.
 $(STAMP): pyproject.toml constraints.txt $(wildcard setup.py cpu/*)

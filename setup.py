@@ -1,20 +1,26 @@
-"""Builds the optional native library; everything else of the build is in pyproject.toml.
+"""Builds the message catalogues and the optional native library; everything else of the build is in pyproject.toml.
 
 One plain C library, loaded with ctypes, so that one wheel (py3-none-PLATFORM) serves every Python version. Each source
 in PER_LEVEL is compiled once per instruction level of LEVELS, its symbols suffixed with the level's name; the processor
 picks at load (doctor/scan/native.py). Without a C compiler the package installs as a pure wheel with NumPy paths
 instead. To add a source, add its name to PER_LEVEL.
+
+doctor/locale/*/LC_MESSAGES/doctor.mo is compiled beside its .po, in the source tree, before packages are gathered: an
+editable installation reads it there, a wheel takes it along.
 """
 
 import os
 import platform
+import runpy
 import tempfile
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools._distutils.ccompiler import new_compiler
 from setuptools._distutils.sysconfig import customize_compiler
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 SOURCES = "cpu"
 PER_LEVEL = {"scan.c": [], "solve.c": ["-ffp-contract=off"]}  # with flags of its own
@@ -59,6 +65,15 @@ class BuildLibrary(build_ext):
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name))
 
 
+class BuildPackages(build_py):
+    """The packages with their message catalogues compiled. An editable installation runs this too."""
+
+    def run(self):
+        locale = Path(__file__).parent / "doctor" / "locale"
+        runpy.run_path(str(locale / "compile.py"))["compile_all"](locale)
+        super().run()
+
+
 class Wheel(bdist_wheel):
     def get_tag(self):
         tag = super().get_tag()
@@ -94,6 +109,6 @@ library = Extension(
 packages = [*find_packages(include=["doctor", "doctor.*"]), "doctor.rules", "doctor.rules.tables", "doctor.cuda"]
 setup(
     packages=packages,
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": BuildLibrary, "build_py": BuildPackages, "bdist_wheel": Wheel},
     ext_modules=[library] if compiler_works() else [],
 )

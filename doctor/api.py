@@ -16,18 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.checkpoint.hub import HubCheckpoint, open_checkpoint
-from doctor.checkpoint.hub_donor import HubDonor
+from doctor.checkpoint.hub import HubCheckpoint, HubDonor, open_checkpoint
 from doctor.core.errors import BadCheckpoint
-from doctor.core.facts import CHECKPOINT, COSTS, asks
+from doctor.core.facts import CHECKPOINT, STAGES, Store, asks
 from doctor.core.finding import Finding, Place
-from doctor.core.machine import GIVEN_MACHINE
 from doctor.core.recipe import Recipe
-from doctor.core.store import Store
-from doctor.lint.baseline import compare_with
 from doctor.lint.config import Config, Selection, choose
-from doctor.lint.engine import Report, in_order, judge, load_rules, locate, select_rules
-from doctor.scan.header import SPEC, header_facts
+from doctor.lint.engine import Report, against, in_order, judge, load_rules, locate, select_rules
+from doctor.scan.header import header_facts
 from doctor.scan.summary import summary
 
 if TYPE_CHECKING:
@@ -74,11 +70,11 @@ def check(
     if room is not None:
         _measure(checkpoint, store, recipe, room)
     for subject, name, value in facts:
-        store.put_value(name, value, subject)
+        store.put(subject, name, value)
     scanned = None
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)
-    elif COSTS.index(stage) >= COSTS.index("values") and any(asks("values", r.facts) for r in rules):
+    elif STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.facts) for r in rules):
         from doctor.scan.scan import scan
 
         scanned = scan(checkpoint, store, progress, keep_partial=keep_partial)
@@ -113,19 +109,19 @@ def check(
             "tensors_left": len(scanned.left),
         }
     if config is not None:
-        _suppress(report, config, checkpoint)
+        _hush(report, config, checkpoint)
     if baseline is not None:
-        compare_with(report, baseline)
+        against(report, baseline)
     report.seconds = time.perf_counter() - started
     return report
 
 
 def _measure(checkpoint: Checkpoint, store: Store, recipe: Recipe, room: str | os.PathLike) -> None:
     """Put what this machine has, and what quantizing into `room` takes, where the config says what to quantize."""
-    if store.has(SPEC):
+    if store.has(CHECKPOINT, "spec"):
         from doctor.quant.capacity import measure
 
-        store.put(GIVEN_MACHINE, measure(checkpoint, store.get(SPEC), recipe, room))
+        store.put(CHECKPOINT, "given_machine", measure(checkpoint, store.get(CHECKPOINT, "spec"), recipe, room))
 
 
 def _chosen(
@@ -151,10 +147,10 @@ def _default_recipe(checkpoint: Checkpoint, config: Config | None) -> Recipe:
     return own if config and config.recipe_values.keys() & STATED else stored_recipe(checkpoint, own)
 
 
-def _suppress(report: Report, config: Config, checkpoint: Checkpoint) -> None:
-    kept = config.apply_suppressions(report.findings, report.runs, checkpoint)
-    report.findings, report.suppressed = in_order([*kept.findings, *kept.own]), kept.suppressed
-    report.runs = [*report.runs, *kept.runs]
+def _hush(report: Report, config: Config, checkpoint: Checkpoint) -> None:
+    hushed = config.hush(report.findings, report.runs, checkpoint)
+    report.findings, report.suppressed = in_order([*hushed.findings, *hushed.own]), hushed.suppressed
+    report.runs = [*report.runs, *hushed.runs]
 
 
 @dataclass
@@ -276,7 +272,7 @@ def _fixed(
         facts=facts,
         stage=stage,
         progress=progress,
-        suppress=config.apply_suppressions if config else None,
+        hush=config.hush if config else None,
     )
     result = FixResult(
         plan,
@@ -361,21 +357,21 @@ def _base(
     found = base if isinstance(base, Checkpoint) else open_checkpoint(text)
     if isinstance(found, HubCheckpoint) and "adapter_config.json" in source.entries and not source.value("config.json"):
         found = open_checkpoint(text, download=True)  # what an adapter is merged into is needed whole
-    unread = "" if isinstance(found, HubCheckpoint) else found.unread  # of a repository, what is needed is fetched
-    if unread or not found.tensors:
+    if isinstance(found, HubCheckpoint):
+        found = found.donor()
+    if found.unread or not found.tensors:
         raise BadCheckpoint(
-            f"{text}: {unread or 'no safetensors tensor can be read'}; --from needs weights to take from."
+            f"{text}: {found.unread or 'no safetensors tensor can be read'}; --from needs weights to take from."
         )
     if os.path.realpath(found.root) == os.path.realpath(source.root):
         raise BadCheckpoint(f"{text}: is the checkpoint itself.", "Give the base model, or another copy.")
-    if not isinstance(found, HubCheckpoint):
-        yield [(CHECKPOINT, "base", Donor(found, source, text))]
+    given = [(CHECKPOINT, "base", Donor(found, source, text))]
+    if not isinstance(found, HubDonor):
+        yield given
         return
-    with open_fetch(output) as folder:
-        donor = HubDonor(found, folder)
-        donor.progress = partial(progress, "fetch")
-        with donate(donor.label, donor):
-            yield [(CHECKPOINT, "base", Donor(donor, source, text))]
+    with open_fetch(output) as found.folder, donate(found.label, found):
+        found.progress = partial(progress, "fetch")
+        yield given
 
 
 def _report(seen: Look, recipe: Recipe, fail_on: str, started: float) -> Report:

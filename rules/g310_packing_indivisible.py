@@ -8,7 +8,7 @@ Seen as:
 - AutoGPTQ: `in_feature and out_feature must be divisible by 32`
 - vLLM: `The output size is not aligned with the quantized weight shape`
 
-Do: keep these linears in 16 bits (`--keep PATTERN`), or choose compressed-tensors, which fills up the last
+Do: keep these linears in 16 bits (`--ignore PATTERN`), or choose compressed-tensors, which fills up the last
 word.
 
 False alarms: none; the division is exact arithmetic.
@@ -44,7 +44,7 @@ def packing_indivisible(checkpoint, layout):
             at=Place("", tensor=f"{linears[0].name}.weight"),
             evidence={"in_features": width, "out_features": height, "linears": len(linears)},
             fix=Fix(f"keep {role} in 16 bits", keep_edits(layout.linears, [x.name for x in linears]), "unsafe"),
-            advice=f"--keep '{linears[0].name.rsplit('.', 1)[-1]}' leaves them in 16 bits",
+            advice=f"--ignore '{linears[0].name.rsplit('.', 1)[-1]}' leaves them in 16 bits",
         )
 
 

@@ -33,7 +33,7 @@ def linear_failed(linear, solve, spec, recipe):
         f"{linear.name} was not quantized: {solve.note or 'no reason recorded'} ({tried})",
         evidence={"attempts": [list(a) for a in solve.attempts]},
         fix=Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
-        advice=f"--keep {linear.name} leaves it in 16 bits",
+        advice=f"--ignore {linear.name} leaves it in 16 bits",
     )
 
 

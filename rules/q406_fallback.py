@@ -12,7 +12,7 @@ Seen as:
 Do: see why (the finding's text), and cure that: finite inputs, more calibration text, a group size that
 divides.
 
-False alarms: none; it reports what was done. Linears that `--keep` names are not counted.
+False alarms: none; it reports what was done. Linears that `--ignore` names are not counted.
 
 Fix safety: unsafe: a linear that was rounded stays in 16 bits, with those that engines fuse with it, and the block is
 quantized again. One that stays in 16 bits already has no fix: the cause decides.
@@ -36,7 +36,7 @@ def fallback(linear, solve, spec, recipe):
         fix=None
         if solve.outcome == "kept"
         else Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
-        advice="cure the reason given, or name it with --keep",
+        advice="cure the reason given, or name it with --ignore",
     )
 
 

@@ -14,7 +14,7 @@ Seen as:
 Do: plan another format, group size or runtime, as the finding says (rule G313 tells it before the run), or serve what
 is there: engines are told that these modules are in 16 bits.
 
-False alarms: none; it reports what was done. What was asked for with --keep is not reported.
+False alarms: none; it reports what was done. What was asked for with --ignore is not reported.
 
 Fix safety: no fix: the layout of a checkpoint is its publisher's choice.
 

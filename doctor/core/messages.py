@@ -1,22 +1,27 @@
 """Messages as data: an English template and its named values, rendered in a reader's language when it is shown.
 
-`_("{key} {value} is not divisible by {group}", key=key, value=size, group=128)` is a `Message`: a str equal to its English text
-that keeps template and values. What compares, logs or stores a message sees plain English; a screen asks for another language
-(doctor/locale/catalogue.py). Templates are gettext's message ids: Babel extracts the first argument of `_` and the first two of
-`plural`, and a language is one catalogue, doctor/locale/LANGUAGE/LC_MESSAGES/doctor.po.
+`_("{key} {value} is not divisible by {group}", key=key, value=size, group=128)` is a `Message`: a str equal to its
+English text that keeps template and values. What compares, logs or stores a message sees plain English; a screen asks
+for another language (doctor/locale/catalogue.py). Templates are gettext's message ids: the first argument of `_` and
+the first two of `plural` are extracted, and a language is one catalogue, doctor/locale/LANGUAGE/LC_MESSAGES/doctor.po.
 
-Values are formatted by str.format, so a template may say {count:,} or {share:.1%}. A value that is a Message itself is translated
-with its sentence.
+Values are formatted by str.format, so a template may say {count:,} or {share:.1%}; one without values is taken as it
+stands, its braces too. A value that is a Message itself is translated with its sentence.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
+from string import Formatter
 from typing import Any
+
+_SPEC = re.compile(r"[+]?\d{0,2},?(\.\d{1,2})?[a-z%]?")  # what a field of a template may ask of str.format
 
 
 class Message(str):
-    """A sentence for a person. template: English with named fields; values: what they hold; many: the template for counts but 1."""
+    """A sentence for a person. template: English with named fields; values: what they hold; many: for counts but 1."""
 
     template: str
     values: Mapping[str, Any]
@@ -32,7 +37,7 @@ class Message(str):
         return self.template, dict(self.values), self.many
 
     def rendered(self, look_up: Callable[[str, str, int], str]) -> str:
-        """The text in another language. look_up(template, many, n) gives the translated template; n is 1 without a plural."""
+        """The text in another language. look_up(template, many, n) translates a template; n is 1 without a plural."""
         values = {name: rendered(value, look_up) for name, value in self.values.items()}
         return _filled(look_up(self.template, self.many, self.values["n"] if self.many else 1), values)
 
@@ -44,7 +49,7 @@ class Listing(Message):
 
     def __new__(cls, words: Iterable[str]) -> Listing:
         words = tuple(words)
-        self = str.__new__(cls, _row(words, ", ", " and "))
+        self = str.__new__(cls, _row(words, *SEPARATORS))
         self.template, self.values, self.many, self.words = "", {}, "", words
         return self
 
@@ -52,7 +57,7 @@ class Listing(Message):
         return (self.words,)
 
     def rendered(self, look_up: Callable[[str, str, int], str]) -> str:
-        return _row([rendered(word, look_up) for word in self.words], look_up(", ", "", 1), look_up(" and ", "", 1))
+        return _row([rendered(word, look_up) for word in self.words], *(look_up(text, "", 1) for text in SEPARATORS))
 
 
 def _(template: str, /, **values: Any) -> Message:
@@ -76,7 +81,10 @@ def rendered(value: Any, look_up: Callable[[str, str, int], str]) -> Any:
 
 
 def as_data(text: str) -> dict | None:
-    """A message as JSON: {"template", "values"}, with "many" or "words" where it has them; None for a plain str. `from_data` reads it."""
+    """A message as JSON, which `from_data` reads: {"template", "values"} with "many" where it has one, or {"words"}.
+
+    None for a plain str. NaN and infinities, which JSON has not, are {"float": "nan"}.
+    """
     if not isinstance(text, Message):
         return None
     if isinstance(text, Listing):
@@ -88,17 +96,34 @@ def as_data(text: str) -> dict | None:
 
 
 def from_data(data: Any) -> Any:
-    """What `as_data` made: a Message from its parts, anything else as it is. Raises KeyError, ValueError, TypeError or IndexError where the parts do not fit."""
+    """What `as_data` made: a Message from its parts, anything else as it is.
+
+    Raises KeyError, ValueError, TypeError or IndexError where the parts do not fit, or where a template asks str.format
+    for more than the numbers of a sentence need: a report may come from elsewhere.
+    """
     if not isinstance(data, Mapping):
         return data
     if "words" in data:
         return Listing([from_data(word) for word in data["words"]])
-    return Message(
-        data["template"], {name: from_data(value) for name, value in data["values"].items()}, data.get("many", "")
-    )
+    if "float" in data:
+        return float(data["float"])
+    many = data.get("many", "")
+    for template in (data["template"], many):
+        _refuse_strange_fields(template)
+    return Message(data["template"], {name: from_data(value) for name, value in data["values"].items()}, many)
+
+
+def _refuse_strange_fields(template: str) -> None:
+    for _text, name, spec, _conversion in Formatter().parse(template):
+        if name is not None and not (name.isidentifier() and _SPEC.fullmatch(spec or "")):
+            raise ValueError(f"field {name!r} with format {spec!r}")
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a NumPy scalar
+        value = value.item()
+    if isinstance(value, float) and not isfinite(value):
+        return {"float": str(value)}
     return value if isinstance(value, (bool, int, float)) else str(value)
 
 
@@ -108,3 +133,6 @@ def _filled(template: str, values: Mapping[str, Any]) -> str:
 
 def _row(words: tuple | list, comma: str, last: str) -> str:
     return comma.join(words[:-1]) + last + words[-1] if len(words) > 1 else "".join(words)
+
+
+SEPARATORS = _(", "), _(" and ")  # between the words of a listing, and before its last

@@ -1,11 +1,6 @@
-"""What a calibration, a quantizer's run and a comparison measured: plain records that rules read and reports print.
-
-Their fields are keys of the JSON report, so a field keeps its name.
-"""
+"""What a calibration, a run and a comparison measured: plain records that rules read and reports print."""
 
 from dataclasses import dataclass
-
-from doctor.core.facts import FactKey, provide
 
 
 @dataclass(frozen=True)
@@ -118,23 +113,3 @@ class Comparison:
     one_choice: float = 0.0  # share of the tokens at which the quantized model ranks one same token first, which is:
     one_choice_token: int = 0
     one_choice_original: float = 0.0  # that share for the original's own favourite
-
-
-CALIBRATION: FactKey[CalibrationFacts] = provide(
-    "calibration", "checkpoint", "calibration", "What the calibration rows are (records.CalibrationFacts)."
-)
-HESSIAN: FactKey[HessianFacts] = provide(
-    "hessian", "linear", "calibration", "What was measured of the Hessian of a linear's input (records.HessianFacts)."
-)
-SOLVE: FactKey[SolveRecord] = provide(
-    "solve", "linear", "run", "How a linear was quantized, and everything that was tried (records.SolveRecord)."
-)
-STACKED_EXPERTS: FactKey[tuple[tuple[str, str], ...]] = provide(
-    "stacked_experts", "checkpoint", "run", "(tensor, why) of each fused 3-D expert tensor that a run kept in 16 bits."
-)
-SLOWER_PATHS: FactKey[tuple[str, ...]] = provide(
-    "slower_paths", "checkpoint", "run", "Why a run took a slower path than it can, one sentence each; () for none."
-)
-COMPARISON: FactKey[Comparison] = provide(
-    "comparison", "checkpoint", "output", "The quantized model compared with its original (records.Comparison)."
-)

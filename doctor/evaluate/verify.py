@@ -13,10 +13,9 @@ import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
-from doctor.core.facts import closure
+from doctor.core.facts import CHECKPOINT, closure
 from doctor.core.host import describe
 from doctor.core.recipe import Recipe
-from doctor.core.records import COMPARISON, SLOWER_PATHS
 from doctor.evaluate.compare import compare
 from doctor.lint.engine import Report, judge, load_rules, locate
 from doctor.plan.groups import stored_recipe
@@ -79,9 +78,9 @@ def verify(
         rules = [r for r in rules if "recipe" not in closure(r.facts)]
     store = header_facts(second, recipe)
     scanned = scan(second, store)
-    store.put(COMPARISON, comparison)
+    store.put(CHECKPOINT, "comparison", comparison)
     if device != "cpu":
-        store.put(SLOWER_PATHS, tuple(filter(None, [cuda.note(device)])))
+        store.put(CHECKPOINT, "slower_paths", tuple(filter(None, [cuda.note(device)])))
     findings, runs = judge(store, rules)
     extra = {
         "comparison": asdict(comparison),

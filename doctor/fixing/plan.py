@@ -19,10 +19,9 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import Shard
 from doctor.core.errors import BadCheckpoint, DoctorError, PlanRefused
-from doctor.core.facts import CHECKPOINT, COSTS, asks
+from doctor.core.facts import CHECKPOINT, STAGES, Store, asks
 from doctor.core.finding import Finding, Fix
 from doctor.core.recipe import Recipe
-from doctor.core.store import Store
 from doctor.core.version import __version__
 from doctor.edits.donor_registry import open_donor
 from doctor.edits.json_edits import json_shown
@@ -47,9 +46,8 @@ from doctor.fixing.in_place import kept_name
 from doctor.fixing.staging import RECEIPT, Stage, open_stage, sha256
 from doctor.lint.engine import RuleRun, judge, locate
 from doctor.lint.rule import Rule
-from doctor.scan.header import BASE, SPEC, header_facts
+from doctor.scan.header import header_facts
 from doctor.scan.scan import scan
-from doctor.scan.value_facts import DIGESTS, STATS
 
 MAX_PASSES = 10
 PROOF_PROMPTS = 4  # rows of token ids on which a proof compares logits (evaluate/proof.py)
@@ -86,21 +84,21 @@ def look(
     rules: list[Rule],
     *,
     facts: Iterable[tuple[str, str, object]] = (),
-    stage: str = COSTS[-1],
+    stage: str = STAGES[-1],
     before: Look | None = None,
     touched: Iterable[str] = (),
     progress: Callable[[int], None] = lambda n: None,
-    suppress=None,
+    hush=None,
 ) -> Look:
     """Judge a checkpoint; with `before`, only tensors that are new, changed shape or are `touched` are read again.
 
-    suppress(findings, runs, checkpoint) -> suppress.Suppressed takes out what the user suppressed: it is neither shown nor fixed.
+    hush(findings, runs, checkpoint) -> config.Hushed takes out what the user suppressed: it is neither shown nor fixed.
     """
     store = header_facts(checkpoint, recipe)
     for subject, name, value in facts:
-        store.put_value(name, value, subject)
+        store.put(subject, name, value)
     result = Look(checkpoint, store, [], [])
-    if COSTS.index(stage) >= COSTS.index("values") and any(asks("values", r.facts) for r in rules):
+    if STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.facts) for r in rules):
         part: Checkpoint | _Part = checkpoint
         if before is not None:
             kept = _carry(checkpoint, store, before, set(touched))
@@ -114,9 +112,9 @@ def look(
         result.skipped |= scanned.skipped
     findings, result.runs = judge(store, rules, stage)
     result.findings = locate(findings, checkpoint)
-    if suppress is not None:
-        kept = suppress(result.findings, result.runs, checkpoint)
-        result.findings, result.suppressed = kept.findings, kept.suppressed
+    if hush is not None:
+        hushed = hush(result.findings, result.runs, checkpoint)
+        result.findings, result.suppressed = hushed.findings, hushed.suppressed
     return result
 
 
@@ -143,7 +141,7 @@ def _carry(checkpoint: Checkpoint, store: Store, before: Look, touched: set[str]
         if before.checkpoint.origin(old.shard) != checkpoint.origin(info.shard):
             continue
         if linears.get(name) != old_linears.get(name) or (
-            name in digested and not before.store.has(DIGESTS, f"tensor:{name}")
+            name in digested and not before.store.has(f"tensor:{name}", "digests")
         ):
             continue
         kept.add(name)
@@ -155,21 +153,25 @@ def _carry(checkpoint: Checkpoint, store: Store, before: Look, touched: set[str]
     store.carry(before.store, subjects)
     called = {checkpoint.origin(n): n for n in checkpoint.shards}
     for name in kept & set(digested):  # digests are kept by file, and a file may have another name now
-        found = store.get(DIGESTS, f"tensor:{name}")
+        found = store.get(f"tensor:{name}", "digests")
         store.put(
-            DIGESTS,
-            {called.get(before.checkpoint.origin(file), file): digest for file, digest in found.items()},
             f"tensor:{name}",
+            "digests",
+            {called.get(before.checkpoint.origin(file), file): digest for file, digest in found.items()},
         )
     return kept
 
 
 def _named(store: Store, fact: str) -> dict | set:
-    return store.value(fact) if store.has_value(fact) else {}
+    return store.get(CHECKPOINT, fact) if store.has(CHECKPOINT, fact) else {}
 
 
 def _linears(store: Store) -> dict:
-    return {linear.tensor: linear for linear in store.get(SPEC).linears} if store.has(SPEC) else {}
+    return (
+        {linear.tensor: linear for linear in store.get(CHECKPOINT, "spec").linears}
+        if store.has(CHECKPOINT, "spec")
+        else {}
+    )
 
 
 # planning
@@ -268,7 +270,7 @@ class Plan:
     optional: list[Step] = field(default_factory=list)  # unsafe and not asked for
     for_you: list[Finding] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # why the plan must not be carried out
-    suppress: Callable | None = None
+    hush: Callable | None = None
     reference: Look | None = None  # what findings are new against, where not against `before`
 
     @property
@@ -448,9 +450,9 @@ def make_plan(
     consent: Consent = Consent(),
     *,
     facts: Iterable[tuple[str, str, object]] = (),
-    stage: str = COSTS[-1],
+    stage: str = STAGES[-1],
     progress: Progress = no_progress,
-    suppress: Callable | None = None,
+    hush: Callable | None = None,
 ) -> Plan:
     """Judge, collect, judge through the edits, until nothing new is allowed. Reads every tensor once and edited ones
     again.
@@ -460,7 +462,7 @@ def make_plan(
     """
     facts = [*facts, (CHECKPOINT, "asked", consent.codes)]
     first = current = reference = look(
-        source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), suppress=suppress
+        source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush
     )
     choice = _Choice(source, consent)
     view = EditedCheckpoint(source)
@@ -472,13 +474,7 @@ def make_plan(
         view = EditedCheckpoint(source, choice.taken.edits())
         if any(isinstance(e, Rebase) for e in fresh):  # what the base itself shows was not caused here
             reference = current = look(
-                view.source,
-                recipe,
-                rules,
-                facts=facts,
-                stage=stage,
-                progress=lambda n: progress("scan", n),
-                suppress=suppress,
+                view.source, recipe, rules, facts=facts, stage=stage, progress=lambda n: progress("scan", n), hush=hush
             )
         current = look(
             view,
@@ -489,7 +485,7 @@ def make_plan(
             before=None if _regroups(fresh) else current,
             touched=_touched(fresh, view),
             progress=lambda n: progress("scan", n),
-            suppress=suppress,
+            hush=hush,
         )
     else:
         raise DoctorError(
@@ -498,15 +494,7 @@ def make_plan(
             "Nothing was written; fix one rule at a time with --only.",
         )
     plan = Plan(
-        source,
-        view,
-        recipe,
-        first,
-        current,
-        consent,
-        list(choice.steps.values()),
-        suppress=suppress,
-        reference=reference,
+        source, view, recipe, first, current, consent, list(choice.steps.values()), hush=hush, reference=reference
     )
     _describe_rest(plan, choice)
     _describe_steps(plan)
@@ -760,7 +748,7 @@ def carry_out(
     in_place: bool = False,
     proofs: Iterable[Proof] = (),
     facts: Iterable[tuple[str, str, object]] = (),
-    stage: str = COSTS[-1],
+    stage: str = STAGES[-1],
     progress: Progress = no_progress,
 ) -> Outcome:
     """Write the plan's view to `output`, judge it again from disk, commit. Raises PlanRefused, MachineError,
@@ -818,7 +806,7 @@ def _verify(
             before=plan.after,
             touched=touched,
             progress=lambda n: progress("verify", n),
-            suppress=plan.suppress,
+            hush=plan.hush,
         )
         digests = {n: (before[n].result() if n in before else None, after[n].result()) for n in changed}
     for edit in plan.view.edits:
@@ -837,7 +825,9 @@ def _verify(
         )
     for name in sorted(touched):
         subject = f"tensor:{name}"
-        if again.store.has(STATS, subject) and again.store.get(STATS, subject) != plan.after.store.get(STATS, subject):
+        if again.store.has(subject, "stats") and again.store.get(subject, "stats") != plan.after.store.get(
+            subject, "stats"
+        ):
             raise BadCheckpoint(
                 f"{name}: its values on the stage are not those that were planned.",
                 "Nothing was kept; run the command again.",
@@ -877,7 +867,7 @@ def _receipt(plan: Plan, staged: Stage, digests: dict, again: Look, proofs: list
     """The receipt: what was done to which file, and what was found before and after. The same input gives the same
     text.
     """
-    base = plan.before.store.get(BASE) if plan.before.store.has(BASE) else None
+    base = plan.before.store.get(CHECKPOINT, "base") if plan.before.store.has(CHECKPOINT, "base") else None
     names = {str(plan.source.root): plan.source.name, **({base.root: base.name} if base is not None else {})}
     receipt = {
         "schema": SCHEMA,

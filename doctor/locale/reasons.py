@@ -13,7 +13,7 @@ from doctor.locale.fixes_zh import CURES
 # An earlier one is tried first: what is more special stands above.
 SENTENCES = {
     # reasons of skipped rules
-    "no place for the output was named: --room DIR measures disk and memory": "没有指定输出位置：--room DIR 才测磁盘和内存",
+    "no place for the output was named: --capacity DIR measures disk and memory": "没有指定输出位置：--capacity DIR 才测磁盘和内存",
     "the linears are packed: the family's table knows plain weights": "线性层是打包的：该模型族的表只认识未打包的权重",
     "the weights are packed already: their layout is judged instead": "权重已经打包：改为检查打包的布局",
     "linears differ in more than their width ({key}): their shapes are not judged": "各线性层之间不止位数不同（{key}）：不检查它们的形状",

@@ -150,7 +150,7 @@ def _why_whole(entry: dict, recipe: Recipe, linears: list[Linear], stored: tuple
     )
 
 
-@fact("checkpoint", cost="header")
+@fact("checkpoint", stage="header")
 def stacks(checkpoint, spec, tensors, recipe) -> tuple[Stacks, ...]:
     """Experts that lie in one tensor, and whether the plan takes them apart (tuple of Stacks)."""
     return find_stacks(spec, tensors, recipe)

@@ -341,7 +341,7 @@ def _tail_pattern(template: str) -> re.Pattern:
     return re.compile("^" + re.escape(tail).replace(r"\{e\}", r"\d+") + "$")
 
 
-@fact("checkpoint", cost="header")
+@fact("checkpoint", stage="header")
 def placement(checkpoint, spec, tensors) -> Placement:
     """Tensors sorted into blocks and matched with the family's templates (placement.Placement)."""
     if any(name.endswith(PACKED_TAILS) for name in tensors):

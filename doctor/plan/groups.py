@@ -15,7 +15,7 @@ from typing import NamedTuple
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import DoctorError
-from doctor.core.facts import FactKey, Unavailable, fact, key_of, provide
+from doctor.core.facts import Unavailable, fact, provide
 from doctor.core.recipe import BITS, METHODS, Recipe, is_kept
 from doctor.core.tables import table
 from doctor.edits.kinds import MISSING, Edit, Keep, PadTensor, SetJson
@@ -26,6 +26,8 @@ from doctor.model.spec import NOT_TEXT, ROLE_OF_TAIL, ROW_PARALLEL, ModelSpec, i
 
 # Linears that a serving engine stores as one matrix, so that they must be quantized alike or not at all.
 FUSED = (("q", "k", "v"), ("gate", "up"))
+
+provide("words", "tensor", "values", "What the int32 words of a qzeros or g_idx tensor are (Words).")
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,6 @@ class Words:
     rising: bool  # no word is smaller than the one before it
     full_fields: int  # words in which some 4-bit field is 15
     kinds: dict[int, int] | None = None
-
-
-PACKED_WORDS: FactKey[Words] = provide(
-    "words", "tensor", "values", "Statistics of the int32 words of a qzeros or g_idx tensor (groups.Words)."
-)
 
 
 @fact("checkpoint")
@@ -205,7 +202,7 @@ def quantization_of(checkpoint: Checkpoint) -> tuple[dict, str, str] | None:
     return None
 
 
-@fact("checkpoint", cost="header")
+@fact("checkpoint", stage="header")
 def quantization(checkpoint, quantization_block):
     """What the files say about their own quantization (Quantization)."""
     if quantization_block is None:
@@ -342,7 +339,7 @@ def _whole(raw: Mapping, *names: str) -> int:
     raise Unavailable(f"the quantization block has no usable {names[0]}")
 
 
-@fact("checkpoint", cost="header")
+@fact("checkpoint", stage="header")
 def layout(checkpoint, recipe, spec, tensors):
     """The linears in groups, planned or stored (Layout)."""
     block = quantization_of(checkpoint)
@@ -613,7 +610,7 @@ class Kernel:
         return any(in_features % i == 0 and out_features % o == 0 for i, o in self.tiles)
 
 
-@fact("checkpoint", cost="header")
+@fact("checkpoint", stage="header")
 def kernels(checkpoint, layout, recipe):
     """Kernels of recipe.runtime that read this format, width and group size, in the order they are tried."""
     return tuple(
@@ -679,6 +676,3 @@ def on_one_gpu(layout: Layout, tp: int, n_kv_heads: int | None) -> list[tuple[st
             )
             found.append(("+".join(roles), width // (tp if row else 1), height, members[0]))
     return found
-
-
-LAYOUT = key_of(layout)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
+from doctor.core.facts import CHECKPOINT
 from doctor.core.finding import Finding
 from doctor.core.host import describe
-from doctor.core.machine import GIVEN_MACHINE
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
-from doctor.core.records import CALIBRATION, CalibrationFacts
+from doctor.core.records import CalibrationFacts
 from doctor.fixing.plan import Consent, Look, Proof, look, make_plan, refuse
 from doctor.lint.engine import Report, judge, locate
 from doctor.lint.rule import Rule
@@ -33,7 +33,6 @@ from doctor.quant.distributed import size
 from doctor.quant.job import Result
 from doctor.quant.methods import method_of
 from doctor.quant.setup import Progress, computing_dtype
-from doctor.scan.header import SPEC
 from doctor.scan.summary import summary
 
 
@@ -68,7 +67,7 @@ class Checked:
     @property
     def spec(self) -> ModelSpec:
         """Raises KeyError where the config gives no model."""
-        spec = self.look.store.get(SPEC)
+        spec = self.look.store.get(CHECKPOINT, "spec")
         assert isinstance(spec, ModelSpec)
         return spec
 
@@ -95,9 +94,9 @@ def check(asked: Asked, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iter
         else Checked(look(source, asked.recipe, asked.rules), asked.recipe, None, ())
     )
     store = checked.look.store
-    if store.has(SPEC):
+    if store.has(CHECKPOINT, "spec"):
         machine = measure(checked.look.checkpoint, checked.spec, checked.recipe, asked.output)
-        store.put(GIVEN_MACHINE, machine)
+        store.put(CHECKPOINT, "given_machine", machine)
         checked = judged(asked, checked)
     report = report_of(asked, checked)
     asked.progress(
@@ -151,7 +150,7 @@ def calibrate(asked: Asked, checked: Checked, source: str | os.PathLike | None, 
     notes = tuple(_("calibration: {text}", text=remark) for remark in remarks)
     for note in notes:
         asked.progress(note)
-    checked.look.store.put(CALIBRATION, facts)
+    checked.look.store.put(CHECKPOINT, "calibration", facts)
     checked = judged(asked, checked)
     asked.progress(
         _(

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core.facts import CHECKPOINT, Store
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
-from doctor.core.records import SLOWER_PATHS
-from doctor.core.store import Store
 from doctor.fixing.plan import Consent
 from doctor.lint.rule import Rule
 from doctor.model.fused_experts import Stacks, find_stacks, take_apart
@@ -88,8 +87,8 @@ def set_up(
     need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
     skeleton = Skeleton(checkpoint, spec, device, computing_dtype(checkpoint, spec, recipe, device))
     batches = _local_batches(rows, skeleton.device, ranks) if calibrated else []
-    store.put(SLOWER_PATHS, tuple(_slower_paths(skeleton, bool(batches))))
-    own = tuple(r for r in rules if r.cost in RUN_STAGES)
+    store.put(CHECKPOINT, "slower_paths", tuple(_slower_paths(skeleton, bool(batches))))
+    own = tuple(r for r in rules if r.stage in RUN_STAGES)
     return Setup(checkpoint, spec, output, store, own, memory, progress, ranks, consent, fused, need, skeleton, batches)
 
 

@@ -5,7 +5,7 @@ for.
 from importlib import import_module
 
 from doctor.core.errors import DoctorError
-from doctor.locale.catalogue import HUMAN, language
+from doctor.locale.catalogue import language
 
 _HOME = {
     "full": "terminal",
@@ -19,6 +19,7 @@ _HOME = {
     "html": "html",
 }
 FORMATS = tuple(_HOME)
+HUMAN = ("full", "markdown", "html")  # the formats that are translated
 
 
 def render(name: str, reports: list, lang: str = "en") -> str:

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.text import Text
 
 from doctor.evaluate.kvcache.study import KvReport
-from doctor.locale.catalogue import chinese, counted, known, pad, say
+from doctor.locale.catalogue import counted, current, say, translated
 from doctor.report.formats.json_report import dumps
 from doctor.report.formats.terminal import COLOURS, Screen, _pad, _text, console
-from doctor.report.presentation import level, number, safe, squeeze
+from doctor.report.presentation import level, number, pad, safe, squeeze
 
 GIB = 1 << 30
 _COLOUR = {"Q4": COLOURS["ok"], "Q6": COLOURS["warning"], "never Q4": COLOURS["error"], "unknown": COLOURS["skipped"]}
@@ -108,7 +108,7 @@ def show_kvcache(report: KvReport, out: Console) -> None:
             )
         )
     for note in notes:
-        screen.hang(_text((f"  {pad(say('note'), 4)}  ", "bold")), Text(safe(known(note))))
+        screen.hang(_text((f"  {pad(say('note'), 4)}  ", "bold")), Text(safe(translated(note))))
     _sizes(screen, data, data["schemes"], "")
     if "full_heads" in data:
         _sizes(screen, data, data["full_heads"], say("where the engine stores full heads"))
@@ -120,7 +120,11 @@ def show_kvcache(report: KvReport, out: Console) -> None:
 def _what(data: dict) -> str:
     parts = [
         safe(data["architecture"]),
-        say("{sequences} of {n} tokens", sequences=counted(data["batch"], "sequence"), n=f"{data['context']:,}"),
+        say(
+            "{sequences} of {n} tokens",
+            sequences=counted("{n:,} sequence", "{n:,} sequences", data["batch"]),
+            n=f"{data['context']:,}",
+        ),
     ]
     if data["weight_bytes"]:
         parts.append(say("weights {n} GiB", n=f"{data['weight_bytes'] / GIB:.2f}"))
@@ -225,7 +229,7 @@ def _layers(screen: Screen, data: dict) -> None:
 def _label(label: str) -> str:
     """The name of one picture's row."""
     name = label.removeprefix("error, ")
-    return say("|key bias|") if name == label else say("error, {name}", name=name if name == "FP8" else say(name))
+    return say("|key bias|") if name == label else say("error, {name}", name=known(name))
 
 
 def _flagged(screen: Screen, rows: list[dict]) -> None:
@@ -253,7 +257,7 @@ def _flagged(screen: Screen, rows: list[dict]) -> None:
 def advice_said(found: dict) -> list[str]:
     """The sentences of the advice in the language that is set; reasons that come from elsewhere stay as they are."""
     return [
-        say(words, **{k: known(v) if k == "reason" else v for k, v in values.items()})
+        say(words, **{k: translated(v) if k == "reason" else v for k, v in values.items()})
         for words, values in found["parts"]
     ]
 
@@ -267,7 +271,7 @@ def _advice(screen: Screen, found: dict) -> None:
     screen.line()
     level = found["level"]
     head = _text((f"{_MARK[level]} ", _COLOUR[level]))
-    if chinese():
+    if current() == "zh":
         screen.hang(head, Text(say(level), "bold"))
         head = Text("  ")
     for i, sentence in enumerate(advice_said(found)):
@@ -279,7 +283,7 @@ def _measured(screen: Screen, data: dict) -> None:
         screen.line()
         screen.hang(
             _text(("○ ", COLOURS["skipped"])),
-            Text(say("not measured: {reason}", reason=safe(known(data["not_measured"])))),
+            Text(say("not measured: {reason}", reason=safe(translated(data["not_measured"])))),
         )
     if "measured" not in data:
         return
@@ -291,8 +295,8 @@ def _measured(screen: Screen, data: dict) -> None:
             say(
                 "on {source}: {tokens}, {rows} of at most {n}",
                 source=safe(found["source"]),
-                tokens=counted(found["tokens"], "token"),
-                rows=counted(found["rows"], "row"),
+                tokens=counted("{n:,} token", "{n:,} tokens", found["tokens"]),
+                rows=counted("{n:,} row", "{n:,} rows", found["rows"]),
                 n=f"{found['context']:,}",
             )
         ),
@@ -315,7 +319,7 @@ def _measured(screen: Screen, data: dict) -> None:
         )
     _rows(screen, rows, {1, 2, 3, 4, 5})
     if "note" in found:
-        screen.hang(Text("  "), Text(known(found["note"]), "bright_black"))
+        screen.hang(Text("  "), Text(translated(found["note"]), "bright_black"))
 
 
 def scheme_said(name: str) -> str:

@@ -6,13 +6,13 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from doctor.core.facts import COSTS
+from doctor.core.facts import STAGES
 from doctor.lint import explain
 from doctor.lint.rule import AREAS, Rule
 from doctor.locale import rule_pages
-from doctor.locale.catalogue import counted, current, pad, say
+from doctor.locale.catalogue import counted, current, say
 from doctor.report.formats.terminal import COLOURS, Screen, _text
-from doctor.report.presentation import one_line, safe
+from doctor.report.presentation import one_line, pad, safe
 
 
 def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
@@ -21,7 +21,7 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
     screen.line()
     head = f"{entry.code}  {entry.name}"
     facts = " · ".join(
-        [say(entry.severity), say(entry.certainty), say(entry.area).lower(), say("needs {stage}", stage=entry.cost)]
+        [say(entry.severity), say(entry.certainty), say(entry.area).lower(), say("needs {stage}", stage=entry.stage)]
     )
     screen.hang(_text((head, "bold " + COLOURS[entry.severity].split()[-1]), "     "), Text(facts, "bright_black"))
     if entry.seen_as:
@@ -90,7 +90,11 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
     sentence = (
         "{tools} · {defects} ends in words like these:" if one else "{tools} · {defects} end in words like these:"
     )
-    what = say(sentence, tools=tools, defects=say("one defect") if one else counted(len(matches), "defect"))
+    what = say(
+        sentence,
+        tools=tools,
+        defects=say("one defect") if one else counted("{n:,} defect", "{n:,} defects", len(matches)),
+    )
     quote = _text((f'"{safe(best.line)[:300]}"', "bold"))
     if quote.cell_len + cell_len(what) + 5 <= screen.width:
         screen.line("  ", quote, f"   {what}")
@@ -137,11 +141,11 @@ def _commands(matches: list[explain.Match]) -> list[tuple[str, str]]:
     """(label, command): one check for all rules that need no calibration; after it the best match's own, where that is
     another.
     """
-    cheap = [m.rule for m in matches[:8] if m.rule.cost in ("listing", "header", "tokenizer", "values")]
+    cheap = [m.rule for m in matches[:8] if m.rule.stage in ("listing", "header", "tokenizer", "values")]
     own = explain.decider(matches[0].rule)
     if not cheap:
         return [("start with", own)]
-    latest = max((r.cost for r in cheap), key=COSTS.index)
+    latest = max((r.stage for r in cheap), key=STAGES.index)
     command = f"doctor check CKPT --select {','.join(r.code for r in cheap)}" + (
         f" --stage {latest}" if latest in ("listing", "header") else ""
     )
@@ -181,7 +185,9 @@ def show_rules(rules: list[Rule], out: Console) -> None:
             else:
                 screen.line(head)
                 screen.hang(Text("        "), Text(one_line(rule_pages.heading(entry, current())), "bright_black"))
-    screen.line(say("{rules}; `doctor explain CODE` shows a page", rules=counted(len(rules), "rule")))
+    screen.line(
+        say("{rules}; `doctor explain CODE` shows a page", rules=counted("{n:,} rule", "{n:,} rules", len(rules)))
+    )
 
 
 def rules_json(rules: list[Rule]) -> str:
@@ -195,7 +201,7 @@ def rules_json(rules: list[Rule]) -> str:
             "certainty": r.certainty,
             "area": r.area,
             "scope": r.scope,
-            "stage": r.cost,
+            "stage": r.stage,
             "needs": list(r.needs),
             "wants": list(r.wants),
             "implied_by": list(r.implied_by),
@@ -210,7 +216,7 @@ def rules_json(rules: list[Rule]) -> str:
 def rules_markdown(rules: list[Rule]) -> str:
     """One table."""
     rows = [
-        f"| {r.code} | {r.name} | {say(r.severity)} | {say(r.certainty)} | {r.cost} | {one_line(rule_pages.heading(r, current())).replace('|', chr(92) + '|')} |"
+        f"| {r.code} | {r.name} | {say(r.severity)} | {say(r.certainty)} | {r.stage} | {one_line(rule_pages.heading(r, current())).replace('|', chr(92) + '|')} |"
         for r in rules
     ]
     return (

@@ -7,8 +7,8 @@ import os
 from doctor.api import FixResult
 from doctor.fixing.plan import PROOF_PROMPTS, Plan, Proof, Step
 from doctor.lint.engine import fold
-from doctor.locale.catalogue import counted, known, pad, say
-from doctor.report.presentation import Group, safe, size
+from doctor.locale.catalogue import counted, say, translated
+from doctor.report.presentation import Group, pad, safe, size
 
 _INDENT = "   "
 _MOST_TENSORS = 12  # lines of changed tensors a step shows; the receipt has them all
@@ -21,7 +21,9 @@ def render_plan(result: FixResult) -> str:
     for step in [*plan.steps, *plan.waiting]:
         lines += _step(step, plan, result, done)
     for step in plan.optional:
-        lines.append(f"-  {step.code}  {say(_word(step))}  {safe(known(step.title))}   ({_how_to_ask(plan, step)})")
+        lines.append(
+            f"-  {step.code}  {say(_word(step))}  {safe(translated(step.title))}   ({_how_to_ask(plan, step)})"
+        )
     lines += [_for_you(group, plan) for group in _folded(plan.for_you)]
     lines += [
         f"☠  {say('{code} crashed', code=run.rule.code)}: {safe(run.crashed)}; {say('this is a defect of doctor, please report it')}"
@@ -38,7 +40,7 @@ def _step(step: Step, plan: Plan, result: FixResult, done: bool) -> list[str]:
     remarks = ([say("(after {n}: same file)", n=step.after)] if step.after else []) + (
         [f"({safe(step.waits)})"] if step.waits else []
     )
-    lines = ["  ".join([mark, step.code, pad(say(_word(step)), 7), safe(known(step.title)), *remarks])]
+    lines = ["  ".join([mark, step.code, pad(say(_word(step)), 7), safe(translated(step.title)), *remarks])]
     for name, diff in step.diffs.items():
         target = os.path.join(os.path.basename(os.path.normpath(result.output)), name)
         lines += [
@@ -94,7 +96,7 @@ def _folded(findings) -> list[Group]:
 
 def _for_you(group: Group, plan: Plan) -> str:
     first = group.first
-    text = known(
+    text = translated(
         first.fix.title if first.fix is not None and first.fix.safety == "manual" else first.advice or group.message
     )
     unblocks = [str(s.number) for s in plan.waiting if group.code in s.needs]
@@ -105,7 +107,7 @@ def _for_you(group: Group, plan: Plan) -> str:
 
 def _tally(plan: Plan) -> str:
     cured, total = len(_folded([f for s in plan.steps for f in s.findings])), len(_folded(plan.before.findings))
-    now = say("{n} of {findings}", n=cured, findings=counted(max(total, cured), "finding"))
+    now = say("{n} of {findings}", n=cured, findings=counted("{n:,} finding", "{n:,} findings", max(total, cured)))
     needs = sorted(
         {code for s in plan.waiting for code in s.needs if s.waits.startswith("waits for") and code in s.waits}
     )
@@ -132,7 +134,7 @@ def _not_written(result: FixResult) -> list[str]:
 
 def _sizes(plan: Plan) -> dict[str, str]:
     return {
-        "files": counted(len(plan.files_written), "file"),
+        "files": counted("{n:,} file", "{n:,} files", len(plan.files_written)),
         "size": size(plan.bytes_to_write),
         "linked": f"{len(plan.files_linked):,}",
         "linked_size": size(plan.bytes_linked),

@@ -10,11 +10,14 @@ import re
 import shlex
 from dataclasses import dataclass, field
 
+from rich.cells import cell_len
+
 from doctor.core.finding import Finding, Place
+from doctor.core.messages import _, plural
 from doctor.lint.engine import Report, fold, folded_name
 from doctor.lint.rule import AREAS, Rule, Seen
 from doctor.locale import rule_pages
-from doctor.locale.catalogue import chinese, counted, current, known, say
+from doctor.locale.catalogue import counted, current, say, translated
 
 FP16_MAX = 65504
 MARKS = {"error": "✗", "warning": "!", "info": "i", "ok": "✓", "skipped": "○", "crashed": "☠"}
@@ -90,8 +93,12 @@ def counts(found: list[Group]) -> dict[str, int]:
 
 def tally(found: list[Group]) -> str:
     """`3 errors, 2 warnings`; `no findings`."""
-    names = {"error": "error", "warning": "warning", "info": "note"}
-    parts = [counted(n, names[s]) for s, n in counts(found).items() if n]
+    many = {
+        "error": lambda n: plural("{n:,} error", "{n:,} errors", n),
+        "warning": lambda n: plural("{n:,} warning", "{n:,} warnings", n),
+        "info": lambda n: plural("{n:,} note", "{n:,} notes", n),
+    }
+    parts = [translated(many[s](n)) for s, n in counts(found).items() if n]
     return say(", ").join(parts) or say("no findings")
 
 
@@ -113,7 +120,9 @@ def verdict(report: Report) -> tuple[str, str]:
         return "skipped", say("interrupted: no verdict for {plan}", plan=label)
     if report.crashed:
         return "crashed", say(
-            "no verdict for {plan}: {rules} crashed", plan=label, rules=counted(len(report.crashed), "rule")
+            "no verdict for {plan}: {rules} crashed",
+            plan=label,
+            rules=counted("{n:,} rule", "{n:,} rules", len(report.crashed)),
         )
     if not ran(report):
         return "skipped", say("nothing was judged for {plan}", plan=label)
@@ -140,7 +149,7 @@ def run_facts(report: Report) -> str:
     """`2 new, 1 gone since base · 61 rules run · 3 skipped · 2 suppressed (1 by the checkpoint itself) · 41 s`."""
     parts = [
         since(report),
-        say("{rules} run", rules=counted(ran(report), "rule")),
+        say("{rules} run", rules=counted("{n:,} rule", "{n:,} rules", ran(report))),
         say("{n} skipped", n=skipped(report)) if skipped(report) else "",
         say("{n} crashed", n=len(report.crashed)) if report.crashed else "",
         suppressed(report),
@@ -189,7 +198,7 @@ def what_it_is(report: Report) -> str:
         s.get("architecture", ""),
         count(s.get("parameters", 0)),
         str(s.get("dtype", "")).lower(),
-        counted(s.get("shards", 0), "shard"),
+        counted("{n:,} shard", "{n:,} shards", s.get("shards", 0)),
         size(s.get("bytes", 0)),
     ]
     return safe(" · ".join(p for p in parts if p))
@@ -228,7 +237,7 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
     was.
     """
     lines = []
-    for name in dict.fromkeys(n for _, n in AREAS):
+    for name in dict.fromkeys(area for _first, area in AREAS):
         runs = [r for r in report.runs if r.rule.area == name]
         if not runs or all(r.status == "not applicable" for r in runs):
             continue
@@ -240,7 +249,10 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
                 Area(
                     say(name),
                     "crashed",
-                    say("{rules} crashed", rules=counted(sum(bool(r.crashed) for r in runs), "rule")),
+                    say(
+                        "{rules} crashed",
+                        rules=counted("{n:,} rule", "{n:,} rules", sum(bool(r.crashed) for r in runs)),
+                    ),
                 )
             )
         elif name == "Weights" and report.summary.get("interrupted"):
@@ -273,7 +285,12 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
                 Area(
                     say(name),
                     "ok",
-                    text + (" · " + say("{rules} skipped", rules=counted(left_out, "rule")) if left_out else ""),
+                    text
+                    + (
+                        " · " + say("{rules} skipped", rules=counted("{n:,} rule", "{n:,} rules", left_out))
+                        if left_out
+                        else ""
+                    ),
                 )
             )
         else:
@@ -289,7 +306,7 @@ def interrupted(report: Report) -> str:
             "interrupted: {read} of {total} read, {tensors} not looked at",
             read=size(stop["bytes_read"]),
             total=size(stop["bytes"]),
-            tensors=counted(stop["tensors_left"], "tensor"),
+            tensors=counted("{n:,} tensor", "{n:,} tensors", stop["tensors_left"]),
         )
         if stop
         else ""
@@ -302,12 +319,12 @@ def _read(report: Report) -> str:
 
 def _established(name: str, report: Report, runs: list) -> str:
     s = report.summary
-    judged = counted(len(runs), "rule")
-    tensors = counted(s.get("tensors", 0), "tensor")
+    judged = counted("{n:,} rule", "{n:,} rules", len(runs))
+    tensors = counted("{n:,} tensor", "{n:,} tensors", s.get("tensors", 0))
     text = {
         "Files": say(
             "{shards}, {size}, {tensors}",
-            shards=counted(s.get("shards", 0), "shard"),
+            shards=counted("{n:,} shard", "{n:,} shards", s.get("shards", 0)),
             size=size(s.get("bytes", 0)),
             tensors=tensors,
         ),
@@ -315,7 +332,11 @@ def _established(name: str, report: Report, runs: list) -> str:
         "Config": say("{what}, {n} blocks", what=s.get("architecture") or "config.json", n=s.get("blocks") or "?"),
         "Tokenizer": say("tokenizer and special tokens agree with config.json"),
         "Weights": _read(report),
-        "Geometry": say("{linears} fit {plan}", linears=counted(s["linears"], "linear"), plan=plan_label(report))
+        "Geometry": say(
+            "{linears} fit {plan}",
+            linears=counted("{n:,} linear", "{n:,} linears", s["linears"]),
+            plan=plan_label(report),
+        )
         if s.get("linears")
         else None,
         "Serving": say("nothing against serving with {runtime}", runtime=report.recipe.runtime)
@@ -326,7 +347,7 @@ def _established(name: str, report: Report, runs: list) -> str:
     return safe(
         say("{known} ({rules})", known=text, rules=judged)
         if text
-        else say("{rules} on {subjects}", rules=judged, subjects=counted(subjects, "subject"))
+        else say("{rules} on {subjects}", rules=judged, subjects=counted("{n:,} subject", "{n:,} subjects", subjects))
     )
 
 
@@ -337,7 +358,13 @@ def _why_skipped(runs: list) -> str:
             reason = max(run.reasons, key=run.reasons.get)
             reasons[reason] = reasons.get(reason, 0) + 1
     reason = max(reasons, key=reasons.get)
-    return safe(say("skipped: {reason} ({rules})", reason=known(reason), rules=counted(sum(reasons.values()), "rule")))
+    return safe(
+        say(
+            "skipped: {reason} ({rules})",
+            reason=translated(reason),
+            rules=counted("{n:,} rule", "{n:,} rules", sum(reasons.values())),
+        )
+    )
 
 
 def results(report: Report) -> list[tuple[str, str]]:
@@ -402,7 +429,7 @@ def results(report: Report) -> list[tuple[str, str]]:
                 say("replies"),
                 say(
                     "{tokens}, longest repeat {repeat}, token 0 {share}",
-                    tokens=counted(c["generated"], "token"),
+                    tokens=counted("{n:,} token", "{n:,} tokens", c["generated"]),
                     repeat=c["longest_repeat"],
                     share=percent(c["token0_share"]),
                 )
@@ -440,7 +467,7 @@ def _no_replies(report: Report) -> str:
             "a whole model in float32 does not fit the {size} GiB given to it; --memory raises it",
             size=f"{given / 2**30:.1f}",
         )
-    return known(report.extra.get("not_generated") or "") or say("no prompts")
+    return translated(report.extra.get("not_generated") or "") or say("no prompts")
 
 
 def _sixteen_bits(half: dict) -> str:
@@ -453,7 +480,11 @@ def _sixteen_bits(half: dict) -> str:
     if half["first"] is not None:
         place, size = half["first"]
         return (
-            say("overflows: {place} reaches {size}, float16 ends at 65,504", place=known(place), size=thousands(size))
+            say(
+                "overflows: {place} reaches {size}, float16 ends at 65,504",
+                place=translated(place),
+                size=thousands(size),
+            )
             + "; "
             + shift
         )
@@ -464,7 +495,7 @@ def _sixteen_bits(half: dict) -> str:
             size=thousands(half["absmax"]),
             share=used,
         )
-        + f" ({known(half['place'])}); "
+        + f" ({translated(half['place'])}); "
         + shift
     )
 
@@ -499,7 +530,7 @@ def headline(group: Group, entry: Rule | None) -> tuple[str, str]:
     """(what is wrong, the exact message): in English the message says both; in Chinese the rule's title goes before
     it.
     """
-    if chinese() and entry is not None:
+    if current() != "en" and entry is not None:
         return rule_pages.heading(entry, current()), group.message
     return group.message, ""
 
@@ -543,29 +574,31 @@ def cures(group: Group, entry: Rule | None, report: Report) -> list[tuple[str, s
     """
     fix, advice = group.first.fix, group.first.advice
     lines = []
-    if chinese() and entry is not None:
+    if current() == "zh" and entry is not None:
         lines.append(("do", _first(entry, "Do")))
     if group.safety == "safe":
-        lines.append(("fix", known(fix.title)))
+        lines.append(("fix", translated(fix.title)))
     elif group.safety == "unsafe":
         standing = {f.code for f in report.findings}
         needs = [code for code in fix.needs if code in standing]
         once = " (once {codes} is gone)" if len(needs) == 1 else " (once {codes} are gone)"
-        waits = say(once, codes=" and ".join(needs) if not chinese() else "、".join(needs)) if needs else ""
-        lines.append(("fix!", known(fix.title) + waits))
+        waits = say(once, codes=" and ".join(needs) if not current() == "zh" else "、".join(needs)) if needs else ""
+        lines.append(("fix!", translated(fix.title) + waits))
     elif group.safety == "by name":
         lines.append(
             (
                 "fix!",
                 say(
-                    "{title}: a guess, only by name with --unsafe-fixes={code}", title=known(fix.title), code=group.code
+                    "{title}: a guess, only by name with --unsafe-fixes={code}",
+                    title=translated(fix.title),
+                    code=group.code,
                 ),
             )
         )
     elif fix is not None:
-        lines.append(("you", known(fix.title)))
+        lines.append(("you", translated(fix.title)))
     if advice:
-        lines.append(("you", known(advice)))
+        lines.append(("you", translated(advice)))
     if not lines and entry is not None:
         lines.append(("you", _first(entry, "Do")))
     return [(label, safe(text)) for label, text in lines]
@@ -573,7 +606,7 @@ def cures(group: Group, entry: Rule | None, report: Report) -> list[tuple[str, s
 
 def table(item: Finding) -> tuple[tuple, ...]:
     """The finding's table, the heads of its rows in the reader's language."""
-    return tuple((known(str(row[0])), *row[1:]) for row in item.facts_table)
+    return tuple((translated(str(row[0])), *row[1:]) for row in item.facts_table)
 
 
 def fixable(found: list[Group]) -> dict[str, list[Group]]:
@@ -591,7 +624,7 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
     if report.summary.get("unread"):
         steps.append((f"doctor check {path}{plan} --download", "every byte; fixes want a directory too"))
     elif by["safe"]:
-        steps.append((command, counted(len(by["safe"]), "safe fix", "safe fixes")))
+        steps.append((command, counted("{n:,} safe fix", "{n:,} safe fixes", len(by["safe"]))))
     if by["unsafe"] and not report.summary.get("unread"):
         steps.append(
             (
@@ -627,7 +660,7 @@ def plan_flags(recipe) -> str:
 
 def plan_row(row: dict) -> str:
     """What a row of the matrix is called; a step stands under its plan."""
-    return row["plan"] if row["step"] == "as it is" else f"… {known(row['step'])}"
+    return row["plan"] if row["step"] == "as it is" else f"… {translated(row['step'])}"
 
 
 def blockers(cells: list[dict]) -> str:
@@ -653,14 +686,36 @@ def blockers(cells: list[dict]) -> str:
     return "; ".join(parts)
 
 
+def subjects(n: int, scope: str) -> str:
+    """`3 tensors`, of what a rule judged."""
+    many = {
+        "checkpoint": lambda: plural("{n:,} checkpoint", "{n:,} checkpoints", n),
+        "shard": lambda: plural("{n:,} shard", "{n:,} shards", n),
+        "tensor": lambda: plural("{n:,} tensor", "{n:,} tensors", n),
+        "linear": lambda: plural("{n:,} linear", "{n:,} linears", n),
+    }
+    return translated(many[scope]())
+
+
+def none_to_judge(scope: str) -> str:
+    """Why a rule of this scope judged nothing."""
+    reasons = {
+        "checkpoint": _("no checkpoint to judge"),
+        "shard": _("no shard to judge"),
+        "tensor": _("no tensor to judge"),
+        "linear": _("no linear to judge"),
+    }
+    return translated(reasons[scope])
+
+
 def skip_reasons(report: Report) -> list[tuple[str, str, str]]:
     """(code, name, reason) of every rule that judged nothing."""
     rows = []
     for run in report.runs:
         if run.status == "skipped":
-            rows.append((run.rule.code, run.rule.name, safe(known(max(run.reasons, key=run.reasons.get)))))
+            rows.append((run.rule.code, run.rule.name, safe(translated(max(run.reasons, key=run.reasons.get)))))
         elif run.status == "not applicable":
-            rows.append((run.rule.code, run.rule.name, say(f"no {run.rule.scope} to judge")))
+            rows.append((run.rule.code, run.rule.name, none_to_judge(run.rule.scope)))
     return rows
 
 
@@ -704,6 +759,11 @@ def seconds(value: float) -> str:
     if value >= 120:
         return f"{value / 60:.0f} min"
     return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
+
+
+def pad(text: str, cells: int) -> str:
+    """Text with blanks behind it to a width in cells, of which a Chinese character takes two."""
+    return text + " " * (cells - cell_len(text))
 
 
 def one_line(text: str) -> str:

@@ -15,23 +15,10 @@ import numpy as np
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import CHUNK_BYTES, TensorInfo, new_digest
-from doctor.core.messages import _
-from doctor.core.store import Store
+from doctor.core.facts import CHECKPOINT, Store
 from doctor.model.spec import Linear
-from doctor.plan.groups import PACKED_WORDS, Words
+from doctor.plan.groups import Words
 from doctor.scan import counters
-from doctor.scan.header import COMPARED, DIGESTED, RECIPE, SPEC
-from doctor.scan.value_facts import (
-    DIGESTS,
-    FIRST_ZERO_GROUP,
-    ONE_SIGNED,
-    SAME_BYTES,
-    STATS,
-    ZERO_COLUMNS,
-    ZERO_GROUPS,
-    ZERO_GROUPS_FP16,
-    ZERO_ROWS,
-)
 
 SPAN_BYTES = 64 << 20
 # Signs of groups are looked at in one place of a linear every so many values: two groups first, more where one has a
@@ -75,10 +62,13 @@ def scan(
     under the scan.
     """
     run = Scan()
-    digested, compared = store.find(DIGESTED) or set(), store.find(COMPARED) or {}
-    group = store.get(RECIPE).group_size
-    spec = store.find(SPEC)
-    linears = {linear.tensor: linear for linear in spec.linears} if spec is not None else {}
+    linears = {}
+    digested, compared = (
+        store.get(CHECKPOINT, n) if store.has(CHECKPOINT, n) else {} for n in ("digested", "compared")
+    )
+    group = store.get(CHECKPOINT, "recipe").group_size
+    if store.has(CHECKPOINT, "spec"):
+        linears = {linear.tensor: linear for linear in store.get(CHECKPOINT, "spec").linears}
 
     def work(span: list[TensorInfo]) -> None:
         buffer = memoryview(bytearray(max(min(_step(info), info.nbytes) for info in span)))
@@ -113,10 +103,10 @@ def scan(
             if not (keep_partial and isinstance(error, KeyboardInterrupt)):
                 raise
     for name, found in run.digests.items():
-        store.put(DIGESTS, found, f"tensor:{name}")
+        store.put(f"tensor:{name}", "digests", found)
     if run.stopped.is_set():
         run.left = [info.name for span in spans for info in span if info.name not in run.whole]
-        store.say_partial("values", _("interrupted before its weights were read"))
+        store.say_partial("values", "interrupted before its weights were read")
     else:
         store.say_produced("values")
     return run
@@ -174,14 +164,14 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
     if checkpoint.tensors.get(info.name) is not info:
         return
     if words is not None:
-        store.put(PACKED_WORDS, words.result(), subject)
+        store.put(subject, "words", words.result())
     if twin.same is not None:
-        store.put(SAME_BYTES, twin.same, subject)
+        store.put(subject, "same_bytes", twin.same)
     if not known:
         if words is None:
             run.skipped[info.name] = f"{info.dtype.name} values are not judged"
         return
-    store.put(STATS, total, subject)
+    store.put(subject, "stats", total)
     if shape is not None:
         shape.put(store)
 
@@ -319,10 +309,13 @@ class _Shape:
         dead = 0 if self.live_columns is None else int((~self.live_columns).sum())
         rows, columns = (dead, self.zero_rows) if self.linear.transposed else (self.zero_rows, dead)
         subject = f"linear:{self.linear.name}"
-        store.put(ZERO_ROWS, rows, subject)
-        store.put(ZERO_COLUMNS, columns, subject)
+        for name, value in (("zero_rows", rows), ("zero_columns", columns)):
+            store.put(subject, name, value)
         if not self.linear.transposed:
-            store.put(ZERO_GROUPS, self.zero_groups, subject)
-            store.put(ZERO_GROUPS_FP16, self.zero_groups_fp16, subject)
-            store.put(FIRST_ZERO_GROUP, self.first, subject)
-            store.put(ONE_SIGNED, (self.sampled, self.one_signed), subject)
+            for name, value in (
+                ("zero_groups", self.zero_groups),
+                ("zero_groups_fp16", self.zero_groups_fp16),
+                ("first_zero_group", self.first),
+                ("one_signed", (self.sampled, self.one_signed)),
+            ):
+                store.put(subject, name, value)

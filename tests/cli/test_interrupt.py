@@ -11,8 +11,7 @@ import termios
 import pytest
 
 from doctor import api
-from doctor.core.facts import Unavailable
-from doctor.core.store import Store
+from doctor.core.facts import Store, Unavailable
 from doctor.lint.testing import tiny
 from doctor.scan import scan
 
@@ -86,7 +85,7 @@ def test_ctrl_c_prints_what_was_found_and_what_was_not_looked_at(broken, tmp_pat
     code, shown = in_a_terminal("check", broken, other, "--group-size", "32", "--config", "none", after="READING")
     assert code == 130 and "Traceback" not in shown
     assert "W201" in shown and "1 NaN" in shown
-    assert "not looked at" in shown and f"Interrupted. Not looked at: {other}." in shown.replace("\r\n", "")
+    assert "not looked at" in shown and f"Interrupted. Not checked: {other}." in shown.replace("\r\n", "")
 
 
 def stop_after(monkeypatch, tensors):
@@ -127,4 +126,4 @@ def test_facts_of_every_subject_are_missing_where_only_some_were_read():
     store = Store()
     store.say_partial("values", "stopped")
     with pytest.raises(Unavailable, match="stopped"):
-        store.value("every_stats")
+        store.get("checkpoint:", "every_stats")

@@ -14,7 +14,6 @@ from doctor.fixing.plan import Consent, compose, diff_lines, fold_names, look, m
 from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
 from doctor.lint.testing import tiny
-from doctor.scan.value_facts import STATS
 
 # One file of rules for these tests: each looks at a key that no real checkpoint has, so all other rules stay silent.
 RULE_FILE = '''"""{code} {name}: a rule for tests.
@@ -268,7 +267,7 @@ def test_a_partial_look_says_what_a_whole_one_says(plan_of, tmp_path):
     whole = look(plan.view, plan.recipe, load_rules())
     assert [(f.code, f.message) for f in whole.findings] == [(f.code, f.message) for f in plan.after.findings] != []
     for subject in whole.store.subjects("tensor"):
-        assert whole.store.get(STATS, subject) == plan.after.store.get(STATS, subject)
+        assert whole.store.get(subject, "stats") == plan.after.store.get(subject, "stats")
 
 
 # what is shown

@@ -1,53 +1,26 @@
 """The catalogue of words is complete, and what machines read does not depend on the language."""
 
-import ast
+import io
 import json
 import re
-from pathlib import Path
+import sys
 from string import Formatter
 
 import pytest
+import update_translations
+from babel.messages.pofile import read_po
 from rich.cells import cell_len
 
 from doctor.api import check
-from doctor.core.finding import CERTAINTIES, SEVERITIES
-from doctor.lint.suppress import OWN_RULES
+from doctor.core.messages import _, listed, plural
+from doctor.lint.config import OWN_RULES
 from doctor.lint.engine import load_rules
-from doctor.lint.explain import SECTIONS
-from doctor.lint.rule import AREAS
 from doctor.lint.testing import tiny
-from doctor.locale import catalogue, rule_pages
-from doctor.report import FORMATS, render
-from doctor.report.formats import html, terminal
+from doctor.locale import catalogue, compile, rule_pages
+from doctor.report import FORMATS, HUMAN, render
+from doctor.report.formats import terminal
 
-HOME = Path(catalogue.__file__).parents[1] / "report"
-# Said through a variable: names of areas, severities, headings and labels.
-NAMED = {
-    *html._KV_HEADLINES.values(),
-    *(name for _, name in AREAS),
-    *SEVERITIES,
-    *CERTAINTIES,
-    *(title for _, title in SECTIONS),
-}
-
-
-def texts(function):
-    """Every constant text that stands in the first argument of a call of `function` in the reports' code and the
-    page.
-    """
-    found = set()
-    for path in sorted(HOME.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == function:
-                place = node.args[0 if function == "say" else 1]
-                found |= {
-                    n.value
-                    for n in ast.walk(place)
-                    if isinstance(n, ast.Constant) and isinstance(n.value, str) and not isinstance(place, ast.JoinedStr)
-                }
-    page = (HOME / "formats" / "page.html").read_text(encoding="utf-8")
-    found |= set(re.findall(rf'\b{function}\({"" if function == "say" else "[^()]*?, "}"([^"]+)"', page))
-    return found
+PO = catalogue.HOME / "zh" / "LC_MESSAGES" / "doctor.po"
 
 
 def report(tmp_path):
@@ -57,18 +30,29 @@ def report(tmp_path):
 
 
 def fields(text):
-    return {name for _, name, _, _ in Formatter().parse(text) if name}
+    return {part[1] for part in Formatter().parse(text) if part[1] is not None}
 
 
-def test_whatever_is_said_has_a_chinese_translation():
-    missing = {t for t in texts("say") | NAMED if t not in catalogue.ZH and t not in ("", "as it is")}
-    assert not missing
-    assert texts("counted") - {"safe fixes"} <= set(catalogue.NOUNS)
+def messages():
+    """[(English templates, Chinese)] of the catalogue; Chinese is "" where a template has none."""
+    found = [m for m in read_po(io.BytesIO(PO.read_bytes())) if m.id]
+    return [((m.id, m.string) if isinstance(m.id, str) else (m.id[0], m.string[0])) for m in found]
 
 
-@pytest.mark.parametrize("english", sorted(catalogue.ZH))
-def test_a_translation_takes_the_same_values(english):
-    assert fields(catalogue.ZH[english]) == fields(english)
+def test_the_catalogue_has_every_template_of_the_code_and_no_other():
+    assert PO.read_bytes() == update_translations.updated(PO), "run: python tools/update_translations.py"
+
+
+def test_what_a_screen_says_is_translated():
+    """Only what findings say may wait for its translation."""
+    left = {m.id for m in read_po(io.BytesIO(PO.read_bytes())) if m.id and not m.string}
+    catalog = update_translations.extracted()
+    assert not [m for m in left if any(name.startswith("doctor/report/") for name, _ in catalog[m].locations)]
+
+
+def test_a_translation_takes_the_same_values():
+    wrong = [english for english, chinese in messages() if chinese and fields(chinese) != fields(english)]
+    assert not wrong
 
 
 @pytest.mark.parametrize(
@@ -94,7 +78,7 @@ def test_the_locale_decides_the_language(environment, lang, monkeypatch):
 
 def test_chinese_reports_show_title_reason_and_the_exact_message(tmp_path):
     found = report(tmp_path)
-    for name in catalogue.HUMAN:
+    for name in HUMAN:
         text = render(name, [found], "zh")
         assert "权重张量里有 NaN 或 Inf" in text, name
         assert "尚不能量化" in text and "量化器都用一组权重的最大、最小值求缩放因子" in text.replace("\n", "").replace(
@@ -103,7 +87,7 @@ def test_chinese_reports_show_title_reason_and_the_exact_message(tmp_path):
         assert "1 NaN among 8,192 values of" in text, name
 
 
-@pytest.mark.parametrize("name", [f for f in FORMATS if f not in catalogue.HUMAN])
+@pytest.mark.parametrize("name", [f for f in FORMATS if f not in HUMAN])
 def test_machine_formats_do_not_know_the_language(name, tmp_path):
     found = report(tmp_path)
     assert render(name, [found], "zh") == render(name, [found], "en")
@@ -136,8 +120,6 @@ def test_chinese_lines_do_not_begin_with_a_comma():
 
 
 def test_every_page_can_be_shown_in_chinese():
-    import io
-
     from doctor.report.pages import show_page, show_rules
 
     rules = [*load_rules(), *OWN_RULES]
@@ -149,3 +131,45 @@ def test_every_page_can_be_shown_in_chinese():
         out = io.StringIO()
         show_rules(rules, terminal.console(out, 80))
         assert "张量" in out.getvalue()
+
+
+def test_a_catalogue_is_compiled_where_the_compiled_one_is_missing_or_old(tmp_path, monkeypatch, capsys):
+    """The .mo is used where it was made from the .po beside it; else Babel compiles in memory; without it, that is said."""
+    folder = tmp_path / "zh" / "LC_MESSAGES"
+    folder.mkdir(parents=True)
+    header = 'msgid ""\nmsgstr "Content-Type: text/plain; charset=utf-8\\n"\n\n'
+    po, mo = folder / "doctor.po", folder / "doctor.mo"
+    po.write_text(header + 'msgid "one"\nmsgstr "一"\n', encoding="utf-8")
+    monkeypatch.setattr(catalogue, "HOME", tmp_path)
+
+    def one():
+        catalogue.catalogue.cache_clear()
+        return catalogue.translated("one", "zh")
+
+    try:
+        assert one() == "一"
+        mo.write_bytes(compile.compiled(po.read_bytes()))
+        monkeypatch.setitem(sys.modules, "doctor.locale.compile", None)
+        assert one() == "一" and not capsys.readouterr().err
+        po.write_text(header + 'msgid "one"\nmsgstr "壹"\n', encoding="utf-8")
+        assert one() == "一" and "doctor.mo was made from another doctor.po" in capsys.readouterr().err
+        mo.unlink()
+        assert one() == "one" and "doctor.mo is not there: texts appear in English" in capsys.readouterr().err
+        monkeypatch.undo()
+        monkeypatch.setattr(catalogue, "HOME", tmp_path)
+        assert one() == "壹"
+    finally:
+        catalogue.catalogue.cache_clear()
+
+
+def test_messages_are_translated_with_their_values_and_what_is_missing_is_counted():
+    rules = plural("{n:,} rule", "{n:,} rules", 3)
+    with catalogue.language("zh") as missing:
+        assert catalogue.translated(_("{rules} run", rules=rules)) == "运行 3 条规则"
+        assert catalogue.translated(listed(["a", _("error"), "c"])) == "a、错误 和 c"
+        assert not missing
+        assert catalogue.translated(_("no such {thing}", thing=rules)) == "no such 3 条规则"
+        assert catalogue.translated("model.safetensors") == "model.safetensors"
+        assert catalogue.translated(plural("{n} unheard", "{n} unheard of", 2)) == "2 unheard of"
+        assert dict(missing) == {"no such {thing}": 1, "{n} unheard": 1} == dict(catalogue.untranslated())
+    assert catalogue.translated(rules) == "3 rules" and catalogue.translated(rules, "zh") == "3 条规则"

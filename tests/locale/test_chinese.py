@@ -62,7 +62,7 @@ def english(text, others=()):
 
 COMMANDS = {
     "check": lambda m: ("check", m["good"], "-v", "--matrix", *PLAN),
-    "check --room": lambda m: ("check", m["good"], "-v", "--room", m["new"], "--runtime", "vllm", *PLAN),
+    "check --capacity": lambda m: ("check", m["good"], "-v", "--capacity", m["new"], "--runtime", "vllm", *PLAN),
     "check of a broken one": lambda m: ("check", m["bad"], "-v", *PLAN),
     "check of a quantized one": lambda m: ("check", m["q"], "-v", *PLAN),
     "check headers": lambda m: ("check", m["good"], "--stage", "header", "-v", *PLAN),
@@ -129,11 +129,16 @@ def test_help_follows_the_locale_and_lang_goes_before_it(monkeypatch):
 
 def test_every_help_text_is_translated_and_none_is_left_over():
     commands = [cli, *cli.commands.values()]
-    texts = {t for c in commands for t in (c.help, c.epilog, *(getattr(p, "help", None) for p in c.params)) if t}
+    texts = [
+        t
+        for c in commands
+        for t in (c.help, c.short_help, c.epilog, *(getattr(p, "help", None) for p in c.params))
+        if t
+    ]
     for text in texts:
         assert help.said(text)
-    used = {"\n".join(line.strip() for line in t.strip().splitlines()) for t in texts}
-    assert set(help.ZH) - used == {"Show this message and exit."}
+    used = {getattr(t, "template", t) for t in texts}
+    assert set(help.ZH) - used == {"Show this message and exit.", ", ", " and "}
 
 
 def test_no_line_of_chinese_help_is_wider_than_the_screen():

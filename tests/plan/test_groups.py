@@ -21,7 +21,7 @@ from doctor.edits.kinds import PadTensor, SetJson
 from doctor.lint.testing import measured, tiny, tiny_gptq
 from doctor.model.expressions import evaluate
 from doctor.model.spec import build_spec
-from doctor.plan.groups import LAYOUT, Words, in_force, read_quantization, runtime_entries
+from doctor.plan.groups import Words, in_force, read_quantization, runtime_entries
 from doctor.scan.header import header_facts
 from doctor.scan.scan import _Words
 
@@ -281,8 +281,8 @@ def facts_of(case, folder):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "phi3", "opt", "qwen2_moe"])
 def test_stored_layout_has_the_sizes_of_the_plain_one(family, tmp_path):
-    plain = facts_of(tiny(family), tmp_path / "plain").get(LAYOUT)
-    packed = facts_of(tiny_gptq(family), tmp_path / "packed").get(LAYOUT)
+    plain = facts_of(tiny(family), tmp_path / "plain").get(CHECKPOINT, "layout")
+    packed = facts_of(tiny_gptq(family), tmp_path / "packed").get(CHECKPOINT, "layout")
     assert packed.quantized and not plain.quantized
     assert sorted(map(repr, packed.linears)) == sorted(map(repr, plain.linears))
 

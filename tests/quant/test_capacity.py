@@ -53,7 +53,7 @@ def test_without_a_place_nothing_is_measured_and_the_rules_say_why(tmp_path, mon
     monkeypatch.setattr(capacity, "measure", lambda *a: pytest.fail("nobody asked"))
     report = check(tiny().write(tmp_path / "model"), RECIPE)
     runs = {r.rule.code: r for r in report.runs}
-    assert "--room" in next(iter(runs["G314"].reasons)) and runs["G315"].status == "skipped"
+    assert "--capacity" in next(iter(runs["G314"].reasons)) and runs["G315"].status == "skipped"
 
 
 def test_a_real_disk_can_be_asked(tmp_path):

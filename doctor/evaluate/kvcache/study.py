@@ -27,7 +27,6 @@ from doctor.quant.device import device_memory, device_of
 from doctor.quant.solve import cuda
 from doctor.scan import counters
 from doctor.scan.header import header_facts
-from doctor.scan.value_facts import ABSMAX, STATS
 
 SCHEMA = "doctor.kvcache/1"
 MEASURED_CONTEXT, MEASURED_ROWS = 512, 2
@@ -155,10 +154,10 @@ def key_biases(checkpoint: Checkpoint) -> dict[int, dict]:
         if place is None or not name.endswith(".bias") or not counters.can_scan(info.dtype.name):
             continue
         subject = f"tensor:{name}"
-        store.put(STATS, counters.scan(checkpoint.load(name).tobytes(), info.dtype.name), subject)
-        bits = store.value("key_bits", subject)
+        store.put(subject, "stats", counters.scan(checkpoint.load(name).tobytes(), info.dtype.name))
+        bits = store.get(subject, "key_bits")
         if bits is not None:
-            found[int(place[1])] = {"tensor": name, "absmax": store.get(ABSMAX, subject), "key_bits": bits}
+            found[int(place[1])] = {"tensor": name, "absmax": store.get(subject, "absmax"), "key_bits": bits}
     return found
 
 

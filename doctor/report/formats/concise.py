@@ -1,6 +1,7 @@
 """One finding, one line, with a place that editors make clickable: `file:line:column: CODE [*] message`."""
 
 from doctor.lint.engine import Report
+from doctor.locale.catalogue import counted
 from doctor.report import presentation
 from doctor.report.presentation import Group, safe
 
@@ -34,7 +35,9 @@ def lines(report: Report) -> list[str]:
 def _looked_at(report: Report) -> str:
     s = report.summary
     read = "" if presentation.weights_read(report) else ", weights not read"
-    return f"{presentation.counted(s.get('tensors', 0), 'tensor')}, {presentation.size(s.get('bytes', 0))}{read}"
+    return (
+        f"{counted('{n:,} tensor', '{n:,} tensors', s.get('tensors', 0))}, {presentation.size(s.get('bytes', 0))}{read}"
+    )
 
 
 def _line(report: Report, group: Group) -> str:
@@ -56,7 +59,7 @@ def _cures(found: list[Group]) -> list[str]:
     by = presentation.fixable(found)
     parts = []
     if by["safe"]:
-        parts.append(f"[*] {presentation.counted(len(by['safe']), 'safe fix', 'safe fixes')} with `doctor fix`")
+        parts.append(f"[*] {counted('{n:,} safe fix', '{n:,} safe fixes', len(by['safe']))} with `doctor fix`")
     if by["unsafe"]:
         parts.append(f"[!] {len(by['unsafe'])} more with `--unsafe-fixes`")
     yours = [*by["manual"], *by["by name"]]

@@ -12,7 +12,7 @@ from functools import cache
 from doctor.lint import explain
 from doctor.lint.engine import Report
 from doctor.locale import rule_pages
-from doctor.locale.catalogue import current, known, language, say
+from doctor.locale.catalogue import counted, current, language, say, translated
 from doctor.report import presentation
 from doctor.report.formats import json_report, markdown
 from doctor.report.presentation import Group
@@ -63,9 +63,9 @@ def _rendered(reports: list[dict], kv: dict | None, data: str, version: str, tit
         title=presentation.safe(title),
         size=presentation.size,
         count=presentation.count,
-        counted=presentation.counted,
+        counted=counted,
         say=say,
-        known=known,
+        translated=translated,
         lang=current(),
     )
 
@@ -79,7 +79,7 @@ def _kvcache(report) -> dict:
     biases = _strips({say("|key bias|"): [r["bias_absmax"] for r in rows]})
     errors = _strips(
         {
-            say("error, {name}", name=known(name)): [r["errors"][name] if "errors" in r else None for r in rows]
+            say("error, {name}", name=translated(name)): [r["errors"][name] if "errors" in r else None for r in rows]
             for name in next((r["errors"] for r in rows if "errors" in r), ())
         }
     )
@@ -125,7 +125,7 @@ def _kvcache(report) -> dict:
         "context": f"{data['context']:,}",
         "batch": data["batch"],
         "layers": kv_text.layers_said(data),
-        "notes": [presentation.safe(known(n)) for n in data["notes"]],
+        "notes": [presentation.safe(translated(n)) for n in data["notes"]],
         "tables": tables,
         "past": kv_text.past_said(data),
         "memory": kv_text.longest_said(data),
@@ -142,7 +142,7 @@ def _kvcache(report) -> dict:
         "machine": _machine_rows(data.get("machine")),
         "when": presentation.safe(data.get("machine", {}).get("when", "")),
         "markdown": kv_text.kvcache_markdown(report),
-        "not_measured": presentation.safe(known(data.get("not_measured", ""))),
+        "not_measured": presentation.safe(translated(data.get("not_measured", ""))),
     }
 
 
@@ -221,7 +221,7 @@ def _context(report: Report) -> dict:
         "files": extra.get("files", ()),
         "rules": [_rule(r) for r in report.runs],
         "skipped_tensors": {
-            presentation.safe(k): presentation.safe(known(v)) for k, v in report.skipped_tensors.items()
+            presentation.safe(k): presentation.safe(translated(v)) for k, v in report.skipped_tensors.items()
         },
         "markdown": markdown.render([report]),
     }
@@ -308,7 +308,7 @@ def _strips(strip: dict | None) -> list[dict]:
         ]
         rows.append(
             {
-                "label": known(label),
+                "label": translated(label),
                 "top": top,
                 "bars": bars,
                 "values": values,
@@ -485,7 +485,7 @@ def _machine(report: Report) -> list[tuple[str, str]]:
 
 
 def _machine_rows(found: dict | None) -> list[tuple[str, str]]:
-    return [(known(name), presentation.safe(text)) for name, text in (found or {}).items()]
+    return [(translated(name), presentation.safe(text)) for name, text in (found or {}).items()]
 
 
 def _small(share: object) -> str:
@@ -531,11 +531,11 @@ def _differ(says: dict) -> bool:
 def _rule(run) -> dict:
     reason = max(run.reasons, key=run.reasons.get) if run.reasons else ""
     text = run.crashed or (
-        known(reason)
+        translated(reason)
         if run.status == "skipped"
-        else say(f"no {run.rule.scope} to judge")
+        else presentation.none_to_judge(run.rule.scope)
         if run.status == "not applicable"
-        else presentation.counted(run.judged, run.rule.scope)
+        else presentation.subjects(run.judged, run.rule.scope)
     )
     return {
         "code": run.rule.code,

@@ -60,7 +60,7 @@ def _rule(entry: Rule, with_page: bool) -> dict:
         "shortDescription": {"text": entry.title + "."},
         "defaultConfiguration": {"level": LEVELS[entry.severity]},
         "properties": {
-            "tags": list(dict.fromkeys((entry.area.lower(), entry.certainty, entry.cost))),
+            "tags": list(dict.fromkeys((entry.area.lower(), entry.certainty, entry.stage))),
             "precision": _PRECISION[entry.certainty],
             "problem.severity": {"info": "recommendation"}.get(entry.severity, entry.severity),
         },

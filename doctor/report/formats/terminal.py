@@ -17,9 +17,9 @@ from rich.text import Text
 
 from doctor.core.version import __version__
 from doctor.lint.engine import Report
-from doctor.locale.catalogue import known, pad, say
+from doctor.locale.catalogue import counted, say, translated
 from doctor.report import presentation
-from doctor.report.presentation import Group, safe
+from doctor.report.presentation import Group, pad, safe
 
 MAX_WIDTH = 110  # longer lines are hard to read, however wide the window
 COLOURS = {
@@ -189,11 +189,11 @@ def _ready(screen: Screen, report: Report, sentence: str) -> None:
     if report.skipped_tensors:
         read += say(", ") + say(
             "{tensors} of a type that is not judged",
-            tensors=presentation.counted(len(report.skipped_tensors), "tensor"),
+            tensors=counted("{n:,} tensor", "{n:,} tensors", len(report.skipped_tensors)),
         )
     left_out = say("{n} skipped", n=presentation.skipped(report))
     facts = presentation.run_facts(report).replace(left_out, left_out + say(" (doctor check -v says why)"), 1)
-    tensors = presentation.counted(report.summary.get("tensors", 0), "tensor")
+    tensors = counted("{n:,} tensor", "{n:,} tensors", report.summary.get("tensors", 0))
     screen.hang(Text("  "), Text(f"{tensors}{say(', ')}{read} · {facts}", "bright_black"))
 
 
@@ -310,7 +310,7 @@ def _frame(screen: Screen, group: Group, gutter: int, colour: str) -> None:
 
 def _strip(screen: Screen, strip: dict, bar: Text, colour: str) -> None:
     """One row per label, one character per block, each row against its own largest value."""
-    labels = [safe(known(k)) for k in strip]
+    labels = [safe(translated(k)) for k in strip]
     wide = min(max(map(cell_len, labels)), 24)
     blocks = max(len(v) for v in strip.values())
     room = max(screen.width - bar.cell_len - wide - 20, 10)
@@ -467,13 +467,13 @@ def _rules(screen: Screen, report: Report) -> None:
                 "✓",
                 say(
                     "{subjects}, {ms} ms",
-                    subjects=presentation.counted(run.judged, "subject"),
+                    subjects=counted("{n:,} subject", "{n:,} subjects", run.judged),
                     ms=f"{run.seconds * 1000:.1f}",
                 ),
             )
             if run.reasons:
                 reason = max(run.reasons, key=run.reasons.get)
-                text += say("; {n} not judged: {reason}", n=sum(run.reasons.values()), reason=known(reason))
+                text += say("; {n} not judged: {reason}", n=sum(run.reasons.values()), reason=translated(reason))
         elif run.status == "crashed":
             mark, text = "☠", run.crashed
         else:

@@ -341,20 +341,18 @@ def test_both_phases_say_how_far_they_are(tmp_path):
 
 @pytest.mark.parametrize("lang", ("en", "zh"))
 def test_bars_are_shown_to_people_only(lang, tmp_path, monkeypatch):
-    from doctor.cli import main as module
+    from doctor.cli import progress
+    from doctor.locale import catalogue
 
-    with module._steps() as tick:
+    with progress.layer_bars() as tick:
         tick("measure", 1, 2)  # nobody watches a test: nothing happens
-    monkeypatch.setattr(module, "_watched", lambda: True)
-    bars = module._steps()
-    with module.catalogue.language(lang), bars as tick:
+    monkeypatch.setattr(progress, "_watched", lambda: True)
+    shown = []
+    monkeypatch.setattr("rich.progress.Progress.stop", lambda bar: shown.extend(bar.tasks))
+    with catalogue.language(lang), progress.layer_bars() as tick:
         for phase in ("predict", "measure", "compare"):
             tick(phase, 1, 2)
-        assert [(t.description, t.completed, t.total) for t in bars.bar.tasks][1] == (
-            {"en": "measure", "zh": "实测"}[lang],
-            1,
-            2,
-        )
+    assert [(t.description, t.completed, t.total) for t in shown][1] == ({"en": "measure", "zh": "实测"}[lang], 1, 2)
 
 
 @pytest.mark.parametrize("lang", ("en", "zh"))
@@ -391,7 +389,7 @@ def test_a_saved_report_is_rendered_again_in_every_format(lang, tmp_path):
         ) or name == "json"
     assert CliRunner().invoke(cli, ["render", str(saved), "-f", "sarif"]).exit_code == 2
     saved.write_text('{"schema": "doctor.kvcache/1", "kvcache": 3}')
-    assert "not a report on a cache" in str(CliRunner().invoke(cli, ["render", str(saved)]).exception)
+    assert "not a report on a cache" in CliRunner().invoke(cli, ["render", str(saved)]).output
 
 
 def test_a_format_that_kvcache_does_not_have_is_named(tmp_path):

@@ -1,0 +1,153 @@
+"""The click classes of this command line: options from the environment, old names, and help in the reader's language."""
+
+import os
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+import click
+
+from doctor.cli import failures
+from doctor.core.messages import _
+from doctor.locale import catalogue
+
+ENVIRONMENT = _(
+    "Every option can also be set in the environment: --fail-on as DOCTOR_FAIL_ON. DOCTOR_DEBUG=1 shows tracebacks."
+)
+_BARE = {"--unsafe-fixes": "all"}  # options with an optional value, which is never taken from the next argument
+
+
+class Option(click.Option):
+    """An option whose help can be translated and that answers to names which no help page lists.
+
+    aliases: old names, which print a note that names the new one. full_names: longer names for where one flag means
+    different things on different commands.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        aliases: tuple[str, ...] = (),
+        full_names: tuple[str, ...] = (),
+        help: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, help=help, **kwargs)
+        self.aliases, self.full_names = aliases, full_names
+        if help is not None:
+            self.help = help  # click makes a plain str of it, without the template
+        if self.default == "":
+            self.show_default = False  # an empty text is no default to speak of
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """DOCTOR_<NAME>, or that of an old name."""
+        value = super().resolve_envvar_value(ctx)
+        for alias in self.aliases:
+            value = value or os.environ.get("DOCTOR_" + alias.lstrip("-").upper().replace("-", "_"))
+        return value
+
+
+class Command(click.Command):
+    """A command whose options also come from DOCTOR_<OPTION>, where `--unsafe-fixes PATH` does not swallow the path."""
+
+    def __init__(self, *args: Any, help: str | None = None, **kwargs: Any):
+        kwargs.setdefault("context_settings", {}).update(
+            auto_envvar_prefix="DOCTOR", max_content_width=100, show_default=True
+        )
+        kwargs.setdefault("epilog", ENVIRONMENT)
+        super().__init__(*args, help=help, **kwargs)
+        self.help = help
+
+    def get_help(self, ctx: click.Context) -> str:
+        """The page that --help prints, in the language of the context."""
+        return _page(self, ctx) or super().get_help(ctx)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Set the language, give old names their new ones and bare options their value, then parse."""
+        listen_for_language(ctx, args)
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [*(self._current(word) for word in args[:end]), *args[end:]])
+
+    def _current(self, word: str) -> str:
+        flag, equals, value = word.partition("=")
+        for param in self.params:
+            if not isinstance(param, Option) or flag not in (*param.aliases, *param.full_names):
+                continue
+            if flag in param.aliases:
+                note = _("{old} is now {new}; the next release drops the old name", old=flag, new=param.opts[0])
+                click.echo(catalogue.known(note), err=True)
+            return param.opts[0] + equals + value
+        return f"{word}={_BARE[word]}" if word in _BARE and any(word in p.opts for p in self.params) else word
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; an error is shown here, while the command's language is set."""
+        with failures.shown():
+            return super().invoke(ctx)
+
+
+class Commands(Mapping[str, click.Command]):
+    """name -> command. Each stands in a file of its own, which is imported when the command is asked for."""
+
+    def __init__(self, *names: str):
+        self.names = names
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self.names:
+            raise KeyError(name)
+        return import_module(f"doctor.cli.{name}").command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+
+class Group(click.Group):
+    """The program itself: its page in the reader's language, and --lang before the command's name."""
+
+    def __init__(self, *args: Any, help: str | None = None, **kwargs: Any):
+        super().__init__(*args, help=help, **kwargs)
+        self.help = help
+
+    def get_help(self, ctx: click.Context) -> str:
+        """The page that --help prints, in the language of the context."""
+        return _page(self, ctx) or super().get_help(ctx)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Set the language, then parse."""
+        listen_for_language(ctx, args)
+        return super().parse_args(ctx, args)
+
+
+def _page(command: click.Command, ctx: click.Context) -> str:
+    """The help page in another language than English, "" where click's own will do."""
+    if not catalogue.chinese():
+        return ""
+    from doctor.cli import help
+
+    return help.page(command, ctx)
+
+
+def listen_for_language(ctx: click.Context, args: list[str]) -> None:
+    """Set the language before click parses, because --help answers before --lang is read."""
+    own = args[: args.index("--")] if "--" in args else args
+    asked = [value for flag, value in zip(own, own[1:], strict=False) if flag == "--lang"]
+    asked += [a.partition("=")[2] for a in own if a.startswith("--lang=")]
+    set_language(ctx, asked[-1] if asked and asked[-1] in catalogue.LANGUAGES else None)
+
+
+def set_language(ctx: click.Context, asked: str | None) -> None:
+    """Until the command ends: the language asked for here, else before the command's name, else the environment's."""
+    lang = asked or ctx.meta.get("lang") or os.environ.get("DOCTOR_LANG")
+    ctx.with_resource(catalogue.language(lang if lang in catalogue.LANGUAGES else catalogue.from_environment()))
+
+
+def take_language(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    """The callback of --lang. Screens and pages are in this language; what machines read is English all the same."""
+    if value:
+        ctx.meta["lang"] = value
+    set_language(ctx, value)

@@ -1,0 +1,60 @@
+"""Errors as a user meets them: a sentence, a hint, an exit code, and no traceback unless DOCTOR_DEBUG=1 asks for it.
+
+Exit 1: findings. 2: the work could not be done (usage, files, machine, or a bug in doctor). 130: interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import click
+
+from doctor.core.errors import CheckpointNotReady, DoctorError
+from doctor.core.messages import _
+from doctor.locale import catalogue
+
+INTERRUPTED = _("Interrupted.")
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Inside it whatever escapes is printed and ends the process with its exit code."""
+    try:
+        yield
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        end(INTERRUPTED, "", 130)
+    except click.exceptions.Exit:
+        raise
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except BrokenPipeError:  # `doctor check | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+    except CheckpointNotReady as error:
+        end(error.message, error.hint, 1)
+    except DoctorError as error:
+        end(error.message, error.hint, 2)
+    except (OSError, MemoryError) as error:
+        end(f"{type(error).__name__}: {error}", "", 2)
+    except Exception as error:
+        end(
+            f"{type(error).__name__}: {error}",
+            _("internal error (a bug in doctor): report it with what DOCTOR_DEBUG=1 prints."),
+            2,
+        )
+
+
+def end(message: str, hint: str, code: int) -> NoReturn:
+    """Print an error and its hint on stderr, and exit."""
+    if os.environ.get("DOCTOR_DEBUG") == "1" and sys.exc_info()[0] is not None and code != 130:
+        import traceback
+
+        traceback.print_exc()
+    message = catalogue.known(message)
+    click.echo(f"Error: {message}" if code != 130 else message, err=True)
+    if hint:
+        click.echo(f"Hint: {catalogue.known(hint)}", err=True)
+    sys.exit(code)

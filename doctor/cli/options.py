@@ -1,0 +1,246 @@
+"""Options that several commands share, and how their values are read."""
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from doctor.cli.command import Option, take_language
+from doctor.core.errors import DoctorError
+from doctor.core.messages import Message, _, listed
+from doctor.core.recipe import METHODS, RUNTIMES
+from doctor.locale import catalogue
+from doctor.report import FORMATS
+
+KV_FORMATS = ("full", "json", "markdown", "html")
+PATH = click.Path(path_type=Path)
+option = partial(click.option, cls=Option)
+
+
+def together(*decorators: Callable) -> Callable:
+    """One decorator of several, in the order in which a help page lists them."""
+
+    def wrap(function: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return wrap
+
+
+def _read_configuration(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    """Read the configuration before any other option, whose defaults it gives."""
+    from doctor.lint import config
+
+    if ctx.resilient_parsing:
+        return
+    if value == "none":
+        ctx.obj = config.Config(reads_checkpoint=False)
+    else:
+        ctx.obj = config.read(Path(value)) if value else config.load()
+    if ctx.obj is None:
+        raise DoctorError(
+            _("{file}: holds no [tool.doctor].", file=value),
+            _("Give a doctor.toml, or a pyproject.toml with that table."),
+        )
+    runtime = "==".join(filter(None, map(ctx.obj.recipe_values.get, ("runtime", "runtime_version"))))
+    ctx.default_map = {**ctx.obj.recipe_values, **given(runtime=runtime or None, fail_on=ctx.obj.fail_on)}
+
+
+def complete_rules(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Codes, names and family letters of rules that go on from the last word of a comma list."""
+    from doctor.lint.engine import load_rules
+
+    before, comma, word = incomplete.rpartition(",")
+    return [
+        CompletionItem(before + comma + found, help=rule.title)
+        for rule in load_rules()
+        for found in (rule.code, rule.name)
+        if (word and found.lower().startswith(word.lower())) or (not word and found == rule.code)
+    ]
+
+
+def complete_path(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Leaves it to the shell, which knows paths best."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+checkpoint_argument = click.argument("path", metavar="CHECKPOINT", shell_complete=complete_path)
+lang_option = option(
+    "--lang",
+    type=click.Choice(catalogue.LANGUAGES),
+    default=None,
+    expose_value=False,
+    callback=take_language,
+    show_default=False,
+    help=_("Language of screens, Markdown and HTML.  [default: the locale's]"),
+)
+rules_dir_option = option(
+    "--rules",
+    "rules_dirs",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help=_("Also load the rule files of DIR. They are Python: load only what you trust."),
+)
+plan_options = together(
+    option(
+        "--for",
+        "--method",
+        "method",
+        type=click.Choice(METHODS),
+        default="gptq",
+        help=_("Quantization method of the plan."),
+    ),
+    option("--bits", type=int, default=4, help=_("Bits per weight: 2, 3, 4 or 8.")),
+    option("--group-size", type=int, default=128, help=_("in_features that share a scale; -1 for whole rows.")),
+    option("--sym/--asym", default=None, help=_("Symmetric or asymmetric grid; asymmetric for awq, else symmetric.")),
+    option(
+        "--tp", "--tensor-parallel-size", "tp", type=int, default=1, help=_("GPUs that share each linear at serving.")
+    ),
+    option(
+        "--runtime",
+        default="",
+        metavar="NAME[==VERSION]",
+        help=_("Where it will be served: {runtimes}.", runtimes=listed(RUNTIMES)),
+    ),
+    option(
+        "--config",
+        is_eager=True,
+        expose_value=False,
+        callback=_read_configuration,
+        metavar="FILE",
+        help=_("This configuration; none for no file at all.  [default: the nearest doctor.toml or pyproject.toml]"),
+    ),
+)
+rule_options = together(
+    option(
+        "--select",
+        multiple=True,
+        metavar="RULES",
+        shell_complete=complete_rules,
+        help=_("Only these codes, families (G, W2), names or certainties; commas or repeated."),
+    ),
+    option(
+        "--extend-select",
+        multiple=True,
+        metavar="RULES",
+        shell_complete=complete_rules,
+        help=_("These too, beside what is selected already."),
+    ),
+    option(
+        "--ignore",
+        multiple=True,
+        metavar="RULES",
+        shell_complete=complete_rules,
+        help=_("All but these."),
+        full_names=("--ignore-rules",),
+    ),
+    rules_dir_option,
+    option(
+        "--fail-on",
+        type=click.Choice(("error", "warning", "info", "never")),
+        default="error",
+        help=_("Least severity for exit code 1."),
+    ),
+)
+
+
+def format_option(known: tuple[str, ...], *flags: str) -> Callable:
+    """-f and its long form, for the formats that a command can write."""
+    return option(
+        "-f",
+        *(flags or ("--format",)),
+        "formats",
+        multiple=True,
+        metavar="FORMAT[:FILE]",
+        help=_("{formats}; repeatable, to stdout or to a FILE.  [default: full]", formats=listed(known)),
+    )
+
+
+format_options = together(
+    format_option(FORMATS),
+    option("--concise", is_flag=True, help=_("Short for -f concise.")),
+    option("-v", "--verbose", is_flag=True, help=_("Also list every rule, and why it was skipped.")),
+    lang_option,
+)
+device_option = option("--device", default="cpu", metavar="NAME", help=_("Where to compute: cpu, cuda or cuda:1."))
+unsafe_option = option(
+    "--unsafe-fixes",
+    default="",
+    metavar="[=CODES]",
+    help=_("Also fixes that change numbers or shapes; =CODES only those, and those that go by name only."),
+)
+overwrite_option = option("--overwrite", is_flag=True, help=_("Replace an existing DIR."))
+
+
+def memory_option(help: Message) -> Callable:
+    """--memory SIZE: how much, and for what, differs from command to command."""
+    return option("--memory", default="", metavar="SIZE", help=help)
+
+
+def text_option(help: Message) -> Callable:
+    """--text FILE, to compare or measure on."""
+    return option("--text", type=PATH, metavar="FILE", help=help)
+
+
+def words(values: Iterable[str]) -> tuple[str, ...]:
+    """Words of a repeated option, which commas or blanks part."""
+    return tuple(w for value in values for w in value.replace(",", " ").split())
+
+
+def patterns(values: Iterable[str]) -> tuple[str, ...]:
+    """Like words, but a comma or blank inside braces belongs to its pattern: {q,k}_proj is one."""
+    return tuple(p for value in values for p in re.split(r"[,\s]+(?![^{}]*\})", value) if p)
+
+
+def overrides(values: Iterable[str]) -> tuple[str, ...]:
+    """`PATTERN:bits=B`, or `PATTERN=B` as it was written before, as the recipe has it: PATTERN=B."""
+    found = []
+    for value in values:
+        match = re.fullmatch(r"(.+?)(?::bits)?=(\d+)", value.strip())
+        if match is None:
+            raise click.BadParameter(
+                f"{value!r} must be PATTERN:bits=B, as '*down_proj:bits=8'.", param_hint="'--override'"
+            )
+        found.append(f"{match[1]}={match[2]}")
+    return tuple(found)
+
+
+def size_in_bytes(text: str) -> int | None:
+    """`24GB`, `24GiB`, `24G` or a number of bytes; None for none."""
+    if not text:
+        return None
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text, re.I)
+    if not match:
+        raise click.BadParameter(f"{text!r} is not a size; write 24GB or 24GiB.", param_hint="'--memory'")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Options that were given; the others keep the default of the function that is called."""
+    return {k: v for k, v in options.items() if v is not None}
+
+
+def other_device(name: str) -> str | None:
+    """A device to name to the function that is called; None for the processor, which is its default."""
+    return None if name == "cpu" else name
+
+
+def outputs_of(
+    formats: Iterable[str], concise: bool = False, known: tuple[str, ...] = FORMATS
+) -> list[tuple[str, str]]:
+    """[(format, file or "")]; at most one of them to stdout."""
+    chosen = [(name, file) for name, _colon, file in (f.partition(":") for f in formats)]
+    if concise:
+        chosen.append(("concise", ""))
+    for name, _file in chosen:
+        if name not in known:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(known)}.", param_hint="'-f'")
+    if sum(not file for _name, file in chosen) > 1:
+        raise click.UsageError("Only one format can go to stdout; give the others a file, as in -f html:report.html.")
+    return chosen or [("full", "")]

@@ -1,0 +1,138 @@
+"""Where results go: reports to the screen or to files, notices to stderr, the verdict into the exit code."""
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from doctor.cli.options import KV_FORMATS
+from doctor.core.errors import DoctorError, MachineError
+from doctor.core.messages import _
+from doctor.locale import catalogue
+
+if TYPE_CHECKING:
+    from doctor.lint.engine import Report
+
+Outputs = Sequence[tuple[str, str]]  # (format, file or "" for stdout)
+
+
+def notice(text: str) -> None:
+    """A line on stderr, in the reader's language."""
+    click.echo(catalogue.known(text), err=True)
+
+
+class json_on_failure:
+    """Inside it an error is also written as a JSON document wherever -f json asked for one."""
+
+    def __init__(self, outputs: Outputs):
+        self.outputs = outputs
+
+    def __enter__(self) -> "json_on_failure":
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, click.ClickException):
+            return
+        from doctor.report.formats.json_report import failure
+
+        for name, file in self.outputs:
+            if name == "json":
+                write(failure(error), file)
+
+
+def emit(reports: list["Report"], outputs: Outputs, verbose: bool = False, matrix: bool = False) -> None:
+    """Print or write each format. The screen goes through rich, so that it knows the terminal's width and colours."""
+    from doctor.report import render
+
+    for name, file in outputs:
+        if name == "full" and not file:
+            from doctor.report.formats.terminal import console, show
+
+            show(reports, console(sys.stdout), verbose, matrix)
+        elif name == "statistics":
+            from doctor.report.formats.terminal import console, show_statistics
+
+            for report in reports:
+                show_statistics(report, console(sys.stdout))
+        else:
+            write(render(name, reports, catalogue.current()), file)
+
+
+def emit_kvcache(result: Any, outputs: Outputs) -> None:
+    """The same for a KvReport."""
+    from doctor.report.formats.terminal import console
+    from doctor.report.kv_text import kvcache_html, kvcache_json, kvcache_markdown, render_kvcache, show_kvcache
+
+    writers = dict(zip(KV_FORMATS, (render_kvcache, kvcache_json, kvcache_markdown, kvcache_html), strict=True))
+    for name, file in outputs:
+        if name == "full" and not file:
+            show_kvcache(result, console(sys.stdout))
+        else:
+            write(writers[name](result), file)
+
+
+def write(text: str, file: str) -> None:
+    """To a file, which is said on stderr; "" is stdout. Raises MachineError where it cannot be written."""
+    if not file:
+        sys.stdout.write(text)
+        return
+    try:
+        with open(file, "a" if file == os.environ.get("GITHUB_STEP_SUMMARY") else "w", encoding="utf-8") as out:
+            out.write(text)
+    except OSError as error:
+        raise MachineError(
+            _("{file}: {reason}.", file=file, reason=error.strerror), _("Give a file that can be written.")
+        ) from None
+    notice(_("Wrote {file}", file=file))
+
+
+def read_text(path: Path) -> str:
+    """A report's text, - for stdin. Raises MachineError."""
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MachineError(
+            _("{file}: {reason}.", file=path, reason=getattr(error, "strerror", None) or error),
+            _("Give a report made with -f json:FILE."),
+        ) from None
+
+
+def read_reports(path: Path) -> list["Report"]:
+    """Reports of a JSON file, - for stdin. Raises DoctorError."""
+    from doctor.report.formats.json_report import read
+
+    return read(read_text(path))
+
+
+def read_kvcache(text: str) -> Any:
+    """The KvReport of a JSON text, None for a report of another kind: only then is doctor.evaluate imported, and torch
+    with it.
+    """
+    if '"doctor.kvcache/' not in text[:200]:
+        return None
+    import json
+
+    from doctor.evaluate.kvcache.study import from_dict
+
+    try:
+        return from_dict(json.loads(text))
+    except ValueError as error:
+        raise DoctorError(
+            _("not JSON: {error}.", error=error),
+            _("Make a report with `{command}`.", command="doctor kvcache CHECKPOINT -f json:kv.json"),
+        ) from None
+
+
+def exit_for(reports: Iterable["Report"], fail_on_skipped: bool = False) -> NoReturn:
+    """End the process: 0 where every report is ok, 1 for findings (or rules that could not judge), 2 where a rule crashed."""
+    reports = list(reports)
+    if any(r.crashed for r in reports):
+        sys.exit(2)
+    silent = fail_on_skipped and any(run.status == "skipped" for r in reports for run in r.runs)
+    sys.exit(1 if silent or not all(r.ok for r in reports) else 0)

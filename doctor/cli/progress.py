@@ -1,0 +1,83 @@
+"""Bars on stderr where a person watches; elsewhere nothing."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from doctor.locale import catalogue
+
+SHORT = 64 << 20  # bytes: less than this is done before a bar is of use
+
+
+def _watched() -> bool:
+    return sys.stderr.isatty() and not (
+        os.environ.get("CI") or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") or os.environ.get("TERM") == "dumb"
+    )
+
+
+@contextmanager
+def layer_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each phase of a run through a model's decoder layers.
+
+    Gives the function to call with a phase, the layers done and the layers in all.
+    """
+    if not _watched():
+        yield lambda phase, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    tasks: dict[str, TaskID] = {}
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+
+        def tick(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(catalogue.say(phase))
+            bar.update(tasks[phase], completed=done, total=total)
+
+        yield tick
+
+
+@contextmanager
+def byte_bars(total: int, *phases: str) -> Iterator[Callable[[str, int], None]]:
+    """A bar in bytes for each phase of a run through a checkpoint of `total` bytes.
+
+    Gives the function to call with a phase and the size of each chunk of it, from any thread.
+    """
+    if not _watched() or total < SHORT:
+        yield lambda phase, n: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        tasks = {phase: bar.add_task(phase, total=total, visible=False) for phase in phases}
+
+        def tick(phase: str, n: int) -> None:
+            if phase in tasks:
+                bar.update(tasks[phase], advance=n, visible=True)
+
+        yield tick

@@ -1,0 +1,177 @@
+"""`doctor quantize`: check, calibrate, quantize, check again."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from doctor.cli.command import Command
+from doctor.cli.options import (
+    FORMATS,
+    PATH,
+    checkpoint_argument,
+    format_option,
+    given,
+    lang_option,
+    memory_option,
+    option,
+    other_device,
+    outputs_of,
+    overrides,
+    overwrite_option,
+    patterns,
+    plan_options,
+    size_in_bytes,
+    unsafe_option,
+    words,
+)
+from doctor.cli.output import emit, exit_for, json_on_failure, notice
+from doctor.cli.recipe import asked_recipe
+from doctor.core.messages import _
+from doctor.core.recipe import DAMP, DAMP_MAX
+from doctor.core.recipe import FORMATS as OUTPUT_FORMATS
+from doctor.locale import catalogue
+
+if TYPE_CHECKING:
+    from doctor.lint.engine import Report
+
+
+@click.command(
+    cls=Command,
+    help=_(
+        "Check, calibrate, quantize and check the result.\n\n"
+        "`torchrun --nproc-per-node N -m doctor quantize …` shares the work among N processes."
+    ),
+)
+@checkpoint_argument
+@option("-o", "--output", type=PATH, required=True, metavar="DIR", help=_("Directory to write; must not exist."))
+@plan_options
+@option(
+    "--act-order/--no-act-order",
+    default=True,
+    help=_("Columns in order of importance; groups stay as they are."),
+)
+@option("--mse/--no-mse", default=True, help=_("Search each group's scale for the least squared error."))
+@option(
+    "--format",
+    type=click.Choice(OUTPUT_FORMATS),
+    default=None,
+    help=_("File format.  [default: the method's own]"),
+)
+@option("--damp", type=float, default=DAMP, help=_("Share of the mean diagonal added to each Hessian."))
+@option("--damp-max", type=float, default=DAMP_MAX, help=_("Most that a retry may raise it to."))
+@option(
+    "--calibration",
+    metavar="FILE|ORG/NAME",
+    default=None,
+    show_default=False,
+    help=_(
+        "Text, JSONL, Parquet or a dataset on the Hub.  [default: Python's documentation and text the model writes; "
+        "yours is better]"
+    ),
+)
+@option("--rows", type=int, default=None, help=_("Calibration rows."))
+@option("--max-seq-length", type=int, default=None, help=_("Tokens per row, at most."))
+@option("--seed", type=int, default=0)
+@option(
+    "--ignore",
+    "ignore_linears",
+    multiple=True,
+    metavar="PATTERN",
+    aliases=("--keep",),
+    full_names=("--ignore-linears",),
+    help=_("Linears left in 16 bits; repeatable."),
+)
+@option(
+    "--override",
+    multiple=True,
+    metavar="PATTERN:bits=B",
+    aliases=("--bits-for",),
+    help=_(
+        "Other bits for some linears, as {example}; repeatable. In the GPTQ format transformers does not read them.",
+        example="'{0,1}.*down_proj:bits=8'",
+    ),
+)
+@option("--fix", is_flag=True, help=_("Apply safe fixes first, without writing the fixed copy."))
+@unsafe_option
+@memory_option(_("Most memory to use, as 24GB.  [default: what is free]"))
+@option(
+    "--device",
+    default="cpu",
+    metavar="NAME",
+    help=_("Where to compute: cpu, cuda, cuda:1; under torchrun, cuda is one GPU a process."),
+)
+@option(
+    "--plan", "plan_only", is_flag=True, help=_("Only print the memory and disk that it takes, from headers alone.")
+)
+@option(
+    "--preflight",
+    is_flag=True,
+    help=_("Quantize the first and last decoder layer only, write nothing: would it fail, how long would it take?"),
+)
+@option("--resume", is_flag=True, help=_("Go on where an interrupted run stopped."))
+@overwrite_option
+@format_option(FORMATS, "--report")
+@lang_option
+def command(
+    path: str,
+    output: Path,
+    format: str | None,
+    ignore_linears: tuple[str, ...],
+    override: tuple[str, ...],
+    calibration: str | None,
+    rows: int | None,
+    max_seq_length: int | None,
+    unsafe_fixes: str,
+    memory: str,
+    device: str,
+    plan_only: bool,
+    preflight: bool,
+    formats: tuple[str, ...],
+    fix: bool,
+    resume: bool,
+    overwrite: bool,
+    **flags: Any,
+) -> None:
+    """flags: those of the plan, and fields of the recipe under their own names."""
+    from doctor import api
+
+    outputs = outputs_of(formats)
+    with json_on_failure(outputs):
+        recipe = asked_recipe(
+            flags,
+            format=format or "",
+            keep=patterns(ignore_linears),
+            bits_for=overrides(override),
+            **{name: flags[name] for name in ("act_order", "mse", "damp", "damp_max", "seed")},
+        )
+        run = given(rows=rows, max_seq_length=max_seq_length, memory=size_in_bytes(memory), calibration=calibration)
+        if plan_only:
+            _print_forecast(api.plan_quantize(path, output, recipe, **run))
+        result = api.quantize(
+            path,
+            output,
+            recipe,
+            fix=fix,
+            unsafe_fixes=words([unsafe_fixes]),
+            resume=resume,
+            overwrite=overwrite,
+            progress=notice,
+            **run,
+            **given(preflight=preflight or None, device=other_device(device)),
+        )
+        if int(os.environ.get("RANK", "0")):  # under torchrun, rank 0 speaks for all
+            exit_for([result.report])
+        emit([result.report], outputs)
+    if result.forecast is not None:
+        _print_forecast(result.forecast, result.report)
+    notice(_("Wrote {file}", file=output) if result.output else _("Nothing was written."))
+    exit_for([result.report])
+
+
+def _print_forecast(forecast: Any, report: "Report | None" = None) -> NoReturn:
+    """Print it and exit: 1 where the run would fail."""
+    click.echo("\n".join(map(catalogue.known, forecast.lines())))
+    sys.exit(1 if forecast.problems or (report is not None and not report.ok) else 0)

@@ -1,0 +1,53 @@
+"""The plan that a command works for: flags, then the configuration, then what a quantized checkpoint says of itself."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from doctor.core.messages import _
+from doctor.core.recipe import Recipe, parse_runtime
+from doctor.locale import catalogue
+
+if TYPE_CHECKING:
+    from doctor.checkpoint.directory import Checkpoint
+    from doctor.lint.config import Config
+
+PLAN = ("method", "bits", "group_size", "sym", "tp")  # the parameters of options.plan_options, beside the runtime
+
+
+def asked_recipe(flags: dict[str, Any], config: "Config | None" = None, **more: Any) -> Recipe:
+    """The recipe of the plan flags, which are taken out of `flags`.
+
+    Fields that the command has no flag for come from the configuration.
+    """
+    name, version = parse_runtime(flags.pop("runtime"))
+    values = dict(config.recipe_values) if config else {}
+    values |= {field: flags.pop(field) for field in PLAN}
+    return Recipe(**{**values, "runtime": name, "runtime_version": version, **more})
+
+
+def stored_or_asked(ctx: click.Context, checkpoint: "Checkpoint", asked: Recipe) -> Recipe:
+    """The recipe that a quantized checkpoint states, unless flags, environment or configuration ask for another.
+
+    A contradiction is said on stderr.
+    """
+    from click.core import ParameterSource
+
+    from doctor.plan.groups import STATED, stored_recipe
+
+    stored = stored_recipe(checkpoint, asked)
+    if all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in STATED):
+        return stored
+    if any(getattr(stored, name) != getattr(asked, name) for name in STATED):
+        note = _(
+            "{name} states {stored} of itself; judged against {asked}, which was asked for",
+            name=checkpoint.name,
+            stored=_grid(stored),
+            asked=_grid(asked),
+        )
+        click.echo(catalogue.known(note), err=True)
+    return asked
+
+
+def _grid(recipe: Recipe) -> str:
+    return f"{recipe.label()} {'sym' if recipe.sym else 'asym'}"

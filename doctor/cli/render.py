@@ -1,0 +1,31 @@
+"""`doctor render`: a saved report in another format."""
+
+from pathlib import Path
+
+import click
+
+from doctor.cli.command import Command
+from doctor.cli.options import KV_FORMATS, PATH, format_options, outputs_of
+from doctor.cli.output import emit, emit_kvcache, read_kvcache, read_text
+from doctor.core.messages import _
+
+
+@click.command(
+    cls=Command,
+    help=_(
+        "Render a saved report in another format.\n\n"
+        "Needs only the JSON that `doctor check -f json:REPORT.json` wrote (or quantize, verify, kvcache), not the "
+        "checkpoint."
+    ),
+)
+@click.argument("report", type=PATH, metavar="REPORT.json")
+@format_options
+def command(report: Path, formats: tuple[str, ...], concise: bool, verbose: bool) -> None:
+    """Exits 0 whatever the report says."""
+    text = read_text(report)
+    cache = read_kvcache(text)
+    if cache is not None:
+        return emit_kvcache(cache, outputs_of(formats, concise, KV_FORMATS))
+    from doctor.report.formats.json_report import read
+
+    emit(read(text), outputs_of(formats, concise), verbose)

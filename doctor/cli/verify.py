@@ -1,0 +1,68 @@
+"""`doctor verify`: a quantized model beside its original."""
+
+from functools import partial
+from pathlib import Path
+
+import click
+
+from doctor.cli.command import Command
+from doctor.cli.options import (
+    complete_path,
+    device_option,
+    format_options,
+    given,
+    memory_option,
+    option,
+    other_device,
+    outputs_of,
+    size_in_bytes,
+    text_option,
+)
+from doctor.cli.output import emit, exit_for, json_on_failure
+from doctor.cli.progress import layer_bars
+from doctor.core.messages import _
+
+
+@click.command(
+    cls=Command,
+    help=_(
+        "Compare a quantized model with its original.\n\n"
+        "Measures perplexity, divergence of the next-token distributions, and collapse of greedy replies."
+    ),
+)
+@click.argument("original", metavar="ORIGINAL", shell_complete=complete_path)
+@click.argument("quantized", metavar="QUANTIZED", shell_complete=complete_path)
+@text_option(_("Text to compare on.  [default: texts of doctor]"))
+@option("--context", type=int, default=None, help=_("Tokens of a row.  [default: 512]"))
+@option("--rows", type=int, default=None, help=_("Rows, at most; they do not overlap.  [default: 24]"))
+@memory_option(_("Memory for whole models, as 24GB: greedy replies need them.  [default: half of what is free]"))
+@device_option
+@format_options
+def command(
+    original: str,
+    quantized: str,
+    text: Path | None,
+    context: int | None,
+    rows: int | None,
+    memory: str,
+    device: str,
+    formats: tuple[str, ...],
+    concise: bool,
+    verbose: bool,
+) -> None:
+    """Exits 1 for findings on the quantized model."""
+    from doctor import api
+
+    outputs = outputs_of(formats, concise)
+    with json_on_failure(outputs):
+        with layer_bars() as tick:
+            report = api.verify(
+                original,
+                quantized,
+                progress=partial(tick, "compare"),
+                **given(
+                    text=text, context=context, rows=rows, memory=size_in_bytes(memory), device=other_device(device)
+                ),
+            )
+        emit([report], outputs, verbose)
+    exit_for([report])
