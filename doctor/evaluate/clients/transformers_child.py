@@ -1,0 +1,131 @@
+"""Loads a checkpoint with transformers on the meta device and prints, as JSON, what went where. Runs as a process of its own.
+
+    python -m doctor.evaluate.clients.transformers_child CHECKPOINT [--sample N --out FILE]
+
+Nothing of the checkpoint runs: the class is transformers' own of the name in `architectures`, with remote code off. On the meta
+device no weight is read, so a model of any size takes its headers' time. With --sample, N packed linears are unpacked by
+compressed-tensors' own code, on the CPU, and written to FILE for the caller to compare.
+
+Source: transformers src/transformers/modeling_utils.py (from_pretrained, output_loading_info); compressed-tensors
+src/compressed_tensors/compressors/base.py (decompress).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKED = "weight_packed"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--sample", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TORCHDYNAMO_DISABLE="1", TOKENIZERS_PARALLELISM="false")
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout carries the answer alone
+        answer = ask(options.checkpoint, options.sample, options.out)
+    print(json.dumps(answer))
+
+
+def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
+    """missing, unexpected, mismatched: names of parameters; packed: how many linears the client took as packed; or error and kind."""
+    import transformers
+    from transformers import AutoConfig
+
+    answer: dict[str, Any] = {"client": f"transformers {transformers.__version__}", "class": ""}
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        names = getattr(config, "architectures", None) or []
+        found = getattr(transformers, names[0], None) if names else None
+        if found is None:
+            return answer | {"kind": "no class", "error": names[0] if names else ""}
+        answer["class"] = names[0]
+        model, info = found.from_pretrained(
+            folder, config=config, output_loading_info=True, device_map={"": "meta"}, trust_remote_code=False, local_files_only=True
+        )
+    except (ImportError, PackageNotFoundError) as error:
+        return answer | {"kind": "library", "error": first_line(error)}
+    except Exception as error:
+        return answer | {"kind": "refused", "error": f"{type(error).__name__}: {first_line(error)}"}
+    answer |= {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "mismatched": sorted(str(m[0]) if isinstance(m, (tuple, list)) else str(m) for m in info["mismatched_keys"]),
+    }
+    packed = [name for name, module in model.named_modules() if hasattr(module, PACKED)]
+    answer["packed"] = len(packed)
+    if sample and packed and out is not None:
+        answer["libraries"] = {"compressed-tensors": version("compressed-tensors")}
+        write_sample(folder, model, packed, sample, out)
+    return answer
+
+
+def write_sample(folder: Path, model: Any, packed: list[str], sample: int, out: Path) -> None:
+    """Weights [out, in] of linears spread over the model, by the name under which the files hold them."""
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from safetensors.torch import save_file
+
+    files = shards_of(folder)
+    stored = {name.removesuffix(f".{PACKED}") for name in files if name.endswith(f".{PACKED}")}
+    found = {}
+    for name in packed[:: max(1, len(packed) // sample)][:sample]:
+        module = model.get_submodule(name)
+        source = stored_name(name, stored)
+        if source is None:
+            continue
+        state = {part: read(folder, files, f"{source}.{part}") for part in parts_of(source, files)}
+        form = infer_module_format(type(module), module.quantization_scheme)
+        compressor: Any = BaseCompressor.get_value_from_registry(getattr(form, "value", form))
+        found[source] = compressor.decompress(state, module.quantization_scheme)["weight"].contiguous()
+    save_file(found, out)
+
+
+def shards_of(folder: Path) -> dict[str, str]:
+    """Tensor name -> file, from the headers."""
+    from safetensors import safe_open
+
+    files: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            files |= dict.fromkeys(shard.keys(), path.name)
+    return files
+
+
+def stored_name(module: str, stored: set[str]) -> str | None:
+    """The name in the files of a module of the class: its own, or the one with the longest common end that is unique."""
+    if module in stored:
+        return module
+    parts = module.split(".")
+    for start in range(1, len(parts) - 1):
+        tail = "." + ".".join(parts[start:])
+        same = [name for name in stored if f".{name}".endswith(tail)]
+        if len(same) == 1:
+            return same[0]
+    return None
+
+
+def parts_of(source: str, files: dict[str, str]) -> list[str]:
+    return [name.removeprefix(f"{source}.") for name in files if name.rpartition(".")[0] == source]
+
+
+def read(folder: Path, files: dict[str, str], name: str) -> Any:
+    from safetensors import safe_open
+
+    with safe_open(folder / files[name], framework="pt") as shard:
+        return shard.get_tensor(name)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+if __name__ == "__main__":
+    main()
