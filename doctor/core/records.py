@@ -113,3 +113,30 @@ class Comparison:
     one_choice: float = 0.0  # share of the tokens at which the quantized model ranks one same token first, which is:
     one_choice_token: int = 0
     one_choice_original: float = 0.0  # that share for the original's own favourite
+
+
+@dataclass(frozen=True)
+class LoadProof:
+    """What a client's own loading code did with a checkpoint, under the class that config.json names.
+
+    missing, unexpected, mismatched: names of parameters. packed: linears that the client took as packed. compared: of these, how
+    many were unpacked by the client's own library; differing: those whose values are not ours. refused: the client's own error.
+    reason: why the client could not be asked; then nothing is proved.
+    """
+
+    client: str  # name and version
+    architecture: str = ""
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    packed: int = 0
+    compared: int = 0
+    differing: tuple[str, ...] = ()
+    library: str = ""
+    refused: str = ""
+    reason: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the client was asked and loads every parameter with the values that the files hold."""
+        return not (self.reason or self.refused or self.missing or self.unexpected or self.mismatched or self.differing)

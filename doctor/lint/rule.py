@@ -132,7 +132,9 @@ class Rule:
         """What other tools print for it. A quotation stands between single backticks or between double ones, and may
         hold others.
         """
-        return tuple(Seen(tool.strip(), text) for tool, _fence, text in QUOTATION.findall(self.sections.get("Seen as", "")))
+        return tuple(
+            Seen(tool.strip(), text) for tool, _fence, text in QUOTATION.findall(self.sections.get("Seen as", ""))
+        )
 
     @property
     def facts(self) -> tuple[str, ...]:

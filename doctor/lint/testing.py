@@ -397,7 +397,7 @@ def change(case: Case, subject: str, name: str, **values) -> None:
 
 def compared() -> Case:
     """tiny() with a comparison in which the quantized model kept up with its original."""
-    from doctor.core.records import Comparison, Fp16Range
+    from doctor.core.records import Comparison, Fp16Range, LoadProof
 
     case = tiny()
     case.put(
@@ -441,6 +441,7 @@ def compared() -> Case:
             ),
         ),
     )
+    case.put("checkpoint:", "load_proof", LoadProof("transformers 5", "LlamaForCausalLM"))
     return case
 
 

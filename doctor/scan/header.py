@@ -61,6 +61,9 @@ provide(
     "run",
     "Sentences on what a run did in a slower way than it can, and why; () where nothing.",
 )
+provide(
+    "load_proof", "checkpoint", "output", "What a client's own loading code did with the output (records.LoadProof)."
+)
 provide("comparison", "checkpoint", "output", "The quantized model against its original (records.Comparison).")
 
 

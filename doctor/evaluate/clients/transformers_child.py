@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TORCHDYNAMO_DISABLE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TORCHDYNAMO_DISABLE="1", TOKENIZERS_PARALLELISM="false"
+    )
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout carries the answer alone
         answer = ask(options.checkpoint, options.sample, options.out)
     print(json.dumps(answer))
@@ -48,7 +50,12 @@ def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
             return answer | {"kind": "no class", "error": names[0] if names else ""}
         answer["class"] = names[0]
         model, info = found.from_pretrained(
-            folder, config=config, output_loading_info=True, device_map={"": "meta"}, trust_remote_code=False, local_files_only=True
+            folder,
+            config=config,
+            output_loading_info=True,
+            device_map={"": "meta"},
+            trust_remote_code=False,
+            local_files_only=True,
         )
     except (ImportError, PackageNotFoundError) as error:
         return answer | {"kind": "library", "error": first_line(error)}

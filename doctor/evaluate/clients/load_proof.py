@@ -1,0 +1,93 @@
+"""The load proof: a checkpoint goes through the loading code of the client that will read it, before it is called finished.
+
+Our own reading of names and packed words proves nothing about a client: the file counts as loadable when transformers, asked for
+the class that config.json names, reports no parameter missing, none unexpected and none of another shape, and when the packed
+linears that its own library unpacks are ours bit for bit. The client runs in a process of its own (transformers_child.py), on the
+meta device, so the proof takes seconds whatever the model's size.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.messages import _
+from doctor.core.records import LoadProof
+
+SECONDS = 600  # enough for the headers of a model of a terabyte on a busy machine; a client that hangs must end
+SAMPLED = 3  # packed linears whose weights are compared
+
+
+def prove_loading(folder: Path, *, sample: int = SAMPLED, seconds: float = SECONDS) -> LoadProof:
+    """What transformers does with the checkpoint in `folder`. Never raises for what the client says: it is in the record."""
+    with tempfile.TemporaryDirectory(prefix="doctor-load-") as place:
+        out = Path(place) / "sample.safetensors"
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "doctor.evaluate.clients.transformers_child",
+            str(Path(folder).resolve()),
+        ]
+        try:
+            run = subprocess.run(
+                [*command, "--sample", str(sample), "--out", str(out)],
+                capture_output=True, text=True, timeout=seconds, cwd=place, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return LoadProof("transformers", reason=_("transformers had not loaded it after {n:.0f} s", n=seconds))
+        try:
+            answer = json.loads(run.stdout.strip().splitlines()[-1])
+        except (IndexError, ValueError):
+            last = (run.stderr.strip().splitlines() or [""])[-1][:300]
+            return LoadProof("transformers", reason=_("transformers ended without an answer: {error}", error=last))
+        differing, compared = _compare(Path(folder), out) if out.exists() else ((), 0)
+    return _record(answer, differing, compared)
+
+
+def _record(answer: dict, differing: tuple[str, ...], compared: int) -> LoadProof:
+    client, architecture, error = answer["client"], answer.get("class", ""), answer.get("error", "")
+    kind = answer.get("kind")
+    if kind == "refused":
+        return LoadProof(client, architecture, refused=error)
+    if kind == "library":
+        return LoadProof(
+            client,
+            architecture,
+            reason=_("{client} lacks a library for this format: {error}", client=client, error=error),
+        )
+    if kind == "no class":
+        reason = (
+            _("{client} has no class {name}", client=client, name=error) if error else _("config.json names no class")
+        )
+        return LoadProof(client, reason=reason)
+    return LoadProof(
+        client,
+        architecture,
+        missing=tuple(answer["missing"]),
+        unexpected=tuple(answer["unexpected"]),
+        mismatched=tuple(answer["mismatched"]),
+        packed=answer["packed"],
+        compared=compared,
+        differing=differing,
+        library=", ".join(f"{name} {version}" for name, version in answer.get("libraries", {}).items()),
+    )
+
+
+def _compare(folder: Path, out: Path) -> tuple[tuple[str, ...], int]:
+    """(linears whose weights the client unpacks to other values than doctor, how many were compared)."""
+    import torch
+    from safetensors.torch import load_file
+
+    from doctor.quant.dequantize import as_float
+    from doctor.quant.forward.skeleton import load_tensor
+
+    theirs = load_file(out)
+    ours = as_float(Checkpoint.open(folder))
+    differing = [
+        name for name, weight in theirs.items()
+        if not torch.equal(load_tensor(ours, f"{name}.weight").to(weight.dtype), weight)
+    ]  # fmt: skip
+    return tuple(differing), len(theirs)

@@ -1,0 +1,76 @@
+"""The load proof: transformers itself says whether it loads a checkpoint whole, on the meta device."""
+
+import json
+import os
+
+import pytest
+import torch
+from healthy_models import save
+from safetensors.torch import load_file, save_file
+
+from doctor.core.recipe import Recipe
+from doctor.evaluate.clients.load_proof import prove_loading
+from doctor.quant.quantize import quantize
+
+needs_compressed_tensors = pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("compressed_tensors"), reason="compressed-tensors is not installed"
+)
+
+
+def rename(folder, change):
+    """The same tensors under other names; None drops one."""
+    tensors = load_file(folder / "model.safetensors")
+    changed = {change(name): tensor for name, tensor in tensors.items()}
+    save_file({n: t for n, t in changed.items() if n}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", ("qwen3", "gemma3_text", "qwen3_moe"))
+def test_what_transformers_saved_it_loads_whole(family, tmp_path):
+    save(family, tmp_path / "m")
+    proof = prove_loading(tmp_path / "m")
+    assert proof.whole and proof.architecture.endswith("ForCausalLM") and proof.packed == 0, proof
+
+
+def test_a_tensor_that_is_not_there_and_one_that_nobody_asks_for_are_named(tmp_path):
+    save("qwen3", tmp_path / "m")
+    rename(tmp_path / "m", lambda n: n.replace("layers.1.mlp.down_proj", "layers.1.mlp.down"))
+    proof = prove_loading(tmp_path / "m")
+    assert proof.missing == ("model.layers.1.mlp.down_proj.weight",) and not proof.whole
+    assert proof.unexpected == ("model.layers.1.mlp.down.weight",)
+
+
+def test_a_class_that_no_library_has_is_not_judged(tmp_path):
+    save("qwen3", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysModel"]}))
+    proof = prove_loading(tmp_path / "m")
+    assert "has no class NobodysModel" in proof.reason and not proof.whole
+
+
+def test_code_of_the_checkpoint_is_not_run(tmp_path):
+    save("qwen3", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "evil.py").write_text(f"open({os.fspath(tmp_path / 'ran')!r}, 'w')\n")
+    proof = prove_loading(tmp_path / "m")
+    assert not proof.whole and (proof.refused or proof.reason) and not (tmp_path / "ran").exists()
+
+
+@needs_compressed_tensors
+def test_our_compressed_tensors_file_loads_whole_with_equal_weights(tmp_path):
+    save("qwen3", tmp_path / "m")
+    recipe = Recipe(method="rtn", format="compressed-tensors", group_size=32)
+    quantize(tmp_path / "m", tmp_path / "q", recipe)
+    proof = prove_loading(tmp_path / "q")
+    assert proof.whole and proof.packed == 21 and proof.compared == 3, proof
+    path = tmp_path / "q" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith("weight_shape"))
+    words = tensors[name.replace("weight_shape", "weight_packed")]
+    assert words.dtype == torch.int32
+
+
+def test_a_client_that_hangs_is_ended(tmp_path):
+    save("qwen3", tmp_path / "m")
+    assert "had not loaded it after" in prove_loading(tmp_path / "m", seconds=0.05).reason
