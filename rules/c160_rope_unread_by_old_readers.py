@@ -1,0 +1,88 @@
+"""C160 rope-unread-by-old-readers: rope_theta stands only in rope_parameters, which older readers ignore.
+
+Why: transformers 5 writes the rotary base and its scaling into rope_parameters. Readers built on transformers 4 look for
+rope_theta and rope_scaling at the top, find none, and take the default of their class: the model answers in fluent nonsense,
+without an error.
+
+Seen as:
+- mlx-lm: `ModelArgs.__init__() missing 1 required positional argument: 'rope_theta'`
+- vLLM: fluent nonsense from a model that transformers 5 saved, with transformers 4 installed
+
+Do: write both spellings. transformers 5 reads rope_parameters first, so nothing changes there.
+
+False alarms: none for a reader of transformers 4. Without --runtime it is a note, because current readers are right.
+
+Fix safety: safe: it adds keys that hold the numbers the file states already, and changes none.
+
+Sources: vllm-project/vllm issue 42624; transformers src/transformers/modeling_rope_utils.py (standardize_rope_params);
+rules/tables/readers.toml.
+"""
+
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, rule, table, version_before
+from doctor.lint.testing import tiny
+
+
+@rule("C160", "warning")
+def rope_unread_by_old_readers(checkpoint, spec, recipe):
+    block = spec.config.get("rope_parameters")
+    if not isinstance(block, dict) or any(isinstance(v, dict) for v in block.values()):
+        return  # a block for each kind of layer has no old spelling
+    readers = table("readers")
+    theta, kind = block.get("rope_theta"), block.get("rope_type", block.get("type", "default"))
+    default = readers["rope_theta"].get(spec.model_type, 10000)
+    known = isinstance(theta, (int, float)) and not isinstance(theta, bool) and theta == theta
+    lost_base = known and theta != default and "rope_theta" not in spec.config
+    lost_scaling = kind not in (None, "default") and spec.config.get("rope_scaling") is None
+    if not lost_base and not lost_scaling:
+        return
+    old = reads_old_keys(recipe, readers)
+    if old is False:
+        return
+    edits = []
+    if known and "rope_theta" not in spec.config:
+        edits.append(SetJson("config.json", spec.at("rope_theta"), theta, MISSING))
+    if lost_scaling:
+        scaling = {k: v for k, v in block.items() if k != "rope_theta"}
+        edits.append(SetJson("config.json", spec.at("rope_scaling"), scaling, spec.config.get("rope_scaling", MISSING)))
+    reader = old or _("a reader built on transformers 4")
+    if lost_base:
+        message = _(
+            "rope_theta {theta:g} is stated only in rope_parameters; {reader} takes {default:g}",
+            theta=theta, reader=reader, default=default,
+        )  # fmt: skip
+    else:
+        message = _("rope scaling {kind} is stated only in rope_parameters; {reader} takes none", kind=kind, reader=reader)
+    yield finding(
+        message,
+        at=Place("config.json", pointer=spec.at("rope_parameters")),
+        evidence={"rope_theta": theta if known else str(theta), "read_as": default},
+        fix=Fix(_("write rope_theta and rope_scaling at the top too"), tuple(edits), "safe"),
+        severity="warning" if old else "info",
+    )
+
+
+def reads_old_keys(recipe, readers) -> str | bool | None:
+    """The runtime of the plan where it reads the old keys alone, False where it reads the new ones, None where none is named."""
+    if not recipe.runtime:
+        return None
+    if recipe.runtime in readers["old"]:
+        return recipe.runtime
+    first = readers["first"].get(recipe.runtime)
+    if first and recipe.runtime_version and version_before(recipe.runtime_version, first):
+        return f"{recipe.runtime} {recipe.runtime_version}"
+    return False
+
+
+def bad():
+    case = tiny()
+    case.recipe = case.recipe.with_field("runtime", "exllamav2")
+    case.config.pop("rope_theta", None)
+    case.config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+    return case, "rope_theta 500000 is stated only in rope_parameters; exllamav2 takes 10000"
+
+
+def good():
+    case = tiny()
+    case.config["rope_theta"] = 500000.0
+    case.config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+    return case
