@@ -51,7 +51,9 @@ def rope_unread_by_old_readers(checkpoint, spec, recipe):
             theta=theta, reader=reader, default=default,
         )  # fmt: skip
     else:
-        message = _("rope scaling {kind} is stated only in rope_parameters; {reader} takes none", kind=kind, reader=reader)
+        message = _(
+            "rope scaling {kind} is stated only in rope_parameters; {reader} takes none", kind=kind, reader=reader
+        )
     yield finding(
         message,
         at=Place("config.json", pointer=spec.at("rope_parameters")),

@@ -56,6 +56,7 @@ SIZES = {
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 32,
     "v_head_dim": 32,
+    "num_nextn_predict_layers": 0,  # transformers saves no such layer, and a config that promises one is a finding
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 32,
