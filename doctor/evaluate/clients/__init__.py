@@ -1,1 +1,3 @@
-"""The clients' own loading code, asked about a checkpoint: what it puts where, under the class that config.json names."""
+"""The clients' own loading code, asked about a checkpoint: what it puts where, under the class that config.json
+names.
+"""

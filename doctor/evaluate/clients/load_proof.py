@@ -1,9 +1,10 @@
-"""The load proof: a checkpoint goes through the loading code of the client that will read it, before it is called finished.
+"""The load proof: a checkpoint goes through the loading code of the client that will read it, before it is called
+finished.
 
-Our own reading of names and packed words proves nothing about a client: the file counts as loadable when transformers, asked for
-the class that config.json names, reports no parameter missing, none unexpected and none of another shape, and when the packed
-linears that its own library unpacks are ours bit for bit. The client runs in a process of its own (transformers_child.py), on the
-meta device, so the proof takes seconds whatever the model's size.
+Our own reading of names and packed words proves nothing about a client: the file counts as loadable when transformers,
+asked for the class that config.json names, reports no parameter missing, none unexpected and none of another shape, and
+when the packed linears that its own library unpacks are ours bit for bit. The client runs in a process of its own
+(transformers_child.py), on the meta device, so the proof takes seconds whatever the model's size.
 """
 
 import json
@@ -21,7 +22,9 @@ SAMPLED = 3  # packed linears whose weights are compared
 
 
 def prove_loading(folder: Path, *, sample: int = SAMPLED, seconds: float = SECONDS) -> LoadProof:
-    """What transformers does with the checkpoint in `folder`. Never raises for what the client says: it is in the record."""
+    """What transformers does with the checkpoint in `folder`. Never raises for what the client says: it is in the
+    record.
+    """
     with tempfile.TemporaryDirectory(prefix="doctor-load-") as place:
         out = Path(place) / "sample.safetensors"
         command = [

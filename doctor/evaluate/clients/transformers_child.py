@@ -1,10 +1,11 @@
-"""Loads a checkpoint with transformers on the meta device and prints, as JSON, what went where. Runs as a process of its own.
+"""Loads a checkpoint with transformers on the meta device and prints, as JSON, what went where. Runs as a process of
+its own.
 
     python -m doctor.evaluate.clients.transformers_child CHECKPOINT [--sample N --out FILE]
 
-Nothing of the checkpoint runs: the class is transformers' own of the name in `architectures`, with remote code off. On the meta
-device no weight is read, so a model of any size takes its headers' time. With --sample, N packed linears are unpacked by
-compressed-tensors' own code, on the CPU, and written to FILE for the caller to compare.
+Nothing of the checkpoint runs: the class is transformers' own of the name in `architectures`, with remote code off. On
+the meta device no weight is read, so a model of any size takes its headers' time. With --sample, N packed linears are
+unpacked by compressed-tensors' own code, on the CPU, and written to FILE for the caller to compare.
 
 Source: transformers src/transformers/modeling_utils.py (from_pretrained, output_loading_info); compressed-tensors
 src/compressed_tensors/compressors/base.py (decompress).
@@ -37,7 +38,9 @@ def main() -> None:
 
 
 def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
-    """missing, unexpected, mismatched: names of parameters; packed: how many linears the client took as packed; or error and kind."""
+    """Names missing, unexpected and mismatched, and packed: linears that the client took as packed; or error and its
+    kind.
+    """
     import transformers
     from transformers import AutoConfig
 
@@ -107,7 +110,7 @@ def shards_of(folder: Path) -> dict[str, str]:
 
 
 def stored_name(module: str, stored: set[str]) -> str | None:
-    """The name in the files of a module of the class: its own, or the one with the longest common end that is unique."""
+    """The name of a module in the files: its own, or the one with the longest common end that is unique."""
     if module in stored:
         return module
     parts = module.split(".")
