@@ -2,7 +2,7 @@
 
     python3 bench/gpu.py [--out DIR] [--budget SECONDS] [--wheels DIR] [STEP ...]
 
-    goldens     what the kernels compute from fixed inputs, for fixtures/goldens/cuda.json (the host build must reproduce it)
+    goldens     what the kernels compute from fixed inputs, for fixtures/goldens/cuda.json, which the host build must give
     kernels     rung R4: kernels against the reference, odd shapes, NaN and Inf
     table       copy bandwidth, bf16 rate, each kernel beside them, the column loop in torch, whole layers
     model       a 7B-shaped model with random weights, 128 x 2048 tokens, quantized from directory to directory
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +38,9 @@ STEPS = {
     "sanitizer": 180,
 }  # most seconds of each, in order of worth: together more than the budget, which cuts the last
 SANITIZED = (
-    "gpu and (errors_reach or loop_adds or ragged and (129 or 64-256) or refinement and (asymmetric-40-256-32-3 or asymmetric-33-128-128-4) "
-    "or fitted_to or minmax-True-48 or mse-False-128 or mse-True--1 or streams and 333 or words and (3 or 1056) or differences and 33-32 and True "
+    "gpu and (errors_reach or loop_adds or ragged and (129 or 64-256) "
+    "or refinement and (asymmetric-40-256-32-3 or asymmetric-33-128-128-4) or fitted_to or minmax-True-48 "
+    "or mse-False-128 or mse-True--1 or streams and 333 or words and (3 or 1056) or differences and 33-32 and True "
     "or cached and 512 or scan and 10007)"
 )
 REPEATS = 20
@@ -83,7 +85,8 @@ def build_library():
         )
         shutil.copyfile(made / "doctor" / "scan" / "libdoctor_cpu.so", library)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"not built, NumPy reads the model: {error if isinstance(error, subprocess.TimeoutExpired) else run.stderr[-300:]}"
+        why = error if isinstance(error, subprocess.TimeoutExpired) else run.stderr[-300:]
+        return f"not built, NumPy reads the model: {why}"
     return "built"
 
 
@@ -107,7 +110,7 @@ def all_steps(wanted, out, budget, wheels=None):
     (out / "log.txt").write_text("")
     print(f"native library: {build_library()}", flush=True)
     for step in wanted:
-        for number, command in enumerate(commands[step]):
+        for command in commands[step]:
             left = budget - (time.monotonic() - began)
             limit = min(STEPS[step] / len(commands[step]), left)
             name = step + (f"-{command[1].partition('=')[2]}" if step == "sanitizer" else "")
@@ -242,7 +245,7 @@ class Bench:
 
         first, second = torch.empty(2, self.copy, device=self.device)
         self.row(
-            f"copy of {first.nbytes >> 20} MiB", lambda: milliseconds(lambda: second.copy_(first)), 2 * first.nbytes
+            f"copy of {first.nbytes >> 20} MiB", partial(milliseconds, partial(second.copy_, first)), 2 * first.nbytes
         )
         del first, second
         n = 2 * self.side
@@ -345,7 +348,7 @@ class Bench:
         for refine in (0, 1):
             self.row(
                 f"gptq.solve of {n} x {k}, refine {refine}, end to end",
-                lambda: milliseconds(lambda: gptq.solve(W, H, refine=refine), 5),
+                partial(milliseconds, partial(gptq.solve, W, H, refine=refine), 5),
             )
 
     def memory_bound(self):
@@ -359,17 +362,17 @@ class Bench:
         across = codes.T.contiguous()
         self.row(
             f"pack {n} x {k}, GPTQ order",
-            lambda: milliseconds(lambda: cuda.pack_columns(across, 4)),
+            partial(milliseconds, partial(cuda.pack_columns, across, 4)),
             n * k * 1.5,
             bound=True,
         )
         self.row(
             "pack, compressed-tensors order",
-            lambda: milliseconds(lambda: cuda.pack_rows(codes, 4)),
+            partial(milliseconds, partial(cuda.pack_rows, codes, 4)),
             n * k * 1.5,
             bound=True,
         )
-        self.row("pack, AWQ order", lambda: milliseconds(lambda: cuda.awq_words(across.T)), n * k * 1.5, bound=True)
+        self.row("pack, AWQ order", partial(milliseconds, partial(cuda.awq_words, across.T)), n * k * 1.5, bound=True)
         found = grid.Grid(
             torch.full((n, k // 128), 0.01, device=self.device).half().float(),
             torch.full((n, k // 128), 8, dtype=torch.int32, device=self.device),
@@ -384,12 +387,12 @@ class Bench:
                 lambda w: cuda.compressed_dequantize(**w, bits=4),
             ),
         ):
-            self.row(f"dequantize, {name} order", lambda: milliseconds(lambda: back(words)), n * k * 4.5, bound=True)
+            self.row(f"dequantize, {name} order", partial(milliseconds, partial(back, words)), n * k * 4.5, bound=True)
         del codes, across, words
         W, s = self.random(n, k // 2) * 0.02, torch.rand(k // 2, device=self.device) + 0.5
         self.row(
             f"AWQ difference of {n} x {k // 2}",
-            lambda: milliseconds(lambda: cuda.awq_difference(W, s, 4, 128, False)),
+            partial(milliseconds, partial(cuda.awq_difference, W, s, 4, 128, False)),
             2 * W.nbytes,
             bound=True,
         )
@@ -399,14 +402,14 @@ class Bench:
             moved = x.nbytes + x.numel() * (bits + 0.5) / 8
             self.row(
                 f"KV cache store of {x.numel() >> 20} M values, {bits} bits",
-                lambda: milliseconds(lambda: cuda.kv_store(x, bits)),
+                partial(milliseconds, partial(cuda.kv_store, x, bits)),
                 moved,
                 bound=True,
             )
             kept = cuda.kv_store(x, bits)
             self.row(
                 f"KV cache load, {bits} bits",
-                lambda: milliseconds(lambda: cuda.kv_load(*kept, bits)),
+                partial(milliseconds, partial(cuda.kv_load, *kept, bits)),
                 moved,
                 bound=True,
             )
@@ -449,7 +452,7 @@ class Bench:
         for refine in (0, 1):
             self.row(
                 f"gptq.solve of {n} x {k}, refine {refine}, end to end",
-                lambda: milliseconds(lambda: gptq.solve(W, H, refine=refine), 1),
+                partial(milliseconds, partial(gptq.solve, W, H, refine=refine), 1),
             )
 
 
@@ -457,7 +460,8 @@ def table(device, out, **sizes):
     import torch
 
     bench = Bench(device, **sizes)
-    where = f"{torch.cuda.get_device_name(device)}, {driver()}, torch {torch.__version__}, CUDA {torch.version.cuda}, commit {commit()}"
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
+    where = f"{torch.cuda.get_device_name(device)}, {driver()}, {versions}, commit {commit()}"
     print(where, *bench.lines, sep="\n", flush=True)
     for part in (bench.card, bench.layer, bench.memory_bound, bench.wide_layer):
         try:

@@ -20,7 +20,9 @@ from doctor.evaluate.compare import compare
 from doctor.lint.engine import Report, judge, load_rules, locate
 from doctor.plan.groups import stored_recipe
 from doctor.quant.budget import free_memory
-from doctor.quant.calibration import rows as calibration
+from doctor.quant.calibration.documents import heldout_documents, read_documents
+from doctor.quant.calibration.rows import rows_of
+from doctor.quant.calibration.tokenizer import load_tokenizer
 from doctor.quant.dequantize import quantization
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.solve import cuda
@@ -111,12 +113,12 @@ def _rows(checkpoint: Checkpoint, text, rows: int, context: int):
     """(rows int64[1, context], tokenizer or None, name of the source). Raises DoctorError where there is not one
     row.
     """
-    documents = calibration.heldout_documents() if text is None else calibration.read_documents(Path(text))
+    documents = heldout_documents() if text is None else read_documents(Path(text))
     if documents.ids:
         ids, tokenizer = [r[:context] for r in documents.ids[:rows] if len(r) > 1], None
     else:
-        tokenizer = calibration.load_tokenizer(checkpoint, documents.name)
-        ids = calibration.rows_of(documents, tokenizer, rows, context)
+        tokenizer = load_tokenizer(checkpoint, documents.name)
+        ids = rows_of(documents, tokenizer, rows, context)
     if not ids:
         raise DoctorError(f"{documents.name}: not one row of 2 or more tokens.", "Give more text.")
     return [torch.tensor([row]) for row in ids], tokenizer, documents.name

@@ -1,9 +1,9 @@
-"""What a run takes, worked out from headers alone: memory, disk, and how much is left for what may also lie on disk.
+"""What a run takes, worked out from headers alone: memory, disk, and how much is left for what can be spilled.
 
-Peak memory = one block in float32 + the next one as stored + the Hessians of one stage + the larger of what solving and
-one batch hold + a constant for Python, torch and transformers. It does not grow with the number of blocks. Hidden
-states come on top where there is room, and passes halted between stages (walk.py) take what is left then; what finds no
-room lies on disk (shelf.py).
+Peak memory = one decoder layer in float32 + the next one as stored + the Hessians of one stage + the larger of what
+solving and one batch hold + a constant for Python, torch and transformers. It does not grow with the number of
+layers. Hidden states come on top where memory suffices, and suspended forwards (forward/staged.py) take what is left
+then; the excess is spilled to disk (forward/spill.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept
 from doctor.model.fused_experts import take_apart
 from doctor.model.spec import Linear, ModelSpec
+from doctor.quant.methods import method_of
 
 # A batch this long keeps matrix products at full speed, on a CPU and on a GPU; more only costs memory.
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
@@ -49,14 +50,14 @@ class Need:
     parts.
     """
 
-    block: int
-    ahead: int
+    block: int  # one decoder layer
+    ahead: int  # the next one, as stored
     hessians: int
     solving: int
     batch: int
     device_batch: int  # on a GPU, where batches are longer
     row: int  # one row instead of a batch of them
-    outside: int  # embeddings as stored, held with one block while the first inputs are taken
+    outside: int  # embeddings as stored, held with one layer while the first inputs are taken
     hidden: int
     output: int
     constant: int = field(default_factory=constant)
@@ -68,8 +69,8 @@ class Need:
 
     @property
     def on_device(self) -> int:
-        """Of a GPU's memory, an upper edge; hidden states and halted passes take some of what is left there
-        (run.py).
+        """Of a GPU's memory, an upper bound; hidden states and suspended forwards take some of what is left there
+        (activations.py).
         """
         return self.block + self.hessians + max(self.solving, self.device_batch)
 
@@ -96,10 +97,12 @@ class Need:
 
 
 def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int) -> Need:
-    """Of quantizing with `rows` calibration rows of `length` tokens; 0 rows for rtn, which takes no Hessian."""
+    """Of quantizing with `rows` calibration rows of `length` tokens; 0 rows for a method without calibration, which
+    takes no Hessian.
+    """
     checkpoint, spec = take_apart(checkpoint, spec, recipe)
-    blocks = _blocks(checkpoint, spec)
-    sizes = [(sum(t.numel for t in tensors), sum(t.nbytes for t in tensors)) for tensors in blocks.values()] or [(0, 0)]
+    layers = _layers(checkpoint, spec)
+    sizes = [(sum(t.numel for t in tensors), sum(t.nbytes for t in tensors)) for tensors in layers.values()] or [(0, 0)]
     linears = [x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]
     tokens = rows * length
     most = max(
@@ -112,7 +115,7 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
         if most is None
         else 4 * (_SQUARES * most.in_features**2 * bool(rows) + _OBLONGS * most.in_features * most.out_features)
     )
-    inside = {t.name for tensors in blocks.values() for t in tensors}
+    inside = {t.name for tensors in layers.values() for t in tensors}
 
     def batch(most_tokens: int) -> int:
         return 4 * min(tokens, max(most_tokens, length)) * _width(spec, linears) if rows else 0
@@ -132,8 +135,8 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
     )
 
 
-def _blocks(checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, list]:
-    """Headers of the tensors of each decoder block."""
+def _layers(checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, list]:
+    """Headers of the tensors of each decoder layer, by its number."""
     first = next((x for x in spec.linears if x.block is not None), None)
     if first is None:
         return {}
@@ -147,25 +150,27 @@ def _blocks(checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, list]:
 
 
 def _hessian_bytes(linears: list[Linear], recipe: Recipe) -> int:
-    """Of the largest stage (all of a block for awq): one a kind of input."""
+    """Of the largest stage (all of a layer where scales are folded first): one a kind of input."""
     kinds = {"k": "q", "v": "q", "up": "gate"}
     stages: dict[int | None, dict[str, dict]] = {}
     for x in linears:
         stage = stages.setdefault(x.block, {}).setdefault(kinds.get(x.role, x.role), {})
         stage[x.expert] = 4 * x.in_features**2
-    if recipe.method == "awq":
-        held = [sum(sum(s.values()) for s in block.values()) for block in stages.values()]
+    if method_of(recipe).folds_scales:
+        held = [sum(sum(s.values()) for s in layer.values()) for layer in stages.values()]
     else:
-        held = [sum(s.values()) for block in stages.values() for s in block.values()]
+        held = [sum(s.values()) for layer in stages.values() for s in layer.values()]
     return max(held, default=0)
 
 
 def _width(spec: ModelSpec, linears: list[Linear]) -> int:
-    """float32 values a token that one block makes, an upper edge: every output of a linear, and a few hidden states."""
-    blocks: dict[int | None, int] = {}
+    """float32 values per token that one decoder layer computes, an upper bound: every output of a linear, and a few
+    hidden states.
+    """
+    widths: dict[int | None, int] = {}
     for x in linears:
-        blocks[x.block] = blocks.get(x.block, 0) + (x.out_features if x.expert in (None, 0) else 0)
-    return max(blocks.values(), default=0) + 6 * (spec.hidden or 0)
+        widths[x.block] = widths.get(x.block, 0) + (x.out_features if x.expert in (None, 0) else 0)
+    return max(widths.values(), default=0) + 6 * (spec.hidden or 0)
 
 
 def _output_bytes(checkpoint: Checkpoint, linears: list[Linear], recipe: Recipe) -> int:
@@ -199,7 +204,7 @@ def require(need: Need, memory: int | None) -> None:
 
 
 def left(need: Need, memory: int | None) -> int:
-    """Bytes for hidden states and halted passes; 0 where there are none."""
+    """Bytes for hidden states and suspended forwards; 0 where there are none."""
     return max(0, limit(memory) - need.fixed)
 
 
@@ -217,8 +222,8 @@ def resident() -> int:
 
 
 def give_back() -> None:
-    """Free heap back to the system, where the C library can: glibc keeps what halted passes leave in holes, an eighth
-    of the peak of a small model.
+    """Free heap back to the system, where the C library can: glibc keeps what suspended forwards leave in holes, an
+    eighth of the peak of a small model.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:

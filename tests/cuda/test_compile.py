@@ -117,7 +117,8 @@ def test_nvrtc_compiles_what_nvcc_does(source, architecture, record_property):
 def test_the_parser_sees_a_spill():
     log = (
         "ptxas info    : Compiling entry function 'k' for 'sm_90'\nptxas info    : Function properties for k\n"
-        "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\nptxas info    : Used 72 registers, used 1 barriers\n"
+        "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 72 registers, used 1 barriers\n"
     )
     assert parse(log) == {"k": (72, 16, 8)}
 

@@ -159,9 +159,11 @@ def test_a_checkout_runs_without_an_installation(gpu):
     """Under an isolated interpreter that knows only torch's packages and what places() lays out."""
     packages = [p for p in sys.path if p.endswith("site-packages")]
     code = (
-        f"import sys; sys.path[:] = {gpu.places().split(':')!r} + [p for p in sys.path if 'site-packages' not in p] + {packages!r}; "
+        f"import sys; own = [p for p in sys.path if 'site-packages' not in p]; "
+        f"sys.path[:] = {gpu.places().split(':')!r} + own + {packages!r}; "
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]; "
-        "from doctor.lint.engine import load_rules; from doctor.core import tables; from doctor.quant.solve import cuda; "
+        "from doctor.lint.engine import load_rules; from doctor.core import tables; "
+        "from doctor.quant.solve import cuda; "
         "print(len(load_rules()), cuda.source_folder().name, len(tables.family_names()))"
     )
     run = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd="/")

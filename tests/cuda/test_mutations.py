@@ -24,7 +24,8 @@ from doctor.quant.solve.grid import GridParams, contiguous_groups
 pytestmark = pytest.mark.R1
 
 
-HOLE = tempfile.NamedTemporaryFile(prefix="doctor-", suffix=".hole")  # 4 GiB of which a few pages are ever written
+# 4 GiB of which a few pages are ever written; open as long as the tests run
+HOLE = tempfile.NamedTemporaryFile(prefix="doctor-", suffix=".hole")  # noqa: SIM115
 
 
 def swap(old, new):
@@ -193,8 +194,10 @@ MUTATIONS = {
         rounds,
         {
             "gptq_block.cu": swap(
-                "    fill<true>(u, c.U, c.k, c.begin, c.count);\n    __syncthreads();\n    if (row >= c.n)\n        return;",
-                "    if (row >= c.n)\n        return;\n    fill<true>(u, c.U, c.k, c.begin, c.count);\n    __syncthreads();",
+                "    fill<true>(u, c.U, c.k, c.begin, c.count);\n    __syncthreads();\n"
+                "    if (row >= c.n)\n        return;",
+                "    if (row >= c.n)\n        return;\n"
+                "    fill<true>(u, c.U, c.k, c.begin, c.count);\n    __syncthreads();",
             )
         },
     ),

@@ -243,7 +243,7 @@ def test_words_that_do_not_fit_each_other_reach_no_kernel(form, host_engine, lau
         wrong.append({**packed, "g_idx": packed["g_idx"] + 1})
     with pretend(host_engine):
         for tensors in wrong:
-            with pytest.raises(BadCheckpoint, match="ask for|there are 3 groups"):
+            with pytest.raises(BadCheckpoint, match=r"ask for|there are 3 groups"):
                 read(**{name: t.to(PLACE) if name != "weight_shape" else t for name, t in tensors.items()}, **options)
     assert not launched
 

@@ -101,7 +101,8 @@ def _run(func, args, kwargs):
         strangers = [t for t in found if not isinstance(t, OnCuda) and t.dim() and t.device.type == "cpu"]
         if strangers:
             raise RuntimeError(
-                f"{name}: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu "
+                f"{name}: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
+                "cpu "
                 f"{[list(t.shape) for t in strangers]}!"
             )
     if placed and Pretend.now is not None:
@@ -163,7 +164,7 @@ def _as(value, there, inputs):
         return value.as_subclass(OnCuda if there else torch.Tensor)
     if isinstance(value, (tuple, list)):
         made = [_as(v, there, inputs) for v in value]
-        return type(value)(made) if type(value) in (tuple, list) else type(value)(made)
+        return type(value)(made)
     return value
 
 

@@ -124,11 +124,12 @@ MEASURED = """
 import json, os, re, sys
 import torch
 torch.manual_seed(0)
-folder, blocks = sys.argv[1], int(sys.argv[2])
+folder, layers = sys.argv[1], int(sys.argv[2])
 from transformers import AutoConfig, AutoModelForCausalLM
 if len(sys.argv) == 3:
-    config = AutoConfig.for_model("llama", hidden_size=128, intermediate_size=384, num_hidden_layers=blocks, num_attention_heads=4, num_key_value_heads=4,
-                                  vocab_size=96, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+    config = AutoConfig.for_model(
+        "llama", hidden_size=128, intermediate_size=384, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=96, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 else:
     from doctor import api
@@ -138,7 +139,8 @@ else:
         if line.startswith("layer"):
             status = open("/proc/self/status").read()
             peaks.append(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024)
-    api.quantize(folder, folder + ".out", Recipe(group_size=64), calibration=sys.argv[3], rows=8, max_seq_length=64, select=("O",), progress=said)
+    api.quantize(folder, folder + ".out", Recipe(group_size=64), calibration=sys.argv[3], rows=8, max_seq_length=64,
+                 select=("O",), progress=said)
     print(json.dumps(peaks))
 """
 

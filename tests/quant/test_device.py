@@ -27,7 +27,7 @@ def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert (device_of("cuda"), device_of("cuda:0")) == ("cuda:1", "cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(MachineError, match="^--device cuda:2: this process sees 2 GPUs, numbered from 0"):
+    with pytest.raises(MachineError, match=r"^--device cuda:2: this process sees 2 GPUs, numbered from 0"):
         device_of("cuda")
 
 
@@ -41,5 +41,5 @@ def test_a_full_device_is_an_error_of_the_machine(monkeypatch):
     ):
         raise torch.cuda.OutOfMemoryError("Tried to allocate 3.00 GiB.\nsecond line")
     assert "--resume" in caught.value.hint
-    with pytest.raises(RuntimeError, match="^another$"), device_memory("cuda:0"):
+    with pytest.raises(RuntimeError, match=r"^another$"), device_memory("cuda:0"):
         raise RuntimeError("another")

@@ -256,7 +256,7 @@ def test_less_memory_than_a_layer_takes_is_refused_with_the_sum(tmp_path, text):
     least = least_memory(tiny("llama").write(tmp_path / "m"))
     with pytest.raises(
         MachineError,
-        match=r"this run needs 0\.\d\d GiB at least: one decoder layer in float32 .* and Python, torch and transformers",
+        match=r"needs 0\.\d\d GiB at least: one decoder layer in float32 .* and Python, torch and transformers",
     ):
         quantized(tiny("llama"), tmp_path, text, memory=least - 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "rows.jsonl"]
@@ -569,7 +569,8 @@ def test_damp_is_raised_for_a_layer_and_those_after_it(tmp_path, text, monkeypat
 def test_what_libraries_ask_the_environment_for_once_stands_there_before_they_are_loaded():
     """And what the user gave stays. Spinning threads of two libraries took 0.4 of a run on two processors."""
     names = ("THP_MEM_ALLOC_ENABLE", "OPENBLAS_THREAD_TIMEOUT", "GOMP_SPINCOUNT")
-    code = f"import os, sys, doctor.quant; print([os.environ[n] for n in {names}], sorted({{'torch', 'scipy', 'numpy'}} & set(sys.modules)))"
+    loaded = "sorted({'torch', 'scipy', 'numpy'} & set(sys.modules))"
+    code = f"import os, sys, doctor.quant; print([os.environ[n] for n in {names}], {loaded})"
     clean = {k: v for k, v in os.environ.items() if k not in names}
     for given, said in (({}, "['1', '4', '1000'] []"), ({"GOMP_SPINCOUNT": "infinite"}, "['1', '4', 'infinite'] []")):
         done = subprocess.run(

@@ -82,8 +82,8 @@ def test_time_grows_with_layers_and_with_rows(tmp_path, text, monkeypatch):
         around=10.0,
         progress=print,
     )
-    # 4 s of solving, and 4 s of forwards that would be 8 with all rows: 6 a layer. Opening: the clock ran less than the 8
-    # s claimed.
+    # 4 s of solving, and 4 s of forwards that would be 8 with all rows: 6 a layer. Opening: the clock ran less than
+    # the 8 s claimed.
     assert forecast.seconds == pytest.approx(10 + 2 * 6 - 2 * 8, abs=0.5)
 
 

@@ -11,7 +11,7 @@ whole attention, so its choices there can differ.
 
 The source is a norm, v (for o) or up (for down), where rules/tables/architectures/ says that it is linear and that
 nobody else reads it. What is stored in 16 bits is rounded first and s derived from it, so that the fold is exact for
-the stored norm. A fold that changes the block's output all the same is taken back.
+the stored norm. A fold that changes the layer's output all the same is taken back.
 
 Sources: Lin et al. 2023 (arXiv 2306.00978) §3.2; casper-hansen/AutoAWQ awq/quantize/quantizer.py (the grid of ratios,
 clipping).

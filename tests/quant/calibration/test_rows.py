@@ -10,7 +10,8 @@ import pytest
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.lint.testing import tiny
-from doctor.quant.calibration import rows as calibration
+from doctor.quant.calibration import documents
+from doctor.quant.calibration import rows as rows_module
 from doctor.quant.calibration.rows import calibration_rows, pack
 
 
@@ -60,7 +61,7 @@ def test_documents_are_joined_by_the_end_token():
 
 
 def test_less_text_than_a_row_gives_one_short_row_and_says_so(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "load_tokenizer", lambda c, name: Ids())
+    monkeypatch.setattr(rows_module, "load_tokenizer", lambda c, name: Ids())
     (tmp_path / "t.txt").write_text("5 6 7 8")
     rows, facts, notes = calibration_rows(checkpoint, tmp_path / "t.txt", rows=8, length=16)
     assert rows == [[5, 6, 7, 8]] and facts.tokens == 4
@@ -75,7 +76,7 @@ def test_rows_never_pass_the_models_positions(checkpoint, tmp_path):
 
 
 def test_conversations_go_through_the_chat_template_and_keep_one_bos(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "load_tokenizer", lambda c, name: Ids(bos=1, adds=True))
+    monkeypatch.setattr(rows_module, "load_tokenizer", lambda c, name: Ids(bos=1, adds=True))
     file = lines(tmp_path / "c.jsonl", {"messages": [{"role": "user", "content": "5 6 7"}]})
     rows, facts, _ = calibration_rows(checkpoint, file, rows=1, length=4)
     assert rows == [[1, 5, 6, 7]] and facts.bos_doubled == 0
@@ -84,7 +85,7 @@ def test_conversations_go_through_the_chat_template_and_keep_one_bos(checkpoint,
 def test_messages_without_a_chat_template_are_refused(checkpoint, tmp_path, monkeypatch):
     tokenizer = Ids()
     tokenizer.chat_template = None
-    monkeypatch.setattr(calibration, "load_tokenizer", lambda c, name: tokenizer)
+    monkeypatch.setattr(rows_module, "load_tokenizer", lambda c, name: tokenizer)
     with pytest.raises(DoctorError, match='has "messages", and the tokenizer has no chat template'):
         calibration_rows(checkpoint, lines(tmp_path / "c.jsonl", {"messages": []}), rows=1, length=4)
 
@@ -105,7 +106,7 @@ def test_without_a_tokenizer_ids_are_enough_and_text_is_refused(tmp_path):
     rows, _, _ = calibration_rows(checkpoint, lines(tmp_path / "c.jsonl", {"input_ids": [3, 4, 5]}), rows=1, length=8)
     assert rows == [[3, 4, 5]]
     (tmp_path / "t.txt").write_text("text")
-    with pytest.raises(BadCheckpoint, match="the tokenizer cannot be loaded for t.txt"):
+    with pytest.raises(BadCheckpoint, match=r"the tokenizer cannot be loaded for t\.txt"):
         calibration_rows(checkpoint, tmp_path / "t.txt", rows=1, length=8)
 
 
@@ -157,7 +158,7 @@ def test_duplicates_and_padding_are_counted(checkpoint, tmp_path):
 
 
 def test_another_seed_takes_documents_in_another_order(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "load_tokenizer", lambda c, name: Ids())
+    monkeypatch.setattr(rows_module, "load_tokenizer", lambda c, name: Ids())
     file = lines(tmp_path / "c.jsonl", *({"text": f"{i} {i}"} for i in range(10, 30)))
     first, again, other = (calibration_rows(checkpoint, file, rows=4, length=6, seed=s)[0] for s in (0, 0, 1))
     assert first == again != other
@@ -173,7 +174,7 @@ def test_the_built_in_text_leaves_out_what_perplexity_is_measured_on():
             seen.add(key)
             reference.append(key)
     held_out = set(reference[len(reference) // 2 :])
-    ours = {" ".join(p.split()) for p in calibration.builtin_paragraphs()}
+    ours = {" ".join(p.split()) for p in documents.builtin_paragraphs()}
     assert len(held_out) > 1000 and not held_out & ours
 
 

@@ -13,9 +13,9 @@ from doctor.core.recipe import Recipe
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
 from doctor.quant import job
-from doctor.quant.calibration import rows as calibration
-from doctor.quant.calibration import self_generated
-from doctor.quant.calibration.rows import BUILTIN, NotSampled, calibration_rows
+from doctor.quant.calibration import documents, self_generated
+from doctor.quant.calibration.documents import BUILTIN
+from doctor.quant.calibration.rows import NotSampled, calibration_rows
 from doctor.quant.calibration.self_generated import sampler
 from doctor.quant.quantize import quantize
 
@@ -25,9 +25,7 @@ SOURCE = f"{BUILTIN} and text sampled from the model"
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch):
     """Two pages instead of megabytes: the tiny model's tokenizer has a token a letter."""
-    monkeypatch.setattr(
-        calibration, "builtin_paragraphs", lambda: ("".join(chr(33 + i * i % 89) for i in range(4000)),)
-    )
+    monkeypatch.setattr(documents, "builtin_paragraphs", lambda: ("".join(chr(33 + i * i % 89) for i in range(4000)),))
 
 
 def model(folder, case=None):

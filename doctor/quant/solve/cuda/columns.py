@@ -140,7 +140,7 @@ def refine(
     threads = threads_per_block(engine, n, shared_bytes_to_refine)
     for begin in range(0, k, BLOCK):
         count = min(BLOCK, k - begin)
-        block = Refinement(
+        arguments = Refinement(
             address(H),
             address(groups),
             address(scale),
@@ -161,7 +161,7 @@ def refine(
             (-(-n // threads), 1),
             threads,
             shared_bytes_to_refine(threads),
-            (block, grid_params),
+            (arguments, grid_params),
             stream_of(E),
             f"E[{k}, {n}], columns {begin}..{begin + count}",
         )

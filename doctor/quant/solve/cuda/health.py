@@ -20,7 +20,7 @@ class DeviceScan:
 
     def __init__(self, device: torch.device, *, engine: Engine | None = None):
         self.numel = 0
-        self.engine_or_reason = engine or engine_for(device)
+        self._engine = engine or engine_for(device)
         self._found = torch.frombuffer(bytearray(bytes(Health(first_nonfinite=2**64 - 1))), dtype=torch.uint8).to(
             device
         )
@@ -29,8 +29,8 @@ class DeviceScan:
         tensor = tensor.contiguous()
         if not tensor.numel():
             return
-        blocks = min(-(-tensor.numel() // (256 * RUN)), self.engine_or_reason.multiprocessors * 8)
-        self.engine_or_reason.launch(
+        blocks = min(-(-tensor.numel() // (256 * RUN)), self._engine.multiprocessors * 8)
+        self._engine.launch(
             "health_scan",
             "health_scan",
             (blocks, 1),

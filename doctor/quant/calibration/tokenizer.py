@@ -1,0 +1,70 @@
+"""The checkpoint's tokenizer through transformers, with edits of a view applied; its own code is never run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import BadCheckpoint
+from doctor.core.messages import _
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+)
+
+
+def load_tokenizer(checkpoint: Checkpoint, wanted_by: str):
+    """The checkpoint's tokenizer through transformers, with edits of a view applied. Its own code is never run.
+
+    Raises BadCheckpoint where there is none: ready ids ({"input_ids": [...]} lines) need no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    with _tokenizer_directory(checkpoint) as folder:
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+            raise BadCheckpoint(
+                _(
+                    "{root}: the tokenizer cannot be loaded for {text}: {why}.",
+                    root=str(checkpoint.root),
+                    text=wanted_by,
+                    why=str(error).splitlines()[0][:200],
+                ),
+                _(
+                    "Add the tokenizer's files, or calibrate on a .jsonl of {example} lines.",
+                    example='{"input_ids": [...]}',
+                ),
+            ) from None
+
+
+@contextmanager
+def _tokenizer_directory(checkpoint: Checkpoint) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="doctor-tokenizer-") as folder:
+        for name in TOKENIZER_FILES:
+            if name in checkpoint.json:
+                (Path(folder) / name).write_bytes(checkpoint.json[name].raw)
+            elif name in checkpoint.entries:
+                (Path(folder) / name).write_bytes(checkpoint.read_file(name))
+        yield Path(folder)
+
+
+def starts_with_bos(tokenizer) -> bool:
+    """Whether this tokenizer puts BOS in front of a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
