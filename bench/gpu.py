@@ -2,7 +2,7 @@
 
     python3 bench/gpu.py [--out DIR] [--budget SECONDS] [--wheels DIR] [STEP ...]
 
-    goldens     what the kernels compute from fixed inputs, for fixtures/goldens/cuda.json, which the host build must give
+    goldens     what the kernels compute from fixed inputs, for fixtures/goldens/cuda.json; the host build gives the same
     kernels     rung R4: kernels against the reference, odd shapes, NaN and Inf
     table       copy bandwidth, bf16 rate, each kernel beside them, the column loop in torch, whole layers
     model       a 7B-shaped model with random weights, 128 x 2048 tokens, quantized from directory to directory

@@ -122,7 +122,7 @@ class ScaleFolding:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Folded norms and biases in their stored dtype: they replace the checkpoint's in the output."""
         found = {}
-        for name in self.norms:
+        for name in sorted(self.norms):  # a set of strings has another order in every process
             owner, _dot, kind = name.rpartition(".")
             found[name] = self.sources[f"{owner}.weight"].get_parameter(kind).to(self._stored(name))
         return found

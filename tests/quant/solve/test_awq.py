@@ -274,3 +274,11 @@ def test_refinement_lowers_the_loss_of_codes_from_anywhere(native, sym, width, m
     )
     still, same = refine.improve(W, torch.zeros(96, 96), codes, grid, bits=4, group_size=width, sym=sym, zero_min=0)
     assert torch.equal(still, codes) and same is grid
+
+
+def test_folded_norms_are_written_in_one_order_in_every_process():
+    """A set of strings is ordered by a hash that differs between processes, and a resumed run is another process."""
+    names = [f"model.layers.0.norm{i}.weight" for i in range(20)]
+    folding = awq_fold.ScaleFolding({}, {n: torch.nn.LayerNorm(4) for n in names}, lambda name: torch.bfloat16)
+    folding.norms = set(names)
+    assert list(folding.tensors()) == sorted(names)
