@@ -1,6 +1,6 @@
 """The quantizer: from here upward torch and transformers are there.
 
-What their libraries ask the environment for once, when they are loaded, stands here; a value that the user gave stays.
+Sets the environment variables that their libraries read once, when they are loaded. A value that the user set is kept.
 """
 
 import os

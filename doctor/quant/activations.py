@@ -35,7 +35,7 @@ class Activations:
         self.setup, self.hidden, self.calls = setup, hidden, calls
         self._capacity, self._file = capacity, spill_file
         self._structures: dict[tuple, LinearGroups] = {}
-        self._said = False  # whether a progress line told that forwards are spilled
+        self._said = False  # whether a progress line has said that forwards are spilled
 
     def linear_groups(self, i: int, modules: Modules) -> LinearGroups:
         """Groups of layer i's linears; found once for all layers of one structure."""

@@ -80,7 +80,7 @@ class Need:
         return 2 * self.output
 
     def parts(self) -> list[tuple[str, int]]:
-        """(what, bytes) of `fixed` as a person wants to see it; the larger of the two moments."""
+        """(what, bytes) of `fixed` for people; of the moment that takes more."""
         running = [
             (_("one decoder layer in float32"), self.block),
             (_("the next decoder layer as stored"), self.ahead),
@@ -217,7 +217,7 @@ def resident() -> int:
     """Bytes of this process that are in memory."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no /proc: the constant stands for it
+    except OSError:  # no /proc: the constant is the estimate
         return constant()
 
 

@@ -1,4 +1,4 @@
-"""Which device a command computes on, and what its user is told where that device cannot."""
+"""The device that a command computes on: checked when it is named, and its errors explained."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def device_of(device: str) -> str:
 
 
 def device_free(device: str) -> int | None:
-    """Bytes of a GPU's memory that nobody uses; None for a CPU."""
+    """Free bytes of a GPU's memory; None for a CPU."""
     return None if device == "cpu" else torch.cuda.mem_get_info(torch.device(device))[0]
 
 

@@ -125,18 +125,18 @@ class Ranks:
         device: torch.device,
     ) -> tuple[Solution | None, str, float]:
         """(solution, or None and why, seconds) that rank `source` found for a linear of shape [n, k], on every rank."""
-        told = None
+        sent = None
         if self.rank == source:
-            told = [failure, seconds]
+            sent = [failure, seconds]
             if solution is not None:
-                told += [
+                sent += [
                     solution.outcome,
                     finite_json(solution.loss),
                     finite_json(solution.rtn_loss),
                     [asdict(a) for a in solution.attempts],
                     list(solution.grid.scale.shape),
                 ]
-        failure, seconds, *rest = self.broadcast_json(source, told)
+        failure, seconds, *rest = self.broadcast_json(source, sent)
         if not rest:
             return None, failure, seconds
         outcome, loss, rtn_loss, attempts, sides = rest
@@ -210,5 +210,5 @@ def stop(ranks: Ranks) -> None:
 
 
 def finite_json(value: float) -> float | None:
-    """NaN has no JSON; None stands for it."""
+    """The value, None for NaN and Inf: JSON has neither."""
     return value if math.isfinite(value) else None

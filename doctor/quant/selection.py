@@ -98,7 +98,7 @@ def names_in_config(found: Record, fused: Mapping[str, Stacks], recipe: Recipe) 
 
 
 def stays_unasked(found: Record, fused: Mapping[str, Stacks]) -> bool:
-    """Whether a record is of fused experts that stay in 16 bits though nobody asked for it: rule Q416 reports them."""
+    """Whether a record is of fused experts that stay in 16 bits unasked: rule Q416 reports them."""
     stacks = fused.get(found["name"])
     return found["role"] == FUSED_EXPERTS and (stacks is None or stacks.why != ASKED)
 

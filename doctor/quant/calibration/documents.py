@@ -127,7 +127,11 @@ def _read_parquet(path: Path, documents: Documents) -> None:
             _("pip install pyarrow, or convert the file to .jsonl."),
         ) from None
     for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
-        _take({k: v for k, v in row.items() if v is not None}, f"{path}: row {number}", documents)
+        _take(
+            {k: v for k, v in row.items() if v is not None},
+            _("{path}: row {row}", path=str(path), row=number),
+            documents,
+        )
 
 
 def _take(row: object, where: str, documents: Documents) -> None:
@@ -158,7 +162,7 @@ def _take(row: object, where: str, documents: Documents) -> None:
 def builtin_paragraphs() -> tuple[str, ...]:
     """Paragraphs of the built-in text, all different: the first half of the language reference, then docstrings.
 
-    Paragraphs of the second half of the reference are in neither, wherever else they stand.
+    Paragraphs of the second half of the reference are in neither, even where docstrings repeat them.
     """
     from pydoc_data.topics import topics
 

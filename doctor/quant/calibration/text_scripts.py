@@ -1,8 +1,7 @@
-"""In which scripts a text is written, and which others a vocabulary is made for: all that can be told of languages
-without a model of them.
+"""The scripts that a text is written in, and those that a vocabulary has many tokens of and the text none.
 
-The script of a letter is the first word of its Unicode name (LATIN, CYRILLIC, CJK, HANGUL …); languages that share one
-are not told apart.
+That is all that can be known about languages without a model of them. The script of a letter is the first word of its
+Unicode name (LATIN, CYRILLIC, CJK, HANGUL …). Languages that share a script are not distinguished.
 """
 
 from __future__ import annotations

@@ -65,6 +65,6 @@ def _tokenizer_directory(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 def starts_with_bos(tokenizer) -> bool:
-    """Whether this tokenizer puts BOS in front of a text."""
+    """Whether this tokenizer starts a text with BOS."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]

@@ -11,7 +11,7 @@ from doctor.model.spec import NOT_TEXT
 class ParameterNames:
     """Names of transformers' parameters (inside the base model) to names of the checkpoint's tensors.
 
-    Checkpoints differ in what stands in front (`model.`, `transformer.`, `language_model.model.`, nothing) and by the
+    Checkpoints differ in their prefix (`model.`, `transformer.`, `language_model.model.`, nothing) and by the
     renames that transformers applies when it loads; the part from the list of layers on is the same.
     """
 

@@ -79,7 +79,7 @@ class Skeleton:
         }
 
     def kind_of(self, i: int) -> tuple[str, str]:
-        """What tells layers with linears of the same names apart: their class, and the kind of attention that config
+        """What distinguishes layers with linears of the same names: their class, and the kind of attention that config
         gives this one.
         """
         kinds = getattr(self.model.config, "layer_types", None)
@@ -381,7 +381,7 @@ def _cast_output(dtype: torch.dtype):
 
 
 def _no_cache(value: object) -> object:
-    """A KV cache would grow with every pass over the same rows."""
+    """None for a KV cache, which would grow with every forward over the same rows."""
     from transformers.cache_utils import Cache
 
     return None if isinstance(value, Cache) else value

@@ -1,7 +1,7 @@
 """The native loops of cpu/solve.c: the grid search, GPTQ's loop over columns and its refinement, on CPU tensors in
 float32.
 
-grid.py and gptq.py ask here first and go on in torch where the answer is None or False: no library, or another device.
+grid_search.py and gptq.py call these first and fall back to torch where there is no library, or another device.
 Rows are shared among as many threads as torch has; a row's result does not depend on how they are shared.
 """
 
@@ -143,7 +143,7 @@ def refine(
     """One pass of coordinate descent under H f32[k, k] + diag(extra): (codes, scale, zero, change of the loss f64[n],
     excess f64[n]).
 
-    width: of the groups, runs in `order`, whose scale is fitted anew after its codes (a multiple of 4 up to 128); 0
+    width: of the groups, runs in `order`, whose scale is fitted again after its codes (a multiple of 4 up to 128); 0
     leaves scales alone.
     """
     k = W.shape[1]
@@ -156,7 +156,7 @@ def refine(
 
 
 def arrange(H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """H f32[k, k] with rows and columns in order i32[k]: the lower triangle; what lies above it is not defined."""
+    """H f32[k, k] with rows and columns in order i32[k]: the lower triangle; above it values are undefined."""
     out = torch.empty_like(H)
     native.function("doctor_arrange")(_at(H), _at(order), _i64(len(H)), _at(out))
     return out

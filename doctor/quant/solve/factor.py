@@ -62,7 +62,7 @@ def reversed_factor(
     why there is none.
 
     H [k, k] in float32 or float64, which is the precision of the work; mean is the mean diagonal that damp is a share
-    of (default: over live columns). Dead columns stand in with the mean, which decouples them from the others.
+    of (default: over live columns). Dead columns get the mean as their diagonal, which decouples them from the others.
 
     info = 0: L is good. info = j > 0: the leading minor of order j of the *reversed* matrix is not positive; j is near
     the rank when calibration rows are few but moves with rounding, so it is evidence and never part of a message.
@@ -93,7 +93,7 @@ def _reversed(H: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
 def _lower_factor(A: torch.Tensor) -> tuple[torch.Tensor | None, int]:
     """(L of A = L L^T, info); the lower triangle of A [k, k] is read, all of it overwritten.
 
-    In Fortran's order A^T lies where A lies, so the upper factor R of A^T is L^T and nothing is copied.
+    In Fortran's order the memory of A is that of A^T, so the upper factor R of A^T is L^T and nothing is copied.
     """
     routine = {torch.float32: spotrf, torch.float64: dpotrf}.get(A.dtype)
     if A.device.type == "cpu" and routine:

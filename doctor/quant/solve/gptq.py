@@ -121,7 +121,7 @@ def solve(
 class _Order:
     """In which order columns are rounded."""
 
-    moved: torch.Tensor | None  # i64[k]; None where it is the order they stand in
+    moved: torch.Tensor | None  # i64[k]; None where columns keep their order
     steps: torch.Tensor  # i64[k] either way
     fixed: bool  # groups are neighbours with grids from before the loop, whatever the order
 

@@ -144,7 +144,7 @@ def native_grid_params(
 
 
 def _turn(part: torch.Tensor) -> torch.Tensor:
-    """-1 for groups whose largest weight is positive, else 1, f32[r, G, 1]: the sign that puts it at the longer end."""
+    """-1 for groups whose largest weight is positive, else 1, f32[r, G, 1]: it turns that weight to the longer end."""
     return torch.where(part.amax(-1, keepdim=True) > -part.amin(-1, keepdim=True), -1.0, 1.0)
 
 

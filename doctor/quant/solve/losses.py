@@ -12,7 +12,7 @@ from doctor.quant.solve.grid_search import fit_with
 SAMPLE, SAMPLE_WEIGHTS = 64, 1 << 17
 _CLEAR = 0.8
 _POWER_STEPS = 3  # from the largest column; more bring nothing where one direction dominates
-_ROWS_AT_A_TIME = 128  # so that what is made of them stays in the cache
+_ROWS_AT_A_TIME = 128  # so that intermediate values stay in the cache
 
 
 def loss_shares(

@@ -14,7 +14,7 @@ from doctor.quant.solve.grid import Grid, dequantize
 class Solution:
     """One quantized linear. Losses are tr(E H E^T) / tr(W H W^T), E = W - Q, H undamped; NaN where nothing was active.
 
-    Past some rows they are told from a sample (see loss_shares).
+    For many rows they are estimated from a sample (see losses.loss_shares).
     """
 
     codes: torch.Tensor  # u8[n, k], columns in their original order

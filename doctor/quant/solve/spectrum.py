@@ -1,5 +1,5 @@
-"""What a Hessian tells before it is factored: dead columns, mean diagonal, largest eigenvalue, the damping it will
-need.
+"""What is known of a Hessian before it is factored: dead columns, mean diagonal, largest eigenvalue, the damping it
+will need.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FLOAT32_DAMP_PER_LAMBDA = 6e-7
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What H tells before it is factored. Columns are in_features; diag and lambda in units of H."""
+    """Facts of H before it is factored. Columns are in_features; diag and lambda in units of H."""
 
     columns: int
     rows: int

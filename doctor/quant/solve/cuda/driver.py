@@ -72,7 +72,15 @@ class Engine:
         shapes: str,
     ) -> None:
         """Runs `kernel` of cuda/<source>.cu. arguments: ctypes values. shapes: for the message of an error."""
-        where = f"{kernel}({shapes}): grid {grid[0]}x{grid[1]}, {threads} threads, {shared} bytes of shared memory"
+        where = _(
+            "{kernel}({shapes}): grid {x}x{y}, {threads} threads, {shared} bytes of shared memory",
+            kernel=kernel,
+            shapes=shapes,
+            x=grid[0],
+            y=grid[1],
+            threads=threads,
+            shared=shared,
+        )
         if shared > self.shared_optin:
             raise CudaError(
                 _(
@@ -152,11 +160,16 @@ class Engine:
         module = ctypes.c_void_p()
         image, path, cached = self.image(source)
         if cached and self._cuda.cuModuleLoadData(ctypes.byref(module), image):
-            path.unlink(missing_ok=True)  # half a file of a full disk, say: compile it anew, once
+            path.unlink(missing_ok=True)  # e.g. half a file from a full disk: compile it again, once
             image, path, cached = self.image(source)
             cached = False
         if not module:
-            self._driver("cuModuleLoadData", ctypes.byref(module), image, where=f"{source}.cu ({len(image)} bytes)")
+            self._driver(
+                "cuModuleLoadData",
+                ctypes.byref(module),
+                image,
+                where=_("{source}.cu ({size} bytes)", source=source, size=len(image)),
+            )
         return module
 
     def _driver(self, name: str, *arguments, where: str = "") -> None:
