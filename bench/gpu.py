@@ -2,7 +2,7 @@
 
     python3 bench/gpu.py [--out DIR] [--budget SECONDS] [--wheels DIR] [STEP ...]
 
-    goldens     what the kernels compute from fixed inputs, for fixtures/goldens/cuda.json; the host build gives the same
+    goldens     what the kernels compute from fixed inputs, for fixtures/goldens/cuda.json; the host build must agree
     kernels     rung R4: kernels against the reference, odd shapes, NaN and Inf
     table       copy bandwidth, bf16 rate, each kernel beside them, the column loop in torch, whole layers
     model       a 7B-shaped model with random weights, 128 x 2048 tokens, quantized from directory to directory
@@ -56,7 +56,11 @@ def places(wheels=None):
     shutil.rmtree(site.parent, ignore_errors=True)
     site.mkdir(parents=True)
     for entry in [*(ROOT / "doctor").iterdir(), ROOT / "rules", ROOT / "cuda"]:
-        (site / entry.name).symlink_to(entry)
+        if entry.name != "scan":
+            (site / entry.name).symlink_to(entry)
+    (site / "scan").mkdir()  # file by file: build_library puts its own library there, and leaves the checkout's alone
+    for entry in (ROOT / "doctor" / "scan").iterdir():
+        (site / "scan" / entry.name).symlink_to(entry)
     for wheel in sorted(Path(wheels).glob("*.whl")) if wheels else ():
         zipfile.ZipFile(wheel).extractall(site.parent)
     return os.pathsep.join([str(site.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
