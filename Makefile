@@ -4,10 +4,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-clients nvrtc kernels bench gpu docs translations clean
+.PHONY: demo lint test test-clients nvrtc kernels bench gpu docs translations clean
 
 demo: $(STAMP)          ## the main job on real weights: check, fix, quantize, verify (TINY=1: no download)
 	$(BIN)/python examples/demo.py $(if $(TINY),--tiny)
+
+lint: $(STAMP)          ## format, style and types; writes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 test: $(STAMP)          ## every test that needs no other engine and no GPU
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -36,7 +41,7 @@ GPU_PYTHON ?= python3
 gpu:                    ## on a machine with a GPU, under 10 minutes: goldens, kernels against the reference, compute-sanitizer, measurements
 	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(STEPS)
 
-docs: $(STAMP)          ## write the rule table of the README and docs/rules/ anew
+docs: $(STAMP)          ## write the pages and the table of docs/rules/ anew
 	$(BIN)/python tools/generate_docs.py
 
 translations: $(STAMP)  ## bring doctor/locale/*/LC_MESSAGES/doctor.po up to date with the code, and compile it
@@ -45,7 +50,7 @@ translations: $(STAMP)  ## bring doctor/locale/*/LC_MESSAGES/doctor.po up to dat
 # The constraints file pins torch: an open range would take gigabytes of CUDA libraries on some machines.
 $(STAMP): pyproject.toml constraints.txt $(wildcard setup.py cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,test]'
 	touch $@
 
 clean:

@@ -1,5 +1,5 @@
-"""Writes what is said about rules in two places from the one place where it stands, the rule files: the table of the
-README and docs/rules/. `--check` writes nothing and ends 1 where something is stale.
+"""Writes docs/rules/ (a page a rule, and the table) and docs/modes.md from where their words stand: the rule files and
+fixtures/modes.toml. `--check` writes nothing and ends 1 where something is stale.
 """
 
 import sys
@@ -7,7 +7,13 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- rules: written by tools/generate_docs.py -->", "<!-- /rules -->"
+RULES_HEAD = """# Rules
+
+Written by `make docs` from the rule files. Families: F files and tensors, C config.json and tokenizer, W values of
+weights, G sizes against the plan, Q the quantizer's run, K the KV cache, O the quantized result. "looks at" is the
+cost: listing and header read no weights.
+
+"""
 
 
 def pages() -> dict[Path, str]:
@@ -16,13 +22,8 @@ def pages() -> dict[Path, str]:
 
     rules = load_rules()
     files = {ROOT / "docs" / "rules" / f"{r.code}.md": page(r) for r in rules}
-    files[ROOT / "docs" / "rules" / "README.md"] = "# Rules\n\n" + rule_table(rules, "") + "\n"
+    files[ROOT / "docs" / "rules" / "README.md"] = RULES_HEAD + rule_table(rules, "") + "\n"
     files[ROOT / "docs" / "modes.md"] = modes()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, rest = readme.split(BEGIN)
-    files[ROOT / "README.md"] = (
-        before + BEGIN + "\n" + rule_table(rules, "docs/rules/") + "\n" + END + rest.split(END)[1]
-    )
     return files
 
 

@@ -1,6 +1,6 @@
-"""Prints the table of cures: rule, what its fix does, how safe it is, and what proves it. Worked out, not written down:
+"""Prints the table of fixes: rule, what its fix does, how safe it is, and what proves it. Worked out, not written down:
 each rule's own examples are judged, without and with a healthy twin as a base model (`--from`), and the findings say
-what would be done. A rule without a cure stands there with the reason, which is its page's own section.
+what would be done. A rule without a fix stands there with the reason, which is its page's own section.
 """
 
 import sys
@@ -33,16 +33,16 @@ TEXT_ONLY = {"SetJson", "RemoveJson", "CleanJson", "ReplaceText"}
 
 
 def main() -> None:
-    print("| rule | cure | safety | proof, or why there is no cure |\n|---|---|---|---|")
-    cured = total = 0
+    print("| rule | fix | safety | proof, or why there is no fix |\n|---|---|---|---|")
+    fixed = total = 0
     for entry in _rules():
         rows = list(dict.fromkeys(_rows(entry)))
-        total, cured = total + 1, cured + bool(rows)
+        total, fixed = total + 1, fixed + bool(rows)
         if not rows:
             print(f"| {entry.code} {entry.name} | - | - | {_cell(_reason(entry))} |")
         for title, safety, kinds in rows:
             print(f"| {entry.code} {entry.name} | {_cell(title)} | {safety} | {_proof(kinds)} |")
-    print(f"\n{cured} of {total} rules have a cure that doctor carries out. For all: {JUDGED}.")
+    print(f"\n{fixed} of {total} rules have a fix that doctor carries out. For all: {JUDGED}.")
 
 
 def _reason(entry) -> str:
@@ -64,7 +64,7 @@ def _rules():
 
 
 def _rows(entry):
-    """(title, safety, kinds of edits) of each cure that the rule's examples get."""
+    """(title, safety, kinds of edits) of each fix that the rule's examples get."""
     from doctor.checkpoint.directory import Checkpoint
     from doctor.core.facts import CHECKPOINT
     from doctor.edits.donor import Donor

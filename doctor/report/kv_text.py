@@ -229,7 +229,7 @@ def _layers(screen: Screen, data: dict) -> None:
 def _label(label: str) -> str:
     """The name of one picture's row."""
     name = label.removeprefix("error, ")
-    return say("|key bias|") if name == label else say("error, {name}", name=known(name))
+    return say("|key bias|") if name == label else say("error, {name}", name=translated(name))
 
 
 def _flagged(screen: Screen, rows: list[dict]) -> None:

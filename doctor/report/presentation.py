@@ -10,8 +10,6 @@ import re
 import shlex
 from dataclasses import dataclass, field
 
-from rich.cells import cell_len
-
 from doctor.core.finding import Finding, Place
 from doctor.core.messages import _, plural
 from doctor.lint.engine import Report, fold, folded_name
@@ -763,6 +761,8 @@ def seconds(value: float) -> str:
 
 def pad(text: str, cells: int) -> str:
     """Text with blanks behind it to a width in cells, of which a Chinese character takes two."""
+    from rich.cells import cell_len
+
     return text + " " * (cells - cell_len(text))
 
 
