@@ -29,6 +29,8 @@ NEUTRAL = {
 
 @rule("C162", "warning")
 def generation_config_unsaveable(checkpoint, generation_config):
+    if generation_config is None:
+        return
     stated = generation_config.get("do_sample", MISSING)
     if stated not in (MISSING, False, None):
         return

@@ -7,7 +7,7 @@ import click
 from doctor.cli.command import Command
 from doctor.cli.options import complete_rules, lang_option, option
 from doctor.core.messages import _
-from doctor.locale import catalogue, rule_pages
+from doctor.locale import catalogue
 
 
 @click.command(
@@ -25,6 +25,7 @@ def command(what: tuple[str, ...], format: str) -> None:
     from doctor.lint import explain as search
     from doctor.lint.config import OWN_RULES
     from doctor.lint.engine import load_rules
+    from doctor.locale import rule_pages
     from doctor.report import pages
     from doctor.report.formats.terminal import console
 
