@@ -25,7 +25,8 @@ from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.edits.kinds import PadTensor, SetJson
 from doctor.edits.overlay import EditedCheckpoint
-from doctor.fixing.staging import open_stage
+from doctor.fixing.overlay_writer import write_overlay
+from doctor.fixing.staging import open_staging
 from doctor.lint.testing import shard_bytes
 
 
@@ -70,11 +71,11 @@ def best(times: int, *actions) -> list[float]:
     return [min(taken) for taken in seconds]
 
 
-def write(view: EditedCheckpoint, output: Path) -> None:
+def write(overlay: EditedCheckpoint, output: Path) -> None:
     shutil.rmtree(output, ignore_errors=True)
-    with open_stage(view, output) as stage:
-        stage.write()
-        stage.commit()
+    with open_staging(overlay, output) as staging:
+        write_overlay(overlay, staging)
+        staging.commit()
 
 
 def whole_command(work: Path, times: int) -> None:

@@ -68,7 +68,8 @@ def _rows(entry):
     from doctor.checkpoint.directory import Checkpoint
     from doctor.core.facts import CHECKPOINT
     from doctor.edits.donor import Donor
-    from doctor.fixing.plan import Consent, look
+    from doctor.fixing.assess import assess
+    from doctor.fixing.consent import Consent
     from doctor.lint.testing import shown_by
 
     for case, healthy in shown_by(sys.modules[entry.module]):
@@ -79,7 +80,7 @@ def _rows(entry):
                 facts.append(
                     (CHECKPOINT, "base", Donor(Checkpoint.open(healthy.write(Path(folder) / "base")), source, "BASE"))
                 )
-            for item in look(source, case.recipe, _rules(), facts=facts).findings:
+            for item in assess(source, case.recipe, _rules(), facts=facts).findings:
                 fix = item.fix
                 if item.code == entry.code and Consent(recipe=True).can_carry_out(fix):
                     text = fix.title + (" (`--from`)" if "BASE" in fix.title else "")

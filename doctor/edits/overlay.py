@@ -355,7 +355,7 @@ def _by_new_name(edit: Edit, names: dict[str, str]) -> Edit:
 
 
 def _is_numbered(name: str) -> bool:
-    head, _, count = name.removesuffix(".safetensors").rpartition("-of-")
+    head, _of, count = name.removesuffix(".safetensors").rpartition("-of-")
     return count.isdigit() and head[-1:].isdigit()
 
 

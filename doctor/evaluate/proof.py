@@ -14,8 +14,8 @@ import numpy as np
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
-from doctor.fixing.plan import PROOF_PROMPTS as PROMPTS
-from doctor.fixing.plan import Proof
+from doctor.fixing.proof import PROOF_PROMPTS as PROMPTS
+from doctor.fixing.proof import Proof
 
 PROMPT_TOKENS = 16
 # Float32 has 24 bits; sums over some 10^4 channels through some dozens of blocks lose about 6 of them. Above: not

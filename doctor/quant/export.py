@@ -26,7 +26,8 @@ from doctor.checkpoint.safetensors import open_shard
 from doctor.core.errors import DoctorError, MachineError, PlanRefused
 from doctor.core.recipe import Recipe
 from doctor.core.version import __version__
-from doctor.fixing.staging import RECEIPT, Stage
+from doctor.fixing.receipt import RECEIPT
+from doctor.fixing.staging import StagingDir
 from doctor.formats.tensor_names import WORD_TAILS
 from doctor.quant import pack
 from doctor.quant.solve.grid import Grid
@@ -310,7 +311,7 @@ class Output:
         """Sync everything and rename the stage to the destination."""
         for path in self.stage.iterdir():
             _sync(path)
-        Stage(None, self.destination, self.stage, overwrite=overwrite).commit()
+        StagingDir(self.destination, self.stage, overwrite).commit()
         return self.destination
 
     def discard(self) -> None:

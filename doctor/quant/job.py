@@ -22,7 +22,7 @@ from doctor.core.facts import CHECKPOINT, Store
 from doctor.core.finding import Finding
 from doctor.core.messages import _, plural
 from doctor.core.recipe import Recipe
-from doctor.fixing.plan import Consent
+from doctor.fixing.consent import Consent
 from doctor.lint.rule import Rule
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export

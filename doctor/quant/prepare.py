@@ -21,7 +21,10 @@ from doctor.core.host import describe
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.records import CalibrationFacts
-from doctor.fixing.plan import Consent, Look, Proof, look, make_plan, refuse
+from doctor.fixing.assess import Assessment, assess
+from doctor.fixing.consent import Consent
+from doctor.fixing.plan import make_plan, refuse
+from doctor.fixing.proof import Proof
 from doctor.lint.engine import Report, judge, locate
 from doctor.lint.rule import Rule
 from doctor.model.spec import ModelSpec
@@ -59,7 +62,7 @@ class Checked:
     receipt.
     """
 
-    look: Look
+    assessment: Assessment
     recipe: Recipe
     consent: Consent | None
     notes: tuple[str, ...]
@@ -67,7 +70,7 @@ class Checked:
     @property
     def spec(self) -> ModelSpec:
         """Raises KeyError where the config gives no model."""
-        spec = self.look.store.get(CHECKPOINT, "spec")
+        spec = self.assessment.store.get(CHECKPOINT, "spec")
         assert isinstance(spec, ModelSpec)
         return spec
 
@@ -91,11 +94,11 @@ def check(asked: Asked, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iter
     checked = (
         _fixed(asked, source, unsafe_fixes)
         if fix
-        else Checked(look(source, asked.recipe, asked.rules), asked.recipe, None, ())
+        else Checked(assess(source, asked.recipe, asked.rules), asked.recipe, None, ())
     )
-    store = checked.look.store
+    store = checked.assessment.store
     if store.has(CHECKPOINT, "spec"):
-        machine = measure(checked.look.checkpoint, checked.spec, checked.recipe, asked.output)
+        machine = measure(checked.assessment.checkpoint, checked.spec, checked.recipe, asked.output)
         store.put(CHECKPOINT, "given_machine", machine)
         checked = judged(asked, checked)
     report = report_of(asked, checked)
@@ -122,7 +125,7 @@ def _fixed(asked: Asked, source: Checkpoint, unsafe_fixes: bool | Iterable[str])
                 _("fixes that change tensors need a proof that the logits stay; none was given."),
                 _("Use doctor.api.quantize."),
             )
-        refuse(fixes, [asked.prove(fixes.unpadded(), fixes.view)])
+        refuse(fixes, [asked.prove(fixes.unpadded(), fixes.overlay)])
     notes = tuple(_("fix: {title}", title=_("{code} {title}", code=s.code, title=s.title)) for s in fixes.steps)
     for note in notes:
         asked.progress(note)
@@ -134,7 +137,7 @@ def calibrate(asked: Asked, checked: Checked, source: str | os.PathLike | None, 
     if not method_of(checked.recipe).calibrated:
         return Calibrated(checked, [])
     started = time.perf_counter()
-    checkpoint, spec = checked.look.checkpoint, checked.spec
+    checkpoint, spec = checked.assessment.checkpoint, checked.spec
     left = export.left_by(asked.output) if asked.resume else []
     sample = Once(_sampler(asked, checked), next((entry["sampled"] for entry in left if "sampled" in entry), None))
     chosen, facts, remarks = calibration_rows(
@@ -150,7 +153,7 @@ def calibrate(asked: Asked, checked: Checked, source: str | os.PathLike | None, 
     notes = tuple(_("calibration: {text}", text=remark) for remark in remarks)
     for note in notes:
         asked.progress(note)
-    checked.look.store.put(CHECKPOINT, "calibration", facts)
+    checked.assessment.store.put(CHECKPOINT, "calibration", facts)
     checked = judged(asked, checked)
     asked.progress(
         _(
@@ -168,7 +171,7 @@ def _sampler(asked: Asked, checked: Checked) -> Callable:
     """What lets the model write calibration text, or says why it cannot."""
     if size() > 1:
         return partial(unable, _("several processes would each have to hold it"))
-    checkpoint, spec = checked.look.checkpoint, checked.spec
+    checkpoint, spec = checked.assessment.checkpoint, checked.spec
     return sampler(
         checkpoint,
         spec,
@@ -181,9 +184,9 @@ def _sampler(asked: Asked, checked: Checked) -> Callable:
 
 def judged(asked: Asked, checked: Checked) -> Checked:
     """All rules on everything known so far; facts that were judged before cost nothing."""
-    findings, runs = judge(checked.look.store, asked.rules)
-    seen = replace(checked.look, findings=locate(findings, checked.look.checkpoint), runs=runs)
-    return replace(checked, look=seen)
+    findings, runs = judge(checked.assessment.store, asked.rules)
+    seen = replace(checked.assessment, findings=locate(findings, checked.assessment.checkpoint), runs=runs)
+    return replace(checked, assessment=seen)
 
 
 def report_of(
@@ -194,8 +197,8 @@ def report_of(
     new: Iterable[Finding] = (),
     shown: dict | None = None,
 ) -> Report:
-    """The report so far. new: findings after those of the look; shown: files and receipt of the output."""
-    seen = checked.look
+    """The report so far. new: findings after those of the assessment; shown: files and receipt of the output."""
+    seen = checked.assessment
     return Report(
         checkpoint=seen.checkpoint.name,
         recipe=checked.recipe,

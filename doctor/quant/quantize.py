@@ -21,9 +21,10 @@ from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
 from doctor.core.records import CalibrationFacts
+from doctor.fixing.assess import assess
 from doctor.fixing.output_summary import files, receipt_summary
-from doctor.fixing.plan import Proof, look
-from doctor.fixing.staging import check_output
+from doctor.fixing.outputs import check_output
+from doctor.fixing.proof import Proof
 from doctor.lint.engine import Report, load_rules, locate, select_rules
 from doctor.model.spec import build_spec
 from doctor.quant import budget, export
@@ -128,7 +129,7 @@ def quantize(
         report = report_of(asked, calibrated.checked, calibrated.facts)
         if not report.ok:
             return QuantizeResult(report, calibration=calibrated.facts)
-        checked.look.checkpoint.forget_parsed()
+        checked.assessment.checkpoint.forget_parsed()
         if preflight:
             return _preflight(asked, calibrated)
         ranks = start(device)
@@ -180,20 +181,20 @@ def _preflight(asked: Asked, calibrated: Calibrated) -> QuantizeResult:
     checked = calibrated.checked
     around = 2 * (time.perf_counter() - asked.started)
     found, done = flight.preflight(
-        checked.look.checkpoint,
+        checked.assessment.checkpoint,
         checked.spec,
         checked.recipe,
         asked.output,
         calibrated.rows,
-        checked.look.store,
+        checked.assessment.store,
         asked.rules,
         memory=asked.memory,
         device=asked.device,
         around=around,
         progress=asked.progress,
     )
-    known = {(f.code, f.message) for f in checked.look.findings}
-    new = locate([f for f in done.judged if (f.code, f.message) not in known], checked.look.checkpoint)
+    known = {(f.code, f.message) for f in checked.assessment.findings}
+    new = locate([f for f in done.judged if (f.code, f.message) not in known], checked.assessment.checkpoint)
     report = report_of(asked, checked, calibrated.facts, done, new)
     return QuantizeResult(report, None, calibrated.facts, [*checked.notes, *calibrated.notes], found)
 
@@ -205,12 +206,12 @@ def _run(asked: Asked, calibrated: Calibrated, ranks: Ranks) -> QuantizeResult:
     notes = [*checked.notes, *calibrated.notes, *_forewarn(asked, calibrated)]
     staged = _stage(asked, calibrated, ranks)
     done, kept = run(
-        checked.look.checkpoint,
+        checked.assessment.checkpoint,
         checked.spec,
         checked.recipe,
         calibrated.rows,
         staged,
-        checked.look.store,
+        checked.assessment.store,
         asked.rules,
         memory=asked.memory,
         progress=asked.progress,
@@ -235,7 +236,7 @@ def _forewarn(asked: Asked, calibrated: Calibrated) -> list[str]:
     """Notes on how this machine computes. Raises MachineError where memory cannot suffice, DoctorError without a
     config.
     """
-    checked, checkpoint = calibrated.checked, calibrated.checked.look.checkpoint
+    checked, checkpoint = calibrated.checked, calibrated.checked.assessment.checkpoint
     if "config.json" not in checkpoint.json:
         raise DoctorError(
             _("{root}: has no config.json; quantizing needs the model's shape.", root=str(checkpoint.root)),
@@ -268,7 +269,7 @@ def _stage(asked: Asked, calibrated: Calibrated, ranks: Ranks) -> export.Output:
     """The staging directory: rank 0 opens it, the others read it."""
     checked, sample = calibrated.checked, calibrated.sample
     asked.output.parent.mkdir(parents=True, exist_ok=True)
-    mark = fingerprint(checked.look.checkpoint, checked.recipe, calibrated.rows, asked.device)
+    mark = fingerprint(checked.assessment.checkpoint, checked.recipe, calibrated.rows, asked.device)
     staged = None
     if ranks.is_rank0:
         staged = export.Output.open(asked.output, {**mark, "ranks": ranks.size}, resume=asked.resume)
@@ -286,10 +287,10 @@ def _finish(
     """Write, read back under all rules, and commit only if that finds no error."""
     started = time.perf_counter()
     checked, facts = calibrated.checked, calibrated.facts
-    staged.finish(checked.look.checkpoint, checked.recipe, kept, receipt(checked.recipe, facts, done, notes))
+    staged.finish(checked.assessment.checkpoint, checked.recipe, kept, receipt(checked.recipe, facts, done, notes))
     written = Checkpoint.open(staged.stage)
-    after = look(written, checked.recipe, asked.rules)
-    before = {(f.code, f.message) for f in checked.look.findings}
+    after = assess(written, checked.recipe, asked.rules)
+    before = {(f.code, f.message) for f in checked.assessment.findings}
     new = [f for f in after.findings if (f.code, f.message) not in before]
     shown = {"files": files(written), "receipt": receipt_summary(written)}
     report = report_of(asked, checked, facts, done, new, shown)

@@ -11,7 +11,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.facts import CHECKPOINT, Store
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
-from doctor.fixing.plan import Consent
+from doctor.fixing.consent import Consent
 from doctor.lint.rule import Rule
 from doctor.model.fused_experts import Stacks, find_stacks, take_apart
 from doctor.model.spec import ModelSpec

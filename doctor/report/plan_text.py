@@ -4,8 +4,10 @@ written.
 
 import os
 
-from doctor.api import FixResult
-from doctor.fixing.plan import PROOF_PROMPTS, Plan, Proof, Step
+from doctor.fixing.plan import Plan
+from doctor.fixing.proof import PROOF_PROMPTS, Proof
+from doctor.fixing.result import FixResult
+from doctor.fixing.step import Step
 from doctor.lint.engine import fold
 from doctor.locale.catalogue import counted, say, translated
 from doctor.report.presentation import Group, pad, safe, size

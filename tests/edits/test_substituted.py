@@ -25,7 +25,7 @@ from doctor.edits.kinds import (
     TakeFile,
 )
 from doctor.edits.overlay import EditedCheckpoint
-from doctor.fixing.staging import sha256
+from doctor.fixing.filesystem import sha256
 from doctor.lint.testing import rename_parts, tiny
 
 SECOND = "model-00002-of-00003.safetensors"
@@ -310,15 +310,15 @@ def test_an_interrupted_fetch_is_removed_by_the_next_run(fake, tmp_path, whole):
 def test_an_adapter_is_merged_into_a_base_of_the_hub_which_is_fetched_whole(fake, tmp_path, whole, monkeypatch):  # noqa: F811
     import doctor.rules.f022_adapter_without_base as module
 
-    from doctor import api
+    from doctor.fixing import donor_source
 
     source = module.bad()[0].write(tmp_path / "adapter")
     base = tiny().write(tmp_path / "base")
     fake.put(base)
     asked = []
-    real = api.open_checkpoint
+    real = donor_source.open_checkpoint
     monkeypatch.setattr(
-        api,
+        donor_source,
         "open_checkpoint",
         lambda text, **more: asked.append(more) or (Checkpoint.open(base) if more else real(text)),
     )
@@ -534,7 +534,7 @@ def test_a_new_name_goes_with_the_cures_of_other_rules_in_place_and_back(tmp_pat
     receipt = json.loads(result.receipt_path.read_text())
     (shard,) = [w for w in receipt["written"] if w["file"] != INDEX_NAME]
     assert shard["sha256_before"] in before.values() and shard["sha256_after"] == sha256(source / shard["file"])
-    assert "is what it was before the fix" in undo(source)[0]
+    assert "is as it was before the fix" in undo(source)[0]
     assert {p.name: sha256(p) for p in source.iterdir()} == before
 
 

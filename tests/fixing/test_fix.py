@@ -18,8 +18,9 @@ from doctor.edits.kinds import PadTensor, SetJson
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.evaluate import proof
 from doctor.evaluate.proof import prove
-from doctor.fixing.plan import Consent, make_plan
-from doctor.fixing.staging import sha256
+from doctor.fixing.consent import Consent
+from doctor.fixing.filesystem import sha256
+from doctor.fixing.plan import make_plan
 from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
 from doctor.lint.testing import FAMILIES, rename_parts, tiny
@@ -296,7 +297,7 @@ saved = {{n: getattr(os, n) for n in NAMES}}
 recipe = Recipe(group_size=32, tp=2)
 checkpoint = Checkpoint.open({str(source)!r})
 import doctor.evaluate.proof as proof
-from doctor.fixing.plan import Proof
+from doctor.fixing.proof import Proof
 proof.prove = lambda a, b: Proof("equal", "not the subject here")
 import shutil
 fix(checkpoint, {str(out)!r} + "-warm", recipe, unsafe_fixes={codes})
@@ -366,7 +367,7 @@ def test_a_kill_at_any_moment_leaves_the_output_absent_or_whole_and_the_next_run
         RUNNER.format(root=os.getcwd())
         + f"""
 import doctor.evaluate.proof as proof, time
-from doctor.fixing.plan import Proof
+from doctor.fixing.proof import Proof
 proof.prove = lambda a, b: Proof("equal", "not the subject here")
 print("ready", flush=True)
 sys.stdin.readline()

@@ -15,7 +15,7 @@ import pytest
 from doctor.api import check, fix, recover, undo
 from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.fixing import in_place
-from doctor.fixing.staging import sha256
+from doctor.fixing.filesystem import sha256
 from doctor.lint.testing import tiny
 from doctor.report.plan_text import render_plan
 
@@ -52,7 +52,7 @@ def test_a_fix_in_place_keeps_what_was_there_and_undo_puts_it_back(spoiled):
     assert json.loads((spoiled / "doctor.json").read_text())["kept"] == "model.before-fix"
     assert f"undo: doctor undo {spoiled}" in render_plan(result)
     assert undo(spoiled) == [
-        f"{spoiled} is what it was before the fix. The fixed copy was as the receipt says and is removed"
+        f"{spoiled} is as it was before the fix. The fixed copy matched its receipt and is removed"
     ]
     assert names(spoiled) == ["model"] and digests(spoiled) == before
 
@@ -76,20 +76,22 @@ def test_undo_without_renameat2_does_the_same(spoiled, monkeypatch):
 
 
 def test_what_cannot_be_undone_is_said(spoiled, tmp_path):
-    with pytest.raises(BadCheckpoint, match="holds no receipt of doctor"):
+    with pytest.raises(BadCheckpoint, match="holds no receipt of doctor \(doctor.json\), so there is nothing to undo"):
         undo(spoiled)
     fix(spoiled, tmp_path / "out", tiny().recipe)
-    with pytest.raises(PlanRefused, match="was written with -o, so its source was never changed"):
+    with pytest.raises(
+        PlanRefused, match="was written with -o, so its source was never changed and nothing can be undone"
+    ):
         undo(tmp_path / "out")
     fix_in_place(spoiled)
     os.rename(in_place.kept_name(spoiled), tmp_path / "elsewhere")
-    with pytest.raises(PlanRefused, match="is not there; what the fix replaced was removed"):
+    with pytest.raises(PlanRefused, match="does not exist; what the fix replaced was deleted"):
         undo(spoiled)
 
 
 def test_what_is_not_fixed_in_place(spoiled, tmp_path):
     os.symlink(spoiled, tmp_path / "link")
-    with pytest.raises(PlanRefused, match="no plain directory of its own name"):
+    with pytest.raises(PlanRefused, match="is not a plain directory; only a plain directory is fixed in place"):
         fix_in_place(tmp_path / "link")
     in_place.kept_name(spoiled).mkdir()
     with pytest.raises(PlanRefused, match="holds what an earlier fix in place replaced"):
@@ -149,7 +151,7 @@ def test_an_undo_that_was_killed_is_carried_to_its_end(spoiled, monkeypatch, sta
     assert digests(spoiled) == before and names(spoiled) == ["model"] and not in_place._journal(spoiled).exists()
     assert (
         len(notes) == 1
-        and "is what it was before the fix" in notes[0]
+        and "is as it was before the fix" in notes[0]
         and ("was killed" in notes[0]) == (state != "nothing yet")
     )
     assert recover(spoiled) == []
@@ -195,7 +197,7 @@ def test_an_undo_in_which_any_call_fails_can_be_repeated(spoiled, monkeypatch, a
 
 def test_a_journal_of_a_living_process_is_respected(spoiled):
     in_place._write_journal(in_place._journal(spoiled), {"pid": os.getppid(), "old": 1, "new": 2})
-    with pytest.raises(PlanRefused, match=f"process {os.getppid()} is changing it in place"):
+    with pytest.raises(PlanRefused, match=f"process {os.getppid()} is fixing it in place"):
         recover(spoiled)
 
 

@@ -10,7 +10,11 @@ import pytest
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError, PlanRefused
 from doctor.edits.kinds import PadTensor, RemoveJson, ReplaceNonfinite, SetJson, SetRecipe
-from doctor.fixing.plan import Consent, compose, diff_lines, fold_names, look, make_plan, refuse
+from doctor.fixing.assess import assess
+from doctor.fixing.consent import Consent
+from doctor.fixing.describe import diff_lines, fold_names
+from doctor.fixing.edit_set import compose
+from doctor.fixing.plan import make_plan, refuse
 from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
 from doctor.lint.testing import tiny
@@ -155,8 +159,8 @@ def test_safe_fixes_go_and_unsafe_ones_wait_for_the_users_word(plan_of):
         plan = plan_of(tiny(), bodies, consent)
         assert {s.code for s in plan.steps} == gone
         assert {s.code for s in plan.optional} == set(bodies) - gone
-        assert plan.view.changed == {"config.json"} and plan.files_written == ["config.json"]
-        assert plan.bytes_to_write == len(plan.view.json["config.json"].raw)
+        assert plan.overlay.changed == {"config.json"} and plan.files_written == ["config.json"]
+        assert plan.bytes_to_write == len(plan.overlay.json["config.json"].raw)
 
 
 def test_a_fix_that_uncovers_another_finding_is_followed_by_its_fix(plan_of):
@@ -169,7 +173,7 @@ def test_a_fix_that_uncovers_another_finding_is_followed_by_its_fix(plan_of):
         },
     )
     assert [s.code for s in plan.steps] == ["C190", "C191"] and not plan.problems
-    assert plan.view.value("config.json")["y_test"] == 6 and plan.steps[1].after == 1
+    assert plan.overlay.value("config.json")["y_test"] == 6 and plan.steps[1].after == 1
 
 
 def test_two_wishes_for_one_key_let_the_first_win_and_the_other_is_reported(plan_of):
@@ -201,7 +205,7 @@ def test_a_rule_that_a_fix_makes_crash_stops_the_plan(plan_of):
     plan = plan_of(
         tiny(), {"C190": sets(5), "C191": 'if config.get("x_test") == 5:\n    raise KeyError("x")\nyield from ()'}
     )
-    assert plan.problems == ["C191 crashed on what the fixes give, so it cannot tell whether all is well"]
+    assert plan.problems == ["C191 crashed on the fixed checkpoint, so it cannot be judged"]
     before = plan_of(tiny(), {"C190": sets(5), "C191": 'raise KeyError("x")\nyield from ()'})
     assert not before.problems and [s.code for s in before.steps] == ["C190"]
 
@@ -212,7 +216,8 @@ n = sum(k.startswith("x_test") for k in config)
 yield finding(f"{n} is not enough", at=Place("config.json", f"/x_test{n}"), fix=Fix("one more", (SetJson("config.json", f"/x_test{n}", 1, MISSING),)))
 """
     with pytest.raises(
-        DoctorError, match=r"after 10 passes fixes still bring new fixes \(C190\). This is a bug of doctor"
+        DoctorError,
+        match=r"after 10 passes fixes still bring new fixes \(C190\). This is an internal error \(a bug in doctor\)",
     ):
         plan_of(tiny(), {"C190": body})
 
@@ -234,7 +239,7 @@ def test_edits_that_do_not_fit_the_files_are_told_and_the_others_go_on(plan_of):
     stale = sets(6, "y_test").replace('config.get("y_test", MISSING)', "41")
     plan = plan_of(tiny(), {"C190": sets(5), "C191": stale})
     assert [s.code for s in plan.steps] == ["C190"]
-    assert plan.waiting[0].waits == "config.json#/y_test: no value; the edit expects 41"
+    assert plan.waiting[0].waits == "config.json#/y_test: no value; the edit expects 41."
 
 
 def test_edits_of_the_recipe_are_for_a_quantizers_run(plan_of):
@@ -264,7 +269,7 @@ def test_a_partial_look_says_what_a_whole_one_says(plan_of, tmp_path):
     case.down()[0, 0] = 0x7FC0
     case.tensors[case.name("up", 1)][:] = 0
     plan = plan_of(case, {}, Consent(codes=frozenset({"W201"})))
-    whole = look(plan.view, plan.recipe, load_rules())
+    whole = assess(plan.overlay, plan.recipe, load_rules())
     assert [(f.code, f.message) for f in whole.findings] == [(f.code, f.message) for f in plan.after.findings] != []
     for subject in whole.store.subjects("tensor"):
         assert whole.store.get(subject, "stats") == plan.after.store.get(subject, "stats")

@@ -739,7 +739,7 @@ def test_absent_and_wrong_group_indices_are_written_in_order(tmp_path):
     want = case.tensors.pop(one)
     case.tensors[other] = case.tensors[other] + 1
     source = case.write(tmp_path / "source")
-    assert (fix(source, tmp_path / "safe", case.recipe).plan.view.load(one) == want).all()
+    assert (fix(source, tmp_path / "safe", case.recipe).plan.overlay.load(one) == want).all()
     fix(source, tmp_path / "out", case.recipe, unsafe_fixes=True)
     out = Checkpoint.open(tmp_path / "out")
     assert (
@@ -879,7 +879,7 @@ def test_an_adapter_is_not_merged_in_its_own_place_nor_into_a_packed_base(tmp_pa
     code, _, err = doctor("fix", folder, "--in-place", "--from", base, *PLAN)
     assert (
         code == 2
-        and "what an adapter is merged into is another model, which does not take its place. Hint: Write it with -o."
+        and "a merged adapter is another model than the adapter, so it cannot replace it. Hint: Write a copy with -o."
         in " ".join(err.split())
     )
     result = fix(folder, tmp_path / "out", case.recipe, base=packed)
@@ -898,7 +898,7 @@ def test_in_place_and_undo_from_the_command_line(tmp_path, doctor):
     code, out, _ = doctor("undo", source)
     assert (
         code == 0
-        and "is what it was before the fix" in out
+        and "is as it was before the fix" in out
         and json.loads((source / "generation_config.json").read_text())["eos_token_id"] == 50
     )
 
@@ -1049,7 +1049,8 @@ def test_a_cure_removes_its_finding_adds_none_and_is_done_once(entry, tmp_path):
     """Cures that change the plan instead of the files are held to the same, by the plan that a quantizer's run would
     make.
     """
-    from doctor.fixing.plan import Consent, make_plan, refuse
+    from doctor.fixing.consent import Consent
+    from doctor.fixing.plan import make_plan, refuse
     from doctor.lint.testing import shown_by
 
     for number, (case, healthy) in enumerate(shown_by(sys.modules[entry.module])):

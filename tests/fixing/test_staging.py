@@ -12,7 +12,8 @@ from doctor.core.errors import BadCheckpoint, MachineError, PlanRefused
 from doctor.edits.kinds import PadTensor, ReplaceNonfinite, SetJson
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.fixing import staging
-from doctor.fixing.staging import clean_stale, open_stage
+from doctor.fixing.overlay_writer import write_overlay
+from doctor.fixing.staging import clean_stale, open_staging
 from doctor.lint.testing import tiny
 
 
@@ -27,8 +28,8 @@ def one_value(source):
 
 
 def written(view, output, **options):
-    with open_stage(view, output, **options) as stage:
-        stage.write()
+    with open_staging(view, output, **options) as stage:
+        write_overlay(view, stage, copy=options.get("copy", False))
         stage.commit()
     return stage
 
@@ -159,7 +160,7 @@ def test_output_in_the_source_or_around_it_is_refused(tmp_path, where):
     _, source = sharded(tmp_path)
     with (
         pytest.raises(PlanRefused, match="the source is never written to"),
-        open_stage(one_value(source), tmp_path / where, overwrite=True),
+        open_staging(one_value(source), tmp_path / where, overwrite=True),
     ):
         pass
 
@@ -172,7 +173,7 @@ def test_existing_output_is_refused_unless_told_and_then_replaced(tmp_path):
     (out / "mine.txt").write_text("kept until the swap")
     with (
         pytest.raises(PlanRefused, match=r"exists and holds 9 files; an output must be new or empty. .*--overwrite"),
-        open_stage(view, out),
+        open_staging(view, out),
     ):
         pass
     written(view, out, overwrite=True)
@@ -185,14 +186,14 @@ def test_overwrite_replaces_checkpoints_only(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("")
     with (
-        pytest.raises(PlanRefused, match="none of them is a checkpoint's"),
-        open_stage(one_value(source), tmp_path / "thesis", overwrite=True),
+        pytest.raises(PlanRefused, match="holds 1 file, none of a checkpoint; --overwrite replaces checkpoints only"),
+        open_staging(one_value(source), tmp_path / "thesis", overwrite=True),
     ):
         pass
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(PlanRefused, match="exists and is not a directory"),
-        open_stage(one_value(source), tmp_path / "file", overwrite=True),
+        open_staging(one_value(source), tmp_path / "file", overwrite=True),
     ):
         pass
 
@@ -229,7 +230,7 @@ def test_a_disk_too_small_is_said_before_anything_is_written(tmp_path, monkeypat
     view = EditedCheckpoint(source, [PadTensor(case.name("down"), 1, 160)])
     with (
         pytest.raises(MachineError, match=rf"{3 * real.f_frsize:,} bytes are free; 1,[\d,]+ will be written"),
-        open_stage(view, tmp_path / "out"),
+        open_staging(view, tmp_path / "out"),
     ):
         pass
     assert os.listdir(tmp_path) == ["source"]
@@ -238,8 +239,9 @@ def test_a_disk_too_small_is_said_before_anything_is_written(tmp_path, monkeypat
 def test_an_error_or_an_interrupt_leaves_nothing_behind(tmp_path):
     _, source = sharded(tmp_path)
     for error in (ValueError("ours"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), open_stage(one_value(source), tmp_path / "out") as stage:
-            stage.write()
+        overlay = one_value(source)
+        with pytest.raises(type(error)), open_staging(overlay, tmp_path / "out") as stage:
+            write_overlay(overlay, stage)
             raise error
         assert os.listdir(tmp_path) == ["source"]
 
@@ -253,11 +255,12 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path):
             (source.root / "config.json").write_text("{}")
         calls.append(1)
 
+    overlay = one_value(source)
     with (
         pytest.raises(BadCheckpoint, match="the files changed while they were read"),
-        open_stage(one_value(source), tmp_path / "out", progress=meddle) as stage,
+        open_staging(overlay, tmp_path / "out", progress=meddle) as stage,
     ):
-        stage.write()
+        write_overlay(overlay, stage)
     assert os.listdir(tmp_path) == ["source"]
 
 
@@ -299,7 +302,7 @@ def test_a_file_that_bears_the_receipts_name_is_said_to_be_missing(tmp_path):
         (source.root / "doctor.json").write_text(text)
         stage = written(one_value(Checkpoint.open(source.root)), tmp_path / f"out{len(text)}")
         assert len(stage.notes) == notes == len(stage.not_carried) and all(
-            "is no receipt and is not in the output" in n for n in stage.notes
+            "is not a receipt and is not in the output" in n for n in stage.notes
         )
 
 

@@ -1,0 +1,136 @@
+"""The receipt, doctor.json: what was done to which file, and what was found before and after.
+
+The same input gives the same text: no times, no paths, other checkpoints by name. No key of it is ever renamed, because
+receipts of earlier runs are read too.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.finding import Finding
+from doctor.core.recipe import Recipe
+from doctor.core.version import __version__
+from doctor.edits.donor import Donor
+from doctor.edits.kinds import MISSING, AddLowRank, Edit, Rebase, TakeFile, TakeTensor
+from doctor.edits.overlay import EditedCheckpoint
+from doctor.fixing.edit_set import in_phases
+from doctor.fixing.filesystem import sha256
+from doctor.fixing.proof import Proof
+from doctor.fixing.step import Step
+
+RECEIPT = "doctor.json"
+SCHEMA = "doctor.receipt/1"
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """One file of the output. how: "written" (edited), "reflinked", "linked" or "copied" (content as in the source)."""
+
+    name: str
+    how: str
+    size: int
+
+
+def is_receipt(document: dict[str, Any] | None) -> bool:
+    """Whether a doctor.json is a receipt that can be read here."""
+    return document is not None and document.get("schema") == SCHEMA
+
+
+def build_receipt(
+    source: Checkpoint,
+    recipe: Recipe,
+    steps: Iterable[Step],
+    overlay: EditedCheckpoint,
+    *,
+    donor: Donor | None,
+    digests: Mapping[str, tuple[str | None, str]],
+    files: Iterable[WrittenFile],
+    not_carried: Mapping[str, str],
+    findings_before: Iterable[Finding],
+    findings_after: Iterable[Finding],
+    proofs: Iterable[Proof],
+    kept: str | None,
+) -> dict[str, Any]:
+    """The receipt of a plan that was carried out.
+
+    digests: changed file -> (sha256 before, None where there was no readable file; sha256 after). kept: name of the
+    directory that keeps the old checkpoint of a fix in place.
+    """
+    names = {str(source.root): source.name, **({donor.root: donor.name} if donor is not None else {})}
+    files = sorted(files, key=lambda f: f.name)
+    receipt = {
+        "schema": SCHEMA,
+        "doctor": __version__,
+        "source": source.name,
+        "recipe": recipe.label(),
+        "steps": [
+            {
+                "code": s.code,
+                "name": s.name,
+                "safety": s.safety,
+                "title": s.title.replace(donor.text, donor.name) if donor is not None else s.title,
+                "edits": [_edit_data(e, names) for e in in_phases(s.edits)],
+            }
+            for s in steps
+        ],
+        "written": [
+            {"file": n, "bytes": overlay.entries[n].size, "sha256_before": old, "sha256_after": new}
+            for n, (old, new) in sorted(digests.items())
+        ],
+        "unchanged": [{"file": f.name, "bytes": f.size, "how": f.how} for f in files if f.how != "written"],
+        "not_carried": dict(sorted(not_carried.items())),
+        "bytes_written": sum(f.size for f in files if f.how in ("written", "copied")),
+        "findings_before": [_finding_data(f) for f in findings_before],
+        "findings_after": [_finding_data(f) for f in findings_after],
+        "proofs": [asdict(p) for p in proofs],
+    }
+    if donor is not None and any(isinstance(e, (TakeTensor, TakeFile, AddLowRank, Rebase)) for e in overlay.edits):
+        receipt["base"] = _donor_data(overlay, donor)
+    if kept is not None:
+        receipt["kept"] = kept
+    earlier = source.value(RECEIPT)
+    if is_receipt(earlier):
+        receipt["previous"] = earlier
+    return receipt
+
+
+def changed_since(folder: Path, receipt: dict[str, Any]) -> list[str]:
+    """Files of an output that differ from its receipt: other bytes in edited ones, other sizes, missing, or added."""
+    written = {e["file"]: e for e in receipt["written"]}
+    known = {**{e["file"]: e["bytes"] for e in receipt["unchanged"]}, **{n: e["bytes"] for n, e in written.items()}}
+    found = {
+        str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != RECEIPT
+    }
+    wrong = [
+        n
+        for n in sorted({*known, *found})
+        if known.get(n) != found.get(n) and not (n in written and n not in found and not known[n])
+    ]
+    return wrong + [n for n, e in written.items() if n not in wrong and e["sha256_after"] != sha256(folder / n)]
+
+
+def _donor_data(overlay: EditedCheckpoint, donor: Donor) -> dict[str, Any]:
+    """The donor's name, never a path, and the sha256 of each of its files that something was copied from."""
+    edits = overlay.edits
+    files = {e.file for e in edits if isinstance(e, TakeFile)}
+    files |= {
+        donor.checkpoint.tensors[e.tensor].shard for e in edits if isinstance(e, TakeTensor) and e.root == donor.root
+    }
+    if any(isinstance(e, Rebase) for e in edits):
+        files |= {old for n in overlay.changed if (old := overlay.origin(n)) in donor.checkpoint.entries}
+    return {"name": donor.name, "files": {n: donor.checkpoint.sha256(n) for n in sorted(files)}}
+
+
+def _edit_data(edit: Edit, names: Mapping[str, str]) -> dict[str, Any]:
+    """An edit as data; other checkpoints by their names, because a path means nothing on another machine."""
+    values = {f.name: getattr(edit, f.name) for f in fields(edit)}
+    if "root" in values:
+        values["root"] = names[values["root"]]
+    return {"kind": type(edit).__name__, **{k: v for k, v in values.items() if v is not MISSING}}
+
+
+def _finding_data(item: Finding) -> dict[str, str]:
+    return {"code": item.code, "severity": item.severity, "where": item.target, "message": item.message}
