@@ -358,7 +358,8 @@ class Bench:
     def memory_bound(self):
         import torch
 
-        from doctor.quant import pack
+        from doctor.core.recipe import Scheme
+        from doctor.formats.base import KNOWN
         from doctor.quant.solve import cuda, grid
 
         n = k = self.large
@@ -382,16 +383,18 @@ class Bench:
             torch.full((n, k // 128), 8, dtype=torch.int32, device=self.device),
         )
         groups = grid.contiguous_groups(k, 128, self.device)
-        for name, words, back in (
-            ("GPTQ", pack.gptq_pack(codes, found, groups, 4), lambda w: cuda.gptq_dequantize(**w, bits=4)),
-            ("AWQ", pack.awq_pack(codes, found), lambda w: cuda.awq_dequantize(**w)),
-            (
-                "compressed-tensors",
-                pack.compressed_pack(codes, found, 4, True),
-                lambda w: cuda.compressed_dequantize(**w, bits=4),
-            ),
+        for name, back in (
+            ("gptq", lambda w: cuda.gptq_dequantize(**w, bits=4)),
+            ("awq", lambda w: cuda.awq_dequantize(**w)),
+            ("compressed-tensors", lambda w: cuda.compressed_dequantize(**w, bits=4)),
         ):
-            self.row(f"dequantize, {name} order", partial(milliseconds, partial(back, words)), n * k * 4.5, bound=True)
+            words = KNOWN[name].pack(codes, found, groups, Scheme(4, 128))
+            self.row(
+                f"dequantize, {KNOWN[name].label} order",
+                partial(milliseconds, partial(back, words)),
+                n * k * 4.5,
+                bound=True,
+            )
         del codes, across, words
         W, s = self.random(n, k // 2) * 0.02, torch.rand(k // 2, device=self.device) + 0.5
         self.row(

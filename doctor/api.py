@@ -150,7 +150,7 @@ def _chosen(
 
 def _default_recipe(checkpoint: Checkpoint, config: Config | None) -> Recipe:
     """The recipe without one from the caller: of a quantized checkpoint, what its own quantization_config states."""
-    from doctor.plan.groups import STATED, stored_recipe
+    from doctor.model.quantization_config import STATED, stored_recipe
 
     own = config.recipe() if config else Recipe()
     return own if config and config.recipe_values.keys() & STATED else stored_recipe(checkpoint, own)

@@ -21,37 +21,32 @@ forms stay manual.
 Sources: ml-explore/mlx-lm issue 1192; ModelCloud/GPTQModel PR 2827; transformers PR 46763.
 """
 
-import re
-
 from doctor.lint.rule import (
-    PARTS,
-    WORD_TAILS,
+    KNOWN,
     Dequantize,
     DropFile,
     DropTensor,
+    Edit,
     Fix,
     Place,
     RemoveJson,
     Unavailable,
     finding,
+    is_scale_beside_weight,
     packed_size,
     read_quantization,
     rule,
+    word_tails,
 )
 from doctor.lint.testing import tiny
 
-SCALES = re.compile(
-    r"\.(weight_scale_inv|weight_scale|SCB|absmax|quant_state\.bitsandbytes__\w+|quant_map|_scales)$|_(blocks|scales)$"
-)
-
-
-FP8_PARTS = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
 OWN_FILES = ("quantize_config.json", "quant_config.json")
 
 
 @rule("C147", "error", implied_by=("F002", "F005"))
 def already_quantized(checkpoint, tensors, config, quantization_block, asked):
-    packed = [i for n, i in sorted(tensors.items()) if n.endswith(WORD_TAILS)]
+    tails = word_tails()
+    packed = [i for n, i in sorted(tensors.items()) if n.endswith(tails)]
     if packed:
         if "C147" in asked and quantization_block is not None:
             yield _packed(checkpoint, tensors, packed, quantization_block)
@@ -65,15 +60,16 @@ def already_quantized(checkpoint, tensors, config, quantization_block, asked):
     ]
     if not narrow:
         return
-    scales = [n for n in tensors if SCALES.search(n)]
+    scales = [n for n in tensors if is_scale_beside_weight(n)]
     first = min(narrow, key=lambda info: info.name)
-    method = (quantization_block or ({},))[0].get("quant_method")
+    raw = quantization_block[0] if quantization_block else {}
+    method = raw.get("quant_method")
     by = f" by {method}" if method else ""
     yield finding(
         f"{len(narrow):,} weights are stored in {first.dtype.name}{by} with {len(scales):,} tensors of scales, the first is {first.name}",
         at=Place(first.shard, tensor=first.name),
         evidence={"weights": len(narrow), "scales": len(scales), "dtype": first.dtype.name},
-        fix=_fp8(checkpoint, tensors, narrow, quantization_block) or Fix("take the 16-bit original", (), "manual"),
+        fix=_beside(checkpoint, tensors, narrow, quantization_block) or Fix("take the 16-bit original", (), "manual"),
     )
 
 
@@ -81,23 +77,18 @@ def _packed(checkpoint, tensors, packed, block):
     fix = None
     try:
         quant = read_quantization(*block)
-        if quant.bits not in (2, 3, 4, 8) or quant.version not in ("gptq", "gptq_v2", "gemm", "pack-quantized"):
+        if not quant.readable or quant.bits not in quant.format.bits:
             raise Unavailable(f"{quant.version} with {quant.bits} bits is not unpacked here")
-        edits, kind = [], _dtype(tensors)
+        edits: list[Edit] = []
+        kind = _dtype(tensors)
         for info in packed:
-            module, _, tail = info.name.rpartition(".")
-            width, height = packed_size(quant, module, tail, info.shape)
+            module = info.name.rpartition(".")[0]
+            width, height = packed_size(quant, info)
             edits.append(
-                Dequantize(
-                    f"{module}.weight",
-                    (height, width),
-                    quant.method,
-                    quant.bits_of(module),
-                    2 if quant.version == "gptq_v2" else 1,
-                    dtype=kind,
-                )
+                Dequantize(f"{module}.weight", (height, width), quant.format.name, quant.bits_of(module), dtype=kind)
             )
-            edits += [DropTensor(f"{module}.{part}") for part in PARTS[quant.method] if f"{module}.{part}" in tensors]
+            parts = quant.format.part_names
+            edits += [DropTensor(f"{module}.{part}") for part in parts if f"{module}.{part}" in tensors]
         fix = _plain(checkpoint, block, edits, len(packed))
         why = f"{quant.bits} bits"
     except Unavailable as error:
@@ -112,23 +103,21 @@ def _packed(checkpoint, tensors, packed, block):
     )
 
 
-def _fp8(checkpoint, tensors, narrow, block):
-    """Each 8-bit weight with one scale, a row of them or one for each tile; None where something else is narrow."""
-    edits, kind = [], _dtype(tensors)  # once: DeepSeek-V3 has 46,000 such weights
+def _beside(checkpoint, tensors, narrow, block):
+    """Each weight under its own name with scales beside it, in a format that keeps them so; None where one is narrow
+    otherwise.
+    """
+    edits: list[Edit] = []
+    kind = _dtype(tensors)  # once: DeepSeek-V3 has 46,000 such weights
+    raw = block[0] if block else None
     for info in narrow:
-        scales = [n for n in (f"{info.name}_scale_inv", f"{info.name}_scale") if n in tensors]
-        if (
-            info.dtype.name != "F8_E4M3"
-            or len(info.shape) != 2
-            or len(scales) != 1
-            or not info.name.endswith(".weight")
-        ):
+        found = ((form, form.scheme_beside(info, tensors, raw)) for form in KNOWN.values())
+        form, scheme = next((pair for pair in found if pair[1] is not None), (None, None))
+        if form is None or scheme is None:
             return None
-        tile = (block[0].get("weight_block_size") if block else None) or ()
-        whole = tensors[scales[0]].numel == 1 or tensors[scales[0]].shape[-1] == 1
-        edits.append(Dequantize(info.name, info.shape, "fp8", 8, block=() if whole else tuple(tile), dtype=kind))
+        edits.append(Dequantize(info.name, info.shape, form.name, scheme.bits, block=scheme.tile, dtype=kind))
         module = info.name.removesuffix(".weight")
-        edits += [DropTensor(f"{module}.{part}") for part in FP8_PARTS if f"{module}.{part}" in tensors]
+        edits += [DropTensor(f"{module}.{part}") for part in form.beside if f"{module}.{part}" in tensors]
     return _plain(checkpoint, block, edits, len(narrow))
 
 

@@ -18,37 +18,8 @@ Fix safety: safe: nothing in the files is quantized.
 Sources: transformers src/transformers/quantizers/auto.py; vllm-project/vllm vllm/model_executor/layers/quantization.
 """
 
-from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule
+from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule, says_packed, shows_packing
 from doctor.lint.testing import tiny
-
-PACKING = (
-    "gptq",
-    "gptq_marlin",
-    "auto_gptq",
-    "awq",
-    "awq_marlin",
-    "compressed-tensors",
-    "auto-round",
-    "fp8",
-    "exl2",
-    "exl3",
-    "mxfp4",
-    "aqlm",
-    "hqq",
-    "quip",
-)
-SIGNS = (
-    ".qweight",
-    ".weight_packed",
-    ".weight_scale",
-    ".weight_scale_inv",
-    ".q_weight",
-    ".trellis",
-    ".codes",
-    "_blocks",
-    ".W_q",
-    "_scale",
-)
 
 
 @rule("C153", "error")
@@ -56,11 +27,9 @@ def stale_quantization_config(checkpoint, tensors, quantization_block):
     if quantization_block is None:
         return
     raw, file, pointer = quantization_block
-    if raw.get("quant_method") not in PACKING or raw.get("format") == "dense" or not pointer:
+    if not says_packed(raw) or not pointer:
         return
-    if any(n.endswith(SIGNS) for n in tensors) or any(i.dtype.bits < 16 for i in tensors.values()):
-        return
-    if raw.get("quant_method") == "compressed-tensors" and not raw.get("config_groups"):
+    if any(map(shows_packing, tensors)) or any(i.dtype.bits < 16 for i in tensors.values()):
         return
     yield finding(
         f"quantization_config names {raw['quant_method']}, but all {len(tensors):,} tensors are plain",

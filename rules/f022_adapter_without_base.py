@@ -26,7 +26,6 @@ import json
 
 from doctor.lint.rule import (
     ADAPTER,
-    WORDS,
     AddLowRank,
     CastTensor,
     Edit,
@@ -42,6 +41,7 @@ from doctor.lint.rule import (
     product,
     rule,
     saved_whole,
+    word_tails,
 )
 from doctor.lint.testing import shard_bytes, tiny
 
@@ -105,7 +105,7 @@ def _merge(checkpoint, config, donor, digests) -> tuple[tuple[Edit, ...], str]:
         merged = pairs(config, own, own)
         for pair in merged:
             weight = base.get(f"{pair.module}.weight")
-            if any(f"{pair.module}.{words}" in base for words in WORDS.values()):
+            if any(pair.module + tail in base for tail in word_tails()):
                 raise NotMergeable(
                     _("{module} is packed in the base; it must be the 16-bit original", module=pair.module)
                 )

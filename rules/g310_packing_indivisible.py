@@ -22,13 +22,10 @@ awq/modules/linear/gemm.py.
 from doctor.lint.rule import Fix, Place, finding, keep_edits, rule
 from doctor.lint.testing import tiny
 
-# (in_features, out_features) multiples. AutoAWQ asserts out % 8 but sizes its buffer by 32, so 32 is what works.
-UNITS = {"gptq": (32, 32), "gptq_v2": (32, 32), "awq": (1, 32)}
-
 
 @rule("G310", "error")
 def packing_indivisible(checkpoint, layout):
-    unit_in, unit_out = UNITS.get(layout.format, (1, 1))
+    unit_in, unit_out = layout.packing.unit
     misfits = {}
     for linear in layout.linears:
         if not layout.quantized and (linear.in_features % unit_in or linear.out_features % unit_out):

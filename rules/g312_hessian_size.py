@@ -21,7 +21,7 @@ INDEX_LIMIT = 2**31  # entries that a signed 32-bit index reaches
 
 @rule("G312", "info")
 def hessian_size(checkpoint, layout, spec, recipe):
-    if recipe.method != "gptq" or layout.quantized:
+    if not recipe.solver.factors or layout.quantized:
         return
     widest = max(layout.linears, key=lambda x: x.in_features, default=None)
     if widest is None or widest.in_features**2 < INDEX_LIMIT:

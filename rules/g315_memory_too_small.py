@@ -35,7 +35,7 @@ def memory_too_small(checkpoint, machine, layout, recipe):
         f"this machine has {machine.memory_free / GIB:.1f} GiB of memory free; {recipe.label()} takes {machine.memory_need / GIB:.1f} GiB",
         evidence={"memory_free": machine.memory_free, "memory_need": machine.memory_need},
         advice="take a machine with more memory"
-        + ("" if recipe.method == "rtn" else ", or --method rtn, which needs no Hessian"),
+        + ("" if not recipe.solver.calibrated else ", or --method rtn, which needs no Hessian"),
     )
 
 

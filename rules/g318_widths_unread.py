@@ -18,7 +18,7 @@ Sources: run with transformers 5.24 (size mismatch), GPTQModel 7.7 (loads and an
 its CPU build has no 8-bit kernel); turboderp/exllamav2 exllamav2/linear.py reads 4-bit GPTQ only.
 """
 
-from doctor.lint.rule import Fix, Place, SetRecipe, finding, rule
+from doctor.lint.rule import KNOWN, Fix, Place, SetRecipe, finding, rule
 from doctor.lint.testing import tiny
 
 ONE_WIDTH = ("transformers", "exllamav2")
@@ -42,12 +42,9 @@ def widths_unread(checkpoint, recipe, quantization_block):
             evidence={"runtime": recipe.runtime, "patterns": len(stored)},
             advice="quantize the original again, into compressed-tensors or with one width",
         )
-    elif quantization_block is None and recipe.bits_for and recipe.output_format.startswith("gptq"):
-        fix = (
-            Fix("write compressed-tensors", (SetRecipe("format", "compressed-tensors"),), "unsafe")
-            if recipe.runtime == "transformers"
-            else None
-        )
+    elif quantization_block is None and recipe.bits_for and KNOWN[recipe.output_format].widths_key:
+        read = next(f.name for f in KNOWN.values() if f.writes and f.own_widths and not f.widths_key)
+        fix = Fix(f"write {read}", (SetRecipe("format", read),), "unsafe") if recipe.runtime == "transformers" else None
         yield finding(
             f"{', '.join(recipe.bits_for)}: in the {recipe.output_format} format {recipe.runtime} reads one width for all linears",
             evidence={"runtime": recipe.runtime, "bits_for": list(recipe.bits_for)},

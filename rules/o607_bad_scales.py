@@ -17,10 +17,9 @@ its repository. Without one the weights behind a wrong scale are lost.
 Sources: AutoGPTQ/AutoGPTQ issues 306, 582 and 587; casper-hansen/AutoAWQ PR 516 (sets such scales to 1).
 """
 
-from doctor.lint.rule import finding, rule, tensor_from_base
+from doctor.lint.rule import finding, rule, scale_tails, tensor_from_base
 from doctor.lint.testing import encode, tiny_gptq
 
-SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
 # A scale is at most twice the largest weight of its group divided by the number of steps; weights above a few hundred
 # do not occur in trained linears, so a scale of 100 (weights of 800 at 4 bits) is an accident.
 HUGE = 100.0
@@ -28,7 +27,7 @@ HUGE = 100.0
 
 @rule("O607", "warning", certainty="likely", implied_by=("W201",))
 def bad_scales(tensor, n_zero, numel, absmax, base):
-    if not tensor.name.endswith(SCALES):
+    if not tensor.name.endswith(scale_tails()):
         return
     if n_zero:
         yield finding(

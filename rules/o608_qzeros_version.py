@@ -20,36 +20,27 @@ Sources: vllm-project/vllm PR 26092 and 38966; AutoGPTQ/AutoGPTQ PR 640; turbode
 exllamav2/ext.py (0x11111111).
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, ShiftZeros, finding, rule, symmetric_word
+from doctor.lint.rule import KNOWN, MISSING, Fix, Place, SetJson, ShiftZeros, finding, rule
 from doctor.lint.testing import tiny_gptq
 
 
 @rule("O608", "error")
 def qzeros_version(checkpoint, quantization, packed_words):
-    if quantization.method != "gptq" or not quantization.sym:
+    form = quantization.format
+    if not form.twin or not quantization.sym:
         return
-    stated = "gptq_v2" if quantization.version == "gptq_v2" else "gptq"
-    other = "gptq" if stated == "gptq_v2" else "gptq_v2"
-    bits = {n: quantization.bits_of(n.removesuffix(".qzeros")) for n in packed_words if n.endswith(".qzeros")}
+    twin, tail = KNOWN[form.twin], f".{form.zeros}"
+    bits = {n: quantization.bits_of(n.removesuffix(tail)) for n in packed_words if n.endswith(tail)}
     wrong = [
         n
         for n, b in bits.items()
-        if b in (2, 4, 8) and packed_words[n].kinds == {symmetric_word(b, other): packed_words[n].count}
+        if (word := twin.zero_word(b)) is not None and packed_words[n].kinds == {word: packed_words[n].count}
     ]
     if not wrong:
         return
-    key = (
-        "packing_format"
-        if quantization.autoround
-        else "checkpoint_format"
-        if "checkpoint_format" in quantization.raw or "format" not in quantization.raw
-        else "format"
-    )
-    value = (
-        {"gptq": "auto_round:auto_gptq", "gptq_v2": "auto_round:gptqmodel"}[other] if quantization.autoround else other
-    )
+    key, value = quantization.reader.version_key(quantization.raw), quantization.reader.spelled(twin)
     pointer = f"{quantization.pointer}/{key}"
-    if other == "gptq_v2" and key not in quantization.raw:
+    if not twin.zero_offset and key not in quantization.raw:
         fix = Fix(
             "store the zero points minus one, as version 1 does", tuple(ShiftZeros(n, bits[n], -1) for n in wrong)
         )
@@ -58,9 +49,9 @@ def qzeros_version(checkpoint, quantization, packed_words):
             f"set {key} to {value}",
             (SetJson(quantization.file, pointer, value, expect=quantization.raw.get(key, MISSING)),),
         )
-    words = " or ".join(sorted({f"0x{symmetric_word(bits[n], other):08x}" for n in wrong}))
+    words = " or ".join(sorted({f"0x{twin.zero_word(bits[n]):08x}" for n in wrong}))
     yield finding(
-        f"{len(wrong)} qzeros tensors hold {words} only, which is {other}, and {key} says {stated}",
+        f"{len(wrong)} qzeros tensors hold {words} only, which is {twin.name}, and {key} says {form.name}",
         at=Place(quantization.file, pointer=pointer),
         evidence={"word": words, "tensors": len(wrong), "first": wrong[0]},
         fix=fix,

@@ -20,10 +20,11 @@ from doctor.lint.testing import np, tiny_gptq
 
 @rule("O609", "warning", certainty="likely")
 def v1_zero_wraps(checkpoint, quantization, packed_words):
-    if quantization.method != "gptq" or quantization.sym or quantization.version == "gptq_v2":
+    if not quantization.format.zero_offset or quantization.sym:
         return
+    tail = f".{quantization.format.zeros}"
     for name, words in packed_words.items():
-        if name.endswith(".qzeros") and words.full_fields and quantization.bits_of(name.removesuffix(".qzeros")) == 4:
+        if name.endswith(tail) and words.full_fields and quantization.bits_of(name.removesuffix(tail)) == 4:
             yield finding(
                 f"{words.full_fields:,} of {words.count:,} words of {name} hold a zero point stored as 15, which wraps in version 1",
                 evidence={"words": words.full_fields, "of": words.count},

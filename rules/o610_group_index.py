@@ -23,11 +23,13 @@ from doctor.lint.testing import np, tiny_gptq
 
 @rule("O610", "error")
 def group_index(checkpoint, quantization, packed_words, tensors):
-    if quantization.method != "gptq":
+    form = quantization.format
+    if not form.order_key:
         return
+    tail, packed = f".{form.index}", f".{form.words}"
     scattered = []
     for name, words in packed_words.items():
-        scales = tensors.get(name.removesuffix(".g_idx") + ".scales") if name.endswith(".g_idx") else None
+        scales = tensors.get(f"{name.removesuffix(tail)}.{form.scales}") if name.endswith(tail) else None
         if scales is None or len(scales.shape) != 2 or not words.count:
             continue
         groups = scales.shape[0]
@@ -52,21 +54,17 @@ def group_index(checkpoint, quantization, packed_words, tensors):
             f"g_idx is scattered in {len(scattered)} linears (first {scattered[0]}) and desc_act says the groups lie in order",
             at=Place(quantization.file, pointer=pointer),
             evidence={"linears": len(scattered)},
-            fix=None if quantization.autoround else fix,
+            fix=fix if quantization.reader.order_key else None,
             advice="set desc_act to true",
         )
 
-    indexed = {n.removesuffix(".g_idx") for n in tensors if n.endswith(".g_idx")}
-    absent = sorted(
-        n.removesuffix(".qweight")
-        for n in tensors
-        if n.endswith(".qweight") and n.removesuffix(".qweight") not in indexed
-    )
+    indexed = {n.removesuffix(tail) for n in tensors if n.endswith(tail)}
+    absent = sorted(m for n in tensors if n.endswith(packed) and (m := n.removesuffix(packed)) not in indexed)
     if indexed and absent and not quantization.desc_act:
-        edits = tuple(_in_order(f"{module}.g_idx", tensors, quantization) for module in absent)
+        edits = tuple(_in_order(module + tail, tensors, quantization) for module in absent)
         yield finding(
             f"{len(absent)} linears have no g_idx and {len(indexed)} have one, the first without is {absent[0]}",
-            at=Place("", tensor=f"{absent[0]}.qweight"),
+            at=Place("", tensor=absent[0] + packed),
             evidence={"absent": len(absent), "present": len(indexed)},
             severity="warning",
             fix=Fix("add g_idx as groups of neighbours", edits),
@@ -74,8 +72,8 @@ def group_index(checkpoint, quantization, packed_words, tensors):
 
 
 def _in_order(name, tensors, quantization):
-    module = name.removesuffix(".g_idx")
-    width = tensors[f"{module}.qweight"].shape[0] * 32 // quantization.bits_of(module)
+    form, module = quantization.format, name.rpartition(".")[0]
+    width, _height = form.size(tensors[f"{module}.{form.words}"].shape, quantization.bits_of(module))
     return GroupsInOrder(name, width, quantization.group_size)
 
 

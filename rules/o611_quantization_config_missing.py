@@ -19,13 +19,14 @@ other forms are not read: then manual.
 Sources: vllm-project/vllm issues 1100 and 13612; vllm-project/llm-compressor issues 959 and 967.
 """
 
-from doctor.lint.rule import MISSING, PACKED_TAILS, Fix, Place, SetJson, finding, rule, symmetric_word
+from doctor.lint.rule import KNOWN, MISSING, Fix, Place, SetJson, finding, packed_tails, rule
 from doctor.lint.testing import np, tiny_gptq
 
 
 @rule("O611", "error")
 def quantization_config_missing(checkpoint, quantization_block, tensors, config, packed_words=None):
-    packed = [name for name in tensors if name.endswith(PACKED_TAILS)]
+    tails = packed_tails()
+    packed = [name for name in tensors if name.endswith(tails)]
     if quantization_block is not None or not packed:
         return
     yield finding(
@@ -39,63 +40,23 @@ def quantization_config_missing(checkpoint, quantization_block, tensors, config,
 
 def _fix(tensors, config, words):
     """quantization_config as the tensors and their words show it; None where they leave anything open."""
-    modules = [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]
-    shapes = [
-        [
-            tensors[f"{m}.{part}"].shape if f"{m}.{part}" in tensors else None
-            for part in ("qweight", "qzeros", "scales", "g_idx")
-        ]
-        for m in modules
-    ]
-    if not shapes or any(len(s or ()) != 2 for three in shapes for s in three[:3]):
-        return None
-    found = {_read(*four) for four in shapes}
-    if len(found) != 1 or None in found:
-        return None
-    method, bits, group = found.pop()
-    block = {"quant_method": method, "bits": bits, "group_size": group}
-    if method == "awq":
-        block |= {"zero_point": True, "version": "gemm"}
+    for form in KNOWN.values():
+        tail = f".{form.words}"
+        modules = [n.removesuffix(tail) for n in tensors if form.words and n.endswith(tail)]
+        shapes, seen = ({m: _parts(m, form, facts) for m in modules} for facts in (tensors, words))
+        block = form.shown({m: {k: info.shape for k, info in own.items()} for m, own in shapes.items()}, seen)
+        if block is not None:
+            break
     else:
-        zeros, orders = (
-            [words[f"{m}.{part}"] for m in modules if f"{m}.{part}" in words] for part in ("qzeros", "g_idx")
-        )
-        versions = [
-            v
-            for v in ("gptq", "gptq_v2")
-            if bits != 3 and all(z.kinds is not None and z.kinds.keys() == {symmetric_word(bits, v)} for z in zeros)
-        ]
-        if (
-            len(versions) != 1
-            or len(zeros) < len(modules)
-            or (any(s[3] for s in shapes) and len(orders) < len(modules))
-        ):
-            return None
-        block |= {
-            "sym": True,
-            "desc_act": not all(o.rising for o in orders),
-            "checkpoint_format": versions[0],
-            "lm_head": "lm_head" in modules,
-        }
+        return None
     edit = SetJson("config.json", "/quantization_config", block, config.get("quantization_config", MISSING))
+    method, bits, group = block["quant_method"], block["bits"], block["group_size"]
     groups = f"groups of {group}" if group > 0 else "whole rows"
     return Fix(f"write quantization_config as the tensors show it: {method}, {bits} bits, {groups}", (edit,))
 
 
-def _read(words, zeros, scales, index):
-    """(method, bits, group_size) of one linear by its shapes, None where they do not fit together."""
-    groups, height = scales
-    bits = zeros[1] * 32 / height
-    if words[1] == height and index is not None:
-        width, method = index[0], "gptq"
-    elif words[1] == height:
-        width, method = words[0] * 32 / bits, "gptq"
-    else:
-        width, method = words[0], "awq"
-    fits = words == ((width * bits / 32, height) if method == "gptq" else (width, height * bits / 32))
-    if bits not in (2, 3, 4, 8) or not fits or zeros[0] != groups or width % groups or (method == "awq" and bits != 4):
-        return None
-    return method, int(bits), int(width // groups) if groups > 1 else -1
+def _parts(module, form, facts):
+    return {part: facts[f"{module}.{part}"] for part in form.part_names if f"{module}.{part}" in facts}
 
 
 def bad():

@@ -20,18 +20,16 @@ Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py; casper-hansen/Auto
 awq/modules/linear/gemm.py.
 """
 
-from doctor.lint.rule import NEEDED, SCALES, WORDS, EqualZeros, Fix, Place, SetJson, finding, rule, symmetric_word
+from doctor.lint.rule import EqualZeros, Fix, Place, SetJson, finding, rule
 from doctor.lint.testing import tiny_gptq
 
 
 @rule("O612", "error")
 def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
-    shown = _group_size(quantization, layout, tensors)
+    shown, form = _group_size(quantization, layout, tensors), quantization.format
     for linear in layout.linears:
-        at = Place("", tensor=f"{linear.name}.{WORDS[quantization.method]}")
-        absent = [tail for tail in NEEDED[quantization.method] if f"{linear.name}.{tail}" not in tensors]
-        if quantization.method == "gptq" and quantization.desc_act and f"{linear.name}.g_idx" not in tensors:
-            absent.append("g_idx")
+        at = Place("", tensor=f"{linear.name}.{form.words}")
+        absent = [tail for tail in quantization.needed if f"{linear.name}.{tail}" not in tensors]
         if absent:
             yield finding(
                 f"{linear.name} is packed but has no {' and no '.join(absent)}",
@@ -41,16 +39,10 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
                 advice="copy the shard again from where it came from",
             )
             continue
-        scales = tensors[f"{linear.name}.{SCALES[quantization.method]}"].shape
+        scales = tensors[f"{linear.name}.{form.scales}"].shape
         group = linear.in_features if quantization.group_size == -1 else quantization.group_size
-        groups, height = -(-linear.in_features // group), linear.out_features
-        expected = (height, groups) if quantization.method == "compressed-tensors" else (groups, height)
-        if tuple(scales) != expected and quantization.version in (
-            "gptq",
-            "gptq_v2",
-            "gemm",
-            "pack-quantized",
-        ):
+        expected = form.scale_shape(linear.in_features, linear.out_features, group)
+        if tuple(scales) != expected and quantization.readable:
             yield finding(
                 f"{linear.name} has scales {list(scales)}, and {quantization.bits_of(linear.name)} bits in groups of {group} make {list(expected)}",
                 at=at,
@@ -61,20 +53,12 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
 
 
 def _absent(quantization, linear, tensors, absent, base):
-    """Equal zero points for a symmetric GPTQ file; else what --from has under these names."""
-    scales = tensors.get(f"{linear.name}.scales")
-    bits = quantization.bits_of(linear.name)
-    if (
-        absent == ["qzeros"]
-        and quantization.method == "gptq"
-        and quantization.sym
-        and bits in (2, 4, 8)
-        and scales is not None
-    ):
+    """Equal zero points for a symmetric file; else what --from has under these names."""
+    form, bits = quantization.format, quantization.bits_of(linear.name)
+    scales, word = tensors.get(f"{linear.name}.{form.scales}"), form.zero_word(bits)
+    if absent == [form.zeros] and quantization.sym and word is not None and scales is not None:
         groups, height = scales.shape
-        edit = EqualZeros(
-            f"{linear.name}.qzeros", (groups, height * bits // 32), symmetric_word(bits, quantization.version)
-        )
+        edit = EqualZeros(f"{linear.name}.{form.zeros}", (groups, height * bits // 32), word)
         return Fix("write the zero points of a symmetric file", (edit,))
     donor = base.checkpoint.tensors if base is not None else {}
     names = [f"{linear.name}.{tail}" for tail in absent]
@@ -92,8 +76,8 @@ def _group_size(quantization, layout, tensors):
     """
     found = set()
     for linear in layout.linears:
-        scales = tensors.get(f"{linear.name}.{SCALES[quantization.method]}")
-        if scales is None or len(scales.shape) != 2 or quantization.version not in ("gptq", "gptq_v2", "gemm"):
+        scales = tensors.get(f"{linear.name}.{quantization.format.scales}")
+        if scales is None or len(scales.shape) != 2 or not quantization.readable:
             return None
         groups, height = scales.shape
         found.add(

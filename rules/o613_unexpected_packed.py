@@ -34,14 +34,9 @@ def unexpected_packed(checkpoint, quantization, tensors):
                 at=Place(info.shard, tensor=name),
                 advice="quantize again with routers left out",
             )
-        elif (
-            HEAD.search(name)
-            and quantization.method == "gptq"
-            and not quantization.autoround
-            and not quantization.raw.get("lm_head")
-        ):
-            pointer = f"{quantization.pointer}/lm_head"
-            edit = SetJson(quantization.file, pointer, True, expect=quantization.raw.get("lm_head", MISSING))
+        elif HEAD.search(name) and (key := quantization.reader.head_key) and not quantization.raw.get(key):
+            pointer = f"{quantization.pointer}/{key}"
+            edit = SetJson(quantization.file, pointer, True, expect=quantization.raw.get(key, MISSING))
             yield finding(
                 f"{name}: the output head is packed and lm_head is not true",
                 at=Place(quantization.file, pointer=pointer),

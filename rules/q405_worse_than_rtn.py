@@ -14,7 +14,7 @@ Sources: qwopqwop200/GPTQ-for-LLaMa README (7B: perplexity 6.79 with GPTQ and 6.
 act-order).
 """
 
-from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together
+from doctor.lint.rule import Fix, Keep, finding, is_calibrated, is_kept, rule, together
 from doctor.lint.testing import change, measured
 
 MARGIN = 1.01  # ratio of the two losses; both are sums in float32, so within a percent they are the same
@@ -23,7 +23,7 @@ MARGIN = 1.01  # ratio of the two losses; both are sums in float32, so within a 
 @rule("Q405", "warning")
 def worse_than_rtn(linear, solve, spec, recipe):
     # Written so that a loss that is NaN counts as worse.
-    if solve.outcome not in ("gptq", "awq") or solve.loss <= MARGIN * solve.rtn_loss or is_kept(recipe, linear.name):
+    if not is_calibrated(solve.outcome) or solve.loss <= MARGIN * solve.rtn_loss or is_kept(recipe, linear.name):
         return
     yield finding(
         f"{linear.name}: {solve.outcome} lost {solve.loss:.3g} of the output's energy, rounding {solve.rtn_loss:.3g}",

@@ -21,15 +21,19 @@ Sources: vllm-project/llm-compressor src/llmcompressor/modifiers/gptq/base.py:39
 compressors/layer_config_resolver.py:69 (layers left in 16 bits without a word).
 """
 
-from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together
+from doctor.lint.rule import Fix, Keep, finding, is_kept, is_rounding, rule, together
 from doctor.lint.testing import change, measured
 
 
 @rule("Q406", "warning", implied_by=("Q401", "Q410", "G301", "G310"))
 def fallback(linear, solve, spec, recipe):
-    if solve.outcome not in ("rtn", "kept") or solve.outcome == recipe.method or is_kept(recipe, linear.name):
+    if (
+        not (is_rounding(solve.outcome) or solve.outcome == "kept")
+        or solve.outcome == recipe.method
+        or is_kept(recipe, linear.name)
+    ):
         return
-    what = "was rounded to nearest" if solve.outcome == "rtn" else "stays in 16 bits"
+    what = "was rounded to nearest" if is_rounding(solve.outcome) else "stays in 16 bits"
     yield finding(
         f"{linear.name} {what} instead of {recipe.method}: {solve.note or 'no reason recorded'}",
         evidence={"outcome": solve.outcome, "method": recipe.method},

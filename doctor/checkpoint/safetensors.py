@@ -11,12 +11,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from doctor.checkpoint.dtypes import DTYPES, Dtype
-from doctor.core.errors import BadCheckpoint
+from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.messages import _
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a longer header is refused by every reader
 CHUNK_BYTES = 1 << 20  # 1 MiB: larger reads were no faster and cost memory per worker
@@ -329,3 +330,25 @@ def open_shard(path: str | os.PathLike, name: str) -> Shard:
     except OSError as error:
         size = os.path.getsize(path) if os.path.exists(path) else 0
         return Shard(name, size, defects=[Defect("unreadable", error.strerror or str(error))])
+
+
+def header_bytes(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Length and JSON header, padded to 8 bytes, of (name, dtype, shape, bytes) of tensors that lie one behind the other.
+
+    metadata: what `__metadata__` holds beside the format, which transformers 4 wants named. Raises DoctorError where two
+    tensors have one name.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    at = 0
+    for name, dtype, shape, nbytes in tensors:
+        if name in header:
+            raise DoctorError(
+                _("{name}: two tensors of the output have this name; every tensor needs its own.", name=name)
+            )
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw

@@ -33,7 +33,7 @@ def stored_or_asked(ctx: click.Context, checkpoint: "Checkpoint", asked: Recipe)
     """
     from click.core import ParameterSource
 
-    from doctor.plan.groups import STATED, stored_recipe
+    from doctor.model.quantization_config import STATED, stored_recipe
 
     stored = stored_recipe(checkpoint, asked)
     if all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in STATED):

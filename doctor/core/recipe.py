@@ -3,19 +3,49 @@
 A recipe moves one way: a retry may raise damping or fall to a simpler method, never back, so every retry loop ends.
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, Protocol
 
 from doctor.core.errors import DoctorError
+from doctor.core.messages import _
+from doctor.core.methods import BITS, METHODS, Method
 
-METHODS = ("gptq", "awq", "rtn")
-FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 RUNTIMES = ("vllm", "sglang", "exllamav2", "transformers", "llama.cpp")
-BITS = (2, 3, 4, 8)
 DAMP, DAMP_MAX = 0.01, 0.1  # defaults: GPTQ's own share, and where a retry ends
 ASKED = "asked for with keep"  # why a linear stays in 16 bits that recipe.keep names
-_FALL = ("gptq", "awq", "rtn", "keep")
+_FALL = (*METHODS, "keep")
+
+
+class Scheme(NamedTuple):
+    """How the weights of one linear are stored, whatever the format.
+
+    group_size: consecutive in_features that share a scale; -1 is the whole row. tile: (rows, columns) that share a
+    scale where it is not one row's group; () where the scales' own shape says it.
+    """
+
+    bits: int
+    group_size: int = -1
+    sym: bool = True
+    tile: tuple[int, ...] = ()
+
+
+class OutputFormat(Protocol):
+    """What a recipe asks the format that it names (doctor/formats)."""
+
+    name: str
+    label: str
+    bits: tuple[int, ...]
+    own_widths: bool
+
+    def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str: ...
+
+
+# The formats that a recipe may name: doctor.formats puts them here, and importing any part of doctor imports that.
+FORMATS: dict[str, OutputFormat] = {}
 
 
 @dataclass(frozen=True)
@@ -43,47 +73,76 @@ class Recipe:
     bits_for: tuple[str, ...] = ()  # PATTERN=BITS: linears of another width; the last that matches counts
     seed: int = 0
 
-    def __post_init__(self):
-        _require(self.method in METHODS, f"method {self.method!r}", f"one of {', '.join(METHODS)}")
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise _illegal(_("method {value!r}", value=self.method), _("one of {names}", names=", ".join(METHODS)))
         if self.sym is None:
-            object.__setattr__(self, "sym", self.method != "awq")
-        _require(self.bits in BITS, f"bits {self.bits}", "2, 3, 4 or 8")
-        _require(
-            self.group_size == -1 or self.group_size > 0,
-            f"group size {self.group_size}",
-            "positive, or -1 for whole rows",
-        )
-        _require(self.tp >= 1, f"tensor parallel {self.tp}", "1 or more")
-        _require(
-            0 <= self.damp <= self.damp_max <= 1, f"damp {self.damp} to {self.damp_max}", "0 <= damp <= damp_max <= 1"
-        )
-        _require(self.format in ("", *FORMATS), f"format {self.format!r}", f"one of {', '.join(FORMATS)}")
-        _require(self.runtime in ("", *RUNTIMES), f"runtime {self.runtime!r}", f"one of {', '.join(RUNTIMES)}")
-        _require(
-            "awq" not in (self.method, self.format) or self.bits == 4,
-            f"awq with {self.bits} bits",
-            "4: the AWQ format has no other width",
-        )
+            object.__setattr__(self, "sym", METHODS[self.method].sym)
+        if not (self.group_size == -1 or self.group_size > 0):
+            raise _illegal(_("group size {value}", value=self.group_size), _("positive, or -1 for whole rows"))
+        if not self.tp >= 1:
+            raise _illegal(_("tensor parallel {value}", value=self.tp), _("1 or more"))
+        if not 0 <= self.damp <= self.damp_max <= 1:
+            what = _("damp {damp} to {most}", damp=self.damp, most=self.damp_max)
+            raise _illegal(what, _("0 <= damp <= damp_max <= 1"))
+        if self.format not in ("", *FORMATS):
+            raise _illegal(_("format {value!r}", value=self.format), _("one of {names}", names=", ".join(FORMATS)))
+        if self.runtime not in ("", *RUNTIMES):
+            raise _illegal(_("runtime {value!r}", value=self.runtime), _("one of {names}", names=", ".join(RUNTIMES)))
+        self._require_widths()
+
+    def _require_widths(self) -> None:
+        """DoctorError where method or format have no such bits, or none of their own for single linears."""
+        form, method = FORMATS[self.output_format], METHODS[self.method]
+        if self.bits not in (*BITS, *form.bits):
+            raise _illegal(_("bits {value}", value=self.bits), _("2, 3, 4 or 8"))
+        for holder in (method, form):
+            if holder.bits and self.bits not in holder.bits:
+                raise _illegal(
+                    _("{name} with {bits} bits", name=holder.name, bits=self.bits),
+                    _(
+                        "{widths}: the {label} format has no other width",
+                        widths=_either(holder.bits),
+                        label=holder.label,
+                    ),
+                )
+            if self.bits_for and not holder.own_widths:
+                raise _illegal(
+                    _(
+                        "bits for {patterns} with {method} in the {format} format",
+                        patterns=", ".join(self.bits_for),
+                        method=self.method,
+                        format=self.output_format,
+                    ),
+                    _("left out: {label} has one width for all linears", label=holder.label),
+                )
         for text in self.bits_for:
-            pattern, _, bits = text.rpartition("=")
-            _require(
-                bool(pattern) and bits in map(str, BITS), f"bits for {text!r}", "PATTERN=BITS with 2, 3, 4 or 8 bits"
-            )
-        one_width = self.bits_for and (self.method == "awq" or self.output_format == "awq")
-        _require(
-            not one_width,
-            f"bits for {', '.join(self.bits_for)} with {self.method} in the {self.output_format} format",
-            "gptq or rtn in a GPTQ or compressed-tensors format: AWQ has one width for all linears",
-        )
+            pattern, _sign, bits = text.rpartition("=")
+            if not pattern or bits not in map(str, form.bits):
+                raise _illegal(
+                    _("bits for {text!r}", text=text), _("PATTERN=BITS with {widths} bits", widths=_either(form.bits))
+                )
 
     @property
     def output_format(self) -> str:
-        return self.format or ("awq" if self.method == "awq" else "gptq")
+        """The name of the format that is written."""
+        return self.format or METHODS[self.method].format
 
-    def for_linear(self, name: str) -> "Recipe":
+    @property
+    def scheme(self) -> Scheme:
+        """How most linears are stored; `for_linear(name).scheme` is one linear's own."""
+        return Scheme(self.bits, self.group_size, bool(self.sym))
+
+    @property
+    def solver(self) -> Method:
+        """What the method needs."""
+        return METHODS[self.method]
+
+    def for_linear(self, name: str) -> Recipe:
         """The recipe of this linear: of its own width where bits_for names it."""
         bits = next(
-            (int(b) for p, _, b in (x.rpartition("=") for x in reversed(self.bits_for)) if matches(p, name)), self.bits
+            (int(b) for p, _sign, b in (x.rpartition("=") for x in reversed(self.bits_for)) if matches(p, name)),
+            self.bits,
         )
         return self if not self.bits_for else replace(self, bits=bits, bits_for=())
 
@@ -99,16 +158,18 @@ class Recipe:
         group = "per-channel" if self.group_size == -1 else f"g{self.group_size}"
         return " ".join([self.name, f"{self.bits}-bit", group, *([f"tp{self.tp}"] if self.tp > 1 else [])])
 
-    def with_field(self, name: str, value: object) -> "Recipe":
+    def with_field(self, name: str, value: Any) -> Recipe:
         """This recipe with one field changed by a fix. Raises DoctorError on a step back (less damping, a finer
         method).
         """
-        _require(name in {f.name for f in fields(self)}, f"recipe field {name!r}", "a field of the recipe")
+        if name not in {f.name for f in fields(self)}:
+            raise _illegal(_("recipe field {name!r}", name=name), _("a field of the recipe"))
         old = getattr(self, name)
-        if name in ("damp", "damp_max"):
-            _require(value >= old, f"{name} from {old} to {value}", "raised, never lowered")
-        if name == "method":
-            _require(_FALL.index(value) >= _FALL.index(old), f"method from {old} to {value}", "a simpler one")
+        step = _("{name} from {old} to {new}", name=name, old=old, new=value)
+        if name in ("damp", "damp_max") and not value >= old:
+            raise _illegal(step, _("raised, never lowered"))
+        if name == "method" and not _FALL.index(value) >= _FALL.index(old):
+            raise _illegal(step, _("a simpler one"))
         return replace(self, **{name: value})
 
 
@@ -128,20 +189,20 @@ def is_kept(recipe: Recipe, name: str) -> bool:
 
 def unfit(recipe: Recipe, in_features: int, out_features: int) -> str:
     """Why a linear of this size cannot be packed as the recipe says, "" where it can."""
-    width = in_features if recipe.group_size == -1 else recipe.group_size
-    if in_features % width:
-        return f"in_features {in_features} is not a multiple of group_size {width}"
-    if in_features % 32 or out_features % 32:
-        return f"[{out_features}, {in_features}]: packing needs multiples of 32"
-    return ""
+    return FORMATS[recipe.output_format].unfit(recipe.scheme, in_features, out_features)
 
 
-def _require(holds: bool, what: str, must: str) -> None:
-    if not holds:
-        raise DoctorError(f"recipe: {what}; must be {must}.")
+def _illegal(what: str, must: str) -> DoctorError:
+    return DoctorError(_("recipe: {what}; must be {must}.", what=what, must=must))
+
+
+def _either(numbers: tuple[int, ...]) -> str:
+    """2, 3, 4 or 8"""
+    *first, last = map(str, numbers)
+    return _("{first} or {last}", first=", ".join(first), last=last) if first else last
 
 
 def parse_runtime(text: str) -> tuple[str, str]:
     """`vllm==0.6.0` -> ("vllm", "0.6.0"); without a version the newest known one is meant."""
-    name, _, version = text.partition("==")
+    name, _sign, version = text.partition("==")
     return name.strip().lower(), version.strip()

@@ -155,8 +155,8 @@ class TakeTensor(TensorEdit):
 class Dequantize(TensorEdit):
     """`tensor` [out_features, in_features] as float values, from the packed tensors beside it, which other edits drop.
 
-    method: gptq, awq, compressed-tensors or fp8. version: of GPTQ's zero points. block: rows and columns that share an
-    fp8 scale, () where the scale's own shape determines it.
+    method: the name of the format (doctor/formats). version: 2 for GPTQ v2 in receipts that call it gptq. block: rows
+    and columns that share a scale, () where the scale's own shape determines it.
     """
 
     shape: tuple[int, int]

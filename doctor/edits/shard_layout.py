@@ -4,17 +4,15 @@ Bytes that no edit touches are runs of the source file; an edited tensor is comp
 """
 
 import bisect
-import json
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from doctor.checkpoint.dtypes import CODE_NUMPY
-from doctor.checkpoint.safetensors import Shard, ShardFile, TensorInfo
+from doctor.checkpoint.safetensors import Shard, ShardFile, TensorInfo, header_bytes
 from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.core.messages import _
 from doctor.edits.arithmetic import CASTS, apply, edited_info, pad_positions
@@ -190,21 +188,15 @@ def checked_info(info: TensorInfo, edits: Sequence[Edit]) -> TensorInfo:
 
 def lay_out(shard: Shard, parts: Sequence[PlannedTensor]) -> tuple[Shard, list[Piece]]:
     """The shard's new header and the origin of each byte of the new file; tensors keep their order."""
-    # transformers 4 refuses a file whose metadata does not name a format.
     metadata = {"format": "pt", **(shard.metadata or {})}
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    at = 0
-    for part in parts:
-        new = part.new
-        entries[new.name] = {"dtype": new.dtype.name, "shape": list(new.shape), "data_offsets": [at, at + new.nbytes]}
-        at += new.nbytes
-    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)
-    result = Shard(shard.name, 8 + len(raw) + at, len(raw), metadata=metadata)
-    pieces = [Piece(0, result.data_begin, data=struct.pack("<Q", len(raw)) + raw)]
+    new = [part.new for part in parts]
+    header = header_bytes(((info.name, info.dtype.name, info.shape, info.nbytes) for info in new), metadata)
+    size = sum(info.nbytes for info in new)
+    result = Shard(shard.name, len(header) + size, len(header) - 8, metadata=metadata)
+    pieces = [Piece(0, result.data_begin, data=header)]
     at = result.data_begin
-    for old, new, edits, derived in parts:
-        info = new._replace(begin=at, end=at + new.nbytes)
+    for old, planned, edits, derived in parts:
+        info = planned._replace(begin=at, end=at + planned.nbytes)
         result.tensors.append(info)
         if info.nbytes:
             _join(pieces, old, info, edits, derived)

@@ -18,7 +18,7 @@ from doctor.core.host import describe
 from doctor.core.recipe import Recipe
 from doctor.evaluate.compare import compare
 from doctor.lint.engine import Report, judge, load_rules, locate
-from doctor.plan.groups import stored_recipe
+from doctor.model.quantization_config import stored_recipe
 from doctor.quant.budget import free_memory
 from doctor.quant.calibration.documents import heldout_documents, read_documents
 from doctor.quant.calibration.rows import rows_of

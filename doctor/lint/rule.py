@@ -18,6 +18,7 @@ import doctor.scan.value_facts  # noqa: F401 - both declare facts that rules nam
 from doctor.core.facts import SCOPES, STAGES, Unavailable, fact, latest_stage, parameters, provide  # noqa: F401
 from doctor.core.finding import CERTAINTIES, SEVERITIES, Finding, Fix, Place
 from doctor.core.messages import _, listed, plural  # noqa: F401
+from doctor.core.methods import is_calibrated, is_rounding  # noqa: F401
 from doctor.core.recipe import ASKED, is_kept  # noqa: F401
 from doctor.core.tables import families_of, table  # noqa: F401
 from doctor.core.tables import family as family_table  # noqa: F401
@@ -50,30 +51,18 @@ from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
     ShiftZeros,
     TakeTensor,
 )
-from doctor.formats.tensor_names import NEEDED, PACKED_TAILS, PARTS, SCALES, WORD_TAILS, WORDS  # noqa: F401
+from doctor.edits.padding import grown, keep_edits, pad_edits  # noqa: F401
+from doctor.formats.base import KNOWN, read_quantization, scale_tails, word_tails  # noqa: F401
+from doctor.formats.known import is_scale_beside_weight, packed_tails, says_packed, shows_packing  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.spec import ROW_PARALLEL, Linear, ModelSpec  # noqa: F401
 from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
 from doctor.model.tensor_map import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
-from doctor.plan.groups import (  # noqa: F401 - declares the layout of groups too
-    FUSED,
-    GroupedLinear,
-    axis_expression,
-    fits,
-    grown,
-    in_force,
-    keep_edits,
-    nearest_plan,
-    on_one_gpu,
-    packed_size,
-    pad_edits,
-    read_quantization,
-    resized,
-    size_key,
-    symmetric_word,
-    together,
-    version_before,
-)
+from doctor.plan.groups import FUSED, GroupedLinear, packed_size, together  # noqa: F401 - declares `layout` too
+from doctor.plan.runtimes import in_force, nearest_plan, version_before  # noqa: F401 - declares `kernels` too
+from doctor.plan.sizes import axis_expression, fits, resized, size_key  # noqa: F401
+from doctor.plan.tensor_parallel import on_one_gpu  # noqa: F401
+from doctor.scan.packed_words import PackedWordStats  # noqa: F401 - declares `packed_words` too
 
 # Codes are numbered by area; a report says for each area what was established.
 AREAS = (

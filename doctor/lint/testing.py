@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import struct
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -16,9 +15,11 @@ from pathlib import Path
 
 from doctor.checkpoint.codecs import to_bf16
 from doctor.checkpoint.dtypes import CODE_NUMPY
+from doctor.checkpoint.safetensors import header_bytes
 from doctor.core.lazy_numpy import np
 from doctor.core.recipe import Recipe
 from doctor.core.tables import family as family_table
+from doctor.formats.base import KNOWN
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 64, 128, 4, 2, 16, 96, 2
 FAMILIES = ("llama", "qwen2", "mistral", "gemma", "qwen2_moe", "phi3", "opt")
@@ -172,13 +173,8 @@ class Case:
 
 def shard_bytes(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes:
     """A safetensors file: header padded to 8 bytes, then the tensors' codes in the order given."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, codes in tensors.items():
-        header[name] = {"dtype": dtypes[name], "shape": list(codes.shape), "data_offsets": [at, at + codes.nbytes]}
-        at += codes.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw + b"".join(np.ascontiguousarray(c).tobytes() for c in tensors.values())
+    header = header_bytes((name, dtypes[name], codes.shape, codes.nbytes) for name, codes in tensors.items())
+    return header + b"".join(np.ascontiguousarray(codes).tobytes() for codes in tensors.values())
 
 
 def tiny(family: str | None = None, dtype: str = "BF16", mlp: int | None = None, hidden: int = HIDDEN) -> Case:
@@ -331,7 +327,7 @@ def tiny_gptq(family: str | None = None, version: str = "gptq") -> Case:
     spec = build_spec(case.config, case.infos())
     rng = np.random.default_rng(11)
     bits, group = 4, 32
-    zero = 0x77777777 if version == "gptq" else 0x88888888
+    zero = KNOWN[version].zero_word(bits)
     for linear in spec.linears:
         del case.tensors[linear.tensor], case.dtypes[linear.tensor]
         width, height = linear.in_features, linear.out_features

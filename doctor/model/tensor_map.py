@@ -12,7 +12,7 @@ from functools import cache
 
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable, fact
-from doctor.formats.tensor_names import PACKED_TAILS
+from doctor.formats.known import packed_tails
 from doctor.model.expressions import evaluate, names_of
 from doctor.model.spec import NOT_TEXT, QUANTIZABLE, ModelSpec, Template
 
@@ -344,7 +344,8 @@ def _tail_pattern(template: str) -> re.Pattern:
 @fact("checkpoint", stage="header")
 def placement(checkpoint, spec, tensors) -> Placement:
     """Tensors sorted into blocks and matched with the family's templates (placement.Placement)."""
-    if any(name.endswith(PACKED_TAILS) for name in tensors):
+    tails = packed_tails()
+    if any(name.endswith(tails) for name in tensors):
         raise Unavailable("the linears are packed: the family's table knows plain weights")
     stems: dict[str, int] = {}
     for linear in spec.linears:

@@ -21,9 +21,9 @@ from doctor.core import import_stubs
 from doctor.core.errors import MachineError
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept
+from doctor.formats.base import format_of
 from doctor.model.fused_experts import take_apart
 from doctor.model.spec import Linear, ModelSpec
-from doctor.quant.methods import method_of
 
 # A batch this long keeps matrix products at full speed, on a CPU and on a GPU; more only costs memory.
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
@@ -156,7 +156,7 @@ def _hessian_bytes(linears: list[Linear], recipe: Recipe) -> int:
     for x in linears:
         stage = stages.setdefault(x.block, {}).setdefault(kinds.get(x.role, x.role), {})
         stage[x.expert] = 4 * x.in_features**2
-    if method_of(recipe).folds_scales:
+    if recipe.solver.folds_scales:
         held = [sum(sum(s.values()) for s in layer.values()) for layer in stages.values()]
     else:
         held = [sum(s.values()) for layer in stages.values() for s in layer.values()]
@@ -174,17 +174,14 @@ def _width(spec: ModelSpec, linears: list[Linear]) -> int:
 
 
 def _output_bytes(checkpoint: Checkpoint, linears: list[Linear], recipe: Recipe) -> int:
-    quantized = {x.tensor: x for x in linears}
+    quantized, form = {x.tensor: x for x in linears}, format_of(recipe)
     total = 0
     for tensor in checkpoint.tensors.values():
         x = quantized.get(tensor.name)
         if x is None:
             total += tensor.nbytes // 2 if tensor.dtype.bits == 32 else tensor.nbytes
             continue
-        groups = x.out_features * (1 if recipe.group_size == -1 else -(-x.in_features // recipe.group_size))
-        bits = recipe.for_linear(x.name).bits
-        total += x.in_features * x.out_features * bits // 8 + groups * 2 + groups * bits // 8
-        total += 4 * x.in_features if recipe.output_format in ("gptq", "gptq_v2") else 0
+        total += form.bytes(x.in_features, x.out_features, recipe.for_linear(x.name).scheme)
     return total
 
 

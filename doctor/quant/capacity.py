@@ -12,14 +12,13 @@ from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.model.spec import ModelSpec
 from doctor.quant.budget import BATCH_TOKENS, free_memory, needs
-from doctor.quant.methods import method_of
 
 
 def measure(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, output: str | os.PathLike) -> Machine:
     """Machine for an output in `output`, which need not exist yet. Raises MachineError where its disk cannot be
     asked.
     """
-    rows = int(method_of(recipe).calibrated)
+    rows = int(recipe.solver.calibrated)
     need = needs(checkpoint, spec, recipe, rows, BATCH_TOKENS)
     place = Path(os.path.abspath(output))
     while not place.exists() and place != place.parent:

@@ -1,9 +1,13 @@
-"""A quantized checkpoint seen as the floating-point one that engines compute with: qweight and its kin become
+"""A quantized checkpoint seen as the floating-point one that engines compute with: the tensors of a packed linear become
 `.weight`.
 
 Read as the engine reads it, by what quantization_config says and not by what the words look like: a wrong
 checkpoint_format gives the same wrong weights here as there, which is what `verify` must see.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,32 +17,49 @@ from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import Unavailable
-from doctor.core.recipe import BITS
-from doctor.formats.tensor_names import NEEDED, PARTS, WORDS
-from doctor.plan.groups import own_widths, plain_block, weight_groups
-from doctor.quant import pack
+from doctor.core.messages import _
+from doctor.formats.base import KNOWN, Format, Quantization, read_quantization
+from doctor.quant import pack  # noqa: F401 - words on a GPU are unpacked by kernels
 
 
-def quantization(checkpoint: Checkpoint) -> dict | None:
+def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """quantization_config of config.json, or of quantize_config.json where config.json has none; None for a float
     model.
     """
     config = checkpoint.value("config.json") or {}
     stated = config.get("quantization_config") or checkpoint.value("quantize_config.json")
-    return plain_block(stated) if isinstance(stated, dict) else None
+    return stated if isinstance(stated, dict) else None
 
 
 def as_float(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself when it holds floats, else a view of it that does. Raises BadCheckpoint for unknown
-    formats.
+    """The checkpoint itself when it holds floats, else a view of it that does. Raises BadCheckpoint for what is not
+    read.
     """
     stated = quantization(checkpoint)
     if stated is None:
         return checkpoint
-    method = str(stated.get("quant_method") or "gptq").lower()
-    if method not in PARTS:
-        raise BadCheckpoint(f"config.json: quant_method {method!r} cannot be read back; {', '.join(PARTS)} can.")
-    return Dequantized(checkpoint, method, stated)
+    try:
+        found = read_quantization(stated, "config.json", "/quantization_config")
+    except Unavailable as error:
+        readable = ", ".join(form.name for form in KNOWN.values() if form.words)
+        raise BadCheckpoint(
+            _(
+                "config.json: quant_method {method!r} cannot be read back ({reason}); {readable} can.",
+                method=str(stated.get("quant_method")),
+                reason=str(error),
+                readable=readable,
+            )
+        ) from None
+    if not found.readable or found.bits not in found.format.bits:
+        raise BadCheckpoint(
+            _(
+                "config.json: {format} {version} with {bits} bits cannot be read back.",
+                format=found.format.name,
+                version=found.version,
+                bits=found.bits,
+            )
+        )
+    return Dequantized(checkpoint, found)  # type: ignore[return-value] # the same reading interface
 
 
 class Dequantized:
@@ -46,25 +67,24 @@ class Dequantized:
     linears.
     """
 
-    def __init__(self, source: Checkpoint, method: str, stated: dict):
-        self.source, self.method, self.stated = source, method, stated
-        self.bits = _bits(method, stated)
-        try:
-            self.widths = own_widths(stated)
-        except Unavailable as error:
-            raise BadCheckpoint(f"config.json: {error}; such a file cannot be read back.") from None
-        self.modules = sorted(
-            n.removesuffix("." + WORDS[method]) for n in source.tensors if n.endswith("." + WORDS[method])
-        )
-        own = {f"{module}.{part}" for module in self.modules for part in PARTS[method]}
+    def __init__(self, source: Checkpoint, quantization: Quantization):
+        self.source, self.quantization = source, quantization
+        words = "." + self.format.words
+        self.modules = sorted(n.removesuffix(words) for n in source.tensors if n.endswith(words))
+        own = {f"{module}.{part}" for module in self.modules for part in self.format.part_names}
         self.tensors: dict[str, TensorInfo] = {n: i for n, i in source.tensors.items() if n not in own}
         for module in self.modules:
-            first = source.tensors[f"{module}.{WORDS[method]}"]
+            first = source.tensors[module + words]
             self.tensors[f"{module}.weight"] = first._replace(
                 name=f"{module}.weight", dtype=DTYPES["F32"], shape=self._shape(module)
             )
 
-    def __getattr__(self, name):
+    @property
+    def format(self) -> Format:
+        """The format that the linears are stored in."""
+        return self.quantization.format
+
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
     def value(self, name: str) -> dict | None:
@@ -74,23 +94,24 @@ class Dequantized:
             return {k: v for k, v in document.items() if k != "quantization_config"}
         return document
 
+    def _parts(self, module: str) -> list[str]:
+        return [part for part in self.format.part_names if f"{module}.{part}" in self.source.tensors]
+
     def _shape(self, module: str) -> tuple[int, int]:
-        if self.method == "compressed-tensors":
-            n, k = (int(x) for x in self.source.load(f"{module}.weight_shape"))
-            return n, k
-        height, width = self.source.tensors[f"{module}.qweight"].shape
-        return (
-            (width, height * 32 // self.widths.of(module, self.bits)) if self.method == "gptq" else (width * 8, height)
+        shapes = {part: self.source.tensors[f"{module}.{part}"].shape for part in self._parts(module)}
+        return self.format.weight_shape(
+            shapes, lambda part: self.source.load(f"{module}.{part}"), self.quantization.bits_of(module)
         )
 
     def load(self, name: str) -> np.ndarray:
         """Codes of a stored tensor; float32 values of a dequantized weight [out_features, in_features]."""
-        return self.source.load(name) if self._stored(name) else self.load_on(name, "cpu").numpy()
+        values = self.load_on(name, "cpu")
+        return self.source.load(name) if values is None else values.numpy()
 
     def _stored(self, name: str) -> bool:
         return (
             name in self.source.tensors
-            or f"{name.removesuffix('.weight')}.{WORDS[self.method]}" not in self.source.tensors
+            or f"{name.removesuffix('.weight')}.{self.format.words}" not in self.source.tensors
         )
 
     def load_on(self, name: str, device: torch.device | str) -> torch.Tensor | None:
@@ -100,26 +121,18 @@ class Dequantized:
         if self._stored(name):
             return None
         module = name.removesuffix(".weight")
-        parts = {p: self._part(f"{module}.{p}") for p in PARTS[self.method] if f"{module}.{p}" in self.source.tensors}
-        missing = [p for p in NEEDED[self.method] if p not in parts]
+        parts = {part: self._part(f"{module}.{part}").to(device) for part in self._parts(module)}
+        missing = [part for part in self.format.needed if part not in parts]
         if missing:
-            raise BadCheckpoint(f"{module}: {', '.join(missing)} missing beside {WORDS[self.method]}.")
-        return self._dequantize(
-            {p: t if p == "weight_shape" else t.to(device) for p, t in parts.items()}, self.widths.of(module, self.bits)
-        )
-
-    def _dequantize(self, parts: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
-        if self.method == "awq":
-            return pack.awq_dequantize(parts["qweight"], parts["qzeros"], parts["scales"])
-        if self.method == "compressed-tensors":
-            first, scale, shape = parts.pop("weight_packed"), parts.pop("weight_scale"), parts.pop("weight_shape")
-            return pack.compressed_dequantize(first, scale, tuple(shape.tolist()), bits, **parts)
-        version = (
-            2 if str(self.stated.get("checkpoint_format") or self.stated.get("format") or "gptq") == "gptq_v2" else 1
-        )
-        return pack.gptq_dequantize(
-            parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"), bits, version=version
-        )
+            raise BadCheckpoint(
+                _(
+                    "{module}: {missing} missing beside {words}.",
+                    module=module,
+                    missing=", ".join(missing),
+                    words=self.format.words,
+                )
+            )
+        return self.format.unpack(parts, self.quantization.scheme_of(module), self.tensors[name].shape)  # type: ignore[arg-type]
 
     def _part(self, name: str) -> torch.Tensor:
         return to_torch(self.source.load(name), self.source.tensors[name].dtype.name)
@@ -131,24 +144,7 @@ def to_torch(codes: np.ndarray, dtype_name: str) -> torch.Tensor:
         codes = codes.copy()
     kind = DTYPES[dtype_name].torch
     if kind is None or not hasattr(torch, kind):
-        raise BadCheckpoint(f"dtype {dtype_name} has no torch type in torch {torch.__version__}.")
+        raise BadCheckpoint(
+            _("dtype {dtype} has no torch type in torch {version}.", dtype=dtype_name, version=torch.__version__)
+        )
     return torch.from_numpy(codes).view(getattr(torch, kind))
-
-
-def _bits(method: str, stated: dict) -> int:
-    bits = stated.get("bits") or stated.get("w_bit")
-    if method == "compressed-tensors":
-        groups = weight_groups(stated)
-        rest = [
-            g for g in groups if g.get("targets") == ["Linear"]
-        ] or groups  # the others name linears of their own width
-        widths = {g["weights"].get("num_bits") for g in rest}
-        if stated.get("format") != "pack-quantized" or len(widths) != 1:
-            raise BadCheckpoint(
-                f"config.json: compressed-tensors format {stated.get('format')!r} with widths {sorted(map(str, widths))}; "
-                "pack-quantized with one width can be read back."
-            )
-        bits = widths.pop()
-    if bits not in BITS:
-        raise BadCheckpoint(f"config.json: quantization_config bits is {bits!r}; must be 2, 3, 4 or 8.")
-    return bits

@@ -15,22 +15,18 @@ import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
-from doctor.checkpoint.safetensors import open_shard
-from doctor.core.errors import DoctorError, MachineError, PlanRefused
+from doctor.checkpoint.safetensors import Shard, header_bytes, open_shard
+from doctor.core.errors import MachineError, PlanRefused
 from doctor.core.recipe import Recipe
-from doctor.core.version import __version__
 from doctor.fixing.receipt import RECEIPT
 from doctor.fixing.staging import StagingDir
-from doctor.formats.tensor_names import WORD_TAILS
-from doctor.quant import pack
-from doctor.quant.solve.grid import Grid
+from doctor.formats.base import format_of
 
 MAX_SHARD_BYTES = 4 << 30
 JOURNAL = "journal.jsonl"
@@ -51,111 +47,6 @@ _NOT_COPIED = re.compile(
 _COPY_LIMIT = 256 << 20
 
 
-def pack_linear(
-    name: str, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, recipe: Recipe
-) -> dict[str, torch.Tensor]:
-    """Tensors by full name of one quantized linear: codes u8[n, k] and their grid in the recipe's output format."""
-    if recipe.output_format == "gptq":
-        parts = pack.gptq_pack(codes, grid, g_idx, recipe.bits, version=1)
-    elif recipe.output_format == "gptq_v2":
-        parts = pack.gptq_pack(codes, grid, g_idx, recipe.bits, version=2)
-    elif recipe.output_format == "awq":
-        parts = pack.awq_pack(codes, grid)
-    else:
-        parts = pack.compressed_pack(codes, grid, recipe.bits, recipe.sym)
-    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
-
-
-def unpack_linear(name: str, tensors: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
-    """W f32[n, k] that an engine computes from what pack_linear made."""
-
-    def part(word):
-        return tensors.get(f"{name}.{word}")
-
-    if recipe.output_format in ("gptq", "gptq_v2"):
-        return pack.gptq_dequantize(
-            part("qweight"),
-            part("qzeros"),
-            part("scales"),
-            part("g_idx"),
-            recipe.bits,
-            version=2 if recipe.output_format == "gptq_v2" else 1,
-        )
-    if recipe.output_format == "awq":
-        return pack.awq_dequantize(part("qweight"), part("qzeros"), part("scales"))
-    return pack.compressed_dequantize(
-        part("weight_packed"),
-        part("weight_scale"),
-        tuple(part("weight_shape").tolist()),
-        recipe.bits,
-        weight_zero_point=part("weight_zero_point"),
-    )
-
-
-def quantization_config(recipe: Recipe, kept: Iterable[str] = (), widths: dict[str, int] | None = None) -> dict:
-    """config.json#/quantization_config for the recipe's output format; `kept` are linears inside blocks that stay in 16
-    bits.
-
-    widths: bits of the linears that have others than recipe.bits.
-    """
-    kept, widths = sorted(kept), widths or {}
-    if recipe.output_format in ("gptq", "gptq_v2"):
-        stated = {
-            "quant_method": "gptq",
-            "checkpoint_format": recipe.output_format,
-            "format": recipe.output_format,
-            "bits": recipe.bits,
-            "group_size": recipe.group_size,
-            "desc_act": False,
-            "sym": recipe.sym,
-            "lm_head": False,
-            "true_sequential": True,
-            "static_groups": True,
-            "damp_percent": recipe.damp,
-            "pack_dtype": "int32",
-            "meta": {"quantizer": [f"doctor:{__version__}"]},
-        }
-        dynamic = {f"-:^{re.escape(name)}$": {} for name in _with_joined(kept)}
-        for bits in sorted(set(widths.values())):
-            names = _with_joined([name for name, own in widths.items() if own == bits])
-            dynamic |= {f"+:^{re.escape(name)}$": {"bits": bits} for name in names}
-        return {**stated, "dynamic": dynamic} if dynamic else stated
-    if recipe.output_format == "awq":
-        return {
-            "quant_method": "awq",
-            "bits": recipe.bits,
-            "group_size": recipe.group_size,
-            "zero_point": not recipe.sym,
-            "version": "gemm",
-            "modules_to_not_convert": ["lm_head", *kept],
-        }
-    weights = {
-        "num_bits": recipe.bits,
-        "type": "int",
-        "symmetric": recipe.sym,
-        "strategy": "channel" if recipe.group_size == -1 else "group",
-        "group_size": None if recipe.group_size == -1 else recipe.group_size,
-        "dynamic": False,
-        "actorder": None,
-        "observer": "minmax",
-    }
-    groups = {
-        "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    }
-    for number, bits in enumerate(sorted(set(widths.values())), 1):
-        targets = sorted(name for name, own in widths.items() if own == bits)
-        groups[f"group_{number}"] = {**groups["group_0"], "targets": targets, "weights": {**weights, "num_bits": bits}}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "ignore": ["lm_head", *kept],
-        "config_groups": groups,
-    }
-
-
 def _modules_of_experts(kept: Iterable[str], quantized: Iterable[str]) -> list[str]:
     """Modules of experts of which every linear is kept: vLLM computes them in one kernel, and asks by the module's
     name.
@@ -163,20 +54,6 @@ def _modules_of_experts(kept: Iterable[str], quantized: Iterable[str]) -> list[s
     number = re.compile(r"^(.*)\.\d+\.\w+$")
     found = {match[1] for match in map(number.match, kept) if match and match[1].endswith("experts")}
     return sorted(found - {match[1] for match in map(number.match, quantized) if match})
-
-
-def _with_joined(names: Iterable[str]) -> list[str]:
-    """The names, and those under which vLLM knows linears that it joins."""
-    names, found = set(names), []
-    for name in sorted(names):
-        owner, _, last = name.rpartition(".")
-        for first, rest, joined in (
-            ("q_proj", ("k_proj", "v_proj"), "qkv_proj"),
-            ("gate_proj", ("up_proj",), "gate_up_proj"),
-        ):
-            if last == first and all(f"{owner}.{other}" in names for other in rest):
-                found.append(f"{owner}.{joined}")
-    return sorted(names) + found
 
 
 class Output:
@@ -289,16 +166,15 @@ class Output:
         weight_map, total = self._join(parts)
         if len(set(weight_map.values())) > 1:
             self._json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-        names = [name.rpartition(".")[0] for name in weight_map if name.endswith(WORD_TAILS)]
+        form = format_of(recipe)
+        names = [name.rpartition(".")[0] for name in weight_map if name.endswith(f".{form.words}")]
         kept = [*kept, *_modules_of_experts(kept, names)]
-        stated = quantization_config(
-            recipe, kept, {n: w for n in names if (w := recipe.for_linear(n).bits) != recipe.bits}
-        )
+        stated = form.config(recipe, kept, {n: w for n in names if (w := recipe.for_linear(n).bits) != recipe.bits})
         self._json(
             "config.json", {**_sixteen_bits(checkpoint.value("config.json") or {}), "quantization_config": stated}
         )
-        if stated["quant_method"] == "gptq":
-            self._json("quantize_config.json", stated)
+        for copy in form.config_files:
+            self._json(copy, stated)
         for name, entry in checkpoint.entries.items():
             if name != "config.json" and not _NOT_COPIED.search(name) and entry.size <= _COPY_LIMIT:
                 raw = checkpoint.json[name].raw if name in checkpoint.json else checkpoint.read_file(name, _COPY_LIMIT)
@@ -324,7 +200,8 @@ class Output:
     def _join(self, parts: list[Path]) -> tuple[dict[str, str], int]:
         """Shards from parts, in order: (tensor -> shard file, bytes of all tensors)."""
         shards = [open_shard(path, path.name) for path in parts]
-        groups, size = [[]], 0
+        groups: list[list[Shard]] = [[]]
+        size = 0
         for shard in shards:
             data = shard.size - shard.data_begin
             if groups[-1] and size + data > MAX_SHARD_BYTES:
@@ -390,21 +267,6 @@ def _differences(before: dict, now: dict) -> list[str]:
         elif old != value:
             found.append(key)
     return found
-
-
-def header_bytes(infos: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    """Length and JSON header, padded to 8 bytes, of (name, dtype, shape, bytes) entries that lie one behind the
-    other.
-    """
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, dtype, shape, nbytes in infos:
-        if name in header:
-            raise DoctorError(f"{name}: two tensors of the output have this name; every tensor needs its own.")
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
-        at += nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw
 
 
 def write_safetensors(file, tensors: dict[str, torch.Tensor]) -> None:

@@ -21,6 +21,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.facts import CHECKPOINT, Store
 from doctor.core.finding import Finding
 from doctor.core.messages import _, plural
+from doctor.core.methods import METHODS, is_calibrated
 from doctor.core.recipe import Recipe
 from doctor.fixing.consent import Consent
 from doctor.lint.rule import Rule
@@ -30,7 +31,6 @@ from doctor.quant.activations import open_activations
 from doctor.quant.distributed import Ranks
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.layer import LayerResult, quantize_layer, verdict_of
-from doctor.quant.methods import SOLVED
 from doctor.quant.records import Record, kept, put_facts, record
 from doctor.quant.resume import finished_records, replay_layer
 from doctor.quant.selection import names_in_config, stays_unasked
@@ -209,9 +209,9 @@ def try_layers(
 
 def _say(setup: Setup, i: int, layer: LayerResult, seconds: float) -> None:
     """The progress line of a finished layer."""
-    losses = [r["solve"]["loss"] for r in layer.records if r["outcome"] in SOLVED]
+    losses = [r["solve"]["loss"] for r in layer.records if is_calibrated(r["outcome"])]
     raised = [r["name"] for r in layer.records if r["solve"]["damp_used"] > layer.recipe.damp]
-    quantized = sum(r["outcome"] in (*SOLVED, "rtn") for r in layer.records)
+    quantized = sum(r["outcome"] in METHODS for r in layer.records)
     done = plural(
         "layer {i} of {count}: {n} linear in {seconds:.1f} s",
         "layer {i} of {count}: {n} linears in {seconds:.1f} s",

@@ -30,7 +30,6 @@ from doctor.quant.forward.linear_groups import Modules, Stages
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.staged import StagedForward
 from doctor.quant.linear import Solved, outcome, pack_linear, put_weight, solve_linear, zero_min
-from doctor.quant.methods import method_of
 from doctor.quant.records import Record, failed, put_facts, record
 from doctor.quant.selection import Selection, select_linears
 from doctor.quant.setup import Setup
@@ -232,7 +231,7 @@ def _fold_scales(
     """AWQ's scales, found on the float layer and folded into it; taken back where the layer's output moves. None for
     other methods.
     """
-    if not method_of(recipe).folds_scales:
+    if not recipe.solver.folds_scales:
         return None
     folding = ScaleFolding(modules, setup.skeleton.by_tensor(i), lambda name: load_tensor(setup.checkpoint, name).dtype)
     before = activations.run_first(i)

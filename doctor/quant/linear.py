@@ -12,12 +12,13 @@ from torch import nn
 
 from doctor.core.errors import CudaError, NotQuantizable
 from doctor.core.messages import _
+from doctor.core.methods import is_calibrated
 from doctor.core.recipe import Recipe
 from doctor.core.records import SolveRecord
+from doctor.formats.base import format_of
 from doctor.model.spec import Linear
-from doctor.quant import export
+from doctor.quant import pack
 from doctor.quant.forward.layer_input import LayerInput
-from doctor.quant.methods import SOLVED, method_of
 from doctor.quant.records import failed
 from doctor.quant.solve import awq, gptq
 from doctor.quant.solve.rtn import round_to_nearest
@@ -45,7 +46,7 @@ class Packed:
 
 def zero_min(recipe: Recipe) -> int:
     """The least zero point that the output format can store: GPTQ v1 stores zero - 1."""
-    return 1 if recipe.output_format == "gptq" else 0
+    return format_of(recipe).grid(recipe.scheme).zero_min
 
 
 def weight_of(linear: Linear, module: nn.Module) -> torch.Tensor:
@@ -82,7 +83,7 @@ def _solution(
     bits, group_size, sym = recipe.bits, recipe.group_size, bool(recipe.sym)
     if given is None or not given.usable:
         return round_to_nearest(W, bits=bits, group_size=group_size, sym=sym, mse=recipe.mse, zero_min=least_zero)
-    if method_of(recipe).folds_scales:
+    if recipe.solver.folds_scales:
         return awq.solve(
             W, given.H, columns, bits=bits, group_size=group_size, sym=sym, zero_min=least_zero, damp=recipe.damp
         )
@@ -108,9 +109,9 @@ def pack_linear(linear: Linear, solved: Solved, recipe: Recipe) -> Packed:
         raise NotQuantizable(solved.failure)
     own = recipe.for_linear(linear.name)
     solution = solved.solution
-    parts = export.pack_linear(linear.name, solution.codes, solution.grid, solution.g_idx, own)
+    parts = pack.pack_linear(linear.name, solution.codes, solution.grid, solution.g_idx, own)
     W = solution.weight()
-    if W.is_cuda and not torch.equal(export.unpack_linear(linear.name, parts, own), W):
+    if W.is_cuda and not torch.equal(pack.unpack_linear(linear.name, parts, own), W):
         raise CudaError(
             _(
                 "{name}: packed weights do not round-trip on {device}: dequantize(pack(W)) != W.",
@@ -127,14 +128,14 @@ def outcome(solved: Solved, given: LayerInput | None, recipe: Recipe, folded: st
     solution = solved.solution
     if solution is None:
         return failed(recipe, solved.failure)
-    note = folded if solution.outcome == method_of(recipe).name else ""
-    if solution.outcome not in SOLVED and method_of(recipe).calibrated:
+    note = folded if solution.outcome == recipe.solver.name else ""
+    if not is_calibrated(solution.outcome) and recipe.solver.calibrated:
         note = (
             _("no calibration row reached it")
             if given is None or not given.usable
             else _("its Hessian could not be factored")
         )
-    used = solution.attempts[-1] if solution.attempts and solution.outcome in SOLVED else None
+    used = solution.attempts[-1] if solution.attempts and is_calibrated(solution.outcome) else None
     return SolveRecord(
         solution.outcome,
         recipe.damp,

@@ -26,7 +26,6 @@ from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
 from doctor.quant.budget import Need, gib
 from doctor.quant.job import Result, try_layers
-from doctor.quant.methods import method_of
 
 ROWS = 32  # of the calibration rows: enough for a speed, few enough for a minute
 
@@ -136,7 +135,7 @@ def plan(
     """From headers alone. rows of `length` tokens, for a method that takes any. sampling: bytes of the whole model,
     where it writes rows.
     """
-    rows = rows if method_of(recipe).calibrated else 0
+    rows = rows if recipe.solver.calibrated else 0
     need = budget.needs(checkpoint, spec, recipe, rows, length)
     limit = memory if memory is not None else budget.resident() + budget.free_memory()
     found = Forecast(

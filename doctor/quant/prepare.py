@@ -34,7 +34,6 @@ from doctor.quant.calibration.self_generated import Once, sampler, unable
 from doctor.quant.capacity import measure
 from doctor.quant.distributed import size
 from doctor.quant.job import Result
-from doctor.quant.methods import method_of
 from doctor.quant.setup import Progress, computing_dtype
 from doctor.scan.summary import summary
 
@@ -134,7 +133,7 @@ def _fixed(asked: Asked, source: Checkpoint, unsafe_fixes: bool | Iterable[str])
 
 def calibrate(asked: Asked, checked: Checked, source: str | os.PathLike | None, rows: int, length: int) -> Calibrated:
     """CalibrationFacts rows, judged."""
-    if not method_of(checked.recipe).calibrated:
+    if not checked.recipe.solver.calibrated:
         return Calibrated(checked, [])
     started = time.perf_counter()
     checkpoint, spec = checked.assessment.checkpoint, checked.spec

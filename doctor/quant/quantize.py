@@ -34,7 +34,6 @@ from doctor.quant.calibration.self_generated import forecast
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.distributed import Ranks, size, start, stop
 from doctor.quant.job import Result, run
-from doctor.quant.methods import method_of
 from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, calibrate, check, judged, report_of
 from doctor.quant.receipt import receipt
@@ -166,7 +165,7 @@ def plan(
     spec = build_spec(config, checkpoint.tensors)
     length, recipe = min(max_seq_length, spec.max_positions or max_seq_length), recipe or Recipe()
     sampling = 0
-    if calibration is None and method_of(recipe).calibrated and rows >= SAMPLED_SHARE:
+    if calibration is None and recipe.solver.calibrated and rows >= SAMPLED_SHARE:
         with suppress(NotSampled):
             sampling = forecast(checkpoint, spec, rows // SAMPLED_SHARE, length, memory=memory).bytes
     return flight.plan(checkpoint, spec, recipe, Path(os.path.abspath(output)), rows, length, memory, sampling)

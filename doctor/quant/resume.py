@@ -16,11 +16,10 @@ import torch
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
 from doctor.core.version import __version__
-from doctor.quant import export
+from doctor.quant import export, pack
 from doctor.quant.activations import Activations
 from doctor.quant.layer import LayerResult, Verdict, load, part_name
 from doctor.quant.linear import put_weight
-from doctor.quant.methods import method_of
 from doctor.quant.records import FUSED_EXPERTS, Record, hessian_of, put_facts, solve_of
 from doctor.quant.setup import Setup
 
@@ -90,8 +89,8 @@ def _put_written(setup: Setup, i: int, recipe: Recipe, outcomes: Mapping[str, st
     tensors = {name: t.to(skeleton.device) for name, t in setup.output.read_part(part_name(i)).items()}
     for name, (linear, module) in skeleton.modules_of(i).items():
         if outcomes.get(name) != "kept":
-            put_weight(module, export.unpack_linear(name, tensors, recipe.for_linear(name)), linear.transposed)
-    if not method_of(recipe).folds_scales:
+            put_weight(module, pack.unpack_linear(name, tensors, recipe.for_linear(name)), linear.transposed)
+    if not recipe.solver.folds_scales:
         return
     for name, module in skeleton.by_tensor(i).items():  # norms and biases that scales were folded into
         for kind, tensor in (("weight", name), ("bias", name.removesuffix("weight") + "bias")):

@@ -13,6 +13,7 @@ from doctor.core.errors import DoctorError
 from doctor.core.messages import _
 from doctor.core.recipe import ASKED, Recipe, is_kept, matches, unfit
 from doctor.core.records import SolveRecord
+from doctor.formats.base import format_of
 from doctor.model.fused_experts import Stacks
 from doctor.model.spec import Linear, ModelSpec
 from doctor.quant.forward.linear_groups import Modules
@@ -86,15 +87,14 @@ def why_kept(recipe: Recipe, linear: Linear) -> str:
 def names_in_config(found: Record, fused: Mapping[str, Stacks], recipe: Recipe) -> list[str]:
     """The names under which the output's config lists a record that stays in 16 bits.
 
-    Engines know fused experts by the module that holds the experts. vLLM asks compressed-tensors for the linears that
-    would be in it.
+    Engines know fused experts by the module that holds the experts, and what more the format asks for.
     """
     name = found["name"]
     if found["role"] != FUSED_EXPERTS:
         return [name]
     stacks = fused.get(name)
     module = stacks.module if stacks else name.rpartition(".")[0]
-    return [module, *([rf"re:^{re.escape(module)}\."] if recipe.output_format == "compressed-tensors" else [])]
+    return format_of(recipe).names_of_kept(module)
 
 
 def stays_unasked(found: Record, fused: Mapping[str, Stacks]) -> bool:

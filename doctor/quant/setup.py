@@ -21,7 +21,6 @@ from doctor.quant.distributed import Ranks
 from doctor.quant.forward.hidden_states import make_batches
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.forward.suspended import WITHOUT_GREENLET, greenlet
-from doctor.quant.methods import method_of
 from doctor.quant.selection import require_widths
 from doctor.quant.solve import cpu, cuda
 from doctor.quant.solve.hessian import mixed_products
@@ -82,7 +81,7 @@ def set_up(
     }
     checkpoint, spec = take_apart(checkpoint, spec, recipe)
     require_widths(spec, recipe)
-    calibrated = method_of(recipe).calibrated
+    calibrated = recipe.solver.calibrated
     shown = rows if calibrated else []
     need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
     skeleton = Skeleton(checkpoint, spec, device, computing_dtype(checkpoint, spec, recipe, device))
@@ -128,7 +127,7 @@ def computing_dtype(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, dev
         for x in spec.linears
         if x.block is not None and x.tensor in checkpoint.tensors
     }
-    low = torch.device(device).type == "cuda" and method_of(recipe).low_precision and stored == {"BF16"}
+    low = torch.device(device).type == "cuda" and recipe.solver.low_precision and stored == {"BF16"}
     return torch.bfloat16 if low else torch.float32
 
 

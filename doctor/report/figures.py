@@ -16,7 +16,8 @@ from doctor.checkpoint.dtypes import CODE_NUMPY
 from doctor.core.facts import CHECKPOINT, STAGES, Store, Variant, closure
 from doctor.core.finding import Finding, Fix
 from doctor.core.host import describe
-from doctor.core.recipe import Recipe
+from doctor.core.methods import METHODS
+from doctor.core.recipe import FORMATS, Recipe
 from doctor.edits.kinds import RECIPE_EDITS, PadTensor
 from doctor.fixing.output_summary import files, receipt_summary
 from doctor.lint.engine import judge
@@ -88,7 +89,11 @@ def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> 
 
 def _plans(recipe: Recipe) -> list[Recipe]:
     """The plan asked for and its neighbours: other group sizes, and the other methods that have its width."""
-    methods = [m for m in dict.fromkeys((recipe.method, "gptq", "awq")) if m != "awq" or recipe.bits == 4]
+    methods = [
+        m.name
+        for m in sorted(METHODS.values(), key=lambda m: m.name != recipe.method)
+        if m.name == recipe.method or (m.calibrated and recipe.bits in (m.bits or FORMATS[m.format].bits))
+    ]
     return [
         replace(recipe, method=m, group_size=g, tp=1, format=recipe.format if m == recipe.method else "")
         for g in dict.fromkeys((recipe.group_size, *GROUPS))
@@ -291,5 +296,3 @@ def _ids(value: object, tokenizer) -> str:
         return "null" if value is None else str(value)
     name = tokenizer.token(value) if tokenizer else None
     return f"{name} = {value}" if name is not None else str(value)
-
-

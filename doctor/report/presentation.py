@@ -537,18 +537,10 @@ def page_rule(report: Report, code: str) -> Rule | None:
     return next((r.rule for r in report.runs if r.rule.code == code), None)
 
 
-# Which tools a method's users run; a message of theirs comes before others'.
-_TOOLS = {
-    "gptq": ("gptqmodel", "autogptq", "gptq", "exllamav2", "llmcompressor"),
-    "awq": ("autoawq", "awq", "llmcompressor"),
-    "rtn": (),
-}
-
-
 def elsewhere(entry: Rule, report: Report, most: int = 2) -> list[Seen]:
     """What other tools print for the same defect: the runtime's own words first, then the method's tools."""
     wanted = [_letters(report.recipe.runtime)] if report.recipe.runtime else []
-    wanted += _TOOLS.get(report.recipe.method, ())
+    wanted += report.recipe.solver.tools
 
     def rank(seen: Seen) -> int:
         tool = _letters(seen.tool)

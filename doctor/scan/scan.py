@@ -16,9 +16,10 @@ import numpy as np
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import CHUNK_BYTES, TensorInfo, new_digest
 from doctor.core.facts import CHECKPOINT, Store
+from doctor.formats.base import sampled_tails
 from doctor.model.spec import Linear
-from doctor.plan.groups import Words
 from doctor.scan import counters
+from doctor.scan.packed_words import PackedWordStats
 
 SPAN_BYTES = 64 << 20
 # Signs of groups are looked at in one place of a linear every so many values: two groups first, more where one has a
@@ -132,9 +133,7 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
     shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and info.numel else None
     digest = new_digest() if wants_digest else None
     known = counters.can_scan(info.dtype.name)
-    words = (
-        _Words() if info.dtype.name == "I32" and info.name.endswith((".qzeros", ".g_idx", ".weight_g_idx")) else None
-    )
+    words = _Words() if info.dtype.name == "I32" and info.name.endswith(sampled_tails()) else None
     offset, step = 0, _step(info)
     for at in range(info.begin, info.end, step):
         if run.stopped.is_set():
@@ -241,8 +240,8 @@ class _Words:
             if len(self.kinds) > self.KINDS:
                 self.kinds = None
 
-    def result(self) -> Words:
-        return Words(self.count, self.smallest, self.largest, self.rising, self.full, self.kinds)
+    def result(self) -> PackedWordStats:
+        return PackedWordStats(self.count, self.smallest, self.largest, self.rising, self.full, self.kinds)
 
 
 class _Shape:

@@ -3,7 +3,8 @@
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.facts import CHECKPOINT, Store
 from doctor.core.recipe import Recipe
-from doctor.formats.tensor_names import SCALES, WORDS
+from doctor.formats.base import KNOWN
+from doctor.model.quantization_config import stored_recipe
 
 
 def _parameters(checkpoint: Checkpoint, store: Store) -> int:
@@ -17,14 +18,12 @@ def _parameters(checkpoint: Checkpoint, store: Store) -> int:
     if layout is not None:
         packed = {x.name: x.in_features * x.out_features for x in layout.linears}
     else:  # of a form that is not read: each scale stands for a group, where the group size is stated
-        from doctor.plan.groups import stored_recipe
-
         group = stored_recipe(checkpoint, Recipe(group_size=-1)).group_size
         names = {
-            n.rpartition(".")[0]: SCALES[method]
-            for method, words in WORDS.items()
+            n.rpartition(".")[0]: form.scales
+            for form in KNOWN.values()
             for n in tensors
-            if n.endswith(f".{words}")
+            if form.words and n.endswith(f".{form.words}")
         }
         scales = {module: tensors.get(f"{module}.{tail}") for module, tail in names.items()}
         packed = {module: info.numel * group for module, info in scales.items() if info is not None and group > 0}

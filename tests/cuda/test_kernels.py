@@ -2,11 +2,11 @@
 both.
 """
 
+import packing as pack
 import pytest
 import torch
 from judges import assert_close, energies, grid_of, judge_columns, judge_fit, judge_refined, problem
 
-from doctor.quant import pack
 from doctor.quant.solve import columns, cuda, gptq, grid, grid_search, losses
 from doctor.quant.solve.grid import Grid, GridParams, contiguous_groups
 from doctor.scan import counters
@@ -240,7 +240,7 @@ def test_bit_streams_are_the_packers(device, bits, m, c):
 def test_awq_words_are_the_packers(device, n, columns):
     engine, place = device
     codes = torch.randint(0, 16, (n, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
-    assert torch.equal(cuda.awq_words(codes.to(place), engine=engine).cpu(), pack._awq_words(codes))
+    assert torch.equal(cuda.awq_words(codes.to(place), engine=engine).cpu(), pack.awq_words(codes))
 
 
 def packable(n, k, width, bits, zero_min):

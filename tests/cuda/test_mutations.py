@@ -12,12 +12,12 @@ from pathlib import Path
 
 import host
 import numpy as np
+import packing as pack
 import pytest
 import torch
 from judges import energies, grid_of, judge_columns, judge_fit, judge_refined, problem
 
 from doctor.core.errors import CudaError
-from doctor.quant import pack
 from doctor.quant.solve import cuda, grid, grid_search
 from doctor.quant.solve.grid import GridParams, contiguous_groups
 
@@ -134,7 +134,7 @@ def packs(engine):
         codes = torch.randint(0, 2**bits, (333, 65), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         assert torch.equal(cuda.pack_columns(codes, bits, engine=engine), pack.pack_columns(codes, bits))
     codes = codes[:32]
-    assert torch.equal(cuda.awq_words(codes, engine=engine), pack._awq_words(codes))
+    assert torch.equal(cuda.awq_words(codes, engine=engine), pack.awq_words(codes))
     W = torch.randn(96, 160, generator=torch.Generator().manual_seed(0))
     found = grid_search.fit(W, 3, 32, False, zero_min=1)
     order = torch.randperm(160, generator=torch.Generator().manual_seed(1))

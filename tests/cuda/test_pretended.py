@@ -7,6 +7,7 @@ import random
 import threading
 
 import numpy as np
+import packing as pack
 import pytest
 import torch
 from pretend import PLACE, pretend
@@ -16,7 +17,6 @@ from doctor.core.errors import BadCheckpoint, CudaError, NotQuantizable, PlanRef
 from doctor.core.recipe import Recipe
 from doctor.evaluate.kvcache import quantizers
 from doctor.lint.testing import tiny
-from doctor.quant import pack
 from doctor.quant.forward.hidden_states import HiddenStates
 from doctor.quant.forward.spill import SpillFile
 from doctor.quant.solve import awq_search, awq_source, cuda, gptq, grid, grid_search
@@ -451,7 +451,7 @@ def test_a_cache_is_measured_on_the_device(tmp_path, text, host_engine, launched
 def test_words_are_packed_where_the_codes_are(host_engine, bits):
     codes = torch.randint(0, 2**bits, (64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with pretend(host_engine):
-        for packer in (pack.pack_columns, pack.pack_rows, *([lambda c, bits: pack._awq_words(c)] if bits == 4 else [])):
+        for packer in (pack.pack_columns, pack.pack_rows, *([lambda c, bits: pack.awq_words(c)] if bits == 4 else [])):
             there = packer(codes.to(PLACE), bits)
             assert there.is_cuda
             assert torch.equal(there.cpu(), packer(codes, bits))

@@ -1,10 +1,10 @@
 """R0: the torch functions that kernels are compared with equal their definitions, written out in float64."""
 
+import packing as pack
 import pytest
 import torch
 from judges import grid_of, judge_columns, judge_fit, problem
 
-from doctor.quant import pack
 from doctor.quant.solve import columns, grid, grid_search
 from doctor.quant.solve.grid import contiguous_groups
 

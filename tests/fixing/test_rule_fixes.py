@@ -568,8 +568,9 @@ def quantized(folder, form, bits=4, sym=True, act_order=False):
     """A tiny model packed by the project's own packers, which other programs' vectors prove."""
     import torch
 
-    from doctor.quant import pack
-    from doctor.quant.solve.grid import Grid
+    from doctor.core.recipe import Scheme
+    from doctor.formats.base import KNOWN
+    from doctor.formats.grid import Grid
 
     case = tiny("llama")
     rng = np.random.default_rng(5)
@@ -584,15 +585,10 @@ def quantized(folder, form, bits=4, sym=True, act_order=False):
         )
         scale = torch.from_numpy(rng.uniform(0.01, 0.02, (n, groups)).astype(np.float16)).float()
         grid = Grid(scale, zero)
-        if form == "awq":
-            parts = pack.awq_pack(codes, grid)
-        elif form == "compressed-tensors":
-            parts = pack.compressed_pack(codes, grid, bits, sym)
-        else:
-            index = torch.from_numpy(
-                rng.permutation(k).astype(np.int32) // 32 if act_order else np.arange(k, dtype=np.int32) // 32
-            )
-            parts = pack.gptq_pack(codes, grid, index, bits, version=2 if form == "gptq_v2" else 1)
+        index = torch.from_numpy(
+            rng.permutation(k).astype(np.int32) // 32 if act_order else np.arange(k, dtype=np.int32) // 32
+        )
+        parts = KNOWN[form].pack(codes, grid, index, Scheme(bits, 32, sym))
         for tail, value in parts.items():
             array = value.numpy()
             kind = {"float16": "F16", "int32": "I32", "int64": "I64"}[str(array.dtype)]

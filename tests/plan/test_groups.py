@@ -18,11 +18,13 @@ from doctor.core.recipe import Recipe, is_kept
 from doctor.core.tables import family as family_table
 from doctor.edits.arithmetic import apply
 from doctor.edits.kinds import PadTensor, SetJson
+from doctor.formats.base import read_quantization
 from doctor.lint.testing import measured, tiny, tiny_gptq
 from doctor.model.expressions import evaluate
 from doctor.model.spec import build_spec
-from doctor.plan.groups import Words, in_force, read_quantization, runtime_entries
+from doctor.plan.runtimes import in_force, runtime_entries
 from doctor.scan.header import header_facts
+from doctor.scan.packed_words import PackedWordStats
 from doctor.scan.scan import _Words
 
 QWEN15_14B = {
@@ -308,7 +310,7 @@ def test_stored_awq_and_compressed_tensors_sizes():
         "config_groups": {"group_0": {"weights": weights}},
     }
     packed = read_quantization(raw, "config.json", "/quantization_config")
-    assert (packed.method, packed.bits, packed.group_size, packed.sym) == ("compressed-tensors", 4, 128, True)
+    assert (packed.format.name, packed.bits, packed.group_size, packed.sym) == ("compressed-tensors", 4, 128, True)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +402,7 @@ def test_words_know_a_field_of_15_and_a_fall_between_chunks():
     words.add(memoryview(np.array([0x77777777, 0x777F7777], np.uint32).tobytes()))
     words.add(memoryview(np.array([3], np.uint32).tobytes()))
     result = words.result()
-    assert result == Words(3, 3, 0x777F7777, False, 1, {0x77777777: 1, 0x777F7777: 1, 3: 1})
+    assert result == PackedWordStats(3, 3, 0x777F7777, False, 1, {0x77777777: 1, 0x777F7777: 1, 3: 1})
 
 
 def test_more_than_sixteen_kinds_of_words_are_not_counted():
@@ -454,12 +456,12 @@ def test_where_no_width_fills_the_tiles_the_search_ends(tmp_path):
 
 
 def test_further_groups_of_compressed_tensors_leave_the_plan_of_the_rest(tmp_path):
-    from doctor.plan.groups import stored_recipe
-    from doctor.quant.export import quantization_config
+    from doctor.formats.base import format_of
+    from doctor.model.quantization_config import stored_recipe
 
     case = tiny("llama")
     recipe = Recipe(group_size=32, format="compressed-tensors")
-    case.config["quantization_config"] = quantization_config(recipe, widths={"model.layers.0.mlp.down_proj": 8})
+    case.config["quantization_config"] = format_of(recipe).config(recipe, widths={"model.layers.0.mlp.down_proj": 8})
     assert len(case.config["quantization_config"]["config_groups"]) == 2
     found = stored_recipe(Checkpoint.open(case.write(tmp_path)), Recipe())
     assert (found.label(), found.sym) == ("compressed-tensors 4-bit g32", True)

@@ -12,9 +12,11 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import open_shard
 from doctor.core.errors import DoctorError, PlanRefused
 from doctor.core.recipe import Recipe
+from doctor.formats.base import format_of
 from doctor.lint.testing import tiny
 from doctor.quant import export
-from doctor.quant.export import Output, pack_linear, quantization_config, unpack_linear
+from doctor.quant.export import Output
+from doctor.quant.pack import pack_linear, unpack_linear
 from doctor.quant.solve.rtn import round_to_nearest
 
 
@@ -44,7 +46,7 @@ def test_what_is_packed_reads_back_as_what_was_solved(format, bits, sym):
 
 
 def test_the_gptq_config_says_what_all_readers_need():
-    stated = quantization_config(Recipe(bits=4, group_size=64))
+    stated = format_of(Recipe(bits=4, group_size=64)).config(Recipe(bits=4, group_size=64))
     assert stated["quant_method"] == "gptq" and stated["checkpoint_format"] == "gptq"
     assert (stated["bits"], stated["group_size"], stated["sym"], stated["desc_act"], stated["lm_head"]) == (
         4,
@@ -57,16 +59,18 @@ def test_the_gptq_config_says_what_all_readers_need():
 
 
 def test_kept_linears_are_named_to_the_reader():
-    stated = quantization_config(Recipe(), ["model.layers.0.mlp.down_proj"])
+    stated = format_of(Recipe()).config(Recipe(), ["model.layers.0.mlp.down_proj"])
     assert stated["dynamic"] == {r"-:^model\.layers\.0\.mlp\.down_proj$": {}}
-    stated = quantization_config(Recipe(format="compressed-tensors"), ["model.layers.0.mlp.down_proj"])
+    stated = format_of(Recipe(format="compressed-tensors")).config(
+        Recipe(format="compressed-tensors"), ["model.layers.0.mlp.down_proj"]
+    )
     assert stated["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj"]
 
 
 def test_compressed_tensors_states_channel_or_group():
-    weights = quantization_config(Recipe(format="compressed-tensors", group_size=-1))["config_groups"]["group_0"][
-        "weights"
-    ]
+    weights = format_of(Recipe(format="compressed-tensors", group_size=-1)).config(
+        Recipe(format="compressed-tensors", group_size=-1)
+    )["config_groups"]["group_0"]["weights"]
     assert (weights["strategy"], weights["group_size"]) == ("channel", None)
 
 

@@ -16,6 +16,7 @@ from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.core.recipe import Recipe
+from doctor.formats.base import KNOWN
 from doctor.model.fused_experts import find_stacks, take_apart
 from doctor.model.spec import build_spec
 from doctor.quant import budget
@@ -357,7 +358,7 @@ def test_gpt_oss_experts_that_llm_compressor_sorted_into_gate_and_up_compute_as_
     class Sorted:
         """What a compressed-tensors file of llm-compressor reads back as."""
 
-        method, tensors = "compressed-tensors", view.tensors
+        format, tensors = KNOWN["compressed-tensors"], view.tensors
 
         def __getattr__(self, name):
             return getattr(view, name)

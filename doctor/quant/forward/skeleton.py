@@ -101,7 +101,8 @@ class Skeleton:
             return
         for path, module in list(self.layers[i].named_modules()):
             form = next((form for form in FORMS if form.fits(module)), None)
-            if form is GptOssExperts and getattr(self.checkpoint, "method", "") == "compressed-tensors":
+            stored = getattr(self.checkpoint, "format", None)
+            if form is GptOssExperts and stored is not None and stored.separates_gate_and_up:
                 form = SortedGptOssExperts
             if form is not None:
                 parent = self.layers[i].get_submodule(path.rpartition(".")[0])

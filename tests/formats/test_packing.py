@@ -1,11 +1,11 @@
 import json
 from pathlib import Path
 
+import packing as pack
 import pytest
 import torch
 
 from doctor.core.errors import BadCheckpoint, NotQuantizable
-from doctor.quant import pack
 from doctor.quant.solve.grid import Grid, contiguous_groups, dequantize, quantize
 from doctor.quant.solve.grid_search import fit
 

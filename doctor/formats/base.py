@@ -1,0 +1,375 @@
+"""What a weight format is to the rest of the program: one class, one file, and all others ask its object.
+
+A format says which tensors stand for a linear, how codes become their words and back, what quantization_config says
+and how one is read, what fits and how many bytes it takes. check, fix, quantize, verify, the memory forecast and the
+rules name no format; they hold one of these objects. A new format is one file of this package, named in __init__.
+
+Where arrays come in, a format serves NumPy and torch by the same text (arrays.py). `n` is out_features, `k`
+in_features; a weight is [n, k].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+from doctor.checkpoint.dtypes import DTYPES
+from doctor.checkpoint.safetensors import TensorInfo
+from doctor.core.errors import BadCheckpoint
+from doctor.core.facts import Unavailable
+from doctor.core.messages import _
+from doctor.core.recipe import FORMATS, Recipe, Scheme
+from doctor.formats.arrays import Array
+from doctor.formats.grid import Grid, GridKind
+from doctor.formats.widths import Widths
+
+BLOCK = 32  # doctor writes whole blocks of 32 codes: they fill whole words at every width
+Parts = Mapping[str, Array]  # the last part of a tensor's name -> its values; 8-bit floats in NumPy as float32
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Part(NamedTuple):
+    """One tensor of a packed linear: the last part of its name, its element type and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
+
+
+class Format:
+    """A way to store quantized linears. Subclasses say what differs; `register` makes one known."""
+
+    name: str  # what recipes, the tables of kernels and messages call it
+    label: str  # as people write it
+    quant_methods: tuple[str, ...] = ()  # spellings of quantization_config's quant_method
+    container = "safetensors"
+    config_files: tuple[str, ...] = ()  # further files that hold a copy of quantization_config
+
+    # Tensors of a linear, by the last part of their names. `words` holds the codes; "" where there is no such tensor.
+    words = ""
+    scales = ""
+    zeros = ""
+    index = ""  # the group of each column
+    part_names: tuple[str, ...] = ()  # all of them, optional ones too
+    needed: tuple[str, ...] = ()  # beside the words, what no reader can do without
+    beside: tuple[str, ...] = ()  # what stands beside a weight under its own name, and goes with its packing
+    sampled: tuple[str, ...] = ()  # int32 parts whose values `check` looks at
+
+    # What a recipe may ask for.
+    writes = True  # False: such files are read, not made
+    bits: tuple[int, ...] = ()
+    own_widths = True  # whether single linears may have other bits than the rest
+    widths_key = ""  # where their bits stand, if under a key that only some readers know
+    unit = (1, 1)  # in_features and out_features must be multiples of these for the format's own sake
+    joint: tuple[str, ...] = ("bits", "group_size", "sym")  # what linears that an engine fuses must share
+    zero_offset = 0  # what is taken from a zero point before it is stored
+    twin = ""  # the format that differs in nothing but zero_offset
+    at_load = False  # quantization_config asks a loader to quantize plain weights
+    separates_gate_and_up = False  # readers want interleaved gate_up experts as two linears, gate first
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        """Parts that may hold the scales."""
+        return (self.scales,) if self.scales else ()
+
+    # sizes
+
+    def grid(self, scheme: Scheme) -> GridKind:
+        """The values that a weight may take, and what a scale is stored in."""
+        return GridKind(scheme.bits, scheme.group_size, scheme.sym)
+
+    def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str:
+        """Why a linear of this size cannot be packed so, "" where it can."""
+        width = in_features if scheme.group_size == -1 else scheme.group_size
+        if in_features % width:
+            return _("in_features {size} is not a multiple of group_size {group}", size=in_features, group=width)
+        if in_features % BLOCK or out_features % BLOCK:
+            return _(
+                "[{rows}, {columns}]: packing needs multiples of {unit}",
+                rows=out_features,
+                columns=in_features,
+                unit=BLOCK,
+            )
+        return ""
+
+    def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
+        """The tensors that pack() makes of a linear of this size."""
+        raise NotImplementedError
+
+    def bytes(self, in_features: int, out_features: int, scheme: Scheme) -> int:
+        """Bytes of those tensors."""
+        return sum(part.nbytes for part in self.parts(in_features, out_features, scheme))
+
+    def size(self, words: tuple[int, ...], bits: int, version: str = "") -> tuple[int, int]:
+        """(in_features, out_features) of a linear, from the shape of its words."""
+        raise NotImplementedError
+
+    def weight_shape(self, shapes: Shapes, load: Callable[[str], Array], bits: int) -> tuple[int, int]:
+        """[n, k] of a stored linear. load(part) gives a part's values, where shapes do not say it."""
+        width, height = self.size(shapes[self.words], bits)
+        return height, width
+
+    def scale_shape(self, in_features: int, out_features: int, group: int) -> tuple[int, int]:
+        """The shape of the scales of a linear in groups of `group` columns."""
+        return -(-in_features // group), out_features
+
+    def scheme_beside(
+        self, info: TensorInfo, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any] | None
+    ) -> Scheme | None:
+        """How a narrow weight under its own name is stored, for formats that keep scales beside it; None where it is none
+        of theirs. raw: the quantization_config, where there is one.
+        """
+        return None
+
+    # codes and words
+
+    def pack(self, codes: Array, grid: Grid, g_idx: Array | None, scheme: Scheme) -> dict[str, Array]:
+        """Tensors by the last part of their names, of codes u8[n, k]. Raises NotQuantizable for what cannot be stored."""
+        raise NotImplementedError
+
+    def unpack(
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
+    ) -> Array:
+        """W f32[n, k] that an engine computes with, or those rows of it. Raises BadCheckpoint where parts do not fit.
+
+        shape: [n, k], for formats whose parts do not say it.
+        """
+        raise NotImplementedError
+
+    def zero_word(self, bits: int) -> int | None:
+        """The unsigned word of zero points that a symmetric file holds everywhere; None where there is no such word."""
+        return None
+
+    # quantization_config
+
+    def packs(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a quantization_config of this format says that the files hold packed weights."""
+        return not self.at_load
+
+    def config(
+        self, recipe: Recipe, kept: Iterable[str] = (), widths: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        """quantization_config for what a recipe made. kept: linears inside decoder layers that stay in 16 bits. widths:
+        bits of the linears that have others than recipe.bits.
+        """
+        raise NotImplementedError
+
+    def claims(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a quantization_config is this format's to read."""
+        return raw.get("quant_method") in self.quant_methods
+
+    def read(self, raw: Mapping[str, Any], file: str, pointer: str, own: bool = True) -> Quantization:
+        """What a quantization_config says. own: with the widths of single linears; else what holds for the rest.
+
+        Raises Unavailable where it does not say what is needed, or weights do not lie in groups of columns.
+        """
+        raise Unavailable(
+            _(
+                "quantization by {method} has no packed groups of columns",
+                method=str(raw.get("quant_method", "unknown")),
+            )
+        )
+
+    def excluded(self, raw: Mapping[str, Any]) -> Callable[[str], bool]:
+        """Whether a quantization_config leaves a module, by its name, in floats."""
+        return lambda module: False
+
+    def names_of_kept(self, module: str) -> list[str]:
+        """Under which names engines look for a module of experts that stays in 16 bits."""
+        return [module]
+
+    def version_key(self, raw: Mapping[str, Any]) -> str:
+        """The key of a quantization_config that tells this format from its twin."""
+        return ""
+
+    def spelled(self, form: Format) -> str:
+        """What stands under version_key for a format."""
+        return form.name
+
+    head_key = ""  # the key that must be true where the output head is packed
+    order_key = ""  # the key that says whether groups are scattered over columns
+
+    def shown(self, shapes: Mapping[str, Shapes], words: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+        """quantization_config as tensors show it, by module; None where they leave anything open.
+
+        words: part -> statistics of its int32 values (doctor.scan.packed_words), where they were read.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a checkpoint says of its own quantization, in one spelling. It stands at `pointer` of `file`.
+
+    format: how the tensors lie. reader: whose block it is, which differs where a program has keys of its own. scheme
+    holds for most linears; `bits_of` gives a linear's own bits. desc_act: groups are scattered over columns.
+    """
+
+    format: Format
+    reader: Format
+    scheme: Scheme
+    desc_act: bool
+    version: str  # gptq or gptq_v2; gemm, gemv …; pack-quantized …
+    raw: dict[str, Any]
+    file: str
+    pointer: str
+    widths: Widths = field(default_factory=Widths)
+    readable: bool = True  # whether unpack() reads this version
+
+    @property
+    def bits(self) -> int:
+        return self.scheme.bits
+
+    @property
+    def group_size(self) -> int:
+        return self.scheme.group_size
+
+    @property
+    def sym(self) -> bool:
+        return self.scheme.sym
+
+    def bits_of(self, module: str) -> int:
+        """Bits of a linear."""
+        return self.widths.of(module, self.bits)
+
+    def scheme_of(self, module: str) -> Scheme:
+        """How a linear is stored."""
+        return self.scheme._replace(bits=self.bits_of(module))
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The parts beside the words that a linear cannot be read without."""
+        return (*self.format.needed, *((self.format.index,) if self.desc_act and self.format.order_key else ()))
+
+
+KNOWN: dict[str, Format] = {}  # every format, those that are only read too
+F = TypeVar("F", bound=type[Format])
+
+
+def register(cls: F) -> F:
+    """Class decorator: make a format known under its name."""
+    form = cls()
+    KNOWN[form.name] = form
+    if form.writes:
+        FORMATS[form.name] = form
+    _look_again()
+    return cls
+
+
+def forget(name: str) -> None:
+    """Take a format out again."""
+    KNOWN.pop(name, None)
+    FORMATS.pop(name, None)
+    _look_again()
+
+
+def _look_again() -> None:
+    word_tails.cache_clear()
+    sampled_tails.cache_clear()
+    scale_tails.cache_clear()
+
+
+def format_of(recipe: Recipe) -> Format:
+    """The format that a recipe writes."""
+    return KNOWN[recipe.output_format]
+
+
+@cache
+def word_tails() -> tuple[str, ...]:
+    """Endings of names of tensors that hold codes instead of weights."""
+    return tuple(f".{words}" for words in dict.fromkeys(f.words for f in KNOWN.values()) if words)
+
+
+@cache
+def sampled_tails() -> tuple[str, ...]:
+    """Endings of names of int32 tensors whose values `check` looks at."""
+    return tuple(f".{part}" for part in dict.fromkeys(p for f in KNOWN.values() for p in f.sampled))
+
+
+@cache
+def scale_tails() -> tuple[str, ...]:
+    """Endings of names of tensors that hold scales of weights."""
+    return tuple(f".{part}" for part in dict.fromkeys(p for f in KNOWN.values() for p in f.scale_names))
+
+
+def format_of_words(name: str) -> Format | None:
+    """The first format whose words a tensor of this name could be."""
+    tail = name.rpartition(".")[2]
+    return next((f for f in KNOWN.values() if f.words == tail), None)
+
+
+def read_quantization(raw: Mapping[str, Any], file: str, pointer: str, own: bool = True) -> Quantization:
+    """What a quantization_config says; see Format.read. Raises Unavailable where no format claims it."""
+    reader = next((f for f in KNOWN.values() if f.claims(raw)), None)
+    return (reader or Format()).read(raw, file, pointer, own)
+
+
+# for formats
+
+
+def whole(raw: Mapping[str, Any], *names: str) -> int:
+    """The first of these keys that is a positive whole number or -1. Raises Unavailable where none is."""
+    for name in names:
+        value = raw.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and (value > 0 or value == -1):
+            return value
+    raise Unavailable(_("the quantization block has no usable {key}", key=names[0]))
+
+
+def require_known(key: str, value: str, known: Sequence[str]) -> None:
+    """Unavailable where a version is none of these."""
+    if value not in known:
+        raise Unavailable(
+            _(
+                "{key} {value!r}: its packing is not judged here, only {known}",
+                key=key,
+                value=value,
+                known=" and ".join(known),
+            )
+        )
+
+
+def require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    """BadCheckpoint where a part has another shape than the others ask for."""
+    if tuple(array.shape) != shape:
+        raise BadCheckpoint(
+            _(
+                "{name} is {found}: the other tensors of this linear ask for {wanted}.",
+                name=name,
+                found=list(array.shape),
+                wanted=list(shape),
+            )
+        )
+
+
+def require_groups(g_idx: Array, k: int, groups: int) -> None:
+    """BadCheckpoint where the group of a column is none of the groups of scales."""
+    require_shape("g_idx", g_idx, (k,))
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        raise BadCheckpoint(
+            _(
+                "g_idx spans {least}..{most}: there are {groups} groups of scales.",
+                least=int(g_idx.min()),
+                most=int(g_idx.max()),
+                groups=groups,
+            )
+        )
+
+
+def require_dividing(k: int, groups: int) -> None:
+    """BadCheckpoint where groups of neighbours do not divide in_features."""
+    if groups < 1 or k % groups:
+        raise BadCheckpoint(
+            _(
+                "{groups} groups of scales for {size} in_features: groups must divide in_features.",
+                groups=groups,
+                size=k,
+            )
+        )

@@ -1,0 +1,301 @@
+"""compressed-tensors, format "pack-quantized": words along in_features, not transposed.
+
+| tensor | dtype | shape |
+|---|---|---|
+| weight_packed | I32 | [n, ceil(k*b/32)], packed along k |
+| weight_scale | F16 | [n, G] |
+| weight_shape | I64 | [2], (n, k) |
+| weight_zero_point | I32 | [ceil(n*b/32), G], packed along n; only where symmetric is false |
+| weight_g_idx | I32 | [k], only with actorder "group", which 0.20 refuses |
+
+Stored codes are offset binary, signed + 2^(b-1), which is what an affine grid's codes are already. Codes cross words
+since 0.18; before, a word held floor(32/b) codes, which differs for 3 bits and is told by the width of a row.
+
+Source: vllm-project/compressed-tensors 0.20.0 and 0.15.0 src/compressed_tensors/compressors/pack_quantized,
+src/compressed_tensors/utils/match.py (names, and patterns after "re:").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from doctor.core.errors import BadCheckpoint, NotQuantizable
+from doctor.core.facts import Unavailable
+from doctor.core.lazy_numpy import np
+from doctor.core.messages import _
+from doctor.core.methods import BITS
+from doctor.core.recipe import Recipe, Scheme
+from doctor.formats.arrays import Array, cast, contiguous, full, is_torch
+from doctor.formats.base import (
+    Format,
+    Part,
+    Parts,
+    Quantization,
+    Shapes,
+    register,
+    require_dividing,
+    require_groups,
+    require_shape,
+    whole,
+)
+from doctor.formats.bits import (
+    kernels_for,
+    pack_columns,
+    pack_rows,
+    unpack_columns,
+    unpack_rows,
+    unpack_whole_fields,
+    words_of,
+)
+from doctor.formats.grid import Grid, dequantize, neighbours, stored_exactly
+from doctor.formats.widths import Widths, exactly
+
+_LAYOUT = "pack-quantized"
+
+
+@register
+class CompressedTensors(Format):
+    """The integers of compressed-tensors."""
+
+    name = "compressed-tensors"
+    label = "compressed-tensors"
+    quant_methods = ("compressed-tensors",)
+    words, scales, zeros, index = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
+    part_names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+    needed = ("weight_scale",)
+    sampled = ("weight_g_idx",)
+    bits = BITS
+    separates_gate_and_up = True
+
+    def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
+        groups = 1 if scheme.group_size == -1 else -(-in_features // scheme.group_size)
+        parts = (
+            Part("weight_packed", "I32", (out_features, words_of(in_features, scheme.bits))),
+            Part("weight_scale", "F16", (out_features, groups)),
+            Part("weight_shape", "I64", (2,)),
+        )
+        if scheme.sym:
+            return parts
+        return (*parts, Part("weight_zero_point", "I32", (words_of(out_features, scheme.bits), groups)))
+
+    def size(self, words: tuple[int, ...], bits: int, version: str = "") -> tuple[int, int]:
+        return words[1] * 32 // bits, words[0]
+
+    def weight_shape(self, shapes: Shapes, load: Callable[[str], Array], bits: int) -> tuple[int, int]:
+        n, k = (int(side) for side in load("weight_shape"))
+        return n, k
+
+    def scale_shape(self, in_features: int, out_features: int, group: int) -> tuple[int, int]:
+        return out_features, -(-in_features // group)
+
+    def pack(self, codes: Array, grid: Grid, g_idx: Array | None, scheme: Scheme) -> dict[str, Array]:
+        """Groups of neighbours: g_idx is not stored."""
+        _require_bits(scheme.bits)
+        packed = {
+            "weight_packed": pack_rows(codes, scheme.bits),
+            "weight_scale": contiguous(stored_exactly(grid.scale, self.grid(scheme).scale_dtype)),
+            "weight_shape": _sides(codes),
+        }
+        middle = 2 ** (scheme.bits - 1)
+        if not scheme.sym:
+            packed["weight_zero_point"] = pack_columns(grid.zero, scheme.bits)
+        elif not (grid.zero == middle).all():
+            raise NotQuantizable(
+                _(
+                    "a symmetric compressed-tensors weight has no zero points, and a group has {least}..{most}: all must "
+                    "be {middle}.",
+                    least=int(grid.zero.min()),
+                    most=int(grid.zero.max()),
+                    middle=middle,
+                ),
+                _("Write it as symmetric=false."),
+            )
+        return packed
+
+    def unpack(
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
+    ) -> Array:
+        words, bits = parts["weight_packed"], scheme.bits
+        n, k = shape or _stored_sides(parts)
+        kernels = kernels_for(words) if rows is None and words.shape[1] == words_of(k, bits) else None
+        if kernels is not None:
+            self._fitting(parts, n, k, bits)
+            optional = {
+                name: contiguous(parts[name]) for name in ("weight_zero_point", "weight_g_idx") if name in parts
+            }
+            return kernels.compressed_dequantize(
+                contiguous(words), contiguous(parts["weight_scale"]), (n, k), bits, **optional
+            )
+        return dequantize(*self.codes(parts, scheme, (n, k), rows))
+
+    def codes(
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
+    ) -> tuple[Array, Grid, Array]:
+        """(codes u8[n, k], grid, g_idx i32[k]) of a weight of [n, k] = shape, or of those rows of it."""
+        n, k = shape or _stored_sides(parts)
+        bits = scheme.bits
+        g_idx = self._fitting(parts, n, k, bits)
+        rows = rows or slice(0, n)
+        words, scale = parts["weight_packed"][rows], cast(parts["weight_scale"][rows], "F32")
+        per_word, width = 32 // bits, words.shape[1]
+        if width == words_of(k, bits):
+            codes = unpack_rows(words, bits, k)
+        elif width == -(-k // per_word):
+            codes = unpack_whole_fields(words, bits, k)
+        else:
+            raise BadCheckpoint(
+                _(
+                    "weight_packed has {width} words a row for {size} codes of {bits} bits: a dense stream has {dense}, "
+                    "the layout before compressed-tensors 0.18 {older}.",
+                    width=width,
+                    size=k,
+                    bits=bits,
+                    dense=words_of(k, bits),
+                    older=-(-k // per_word),
+                )
+            )
+        stored = parts.get("weight_zero_point")
+        if stored is None:
+            zero = full(tuple(scale.shape), 2 ** (bits - 1), "I32", scale)
+        else:
+            zero = cast(unpack_columns(stored, bits, n)[rows], "I32")
+        return codes, Grid(scale, zero), g_idx
+
+    def _fitting(self, parts: Parts, n: int, k: int, bits: int) -> Array:
+        """g_idx i32[k] of a weight whose other tensors fit each other."""
+        _require_bits(bits)
+        scale, zero, g_idx = (parts.get(name) for name in ("weight_scale", "weight_zero_point", "weight_g_idx"))
+        if scale is None:
+            raise KeyError("weight_scale")
+        groups = scale.shape[1]
+        require_shape("weight_scale", scale, (n, groups))
+        if zero is not None:
+            require_shape("weight_zero_point", zero, (words_of(n, bits), groups))
+        if g_idx is None:
+            require_dividing(k, groups)
+            g_idx = neighbours(k, groups, scale)
+        require_groups(g_idx, k, groups)
+        return cast(g_idx, "I32")
+
+    def packs(self, raw: Mapping[str, Any]) -> bool:
+        """Without groups it describes a cache or nothing."""
+        return bool(raw.get("config_groups"))
+
+    def config(
+        self, recipe: Recipe, kept: Iterable[str] = (), widths: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        widths = widths or {}
+        weights = {
+            "num_bits": recipe.bits,
+            "type": "int",
+            "symmetric": recipe.sym,
+            "strategy": "channel" if recipe.group_size == -1 else "group",
+            "group_size": None if recipe.group_size == -1 else recipe.group_size,
+            "dynamic": False,
+            "actorder": None,
+            "observer": "minmax",
+        }
+        common: dict[str, Any] = {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+        }
+        groups = {"group_0": common}
+        for number, bits in enumerate(sorted(set(widths.values())), 1):
+            targets = sorted(name for name, own in widths.items() if own == bits)
+            groups[f"group_{number}"] = {**common, "targets": targets, "weights": {**weights, "num_bits": bits}}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": _LAYOUT,
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": ["lm_head", *sorted(kept)],
+            "config_groups": groups,
+        }
+
+    def read(self, raw: Mapping[str, Any], file: str, pointer: str, own: bool = True) -> Quantization:
+        groups = _weight_groups(raw)
+        schemes = [group["weights"] for group in (groups if own else groups[:1])]
+        weights = schemes[0] if schemes else {}
+        if any(
+            scheme.get(key) != weights.get(key)
+            for scheme in schemes
+            for key in ("group_size", "strategy", "symmetric", "actorder")
+        ):
+            raise Unavailable(
+                _("linears differ in more than their width ({key}): their shapes are not judged", key="config_groups")
+            )
+        if raw.get("format") != _LAYOUT or weights.get("strategy") not in ("group", "channel"):
+            return super().read(raw, file, pointer, own)
+        return Quantization(
+            self,
+            self,
+            Scheme(
+                whole(weights, "num_bits"),
+                whole(weights, "group_size") if weights["strategy"] == "group" else -1,
+                bool(weights.get("symmetric", True)),
+            ),
+            weights.get("actorder") in ("group", True),
+            _LAYOUT,
+            dict(raw),
+            file,
+            pointer,
+            Widths.of_patterns(_own_widths(groups) if own else ()),
+        )
+
+    def excluded(self, raw: Mapping[str, Any]) -> Callable[[str], bool]:
+        """Names, and patterns after "re:"; a name of a class excludes what only a model knows."""
+        entries = [entry for entry in raw.get("ignore") or () if isinstance(entry, str)]
+        patterns = [re.compile(entry.removeprefix("re:")) for entry in entries if entry.startswith("re:")]
+        names = set(entries)
+        return lambda module: module in names or any(pattern.match(module) for pattern in patterns)
+
+    def names_of_kept(self, module: str) -> list[str]:
+        """vLLM asks for the linears that would be in the module."""
+        return [module, rf"re:^{re.escape(module)}\."]
+
+
+def _weight_groups(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Groups that say something of weights, the one for all Linear first."""
+    groups = raw.get("config_groups")
+    found = [
+        g
+        for g in (groups.values() if isinstance(groups, Mapping) else ())
+        if isinstance(g, dict) and isinstance(g.get("weights"), dict)
+    ]
+    return sorted(found, key=lambda g: g.get("targets") != ["Linear"])
+
+
+def _own_widths(groups: list[dict[str, Any]]) -> Iterable[tuple[str, object]]:
+    """(pattern, bits) of what the further groups name."""
+    for group in groups[1:]:
+        targets = group.get("targets")
+        for target in targets if isinstance(targets, list) else ():
+            if isinstance(target, str):
+                pattern = target.removeprefix("re:") if target.startswith("re:") else exactly(target)
+                yield pattern, group["weights"].get("num_bits")
+
+
+def _sides(codes: Array) -> Array:
+    """The shape of codes, i64[2], on the CPU."""
+    if is_torch(codes):
+        import torch
+
+        return torch.tensor(codes.shape, dtype=torch.int64)
+    return np.array(codes.shape, np.int64)
+
+
+def _stored_sides(parts: Parts) -> tuple[int, int]:
+    n, k = (int(side) for side in parts["weight_shape"].tolist())
+    return n, k
+
+
+def _require_bits(bits: int) -> None:
+    if bits not in BITS:
+        raise NotQuantizable(
+            _("bits is {bits}: the packed formats here have {known}.", bits=bits, known=", ".join(map(str, BITS)))
+        )

@@ -1,0 +1,108 @@
+"""8-bit floats under a scale for the tensor, for each row or for each tile: DeepSeek's block scales and vLLM's fp8.
+
+| tensor | dtype | shape |
+|---|---|---|
+| weight | F8_E4M3 | [n, k] |
+| weight_scale_inv | F32, BF16 or F8_E8M0 | [ceil(n/rows), ceil(k/columns)]: multiplied with, despite its name |
+| weight_scale | F32 or BF16 | [1], [n, 1] or a tile's |
+
+E4M3 has bias 7, no infinities, NaN at 0x7F and 0xFF, and ends at 448. Such files are read; `weight` stands under its own
+name, so they have no words that tell them apart, only its element type and the scales beside it.
+
+Sources: the OCP 8-bit floating point specification 1.0; deepseek-ai/DeepSeek-V3 inference/kernel.py (weight_dequant);
+vllm-project/vllm vllm/model_executor/layers/quantization/fp8.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from doctor.checkpoint.safetensors import TensorInfo
+from doctor.core.errors import BadCheckpoint
+from doctor.core.lazy_numpy import np
+from doctor.core.messages import _
+from doctor.core.recipe import Scheme
+from doctor.formats.arrays import Array, cast, counted
+from doctor.formats.base import Format, Part, Parts, Shapes, register
+
+STORED = "F8_E4M3"
+
+
+@register
+class FP8(Format):
+    """Read only."""
+
+    name = "fp8"
+    label = "FP8"
+    quant_methods = ("fp8",)
+    scales = "weight_scale_inv"
+    part_names = ("weight", "weight_scale_inv", "weight_scale")
+    beside = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")  # gone with the plain weight
+    needed = ("weight_scale_inv",)
+    bits = (8,)
+    writes = False
+    joint = ("scale",)  # one scale a tensor cannot serve two that an engine joins
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        return "weight_scale_inv", "weight_scale"
+
+    def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
+        rows, columns = scheme.tile or (out_features, in_features)
+        return (
+            Part("weight", STORED, (out_features, in_features)),
+            Part("weight_scale_inv", "F32", (-(-out_features // rows), -(-in_features // columns))),
+        )
+
+    def weight_shape(self, shapes: Shapes, load: Callable[[str], Array], bits: int) -> tuple[int, int]:
+        n, k = shapes["weight"]
+        return n, k
+
+    def scheme_beside(
+        self, info: TensorInfo, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any] | None
+    ) -> Scheme | None:
+        """The tile is quantization_config's weight_block_size; a scale's own shape where there is one for the tensor or
+        for each row.
+        """
+        scales = [name for name in (f"{info.name}_scale_inv", f"{info.name}_scale") if name in tensors]
+        if info.dtype.name != STORED or len(info.shape) != 2 or len(scales) != 1 or not info.name.endswith(".weight"):
+            return None
+        scale = tensors[scales[0]]
+        tile = (raw.get("weight_block_size") if raw else None) or ()
+        return Scheme(8, tile=() if scale.numel == 1 or scale.shape[-1] == 1 else tuple(tile))
+
+    def unpack(
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
+    ) -> Array:
+        scale = cast(parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"], "F32")
+        n, k = parts["weight"].shape
+        rows = rows or slice(0, n)
+        values = cast(parts["weight"][rows], "F32")
+        if all(side == 1 for side in scale.shape):
+            return values * scale.reshape(())
+        scale = scale.reshape(len(scale), -1)
+        height, width = scheme.tile or (-(-n // scale.shape[0]), -(-k // scale.shape[1]))
+        wanted = (-(-n // height), -(-k // width))
+        if tuple(scale.shape) != wanted:
+            raise BadCheckpoint(
+                _(
+                    "scales {found}; blocks of {height} × {width} of {shape} make {wanted}.",
+                    found=list(scale.shape),
+                    height=height,
+                    width=width,
+                    shape=[n, k],
+                    wanted=list(wanted),
+                )
+            )
+        row, column = (counted(n, scale)[rows] // height)[:, None], (counted(k, scale) // width)[None, :]
+        return values * scale[row, column]
+
+
+def e4m3_values() -> Array:
+    """f32[256]: value of each E4M3 code."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, (codes & 7).astype(np.float32)
+    values = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * np.exp2(exponent - 7.0))
+    values[(codes & 0x7F) == 0x7F] = np.nan
+    return np.where(codes & 0x80, -values, values).astype(np.float32)

@@ -1,0 +1,141 @@
+"""The values that a quantized weight may take: an affine grid, `scale * (code - zero)`, or a table of levels under a scale.
+
+Every scale is rounded to the element type that it is stored in *before* any code is computed from it: codes that were
+chosen against a float32 scale are wrong by up to half a unit of float16 once the scale is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from doctor.core.errors import NotQuantizable
+from doctor.core.messages import _
+from doctor.formats.arrays import Array, cast, counted, is_torch, repeated, taken
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Grid(NamedTuple):
+    """scale f32[n, G], each value exact in the stored dtype, never 0, negative only where `signed` was asked for;
+    zero i32[n, G], 0..2^bits-1. NumPy arrays or torch tensors."""
+
+    scale: Array
+    zero: Array
+
+
+@dataclass(frozen=True)
+class GridKind:
+    """What a format lets the quantizer choose from.
+
+    levels: () for an affine grid of codes 0..2^bits-1 with a zero point; else the values of the codes 0, 1, 2 …, before
+    the scale. zero_min: the smallest zero point that can be stored. scale_dtype: what a scale is stored in, by
+    safetensors' name. tile: (rows, columns) under one scale; columns -1 is the whole row, () rows of group_size columns.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool
+    levels: tuple[float, ...] = ()
+    zero_min: int = 0
+    scale_dtype: str = "F16"
+    tile: tuple[int, int] | tuple[()] = ()
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        """scale_dtype as torch's."""
+        import torch
+
+        from doctor.checkpoint.dtypes import DTYPES
+
+        return getattr(torch, str(DTYPES[self.scale_dtype].torch))
+
+    def snapped(self, scale: torch.Tensor) -> torch.Tensor:
+        """scale f32 rounded to what is stored, as f32; see store_scale."""
+        return store_scale(scale, self.torch_scale_dtype)
+
+
+def group_width(k: int, group_size: int) -> int:
+    """Columns in a group: group_size, or k for -1. NotQuantizable where groups do not divide k."""
+    width = k if group_size == -1 else group_size
+    if width < 1 or k % width:
+        raise NotQuantizable(
+            _(
+                "in_features {width} is not a multiple of group_size {group_size}: every group needs the same width.",
+                width=k,
+                group_size=group_size,
+            ),
+            _("Pad in_features, or choose a group_size that divides {width}.", width=k),
+        )
+    return width
+
+
+def contiguous_groups(k: int, group_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """g_idx i32[k] of groups of neighbours: i // group_size."""
+    import torch
+
+    return (torch.arange(k, device=device) // group_width(k, group_size)).to(torch.int32)
+
+
+def neighbours(k: int, groups: int, like: Array) -> Array:
+    """g_idx i32[k] of `groups` equal groups of neighbours, where and of which library `like` is."""
+    return cast(counted(k, like) // (k // groups), "I32")
+
+
+def dequantize(codes: Array, grid: Grid, g_idx: Array | None = None) -> Array:
+    """scale * (code - zero), f32[n, k], of codes u8[n, k]. g_idx i32[k]: the group of each column, None for neighbours."""
+    scale, zero = by_column(grid, codes.shape[1], g_idx)
+    return (cast(codes, "F32") - zero) * scale
+
+
+def by_column(grid: Grid, k: int, g_idx: Array | None) -> tuple[Array, Array]:
+    """(scale f32[n, k], zero f32[n, k]) of each column."""
+    zero = cast(grid.zero, "F32")
+    if g_idx is None:
+        width = group_width(k, k // grid.scale.shape[1])
+        return repeated(grid.scale, width, 1), repeated(zero, width, 1)
+    return taken(grid.scale, g_idx, 1), taken(zero, g_idx, 1)
+
+
+def store_scale(scale: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """scale f32 rounded to what `dtype` (float16) can hold, as f32; never 0, NotQuantizable where it would become Inf.
+
+    A scale under half the smallest subnormal becomes that subnormal (5.96e-8 in float16): its weights are smaller
+    than any float16, so most of them take the code of 0.0, which is also what casting them would give.
+    """
+    import torch
+
+    dtype = dtype or torch.float16
+    stored = scale.to(dtype).to(torch.float32)
+    if not torch.isfinite(stored).all():
+        raise NotQuantizable(
+            _(
+                "a group needs the scale {scale:.6g}, and {dtype} ends at {most:.6g}: the scale would be stored as Inf.",
+                scale=scale.max().item(),
+                dtype=str(dtype)[6:],
+                most=torch.finfo(dtype).max,
+            ),
+            _("Run `doctor check` for the tensor's outliers, or keep this linear in 16 bits."),
+        )
+    return stored.clamp_min_(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+
+
+def stored_exactly(scale: Array, dtype: str) -> Array:
+    """scale in its stored dtype; NotQuantizable where that changes a value, since codes were chosen against it."""
+    stored = cast(scale, dtype)
+    off = int((cast(stored, "F32") != scale).sum())
+    if off:
+        raise NotQuantizable(
+            _(
+                "{off} of {count} scales are not exact in {dtype}: codes were chosen against other scales than would be stored.",
+                off=off,
+                count=scale.numel() if is_torch(scale) else scale.size,
+                dtype=_NAMES.get(dtype, dtype),
+            ),
+            _("Fit the grid with this scale_dtype."),
+        )
+    return stored
+
+
+_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}

@@ -1,0 +1,42 @@
+"""What names alone tell of packed weights, of formats that are not read too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from doctor.formats.base import KNOWN, word_tails
+
+# quant_method of files that hold packed weights which are not read here.
+_UNREAD_METHODS = ("awq_marlin", "exl2", "exl3", "mxfp4", "aqlm", "hqq", "quip")
+_UNREAD_WORDS = (".q_weight",)  # EXL2's
+# Endings of names of which a packed file of some format has one at least.
+_SIGNS = (".weight_scale", ".weight_scale_inv", ".q_weight", ".trellis", ".codes", "_blocks", ".W_q", "_scale")
+_SCALES = re.compile(
+    r"\.(weight_scale_inv|weight_scale|SCB|absmax|quant_state\.bitsandbytes__\w+|quant_map|_scales)$|_(blocks|scales)$"
+)
+
+
+def packed_tails() -> tuple[str, ...]:
+    """Endings of names of tensors that hold codes instead of weights, of formats that are not read too."""
+    return (*word_tails(), *_UNREAD_WORDS)
+
+
+def is_scale_beside_weight(name: str) -> bool:
+    """Whether a tensor of this name undoes the packing of narrow weights, in any format that keeps it beside them."""
+    return _SCALES.search(name) is not None
+
+
+def says_packed(raw: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config says that the files hold packed weights."""
+    if raw.get("format") == "dense":
+        return False
+    method = raw.get("quant_method")
+    form = next((f for f in KNOWN.values() if method in f.quant_methods), None)
+    return form.packs(raw) if form else method in _UNREAD_METHODS
+
+
+def shows_packing(name: str) -> bool:
+    """Whether a tensor of this name is part of packed weights."""
+    return name.endswith((*word_tails(), *_SIGNS))

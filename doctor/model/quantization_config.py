@@ -1,0 +1,67 @@
+"""What a checkpoint says of its own quantization: where the block stands, and what the format that claims it reads there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import DoctorError
+from doctor.core.facts import Unavailable, fact
+from doctor.core.messages import _
+from doctor.core.methods import method_of_format
+from doctor.core.recipe import Recipe
+from doctor.formats.base import read_quantization
+
+
+@fact("checkpoint")
+def quantization_block(checkpoint):
+    """(raw quantization_config, file, JSON pointer), or None where the checkpoint names no quantization."""
+    return quantization_of(checkpoint)
+
+
+def quantization_of(checkpoint: Checkpoint) -> tuple[dict, str, str] | None:
+    """The raw quantization block and where it stands."""
+    config = checkpoint.value("config.json") or {}
+    if isinstance(config.get("quantization_config"), dict):
+        return config["quantization_config"], "config.json", "/quantization_config"
+    for name, block in config.items():
+        if isinstance(block, dict) and isinstance(block.get("quantization_config"), dict):
+            return block["quantization_config"], "config.json", f"/{name}/quantization_config"
+    for file in ("quantize_config.json", "quant_config.json"):
+        value = checkpoint.value(file)
+        if isinstance(value, dict):
+            return value, file, ""
+    return None
+
+
+@fact("checkpoint", stage="header")
+def quantization(checkpoint, quantization_block):
+    """What the files say about their own quantization (Quantization)."""
+    if quantization_block is None:
+        raise Unavailable(_("the checkpoint is not quantized"))
+    raw, file, pointer = quantization_block
+    return read_quantization(raw, file, pointer)
+
+
+STATED = frozenset({"method", "bits", "group_size", "sym"})  # what a quantized checkpoint states of its own plan
+
+
+def stored_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
+    """This recipe with the method, bits, groups and symmetry that the checkpoint states for itself; as it is where it
+    states none. What single linears have of their own does not change what holds for the rest.
+    """
+    block = quantization_of(checkpoint)
+    if block is None:
+        return recipe
+    try:
+        stored = read_quantization(*block, own=False)
+        return replace(
+            recipe,
+            method=method_of_format(stored.format.name),
+            bits=stored.bits,
+            group_size=stored.group_size,
+            sym=stored.sym,
+            format=stored.format.name,
+        )
+    except (Unavailable, DoctorError):  # what is wrong with the block is for rules to say
+        return recipe

@@ -1,0 +1,25 @@
+"""What the int32 words of packed tensors are: counted while their bytes pass, for rules on zero points and g_idx."""
+
+from dataclasses import dataclass
+
+from doctor.core.facts import fact, provide
+
+provide("words", "tensor", "values", "What the int32 words of a qzeros or g_idx tensor are (PackedWordStats).")
+
+
+@dataclass(frozen=True)
+class PackedWordStats:
+    """Int32 words of a packed tensor. kinds: word (unsigned) -> count, None once more than 16 differ."""
+
+    count: int
+    smallest: int
+    largest: int
+    rising: bool  # no word is smaller than the one before it
+    full_fields: int  # words in which some 4-bit field is 15
+    kinds: dict[int, int] | None = None
+
+
+@fact("checkpoint")
+def packed_words(checkpoint, every_words):
+    """tensor -> PackedWordStats of every qzeros and g_idx tensor."""
+    return every_words
