@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from doctor import api
+from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
 from doctor.core.recipe import Recipe, Scheme
-from doctor.edits.kinds import from_codes
 from doctor.formats.arrays import cast, contiguous
 from doctor.formats.base import KNOWN, Format, Part, Quantization, forget, register
 from doctor.formats.grid import GridKind
