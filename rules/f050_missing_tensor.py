@@ -1,7 +1,7 @@
-"""F050 missing-tensor: a tensor that the model needs is in no weight file.
+"""F050 missing-tensor: tensor that the model needs is in no weight file.
 
-Why: transformers fills the gap with random numbers and prints one line; other tools stop. A block with random weights
-wrecks every block after it, and calibration with it.
+Why: transformers fills the gap with random numbers and prints one line; other tools stop. A decoder layer with random
+weights ruins every layer after it, and calibration with it.
 
 Seen as:
 - transformers: `Some weights of`
@@ -11,11 +11,11 @@ Seen as:
 
 Do: fetch the shard that holds it, or take the tensor from the base model.
 
-False alarms: a family whose blocks differ in a way this version does not know. A block is compared only with blocks
-that hold everything that it holds.
+False alarms: a family whose decoder layers differ in a way that this version does not know. A layer is compared only
+with layers that hold everything that it holds.
 
-Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model, in the type that its like have here.
-Else manual; weights are not invented.
+Fix safety: unsafe, and only with `--from`: the tensor is taken from the donor, in the dtype that the same tensors of
+other layers have here. Else manual: weights are not invented.
 
 Sources: transformers src/transformers/modeling_utils.py; the table of families was taken from models saved by
 transformers 5.23.
@@ -24,7 +24,7 @@ transformers 5.23.
 import re
 from collections import Counter
 
-from doctor.lint.rule import Fix, Place, finding, rule
+from doctor.lint.rule import Fix, Place, _, finding, rule
 from doctor.lint.testing import tiny
 
 NUMBER = re.compile(r"\.\d+\.")
@@ -53,17 +53,17 @@ def missing_tensor(checkpoint, placement, tensors, base):
     for name, reason in sorted(placement.missing().items()):
         known = placement.spec.family is not None
         yield finding(
-            f"{name} is in no weight file; {reason}",
+            _("{tensor} is in no weight file; {reason}", tensor=name, reason=reason),
             at=Place("", tensor=name),
             severity="" if known else "warning",
             fix=_from_base(base, tensors, name)
-            or Fix("fetch the shard that holds it, or take it from the base model", (), "manual"),
+            or Fix(_("fetch the shard that holds it, or take it from the base model"), (), "manual"),
         )
 
 
 def _from_base(base, tensors, name):
-    """The base's tensor, if it has the shape and type of this tensor in other blocks here, or where no block has it,
-    the commonest type.
+    """The donor's tensor if it has the shape and dtype of this tensor in other decoder layers here, or, where no layer
+    has it, the most frequent dtype.
     """
     theirs = base.checkpoint.tensors.get(name) if base else None
     if theirs is None:
@@ -73,7 +73,7 @@ def _from_base(base, tensors, name):
     kinds = Counter(i.dtype.name for i in tensors.values())
     dtype, shape = Counter(alike).most_common(1)[0][0] if alike else (kinds.most_common(1)[0][0], theirs.shape)
     edit = base.offer(name, dtype, shape)
-    return edit and Fix(f"take it from {base.text}", (edit,), "unsafe")
+    return edit and Fix(_("take it from {base}", base=base.text), (edit,), "unsafe")
 
 
 def bad():

@@ -1,7 +1,7 @@
-"""F051 shape-against-config: a tensor's size is not what config.json says.
+"""F051 shape-against-config: tensor shape does not match config.json.
 
-Why: readers build the model from config.json and cannot put the weights in. When every tensor agrees on another number,
-config.json is wrong; when one tensor stands alone, that tensor is.
+Why: readers build the model from config.json and cannot load the weights. When all tensors agree on another number,
+config.json is wrong; when only one tensor differs, that tensor is wrong.
 
 Seen as:
 - transformers: `Trying to set a tensor of shape`
@@ -10,18 +10,18 @@ Seen as:
 - vLLM: `Attempted to load weight`
 - PyTorch: `copying a param with shape torch.Size([13696, 5120]) from checkpoint, the shape in current model is`
 
-Do: correct the key, or fetch the tensor's shard again. Qwen 1 states intermediate_size twice as large as its MLP: that
-is known here.
+Do: correct the key, or fetch the tensor's shard again. Qwen 1 states intermediate_size twice as large as its MLP;
+doctor knows this.
 
-False alarms: a family whose shapes this version's table gives wrongly.
+False alarms: a family whose shapes are wrong in this version's table.
 
-Fix safety: safe where all tensors agree on one value of the key. A tensor that stands alone is taken from a base model
+Fix safety: safe where all tensors agree on one value of the key. A single tensor that differs is taken from the donor
 with `--from`, unsafe; else manual.
 
 Sources: QwenLM/Qwen issue 585; transformers src/transformers/modeling_utils.py.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, keys_of, rule, solve
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, keys_of, plural, rule, solve
 from doctor.lint.testing import tiny
 
 HEADS = {
@@ -70,15 +70,24 @@ def _key(spec, config, key, value, misfit, placement):
     name = spec.key_for(key)
     stated = spec.config.get(name, spec.lookup(key))
     users = len(placement.users(key))
-    noun = "tensor says" if users == 1 else "tensors say"
     info = misfit.info
     fix = Fix(
-        f'set "{name}": {value}',
+        _('set "{key}": {value}', key=name, value=value),
         (SetJson("config.json", _pointer(spec, config, name), value, spec.config.get(name, MISSING)),),
     )
     return finding(
-        f"{name} is {stated} in config.json; {users:,} {noun} {value}, such as {info.name} {info.dtype.name} {list(info.shape)}",
-        at=Place("config.json", pointer=_pointer(spec, config, name), note=f"{value} in the weights"),
+        plural(
+            "{key} is {stated} in config.json; {n:,} tensor implies {value}: {tensor} {dtype} {shape}",
+            "{key} is {stated} in config.json; {n:,} tensors imply {value}, such as {tensor} {dtype} {shape}",
+            users,
+            key=name,
+            stated=stated,
+            value=value,
+            tensor=info.name,
+            dtype=info.dtype.name,
+            shape=list(info.shape),
+        ),
+        at=Place("config.json", pointer=_pointer(spec, config, name), note=_("{value} in the weights", value=value)),
         evidence={"stated": stated, "tensors": value},
         fix=fix,
     )
@@ -86,15 +95,28 @@ def _key(spec, config, key, value, misfit, placement):
 
 def _one(misfit, base):
     info = misfit.info
-    fix = Fix("fetch this tensor's shard again, of the same revision as config.json", (), "manual")
+    fix = Fix(_("fetch this tensor's shard again, of the same revision as config.json"), (), "manual")
     if misfit.axis is None:
-        text = f"{info.name} has {misfit.have} axes {list(info.shape)}; the family's has {misfit.want}"
+        text = _(
+            "{tensor} has {have} dimensions {shape}; the family's model has {want}",
+            tensor=info.name,
+            have=misfit.have,
+            shape=list(info.shape),
+            want=misfit.want,
+        )
     else:
         want = list(info.shape)
         want[misfit.axis] = misfit.want
-        text = f"{info.name} is {list(info.shape)}; config.json gives {want} ({misfit.expression} = {misfit.want})"
+        text = _(
+            "{tensor} is {shape}; config.json gives {want} ({expression} = {size})",
+            tensor=info.name,
+            shape=list(info.shape),
+            want=want,
+            expression=misfit.expression,
+            size=misfit.want,
+        )
         edit = base.offer(info.name, info.dtype.name, tuple(want)) if base else None
-        fix = Fix(f"take it from {base.text}", (edit,), "unsafe") if edit else fix
+        fix = Fix(_("take it from {base}", base=base.text), (edit,), "unsafe") if edit else fix
     return finding(
         text,
         at=Place(info.shard, tensor=info.name),
@@ -118,10 +140,9 @@ def bad():
     key = next(k for k in ("vocab_size", "padded_vocab_size") if k in case.config)
     case.config[key] = 128
     name = next(n for n in sorted(case.tensors) if "embed_tokens" in n)
-    heads = 1 + any(n.startswith("lm_head") for n in case.tensors)
-    verb = "tensors say" if heads == 2 else "tensor says"
-    first = next((n for n in sorted(case.tensors) if n.startswith("lm_head")), name)
-    return case, f"{key} is 128 in config.json; {heads} {verb} 96, such as {first} BF16 [96, 64]"
+    head = next((n for n in sorted(case.tensors) if n.startswith("lm_head")), None)
+    what = f"1 tensor implies 96: {name}" if head is None else f"2 tensors imply 96, such as {head}"
+    return case, f"{key} is 128 in config.json; {what} BF16 [96, 64]"
 
 
 def good():

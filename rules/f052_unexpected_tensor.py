@@ -1,13 +1,13 @@
-"""F052 unexpected-tensor: a tensor has no place in this family's model.
+"""F052 unexpected-tensor: tensor does not belong to this model family.
 
-Why: readers drop it without a word or with one line, so the model that runs is not the one that was trained; often the
-model is of another family than config.json says, or was changed by a tool.
+Why: readers drop it silently or with one line, so the model that runs is not the one that was trained. Often the model
+is of another family than config.json states, or a tool changed it.
 
 Seen as:
 - transformers: `Some weights of the model checkpoint at`
 - vLLM: `There is no module or parameter named`
 
-Do: compare architectures and model_type in config.json with where the weights come from.
+Do: compare architectures and model_type in config.json with the source of the weights.
 
 False alarms: variants of a family that add tensors and are newer than this version. Buffers that readers recompute
 (rotary frequencies, causal masks) and stored cache scales are not counted.
@@ -19,7 +19,7 @@ Sources: transformers src/transformers/modeling_utils.py, `_keys_to_ignore_on_lo
 
 import re
 
-from doctor.lint.rule import DropTensor, Fix, Place, finding, rule
+from doctor.lint.rule import DropTensor, Fix, Place, _, finding, rule
 from doctor.lint.testing import tiny
 
 # Buffers that older saves hold, scales of a key-value cache, positions: no reader misses or minds them.
@@ -44,16 +44,16 @@ def unexpected_tensor(checkpoint, placement, config):
             elif tail.endswith("bias"):
                 continue
             yield finding(
-                f"{info.name} has no place in a {spec.family} model",
+                _("{tensor} does not belong to a {family} model", tensor=info.name, family=spec.family),
                 at=Place(info.shard, tensor=info.name),
                 evidence={"family": spec.family},
-                fix=Fix("drop it", (DropTensor(info.name),), "unsafe", by_name=True),
-                advice="make sure that config.json names the family of these weights",
+                fix=Fix(_("drop it"), (DropTensor(info.name),), "unsafe", by_name=True),
+                advice=_("make sure that config.json names the family of these weights"),
             )
 
 
 def _bias_is_denied(spec, tail, placement, info):
-    """True where config.json says in so many words that this linear has no bias."""
+    """True where config.json states explicitly that this linear has no bias."""
     key = "mlp_bias" if tail.startswith("mlp.") else "attention_bias"
     template = placement.template_of(info.name.removesuffix(".bias") + ".weight")
     return (
@@ -70,7 +70,7 @@ def bad():
         source = case.name("o", block)
         name = source.replace(".weight", "_2.weight")
         case.tensors[name], case.dtypes[name] = case.tensors[source][::-1], "BF16"
-    return case, f"{name} has no place in a {case.family} model"
+    return case, f"{name} does not belong to a {case.family} model"
 
 
 def good():

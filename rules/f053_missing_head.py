@@ -1,7 +1,7 @@
-"""F053 missing-head: there is no lm_head, and config.json does not tie it to the embedding.
+"""F053 missing-head: lm_head is missing and not tied to the embedding.
 
-Why: transformers starts the head with random numbers and prints one line; the model then speaks noise. Converters that
-drop the tied copy and forget the flag do this.
+Why: transformers initializes the head with random numbers and prints one line; the model then generates noise.
+Converters that drop the tied copy and forget the flag cause this.
 
 Seen as:
 - transformers: `lm_head.weight`
@@ -10,16 +10,16 @@ Seen as:
 
 Do: set tie_word_embeddings to true if the base model ties them; else fetch the shard that holds the head.
 
-False alarms: models without a language head (embedding models) under a CausalLM name.
+False alarms: models without a language-model head (embedding models) under a CausalLM name.
 
-Fix safety: unsafe: it is right only if the model was trained with one matrix for both. With `--from` the base model
-decides: a base that ties them makes the flag safe; one that stores a head gives its head, unsafe, because this model's
+Fix safety: unsafe: it is right only if the model was trained with one matrix for both. With `--from` the donor decides.
+A donor that ties them makes the flag safe. A donor that stores a head provides it: unsafe, because this model's head
 may have been trained.
 
 Sources: QwenLM/Qwen issue 1101; tried with transformers 5.23.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 HEAD = "lm_head.weight"
@@ -58,24 +58,31 @@ def missing_head(checkpoint, placement, config, tensors, base):
         if "tie_word_embeddings" in config or not spec.text_key
         else spec.at("tie_word_embeddings")
     )
-    stated = "false" if spec.tie_stated is False else f"not stated (false for {spec.family})"
     yield finding(
-        f"no lm_head.weight, and tie_word_embeddings is {stated}",
+        _("no lm_head.weight, and tie_word_embeddings is false")
+        if spec.tie_stated is False
+        else _(
+            "no lm_head.weight, and tie_word_embeddings is not stated (default for {family}: false)", family=spec.family
+        ),
         at=Place("config.json", pointer=at),
         evidence={"tied": False},
         fix=_fix(spec, tensors, SetJson("config.json", at, True, config.get("tie_word_embeddings", MISSING)), base),
-        advice="set the flag if the base model ties head and embedding; else fetch the shard that holds lm_head.weight",
+        advice=_(
+            "set the flag if the base model ties head and embedding; else fetch the shard that holds lm_head.weight"
+        ),
     )
 
 
 def _fix(spec, tensors, flag, base):
-    title = 'set "tie_word_embeddings": true'
+    key, value = "tie_word_embeddings", "true"
     head = base.ties() if base else None
     if head is True:
-        return Fix(f"{title}, as {base.text} does", (flag,))
+        return Fix(_('set "{key}": {value}, as {base} does', key=key, value=value, base=base.text), (flag,))
     embed = tensors[spec.embed_tensor]
     taken = base.offer(HEAD, embed.dtype.name, embed.shape) if head is False else None
-    return Fix(f"take {HEAD} from {base.text}", (taken,), "unsafe") if taken else Fix(title, (flag,), "unsafe")
+    if taken:
+        return Fix(_("take {name} from {base}", name=HEAD, base=base.text), (taken,), "unsafe")
+    return Fix(_('set "{key}": {value}', key=key, value=value), (flag,), "unsafe")
 
 
 def bad():

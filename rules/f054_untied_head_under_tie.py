@@ -1,23 +1,23 @@
-"""F054 untied-head-under-tie: config.json ties the head to the embedding, but the files hold another head.
+"""F054 untied-head-under-tie: tie_word_embeddings is true, but the stored lm_head differs.
 
-Why: vLLM and transformers 4 tie them and throw the stored head away; transformers 5 keeps it and warns. So two programs
-run two models from one directory, and a quantized copy depends on which wrote it.
+Why: vLLM and transformers 4 tie them and discard the stored head; transformers 5 keeps it and warns. So two programs
+run two models from one directory, and a quantized copy depends on the program that wrote it.
 
 Seen as:
 - transformers: `The tied weights mapping and config for this model specifies to tie`
 
-Do: find out which is meant. Fine-tuning that trained the head needs tie_word_embeddings false.
+Do: find out which is intended. Fine-tuning that trained the head needs tie_word_embeddings false.
 
 False alarms: none known: the bytes of the two tensors differ.
 
-Fix safety: unsafe: false keeps the weights that are stored, which is right if the head was trained. With `--from` a
-base model that does not tie them makes it safe.
+Fix safety: unsafe: false keeps the stored weights, which is right if the head was trained. With `--from`, a donor that
+does not tie them makes it safe.
 
 Sources: tried with transformers 5.23: tie true and a different stored head loads untied; vllm-project/vllm
 vllm/model_executor/models/llama.py, `tie_weights`.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 
@@ -32,10 +32,18 @@ def untied_head_under_tie(checkpoint, spec, config, head_equals_embed, base):
     )
     head = checkpoint.tensors[spec.head_tensor]
     yield finding(
-        f"tie_word_embeddings is true, but {spec.head_tensor} differs from {spec.embed_tensor}",
-        at=Place("config.json", pointer=at, note=f"{spec.head_tensor} is stored, {head.nbytes:,} bytes"),
+        _(
+            "tie_word_embeddings is true, but {head} differs from {embed}",
+            head=spec.head_tensor,
+            embed=spec.embed_tensor,
+        ),
+        at=Place(
+            "config.json",
+            pointer=at,
+            note=_("{head} is stored, {size:,} bytes", head=spec.head_tensor, size=head.nbytes),
+        ),
         fix=Fix(
-            'set "tie_word_embeddings": false (keeps the stored head)',
+            _('set "{key}": {value} (keeps the stored head)', key="tie_word_embeddings", value="false"),
             (SetJson("config.json", at, False, config.get("tie_word_embeddings", MISSING)),),
             "safe" if base and base.ties() is False else "unsafe",
         ),

@@ -1,7 +1,7 @@
-"""F055 head-stored-twice: the head is tied to the embedding and stored once more all the same.
+"""F055 head-stored-twice: tied lm_head is stored as a second copy.
 
-Why: nothing reads wrongly, the file is only larger than it must be. Tools that quantize the head but not the embedding
-would break the tie: then one of the two copies is stale.
+Why: nothing is read wrongly; the file is only larger than necessary. Tools that quantize the head but not the embedding
+would break the tie: then one of the two copies is outdated.
 
 Seen as:
 - AutoGPTQ: `Some tensors share memory`
@@ -11,12 +11,12 @@ Do: drop the copy.
 
 False alarms: none: the bytes are equal.
 
-Fix safety: safe; the dropped tensor is equal to the embedding, byte for byte.
+Fix safety: safe: the dropped tensor is equal to the embedding, byte for byte.
 
 Sources: AutoGPTQ PR 536; huggingface/safetensors docs, "Torch shared tensors".
 """
 
-from doctor.lint.rule import DropTensor, Fix, Place, finding, rule
+from doctor.lint.rule import DropTensor, Fix, Place, _, finding, rule
 from doctor.lint.testing import tiny
 
 
@@ -25,10 +25,15 @@ def head_stored_twice(checkpoint, spec, head_equals_embed):
     if spec.tied and head_equals_embed:
         head = checkpoint.tensors[spec.head_tensor]
         yield finding(
-            f"{spec.head_tensor} is a copy of {spec.embed_tensor}, to which it is tied: {head.nbytes:,} bytes twice",
+            _(
+                "{head} is tied to {embed} and also stored as a copy: {size:,} bytes twice",
+                head=spec.head_tensor,
+                embed=spec.embed_tensor,
+                size=head.nbytes,
+            ),
             at=Place(head.shard, tensor=spec.head_tensor),
             evidence={"bytes": head.nbytes},
-            fix=Fix(f"drop {spec.head_tensor}", (DropTensor(spec.head_tensor),)),
+            fix=Fix(_("drop {name}", name=spec.head_tensor), (DropTensor(spec.head_tensor),)),
         )
 
 
@@ -36,7 +41,7 @@ def bad():
     case = tiny()
     case.config["tie_word_embeddings"] = True
     case.tensors[case.head], case.dtypes[case.head] = case.tensors[case.spec.embed_tensor].copy(), "BF16"
-    return case, "lm_head.weight is a copy of model.embed_tokens.weight, to which it is tied: 12,288 bytes twice"
+    return case, "lm_head.weight is tied to model.embed_tokens.weight and also stored as a copy: 12,288 bytes twice"
 
 
 def good():

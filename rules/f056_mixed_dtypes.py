@@ -1,25 +1,26 @@
-"""F056 mixed-dtypes: linears of one kind are stored in different types.
+"""F056 mixed-dtypes: linears of one kind have different dtypes.
 
-Why: most readers cast all to one type, so part of the model silently loses or gains precision; readers that do not cast
-stop at the first product of two types. A merge or a partial save leaves this.
+Why: most readers cast all of them to one dtype, so part of the model silently loses or gains precision. Readers that do
+not cast stop at the first product of two dtypes. A merge or a partial save causes this.
 
 Seen as:
 - PyTorch: `expected scalar type Half but found BFloat16`
 - PyTorch: `expected mat1 and mat2 to have the same dtype`
 - PyTorch: `expected m1 and m2 to have the same dtype`
 
-Do: cast to the type that most have. Where that is float16, look at W205 first: values beyond 65,504 would become Inf.
+Do: cast to the dtype that most of them have. Where that is float16, check W205 first: values beyond 65,504 would become
+Inf.
 
 False alarms: norms, routers and heads are often kept in float32 on purpose and are not counted; only linears of the
-same kind are compared with each other.
+same kind are compared.
 
-Fix safety: safe where every value of the one type is a value of the other (to float32); else unsafe, because a cast
-rounds. A cast that would make a finite value Inf is refused with the numbers.
+Fix safety: safe where the new dtype can hold every value exactly (to float32); else unsafe, because a cast rounds. A
+cast that would turn a finite value into Inf is refused with the numbers.
 
 Sources: transformers src/transformers/modeling_utils.py: one dtype per model.
 """
 
-from doctor.lint.rule import CastTensor, Fix, Place, finding, rule, widens
+from doctor.lint.rule import CastTensor, Fix, Place, _, finding, rule, widens
 from doctor.lint.testing import encode, tiny
 
 CASTS = {"F16", "BF16", "F32"}
@@ -40,7 +41,15 @@ def mixed_dtypes(checkpoint, spec, tensors):
         for dtype, infos in by_dtype.items():
             for info in infos if dtype != main else ():
                 yield finding(
-                    f"{info.name} is {dtype}; {len(by_dtype[main])} of {total} {role} linears are {main}",
+                    _(
+                        "{tensor} is {dtype}; {count} of {total} {role} linears are {main}",
+                        tensor=info.name,
+                        dtype=dtype,
+                        count=len(by_dtype[main]),
+                        total=total,
+                        role=role,
+                        main=main,
+                    ),
                     at=Place(info.shard, tensor=info.name),
                     evidence={"dtype": dtype, "most": main},
                     fix=_cast(info, main),
@@ -49,9 +58,9 @@ def mixed_dtypes(checkpoint, spec, tensors):
 
 def _cast(info, main):
     if not {info.dtype.name, main} <= CASTS:
-        return Fix("save the model again in one type", (), "manual")
+        return Fix(_("save the model again in one type"), (), "manual")
     return Fix(
-        f"cast to {main}",
+        _("cast to {dtype}", dtype=main),
         (CastTensor(info.name, main),),
         "safe" if widens(info.dtype.name, main) else "unsafe",
         needs=("W205",) if main == "F16" else (),

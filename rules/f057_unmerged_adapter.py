@@ -1,6 +1,6 @@
-"""F057 unmerged-adapter: the weight files hold LoRA matrices beside the weights they change.
+"""F057 unmerged-adapter: LoRA matrices are stored but not merged into the weights.
 
-Why: readers of the base family drop lora_A and lora_B, and with them the fine-tuning; where the weight itself is called
+Why: readers of the base family drop lora_A and lora_B, and with them the fine-tuning. Where the weight itself is named
 `base_layer.weight`, they find no weight at all.
 
 Seen as:
@@ -11,10 +11,10 @@ Do: load with PEFT, `merge_and_unload()`, save again.
 
 False alarms: none known; models with low-rank linears of their own (DeepSeek) use other names.
 
-Fix safety: safe where adapter_config.json lies beside the weights: it gives the scale, each weight becomes W + scale *
-B @ A, worked out in float32 and rounded once (with use_dora, brought to its magnitudes), and gets its plain name;
-adapter_config.json is left out, because transformers would load the base that it names. Else manual, as the scale
-stands nowhere. An adapter of its own is F022.
+Fix safety: safe where adapter_config.json is in the same directory, because it states the scale. Each weight becomes W
++ scale * B @ A, computed in float32 and rounded once (with use_dora, rescaled to the stored magnitudes), and gets its
+plain name. adapter_config.json is left out, because transformers would load the base that it names. Else manual, as the
+scale is not stated. An adapter without a model is F022.
 
 Sources: huggingface/peft src/peft/tuners/lora/layer.py.
 """
@@ -26,12 +26,15 @@ from doctor.lint.rule import (
     AddLowRank,
     DropFile,
     DropTensor,
+    Edit,
     Fix,
     NotMergeable,
     Place,
     RenameTensor,
+    _,
     finding,
     pairs,
+    plural,
     product,
     rule,
 )
@@ -40,7 +43,7 @@ from doctor.lint.testing import tiny
 LORA = re.compile(
     r"(^|\.)(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save)(\.|$)|^base_model\.model\."
 )
-# What every such name holds: one look at all names, since a large model has 50,000.
+# Every such name contains one of these: all names are searched at once, since a large model has 50,000.
 MARKS = ("lora_", "base_layer", "modules_to_save", "base_model.model.")
 
 
@@ -50,22 +53,27 @@ def unmerged_adapter(checkpoint, tensors, json_files):
     found = sorted(n for n in tensors if LORA.search(n)) if any(mark in text for mark in MARKS) else []
     if found:
         info = tensors[found[0]]
-        noun = "tensor is" if len(found) == 1 else "tensors are"
         yield finding(
-            f"{len(found):,} {noun} an adapter's that was not merged, the first is {found[0]}",
+            plural(
+                "{n:,} tensor belongs to an adapter that was not merged: {first}",
+                "{n:,} tensors belong to an adapter that was not merged; the first is {first}",
+                len(found),
+                first=found[0],
+            ),
             at=Place(info.shard, tensor=found[0]),
             evidence={"tensors": len(found)},
             fix=_merge(checkpoint, tensors, found),
         )
 
 
-def _merge(checkpoint, tensors, found):
-    """Fix that puts the matrices into the weights beside them and takes the wrappers off the names."""
+def _merge(checkpoint, tensors, found) -> Fix:
+    """Fix that merges the matrices into their weights and removes the wrappers from the names."""
     config = checkpoint.value(ADAPTER)
     try:
         if config is None:
-            raise NotMergeable("adapter_config.json, which holds the scale, is not there")
-        edits, merged = [], pairs(config, tensors, found)
+            raise NotMergeable(_("adapter_config.json, which states the scale, is missing"))
+        edits: list[Edit] = []
+        merged = pairs(config, tensors, found)
         matrices = {n for pair in merged for n in pair.names}
         plain = {
             n: n.removeprefix("base_model.model.").replace(".base_layer.", ".") for n in tensors if n not in matrices
@@ -74,21 +82,27 @@ def _merge(checkpoint, tensors, found):
         for pair in merged:
             name = weights.get(f"{pair.module}.weight")
             if name is None or tensors[name].shape != product(pair, tensors):
-                raise NotMergeable(f"{pair.module} has no weight {list(product(pair, tensors))} beside them")
+                raise NotMergeable(
+                    _(
+                        "{module} has no weight of shape {shape}",
+                        module=pair.module,
+                        shape=list(product(pair, tensors)),
+                    )
+                )
             edits.append(
                 AddLowRank(name, str(checkpoint.root), pair.a, pair.b, pair.scale, pair.transposed, pair.magnitude)
             )
         edits += [DropTensor(name) for name in sorted(matrices)]
         odd = next((to for to in plain.values() if LORA.search(to)), None)
         if odd is not None or not edits or len(weights) < len(plain):
-            raise NotMergeable(f"{odd or found[0]} is no matrix of a linear's LoRA")
+            raise NotMergeable(_("{tensor} is not a LoRA matrix of a linear", tensor=odd or found[0]))
     except NotMergeable as error:
-        return Fix(f"merge the adapter with PEFT's merge_and_unload() and save again: {error}", (), "manual")
+        title = _("merge the adapter with PEFT's merge_and_unload() and save again: {why}", why=error.args[0])
+        return Fix(title, (), "manual")
     edits += [RenameTensor(n, to) for n, to in plain.items() if n != to]
-    edits.append(
-        DropFile(ADAPTER)
-    )  # transformers takes a directory that has one for an adapter, and fetches its base instead
-    return Fix("merge the adapter into the weights beside it", tuple(edits))
+    # transformers treats a directory that has this file as an adapter, and fetches its base instead
+    edits.append(DropFile(ADAPTER))
+    return Fix(_("merge the adapter into the weights beside it"), tuple(edits))
 
 
 def bad():
@@ -97,7 +111,7 @@ def bad():
     extra = {f"{stem}.lora_A.weight": case.down()[:8].copy(), f"{stem}.lora_B.weight": case.down()[:, :8].copy()}
     case.tensors |= extra
     case.dtypes |= dict.fromkeys(extra, "BF16")
-    return case, f"2 tensors are an adapter's that was not merged, the first is {stem}.lora_A.weight"
+    return case, f"2 tensors belong to an adapter that was not merged; the first is {stem}.lora_A.weight"
 
 
 def good():
@@ -105,7 +119,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case, _ = bad()
     weight = case.name("down")
     case.tensors[weight.replace(".weight", ".base_layer.weight")] = case.tensors.pop(weight)

@@ -1,7 +1,7 @@
-"""F058 wrapped-names: every tensor name carries a training wrapper's prefix.
+"""F058 wrapped-names: tensor names have a training wrapper's prefix.
 
-Why: torch.compile, DistributedDataParallel, FSDP and trainers put a word in front of each name. Readers look for the
-plain names, find none, and start the model from random numbers.
+Why: torch.compile, DistributedDataParallel, FSDP and trainers add a prefix to each name. Readers look for the plain
+names, find none, and initialize the model with random numbers.
 
 Seen as:
 - transformers: `Some weights of the model checkpoint at`
@@ -10,22 +10,23 @@ Seen as:
 
 Do: unwrap before saving (`model._orig_mod`, `accelerator.unwrap_model(model)`), or rename the tensors.
 
-False alarms: none known; the words are no part of any model.
+False alarms: none known; no model uses these prefixes itself.
 
-Fix safety: safe: names change and no value does. Manual where two tensors would get one name.
+Fix safety: safe: only names change, no value does. Manual where two tensors would get one name.
 
 Sources: pytorch/pytorch torch/_dynamo/eval_frame.py (`_orig_mod`); torch/nn/parallel/distributed.py (`module`).
 """
 
 import re
 
-from doctor.lint.rule import Fix, Place, RebuildIndex, RenameTensor, finding, rule
+from doctor.lint.rule import Fix, Place, RebuildIndex, RenameTensor, _, finding, rule
 from doctor.lint.testing import tiny
 
 WRAPPER = re.compile(
     r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.|^module\.|^actor\.|^policy\."
 )
-# What every such name holds, at the start of a line or anywhere: one look at all names, since a large model has 50,000.
+# Every such name contains one of these, at the start of a line or anywhere: all names are searched at once, since a
+# large model has 50,000.
 MARKS = (
     "_orig_mod.",
     "_fsdp_wrapped_module.",
@@ -42,9 +43,15 @@ def wrapped_names(checkpoint, tensors):
     text = "\n" + "\n".join(tensors)
     found = sorted(n for n in tensors if WRAPPER.search(n)) if any(mark in text for mark in MARKS) else []
     if found:
-        word = WRAPPER.search(found[0])[0].strip(".")
+        match = next(filter(None, map(WRAPPER.search, found)))
         yield finding(
-            f"{len(found):,} of {len(tensors):,} tensor names carry the wrapper {word!r}, the first is {found[0]}",
+            _(
+                "{count:,} of {total:,} tensor names have the wrapper prefix {prefix!r}; the first is {first}",
+                count=len(found),
+                total=len(tensors),
+                prefix=match[0].strip("."),
+                first=found[0],
+            ),
             at=Place(tensors[found[0]].shard, tensor=found[0]),
             evidence={"tensors": len(found)},
             fix=_unwrap(tensors, found, checkpoint.index),
@@ -56,11 +63,10 @@ def _unwrap(tensors, found, index):
     names = {n: _bare(n) for n in found}
     others = tensors.keys() - names.keys()
     if len(set(names.values())) < len(names) or not others.isdisjoint(names.values()):
-        return Fix(
-            "unwrap the model before saving it: without the wrapper two tensors would have one name", (), "manual"
-        )
+        title = _("unwrap the model before saving it: without the wrapper two tensors would have one name")
+        return Fix(title, (), "manual")
     edits = tuple(RenameTensor(old, new) for old, new in names.items())
-    return Fix("take the wrapper off the names", (*edits, RebuildIndex()) if index is not None else edits)
+    return Fix(_("remove the wrapper prefix from the names"), (*edits, RebuildIndex()) if index is not None else edits)
 
 
 def _bare(name):
@@ -74,7 +80,7 @@ def bad():
     case.tensors = {f"_orig_mod.{n}": a for n, a in case.tensors.items()}
     case.dtypes = {f"_orig_mod.{n}": d for n, d in case.dtypes.items()}
     n = len(case.tensors)
-    return case, f"{n} of {n} tensor names carry the wrapper '_orig_mod', the first is {min(case.tensors)}"
+    return case, f"{n} of {n} tensor names have the wrapper prefix '_orig_mod'; the first is {min(case.tensors)}"
 
 
 def good():

@@ -1,7 +1,7 @@
-"""F059 empty-tensor: a weight has no element.
+"""F059 empty-tensor: weight is an empty tensor.
 
-Why: DeepSpeed ZeRO-3 keeps each weight in parts and leaves an empty shell on the module; saving the shells gives a
-small checkpoint that looks complete by its names.
+Why: DeepSpeed ZeRO-3 keeps each weight in parts and leaves an empty placeholder on the module. Saving the placeholders
+gives a small checkpoint whose names look complete.
 
 Seen as:
 - PyTorch: `copying a param with shape torch.Size([0]) from checkpoint`
@@ -11,13 +11,13 @@ Do: gather the weights: `zero_to_fp32.py` in the training directory, or `stage3_
 
 False alarms: none known among weights; empty buffers that no family needs are not counted.
 
-Fix safety: unsafe, and only with `--from`: the weights are taken from another copy. Else manual; the numbers are in the
+Fix safety: unsafe, and only with `--from`: the weights are taken from the donor. Else manual: the values are in the
 training directory.
 
 Sources: deepspeedai/DeepSpeed deepspeed/utils/zero_to_fp32.py.
 """
 
-from doctor.lint.rule import Fix, Place, finding, rule
+from doctor.lint.rule import Fix, Place, _, finding, plural, rule
 from doctor.lint.testing import never_in, tiny
 
 
@@ -26,9 +26,15 @@ def empty_tensor(checkpoint, tensors, base):
     found = sorted(n for n, i in tensors.items() if i.numel == 0 and n.endswith((".weight", ".bias")))
     if found:
         info = tensors[found[0]]
-        verb = "holds no element" if len(found) == 1 else "hold no element"
         yield finding(
-            f"{len(found):,} of {len(tensors):,} tensors {verb}, the first is {found[0]} {list(info.shape)}",
+            plural(
+                "{n:,} of {total:,} tensors is empty: {first} {shape}",
+                "{n:,} of {total:,} tensors are empty; the first is {first} {shape}",
+                len(found),
+                total=len(tensors),
+                first=found[0],
+                shape=list(info.shape),
+            ),
             at=Place(info.shard, tensor=found[0]),
             evidence={"tensors": len(found)},
             fix=_from_base(base, found),
@@ -36,12 +42,13 @@ def empty_tensor(checkpoint, tensors, base):
 
 
 def _from_base(base, names):
-    """All of them as --from has them, whole there."""
+    """All of them as the donor stores them, if it has every one."""
     donor = base.checkpoint.tensors if base is not None else {}
     offers = [base.offer(n, donor[n].dtype.name, donor[n].shape) for n in names if n in donor and donor[n].numel]
     if len(offers) < len(names) or None in offers:
-        return Fix("gather the weights (zero_to_fp32.py) and save again", (), "manual")
-    return Fix(f"take {len(offers):,} tensors from {base.text}", tuple(offers), "unsafe")
+        return Fix(_("gather the weights (zero_to_fp32.py) and save again"), (), "manual")
+    title = plural("take {n:,} tensor from {base}", "take {n:,} tensors from {base}", len(offers), base=base.text)
+    return Fix(title, tuple(offers), "unsafe")
 
 
 def bad():
@@ -49,7 +56,7 @@ def bad():
 
     case = tiny(never_in("opt", why="its last norm has another name and a bias"))
     case.tensors["model.norm.weight"] = np.zeros((0,), np.uint16)
-    return case, "1 of 21 tensors hold no element, the first is model.norm.weight [0]".replace("hold ", "holds ")
+    return case, "1 of 21 tensors is empty: model.norm.weight [0]"
 
 
 def good():

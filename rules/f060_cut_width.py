@@ -1,26 +1,25 @@
-"""F060 cut-width: the MLP is a little narrower than the published model of the same sizes: somebody cut the weights to
-fit.
+"""F060 cut-width: MLP is narrower than the published model: columns were cut off.
 
-Why: a width that groups or GPUs cannot share is cured by padding with zeros, which changes nothing. Cutting columns to
-the next smaller multiple takes hidden units away from every block; the files are consistent, load and quantize, and the
-model talks nonsense.
+Why: a width that groups or GPUs cannot divide is fixed by zero-padding, which changes no output. Cutting columns to the
+next smaller multiple removes hidden units from every decoder layer. The files are consistent, load and quantize, but
+the model generates nonsense.
 
-Do: take the original weights and pad them up: `doctor fix` offers it with G302 (29568 becomes 29696 for 2 to 8 GPUs at
+Do: take the original weights and pad them: `doctor fix` offers this with G302 (29568 becomes 29696 for 2 to 8 GPUs at
 group size 128).
 
-False alarms: a model whose MLP was pruned by under 3 per cent on purpose and trained on since. Wider is never said:
-that is padding.
+False alarms: a model whose MLP was pruned by less than 3 per cent on purpose and then trained further. A wider MLP is
+never reported: it is padding.
 
-Fix safety: unsafe, with `--from`: where every MLP here is the first part of the base's, bit by bit, the base's are
-taken whole. Else manual: what was cut off is not in these files.
+Fix safety: unsafe, with `--from`: where every MLP here is bit-identical to the first part of the donor's, the donor's
+are used. Else manual: what was cut off is not in these files.
 
 Sources: QwenLM/Qwen3-VL issue 231 (29568 cut to 29440); rules/tables/published.toml.
 """
 
-from doctor.lint.rule import Fix, Place, SetJson, finding, rule, size_key
+from doctor.lint.rule import Fix, Place, SetJson, _, finding, plural, rule, size_key
 from doctor.lint.testing import NotHere, np, tiny
 
-# least share of the published width that is still a cut to fit; below, it is another model, or one pruned on purpose
+# smallest share of the published width that counts as a cut; below it, it is another model, or one pruned on purpose
 CUT = 0.97
 
 
@@ -40,17 +39,26 @@ def cut_width(checkpoint, spec, published, tensors, base):
         return
     key = size_key(spec, linear.name, 1)
     yield finding(
-        f"the MLPs are {width} wide; published models of hidden size {spec.hidden} and {spec.n_layers} blocks have {whole}: "
-        f"{whole - width} columns are gone",
+        plural(
+            "the MLP width is {width}; published models of hidden size {hidden} and {layers} decoder layers have {whole}: "
+            "{n} column is missing",
+            "the MLP width is {width}; published models of hidden size {hidden} and {layers} decoder layers have {whole}: "
+            "{n} columns are missing",
+            whole - width,
+            width=width,
+            hidden=spec.hidden,
+            layers=spec.n_layers,
+            whole=whole,
+        ),
         at=Place("config.json", pointer=spec.at(key) if key else None),
         evidence={"width": width, "published": whole},
         fix=(key and base and _from_base(base, tensors, spec.at(key), width, whole))
-        or Fix("take the original weights; pad, never cut", (), "manual"),
+        or Fix(_("take the original weights; pad, never cut"), (), "manual"),
     )
 
 
 def _from_base(base, tensors, pointer, width, whole):
-    """The tensors of the base that are wider, if what is here is their first part; None where one is not."""
+    """Fix that takes the donor's wider tensors if those here are their first part; None where one is not."""
     edits = []
     for name, info in tensors.items():
         theirs = base.checkpoint.tensors.get(name)
@@ -58,14 +66,23 @@ def _from_base(base, tensors, pointer, width, whole):
             return None
         if theirs.shape == info.shape:
             continue
-        axis = next((i for i, (a, b) in enumerate(zip(info.shape, theirs.shape)) if a != b), 0)
+        axis = next((i for i, (a, b) in enumerate(zip(info.shape, theirs.shape, strict=False)) if a != b), 0)
         blocks = next((n for n in (1, 2) if (info.shape[axis], theirs.shape[axis]) == (n * width, n * whole)), 0)
         edit = base.offer(name, info.dtype.name, theirs.shape) if blocks and base.begins(info, axis, blocks) else None
         if edit is None:
             return None
         edits.append(edit)
-    title = f"take the {len(edits)} tensors from {base.text}: what is here is the first {width} of their {whole} columns, bit by bit"
-    return Fix(title, (*edits, SetJson("config.json", pointer, whole, width)), "unsafe") if edits else None
+    if not edits:
+        return None
+    title = plural(
+        "take the {n} tensor from {base}: what is here is the first {width} of its {whole} columns, bit by bit",
+        "take the {n} tensors from {base}: what is here is the first {width} of their {whole} columns, bit by bit",
+        len(edits),
+        base=base.text,
+        width=width,
+        whole=whole,
+    )
+    return Fix(title, (*edits, SetJson("config.json", pointer, whole, width)), "unsafe")
 
 
 def bad():
@@ -78,7 +95,9 @@ def bad():
     ) != (64, 2, 96):
         raise NotHere("the width of this family's MLPs follows from its hidden size, or all of them are experts")
     case.put("checkpoint:", "given_published", {"width": [[64, 2, 96, 328]]})
-    return case, "the MLPs are 320 wide; published models of hidden size 64 and 2 blocks have 328: 8 columns are gone"
+    return case, (
+        "the MLP width is 320; published models of hidden size 64 and 2 decoder layers have 328: 8 columns are missing"
+    )
 
 
 def good():
@@ -86,12 +105,12 @@ def good():
 
 
 def donor():
-    """What the cut is undone with."""
+    """The checkpoint of --from that has the full width."""
     return tiny(mlp=352)
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     for family in ("llama", "phi3"):
         case = tiny(family, mlp=352)
         for name in [n for n in case.tensors if ".mlp." in n]:
