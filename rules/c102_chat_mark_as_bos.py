@@ -1,20 +1,20 @@
-"""C102 chat-mark-as-bos: a Qwen model names a chat mark as its BOS token.
+"""C102 chat-mark-as-bos: BOS token of a Qwen model is a chat token (<|im_start|>).
 
-Why: <|im_start|> opens a turn. As BOS it stands before every text, so a chat begins with two turn starts and plain text
-begins inside a turn: calibration rows and answers change. The value comes from a work-around that went round for a
-crash in ExLlamaV2.
+Why: <|im_start|> opens a turn. As BOS it comes before every text, so a chat begins with two turn starts and plain text
+begins inside a turn: calibration rows and answers change. The value comes from a widely shared work-around for a crash
+in ExLlamaV2.
 
-Do: take the vendor's value, <|endoftext|>; in tokenizer_config.json the vendor has null.
+Do: use the vendor's value, <|endoftext|>; in tokenizer_config.json the vendor has null.
 
-False alarms: vendors of other families that do use a chat mark as BOS (SmolLM2) are left alone.
+False alarms: other families whose vendors do use a chat token as BOS (SmolLM2) are not reported.
 
-Fix safety: safe; it restores what Qwen ships, and only where the tokenizer has that token.
+Fix safety: safe: it restores what Qwen ships, and only where the tokenizer has that token.
 
 Sources: QwenLM/Qwen3 docs/source/getting_started/concepts.md: the BOS token "should not be set to <|im_start|>";
 history of dolphin-2.9.2-qwen2-72b, where 151644 was set and later changed back to 151643.
 """
 
-from doctor.lint.rule import TURN_MARKS, Fix, Place, SetJson, finding, rule
+from doctor.lint.rule import TURN_MARKS, Fix, Place, SetJson, _, finding, rule
 from doctor.lint.testing import only_in, tiny
 
 VENDOR = "<|endoftext|>"
@@ -31,24 +31,43 @@ def chat_mark_as_bos(checkpoint, special, tokenizer):
             token = tokenizer.token(number)
             if token in TURN_MARKS:
                 fix = Fix(
-                    f'set "bos_token_id": {vendor} ({VENDOR}, as Qwen ships it)',
+                    _(
+                        'set "{key}": {value} ({token}, as Qwen ships it)',
+                        key="bos_token_id",
+                        value=vendor,
+                        token=VENDOR,
+                    ),
                     (SetJson(file, stated.pointer, vendor, stated.value),),
                 )
                 yield finding(
-                    f"bos_token_id {number} in {file} is {token}, a chat mark; Qwen's is {VENDOR}"
-                    + (f" = {vendor}" if vendor is not None else ""),
-                    at=Place(file, pointer=stated.pointer, note=f"{token} opens a turn"),
+                    _(
+                        "bos_token_id {id} in {file} is {token}, a chat token; Qwen's is {vendor} = {right}",
+                        id=number,
+                        file=file,
+                        token=token,
+                        vendor=VENDOR,
+                        right=vendor,
+                    )
+                    if vendor is not None
+                    else _(
+                        "bos_token_id {id} in {file} is {token}, a chat token; Qwen's is {vendor}",
+                        id=number,
+                        file=file,
+                        token=token,
+                        vendor=VENDOR,
+                    ),
+                    at=Place(file, pointer=stated.pointer, note=_("{token} opens a turn", token=token)),
                     evidence={"id": number, "token": token},
                     fix=fix if vendor is not None else None,
                 )
     name = special.names.get("bos")
     if name in TURN_MARKS:
         yield finding(
-            f"bos_token in tokenizer_config.json is {name}, a chat mark; Qwen ships null",
+            _("bos_token in tokenizer_config.json is {token}, a chat token; Qwen ships null", token=name),
             at=Place("tokenizer_config.json", pointer="/bos_token"),
             evidence={"token": name},
             fix=Fix(
-                'set "bos_token": null',
+                _('set "{key}": {value}', key="bos_token", value="null"),
                 (
                     SetJson(
                         "tokenizer_config.json",
@@ -65,11 +84,11 @@ def bad():
     case = good()
     case.config["bos_token_id"] = 5
     case.json["generation_config.json"]["bos_token_id"] = 5
-    return case, "bos_token_id 5 in config.json is <|im_start|>, a chat mark; Qwen's is <|endoftext|> = 4"
+    return case, "bos_token_id 5 in config.json is <|im_start|>, a chat token; Qwen's is <|endoftext|> = 4"
 
 
 def good():
-    case = tiny(only_in("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", why="the marks are those of Qwen"))
+    case = tiny(only_in("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", why="the chat tokens are those of Qwen"))
     vocabulary = case.json["tokenizer.json"]["model"]["vocab"]
     for number, token in ((4, VENDOR), (5, "<|im_start|>")):
         old = next(t for t, i in vocabulary.items() if i == number)

@@ -1,7 +1,7 @@
-"""C103 special-id-out-of-range: a special token's id has no row in the embedding.
+"""C103 special-id-out-of-range: special token id is outside the embedding.
 
-Why: the id is looked up in the embedding as soon as a text starts or a batch is padded: on a GPU that is a device-side
-assertion that takes the whole process with it. An EOS that cannot be produced never ends a reply.
+Why: the id is looked up in the embedding as soon as a text starts or a batch is padded. On a GPU that is a device-side
+assertion that ends the whole process. An EOS that cannot be generated never ends a reply.
 
 Seen as:
 - PyTorch: `IndexError: index out of range in self`
@@ -11,28 +11,38 @@ Seen as:
 Do: set the id that the tokenizer has for this token. Where the token was added in training, the larger embedding was
 not saved.
 
-False alarms: -1 for a pad token, an old way to say "none", is left alone.
+False alarms: -1 for a pad token, an old way to write "none", is not reported.
 
 Fix safety: safe where tokenizer_config.json names the token and the tokenizer has it within the embedding; else manual.
 
 Sources: pytorch/pytorch aten/src/ATen/native/cuda/Indexing.cu; NVIDIA/TensorRT-LLM issue 1272.
 """
 
-from doctor.lint.rule import Fix, Place, SetJson, Unavailable, finding, rule
+from doctor.lint.rule import Fix, Place, SetJson, Unavailable, _, finding, rule
 from doctor.lint.testing import tiny
 
 
 @rule("C103", "error")
 def special_id_out_of_range(checkpoint, special, embedding_rows, json_files):
     if embedding_rows is None:
-        raise Unavailable("neither an embedding nor vocab_size is there")
+        raise Unavailable(_("neither an embedding nor vocab_size is there"))
     for stated in special.statements:
         for number in stated.ids:
             if number < embedding_rows and (number >= 0 or (stated.role == "pad" and number == -1)):
                 continue
             yield finding(
-                f"{stated.role}_token_id {number} in {stated.file}; the embedding has rows 0 to {embedding_rows - 1:,}",
-                at=Place(stated.file, pointer=stated.pointer, note=f"the embedding has {embedding_rows:,} rows"),
+                _(
+                    "{key} {id} in {file}; the embedding has rows 0 to {last:,}",
+                    key=f"{stated.role}_token_id",
+                    id=number,
+                    file=stated.file,
+                    last=embedding_rows - 1,
+                ),
+                at=Place(
+                    stated.file,
+                    pointer=stated.pointer,
+                    note=_("the embedding has {rows:,} rows", rows=embedding_rows),
+                ),
                 evidence={"id": number, "rows": embedding_rows},
                 fix=_fix(checkpoint, special, stated, number, embedding_rows),
             )
@@ -44,10 +54,15 @@ def _fix(checkpoint, special, stated, number, rows):
     added = {t.get("content"): t.get("id") for t in document.get("added_tokens") or () if isinstance(t, dict)}
     right = added.get(special.names.get(stated.role))
     if not isinstance(right, int) or not 0 <= right < rows:
-        return Fix("set the id that the tokenizer has for this token, or fetch the larger embedding", (), "manual")
+        return Fix(_("set the id that the tokenizer has for this token, or fetch the larger embedding"), (), "manual")
     value = [right if v == number else v for v in stated.value] if isinstance(stated.value, list) else right
     return Fix(
-        f'set "{stated.role}_token_id": {value} ({special.names[stated.role]} in tokenizer.json)',
+        _(
+            'set "{key}": {value} ({token} in tokenizer.json)',
+            key=f"{stated.role}_token_id",
+            value=value,
+            token=special.names[stated.role],
+        ),
         (SetJson(stated.file, stated.pointer, value, stated.value),),
     )
 

@@ -1,20 +1,20 @@
 """C104 bos-disagrees: config.json and the tokenizer have different BOS tokens.
 
-Why: which one a text begins with depends on the program: some ask the tokenizer, some read config.json. Calibrating
+Why: which token a text begins with depends on the program: some ask the tokenizer, some read config.json. Calibrating
 with one and serving with the other shifts every activation that follows.
 
-Do: take the tokenizer's token, with which training texts were made.
+Do: use the tokenizer's token, because training texts were made with it.
 
-False alarms: DeepSeek's distilled Qwen models ship such a pair; where generation_config.json sides with the tokenizer
-it is said as information only.
+False alarms: DeepSeek's distilled Qwen models ship such a pair. Where generation_config.json agrees with the tokenizer,
+the severity is only info.
 
-Fix safety: unsafe; that the tokenizer is right is likely, not certain.
+Fix safety: unsafe: that the tokenizer is right is likely, not certain.
 
 Sources: turboderp/exllamav2 exllamav2/tokenizer/tokenizer.py (config first); transformers
 src/transformers/tokenization_utils_base.py.
 """
 
-from doctor.lint.rule import Fix, Place, SetJson, finding, rule
+from doctor.lint.rule import Fix, Place, SetJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 
@@ -27,14 +27,31 @@ def bos_disagrees(checkpoint, special, tokenizer):
         return
     backed = right in special.of("generation_config.json", "bos").ids
     token = tokenizer.token(stated.ids[0])
-    shown = f" ({token})" if token is not None else ""
+    number = stated.ids[0]
     yield finding(
-        f"bos_token_id is {stated.ids[0]}{shown} in config.json; the tokenizer's is {name} = {right}",
-        at=Place("config.json", pointer=stated.pointer, note=f"tokenizer_config.json: {name} = {right}"),
-        evidence={"config": stated.ids[0], "tokenizer": right},
+        _(
+            "bos_token_id is {id} in config.json; the tokenizer's is {name} = {right}",
+            id=number,
+            name=name,
+            right=right,
+        )
+        if token is None
+        else _(
+            "bos_token_id is {id} ({token}) in config.json; the tokenizer's is {name} = {right}",
+            id=number,
+            token=token,
+            name=name,
+            right=right,
+        ),
+        at=Place(
+            "config.json",
+            pointer=stated.pointer,
+            note=_("tokenizer_config.json: {token} = {id}", token=name, id=right),
+        ),
+        evidence={"config": number, "tokenizer": right},
         severity="info" if backed else "",
         fix=Fix(
-            f'set "bos_token_id": {right} ({name})',
+            _('set "{key}": {value} ({token})', key="bos_token_id", value=right, token=name),
             (SetJson("config.json", stated.pointer, right, stated.value),),
             "unsafe",
         ),

@@ -1,7 +1,7 @@
-"""C106 malformed-special-id: a special token's id is not a whole number.
+"""C106 malformed-special-id: special token id is not an integer.
 
-Why: an id is an index. A text like "151643", a fraction, a list where one id must stand, or an object make readers
-stop, or compare unequal to every token, so that generation never ends.
+Why: an id is an index. With a string like "151643", a fraction, a list where one id is required, or an object, readers
+stop, or the id is unequal to every token and generation never ends.
 
 Seen as:
 - Python: `TypeError: 'list' object cannot be interpreted as an integer`
@@ -10,15 +10,15 @@ Seen as:
 
 Do: write the number.
 
-False alarms: a list of ids is legal for eos_token_id alone.
+False alarms: a list of ids is allowed for eos_token_id alone.
 
-Fix safety: safe where the number is beyond doubt ("2", 2.0); else manual.
+Fix safety: safe where the number is unambiguous ("2", 2.0); else manual.
 
 Sources: AutoGPTQ auto_gptq/modeling/_base.py:275 (a list as pad id); transformers
 src/transformers/generation/configuration_utils.py.
 """
 
-from doctor.lint.rule import Fix, Place, SetJson, finding, rule
+from doctor.lint.rule import Fix, Place, SetJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 
@@ -31,14 +31,22 @@ def malformed_special_id(checkpoint, special):
         if stated.role == "eos" and isinstance(value, list) and value and all(map(_is_id, value)):
             continue
         right = _number(value)
-        must = "a whole number or a list of them" if stated.role == "eos" else "a whole number"
+        key, shown = f"{stated.role}_token_id", str(value)[:60]
+        edit = SetJson(stated.file, stated.pointer, right, value)
         yield finding(
-            f"{stated.role}_token_id is {str(value)[:60]!r} in {stated.file}; it must be {must}",
+            _(
+                "{key} is {value!r} in {file}; it must be a whole number or a list of whole numbers",
+                key=key,
+                value=shown,
+                file=stated.file,
+            )
+            if stated.role == "eos"
+            else _("{key} is {value!r} in {file}; it must be a whole number", key=key, value=shown, file=stated.file),
             at=Place(stated.file, pointer=stated.pointer),
-            evidence={"value": str(value)[:60]},
-            fix=Fix(f'set "{stated.role}_token_id": {right}', (SetJson(stated.file, stated.pointer, right, value),))
+            evidence={"value": shown},
+            fix=Fix(_('set "{key}": {value}', key=key, value=right), (edit,))
             if right is not None
-            else Fix("write the id of the token in tokenizer.json", (), "manual"),
+            else Fix(_("write the id of the token in tokenizer.json"), (), "manual"),
         )
 
 
@@ -47,7 +55,7 @@ def _is_id(value):
 
 
 def _number(value):
-    """The whole number that is meant beyond doubt, None where there is none."""
+    """The whole number that the value unambiguously means, None where there is none."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, str) and value.isascii() and value.isdigit():

@@ -1,21 +1,21 @@
-"""C108 bos-doubled: the tokenizer or the chat template puts the BOS token at the front twice.
+"""C108 bos-doubled: BOS token is added twice by the tokenizer or the chat template.
 
-Why: no training text began with two. The second BOS takes the part of the attention sink from the first, and
-calibration on such rows quantizes for a state that serving never sees, or the other way round.
+Why: no training text began with two. The second BOS takes part of the attention sink from the first. Calibration on
+such rows quantizes for a state that serving never sees, or the other way round.
 
-Do: take one of the two out of the template or of tokenizer.json's post_processor.
+Do: remove one of the two from the template or from tokenizer.json's post_processor.
 
-False alarms: a template that writes BOS and a tokenizer that adds it are healthy together (Llama 3, Gemma): programs
+False alarms: a template that writes BOS together with a tokenizer that adds it is fine (Llama 3, Gemma): programs
 tokenize a rendered chat without special tokens.
 
-Fix safety: unsafe: one of the two is taken out, so that texts begin as training's did; outputs change with it.
+Fix safety: unsafe: one of the two is removed, so that texts begin as in training; outputs change with it.
 
 Sources: huggingface/open-r1 issue 462; EleutherAI/lm-evaluation-harness issue 2676.
 """
 
 import re
 
-from doctor.lint.rule import Fix, Place, ReplaceText, SetJson, finding, rule
+from doctor.lint.rule import Fix, Place, ReplaceText, SetJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 
@@ -27,11 +27,11 @@ def bos_doubled(checkpoint, special, tokenizer, tokenizer_config, chat_template,
     times = _leading(checkpoint.value("tokenizer.json").get("post_processor"), name)
     if times > 1:
         yield finding(
-            f"the post_processor of tokenizer.json puts {name} at the front {times} times",
+            _("the post_processor of tokenizer.json adds {token} {times} times at the start", token=name, times=times),
             at=Place("tokenizer.json", pointer="/post_processor"),
             evidence={"times": times},
             fix=Fix(
-                "leave one of them in tokenizer.json",
+                _("leave one of them in {place}", place="tokenizer.json"),
                 tuple(_single(checkpoint.value("tokenizer.json")["post_processor"], name)),
                 "unsafe",
             ),
@@ -39,7 +39,7 @@ def bos_doubled(checkpoint, special, tokenizer, tokenizer_config, chat_template,
     if chat_template and (times := _template_times(chat_template, name)) > 1:
         file = "chat_template.jinja" if "chat_template.jinja" in checkpoint.entries else "tokenizer_config.json"
         yield finding(
-            f"the chat template begins with {name} {times} times",
+            _("the chat template begins with {token} {times} times", token=name, times=times),
             at=Place(file),
             evidence={"times": times},
             fix=_template_fix(file, chat_template, tokenizer_config, name),
@@ -47,7 +47,7 @@ def bos_doubled(checkpoint, special, tokenizer, tokenizer_config, chat_template,
 
 
 def _leading(processor, name) -> int:
-    """How often a post-processor puts the token before a single text; processors of a sequence add up."""
+    """How many times a post-processor adds the token before a single text; processors of a sequence add up."""
     if not isinstance(processor, dict):
         return 0
     if processor.get("type") == "Sequence":
@@ -101,19 +101,21 @@ def _template_times(template: str, name: str) -> int:
 
 
 def _front(template: str, name: str) -> str:
-    """What the template starts with: the token, again and again, and white space."""
-    return re.match(rf"\s*(?:{_one(name)}\s*)*", template)[0]
+    """The start of the template: the token, any number of times, and white space."""
+    match = re.match(rf"\s*(?:{_one(name)}\s*)*", template)
+    return match[0] if match else ""
 
 
 def _template_fix(file, template, tokenizer_config, name):
     """The front of the template with the token once: its first mention."""
     front = _front(template, name)
-    first = re.match(rf"\s*{_one(name)}", front)[0]
-    title = "leave one of them in the chat template"
+    match = re.match(rf"\s*{_one(name)}", front)
+    first = match[0] if match else ""
+    title = _("leave one of them in {place}", place=_("the chat template"))
     if file == "chat_template.jinja":
         return Fix(title, (ReplaceText(file, front, first),), "unsafe")
     if tokenizer_config.get("chat_template") != template:  # one of several named templates
-        return Fix("take one of them out of the chat template", (), "manual")
+        return Fix(_("take one of them out of the chat template"), (), "manual")
     return Fix(title, (SetJson(file, "/chat_template", first + template[len(front) :], template),), "unsafe")
 
 
@@ -130,7 +132,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case = tiny()
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}

@@ -1,6 +1,6 @@
-"""C110 no-tokenizer: the directory holds no tokenizer.
+"""C110 no-tokenizer: no tokenizer.
 
-Why: without it no text becomes token ids, so nothing can be calibrated or compared; with another model's tokenizer, the
+Why: without it no text becomes token ids, so nothing can be calibrated or compared. With another model's tokenizer, the
 ids mean other words.
 
 Seen as:
@@ -9,15 +9,15 @@ Seen as:
 
 Do: copy tokenizer.json and tokenizer_config.json (or tokenizer.model) from the model's page or its base model.
 
-False alarms: a directory that is meant to hold weights only; `--calibration` with ready token ids needs no tokenizer.
+False alarms: a directory that holds only weights on purpose; `--calibration` with ready token ids needs no tokenizer.
 
-Fix safety: unsafe, and only with `--from`: the base's files are taken; a fine-tune may have added tokens to them. Else
+Fix safety: unsafe, and only with `--from`: the donor's files are used; a fine-tune may have added tokens to them. Else
 manual.
 
 Sources: transformers src/transformers/models/auto/tokenization_auto.py.
 """
 
-from doctor.lint.rule import Fix, Place, finding, rule
+from doctor.lint.rule import Fix, Place, _, finding, listed, rule
 from doctor.lint.testing import tiny
 
 KNOWN = (
@@ -39,25 +39,25 @@ def no_tokenizer(checkpoint, files, config, base):
     ):
         return
     yield finding(
-        "no tokenizer.json, tokenizer.model or other vocabulary is there",
+        _("no tokenizer.json, tokenizer.model or other vocabulary exists"),
         at=Place("tokenizer.json"),
         fix=_from_base(base, files),
     )
 
 
 def _from_base(base, files):
-    """The base's files of a tokenizer that are not here."""
+    """The donor's tokenizer files that are missing here."""
     offers = [base.offer_file(n) for n in (*KNOWN, *BESIDE) if n not in files] if base is not None else []
     edits = tuple(offer[0] for offer in offers if offer is not None)
     if not any(e.file in KNOWN for e in edits):
-        return Fix("copy the tokenizer's files from the model's page or its base model", (), "manual")
-    return Fix(f"take {', '.join(e.file for e in edits)} from {base.text}", edits, "unsafe")
+        return Fix(_("copy the tokenizer's files from the model's page or its base model"), (), "manual")
+    return Fix(_("take {name} from {base}", name=listed(e.file for e in edits), base=base.text), edits, "unsafe")
 
 
 def bad():
     case = tiny()
     del case.json["tokenizer.json"]
-    return case, "no tokenizer.json, tokenizer.model or other vocabulary is there"
+    return case, "no tokenizer.json, tokenizer.model or other vocabulary exists"
 
 
 def good():

@@ -1,7 +1,7 @@
-"""C111 tokenizer-without-vocabulary: tokenizer.json is JSON, but holds no vocabulary.
+"""C111 tokenizer-without-vocabulary: tokenizer.json has no vocabulary.
 
-Why: another file was saved under this name (a config, an error message), or the vocabulary was cut out. No text can be
-read with it.
+Why: another file was saved under this name (a config, an error message), or the vocabulary was removed. No text can be
+tokenized with it.
 
 Seen as:
 - tokenizers: `data did not match any variant of untagged enum ModelWrapper`
@@ -9,15 +9,15 @@ Seen as:
 
 Do: fetch tokenizer.json again.
 
-False alarms: a form of vocabulary newer than this version.
+False alarms: a vocabulary format newer than this version.
 
-Fix safety: unsafe, and only with `--from`: the base's file is taken; a fine-tune may have added tokens to it. Else
+Fix safety: unsafe, and only with `--from`: the donor's file is used; a fine-tune may have added tokens to it. Else
 manual.
 
 Sources: huggingface/tokenizers tokenizers/src/models/mod.rs.
 """
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import tiny
 
 
@@ -30,11 +30,12 @@ def tokenizer_without_vocabulary(checkpoint, json_files, base):
     model = value.get("model") if isinstance(value, dict) else None
     if isinstance(model, dict) and isinstance(model.get("vocab"), (dict, list)) and model["vocab"]:
         return
-    what = "no model.vocab" if isinstance(value, dict) else f"a JSON {type(value).__name__} instead of an object"
     yield finding(
-        f"tokenizer.json has {what}",
+        _("tokenizer.json has no model.vocab")
+        if isinstance(value, dict)
+        else _("{file} is a JSON {kind}; it must be an object", file="tokenizer.json", kind=type(value).__name__),
         at=Place("tokenizer.json", pointer=""),
-        fix=from_base(base, "tokenizer.json", "fetch tokenizer.json again"),
+        fix=from_base(base, "tokenizer.json", _("fetch tokenizer.json again")),
     )
 
 

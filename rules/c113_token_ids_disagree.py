@@ -1,19 +1,19 @@
-"""C113 token-ids-disagree: tokenizer_config.json and tokenizer.json give one token two ids.
+"""C113 token-ids-disagree: tokenizer_config.json and tokenizer.json disagree on a token's id.
 
-Why: which id the text becomes depends on the class that loads it, so calibration and serving may not read the same
-text.
+Why: which id the text becomes depends on the class that loads it, so calibration and serving may read the same text
+differently.
 
-Do: make added_tokens_decoder agree with tokenizer.json, which fast tokenizers go by.
+Do: make added_tokens_decoder agree with tokenizer.json, which fast tokenizers use.
 
 False alarms: none known.
 
-Fix safety: safe where tokenizer.json is the only vocabulary: added_tokens_decoder gets its numbers. Unsafe where a slow
-tokenizer's file lies beside it, and manual where two tokens would get one number.
+Fix safety: safe where tokenizer.json is the only vocabulary: added_tokens_decoder gets its ids. Unsafe where a slow
+tokenizer's file exists too, and manual where two tokens would get one id.
 
 Sources: transformers src/transformers/tokenization_utils_tokenizers.py.
 """
 
-from doctor.lint.rule import Fix, Place, RemoveJson, SetJson, finding, rule
+from doctor.lint.rule import Edit, Fix, Place, RemoveJson, SetJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 # Files that a slow tokenizer takes its ids from.
@@ -22,40 +22,45 @@ SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencep
 
 @rule("C113", "warning")
 def token_ids_disagree(checkpoint, tokenizer, tokenizer_config, files):
-    listed = (tokenizer_config or {}).get("added_tokens_decoder")
-    for number, token in listed.items() if isinstance(listed, dict) else ():
+    added = (tokenizer_config or {}).get("added_tokens_decoder")
+    for number, token in added.items() if isinstance(added, dict) else ():
         text = token.get("content") if isinstance(token, dict) else None
         right = tokenizer.ids.get(text)
         if right is not None and str(right) != str(number):
             yield finding(
-                f"{text} is {number} in tokenizer_config.json and {right} in tokenizer.json",
+                _(
+                    "{token} is {id} in tokenizer_config.json and {right} in tokenizer.json",
+                    token=text,
+                    id=number,
+                    right=right,
+                ),
                 at=Place(
                     "tokenizer_config.json",
                     pointer=f"/added_tokens_decoder/{number}",
-                    note=f"{right} in tokenizer.json",
+                    note=_("{id} in tokenizer.json", id=right),
                 ),
                 evidence={"token": text, "tokenizer.json": right},
-                fix=_renumber(listed, tokenizer.ids, files),
+                fix=_renumber(added, tokenizer.ids, files),
             )
 
 
-def _renumber(listed, ids, files):
-    """Every entry under the number that tokenizer.json gives its text; the others stay."""
-    wanted = {}
-    for number, token in listed.items():
+def _renumber(added, ids, files) -> Fix:
+    """Move every entry to the id that tokenizer.json gives its text; the others stay."""
+    wanted: dict[str, object] = {}
+    for number, token in added.items():
         text = token.get("content") if isinstance(token, dict) else None
         place = str(ids.get(text, number))
         if wanted.setdefault(place, token) != token:
-            return Fix("save the tokenizer again with save_pretrained", (), "manual")
+            return Fix(_("save the tokenizer again with save_pretrained"), (), "manual")
     at = "/added_tokens_decoder/"
-    edits = [RemoveJson("tokenizer_config.json", at + n, listed[n]) for n in listed if n not in wanted]
+    edits: list[Edit] = [RemoveJson("tokenizer_config.json", at + n, added[n]) for n in added if n not in wanted]
     edits += [
-        SetJson("tokenizer_config.json", at + n, token, *([listed[n]] if n in listed else []))
+        SetJson("tokenizer_config.json", at + n, token, *([added[n]] if n in added else []))
         for n, token in wanted.items()
-        if n not in listed or listed[n] != token
+        if n not in added or added[n] != token
     ]
     return Fix(
-        "number added_tokens_decoder as tokenizer.json does",
+        _("number added_tokens_decoder as tokenizer.json does"),
         tuple(edits),
         "unsafe" if any(n in files for n in SLOW) else "safe",
     )
@@ -72,7 +77,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case = tiny()
     case.json["tokenizer_config.json"]["added_tokens_decoder"] = {
         str(i): {"content": t} for i, t in ((1, "</s>"), (2, "<s>"), (50, "<x>"))

@@ -118,13 +118,13 @@ def test_could_not_infer_dtype_of_nonetype_leads_to_the_missing_bos():
 
 
 @pytest.mark.parametrize("key, generation", [("null", True), ("null", False), ("absent", True)])
-def test_a_qwen_without_bos_gets_endoftext_and_never_the_chat_mark(tmp_path, key, generation):
+def test_a_qwen_without_bos_gets_endoftext_and_never_the_chat_token(tmp_path, key, generation):
     source = qwen_without_bos(tmp_path / "m", key, generation)
     code, text = doctor("check", source, "--group-size", 32)
     assert "C101" in text and str(ENDOFTEXT) in text and str(IM_START) not in text
     (finding,) = found(api.check(source, RECIPE), "C101")
     by = "generation_config.json" if generation else "the qwen2 table"
-    assert finding.message == f"bos_token_id is {key} in config.json; {by} says <|endoftext|> = {ENDOFTEXT}"
+    assert finding.message == f"bos_token_id is {key} in config.json; {by} has <|endoftext|> = {ENDOFTEXT}"
     assert code == (1 if finding.severity == "error" else 0)
     code, text = doctor("fix", source, "-o", tmp_path / "cured", "--group-size", 32)
     assert code == 0, text

@@ -200,10 +200,10 @@ def test_an_absent_bos_that_its_class_and_its_tokenizer_give_alike_is_a_note(tmp
     """Gemma 3 is published so. Where the tokenizer's files do not state it, config.json alone could tell: a warning."""
     case = tiny("llama")
     del case.config["bos_token_id"]
-    message = "bos_token_id is absent in config.json; tokenizer_config.json says <s> = 1"
+    message = "bos_token_id is absent in config.json; tokenizer_config.json has <s> = 1"
     assert said(case, tmp_path / "both", "C101") == [("info", message)]
     del case.json["tokenizer_config.json"]["bos_token"]
-    message = "bos_token_id is absent in config.json; generation_config.json says <s> = 1"
+    message = "bos_token_id is absent in config.json; generation_config.json has <s> = 1"
     assert said(case, tmp_path / "class", "C101") == [("warning", message)]
 
 

@@ -60,7 +60,7 @@ def qwen(folder, **tokenizer_config):
 
 def test_a_qwen_without_bos_gets_the_vendors_value_from_its_own_tokenizer(tmp_path):
     (found,) = qwen(tmp_path, bos_token=None)
-    assert found.message == "bos_token_id is null in config.json; the qwen2 table says <|endoftext|> = 151643"
+    assert found.message == "bos_token_id is null in config.json; the qwen2 table has <|endoftext|> = 151643"
     assert found.fix.edits[0].value == 151643
 
 
