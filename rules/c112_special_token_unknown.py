@@ -63,7 +63,7 @@ def good():
 
 def more():
     """Cases whose fixes the example above does not show."""
-    case, _ = bad()
+    case, _message = bad()
     for name in ("config.json", "generation_config.json"):
         case.json[name]["pad_token_id"] = None
     yield case

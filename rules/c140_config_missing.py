@@ -1,6 +1,6 @@
-"""C140 config-missing: there is no config.json.
+"""C140 config-missing: no config.json.
 
-Why: shapes, heads, norms and the positions' rotation stand only there. Weights without it are numbers without a model.
+Why: only config.json states shapes, heads, norms and rotary positions. Weights without it cannot be loaded as a model.
 
 Seen as:
 - transformers: `does not appear to have a file named config.json`
@@ -8,15 +8,15 @@ Seen as:
 
 Do: fetch config.json of the same revision.
 
-False alarms: a single weight file that is checked by itself is not counted.
+False alarms: a single weight file that is checked alone is not counted.
 
-Fix safety: unsafe, and only with `--from`: the base's file is taken. Else manual; a config is not made up from shapes
-alone.
+Fix safety: unsafe, and only with `--from`: the donor's file is used. Else manual: a config cannot be derived from
+shapes alone.
 
 Sources: transformers src/transformers/configuration_utils.py.
 """
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import tiny
 
 
@@ -24,10 +24,10 @@ from doctor.lint.testing import tiny
 def config_missing(checkpoint, files, base):
     if "config.json" not in files and not checkpoint.only:
         yield finding(
-            "no config.json among the files",
+            _("no config.json among the files"),
             at=Place("config.json"),
             evidence={"files": len(files)},
-            fix=from_base(base, "config.json", "fetch config.json of the same revision"),
+            fix=from_base(base, "config.json", _("fetch config.json of the same revision")),
         )
 
 

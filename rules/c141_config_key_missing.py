@@ -1,6 +1,6 @@
-"""C141 config-key-missing: config.json lacks a size that the weights show.
+"""C141 config-key-missing: config.json lacks a size that the model class needs.
 
-Why: a reader then takes its class's default, which is another model's size, and the weights do not fit; or it stops.
+Why: a reader then uses its class's default, which is another model's size, and the weights do not fit; or it stops.
 
 Seen as:
 - transformers: `size mismatch for`
@@ -9,15 +9,15 @@ Seen as:
 
 Do: write the key with the value that every tensor agrees on.
 
-False alarms: defaults of a family that this version does not know. Multimodal configs lean on defaults and are asked
-for less.
+False alarms: defaults of a family that this version does not know. Multimodal configs rely on defaults, so fewer keys
+are required there.
 
 Fix safety: safe: all tensors that depend on the key agree on one value.
 
 Sources: turboderp/exllamav2 exllamav2/config.py; transformers configuration classes.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, keys_of, rule, solve
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, keys_of, rule, solve
 from doctor.lint.testing import tiny
 
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -35,10 +35,13 @@ def config_key_missing(checkpoint, placement, config):
         value = len(placement.blocks) if key == "num_hidden_layers" else _shown(placement, key)
         if value is not None:
             yield finding(
-                f"config.json has no {key}; the weights say {value}",
+                _("config.json has no {key}; the weights imply {value}", key=key, value=value),
                 at=Place("config.json", pointer=spec.at(key)),
                 evidence={"value": value},
-                fix=Fix(f'set "{key}": {value}', (SetJson("config.json", spec.at(key), value, MISSING),)),
+                fix=Fix(
+                    _('set "{key}": {value}', key=key, value=value),
+                    (SetJson("config.json", spec.at(key), value, MISSING),),
+                ),
             )
 
 
@@ -48,7 +51,7 @@ def _shown(placement, key):
     """
     spec = placement.spec
     values = set()
-    for info, _, expressions in placement.sizes():
+    for info, _axis, expressions in placement.sizes():
         for axis, expression in enumerate(expressions[: len(info.shape)]):
             keys = keys_of(expression)
             if key in keys and all(k == key or k in spec.config for k in keys):
@@ -59,7 +62,7 @@ def _shown(placement, key):
 def bad():
     case = tiny()
     del case.config["vocab_size"]
-    return case, "config.json has no vocab_size; the weights say 96"
+    return case, "config.json has no vocab_size; the weights imply 96"
 
 
 def good():

@@ -1,15 +1,15 @@
-"""C143 heads-against-tensors: head counts and head_dim do not give the sizes of the attention's weights.
+"""C143 heads-against-tensors: head counts and head_dim do not match the attention weights.
 
-Why: the product of heads and head_dim is the width of q, k, v and o. With another product the weights do not fit; with
-the same product cut in other heads, nothing can be seen from sizes.
+Why: heads times head_dim is the width of q, k, v and o. With another product the weights do not fit. The same product
+with other heads cannot be detected from sizes.
 
 Seen as:
 - transformers: `size mismatch for model.layers.0.self_attn.k_proj.weight`
 - PyTorch: `RuntimeError: shape '[`
 
-Do: correct the one key that makes all four sizes come out, if there is one.
+Do: correct the one key that makes all four sizes fit, if there is one.
 
-False alarms: attention of a kind this version does not know under a known model_type.
+False alarms: a kind of attention that this version does not know under a known model_type.
 
 Fix safety: safe where exactly one key explains every tensor; else manual.
 
@@ -17,7 +17,7 @@ Sources: transformers src/transformers/models/llama/modeling_llama.py; Mistral-N
 heads.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, assume, finding, keys_of, rule, solve
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, assume, finding, keys_of, rule, solve
 from doctor.lint.testing import never_in, tiny
 
 KEYS = (
@@ -43,25 +43,33 @@ def heads_against_tensors(checkpoint, placement, config):
     if not wrong:
         return
     first = wrong[0]
-    cures = list(_cures(placement, first))
+    solutions = list(_solutions(placement, first))
     info = first.info
-    axis = "rows" if first.axis == 0 else "columns"
+    named = {
+        "expression": first.expression,
+        "want": first.want,
+        "tensor": info.name,
+        "shape": list(info.shape),
+        "have": first.have,
+    }
     message = (
-        f"{first.expression} = {first.want} by config.json; {info.name} {list(info.shape)} has {first.have} {axis}"
+        _("config.json gives {expression} = {want}; {tensor} {shape} has {have} rows", **named)
+        if first.axis == 0
+        else _("config.json gives {expression} = {want}; {tensor} {shape} has {have} columns", **named)
     )
-    if len(cures) >= 1:
-        key, value = cures[0]
+    if solutions:
+        key, value = solutions[0]
         name = spec.key_for(key)
         pointer = spec.at(name)
         stated = spec.config.get(name, MISSING)
         yield finding(
             message,
-            at=Place("config.json", pointer=pointer, note=f"{value} fits every tensor"),
+            at=Place("config.json", pointer=pointer, note=_("{value} fits every tensor", value=value)),
             evidence={"tensors": len(wrong)},
             fix=Fix(
-                f'set "{name}": {value}',
+                _('set "{key}": {value}', key=name, value=value),
                 (SetJson("config.json", pointer, value, stated),),
-                "safe" if len(cures) == 1 else "unsafe",
+                "safe" if len(solutions) == 1 else "unsafe",
             ),
         )
     else:
@@ -69,12 +77,12 @@ def heads_against_tensors(checkpoint, placement, config):
             message,
             at=Place(info.shard, tensor=info.name),
             evidence={"tensors": len(wrong)},
-            fix=Fix("take config.json and weights of one revision", (), "manual"),
+            fix=Fix(_("take config.json and weights of one revision"), (), "manual"),
         )
 
 
-def _cures(placement, misfit):
-    """(key, value) that alone makes every head size come out."""
+def _solutions(placement, misfit):
+    """Each (key, value) that alone makes every head size fit."""
     for key in keys_of(misfit.expression):
         if key not in KEYS:
             continue
@@ -90,7 +98,7 @@ def bad():
     case.config["num_key_value_heads"] = 4
     return (
         case,
-        "num_key_value_heads * head_dim = 64 by config.json; model.layers.0.self_attn.k_proj.weight [32, 64] has 32 rows",
+        "config.json gives num_key_value_heads * head_dim = 64; model.layers.0.self_attn.k_proj.weight [32, 64] has 32 rows",
     )
 
 

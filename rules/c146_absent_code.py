@@ -1,7 +1,7 @@
-"""C146 absent-code: config.json names code of the checkpoint's own that is not there.
+"""C146 absent-code: auto_map names a Python file that is missing.
 
-Why: with trust_remote_code, transformers looks for the file and stops; without, it cannot know the model unless its
-model_type is built in.
+Why: with trust_remote_code, transformers looks for the file and stops. Without it, the model cannot be loaded unless
+its model_type is built in.
 
 Seen as:
 - transformers: `does not appear to have a file named configuration_`
@@ -9,15 +9,15 @@ Seen as:
 
 Do: copy the .py files from where the model came from; or remove auto_map if transformers knows the model_type.
 
-False alarms: names of the form `repo--file.Class` point at another repository and are not counted.
+False alarms: names of the form `repo--file.Class` refer to another repository and are not counted.
 
-Fix safety: unsafe where this family is built into transformers: then auto_map is not needed. Doctor runs no code of a
+Fix safety: unsafe where transformers has this family built in: auto_map is then not needed. doctor runs no code of a
 checkpoint.
 
 Sources: transformers src/transformers/dynamic_module_utils.py.
 """
 
-from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule
+from doctor.lint.rule import Fix, Place, RemoveJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 REMOTE_ONLY = ("baichuan", "chatglm", "internlm2", "qwen")
@@ -34,15 +34,21 @@ def absent_code(checkpoint, files, config, spec):
                     known = file == "config.json" and spec.family is not None and spec.family not in REMOTE_ONLY
                     fix = (
                         Fix(
-                            "remove auto_map: transformers knows this family",
+                            _("remove auto_map: transformers knows this family"),
                             (RemoveJson(file, "/auto_map", mapping),),
                             "unsafe",
                         )
                         if known
-                        else Fix(f"copy {module}.py from where the model came from", (), "manual")
+                        else Fix(_("copy {module}.py from where the model came from", module=module), (), "manual")
                     )
                     yield finding(
-                        f"{name} is {one} in {file}; {module}.py is not there",
+                        _(
+                            "{name} is {target} in {file}; {module}.py is missing",
+                            name=name,
+                            target=one,
+                            file=file,
+                            module=module,
+                        ),
                         at=Place(file, pointer=f"/auto_map/{name}"),
                         evidence={"module": module},
                         fix=fix,
@@ -52,7 +58,7 @@ def absent_code(checkpoint, files, config, spec):
 def bad():
     case = tiny()
     case.config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    return case, "AutoModelForCausalLM is modeling_own.OwnForCausalLM in config.json; modeling_own.py is not there"
+    return case, "AutoModelForCausalLM is modeling_own.OwnForCausalLM in config.json; modeling_own.py is missing"
 
 
 def good():

@@ -1,22 +1,22 @@
-"""C147 already-quantized: the weights are stored in a quantized form from which nothing can be quantized again.
+"""C147 already-quantized: weights are already quantized.
 
-Why: their numbers mean something only together with their scales. Read as plain weights they are wrong by orders of
-magnitude: mlx once took bytes for integers, a factor of 20,000.
+Why: their numbers are meaningful only together with their scales. Read as plain weights they are wrong by orders of
+magnitude: mlx once read bytes as integers, a factor of 20,000.
 
 Seen as:
 - llama.cpp: `Can not map tensor 'model.layers.0.mlp.down_proj.qweight'`
 - vLLM: `Cannot find the config file for`
 - llama.cpp: `NotImplementedError: Quant method is not yet supported`
 
-Do: take the 16-bit original. Where there is none, `--unsafe-fixes=C147` writes the numbers that an engine computes with
-as plain weights: FP8 with its scales, and packed GPTQ, AWQ and compressed-tensors too.
+Do: use the 16-bit original. If there is none, `--unsafe-fixes=C147` dequantizes to the numbers that an engine computes
+with and writes them as plain weights: FP8 with its scales, and packed GPTQ, AWQ and compressed-tensors too.
 
-False alarms: packed GPTQ, AWQ and compressed-tensors checkpoints are outputs of a quantizer and judged as such (O6xx);
-they are named here only when this fix is asked for by name. `doctor quantize` refuses them by itself.
+False alarms: packed GPTQ, AWQ and compressed-tensors checkpoints are outputs of a quantizer and are checked as such
+(O6xx). They are reported here only when this fix is requested by name. `doctor quantize` refuses them by itself.
 
-Fix safety: unsafe, and only by name: what rounding took away does not come back, and the files become two to four times
-as large. Each weight is code minus zero point times scale in float32, rounded once to the type of the embedding. Other
-forms stay manual.
+Fix safety: unsafe, and only by name: what rounding removed does not come back, and the files become two to four times
+as large. Each weight is code minus zero point times scale in float32, rounded once to the embedding's dtype. Other
+formats stay manual.
 
 Sources: ml-explore/mlx-lm issue 1192; ModelCloud/GPTQModel PR 2827; transformers PR 46763.
 """
@@ -31,9 +31,11 @@ from doctor.lint.rule import (
     Place,
     RemoveJson,
     Unavailable,
+    _,
     finding,
     is_scale_beside_weight,
     packed_size,
+    plural,
     read_quantization,
     rule,
     word_tails,
@@ -62,14 +64,27 @@ def already_quantized(checkpoint, tensors, config, quantization_block, asked):
         return
     scales = [n for n in tensors if is_scale_beside_weight(n)]
     first = min(narrow, key=lambda info: info.name)
-    raw = quantization_block[0] if quantization_block else {}
-    method = raw.get("quant_method")
-    by = f" by {method}" if method else ""
+    method = quantization_block[0].get("quant_method") if quantization_block else None
+    named = {"dtype": first.dtype.name, "scales": len(scales), "first": first.name}
     yield finding(
-        f"{len(narrow):,} weights are stored in {first.dtype.name}{by} with {len(scales):,} tensors of scales, the first is {first.name}",
+        plural(
+            "{n:,} weight is stored in {dtype} by {method} with {scales:,} scale tensors: {first}",
+            "{n:,} weights are stored in {dtype} by {method} with {scales:,} scale tensors; the first is {first}",
+            len(narrow),
+            method=method,
+            **named,
+        )
+        if method
+        else plural(
+            "{n:,} weight is stored in {dtype} with {scales:,} scale tensors: {first}",
+            "{n:,} weights are stored in {dtype} with {scales:,} scale tensors; the first is {first}",
+            len(narrow),
+            **named,
+        ),
         at=Place(first.shard, tensor=first.name),
         evidence={"weights": len(narrow), "scales": len(scales), "dtype": first.dtype.name},
-        fix=_beside(checkpoint, tensors, narrow, quantization_block) or Fix("take the 16-bit original", (), "manual"),
+        fix=_beside(checkpoint, tensors, narrow, quantization_block)
+        or Fix(_("take the 16-bit original"), (), "manual"),
     )
 
 
@@ -78,7 +93,9 @@ def _packed(checkpoint, tensors, packed, block):
     try:
         quant = read_quantization(*block)
         if not quant.readable or quant.bits not in quant.format.bits:
-            raise Unavailable(f"{quant.version} with {quant.bits} bits is not unpacked here")
+            raise Unavailable(
+                _("{version} with {bits} bits is not unpacked here", version=quant.version, bits=quant.bits)
+            )
         edits: list[Edit] = []
         kind = _dtype(tensors)
         for info in packed:
@@ -89,23 +106,30 @@ def _packed(checkpoint, tensors, packed, block):
             )
             parts = quant.format.part_names
             edits += [DropTensor(f"{module}.{part}") for part in parts if f"{module}.{part}" in tensors]
-        fix = _plain(checkpoint, block, edits, len(packed))
-        why = f"{quant.bits} bits"
+        fix = _plain(checkpoint, block, edits, len(packed), kind)
+        why = _("{bits} bits", bits=quant.bits)
     except Unavailable as error:
-        why = str(error)
-    method = block[0].get("quant_method", "a quantizer")
+        why = error.args[0]
+    method = block[0].get("quant_method", _("a quantizer"))
     return finding(
-        f"{len(packed):,} linears are packed by {method} ({why}), the first is {packed[0].name}",
+        plural(
+            "{n:,} linear is packed by {method} ({why}): {first}",
+            "{n:,} linears are packed by {method} ({why}); the first is {first}",
+            len(packed),
+            method=method,
+            why=why,
+            first=packed[0].name,
+        ),
         severity="info",
         at=Place(packed[0].shard, tensor=packed[0].name),
         evidence={"linears": len(packed)},
-        fix=fix or Fix("take the 16-bit original", (), "manual"),
+        fix=fix or Fix(_("take the 16-bit original"), (), "manual"),
     )
 
 
 def _beside(checkpoint, tensors, narrow, block):
-    """Each weight under its own name with scales beside it, in a format that keeps them so; None where one is narrow
-    otherwise.
+    """Fix for weights whose format stores scales next to the weight's own name; None where another narrow dtype
+    occurs.
     """
     edits: list[Edit] = []
     kind = _dtype(tensors)  # once: DeepSeek-V3 has 46,000 such weights
@@ -118,16 +142,21 @@ def _beside(checkpoint, tensors, narrow, block):
         edits.append(Dequantize(info.name, info.shape, form.name, scheme.bits, block=scheme.tile, dtype=kind))
         module = info.name.removesuffix(".weight")
         edits += [DropTensor(f"{module}.{part}") for part in form.beside if f"{module}.{part}" in tensors]
-    return _plain(checkpoint, block, edits, len(narrow))
+    return _plain(checkpoint, block, edits, len(narrow), kind)
 
 
-def _plain(checkpoint, block, edits, count):
+def _plain(checkpoint, block, edits, count, kind):
+    """Fix that writes dequantized weights and drops what described their quantization."""
     if block is not None and block[2]:
         edits.append(RemoveJson(block[1], block[2], block[0]))
     edits += [DropFile(name) for name in OWN_FILES if name in checkpoint.entries]
-    kind = edits[0].dtype
     return Fix(
-        f"write {count:,} weights as plain {kind} numbers, without quantization_config",
+        plural(
+            "write {n:,} weight as plain {kind} numbers, without quantization_config",
+            "write {n:,} weights as plain {kind} numbers, without quantization_config",
+            count,
+            kind=kind,
+        ),
         tuple(edits),
         "unsafe",
         by_name=True,
@@ -135,7 +164,7 @@ def _plain(checkpoint, block, edits, count):
 
 
 def _dtype(tensors):
-    """The type of the embedding, which these formats leave alone."""
+    """The dtype of the embedding, which these formats do not quantize."""
     kinds = {i.dtype.name for n, i in tensors.items() if "embed" in n or "wte" in n}
     return next((k for k in ("BF16", "F16", "F32") if k in kinds), "BF16")
 
@@ -152,7 +181,7 @@ def bad():
     case.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     return (
         case,
-        "14 weights are stored in F8_E4M3 by fp8 with 14 tensors of scales, the first is model.layers.0.mlp.down_proj.weight",
+        "14 weights are stored in F8_E4M3 by fp8 with 14 scale tensors; the first is model.layers.0.mlp.down_proj.weight",
     )
 
 

@@ -1,26 +1,26 @@
-"""C148 broken-json: a JSON file of the checkpoint is not JSON.
+"""C148 broken-json: JSON file has a syntax error or is not an object.
 
-Why: readers stop at it. An edit by hand (a comma too many, a comment), a cut download or an error page leaves this.
+Why: readers stop at it. An edit by hand (an extra comma, a comment), a truncated download or an error page causes this.
 
 Seen as:
 - transformers: `is not a valid JSON file`
 - Python: `json.decoder.JSONDecodeError`
 - tokenizers: `Exception: expected value at line 1 column 1`
 
-Do: look at the place that is named; a comma before a closing bracket is the most frequent cause.
+Do: look at the given position; a comma before a closing bracket is the most frequent cause.
 
 False alarms: none known: Python's own reader refuses the same text.
 
-Fix safety: unsafe, and only with `--from`: the base's file is taken, which need not be the one that was lost. Else
+Fix safety: unsafe, and only with `--from`: the donor's file is used, which may differ from the one that was lost. Else
 manual.
 
 Sources: transformers src/transformers/configuration_utils.py; RFC 8259.
 """
 
-from doctor.lint.rule import Place, finding, from_base, rule
+from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import tiny
 
-# Other JSON files may be anything; no reader of models opens them.
+# Other JSON files may hold anything; no model reader opens them.
 READ = (
     "config.json",
     "generation_config.json",
@@ -42,15 +42,15 @@ def broken_json(checkpoint, json_files, base):
             continue
         if file.broken is not None:
             yield finding(
-                f"{name} is not JSON: {file.broken}",
+                _("{file} is not JSON: {detail}", file=name, detail=file.broken),
                 at=Place(name, line=file.broken.line, column=file.broken.column),
-                fix=from_base(base, name, "correct the text at this place, or fetch the file again"),
+                fix=from_base(base, name, _("correct the text at this place, or fetch the file again")),
             )
         elif not isinstance(file.value, dict) and not file.raw.startswith(b"version https://git-lfs"):
             yield finding(
-                f"{name} holds a JSON {type(file.value).__name__}; it must be an object",
+                _("{file} is a JSON {kind}; it must be an object", file=name, kind=type(file.value).__name__),
                 at=Place(name, line=1),
-                fix=from_base(base, name, "fetch the file again"),
+                fix=from_base(base, name, _("fetch the file again")),
             )
 
 

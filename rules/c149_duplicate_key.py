@@ -1,18 +1,18 @@
-"""C149 duplicate-key: a config file states one key twice.
+"""C149 duplicate-key: duplicate key in a config file.
 
-Why: readers keep the last value without a word, and the other one is what a person may have seen and believed.
+Why: readers silently keep the last value, while a person may have read the other one.
 
 Do: delete one of the two.
 
 False alarms: none known.
 
-Fix safety: safe where both values are equal; unsafe where they differ: the last one, which readers take, is kept.
-Manual in a file of more than 1 MiB.
+Fix safety: safe where both values are equal. Unsafe where they differ: the last one, which readers use, is kept. Manual
+in a file of more than 1 MiB.
 
 Sources: RFC 8259 section 4: names should be unique.
 """
 
-from doctor.lint.rule import CleanJson, Fix, Place, finding, rule
+from doctor.lint.rule import CleanJson, Fix, Place, _, finding, rule
 from doctor.lint.testing import tiny
 
 READ = (
@@ -33,7 +33,7 @@ def duplicate_key(checkpoint, json_files):
         fix = _fix(name, file)
         for key in file.duplicates:
             yield finding(
-                f"{name} states {key!r} twice in one object; the last one counts",
+                _("{file} has the key {key!r} twice in one object; readers keep the last", file=name, key=key),
                 at=Place(name, pointer=_pointer(file, key)),
                 evidence={"key": key},
                 fix=fix,
@@ -41,25 +41,25 @@ def duplicate_key(checkpoint, json_files):
 
 
 def _fix(name, file):
-    """Keep what readers take, in the whole file: the second reading of a key is not a place of its own."""
+    """Keep the values that readers use, in the whole file: one edit covers all its duplicate keys."""
     if not file.duplicates or file.doc is None:
-        return Fix("delete one of the two", (), "manual")
+        return Fix(_("delete one of the two"), (), "manual")
     return Fix(
-        "keep the last value of each key, which readers take",
+        _("keep the last value of each key, which readers take"),
         (CleanJson(name),),
         "unsafe" if file.doc.unlike else "safe",
     )
 
 
 def _pointer(file, key):
-    """Where the key stands, None where the text is too large for places."""
+    """JSON pointer of the key; None where the file is too large to be indexed."""
     return next((p for p in (file.doc.duplicates if file.doc else ()) if p.rsplit("/", 1)[-1] == key), None)
 
 
 def bad():
     case = tiny()
     case.damage.append(_repeat)
-    return case, "config.json states 'model_type' twice in one object; the last one counts"
+    return case, "config.json has the key 'model_type' twice in one object; readers keep the last"
 
 
 def _repeat(folder):

@@ -1,4 +1,4 @@
-"""C150 byte-order-mark: a JSON file begins with a byte order mark.
+"""C150 byte-order-mark: JSON file starts with a UTF-8 byte order mark (BOM).
 
 Why: Python's reader refuses a text that begins with it, so transformers cannot load the file. Editors on Windows write
 it when they save "UTF-8 with BOM".
@@ -11,12 +11,12 @@ Do: save the file as UTF-8 without a byte order mark.
 
 False alarms: none known.
 
-Fix safety: safe; three bytes go, and the values stay. Manual where the rest of the file is no JSON either.
+Fix safety: safe: three bytes are removed, and the values stay. Manual where the rest of the file is not JSON either.
 
 Sources: RFC 8259 section 8.1; CPython Lib/json/__init__.py.
 """
 
-from doctor.lint.rule import CleanJson, Fix, Place, finding, rule
+from doctor.lint.rule import CleanJson, Fix, Place, _, finding, rule
 from doctor.lint.testing import tiny
 
 
@@ -25,15 +25,17 @@ def byte_order_mark(checkpoint, json_files):
     for name, file in json_files.items():
         if file.bom:
             yield finding(
-                f"{name} begins with a byte order mark (EF BB BF)", at=Place(name, byte=0), fix=_fix(name, file)
+                _("{file} begins with a byte order mark (EF BB BF)", file=name),
+                at=Place(name, byte=0),
+                fix=_fix(name, file),
             )
 
 
 def _fix(name, file):
     if file.broken is not None:
-        return Fix("save the file as UTF-8 without a byte order mark", (), "manual")
-    # The edit also leaves one value to a key that stands twice (C149).
-    return Fix("take the byte order mark away", (CleanJson(name),), "unsafe" if file.duplicates else "safe")
+        return Fix(_("save the file as UTF-8 without a byte order mark"), (), "manual")
+    # The edit also keeps only one value of a duplicate key (C149).
+    return Fix(_("remove the byte order mark"), (CleanJson(name),), "unsafe" if file.duplicates else "safe")
 
 
 def bad():

@@ -1,7 +1,7 @@
-"""C151 nan-in-config: a config file holds NaN.
+"""C151 nan-in-config: config file contains NaN.
 
-Why: Python reads and writes NaN, the standard has no such word, and readers in C++, Rust or JavaScript stop at it. A
-NaN in a scale or an epsilon also makes every output NaN.
+Why: Python reads and writes NaN, but the JSON standard does not allow it, and readers in C++, Rust or JavaScript stop
+at it. A NaN in a scale or an epsilon also makes every output NaN.
 
 Seen as:
 - tokenizers: `Exception: expected value at line`
@@ -9,15 +9,15 @@ Seen as:
 
 Do: write the number, or null.
 
-False alarms: Infinity is not counted: state-space models state it as an open limit.
+False alarms: Infinity is not counted: state-space models use it as an open limit.
 
-Fix safety: unsafe, and only with `--from`: the number is taken from the base model. Else manual; the one that was meant
-is not in the file.
+Fix safety: unsafe, and only with `--from`: the number is taken from the donor. Else manual: the intended number is not
+in the file.
 
 Sources: RFC 8259 section 6.
 """
 
-from doctor.lint.rule import Place, finding, rule, value_from_base
+from doctor.lint.rule import Place, _, finding, rule, value_from_base
 from doctor.lint.testing import tiny
 
 READ = ("config.json", "generation_config.json", "tokenizer_config.json", "quantize_config.json")
@@ -31,10 +31,16 @@ def nan_in_config(checkpoint, json_files, base):
             continue
         pointer = next((p for p in (file.doc.non_standard if file.doc else ()) if _is_nan(file.value, p)), None)
         yield finding(
-            f"{name} holds NaN at {pointer or 'an unknown place'}",
+            _("{file} contains NaN at {pointer}", file=name, pointer=pointer)
+            if pointer
+            else _("{file} contains NaN at an unknown place", file=name),
             at=Place(name, pointer=pointer),
             fix=value_from_base(
-                base if pointer else None, name, pointer or "", float("nan"), "write the number that was meant, or null"
+                base if pointer else None,
+                name,
+                pointer or "",
+                float("nan"),
+                _("write the number that was meant, or null"),
             ),
         )
 
@@ -48,7 +54,7 @@ def _is_nan(value, pointer):
 def bad():
     case = tiny()
     case.config["initializer_range"] = float("nan")
-    return case, "config.json holds NaN at /initializer_range"
+    return case, "config.json contains NaN at /initializer_range"
 
 
 def good():
@@ -56,7 +62,7 @@ def good():
 
 
 def donor():
-    """What the missing is taken from."""
+    """The checkpoint of --from that has the number."""
     case = tiny()
     case.config["initializer_range"] = 0.02
     return case

@@ -1,23 +1,23 @@
-"""C152 dtype-against-tensors: config.json states another type than the weights are stored in.
+"""C152 dtype-against-tensors: dtype in config.json does not match the weights.
 
-Why: readers cast to the stated type. From bfloat16 to float16 large values become Inf and small ones 0; from float32
-the file is twice as large as it must be, and memory is planned for the wrong size.
+Why: readers cast to the stated dtype. From bfloat16 to float16, large values become Inf and small ones 0. From float32,
+the file is twice as large as necessary, and memory is planned for the wrong size.
 
 Seen as:
 - PyTorch: `expected m1 and m2 to have the same dtype`
 - llama.cpp: `cannot be represented within F16`
 
-Do: state the type that is stored; or save the model again in the stated type, if that is what was meant.
+Do: state the stored dtype; or save the model again in the stated dtype, if that was intended.
 
-False alarms: models stored in more than one type are judged by what most of their linears' bytes are in.
+False alarms: models stored in more than one dtype are judged by the dtype of most of their linears' bytes.
 
-Fix safety: safe: with the stored type stated, no value changes on loading.
+Fix safety: safe: with the stored dtype stated, loading changes no value.
 
 Sources: transformers src/transformers/modeling_utils.py (`dtype="auto"` takes the stated type); ggml-org/llama.cpp
 issue 14788.
 """
 
-from doctor.lint.rule import Fix, Place, SetJson, finding, rule
+from doctor.lint.rule import Fix, Place, SetJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -32,7 +32,7 @@ def dtype_against_tensors(checkpoint, spec, tensors, config, quantization_block)
     for linear in spec.linears:
         info = tensors[linear.tensor]
         amounts[info.dtype.name] = amounts.get(info.dtype.name, 0) + info.nbytes
-    stored = STORED.get(max(amounts, key=amounts.get))
+    stored = STORED.get(max(amounts, key=amounts.__getitem__))
     for key in ("dtype", "torch_dtype"):
         for block, pointer in ((config, f"/{key}"), (config.get(spec.text_key) or {}, f"/{spec.text_key}/{key}")):
             said = block.get(key)
@@ -41,10 +41,18 @@ def dtype_against_tensors(checkpoint, spec, tensors, config, quantization_block)
             plain = said.removeprefix("torch.")
             if SPELLINGS.get(plain, plain) != stored:
                 yield finding(
-                    f"{key} is {said} in config.json; the linears are stored in {stored}",
-                    at=Place("config.json", pointer=pointer, note=f"stored in {stored}"),
+                    _(
+                        "{key} is {stated} in config.json; the linears are stored in {stored}",
+                        key=key,
+                        stated=said,
+                        stored=stored,
+                    ),
+                    at=Place("config.json", pointer=pointer, note=_("stored in {dtype}", dtype=stored)),
                     evidence={"said": said, "stored": stored},
-                    fix=Fix(f'set "{key}": "{stored}"', (SetJson("config.json", pointer, stored, said),)),
+                    fix=Fix(
+                        _('set "{key}": "{value}"', key=key, value=stored),
+                        (SetJson("config.json", pointer, stored, said),),
+                    ),
                 )
 
 

@@ -1,24 +1,24 @@
-"""C153 stale-quantization-config: config.json says that the model is quantized, but its weights are plain.
+"""C153 stale-quantization-config: config.json has quantization_config, but the weights are unquantized.
 
 Why: readers build quantized linears and find no packed weights for them. A model that was dequantized, or a fine-tune
-saved from a quantized one, keeps the block.
+saved from a quantized one, keeps the entry.
 
 Seen as:
 - transformers: `Some weights of`
 - vLLM: `KeyError: 'model.layers.`
 - AutoGPTQ: `The model is already quantized`
 
-Do: remove the block.
+Do: remove quantization_config.
 
-False alarms: blocks that describe the cache or activations only are left alone; formats that quantize while loading
-(bitsandbytes and the like) keep plain weights on purpose and are not counted.
+False alarms: entries that describe only the cache or activations are not reported. Formats that quantize while loading
+(bitsandbytes and similar) keep unquantized weights on purpose and are not counted.
 
 Fix safety: safe: nothing in the files is quantized.
 
 Sources: transformers src/transformers/quantizers/auto.py; vllm-project/vllm vllm/model_executor/layers/quantization.
 """
 
-from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule, says_packed, shows_packing
+from doctor.lint.rule import Fix, Place, RemoveJson, _, finding, rule, says_packed, shows_packing
 from doctor.lint.testing import tiny
 
 
@@ -32,10 +32,14 @@ def stale_quantization_config(checkpoint, tensors, quantization_block):
     if any(map(shows_packing, tensors)) or any(i.dtype.bits < 16 for i in tensors.values()):
         return
     yield finding(
-        f"quantization_config names {raw['quant_method']}, but all {len(tensors):,} tensors are plain",
+        _(
+            "quantization_config names {method}, but all {count:,} tensors are unquantized",
+            method=raw["quant_method"],
+            count=len(tensors),
+        ),
         at=Place(file, pointer=pointer),
         evidence={"method": raw["quant_method"]},
-        fix=Fix("remove quantization_config", (RemoveJson(file, pointer, raw),)),
+        fix=Fix(_("remove quantization_config"), (RemoveJson(file, pointer, raw),)),
     )
 
 
@@ -48,7 +52,7 @@ def bad():
         "zero_point": True,
         "version": "gemm",
     }
-    return case, f"quantization_config names awq, but all {len(case.tensors)} tensors are plain"
+    return case, f"quantization_config names awq, but all {len(case.tensors)} tensors are unquantized"
 
 
 def good():

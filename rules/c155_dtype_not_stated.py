@@ -1,20 +1,21 @@
-"""C155 dtype-not-stated: config.json does not say in which type the weights are meant to run.
+"""C155 dtype-not-stated: config.json states no dtype.
 
-Why: transformers 4 then loads them in float32, at twice the memory; others look into the files. Nothing breaks.
+Why: transformers 4 then loads the weights in float32, at twice the memory; other readers use the dtype in the files.
+Nothing breaks.
 
 Seen as:
 - PyTorch: `torch.OutOfMemoryError: CUDA out of memory`
 
-Do: state the type that is stored.
+Do: state the stored dtype.
 
-False alarms: older models never had the key; this is information only.
+False alarms: older models never had the key, so the severity is only info.
 
-Fix safety: safe; the stored type is stated.
+Fix safety: safe: the stored dtype is stated.
 
 Sources: transformers 4 src/transformers/modeling_utils.py (default float32); sgl-project/mini-sglang issue 38.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 STORED = {"F16": "float16", "BF16": "bfloat16"}
@@ -32,11 +33,11 @@ def dtype_not_stated(checkpoint, spec, tensors, config):
     stored = STORED.get(next(iter(kinds))) if len(kinds) == 1 else None
     if stored is not None:
         yield finding(
-            f"config.json states no dtype; the linears are stored in {stored}",
+            _("config.json states no dtype; the linears are stored in {stored}", stored=stored),
             at=Place("config.json", pointer="/torch_dtype"),
             evidence={"stored": stored},
             fix=Fix(
-                f'set "torch_dtype": "{stored}"',
+                _('set "{key}": "{value}"', key="torch_dtype", value=stored),
                 (SetJson("config.json", "/torch_dtype", stored, config.get("torch_dtype", MISSING)),),
             ),
         )

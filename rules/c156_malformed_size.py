@@ -1,23 +1,23 @@
-"""C156 malformed-size: a size in config.json is not a positive whole number.
+"""C156 malformed-size: size in config.json is not a positive integer.
 
-Why: sizes are lengths of axes and counts of blocks. A text, a fraction, zero or a negative number stops the reader, or
-builds a model of another shape.
+Why: sizes are lengths of axes and numbers of layers. A string, a fraction, zero or a negative number stops the reader,
+or builds a model of another shape.
 
 Seen as:
 - PyTorch: `TypeError: empty() received an invalid combination of arguments`
 - Python: `TypeError: 'float' object cannot be interpreted as an integer`
 - huggingface_hub: `StrictDataclassFieldValidationError`
 
-Do: write the whole number.
+Do: write the integer.
 
-False alarms: null means the class's default and is not counted, nor are lists of sizes per block.
+False alarms: null means the class's default and is not counted, nor are lists of one size per layer.
 
-Fix safety: safe where the number is beyond doubt ("4096", 4096.0); else manual.
+Fix safety: safe where the number is unambiguous ("4096", 4096.0); else manual.
 
 Sources: transformers src/transformers/configuration_utils.py.
 """
 
-from doctor.lint.rule import Fix, Place, SetJson, finding, rule
+from doctor.lint.rule import Fix, Place, SetJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 SIZES = (
@@ -43,7 +43,7 @@ SIZES = (
     "num_local_experts",
     "num_experts",
 )
-# Zero is how a config says "none of these".
+# Zero means that the model has none.
 MAY_BE_ZERO = ("moe_intermediate_size", "num_local_experts", "num_experts", "max_position_embeddings")
 
 
@@ -57,11 +57,13 @@ def malformed_size(checkpoint, spec):
         if whole and (value > 0 or (value == 0 and key in MAY_BE_ZERO) or key == "max_position_embeddings"):
             continue
         right = _number(value)
-        fix = Fix("write the size that the weights have", (), "manual")
+        fix = Fix(_("write the size that the weights have"), (), "manual")
         if right is not None:
-            fix = Fix(f'set "{key}": {right}', (SetJson("config.json", spec.at(key), right, value),))
+            fix = Fix(
+                _('set "{key}": {value}', key=key, value=right), (SetJson("config.json", spec.at(key), right, value),)
+            )
         yield finding(
-            f"{key} is {value!r} in config.json; it must be a positive whole number",
+            _("{key} is {value} in config.json; it must be a positive whole number", key=key, value=repr(value)),
             at=Place("config.json", pointer=spec.at(key)),
             evidence={"value": str(value)},
             fix=fix,

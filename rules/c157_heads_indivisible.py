@@ -1,23 +1,23 @@
-"""C157 heads-indivisible: query heads do not divide evenly among key heads, or hidden_size among query heads.
+"""C157 heads-indivisible: query heads not divisible by kv heads, or hidden_size by query heads.
 
-Why: each key head serves an equal number of query heads, and without a head_dim of its own a model's heads share
-hidden_size evenly. Readers stop, or cut heads in the wrong places.
+Why: each key/value head serves an equal number of query heads, and without a head_dim the heads share hidden_size
+evenly. Readers stop, or split heads in the wrong places.
 
 Seen as:
 - transformers: `hidden_size must be divisible by num_heads`
 - transformers: `The hidden size is not a multiple of the number of attention heads`
 
-Do: correct the count, which the attention's weights show (C143).
+Do: correct the count; the attention weights show the right one (C143).
 
 False alarms: none known in families of the table.
 
-Fix safety: safe where head_dim is stated, or one of the two counts alone can be right: the weights' rows then give the
-other. Else manual.
+Fix safety: safe where head_dim is stated, or where only one of the two counts can be right: the rows of the weights
+then give it. Else manual.
 
 Sources: transformers src/transformers/models/llama/configuration_llama.py.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, assume, finding, keys_of, rule
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, assume, finding, keys_of, rule
 from doctor.lint.testing import never_in, tiny
 
 COUNTS = ("num_attention_heads", "num_key_value_heads")
@@ -32,7 +32,12 @@ def heads_indivisible(checkpoint, spec, placement):
     key = spec.key_for("num_key_value_heads")
     if kv and heads % kv and not isinstance(spec.config.get(key), list):
         yield finding(
-            f"{spec.key_for('num_attention_heads')} {heads} is no multiple of {kv} key heads: {heads} / {kv} is not whole",
+            _(
+                "{key} {heads} is not divisible by {kv} key/value heads",
+                key=spec.key_for("num_attention_heads"),
+                heads=heads,
+                kv=kv,
+            ),
             at=Place("config.json", pointer=spec.at(key)),
             evidence={"heads": heads, "kv_heads": kv},
             fix=_fix(placement),
@@ -43,7 +48,11 @@ def heads_indivisible(checkpoint, spec, placement):
     if not stated and spec.hidden and spec.hidden % heads and spec.hidden // heads == spec.head_dim:
         key = spec.key_for("num_attention_heads")
         yield finding(
-            f"hidden_size {spec.hidden} cannot be cut into {heads} heads, and head_dim is not stated",
+            _(
+                "hidden_size {hidden} is not divisible by {heads} heads, and head_dim is not stated",
+                hidden=spec.hidden,
+                heads=heads,
+            ),
             at=Place("config.json", pointer=spec.at(key)),
             evidence={"hidden": spec.hidden, "heads": heads},
             fix=_fix(placement),
@@ -51,23 +60,22 @@ def heads_indivisible(checkpoint, spec, placement):
 
 
 def _fix(placement):
-    """Set the one count that alone makes the attention's rows come out whole; where several do, nothing here says
-    which.
-    """
+    """Set the one count that alone makes the attention's rows fit; where several do, nothing shows which is right."""
     spec = placement.spec
     found = [
         (spec.key_for(key), n)
         for key in COUNTS
         for n in range(1, MOST_HEADS + 1)
-        if n != spec.lookup(key) and _comes_out(placement, key, n)
+        if n != spec.lookup(key) and _fits(placement, key, n)
     ]
     if len(found) != 1:
-        return Fix("correct the count of heads", (), "manual")
+        return Fix(_("correct the count of heads"), (), "manual")
     key, value = found[0]
-    return Fix(f'set "{key}": {value}', (SetJson("config.json", spec.at(key), value, spec.config.get(key, MISSING)),))
+    edit = SetJson("config.json", spec.at(key), value, spec.config.get(key, MISSING))
+    return Fix(_('set "{key}": {value}', key=key, value=value), (edit,))
 
 
-def _comes_out(placement, key, value):
+def _fits(placement, key, value):
     lookup = assume(placement.spec, **{placement.spec.key_for(key): value})
     heads, kv, hidden = (lookup(k) for k in (*COUNTS, "hidden_size"))
     if (kv and heads % kv) or (hidden and hidden % heads and placement.spec.config.get("head_dim") is None):
@@ -79,7 +87,7 @@ def bad():
     case = tiny(never_in("opt", why="every query head has a key head of its own"))
     case.config["num_attention_heads"] = 5
     del case.config["head_dim"]
-    return case, "num_attention_heads 5 is no multiple of 2 key heads: 5 / 2 is not whole"
+    return case, "num_attention_heads 5 is not divisible by 2 key/value heads"
 
 
 def good():
@@ -87,7 +95,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case = tiny(never_in("opt", why="every query head has a key head of its own"))
     case.config["num_key_value_heads"] = 3
     yield case

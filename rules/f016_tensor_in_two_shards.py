@@ -78,7 +78,7 @@ def good():
 
 def more():
     """Cases whose fixes the example above does not show."""
-    case, _ = bad()
+    case, _message = bad()
     names = sorted(case.tensors)
     twice = {n: case.tensors[n].copy() for n in [*names[1::2], names[0]]}
     twice[names[0]].reshape(-1)[3] ^= 1

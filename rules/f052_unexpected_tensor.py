@@ -35,7 +35,7 @@ def unexpected_tensor(checkpoint, placement, config):
     spec = placement.spec
     if spec.family is None:
         return
-    placed = {info.name for info, _, _ in placement.sizes()}
+    placed = {info.name for info, _axis, _sizes in placement.sizes()}
     for block in placement.counted:
         for tail, info in placement.blocks[block].items():
             if info.name in placed or BENIGN.search(tail):

@@ -120,7 +120,7 @@ def good():
 
 def more():
     """Cases whose fixes the example above does not show."""
-    case, _ = bad()
+    case, _message = bad()
     weight = case.name("down")
     case.tensors[weight.replace(".weight", ".base_layer.weight")] = case.tensors.pop(weight)
     case.dtypes[weight.replace(".weight", ".base_layer.weight")] = "BF16"

@@ -266,22 +266,22 @@ def test_a_width_just_below_a_published_one_is_a_cut_and_padding_is_not(width, c
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "opt"])
-def test_a_known_family_without_any_of_its_blocks_is_not_passed(family, tmp_path):
+def test_a_known_family_without_any_of_its_layers_is_not_passed(family, tmp_path):
     case = tiny(family)
     for name in [n for n in case.tensors if any(part.isdigit() for part in n.split("."))]:
         del case.tensors[name]
     report = check(case.write(tmp_path), case.recipe)
     assert [(f.code, f.severity) for f in report.findings] == [("C142", "error")]
-    assert "the files hold 0 blocks" in report.findings[0].message and report.findings[0].fix.safety == "manual"
+    assert "the files hold 0 decoder layers" in report.findings[0].message and report.findings[0].fix.safety == "manual"
 
 
-def test_a_config_that_counts_blocks_without_end_is_answered_at_once(tmp_path):
+def test_a_config_that_counts_layers_without_end_is_answered_at_once(tmp_path):
     case = tiny("llama")
     case.config["num_hidden_layers"] = 1 << 39
     assert said(case, tmp_path, "C142") == [
         (
             "error",
-            "num_hidden_layers is 549755813888 in config.json; the files hold 2 blocks: "
+            "num_hidden_layers is 549755813888 in config.json; the files hold 2 decoder layers: "
             "model.layers.{2-9999} is in no file",
         )
     ]
