@@ -63,7 +63,7 @@ def _leading(processor, name) -> int:
 
 
 def _single(processor, name, at="/post_processor"):
-    """Edits after which the token stands once before a text: the first of a sequence keeps it."""
+    """Edits that leave the token once before a text: the first processor of a sequence keeps it."""
     kept = False
     for place, part in _parts(processor, at):
         for key in ("single", "pair"):

@@ -42,7 +42,7 @@ def broken_json(checkpoint, json_files, base):
             continue
         if file.broken is not None:
             yield finding(
-                _("{file} is not JSON: {detail}", file=name, detail=file.broken),
+                _("{file} is not JSON: {detail}", file=name, detail=file.broken.args[0]),
                 at=Place(name, line=file.broken.line, column=file.broken.column),
                 fix=from_base(base, name, _("correct the text at this place, or fetch the file again")),
             )

@@ -35,23 +35,23 @@ def dtype_against_tensors(checkpoint, spec, tensors, config, quantization_block)
     stored = STORED.get(max(amounts, key=amounts.__getitem__))
     for key in ("dtype", "torch_dtype"):
         for block, pointer in ((config, f"/{key}"), (config.get(spec.text_key) or {}, f"/{spec.text_key}/{key}")):
-            said = block.get(key)
-            if stored is None or not isinstance(said, str) or said == "auto":
+            stated = block.get(key)
+            if stored is None or not isinstance(stated, str) or stated == "auto":
                 continue
-            plain = said.removeprefix("torch.")
+            plain = stated.removeprefix("torch.")
             if SPELLINGS.get(plain, plain) != stored:
                 yield finding(
                     _(
                         "{key} is {stated} in config.json; the linears are stored in {stored}",
                         key=key,
-                        stated=said,
+                        stated=stated,
                         stored=stored,
                     ),
                     at=Place("config.json", pointer=pointer, note=_("stored in {dtype}", dtype=stored)),
-                    evidence={"said": said, "stored": stored},
+                    evidence={"said": stated, "stored": stored},
                     fix=Fix(
                         _('set "{key}": "{value}"', key=key, value=stored),
-                        (SetJson("config.json", pointer, stored, said),),
+                        (SetJson("config.json", pointer, stored, stated),),
                     ),
                 )
 

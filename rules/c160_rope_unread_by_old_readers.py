@@ -1,4 +1,4 @@
-"""C160 rope-unread-by-old-readers: rope_theta stands only in rope_parameters, which older readers ignore.
+"""C160 rope-unread-by-old-readers: rope_theta is only in rope_parameters, which older readers ignore.
 
 Why: transformers 5 writes the rotary base and its scaling into rope_parameters. Readers built on transformers 4 look for
 rope_theta and rope_scaling at the top, find none, and take the default of their class: the model answers in fluent nonsense,
@@ -12,7 +12,7 @@ Do: write both spellings. transformers 5 reads rope_parameters first, so nothing
 
 False alarms: none for a reader of transformers 4. Without --runtime it is a note, because current readers are right.
 
-Fix safety: safe: it adds keys that hold the numbers the file states already, and changes none.
+Fix safety: safe: it adds keys with numbers that the file already states, and changes none.
 
 Sources: vllm-project/vllm issue 42624; transformers src/transformers/modeling_rope_utils.py (standardize_rope_params);
 rules/tables/readers.toml.
@@ -26,7 +26,7 @@ from doctor.lint.testing import tiny
 def rope_unread_by_old_readers(checkpoint, spec, recipe):
     block = spec.config.get("rope_parameters")
     if not isinstance(block, dict) or any(isinstance(v, dict) for v in block.values()):
-        return  # a block for each kind of layer has no old spelling
+        return  # one object for each layer type has no old spelling
     readers = table("readers")
     theta, kind = block.get("rope_theta"), block.get("rope_type", block.get("type", "default"))
     default = readers["rope_theta"].get(spec.model_type, 10000)

@@ -1,4 +1,4 @@
-"""C161 tokenizer-class: tokenizer_config.json names a tokenizer class or form that readers lack.
+"""C161 tokenizer-class: tokenizer_class or extra_special_tokens has a form that older readers lack.
 
 Why: transformers 5 writes the class TokenizersBackend and extra_special_tokens as a list. Readers built on transformers 4 have no
 such class, and expect a dictionary there: they stop before the first weight is read. A class that no version has stops them too.
@@ -37,7 +37,7 @@ def tokenizer_class(checkpoint, recipe):
     name = config.get("tokenizer_class")
     old = _old_reader(recipe, readers)
     whole = "tokenizer.json" in checkpoint.entries
-    cure = (
+    rename = (
         Fix(_("name {name}, which reads tokenizer.json in every version", name=EVERY_VERSION),
             (SetJson(FILE, "/tokenizer_class", EVERY_VERSION, name),), "safe")
         if whole
@@ -46,12 +46,12 @@ def tokenizer_class(checkpoint, recipe):
     if isinstance(name, str) and name != NEW and name not in readers["tokenizer_classes"].split():
         yield finding(
             _("tokenizer_class {name} is in no version of transformers", name=name),
-            at=Place(FILE, pointer="/tokenizer_class"), fix=cure,
+            at=Place(FILE, pointer="/tokenizer_class"), fix=rename,
         )  # fmt: skip
     elif name == NEW and old is not False:
         yield finding(
             _("tokenizer_class {name} is of transformers 5; {reader} lacks it", name=name, reader=old or _("transformers 4")),
-            at=Place(FILE, pointer="/tokenizer_class"), fix=cure, severity="warning" if old else "info",
+            at=Place(FILE, pointer="/tokenizer_class"), fix=rename, severity="warning" if old else "info",
         )  # fmt: skip
     extra = config.get("extra_special_tokens")
     if isinstance(extra, list) and old is not False:

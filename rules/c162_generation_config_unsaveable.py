@@ -1,4 +1,4 @@
-"""C162 generation-config-unsaveable: sampling values beside do_sample false, which transformers 4 refuses to save.
+"""C162 generation-config-unsaveable: sampling values with do_sample false, which transformers 4 cannot save.
 
 Why: the file loads. A library that validates strictly when it saves ends with an error after hours of quantizing, and writes no
 model. Until then the values have no effect, because greedy decoding reads none of them.
@@ -11,7 +11,7 @@ Do: set do_sample to true where the model is meant to be sampled, else remove th
 
 False alarms: transformers 5 saves it all the same. `doctor quantize` copies the file as it is and is not affected.
 
-Fix safety: unsafe: generation then samples where it was greedy, which is what the values say.
+Fix safety: unsafe: generation then samples where it was greedy, which is what the values are for.
 
 Sources: vllm-project/llm-compressor issue 2412; transformers 4.57 src/transformers/generation/configuration_utils.py (validate).
 """

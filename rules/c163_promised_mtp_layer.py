@@ -1,4 +1,4 @@
-"""C163 promised-mtp-layer: config.json promises a multi-token-prediction layer that no file holds.
+"""C163 promised-mtp-layer: config.json counts a multi-token-prediction layer that no file holds.
 
 Why: transformers drops this layer when it loads and saves a model, and the key in config.json stays. The model itself is whole.
 A converter counts the layer in and writes a file that does not load; a server with speculative decoding starts with a random
@@ -12,7 +12,7 @@ Do: set the key to 0, or copy the layer from the base model.
 
 False alarms: none known: without the layer nothing can read it.
 
-Fix safety: safe: the key then says what the files hold, and no other part of the model reads it.
+Fix safety: safe: the key then matches the files, and no other part of the model uses it.
 
 Sources: ggml-org/llama.cpp issue 19733; vllm-project/vllm vllm/model_executor/models/deepseek_mtp.py; transformers
 src/transformers/models/deepseek_v3/modeling_deepseek_v3.py (_keys_to_ignore_on_load_unexpected).

@@ -24,13 +24,13 @@ def index_total_size(checkpoint, weight_map, shards):
     if weight_map is None:
         return
     metadata = (checkpoint.index or {}).get("metadata")
-    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     holds = sum(info.nbytes for shard in shards.values() for info in shard.tensors)
-    if isinstance(said, (int, float)) and said != holds:
+    if isinstance(stated, (int, float)) and stated != holds:
         yield finding(
-            _("metadata.total_size is {stated:,} bytes; the shards hold {holds:,}", stated=said, holds=holds),
+            _("metadata.total_size is {stated:,} bytes; the shards hold {holds:,}", stated=stated, holds=holds),
             at=Place(INDEX, pointer="/metadata/total_size", note=f"{holds:,}"),
-            evidence={"said": said, "holds": holds},
+            evidence={"said": stated, "holds": holds},
             fix=Fix(_("rebuild the index from the shards' headers"), (RebuildIndex(),)),
         )
 

@@ -29,7 +29,7 @@ def broken_index(checkpoint, json_files):
         return
     fix = Fix(_("rebuild the index from the shards' headers"), (RebuildIndex(),))
     if file.broken is not None:
-        yield finding(_("{file}: {detail}", file=INDEX, detail=file.broken), at=Place(INDEX), fix=fix)
+        yield finding(_("{file}: {detail}", file=INDEX, detail=file.broken.args[0]), at=Place(INDEX), fix=fix)
         return
     value = file.value
     mapping = value.get("weight_map") if isinstance(value, dict) else None

@@ -1,9 +1,10 @@
 """All that a rule file imports: the decorator, findings, fixes and the closed set of edits.
 
-A rule is one file: its docstring is its page, `check` a generator over facts, `bad()` and `good()` its proof. The docstring's
-first line is `CODE name: what is wrong.`; then come sections, each a word and a colon at the start of a line:
-`Why:` what follows from it · `Seen as:` lines `- Tool: `exact text`` that other tools print · `Do:` what to do by hand ·
-`False alarms:` when not to worry · `Fix safety:` · `Sources:`. Other languages have pages of their own in doctor/locale.
+A rule is one file: its docstring is its page, `check` a generator over facts, `bad()` and `good()` its proof. The
+docstring's first line is `CODE name: what is wrong.`; then come sections, each a word and a colon at the start of a
+line: `Why:` what follows from it · `Seen as:` lines `- Tool: `exact text`` that other tools print · `Do:` what to do by
+hand · `False alarms:` when not to worry · `Fix safety:` · `Sources:`. Other languages have pages of their own in
+doctor/locale.
 """
 
 import inspect
@@ -224,42 +225,42 @@ def finding(
 
 
 def from_base(base, name: str, otherwise: str) -> Fix:
-    """A whole file from what --from names: safe where something shows that it is the lost one. Without it, `otherwise`
-    is for the user.
+    """A whole file from the donor (--from): safe where evidence shows that it is the lost one. Without a donor,
+    `otherwise` tells the user what to do.
     """
     offer = base.offer_file(name) if base is not None else None
     if offer is None:
         return Fix(otherwise, (), "manual")
     edit, why = offer
-    return Fix(f"take {name} from {base.text}" + (f": {why}" if why else ""), (edit,), "safe" if why else "unsafe")
+    if why:
+        return Fix(_("take {name} from {base}: {why}", name=name, base=base.text, why=why), (edit,), "safe")
+    return Fix(_("take {name} from {base}", name=name, base=base.text), (edit,), "unsafe")
 
 
 def tensor_from_base(base, tensor) -> Fix | None:
-    """This tensor as what --from names holds it, in the same type and shape: unsafe, because nothing says that it was
-    not trained.
-    """
+    """This tensor from the donor, in the same dtype and shape: unsafe, because it may have been trained here."""
     edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape) if base is not None else None
-    return edit and Fix(f"take the tensor from {base.text}", (edit,), "unsafe")
+    return edit and Fix(_("take the tensor from {base}", base=base.text), (edit,), "unsafe")
 
 
 def zeros_from_base(base, tensor) -> Fix | None:
-    """This tensor as --from holds it, where that differs in zeros alone: unsafe, because pruning makes such zeros
-    too.
-    """
+    """This tensor from the donor, where only zeros here differ: unsafe, because pruning makes such zeros too."""
     edit = base.offer(tensor.name, tensor.dtype.name, tensor.shape) if base is not None else None
-    found = base.fills(tensor) if edit is not None else ""
-    return Fix(f"take the tensor from {base.text}: {found}", (edit,), "unsafe") if found else None
+    why = base.fills(tensor) if edit is not None else ""
+    return Fix(_("take the tensor from {base}: {why}", base=base.text, why=why), (edit,), "unsafe") if why else None
 
 
 def value_from_base(base, file: str, pointer: str, now: object, otherwise: str) -> Fix:
-    """One JSON value as --from states it: unsafe, because a fine-tune may have changed it. Without one, `otherwise` is
-    for the user.
+    """One JSON value from the donor: unsafe, because a fine-tune may have changed it. Without a donor, `otherwise` says
+    what to do.
     """
     value = base.value(file, pointer) if base is not None else MISSING
     if value is MISSING or value == now or value != value:
         return Fix(otherwise, (), "manual")
     key = pointer.rpartition("/")[2]
-    return Fix(f'set "{key}" as {base.text} has it', (SetJson(file, pointer, value, now),), "unsafe")
+    return Fix(
+        _('set "{key}" as {base} has it', key=key, base=base.text), (SetJson(file, pointer, value, now),), "unsafe"
+    )
 
 
 def run_rule(entry: Rule, subject: str, thing: object, values: tuple) -> Iterator[Finding]:
