@@ -1,4 +1,4 @@
-"""Finds, explains and cures what makes quantizing a language model fail, then quantizes it.
+"""Finds, explains and fixes what makes quantizing a language model fail, then quantizes it.
 
 Importing this package imports no torch: the names below are loaded when they are first used.
 """

@@ -47,12 +47,12 @@ def check(
     rules_dirs: Iterable[Path] = (),
     progress: Callable[[int], None] = lambda n: None,
     facts: Facts = (),
-    pictures: bool = False,
+    figures: bool = False,
     extend_select: Iterable[str] = (),
     config: Config | None = None,
     baseline: Report | None = None,
     matrix: bool = False,
-    room: str | os.PathLike[str] | None = None,
+    capacity: str | os.PathLike[str] | None = None,
     keep_partial: bool = False,
 ) -> Report:
     """Check a checkpoint against a recipe, reading every byte of its tensors at most once.
@@ -60,10 +60,10 @@ def check(
     path: a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only JSON files and headers are
     read. recipe: the default is config's; a quantized checkpoint is checked against its own quantization_config, unless
     config has a recipe. stage: the most expensive kind of evidence to gather ("header" reads no weights). facts:
-    (subject, fact, value) of a calibration or run made elsewhere. pictures: also make the tables that HTML and Markdown
-    draw (Report.extra). matrix: only the one of recipes by GPU count. room: the directory that a quantized copy would
-    be written to; memory and disk of this machine are then checked too. config: from doctor.lint.config.load(); its
-    selection comes before select and ignore, its recipe is the default, and its suppressions apply. None reads no
+    (subject, fact, value) of a calibration or run made elsewhere. figures: also make the tables that HTML and Markdown
+    draw (Report.extra). matrix: only the one of recipes by GPU count. capacity: the directory that a quantized copy
+    would be written to; memory and disk of this machine are then checked too. config: from doctor.lint.config.load();
+    its selection comes before select and ignore, its recipe is the default, and its suppressions apply. None reads no
     configuration, not even the checkpoint's own. baseline: an earlier report; each finding is marked new or unchanged
     against it. keep_partial: Ctrl-C while weights are read ends the scan, and the report holds what was found so far
     and, in its summary, what was not read. Else KeyboardInterrupt is raised.
@@ -75,8 +75,8 @@ def check(
     recipe = recipe or _default_recipe(checkpoint, config)
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
     store = header_facts(checkpoint, recipe)
-    if room is not None:
-        _measure(checkpoint, store, recipe, room)
+    if capacity is not None:
+        _measure(checkpoint, store, recipe, capacity)
     for subject, name, value in facts:
         store.put(subject, name, value)
     scanned = None
@@ -89,12 +89,12 @@ def check(
     findings, runs = judge(store, rules, stage)
     extra: dict[str, Any] = {}
     stopped = scanned is not None and scanned.stopped.is_set()
-    if (pictures or matrix) and not stopped:
+    if (figures or matrix) and not stopped:
         from doctor.report import figures as draw
 
         extra = (
             draw.pictures(checkpoint, store, rules, findings)
-            if pictures
+            if figures
             else {"matrix": draw.matrix(store, rules, findings)}
         )
     report = Report(
@@ -124,15 +124,15 @@ def check(
     return report
 
 
-def _measure(checkpoint: Checkpoint, store: Store, recipe: Recipe, room: str | os.PathLike[str]) -> None:
-    """Add the fact of what this machine has and what quantizing into `room` needs, where config.json describes a
+def _measure(checkpoint: Checkpoint, store: Store, recipe: Recipe, capacity: str | os.PathLike[str]) -> None:
+    """Add the fact of what this machine has and what quantizing into `capacity` needs, where config.json describes a
     model.
     """
     if store.has(CHECKPOINT, "spec"):
         from doctor.quant.capacity import measure
 
         spec = cast("ModelSpec", store.get(CHECKPOINT, "spec"))
-        store.put(CHECKPOINT, "given_machine", measure(checkpoint, spec, recipe, room))
+        store.put(CHECKPOINT, "given_machine", measure(checkpoint, spec, recipe, capacity))
 
 
 def _chosen(
@@ -181,7 +181,7 @@ def fix(
     progress: Progress | None = None,
     extend_select: Iterable[str] = (),
     config: Config | None = None,
-    base: str | os.PathLike[str] | Checkpoint | None = None,
+    donor: str | os.PathLike[str] | Checkpoint | None = None,
     in_place: bool = False,
 ) -> FixResult:
     """Write a fixed copy of a checkpoint to `output`. The source is never written to; the output is complete or absent.
@@ -215,7 +215,7 @@ def fix(
         check_in_place(source, target)
     elif not dry_run:
         check_output(source, target, overwrite)
-    with donor_facts(base, source, target, progress or no_progress) as given:
+    with donor_facts(donor, source, target, progress or no_progress) as given:
         return _fixed(
             source,
             target if in_place or output is None else Path(output),

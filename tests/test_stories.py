@@ -163,7 +163,7 @@ def test_one_bad_weight_is_named_to_the_element_before_any_hour_is_spent(tmp_pat
     (finding,) = found(result.report, "W201")
     assert finding.message == f"{words} among 8,192 values of {case.name('down', 1)}"
     assert (finding.where.tensor, finding.where.index) == (case.name("down", 1), (3, 5))
-    cured = api.fix(source, tmp_path / "cured", RECIPE, base=base)
+    cured = api.fix(source, tmp_path / "cured", RECIPE, donor=base)
     assert cured.report.ok and (Checkpoint.open(tmp_path / "cured").load(case.name("down", 1)) == want).all()
     assert quantize(tmp_path / "cured", tmp_path / "q").output == tmp_path / "q"
 
@@ -354,7 +354,7 @@ def test_fewer_tokens_than_columns_without_damping_end_in_a_good_result_that_say
         assert record["solve"]["damp_used"] == tried[-1][0] > 0
         assert record["solve"]["loss"] < record["solve"]["rtn_loss"]
     linear = downs[0]["name"]
-    assert [f.message for f in found(result.report, "Q404")][0].endswith("in_features")
+    assert next(f.message for f in found(result.report, "Q404")).endswith("in_features")
     assert any(
         f"{linear} saw 48 calibration tokens for 128 in_features" == f.message for f in found(result.report, "Q404")
     )

@@ -1,8 +1,10 @@
-"""Prints the table of fixes: rule, what its fix does, how safe it is, and what proves it. Worked out, not written down:
-each rule's own examples are judged, without and with a healthy twin as a base model (`--from`), and the findings say
-what would be done. A rule without a fix stands there with the reason, which is its page's own section.
+"""Prints the table of fixes: rule, what its fix does, how safe it is, and its proof.
+
+The table is computed: each rule's examples are checked, without and with a healthy twin as a donor (`--from`), and the
+findings show what would be done. A rule without a fix is listed with the reason from its page.
 """
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -47,13 +49,8 @@ def main() -> None:
 
 def _reason(entry) -> str:
     """The first sentence of what the page says of its fix, from where the reason begins."""
-    text = (
-        " ".join(entry.section("Fix safety").split())
-        .removeprefix("manual; ")
-        .removeprefix("no fix: ")
-        .removeprefix("no fix; ")
-        .removeprefix("no fix here; ")
-    )
+    text = " ".join(entry.section("Fix safety").split())
+    text = re.sub(r"^(manual|no fix|no fix here)[:;] ", "", text)
     return text.rstrip(".")
 
 

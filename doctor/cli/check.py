@@ -128,9 +128,9 @@ def command(
                 ctx=ctx,
                 baseline=base and base(path),
                 matrix=matrix,
-                room=capacity,
+                capacity=capacity,
                 keep_partial=True,
-                pictures=any(name in PICTURED for name, _file in outputs),
+                figures=any(name in PICTURED for name, _file in outputs),
                 **options,
             )
 

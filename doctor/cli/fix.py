@@ -47,7 +47,7 @@ from doctor.core.messages import _
 )
 @option(
     "--from",
-    "base",
+    "donor",
     metavar="DIR|ORG/NAME[@REV]",
     help=_("Base model, or a whole copy: lost files and tensors are taken from it, an adapter is merged into it."),
 )
@@ -68,7 +68,7 @@ def command(
     only: tuple[str, ...],
     **flags: Any,
 ) -> None:
-    """flags: those of the plan, and rules_dirs, fail_on, base, copy and overwrite as api.fix takes them."""
+    """flags: those of the plan, and rules_dirs, fail_on, donor, copy and overwrite as api.fix takes them."""
     from doctor import api
     from doctor.checkpoint.directory import Checkpoint
     from doctor.report.plan_text import render_plan

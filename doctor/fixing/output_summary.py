@@ -1,6 +1,7 @@
 """What a checkpoint on disk says about itself: its files, and what doctor's own receipt in it records."""
 
 import hashlib
+from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
 
@@ -50,15 +51,22 @@ def quantization_summary(document: dict) -> dict:
     """The same of a quantization: its settings, its calibration, what became of the linears, and what a reader should
     know.
     """
-    settings: dict = document.get("recipe") if isinstance(document.get("recipe"), dict) else {}
-    text: dict = document.get("calibration") if isinstance(document.get("calibration"), dict) else {}
+    settings, text = _object(document.get("recipe")), _object(document.get("calibration"))
     kinds = ", ".join(f"{n} {kind}" for kind, n in document["outcomes"].items())
     asked = ", ".join(f"{k} {v}" for k, v in settings.items() if v not in ("", [], None))
     made = ", ".join(f"{name} {document[name]}" for name in ("doctor", "torch", "transformers") if name in document)
     rows = [("recipe", asked), ("linears", kinds), ("versions", made)]
     if text:
         rows.append(("calibration", f"{text.get('source')}: {text.get('rows')} rows, {text.get('tokens')} tokens"))
-    notes = document.get("notes") if isinstance(document.get("notes"), list) else []
-    rows += [("note", str(note)) for note in notes]
+    rows += [("note", str(note)) for note in _list(document.get("notes"))]
     plan = f"{settings.get('method', '')} {settings.get('bits', '')}-bit".strip()
     return {"source": "", "plan": plan, "steps": [[kind, text, ""] for kind, text in rows if text][:MOST_STEPS]}
+
+
+def _object(value: object) -> dict[str, Any]:
+    """The value if it is an object, else an empty one: a receipt may come from anywhere."""
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -99,7 +99,7 @@ def test_hessian_is_not_invertible_is_one_bad_weight_and_no_lack_of_memory(good,
     found = api.check(with_nan, Recipe(group_size=32)).findings
     assert [(f.code, f.where.tensor) for f in found] == [("W201", "model.layers.0.mlp.up_proj.weight")]
     assert tuple(found[0].where.index) == (3, 5)
-    cured = api.fix(with_nan, tmp_path / "cured", Recipe(group_size=32), base=good, unsafe_fixes=["W201"])
+    cured = api.fix(with_nan, tmp_path / "cured", Recipe(group_size=32), donor=good, unsafe_fixes=["W201"])
     assert fails("exllamav2", cured.output, DOWN) is None
     ends_well(cured.output, tmp_path / "q", Recipe(group_size=32), good)
 
@@ -108,7 +108,9 @@ def test_a_bare_assertion_of_the_last_autoawq_is_the_same_bad_weight(good, with_
     linear = "model.layers.0.mlp.up_proj"
     assert fails("autoawq-0.2.9", good, linear) is None
     assert fails("autoawq-0.2.9", with_nan, linear) == "AssertionError"
-    cured = api.fix(with_nan, tmp_path / "cured", Recipe(method="awq", group_size=32), base=good, unsafe_fixes=["W201"])
+    cured = api.fix(
+        with_nan, tmp_path / "cured", Recipe(method="awq", group_size=32), donor=good, unsafe_fixes=["W201"]
+    )
     ends_well(cured.output, tmp_path / "q", Recipe(method="awq", group_size=32), good)
 
 

@@ -33,7 +33,7 @@ def test_versions_are_told_without_importing_torch():
 def test_a_quantized_checkpoint_shows_its_receipt_its_files_and_the_machine(tmp_path):
     root = tiny().write(tmp_path / "q")
     (root / "doctor.json").write_text(json.dumps(RECEIPT))
-    report = check(root, tiny().recipe, pictures=True)
+    report = check(root, tiny().recipe, figures=True)
     for lang, heads in (
         ("en", ("Receipt", "Machine", "how these files were made")),
         ("zh", ("凭据", "机器", "这些文件是怎样做出来的")),

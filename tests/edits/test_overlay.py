@@ -106,7 +106,9 @@ def test_json_changes_one_value_and_keeps_the_users_text(tmp_path):
     assert view.value("config.json")["bos_token_id"] == 1 and view.changed == {"config.json"}
     assert view.read_file("config.json") == view.json["config.json"].raw
     assert view.entries["config.json"].size == len(view.json["config.json"].raw)
-    with pytest.raises(BadCheckpoint, match="its edits are not on disk; read it through the checkpoint, not by its path"):
+    with pytest.raises(
+        BadCheckpoint, match="its edits are not on disk; read it through the checkpoint, not by its path"
+    ):
         view.path("config.json")
 
 
@@ -127,7 +129,10 @@ def test_an_absent_json_file_is_made_and_a_key_removed(tmp_path):
         (SetJson("config.json", "/bos_token_id", 5, expect=7), r"config.json#/bos_token_id: 1; the edit expects 7"),
         (SetJson("config.json", "/bos_token_id", 5), r"config.json#/bos_token_id: 1; the edit expects no value"),
         (SetJson("config.json", "/bos_token_id", 5, expect=True), r"1; the edit expects true"),
-        (SetJson("config.json", "/nothing/there", 5), r"config.json#/nothing/there: /nothing is not an object, so it cannot hold the key"),
+        (
+            SetJson("config.json", "/nothing/there", 5),
+            r"config.json#/nothing/there: /nothing is not an object, so it cannot hold the key",
+        ),
         (RemoveJson("config.json", "/nothing"), r"config.json#/nothing: no value; the edit expects a value"),
         (SetJson("../config.json", "/a", 5), r"not a JSON file of this checkpoint"),
         (PadTensor("nobody", 0, 8), r"nobody: the checkpoint has no such tensor"),
@@ -145,7 +150,7 @@ def test_broken_json_and_damaged_shards_are_not_edited(tmp_path):
     case = tiny()
     case.files["generation_config.json"] = b"{"
     source = source_of(case, tmp_path)
-    with pytest.raises(PlanRefused, match="generation_config.json: Expecting .* only in valid JSON"):
+    with pytest.raises(PlanRefused, match=r"generation_config\.json: Expecting .* only in valid JSON"):
         EditedCheckpoint(source, [SetJson("generation_config.json", "/a", 1)])
     with open(source.root / "model.safetensors", "ab") as file:
         file.write(b"more")

@@ -84,7 +84,7 @@ def left_over(folder):
 def test_a_damaged_shard_is_replaced_by_the_bases_file(tmp_path, whole, code):
     source = copy_of(whole, tmp_path / "source", DAMAGE[code])
     assert code in {f.code for f in check(source, tiny().recipe).findings}
-    result = fix(source, tmp_path / "out", tiny().recipe, base=whole)
+    result = fix(source, tmp_path / "out", tiny().recipe, donor=whole)
     assert {s.code for s in result.plan.steps} == {code} and not result.report.findings
     assert {p.name: sha256(p) for p in (tmp_path / "out").iterdir() if p.name != "doctor.json"} == {
         p.name: sha256(p) for p in whole.iterdir()
@@ -103,27 +103,27 @@ def test_a_file_that_nothing_shows_to_be_the_lost_one_is_taken_only_as_an_unsafe
         raw[-4000::2] = bytes(b ^ 1 for b in raw[-4000::2])
         raw[2000::2] = bytes(b ^ 1 for b in raw[2000::2])
         path.write_bytes(raw)
-    assert not fix(source, tmp_path / "out", tiny().recipe, base=whole).plan.steps
-    assert fix(source, tmp_path / "out", tiny().recipe, base=whole, unsafe_fixes=True).report.ok
+    assert not fix(source, tmp_path / "out", tiny().recipe, donor=whole).plan.steps
+    assert fix(source, tmp_path / "out", tiny().recipe, donor=whole, unsafe_fixes=True).report.ok
 
 
 def test_what_is_left_of_a_single_file_shows_that_the_bases_is_the_one(tmp_path):
     base = tiny().write(tmp_path / "base")
     source = tiny().write(tmp_path / "source")
     cut(source / "model.safetensors")
-    result = fix(source, tmp_path / "out", tiny().recipe, base=base)
+    result = fix(source, tmp_path / "out", tiny().recipe, donor=base)
     size = (source / "model.safetensors").stat().st_size
     assert [s.title for s in result.plan.steps] == [
         f"take model.safetensors from {base}: the {size:,} bytes that are left are its first"
     ]
     (source / "model.safetensors").write_bytes(bytes(4096))
-    assert not fix(source, tmp_path / "two", tiny().recipe, base=base).plan.steps
+    assert not fix(source, tmp_path / "two", tiny().recipe, donor=base).plan.steps
 
 
 def test_a_base_that_is_damaged_too_gives_no_file(tmp_path, whole):
     source = copy_of(whole, tmp_path / "source", cut)
     cut(whole / SECOND)
-    assert not fix(source, tmp_path / "out", tiny().recipe, base=whole, unsafe_fixes=True).plan.steps
+    assert not fix(source, tmp_path / "out", tiny().recipe, donor=whole, unsafe_fixes=True).plan.steps
 
 
 def test_a_file_of_the_base_that_changes_meanwhile_is_refused(tmp_path, whole, monkeypatch):
@@ -141,7 +141,7 @@ def test_a_file_of_the_base_that_changes_meanwhile_is_refused(tmp_path, whole, m
 
     monkeypatch.setattr(Donor, "_offer_file", then_changed)
     with pytest.raises(BadCheckpoint, match="the plan was made for"):
-        fix(source, tmp_path / "out", tiny().recipe, base=whole)
+        fix(source, tmp_path / "out", tiny().recipe, donor=whole)
     assert not (tmp_path / "out").exists() and not left_over(tmp_path)
 
 
@@ -151,7 +151,7 @@ def test_a_shard_that_is_taken_can_be_edited_by_other_fixes(tmp_path):
     case.recipe = case.recipe.with_field("tp", 2)
     base = case.write(tmp_path / "base")
     source = copy_of(base, tmp_path / "source", cut)
-    result = fix(source, tmp_path / "out", case.recipe, base=base, unsafe_fixes=("G302",))
+    result = fix(source, tmp_path / "out", case.recipe, donor=base, unsafe_fixes=("G302",))
     assert {s.code for s in result.plan.steps} == {"F001", "G302"} and not result.report.findings
     padded = fix(base, tmp_path / "padded", case.recipe, unsafe_fixes=("G302",))
     assert sha256(tmp_path / "out" / SECOND) == sha256(padded.output / SECOND)
@@ -174,7 +174,7 @@ def test_a_shard_that_cannot_be_read_is_taken_from_the_base(tmp_path, whole, mon
 
     monkeypatch.setattr(os, "open", refused(real_os))
     monkeypatch.setattr(builtins, "open", refused(real_open))
-    result = fix(source, tmp_path / "out", tiny().recipe, base=whole, unsafe_fixes=True)
+    result = fix(source, tmp_path / "out", tiny().recipe, donor=whole, unsafe_fixes=True)
     assert (
         [s.code for s in result.plan.steps] == ["F006"]
         and not result.report.findings
@@ -190,7 +190,7 @@ def test_a_shard_that_cannot_be_read_is_taken_from_the_base(tmp_path, whole, mon
 def test_one_file_is_fetched_from_the_hub_and_checked_by_its_hash(fake, tmp_path, whole):  # noqa: F811
     fake.put(whole)
     source = copy_of(whole, tmp_path / "source", cut)
-    result = fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+    result = fix(source, tmp_path / "out", tiny().recipe, donor="org/name")
     assert {s.code for s in result.plan.steps} == {"F001"} and not result.report.findings
     assert sha256(tmp_path / "out" / SECOND) == sha256(whole / SECOND) and not left_over(tmp_path)
     receipt = json.loads(result.receipt_path.read_text())
@@ -202,7 +202,7 @@ def test_one_file_is_fetched_from_the_hub_and_checked_by_its_hash(fake, tmp_path
 def test_a_revision_is_asked_for(fake, tmp_path, whole):  # noqa: F811
     fake.put(whole)
     source = copy_of(whole, tmp_path / "source", cut)
-    assert fix(source, tmp_path / "out", tiny().recipe, base="org/name@v1").report.ok and fake.requests_for(
+    assert fix(source, tmp_path / "out", tiny().recipe, donor="org/name@v1").report.ok and fake.requests_for(
         "/revision/v1"
     )
 
@@ -218,7 +218,7 @@ def test_one_tensor_is_one_range_of_its_shard(fake, tmp_path, large):  # noqa: F
     case = tiny(mlp=2048)
     case.down()[3, 5] = 0x7FC0
     source = case.write(tmp_path / "source")
-    result = fix(source, tmp_path / "out", case.recipe, base="org/name")
+    result = fix(source, tmp_path / "out", case.recipe, donor="org/name")
     assert {s.code for s in result.plan.steps} == {"W201"} and not result.report.findings
     info = Checkpoint.open(large).tensors[case.name("down")]
     asked = [e[1] for e in fake.requests_for("/cdn/") if e[1] != "bytes=0-65535"]
@@ -248,7 +248,7 @@ def test_a_torn_network_leaves_nothing(fake, tmp_path, whole, what):  # noqa: F8
 
     fake.serve = breaks
     with pytest.raises(MachineError, match=f"{name}: not whole after 5 tries"):
-        fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+        fix(source, tmp_path / "out", tiny().recipe, donor="org/name")
     assert (
         not (tmp_path / "out").exists()
         and not left_over(tmp_path)
@@ -268,7 +268,7 @@ def test_a_connection_that_tears_once_goes_on(fake, tmp_path, whole):  # noqa: F
         return real(request, data)
 
     fake.serve = breaks
-    assert fix(source, tmp_path / "out", tiny().recipe, base="org/name").report.ok and torn_once
+    assert fix(source, tmp_path / "out", tiny().recipe, donor="org/name").report.ok and torn_once
     assert sha256(tmp_path / "out" / SECOND) == sha256(whole / SECOND)
 
 
@@ -283,8 +283,8 @@ def test_a_file_whose_bytes_are_not_those_of_its_hash_is_refused(fake, tmp_path,
         return real(request, data)
 
     fake.serve = lies
-    with pytest.raises(BadCheckpoint, match="came with sha256 .*; the Hub states"):
-        fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+    with pytest.raises(BadCheckpoint, match=r"came with sha256 .*; the Hub states"):
+        fix(source, tmp_path / "out", tiny().recipe, donor="org/name")
     assert not (tmp_path / "out").exists() and not left_over(tmp_path)
 
 
@@ -293,7 +293,7 @@ def test_a_hub_that_refuses_ends_the_fix_and_says_so(fake, tmp_path, whole):  # 
     source = copy_of(whole, tmp_path / "source", cut)
     fake.failures["/resolve/"] = [refuse(403)] * 3
     with pytest.raises((MachineError, BadCheckpoint)):
-        fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+        fix(source, tmp_path / "out", tiny().recipe, donor="org/name")
     assert not left_over(tmp_path)
 
 
@@ -303,7 +303,7 @@ def test_an_interrupted_fetch_is_removed_by_the_next_run(fake, tmp_path, whole):
     dead = tmp_path / ".out.doctor-fetch-999999"
     dead.mkdir()
     (dead / SECOND).write_bytes(b"half")
-    fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+    fix(source, tmp_path / "out", tiny().recipe, donor="org/name")
     assert not left_over(tmp_path)
 
 
@@ -322,7 +322,7 @@ def test_an_adapter_is_merged_into_a_base_of_the_hub_which_is_fetched_whole(fake
         "open_checkpoint",
         lambda text, **more: asked.append(more) or (Checkpoint.open(base) if more else real(text)),
     )
-    result = fix(source, tmp_path / "out", tiny().recipe, base="org/name")
+    result = fix(source, tmp_path / "out", tiny().recipe, donor="org/name")
     assert {s.code for s in result.plan.steps} == {"F022"} and asked == [{}, {"download": True}]
     receipt = json.loads(result.receipt_path.read_text())
     assert receipt["base"]["files"] == {"model.safetensors": sha256(base / "model.safetensors")}
@@ -337,8 +337,8 @@ def test_a_tokenizer_is_taken_from_the_base_only_as_an_unsafe_fix(tmp_path):
     base = tiny().write(tmp_path / "base")
     source = copy_of(base, tmp_path / "source")
     (source / "tokenizer.json").unlink()
-    assert not fix(source, tmp_path / "out", tiny().recipe, base=base).plan.steps
-    result = fix(source, tmp_path / "out", tiny().recipe, base=base, unsafe_fixes=True)
+    assert not fix(source, tmp_path / "out", tiny().recipe, donor=base).plan.steps
+    result = fix(source, tmp_path / "out", tiny().recipe, donor=base, unsafe_fixes=True)
     assert {s.code for s in result.plan.steps} == {"C110"} and sha256(tmp_path / "out" / "tokenizer.json") == sha256(
         base / "tokenizer.json"
     )
@@ -348,7 +348,7 @@ def test_weights_that_are_all_lost_are_taken_with_their_index(tmp_path, whole):
     source = copy_of(whole, tmp_path / "source")
     for path in [*source.glob("*.safetensors"), source / "model.safetensors.index.json"]:
         path.unlink()
-    result = fix(source, tmp_path / "out", tiny().recipe, base=whole, unsafe_fixes=True)
+    result = fix(source, tmp_path / "out", tiny().recipe, donor=whole, unsafe_fixes=True)
     assert {s.code for s in result.plan.steps} == {"F021"} and not result.report.findings
     assert all(sha256(tmp_path / "out" / p.name) == sha256(p) for p in whole.glob("model*"))
 
@@ -358,7 +358,7 @@ def test_a_template_that_does_not_parse_is_taken_from_the_base(tmp_path):
     case.json["tokenizer_config.json"]["chat_template"] = "{{ messages }}"
     base = case.write(tmp_path / "base")
     case.json["tokenizer_config.json"]["chat_template"] = "{% if %}"
-    result = fix(case.write(tmp_path / "source"), tmp_path / "out", case.recipe, base=base, unsafe_fixes=True)
+    result = fix(case.write(tmp_path / "source"), tmp_path / "out", case.recipe, donor=base, unsafe_fixes=True)
     assert "C109" in {s.code for s in result.plan.steps}
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
 
@@ -545,7 +545,7 @@ def test_a_damaged_shard_is_taken_from_the_base_and_gets_its_name(tmp_path):
     source.mkdir()
     for path in base.iterdir():
         (source / path.name).write_bytes(path.read_bytes()[: -100 if "00003-of" in path.name else None])
-    result = fix(source, tmp_path / "out", case.recipe, base=base)
+    result = fix(source, tmp_path / "out", case.recipe, donor=base)
     assert {s.code for s in result.plan.steps} == {"F001", "F027"} and not result.report.findings
     assert sha256(result.output / "model-00002-of-00002.safetensors") == sha256(
         base / "model-00003-of-00004.safetensors"

@@ -331,7 +331,7 @@ while True:
 )
 def test_failure_of_any_call_leaves_the_source_untouched_and_the_output_absent_or_whole(tmp_path, code, codes):
     """The last of them writes one shard and links the other, both under new names."""
-    case, source = spoiled(tmp_path)
+    _, source = spoiled(tmp_path)
     if codes != ALL:
         rename_parts("1-of-4", "3-of-4")(source)
     before = digests(source)

@@ -76,7 +76,7 @@ def test_undo_without_renameat2_does_the_same(spoiled, monkeypatch):
 
 
 def test_what_cannot_be_undone_is_said(spoiled, tmp_path):
-    with pytest.raises(BadCheckpoint, match="holds no receipt of doctor \(doctor.json\), so there is nothing to undo"):
+    with pytest.raises(BadCheckpoint, match=r"holds no receipt of doctor \(doctor.json\), so there is nothing to undo"):
         undo(spoiled)
     fix(spoiled, tmp_path / "out", tiny().recipe)
     with pytest.raises(
@@ -169,7 +169,7 @@ def test_an_undo_in_which_any_call_fails_can_be_repeated(spoiled, monkeypatch, a
         calls = [0]
         for name, real in saved.items():
 
-            def call(*args, real=real, **more):
+            def call(*args, real=real, calls=calls, n=n, **more):
                 calls[0] += 1
                 if calls[0] == n:
                     raise OSError(5, "Input/output error")
@@ -238,7 +238,8 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(spoiled):
     after = digests(spoiled)
     undo(spoiled)
     script = (
-        "import sys\nfrom doctor.api import fix, recover, undo\nfrom doctor.lint.testing import tiny\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+        "import sys\nfrom doctor.api import fix, recover, undo\nfrom doctor.lint.testing import tiny\n"
+        "print('ready', flush=True)\nsys.stdin.readline()\n"
         f"path = {str(spoiled)!r}\n"
         "while True:\n    fix(path, None, tiny('llama').recipe, in_place=True)\n    undo(path)\n"
     )

@@ -48,7 +48,7 @@ def plan_of(tmp_path):
             RULES.pop(code, None)
             sys.modules.pop(f"doctor_extra_rules.{name}", None)
 
-    def run(case, bodies, consent=Consent()):
+    def run(case, bodies, consent=None):
         forget()
         number = next(runs)
         folder = tmp_path / f"rules{number}"
@@ -78,7 +78,8 @@ def sets(value, key="x_test", safety="safe", **more):
     return f'''
 if config.get("{key}") != {value!r}:
     yield finding("x is wrong", at=Place("config.json", "/{key}"),
-                  fix=Fix("set x", (SetJson("config.json", "/{key}", {value!r}, config.get("{key}", MISSING)),), "{safety}"{extra}))
+                  fix=Fix("set x", (SetJson("config.json", "/{key}", {value!r}, config.get("{key}", MISSING)),),
+                          "{safety}"{extra}))
 '''
 
 
@@ -186,7 +187,7 @@ def test_two_wishes_for_one_key_let_the_first_win_and_the_other_is_reported(plan
 def test_a_fix_that_does_not_cure_stops_the_plan(plan_of):
     plan = plan_of(tiny(), {"C190": sets(5).replace('config.get("x_test") != 5', "True")})
     assert plan.problems == ["C190 is still there after its fix: x is wrong"]
-    with pytest.raises(PlanRefused, match="C190 is still there after its fix: x is wrong.*Nothing was written"):
+    with pytest.raises(PlanRefused, match=r"C190 is still there after its fix: x is wrong.*Nothing was written"):
         refuse(plan)
 
 
@@ -195,7 +196,9 @@ def test_a_finding_that_a_fix_causes_stops_the_plan(plan_of):
         tiny(),
         {
             "C190": sets(5),
-            "C191": 'if config.get("x_test") == 5:\n    yield finding("five is bad", at=Place("config.json", "/x_test"))',
+            "C191": (
+                'if config.get("x_test") == 5:\n    yield finding("five is bad", at=Place("config.json", "/x_test"))'
+            ),
         },
     )
     assert plan.problems == ["C191 appears because of the fixes: five is bad"]
@@ -213,7 +216,8 @@ def test_a_rule_that_a_fix_makes_crash_stops_the_plan(plan_of):
 def test_fixes_that_never_rest_are_our_bug_and_said(plan_of):
     body = """
 n = sum(k.startswith("x_test") for k in config)
-yield finding(f"{n} is not enough", at=Place("config.json", f"/x_test{n}"), fix=Fix("one more", (SetJson("config.json", f"/x_test{n}", 1, MISSING),)))
+yield finding(f"{n} is not enough", at=Place("config.json", f"/x_test{n}"),
+              fix=Fix("one more", (SetJson("config.json", f"/x_test{n}", 1, MISSING),)))
 """
     with pytest.raises(
         DoctorError,
@@ -228,7 +232,9 @@ def test_a_fix_waits_for_what_it_needs_on_its_own_tensors_only(plan_of):
     body = """
 name = "{name}"
 if tensors[name].shape[1] == 128:
-    yield finding("too narrow", at=Place("", tensor=name), fix=Fix("grow", (PadTensor(name, 1, 160), SetJson("config.json", "/x_test", 1, MISSING)), "safe", needs=("W201",)))
+    yield finding("too narrow", at=Place("", tensor=name),
+                  fix=Fix("grow", (PadTensor(name, 1, 160), SetJson("config.json", "/x_test", 1, MISSING)),
+                          "safe", needs=("W201",)))
 """
     blocked = plan_of(case, {"C190": body.format(name=case.name("down"))}, Consent(only=frozenset({"C190"})))
     assert not blocked.steps and blocked.waiting[0].waits == "waits for W201"

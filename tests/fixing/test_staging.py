@@ -139,7 +139,8 @@ def test_a_linked_file_that_others_cannot_read_is_said(tmp_path):
     for name in source.shards:
         os.chmod(source.root / name, 0o600)
     assert written(one_value(source), tmp_path / "out").notes == [
-        "model-00001-of-00003.safetensors and 2 more: linked, so still readable by the owner alone, as in the source; --copy gives mode 0644"
+        "model-00001-of-00003.safetensors and 2 more: linked, so still readable by the owner alone, as in the source; "
+        "--copy gives mode 0644"
     ]
     assert not written(one_value(source), tmp_path / "copied", copy=True).notes
 
@@ -273,7 +274,7 @@ def dead_pid():
 
 
 def test_what_killed_runs_left_is_removed_and_what_they_moved_is_put_back(tmp_path):
-    _, source = sharded(tmp_path)
+    sharded(tmp_path)
     pid, out = dead_pid(), tmp_path / "out"
     (tmp_path / f".out.doctor-stage-{pid}").mkdir()
     (tmp_path / f".out.doctor-old-{pid}").mkdir()

@@ -32,7 +32,7 @@ def machine(monkeypatch):
 
 
 def codes(folder, place):
-    return [f.code for f in check(folder, RECIPE, room=place).findings]
+    return [f.code for f in check(folder, RECIPE, capacity=place).findings]
 
 
 def test_a_machine_with_plenty_gets_no_finding_and_the_nearest_directory_is_asked(tmp_path, machine):

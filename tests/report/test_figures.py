@@ -179,7 +179,7 @@ def test_the_option_puts_it_into_every_format_that_has_room(tmp_path, capsys):
 def test_exponents_of_a_small_model_are_those_of_every_value(tmp_path):
     case = tiny()
     case.down()[3, 5:8] = [0x7FC0, 0x4980, 0]  # NaN, 2^20 and 0
-    found = check(case.write(tmp_path), PLAN, pictures=True).extra["exponents"]
+    found = check(case.write(tmp_path), PLAN, figures=True).extra["exponents"]
     values = np.concatenate(
         [(codes.astype(np.uint32).ravel() << 16).view(np.float32) for codes in case.tensors.values()]
     )
@@ -197,8 +197,8 @@ def test_a_large_tensor_is_sampled_in_its_middle_and_headers_alone_have_no_pictu
     monkeypatch.setattr(figures, "SAMPLE", 32)
     case = tiny()
     folder = case.write(tmp_path)
-    assert check(folder, PLAN, pictures=True).extra["exponents"]["sampled"] == 32 * len(case.tensors)
-    assert "exponents" not in check(folder, PLAN, pictures=True, stage="header").extra
+    assert check(folder, PLAN, figures=True).extra["exponents"]["sampled"] == 32 * len(case.tensors)
+    assert "exponents" not in check(folder, PLAN, figures=True, stage="header").extra
 
 
 def test_a_receipt_of_doctor_is_shown_and_a_stranger_file_of_that_name_is_not(tmp_path):
@@ -211,7 +211,7 @@ def test_a_receipt_of_doctor_is_shown_and_a_stranger_file_of_that_name_is_not(tm
     ):
         folder = tiny().write(tmp_path / str(there) / str(len(str(document))))
         (folder / "doctor.json").write_text(json.dumps(document))
-        extra = check(folder, PLAN, pictures=True).extra
+        extra = check(folder, PLAN, figures=True).extra
         assert extra.get("receipt") == (
             {"source": "a", "plan": "gptq", "steps": [["C101", "set it", "safe"]]} if there else None
         )
