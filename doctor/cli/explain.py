@@ -27,7 +27,7 @@ def command(what: tuple[str, ...], format: str) -> None:
     from doctor.lint.engine import load_rules
     from doctor.locale import rule_pages
     from doctor.report import pages
-    from doctor.report.formats.terminal import console
+    from doctor.report.screen import console
 
     text = sys.stdin.read() if what == ("-",) else " ".join(what)
     rules = [*load_rules(), *OWN_RULES]

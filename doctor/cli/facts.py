@@ -50,7 +50,7 @@ def command(words: tuple[str, ...], scope: str | None, format: str, rules_dirs: 
         lines += [f"| `{f.name}` | {f.scope} | {f.stage} | {_line(f).replace('|', chr(92) + '|')} |" for f in chosen]
         sys.stdout.write("\n".join(lines) + "\n")
     else:
-        from doctor.report.formats.terminal import console
+        from doctor.report.screen import console
 
         console(sys.stdout).print(_table(chosen))
 

@@ -8,9 +8,10 @@ import re
 
 import click
 from rich.cells import cell_len
+from rich.text import Text
 
 from doctor.core.messages import Message
-from doctor.report.formats.terminal import Text, console, wrap
+from doctor.report.screen import console, wrap
 
 _MOST, _NAMES = 100, 34  # cells of a line, and of the column of names
 

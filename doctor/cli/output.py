@@ -52,11 +52,13 @@ def emit(reports: list["Report"], outputs: Outputs, verbose: bool = False, matri
 
     for name, file in outputs:
         if name == "full" and not file:
-            from doctor.report.formats.terminal import console, show
+            from doctor.report.formats.terminal import show
+            from doctor.report.screen import console
 
             show(reports, console(sys.stdout), verbose, matrix)
         elif name == "statistics":
-            from doctor.report.formats.terminal import console, show_statistics
+            from doctor.report.formats.terminal import show_statistics
+            from doctor.report.screen import console
 
             for report in reports:
                 show_statistics(report, console(sys.stdout))
@@ -66,8 +68,9 @@ def emit(reports: list["Report"], outputs: Outputs, verbose: bool = False, matri
 
 def emit_kvcache(result: Any, outputs: Outputs) -> None:
     """The same for a KvReport."""
-    from doctor.report.formats.terminal import console
-    from doctor.report.kv_text import kvcache_html, kvcache_json, kvcache_markdown, render_kvcache, show_kvcache
+    from doctor.report.kv_page import kvcache_html
+    from doctor.report.kv_text import kvcache_json, kvcache_markdown, render_kvcache, show_kvcache
+    from doctor.report.screen import console
 
     writers = dict(zip(KV_FORMATS, (render_kvcache, kvcache_json, kvcache_markdown, kvcache_html), strict=True))
     for name, file in outputs:

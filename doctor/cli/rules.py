@@ -28,7 +28,7 @@ def command(format: str, select: tuple[str, ...], rules_dirs: tuple[Path, ...]) 
 
     chosen = select_rules(load_rules(rules_dirs), words(select))
     if format == "table":
-        from doctor.report.formats.terminal import console
+        from doctor.report.screen import console
 
         pages.show_rules(chosen, console(sys.stdout))
     else:

@@ -20,8 +20,8 @@ BUILT_IN = "built in"
 
 def print_settings(ctx: click.Context) -> None:
     """Print the table of the settings that this command line would check with."""
-    from doctor.report.formats.terminal import console
     from doctor.report.pages import show_settings
+    from doctor.report.screen import console
 
     rows = []
     for param in ctx.command.params:

@@ -11,8 +11,8 @@ from rich.text import Text
 from doctor.evaluate.kvcache.study import KvReport
 from doctor.locale.catalogue import counted, current, say, translated
 from doctor.report.formats.json_report import dumps
-from doctor.report.formats.terminal import COLOURS, Screen, _pad, _text, console
-from doctor.report.presentation import level, number, pad, safe, squeeze
+from doctor.report.screen import COLOURS, Screen, aligned, console, styled
+from doctor.report.text import level, number, pad, safe, squeeze
 
 GIB = 1 << 30
 _COLOUR = {"Q4": COLOURS["ok"], "Q6": COLOURS["warning"], "never Q4": COLOURS["error"], "unknown": COLOURS["skipped"]}
@@ -29,12 +29,6 @@ def render_kvcache(report: KvReport, width: int = 100) -> str:
 
 def kvcache_json(report: KvReport) -> str:
     return dumps(report.to_dict())
-
-
-def kvcache_html(report: KvReport) -> str:
-    from doctor.report.formats.html import render_kvcache as page
-
-    return page(report, kvcache_json(report))
 
 
 def kvcache_markdown(report: KvReport) -> str:
@@ -93,7 +87,7 @@ def show_kvcache(report: KvReport, out: Console) -> None:
     """Print the screen of a KvReport."""
     screen, data = Screen(out), report.data
     screen.hang(
-        _text((f"doctor {report.version}  ", "bold")), _text((f"{safe(report.checkpoint)}   ", "cyan"), _what(data))
+        styled((f"doctor {report.version}  ", "bold")), styled((f"{safe(report.checkpoint)}   ", "cyan"), _what(data))
     )
     screen.line()
     for line in layers_said(data):
@@ -108,7 +102,7 @@ def show_kvcache(report: KvReport, out: Console) -> None:
             )
         )
     for note in notes:
-        screen.hang(_text((f"  {pad(say('note'), 4)}  ", "bold")), Text(safe(translated(note))))
+        screen.hang(styled((f"  {pad(say('note'), 4)}  ", "bold")), Text(safe(translated(note))))
     _sizes(screen, data, data["schemes"], "")
     if "full_heads" in data:
         _sizes(screen, data, data["full_heads"], say("where the engine stores full heads"))
@@ -144,8 +138,8 @@ def _rows(screen: Screen, rows: list[list[str]], right: set[int]) -> None:
     fit = [i for n, i in enumerate(keep) if n < 2 or sum(sizes[j] + 2 for j in keep[: n + 1]) <= screen.width]
     later, keep = keep[len(fit) :], fit
     for n, row in enumerate(rows):
-        text = "  ".join(_pad(safe(row[i]), sizes[i], i in right) for i in keep).rstrip()
-        screen.line(_text(("  " + text, "bold" if n == 0 else "")))
+        text = "  ".join(aligned(safe(row[i]), sizes[i], i in right) for i in keep).rstrip()
+        screen.line(styled(("  " + text, "bold" if n == 0 else "")))
     if later:
         screen.line()
         _rows(
@@ -270,7 +264,7 @@ def layers_said(data: dict) -> list[str]:
 def _advice(screen: Screen, found: dict) -> None:
     screen.line()
     level = found["level"]
-    head = _text((f"{_MARK[level]} ", _COLOUR[level]))
+    head = styled((f"{_MARK[level]} ", _COLOUR[level]))
     if current() == "zh":
         screen.hang(head, Text(say(level), "bold"))
         head = Text("  ")
@@ -282,7 +276,7 @@ def _measured(screen: Screen, data: dict) -> None:
     if "not_measured" in data:
         screen.line()
         screen.hang(
-            _text(("○ ", COLOURS["skipped"])),
+            styled(("○ ", COLOURS["skipped"])),
             Text(say("not measured: {reason}", reason=safe(translated(data["not_measured"])))),
         )
     if "measured" not in data:
@@ -290,7 +284,7 @@ def _measured(screen: Screen, data: dict) -> None:
     found = data["measured"]
     screen.line()
     screen.hang(
-        _text((f"  {say('measured')} ", "bold")),
+        styled((f"  {say('measured')} ", "bold")),
         Text(
             say(
                 "on {source}: {tokens}, {rows} of at most {n}",

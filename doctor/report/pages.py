@@ -11,8 +11,8 @@ from doctor.lint import explain
 from doctor.lint.rule import AREAS, Rule
 from doctor.locale import rule_pages
 from doctor.locale.catalogue import counted, current, say
-from doctor.report.formats.terminal import COLOURS, Screen, _text
-from doctor.report.presentation import one_line, pad, safe
+from doctor.report.screen import COLOURS, Screen, styled
+from doctor.report.text import one_line, pad, safe
 
 
 def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
@@ -23,12 +23,12 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
     facts = " · ".join(
         [say(entry.severity), say(entry.certainty), say(entry.area).lower(), say("needs {stage}", stage=entry.stage)]
     )
-    screen.hang(_text((head, "bold " + COLOURS[entry.severity].split()[-1]), "     "), Text(facts, "bright_black"))
+    screen.hang(styled((head, "bold " + COLOURS[entry.severity].split()[-1]), "     "), Text(facts, "bright_black"))
     if entry.seen_as:
         for i, seen in enumerate(entry.seen_as):
             screen.hang(
-                _text((pad(say("find me by") if i == 0 else "", 12), "bold")),
-                _text(f'"{seen.text}"', (f"  {seen.tool}", "bright_black")),
+                styled((pad(say("find me by") if i == 0 else "", 12), "bold")),
+                styled(f'"{seen.text}"', (f"  {seen.tool}", "bright_black")),
             )
     _section(screen, "What it checks", _sentence(rule_pages.sentence(entry, current())))
     for key, title in explain.SECTIONS[:-1]:
@@ -74,7 +74,7 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
     elif not matches:
         line = next((x for x in reversed(text.splitlines()) if x.strip()), "")
         screen.hang(
-            Text("  "), _text((f'"{safe(line.strip())[:200]}"', "bold"), say("   no rule quotes this message."))
+            Text("  "), styled((f'"{safe(line.strip())[:200]}"', "bold"), say("   no rule quotes this message."))
         )
         screen.line()
         screen.line("  " + say("nearest by shared words"))
@@ -95,7 +95,7 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
         tools=tools,
         defects=say("one defect") if one else counted("{n:,} defect", "{n:,} defects", len(matches)),
     )
-    quote = _text((f'"{safe(best.line)[:300]}"', "bold"))
+    quote = styled((f'"{safe(best.line)[:300]}"', "bold"))
     if quote.cell_len + cell_len(what) + 5 <= screen.width:
         screen.line("  ", quote, f"   {what}")
     else:
@@ -116,7 +116,7 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
 
 
 def _show_elsewhere(screen: Screen, found: explain.Elsewhere) -> None:
-    screen.hang(Text("  "), _text((f'"{safe(found.line)[:300]}"', "bold"), f"   {found.tool}"))
+    screen.hang(Text("  "), styled((f'"{safe(found.line)[:300]}"', "bold"), f"   {found.tool}"))
     screen.line()
     screen.hang(Text("  " + pad(say("why"), 13)), Text(found.cause[:1].upper() + found.cause[1:]))
     screen.hang(Text("  " + pad(say("do"), 13)), Text(found.do))
@@ -156,13 +156,13 @@ def _list(screen: Screen, rows: list[tuple[Rule, str]]) -> None:
     wide = max(len(r.name) for r, _ in rows)
     beside = wide + 14 + max(cell_len(t) for _, t in rows) <= screen.width
     for entry, text in rows:
-        head = _text(
+        head = styled(
             "  ", screen.code(entry.code, entry), "  ", (entry.name.ljust(wide), COLOURS[entry.severity]), "   "
         )
         if beside:
             screen.line(head, text)
         else:
-            screen.line(_text("  ", screen.code(entry.code, entry), "  ", (entry.name, COLOURS[entry.severity])))
+            screen.line(styled("  ", screen.code(entry.code, entry), "  ", (entry.name, COLOURS[entry.severity])))
             screen.hang(Text("        "), Text(text, "bright_black"))
 
 
@@ -173,7 +173,7 @@ def show_rules(rules: list[Rule], out: Console) -> None:
     for area in (name for _, name in AREAS if any(r.area == name for r in rules)):
         screen.line((say(area), "bold"))
         for entry in (r for r in rules if r.area == area):
-            head = _text(
+            head = styled(
                 "  ",
                 screen.code(entry.code, entry),
                 "  ",

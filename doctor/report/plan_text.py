@@ -10,7 +10,8 @@ from doctor.fixing.result import FixResult
 from doctor.fixing.step import Step
 from doctor.lint.engine import fold
 from doctor.locale.catalogue import counted, say, translated
-from doctor.report.presentation import Group, pad, safe, size
+from doctor.report.presentation import Group
+from doctor.report.text import pad, safe, size
 
 _INDENT = "   "
 _MOST_TENSORS = 12  # lines of changed tensors a step shows; the receipt has them all

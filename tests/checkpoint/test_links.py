@@ -9,7 +9,8 @@ from doctor.api import check
 from doctor.lint.engine import load_rules
 from doctor.lint.testing import tiny
 from doctor.report import pages
-from doctor.report.formats.terminal import console, show
+from doctor.report.formats.terminal import show
+from doctor.report.screen import console
 
 LINK = re.compile(r"\x1b\]8;[^;]*;(file://[^\x1b]+)\x1b\\+")
 TERMINAL = {"TERM": "xterm-256color"}

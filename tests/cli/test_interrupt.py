@@ -13,6 +13,7 @@ import pytest
 from doctor import api
 from doctor.core.facts import Store, Unavailable
 from doctor.lint.testing import tiny
+from doctor.report import verdict
 from doctor.scan import scan
 
 # Reading takes a while and says when it has begun; the rest of the run is the command's own.
@@ -107,10 +108,9 @@ def test_a_partial_run_is_no_verdict_and_judges_nothing_that_needs_every_tensor(
     report = api.check(case.write(tmp_path / "m"), case.recipe, keep_partial=True)
     stop = report.summary["interrupted"]
     assert 0 < stop["bytes_read"] < stop["bytes"] and 0 < stop["tensors_left"] < report.summary["tensors"]
-    from doctor.report import presentation
     from doctor.report.formats.terminal import render
 
-    assert presentation.verdict(report) == ("skipped", "interrupted: no verdict for gptq 4-bit g32")
+    assert verdict.verdict(report) == ("skipped", "interrupted: no verdict for gptq 4-bit g32")
     assert f"{stop['tensors_left']} tensors not looked at" in render([report]) and "✓ ready" not in render([report])
     assert not report.findings
 

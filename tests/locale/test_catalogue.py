@@ -10,6 +10,7 @@ import pytest
 import update_translations
 from babel.messages.pofile import read_po
 from rich.cells import cell_len
+from rich.text import Text
 
 from doctor.api import check
 from doctor.core.messages import _, listed, plural
@@ -17,7 +18,7 @@ from doctor.lint.config import OWN_RULES
 from doctor.lint.engine import load_rules
 from doctor.lint.testing import tiny
 from doctor.locale import catalogue, compile, rule_pages
-from doctor.report import FORMATS, HUMAN, render
+from doctor.report import FORMATS, HUMAN, render, screen
 from doctor.report.formats import terminal
 
 PO = catalogue.HOME / "zh" / "LC_MESSAGES" / "doctor.po"
@@ -110,11 +111,11 @@ def test_no_line_of_a_chinese_screen_is_wider_than_the_screen(width, tmp_path):
 
 
 def test_chinese_lines_do_not_begin_with_a_comma():
-    body = terminal.Text(
+    body = Text(
         "一个缩放因子对应连续的输入，有余数时每行最后一组不满，而没有内核能读不满的组（量化器要么停下，要么保留）。"
     )
     for room in range(16, 60):
-        lines = [line.plain for line in terminal.wrap(terminal.console(width=80), body, room)]
+        lines = [line.plain for line in screen.wrap(screen.console(width=80), body, room)]
         assert "".join(lines) == body.plain
         assert all(cell_len(line) <= room and line[0] not in "，。）" and line[-1] != "（" for line in lines), room
 
@@ -126,10 +127,10 @@ def test_every_page_can_be_shown_in_chinese():
     with catalogue.language("zh"):
         for entry in rules:
             out = io.StringIO()
-            show_page(entry, rules, terminal.console(out, 80))
+            show_page(entry, rules, screen.console(out, 80))
             assert rule_pages.heading(entry, "zh")[:6] in out.getvalue() and "为什么要紧" in out.getvalue()
         out = io.StringIO()
-        show_rules(rules, terminal.console(out, 80))
+        show_rules(rules, screen.console(out, 80))
         assert "张量" in out.getvalue()
 
 

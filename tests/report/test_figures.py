@@ -13,7 +13,7 @@ from doctor.core.recipe import Recipe
 from doctor.lint.engine import load_rules
 from doctor.lint.testing import tiny, tiny_gptq
 from doctor.model.spec import build_spec
-from doctor.report import figures, render
+from doctor.report import figures, render, screen
 from doctor.report.figures import matrix
 from doctor.report.formats import terminal
 from doctor.scan.header import header_facts
@@ -136,7 +136,7 @@ def test_the_screen_shows_the_matrix_only_when_asked_and_ends_no_line_in_blanks(
 
     report = check(narrow().write(tmp_path), PLAN, matrix=True)
     out = io.StringIO()
-    terminal.show([report], terminal.console(out, width, no_color=True), matrix=True)
+    terminal.show([report], screen.console(out, width, no_color=True), matrix=True)
     assert "gptq/awq 4-bit g32" in out.getvalue() and "2+ GPUs G302" in out.getvalue()
     assert not [line for line in out.getvalue().splitlines() if line != line.rstrip()]
     assert "GPUs" not in render("full", [report])

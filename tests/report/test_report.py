@@ -23,8 +23,9 @@ from doctor.edits import kinds
 from doctor.edits.kinds import MISSING, PadTensor, RebuildIndex, SetJson, SetRecipe
 from doctor.lint.engine import Report, RuleRun
 from doctor.lint.rule import Rule, write_page
-from doctor.report import FORMATS, presentation, render
+from doctor.report import FORMATS, presentation, render, results, screen, verdict
 from doctor.report.formats import json_report, terminal
+from doctor.report.text import level, squeeze, window
 
 SCHEMA = json.loads(files("doctor.report.formats").joinpath("schema.json").read_text())
 HOSTILE = "model.\x1b[31m<script>alert(1)</script>|`*_[x](javascript:1) \u202e]]> --> 模型.down_proj.weight"
@@ -250,7 +251,7 @@ def test_carets_stand_under_the_value_also_after_wide_characters():
 def test_a_long_line_is_cut_around_the_value():
     line = '{"a": ' + "0, " * 3000 + '"b": null, ' + "1, " * 3000 + "}"
     column = line.index("null") + 1
-    shown, at = presentation.window(line, column, 4, 80)
+    shown, at = window(line, column, 4, 80)
     assert len(shown) <= 80 and shown[at - 1 : at + 3] == "null" and shown[0] == shown[-1] == "…"
 
 
@@ -356,21 +357,19 @@ def test_a_runaway_perplexity_is_a_factor(after, words):
         "generated": 0,
         "block_errors": [],
     }
-    assert dict(presentation.results(make_report(extra={"comparison": comparison})))["perplexity"].startswith(
-        words + " on"
-    )
+    assert dict(results.results(make_report(extra={"comparison": comparison})))["perplexity"].startswith(words + " on")
 
 
 def test_colour_adds_nothing_to_the_text():
     coloured = io.StringIO()
-    terminal.show([BUSY], terminal.console(coloured, 100, force_terminal=True, color_system="truecolor"))
+    terminal.show([BUSY], screen.console(coloured, 100, force_terminal=True, color_system="truecolor"))
     assert "\x1b[" in coloured.getvalue()
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured.getvalue()) == terminal.render([BUSY], 100)
 
 
 def test_a_strip_keeps_the_highest_block_and_marks_what_is_no_number():
-    assert presentation.level([0, 1, 8, None, float("nan"), "NaN", float("inf")], 8) == "·▂█ ??█"
-    assert presentation.squeeze([0] * 50 + [9] + [0] * 49, 10) == [0, 0, 0, 0, 0, 9, 0, 0, 0, 0]
+    assert level([0, 1, 8, None, float("nan"), "NaN", float("inf")], 8) == "·▂█ ??█"
+    assert squeeze([0] * 50 + [9] + [0] * 49, 10) == [0, 0, 0, 0, 0, 9, 0, 0, 0, 0]
 
 
 # what a checkpoint says is never obeyed
@@ -450,10 +449,9 @@ def test_results_of_a_run_and_of_a_comparison_are_shown_even_when_they_are_no_nu
 
 
 def test_the_verdict_is_worded_for_what_was_asked():
-    assert presentation.verdict(make_report(linears=[{"outcome": "gptq"}]))[1] == "quantized to gptq 4-bit g128"
+    assert verdict.verdict(make_report(linears=[{"outcome": "gptq"}]))[1] == "quantized to gptq 4-bit g128"
     assert (
-        presentation.verdict(make_report(extra={"comparison": {"x": 1}}))[1]
-        == "agrees with its original: gptq 4-bit g128"
+        verdict.verdict(make_report(extra={"comparison": {"x": 1}}))[1] == "agrees with its original: gptq 4-bit g128"
     )
 
 
@@ -877,7 +875,7 @@ def test_next_steps_can_be_pasted():
         summary={**BUSY.summary, "path": "my models/ck; rm"},
         recipe=Recipe(group_size=64, tp=2, runtime="vllm", runtime_version="0.9", sym=False),
     )
-    command, what = presentation.next_steps(report, presentation.groups(report))[0]
+    command, what = verdict.next_steps(report, presentation.groups(report))[0]
     assert (
         command == "doctor fix 'my models/ck; rm' --group-size 64 --tp 2 --asym --runtime vllm==0.9 -o fixed/"
         and what == "1 safe fix"

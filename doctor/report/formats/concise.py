@@ -2,8 +2,9 @@
 
 from doctor.lint.engine import Report
 from doctor.locale.catalogue import counted
-from doctor.report import presentation
-from doctor.report.presentation import Group, safe
+from doctor.report import presentation, verdict
+from doctor.report.presentation import Group
+from doctor.report.text import safe, size
 
 _MARK = {"safe": "[*] ", "unsafe": "[!] "}
 
@@ -20,24 +21,22 @@ def lines(report: Report) -> list[str]:
         f"☠ {r.rule.code} crashed: {safe(r.crashed)}; this is a defect of doctor, please report it"
         for r in report.crashed
     ]
-    facts = presentation.run_facts(report).replace(" · ", ", ").replace(" run", " run", 1)
+    facts = verdict.run_facts(report).replace(" · ", ", ").replace(" run", " run", 1)
     if found:
         out.append(
-            f"Found {presentation.tally(found)} in {_looked_at(report)} for {presentation.plan_label(report)} ({facts})"
+            f"Found {presentation.tally(found)} in {_looked_at(report)} for {verdict.plan_label(report)} ({facts})"
         )
         out += _cures(found)
     else:
-        mark, sentence = presentation.verdict(report)
+        mark, sentence = verdict.verdict(report)
         out.append(f"{presentation.MARKS[mark]} {safe(report.checkpoint)}: {sentence}; {_looked_at(report)} ({facts})")
     return out
 
 
 def _looked_at(report: Report) -> str:
     s = report.summary
-    read = "" if presentation.weights_read(report) else ", weights not read"
-    return (
-        f"{counted('{n:,} tensor', '{n:,} tensors', s.get('tensors', 0))}, {presentation.size(s.get('bytes', 0))}{read}"
-    )
+    read = "" if verdict.weights_read(report) else ", weights not read"
+    return f"{counted('{n:,} tensor', '{n:,} tensors', s.get('tensors', 0))}, {size(s.get('bytes', 0))}{read}"
 
 
 def _line(report: Report, group: Group) -> str:

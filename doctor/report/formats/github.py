@@ -5,8 +5,9 @@ first, blocks are folded, and the tenth says how many were left out.
 """
 
 from doctor.lint.engine import Report
-from doctor.report import presentation
+from doctor.report import presentation, verdict
 from doctor.report.presentation import Group
+from doctor.report.text import safe
 
 MOST = 10
 _COMMAND = {"error": "error", "warning": "warning", "info": "notice"}
@@ -25,9 +26,9 @@ def render(reports: list[Report]) -> str:
             lines.append(f"::{command} title=doctor::{len(here) - len(shown)} more are not shown here: {left}")
     for report in reports:
         lines += [f"::error title={run.rule.code} crashed::{_value(run.crashed)}" for run in report.crashed]
-        mark, sentence = presentation.verdict(report)
+        mark, sentence = verdict.verdict(report)
         lines.append(
-            f"{presentation.MARKS[mark]} {presentation.safe(report.checkpoint)}: {sentence} ({presentation.tally(presentation.groups(report))}; {presentation.run_facts(report)})"
+            f"{presentation.MARKS[mark]} {safe(report.checkpoint)}: {sentence} ({presentation.tally(presentation.groups(report))}; {verdict.run_facts(report)})"
         )
     return "\n".join(lines) + "\n"
 
@@ -46,7 +47,7 @@ def _annotation(command: str, report: Report, group: Group) -> str:
 
 def _value(text: str) -> str:
     """A message: percent and line ends are written as GitHub reads them; other control characters as text."""
-    lines = [presentation.safe(line) for line in text.split("\n")]
+    lines = [safe(line) for line in text.split("\n")]
     return "%0A".join(line.replace("%", "%25") for line in lines)
 
 

@@ -5,6 +5,7 @@ import json
 
 from doctor.lint.engine import Report
 from doctor.report import presentation
+from doctor.report.text import safe
 
 _SEVERITY = {"error": "major", "warning": "minor", "info": "info"}
 
@@ -27,7 +28,7 @@ def render(reports: list[Report]) -> str:
                         ).hexdigest()[:40],
                         "severity": _SEVERITY[group.first.severity],
                         "location": {
-                            "path": presentation.safe(presentation.path_of(report, file)),
+                            "path": safe(presentation.path_of(report, file)),
                             "lines": {"begin": line},
                         },
                     }

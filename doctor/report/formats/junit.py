@@ -6,8 +6,9 @@ import re
 from xml.etree import ElementTree as ET
 
 from doctor.lint.engine import Report, RuleRun
-from doctor.report import presentation
-from doctor.report.presentation import Group, safe
+from doctor.report import presentation, verdict
+from doctor.report.presentation import Group
+from doctor.report.text import safe
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -28,11 +29,11 @@ def _suite(root: ET.Element, report: Report) -> None:
     suite = ET.SubElement(
         root,
         "testsuite",
-        name=_xml(f"{report.checkpoint} {presentation.plan_label(report)}"),
+        name=_xml(f"{report.checkpoint} {verdict.plan_label(report)}"),
         tests=str(len(runs)),
         failures=str(sum(r.rule.code in failed and not r.crashed for r in runs)),
         errors=str(len(report.crashed)),
-        skipped=str(presentation.skipped(report)),
+        skipped=str(verdict.skipped(report)),
         time=f"{report.seconds:.3f}",
     )
     for run in runs:

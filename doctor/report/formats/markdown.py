@@ -6,8 +6,9 @@ A comment holds 65,536 characters: findings are cut from the end and counted, th
 from doctor.lint.engine import Report
 from doctor.lint.explain import code_span
 from doctor.locale.catalogue import say
-from doctor.report import presentation
+from doctor.report import presentation, results, verdict
 from doctor.report.presentation import Group
+from doctor.report.text import safe
 
 MOST = 60_000
 
@@ -19,14 +20,14 @@ def render(reports: list[Report]) -> str:
 
 def _report(report: Report, room: int) -> str:
     found = presentation.groups(report)
-    mark, sentence = presentation.verdict(report)
+    mark, sentence = verdict.verdict(report)
     head = [
         f"<!-- doctor:{_plain(report.checkpoint).replace('--', '-')} -->",
         f"### {presentation.MARKS[mark]} {sentence}",
-        f"{_code(report.checkpoint)} · {_plain(presentation.what_it_is(report))} · **{presentation.tally(found)}** · {presentation.run_facts(report)}",
+        f"{_code(report.checkpoint)} · {_plain(verdict.what_it_is(report))} · **{presentation.tally(found)}** · {verdict.run_facts(report)}",
     ]
-    if presentation.results(report):
-        head.append("\n".join(f"- **{label}** {_plain(text)}" for label, text in presentation.results(report)))
+    if results.results(report):
+        head.append("\n".join(f"- **{label}** {_plain(text)}" for label, text in results.results(report)))
     if report.extra.get("matrix"):
         head.append(matrix(report.extra["matrix"]))
     parts, size, shown = head, sum(map(len, head)), 0
@@ -53,11 +54,11 @@ def matrix(rows: list[dict]) -> str:
         "|---|" + ":-:|" * len(gpus) + "---|",
     ]
     for row in rows:
-        name = presentation.plan_row(row)
+        name = verdict.plan_row(row)
         lines.append(
             f"| {name} | "
             + " | ".join("✓" if c["ready"] else "✗" for c in row["cells"])
-            + f" | {presentation.blockers(row['cells'])} |"
+            + f" | {verdict.blockers(row['cells'])} |"
         )
     return "\n".join(lines)
 
@@ -68,7 +69,7 @@ def _finding(report: Report, group: Group) -> str:
     entry = presentation.page_rule(report, group.code)
     title, message = presentation.headline(group, entry)
     lines = [
-        f"<details><summary><b>{say(group.first.severity)} {group.code}</b> {_html(title)} · <code>{_html(presentation.safe(spot))}</code></summary>",
+        f"<details><summary><b>{say(group.first.severity)} {group.code}</b> {_html(title)} · <code>{_html(safe(spot))}</code></summary>",
         "",
     ]
     if message:
@@ -100,7 +101,7 @@ def _html(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is: no tag, no emphasis, no link, no mention."""
-    text = _html(presentation.safe(text))
+    text = _html(safe(text))
     for char in "\\`*_[]":
         text = text.replace(char, "\\" + char)
     return text.replace("@", "@\u200b")
@@ -108,4 +109,4 @@ def _plain(text: str) -> str:
 
 def _code(text: str) -> str:
     """Inline code with as many backticks as the text needs."""
-    return code_span(presentation.safe(text))
+    return code_span(safe(text))

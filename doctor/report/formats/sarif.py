@@ -13,8 +13,9 @@ from doctor.core.finding import Place
 from doctor.lint.engine import Report, fold
 from doctor.lint.rule import Rule, SetJson
 from doctor.locale import rule_pages
-from doctor.report import presentation
-from doctor.report.presentation import Group, safe
+from doctor.report import presentation, verdict
+from doctor.report.presentation import Group
+from doctor.report.text import one_line, relative, safe
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 LEVELS = {"error": "error", "warning": "warning", "info": "note"}
@@ -49,7 +50,7 @@ def _run(report: Report) -> dict:
         "results": [_result(g, report, rules, files) for g in found],
         "invocations": [{"executionSuccessful": not report.crashed, "toolExecutionNotifications": _notes(report)}],
         "columnKind": "unicodeCodePoints",
-        "properties": {"plan": presentation.plan_label(report), "ready": report.ok},
+        "properties": {"plan": verdict.plan_label(report), "ready": report.ok},
     }
 
 
@@ -68,7 +69,7 @@ def _rule(entry: Rule, with_page: bool) -> dict:
     if with_page and entry.sections:
         data["fullDescription"] = {"text": presentation.why(entry) or entry.title}
         data["help"] = {
-            "text": presentation.one_line(entry.section("Do")) or entry.title,
+            "text": one_line(entry.section("Do")) or entry.title,
             "markdown": rule_pages.markdown(entry),
         }
     return data
@@ -145,11 +146,7 @@ def _artifact(file: str, files: list[str]) -> dict:
 
 def _location(file: str) -> dict:
     """A file of the checkpoint, from its root; a configuration file from the working directory."""
-    return (
-        {"uri": _uri(presentation.relative(file))}
-        if os.path.isabs(file)
-        else {"uri": _uri(file), "uriBaseId": "MODELROOT"}
-    )
+    return {"uri": _uri(relative(file))} if os.path.isabs(file) else {"uri": _uri(file), "uriBaseId": "MODELROOT"}
 
 
 def _uri(file: str) -> str:
@@ -192,7 +189,7 @@ def _fixes(finding, files: list[str]) -> list[dict]:
 def _notes(report: Report) -> list[dict]:
     notes = [
         {"level": "note", "message": {"text": f"{code} {name} was skipped: {reason}"}, "associatedRule": {"id": code}}
-        for code, name, reason in presentation.skip_reasons(report)
+        for code, name, reason in verdict.skip_reasons(report)
     ]
     return notes + [
         {

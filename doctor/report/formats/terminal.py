@@ -1,15 +1,7 @@
-"""The full screen: plan, findings with their pictures, a verdict by area, commands to paste.
-
-Everything printed is a rich Text, never markup: a tensor element is written [3117, 9204] and markup would eat it. Lines
-are wrapped here with a hanging indent, in cells and not characters, so that CJK text stays inside its column; no line
-ends in blanks, so piped output can be compared.
-"""
+"""The full screen: plan, findings with their pictures, a verdict by area, commands to paste."""
 
 import io
 import re
-import socket
-import sys
-from pathlib import Path
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -18,18 +10,11 @@ from rich.text import Text
 from doctor.core.version import __version__
 from doctor.lint.engine import Report
 from doctor.locale.catalogue import counted, say, translated
-from doctor.report import presentation
-from doctor.report.presentation import Group, pad, safe
+from doctor.report import presentation, results, verdict
+from doctor.report.presentation import Group
+from doctor.report.screen import COLOURS, Screen, aligned, console, styled, wrap
+from doctor.report.text import level, pad, safe, squeeze, window
 
-MAX_WIDTH = 110  # longer lines are hard to read, however wide the window
-COLOURS = {
-    "error": "bold red",
-    "warning": "bold yellow",
-    "info": "bold cyan",
-    "ok": "bold green",
-    "skipped": "bright_black",
-    "crashed": "bold red",
-}
 _LABELS = {
     "fix": "green",
     "fix!": "yellow",
@@ -39,106 +24,9 @@ _LABELS = {
     "then": "bold",
     "do": "bold",
 }
+
+
 _GUTTER = "blue"
-
-
-class Screen:
-    """Lines of Text for a console of a given width."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        self.width = max(min(console.width, MAX_WIDTH), 40)
-        self.links = shows_links(console)
-
-    def code(self, text: str, entry, style: str = "") -> Text:
-        """A rule's code, linked to its page where the terminal can."""
-        return _text((text, style + (page_link(entry) if self.links else "")))
-
-    def line(self, *parts: tuple[str, str] | str | Text) -> None:
-        """One line as it is; what does not fit is folded by the terminal."""
-        self.console.print(_text(*parts), soft_wrap=True)
-
-    def hang(self, head: Text, body: Text, indent: int | None = None) -> None:
-        """head, then body wrapped in the rest of the width, its further lines indented to where it began."""
-        indent = head.cell_len if indent is None else indent
-        room = max(self.width - max(indent, head.cell_len), 16)
-        lines = wrap(self.console, body, room)
-        for i, part in enumerate(lines):
-            part.rstrip()
-            self.line(head if i == 0 else Text(" " * indent), part)
-
-
-_UNIT = re.compile(
-    r"\s+|[“（《]*(?:[\u2e80-\u9fff\uff00-\uffef]|[^\s\u2e80-\u9fff\uff00-\uffef“”（）《》]+)[，。；：、！？）”》]*"
-)
-_CJK = re.compile("[\u2e80-\u9fff]")
-
-
-def wrap(console: Console, body: Text, room: int) -> list[Text]:
-    """Lines of at most `room` cells. Chinese breaks between any two characters, but no line begins with a comma or ends
-    with a bracket that opens; rich knows only blanks, and would push a whole sentence to the next line.
-    """
-    if not _CJK.search(body.plain):
-        return list(body.wrap(console, room, tab_size=4, no_wrap=False, overflow="fold")) or [Text()]
-    cuts, used = [], 0
-    for unit in _UNIT.finditer(body.plain):
-        wide = cell_len(unit[0])
-        if used + cell_len(unit[0].rstrip()) > room and used and not unit[0].isspace():
-            cuts.append(unit.start())
-            used = 0
-        used += wide
-    return [
-        part
-        for line in body.divide(cuts)
-        for part in line.wrap(console, room, tab_size=4, no_wrap=False, overflow="fold")
-    ]
-
-
-def _text(*parts) -> Text:
-    out = Text(no_wrap=True, end="")
-    for part in parts:
-        if isinstance(part, Text):
-            out.append_text(part)
-        elif isinstance(part, tuple):
-            out.append(*part)
-        else:
-            out.append(part)
-    return out
-
-
-def console(file=None, width: int | None = None, **options) -> Console:
-    """A console that prints what it is given: no markup, no emoji codes, no colouring of numbers. 100 columns where
-    piped.
-    """
-    made = Console(file=file, highlight=False, markup=False, emoji=False, width=width, **options)
-    if width is None and not made.is_terminal and "COLUMNS" not in made._environ:
-        made.width = 100
-    return made
-
-
-def shows_links(out: Console) -> bool:
-    """Whether this terminal makes a link of OSC 8. FORCE_HYPERLINK=0 or 1 decides; pipes, dumb and very old terminals
-    get none.
-    """
-    env = out._environ
-    term, vte = env.get("TERM", ""), env.get("VTE_VERSION", "")
-    if not out.is_terminal or out.is_dumb_terminal or out.no_color or out.color_system is None:
-        return False
-    if env.get("FORCE_HYPERLINK"):
-        return env["FORCE_HYPERLINK"] != "0"
-    # The Linux console and VTE before 0.50 print the address itself; screen cuts it off.
-    return not (
-        env.get("CI")
-        or term in ("", "linux")
-        or (term.startswith(("screen", "vt")) and "TMUX" not in env)
-        or (vte.isdigit() and int(vte) < 5000)
-    )
-
-
-def page_link(entry) -> str:
-    """The style that links a rule to its file, whose first lines are its page; "" where it has no file."""
-    file = getattr(sys.modules.get(entry.module), "__file__", None) if entry is not None else None
-    return " link " + Path(file).as_uri().replace("file://", f"file://{socket.gethostname()}", 1) if file else ""
 
 
 def render(reports: list[Report], width: int = 100, verbose: bool = False) -> str:
@@ -160,7 +48,7 @@ def show(reports: list[Report], out: Console, verbose: bool = False, matrix: boo
 
 def _report(screen: Screen, report: Report, verbose: bool) -> None:
     found = presentation.groups(report)
-    mark, sentence = presentation.verdict(report)
+    mark, sentence = verdict.verdict(report)
     if not found and mark == "ok":
         _ready(screen, report, sentence)
         _results(screen, report)
@@ -183,16 +71,16 @@ def _report(screen: Screen, report: Report, verbose: bool) -> None:
 
 
 def _ready(screen: Screen, report: Report, sentence: str) -> None:
-    head = _text(("✓ ", COLOURS["ok"]), (sentence, "bold"), "   ")
-    screen.hang(head, Text(f"{safe(report.checkpoint)} · {presentation.what_it_is(report)}"), 2)
-    read = say("every byte read") if presentation.weights_read(report) else say("weights not read")
+    head = styled(("✓ ", COLOURS["ok"]), (sentence, "bold"), "   ")
+    screen.hang(head, Text(f"{safe(report.checkpoint)} · {verdict.what_it_is(report)}"), 2)
+    read = say("every byte read") if verdict.weights_read(report) else say("weights not read")
     if report.skipped_tensors:
         read += say(", ") + say(
             "{tensors} of a type that is not judged",
             tensors=counted("{n:,} tensor", "{n:,} tensors", len(report.skipped_tensors)),
         )
-    left_out = say("{n} skipped", n=presentation.skipped(report))
-    facts = presentation.run_facts(report).replace(left_out, left_out + say(" (doctor check -v says why)"), 1)
+    left_out = say("{n} skipped", n=verdict.skipped(report))
+    facts = verdict.run_facts(report).replace(left_out, left_out + say(" (doctor check -v says why)"), 1)
     tensors = counted("{n:,} tensor", "{n:,} tensors", report.summary.get("tensors", 0))
     screen.hang(Text("  "), Text(f"{tensors}{say(', ')}{read} · {facts}", "bright_black"))
 
@@ -201,15 +89,12 @@ def _head(screen: Screen, report: Report) -> None:
     from doctor.core.recipe import Recipe
 
     name = f"{safe(report.checkpoint)}   "
-    screen.hang(_text((f"doctor {__version__}  ", "bold")), _text((name, "cyan"), presentation.what_it_is(report)))
+    screen.hang(styled((f"doctor {__version__}  ", "bold")), styled((name, "cyan"), verdict.what_it_is(report)))
     hint = "   " + say("default plan; --for, --bits, --group-size, --tp change it") if report.recipe == Recipe() else ""
     screen.hang(
-        _text((pad(say("plan"), len(f"doctor {__version__}  ")), "bold")),
-        _text(presentation.plan_text(report), (hint, "bright_black")),
+        styled((pad(say("plan"), len(f"doctor {__version__}  ")), "bold")),
+        styled(verdict.plan_text(report), (hint, "bright_black")),
     )
-
-
-# one finding
 
 
 def _group(screen: Screen, report: Report, group: Group, told: dict[str, list]) -> None:
@@ -218,14 +103,14 @@ def _group(screen: Screen, report: Report, group: Group, told: dict[str, list]) 
     colour = COLOURS[first.severity]
     state = say("new") + " " if first.baseline_state == "new" else ""
     title, message = presentation.headline(group, entry)
-    head = _text((f"{state}{say(first.severity)}[", colour), screen.code(group.code, entry, colour), ("] ", colour))
+    head = styled((f"{state}{say(first.severity)}[", colour), screen.code(group.code, entry, colour), ("] ", colour))
     screen.hang(head, Text(title, "bold"), 2)
     if message:
         screen.hang(Text("  "), Text(message))
     _where(screen, group)
     where = first.where
     gutter = len(str(where.frame[-1][0])) + 3 if where.frame else 2
-    bar = _text((" " * gutter + " |", _GUTTER))
+    bar = styled((" " * gutter + " |", _GUTTER))
     pictured = where.frame or first.strip or first.facts_table
     if pictured:
         screen.line(bar)
@@ -244,7 +129,7 @@ def _group(screen: Screen, report: Report, group: Group, told: dict[str, list]) 
     for label, body in [line for line in here if line not in before]:
         again, last = label == last, label
         screen.hang(
-            _text(
+            styled(
                 (" " * gutter + ("   " if again else " = "), _GUTTER),
                 (pad("" if again else say(label), 7), _LABELS[label]),
             ),
@@ -255,18 +140,18 @@ def _group(screen: Screen, report: Report, group: Group, told: dict[str, list]) 
 
 def _where(screen: Screen, group: Group) -> None:
     where = group.first.where
-    head = _text(("  --> ", _GUTTER))
+    head = styled(("  --> ", _GUTTER))
     if where.tensor:
         element = "" if where.index is None else "[" + ", ".join(map(str, where.index)) + "]"
         byte = "" if where.byte is None else f" (byte {where.byte:,})"
-        body = _text(
+        body = styled(
             (safe(where.file), "cyan"),
             " : " if where.file else "",
             safe(where.tensor) + element,
             (byte, "bright_black"),
         )
     else:
-        body = _text((safe(where.file) + presentation.spot(where), "cyan"))
+        body = styled((safe(where.file) + presentation.spot(where), "cyan"))
     if len(group.all) > 1:
         more = (
             "  " + say("and {n} more", n=len(group.all) - 1) + ("" if group.folds_into_message else f": {group.names}")
@@ -282,16 +167,14 @@ def _frame(screen: Screen, group: Group, gutter: int, colour: str) -> None:
     column, length, shown = where.column or 1, where.length or 1, ""
     for number, line in where.frame:
         at = column if number == where.line else 1
-        text, begin = presentation.window(
-            line, at, length, room // 2 if cell_len(line) > room and not line.isascii() else room
-        )
+        text, begin = window(line, at, length, room // 2 if cell_len(line) > room and not line.isascii() else room)
         screen.line((f"{number:>{gutter}} |", _GUTTER), " ", safe(text).rstrip())
         if number == where.line:
             shown, column = text, begin
     before = cell_len(safe(shown[: column - 1]))
     carets = max(cell_len(safe(shown[column - 1 : column - 1 + length])), 1)
-    bar = _text((" " * gutter + " |", _GUTTER))
-    marker = _text(bar, " " * (before + 1), ("^" * carets, colour))
+    bar = styled((" " * gutter + " |", _GUTTER))
+    marker = styled(bar, " " * (before + 1), ("^" * carets, colour))
     note = safe(where.note)
     if not note:
         screen.line(marker)
@@ -326,7 +209,7 @@ def _strip(screen: Screen, strip: dict, bar: Text, colour: str) -> None:
     for label, values in zip(labels, strip.values(), strict=True):
         numbers = [v for v in values if isinstance(v, (int, float)) and v == v and abs(v) != float("inf")]
         top = max(map(abs, numbers), default=0)
-        picture = presentation.level(presentation.squeeze(values, room), top)
+        picture = level(squeeze(values, room), top)
         screen.line(
             bar,
             "    ",
@@ -350,13 +233,8 @@ def _table(screen: Screen, rows: tuple, bar: Text) -> None:
         rows = [list(column) for column in zip(*rows, strict=True)]
         sizes = [max(cell_len(r[i]) for r in rows) for i in range(len(rows[0]))]
     for row in rows:
-        cells = [_pad(cell, n, i > 0) for i, (cell, n) in enumerate(zip(row, sizes, strict=True))]
+        cells = [aligned(cell, n, i > 0) for i, (cell, n) in enumerate(zip(row, sizes, strict=True))]
         screen.line(bar, ("  " + "   ".join(cells)).rstrip())
-
-
-def _pad(cell: str, width: int, right: bool) -> str:
-    blank = " " * (width - cell_len(cell))
-    return blank + cell if right else cell + blank
 
 
 def _explanations(report: Report, group: Group, entry) -> list[tuple[str, str]]:
@@ -380,50 +258,47 @@ def _crashes(screen: Screen, report: Report) -> None:
     for run in report.crashed:
         screen.line()
         screen.hang(
-            _text(("☠ ", COLOURS["crashed"]), (say("{code} crashed", code=run.rule.code) + ": ", "bold")),
+            styled(("☠ ", COLOURS["crashed"]), (say("{code} crashed", code=run.rule.code) + ": ", "bold")),
             Text(safe(run.crashed) + "; " + say("this is a defect of doctor, please report it")),
             2,
         )
 
 
-# the verdict
-
-
 def _box(screen: Screen, report: Report, found: list[Group]) -> None:
-    mark, sentence = presentation.verdict(report)
+    mark, sentence = verdict.verdict(report)
     colour = COLOURS[mark]
     inner = screen.width - 2
     title = f" {presentation.MARKS[mark]} {sentence} "
     while cell_len(title) > inner - 2 and re.search(", |，", title):
         title = re.split(r"(?:, |，)(?!.*(?:, |，))", title)[0] + " "
     screen.line(("╭─", colour), (title, colour), ("─" * (inner - 1 - cell_len(title)) + "╮", colour))
-    for area in presentation.areas(report, found):
-        head = _text(" ", (presentation.MARKS[area.mark], COLOURS[area.mark]), f"   {pad(area.name, 11)}  ")
+    for area in verdict.areas(report, found):
+        head = styled(" ", (presentation.MARKS[area.mark], COLOURS[area.mark]), f"   {pad(area.name, 11)}  ")
         for i, part in enumerate(wrap(screen.console, Text(area.text), inner - head.cell_len - 1)):
             part.rstrip()
-            row = _text(head if i == 0 else " " * head.cell_len, part)
+            row = styled(head if i == 0 else " " * head.cell_len, part)
             screen.line(("│", colour), row, " " * (inner - row.cell_len), ("│", colour))
     counted = presentation.tally(found).replace(say(", "), " · ")
-    foot = f" {counted} · {presentation.run_facts(report)} "
+    foot = f" {counted} · {verdict.run_facts(report)} "
     if cell_len(foot) > inner - 2:  # what was hidden and what is new may never be left out
-        foot = f" {' · '.join(filter(None, (counted, presentation.since(report), presentation.suppressed(report))))} "
+        foot = f" {' · '.join(filter(None, (counted, verdict.since(report), verdict.suppressed(report))))} "
     screen.line(("╰" + "─" * (inner - 1 - cell_len(foot)), colour), (foot, colour), ("─╯", colour))
 
 
 def _results(screen: Screen, report: Report) -> bool:
     """Numbers of a quantization or a comparison."""
-    lines = presentation.results(report)
+    lines = results.results(report)
     for label, text in lines:
-        screen.hang(_text(("  " + pad(label, 12), "bold")), Text(text))
+        screen.hang(styled(("  " + pad(label, 12), "bold")), Text(text))
     return bool(lines)
 
 
 def _next(screen: Screen, report: Report, found: list[Group]) -> None:
-    steps = presentation.next_steps(report, found)
+    steps = verdict.next_steps(report, found)
     width = max((cell_len(command) for command, _ in steps), default=0)
     beside = 8 + width + 3 + max((cell_len(what) for _, what in steps), default=0) <= screen.width
     for i, (command, what) in enumerate(steps):
-        head = _text(("  " + pad(say("next"), 6) if i == 0 else "        ", "bold"), (command, "cyan"))
+        head = styled(("  " + pad(say("next"), 6) if i == 0 else "        ", "bold"), (command, "cyan"))
         if beside:
             screen.line(head, " " * (width - cell_len(command) + 3), (what, "bright_black"))
         else:
@@ -438,7 +313,7 @@ def _matrix(screen: Screen, report: Report) -> None:
     if not rows:
         screen.line("  " + say("no matrix: without readable tensors and config.json there is nothing to plan"))
         return
-    wide = max(cell_len(presentation.plan_row(row)) for row in rows)
+    wide = max(cell_len(verdict.plan_row(row)) for row in rows)
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
     screen.line(
         (
@@ -447,12 +322,12 @@ def _matrix(screen: Screen, report: Report) -> None:
         )
     )
     for row in rows:
-        head = _text(f"  {pad(presentation.plan_row(row), wide)}")
+        head = styled(f"  {pad(verdict.plan_row(row), wide)}")
         for cell in row["cells"]:
             head.append("    ✓" if cell["ready"] else "    ✗", COLOURS["ok" if cell["ready"] else "error"])
-        blockers = presentation.blockers(row["cells"])
+        blockers = verdict.blockers(row["cells"])
         if blockers:
-            screen.hang(_text(head, "       "), Text(blockers))
+            screen.hang(styled(head, "       "), Text(blockers))
         else:
             screen.line(head)
 
@@ -478,8 +353,8 @@ def _rules(screen: Screen, report: Report) -> None:
             mark, text = "☠", run.crashed
         else:
             mark = "○"
-            text = next(r for c, _, r in presentation.skip_reasons(report) if c == run.rule.code)
-        head = _text(f"  {mark} {run.rule.code}  {run.rule.name:<{wide}}  ")
+            text = next(r for c, _, r in verdict.skip_reasons(report) if c == run.rule.code)
+        head = styled(f"  {mark} {run.rule.code}  {run.rule.name:<{wide}}  ")
         if screen.width - head.cell_len >= 40:
             screen.hang(head, Text(safe(text), "bright_black"))
         else:

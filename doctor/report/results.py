@@ -1,0 +1,140 @@
+"""The numbers of a quantization or of a comparison with the original, a line each."""
+
+from doctor.lint.engine import Report
+from doctor.locale.catalogue import counted, say, translated
+from doctor.report.text import figure, number, percent, safe, thousands
+
+FP16_MAX = 65504
+
+
+def results(report: Report) -> list[tuple[str, str]]:
+    """(what, numbers) of a quantization or a comparison; [] after a check."""
+    lines = []
+    done = [x for x in report.linears if isinstance(x, dict)]
+    if done:
+        kinds = {o: sum(x.get("outcome") == o for x in done) for o in dict.fromkeys(x.get("outcome", "") for x in done)}
+        solves = [x["solve"] for x in done if x.get("solve")]
+        raised = sum(s["damp_used"] > s["damp_asked"] for s in solves)
+        better = [
+            s["loss"] / s["rtn_loss"]
+            for s in solves
+            if number(s["loss"]) and number(s["rtn_loss"]) and s["rtn_loss"] > 0
+        ]
+        text = ", ".join(f"{n:,} {o}" for o, n in kinds.items())
+        text += say("; damp raised for {n}", n=raised) if raised else ""
+        text += (
+            say("; error {share} of plain rounding's (median)", share=f"{sorted(better)[len(better) // 2]:.0%}")
+            if better
+            else ""
+        )
+        lines.append((say("linears"), text))
+    c = report.extra.get("comparison")
+    if c:
+        before, after = c["perplexity_original"], c["perplexity_quantized"]
+        change = f" ({_change(after / before)})" if number(before) and number(after) and before > 0 else ""
+        span = say(
+            "{change} on {tokens} tokens, {context} at a time",
+            change=change,
+            tokens=f"{c['tokens']:,}",
+            context=f"{c['context']:,}",
+        )
+        lines.append((say("perplexity"), f"{figure(before)} → {figure(after)}{span}"))
+        lines += [(say("blocks"), _blocks(c["own_errors"], c["block_errors"]))] if c.get("own_errors") else []
+        lines.append(
+            (
+                say("divergence"),
+                say(
+                    "KL {mean} nats on average, {p99} at the 99th percentile; same next token {top1}",
+                    mean=figure(c["kl_mean"]),
+                    p99=figure(c["kl_p99"]),
+                    top1=percent(c["top1_agreement"]),
+                ),
+            )
+        )
+        if number(c.get("entropy_quantized")) or number(c.get("entropy_original")):
+            lines.append(
+                (
+                    say("entropy"),
+                    say(
+                        "{before} → {after} nats a token; one and the same first choice at most {one_before} → {one_after}",
+                        before=figure(c["entropy_original"]),
+                        after=figure(c["entropy_quantized"]),
+                        one_before=percent(c["one_choice_original"]),
+                        one_after=percent(c["one_choice"]),
+                    ),
+                )
+            )
+        lines.append(
+            (
+                say("replies"),
+                say(
+                    "{tokens}, longest repeat {repeat}, token 0 {share}",
+                    tokens=counted("{n:,} token", "{n:,} tokens", c["generated"]),
+                    repeat=c["longest_repeat"],
+                    share=percent(c["token0_share"]),
+                )
+                if c["generated"]
+                else say("not generated: {reason}", reason=_no_replies(report)),
+            )
+        )
+        if c.get("half"):
+            lines.append((say("float16"), _sixteen_bits(c["half"])))
+    return [(label, safe(text)) for label, text in lines]
+
+
+def _blocks(own: list, carried: list) -> str:
+    """The error of each block alone, and what is carried along to the end."""
+    finite = sorted(e for e in own if number(e))
+    worst = max(range(len(own)), key=lambda i: own[i] if number(own[i]) else float("inf"))
+    return say(
+        "each alone off by {median} (median), block {worst} the most by {most}; carried along to the last block {last}",
+        median=percent(finite[len(finite) // 2]) if finite else "NaN",
+        worst=worst,
+        most=percent(own[worst]),
+        last=percent(carried[-1]),
+    )
+
+
+def _change(ratio: float) -> str:
+    """`+5.0%`; a factor from eleven times on, where percents only count digits."""
+    return f"{ratio - 1:+.1%}" if ratio <= 11 else f"× {ratio:.2g}"
+
+
+def _no_replies(report: Report) -> str:
+    given = report.extra.get("reply_bytes")
+    if number(given):
+        return say(
+            "a whole model in float32 does not fit the {size} GiB given to it; --memory raises it",
+            size=f"{given / 2**30:.1f}",
+        )
+    return translated(report.extra.get("not_generated") or "") or say("no prompts")
+
+
+def _sixteen_bits(half: dict) -> str:
+    """Whether the original fits float16, and what rounding to each 16-bit type does to its predictions."""
+    shift = say(
+        "KL of the original rounded to float16 {fp16}, to bfloat16 {bf16}",
+        fp16=figure(half["kl_float16"]),
+        bf16=figure(half["kl_bfloat16"]),
+    )
+    if half["first"] is not None:
+        place, size = half["first"]
+        return (
+            say(
+                "overflows: {place} reaches {size}, float16 ends at 65,504",
+                place=translated(place),
+                size=thousands(size),
+            )
+            + "; "
+            + shift
+        )
+    used = percent(half["absmax"] / FP16_MAX) if number(half["absmax"]) else half["absmax"]
+    return (
+        say(
+            "the original fits: its largest activation is {size}, {share} of the range",
+            size=thousands(half["absmax"]),
+            share=used,
+        )
+        + f" ({translated(half['place'])}); "
+        + shift
+    )

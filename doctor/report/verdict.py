@@ -1,0 +1,367 @@
+"""Whether a checkpoint is ready, what each area established, and what to do next: pure functions over a Report."""
+
+import shlex
+from dataclasses import dataclass
+
+from doctor.core.messages import _, plural
+from doctor.lint.engine import Report
+from doctor.lint.rule import AREAS
+from doctor.locale.catalogue import counted, say, translated
+from doctor.report.presentation import Group, fixable, tally
+from doctor.report.text import count, safe, seconds, size
+
+
+def ran(report: Report) -> int:
+    return sum(r.status == "run" for r in report.runs)
+
+
+def skipped(report: Report) -> int:
+    return sum(r.status == "skipped" for r in report.runs)
+
+
+def verdict(report: Report) -> tuple[str, str]:
+    """(mark, sentence): whether the checkpoint is ready for the plan, and how far that is known."""
+    label = plan_label(report)
+    good, bad = _what_was_asked(report)
+    if report.at_or_above("error"):
+        return "error", say(bad, plan=label)
+    if report.summary.get("interrupted"):
+        return "skipped", say("interrupted: no verdict for {plan}", plan=label)
+    if report.crashed:
+        return "crashed", say(
+            "no verdict for {plan}: {rules} crashed",
+            plan=label,
+            rules=counted("{n:,} rule", "{n:,} rules", len(report.crashed)),
+        )
+    if not ran(report):
+        return "skipped", say("nothing was judged for {plan}", plan=label)
+    sentence = say(good, plan=label) + ("" if weights_read(report) else say(" (headers only)"))
+    if report.at_or_above("warning"):
+        return "warning", sentence + say(", with warnings")
+    return "ok", sentence
+
+
+def _what_was_asked(report: Report) -> tuple[str, str]:
+    """The sentences for a good and a bad end of a check, a quantization or a comparison."""
+    if report.extra.get("comparison"):
+        return "agrees with its original: {plan}", "does not agree with its original: {plan}"
+    if report.linears:
+        return "quantized to {plan}", "not quantized to {plan}"
+    return "ready for {plan}", "not ready for {plan}"
+
+
+def weights_read(report: Report) -> bool:
+    return report.bytes_read > 0
+
+
+def run_facts(report: Report) -> str:
+    """`2 new, 1 gone since base · 61 rules run · 3 skipped · 2 suppressed (1 by the checkpoint itself) · 41 s`."""
+    parts = [
+        since(report),
+        say("{rules} run", rules=counted("{n:,} rule", "{n:,} rules", ran(report))),
+        say("{n} skipped", n=skipped(report)) if skipped(report) else "",
+        say("{n} crashed", n=len(report.crashed)) if report.crashed else "",
+        suppressed(report),
+        seconds(report.seconds),
+    ]
+    return " · ".join(filter(None, parts))
+
+
+def since(report: Report) -> str:
+    """`2 new, 1 gone since base`; "" without a baseline."""
+    if not report.baseline:
+        return ""
+    new = sum(f.baseline_state == "new" for f in report.findings)
+    sentence = "{n} new, {gone} gone since {base}" if report.gone else "{n} new since {base}"
+    return say(sentence, n=new, gone=len(report.gone), base=safe(report.baseline))
+
+
+def suppressed(report: Report) -> str:
+    """`2 suppressed (1 by the checkpoint itself)`; "" for none."""
+    own = sum(f.suppression["from_checkpoint"] for f in report.suppressed if f.suppression)
+    if not report.suppressed:
+        return ""
+    return say("{n} suppressed", n=len(report.suppressed)) + (
+        say(" ({n} by the checkpoint itself)", n=own) if own else ""
+    )
+
+
+def what_it_is(report: Report) -> str:
+    """`Qwen2ForCausalLM · 14.2 B · bf16 · 8 shards · 28.3 GB`, of what is known."""
+    s = report.summary
+    parts = [
+        s.get("architecture", ""),
+        count(s.get("parameters", 0)),
+        str(s.get("dtype", "")).lower(),
+        counted("{n:,} shard", "{n:,} shards", s.get("shards", 0)),
+        size(s.get("bytes", 0)),
+    ]
+    return safe(" · ".join(p for p in parts if p))
+
+
+def plan_label(report: Report) -> str:
+    """`gptq 4-bit g128`; of a 16-bit model that was compared with another, its type."""
+    return str(report.summary.get("dtype", "")).lower() if report.extra.get("plain") else report.recipe.label()
+
+
+def plan_text(report: Report) -> str:
+    """`gptq · 4 bit · group 128 · sym → vllm 0.9, tensor parallel 8`."""
+    if report.extra.get("plain"):
+        return say("none: not quantized")
+    r = report.recipe
+    group = say("per channel") if r.group_size == -1 else say("group {n}", n=r.group_size)
+    target = [" ".join(filter(None, (r.runtime, r.runtime_version)))] if r.runtime else []
+    target += [say("tensor parallel {n}", n=r.tp)] if r.tp > 1 or r.runtime else [say("1 GPU")]
+    return (
+        " · ".join([r.name, say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")])
+        + f" → {say(', ').join(target)}"
+    )
+
+
+@dataclass(frozen=True)
+class Area:
+    """One line of the verdict box."""
+
+    name: str
+    mark: str
+    text: str
+
+
+def areas(report: Report, found: list[Group]) -> list[Area]:
+    """A line for each area that has rules in this run: what was found, else what was established, else why nothing
+    was.
+    """
+    lines = []
+    for name in dict.fromkeys(area for _first, area in AREAS):
+        runs = [r for r in report.runs if r.rule.area == name]
+        if not runs or all(r.status == "not applicable" for r in runs):
+            continue
+        codes = {r.rule.code for r in runs}
+        here = [g for g in found if g.code in codes]
+        left_out = sum(r.status == "skipped" for r in runs)
+        if any(r.crashed for r in runs):
+            lines.append(
+                Area(
+                    say(name),
+                    "crashed",
+                    say(
+                        "{rules} crashed",
+                        rules=counted("{n:,} rule", "{n:,} rules", sum(bool(r.crashed) for r in runs)),
+                    ),
+                )
+            )
+        elif name == "Weights" and report.summary.get("interrupted"):
+            worst = next(
+                (s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here)), "skipped"
+            )
+            lines.append(
+                Area(say(name), worst, ", ".join(filter(None, (tally(here) if here else "", interrupted(report)))))
+            )
+        elif here:
+            worst = next(s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here))
+            extra = f"   ({_read(report)})" if name == "Weights" and weights_read(report) else ""
+            lines.append(Area(say(name), worst, tally(here) + extra))
+        elif follow := [(g.code, e) for g in found for e in g.effects if e.code in codes]:
+            worst = next(s for s in ("error", "warning", "info") if any(e.first.severity == s for _, e in follow))
+            lines.append(
+                Area(
+                    say(name),
+                    worst,
+                    say(
+                        "follows from {causes}: {codes}",
+                        causes=", ".join(dict.fromkeys(c for c, _ in follow)),
+                        codes=", ".join(dict.fromkeys(e.code for _, e in follow)),
+                    ),
+                )
+            )
+        elif any(r.status == "run" for r in runs):
+            text = _established(name, report, [r for r in runs if r.status == "run"])
+            lines.append(
+                Area(
+                    say(name),
+                    "ok",
+                    text
+                    + (
+                        " · " + say("{rules} skipped", rules=counted("{n:,} rule", "{n:,} rules", left_out))
+                        if left_out
+                        else ""
+                    ),
+                )
+            )
+        else:
+            lines.append(Area(say(name), "skipped", _why_skipped(runs)))
+    return lines
+
+
+def interrupted(report: Report) -> str:
+    """What was read before Ctrl-C and what was not looked at; "" where the run came to its end."""
+    stop = report.summary.get("interrupted")
+    return (
+        say(
+            "interrupted: {read} of {total} read, {tensors} not looked at",
+            read=size(stop["bytes_read"]),
+            total=size(stop["bytes"]),
+            tensors=counted("{n:,} tensor", "{n:,} tensors", stop["tensors_left"]),
+        )
+        if stop
+        else ""
+    )
+
+
+def _read(report: Report) -> str:
+    return say("{n} values read, {size}", n=count(report.summary.get("parameters", 0)), size=size(report.bytes_read))
+
+
+def _established(name: str, report: Report, runs: list) -> str:
+    s = report.summary
+    judged = counted("{n:,} rule", "{n:,} rules", len(runs))
+    tensors = counted("{n:,} tensor", "{n:,} tensors", s.get("tensors", 0))
+    text = {
+        "Files": say(
+            "{shards}, {size}, {tensors}",
+            shards=counted("{n:,} shard", "{n:,} shards", s.get("shards", 0)),
+            size=size(s.get("bytes", 0)),
+            tensors=tensors,
+        ),
+        "Tensors": say("{tensors} as config.json asks", tensors=tensors),
+        "Config": say("{what}, {n} blocks", what=s.get("architecture") or "config.json", n=s.get("blocks") or "?"),
+        "Tokenizer": say("tokenizer and special tokens agree with config.json"),
+        "Weights": _read(report),
+        "Geometry": say(
+            "{linears} fit {plan}",
+            linears=counted("{n:,} linear", "{n:,} linears", s["linears"]),
+            plan=plan_label(report),
+        )
+        if s.get("linears")
+        else None,
+        "Serving": say("nothing against serving with {runtime}", runtime=report.recipe.runtime)
+        if report.recipe.runtime
+        else say("nothing against serving with any runtime"),
+    }.get(name)
+    subjects = max(r.judged for r in runs)
+    return safe(
+        say("{known} ({rules})", known=text, rules=judged)
+        if text
+        else say("{rules} on {subjects}", rules=judged, subjects=counted("{n:,} subject", "{n:,} subjects", subjects))
+    )
+
+
+def _why_skipped(runs: list) -> str:
+    reasons: dict[str, int] = {}
+    for run in runs:
+        if run.reasons:
+            reason = max(run.reasons, key=run.reasons.get)
+            reasons[reason] = reasons.get(reason, 0) + 1
+    reason = max(reasons, key=reasons.get)
+    return safe(
+        say(
+            "skipped: {reason} ({rules})",
+            reason=translated(reason),
+            rules=counted("{n:,} rule", "{n:,} rules", sum(reasons.values())),
+        )
+    )
+
+
+def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
+    """(command or sentence, what it does), cheapest first."""
+    by = fixable(found)
+    path = shlex.quote(safe(str(report.summary.get("path") or report.checkpoint)))
+    plan = plan_flags(report.recipe)
+    command = f"doctor fix {path}{plan} -o fixed/"
+    steps = []
+    if report.summary.get("unread"):
+        steps.append((f"doctor check {path}{plan} --download", "every byte; fixes want a directory too"))
+    elif by["safe"]:
+        steps.append((command, counted("{n:,} safe fix", "{n:,} safe fixes", len(by["safe"]))))
+    if by["unsafe"] and not report.summary.get("unread"):
+        steps.append(
+            (
+                f"{command} --unsafe-fixes",
+                f"+{len(by['unsafe'])}: " + ", ".join(dict.fromkeys(g.code for g in by["unsafe"])),
+            )
+        )
+    yours = list(dict.fromkeys(g.code for g in (*by["manual"], *by["by name"]) if g.first.severity != "info"))
+    if yours:
+        steps.append((f"doctor explain {yours[0]}", say("{n} for you: {codes}", n=len(yours), codes=", ".join(yours))))
+    asked_more = report.linears or report.extra.get("comparison")
+    if not steps and not found and not asked_more and not report.crashed and ran(report) and weights_read(report):
+        steps.append((f"doctor quantize {path}{plan} -o quantized/", say("when you are ready")))
+    return steps
+
+
+def plan_flags(recipe) -> str:
+    """The options that differ from the default plan, to paste."""
+    from doctor.core.recipe import Recipe
+
+    default, flags = Recipe(), []
+    if recipe.method != default.method:
+        flags.append(f"--method {recipe.method}")
+    for flag, name in (("--bits", "bits"), ("--group-size", "group_size"), ("--tp", "tp")):
+        if getattr(recipe, name) != getattr(default, name):
+            flags.append(f"{flag} {getattr(recipe, name)}")
+    if not recipe.sym:
+        flags.append("--asym")
+    if recipe.runtime:
+        flags.append("--runtime " + "==".join(filter(None, (recipe.runtime, recipe.runtime_version))))
+    return "".join(" " + f for f in flags)
+
+
+def plan_row(row: dict) -> str:
+    """What a row of the matrix is called; a step stands under its plan."""
+    return row["plan"] if row["step"] == "as it is" else f"… {translated(row['step'])}"
+
+
+def blockers(cells: list[dict]) -> str:
+    """`W201; 2+ GPUs also G302`."""
+    everywhere = set.intersection(*(set(c["codes"]) for c in cells))
+    more: dict[str, list[int]] = {}
+    for cell in cells:
+        for code in sorted(set(cell["codes"]) - everywhere):
+            more.setdefault(code, []).append(cell["tp"])
+    gpus: dict[tuple, list[str]] = {}
+    for code, counts in more.items():
+        gpus.setdefault(tuple(counts), []).append(code)
+    last = cells[-1]["tp"]
+    parts = [", ".join(sorted(everywhere))] if everywhere else []
+    for counts, codes in gpus.items():
+        upward = (
+            list(counts) == [c["tp"] for c in cells if c["tp"] >= counts[0]] and counts[-1] == last and len(counts) > 1
+        )
+        where = f"{counts[0]}+" if upward else ", ".join(map(str, counts))
+        parts.append(
+            say("{n} GPUs also {codes}" if everywhere else "{n} GPUs {codes}", n=where, codes=", ".join(codes))
+        )
+    return "; ".join(parts)
+
+
+def subjects(n: int, scope: str) -> str:
+    """`3 tensors`, of what a rule judged."""
+    many = {
+        "checkpoint": lambda: plural("{n:,} checkpoint", "{n:,} checkpoints", n),
+        "shard": lambda: plural("{n:,} shard", "{n:,} shards", n),
+        "tensor": lambda: plural("{n:,} tensor", "{n:,} tensors", n),
+        "linear": lambda: plural("{n:,} linear", "{n:,} linears", n),
+    }
+    return translated(many[scope]())
+
+
+def none_to_judge(scope: str) -> str:
+    """Why a rule of this scope judged nothing."""
+    reasons = {
+        "checkpoint": _("no checkpoint to judge"),
+        "shard": _("no shard to judge"),
+        "tensor": _("no tensor to judge"),
+        "linear": _("no linear to judge"),
+    }
+    return translated(reasons[scope])
+
+
+def skip_reasons(report: Report) -> list[tuple[str, str, str]]:
+    """(code, name, reason) of every rule that judged nothing."""
+    rows = []
+    for run in report.runs:
+        if run.status == "skipped":
+            rows.append((run.rule.code, run.rule.name, safe(translated(max(run.reasons, key=run.reasons.get)))))
+        elif run.status == "not applicable":
+            rows.append((run.rule.code, run.rule.name, none_to_judge(run.rule.scope)))
+    return rows
