@@ -1,7 +1,7 @@
-"""G301 group-size-indivisible: group_size does not divide a linear's in_features.
+"""G301 group-size-indivisible: group_size does not divide in_features.
 
-Why: a scale belongs to group_size consecutive in_features. With a remainder the last group of every row
-would be short, and no kernel reads short groups: quantizers stop, or leave these linears in 16 bits.
+Why: one scale belongs to group_size consecutive in_features. With a remainder the last group of each row would be
+short, and no kernel reads short groups: quantizers stop, or leave these linears in 16 bits.
 
 Seen as:
 - AutoAWQ: `must be a multiple of group_size`
@@ -9,21 +9,21 @@ Seen as:
 - vLLM: `The input size is not aligned with the quantized weight shape`
 - llm-compressor: `The following layers have weight column counts not divisible by group_size`
 
-Do: take a smaller group size that divides every width, or keep the linears concerned in 16 bits.
+Do: choose a smaller group size that divides every width, or keep the linears concerned in 16 bits.
 
 False alarms: none; the division is exact arithmetic.
 
-Fix safety: unsafe: it changes the plan you asked for (more scales, a slightly larger file; where no common group size
-fits, the linears concerned stay in 16 bits), never the checkpoint.
+Fix safety: unsafe: it changes the recipe that you asked for, never the checkpoint. A smaller group size means more
+scales and a slightly larger file; where no common group size fits, the linears concerned stay in 16 bits.
 
 Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:77; vllm-project/llm-compressor
 src/llmcompressor/modifiers/quantization/group_size_validation.py; intel/auto-round issue 388.
 """
 
-from doctor.lint.rule import Fix, Place, SetRecipe, finding, keep_edits, rule, size_key
+from doctor.lint.rule import Fix, Place, SetRecipe, _, finding, keep_edits, listed, plural, rule, size_key
 from doctor.lint.testing import tiny
 
-ROLES = " q k v qkv o gate up gate_up down "  # the order in which a block uses them
+ROLES = " q k v qkv o gate up gate_up down "  # the order in which a decoder layer uses them
 GROUP_SIZES = (128, 64, 32)  # the sizes that every common kernel has; 16 only a few
 
 
@@ -32,7 +32,7 @@ def group_size_indivisible(checkpoint, layout, spec, recipe):
     group = layout.group_size
     if group == -1:
         return
-    widths = {}
+    widths: dict[int, list] = {}
     for linear in layout.linears:
         if linear.in_features % group:
             widths.setdefault(linear.in_features, []).append(linear)
@@ -44,31 +44,36 @@ def group_size_indivisible(checkpoint, layout, spec, recipe):
         at = Place(
             "config.json",
             pointer=spec.at(keys[0]) if keys else None,
-            note=f"{width} = {width / group:g} × {group}",
+            note=_("{width} = {groups:g} × {group}", width=width, groups=width / group, group=group),
         )
         table = (
-            ("group size", group, *(g for g in GROUP_SIZES if g < group)),
-            ("groups per row", f"{width / group:g}", *(f"{width / g:g}" for g in GROUP_SIZES if g < group)),
+            (_("group size"), group, *(g for g in GROUP_SIZES if g < group)),
+            (_("groups per row"), f"{width / group:g}", *(f"{width / g:g}" for g in GROUP_SIZES if g < group)),
         )
         fix = None
         if fitting and not layout.quantized:
-            fix = Fix(f"quantize in groups of {fitting[0]}", (SetRecipe("group_size", fitting[0]),), "unsafe")
+            fix = Fix(_("quantize in groups of {n}", n=fitting[0]), (SetRecipe("group_size", fitting[0]),), "unsafe")
         elif not layout.quantized:
             names = keep_edits(layout.linears, [x.name for x in linears])
-            fix = Fix(f"keep {_and(roles)} of width {width} in 16 bits", names, "unsafe")
+            fix = Fix(_("keep {roles} of width {width} in 16 bits", roles=listed(roles), width=width), names, "unsafe")
         yield finding(
-            f"in_features {width} of {_and(roles)} ({len(linears)} linears) = {width / group:g} × {group}: "
-            f"group size {group} does not divide it",
+            plural(
+                "in_features {width} of {roles} ({n:,} linear) = {groups:g} × {group}: group size {group} does not divide it",
+                "in_features {width} of {roles} ({n:,} linears) = {groups:g} × {group}: group size {group} does not divide it",
+                len(linears),
+                width=width,
+                roles=listed(roles),
+                groups=width / group,
+                group=group,
+            ),
             at=at,
             fix=fix,
             facts_table=table,
             evidence={"in_features": width, "group_size": group, "linears": len(linears)},
-            advice=f"--group-size {fitting[0]} divides every width" if fitting else "keep these linears in 16 bits",
+            advice=_("--group-size {n} divides every width", n=fitting[0])
+            if fitting
+            else _("keep these linears in 16 bits"),
         )
-
-
-def _and(words):
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
 def bad():
@@ -87,7 +92,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case = tiny(mlp=112)
     case.recipe = case.recipe.with_field("group_size", 32)
     yield case

@@ -1,28 +1,28 @@
-"""G302 group-count-indivisible-by-tp: the groups of a row cannot be shared out evenly among the GPUs.
+"""G302 group-count-indivisible-by-tp: quantization groups cannot be split evenly across GPUs.
 
-Why: tensor parallelism cuts o and down along their in_features. Each GPU must hold whole groups, because a
-group has one scale: so in_features must be a multiple of group_size × tp. Engines refuse other sizes, or
-put out token 0 for ever, which is "!" in Qwen's vocabulary.
+Why: tensor parallelism cuts o and down along their in_features. Each GPU must hold whole groups, because a group has
+one scale: so in_features must be a multiple of group_size × tp. Engines refuse other sizes, or generate token 0 without
+end, which is "!" in Qwen's vocabulary.
 
 Seen as:
 - vLLM: `is not divisible by group_size`
 - vLLM: `The input size is not aligned with the quantized weight shape. This can be caused by too large tensor parallel size.`
 - vLLM: `is not divisible by min_thread_k = 128. Consider reducing tensor_parallel_size`
 
-Do: change the plan (`--tp 1`, or a smaller group size), or pad the MLP: zero rows in gate and up, zero
-columns in down. Qwen's own 14B and 72B GPTQ uploads are padded so (13696 to 14336, 29568 to 29696). Never
-cut weights to fit.
+Do: change the recipe (`--tp 1`, or a smaller group size), or pad the MLP: zero rows in gate and up, zero columns in
+down. Qwen's own 14B and 72B GPTQ uploads are padded in this way (13696 to 14336, 29568 to 29696). Never cut weights to
+fit.
 
-False alarms: you will only serve on one GPU, or with pipeline parallelism.
+False alarms: you will serve on one GPU only, or with pipeline parallelism.
 
-Fix safety: unsafe: shapes change. In exact arithmetic the outputs do not: a padded hidden unit is act(0) ·
-0 = 0, and its column in down is 0 too. The zeros are spread between the columns, so that no group is empty.
+Fix safety: unsafe: shapes change. In exact arithmetic the outputs do not: a padded hidden unit is act(0) · 0 = 0, and
+its column in down is 0 too. The zeros are spread between the columns, so that no group is all zero.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py (create_weights); QwenLM/Qwen3
 issues 63 and 258; QwenLM/Qwen2 docs/source/quantization/gptq.md.
 """
 
-from doctor.lint.rule import ROW_PARALLEL, Fix, Place, axis_expression, finding, fits, grown, resized, rule, size_key
+from doctor.lint.rule import ROW_PARALLEL, Fix, Place, _, axis_expression, finding, fits, grown, resized, rule, size_key
 from doctor.lint.testing import tiny
 
 TPS = (1, 2, 4, 8)  # the GPU counts people rent
@@ -34,7 +34,7 @@ def group_count_indivisible_by_tp(checkpoint, layout, spec, recipe, tensors):
     group, tp = layout.group_size, recipe.tp
     if group == -1 or tp == 1 or recipe.runtime == "llama.cpp":  # llama.cpp splits by rows
         return
-    misfits = {}
+    misfits: dict[tuple, list] = {}
     for linear in layout.linears:
         width = linear.in_features
         # Groups that do not fit even one GPU are G301; heads that cannot be shared out are G304.
@@ -44,16 +44,27 @@ def group_count_indivisible_by_tp(checkpoint, layout, spec, recipe, tensors):
     for (key, role), linears in misfits.items():
         width = max(linear.in_features for linear in linears)
         where = Place("config.json", pointer=spec.at(key or "num_attention_heads"), note=_factors(width, group))
-        name = key if key and spec.lookup(key) == width else f"in_features of {role}"
+        name = key if key and spec.lookup(key) == width else _("in_features of {role}", role=role)
         fix = None if layout.quantized or not key else _padding(checkpoint, spec, tensors, key, linears, group * tp)
         others = [g for g in OTHER_GROUPS if g < group and not width % (g * tp)]
-        plans = ["--tp 1", *(f"--group-size {g} --tp {tp}" for g in others[:1])]
+        recipe_change = (
+            _("or change the recipe: --tp 1, or --group-size {group} --tp {tp}", group=others[0], tp=tp)
+            if others
+            else _("or change the recipe: --tp 1")
+        )
         yield finding(
-            f"{name} {width} = {width // group} × {group}: {width // group} groups cannot be cut into {tp}",
+            _(
+                "{key} {width} = {groups} × {group}: {groups} groups cannot be split across {tp} GPUs",
+                key=name,
+                width=width,
+                groups=width // group,
+                group=group,
+                tp=tp,
+            ),
             at=where,
             fix=fix,
             facts_table=_table(width, group, tp),
-            advice="or change the plan: " + ", or ".join(plans),
+            advice=recipe_change,
             evidence={"in_features": width, "group_size": group, "tp": tp, "linears": len(linears)},
         )
 
@@ -61,15 +72,18 @@ def group_count_indivisible_by_tp(checkpoint, layout, spec, recipe, tensors):
 def _factors(width, group):
     groups = width // group
     prime = groups > 1 and all(groups % d for d in range(2, int(groups**0.5) + 1))
-    return f"{width} = {groups} × {group}" + (f", and {groups} is prime" if prime else "")
+    values = {"width": width, "groups": groups, "group": group}
+    if prime:
+        return _("{width} = {groups} × {group}, and {groups} is prime", **values)
+    return _("{width} = {groups} × {group}", **values)
 
 
 def _table(width, group, tp):
     tps = sorted({*TPS, tp})
     return (
-        ("tensor parallel", *tps),
-        ("groups per GPU", *(f"{width / group / n:.4g}" for n in tps)),
-        ("next size that fits", *(fits(width, group * n) for n in tps)),
+        (_("tensor parallel"), *tps),
+        (_("groups per GPU"), *(f"{width / group / n:.4g}" for n in tps)),
+        (_("next size that fits"), *(fits(width, group * n) for n in tps)),
     )
 
 
@@ -78,12 +92,13 @@ def _padding(checkpoint, spec, tensors, key, linears, unit):
     expressions = {axis_expression(spec, linear.name, 1) for linear in linears}
     if None in expressions:
         return None
+    known = [e for e in expressions if e]
     found = grown(
         checkpoint,
         spec,
         tensors,
         key,
-        lambda v: all(not (resized(spec, e, key, v) or 1) % unit for e in expressions),
+        lambda v: all(not (resized(spec, e, key, v) or 1) % unit for e in known),
         unit,
     )
     return found and Fix(*found, "unsafe", needs=("W201", "G301"))
@@ -92,7 +107,7 @@ def _padding(checkpoint, spec, tensors, key, linears, unit):
 def bad():
     case = tiny(mlp=96)
     case.recipe = case.recipe.with_field("tp", 2)
-    return case, "intermediate_size 96 = 3 × 32: 3 groups cannot be cut into 2"
+    return case, "intermediate_size 96 = 3 × 32: 3 groups cannot be split across 2 GPUs"
 
 
 def good():

@@ -1,7 +1,7 @@
-"""G303 kernel-shape: a matrix does not fit the tiles of the runtime's kernel.
+"""G303 kernel-shape: matrix does not fill the tiles of the runtime's kernel.
 
-Why: fast kernels work on fixed tiles (Marlin: 128 in_features by 64 out_features on each GPU). A matrix
-that does not fill them goes to a slower kernel, and where there is none the runtime refuses the checkpoint.
+Why: fast kernels work on fixed tiles (Marlin: 128 in_features by 64 out_features on each GPU). A matrix that does not
+fill them runs on a slower kernel, and where there is none the runtime refuses the checkpoint.
 
 Seen as:
 - vLLM: `Weight input_size_per_partition = 7392 is not divisible by min_thread_k = 128. Consider reducing tensor_parallel_size`
@@ -11,11 +11,11 @@ Seen as:
 
 Do: use fewer GPUs, a newer runtime (vLLM pads the tiles itself since June 2026), or pad as G302 does.
 
-False alarms: a runtime built with other kernels than the table knows. `--runtime vllm==VERSION` picks the
-rows that hold.
+False alarms: a runtime built with kernels that the table does not know. `--runtime vllm==VERSION` selects the rows that
+apply.
 
-Fix safety: unsafe, and for the MLP alone: zero-padded to the tiles, its outputs are the same in exact arithmetic.
-Attention's matrices follow hidden_size, which cannot grow.
+Fix safety: unsafe, and for the MLP only: zero-padded to the tiles, its outputs are the same in exact arithmetic.
+Attention matrices follow hidden_size, which cannot grow.
 
 Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9913 and 13640, pull request
 45295.
@@ -24,31 +24,56 @@ Sources: rules/tables/kernels.toml and what it names; vllm-project/vllm issues 9
 import math
 from dataclasses import replace
 
-from doctor.lint.rule import Fix, Place, axis_expression, finding, grown, on_one_gpu, resized, rule, size_key
+from doctor.lint.rule import (
+    Fix,
+    GroupedLinear,
+    Place,
+    _,
+    axis_expression,
+    finding,
+    grown,
+    on_one_gpu,
+    resized,
+    rule,
+    size_key,
+)
 from doctor.lint.testing import tiny
 
 
 @rule("G303", "error", implied_by=("G301", "G302", "G304"))
 def kernel_shape(checkpoint, layout, kernels, spec, recipe, tensors):
-    if not kernels:  # G305 says so
+    if not kernels:  # reported by G305
         return
-    shapes = {}
+    shapes: dict[tuple, GroupedLinear] = {}
     for roles, width, height, linear in on_one_gpu(layout, recipe.tp, spec.n_kv_heads):
         shapes.setdefault((roles, width, height), linear)
     for (roles, width, height), linear in shapes.items():
         taking = next((kernel for kernel in kernels if kernel.takes(width, height)), None)
         if taking is kernels[0]:
             continue
-        tile = " or ".join(f"{i} × {o}" for i, o in kernels[0].tiles)
+        tile = ", ".join(f"{i} × {o}" for i, o in kernels[0].tiles)
         key = size_key(spec, linear.name, 1)
-        outcome = (
-            f"{recipe.runtime} takes its {taking.name} kernel, which is slower"
-            if taking
-            else f"{recipe.runtime} has no other kernel"
-        )
+        values = {
+            "roles": roles,
+            "width": width,
+            "height": height,
+            "kernel": kernels[0].name,
+            "tiles": tile,
+            "runtime": recipe.runtime,
+        }
         yield finding(
-            f"{roles}: {width} in_features × {height} out_features on each GPU do not fill {kernels[0].name}'s tiles of "
-            f"{tile}: {outcome}",
+            _(
+                "{roles}: {width} in_features × {height} out_features on each GPU do not fill {kernel}'s tiles of {tiles}: "
+                "{runtime} uses its {slower} kernel, which is slower",
+                slower=taking.name,
+                **values,
+            )
+            if taking
+            else _(
+                "{roles}: {width} in_features × {height} out_features on each GPU do not fill {kernel}'s tiles of {tiles}: "
+                "{runtime} has no other kernel",
+                **values,
+            ),
             at=Place("config.json", pointer=spec.at(key) if key else None),
             severity="warning" if taking else "error",
             evidence={
@@ -58,7 +83,7 @@ def kernel_shape(checkpoint, layout, kernels, spec, recipe, tensors):
                 "kernel": kernels[0].name,
             },
             fix=None if layout.quantized else _padding(checkpoint, layout, kernels[0], spec, recipe, tensors, linear),
-            advice="use fewer GPUs or a newer runtime",
+            advice=_("use fewer GPUs or a newer runtime"),
         )
 
 
@@ -78,7 +103,7 @@ def _padding(checkpoint, layout, kernel, spec, recipe, tensors, linear):
         return None
 
     def suits(width):
-        sizes = {n: tuple(resized(spec, e, key, width) or 0 for e in pair) for n, pair in shapes.items()}
+        sizes = {n: tuple(resized(spec, e or "", key, width) or 0 for e in pair) for n, pair in shapes.items()}
         wide = replace(
             layout, linears=tuple(x._replace(in_features=sizes[x.name][0], out_features=sizes[x.name][1]) for x in mlp)
         )
@@ -100,7 +125,7 @@ def bad():
     case.recipe = case.recipe.with_field("runtime", "sglang")
     case.recipe = case.recipe.with_field("group_size", 64)
     return case, (
-        "gate+up: 64 in_features × 256 out_features on each GPU do not fill Marlin's tiles of 128 × 64: sglang takes its "
+        "gate+up: 64 in_features × 256 out_features on each GPU do not fill Marlin's tiles of 128 × 64: sglang uses its "
         "ExLlama kernel, which is slower"
     )
 
@@ -112,7 +137,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case = tiny(mlp=96)
     case.recipe = case.recipe.with_field("runtime", "vllm").with_field("runtime_version", "0.12.0").with_field("tp", 2)
     case.recipe = case.recipe.with_field("keep", ("self_attn", "gate", "up", "fc1"))

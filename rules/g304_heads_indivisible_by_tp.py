@@ -1,7 +1,7 @@
-"""G304 heads-indivisible-by-tp: attention heads cannot be shared out among the GPUs.
+"""G304 heads-indivisible-by-tp: attention heads are not divisible by the tensor-parallel size.
 
-Why: tensor parallelism gives each GPU whole heads. Query heads must be a multiple of tp; key and value
-heads too, or tp a multiple of them, because then they are repeated.
+Why: tensor parallelism gives each GPU whole heads. The number of query heads must be a multiple of tp. The number of
+key and value heads must be too, or tp must be a multiple of it, because then these heads are repeated.
 
 Seen as:
 - vLLM: `must be divisible by tensor parallel size`
@@ -14,15 +14,15 @@ adds heads of zeros.
 
 False alarms: runtimes that split heads unevenly (ExLlamaV2 splits by layers and rows).
 
-Fix safety: unsafe, and only by name: shapes change, and head_dim must be read from config.json (the families that do
-are listed). Outputs do not change in exact arithmetic: what a head of zeros puts out meets zero columns of o. New query
-heads stand at the end of each key-value group, so that every old head keeps its keys; or whole groups are added at the
-end. Offered where the new number of heads divides hidden_size, which transformers asks for.
+Fix safety: unsafe, and only by name: shapes change, and head_dim must be read from config.json (the families that do so
+are listed). Outputs do not change in exact arithmetic: the output of a zero head is multiplied by zero columns of o.
+New query heads go to the end of each key-value group, so that every old head keeps its keys; or whole groups are added
+at the end. Offered where the new number of heads divides hidden_size, which transformers requires.
 
 Sources: vllm-project/vllm vllm/config (verify_with_parallel_config); QwenLM/Qwen3 issue 578.
 """
 
-from doctor.lint.rule import MISSING, Fix, PadTensor, Place, SetJson, finding, rule
+from doctor.lint.rule import MISSING, Fix, PadTensor, Place, SetJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 READ_HEAD_DIM = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
@@ -36,16 +36,18 @@ def heads_indivisible_by_tp(checkpoint, spec, recipe, tensors):
     if not heads or recipe.runtime in ("exllamav2", "llama.cpp") or _fits(heads, kv, recipe.tp):
         return
     if heads % recipe.tp:
-        key, what = spec.key_for("num_attention_heads"), f"{heads} attention heads"
+        key = spec.key_for("num_attention_heads")
+        message = _("{n} attention heads are not divisible by {tp} GPUs", n=heads, tp=recipe.tp)
     else:
-        key, what = spec.key_for("num_key_value_heads"), f"{kv} key-value heads"
+        key = spec.key_for("num_key_value_heads")
+        message = _("{n} key-value heads cannot be distributed over {tp} GPUs", n=kv, tp=recipe.tp)
     legal = [tp for tp in TPS if _fits(heads, kv, tp)]
     yield finding(
-        f"{what} cannot be shared out among {recipe.tp} GPUs",
+        message,
         at=Place("config.json", pointer=spec.at(key)),
         evidence={"heads": heads, "kv_heads": kv, "tp": recipe.tp},
-        facts_table=(("tensor parallel that fits", *legal),),
-        advice=f"--tp {max(t for t in legal if t <= recipe.tp)}",
+        facts_table=((_("tensor parallel that fits"), *legal),),
+        advice=_("--tp {n}", n=max(t for t in legal if t <= recipe.tp)),
         fix=_zero_heads(checkpoint, spec, tensors, recipe.tp),
     )
 
@@ -60,24 +62,38 @@ def _zero_heads(checkpoint, spec, tensors, tp):
     share = heads // kv
     sizes = [(kv, m) for m in range(share, MOST * share + 1)] if share > 1 else []
     sizes += [(n, share) for n in range(kv + 1, MOST * kv + 1)]
-    new_kv, new_share = next(((n, m) for n, m in sizes if _fits(n * m, n, tp) and hidden % (n * m) == 0), (None, None))
-    edits = new_kv and _pads(spec, tensors, width, (kv, share), (new_kv, new_share))
+    new_kv, new_share = next(((n, m) for n, m in sizes if _fits(n * m, n, tp) and hidden % (n * m) == 0), (0, 0))
+    edits = _pads(spec, tensors, width, (kv, share), (new_kv, new_share)) if new_kv else ()
     if not edits:
         return None
-    block = checkpoint.value("config.json")
-    block = block.get(spec.text_key) or {} if spec.text_key else block
+    config = checkpoint.value("config.json")
+    config = config.get(spec.text_key) or {} if spec.text_key else config
     wanted = {spec.key_for("num_attention_heads"): new_kv * new_share, "head_dim": width}
-    if new_kv != kv and spec.key_for("num_key_value_heads") in block:
+    if new_kv != kv and spec.key_for("num_key_value_heads") in config:
         wanted[spec.key_for("num_key_value_heads")] = new_kv
-    config = [
-        SetJson("config.json", spec.at(k), v, block.get(k, MISSING))
+    keys = [
+        SetJson("config.json", spec.at(k), v, config.get(k, MISSING))
         for k, v in wanted.items()
-        if block.get(k, MISSING) != v
+        if config.get(k, MISSING) != v
     ]
-    what = f"{new_share - share} more in each of {kv} groups" if new_kv == kv else f"{new_kv - kv} groups more"
+    values = {"old": heads, "new": new_kv * new_share}
+    title = (
+        _(
+            "add heads of zeros: {old} -> {new} ({n} more in each of {groups} groups; same outputs in exact arithmetic)",
+            n=new_share - share,
+            groups=kv,
+            **values,
+        )
+        if new_kv == kv
+        else _(
+            "add heads of zeros: {old} -> {new} ({n} groups more; same outputs in exact arithmetic)",
+            n=new_kv - kv,
+            **values,
+        )
+    )
     return Fix(
-        f"add heads of zeros: {heads} -> {new_kv * new_share} ({what}; same outputs in exact arithmetic)",
-        (*edits, *config),
+        title,
+        (*edits, *keys),
         "unsafe",
         by_name=True,
         needs=("W201",),
@@ -94,7 +110,8 @@ def _pads(spec, tensors, width, old, new):
             if ".self_attn." in linear.tensor:
                 return ()
             continue
-        axis, groups, size = (1 if role == "o" else 0), *((share, new_share) if role in "qo" else (1, 1))
+        axis = 1 if role == "o" else 0
+        groups, size = (share, new_share) if role in "qo" else (1, 1)
         if tensors[linear.tensor].shape[axis] != kv * groups * width:
             return ()
         if (new_kv, size) == (kv, groups):
@@ -113,7 +130,7 @@ def _fits(heads, kv, tp):
 def bad():
     case = tiny()
     case.recipe = case.recipe.with_field("tp", 8).with_field("group_size", -1)
-    return case, "4 attention heads cannot be shared out among 8 GPUs"
+    return case, "4 attention heads are not divisible by 8 GPUs"
 
 
 def good():

@@ -1,8 +1,7 @@
-"""G305 plan-unsupported: the runtime has no kernel for this format, width, group size or symmetry.
+"""G305 plan-unsupported: runtime has no kernel for this format, bits, group size or symmetry.
 
-Why: a quantized file is only as good as the kernel that reads it. Runtimes take some combinations of
-format, bits, group size and symmetry and refuse the rest when they load the model, after the hours of
-quantizing.
+Why: a quantized file is only useful with a kernel that reads it. Runtimes support some combinations of format, bits,
+group size and symmetry and refuse the rest when they load the model, after hours of quantizing.
 
 Seen as:
 - vLLM: `Unsupported quantization config: bits=`
@@ -11,32 +10,33 @@ Seen as:
 
 Do: choose a combination from the table.
 
-False alarms: a runtime newer than the table, or one with kernels added by a plugin.
+False alarms: a runtime newer than the table, or one with kernels from a plugin.
 
-Fix safety: unsafe: it changes the plan you asked for to the nearest one of the table, never the checkpoint: symmetry
-before groups, groups before the form of the file, bits last.
+Fix safety: unsafe: it changes the recipe that you asked for to the nearest one in the table, never the checkpoint. It
+tries symmetry first, then groups, then the file format, and bits last.
 
 Sources: rules/tables/kernels.toml and what it names.
 """
 
-from doctor.lint.rule import Fix, SetRecipe, finding, nearest_plan, rule, table
+from doctor.lint.rule import Fix, SetRecipe, _, finding, nearest_plan, rule, table
 from doctor.lint.testing import tiny
 
 
 @rule("G305", "error")
 def plan_unsupported(checkpoint, layout, kernels, recipe, spec):
-    kind = "" if layout.sym else ", asymmetric"
-    plan = f"{layout.format} {layout.bits}-bit group {layout.group_size}{kind}"
-    version = f" {recipe.runtime_version}" if recipe.runtime_version else ""
+    runtime = f"{recipe.runtime} {recipe.runtime_version}".strip()
+    values = {"runtime": runtime, "format": layout.format, "bits": layout.bits, "group": layout.group_size}
     if not kernels:
-        rows = [("kernel", "formats", "bits", "groups")]
+        rows: list[tuple] = [(_("kernel"), _("formats"), _("bits"), _("groups"))]
         for row in table("kernels")[recipe.runtime]:
-            rows.append((row["name"], ", ".join(row["formats"]), row["bits"], row["groups"] or "any"))
+            rows.append((row["name"], ", ".join(row["formats"]), row["bits"], row["groups"] or _("any")))
         yield finding(
-            f"{recipe.runtime}{version} has no kernel for {plan}",
+            _("{runtime} has no kernel for {format} {bits}-bit group {group}", **values)
+            if layout.sym
+            else _("{runtime} has no kernel for {format} {bits}-bit group {group}, asymmetric", **values),
             facts_table=rows,
             fix=_nearest(layout, recipe, spec),
-            advice="choose a plan from the table",
+            advice=_("choose a combination from the table"),
             evidence={
                 "runtime": recipe.runtime,
                 "format": layout.format,
@@ -46,11 +46,15 @@ def plan_unsupported(checkpoint, layout, kernels, recipe, spec):
         )
     elif recipe.runtime == "exllamav2" and recipe.tp > 1:
         yield finding(
-            f"exllamav2 does not split {layout.format} matrices among GPUs, and the plan says tp {recipe.tp}",
+            _(
+                "exllamav2 does not split {format} matrices across GPUs; the recipe has --tp {tp}",
+                format=layout.format,
+                tp=recipe.tp,
+            ),
             fix=None
             if layout.quantized
-            else Fix("plan for one GPU, or for a split by layers", (SetRecipe("tp", 1),), "unsafe"),
-            advice="split by layers instead (gpu_split), or serve EXL2",
+            else Fix(_("plan for one GPU, or for a split by layers"), (SetRecipe("tp", 1),), "unsafe"),
+            advice=_("split by layers instead (gpu_split), or serve EXL2"),
             evidence={"tp": recipe.tp},
         )
 
@@ -73,7 +77,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case = tiny()
     case.recipe = case.recipe.with_field("runtime", "exllamav2").with_field("tp", 2)
     yield case

@@ -1,24 +1,24 @@
-"""G307 fused-linears-differ: some of q, k, v (or of gate and up) are quantized and others are not.
+"""G307 fused-linears-differ: only some of the fused linears q, k, v (or gate, up) are quantized.
 
-Why: serving engines store q, k and v as one matrix, and gate and up as one. All parts need the same bits
-and groups, so a plan that keeps one of them in 16 bits cannot be loaded.
+Why: serving engines store q, k and v as one matrix, and gate and up as one. All parts need the same bits and groups, so
+a checkpoint that keeps one of them in 16 bits cannot be loaded.
 
 Seen as:
 - vLLM: `Detected some but not all shards of`
 - ExLlamaV2: `Partially quantized`
 
-Do: keep all parts of a fused set in 16 bits, or none.
+Do: keep all parts of a fused matrix in 16 bits, or none.
 
 False alarms: a runtime that never fuses (transformers).
 
-Fix safety: unsafe: it changes the plan you asked for, never the checkpoint. A checkpoint that is so already needs the
-run again.
+Fix safety: unsafe: it changes the recipe that you asked for, never the checkpoint. A checkpoint that is already
+quantized in this way must be quantized again.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/utils/quant_utils.py (is_layer_skipped);
 vllm issues 47473, 50214 and 53992; turboderp/exllamav2 exllamav2/module.py.
 """
 
-from doctor.lint.rule import FUSED, Fix, Keep, Place, finding, rule
+from doctor.lint.rule import FUSED, Fix, Keep, Place, _, finding, listed, rule
 from doctor.lint.testing import never_in, tiny
 
 FUSING = ("vllm", "sglang", "exllamav2")
@@ -31,31 +31,36 @@ def fused_linears_differ(checkpoint, layout, recipe, spec):
         return
     have = {linear.name for linear in layout.linears}
     of_role = {role: group for group in reversed(FUSED) for role in group}
-    seen = {}
+    seen: dict[tuple, list] = {}
     for linear in (
         spec.linears if not layout.quantized else (*layout.linears, *(x for x in spec.linears if x.name in missed))
     ):
         fused = of_role.get(linear.role)
         if fused:
             seen.setdefault((linear.name.rpartition(".")[0], fused), []).append(linear)
-    for (parent, _), members in sorted(seen.items()):
+    for (parent, _fused), members in sorted(seen.items()):
         inside = [x.role for x in members if x.name in have]
         outside = [x.role for x in members if x.name in missed]
         if inside and outside:
             yield finding(
-                f"{parent}: {', '.join(inside)} in {layout.bits} bits and {', '.join(outside)} in 16 bits, "
-                f"but engines fuse them into one matrix",
+                _(
+                    "{parent}: {quantized} in {bits} bits and {kept} in 16 bits, but engines fuse them into one matrix",
+                    parent=parent,
+                    quantized=listed(inside),
+                    bits=layout.bits,
+                    kept=listed(outside),
+                ),
                 at=Place("", tensor=next(x.tensor for x in members if x.name in missed)),
                 severity="error" if recipe.runtime in FUSING else "warning",
                 evidence={"quantized": inside, "kept": outside},
                 fix=None
                 if layout.quantized
                 else Fix(
-                    f"keep {', '.join(inside)} in 16 bits too",
+                    _("keep {roles} in 16 bits too", roles=listed(inside)),
                     tuple(Keep(x.name) for x in members if x.name in have),
                     "unsafe",
                 ),
-                advice="keep all of them in 16 bits, or none",
+                advice=_("keep all of them in 16 bits, or none"),
             )
 
 
@@ -64,7 +69,7 @@ def bad():
     case.recipe = case.recipe.with_field("keep", ("layers.1.self_attn.k_proj",)).with_field("runtime", "vllm")
     return (
         case,
-        "model.layers.1.self_attn: q, v in 4 bits and k in 16 bits, but engines fuse them into one matrix",
+        "model.layers.1.self_attn: q and v in 4 bits and k in 16 bits, but engines fuse them into one matrix",
     )
 
 

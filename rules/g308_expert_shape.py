@@ -1,7 +1,7 @@
-"""G308 expert-shape: the experts' sizes do not fit the runtime's mixture-of-experts kernel.
+"""G308 expert-shape: expert sizes do not fit the runtime's mixture-of-experts kernel.
 
-Why: the fused kernel runs all experts at once and needs hidden_size in steps of 128 and an expert's width
-on each GPU in steps of 64 or of the group size. Otherwise the runtime takes a slower path, or refuses.
+Why: the fused kernel runs all experts at once. It needs hidden_size in steps of 128, and the width of an expert on each
+GPU in steps of 64 or of the group size. Otherwise the runtime uses a slower path, or refuses.
 
 Seen as:
 - vLLM: `Falling back to Moe WNA16 kernels`
@@ -9,9 +9,9 @@ Seen as:
 
 Do: use fewer GPUs or expert parallelism, which keeps experts whole.
 
-False alarms: runtimes with other kernels than the table knows.
+False alarms: runtimes with kernels that the table does not know.
 
-Fix safety: unsafe, and for the experts' width alone: zero-padded, their outputs are the same in exact arithmetic.
+Fix safety: unsafe, and for the width of the experts only: zero-padded, their outputs are the same in exact arithmetic.
 hidden_size cannot grow.
 
 Sources: rules/tables/kernels.toml; vllm-project/vllm
@@ -19,7 +19,7 @@ vllm/model_executor/layers/quantization/utils/marlin_utils.py (check_moe_marlin_
 request 45703.
 """
 
-from doctor.lint.rule import Fix, Place, axis_expression, finding, grown, in_force, resized, rule, size_key, table
+from doctor.lint.rule import Fix, Place, _, axis_expression, finding, grown, in_force, resized, rule, size_key, table
 from doctor.lint.testing import only_in, tiny
 
 
@@ -35,20 +35,31 @@ def expert_shape(checkpoint, layout, spec, recipe, tensors):
             bad_hidden, bad_width = hidden % row["hidden"], width % (inner * recipe.tp)
             if not (bad_hidden or bad_width):
                 continue
-            what = (
-                f"hidden_size {hidden} is no multiple of {row['hidden']}"
-                if bad_hidden
-                else (f"an expert's width {width} / {recipe.tp} GPUs is no multiple of {inner}")
-            )
+            values = {"kernel": row["name"], "runtime": recipe.runtime}
+            if bad_hidden:
+                message = _(
+                    "{kernel} of {runtime}: hidden_size {hidden} is not a multiple of {unit}",
+                    hidden=hidden,
+                    unit=row["hidden"],
+                    **values,
+                )
+            else:
+                message = _(
+                    "{kernel} of {runtime}: expert width {width} / {tp} GPUs is not a multiple of {unit}",
+                    width=width,
+                    tp=recipe.tp,
+                    unit=inner,
+                    **values,
+                )
             key = size_key(spec, linear.name, 0 if bad_hidden else 1)
             yield finding(
-                f"{row['name']} of {recipe.runtime}: {what}",
+                message,
                 at=Place("config.json", pointer=spec.at(key) if key else None),
                 evidence={"hidden": hidden, "width": width, "tp": recipe.tp},
                 fix=None
                 if bad_hidden or layout.quantized or not key
                 else _padding(checkpoint, spec, tensors, key, axis_expression(spec, linear.name, 1), inner * recipe.tp),
-                advice="use fewer GPUs or expert parallelism",
+                advice=_("use fewer GPUs or expert parallelism"),
             )
 
 
@@ -62,7 +73,7 @@ def _padding(checkpoint, spec, tensors, key, expression, unit):
 def bad():
     case = tiny(only_in("qwen2_moe", "mixtral", "qwen3_moe", "olmoe", why="it has no experts"))
     case.recipe = case.recipe.with_field("runtime", "vllm")
-    return case, "Marlin MoE of vllm: hidden_size 64 is no multiple of 128"
+    return case, "Marlin MoE of vllm: hidden_size 64 is not a multiple of 128"
 
 
 def good():
@@ -70,7 +81,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case = tiny("mixtral", mlp=96, hidden=128)
     case.recipe = case.recipe.with_field("runtime", "vllm").with_field("runtime_version", "0.20.0")
     yield case

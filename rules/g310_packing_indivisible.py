@@ -1,54 +1,62 @@
-"""G310 packing-indivisible: a matrix cannot be packed into whole 32-bit words.
+"""G310 packing-indivisible: matrix cannot be packed into whole 32-bit words.
 
-Why: eight 4-bit codes share one word. GPTQ packs weights along in_features and zero points along
-out_features, AWQ both along out_features; what does not fill whole words cannot be stored, and packers fail
-at the end of the run.
+Why: eight 4-bit codes share one word. GPTQ packs weights along in_features and zero points along out_features; AWQ
+packs both along out_features. A size that does not fill whole words cannot be stored, and packers fail at the end of
+the run.
 
 Seen as:
 - AutoGPTQ: `in_feature and out_feature must be divisible by 32`
 - vLLM: `The output size is not aligned with the quantized weight shape`
 
-Do: keep these linears in 16 bits (`--ignore PATTERN`), or choose compressed-tensors, which fills up the last
-word.
+Do: keep these linears in 16 bits (`--ignore PATTERN`), or choose compressed-tensors, which pads the last word.
 
 False alarms: none; the division is exact arithmetic.
 
-Fix safety: unsafe: it changes the plan you asked for, never the checkpoint.
+Fix safety: unsafe: it changes the recipe that you asked for, never the checkpoint.
 
 Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py (pack_block); casper-hansen/AutoAWQ
 awq/modules/linear/gemm.py.
 """
 
-from doctor.lint.rule import Fix, Place, finding, keep_edits, rule
+from doctor.lint.rule import Fix, Place, _, finding, keep_edits, plural, rule
 from doctor.lint.testing import tiny
 
 
 @rule("G310", "error")
 def packing_indivisible(checkpoint, layout):
     unit_in, unit_out = layout.packing.unit
-    misfits = {}
+    misfits: dict[tuple, list] = {}
     for linear in layout.linears:
         if not layout.quantized and (linear.in_features % unit_in or linear.out_features % unit_out):
             misfits.setdefault((linear.role, linear.in_features, linear.out_features), []).append(linear)
     for (role, width, height), linears in misfits.items():
-        wrong = (
-            f"in_features {width} is no multiple of {unit_in}"
-            if width % unit_in
-            else f"out_features {height} is no multiple of {unit_out}"
-        )
+        side, size, unit = ("in_features", width, unit_in) if width % unit_in else ("out_features", height, unit_out)
         yield finding(
-            f"{role} ({len(linears)} linears) cannot be packed as {layout.format}: {wrong}",
+            plural(
+                "{role} ({n:,} linear) cannot be packed as {format}: {side} {size} is not a multiple of {unit}",
+                "{role} ({n:,} linears) cannot be packed as {format}: {side} {size} is not a multiple of {unit}",
+                len(linears),
+                role=role,
+                format=layout.format,
+                side=side,
+                size=size,
+                unit=unit,
+            ),
             at=Place("", tensor=f"{linears[0].name}.weight"),
             evidence={"in_features": width, "out_features": height, "linears": len(linears)},
-            fix=Fix(f"keep {role} in 16 bits", keep_edits(layout.linears, [x.name for x in linears]), "unsafe"),
-            advice=f"--ignore '{linears[0].name.rsplit('.', 1)[-1]}' leaves them in 16 bits",
+            fix=Fix(
+                _("keep {roles} in 16 bits", roles=role),
+                keep_edits(layout.linears, [x.name for x in linears]),
+                "unsafe",
+            ),
+            advice=_("--ignore '{name}' leaves them in 16 bits", name=linears[0].name.rsplit(".", 1)[-1]),
         )
 
 
 def bad():
     case = tiny(mlp=144)
     case.recipe = case.recipe.with_field("group_size", -1)
-    return case, "down (2 linears) cannot be packed as gptq: in_features 144 is no multiple of 32"
+    return case, "down (2 linears) cannot be packed as gptq: in_features 144 is not a multiple of 32"
 
 
 def good():

@@ -1,21 +1,19 @@
-"""G311 act-order-under-tp: a checkpoint with scattered groups is to be cut across GPUs.
+"""G311 act-order-under-tp: desc_act checkpoint served with tensor parallelism.
 
-Why: with desc_act the columns of a group lie scattered over the row, so a GPU that holds a part of o or
-down needs scales of all groups. Runtimes then leave their fast path for these linears, and some versions
-computed wrong outputs.
+Why: with desc_act the columns of a group are scattered over the row, so a GPU that holds a part of o or down needs the
+scales of all groups. Runtimes then use a slower path for these linears, and some versions computed wrong outputs.
 
-Do: serve on one GPU, or quantize again with static groups (doctor's act_order always uses them: groups stay
-in place).
+Do: serve on one GPU, or quantize again with static groups (doctor's act_order always uses them: the columns of a group
+stay together).
 
-False alarms: a runtime whose kernel keeps all scales on each GPU (Marlin with full-k) is right, only
-slower.
+False alarms: a runtime whose kernel keeps all scales on each GPU (Marlin with full-k) is correct, only slower.
 
 Fix safety: no fix: the order is part of the stored codes.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py (create_weights), issue 7374.
 """
 
-from doctor.lint.rule import Place, finding, rule
+from doctor.lint.rule import Place, _, finding, rule
 from doctor.lint.testing import tiny_gptq
 
 
@@ -24,10 +22,14 @@ def act_order_under_tp(checkpoint, layout, quantization, recipe):
     if not (layout.act_order and recipe.tp > 1):
         return
     yield finding(
-        f"desc_act is true with group size {layout.group_size}: {recipe.tp} GPUs cannot each hold whole groups",
+        _(
+            "desc_act is true with group size {group}: {tp} GPUs cannot each hold whole groups",
+            group=layout.group_size,
+            tp=recipe.tp,
+        ),
         at=Place(quantization.file, pointer=f"{quantization.pointer}/desc_act"),
         evidence={"tp": recipe.tp, "group_size": layout.group_size},
-        advice="serve on one GPU, or quantize again with static groups",
+        advice=_("serve on one GPU, or quantize again with static groups"),
     )
 
 

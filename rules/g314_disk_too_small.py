@@ -1,7 +1,7 @@
-"""G314 disk-too-small: the disk has less room than the output takes while it is written.
+"""G314 disk-too-small: not enough free disk space for the output.
 
-Why: a run of hours ends at the save. For a moment the parts of each block and the shards they are joined into exist
-together, so the disk must hold the output twice.
+Why: a run of hours fails at the save. For a moment the parts of each decoder layer and the shards that they are joined
+into exist together, so the disk must hold the output twice.
 
 Seen as:
 - Python: `OSError: [Errno 28] No space left on device`
@@ -10,15 +10,15 @@ Seen as:
 
 Do: free the bytes named, or write to another disk.
 
-False alarms: another program may free room before the end. The size of the output is worked out from the headers, and
-is an upper edge.
+False alarms: another program may free space before the end. The size of the output is computed from the headers and is
+an upper bound.
 
 Fix safety: no fix is needed in the files.
 
 Sources: unslothai/unsloth issue 847; ModelCloud/GPTQModel issue 2196.
 """
 
-from doctor.lint.rule import finding, rule
+from doctor.lint.rule import _, finding, rule
 from doctor.lint.testing import change, roomy
 
 GIB = 2**30
@@ -29,9 +29,14 @@ def disk_too_small(checkpoint, machine, layout):
     if layout.quantized or machine.disk_need <= machine.disk_free:
         return
     yield finding(
-        f"{machine.place} has {machine.disk_free / GIB:.1f} GiB free; writing takes {machine.disk_need / GIB:.1f} GiB",
+        _(
+            "{place} has {free:.1f} GiB free; writing takes {need:.1f} GiB",
+            place=machine.place,
+            free=machine.disk_free / GIB,
+            need=machine.disk_need / GIB,
+        ),
         evidence={"disk_free": machine.disk_free, "disk_need": machine.disk_need},
-        advice=f"free {(machine.disk_need - machine.disk_free) / GIB:.1f} GiB, or write to another disk",
+        advice=_("free {size:.1f} GiB, or write to another disk", size=(machine.disk_need - machine.disk_free) / GIB),
     )
 
 

@@ -1,7 +1,8 @@
-"""G315 memory-too-small: the machine has less memory free than quantizing takes.
+"""G315 memory-too-small: not enough free memory to quantize.
 
-Why: the run holds one block in float32, the Hessians of its linears and what solving the widest of them takes, whatever
-the number of calibration rows. With less, the system ends the process without a message, or swaps for days.
+Why: the run holds one decoder layer in float32, the Hessians of its linears and the working memory to solve the widest
+of them, whatever the number of calibration rows. With less memory the system kills the process without a message, or
+swaps for days.
 
 Seen as:
 - Linux: `Out of memory: Killed process`
@@ -11,17 +12,17 @@ Seen as:
 - Linux: `Killed`
 - zsh: `zsh: killed`
 
-Do: close other programs, take a machine with the memory named, or `--method rtn`, which needs no Hessian. Fewer
+Do: close other programs, use a machine with the memory named, or `--method rtn`, which needs no Hessian. Fewer
 calibration rows change nothing.
 
-False alarms: memory that another program gives back before the run.
+False alarms: memory that another program releases before the run.
 
 Fix safety: no fix is needed in the files.
 
 Sources: mit-han-lab/llm-awq issue 157; vllm-project/llm-compressor issue 109; doctor/quant/budget.py.
 """
 
-from doctor.lint.rule import finding, rule
+from doctor.lint.rule import _, finding, rule
 from doctor.lint.testing import change, roomy
 
 GIB = 2**30
@@ -32,10 +33,16 @@ def memory_too_small(checkpoint, machine, layout, recipe):
     if layout.quantized or machine.memory_need <= machine.memory_free:
         return
     yield finding(
-        f"this machine has {machine.memory_free / GIB:.1f} GiB of memory free; {recipe.label()} takes {machine.memory_need / GIB:.1f} GiB",
+        _(
+            "this machine has {free:.1f} GiB of memory free; {recipe} takes {need:.1f} GiB",
+            free=machine.memory_free / GIB,
+            recipe=recipe.label(),
+            need=machine.memory_need / GIB,
+        ),
         evidence={"memory_free": machine.memory_free, "memory_need": machine.memory_need},
-        advice="take a machine with more memory"
-        + ("" if not recipe.solver.calibrated else ", or --method rtn, which needs no Hessian"),
+        advice=_("use a machine with more memory, or --method rtn, which needs no Hessian")
+        if recipe.solver.calibrated
+        else _("use a machine with more memory"),
     )
 
 

@@ -1,6 +1,6 @@
-"""G316 runtime-too-old: the plan names a version of a runtime that came before this kind of model.
+"""G316 runtime-too-old: runtime version is too old for this model type.
 
-Why: a runtime learns model types one by one. An older one refuses the checkpoint when it loads it, after the hours of
+Why: runtimes add model types one by one. An older version refuses the checkpoint when it loads it, after hours of
 quantizing.
 
 Seen as:
@@ -13,22 +13,22 @@ Seen as:
 
 Do: install the version that the message names, or a newer one.
 
-False alarms: a runtime with code added by a plugin. Where config.json brings code of its own (auto_map), transformers
-is not judged; nor are model types that the table lacks.
+False alarms: a runtime with code from a plugin. Where config.json refers to code of its own (auto_map), transformers is
+not judged; nor are model types that the table lacks.
 
-Fix safety: no fix: the files are sound.
+Fix safety: no fix: the files are correct.
 
 Sources: rules/tables/published.toml; huggingface/transformers src/transformers/models/auto/configuration_auto.py.
 """
 
-from doctor.lint.rule import Place, Unavailable, finding, rule, version_before
+from doctor.lint.rule import Place, Unavailable, _, finding, rule, version_before
 from doctor.lint.testing import only_in, tiny
 
 
 @rule("G316", "error")
 def runtime_too_old(checkpoint, spec, config, recipe, published):
     if not recipe.runtime_version:
-        raise Unavailable("no version of a runtime was named: --runtime NAME==VERSION asks for one")
+        raise Unavailable(_("no runtime version was given: use --runtime NAME==VERSION"))
     types = [spec.model_type, str(config.get("model_type") or "")]
     first = next((v for t in types if (v := published["since"].get(recipe.runtime, {}).get(t))), None)
     if (
@@ -38,9 +38,15 @@ def runtime_too_old(checkpoint, spec, config, recipe, published):
     ):
         return
     yield finding(
-        f"{recipe.runtime} {recipe.runtime_version} does not know {spec.model_type} models: {first} is the first that does",
+        _(
+            "{runtime} {version} does not know {model_type} models; {first} is the first version that does",
+            runtime=recipe.runtime,
+            version=recipe.runtime_version,
+            model_type=spec.model_type,
+            first=first,
+        ),
         at=Place("config.json", pointer="/model_type"),
-        advice=f"install {recipe.runtime} {first} or newer",
+        advice=_("install {runtime} {version} or newer", runtime=recipe.runtime, version=first),
         evidence={"runtime": recipe.runtime, "version": recipe.runtime_version, "first": first},
     )
 
@@ -69,7 +75,7 @@ def bad():
         "mixtral": "4.36.0",
         "olmo2": "4.47.0",
     }[family]
-    return case, f"transformers 4.27.0 does not know {family} models: {first} is the first that does"
+    return case, f"transformers 4.27.0 does not know {family} models; {first} is the first version that does"
 
 
 def good():

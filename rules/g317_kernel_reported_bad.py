@@ -1,26 +1,25 @@
-"""G317 kernel-reported-bad: users reported wrong answers from this version of the runtime for this kind of model and
-format.
+"""G317 kernel-reported-bad: runtime version has a reported bug for this model and format.
 
-Why: a kernel that computes in float16 can overflow where the model does not; the files are sound and another version
+Why: a kernel that computes in float16 can overflow where the model does not. The files are correct, and another version
 serves them well.
 
 Do: serve with a newer version, or in another format.
 
-False alarms: a build of that version with a corrected kernel. Only the versions that were named are judged.
+False alarms: a build of that version with a fixed kernel. Only the versions that the reports name are judged.
 
-Fix safety: no fix: the files are sound.
+Fix safety: no fix: the files are correct.
 
 Sources: rules/tables/published.toml; vllm-project/vllm issues 3998 and 14126; turboderp/exllamav2 issue 493.
 """
 
-from doctor.lint.rule import Unavailable, finding, rule
+from doctor.lint.rule import Unavailable, _, finding, rule
 from doctor.lint.testing import tiny
 
 
 @rule("G317", "warning", certainty="likely")
 def kernel_reported_bad(checkpoint, layout, spec, recipe, published):
     if not recipe.runtime_version:
-        raise Unavailable("no version of a runtime was named: --runtime NAME==VERSION asks for one")
+        raise Unavailable(_("no runtime version was given: use --runtime NAME==VERSION"))
     for row in published["reports"]:
         if (
             row["runtime"] == recipe.runtime
@@ -29,8 +28,15 @@ def kernel_reported_bad(checkpoint, layout, spec, recipe, published):
             and layout.format in row["formats"]
         ):
             yield finding(
-                f"{recipe.runtime} {recipe.runtime_version}: {row['what']}, users report ({row['source']}): {row['cause']}",
-                advice="serve with a newer version",
+                _(
+                    "{runtime} {version}: {what}, users report ({source}): {cause}",
+                    runtime=recipe.runtime,
+                    version=recipe.runtime_version,
+                    what=_(row["what"]),
+                    source=row["source"],
+                    cause=_(row["cause"]),
+                ),
+                advice=_("serve with a newer version"),
                 evidence={"runtime": recipe.runtime, "version": recipe.runtime_version},
             )
 

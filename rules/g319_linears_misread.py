@@ -1,17 +1,17 @@
-"""G319 linears-misread: a runtime puts packed linears of this kind in wrongly, or leaves them out, without an error.
+"""G319 linears-misread: runtime silently misloads or skips packed linears of this family.
 
-Why: a runtime may rearrange weights of a family while it loads them. Where it does so by the names of the tensors,
-those that a quantized checkpoint has in their place are passed over, and the model answers with random text though file
-and kernel are sound.
+Why: a runtime may reorder the weights of a family while it loads them. Where it selects them by tensor name, it skips
+the tensors that a quantized checkpoint has instead, and the model generates random text although file and kernel are
+correct.
 
 Seen as:
 - vLLM: random text from a Llama 4 in the GPTQ or AWQ format, while compressed-tensors answers well
 - transformers: unexpected and missing experts in its load report, then random text from a quantized mixture
 
-Do: for Llama 4 in vLLM, write symmetric compressed-tensors, or leave q, k and v in 16 bits. For mixtures in
-transformers 5, load the file with GPTQModel.load or serve it with vLLM.
+Do: for Llama 4 in vLLM, write symmetric compressed-tensors, or leave q, k and v in 16 bits. For mixture-of-experts
+models in transformers 5, load the file with GPTQModel.load or serve it with vLLM.
 
-False alarms: a version newer than the table may have been corrected. Without --runtime only what vLLM does is told, as
+False alarms: a version newer than the table may be fixed. Without --runtime only the behaviour of vLLM is reported, as
 a warning.
 
 Fix safety: unsafe: another format, or linears in 16 bits, is the user's choice. A quantized checkpoint has no fix.
@@ -21,7 +21,7 @@ vllm-project/vllm vllm/model_executor/models/llama4.py (permute_qk_weight_for_ro
 same mismatch took Llama 4 Scout from 90.9 to 5.4 on GSM8k.
 """
 
-from doctor.lint.rule import FUSED, Fix, SetRecipe, finding, in_force, keep_edits, rule
+from doctor.lint.rule import FUSED, Fix, SetRecipe, _, finding, in_force, keep_edits, listed, rule
 from doctor.lint.testing import tiny
 
 
@@ -38,11 +38,18 @@ def linears_misread(checkpoint, layout, spec, recipe, published):
         ]
         if wrong:
             yield finding(
-                f"{row['runtime']} {row['what']} (first {wrong[0].name}, {len(wrong):,} in all): {row['cause']}",
+                _(
+                    "{runtime} {what} (first {first}, {n:,} in all): {cause}",
+                    runtime=row["runtime"],
+                    what=_(row["what"]),
+                    first=wrong[0].name,
+                    n=len(wrong),
+                    cause=_(row["cause"]),
+                ),
                 severity=row.get("severity", "error") if asked else "warning",
                 evidence={"runtime": row["runtime"], "format": layout.format, "linears": len(wrong)},
-                fix=None if layout.quantized or row.get("experts") else _cure(row, layout, recipe, wrong),
-                advice=row["advice"],
+                fix=None if layout.quantized or row.get("experts") else _other_plan(row, layout, recipe, wrong),
+                advice=_(row["advice"]),
             )
 
 
@@ -50,12 +57,14 @@ def _reads_so(row, form, sym):
     return form in row["formats"] or (not sym and form in row.get("asymmetric", ()))
 
 
-def _cure(row, layout, recipe, wrong):
+def _other_plan(row, layout, recipe, wrong):
     instead = row.get("instead")
     if instead and instead != layout.format and not _reads_so(row, instead, recipe.sym):
-        return Fix(f"write {instead}", (SetRecipe("format", instead),), "unsafe")
+        return Fix(_("write {format}", format=instead), (SetRecipe("format", instead),), "unsafe")
     roles = next((fused for fused in FUSED if set(row["roles"]) & set(fused)), row["roles"])
-    return Fix(f"keep {', '.join(roles)} in 16 bits", keep_edits(layout.linears, [x.name for x in wrong]), "unsafe")
+    return Fix(
+        _("keep {roles} in 16 bits", roles=listed(roles)), keep_edits(layout.linears, [x.name for x in wrong]), "unsafe"
+    )
 
 
 def bad():
@@ -88,7 +97,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     for changes in ({"format": "gptq"}, {"format": "awq"}, {"format": "compressed-tensors", "sym": False}):
         case = tiny("llama4_text")
         for name, value in changes.items():

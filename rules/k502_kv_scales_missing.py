@@ -1,7 +1,7 @@
-"""K502 kv-scales-missing: the config promises a quantized KV cache, but the files hold no scales for it.
+"""K502 kv-scales-missing: KV cache quantization is configured, but its scales are missing.
 
-Why: an FP8 cache stores keys and values divided by a scale. Without one the engine takes 1.0: values beyond
-448 saturate, small ones vanish.
+Why: an FP8 cache stores keys and values divided by a scale. Without one the engine uses 1.0: values beyond 448
+saturate, and small ones round to 0.
 
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.self_attn.k_scale'`
@@ -20,7 +20,7 @@ Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py; 
 issue 2176.
 """
 
-from doctor.lint.rule import Fix, Place, RemoveJson, finding, rule
+from doctor.lint.rule import Fix, Place, RemoveJson, _, finding, rule
 from doctor.lint.testing import tiny_gptq
 
 SCALES = (".k_scale", ".v_scale", ".kv_scale")
@@ -35,10 +35,10 @@ def kv_scales_missing(checkpoint, quantization_block, tensors):
     if key is None or any(name.endswith(SCALES) for name in tensors):
         return
     yield finding(
-        f"{key} is set and no tensor ends in .k_scale or .v_scale: the cache would use scale 1.0",
+        _("{key} is set and no tensor ends in .k_scale or .v_scale: the cache would use scale 1.0", key=key),
         at=Place(file, pointer=f"{pointer}/{key}"),
-        fix=Fix(f"remove {key}", (RemoveJson(file, f"{pointer}/{key}", raw[key]),), "unsafe"),
-        advice="calibrate the scales, or remove the entry",
+        fix=Fix(_("remove {key}", key=key), (RemoveJson(file, f"{pointer}/{key}", raw[key]),), "unsafe"),
+        advice=_("calibrate the scales, or remove the entry"),
     )
 
 

@@ -1,11 +1,11 @@
-"""K503 kv-scale-zero: a scale of the KV cache is 0.
+"""K503 kv-scale-zero: KV cache scale is 0.
 
-Why: keys and values are divided by it: every entry of the cache becomes NaN or Inf, and the reply one token
-for ever.
+Why: keys and values are divided by it: every entry of the cache becomes NaN or Inf, and the reply is one token without
+end.
 
-Do: calibrate again, with text that reaches this block.
+Do: calibrate again, with text that reaches this decoder layer.
 
-False alarms: none; nothing can be divided by 0.
+False alarms: none; division by 0 has no result.
 
 Fix safety: unsafe, and only with `--from`: the scale is taken from another copy of this checkpoint. Without one it
 needs a calibration.
@@ -13,7 +13,7 @@ needs a calibration.
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py.
 """
 
-from doctor.lint.rule import finding, rule, tensor_from_base
+from doctor.lint.rule import _, finding, rule, tensor_from_base
 from doctor.lint.testing import np, tiny_gptq
 
 SCALES = (".k_scale", ".v_scale", ".kv_scale")
@@ -23,10 +23,10 @@ SCALES = (".k_scale", ".v_scale", ".kv_scale")
 def kv_scale_zero(tensor, n_zero, numel, base):
     if tensor.name.endswith(SCALES) and n_zero:
         yield finding(
-            f"{n_zero} of {numel} scales in {tensor.name} are 0",
+            _("{n_zero:,} of {numel:,} scales in {tensor} are 0", n_zero=n_zero, numel=numel, tensor=tensor.name),
             evidence={"n_zero": n_zero, "numel": numel},
             fix=tensor_from_base(base, tensor),
-            advice="calibrate the cache again",
+            advice=_("calibrate the cache again"),
         )
 
 

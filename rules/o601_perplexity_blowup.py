@@ -1,16 +1,16 @@
-"""O601 perplexity-blowup: the quantized model predicts text far worse than its original.
+"""O601 perplexity-blowup: perplexity of the quantized model is far above the original's.
 
-Why: perplexity is the inverse of the mean probability of the right token, so a model that lost its way
-shows here first. At 4 bits with groups of 128 most models lose under 5 percent, small ones up to 15.
+Why: perplexity is the inverse of the mean probability of the right token, so a damaged model shows here first. At 4
+bits with groups of 128 most models lose under 5 percent, small ones up to 15.
 
 Seen as:
 - ExLlamaV2: `calibration perplexity (quant)`
 
-Do: look at the error of each block alone, given the original's input (`doctor verify` lists it): one that
-stands out is the wrong block, whatever the error carried along does after it. Then see that block's Q findings,
-and quantize it again. Where none stands out, all lose: take more bits or smaller groups.
+Do: look at the error of each decoder layer alone, given the original's input (`doctor verify` lists it). A layer far
+above the others is the defective one, whatever the accumulated error does after it. See the Q findings of that layer,
+and quantize it again. Where no layer exceeds the others, all lose: use more bits or smaller groups.
 
-False alarms: perplexity of an instruct model on plain text moves more than its replies do.
+False alarms: perplexity of an instruct model on plain text changes more than its replies do.
 
 Fix safety: no fix: quantize again.
 
@@ -19,27 +19,27 @@ was right); QwenLM/Qwen2 docs (4-bit models of 0.5 B and 1.5 B lose 3 to 5 point
 """
 
 import math
+from itertools import pairwise
 from statistics import median
 
-from doctor.lint.rule import finding, rule
+from doctor.lint.rule import _, finding, rule
 from doctor.lint.testing import change, compared
 
 # Ratios of the two perplexities. Up to 1.25 even small models at 4 bits stay; from 2 on replies fall apart.
 NOTABLE, BROKEN = 1.25, 2.0
-# A block's own error against the median of the other blocks'. Blocks of healthy copies stay below 1.5 times
-# (SmolLM2-135M by rounding to 4 bits: 1.4), one linear of another block makes 3.2; below 2 no block is named, for the
-# difference may be the block's nature.
+# The error of a decoder layer alone against the median of the other layers. Layers of correct copies stay below 1.5
+# times (SmolLM2-135M with RTN at 4 bits: 1.4), one linear of another layer makes 3.2; below 2 no layer is named, because
+# the difference may come from the layer itself.
 OUTLIER = 2.0
 
 
 @rule("O601", "error", implied_by=("O602", "O606", "O616"))
 def perplexity_blowup(checkpoint, comparison):
     before, after = comparison.perplexity_original, comparison.perplexity_quantized
-    if after <= NOTABLE * before or not before == before:  # not before == before: the original is NaN, which is O606
+    if after <= NOTABLE * before or math.isnan(before):  # the original's is NaN: O606 reports it
         return
     yield finding(
-        f"perplexity {before:.2f} became {after:.2f} on {comparison.tokens:,} tokens in rows of {comparison.context} (up to {NOTABLE} × passes, "
-        f"above {BROKEN:g} × is broken){_worst_block(comparison)}",
+        _message(comparison),
         severity="error" if not after <= BROKEN * before else "warning",
         evidence={
             "original": before,
@@ -56,22 +56,51 @@ def perplexity_blowup(checkpoint, comparison):
             if errors
         }
         or None,
-        advice="see the Q findings of that block and quantize it again; where all blocks are off, take more bits or smaller groups",
+        advice=_(
+            "see the Q findings of that layer and quantize it again; where all layers are off, use more bits or smaller groups"
+        ),
     )
 
 
-def _worst_block(comparison):
-    """Which block to look at: the one that is an outlier by itself, else the one after which the error carried along
-    has grown most.
+def _message(comparison):
+    """The two perplexities, and which decoder layer to look at: the one that is an outlier by itself, else the one
+    after which the accumulated error has grown most.
     """
+    values = {
+        "before": comparison.perplexity_original,
+        "after": comparison.perplexity_quantized,
+        "tokens": comparison.tokens,
+        "context": comparison.context,
+        "notable": NOTABLE,
+        "broken": BROKEN,
+    }
     own, errors = {i: e for i, e in enumerate(comparison.own_errors) if math.isfinite(e)}, comparison.block_errors
     if len(own) > 1:
-        block = max(own, key=own.get)
-        others = median(e for i, e in own.items() if i != block)
-        if own[block] > OUTLIER * others:
-            return f"; block {block} is the wrong one: alone, given the original's input, it is off by {own[block]:.0%}, the other blocks by {others:.0%} (median)"
-    jumps = [b - a for a, b in zip((0.0, *errors), errors)]
-    return f"; the error grows most in block {jumps.index(max(jumps))}" if jumps else ""
+        worst = max(own, key=own.__getitem__)
+        others = median(e for i, e in own.items() if i != worst)
+        if own[worst] > OUTLIER * others:
+            return _(
+                "perplexity rose from {before:.2f} to {after:.2f} on {tokens:,} tokens in rows of {context} (up to {notable} × "
+                "passes, above {broken:g} × is broken); layer {layer} is defective: alone, given the original's input, its error is "
+                "{error:.0%}, that of the other layers {others:.0%} (median)",
+                layer=worst,
+                error=own[worst],
+                others=others,
+                **values,
+            )
+    jumps = [b - a for a, b in pairwise((0.0, *errors))]
+    if jumps:
+        return _(
+            "perplexity rose from {before:.2f} to {after:.2f} on {tokens:,} tokens in rows of {context} (up to {notable} × passes, "
+            "above {broken:g} × is broken); the error grows most in layer {layer}",
+            layer=jumps.index(max(jumps)),
+            **values,
+        )
+    return _(
+        "perplexity rose from {before:.2f} to {after:.2f} on {tokens:,} tokens in rows of {context} (up to {notable} × passes, "
+        "above {broken:g} × is broken)",
+        **values,
+    )
 
 
 def bad():
@@ -81,12 +110,13 @@ def bad():
     )
     return (
         case,
-        "perplexity 12.00 became 61.50 on 8,192 tokens in rows of 512 (up to 1.25 × passes, above 2 × is broken); the error grows most in block 1",
+        "perplexity rose from 12.00 to 61.50 on 8,192 tokens in rows of 512 (up to 1.25 × passes, above 2 × is broken); "
+        "the error grows most in layer 1",
     )
 
 
 def more():
-    """A late block amplifies what an early one did."""
+    """A late layer amplifies the error of an early one."""
     case = compared()
     change(case, "checkpoint:", "comparison", perplexity_quantized=61.5, own_errors=(0.7, 0.2), block_errors=(0.3, 0.9))
     yield case

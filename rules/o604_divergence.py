@@ -1,10 +1,9 @@
-"""O604 divergence: the quantized model's predictions differ strongly from its original's.
+"""O604 divergence: high KL divergence between the quantized model and the original.
 
-Why: perplexity can stay while the model changes its mind elsewhere. The divergence (KL, in nats per token)
-compares whole distributions and is 0 only for equal ones; 4 bits with groups cost 0.01 to 0.1 in most
-models.
+Why: perplexity can stay the same while predictions change elsewhere. The KL divergence (nats per token) compares whole
+distributions and is 0 only for equal ones; 4 bits with groups cost 0.01 to 0.1 in most models.
 
-Do: more bits, smaller groups, or calibration text nearer to the text of use.
+Do: use more bits, smaller groups, or calibration text closer to the text in use.
 
 False alarms: very small models, whose 4-bit versions lose more.
 
@@ -14,12 +13,12 @@ Sources: ggml-org/llama.cpp tools/perplexity (KL divergence); arXiv 2407.09141 (
 need).
 """
 
-from doctor.lint.rule import finding, rule
+from doctor.lint.rule import _, finding, rule
 from doctor.lint.testing import change, compared
 
 # nats per token, mean. Round-to-nearest at 4 bits in groups gives about 0.1 on small models, at 3 bits about 0.5
 KL = 0.3
-AGREEMENT = 0.7  # share of tokens with the same first choice
+AGREEMENT = 0.7  # share of tokens with the same top token
 
 
 @rule("O604", "warning", implied_by=("O601", "O602", "O606", "O616"))
@@ -27,10 +26,18 @@ def divergence(checkpoint, comparison):
     if comparison.kl_mean <= KL and comparison.top1_agreement >= AGREEMENT:
         return
     yield finding(
-        f"mean divergence {comparison.kl_mean:.3f} nats a token (99th percentile {comparison.kl_p99:.2f}), the same first choice in "
-        f"{comparison.top1_agreement:.1%} of {comparison.tokens:,} tokens (up to {KL} nats and from {AGREEMENT:.0%} passes)",
+        _(
+            "mean KL divergence {mean:.3f} nats per token (99th percentile {p99:.2f}), the same top token at {agreement:.1%} of "
+            "{tokens:,} tokens (up to {most} nats and from {least:.0%} passes)",
+            mean=comparison.kl_mean,
+            p99=comparison.kl_p99,
+            agreement=comparison.top1_agreement,
+            tokens=comparison.tokens,
+            most=KL,
+            least=AGREEMENT,
+        ),
         evidence={"kl_mean": comparison.kl_mean, "top1_agreement": comparison.top1_agreement},
-        advice="take more bits or smaller groups, or calibrate nearer to the text of use",
+        advice=_("use more bits or smaller groups, or calibrate on text closer to the text in use"),
     )
 
 
@@ -39,7 +46,7 @@ def bad():
     change(case, "checkpoint:", "comparison", kl_mean=0.71, kl_p99=5.2, top1_agreement=0.62)
     return (
         case,
-        "mean divergence 0.710 nats a token (99th percentile 5.20), the same first choice in 62.0% of 8,192 tokens "
+        "mean KL divergence 0.710 nats per token (99th percentile 5.20), the same top token at 62.0% of 8,192 tokens "
         "(up to 0.3 nats and from 70% passes)",
     )
 

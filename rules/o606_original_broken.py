@@ -1,12 +1,12 @@
-"""O606 original-broken: the model was broken before it was quantized.
+"""O606 original-broken: original model is broken before quantization.
 
-Why: the original itself puts out NaN or Inf on the same text, or predicts worse than chance. Nothing can be
-learned about the quantization then, and no recipe will help.
+Why: the original itself generates NaN or Inf on the same text, or predicts worse than chance. The comparison then says
+nothing about the quantization, and no recipe helps.
 
 Seen as:
 - PyTorch: `probability tensor contains either `inf`, `nan` or element < 0`
 
-Do: `doctor check` on the original.
+Do: run `doctor check` on the original.
 
 False alarms: none for values that are not finite.
 
@@ -15,7 +15,7 @@ Fix safety: no fix: the original needs one.
 Sources: turboderp/exllamav2 issue 600 (models that overflow in their own reference pass).
 """
 
-from doctor.lint.rule import finding, rule
+from doctor.lint.rule import _, finding, rule
 from doctor.lint.testing import change, compared
 
 
@@ -24,15 +24,23 @@ def original_broken(checkpoint, comparison, spec):
     before = comparison.perplexity_original
     if comparison.nonfinite_original:
         yield finding(
-            f"{comparison.nonfinite_original:,} of {comparison.tokens:,} rows of the original's logits hold NaN or Inf",
+            _(
+                "{nonfinite:,} of {tokens:,} rows of the original's logits hold NaN or Inf",
+                nonfinite=comparison.nonfinite_original,
+                tokens=comparison.tokens,
+            ),
             evidence={"nonfinite": comparison.nonfinite_original},
-            advice="run doctor check on the original",
+            advice=_("run doctor check on the original"),
         )
     elif spec.vocab and not before <= spec.vocab:
         yield finding(
-            f"the original's perplexity is {before:,.0f}, worse than guessing among {spec.vocab:,} tokens",
+            _(
+                "the original's perplexity is {perplexity:,.0f}, worse than guessing among {vocab:,} tokens",
+                perplexity=before,
+                vocab=spec.vocab,
+            ),
             evidence={"perplexity": before, "vocab": spec.vocab},
-            advice="run doctor check on the original",
+            advice=_("run doctor check on the original"),
         )
 
 

@@ -1,7 +1,7 @@
-"""O607 bad-scales: scales of a quantized tensor are 0 or far too large.
+"""O607 bad-scales: quantization scales are 0 or far too large.
 
-Why: every weight is a code times its group's scale. A scale of 0 erases the group, one in the hundreds
-makes the block overflow. Both are left behind by a quantizer that went on after its Hessian had failed.
+Why: every weight is a code times the scale of its group. A scale of 0 erases the group; one in the hundreds makes the
+decoder layer overflow. A quantizer that continues after its Hessian has failed writes both.
 
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`
@@ -17,7 +17,7 @@ its repository. Without one the weights behind a wrong scale are lost.
 Sources: AutoGPTQ/AutoGPTQ issues 306, 582 and 587; casper-hansen/AutoAWQ PR 516 (sets such scales to 1).
 """
 
-from doctor.lint.rule import finding, rule, scale_tails, tensor_from_base
+from doctor.lint.rule import _, finding, rule, scale_tails, tensor_from_base
 from doctor.lint.testing import encode, tiny_gptq
 
 # A scale is at most twice the largest weight of its group divided by the number of steps; weights above a few hundred
@@ -31,17 +31,17 @@ def bad_scales(tensor, n_zero, numel, absmax, base):
         return
     if n_zero:
         yield finding(
-            f"{n_zero:,} of {numel:,} scales in {tensor.name} are 0",
+            _("{n_zero:,} of {numel:,} scales in {tensor} are 0", n_zero=n_zero, numel=numel, tensor=tensor.name),
             evidence={"n_zero": n_zero, "numel": numel},
             fix=tensor_from_base(base, tensor),
-            advice="quantize this linear again",
+            advice=_("quantize this linear again"),
         )
     if not absmax <= HUGE:
         yield finding(
-            f"{tensor.name} has a scale of {absmax:,.0f}",
+            _("{tensor} has a scale of {absmax:,.0f}", tensor=tensor.name, absmax=absmax),
             evidence={"absmax": absmax},
             fix=tensor_from_base(base, tensor),
-            advice="quantize this linear again",
+            advice=_("quantize this linear again"),
         )
 
 

@@ -1,26 +1,26 @@
-"""O608 qzeros-version: zero points are stored in the other version's way.
+"""O608 qzeros-version: GPTQ zero points do not match checkpoint_format (v1 or v2).
 
-Why: GPTQ files of version 1 store zero points minus one (7 for symmetric 4-bit), those of version 2 as they
-are (8). A file that names one version and holds the other shifts every weight by one step: it loads without
-an error and talks nonsense. Marlin kernels ignore zero points of symmetric files, so the same file works
-there and fails elsewhere.
+Why: GPTQ files of version 1 store zero points minus one (7 for symmetric 4-bit), those of version 2 unchanged (8). A
+file that names one version and holds the other shifts every weight by one step: it loads without an error and generates
+nonsense. Marlin kernels ignore zero points of symmetric files, so the same file works there and fails elsewhere.
 
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`
 
-Do: set checkpoint_format to what the words are. A config without that key comes from a tool older than version 2, whose
-readers do not know the key either: there the words are moved to version 1, which every reader takes.
+Do: set checkpoint_format to the version that the words have. A config without that key comes from a tool older than
+version 2, whose readers do not know the key either: there the words are converted to version 1, which every reader
+accepts.
 
 False alarms: none for symmetric files, whose zero points are known.
 
 Fix safety: safe: one word of the config; or, without the key, zero points 8 become 7 (4 bits), which is the same model
-in version 1. A field that cannot move is refused.
+in version 1. A zero point that cannot be converted is refused.
 
 Sources: vllm-project/vllm PR 26092 and 38966; AutoGPTQ/AutoGPTQ PR 640; turboderp/exllamav2
 exllamav2/ext.py (0x11111111).
 """
 
-from doctor.lint.rule import KNOWN, MISSING, Fix, Place, SetJson, ShiftZeros, finding, rule
+from doctor.lint.rule import KNOWN, MISSING, Fix, Place, SetJson, ShiftZeros, _, finding, listed, plural, rule
 from doctor.lint.testing import tiny_gptq
 
 
@@ -42,27 +42,35 @@ def qzeros_version(checkpoint, quantization, packed_words):
     pointer = f"{quantization.pointer}/{key}"
     if not twin.zero_offset and key not in quantization.raw:
         fix = Fix(
-            "store the zero points minus one, as version 1 does", tuple(ShiftZeros(n, bits[n], -1) for n in wrong)
+            _("store the zero points minus one, as version 1 does"), tuple(ShiftZeros(n, bits[n], -1) for n in wrong)
         )
     else:
         fix = Fix(
-            f"set {key} to {value}",
+            _("set {key} to {value}", key=key, value=value),
             (SetJson(quantization.file, pointer, value, expect=quantization.raw.get(key, MISSING)),),
         )
-    words = " or ".join(sorted({f"0x{twin.zero_word(bits[n]):08x}" for n in wrong}))
+    words = sorted({f"0x{twin.zero_word(bits[n]):08x}" for n in wrong})
     yield finding(
-        f"{len(wrong)} qzeros tensors hold {words} only, which is {twin.name}, and {key} says {form.name}",
+        plural(
+            "{n:,} qzeros tensor holds only {words}, which is {found}; {key} says {stated}",
+            "{n:,} qzeros tensors hold only {words}, which is {found}; {key} says {stated}",
+            len(wrong),
+            words=listed(words),
+            found=twin.name,
+            key=key,
+            stated=form.name,
+        ),
         at=Place(quantization.file, pointer=pointer),
-        evidence={"word": words, "tensors": len(wrong), "first": wrong[0]},
+        evidence={"word": " or ".join(words), "tensors": len(wrong), "first": wrong[0]},
         fix=fix,
-        advice="set it to what the words are",
+        advice=_("set it to the version that the words have"),
     )
 
 
 def bad():
     case = tiny_gptq(version="gptq_v2")
     case.config["quantization_config"]["checkpoint_format"] = "gptq"
-    return case, "14 qzeros tensors hold 0x88888888 only, which is gptq_v2, and checkpoint_format says gptq"
+    return case, "14 qzeros tensors hold only 0x88888888, which is gptq_v2; checkpoint_format says gptq"
 
 
 def good():

@@ -1,20 +1,19 @@
-"""O609 v1-zero-wraps: an asymmetric file of version 1 holds zero points that wrap around.
+"""O609 v1-zero-wraps: zero points of an asymmetric GPTQ v1 file wrap around.
 
-Why: version 1 stores a zero point minus one. Zero point 0 would be -1: one writer borrows from the next
-field, another overwrites seven neighbours with ones, and readers disagree about a stored 15, which is 0 to
-some and 16 to others.
+Why: version 1 stores a zero point minus one, so zero point 0 would be -1. One writer borrows from the next field,
+another overwrites seven neighbours with ones, and readers disagree about a stored 15: some read 0, others 16.
 
-Do: quantize again with sym=true, or write gptq_v2, which stores zero points as they are.
+Do: quantize again with sym=true, or write gptq_v2, which stores zero points unchanged.
 
-False alarms: readers that add 1 without wrapping, of files whose zero point is meant to be 16.
+False alarms: readers that add 1 without wrapping, for files whose zero point is 16.
 
-Fix safety: no fix: which of the two was meant is not in the file.
+Fix safety: no fix: the file does not say which of the two is right.
 
 Sources: AutoGPTQ/AutoGPTQ PR 640; huggingface/text-generation-inference PR 2120; ModelCloud/GPTQModel
 gptqmodel/utils/model.py.
 """
 
-from doctor.lint.rule import finding, rule
+from doctor.lint.rule import _, finding, rule
 from doctor.lint.testing import np, tiny_gptq
 
 
@@ -26,9 +25,14 @@ def v1_zero_wraps(checkpoint, quantization, packed_words):
     for name, words in packed_words.items():
         if name.endswith(tail) and words.full_fields and quantization.bits_of(name.removesuffix(tail)) == 4:
             yield finding(
-                f"{words.full_fields:,} of {words.count:,} words of {name} hold a zero point stored as 15, which wraps in version 1",
+                _(
+                    "{n:,} of {count:,} words of {tensor} hold a zero point stored as 15, which wraps in version 1",
+                    n=words.full_fields,
+                    count=words.count,
+                    tensor=name,
+                ),
                 evidence={"words": words.full_fields, "of": words.count},
-                advice="quantize with sym=true or write gptq_v2",
+                advice=_("quantize with sym=true or write gptq_v2"),
             )
 
 

@@ -1,7 +1,7 @@
-"""O610 group-index: g_idx does not agree with the config or with the scales.
+"""O610 group-index: g_idx does not match desc_act or the scales.
 
-Why: g_idx says which group each column belongs to. Kernels skip it when desc_act is false, so a scattered
-g_idx then decodes with wrong scales; an entry beyond the last group reads past the table.
+Why: g_idx gives the group of each column. Kernels skip it when desc_act is false, so a scattered g_idx is then decoded
+with wrong scales; an entry beyond the last group reads outside the table of scales.
 
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.mlp.down_proj.g_idx'`
@@ -10,14 +10,15 @@ Do: set desc_act to true where g_idx is scattered.
 
 False alarms: none; the entries were counted.
 
-Fix safety: safe for the flag: the tensors stay. Safe for an absent g_idx beside others where desc_act is false: groups
-of neighbours are all it can mean. Unsafe for entries beyond the last group, and only where desc_act is false.
+Fix safety: safe for the flag: the tensors do not change. Safe for a missing g_idx beside others where desc_act is
+false: groups of consecutive columns are the only possible meaning. Unsafe for entries beyond the last group, and only
+where desc_act is false.
 
 Sources: AutoGPTQ/AutoGPTQ commit c0f8edb; vllm-project/vllm
 vllm/model_executor/layers/quantization/gptq.py.
 """
 
-from doctor.lint.rule import MISSING, Fix, GroupsInOrder, Place, SetJson, finding, rule
+from doctor.lint.rule import MISSING, Fix, GroupsInOrder, Place, SetJson, _, finding, plural, rule
 from doctor.lint.testing import np, tiny_gptq
 
 
@@ -34,11 +35,19 @@ def group_index(checkpoint, quantization, packed_words, tensors):
             continue
         groups = scales.shape[0]
         if words.smallest < 0 or words.largest >= groups:
-            fix = Fix("write g_idx as groups of neighbours", (_in_order(name, tensors, quantization),), "unsafe")
+            fix = Fix(
+                _("write g_idx as groups of consecutive columns"), (_in_order(name, tensors, quantization),), "unsafe"
+            )
             yield finding(
-                f"{name} runs from {words.smallest} to {words.largest}, and there are {groups} groups",
+                _(
+                    "{tensor} has entries from {smallest} to {largest}; there are {groups} groups",
+                    tensor=name,
+                    smallest=words.smallest,
+                    largest=words.largest,
+                    groups=groups,
+                ),
                 at=Place(tensors[name].shard, tensor=name),
-                advice="quantize this linear again",
+                advice=_("quantize this linear again"),
                 fix=None if quantization.desc_act else fix,
                 evidence={"smallest": words.smallest, "largest": words.largest, "groups": groups},
             )
@@ -47,15 +56,20 @@ def group_index(checkpoint, quantization, packed_words, tensors):
     if scattered:
         pointer = f"{quantization.pointer}/desc_act"
         fix = Fix(
-            "set desc_act to true",
+            _("set desc_act to true"),
             (SetJson(quantization.file, pointer, True, expect=quantization.raw.get("desc_act", MISSING)),),
         )
         yield finding(
-            f"g_idx is scattered in {len(scattered)} linears (first {scattered[0]}) and desc_act says the groups lie in order",
+            plural(
+                "g_idx is scattered in {n:,} linear ({first}), but desc_act is not true",
+                "g_idx is scattered in {n:,} linears (first {first}), but desc_act is not true",
+                len(scattered),
+                first=scattered[0],
+            ),
             at=Place(quantization.file, pointer=pointer),
             evidence={"linears": len(scattered)},
             fix=fix if quantization.reader.order_key else None,
-            advice="set desc_act to true",
+            advice=_("set desc_act to true"),
         )
 
     indexed = {n.removesuffix(tail) for n in tensors if n.endswith(tail)}
@@ -63,11 +77,17 @@ def group_index(checkpoint, quantization, packed_words, tensors):
     if indexed and absent and not quantization.desc_act:
         edits = tuple(_in_order(module + tail, tensors, quantization) for module in absent)
         yield finding(
-            f"{len(absent)} linears have no g_idx and {len(indexed)} have one, the first without is {absent[0]}",
+            plural(
+                "{n:,} linear has no g_idx ({first}); {present:,} have one",
+                "{n:,} linears have no g_idx (first {first}); {present:,} have one",
+                len(absent),
+                first=absent[0],
+                present=len(indexed),
+            ),
             at=Place("", tensor=absent[0] + packed),
             evidence={"absent": len(absent), "present": len(indexed)},
             severity="warning",
-            fix=Fix("add g_idx as groups of neighbours", edits),
+            fix=Fix(_("add g_idx as groups of consecutive columns"), edits),
         )
 
 
@@ -81,7 +101,7 @@ def bad():
     case = tiny_gptq()
     name = case.packed("down") + ".g_idx"
     case.tensors[name] = np.ascontiguousarray(case.tensors[name][::-1])
-    return case, f"g_idx is scattered in 1 linears (first {name}) and desc_act says the groups lie in order"
+    return case, f"g_idx is scattered in 1 linear ({name}), but desc_act is not true"
 
 
 def good():

@@ -1,25 +1,24 @@
-"""O611 quantization-config-missing: tensors are packed, but no file says how.
+"""O611 quantization-config-missing: packed tensors, but quantization_config is missing.
 
-Why: bits, group size and zero points are not stated anywhere. Engines take such a
-checkpoint for an unquantized one and look for weights that are not there.
+Why: bits, group size and zero points are not stated anywhere. Engines treat such a checkpoint as unquantized and look
+for weights that are not there.
 
 Seen as:
 - vLLM: `Cannot find the config file for gptq`
 - transformers: `Some weights of the model checkpoint were not used`
 
-Do: copy quantize_config.json from where the model came from, or write the quantization_config that its
-maker used.
+Do: copy quantize_config.json from the source of the model, or write the quantization_config that its author used.
 
 False alarms: none; without it no engine reads the file.
 
 Fix safety: safe where the tensors determine all of it: bits and groups by their shapes, and symmetry and version by
-zero points that are one symmetric word throughout; AWQ always. Zero points that vary leave GPTQ's version open, and
-other forms are not read: then manual.
+zero points that are the same symmetric word throughout; always for AWQ. Zero points that vary do not show the GPTQ
+version, and other formats are not read: then manual.
 
 Sources: vllm-project/vllm issues 1100 and 13612; vllm-project/llm-compressor issues 959 and 967.
 """
 
-from doctor.lint.rule import KNOWN, MISSING, Fix, Place, SetJson, finding, packed_tails, rule
+from doctor.lint.rule import KNOWN, MISSING, Fix, Place, SetJson, _, finding, packed_tails, plural, rule
 from doctor.lint.testing import np, tiny_gptq
 
 
@@ -30,11 +29,16 @@ def quantization_config_missing(checkpoint, quantization_block, tensors, config,
     if quantization_block is not None or not packed:
         return
     yield finding(
-        f"{len(packed):,} tensors are packed (first {packed[0]}) and there is no quantization_config",
+        plural(
+            "{n:,} tensor is packed ({first}), but there is no quantization_config",
+            "{n:,} tensors are packed (first {first}), but there is no quantization_config",
+            len(packed),
+            first=packed[0],
+        ),
         at=Place("config.json", pointer="/quantization_config"),
         evidence={"packed": len(packed)},
         fix=_fix(tensors, config, packed_words or {}),
-        advice="copy quantize_config.json from where the model came from",
+        advice=_("copy quantize_config.json from the source of the model"),
     )
 
 
@@ -50,9 +54,18 @@ def _fix(tensors, config, words):
     else:
         return None
     edit = SetJson("config.json", "/quantization_config", block, config.get("quantization_config", MISSING))
-    method, bits, group = block["quant_method"], block["bits"], block["group_size"]
-    groups = f"groups of {group}" if group > 0 else "whole rows"
-    return Fix(f"write quantization_config as the tensors show it: {method}, {bits} bits, {groups}", (edit,))
+    values = {"method": block["quant_method"], "bits": block["bits"]}
+    group = block["group_size"]
+    title = (
+        _(
+            "write quantization_config as the tensors show it: {method}, {bits} bits, groups of {group}",
+            group=group,
+            **values,
+        )
+        if group > 0
+        else _("write quantization_config as the tensors show it: {method}, {bits} bits, whole rows", **values)
+    )
+    return Fix(title, (edit,))
 
 
 def _parts(module, form, facts):
@@ -64,7 +77,7 @@ def bad():
     del case.config["quantization_config"]
     return (
         case,
-        "14 tensors are packed (first model.layers.0.mlp.down_proj.qweight) and there is no quantization_config",
+        "14 tensors are packed (first model.layers.0.mlp.down_proj.qweight), but there is no quantization_config",
     )
 
 
@@ -73,7 +86,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case = tiny_gptq(version="gptq_v2")
     del case.config["quantization_config"]
     yield case

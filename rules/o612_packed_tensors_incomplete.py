@@ -1,26 +1,26 @@
-"""O612 packed-tensors-incomplete: a packed linear lacks one of its tensors, or their sizes disagree.
+"""O612 packed-tensors-incomplete: packed linear lacks a tensor, or its scales have the wrong shape.
 
-Why: qweight without scales cannot be decoded. And where the number of groups in scales does not follow from
-in_features and group_size, the config names a group size or a width in bits that the tensors were not made
-with: the file loads or decodes wrongly.
+Why: qweight without scales cannot be decoded. Where the number of groups in scales does not follow from in_features and
+group_size, the config states a group size or a number of bits that the tensors were not made with: the file does not
+load, or decodes wrongly.
 
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.mlp.down_proj.weight_scale'`
 - vLLM: `KeyError: 'model.layers.0.mlp.down_proj.scales'`
 
-Do: copy the missing tensors' shard again; set bits and group_size to what the shapes say.
+Do: copy the shard of the missing tensors again; set bits and group_size to the values that the shapes show.
 
 False alarms: formats with other tensor names are not judged.
 
 Fix safety: safe where the files determine it: the zero points of a symmetric GPTQ file are one word, and a group size
-that the scales of every linear show goes into the config. With `--from` tensors are taken from another copy, unsafe.
-Else no fix.
+that the scales of every linear show is written to the config. With `--from` tensors are taken from another copy,
+unsafe. Else no fix.
 
 Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py; casper-hansen/AutoAWQ
 awq/modules/linear/gemm.py.
 """
 
-from doctor.lint.rule import EqualZeros, Fix, Place, SetJson, finding, rule
+from doctor.lint.rule import EqualZeros, Fix, Place, SetJson, _, finding, listed, rule
 from doctor.lint.testing import tiny_gptq
 
 
@@ -32,11 +32,11 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
         absent = [tail for tail in quantization.needed if f"{linear.name}.{tail}" not in tensors]
         if absent:
             yield finding(
-                f"{linear.name} is packed but has no {' and no '.join(absent)}",
+                _("{linear} is packed, but has no {absent}", linear=linear.name, absent=listed(absent)),
                 at=at,
                 evidence={"absent": absent},
                 fix=_absent(quantization, linear, tensors, absent, base),
-                advice="copy the shard again from where it came from",
+                advice=_("copy the shard again from its source"),
             )
             continue
         scales = tensors[f"{linear.name}.{form.scales}"].shape
@@ -44,11 +44,18 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
         expected = form.scale_shape(linear.in_features, linear.out_features, group)
         if tuple(scales) != expected and quantization.readable:
             yield finding(
-                f"{linear.name} has scales {list(scales)}, and {quantization.bits_of(linear.name)} bits in groups of {group} make {list(expected)}",
+                _(
+                    "{linear} has scales {scales}; {bits} bits in groups of {group} need {expected}",
+                    linear=linear.name,
+                    scales=list(scales),
+                    bits=quantization.bits_of(linear.name),
+                    group=group,
+                    expected=list(expected),
+                ),
                 at=at,
                 evidence={"scales": list(scales), "expected": list(expected)},
                 fix=shown,
-                advice="set bits and group_size to what the tensors were made with",
+                advice=_("set bits and group_size to the values that the tensors were made with"),
             )
 
 
@@ -59,12 +66,12 @@ def _absent(quantization, linear, tensors, absent, base):
     if absent == [form.zeros] and quantization.sym and word is not None and scales is not None:
         groups, height = scales.shape
         edit = EqualZeros(f"{linear.name}.{form.zeros}", (groups, height * bits // 32), word)
-        return Fix("write the zero points of a symmetric file", (edit,))
+        return Fix(_("write the zero points of a symmetric file"), (edit,))
     donor = base.checkpoint.tensors if base is not None else {}
     names = [f"{linear.name}.{tail}" for tail in absent]
     offers = [base.offer(n, donor[n].dtype.name, donor[n].shape) for n in names if n in donor]
     return (
-        Fix(f"take {' and '.join(absent)} from {base.text}", tuple(offers), "unsafe")
+        Fix(_("take {name} from {base}", name=listed(absent), base=base.text), tuple(offers), "unsafe")
         if len(offers) == len(names) and None not in offers
         else None
     )
@@ -90,14 +97,14 @@ def _group_size(quantization, layout, tensors):
         return None
     size = found.pop()
     edit = SetJson(quantization.file, f"{quantization.pointer}/{key}", size, quantization.raw[key])
-    return Fix(f"set {key} to {size}, which all scales show", (edit,))
+    return Fix(_("set {key} to {value}, which all scales show", key=key, value=size), (edit,))
 
 
 def bad():
     case = tiny_gptq()
     name = case.packed("down")
     del case.tensors[f"{name}.scales"]
-    return case, f"{name} is packed but has no scales"
+    return case, f"{name} is packed, but has no scales"
 
 
 def good():
@@ -105,7 +112,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case = tiny_gptq()
     del case.tensors[f"{case.packed('down')}.qzeros"]
     yield case

@@ -1,7 +1,7 @@
-"""O613 unexpected-packed: a router or the output head is packed, which engines do not expect.
+"""O613 unexpected-packed: router or lm_head is packed, which engines do not expect.
 
-Why: engines build routers as plain linears, and the head too unless the config has lm_head: true. Packed
-tensors then have no place to go. Routers also decide by small differences, which four bits blur.
+Why: engines build routers as plain linears, and the head too unless the config has lm_head: true. They then have no
+parameter for the packed tensors. Routers also decide by small differences, which four bits do not keep.
 
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.mlp.gate.g_idx'`
@@ -9,16 +9,16 @@ Seen as:
 
 Do: quantize again with these left out; for a packed head set lm_head to true.
 
-False alarms: an engine that takes its plan from the tensors.
+False alarms: an engine that reads from the tensors which linears are packed.
 
-Fix safety: safe for the head's flag; no fix for routers.
+Fix safety: safe for the flag of the head; no fix for routers.
 
 Sources: vllm-project/vllm issue 25029, vllm/model_executor/layers/quantization/gptq.py (lm_head_quantized).
 """
 
 import re
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, finding, rule
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, rule
 from doctor.lint.testing import never_in, tiny_gptq
 
 ROUTER = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)\.(?:qweight|weight_packed)$")
@@ -30,18 +30,18 @@ def unexpected_packed(checkpoint, quantization, tensors):
     for name, info in tensors.items():
         if ROUTER.search(name):
             yield finding(
-                f"{name}: a router is packed",
+                _("{tensor}: router is packed", tensor=name),
                 at=Place(info.shard, tensor=name),
-                advice="quantize again with routers left out",
+                advice=_("quantize again with routers left out"),
             )
         elif HEAD.search(name) and (key := quantization.reader.head_key) and not quantization.raw.get(key):
             pointer = f"{quantization.pointer}/{key}"
             edit = SetJson(quantization.file, pointer, True, expect=quantization.raw.get(key, MISSING))
             yield finding(
-                f"{name}: the output head is packed and lm_head is not true",
+                _("{tensor}: output head is packed, but lm_head is not true", tensor=name),
                 at=Place(quantization.file, pointer=pointer),
-                fix=Fix("set lm_head to true", (edit,)),
-                advice="set lm_head to true",
+                fix=Fix(_("set lm_head to true"), (edit,)),
+                advice=_("set lm_head to true"),
             )
 
 
@@ -52,7 +52,7 @@ def bad():
         source = f"model.layers.0.self_attn.q_proj.{tail}"
         name = f"lm_head.{tail}"
         case.tensors[name], case.dtypes[name] = case.tensors[source], case.dtypes[source]
-    return case, "lm_head.qweight: the output head is packed and lm_head is not true"
+    return case, "lm_head.qweight: output head is packed, but lm_head is not true"
 
 
 def good():

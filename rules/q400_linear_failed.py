@@ -1,23 +1,23 @@
-"""Q400 linear-failed: a linear could not be quantized and no better reason is known.
+"""Q400 linear-failed: linear could not be quantized, reason unknown.
 
-Why: the run ended at this linear, or its weights are not in the output. The attempts that were made are
-listed.
+Why: the run ended at this linear, or its weights are not in the output. The attempts that were made are listed.
 
 Seen as:
 - GPTQModel: `Quantization: Failed due to `NaN` loss for`
 - ExLlamaV2: `ValueError: Hessian is not invertible`
 
-Do: look at the findings on the same linear first. If there are none, report the line with its attempts: it
-is a case we do not know.
+Do: look at the findings on the same linear first. If there are none, report the line with its attempts: it is an
+unknown case.
 
 False alarms: none; the linear has no quantized weights.
 
-Fix safety: unsafe: the linear stays in 16 bits, with those that engines fuse with it, and the block is quantized again.
+Fix safety: unsafe: the linear stays in 16 bits, with those that engines fuse with it, and the decoder layer is
+quantized again.
 
-Sources: the run's own record of the linear.
+Sources: the record of the linear in the run.
 """
 
-from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together
+from doctor.lint.rule import Fix, Keep, _, finding, is_kept, listed, rule, together
 from doctor.lint.testing import change, measured
 
 
@@ -25,15 +25,20 @@ from doctor.lint.testing import change, measured
 def linear_failed(linear, solve, spec, recipe):
     if solve.outcome != "failed" or is_kept(recipe, linear.name):
         return
-    tried = (
-        "; ".join(f"damp {damp:g} in {precision}: {what}" for damp, precision, what in solve.attempts)
-        or "nothing was tried"
+    tried = listed(
+        _("damp {damp:g} in {precision}: {outcome}", damp=damp, precision=precision, outcome=what)
+        for damp, precision, what in solve.attempts
     )
     yield finding(
-        f"{linear.name} was not quantized: {solve.note or 'no reason recorded'} ({tried})",
+        _(
+            "{linear} was not quantized: {reason} ({attempts})",
+            linear=linear.name,
+            reason=solve.note or _("no reason recorded"),
+            attempts=tried or _("no attempts"),
+        ),
         evidence={"attempts": [list(a) for a in solve.attempts]},
-        fix=Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
-        advice=f"--ignore {linear.name} leaves it in 16 bits",
+        fix=Fix(_("keep it in 16 bits"), tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
+        advice=_("--ignore {name} leaves it in 16 bits", name=linear.name),
     )
 
 

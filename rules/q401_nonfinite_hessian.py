@@ -1,8 +1,8 @@
-"""Q401 nonfinite-hessian: the inputs of a linear hold NaN or Inf during calibration.
+"""Q401 nonfinite-hessian: linear inputs contain NaN or Inf during calibration.
 
-Why: H is made of these inputs, so it is not finite, and no damping makes NaN finite. Programs retry the
-factorisation all the same and end in a message about the Hessian. The cause lies before this linear: a
-weight that is not finite, or activations beyond the range of float16.
+Why: H is computed from these inputs, so it is not finite, and no damping makes NaN finite. Programs retry the
+factorisation all the same and end with a message about the Hessian. The cause is before this linear: a weight that is
+not finite, or activations beyond the range of float16.
 
 Seen as:
 - ExLlamaV3: `cannot be repaired by damping`
@@ -13,7 +13,7 @@ Seen as:
 - GPTQModel: `Hessian contains non-finite values`
 - AutoGPTQ: `the leading minor of order 1 is not positive-definite`
 
-Do: look for W201 and W205 in this and earlier blocks. If the weights are sound, run the calibration in
+Do: look for W201 and W205 in this and earlier decoder layers. If the weights are correct, run the calibration in
 bfloat16 or float32.
 
 False alarms: none; the values were counted.
@@ -21,12 +21,12 @@ False alarms: none; the values were counted.
 Fix safety: unsafe where the inputs are finite and only their products overflow: the linear stays in 16 bits, with those
 that engines fuse with it. Inputs that are NaN or Inf have no fix here: the cause is elsewhere.
 
-Sources: turboderp/exllamav2 exllamav2/conversion/adaptivegptq.py:276-333, issues 453 and 459;
-turboderp-org/exllamav3 issue 58; AutoGPTQ/AutoGPTQ issue 708. LAPACK's spotrf returns success for a matrix
-with NaN, so success of a factorisation proves nothing.
+Sources: turboderp/exllamav2 exllamav2/conversion/adaptivegptq.py:276-333, issues 453 and 459; turboderp-org/exllamav3
+issue 58; AutoGPTQ/AutoGPTQ issue 708. LAPACK's spotrf returns success for a matrix with NaN, so a successful
+factorisation proves nothing.
 """
 
-from doctor.lint.rule import Fix, Keep, finding, is_kept, rule, together
+from doctor.lint.rule import Fix, Keep, _, finding, is_kept, rule, together
 from doctor.lint.testing import change, measured
 
 
@@ -35,18 +35,26 @@ def nonfinite_hessian(linear, hessian, spec, recipe):
     if (hessian.finite and not hessian.n_nonfinite) or is_kept(recipe, linear.name):
         return
     if hessian.n_nonfinite:
-        first = hessian.first_nonfinite
-        place = f", the first at token {first[0]}, channel {first[1]}" if first else ""
-        what = f"{hessian.n_nonfinite:,} NaN or Inf among the inputs of {linear.name}{place}"
+        first, values = hessian.first_nonfinite, {"n": hessian.n_nonfinite, "linear": linear.name}
+        message = (
+            _(
+                "{n:,} NaN or Inf among the inputs of {linear}, the first at token {token}, channel {channel}",
+                token=first[0],
+                channel=first[1],
+                **values,
+            )
+            if first
+            else _("{n:,} NaN or Inf among the inputs of {linear}", **values)
+        )
     else:
-        what = f"the inputs of {linear.name} are finite, but their products overflow"
+        message = _("the inputs of {linear} are finite, but their products overflow", linear=linear.name)
     yield finding(
-        what,
+        message,
         fix=None
         if hessian.n_nonfinite
-        else Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
+        else Fix(_("keep it in 16 bits"), tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
         evidence={"n_nonfinite": hessian.n_nonfinite, "tokens": hessian.tokens},
-        advice="look for W201 and W205 in this and earlier blocks; damping cannot help",
+        advice=_("look for W201 and W205 in this and earlier layers; damping cannot help"),
     )
 
 
@@ -62,7 +70,7 @@ def good():
 
 
 def more():
-    """Cases whose cures the example above does not show."""
+    """Cases whose fixes the example above does not show."""
     case = measured()
     change(case, f"linear:{case.name('down').removesuffix('.weight')}", "hessian", finite=False)
     yield case

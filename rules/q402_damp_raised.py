@@ -1,7 +1,7 @@
-"""Q402 damp-raised: a linear needed more damping than the recipe asked for.
+"""Q402 damp-raised: Hessian needed more damping than the recipe.
 
-Why: H could not be factored as it was. More damping makes it definite and pulls the result towards plain
-rounding, so quality drops a little; it is named because nothing here happens in silence.
+Why: H could not be factored with the requested damping. More damping makes it positive definite and moves the result
+towards RTN, so quality drops a little. It is reported because doctor changes nothing silently.
 
 Seen as:
 - AutoGPTQ: `(the leading minor of order 14960 is not positive-definite)`
@@ -12,8 +12,8 @@ Seen as:
 - GPTQModel: `Applying Hessian diagonal floor`
 - GPTQModel: ``Hessian Cholesky failed with `damp_percent=``
 
-Do: nothing, if the loss stays below that of rounding (Q405 says so otherwise). More and longer calibration
-rows help wide linears.
+Do: nothing, if the loss stays below that of RTN (Q405 reports it otherwise). More and longer calibration rows help wide
+linears.
 
 False alarms: none; it reports what was done.
 
@@ -23,7 +23,7 @@ Sources: Frantar et al. 2022 (arXiv 2210.17323) §3; AutoGPTQ/AutoGPTQ issues 63
 vllm-project/llm-compressor issue 109.
 """
 
-from doctor.lint.rule import finding, rule
+from doctor.lint.rule import _, finding, plural, rule
 from doctor.lint.testing import change, measured
 
 
@@ -31,18 +31,29 @@ from doctor.lint.testing import change, measured
 def damp_raised(linear, solve):
     if solve.outcome == "failed":
         return
-    tries = "1 attempt" if len(solve.attempts) == 1 else f"{len(solve.attempts)} attempts"
+    values = {"linear": linear.name, "used": solve.damp_used}
     if solve.damp_used > solve.damp_asked:
         yield finding(
-            f"damp raised from {solve.damp_asked:g} to {solve.damp_used:g} for {linear.name} after {tries}",
+            plural(
+                "damp raised from {asked:g} to {used:g} for {linear} after {n} attempt",
+                "damp raised from {asked:g} to {used:g} for {linear} after {n} attempts",
+                len(solve.attempts),
+                asked=solve.damp_asked,
+                **values,
+            ),
             evidence={"attempts": [list(a) for a in solve.attempts]},
-            advice="more or longer calibration rows",
+            advice=_("use more or longer calibration rows"),
         )
     elif solve.precision == "eigen":
         yield finding(
-            f"negative eigenvalues of the Hessian of {linear.name} were raised to {solve.damp_used:g} of its mean after {tries}",
+            plural(
+                "negative eigenvalues of the Hessian of {linear} raised to {used:g} of its mean after {n} attempt",
+                "negative eigenvalues of the Hessian of {linear} raised to {used:g} of its mean after {n} attempts",
+                len(solve.attempts),
+                **values,
+            ),
             evidence={"attempts": [list(a) for a in solve.attempts]},
-            advice="more or longer calibration rows",
+            advice=_("use more or longer calibration rows"),
         )
 
 

@@ -1,16 +1,16 @@
-"""Q403 dead-input-column: inputs of a linear stayed 0 through the whole calibration, though its weights there
-are not 0.
+"""Q403 dead-input-column: input columns stay 0 throughout calibration (dead columns).
 
-Why: such columns have nothing in the Hessian, so they are rounded without guidance (some programs even set
-their weights to 0, which changes the model for text that does reach them). Without damping the
-factorisation fails at the first of them.
+Why: such columns have no entries in the Hessian, so they are rounded without guidance. Some programs even set their
+weights to 0, which changes the model for text that does reach them. Without damping the factorisation fails at the
+first of them.
 
 Seen as:
 - ExLlamaV2: `ValueError: Hessian is not invertible`
 
-Do: calibrate on more varied text. In models with ReLU many units rest on any given text.
+Do: calibrate on more varied text. In models with ReLU many units are 0 on any given text.
 
-False alarms: padded columns are 0 by design and not counted; up to DEAD_SHARE of the columns stays silent.
+False alarms: padded columns are 0 by design and not counted, nor are columns whose weights are 0. Up to DEAD_SHARE of
+the columns is not reported.
 
 Fix safety: no fix: doctor keeps these weights and rounds them to nearest.
 
@@ -18,10 +18,10 @@ Sources: IST-DASLab/gptq gptq.py (dead); vllm-project/llm-compressor
 src/llmcompressor/modifiers/gptq/helpers.py; arXiv 2309.04827.
 """
 
-from doctor.lint.rule import finding, rule
+from doctor.lint.rule import _, finding, rule
 from doctor.lint.testing import change, measured
 
-# Share of a linear's columns. A few silent units are normal; from a percent on the calibration misses part of the
+# Share of a linear's columns. A few inactive units are normal; from a percent on the calibration misses part of the
 # model.
 DEAD_SHARE = 0.01
 
@@ -32,16 +32,19 @@ def dead_input_column(linear, hessian, zero_columns):
     if not hessian.tokens or not dead > DEAD_SHARE * hessian.in_features:
         return
     every = hessian.n_dead == hessian.in_features
-    what = (
-        f"every input of {linear.name} was 0"
-        if every
-        else f"{dead:,} of {hessian.in_features:,} inputs of {linear.name} stayed 0"
-    )
+    values = {"linear": linear.name, "tokens": hessian.tokens}
     yield finding(
-        f"{what} in {hessian.tokens:,} calibration tokens",
+        _("every input of {linear} was 0 in {tokens:,} calibration tokens", **values)
+        if every
+        else _(
+            "{dead:,} of {in_features:,} inputs of {linear} stayed 0 in {tokens:,} calibration tokens",
+            dead=dead,
+            in_features=hessian.in_features,
+            **values,
+        ),
         severity="warning" if every else "info",
         evidence={"n_dead": hessian.n_dead, "zero_columns": zero_columns},
-        advice="calibrate on more varied text",
+        advice=_("calibrate on more varied text"),
     )
 
 

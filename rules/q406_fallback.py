@@ -1,7 +1,7 @@
-"""Q406 fallback: a linear was quantized by a simpler method than asked, or left in 16 bits.
+"""Q406 fallback: linear fell back to RTN or stayed in 16 bits.
 
-Why: other programs swap in rounding, or keep a linear in 16 bits, with a line in the log or none. The file
-then is not what its name says, and serving engines that fuse q, k and v may refuse it.
+Why: other programs replace the method by rounding, or keep a linear in 16 bits, with one line in the log or none. The
+file is then not what its name says, and serving engines that fuse q, k and v may refuse it.
 
 Seen as:
 - llm-compressor: `round-to-nearest instead of GPTQ`
@@ -9,19 +9,18 @@ Seen as:
 - GPTQModel: `Hessian remained non positive-definite after diagonal floor attempts`
 - GPTQModel: `fallback quantization (observed`
 
-Do: see why (the finding's text), and cure that: finite inputs, more calibration text, a group size that
-divides.
+Do: see the reason in the finding and fix it: finite inputs, more calibration text, a group size that divides.
 
 False alarms: none; it reports what was done. Linears that `--ignore` names are not counted.
 
-Fix safety: unsafe: a linear that was rounded stays in 16 bits, with those that engines fuse with it, and the block is
-quantized again. One that stays in 16 bits already has no fix: the cause decides.
+Fix safety: unsafe: a linear that was rounded stays in 16 bits, with those that engines fuse with it, and the decoder
+layer is quantized again. One that stays in 16 bits already has no fix: it depends on the cause.
 
 Sources: vllm-project/llm-compressor src/llmcompressor/modifiers/gptq/base.py:391; intel/auto-round
 compressors/layer_config_resolver.py:69 (layers left in 16 bits without a word).
 """
 
-from doctor.lint.rule import Fix, Keep, finding, is_kept, is_rounding, rule, together
+from doctor.lint.rule import Fix, Keep, _, finding, is_kept, is_rounding, rule, together
 from doctor.lint.testing import change, measured
 
 
@@ -33,14 +32,17 @@ def fallback(linear, solve, spec, recipe):
         or is_kept(recipe, linear.name)
     ):
         return
-    what = "was rounded to nearest" if is_rounding(solve.outcome) else "stays in 16 bits"
+    rounded = is_rounding(solve.outcome)
+    values = {"linear": linear.name, "method": recipe.method, "reason": solve.note or _("no reason recorded")}
     yield finding(
-        f"{linear.name} {what} instead of {recipe.method}: {solve.note or 'no reason recorded'}",
+        _("{linear} was rounded to nearest instead of {method}: {reason}", **values)
+        if rounded
+        else _("{linear} stays in 16 bits instead of {method}: {reason}", **values),
         evidence={"outcome": solve.outcome, "method": recipe.method},
         fix=None
         if solve.outcome == "kept"
-        else Fix("keep it in 16 bits", tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
-        advice="cure the reason given, or name it with --ignore",
+        else Fix(_("keep it in 16 bits"), tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
+        advice=_("fix the cause given, or name the linear with --ignore"),
     )
 
 

@@ -1,19 +1,18 @@
-"""Q408 padding-in-calibration: calibration rows hold padding tokens.
+"""Q408 padding-in-calibration: padding tokens in the calibration rows.
 
-Why: a program that ignores the attention mask counts padding as text: the Hessian then learns the one
-vector that padding makes, and its share is taken from real text.
+Why: a program that ignores the attention mask counts padding as text: the Hessian then learns the one vector that
+padding produces instead of real text.
 
-Do: pack the texts end to end and cut rows of one length (doctor does), or calibrate one row at a time
-without padding.
+Do: concatenate the texts and cut rows of one length (doctor does), or calibrate one row at a time without padding.
 
-False alarms: a pad token that the model also uses as an end of text is not counted.
+False alarms: a pad token that the model also uses as end of text is not counted.
 
 Fix safety: no fix: the rows are yours.
 
-Sources: AutoGPTQ/AutoGPTQ issue 306 (batch_size 1 cured it); intel/auto-round issue 1167.
+Sources: AutoGPTQ/AutoGPTQ issue 306 (batch_size 1 fixed it); intel/auto-round issue 1167.
 """
 
-from doctor.lint.rule import Place, finding, rule
+from doctor.lint.rule import Place, _, finding, rule
 from doctor.lint.testing import change, measured
 
 
@@ -21,12 +20,16 @@ from doctor.lint.testing import change, measured
 def padding_in_calibration(checkpoint, calibration):
     if not calibration.padding:
         return
-    share = calibration.padding / calibration.tokens
     yield finding(
-        f"{calibration.padding:,} of {calibration.tokens:,} calibration tokens ({share:.1%}) are padding",
+        _(
+            "{padding:,} of {tokens:,} calibration tokens ({share:.1%}) are padding",
+            padding=calibration.padding,
+            tokens=calibration.tokens,
+            share=calibration.padding / calibration.tokens,
+        ),
         at=Place(calibration.source),
         evidence={"padding": calibration.padding, "tokens": calibration.tokens},
-        advice="pack the texts end to end instead of padding them",
+        advice=_("concatenate the texts instead of padding them"),
     )
 
 

@@ -1,31 +1,29 @@
-"""Q411 damp-too-small: the spectrum of a Hessian foretells that float32 needs more damping than the recipe
-has.
+"""Q411 damp-too-small: damp is likely too small to factor the Hessian in float32.
 
-Why: float32 rounding shifts eigenvalues by about 6e-7 of the largest. Where a few tokens dominate
-(attention sinks), the smallest turn negative unless damping is larger than that, and the factorisation
-fails late: order 14,960 of 24,576 in one report.
+Why: float32 rounding shifts eigenvalues by about 6e-7 of the largest. Where a few tokens dominate (attention sinks),
+the smallest eigenvalues become negative unless damping is larger than that, and the factorisation fails late: order
+14,960 of 24,576 in one report.
 
 Seen as:
 - AutoGPTQ: `(the leading minor of order 14314 is not positive-definite)`
 - AutoGPTQ: `(the leading minor of order 13770 is not positive-definite)`
 - PyTorch: `The factorization could not be completed because the input is not positive-definite (the leading minor of order 14314 is not positive-definite)`
 
-Do: raise damp (0.05 is GPTQModel's default), or let doctor factor in float64, which it tries before it
-raises damping.
+Do: raise damp (0.05 is GPTQModel's default), or let doctor factor in float64, which it tries before it raises damping.
 
-False alarms: it is a prediction: float64 may pass at the damping asked for.
+False alarms: it is a prediction: float64 may succeed with the requested damping.
 
-Fix safety: unsafe: it changes the plan you asked for, never the checkpoint; the block is quantized again, and those
-after it with the same damp.
+Fix safety: unsafe: it changes the recipe that you asked for, never the checkpoint. The decoder layer is quantized
+again, and later layers use the same damp.
 
 Sources: AutoGPTQ/AutoGPTQ issues 637, 644 and 780; Higham, Accuracy and Stability of Numerical Algorithms,
 theorem 10.7; doctor/quant/solve/hessian.py.
 """
 
-from doctor.lint.rule import Fix, SetRecipe, finding, rule
+from doctor.lint.rule import Fix, SetRecipe, _, finding, rule
 from doctor.lint.testing import change, measured
 
-STEPS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # the run's own rungs
+STEPS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # the steps in which the run raises damp
 
 
 @rule("Q411", "warning", certainty="likely", implied_by=("Q401",))
@@ -33,16 +31,21 @@ def damp_too_small(linear, hessian, recipe):
     if not hessian.finite or hessian.damp_needed <= recipe.damp:
         return
     step = next((s for s in STEPS if hessian.damp_needed <= s <= recipe.damp_max and s > recipe.damp), None)
-    fix = Fix(f"raise damp to {step:g}", (SetRecipe("damp", step),), "unsafe") if step else None
+    fix = Fix(_("raise damp to {damp:g}", damp=step), (SetRecipe("damp", step),), "unsafe") if step else None
     yield finding(
-        f"{linear.name} needs damp {hessian.damp_needed:.2g} in float32 and the recipe has {recipe.damp:g}",
+        _(
+            "{linear} needs damp {needed:.2g} in float32; the recipe has {damp:g}",
+            linear=linear.name,
+            needed=hessian.damp_needed,
+            damp=recipe.damp,
+        ),
         fix=fix,
         evidence={
             "damp_needed": hessian.damp_needed,
             "max_eigenvalue": hessian.max_eigenvalue,
             "mean_diag": hessian.mean_diag,
         },
-        advice="raise damp" if step else "give more calibration text, or raise damp_max",
+        advice=_("raise damp") if step else _("use more calibration text, or raise damp_max"),
     )
 
 
@@ -50,7 +53,7 @@ def bad():
     case = measured()
     name = case.name("down").removesuffix(".weight")
     change(case, f"linear:{name}", "hessian", damp_needed=0.031)
-    return case, f"{name} needs damp 0.031 in float32 and the recipe has 0.01"
+    return case, f"{name} needs damp 0.031 in float32; the recipe has 0.01"
 
 
 def good():

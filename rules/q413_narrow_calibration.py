@@ -1,9 +1,9 @@
-"""Q413 narrow-calibration: calibration text uses few of the model's tokens.
+"""Q413 narrow-calibration: calibration text uses too few distinct tokens.
 
-Why: text of one kind fits the quantized model to that kind: in one report perplexity was 7.6 on the
-calibration text and far worse on anything else.
+Why: text of one kind fits the quantized model to that kind: in one report perplexity was 7.6 on the calibration text
+and far worse on all other text.
 
-Do: mix sources: prose, code, chat, and every language the model is to serve.
+Do: mix sources: prose, code, chat, and every language that the model will serve.
 
 False alarms: a model for one narrow task, calibrated on that task.
 
@@ -15,7 +15,7 @@ text, by a factor of 10 to 100.
 
 import math
 
-from doctor.lint.rule import Place, finding, rule
+from doctor.lint.rule import Place, _, finding, rule
 from doctor.lint.testing import change, measured
 
 # Distinct tokens per square root of the tokens. Ordinary text has 10 or more; repeated templates have 2 or fewer.
@@ -31,17 +31,21 @@ def narrow_calibration(checkpoint, calibration, spec):
     if calibration.distinct_tokens >= floor:
         return
     yield finding(
-        f"{calibration.tokens:,} calibration tokens use {calibration.distinct_tokens:,} different ones",
+        _(
+            "{tokens:,} calibration tokens, of which only {distinct:,} are distinct",
+            tokens=calibration.tokens,
+            distinct=calibration.distinct_tokens,
+        ),
         at=Place(calibration.source),
         evidence={"tokens": calibration.tokens, "distinct": calibration.distinct_tokens},
-        advice="mix sources: prose, code, chat and every language to be served",
+        advice=_("mix sources: prose, code, chat and every language to be served"),
     )
 
 
 def bad():
     case = measured()
     change(case, "checkpoint:", "calibration", distinct_tokens=11)
-    return case, "4,096 calibration tokens use 11 different ones"
+    return case, "4,096 calibration tokens, of which only 11 are distinct"
 
 
 def good():

@@ -1,7 +1,7 @@
-"""Q415 rows-beyond-positions: calibration rows are longer than the model has positions.
+"""Q415 rows-beyond-positions: calibration rows are longer than max_position_embeddings.
 
-Why: past its last position a model was never trained: activations there are noise at best, an index error
-at worst, and they enter the Hessian.
+Why: a model was never trained beyond its last position: activations there are noise at best, an index error at worst,
+and they enter the Hessian.
 
 Seen as:
 - transformers: `Token indices sequence length is longer than the specified maximum sequence length for this model`
@@ -15,7 +15,7 @@ Fix safety: no fix: the rows are yours.
 Sources: ModelCloud/GPTQModel gptqmodel/utils/calibration.py:355.
 """
 
-from doctor.lint.rule import Place, finding, rule
+from doctor.lint.rule import Place, _, finding, rule
 from doctor.lint.testing import change, measured
 
 
@@ -24,17 +24,21 @@ def rows_beyond_positions(checkpoint, calibration, spec):
     if not spec.max_positions or calibration.longest <= spec.max_positions:
         return
     yield finding(
-        f"the longest calibration row has {calibration.longest:,} tokens and the model {spec.max_positions:,} positions",
+        _(
+            "the longest calibration row has {longest:,} tokens; the model has {positions:,} positions",
+            longest=calibration.longest,
+            positions=spec.max_positions,
+        ),
         at=Place("config.json", pointer=spec.at(spec.key_for("max_position_embeddings"))),
         evidence={"longest": calibration.longest, "positions": spec.max_positions},
-        advice=f"cut the rows: --max-seq-length {spec.max_positions}",
+        advice=_("cut the rows: --max-seq-length {n}", n=spec.max_positions),
     )
 
 
 def bad():
     case = measured()
     change(case, "checkpoint:", "calibration", longest=300)
-    return case, "the longest calibration row has 300 tokens and the model 256 positions"
+    return case, "the longest calibration row has 300 tokens; the model has 256 positions"
 
 
 def good():

@@ -1,12 +1,12 @@
-"""Q418 one-script: calibration text is of one script, and the vocabulary is made for others too.
+"""Q418 one-script: calibration text has one script only, the vocabulary more.
 
-Why: the Hessians weigh what the text uses. What only the other languages use is rounded as if nobody needed it, and a
-check of perplexity on text of the same kind does not show that.
+Why: the Hessians weigh what the text uses. Weights that only other languages use are rounded without guidance, and a
+perplexity check on the same kind of text does not show it.
 
-Do: add text of every language to be served, in the shares in which it is served.
+Do: add text of every language to be served, in the proportions of its use.
 
-False alarms: a model that serves this one language only. Languages of one script are not told apart, so silence says
-little.
+False alarms: a model that serves this one language only. Languages of one script are not distinguished, so no finding
+says little.
 
 Fix safety: no fix: the text is yours.
 
@@ -14,7 +14,7 @@ Sources: Unicode names of the letters; Williams and Aletras, On the Impact of Ca
 Quantization, arXiv 2311.09755.
 """
 
-from doctor.lint.rule import Place, finding, rule
+from doctor.lint.rule import Place, _, finding, listed, rule
 from doctor.lint.testing import change, measured
 
 
@@ -23,17 +23,21 @@ def one_script(checkpoint, calibration):
     if calibration.builtin or len(calibration.scripts) != 1 or not calibration.unused_scripts:
         return
     yield finding(
-        f"all calibration text is {calibration.scripts[0]}; the vocabulary is made for {', '.join(calibration.unused_scripts)} too",
+        _(
+            "all calibration text is {script}; the vocabulary also covers {unused}",
+            script=calibration.scripts[0],
+            unused=listed(calibration.unused_scripts),
+        ),
         at=Place(calibration.source),
         evidence={"scripts": list(calibration.scripts), "unused": list(calibration.unused_scripts)},
-        advice="add text of every language to be served",
+        advice=_("add text of every language to be served"),
     )
 
 
 def bad():
     case = measured()
     change(case, "checkpoint:", "calibration", scripts=("Latin",), unused_scripts=("CJK",))
-    return case, "all calibration text is Latin; the vocabulary is made for CJK too"
+    return case, "all calibration text is Latin; the vocabulary also covers CJK"
 
 
 def good():

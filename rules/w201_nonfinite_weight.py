@@ -1,7 +1,7 @@
-"""W201 nonfinite-weight: a weight tensor holds NaN or Inf.
+"""W201 nonfinite-weight: weight tensor contains NaN or Inf.
 
-Why: every quantizer derives a scale from the largest and smallest weight of a group, so one NaN poisons its whole
-group; in a forward pass it spreads to every later block, which is then calibrated on NaN.
+Why: every quantizer derives a scale from the largest and smallest weight of a group, so one NaN destroys its whole
+group. In a forward pass it spreads to every later decoder layer, which is then calibrated on NaN.
 
 Seen as:
 - AutoAWQ: `assert torch.isnan(w).sum() == 0`
@@ -10,21 +10,21 @@ Seen as:
 - PyTorch: `linalg.cholesky: The factorization could not be completed because the input is not positive-definite (the leading minor of order 1 is not positive-definite)`
 - AutoGPTQ: `the leading minor of order 1 is not positive-definite`
 
-Do: copy the shard again from where it came from, or take the tensor from the base model (`--from DIR`). Zero is a
-guess: it is offered only by name (`--unsafe-fixes=W201`).
+Do: copy the shard again from its source, or take the tensor from the base model (`--from DIR`). Zero is a guess: it is
+offered only by name (`--unsafe-fixes=W201`).
 
-False alarms: none known. A NaN that no token reaches (an unused embedding row) still breaks tools that look at whole
+False alarms: none known. A NaN that no token reaches (an unused embedding row) still breaks tools that check whole
 tensors.
 
-Fix safety: zero is unsafe, and only by name, because the true values are not in the files. With `--from` the base
-model's tensor is taken: safe where every finite value that is left is the base's bit by bit (then the tensor was never
+Fix safety: zero is unsafe, and only by name, because the true values are not in the files. With `--from` the donor's
+tensor is taken: safe where all remaining finite values equal the donor's bit by bit (then the tensor was never
 trained), else unsafe.
 
 Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:80; turboderp/exllamav2
 exllamav2/conversion/adaptivegptq.py:332; ggml-org/llama.cpp PR 6884.
 """
 
-from doctor.lint.rule import Fix, ReplaceNonfinite, element, finding, rule
+from doctor.lint.rule import Fix, ReplaceNonfinite, _, element, finding, rule
 from doctor.lint.testing import tiny
 
 
@@ -32,14 +32,20 @@ from doctor.lint.testing import tiny
 def nonfinite_weight(tensor, n_nan, n_inf, numel, first_nonfinite, base):
     if not (n_nan or n_inf):
         return
-    what = " and ".join(f"{n:,} {word}" for n, word in ((n_nan, "NaN"), (n_inf, "Inf")) if n)
+    values = {"n_nan": n_nan, "n_inf": n_inf, "numel": numel, "tensor": tensor.name}
+    if n_nan and n_inf:
+        message = _("{n_nan:,} NaN and {n_inf:,} Inf among {numel:,} values of {tensor}", **values)
+    elif n_nan:
+        message = _("{n_nan:,} NaN among {numel:,} values of {tensor}", **values)
+    else:
+        message = _("{n_inf:,} Inf among {numel:,} values of {tensor}", **values)
     yield finding(
-        f"{what} among {numel:,} values of {tensor.name}",
+        message,
         at=element(tensor, first_nonfinite),
         evidence={"n_nan": n_nan, "n_inf": n_inf, "numel": numel},
         fix=(base and _from_base(base, tensor))
-        or Fix("replace the non-finite values by 0", (ReplaceNonfinite(tensor.name),), "unsafe", by_name=True),
-        advice="copy the shard again from where it came from; doctor will not invent a number unless told to by name",
+        or Fix(_("replace the non-finite values by 0"), (ReplaceNonfinite(tensor.name),), "unsafe", by_name=True),
+        advice=_("copy the shard again from its source; doctor invents no values unless the fix is selected by name"),
     )
 
 
@@ -48,7 +54,9 @@ def _from_base(base, tensor):
     if edit is None:
         return None
     same, found = base.agrees(tensor)
-    return Fix(f"take the tensor from {base.text}: {found}", (edit,), "safe" if same else "unsafe")
+    return Fix(
+        _("take the tensor from {base}: {found}", base=base.text, found=found), (edit,), "safe" if same else "unsafe"
+    )
 
 
 def bad():

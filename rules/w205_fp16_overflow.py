@@ -1,7 +1,7 @@
-"""W205 fp16-overflow: weights are too large for float16.
+"""W205 fp16-overflow: weights overflow float16.
 
-Why: many loaders cast to float16 (AutoAWQ and AutoGPTQ by default, vLLM's AWQ and older GPTQ kernels by
-need). Values beyond 65,504 become Inf there, and the first matrix product after them is Inf or NaN.
+Why: many loaders cast to float16 (AutoAWQ and AutoGPTQ by default, vLLM's AWQ and older GPTQ kernels because they
+must). Values beyond 65,504 become Inf there, and the next matrix product is Inf or NaN.
 
 Seen as:
 - ExLlamaV2: `Measurement/inference error (2)`
@@ -15,13 +15,13 @@ load it with `torch_dtype=float16`.
 
 False alarms: a tensor that no program casts, for instance a constant kept in float32 by name.
 
-Fix safety: unsafe, and only by name: the values become the largest that float16 holds, which changes the model. Keeping
-it in bfloat16 needs no fix.
+Fix safety: unsafe, and only by name: the values become the largest that float16 holds, which changes the model. A model
+kept in bfloat16 needs no fix.
 
 Sources: ggml-org/llama.cpp issue 14788; turboderp/exllamav2 issue 600.
 """
 
-from doctor.lint.rule import ClampTensor, Fix, finding, rule
+from doctor.lint.rule import ClampTensor, Fix, _, finding, plural, rule
 from doctor.lint.testing import encode, tiny
 
 FP16_MAX = 65504  # the largest finite float16
@@ -29,22 +29,33 @@ FP16_MAX = 65504  # the largest finite float16
 
 @rule("W205", "warning", certainty="likely")
 def fp16_overflow(tensor, n_fp16_overflow, absmax):
-    # Masks such as GPT-Neo's masked_bias hold -1e9 by design and are no weights.
+    # Masks such as GPT-Neo's masked_bias hold -1e9 by design and are not weights.
     if not n_fp16_overflow or not tensor.name.endswith((".weight", ".bias")):
         return
     yield finding(
-        f"{n_fp16_overflow:,} {'value' if n_fp16_overflow == 1 else 'values'} of {tensor.name} beyond {FP16_MAX:,}, "
-        f"the largest float16 (largest {absmax:,.0f})",
-        fix=Fix(f"clamp to ±{FP16_MAX:,}", (ClampTensor(tensor.name, float(FP16_MAX)),), "unsafe", by_name=True),
+        plural(
+            "{n:,} value of {tensor} is beyond {limit:,}, the largest float16 (largest {absmax:,.0f})",
+            "{n:,} values of {tensor} are beyond {limit:,}, the largest float16 (largest {absmax:,.0f})",
+            n_fp16_overflow,
+            tensor=tensor.name,
+            limit=FP16_MAX,
+            absmax=absmax,
+        ),
+        fix=Fix(
+            _("clamp to ±{limit:,}", limit=FP16_MAX),
+            (ClampTensor(tensor.name, float(FP16_MAX)),),
+            "unsafe",
+            by_name=True,
+        ),
         evidence={"n_fp16_overflow": n_fp16_overflow, "absmax": absmax},
-        advice="keep the model in bfloat16: a cast to float16 makes these Inf",
+        advice=_("keep the model in bfloat16: a cast to float16 makes these Inf"),
     )
 
 
 def bad():
     case = tiny()
     case.down()[3, 5] = encode([1e6], "BF16")[0]
-    return case, f"1 value of {case.name('down')} beyond 65,504, the largest float16 (largest 999,424)"
+    return case, f"1 value of {case.name('down')} is beyond 65,504, the largest float16 (largest 999,424)"
 
 
 def good():

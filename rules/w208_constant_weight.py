@@ -1,24 +1,22 @@
-"""W208 constant-weight: every value of a weight matrix is the same.
+"""W208 constant-weight: all values of a weight matrix are equal.
 
-Why: no training leaves a matrix of equal values. It was created and never loaded (a head that a tool
-resized, a tensor it did not know), so the model multiplies by a constant there, and every group quantizes
-to one code.
+Why: no training produces a matrix of equal values. It was created and never loaded (a head that a tool resized, a
+tensor that it did not know), so the model multiplies by a constant, and every group quantizes to one code.
 
 Do: take the tensor from the base model, or find out which tool wrote it.
 
 False alarms: a matrix made constant on purpose, for instance a mask stored under a weight's name.
 
-Fix safety: unsafe, and only with `--from`: the tensor is taken from a base model. Nothing here says that it was not
-trained.
+Fix safety: unsafe, and only with `--from`: the tensor is taken from the donor. Nothing shows that it was not trained.
 
 Sources: PyTorch leaves memory of torch.empty as it was; transformers initialises what it does not find and
 says so only in a log line (modeling_utils, "newly initialized").
 """
 
-from doctor.lint.rule import finding, rule, tensor_from_base
+from doctor.lint.rule import _, finding, rule, tensor_from_base
 from doctor.lint.testing import encode, np, tiny
 
-SMALLEST = 4096  # values; tables below that (a shared expert's gate, a toy) may be equal by chance or design
+SMALLEST = 4096  # values; smaller tensors (a shared expert's gate, a toy model) may be equal by chance or design
 
 
 @rule("W208", "warning", certainty="likely")
@@ -27,10 +25,10 @@ def constant_weight(tensor, stats, base):
     if not whole or not tensor.dtype.is_float or stats.n_nan or stats.n_inf or stats.min != stats.max or not stats.max:
         return
     yield finding(
-        f"all {stats.numel:,} values of {tensor.name} are {stats.max:g}",
+        _("all {numel:,} values of {tensor} are {value:g}", numel=stats.numel, tensor=tensor.name, value=stats.max),
         evidence={"value": stats.max, "numel": stats.numel},
         fix=tensor_from_base(base, tensor),
-        advice="take the tensor from the base model",
+        advice=_("take the tensor from the base model"),
     )
 
 

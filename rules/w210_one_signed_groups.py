@@ -1,23 +1,23 @@
-"""W210 one-signed-groups: groups of weights have no negative value, or no positive one, and the plan is a symmetric
-grid.
+"""W210 one-signed-groups: groups of weights have one sign; a symmetric grid wastes a bit.
 
-Why: a symmetric grid spends half of its codes on the sign that never comes: 4 bits do the work of 3. Programs that take
-the range from 0 to the largest weight, but put the zero point in the middle, cut off all above 7/15 of it.
+Why: a symmetric grid uses half of its codes for the sign that does not occur: 4 bits have the precision of 3. Programs
+that compute the range from 0 to the largest weight, but place the zero point in the middle, clip everything above 7/15
+of it.
 
-Do: quantize asymmetrically (`--asym`), whose grid begins where the group does.
+Do: quantize asymmetrically (`--asym`), whose grid starts at the smallest weight of the group.
 
-False alarms: only a few places of each matrix are looked at. None known in trained models: of random signs, one group
-of 32 in two billion has a single one. Heavily pruned matrices have such groups, and lose the bit too.
+False alarms: only a few places of each matrix are checked. None known in trained models: of random signs, one group of
+32 in two billion has a single one. Heavily pruned matrices have such groups, and lose the bit too.
 
-Fix safety: unsafe: it changes the plan you asked for, never the checkpoint.
+Fix safety: unsafe: it changes the recipe that you asked for, never the checkpoint.
 
 Sources: ModelCloud/GPTQModel gptqmodel/quantization/quantizer.py:112; AutoGPTQ auto_gptq/quantization/quantizer.py.
 """
 
-from doctor.lint.rule import Fix, Place, SetRecipe, finding, rule
+from doctor.lint.rule import Fix, Place, SetRecipe, _, finding, plural, rule
 from doctor.lint.testing import tiny
 
-SHARE = 0.1  # of the groups looked at. SmolLM2 has none among millions; a matrix built without a sign has all
+SHARE = 0.1  # of the groups checked. SmolLM2 has none among millions; a matrix of absolute values has all
 
 
 @rule("W210", "warning", certainty="likely", implied_by=("W202", "W203", "W204", "W208"))
@@ -25,12 +25,18 @@ def one_signed_groups(linear, one_signed, layout, recipe):
     looked_at, alike = one_signed
     if layout.quantized or not recipe.sym or not alike > SHARE * looked_at:
         return
-    # Whether a runtime reads an asymmetric grid in this format is for G305 to say.
+    # G305 reports whether a runtime reads an asymmetric grid in this format.
     yield finding(
-        f"{alike:,} of {looked_at:,} groups of weights looked at in {linear.tensor} have a single sign: a symmetric grid wastes half its codes",
+        plural(
+            "{n:,} of {checked:,} groups of weights checked in {tensor} has a single sign: a symmetric grid wastes half its codes",
+            "{n:,} of {checked:,} groups of weights checked in {tensor} have a single sign: a symmetric grid wastes half its codes",
+            alike,
+            checked=looked_at,
+            tensor=linear.tensor,
+        ),
         at=Place("", tensor=linear.tensor),
         evidence={"groups": looked_at, "one_signed": alike},
-        fix=Fix("quantize asymmetrically", (SetRecipe("sym", False),), "unsafe"),
+        fix=Fix(_("quantize asymmetrically"), (SetRecipe("sym", False),), "unsafe"),
     )
 
 
@@ -40,7 +46,7 @@ def bad():
     name = case.name("down")
     return (
         case,
-        f"256 of 256 groups of weights looked at in {name} have a single sign: a symmetric grid wastes half its codes",
+        f"256 of 256 groups of weights checked in {name} have a single sign: a symmetric grid wastes half its codes",
     )
 
 

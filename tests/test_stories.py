@@ -254,7 +254,7 @@ def test_107_groups_are_padded_for_8_gpus_and_the_model_says_the_same(tmp_path, 
     recipe = Recipe(group_size=32, tp=8)
     source = case.write(tmp_path / "m")
     (finding,) = api.check(source, recipe).findings
-    assert finding.message == "intermediate_size 3424 = 107 × 32: 107 groups cannot be cut into 8"
+    assert finding.message == "intermediate_size 3424 = 107 × 32: 107 groups cannot be split across 8 GPUs"
     code, text = doctor("fix", source, "-o", tmp_path / "cured", "--group-size", 32, "--tp", 8, "--unsafe-fixes=G302")
     assert code == 0, text
     assert json.loads((tmp_path / "cured" / "config.json").read_text())["intermediate_size"] == 3584
@@ -435,7 +435,7 @@ def test_scales_that_are_nan_are_named_and_so_is_what_the_model_then_says(tmp_pa
     assert code == 1 and "W201" in printed and name in printed
     report = api.verify(original, broken, text=text)
     assert not report.ok and {"W201", "O602"} <= codes(report)
-    assert "the first block whose output is not finite is 1" in found(report, "O602")[0].message
+    assert "layer 1 is the first whose output is not finite" in found(report, "O602")[0].message
     assert report.extra["comparison"]["token0_share"] == 1.0 and found(report, "O603")[0].consequence_of
     assert api.verify(original, result.output, text=text).ok
 

@@ -94,7 +94,7 @@ def test_scales_of_nan_are_a_collapse(trained, tmp_path):
         and findings["W201"]["where"]["tensor"].endswith("layers.0.mlp.down_proj.scales")
     )
     assert (
-        "the first block whose output is not finite is 0" in findings["O602"]["message"]
+        "layer 0 is the first whose output is not finite" in findings["O602"]["message"]
         and figures["token0_share"] == 1.0
     )
     assert "✗ does not agree" in screen
@@ -121,7 +121,7 @@ def test_one_wrong_linear_is_found_and_its_block_is_named(trained, tmp_path):
     assert (
         findings["O601"]["message"]
         .partition("; ")[2]
-        .startswith("block 1 is the wrong one: alone, given the original's input, it is off by ")
+        .startswith("layer 1 is defective: alone, given the original's input, its error is ")
     )
     assert figures["block_errors"][0] < 0.2 < figures["block_errors"][1]
     assert figures["own_errors"][1] > 2 * figures["own_errors"][0]
@@ -157,7 +157,7 @@ def test_the_block_with_a_linear_of_another_block_is_named(block, linear, deep, 
     _, findings, figures, _ = answer(*(deep[0], wrong), tmp_path)
     assert max(range(6), key=figures["own_errors"].__getitem__) == block, figures["own_errors"]
     if "O601" in findings:
-        assert f"; block {block} is the wrong one" in findings["O601"]["message"]
+        assert f"; layer {block} is defective" in findings["O601"]["message"]
 
 
 def test_a_chinese_screen_has_no_english_sentence(trained):

@@ -29,7 +29,7 @@ HESSIAN = [
     ("Q404", {"tokens": 128}, None),  # as many tokens as in_features are enough to have full rank
     ("Q404", {"tokens": 127}, ("warning", f"{DOWN} saw 127 calibration tokens for 128 in_features")),
     ("Q411", {"damp_needed": 0.01}, None),
-    ("Q411", {"damp_needed": 0.7}, ("warning", f"{DOWN} needs damp 0.7 in float32 and the recipe has 0.01")),
+    ("Q411", {"damp_needed": 0.7}, ("warning", f"{DOWN} needs damp 0.7 in float32; the recipe has 0.01")),
 ]
 
 
@@ -165,7 +165,7 @@ def test_part_of_a_fused_set_in_16_bits_is_an_error_only_where_engines_fuse(tmp_
 def test_group_index_beyond_the_scales_is_named(tmp_path):
     case = tiny_gptq("llama")
     case.tensors[f"{DOWN}.g_idx"][-1] = 9
-    assert said(case, tmp_path, "O610") == [("error", f"{DOWN}.g_idx runs from 0 to 9, and there are 4 groups")]
+    assert said(case, tmp_path, "O610") == [("error", f"{DOWN}.g_idx has entries from 0 to 9; there are 4 groups")]
 
 
 def test_group_size_that_the_scales_contradict_is_named(tmp_path):
@@ -347,7 +347,7 @@ def test_what_a_runtime_misreads_is_said_of_what_it_reads(family, changes, expec
     [
         ({}, "write compressed-tensors"),
         ({"format": "awq"}, "write compressed-tensors"),
-        ({"format": "compressed-tensors", "sym": False}, "keep q, k, v in 16 bits"),
+        ({"format": "compressed-tensors", "sym": False}, "keep q, k and v in 16 bits"),
     ],
 )
 def test_a_misread_plan_is_cured_by_another_format_or_by_16_bits(changes, fix, tmp_path):

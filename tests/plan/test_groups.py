@@ -130,7 +130,7 @@ def messages(findings):
 
 def test_14b_cannot_be_cut_into_8_and_pads_to_14336(tmp_path):
     (found,) = geometry(headers_only(tmp_path, QWEN15_14B), tp=8)
-    assert messages([found]) == ["G302 intermediate_size 13696 = 107 × 128: 107 groups cannot be cut into 8"]
+    assert messages([found]) == ["G302 intermediate_size 13696 = 107 × 128: 107 groups cannot be split across 8 GPUs"]
     assert found.where.note == "13696 = 107 × 128, and 107 is prime"
     assert found.facts_table == (
         ("tensor parallel", "1", "2", "4", "8"),
@@ -378,7 +378,7 @@ def test_a_linear_has_the_width_that_its_name_is_given():
 def test_quantized_checkpoint_is_judged_for_the_gpus_it_is_to_be_cut_into(tmp_path):
     case = tiny_gptq("llama")
     report = check(case.write(tmp_path), Recipe(group_size=128, tp=8), stage="header", select=["G302"])
-    assert messages(report.findings) == ["G302 intermediate_size 128 = 4 × 32: 4 groups cannot be cut into 8"]
+    assert messages(report.findings) == ["G302 intermediate_size 128 = 4 × 32: 4 groups cannot be split across 8 GPUs"]
     assert report.findings[0].fix is None  # packed words cannot be padded in place
 
 
