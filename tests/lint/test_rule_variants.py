@@ -46,7 +46,7 @@ SOLVE = [
         {"precision": "eigen"},
         (
             "warning",
-            f"negative eigenvalues of the Hessian of {DOWN} were raised to 0.01 of its mean after 1 attempt",
+            f"negative eigenvalues of the Hessian of {DOWN} raised to 0.01 of its mean after 1 attempt",
         ),
     ),
     ("Q402", {"precision": "float64"}, None),  # more digits are no less quality
@@ -156,7 +156,7 @@ def test_part_of_a_fused_set_in_16_bits_is_an_error_only_where_engines_fuse(tmp_
         encode([[0.1] * 63 + [0.2]] * 32, "BF16"),
         "BF16",
     )
-    message = "model.layers.1.self_attn: q, v in 4 bits and k in 16 bits, but engines fuse them into one matrix"
+    message = "model.layers.1.self_attn: q and v in 4 bits and k in 16 bits, but engines fuse them into one matrix"
     assert said(case, tmp_path / "any", "G307") == [("warning", message)]
     case.recipe = case.recipe.with_field("runtime", "vllm")
     assert said(case, tmp_path / "vllm", "G307") == [("error", message)]
@@ -174,7 +174,7 @@ def test_group_size_that_the_scales_contradict_is_named(tmp_path):
     found = said(case, tmp_path, "O612")
     assert len(found) == 14 and found[0] == (
         "error",
-        f"{DOWN} has scales [4, 64], and 4 bits in groups of 64 make [2, 64]",
+        f"{DOWN} has scales [4, 64]; 4 bits in groups of 64 need [2, 64]",
     )
 
 
@@ -193,7 +193,7 @@ def test_a_packed_router_is_named(tmp_path):
             case.dtypes[source],
         )
     del case.tensors["model.layers.0.mlp.gate.weight"]
-    assert said(case, tmp_path, "O613") == [("warning", "model.layers.0.mlp.gate.qweight: a router is packed")]
+    assert said(case, tmp_path, "O613") == [("warning", "model.layers.0.mlp.gate.qweight: router is packed")]
 
 
 def test_an_absent_bos_that_its_class_and_its_tokenizer_give_alike_is_a_note(tmp_path):
