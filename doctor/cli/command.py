@@ -32,7 +32,7 @@ class Option(click.Option):
         help: str | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, help=help, **kwargs)
+        super().__init__(*args, **kwargs, **{"help": help})
         self.aliases, self.full_names = aliases, full_names
         if help is not None:
             self.help = help  # click makes a plain str of it, without the template
@@ -55,7 +55,7 @@ class Command(click.Command):
             auto_envvar_prefix="DOCTOR", max_content_width=100, show_default=True
         )
         kwargs.setdefault("epilog", ENVIRONMENT)
-        super().__init__(*args, help=help, **kwargs)
+        super().__init__(*args, **kwargs, **{"help": help})
         self.help = help
 
     def get_help(self, ctx: click.Context) -> str:
@@ -110,7 +110,7 @@ class Group(click.Group):
     """The program itself: its page in the reader's language, and --lang before the command's name."""
 
     def __init__(self, *args: Any, help: str | None = None, **kwargs: Any):
-        super().__init__(*args, help=help, **kwargs)
+        super().__init__(*args, **kwargs, **{"help": help})
         self.help = help
 
     def get_help(self, ctx: click.Context) -> str:

@@ -121,7 +121,7 @@ def read_kvcache(text: str) -> Any:
         return None
     import json
 
-    from doctor.evaluate.kvcache.study import from_dict
+    from doctor.evaluate.kvcache.kv_report import from_dict
 
     try:
         return from_dict(json.loads(text))

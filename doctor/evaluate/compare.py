@@ -7,15 +7,16 @@ The error of one block alone does: the quantized block given what the original g
 enough.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 
 import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
+from doctor.core.messages import _
 from doctor.core.records import Comparison
-from doctor.evaluate.fp16_range import HalfProbe
+from doctor.evaluate.fp16_range import Fp16RangeProbe
 from doctor.evaluate.scores import Tally, longest_run
 from doctor.model.spec import build_spec
 from doctor.quant.dequantize import as_float
@@ -43,7 +44,9 @@ class Streamed:
             self.calls.append(calls)
 
     @torch.no_grad()
-    def step(self, i: int, probe: HalfProbe | None = None, given: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+    def step(
+        self, i: int, probe: Fp16RangeProbe | None = None, given: Sequence[torch.Tensor] = ()
+    ) -> list[torch.Tensor]:
         """Run block i over all rows, with a probe looking on. Returns what it makes of other activations given to it
         for the first rows.
         """
@@ -61,7 +64,7 @@ class Streamed:
     @torch.no_grad()
     def logits(
         self, rows: list[torch.Tensor] | None = None, states: list[torch.Tensor] | None = None
-    ) -> Iterator[torch.Tensor]:
+    ) -> Generator[torch.Tensor, None, None]:
         """Logits f32[length, vocabulary] of every row, after the last block; or of other rows with their hidden
         states.
         """
@@ -100,7 +103,7 @@ class Streamed:
         replies = []
         for ids in prompts:
             ids, said, cache = ids.to(self.skeleton.device), [], None
-            for _ in range(tokens):
+            for _step in range(tokens):
                 out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
                 ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), getattr(out, name)
                 said.append(int(ids))
@@ -131,9 +134,15 @@ def compare(
     blocks = len(a.skeleton.layers)
     if len(b.skeleton.layers) != blocks:
         raise NotQuantizable(
-            f"{original.name} has {blocks} blocks, {quantized.name} has {len(b.skeleton.layers)}: not the same model."
+            _(
+                "{original} has {n} decoder layers, {quantized} has {m}: not the same model.",
+                original=original.name,
+                n=blocks,
+                quantized=quantized.name,
+                m=len(b.skeleton.layers),
+            )
         )
-    errors, own, probe = [], [], HalfProbe(a.skeleton, rows, a.hidden, a.calls)
+    errors, own, probe = [], [], Fp16RangeProbe(a.skeleton, rows, a.hidden, a.calls)
     for i in range(blocks):
         given = a.hidden[:ALONE_ROWS]
         a.step(i, probe)
@@ -185,8 +194,15 @@ def _same_model(original: Checkpoint, quantized: Checkpoint) -> None:
         a, b = (c.get(key) for c in configs)
         if a is not None and b is not None and a != b:
             raise NotQuantizable(
-                f"{original.name} and {quantized.name} are not one model: {key} is {a} there and {b} here.",
-                "Give the checkpoint that was quantized first, then what came out.",
+                _(
+                    "{original} and {quantized} are not one model: {key} is {there} there and {here} here.",
+                    original=original.name,
+                    quantized=quantized.name,
+                    key=key,
+                    there=a,
+                    here=b,
+                ),
+                _("Give the checkpoint that was quantized first, then what came out."),
             )
 
 

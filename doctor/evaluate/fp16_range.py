@@ -8,7 +8,7 @@ in float32, as they do in the matrix kernels of every engine. Not seen: attentio
 (doctor kvcache gives the largest q·k).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,7 @@ ROUNDED_ROWS = 2  # of the text; two more passes over them cost a twelfth of a c
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class HalfProbe:
+class Fp16RangeProbe:
     """Looks at one model while it is run: `watch(i)` around block i on all rows, then `round(i)` while its weights are
     there.
     """
@@ -75,7 +75,9 @@ class HalfProbe:
                     for x, calls in zip(self.hidden[name], self.calls, strict=True)
                 ]
 
-    def result(self, exact: list[torch.Tensor], logits: Callable[[list, list], Iterator[torch.Tensor]]) -> Fp16Range:
+    def result(
+        self, exact: list[torch.Tensor], logits: Callable[[list, list], Generator[torch.Tensor, None, None]]
+    ) -> Fp16Range:
         """exact: hidden states of the rounded rows in float32, after the last block. logits(rows, hidden) gives each
         one's logits.
         """

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from doctor.evaluate.kvcache.study import KvReport
+from doctor.evaluate.kvcache.kv_report import KvReport
 from doctor.locale.catalogue import counted, current, say, translated
 from doctor.report.formats.json_report import dumps
 from doctor.report.screen import COLOURS, Screen, aligned, console, styled

@@ -9,7 +9,7 @@ import torch
 from doctor.api import check
 from doctor.checkpoint.directory import Checkpoint
 from doctor.evaluate.compare import Streamed, compare
-from doctor.evaluate.fp16_range import DTYPES, HalfProbe, _rounding
+from doctor.evaluate.fp16_range import DTYPES, Fp16RangeProbe, _rounding
 from doctor.lint.testing import change, compared, encode, tiny
 
 FAMILIES = ("llama", "qwen2", "gemma", "phi3", "opt", "qwen2_moe")
@@ -61,7 +61,7 @@ def test_the_residual_stream_is_looked_at_too(tmp_path):
 def test_the_probe_changes_nothing_that_it_looks_at(tmp_path):
     checkpoint = Checkpoint.open(tiny().write(tmp_path / "m"))
     alone, watched = Streamed(checkpoint, rows()), Streamed(checkpoint, rows())
-    probe = HalfProbe(watched.skeleton, watched.rows, watched.hidden, watched.calls)
+    probe = Fp16RangeProbe(watched.skeleton, watched.rows, watched.hidden, watched.calls)
     for i in range(2):
         alone.step(i)
         watched.step(i, probe)

@@ -14,6 +14,7 @@ import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
+from doctor.core.messages import _
 from doctor.evaluate.compare import Streamed
 from doctor.evaluate.kvcache.quantizers import Side
 from doctor.evaluate.kvcache.tap import capture, logit_error, tapped
@@ -51,8 +52,8 @@ def with_widths(key_bits: int | None, value_bits: int | None) -> dict[str, tuple
     """The usual schemes, and one more where widths were asked for."""
     if key_bits is None and value_bits is None:
         return dict(SCHEMES)
-    sides = [Side("int", bits) if (bits or 16) < 16 else FP16 for bits in (key_bits, value_bits)]
-    return {**SCHEMES, f"K{key_bits or 16} V{value_bits or 16}": tuple(sides)}
+    key, value = (Side("int", bits) if bits is not None and bits < 16 else FP16 for bits in (key_bits, value_bits))
+    return {**SCHEMES, f"K{key_bits or 16} V{value_bits or 16}": (key, value)}
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def measure(
     if biased and "Q4" in schemes:
         schemes[WITHOUT_BIAS] = schemes["Q4"]
     hidden = {name: list(model.hidden) for name in schemes}
-    errors: dict[str, list[float]] = {name: [] for name in schemes}
+    errors: dict[str, list[float | None]] = {name: [] for name in schemes}
     for i, block in enumerate(blocks):
         model.skeleton.load_layer(i)
         for name, (keys, values) in schemes.items():
@@ -89,7 +90,9 @@ def measure(
         progress(i + 1, len(blocks))
     if all(e is None for e in errors["FP16"]):
         kind = type(model.skeleton.model).__name__
-        raise NotQuantizable(f"{kind} computes attention in code of its own, so its cache cannot be replaced.")
+        raise NotQuantizable(
+            _("{model} computes attention in code of its own, so its cache cannot be replaced.", model=kind)
+        )
     return _score(model, rows, hidden, errors)
 
 
@@ -104,19 +107,23 @@ class _Tap:
 
     def run(self, model: Streamed, i: int, hidden: torch.Tensor, call) -> torch.Tensor:
         if self.projection is not None:
-            self.offset = self._bias_as_key(model, i, hidden, call)
+            self.offset = self._bias_as_key(self.projection, model, i, hidden, call)
         return model.skeleton.run_layer(i, hidden, call)
 
-    def _bias_as_key(self, model: Streamed, i: int, hidden: torch.Tensor, call) -> torch.Tensor:
+    def _bias_as_key(
+        self, projection: torch.nn.Module, model: Streamed, i: int, hidden: torch.Tensor, call
+    ) -> torch.Tensor:
         """The keys f32[1, heads, tokens, head_dim] that the bias alone makes at these positions: the block's own code,
         RoPE and all.
         """
-        bias = self.projection.bias
-        self.projection.forward = lambda x: bias.expand(*x.shape[:-1], -1)
+        bias = projection.get_parameter("bias")
+        projection.forward = lambda x: bias.expand(*x.shape[:-1], -1)  # type: ignore[method-assign]
         try:
             seen = capture(lambda: model.skeleton.run_layer(i, hidden, call))
         finally:
-            del self.projection.forward
+            del projection.forward
+        if seen is None:
+            raise NotQuantizable(_("layer {layer}: its attention cannot be reached.", layer=i))
         return seen.key
 
     def __call__(self, sdpa, module, query, key, value, mask, scaling=None, **options):
@@ -127,7 +134,7 @@ class _Tap:
         try:
             return sdpa(module, query, cached, self.values.apply(value), mask, scaling=scaling, **options)
         except ValueError as error:  # what sdpa cannot do, as capped logits
-            raise NotQuantizable(f"{type(module).__name__}: {error}") from None
+            raise NotQuantizable(_("{module}: {error}", module=type(module).__name__, error=error)) from None
 
     @property
     def error(self) -> float | None:
@@ -146,16 +153,17 @@ def _key_projection(block: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def _score(
-    model: Streamed, rows, hidden: dict[str, list[torch.Tensor]], errors: dict[str, list[float]]
+    model: Streamed, rows, hidden: dict[str, list[torch.Tensor]], errors: dict[str, list[float | None]]
 ) -> list[Measured]:
     tallies = {name: Tally() for name in hidden}
-    model.rows = [ids for ids in rows for _ in hidden]
+    model.rows = [ids for ids in rows for _scheme in hidden]
     model.hidden = [hidden[name][r] for r in range(len(rows)) for name in hidden]
     logits = model.logits()
     for ids in rows:
-        for name, tally in tallies.items():
+        base: torch.Tensor | None = None
+        for tally in tallies.values():  # FP16 first
             current = next(logits)
-            base = current if name == "FP16" else base
+            base = current if base is None else base
             tally.add(base[:-1], current[:-1], ids[0, 1:])
     logits.close()
     return [

@@ -16,8 +16,9 @@ import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
+from doctor.core.messages import _
+from doctor.evaluate.kvcache.layout import Layer
 from doctor.evaluate.kvcache.quantizers import Side
-from doctor.evaluate.kvcache.size import Layer
 from doctor.evaluate.kvcache.tap import capture, logit_error
 from doctor.model.spec import ModelSpec
 from doctor.quant.forward.skeleton import Skeleton
@@ -92,7 +93,7 @@ def predict(
     """
     wanted = [x.block for x in layers if x.kind in ("full", "sliding", "hybrid")]
     if not wanted:
-        raise NotQuantizable("no layer caches plain keys, so there is nothing to simulate.")
+        raise NotQuantizable(_("no layer caches plain keys, so there is nothing to simulate."))
     probe = _Probe(checkpoint, spec, device)
     room = min(spec.max_positions or POSITIONS, POSITIONS)
     generator = torch.Generator().manual_seed(SEED)
@@ -116,7 +117,11 @@ def _fitness(probe: _Probe, i: int, z: torch.Tensor, call, keys: dict[str, Side]
     probe.drop_layer(i)
     if seen is None:
         raise NotQuantizable(
-            f"block {i}: {type(probe.model).__name__} computes attention in code of its own, so its keys cannot be seen."
+            _(
+                "layer {layer}: {model} computes attention in code of its own, so its keys cannot be seen.",
+                layer=i,
+                model=type(probe.model).__name__,
+            )
         )
     errors = {
         name: logit_error(seen.query, seen.key, side.apply(seen.key), seen.scaling) for name, side in keys.items()

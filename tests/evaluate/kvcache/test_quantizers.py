@@ -33,7 +33,8 @@ def butterflies(lanes):
     step = 1
     while step < 32:
         lanes = [
-            [H((-own if t & step else own) + other) for own, other in zip(lanes[t], lanes[t ^ step])] for t in range(32)
+            [H((-own if t & step else own) + other) for own, other in zip(lanes[t], lanes[t ^ step], strict=True)]
+            for t in range(32)
         ]
         step *= 2
     return lanes
@@ -56,7 +57,7 @@ def test_every_code_scale_and_value_is_that_of_the_literal_kernel(bits):
     x = hard_values()
     codes, scales = store(x, bits)
     with np.errstate(all="ignore"):
-        for row, got_codes, got_scales, got in zip(x.numpy(), codes, scales, read(codes, scales, bits)):
+        for row, got_codes, got_scales, got in zip(x.numpy(), codes, scales, read(codes, scales, bits), strict=True):
             want_codes, want_scales, want = lane_by_lane(row, bits)
             assert got_codes.tolist() == want_codes
             np.testing.assert_array_equal(got_scales.numpy(), np.array(want_scales))

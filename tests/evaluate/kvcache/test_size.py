@@ -3,7 +3,9 @@
 import pytest
 
 from doctor.core.errors import BadCheckpoint, DoctorError
-from doctor.evaluate.kvcache.size import GIB, KIB, SCHEMES, custom, read_layout
+from doctor.evaluate.kvcache.layer_sizes import read_cache_layout
+from doctor.evaluate.kvcache.layout import GIB, KIB
+from doctor.evaluate.kvcache.schemes import SCHEMES, custom
 from doctor.model.spec import build_spec
 
 BY_NAME = {s.name: s for s in SCHEMES}
@@ -31,7 +33,7 @@ QWEN15_72B = config("qwen2", 80, 64, 64)
 
 
 def layout(document):
-    return read_layout(build_spec(document, {}))
+    return read_cache_layout(build_spec(document, {}))
 
 
 def kib(document, scheme="FP16"):
