@@ -1,8 +1,9 @@
-"""The click classes of this command line: options from the environment, old names, and help in the reader's language."""
+"""The click classes of this command line: values from the environment, old names, help in the reader's language."""
 
 import os
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -75,7 +76,7 @@ class Command(click.Command):
                 continue
             if flag in param.aliases:
                 note = _("{old} is now {new}; the next release drops the old name", old=flag, new=param.opts[0])
-                click.echo(catalogue.known(note), err=True)
+                click.echo(catalogue.translated(note), err=True)
             return param.opts[0] + equals + value
         return f"{word}={_BARE[word]}" if word in _BARE and any(word in p.opts for p in self.params) else word
 
@@ -125,7 +126,7 @@ class Group(click.Group):
 
 def _page(command: click.Command, ctx: click.Context) -> str:
     """The help page in another language than English, "" where click's own will do."""
-    if not catalogue.chinese():
+    if catalogue.current() == "en":
         return ""
     from doctor.cli import help
 
@@ -135,7 +136,7 @@ def _page(command: click.Command, ctx: click.Context) -> str:
 def listen_for_language(ctx: click.Context, args: list[str]) -> None:
     """Set the language before click parses, because --help answers before --lang is read."""
     own = args[: args.index("--")] if "--" in args else args
-    asked = [value for flag, value in zip(own, own[1:], strict=False) if flag == "--lang"]
+    asked = [value for flag, value in pairwise(own) if flag == "--lang"]
     asked += [a.partition("=")[2] for a in own if a.startswith("--lang=")]
     set_language(ctx, asked[-1] if asked and asked[-1] in catalogue.LANGUAGES else None)
 

@@ -53,8 +53,8 @@ def end(message: str, hint: str, code: int) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    message = catalogue.known(message)
+    message = catalogue.translated(message)
     click.echo(f"Error: {message}" if code != 130 else message, err=True)
     if hint:
-        click.echo(f"Hint: {catalogue.known(hint)}", err=True)
+        click.echo(f"Hint: {catalogue.translated(hint)}", err=True)
     sys.exit(code)

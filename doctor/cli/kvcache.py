@@ -29,7 +29,8 @@ from doctor.core.messages import _
     short_help=_("Size of the KV cache, and the bits its keys need."),
     help=_(
         "Memory of the KV cache, and the fewest bits its keys survive.\n\n"
-        "The verdict comes from the weights: random states go through each layer's own projections, and the exact cache."
+        "The verdict comes from the weights: random states go through each layer's own projections, and the exact "
+        "cache."
     ),
 )
 @checkpoint_argument

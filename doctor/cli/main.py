@@ -1,7 +1,7 @@
 """The command line: parses, calls doctor.api, prints, exits. No logic and no import of torch.
 
-Exit 0: nothing at or above --fail-on. 1: findings. 2: the work could not be done (usage, files, or a rule of ours crashed).
-130: interrupted. Findings go to stdout; progress and notices to stderr.
+Exit 0: nothing at or above --fail-on. 1: findings. 2: the work could not be done (usage, files, or a rule
+that crashed). 130: interrupted. Findings go to stdout; progress and notices to stderr.
 """
 
 import gc
@@ -76,7 +76,8 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """The entry point of both scripts: errors for the user without a traceback, and the exit code."""
-    # A few objects for each tensor live to the end of a check; looking through them for garbage again and again took a fifth of it.
+    # A few objects for each tensor live to the end of a check; looking through them for garbage again and again took a
+    # fifth of it.
     gc.set_threshold(100_000, 20, 20)
     if args is None:  # a process of doctor's own
         import_stubs.install()

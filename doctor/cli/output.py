@@ -22,7 +22,7 @@ Outputs = Sequence[tuple[str, str]]  # (format, file or "" for stdout)
 
 def notice(text: str) -> None:
     """A line on stderr, in the reader's language."""
-    click.echo(catalogue.known(text), err=True)
+    click.echo(catalogue.translated(text), err=True)
 
 
 class json_on_failure:
@@ -133,7 +133,7 @@ def read_kvcache(text: str) -> Any:
 
 
 def exit_for(reports: Iterable["Report"], fail_on_skipped: bool = False) -> NoReturn:
-    """End the process: 0 where every report is ok, 1 for findings (or rules that could not judge), 2 where a rule crashed."""
+    """End the process: 0 where every report is ok, 1 for findings or rules that could not judge, 2 for a crashed rule."""
     reports = list(reports)
     if any(r.crashed for r in reports):
         sys.exit(2)

@@ -173,5 +173,5 @@ def command(
 
 def _print_forecast(forecast: Any, report: "Report | None" = None) -> NoReturn:
     """Print it and exit: 1 where the run would fail."""
-    click.echo("\n".join(map(catalogue.known, forecast.lines())))
+    click.echo("\n".join(map(catalogue.translated, forecast.lines())))
     sys.exit(1 if forecast.problems or (report is not None and not report.ok) else 0)

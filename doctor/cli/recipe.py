@@ -45,7 +45,7 @@ def stored_or_asked(ctx: click.Context, checkpoint: "Checkpoint", asked: Recipe)
             stored=_grid(stored),
             asked=_grid(asked),
         )
-        click.echo(catalogue.known(note), err=True)
+        click.echo(catalogue.translated(note), err=True)
     return asked
 
 

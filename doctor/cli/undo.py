@@ -15,4 +15,4 @@ def command(path: str) -> None:
     from doctor import api
 
     for line in api.undo(path):
-        click.echo(catalogue.known(line))
+        click.echo(catalogue.translated(line))

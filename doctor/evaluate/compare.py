@@ -156,7 +156,7 @@ def compare(
     half = probe.result(a.hidden[: len(probe.rows)], a.logits)
     mean, p99 = tally.divergence()
     said = [m.reply(prompts) if m.resident_bytes <= memory else [] for m in (a, b)]
-    (_, usual), (favourite, share) = tally.one_choice(0), tally.one_choice(1)
+    (_token, usual), (favourite, share) = tally.one_choice(0), tally.one_choice(1)
     zeros, runs = zip(*(_collapse(replies) for replies in said), strict=True)
     return Comparison(
         tokens=tally.tokens,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import click
 import pytest
 
 from doctor import api
@@ -375,6 +376,55 @@ def test_keep_is_split_at_commas_outside_braces_only(run, called, good):
     )
     assert seen[-1][0][2].keep == ("lm_head", "*.{0,1}.*{q,k}_proj", "*down_proj", "router", "gate", "{a, b}")
     assert matches("*.{0,1}.*{q,k}_proj", "model.layers.1.self_attn.k_proj")
+
+
+@pytest.mark.parametrize("flag", ["--ignore", "--ignore-linears", "--keep"])
+def test_linears_are_left_out_by_the_fields_word_and_by_the_old_one(run, called, good, flag):
+    install, seen = called
+    install("quantize")
+    _, _, err = run("quantize", good, "-o", "out", f"{flag}=lm_head", "--override", "*down*:bits=8")
+    assert (seen[-1][0][2].keep, seen[-1][0][2].bits_for) == (("lm_head",), ("*down*=8",))
+    assert ("--keep is now --ignore; the next release drops the old name" in err) == (flag == "--keep")
+
+
+def test_old_names_stand_in_the_environment_too_but_in_no_help_page(run, called, good, monkeypatch):
+    install, seen = called
+    install("quantize")
+    monkeypatch.setenv("DOCTOR_BITS_FOR", "*q_proj=8")
+    monkeypatch.setenv("DOCTOR_IGNORE", "K501")  # rules, for check; no linear
+    run("quantize", good, "-o", "out")
+    assert seen[-1][0][2].bits_for == ("*q_proj=8",) and seen[-1][0][2].keep == ()
+    for command in ("check", "quantize"):
+        page = run(command, "--help")[1]
+        assert not re.search("--keep|--bits-for|--room|--ignore-", page)
+
+
+def test_rules_are_left_out_by_their_full_name_and_the_old_name_of_capacity_works(run, bad, tmp_path):
+    assert run("check", bad, *PLAN, "--ignore-rules", "W201")[0] == 0
+    code, _, err = run("check", bad, *PLAN, "--ignore", "W201", "--room", tmp_path)
+    assert code == 0 and "--room is now --capacity" in err
+
+
+@pytest.mark.parametrize(
+    "given, read",
+    [("a:bits=8", ("a=8",)), ("{0,1}.*=2", ("{0,1}.*=2",)), ("a:bits=x", None), ("a", None), (":bits=4", None)],
+)
+def test_an_override_is_a_pattern_and_its_bits(given, read):
+    if read is None:
+        with pytest.raises(click.BadParameter, match="must be PATTERN:bits=B"):
+            overrides([given])
+    else:
+        assert overrides([given]) == read
+
+
+def test_facts_are_listed_by_word_and_scope(run):
+    data = json.loads(run("facts", "-f", "json")[1])
+    assert {f["name"] for f in data} >= {"config", "n_nan", "hessian"} and all(f["doc"] for f in data)
+    assert {f["scope"] for f in json.loads(run("facts", "--scope", "linear", "-f", "json")[1])} == {"linear"}
+    assert run("facts", "n_nan", "-f", "markdown")[1].splitlines()[2:] == [
+        "| `n_nan` | tensor | values | Values that are NaN. |"
+    ]
+    assert "Values that are NaN." in run("facts", "n_nan")[1]
 
 
 def test_verify_and_kvcache_pass_their_options(run, called):
