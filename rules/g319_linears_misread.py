@@ -80,7 +80,7 @@ def bad():
                     "roles": ["down"],
                     "what": "loads an example's down upside down",
                     "cause": "it is none",
-                    "advice": "serve it with another runtime",
+                    "advice": "load the file with GPTQModel.load, or serve it with vLLM",
                 }
             ]
         },

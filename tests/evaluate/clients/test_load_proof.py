@@ -12,6 +12,7 @@ from doctor.core.recipe import Recipe
 from doctor.evaluate.clients.load_proof import prove_loading
 from doctor.quant.quantize import quantize
 
+pytest.importorskip("accelerate")  # transformers asks for it where a device is named
 needs_compressed_tensors = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("compressed_tensors"), reason="compressed-tensors is not installed"
 )

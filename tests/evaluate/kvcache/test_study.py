@@ -197,7 +197,7 @@ def test_without_a_simulation_the_biases_decide_and_without_them_nothing_does():
         "Q6",
         "never Q4",
     ]
-    unknown = conclude([], {}, 8, "there are no weights to look at")
+    unknown = conclude([], {}, 8, "there are no weights to look at.")
     assert unknown["level"] == "unknown" and unknown["sentences"][0] == "Not judged: there are no weights to look at."
 
 
