@@ -15,7 +15,7 @@ lint: $(STAMP)          ## format, style and types; writes nothing
 	$(BIN)/mypy
 
 test: $(STAMP)          ## every test that needs no other engine and no GPU
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest --everything -n auto --dist worksteal
 
 test-clients: $(STAMP)  ## load our output in vLLM and transformers, each in its own environment
 	bash tests/clients/setup.sh

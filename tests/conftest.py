@@ -15,6 +15,55 @@ for name in ("COLUMNS", "LINES"):  # and of one width: several processes at once
     os.environ.pop(name, None)
 
 
+ROOT = Path(__file__).resolve().parents[1]
+# Test files that take more than a second or two: kernels built and run on the host, child processes, whole runs of the
+# quantizer, sweeps over all rules or all families. `pytest` alone leaves them out and takes about a minute on two
+# cores, `pytest PATH` runs what is named, `make test` (--everything) runs all.
+SLOW = (
+    "checkpoint/test_broken_configs.py",
+    "cli/test_header_speed.py",
+    "cli/test_interrupt.py",
+    "core/test_import_stubs.py",
+    "cuda/",
+    "edits/test_substituted.py",
+    "evaluate/",
+    "fixing/test_fix.py",
+    "fixing/test_in_place.py",
+    "fixing/test_donor_fixes.py",
+    "fixing/test_fix_laws.py",
+    "lint/test_explain.py",
+    "lint/test_healthy.py",
+    "lint/test_planted.py",
+    "lint/test_rule_variants.py",
+    "lint/test_rules.py",
+    "locale/test_chinese.py",
+    "quant/",
+    "scan/test_counters.py",
+    "test_real.py",
+    "test_smollm2.py",
+    "test_stories.py",
+    "test_text_rows.py",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--everything", action="store_true", help="the slow tests too, where no path is named")
+    parser.addoption("--only-fast", action="store_true", help="no slow test, also where a path is named")
+
+
+def pytest_configure(config):
+    if config.args_source != config.ArgsSource.ARGS and not config.option.everything:
+        config.option.only_fast = True
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.only_fast:
+        slow = [i for i in items if i.path.relative_to(ROOT / "tests").as_posix().startswith(SLOW)]
+        config.hook.pytest_deselected(items=slow)
+        dropped = set(map(id, slow))
+        items[:] = [i for i in items if id(i) not in dropped]
+
+
 class Proof:
     """What one test proved of the rules. It travels with the test's report, because tests may run in several
     processes.
@@ -63,9 +112,6 @@ def pytest_terminal_summary(terminalreporter):
     if pairs or families:
         terminalreporter.write_line(f"false alarms: {len(PROVED['alarm'])}")
     rungs.summary(terminalreporter)
-
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,7 @@ def test_a_part_that_is_absent_is_found(made, tmp_path):
     del tensors["model.layers.1.mlp.down_proj.row_scale"]
     save_file(tensors, result.output / "model.safetensors", {"format": "pt"})
     found = [f for f in api.check(result.output).findings if f.code == "O612"]
-    assert [f.message for f in found] == ["model.layers.1.mlp.down_proj is packed but has no row_scale"]
+    assert [f.message for f in found] == ["model.layers.1.mlp.down_proj is packed, but has no row_scale"]
 
 
 def test_it_reads_back_in_torch_and_is_made_plain_in_numpy_alike(made, tmp_path):
