@@ -129,7 +129,8 @@ def run(work: Path, blocks: int, times: int) -> None:
     size = sum(e.size for e in source.entries.values())
     names = list(source.shards)
     print(
-        f"{size / 1e9:.2f} GB in {shards} shards, {blocks} blocks of hidden {hidden}, MLP {width} → 5120; best of {times}"
+        f"{size / 1e9:.2f} GB in {shards} shards, {blocks} blocks of hidden {hidden}, MLP {width} → 5120; best of "
+        f"{times}"
     )
 
     def copy(files, sync):
@@ -165,7 +166,8 @@ def run(work: Path, blocks: int, times: int) -> None:
         print(f"{label:<18}{written:>12,}{seconds:>9.3f}{plain:>8.3f}{synced:>11.3f}{ratios}", flush=True)
     whole_command(work, times)
     print(
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, most of it from generating the checkpoint"
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, most of it from "
+        f"generating the checkpoint"
     )
 
 

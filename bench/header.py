@@ -177,7 +177,8 @@ def main() -> None:
             folder = write(Path(temporary) / str(shards), config, shapes, shards)
             wall, cpu = measure(folder, runs, Path(temporary) / "bytecode")
             print(
-                f"{label:<15} {len(shapes):>6} tensors  {wall:.2f} s wall  {cpu:.2f} s CPU  (limit {LIMITS[label]} s)  load {os.getloadavg()[0]:.1f}"
+                f"{label:<15} {len(shapes):>6} tensors  {wall:.2f} s wall  {cpu:.2f} s CPU  (limit {LIMITS[label]} "
+                f"s)  load {os.getloadavg()[0]:.1f}"
             )
 
 

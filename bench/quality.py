@@ -265,12 +265,14 @@ def table(options) -> None:
         f"{options.heldout_rows} held-out rows of 512 tokens, Python {sys.version.split()[0]}\n"
     )
     print(
-        "| tool | perplexity | × bf16 | mean KL, nats | MB | seconds | processor s | peak MiB |\n|---|---:|---:|---:|---:|---:|---:|---:|"
+        "| tool | perplexity | × bf16 | mean KL, nats | MB | seconds | processor s | peak MiB |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|"
     )
     for row in results:
         cost = " | ".join(f"{row[key]:.0f}" if key in row else "" for key in ("seconds", "processor", "peak"))
         print(
-            f"| {row['tool']} | {row['perplexity']:.3f} | {row['perplexity'] / base['perplexity']:.4f} | {row['kl']:.5f} "
+            f"| {row['tool']} | {row['perplexity']:.3f} | {row['perplexity'] / base['perplexity']:.4f} | "
+            f"{row['kl']:.5f} "
             f"| {row['bytes'] / 1e6:.0f} | {cost} |"
         )
 

@@ -124,7 +124,8 @@ def main():
     if not options.shapes:
         return
     print(
-        "in x out      peer s   torch s (x)    native s (x)   loss / peer's | defaults: torch s  native s   loss / peer's"
+        "in x out      peer s   torch s (x)    native s (x)   loss / peer's | defaults: torch s  native s   loss / "
+        "peer's"
     )
     for shape in options.shapes.split(","):
         k, n = map(int, shape.split("x"))
@@ -136,7 +137,8 @@ def main():
         slow_full, _ = timed(lambda: in_torch(lambda: solve(W, H)), options.repeat)
         fast_full, full = timed(lambda: solve(W, H), options.repeat)
         print(
-            f"{shape:12} {theirs:7.2f}  {slow:7.2f} ({theirs / slow:.1f})  {fast:8.2f} ({theirs / fast:.1f})  {proxy_loss(W, ours.weight(), H) / loss:12.4f}  |"
+            f"{shape:12} {theirs:7.2f}  {slow:7.2f} ({theirs / slow:.1f})  {fast:8.2f} ({theirs / fast:.1f})  "
+            f"{proxy_loss(W, ours.weight(), H) / loss:12.4f}  |"
             f"          {slow_full:8.2f}  {fast_full:8.2f}   {proxy_loss(W, full.weight(), H) / loss:12.4f}",
             flush=True,
         )

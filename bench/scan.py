@@ -68,7 +68,7 @@ def best_of(work, passes=5):
         wall, cpu = time.perf_counter(), time.process_time()
         work()
         times.append((time.process_time() - cpu, time.perf_counter() - wall))
-    return tuple(min(column) for column in zip(*times))
+    return tuple(min(column) for column in zip(*times, strict=True))
 
 
 def weights(n_bytes):
@@ -208,7 +208,8 @@ def whole_command(sizes):
             wall, cpu, peak = child(*command)
             headers = child(*command, "--stage", "header")[0]
             print(
-                f"{size / 1e9:7.2f} GB {plain:7.2f} {wall:8.2f} {size / wall / 1e9:6.2f} {plain / wall:7.2f} {cpu:6.2f} {headers:10.2f} {peak:9.0f}"
+                f"{size / 1e9:7.2f} GB {plain:7.2f} {wall:8.2f} {size / wall / 1e9:6.2f} {plain / wall:7.2f} "
+                f"{cpu:6.2f} {headers:10.2f} {peak:9.0f}"
             )
 
 
@@ -279,7 +280,8 @@ def main():
                 )
             )
     print(
-        f"{n_bytes >> 20} MiB of bf16 in one thread; a checkpoint of {size >> 20} MiB in {len(shards)} shards; native level: {available or 'none'}"
+        f"{n_bytes >> 20} MiB of bf16 in one thread; a checkpoint of {size >> 20} MiB in {len(shards)} shards; "
+        f"native level: {available or 'none'}"
     )
     print(f"{'':52} {'GB/cpu-s':>9} {'GB/s':>7} {'of cat':>7} {'x torch loop':>13}")
     for some, bytes_of, copy in ((rows, n_bytes, plain), (whole, size, plain_shards)):
@@ -300,7 +302,7 @@ def cat(*paths):
         after = os.times()
         cpu = after.children_user + after.children_system - before.children_user - before.children_system
         times.append((max(cpu, 0.01), time.perf_counter() - wall))
-    return tuple(min(column) for column in zip(*times))
+    return tuple(min(column) for column in zip(*times, strict=True))
 
 
 if __name__ == "__main__":

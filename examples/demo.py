@@ -92,11 +92,13 @@ def main() -> int:
     ratio = figures["perplexity_quantized"] / figures["perplexity_original"]
     demand(
         ratio < 1.2,
-        f"perplexity {figures['perplexity_original']:.2f} → {figures['perplexity_quantized']:.2f} is {ratio:.3f} ×; at most 1.2 is wanted",
+        f"perplexity {figures['perplexity_original']:.2f} → {figures['perplexity_quantized']:.2f} is {ratio:.3f} ×; "
+        f"at most 1.2 is wanted",
     )
     before, after = size(fixed), size(quantized)
     print(
-        f"\nDone in {time.monotonic() - started:.0f} s: 4 defects found, {before / 1e6:.0f} MB → {after / 1e6:.0f} MB, perplexity "
+        f"\nDone in {time.monotonic() - started:.0f} s: 4 defects found, {before / 1e6:.0f} MB → {after / 1e6:.0f} "
+        f"MB, perplexity "
         f"{figures['perplexity_original']:.2f} → {figures['perplexity_quantized']:.2f} ({ratio:.3f} ×)."
     )
     print(f"Open {options.out / 'report.html'}")
@@ -170,8 +172,10 @@ def spoil(good: Path, bad: Path, group: int, tp: int) -> list[str]:
     return [
         "a NaN in model.layers.0.mlp.down_proj.weight[3, 5]",
         "no bos_token_id in config.json",
-        f"an MLP of {width + group} = {(width + group) // group} × {group} channels, which {tp} GPUs cannot share (same function: {group} channels split in two)",
-        "four rows of model.layers.1.mlp.up_proj.weight are 0, so four inputs of down_proj are always 0 and its Hessian is singular",
+        f"an MLP of {width + group} = {(width + group) // group} × {group} channels, which {tp} GPUs cannot share "
+        f"(same function: {group} channels split in two)",
+        "four rows of model.layers.1.mlp.up_proj.weight are 0, so four inputs of down_proj are always 0 and its "
+        "Hessian is singular",
     ]
 
 

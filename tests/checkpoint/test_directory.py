@@ -114,6 +114,6 @@ def test_large_documents_that_were_forgotten_are_parsed_again(tmp_path):
 def test_json_nested_deeper_than_places_are_worked_out_is_read_all_the_same(tmp_path):
     """Python reads 300 levels, our reader of places 200: findings then carry no line."""
     deep = '{"a":' * 300 + "1" + "}" * 300
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "x": %s}' % deep)
+    (tmp_path / "config.json").write_text(f'{{"model_type": "llama", "x": {deep}}}')
     file = Checkpoint.open(tmp_path).json["config.json"]
     assert file.value["model_type"] == "llama" and file.doc is None and file.place("/model_type") is None

@@ -2,6 +2,7 @@
 this machine.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -131,10 +132,8 @@ def send(request, status, body, headers=None, promise=None) -> None:
     }.items():
         request.send_header(key, value)
     request.end_headers()
-    try:
+    with contextlib.suppress(OSError):
         request.wfile.write(body)
-    except OSError:
-        pass
     if promise is not None:
         request.close_connection = True
 
@@ -283,7 +282,7 @@ def test_the_token_is_sent_and_hashes_come_from_the_listing(fake, local, monkeyp
 
 def test_tensor_bytes_are_refused_with_the_option_that_fetches_them(fake, local):
     fake.put(local)
-    with pytest.raises(BadCheckpoint, match="is not downloaded.*--download"):
+    with pytest.raises(BadCheckpoint, match=r"is not downloaded.*--download"):
         HubCheckpoint.at("org/name").load("model.norm.weight")
 
 
@@ -420,7 +419,7 @@ def test_a_busy_hub_is_waited_for_as_long_as_it_asks(fake, local):
 def test_a_busy_hub_is_not_waited_for_without_end(fake, local):
     fake.put(local)
     fake.always["/tree/"] = refuse(429, Retry_After="2")
-    with pytest.raises(MachineError, match="its listing: not whole after 5 tries.*the Hub is busy"):
+    with pytest.raises(MachineError, match=r"its listing: not whole after 5 tries.*the Hub is busy"):
         open_checkpoint("org/name")
     assert fake.waits == [2.0] * 4
     fake.always["/tree/"] = refuse(429, Retry_After="3600")
@@ -466,7 +465,7 @@ def test_a_hub_that_is_not_there_is_said_after_one_more_try(fake, monkeypatch):
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
-        MachineError, match="org/name: no such directory here, and http://127.0.0.1:9 cannot be reached"
+        MachineError, match=r"org/name: no such directory here, and http://127.0.0.1:9 cannot be reached"
     ):
         open_checkpoint("org/name")
     assert fake.waits == [0.5]
@@ -543,7 +542,8 @@ def test_download_fetches_the_commit_that_was_listed_and_checks_it_here(fake, lo
 def test_the_command_line_obeys_the_endpoint_and_imports_no_torch(fake, local, tmp_path):
     fake.put(local)
     code = (
-        "import sys\nfrom doctor.cli.main import main\ntry:\n    main(['check', 'org/name', '--group-size', '32', '--config', 'none'])\n"
+        "import sys\nfrom doctor.cli.main import main\ntry:\n    main(['check', 'org/name', '--group-size', '32', "
+        "'--config', 'none'])\n"
         "except SystemExit as error:\n    assert 'torch' not in sys.modules\n    sys.exit(error.code)\n"
     )
     environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {

@@ -143,7 +143,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
     path.write_bytes(bytes(1000))
     with ShardFile(path, path.name) as file:
         path.write_bytes(bytes(500))
-        with pytest.raises(BadCheckpoint, match="x.safetensors: ends at byte 500"):
+        with pytest.raises(BadCheckpoint, match=r"x.safetensors: ends at byte 500"):
             list(file.blocks(0, 1000, 300))
 
 

@@ -135,7 +135,7 @@ def test_a_hint_stands_on_its_own_line_and_debug_shows_the_traceback(run, monkey
 
 def test_a_defect_of_ours_is_said_to_be_ours(run, good, monkeypatch):
     monkeypatch.setattr(api, "check", lambda *_, **__: 1 / 0)
-    code, out, err = run("check", good)
+    code, _out, err = run("check", good)
     assert (
         code == 2
         and "ZeroDivisionError" in err

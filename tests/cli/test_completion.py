@@ -54,7 +54,10 @@ def test_bash_itself_completes_a_code_with_the_script(tmp_path):
     command = tmp_path / "doctor"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m doctor "$@"\n')
     command.chmod(0o755)
-    ask = 'eval "$(doctor completion bash)"\nCOMP_WORDS=(doctor check --select W20)\nCOMP_CWORD=3\n_doctor_completion doctor\nprintf "%s\\n" "${COMPREPLY[@]}"\n'
+    ask = (
+        'eval "$(doctor completion bash)"\nCOMP_WORDS=(doctor check --select W20)\nCOMP_CWORD=3\n'
+        '_doctor_completion doctor\nprintf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
     run = subprocess.run(
         ["bash", "-c", ask],
         capture_output=True,

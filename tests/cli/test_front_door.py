@@ -101,15 +101,18 @@ def test_a_message_with_a_rule_or_of_something_else_is_not_said_to_come_from_els
 # What a terminal holds after each tool: colours, bars, boxes and stamps around the message.
 LOGS = [
     (
-        "\x1b[32mQuantizing\x1b[0m:  12%|█▎        | 3/24 [01:10<08:12, 23.5s/it]\rQuantizing:  17%|█▋        | 4/24 [01:34<07:52, 23.6s/it]\n"
+        "\x1b[32mQuantizing\x1b[0m:  12%|█▎        | 3/24 [01:10<08:12, 23.5s/it]\rQuantizing:  17%|█▋        | "
+        "4/24 [01:34<07:52, 23.6s/it]\n"
         "Traceback (most recent call last):\n"
         '  File "/home/u/q.py", line 31, in <module>\n    model.quantize(tokenizer, quant_config=quant_config)\n'
-        '  File "/home/u/venv/lib/python3.11/site-packages/awq/quantize/quantizer.py", line 80, in pseudo_quantize_tensor\n'
+        '  File "/home/u/venv/lib/python3.11/site-packages/awq/quantize/quantizer.py", line 80, in '
+        "pseudo_quantize_tensor\n"
         "    assert torch.isnan(w).sum() == 0\n           ^^^^^^^^^^^^^^^^^^^^^^^^^^\nAssertionError\n",
         "W201",
     ),
     (
-        " -- Layer: model.layers.11 (Attention)\n !! Warning: Applied additional damping\n !! Warning: Applied additional damping\n"
+        " -- Layer: model.layers.11 (Attention)\n !! Warning: Applied additional damping\n !! Warning: Applied "
+        "additional damping\n"
         'Traceback (most recent call last):\n  File "/srv/exllamav2/conversion/adaptivegptq.py", line 333, in prepare\n'
         '    raise ValueError("Hessian is not invertible")\nValueError: Hessian is not invertible\n',
         "W201",
@@ -117,35 +120,42 @@ LOGS = [
     (
         "INFO - Start quantizing layer 17/80\nINFO - Quantizing mlp.down_proj in layer 17/80...\n"
         '  File "/opt/auto_gptq/quantization/gptq.py", line 116, in fasterquant\n    H = torch.linalg.cholesky(H)\n'
-        "torch._C._LinAlgError: linalg.cholesky: The factorization could not be completed because the input is not positive-definite "
+        "torch._C._LinAlgError: linalg.cholesky: The factorization could not be completed because the input is not "
+        "positive-definite "
         "(the leading minor of order 18163 is not positive-definite).\n",
         "Q411",
     ),
     (
         "(EngineCore_DP0 pid=4711) ERROR 11-23 19:00:02 [core.py:842] EngineCore failed to start.\n"
-        "(EngineCore_DP0 pid=4711) ERROR 11-23 19:00:02 [core.py:842] ValueError: The input size is not aligned with the quantized weight shape. "
+        "(EngineCore_DP0 pid=4711) ERROR 11-23 19:00:02 [core.py:842] ValueError: The input size is not aligned "
+        "with the quantized weight shape. "
         "This can be caused by too large tensor parallel size.\n"
         "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n",
         "G302",
     ),
     (
-        "╭──────────────── Traceback (most recent call last) ────────────────╮\n│ /opt/v/tokenizer.py:415 in encode                                 │\n"
-        "│ ❱ 415 │   │   ids = torch.tensor(list_ids)                          │\n╰───────────────────────────────────────────────────────────────────╯\n"
+        "╭──────────────── Traceback (most recent call last) ────────────────╮\n│ /opt/v/tokenizer.py:415 in encode "
+        "                                │\n"
+        "│ ❱ 415 │   │   ids = torch.tensor(list_ids)                          │\n"
+        "╰───────────────────────────────────────────────────────────────────╯\n"
         "\x1b[1;31mRuntimeError: \x1b[0mCould not infer dtype of NoneType\n",
         "C101",
     ),
     (
-        "\x1b]8;;https://example.org/x\x1b\\link\x1b]8;;\x1b\\ 2026-11-23T19:00:02.123Z stderr F safetensors_rust.SafetensorError: Error while deserializing header: "
+        "\x1b]8;;https://example.org/x\x1b\\link\x1b]8;;\x1b\\ 2026-11-23T19:00:02.123Z stderr F "
+        "safetensors_rust.SafetensorError: Error while deserializing header: "
         "MetadataIncompleteBuffer\n",
         "F001",
     ),
     (
-        "llm-compressor | WARNING - Hessian inversion failed for 12/280 modules (4.3%). These modules were quantized with round-to-nearest instead of GPTQ\n",
+        "llm-compressor | WARNING - Hessian inversion failed for 12/280 modules (4.3%). These modules were "
+        "quantized with round-to-nearest instead of GPTQ\n",
         "Q406",
     ),
     (
         "Loading checkpoint shards:  33%|███▎      | 1/3 [00:02<00:05,  2.61s/it]\nTraceback (most recent call last):\n"
-        '  File "x.py", line 2, in <module>\nFileNotFoundError: No such file or directory: "model-00002-of-00003.safetensors"\n',
+        '  File "x.py", line 2, in <module>\nFileNotFoundError: No such file or directory: '
+        '"model-00002-of-00003.safetensors"\n',
         "F010",
     ),
 ]

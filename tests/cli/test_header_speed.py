@@ -36,8 +36,10 @@ def test_a_header_check_imports_no_numpy_and_no_planner(tmp_path):
     folder = header.write(tmp_path / "m", *header.dense(1), 1)
     code = (
         "import sys\nfrom doctor.cli.main import main\n"
-        f"try:\n    main(['check', {str(folder)!r}, '--stage', 'header', '--concise', '--config', 'none'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'numpy', 'rich', 'jinja2', 'doctor.fixing.plan', 'doctor.scan.scan', 'huggingface_hub'} & set(sys.modules)\nassert not heavy, heavy\n"
+        f"try:\n    main(['check', {str(folder)!r}, '--stage', 'header', '--concise', '--config', 'none'])\nexcept "
+        f"SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'rich', 'jinja2', 'doctor.fixing.plan', 'doctor.scan.scan', 'huggingface_hub'} & "
+        "set(sys.modules)\nassert not heavy, heavy\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr

@@ -22,7 +22,10 @@ RECEIPT = {
 
 
 def test_versions_are_told_without_importing_torch():
-    code = "import sys; from doctor.core.host import describe; d = describe(); assert 'torch' not in sys.modules; print(d['torch'], d['cores'])"
+    code = (
+        "import sys; from doctor.core.host import describe; d = describe(); assert 'torch' not in sys.modules; "
+        "print(d['torch'], d['cores'])"
+    )
     version, cores = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -10,7 +10,8 @@ import pytest
 from doctor.lint.testing import tiny
 
 LOADED = (
-    "[m for m in ('sympy', 'torch._dynamo', 'torch.distributed.tensor', 'scipy.optimize', 'transformers.loss.loss_utils') "
+    "[m for m in ('sympy', 'torch._dynamo', 'torch.distributed.tensor', 'scipy.optimize', "
+    "'transformers.loss.loss_utils') "
     "if type(sys.modules.get(m)).__name__ == 'module']"
 )
 
@@ -52,7 +53,8 @@ def test_what_was_left_out_is_there_when_it_is_asked_for():
 from transformers.masking_utils import TransformGetItemToIndex
 import transformers.loss.loss_utils as losses
 from torch._dynamo.utils import counters
-wanted = [type(TransformGetItemToIndex()).__module__, torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).item(),
+wanted = [type(TransformGetItemToIndex()).__module__,
+          torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).item(),
           callable(losses.ForCausalLMLoss), type(sys.modules["torch._dynamo"]).__name__]
 print(json.dumps(wanted))
 """
@@ -75,7 +77,8 @@ def test_the_command_quantizes_without_them(tmp_path):
     code = f"""
 import sys, json
 from doctor.cli import main as cli
-sys.argv = ["doctor", "quantize", {str(tmp_path / "m")!r}, "-o", {str(tmp_path / "out")!r}, "--calibration", {str(tmp_path / "rows.jsonl")!r},
+sys.argv = ["doctor", "quantize", {str(tmp_path / "m")!r}, "-o", {str(tmp_path / "out")!r},
+            "--calibration", {str(tmp_path / "rows.jsonl")!r},
             "--group-size", "32", "--max-seq-length", "32", "-f", "json:" + {str(tmp_path / "report.json")!r}]
 try:
     cli.main()

@@ -1,5 +1,6 @@
-"""No file outside doctor/formats compares the name of a format, and none outside doctor/core/methods.py that of a method:
-they ask the object. A name may be written down (a default, an example, what quantization_config is to say), not judged.
+"""No file outside doctor/formats compares the name of a format, and none outside doctor/core/methods.py that of a
+method: they ask the object. A name may be written down (a default, an example, what quantization_config is to say), not
+judged.
 """
 
 import ast

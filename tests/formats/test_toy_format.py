@@ -90,7 +90,7 @@ def test_a_recipe_may_name_it_once_it_is_known_and_no_longer_after(rows8):
 
 
 def test_it_is_quantized_with_its_own_tensors_and_configs(made):
-    source, result = made
+    _source, result = made
     out = Checkpoint.open(result.output)
     assert result.report.ok and not [f for f in result.report.findings if f.severity == "error"]
     name = "model.layers.1.mlp.down_proj"

@@ -521,7 +521,8 @@ def test_rules_of_a_directory_run_beside_ours(project, capsys, monkeypatch, how)
         monkeypatch.setattr(module, "RULES", dict(RULES) if module is engine else engine.RULES)
     (project / "mine").mkdir()
     (project / "mine" / f"w99{len(how)}_own_{how}.py").write_text(
-        f'"""W99{len(how)} own-{how}: invented.\n\nWhy: a test.\nDo: nothing.\n"""\nfrom doctor.lint.rule import finding, rule\n\n\n'
+        f'"""W99{len(how)} own-{how}: invented.\n\nWhy: a test.\nDo: nothing.\n"""\nfrom doctor.lint.rule import '
+        f"finding, rule\n\n\n"
         f'@rule("W99{len(how)}", "error")\ndef check(tensor, numel):\n    yield finding("seen")\n'
     )
     if how == "file":

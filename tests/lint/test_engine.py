@@ -99,7 +99,7 @@ def test_findings_alike_but_for_the_block_fold_into_one_line(tmp_path):
     for block in (0, 1):
         case.down(block)[0, 0] = 0x7FC0
     report = check(case.write(tmp_path), case.recipe)
-    ((first, group),) = fold(report.findings)
+    ((_first, group),) = fold(report.findings)
     assert len(group) == 2 and folded_name(f.where.tensor for f in group) == "model.layers.{0-1}.mlp.down_proj.weight"
     assert folded_name(["a.1.b", "a.2.b", "a.3.b", "a.9.b"]) == "a.{1-3,9}.b" and folded_name(["lm_head"]) == "lm_head"
     with pytest.raises(CheckpointNotReady, match="2 findings"):
@@ -135,7 +135,10 @@ def test_a_caret_stands_under_its_value_behind_tabs(tmp_path):
 def test_a_rule_files_page_may_be_indented_and_its_first_line_wrapped():
     from doctor.lint.rule import Rule, headline
 
-    text = "X901 my-rule: what is\n    wrong.\n\n    Why: because.\n\n    Seen as:\n    - Tool: `it broke`\n    - One: `set `a` to `b``\n    - Two: ```a` is not `b```\n"
+    text = (
+        "X901 my-rule: what is\n    wrong.\n\n    Why: because.\n\n    Seen as:\n    - Tool: `it broke`\n    - "
+        "One: `set `a` to `b``\n    - Two: ```a` is not `b```\n"
+    )
     assert headline(text, "X901") == ("my-rule", "what is wrong")
     assert headline("X901 my-rule: what is wrong.\nWhy: because.", "X901") == ("my-rule", "what is wrong")
     page = Rule("X901", *headline(text, "X901"), "error", "certain", "tensor", "header", (), lambda *_: (), text)

@@ -23,7 +23,8 @@ LIBRARY = [
     made("G901", "must be divisible by tensor parallel size", name="heads"),
     made(
         "G902",
-        "The input size is not aligned with the quantized weight shape. This can be caused by too large tensor parallel size.",
+        "The input size is not aligned with the quantized weight shape. This can be caused by too large tensor "
+        "parallel size.",
         name="groups",
     ),
     made("F901", "Error while deserializing header: MetadataIncompleteBuffer", name="cut"),
@@ -67,18 +68,21 @@ def test_every_long_quote_is_found_inside_a_log(code, quote):
         ("ValueError: Hessian is not invertible", "W901"),
         ("hessian is not invertible", "W901"),
         (
-            '  File "/home/u/q.py", line 333, in <module>\n    raise ValueError("Hessian is not invertible")\nValueError: Hessian is not invertible\n',
+            '  File "/home/u/q.py", line 333, in <module>\n    raise ValueError("Hessian is not invertible")\n'
+            "ValueError: Hessian is not invertible\n",
             "W901",
         ),
         ("\x1b[31mERROR\x1b[0m 2026-01-02T10:11:12 ValueError:   Hessian is\tnot invertible", "W901"),
         ("AssertionError: 14 must be divisible by tensor parallel size 8", "G901"),
         ("safetensors_rust.SafetensorError: Error while deserializing header: MetadataIncompleteBuffer", "F901"),
         (
-            "RuntimeError: size mismatch for model.layers.3.mlp.up_proj.weight: copying a param with shape torch.Size([11008, 4096])",
+            "RuntimeError: size mismatch for model.layers.3.mlp.up_proj.weight: copying a param with shape "
+            "torch.Size([11008, 4096])",
             "F902",
         ),
         (
-            "The input size is not aligned with the quantized\nweight shape. This can be caused by too large\ntensor parallel size.",
+            "The input size is not aligned with the quantized\nweight shape. This can be caused by too large\n"
+            "tensor parallel size.",
             "G902",
         ),
         ("input size not aligned with quantized weight shape, caused by too large tensor parallel size", "G902"),

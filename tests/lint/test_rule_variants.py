@@ -309,7 +309,10 @@ def test_stored_widths_that_a_runtime_does_not_read_are_named(runtime, dynamic, 
     )
 
 
-QK = "vllm puts the rows of q and k in the wrong order (first model.layers.0.self_attn.k_proj, 4 in all): for its rotary embedding it reorders"
+QK = (
+    "vllm puts the rows of q and k in the wrong order (first model.layers.0.self_attn.k_proj, 4 in all): for its "
+    "rotary embedding it reorders"
+)
 RANDOM = "transformers leaves the linears of experts out when from_pretrained loads them, and computes with random ones"
 
 

@@ -135,7 +135,9 @@ def test_every_page_can_be_shown_in_chinese():
 
 
 def test_a_catalogue_is_compiled_where_the_compiled_one_is_missing_or_old(tmp_path, monkeypatch, capsys):
-    """The .mo is used where it was made from the .po beside it; else Babel compiles in memory; without it, that is said."""
+    """The .mo is used where it was made from the .po beside it; else Babel compiles in memory; without it, that is
+    said.
+    """
     folder = tmp_path / "zh" / "LC_MESSAGES"
     folder.mkdir(parents=True)
     header = 'msgid ""\nmsgstr "Content-Type: text/plain; charset=utf-8\\n"\n\n'

@@ -71,7 +71,7 @@ def test_every_linear_is_the_part_of_the_stack_that_the_models_code_takes(family
 
 
 def test_biases_come_apart_as_their_weights_do(tmp_path):
-    checkpoint, spec, view, apart = seen(tiny("gpt_oss").write(tmp_path / "m"))
+    checkpoint, _spec, view, apart = seen(tiny("gpt_oss").write(tmp_path / "m"))
     both, down = (checkpoint.load(f"model.layers.1.mlp.experts.{role}_bias") for role in ("gate_up_proj", "down_proj"))
     for e in range(4):
         for role, want in (("gate", both[e, :128]), ("up", both[e, 128:]), ("down", down[e])):
@@ -86,7 +86,7 @@ def test_biases_come_apart_as_their_weights_do(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_view_has_the_bytes_of_the_checkpoint_and_is_taken_apart_once(family, tmp_path):
-    checkpoint, spec, view, apart = seen(tiny(family).write(tmp_path / "m"))
+    checkpoint, _spec, view, apart = seen(tiny(family).write(tmp_path / "m"))
     assert sum(i.nbytes for i in view.tensors.values()) == sum(i.nbytes for i in checkpoint.tensors.values())
     assert all(view.load(n).nbytes == i.nbytes for n, i in view.tensors.items())
     assert take_apart(view, apart, RECIPE) == (view, apart)
@@ -94,7 +94,7 @@ def test_the_view_has_the_bytes_of_the_checkpoint_and_is_taken_apart_once(family
 
 
 def test_one_linear_reads_one_experts_part(tmp_path, monkeypatch):
-    checkpoint, _, view, _ = seen(tiny("llama4_text").write(tmp_path / "m"))
+    _checkpoint, _, view, _ = seen(tiny("llama4_text").write(tmp_path / "m"))
     read, honest = [], Checkpoint.open_file
 
     def counted(self, shard):
@@ -130,7 +130,7 @@ def test_stacks_behind_a_longer_prefix_keep_it(tmp_path):
             case.tensors.pop(n),
             case.dtypes.pop(n),
         )
-    _, _, view, apart = seen(case.write(tmp_path / "m"))
+    _, _, _view, apart = seen(case.write(tmp_path / "m"))
     assert "language_model.model.layers.1.feed_forward.experts.3.down_proj" in {x.name for x in apart.linears}
 
 

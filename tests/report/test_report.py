@@ -855,7 +855,8 @@ def test_concise_is_one_line_per_finding_with_place_and_mark():
     lines = render("concise", [BUSY]).splitlines()
     assert lines[0] == "/data/ck/config.json:3:19: C901 [*] no bos_token_id (null)"
     assert lines[2].startswith(
-        "/data/ck/model.safetensors: W901 1 NaN among 64 values of model.layers.{0-39}.mlp.down_proj.weight at [3, 5] (40 tensors)"
+        "/data/ck/model.safetensors: W901 1 NaN among 64 values of model.layers.{0-39}.mlp.down_proj.weight at [3, "
+        "5] (40 tensors)"
     )
     assert lines[-2].startswith("Found 2 errors, 1 warning in 272 tensors, 269 MB for gptq 4-bit g128")
     assert lines[-1] == "[*] 1 safe fix with `doctor fix`; 2 need you (W901)"

@@ -144,7 +144,7 @@ def test_a_range_of_a_file_is_counted_as_its_bytes_are_and_left_in_the_buffer(pa
 def test_a_file_that_ends_or_cannot_be_read_is_named(path, tmp_path):
     (tmp_path / "x").write_bytes(bytes(1000))
     with ShardFile(tmp_path / "x", "x.safetensors") as file:
-        with pytest.raises(BadCheckpoint, match="x.safetensors: ends at byte 1,000 while 200 more"):
+        with pytest.raises(BadCheckpoint, match=r"x.safetensors: ends at byte 1,000 while 200 more"):
             counters.read_and_scan(file, 200, memoryview(bytearray(1000)), "BF16")
         os.close(file.fileno())
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -238,7 +238,7 @@ def test_merging_the_parts_of_any_split_gives_the_whole(dtype, n, seed, data):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DOCTOR_NATIVE", path)
             total = counters.EMPTY
-            for begin, end in zip([0, *cuts], [*cuts, n]):
+            for begin, end in zip([0, *cuts], [*cuts, n], strict=True):
                 total = total.merge(counters.scan(codes[begin:end], dtype, begin))
             assert_same(total, counters.scan(codes, dtype))
 

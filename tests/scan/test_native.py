@@ -45,7 +45,7 @@ def test_a_level_can_be_lowered_but_not_raised_above_the_processor(monkeypatch):
 @needs_library
 def test_a_function_the_library_lacks_says_how_to_get_it(monkeypatch):
     monkeypatch.delenv("DOCTOR_NATIVE", raising=False)
-    with pytest.raises(MachineError, match="has no function doctor_nothing.*built from older sources. Reinstall"):
+    with pytest.raises(MachineError, match=r"has no function doctor_nothing.*built from older sources. Reinstall"):
         native.function("doctor_nothing")
 
 
@@ -61,5 +61,5 @@ def test_a_library_that_does_not_load_is_an_error_and_not_a_fallback(monkeypatch
     broken = tmp_path / "libdoctor_cpu.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(native, "LIBRARY", broken)
-    with pytest.raises(MachineError, match="does not load: .*Reinstall the package here, or set DOCTOR_NATIVE=0"):
+    with pytest.raises(MachineError, match=r"does not load: .*Reinstall the package here, or set DOCTOR_NATIVE=0"):
         native.level()

@@ -19,7 +19,10 @@ from doctor.scan.header import header_facts
 from doctor.scan.scan import scan
 
 
-def scanned(folder, recipe=Recipe(group_size=32), **options):
+PLAN = Recipe(group_size=32)
+
+
+def scanned(folder, recipe=PLAN, **options):
     checkpoint = Checkpoint.open(folder)
     store = header_facts(checkpoint, recipe)
     return store, scan(checkpoint, store, **options), checkpoint
@@ -96,7 +99,7 @@ def test_a_file_that_is_cut_under_the_scan_is_an_error_that_names_it(tmp_path):
     checkpoint = Checkpoint.open(folder)
     store = header_facts(checkpoint, Recipe())
     os.truncate(folder / "model.safetensors", 5000)
-    with pytest.raises(BadCheckpoint, match="model.safetensors: ends at byte 5,000"):
+    with pytest.raises(BadCheckpoint, match=r"model.safetensors: ends at byte 5,000"):
         scan(checkpoint, store)
 
 
