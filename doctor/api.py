@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any, cast
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.errors import BadCheckpoint, PlanRefused
-from doctor.core.facts import CHECKPOINT, STAGES, Store, asks
+from doctor.core.facts import COSTS, asks
+from doctor.core.machine import GIVEN_MACHINE
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
+from doctor.core.store import Store
+from doctor.lint.baseline import compare_with
 from doctor.lint.config import Config, Selection, choose
-from doctor.lint.engine import Report, against, in_order, judge, load_rules, locate, select_rules
+from doctor.lint.engine import Report, in_order, judge, load_rules, locate, select_rules
 from doctor.lint.rule import Rule
-from doctor.scan.header import header_facts
+from doctor.scan.header import SPEC, header_facts
 from doctor.scan.summary import summary
 
 if TYPE_CHECKING:
@@ -78,11 +81,11 @@ def check(
     if capacity is not None:
         _measure(checkpoint, store, recipe, capacity)
     for subject, name, value in facts:
-        store.put(subject, name, value)
+        store.put_value(name, value, subject)
     scanned = None
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)
-    elif STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.facts) for r in rules):
+    elif COSTS.index(stage) >= COSTS.index("values") and any(asks("values", r.facts) for r in rules):
         from doctor.scan.scan import scan
 
         scanned = scan(checkpoint, store, progress, keep_partial=keep_partial)
@@ -119,7 +122,7 @@ def check(
     if config is not None:
         _suppress(report, config, checkpoint)
     if baseline is not None:
-        against(report, baseline)
+        compare_with(report, baseline)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -128,11 +131,11 @@ def _measure(checkpoint: Checkpoint, store: Store, recipe: Recipe, capacity: str
     """Add the fact of what this machine has and what quantizing into `capacity` needs, where config.json describes a
     model.
     """
-    if store.has(CHECKPOINT, "spec"):
+    if store.has(SPEC):
         from doctor.quant.capacity import measure
 
-        spec = cast("ModelSpec", store.get(CHECKPOINT, "spec"))
-        store.put(CHECKPOINT, "given_machine", measure(checkpoint, spec, recipe, capacity))
+        spec = cast("ModelSpec", store.get(SPEC))
+        store.put(GIVEN_MACHINE, measure(checkpoint, spec, recipe, capacity))
 
 
 def _chosen(
@@ -157,7 +160,7 @@ def _default_recipe(checkpoint: Checkpoint, config: Config | None) -> Recipe:
 
 
 def _suppress(report: Report, config: Config, checkpoint: Checkpoint) -> None:
-    split = config.hush(report.findings, report.runs, checkpoint)
+    split = config.apply_suppressions(report.findings, report.runs, checkpoint)
     report.findings, report.suppressed = in_order([*split.findings, *split.own]), split.suppressed
     report.runs = [*report.runs, *split.runs]
 
@@ -259,7 +262,7 @@ def _fixed(
     from doctor.fixing.plan import make_plan, refuse
     from doctor.fixing.result import FixResult, report_of, unproved
 
-    suppress = config.hush if config else None
+    suppress = config.apply_suppressions if config else None
     plan = make_plan(source, recipe, rules, consent, facts=facts, stage=stage, progress=progress, suppress=suppress)
     before, after = (report_of(a, plan.recipe, fail_on, started) for a in (plan.before, plan.after))
     result = FixResult(plan, before, after, output)

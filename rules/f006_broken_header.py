@@ -45,7 +45,7 @@ def broken_header(shard, base):
 def bad():
     case = tiny()
     case.files["model.safetensors"] = struct.pack("<Q", 16) + b'["no object"]'.ljust(16)
-    return case, "model.safetensors: header is a JSON list; it must be an object"
+    return case, "model.safetensors: the header is a JSON list; it must be an object"
 
 
 def good():

@@ -19,7 +19,7 @@ Sources: unslothai/unsloth issue 847; ModelCloud/GPTQModel issue 2196.
 """
 
 from doctor.lint.rule import _, finding, rule
-from doctor.lint.testing import change, roomy
+from doctor.lint.testing import change, with_capacity
 
 GIB = 2**30
 
@@ -41,12 +41,12 @@ def disk_too_small(checkpoint, machine, layout):
 
 
 def bad():
-    case = roomy()
+    case = with_capacity()
     change(case, "checkpoint:", "given_machine", disk_free=3 * GIB, disk_need=5 * GIB)
     return case, "OUT has 3.0 GiB free; writing takes 5.0 GiB"
 
 
 def good():
-    case = roomy()
+    case = with_capacity()
     change(case, "checkpoint:", "given_machine", disk_free=5 * GIB, disk_need=5 * GIB)
     return case

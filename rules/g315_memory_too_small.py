@@ -23,7 +23,7 @@ Sources: mit-han-lab/llm-awq issue 157; vllm-project/llm-compressor issue 109; d
 """
 
 from doctor.lint.rule import _, finding, rule
-from doctor.lint.testing import change, roomy
+from doctor.lint.testing import change, with_capacity
 
 GIB = 2**30
 
@@ -47,12 +47,12 @@ def memory_too_small(checkpoint, machine, layout, recipe):
 
 
 def bad():
-    case = roomy()
+    case = with_capacity()
     change(case, "checkpoint:", "given_machine", memory_free=3 * GIB, memory_need=5 * GIB)
     return case, "this machine has 3.0 GiB of memory free; gptq 4-bit g32 takes 5.0 GiB"
 
 
 def good():
-    case = roomy()
+    case = with_capacity()
     change(case, "checkpoint:", "given_machine", memory_free=5 * GIB, memory_need=5 * GIB)
     return case

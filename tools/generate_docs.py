@@ -48,7 +48,7 @@ def modes() -> str:
 def rule_table(rules, folder: str) -> str:
     lines = ["| code | name | what is wrong | severity | looks at |", "|---|---|---|---|---|"]
     lines += [
-        f"| [{r.code}]({folder}{r.code}.md) | {r.name} | {cell(r.title)} | {r.severity} | {r.stage} |" for r in rules
+        f"| [{r.code}]({folder}{r.code}.md) | {r.name} | {cell(r.title)} | {r.severity} | {r.cost} |" for r in rules
     ]
     return "\n".join(lines)
 
@@ -68,7 +68,7 @@ def page(entry) -> str:
     parts = [
         f"# {entry.code} {entry.name}",
         f"{title}.",
-        f"{entry.severity} · {entry.certainty} · {entry.area.lower()} · looks at: {entry.stage}",
+        f"{entry.severity} · {entry.certainty} · {entry.area.lower()} · looks at: {entry.cost}",
     ]
     heads = {
         "Why": "Why it matters",

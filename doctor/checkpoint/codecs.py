@@ -7,6 +7,8 @@ dtype cannot hold becomes Inf, and whoever may not write Inf tests for it.
 
 from __future__ import annotations
 
+from typing import Any
+
 from doctor.checkpoint.dtypes import DTYPES
 from doctor.core.lazy_numpy import np
 
@@ -45,14 +47,14 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     ).astype(np.uint16)
 
 
-def encode(value: float, dtype_name: str) -> np.generic:
+def encode(value: float, dtype_name: str) -> Any:
     """One raw code for a finite value. Raises ValueError for types that hold no such value."""
     if dtype_name in ("F32", "F64"):
         return np.dtype(DTYPES[dtype_name].torch).type(value)
     if dtype_name == "F16":
         return np.float16(value).view(np.uint16)
     if dtype_name == "BF16":
-        return to_bf16(np.float32(value))[()]
+        return to_bf16(np.asarray(value, np.float32))[()]
     if value == 0 and dtype_name.startswith("F8") and dtype_name != "F8_E8M0":
         return np.uint8(0)
     raise ValueError(f"{dtype_name} has no code for {value}")

@@ -1,7 +1,7 @@
-"""A checkpoint directory (or one .safetensors file) as it lies on disk: opened, listed, never judged, never changed.
+"""A checkpoint directory (or one .safetensors file) on disk: opened and listed, never judged, never changed.
 
-Everything that can be wrong with the files becomes data here (`problems`, `Shard.defects`, `JsonFile.error`), because a
-rule must be able to say it with a place and a cure. Only what leaves nothing to look at is an exception.
+Faults of the files become data here (`problems`, `Shard.defects`, `JsonFile.error`), because a rule reports them with a
+place and a fix. Only if nothing can be read an exception is raised.
 
 No path leaves the directory: names from an index are file names, never paths; a symbolic link is followed only inside
 the directory or into the blob store of a Hub cache, which is how huggingface_hub lays out its snapshots.
@@ -22,9 +22,10 @@ from doctor.checkpoint.dtypes import CODE_NUMPY
 from doctor.checkpoint.safetensors import Defect, Shard, ShardFile, TensorInfo, open_shard
 from doctor.core.errors import BadCheckpoint
 from doctor.core.lazy_numpy import np
+from doctor.core.messages import _
 
 INDEX_NAME = "model.safetensors.index.json"
-FORGOTTEN_BYTES = 1 << 20  # of documents that are not kept parsed for hours
+FORGOTTEN_BYTES = 1 << 20  # larger documents are not kept parsed during a long run
 MAX_JSON_BYTES = 64 << 20  # the largest tokenizer.json in use is about 33 MB
 MAX_SPAN_BYTES = 1 << 20  # above, places inside the text are not worked out: findings point at line 1
 
@@ -39,7 +40,7 @@ class Entry:
 
 
 class JsonFile:
-    """One JSON document of a checkpoint: its text, and its value or why there is none. Parsed when first asked for."""
+    """One JSON document of a checkpoint: its text, and its value or the error. Parsed when it is first asked for."""
 
     def __init__(self, name: str, raw: bytes):
         self.name = name
@@ -71,12 +72,14 @@ class JsonFile:
         except UnicodeDecodeError as error:
             before = self.raw[: error.start].decode("utf-8", "replace")
             self.error = json_text.JsonError(
-                f"not UTF-8: byte 0x{self.raw[error.start]:02x} at offset {error.start}", before, len(before)
+                _("not UTF-8: byte 0x{byte:02x} at offset {offset}", byte=self.raw[error.start], offset=error.start),
+                before,
+                len(before),
             )
         except json.JSONDecodeError as error:
             self.error = json_text.JsonError(error.msg, error.doc, error.pos)
         except (RecursionError, ValueError) as error:
-            self.error = json_text.JsonError(f"not readable: {str(error)[:100]}", "", 0)
+            self.error = json_text.JsonError(_("not readable: {error}", error=str(error)[:100]), "", 0)
         return None
 
     @property
@@ -86,9 +89,7 @@ class JsonFile:
 
     @cached_property
     def doc(self) -> json_text.JsonText | None:
-        """Text with the place of every value; None where the file is broken, very large or nested deeper than places
-        are worked out.
-        """
+        """The text with the position of every value; None if the file is broken, very large or nested too deeply."""
         if self.broken is not None or len(self.raw) > MAX_SPAN_BYTES:
             return None
         try:
@@ -97,10 +98,11 @@ class JsonFile:
             return None
 
     def place(self, path: str) -> tuple[int, int, int] | None:
-        """(line, column, length) of the value at a JSON pointer, 1-based; None where it does not stand in the text."""
+        """(line, column, length) of the value at a JSON pointer, 1-based; None if it is not in the text."""
         span = self.doc.spans.get(path) if self.doc else None
         if span is None:
             return None
+        assert self.doc is not None  # it gave the span
         line, column = self.doc.line_column(span.begin)
         return line, column, span.end - span.begin
 
@@ -108,11 +110,11 @@ class JsonFile:
 class Checkpoint:
     """The files of one checkpoint. Use `Checkpoint.open`.
 
-    `tensors` maps names to the TensorInfo that a reader would take: the shard the index names, else the first that has
-    it. `problems` are Defects of the listing itself (links that lead out, unsafe names, unreadable files).
+    `tensors` maps names to the TensorInfo that a reader takes: in the shard that the index names, else in the first that
+    has it. `problems` are Defects of the listing itself (links that lead out, unsafe names, unreadable files).
     """
 
-    unread = ""  # why tensor bytes cannot be read, "" where they can
+    unread: str = ""  # the reason why tensor bytes cannot be read, "" if they can
 
     def __init__(self, root: Path, only: str | None = None):
         self.root = root
@@ -131,17 +133,21 @@ class Checkpoint:
             mode = root.stat().st_mode
         except OSError as error:
             raise BadCheckpoint(
-                f"{path}: {error.strerror}.", "Give a directory that holds config.json and *.safetensors."
+                _("{path}: {error}.", path=path, error=error.strerror),
+                _("Give a directory that holds config.json and *.safetensors."),
             ) from None
         only = None
         if stat.S_ISREG(mode):
             if root.suffix != ".safetensors":
                 raise BadCheckpoint(
-                    f"{path}: not a directory and not a .safetensors file.", "Give the checkpoint's directory."
+                    _("{path}: not a directory and not a .safetensors file.", path=path),
+                    _("Give the checkpoint's directory."),
                 )
             root, only = root.parent, root.name
         elif not stat.S_ISDIR(mode):
-            raise BadCheckpoint(f"{path}: neither a directory nor a regular file.", "Give the checkpoint's directory.")
+            raise BadCheckpoint(
+                _("{path}: neither a directory nor a regular file.", path=path), _("Give the checkpoint's directory.")
+            )
         self = cls(root, only)
         self._list()
         self._load_json()
@@ -158,7 +164,10 @@ class Checkpoint:
         try:
             found = sorted(os.scandir(self.root), key=lambda e: e.name)
         except OSError as error:
-            raise BadCheckpoint(f"{self.root}: {error.strerror}.", "Check the permissions of the directory.") from None
+            raise BadCheckpoint(
+                _("{path}: {error}.", path=self.root, error=error.strerror),
+                _("Check the permissions of the directory."),
+            ) from None
         for item in found:
             if self.only and item.name != self.only:
                 continue
@@ -170,19 +179,19 @@ class Checkpoint:
                 continue
             if target is not None and not self.may_follow(target):
                 self.problems.append(
-                    Defect("link-leads-out", f"a symbolic link to {os.readlink(item.path)}", item.name)
+                    Defect("link-leads-out", _("a symbolic link to {target}", target=os.readlink(item.path)), item.name)
                 )
             elif stat.S_ISREG(info.st_mode):
                 self.entries[item.name] = Entry(item.name, info.st_size, target)
             elif not stat.S_ISDIR(info.st_mode):
-                self.problems.append(Defect("special-file", "neither a file nor a directory", item.name))
+                self.problems.append(Defect("special-file", _("neither a file nor a directory"), item.name))
 
     @staticmethod
     def _target(item: os.DirEntry) -> str | None:
         return os.path.realpath(item.path) if item.is_symlink() else None
 
     def may_follow(self, target: str) -> bool:
-        """Whether a link's resolved target lies inside the directory or in the Hub cache it belongs to."""
+        """Whether a link's resolved target is inside the directory, or in the Hub cache that the directory belongs to."""
         root = os.path.realpath(self.root)
         # A Hub cache keeps models--org--name/snapshots/REV/FILE -> ../../blobs/HASH.
         blobs = os.path.join(os.path.dirname(os.path.dirname(root)), "blobs")
@@ -190,24 +199,31 @@ class Checkpoint:
         return target.startswith(root + os.sep) or (in_hub_cache and target.startswith(blobs + os.sep))
 
     def origin(self, name: str) -> str:
-        """The name that a listed file has on disk: another than here where edits renamed it."""
+        """The name of a listed file on disk, which differs if an edit renamed it."""
         return name
 
     def path(self, name: str) -> Path:
         """Path of a listed file. Raises BadCheckpoint for a name that is not in the listing."""
         if name not in self.entries:
-            raise BadCheckpoint(f"{name}: not a file of {self.root}.")
+            raise BadCheckpoint(_("{file}: not a file of {checkpoint}.", file=name, checkpoint=self.root))
         return self.root / name
 
     def read_file(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """Bytes of one listed file. Raises BadCheckpoint when it is larger than `limit` or cannot be read."""
         if self.entries[name].size > limit:
-            raise BadCheckpoint(f"{name}: {self.entries[name].size:,} bytes; at most {limit:,} are read.")
+            raise BadCheckpoint(
+                _(
+                    "{file}: {size:,} bytes; at most {limit:,} are read.",
+                    file=name,
+                    size=self.entries[name].size,
+                    limit=limit,
+                )
+            )
         try:
             with open(self.path(name), "rb") as file:
                 return file.read(limit + 1)
         except OSError as error:
-            raise BadCheckpoint(f"{name}: {error.strerror}.") from None
+            raise BadCheckpoint(_("{path}: {error}.", path=name, error=error.strerror)) from None
 
     def sha256(self, name: str) -> str:
         """SHA-256 of a listed file, in hexadecimal: reads all of it. Raises BadCheckpoint."""
@@ -217,7 +233,7 @@ class Checkpoint:
             with open(self.path(name), "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise BadCheckpoint(f"{name}: {error.strerror}.") from None
+            raise BadCheckpoint(_("{path}: {error}.", path=name, error=error.strerror)) from None
 
     # contents
 
@@ -233,12 +249,10 @@ class Checkpoint:
             self.json[name] = JsonFile(name, raw)
 
     def forget_parsed(self) -> None:
-        """Let go of large documents that were parsed: a tokenizer of 256,000 tokens takes 28 MB as text and 200 as
-        objects.
-        """
+        """Free large parsed documents: a tokenizer of 256,000 tokens takes 28 MB as text and 200 MB as objects."""
         for file in self.json.values():
             if len(file.raw) > FORGOTTEN_BYTES:
-                vars(file).pop("value", None)  # whoever asks again waits for it again
+                vars(file).pop("value", None)  # parsed again when it is asked for again
 
     def value(self, name: str) -> dict | None:
         """The object in a JSON file, or None where the file is absent, broken or holds no object."""
@@ -291,7 +305,7 @@ class Checkpoint:
         try:
             return ShardFile(self.path(shard), shard)
         except OSError as error:
-            raise BadCheckpoint(f"{shard}: {error.strerror}.") from None
+            raise BadCheckpoint(_("{path}: {error}.", path=shard, error=error.strerror)) from None
 
     def chunks(self, file: ShardFile, info: TensorInfo, step: int) -> Iterator[memoryview]:
         """The tensor's bytes in order, at most `step` each; a chunk is valid until the next one is asked for."""
@@ -321,6 +335,10 @@ def codes(raw: bytes | bytearray | memoryview, info: TensorInfo) -> np.ndarray:
     kind = CODE_NUMPY.get(info.dtype.name)
     if kind is None:
         raise BadCheckpoint(
-            f"{info.name}: dtype {info.dtype.name} has no whole-byte elements and cannot be read as an array."
+            _(
+                "{tensor}: dtype {dtype} has no whole-byte elements and cannot be read as an array.",
+                tensor=info.name,
+                dtype=info.dtype.name,
+            )
         )
     return np.frombuffer(raw, kind).reshape(info.shape)

@@ -1,16 +1,19 @@
-"""JSON read twice at once: its values, and where in the text each of them stands.
+"""A JSON parser that keeps the position of every value in the text.
 
-The standard parser gives values and forgets places; a finding must point at `config.json:13:24`, and an edit must
-change one value and leave the user's own formatting alone. YAML parsers give places, but reject tabs and read some JSON
-differently, so this is a small strict reader of JSON itself. It also reports what `json` lets through in silence:
-duplicate keys, NaN and Infinity, a byte order mark.
+The standard parser drops positions; a finding must point at `config.json:13:24`, and an edit must change one value and
+keep the user's formatting. YAML parsers keep positions, but reject tabs and read some JSON differently, so this is a
+small strict reader of JSON itself. It also reports what `json` accepts in silence: duplicate keys, NaN and Infinity, a
+byte order mark.
 """
 
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from json.decoder import scanstring
+from json.decoder import scanstring  # type: ignore[attr-defined]  # public, but not in the stubs
+from typing import Any
+
+from doctor.core.messages import _
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
@@ -27,7 +30,7 @@ MAX_DEPTH = 200
 
 @dataclass(frozen=True)
 class Span:
-    """Character offsets of one value, and of its key where it has one (else key == value)."""
+    """Character offsets of one value, and of its key if it has one (else key_begin == begin)."""
 
     key_begin: int
     begin: int
@@ -91,23 +94,25 @@ def parse_bytes(data: bytes) -> JsonText:
     except UnicodeDecodeError as error:
         readable = data.decode("utf-8", "replace")
         raise JsonError(
-            f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
+            _("not UTF-8: byte 0x{byte:02x} at offset {offset}", byte=data[error.start], offset=error.start),
             readable,
             len(data[: error.start].decode("utf-8", "replace")),
         ) from None
 
 
 def _skip(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
 
 
-def _value(doc: JsonText, at: int, path: str, depth: int):
+def _value(doc: JsonText, at: int, path: str, depth: int) -> tuple[Any, int]:
     text = doc.text
     if depth > MAX_DEPTH:
-        raise JsonError(f"nested deeper than {MAX_DEPTH} levels", text, at)
+        raise JsonError(_("nested deeper than {limit} levels", limit=MAX_DEPTH), text, at)
     if at >= len(text):
-        raise JsonError("the document ends where a value must stand", text, at)
+        raise JsonError(_("the document ends where a value is expected"), text, at)
     char = text[at]
+    value: Any
     if char == "{":
         value, end = _object(doc, at, path, depth)
     elif char == "[":
@@ -121,43 +126,44 @@ def _value(doc: JsonText, at: int, path: str, depth: int):
     return value, end
 
 
-def _scalar(doc: JsonText, at: int, path: str):
+def _scalar(doc: JsonText, at: int, path: str) -> tuple[Any, int]:
     number = _NUMBER.match(doc.text, at)
     if number:
         literal = number.group()
         if number.group(1) or number.group(2):
             return float(literal), number.end()
         if len(literal) > 4000:
-            raise JsonError(f"a number of {len(literal)} digits", doc.text, at)
+            raise JsonError(_("a number of {count} digits", count=len(literal)), doc.text, at)
         return int(literal), number.end()
     for word, value in _WORDS.items():
         if doc.text.startswith(word, at):
             if value is not None and not isinstance(value, bool):
                 doc.non_standard.append(path)
             return value, at + len(word)
-    raise JsonError(f"unexpected {doc.text[at]!r}", doc.text, at)
+    raise JsonError(_("unexpected {found!r}", found=doc.text[at]), doc.text, at)
 
 
-def _string(text: str, at: int):
+def _string(text: str, at: int) -> tuple[str, int]:
     try:
         return scanstring(text, at + 1, True)
     except json.JSONDecodeError as error:
         raise JsonError(error.msg, text, error.pos) from None
 
 
-def _object(doc: JsonText, at: int, path: str, depth: int):
-    text, value = doc.text, {}
+def _object(doc: JsonText, at: int, path: str, depth: int) -> tuple[dict[str, Any], int]:
+    text = doc.text
+    value: dict[str, Any] = {}
     at = _skip(text, at + 1)
     if text[at : at + 1] == "}":
         return value, at + 1
     while True:
         if text[at : at + 1] != '"':
-            raise JsonError("a key in double quotes must stand here", text, at)
+            raise JsonError(_("expected a key in double quotes"), text, at)
         key_begin = at
         key, at = _string(text, at)
         at = _skip(text, at)
         if text[at : at + 1] != ":":
-            raise JsonError("a ':' must follow the key", text, at)
+            raise JsonError(_("expected ':' after the key"), text, at)
         child = path + pointer(key)
         if key in value:
             doc.duplicates.append(child)
@@ -170,12 +176,13 @@ def _object(doc: JsonText, at: int, path: str, depth: int):
         if text[at : at + 1] == "}":
             return value, at + 1
         if text[at : at + 1] != ",":
-            raise JsonError("a ',' or '}' must stand here", text, at)
+            raise JsonError(_("expected ',' or '}}'"), text, at)
         at = _skip(text, at + 1)
 
 
-def _array(doc: JsonText, at: int, path: str, depth: int):
-    text, value = doc.text, []
+def _array(doc: JsonText, at: int, path: str, depth: int) -> tuple[list[Any], int]:
+    text = doc.text
+    value: list[Any] = []
     at = _skip(text, at + 1)
     if text[at : at + 1] == "]":
         return value, at + 1
@@ -186,7 +193,7 @@ def _array(doc: JsonText, at: int, path: str, depth: int):
         if text[at : at + 1] == "]":
             return value, at + 1
         if text[at : at + 1] != ",":
-            raise JsonError("a ',' or ']' must stand here", text, at)
+            raise JsonError(_("expected ',' or ']'"), text, at)
         at = _skip(text, at + 1)
 
 

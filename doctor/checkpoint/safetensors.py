@@ -1,8 +1,8 @@
-"""One safetensors file: its header, read with distrust, and its bytes, read once.
+"""One safetensors file: its header, validated entry by entry, and its bytes, read once.
 
-The format's own reader stops at the first fault and names one tensor at most. Here a fault becomes a `Defect` (data
-that rules turn into findings) and reading goes on with whatever can still be trusted, so that one damaged entry does
-not hide the other four hundred. Nothing is mapped: a truncated or failing file raises OSError instead of SIGBUS.
+The format's own reader stops at the first fault and names at most one tensor. Here a fault becomes a `Defect` (data that
+rules turn into findings) and reading goes on with every valid entry, so that one damaged entry does not hide the other
+four hundred. Nothing is memory-mapped: a truncated or failing file raises OSError instead of SIGBUS.
 
 Rules of the format: safetensors `safetensors/src/tensor.rs` (0.8).
 """
@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from doctor.checkpoint.dtypes import DTYPES, Dtype
 from doctor.core.errors import BadCheckpoint, DoctorError
@@ -53,7 +53,7 @@ class TensorInfo(NamedTuple):  # not a dataclass: 50,000 of them are made four t
 
 @dataclass(frozen=True)
 class Defect:
-    """What is wrong with one file: `kind` is a word that rules select by, `detail` one phrase with the numbers."""
+    """One fault of a file. kind: a word that rules select by; detail: a phrase with the numbers."""
 
     kind: str
     detail: str
@@ -78,22 +78,31 @@ class Shard:
 
 
 def parse_header(name: str, size: int, read) -> Shard:
-    """Read and judge the header of a shard of `size` bytes. `read(offset, n) -> bytes` may return fewer at the end."""
+    """Read and validate the header of a shard of `size` bytes. `read(offset, n) -> bytes` may return fewer at the end."""
     shard = Shard(name, size)
     head = read(0, min(8, size))
     if size < 8:
-        shard.defects.append(Defect("too-small", f"{size} bytes; the header length alone takes 8"))
+        shard.defects.append(Defect("too-small", _("{size} bytes; the header length alone takes 8", size=size)))
         return shard
     (length,) = struct.unpack("<Q", head)
     if _is_not_safetensors(shard, read):
         return shard
     if length > MAX_HEADER_BYTES:
         shard.defects.append(
-            Defect("header-length", f"header length {length:,} is over the format's {MAX_HEADER_BYTES:,}")
+            Defect(
+                "header-length",
+                _(
+                    "header length {length:,} is over the format's limit of {limit:,}",
+                    length=length,
+                    limit=MAX_HEADER_BYTES,
+                ),
+            )
         )
         return shard
     if length + 8 > size:
-        shard.defects.append(Defect("truncated", f"header needs {length + 8:,} bytes, the file has {size:,}"))
+        shard.defects.append(
+            Defect("truncated", _("the header needs {need:,} bytes, the file has {size:,}", need=length + 8, size=size))
+        )
         return shard
     shard.header_bytes = length
     _parse_json(shard, read(8, length))
@@ -101,21 +110,21 @@ def parse_header(name: str, size: int, read) -> Shard:
 
 
 def _is_not_safetensors(shard: Shard, read) -> bool:
-    """Files that people find under this name and that are something else: say which.
+    """Whether the file is something else under this name; the defect says what.
 
-    A header length that a header can have is believed: as bytes, 640 is the beginning of a pickle.
+    A header length that fits the file is believed: the bytes of the length 640 are also those of a pickle.
     """
     start = read(0, min(512, shard.size))
     length = int.from_bytes(start[:8], "little")
     if 0 < length <= MAX_HEADER_BYTES and (start[8:9] == b"{" or length + 8 <= shard.size):
         return False
     looks = {
-        b"version https://git-lfs": ("lfs-pointer", "a git-lfs pointer, not the file it points to"),
-        b"<!DOCTYPE": ("web-page", "an HTML page, not a shard"),
-        b"<html": ("web-page", "an HTML page, not a shard"),
-        b"PK\x03\x04": ("pickle", "a zip archive (a torch pickle?), not a shard"),
-        b"\x80\x02": ("pickle", "a Python pickle, not a shard"),
-        b"GGUF": ("gguf", "a GGUF file, not a shard"),
+        b"version https://git-lfs": ("lfs-pointer", _("a Git LFS pointer, not the data")),
+        b"<!DOCTYPE": ("web-page", _("an HTML page, not a shard")),
+        b"<html": ("web-page", _("an HTML page, not a shard")),
+        b"PK\x03\x04": ("pickle", _("a zip archive (a torch pickle?), not a shard")),
+        b"\x80\x02": ("pickle", _("a Python pickle, not a shard")),
+        b"GGUF": ("gguf", _("a GGUF file, not a shard")),
     }
     for magic, (kind, detail) in looks.items():
         if start.lower().startswith(magic.lower()):
@@ -123,7 +132,10 @@ def _is_not_safetensors(shard: Shard, read) -> bool:
             return True
     if start == bytes(len(start)):
         shard.defects.append(
-            Defect("zero-filled", f"the first {len(start)} bytes are zero: a preallocated file that was never filled")
+            Defect(
+                "zero-filled",
+                _("the first {count} bytes are zero: a preallocated file that was never filled", count=len(start)),
+            )
         )
         return True
     return False
@@ -135,28 +147,31 @@ def _parse_json(shard: Shard, raw: bytes) -> None:
     def pairs(items):
         seen = dict(items)
         if len(seen) < len(items):
-            met = set()
-            duplicates.extend(key for key, _ in items if key in met or met.add(key))
+            met: set[str] = set()
+            for key, _value in items:
+                if key in met:
+                    duplicates.append(key)
+                met.add(key)
         return seen
 
     try:
         header = json.loads(raw.decode("utf-8").rstrip(" \n\r\t"), object_pairs_hook=pairs)
     except UnicodeDecodeError as error:
-        shard.defects.append(Defect("header-json", f"header is not UTF-8 at byte {8 + error.start}"))
+        shard.defects.append(Defect("header-json", _("the header is not UTF-8 at byte {byte}", byte=8 + error.start)))
         return
     except (ValueError, RecursionError) as error:
-        shard.defects.append(Defect("header-json", f"header is not JSON: {str(error)[:120]}"))
+        shard.defects.append(Defect("header-json", _("the header is not JSON: {error}", error=str(error)[:120])))
         return
     if not isinstance(header, dict):
-        shard.defects.append(Defect("header-json", f"header is a JSON {type(header).__name__}; it must be an object"))
+        shard.defects.append(
+            Defect("header-json", _("the header is a JSON {kind}; it must be an object", kind=type(header).__name__))
+        )
         return
     for key in duplicates:
-        shard.defects.append(
-            Defect("duplicate-name", "the name stands twice in the header; readers keep the last", key)
-        )
+        shard.defects.append(Defect("duplicate-name", _("the name is twice in the header; readers keep the last"), key))
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-        shard.defects.append(Defect("metadata", "__metadata__ must map strings to strings"))
+        shard.defects.append(Defect("metadata", _("__metadata__ must map strings to strings")))
         metadata = None
     shard.metadata = metadata
     for name, entry in header.items():
@@ -174,9 +189,9 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_NUMEL  # True and False are ints too, but of another type
 
 
-def _entry(shard: Shard, name: str, entry: object) -> TensorInfo | None:
+def _entry(shard: Shard, name: str, entry: Any) -> TensorInfo | None:
     """The tensor of one header entry, or None and a defect of the shard."""
-    try:  # what is sound needs no reason; a large mixture of experts has 50,000 entries
+    try:  # the fast path of a valid entry: a large mixture of experts has 50,000
         dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if (
             type(shape) is list
@@ -192,70 +207,80 @@ def _entry(shard: Shard, name: str, entry: object) -> TensorInfo | None:
                 return TensorInfo(name, dtype, tuple(shape), shard.name, shard.data_begin + first, end)
     except (KeyError, TypeError, ValueError):
         pass
-    return _faulty(shard, name, entry)
+    _faulty(shard, name, entry)
+    return None
 
 
-def _faulty(shard: Shard, name: str, entry: object) -> None:
-    """Say what is wrong with an entry that is not sound."""
+def _faulty(shard: Shard, name: str, entry: Any) -> None:
+    """Add the defect of an invalid entry."""
 
     def bad(kind: str, detail: str, offset: int | None = None) -> None:
         shard.defects.append(Defect(kind, detail, name, offset))
 
     if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
-        return bad("entry", "the entry lacks dtype, shape or data_offsets")
+        return bad("entry", _("the entry lacks dtype, shape or data_offsets"))
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        return bad("dtype", f"unknown dtype {str(entry['dtype'])[:40]!r}")
+        return bad("dtype", _("unknown dtype {dtype!r}", dtype=str(entry["dtype"])[:40]))
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_count, shape)):
-        return bad("shape", f"shape {str(shape)[:80]} is not a list of sizes")
+        return bad("shape", _("shape {shape} is not a list of sizes", shape=str(shape)[:80]))
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        return bad("offsets", f"data_offsets {str(offsets)[:80]} are not two byte positions")
+        return bad("offsets", _("data_offsets {offsets} are not two byte positions", offsets=str(offsets)[:80]))
     first, last = offsets
     if first > last:
-        return bad("offsets", f"data_offsets [{first:,}, {last:,}] end before they begin")
+        return bad("offsets", _("data_offsets [{begin:,}, {end:,}] end before they begin", begin=first, end=last))
     numel = math.prod(shape)
     want = dtype.nbytes(numel) if numel <= MAX_NUMEL else None
     if want is None or want != last - first:
-        need = "more than can be addressed" if want is None else f"{want:,}"
-        return bad("size", f"{dtype.name} {shape} takes {need} bytes, data_offsets span {last - first:,}")
+        values = {"dtype": dtype.name, "shape": str(shape), "span": last - first}
+        return bad(
+            "size",
+            _("{dtype} {shape} takes more bytes than can be addressed, data_offsets span {span:,}", **values)
+            if want is None
+            else _("{dtype} {shape} takes {need:,} bytes, data_offsets span {span:,}", need=want, **values),
+        )
     end = shard.data_begin + last
-    return bad("truncated", f"ends at byte {end:,}, the file has {shard.size:,}", end)
+    return bad("truncated", _("ends at byte {byte:,}, the file has {size:,} bytes", byte=end, size=shard.size), end)
 
 
 def _check_coverage(shard: Shard) -> None:
-    """Tensors must lie one behind the other without a hole, from the header to the end of the file."""
+    """Add a defect where tensors are not contiguous from the end of the header to the end of the file."""
     at = shard.data_begin
     previous = None
-    # Entries already found faulty leave holes that are theirs, not a second fault.
+    # An invalid entry leaves a hole, which is not a second fault.
     faulty = any(d.kind in ("entry", "dtype", "shape", "offsets", "size", "truncated") for d in shard.defects)
     for info in shard.tensors:
         if info.begin < at and info.nbytes:
             shard.defects.append(
                 Defect(
                     "overlap",
-                    f"begins at byte {info.begin:,}, inside {previous}, which ends at {at:,}",
+                    _(
+                        "begins at byte {begin:,}, inside {other}, which ends at {end:,}",
+                        begin=info.begin,
+                        other=previous,
+                        end=at,
+                    ),
                     info.name,
                     info.begin,
                 )
             )
         elif info.begin > at and not faulty:
             shard.defects.append(
-                Defect("hole", f"{info.begin - at:,} bytes before it belong to no tensor", info.name, at)
+                Defect("hole", _("{count:,} bytes before it belong to no tensor", count=info.begin - at), info.name, at)
             )
         if info.end >= at:
             at, previous = info.end, info.name
     if at < shard.size and not faulty:
         shard.defects.append(
-            Defect("trailing", f"{shard.size - at:,} bytes after the last tensor belong to none", None, at)
+            Defect(
+                "trailing", _("{count:,} bytes after the last tensor belong to none", count=shard.size - at), None, at
+            )
         )
 
 
 class ShardFile:
-    """An open shard: reads ranges, counts the bytes it gave out, never maps, never seeks a shared position.
-
-    One object may be read from several threads; `bytes_read` is the caller's to sum per thread.
-    """
+    """An open shard that is read by ranges. It may be read from several threads: no shared file position is used."""
 
     def __init__(self, path: str | os.PathLike, name: str):
         self.name = name
@@ -267,9 +292,7 @@ class ShardFile:
 
     @property
     def plain(self) -> bool:
-        """Whether what `read_into` gives is what lies at that offset of the file `fileno`: a subclass makes something
-        else of it.
-        """
+        """Whether `read_into` gives the bytes of the file itself. A subclass may give others."""
         return type(self).read_into is ShardFile.read_into
 
     def size(self) -> int:
@@ -298,12 +321,17 @@ class ShardFile:
 
     def ended(self, at: int, missing: int) -> BadCheckpoint:
         return BadCheckpoint(
-            f"{self.name}: ends at byte {at:,} while {missing:,} more were to come; it became shorter while it was read.",
-            "Run the command again when nothing writes to it.",
+            _(
+                "{file}: ends at byte {byte:,} while {missing:,} more were expected: it became shorter while it was read.",
+                file=self.name,
+                byte=at,
+                missing=missing,
+            ),
+            _("Run the command again when nothing writes to the file."),
         )
 
     def blocks(self, begin: int, end: int, step: int = CHUNK_BYTES) -> Iterator[tuple[int, memoryview]]:
-        """Consecutive (offset, bytes) of [begin, end); the buffer is reused, so copy what must outlive the step."""
+        """Consecutive (offset, bytes) of [begin, end). The buffer is reused: copy what must outlive the step."""
         buffer = memoryview(bytearray(min(step, max(end - begin, 1))))
         for at in range(begin, end, len(buffer)):
             part = buffer[: end - at]

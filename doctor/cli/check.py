@@ -23,7 +23,7 @@ from doctor.cli.output import emit, exit_for, json_on_failure, notice, read_repo
 from doctor.cli.progress import byte_bars
 from doctor.cli.recipe import asked_recipe, stored_or_asked
 from doctor.core.errors import DoctorError
-from doctor.core.facts import STAGES
+from doctor.core.facts import COSTS
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
 
@@ -48,8 +48,8 @@ PICTURED = ("json", "html", "markdown")  # formats that show figures, for which 
 @format_options
 @option(
     "--stage",
-    type=click.Choice(STAGES),
-    default=STAGES[-1],
+    type=click.Choice(COSTS),
+    default=COSTS[-1],
     help=_("Most expensive evidence to gather: header reads no weights."),
 )
 @option(
@@ -174,7 +174,7 @@ def _end_interrupted(unread: tuple[str, ...]) -> NoReturn:
 
 
 def _report_unused_settings(reports: list["Report"]) -> None:
-    from doctor.lint.config import settle
+    from doctor.lint.suppress import settle
 
     settle(reports)
 

@@ -23,8 +23,8 @@ from doctor.locale import catalogue
 def command(what: tuple[str, ...], format: str) -> None:
     """Exits 1 where no rule quotes the error."""
     from doctor.lint import explain as search
-    from doctor.lint.config import OWN_RULES
     from doctor.lint.engine import load_rules
+    from doctor.lint.suppress import OWN_RULES
     from doctor.locale import rule_pages
     from doctor.report import pages
     from doctor.report.screen import console

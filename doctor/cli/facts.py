@@ -9,7 +9,7 @@ import click
 
 from doctor.cli.command import Command
 from doctor.cli.options import lang_option, option, rules_dir_option
-from doctor.core.facts import FACTS, SCOPES, STAGES, Fact
+from doctor.core.facts import COSTS, FACTS, SCOPES, Fact
 from doctor.core.messages import _
 
 if TYPE_CHECKING:
@@ -38,16 +38,16 @@ def command(words: tuple[str, ...], scope: str | None, format: str, rules_dirs: 
     load_rules(rules_dirs)
     chosen = [
         fact
-        for fact in sorted(FACTS.values(), key=lambda f: (SCOPES.index(f.scope), STAGES.index(f.stage), f.name))
+        for fact in sorted(FACTS.values(), key=lambda f: (SCOPES.index(f.scope), COSTS.index(f.cost), f.name))
         if scope in (None, fact.scope)
         and (not words or any(w.lower() in f"{fact.name} {fact.doc}".lower() for w in words))
     ]
     if format == "json":
-        rows = [{"name": f.name, "scope": f.scope, "cost": f.stage, "doc": _line(f)} for f in chosen]
+        rows = [{"name": f.name, "scope": f.scope, "cost": f.cost, "doc": _line(f)} for f in chosen]
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     elif format == "markdown":
         lines = ["| fact | scope | cost | what it says |", "|---|---|---|---|"]
-        lines += [f"| `{f.name}` | {f.scope} | {f.stage} | {_line(f).replace('|', chr(92) + '|')} |" for f in chosen]
+        lines += [f"| `{f.name}` | {f.scope} | {f.cost} | {_line(f).replace('|', chr(92) + '|')} |" for f in chosen]
         sys.stdout.write("\n".join(lines) + "\n")
     else:
         from doctor.report.screen import console
@@ -64,7 +64,7 @@ def _table(facts: list[Fact]) -> "Table":
         table.add_column(title, no_wrap=True)
     table.add_column("what it says", overflow="fold")
     for fact in facts:
-        table.add_row(Text(fact.name), fact.scope, fact.stage, Text(_line(fact)))
+        table.add_row(Text(fact.name), fact.scope, fact.cost, Text(_line(fact)))
     return table
 
 

@@ -11,10 +11,10 @@ import click
 
 from doctor.cli import failures
 from doctor.cli.command import Commands, Group, Option, take_language
-from doctor.core import import_stubs
 from doctor.core.messages import _
 from doctor.core.version import __version__
 from doctor.locale import catalogue
+from doctor.quant import import_stubs
 
 
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

@@ -1,27 +1,39 @@
-"""The store of facts, and the registry of what a fact is: the only words in which a rule may ask.
+"""The registry of facts: the only words in which a rule may ask.
 
-A fact belongs to a scope (checkpoint, shard, tensor, linear) and to the stage that it costs (listing, header, values,
-tokenizer, calibration, run, output). It is either *provided* by a producer (the scan, the quantizer) or *derived*: a
-pure function of other facts, worked out once, when a rule first asks. A fact that was not produced in this run is
-`Unavailable` with the reason, and the rules that need it are skipped with that reason: silence is never a pass.
+A fact belongs to a scope (checkpoint, shard, tensor, linear) and has a cost: the work that a run must do before the
+fact is known (listing, header, values, tokenizer, calibration, run, output). It is either *provided* by a producer (the
+scan, the quantizer) or *derived*: a pure function of other facts, computed once, when a rule first asks for it. A fact
+that this run did not produce is `Unavailable` with the reason, and the rules that need it are skipped with that reason:
+silence is never a pass.
 
 A parameter with the default None is a fact that its asker can do without: it gets None where there is none.
 
 `every_NAME` is a fact of the checkpoint: the fact NAME of all subjects that have it, as a dict by the subject's name.
 It is how one rule speaks of two tensors.
+
+Rules and derived facts ask by parameter name. Other code asks the store (doctor.core.store) by a `FactKey`, which
+carries the type of the value: `store.get(SPEC)` is a ModelSpec.
 """
 
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-STAGES = ("listing", "header", "values", "tokenizer", "calibration", "run", "output")
+COSTS = ("listing", "header", "values", "tokenizer", "calibration", "run", "output")
 SCOPES = ("checkpoint", "shard", "tensor", "linear")
 CHECKPOINT = "checkpoint:"
 
+T = TypeVar("T")
+
 
 class Unavailable(Exception):
-    """This fact does not exist in this run; the text says why and what would make it."""
+    """This fact does not exist in this run; the text says why and what would produce it."""
+
+    @property
+    def reason(self) -> str:
+        """The text, as the Message that it was raised with."""
+        return self.args[0] if self.args else ""
 
 
 @dataclass(frozen=True)
@@ -32,36 +44,50 @@ class Fact:
 
     name: str
     scope: str
-    stage: str
+    cost: str
     doc: str
     compute: Callable | None = None
     needs: tuple[str, ...] = ()
     wants: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class FactKey(Generic[T]):
+    """The name of a fact together with the type of its value, for code that asks the store."""
+
+    name: str
+
+
 FACTS: dict[str, Fact] = {}
 
 
-def provide(name: str, scope: str, stage: str, doc: str) -> None:
-    """Declare a fact that some producer puts into the store."""
-    _register(Fact(name, scope, stage, doc))
+def provide(name: str, scope: str, cost: str, doc: str) -> FactKey[Any]:
+    """Declare a fact that some producer puts into the store. Annotate the key with the value's type: `FactKey[Recipe]`."""
+    _register(Fact(name, scope, cost, doc))
+    return FactKey(name)
 
 
-def fact(scope: str, stage: str | None = None):
+def key_of(function: Callable[..., T]) -> FactKey[T]:
+    """The key of a derived fact, with the type that its function returns."""
+    return FactKey(function.__name__)
+
+
+def fact(scope: str, cost: str | None = None):
     """Declare a derived fact: a function whose first parameter is the scope's subject and whose others are facts.
 
-    Its stage is the latest of what it needs, unless said otherwise.
+    Its cost is the highest of what it needs, unless given.
     """
 
-    def wrap(function: Callable) -> Callable:
+    def wrap(function: Callable[..., T]) -> Callable[..., T]:
+        name = function.__name__
         subject, needs, wants = parameters(function)
         if subject != scope:
-            raise TypeError(f"fact {function.__name__}: the first parameter must be {scope!r}, the subject")
-        own_stage = stage or latest_stage(needs, function.__name__)
-        # Its value is kept: what might come later than it is worked out must not be among its wants.
-        if STAGES.index(latest_stage(wants, function.__name__)) > STAGES.index(own_stage):
-            raise TypeError(f"fact {function.__name__}: one of {', '.join(wants)} is of a later stage than {own_stage}")
-        _register(Fact(function.__name__, scope, own_stage, inspect.getdoc(function) or "", function, needs, wants))
+            raise TypeError(f"fact {name}: the first parameter must be {scope!r}, the subject")
+        own_cost = cost or highest_cost(needs, name)
+        # Its value is kept: a fact that is known only later must not be among its wants.
+        if COSTS.index(highest_cost(wants, name)) > COSTS.index(own_cost):
+            raise TypeError(f"fact {name}: one of {', '.join(wants)} costs more than {own_cost}")
+        _register(Fact(name, scope, own_cost, inspect.getdoc(function) or "", function, needs, wants))
         return function
 
     return wrap
@@ -85,29 +111,27 @@ def parameters(function: Callable) -> tuple[str, tuple[str, ...], tuple[str, ...
 
 
 def known_fact(name: str) -> Fact | None:
-    """The registry's entry of a name, or the one that gathers a fact over all its subjects; None for what is no
-    fact.
-    """
+    """The registry's entry of a name, or the one that gathers a fact over all its subjects; None for any other name."""
     if name in FACTS or not name.startswith("every_"):
         return FACTS.get(name)
     one = FACTS.get(name.removeprefix("every_"))
     if one is None or one.scope == "checkpoint":
         return None
-    return Fact(name, "checkpoint", one.stage, f"{one.doc} Of every {one.scope}, by name.", needs=(one.name,))
+    return Fact(name, "checkpoint", one.cost, f"{one.doc} Of every {one.scope}, by name.", needs=(one.name,))
 
 
 def _register(new: Fact) -> None:
     old = FACTS.get(new.name)
     if old is not None and (old.scope, old.doc) != (new.scope, new.doc):
         raise TypeError(f"fact {new.name}: declared twice")
-    if new.scope not in SCOPES or new.stage not in STAGES:
-        raise TypeError(f"fact {new.name}: scope {new.scope!r} or stage {new.stage!r} is unknown")
+    if new.scope not in SCOPES or new.cost not in COSTS:
+        raise TypeError(f"fact {new.name}: scope {new.scope!r} or cost {new.cost!r} is unknown")
     FACTS[new.name] = new
 
 
-def latest_stage(needs: Iterable[str], asker: str) -> str:
-    """The most expensive stage among facts. Raises TypeError for a name that is no fact, with the nearest ones."""
-    stage = "listing"
+def highest_cost(needs: Iterable[str], asker: str) -> str:
+    """The cost of knowing all of these facts. Raises TypeError, with the nearest names, for a name that is no fact."""
+    cost = "listing"
     for name in needs:
         known = known_fact(name)
         if known is None:
@@ -115,8 +139,8 @@ def latest_stage(needs: Iterable[str], asker: str) -> str:
 
             near = ", ".join(difflib.get_close_matches(name, FACTS, 5, 0.3)) or ", ".join(sorted(FACTS))
             raise TypeError(f"{asker}: there is no fact {name!r}; nearest: {near}")
-        stage = max(stage, known.stage, key=STAGES.index)
-    return stage
+        cost = max(cost, known.cost, key=COSTS.index)
+    return cost
 
 
 def closure(names: Iterable[str]) -> set[str]:
@@ -132,158 +156,16 @@ def closure(names: Iterable[str]) -> set[str]:
     return seen
 
 
-def asks(stage: str, names: Iterable[str]) -> bool:
-    """Whether any of these facts rests on one of this stage."""
-    return any(known_fact(n).stage == stage for n in closure(names))
+def asks(cost: str, names: Iterable[str]) -> bool:
+    """Whether any of these facts rests on one of this cost."""
+    found = (known_fact(name) for name in closure(names))
+    return any(known is not None and known.cost == cost for known in found)
 
 
-class Store:
-    """Facts of one run. Subjects are strings ("tensor:NAME"); each has an object that rules get as their first
-    argument.
+def fact_table(scope: str = "", cost: str = "") -> list[Fact]:
+    """Every declared fact, by scope, then cost, then name; only those of one scope or cost if given.
+
+    Facts are declared as their modules are imported: load the rules first, some of which declare their own.
     """
-
-    def __init__(self):
-        self._objects: dict[str, dict[str, object]] = {scope: {} for scope in SCOPES}
-        self._values: dict[tuple[str, str], object] = {}
-        self._put: set[str] = set()  # names of the provided facts that some subject has
-        self._failed: dict[tuple[str, str], Unavailable] = {}
-        self._reasons: dict[str, str] = {}
-        self._partial: set[str] = set()
-        self._weight_of: dict[str, str] = {}
-
-    def add_subject(self, scope: str, subject: str, thing: object, weight: str | None = None) -> None:
-        """Declare a subject. A linear names its `weight` subject ("tensor:…"), whose facts its rules may ask for
-        too.
-        """
-        self._objects[scope][subject] = thing
-        if weight is not None:
-            self._weight_of[subject] = weight
-
-    def subjects(self, scope: str) -> dict[str, object]:
-        """Subject -> the object that stands for it, in the order they were added."""
-        return self._objects[scope]
-
-    def put(self, subject: str, name: str, value: object) -> None:
-        """Record a provided fact; what could not be derived without it is tried again."""
-        known = FACTS.get(name)
-        if known is None or known.compute is not None:
-            raise TypeError(f"fact {name!r} is not declared as provided")
-        self._values[subject, name] = value
-        self._put.add(name)
-        self._failed.clear()
-
-    def carry(self, other: "Store", subjects: Iterable[str]) -> None:
-        """Take over the provided facts of these subjects from another run, whose bytes are the same."""
-        wanted = set(subjects)
-        for (subject, name), value in other._values.items():
-            if subject in wanted and name in FACTS and FACTS[name].compute is None:
-                self._values[subject, name] = value
-                self._put.add(name)
-
-    def say_missing(self, stage: str, reason: str) -> None:
-        """Why facts of this stage do not exist in this run."""
-        self._reasons[stage] = reason
-
-    def say_partial(self, stage: str, reason: str) -> None:
-        """Facts of this stage exist for some subjects only: what needs those of every subject cannot be judged."""
-        self._reasons[stage] = reason
-        self._partial.add(stage)
-
-    def say_produced(self, stage: str) -> None:
-        """Facts of this stage have been produced; what a subject lacks now, it has not got."""
-        self._reasons.pop(stage, None)
-
-    def has(self, subject: str, name: str) -> bool:
-        try:
-            self.get(subject, name)
-        except Unavailable:
-            return False
-        return True
-
-    def get(self, subject: str, name: str) -> object:
-        """The fact's value for a subject. Raises Unavailable with the reason where there is none."""
-        known = known_fact(name)
-        holder = self._holder(subject, known)
-        key = (holder, name)
-        if key in self._values:
-            return self._values[key]
-        if key in self._failed:
-            raise self._failed[key]
-        if name.startswith("every_") and known.needs:
-            self._values[key] = self._every(known.needs[0])
-            return self._values[key]
-        if known.compute is None:
-            raise Unavailable(
-                self._reasons.get(
-                    known.stage, f"no {name.replace('_', ' ')} for {holder.partition(':')[2] or 'this checkpoint'}"
-                )
-            )
-        try:
-            thing = self._objects[known.scope].get(holder)
-            value = known.compute(thing, *self.values(holder, known))
-        except Unavailable as error:
-            self._failed[key] = error
-            raise
-        self._values[key] = value
-        return value
-
-    def values(self, subject: str, asker) -> list:
-        """What a fact or rule gets after its subject: its needs, then its wants. Raises Unavailable where a need is."""
-        return [
-            *(self.get(subject, n) for n in asker.needs),
-            *(self.get(subject, n) if self.has(subject, n) else None for n in asker.wants),
-        ]
-
-    def _every(self, name: str) -> dict[str, object]:
-        """name of the subject -> its fact. Raises Unavailable where no subject has it and the stage says why."""
-        one = FACTS[name]
-        if one.stage in self._partial:
-            raise Unavailable(self._reasons[one.stage])
-        found = (
-            {}
-            if self._lacks(one)
-            else {s.partition(":")[2]: self.get(s, name) for s in self._objects[one.scope] if self.has(s, name)}
-        )
-        if not found and one.stage in self._reasons:
-            raise Unavailable(self._reasons[one.stage])
-        return found
-
-    def _lacks(self, one: Fact) -> bool:
-        """Whether no subject can have it, because nothing that it rests on was put for any: 50,000 tensors are not
-        asked one by one.
-        """
-        if one.compute is None:
-            return one.name not in self._put
-        return any(self._lacks(FACTS[n]) for n in one.needs if n in FACTS and FACTS[n].scope == one.scope)
-
-    def _holder(self, subject: str, known: Fact) -> str:
-        scope = subject.partition(":")[0]
-        if known.scope == scope:
-            return subject
-        if known.scope == "checkpoint":
-            return CHECKPOINT
-        if known.scope == "tensor" and subject in self._weight_of:
-            return self._weight_of[subject]
-        raise TypeError(f"a rule on {scope} cannot ask for {known.name}, a fact of {known.scope}")
-
-
-class Variant(Store):
-    """A store that differs from another in one provided fact of the checkpoint: what rests on it is worked out anew,
-    the rest is shared.
-    """
-
-    def __init__(self, base: Store, name: str, value: object):
-        super().__init__()
-        self._base, self._objects, self._weight_of, self._reasons, self._partial = (
-            base,
-            base._objects,
-            base._weight_of,
-            base._reasons,
-            base._partial,
-        )
-        self._put = set(base._put)
-        self._own = {n for n in FACTS if name in closure([n])}
-        self.put(CHECKPOINT, name, value)
-
-    def get(self, subject: str, name: str) -> object:
-        return super().get(subject, name) if name in self._own else self._base.get(subject, name)
+    found = [one for one in FACTS.values() if scope in ("", one.scope) and cost in ("", one.cost)]
+    return sorted(found, key=lambda one: (SCOPES.index(one.scope), COSTS.index(one.cost), one.name))

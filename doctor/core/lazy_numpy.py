@@ -1,19 +1,23 @@
-"""NumPy, imported when it is first used: `doctor check --stage header`, `explain` and `rules` need none of it, and it
-takes 0.1 s to import, a third of such a command. A module that uses it writes `from doctor.core.lazy_numpy import np`,
-and `from __future__ import annotations` where it names np.ndarray in a signature.
+"""NumPy, imported when it is first used: `doctor check` of headers, `explain` and `rules` need none of it, and its import
+takes 0.1 s, a third of such a command. A module that uses it writes `from doctor.core.lazy_numpy import np`, and
+`from __future__ import annotations` where it names np.ndarray in a signature.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 
-class _Lazy:
-    def __init__(self, name: str):
+class _LazyModule:
+    def __init__(self, name: str) -> None:
         self._name = name
 
-    def __getattr__(self, attribute: str):
+    def __getattr__(self, attribute: str) -> Any:
         value = getattr(import_module(self._name), attribute)
         setattr(self, attribute, value)  # found without this function from now on
         return value
 
 
-np = _Lazy("numpy")
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = _LazyModule("numpy")

@@ -1,6 +1,11 @@
-"""What a calibration, a run and a comparison measured: plain records that rules read and reports print."""
+"""What a calibration, a quantizer's run and a comparison measured: plain records that rules read and reports print.
+
+Their fields are keys of the JSON report, so a field keeps its name.
+"""
 
 from dataclasses import dataclass
+
+from doctor.core.facts import FactKey, provide
 
 
 @dataclass(frozen=True)
@@ -140,3 +145,26 @@ class LoadProof:
     def whole(self) -> bool:
         """Whether the client was asked and loads every parameter with the values that the files hold."""
         return not (self.reason or self.refused or self.missing or self.unexpected or self.mismatched or self.differing)
+
+
+CALIBRATION: FactKey[CalibrationFacts] = provide(
+    "calibration", "checkpoint", "calibration", "What the calibration rows are (records.CalibrationFacts)."
+)
+HESSIAN: FactKey[HessianFacts] = provide(
+    "hessian", "linear", "calibration", "What was measured of the Hessian of a linear's input (records.HessianFacts)."
+)
+SOLVE: FactKey[SolveRecord] = provide(
+    "solve", "linear", "run", "How a linear was quantized, and everything that was tried (records.SolveRecord)."
+)
+STACKED_EXPERTS: FactKey[tuple[tuple[str, str], ...]] = provide(
+    "stacked_experts", "checkpoint", "run", "(tensor, why) of each fused 3-D expert tensor that a run kept in 16 bits."
+)
+SLOWER_PATHS: FactKey[tuple[str, ...]] = provide(
+    "slower_paths", "checkpoint", "run", "Why a run took a slower path than it can, one sentence each; () for none."
+)
+COMPARISON: FactKey[Comparison] = provide(
+    "comparison", "checkpoint", "output", "The quantized model compared with its original (records.Comparison)."
+)
+LOAD_PROOF: FactKey[LoadProof] = provide(
+    "load_proof", "checkpoint", "output", "What a client's own loading code did with the output (records.LoadProof)."
+)

@@ -10,6 +10,7 @@ import tomllib
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # The first lines of a family's file: what a search for a class needs, without parsing ninety files.
 _HEAD = re.compile(r'^(model_type|architecture) = "([^"]*)"', re.MULTILINE)
@@ -27,7 +28,10 @@ def table(name: str) -> dict:
 @cache
 def tables_folder() -> Path:
     """The directory that holds the tables."""
-    return Path(find_spec("doctor.rules.tables").submodule_search_locations[0])
+    found = find_spec("doctor.rules.tables")
+    if found is None or not found.submodule_search_locations:
+        raise RuntimeError("the package doctor.rules.tables is not installed")
+    return Path(found.submodule_search_locations[0])
 
 
 @cache
@@ -38,7 +42,7 @@ def family_names() -> tuple[str, ...]:
 
 @cache
 def family(name: str | None) -> dict:
-    """A family's table, with every optional key filled in; {} for a family that there is no file of."""
+    """A family's table, with every optional key filled in; {} for a family without a file."""
     if name not in family_names():
         return {}
     return parse_family((tables_folder() / "architectures" / f"{name}.toml").read_text(encoding="utf-8"))
@@ -47,7 +51,7 @@ def family(name: str | None) -> dict:
 def parse_family(text: str) -> dict:
     """The table in a family's file. Every optional key is filled in, but for those of single tensors."""
     stated = tomllib.loads(text)
-    entry = {
+    entry: dict[str, Any] = {
         "embed_tokens": "model.embed_tokens",
         "lm_head": "lm_head",
         "tie_word_embeddings": False,

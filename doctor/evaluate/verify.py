@@ -10,10 +10,11 @@ from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
-from doctor.core.facts import CHECKPOINT, closure
+from doctor.core.facts import closure
 from doctor.core.host import describe
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
+from doctor.core.records import COMPARISON, SLOWER_PATHS
 from doctor.evaluate.compare import compare
 from doctor.evaluate.inputs import prompts_of, quiet, text_rows
 from doctor.lint.engine import Report, judge, load_rules, locate
@@ -69,9 +70,9 @@ def verify(
         rules = [r for r in rules if "recipe" not in closure(r.facts)]
     store = header_facts(second, recipe)
     scanned = scan(second, store)
-    store.put(CHECKPOINT, "comparison", comparison)
+    store.put(COMPARISON, comparison)
     if device != "cpu":
-        store.put(CHECKPOINT, "slower_paths", tuple(filter(None, [cuda.note(device)])))
+        store.put(SLOWER_PATHS, tuple(filter(None, [cuda.note(device)])))
     findings, runs = judge(store, rules)
     extra: dict[str, Any] = {
         "comparison": asdict(comparison),

@@ -14,7 +14,7 @@ from typing import cast
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, PlanRefused
-from doctor.core.facts import CHECKPOINT, STAGES
+from doctor.core.facts import COSTS
 from doctor.core.messages import Message, _
 from doctor.edits.donor import Donor
 from doctor.edits.donor_registry import open_donor
@@ -28,6 +28,8 @@ from doctor.fixing.proof import Proof
 from doctor.fixing.receipt import RECEIPT, build_receipt
 from doctor.fixing.staging import StagingDir, open_staging
 from doctor.lint.rule import Rule
+from doctor.scan.header import BASE
+from doctor.scan.value_facts import STATS
 
 Digests = dict[str, tuple[str | None, str]]  # changed file -> sha256 before (None: no readable file) and after
 
@@ -52,7 +54,7 @@ def apply_plan(
     in_place: bool = False,
     proofs: Iterable[Proof] = (),
     facts: Iterable[tuple[str, str, object]] = (),
-    stage: str = STAGES[-1],
+    stage: str = COSTS[-1],
     progress: Progress = no_progress,
 ) -> Applied:
     """Write the plan's overlay to `output`, assess it from disk, commit.
@@ -87,7 +89,7 @@ def apply_plan(
 
 def _donor(plan: Plan) -> Donor | None:
     store = plan.before.store
-    return cast("Donor | None", store.get(CHECKPOINT, "base")) if store.has(CHECKPOINT, "base") else None
+    return cast("Donor | None", store.get(BASE)) if store.has(BASE) else None
 
 
 def _verify(
@@ -164,9 +166,7 @@ def _check_findings(plan: Plan, staging: StagingDir, disk: Checkpoint, again: As
 def _check_values(plan: Plan, again: Assessment, touched: set[str]) -> None:
     for name in sorted(touched):
         subject = f"tensor:{name}"
-        if again.store.has(subject, "stats") and again.store.get(subject, "stats") != plan.after.store.get(
-            subject, "stats"
-        ):
+        if again.store.has(STATS, subject) and again.store.get(STATS, subject) != plan.after.store.get(STATS, subject):
             raise BadCheckpoint(
                 _("{tensor}: the written values are not the planned ones.", tensor=name),
                 _("Nothing was kept; run the command again."),

@@ -8,14 +8,17 @@ from typing import Any, cast
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import Shard
-from doctor.core.facts import CHECKPOINT, STAGES, Store, asks
+from doctor.core.facts import COSTS, asks
 from doctor.core.finding import Finding
 from doctor.core.recipe import Recipe
+from doctor.core.store import Store
 from doctor.lint.engine import RuleRun, judge, locate
 from doctor.lint.rule import Rule
-from doctor.model.spec import Linear, ModelSpec
+from doctor.model.linears import Linear
+from doctor.model.spec import ModelSpec
 from doctor.scan.header import header_facts
 from doctor.scan.scan import scan
+from doctor.scan.value_facts import DIGESTS
 
 Progress = Callable[[str, int], None]
 # (findings, runs, checkpoint) -> config.Hushed: takes out what the user suppressed
@@ -46,7 +49,7 @@ def assess(
     rules: list[Rule],
     *,
     facts: Iterable[tuple[str, str, object]] = (),
-    stage: str = STAGES[-1],
+    stage: str = COSTS[-1],
     before: Assessment | None = None,
     touched: Iterable[str] = (),
     progress: Callable[[int], None] = lambda n: None,
@@ -59,9 +62,9 @@ def assess(
     """
     store = header_facts(checkpoint, recipe)
     for subject, name, value in facts:
-        store.put(subject, name, value)
+        store.put_value(name, value, subject)
     result = Assessment(checkpoint, store, [], [])
-    if STAGES.index(stage) >= STAGES.index("values") and any(asks("values", r.facts) for r in rules):
+    if COSTS.index(stage) >= COSTS.index("values") and any(asks("values", r.facts) for r in rules):
         part = checkpoint
         if before is not None:
             kept = _carry(checkpoint, store, before, set(touched))
@@ -104,7 +107,7 @@ def _carry(checkpoint: Checkpoint, store: Store, before: Assessment, touched: se
         if before.checkpoint.origin(old.shard) != checkpoint.origin(info.shard):
             continue
         if linears.get(name) != old_linears.get(name) or (
-            name in digested and not before.store.has(f"tensor:{name}", "digests")
+            name in digested and not before.store.has(DIGESTS, f"tensor:{name}")
         ):
             continue
         kept.add(name)
@@ -116,17 +119,17 @@ def _carry(checkpoint: Checkpoint, store: Store, before: Assessment, touched: se
     store.carry(before.store, subjects)
     new_names = {checkpoint.origin(n): n for n in checkpoint.shards}
     for name in kept & digested:  # digests are kept by file, and a file may have another name now
-        found = cast("dict[str, str]", store.get(f"tensor:{name}", "digests"))
+        found = cast("dict[str, str]", store.get(DIGESTS, f"tensor:{name}"))
         store.put(
-            f"tensor:{name}",
-            "digests",
+            DIGESTS,
             {new_names.get(before.checkpoint.origin(file), file): digest for file, digest in found.items()},
+            f"tensor:{name}",
         )
     return kept
 
 
 def _fact(store: Store, fact: str, default: Any) -> Any:
-    return store.get(CHECKPOINT, fact) if store.has(CHECKPOINT, fact) else default
+    return store.value(fact) if store.has_value(fact) else default
 
 
 def _linears(store: Store) -> dict[str, Linear]:

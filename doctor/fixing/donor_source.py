@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.checkpoint.hub import HubCheckpoint, HubDonor, open_checkpoint
+from doctor.checkpoint.hub import HubCheckpoint, open_checkpoint
+from doctor.checkpoint.hub_donor import HubDonor
 from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import CHECKPOINT
 from doctor.core.messages import _
@@ -35,24 +36,24 @@ def donor_facts(
     found = donor if isinstance(donor, Checkpoint) else open_checkpoint(text)
     if isinstance(found, HubCheckpoint) and "adapter_config.json" in source.entries and not source.value("config.json"):
         found = open_checkpoint(text, download=True)  # a merge needs the base model whole
-    if isinstance(found, HubCheckpoint):
-        found = found.donor()
-    if found.unread or not found.tensors:
+    unread = "" if isinstance(found, HubCheckpoint) else found.unread  # what is copied from the Hub is downloaded
+    if unread or not found.tensors:
         raise BadCheckpoint(
             _(
                 "{donor}: {reason}; --from needs weights to copy from.",
                 donor=text,
-                reason=found.unread or _("no safetensors tensor can be read"),
+                reason=unread or _("no safetensors tensor can be read"),
             )
         )
     if os.path.realpath(found.root) == os.path.realpath(source.root):
         raise BadCheckpoint(
             _("{donor}: is the checkpoint itself.", donor=text), _("Give the base model, or another copy.")
         )
-    given: list[tuple[str, str, object]] = [(CHECKPOINT, "base", Donor(found, source, text))]
-    if not isinstance(found, HubDonor):
-        yield given
+    if not isinstance(found, HubCheckpoint):
+        yield [(CHECKPOINT, "base", Donor(found, source, text))]
         return
-    with open_fetch(output) as found.folder, donate(found.label, found):
-        found.progress = partial(progress, "fetch")
-        yield given
+    with open_fetch(output) as folder:
+        fetched = HubDonor(found, folder)
+        fetched.progress = partial(progress, "fetch")
+        with donate(fetched.label, fetched):
+            yield [(CHECKPOINT, "base", Donor(fetched, source, text))]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError, PlanRefused
-from doctor.core.facts import CHECKPOINT, STAGES
+from doctor.core.facts import CHECKPOINT, COSTS
 from doctor.core.finding import Finding
 from doctor.core.messages import Message, _, plural
 from doctor.core.recipe import Recipe
@@ -87,7 +87,7 @@ def make_plan(
     consent: Consent | None = None,
     *,
     facts: Iterable[tuple[str, str, object]] = (),
-    stage: str = STAGES[-1],
+    stage: str = COSTS[-1],
     progress: Progress = no_progress,
     suppress: Suppress | None = None,
 ) -> Plan:

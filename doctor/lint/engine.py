@@ -1,6 +1,6 @@
-"""The rule engine: loads rules, asks the store for what they need, collects findings, and says what was not looked at.
+"""The rule engine: loads rules, asks the store for the facts they need, collects findings, and reports what was skipped.
 
-It names no rule. A rule that crashes is a finding about us, and the others still run.
+It names no rule. A rule that crashes is reported as an internal error (a bug in doctor), and the others still run.
 """
 
 import importlib
@@ -15,13 +15,16 @@ from pathlib import Path
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
 from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
-from doctor.core.facts import STAGES, Store, Unavailable
+from doctor.core.facts import COSTS, Unavailable
 from doctor.core.finding import SEVERITIES, Finding, Place
+from doctor.core.messages import _, plural
 from doctor.core.recipe import Recipe
+from doctor.core.store import Store
 from doctor.core.version import __version__
-from doctor.lint.rule import RULES, Rule, run_rule
+from doctor.lint.rule import RULES, Rule, ranges, run_rule
 
-_ORDER = "FCWGQKOS"
+RULES_PACKAGE = "doctor.rules"
+_ORDER = "FCWGQKOS"  # of families, as one repairs
 _RULE_FILE = re.compile(r"^[a-z]\d{3}_\w+$")
 
 
@@ -29,10 +32,9 @@ def load_rules(extra: Iterable[Path] = ()) -> list[Rule]:
     """All rules of the package doctor.rules and of the extra directories, by code. Raises DoctorError for a broken
     file.
     """
-    import doctor.rules as package
-
+    package = importlib.import_module(RULES_PACKAGE)  # by name: rules import this wing, not the other way round
     for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if _RULE_FILE.match(m.name)):
-        importlib.import_module(f"doctor.rules.{module}")
+        importlib.import_module(f"{RULES_PACKAGE}.{module}")
     for folder in extra:
         for path in sorted(Path(folder).glob("*.py")):
             _load_file(path)
@@ -44,35 +46,39 @@ def _load_file(path: Path) -> None:
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise DoctorError(_("{path}: not a Python file.", path=path))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise DoctorError(f"{path}: the rule file cannot be loaded: {error}") from error
+        raise DoctorError(_("{path}: the rule file cannot be loaded: {error}", path=path, error=error)) from error
 
 
 def match_rules(rules: Iterable[Rule], words: Iterable[str]) -> set[str]:
-    """Codes of the rules that a word means: a code, a family letter or prefix, a name or a certainty. Raises
-    DoctorError for none.
+    """Codes of the rules that the words name: a code, a family letter or prefix, a name or a certainty. Raises
+    DoctorError for a word that names none.
     """
-    rules, found = list(rules), set()
+    rules = list(rules)
+    found: set[str] = set()
     for word in words:
         means = {
             r.code for r in rules if word in (r.name, r.certainty) or (word.upper() == word and r.code.startswith(word))
         }
         if not means:
             raise DoctorError(
-                f"{word!r}: no rule has this code, family, name or certainty.", "`doctor rules` lists them."
+                _("{word!r}: no rule has this code, family, name or certainty.", word=word),
+                _("`doctor rules` lists them."),
             )
         found |= means
     return found
 
 
 def select_rules(rules: Iterable[Rule], select: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[Rule]:
-    """Rules that any word of select means (all for none) and no word of ignore. Raises DoctorError for a word that
-    means none.
+    """Rules that any word of select names (all without one) and no word of ignore. Raises DoctorError for a word that
+    names none.
     """
     rules, select = list(rules), list(select)
     wanted = match_rules(rules, select) if select else {r.code for r in rules}
@@ -82,19 +88,17 @@ def select_rules(rules: Iterable[Rule], select: Iterable[str] = (), ignore: Iter
 
 @dataclass
 class RuleRun:
-    """What became of one rule: the subjects it judged, and why it judged no others."""
+    """The outcome of one rule: how many subjects it judged, and why it did not judge the others."""
 
     rule: Rule
     judged: int = 0
     seconds: float = 0.0
-    reasons: dict[str, int] = field(default_factory=dict)  # reason -> subjects it kept from being judged
+    reasons: dict[str, int] = field(default_factory=dict)  # reason -> how many subjects were not judged for it
     crashed: str = ""
 
     @property
     def status(self) -> str:
-        """ "crashed", "run", "skipped" (some reason kept it from judging anything) or "not applicable" (no subject at
-        all).
-        """
+        """One of "crashed", "run", "skipped" (for some reason it judged nothing) and "not applicable" (no subject)."""
         if self.crashed:
             return "crashed"
         return "run" if self.judged else "skipped" if self.reasons else "not applicable"
@@ -102,22 +106,20 @@ class RuleRun:
 
 @dataclass
 class Report:
-    """One run, whole: every other format is a rendering of it. `findings` are in the order in which one repairs."""
+    """Everything that one run found: each output format renders it. `findings` are in the order in which one repairs."""
 
     checkpoint: str
     recipe: Recipe
     findings: list[Finding]
     runs: list[RuleRun]
-    summary: dict = field(
-        default_factory=dict
-    )  # architecture, parameters, bytes, shards, tensors …: the second line of the screen
+    summary: dict = field(default_factory=dict)  # architecture, parameters, bytes, shards, tensors …: scan/summary.py
     skipped_tensors: dict[str, str] = field(default_factory=dict)
     bytes_read: int = 0
     seconds: float = 0.0
     fail_on: str = "error"
     version: str = __version__
     linears: list = field(default_factory=list)
-    extra: dict = field(default_factory=dict)  # tables and series for pictures, by name
+    extra: dict = field(default_factory=dict)  # tables and series for charts, by name
     suppressed: list[Finding] = field(default_factory=list)  # hidden by configuration; each says why
     baseline: str = ""  # what the findings were compared with
     gone: list[Finding] = field(default_factory=list)  # of the baseline, and no longer here
@@ -144,24 +146,31 @@ class Report:
         return sum(f.severity == severity for f in self.findings)
 
     def raise_for_findings(self) -> None:
-        """Raises CheckpointNotReady with one line per finding that makes the run fail."""
+        """Raise CheckpointNotReady with one line for each finding that makes the run fail."""
         bad = self.failing
         if bad:
             lines = "\n".join(f"{f.code} {f.message}" for f in bad)
             raise CheckpointNotReady(
-                f"{self.checkpoint}: not ready for {self.recipe.label()}: {len(bad)} findings\n{lines}"
+                plural(
+                    "{checkpoint}: not ready for {recipe}: {n} finding\n{lines}",
+                    "{checkpoint}: not ready for {recipe}: {n} findings\n{lines}",
+                    len(bad),
+                    checkpoint=self.checkpoint,
+                    recipe=self.recipe.label(),
+                    lines=lines,
+                )
             )
 
 
-def judge(store: Store, rules: Iterable[Rule], until: str = STAGES[-1]) -> tuple[list[Finding], list[RuleRun]]:
+def judge(store: Store, rules: Iterable[Rule], until: str = COSTS[-1]) -> tuple[list[Finding], list[RuleRun]]:
     """Run every rule on every subject of its scope; findings come in repair order, consequences after their cause."""
     findings: list[Finding] = []
     runs = []
     for entry in rules:
         run = RuleRun(entry)
         runs.append(run)
-        if STAGES.index(entry.stage) > STAGES.index(until):
-            run.reasons[f"stage {entry.stage} was not asked for"] = 1
+        if COSTS.index(entry.cost) > COSTS.index(until):
+            run.reasons[_("needs {cost}, but only {limit} was asked for", cost=entry.cost, limit=until)] = 1
             continue
         start = time.perf_counter()
         for subject, thing in list(store.subjects(entry.scope).items()):
@@ -170,9 +179,11 @@ def judge(store: Store, rules: Iterable[Rule], until: str = STAGES[-1]) -> tuple
                 findings.extend(run_rule(entry, subject, thing, values))
                 run.judged += 1
             except Unavailable as error:
-                reason = str(error)
+                reason = error.reason
                 run.reasons[reason] = run.reasons.get(reason, 0) + 1
-            except MachineError:  # the network or the disk: no rule of ours, and nothing that may be left out
+            except (
+                MachineError
+            ):  # the network or the disk failed: no fault of the rule, and the run must not go on without it
                 raise
             except Exception as error:  # a crash of one rule must not hide the findings of the others
                 run.crashed = f"{subject}: {type(error).__name__}: {error}"
@@ -184,16 +195,14 @@ def judge(store: Store, rules: Iterable[Rule], until: str = STAGES[-1]) -> tuple
 
 
 def in_order(findings: list[Finding]) -> list[Finding]:
-    """Errors before warnings, then by family in the order of repair, then by code; a consequence follows its cause's
-    rank.
-    """
+    """Consequences last; errors before warnings; then by family in the order of repair, then by code."""
     return sorted(
         findings, key=lambda f: (bool(f.consequence_of), SEVERITIES.index(f.severity), _ORDER.find(f.code[0]), f.code)
     )
 
 
 def under_causes(findings: list[Finding], rules: Iterable[Rule]) -> list[Finding]:
-    """Mark findings that another finding on the same tensor, file or checkpoint explains."""
+    """Mark each finding that another finding on the same tensor, file or checkpoint explains."""
     implied = {r.code: r.implied_by for r in rules if r.implied_by}
     if not implied:
         return findings
@@ -212,29 +221,8 @@ def _touches(cause: Finding, effect: Finding) -> bool:
     )
 
 
-def against(report: Report, baseline: Report) -> None:
-    """Say of each finding whether the baseline had it (same code, same place, blocks counted), and keep what is
-    gone.
-    """
-    left: dict[tuple[str, str], list[Finding]] = {}
-    for item in [*baseline.findings, *baseline.suppressed]:
-        left.setdefault((item.code, item.target), []).append(item)
-
-    def state(item: Finding) -> str:
-        rest = left.get((item.code, item.target))
-        return "unchanged" if rest and rest.pop(0) else "new"
-
-    report.findings = [replace(f, baseline_state=state(f)) for f in report.findings]
-    report.suppressed = [replace(f, baseline_state=state(f)) for f in report.suppressed]
-    hidden = {id(f) for f in baseline.suppressed}
-    report.gone = in_order(
-        [replace(f, baseline_state="absent") for rest in left.values() for f in rest if id(f) not in hidden]
-    )
-    report.baseline = baseline.checkpoint
-
-
 def locate(findings: Iterable[Finding], checkpoint: Checkpoint) -> list[Finding]:
-    """Fill in lines, columns and frames from the files' own text, and the shard of a tensor."""
+    """Fill in line, column and source lines from the text of the files, and the shard of a tensor."""
     return [replace(f, where=_located(f.where, checkpoint)) for f in findings]
 
 
@@ -250,13 +238,14 @@ def _located(place: Place, checkpoint: Checkpoint) -> Place:
             return replace(place, line=file.broken.line, column=file.broken.column)
         return place
     spot, pointer = file.place(place.pointer), place.pointer
-    if spot is None:  # the key is absent: point at the brace that should hold it
+    if spot is None:  # the key is absent: point at the brace of the object that lacks it
         pointer = pointer.rpartition("/")[0]
         spot = file.place(pointer)
         if spot is None:
             return place
         spot = (spot[0], spot[1], 1)
     line, column, length = spot
+    assert file.doc is not None  # it gave the place
     lines = file.doc.text.split("\n")
     first = max(line - 1, 1)
     frame = tuple((n, lines[n - 1].rstrip("\r").replace("\t", " ")) for n in range(first, line + 1))
@@ -269,7 +258,7 @@ _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 def fold(findings: Iterable[Finding]) -> list[tuple[Finding, list[Finding]]]:
-    """Findings alike but for the block, as (first, all): one line on the screen, every record in JSON."""
+    """Findings that differ only in the decoder layer, as (first, all): one line on the screen, every record in JSON."""
     groups: dict[tuple, list[Finding]] = {}
     for item in findings:
         name = item.where.tensor
@@ -279,9 +268,7 @@ def fold(findings: Iterable[Finding]) -> list[tuple[Finding, list[Finding]]]:
 
 
 def folded_name(names: Iterable[str]) -> str:
-    """Tensor names alike but for one number, as one: model.layers.{0-3,7}.mlp.down_proj.weight."""
-    from doctor.lint.rule import ranges
-
+    """Tensor names that differ in one number, as one: model.layers.{0-3,7}.mlp.down_proj.weight."""
     names = sorted(set(names))
     first = _NUMBER.search(names[0])
     if len(names) == 1 or not first:

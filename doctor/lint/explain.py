@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from doctor.core.facts import STAGES
+from doctor.core.facts import COSTS
 from doctor.core.tables import table
 from doctor.lint.rule import Rule, Seen
 
@@ -102,7 +102,7 @@ def search(text: str, rules: Iterable[Rule]) -> list[Match]:
             match = Match(entry, seen, score, log.lines[at].strip() if log.lines else "", at)
             if score >= ENOUGH and (entry.code not in best or _rank(match) > _rank(best[entry.code])):
                 best[entry.code] = match
-    return sorted(best.values(), key=lambda m: (*(-x for x in _rank(m)), STAGES.index(m.rule.stage), m.rule.code))
+    return sorted(best.values(), key=lambda m: (*(-x for x in _rank(m)), COSTS.index(m.rule.cost), m.rule.code))
 
 
 def elsewhere(text: str, lang: str = "en") -> Elsewhere | None:
@@ -112,13 +112,8 @@ def elsewhere(text: str, lang: str = "en") -> Elsewhere | None:
         for quote in entry["texts"]:
             score, at = log.score(quote, {})
             if score >= 0.95 and (found is None or (score, at) > (found.score, found.at)):
-                found = Elsewhere(
-                    entry["tool"],
-                    *(entry.get(f"{key}_{lang}", entry[key]) for key in ("cause", "do")),
-                    log.lines[at].strip(),
-                    score,
-                    at,
-                )
+                cause, do = (entry.get(f"{key}_{lang}", entry[key]) for key in ("cause", "do"))
+                found = Elsewhere(entry["tool"], cause, do, log.lines[at].strip(), score, at)
     return found
 
 
@@ -213,11 +208,11 @@ def nearest(text: str, rules: Iterable[Rule], most: int = 3) -> list[Rule]:
 
 def decider(entry: Rule) -> str:
     """The command that tells whether this rule's defect is there."""
-    if entry.stage in ("listing", "header", "tokenizer"):
-        return f"doctor check CKPT --select {entry.code} --stage {entry.stage}"
-    if entry.stage == "values":
+    if entry.cost in ("listing", "header", "tokenizer"):
+        return f"doctor check CKPT --select {entry.code} --stage {entry.cost}"
+    if entry.cost == "values":
         return f"doctor check CKPT --select {entry.code}"
-    if entry.stage == "output":
+    if entry.cost == "output":
         return "doctor verify CKPT QUANTIZED --text FILE"
     return "doctor quantize CKPT -o OUT --calibration FILE"
 

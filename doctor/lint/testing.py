@@ -1,364 +1,34 @@
-"""The smallest healthy checkpoints, as data in memory, for the examples in rule files and for tests.
+"""All that rule files and tests import to make examples: healthy checkpoints, and the facts that a run would produce."""
 
-`tiny()` is healthy under every rule for its own recipe. A rule's `bad()` spoils one thing and returns the case. The
-family is taken from `use_family`, so that the same example plants its defect in several families.
-"""
-
-from __future__ import annotations
-
-import contextlib
-import json
-from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from doctor.checkpoint.codecs import to_bf16
-from doctor.checkpoint.dtypes import CODE_NUMPY
-from doctor.checkpoint.safetensors import header_bytes
-from doctor.core.lazy_numpy import np
-from doctor.core.recipe import Recipe
-from doctor.core.tables import family as family_table
-from doctor.formats.base import KNOWN
-
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 64, 128, 4, 2, 16, 96, 2
-FAMILIES = ("llama", "qwen2", "mistral", "gemma", "qwen2_moe", "phi3", "opt")
-# Sizes of latent and linear attention and of state spaces, for the families whose shapes are made of them.
-_OWN_SIZES = {
-    "q_lora_rank": 32,
-    "kv_lora_rank": 48,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_heads": 4,
-    "linear_head_dim": 16,
-    "mamba_d_head": 16,
-    "mamba_n_heads": 8,
-    "mamba_head_dim": 16,
-    "mamba_num_heads": 8,
-    "mamba_d_state": 16,
-    "mamba_d_ssm": 128,
-    "mamba_dt_rank": 8,
-    "n_shared_experts": 1,
-    "num_shared_experts": 1,
-}
-_family: ContextVar[str | None] = ContextVar("family", default=None)
-
-
-class NotHere(Exception):
-    """The example of a rule cannot exist in the family in use; the text says why."""
-
-
-@contextlib.contextmanager
-def use_family(name: str):
-    """Make `tiny()` build this family inside the block."""
-    token = _family.set(name)
-    try:
-        yield
-    finally:
-        _family.reset(token)
-
-
-def only_in(*families: str, why: str) -> str:
-    """The family in use where it is one of these, the first of these where none is in use. Raises NotHere with `why`
-    for others.
-    """
-    family = _family.get() or families[0]
-    if family not in families:
-        raise NotHere(why)
-    return family
-
-
-def never_in(*families: str, why: str) -> str:
-    """The family in use. Raises NotHere with `why` where it is one of these."""
-    family = _family.get() or "llama"
-    if family in families:
-        raise NotHere(why)
-    return family
-
-
-@dataclass
-class Case:
-    """One checkpoint in memory. tensors: name -> raw codes; dtypes: name -> safetensors dtype; facts: (subject, name)
-    -> value.
-    """
-
-    family: str
-    tensors: dict[str, np.ndarray]
-    dtypes: dict[str, str]
-    json: dict[str, dict]
-    recipe: Recipe = Recipe(group_size=32)
-    shards: int = 1
-    facts: dict[tuple[str, str], object] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)  # written last, over anything of the same name
-    damage: list = field(default_factory=list)  # callables(directory), run after everything is written
-
-    @property
-    def config(self) -> dict:
-        return self.json["config.json"]
-
-    @property
-    def spec(self):
-        """ModelSpec of the config and the tensors as they are now."""
-        from doctor.model.spec import build_spec
-
-        return build_spec(self.config, self.infos())
-
-    @property
-    def head(self) -> str:
-        """Tensor name of the output head, stored or not."""
-        return family_table(self.family)["lm_head"] + ".weight"
-
-    def name(self, role: str, block: int = 0) -> str:
-        """Tensor name of the first linear of a role ("down", "k", …) in a block of this family."""
-        found = [x.tensor for x in self.spec.linears if x.role == role and x.block == block]
-        if not found:
-            raise KeyError(f"{self.family} has no linear of role {role!r}")
-        return found[0]
-
-    def down(self, block: int = 0) -> np.ndarray:
-        """Codes of a linear every family has: the MLP's second matrix, [hidden, intermediate]."""
-        return self.tensors[self.name("down", block)]
-
-    def packed(self, role: str, block: int = 0) -> str:
-        """Module name of the first packed linear of a role in a block, for cases made by `tiny_gptq`."""
-        name = tiny(self.family).name(role, block).removesuffix(".weight")
-        if f"{name}.qweight" not in self.tensors:
-            raise KeyError(f"{name} is not packed in this case")
-        return name
-
-    def put(self, subject: str, name: str, value: object) -> None:
-        """A fact that a calibration, a run or a comparison would have produced."""
-        self.facts[subject, name] = value
-
-    def infos(self):
-        """TensorInfo of every tensor, as the header will say."""
-        from doctor.checkpoint.dtypes import DTYPES
-        from doctor.checkpoint.safetensors import TensorInfo
-
-        return {
-            n: TensorInfo(n, DTYPES[self.dtypes[n]], a.shape, "model.safetensors", 0, a.nbytes)
-            for n, a in self.tensors.items()
-        }
-
-    def write(self, folder: Path) -> Path:
-        """Write the checkpoint into an existing or new directory and return it."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        names = sorted(self.tensors)
-        if self.shards == 1:
-            (folder / "model.safetensors").write_bytes(shard_bytes({n: self.tensors[n] for n in names}, self.dtypes))
-        else:
-            weight_map = {}
-            for i in range(self.shards):
-                part = names[i :: self.shards]
-                file = f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors"
-                (folder / file).write_bytes(shard_bytes({n: self.tensors[n] for n in part}, self.dtypes))
-                weight_map.update({n: file for n in part})
-            total = sum(a.nbytes for a in self.tensors.values())
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        for name, document in self.json.items():
-            (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        for name, data in self.files.items():
-            (folder / name).write_bytes(data)
-        for spoil in self.damage:
-            spoil(folder)
-        return folder
-
-
-def shard_bytes(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes:
-    """A safetensors file: header padded to 8 bytes, then the tensors' codes in the order given."""
-    header = header_bytes((name, dtypes[name], codes.shape, codes.nbytes) for name, codes in tensors.items())
-    return header + b"".join(np.ascontiguousarray(codes).tobytes() for codes in tensors.values())
-
-
-def tiny(family: str | None = None, dtype: str = "BF16", mlp: int | None = None, hidden: int = HIDDEN) -> Case:
-    """A healthy checkpoint of two blocks: hidden 64, intermediate 128, 4 heads of 16 (2 for keys), vocabulary 96.
-
-    mlp: another width for all its MLPs, experts included. hidden: another hidden_size, for families that state a head's
-    size too.
-    """
-    family = family or _family.get() or "llama"
-    entry = family_table(family)
-    config = _config(family, entry, mlp, hidden)
-    rng = np.random.default_rng(7)
-    tensors, dtypes = {}, {}
-    for name, shape in _shapes(family, entry, config):
-        tensors[name] = _values(rng, name, shape, dtype, entry)
-        dtypes[name] = dtype
-    return Case(family, tensors, dtypes, {"config.json": config, **_tokenizer_files(config)})
-
-
-def _config(family: str, entry: dict, mlp: int | None, hidden: int = HIDDEN) -> dict:
-    generic = {
-        "hidden_size": hidden,
-        "intermediate_size": INTERMEDIATE,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "num_hidden_layers": LAYERS,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 256,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": HIDDEN,
-        "shared_expert_intermediate_size": HIDDEN,
-    }
-    if mlp is not None:
-        generic |= dict.fromkeys((k for k in generic if "intermediate" in k), mlp)
-    keys = entry["config_keys"]
-    config = {"architectures": [entry["architecture"]], "model_type": entry["model_type"]}
-    for name, value in generic.items():
-        key = keys.get(name)
-        if isinstance(key, str) and key.isidentifier():
-            config[key] = value
-    used = " ".join(e for item in entry["tensor"] for e in item["shape"])
-    config |= {name: size for name, size in _OWN_SIZES.items() if name in used}
-    if "norm_eps" in keys and isinstance(keys["norm_eps"], str):
-        config[keys["norm_eps"]] = 1e-6
-    if "num_key_value_heads" in config:
-        config["head_dim"] = HEAD_DIM
-    if family == "opt":
-        config["word_embed_proj_dim"] = HIDDEN
-    config |= {
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "tie_word_embeddings": entry["tie_word_embeddings"],
-        "torch_dtype": "bfloat16",
-    }
-    return config
-
-
-def _shapes(family: str, entry: dict, config: dict):
-    from doctor.model.spec import build_spec, condition, evaluate, exists
-
-    spec = build_spec(config, {})
-    for item in sorted(entry["tensor"], key=lambda t: t["name"]):
-        tied_head = item["name"].startswith("lm_head") and config["tie_word_embeddings"]
-        if tied_head or not exists(condition(item), entry["defaults"] | config):
-            continue
-        shape = tuple(evaluate(e, spec.lookup) for e in item["shape"])
-        for i in range(LAYERS) if "{i}" in item["name"] else [None]:
-            if i is not None and spec.in_layer(item.get("layers"), i) is False:
-                continue
-            for e in range(spec.lookup("num_experts") or 0) if "{e}" in item["name"] else [None]:
-                name = item["name"].replace("{i}", str(i)).replace("{e}", str(e))
-                yield name, shape
-                if item.get("bias") is True:
-                    out = shape[-1] if item.get("transposed") else shape[0]
-                    if len(shape) == 3:  # a stack of experts [experts, in, out] has one bias each
-                        yield f"{name}_bias", (shape[0], shape[-1])
-                    else:
-                        yield name.replace(".weight", ".bias"), (out,)
-    if family == "opt":
-        for i in range(LAYERS):
-            for norm in ("self_attn_layer_norm", "final_layer_norm"):
-                yield f"model.decoder.layers.{i}.{norm}.bias", (HIDDEN,)
-        yield "model.decoder.final_layer_norm.bias", (HIDDEN,)
-
-
-def _values(rng, name: str, shape: tuple[int, ...], dtype: str, entry: dict) -> np.ndarray:
-    if "norm" in name and name.endswith("weight"):
-        plus_one = entry["norm"].startswith("(1 +")
-        values = rng.normal(0.0 if plus_one else 1.0, 0.05, shape)
-    elif name.endswith("bias"):
-        values = rng.normal(0, 0.1, shape)
-    else:
-        values = rng.normal(0, 0.08, shape)
-    return encode(values, dtype)
-
-
-def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Raw codes of float values in a safetensors dtype (BF16, F16, F32, F64)."""
-    if dtype == "BF16":
-        return to_bf16(np.asarray(values, np.float32))
-    if dtype == "F16":
-        return np.asarray(values, np.float16).view(np.uint16)
-    return np.asarray(values, CODE_NUMPY[dtype])
-
-
-def _tokenizer_files(config: dict) -> dict[str, dict]:
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {chr(0x21 + i): 3 + i for i in range(VOCAB - 3)}
-    added = [
-        {
-            "id": i,
-            "content": t,
-            "special": True,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-        for t, i in list(vocabulary.items())[:3]
-    ]
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-    }
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    return {
-        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256, **names},
-    }
-
-
-def tiny_gptq(family: str | None = None, version: str = "gptq") -> Case:
-    """The same checkpoint quantized to 4 bits: groups of 32, symmetric, groups in place, float16 scales.
-
-    The codes are drawn anew and decode to weights of the same spread; no rule compares them with the original.
-    """
-    from doctor.model.spec import build_spec
-
-    case = tiny(family)
-    spec = build_spec(case.config, case.infos())
-    rng = np.random.default_rng(11)
-    bits, group = 4, 32
-    zero = KNOWN[version].zero_word(bits)
-    for linear in spec.linears:
-        del case.tensors[linear.tensor], case.dtypes[linear.tensor]
-        width, height = linear.in_features, linear.out_features
-        groups = width // group
-        parts = {
-            "qweight": (rng.integers(0, 1 << 32, (width * bits // 32, height), np.uint32).view(np.int32), "I32"),
-            "qzeros": (np.full((groups, height * bits // 32), zero, np.uint32).view(np.int32), "I32"),
-            "scales": (encode(rng.uniform(0.01, 0.03, (groups, height)), "F16"), "F16"),
-            "g_idx": (np.arange(width, dtype=np.int32) // group, "I32"),
-        }
-        for tail, (codes, dtype) in parts.items():
-            case.tensors[f"{linear.name}.{tail}"], case.dtypes[f"{linear.name}.{tail}"] = codes, dtype
-    case.config["quantization_config"] = {
-        "quant_method": "gptq",
-        "bits": bits,
-        "group_size": group,
-        "desc_act": False,
-        "sym": True,
-        "checkpoint_format": version,
-        "lm_head": False,
-    }
-    return case
+from doctor.core.lazy_numpy import np  # noqa: F401 - rule files import it from here
+from doctor.core.machine import Machine
+from doctor.core.records import CalibrationFacts, Comparison, Fp16Range, HessianFacts, LoadProof, SolveRecord
+from doctor.lint.tiny import (  # noqa: F401 - rule files import them from here
+    FAMILIES,
+    VOCAB,
+    Case,
+    NotHere,
+    encode,
+    never_in,
+    only_in,
+    shard_bytes,
+    tiny,
+    tiny_gptq,
+    use_family,
+)
+from doctor.model.spec import build_spec
 
 
 def measured(family: str | None = None) -> Case:
     """tiny() with the facts of a sound calibration and run: every linear saw 4,096 tokens and lost less than rounding
     would.
     """
-    from doctor.core.records import CalibrationFacts, HessianFacts, SolveRecord
-    from doctor.model.spec import build_spec
-
     case = tiny(family)
     tokens = 4096
     case.put(
@@ -377,24 +47,21 @@ def measured(family: str | None = None) -> Case:
     return case
 
 
-def roomy(family: str | None = None) -> Case:
-    """tiny() with a machine that has plenty of disk and memory for it."""
-    from doctor.core.machine import Machine
-
+def with_capacity(family: str | None = None) -> Case:
+    """tiny() with a machine that has enough disk and memory for it."""
     case = tiny(family)
     case.put("checkpoint:", "given_machine", Machine("OUT", 64 << 30, 1 << 30, 64 << 30, 1 << 20))
     return case
 
 
-def change(case: Case, subject: str, name: str, **values) -> None:
-    """Replace fields of a fact that `measured`, `roomy` or `compared` put into a case."""
-    case.put(subject, name, replace(case.facts[subject, name], **values))
+def change(case: Case, subject: str, name: str, **values: Any) -> None:
+    """Replace fields of a fact that `measured`, `with_capacity` or `compared` put into a case."""
+    fact: Any = case.facts[subject, name]
+    case.put(subject, name, replace(fact, **values))
 
 
 def compared() -> Case:
-    """tiny() with a comparison in which the quantized model kept up with its original."""
-    from doctor.core.records import Comparison, Fp16Range, LoadProof
-
+    """tiny() with a comparison in which the quantized model is as good as its original."""
     case = tiny()
     case.put(
         "checkpoint:",
@@ -441,8 +108,8 @@ def compared() -> Case:
     return case
 
 
-def rename_parts(*numbers: str):
-    """Damage that calls the parts of a checkpoint otherwise, in files and index: "3-of-7" for the first, and so on."""
+def rename_parts(*numbers: str) -> Callable[[Path], None]:
+    """Damage that renames the shards of a checkpoint, in files and index: "3-of-7" for the first, and so on."""
 
     def damage(folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
@@ -459,11 +126,10 @@ def rename_parts(*numbers: str):
     return damage
 
 
-def shown_by(module) -> Iterator[tuple[Case, Case | None]]:
-    """(case, base) of each state that shows a rule's cures: its `bad` and what `more` gives, each alone and with a twin
-    to take from.
+def shown_by(module: ModuleType | Any) -> Iterator[tuple[Case, Case | None]]:
+    """(case, donor) of each state that shows a rule's fixes: its `bad()` and each of `more()`, without and with a donor.
 
-    The twin is `good()`, or `donor()` where a rule has one.
+    The donor is `good()`, or `donor()` if the rule file has one.
     """
     count = 1 + (len(list(module.more())) if hasattr(module, "more") else 0)
     for i in range(count):

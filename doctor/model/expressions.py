@@ -10,6 +10,7 @@ import ast
 import operator
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 _ARITHMETIC = {
     ast.Add: operator.add,
@@ -93,5 +94,6 @@ def _value(node: ast.AST, lookup) -> object:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return not _value(node.operand, lookup)
     if isinstance(node, ast.Subscript):
-        return _value(node.value, lookup)[_value(node.slice, lookup)]
+        container: Any = _value(node.value, lookup)
+        return container[_value(node.slice, lookup)]
     raise TypeError(ast.dump(node))

@@ -10,6 +10,9 @@ utils/save_and_load.py, utils/other.py (get_pattern_key).
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from doctor.core.messages import _
 
 ADAPTER = "adapter_config.json"
 MATRIX = re.compile(
@@ -112,14 +115,16 @@ def _pair(config: Mapping, module: str, sides: Mapping[str, str], tensors: Mappi
 
 
 def _scale(config: Mapping, module: str, stored: int) -> float:
-    rank, alpha = (
-        _of_module(config.get(pattern), module, config.get(key))
-        for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    )
+    rank: Any = _of_module(config.get("rank_pattern"), module, config.get("r"))
+    alpha: Any = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0 for x in (rank, alpha)):
-        raise NotMergeable(f"r is {rank} and lora_alpha {alpha}; both must be numbers above 0")
+        raise NotMergeable(
+            _("r is {rank} and lora_alpha {alpha}; both must be numbers above 0", rank=rank, alpha=alpha)
+        )
     if rank != stored:
-        raise NotMergeable(f"{module} has matrices of rank {stored}, and r is {rank}")
+        raise NotMergeable(
+            _("{module} has matrices of rank {stored}, and r is {rank}", module=module, stored=stored, rank=rank)
+        )
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

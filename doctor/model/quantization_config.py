@@ -34,7 +34,7 @@ def quantization_of(checkpoint: Checkpoint) -> tuple[dict, str, str] | None:
     return None
 
 
-@fact("checkpoint", stage="header")
+@fact("checkpoint", cost="header")
 def quantization(checkpoint, quantization_block):
     """What the files say about their own quantization (Quantization)."""
     if quantization_block is None:

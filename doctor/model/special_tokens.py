@@ -7,7 +7,7 @@ Id 0 is legal, so presence is never tested by truth.
 import re
 from dataclasses import dataclass, field
 
-from doctor.core.facts import fact
+from doctor.core.facts import fact, key_of
 from doctor.core.tables import table
 
 ROLES = ("bos", "eos", "pad")
@@ -100,7 +100,7 @@ def token_text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-@fact("checkpoint", stage="header")
+@fact("checkpoint", cost="header")
 def special(checkpoint, spec, generation_config, tokenizer_config) -> Special:
     """What each file says about BOS, EOS and PAD (special.Special)."""
     found = Special(spec.model_type)
@@ -124,8 +124,11 @@ def special(checkpoint, spec, generation_config, tokenizer_config) -> Special:
     return found
 
 
-@fact("checkpoint", stage="header")
+@fact("checkpoint", cost="header")
 def embedding_rows(checkpoint, spec, tensors) -> int | None:
     """Rows of the token embedding as stored, else vocab_size of config.json, else None."""
     info = tensors.get(spec.embed_tensor) if spec.embed_tensor else None
     return info.shape[0] if info is not None and len(info.shape) == 2 else spec.vocab
+
+
+SPECIAL = key_of(special)

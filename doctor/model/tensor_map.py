@@ -7,14 +7,18 @@ everything they hold.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable, fact
+from doctor.core.messages import _
 from doctor.formats.known import packed_tails
 from doctor.model.expressions import evaluate, names_of
-from doctor.model.spec import NOT_TEXT, QUANTIZABLE, ModelSpec, Template
+from doctor.model.linears import NOT_TEXT, QUANTIZABLE
+from doctor.model.spec import ModelSpec
+from doctor.model.templates import Template
 
 _NUMBERED = re.compile(r"^(?P<stem>(?:.*?\.)?)(?P<block>\d+)\.(?P<tail>.+)$")
 
@@ -102,18 +106,22 @@ class Placement:
             self._sizes = list(self._every_size())
         return self._sizes
 
-    def _every_size(self):
-        named = [(info, self.template_of, name, ()) for name, info in self.outside.items()]
+    def _every_size(self) -> Iterator[tuple[TensorInfo, Template, tuple[str, ...]]]:
+        named: list[tuple[TensorInfo, str, int | None]] = [(info, name, None) for name, info in self.outside.items()]
         for layer, own in self.blocks.items():
-            named += [(info, self._inner, tail, (layer,)) for tail, info in own.items()]
-        for info, template_of, name, layer in named:
-            template = template_of(name, *layer)
+            named += [(info, tail, layer) for tail, info in own.items()]
+        for info, name, number in named:
+            template = self._at(name, number)
             if template is not None:
                 yield info, template, template.shape
             elif name.endswith(".bias"):
-                template = template_of(name.removesuffix(".bias") + ".weight", *layer)
+                template = self._at(name.removesuffix(".bias") + ".weight", number)
                 if template is not None and len(template.shape) == 2 and template.role in QUANTIZABLE:
                     yield info, template, (template.shape[1 if template.transposed else 0],)
+
+    def _at(self, name: str, layer: int | None) -> Template | None:
+        """The template of a name outside the decoder layers (None), or of a name's tail in one of them."""
+        return self.template_of(name) if layer is None else self._inner(name, layer)
 
     def misfits(self, lookup=None) -> list[Misfit]:
         """Axes whose length is not what config.json gives. Lengths that the table states as plain numbers are not
@@ -180,14 +188,18 @@ class Placement:
     def _missing_by_kind(self) -> dict[str, str]:
         """Linears of the kind that config.json gives a layer, where it holds nothing unknown in their place."""
         own_kind = [t for t in self.spec.templates if t.layers and "{e}" not in t.tensor and t.role in QUANTIZABLE]
-        found = {}
+        found: dict[str, str] = {}
         for layer in self.counted if own_kind else ():
             own = self.blocks[layer]
             here = {t.tensor.partition("{i}.")[2]: t.layers for t in own_kind if self.spec.in_layer(t.layers, layer)}
             lacking = here.keys() - own.keys()
             if lacking and all(self._inner(tail, layer) for tail in own if tail.endswith(".weight")):
-                why = f"config.json makes layer {layer} one of {{kind}}"
-                found |= {self.name(layer, tail): why.format(kind=here[tail]) for tail in lacking}
+                found |= {
+                    self.name(layer, tail): _(
+                        "config.json makes layer {layer} one of {kind}", layer=layer, kind=here[tail]
+                    )
+                    for tail in lacking
+                }
         return found
 
     def _missing_of_experts(self, tails: frozenset[str]) -> list[str]:
@@ -211,7 +223,7 @@ class Placement:
         """
         inner = [t for t in self.spec.templates if "{i}" in t.tensor and "{e}" not in t.tensor]
         tails = {t.tensor.partition("{i}.")[2]: t for t in inner}
-        found = {}
+        found: dict[str, str] = {}
         for block in self.counted:
             own = self.blocks[block]
             for template in inner:
@@ -223,13 +235,13 @@ class Placement:
                     beside = [t for t in own if _module(t) == module and t.endswith(".weight")] if module else []
                     known = all(t in tails for t in beside)
                     if known and any(tails[t].role in QUANTIZABLE for t in beside):
-                        found[self.name(block, tail)] = f"{module[-1]} has its other linears"
+                        found[self.name(block, tail)] = _("{module} has its other linears", module=module[-1])
                 elif here:
                     alike = [b for b in self.counted if b != block and self.spec.in_layer(template.layers, b)]
                     if alike and all(tail in self.blocks[b] for b in alike):
-                        found[self.name(block, tail)] = "every other layer of its kind has it"
+                        found[self.name(block, tail)] = _("every other layer of its kind has it")
                     elif not alike and template.layers and self._belongs(tail, own):
-                        found[self.name(block, tail)] = f"{module[-1]} has its other tensors"
+                        found[self.name(block, tail)] = _("{module} has its other tensors", module=module[-1])
         return found
 
     def _belongs(self, tail: str, own: dict[str, TensorInfo]) -> bool:
@@ -246,7 +258,7 @@ class Placement:
         """Embedding, last norm and the like: what stands beside the blocks in every model of the family."""
         root = _root(self.family_stem)
         return {
-            self.outer_name(t): f"every {self.spec.family} model has it"
+            self.outer_name(t): _("every {family} model has it", family=self.spec.family)
             for t in self.spec.templates
             if "{i}" not in t.tensor and root and t.tensor.startswith(root) and self.outer_name(t) not in self.outside
         }
@@ -261,23 +273,23 @@ class Placement:
             tail.endswith(".weight") and not any(_tail_pattern(t.tensor).match(tail) for t in inner) for tail in held
         ):
             return {}
-        found = {}
+        found: dict[str, str] = {}
         for template in inner:
             tail = template.tensor.partition("{i}.")[2]
             if template.every_layer and not any(_tail_pattern(template.tensor).match(t) for t in held):
                 if "{e}" in tail:
                     found |= self._experts_without(tail)
                 elif template.role in QUANTIZABLE or self._stands_in_every_block(template, held):
-                    found |= {self.name(b, tail): "no block has it" for b in self.counted}
+                    found |= {self.name(b, tail): _("no decoder layer has it") for b in self.counted}
         return found
 
     def _experts_without(self, tail: str) -> dict[str, str]:
         """A linear that no expert of any block has, in the blocks whose experts have their others."""
         module = re.compile("^" + re.escape(tail.partition("{e}")[0]) + r"(\d+)\.")
-        found = {}
+        found: dict[str, str] = {}
         for block in self.counted:
             experts = {int(match[1]) for match in map(module.match, self.blocks[block]) if match}
-            found |= {self.name(block, tail.replace("{e}", str(e))): "no expert has it" for e in sorted(experts)}
+            found |= {self.name(block, tail.replace("{e}", str(e))): _("no expert has it") for e in sorted(experts)}
         return found
 
     def _stands_in_every_block(self, template: Template, held: set[str]) -> bool:
@@ -341,20 +353,20 @@ def _tail_pattern(template: str) -> re.Pattern:
     return re.compile("^" + re.escape(tail).replace(r"\{e\}", r"\d+") + "$")
 
 
-@fact("checkpoint", stage="header")
+@fact("checkpoint", cost="header")
 def placement(checkpoint, spec, tensors) -> Placement:
     """Tensors sorted into blocks and matched with the family's templates (placement.Placement)."""
     tails = packed_tails()
     if any(name.endswith(tails) for name in tensors):
-        raise Unavailable("the linears are packed: the family's table knows plain weights")
+        raise Unavailable(_("the linears are packed: the family's table knows plain weights"))
     stems: dict[str, int] = {}
     for linear in spec.linears:
         match = _NUMBERED.match(linear.tensor)
         if match and linear.block is not None:
             stems[match["stem"]] = stems.get(match["stem"], 0) + 1
     if not stems and (not spec.templates or any(map(_NUMBERED.match, tensors))):
-        raise Unavailable("no numbered blocks with linears among the tensors")
-    found = Placement(spec, max(stems, key=stems.get, default=""))
+        raise Unavailable(_("no tensor name has the number of a decoder layer with linears"))
+    found = Placement(spec, max(stems, key=lambda stem: stems[stem], default=""))
     if not stems:  # a family that is known, and not one of its blocks: its names are what must stand here
         found.stem = found.family_stem
     for name, info in tensors.items():

@@ -1,13 +1,16 @@
 """tokenizer.json read as data: its vocabulary, its special tokens, and what its post-processor adds to a text."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from doctor.core.facts import Unavailable
+from doctor.core.messages import _
 
 
 @dataclass
 class Tokenizer:
-    """What tokenizer.json says, without the library that runs it. ids: every token's id; added: those added on top."""
+    """tokenizer.json as data, without the library that runs it. ids: of every token; added: of the added tokens alone."""
 
     ids: dict[str, int]
     added: dict[str, int] = field(default_factory=dict)
@@ -16,7 +19,7 @@ class Tokenizer:
     kind: str = ""
 
     def token(self, token_id: int) -> str | None:
-        """The text of an id, None where no token has it."""
+        """The token with this id, None if there is none."""
         return next((t for t, i in self.ids.items() if i == token_id), None)
 
     @property
@@ -24,17 +27,19 @@ class Tokenizer:
         return max(self.ids.values(), default=-1)
 
 
-def read_tokenizer(document: dict) -> Tokenizer:
-    """Vocabulary and post-processor of a parsed tokenizer.json. Raises Unavailable where its form is unknown."""
+def read_tokenizer(document: Mapping[str, Any]) -> Tokenizer:
+    """Vocabulary and post-processor of a parsed tokenizer.json. Raises Unavailable if its form is unknown."""
     model = document.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    model = model if isinstance(model, dict) else {}
+    vocabulary = model.get("vocab")
     if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
         ids = {t[0]: i for i, t in enumerate(vocabulary) if isinstance(t, list) and t and isinstance(t[0], str)}
     elif isinstance(vocabulary, dict):
         ids = {k: v for k, v in vocabulary.items() if isinstance(v, int)}
     else:
-        raise Unavailable("tokenizer.json has no vocabulary")
-    added, special = {}, set()
+        raise Unavailable(_("tokenizer.json has no vocabulary"))
+    added: dict[str, int] = {}
+    special: set[str] = set()
     for token in document.get("added_tokens") or []:
         if isinstance(token, dict) and isinstance(token.get("content"), str) and isinstance(token.get("id"), int):
             added[token["content"]] = token["id"]
@@ -50,7 +55,7 @@ def read_tokenizer(document: dict) -> Tokenizer:
 
 
 def _first_added(processor: object) -> str | None:
-    """The special token that a TemplateProcessing post-processor puts before a single text, None for none."""
+    """The special token that a post-processor puts before a single text, None for none."""
     if not isinstance(processor, dict):
         return None
     if processor.get("type") == "Sequence":

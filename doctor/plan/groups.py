@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from doctor.checkpoint.safetensors import TensorInfo
-from doctor.core.facts import Unavailable, fact
+from doctor.core.facts import Unavailable, fact, key_of
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, is_kept
 from doctor.formats.base import KNOWN, Format, Quantization, format_of_words, read_quantization, word_tails
-from doctor.model.fused_experts import find_stacks
+from doctor.model.fused_experts import find_fused_experts
+from doctor.model.linears import NOT_TEXT
 from doctor.model.quantization_config import quantization_of
-from doctor.model.spec import NOT_TEXT, ModelSpec
+from doctor.model.spec import ModelSpec
 from doctor.plan.sizes import role_of
 
 # Linears that a serving engine stores as one matrix, so that they must be quantized alike or not at all.
@@ -54,7 +55,7 @@ class Layout:
         return KNOWN[self.format]
 
 
-@fact("checkpoint", stage="header")
+@fact("checkpoint", cost="header")
 def layout(checkpoint, recipe, spec, tensors):
     """The linears in groups, planned or stored (Layout)."""
     block, tails = quantization_of(checkpoint), word_tails()
@@ -77,7 +78,7 @@ def planned_layout(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, Tensor
     out = set(kept)
     apart = [
         x
-        for found in find_stacks(spec, tensors, recipe)
+        for found in find_fused_experts(spec, tensors, recipe)
         if not found.why
         for x in found.linears
         if not is_kept(recipe, x.name)
@@ -128,3 +129,6 @@ def together(linears: Iterable, names: Iterable[str]) -> list[str]:
         if wanted & set(members):
             wanted |= set(members)
     return sorted(wanted)
+
+
+LAYOUT = key_of(layout)

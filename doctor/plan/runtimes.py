@@ -29,7 +29,7 @@ class Kernel:
         return any(in_features % i == 0 and out_features % o == 0 for i, o in self.tiles)
 
 
-@fact("checkpoint", stage="header")
+@fact("checkpoint", cost="header")
 def kernels(checkpoint, layout, recipe):
     """Kernels of recipe.runtime that read this format, width and group size, in the order they are tried."""
     return tuple(

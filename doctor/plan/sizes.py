@@ -6,7 +6,8 @@ import ast
 from functools import cache
 
 from doctor.model.expressions import evaluate
-from doctor.model.spec import ROLE_OF_TAIL, ModelSpec, in_extra_layer
+from doctor.model.linears import ROLE_OF_TAIL, in_extra_layer
+from doctor.model.spec import ModelSpec
 
 
 def role_of(name: str, spec: ModelSpec) -> tuple[str, int | None, int | None]:

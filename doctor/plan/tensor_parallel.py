@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from doctor.model.spec import ROW_PARALLEL
+from doctor.model.linears import ROW_PARALLEL
 from doctor.plan.groups import FUSED, GroupedLinear, Layout
 
 _ORDER = [role for fused in FUSED for role in fused]  # the order in which engines join them

@@ -17,13 +17,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core import import_stubs
 from doctor.core.errors import MachineError
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept
 from doctor.formats.base import format_of
-from doctor.model.fused_experts import take_apart
-from doctor.model.spec import Linear, ModelSpec
+from doctor.model.fused_experts import unfuse
+from doctor.model.linears import Linear
+from doctor.model.spec import ModelSpec
+from doctor.quant import import_stubs
 
 # A batch this long keeps matrix products at full speed, on a CPU and on a GPU; more only costs memory.
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
@@ -100,7 +101,7 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
     """Of quantizing with `rows` calibration rows of `length` tokens; 0 rows for a method without calibration, which
     takes no Hessian.
     """
-    checkpoint, spec = take_apart(checkpoint, spec, recipe)
+    checkpoint, spec = unfuse(checkpoint, spec, recipe)
     layers = _layers(checkpoint, spec)
     sizes = [(sum(t.numel for t in tensors), sum(t.nbytes for t in tensors)) for tensors in layers.values()] or [(0, 0)]
     linears = [x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]

@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.facts import CHECKPOINT, Store
 from doctor.core.finding import Finding
 from doctor.core.messages import _, plural
 from doctor.core.methods import METHODS, is_calibrated
 from doctor.core.recipe import Recipe
+from doctor.core.records import STACKED_EXPERTS
+from doctor.core.store import Store
 from doctor.fixing.consent import Consent
 from doctor.lint.rule import Rule
 from doctor.model.spec import ModelSpec
@@ -159,7 +160,7 @@ def _write_outside(setup: Setup, done: Result) -> Result:
             _OUTSIDE, dict(export.kept_tensors(names, lambda name: load_tensor(setup.checkpoint, name)))
         )
     fused = {r["name"]: r["solve"]["note"] for r in records if stays_unasked(r, setup.fused)}
-    setup.store.put(CHECKPOINT, "stacked_experts", tuple(fused.items()))
+    setup.store.put(STACKED_EXPERTS, tuple(fused.items()))
     verdict = verdict_of(setup)
     return replace(done, records=tuple(records), stopped=verdict.stopping, judged=verdict.findings)
 

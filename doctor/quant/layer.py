@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 
 from doctor.core.errors import NotQuantizable
-from doctor.core.facts import CHECKPOINT
 from doctor.core.finding import Finding, Fix
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
@@ -34,6 +33,7 @@ from doctor.quant.records import Record, failed, put_facts, record
 from doctor.quant.selection import Selection, select_linears
 from doctor.quant.setup import Setup
 from doctor.quant.solve.awq_fold import ScaleFolding
+from doctor.scan.header import RECIPE
 
 # An exact fold moves float32 results by rounding only; a fold into something that is not linear moves them by percents.
 _FOLD_TOLERANCE = 1e-3
@@ -298,7 +298,7 @@ def _apply_fixes(setup: Setup, i: int, recipe: Recipe, verdict: Verdict, made: l
             _("{code} {title}: {name}", code=finding.code, title=fix.title, name=finding.subject.partition(":")[2])
         )
         setup.progress(_("fix: {title}", title=made[-1]))
-    setup.store.put(CHECKPOINT, "recipe", recipe)
+    setup.store.put(RECIPE, recipe)
     setup.progress(_("layer {i} is quantized again", i=i + 1))
     return recipe
 

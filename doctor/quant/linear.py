@@ -16,7 +16,7 @@ from doctor.core.methods import is_calibrated
 from doctor.core.recipe import Recipe
 from doctor.core.records import SolveRecord
 from doctor.formats.base import format_of
-from doctor.model.spec import Linear
+from doctor.model.linears import Linear
 from doctor.quant import pack
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.records import failed

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.facts import Store
 from doctor.core.messages import Message, _, listed
 from doctor.core.recipe import Recipe
+from doctor.core.store import Store
 from doctor.lint.rule import Rule
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
-from doctor.core.facts import CHECKPOINT
 from doctor.core.finding import Finding
 from doctor.core.host import describe
+from doctor.core.machine import GIVEN_MACHINE
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
-from doctor.core.records import CalibrationFacts
+from doctor.core.records import CALIBRATION, CalibrationFacts
 from doctor.fixing.assess import Assessment, assess
 from doctor.fixing.consent import Consent
 from doctor.fixing.plan import make_plan, refuse
@@ -35,6 +35,7 @@ from doctor.quant.capacity import measure
 from doctor.quant.distributed import size
 from doctor.quant.job import Result
 from doctor.quant.setup import Progress, computing_dtype
+from doctor.scan.header import SPEC
 from doctor.scan.summary import summary
 
 
@@ -69,7 +70,7 @@ class Checked:
     @property
     def spec(self) -> ModelSpec:
         """Raises KeyError where the config gives no model."""
-        spec = self.assessment.store.get(CHECKPOINT, "spec")
+        spec = self.assessment.store.get(SPEC)
         assert isinstance(spec, ModelSpec)
         return spec
 
@@ -96,9 +97,9 @@ def check(asked: Asked, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iter
         else Checked(assess(source, asked.recipe, asked.rules), asked.recipe, None, ())
     )
     store = checked.assessment.store
-    if store.has(CHECKPOINT, "spec"):
+    if store.has(SPEC):
         machine = measure(checked.assessment.checkpoint, checked.spec, checked.recipe, asked.output)
-        store.put(CHECKPOINT, "given_machine", machine)
+        store.put(GIVEN_MACHINE, machine)
         checked = judged(asked, checked)
     report = report_of(asked, checked)
     asked.progress(
@@ -152,7 +153,7 @@ def calibrate(asked: Asked, checked: Checked, source: str | os.PathLike | None, 
     notes = tuple(_("calibration: {text}", text=remark) for remark in remarks)
     for note in notes:
         asked.progress(note)
-    checked.assessment.store.put(CHECKPOINT, "calibration", facts)
+    checked.assessment.store.put(CALIBRATION, facts)
     checked = judged(asked, checked)
     asked.progress(
         _(

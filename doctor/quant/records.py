@@ -6,10 +6,10 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from doctor.core.facts import Store
 from doctor.core.recipe import Recipe
-from doctor.core.records import HessianFacts, SolveRecord
-from doctor.model.spec import Linear
+from doctor.core.records import HESSIAN, SOLVE, HessianFacts, SolveRecord
+from doctor.core.store import Store
+from doctor.model.linears import Linear
 
 FUSED_EXPERTS = "experts"  # the role of a 3-D tensor of experts in a record
 Record = dict[str, Any]  # name, block (number of the decoder layer), role, sizes, outcome, solve, hessian, seconds
@@ -27,9 +27,9 @@ def failed(recipe: Recipe, reason: str) -> SolveRecord:
 
 def put_facts(store: Store, name: str, solved: SolveRecord, hessian: HessianFacts | None) -> None:
     """What rules judge of a linear."""
-    store.put(f"linear:{name}", "solve", solved)
+    store.put(SOLVE, solved, f"linear:{name}")
     if hessian is not None:
-        store.put(f"linear:{name}", "hessian", hessian)
+        store.put(HESSIAN, hessian, f"linear:{name}")
 
 
 def record(linear: Linear, solved: SolveRecord, hessian: HessianFacts | None, seconds: float) -> Record:

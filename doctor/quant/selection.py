@@ -14,8 +14,9 @@ from doctor.core.messages import _
 from doctor.core.recipe import ASKED, Recipe, is_kept, matches, unfit
 from doctor.core.records import SolveRecord
 from doctor.formats.base import format_of
-from doctor.model.fused_experts import Stacks
-from doctor.model.spec import Linear, ModelSpec
+from doctor.model.fused_experts import FusedExperts
+from doctor.model.linears import Linear
+from doctor.model.spec import ModelSpec
 from doctor.quant.forward.linear_groups import Modules
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.records import FUSED_EXPERTS, Record, kept, record
@@ -47,7 +48,7 @@ class Selection:
 
 
 def select_linears(
-    skeleton: Skeleton, checkpoint: Checkpoint, fused: Mapping[str, Stacks], recipe: Recipe, i: int
+    skeleton: Skeleton, checkpoint: Checkpoint, fused: Mapping[str, FusedExperts], recipe: Recipe, i: int
 ) -> Selection:
     """The linears of layer i under this recipe."""
     modules: Modules = {}
@@ -63,7 +64,7 @@ def select_linears(
 
 
 def _fused_experts(
-    skeleton: Skeleton, checkpoint: Checkpoint, fused: Mapping[str, Stacks], recipe: Recipe, i: int
+    skeleton: Skeleton, checkpoint: Checkpoint, fused: Mapping[str, FusedExperts], recipe: Recipe, i: int
 ) -> list[Kept]:
     """3-D tensors of experts: they are no linears, so they stay in 16 bits, which the report says."""
     found = []
@@ -84,7 +85,7 @@ def why_kept(recipe: Recipe, linear: Linear) -> str:
     return ASKED if is_kept(recipe, linear.name) else unfit(recipe, linear.in_features, linear.out_features)
 
 
-def names_in_config(found: Record, fused: Mapping[str, Stacks], recipe: Recipe) -> list[str]:
+def names_in_config(found: Record, fused: Mapping[str, FusedExperts], recipe: Recipe) -> list[str]:
     """The names under which the output's config lists a record that stays in 16 bits.
 
     Engines know fused experts by the module that holds the experts, and what more the format asks for.
@@ -97,7 +98,7 @@ def names_in_config(found: Record, fused: Mapping[str, Stacks], recipe: Recipe) 
     return format_of(recipe).names_of_kept(module)
 
 
-def stays_unasked(found: Record, fused: Mapping[str, Stacks]) -> bool:
+def stays_unasked(found: Record, fused: Mapping[str, FusedExperts]) -> bool:
     """Whether a record is of fused experts that stay in 16 bits unasked: rule Q416 reports them."""
     stacks = fused.get(found["name"])
     return found["role"] == FUSED_EXPERTS and (stacks is None or stacks.why != ASKED)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.facts import CHECKPOINT, Store
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
+from doctor.core.records import SLOWER_PATHS
+from doctor.core.store import Store
 from doctor.fixing.consent import Consent
 from doctor.lint.rule import Rule
-from doctor.model.fused_experts import Stacks, find_stacks, take_apart
+from doctor.model.fused_experts import FusedExperts, find_fused_experts, unfuse
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
 from doctor.quant.budget import Need
@@ -50,7 +51,7 @@ class Setup:
     progress: Progress
     ranks: Ranks
     consent: Consent | None
-    fused: dict[str, Stacks]
+    fused: dict[str, FusedExperts]
     need: Need
     skeleton: Skeleton
     batches: list[torch.Tensor]
@@ -76,18 +77,18 @@ def set_up(
     """
     fused = {
         name.removesuffix(".weight"): stacks
-        for stacks in find_stacks(spec, checkpoint.tensors, recipe)
+        for stacks in find_fused_experts(spec, checkpoint.tensors, recipe)
         for name in stacks.tensors
     }
-    checkpoint, spec = take_apart(checkpoint, spec, recipe)
+    checkpoint, spec = unfuse(checkpoint, spec, recipe)
     require_widths(spec, recipe)
     calibrated = recipe.solver.calibrated
     shown = rows if calibrated else []
     need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
     skeleton = Skeleton(checkpoint, spec, device, computing_dtype(checkpoint, spec, recipe, device))
     batches = _local_batches(rows, skeleton.device, ranks) if calibrated else []
-    store.put(CHECKPOINT, "slower_paths", tuple(_slower_paths(skeleton, bool(batches))))
-    own = tuple(r for r in rules if r.stage in RUN_STAGES)
+    store.put(SLOWER_PATHS, tuple(_slower_paths(skeleton, bool(batches))))
+    own = tuple(r for r in rules if r.cost in RUN_STAGES)
     return Setup(checkpoint, spec, output, store, own, memory, progress, ranks, consent, fused, need, skeleton, batches)
 
 

@@ -13,15 +13,19 @@ import numpy as np
 from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.dtypes import CODE_NUMPY
-from doctor.core.facts import CHECKPOINT, STAGES, Store, Variant, closure
+from doctor.core.facts import COSTS, closure
 from doctor.core.finding import Finding, Fix
 from doctor.core.host import describe
 from doctor.core.methods import METHODS
 from doctor.core.recipe import FORMATS, Recipe
+from doctor.core.store import Store, Variant
 from doctor.edits.kinds import RECIPE_EDITS, PadTensor
 from doctor.fixing.output_summary import files, receipt_summary
 from doctor.lint.engine import judge
 from doctor.lint.rule import ROW_PARALLEL, Rule
+from doctor.plan.groups import LAYOUT
+from doctor.scan.header import RECIPE, SPEC, TOKENIZER
+from doctor.scan.value_facts import STATS
 
 TPS = (1, 2, 4, 8)
 GROUPS = (128, 64, 32, -1)
@@ -36,15 +40,15 @@ _CURES = ("safe", "padding", "unsafe", "manual")
 
 def pictures(checkpoint: Checkpoint, store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> dict:
     """name -> plain data, for Report.extra. A picture whose facts this run does not have is left out."""
-    recipe, rules, findings = store.get(CHECKPOINT, "recipe"), list(rules), list(findings)
+    recipe, rules, findings = store.get(RECIPE), list(rules), list(findings)
     made = {
         "files": files(checkpoint),
         "machine": describe(),
         "exponents": exponents(checkpoint, store),
         "receipt": receipt_summary(checkpoint),
     }
-    if store.has(CHECKPOINT, "spec"):
-        spec = store.get(CHECKPOINT, "spec")
+    if store.has(SPEC):
+        spec = store.get(SPEC)
         made["tokens"] = tokens(checkpoint, spec, store)
         if spec.linears:
             made |= {
@@ -66,10 +70,10 @@ def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> 
     plan. Methods that meet the same errors share their rows; a step that changes nothing has none. [] where nothing can
     be planned.
     """
-    if not store.has(CHECKPOINT, "layout"):
+    if not store.has(LAYOUT):
         return []
-    recipe, layout = store.get(CHECKPOINT, "recipe"), store.get(CHECKPOINT, "layout")
-    asked = [r for r in rules if STAGES.index(r.stage) <= STAGES.index("header") and "recipe" in closure(r.facts)]
+    recipe, layout = store.get(RECIPE), store.get(LAYOUT)
+    asked = [r for r in rules if COSTS.index(r.cost) <= COSTS.index("header") and "recipe" in closure(r.facts)]
     own = {r.code for r in asked}
     always = _worst(f for f in findings if f.severity == "error" and f.code not in own and not f.consequence_of)
     made: dict[tuple, list] = {}  # (group size, steps) -> plans
@@ -107,9 +111,7 @@ def _shared(plan: Recipe, asked: int) -> list[Recipe]:
 
 
 def _errors(store: Store, rules: list[Rule], plan: Recipe) -> list[Finding]:
-    return [
-        f for f in judge(Variant(store, "recipe", plan), rules)[0] if f.severity == "error" and not f.consequence_of
-    ]
+    return [f for f in judge(Variant(store, RECIPE, plan), rules)[0] if f.severity == "error" and not f.consequence_of]
 
 
 def _steps(blocked: list[tuple[int, dict[str, str]]]) -> list[dict]:
@@ -159,9 +161,9 @@ def heat(spec, store: Store) -> dict:
     rows: dict[str, dict] = {}
     for linear in spec.linears:
         subject = f"tensor:{linear.tensor}"
-        if linear.block is None or not store.has(subject, "stats"):
+        if linear.block is None or not store.has(STATS, subject):
             continue
-        stats = store.get(subject, "stats")
+        stats = store.get(STATS, subject)
         row = rows.setdefault(
             linear.role,
             {"role": linear.role, "absmax": [None] * blocks, "nonfinite": [0] * blocks, "zero": [None] * blocks},
@@ -184,7 +186,7 @@ def exponents(checkpoint: Checkpoint, store: Store) -> dict:
     names = [
         n
         for n, t in checkpoint.tensors.items()
-        if t.dtype.name in ("F16", "BF16", "F32") and t.numel and store.has(f"tensor:{n}", "stats")
+        if t.dtype.name in ("F16", "BF16", "F32") and t.numel and store.has(STATS, f"tensor:{n}")
     ]
     counts = np.zeros(2 * _FAR + 1, np.int64)
     zeros = nonfinite = sampled = 0
@@ -265,7 +267,7 @@ def _shares_heads(role: str, spec, tp: int) -> bool:
 
 def tokens(checkpoint: Checkpoint, spec, store: Store) -> list[dict]:
     """Rows {token, says: {file: text}}: what each file says about BOS, EOS, PAD and UNK."""
-    tokenizer = store.get(CHECKPOINT, "tokenizer") if store.has(CHECKPOINT, "tokenizer") else None
+    tokenizer = store.get(TOKENIZER) if store.has(TOKENIZER) else None
     named = checkpoint.value("tokenizer_config.json") or {}
     rows = []
     for token in _TOKENS:

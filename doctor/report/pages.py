@@ -6,7 +6,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from doctor.core.facts import STAGES
+from doctor.core.facts import COSTS
 from doctor.lint import explain
 from doctor.lint.rule import AREAS, Rule
 from doctor.locale import rule_pages
@@ -21,7 +21,7 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
     screen.line()
     head = f"{entry.code}  {entry.name}"
     facts = " · ".join(
-        [say(entry.severity), say(entry.certainty), say(entry.area).lower(), say("needs {stage}", stage=entry.stage)]
+        [say(entry.severity), say(entry.certainty), say(entry.area).lower(), say("needs {stage}", stage=entry.cost)]
     )
     screen.hang(styled((head, "bold " + COLOURS[entry.severity].split()[-1]), "     "), Text(facts, "bright_black"))
     if entry.seen_as:
@@ -141,11 +141,11 @@ def _commands(matches: list[explain.Match]) -> list[tuple[str, str]]:
     """(label, command): one check for all rules that need no calibration; after it the best match's own, where that is
     another.
     """
-    cheap = [m.rule for m in matches[:8] if m.rule.stage in ("listing", "header", "tokenizer", "values")]
+    cheap = [m.rule for m in matches[:8] if m.rule.cost in ("listing", "header", "tokenizer", "values")]
     own = explain.decider(matches[0].rule)
     if not cheap:
         return [("start with", own)]
-    latest = max((r.stage for r in cheap), key=STAGES.index)
+    latest = max((r.cost for r in cheap), key=COSTS.index)
     command = f"doctor check CKPT --select {','.join(r.code for r in cheap)}" + (
         f" --stage {latest}" if latest in ("listing", "header") else ""
     )
@@ -201,7 +201,7 @@ def rules_json(rules: list[Rule]) -> str:
             "certainty": r.certainty,
             "area": r.area,
             "scope": r.scope,
-            "stage": r.stage,
+            "stage": r.cost,
             "needs": list(r.needs),
             "wants": list(r.wants),
             "implied_by": list(r.implied_by),
@@ -216,7 +216,7 @@ def rules_json(rules: list[Rule]) -> str:
 def rules_markdown(rules: list[Rule]) -> str:
     """One table."""
     rows = [
-        f"| {r.code} | {r.name} | {say(r.severity)} | {say(r.certainty)} | {r.stage} | {one_line(rule_pages.heading(r, current())).replace('|', chr(92) + '|')} |"
+        f"| {r.code} | {r.name} | {say(r.severity)} | {say(r.certainty)} | {r.cost} | {one_line(rule_pages.heading(r, current())).replace('|', chr(92) + '|')} |"
         for r in rules
     ]
     return (

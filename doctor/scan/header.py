@@ -1,117 +1,82 @@
-"""The facts every run has: what the listing, the JSON files, the headers and the scan say, under the names rules ask
-for.
-"""
+"""The facts that every run has before it reads a tensor's bytes: the listing, the JSON files, the headers."""
 
-from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
-from doctor.core.facts import CHECKPOINT, Store, Unavailable, fact, provide
-from doctor.core.machine import Machine  # noqa: F401 - declares the facts of the machine
+from typing import Any
+
+import doctor.core.records  # noqa: F401 - declares the facts of the quantizer and of the comparison
+from doctor.checkpoint.directory import INDEX_NAME, Checkpoint, Entry, JsonFile
+from doctor.checkpoint.safetensors import Defect, Shard, TensorInfo
+from doctor.core.facts import CHECKPOINT, FactKey, Unavailable, fact, key_of, provide
+from doctor.core.machine import GIVEN_MACHINE
+from doctor.core.messages import _
 from doctor.core.recipe import Recipe
+from doctor.core.store import Store
 from doctor.core.tables import table
 from doctor.model.lora import ADAPTER, trained_whole
 from doctor.model.spec import ModelSpec, build_spec
 from doctor.model.tokenizer import Tokenizer, read_tokenizer
 
-provide("recipe", "checkpoint", "listing", "The plan that findings are judged against.")
-provide("base", "checkpoint", "listing", "What `--from` gives to take tensors from (base.Base), None without it.")
-provide("asked", "checkpoint", "listing", "Codes whose unsafe fixes the user named: some cures are offered only then.")
-provide(
+RECIPE: FactKey[Recipe] = provide(
+    "recipe", "checkpoint", "listing", "The recipe that findings are judged against (recipe.Recipe)."
+)
+BASE: FactKey[Any] = provide(
+    "base",
+    "checkpoint",
+    "listing",
+    "The checkpoint of --from, to take tensors and files from (donor.Donor); None without.",
+)
+ASKED: FactKey[frozenset[str]] = provide(
+    "asked", "checkpoint", "listing", "Codes that the user named with --unsafe-fixes: some fixes are offered only then."
+)
+GIVEN_PUBLISHED: FactKey[dict[str, Any]] = provide(
     "given_published",
     "checkpoint",
     "listing",
-    "Parts that an example has in the place of those of rules/tables/published.toml; {} elsewhere.",
+    "Entries that replace those of rules/tables/published.toml in a rule's example; {} elsewhere.",
 )
-provide("stats", "tensor", "values", "Exact counters over every value of a tensor (stats.Stats).")
-provide("zero_groups", "linear", "values", "Groups of group_size in_features whose weights are all 0, counted per row.")
-provide(
-    "zero_groups_fp16",
-    "linear",
-    "values",
-    "The same after a cast to fp16, where tiny weights become 0; zero_groups are among them.",
-)
-provide("first_zero_group", "linear", "values", "(row, first column) of the first of either, or None.")
-provide(
-    "one_signed",
-    "linear",
-    "values",
-    "(groups looked at, those of them without a negative or without a positive weight); groups of zeros are not counted.",
-)
-provide("zero_rows", "linear", "values", "out_features whose weights are all 0.")
-provide("zero_columns", "linear", "values", "in_features whose weights are all 0.")
-provide(
-    "same_bytes",
-    "tensor",
-    "values",
-    "Whether the tensor is, in dtype, shape and bytes, the one that `compared` names beside it.",
-)
-provide(
-    "digests",
-    "tensor",
-    "values",
-    "file -> blake2b (16 bytes, hexadecimal) of the tensor's bytes in it; only of those that `digested` names.",
-)
-
-
-provide("calibration", "checkpoint", "calibration", "What the calibration rows are (records.CalibrationFacts).")
-provide("hessian", "linear", "calibration", "What the Hessian of a linear's input says (records.HessianFacts).")
-provide("solve", "linear", "run", "How a linear was quantized, and everything that was tried (records.SolveRecord).")
-provide("stacked_experts", "checkpoint", "run", "(tensor, why) of 3-D tensors of experts that a run left in 16 bits.")
-provide(
-    "slower_paths",
-    "checkpoint",
-    "run",
-    "Sentences on what a run did in a slower way than it can, and why; () where nothing.",
-)
-provide(
-    "load_proof", "checkpoint", "output", "What a client's own loading code did with the output (records.LoadProof)."
-)
-provide("comparison", "checkpoint", "output", "The quantized model against its original (records.Comparison).")
-
-
-# files
 
 
 @fact("checkpoint")
-def published(checkpoint, given_published):
-    """What vendors published and users reported of models and runtimes: the table of that name."""
+def published(checkpoint, given_published) -> dict[str, Any]:
+    """What vendors published and users reported about models and runtimes: rules/tables/published.toml."""
     return table("published") | given_published
 
 
 @fact("checkpoint")
-def files(checkpoint):
-    """name -> Entry of every regular file."""
+def files(checkpoint) -> dict[str, Entry]:
+    """File name -> Entry of every regular file."""
     return checkpoint.entries
 
 
 @fact("checkpoint")
-def listing_problems(checkpoint):
-    """Defects of the listing: links that lead out, special and unreadable files."""
+def listing_problems(checkpoint) -> list[Defect]:
+    """Defects of the listing: links that lead out of the directory, special and unreadable files."""
     return checkpoint.problems
 
 
 @fact("checkpoint")
-def json_files(checkpoint):
-    """name -> JsonFile of every JSON document."""
+def json_files(checkpoint) -> dict[str, JsonFile]:
+    """File name -> JsonFile of every JSON document."""
     return checkpoint.json
 
 
-@fact("checkpoint", stage="header")
-def tensors(checkpoint):
-    """name -> TensorInfo of every tensor that a reader would take."""
+@fact("checkpoint", cost="header")
+def tensors(checkpoint) -> dict[str, TensorInfo]:
+    """Tensor name -> TensorInfo that a reader would take."""
     if not checkpoint.tensors:
-        raise Unavailable("no safetensors tensor can be read")
+        raise Unavailable(_("no safetensors tensor can be read"))
     return checkpoint.tensors
 
 
-@fact("checkpoint", stage="header")
-def shards(checkpoint):
-    """name -> Shard of every file that belongs to the checkpoint."""
+@fact("checkpoint", cost="header")
+def shards(checkpoint) -> dict[str, Shard]:
+    """File name -> Shard of every weight file of the checkpoint."""
     return checkpoint.shards
 
 
-@fact("checkpoint", stage="header")
-def copies(checkpoint, shards):
-    """tensor -> its TensorInfo in every file that holds it, of each that stands in more than one."""
-    held: dict[str, list] = {}
+@fact("checkpoint", cost="header")
+def copies(checkpoint, shards) -> dict[str, list[TensorInfo]]:
+    """Tensor name -> its TensorInfo in each file, for tensors that are in more than one file."""
+    held: dict[str, list[TensorInfo]] = {}
     for shard in shards.values():
         for info in shard.tensors:
             held.setdefault(info.name, []).append(info)
@@ -119,104 +84,109 @@ def copies(checkpoint, shards):
 
 
 @fact("checkpoint")
-def weight_map(checkpoint):
-    """tensor -> file of the index, None without an index."""
+def weight_map(checkpoint) -> dict[str, str] | None:
+    """Tensor name -> file, as the index says; None without an index."""
     return checkpoint.weight_map if INDEX_NAME in checkpoint.json else None
 
 
 @fact("checkpoint")
-def missing_shards(checkpoint):
-    """Files the index names that are not there."""
+def missing_shards(checkpoint) -> list[str]:
+    """Files that the index names and the directory lacks."""
     return checkpoint.missing_shards
 
 
 @fact("checkpoint")
-def config(checkpoint):
+def config(checkpoint) -> dict[str, Any]:
     """config.json as a dict."""
     return _document(checkpoint, "config.json")
 
 
 @fact("checkpoint")
-def generation_config(checkpoint):
+def generation_config(checkpoint) -> dict[str, Any] | None:
     """generation_config.json as a dict, None where it is absent or broken."""
     return checkpoint.value("generation_config.json")
 
 
 @fact("checkpoint")
-def tokenizer_config(checkpoint):
+def tokenizer_config(checkpoint) -> dict[str, Any] | None:
     """tokenizer_config.json as a dict, None where it is absent or broken."""
     return checkpoint.value("tokenizer_config.json")
 
 
-def _document(checkpoint: Checkpoint, name: str) -> dict:
+def _document(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     value = checkpoint.value(name)
     if value is None:
-        raise Unavailable(f"{name} is absent or cannot be read")
+        raise Unavailable(_("{file} is absent or cannot be read", file=name))
     return value
 
 
-@fact("checkpoint", stage="header")
+@fact("checkpoint", cost="header")
 def spec(checkpoint, config) -> ModelSpec:
-    """What config.json says the model is (spec.ModelSpec)."""
+    """The model that config.json describes (spec.ModelSpec)."""
     return build_spec(config, checkpoint.tensors)
 
 
-@fact("checkpoint", stage="header")
-def digested(checkpoint, files, copies, tensors, spec=None):
-    """Names of the tensors whose bytes are compared with others' by a digest: what stands in two files, what an adapter
-    trained whole.
+@fact("checkpoint", cost="header")
+def digested(checkpoint, files, copies, tensors, spec=None) -> set[str]:
+    """Names of the tensors whose bytes are compared with others by a digest: those in two files, and those that an
+    adapter trained whole.
     """
-    return copies.keys() | (trained_whole(tensors) if ADAPTER in files else set())
+    return set(copies) | (trained_whole(tensors) if ADAPTER in files else set())
 
 
-@fact("checkpoint", stage="header")
+@fact("checkpoint", cost="header")
 def compared(checkpoint, tensors, spec=None) -> dict[str, str]:
-    """Tensor -> the one that its bytes are compared with as they are read, up to the first that differs: the head with
-    the embedding.
-    """
-    head, embed = (spec.head_tensor, spec.embed_tensor) if spec else (None, None)
+    """Tensor name -> the one that its bytes are compared with while they are read: the head with the embedding."""
+    head, embed = (spec.head_tensor or "", spec.embed_tensor or "") if spec else ("", "")
     return {head: embed} if head != embed and head in tensors and embed in tensors else {}
 
 
 @fact("checkpoint")
-def chat_template(checkpoint, tokenizer_config):
-    """The chat template's text, from chat_template.jinja or tokenizer_config.json; None where there is none."""
+def chat_template(checkpoint, tokenizer_config) -> str | None:
+    """The text of the chat template, from chat_template.jinja or tokenizer_config.json; None where there is none."""
     if "chat_template.jinja" in checkpoint.entries:
         return checkpoint.read_file("chat_template.jinja", 4 << 20).decode("utf-8", "replace")
     template = (tokenizer_config or {}).get("chat_template")
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        named: dict[Any, Any] = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
 
 
-@fact("checkpoint", stage="tokenizer")
+@fact("checkpoint", cost="tokenizer")
 def tokenizer(checkpoint) -> Tokenizer:
-    """tokenizer.json, read as data (Tokenizer)."""
+    """tokenizer.json, read as data (tokenizer.Tokenizer)."""
     return read_tokenizer(_document(checkpoint, "tokenizer.json"))
 
 
+SPEC = key_of(spec)
+TENSORS = key_of(tensors)
+DIGESTED = key_of(digested)
+COMPARED = key_of(compared)
+TOKENIZER = key_of(tokenizer)
+
+
 def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
-    """A store that holds everything known before a tensor's bytes are read, with its subjects declared."""
+    """A store with everything that is known before a tensor's bytes are read, and with all subjects declared."""
     store = Store()
     store.add_subject("checkpoint", CHECKPOINT, checkpoint)
-    store.put(CHECKPOINT, "recipe", recipe)
-    store.put(CHECKPOINT, "base", None)
-    store.put(CHECKPOINT, "given_machine", None)
-    store.put(CHECKPOINT, "given_published", {})
-    store.put(CHECKPOINT, "asked", frozenset())
+    store.put(RECIPE, recipe)
+    store.put(BASE, None)
+    store.put(GIVEN_MACHINE, None)
+    store.put(GIVEN_PUBLISHED, {})
+    store.put(ASKED, frozenset())
     for name, shard in checkpoint.shards.items():
         store.add_subject("shard", f"shard:{name}", shard)
     for name, info in checkpoint.tensors.items():
         store.add_subject("tensor", f"tensor:{name}", info)
-    if store.has(CHECKPOINT, "spec"):
-        for linear in store.get(CHECKPOINT, "spec").linears:
-            store.add_subject("linear", f"linear:{linear.name}", linear, f"tensor:{linear.tensor}")
-    for stage, reason in (
-        ("values", "the weights were not read"),
-        ("calibration", "no calibration in this run: doctor quantize measures it"),
-        ("run", "nothing was quantized in this run"),
-        ("output", "no quantized output was compared: doctor verify does it"),
+    model = store.find(SPEC)
+    for linear in model.linears if model is not None else ():
+        store.add_subject("linear", f"linear:{linear.name}", linear, f"tensor:{linear.tensor}")
+    for cost, reason in (
+        ("values", _("the weights were not read")),
+        ("calibration", _("no calibration in this run: doctor quantize measures it")),
+        ("run", _("nothing was quantized in this run")),
+        ("output", _("no quantized output was compared: doctor verify does it")),
     ):
-        store.say_missing(stage, reason)
+        store.say_missing(cost, reason)
     return store

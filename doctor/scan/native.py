@@ -1,16 +1,18 @@
-"""The optional native library: where it is, which instruction level runs here, and its functions through ctypes.
+"""The optional native library: its path, the instruction level in use, and its functions through ctypes.
 
-ctypes drops the GIL during a call. A missing library is normal (setup.py found no compiler) and every caller has a
-NumPy path; `native_path()` lets reports say which one ran. DOCTOR_NATIVE=0 turns the library off, DOCTOR_NATIVE=base
-or avx2 lowers the level.
+ctypes releases the GIL during a call. A missing library is normal (setup.py found no compiler) and every caller has a
+NumPy path; `native_path()` tells reports which one ran. DOCTOR_NATIVE=0 turns the library off, DOCTOR_NATIVE=base or
+avx2 lowers the level.
 """
 
 import ctypes
 import os
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 from doctor.core.errors import MachineError
+from doctor.core.messages import _
 
 LIBRARY = Path(__file__).with_name("libdoctor_cpu.so")
 LEVELS = ("base", "avx2", "avx512")  # the order of cpu/cpu.c
@@ -25,8 +27,8 @@ def _library() -> tuple[ctypes.CDLL, int] | None:
         return library, library.doctor_cpu_level()
     except (OSError, AttributeError) as error:
         raise MachineError(
-            f"{LIBRARY}: the native library does not load: {error}.",
-            "Reinstall the package here, or set DOCTOR_NATIVE=0 to work without it.",
+            _("{library}: the native library does not load: {error}.", library=LIBRARY, error=error),
+            _("Reinstall the package here, or set DOCTOR_NATIVE=0 to work without it."),
         ) from error
 
 
@@ -34,7 +36,10 @@ def level() -> str | None:
     """The instruction level in use: "base", "avx2" or "avx512"; None if the library is absent or turned off."""
     wanted = os.environ.get("DOCTOR_NATIVE", "1")
     if wanted not in ("", "0", "1", *LEVELS):
-        raise MachineError(f"DOCTOR_NATIVE={wanted}: must be 0, 1 or one of {', '.join(LEVELS)}.", "Unset it.")
+        raise MachineError(
+            _("DOCTOR_NATIVE={value}: must be 0, 1 or one of {levels}.", value=wanted, levels=", ".join(LEVELS)),
+            _("Unset it."),
+        )
     loaded = _library() if wanted != "0" else None
     if loaded is None:
         return None
@@ -43,24 +48,26 @@ def level() -> str | None:
 
 
 def native_path() -> str | None:
-    """Path of the native library in use, None where NumPy does the work."""
+    """Path of the native library in use, None if NumPy counts."""
     return str(LIBRARY) if level() else None
 
 
 @cache
-def _symbol(name: str, result):
+def _symbol(name: str, result: Any) -> Any:
+    loaded = _library()
+    assert loaded is not None  # level() found it
     try:
-        function = getattr(_library()[0], name)
+        function = getattr(loaded[0], name)
     except AttributeError as error:
         raise MachineError(
-            f"{LIBRARY}: has no function {name}: it was built from older sources.",
-            "Reinstall the package: pip install -e . or pip install .",
+            _("{library}: has no function {name}: it was built from older sources.", library=LIBRARY, name=name),
+            _("Reinstall the package: pip install -e . or pip install ."),
         ) from error
     function.restype = result
     return function
 
 
-def function(name: str, result=None):
+def function(name: str, result: Any = None) -> Any:
     """The C function `name` at the level in use, or None without library.
 
     result: the ctypes type that it returns, the same in every call: ctypes has one object a function, which threads

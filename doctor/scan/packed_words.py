@@ -1,10 +1,8 @@
-"""What the int32 words of packed tensors are: counted while their bytes pass, for rules on zero points and g_idx."""
+"""Statistics of the int32 words of packed tensors, taken by the scan, for rules on zero points and g_idx."""
 
 from dataclasses import dataclass
 
-from doctor.core.facts import fact, provide
-
-provide("words", "tensor", "values", "What the int32 words of a qzeros or g_idx tensor are (PackedWordStats).")
+from doctor.core.facts import FactKey, fact, provide
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,12 @@ class PackedWordStats:
     kinds: dict[int, int] | None = None
 
 
+PACKED_WORDS: FactKey[PackedWordStats] = provide(
+    "words", "tensor", "values", "Statistics of the int32 words of a qzeros or g_idx tensor (PackedWordStats)."
+)
+
+
 @fact("checkpoint")
-def packed_words(checkpoint, every_words):
-    """tensor -> PackedWordStats of every qzeros and g_idx tensor."""
+def packed_words(checkpoint, every_words) -> dict[str, PackedWordStats]:
+    """Tensor name -> PackedWordStats of every qzeros and g_idx tensor."""
     return every_words

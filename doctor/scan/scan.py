@@ -15,11 +15,24 @@ import numpy as np
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import CHUNK_BYTES, TensorInfo, new_digest
-from doctor.core.facts import CHECKPOINT, Store
+from doctor.core.messages import _
+from doctor.core.store import Store
 from doctor.formats.base import sampled_tails
-from doctor.model.spec import Linear
+from doctor.model.linears import Linear
 from doctor.scan import counters
-from doctor.scan.packed_words import PackedWordStats
+from doctor.scan.header import COMPARED, DIGESTED, RECIPE, SPEC
+from doctor.scan.packed_words import PACKED_WORDS, PackedWordStats
+from doctor.scan.value_facts import (
+    DIGESTS,
+    FIRST_ZERO_GROUP,
+    ONE_SIGNED,
+    SAME_BYTES,
+    STATS,
+    ZERO_COLUMNS,
+    ZERO_GROUPS,
+    ZERO_GROUPS_FP16,
+    ZERO_ROWS,
+)
 
 SPAN_BYTES = 64 << 20
 # Signs of groups are looked at in one place of a linear every so many values: two groups first, more where one has a
@@ -63,13 +76,10 @@ def scan(
     under the scan.
     """
     run = Scan()
-    linears = {}
-    digested, compared = (
-        store.get(CHECKPOINT, n) if store.has(CHECKPOINT, n) else {} for n in ("digested", "compared")
-    )
-    group = store.get(CHECKPOINT, "recipe").group_size
-    if store.has(CHECKPOINT, "spec"):
-        linears = {linear.tensor: linear for linear in store.get(CHECKPOINT, "spec").linears}
+    digested, compared = store.find(DIGESTED) or set(), store.find(COMPARED) or {}
+    group = store.get(RECIPE).group_size
+    spec = store.find(SPEC)
+    linears = {linear.tensor: linear for linear in spec.linears} if spec is not None else {}
 
     def work(span: list[TensorInfo]) -> None:
         buffer = memoryview(bytearray(max(min(_step(info), info.nbytes) for info in span)))
@@ -104,10 +114,10 @@ def scan(
             if not (keep_partial and isinstance(error, KeyboardInterrupt)):
                 raise
     for name, found in run.digests.items():
-        store.put(f"tensor:{name}", "digests", found)
+        store.put(DIGESTS, found, f"tensor:{name}")
     if run.stopped.is_set():
         run.left = [info.name for span in spans for info in span if info.name not in run.whole]
-        store.say_partial("values", "interrupted before its weights were read")
+        store.say_partial("values", _("interrupted before its weights were read"))
     else:
         store.say_produced("values")
     return run
@@ -163,14 +173,14 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
     if checkpoint.tensors.get(info.name) is not info:
         return
     if words is not None:
-        store.put(subject, "words", words.result())
+        store.put(PACKED_WORDS, words.result(), subject)
     if twin.same is not None:
-        store.put(subject, "same_bytes", twin.same)
+        store.put(SAME_BYTES, twin.same, subject)
     if not known:
         if words is None:
-            run.skipped[info.name] = f"{info.dtype.name} values are not judged"
+            run.skipped[info.name] = _("{dtype} values are not judged", dtype=info.dtype.name)
         return
-    store.put(subject, "stats", total)
+    store.put(STATS, total, subject)
     if shape is not None:
         shape.put(store)
 
@@ -308,13 +318,10 @@ class _Shape:
         dead = 0 if self.live_columns is None else int((~self.live_columns).sum())
         rows, columns = (dead, self.zero_rows) if self.linear.transposed else (self.zero_rows, dead)
         subject = f"linear:{self.linear.name}"
-        for name, value in (("zero_rows", rows), ("zero_columns", columns)):
-            store.put(subject, name, value)
+        store.put(ZERO_ROWS, rows, subject)
+        store.put(ZERO_COLUMNS, columns, subject)
         if not self.linear.transposed:
-            for name, value in (
-                ("zero_groups", self.zero_groups),
-                ("zero_groups_fp16", self.zero_groups_fp16),
-                ("first_zero_group", self.first),
-                ("one_signed", (self.sampled, self.one_signed)),
-            ):
-                store.put(subject, name, value)
+            store.put(ZERO_GROUPS, self.zero_groups, subject)
+            store.put(ZERO_GROUPS_FP16, self.zero_groups_fp16, subject)
+            store.put(FIRST_ZERO_GROUP, self.first, subject)
+            store.put(ONE_SIGNED, (self.sampled, self.one_signed), subject)

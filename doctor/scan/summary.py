@@ -1,17 +1,19 @@
 """What a report says about the files in one line: architecture, parameters, dtype, shards, bytes."""
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.facts import CHECKPOINT, Store
 from doctor.core.recipe import Recipe
+from doctor.core.store import Store
 from doctor.formats.base import KNOWN
 from doctor.model.quantization_config import stored_recipe
+from doctor.plan.groups import LAYOUT
+from doctor.scan.header import SPEC
 
 
 def _parameters(checkpoint: Checkpoint, store: Store) -> int:
     """Weights of the model. A packed linear counts as the matrix that it stands for, not as the words it is stored
     in.
     """
-    layout = store.get(CHECKPOINT, "layout") if store.has(CHECKPOINT, "layout") else None
+    layout = store.get(LAYOUT) if store.has(LAYOUT) else None
     tensors = checkpoint.tensors
     if layout is not None and not layout.quantized:
         return sum(t.numel for t in tensors.values())
@@ -38,12 +40,12 @@ def summary(checkpoint: Checkpoint, store: Store) -> dict:
     kinds: dict[str, int] = {}
     for info in checkpoint.tensors.values():
         kinds[info.dtype.name] = kinds.get(info.dtype.name, 0) + info.nbytes
-    spec = store.get(CHECKPOINT, "spec") if store.has(CHECKPOINT, "spec") else None
+    spec = store.get(SPEC) if store.has(SPEC) else None
     return {
         "path": str(checkpoint.root),
         "architecture": spec.architecture or spec.model_type if spec else "",
         "parameters": _parameters(checkpoint, store),
-        "dtype": max(kinds, key=kinds.get, default=""),
+        "dtype": max(kinds, key=lambda kind: kinds[kind], default=""),
         "shards": len(checkpoint.shards),
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.total_bytes,

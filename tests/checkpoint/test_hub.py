@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import pytest
 
 from doctor.api import check
-from doctor.checkpoint import hub
+from doctor.checkpoint import hub, hub_client
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
 from doctor.checkpoint.hub import HubCheckpoint, open_checkpoint
 from doctor.core.errors import BadCheckpoint, MachineError
@@ -179,7 +179,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     waits = []
-    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    monkeypatch.setattr(hub_client.time, "sleep", waits.append)
     made.waits = waits
     monkeypatch.chdir(tmp_path)
     yield made
@@ -267,8 +267,8 @@ def test_a_listing_of_several_pages_is_read_to_its_end(fake, local):
 
 
 def test_a_next_page_on_another_host_is_not_followed(fake, local):
-    assert hub._next_page('<http://evil.example/x>; rel="next"', fake.url) is None
-    assert hub._next_page(f'<{fake.url}/x>; rel="next"', fake.url) == f"{fake.url}/x"
+    assert hub_client.next_page('<http://evil.example/x>; rel="next"', fake.url) is None
+    assert hub_client.next_page(f'<{fake.url}/x>; rel="next"', fake.url) == f"{fake.url}/x"
 
 
 def test_the_token_is_sent_and_hashes_come_from_the_listing(fake, local, monkeypatch):
@@ -403,7 +403,9 @@ def test_a_connection_that_always_tears_ends_with_file_and_byte(fake, local):
     fake.put(local)
     name = "model-00001-of-00003.safetensors"
     fake.always[f"/cdn/{name}"] = torn(fake.files[name], 10)
-    with pytest.raises(MachineError, match=rf"org/name: {name}: not whole after 5 tries; the last ended at byte 50: "):
+    with pytest.raises(
+        MachineError, match=rf"org/name: {name}: incomplete after 5 tries; the last one ended at byte 50: "
+    ):
         check("org/name", PLAN)
     assert len(fake.requests_for(f"/cdn/{name}")) == 5 and sorted(fake.waits) == [0.5, 1, 2, 4]
 
@@ -419,11 +421,11 @@ def test_a_busy_hub_is_waited_for_as_long_as_it_asks(fake, local):
 def test_a_busy_hub_is_not_waited_for_without_end(fake, local):
     fake.put(local)
     fake.always["/tree/"] = refuse(429, Retry_After="2")
-    with pytest.raises(MachineError, match=r"its listing: not whole after 5 tries.*the Hub is busy"):
+    with pytest.raises(MachineError, match=r"file listing: incomplete after 5 tries.*the Hub is busy"):
         open_checkpoint("org/name")
     assert fake.waits == [2.0] * 4
     fake.always["/tree/"] = refuse(429, Retry_After="3600")
-    with pytest.raises(MachineError, match="asks to wait 3,600 s; at most 60 s"):
+    with pytest.raises(MachineError, match="asks to wait 3,600 s; doctor waits at most 60 s"):
         open_checkpoint("org/name")
 
 
@@ -450,7 +452,7 @@ def test_a_busy_hub_is_not_waited_for_without_end(fake, local):
             "/cdn/",
             lambda r: send(r, 206, b"x" * 9, {"Content-Range": "bytes 5-13/900"}),
             MachineError,
-            "asked for byte 0, the server sent 'bytes 5-13/900'",
+            "asked for byte 0, the server sent the range 'bytes 5-13/900'",
         ),
     ],
 )
@@ -482,7 +484,7 @@ def test_a_local_path_wins_and_says_so_where_the_cache_knows_the_repository(fake
     (tmp_path / "cache" / "models--org--name").mkdir(parents=True)
     open_checkpoint("org/name", notice=said.append)
     assert said == [
-        "org/name: the local directory is checked, not the Hub's repository of this name; hf://org/name is that one."
+        "org/name: the local directory is checked, not the Hub repository of this name; that one is hf://org/name."
     ]
     assert isinstance(open_checkpoint("hf://org/name"), HubCheckpoint)
     with pytest.raises(BadCheckpoint, match="a local path; --revision and --download"):
@@ -516,7 +518,7 @@ def test_offline_asks_nobody_and_takes_the_cache(fake, local, monkeypatch, tmp_p
     (snapshot.parent.parent / "refs" / "main").write_text(COMMIT)
     said = []
     assert check(open_checkpoint("org/name", notice=said.append), PLAN).bytes_read > 0
-    assert "what the cache holds is checked" in said[0] and not fake.log
+    assert "the cached files are checked" in said[0] and not fake.log
 
 
 def test_download_fetches_the_commit_that_was_listed_and_checks_it_here(fake, local, monkeypatch):

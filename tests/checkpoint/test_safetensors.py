@@ -58,7 +58,7 @@ def test_a_good_file_has_every_tensor_and_no_defect():
         (bytes(8), "zero-filled", "8 bytes are zero"),
         (struct.pack("<Q", 1000) + b"{}", "truncated", "1,008 bytes, the file has 10"),
         (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "header-length", "100,000,000"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "lfs-pointer", "git-lfs"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "lfs-pointer", "Git LFS"),
         (b"<!DOCTYPE html><html></html>", "web-page", "HTML"),
         (b"PK\x03\x04" + bytes(40), "pickle", "zip"),
         (bytes(4096), "zero-filled", "512 bytes are zero"),

@@ -11,7 +11,8 @@ import termios
 import pytest
 
 from doctor import api
-from doctor.core.facts import Store, Unavailable
+from doctor.core.facts import Unavailable
+from doctor.core.store import Store
 from doctor.lint.testing import tiny
 from doctor.report import verdict
 from doctor.scan import scan
@@ -126,4 +127,4 @@ def test_facts_of_every_subject_are_missing_where_only_some_were_read():
     store = Store()
     store.say_partial("values", "stopped")
     with pytest.raises(Unavailable, match="stopped"):
-        store.get("checkpoint:", "every_stats")
+        store.value("every_stats")

@@ -247,7 +247,7 @@ def test_a_torn_network_leaves_nothing(fake, tmp_path, whole, what):  # noqa: F8
         return real(request, data)
 
     fake.serve = breaks
-    with pytest.raises(MachineError, match=f"{name}: not whole after 5 tries"):
+    with pytest.raises(MachineError, match=f"{name}: incomplete after 5 tries"):
         fix(source, tmp_path / "out", tiny().recipe, donor="org/name")
     assert (
         not (tmp_path / "out").exists()
@@ -283,7 +283,7 @@ def test_a_file_whose_bytes_are_not_those_of_its_hash_is_refused(fake, tmp_path,
         return real(request, data)
 
     fake.serve = lies
-    with pytest.raises(BadCheckpoint, match=r"came with sha256 .*; the Hub states"):
+    with pytest.raises(BadCheckpoint, match=r"arrived with sha256 .*; the Hub states"):
         fix(source, tmp_path / "out", tiny().recipe, donor="org/name")
     assert not (tmp_path / "out").exists() and not left_over(tmp_path)
 

@@ -18,6 +18,7 @@ from doctor.fixing.plan import make_plan, refuse
 from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
 from doctor.lint.testing import tiny
+from doctor.scan.value_facts import STATS
 
 # One file of rules for these tests: each looks at a key that no real checkpoint has, so all other rules stay silent.
 RULE_FILE = '''"""{code} {name}: a rule for tests.
@@ -278,7 +279,7 @@ def test_a_partial_look_says_what_a_whole_one_says(plan_of, tmp_path):
     whole = assess(plan.overlay, plan.recipe, load_rules())
     assert [(f.code, f.message) for f in whole.findings] == [(f.code, f.message) for f in plan.after.findings] != []
     for subject in whole.store.subjects("tensor"):
-        assert whole.store.get(subject, "stats") == plan.after.store.get(subject, "stats")
+        assert whole.store.get(STATS, subject) == plan.after.store.get(STATS, subject)
 
 
 # what is shown

@@ -13,8 +13,10 @@ from doctor.core.errors import DoctorError
 from doctor.core.finding import Finding, Place
 from doctor.core.recipe import Recipe
 from doctor.lint import config
-from doctor.lint.config import Config, Selection, Suppression, choose
+from doctor.lint import suppress as suppression
+from doctor.lint.config import Config, Selection, choose
 from doctor.lint.engine import load_rules
+from doctor.lint.suppress import Suppression
 from doctor.lint.testing import tiny
 from doctor.report import render
 from doctor.report.formats import json_report
@@ -264,15 +266,15 @@ def test_layers_add_and_take_away_and_the_later_wins():
 def test_a_pattern_fits_the_names_it_says(where, name, fits):
     place = Place("config.json", pointer="/bos_token_id") if "#" in name else Place("model.safetensors", tensor=name)
     entry = Suppression("W201", "r", where)
-    assert entry.means(Finding("m", place, code="W201")) is fits
-    assert not entry.means(Finding("m", place, code="W202"))
+    assert entry.matches(Finding("m", place, code="W201")) is fits
+    assert not entry.matches(Finding("m", place, code="W202"))
 
 
 def test_a_hostile_pattern_costs_no_time():
-    entry = Suppression("W201", "r", "*a" * config.MAX_STARS + "b")
-    assert not entry.means(Finding("m", Place("f", tensor="a" * 20_000), code="W201"))
+    entry = Suppression("W201", "r", "*a" * suppression.MAX_STARS + "b")
+    assert not entry.matches(Finding("m", Place("f", tensor="a" * 20_000), code="W201"))
     with pytest.raises(DoctorError, match="9 stars"):
-        config._pattern("*a" * 9)
+        suppression.place_pattern("*a" * 9)
 
 
 def test_a_suppressed_finding_is_kept_in_the_report_and_not_shown(project):
@@ -329,15 +331,12 @@ def test_after_its_date_it_is_a_finding_again(project):
     entry = Suppression("W201", "known", until=date(2026, 3, 1), file="/x/doctor.toml")
     report = check("ck", RECIPE, config=Config())
     last, after = (
-        config.hush([entry], report.findings, report.runs, Checkpoint.open("ck"), day)
+        suppression.suppress([entry], report.findings, report.runs, Checkpoint.open("ck"), day)
         for day in (date(2026, 3, 1), date(2026, 3, 2))
     )
     assert not last.findings and not last.own
     assert codes(after.findings) == ["W201"] and not after.suppressed
-    assert (
-        "ended on 2026-03-01: 1 finding of it are shown again" in after.own[0].message
-        and after.own[0].severity == "info"
-    )
+    assert "ended on 2026-03-01: 1 finding is shown again" in after.own[0].message and after.own[0].severity == "info"
 
 
 def test_a_hash_ties_a_suppression_to_one_file_and_only_that_file_is_hashed(project, monkeypatch):
@@ -368,10 +367,10 @@ def test_the_checkpoints_own_file_may_suppress_and_is_counted(project):
     [
         ('ignore = ["W"]\nselect = ["G"]\n', "sets ignore, select, which was not followed"),
         ("[recipe]\ngroup_size = 64\n", "sets recipe, which was not followed"),
-        ("ignore = [", "not TOML: .*nothing of it was followed"),
-        ('[[suppress]]\ncode = "W201"\n', "suppress has no reason.*nothing of it was followed"),
+        ("ignore = [", "was not followed: .*not TOML: "),
+        ('[[suppress]]\ncode = "W201"\n', "was not followed: .*suppress has no reason"),
         ('[[suppress]]\ncode = "W201"\nreason="x"\nwhere = "%s"\n' % ("*" + "x*" * 40), "41 stars"),
-        ("a = " + "[" * 4000, "nothing of it was followed"),
+        ("a = " + "[" * 4000, "doctor.toml was not followed: "),
     ],
 )
 def test_the_checkpoints_own_file_may_do_nothing_else(project, text, says):
@@ -395,7 +394,7 @@ def test_fix_leaves_what_is_suppressed_alone(tmp_path):
 def test_one_configuration_for_two_checkpoints_is_used_if_one_of_them_needs_it(project):
     reports = [check(name, RECIPE, config=suppress()) for name in ("ck", "base")]
     assert codes(reports[1].findings) == ["S001"]
-    config.settle(reports)
+    suppression.settle(reports)
     assert not reports[0].findings and not reports[1].findings
 
 
@@ -513,11 +512,11 @@ def test_a_field_without_a_flag_holds_in_the_plan_of_a_check_too(project, capsys
 
 @pytest.mark.parametrize("how", ("flag", "file"))
 def test_rules_of_a_directory_run_beside_ours(project, capsys, monkeypatch, how):
-    from doctor.lint import engine, rule
+    from doctor.lint import engine, rule, suppress
     from doctor.lint.rule import RULES
 
     load_rules()
-    for module in (engine, rule, config):
+    for module in (engine, rule, suppress):
         monkeypatch.setattr(module, "RULES", dict(RULES) if module is engine else engine.RULES)
     (project / "mine").mkdir()
     (project / "mine" / f"w99{len(how)}_own_{how}.py").write_text(

@@ -90,7 +90,9 @@ def test_what_was_not_looked_at_is_said(tmp_path):
     report = check(tiny().write(tmp_path), tiny().recipe, stage="header")
     run = next(r for r in report.runs if r.rule.code == "W201")
     assert (
-        run.status == "skipped" and list(run.reasons) == ["stage values was not asked for"] and report.bytes_read == 0
+        run.status == "skipped"
+        and list(run.reasons) == ["needs values, but only header was asked for"]
+        and report.bytes_read == 0
     )
 
 

@@ -13,9 +13,9 @@ RULES = load_rules()
 QUOTES = [(r.code, s.text) for r in RULES for s in r.seen_as]
 
 
-def made(code, *quotes, name="made-up", stage="values"):
+def made(code, *quotes, name="made-up", cost="values"):
     doc = write_page(code, name, "a title", {"Seen as": "\n".join(f"- Tool: ``{q}``" for q in quotes)})
-    return Rule(code, name, "a title", "error", "certain", "tensor", stage, (), lambda *_: (), doc)
+    return Rule(code, name, "a title", "error", "certain", "tensor", cost, (), lambda *_: (), doc)
 
 
 LIBRARY = [
@@ -28,9 +28,7 @@ LIBRARY = [
         name="groups",
     ),
     made("F901", "Error while deserializing header: MetadataIncompleteBuffer", name="cut"),
-    made(
-        "F902", "size mismatch for {key}: copying a param with shape torch.Size([4, 8])", name="shape", stage="header"
-    ),
+    made("F902", "size mismatch for {key}: copying a param with shape torch.Size([4, 8])", name="shape", cost="header"),
 ]
 
 
@@ -136,9 +134,9 @@ def test_the_last_of_two_errors_comes_first():
 
 def test_among_equals_the_cheapest_to_check_comes_first():
     rules = [
-        made("A901", "the very same message", stage="calibration"),
-        made("B901", "the very same message", stage="values"),
-        made("C901", "the very same message", stage="header"),
+        made("A901", "the very same message", cost="calibration"),
+        made("B901", "the very same message", cost="values"),
+        made("C901", "the very same message", cost="header"),
     ]
     assert codes("error: the very same message", rules) == ["C901", "B901", "A901"]
 
@@ -167,10 +165,10 @@ def test_nearest_shares_words_with_the_text():
 
 
 def test_the_deciding_command_depends_on_what_the_rule_reads():
-    assert explain.decider(made("F902", stage="header")) == "doctor check CKPT --select F902 --stage header"
+    assert explain.decider(made("F902", cost="header")) == "doctor check CKPT --select F902 --stage header"
     assert explain.decider(made("W901")) == "doctor check CKPT --select W901"
-    assert "--calibration" in explain.decider(made("Q901", stage="calibration"))
-    assert explain.decider(made("O901", stage="output")).startswith("doctor verify")
+    assert "--calibration" in explain.decider(made("Q901", cost="calibration"))
+    assert explain.decider(made("O901", cost="output")).startswith("doctor verify")
 
 
 @pytest.mark.parametrize("entry", RULES, ids=lambda r: r.code)

@@ -18,7 +18,7 @@ from doctor.api import check
 from doctor.core.recipe import Recipe
 from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
-from doctor.lint.testing import FAMILIES, NotHere, compared, measured, roomy, tiny, tiny_gptq, use_family
+from doctor.lint.testing import FAMILIES, NotHere, compared, measured, tiny, tiny_gptq, use_family, with_capacity
 
 load_rules()
 CODES = sorted(RULES)
@@ -96,7 +96,7 @@ def healthy(family, shards, measurements):
         if "comparison" in measurements:
             made = [compared()]
         elif measurements == {"given_machine"}:
-            made = [roomy()]
+            made = [with_capacity()]
         elif measurements - {"given_published"}:
             made = [measured()]
         else:

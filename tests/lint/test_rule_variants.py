@@ -245,7 +245,8 @@ def test_a_width_just_below_a_published_one_is_a_cut_and_padding_is_not(width, c
     from doctor.rules.f060_cut_width import cut_width
 
     from doctor.core.tables import table
-    from doctor.model.spec import Linear, build_spec
+    from doctor.model.linears import Linear
+    from doctor.model.spec import build_spec
 
     spec = build_spec(
         {

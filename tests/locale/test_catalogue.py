@@ -14,8 +14,8 @@ from rich.text import Text
 
 from doctor.api import check
 from doctor.core.messages import _, listed, plural
-from doctor.lint.config import OWN_RULES
 from doctor.lint.engine import load_rules
+from doctor.lint.suppress import OWN_RULES
 from doctor.lint.testing import tiny
 from doctor.locale import catalogue, compile, rule_pages
 from doctor.report import FORMATS, HUMAN, render, screen

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from doctor.lint.config import OWN_RULES
 from doctor.lint.engine import load_rules
+from doctor.lint.suppress import OWN_RULES
 from doctor.locale.rule_pages import HEADINGS, HERE, heading, markdown, page, section
 
 RULES = {r.code: r for r in (*load_rules(), *OWN_RULES)}

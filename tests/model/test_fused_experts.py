@@ -11,7 +11,7 @@ from doctor.core.tables import table
 from doctor.edits.kinds import ReplaceNonfinite
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.lint.testing import tiny
-from doctor.model.fused_experts import find_stacks, take_apart
+from doctor.model.fused_experts import find_fused_experts, unfuse
 from doctor.model.spec import build_spec
 
 RECIPE = Recipe(group_size=32)
@@ -39,12 +39,12 @@ BY_HAND = {
 def seen(folder, recipe=RECIPE, **config):
     checkpoint = Checkpoint.open(folder)
     spec = build_spec(checkpoint.value("config.json") | config, checkpoint.tensors)
-    return checkpoint, spec, *take_apart(checkpoint, spec, recipe)
+    return checkpoint, spec, *unfuse(checkpoint, spec, recipe)
 
 
 def why(family, **recipe):
     case = tiny(family)
-    return {s.block: s.why for s in find_stacks(case.spec, case.infos(), Recipe(**{"group_size": 32} | recipe))}
+    return {s.block: s.why for s in find_fused_experts(case.spec, case.infos(), Recipe(**{"group_size": 32} | recipe))}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,7 +89,7 @@ def test_the_view_has_the_bytes_of_the_checkpoint_and_is_taken_apart_once(family
     checkpoint, _spec, view, apart = seen(tiny(family).write(tmp_path / "m"))
     assert sum(i.nbytes for i in view.tensors.values()) == sum(i.nbytes for i in checkpoint.tensors.values())
     assert all(view.load(n).nbytes == i.nbytes for n, i in view.tensors.items())
-    assert take_apart(view, apart, RECIPE) == (view, apart)
+    assert unfuse(view, apart, RECIPE) == (view, apart)
     assert view.value("config.json") == checkpoint.value("config.json") and view.root == checkpoint.root
 
 
@@ -116,7 +116,7 @@ def test_cuts_are_read_through_edits(tmp_path):
     checkpoint = Checkpoint.open(case.write(tmp_path / "m"))
     fixed = EditedCheckpoint(checkpoint, [ReplaceNonfinite(name)])
     spec = build_spec(fixed.value("config.json"), fixed.tensors)
-    view, _ = take_apart(fixed, spec, RECIPE)
+    view, _ = unfuse(fixed, spec, RECIPE)
     got = view.load("model.layers.0.mlp.experts.3.up_proj.weight")
     assert got[3, 5] == 0
     got[3, 5] = 0x7FC0
@@ -186,7 +186,7 @@ def test_an_engine_that_reads_stacks_in_all_blocks_or_none_gets_that():
         1: "",
     }  # its linears stay in 16 bits by their own names
     assert why("llama4_text", keep=("layers.1.feed_forward.experts.down_proj",)) == {
-        0: "those of block 1 stay, and vLLM reads stacks in all blocks or in none",
+        0: "those of decoder layer 1 stay fused, and vLLM reads fused experts in all layers or in none",
         1: "asked for with keep",
     }
 
@@ -195,10 +195,10 @@ def test_shapes_that_are_not_the_familys_are_left_alone():
     case = tiny("granitemoe")
     name = "model.layers.0.block_sparse_moe.input_linear.weight"
     case.tensors[name] = case.tensors[name][:, :-2]
-    assert [s.block for s in find_stacks(case.spec, case.infos(), RECIPE)] == [1]
+    assert [s.block for s in find_fused_experts(case.spec, case.infos(), RECIPE)] == [1]
     case = tiny("gpt_oss")
     del case.tensors["model.layers.1.mlp.experts.down_proj_bias"]
-    assert [s.block for s in find_stacks(case.spec, case.infos(), RECIPE)] == [0]
+    assert [s.block for s in find_fused_experts(case.spec, case.infos(), RECIPE)] == [0]
 
 
 def test_every_entry_of_the_table_names_its_linears_apart():
@@ -210,7 +210,7 @@ def test_every_entry_of_the_table_names_its_linears_apart():
 def test_experts_of_a_family_that_no_table_knows_are_numbered_when_they_are_read_back(tmp_path):
     source = Checkpoint.open(save("granitemoeshared", tmp_path / "m"))
     spec = build_spec(source.value("config.json"), source.tensors)
-    view, apart = take_apart(source, spec, RECIPE)
+    view, apart = unfuse(source, spec, RECIPE)
     again = build_spec(view.value("config.json"), view.tensors)
     assert spec.family is None and len([x for x in apart.linears if x.expert is not None]) == 3 * 4 * 3
     assert {x.name: x for x in again.linears} == {x.name: x for x in apart.linears}

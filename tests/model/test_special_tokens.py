@@ -1,14 +1,13 @@
 """What each file says about special tokens, whatever its way of saying it."""
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.facts import CHECKPOINT
 from doctor.lint.testing import tiny
-from doctor.model.special_tokens import Statement, token_text
+from doctor.model.special_tokens import SPECIAL, Statement, token_text
 from doctor.scan.header import header_facts
 
 
 def special_of(case, folder):
-    return header_facts(Checkpoint.open(case.write(folder)), case.recipe).get(CHECKPOINT, "special")
+    return header_facts(Checkpoint.open(case.write(folder)), case.recipe).get(SPECIAL)
 
 
 def test_null_and_absent_are_told_apart(tmp_path):

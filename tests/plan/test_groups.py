@@ -13,7 +13,7 @@ import pytest
 from doctor.api import check
 from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.facts import CHECKPOINT, Unavailable
+from doctor.core.facts import Unavailable
 from doctor.core.recipe import Recipe, is_kept
 from doctor.core.tables import family as family_table
 from doctor.edits.arithmetic import apply
@@ -22,6 +22,7 @@ from doctor.formats.base import read_quantization
 from doctor.lint.testing import measured, tiny, tiny_gptq
 from doctor.model.expressions import evaluate
 from doctor.model.spec import build_spec
+from doctor.plan.groups import LAYOUT
 from doctor.plan.runtimes import in_force, runtime_entries
 from doctor.scan.header import header_facts
 from doctor.scan.packed_words import PackedWordStats
@@ -283,8 +284,8 @@ def facts_of(case, folder):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "phi3", "opt", "qwen2_moe"])
 def test_stored_layout_has_the_sizes_of_the_plain_one(family, tmp_path):
-    plain = facts_of(tiny(family), tmp_path / "plain").get(CHECKPOINT, "layout")
-    packed = facts_of(tiny_gptq(family), tmp_path / "packed").get(CHECKPOINT, "layout")
+    plain = facts_of(tiny(family), tmp_path / "plain").get(LAYOUT)
+    packed = facts_of(tiny_gptq(family), tmp_path / "packed").get(LAYOUT)
     assert packed.quantized and not plain.quantized
     assert sorted(map(repr, packed.linears)) == sorted(map(repr, plain.linears))
 

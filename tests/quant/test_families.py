@@ -17,7 +17,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.core.recipe import Recipe
 from doctor.formats.base import KNOWN
-from doctor.model.fused_experts import find_stacks, take_apart
+from doctor.model.fused_experts import find_fused_experts, unfuse
 from doctor.model.spec import build_spec
 from doctor.quant import budget
 from doctor.quant.dequantize import as_float
@@ -107,7 +107,7 @@ def test_experts_in_one_tensor_are_quantized_as_linears_of_their_own_and_read_ba
     assert not {f.code for f in done.report.findings} & {"G313", "Q416", "Q406"}
     source = Checkpoint.open(tmp_path / "m")
     spec = build_spec(source.value("config.json"), source.tensors)
-    view, apart = take_apart(source, spec, done.report.recipe)
+    view, apart = unfuse(source, spec, done.report.recipe)
     experts = [x for x in apart.linears if x.expert is not None]
     assert len(experts) == 3 * 4 * 3 and {x.name for x in apart.linears} == {line["name"] for line in done.linears}
     if method != "rtn":
@@ -120,7 +120,8 @@ def test_experts_in_one_tensor_are_quantized_as_linears_of_their_own_and_read_ba
     written = Checkpoint.open(done.output)
     read = as_float(written)
     assert (
-        not {n for s in find_stacks(spec, source.tensors, done.report.recipe) for n in s.tensors} & read.tensors.keys()
+        not {n for s in find_fused_experts(spec, source.tensors, done.report.recipe) for n in s.tensors}
+        & read.tensors.keys()
     )
     for x in experts:
         W = load_tensor(view, x.tensor, torch.float32)
@@ -352,7 +353,7 @@ def test_gpt_oss_experts_that_llm_compressor_sorted_into_gate_and_up_compute_as_
     """
     source = Checkpoint.open(save("gpt_oss", tmp_path / "m", dtype="float32"))
     spec = build_spec(source.value("config.json"), source.tensors)
-    view, apart = take_apart(source, spec, Recipe(group_size=32))
+    view, apart = unfuse(source, spec, Recipe(group_size=32))
     ids, logits = torch.tensor([list(range(3, 67))]), []
 
     class Sorted:

@@ -20,7 +20,8 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import MachineError, PlanRefused
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import FAMILIES, encode, tiny
-from doctor.model.spec import Linear, build_spec
+from doctor.model.linears import Linear
+from doctor.model.spec import build_spec
 from doctor.quant import activations, budget, export, job, layer, setup
 from doctor.quant.dequantize import as_float
 from doctor.quant.forward import staged, suspended

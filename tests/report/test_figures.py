@@ -8,15 +8,16 @@ import pytest
 from doctor.api import check
 from doctor.checkpoint.directory import Checkpoint
 from doctor.cli.main import main
-from doctor.core.facts import CHECKPOINT, Variant
 from doctor.core.recipe import Recipe
+from doctor.core.store import Variant
 from doctor.lint.engine import load_rules
 from doctor.lint.testing import tiny, tiny_gptq
 from doctor.model.spec import build_spec
+from doctor.plan.groups import LAYOUT
 from doctor.report import figures, render, screen
 from doctor.report.figures import matrix
 from doctor.report.formats import terminal
-from doctor.scan.header import header_facts
+from doctor.scan.header import RECIPE, SPEC, header_facts
 
 PLAN = Recipe(group_size=32)
 
@@ -122,11 +123,11 @@ def test_a_checkpoint_without_config_has_no_matrix(tmp_path):
 def test_a_variant_answers_as_a_store_made_for_the_plan_would(tmp_path):
     checkpoint = Checkpoint.open(tiny("llama").write(tmp_path))
     base, other = header_facts(checkpoint, PLAN), Recipe(group_size=64, tp=2)
-    variant, anew = Variant(base, "recipe", other), header_facts(checkpoint, other)
+    variant, anew = Variant(base, RECIPE, other), header_facts(checkpoint, other)
     for name in ("recipe", "layout"):
-        assert variant.get(CHECKPOINT, name) == anew.get(CHECKPOINT, name)
-    assert variant.get(CHECKPOINT, "spec") is base.get(CHECKPOINT, "spec")
-    assert base.get(CHECKPOINT, "layout").group_size == 32
+        assert variant.value(name) == anew.value(name)
+    assert variant.get(SPEC) is base.get(SPEC)
+    assert base.get(LAYOUT).group_size == 32
     assert matrix(base, load_rules(), [])
 
 

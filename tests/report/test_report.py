@@ -31,7 +31,7 @@ SCHEMA = json.loads(files("doctor.report.formats").joinpath("schema.json").read_
 HOSTILE = "model.\x1b[31m<script>alert(1)</script>|`*_[x](javascript:1) \u202e]]> --> 模型.down_proj.weight"
 
 
-def make_rule(code="W901", name="made-up-defect", severity="error", stage="values", scope="tensor", **more):
+def make_rule(code="W901", name="made-up-defect", severity="error", cost="values", scope="tensor", **more):
     sections = {
         "Why": "numbers that are not numbers\nspread.\n\nA second paragraph.",
         "Do": "copy the file again.",
@@ -48,7 +48,7 @@ def make_rule(code="W901", name="made-up-defect", severity="error", stage="value
         doc=write_page(code, name, title, sections),
         module="doctor.rules.w901_x",
     )
-    return Rule(code, name, title, severity, scope=scope, stage=stage, **{**values, **more})
+    return Rule(code, name, title, severity, scope=scope, cost=cost, **{**values, **more})
 
 
 def make_finding(code="W901", tensor="model.layers.{i}.mlp.down_proj.weight", block=0, severity="error", **more):
@@ -89,7 +89,7 @@ def key_finding(**more):
 def make_report(findings=(), runs=None, **more):
     codes = {
         "W901": make_rule(),
-        "C901": make_rule("C901", "no-such-token", stage="listing", scope="checkpoint", certainty="certain"),
+        "C901": make_rule("C901", "no-such-token", cost="listing", scope="checkpoint", certainty="certain"),
     }
     runs = runs if runs is not None else [RuleRun(codes["C901"], 1), RuleRun(codes["W901"], 7)]
     summary = {

@@ -10,13 +10,13 @@ from doctor.api import check
 from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint
-from doctor.core.facts import CHECKPOINT
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import FAMILIES, encode, tiny
 from doctor.scan import counters
 from doctor.scan import scan as scan_module
 from doctor.scan.header import header_facts
 from doctor.scan.scan import scan
+from doctor.scan.value_facts import HEAD_EQUALS_EMBED, STATS
 
 
 PLAN = Recipe(group_size=32)
@@ -76,7 +76,7 @@ def test_zero_rows_columns_and_groups_are_those_of_the_whole_matrix(tmp_path, mo
             "zero_groups": (groups == 0).sum(),
             "zero_groups_fp16": (groups <= 2**-25).sum(),
         }
-        assert {name: store.get(subject, name) for name in want} == want, linear.name
+        assert {name: store.value(name, subject) for name in want} == want, linear.name
 
 
 def test_counters_of_a_cut_tensor_are_those_of_the_whole(tmp_path, monkeypatch):
@@ -84,14 +84,14 @@ def test_counters_of_a_cut_tensor_are_those_of_the_whole(tmp_path, monkeypatch):
     case = tiny()
     case.down()[5, 7], case.down()[9, 1] = 0x7FC0, 0xFF80
     store, *_ = scanned(case.write(tmp_path))
-    found = store.get(f"tensor:{case.name('down')}", "stats")
+    found = store.get(STATS, f"tensor:{case.name('down')}")
     assert (found.n_nan, found.n_inf, found.first_nonfinite, found.numel) == (1, 1, 5 * 128 + 7, 64 * 128)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_float_tensor_of_a_family_is_judged(tmp_path, family):
     store, run, checkpoint = scanned(tiny(family).write(tmp_path))
-    assert not run.skipped and all(store.has(f"tensor:{n}", "stats") for n in checkpoint.tensors)
+    assert not run.skipped and all(store.has(STATS, f"tensor:{n}") for n in checkpoint.tensors)
 
 
 def test_a_file_that_is_cut_under_the_scan_is_an_error_that_names_it(tmp_path):
@@ -106,16 +106,16 @@ def test_a_file_that_is_cut_under_the_scan_is_an_error_that_names_it(tmp_path):
 def test_head_and_embedding_are_told_tied_from_copied(tmp_path):
     case = tiny()
     store, *_ = scanned(case.write(tmp_path / "a"))
-    assert store.get(CHECKPOINT, "head_equals_embed") is False
+    assert store.get(HEAD_EQUALS_EMBED) is False
     case.tensors["lm_head.weight"] = case.tensors["model.embed_tokens.weight"].copy()
     store, *_ = scanned(case.write(tmp_path / "b"))
-    assert store.get(CHECKPOINT, "head_equals_embed") is True
+    assert store.get(HEAD_EQUALS_EMBED) is True
     case.tensors["lm_head.weight"].reshape(-1)[-1] ^= 1
     store, *_ = scanned(case.write(tmp_path / "c"))
-    assert store.get(CHECKPOINT, "head_equals_embed") is False
+    assert store.get(HEAD_EQUALS_EMBED) is False
     case.tensors["lm_head.weight"] = case.tensors["model.embed_tokens.weight"][:-1].copy()
     store, *_ = scanned(case.write(tmp_path / "d"))
-    assert store.get(CHECKPOINT, "head_equals_embed") is False
+    assert store.get(HEAD_EQUALS_EMBED) is False
 
 
 def test_a_head_is_compared_with_the_embedding_up_to_the_first_difference(tmp_path, monkeypatch):

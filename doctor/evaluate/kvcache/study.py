@@ -30,6 +30,7 @@ from doctor.quant.device import device_memory, device_of
 from doctor.quant.solve import cuda
 from doctor.scan import counters
 from doctor.scan.header import header_facts
+from doctor.scan.value_facts import ABSMAX, STATS
 
 MEASURED_CONTEXT, MEASURED_ROWS = 512, 2
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -134,10 +135,10 @@ def key_biases(checkpoint: Checkpoint) -> dict[int, dict]:
         if place is None or not name.endswith(".bias") or not counters.can_scan(info.dtype.name):
             continue
         subject = f"tensor:{name}"
-        store.put(subject, "stats", counters.scan(checkpoint.load(name).tobytes(), info.dtype.name))
-        bits = store.get(subject, "key_bits")
+        store.put(STATS, counters.scan(checkpoint.load(name).tobytes(), info.dtype.name), subject)
+        bits = store.value("key_bits", subject)
         if bits is not None:
-            found[int(place[1])] = {"tensor": name, "absmax": store.get(subject, "absmax"), "key_bits": bits}
+            found[int(place[1])] = {"tensor": name, "absmax": store.get(ABSMAX, subject), "key_bits": bits}
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from doctor.model.spec import Linear
+from doctor.model.linears import Linear
 from doctor.quant.forward.held_storages import HeldStorages
 from doctor.quant.forward.layer_call import LayerCall
 from doctor.quant.forward.skeleton import Skeleton

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.model.spec import NOT_TEXT
+from doctor.model.linears import NOT_TEXT
 
 
 class ParameterNames:

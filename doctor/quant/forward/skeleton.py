@@ -22,7 +22,8 @@ from torch import nn
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
-from doctor.model.spec import Linear, ModelSpec
+from doctor.model.linears import Linear
+from doctor.model.spec import ModelSpec
 from doctor.quant.dequantize import Dequantized
 from doctor.quant.forward.expert_modules import FORMS, GptOssExperts, SortedGptOssExperts
 from doctor.quant.forward.layer_call import LayerCall, StopForward, shared

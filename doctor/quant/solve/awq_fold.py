@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from doctor.core.messages import _
-from doctor.model.spec import Linear, ModelSpec
+from doctor.model.linears import Linear
+from doctor.model.spec import ModelSpec
 from doctor.quant.solve.awq_search import find_scales
 from doctor.quant.solve.awq_source import Source, source_of
 

@@ -11,7 +11,9 @@ import torch
 
 from doctor.core.messages import _
 from doctor.core.tables import family as family_table
-from doctor.model.spec import Linear, ModelSpec, condition, exists
+from doctor.model.linears import Linear
+from doctor.model.spec import ModelSpec
+from doctor.model.templates import condition, exists
 
 _PLAIN, _PLUS_ONE = "weight * xhat", "(1 + weight) * xhat"
 

@@ -130,7 +130,7 @@ def _run(run: RuleRun, with_page: bool) -> dict:
         "severity": r.severity,
         "certainty": r.certainty,
         "scope": r.scope,
-        "stage": r.stage,
+        "stage": r.cost,
         "needs": r.needs,
         "implied_by": r.implied_by,
         "module": r.module,

@@ -61,7 +61,7 @@ def _rule(entry: Rule, with_page: bool) -> dict:
         "shortDescription": {"text": entry.title + "."},
         "defaultConfiguration": {"level": LEVELS[entry.severity]},
         "properties": {
-            "tags": list(dict.fromkeys((entry.area.lower(), entry.certainty, entry.stage))),
+            "tags": list(dict.fromkeys((entry.area.lower(), entry.certainty, entry.cost))),
             "precision": _PRECISION[entry.certainty],
             "problem.severity": {"info": "recommendation"}.get(entry.severity, entry.severity),
         },

@@ -10,7 +10,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import FAMILIES, tiny
-from doctor.model.fused_experts import take_apart
+from doctor.model.fused_experts import unfuse
 from doctor.model.spec import build_spec
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.skeleton import Skeleton
@@ -76,7 +76,7 @@ def test_stacks_taken_apart_compute_what_transformers_own_blocks_do(family, tmp_
             metadata={"format": "pt"},
         )
     checkpoint = Checkpoint.open(stored)
-    view, spec = take_apart(
+    view, spec = unfuse(
         checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), Recipe(group_size=32)
     )
     assert view is not checkpoint

@@ -27,7 +27,7 @@ def run(code: str, **environment: str):
 
 MODEL = """
 import sys, json
-from doctor.core import import_stubs
+from doctor.quant import import_stubs
 if {install}: import_stubs.install()
 import torch, transformers
 from transformers import AutoModelForCausalLM, LlamaConfig

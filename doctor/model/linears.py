@@ -1,0 +1,174 @@
+"""Which tensors of a checkpoint are linears, by the templates of its family or, without a table, by name and shape."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from doctor.checkpoint.safetensors import TensorInfo
+from doctor.model.templates import Template
+
+# Parts of a multimodal checkpoint whose linears no text calibration reaches.
+NOT_TEXT = re.compile(
+    r"(?:^|\.)(?:visual|vision\w*|vit|audio\w*|image\w*|multi_modal_projector|mm_projector|patch_embed)(?:\.|$)"
+)
+
+
+QUANTIZABLE = frozenset(
+    {
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+        "qkv",
+        "gate_up",
+        "q_a",
+        "q_b",
+        "kv_a",
+        "kv_b",
+        "linear_attn_in",
+        "linear_attn_out",
+    }
+)
+
+
+# Row-parallel linears are cut along in_features by tensor parallelism; the others along out_features.
+ROW_PARALLEL = frozenset({"o", "down", "linear_attn_out"})
+
+
+class Linear(NamedTuple):
+    """A module with a 2-D weight that can be quantized. block: its decoder layer, None outside. transposed: stored [in, out],
+    as Conv1D does. expert: its number in a mixture of experts.
+    """
+
+    name: str
+    tensor: str
+    role: str
+    block: int | None
+    in_features: int
+    out_features: int
+    transposed: bool = False
+    expert: int | None = None
+
+
+_BLOCK = re.compile(r"\.(?P<i>\d+)\.")
+
+
+# Layers of multi-token prediction with a prefix of their own: their numbers begin at 0 again, so their linears have no
+# decoder layer (block None).
+_EXTRA_LAYERS = re.compile(r"(?:^|\.)(?:mtp|mtp_layers|nextn)\.")
+
+
+def find_linears(
+    infos: Iterable[TensorInfo], templates: tuple[Template, ...], experts: tuple[Template, ...]
+) -> Iterator[Linear]:
+    """Linears among the tensors: those that the family's templates name, else those that look like one."""
+    if templates:
+        yield from _by_template(infos, [*(t for t in templates if t.role in QUANTIZABLE), *experts])
+    else:
+        for linear in _by_shape(infos):
+            found = _template_and_match(linear.tensor, experts)
+            yield linear._replace(role=found[0].role or "other", expert=int(found[1]["e"])) if found else linear
+
+
+def in_extra_layer(name: str) -> bool:
+    """Whether a tensor or module belongs to a layer of multi-token prediction with its own prefix (`mtp.`)."""
+    return _EXTRA_LAYERS.search(name) is not None
+
+
+def _by_template(infos: Iterable[TensorInfo], templates: Iterable[Template]) -> Iterator[Linear]:
+    # By the name without its layer's number: a large mixture of experts has 50,000 tensors.
+    known: dict[str, tuple[Template, str | None, int | None] | None] = {}
+    templates = tuple(templates)
+    for info in infos:
+        if len(info.shape) != 2:
+            continue
+        block = _BLOCK.search(info.name)
+        alike = info.name if block is None else info.name[: block.start() + 1] + info.name[block.end() - 1 :]
+        if alike not in known:
+            found = _template_and_match(info.name, templates)
+            if found is not None and (block is None or found[1].start("i") != block.start("i")):
+                alike = info.name  # the layer's number is another one of the name
+            known[alike] = None
+            if found is not None:
+                expert = found[1].groupdict().get("e")
+                known[alike] = (
+                    found[0],
+                    found[1]["i"] if alike == info.name or block is None else None,
+                    int(expert) if expert is not None else None,
+                )
+        entry = known[alike]
+        if entry is not None:
+            template, number, expert_number = entry
+            out, inn = info.shape[::-1] if template.transposed else info.shape
+            layer = None if in_extra_layer(info.name) else int(number or (block["i"] if block else 0))
+            yield Linear(
+                info.name.removesuffix(".weight"),
+                info.name,
+                template.role or "other",
+                layer,
+                inn,
+                out,
+                template.transposed,
+                expert_number,
+            )
+
+
+def _template_and_match(name: str, templates: Iterable[Template]) -> tuple[Template, re.Match[str]] | None:
+    if NOT_TEXT.search(name):
+        return None
+    return next(((t, match) for t in templates if (match := t.pattern.match(name))), None)
+
+
+ROLE_OF_TAIL = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "qkv_proj": "qkv",
+    "gate_up_proj": "gate_up",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+}
+
+
+# Kept in 16 bits: norms (some are matrices), routers, embeddings, and the step projections of state-space models: x_proj
+# and dt_proj are a few per cent of a Mamba layer, as narrow as the rank of its step, and feed a recurrence that adds up
+# their errors.
+_LEFT_OUT = re.compile(r"norm[^.]*(?:\.[^.]*)?$|(?:embed|router)[^.]*$|\.(?:gate|x_proj|dt_proj)$")
+
+
+NARROWEST = 32  # a narrower matrix fills neither a group of weights nor a packed word
+
+
+def _by_shape(infos: Iterable[TensorInfo]) -> Iterator[Linear]:
+    """Linears of a family without a table: 2-D float weights of numbered layers, wide enough to be worth packing."""
+    for info in infos:
+        block = _BLOCK.search(info.name)
+        module = info.name.removesuffix(".weight")
+        if (
+            block is None
+            or len(info.shape) != 2
+            or module == info.name
+            or not info.dtype.is_float
+            or min(info.shape) < NARROWEST
+            or _LEFT_OUT.search(module, block.end() - 1)
+            or NOT_TEXT.search(info.name)
+        ):
+            continue
+        tail = module.rpartition(".")[2]
+        layer = None if in_extra_layer(info.name) else int(block["i"])
+        yield Linear(
+            info.name.removesuffix(".weight"),
+            info.name,
+            ROLE_OF_TAIL.get(tail, "other"),
+            layer,
+            info.shape[1],
+            info.shape[0],
+        )
