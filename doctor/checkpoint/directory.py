@@ -309,7 +309,7 @@ class Checkpoint:
 
     def chunks(self, file: ShardFile, info: TensorInfo, step: int) -> Iterator[memoryview]:
         """The tensor's bytes in order, at most `step` each; a chunk is valid until the next one is asked for."""
-        for _, part in file.blocks(info.begin, info.end, step):
+        for _first, part in file.blocks(info.begin, info.end, step):
             yield part
 
     def load(self, name: str) -> np.ndarray:

@@ -206,8 +206,8 @@ class Placement:
         """Linears that single experts of a decoder layer lack, of the names (tails) that the layer holds."""
         parts = [t.tensor.partition("{i}.")[2].partition("{e}") for t in self.spec.templates if "{e}" in t.tensor]
         lacking = []
-        for stem in {stem for stem, _, _ in parts}:
-            numbers: dict[str, set[str]] = {rest: set() for before, _, rest in parts if before == stem}
+        for stem in {part[0] for part in parts}:
+            numbers: dict[str, set[str]] = {rest: set() for before, _mark, rest in parts if before == stem}
             for tail in tails:
                 if tail.startswith(stem):
                     number, dot, rest = tail[len(stem) :].partition(".")

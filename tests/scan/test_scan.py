@@ -18,7 +18,6 @@ from doctor.scan.header import header_facts
 from doctor.scan.scan import scan
 from doctor.scan.value_facts import HEAD_EQUALS_EMBED, STATS
 
-
 PLAN = Recipe(group_size=32)
 
 
