@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from math import isfinite
 from string import Formatter
 from typing import Any
@@ -111,6 +112,54 @@ def from_data(data: Any) -> Any:
     for template in (data["template"], many):
         _refuse_strange_fields(template)
     return Message(data["template"], {name: from_data(value) for name, value in data["values"].items()}, many)
+
+
+def collected(value: Any) -> dict[str, dict]:
+    """English text -> data of every message inside a value of dicts, sequences and dataclasses; keys of dicts too."""
+    found: dict[str, dict] = {}
+
+    def look(part: Any) -> None:
+        if isinstance(part, Message):
+            found.setdefault(str(part), as_data(part) or {})
+        elif isinstance(part, Mapping):
+            for key, inner in part.items():
+                look(key)
+                look(inner)
+        elif isinstance(part, (list, tuple, set, frozenset)):
+            for inner in part:
+                look(inner)
+        elif is_dataclass(part) and not isinstance(part, type):
+            for field in fields(part):
+                look(getattr(part, field.name))
+
+    look(value)
+    return found
+
+
+def restored(value: Any, messages: Any) -> Any:
+    """A JSON value whose texts are messages again where `messages`, as `collected` made it, knows them.
+
+    Data that do not give their own text are left out: the text stays as it is, in English.
+    """
+    known: dict[str, Message] = {}
+    for text, data in messages.items() if isinstance(messages, Mapping) else ():
+        try:
+            message = from_data(data)
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError):
+            continue
+        if isinstance(message, Message) and message == text:
+            known[text] = message
+
+    def look(part: Any) -> Any:
+        if isinstance(part, str):
+            return known.get(part, part)
+        if isinstance(part, list):
+            return [look(inner) for inner in part]
+        if isinstance(part, dict):
+            return {known.get(key, key): look(inner) for key, inner in part.items()}
+        return part
+
+    return look(value) if known else value
 
 
 def _refuse_strange_fields(template: str) -> None:

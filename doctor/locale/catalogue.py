@@ -79,7 +79,7 @@ def translated(text: str, lang: str | None = None) -> str:
 
     if isinstance(text, Message):
         return text.rendered(look_up)
-    return found.gettext(text) or _plain(text, look_up) if text else ""
+    return found.gettext(text) or _plain(text) if text else ""
 
 
 def say(template: str, /, **values: Any) -> str:
@@ -138,30 +138,13 @@ def _read(mo: bytes) -> gettext.NullTranslations:
 
 
 def _english(template: str, many: str, n: int) -> str:
-    from doctor.locale.tables_zh import ZH
-
-    if template in ZH:
-        return ZH[template]
     if template not in (", ", " and "):
         untranslated()[template] += 1
     return many if many and n != 1 else template
 
 
-def _plain(text: str, look_up) -> str:
+def _plain(text: str) -> str:
     """A text that is no message; counted where it reads like one."""
-    from doctor.locale.tables_zh import known_text
-
-    found = known_text(text)
-    if found:
-        return found
     if _WORDS.search(text):
         untranslated()[text] += 1
     return text
-
-
-def known(text: str) -> str:  # its callers in cli say `translated` soon
-    return translated(text)
-
-
-def chinese() -> bool:
-    return current() == "zh"

@@ -36,7 +36,7 @@ def strips(strip: dict | None) -> list[dict]:
 
 
 def block_errors(comparison: dict) -> list[dict]:
-    rows = {"each block alone": comparison.get("own_errors"), "carried along": comparison.get("block_errors")}
+    rows = {say("each layer alone"): comparison.get("own_errors"), say("carried along"): comparison.get("block_errors")}
     return strips({label: errors for label, errors in rows.items() if errors})
 
 
@@ -52,8 +52,15 @@ def heat(found: dict | None) -> dict | None:
             if value is None:
                 continue
             bad = row["nonfinite"][x]
-            label = f"block {x} {row['role']}: max |w| {value:.4g}, {row['zero'][x]:.2%} zeros" + (
-                f", {bad:,} NaN or Inf" if bad else ""
+            label = say(
+                "layer {layer} {role}: max |w| {absmax:.4g}, {zeros:.2%} zeros, {bad:,} NaN or Inf"
+                if bad
+                else "layer {layer} {role}: max |w| {absmax:.4g}, {zeros:.2%} zeros",
+                layer=x,
+                role=row["role"],
+                absmax=value,
+                zeros=row["zero"][x],
+                bad=bad,
             )
             cells.append((x, y, round(0.08 + 0.92 * value / top, 3), bool(bad), label))
     tops = [max((v for v in r["absmax"] if isinstance(v, (int, float))), default=0) for r in found["roles"]]
@@ -66,9 +73,9 @@ def heat(found: dict | None) -> dict | None:
     }
 
 
-def _tick(blocks: int) -> int:
-    """How many blocks lie between two numbers under a picture."""
-    return 1 if blocks <= 12 else 5 if blocks <= 60 else 10
+def _tick(layers: int) -> int:
+    """How many layers lie between two numbers under a picture."""
+    return 1 if layers <= 12 else 5 if layers <= 60 else 10
 
 
 def losses(linears: list, method: str) -> dict | None:
@@ -87,7 +94,13 @@ def losses(linears: list, method: str) -> dict | None:
     for x in rows:
         loss, fell = x["solve"]["loss"], x.get("outcome") != method
         shade = round(0.08 + 0.92 * loss / worst[x["role"]], 3) if number(loss) else 1
-        label = f"{x['name']}: {x.get('outcome')}, relative error {small_percent(loss)}, damp {figure(x['solve']['damp_used'])}"
+        label = say(
+            "{name}: {outcome}, relative error {loss}, damp {damp}",
+            name=x["name"],
+            outcome=x.get("outcome"),
+            loss=small_percent(loss),
+            damp=figure(x["solve"]["damp_used"]),
+        )
         cells.append((x["block"], roles.index(x["role"]), shade, fell, safe(label)))
     blocks = 1 + max(x["block"] for x in rows)
     return {
@@ -140,7 +153,7 @@ def exponents(found: dict | None) -> dict | None:
 
 
 def activations(found: dict | None) -> list[dict]:
-    """Bars of the original's largest activations by block."""
+    """Bars of the original's largest activations by layer."""
     if not found:
         return []
     return strips({say("residual"): list(found["residual"]), say("largest"): [size for _, size in found["blocks"]]})

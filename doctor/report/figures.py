@@ -1,4 +1,4 @@
-"""Tables and series behind the pictures of a report: plans by GPU count, weights by block, shapes, tokens, files.
+"""Tables and series behind the pictures of a report: plans by GPU count, weights by layer, shapes, tokens, files.
 
 They are made from the same store and rules as the findings, and only when a format that draws them was asked for.
 Everything here is plain data, because it travels in the report's JSON.
@@ -35,7 +35,7 @@ _TOKENS = ("bos", "eos", "pad", "unk")
 SAMPLE, SAMPLES = 1 << 16, 1 << 26
 _FAR = 60  # exponents beyond are counted at the ends: bfloat16 has them to 127, weights never
 MOST_STEPS = 100
-_CURES = ("safe", "padding", "unsafe", "manual")
+_SAFETIES = ("safe", "padding", "unsafe", "manual")
 
 
 def pictures(checkpoint: Checkpoint, store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> dict:
@@ -115,16 +115,16 @@ def _errors(store: Store, rules: list[Rule], plan: Recipe) -> list[Finding]:
 
 
 def _steps(blocked: list[tuple[int, dict[str, str]]]) -> list[dict]:
-    """Rows of one plan from (tp, code -> safety of its cure)."""
+    """Rows of one plan from (tp, code -> safety of its fix)."""
     rows: list[dict] = []
-    for step, cured in (
+    for step, fixed in (
         ("as it is", ()),
         ("after safe fixes", ("safe",)),
         ("after padding", ("safe", "padding")),
         ("after unsafe fixes", ("safe", "padding", "unsafe")),
     ):
         cells = [
-            {"tp": tp, "codes": sorted(c for c, safety in codes.items() if safety not in cured)}
+            {"tp": tp, "codes": sorted(c for c, safety in codes.items() if safety not in fixed)}
             for tp, codes in blocked
         ]
         cells = [{**c, "ready": not c["codes"]} for c in cells]
@@ -134,14 +134,14 @@ def _steps(blocked: list[tuple[int, dict[str, str]]]) -> list[dict]:
 
 
 def _worst(findings: Iterable[Finding]) -> dict[str, str]:
-    """code -> the least safe of its cures: safe, padding, unsafe, manual."""
+    """code -> the least safe of its fixes: safe, padding, unsafe, manual."""
     found: dict[str, str] = {}
     for item in findings:
-        found[item.code] = max(found.get(item.code, "safe"), _cure(item.fix), key=_CURES.index)
+        found[item.code] = max(found.get(item.code, "safe"), _safety(item.fix), key=_SAFETIES.index)
     return found
 
 
-def _cure(fix: Fix | None) -> str:
+def _safety(fix: Fix | None) -> str:
     """A fix that invents content, or that changes the plan instead of the files, counts as manual here."""
     if fix is None or fix.by_name or not fix.edits or any(isinstance(e, RECIPE_EDITS) for e in fix.edits):
         return "manual"
@@ -154,7 +154,7 @@ def _cure(fix: Fix | None) -> str:
 
 
 def heat(spec, store: Store) -> dict:
-    """{blocks, roles: [{role, absmax: [per block], nonfinite: [per block], zero: [share per block]}]}; {} where nothing
+    """{blocks, roles: [{role, absmax: [per layer], nonfinite: [per layer], zero: [share per block]}]}; {} where nothing
     was read.
     """
     blocks = 1 + max((x.block for x in spec.linears if x.block is not None), default=-1)

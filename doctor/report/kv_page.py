@@ -1,5 +1,6 @@
 """The page of `doctor kvcache`: what page.html shows of a KvReport."""
 
+from doctor.core.messages import _
 from doctor.evaluate.kvcache.study import KvReport
 from doctor.locale.catalogue import say, translated
 from doctor.report import kv_text
@@ -8,10 +9,10 @@ from doctor.report.formats.html import inside_script, machine_rows, page_of
 from doctor.report.text import safe
 
 _KV_HEADLINES = {
-    "Q4": "keys of 4 bits will do",
-    "Q6": "keys need 6 to 8 bits",
-    "never Q4": "never store these keys in 4 bits",
-    "unknown": "the keys could not be judged",
+    "Q4": _("keys of 4 bits will do"),
+    "Q6": _("keys need 6 to 8 bits"),
+    "never Q4": _("never store these keys in 4 bits"),
+    "unknown": _("the keys could not be judged"),
 }
 
 
@@ -72,7 +73,7 @@ def _kvcache(report: KvReport) -> dict:
         "name": safe(report.checkpoint),
         "what": safe(data["architecture"]),
         "mark": _KV_MARKS[level],
-        "headline": say(_KV_HEADLINES[level]),
+        "headline": translated(_KV_HEADLINES[level]),
         "sentences": [safe(x) for x in kv_text.advice_said(data["advice"])],
         "context": f"{data['context']:,}",
         "batch": data["batch"],

@@ -8,6 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from doctor.core.messages import Message
 from doctor.evaluate.kvcache.kv_report import KvReport
 from doctor.locale.catalogue import counted, current, say, translated
 from doctor.report.formats.json_report import dumps
@@ -74,7 +75,7 @@ def kvcache_markdown(report: KvReport) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     if "measured" in data:
-        heads = [say(head) for head in ("cache", "perplexity", "KL, nats", "same top token")]
+        heads = [say("cache"), say("perplexity"), say("KL, nats"), say("same top token")]
         lines += ["", "| " + " | ".join(heads) + " |", "|---" + "|--:" * 3 + "|"]
         lines += [
             f"| {scheme_said(m['scheme'])} | {m['perplexity']:.3f} | {m['kl']:.4f} | {m['top1']:.1%} |"
@@ -249,24 +250,21 @@ def _flagged(screen: Screen, rows: list[dict]) -> None:
 
 
 def advice_said(found: dict) -> list[str]:
-    """The sentences of the advice in the language that is set; reasons that come from elsewhere stay as they are."""
-    return [
-        say(words, **{k: translated(v) if k == "reason" else v for k, v in values.items()})
-        for words, values in found["parts"]
-    ]
+    """The sentences of the advice in the language that is set."""
+    return [translated(Message(template, values)) for template, values in found["parts"]]
 
 
 def layers_said(data: dict) -> list[str]:
     """A line for each kind of layer."""
-    return [say(words, **values) for words, values in data["kinds"]]
+    return [translated(Message(template, values)) for template, values in data["kinds"]]
 
 
 def _advice(screen: Screen, found: dict) -> None:
     screen.line()
     level = found["level"]
     head = styled((f"{_MARK[level]} ", _COLOUR[level]))
-    if current() == "zh":
-        screen.hang(head, Text(say(level), "bold"))
+    if current() != "en":
+        screen.hang(head, Text(translated(level), "bold"))
         head = Text("  ")
     for i, sentence in enumerate(advice_said(found)):
         screen.hang(head if i == 0 else Text("  "), Text(safe(sentence), "bold" if i == 0 else ""))
@@ -297,7 +295,14 @@ def _measured(screen: Screen, data: dict) -> None:
     )
     base = found["schemes"][0]["perplexity"]
     rows = [
-        [say(head) for head in ("cache", "perplexity", "× FP16", "KL, nats", "same top token", "worst layer's error")]
+        [
+            say("cache"),
+            say("perplexity"),
+            say("× FP16"),
+            say("KL, nats"),
+            say("same top token"),
+            say("worst layer's error"),
+        ]
     ]
     for m in found["schemes"]:
         errors = [e for e in m["layer_errors"] if e is not None]
@@ -318,4 +323,4 @@ def _measured(screen: Screen, data: dict) -> None:
 
 def scheme_said(name: str) -> str:
     """A scheme's name: Q4 and Q6 are names here, and in the advice they are verdicts."""
-    return say("Q4, key bias apart") if name == "Q4, key bias apart" else name
+    return translated(name) if name == "Q4, key bias apart" else name

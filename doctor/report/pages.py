@@ -7,10 +7,11 @@ from rich.console import Console
 from rich.text import Text
 
 from doctor.core.facts import COSTS
+from doctor.core.messages import _
 from doctor.lint import explain
 from doctor.lint.rule import AREAS, Rule
 from doctor.locale import rule_pages
-from doctor.locale.catalogue import counted, current, say
+from doctor.locale.catalogue import counted, current, say, translated
 from doctor.report.screen import COLOURS, Screen, styled
 from doctor.report.text import one_line, pad, safe
 
@@ -21,7 +22,12 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
     screen.line()
     head = f"{entry.code}  {entry.name}"
     facts = " · ".join(
-        [say(entry.severity), say(entry.certainty), say(entry.area).lower(), say("needs {stage}", stage=entry.cost)]
+        [
+            translated(entry.severity),
+            translated(entry.certainty),
+            translated(entry.area).lower(),
+            say("needs {stage}", stage=entry.cost),
+        ]
     )
     screen.hang(styled((head, "bold " + COLOURS[entry.severity].split()[-1]), "     "), Text(facts, "bright_black"))
     if entry.seen_as:
@@ -30,20 +36,20 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
                 styled((pad(say("find me by") if i == 0 else "", 12), "bold")),
                 styled(f'"{seen.text}"', (f"  {seen.tool}", "bright_black")),
             )
-    _section(screen, "What it checks", _sentence(rule_pages.sentence(entry, current())))
+    _section(screen, _("What it checks"), _sentence(rule_pages.sentence(entry, current())))
     for key, title in explain.SECTIONS[:-1]:
         _section(screen, title, _sentence(rule_pages.section(entry, key, current())))
     if entry.module.startswith("doctor.rules."):
         _section(
             screen,
-            "Checked by",
+            _("Checked by"),
             say("rules/{file}, with its bad and good examples", file=entry.module.rpartition(".")[2] + ".py"),
         )
-    _section(screen, "Sources", entry.section("Sources"))
+    _section(screen, _("Sources"), entry.section("Sources"))
     related = explain.relatives(entry, rules)
     if related:
-        _section(screen, "See also", " · ".join(f"{r.code} {r.name}" for r in related))
-    _section(screen, "To know", explain.decider(entry))
+        _section(screen, _("See also"), " · ".join(f"{r.code} {r.name}" for r in related))
+    _section(screen, _("To know"), translated(explain.decider(entry)))
 
 
 def _sentence(text: str) -> str:
@@ -56,7 +62,7 @@ def _section(screen: Screen, title: str, text: str) -> None:
     if not text:
         return
     screen.line()
-    screen.line((say(title), "bold"))
+    screen.line((translated(title), "bold"))
     for paragraph in explain.paragraphs(text):
         bullet = paragraph.startswith(("- ", "* "))
         screen.hang(Text("  - " if bullet else "  "), Text(safe(paragraph[2:] if bullet else paragraph)))
@@ -87,11 +93,8 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
     best = matches[0]
     tools = ", ".join(dict.fromkeys(m.seen.tool for m in matches[:4]))
     one = len(matches) == 1
-    sentence = (
-        "{tools} · {defects} ends in words like these:" if one else "{tools} · {defects} end in words like these:"
-    )
     what = say(
-        sentence,
+        "{tools} · {defects} ends in words like these:" if one else "{tools} · {defects} end in words like these:",
         tools=tools,
         defects=say("one defect") if one else counted("{n:,} defect", "{n:,} defects", len(matches)),
     )
@@ -111,7 +114,7 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
         screen.line("  " + say("and {n} more", n=len(matches) - 8))
     screen.line()
     for label, command in _commands(matches):
-        screen.hang(Text("  " + pad(say(label), 13)), Text(command, "cyan"))
+        screen.hang(Text("  " + pad(translated(label), 13)), Text(command, "cyan"))
     screen.hang(Text("  " + pad(say("read more"), 13)), Text(f"doctor explain {best.rule.code}", "cyan"))
 
 
@@ -126,14 +129,16 @@ def _minor(order: int) -> str:
     """What the order of the minor tells, at which a factorization failed."""
     if order == 1:
         return say(
-            "Order 1: the very first element of the diagonal is not positive. As a rule all of H is NaN then, and no damping helps."
+            "Order 1: the very first element of the diagonal is not positive. As a rule all of H is NaN then, and no "
+            "damping helps."
         )
     return say(
-        "Order {n}: H breaks at input column {column} of the linear, counted from 0 in the order the tool takes them (with act-order "
-        "not that of the weights). Late in the width it is rounding, which more damping cures; at one more than the number of "
-        "calibration tokens there are too few tokens; NaN or Inf in a column stops there as well.",
-        n=f"{order:,}",
-        column=f"{order - 1:,}",
+        "Order {n:,}: H breaks at input column {column:,} of the linear, counted from 0 in the order the tool takes "
+        "them (with act-order not that of the weights). Late in the width it is rounding, which more damping fixes; at "
+        "one more than the number of calibration tokens there are too few tokens; NaN or Inf in a column stops there "
+        "as well.",
+        n=order,
+        column=order - 1,
     )
 
 
@@ -144,17 +149,17 @@ def _commands(matches: list[explain.Match]) -> list[tuple[str, str]]:
     cheap = [m.rule for m in matches[:8] if m.rule.cost in ("listing", "header", "tokenizer", "values")]
     own = explain.decider(matches[0].rule)
     if not cheap:
-        return [("start with", own)]
+        return [(_("start with"), own)]
     latest = max((r.cost for r in cheap), key=COSTS.index)
     command = f"doctor check CKPT --select {','.join(r.code for r in cheap)}" + (
         f" --stage {latest}" if latest in ("listing", "header") else ""
     )
-    return [("start with", command)] + ([("after that", own)] if matches[0].rule not in cheap else [])
+    return [(_("start with"), command)] + ([(_("after that"), own)] if matches[0].rule not in cheap else [])
 
 
 def _list(screen: Screen, rows: list[tuple[Rule, str]]) -> None:
-    wide = max(len(r.name) for r, _ in rows)
-    beside = wide + 14 + max(cell_len(t) for _, t in rows) <= screen.width
+    wide = max(len(r.name) for r, _said in rows)
+    beside = wide + 14 + max(cell_len(t) for _rule, t in rows) <= screen.width
     for entry, text in rows:
         head = styled(
             "  ", screen.code(entry.code, entry), "  ", (entry.name.ljust(wide), COLOURS[entry.severity]), "   "
@@ -170,14 +175,14 @@ def show_rules(rules: list[Rule], out: Console) -> None:
     """The list, by area."""
     screen = Screen(out)
     wide = max(len(r.name) for r in rules)
-    for area in (name for _, name in AREAS if any(r.area == name for r in rules)):
-        screen.line((say(area), "bold"))
+    for area in (name for _first, name in AREAS if any(r.area == name for r in rules)):
+        screen.line((translated(area), "bold"))
         for entry in (r for r in rules if r.area == area):
             head = styled(
                 "  ",
                 screen.code(entry.code, entry),
                 "  ",
-                (pad(say(entry.severity), 8), COLOURS[entry.severity]),
+                (pad(translated(entry.severity), 8), COLOURS[entry.severity]),
                 f"{entry.name.ljust(wide)}  ",
             )
             if screen.width - head.cell_len >= 30:
@@ -215,22 +220,13 @@ def rules_json(rules: list[Rule]) -> str:
 
 def rules_markdown(rules: list[Rule]) -> str:
     """One table."""
-    rows = [
-        f"| {r.code} | {r.name} | {say(r.severity)} | {say(r.certainty)} | {r.cost} | {one_line(rule_pages.heading(r, current())).replace('|', chr(92) + '|')} |"
-        for r in rules
-    ]
-    return (
-        "\n".join(
-            [
-                "| "
-                + " | ".join(say(word) for word in ("code", "name", "severity", "certainty", "needs", "what it finds"))
-                + " |",
-                "|---|---|---|---|---|---|",
-                *rows,
-            ]
-        )
-        + "\n"
-    )
+    rows = []
+    for r in rules:
+        title = one_line(rule_pages.heading(r, current())).replace("|", "\\|")
+        cells = [r.code, r.name, translated(r.severity), translated(r.certainty), r.cost, title]
+        rows.append("| " + " | ".join(cells) + " |")
+    heads = [say("code"), say("name"), say("severity"), say("certainty"), say("needs"), say("what it finds")]
+    return "\n".join(["| " + " | ".join(heads) + " |", "|---|---|---|---|---|---|", *rows]) + "\n"
 
 
 def show_settings(rows: list[tuple[str, object, str]], file, out: Console) -> None:

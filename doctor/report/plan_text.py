@@ -4,6 +4,7 @@ written.
 
 import os
 
+from doctor.core.messages import listed
 from doctor.fixing.plan import Plan
 from doctor.fixing.proof import PROOF_PROMPTS, Proof
 from doctor.fixing.result import FixResult
@@ -25,25 +26,26 @@ def render_plan(result: FixResult) -> str:
         lines += _step(step, plan, result, done)
     for step in plan.optional:
         lines.append(
-            f"-  {step.code}  {say(_word(step))}  {safe(translated(step.title))}   ({_how_to_ask(plan, step)})"
+            f"-  {step.code}  {translated(_word(step))}  {safe(translated(step.title))}   ({_how_to_ask(plan, step)})"
         )
     lines += [_for_you(group, plan) for group in _folded(plan.for_you)]
     lines += [
-        f"☠  {say('{code} crashed', code=run.rule.code)}: {safe(run.crashed)}; {say('this is a defect of doctor, please report it')}"
+        f"☠  {say('{code} crashed', code=run.rule.code)}: {safe(translated(run.crashed))}; "
+        + say("internal error (a bug in doctor): report it")
         for run in result.report.crashed
     ]
     if lines:
         lines.append("")
-    lines += [say("note: {text}", text=safe(note)) for note in result.notes]
+    lines += [say("note: {text}", text=safe(translated(note))) for note in result.notes]
     return "\n".join(lines + (_written(result) if done else _not_written(result))) + "\n"
 
 
 def _step(step: Step, plan: Plan, result: FixResult, done: bool) -> list[str]:
     mark = "✓" if done and not step.waits else f"{step.number}"
     remarks = ([say("(after {n}: same file)", n=step.after)] if step.after else []) + (
-        [f"({safe(step.waits)})"] if step.waits else []
+        [f"({safe(translated(step.waits))})"] if step.waits else []
     )
-    lines = ["  ".join([mark, step.code, pad(say(_word(step)), 7), safe(translated(step.title)), *remarks])]
+    lines = ["  ".join([mark, step.code, pad(translated(_word(step)), 7), safe(translated(step.title)), *remarks])]
     for name, diff in step.diffs.items():
         target = os.path.join(os.path.basename(os.path.normpath(result.output)), name)
         lines += [
@@ -57,7 +59,7 @@ def _step(step: Step, plan: Plan, result: FixResult, done: bool) -> list[str]:
         lines.append(f"{_INDENT}~ {safe(name):<{width}}  {dtype.lower()} {_change(old, new)}")
     if len(step.tensors) > len(shown):
         lines.append(f"{_INDENT}  {say('and {n} more', n=format(len(step.tensors) - len(shown), ','))}")
-    lines += [f"{_INDENT}  {note}" for note in step.notes]
+    lines += [f"{_INDENT}  {safe(translated(note))}" for note in step.notes]
     if step.pads:
         lines.append(f"{_INDENT}  {say('proof: {text}', text=_proof(result.proofs))}")
     return lines
@@ -75,9 +77,9 @@ def _proof(proofs: list[Proof]) -> str:
     if not proofs:
         return say("logits on {n} fixed prompts, before and after, must agree to float32 rounding", n=PROOF_PROMPTS)
     return "; ".join(
-        f"{'✓' if p.status in ('equal', 'agrees') else '✗'} {safe(p.detail)}"
+        f"{'✓' if p.status in ('equal', 'agrees') else '✗'} {safe(translated(p.detail))}"
         if p.status != "not run"
-        else say("not run: {text}", text=safe(p.detail))
+        else say("not run: {text}", text=safe(translated(p.detail)))
         for p in proofs
     )
 
@@ -88,7 +90,7 @@ def _word(step: Step) -> str:
 
 def _how_to_ask(plan: Plan, step: Step) -> str:
     if step.waits:
-        return step.waits
+        return translated(step.waits)
     named = _word(step) == "by name" or plan.consent.codes
     return say("with --unsafe-fixes={code}", code=step.code) if named else say("with --unsafe-fixes")
 
@@ -109,14 +111,19 @@ def _for_you(group: Group, plan: Plan) -> str:
 
 
 def _tally(plan: Plan) -> str:
-    cured, total = len(_folded([f for s in plan.steps for f in s.findings])), len(_folded(plan.before.findings))
-    now = say("{n} of {findings}", n=cured, findings=counted("{n:,} finding", "{n:,} findings", max(total, cured)))
+    fixed, total = len(_folded([f for s in plan.steps for f in s.findings])), len(_folded(plan.before.findings))
+    now = say("{n} of {findings}", n=fixed, findings=counted("{n:,} finding", "{n:,} findings", max(total, fixed)))
     needs = sorted(
         {code for s in plan.waiting for code in s.needs if s.waits.startswith("waits for") and code in s.waits}
     )
     later = sum(len(_folded(s.findings)) for s in plan.waiting if s.waits.startswith("waits for"))
-    sentence = " now, {n} more once {codes} is gone" if len(needs) == 1 else " now, {n} more once {codes} are gone"
-    return now + (say(sentence, n=later, codes=_and(needs)) if needs else "")
+    if not needs:
+        return now
+    return now + say(
+        " now, {n} more once {codes} is gone" if len(needs) == 1 else " now, {n} more once {codes} are gone",
+        n=later,
+        codes=listed(needs),
+    )
 
 
 def _not_written(result: FixResult) -> list[str]:
@@ -131,7 +138,7 @@ def _not_written(result: FixResult) -> list[str]:
             **_sizes(plan),
         )
     ]
-    lines += [say("Would stop: {problem}.", problem=safe(problem)) for problem in plan.problems]
+    lines += [say("Would stop: {problem}.", problem=safe(translated(problem))) for problem in plan.problems]
     return [*lines, say("Nothing was written.") + _remaining(result)]
 
 
@@ -176,15 +183,12 @@ def _remaining(result: FixResult) -> str:
         return (
             (say(" No findings would remain.") if ahead else say(" No findings remain.")) if result.plan.steps else ""
         )
-    sentence = (
+    return say(
         " Exit {code}: {codes} would remain."
         if ahead
         else " Exit {code}: {codes} remain."
         if len(codes) > 1
-        else " Exit {code}: {codes} remains."
+        else " Exit {code}: {codes} remains.",
+        code=2 if report.crashed else 0 if report.ok else 1,
+        codes=listed(codes),
     )
-    return say(sentence, code=2 if report.crashed else 0 if report.ok else 1, codes=_and(codes))
-
-
-def _and(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else say("{most} and {last}", most=say(", ").join(words[:-1]), last=words[-1])

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 
 from doctor.core.finding import Finding, Place
-from doctor.core.messages import plural
+from doctor.core.messages import listed, plural
 from doctor.lint.engine import Report, fold, folded_name
 from doctor.lint.rule import Rule, Seen
 from doctor.locale import rule_pages
@@ -20,7 +20,7 @@ MARKS = {"error": "✗", "warning": "!", "info": "i", "ok": "✓", "skipped": "�
 
 @dataclass
 class Group:
-    """Findings alike but for the block. `effects` are groups that this one explains."""
+    """Findings alike but for the layer. `effects` are groups that this one explains."""
 
     first: Finding
     all: list[Finding]
@@ -38,13 +38,15 @@ class Group:
 
     @property
     def message(self) -> str:
-        """The first finding's sentence; where the others' differ by nothing but the name, with the folded name."""
-        own = self.first.where.tensor
+        """The first finding's sentence in the language that is set; where the others' differ by nothing but the name,
+        with the folded name.
+        """
+        own, said = self.first.where.tensor, translated(self.first.message)
         if len(self.all) > 1 and own:
             patterns = {f.message.replace(f.where.tensor or "\0", "\0") for f in self.all}
             if len(patterns) == 1 and own in self.first.message:
-                return safe(self.first.message.replace(own, folded_name([f.where.tensor for f in self.all])))
-        return safe(self.first.message)
+                said = said.replace(own, folded_name([f.where.tensor for f in self.all if f.where.tensor]))
+        return safe(said)
 
     @property
     def folds_into_message(self) -> bool:
@@ -52,7 +54,7 @@ class Group:
 
     @property
     def safety(self) -> str:
-        """ "safe", "unsafe", "by name" or "manual": who or what can cure it."""
+        """ "safe", "unsafe", "by name" or "manual": who or what can fix it."""
         fix = self.first.fix
         if fix is None or fix.safety == "manual" or not fix.edits:
             return "manual"
@@ -111,8 +113,8 @@ def _first(entry: Rule, section: str) -> str:
 
 
 def headline(group: Group, entry: Rule | None) -> tuple[str, str]:
-    """(what is wrong, the exact message): in English the message says both; in Chinese the rule's title goes before
-    it.
+    """(what is wrong, the exact message): in English the message says both; in another language the title of the
+    rule's page goes before it.
     """
     if current() != "en" and entry is not None:
         return rule_pages.heading(entry, current()), group.message
@@ -142,23 +144,26 @@ def _letters(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
-def cures(group: Group, entry: Rule | None, report: Report) -> list[tuple[str, str]]:
-    """(label, sentence): `fix` safe, `fix!` changes numbers or shapes, `you` is for the user, `do` the page's advice in
-    Chinese.
+def fixes(group: Group, entry: Rule | None, report: Report) -> list[tuple[str, str]]:
+    """(label, sentence): `fix` safe, `fix!` changes numbers or shapes, `you` is for the user, `do` the advice of the
+    rule's page, in another language than English.
 
     A fix waits only for codes that the report holds.
     """
     fix, advice = group.first.fix, group.first.advice
     lines = []
-    if current() == "zh" and entry is not None:
+    if current() != "en" and entry is not None:
         lines.append(("do", _first(entry, "Do")))
     if group.safety == "safe":
         lines.append(("fix", translated(fix.title)))
     elif group.safety == "unsafe":
         standing = {f.code for f in report.findings}
         needs = [code for code in fix.needs if code in standing]
-        once = " (once {codes} is gone)" if len(needs) == 1 else " (once {codes} are gone)"
-        waits = say(once, codes=" and ".join(needs) if not current() == "zh" else "、".join(needs)) if needs else ""
+        waits = (
+            say(" (once {codes} is gone)" if len(needs) == 1 else " (once {codes} are gone)", codes=listed(needs))
+            if needs
+            else ""
+        )
         lines.append(("fix!", translated(fix.title) + waits))
     elif group.safety == "by name":
         lines.append(
@@ -181,8 +186,8 @@ def cures(group: Group, entry: Rule | None, report: Report) -> list[tuple[str, s
 
 
 def table(item: Finding) -> tuple[tuple, ...]:
-    """The finding's table, the heads of its rows in the reader's language."""
-    return tuple((translated(str(row[0])), *row[1:]) for row in item.facts_table)
+    """The finding's table in the language that is set."""
+    return tuple(tuple(map(translated, row)) for row in item.facts_table)
 
 
 def fixable(found: list[Group]) -> dict[str, list[Group]]:

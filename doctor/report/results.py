@@ -39,7 +39,7 @@ def results(report: Report) -> list[tuple[str, str]]:
             context=f"{c['context']:,}",
         )
         lines.append((say("perplexity"), f"{figure(before)} → {figure(after)}{span}"))
-        lines += [(say("blocks"), _blocks(c["own_errors"], c["block_errors"]))] if c.get("own_errors") else []
+        lines += [(say("layers"), _layers(c["own_errors"], c["block_errors"]))] if c.get("own_errors") else []
         lines.append(
             (
                 say("divergence"),
@@ -56,7 +56,8 @@ def results(report: Report) -> list[tuple[str, str]]:
                 (
                     say("entropy"),
                     say(
-                        "{before} → {after} nats a token; one and the same first choice at most {one_before} → {one_after}",
+                        "{before} → {after} nats a token; one and the same first choice at most {one_before} → "
+                        "{one_after}",
                         before=figure(c["entropy_original"]),
                         after=figure(c["entropy_quantized"]),
                         one_before=percent(c["one_choice_original"]),
@@ -82,12 +83,12 @@ def results(report: Report) -> list[tuple[str, str]]:
     return [(label, safe(text)) for label, text in lines]
 
 
-def _blocks(own: list, carried: list) -> str:
-    """The error of each block alone, and what is carried along to the end."""
+def _layers(own: list, carried: list) -> str:
+    """The error of each layer alone, and what is carried along to the end."""
     finite = sorted(e for e in own if number(e))
     worst = max(range(len(own)), key=lambda i: own[i] if number(own[i]) else float("inf"))
     return say(
-        "each alone off by {median} (median), block {worst} the most by {most}; carried along to the last block {last}",
+        "each alone off by {median} (median), layer {worst} the most by {most}; carried along to the last layer {last}",
         median=percent(finite[len(finite) // 2]) if finite else "NaN",
         worst=worst,
         most=percent(own[worst]),

@@ -1,7 +1,8 @@
-"""Numbers and texts as every screen and page writes them: counts, sizes, times, and text that cannot steer a terminal."""
+"""Numbers and texts as every format writes them: counts, sizes, times, and text that cannot steer a terminal."""
 
 import os
 import re
+from itertools import pairwise
 
 # C0, C1, bidirectional overrides and line separators: a tensor name may hold them, and a terminal or a log would obey.
 _CONTROL = re.compile(
@@ -111,4 +112,4 @@ def squeeze(values: list, width: int) -> list:
         return odd[0] if odd else max((v for v in part if v is not None), key=abs, default=None)
 
     edges = [i * len(values) // width for i in range(width + 1)]
-    return [largest(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [largest(values[a:b]) for a, b in pairwise(edges)]

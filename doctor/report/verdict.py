@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import dataclass
 
-from doctor.core.messages import _, plural
+from doctor.core.messages import Message, _, plural
 from doctor.lint.engine import Report
 from doctor.lint.rule import AREAS
 from doctor.locale.catalogue import counted, say, translated
@@ -22,9 +22,8 @@ def skipped(report: Report) -> int:
 def verdict(report: Report) -> tuple[str, str]:
     """(mark, sentence): whether the checkpoint is ready for the plan, and how far that is known."""
     label = plan_label(report)
-    good, bad = _what_was_asked(report)
     if report.at_or_above("error"):
-        return "error", say(bad, plan=label)
+        return "error", translated(_ending(report, False, label))
     if report.summary.get("interrupted"):
         return "skipped", say("interrupted: no verdict for {plan}", plan=label)
     if report.crashed:
@@ -35,19 +34,19 @@ def verdict(report: Report) -> tuple[str, str]:
         )
     if not ran(report):
         return "skipped", say("nothing was judged for {plan}", plan=label)
-    sentence = say(good, plan=label) + ("" if weights_read(report) else say(" (headers only)"))
+    sentence = translated(_ending(report, True, label)) + ("" if weights_read(report) else say(" (headers only)"))
     if report.at_or_above("warning"):
         return "warning", sentence + say(", with warnings")
     return "ok", sentence
 
 
-def _what_was_asked(report: Report) -> tuple[str, str]:
-    """The sentences for a good and a bad end of a check, a quantization or a comparison."""
+def _ending(report: Report, good: bool, plan: str) -> Message:
+    """The sentence for a good or a bad end of a check, a quantization or a comparison."""
     if report.extra.get("comparison"):
-        return "agrees with its original: {plan}", "does not agree with its original: {plan}"
+        return _("agrees with its original: {plan}" if good else "does not agree with its original: {plan}", plan=plan)
     if report.linears:
-        return "quantized to {plan}", "not quantized to {plan}"
-    return "ready for {plan}", "not ready for {plan}"
+        return _("quantized to {plan}" if good else "not quantized to {plan}", plan=plan)
+    return _("ready for {plan}" if good else "not ready for {plan}", plan=plan)
 
 
 def weights_read(report: Report) -> bool:
@@ -72,8 +71,12 @@ def since(report: Report) -> str:
     if not report.baseline:
         return ""
     new = sum(f.baseline_state == "new" for f in report.findings)
-    sentence = "{n} new, {gone} gone since {base}" if report.gone else "{n} new since {base}"
-    return say(sentence, n=new, gone=len(report.gone), base=safe(report.baseline))
+    return say(
+        "{n} new, {gone} gone since {base}" if report.gone else "{n} new since {base}",
+        n=new,
+        gone=len(report.gone),
+        base=safe(report.baseline),
+    )
 
 
 def suppressed(report: Report) -> str:
@@ -142,7 +145,7 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
         if any(r.crashed for r in runs):
             lines.append(
                 Area(
-                    say(name),
+                    translated(name),
                     "crashed",
                     say(
                         "{rules} crashed",
@@ -155,17 +158,19 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
                 (s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here)), "skipped"
             )
             lines.append(
-                Area(say(name), worst, ", ".join(filter(None, (tally(here) if here else "", interrupted(report)))))
+                Area(
+                    translated(name), worst, ", ".join(filter(None, (tally(here) if here else "", interrupted(report))))
+                )
             )
         elif here:
             worst = next(s for s in ("error", "warning", "info") if any(g.first.severity == s for g in here))
             extra = f"   ({_read(report)})" if name == "Weights" and weights_read(report) else ""
-            lines.append(Area(say(name), worst, tally(here) + extra))
+            lines.append(Area(translated(name), worst, tally(here) + extra))
         elif follow := [(g.code, e) for g in found for e in g.effects if e.code in codes]:
             worst = next(s for s in ("error", "warning", "info") if any(e.first.severity == s for _, e in follow))
             lines.append(
                 Area(
-                    say(name),
+                    translated(name),
                     worst,
                     say(
                         "follows from {causes}: {codes}",
@@ -178,7 +183,7 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
             text = _established(name, report, [r for r in runs if r.status == "run"])
             lines.append(
                 Area(
-                    say(name),
+                    translated(name),
                     "ok",
                     text
                     + (
@@ -189,7 +194,7 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
                 )
             )
         else:
-            lines.append(Area(say(name), "skipped", _why_skipped(runs)))
+            lines.append(Area(translated(name), "skipped", _why_skipped(runs)))
     return lines
 
 
@@ -224,7 +229,7 @@ def _established(name: str, report: Report, runs: list) -> str:
             tensors=tensors,
         ),
         "Tensors": say("{tensors} as config.json asks", tensors=tensors),
-        "Config": say("{what}, {n} blocks", what=s.get("architecture") or "config.json", n=s.get("blocks") or "?"),
+        "Config": say("{what}, {n} layers", what=s.get("architecture") or "config.json", n=s.get("blocks") or "?"),
         "Tokenizer": say("tokenizer and special tokens agree with config.json"),
         "Weights": _read(report),
         "Geometry": say(
@@ -270,7 +275,7 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
     command = f"doctor fix {path}{plan} -o fixed/"
     steps = []
     if report.summary.get("unread"):
-        steps.append((f"doctor check {path}{plan} --download", "every byte; fixes want a directory too"))
+        steps.append((f"doctor check {path}{plan} --download", say("every byte; fixes want a directory too")))
     elif by["safe"]:
         steps.append((command, counted("{n:,} safe fix", "{n:,} safe fixes", len(by["safe"]))))
     if by["unsafe"] and not report.summary.get("unread"):

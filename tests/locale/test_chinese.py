@@ -12,7 +12,7 @@ from doctor.cli.main import cli
 from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
 from doctor.lint.testing import tiny
-from doctor.locale import catalogue, fixes_zh, reasons
+from doctor.locale import catalogue
 
 load_rules()
 PLAN = ("--group-size", "32")
@@ -145,35 +145,17 @@ def test_no_line_of_chinese_help_is_wider_than_the_screen():
     assert [line for line in done.output.splitlines() if cell_len(line) > 80] == []
 
 
-@pytest.mark.parametrize("english_sentence", sorted(reasons.SENTENCES))
-def test_a_sentence_from_below_keeps_its_values(english_sentence):
-    names = re.findall(r"\{(\w+)\}", english_sentence)
-    assert sorted(names) == sorted(re.findall(r"\{(\w+)\}", reasons.SENTENCES[english_sentence]))
-    with catalogue.language("zh"):
-        said = catalogue.known(re.sub(r"\{\w+\}", "7", english_sentence))
-    assert said != english_sentence and said.count("7") >= len(names)
-
-
 @pytest.mark.parametrize("code", sorted(RULES))
 def test_what_a_rule_advises_stands_in_chinese(code, tmp_path):
-    """Fixes, advice and heads of tables of every rule's example."""
+    """Messages, notes, fixes, advice and heads of tables of every rule's example."""
     case, _ = sys.modules[RULES[code].module].bad()
     report = api.check(case.write(tmp_path), case.recipe, facts=[(s, n, v) for (s, n), v in case.facts.items()])
     said = {
         t
         for f in report.findings
         if f.code == code
-        for t in (f.fix.title if f.fix else "", f.advice, *(str(row[0]) for row in f.facts_table))
+        for t in (f.message, f.where.note, f.fix.title if f.fix else "", f.advice, *(row[0] for row in f.facts_table))
     }
     with catalogue.language("zh"):
-        left = [t for t in said if t and not re.search("[\u4e00-\u9fff]", catalogue.known(t)) and " " in t]
+        left = [t for t in said if t and not re.search("[\u4e00-\u9fff]", catalogue.translated(t)) and " " in t]
     assert not left
-
-
-def test_no_sentence_is_hidden_behind_another():
-    """Each sentence finds its own translation: an earlier one that is less special would take its texts."""
-    for english, translated in (fixes_zh.CURES | reasons.SENTENCES).items():
-        plain = re.sub(r"\{(\w+)\}", r"\1", english)
-        assert reasons.chinese(plain) == translated.format(
-            **{n: reasons._value(n, n) for n in re.findall(r"\{(\w+)\}", english)}
-        ), english

@@ -310,13 +310,13 @@ def test_three_safeties_have_three_labels():
     unsafe = presentation.Group(
         make_finding(fix=Fix("pad", (PadTensor("t", 0, 8),), "unsafe", needs=("W201", "G301"))), []
     )
-    assert presentation.cures(safe, None, alone) == [("fix", "set it to 1")]
-    assert presentation.cures(named, None, alone)[0] == (
+    assert presentation.fixes(safe, None, alone) == [("fix", "set it to 1")]
+    assert presentation.fixes(named, None, alone)[0] == (
         "fix!",
         "replace by 0: a guess, only by name with --unsafe-fixes=W901",
     )
-    assert presentation.cures(manual, make_rule(), alone) == [("you", "copy the file again.")]
-    assert presentation.cures(unsafe, None, alone)[0] == ("fix!", "pad")
+    assert presentation.fixes(manual, make_rule(), alone) == [("you", "copy the file again.")]
+    assert presentation.fixes(unsafe, None, alone)[0] == ("fix!", "pad")
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_a_fix_waits_for_the_codes_that_were_found_and_no_others(found, waits):
     unsafe = presentation.Group(
         make_finding(fix=Fix("pad", (PadTensor("t", 0, 8),), "unsafe", needs=("W201", "G301"))), []
     )
-    assert presentation.cures(unsafe, None, make_report([make_finding(code=c) for c in found]))[0] == (
+    assert presentation.fixes(unsafe, None, make_report([make_finding(code=c) for c in found]))[0] == (
         "fix!",
         "pad" + waits,
     )

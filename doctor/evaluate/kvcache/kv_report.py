@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from doctor.core.errors import DoctorError
-from doctor.core.messages import _
+from doctor.core.messages import _, collected, restored
 from doctor.core.version import __version__
 
 SCHEMA = "doctor.kvcache/1"
@@ -22,7 +22,13 @@ class KvReport:
         return {"kvcache": self.data}
 
     def to_dict(self) -> dict:
-        return {"schema": SCHEMA, "version": self.version, "checkpoint": self.checkpoint, **self.extra}
+        return {
+            "schema": SCHEMA,
+            "version": self.version,
+            "checkpoint": self.checkpoint,
+            **self.extra,
+            "messages": collected(self.data),
+        }
 
 
 def from_dict(document: dict) -> KvReport:
@@ -32,4 +38,5 @@ def from_dict(document: dict) -> KvReport:
             _("not a report on a cache: the schema must be {schema}.", schema=repr(SCHEMA)),
             _("Make one with `{command}`.", command="doctor kvcache CHECKPOINT -f json:kv.json"),
         )
-    return KvReport(str(document.get("checkpoint", "")), document["kvcache"], str(document.get("version", "")))
+    data = restored(document["kvcache"], document.get("messages"))
+    return KvReport(str(document.get("checkpoint", "")), data, str(document.get("version", "")))

@@ -26,7 +26,7 @@ def lines(report: Report) -> list[str]:
         out.append(
             f"Found {presentation.tally(found)} in {_looked_at(report)} for {verdict.plan_label(report)} ({facts})"
         )
-        out += _cures(found)
+        out += _fixes(found)
     else:
         mark, sentence = verdict.verdict(report)
         out.append(f"{presentation.MARKS[mark]} {safe(report.checkpoint)}: {sentence}; {_looked_at(report)} ({facts})")
@@ -51,10 +51,11 @@ def _line(report: Report, group: Group) -> str:
         )
     state = " (new)" if group.first.baseline_state == "new" else ""
     because = f" (because of {group.first.consequence_of})" if group.first.consequence_of else ""
-    return f"{safe(presentation.path_of(report, where.file))}{presentation.spot(where)}: {group.code} {_MARK.get(group.safety, '')}{group.message}{index}{more}{because}{state}"
+    place = safe(presentation.path_of(report, where.file)) + presentation.spot(where)
+    return f"{place}: {group.code} {_MARK.get(group.safety, '')}{group.message}{index}{more}{because}{state}"
 
 
-def _cures(found: list[Group]) -> list[str]:
+def _fixes(found: list[Group]) -> list[str]:
     by = presentation.fixable(found)
     parts = []
     if by["safe"]:

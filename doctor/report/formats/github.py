@@ -1,7 +1,7 @@
 """GitHub workflow commands: annotations beside the changed file.
 
 GitHub shows at most 10 errors, 10 warnings and 10 notices of a step and drops the rest without a word, so errors come
-first, blocks are folded, and the tenth says how many were left out.
+first, layers are folded, and the tenth says how many were left out.
 """
 
 from doctor.lint.engine import Report
@@ -27,9 +27,8 @@ def render(reports: list[Report]) -> str:
     for report in reports:
         lines += [f"::error title={run.rule.code} crashed::{_value(run.crashed)}" for run in report.crashed]
         mark, sentence = verdict.verdict(report)
-        lines.append(
-            f"{presentation.MARKS[mark]} {safe(report.checkpoint)}: {sentence} ({presentation.tally(presentation.groups(report))}; {verdict.run_facts(report)})"
-        )
+        facts = f"{presentation.tally(presentation.groups(report))}; {verdict.run_facts(report)}"
+        lines.append(f"{presentation.MARKS[mark]} {safe(report.checkpoint)}: {sentence} ({facts})")
     return "\n".join(lines) + "\n"
 
 
@@ -37,12 +36,13 @@ def _annotation(command: str, report: Report, group: Group) -> str:
     file, line, column = presentation.anchor(group.first)
     path = presentation.path_of(report, file)
     more = "" if group.folds_into_message else f"\n{len(group.all)} alike: {group.names}"
-    cures = "".join(
+    fixes = "".join(
         f"\n{label}: {text}"
-        for label, text in presentation.cures(group, presentation.page_rule(report, group.code), report)
+        for label, text in presentation.fixes(group, presentation.page_rule(report, group.code), report)
     )
     spot = f"file={_property(path)},line={line},col={column}"
-    return f"::{command} title={_property(group.code + ' ' + group.first.name)},{spot}::{_value(group.message + more + cures)}"
+    title = _property(f"{group.code} {group.first.name}")
+    return f"::{command} title={title},{spot}::{_value(group.message + more + fixes)}"
 
 
 def _value(text: str) -> str:

@@ -111,7 +111,7 @@ def _context(report: Report) -> dict:
         "areas": verdict.areas(report, found),
         "marks": presentation.MARKS,
         "steps": verdict.next_steps(report, found),
-        "crashed": [(r.rule.code, safe(r.crashed)) for r in report.crashed],
+        "crashed": [(r.rule.code, safe(translated(r.crashed))) for r in report.crashed],
         "matrix": [{**row, "why": verdict.blockers(row["cells"])} for row in extra.get("matrix", ())],
         "heat": heat(extra.get("heat")),
         "losses": losses(report.linears, report.recipe.method),
@@ -157,13 +157,13 @@ def _card(report: Report, group: Group) -> dict:
         "byte": where.byte,
         "frame": _frame(where),
         "indent": _indent(where),
-        "note": safe(where.note),
+        "note": safe(translated(where.note)),
         "more": "" if group.folds_into_message else say("{n} more", n=len(group.all) - 1) + f": {group.names}",
         "table": presentation.table(first),
         "strip": strips(first.strip),
         "why": presentation.why(entry) if entry else "",
         "seen": presentation.elsewhere(entry, report, 4) if entry else (),
-        "cures": presentation.cures(group, entry, report),
+        "fixes": presentation.fixes(group, entry, report),
         "effects": ", ".join(f"{e.code} {e.first.name}" for e in group.effects),
         "page": _page(entry),
     }
@@ -173,7 +173,7 @@ def _page(entry) -> list[tuple[str, list[str]]]:
     if entry is None:
         return []
     return [
-        (say(title), explain.paragraphs(rule_pages.section(entry, key, current())))
+        (translated(title), explain.paragraphs(rule_pages.section(entry, key, current())))
         for key, title in explain.SECTIONS
         if entry.section(key)
     ]

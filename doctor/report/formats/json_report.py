@@ -1,5 +1,8 @@
 """The report as data: schema `doctor.report/1` (schema.json beside this file). Every other format can be made from it.
 
+Texts are English. `messages` holds the template and values behind each text that is a message, so that a report can be
+rendered in another language later; a report without it renders in English.
+
 `from_dict(to_dict(r))` gives the same report again, but for rule functions, which are not data, and for what JSON
 cannot hold: NaN and infinities become the strings "NaN", "Infinity", "-Infinity", since a document with bare NaN is not
 JSON.
@@ -12,6 +15,7 @@ from typing import get_args
 
 from doctor.core.errors import DoctorError
 from doctor.core.finding import Finding, Fix, Place
+from doctor.core.messages import collected, restored
 from doctor.core.recipe import Recipe
 from doctor.core.version import __version__
 from doctor.edits import kinds
@@ -90,6 +94,7 @@ def to_dict(report: Report) -> dict:
             "seconds": round(report.seconds, 4),
             "linears": report.linears,
             "extra": report.extra,
+            "messages": collected(report),
         }
     )
 
@@ -163,6 +168,7 @@ def from_dict(document: dict) -> Report:
         raise DoctorError(
             f"this report holds only an error: {document['error'].get('message', '')}", "Run the check again."
         )
+    document = restored(document, document.get("messages"))
     try:
         recipe = Recipe(
             **{**document["recipe"], **{k: tuple(document["recipe"].get(k, ())) for k in ("keep", "bits_for")}}

@@ -64,11 +64,11 @@ def _case(suite: ET.Element, report: Report, run: RuleRun, found: list[Group]) -
 def _line(report: Report, group: Group) -> str:
     file, line, column = presentation.anchor(group.first)
     more = "" if group.folds_into_message else f" (and {len(group.all) - 1} more: {group.names})"
-    cures = "".join(
+    fixes = "".join(
         f"\n  {label}: {text}"
-        for label, text in presentation.cures(group, presentation.page_rule(report, group.code), report)
+        for label, text in presentation.fixes(group, presentation.page_rule(report, group.code), report)
     )
-    return f"{file}:{line}:{column}: {group.first.severity} {group.message}{more}{cures}"
+    return f"{file}:{line}:{column}: {group.first.severity} {group.message}{more}{fixes}"
 
 
 def _xml(text: str) -> str:

@@ -5,7 +5,7 @@ A comment holds 65,536 characters: findings are cut from the end and counted, th
 
 from doctor.lint.engine import Report
 from doctor.lint.explain import code_span
-from doctor.locale.catalogue import say
+from doctor.locale.catalogue import say, translated
 from doctor.report import presentation, results, verdict
 from doctor.report.presentation import Group
 from doctor.report.text import safe
@@ -24,7 +24,8 @@ def _report(report: Report, room: int) -> str:
     head = [
         f"<!-- doctor:{_plain(report.checkpoint).replace('--', '-')} -->",
         f"### {presentation.MARKS[mark]} {sentence}",
-        f"{_code(report.checkpoint)} · {_plain(verdict.what_it_is(report))} · **{presentation.tally(found)}** · {verdict.run_facts(report)}",
+        f"{_code(report.checkpoint)} · {_plain(verdict.what_it_is(report))} · **{presentation.tally(found)}** · "
+        + verdict.run_facts(report),
     ]
     if results.results(report):
         head.append("\n".join(f"- **{label}** {_plain(text)}" for label, text in results.results(report)))
@@ -40,7 +41,9 @@ def _report(report: Report, room: int) -> str:
             break
         parts.append(text)
         size, shown = size + len(text), shown + 1
-    parts += [f"☠ **{say('{code} crashed', code=r.rule.code)}**: {_code(r.crashed)}" for r in report.crashed]
+    parts += [
+        f"☠ **{say('{code} crashed', code=r.rule.code)}**: {_code(translated(r.crashed))}" for r in report.crashed
+    ]
     return "\n\n".join(parts)
 
 
@@ -68,10 +71,8 @@ def _finding(report: Report, group: Group) -> str:
     spot = f"{file}:{line}" if group.first.where.line else file
     entry = presentation.page_rule(report, group.code)
     title, message = presentation.headline(group, entry)
-    lines = [
-        f"<details><summary><b>{say(group.first.severity)} {group.code}</b> {_html(title)} · <code>{_html(safe(spot))}</code></summary>",
-        "",
-    ]
+    head = f"<b>{translated(group.first.severity)} {group.code}</b> {_html(title)} · <code>{_html(safe(spot))}</code>"
+    lines = [f"<details><summary>{head}</summary>", ""]
     if message:
         lines += [_plain(message), ""]
     if not group.folds_into_message:
@@ -83,7 +84,7 @@ def _finding(report: Report, group: Group) -> str:
         lines += [
             f"**{say('else')}** {_plain(s.tool)}: {_code(s.text)}  " for s in presentation.elsewhere(entry, report)
         ]
-    lines += [f"**{say(label)}** {_plain(text)}  " for label, text in presentation.cures(group, entry, report)]
+    lines += [f"**{translated(label)}** {_plain(text)}  " for label, text in presentation.fixes(group, entry, report)]
     if group.effects:
         effects = ", ".join(f"{e.code} {e.first.name}" for e in group.effects)
         lines.append(f"**{say('then')}** " + say("also reported because of this: {codes}", codes=effects))

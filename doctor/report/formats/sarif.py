@@ -2,7 +2,7 @@
 
 A result must be anchored in text: a region of a binary file may not carry lines, and GitHub shows only the first
 location and needs its lines. So a tensor is shown at its own line of the index, else at line 1 of config.json, and its
-bytes stand in relatedLocations. Findings alike in many blocks are one result with occurrenceCount: code scanning takes
+bytes stand in relatedLocations. Findings alike in many layers are one result with occurrenceCount: code scanning takes
 25,000 results a run, which two bad tensors per layer of a large mixture of experts would fill.
 """
 
@@ -92,9 +92,9 @@ def _result(group: Group, report: Report, rules: list[Rule], files: list[str]) -
     message = (
         group.message if group.folds_into_message else f"{group.message} (and {len(group.all) - 1} more: {group.names})"
     )
-    cures = " ".join(
+    fixes = " ".join(
         f"{label}: {text}."
-        for label, text in presentation.cures(group, presentation.page_rule(report, first.code), report)
+        for label, text in presentation.fixes(group, presentation.page_rule(report, first.code), report)
     )
     result = {
         "ruleId": first.code,
@@ -102,7 +102,7 @@ def _result(group: Group, report: Report, rules: list[Rule], files: list[str]) -
         "kind": "fail",
         "occurrenceCount": len(group.all),
         "rank": _RANK[first.certainty],
-        "message": {"text": f"{message}. {cures}".strip()},
+        "message": {"text": f"{message}. {fixes}".strip()},
         "locations": [location],
         "partialFingerprints": {"doctorFinding/v1": presentation.fingerprint(first)},
         "properties": {"certainty": first.certainty, "evidence": _evidence(first.evidence)},

@@ -90,9 +90,11 @@ def _head(screen: Screen, report: Report) -> None:
 
     name = f"{safe(report.checkpoint)}   "
     screen.hang(styled((f"doctor {__version__}  ", "bold")), styled((name, "cyan"), verdict.what_it_is(report)))
-    hint = "   " + say("default plan; --for, --bits, --group-size, --tp change it") if report.recipe == Recipe() else ""
+    hint = (
+        "   " + say("default recipe; --for, --bits, --group-size, --tp change it") if report.recipe == Recipe() else ""
+    )
     screen.hang(
-        styled((pad(say("plan"), len(f"doctor {__version__}  ")), "bold")),
+        styled((pad(say("recipe"), len(f"doctor {__version__}  ")), "bold")),
         styled(verdict.plan_text(report), (hint, "bright_black")),
     )
 
@@ -103,7 +105,9 @@ def _group(screen: Screen, report: Report, group: Group, told: dict[str, list]) 
     colour = COLOURS[first.severity]
     state = say("new") + " " if first.baseline_state == "new" else ""
     title, message = presentation.headline(group, entry)
-    head = styled((f"{state}{say(first.severity)}[", colour), screen.code(group.code, entry, colour), ("] ", colour))
+    head = styled(
+        (f"{state}{translated(first.severity)}[", colour), screen.code(group.code, entry, colour), ("] ", colour)
+    )
     screen.hang(head, Text(title, "bold"), 2)
     if message:
         screen.hang(Text("  "), Text(message))
@@ -131,7 +135,7 @@ def _group(screen: Screen, report: Report, group: Group, told: dict[str, list]) 
         screen.hang(
             styled(
                 (" " * gutter + ("   " if again else " = "), _GUTTER),
-                (pad("" if again else say(label), 7), _LABELS[label]),
+                (pad("" if again else translated(label), 7), _LABELS[label]),
             ),
             Text(body),
         )
@@ -175,7 +179,7 @@ def _frame(screen: Screen, group: Group, gutter: int, colour: str) -> None:
     carets = max(cell_len(safe(shown[column - 1 : column - 1 + length])), 1)
     bar = styled((" " * gutter + " |", _GUTTER))
     marker = styled(bar, " " * (before + 1), ("^" * carets, colour))
-    note = safe(where.note)
+    note = safe(translated(where.note))
     if not note:
         screen.line(marker)
     elif marker.cell_len + 1 + min(cell_len(note), 30) <= screen.width:
@@ -192,18 +196,18 @@ def _frame(screen: Screen, group: Group, gutter: int, colour: str) -> None:
 
 
 def _strip(screen: Screen, strip: dict, bar: Text, colour: str) -> None:
-    """One row per label, one character per block, each row against its own largest value."""
+    """One row per label, one character per layer, each row against its own largest value."""
     labels = [safe(translated(k)) for k in strip]
     wide = min(max(map(cell_len, labels)), 24)
-    blocks = max(len(v) for v in strip.values())
+    layers = max(len(v) for v in strip.values())
     room = max(screen.width - bar.cell_len - wide - 20, 10)
     screen.line(
         bar,
         "  "
         + (
-            say("by block, 0 → {last}", last=blocks - 1)
-            if blocks <= room
-            else say("by block, 0 → {last}, the largest of each {n}", last=blocks - 1, n=-(-blocks // room))
+            say("by layer, 0 → {last}", last=layers - 1)
+            if layers <= room
+            else say("by layer, 0 → {last}, the largest of each {n}", last=layers - 1, n=-(-layers // room))
         ),
     )
     for label, values in zip(labels, strip.values(), strict=True):
@@ -243,7 +247,7 @@ def _explanations(report: Report, group: Group, entry) -> list[tuple[str, str]]:
         if presentation.why(entry):
             lines.append(("why", presentation.why(entry)))
         lines += [("else", f"{s.tool}: {s.text}") for s in presentation.elsewhere(entry, report)]
-    lines += presentation.cures(group, entry, report)
+    lines += presentation.fixes(group, entry, report)
     if group.effects:
         many: dict[str, int] = {}
         for effect in group.effects:
@@ -259,7 +263,7 @@ def _crashes(screen: Screen, report: Report) -> None:
         screen.line()
         screen.hang(
             styled(("☠ ", COLOURS["crashed"]), (say("{code} crashed", code=run.rule.code) + ": ", "bold")),
-            Text(safe(run.crashed) + "; " + say("this is a defect of doctor, please report it")),
+            Text(safe(translated(run.crashed)) + "; " + say("internal error (a bug in doctor): report it")),
             2,
         )
 
@@ -311,7 +315,7 @@ def _matrix(screen: Screen, report: Report) -> None:
     rows = report.extra.get("matrix")
     screen.line()
     if not rows:
-        screen.line("  " + say("no matrix: without readable tensors and config.json there is nothing to plan"))
+        screen.line("  " + say("no matrix: it needs readable tensors and config.json"))
         return
     wide = max(cell_len(verdict.plan_row(row)) for row in rows)
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
@@ -336,6 +340,7 @@ def _rules(screen: Screen, report: Report) -> None:
     """-v: every rule, and the reason of each that judged nothing."""
     screen.line()
     wide = max((len(r.rule.name) for r in report.runs), default=0)
+    reasons = {code: reason for code, _name, reason in verdict.skip_reasons(report)}
     for run in report.runs:
         if run.status == "run":
             mark, text = (
@@ -353,7 +358,7 @@ def _rules(screen: Screen, report: Report) -> None:
             mark, text = "☠", run.crashed
         else:
             mark = "○"
-            text = next(r for c, _, r in verdict.skip_reasons(report) if c == run.rule.code)
+            text = reasons[run.rule.code]
         head = styled(f"  {mark} {run.rule.code}  {run.rule.name:<{wide}}  ")
         if screen.width - head.cell_len >= 40:
             screen.hang(head, Text(safe(text), "bright_black"))
@@ -369,4 +374,4 @@ def show_statistics(report: Report, out: Console) -> None:
         totals[f.code, f.severity, f.name] = totals.get((f.code, f.severity, f.name), 0) + 1
     screen = Screen(out)
     for (code, severity, name), n in sorted(totals.items(), key=lambda item: (-item[1], item[0])):
-        screen.line(f"{n:>6}  {code}  ", (pad(say(severity), 8), COLOURS[severity]), name)
+        screen.line(f"{n:>6}  {code}  ", (pad(translated(severity), 8), COLOURS[severity]), name)
