@@ -123,15 +123,17 @@ class Format:
     def scheme_beside(
         self, info: TensorInfo, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any] | None
     ) -> Scheme | None:
-        """How a narrow weight under its own name is stored, for formats that keep scales beside it; None where it is none
-        of theirs. raw: the quantization_config, where there is one.
+        """How a narrow weight under its own name is stored, for formats that keep scales beside it; None where it is
+        none of theirs. raw: the quantization_config, where there is one.
         """
         return None
 
     # codes and words
 
     def pack(self, codes: Array, grid: Grid, g_idx: Array | None, scheme: Scheme) -> dict[str, Array]:
-        """Tensors by the last part of their names, of codes u8[n, k]. Raises NotQuantizable for what cannot be stored."""
+        """Tensors by the last part of their names, of codes u8[n, k]. Raises NotQuantizable for what cannot be
+        stored.
+        """
         raise NotImplementedError
 
     def unpack(
@@ -320,7 +322,7 @@ def whole(raw: Mapping[str, Any], *names: str) -> int:
         value = raw.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and (value > 0 or value == -1):
             return value
-    raise Unavailable(_("the quantization block has no usable {key}", key=names[0]))
+    raise Unavailable(_("quantization_config has no usable {key}", key=names[0]))
 
 
 def require_known(key: str, value: str, known: Sequence[str]) -> None:
@@ -328,7 +330,7 @@ def require_known(key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise Unavailable(
             _(
-                "{key} {value!r}: its packing is not judged here, only {known}",
+                "{key} {value!r}: its packing is not read, only {known}",
                 key=key,
                 value=value,
                 known=" and ".join(known),

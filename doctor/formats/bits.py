@@ -1,8 +1,8 @@
 """Codes to the int32 words that engines read, and back: one law for every packed format, in NumPy and in torch.
 
 Along one axis the codes form a little-endian bit stream: code e lies in bits [e*b, e*b+b), and stream bit p is bit
-p % 32 of word p // 32. Thirty-two codes fill b words exactly, so packing goes through blocks of 32 codes. AWQ differs by
-an order inside each word.
+p % 32 of word p // 32. Thirty-two codes fill b words exactly, so packing goes through blocks of 32 codes. AWQ differs
+by an order inside each word.
 
 On a GPU the quantizer's CUDA kernels do the same, several operations in one: doctor/quant hands them over with
 `use_kernels`. They are proved against the functions here.
@@ -20,7 +20,7 @@ _KERNELS: list[Any] = []
 
 
 def use_kernels(kernels: Any) -> None:
-    """Let tensors on a GPU be packed and unpacked by these: a module with `available(device)` and the names used here."""
+    """Pack and unpack tensors on a GPU by these: a module with `available(device)` and the functions called here."""
     _KERNELS[:] = [kernels]
 
 
@@ -76,7 +76,7 @@ def unpack_rows(words: Array, bits: int, count: int) -> Array:
 
 
 def unpack_whole_fields(words: Array, bits: int, count: int) -> Array:
-    """codes u8[r, count] from rows in which no code crosses a word: floor(32/b) codes each, the rest of a word unused."""
+    """codes u8[r, count] from rows in which no code crosses a word: floor(32/b) codes each, the rest unused."""
     shifts = [place * bits for place in range(32 // bits)]
     codes = zeros((*words.shape, len(shifts)), "U8", words)
     for place, shift in enumerate(shifts):

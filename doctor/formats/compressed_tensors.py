@@ -104,8 +104,8 @@ class CompressedTensors(Format):
         elif not (grid.zero == middle).all():
             raise NotQuantizable(
                 _(
-                    "a symmetric compressed-tensors weight has no zero points, and a group has {least}..{most}: all must "
-                    "be {middle}.",
+                    "a symmetric compressed-tensors weight has no zero points, and a group has {least}..{most}: all "
+                    "must be {middle}.",
                     least=int(grid.zero.min()),
                     most=int(grid.zero.max()),
                     middle=middle,
@@ -147,8 +147,8 @@ class CompressedTensors(Format):
         else:
             raise BadCheckpoint(
                 _(
-                    "weight_packed has {width} words a row for {size} codes of {bits} bits: a dense stream has {dense}, "
-                    "the layout before compressed-tensors 0.18 {older}.",
+                    "weight_packed has {width} words a row for {size} codes of {bits} bits: a dense stream has "
+                    "{dense}, the layout before compressed-tensors 0.18 {older}.",
                     width=width,
                     size=k,
                     bits=bits,
@@ -227,7 +227,7 @@ class CompressedTensors(Format):
             for key in ("group_size", "strategy", "symmetric", "actorder")
         ):
             raise Unavailable(
-                _("linears differ in more than their width ({key}): their shapes are not judged", key="config_groups")
+                _("linears differ in more than their width ({key}): their shapes are not checked", key="config_groups")
             )
         if raw.get("format") != _LAYOUT or weights.get("strategy") not in ("group", "channel"):
             return super().read(raw, file, pointer, own)

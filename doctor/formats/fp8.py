@@ -6,8 +6,8 @@
 | weight_scale_inv | F32, BF16 or F8_E8M0 | [ceil(n/rows), ceil(k/columns)]: multiplied with, despite its name |
 | weight_scale | F32 or BF16 | [1], [n, 1] or a tile's |
 
-E4M3 has bias 7, no infinities, NaN at 0x7F and 0xFF, and ends at 448. Such files are read; `weight` stands under its own
-name, so they have no words that tell them apart, only its element type and the scales beside it.
+E4M3 has bias 7, no infinities, NaN at 0x7F and 0xFF, and ends at 448. Such files are read; `weight` stands under its
+own name, so they have no words that tell them apart, only its element type and the scales beside it.
 
 Sources: the OCP 8-bit floating point specification 1.0; deepseek-ai/DeepSeek-V3 inference/kernel.py (weight_dequant);
 vllm-project/vllm vllm/model_executor/layers/quantization/fp8.py.

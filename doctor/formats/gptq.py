@@ -26,6 +26,7 @@ from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.core.methods import BITS
 from doctor.core.recipe import Recipe, Scheme
+from doctor.core.version import __version__
 from doctor.formats.arrays import Array, cast, contiguous
 from doctor.formats.base import (
     KNOWN,
@@ -109,8 +110,8 @@ class GPTQ(Format):
             row, group = divmod(int(zero.argmin()), zero.shape[1])
             raise NotQuantizable(
                 _(
-                    "GPTQ v1 stores zero - 1, and row {row}, group {group} has zero {zero} ({count} such groups): zeros "
-                    "must be 1..{most}.",
+                    "GPTQ v1 stores zero - 1, and row {row}, group {group} has zero {zero} ({count} such groups): "
+                    "zeros must be 1..{most}.",
                     row=row,
                     group=group,
                     zero=int(zero.min()),
@@ -143,7 +144,8 @@ class GPTQ(Format):
         return dequantize(*self.codes(parts, scheme, rows))
 
     def codes(self, parts: Parts, scheme: Scheme, rows: slice | None = None) -> tuple[Array, Grid, Array]:
-        """(codes u8[n, k], grid, g_idx i32[k]) of a linear, or of those rows of it; without g_idx, groups of neighbours.
+        """(codes u8[n, k], grid, g_idx i32[k]) of a linear, or of those rows of it. Without g_idx, groups of
+        neighbours.
 
         A stored zero point is zero - 1. Its highest value means 2^bits: written so by no grid of ours, read so by
         engines.
@@ -175,8 +177,6 @@ class GPTQ(Format):
     def config(
         self, recipe: Recipe, kept: Iterable[str] = (), widths: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
-        from doctor import __version__
-
         stated: dict[str, Any] = {
             "quant_method": "gptq",
             "checkpoint_format": self.name,

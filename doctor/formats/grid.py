@@ -1,4 +1,4 @@
-"""The values that a quantized weight may take: an affine grid, `scale * (code - zero)`, or a table of levels under a scale.
+"""The values that a quantized weight may take: an affine grid, `scale * (code - zero)`, or levels under a scale.
 
 Every scale is rounded to the element type that it is stored in *before* any code is computed from it: codes that were
 chosen against a float32 scale are wrong by up to half a unit of float16 once the scale is written.
@@ -31,7 +31,7 @@ class GridKind:
 
     levels: () for an affine grid of codes 0..2^bits-1 with a zero point; else the values of the codes 0, 1, 2 …, before
     the scale. zero_min: the smallest zero point that can be stored. scale_dtype: what a scale is stored in, by
-    safetensors' name. tile: (rows, columns) under one scale; columns -1 is the whole row, () rows of group_size columns.
+    safetensors' name. tile: (rows, columns) under one scale; columns -1 is the whole row, () one row's group_size.
     """
 
     bits: int
@@ -84,7 +84,7 @@ def neighbours(k: int, groups: int, like: Array) -> Array:
 
 
 def dequantize(codes: Array, grid: Grid, g_idx: Array | None = None) -> Array:
-    """scale * (code - zero), f32[n, k], of codes u8[n, k]. g_idx i32[k]: the group of each column, None for neighbours."""
+    """scale * (code - zero), f32[n, k], of codes u8[n, k]. g_idx i32[k]: each column's group, None for neighbours."""
     scale, zero = by_column(grid, codes.shape[1], g_idx)
     return (cast(codes, "F32") - zero) * scale
 
@@ -111,7 +111,8 @@ def store_scale(scale: torch.Tensor, dtype: torch.dtype | None = None) -> torch.
     if not torch.isfinite(stored).all():
         raise NotQuantizable(
             _(
-                "a group needs the scale {scale:.6g}, and {dtype} ends at {most:.6g}: the scale would be stored as Inf.",
+                "a group needs the scale {scale:.6g}, and {dtype} ends at {most:.6g}: the scale would be stored "
+                "as Inf.",
                 scale=scale.max().item(),
                 dtype=str(dtype)[6:],
                 most=torch.finfo(dtype).max,
@@ -128,7 +129,8 @@ def stored_exactly(scale: Array, dtype: str) -> Array:
     if off:
         raise NotQuantizable(
             _(
-                "{off} of {count} scales are not exact in {dtype}: codes were chosen against other scales than would be stored.",
+                "{off} of {count} scales are not exact in {dtype}: codes were chosen against other scales than would "
+                "be stored.",
                 off=off,
                 count=scale.numel() if is_torch(scale) else scale.size,
                 dtype=_NAMES.get(dtype, dtype),

@@ -29,7 +29,7 @@ class Widths:
                 except re.error as error:
                     raise Unavailable(
                         _(
-                            "the quantization block names linears by {pattern!r}, which is no pattern: {error}",
+                            "quantization_config names linears by {pattern!r}, which is no pattern: {error}",
                             pattern=pattern,
                             error=str(error),
                         )
@@ -68,7 +68,7 @@ def own_entries(raw: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str
         for name, value in own.items()
         if not name.startswith("-:")
     ):
-        raise Unavailable(_("linears differ in more than their width ({key}): their shapes are not judged", key=key))
+        raise Unavailable(_("linears differ in more than their width ({key}): their shapes are not checked", key=key))
     return [(name, value) for name, value in own.items() if not name.startswith("-:")]
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its own quantization: where the block stands, and what the format that claims it reads there."""
+"""What a checkpoint says of its own quantization: where it says so, and what the format that claims it reads there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which config key sets a linear's size, by the family's table of tensors, and what a size becomes when the key changes."""
+"""Which config key sets a linear's size, by the family's table of tensors, and what a size is when the key changes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A quantized checkpoint seen as the floating-point one that engines compute with: the tensors of a packed linear become
-`.weight`.
+"""A quantized checkpoint seen as the floating-point one that engines compute with: packed tensors become `.weight`.
 
 Read as the engine reads it, by what quantization_config says and not by what the words look like: a wrong
 checkpoint_format gives the same wrong weights here as there, which is what `verify` must see.

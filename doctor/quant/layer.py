@@ -28,7 +28,7 @@ from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.forward.linear_groups import Modules, Stages
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.staged import StagedForward
-from doctor.quant.linear import Solved, outcome, pack_linear, put_weight, solve_linear, zero_min
+from doctor.quant.linear import Solved, grid_options, outcome, pack_linear, put_weight, solve_linear
 from doctor.quant.records import Record, failed, put_facts, record
 from doctor.quant.selection import Selection, select_linears
 from doctor.quant.setup import Setup
@@ -245,12 +245,7 @@ def _fold_scales(
                 setup.spec,
                 group,
                 given.H,
-                {
-                    "bits": recipe.bits,
-                    "group_size": recipe.group_size,
-                    "sym": bool(recipe.sym),
-                    "zero_min": zero_min(recipe),
-                },
+                {name: value for name, value in grid_options(recipe).items() if name != "scale_dtype"},
             )
     moved = float((activations.run_first(i) - before).norm() / before.norm())
     if setup.ranks.any(bool(folding.columns) and not moved <= _FOLD_TOLERANCE):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,9 +45,18 @@ class Packed:
     weight: torch.Tensor
 
 
-def zero_min(recipe: Recipe) -> int:
-    """The least zero point that the output format can store: GPTQ v1 stores zero - 1."""
-    return format_of(recipe).grid(recipe.scheme).zero_min
+def grid_options(recipe: Recipe) -> dict[str, Any]:
+    """bits, group_size and sym of the recipe, and what the output format asks of a grid: the least zero point (GPTQ v1
+    stores zero - 1) and the dtype of a scale.
+    """
+    kind = format_of(recipe).grid(recipe.scheme)
+    return {
+        "bits": kind.bits,
+        "group_size": kind.group_size,
+        "sym": kind.sym,
+        "zero_min": kind.zero_min,
+        "scale_dtype": kind.torch_scale_dtype,
+    }
 
 
 def weight_of(linear: Linear, module: nn.Module) -> torch.Tensor:
@@ -69,35 +79,26 @@ def solve_linear(
     """
     started = time.perf_counter()
     try:
-        solution = _solution(
-            weight_of(linear, module), given, recipe.for_linear(linear.name), columns, zero_min(recipe)
-        )
+        solution = _solution(weight_of(linear, module), given, recipe.for_linear(linear.name), columns)
     except NotQuantizable as error:
         return Solved(None, error.message, time.perf_counter() - started)
     return Solved(solution, "", time.perf_counter() - started)
 
 
-def _solution(
-    W: torch.Tensor, given: LayerInput | None, recipe: Recipe, columns: torch.Tensor | None, least_zero: int
-) -> Solution:
-    bits, group_size, sym = recipe.bits, recipe.group_size, bool(recipe.sym)
+def _solution(W: torch.Tensor, given: LayerInput | None, recipe: Recipe, columns: torch.Tensor | None) -> Solution:
+    options = grid_options(recipe)
     if given is None or not given.usable:
-        return round_to_nearest(W, bits=bits, group_size=group_size, sym=sym, mse=recipe.mse, zero_min=least_zero)
+        return round_to_nearest(W, mse=recipe.mse, **options)
     if recipe.solver.folds_scales:
-        return awq.solve(
-            W, given.H, columns, bits=bits, group_size=group_size, sym=sym, zero_min=least_zero, damp=recipe.damp
-        )
+        return awq.solve(W, given.H, columns, damp=recipe.damp, **options)
     return gptq.solve(
         W,
         given.H,
-        bits=bits,
-        group_size=group_size,
-        sym=sym,
         mse=recipe.mse,
-        zero_min=least_zero,
         act_order=recipe.act_order,
         damp=recipe.damp,
         damp_max=recipe.damp_max,
+        **options,
     )
 
 
