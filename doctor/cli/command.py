@@ -30,13 +30,12 @@ class Option(click.Option):
         *args: Any,
         aliases: tuple[str, ...] = (),
         full_names: tuple[str, ...] = (),
-        help: str | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs, **{"help": help})
+        super().__init__(*args, **kwargs)
         self.aliases, self.full_names = aliases, full_names
-        if help is not None:
-            self.help = help  # click makes a plain str of it, without the template
+        if kwargs.get("help") is not None:
+            self.help = kwargs["help"]  # click makes a plain str of it, without the template
         if self.default == "":
             self.show_default = False  # an empty text is no default to speak of
 
@@ -51,13 +50,13 @@ class Option(click.Option):
 class Command(click.Command):
     """A command whose options also come from DOCTOR_<OPTION>, where `--unsafe-fixes PATH` does not swallow the path."""
 
-    def __init__(self, *args: Any, help: str | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("context_settings", {}).update(
             auto_envvar_prefix="DOCTOR", max_content_width=100, show_default=True
         )
         kwargs.setdefault("epilog", ENVIRONMENT)
-        super().__init__(*args, **kwargs, **{"help": help})
-        self.help = help
+        super().__init__(*args, **kwargs)
+        self.help = kwargs.get("help")
 
     def get_help(self, ctx: click.Context) -> str:
         """The page that --help prints, in the language of the context."""
@@ -110,9 +109,9 @@ class Commands(Mapping[str, click.Command]):
 class Group(click.Group):
     """The program itself: its page in the reader's language, and --lang before the command's name."""
 
-    def __init__(self, *args: Any, help: str | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs, **{"help": help})
-        self.help = help
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.help = kwargs.get("help")
 
     def get_help(self, ctx: click.Context) -> str:
         """The page that --help prints, in the language of the context."""

@@ -1,6 +1,6 @@
 """`--help` in another language than English.
 
-click breaks lines at blanks and counts characters, and Chinese has no blanks and wide characters, so such a page is laid
+click breaks lines at blanks and counts characters. Chinese has no blanks and wide characters, so such a page is laid
 out here.
 """
 

@@ -133,7 +133,7 @@ def read_kvcache(text: str) -> Any:
 
 
 def exit_for(reports: Iterable["Report"], fail_on_skipped: bool = False) -> NoReturn:
-    """End the process: 0 where every report is ok, 1 for findings or rules that could not judge, 2 for a crashed rule."""
+    """End the process: 0 where every report is ok, 1 for findings or skipped rules, 2 for a crashed rule."""
     reports = list(reports)
     if any(r.crashed for r in reports):
         sys.exit(2)

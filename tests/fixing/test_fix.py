@@ -224,12 +224,12 @@ def test_a_model_that_cannot_be_built_is_a_proof_not_run_with_its_reason(tmp_pat
 def test_a_model_too_large_is_proved_on_its_first_blocks_and_says_so(tmp_path, monkeypatch):
     case = tiny()
     source = Checkpoint.open(case.write(tmp_path / "source"))
-    monkeypatch.setattr(proof, "TRUNCATED_BLOCKS", 1)
+    monkeypatch.setattr(proof, "TRUNCATED_LAYERS", 1)
     whole, part = proof._need(source, None), proof._need(source, 1)
     assert part < whole
     monkeypatch.setattr(os, "sysconf", lambda name: (part + whole) if name == "SC_AVPHYS_PAGES" else 1)
     found = prove(source, EditedCheckpoint(source, padding(case, source)))
-    assert found.status in ("equal", "agrees") and found.blocks == 1 and "first 1 blocks only" in found.detail
+    assert found.status in ("equal", "agrees") and found.blocks == 1 and "first 1 decoder layers only" in found.detail
     monkeypatch.setattr(os, "sysconf", lambda name: 1)
     assert prove(source, source).status == "not run"
 

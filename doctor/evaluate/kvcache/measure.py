@@ -117,7 +117,7 @@ class _Tap:
         RoPE and all.
         """
         bias = projection.get_parameter("bias")
-        projection.forward = lambda x: bias.expand(*x.shape[:-1], -1)  # type: ignore[method-assign]
+        projection.forward = lambda x: bias.expand(*x.shape[:-1], -1)
         try:
             seen = capture(lambda: model.skeleton.run_layer(i, hidden, call))
         finally:
