@@ -227,7 +227,7 @@ def beside_clinic(folder):
         ("model-clinic exam", [[clinic, "exam", f] for f in files]),
     ):
         wall, cpu, peak = (
-            sum(x) if i < 2 else max(x) for i, x in enumerate(zip(*(child(*c, times=1) for c in commands)))
+            sum(x) if i < 2 else max(x) for i, x in enumerate(zip(*(child(*c, times=1) for c in commands), strict=True))
         )
         print(
             f"{name:20} {wall:8.2f} s  {cpu:8.2f} CPU s  {size / wall / 1e9:7.3f} GB/s  {peak:7.0f} MiB at most",

@@ -30,10 +30,13 @@ def slower_path(checkpoint, slower_paths):
 
 
 def bad():
-    case = measured()
-    case.put(
-        "checkpoint:", "slower_paths", ("no CUDA kernel runs on cuda:0, torch does their work: libcuda does not load",)
+    reason = _(
+        "no CUDA kernel runs on {device}, torch does their work: {reason}",
+        device="cuda:0",
+        reason="libcuda does not load",
     )
+    case = measured()
+    case.put("checkpoint:", "slower_paths", (reason,))
     return case, "no CUDA kernel runs on cuda:0, torch does their work: libcuda does not load"
 
 

@@ -110,8 +110,8 @@ class JsonFile:
 class Checkpoint:
     """The files of one checkpoint. Use `Checkpoint.open`.
 
-    `tensors` maps names to the TensorInfo that a reader takes: in the shard that the index names, else in the first that
-    has it. `problems` are Defects of the listing itself (links that lead out, unsafe names, unreadable files).
+    `tensors` maps names to the TensorInfo that a reader takes: in the shard that the index names, else in the first
+    that has it. `problems` are Defects of the listing itself (links that lead out, unsafe names, unreadable files).
     """
 
     unread: str = ""  # the reason why tensor bytes cannot be read, "" if they can
@@ -191,7 +191,9 @@ class Checkpoint:
         return os.path.realpath(item.path) if item.is_symlink() else None
 
     def may_follow(self, target: str) -> bool:
-        """Whether a link's resolved target is inside the directory, or in the Hub cache that the directory belongs to."""
+        """Whether a link's resolved target is inside the directory, or in the Hub cache that the directory belongs
+        to.
+        """
         root = os.path.realpath(self.root)
         # A Hub cache keeps models--org--name/snapshots/REV/FILE -> ../../blobs/HASH.
         blobs = os.path.join(os.path.dirname(os.path.dirname(root)), "blobs")

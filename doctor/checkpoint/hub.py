@@ -1,8 +1,9 @@
-"""A repository on the Hugging Face Hub, checked without downloading it: the listing, the JSON files, the shards' headers.
+"""A repository on the Hugging Face Hub, checked without downloading it: the listing, the JSON files, the shards'
+headers.
 
-The interface is Checkpoint's, so rules cannot tell the difference, except that tensor bytes are not there. The server is
-trusted as little as a local file: JSON is read up to a limit, headers go through safetensors.parse_header, a length is
-believed only if the listing and the response agree on it. A shard takes one request, or two if its header is longer
+The interface is Checkpoint's, so rules cannot tell the difference, except that tensor bytes are not there. The server
+is trusted as little as a local file: JSON is read up to a limit, headers go through safetensors.parse_header, a length
+is believed only if the listing and the response agree on it. A shard takes one request, or two if its header is longer
 than HEAD_BYTES. All requests go to one commit, so a push in between cannot mix two states.
 
 huggingface_hub's own get_safetensors_metadata is not used: it raises at the first fault and gives no place.
@@ -56,7 +57,8 @@ def open_checkpoint(
         if match is not None and _is_cached(match["repo"]):
             notice(
                 _(
-                    "{path}: the local directory is checked, not the Hub repository of this name; that one is hf://{path}.",
+                    "{path}: the local directory is checked, not the Hub repository of this name; that one is "
+                    "hf://{path}.",
                     path=text,
                 )
             )
@@ -239,7 +241,9 @@ class HubCheckpoint(Checkpoint):
                 raise
 
     def read_file(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
-        """Bytes of one listed file, fetched. Raises BadCheckpoint if it is larger than `limit` or not of the listed size."""
+        """Bytes of one listed file, fetched. Raises BadCheckpoint if it is larger than `limit` or not of the listed
+        size.
+        """
         size = self.entries[name].size
         if size > limit:
             raise BadCheckpoint(
@@ -288,7 +292,9 @@ class HubCheckpoint(Checkpoint):
         return parse_header(name, real, read)
 
     def sha256(self, name: str) -> str:
-        """SHA-256 in hexadecimal: as the Hub states it for an LFS file, computed for any other. Raises BadCheckpoint."""
+        """SHA-256 in hexadecimal: as the Hub states it for an LFS file, computed for any other. Raises
+        BadCheckpoint.
+        """
         if name in self.lfs_sha256:
             return self.lfs_sha256[name]
         if name in self.json:

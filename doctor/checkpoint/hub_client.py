@@ -29,8 +29,8 @@ def network_errors() -> tuple[type[Exception], ...]:
 
 
 class HubClient:
-    """GET requests for one repository. A broken connection is resumed at the byte where it broke; a busy server is asked
-    again after the time that it states, up to MAX_WAIT_S. Safe to use from several threads.
+    """GET requests for one repository. A broken connection is resumed at the byte where it broke; a busy server is
+    asked again after the time that it states, up to MAX_WAIT_S. Safe to use from several threads.
     """
 
     def __init__(self, repo: str) -> None:
@@ -100,7 +100,9 @@ class HubClient:
     def _once(
         self, url: str, at: int, count: int, got: bytearray, what: str
     ) -> tuple[float, tuple[int | None, Mapping[str, str]] | None]:
-        """One request; appends to `got`. (seconds to wait, None) if it must be asked again, else (0, (size, headers))."""
+        """One request; appends to `got`. (seconds to wait, None) if it must be asked again, else (0, (size,
+        headers)).
+        """
         headers = {**self._headers, "Range": f"bytes={at}-{at + count - 1}"}
         with self._session.stream("GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True) as response:
             status = response.status_code
@@ -151,7 +153,8 @@ class HubClient:
         if status in (401, 404):
             return BadCheckpoint(
                 _(
-                    "{repo}: {what}: no such directory here, and no such repository on {endpoint}, or it is private ({status}).",
+                    "{repo}: {what}: no such directory here, and no such repository on {endpoint}, or it is private "
+                    "({status}).",
                     repo=self.repo,
                     what=what,
                     endpoint=self.endpoint,

@@ -18,8 +18,8 @@ class HubDonor(HubCheckpoint):
     """A Hub repository as a donor of tensors and files: fetches only what is asked for.
 
     Each part is fetched once into `folder`, as sparse files of the shards' sizes, and read from there; the caller
-    removes the folder. A whole file is checked against the hash that the Hub states. One tensor is a range of its shard,
-    which no hash covers: its digest goes into the receipt.
+    removes the folder. A whole file is checked against the hash that the Hub states. One tensor is a range of its
+    shard, which no hash covers: its digest goes into the receipt.
     """
 
     unread = ""

@@ -1,8 +1,8 @@
 """One safetensors file: its header, validated entry by entry, and its bytes, read once.
 
-The format's own reader stops at the first fault and names at most one tensor. Here a fault becomes a `Defect` (data that
-rules turn into findings) and reading goes on with every valid entry, so that one damaged entry does not hide the other
-four hundred. Nothing is memory-mapped: a truncated or failing file raises OSError instead of SIGBUS.
+The format's own reader stops at the first fault and names at most one tensor. Here a fault becomes a `Defect` (data
+that rules turn into findings) and reading goes on with every valid entry, so that one damaged entry does not hide the
+other four hundred. Nothing is memory-mapped: a truncated or failing file raises OSError instead of SIGBUS.
 
 Rules of the format: safetensors `safetensors/src/tensor.rs` (0.8).
 """
@@ -78,7 +78,9 @@ class Shard:
 
 
 def parse_header(name: str, size: int, read) -> Shard:
-    """Read and validate the header of a shard of `size` bytes. `read(offset, n) -> bytes` may return fewer at the end."""
+    """Read and validate the header of a shard of `size` bytes. `read(offset, n) -> bytes` may return fewer at the
+    end.
+    """
     shard = Shard(name, size)
     head = read(0, min(8, size))
     if size < 8:
@@ -322,7 +324,8 @@ class ShardFile:
     def ended(self, at: int, missing: int) -> BadCheckpoint:
         return BadCheckpoint(
             _(
-                "{file}: ends at byte {byte:,} while {missing:,} more were expected: it became shorter while it was read.",
+                "{file}: ends at byte {byte:,} while {missing:,} more were expected: it became shorter while it was "
+                "read.",
                 file=self.name,
                 byte=at,
                 missing=missing,
@@ -363,10 +366,11 @@ def open_shard(path: str | os.PathLike, name: str) -> Shard:
 def header_bytes(
     tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """Length and JSON header, padded to 8 bytes, of (name, dtype, shape, bytes) of tensors that lie one behind the other.
+    """Length and JSON header, padded to 8 bytes, of (name, dtype, shape, bytes) of tensors that lie one behind the
+    other.
 
-    metadata: what `__metadata__` holds beside the format, which transformers 4 wants named. Raises DoctorError where two
-    tensors have one name.
+    metadata: what `__metadata__` holds beside the format, which transformers 4 wants named. Raises DoctorError where
+    two tensors have one name.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0

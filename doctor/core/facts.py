@@ -62,7 +62,9 @@ FACTS: dict[str, Fact] = {}
 
 
 def provide(name: str, scope: str, cost: str, doc: str) -> FactKey[Any]:
-    """Declare a fact that some producer puts into the store. Annotate the key with the value's type: `FactKey[Recipe]`."""
+    """Declare a fact that some producer puts into the store. Annotate the key with the value's type:
+    `FactKey[Recipe]`.
+    """
     _register(Fact(name, scope, cost, doc))
     return FactKey(name)
 

@@ -1,5 +1,5 @@
-"""NumPy, imported when it is first used: `doctor check` of headers, `explain` and `rules` need none of it, and its import
-takes 0.1 s, a third of such a command. A module that uses it writes `from doctor.core.lazy_numpy import np`, and
+"""NumPy, imported when it is first used: `doctor check` of headers, `explain` and `rules` need none of it, and its
+import takes 0.1 s, a third of such a command. A module that uses it writes `from doctor.core.lazy_numpy import np`, and
 `from __future__ import annotations` where it names np.ndarray in a signature.
 """
 

@@ -124,9 +124,9 @@ class Comparison:
 class LoadProof:
     """What a client's own loading code did with a checkpoint, under the class that config.json names.
 
-    missing, unexpected, mismatched: names of parameters. packed: linears that the client took as packed. compared: of these, how
-    many were unpacked by the client's own library; differing: those whose values are not ours. refused: the client's own error.
-    reason: why the client could not be asked; then nothing is proved.
+    missing, unexpected, mismatched: names of parameters. packed: linears that the client took as packed. compared: of
+    these, how many were unpacked by the client's own library; differing: those whose values are not ours. refused: the
+    client's own error. reason: why the client could not be asked; then nothing is proved.
     """
 
     client: str  # name and version

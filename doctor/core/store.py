@@ -115,7 +115,9 @@ class Store:
         return True
 
     def value(self, name: str, subject: str = CHECKPOINT) -> Any:
-        """`get` by the fact's name. Raises Unavailable where there is no value, TypeError where there is no such fact."""
+        """`get` by the fact's name. Raises Unavailable where there is no value, TypeError where there is no such
+        fact.
+        """
         known = known_fact(name)
         if known is None:
             raise TypeError(f"there is no fact {name!r}")
@@ -147,7 +149,9 @@ class Store:
         ]
 
     def _every(self, name: str) -> dict[str, Any]:
-        """Name of the subject -> its fact. Raises Unavailable where no subject has it and there is a reason for that."""
+        """Name of the subject -> its fact. Raises Unavailable where no subject has it and there is a reason for
+        that.
+        """
         one = facts.FACTS[name]
         if one.cost in self._partial:
             raise Unavailable(self._reasons[one.cost])

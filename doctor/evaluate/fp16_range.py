@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
+from doctor.core.messages import _
 from doctor.core.records import Fp16Range
 from doctor.evaluate.scores import Tally
 from doctor.scan.counters import FP16_OVERFLOW
@@ -52,16 +53,16 @@ class Fp16RangeProbe:
         """Hooks on one step. They answer nothing: what a hook returns would take the value's place."""
 
         def before(_module, args):
-            self._see(f"the input of {name}", args)
+            self._see(_("the input of {name}", name=name), args)
 
         def after(_module, args, out):
-            self._see(f"the output of {name}", out if isinstance(out, tuple) else (out,))
+            self._see(_("the output of {name}", name=name), out if isinstance(out, tuple) else (out,))
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
     def leave(self, i: int, hidden: list[torch.Tensor]) -> None:
         """hidden f32[1, length, width] of every row after block i: the residual stream."""
-        self.residual.append(self._see(f"the residual stream after {self._name(i)}", hidden))
+        self.residual.append(self._see(_("the residual stream after {name}", name=self._name(i)), hidden))
 
     @torch.no_grad()
     def round(self, i: int) -> None:
@@ -144,7 +145,7 @@ def _rounding(block: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
         return _rounded(out, dtype)
 
     hooks = []
-    for _, module in _steps(block):
+    for _path, module in _steps(block):
         hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
         yield

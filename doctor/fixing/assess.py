@@ -119,7 +119,7 @@ def _carry(checkpoint: Checkpoint, store: Store, before: Assessment, touched: se
     store.carry(before.store, subjects)
     new_names = {checkpoint.origin(n): n for n in checkpoint.shards}
     for name in kept & digested:  # digests are kept by file, and a file may have another name now
-        found = cast("dict[str, str]", store.get(DIGESTS, f"tensor:{name}"))
+        found = store.get(DIGESTS, f"tensor:{name}")
         store.put(
             DIGESTS,
             {new_names.get(before.checkpoint.origin(file), file): digest for file, digest in found.items()},

@@ -1,9 +1,10 @@
 """Configuration: which file sets what, and which rules that selects.
 
-Layers, the later one wins: built-in defaults; the nearest doctor.toml, or pyproject.toml with [tool.doctor], upward from
-the working directory; DOCTOR_* variables; flags. A doctor.toml inside a checkpoint is no layer: it came with the files,
-so it may only suppress, and what it suppresses is counted on the last line. For the same reason a directory that looks
-like a checkpoint is skipped on the way up: `cd download && doctor check .` must not load rules out of the download.
+Layers, the later one wins: built-in defaults; the nearest doctor.toml, or pyproject.toml with [tool.doctor], upward
+from the working directory; DOCTOR_* variables; flags. A doctor.toml inside a checkpoint is no layer: it came with the
+files, so it may only suppress, and what it suppresses is counted on the last line. For the same reason a directory that
+looks like a checkpoint is skipped on the way up: `cd download && doctor check .` must not load rules out of the
+download.
 """
 
 import re
@@ -51,7 +52,9 @@ _SUPPRESS = {"code": STRING, "where": STRING, "reason": STRING, "until": DATE, "
 
 @dataclass(frozen=True)
 class Selection:
-    """One layer's choice of rules: `select` replaces the choice so far, `extend_select` adds to it, `ignore` removes."""
+    """One layer's choice of rules: `select` replaces the choice so far, `extend_select` adds to it, `ignore`
+    removes.
+    """
 
     select: tuple[str, ...] = ()
     extend_select: tuple[str, ...] = ()

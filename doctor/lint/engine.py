@@ -1,4 +1,5 @@
-"""The rule engine: loads rules, asks the store for the facts they need, collects findings, and reports what was skipped.
+"""The rule engine: loads rules, asks the store for the facts they need, collects findings, and reports what was
+skipped.
 
 It names no rule. A rule that crashes is reported as an internal error (a bug in doctor), and the others still run.
 """
@@ -106,7 +107,9 @@ class RuleRun:
 
 @dataclass
 class Report:
-    """Everything that one run found: each output format renders it. `findings` are in the order in which one repairs."""
+    """Everything that one run found: each output format renders it. `findings` are in the order in which one
+    repairs.
+    """
 
     checkpoint: str
     recipe: Recipe

@@ -38,7 +38,8 @@ _PHRASES = re.compile(
 _HEAD = re.compile(r"^(?!keyerror)(?:[\w.]*(?:error|exception|warning)|assert(?:ion)?)\s*:?\s*")
 _MINOR = re.compile(r"leading minor of order (\d+)|\b(\d+)-th leading minor|U\((\d+), ?\3\) is zero", re.I)
 _STAMP = re.compile(
-    r"^\s*(?:\[[^\]]{0,60}\]\s*|\(\w+ pid=[^)]*\)\s*|\d{4}-\d\d-\d\d[t ][\d:.,z+]*\s*|(?:info|error|warning|debug)(?:\s*:\s*|\s+(?=[#\[]|\d\d)))+"
+    r"^\s*(?:\[[^\]]{0,60}\]\s*|\(\w+ pid=[^)]*\)\s*|\d{4}-\d\d-\d\d[t "
+    r"][\d:.,z+]*\s*|(?:info|error|warning|debug)(?:\s*:\s*|\s+(?=[#\[]|\d\d)))+"
 )
 
 
@@ -76,7 +77,7 @@ def normal(text: str) -> str:
     text = _PLACEHOLDER.sub(" # ", text)
     text = _PATH.sub(" # ", text)
     text = _NUMBER.sub("#", text)
-    text = re.sub(r"[\"'`‘’“”]", "", text)
+    text = re.sub("[\"'`\u2018\u2019\u201c\u201d]", "", text)
     return re.sub(r"#(?:[\s,x×]*#)+", "#", re.sub(r"\s+", " ", text)).strip(" .:()")
 
 

@@ -1,4 +1,6 @@
-"""The page of a rule, which is the docstring of its file: headline, sections, and the messages of other tools it quotes."""
+"""The page of a rule, which is the docstring of its file: headline, sections, and the messages of other tools it
+quotes.
+"""
 
 import inspect
 import re
@@ -38,5 +40,7 @@ def sections_of(doc: str) -> dict[str, str]:
 
 
 def quotations(text: str) -> tuple[Seen, ...]:
-    """The messages that a "Seen as" section quotes. Each is between single or double backticks, and may contain others."""
+    """The messages that a "Seen as" section quotes. Each is between single or double backticks, and may contain
+    others.
+    """
     return tuple(Seen(tool.strip(), quote) for tool, _fence, quote in QUOTATION.findall(text))

@@ -85,7 +85,8 @@ AREAS = (
 
 @dataclass(frozen=True)
 class Rule:
-    """A registered rule: identity, the facts it needs, and its page in `doc`, which is parsed when it is first asked for.
+    """A registered rule: identity, the facts it needs, and its page in `doc`, which is parsed when it is first asked
+    for.
 
     cost: that of its most costly fact. check: the generator of findings.
     """

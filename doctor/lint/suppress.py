@@ -75,8 +75,8 @@ OWN_RULES = (UNUSED, UNTRUSTED)
 
 @dataclass(frozen=True)
 class Suppression:
-    """One [[suppress]] entry. where: pattern of a tensor, a file or file#pointer, "" for every place. until: the last day
-    on which it applies. sha256: of the only file it applies to, "" for any.
+    """One [[suppress]] entry. where: pattern of a tensor, a file or file#pointer, "" for every place. until: the last
+    day on which it applies. sha256: of the only file it applies to, "" for any.
     """
 
     code: str
@@ -105,7 +105,8 @@ class Suppression:
 
 @cache
 def place_pattern(text: str) -> re.Pattern[str]:
-    """A place pattern: `*` and `?` as in a shell, {1,2,down} alternatives, {0-39} ranges of numbers. Raises DoctorError.
+    """A place pattern: `*` and `?` as in a shell, {1,2,down} alternatives, {0-39} ranges of numbers. Raises
+    DoctorError.
 
     Each part between two stars is tried at its first match only (an atomic group), so matching takes at most length ×
     stars steps.
@@ -181,7 +182,8 @@ def suppress(
 ) -> Suppressed:
     """Separate the suppressed findings from the others, and add one for each suppression that matched nothing.
 
-    problems: findings about the configuration, passed through. A file is hashed only if a suppression states its sha256.
+    problems: findings about the configuration, passed through. A file is hashed only if a suppression states its
+    sha256.
     """
     today = today or date.today()
     suppressions = list(suppressions)

@@ -1,4 +1,6 @@
-"""All that rule files and tests import to make examples: healthy checkpoints, and the facts that a run would produce."""
+"""All that rule files and tests import to make examples: healthy checkpoints, and the facts that a run would
+produce.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -127,7 +129,8 @@ def rename_parts(*numbers: str) -> Callable[[Path], None]:
 
 
 def shown_by(module: ModuleType | Any) -> Iterator[tuple[Case, Case | None]]:
-    """(case, donor) of each state that shows a rule's fixes: its `bad()` and each of `more()`, without and with a donor.
+    """(case, donor) of each state that shows a rule's fixes: its `bad()` and each of `more()`, without and with a
+    donor.
 
     The donor is `good()`, or `donor()` if the rule file has one.
     """

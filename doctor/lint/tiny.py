@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +68,9 @@ def use_family(name: str) -> Iterator[None]:
 
 
 def only_in(*families: str, why: str) -> str:
-    """The current family if it is one of these, the first of these if none is set. Raises NotHere with `why` for others."""
+    """The current family if it is one of these, the first of these if none is set. Raises NotHere with `why` for
+    others.
+    """
     family = _family.get() or families[0]
     if family not in families:
         raise NotHere(why)
@@ -85,8 +87,8 @@ def never_in(*families: str, why: str) -> str:
 
 @dataclass
 class Case:
-    """One checkpoint in memory. tensors: name -> raw codes; dtypes: name -> safetensors dtype; facts: (subject, name) ->
-    value.
+    """One checkpoint in memory. tensors: name -> raw codes; dtypes: name -> safetensors dtype; facts: (subject, name)
+    -> value.
     """
 
     family: str
@@ -175,7 +177,8 @@ def shard_bytes(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes
 
 
 def tiny(family: str | None = None, dtype: str = "BF16", mlp: int | None = None, hidden: int = HIDDEN) -> Case:
-    """A healthy checkpoint of two decoder layers: hidden 64, intermediate 128, 4 heads of 16 (2 for keys), vocabulary 96.
+    """A healthy checkpoint of two decoder layers: hidden 64, intermediate 128, 4 heads of 16 (2 for keys), vocabulary
+    96.
 
     mlp: another width for all its MLPs, experts included. hidden: another hidden_size, for families that state a head's
     size too.
@@ -268,7 +271,7 @@ def _values(rng, name: str, shape: tuple[int, ...], dtype: str, entry: dict) -> 
     return encode(values, dtype)
 
 
-def encode(values: np.ndarray, dtype: str) -> np.ndarray:
+def encode(values: np.ndarray | Sequence, dtype: str) -> np.ndarray:
     """Raw codes of float values in a safetensors dtype (BF16, F16, F32, F64)."""
     if dtype == "BF16":
         return to_bf16(np.asarray(values, np.float32))

@@ -19,8 +19,8 @@ TABLE, TABLES, DATE = _("a table"), _("an array of tables"), _("a date")
 class TomlText:
     """A parsed TOML file that knows the line of each key. tomllib gives no positions, so they are searched in the text.
 
-    prefix: the table that holds our keys ("tool.doctor" of a pyproject.toml). local_name: the file's own name in messages
-    instead of its path. Raises DoctorError for a file that is not TOML.
+    prefix: the table that holds our keys ("tool.doctor" of a pyproject.toml). local_name: the file's own name in
+    messages instead of its path. Raises DoctorError for a file that is not TOML.
     """
 
     def __init__(self, path: Path, raw: bytes, prefix: str, local_name: bool = False) -> None:
@@ -63,7 +63,9 @@ class TomlText:
         return {hyphenated(k): v for k, v in found.items()}
 
     def line(self, key: str, table: str = "", nth: int = 0) -> int:
-        """Line of a key in a table, or in the nth of an array of tables; else the line of the table's header; else 1."""
+        """Line of a key in a table, or in the nth of an array of tables; else the line of the table's header; else
+        1.
+        """
         wanted = ".".join(filter(None, (self.prefix, table)))
         here, seen, best = not wanted, -1, 1
         for number, line in enumerate(self.text.split("\n"), 1):
@@ -91,7 +93,9 @@ class TomlText:
     def checked(
         self, table: Mapping[str, Any], types: Mapping[str, str], name: str = "", nth: int = 0
     ) -> dict[str, Any]:
-        """The table as a dict, if its keys are known and its values of the right type. Raises DoctorError with the line."""
+        """The table as a dict, if its keys are known and its values of the right type. Raises DoctorError with the
+        line.
+        """
         label = f"{name}." if name else ""
         for key, value in table.items():
             if key not in types:

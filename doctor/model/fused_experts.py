@@ -2,8 +2,8 @@
 
 rules/tables/stacks.toml says how a family's fused tensors are laid out and what engines call the linears. Whether a
 layer's experts are unfused depends on the recipe: on whether an engine reads the family's linears in its format, on
-their sizes, on what stays in 16 bits. An engine computes an expert's linears in one kernel, so a layer's two tensors are
-unfused together or not at all.
+their sizes, on what stays in 16 bits. An engine computes an expert's linears in one kernel, so a layer's two tensors
+are unfused together or not at all.
 
 `unfuse` gives a view: headers change at once, bytes are sliced when a linear is loaded, one expert at a time.
 """
@@ -82,7 +82,9 @@ def find_fused_experts(spec: ModelSpec, tensors: Mapping[str, TensorInfo], recip
 
 
 def _alike(found: list[FusedExperts], recipe: Recipe) -> list[FusedExperts]:
-    """All layers unfused or none, where engines read nothing else. Linears that the user keeps in 16 bits may be unfused."""
+    """All layers unfused or none, where engines read nothing else. Linears that the user keeps in 16 bits may be
+    unfused.
+    """
     staying = [s for s in found if s.why]
     if not staying or len(staying) == len(found):
         return found
@@ -179,7 +181,9 @@ def stacks(checkpoint, spec, tensors, recipe) -> tuple[FusedExperts, ...]:
 
 
 def unfuse(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> tuple[Checkpoint, ModelSpec]:
-    """The checkpoint as the quantizer reads it, with the linears of single experts in place of fused tensors, and its spec."""
+    """The checkpoint as the quantizer reads it, with the linears of single experts in place of fused tensors, and its
+    spec.
+    """
     found = [s for s in find_fused_experts(spec, checkpoint.tensors, recipe) if not s.why]
     if not found:
         return checkpoint, spec

@@ -39,8 +39,8 @@ ROW_PARALLEL = frozenset({"o", "down", "linear_attn_out"})
 
 
 class Linear(NamedTuple):
-    """A module with a 2-D weight that can be quantized. block: its decoder layer, None outside. transposed: stored [in, out],
-    as Conv1D does. expert: its number in a mixture of experts.
+    """A module with a 2-D weight that can be quantized. block: its decoder layer, None outside. transposed: stored [in,
+    out], as Conv1D does. expert: its number in a mixture of experts.
     """
 
     name: str
@@ -138,9 +138,9 @@ ROLE_OF_TAIL = {
 }
 
 
-# Kept in 16 bits: norms (some are matrices), routers, embeddings, and the step projections of state-space models: x_proj
-# and dt_proj are a few per cent of a Mamba layer, as narrow as the rank of its step, and feed a recurrence that adds up
-# their errors.
+# Kept in 16 bits: norms (some are matrices), routers, embeddings, and the step projections of state-space models:
+# x_proj and dt_proj are a few per cent of a Mamba layer, as narrow as the rank of its step, and feed a recurrence that
+# adds up their errors.
 _LEFT_OUT = re.compile(r"norm[^.]*(?:\.[^.]*)?$|(?:embed|router)[^.]*$|\.(?:gate|x_proj|dt_proj)$")
 
 

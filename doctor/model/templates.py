@@ -78,7 +78,9 @@ def condition(item: Mapping) -> tuple[str | None, str | None]:
 
 
 def exists(when: tuple[str | None, str | None], config: Mapping) -> bool:
-    """Whether a model of this config has a tensor with this condition. A key set to null, 0 or false counts as absent."""
+    """Whether a model of this config has a tensor with this condition. A key set to null, 0 or false counts as
+    absent.
+    """
     needed, unwanted = (key is not None and not config.get(key, key) for key in when)
     return not needed and (when[1] is None or unwanted)
 

@@ -245,8 +245,8 @@ class Placement:
         return found
 
     def _belongs(self, tail: str, own: dict[str, TensorInfo]) -> bool:
-        """Whether the only layer of a kind, with the tensors `own`, must hold this one: its module is there, and no flag
-        says that norms are off. Biases are not judged.
+        """Whether the only layer of a kind, with the tensors `own`, must hold this one: its module is there, and no
+        flag says that norms are off. Biases are not judged.
         """
         flags = self.spec.config.items()
         off = any("norm" in key and value is False for key, value in flags)

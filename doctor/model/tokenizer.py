@@ -10,7 +10,9 @@ from doctor.core.messages import _
 
 @dataclass
 class Tokenizer:
-    """tokenizer.json as data, without the library that runs it. ids: of every token; added: of the added tokens alone."""
+    """tokenizer.json as data, without the library that runs it. ids: of every token; added: of the added tokens
+    alone.
+    """
 
     ids: dict[str, int]
     added: dict[str, int] = field(default_factory=dict)

@@ -46,7 +46,7 @@ class _Watch:
         if name == "transformers":
             _take_places()
         asks = sys.modules.get("transformers.utils.import_utils")
-        if hasattr(asks, "is_torch_distributed_available"):
+        if asks is not None and hasattr(asks, "is_torch_distributed_available"):
             sys.meta_path.remove(self)
             if os.environ.get("WORLD_SIZE", "1") == "1":
                 _deny_distributed(asks)

@@ -21,6 +21,7 @@ from doctor.core.finding import Finding, Fix
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.fixing.plan import with_fields
+from doctor.formats.base import format_of
 from doctor.lint.engine import judge
 from doctor.quant import budget, export
 from doctor.quant.activations import Activations
@@ -28,7 +29,7 @@ from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.forward.linear_groups import Modules, Stages
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.staged import StagedForward
-from doctor.quant.linear import Solved, grid_options, outcome, pack_linear, put_weight, solve_linear
+from doctor.quant.linear import Solved, outcome, pack_linear, put_weight, solve_linear
 from doctor.quant.records import Record, failed, put_facts, record
 from doctor.quant.selection import Selection, select_linears
 from doctor.quant.setup import Setup
@@ -238,6 +239,7 @@ def _fold_scales(
     groups = [group for stage in stages for group in stage]
     with activations.staged_forward(i, [groups], modules) as forward:
         inputs = _stage_inputs(setup, forward, 0, recipe)
+    grid = format_of(recipe).grid(recipe.scheme)
     for group in groups:
         given = inputs[group[0]]
         if given.usable and given.fact.finite:
@@ -245,7 +247,7 @@ def _fold_scales(
                 setup.spec,
                 group,
                 given.H,
-                {name: value for name, value in grid_options(recipe).items() if name != "scale_dtype"},
+                {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.sym, "zero_min": grid.zero_min},
             )
     moved = float((activations.run_first(i) - before).norm() / before.norm())
     if setup.ranks.any(bool(folding.columns) and not moved <= _FOLD_TOLERANCE):

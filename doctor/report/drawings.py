@@ -1,6 +1,7 @@
 """The pictures of a page as numbers for page.html: bars, shades and their tooltips. Nothing here knows SVG."""
 
 import math
+from typing import Any
 
 from doctor.locale.catalogue import say, translated
 from doctor.report.text import figure, number, safe
@@ -159,6 +160,6 @@ def activations(found: dict | None) -> list[dict]:
     return strips({say("residual"): list(found["residual"]), say("largest"): [size for _, size in found["blocks"]]})
 
 
-def small_percent(share: object) -> str:
+def small_percent(share: Any) -> str:
     """A share as percent with two digits, however small."""
     return f"{share * 100:.2g} %" if number(share) else str(share)

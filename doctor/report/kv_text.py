@@ -214,10 +214,11 @@ def _layers(screen: Screen, data: dict) -> None:
     tops = {label: max((v for v in values if number(v)), default=None) for label, values in pictures.items()}
     common = max((top for label, top in tops.items() if top is not None and label.startswith("error")), default=0)
     for label, values in pictures.items():
-        if tops[label] is None:
+        top = tops[label]
+        if top is None:
             continue
-        picture = level(squeeze(values, room), common if label.startswith("error") else tops[label])
-        screen.line("    ", pad(_label(label), 14), (picture, "cyan"), (f"   max {tops[label]:.3g}", "bright_black"))
+        picture = level(squeeze(values, room), common if label.startswith("error") else top)
+        screen.line("    ", pad(_label(label), 14), (picture, "cyan"), (f"   max {top:.3g}", "bright_black"))
     _flagged(screen, rows)
 
 

@@ -1,6 +1,7 @@
 """Rules for people: a page, the answer to a pasted error, and the list."""
 
 import json
+from collections.abc import Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -142,7 +143,7 @@ def _minor(order: int) -> str:
     )
 
 
-def _commands(matches: list[explain.Match]) -> list[tuple[str, str]]:
+def _commands(matches: list[explain.Match]) -> Sequence[tuple[str, str]]:
     """(label, command): one check for all rules that need no calibration; after it the best match's own, where that is
     another.
     """

@@ -66,10 +66,8 @@ def _step(step: Step, plan: Plan, result: FixResult, done: bool) -> list[str]:
 
 
 def _change(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> str:
-    if old is None:
-        return say("{shape} added", shape=list(new))
-    if new is None:
-        return say("{shape} dropped", shape=list(old))
+    if old is None or new is None:
+        return say("{shape} dropped", shape=list(old)) if old else say("{shape} added", shape=list(new or ()))
     return f"{list(old)} → {list(new)}" if new != old else say("{shape} values change", shape=list(old))
 
 
@@ -85,7 +83,7 @@ def _proof(proofs: list[Proof]) -> str:
 
 
 def _word(step: Step) -> str:
-    return "by name" if any(f.fix.by_name for f in step.findings) else step.safety
+    return "by name" if any(f.fix is not None and f.fix.by_name for f in step.findings) else step.safety
 
 
 def _how_to_ask(plan: Plan, step: Step) -> str:

@@ -154,7 +154,9 @@ def fixes(group: Group, entry: Rule | None, report: Report) -> list[tuple[str, s
     lines = []
     if current() != "en" and entry is not None:
         lines.append(("do", _first(entry, "Do")))
-    if group.safety == "safe":
+    if fix is None:
+        pass
+    elif group.safety == "safe":
         lines.append(("fix", translated(fix.title)))
     elif group.safety == "unsafe":
         standing = {f.code for f in report.findings}

@@ -103,7 +103,7 @@ def _change(ratio: float) -> str:
 
 def _no_replies(report: Report) -> str:
     given = report.extra.get("reply_bytes")
-    if number(given):
+    if given is not None and number(given):
         return say(
             "a whole model in float32 does not fit the {size} GiB given to it; --memory raises it",
             size=f"{given / 2**30:.1f}",

@@ -3,6 +3,7 @@
 import os
 import re
 from itertools import pairwise
+from typing import Any
 
 # C0, C1, bidirectional overrides and line separators: a tensor name may hold them, and a terminal or a log would obey.
 _CONTROL = re.compile(
@@ -16,7 +17,7 @@ def relative(file: str) -> str:
     return file if below.startswith("..") else below
 
 
-def thousands(value: object) -> str:
+def thousands(value: Any) -> str:
     return f"{value:,.0f}" if number(value) and abs(value) >= 1000 else figure(value)
 
 

@@ -255,9 +255,9 @@ def _why_skipped(runs: list) -> str:
     reasons: dict[str, int] = {}
     for run in runs:
         if run.reasons:
-            reason = max(run.reasons, key=run.reasons.get)
+            reason = max(run.reasons, key=lambda r: run.reasons[r])
             reasons[reason] = reasons.get(reason, 0) + 1
-    reason = max(reasons, key=reasons.get)
+    reason = max(reasons, key=lambda r: reasons[r])
     return safe(
         say(
             "skipped: {reason} ({rules})",
@@ -324,8 +324,8 @@ def blockers(cells: list[dict]) -> str:
         for code in sorted(set(cell["codes"]) - everywhere):
             more.setdefault(code, []).append(cell["tp"])
     gpus: dict[tuple, list[str]] = {}
-    for code, counts in more.items():
-        gpus.setdefault(tuple(counts), []).append(code)
+    for code, found in more.items():
+        gpus.setdefault(tuple(found), []).append(code)
     last = cells[-1]["tp"]
     parts = [", ".join(sorted(everywhere))] if everywhere else []
     for counts, codes in gpus.items():
@@ -366,7 +366,9 @@ def skip_reasons(report: Report) -> list[tuple[str, str, str]]:
     rows = []
     for run in report.runs:
         if run.status == "skipped":
-            rows.append((run.rule.code, run.rule.name, safe(translated(max(run.reasons, key=run.reasons.get)))))
+            rows.append(
+                (run.rule.code, run.rule.name, safe(translated(max(run.reasons, key=lambda r: run.reasons[r]))))
+            )
         elif run.status == "not applicable":
             rows.append((run.rule.code, run.rule.name, none_to_judge(run.rule.scope)))
     return rows

@@ -245,7 +245,7 @@ class _Words:
         self.full += int((pairs & (pairs >> 2) & 0x11111111 != 0).sum())
         if self.kinds is not None:
             found, counts = np.unique(words.view(np.uint32), return_counts=True)
-            for word, n in zip(found[: self.KINDS + 1].tolist(), counts.tolist()):
+            for word, n in zip(found[: self.KINDS + 1].tolist(), counts[: self.KINDS + 1].tolist(), strict=True):
                 self.kinds[word] = self.kinds.get(word, 0) + n
             if len(self.kinds) > self.KINDS:
                 self.kinds = None

@@ -119,7 +119,8 @@ def mlp_makers(checkpoint, spec) -> dict[tuple, list[Linear]]:
 
 @fact("linear")
 def dead_inputs(linear, spec, mlp_makers, every_zero_rows, every_zero_columns) -> int:
-    """in_features of an MLP's down projection that are 0 for every token, because the gate or up row that computes them is all 0.
+    """in_features of an MLP's down projection that are 0 for every token, because the gate or up row that computes them
+    is all 0.
 
     If the column that reads such an input is 0 too, it is padding and not counted. 0 for other linears, and where a
     bias gives the row an output.

@@ -94,9 +94,11 @@ def test_select_and_ignore_take_codes_families_and_commas(run, bad):
 
 def test_the_default_plan_is_printed_and_said_to_be_the_default(run, bad):
     _, out, _ = run("check", bad)
-    assert out.splitlines()[1].startswith("plan          gptq · 4 bit · group 128 · sym → 1 GPU   default plan; --for")
+    assert out.splitlines()[1].startswith(
+        "recipe        gptq · 4 bit · group 128 · sym → 1 GPU   default recipe; --for"
+    )
     _, out, _ = run("check", bad, "--for", "awq", "--tensor-parallel-size", "2", "--runtime", "vllm==0.9.1")
-    assert out.splitlines()[1] == "plan          awq · 4 bit · group 128 · asym → vllm 0.9.1, tensor parallel 2"
+    assert out.splitlines()[1] == "recipe        awq · 4 bit · group 128 · asym → vllm 0.9.1, tensor parallel 2"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_render_makes_another_format_from_a_saved_report(run, bad, tmp_path):
     code, again, _ = run("render", saved, "-f", "gitlab")
     assert code == 0 and json.loads(again) == json.loads(direct)
     code, _, err = run("render", saved, "-f", f"html:{tmp_path / 'r.html'}")
-    assert code == 0 and "Weights, block by block" in (tmp_path / "r.html").read_text()
+    assert code == 0 and "Weights, layer by layer" in (tmp_path / "r.html").read_text()
     saved.write_text("{}")
     code, _, err = run("render", saved)
     assert code == 2 and "not a report" in err

@@ -85,7 +85,7 @@ def test_chinese_reports_show_title_reason_and_the_exact_message(tmp_path):
         assert "尚不能量化" in text and "量化器都用一组权重的最大、最小值求缩放因子" in text.replace("\n", "").replace(
             " " * 10, ""
         ), name
-        assert "1 NaN among 8,192 values of" in text, name
+        assert "8,192 个值中有 1 个 NaN" in text, name
 
 
 @pytest.mark.parametrize("name", [f for f in FORMATS if f not in HUMAN])

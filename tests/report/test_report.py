@@ -18,6 +18,7 @@ from rich.cells import cell_len
 
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.finding import Finding, Fix, Place
+from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.edits import kinds
 from doctor.edits.kinds import MISSING, PadTensor, RebuildIndex, SetJson, SetRecipe
@@ -610,7 +611,7 @@ def test_html_says_how_large_the_originals_activations_get_and_what_doctor_did()
         "half": {
             "absmax": 151552.0,
             "place": "p",
-            "first": ["the input of <p>", 151552.0],
+            "first": [_("the input of {name}", name="<p>"), 151552.0],
             "residual": [1.0, float("nan")],
             "blocks": [["p", 3.0], ["p", 151552.0]],
             "tokens": 9,

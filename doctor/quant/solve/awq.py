@@ -81,6 +81,7 @@ def solve(
     sym: bool,
     zero_min: int,
     damp: float = DAMP,
+    scale_dtype: torch.dtype = torch.float16,
 ) -> Solution:
     """Codes of W[n, k], whose columns carry the factors s f32[k] (None: none), under H[k, k] of the scaled input.
 
@@ -91,17 +92,30 @@ def solve(
     W, H = W.to(torch.float32), H.to(W.device, torch.float32)
     width = group_width(W.shape[1], group_size)
     with exact_products():
-        start = fit(W, bits, group_size, sym, zero_min=zero_min)
-        fitted = fit(W, bits, group_size, sym, mse=True, weight=H.diagonal(), zero_min=zero_min)
-        grid = clip(W, H, start, width, bits, others=(fitted,))
+        start = fit(W, bits, group_size, sym, zero_min=zero_min, scale_dtype=scale_dtype)
+        fitted = fit(
+            W, bits, group_size, sym, mse=True, weight=H.diagonal(), zero_min=zero_min, scale_dtype=scale_dtype
+        )
+        grid = clip(W, H, start, width, bits, scale_dtype, (fitted,))
         codes = quantize(W, grid, bits)
         loss = proxy_loss(W, dequantize(codes, grid), H)
-        better = improve(W, H, codes, grid, bits=bits, group_size=group_size, sym=sym, zero_min=zero_min, damp=damp)
+        better = improve(
+            W,
+            H,
+            codes,
+            grid,
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            zero_min=zero_min,
+            damp=damp,
+            scale_dtype=scale_dtype,
+        )
         gained = proxy_loss(W, dequantize(*better), H)
         if gained < loss:
             loss, (codes, grid) = gained, better
         plain = W if s is None else W / s
-        first = start if s is None else fit(plain, bits, group_size, sym, zero_min=zero_min)
+        first = start if s is None else fit(plain, bits, group_size, sym, zero_min=zero_min, scale_dtype=scale_dtype)
         rounded = dequantize(quantize(plain, first, bits), first)
         rtn_loss = proxy_loss(W, rounded if s is None else rounded * s, H)
     return Solution(codes, grid, contiguous_groups(W.shape[1], group_size, W.device), "awq", loss, rtn_loss, ())

@@ -73,11 +73,12 @@ def improve(
     sym: bool,
     zero_min: int,
     damp: float = DAMP,
+    scale_dtype: torch.dtype = torch.float16,
 ) -> tuple[torch.Tensor, Grid]:
     """One pass of refinement of codes u8[n, k] on a grid of neighbours, wherever they come from, under H f32[k, k] with
     damp.
     """
-    params = GridParams(bits, group_size, sym, True, False, zero_min, torch.float16)
+    params = GridParams(bits, group_size, sym, True, False, zero_min, scale_dtype)
     mean, width = live_mean(H), group_width(W.shape[1], group_size)
     if mean == 0:
         return codes, grid

@@ -11,7 +11,7 @@ JSON.
 import dataclasses
 import json
 import math
-from typing import get_args
+from typing import Any, get_args
 
 from doctor.core.errors import DoctorError
 from doctor.core.finding import Finding, Fix, Place
@@ -53,7 +53,7 @@ def dumps(document: dict) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"  # a lone surrogate in a name has no UTF-8
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """Only what JSON has: dict, list, str, int, float, bool, None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}

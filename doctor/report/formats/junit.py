@@ -55,7 +55,7 @@ def _case(suite: ET.Element, report: Report, run: RuleRun, found: list[Group]) -
         element = ET.SubElement(case, "failure", message=_xml(bad[0].message), type=bad[0].first.severity)
         element.text = _xml("\n".join(_line(report, g) for g in bad))
     elif run.status == "skipped":
-        ET.SubElement(case, "skipped", message=_xml(max(run.reasons, key=run.reasons.get)))
+        ET.SubElement(case, "skipped", message=_xml(max(run.reasons, key=lambda r: run.reasons[r])))
     notes = [g for g in found if g.first.severity == "info"]
     if notes:
         ET.SubElement(case, "system-out").text = _xml("\n".join(_line(report, g) for g in notes))

@@ -8,6 +8,7 @@ bytes stand in relatedLocations. Findings alike in many layers are one result wi
 
 import json
 import os
+from typing import Any
 
 from doctor.core.finding import Place
 from doctor.lint.engine import Report, fold
@@ -96,7 +97,7 @@ def _result(group: Group, report: Report, rules: list[Rule], files: list[str]) -
         f"{label}: {text}."
         for label, text in presentation.fixes(group, presentation.page_rule(report, first.code), report)
     )
-    result = {
+    result: dict[str, Any] = {
         "ruleId": first.code,
         "level": LEVELS[first.severity],
         "kind": "fail",
@@ -118,9 +119,9 @@ def _result(group: Group, report: Report, rules: list[Rule], files: list[str]) -
         result["ruleIndex"] = codes.index(first.code)
     if first.where.tensor and first.where.file and first.where.file != text_file:
         result["relatedLocations"] = [_bytes(first.where, files)]
-    fixes = _fixes(first, files)
-    if fixes:
-        result["fixes"] = fixes
+    edits = _fixes(first, files)
+    if edits:
+        result["fixes"] = edits
     return result
 
 

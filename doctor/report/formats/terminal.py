@@ -228,10 +228,10 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-def _table(screen: Screen, rows: tuple, bar: Text) -> None:
+def _table(screen: Screen, table: tuple, bar: Text) -> None:
     """The arithmetic: first column left, the rest right; turned on its side where it is wider than the screen."""
-    wide = max(map(len, rows))
-    rows = [[safe(cell) for cell in (*row, *([""] * (wide - len(row))))] for row in rows]
+    wide = max(map(len, table))
+    rows = [[safe(cell) for cell in (*row, *([""] * (wide - len(row))))] for row in table]
     sizes = [max(cell_len(r[i]) for r in rows) for i in range(wide)]
     if sum(sizes) + 3 * wide > screen.width - bar.cell_len - 2 and wide > len(rows):
         rows = [list(column) for column in zip(*rows, strict=True)]
@@ -352,7 +352,7 @@ def _rules(screen: Screen, report: Report) -> None:
                 ),
             )
             if run.reasons:
-                reason = max(run.reasons, key=run.reasons.get)
+                reason = max(run.reasons, key=lambda r: run.reasons[r])
                 text += say("; {n} not judged: {reason}", n=sum(run.reasons.values()), reason=translated(reason))
         elif run.status == "crashed":
             mark, text = "☠", run.crashed
