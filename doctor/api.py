@@ -342,10 +342,12 @@ def quantize(
     **options: Any,
 ) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`; see doctor.quant.quantize.quantize for the options."""
+    from doctor.evaluate.clients.load_proof import transformers_client
     from doctor.evaluate.proof import prove
     from doctor.quant.quantize import quantize as run
 
-    return run(path, output, recipe, prove=prove, **options)
+    client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else transformers_client()
+    return run(path, output, recipe, **{"prove": prove, "client": client, **options})
 
 
 def plan_quantize(

@@ -54,7 +54,7 @@ def bad():
     case = tiny()
     case.config["tie_word_embeddings"] = True
     if case.head not in case.tensors:
-        case.tensors[case.head], case.dtypes[case.head] = case.tensors["model.embed_tokens.weight"][::-1], "BF16"
+        case.tensors[case.head], case.dtypes[case.head] = case.tensors[case.spec.embed_tensor or ""][::-1], "BF16"
     return case, "tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight"
 
 

@@ -40,7 +40,7 @@ def head_stored_twice(checkpoint, spec, head_equals_embed):
 def bad():
     case = tiny()
     case.config["tie_word_embeddings"] = True
-    case.tensors[case.head], case.dtypes[case.head] = case.tensors["model.embed_tokens.weight"].copy(), "BF16"
+    case.tensors[case.head], case.dtypes[case.head] = case.tensors[case.spec.embed_tensor or ""].copy(), "BF16"
     return case, "lm_head.weight is tied to model.embed_tokens.weight and also stored as a copy: 12,288 bytes twice"
 
 

@@ -36,8 +36,6 @@ LEVEL = {wing: level for level, wing in enumerate(WINGS)}
 HEAVY = {"torch", "transformers"}
 MAY_BE_HEAVY = {"formats", "quant", "evaluate"}  # the wings that compute on tensors
 MOST_LINES = 400
-# What is not mended yet. A name leaves this list with its mending; none is added.
-STILL_LARGE = {"doctor/locale/tables_zh.py"}
 
 
 def own_files():
@@ -142,8 +140,7 @@ def test_no_private_name_leaves_its_file(module):
 
 @pytest.mark.parametrize("path", own_files(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_is_read_in_one_sitting(path):
-    known = path.relative_to(ROOT).as_posix() in STILL_LARGE
-    assert known or len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "rules").glob("[a-z]*.py")), ids=lambda p: p.name)

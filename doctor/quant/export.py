@@ -27,6 +27,7 @@ from doctor.core.recipe import Recipe
 from doctor.fixing.receipt import RECEIPT
 from doctor.fixing.staging import StagingDir
 from doctor.formats.base import format_of
+from doctor.quant.client import not_packed
 
 MAX_SHARD_BYTES = 4 << 30
 JOURNAL = "journal.jsonl"
@@ -158,7 +159,9 @@ class Output:
 
     # the end
 
-    def finish(self, checkpoint: Checkpoint, recipe: Recipe, kept: Iterable[str], receipt: dict) -> None:
+    def finish(
+        self, checkpoint: Checkpoint, recipe: Recipe, kept: Iterable[str], receipt: dict, linears: Iterable[str] = ()
+    ) -> None:
         """Join parts into shards, write index, configs and receipt, copy the other files. Parts and journal are gone
         after it.
         """
@@ -169,7 +172,11 @@ class Output:
         form = format_of(recipe)
         names = [name.rpartition(".")[0] for name in weight_map if name.endswith(f".{form.words}")]
         kept = [*kept, *_modules_of_experts(kept, names)]
-        stated = form.config(recipe, kept, {n: w for n in names if (w := recipe.for_linear(n).bits) != recipe.bits})
+        widths = {n: w for n in names if (w := recipe.for_linear(n).bits) != recipe.bits}
+        stated = form.config(recipe, kept, widths)
+        plain = [name for name in not_packed(linears, names) if not form.excluded(stated)(name)]
+        if plain:
+            stated = form.config(recipe, [*kept, *plain], widths)
         self._json(
             "config.json", {**_sixteen_bits(checkpoint.value("config.json") or {}), "quantization_config": stated}
         )

@@ -32,6 +32,7 @@ from doctor.quant import export
 from doctor.quant.calibration.rows import calibration_rows
 from doctor.quant.calibration.self_generated import Once, sampler, unable
 from doctor.quant.capacity import measure
+from doctor.quant.client import Client
 from doctor.quant.distributed import size
 from doctor.quant.job import Result
 from doctor.quant.setup import Progress, computing_dtype
@@ -53,6 +54,7 @@ class Asked:
     device: str
     progress: Progress
     prove: Callable[[Checkpoint, Checkpoint], Proof] | None  # that fixes of tensors leave the logits as they are
+    client: Client | None  # who will read the output; None asks nobody
     started: float
 
 

@@ -18,19 +18,21 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.finding import Finding
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
-from doctor.core.records import CalibrationFacts
-from doctor.fixing.assess import assess
+from doctor.core.records import LOAD_PROOF, CalibrationFacts
+from doctor.fixing.assess import Assessment, assess
 from doctor.fixing.output_summary import files, receipt_summary
 from doctor.fixing.outputs import check_output
 from doctor.fixing.proof import Proof
-from doctor.lint.engine import Report, load_rules, locate, select_rules
+from doctor.lint.engine import Report, judge, load_rules, locate, select_rules
 from doctor.model.spec import build_spec
 from doctor.quant import budget, export
 from doctor.quant import preflight as flight
 from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled
 from doctor.quant.calibration.self_generated import forecast
+from doctor.quant.client import Client
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.distributed import Ranks, size, start, stop
 from doctor.quant.job import Result, run
@@ -83,6 +85,7 @@ def quantize(
     progress: Callable[[str], None] = lambda text: None,
     preflight: bool = False,
     prove: Callable[[Checkpoint, Checkpoint], Proof] | None = None,
+    client: Client | None = None,
 ) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`, which is whole or absent; the source is never written to.
 
@@ -93,6 +96,8 @@ def quantize(
     the same inputs. progress gets a line for each step.
 
     prove: what proves that fixes of tensors leave the logits as they are (doctor.evaluate.proof); doctor.api passes it.
+    client: the program that will read the output. It names the linears that stay plain, and loads the finished
+    directory before it is committed; what it does not load whole is an error, and the output stays. None asks nobody.
 
     preflight: check and calibrate, quantize the first and the last decoder layer only, write nothing: the result has
     a forecast.
@@ -114,6 +119,7 @@ def quantize(
         device,
         progress,
         prove,
+        client,
         time.perf_counter(),
     )
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
@@ -286,7 +292,9 @@ def _finish(
     """Write, read back under all rules, and commit only if that finds no error."""
     started = time.perf_counter()
     checked, facts = calibrated.checked, calibrated.facts
-    staged.finish(checked.assessment.checkpoint, checked.recipe, kept, receipt(checked.recipe, facts, done, notes))
+    source = checked.assessment.checkpoint
+    linears = asked.client.linears(source.root) if asked.client else ()
+    staged.finish(source, checked.recipe, kept, receipt(checked.recipe, facts, done, notes), linears)
     written = Checkpoint.open(staged.stage)
     after = assess(written, checked.recipe, asked.rules)
     before = {(f.code, f.message) for f in checked.assessment.findings}
@@ -303,4 +311,23 @@ def _finish(
     if not report.ok:
         staged.discard()
         return QuantizeResult(report, None, facts, notes)
+    if asked.client:
+        loaded, why = _load_proof(asked, asked.client, after)
+        report = report_of(asked, checked, facts, done, [*new, *loaded], shown)
+        notes += [why] if why else []
     return QuantizeResult(report, staged.commit(asked.overwrite), facts, notes)
+
+
+def _load_proof(asked: Asked, client: Client, after: Assessment) -> tuple[list[Finding], str]:
+    """(what the rules say of the client's loading of the output, why nothing was proved or "")."""
+    proof = client.prove(after.checkpoint.root)
+    after.store.put(LOAD_PROOF, proof)
+    findings, _runs = judge(after.store, [rule for rule in asked.rules if LOAD_PROOF.name in rule.facts])
+    if proof.reason:
+        return findings, _("not proved to load: {reason}", reason=proof.reason)
+    asked.progress(
+        _("load proof: {client} loads it whole as {name}", client=proof.client, name=proof.architecture)
+        if proof.whole
+        else _("load proof: {client} does not load it whole as {name}", client=proof.client, name=proof.architecture)
+    )
+    return findings, ""

@@ -126,9 +126,9 @@ def test_one_wrong_linear_is_found_and_its_block_is_named(trained, tmp_path):
     assert figures["block_errors"][0] < 0.2 < figures["block_errors"][1]
     assert figures["own_errors"][1] > 2 * figures["own_errors"][0]
     said = " ".join(screen.split())
-    assert "block 1 the most by" in said and "carried along to the last block" in said and "each block alone" in said
+    assert "layer 1 the most by" in said and "carried along to the last layer" in said and "each layer alone" in said
     file = str(tmp_path / "verify.json")
-    for form, words in (("html", "each block alone"), ("markdown", "block 1 the most by")):
+    for form, words in (("html", "each layer alone"), ("markdown", "layer 1 the most by")):
         assert words in CliRunner().invoke(cli, ["render", file, "-f", form]).output
     assert "每层单独" in CliRunner().invoke(cli, ["render", file, "-f", "html", "--lang", "zh"]).output
 

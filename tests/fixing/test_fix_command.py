@@ -62,7 +62,7 @@ def test_a_rule_that_crashes_is_said_by_a_fix_too(tmp_path, doctor):
         sys.modules.pop("doctor_extra_rules.c194_breaks", None)
     assert (
         code == 2
-        and "☠  C194 crashed: checkpoint:: KeyError: 'x'; this is a defect of doctor" in out
+        and "☠  C194 crashed: checkpoint:: KeyError: 'x'; internal error (a bug in doctor): report it" in out
         and "Exit 2: C194 remains." in out
     )
 

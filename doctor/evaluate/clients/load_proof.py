@@ -16,38 +16,54 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.messages import _
 from doctor.core.records import LoadProof
+from doctor.quant.client import Client
 
 SECONDS = 600  # enough for the headers of a model of a terabyte on a busy machine; a client that hangs must end
 SAMPLED = 3  # packed linears whose weights are compared
 
 
 def prove_loading(folder: Path, *, sample: int = SAMPLED, seconds: float = SECONDS) -> LoadProof:
-    """What transformers does with the checkpoint in `folder`. Never raises for what the client says: it is in the
-    record.
-    """
+    """What transformers does with the checkpoint in `folder`. What the client says is in the record, never raised."""
     with tempfile.TemporaryDirectory(prefix="doctor-load-") as place:
         out = Path(place) / "sample.safetensors"
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "doctor.evaluate.clients.transformers_child",
-            str(Path(folder).resolve()),
-        ]
-        try:
-            run = subprocess.run(
-                [*command, "--sample", str(sample), "--out", str(out)],
-                capture_output=True, text=True, timeout=seconds, cwd=place, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return LoadProof("transformers", reason=_("transformers had not loaded it after {n:.0f} s", n=seconds))
-        try:
-            answer = json.loads(run.stdout.strip().splitlines()[-1])
-        except (IndexError, ValueError):
-            last = (run.stderr.strip().splitlines() or [""])[-1][:300]
-            return LoadProof("transformers", reason=_("transformers ended without an answer: {error}", error=last))
+        answer = _ask(folder, place, ["--sample", str(sample), "--out", str(out)], seconds)
+        if isinstance(answer, str):
+            return LoadProof("transformers", reason=answer)
         differing, compared = _compare(Path(folder), out) if out.exists() else ((), 0)
     return _record(answer, differing, compared)
+
+
+def linears_of_class(folder: Path, *, seconds: float = SECONDS) -> tuple[str, ...]:
+    """Names of all Linear modules of the class that config.json names; () where transformers cannot build it."""
+    with tempfile.TemporaryDirectory(prefix="doctor-load-") as place:
+        answer = _ask(folder, place, ["--linears"], seconds)
+    return () if isinstance(answer, str) else tuple(answer.get("linears", ()))
+
+
+def transformers_client() -> Client:
+    """What the quantizer asks transformers."""
+    return Client(linears_of_class, prove_loading)
+
+
+def _ask(folder: Path, place: str, options: list[str], seconds: float) -> dict | str:
+    """The answer of a child process, or why there is none."""
+    command = [sys.executable, "-P", "-m", "doctor.evaluate.clients.transformers_child", str(Path(folder).resolve())]
+    try:
+        run = subprocess.run(
+            [*command, *options],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            cwd=place,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        return _("transformers had not loaded it after {n:.0f} s", n=seconds)
+    try:
+        return json.loads(run.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (run.stderr.strip().splitlines() or [""])[-1][:300]
+        return _("transformers ended without an answer: {error}", error=last)
 
 
 def _record(answer: dict, differing: tuple[str, ...], compared: int) -> LoadProof:

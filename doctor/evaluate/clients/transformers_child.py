@@ -1,7 +1,7 @@
 """Loads a checkpoint with transformers on the meta device and prints, as JSON, what went where. Runs as a process of
 its own.
 
-    python -m doctor.evaluate.clients.transformers_child CHECKPOINT [--sample N --out FILE]
+    python -m doctor.evaluate.clients.transformers_child CHECKPOINT [--sample N --out FILE | --linears]
 
 Nothing of the checkpoint runs: the class is transformers' own of the name in `architectures`, with remote code off. On
 the meta device no weight is read, so a model of any size takes its headers' time. With --sample, N packed linears are
@@ -28,13 +28,34 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--sample", type=int, default=0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--linears", action="store_true")
     options = parser.parse_args()
     os.environ.update(
         HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TORCHDYNAMO_DISABLE="1", TOKENIZERS_PARALLELISM="false"
     )
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout carries the answer alone
-        answer = ask(options.checkpoint, options.sample, options.out)
+        answer = (
+            linears(options.checkpoint) if options.linears else ask(options.checkpoint, options.sample, options.out)
+        )
     print(json.dumps(answer))
+
+
+def linears(folder: Path) -> dict[str, Any]:
+    """Names of every Linear of the class that config.json names, built without weights; or error and its kind."""
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        names = getattr(config, "architectures", None) or [""]
+        with torch.device("meta"):
+            model = getattr(transformers, names[0])(config)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
+    return {"linears": [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]}
 
 
 def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def lines(report: Report) -> list[str]:
     found = presentation.groups(report)
     out = [_line(report, g) for root in found for g in (root, *root.effects)]
     out += [
-        f"☠ {r.rule.code} crashed: {safe(r.crashed)}; this is a defect of doctor, please report it"
+        f"☠ {r.rule.code} crashed: {safe(r.crashed)}; internal error (a bug in doctor): report it"
         for r in report.crashed
     ]
     facts = verdict.run_facts(report).replace(" · ", ", ").replace(" run", " run", 1)
