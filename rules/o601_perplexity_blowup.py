@@ -50,7 +50,7 @@ def perplexity_blowup(checkpoint, comparison):
         strip={
             label: list(errors)
             for label, errors in (
-                ("each block alone", comparison.own_errors),
+                ("each layer alone", comparison.own_errors),
                 ("carried along", comparison.block_errors),
             )
             if errors
