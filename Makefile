@@ -41,8 +41,9 @@ GPU_PYTHON ?= python3
 gpu:                    ## on a machine with a GPU, under 10 minutes: goldens, kernels against the reference, compute-sanitizer, measurements
 	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(STEPS)
 
-docs: $(STAMP)          ## write the pages and the table of docs/rules/ anew
+docs: $(STAMP)          ## write docs/rules/ anew, and the list of texts to translate
 	$(BIN)/python tools/generate_docs.py
+	$(BIN)/python tools/update_translations.py
 
 translations: $(STAMP)  ## bring doctor/locale/*/LC_MESSAGES/doctor.po up to date with the code, and compile it
 	$(BIN)/python tools/update_translations.py

@@ -332,7 +332,7 @@ def verify(original: str | os.PathLike[str], quantized: str | os.PathLike[str], 
     """Compare a quantized checkpoint with its original; see doctor.evaluate.verify.verify for the options."""
     from doctor.evaluate.verify import verify as run
 
-    return run(original, quantized, **options)
+    return run(original, quantized, **{"load_proof": os.environ.get("DOCTOR_LOAD_PROOF") != "0", **options})
 
 
 def quantize(

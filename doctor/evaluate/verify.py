@@ -14,7 +14,8 @@ from doctor.core.facts import closure
 from doctor.core.host import describe
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
-from doctor.core.records import COMPARISON, SLOWER_PATHS
+from doctor.core.records import COMPARISON, LOAD_PROOF, SLOWER_PATHS
+from doctor.evaluate.clients.load_proof import prove_loading
 from doctor.evaluate.compare import compare
 from doctor.evaluate.inputs import prompts_of, quiet, text_rows
 from doctor.lint.engine import Report, judge, load_rules, locate
@@ -41,13 +42,16 @@ def verify(
     device: str = "cpu",
     fail_on: str = "error",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    load_proof: bool = False,
 ) -> Report:
     """Report on the quantized checkpoint, with a Comparison against its original among its facts.
 
     text: a .txt, .jsonl or .parquet file; None takes the half of Python's language reference that no built-in
     calibration row holds. context: tokens of a row; rows do not overlap. memory: bytes a whole float32 model may take
     for the greedy replies (half of what is free by default); a larger model is compared without them, and the report
-    says so. device: where both are computed, layer by layer, in float32; its memory is what counts then.
+    says so. load_proof: first ask transformers to load the quantized checkpoint under the class that its config names;
+    what it does not load whole is a finding, because the figures then speak of a model that nobody serves. device:
+    where both are computed, layer by layer, in float32; its memory is what counts then.
     """
     started = time.perf_counter()
     for name, value, least in (("--rows", rows, 1), ("--context", context, 2)):
@@ -71,6 +75,9 @@ def verify(
     store = header_facts(second, recipe)
     scanned = scan(second, store)
     store.put(COMPARISON, comparison)
+    proof = prove_loading(second.root) if load_proof and not plain else None
+    if proof is not None:
+        store.put(LOAD_PROOF, proof)
     if device != "cpu":
         store.put(SLOWER_PATHS, tuple(filter(None, [cuda.note(device)])))
     findings, runs = judge(store, rules)
@@ -80,6 +87,8 @@ def verify(
         "machine": describe(),
         "plain": plain,
     }
+    if proof is not None:
+        extra["load_proof"] = asdict(proof)
     if not comparison.generated:
         extra["not_generated"] = _(
             "a whole model in float32 does not fit the {gib:.1f} GiB given to it; --memory raises it",

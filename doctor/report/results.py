@@ -80,7 +80,27 @@ def results(report: Report) -> list[tuple[str, str]]:
         )
         if c.get("half"):
             lines.append((say("float16"), _sixteen_bits(c["half"])))
+    if report.extra.get("load_proof"):
+        lines.append((say("loading"), _loading(report.extra["load_proof"])))
     return [(label, safe(text)) for label, text in lines]
+
+
+def _loading(proof: dict) -> str:
+    """What the client's own loading code did with the quantized checkpoint."""
+    if proof["reason"]:
+        return say("not proved: {reason}", reason=translated(proof["reason"]))
+    if proof["refused"]:
+        return say("{client} refuses it: {error}", client=proof["client"], error=proof["refused"])
+    wrong = sum(len(proof[kind]) for kind in ("missing", "unexpected", "mismatched"))
+    if wrong:
+        return say("{client} does not load it whole: see O617", client=proof["client"])
+    text = say("{client} loads every parameter as {name}", client=proof["client"], name=proof["architecture"])
+    if proof["compared"] and not proof["differing"]:
+        same = say(
+            "{library} unpacks {n} sampled linears as doctor does", library=proof["library"], n=proof["compared"]
+        )
+        return f"{text}; {same}"
+    return text
 
 
 def _layers(own: list, carried: list) -> str:

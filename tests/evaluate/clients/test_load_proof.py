@@ -2,7 +2,9 @@
 
 import json
 import os
+from importlib.resources import files
 
+import jsonschema
 import pytest
 import torch
 from healthy_models import save
@@ -10,12 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from doctor.core.recipe import Recipe
 from doctor.evaluate.clients.load_proof import prove_loading
+from doctor.evaluate.verify import verify
 from doctor.quant.quantize import quantize
+from doctor.report import render
 
 pytest.importorskip("accelerate")  # transformers asks for it where a device is named
 needs_compressed_tensors = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("compressed_tensors"), reason="compressed-tensors is not installed"
 )
+
+
+SCHEMA = json.loads(files("doctor.report.formats").joinpath("schema.json").read_text())
 
 
 def rename(folder, change):
@@ -75,3 +82,16 @@ def test_our_compressed_tensors_file_loads_whole_with_equal_weights(tmp_path):
 def test_a_client_that_hangs_is_ended(tmp_path):
     save("qwen3", tmp_path / "m")
     assert "had not loaded it after" in prove_loading(tmp_path / "m", seconds=0.05).reason
+
+
+@needs_compressed_tensors
+def test_verify_says_that_the_client_loads_it(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"input_ids": [(7 * i + j) % 90 + 3 for j in range(32)]}) + "\n" for i in range(4))
+    )
+    save("qwen3", tmp_path / "m")
+    quantize(tmp_path / "m", tmp_path / "q", Recipe(method="rtn", format="compressed-tensors", group_size=32))
+    report = verify(tmp_path / "m", tmp_path / "q", text=rows, context=32, rows=2, load_proof=True)
+    jsonschema.validate(json.loads(render("json", [report])), SCHEMA)
+    assert "loads every parameter as Qwen3ForCausalLM" in render("full", [report])
