@@ -21,9 +21,6 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-import_module("doctor.formats")  # a recipe may name any of them
-
-
 def __getattr__(name):
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)

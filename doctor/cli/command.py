@@ -86,24 +86,26 @@ class Command(click.Command):
 
 
 class Commands(Mapping[str, click.Command]):
-    """name -> command. Each stands in a file of its own, which is imported when the command is asked for."""
+    """name -> command. Each has a file of its own, imported when the command is asked for; its line in the list of
+    commands is known without that.
+    """
 
-    def __init__(self, *names: str):
-        self.names = names
+    def __init__(self, **lines: str):
+        self.lines = lines
 
     def __getitem__(self, name: str) -> click.Command:
-        if name not in self.names:
+        if name not in self.lines:
             raise KeyError(name)
         return import_module(f"doctor.cli.{name}").command
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.lines)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.lines)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self.lines
 
 
 class Group(click.Group):
@@ -116,6 +118,13 @@ class Group(click.Group):
     def get_help(self, ctx: click.Context) -> str:
         """The page that --help prints, in the language of the context."""
         return _page(self, ctx) or super().get_help(ctx)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing any."""
+        if not isinstance(self.commands, Commands):
+            return super().format_commands(ctx, formatter)
+        with formatter.section("Commands"):
+            formatter.write_dl(list(self.commands.lines.items()))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Set the language, then parse."""

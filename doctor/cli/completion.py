@@ -1,7 +1,6 @@
 """`doctor completion`: the script that completes in a shell."""
 
 import click
-from click.shell_completion import get_completion_class
 
 from doctor.cli.command import Command
 from doctor.core.messages import _
@@ -22,6 +21,8 @@ from doctor.core.messages import _
 @click.pass_context
 def command(ctx: click.Context, shell: str) -> None:
     """The script asks the program itself, so it never grows old."""
+    from click.shell_completion import get_completion_class
+
     writer = get_completion_class(shell)
     assert writer is not None, shell  # the choice above is of shells that click knows
     click.echo(writer(ctx.find_root().command, {}, "doctor", "_DOCTOR_COMPLETE").source())

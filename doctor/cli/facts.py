@@ -1,6 +1,5 @@
 """`doctor facts`: what a rule can ask for."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +43,8 @@ def command(words: tuple[str, ...], scope: str | None, format: str, rules_dirs: 
     ]
     if format == "json":
         rows = [{"name": f.name, "scope": f.scope, "cost": f.cost, "doc": _line(f)} for f in chosen]
+        import json
+
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     elif format == "markdown":
         lines = ["| fact | scope | cost | what it says |", "|---|---|---|---|"]

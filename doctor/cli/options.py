@@ -4,10 +4,9 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from doctor.cli.command import Option, take_language
 from doctor.core.errors import DoctorError
@@ -15,6 +14,9 @@ from doctor.core.messages import Message, _, listed
 from doctor.core.recipe import METHODS, RUNTIMES
 from doctor.locale import catalogue
 from doctor.report import FORMATS
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 KV_FORMATS = ("full", "json", "markdown", "html")
 PATH = click.Path(path_type=Path)
@@ -30,6 +32,18 @@ def together(*decorators: Callable) -> Callable:
         return function
 
     return wrap
+
+
+class LaterChoice(click.Choice):
+    """A choice whose words are asked for when they are first needed: what makes them known is imported then."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self._words = words
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self._words)
 
 
 def _read_configuration(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
@@ -51,8 +65,10 @@ def _read_configuration(ctx: click.Context, _param: click.Parameter, value: str 
     ctx.default_map = {**ctx.obj.recipe_values, **given(runtime=runtime or None, fail_on=ctx.obj.fail_on)}
 
 
-def complete_rules(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_rules(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """Codes, names and family letters of rules that go on from the last word of a comma list."""
+    from click.shell_completion import CompletionItem
+
     from doctor.lint.engine import load_rules
 
     before, comma, word = incomplete.rpartition(",")
@@ -64,8 +80,10 @@ def complete_rules(_ctx: click.Context, _param: click.Parameter, incomplete: str
     ]
 
 
-def complete_path(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_path(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """Leaves it to the shell, which knows paths best."""
+    from click.shell_completion import CompletionItem
+
     return [CompletionItem(incomplete, type="file")]
 
 

@@ -11,6 +11,7 @@ from doctor.cli.command import Command
 from doctor.cli.options import (
     FORMATS,
     PATH,
+    LaterChoice,
     checkpoint_argument,
     format_option,
     given,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 @option("--mse/--no-mse", default=True, help=_("Search each group's scale for the least squared error."))
 @option(
     "--format",
-    type=click.Choice(OUTPUT_FORMATS),
+    type=LaterChoice(OUTPUT_FORMATS),
     default=None,
     help=_("File format.  [default: the method's own]"),
 )

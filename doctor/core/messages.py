@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from math import isfinite
-from string import Formatter
 from typing import Any
 
 _SPEC = re.compile(r"[+]?\d{0,2},?(\.\d{1,2})?[a-z%]?")  # what a field of a template may ask of str.format
@@ -163,6 +162,8 @@ def restored(value: Any, messages: Any) -> Any:
 
 
 def _refuse_strange_fields(template: str) -> None:
+    from string import Formatter  # for reports that are read again; not for the first screen
+
     for _text, name, spec, _conversion in Formatter().parse(template):
         if name is not None and not (name.isidentifier() and _SPEC.fullmatch(spec or "")):
             raise ValueError(f"field {name!r} with format {spec!r}")

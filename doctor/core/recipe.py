@@ -6,8 +6,10 @@ A recipe moves one way: a retry may raise damping or fall to a simpler method, n
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
 from doctor.core.errors import DoctorError
@@ -44,8 +46,34 @@ class OutputFormat(Protocol):
     def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str: ...
 
 
-# The formats that a recipe may name: doctor.formats puts them here, and importing any part of doctor imports that.
-FORMATS: dict[str, OutputFormat] = {}
+class OutputFormats(Mapping[str, OutputFormat]):
+    """The formats that a recipe may name. doctor.formats puts them here; it is imported, by name, when one is first
+    asked for, so that `doctor --help` does not wait for it."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, OutputFormat] = {}
+
+    def add(self, form: OutputFormat) -> None:
+        self._known[form.name] = form
+
+    def remove(self, name: str) -> None:
+        self._known.pop(name, None)
+
+    def _all(self) -> dict[str, OutputFormat]:
+        import_module("doctor.formats")
+        return self._known
+
+    def __getitem__(self, name: str) -> OutputFormat:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+FORMATS = OutputFormats()
 
 
 @dataclass(frozen=True)

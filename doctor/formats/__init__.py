@@ -1,6 +1,6 @@
 """Weight formats, one class a file; see base.py. Their order is the order in which people are shown them.
 
-A format is known once its module is imported, and that happens here, with any part of doctor.
+A format is known once its module is imported, and that happens here, with any part of this package.
 """
 
 from doctor.formats import (  # noqa: F401, I001 - their order

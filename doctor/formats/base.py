@@ -260,7 +260,7 @@ def register(cls: F) -> F:
     form = cls()
     KNOWN[form.name] = form
     if form.writes:
-        FORMATS[form.name] = form
+        FORMATS.add(form)
     _look_again()
     return cls
 
@@ -268,7 +268,7 @@ def register(cls: F) -> F:
 def forget(name: str) -> None:
     """Take a format out again."""
     KNOWN.pop(name, None)
-    FORMATS.pop(name, None)
+    FORMATS.remove(name)
     _look_again()
 
 

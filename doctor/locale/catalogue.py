@@ -8,7 +8,6 @@ brings the catalogues up to date with the code.
 from __future__ import annotations
 
 import gettext
-import hashlib
 import io
 import locale
 import os
@@ -107,6 +106,8 @@ def catalogue(lang: str) -> gettext.NullTranslations:
     po = HOME / lang / "LC_MESSAGES" / SOURCE
     mo = po.with_suffix(".mo")
     source = po.read_bytes() if po.exists() else b""
+    import hashlib  # English needs none
+
     stored = _read(mo.read_bytes()) if mo.exists() else None
     if stored is not None and (not source or stored.gettext(SOURCE) == hashlib.sha256(source).hexdigest()):
         return stored

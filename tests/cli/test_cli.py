@@ -609,3 +609,10 @@ def test_linears_of_other_widths_leave_the_plan_of_the_rest(run, stored):
     with open(path, "w") as file:
         json.dump(config, file)
     assert "for gptq 4-bit g32" in run("check", stored, "--config", "none")[1]
+
+
+def test_the_list_of_commands_says_what_each_command_says_of_itself():
+    from doctor.cli.main import cli
+
+    for name, line in cli.commands.lines.items():
+        assert cli.commands[name].get_short_help_str(100) == line
