@@ -3,7 +3,7 @@
 Why: all its tensors are missing, so no reader can build the model.
 
 Seen as:
-- transformers: `FileNotFoundError: No such file or directory`
+- transformers: `FileNotFoundError: No such file or directory: "model-00001-of-00002.safetensors"`
 - transformers: `does not appear to have a file named`
 - safetensors: `FileNotFoundError: No such file or directory: "model-`
 

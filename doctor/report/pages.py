@@ -9,7 +9,7 @@ from rich.text import Text
 
 from doctor.core.facts import COSTS
 from doctor.core.messages import _
-from doctor.lint import explain
+from doctor.lint import explain, readings
 from doctor.lint.rule import AREAS, Rule
 from doctor.locale import rule_pages
 from doctor.locale.catalogue import counted, current, say, translated
@@ -70,7 +70,7 @@ def _section(screen: Screen, title: str, text: str) -> None:
 
 
 def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out: Console) -> None:
-    """`doctor explain "error"`: what the message points to, and the command that tells."""
+    """`doctor explain "error"`: what the message means or resembles, and the command that tells."""
     screen = Screen(out)
     other = explain.elsewhere(text, current())
     if other is not None and (not matches or (other.score, other.at) > (matches[0].score, matches[0].at)):
@@ -91,6 +91,30 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
             Text("  "), Text(say("If doctor check finds nothing either, please report the message: a rule is missing."))
         )
         return
+    reading = readings.read(text, current()) if not matches[0].seen.tool else None
+    if reading is None:
+        _show_quotation(screen, matches)
+    else:
+        screen.hang(Text("  "), styled((f'"{safe(reading.line)[:300]}"', "bold")))
+        screen.line()
+        screen.hang(Text("  " + pad(say("means"), 13)), Text(reading.says[:1].upper() + reading.says[1:]))
+        screen.hang(Text("  " + pad(say("do"), 13)), Text(reading.do))
+    screen.line()
+    order = explain.minor(text)
+    if order is not None:
+        screen.hang(Text("  "), Text(_minor(order)))
+        screen.line()
+    _list(screen, [(m.rule, explain.decider(m.rule)) for m in matches[:8]])
+    if len(matches) > 8:
+        screen.line("  " + say("and {n} more", n=len(matches) - 8))
+    screen.line()
+    for label, command in _commands(matches):
+        screen.hang(Text("  " + pad(translated(label), 13)), Text(command, "cyan"))
+    screen.hang(Text("  " + pad(say("read more"), 13)), Text(f"doctor explain {matches[0].rule.code}", "cyan"))
+
+
+def _show_quotation(screen: Screen, matches: list[explain.Match]) -> None:
+    """The line that resembles a rule's quotation, and how many defects end so."""
     best = matches[0]
     tools = ", ".join(dict.fromkeys(m.seen.tool for m in matches[:4]))
     one = len(matches) == 1
@@ -105,18 +129,6 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
     else:
         screen.hang(Text("  "), quote)
         screen.hang(Text("  "), Text(what))
-    screen.line()
-    order = explain.minor(text)
-    if order is not None:
-        screen.hang(Text("  "), Text(_minor(order)))
-        screen.line()
-    _list(screen, [(m.rule, explain.decider(m.rule)) for m in matches[:8]])
-    if len(matches) > 8:
-        screen.line("  " + say("and {n} more", n=len(matches) - 8))
-    screen.line()
-    for label, command in _commands(matches):
-        screen.hang(Text("  " + pad(translated(label), 13)), Text(command, "cyan"))
-    screen.hang(Text("  " + pad(say("read more"), 13)), Text(f"doctor explain {best.rule.code}", "cyan"))
 
 
 def _show_elsewhere(screen: Screen, found: explain.Elsewhere) -> None:
@@ -147,8 +159,10 @@ def _commands(matches: list[explain.Match]) -> Sequence[tuple[str, str]]:
     """(label, command): one check for all rules that need no calibration; after it the best match's own, where that is
     another.
     """
-    cheap = [m.rule for m in matches[:8] if m.rule.cost in ("listing", "header", "tokenizer", "values")]
     own = explain.decider(matches[0].rule)
+    cheap = [m.rule for m in matches[:8] if explain.decider(m.rule).startswith("doctor check")]
+    if not own.startswith("doctor check") and not matches[0].seen.tool:  # what is read is worth more than resemblance
+        cheap = []
     if not cheap:
         return [(_("start with"), own)]
     latest = max((r.cost for r in cheap), key=COSTS.index)

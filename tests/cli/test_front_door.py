@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from doctor.core.tables import table
 from doctor.lint import explain
 from doctor.lint.engine import load_rules
+from doctor.lint.readings import read
 
 RULES = load_rules()
 DATA = tomllib.loads((Path(__file__).parents[2] / "fixtures" / "errors.toml").read_text(encoding="utf-8"))
@@ -63,12 +65,36 @@ def test_the_last_line_with_its_exception_is_enough(text, rules):
 
 @pytest.mark.parametrize("text", [u["text"] for u in DATA["unrelated"]], ids=lambda t: t[:40])
 def test_an_error_of_something_else_leads_to_no_rule(text):
-    assert first(text) == []
-    assert first(in_a_log(text)) == []
+    assert first(text) == [] and read(text) is None
+    assert first(in_a_log(text)) == [] and read(in_a_log(text)) is None
+
+
+@pytest.mark.parametrize("case", DATA["reading"], ids=lambda c: c["text"][:40])
+def test_names_and_numbers_of_a_message_say_more_than_its_words(case):
+    typed = len(case["text"]) <= 60 and not re.search(r"Error|not |\(", case["text"])
+    for pasted in (case["text"],) if typed else (case["text"], in_a_log(case["text"])):
+        found = read(pasted)
+        assert found is not None and found.name == case["name"]
+        codes = [m.rule.code for m in explain.search(pasted, RULES)]
+        assert codes[: len(case["rules"])] == case["rules"] and not {*case["unlike"]} & {*codes}
+        assert "{" not in found.says + found.do
+        chinese = read(pasted, "zh")
+        assert re.search("[一-鿿]", chinese.says) and re.search("[一-鿿]", chinese.do)
+
+
+def test_a_symptom_in_a_log_is_chance_and_not_read():
+    log = in_a_log("RuntimeError: boom") + "\nthe server never stops\nfiltered 12 garbage rows\n"
+    assert read(log) is None and read("the server never stops").name == "never-stops"
+
+
+def test_every_reading_has_a_message_that_shows_it():
+    assert {e["name"] for e in table("readings")["reading"]} == {c["name"] for c in DATA["reading"]}
 
 
 def test_every_rule_that_the_data_names_exists():
-    assert {c for _, rules in ERRORS for c in rules} <= {r.code for r in RULES}
+    codes = {r.code for r in RULES}
+    assert {c for _, rules in ERRORS for c in rules} <= codes
+    assert {c for e in table("readings")["reading"] for c in (*e["rules"], *e.get("unlike", ()))} <= codes
 
 
 def test_every_way_to_fail_has_rules_that_exist_or_a_reason():

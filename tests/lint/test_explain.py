@@ -83,7 +83,10 @@ def test_every_long_quote_is_found_inside_a_log(code, quote):
             "tensor parallel size.",
             "G902",
         ),
-        ("input size not aligned with quantized weight shape, caused by too large tensor parallel size", "G902"),
+        (
+            "input size is not aligned with the quantized weight shape, caused by too large tensor parallel size",
+            "G902",
+        ),
     ],
 )
 def test_a_pasted_message_finds_its_rule_first(text, code):
