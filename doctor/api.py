@@ -113,6 +113,8 @@ def check(
     )
     if checkpoint.unread:
         report.summary["unread"] = checkpoint.unread
+    if (select := tuple(select)) or (config and config.selection.select):
+        report.summary["selected"] = len(rules)
     if scanned is not None and stopped:
         report.summary["interrupted"] = {
             "bytes_read": scanned.bytes_read,
@@ -196,7 +198,8 @@ def fix(
     copy and is kept as NAME.before-fix, which `undo` puts back. progress(phase, bytes): called from any thread with
     "fetch", "scan", "write" or "verify".
 
-    Where no fix applies, nothing is written and receipt_path is None. Raises PlanRefused, MachineError, BadCheckpoint;
+    Where nothing needs a fix, output is a linked copy. In place, or where errors stay that no fix applies to, nothing
+    is written and receipt_path is None. Raises PlanRefused, MachineError, BadCheckpoint;
     then there is no output.
     """
     from doctor.fixing.assess import no_progress
@@ -271,7 +274,8 @@ def _fixed(
             _("{path}: a merged adapter is another model than the adapter, so it cannot replace it.", path=source.root),
             _("Write a copy with -o."),
         )
-    if dry_run or not plan.steps:
+    # A script goes on with the output, so a checkpoint that needs no fix is linked there; one that stays broken is not.
+    if dry_run or (not plan.steps and (in_place or not before.ok)):
         return result
     refuse(plan)
     if plan.needs_proof:

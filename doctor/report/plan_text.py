@@ -127,8 +127,7 @@ def _tally(plan: Plan) -> str:
 def _not_written(result: FixResult) -> list[str]:
     plan = result.plan
     if not plan.steps:
-        what = say("Nothing to fix") if not plan.before.findings else say("No fix can be carried out now")
-        return [say("{what}: nothing was written.", what=what) + _remaining(result)]
+        return [say("{what}: nothing was written.", what=_nothing(plan)) + _remaining(result)]
     lines = [
         say(
             "Would fix {tally}. Would write {files} ({size}), link {linked} ({linked_size}).",
@@ -138,6 +137,10 @@ def _not_written(result: FixResult) -> list[str]:
     ]
     lines += [say("Would stop: {problem}.", problem=safe(translated(problem))) for problem in plan.problems]
     return [*lines, say("Nothing was written.") + _remaining(result)]
+
+
+def _nothing(plan: Plan) -> str:
+    return say("Nothing to fix") if not plan.before.findings else say("No fix can be carried out now")
 
 
 def _sizes(plan: Plan) -> dict[str, str]:
@@ -153,7 +156,12 @@ def _written(result: FixResult) -> list[str]:
     plan = result.plan
     out = os.path.normpath(result.output)
     fixed = say(
-        "Fixed {tally}. Wrote {files} ({size}); {linked} unchanged ({linked_size}).", tally=_tally(plan), **_sizes(plan)
+        "Fixed {tally}. Wrote {files} ({size}); {linked} unchanged ({linked_size})."
+        if plan.steps
+        else "{what}: the output is a copy of all {linked} files ({linked_size}), linked where the disk can.",
+        what=_nothing(plan),
+        tally=_tally(plan),
+        **_sizes(plan),
     )
     return [
         fixed + _remaining(result),

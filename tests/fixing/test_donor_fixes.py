@@ -120,7 +120,11 @@ def test_zeros_that_only_this_copy_has_are_filled_from_a_base_that_agrees_elsewh
         other.down()[spoil] = 0x3F80
         other.down()[where] = 0 if spoil != (0, 0) else other.down()[where]
         again = fix(
-            source, tmp_path / "no", case.recipe, donor=other.write(tmp_path / f"other{spoil[0]}"), unsafe_fixes=True
+            source,
+            tmp_path / f"no{spoil[0]}",
+            case.recipe,
+            donor=other.write(tmp_path / f"other{spoil[0]}"),
+            unsafe_fixes=True,
         )
         assert not again.plan.steps
 

@@ -79,12 +79,23 @@ def test_everything_is_cured_and_the_receipt_says_how(tmp_path):
     )
 
 
-def test_the_second_run_finds_nothing_to_do_and_writes_nothing(tmp_path):
+def test_the_second_run_finds_nothing_to_do_and_links_every_file(tmp_path):
     case, source = spoiled(tmp_path)
     fix(source, tmp_path / "out", case.recipe, unsafe_fixes=ALL)
     again = fix(tmp_path / "out", tmp_path / "out2", case.recipe, unsafe_fixes=ALL)
-    assert again.receipt_path is None and not (tmp_path / "out2").exists()
-    assert "Nothing to fix: nothing was written." in render_plan(again)
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    assert again.receipt_path is not None and {p.name for p in (tmp_path / "out2").iterdir()} == files
+    for name in files - {again.receipt_path.name}:
+        assert os.path.samefile(tmp_path / "out" / name, tmp_path / "out2" / name)
+    assert "Nothing to fix: the output is a copy of all" in render_plan(again)
+    there = fix(tmp_path / "out", None, case.recipe, unsafe_fixes=ALL, in_place=True)
+    assert there.receipt_path is None and "Nothing to fix: nothing was written." in render_plan(there)
+
+
+def test_errors_that_no_fix_applies_to_leave_no_output_behind(tmp_path):
+    case, source = spoiled(tmp_path)
+    left = fix(source, tmp_path / "out", case.recipe, only=["F001"])
+    assert not left.plan.steps and left.receipt_path is None and not (tmp_path / "out").exists()
 
 
 def test_a_fix_of_a_fixed_checkpoint_quotes_the_earlier_receipt(tmp_path):
