@@ -24,6 +24,7 @@ SLOW = (
     "checkpoint/test_broken_configs.py",
     "cli/test_header_speed.py",
     "cli/test_interrupt.py",
+    "cli/test_printed_commands.py",
     "core/test_import_stubs.py",
     "cuda/",
     "edits/test_substituted.py",

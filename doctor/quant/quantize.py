@@ -91,9 +91,9 @@ def quantize(
 
     calibration: .txt, .jsonl, .parquet or a Hub dataset; None takes text that Python brings along and text sampled
     from the model: rows rows of max_seq_length tokens, fewer where text or positions end. fix: safe fixes first (and
-    those of unsafe_fixes), read through, never written. keep: patterns of linears left in 16 bits. memory: bytes that
-    the process may take (budget.py); above it, what can be on disk is spilled. resume: continue an interrupted run of
-    the same inputs. progress gets a line for each step.
+    those of unsafe_fixes, which imply it), read through, never written. keep: patterns of linears left in 16 bits.
+    memory: bytes that the process may take (budget.py); above it, what can be on disk is spilled. resume: continue an
+    interrupted run of the same inputs. progress gets a line for each step.
 
     prove: what proves that fixes of tensors leave the logits as they are (doctor.evaluate.proof); doctor.api passes it.
     client: the program that will read the output. It names the linears that stay plain, and loads the finished
@@ -124,7 +124,7 @@ def quantize(
     )
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     check_output(source, asked.output, overwrite)
-    checked = check(asked, source, fix, unsafe_fixes)
+    checked = check(asked, source, fix or bool(unsafe_fixes), unsafe_fixes)
     report = report_of(asked, checked)
     if not report.ok:
         progress(_("not quantized: {errors} errors", errors=report.count("error")))

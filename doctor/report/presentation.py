@@ -60,6 +60,12 @@ class Group:
             return "manual"
         return "by name" if fix.by_name else fix.safety
 
+    @property
+    def of_recipe(self) -> bool:
+        """Whether the fix changes the recipe alone: `quantize` can carry it out, `fix` cannot."""
+        fix = self.first.fix
+        return fix is not None and bool(fix.edits) and all(edit.phase == "recipe" for edit in fix.edits)
+
 
 def groups(report: Report) -> list[Group]:
     """Folded findings in repair order, consequences hung under the first group of the code that explains them, or

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import dataclass
 
 from doctor.core.messages import Message, _, plural
+from doctor.core.methods import METHODS
 from doctor.lint.engine import Report
 from doctor.lint.rule import AREAS
 from doctor.locale.catalogue import counted, say, translated
@@ -46,6 +47,8 @@ def _ending(report: Report, good: bool, plan: str) -> Message:
         return _("agrees with its original: {plan}" if good else "does not agree with its original: {plan}", plan=plan)
     if report.linears:
         return _("quantized to {plan}" if good else "not quantized to {plan}", plan=plan)
+    if good and report.summary.get("selected"):
+        return _("nothing found by the selected rules, for {plan}", plan=plan)
     return _("ready for {plan}" if good else "not ready for {plan}", plan=plan)
 
 
@@ -269,7 +272,8 @@ def _why_skipped(runs: list) -> str:
 
 def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
     """(command or sentence, what it does), cheapest first."""
-    by = fixable(found)
+    by = fixable([g for g in found if not g.of_recipe])
+    by_quantize = [g for g in found if g.of_recipe and g.safety in ("safe", "unsafe")]
     path = shlex.quote(safe(str(report.summary.get("path") or report.checkpoint)))
     plan = plan_flags(report.recipe)
     command = f"doctor fix {path}{plan} -o fixed/"
@@ -285,10 +289,20 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
                 f"+{len(by['unsafe'])}: " + ", ".join(dict.fromkeys(g.code for g in by["unsafe"])),
             )
         )
+    if by_quantize and not report.summary.get("unread"):
+        codes = list(dict.fromkeys(g.code for g in by_quantize))
+        titles = [translated(g.first.fix.title) for g in by_quantize if g.first.fix]
+        steps.append(
+            (
+                f"doctor quantize {path}{plan} -o quantized/ --unsafe-fixes={','.join(codes)}",
+                ", ".join(dict.fromkeys(titles)),
+            )
+        )
     yours = list(dict.fromkeys(g.code for g in (*by["manual"], *by["by name"]) if g.first.severity != "info"))
     if yours:
         steps.append((f"doctor explain {yours[0]}", say("{n} for you: {codes}", n=len(yours), codes=", ".join(yours))))
     asked_more = report.linears or report.extra.get("comparison")
+    asked_more = asked_more or report.summary.get("selected")
     if not steps and not found and not asked_more and not report.crashed and ran(report) and weights_read(report):
         steps.append((f"doctor quantize {path}{plan} -o quantized/", say("when you are ready")))
     return steps
@@ -304,8 +318,8 @@ def plan_flags(recipe) -> str:
     for flag, name in (("--bits", "bits"), ("--group-size", "group_size"), ("--tp", "tp")):
         if getattr(recipe, name) != getattr(default, name):
             flags.append(f"{flag} {getattr(recipe, name)}")
-    if not recipe.sym:
-        flags.append("--asym")
+    if recipe.sym != METHODS[recipe.method].sym:
+        flags.append("--sym" if recipe.sym else "--asym")
     if recipe.runtime:
         flags.append("--runtime " + "==".join(filter(None, (recipe.runtime, recipe.runtime_version))))
     return "".join(" " + f for f in flags)
