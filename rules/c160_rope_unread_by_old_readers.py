@@ -64,7 +64,7 @@ def rope_unread_by_old_readers(checkpoint, spec, recipe):
 
 
 def reads_old_keys(recipe, readers) -> str | bool | None:
-    """The runtime of the plan where it reads the old keys alone, False where it reads the new ones, None where none is named."""
+    """The runtime of the recipe where it reads the old keys alone, False where it reads the new ones, None where none is named."""
     if not recipe.runtime:
         return None
     if recipe.runtime in readers["old"]:

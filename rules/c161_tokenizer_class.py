@@ -74,7 +74,7 @@ def _renamed(config, extra):
 
 
 def _old_reader(recipe, readers):
-    """The runtime of the plan where it is built on transformers 4, False where on 5, None where none is named."""
+    """The runtime of the recipe where it is built on transformers 4, False where on 5, None where none is named."""
     if not recipe.runtime:
         return None
     first = readers["first"].get(recipe.runtime)

@@ -1,4 +1,4 @@
-"""`doctor check`: whether checkpoints are ready for a plan."""
+"""`doctor check`: whether checkpoints are ready for a recipe."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -36,7 +36,7 @@ PICTURED = ("json", "html", "markdown")  # formats that show figures, for which 
 @click.command(
     cls=Command,
     help=_(
-        "Say whether checkpoints are ready for a plan. Writes nothing, unless --fix asks for it.\n\n"
+        "Say whether checkpoints are ready for a recipe. Writes nothing, unless --fix asks for it.\n\n"
         "CHECKPOINT is a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only headers are "
         "fetched."
     ),
@@ -101,7 +101,7 @@ def command(
     show_settings: bool,
     **flags: Any,
 ) -> None:
-    """flags: those of the plan, and rules_dirs, fail_on and stage as the engine takes them."""
+    """flags: those of the recipe, and rules_dirs, fail_on and stage as the engine takes them."""
     if show_settings:
         from doctor.cli.settings import print_settings
 
@@ -197,7 +197,7 @@ def _checked(
     if base and base.recipe != recipe:
         notice(
             _(
-                "{baseline} was made for {there}, this run is for {here}: findings of the plan may be new.",
+                "{baseline} was made for {there}, this run is for {here}: findings of the recipe may be new.",
                 baseline=ctx.params["baseline"],
                 there=base.recipe.label(),
                 here=recipe.label(),

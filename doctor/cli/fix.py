@@ -68,7 +68,7 @@ def command(
     only: tuple[str, ...],
     **flags: Any,
 ) -> None:
-    """flags: those of the plan, and rules_dirs, fail_on, donor, copy and overwrite as api.fix takes them."""
+    """flags: those of the recipe, and rules_dirs, fail_on, donor, copy and overwrite as api.fix takes them."""
     from doctor import api
     from doctor.checkpoint.directory import Checkpoint
     from doctor.report.plan_text import render_plan

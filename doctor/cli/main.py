@@ -29,7 +29,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
 @click.group(
     cls=Group,
     commands=Commands(
-        check="Say whether checkpoints are ready for a plan.",
+        check="Say whether checkpoints are ready for a recipe.",
         completion="Print the script that completes in a shell.",
         explain="A rule's page, or what a pasted error points to.",
         facts="List the facts that a rule can ask for.",

@@ -112,7 +112,7 @@ plan_options = together(
         "method",
         type=click.Choice(METHODS),
         default="gptq",
-        help=_("Quantization method of the plan."),
+        help=_("Quantization method of the recipe."),
     ),
     option("--bits", type=int, default=4, help=_("Bits per weight: 2, 3, 4 or 8.")),
     option("--group-size", type=int, default=128, help=_("in_features that share a scale; -1 for whole rows.")),

@@ -136,7 +136,7 @@ def command(
     overwrite: bool,
     **flags: Any,
 ) -> None:
-    """flags: those of the plan, and fields of the recipe under their own names."""
+    """flags: those of the recipe, and fields of the recipe under their own names."""
     from doctor import api
 
     outputs = outputs_of(formats)

@@ -1,4 +1,4 @@
-"""The plan that a command works for: flags, then the configuration, then what a quantized checkpoint says of itself."""
+"""The recipe of a command: flags, then the configuration, then what a quantized checkpoint says of itself."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ PLAN = ("method", "bits", "group_size", "sym", "tp")  # the parameters of option
 
 
 def asked_recipe(flags: dict[str, Any], config: "Config | None" = None, **more: Any) -> Recipe:
-    """The recipe of the plan flags, which are taken out of `flags`.
+    """The recipe of the flags, which are taken out of `flags`.
 
     Fields that the command has no flag for come from the configuration.
     """

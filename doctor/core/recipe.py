@@ -1,4 +1,4 @@
-"""The plan that findings are judged against and that the quantizer follows: method, bits, groups, where it will run.
+"""The recipe that findings are judged against and that the quantizer follows: method, bits, groups, where it will run.
 
 A recipe moves one way: a retry may raise damping or fall to a simpler method, never back, so every retry loop ends.
 """
@@ -176,13 +176,13 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The first word of the plan: its format where one is named (a file in compressed-tensors does not say who
+        """The first word of the label: its format where one is named (a file in compressed-tensors does not say who
         rounded it), else the method.
         """
         return self.format or self.method
 
     def label(self) -> str:
-        """`gptq 4-bit g128 tp8`: the plan as people write it."""
+        """`gptq 4-bit g128 tp8`: the recipe as people write it."""
         group = "per-channel" if self.group_size == -1 else f"g{self.group_size}"
         return " ".join([self.name, f"{self.bits}-bit", group, *([f"tp{self.tp}"] if self.tp > 1 else [])])
 

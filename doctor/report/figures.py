@@ -1,4 +1,4 @@
-"""Tables and series behind the pictures of a report: plans by GPU count, weights by layer, shapes, tokens, files.
+"""Tables and series behind the pictures of a report: recipes by GPU count, weights by layer, shapes, tokens, files.
 
 They are made from the same store and rules as the findings, and only when a format that draws them was asked for.
 Everything here is plain data, because it travels in the report's JSON.
@@ -59,15 +59,15 @@ def pictures(checkpoint: Checkpoint, store: Store, rules: Iterable[Rule], findin
     return {k: v for k, v in made.items() if v}
 
 
-# plans by GPU count
+# recipes by GPU count
 
 
 def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> list[dict]:
     """Rows {plan, step, cells: [{tp, ready, codes}]}: which errors stand in the way as it is, after safe fixes, after
     padding.
 
-    Rules that look at headers and at the recipe are asked again under each plan; what the others found holds for every
-    plan. Methods that meet the same errors share their rows; a step that changes nothing has none. [] where nothing can
+    Rules that look at headers and at the recipe are asked again under each recipe; what the others found holds for each
+    one. Methods that meet the same errors share their rows; a step that changes nothing has none. [] where nothing can
     be planned.
     """
     if not store.has(LAYOUT):
@@ -92,7 +92,7 @@ def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> 
 
 
 def _plans(recipe: Recipe) -> list[Recipe]:
-    """The plan asked for and its neighbours: other group sizes, and the other methods that have its width."""
+    """The recipe asked for and its neighbours: other group sizes, and the other methods that have its width."""
     methods = [
         m.name
         for m in sorted(METHODS.values(), key=lambda m: m.name != recipe.method)
@@ -106,7 +106,7 @@ def _plans(recipe: Recipe) -> list[Recipe]:
 
 
 def _shared(plan: Recipe, asked: int) -> list[Recipe]:
-    """The plan on one GPU and on more, the number that was asked for among them."""
+    """The recipe on one GPU and on more, the number that was asked for among them."""
     return [replace(plan, tp=tp) for tp in sorted({*TPS, asked})]
 
 
@@ -115,7 +115,7 @@ def _errors(store: Store, rules: list[Rule], plan: Recipe) -> list[Finding]:
 
 
 def _steps(blocked: list[tuple[int, dict[str, str]]]) -> list[dict]:
-    """Rows of one plan from (tp, code -> safety of its fix)."""
+    """Rows of one recipe from (tp, code -> safety of its fix)."""
     rows: list[dict] = []
     for step, fixed in (
         ("as it is", ()),
@@ -142,7 +142,7 @@ def _worst(findings: Iterable[Finding]) -> dict[str, str]:
 
 
 def _safety(fix: Fix | None) -> str:
-    """A fix that invents content, or that changes the plan instead of the files, counts as manual here."""
+    """A fix that invents content, or that changes the recipe instead of the files, counts as manual here."""
     if fix is None or fix.by_name or not fix.edits or any(isinstance(e, RECIPE_EDITS) for e in fix.edits):
         return "manual"
     if fix.safety == "unsafe" and any(isinstance(e, PadTensor) for e in fix.edits):

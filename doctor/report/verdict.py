@@ -21,7 +21,7 @@ def skipped(report: Report) -> int:
 
 
 def verdict(report: Report) -> tuple[str, str]:
-    """(mark, sentence): whether the checkpoint is ready for the plan, and how far that is known."""
+    """(mark, sentence): whether the checkpoint is ready for the recipe, and how far that is known."""
     label = plan_label(report)
     if report.at_or_above("error"):
         return "error", translated(_ending(report, False, label))
@@ -309,7 +309,7 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
 
 
 def plan_flags(recipe) -> str:
-    """The options that differ from the default plan, to paste."""
+    """The options that differ from the default recipe, to paste."""
     from doctor.core.recipe import Recipe
 
     default, flags = Recipe(), []
@@ -326,7 +326,7 @@ def plan_flags(recipe) -> str:
 
 
 def plan_row(row: dict) -> str:
-    """What a row of the matrix is called; a step stands under its plan."""
+    """What a row of the matrix is called; a step comes below its recipe."""
     return row["plan"] if row["step"] == "as it is" else f"… {translated(row['step'])}"
 
 

@@ -1,4 +1,4 @@
-"""One HTML file that asks the network for nothing: verdict, plans, findings, weights layer by layer, tokens, shapes,
+"""One HTML file that asks the network for nothing: verdict, recipes, findings, weights layer by layer, tokens, shapes,
 files, rules.
 
 It works from the report alone, so `doctor render doctor.json -f html:report.html` gives the same page later. No script

@@ -1,4 +1,4 @@
-"""Markdown for a pull request's comment or a job's summary: verdict, plans by GPU count, findings to unfold.
+"""Markdown for a pull request's comment or a job's summary: verdict, recipes by GPU count, findings to unfold.
 
 A comment holds 65,536 characters: findings are cut from the end and counted, the verdict never.
 """
@@ -51,7 +51,7 @@ def matrix(rows: list[dict]) -> str:
     """Plans by GPU count: ready or not, and the codes in the way."""
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
     lines = [
-        f"| {say('plan')} | "
+        f"| {say('recipe')} | "
         + " | ".join([say("1 GPU") if n == 1 else str(n) for n in gpus])
         + f" | {say('in the way')} |",
         "|---|" + ":-:|" * len(gpus) + "---|",

@@ -1,4 +1,4 @@
-"""The full screen: plan, findings with their pictures, a verdict by area, commands to paste."""
+"""The full screen: recipe, findings with their pictures, a verdict by area, commands to paste."""
 
 import io
 import re
@@ -37,7 +37,7 @@ def render(reports: list[Report], width: int = 100, verbose: bool = False) -> st
 
 
 def show(reports: list[Report], out: Console, verbose: bool = False, matrix: bool = False) -> None:
-    """Print the screen of each report; with `matrix` also its plans by GPU count."""
+    """Print the screen of each report; with `matrix` also its recipes by GPU count."""
     for i, report in enumerate(reports):
         if i:
             out.print()
@@ -321,7 +321,7 @@ def _matrix(screen: Screen, report: Report) -> None:
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
     screen.line(
         (
-            "  " + pad(say("plan"), wide) + "".join(f"{n:>5}" for n in gpus) + f" {say('GPUs')}  {say('in the way')}",
+            "  " + pad(say("recipe"), wide) + "".join(f"{n:>5}" for n in gpus) + f" {say('GPUs')}  {say('in the way')}",
             "bold",
         )
     )
