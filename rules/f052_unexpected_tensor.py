@@ -30,7 +30,7 @@ BENIGN = re.compile(
 BIAS_KEYS = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias", "bias", "attention_out_bias")
 
 
-@rule("F052", "warning", certainty="likely", implied_by=("C147", "F057", "F058", "C142", "F050"))
+@rule("F052", "warning", certainty="likely", implied_by=("C147", "F057", "F058", "F061", "C142", "F050"))
 def unexpected_tensor(checkpoint, placement, config):
     spec = placement.spec
     if spec.family is None:

@@ -35,6 +35,7 @@ SLOW = (
     "fixing/test_fix_laws.py",
     "lint/test_explain.py",
     "lint/test_healthy.py",
+    "lint/test_names.py",
     "lint/test_planted.py",
     "lint/test_rule_variants.py",
     "lint/test_rules.py",

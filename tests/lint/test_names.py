@@ -1,0 +1,136 @@
+"""Tensor names are judged by the class that config.json names, and the client of the class has the last word."""
+
+import json
+import re
+
+import pytest
+from healthy_models import save
+from multimodal_models import MODELS, save_multimodal
+
+from doctor.api import check, fix
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.recipe import Recipe
+from doctor.lint.testing import shard_bytes
+
+RECIPE = Recipe(group_size=32)
+
+
+def rename(folder, new_name):
+    """Give every tensor of a checkpoint in one file the name that new_name says."""
+    source = Checkpoint.open(folder)
+    tensors = {n: source.load(n) for n in source.tensors}
+    dtypes = {new_name(n): source.tensors[n].dtype.name for n in tensors}
+    (folder / "model.safetensors").write_bytes(shard_bytes({new_name(n): a for n, a in tensors.items()}, dtypes))
+    return folder
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def found(folder, **options):
+    report = check(folder, RECIPE, **options)
+    assert not report.crashed, [r.crashed for r in report.crashed]
+    return [f for f in report.findings if f.severity != "info" and not f.consequence_of]
+
+
+def loaded(folder):
+    """(missing keys, unexpected keys, logits) as transformers loads this checkpoint."""
+    import torch
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    with torch.no_grad():
+        logits = model.eval()(torch.arange(1, 33)[None]).logits
+    return sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), logits
+
+
+PREFIXES = {
+    "bare": lambda n: n.removeprefix("model."),
+    "language_model": lambda n: f"language_model.{n}",
+    "model.language_model": lambda n: n.replace("model.", "model.language_model.", 1),
+    "base_model.model": lambda n: f"base_model.model.{n}",
+    "transformer": lambda n: re.sub(r"^model\.", "transformer.", n),
+}
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "olmoe"])
+def test_a_wrong_prefix_is_one_finding_and_renaming_gives_the_model_back(model_type, kind, tmp_path):
+    import torch
+
+    folder = save(model_type, tmp_path / "saved")
+    right = loaded(folder)[2]
+    rename(folder, PREFIXES[kind])
+    [only] = found(folder)
+    assert only.code == "F061"
+    result = fix(folder, tmp_path / "fixed", RECIPE)
+    assert {s.code for s in result.plan.steps} >= {"F061"} and not found(tmp_path / "fixed")
+    missing, unexpected, logits = loaded(tmp_path / "fixed")
+    assert missing == unexpected == [] and torch.equal(logits, right)
+
+
+def test_transformers_adds_the_base_prefix_and_takes_no_other(tmp_path):
+    """What the rule says of transformers, asked of it."""
+    for kind, taken in (("bare", True), ("language_model", False), ("base_model.model", False)):
+        folder = rename(save("llama", tmp_path / kind), PREFIXES[kind])
+        missing, unexpected, _logits = loaded(folder)
+        assert (not missing and not unexpected) is taken, (kind, missing)
+
+
+def test_an_untied_head_keeps_its_name_in_an_index_too(tmp_path):
+    folder = save("llama", tmp_path / "saved", tie=False, max_shard_size="200KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for shard in set(index["weight_map"].values()):
+        names = [n for n, file in index["weight_map"].items() if file == shard]
+        source = Checkpoint.open(folder)
+        data = shard_bytes(
+            {n.removeprefix("model."): source.load(n) for n in names},
+            {n.removeprefix("model."): "BF16" for n in names},
+        )
+        (folder / f"new-{shard}").write_bytes(data)
+    for shard in set(index["weight_map"].values()):
+        (folder / f"new-{shard}").rename(folder / shard)
+    index["weight_map"] = {n.removeprefix("model."): file for n, file in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    [only] = found(folder)
+    assert only.code == "F061"
+    fix(folder, tmp_path / "fixed", RECIPE)
+    assert not found(tmp_path / "fixed") and loaded(tmp_path / "fixed")[:2] == ([], [])
+
+
+def test_names_that_some_client_takes_are_silent(tmp_path):
+    """Bare names under a bare class, in an embedding model, a classifier, and in families whose readers take both."""
+    folder = rename(save("llama", tmp_path / "bare"), PREFIXES["bare"])
+    edit_config(folder, architectures=["LlamaModel"])
+    assert found(folder, select=["F061"]) == []
+    folder = rename(save("qwen3", tmp_path / "embedder", tie=True), PREFIXES["bare"])
+    (folder / "modules.json").write_text("[]")
+    assert found(folder, select=["F061"]) == []
+    folder = rename(save("qwen2", tmp_path / "classifier"), PREFIXES["bare"])
+    edit_config(folder, architectures=["Qwen2ForSequenceClassification"])
+    assert found(folder, select=["F061"]) == []
+    for model_type in ("gpt2", "bloom"):
+        folder = rename(save(model_type, tmp_path / model_type), lambda n: n.removeprefix("transformer."))
+        assert found(folder) == []
+    folder = rename(save("opt", tmp_path / "opt"), lambda n: n.removeprefix("model."))
+    assert found(folder) == []
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_multimodal_models_as_transformers_saves_them_are_silent(model_type, tmp_path):
+    folder = save_multimodal(model_type, tmp_path / "saved")
+    assert [f for f in found(folder) if f.code.startswith("F0")] == []
+
+
+def test_a_text_model_under_a_multimodal_class_is_told_that_the_class_is_wrong(tmp_path):
+    source = Checkpoint.open(save_multimodal("gemma3", tmp_path / "saved"))
+    text = {n: source.load(n) for n in source.tensors if n.startswith("language_model.")}
+    names = {n: n.removeprefix("language_model.") for n in text}
+    (tmp_path / "saved" / "model.safetensors").write_bytes(
+        shard_bytes({names[n]: a for n, a in text.items()}, dict.fromkeys(names.values(), "BF16"))
+    )
+    [only] = [f for f in found(tmp_path / "saved") if f.code == "F061"]
+    assert "'model.' in place of 'language_model.model.' of Gemma3ForConditionalGeneration" in only.message
+    assert only.fix.safety == "manual" and not only.fix.edits
