@@ -13,6 +13,7 @@ False alarms: variants of a family that add tensors and are newer than this vers
 (rotary frequencies, causal masks) and stored cache scales are not counted.
 
 Fix safety: unsafe, and only by name: the tensor is dropped. Only you know whether the tensor or the config is right.
+Manual while the model lacks a tensor: this one may be it under another name.
 
 Sources: transformers src/transformers/modeling_utils.py, `_keys_to_ignore_on_load_unexpected`.
 """
@@ -29,12 +30,15 @@ BENIGN = re.compile(
 )
 BIAS_KEYS = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias", "bias", "attention_out_bias")
 
+LOST = Fix(_("find out which missing tensor this is; nothing is dropped while the model lacks one"), (), "manual")
 
-@rule("F052", "warning", certainty="likely", implied_by=("C147", "F057", "F058", "F061", "C142", "F050"))
-def unexpected_tensor(checkpoint, placement, config):
+
+@rule("F052", "warning", certainty="likely", implied_by=("C147", "F057", "F058", "F061", "F062", "C142", "F050"))
+def unexpected_tensor(checkpoint, placement, config, misnamed):
     spec = placement.spec
     if spec.family is None:
         return
+    lost = bool(misnamed.absent or misnamed.names or placement.missing())
     placed = {info.name for info, _axis, _sizes in placement.sizes()}
     for block in placement.counted:
         for tail, info in placement.blocks[block].items():
@@ -47,7 +51,7 @@ def unexpected_tensor(checkpoint, placement, config):
                 _("{tensor} does not belong to a {family} model", tensor=info.name, family=spec.family),
                 at=Place(info.shard, tensor=info.name),
                 evidence={"family": spec.family},
-                fix=Fix(_("drop it"), (DropTensor(info.name),), "unsafe", by_name=True),
+                fix=LOST if lost else Fix(_("drop it"), (DropTensor(info.name),), "unsafe", by_name=True),
                 advice=_("make sure that config.json names the family of these weights"),
             )
 

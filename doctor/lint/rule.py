@@ -59,6 +59,7 @@ from doctor.lint.donor_fixes import from_base, tensor_from_base, value_from_base
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
 from doctor.model.linears import ROW_PARALLEL, Linear  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
+from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too
 from doctor.model.prefixes import WrongPrefix, wrong_prefix  # noqa: F401
 from doctor.model.spec import ModelSpec  # noqa: F401
 from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`

@@ -134,3 +134,72 @@ def test_a_text_model_under_a_multimodal_class_is_told_that_the_class_is_wrong(t
     [only] = [f for f in found(tmp_path / "saved") if f.code == "F061"]
     assert "'model.' in place of 'language_model.model.' of Gemma3ForConditionalGeneration" in only.message
     assert only.fix.safety == "manual" and not only.fix.edits
+
+
+def swapped(number_at_the_end):
+    """An expert's number behind the linear's name, or behind `weight`, as converters from Megatron write it."""
+    template = r"experts.\2.weight\1" if number_at_the_end else r"experts.\2.\1.weight"
+    return lambda n: re.sub(r"experts\.(\d+)\.(\w+)\.weight$", template, n)
+
+
+SPELLINGS = {
+    "number at the end": swapped(True),
+    "number behind the linear": swapped(False),
+    "underscores": lambda n: re.sub(r"layers\.(\d+)\.self_attn\.(\w)_proj\.", r"layers_\1_self_attn_\2_proj_", n),
+    "slashes": lambda n: n.replace(".", "/"),
+    "words in another order": lambda n: n.replace("input_layernorm.weight", "weight.layernorm_input"),
+}
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "olmoe", "mixtral"])
+def test_misnamed_tensors_are_renamed_and_not_dropped(model_type, kind, tmp_path):
+    import torch
+
+    folder = save(model_type, tmp_path / "saved")
+    right = loaded(folder)[2]
+    names = set(Checkpoint.open(folder).tensors)
+    rename(folder, SPELLINGS[kind])
+    assert set(Checkpoint.open(folder).tensors) != names
+    [only] = found(folder)
+    assert only.code == "F062" and only.fix.safety == "safe", (only.code, only.message)
+    assert not any("Drop" in type(e).__name__ for f in check(folder, RECIPE).findings if f.fix for e in f.fix.edits)
+    fix(folder, tmp_path / "fixed", RECIPE)
+    assert not found(tmp_path / "fixed") and set(Checkpoint.open(tmp_path / "fixed").tensors) == names
+    missing, unexpected, logits = loaded(tmp_path / "fixed")
+    assert missing == unexpected == [] and torch.equal(logits, right)
+
+
+def test_a_layer_and_an_expert_are_never_taken_for_each_other(tmp_path):
+    """Both orders of the two numbers occur here, and 3 experts in 3 layers make every mix of them a name."""
+    folder = save("qwen3_moe", tmp_path / "saved")
+    rename(folder, lambda n: re.sub(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.", r"experts.\2.mlp.layers.\1.", n))
+    [only] = found(folder)
+    pairs = {e.tensor: e.to for e in only.fix.edits}
+    assert pairs["model.experts.2.mlp.layers.0.up_proj.weight"] == "model.layers.0.mlp.experts.2.up_proj.weight"
+    assert pairs["model.experts.0.mlp.layers.2.up_proj.weight"] == "model.layers.2.mlp.experts.0.up_proj.weight"
+
+
+def test_w1_w2_w3_are_paired_where_shapes_tell_the_down_projection(tmp_path):
+    import torch
+
+    words = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    folder = save("llama", tmp_path / "saved")
+    right = loaded(folder)[2]
+    rename(folder, lambda n: re.sub("gate_proj|down_proj|up_proj", lambda m: words[m[0]], n))
+    [only] = found(folder)
+    assert (only.code, only.fix.safety, only.fix.by_name) == ("F062", "unsafe", False)
+    fix(folder, tmp_path / "fixed", RECIPE, unsafe_fixes=True)
+    assert torch.equal(loaded(tmp_path / "fixed")[2], right)
+    square = save("llama", tmp_path / "square", intermediate_size=128)
+    rename(square, lambda n: re.sub("gate_proj|down_proj|up_proj", lambda m: words[m[0]], n))
+    report = check(square, RECIPE)
+    assert "F062" not in {f.code for f in report.findings}
+    assert all(not f.fix.edits for f in report.findings if f.code == "F052" and f.fix)
+
+
+def test_a_tensor_of_the_right_words_and_the_wrong_shape_is_no_pair(tmp_path):
+    folder = save("qwen3_moe", tmp_path / "saved", moe_intermediate_size=96)
+    rename(folder, SPELLINGS["number at the end"])
+    edit_config(folder, moe_intermediate_size=64)
+    assert "F062" not in {f.code for f in check(folder, RECIPE).findings}
