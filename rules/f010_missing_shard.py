@@ -25,7 +25,7 @@ from doctor.lint.testing import tiny
 INDEX = "model.safetensors.index.json"
 
 
-@rule("F010", "error", implied_by=("F015", "F019", "F024"))
+@rule("F010", "error", implied_by=("F015", "F019", "F024", "F028"))
 def missing_shard(checkpoint, missing_shards, base):
     for name in missing_shards:
         lost = [t for t, file in checkpoint.weight_map.items() if file == name]

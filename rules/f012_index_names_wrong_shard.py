@@ -22,7 +22,7 @@ from doctor.lint.testing import tiny
 INDEX = "model.safetensors.index.json"
 
 
-@rule("F012", "error")
+@rule("F012", "error", implied_by=("F028",))
 def index_names_wrong_shard(checkpoint, weight_map, shards):
     held: dict[str, list[str]] = {}
     for file, shard in shards.items():

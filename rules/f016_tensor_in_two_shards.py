@@ -3,13 +3,14 @@
 Why: which copy a model gets depends on the reader: the one that the index names, the first file, or the last. Where the
 copies differ, two programs run two different models.
 
-Do: find out which file is right. If every tensor of one file also exists in another, that file is a leftover; delete
+Do: find out which file is right; an index that names an overlay's file says so. If every tensor of one file also exists in another, that file is a leftover; delete
 it.
 
 False alarms: none known; files that the index does not list are not counted here (F017).
 
 Fix safety: safe where the copies are bit-identical: all but one are dropped, and the one that the index names stays.
-Where they differ, only by name: the copy that the index names is kept. Manual if no index names one.
+Unsafe where they differ: the copy that the index names is kept, and the stale bytes of the others are dropped. Manual
+if no index names one.
 
 Sources: transformers src/transformers/modeling_utils.py loads file after file, so that the last wins; vllm-project/vllm
 vllm/model_executor/model_loader/weight_utils.py goes by the index.
@@ -25,21 +26,34 @@ def tensor_in_two_shards(checkpoint, copies, weight_map, every_digests=None):
         files = [info.shard for info in infos]
         equal = _equal(infos, (every_digests or {}).get(name, {}))
         first, second, *rest = files
+        named = (weight_map or {}).get(name)
         yield finding(
-            plural(
-                "{tensor} is in {first}, in {second} and in {n} more shard",
-                "{tensor} is in {first}, in {second} and in {n} more shards",
-                len(rest),
-                tensor=name,
-                first=first,
-                second=second,
-            )
-            if rest
-            else _("{tensor} is in {first} and in {second}", tensor=name, first=first, second=second),
+            _text(name, first, second, len(rest), named if named in files else ""),
             at=Place(files[0], tensor=name),
             evidence={"files": ", ".join(files)},
-            fix=_fix(name, files, equal, (weight_map or {}).get(name)),
+            fix=_fix(name, files, equal, named),
         )
+
+
+def _text(name, first, second, more, named):
+    if more:
+        return plural(
+            "{tensor} is in {first}, in {second} and in {n} more shard",
+            "{tensor} is in {first}, in {second} and in {n} more shards",
+            more,
+            tensor=name,
+            first=first,
+            second=second,
+        )
+    if named:
+        return _(
+            "{tensor} is in {first} and in {second}; the index names {named}",
+            tensor=name,
+            first=first,
+            second=second,
+            named=named,
+        )
+    return _("{tensor} is in {first} and in {second}", tensor=name, first=first, second=second)
 
 
 def _equal(infos, digests):
@@ -58,7 +72,7 @@ def _fix(name, files, equal, named):
     drops = tuple(DropTensor(name, file) for file in files if file != kept)
     if equal:
         return Fix(_("drop all copies but one: they are equal"), drops)
-    return Fix(_("keep the copy in {file}, which the index names", file=kept), drops, "unsafe", by_name=True)
+    return Fix(_("keep the copy in {file}, which the index names; drop the others", file=kept), drops, "unsafe")
 
 
 def bad():
@@ -67,7 +81,8 @@ def bad():
     names = sorted(case.tensors)
     twice = [*names[1::2], names[0]]
     case.files["model-00002-of-00002.safetensors"] = shard_bytes({n: case.tensors[n] for n in twice}, case.dtypes)
-    return case, f"{names[0]} is in model-00001-of-00002.safetensors and in model-00002-of-00002.safetensors"
+    first, second = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    return case, f"{names[0]} is in {first} and in {second}; the index names {first}"
 
 
 def good():

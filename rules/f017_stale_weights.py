@@ -21,7 +21,7 @@ from doctor.lint.testing import shard_bytes, tiny
 LOOKED_FOR = re.compile(r"^model(-\d{5}-of-\d{5})?\.safetensors$")
 
 
-@rule("F017", "warning")
+@rule("F017", "warning", implied_by=("F028",))
 def stale_weights(checkpoint, files, weight_map):
     if not weight_map:
         return

@@ -15,22 +15,16 @@ two totals, only by name, because the shards may be of two saves. Else manual.
 Sources: huggingface/huggingface_hub src/huggingface_hub/serialization/_base.py.
 """
 
-import re
-
-from doctor.lint.rule import Fix, Place, RenameFile, _, finding, listed, rule
+from doctor.lint.rule import Fix, Place, RenameFile, _, finding, listed, parts_of, renumbered, rule
 from doctor.lint.testing import rename_parts, tiny
 
-PART = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.safetensors$")
 INDEX = "model.safetensors.index.json"
 
 
-@rule("F027", "warning", certainty="likely", implied_by=("F010", "F015"))
+@rule("F027", "warning", certainty="likely", implied_by=("F010", "F015", "F028"))
 def part_count(checkpoint, weight_map, files, shards, placement=None):
-    sets: dict[str, list[tuple[int, int, str]]] = {}  # by stem: (number, total, file)
-    for match in filter(None, map(PART.match, set((weight_map or {}).values()))):
-        sets.setdefault(match[1], []).append((int(match[2]), int(match[3]), match[0]))
     whole = placement is not None and placement.spec.family is not None and not placement.missing()
-    for stem, parts in sets.items():
+    for stem, parts in parts_of((weight_map or {}).values()).items():
         have = {number for number, _total, _file in parts}
         totals = sorted({total for _number, total, _file in parts})
         if len(totals) > 1 or have != set(range(1, totals[-1] + 1)):
@@ -43,7 +37,7 @@ def part_count(checkpoint, weight_map, files, shards, placement=None):
                 ),
                 at=Place(INDEX, pointer="/weight_map"),
                 evidence={"used": len(have), "said": totals},
-                fix=_renumber(stem, sorted(parts), len(totals) == 1, files, shards) if whole else BY_HAND,
+                fix=_renumber(stem, parts, len(totals) == 1, files, shards) if whole else BY_HAND,
             )
 
 
@@ -51,17 +45,13 @@ BY_HAND = Fix(_("fetch the index and the shards from one save"), (), "manual")
 
 
 def _renumber(stem, parts, alike, files, shards):
-    """Number the parts 1 to n of n: a part whose name is already right keeps it, the others take the free names. By
-    hand where such a name is another file's.
-    """
-    names = [f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
-    old = [file for _number, _total, file in parts if file not in names]
-    new = [name for name in names if all(name != file for _number, _total, file in parts)]
-    if any(name in files for name in new) or any(file not in shards for file in old):
+    """Number the parts 1 to n of n; by hand where such a name is another file's."""
+    names = renumbered(stem, parts, files)
+    if names is None or any(file not in shards for file in names):
         return BY_HAND
     return Fix(
         _("renumber the {count} parts, 1 to {last}", count=len(parts), last=len(parts)),
-        tuple(RenameFile(a, b) for a, b in zip(old, new, strict=True)),
+        tuple(RenameFile(old, new) for old, new in names.items()),
         "safe" if alike else "unsafe",
         by_name=not alike,
     )

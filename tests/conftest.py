@@ -31,6 +31,7 @@ SLOW = (
     "evaluate/",
     "fixing/test_fix.py",
     "fixing/test_in_place.py",
+    "fixing/test_index_fixes.py",
     "fixing/test_donor_fixes.py",
     "fixing/test_fix_laws.py",
     "lint/test_explain.py",

@@ -280,7 +280,10 @@ class Checkpoint:
             if name not in self.entries:
                 self.missing_shards.append(name)
         # An index decides which files belong to the checkpoint; files beside it are looked at by rules of the listing.
-        names = [n for n in wanted if n in self.entries] if wanted else listed
+        # Of an index that names no file here, numbered shards are looked at: it may be of another save.
+        names = [n for n in wanted if n in self.entries]
+        if not names:
+            names = [n for n in listed if is_numbered(n)] if wanted else listed
         self.shards = dict(zip(names, self._open_all(names), strict=True))
 
     def _open_all(self, names: list[str]) -> list[Shard]:
@@ -344,3 +347,9 @@ def codes(raw: bytes | bytearray | memoryview, info: TensorInfo) -> np.ndarray:
             )
         )
     return np.frombuffer(raw, kind).reshape(info.shape)
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a file name is that of a shard among several: `model-00001-of-00003.safetensors`."""
+    head, _of, count = name.removesuffix(".safetensors").rpartition("-of-")
+    return count.isdigit() and head[-1:].isdigit()

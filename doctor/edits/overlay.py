@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from doctor.checkpoint import json_text
-from doctor.checkpoint.directory import INDEX_NAME, Checkpoint, Entry, JsonFile
+from doctor.checkpoint.directory import INDEX_NAME, Checkpoint, Entry, JsonFile, is_numbered
 from doctor.checkpoint.safetensors import Shard, ShardFile, TensorInfo, open_shard
 from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.core.messages import _
@@ -279,8 +279,9 @@ class EditedCheckpoint(Checkpoint):
                 self.shards[name] = open_shard(self.source.path(name), name)
         self.__dict__.pop("tensors", None)
         names = sorted(self.shards)
-        if any(_is_numbered(n) for n in names):  # a consolidated model beside its own shards is not one of them
-            names = [n for n in names if _is_numbered(n)]
+        if any(is_numbered(n) for n in names):  # a consolidated model beside its own shards is none of them
+            named = set(old_map.values())  # as is a shard of another name that the index lists
+            names = [n for n in names if is_numbered(n) or n in named]
         weight_map: dict[str, str] = {}
         for shard in names:
             for info in self.shards[shard].tensors:
@@ -352,11 +353,6 @@ def _by_new_name(edit: Edit, names: dict[str, str]) -> Edit:
     if isinstance(edit, DropTensor):
         return replace(edit, shard=names.get(edit.shard, edit.shard))
     return edit
-
-
-def _is_numbered(name: str) -> bool:
-    head, _of, count = name.removesuffix(".safetensors").rpartition("-of-")
-    return count.isdigit() and head[-1:].isdigit()
 
 
 def _common_prefix(one: str, other: str) -> str:

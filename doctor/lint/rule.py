@@ -57,6 +57,7 @@ from doctor.formats.base import KNOWN, read_quantization, scale_tails, word_tail
 from doctor.formats.known import is_scale_beside_weight, packed_tails, says_packed, shows_packing  # noqa: F401
 from doctor.lint.donor_fixes import from_base, tensor_from_base, value_from_base, zeros_from_base  # noqa: F401
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
+from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
 from doctor.model.linears import ROW_PARALLEL, Linear  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too
