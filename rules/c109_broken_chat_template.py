@@ -16,13 +16,8 @@ never runs it.
 Sources: transformers src/transformers/utils/chat_template_utils.py; Jinja documentation, "Sandbox".
 """
 
-import re
-
-from doctor.lint.rule import Fix, Place, SetJson, Unavailable, _, finding, from_base, rule
+from doctor.lint.rule import Place, Unavailable, _, chat_template_fix, finding, parse_template, rule
 from doctor.lint.testing import tiny
-
-# transformers marks the assistant's text with its own tag; the parser can treat it like any other block tag.
-GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
 @rule("C109", "error")
@@ -31,15 +26,10 @@ def broken_chat_template(checkpoint, chat_template, base):
         return
     try:
         from jinja2 import TemplateSyntaxError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise Unavailable(_("jinja2 is not installed")) from None
-    text = GENERATION.sub(lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", chat_template)
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
     try:
-        environment.parse(text)
+        parse_template(chat_template)
     except TemplateSyntaxError as error:
         own = "chat_template.jinja" in checkpoint.entries
         at = (
@@ -55,22 +45,8 @@ def broken_chat_template(checkpoint, chat_template, base):
             ),
             at=at,
             evidence={"line": error.lineno},
-            fix=_from_base(checkpoint, base, own),
+            fix=chat_template_fix(checkpoint, base, own),
         )
-
-
-def _from_base(checkpoint, base, own):
-    """The donor's template, from the same file and key."""
-    manual = _("repair the template, or take the base model's")
-    theirs = (base.checkpoint.value("tokenizer_config.json") or {}).get("chat_template") if base is not None else None
-    if own or not isinstance(theirs, str):
-        return from_base(base if own else None, "chat_template.jinja", manual)
-    mine = checkpoint.value("tokenizer_config.json")["chat_template"]
-    return Fix(
-        _("take the chat template of {base}", base=base.text),
-        (SetJson("tokenizer_config.json", "/chat_template", theirs, mine),),
-        "unsafe",
-    )
 
 
 def bad():

@@ -37,6 +37,7 @@ SLOW = (
     "lint/test_explain.py",
     "lint/test_healthy.py",
     "lint/test_names.py",
+    "lint/test_odd_values.py",
     "lint/test_planted.py",
     "lint/test_rule_variants.py",
     "lint/test_rules.py",

@@ -147,7 +147,7 @@ def test_the_guide_to_a_first_rule_works_word_for_word(tmp_path):
     assert f"`rules/{path.name}`" in guide
     (code,) = re.findall(r"```python\n(.*?)```", guide, re.S)
     path.write_text(code)
-    entry = next(r for r in load_rules((tmp_path,)) if r.name == "zero-rms-norm-eps")
+    entry = next(r for r in load_rules((tmp_path,)) if r.name == "zero-initializer-range")
     try:
         module = sys.modules[entry.module]
         (bad, message), good = module.bad(), module.good()

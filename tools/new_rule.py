@@ -1,7 +1,7 @@
 """Starts a rule: writes rules/CODE_name.py with every part that a rule has. CONTRIBUTING.md leads through the rest.
 
     python tools/new_rule.py                              the families, and the next free code of each
-    python tools/new_rule.py C190 zero-rms-norm-eps       the file of one rule
+    python tools/new_rule.py C190 zero-initializer-range       the file of one rule
 
 What stands in capitals is to be filled in. The tests of the rule fail until it is.
 """
@@ -94,7 +94,7 @@ def main() -> None:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("code", nargs="?", help="such as C190; none lists the free ones")
-    parser.add_argument("name", nargs="?", help="the defect in lower-case words, such as zero-rms-norm-eps")
+    parser.add_argument("name", nargs="?", help="the defect in lower-case words, such as zero-initializer-range")
     parser.add_argument("facts", nargs="*", help="what the rule asks for, by the names of `doctor facts`")
     parser.add_argument("--severity", choices=("error", "warning", "info"), default="warning")
     parser.add_argument("--scope", choices=("checkpoint", "shard", "tensor", "linear"), default="checkpoint")

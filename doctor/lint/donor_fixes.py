@@ -42,3 +42,17 @@ def value_from_base(base, file: str, pointer: str, now: object, otherwise: str) 
     return Fix(
         _('set "{key}" as {base} has it', key=key, base=base.text), (SetJson(file, pointer, value, now),), "unsafe"
     )
+
+
+def chat_template_fix(checkpoint, base, own: bool) -> Fix:
+    """The donor's chat template, from the same file and key. own: it is in chat_template.jinja."""
+    manual = _("repair the template, or take the base model's")
+    theirs = (base.checkpoint.value("tokenizer_config.json") or {}).get("chat_template") if base is not None else None
+    mine = (checkpoint.value("tokenizer_config.json") or {}).get("chat_template")
+    if own or not isinstance(theirs, str):
+        return from_base(base if own else None, "chat_template.jinja", manual)
+    return Fix(
+        _("take the chat template of {base}", base=base.text),
+        (SetJson("tokenizer_config.json", "/chat_template", theirs, mine),),
+        "unsafe",
+    )

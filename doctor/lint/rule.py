@@ -21,7 +21,7 @@ from doctor.core.finding import CERTAINTIES, SEVERITIES, Finding, Fix, Place
 from doctor.core.messages import _, listed, plural  # noqa: F401
 from doctor.core.methods import is_calibrated, is_rounding  # noqa: F401
 from doctor.core.recipe import ASKED, is_kept  # noqa: F401
-from doctor.core.tables import families_of, table  # noqa: F401
+from doctor.core.tables import families_of, family_names, table  # noqa: F401
 from doctor.core.tables import family as family_table  # noqa: F401
 from doctor.edits.arithmetic import widens  # noqa: F401 - rules import edits from here
 from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
@@ -55,9 +55,10 @@ from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
 from doctor.edits.padding import grown, keep_edits, pad_edits  # noqa: F401
 from doctor.formats.base import KNOWN, read_quantization, scale_tails, word_tails  # noqa: F401
 from doctor.formats.known import is_scale_beside_weight, packed_tails, says_packed, shows_packing  # noqa: F401
-from doctor.lint.donor_fixes import from_base, tensor_from_base, value_from_base, zeros_from_base  # noqa: F401
+from doctor.lint.donor_fixes import chat_template_fix, from_base, tensor_from_base, value_from_base, zeros_from_base  # noqa: F401
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
 from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
+from doctor.model.chat_template import parse_template, parsed_template  # noqa: F401
 from doctor.model.linears import ROW_PARALLEL, Linear  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too
