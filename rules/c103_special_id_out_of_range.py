@@ -22,7 +22,7 @@ from doctor.lint.rule import Fix, Place, SetJson, Unavailable, _, finding, rule
 from doctor.lint.testing import tiny
 
 
-@rule("C103", "error")
+@rule("C103", "error", implied_by=("G330",))
 def special_id_out_of_range(checkpoint, special, embedding_rows, json_files):
     if embedding_rows is None:
         raise Unavailable(_("neither an embedding nor vocab_size is there"))

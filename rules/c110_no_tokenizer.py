@@ -32,7 +32,7 @@ KNOWN = (
 BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
-@rule("C110", "warning", implied_by=("F019", "F020", "F022"))
+@rule("C110", "warning", implied_by=("F019", "F020", "F022", "G330"))
 def no_tokenizer(checkpoint, files, config, base):
     if any(n in files or n in checkpoint.json for n in KNOWN) or any(
         n.endswith((".tiktoken", ".model")) for n in files

@@ -20,7 +20,7 @@ from doctor.lint.rule import Place, _, finding, from_base, rule
 from doctor.lint.testing import tiny
 
 
-@rule("C140", "error", implied_by=("F019", "F020", "F022"))
+@rule("C140", "error", implied_by=("F019", "F020", "F022", "G330"))
 def config_missing(checkpoint, files, base):
     if "config.json" not in files and not checkpoint.only:
         yield finding(

@@ -23,7 +23,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msg
 INDEX = "model.safetensors.index.json"
 
 
-@rule("F021", "error", implied_by=("F010", "F019", "F020", "F024"))
+@rule("F021", "error", implied_by=("F010", "F019", "F020", "F024", "G330"))
 def no_weights(checkpoint, files, shards, base):
     if any(name.endswith(WEIGHTS) for name in files):
         return

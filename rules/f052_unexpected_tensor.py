@@ -33,7 +33,9 @@ BIAS_KEYS = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias
 LOST = Fix(_("find out which missing tensor this is; nothing is dropped while the model lacks one"), (), "manual")
 
 
-@rule("F052", "warning", certainty="likely", implied_by=("C147", "F057", "F058", "F061", "F062", "C142", "F050"))
+@rule(
+    "F052", "warning", certainty="likely", implied_by=("C147", "F057", "F058", "F061", "F062", "C142", "F050", "G330")
+)
 def unexpected_tensor(checkpoint, placement, config, misnamed):
     spec = placement.spec
     if spec.family is None:

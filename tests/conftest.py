@@ -43,6 +43,7 @@ SLOW = (
     "lint/test_rules.py",
     "locale/test_chinese.py",
     "quant/",
+    "report/test_directory_kind.py",
     "scan/test_counters.py",
     "test_real.py",
     "test_smollm2.py",

@@ -59,6 +59,7 @@ from doctor.lint.donor_fixes import chat_template_fix, from_base, tensor_from_ba
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
 from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
 from doctor.model.chat_template import parse_template, parsed_template  # noqa: F401
+from doctor.model.directory_kind import KINDS  # noqa: F401 - declares the fact `kind` too
 from doctor.model.linears import ROW_PARALLEL, Linear  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too

@@ -8,6 +8,7 @@ from doctor.core.methods import METHODS
 from doctor.lint.engine import Report
 from doctor.lint.rule import AREAS
 from doctor.locale.catalogue import counted, say, translated
+from doctor.model.directory_kind import KINDS
 from doctor.report.presentation import Group, fixable, tally
 from doctor.report.text import count, safe, seconds, size
 
@@ -35,6 +36,8 @@ def verdict(report: Report) -> tuple[str, str]:
         )
     if not ran(report):
         return "skipped", say("nothing was judged for {plan}", plan=label)
+    if report.summary.get("tensors") == 0:
+        return "skipped", say("no tensor was judged: no verdict for {plan}", plan=label)
     sentence = translated(_ending(report, True, label)) + ("" if weights_read(report) else say(" (headers only)"))
     if report.at_or_above("warning"):
         return "warning", sentence + say(", with warnings")
@@ -93,6 +96,17 @@ def suppressed(report: Report) -> str:
 
 
 def what_it_is(report: Report) -> str:
+    """`decoder LM · Qwen2ForCausalLM · 14.2 B · bf16 · 8 shards · 28.3 GB`, of what is known."""
+    return " · ".join(filter(None, (kind_of(report), sizes_of(report))))
+
+
+def kind_of(report: Report) -> str:
+    """`decoder LM`, `diffusers pipeline`: what the directory is."""
+    words = KINDS.get(report.summary.get("kind") or "")
+    return translated(words) if words else ""
+
+
+def sizes_of(report: Report) -> str:
     """`Qwen2ForCausalLM · 14.2 B · bf16 · 8 shards · 28.3 GB`, of what is known."""
     s = report.summary
     parts = [

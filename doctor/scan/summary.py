@@ -4,6 +4,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
 from doctor.formats.base import KNOWN
+from doctor.model.directory_kind import directory_kind
 from doctor.model.quantization_config import stored_recipe
 from doctor.plan.groups import LAYOUT
 from doctor.scan.header import SPEC
@@ -43,6 +44,7 @@ def summary(checkpoint: Checkpoint, store: Store) -> dict:
     spec = store.get(SPEC) if store.has(SPEC) else None
     return {
         "path": str(checkpoint.root),
+        "kind": directory_kind(checkpoint),
         "architecture": spec.architecture or spec.model_type if spec else "",
         "parameters": _parameters(checkpoint, store),
         "dtype": max(kinds, key=lambda kind: kinds[kind], default=""),

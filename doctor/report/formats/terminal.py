@@ -72,7 +72,7 @@ def _report(screen: Screen, report: Report, verbose: bool) -> None:
 
 def _ready(screen: Screen, report: Report, sentence: str) -> None:
     head = styled(("✓ ", COLOURS["ok"]), (sentence, "bold"), "   ")
-    screen.hang(head, Text(f"{safe(report.checkpoint)} · {verdict.what_it_is(report)}"), 2)
+    screen.hang(head, Text(f"{safe(report.checkpoint)} · {verdict.sizes_of(report)}"), 2)
     read = say("every byte read") if verdict.weights_read(report) else say("weights not read")
     if report.skipped_tensors:
         read += say(", ") + say(
@@ -80,9 +80,11 @@ def _ready(screen: Screen, report: Report, sentence: str) -> None:
             tensors=counted("{n:,} tensor", "{n:,} tensors", len(report.skipped_tensors)),
         )
     left_out = say("{n} skipped", n=verdict.skipped(report))
-    facts = verdict.run_facts(report).replace(left_out, left_out + say(" (doctor check -v says why)"), 1)
+    facts = verdict.run_facts(report).replace(left_out, left_out + say(" (-v says why)"), 1)
     tensors = counted("{n:,} tensor", "{n:,} tensors", report.summary.get("tensors", 0))
-    screen.hang(Text("  "), Text(f"{tensors}{say(', ')}{read} · {facts}", "bright_black"))
+    kind = verdict.kind_of(report)
+    judged = f"{tensors}{say(', ')}{read} · {facts}"
+    screen.hang(Text("  "), Text(f"{kind} · {judged}" if kind else judged, "bright_black"))
 
 
 def _head(screen: Screen, report: Report) -> None:
