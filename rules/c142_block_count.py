@@ -20,7 +20,24 @@ Sources: transformers src/transformers/modeling_utils.py; deepseek-ai/DeepSeek-V
 from doctor.lint.rule import Fix, Place, SetJson, _, finding, plural, ranges, rule
 from doctor.lint.testing import tiny
 
-FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010", "F011", "F018", "F019", "F020", "F062", "C147")
+FILES = (
+    "F001",
+    "F002",
+    "F003",
+    "F004",
+    "F005",
+    "F006",
+    "F007",
+    "F010",
+    "F011",
+    "F018",
+    "F019",
+    "F020",
+    "F061",
+    "F062",
+    "F063",
+    "C147",
+)
 # Most layers that are searched one by one: no model has more, and a config that states 2**39 must not fill memory.
 MOST = 10_000
 AHEAD = ("eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens")

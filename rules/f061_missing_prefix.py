@@ -47,7 +47,12 @@ def missing_prefix(checkpoint, spec, tensors, config, files):
         "want": found.want,
         "first": first,
     }
-    if found.missing:
+    if found.missing and not found.added:
+        text = _(
+            "{count:,} of {total:,} tensor names lack the prefix {want!r} of {architecture}; the first is {first}",
+            **values,
+        )
+    elif found.missing:
         text = _(
             "{count:,} of {total:,} tensor names lack the prefix {want!r} of {architecture}, which transformers adds "
             "by itself and vLLM and SGLang do not; the first is {first}",

@@ -6,7 +6,6 @@ renaming cures both: no value changes.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from doctor.model.spec import ModelSpec
 _WRAPPERS = ("base_model.model.", "model.language_model.", "language_model.", "module.", "_orig_mod.")
 # Classes over the same inner model as the family's own: its names, and a head of another kind.
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_OUTER = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 _OWN_HEAD = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
@@ -31,6 +31,7 @@ class WrongPrefix:
     want: str  # of the family's class: "model."
     names: Mapping[str, str]  # each such name -> the right one
     towerless: bool = False  # the class is a multimodal one, and only the text's tensors are here
+    added: bool = False  # transformers adds the prefix of an inner model by itself
 
     @property
     def missing(self) -> bool:
@@ -47,41 +48,65 @@ class WrongPrefix:
 
 def wrong_prefix(spec: ModelSpec, tensors: Iterable[str], config: Mapping[str, Any]) -> WrongPrefix | None:
     """The prefix that is wrong for the class in config.json; None where all are right, or where nobody can tell:
-    custom code, a multimodal class that no table knows, a family without a table.
+    custom code, a family or a multimodal class that no table knows.
     """
+    tensors = list(tensors)
     inner = [t.tensor for t in spec.templates if "{i}" in t.tensor]
-    root, container = _split(inner[0].partition("{i}")[0]) if inner else ("", "")
-    taken = _taken(spec, config, root) if inner else ()
+    root, container = _split(inner[0].partition("{i}")[0]) if inner else ("model.", "layers.")
+    taken = _taken(spec, config, root)
     if not taken:
-        return None
-    want, tensors = taken[0], list(tensors)
+        return _wrapped(tensors)
+    want = taken[0]
     if all(name.startswith(want + container) for name in tensors if container in name):
         return None
-    modules = {t.partition("{i}.")[2].partition(".")[0] for t in inner}
-    pattern = re.compile(rf"^(?P<have>(?:\w+\.)*?){re.escape(container)}\d+\.(?P<module>\w+)")
-    found: Counter[str] = Counter()
-    for name in tensors:
-        match = pattern.match(name)
-        if match and match["module"] in modules and not NOT_TEXT.search(name) and not in_extra_layer(name):
-            found[match["have"]] += 1
-    wrong = [have for have in found if have not in taken]
-    if found.keys() & set(taken):
-        wrong = [have for have in wrong if have.startswith(_WRAPPERS)]
+    layers = _layers(tensors, container, {t.partition("{i}.")[2].partition(".")[0] for t in inner})
+    right = set().union(*(layers[have] for have in layers if have in taken))
+    wrong = [have for have in layers if have not in taken and (not right or have.startswith(_WRAPPERS))]
+    # Beside layers under right names, those that fill their gaps are the model's own; others may be a second model's.
+    wrong = wrong or [
+        h for h in layers if h not in taken and not layers[h] & right and max(layers[h]) < (spec.n_layers or 0)
+    ]
     if not wrong:
         return None
-    have = max(wrong, key=lambda prefix: found[prefix])
-    outer = [t.tensor for t in spec.templates if "{i}" not in t.tensor]
+    have = max(wrong, key=lambda prefix: len(layers[prefix]))
+    outer = [t.tensor for t in spec.templates if "{i}" not in t.tensor] or list(_OUTER)
     names = _renamed(outer, tensors, have, want, root, container)
-    return WrongPrefix(have, want, names, _towerless(spec, tensors)) if names else None
+    return WrongPrefix(have, want, names, _towerless(spec, tensors), spec.text_key is None) if names else None
+
+
+def _layers(tensors: Iterable[str], container: str, modules: set[str]) -> dict[str, set[int]]:
+    """Prefix -> numbers of the decoder layers under it, if most of its names are the family's. modules: the family's
+    names of what is in a layer; any if empty.
+    """
+    pattern = re.compile(rf"^(?P<have>(?:\w+\.)*?){re.escape(container)}(?P<i>\d+)\.(?P<module>\w+)")
+    found: dict[str, set[int]] = {}
+    known: dict[str, int] = {}  # prefix -> how many of its names are the family's, less how many are not
+    for name in tensors:
+        match = pattern.match(name)
+        if match and not NOT_TEXT.search(name) and not in_extra_layer(name):
+            have = match["have"]
+            found.setdefault(have, set()).add(int(match["i"]))
+            known[have] = known.get(have, 0) + (1 if not modules or match["module"] in modules else -1)
+    return {have: numbers for have, numbers in found.items() if known[have] > 0}
+
+
+def _wrapped(tensors: list[str]) -> WrongPrefix | None:
+    """The prefix of an adapter's wrapper around a whole model, which no class takes, whatever its family."""
+    junk = _WRAPPERS[0]
+    if not tensors or not all(name.startswith(junk) for name in tensors):
+        return None
+    return WrongPrefix(junk, "", {name: name.removeprefix(junk) for name in tensors})
 
 
 def _taken(spec: ModelSpec, config: Mapping[str, Any], root: str) -> tuple[str, ...]:
     """Prefixes that the class in config.json takes, the one that it saves first; () for a class that is not judged."""
     own = family(spec.family).get("architecture", "")
-    if not own or config.get("auto_map"):
+    if config.get("auto_map"):
         return ()
     if spec.text_key:
         return tuple(table("readers")["wrappers"].get(spec.architecture, ()))
+    if not own:
+        return ()
     also = table("readers")["prefixes"].get(spec.family, [])
     if spec.architecture == own:
         return (root, *also)
@@ -122,6 +147,6 @@ def _renamed(
             found[name] = head
         elif name.startswith(have) and rest in inside:
             found[name] = want + rest
-        elif junk and name.startswith(junk):
+        elif junk not in ("", want) and name.startswith(junk):
             found[name] = name[len(junk) :]
     return {old: new for old, new in found.items() if old != new}

@@ -124,6 +124,68 @@ def test_multimodal_models_as_transformers_saves_them_are_silent(model_type, tmp
     assert [f for f in found(folder) if f.code.startswith("F0")] == []
 
 
+STEMS = {"qwen2_5_vl": "model.", "qwen3_vl": "model.language_model.", "qwen3_5": "model.language_model."}
+
+
+@pytest.mark.parametrize("kind", ["base_model.model", "bare"])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_multimodal_model_of_wrong_names_is_given_back_its_own(model_type, kind, tmp_path):
+    import transformers
+
+    folder = save_multimodal(model_type, tmp_path / "saved")
+    names = set(Checkpoint.open(folder).tensors)
+    stem = STEMS.get(model_type, "language_model.model.")
+    text = re.compile(rf"^{re.escape(stem)}(?!visual|vision)")
+    rename(folder, (lambda n: f"base_model.model.{n}") if kind == "base_model.model" else lambda n: text.sub("", n))
+    [only] = [f for f in found(folder) if f.code.startswith("F")]
+    assert only.code == "F061" and "transformers adds" not in only.message
+    load = transformers.AutoModelForImageTextToText.from_pretrained
+    assert load(folder, output_loading_info=True)[1]["missing_keys"], "the class took the names as they were"
+    fix(folder, tmp_path / "fixed", RECIPE, only=("F061",), fail_on="never")
+    info = load(tmp_path / "fixed", output_loading_info=True)[1]
+    assert set(Checkpoint.open(tmp_path / "fixed").tensors) == names
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize("new", [lambda n: n.removeprefix("model."), lambda n: f"model.{n}"], ids=["less", "more"])
+def test_layers_whose_names_differ_from_the_others_are_the_models_own(new, tmp_path):
+    import torch
+
+    folder = save("llama", tmp_path / "saved")
+    right = loaded(folder)[2]
+    rename(folder, lambda n: new(n) if ".layers.1." in n else n)
+    [only] = found(folder)
+    assert only.code == "F061" and only.message.startswith("9 of ")
+    fix(folder, tmp_path / "fixed", RECIPE)
+    assert torch.equal(loaded(tmp_path / "fixed")[2], right)
+
+
+def test_the_layers_of_a_second_model_are_left_alone(tmp_path):
+    """A draft model beside the model: its layers have numbers that the model has too."""
+    folder = save("llama", tmp_path / "saved")
+    source = Checkpoint.open(folder)
+    tensors = {n: source.load(n) for n in source.tensors}
+    tensors |= {n.replace("model.", "draft.", 1): a for n, a in tensors.items() if ".layers.0." in n}
+    (folder / "model.safetensors").write_bytes(shard_bytes(tensors, dict.fromkeys(tensors, "BF16")))
+    assert "F061" not in {f.code for f in check(folder, RECIPE).findings}
+
+
+def test_names_of_another_program_are_no_model_of_the_class(tmp_path):
+    """Meta's names, and llama.cpp's: readers of the class find nothing, and doctor called it ready."""
+    gguf = {"self_attn.q_proj": "attn_q", "mlp.down_proj": "ffn_down", "model.layers": "blk", "self_attn": "x"}
+    for words, program in ((gguf, "llama.cpp"), ({"model.layers": "trunk", "proj": "matrix"}, None)):
+        folder = save("llama", tmp_path / str(program))
+
+        def new(name, words=words):
+            for ours, theirs in words.items():
+                name = name.replace(ours, theirs)
+            return name.replace("mlp", "ff")
+
+        [only] = found(rename(folder, new))
+        assert only.code == "F063" and (program is None or program in only.message)
+        assert not only.fix.edits
+
+
 def test_a_text_model_under_a_multimodal_class_is_told_that_the_class_is_wrong(tmp_path):
     source = Checkpoint.open(save_multimodal("gemma3", tmp_path / "saved"))
     text = {n: source.load(n) for n in source.tensors if n.startswith("language_model.")}
