@@ -6,7 +6,6 @@ there. Tools that ignore it compute unscaled RoPE, which reads long texts wrongl
 Seen as:
 - vLLM: `ValueError: Unknown RoPE scaling type`
 - transformers: `Missing validation function in 'RopeParameters' for 'rope_type'=`
-- Python: `in compute_default_rope_parameters`
 
 Do: take the object from the base model's config.json. "default" means RoPE without scaling.
 

@@ -5,10 +5,7 @@ not know stops it. Where the two name different families, two readers run two mo
 
 Seen as:
 - transformers: `but Transformers does not recognize this architecture`
-- transformers: `KeyError: 'LlamaForCasualLM'`
 - vLLM: `are not supported for now`
-- llama.cpp: `is not supported`
-- transformers: `You are using a model of type`
 
 Do: write both as the base model's config.json has them.
 

@@ -6,7 +6,6 @@ list of files from the index alone and stop.
 
 Seen as:
 - transformers: `does not appear to have a file named`
-- transformers: `FileNotFoundError: No such file or directory`
 - vLLM: `Cannot find any model weights with`
 
 Do: rebuild the index from the shards' headers. Nothing needs to be downloaded.

@@ -23,6 +23,7 @@ import re
 from doctor.lint.rule import Fix, Place, _, family_table, finding, packed_tails, rule
 from doctor.lint.testing import tiny
 
+NUMBER = re.compile(r"\.\d+\.")
 PROGRAMS = (
     (re.compile(r"^(model\.)?layers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123])\."), "Meta or Mistral"),
     (re.compile(r"^blk\.\d+\."), "llama.cpp"),
@@ -36,6 +37,8 @@ def foreign_names(checkpoint, spec, tensors, config, stacks):
     if not table or table["architecture"] != spec.architecture or config.get("auto_map"):
         return
     if spec.linears or stacks or any(name.endswith(packed_tails()) for name in tensors):
+        return
+    if not any(NUMBER.search(name) for name in tensors):
         return
     inner = [t for t in spec.templates if "{i}" in t.tensor]
     if not inner or any(t.pattern.match(name) for name in tensors for t in inner):

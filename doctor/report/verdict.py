@@ -109,13 +109,8 @@ def kind_of(report: Report) -> str:
 def sizes_of(report: Report) -> str:
     """`Qwen2ForCausalLM · 14.2 B · bf16 · 8 shards · 28.3 GB`, of what is known."""
     s = report.summary
-    parts = [
-        s.get("architecture", ""),
-        count(s.get("parameters", 0)),
-        str(s.get("dtype", "")).lower(),
-        counted("{n:,} shard", "{n:,} shards", s.get("shards", 0)),
-        size(s.get("bytes", 0)),
-    ]
+    parts = [s.get("architecture", ""), count(s.get("parameters", 0)), str(s.get("dtype", "")).lower()]
+    parts += [counted("{n:,} shard", "{n:,} shards", s.get("shards", 0)), size(s.get("bytes", 0))]
     return safe(" · ".join(p for p in parts if p))
 
 
