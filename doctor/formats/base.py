@@ -23,6 +23,7 @@ from doctor.core.facts import Unavailable
 from doctor.core.messages import _
 from doctor.core.recipe import FORMATS, Recipe, Scheme
 from doctor.formats.arrays import Array
+from doctor.formats.bits import repeated_word
 from doctor.formats.grid import Grid, GridKind
 from doctor.formats.widths import Widths
 
@@ -148,6 +149,18 @@ class Format:
     def zero_word(self, bits: int) -> int | None:
         """The unsigned word of zero points that a symmetric file holds everywhere; None where there is no such word."""
         return None
+
+    def middle_word(self, bits: int) -> int | None:
+        """The unsigned word of codes that a symmetric grid gives the weight 0; None where codes cross words."""
+        return repeated_word(2 ** (bits - 1), bits) if 32 % bits == 0 else None
+
+    def code_word(self, zeros: int, bits: int) -> int | None:
+        """The unsigned word of codes whose weights are 0 under this word of zero points; None where it has other
+        fields than codes have.
+        """
+        fields = {(zeros >> shift) & ((1 << bits) - 1) for shift in range(0, 32, bits)}
+        zero = fields.pop() + self.zero_offset
+        return repeated_word(zero, bits) if not fields and 32 % bits == 0 and zero < 1 << bits else None
 
     # quantization_config
 

@@ -65,7 +65,7 @@ class CompressedTensors(Format):
     words, scales, zeros, index = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
     part_names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     needed = ("weight_scale",)
-    sampled = ("weight_g_idx",)
+    sampled = ("weight_g_idx", "weight_zero_point")
     bits = BITS
     separates_gate_and_up = True
 

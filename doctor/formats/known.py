@@ -23,6 +23,11 @@ def packed_tails() -> tuple[str, ...]:
     return (*word_tails(), *_UNREAD_WORDS)
 
 
+def holds_codes(name: str, dtype: str) -> bool:
+    """Whether a tensor of this name and element type holds codes of weights, in words or in bytes."""
+    return name.endswith(packed_tails()) or (dtype in ("U8", "I8") and name.endswith((".weight", "_blocks", "_packed")))
+
+
 def is_scale_beside_weight(name: str) -> bool:
     """Whether a tensor of this name undoes the packing of narrow weights, in any format that keeps it beside them."""
     return _SCALES.search(name) is not None

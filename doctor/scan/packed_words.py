@@ -1,4 +1,4 @@
-"""Statistics of the int32 words of packed tensors, taken by the scan, for rules on zero points and g_idx."""
+"""Statistics of packed tensors, taken by the scan: of zero points and g_idx all words, of codes whether they differ."""
 
 from dataclasses import dataclass
 
@@ -19,6 +19,14 @@ class PackedWordStats:
 
 PACKED_WORDS: FactKey[PackedWordStats] = provide(
     "words", "tensor", "values", "Statistics of the int32 words of a qzeros or g_idx tensor (PackedWordStats)."
+)
+
+
+REPEATED: FactKey[int | None] = provide(
+    "repeated_code",
+    "tensor",
+    "values",
+    "The element (unsigned) that every element of a packed tensor is, None where two differ.",
 )
 
 

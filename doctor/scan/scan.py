@@ -18,10 +18,11 @@ from doctor.checkpoint.safetensors import CHUNK_BYTES, TensorInfo, new_digest
 from doctor.core.messages import _
 from doctor.core.store import Store
 from doctor.formats.base import sampled_tails
+from doctor.formats.known import holds_codes
 from doctor.model.linears import Linear
 from doctor.scan import counters
 from doctor.scan.header import COMPARED, DIGESTED, RECIPE, SPEC
-from doctor.scan.packed_words import PACKED_WORDS, PackedWordStats
+from doctor.scan.packed_words import PACKED_WORDS, REPEATED, PackedWordStats
 from doctor.scan.value_facts import (
     DIGESTS,
     FIRST_ZERO_GROUP,
@@ -144,6 +145,7 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
     digest = new_digest() if wants_digest else None
     known = counters.can_scan(info.dtype.name)
     words = _Words() if info.dtype.name == "I32" and info.name.endswith(sampled_tails()) else None
+    codes = _Codes(info.dtype.name) if info.numel and holds_codes(info.name, info.dtype.name) else None
     offset, step = 0, _step(info)
     for at in range(info.begin, info.end, step):
         if run.stopped.is_set():
@@ -160,6 +162,8 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
             digest.update(part)
         if words is not None:
             words.add(part)
+        if codes is not None:
+            codes.add(part)
         if not known:
             continue
         if shape is not None:
@@ -174,10 +178,12 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
         return
     if words is not None:
         store.put(PACKED_WORDS, words.result(), subject)
+    if codes is not None:
+        store.put(REPEATED, codes.repeated, subject)
     if twin.same is not None:
         store.put(SAME_BYTES, twin.same, subject)
     if not known:
-        if words is None:
+        if words is None and codes is None:
             run.skipped[info.name] = _("{dtype} values are not judged", dtype=info.dtype.name)
         return
     store.put(STATS, total, subject)
@@ -252,6 +258,23 @@ class _Words:
 
     def result(self) -> PackedWordStats:
         return PackedWordStats(self.count, self.smallest, self.largest, self.rising, self.full, self.kinds)
+
+
+class _Codes:
+    """Whether all elements of a packed tensor are one. Nothing more is looked at once two differ."""
+
+    def __init__(self, dtype: str):
+        self._width = {"U8": "u1", "I8": "u1", "I16": "<u2", "I32": "<u4", "I64": "<u8"}.get(dtype, "u1")
+        self.repeated: int | None = None
+        self._differ = False
+
+    def add(self, part: memoryview) -> None:
+        if self._differ or not part:
+            return
+        elements = np.frombuffer(part, self._width)
+        first = int(elements[0]) if self.repeated is None else self.repeated
+        self._differ = not bool((elements == first).all())
+        self.repeated = None if self._differ else first
 
 
 class _Shape:
