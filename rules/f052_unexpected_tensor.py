@@ -34,7 +34,10 @@ LOST = Fix(_("find out which missing tensor this is; nothing is dropped while th
 
 
 @rule(
-    "F052", "warning", certainty="likely", implied_by=("C147", "F057", "F058", "F061", "F062", "C142", "F050", "G330")
+    "F052",
+    "warning",
+    certainty="likely",
+    implied_by=("C147", "F057", "F058", "F061", "F062", "C142", "F050", "G330", "O619"),
 )
 def unexpected_tensor(checkpoint, placement, config, misnamed):
     spec = placement.spec

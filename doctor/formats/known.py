@@ -28,6 +28,13 @@ def holds_codes(name: str, dtype: str) -> bool:
     return name.endswith(packed_tails()) or (dtype in ("U8", "I8") and name.endswith((".weight", "_blocks", "_packed")))
 
 
+def packs_fused_experts(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor holds packed words of all experts of a layer under the name of their fused parameter
+    (`experts.gate_up_proj_packed`): what a tool makes that packs parameters and not linears.
+    """
+    return name.endswith("_packed") and ".experts." in name and len(shape) == 3 and not name.endswith(".weight_packed")
+
+
 def is_scale_beside_weight(name: str) -> bool:
     """Whether a tensor of this name undoes the packing of narrow weights, in any format that keeps it beside them."""
     return _SCALES.search(name) is not None

@@ -54,7 +54,7 @@ from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
 )
 from doctor.edits.padding import grown, keep_edits, pad_edits  # noqa: F401
 from doctor.formats.base import KNOWN, read_quantization, scale_tails, word_tails  # noqa: F401
-from doctor.formats.known import is_scale_beside_weight, packed_tails, says_packed, shows_packing  # noqa: F401
+from doctor.formats.known import is_scale_beside_weight, packed_tails, says_packed, shows_packing, packs_fused_experts  # noqa: F401
 from doctor.lint.donor_fixes import chat_template_fix, from_base, tensor_from_base, value_from_base, zeros_from_base  # noqa: F401
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
 from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
