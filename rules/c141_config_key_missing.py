@@ -24,7 +24,14 @@ NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 NESTED = ("hidden_size", "num_hidden_layers")
 
 
-@rule("C141", "error", implied_by=("C147",))
+@rule(
+    "C141",
+    "error",
+    implied_by=(
+        "C147",
+        "O620",
+    ),
+)
 def config_key_missing(checkpoint, placement, config):
     spec = placement.spec
     if spec.family is None:

@@ -37,6 +37,7 @@ FILES = (
     "F062",
     "F063",
     "C147",
+    "O620",
 )
 # Most layers that are searched one by one: no model has more, and a config that states 2**39 must not fill memory.
 MOST = 10_000

@@ -36,7 +36,7 @@ KEYS = (
 )
 
 
-@rule("C143", "error", implied_by=("F051", "C147", "C141", "C156", "C157", "F059", "G330"))
+@rule("C143", "error", implied_by=("F051", "C147", "C141", "C156", "C157", "F059", "G330", "O620"))
 def heads_against_tensors(checkpoint, placement, config):
     spec = placement.spec
     wrong = [m for m in placement.misfits() if m.axis is not None and set(KEYS) & set(keys_of(m.expression))]

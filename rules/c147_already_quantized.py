@@ -22,19 +22,19 @@ Sources: ml-explore/mlx-lm issue 1192; ModelCloud/GPTQModel PR 2827; transformer
 """
 
 from doctor.lint.rule import (
-    KNOWN,
     Dequantize,
-    DropFile,
     DropTensor,
     Edit,
     Fix,
     Place,
-    RemoveJson,
     Unavailable,
     _,
+    dequantize_beside,
     finding,
+    float_dtype,
     is_scale_beside_weight,
     packed_size,
+    plain_fix,
     plural,
     read_quantization,
     rule,
@@ -42,11 +42,9 @@ from doctor.lint.rule import (
 )
 from doctor.lint.testing import tiny
 
-OWN_FILES = ("quantize_config.json", "quant_config.json")
 
-
-@rule("C147", "error", implied_by=("F002", "F005"))
-def already_quantized(checkpoint, tensors, config, quantization_block, asked):
+@rule("C147", "error", implied_by=("F002", "F005", "O620"))
+def already_quantized(checkpoint, tensors, config, quantization_block, asked, every_stored_bytes=None):
     tails = word_tails()
     packed = [i for n, i in sorted(tensors.items()) if n.endswith(tails)]
     if packed:
@@ -83,7 +81,7 @@ def already_quantized(checkpoint, tensors, config, quantization_block, asked):
         ),
         at=Place(first.shard, tensor=first.name),
         evidence={"weights": len(narrow), "scales": len(scales), "dtype": first.dtype.name},
-        fix=_beside(checkpoint, tensors, narrow, quantization_block)
+        fix=dequantize_beside(checkpoint, tensors, narrow, quantization_block, every_stored_bytes or {})
         or Fix(_("take the 16-bit original"), (), "manual"),
     )
 
@@ -97,7 +95,7 @@ def _packed(checkpoint, tensors, packed, block):
                 _("{version} with {bits} bits is not unpacked here", version=quant.version, bits=quant.bits)
             )
         edits: list[Edit] = []
-        kind = _dtype(tensors)
+        kind = float_dtype(tensors)
         for info in packed:
             module = info.name.rpartition(".")[0]
             width, height = packed_size(quant, info)
@@ -106,7 +104,7 @@ def _packed(checkpoint, tensors, packed, block):
             )
             parts = quant.format.part_names
             edits += [DropTensor(f"{module}.{part}") for part in parts if f"{module}.{part}" in tensors]
-        fix = _plain(checkpoint, block, edits, len(packed), kind)
+        fix = plain_fix(checkpoint, block, edits, len(packed), kind)
         why = _("{bits} bits", bits=quant.bits)
     except Unavailable as error:
         why = error.args[0]
@@ -125,48 +123,6 @@ def _packed(checkpoint, tensors, packed, block):
         evidence={"linears": len(packed)},
         fix=fix or Fix(_("take the 16-bit original"), (), "manual"),
     )
-
-
-def _beside(checkpoint, tensors, narrow, block):
-    """Fix for weights whose format stores scales next to the weight's own name; None where another narrow dtype
-    occurs.
-    """
-    edits: list[Edit] = []
-    kind = _dtype(tensors)  # once: DeepSeek-V3 has 46,000 such weights
-    raw = block[0] if block else None
-    for info in narrow:
-        found = ((form, form.scheme_beside(info, tensors, raw)) for form in KNOWN.values())
-        form, scheme = next((pair for pair in found if pair[1] is not None), (None, None))
-        if form is None or scheme is None:
-            return None
-        edits.append(Dequantize(info.name, info.shape, form.name, scheme.bits, block=scheme.tile, dtype=kind))
-        module = info.name.removesuffix(".weight")
-        edits += [DropTensor(f"{module}.{part}") for part in form.beside if f"{module}.{part}" in tensors]
-    return _plain(checkpoint, block, edits, len(narrow), kind)
-
-
-def _plain(checkpoint, block, edits, count, kind):
-    """Fix that writes dequantized weights and drops what described their quantization."""
-    if block is not None and block[2]:
-        edits.append(RemoveJson(block[1], block[2], block[0]))
-    edits += [DropFile(name) for name in OWN_FILES if name in checkpoint.entries]
-    return Fix(
-        plural(
-            "write {n:,} weight as plain {kind} numbers, without quantization_config",
-            "write {n:,} weights as plain {kind} numbers, without quantization_config",
-            count,
-            kind=kind,
-        ),
-        tuple(edits),
-        "unsafe",
-        by_name=True,
-    )
-
-
-def _dtype(tensors):
-    """The dtype of the embedding, which these formats do not quantize."""
-    kinds = {i.dtype.name for n, i in tensors.items() if "embed" in n or "wte" in n}
-    return next((k for k in ("BF16", "F16", "F32") if k in kinds), "BF16")
 
 
 def bad():

@@ -21,7 +21,14 @@ from doctor.lint.testing import tiny
 STORED = {"F16": "float16", "BF16": "bfloat16"}
 
 
-@rule("C155", "info", implied_by=("C147",))
+@rule(
+    "C155",
+    "info",
+    implied_by=(
+        "C147",
+        "O620",
+    ),
+)
 def dtype_not_stated(checkpoint, spec, tensors, config):
     inner = config.get(spec.text_key) or {}
     if (

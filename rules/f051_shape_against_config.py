@@ -40,7 +40,7 @@ HEADS = {
 }
 
 
-@rule("F051", "error", implied_by=("C147", "C141", "C156", "F059", "F062", "G330"))
+@rule("F051", "error", implied_by=("C147", "C141", "C156", "F059", "F062", "G330", "O620"))
 def shape_against_config(checkpoint, placement, config, base):
     spec = placement.spec
     wrong = [m for m in placement.misfits() if not HEADS & set(keys_of(m.expression))]

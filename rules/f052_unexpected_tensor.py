@@ -10,7 +10,7 @@ Seen as:
 Do: compare architectures and model_type in config.json with the source of the weights.
 
 False alarms: variants of a family that add tensors and are newer than this version. Buffers that readers recompute
-(rotary frequencies, causal masks) and stored cache scales are not counted.
+(rotary frequencies, causal masks), stored cache scales and the scales of packed weights are not counted.
 
 Fix safety: unsafe, and only by name: the tensor is dropped. Only you know whether the tensor or the config is right.
 Manual while the model lacks a tensor: this one may be it under another name.
@@ -20,7 +20,7 @@ Sources: transformers src/transformers/modeling_utils.py, `_keys_to_ignore_on_lo
 
 import re
 
-from doctor.lint.rule import DropTensor, Fix, Place, _, finding, rule
+from doctor.lint.rule import DropTensor, Fix, Place, _, finding, rule, undoes_packing
 from doctor.lint.testing import tiny
 
 # Buffers that older saves hold, scales of a key-value cache, positions: no reader misses or minds them.
@@ -37,7 +37,7 @@ LOST = Fix(_("find out which missing tensor this is; nothing is dropped while th
     "F052",
     "warning",
     certainty="likely",
-    implied_by=("C147", "F057", "F058", "F061", "F062", "C142", "F050", "G330", "O619"),
+    implied_by=("C147", "F057", "F058", "F061", "F062", "C142", "F050", "G330", "O619", "O620"),
 )
 def unexpected_tensor(checkpoint, placement, config, misnamed):
     spec = placement.spec
@@ -50,7 +50,7 @@ def unexpected_tensor(checkpoint, placement, config, misnamed):
             if info.name in placed or BENIGN.search(tail):
                 if not (tail.endswith("_proj.bias") and _bias_is_denied(spec, tail, placement, info)):
                     continue
-            elif tail.endswith("bias"):
+            elif tail.endswith("bias") or undoes_packing(tail):  # without its scales a packed weight is lost
                 continue
             yield finding(
                 _("{tensor} does not belong to a {family} model", tensor=info.name, family=spec.family),

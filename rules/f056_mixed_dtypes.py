@@ -26,7 +26,14 @@ from doctor.lint.testing import encode, tiny
 CASTS = {"F16", "BF16", "F32"}
 
 
-@rule("F056", "warning", implied_by=("C147",))
+@rule(
+    "F056",
+    "warning",
+    implied_by=(
+        "C147",
+        "O620",
+    ),
+)
 def mixed_dtypes(checkpoint, spec, tensors):
     kinds: dict[str, dict[str, list]] = {}
     for linear in spec.linears:

@@ -11,14 +11,13 @@ in_features; a weight is [n, k].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.safetensors import TensorInfo
-from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _
 from doctor.core.recipe import FORMATS, Recipe, Scheme
@@ -62,6 +61,7 @@ class Format:
     needed: tuple[str, ...] = ()  # beside the words, what no reader can do without
     beside: tuple[str, ...] = ()  # what stands beside a weight under its own name, and goes with its packing
     sampled: tuple[str, ...] = ()  # int32 parts whose values `check` looks at
+    verbatim: tuple[str, ...] = ()  # small parts whose bytes `check` keeps
 
     # What a recipe may ask for.
     writes = True  # False: such files are read, not made
@@ -128,6 +128,10 @@ class Format:
         none of theirs. raw: the quantization_config, where there is one.
         """
         return None
+
+    def shape_beside(self, info: TensorInfo, texts: Mapping[str, bytes]) -> tuple[int, int] | None:
+        """[n, k] of such a weight; None where it is not known. texts: the bytes of `verbatim` parts, by name."""
+        return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else None
 
     # codes and words
 
@@ -288,6 +292,7 @@ def forget(name: str) -> None:
 def _look_again() -> None:
     word_tails.cache_clear()
     sampled_tails.cache_clear()
+    verbatim_tails.cache_clear()
     scale_tails.cache_clear()
 
 
@@ -309,6 +314,12 @@ def sampled_tails() -> tuple[str, ...]:
 
 
 @cache
+def verbatim_tails() -> tuple[str, ...]:
+    """Endings of names of small tensors whose bytes `check` keeps: descriptions that lie among the weights."""
+    return tuple(f".{part}" for part in dict.fromkeys(p for f in KNOWN.values() for p in f.verbatim))
+
+
+@cache
 def scale_tails() -> tuple[str, ...]:
     """Endings of names of tensors that hold scales of weights."""
     return tuple(f".{part}" for part in dict.fromkeys(p for f in KNOWN.values() for p in f.scale_names))
@@ -324,67 +335,3 @@ def read_quantization(raw: Mapping[str, Any], file: str, pointer: str, own: bool
     """What a quantization_config says; see Format.read. Raises Unavailable where no format claims it."""
     reader = next((f for f in KNOWN.values() if f.claims(raw)), None)
     return (reader or Format()).read(raw, file, pointer, own)
-
-
-# for formats
-
-
-def whole(raw: Mapping[str, Any], *names: str) -> int:
-    """The first of these keys that is a positive whole number or -1. Raises Unavailable where none is."""
-    for name in names:
-        value = raw.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and (value > 0 or value == -1):
-            return value
-    raise Unavailable(_("quantization_config has no usable {key}", key=names[0]))
-
-
-def require_known(key: str, value: str, known: Sequence[str]) -> None:
-    """Unavailable where a version is none of these."""
-    if value not in known:
-        raise Unavailable(
-            _(
-                "{key} {value!r}: its packing is not read, only {known}",
-                key=key,
-                value=value,
-                known=" and ".join(known),
-            )
-        )
-
-
-def require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    """BadCheckpoint where a part has another shape than the others ask for."""
-    if tuple(array.shape) != shape:
-        raise BadCheckpoint(
-            _(
-                "{name} is {found}: the other tensors of this linear ask for {wanted}.",
-                name=name,
-                found=list(array.shape),
-                wanted=list(shape),
-            )
-        )
-
-
-def require_groups(g_idx: Array, k: int, groups: int) -> None:
-    """BadCheckpoint where the group of a column is none of the groups of scales."""
-    require_shape("g_idx", g_idx, (k,))
-    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
-        raise BadCheckpoint(
-            _(
-                "g_idx spans {least}..{most}: there are {groups} groups of scales.",
-                least=int(g_idx.min()),
-                most=int(g_idx.max()),
-                groups=groups,
-            )
-        )
-
-
-def require_dividing(k: int, groups: int) -> None:
-    """BadCheckpoint where groups of neighbours do not divide in_features."""
-    if groups < 1 or k % groups:
-        raise BadCheckpoint(
-            _(
-                "{groups} groups of scales for {size} in_features: groups must divide in_features.",
-                groups=groups,
-                size=k,
-            )
-        )

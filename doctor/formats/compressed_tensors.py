@@ -28,18 +28,7 @@ from doctor.core.messages import _
 from doctor.core.methods import BITS
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous, full, is_torch
-from doctor.formats.base import (
-    Format,
-    Part,
-    Parts,
-    Quantization,
-    Shapes,
-    register,
-    require_dividing,
-    require_groups,
-    require_shape,
-    whole,
-)
+from doctor.formats.base import Format, Part, Parts, Quantization, Shapes, register
 from doctor.formats.bits import (
     kernels_for,
     pack_columns,
@@ -50,6 +39,7 @@ from doctor.formats.bits import (
     words_of,
 )
 from doctor.formats.grid import Grid, dequantize, neighbours, stored_exactly
+from doctor.formats.requirements import require_dividing, require_groups, require_shape, whole
 from doctor.formats.widths import Widths, exactly
 
 _LAYOUT = "pack-quantized"

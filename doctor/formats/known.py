@@ -17,6 +17,11 @@ _SCALES = re.compile(
     r"\.(weight_scale_inv|weight_scale|SCB|absmax|quant_state\.bitsandbytes__\w+|quant_map|_scales)$|_(blocks|scales)$"
 )
 
+_UNDOES = re.compile(
+    r"\.(weight_format|absmax|quant_map|nested_absmax|nested_quant_map|input_scale|activation_scale|weight_scale_2"
+    r"|(?:weight|input)_global_scale|weight_shape|weight_zero_point|weight_g_idx)$"
+)
+
 
 def packed_tails() -> tuple[str, ...]:
     """Endings of names of tensors that hold codes instead of weights, of formats that are not read too."""
@@ -38,6 +43,11 @@ def packs_fused_experts(name: str, shape: tuple[int, ...]) -> bool:
 def is_scale_beside_weight(name: str) -> bool:
     """Whether a tensor of this name undoes the packing of narrow weights, in any format that keeps it beside them."""
     return _SCALES.search(name) is not None
+
+
+def undoes_packing(name: str) -> bool:
+    """Whether a tensor of this name is needed to read packed weights beside it; a model without it cannot be read."""
+    return is_scale_beside_weight(name) or _UNDOES.search(name) is not None
 
 
 def says_packed(raw: Mapping[str, Any]) -> bool:

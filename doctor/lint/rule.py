@@ -54,12 +54,20 @@ from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
 )
 from doctor.edits.padding import grown, keep_edits, pad_edits  # noqa: F401
 from doctor.formats.base import KNOWN, read_quantization, scale_tails, word_tails  # noqa: F401
-from doctor.formats.known import is_scale_beside_weight, packed_tails, says_packed, shows_packing, packs_fused_experts  # noqa: F401
+from doctor.formats.known import (
+    is_scale_beside_weight,
+    packed_tails,
+    says_packed,
+    shows_packing,
+    packs_fused_experts,
+    undoes_packing,
+)  # noqa: F401
 from doctor.lint.donor_fixes import chat_template_fix, from_base, tensor_from_base, value_from_base, zeros_from_base  # noqa: F401
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
+from doctor.lint.plain_fixes import dequantize_beside, float_dtype, plain_fix  # noqa: F401
 from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
 from doctor.model.chat_template import parse_template, parsed_template  # noqa: F401
-from doctor.model.directory_kind import KINDS  # noqa: F401 - declares the fact `kind` too
+from doctor.model.directory_kind import KINDS  # noqa: F401
 from doctor.model.linears import ROW_PARALLEL, Linear  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too
@@ -71,7 +79,7 @@ from doctor.plan.groups import FUSED, GroupedLinear, packed_size, together  # no
 from doctor.plan.runtimes import in_force, nearest_plan, version_before  # noqa: F401 - declares `kernels` too
 from doctor.plan.sizes import axis_expression, fits, resized, size_key  # noqa: F401
 from doctor.plan.tensor_parallel import on_one_gpu  # noqa: F401
-from doctor.scan.packed_words import PackedWordStats  # noqa: F401 - declares `packed_words` too
+from doctor.scan.packed_words import PackedWordStats  # noqa: F401 - declares `packed_words` and `stored_bytes` too
 
 # Codes are numbered by area; a report says for each area what was checked.
 AREAS = (

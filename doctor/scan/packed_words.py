@@ -30,6 +30,11 @@ REPEATED: FactKey[int | None] = provide(
 )
 
 
+STORED_BYTES: FactKey[bytes] = provide(
+    "stored_bytes", "tensor", "values", "The bytes of a small tensor that describes how a weight is packed."
+)
+
+
 @fact("checkpoint")
 def packed_words(checkpoint, every_words) -> dict[str, PackedWordStats]:
     """Tensor name -> PackedWordStats of every qzeros and g_idx tensor."""

@@ -17,12 +17,12 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import CHUNK_BYTES, TensorInfo, new_digest
 from doctor.core.messages import _
 from doctor.core.store import Store
-from doctor.formats.base import sampled_tails
+from doctor.formats.base import sampled_tails, verbatim_tails
 from doctor.formats.known import holds_codes
 from doctor.model.linears import Linear
 from doctor.scan import counters
 from doctor.scan.header import COMPARED, DIGESTED, RECIPE, SPEC
-from doctor.scan.packed_words import PACKED_WORDS, REPEATED, PackedWordStats
+from doctor.scan.packed_words import PACKED_WORDS, REPEATED, STORED_BYTES, PackedWordStats
 from doctor.scan.value_facts import (
     DIGESTS,
     FIRST_ZERO_GROUP,
@@ -36,6 +36,7 @@ from doctor.scan.value_facts import (
 )
 
 SPAN_BYTES = 64 << 20
+VERBATIM_BYTES = 1 << 16  # a description of a weight is a few hundred bytes
 # Signs of groups are looked at in one place of a linear every so many values: two groups first, more where one has a
 # single sign: 2 % of the time.
 SAMPLE_EVERY, FIRST_GROUPS, SAMPLE_VALUES = 4 << 20, 2, 8192
@@ -146,6 +147,7 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
     known = counters.can_scan(info.dtype.name)
     words = _Words() if info.dtype.name == "I32" and info.name.endswith(sampled_tails()) else None
     codes = _Codes(info.dtype.name) if info.numel and holds_codes(info.name, info.dtype.name) else None
+    text = bytearray() if info.nbytes <= VERBATIM_BYTES and info.name.endswith(verbatim_tails()) else None
     offset, step = 0, _step(info)
     for at in range(info.begin, info.end, step):
         if run.stopped.is_set():
@@ -164,6 +166,8 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
             words.add(part)
         if codes is not None:
             codes.add(part)
+        if text is not None:
+            text += part
         if not known:
             continue
         if shape is not None:
@@ -178,6 +182,8 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
         return
     if words is not None:
         store.put(PACKED_WORDS, words.result(), subject)
+    if text is not None:
+        store.put(STORED_BYTES, bytes(text), subject)
     if codes is not None:
         store.put(REPEATED, codes.repeated, subject)
     if twin.same is not None:
