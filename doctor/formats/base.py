@@ -29,6 +29,7 @@ from doctor.formats.widths import Widths
 BLOCK = 32  # doctor writes whole blocks of 32 codes: they fill whole words at every width
 Parts = Mapping[str, Array]  # the last part of a tensor's name -> its values; 8-bit floats in NumPy as float32
 Shapes = Mapping[str, tuple[int, ...]]
+Texts = Mapping[str, bytes]  # name of a small tensor -> its bytes
 
 
 class Part(NamedTuple):
@@ -129,7 +130,7 @@ class Format:
         """
         return None
 
-    def shape_beside(self, info: TensorInfo, texts: Mapping[str, bytes]) -> tuple[int, int] | None:
+    def shape_beside(self, info: TensorInfo, texts: Texts) -> tuple[int, int] | None:
         """[n, k] of such a weight; None where it is not known. texts: the bytes of `verbatim` parts, by name."""
         return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else None
 

@@ -30,7 +30,7 @@ from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array
-from doctor.formats.base import Format, Parts, Shapes, register
+from doctor.formats.base import Format, Parts, Shapes, Texts, register
 
 _TYPES = ("nf4", "fp4")
 STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in _TYPES)
@@ -72,7 +72,7 @@ class BitsAndBytes(Format):
             return Scheme(4)
         return None
 
-    def shape_beside(self, info: TensorInfo, texts: Mapping[str, bytes]) -> tuple[int, int] | None:
+    def shape_beside(self, info: TensorInfo, texts: Texts) -> tuple[int, int] | None:
         module = info.name.removesuffix(".weight")
         if info.dtype.name == "I8":
             return info.shape[0], info.shape[1]

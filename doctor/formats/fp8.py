@@ -69,8 +69,8 @@ class FP8(Format):
         if info.dtype.name != STORED or len(info.shape) != 2 or len(scales) != 1 or not info.name.endswith(".weight"):
             return None
         scale = tensors[scales[0]]
-        tile = (raw.get("weight_block_size") if raw else None) or ()
-        return Scheme(8, tile=() if scale.numel == 1 or scale.shape[-1] == 1 else tuple(tile))
+        tile = () if scale.numel == 1 or scale.shape[-1] == 1 else _stated_tile(raw or {})
+        return Scheme(8, tile=tile)
 
     def unpack(
         self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
@@ -97,6 +97,19 @@ class FP8(Format):
             )
         row, column = (counted(n, scale)[rows] // height)[:, None], (counted(k, scale) // width)[None, :]
         return values * scale[row, column]
+
+
+def _stated_tile(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """(rows, columns) that share a scale, as a quantization_config states them; () where it does not."""
+    groups = raw.get("config_groups")
+    stated = [raw.get("weight_block_size")]
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        stated.append(weights.get("block_structure") if isinstance(weights, Mapping) else None)
+    for tile in stated:
+        if isinstance(tile, (list, tuple)) and len(tile) == 2 and all(type(side) is int and side > 0 for side in tile):
+            return tuple(tile)
+    return ()
 
 
 def e4m3_values() -> Array:
