@@ -43,7 +43,7 @@ from doctor.lint.rule import (
 from doctor.lint.testing import tiny
 
 
-@rule("C147", "error", implied_by=("F002", "F005", "G320", "O620"))
+@rule("C147", "error", implied_by=("F002", "F005", "G320", "O620", "O621", "O622"))
 def already_quantized(checkpoint, tensors, config, quantization_block, asked, every_stored_bytes=None):
     tails = word_tails()
     packed = [i for n, i in sorted(tensors.items()) if n.endswith(tails)]

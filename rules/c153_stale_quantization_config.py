@@ -34,11 +34,11 @@ def stale_quantization_config(checkpoint, tensors, quantization_block):
     yield finding(
         _(
             "quantization_config names {method}, but all {count:,} tensors are unquantized",
-            method=raw["quant_method"],
+            method=raw.get("quant_method", "-"),
             count=len(tensors),
         ),
         at=Place(file, pointer=pointer),
-        evidence={"method": raw["quant_method"]},
+        evidence={"method": raw.get("quant_method", "-")},
         fix=Fix(_("remove quantization_config"), (RemoveJson(file, pointer, raw),)),
     )
 

@@ -9,7 +9,8 @@ Seen as:
 
 Do: quantize this linear again (Q401 and Q405 of that run say why it failed).
 
-False alarms: scale 0 for a group whose weights are all 0, as some packers write for padding.
+False alarms: scale 0 for a group whose weights are all 0, as some packers write for padding. Scales that are 8-bit
+floats themselves, as NVFP4's, reach 448 by design and are judged for 0 only.
 
 Fix safety: unsafe, and only with `--from`: the scales are taken from another copy of the quantized checkpoint, such as
 its repository. Without one the weights behind a wrong scale are lost.
@@ -23,6 +24,7 @@ from doctor.lint.testing import encode, tiny_gptq
 # A scale is at most twice the largest weight of its group divided by the number of steps; weights above a few hundred
 # do not occur in trained linears, so a scale of 100 (weights of 800 at 4 bits) is an accident.
 HUGE = 100.0
+RELATIVE = "F8_E4M3"  # a scale of this type is multiplied by another one, which brings its largest to 448
 
 
 @rule("O607", "warning", certainty="likely", implied_by=("W201",))
@@ -36,7 +38,7 @@ def bad_scales(tensor, n_zero, numel, absmax, base):
             fix=tensor_from_base(base, tensor),
             advice=_("quantize this linear again"),
         )
-    if not absmax <= HUGE:
+    if not absmax <= HUGE and tensor.dtype.name != RELATIVE:
         yield finding(
             _("{tensor} has a scale of {absmax:,.0f}", tensor=tensor.name, absmax=absmax),
             evidence={"absmax": absmax},

@@ -57,7 +57,7 @@ def fused_experts_packed(checkpoint, tensors, spec):
 
 
 def bad():
-    case = tiny(only_in("qwen3_moe", why="the example fuses this family's experts"))
+    case = tiny(only_in("qwen3_moe", "qwen2_moe", "olmoe", why="the example fuses this family's experts"))
     for layer in range(2):
         parent = f"model.layers.{layer}.mlp.experts"
         for name in [n for n in case.tensors if n.startswith(parent + ".")]:
@@ -75,7 +75,7 @@ def bad():
     case.config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
-        "ignore": ["lm_head", "re:.*self_attn.*"],
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_expert.*"],
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
@@ -90,4 +90,4 @@ def bad():
 
 
 def good():
-    return tiny(only_in("qwen3_moe", why="the example fuses this family's experts"))
+    return tiny(only_in("qwen3_moe", "qwen2_moe", "olmoe", why="the example fuses this family's experts"))

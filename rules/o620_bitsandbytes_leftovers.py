@@ -64,7 +64,7 @@ def bad():
     for name in [n for n in case.tensors if "_proj.weight" in n]:
         module, rows = name.removesuffix(".weight"), case.tensors[name].shape[0]
         case.tensors[name] = rng.integers(-127, 128, case.tensors[name].shape, np.int8)
-        case.tensors[f"{module}.SCB"] = rng.uniform(0.1, 0.3, rows).astype(np.float32)
+        case.tensors[f"{module}.SCB"] = rng.uniform(0.1, 0.3, (rows,)).astype(np.float32)
         case.tensors[f"{module}.weight_format"] = np.zeros((), np.uint8)
         case.dtypes |= {name: "I8", f"{module}.SCB": "F32", f"{module}.weight_format": "U8"}
     return case, (

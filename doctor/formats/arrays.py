@@ -44,6 +44,22 @@ def full(shape: tuple[int, ...], value: int, dtype: str, like: Array) -> Array:
     return made
 
 
+def numbers(values: tuple[float, ...], like: Array) -> Array:
+    """f32[len(values)], where and of which library `like` is."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.tensor(values, dtype=torch.float32, device=like.device)
+    return np.array(values, np.float32)
+
+
+def interleaved(first: Array, second: Array) -> Array:
+    """[n, 2m] of two [n, m]: their columns in turn."""
+    n, m = first.shape
+    if is_torch(first):
+        return sys.modules["torch"].stack((first, second), -1).reshape(n, 2 * m)
+    return np.stack((first, second), -1).reshape(n, 2 * m)
+
+
 def counted(count: int, like: Array) -> Array:
     """i32[count] of 0, 1, 2 …, where and of which library `like` is."""
     if is_torch(like):

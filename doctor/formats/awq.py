@@ -15,14 +15,14 @@ out_features % 8 but sizes its buffer by 32, so 32 is what works.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous
-from doctor.formats.base import Format, Part, Parts, Quantization, Shapes, register
+from doctor.formats.base import Exclusion, Format, Part, Parts, Quantization, Shapes, register
 from doctor.formats.bits import kernels_for, pack_columns, unpack_columns
 from doctor.formats.grid import Grid, dequantize, neighbours, stored_exactly
 from doctor.formats.requirements import require_dividing, require_known, require_shape, whole
@@ -132,10 +132,13 @@ class AWQ(Format):
             readable=version == "gemm",
         )
 
-    def excluded(self, raw: Mapping[str, Any]) -> Callable[[str], bool]:
+    def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
         """Every entry of modules_to_not_convert is a part of a name."""
-        parts = [part for part in raw.get("modules_to_not_convert") or () if isinstance(part, str)]
-        return lambda module: any(part in module for part in parts)
+        return [
+            Exclusion.of_part(entry, f"/modules_to_not_convert/{at}")
+            for at, entry in enumerate(raw.get("modules_to_not_convert") or ())
+            if isinstance(entry, str)
+        ]
 
     def shown(self, shapes: Mapping[str, Shapes], words: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
         found = {_group(linear) for linear in shapes.values()}

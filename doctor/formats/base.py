@@ -11,6 +11,7 @@ in_features; a weight is [n, k].
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -42,6 +43,31 @@ class Part(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """One entry of a list of modules that stay in floats. entry: as it is written, "" for what holds without one.
+    pointer: of the entry, from the quantization_config on.
+    """
+
+    entry: str
+    pointer: str
+    matches: Callable[[str], bool]
+
+    @classmethod
+    def of_part(cls, entry: str, pointer: str) -> Exclusion:
+        """An entry that is a part of a name."""
+        return cls(entry, pointer, lambda module: entry in module)
+
+    @classmethod
+    def of_pattern(cls, entry: str, pointer: str, pattern: str) -> Exclusion:
+        """An entry that must match from the beginning of a name; one that is no pattern matches nothing."""
+        try:
+            found = re.compile(pattern)
+        except re.error:
+            return cls(entry, pointer, lambda module: False)
+        return cls(entry, pointer, lambda module: found.match(module) is not None)
 
 
 class Format:
@@ -197,9 +223,28 @@ class Format:
             )
         )
 
+    def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
+        """What a quantization_config leaves in floats, entry by entry, as this format's readers match names."""
+        return []
+
     def excluded(self, raw: Mapping[str, Any]) -> Callable[[str], bool]:
         """Whether a quantization_config leaves a module, by its name, in floats."""
-        return lambda module: False
+        entries = self.exclusions(raw)
+        return lambda module: any(entry.matches(module) for entry in entries)
+
+    def stored_bits(self, raw: Mapping[str, Any]) -> int | None:
+        """Bits of the weights under their own names that a quantization_config of this format promises; None where it
+        does not say.
+        """
+        return None
+
+    def stated_name(self, raw: Mapping[str, Any]) -> str:
+        """What a quantization_config calls itself."""
+        return str(raw.get("quant_method", self.label))
+
+    def needed_beside(self, raw: Mapping[str, Any]) -> tuple[str, ...]:
+        """Parts beside a weight under its own name that no reader can do without."""
+        return ()
 
     def names_of_kept(self, module: str) -> list[str]:
         """Under which names engines look for a module of experts that stays in 16 bits."""
@@ -242,6 +287,7 @@ class Quantization:
     pointer: str
     widths: Widths = field(default_factory=Widths)
     readable: bool = True  # whether unpack() reads this version
+    also_needed: tuple[str, ...] = ()  # parts that this block makes necessary, beside those of the format
 
     @property
     def bits(self) -> int:
@@ -266,7 +312,11 @@ class Quantization:
     @property
     def needed(self) -> tuple[str, ...]:
         """The parts beside the words that a linear cannot be read without."""
-        return (*self.format.needed, *((self.format.index,) if self.desc_act and self.format.order_key else ()))
+        return (
+            *self.format.needed,
+            *self.also_needed,
+            *((self.format.index,) if self.desc_act and self.format.order_key else ()),
+        )
 
 
 KNOWN: dict[str, Format] = {}  # every format, those that are only read too

@@ -60,6 +60,9 @@ class BitsAndBytes(Format):
     writes = False
     at_load = True
 
+    def stored_bits(self, raw: Mapping[str, Any]) -> int | None:
+        return 4 if raw.get("load_in_4bit") or raw.get("_load_in_4bit") else 8
+
     def scheme_beside(
         self, info: TensorInfo, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any] | None
     ) -> Scheme | None:

@@ -28,7 +28,7 @@ from doctor.core.messages import _
 from doctor.core.methods import BITS
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous, full, is_torch
-from doctor.formats.base import Format, Part, Parts, Quantization, Shapes, register
+from doctor.formats.base import Exclusion, Format, Part, Parts, Quantization, Shapes, register
 from doctor.formats.bits import (
     kernels_for,
     pack_columns,
@@ -43,6 +43,7 @@ from doctor.formats.requirements import require_dividing, require_groups, requir
 from doctor.formats.widths import Widths, exactly
 
 _LAYOUT = "pack-quantized"
+_FLOATS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")  # layouts of other classes
 
 
 @register
@@ -51,12 +52,12 @@ class CompressedTensors(Format):
 
     name = "compressed-tensors"
     label = "compressed-tensors"
-    quant_methods = ("compressed-tensors",)
+    quant_methods: tuple[str, ...] = ("compressed-tensors",)
     words, scales, zeros, index = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
-    part_names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-    needed = ("weight_scale",)
-    sampled = ("weight_g_idx", "weight_zero_point")
-    bits = BITS
+    part_names: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+    needed: tuple[str, ...] = ("weight_scale",)
+    sampled: tuple[str, ...] = ("weight_g_idx", "weight_zero_point")
+    bits: tuple[int, ...] = BITS
     separates_gate_and_up = True
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
@@ -169,6 +170,9 @@ class CompressedTensors(Format):
         require_groups(g_idx, k, groups)
         return cast(g_idx, "I32")
 
+    def claims(self, raw: Mapping[str, Any]) -> bool:
+        return super().claims(raw) and raw.get("format") not in _FLOATS
+
     def packs(self, raw: Mapping[str, Any]) -> bool:
         """Without groups it describes a cache or nothing."""
         return bool(raw.get("config_groups"))
@@ -208,7 +212,7 @@ class CompressedTensors(Format):
         }
 
     def read(self, raw: Mapping[str, Any], file: str, pointer: str, own: bool = True) -> Quantization:
-        groups = _weight_groups(raw)
+        groups = weight_groups(raw)
         schemes = [group["weights"] for group in (groups if own else groups[:1])]
         weights = schemes[0] if schemes else {}
         if any(
@@ -237,19 +241,27 @@ class CompressedTensors(Format):
             Widths.of_patterns(_own_widths(groups) if own else ()),
         )
 
-    def excluded(self, raw: Mapping[str, Any]) -> Callable[[str], bool]:
+    def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
         """Names, and patterns after "re:"; a name of a class excludes what only a model knows."""
-        entries = [entry for entry in raw.get("ignore") or () if isinstance(entry, str)]
-        patterns = [re.compile(entry.removeprefix("re:")) for entry in entries if entry.startswith("re:")]
-        names = set(entries)
-        return lambda module: module in names or any(pattern.match(module) for pattern in patterns)
+        entries = raw.get("ignore")
+        found = []
+        for at, entry in enumerate(entries if isinstance(entries, list) else ()):
+            if isinstance(entry, str):
+                pattern = entry.removeprefix("re:") if entry.startswith("re:") else exactly(entry)
+                found.append(Exclusion.of_pattern(entry, f"/ignore/{at}", pattern))
+        return found
+
+    def stored_bits(self, raw: Mapping[str, Any]) -> int | None:
+        """Of files whose groups agree."""
+        found = {group["weights"].get("num_bits") for group in weight_groups(raw)}
+        return found.pop() if len(found) == 1 else None
 
     def names_of_kept(self, module: str) -> list[str]:
         """vLLM asks for the linears that would be in the module."""
         return [module, rf"re:^{re.escape(module)}\."]
 
 
-def _weight_groups(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+def weight_groups(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Groups that say something of weights, the one for all Linear first."""
     groups = raw.get("config_groups")
     found = [

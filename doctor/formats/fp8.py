@@ -15,7 +15,9 @@ vllm-project/vllm vllm/model_executor/layers/quantization/fp8.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from doctor.checkpoint.safetensors import TensorInfo
@@ -24,7 +26,7 @@ from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, cast, counted
-from doctor.formats.base import Format, Part, Parts, Shapes, register
+from doctor.formats.base import Exclusion, Format, Part, Parts, Shapes, register
 
 STORED = "F8_E4M3"
 
@@ -72,6 +74,23 @@ class FP8(Format):
         tile = () if scale.numel == 1 or scale.shape[-1] == 1 else _stated_tile(raw or {})
         return Scheme(8, tile=tile)
 
+    def stored_bits(self, raw: Mapping[str, Any]) -> int | None:
+        return 8
+
+    def needed_beside(self, raw: Mapping[str, Any]) -> tuple[str, ...]:
+        """Scales of activations that were measured beforehand; which scale of the weight there is, `lacking` sees."""
+        return ("input_scale",) if raw.get("activation_scheme") == "static" else ()
+
+    def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
+        """A module, the modules in it, and names that end so: transformers' reading, which includes vLLM's."""
+        key = "ignored_layers" if raw.get("ignored_layers") else "modules_to_not_convert"
+        entries = raw.get(key)
+        return [
+            Exclusion(entry, f"/{key}/{at}", partial(_leaves_out, entry))
+            for at, entry in enumerate(entries if isinstance(entries, list) else ())
+            if isinstance(entry, str) and entry
+        ]
+
     def unpack(
         self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
     ) -> Array:
@@ -97,6 +116,15 @@ class FP8(Format):
             )
         row, column = (counted(n, scale)[rows] // height)[:, None], (counted(k, scale) // width)[None, :]
         return values * scale[row, column]
+
+
+def _leaves_out(entry: str, module: str) -> bool:
+    if module.endswith(entry):
+        return True
+    try:
+        return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) is not None
+    except re.error:
+        return False
 
 
 def _stated_tile(raw: Mapping[str, Any]) -> tuple[int, ...]:

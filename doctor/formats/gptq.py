@@ -18,8 +18,7 @@ vllm/model_executor/layers/quantization/gptq.py.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from doctor.core.errors import NotQuantizable
@@ -28,7 +27,7 @@ from doctor.core.methods import BITS
 from doctor.core.recipe import Recipe, Scheme
 from doctor.core.version import __version__
 from doctor.formats.arrays import Array, cast, contiguous
-from doctor.formats.base import KNOWN, Format, Part, Parts, Quantization, Shapes, register
+from doctor.formats.base import KNOWN, Exclusion, Format, Part, Parts, Quantization, Shapes, register
 from doctor.formats.bits import (
     kernels_for,
     pack_columns,
@@ -210,15 +209,16 @@ class GPTQ(Format):
             Widths.of_patterns(entries),
         )
 
-    def excluded(self, raw: Mapping[str, Any]) -> Callable[[str], bool]:
+    def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
+        """Patterns that begin with "-:", and the output head unless lm_head is true."""
         dynamic = raw.get("dynamic")
-        patterns = [
-            re.compile(key.removeprefix("-:"))
+        found = [
+            Exclusion.of_pattern(key, "/dynamic/" + key.replace("~", "~0").replace("/", "~1"), key.removeprefix("-:"))
             for key in (dynamic if isinstance(dynamic, Mapping) else ())
             if key.startswith("-:")
         ]
-        head = () if raw.get("lm_head") else ("lm_head",)
-        return lambda module: module.rpartition(".")[2] in head or any(pattern.match(module) for pattern in patterns)
+        head = [] if raw.get("lm_head") else [Exclusion("", "/lm_head", lambda m: m.rpartition(".")[2] == "lm_head")]
+        return head + found
 
     def version_key(self, raw: Mapping[str, Any]) -> str:
         return "checkpoint_format" if "checkpoint_format" in raw or "format" not in raw else "format"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from doctor.formats.base import KNOWN, word_tails
+from doctor.formats.base import KNOWN, scale_tails, word_tails
 
 # quant_method of files that hold packed weights which are not read here.
 _UNREAD_METHODS = ("awq_marlin", "exl2", "exl3", "mxfp4", "aqlm", "hqq", "quip")
@@ -33,6 +33,11 @@ def holds_codes(name: str, dtype: str) -> bool:
     return name.endswith(packed_tails()) or (dtype in ("U8", "I8") and name.endswith((".weight", "_blocks", "_packed")))
 
 
+def counted_as(name: str, dtype: str) -> str:
+    """The element type whose values a tensor holds: bytes under a scale's name are exponents."""
+    return "F8_E8M0" if dtype == "U8" and name.endswith((*scale_tails(), "_scales")) else dtype
+
+
 def packs_fused_experts(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor holds packed words of all experts of a layer under the name of their fused parameter
     (`experts.gate_up_proj_packed`): what a tool makes that packs parameters and not linears.
@@ -56,6 +61,7 @@ def says_packed(raw: Mapping[str, Any]) -> bool:
         return False
     method = raw.get("quant_method")
     form = next((f for f in KNOWN.values() if method in f.quant_methods), None)
+    form = next((f for f in KNOWN.values() if f.claims(raw)), form)
     return form.packs(raw) if form else method in _UNREAD_METHODS
 
 

@@ -27,7 +27,7 @@ def quantization_of(checkpoint: Checkpoint) -> tuple[dict, str, str] | None:
     for name, block in config.items():
         if isinstance(block, dict) and isinstance(block.get("quantization_config"), dict):
             return block["quantization_config"], "config.json", f"/{name}/quantization_config"
-    for file in ("quantize_config.json", "quant_config.json"):
+    for file in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
         value = checkpoint.value(file)
         if isinstance(value, dict):
             return value, file, ""

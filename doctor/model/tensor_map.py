@@ -354,8 +354,9 @@ def _tail_pattern(template: str) -> re.Pattern:
 
 
 @fact("checkpoint", cost="header")
-def placement(checkpoint, spec, tensors) -> Placement:
+def placement(checkpoint, spec, logical_tensors) -> Placement:
     """Tensors sorted into blocks and matched with the family's templates (placement.Placement)."""
+    tensors = logical_tensors
     tails = packed_tails()
     if any(name.endswith(tails) for name in tensors):
         raise Unavailable(_("the linears are packed: the family's table knows plain weights"))

@@ -6,14 +6,10 @@ their outputs and down and o along their inputs, and check each part of a joined
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import fact
-from doctor.formats.base import KNOWN
 from doctor.model.linears import ROW_PARALLEL, Linear
-from doctor.model.quantization_config import quantization_of
 from doctor.model.spec import ModelSpec
 
 WHOLE = frozenset({"q_a", "kv_a"})  # low-rank projections that every GPU holds whole
@@ -47,23 +43,14 @@ class Cut(NamedTuple):
 
 
 @fact("checkpoint", cost="header")
-def blocked_linears(checkpoint, spec, tensors) -> tuple[BlockedLinear, ...]:
+def blocked_linears(checkpoint, spec, stored_weights) -> tuple[BlockedLinear, ...]:
     """Linears whose scales belong to blocks of rows and columns (BlockedLinear)."""
-    block = quantization_of(checkpoint)
-    return tuple(_blocked(spec.linears, tensors, block[0] if block else None))
-
-
-def _blocked(linears: Iterable[Linear], tensors: Mapping[str, TensorInfo], raw: dict | None) -> Iterable[BlockedLinear]:
-    for linear in linears:
-        info = tensors[linear.tensor]
-        if info.dtype.bits != 8 or not info.dtype.is_float:
-            continue
-        for form in KNOWN.values():
-            scheme = form.scheme_beside(info, tensors, raw)
-            if scheme is not None:
-                if len(scheme.tile) == 2 and scheme.tile[0] > 1:
-                    yield BlockedLinear(linear, (scheme.tile[0], scheme.tile[1]))
-                break
+    pairs = ((linear, stored_weights.get(linear.tensor)) for linear in spec.linears)
+    return tuple(
+        BlockedLinear(linear, tile)
+        for linear, weight in pairs
+        if weight is not None and len(tile := weight.scheme.tile) == 2 and tile[0] > 1
+    )
 
 
 def cuts(blocked: BlockedLinear, spec: ModelSpec) -> tuple[Cut, ...]:

@@ -32,9 +32,13 @@ class Kernel:
 @fact("checkpoint", cost="header")
 def kernels(checkpoint, layout, recipe):
     """Kernels of recipe.runtime that read this format, width and group size, in the order they are tried."""
+    rows = [row for entries in table("kernels").values() for row in entries]
+    entries = runtime_entries(recipe)
+    if not any(layout.format in row.get("formats", ()) for row in rows):
+        raise Unavailable(_("no table of kernels for {format}", format=layout.packing.label))
     return tuple(
         Kernel(e["name"], tuple(map(tuple, e["tiles"])), tuple(e["dtypes"]))
-        for e in reads(runtime_entries(recipe), layout.format, layout.bits, layout.group_size, layout.sym)
+        for e in reads(entries, layout.format, layout.bits, layout.group_size, layout.sym)
     )
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-import doctor.core.records  # noqa: F401 - declares the facts of the quantizer and of the comparison
+import doctor.core.records
+import doctor.model.stored_weights  # noqa: F401 - declares the facts of quantized weights under their own names
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.checkpoint.safetensors import Defect, Shard, TensorInfo
 from doctor.core.facts import CHECKPOINT, FactKey, Unavailable, fact, key_of, provide
@@ -121,9 +122,9 @@ def _document(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 
 @fact("checkpoint", cost="header")
-def spec(checkpoint, config) -> ModelSpec:
+def spec(checkpoint, config, logical_tensors=None) -> ModelSpec:
     """The model that config.json describes (spec.ModelSpec)."""
-    return build_spec(config, checkpoint.tensors)
+    return build_spec(config, checkpoint.tensors if logical_tensors is None else logical_tensors)
 
 
 @fact("checkpoint", cost="header")

@@ -18,7 +18,7 @@ from doctor.checkpoint.safetensors import CHUNK_BYTES, TensorInfo, new_digest
 from doctor.core.messages import _
 from doctor.core.store import Store
 from doctor.formats.base import sampled_tails, verbatim_tails
-from doctor.formats.known import holds_codes
+from doctor.formats.known import counted_as, holds_codes
 from doctor.model.linears import Linear
 from doctor.scan import counters
 from doctor.scan.header import COMPARED, DIGESTED, RECIPE, SPEC
@@ -144,7 +144,8 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
     total = counters.EMPTY
     shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and info.numel else None
     digest = new_digest() if wants_digest else None
-    known = counters.can_scan(info.dtype.name)
+    kind = counted_as(info.name, info.dtype.name)
+    known = counters.can_scan(kind)
     words = _Words() if info.dtype.name == "I32" and info.name.endswith(sampled_tails()) else None
     codes = _Codes(info.dtype.name) if info.numel and holds_codes(info.name, info.dtype.name) else None
     text = bytearray() if info.nbytes <= VERBATIM_BYTES and info.name.endswith(verbatim_tails()) else None
@@ -154,7 +155,7 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
             return
         part = buffer[: min(step, info.end - at)]
         if known:
-            counted = counters.read_and_scan(file, at, part, info.dtype.name, offset)
+            counted = counters.read_and_scan(file, at, part, kind, offset)
         else:
             file.read_into(at, part)
         run.add(len(part))

@@ -1,9 +1,11 @@
 """Stored formats, judged as engines read them: what is named, and what stays silent."""
 
 import numpy as np
+import pytest
 
-from doctor.api import check
-from doctor.lint.testing import use_family
+from doctor.api import check, fix
+from doctor.checkpoint.directory import Checkpoint
+from doctor.lint.testing import tiny, use_family
 
 
 def codes_of(report):
@@ -36,3 +38,145 @@ def test_fused_experts_in_eight_bits_under_their_own_names_are_not_called_unread
         case.tensors[plain], case.dtypes[plain] = codes.view(np.uint8), "U8"
         del case.dtypes[name]
     assert "O619" not in {f.code for f in check(case.write(tmp_path), case.recipe).findings}
+
+
+PARTS = ("weight_scale", "weight_scale_2", "input_scale")
+
+
+def nvfp4(algorithm="NVFP4", also=(), ignore=("lm_head",), both=False):
+    """Every projection in ModelOpt's NVFP4, as its export writes it; `also`: more modules."""
+    case = tiny()
+    rng = np.random.default_rng(3)
+    for name in [n for n in case.tensors if n.endswith("_proj.weight") or n.removesuffix(".weight") in also]:
+        module, (n, k) = name.removesuffix(".weight"), case.tensors[name].shape
+        scale = rng.integers(0x30, 0x7F, (n, k // 16), np.uint8)
+        scale[0, 0] = 0x7E  # 448: the largest of a tensor by construction
+        case.tensors |= {
+            name: rng.integers(0, 256, (n, k // 2), np.uint8),
+            f"{module}.weight_scale": scale,
+            f"{module}.weight_scale_2": np.full((), 0.0001, np.float32),
+            f"{module}.input_scale": np.full((), 0.02, np.float32),
+        }
+        case.dtypes |= {name: "U8", f"{module}.weight_scale": "F8_E4M3"}
+        case.dtypes |= {f"{module}.{part}": "F32" for part in PARTS[1:]}
+    stated = {"quant_algo": algorithm, "group_size": 16, "exclude_modules": list(ignore)}
+    case.json["hf_quant_config.json"] = {"producer": {"name": "modelopt"}, "quantization": stated}
+    if both:
+        case.config["quantization_config"] = {
+            "quant_method": "modelopt",
+            "quant_algo": algorithm,
+            "ignore": list(ignore),
+        }
+    return case
+
+
+def packed(preset, static=True):
+    """Every projection in a 4-bit float format of compressed-tensors."""
+    case = tiny()
+    group = 16 if preset.startswith("nv") else 32
+    rng = np.random.default_rng(3)
+    for name in [n for n in case.tensors if n.endswith("_proj.weight")]:
+        n, k = case.tensors.pop(name).shape
+        del case.dtypes[name]
+        module = name.removesuffix(".weight")
+        parts = {
+            "weight_packed": (rng.integers(0, 256, (n, k // 2), np.uint8), "U8"),
+            "weight_scale": (rng.integers(0x30, 0x7F, (n, k // group), np.uint8), "F8_E4M3"),
+            "weight_global_scale": (np.array([2688.0], np.float32), "F32"),
+            "input_global_scale": (np.array([300.0], np.float32), "F32"),
+        }
+        if group == 32:
+            parts = {"weight_packed": parts["weight_packed"]}
+            parts["weight_scale"] = rng.integers(110, 122, (n, k // group), np.uint8), "U8"
+        elif not static:
+            del parts["input_global_scale"]
+        for part, (codes, dtype) in parts.items():
+            case.tensors[f"{module}.{part}"], case.dtypes[f"{module}.{part}"] = codes, dtype
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": group}
+    activations = {"num_bits": 4, "type": "float", "dynamic": "local", "group_size": group} if static else None
+    case.config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": f"{preset}-pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
+    }
+    return case
+
+
+def serious(report):
+    assert not report.crashed, [run.crashed for run in report.crashed]
+    return [f"{f.code} {f.message}" for f in report.findings if f.severity != "info" and f.code != "C147"]
+
+
+@pytest.mark.parametrize("runtime", ["", "vllm"])
+@pytest.mark.parametrize(
+    "maker",
+    [
+        nvfp4,
+        lambda: nvfp4("W4A16_NVFP4"),
+        lambda: nvfp4(both=True),
+        lambda: nvfp4(ignore=["lm_head*", "*embed_tokens*"]),
+        lambda: packed("nvfp4"),
+        lambda: packed("nvfp4", static=False),
+        lambda: packed("mxfp4", static=False),
+    ],
+    ids=["modelopt", "w4a16", "two configs", "patterns", "ct nvfp4", "ct nvfp4a16", "ct mxfp4"],
+)
+def test_healthy_four_bit_floats_are_silent(tmp_path, maker, runtime):
+    case = maker()
+    report = check(case.write(tmp_path), case.recipe.with_field("runtime", runtime))
+    assert not serious(report), serious(report)
+
+
+def test_nan_in_block_scales_is_named_with_its_place(tmp_path):
+    case = nvfp4()
+    name = "model.layers.1.self_attn.o_proj.weight_scale"
+    case.tensors[name][3, 0], case.tensors[name][17, 3] = 0x7F, 0xFF
+    report = check(case.write(tmp_path), case.recipe)
+    [found] = [f for f in report.findings if f.code == "W201"]
+    assert found.message.startswith(f"2 NaN among 256 values of {name}") and found.where.index == (3, 0)
+    assert "O607" not in {f.code for f in report.findings}
+
+
+def test_an_exponent_of_255_is_nan(tmp_path):
+    case = packed("mxfp4", static=False)
+    name = "model.layers.1.self_attn.o_proj.weight_scale"
+    case.tensors[name][3, 1] = 255
+    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "W201"]
+    assert found.where.tensor == name and found.where.index == (3, 1)
+
+
+def test_block_scales_of_zero_are_still_named(tmp_path):
+    case = nvfp4()
+    case.tensors["model.layers.1.self_attn.o_proj.weight_scale"][0, :2] = 0
+    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O607"]
+    assert found.message == "2 of 256 scales in model.layers.1.self_attn.o_proj.weight_scale are 0"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_missing_scale_is_the_cause(tmp_path, part):
+    case = nvfp4()
+    name = f"model.layers.1.self_attn.o_proj.{part}"
+    del case.tensors[name], case.dtypes[name]
+    report = check(case.write(tmp_path), case.recipe)
+    assert serious(report) == [f"O622 1 quantized weight has no {part} (model.layers.1.self_attn.o_proj.weight)"]
+    [found] = [f for f in report.findings if f.code == "O622"]
+    assert not found.consequence_of and found.severity == "error"
+
+
+@pytest.mark.parametrize("part", ["weight_scale", "weight_global_scale", "input_global_scale"])
+def test_missing_scale_of_packed_floats_is_named(tmp_path, part):
+    case = packed("nvfp4")
+    name = f"model.layers.1.self_attn.o_proj.{part}"
+    del case.tensors[name], case.dtypes[name]
+    report = check(case.write(tmp_path), case.recipe)
+    assert serious(report) == [f"O612 model.layers.1.self_attn.o_proj is packed, but has no {part}"]
+
+
+@pytest.mark.parametrize("maker", [nvfp4, lambda: packed("nvfp4"), lambda: packed("mxfp4", static=False)])
+def test_four_bit_floats_are_written_as_plain_numbers_on_request(tmp_path, maker):
+    case = maker()
+    result = fix(case.write(tmp_path / "in"), tmp_path / "out", case.recipe, unsafe_fixes=("C147",))
+    assert result.report.ok, [f"{f.code} {f.message}" for f in result.report.findings]
+    assert set(Checkpoint.open(tmp_path / "out").tensors) == set(tiny().tensors)
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()

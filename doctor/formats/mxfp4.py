@@ -1,0 +1,66 @@
+"""MXFP4: 4-bit floats in groups of 32 under a power of two.
+
+| tensor | dtype | shape |
+|---|---|---|
+| weight_packed | U8 | [n, k/2], two codes a byte, the even column in the low half |
+| weight_scale | U8 | [n, k/32], an exponent: the scale is 2^(byte - 127), and 255 is NaN |
+
+gpt-oss stores the experts of a layer in the same codes as `*_blocks` u8[experts, n, k/32, 16] and `*_scales`
+u8[experts, n, k/32]; transformers keeps each expert transposed.
+
+Sources: the OCP microscaling formats specification 1.0; vllm-project/compressed-tensors 0.20 compressors/mxfp4;
+huggingface/transformers src/transformers/integrations/mxfp4.py (convert_moe_packed_tensors).
+"""
+
+from __future__ import annotations
+
+from doctor.core.lazy_numpy import np
+from doctor.core.recipe import Scheme
+from doctor.formats.arrays import Array, cast, is_torch
+from doctor.formats.base import Part, Parts, register
+from doctor.formats.e2m1 import scaled
+from doctor.formats.nvfp4 import NVFP4Packed
+
+GROUP = 32
+NAN = 255
+
+
+@register
+class MXFP4Packed(NVFP4Packed):
+    """compressed-tensors', format "mxfp4-pack-quantized"."""
+
+    name = "mxfp4-pack-quantized"
+    label = "compressed-tensors MXFP4"
+    part_names = ("weight_packed", "weight_scale")
+    needed = ("weight_scale",)
+    unit = (GROUP, 1)
+    layout = "mxfp4-pack-quantized"
+    group = GROUP
+    activations = ()
+
+    def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
+        return (
+            Part("weight_packed", "U8", (out_features, in_features // 2)),
+            Part("weight_scale", "U8", (out_features, in_features // GROUP)),
+        )
+
+    def unpack(
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
+    ) -> Array:
+        rows = rows or slice(0, parts["weight_packed"].shape[0])
+        return scaled(parts["weight_packed"][rows], powers(parts["weight_scale"][rows]), GROUP)
+
+
+def unpack_experts(blocks: Array, scales: Array) -> Array:
+    """f32[experts, n, k] of *_blocks u8[experts, n, k/32, 16] and *_scales u8[experts, n, k/32]."""
+    experts, n, groups, width = blocks.shape
+    packed = blocks.reshape(experts * n, groups * width)
+    return scaled(packed, powers(scales.reshape(experts * n, groups)), width * 2).reshape(experts, n, -1)
+
+
+def powers(exponents: Array) -> Array:
+    """f32 2^(byte - 127) of bytes, NaN for 255."""
+    shifted = cast(exponents, "F32") - 127
+    if is_torch(exponents):
+        return (2.0**shifted).masked_fill(exponents == NAN, float("nan"))
+    return np.where(exponents == NAN, np.float32(np.nan), np.exp2(np.minimum(shifted, 127))).astype(np.float32)

@@ -1,0 +1,193 @@
+"""NVFP4: 4-bit floats in groups of 16 under an 8-bit float, and one float32 for the tensor.
+
+| tensor of ModelOpt | of compressed-tensors | dtype | shape |
+|---|---|---|---|
+| weight | weight_packed | U8 | [n, k/2], two codes a byte, the even column in the low half |
+| weight_scale | weight_scale | F8_E4M3 | [n, k/16] |
+| weight_scale_2 | weight_global_scale | F32 | [] or [1] |
+| input_scale | input_global_scale | F32 | [] or [1]; absent where activations stay in 16 bits |
+
+ModelOpt multiplies: value * (weight_scale * weight_scale_2). compressed-tensors divides: value * (weight_scale /
+weight_global_scale). The largest scale of a tensor is 448, the largest E4M3, by construction.
+
+ModelOpt states it in hf_quant_config.json, in config.json, or in both, under other keys: exclude_modules there, ignore
+here. An entry excludes modules whose name it is, in whose name it occurs, or that it matches as a shell pattern.
+
+Sources: NVIDIA/Model-Optimizer modelopt/torch/quantization/qtensor/nvfp4_tensor.py and export/quant_utils.py;
+vllm-project/vllm vllm/model_executor/layers/quantization/modelopt.py (is_layer_excluded, from_config);
+vllm-project/compressed-tensors 0.20 compressors/nvfp4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+from doctor.checkpoint.safetensors import TensorInfo
+from doctor.core.facts import Unavailable
+from doctor.core.messages import _
+from doctor.core.recipe import Scheme
+from doctor.formats.arrays import Array, cast
+from doctor.formats.base import Exclusion, Format, Part, Parts, Quantization, Shapes, Texts, register
+from doctor.formats.compressed_tensors import CompressedTensors, weight_groups
+from doctor.formats.e2m1 import scaled
+
+GROUP = 16
+SCALE = "F8_E4M3"
+
+
+@register
+class NVFP4(Format):
+    """ModelOpt's, under the weight's own name. It reads ModelOpt's configuration for FP8 too."""
+
+    name = "nvfp4"
+    label = "NVFP4"
+    quant_methods: tuple[str, ...] = ("modelopt", "modelopt_fp4")
+    scales = "weight_scale"
+    part_names: tuple[str, ...] = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+    beside = ("weight_scale", "weight_scale_2", "input_scale")
+    needed: tuple[str, ...] = ("weight_scale", "weight_scale_2")
+    bits: tuple[int, ...] = (4,)
+    writes = False
+    unit = (GROUP, 1)
+
+    def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
+        return (
+            Part("weight", "U8", (out_features, in_features // 2)),
+            Part("weight_scale", SCALE, (out_features, in_features // GROUP)),
+            Part("weight_scale_2", "F32", ()),
+            Part("input_scale", "F32", ()),
+        )
+
+    def weight_shape(self, shapes: Shapes, load: Callable[[str], Array], bits: int) -> tuple[int, int]:
+        n, width = shapes["weight"]
+        return n, width * 2
+
+    def scale_shape(self, in_features: int, out_features: int, group: int) -> tuple[int, int]:
+        return out_features, -(-in_features // group)
+
+    def scheme_beside(
+        self, info: TensorInfo, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any] | None
+    ) -> Scheme | None:
+        if info.dtype.name != "U8" or len(info.shape) != 2 or not info.name.endswith(".weight"):
+            return None
+        own = [tensors.get(f"{info.name}_scale"), tensors.get(f"{info.name}_scale_2")]
+        shown = (own[0] is not None and own[0].dtype.name == SCALE) or own[1] is not None
+        return Scheme(4, GROUP) if shown or (raw is not None and self.stored_bits(raw) == 4) else None
+
+    def shape_beside(self, info: TensorInfo, texts: Texts) -> tuple[int, int] | None:
+        return info.shape[0], info.shape[1] * 2
+
+    def unpack(
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
+    ) -> Array:
+        rows = rows or slice(0, parts["weight"].shape[0])
+        second = cast(parts["weight_scale_2"], "F32").reshape(-1)[0]
+        return scaled(parts["weight"][rows], cast(parts["weight_scale"][rows], "F32") * second, GROUP)
+
+    # quantization_config
+
+    def claims(self, raw: Mapping[str, Any]) -> bool:
+        return raw.get("quant_method") in self.quant_methods or "quant_algo" in _stated(raw)
+
+    def read(self, raw: Mapping[str, Any], file: str, pointer: str, own: bool = True) -> Quantization:
+        raise Unavailable(_("{algorithm}: weights under their own name have no words", algorithm=_algorithm(raw)))
+
+    def stored_bits(self, raw: Mapping[str, Any]) -> int | None:
+        algorithm = _algorithm(raw)
+        return 4 if "NVFP4" in algorithm else 8 if "FP8" in algorithm else None
+
+    def stated_name(self, raw: Mapping[str, Any]) -> str:
+        return _algorithm(raw)
+
+    def needed_beside(self, raw: Mapping[str, Any]) -> tuple[str, ...]:
+        if self.stored_bits(raw) != 4:
+            return ()
+        return self.needed if _algorithm(raw).startswith("W4A16") else (*self.needed, "input_scale")
+
+    def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
+        stated = _stated(raw)
+        key = "exclude_modules" if "exclude_modules" in stated else "ignore"
+        where = f"/quantization/{key}" if stated is raw.get("quantization") else f"/{key}"
+        entries = stated.get(key)
+        return [
+            Exclusion(entry, f"{where}/{at}", partial(_leaves_out, entry))
+            for at, entry in enumerate(entries if isinstance(entries, list) else ())
+            if isinstance(entry, str) and entry
+        ]
+
+
+@register
+class NVFP4Packed(CompressedTensors):
+    """compressed-tensors', format "nvfp4-pack-quantized"."""
+
+    name = "nvfp4-pack-quantized"
+    label = "compressed-tensors NVFP4"
+    quant_methods: tuple[str, ...] = ()
+    words, scales, zeros, index = "weight_packed", "weight_scale", "", ""
+    part_names: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+    needed: tuple[str, ...] = ("weight_scale", "weight_global_scale")
+    sampled: tuple[str, ...] = ()
+    bits: tuple[int, ...] = (4,)
+    writes = False
+    own_widths = False
+    unit = (GROUP, 1)
+    layout = "nvfp4-pack-quantized"
+    group = GROUP
+    activations: tuple[str, ...] = ("input_global_scale",)
+
+    def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
+        return (
+            Part("weight_packed", "U8", (out_features, in_features // 2)),
+            Part("weight_scale", SCALE, (out_features, in_features // GROUP)),
+            Part("weight_global_scale", "F32", (1,)),
+            Part("input_global_scale", "F32", (1,)),
+        )
+
+    def size(self, words: tuple[int, ...], bits: int, version: str = "") -> tuple[int, int]:
+        return words[1] * 2, words[0]
+
+    def weight_shape(self, shapes: Shapes, load: Callable[[str], Array], bits: int) -> tuple[int, int]:
+        n, width = shapes[self.words]
+        return n, width * 2
+
+    def unpack(
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
+    ) -> Array:
+        rows = rows or slice(0, parts["weight_packed"].shape[0])
+        divisor = cast(parts["weight_global_scale"], "F32").reshape(-1)[0]
+        return scaled(parts["weight_packed"][rows], cast(parts["weight_scale"][rows], "F32") / divisor, GROUP)
+
+    def claims(self, raw: Mapping[str, Any]) -> bool:
+        return raw.get("quant_method") in CompressedTensors.quant_methods and raw.get("format") == self.layout
+
+    def read(self, raw: Mapping[str, Any], file: str, pointer: str, own: bool = True) -> Quantization:
+        groups = weight_groups(raw)
+        quantized = any(isinstance(group.get("input_activations"), Mapping) for group in groups)
+        return Quantization(
+            self,
+            self,
+            Scheme(4, self.group),
+            False,
+            self.layout,
+            dict(raw),
+            file,
+            pointer,
+            also_needed=self.activations if quantized else (),
+        )
+
+
+def _leaves_out(entry: str, module: str) -> bool:
+    return entry in module or fnmatchcase(module, entry)
+
+
+def _stated(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where quant_algo stands: in hf_quant_config.json's "quantization", else in the block itself."""
+    inner = raw.get("quantization")
+    return inner if isinstance(inner, Mapping) else raw
+
+
+def _algorithm(raw: Mapping[str, Any]) -> str:
+    return str(_stated(raw).get("quant_algo") or "").upper()
