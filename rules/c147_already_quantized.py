@@ -43,7 +43,7 @@ from doctor.lint.rule import (
 from doctor.lint.testing import tiny
 
 
-@rule("C147", "error", implied_by=("F002", "F005", "G320", "O620", "O621", "O622"))
+@rule("C147", "error", implied_by=("F002", "F005", "G320", "O620", "O621", "O622", "O623"))
 def already_quantized(checkpoint, tensors, config, quantization_block, asked, every_stored_bytes=None):
     tails = word_tails()
     packed = [i for n, i in sorted(tensors.items()) if n.endswith(tails)]
@@ -130,7 +130,7 @@ def bad():
 
     case = tiny()
     rng = np.random.default_rng(3)
-    for name in [n for n in case.tensors if "_proj.weight" in n]:
+    for name in [linear.tensor for linear in case.spec.linears]:
         case.tensors[name] = rng.integers(1, 0x78, case.tensors[name].shape, np.uint8)
         case.tensors[name + "_scale_inv"] = np.full((1, 1), 0.01, np.float32)
         case.dtypes |= {name: "F8_E4M3", name + "_scale_inv": "F32"}

@@ -98,7 +98,7 @@ def _advice(fitting, tp, experts):
 
 def bad():
     case = tiny(mlp=192)
-    for name in [n for n in case.tensors if "_proj.weight" in n]:
+    for name in [linear.tensor for linear in case.spec.linears]:
         rows, columns = case.tensors[name].shape
         case.tensors[name] = np.random.default_rng(3).integers(1, 0x78, (rows, columns), np.uint8)
         case.tensors[name + "_scale_inv"] = np.full((-(-rows // 32), -(-columns // 32)), 0.01, np.float32)

@@ -18,31 +18,41 @@ Sources: vllm-project/vllm issue 25029, vllm/model_executor/layers/quantization/
 
 import re
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, rule
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, rule, word_tails
 from doctor.lint.testing import never_in, tiny_gptq
 
-ROUTER = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)\.(?:qweight|weight_packed)$")
-HEAD = re.compile(r"(?:^|\.)lm_head\.(?:qweight|weight_packed)$")
+ROUTER = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)$")
+HEAD = re.compile(r"(?:^|\.)lm_head$")
 
 
 @rule("O613", "warning", certainty="likely")
-def unexpected_packed(checkpoint, quantization, tensors):
+def unexpected_packed(checkpoint, tensors, stored_weights, quantization=None):
     for name, info in tensors.items():
-        if ROUTER.search(name):
+        words = name.endswith(word_tails())
+        if not words and name not in stored_weights:
+            continue
+        module = name.rpartition(".")[0]
+        if ROUTER.search(module):
             yield finding(
                 _("{tensor}: router is packed", tensor=name),
                 at=Place(info.shard, tensor=name),
                 advice=_("quantize again with routers left out"),
             )
-        elif HEAD.search(name) and (key := quantization.reader.head_key) and not quantization.raw.get(key):
-            pointer = f"{quantization.pointer}/{key}"
-            edit = SetJson(quantization.file, pointer, True, expect=quantization.raw.get(key, MISSING))
-            yield finding(
-                _("{tensor}: output head is packed, but lm_head is not true", tensor=name),
-                at=Place(quantization.file, pointer=pointer),
-                fix=Fix(_("set lm_head to true"), (edit,)),
-                advice=_("set lm_head to true"),
-            )
+        elif words and quantization is not None and HEAD.search(module):
+            yield from _head(quantization, name)
+
+
+def _head(quantization, name):
+    key = quantization.reader.head_key
+    if key and not quantization.raw.get(key):
+        pointer = f"{quantization.pointer}/{key}"
+        edit = SetJson(quantization.file, pointer, True, expect=quantization.raw.get(key, MISSING))
+        yield finding(
+            _("{tensor}: output head is packed, but lm_head is not true", tensor=name),
+            at=Place(quantization.file, pointer=pointer),
+            fix=Fix(_("set lm_head to true"), (edit,)),
+            advice=_("set lm_head to true"),
+        )
 
 
 def bad():

@@ -11,7 +11,6 @@ in_features; a weight is [n, k].
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,6 +23,7 @@ from doctor.core.messages import _
 from doctor.core.recipe import FORMATS, Recipe, Scheme
 from doctor.formats.arrays import Array
 from doctor.formats.bits import repeated_word
+from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, GridKind
 from doctor.formats.widths import Widths
 
@@ -43,31 +43,6 @@ class Part(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
-
-
-@dataclass(frozen=True)
-class Exclusion:
-    """One entry of a list of modules that stay in floats. entry: as it is written, "" for what holds without one.
-    pointer: of the entry, from the quantization_config on.
-    """
-
-    entry: str
-    pointer: str
-    matches: Callable[[str], bool]
-
-    @classmethod
-    def of_part(cls, entry: str, pointer: str) -> Exclusion:
-        """An entry that is a part of a name."""
-        return cls(entry, pointer, lambda module: entry in module)
-
-    @classmethod
-    def of_pattern(cls, entry: str, pointer: str, pattern: str) -> Exclusion:
-        """An entry that must match from the beginning of a name; one that is no pattern matches nothing."""
-        try:
-            found = re.compile(pattern)
-        except re.error:
-            return cls(entry, pointer, lambda module: False)
-        return cls(entry, pointer, lambda module: found.match(module) is not None)
 
 
 class Format:
@@ -231,6 +206,12 @@ class Format:
         """Whether a quantization_config leaves a module, by its name, in floats."""
         entries = self.exclusions(raw)
         return lambda module: any(entry.matches(module) for entry in entries)
+
+    def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
+        """Whether readers that go by quantization_config alone expect a module's weight in codes; None where they go by
+        what the files hold.
+        """
+        return None
 
     def stored_bits(self, raw: Mapping[str, Any]) -> int | None:
         """Bits of the weights under their own names that a quantization_config of this format promises; None where it

@@ -28,7 +28,7 @@ from doctor.core.messages import _
 from doctor.core.methods import BITS
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous, full, is_torch
-from doctor.formats.base import Exclusion, Format, Part, Parts, Quantization, Shapes, register
+from doctor.formats.base import Format, Part, Parts, Quantization, Shapes, register
 from doctor.formats.bits import (
     kernels_for,
     pack_columns,
@@ -38,6 +38,7 @@ from doctor.formats.bits import (
     unpack_whole_fields,
     words_of,
 )
+from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, dequantize, neighbours, stored_exactly
 from doctor.formats.requirements import require_dividing, require_groups, require_shape, whole
 from doctor.formats.widths import Widths, exactly
@@ -250,6 +251,16 @@ class CompressedTensors(Format):
                 pattern = entry.removeprefix("re:") if entry.startswith("re:") else exactly(entry)
                 found.append(Exclusion.of_pattern(entry, f"/ignore/{at}", pattern))
         return found
+
+    def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
+        """The targets of its groups, a class of modules being all linears."""
+        excluded = self.excluded(raw)
+        targets = [t for g in weight_groups(raw) for t in g.get("targets") or () if isinstance(t, str)]
+        every = any("." not in target and not target.startswith("re:") for target in targets)
+        named = [
+            Exclusion.of_pattern(t, "", t.removeprefix("re:") if t.startswith("re:") else exactly(t)) for t in targets
+        ]
+        return lambda module: not excluded(module) and (every or any(entry.matches(module) for entry in named))
 
     def stored_bits(self, raw: Mapping[str, Any]) -> int | None:
         """Of files whose groups agree."""

@@ -26,7 +26,8 @@ from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, cast, counted
-from doctor.formats.base import Exclusion, Format, Part, Parts, Shapes, register
+from doctor.formats.base import Format, Part, Parts, Shapes, register
+from doctor.formats.exclusions import Exclusion
 
 STORED = "F8_E4M3"
 
@@ -81,12 +82,16 @@ class FP8(Format):
         """Scales of activations that were measured beforehand; which scale of the weight there is, `lacking` sees."""
         return ("input_scale",) if raw.get("activation_scheme") == "static" else ()
 
+    def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
+        excluded = self.excluded(raw)
+        return lambda module: not excluded(module)
+
     def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
         """A module, the modules in it, and names that end so: transformers' reading, which includes vLLM's."""
         key = "ignored_layers" if raw.get("ignored_layers") else "modules_to_not_convert"
         entries = raw.get(key)
         return [
-            Exclusion(entry, f"/{key}/{at}", partial(_leaves_out, entry))
+            Exclusion.of_words(entry, f"/{key}/{at}", partial(_leaves_out, entry))
             for at, entry in enumerate(entries if isinstance(entries, list) else ())
             if isinstance(entry, str) and entry
         ]

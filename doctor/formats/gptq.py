@@ -27,7 +27,7 @@ from doctor.core.methods import BITS
 from doctor.core.recipe import Recipe, Scheme
 from doctor.core.version import __version__
 from doctor.formats.arrays import Array, cast, contiguous
-from doctor.formats.base import KNOWN, Exclusion, Format, Part, Parts, Quantization, Shapes, register
+from doctor.formats.base import KNOWN, Format, Part, Parts, Quantization, Shapes, register
 from doctor.formats.bits import (
     kernels_for,
     pack_columns,
@@ -37,6 +37,7 @@ from doctor.formats.bits import (
     unpack_rows,
     words_of,
 )
+from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, GridKind, dequantize, neighbours, stored_exactly
 from doctor.formats.requirements import require_dividing, require_groups, require_known, require_shape, whole
 from doctor.formats.widths import Widths, exactly, own_entries

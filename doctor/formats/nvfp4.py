@@ -30,9 +30,10 @@ from doctor.core.facts import Unavailable
 from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, cast
-from doctor.formats.base import Exclusion, Format, Part, Parts, Quantization, Shapes, Texts, register
+from doctor.formats.base import Format, Part, Parts, Quantization, Shapes, Texts, register
 from doctor.formats.compressed_tensors import CompressedTensors, weight_groups
 from doctor.formats.e2m1 import scaled
+from doctor.formats.exclusions import Exclusion
 
 GROUP = 16
 SCALE = "F8_E4M3"
@@ -107,13 +108,17 @@ class NVFP4(Format):
             return ()
         return self.needed if _algorithm(raw).startswith("W4A16") else (*self.needed, "input_scale")
 
+    def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
+        excluded = self.excluded(raw)
+        return lambda module: not excluded(module)
+
     def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
         stated = _stated(raw)
         key = "exclude_modules" if "exclude_modules" in stated else "ignore"
         where = f"/quantization/{key}" if stated is raw.get("quantization") else f"/{key}"
         entries = stated.get(key)
         return [
-            Exclusion(entry, f"{where}/{at}", partial(_leaves_out, entry))
+            Exclusion.of_words(entry, f"{where}/{at}", partial(_leaves_out, entry))
             for at, entry in enumerate(entries if isinstance(entries, list) else ())
             if isinstance(entry, str) and entry
         ]

@@ -5,7 +5,7 @@ import pytest
 
 from doctor.api import check, fix
 from doctor.checkpoint.directory import Checkpoint
-from doctor.lint.testing import tiny, use_family
+from doctor.lint.testing import tiny, tiny_gptq, use_family
 
 
 def codes_of(report):
@@ -180,3 +180,161 @@ def test_four_bit_floats_are_written_as_plain_numbers_on_request(tmp_path, maker
     assert result.report.ok, [f"{f.code} {f.message}" for f in result.report.findings]
     assert set(Checkpoint.open(tmp_path / "out").tensors) == set(tiny().tensors)
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+
+
+def fp8(exclude=("lm_head",), plain=()):
+    """Every projection in FP8 with one scale a row, but for modules named in `plain`."""
+    case = tiny()
+    for linear in case.spec.linears:
+        if linear.name not in plain:
+            n, k = case.tensors[linear.tensor].shape
+            case.tensors[linear.tensor] = np.random.default_rng(3).integers(1, 0x78, (n, k), np.uint8)
+            case.tensors[f"{linear.tensor}_scale"] = np.full((n, 1), 0.01, np.float32)
+            case.dtypes |= {linear.tensor: "F8_E4M3", f"{linear.tensor}_scale": "F32"}
+    case.config["quantization_config"] = {"quant_method": "fp8", "modules_to_not_convert": list(exclude)}
+    return case
+
+
+def compressed(ignore=("lm_head",), targets=("Linear",), plain=()):
+    """Every projection in compressed-tensors' integers, but for modules named in `plain`."""
+    case = tiny_gptq()
+    floats = tiny()
+    for module in [n.removesuffix(".qweight") for n in case.tensors if n.endswith(".qweight")]:
+        words = case.tensors.pop(f"{module}.qweight")
+        for part in ("qzeros", "scales", "g_idx"):
+            del case.tensors[f"{module}.{part}"]
+        k, n = words.shape[0] * 8, words.shape[1]
+        if module in plain:
+            case.tensors[f"{module}.weight"] = floats.tensors[f"{module}.weight"]
+            case.dtypes[f"{module}.weight"] = "BF16"
+            continue
+        case.tensors |= {
+            f"{module}.weight_packed": words.reshape(n, k // 8),
+            f"{module}.weight_scale": np.full((n, k // 32), 0x2000, np.uint16),
+            f"{module}.weight_shape": np.array([n, k], np.int64),
+        }
+        case.dtypes |= {
+            f"{module}.weight_packed": "I32",
+            f"{module}.weight_scale": "F16",
+            f"{module}.weight_shape": "I64",
+        }
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    case.config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": list(ignore),
+        "config_groups": {"group_0": {"targets": list(targets), "weights": weights}},
+    }
+    return case
+
+
+def gptq(dynamic=None, **config):
+    case = tiny_gptq()
+    case.config["quantization_config"] |= ({"dynamic": dynamic} if dynamic else {}) | config
+    return case
+
+
+def awq(exclude):
+    case = compressed()
+    for module in [n.removesuffix(".weight_packed") for n in case.tensors if n.endswith(".weight_packed")]:
+        n, k = (int(side) for side in case.tensors.pop(f"{module}.weight_shape"))
+        words = case.tensors.pop(f"{module}.weight_packed")
+        del case.tensors[f"{module}.weight_scale"]
+        case.tensors |= {
+            f"{module}.qweight": words.reshape(k, n // 8),
+            f"{module}.qzeros": np.full((k // 32, n // 8), 0x77777777, np.int32),
+            f"{module}.scales": np.full((k // 32, n), 0x2000, np.uint16),
+        }
+        case.dtypes |= {f"{module}.qweight": "I32", f"{module}.qzeros": "I32", f"{module}.scales": "F16"}
+    case.config["quantization_config"] = {
+        "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
+        "modules_to_not_convert": exclude,
+    }  # fmt: skip
+    return case
+
+
+DOWN = "model.layers.0.mlp.down_proj"
+HEALTHY = {
+    "fp8": fp8,
+    "fp8 without a list": lambda: fp8(exclude=()),
+    "fp8 with a listed linear": lambda: fp8(exclude=["lm_head", DOWN], plain=[DOWN]),
+    "fp8 with a listed layer": lambda: fp8(
+        exclude=["lm_head", "model.layers.0"], plain=[x.name for x in tiny().spec.linears if x.block == 0]
+    ),
+    "fp8 with routers of other models": lambda: fp8(exclude=["lm_head", "mlp.gate", "visual"]),
+    "ct": compressed,
+    "ct with a pattern": lambda: compressed(["lm_head", r"re:.*\.0\.mlp\.down_proj$"], plain=[DOWN]),
+    "ct with targets": lambda: compressed(
+        targets=[r"re:.*self_attn.*"], plain=[x.name for x in tiny().spec.linears if ".mlp." in x.name]
+    ),
+    "gptq": gptq,
+    "gptq with a pattern for no module here": lambda: gptq({r"-:.*vision.*": {}}),
+    "awq": lambda: awq(None),
+    "awq that names routers": lambda: awq(["gate", "lm_head"]),
+    "nvfp4 with routers": lambda: nvfp4(ignore=["lm_head", "model.layers.0.mlp.gate", "model.embed_tokens"]),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_lists_are_silent(tmp_path, name):
+    case = HEALTHY[name]()
+    report = check(case.write(tmp_path), case.recipe.with_field("runtime", "vllm"))
+    assert not [line for line in serious(report) if not line.startswith("G3")], serious(report)
+
+
+@pytest.mark.parametrize(
+    ("case", "entry", "pointer"),
+    [
+        (lambda: fp8(exclude=["lm_head", DOWN]), DOWN, "/modules_to_not_convert/1"),
+        (lambda: fp8(exclude=["down_proj"]), "down_proj", "/modules_to_not_convert/0"),
+        (lambda: compressed([r"re:.*down_proj"]), r"re:.*down_proj", "/ignore/0"),
+        (lambda: gptq({r"+:x": {}, r"-:.*down_proj$": {}}), r"-:.*down_proj$", "/dynamic/-:.*down_proj$"),
+        (lambda: awq(["lm_head", "down_proj"]), "down_proj", "/modules_to_not_convert/1"),
+    ],
+    ids=["fp8", "fp8 suffix", "ct", "gptq", "awq"],
+)
+def test_packed_although_excluded_is_named_at_the_list(tmp_path, case, entry, pointer):
+    case = case()
+    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O623"]
+    assert found.severity == "error" and repr(entry) in found.message
+    assert found.where.pointer == "/quantization_config" + pointer and DOWN in found.evidence["modules"]
+
+
+def test_packed_head_is_named_at_the_list_of_hf_quant_config(tmp_path):
+    case = nvfp4(also=["lm_head"], ignore=["lm_head*"])
+    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O623"]
+    assert found.message == "lm_head is packed, but 'lm_head*' excludes it from quantization"
+    assert (found.where.file, found.where.pointer) == ("hf_quant_config.json", "/quantization/exclude_modules/0")
+
+
+@pytest.mark.parametrize("case", [lambda: fp8(plain=[DOWN]), lambda: compressed(plain=[DOWN])], ids=["fp8", "ct"])
+def test_plain_although_not_excluded_is_a_warning(tmp_path, case):
+    case = case()
+    found = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O623"]
+    assert [(f.severity, f.message) for f in found] == [
+        ("warning", f"{DOWN} is stored in 16 bits, but no entry excludes it from quantization")
+    ]
+
+
+def test_an_entry_with_another_prefix_is_shown_beside_what_it_meant(tmp_path):
+    case = fp8(exclude=["lm_head", f"language_model.{DOWN}"], plain=[DOWN])
+    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O623"]
+    assert found.severity == "warning" and found.evidence["entries_without_module"] == [f"language_model.{DOWN}"]
+
+
+def test_an_entry_that_matches_nothing_is_a_note(tmp_path):
+    case = fp8(exclude=["lm_head", "model.layers.7.mlp.down_proj"])
+    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O623"]
+    assert found.severity == "info" and "model.layers.7.mlp.down_proj" in found.message
+
+
+def test_a_router_in_eight_bits_is_named_as_packed_ones_are(tmp_path):
+    case = tiny("qwen3_moe")
+    name = "model.layers.0.mlp.gate.weight"
+    n, k = case.tensors[name].shape
+    case.tensors[name] = np.random.default_rng(3).integers(1, 0x78, (n, k), np.uint8)
+    case.tensors[f"{name}_scale"] = np.full((n, 1), 0.01, np.float32)
+    case.dtypes |= {name: "F8_E4M3", f"{name}_scale": "F32"}
+    case.config["quantization_config"] = {"quant_method": "fp8"}
+    found = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O613"]
+    assert [f.message for f in found] == [f"{name}: router is packed"]

@@ -1,0 +1,45 @@
+"""Modules that a quantization_config leaves in floats, entry by entry, as each format's readers match names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_SIGNS = re.compile(r"[*?\[\]^$|()\\+]")
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """One entry. entry: as it is written, "" for what holds without one. pointer: of the entry, from the
+    quantization_config on. pattern: whether it is one, and not a name or a part of one.
+    """
+
+    entry: str
+    pointer: str
+    matches: Callable[[str], bool]
+    pattern: bool = True
+
+    @classmethod
+    def of_part(cls, entry: str, pointer: str) -> Exclusion:
+        """An entry that is a part of a name."""
+        return cls(entry, pointer, lambda module: entry in module, False)
+
+    @classmethod
+    def of_pattern(cls, entry: str, pointer: str, pattern: str) -> Exclusion:
+        """An entry that must match from the beginning of a name; one that is no pattern matches nothing."""
+        try:
+            found = re.compile(pattern)
+        except re.error:
+            return cls(entry, pointer, lambda module: False)
+        return cls(entry, pointer, lambda module: found.match(module) is not None)
+
+    @classmethod
+    def of_words(cls, entry: str, pointer: str, matches: Callable[[str], bool]) -> Exclusion:
+        """An entry that is a pattern only where it has a pattern's signs."""
+        return cls(entry, pointer, matches, _SIGNS.search(entry) is not None)
+
+    def names(self, module: str) -> bool:
+        """Whether it means this module in every reader: a part of a name must be whole words between dots."""
+        whole = f".{self.entry.strip('.')}." in f".{module}."
+        return self.matches(module) and (self.pattern or whole)
