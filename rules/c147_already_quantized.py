@@ -11,8 +11,9 @@ Seen as:
 Do: use the 16-bit original. If there is none, `--unsafe-fixes=C147` dequantizes to the numbers that an engine computes
 with and writes them as plain weights: FP8 with its scales, and packed GPTQ, AWQ and compressed-tensors too.
 
-False alarms: packed GPTQ, AWQ and compressed-tensors checkpoints are outputs of a quantizer and are checked as such
-(O6xx). They are reported here only when this fix is requested by name. `doctor quantize` refuses them by itself.
+False alarms: a quantized checkpoint is judged to be served as it is (`--for serve`, its default): then this is a note,
+and packed GPTQ, AWQ and compressed-tensors checkpoints have none unless this fix is requested by name. It is an error
+where a plan to quantize is asked for, as by `--for gptq`.
 
 Fix safety: unsafe, and only by name: what rounding removed does not come back, and the files become two to four times
 as large. Each weight is code minus zero point times scale in float32, rounded once to the embedding's dtype. Other
@@ -44,12 +45,12 @@ from doctor.lint.testing import tiny
 
 
 @rule("C147", "error", implied_by=("F002", "F005", "G320", "O620", "O621", "O622", "O623"))
-def already_quantized(checkpoint, tensors, config, quantization_block, asked, every_stored_bytes=None):
+def already_quantized(checkpoint, tensors, config, quantization_block, asked, goal, every_stored_bytes=None):
     tails = word_tails()
     packed = [i for n, i in sorted(tensors.items()) if n.endswith(tails)]
     if packed:
-        if "C147" in asked and quantization_block is not None:
-            yield _packed(checkpoint, tensors, packed, quantization_block)
+        if goal == "quantize" or ("C147" in asked and quantization_block is not None):
+            yield _packed(checkpoint, tensors, packed, quantization_block, "" if goal == "quantize" else "info")
         return
     narrow = [
         i
@@ -80,15 +81,18 @@ def already_quantized(checkpoint, tensors, config, quantization_block, asked, ev
             **named,
         ),
         at=Place(first.shard, tensor=first.name),
+        severity="" if goal == "quantize" else "info",
         evidence={"weights": len(narrow), "scales": len(scales), "dtype": first.dtype.name},
         fix=dequantize_beside(checkpoint, tensors, narrow, quantization_block, every_stored_bytes or {})
         or Fix(_("take the 16-bit original"), (), "manual"),
     )
 
 
-def _packed(checkpoint, tensors, packed, block):
+def _packed(checkpoint, tensors, packed, block, severity):
     fix = None
     try:
+        if block is None:
+            raise Unavailable(_("no quantization_config"))
         quant = read_quantization(*block)
         if not quant.readable or quant.bits not in quant.format.bits:
             raise Unavailable(
@@ -108,7 +112,7 @@ def _packed(checkpoint, tensors, packed, block):
         why = _("{bits} bits", bits=quant.bits)
     except Unavailable as error:
         why = error.args[0]
-    method = block[0].get("quant_method", _("a quantizer"))
+    method = block[0].get("quant_method", _("a quantizer")) if block else _("a quantizer")
     return finding(
         plural(
             "{n:,} linear is packed by {method} ({why}): {first}",
@@ -118,7 +122,7 @@ def _packed(checkpoint, tensors, packed, block):
             why=why,
             first=packed[0].name,
         ),
-        severity="info",
+        severity=severity,
         at=Place(packed[0].shard, tensor=packed[0].name),
         evidence={"linears": len(packed)},
         fix=fix or Fix(_("take the 16-bit original"), (), "manual"),
@@ -129,6 +133,7 @@ def bad():
     import numpy as np
 
     case = tiny()
+    case.recipe = case.recipe.with_field("goal", "quantize")
     rng = np.random.default_rng(3)
     for name in [linear.tensor for linear in case.spec.linears]:
         case.tensors[name] = rng.integers(1, 0x78, case.tensors[name].shape, np.uint8)

@@ -8,7 +8,6 @@ Seen as:
 - vLLM: `Weight input_size_per_partition = 192 is not divisible by weight quantization block_k = 128.`
 - vLLM: `The output_size of gate's and up's weight = 192 is not divisible by weight quantization block_n = 128`
 - SGLang: `The input_size of down's weight = 192 is not divisible by weight quantization block_k = 128.`
-- vLLM: `start (4) + length (1) exceeds dimension size (4).`
 
 Do: use a number of GPUs from the table, pipeline parallelism, or for experts expert parallelism, which keeps them
 whole.

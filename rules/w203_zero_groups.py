@@ -24,7 +24,9 @@ from doctor.lint.testing import tiny
 
 
 @rule("W203", "warning", certainty="likely", implied_by=("W202",))
-def zero_groups(linear, zero_groups, zero_groups_fp16, zero_rows, first_zero_group, recipe, tensors, base):
+def zero_groups(linear, zero_groups, zero_groups_fp16, zero_rows, first_zero_group, recipe, goal, tensors, base):
+    if goal != "quantize":
+        return
     size = linear.in_features if recipe.group_size == -1 else recipe.group_size
     per_row = linear.in_features // size
     inside = zero_groups - zero_rows * per_row

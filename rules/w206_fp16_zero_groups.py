@@ -23,7 +23,9 @@ SMALLEST = 2.98e-8  # float32 values below half of float16's smallest subnormal,
 
 
 @rule("W206", "warning", certainty="likely")
-def fp16_zero_groups(linear, zero_groups, zero_groups_fp16, recipe):
+def fp16_zero_groups(linear, zero_groups, zero_groups_fp16, recipe, goal):
+    if goal != "quantize":
+        return
     lost = zero_groups_fp16 - zero_groups
     if lost <= 0:
         return

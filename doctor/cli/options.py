@@ -11,7 +11,7 @@ import click
 from doctor.cli.command import Option, take_language
 from doctor.core.errors import DoctorError
 from doctor.core.messages import Message, _, listed
-from doctor.core.recipe import METHODS, RUNTIMES
+from doctor.core.recipe import GOALS, METHODS, RUNTIMES
 from doctor.locale import catalogue
 from doctor.report import FORMATS
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 KV_FORMATS = ("full", "json", "markdown", "html")
 PATH = click.Path(path_type=Path)
+OTHER_GOALS = tuple(goal for goal in GOALS[1:] if goal != "quantize")  # what --for takes beside methods
 option = partial(click.option, cls=Option)
 
 
@@ -110,9 +111,12 @@ plan_options = together(
         "--for",
         "--method",
         "method",
-        type=click.Choice(METHODS),
+        type=click.Choice((*METHODS, *OTHER_GOALS)),
         default="gptq",
-        help=_("Quantization method of the recipe."),
+        help=_(
+            "Quantization method of the recipe; serve judges files as they are, which is the default for quantized ones, "
+            "and none the files alone."
+        ),
     ),
     option("--bits", type=int, default=4, help=_("Bits per weight: 2, 3, 4 or 8.")),
     option("--group-size", type=int, default=128, help=_("in_features that share a scale; -1 for whole rows.")),

@@ -10,6 +10,7 @@ import click
 from doctor.cli.command import Command
 from doctor.cli.options import (
     FORMATS,
+    OTHER_GOALS,
     PATH,
     LaterChoice,
     checkpoint_argument,
@@ -141,6 +142,8 @@ def command(
 
     outputs = outputs_of(formats)
     with json_on_failure(outputs):
+        if flags["method"] in OTHER_GOALS:
+            raise click.UsageError(f"--for {flags['method']} quantizes nothing: doctor check judges the files.")
         recipe = asked_recipe(
             flags,
             format=format or "",

@@ -1,9 +1,11 @@
 """The recipe of a command: flags, then the configuration, then what a quantized checkpoint says of itself."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from doctor.cli.options import OTHER_GOALS
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, parse_runtime
 from doctor.locale import catalogue
@@ -22,25 +24,33 @@ def asked_recipe(flags: dict[str, Any], config: "Config | None" = None, **more: 
     """
     name, version = parse_runtime(flags.pop("runtime"))
     values = dict(config.recipe_values) if config else {}
-    values |= {field: flags.pop(field) for field in PLAN}
+    asked = {field: flags.pop(field) for field in PLAN}
+    if asked["method"] in OTHER_GOALS:
+        asked |= {"goal": asked["method"], "method": values.get("method", Recipe.method)}
+    values |= asked
     return Recipe(**{**values, "runtime": name, "runtime_version": version, **more})
 
 
 def stored_or_asked(ctx: click.Context, checkpoint: "Checkpoint", asked: Recipe) -> Recipe:
     """The recipe that a quantized checkpoint states, unless flags, environment or configuration ask for another.
 
-    A contradiction is said on stderr.
+    A contradiction is said on stderr. A method that was typed asks to quantize, whatever the files hold.
     """
     from click.core import ParameterSource
 
     from doctor.model.quantization_config import STATED, stored_recipe
 
+    typed = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    if not asked.goal and ctx.get_parameter_source("method") in typed:
+        return replace(asked, goal="quantize")
     stored = stored_recipe(checkpoint, asked)
+    if asked.goal in OTHER_GOALS:
+        return stored
     if all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in STATED):
         return stored
     if any(getattr(stored, name) != getattr(asked, name) for name in STATED):
         note = _(
-            "{name} states {stored} of itself; judged against {asked}, which was asked for",
+            "{name} states {stored} of itself and is judged so; {asked} was asked for",
             name=checkpoint.name,
             stored=_grid(stored),
             asked=_grid(asked),

@@ -16,6 +16,7 @@ from doctor.core.errors import DoctorError
 from doctor.core.messages import _
 from doctor.core.methods import BITS, METHODS, Method
 
+GOALS = ("", "quantize", "serve", "none")  # what findings are judged for
 RUNTIMES = ("vllm", "sglang", "exllamav2", "transformers", "llama.cpp")
 DAMP, DAMP_MAX = 0.01, 0.1  # defaults: GPTQ's own share, and where a retry ends
 ASKED = "asked for with keep"  # why a linear stays in 16 bits that recipe.keep names
@@ -82,7 +83,8 @@ class Recipe:
 
     group_size: consecutive in_features that share a scale; -1 is the whole row. tp: GPUs that split each linear at
     serving. act_order: columns in order of diag(H) with groups fixed beforehand (static groups), so that serving costs
-    nothing.
+    nothing. goal: "quantize" floats by this recipe, "serve" the files as they are, "none" for the files alone; "" is
+    serve for what is quantized already, and quantize for the rest.
     """
 
     method: str = "gptq"
@@ -100,6 +102,7 @@ class Recipe:
     keep: tuple[str, ...] = ()
     bits_for: tuple[str, ...] = ()  # PATTERN=BITS: linears of another width; the last that matches counts
     seed: int = 0
+    goal: str = ""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -115,6 +118,8 @@ class Recipe:
             raise _illegal(what, _("0 <= damp <= damp_max <= 1"))
         if self.format not in ("", *FORMATS):
             raise _illegal(_("format {value!r}", value=self.format), _("one of {names}", names=", ".join(FORMATS)))
+        if self.goal not in GOALS:
+            raise _illegal(_("goal {value!r}", value=self.goal), _("one of {names}", names=", ".join(GOALS[1:])))
         if self.runtime not in ("", *RUNTIMES):
             raise _illegal(_("runtime {value!r}", value=self.runtime), _("one of {names}", names=", ".join(RUNTIMES)))
         self._require_widths()
@@ -231,6 +236,16 @@ def _either(numbers: tuple[int, ...]) -> str:
 
 
 def parse_runtime(text: str) -> tuple[str, str]:
-    """`vllm==0.6.0` -> ("vllm", "0.6.0"); without a version the newest known one is meant."""
-    name, _sign, version = text.partition("==")
-    return name.strip().lower(), version.strip()
+    """`vllm==0.6.0` -> ("vllm", "0.6.0"); without a version, or with "latest", the newest known one is meant.
+
+    Raises DoctorError for a version that begins with no number.
+    """
+    name, _sign, version = (part.strip() for part in text.partition("=="))
+    if version.lower() == "latest":
+        version = ""
+    if version and not re.match(r"v?\d", version):
+        raise _illegal(
+            _("version {version!r} of {runtime}", version=version, runtime=name),
+            _("a number such as 0.9.1, or latest"),
+        )
+    return name.lower(), version

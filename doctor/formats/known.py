@@ -50,6 +50,12 @@ def is_scale_beside_weight(name: str) -> bool:
     return _SCALES.search(name) is not None
 
 
+def is_quantized(name: str, dtype: str, bits: int, axes: int) -> bool:
+    """Whether a tensor of this name and element type holds quantized weights."""
+    narrow = bits < 16 and dtype != "BOOL" and axes >= 2 and name.endswith((".weight", "_blocks", "_proj", "_packed"))
+    return narrow or name.endswith(packed_tails())
+
+
 def undoes_packing(name: str) -> bool:
     """Whether a tensor of this name is needed to read packed weights beside it; a model without it cannot be read."""
     return is_scale_beside_weight(name) or _UNDOES.search(name) is not None

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
-from doctor.core.facts import Unavailable, fact
+from doctor.core.facts import FactKey, Unavailable, fact, key_of
 from doctor.core.messages import _
 from doctor.core.methods import method_of_format
 from doctor.core.recipe import Recipe
 from doctor.formats.base import read_quantization
+from doctor.formats.known import is_quantized
 
 
 @fact("checkpoint")
@@ -43,6 +44,20 @@ def quantization(checkpoint, quantization_block):
     return read_quantization(raw, file, pointer)
 
 
+@fact("checkpoint", cost="header")
+def goal(checkpoint, recipe) -> str:
+    """What findings are judged for: "quantize" floats by the recipe, "serve" the files as they are, or "none" for the
+    files alone. Where nobody says, what is quantized already is served.
+    """
+    return recipe.goal or ("serve" if holds_quantized(checkpoint) else "quantize")
+
+
+def holds_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether weights are stored in codes."""
+    return any(is_quantized(n, i.dtype.name, i.dtype.bits, len(i.shape)) for n, i in checkpoint.tensors.items())
+
+
+GOAL: FactKey[str] = key_of(goal)
 STATED = frozenset({"method", "bits", "group_size", "sym"})  # what a quantized checkpoint states of its own plan
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from doctor.checkpoint.safetensors import TensorInfo
-from doctor.core.facts import fact
+from doctor.core.facts import fact, key_of
 from doctor.core.recipe import Scheme
 from doctor.formats.base import KNOWN, Format
 from doctor.model.quantization_config import quantization_of
@@ -70,6 +70,9 @@ def logical_tensors(checkpoint, tensors, stored_weights) -> dict[str, TensorInfo
                 continue
         found[name] = weight.info._replace(shape=shape)
     return found
+
+
+STORED_WEIGHTS = key_of(stored_weights)
 
 
 def lacks(weights: Mapping[str, StoredWeight]) -> dict[tuple[str, ...], list[StoredWeight]]:

@@ -15,6 +15,7 @@ from doctor.core.facts import Unavailable, fact, key_of
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, is_kept
 from doctor.formats.base import KNOWN, Format, Quantization, format_of_words, read_quantization, word_tails
+from doctor.formats.known import says_packed
 from doctor.model.fused_experts import find_fused_experts
 from doctor.model.linears import NOT_TEXT
 from doctor.model.quantization_config import quantization_of
@@ -56,10 +57,12 @@ class Layout:
 
 
 @fact("checkpoint", cost="header")
-def layout(checkpoint, recipe, spec, tensors):
+def layout(checkpoint, recipe, spec, tensors, goal):
     """The linears in groups, planned or stored (Layout)."""
     block, tails = quantization_of(checkpoint), word_tails()
     packed = [info for name, info in tensors.items() if name.endswith(tails)]
+    if not packed and goal != "quantize" and (block is None or not says_packed(block[0])):
+        raise Unavailable(_("nothing is to be quantized (--for {goal})", goal=goal))
     if block is None and not packed:
         return planned_layout(recipe, spec, tensors)
     if block is None:

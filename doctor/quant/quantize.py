@@ -109,7 +109,12 @@ def quantize(
         progress = _silent
     recipe = recipe or Recipe()
     asked = Asked(
-        replace(recipe, keep=(*recipe.keep, *keep), seed=recipe.seed if seed is None else seed),
+        replace(
+            recipe,
+            keep=(*recipe.keep, *keep),
+            seed=recipe.seed if seed is None else seed,
+            goal="quantize",
+        ),
         Path(os.path.abspath(output)),
         select_rules(load_rules(rules_dirs), select, ignore),
         fail_on,
@@ -296,7 +301,7 @@ def _finish(
     linears = asked.client.linears(source.root) if asked.client else ()
     staged.finish(source, checked.recipe, kept, receipt(checked.recipe, facts, done, notes), linears)
     written = Checkpoint.open(staged.stage)
-    after = assess(written, checked.recipe, asked.rules)
+    after = assess(written, replace(checked.recipe, goal=""), asked.rules)
     before = {(f.code, f.message) for f in checked.assessment.findings}
     new = [f for f in after.findings if (f.code, f.message) not in before]
     shown = {"files": files(written), "receipt": receipt_summary(written)}

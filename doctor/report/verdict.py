@@ -4,12 +4,12 @@ import shlex
 from dataclasses import dataclass
 
 from doctor.core.messages import Message, _, plural
-from doctor.core.methods import METHODS
 from doctor.lint.engine import Report
 from doctor.lint.rule import AREAS
 from doctor.locale.catalogue import counted, say, translated
 from doctor.model.directory_kind import KINDS
 from doctor.report.presentation import Group, fixable, tally
+from doctor.report.recipe_text import goal_of, plan_flags, plan_label, plan_text  # noqa: F401 - for those that print
 from doctor.report.text import count, safe, seconds, size
 
 
@@ -52,6 +52,10 @@ def _ending(report: Report, good: bool, plan: str) -> Message:
         return _("quantized to {plan}" if good else "not quantized to {plan}", plan=plan)
     if good and report.summary.get("selected"):
         return _("nothing found by the selected rules, for {plan}", plan=plan)
+    if goal_of(report) == "serve":
+        return _("ready to serve: {plan}" if good else "not ready to serve: {plan}", plan=plan)
+    if goal_of(report) == "none":
+        return _("no error in the files ({plan})" if good else "errors in the files ({plan})", plan=plan)
     return _("ready for {plan}" if good else "not ready for {plan}", plan=plan)
 
 
@@ -114,25 +118,6 @@ def sizes_of(report: Report) -> str:
     return safe(" · ".join(p for p in parts if p))
 
 
-def plan_label(report: Report) -> str:
-    """`gptq 4-bit g128`; of a 16-bit model that was compared with another, its type."""
-    return str(report.summary.get("dtype", "")).lower() if report.extra.get("plain") else report.recipe.label()
-
-
-def plan_text(report: Report) -> str:
-    """`gptq · 4 bit · group 128 · sym → vllm 0.9, tensor parallel 8`."""
-    if report.extra.get("plain"):
-        return say("none: not quantized")
-    r = report.recipe
-    group = say("per channel") if r.group_size == -1 else say("group {n}", n=r.group_size)
-    target = [" ".join(filter(None, (r.runtime, r.runtime_version)))] if r.runtime else []
-    target += [say("tensor parallel {n}", n=r.tp)] if r.tp > 1 or r.runtime else [say("1 GPU")]
-    return (
-        " · ".join([r.name, say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")])
-        + f" → {say(', ').join(target)}"
-    )
-
-
 @dataclass(frozen=True)
 class Area:
     """One line of the verdict box."""
@@ -191,6 +176,10 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
                     ),
                 )
             )
+        elif any(r.status == "run" for r in runs) and (reason := _unjudged(name, report)):
+            passed = counted("{n:,} rule", "{n:,} rules", sum(r.status == "run" for r in runs))
+            text = say("{rules} passed · not judged: {reason}", rules=passed, reason=translated(reason))
+            lines.append(Area(translated(name), "skipped", safe(text)))
         elif any(r.status == "run" for r in runs):
             text = _established(name, report, [r for r in runs if r.status == "run"])
             lines.append(
@@ -229,6 +218,20 @@ def _read(report: Report) -> str:
     return say("{n} values read, {size}", n=count(report.summary.get("parameters", 0)), size=size(report.bytes_read))
 
 
+def _unjudged(name: str, report: Report) -> str:
+    """Why the rules that an area stands for judged nothing, though others of it ran; "" where they ran or none was due.
+
+    Geometry is about groups in linears, Serving about kernels of a runtime: neither fact is there for every format.
+    """
+    fact = {"Geometry": "layout", "Serving": "kernels" if report.recipe.runtime else ""}.get(name)
+    asking = [r for r in report.runs if fact and fact in r.rule.facts]
+    plain = goal_of(report) == "serve" and not report.summary.get("stored")  # 16-bit weights need no kernel of a format
+    if plain or not asking or any(r.status != "skipped" for r in asking):
+        return ""
+    reasons = [reason for r in asking for reason in r.reasons]
+    return max(set(reasons), key=reasons.count)
+
+
 def _established(name: str, report: Report, runs: list) -> str:
     s = report.summary
     judged = counted("{n:,} rule", "{n:,} rules", len(runs))
@@ -253,7 +256,7 @@ def _established(name: str, report: Report, runs: list) -> str:
         else None,
         "Serving": say("nothing against serving with {runtime}", runtime=report.recipe.runtime)
         if report.recipe.runtime
-        else say("nothing against serving with any runtime"),
+        else say("nothing against its key-value cache; --runtime judges a runtime"),
     }.get(name)
     subjects = max(r.judged for r in runs)
     return safe(
@@ -272,7 +275,7 @@ def _why_skipped(runs: list) -> str:
     reason = max(reasons, key=lambda r: reasons[r])
     return safe(
         say(
-            "skipped: {reason} ({rules})",
+            "not judged: {reason} ({rules})",
             reason=translated(reason),
             rules=counted("{n:,} rule", "{n:,} rules", sum(reasons.values())),
         )
@@ -311,27 +314,10 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
     if yours:
         steps.append((f"doctor explain {yours[0]}", say("{n} for you: {codes}", n=len(yours), codes=", ".join(yours))))
     asked_more = report.linears or report.extra.get("comparison")
-    asked_more = asked_more or report.summary.get("selected")
+    asked_more = asked_more or report.summary.get("selected") or goal_of(report) != "quantize"
     if not steps and not found and not asked_more and not report.crashed and ran(report) and weights_read(report):
         steps.append((f"doctor quantize {path}{plan} -o quantized/", say("when you are ready")))
     return steps
-
-
-def plan_flags(recipe) -> str:
-    """The options that differ from the default recipe, to paste."""
-    from doctor.core.recipe import Recipe
-
-    default, flags = Recipe(), []
-    if recipe.method != default.method:
-        flags.append(f"--method {recipe.method}")
-    for flag, name in (("--bits", "bits"), ("--group-size", "group_size"), ("--tp", "tp")):
-        if getattr(recipe, name) != getattr(default, name):
-            flags.append(f"{flag} {getattr(recipe, name)}")
-    if recipe.sym != METHODS[recipe.method].sym:
-        flags.append("--sym" if recipe.sym else "--asym")
-    if recipe.runtime:
-        flags.append("--runtime " + "==".join(filter(None, (recipe.runtime, recipe.runtime_version))))
-    return "".join(" " + f for f in flags)
 
 
 def plan_row(row: dict) -> str:

@@ -1,11 +1,14 @@
 """What a report says about the files in one line: architecture, parameters, dtype, shards, bytes."""
 
+from collections import Counter
+
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
 from doctor.formats.base import KNOWN
 from doctor.model.directory_kind import directory_kind
-from doctor.model.quantization_config import stored_recipe
+from doctor.model.quantization_config import GOAL, quantization_of, stored_recipe
+from doctor.model.stored_weights import STORED_WEIGHTS
 from doctor.plan.groups import LAYOUT
 from doctor.scan.header import SPEC
 
@@ -36,6 +39,22 @@ def _parameters(checkpoint: Checkpoint, store: Store) -> int:
     return rest + sum(packed.values())
 
 
+def _stored(checkpoint: Checkpoint, store: Store) -> str:
+    """`gptq 4-bit g128`, `fp8 8-bit 128 × 128`: how the weights are stored; "" for floats."""
+    layout = store.get(LAYOUT) if store.has(LAYOUT) else None
+    if layout is not None and layout.quantized:
+        group = "per-channel" if layout.group_size == -1 else f"g{layout.group_size}"
+        return f"{layout.format} {layout.bits}-bit {group}"
+    weights = store.find(STORED_WEIGHTS) or {}
+    kinds = Counter((w.format.name, w.scheme.bits, w.scheme.tile, w.scheme.group_size) for w in weights.values())
+    if kinds:
+        (name, bits, tile, group_size), _count = kinds.most_common(1)[0]
+        shape = f" {tile[0]} × {tile[1]}" if len(tile) == 2 else f" g{group_size}" if group_size > 0 else ""
+        return f"{name} {bits}-bit{shape}"
+    block = quantization_of(checkpoint)
+    return str(block[0].get("quant_method", "")) if block and store.find(GOAL) == "serve" else ""
+
+
 def summary(checkpoint: Checkpoint, store: Store) -> dict:
     """What the second line of every report says about the files."""
     kinds: dict[str, int] = {}
@@ -53,4 +72,6 @@ def summary(checkpoint: Checkpoint, store: Store) -> dict:
         "bytes": checkpoint.total_bytes,
         "blocks": spec.n_layers if spec else None,
         "linears": len(spec.linears) if spec else 0,
+        "goal": store.find(GOAL) or "quantize",
+        "stored": _stored(checkpoint, store),
     }

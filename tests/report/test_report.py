@@ -285,7 +285,7 @@ def test_a_verdict_from_headers_says_that_weights_were_not_read():
 
 def test_nothing_judged_is_not_ready():
     assert "nothing was judged" in terminal.render([SKIPPED]) and "✓ ready" not in terminal.render([SKIPPED])
-    assert "skipped: the weights were not read" in terminal.render([SKIPPED])
+    assert "not judged: the weights were not read" in terminal.render([SKIPPED])
 
 
 def test_a_crashed_rule_takes_the_verdict_away_and_is_said_to_be_ours():

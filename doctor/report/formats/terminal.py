@@ -92,9 +92,8 @@ def _head(screen: Screen, report: Report) -> None:
 
     name = f"{safe(report.checkpoint)}   "
     screen.hang(styled((f"doctor {__version__}  ", "bold")), styled((name, "cyan"), verdict.what_it_is(report)))
-    hint = (
-        "   " + say("default recipe; --for, --bits, --group-size, --tp change it") if report.recipe == Recipe() else ""
-    )
+    default = report.recipe == Recipe() and verdict.goal_of(report) == "quantize"
+    hint = "   " + say("default recipe; --for, --bits, --group-size, --tp change it") if default else ""
     screen.hang(
         styled((pad(say("recipe"), len(f"doctor {__version__}  ")), "bold")),
         styled(verdict.plan_text(report), (hint, "bright_black")),
