@@ -25,39 +25,35 @@ FUSING = ("vllm", "sglang", "exllamav2")
 
 
 @rule("G307", "error")
-def fused_linears_differ(checkpoint, layout, recipe, spec):
-    missed = set(layout.missed)
-    if not missed:
+def fused_linears_differ(checkpoint, split, recipe):
+    if not split.missed:
         return
-    have = {linear.name for linear in layout.linears}
     of_role = {role: group for group in reversed(FUSED) for role in group}
     seen: dict[tuple, list] = {}
-    for linear in (
-        spec.linears if not layout.quantized else (*layout.linears, *(x for x in spec.linears if x.name in missed))
-    ):
+    for linear in split.linears:
         fused = of_role.get(linear.role)
         if fused:
             seen.setdefault((linear.name.rpartition(".")[0], fused), []).append(linear)
     for (parent, _fused), members in sorted(seen.items()):
-        inside = [x.role for x in members if x.name in have]
-        outside = [x.role for x in members if x.name in missed]
+        inside = [x.role for x in members if x.name not in split.missed]
+        outside = [x.role for x in members if x.name in split.missed]
         if inside and outside:
             yield finding(
                 _(
                     "{parent}: {quantized} in {bits} bits and {kept} in 16 bits, but engines fuse them into one matrix",
                     parent=parent,
                     quantized=listed(inside),
-                    bits=layout.bits,
+                    bits=split.bits,
                     kept=listed(outside),
                 ),
-                at=Place("", tensor=next(x.tensor for x in members if x.name in missed)),
+                at=Place("", tensor=next(x.tensor for x in members if x.name in split.missed)),
                 severity="error" if recipe.runtime in FUSING else "warning",
                 evidence={"quantized": inside, "kept": outside},
                 fix=None
-                if layout.quantized
+                if split.stored
                 else Fix(
                     _("keep {roles} in 16 bits too", roles=listed(inside)),
-                    tuple(Keep(x.name) for x in members if x.name in have),
+                    tuple(Keep(x.name) for x in members if x.name not in split.missed),
                     "unsafe",
                 ),
                 advice=_("keep all of them in 16 bits, or none"),

@@ -10,6 +10,7 @@ from doctor.formats import (  # noqa: F401, I001 - their order
     compressed_tensors,
     autoround,
     fp8,
+    int8,
     nvfp4,
     mxfp4,
     bitsandbytes,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from doctor.core.facts import fact
+from doctor.core.recipe import Scheme
 from doctor.model.linears import ROW_PARALLEL, Linear
 from doctor.model.spec import ModelSpec
 
@@ -45,12 +46,20 @@ class Cut(NamedTuple):
 @fact("checkpoint", cost="header")
 def blocked_linears(checkpoint, spec, stored_weights) -> tuple[BlockedLinear, ...]:
     """Linears whose scales belong to blocks of rows and columns (BlockedLinear)."""
-    pairs = ((linear, stored_weights.get(linear.tensor)) for linear in spec.linears)
-    return tuple(
-        BlockedLinear(linear, tile)
-        for linear, weight in pairs
-        if weight is not None and len(tile := weight.scheme.tile) == 2 and tile[0] > 1
-    )
+    found = []
+    for linear in spec.linears:
+        weight = stored_weights.get(linear.tensor)
+        tile = _tile(weight.scheme) if weight is not None else ()
+        if len(tile) == 2:
+            found.append(BlockedLinear(linear, tile))
+    return tuple(found)
+
+
+def _tile(scheme: Scheme) -> tuple[int, int] | tuple[()]:
+    """(rows, columns) under one scale; () where a scale serves a whole row or tensor."""
+    if len(scheme.tile) == 2:
+        return (scheme.tile[0], scheme.tile[1])
+    return (1, scheme.group_size) if scheme.group_size > 0 else ()
 
 
 def cuts(blocked: BlockedLinear, spec: ModelSpec) -> tuple[Cut, ...]:

@@ -17,7 +17,7 @@ from doctor.core.recipe import Recipe, is_kept
 from doctor.formats.base import KNOWN, Format, Quantization, format_of_words, read_quantization, word_tails
 from doctor.formats.known import says_packed
 from doctor.model.fused_experts import find_fused_experts
-from doctor.model.linears import NOT_TEXT
+from doctor.model.linears import NOT_TEXT, Linear
 from doctor.model.quantization_config import quantization_of
 from doctor.model.spec import ModelSpec
 from doctor.plan.sizes import role_of
@@ -68,6 +68,30 @@ def layout(checkpoint, recipe, spec, tensors, goal):
     if block is None:
         raise Unavailable(_("the tensors are packed but no file says how"))
     return stored_layout(read_quantization(*block), packed, spec, tensors)
+
+
+class Split(NamedTuple):
+    """Linears that are or will be quantized, and names of those that stay in floats. stored: the files hold them so."""
+
+    linears: tuple[GroupedLinear | Linear, ...]
+    missed: frozenset[str]
+    bits: int
+    stored: bool
+
+
+@fact("checkpoint", cost="header")
+def split(checkpoint, spec, tensors, stored_weights, layout=None) -> Split:
+    """Which linears are quantized and which are not, in any format (Split)."""
+    if layout is not None:
+        plain = layout.linears if layout.quantized else spec.linears
+        missed = frozenset(layout.missed)
+        rest = (x for x in spec.linears if x.name in missed) if layout.quantized else ()
+        return Split((*plain, *rest), missed, layout.bits, layout.quantized)
+    if not stored_weights:
+        raise Unavailable(_("no linear is quantized"))
+    missed = frozenset(x.name for x in spec.linears if x.tensor not in stored_weights)
+    bits = next(iter(stored_weights.values())).scheme.bits
+    return Split(spec.linears, missed, bits, True)
 
 
 def planned_layout(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> Layout:

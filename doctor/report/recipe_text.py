@@ -1,6 +1,7 @@
 """What a report was judged for, in words: the plan, how the files are stored, and the options that say it again."""
 
 from doctor.core.methods import METHODS
+from doctor.core.recipe import Recipe
 from doctor.lint.engine import Report
 from doctor.locale.catalogue import say
 from doctor.report.text import safe
@@ -43,13 +44,11 @@ def plan_text(report: Report) -> str:
     )
 
 
-def plan_flags(recipe) -> str:
+def plan_flags(recipe: Recipe, goal: str = "quantize") -> str:
     """The options that differ from the default plan, to paste."""
-    from doctor.core.recipe import Recipe
-
     default, flags = Recipe(), []
-    if recipe.goal in ("serve", "none"):  # the files say the rest
-        return f" --for {recipe.goal}" + _where(recipe)
+    if goal != "quantize":  # the files say the rest
+        return (f" --for {recipe.goal}" if recipe.goal else "") + _where(recipe)
     if recipe.method != default.method:
         flags.append(f"--method {recipe.method}")
     for flag, name in (("--bits", "bits"), ("--group-size", "group_size"), ("--tp", "tp")):
@@ -62,7 +61,7 @@ def plan_flags(recipe) -> str:
     return "".join(" " + f for f in flags)
 
 
-def _where(recipe) -> str:
+def _where(recipe: Recipe) -> str:
     """The options that say where it will run."""
     gpus = f" --tp {recipe.tp}" if recipe.tp > 1 else ""
     runtime = "==".join(filter(None, (recipe.runtime, recipe.runtime_version)))

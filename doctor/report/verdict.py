@@ -287,7 +287,7 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
     by = fixable([g for g in found if not g.of_recipe])
     by_quantize = [g for g in found if g.of_recipe and g.safety in ("safe", "unsafe")]
     path = shlex.quote(safe(str(report.summary.get("path") or report.checkpoint)))
-    plan = plan_flags(report.recipe)
+    plan = plan_flags(report.recipe, goal_of(report))
     command = f"doctor fix {path}{plan} -o fixed/"
     steps = []
     if report.summary.get("unread"):

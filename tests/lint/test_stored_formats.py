@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from doctor.api import check, fix
+from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.lint.testing import tiny, tiny_gptq, use_family
 
@@ -338,3 +339,85 @@ def test_a_router_in_eight_bits_is_named_as_packed_ones_are(tmp_path):
     case.config["quantization_config"] = {"quant_method": "fp8"}
     found = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O613"]
     assert [f.message for f in found] == [f"{name}: router is packed"]
+
+
+def int8(exclude=("lm_head",), rows=True):
+    """Every projection in compressed-tensors' 8-bit integers."""
+    case = tiny()
+    for linear in case.spec.linears:
+        n, k = case.tensors[linear.tensor].shape
+        case.tensors[linear.tensor] = np.random.default_rng(3).integers(-127, 128, (n, k), np.int8)
+        scale = np.full((n, 1) if rows else (1,), 0.01, np.float32)
+        case.tensors[f"{linear.tensor}_scale"] = scale
+        case.dtypes |= {linear.tensor: "I8", f"{linear.tensor}_scale": "F32"}
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel" if rows else "tensor"}
+    case.config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": list(exclude),
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    return case
+
+
+def bitsandbytes(kind):
+    """What transformers saves of a model that bitsandbytes loaded, with its quantization_config."""
+    from doctor.rules import o620_bitsandbytes_leftovers as leftovers
+
+    case = leftovers.bad()[0] if kind == "int8" else leftovers.packed_in_four_bits(kind)
+    case.config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": kind != "int8",
+        "load_in_8bit": kind == "int8",
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+    return case
+
+
+MORE_HEALTHY = {
+    "int8 rows": int8,
+    "int8 tensor": lambda: int8(rows=False),
+    "bitsandbytes 8 bits": lambda: bitsandbytes("int8"),
+    "bitsandbytes nf4": lambda: bitsandbytes("nf4"),
+    "bitsandbytes fp4": lambda: bitsandbytes("fp4"),
+}
+
+
+@pytest.mark.parametrize("name", MORE_HEALTHY)
+@pytest.mark.parametrize("stage", ["header", "output"])
+def test_healthy_eight_bits_and_bitsandbytes_are_silent(tmp_path, name, stage):
+    case = MORE_HEALTHY[name]()
+    report = check(case.write(tmp_path), case.recipe.with_field("runtime", "vllm"), stage=stage)
+    assert not serious(report), serious(report)
+
+
+def test_eight_bit_rows_are_written_as_plain_numbers_on_request(tmp_path):
+    case = int8()
+    name = case.name("down")
+    result = fix(case.write(tmp_path / "in"), tmp_path / "out", case.recipe, unsafe_fixes=("C147",))
+    assert result.report.ok
+    out = Checkpoint.open(tmp_path / "out")
+    values = from_codes(out.load(name), out.tensors[name].dtype.name)
+    np.testing.assert_allclose(values, case.tensors[name] * np.float32(0.01), rtol=1 / 256)
+
+
+@pytest.mark.parametrize("runtime, severity", [("vllm", "error"), ("", "warning")])
+def test_parts_of_a_fused_matrix_in_two_precisions_are_named_in_any_format(tmp_path, runtime, severity):
+    kept = "model.layers.1.self_attn.k_proj"
+    case = fp8(exclude=["lm_head", kept], plain=[kept])
+    [found] = [
+        f for f in check(case.write(tmp_path), case.recipe.with_field("runtime", runtime)).findings if f.code == "G307"
+    ]
+    assert found.severity == severity and found.message.startswith(
+        "model.layers.1.self_attn: q and v in 8 bits and k in"
+    )
+
+
+def test_groups_of_sixteen_are_judged_under_tensor_parallel(tmp_path):
+    case = nvfp4()
+    folder = case.write(tmp_path)
+    for tp, wrong in ((2, False), (4, False), (8, True)):  # 128 / 8 = 16 fits, o's 64 / 8 = 8 does not; so do the heads
+        recipe = case.recipe.with_field("runtime", "vllm").with_field("tp", tp)
+        assert ("G320" in {f.code for f in check(folder, recipe, stage="header").findings}) == wrong
