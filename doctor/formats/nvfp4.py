@@ -46,6 +46,7 @@ class NVFP4(Format):
     name = "nvfp4"
     label = "NVFP4"
     quant_methods: tuple[str, ...] = ("modelopt", "modelopt_fp4")
+    config_files = ("hf_quant_config.json",)
     scales = "weight_scale"
     part_names: tuple[str, ...] = ("weight", "weight_scale", "weight_scale_2", "input_scale")
     beside = ("weight_scale", "weight_scale_2", "input_scale")

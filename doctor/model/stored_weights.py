@@ -7,7 +7,8 @@ or of another shape; whoever compares shapes with config.json asks for `logical_
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from doctor.checkpoint.safetensors import TensorInfo
@@ -37,19 +38,48 @@ def stored_weights(checkpoint, tensors) -> dict[str, StoredWeight]:
     block = quantization_of(checkpoint)
     raw = block[0] if block else None
     stating = next((f for f in KNOWN.values() if raw is not None and f.claims(raw)), None)
-    found = {}
+    found, bare = {}, []
     for name, info in tensors.items():
         if info.dtype.bits > 8 or info.dtype.name == "BOOL" or not name.endswith(".weight"):
             continue
-        for form in KNOWN.values():
-            scheme = form.scheme_beside(info, tensors, raw)
-            if scheme is not None:
-                needed = stating.needed_beside(raw) if stating is not None and raw is not None else ()
-                module = name.removesuffix(".weight")
-                lacking = tuple(part for part in needed if f"{module}.{part}" not in tensors)
-                found[name] = StoredWeight(info, form, scheme, lacking)
-                break
+        form, scheme = _form_beside(info, tensors, raw)
+        if form is None or scheme is None:
+            bare.append(info)
+            continue
+        needed = stating.needed_beside(raw) if stating is not None and raw is not None else ()
+        module = name.removesuffix(".weight")
+        lacking = tuple(part for part in needed if f"{module}.{part}" not in tensors)
+        found[name] = StoredWeight(info, form, scheme, lacking)
+    if stating is not None and raw is not None and found:
+        found |= _without_scale(bare, found, stating.takes(raw), tensors)
     return found
+
+
+def _form_beside(
+    info: TensorInfo, tensors: Mapping[str, TensorInfo], raw: dict | None
+) -> tuple[Format | None, Scheme | None]:
+    pairs = ((form, form.scheme_beside(info, tensors, raw)) for form in KNOWN.values())
+    return next((pair for pair in pairs if pair[1] is not None), (None, None))
+
+
+def _without_scale(
+    bare: list[TensorInfo],
+    others: Mapping[str, StoredWeight],
+    taken: Callable[[str], bool] | None,
+    tensors: Mapping[str, TensorInfo],
+) -> dict[str, StoredWeight]:
+    """Weights of the others' element type that readers take as quantized, and that have none of the others' scales."""
+    like = next(iter(others.values()))
+    scales = Counter(part for w in others.values() for part in w.format.scale_names if f"{w.module}.{part}" in tensors)
+    if taken is None or not scales:
+        return {}
+    part = scales.most_common(1)[0][0]
+    same = [i for i in bare if i.dtype == like.info.dtype and len(i.shape) == 2]
+    return {
+        info.name: StoredWeight(info, like.format, like.scheme, (part,))
+        for info in same
+        if taken(info.name.removesuffix(".weight"))
+    }
 
 
 @fact("checkpoint", cost="header")

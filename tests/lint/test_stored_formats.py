@@ -421,3 +421,30 @@ def test_groups_of_sixteen_are_judged_under_tensor_parallel(tmp_path):
     for tp, wrong in ((2, False), (4, False), (8, True)):  # 128 / 8 = 16 fits, o's 64 / 8 = 8 does not; so do the heads
         recipe = case.recipe.with_field("runtime", "vllm").with_field("tp", tp)
         assert ("G320" in {f.code for f in check(folder, recipe, stage="header").findings}) == wrong
+
+
+@pytest.mark.parametrize("style", ["fp8", "compressed-tensors"])
+def test_eight_bit_weight_without_any_scale_is_named(tmp_path, style):
+    case = fp8()
+    if style != "fp8":
+        weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+        case.config["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        }
+    assert not serious(check(case.write(tmp_path / "whole"), case.recipe))
+    del case.tensors[f"{DOWN}.weight_scale"], case.dtypes[f"{DOWN}.weight_scale"]
+    report = check(case.write(tmp_path / "cut"), case.recipe)
+    assert serious(report) == [f"O622 1 quantized weight has no weight_scale ({DOWN}.weight)"]
+
+
+def test_two_files_with_two_labels_are_a_warning(tmp_path):
+    case = nvfp4(both=True)
+    case.json["hf_quant_config.json"]["quantization"]["quant_algo"] = "W4A16_NVFP4"
+    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O621"]
+    assert (found.severity, found.message) == (
+        "warning",
+        "config.json says NVFP4, and hf_quant_config.json says W4A16_NVFP4",
+    )
