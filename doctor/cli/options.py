@@ -114,8 +114,8 @@ plan_options = together(
         type=click.Choice((*METHODS, *OTHER_GOALS)),
         default="gptq",
         help=_(
-            "Quantization method of the recipe; serve judges files as they are, the default for quantized ones, and none "
-            "the files alone."
+            "Quantization method of the recipe; serve judges files as they are, the default for quantized ones, and "
+            "none the files alone."
         ),
     ),
     option("--bits", type=int, default=4, help=_("Bits per weight: 2, 3, 4 or 8.")),
