@@ -54,20 +54,20 @@ from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
 )
 from doctor.edits.padding import grown, keep_edits, pad_edits  # noqa: F401
 from doctor.formats.base import KNOWN, read_quantization, scale_tails, word_tails  # noqa: F401
-from doctor.formats.known import (
+from doctor.formats.known import (  # noqa: F401
     is_scale_beside_weight,
     packed_tails,
+    packs_fused_experts,
     says_packed,
     shows_packing,
-    packs_fused_experts,
     undoes_packing,
-)  # noqa: F401
+)
 from doctor.lint.donor_fixes import chat_template_fix, from_base, tensor_from_base, value_from_base, zeros_from_base  # noqa: F401
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
 from doctor.lint.plain_fixes import dequantize_beside, float_dtype, plain_fix  # noqa: F401
 from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
 from doctor.model.chat_template import parse_template, parsed_template  # noqa: F401
-from doctor.model.directory_kind import KINDS  # noqa: F401
+from doctor.model.directory_kind import KINDS  # noqa: F401 - declares the fact `kind` too
 from doctor.model.linears import ROW_PARALLEL, Linear  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too
