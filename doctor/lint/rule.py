@@ -76,6 +76,7 @@ from doctor.model.spec import ModelSpec  # noqa: F401
 from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
 from doctor.model.stored_weights import lacks  # noqa: F401 - declares `stored_weights` too
 from doctor.model.tensor_map import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
+from doctor.model.turn_end import turn_end  # noqa: F401
 from doctor.plan.block_scales import cuts  # noqa: F401 - declares `blocked_linears` too
 from doctor.plan.groups import FUSED, GroupedLinear, packed_size, together  # noqa: F401 - declares `layout` too
 from doctor.plan.runtimes import in_force, nearest_plan, version_before  # noqa: F401 - declares `kernels` too

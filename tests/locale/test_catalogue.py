@@ -128,7 +128,9 @@ def test_every_page_can_be_shown_in_chinese():
         for entry in rules:
             out = io.StringIO()
             show_page(entry, rules, screen.console(out, 80))
-            assert rule_pages.heading(entry, "zh")[:6].lower() in out.getvalue().lower() and "为什么要紧" in out.getvalue()
+            assert (
+                rule_pages.heading(entry, "zh")[:6].lower() in out.getvalue().lower() and "为什么要紧" in out.getvalue()
+            )
         out = io.StringIO()
         show_rules(rules, screen.console(out, 80))
         assert "张量" in out.getvalue()
