@@ -8,8 +8,8 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
 SPECIAL = {"<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start|>", "<end_of_turn>", "<start_of_turn>"}
 
 FORMS = {
-    "joined in one expression": (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "joined in an expression": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         "<|im_end|>",
     ),
