@@ -7,6 +7,7 @@ import click
 
 from doctor.cli.command import Command
 from doctor.cli.options import (
+    PATH,
     complete_path,
     device_option,
     format_options,
@@ -37,6 +38,19 @@ from doctor.core.messages import _
 @option("--rows", type=int, default=None, help=_("Rows, at most; they do not overlap.  [default: 24]"))
 @memory_option(_("Memory for whole models, as 24GB: greedy replies need them.  [default: half of what is free]"))
 @device_option
+@option(
+    "--client",
+    type=click.Choice(("transformers", "vllm")),
+    default=None,
+    help=_("Also let this client run the quantized files, and compare what it computes."),
+)
+@option(
+    "--client-python",
+    type=PATH,
+    default=None,
+    metavar="PYTHON",
+    help=_("Interpreter of the environment that holds the client.  [default: doctor's own]"),
+)
 @format_options
 def command(
     original: str,
@@ -46,6 +60,8 @@ def command(
     rows: int | None,
     memory: str,
     device: str,
+    client: str | None,
+    client_python: Path | None,
     formats: tuple[str, ...],
     concise: bool,
     verbose: bool,
@@ -61,7 +77,13 @@ def command(
                 quantized,
                 progress=partial(tick, "compare"),
                 **given(
-                    text=text, context=context, rows=rows, memory=size_in_bytes(memory), device=other_device(device)
+                    text=text,
+                    context=context,
+                    rows=rows,
+                    memory=size_in_bytes(memory),
+                    device=other_device(device),
+                    client=client,
+                    client_python=client_python,
                 ),
             )
         emit([report], outputs, verbose)

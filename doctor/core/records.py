@@ -147,6 +147,25 @@ class LoadProof:
         return not (self.reason or self.refused or self.missing or self.unexpected or self.mismatched or self.differing)
 
 
+@dataclass(frozen=True)
+class ClientRun:
+    """What a client computes with a checkpoint, against what doctor computes with it, on the same tokens.
+
+    perplexity: the client's; perplexity_doctor: doctor's of the same files, in float32. apart: mean absolute difference
+    of a token's log-probability in nats, apart_p99 its 99th percentile. refused: the client's own error. reason: why
+    the client could not be asked; then nothing is known.
+    """
+
+    client: str  # name and version
+    tokens: int = 0
+    perplexity: float = float("nan")
+    perplexity_doctor: float = float("nan")
+    apart: float = float("nan")
+    apart_p99: float = float("nan")
+    refused: str = ""
+    reason: str = ""
+
+
 CALIBRATION: FactKey[CalibrationFacts] = provide(
     "calibration", "checkpoint", "calibration", "What the calibration rows are (records.CalibrationFacts)."
 )
@@ -164,6 +183,9 @@ SLOWER_PATHS: FactKey[tuple[str, ...]] = provide(
 )
 COMPARISON: FactKey[Comparison] = provide(
     "comparison", "checkpoint", "output", "The quantized model compared with its original (records.Comparison)."
+)
+CLIENT_RUN: FactKey[ClientRun] = provide(
+    "client_run", "checkpoint", "output", "What a client computes with the files (records.ClientRun)."
 )
 LOAD_PROOF: FactKey[LoadProof] = provide(
     "load_proof", "checkpoint", "output", "What a client's own loading code did with the output (records.LoadProof)."

@@ -122,12 +122,13 @@ def compare(
     memory: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     device: str = "cpu",
+    logprobs: list[torch.Tensor] | None = None,
 ) -> Comparison:
     """Comparison of two checkpoints of one model on rows int64[1, length]; replies to prompts where the model fits
     `memory` bytes of the device.
 
-    progress gets (blocks done, blocks in all). Raises NotQuantizable where the two do not have the same number of
-    blocks.
+    logprobs: gets f32[length - 1] for each row, what the quantized model gives the tokens that follow. progress gets
+    (blocks done, blocks in all). Raises NotQuantizable where the two do not have the same number of blocks.
     """
     _same_model(original, quantized)
     a, b = Streamed(original, rows, device), Streamed(quantized, rows, device)
@@ -153,6 +154,8 @@ def compare(
     tally = Tally()
     for ids, left, right in zip(rows, a.logits(), b.logits(), strict=True):
         tally.add(left[:-1], right[:-1], ids[0, 1:])
+        if logprobs is not None:
+            logprobs.append(torch.log_softmax(right[:-1], 1).gather(1, ids[0, 1:, None].to(right.device))[:, 0].cpu())
     half = probe.result(a.hidden[: len(probe.rows)], a.logits)
     mean, p99 = tally.divergence()
     said = [m.reply(prompts) if m.resident_bytes <= memory else [] for m in (a, b)]

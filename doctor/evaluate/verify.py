@@ -12,10 +12,11 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
 from doctor.core.facts import closure
 from doctor.core.host import describe
-from doctor.core.messages import _
+from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
-from doctor.core.records import COMPARISON, LOAD_PROOF, SLOWER_PATHS
+from doctor.core.records import CLIENT_RUN, COMPARISON, LOAD_PROOF, SLOWER_PATHS
 from doctor.evaluate.clients.load_proof import prove_loading
+from doctor.evaluate.clients.logprobs import CLIENTS, run_client
 from doctor.evaluate.compare import compare
 from doctor.evaluate.inputs import prompts_of, quiet, text_rows
 from doctor.lint.engine import Report, judge, load_rules, locate
@@ -43,21 +44,28 @@ def verify(
     fail_on: str = "error",
     progress: Callable[[int, int], None] = lambda done, total: None,
     load_proof: bool = False,
+    client: str | None = None,
+    client_python: str | os.PathLike | None = None,
 ) -> Report:
     """Report on the quantized checkpoint, with a Comparison against its original among its facts.
 
     text: a .txt, .jsonl or .parquet file; None takes the half of Python's language reference that no built-in
     calibration row holds. context: tokens of a row; rows do not overlap. memory: bytes a whole float32 model may take
     for the greedy replies (half of what is free by default); a larger model is compared without them, and the report
-    says so. load_proof: first ask transformers to load the quantized checkpoint under the class that its config names;
-    what it does not load whole is a finding, because the figures then speak of a model that nobody serves. device:
+    says so. client: "transformers" or "vllm", which then runs the quantized files on the same rows; what it computes is
+    compared with what doctor does. client_python: the interpreter of the client's environment. load_proof: first ask
+    transformers to load the quantized checkpoint under the class that its config names; what it does not load whole is
+    a finding, because the figures then speak of a model that nobody serves. device:
     where both are computed, layer by layer, in float32; its memory is what counts then.
     """
     started = time.perf_counter()
     for name, value, least in (("--rows", rows, 1), ("--context", context, 2)):
         if value < least:
             raise DoctorError(_("{option} {value}: must be {least} or more.", option=name, value=value, least=least))
+    if client is not None and client not in CLIENTS:
+        raise DoctorError(_("--client {value}: must be one of {names}.", value=client, names=listed(CLIENTS)))
     device = device_of(device)
+    logprobs: list | None = [] if client else None
     first, second = Checkpoint.open(original), Checkpoint.open(quantized)
     ids, tokenizer, source = text_rows(first, text, rows, context)
     prompts, decode = prompts_of(tokenizer, ids)
@@ -65,7 +73,7 @@ def verify(
         free = device_free(device)
         memory = (free_memory() if free is None else free) // 2
     with quiet(), device_memory(device):
-        comparison = compare(first, second, ids, prompts, decode, memory, progress, device)
+        comparison = compare(first, second, ids, prompts, decode, memory, progress, device, logprobs)
 
     # A 16-bit model, say a fine-tune against its base, has no plan: whether it could be quantized is another question.
     plain = quantization(second) is None
@@ -78,6 +86,10 @@ def verify(
     proof = prove_loading(second.root) if load_proof and not plain else None
     if proof is not None:
         store.put(LOAD_PROOF, proof)
+    ran = None
+    if client is not None:
+        ran = run_client(client, os.fspath(client_python) if client_python else None, second.root, ids, logprobs or [])
+        store.put(CLIENT_RUN, ran)
     if device != "cpu":
         store.put(SLOWER_PATHS, tuple(filter(None, [cuda.note(device)])))
     findings, runs = judge(store, rules)
@@ -89,6 +101,8 @@ def verify(
     }
     if proof is not None:
         extra["load_proof"] = asdict(proof)
+    if ran is not None:
+        extra["client_run"] = asdict(ran)
     if not comparison.generated:
         extra["not_generated"] = _(
             "a whole model in float32 does not fit the {gib:.1f} GiB given to it; --memory raises it",

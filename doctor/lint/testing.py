@@ -10,7 +10,7 @@ from typing import Any
 
 from doctor.core.lazy_numpy import np  # noqa: F401 - rule files import it from here
 from doctor.core.machine import Machine
-from doctor.core.records import CalibrationFacts, Comparison, Fp16Range, HessianFacts, LoadProof, SolveRecord
+from doctor.core.records import CalibrationFacts, ClientRun, Comparison, Fp16Range, HessianFacts, LoadProof, SolveRecord
 from doctor.lint.tiny import (  # noqa: F401 - rule files import them from here
     FAMILIES,
     VOCAB,
@@ -60,6 +60,12 @@ def change(case: Case, subject: str, name: str, **values: Any) -> None:
     """Replace fields of a fact that `measured`, `with_capacity` or `compared` put into a case."""
     fact: Any = case.facts[subject, name]
     case.put(subject, name, replace(fact, **values))
+
+
+def ran_by_client(**changes) -> ClientRun:
+    """A client that computes with the files what doctor does."""
+    run = ClientRun("vllm 0.32.0", tokens=8192, perplexity=12.31, perplexity_doctor=12.3, apart=0.02, apart_p99=0.1)
+    return replace(run, **changes)
 
 
 def compared() -> Case:

@@ -82,7 +82,26 @@ def results(report: Report) -> list[tuple[str, str]]:
             lines.append((say("float16"), _sixteen_bits(c["half"])))
     if report.extra.get("load_proof"):
         lines.append((say("loading"), _loading(report.extra["load_proof"])))
+    if report.extra.get("client_run"):
+        lines.append((say("client"), _client(report.extra["client_run"])))
     return [(label, safe(text)) for label, text in lines]
+
+
+def _client(ran: dict) -> str:
+    """What the client computes with the quantized files."""
+    if ran["reason"]:
+        return say("not asked: {reason}", reason=translated(ran["reason"]))
+    if ran["refused"]:
+        return say("{client} does not run it: {error}", client=ran["client"], error=translated(ran["refused"]))
+    return say(
+        "{client} computes perplexity {theirs} with these files, doctor {ours}; a token's log-probability differs by "
+        "{apart} nats on average, {most} at the 99th percentile",
+        client=ran["client"],
+        theirs=figure(ran["perplexity"]),
+        ours=figure(ran["perplexity_doctor"]),
+        apart=figure(ran["apart"]),
+        most=figure(ran["apart_p99"]),
+    )
 
 
 def _loading(proof: dict) -> str:

@@ -1,0 +1,68 @@
+"""O624 client-differs: the client computes something else with these files than doctor.
+
+Why: perplexity and divergence above are doctor's own reading of the packed weights. Where the client reads them in another
+way, its users get another model than the one that was verified: another order of nibbles, another zero point, a layer
+that it left out.
+
+Do: trust the client. Quantize into another format that it reads, or serve with the client that agrees.
+
+False alarms: a client that computes in float16 what overflows there (O615 says so); a client's kernel that also rounds
+activations, as in W8A8 formats.
+
+Fix safety: no fix: which side is wrong is not known here.
+
+Sources: measured on SmolLM2-135M in compressed-tensors, 1,533 tokens: transformers 5.24 in bfloat16 differs from float32
+by 0.037 nats a token on average, 0.17 at the 99th percentile.
+"""
+
+from doctor.lint.rule import _, finding, rule
+from doctor.lint.testing import compared, ran_by_client
+
+APART = 0.15  # nats of a token's log-probability, mean: bfloat16 gives 0.04, one wrong layer more than 0.5
+
+
+@rule("O624", "error")
+def client_differs(checkpoint, client_run):
+    r = client_run
+    if r.reason:
+        return
+    if r.refused:
+        yield finding(
+            _("{client} does not run this checkpoint: {error}", client=r.client, error=r.refused),
+            evidence={"error": str(r.refused)},
+        )
+    elif not r.apart <= APART:
+        yield finding(
+            _(
+                "{client} computes perplexity {theirs:.4g} with these files and doctor {ours:.4g}; a token's log-probability "
+                "differs by {apart:.2g} nats on average, at most {limit} expected",
+                client=r.client,
+                theirs=r.perplexity,
+                ours=r.perplexity_doctor,
+                apart=r.apart,
+                limit=APART,
+            ),
+            evidence={"apart": r.apart, "perplexity": r.perplexity, "perplexity_doctor": r.perplexity_doctor},
+        )
+
+
+def bad():
+    case = compared()
+    case.put("checkpoint:", "client_run", ran_by_client(apart=1.5, perplexity=60.0))
+    return case, (
+        "vllm 0.32.0 computes perplexity 60 with these files and doctor 12.3; a token's log-probability differs by 1.5 nats "
+        "on average, at most 0.15 expected"
+    )
+
+
+def good():
+    case = compared()
+    case.put("checkpoint:", "client_run", ran_by_client())
+    return case
+
+
+def more():
+    """A client that refuses."""
+    case = compared()
+    case.put("checkpoint:", "client_run", ran_by_client(refused="ValueError: no kernel for it"))
+    yield case
