@@ -18,7 +18,7 @@ Sources: vllm-project/vllm issue 42624; transformers src/transformers/modeling_r
 rules/tables/readers.toml.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, rule, table, version_before
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, listed, old_keys, old_reader, rule, table
 from doctor.lint.testing import tiny
 
 
@@ -35,15 +35,13 @@ def rope_unread_by_old_readers(checkpoint, spec, recipe):
     lost_scaling = kind not in (None, "default") and spec.config.get("rope_scaling") is None
     if not lost_base and not lost_scaling:
         return
-    old = reads_old_keys(recipe, readers)
+    old = old_reader(recipe, json_of_its_own=True)
     if old is False:
         return
-    edits = []
-    if known and "rope_theta" not in spec.config:
-        edits.append(SetJson("config.json", spec.at("rope_theta"), theta, MISSING))
-    if lost_scaling:
-        scaling = {k: v for k, v in block.items() if k != "rope_theta"}
-        edits.append(SetJson("config.json", spec.at("rope_scaling"), scaling, spec.config.get("rope_scaling", MISSING)))
+    edits = [
+        SetJson("config.json", spec.at(key), value, spec.config.get(key, MISSING))
+        for key, value in old_keys(spec.config).items()
+    ]
     reader = old or _("a reader built on transformers 4")
     if lost_base:
         message = _(
@@ -58,21 +56,12 @@ def rope_unread_by_old_readers(checkpoint, spec, recipe):
         message,
         at=Place("config.json", pointer=spec.at("rope_parameters")),
         evidence={"rope_theta": theta if known else str(theta), "read_as": default},
-        fix=Fix(_("write rope_theta and rope_scaling at the top too"), tuple(edits), "safe"),
+        fix=Fix(
+            _("write the keys of transformers 4 too: {keys}", keys=listed(old_keys(spec.config))),
+            tuple(edits),
+        ),
         severity="warning" if old else "info",
     )
-
-
-def reads_old_keys(recipe, readers) -> str | bool | None:
-    """The runtime of the recipe where it reads the old keys alone, False where it reads the new ones, None where none is named."""
-    if not recipe.runtime:
-        return None
-    if recipe.runtime in readers["old"]:
-        return recipe.runtime
-    first = readers["first"].get(recipe.runtime)
-    if first and recipe.runtime_version and version_before(recipe.runtime_version, first):
-        return f"{recipe.runtime} {recipe.runtime_version}"
-    return False
 
 
 def bad():

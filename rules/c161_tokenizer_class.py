@@ -20,7 +20,7 @@ Sources: ModelCloud/GPTQModel issue 2403; unslothai/unsloth issue 8444; transfor
 src/transformers/models/auto/tokenization_auto.py; rules/tables/readers.toml.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, RemoveJson, SetJson, _, finding, rule, table, version_before
+from doctor.lint.rule import MISSING, Fix, Place, RemoveJson, SetJson, _, finding, old_reader, rule, table
 from doctor.lint.testing import tiny
 
 FILE = "tokenizer_config.json"
@@ -35,7 +35,7 @@ def tokenizer_class(checkpoint, recipe):
         return
     readers = table("readers")
     name = config.get("tokenizer_class")
-    old = _old_reader(recipe, readers)
+    old = old_reader(recipe)
     whole = "tokenizer.json" in checkpoint.entries
     rename = (
         Fix(_("name {name}, which reads tokenizer.json in every version", name=EVERY_VERSION),
@@ -71,16 +71,6 @@ def _renamed(config, extra):
         SetJson(FILE, "/additional_special_tokens", merged, stated),
         RemoveJson(FILE, "/extra_special_tokens", extra),
     )
-
-
-def _old_reader(recipe, readers):
-    """The runtime of the recipe where it is built on transformers 4, False where on 5, None where none is named."""
-    if not recipe.runtime:
-        return None
-    first = readers["first"].get(recipe.runtime)
-    if first and recipe.runtime_version and version_before(recipe.runtime_version, first):
-        return f"{recipe.runtime} {recipe.runtime_version}"
-    return False
 
 
 def bad():

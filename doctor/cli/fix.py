@@ -23,6 +23,9 @@ from doctor.cli.progress import byte_bars
 from doctor.cli.recipe import asked_recipe, stored_or_asked
 from doctor.core.messages import _
 
+# A name of readers -> (the runtime that stands for them, the rules about what they do not read).
+OLD_READERS = {"transformers4": ("transformers==4.55.0", ("C160", "C161", "C162", "C168"))}
+
 
 @click.command(
     cls=Command,
@@ -51,6 +54,12 @@ from doctor.core.messages import _
     metavar="DIR|ORG/NAME[@REV]",
     help=_("Base model, or a whole copy: lost files and tensors are taken from it, an adapter is merged into it."),
 )
+@option(
+    "--for-readers",
+    type=click.Choice(OLD_READERS),
+    default=None,
+    help=_("Write what these older readers need beside what newer ones read, and judge for them alone."),
+)
 @option("--copy", is_flag=True, help=_("Copy unchanged shards instead of linking them."))
 @lang_option
 @overwrite_option
@@ -66,6 +75,7 @@ def command(
     dry_run: bool,
     unsafe_fixes: str,
     only: tuple[str, ...],
+    for_readers: str | None,
     **flags: Any,
 ) -> None:
     """flags: those of the recipe, and rules_dirs, fail_on, donor, copy and overwrite as api.fix takes them."""
@@ -77,6 +87,10 @@ def command(
         output = "fixed"  # what the diff calls it; nothing is written
     if in_place == (output is not None):
         raise click.UsageError("Give -o DIR, or --in-place, and not both.")
+    if for_readers:
+        runtime, codes = OLD_READERS[for_readers]
+        flags |= {"method": "none", "runtime": runtime}
+        only, unsafe_fixes = (*only, *codes), ",".join(filter(None, (unsafe_fixes, *codes)))
     recipe = asked_recipe(flags, ctx.obj)
     for note in api.recover(path):
         notice(note)

@@ -74,12 +74,13 @@ from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `mi
 from doctor.model.prefixes import WrongPrefix, wrong_prefix  # noqa: F401
 from doctor.model.spec import ModelSpec  # noqa: F401
 from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
+from doctor.model.spellings import old_keys  # noqa: F401
 from doctor.model.stored_weights import lacks  # noqa: F401 - declares `stored_weights` too
 from doctor.model.tensor_map import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
 from doctor.model.turn_end import turn_end  # noqa: F401
 from doctor.plan.block_scales import cuts  # noqa: F401 - declares `blocked_linears` too
 from doctor.plan.groups import FUSED, GroupedLinear, packed_size, together  # noqa: F401 - declares `layout` too
-from doctor.plan.runtimes import in_force, nearest_plan, version_before  # noqa: F401 - declares `kernels` too
+from doctor.plan.runtimes import in_force, nearest_plan, old_reader, version_before  # noqa: F401 - declares `kernels` too
 from doctor.plan.sizes import axis_expression, fits, resized, size_key  # noqa: F401
 from doctor.plan.tensor_parallel import on_one_gpu  # noqa: F401
 from doctor.scan.packed_words import PackedWordStats  # noqa: F401 - declares `packed_words` and `stored_bytes` too

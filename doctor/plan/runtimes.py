@@ -65,6 +65,22 @@ def version_before(version: str, other: str) -> bool:
     return _release(version) < _release(other)
 
 
+def old_reader(recipe: Recipe, *, json_of_its_own: bool = False) -> str | bool | None:
+    """The runtime of the recipe where it is built on transformers 4, False where it is not, None where none is named.
+
+    json_of_its_own: also a runtime that reads config.json with code of its own and knows the old keys alone.
+    """
+    if not recipe.runtime:
+        return None
+    readers = table("readers")
+    if json_of_its_own and recipe.runtime in readers["old"]:
+        return recipe.runtime
+    first = readers["first"].get(recipe.runtime)
+    if first and recipe.runtime_version and version_before(recipe.runtime_version, first):
+        return f"{recipe.runtime} {recipe.runtime_version}"
+    return False
+
+
 def _release(version: str) -> tuple[int, ...]:
     numbers = [int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3]]
     return tuple(numbers + [0] * (3 - len(numbers)))

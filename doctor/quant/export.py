@@ -27,6 +27,7 @@ from doctor.core.recipe import Recipe
 from doctor.fixing.receipt import RECEIPT
 from doctor.fixing.staging import StagingDir
 from doctor.formats.base import format_of
+from doctor.model.spellings import with_old_keys
 from doctor.quant.client import not_packed
 
 MAX_SHARD_BYTES = 4 << 30
@@ -178,7 +179,8 @@ class Output:
         if plain:
             stated = form.config(recipe, [*kept, *plain], widths)
         self._json(
-            "config.json", {**_sixteen_bits(checkpoint.value("config.json") or {}), "quantization_config": stated}
+            "config.json",
+            {**with_old_keys(_sixteen_bits(checkpoint.value("config.json") or {})), "quantization_config": stated},
         )
         for copy in form.config_files:
             self._json(copy, stated)

@@ -1,0 +1,39 @@
+"""config.json in the keys of transformers 5 and of older readers at once.
+
+transformers 5 writes the rotary base and its scaling into rope_parameters and the dtype as `dtype`. Readers built on
+transformers 4 know rope_theta, rope_scaling and torch_dtype alone, and take the defaults of their class without a word.
+transformers 5 reads its own keys first, so the old ones beside them change nothing there.
+
+Source: transformers src/transformers/modeling_rope_utils.py (standardize_rope_params), configuration_utils.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config")  # of a text model inside another
+
+
+def old_keys(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of older readers that `block` lacks and that its own new keys give a value; {} where nothing is lost."""
+    missing: dict[str, Any] = {}
+    rope = block.get("rope_parameters")
+    # One object for each layer type has no old spelling.
+    if isinstance(rope, Mapping) and not any(isinstance(value, Mapping) for value in rope.values()):
+        theta = rope.get("rope_theta")
+        if isinstance(theta, (int, float)) and not isinstance(theta, bool) and "rope_theta" not in block:
+            missing["rope_theta"] = theta
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in (None, "default") and block.get("rope_scaling") is None:
+            missing["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if isinstance(block.get("dtype"), str) and "torch_dtype" not in block:
+        missing["torch_dtype"] = block["dtype"]
+    return missing
+
+
+def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the old spellings added, in a text section too. Nothing that is there is changed."""
+    result = {**config, **old_keys(config)}
+    for name in SECTIONS:
+        if isinstance(result.get(name), Mapping):
+            result[name] = with_old_keys(result[name])
+    return result
