@@ -19,6 +19,7 @@ from doctor.core.facts import COSTS, asks
 from doctor.core.machine import GIVEN_MACHINE
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
+from doctor.core.records import MERGE_PROOF
 from doctor.core.store import Store
 from doctor.lint.baseline import compare_with
 from doctor.lint.config import Config, Selection, choose
@@ -57,6 +58,7 @@ def check(
     matrix: bool = False,
     capacity: str | os.PathLike[str] | None = None,
     keep_partial: bool = False,
+    merged_from: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
 ) -> Report:
     """Check a checkpoint against a recipe, reading every byte of its tensors at most once.
 
@@ -69,7 +71,8 @@ def check(
     its selection comes before select and ignore, its recipe is the default, and its suppressions apply. None reads no
     configuration, not even the checkpoint's own. baseline: an earlier report; each finding is marked new or unchanged
     against it. keep_partial: Ctrl-C while weights are read ends the scan, and the report holds what was found so far
-    and, in its summary, what was not read. Else KeyboardInterrupt is raised.
+    and, in its summary, what was not read. Else KeyboardInterrupt is raised. merged_from: (base, LoRA adapter) that the
+    checkpoint was merged of; each matrix is compared with their sum, and every other tensor with the base.
 
     Raises BadCheckpoint where nothing can be read.
     """
@@ -82,6 +85,11 @@ def check(
         _measure(checkpoint, store, recipe, capacity)
     for subject, name, value in facts:
         store.put_value(name, value, subject)
+    if merged_from is not None:
+        from doctor.scan.merge import prove_merge
+
+        base, adapter = map(Checkpoint.open, merged_from)
+        store.put(MERGE_PROOF, prove_merge(checkpoint, base, adapter))
     scanned = None
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)

@@ -78,6 +78,10 @@ PICTURED = ("json", "html", "markdown")  # formats that show figures, for which 
     help=_("Write a fixed copy to -o DIR, as `doctor fix` does, and report on that."),
 )
 @option("-o", "--output", type=PATH, metavar="DIR", help=_("With --fix: the directory to write."))
+@option("--base", "merge_base", metavar="DIR", help=_("With --adapter: the model that the checkpoint was merged into."))
+@option(
+    "--adapter", metavar="DIR", help=_("Compare the checkpoint with base plus this LoRA adapter, weight by weight.")
+)
 @option("--show-settings", is_flag=True, help=_("Print every setting and where it comes from, and check nothing."))
 @click.pass_context
 def command(
@@ -98,6 +102,8 @@ def command(
     baseline: str | None,
     fix_too: bool,
     output: Path | None,
+    merge_base: str | None,
+    adapter: str | None,
     show_settings: bool,
     **flags: Any,
 ) -> None:
@@ -108,6 +114,8 @@ def command(
         return print_settings(ctx)
     if fix_too != (output is not None) or (fix_too and len(paths) != 1):
         raise click.UsageError("--fix writes one fixed copy: give one CHECKPOINT and -o DIR.")
+    if (merge_base is None) != (adapter is None) or (adapter is not None and len(paths) != 1):
+        raise click.UsageError("--base and --adapter go together, with one CHECKPOINT: the merged one.")
     outputs = outputs_of(formats, concise)
     with json_on_failure(outputs):
         recipe = asked_recipe(flags, ctx.obj)
@@ -131,6 +139,7 @@ def command(
                 capacity=capacity,
                 keep_partial=True,
                 figures=any(name in PICTURED for name, _file in outputs),
+                merged_from=(merge_base, adapter) if merge_base and adapter else None,
                 **options,
             )
 

@@ -148,6 +148,33 @@ class LoadProof:
 
 
 @dataclass(frozen=True)
+class MergedLinear:
+    """One matrix of an adapter in a merged checkpoint. share: how many times scale * B @ A was added to the base, by
+    least squares; NaN for an adapter of zeros. apart: share of values that are neither the computed sum nor next to it.
+    unchanged: the base's values. problem: why it was not compared.
+    """
+
+    name: str
+    share: float = float("nan")
+    apart: float = 1.0
+    unchanged: bool = False
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class MergeProof:
+    """A merged checkpoint against its base and its adapter. changed: tensors that differ from the base and that the
+    adapter does not touch. reason: why nothing was compared.
+    """
+
+    base: str = ""
+    adapter: str = ""
+    linears: tuple[MergedLinear, ...] = ()
+    changed: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class ClientRun:
     """What a client computes with a checkpoint, against what doctor computes with it, on the same tokens.
 
@@ -183,6 +210,9 @@ SLOWER_PATHS: FactKey[tuple[str, ...]] = provide(
 )
 COMPARISON: FactKey[Comparison] = provide(
     "comparison", "checkpoint", "output", "The quantized model compared with its original (records.Comparison)."
+)
+MERGE_PROOF: FactKey[MergeProof] = provide(
+    "merge_proof", "checkpoint", "values", "The checkpoint against --base and --adapter (records.MergeProof)."
 )
 CLIENT_RUN: FactKey[ClientRun] = provide(
     "client_run", "checkpoint", "output", "What a client computes with the files (records.ClientRun)."

@@ -10,7 +10,17 @@ from typing import Any
 
 from doctor.core.lazy_numpy import np  # noqa: F401 - rule files import it from here
 from doctor.core.machine import Machine
-from doctor.core.records import CalibrationFacts, ClientRun, Comparison, Fp16Range, HessianFacts, LoadProof, SolveRecord
+from doctor.core.records import (
+    CalibrationFacts,
+    ClientRun,
+    Comparison,
+    Fp16Range,
+    HessianFacts,
+    LoadProof,
+    MergedLinear,  # noqa: F401 - rule files import them from here
+    MergeProof,  # noqa: F401
+    SolveRecord,
+)
 from doctor.lint.tiny import (  # noqa: F401 - rule files import them from here
     FAMILIES,
     VOCAB,
