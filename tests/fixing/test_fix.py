@@ -39,7 +39,7 @@ def spoiled(tmp_path, shards=2):
     case.shards = shards
     case.recipe = case.recipe.with_field("tp", 2)
     narrow(case, 96)
-    case.json["generation_config.json"]["eos_token_id"] = 50
+    case.json["generation_config.json"]["eos_token_id"] = 0
     case.down()[0, 0] = 0x7FC0
     return case, case.write(tmp_path / "source")
 
@@ -119,12 +119,12 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["source"]
     text = render_plan(result)
     expected = f"""\
-1  C105  safe     set "eos_token_id": [2, 50] (stop at either)
+1  C105  safe     set "eos_token_id": [2, 0] (stop at either)
    --- generation_config.json
    +++ out/generation_config.json
    @@ -3,1 +3,1 @@
-   -  "eos_token_id": 50,
-   +  "eos_token_id": [2, 50],
+   -  "eos_token_id": 0,
+   +  "eos_token_id": [2, 0],
 2  G302  unsafe   {result.plan.waiting[0].title}  (waits for W201)
    --- config.json
    +++ out/config.json
@@ -135,7 +135,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path):
     assert text.startswith(expected)
     assert "   ~ model.layers.{0-1}.mlp.down_proj.weight  bf16 [64, 96] → [64, 128]\n" in text
     assert "-  W201  by name  replace the non-finite values by 0   (with --unsafe-fixes=W201)\n" in text
-    assert "Would fix 1 of 3 findings now, 1 more once W201 is gone. Would write 1 file (72 bytes)" in text
+    assert "Would fix 1 of 3 findings now, 1 more once W201 is gone. Would write 1 file (71 bytes)" in text
     assert text.endswith("Nothing was written. Exit 1: G302 and W201 would remain.\n")
 
 

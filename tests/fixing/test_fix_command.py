@@ -34,7 +34,7 @@ def test_fix_takes_from_a_directory_and_check_fix_reports_on_the_copy(tmp_path, 
     case = tiny()
     base = case.write(tmp_path / "base")
     case.down()[3, 5] = 0x7FC0
-    case.json["generation_config.json"]["eos_token_id"] = 50
+    case.json["generation_config.json"]["eos_token_id"] = 0
     source = case.write(tmp_path / "source")
     code, out, _ = doctor("fix", source, "-o", tmp_path / "out", "--from", base, *PLAN)
     assert code == 0 and "take the tensor from" in out and "C115 remains" in out
@@ -69,7 +69,7 @@ def test_a_rule_that_crashes_is_said_by_a_fix_too(tmp_path, doctor):
 
 def test_a_dry_run_needs_no_output(tmp_path, doctor):
     case = tiny()
-    case.json["generation_config.json"]["eos_token_id"] = 50
+    case.json["generation_config.json"]["eos_token_id"] = 0
     code, out, _ = doctor("fix", case.write(tmp_path / "source"), "--dry-run", *PLAN)
     assert (
         code == 0
@@ -100,15 +100,15 @@ def test_an_adapter_is_not_merged_in_its_own_place_nor_into_a_packed_base(tmp_pa
 
 def test_in_place_and_undo_from_the_command_line(tmp_path, doctor):
     case = tiny()
-    case.json["generation_config.json"]["eos_token_id"] = 50
+    case.json["generation_config.json"]["eos_token_id"] = 0
     source = case.write(tmp_path / "source")
     assert doctor("fix", source, "--in-place", *PLAN)[0] == 0
-    assert json.loads((source / "generation_config.json").read_text())["eos_token_id"] == [2, 50]
+    assert json.loads((source / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
     code, out, _ = doctor("undo", source)
     assert (
         code == 0
         and "is as it was before the fix" in out
-        and json.loads((source / "generation_config.json").read_text())["eos_token_id"] == 50
+        and json.loads((source / "generation_config.json").read_text())["eos_token_id"] == 0
     )
 
 

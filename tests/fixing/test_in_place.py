@@ -30,7 +30,7 @@ def digests(folder):
 def spoiled(tmp_path):
     case = tiny()
     case.shards = 2
-    case.json["generation_config.json"]["eos_token_id"] = 50
+    case.json["generation_config.json"]["eos_token_id"] = 0
     return case.write(tmp_path / "model")
 
 
