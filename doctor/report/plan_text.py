@@ -66,8 +66,10 @@ def _step(step: Step, plan: Plan, result: FixResult, done: bool) -> list[str]:
 
 
 def _change(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> str:
-    if old is None or new is None:
-        return say("{shape} dropped", shape=list(old)) if old else say("{shape} added", shape=list(new or ()))
+    if new is None:
+        return say("{shape} dropped", shape=list(old or ()))
+    if old is None:
+        return say("{shape} added", shape=list(new))
     return f"{list(old)} → {list(new)}" if new != old else say("{shape} values change", shape=list(old))
 
 

@@ -174,3 +174,11 @@ def test_the_library_itself_unpacks_rows_to_the_same_numbers(tmp_path):
         torch.from_numpy(case.tensors[name]), torch.from_numpy(case.tensors[f"{module}.SCB"])
     )
     np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+def test_the_plan_says_that_the_scales_are_dropped(tmp_path):
+    from doctor.report.plan_text import render_plan
+
+    folder = leftovers.bad()[0].write(tmp_path / "in")
+    text = render_plan(fix(folder, tmp_path / "out", PLAN, unsafe_fixes=True, dry_run=True))
+    assert "u8 [] dropped" in text and "f32 [64] dropped" in text and "added" not in text
