@@ -13,7 +13,8 @@ Do: use a number of GPUs from the table, pipeline parallelism, or for experts ex
 whole.
 
 False alarms: an engine that pads or splits blocks. vLLM 0.14 and newer no longer refuses q, k, v, gate and up by their
-outputs, and then fails or reads wrong scales where the blocks of a part begin inside another part's.
+outputs, and then fails or reads wrong scales where the blocks of a part begin inside another part's. vLLM 0.31 is
+reported to cut the blocks of experts into smaller ones, so experts are a warning there.
 
 Fix safety: no fix: the files are correct; the number of GPUs is yours to choose.
 
@@ -22,11 +23,12 @@ fp8.py (Fp8MoEMethod.create_weights), vllm/model_executor/layers/linear.py (adju
 45784 and 54178; sgl-project/sglang python/sglang/srt/layers/quantization/fp8.py.
 """
 
-from doctor.lint.rule import Place, Unavailable, _, cuts, finding, listed, rule, size_key
+from doctor.lint.rule import Place, Unavailable, _, cuts, finding, listed, rule, size_key, version_before
 from doctor.lint.testing import np, tiny
 
 TPS = (1, 2, 3, 4, 6, 8, 12, 16)
 CUTS_BLOCKS = ("", "vllm", "sglang")  # runtimes that split such weights
+REFINES = ("vllm", "0.31.0")  # from this version on, as its users report
 ROLES = " q k v qkv o gate up gate_up down "  # the order in which a decoder layer uses them
 
 
@@ -41,7 +43,7 @@ def block_indivisible_by_tp(checkpoint, blocked_linears, spec, recipe):
         linear = blocked.linear
         for cut in cuts(blocked, spec):
             every.add(cut)
-            if cut.fits(tp) or (tp == 1 and linear.expert is None):
+            if cut.fits(tp) or (tp == 1 and (linear.expert is None or not recipe.runtime)):
                 continue
             key = _key(spec, linear, cut)
             misfits.setdefault((key, cut.size, cut.block, linear.expert is not None), []).append((linear, cut))
@@ -63,6 +65,7 @@ def block_indivisible_by_tp(checkpoint, blocked_linears, spec, recipe):
                 block=block,
             ),
             at=Place("config.json", pointer=spec.at(key) if key else None),
+            severity="warning" if experts and _refines(recipe) else "",
             evidence={"size": size, "block": block, "tp": tp, "share": share, "linears": len(linears), "fits": legal},
             facts_table=(
                 (_("tensor parallel"), *sorted({*TPS, tp})),
@@ -73,6 +76,13 @@ def block_indivisible_by_tp(checkpoint, blocked_linears, spec, recipe):
             ),
             advice=_advice(fitting, tp, experts),
         )
+
+
+def _refines(recipe):
+    """Whether the runtime may cut the blocks of experts into smaller ones with the same scale."""
+    if recipe.runtime and recipe.runtime != REFINES[0]:
+        return False
+    return not recipe.runtime_version or not version_before(recipe.runtime_version, REFINES[1])
 
 
 def _head_keys(spec):

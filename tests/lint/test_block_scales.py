@@ -91,13 +91,23 @@ def test_other_runtimes_are_not_judged(tmp_path, runtime):
     assert run.status == "skipped" and "G320" not in {f.code for f in report.findings}
 
 
-def test_experts_of_one_gpu_are_judged_too(tmp_path):
-    report = check(
-        blocked("qwen3_moe", mlp=48, block=32).write(tmp_path), Recipe(group_size=32, runtime="vllm"), stage="header"
-    )
-    found = [f for f in report.findings if f.code == "G320"]
-    assert found and all("expert parallelism" in f.advice for f in found)
-    assert {f.where.pointer for f in found} == {"/moe_intermediate_size"}
+@pytest.mark.parametrize(
+    ("runtime", "version", "tp", "severity"),
+    [
+        ("vllm", "0.20.0", 1, "error"),
+        ("sglang", "", 1, "error"),
+        ("vllm", "0.31.0", 2, "warning"),
+        ("vllm", "", 2, "warning"),
+        ("", "", 2, "warning"),
+        ("", "", 1, None),
+    ],
+)
+def test_experts_are_judged_on_one_gpu_too_where_a_runtime_is_named(tmp_path, runtime, version, tp, severity):
+    recipe = Recipe(group_size=32, runtime=runtime, runtime_version=version, tp=tp)
+    report = check(blocked("qwen3_moe", mlp=48, block=32).write(tmp_path), recipe, stage="header")
+    found = [f for f in report.findings if f.code == "G320" and f.where.pointer == "/moe_intermediate_size"]
+    assert {f.severity for f in found} == ({severity} if severity else set())
+    assert all("expert parallelism" in f.advice for f in found)
 
 
 def test_pasted_message_leads_to_the_rule():
