@@ -77,9 +77,9 @@ def _of_config(config: Mapping[str, Any]) -> str:
     name = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
     if config.get("is_encoder_decoder") is True and not _DECODES.search(name):
         return "audio" if _AUDIO & config.keys() else "encoder-decoder"
-    classes = _relatives(str(config.get("model_type") or ""), name)
     text = any(isinstance(config.get(key), dict) for key in TEXT_KEYS)
     if any(isinstance(config.get(key), dict) for key in _OTHER_SENSES) and (text or "vocab_size" in config):
+        classes = _relatives(config, name)
         speaks = any(map(_SPEAKS.search, [name, *classes])) or not classes
         return "multimodal" if speaks else "two-encoders"
     if _DECODES.search(name):
@@ -88,6 +88,7 @@ def _of_config(config: Mapping[str, Any]) -> str:
         return "audio"
     if _VISION & config.keys() and "vocab_size" not in config and not text:
         return "vision"
+    classes = _relatives(config, name)
     if "ForMaskedLM" in name or any(c.endswith("ForMaskedLM") for c in classes):
         return "encoder"
     if any(map(_DECODES.search, classes)):
@@ -95,8 +96,9 @@ def _of_config(config: Mapping[str, Any]) -> str:
     return "custom" if config.get("auto_map") else "unknown"
 
 
-def _relatives(model_type: str, name: str) -> list[str]:
-    """The classes of transformers' module that has this type or class."""
+def _relatives(config: Mapping[str, Any], name: str) -> list[str]:
+    """The classes of transformers' module that has the model_type, or without one the class `name`."""
+    model_type = config.get("model_type")
     for types, classes in table("classes")["modules"].values():
         if model_type in types or (not model_type and name in classes):
             return classes
