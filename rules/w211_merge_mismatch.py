@@ -107,7 +107,7 @@ def _names(linears) -> object:
 
 def _compared(share, apart):
     case = tiny()
-    linear = MergedLinear(case.name("q"), share=share, apart=apart)
+    linear = MergedLinear(case.name("down"), share=share, apart=apart)
     case.put("checkpoint:", "merge_proof", MergeProof("base", "lora", (linear,)))
     return case
 

@@ -337,7 +337,7 @@ def test_a_tokenizer_is_taken_from_the_base_only_as_an_unsafe_fix(tmp_path):
     base = tiny().write(tmp_path / "base")
     source = copy_of(base, tmp_path / "source")
     (source / "tokenizer.json").unlink()
-    assert not fix(source, tmp_path / "out", tiny().recipe, donor=base).plan.steps
+    assert not fix(source, tmp_path / "safe", tiny().recipe, donor=base).plan.steps
     result = fix(source, tmp_path / "out", tiny().recipe, donor=base, unsafe_fixes=True)
     assert {s.code for s in result.plan.steps} == {"C110"} and sha256(tmp_path / "out" / "tokenizer.json") == sha256(
         base / "tokenizer.json"
@@ -393,7 +393,7 @@ def test_a_format_is_written_into_the_header_by_name_only(tmp_path):
     import doctor.rules.f026_no_format_metadata as module
 
     source = module.bad()[0].write(tmp_path / "source")
-    assert not fix(source, tmp_path / "out", tiny().recipe, unsafe_fixes=True).plan.steps
+    assert not fix(source, tmp_path / "none", tiny().recipe, unsafe_fixes=True).plan.steps
     fix(source, tmp_path / "out", tiny().recipe, unsafe_fixes=("F026",))
     out = Checkpoint.open(tmp_path / "out")
     assert out.shards["model.safetensors"].metadata == {"format": "pt"}
@@ -501,7 +501,7 @@ def test_parts_of_a_whole_model_are_numbered_anew_and_no_weight_is_written(tmp_p
 def test_parts_that_were_lost_or_are_of_two_saves_are_not_numbered_anew_unasked(tmp_path):
     case = tiny()
     of_names(case, tmp_path, "1-of-2", "2-of-3")
-    assert not fix(tmp_path / "source", tmp_path / "out", case.recipe, unsafe_fixes=True).plan.steps
+    assert not fix(tmp_path / "source", tmp_path / "none", case.recipe, unsafe_fixes=True).plan.steps
     assert [
         s.code for s in fix(tmp_path / "source", tmp_path / "out", case.recipe, unsafe_fixes=["F027"]).plan.steps
     ] == ["F027"]
