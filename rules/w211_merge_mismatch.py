@@ -114,7 +114,7 @@ def _compared(share, apart):
 
 def bad():
     case = _compared(share=2.0, apart=0.7)
-    return case, f"1 of 1 linears of lora was added 2.00 times: {case.name('q')}"
+    return case, f"1 of 1 linears of lora was added 2.00 times: {case.name('down')}"
 
 
 def good():
