@@ -1,0 +1,236 @@
+"""Which model classes go from `check` to an output that loads in its own class: a table, one row a class.
+
+    python tests/coverage.py [--rows NAME,…] [--json FILE] [--seconds N] [--keep DIR] [--verify]
+
+Each row builds a tiny random checkpoint by transformers' own config and save_pretrained (helpers/tiny_classes.py),
+checks it, quantizes it (GPTQ, 4 bits, groups of 32, compressed-tensors), loads the output in the class that config.json
+names, and correlates its outputs with the source's on the same ids. Each runs in a process of its own, with a limit.
+
+outcome         what happened
+works           written, loads whole in its class, computes what the source does, no linear is left without a word
+refusal         `check` says that it cannot be quantized, before any work
+silent partial  written and loads, but a linear of a decoder layer is in 16 bits and nothing says so
+unloadable      written, but its class does not load it whole, or computes something else
+false refusal   `check` says ready and `quantize` refuses; or `check` finds an error in a checkpoint that is healthy
+crash           an exception that is no message of doctor's
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent / "helpers"), str(Path(__file__).resolve().parent.parent)]
+
+ROWS, LENGTH, VOCABULARY = 12, 32, 88  # ids above 88 stand for images in some configs
+CLOSE = 0.8  # a healthy 4-bit Llama of this size: 0.96 and more
+NARROWEST = 32
+# Matrices that are no linear or are left in 16 bits by design: norms, routers, embeddings, small gates of recurrences.
+MEANT = re.compile(
+    r"norm|embed|router|rotary|indexer|(?:^|\.)(?:gate|shared_expert_gate|in_proj_[ab]|in_proj_ba|x_proj|dt_proj|b_proj|weights_proj)"
+    r"\.weight$|(?:conv1d|A_log|bias|D|conv\.weight|scale\w*|table)$"
+)
+LAYER = re.compile(r"(?:layers|h|blocks|block|layer)\.\d+\.(.+)$")
+TOWER = re.compile(
+    r"visual|vision|audio|image|projector|(?:^|\.)vit\.|talker|code2wav|connector|resampler|tower|perceive|qformer"
+)
+
+
+def outputs(folder: Path, ids: Any) -> Any:
+    """(loading info, logits or hidden states) of the class that config.json names."""
+    import torch
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text())
+    known = getattr(transformers, config["architectures"][0])
+    model, info = known.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    kwargs = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        kwargs["decoder_input_ids"] = ids
+    with torch.no_grad():
+        out = model.eval()(**kwargs)
+    found = getattr(out, "logits", None)
+    return info, (out.last_hidden_state if found is None else found).float()
+
+
+def correlation(left: Any, right: Any) -> float:
+    """Of two outputs, each token's mean taken off."""
+    import torch
+
+    pair = [
+        x.double() - (x.double().mean(-1, keepdim=True) if x.shape[-1] > 1 else x.double().mean())
+        for x in (left, right)
+    ]
+    return float((pair[0] * pair[1]).sum() / torch.clamp(pair[0].norm() * pair[1].norm(), min=1e-30))
+
+
+def unnamed(folder: Path, said: set[str]) -> list[str]:
+    """2-D weights of decoder layers that are plain in the output, and that no record or finding names."""
+    from doctor.checkpoint.directory import Checkpoint
+
+    found = []
+    for name, info in Checkpoint.open(folder).tensors.items():
+        inner = LAYER.search(name)
+        if inner is None or TOWER.search(name) or not info.dtype.is_float or len(info.shape) != 2:
+            continue
+        if (
+            min(info.shape) >= NARROWEST
+            and not MEANT.search(inner[1])
+            and not any(part in said for part in (name, name.removesuffix(".weight")))
+        ):
+            found.append(name)
+    return found
+
+
+def calibration_file(folder: Path) -> Path:
+    rng = random.Random(0)
+    path = folder / "rows.jsonl"
+    rows = [{"input_ids": [1] + [rng.randrange(3, VOCABULARY) for _ in range(LENGTH - 1)]} for _ in range(ROWS)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def ask_here(folder: Path, place: str, options: list[str], seconds: float) -> dict[str, Any]:
+    """What the load proof asks transformers, by the same code, in this process: importing it again takes seconds."""
+    from doctor.evaluate.clients import transformers_child as client
+
+    if "--linears" in options:
+        return client.linears(folder, json.loads(Path(options[-1]).read_text()))
+    return client.ask(folder, int(options[options.index("--sample") + 1]), Path(options[options.index("--out") + 1]))
+
+
+def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
+    """One row, in this process."""
+    import torch
+    from tiny_classes import CLASSES, save_class
+
+    from doctor import api
+    from doctor.core.errors import DoctorError
+    from doctor.core.recipe import Recipe
+    from doctor.evaluate.clients import load_proof
+
+    load_proof._ask = ask_here
+    torch.set_num_threads(1)
+    row = CLASSES[name]
+    source = save_class(row, folder / "m")
+    answer: dict[str, Any] = {"name": name, "class": row.architecture, "expect": row.expect}
+    recipe = Recipe(group_size=32, format="compressed-tensors")
+    report = api.check(source, recipe)
+    errors = [f"{f.code} {f.message}" for f in report.findings if f.severity == "error"]
+    warnings = [f"{f.code} {f.message}" for f in report.findings if f.severity == "warning"]
+    answer |= {"check": errors, "warnings": warnings}
+    if errors:
+        return answer | {"outcome": "refusal" if row.expect == "refusal" else "false refusal", "why": errors[0]}
+    try:
+        done = api.quantize(source, folder / "q", recipe, calibration=calibration_file(folder), max_seq_length=LENGTH)
+    except DoctorError as error:
+        return answer | {"outcome": "false refusal", "why": f"{type(error).__name__}: {error}"}
+    found = [f for f in done.report.findings if f.severity in ("error", "warning")]
+    answer["findings"] = [f"{f.code} {f.message}" for f in found]
+    if done.output is None:
+        return answer | {"outcome": "false refusal", "why": "; ".join(answer["findings"])}
+    packed = sum(line["outcome"] not in ("kept", "failed") for line in done.linears)
+    answer |= {"packed": packed, "kept": len(done.linears) - packed, "notes": list(map(str, done.notes))}
+    said = {line["name"] for line in done.linears}
+    said |= {word.strip(",:;.") for f in done.report.findings for word in f"{f.subject} {f.message}".split()}
+    answer["unnamed"] = unnamed(done.output, said)
+    ids = torch.tensor([[1] + [random.Random(i).randrange(3, VOCABULARY) for i in range(LENGTH - 1)]])
+    unloadable = [text for text in answer["findings"] if text.startswith("O617")]
+    if not unloadable:
+        info, ours = outputs(done.output, ids)
+        _info, theirs = outputs(source, ids)
+        answer |= {"missing": len(info["missing_keys"]), "unexpected": len(info["unexpected_keys"])}
+        answer["correlation"] = round(correlation(ours, theirs), 3)
+        if not answer["correlation"] >= CLOSE:
+            unloadable = [f"correlation {answer['correlation']}"]
+    if verify:
+        judged = api.verify(source, done.output, rows=2, context=LENGTH)
+        answer["verify"] = [f"{f.code} {f.message}" for f in judged.findings if f.severity == "error"]
+        unloadable += answer["verify"]
+    if unloadable:
+        return answer | {"outcome": "unloadable", "why": unloadable[0]}
+    if answer["unnamed"] or not packed:
+        return answer | {"outcome": "silent partial", "why": ", ".join(answer["unnamed"][:4]) or "nothing is packed"}
+    return answer | {"outcome": "works", "why": ""}
+
+
+def child(name: str, folder: str, verify: bool, answer_to: str) -> None:
+    """judge in a process of its own; what it prints goes to a file beside the answer."""
+    import contextlib
+    import traceback
+
+    log = os.open(Path(answer_to).with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    started = time.monotonic()
+    try:
+        answer = judge(name, Path(folder), verify)
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(last.filename).name}:{last.lineno})"
+        answer = {"name": name, "outcome": "crash", "why": why, "trace": traceback.format_exc()}
+    answer["seconds"] = round(time.monotonic() - started, 1)
+    with contextlib.suppress(OSError):
+        Path(answer_to).write_text(json.dumps(answer))
+
+
+def main() -> int:
+    from tiny_classes import CLASSES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", help="names, with commas between; all by default")
+    parser.add_argument("--json", type=Path, help="write the answers to this file")
+    parser.add_argument("--seconds", type=float, default=180, help="time limit of one row")
+    parser.add_argument("--keep", type=Path, help="keep checkpoints, outputs and logs in this folder")
+    parser.add_argument("--verify", action="store_true", help="run `verify` on each output too")
+    options = parser.parse_args()
+    names = [n for n in options.rows.split(",") if n] or list(CLASSES)
+    unknown = [n for n in names if n not in CLASSES]
+    if unknown:
+        parser.error(f"no such rows: {', '.join(unknown)}")
+    import torch  # noqa: F401 - imported once, before the rows' processes are forked
+    import transformers  # noqa: F401
+
+    from doctor import api  # noqa: F401
+
+    processes = multiprocessing.get_context("fork")
+    answers = []
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="doctor-coverage-") as place:
+            folder = options.keep / name if options.keep else Path(place)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            answer_to = folder / "answer.json"
+            process = processes.Process(target=child, args=(name, str(folder), options.verify, str(answer_to)))
+            process.start()
+            process.join(options.seconds)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                answer = {"name": name, "outcome": "crash", "why": f"no answer after {options.seconds:.0f} s"}
+            elif answer_to.exists():
+                answer = json.loads(answer_to.read_text())
+            else:
+                answer = {"name": name, "outcome": "crash", "why": f"the process ended with {process.exitcode}"}
+        answers.append(answer)
+        figures = f"{answer.get('packed', '')}/{answer.get('kept', '')} {answer.get('correlation', '')}"
+        print(f"{name:22} {answer['outcome']:15} {figures:14} {answer['why'][:150]}", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(answers, indent=1, ensure_ascii=False))
+    counts = {o: sum(a["outcome"] == o for a in answers) for o in dict.fromkeys(a["outcome"] for a in answers)}
+    print(f"{len(answers)} rows: " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
