@@ -28,7 +28,7 @@ from doctor.fixing.receipt import RECEIPT
 from doctor.fixing.staging import StagingDir
 from doctor.formats.base import format_of
 from doctor.model.spellings import with_old_keys
-from doctor.quant.client import not_packed
+from doctor.quant.client import Linears, plain_linears
 
 MAX_SHARD_BYTES = 4 << 30
 JOURNAL = "journal.jsonl"
@@ -161,7 +161,7 @@ class Output:
     # the end
 
     def finish(
-        self, checkpoint: Checkpoint, recipe: Recipe, kept: Iterable[str], receipt: dict, linears: Iterable[str] = ()
+        self, checkpoint: Checkpoint, recipe: Recipe, kept: Iterable[str], receipt: dict, linears: Linears | None = None
     ) -> None:
         """Join parts into shards, write index, configs and receipt, copy the other files. Parts and journal are gone
         after it.
@@ -175,7 +175,7 @@ class Output:
         kept = [*kept, *_modules_of_experts(kept, names)]
         widths = {n: w for n in names if (w := recipe.for_linear(n).bits) != recipe.bits}
         stated = form.config(recipe, kept, widths)
-        plain = [name for name in not_packed(linears, names) if not form.excluded(stated)(name)]
+        plain = [name for name in plain_linears(linears or {}, names) if not form.excluded(stated)(name)]
         if plain:
             stated = form.config(recipe, [*kept, *plain], widths)
         self._json(

@@ -298,7 +298,8 @@ def _finish(
     started = time.perf_counter()
     checked, facts = calibrated.checked, calibrated.facts
     source = checked.assessment.checkpoint
-    linears = asked.client.linears(source.root) if asked.client else ()
+    modules = [name.removesuffix(".weight") for name in source.tensors if name.endswith(".weight")]
+    linears = asked.client.linears(source.root, modules) if asked.client else None
     staged.finish(source, checked.recipe, kept, receipt(checked.recipe, facts, done, notes), linears)
     written = Checkpoint.open(staged.stage)
     after = assess(written, replace(checked.recipe, goal=""), asked.rules)

@@ -11,12 +11,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.messages import _
 from doctor.core.records import LoadProof
-from doctor.quant.client import Client
+from doctor.quant.client import Client, Linears
 
 SECONDS = 600  # enough for the headers of a model of a terabyte on a busy machine; a client that hangs must end
 SAMPLED = 3  # packed linears whose weights are compared
@@ -33,11 +34,16 @@ def prove_loading(folder: Path, *, sample: int = SAMPLED, seconds: float = SECON
     return _record(answer, differing, compared)
 
 
-def linears_of_class(folder: Path, *, seconds: float = SECONDS) -> tuple[str, ...]:
-    """Names of all Linear modules of the class that config.json names; () where transformers cannot build it."""
+def linears_of_class(folder: Path, modules: Iterable[str], *, seconds: float = SECONDS) -> Linears:
+    """The Linear modules of the class that config.json names, each with those of `modules`, by the files' names, that
+    transformers loads into it; {} where it cannot build the class.
+    """
     with tempfile.TemporaryDirectory(prefix="doctor-load-") as place:
-        answer = _ask(folder, place, ["--linears"], seconds)
-    return () if isinstance(answer, str) else tuple(answer.get("linears", ()))
+        names = Path(place) / "modules.json"
+        names.write_text(json.dumps(list(modules)))
+        answer = _ask(folder, place, ["--linears", str(names)], seconds)
+    found = {} if isinstance(answer, str) else answer.get("linears", {})
+    return {name: tuple(sources) for name, sources in found.items()}
 
 
 def transformers_client() -> Client:

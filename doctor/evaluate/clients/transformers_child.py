@@ -1,7 +1,7 @@
 """Loads a checkpoint with transformers on the meta device and prints, as JSON, what went where. Runs as a process of
 its own.
 
-    python -m doctor.evaluate.clients.transformers_child CHECKPOINT [--sample N --out FILE | --linears]
+    python -m doctor.evaluate.clients.transformers_child CHECKPOINT [--sample N --out FILE | --linears MODULES]
 
 Nothing of the checkpoint runs: the class is transformers' own of the name in `architectures`, with remote code off. On
 the meta device no weight is read, so a model of any size takes its headers' time. With --sample, N packed linears are
@@ -28,20 +28,24 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--sample", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--linears", action="store_true")
+    parser.add_argument("--linears", type=Path)
     options = parser.parse_args()
     os.environ.update(
         HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TORCHDYNAMO_DISABLE="1", TOKENIZERS_PARALLELISM="false"
     )
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout carries the answer alone
         answer = (
-            linears(options.checkpoint) if options.linears else ask(options.checkpoint, options.sample, options.out)
+            linears(options.checkpoint, json.loads(options.linears.read_text()))
+            if options.linears
+            else ask(options.checkpoint, options.sample, options.out)
         )
     print(json.dumps(answer))
 
 
-def linears(folder: Path) -> dict[str, Any]:
-    """Names of every Linear of the class that config.json names, built without weights; or error and its kind."""
+def linears(folder: Path, modules: list[str]) -> dict[str, Any]:
+    """Every Linear of the class that config.json names, built without weights, with those of the files' modules that
+    are loaded into it; or error.
+    """
     import torch
     import transformers
     from transformers import AutoConfig
@@ -55,7 +59,30 @@ def linears(folder: Path) -> dict[str, Any]:
             model = getattr(transformers, names[0])(config)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {first_line(error)}"}
-    return {"linears": [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]}
+    found: dict[str, list[str]] = {n: [] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    with contextlib.suppress(ImportError, AttributeError, TypeError):  # another release's loader: no sources
+        for source, target in targets(model, modules):
+            if target in found:
+                found[target].append(source)
+    return {"linears": found}
+
+
+def targets(model: Any, modules: list[str]) -> list[tuple[str, str]]:
+    """(module of the files, module of the class that its weight is loaded into), by the loader's own renames."""
+    from transformers.conversion_mapping import WeightConverter, WeightRenaming, get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state = model.state_dict()
+    found = []
+    for module in modules:
+        name, _pattern = rename_source_key(f"{module}.weight", renamings, converters, model.base_model_prefix, state)
+        if name not in state:
+            name, _pattern = rename_source_key(f"{module}.weight", [], [], model.base_model_prefix, state)
+        found.append((module, name.removesuffix(".weight")))
+    return found
 
 
 def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
