@@ -65,8 +65,7 @@ def _more_rows(checkpoint, spec, tensors, rows, last, unit):
     if not spec.embed_tensor or others or last > rows * MOST or any(tensors[n].shape[:1] != (rows,) for n in names):
         return None
     size, key = fits(last + 1, unit), spec.key_for("vocab_size")
-    block = checkpoint.value("config.json")
-    block = block.get(spec.text_key) or {} if spec.text_key else block
+    block = spec.section(checkpoint.value("config.json"))
     edits = (*(GrowRows(n, size) for n in names), SetJson("config.json", spec.at(key), size, block.get(key, MISSING)))
     title = plural(
         "add {n:,} row to {names}, the mean of the others: {key} {old:,} -> {new:,}",

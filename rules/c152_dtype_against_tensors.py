@@ -34,7 +34,8 @@ def dtype_against_tensors(checkpoint, spec, tensors, config, quantization_block)
         amounts[info.dtype.name] = amounts.get(info.dtype.name, 0) + info.nbytes
     stored = STORED.get(max(amounts, key=amounts.__getitem__))
     for key in ("dtype", "torch_dtype"):
-        for block, pointer in ((config, f"/{key}"), (config.get(spec.text_key) or {}, f"/{spec.text_key}/{key}")):
+        inner = {spec.at(key): spec.section(config)} if spec.text_key else {}
+        for pointer, block in {f"/{key}": config, **inner}.items():
             stated = block.get(key)
             if stored is None or not isinstance(stated, str) or stated == "auto":
                 continue

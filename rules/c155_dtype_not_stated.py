@@ -30,7 +30,7 @@ STORED = {"F16": "float16", "BF16": "bfloat16"}
     ),
 )
 def dtype_not_stated(checkpoint, spec, tensors, config):
-    inner = config.get(spec.text_key) or {}
+    inner = spec.section(config)
     if (
         any(isinstance(block.get(key), str) for block in (config, inner) for key in ("dtype", "torch_dtype"))
         or not spec.linears

@@ -128,7 +128,7 @@ def _one(misfit, base):
 def _pointer(spec, config, name):
     return (
         spec.at(name)
-        if spec.text_key and name in config.get(spec.text_key, {})
+        if spec.text_key and name in spec.section(config)
         else f"/{name}"
         if name in config
         else spec.at(name)

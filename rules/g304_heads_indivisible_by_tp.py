@@ -66,8 +66,7 @@ def _zero_heads(checkpoint, spec, tensors, tp):
     edits = _pads(spec, tensors, width, (kv, share), (new_kv, new_share)) if new_kv else ()
     if not edits:
         return None
-    config = checkpoint.value("config.json")
-    config = config.get(spec.text_key) or {} if spec.text_key else config
+    config = spec.section(checkpoint.value("config.json"))
     wanted = {spec.key_for("num_attention_heads"): new_kv * new_share, "head_dim": width}
     if new_kv != kv and spec.key_for("num_key_value_heads") in config:
         wanted[spec.key_for("num_key_value_heads")] = new_kv

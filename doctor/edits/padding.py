@@ -69,8 +69,7 @@ def grown(
     edits = pad_edits(spec, tensors, key, new) if new else ()
     if new is None or not edits:
         return None
-    block = checkpoint.value("config.json") or {}
-    block = block[spec.text_key] if spec.text_key else block
+    block = spec.section(checkpoint.value("config.json") or {})
     config = SetJson("config.json", spec.at(key), new, expect=block.get(key, MISSING))
     title = _(
         "zero-pad the MLP: {key} {old} -> {new} (+{share:.1%} of its weights, same outputs in exact arithmetic)",

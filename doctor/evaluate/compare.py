@@ -20,8 +20,8 @@ from doctor.evaluate.fp16_range import Fp16RangeProbe
 from doctor.evaluate.scores import Tally, longest_run
 from doctor.model.spec import build_spec
 from doctor.quant.dequantize import as_float
-from doctor.quant.forward.meta_model import cache_argument
 from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.forward.text_model import cache_argument
 
 REPLY_TOKENS = 24
 # of the text; one more pass over them costs a twenty-fourth of a comparison on 24 rows, a fifth of one on a single row
@@ -51,7 +51,9 @@ class Streamed:
         for the first rows.
         """
         self.skeleton.load_layer(i)
-        alone = [self.skeleton.run_layer(i, x, calls[i]) for x, calls in zip(given, self.calls, strict=False)]
+        alone = [
+            self.skeleton.run_layer(i, x, calls[i], carry=False) for x, calls in zip(given, self.calls, strict=False)
+        ]
         with probe.watch(i) if probe else nullcontext():
             for r, calls in enumerate(self.calls):
                 self.hidden[r] = self.skeleton.run_layer(i, self.hidden[r], calls[i])
@@ -73,7 +75,7 @@ class Streamed:
         current: list[torch.Tensor] = []
 
         def passing(hidden, *args, **kwargs):
-            return (hidden,) if self.skeleton._returns_tuple else hidden
+            return self.skeleton.as_output(hidden)
 
         def injecting(*args, **kwargs):
             return passing(current[0])

@@ -72,7 +72,7 @@ class Fp16RangeProbe:
         for name, dtype in DTYPES.items():
             with _rounding(self.skeleton.layers[i], dtype):
                 self.hidden[name] = [
-                    _rounded(self.skeleton.run_layer(i, x, calls[i]), dtype)
+                    _rounded(self.skeleton.run_layer(i, x, calls[i], carry=False), dtype)
                     for x, calls in zip(self.hidden[name], self.calls, strict=True)
                 ]
 

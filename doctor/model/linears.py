@@ -144,6 +144,8 @@ ROLE_OF_TAIL = {
 _LEFT_OUT = re.compile(r"norm[^.]*(?:\.[^.]*)?$|(?:embed|router)[^.]*$|\.(?:gate|x_proj|dt_proj)$")
 
 
+_EXPERT = re.compile(r"experts\.(\d+)\.")  # of a mixture whose experts are stored one by one
+
 NARROWEST = 32  # a narrower matrix fills neither a group of weights nor a packed word
 
 
@@ -162,13 +164,13 @@ def _by_shape(infos: Iterable[TensorInfo]) -> Iterator[Linear]:
             or NOT_TEXT.search(info.name)
         ):
             continue
-        tail = module.rpartition(".")[2]
-        layer = None if in_extra_layer(info.name) else int(block["i"])
+        tail, expert = module.rpartition(".")[2], _EXPERT.search(module, block.end() - 1)
         yield Linear(
-            info.name.removesuffix(".weight"),
+            module,
             info.name,
             ROLE_OF_TAIL.get(tail, "other"),
-            layer,
+            None if in_extra_layer(info.name) else int(block["i"]),
             info.shape[1],
             info.shape[0],
+            expert=int(expert[1]) if expert else None,
         )

@@ -41,7 +41,7 @@ class ModelSpec:
     model_type: str
     architecture: str
     config: dict[str, Any]  # the language model's own object
-    text_key: str | None  # key of that object in config.json, None if it is the whole file
+    text_key: str | None  # path of that object in config.json ("text_config"), None if it is the whole file
     n_layers: int | None
     hidden: int | None
     intermediate: int | None
@@ -64,6 +64,13 @@ class ModelSpec:
     def at(self, key: str) -> str:
         """JSON pointer in config.json of a key of the language model."""
         return f"/{self.text_key}/{key}" if self.text_key else f"/{key}"
+
+    def section(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The language model's own object as config.json states it; empty where it is no object."""
+        found: Any = config
+        for key in self.text_key.split("/") if self.text_key else ():
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
 
     def key_for(self, generic: str) -> str:
         """The config key this family uses for a generic name, e.g. hidden_size -> n_embd for GPT-2."""
@@ -102,13 +109,15 @@ class ModelSpec:
 
 
 def text_block(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The language model's own object of a config, and its key (None if it is the whole file)."""
+    """The language model's own object of a config, and its path (None if it is the whole file)."""
     for key in TEXT_KEYS:
         block = config.get(key)
         if isinstance(block, dict) and (
             "hidden_size" in block or "num_hidden_layers" in block or "model_type" in block
         ):
-            return {**{k: v for k, v in config.items() if k not in TEXT_KEYS and not isinstance(v, dict)}, **block}, key
+            outer = {k: v for k, v in config.items() if k not in TEXT_KEYS and not isinstance(v, dict)}
+            inner, path = text_block(block)  # an Omni model's thinker has a text_config of its own
+            return {**outer, **inner}, f"{key}/{path}" if path else key
     return dict(config), None
 
 
@@ -124,7 +133,8 @@ def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     model_type = str(block.get("model_type") or config.get("model_type") or "")
     family = _family(model_type, str(config.get("model_type") or ""), architecture, block)
     entry = family_table(family)
-    stated = block.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    # The whole model's class obeys its own key; transformers 5 writes the text class's default inside as well.
+    stated = config.get("tie_word_embeddings", block.get("tie_word_embeddings"))
     tied = stated if isinstance(stated, bool) else entry.get("tie_word_embeddings", False)
     heads = _size(_lookup(block, family, "num_attention_heads"))
     hidden = _size(_lookup(block, family, "hidden_size"))

@@ -105,11 +105,11 @@ def special(checkpoint, spec, generation_config, tokenizer_config) -> Special:
     """What each file says about BOS, EOS and PAD (special.Special)."""
     found = Special(spec.model_type)
     outer = checkpoint.value("config.json") or {}
-    inner = outer.get(spec.text_key) if spec.text_key else None
+    inner = spec.section(outer) if spec.text_key else {}
     for role in ROLES:
         key = f"{role}_token_id"
-        if isinstance(inner, dict) and key in inner and key not in outer:
-            found.statements.append(Statement("config.json", f"/{spec.text_key}/{key}", role, inner[key], True))
+        if key in inner and key not in outer:
+            found.statements.append(Statement("config.json", spec.at(key), role, inner[key], True))
         else:
             found.statements.append(Statement("config.json", f"/{key}", role, outer.get(key), key in outer))
         if generation_config is not None:

@@ -11,7 +11,7 @@ import torch
 
 from doctor.core.messages import _
 from doctor.quant import budget
-from doctor.quant.forward.hidden_states import HiddenStates
+from doctor.quant.forward.hidden_states import HiddenStates, batch_shape
 from doctor.quant.forward.layer_call import LayerCall
 from doctor.quant.forward.linear_groups import LinearGroups, Modules, Stages, discover
 from doctor.quant.forward.spill import SpillFile
@@ -47,7 +47,8 @@ class Activations:
         )
         if key not in self._structures:
             # The longest batch: how much a suspended forward holds may grow with the square of the length.
-            found = discover(skeleton, i, self.hidden[len(self.calls) - 1], self.calls[-1][i], modules)
+            last = len(self.calls) - 1
+            found = discover(skeleton, i, self.hidden[last], self.calls[last][i], modules, self.hidden.tokens[last])
             # experts that one rank's rows reach may be missing in another's
             groups, held = self.setup.ranks.broadcast_json(0, [found.groups, found.suspended_bytes])
             self._structures[key] = LinearGroups(tuple(tuple(map(tuple, stage)) for stage in groups), held)
@@ -98,7 +99,7 @@ class Activations:
 
     def run_first(self, i: int) -> torch.Tensor:
         """The output of layer i for the first batch, as its weights are now."""
-        return self.setup.skeleton.run_layer(i, self.hidden[0], self.calls[0][i])
+        return self.setup.skeleton.run_layer(i, self.hidden[0], self.calls[0][i], carry=False)
 
     def advance(self, i: int) -> None:
         """Replace the inputs of layer i, whose weights are final, by its outputs."""
@@ -120,7 +121,8 @@ def open_activations(setup: Setup) -> Activations | None:
     opened = setup.skeleton.open_calls(setup.batches)
     first, calls = next(opened)
     hidden = HiddenStates(
-        [(*_sides(ids), first.shape[-1]) for ids in setup.batches],
+        [batch_shape(first, setup.batches[0], ids) for ids in setup.batches],
+        [ids.numel() for ids in setup.batches],
         left,
         spill_file,
         setup.skeleton.device,
@@ -144,11 +146,6 @@ def open_activations(setup: Setup) -> Activations | None:
         found.append(calls)
     capacity = left - (0 if hidden.on_disk or hidden.on_device else hidden.nbytes)
     return Activations(setup, hidden, found, capacity, files[0] if files else None)
-
-
-def _sides(ids: torch.Tensor) -> tuple[int, int]:
-    rows, length = ids.shape
-    return rows, length
 
 
 def _capacity(setup: Setup, in_memory: int) -> int:

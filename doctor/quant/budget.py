@@ -131,7 +131,7 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
         device_batch=batch(DEVICE_BATCH_TOKENS),
         row=batch(0),
         outside=sum(t.nbytes for t in outside if len(t.shape) == 2 and "head" not in t.name) if rows else 0,
-        hidden=4 * tokens * (spec.hidden or 0),
+        hidden=4 * tokens * (spec.hidden or 0) * _streams(spec),
         output=_output_bytes(checkpoint, linears, recipe),
     )
 
@@ -148,6 +148,12 @@ def _layers(checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, list]:
         if match:
             found.setdefault(int(match[1]), []).append(tensor)
     return found
+
+
+def _streams(spec: ModelSpec) -> int:
+    """Residual streams that a model carries beside each other: Gemma 3n's AltUp, hyper-connections."""
+    stated = (spec.config.get(key) for key in ("altup_num_inputs", "hc_mult"))
+    return next((n for n in stated if isinstance(n, int) and 1 < n < 64), 1)
 
 
 def _hessian_bytes(linears: list[Linear], recipe: Recipe) -> int:

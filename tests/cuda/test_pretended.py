@@ -474,7 +474,9 @@ def test_a_run_that_computes_in_bfloat16_says_so_and_not_a_word_of_the_cpus_libr
 @pytest.mark.parametrize("limit, room, place", [(0, 1 << 20, "device"), (1 << 20, 0, "memory"), (0, 0, "disk")])
 def test_hidden_states_lie_where_there_is_room(tmp_path, limit, room, place):
     with pretend():
-        hidden = HiddenStates([(2, 3, 4), (1, 5, 4)], limit, lambda: SpillFile(tmp_path), PLACE, torch.bfloat16, room)
+        hidden = HiddenStates(
+            [(2, 3, 4), (1, 5, 4)], [6, 5], limit, lambda: SpillFile(tmp_path), PLACE, torch.bfloat16, room
+        )
         assert ("device" if hidden.on_device else "disk" if hidden.on_disk else "memory") == place
         for i, shape in enumerate([(2, 3, 4), (1, 5, 4)]):
             hidden[i] = torch.full(shape, float(i)).to(PLACE)

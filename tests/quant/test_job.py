@@ -426,7 +426,7 @@ def test_batches_hold_rows_of_one_length():
 
 def test_hidden_states_are_kept_apart(tmp_path):
     for limit in (0, 1 << 20):
-        hidden = HiddenStates([(2, 3, 4), (1, 5, 4)], limit, lambda: SpillFile(tmp_path))
+        hidden = HiddenStates([(2, 3, 4), (1, 5, 4)], [6, 5], limit, lambda: SpillFile(tmp_path))
         hidden[0], hidden[1] = torch.full((2, 3, 4), 1.0), torch.full((1, 5, 4), 2.0)
         assert hidden.on_disk == (limit == 0)
         assert hidden[0].eq(1).all() and hidden[1].eq(2).all() and hidden[1].shape == (1, 5, 4)

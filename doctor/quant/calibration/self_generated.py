@@ -22,8 +22,8 @@ from doctor.core.messages import _
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget
 from doctor.quant.calibration.rows import NotSampled
-from doctor.quant.forward.meta_model import cache_argument
 from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.forward.text_model import cache_argument
 
 # tokens of a piece: a step costs one pass over the weights, so many short pieces are cheaper than a few long ones
 PIECE = 64

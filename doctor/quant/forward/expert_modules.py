@@ -1,6 +1,7 @@
 """Experts of one decoder layer as separate linears, in place of transformers' fused 3-D parameters.
 
-Three forms are known: the plain one (gate_up_proj and down_proj without biases), GPT-OSS, and Llama 4.
+Four forms are known: the plain one (gate_up_proj and down_proj without biases), the one without a gate (Nemotron-H),
+GPT-OSS, and Llama 4.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 Inputs = list[tuple[nn.Module, Callable[[], torch.Tensor]]]  # (linear, function that gives its input)
-Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Gate = Callable[..., torch.Tensor]  # the input of down, from the outputs of the linears before it
 
 
 class _Route(NamedTuple):
@@ -31,21 +32,20 @@ class Experts(nn.Module):
     """
 
     before: Callable[[Inputs], None] | None = None
+    first: tuple[str, ...] = ("gate", "up")  # the linears that read an expert's input
 
     def __init__(self, fused: Any, *, in_first: bool = False, bias: bool = False):
         super().__init__()
-        count, both, hidden = fused.gate_up_proj.shape
+        count, out, hidden = getattr(fused, "gate_up_proj" if "gate" in self.first else "up_proj").shape
         if in_first:
-            hidden, both = both, hidden
+            hidden, out = out, hidden
+        inner = out // len(self.first)
         self.gated = self.gate_of(fused)
         with torch.device("meta"):
             self.experts = nn.ModuleList(
                 nn.ModuleDict(
-                    {
-                        "gate": nn.Linear(hidden, both // 2, bias),
-                        "up": nn.Linear(hidden, both // 2, bias),
-                        "down": nn.Linear(both // 2, hidden, bias),
-                    }
+                    {role: nn.Linear(hidden, inner, bias) for role in self.first}
+                    | {"down": nn.Linear(inner, hidden, bias)}
                 )
                 for _ in range(count)
             )
@@ -66,11 +66,11 @@ class Experts(nn.Module):
         """Outputs of experts, added up at their tokens. weights: one [tokens, 1] a route, None for sums without
         weights.
         """
-        self._announce([(route.expert[role], route.given) for route in routes for role in ("gate", "up")])
+        self._announce([(route.expert[role], route.given) for route in routes for role in self.first])
         middle = []
         for route in routes:
             x = route.given()
-            middle.append(self.gated(route.expert["gate"](x), route.expert["up"](x)))
+            middle.append(self.gated(*(route.expert[role](x) for role in self.first)))
         self._announce([(r.expert["down"], lambda y=y: y) for r, y in zip(routes, middle, strict=True)])  # type: ignore[misc]
         out = torch.zeros_like(hidden)
         for number, (route, y) in enumerate(zip(routes, middle, strict=True)):
@@ -110,6 +110,25 @@ class PlainExperts(Experts):
                 routes.append(_Route(expert, token, _rows(hidden, token)))
                 weights.append(top_k_weights[token, choice, None])
         return self._sum(hidden, routes, weights)
+
+
+class UngatedExperts(PlainExperts):
+    """Experts without a gate, as Nemotron-H has them: down(act(up(x)))."""
+
+    first = ("up",)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """up_proj [E, I, H], down_proj [E, H, I], no biases."""
+        parameters = dict(module.named_parameters(recurse=False))
+        if parameters.keys() != {"up_proj", "down_proj"} or not callable(getattr(module, "act_fn", None)):
+            return False
+        up, down = parameters["up_proj"].shape, parameters["down_proj"].shape
+        return len(up) == 3 and down == (up[0], up[2], up[1])
+
+    @staticmethod
+    def gate_of(fused: Any) -> Gate:
+        return fused.act_fn
 
 
 class GptOssExperts(PlainExperts):
@@ -171,4 +190,4 @@ def _rows(hidden: torch.Tensor, token: torch.Tensor, scale: torch.Tensor | None 
     return lambda: hidden[token] if scale is None else hidden[token] * scale
 
 
-FORMS: tuple[type[Experts], ...] = (PlainExperts, GptOssExperts, Llama4Experts)
+FORMS: tuple[type[Experts], ...] = (PlainExperts, UngatedExperts, GptOssExperts, Llama4Experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -13,23 +14,25 @@ _CPU = torch.device("cpu")
 
 
 class HiddenStates:
-    """Hidden states [rows, length, hidden] of every batch, taken and given on `device`.
+    """Hidden states of every batch, taken and given on `device`.
 
-    They stay on the device where they take at most `device_capacity` bytes, else in memory, or in a spill file above
-    `limit` bytes.
+    Each is [rows, length, hidden]; a model with several residual streams has an axis more, before or behind these two.
+    tokens: rows times length of each. They stay on the device where they take at most `device_capacity` bytes, else in
+    memory, or in a spill file above `limit` bytes.
     """
 
     def __init__(
         self,
-        shapes: list[tuple[int, int, int]],
+        shapes: list[tuple[int, ...]],
+        tokens: list[int],
         limit: int,
         spill_file: Callable[[], SpillFile],
         device: torch.device = _CPU,
         dtype: torch.dtype = torch.float32,
         device_capacity: int = 0,
     ):
-        self._shapes, self._device, self._dtype = shapes, device, dtype
-        sizes = [rows * length * hidden for rows, length, hidden in shapes]
+        self._shapes, self._device, self._dtype, self.tokens = shapes, device, dtype, tokens
+        sizes = [math.prod(shape) for shape in shapes]
         self._ends = list(accumulate(sizes))
         total = self.nbytes = dtype.itemsize * sum(sizes)
         self.on_device = device.type != "cpu" and total <= device_capacity
@@ -46,8 +49,7 @@ class HiddenStates:
 
     def _begin(self, number: int) -> int:
         """The first element of a batch."""
-        rows, length, hidden = self._shapes[number]
-        return self._ends[number] - rows * length * hidden
+        return self._ends[number] - math.prod(self._shapes[number])
 
     def _part(self, number: int) -> torch.Tensor:
         return self._all[self._begin(number) : self._ends[number]].view(self._shapes[number])
@@ -69,6 +71,13 @@ class HiddenStates:
             self._file.spill(self._place(number), whole.untyped_storage())
         else:
             self._part(number).copy_(value)
+
+
+def batch_shape(first: torch.Tensor, of: torch.Tensor, ids: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the hidden states of a batch `ids` int64[rows, length], by those (`first`) of the batch `of`."""
+    shape = list(first.shape)
+    at = next(i for i in range(len(shape) - 1) if tuple(shape[i : i + 2]) == tuple(of.shape))
+    return (*shape[:at], *ids.shape, *shape[at + 2 :])
 
 
 def make_batches(rows: list[list[int]], tokens: int) -> list[torch.Tensor]:

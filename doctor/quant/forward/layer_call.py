@@ -1,25 +1,75 @@
-"""The arguments of one decoder layer's forward for one batch, shared between batches where they are equal."""
+"""The arguments of one decoder layer's forward for one batch, shared between batches where they are equal.
+
+Some layers return more than hidden states, and the next layer takes it: GLM-5's indices of the keys to attend to, for
+example. Such a value is known only when the layer before has run, so a call holds a `Carried` in its place.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+
+
+class Carried:
+    """What a layer returns besides hidden states, for one batch: `value` is there once the layer has run."""
+
+    value: Any = None
 
 
 @dataclass(frozen=True)
 class LayerCall:
     """Arguments of one decoder layer for one batch, without the hidden states: those go to position 0 or under their
-    name.
+    name. carried: by its place in the layer's output, what later layers take; spent: what no later one takes.
     """
 
     args: tuple
     kwargs: dict[str, Any]
+    carried: dict[int, Carried] = field(default_factory=dict)
+    spent: tuple[Carried, ...] = ()
 
 
 class StopForward(Exception):
     """Ends a forward as soon as what was wanted from it is known."""
+
+
+def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall, *, carry: bool = True) -> torch.Tensor:
+    """Output of a decoder layer with its weights. carry: keep what the next layers take of it."""
+    args, kwargs = tuple(map(_value, call.args)), {k: _value(v) for k, v in call.kwargs.items()}
+    if "hidden_states" in kwargs:
+        out = layer(*args, **{**kwargs, "hidden_states": hidden})
+    else:
+        out = layer(hidden, *args, **kwargs)
+    if not isinstance(out, tuple):
+        return out
+    if carry:
+        for place, box in call.carried.items():
+            box.value = out[place]
+        for box in call.spent:
+            box.value = None
+    return out[0]
+
+
+def _value(argument: Any) -> Any:
+    return argument.value if isinstance(argument, Carried) else argument
+
+
+def link(calls: list[LayerCall], returned: list[tuple[Carried, ...]]) -> list[LayerCall]:
+    """The calls of all layers, each knowing which of the boxes that it returned a later layer takes."""
+    last: dict[Carried, int] = {}
+    for i, call in enumerate(calls):
+        last |= dict.fromkeys((v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Carried)), i)
+    return [
+        LayerCall(
+            call.args,
+            call.kwargs,
+            {place: box for place, box in enumerate(returned[i], 1) if box in last},
+            tuple(box for box, taken in last.items() if taken == i - 1),
+        )
+        for i, call in enumerate(calls)
+    ]
 
 
 def shared(call: LayerCall, before: LayerCall) -> LayerCall:
@@ -27,6 +77,8 @@ def shared(call: LayerCall, before: LayerCall) -> LayerCall:
     return LayerCall(
         tuple(_same(a, b) for a, b in zip(call.args, before.args, strict=True)),
         {k: _same(v, before.kwargs.get(k)) for k, v in call.kwargs.items()},
+        call.carried,
+        call.spent,
     )
 
 

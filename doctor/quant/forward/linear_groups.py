@@ -35,9 +35,11 @@ class LinearGroups:
         return [[[names[k] for k in group] for group in stage] for stage in self.groups]
 
 
-def discover(skeleton: Skeleton, i: int, hidden: torch.Tensor, call: LayerCall, modules: Modules) -> LinearGroups:
-    """One forward of hidden f32[rows, length, hidden] through layer i: which linear reads what, when, and what is
-    held meanwhile.
+def discover(
+    skeleton: Skeleton, i: int, hidden: torch.Tensor, call: LayerCall, modules: Modules, tokens: int
+) -> LinearGroups:
+    """One forward of hidden states of so many tokens through layer i: which linear reads what, when, and what is held
+    meanwhile.
     """
     groups: list[tuple[weakref.ref[torch.Tensor], list[str]]] = []
     held, most = HeldStorages(), 0
@@ -57,7 +59,7 @@ def discover(skeleton: Skeleton, i: int, hidden: torch.Tensor, call: LayerCall, 
     ]
     try:
         with held:
-            skeleton.run_layer(i, hidden, call)
+            skeleton.run_layer(i, hidden, call, carry=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -65,7 +67,7 @@ def discover(skeleton: Skeleton, i: int, hidden: torch.Tensor, call: LayerCall, 
     at = {name: k for k, name in enumerate(modules)}
     return LinearGroups(
         tuple(tuple(tuple(at[name] for name in group) for group in stage) for stage in stages),
-        most / (hidden.shape[0] * hidden.shape[1]),
+        most / tokens,
     )
 
 

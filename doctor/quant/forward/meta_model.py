@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +15,9 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, NotQuantizable
 from doctor.core.messages import _
 from doctor.model.spec import ModelSpec
+from doctor.quant.forward.text_model import HeadedModel, base_class_of
 
 MOST_MODULES = 10_000  # layers, or experts of one layer, that a config may ask for
-
-
-def cache_argument(model: nn.Module) -> str:
-    """The name under which forward takes a key/value cache, and its output returns it: releases of transformers
-    differ.
-    """
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 _DRAWS = ("normal_", "uniform_")  # and trunc_normal_, kaiming_uniform_, xavier_normal_ …
@@ -67,8 +60,6 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
     Raises NotQuantizable for a model_type that transformers does not define: a checkpoint's own code is never run.
     """
     import transformers
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = checkpoint.value("config.json")
     if config is None:
@@ -86,27 +77,13 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
             _("config.json#/quantization_config: this checkpoint is quantized already ({method}).", method=method),
             _("Quantize from the 16-bit original."),
         )
-    section = {k: v for k, v in (config[spec.text_key] if spec.text_key else config).items() if k != "auto_map"}
-    kind = str(section.get("model_type") or config.get("model_type") or "")
-    if kind not in CONFIG_MAPPING:
-        raise NotQuantizable(
-            _(
-                "config.json#/model_type: {kind!r} is not defined in transformers {version}.",
-                kind=kind,
-                version=transformers.__version__,
-            ),
-            _("Install a transformers that has it: code that comes with a checkpoint is never run."),
-        )
-    _require_finite_work(section)
+    _require_finite_work(spec.config)
+    kind = str(spec.config.get("model_type") or config.get("model_type") or "")
     try:
-        built = CONFIG_MAPPING[kind].from_dict(
-            _numbers({k: v for k, v in section.items() if k != "quantization_config"})
-        )
-        built.use_cache = False
         with _parameters_on_meta(), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(
-                built, attn_implementation=attention(built), dtype=torch.float32, trust_remote_code=False
-            )
+            return _language_model(text_config(config, spec)).eval()
+    except NotQuantizable:
+        raise
     except Exception as error:  # whatever the library raises for a config it does not like is the reason
         reason = " ".join(str(error).split())[:200].removesuffix(".")
         raise NotQuantizable(
@@ -119,7 +96,49 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
             ),
             _("Run `doctor check`: rules C14x say what is wrong with config.json."),
         ) from error
-    return model.eval()
+
+
+def text_config(config: dict, spec: ModelSpec) -> Any:
+    """transformers' config of the language model: the part that the whole model's own config class makes of it, or the
+    part alone where transformers does not define the whole.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    section = spec.section(config)
+    whole, part = str(config.get("model_type") or ""), str(section.get("model_type") or config.get("model_type") or "")
+    kind = whole if whole in CONFIG_MAPPING else part
+    if kind not in CONFIG_MAPPING:
+        raise NotQuantizable(
+            _(
+                "config.json#/model_type: {kind!r} is not defined in transformers {version}.",
+                kind=part,
+                version=transformers.__version__,
+            ),
+            _("Install a transformers that has it: code that comes with a checkpoint is never run."),
+        )
+    stated = config if kind == whole else section
+    built = CONFIG_MAPPING[kind].from_dict(
+        _numbers({k: v for k, v in stated.items() if k not in ("auto_map", "quantization_config")})
+    )
+    if getattr(built, "is_encoder_decoder", False):
+        raise NotQuantizable(
+            _("config.json#/model_type: {kind} is an encoder and a decoder; one stack of layers is needed.", kind=kind),
+            _("Quantize a model with a decoder alone, or an encoder alone."),
+        )
+    return built.get_text_config(decoder=True)
+
+
+def _language_model(config: Any) -> Any:
+    """The causal model of a language model's config, or its base model under a head of our own."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    config.use_cache = False
+    options = {"attn_implementation": attention(config), "dtype": torch.float32}
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM.from_config(config, **options, trust_remote_code=False)
+    base: Any = base_class_of(config)
+    return HeadedModel(base._from_config(config, **options), config)
 
 
 def _numbers(value: object) -> object:
@@ -158,7 +177,7 @@ def attention(config) -> str:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    defined = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    defined = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) or base_class_of(config)
     softcap = getattr(config, "attn_logit_softcapping", None)
     return "eager" if softcap or not getattr(defined, "_supports_sdpa", True) else "sdpa"
 

@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.model.linears import NOT_TEXT
 
 
 class ParameterNames:
     """Names of transformers' parameters (inside the base model) to names of the checkpoint's tensors.
 
-    Checkpoints differ in their prefix (`model.`, `transformer.`, `language_model.model.`, nothing) and by the
-    renames that transformers applies when it loads; the part from the list of layers on is the same.
+    Checkpoints differ in their prefix (`model.`, `transformer.`, `language_model.model.`, `thinker.model.`, nothing)
+    and by the renames that transformers applies when it loads; the part from the list of layers on is the same. A
+    checkpoint may hold several lists of layers: the decoder's, a tower's, those of multi-token prediction (`mtp.`). Of
+    these the decoder's is the one whose tensors have the names and shapes of the model's parameters; only its tensors
+    are tensors of layers.
     """
 
-    def __init__(self, checkpoint: Checkpoint, base_prefix: str, layers_path: str, model_type: str):
-        self._base = base_prefix
+    def __init__(
+        self, checkpoint: Checkpoint, base_prefix: str, layers_path: str, model_type: str, layers: nn.ModuleList
+    ):
+        self._base, self._layers_path = base_prefix, layers_path
         self._given: dict[str, str] = {}
         self._by_name: dict[str, str] = {}
-        self._layers: dict[int, list[str]] = {}
-        last = layers_path.rpartition(".")[2]
-        inside = re.compile(rf"(?:^|\.){re.escape(last)}\.(\d+)\.(.+)$")
-        renames = _renames(model_type)
+        self._parts: dict[str, dict[int, str]] = {}  # a parameter that transformers joins: place -> tensor
+        self._in_layer: dict[int, list[str]] = {}
+        transforms = _transforms(model_type)
+        inside = re.compile(rf"^((?:.*?\.)?){re.escape(layers_path.rpartition('.')[2])}\.(\d+)\.(.+)$")
+        lists: dict[str, list[tuple[int, str, str]]] = {}  # stem -> (layer, tail, tensor)
         for source in checkpoint.tensors:
-            if NOT_TEXT.search(source):
-                continue
-            name = source
-            for old, new in renames:
-                name = name.replace(old, new)
+            name = _renamed(source, transforms)
             self._by_name.setdefault(name, source)
-            match = inside.search(name)
+            match = inside.match(name)
             if match:
-                self._by_name.setdefault(f"{layers_path}.{match[1]}.{match[2]}", source)
-                self._layers.setdefault(int(match[1]), []).append(source)
+                lists.setdefault(match[1], []).append((int(match[2]), match[3], source))
+        self.stem = _decoder(lists, layers, checkpoint)
+        for layer, tail, source in lists.get(self.stem, ()):
+            name = f"{layers_path}.{layer}.{tail}"
+            self._by_name[name] = source
+            self._in_layer.setdefault(layer, []).append(source)
+            joined = _joined(name, transforms)
+            if joined is not None:
+                self._parts.setdefault(joined[0], {})[joined[1]] = source
 
     def give(self, name: str, source: str) -> None:
         self._given[name] = source
@@ -42,8 +54,13 @@ class ParameterNames:
         """The tensor of a parameter, None where the checkpoint has none."""
         if name in self._given:
             return self._given[name]
+        if name.startswith(f"{self._layers_path}."):
+            return self._by_name.get(name)
         outer = name.partition(".")[2]
+        parent = self._layers_path.rpartition(".")[0]
+        root = self.stem.removesuffix(f"{parent}." if parent else "")
         candidates = [
+            f"{root}{name}",
             name,
             f"{self._base}.{name}",
             outer,
@@ -54,19 +71,54 @@ class ParameterNames:
         ]
         return next((self._by_name[c] for c in candidates if c in self._by_name), None)
 
+    def parts(self, name: str) -> list[str]:
+        """The tensors that transformers joins along their first axis into this parameter; [] where it joins none."""
+        parts = self._parts.get(name, {})
+        return [parts[place] for place in sorted(parts)]
+
     def of_layer(self, i: int) -> list[str]:
-        return self._layers.get(i, [])
+        return self._in_layer.get(i, [])
 
 
-def _renames(model_type: str) -> list[tuple[str, str]]:
-    """Plain renames that transformers applies to this family's tensor names when it loads them."""
+def _decoder(lists: Mapping[str, Iterable[tuple[int, str, str]]], layers: nn.ModuleList, checkpoint: Checkpoint) -> str:
+    """What stands before `layers.0.` in the decoder's names: of the lists of layers, the one that fits the model."""
+    shapes = {(i, name): p.shape for i, layer in enumerate(layers) for name, p in layer.named_parameters()}
+
+    def fit(stem: str) -> tuple[int, int, int]:
+        found = [(i, tail, source) for i, tail, source in lists[stem] if (i, tail) in shapes]
+        same = sum(tuple(checkpoint.tensors[source].shape) == tuple(shapes[i, tail]) for i, tail, source in found)
+        return same, len(found), len({i for i, _tail, _source in lists[stem]})
+
+    return max(lists, key=fit, default="")
+
+
+def _transforms(model_type: str) -> list[Any]:
+    """What transformers applies to this family's tensors when it loads them: renames, and converters that join."""
     try:
-        from transformers.conversion_mapping import WeightRenaming, get_checkpoint_conversion_mapping
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     except ImportError:  # transformers before 5 names its parameters as checkpoints do
         return []
-    pairs = []
-    for item in get_checkpoint_conversion_mapping(model_type) or []:
+    return list(get_checkpoint_conversion_mapping(model_type) or [])
+
+
+def _renamed(name: str, transforms: Iterable[Any]) -> str:
+    from transformers.conversion_mapping import WeightRenaming
+
+    for item in transforms:
         if isinstance(item, WeightRenaming):
-            plain = [s.replace("\\.", ".") for s in item.source_patterns]
-            pairs += [(s, t) for s, t in zip(plain, item.target_patterns, strict=False) if re.fullmatch(r"[\w.]+", s)]
-    return pairs
+            name = item.rename_source_key(name)[0]
+    return name
+
+
+def _joined(name: str, transforms: Iterable[Any]) -> tuple[str, int] | None:
+    """(parameter, place) of a tensor that transformers joins with others along the first axis; None for the rest."""
+    from transformers.core_model_loading import Concatenate, WeightConverter
+
+    for item in transforms:
+        if isinstance(item, WeightConverter):
+            joins = [op for op in item.operations if isinstance(op, Concatenate) and op.dim == 0]
+            if len(joins) == len(item.operations) == 1:
+                target, pattern = item.rename_source_key(name)
+                if pattern is not None:
+                    return target, item.source_patterns.index(pattern)
+    return None

@@ -26,10 +26,11 @@ from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.quant.dequantize import Dequantized
 from doctor.quant.forward.expert_modules import FORMS, GptOssExperts, SortedGptOssExperts
-from doctor.quant.forward.layer_call import LayerCall, StopForward, shared
+from doctor.quant.forward.layer_call import LayerCall, run_layer, shared
 from doctor.quant.forward.meta_model import build_model, find_decoder_layers
 from doctor.quant.forward.parameter_names import ParameterNames
 from doctor.quant.forward.prefetch import Prefetch, load_tensor
+from doctor.quant.forward.recorder import record_calls, returned_values
 
 
 class Skeleton:
@@ -54,7 +55,11 @@ class Skeleton:
         self.base: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
         self.layers_path, self.layers = find_decoder_layers(self.base, spec)
         self._names = ParameterNames(
-            checkpoint, self.model.base_model_prefix, self.layers_path, getattr(self.model.config, "model_type", "")
+            checkpoint,
+            self.model.base_model_prefix,
+            self.layers_path,
+            getattr(self.model.config, "model_type", ""),
+            self.layers,
         )
         self.linears: dict[int, dict[str, Linear]] = {}
         for linear in spec.linears:
@@ -62,7 +67,7 @@ class Skeleton:
                 self.linears.setdefault(linear.block, {})[linear.name] = linear
         for i in range(len(self.layers)):
             self._unfuse_experts(i)
-        self._returns_tuple = False
+        self._values = 0  # that a layer returns in a tuple; 0: hidden states alone
         self._prefetch: tuple[int, Prefetch] | None = None
         self._prefetched: dict[str, torch.Tensor] = {}
 
@@ -98,7 +103,7 @@ class Skeleton:
 
     def _unfuse_experts(self, i: int) -> None:
         experts = [x for x in self.linears.get(i, {}).values() if x.expert is not None]
-        if not experts:
+        if not experts or all(x.tensor in self.by_tensor(i) for x in experts):
             return
         for path, module in list(self.layers[i].named_modules()):
             form = next((form for form in FORMS if form.fits(module)), None)
@@ -227,6 +232,8 @@ class Skeleton:
 
     def _read(self, name: str, shape: torch.Size, keep_dtype: bool) -> torch.Tensor:
         source = self._names.find(name)
+        if source is None and self._names.parts(name):
+            return self._read_joined(name, shape)
         if source is None:
             raise NotQuantizable(
                 _(
@@ -240,18 +247,16 @@ class Skeleton:
         if tensor is None and isinstance(self.checkpoint, Dequantized):
             tensor = self.checkpoint.load_on(source, self.device)
         tensor = load_tensor(self.checkpoint, source) if tensor is None else tensor
-        if tensor.shape != shape:
-            raise NotQuantizable(
-                _(
-                    "{tensor}: shape {shape}; config.json makes it {wanted}.",
-                    tensor=source,
-                    shape=list(tensor.shape),
-                    wanted=list(shape),
-                ),
-                _("Run `doctor check`: rules F05x compare the tensors with config.json."),
-            )
+        _require_shape(source, tensor.shape, shape)
         # The copy to a GPU is of the stored width and need not be waited for; the cast happens there.
         return tensor.to(self.device, non_blocking=True).to(tensor.dtype if keep_dtype else self.dtype)
+
+    def _read_joined(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """A parameter that transformers joins from several tensors."""
+        parts = [load_tensor(self.checkpoint, part) for part in self._names.parts(name)]
+        joined = torch.cat(parts)
+        _require_shape(self._names.parts(name)[0], joined.shape, shape)
+        return joined.to(self.device, self.dtype)
 
     # running
 
@@ -271,10 +276,11 @@ class Skeleton:
         ]
         try:
             if batches:
-                self._returns_tuple = self._probe(batches[0])
+                self._values = self._probe(batches[0])
             before: list[LayerCall] = []
             for ids in batches:
-                hidden, calls = self._record(ids)
+                hidden, calls = record_calls(self.layers, self._forward, ids, self._values, type(self.model).__name__)
+                hidden = hidden.to(self.dtype)
                 calls = [shared(call, before[i]) if before else call for i, call in enumerate(calls)]
                 before = calls
                 yield hidden, calls
@@ -285,13 +291,15 @@ class Skeleton:
                 if child is not self.layers and not _contains(child, self.layers):
                     _to_meta(child)
 
-    def run_layer(self, i: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        """Output [rows, length, hidden] of layer i. Its weights must be loaded."""
-        if "hidden_states" in call.kwargs:
-            out = self.layers[i](*call.args, **{**call.kwargs, "hidden_states": hidden})
-        else:
-            out = self.layers[i](hidden, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+    def run_layer(self, i: int, hidden: torch.Tensor, call: LayerCall, *, carry: bool = True) -> torch.Tensor:
+        """Output [rows, length, hidden] of layer i. Its weights must be loaded. carry: keep what later layers take of
+        it besides.
+        """
+        return run_layer(self.layers[i], hidden, call, carry=carry)
+
+    def as_output(self, hidden: torch.Tensor) -> Any:
+        """Hidden states in the form in which a layer returns them."""
+        return (hidden, *[None] * (self._values - 1)) if self._values else hidden
 
     def _refuse(self, i: int, error: Exception) -> NotQuantizable:
         """The model's own code raised on its own weights: sizes in config.json that do not fit each other."""
@@ -307,64 +315,30 @@ class Skeleton:
             _("Run the model in transformers: it ends the same way; correct the sizes in config.json."),
         )
 
-    def _probe(self, ids: torch.Tensor) -> bool:
-        """Whether layers return a tuple: the recorders have to answer in the same form."""
-        found = []
-
-        def stop(module, args, output):
-            found.append(isinstance(output, tuple))
-            raise StopForward
-
-        hook = self.load_layer(0).register_forward_hook(stop)
+    def _probe(self, ids: torch.Tensor) -> int:
+        """How many values a layer returns in a tuple, 0 for none: the recorders have to answer in the same form."""
         try:
-            self._forward(ids[:1])
-        except StopForward:
-            pass
+            return returned_values(self.load_layer(0), self._forward, ids[:1])
         except (RuntimeError, ValueError, IndexError) as error:
             raise self._refuse(0, error) from error
         finally:
-            hook.remove()
             self.drop_layer(0)
-        return found[0]
-
-    def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
-        calls: list[LayerCall | None] = [None] * len(self.layers)
-        first = []
-
-        def recorder(i):
-            def forward(*args, **kwargs):
-                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                if i == 0:
-                    first.append(hidden.to(self.dtype))
-                named = {k: None if k == "hidden_states" else _no_cache(v) for k, v in kwargs.items()}
-                calls[i] = LayerCall(
-                    tuple(_no_cache(a) for a in (args if "hidden_states" in kwargs else args[1:])), named
-                )
-                return (hidden,) if self._returns_tuple else hidden
-
-            return forward
-
-        for i, layer in enumerate(self.layers):
-            layer.forward = recorder(i)
-        try:
-            self._forward(ids)
-        finally:
-            for layer in self.layers:
-                del layer.forward
-        found = [call for call in calls if call is not None]
-        if len(found) < len(calls):
-            raise NotQuantizable(
-                _(
-                    "{model} does not run all of its {n} decoder layers one after another.",
-                    model=type(self.model).__name__,
-                    n=len(calls),
-                ),
-                _("Such a model cannot be quantized layer by layer."),
-            )
-        return first[0], found
 
     def _forward(self, ids: torch.Tensor) -> None:
         self.base(input_ids=ids.to(self.device), use_cache=False)
+
+
+def _require_shape(source: str, shape: torch.Size, wanted: torch.Size) -> None:
+    if shape != wanted:
+        raise NotQuantizable(
+            _(
+                "{tensor}: shape {shape}; config.json makes it {wanted}.",
+                tensor=source,
+                shape=list(shape),
+                wanted=list(wanted),
+            ),
+            _("Run `doctor check`: rules F05x compare the tensors with config.json."),
+        )
 
 
 def _to_meta(module: nn.Module) -> None:
@@ -380,10 +354,3 @@ def _contains(module: nn.Module, part: nn.Module) -> bool:
 
 def _cast_output(dtype: torch.dtype):
     return lambda module, args, output: output.to(dtype)
-
-
-def _no_cache(value: object) -> object:
-    """None for a KV cache, which would grow with every forward over the same rows."""
-    from transformers.cache_utils import Cache
-
-    return None if isinstance(value, Cache) else value

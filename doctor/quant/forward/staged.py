@@ -68,7 +68,7 @@ class StagedForward:
         self._at_once = [len(stage) == 1 or all(modules[group[0]][1] in inside for group in stage) for stage in stages]
         self.forwards: list[SuspendedForward] = []
         for number, call in enumerate(calls):
-            held = suspended_bytes * hidden[number].shape[0] * hidden[number].shape[1]
+            held = suspended_bytes * hidden.tokens[number]
             resumable = greenlet is not None and all(self._at_once)
             resumable = resumable and (held <= capacity or spill_file is not None)
             capacity -= held if resumable and spill_file is None else 0

@@ -1,0 +1,91 @@
+"""Runs everything of a model but its decoder layers, and records the arguments that each layer would get.
+
+Every layer is replaced by a function that notes its arguments and hands the hidden states on. What a layer returns
+besides them is a `Carried`, so that the call of the layer that takes it can be told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from doctor.core.errors import NotQuantizable
+from doctor.core.messages import _
+from doctor.quant.forward.layer_call import Carried, LayerCall, StopForward, link
+
+Forward = Callable[[torch.Tensor], None]  # runs the model from ids int64[rows, length]
+
+
+def returned_values(layer: nn.Module, forward: Forward, ids: torch.Tensor) -> int:
+    """How many values a layer returns in a tuple; 0 where it returns hidden states alone. `layer` is the first one."""
+    found: list[int] = []
+
+    def stop(module, args, output):
+        found.append(len(output) if isinstance(output, tuple) else 0)
+        raise StopForward
+
+    hook = layer.register_forward_hook(stop)
+    try:
+        forward(ids)
+    except StopForward:
+        pass
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def record_calls(
+    layers: nn.ModuleList, forward: Forward, ids: torch.Tensor, values: int, model: str
+) -> tuple[torch.Tensor, list[LayerCall]]:
+    """(the first layer's hidden states, each layer's call) for one batch. values: how many a layer returns.
+
+    Raises NotQuantizable where the model does anything else than run its layers one after another.
+    """
+    calls: list[LayerCall | None] = [None] * len(layers)
+    returned: list[tuple[Carried, ...]] = [()] * len(layers)
+    seen: list[torch.Tensor] = []
+
+    def recorder(i: int) -> Callable:
+        def note(*args, **kwargs):
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            if seen and hidden is not seen[0] and not _equal(hidden, seen[0]):
+                raise NotQuantizable(
+                    _("{model} changes the hidden states between its decoder layers.", model=model),
+                    _("Such a model cannot be quantized layer by layer."),
+                )
+            seen[:] = [hidden]
+            named = {k: None if k == "hidden_states" else _no_cache(v) for k, v in kwargs.items()}
+            calls[i] = LayerCall(tuple(map(_no_cache, args if "hidden_states" in kwargs else args[1:])), named)
+            returned[i] = tuple(Carried() for _ in range(values - 1))
+            return (hidden, *returned[i]) if values else hidden
+
+        return note
+
+    for i, layer in enumerate(layers):
+        layer.forward = recorder(i)
+    try:
+        forward(ids)
+    finally:
+        for layer in layers:
+            del layer.forward
+    found = [call for call in calls if call is not None]
+    if len(found) < len(calls):
+        raise NotQuantizable(
+            _("{model} does not run all of its {n} decoder layers one after another.", model=model, n=len(calls)),
+            _("Such a model cannot be quantized layer by layer."),
+        )
+    return seen[0], link(found, returned)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    return isinstance(left, torch.Tensor) and left.shape == right.shape and torch.equal(left, right.to(left.dtype))
+
+
+def _no_cache(value: object) -> object:
+    """None for a KV cache, which would grow with every forward over the same rows."""
+    from transformers.cache_utils import Cache
+
+    return None if isinstance(value, Cache) else value
