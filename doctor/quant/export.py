@@ -41,6 +41,7 @@ _NAMES = {
     torch.int64: "I64",
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.bool: "BOOL",
 }
 # Weights in other containers would be a second, unquantized copy of the model; pickles are never carried along.
 _NOT_COPIED = re.compile(

@@ -58,8 +58,12 @@ class Experts(nn.Module):
 
     @staticmethod
     def gate_of(fused: Any) -> Gate:
-        """The input of down from the outputs of gate and up."""
+        """The input of down from the outputs of gate and up: by the module's own function, where it has one
+        (DeepSeek-V4 clamps both).
+        """
         act = fused.act_fn
+        if callable(getattr(fused, "_apply_gate", None)):
+            return lambda gate, up: fused._apply_gate(torch.cat((gate, up), -1))
         return lambda gate, up: act(gate) * up
 
     def _sum(self, hidden: torch.Tensor, routes: list[_Route], weights: list[torch.Tensor] | None) -> torch.Tensor:
@@ -100,7 +104,8 @@ class PlainExperts(Experts):
         if parameters.keys() != {"gate_up_proj", "down_proj"} or not callable(getattr(module, "act_fn", None)):
             return False
         gate_up, down = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
-        return len(gate_up) == 3 and down == (gate_up[0], gate_up[2], gate_up[1] // 2) and not hasattr(module, "limit")
+        own = not hasattr(module, "limit") or callable(getattr(module, "_apply_gate", None))
+        return len(gate_up) == 3 and down == (gate_up[0], gate_up[2], gate_up[1] // 2) and own
 
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         routes, weights = [], []

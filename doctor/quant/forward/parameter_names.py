@@ -38,6 +38,8 @@ class ParameterNames:
             match = inside.match(name)
             if match:
                 lists.setdefault(match[1], []).append((int(match[2]), match[3], source))
+        for source in checkpoint.tensors:  # as transformers does where a rename gives no parameter's name
+            self._by_name.setdefault(source, source)
         self.stem = _decoder(lists, layers, checkpoint)
         for layer, tail, source in lists.get(self.stem, ()):
             name = f"{layers_path}.{layer}.{tail}"

@@ -11,14 +11,18 @@ from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_INDICES = {"I64": torch.int64, "BOOL": torch.bool}  # tables and counters, which no quantizer packs weights in
 
 
 def load_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
     """One tensor of the checkpoint (or a view of it) in its own dtype, or cast to `dtype`.
 
-    Raises NotQuantizable for what is not F16, BF16, F32 or F64: such a checkpoint is quantized already.
+    Tables of indices and counters keep theirs. Raises NotQuantizable for other dtypes than F16, BF16, F32 and F64: such
+    a checkpoint is quantized already.
     """
     stored = checkpoint.tensors[name].dtype.name
+    if stored in _INDICES:
+        return torch.from_numpy(checkpoint.load(name)).view(_INDICES[stored])
     if stored not in TORCH_DTYPES:
         raise NotQuantizable(
             _("{name}: dtype {dtype}; must be BF16, F16, F32 or F64.", name=name, dtype=stored),
