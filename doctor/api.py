@@ -20,6 +20,7 @@ from doctor.core.machine import GIVEN_MACHINE
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.records import MERGE_PROOF
+from doctor.core.rehearsal import GIVEN_REHEARSAL
 from doctor.core.store import Store
 from doctor.lint.baseline import compare_with
 from doctor.lint.config import Config, Selection, choose
@@ -29,6 +30,9 @@ from doctor.scan.header import SPEC, header_facts
 from doctor.scan.summary import summary
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from doctor.core.rehearsal import Rehearsal
     from doctor.evaluate.kvcache.study import KvReport
     from doctor.fixing.assess import Progress
     from doctor.fixing.consent import Consent
@@ -91,12 +95,15 @@ def check(
         base, adapter = map(Checkpoint.open, merged_from)
         store.put(MERGE_PROOF, prove_merge(checkpoint, base, adapter))
     scanned = None
+    rehearsing = _rehearsal(checkpoint, store, recipe, rules) if stage != "header" else None
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)
     elif COSTS.index(stage) >= COSTS.index("values") and any(asks("values", r.facts) for r in rules):
         from doctor.scan.scan import scan
 
         scanned = scan(checkpoint, store, progress, keep_partial=keep_partial)
+    if rehearsing is not None and not (scanned and scanned.stopped.is_set()):
+        store.put(GIVEN_REHEARSAL, rehearsing.result())
     findings, runs = judge(store, rules, stage)
     extra: dict[str, Any] = {}
     stopped = scanned is not None and scanned.stopped.is_set()
@@ -135,6 +142,17 @@ def check(
         compare_with(report, baseline)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _rehearsal(checkpoint: Checkpoint, store: Store, recipe: Recipe, rules: list[Rule]) -> Future[Rehearsal] | None:
+    """A rehearsal of quantizing under way in a process of its own, while weights are read; None where none is made."""
+    if os.environ.get("DOCTOR_LOAD_PROOF") == "0" or not store.has(SPEC):
+        return None
+    if checkpoint.unread or not any("rehearsal" in r.facts for r in rules):
+        return None
+    from doctor.evaluate.clients.rehearsal import start
+
+    return start(checkpoint, recipe)
 
 
 def _measure(checkpoint: Checkpoint, store: Store, recipe: Recipe, capacity: str | os.PathLike[str]) -> None:
@@ -354,7 +372,7 @@ def quantize(
     **options: Any,
 ) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`; see doctor.quant.quantize.quantize for the options."""
-    from doctor.evaluate.clients.load_proof import transformers_client
+    from doctor.evaluate.clients.rehearsal import transformers_client
     from doctor.evaluate.proof import prove
     from doctor.quant.quantize import quantize as run
 

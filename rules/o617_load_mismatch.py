@@ -19,50 +19,29 @@ Fix safety: no fix: which side is wrong is not known here.
 Sources: transformers src/transformers/modeling_utils.py (from_pretrained, output_loading_info).
 """
 
-from doctor.lint.rule import _, finding, plural, rule
+from doctor.lint.rule import finding, load_problem, plural, rule
 from doctor.lint.testing import change, compared
 
-SHOWN = 3  # names of each kind in the message; the evidence has the counts
+SHOWN = 3  # names in the message; the evidence has the counts
 
 
 @rule("O617", "error")
-def load_mismatch(checkpoint, load_proof):
-    p = load_proof
-    if p.whole or p.reason:
-        return
-    evidence = {kind: len(getattr(p, kind)) for kind in ("missing", "unexpected", "mismatched", "differing")}
-    if p.refused:
-        yield finding(
-            _(
-                "{client} refuses to load it as {name}: {error}",
-                client=p.client,
-                name=p.architecture or "?",
-                error=p.refused,
-            ),
-            evidence={"error": p.refused},
-        )
-        return
-    if evidence["missing"] or evidence["unexpected"] or evidence["mismatched"]:
-        first = [*p.missing[:SHOWN], *p.unexpected[:SHOWN], *p.mismatched[:SHOWN]]
-        yield finding(
-            _(
-                "{client} loads it as {name} with {missing:,} parameters missing, {unexpected:,} unexpected and {mismatched:,} of "
-                "another shape, first {first}",
-                client=p.client, name=p.architecture, first=", ".join(first[:SHOWN]),
-                missing=len(p.missing), unexpected=len(p.unexpected), mismatched=len(p.mismatched),
-            ),
-            evidence=evidence,
-        )  # fmt: skip
-    if p.differing:
+def load_mismatch(checkpoint, load_proof, spec, recipe):
+    problem = load_problem(load_proof, recipe, spec.model_type)
+    if problem:
+        yield finding(problem.message, severity=problem.severity, evidence=problem.evidence)
+    if load_proof.differing:
         yield finding(
             plural(
                 "{library} unpacks {names} to other values than doctor",
                 "{library} unpacks {n} of {compared} sampled linears to other values than doctor: {names}",
-                len(p.differing),
-                library=p.library, compared=p.compared, names=", ".join(p.differing[:SHOWN]),
+                len(load_proof.differing),
+                library=load_proof.library,
+                compared=load_proof.compared,
+                names=", ".join(load_proof.differing[:SHOWN]),
             ),
-            evidence=evidence,
-        )  # fmt: skip
+            evidence={"differing": len(load_proof.differing)},
+        )
 
 
 def bad():

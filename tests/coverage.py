@@ -8,7 +8,8 @@ names, and correlates its outputs with the source's on the same ids. Each runs i
 
 outcome         what happened
 works           written, loads whole in its class, computes what the source does, no linear is left without a word
-refusal         `check` says that it cannot be quantized, before any work
+refusal         `check` says that it cannot be quantized, or that its class would not load the copy, before any work
+other client    written for an engine that reads it; transformers does not, which `check` says before
 silent partial  written and loads, but a linear of a decoder layer is in 16 bits and nothing says so
 unloadable      written, but its class does not load it whole, or computes something else
 false refusal   `check` says ready and `quantize` refuses; or `check` finds an error in a checkpoint that is healthy
@@ -38,12 +39,9 @@ NARROWEST = 32
 # Matrices that are no linear or are left in 16 bits by design: norms, routers, embeddings, small gates of recurrences.
 MEANT = re.compile(
     r"norm|embed|router|rotary|indexer|(?:^|\.)(?:gate|shared_expert_gate|in_proj_[ab]|in_proj_ba|x_proj|dt_proj|b_proj|weights_proj)"
-    r"\.weight$|(?:conv1d|A_log|bias|D|conv\.weight|scale\w*|table)$"
+    r"\.weight$|(?:conv1d|A_log|bias|D|conv\.weight|scale\w*|table|ape)$"
 )
 LAYER = re.compile(r"(?:layers|h|blocks|block|layer)\.\d+\.(.+)$")
-TOWER = re.compile(
-    r"visual|vision|audio|image|projector|(?:^|\.)vit\.|talker|code2wav|connector|resampler|tower|perceive|qformer"
-)
 
 
 def outputs(folder: Path, ids: Any) -> Any:
@@ -79,9 +77,11 @@ def unnamed(folder: Path, said: set[str]) -> list[str]:
     from doctor.checkpoint.directory import Checkpoint
 
     found = []
-    for name, info in Checkpoint.open(folder).tensors.items():
+    tensors = Checkpoint.open(folder).tensors
+    decoder = {LAYER.sub("", name) for name in tensors if name.endswith(".weight_packed")}
+    for name, info in tensors.items():
         inner = LAYER.search(name)
-        if inner is None or TOWER.search(name) or not info.dtype.is_float or len(info.shape) != 2:
+        if inner is None or LAYER.sub("", name) not in decoder or not info.dtype.is_float or len(info.shape) != 2:
             continue
         if (
             min(info.shape) >= NARROWEST
@@ -100,13 +100,17 @@ def calibration_file(folder: Path) -> Path:
     return path
 
 
-def ask_here(folder: Path, place: str, options: list[str], seconds: float) -> dict[str, Any]:
-    """What the load proof asks transformers, by the same code, in this process: importing it again takes seconds."""
-    from doctor.evaluate.clients import transformers_child as client
+def ask_here(module: str, options: list[str], place: str, seconds: float = 0) -> dict[str, Any]:
+    """What doctor asks transformers in a process of its own, by the same code in this one: importing takes seconds."""
+    from doctor.evaluate.clients import rehearsal_child, transformers_child
 
+    if module == "rehearsal_child":
+        root, recipe, folder = options
+        return rehearsal_child.answer_of(Path(root), json.loads(recipe), Path(folder))
     if "--linears" in options:
-        return client.linears(folder, json.loads(Path(options[-1]).read_text()))
-    return client.ask(folder, int(options[options.index("--sample") + 1]), Path(options[options.index("--out") + 1]))
+        return transformers_child.linears(Path(options[0]), json.loads(Path(options[-1]).read_text()))
+    sample, out = (options[options.index(name) + 1] for name in ("--sample", "--out"))
+    return transformers_child.ask(Path(options[0]), int(sample), Path(out))
 
 
 def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
@@ -117,9 +121,9 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     from doctor import api
     from doctor.core.errors import DoctorError
     from doctor.core.recipe import Recipe
-    from doctor.evaluate.clients import load_proof
+    from doctor.evaluate.clients import load_proof, rehearsal
 
-    load_proof._ask = ask_here
+    load_proof.ask_child = rehearsal.ask_child = ask_here
     torch.set_num_threads(1)
     row = CLASSES[name]
     source = save_class(row, folder / "m")
@@ -130,7 +134,8 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     warnings = [f"{f.code} {f.message}" for f in report.findings if f.severity == "warning"]
     answer |= {"check": errors, "warnings": warnings}
     if errors:
-        return answer | {"outcome": "refusal" if row.expect == "refusal" else "false refusal", "why": errors[0]}
+        honest = row.expect == "refusal" or errors[0].startswith(("G321", "G322"))
+        return answer | {"outcome": "refusal" if honest else "false refusal", "why": errors[0]}
     try:
         done = api.quantize(source, folder / "q", recipe, calibration=calibration_file(folder), max_seq_length=LENGTH)
     except DoctorError as error:
@@ -146,7 +151,9 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     answer["unnamed"] = unnamed(done.output, said)
     rng = random.Random(1)
     ids = torch.tensor([[1] + [rng.randrange(3, VOCABULARY) for _ in range(LENGTH - 1)] for _row in range(8)])
-    unloadable = [text for text in answer["findings"] if text.startswith("O617")]
+    unloadable = [f"{f.code} {f.message}" for f in found if f.code == "O617"]
+    if unloadable and done.report.ok:
+        return answer | {"outcome": "other client", "why": unloadable[0]}
     if not unloadable:
         try:
             _info, theirs = outputs(source, ids)

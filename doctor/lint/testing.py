@@ -21,6 +21,7 @@ from doctor.core.records import (
     MergeProof,  # noqa: F401
     SolveRecord,
 )
+from doctor.core.rehearsal import Rehearsal
 from doctor.lint.tiny import (  # noqa: F401 - rule files import them from here
     FAMILIES,
     VOCAB,
@@ -56,6 +57,14 @@ def measured(family: str | None = None) -> Case:
             "solve",
             SolveRecord("gptq", 0.01, 0.01, "float32", 0.004, 0.01, ((0.01, "float32", "ok"),)),
         )
+    return case
+
+
+def rehearsed(**fields: Any) -> Case:
+    """tiny() with a rehearsal that ended well, but for these fields of its load proof."""
+    case = tiny()
+    proof = replace(LoadProof("transformers 5", "LlamaForCausalLM", packed=14), **fields)
+    case.put("checkpoint:", "given_rehearsal", Rehearsal(proof=proof))
     return case
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from doctor.core.recipe import Recipe
 from doctor.core.records import LoadProof
+from doctor.core.rehearsal import Rehearsal
 
 Linears = Mapping[str, tuple[str, ...]]  # a client's Linear module -> modules of the files that it is loaded from
 
@@ -16,11 +18,13 @@ Linears = Mapping[str, tuple[str, ...]]  # a client's Linear module -> modules o
 class Client:
     """linears: the Linear modules of the class that config.json of a directory names, each with those of the given
     modules of the files that the client loads into it, () where it cannot say; {} where it cannot build the class.
-    prove: what the client does with a finished directory.
+    prove: what the client does with a finished directory. rehearse: what would become of a run of this recipe on the
+    checkpoint in a directory, before it; None where that is not asked.
     """
 
     linears: Callable[[Path, Iterable[str]], Linears]
     prove: Callable[[Path], LoadProof]
+    rehearse: Callable[[Path, Recipe], Rehearsal] | None = None
 
 
 def plain_linears(linears: Linears, packed: Iterable[str]) -> list[str]:

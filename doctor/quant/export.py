@@ -170,26 +170,16 @@ class Output:
         parts = sorted(self.stage.glob("part-*.safetensors"))
         weight_map, total = self._join(parts)
         if len(set(weight_map.values())) > 1:
-            self._json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-        form = format_of(recipe)
-        names = [name.rpartition(".")[0] for name in weight_map if name.endswith(f".{form.words}")]
-        kept = [*kept, *_modules_of_experts(kept, names)]
-        widths = {n: w for n in names if (w := recipe.for_linear(n).bits) != recipe.bits}
-        stated = form.config(recipe, kept, widths)
-        plain = [name for name in plain_linears(linears or {}, names) if not form.excluded(stated)(name)]
-        if plain:
-            stated = form.config(recipe, [*kept, *plain], widths)
-        self._json(
-            "config.json",
-            {**with_old_keys(_sixteen_bits(checkpoint.value("config.json") or {})), "quantization_config": stated},
-        )
-        for copy in form.config_files:
-            self._json(copy, stated)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            _write_json(self.stage / INDEX_NAME, index)
+        words = f".{format_of(recipe).words}"
+        names = [name.rpartition(".")[0] for name in weight_map if name.endswith(words)]
+        write_configs(self.stage, checkpoint, recipe, quantization_config(recipe, kept, names, linears or {}))
         for name, entry in checkpoint.entries.items():
             if name != "config.json" and not _NOT_COPIED.search(name) and entry.size <= _COPY_LIMIT:
                 raw = checkpoint.json[name].raw if name in checkpoint.json else checkpoint.read_file(name, _COPY_LIMIT)
                 (self.stage / name).write_bytes(raw)
-        self._json(RECEIPT, receipt)
+        _write_json(self.stage / RECEIPT, receipt)
         for leftover in (*parts, *self.stage.glob("*.tmp"), self.stage / JOURNAL):
             leftover.unlink(missing_ok=True)
 
@@ -203,9 +193,6 @@ class Output:
     def discard(self) -> None:
         """Remove the stage."""
         shutil.rmtree(self.stage, ignore_errors=True)
-
-    def _json(self, name: str, value: dict) -> None:
-        (self.stage / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _join(self, parts: list[Path]) -> tuple[dict[str, str], int]:
         """Shards from parts, in order: (tensor -> shard file, bytes of all tensors)."""
@@ -232,6 +219,30 @@ class Output:
             weight_map.update({info[0]: name for info in infos})
             total += sum(info[3] for info in infos)
         return weight_map, total
+
+
+def quantization_config(recipe: Recipe, kept: Iterable[str], packed: Iterable[str], linears: Linears) -> dict:
+    """The output's quantization_config. kept, packed: modules of the files in 16 bits, and packed; linears: the
+    client's, of which those that no packed one is loaded into are excluded too.
+    """
+    form, packed = format_of(recipe), list(packed)
+    kept = [*kept, *_modules_of_experts(kept, packed)]
+    widths = {n: w for n in packed if (w := recipe.for_linear(n).bits) != recipe.bits}
+    stated = form.config(recipe, kept, widths)
+    plain = [name for name in plain_linears(linears, packed) if not form.excluded(stated)(name)]
+    return form.config(recipe, [*kept, *plain], widths) if plain else stated
+
+
+def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, stated: dict) -> None:
+    """config.json with its quantization_config, and the format's copies of that."""
+    config = with_old_keys(_sixteen_bits(checkpoint.value("config.json") or {}))
+    _write_json(folder / "config.json", {**config, "quantization_config": stated})
+    for copy in format_of(recipe).config_files:
+        _write_json(folder / copy, stated)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def left_by(destination: Path) -> list[dict]:

@@ -21,6 +21,7 @@ from doctor.core.machine import GIVEN_MACHINE
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.records import CALIBRATION, CalibrationFacts
+from doctor.core.rehearsal import GIVEN_REHEARSAL
 from doctor.fixing.assess import Assessment, assess
 from doctor.fixing.consent import Consent
 from doctor.fixing.plan import make_plan, refuse
@@ -103,6 +104,10 @@ def check(asked: Asked, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iter
         machine = measure(checked.assessment.checkpoint, checked.spec, checked.recipe, asked.output)
         store.put(GIVEN_MACHINE, machine)
         checked = judged(asked, checked)
+        rehearse = asked.client.rehearse if asked.client else None
+        if rehearse and not fix and size() == 1 and report_of(asked, checked).ok:
+            store.put(GIVEN_REHEARSAL, rehearse(source.root, checked.recipe))
+            checked = judged(asked, checked)
     report = report_of(asked, checked)
     asked.progress(
         _(

@@ -10,6 +10,7 @@ from doctor.core.facts import CHECKPOINT, FactKey, Unavailable, fact, key_of, pr
 from doctor.core.machine import GIVEN_MACHINE
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
+from doctor.core.rehearsal import GIVEN_REHEARSAL
 from doctor.core.store import Store
 from doctor.core.tables import table
 from doctor.model.lora import ADAPTER, trained_whole
@@ -174,6 +175,7 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     store.put(RECIPE, recipe)
     store.put(BASE, None)
     store.put(GIVEN_MACHINE, None)
+    store.put(GIVEN_REHEARSAL, None)
     store.put(GIVEN_PUBLISHED, {})
     store.put(ASKED, frozenset())
     for name, shard in checkpoint.shards.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.messages import _
 from doctor.core.records import LoadProof
-from doctor.quant.client import Client, Linears
+from doctor.quant.client import Linears
 
 SECONDS = 600  # enough for the headers of a model of a terabyte on a busy machine; a client that hangs must end
 SAMPLED = 3  # packed linears whose weights are compared
@@ -31,7 +31,7 @@ def prove_loading(folder: Path, *, sample: int = SAMPLED, seconds: float = SECON
         if isinstance(answer, str):
             return LoadProof("transformers", reason=answer)
         differing, compared = _compare(Path(folder), out) if out.exists() else ((), 0)
-    return _record(answer, differing, compared)
+    return as_record(answer, differing, compared)
 
 
 def linears_of_class(folder: Path, modules: Iterable[str], *, seconds: float = SECONDS) -> Linears:
@@ -46,22 +46,17 @@ def linears_of_class(folder: Path, modules: Iterable[str], *, seconds: float = S
     return {name: tuple(sources) for name, sources in found.items()}
 
 
-def transformers_client() -> Client:
-    """What the quantizer asks transformers."""
-    return Client(linears_of_class, prove_loading)
-
-
 def _ask(folder: Path, place: str, options: list[str], seconds: float) -> dict | str:
     """The answer of a child process, or why there is none."""
-    command = [sys.executable, "-P", "-m", "doctor.evaluate.clients.transformers_child", str(Path(folder).resolve())]
+    return ask_child("transformers_child", [str(Path(folder).resolve()), *options], place, seconds)
+
+
+def ask_child(module: str, options: list[str], place: str, seconds: float = SECONDS) -> dict | str:
+    """The JSON that a module of this package prints in a process of its own, or why there is none."""
+    command = [sys.executable, "-P", "-m", f"doctor.evaluate.clients.{module}", *options]
     try:
         run = subprocess.run(
-            [*command, *options],
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            cwd=place,
-            stdin=subprocess.DEVNULL,
+            command, capture_output=True, text=True, timeout=seconds, cwd=place, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
         return _("transformers had not loaded it after {n:.0f} s", n=seconds)
@@ -72,7 +67,7 @@ def _ask(folder: Path, place: str, options: list[str], seconds: float) -> dict |
         return _("transformers ended without an answer: {error}", error=last)
 
 
-def _record(answer: dict, differing: tuple[str, ...], compared: int) -> LoadProof:
+def as_record(answer: dict, differing: tuple[str, ...], compared: int) -> LoadProof:
     client, architecture, error = answer["client"], answer.get("class", ""), answer.get("error", "")
     kind = answer.get("kind")
     if kind == "refused":

@@ -42,7 +42,7 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall, *, carry:
         out = layer(*args, **{**kwargs, "hidden_states": hidden})
     else:
         out = layer(hidden, *args, **kwargs)
-    if not isinstance(out, tuple):
+    if not isinstance(out, (tuple, list)):
         return out
     if carry:
         for place, box in call.carried.items():

@@ -24,7 +24,7 @@ def returned_values(layer: nn.Module, forward: Forward, ids: torch.Tensor) -> in
     found: list[int] = []
 
     def stop(module, args, output):
-        found.append(len(output) if isinstance(output, tuple) else 0)
+        found.append(len(output) if isinstance(output, (tuple, list)) else 0)
         raise StopForward
 
     hook = layer.register_forward_hook(stop)
@@ -78,6 +78,32 @@ def record_calls(
             _("Such a model cannot be quantized layer by layer."),
         )
     return seen[0], link(found, returned)
+
+
+def require_all_layers(layers: nn.ModuleList, forward: Callable[[], object], model: str) -> None:
+    """Raises NotQuantizable where a forward, however many values a layer returns, leaves layers out or changes what
+    they hand on. Where it fails before the last layer for another reason, nothing is known.
+    """
+    refused = None
+    for values in (0, 2, 3):
+        failed: list[Exception] = []
+
+        def run(ids: torch.Tensor, failed: list[Exception] = failed) -> None:
+            try:
+                with torch.no_grad():
+                    forward()
+            except NotQuantizable:
+                raise
+            except Exception as error:  # weights on the meta device, most likely
+                failed.append(error)
+
+        try:
+            record_calls(layers, run, torch.empty(0), values, model)
+            return
+        except NotQuantizable as error:
+            refused = refused or (None if failed else error)
+    if refused is not None:
+        raise refused
 
 
 def _equal(left: Any, right: Any) -> bool:

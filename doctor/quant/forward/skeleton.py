@@ -30,7 +30,9 @@ from doctor.quant.forward.layer_call import LayerCall, run_layer, shared
 from doctor.quant.forward.meta_model import build_model, find_decoder_layers
 from doctor.quant.forward.parameter_names import ParameterNames
 from doctor.quant.forward.prefetch import Prefetch, load_tensor
-from doctor.quant.forward.recorder import record_calls, returned_values
+from doctor.quant.forward.recorder import record_calls, require_all_layers, returned_values
+
+_SMALL = 1 << 22  # elements of norms and the like beside the decoder layers
 
 
 class Skeleton:
@@ -146,6 +148,39 @@ class Skeleton:
             self._prefetched = {}
         return self.layers[i]
 
+    def require_tensors(self) -> None:
+        """Raises NotQuantizable where the checkpoint lacks a tensor for a parameter, or has it in another shape."""
+        for name, parameter in self.base.named_parameters():
+            if not self._names.parts(name):
+                _require_shape(source := self._tensor_of(name), self.checkpoint.tensors[source].shape, parameter.shape)
+
+    def require_one_after_another(self) -> None:
+        """Raises NotQuantizable where the model does not run all of its layers one after another, as far as a forward
+        without weights tells: embeddings are made up, what is small beside the layers is zero, and what cannot run so
+        is not judged.
+        """
+        width = getattr(self.model.config, "hidden_size", 1)
+        embedded = torch.arange(1, 8 * width + 1, dtype=torch.float32).view(1, 8, width) / width
+        inside = set(self.layers.modules())
+        small = [
+            (module, name, parameter)
+            for module in self.base.modules()
+            if module not in inside
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.is_meta and parameter.numel() <= _SMALL
+        ]
+        try:
+            for module, name, parameter in small:
+                module._parameters[name] = nn.Parameter(torch.zeros(parameter.shape), requires_grad=False)
+            require_all_layers(
+                self.layers,
+                lambda: self.base(inputs_embeds=embedded, use_cache=False),
+                type(self.model).__name__,
+            )
+        finally:
+            for module, name, parameter in small:
+                module._parameters[name] = parameter
+
     def prefetch(self, i: int) -> None:
         """Start reading layer i, if there is one, for the next load_layer(i)."""
         self.stop_prefetch()
@@ -231,9 +266,20 @@ class Skeleton:
                 child._buffers[name] = buffer.to(self.device, dtype)
 
     def _read(self, name: str, shape: torch.Size, keep_dtype: bool) -> torch.Tensor:
-        source = self._names.find(name)
-        if source is None and self._names.parts(name):
+        if self._names.parts(name):
             return self._read_joined(name, shape)
+        source = self._tensor_of(name)
+        tensor = self._prefetched.pop(source, None)
+        if tensor is None and isinstance(self.checkpoint, Dequantized):
+            tensor = self.checkpoint.load_on(source, self.device)
+        tensor = load_tensor(self.checkpoint, source) if tensor is None else tensor
+        _require_shape(source, tensor.shape, shape)
+        # The copy to a GPU is of the stored width and need not be waited for; the cast happens there.
+        return tensor.to(self.device, non_blocking=True).to(tensor.dtype if keep_dtype else self.dtype)
+
+    def _tensor_of(self, name: str) -> str:
+        """The tensor of a parameter. Raises NotQuantizable where there is none."""
+        source = self._names.find(name)
         if source is None:
             raise NotQuantizable(
                 _(
@@ -243,13 +289,7 @@ class Skeleton:
                 ),
                 _("Run `doctor check`: rules F05x compare the tensors with config.json."),
             )
-        tensor = self._prefetched.pop(source, None)
-        if tensor is None and isinstance(self.checkpoint, Dequantized):
-            tensor = self.checkpoint.load_on(source, self.device)
-        tensor = load_tensor(self.checkpoint, source) if tensor is None else tensor
-        _require_shape(source, tensor.shape, shape)
-        # The copy to a GPU is of the stored width and need not be waited for; the cast happens there.
-        return tensor.to(self.device, non_blocking=True).to(tensor.dtype if keep_dtype else self.dtype)
+        return source
 
     def _read_joined(self, name: str, shape: torch.Size) -> torch.Tensor:
         """A parameter that transformers joins from several tensors."""
@@ -328,7 +368,7 @@ class Skeleton:
         self.base(input_ids=ids.to(self.device), use_cache=False)
 
 
-def _require_shape(source: str, shape: torch.Size, wanted: torch.Size) -> None:
+def _require_shape(source: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if shape != wanted:
         raise NotQuantizable(
             _(

@@ -1,0 +1,48 @@
+"""Rehearses a run and lets transformers load what it would write; prints JSON. Runs as a process of its own.
+
+python -m doctor.evaluate.clients.rehearsal_child CHECKPOINT RECIPE FOLDER
+"""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import DoctorError
+from doctor.core.messages import as_data
+from doctor.core.recipe import Recipe
+from doctor.evaluate.clients import transformers_child
+from doctor.quant.rehearsal import rehearse
+
+
+def main() -> None:
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TORCHDYNAMO_DISABLE="1")
+    root, recipe, folder = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout carries the answer alone
+        answer = answer_of(root, recipe, folder)
+    print(json.dumps(answer))
+
+
+def answer_of(root: Path, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """{"refused", "advice"}, or {"proof"}: what transformers_child.ask says of the output."""
+
+    def linears(modules) -> dict[str, tuple[str, ...]]:
+        found = transformers_child.linears(root, list(modules)).get("linears", {})
+        return {name: tuple(sources) for name, sources in found.items()}
+
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.items()}
+    try:
+        rehearse(Checkpoint.open(root), Recipe(**fields), folder, linears)
+    except DoctorError as error:
+        return {
+            "refused": as_data(error.message) or error.message,
+            "advice": as_data(error.hint) or error.hint,
+        }
+    return {"proof": transformers_child.ask(folder, 0, None)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What a client's loading of a quantized checkpoint means for a plan: nothing, a warning, or an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from doctor.core.messages import Message, _, listed
+from doctor.core.recipe import Recipe
+from doctor.core.records import LoadProof
+from doctor.model.templates import fused_layouts_of
+
+_SHOWN = 3  # names in the message; the evidence has the counts
+
+
+class LoadProblem(NamedTuple):
+    """severity: "error", or "warning" where another client than the one that was asked is known to read it."""
+
+    severity: str
+    message: Message
+    evidence: dict[str, object]
+
+
+def load_problem(proof: LoadProof, recipe: Recipe, model_type: str) -> LoadProblem | None:
+    """What a client that does not load a checkpoint whole says; None where it does, or was not asked."""
+    if proof.reason:
+        return None
+    name = proof.architecture or "?"
+    if proof.refused:
+        other = recipe.runtime not in ("", "transformers")
+        message = _(
+            "{client} refuses to load it as {name}: {error}", client=proof.client, name=name, error=proof.refused
+        )
+        return LoadProblem("warning" if other else "error", message, {"error": proof.refused})
+    names = [*proof.missing, *proof.unexpected, *proof.mismatched]
+    if not names:
+        return None
+    evidence: dict[str, object] = {kind: len(getattr(proof, kind)) for kind in ("missing", "unexpected", "mismatched")}
+    readers = readers_of_experts(model_type, recipe.output_format, names)
+    if readers:
+        message = _(
+            "{client} has no linears for the experts of {model}, so it loads them as {name} with random values; "
+            "{readers} can read them",
+            client=proof.client,
+            model=model_type,
+            name=name,
+            readers=listed(readers),
+        )
+        return LoadProblem("warning", message, evidence)
+    message = _(
+        "{client} loads it as {name} with {missing:,} parameters missing, {unexpected:,} unexpected and "
+        "{mismatched:,} of another shape, first {first}",
+        client=proof.client,
+        name=name,
+        first=", ".join(names[:_SHOWN]),
+        missing=len(proof.missing),
+        unexpected=len(proof.unexpected),
+        mismatched=len(proof.mismatched),
+    )
+    return LoadProblem("error", message, evidence)
+
+
+def readers_of_experts(model_type: str, form: str, names: Iterable[str]) -> list[str]:
+    """Runtimes that read unfused experts of this family in this format, where all of the names are of such experts and
+    transformers is none of them; else [].
+    """
+    names = list(names)
+    for entry in fused_layouts_of(model_type):
+        readers = entry["read_by"].get(form, [])
+        linear = re.escape(entry["linear"]).replace(r"\{e\}", r"\d+").replace(r"\{role\}", "(gate|up|down)")
+        module = entry["linear"].partition(".{e}")[0]
+        stacked = (entry["gate_up"], entry["down"], f"{module}.gate_up_proj", f"{module}.down_proj")
+        fused = "|".join(map(re.escape, stacked))
+        inside = re.compile(rf"layers\.\d+\.(?:{linear}\.|(?:{fused})(?:_bias)?(?:$|\.))")
+        if readers and "transformers" not in readers and all(inside.search(name) for name in names):
+            return list(readers)
+    return []

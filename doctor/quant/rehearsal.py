@@ -1,0 +1,89 @@
+"""What a run would write, from headers alone: the run's own steps up to its first tensor, and files without data.
+
+The model is built on the meta device, every parameter finds its tensor, linears are chosen as a run chooses them, and
+the output's config.json and headers are written beside a hole of the right size. A client that loads such a directory
+on the meta device says in seconds what it would say after hours. What stops a run before it computes stops here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.dtypes import DTYPES
+from doctor.checkpoint.safetensors import header_bytes
+from doctor.core.errors import BadCheckpoint
+from doctor.core.messages import _
+from doctor.core.recipe import Recipe
+from doctor.formats.base import format_of
+from doctor.model.fused_experts import find_fused_experts, unfuse
+from doctor.model.spec import build_spec
+from doctor.quant import export
+from doctor.quant.client import Linears
+from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.selection import names_in_config, require_widths, select_linears
+
+_WIDE = ("F32", "F64")  # stored as bfloat16
+
+
+def rehearse(
+    checkpoint: Checkpoint, recipe: Recipe, folder: Path, linears: Callable[[Iterable[str]], Linears]
+) -> tuple[str, ...]:
+    """Write into `folder` what a run of this recipe would write, without data. Returns the names of linears that stay
+    in 16 bits.
+
+    linears: what the client answers about modules of the files (client.Client). Raises NotQuantizable or BadCheckpoint
+    where a run would, before its first layer.
+    """
+    config = checkpoint.value("config.json")
+    if config is None:
+        raise BadCheckpoint(
+            _("{root}: config.json is absent or broken; quantizing needs the model's shape.", root=str(checkpoint.root))
+        )
+    spec = build_spec(config, checkpoint.tensors)
+    found = find_fused_experts(spec, checkpoint.tensors, recipe)
+    fused = {name.removesuffix(".weight"): stacks for stacks in found for name in stacks.tensors}
+    view, spec = unfuse(checkpoint, spec, recipe)
+    require_widths(spec, recipe)
+    skeleton = Skeleton(view, spec)
+    skeleton.require_tensors()
+    if recipe.solver.calibrated:
+        skeleton.require_one_after_another()
+    form, headers, kept, packed = format_of(recipe), [], [], []
+    for i in range(len(skeleton.layers)):
+        chosen = select_linears(skeleton, view, fused, recipe, i)
+        for stays in (*chosen.kept, *chosen.fused):
+            kept += names_in_config(stays.record, fused, recipe)
+        replaced = set()
+        for linear, _module in chosen.modules.values():
+            replaced.add(linear.tensor)
+            packed.append(linear.name)
+            scheme = recipe.for_linear(linear.name).scheme
+            headers += [
+                (f"{linear.name}.{part.name}", part.dtype, part.shape, part.nbytes)
+                for part in form.parts(linear.in_features, linear.out_features, scheme)
+            ]
+        headers += _stored(view, (n for n in skeleton.tensors_of(i) if n not in replaced))
+    headers += _stored(view, skeleton.outer_tensors())
+    layers = range(len(skeleton.layers))
+    kept += [x.name for x in spec.linears if x.block not in layers]
+    modules = [name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")]
+    stated = export.quantization_config(recipe, dict.fromkeys(kept), packed, linears(modules))
+    export.write_configs(folder, checkpoint, recipe, stated)
+    raw = header_bytes(sorted(headers, key=lambda header: -DTYPES[header[1]].bits))
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(raw)
+        file.truncate(len(raw) + sum(h[3] for h in headers))
+    return tuple(kept)
+
+
+def _stored(checkpoint: Checkpoint, names: Iterable[str]) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """Headers of tensors that stay, in the dtype in which a run keeps them."""
+    found = []
+    for name in names:
+        info = checkpoint.tensors[name]
+        wide = info.dtype.name in _WIDE
+        nbytes = 2 * info.numel if wide else info.nbytes
+        found.append((name, "BF16" if wide else info.dtype.name, info.shape, nbytes))
+    return found

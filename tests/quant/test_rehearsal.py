@@ -1,0 +1,89 @@
+"""A rehearsal writes the headers and the config that the run writes, and stops where the run stops."""
+
+import pytest
+from healthy_models import save
+from tiny_classes import CLASSES, save_class
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import NotQuantizable
+from doctor.core.recipe import Recipe
+from doctor.core.records import LoadProof
+from doctor.evaluate.clients.load_proof import linears_of_class
+from doctor.evaluate.clients.rehearsal import rehearse as ask
+from doctor.plan.loading import load_problem
+from doctor.quant.client import Client
+from doctor.quant.quantize import quantize
+from doctor.quant.rehearsal import rehearse
+
+RECIPE = Recipe(method="rtn", group_size=32, format="compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    "name, recipe",
+    [
+        ("Qwen2-VL", RECIPE),
+        ("HY-V3", RECIPE),  # experts and modules under other names than the class's
+        ("gpt-oss", RECIPE),  # experts that stay fused
+        ("Granite-MoE", RECIPE),  # experts taken apart
+        ("Llama", Recipe(method="rtn", group_size=32, keep=("layers.1.",), bits_for=("down_proj=8",))),
+    ],
+)
+def test_names_shapes_and_config_are_those_of_the_run(name, recipe, tmp_path):
+    folder = save_class(CLASSES[name], tmp_path / "m")
+    linears = linears_of_class(folder, [n.removesuffix(".weight") for n in Checkpoint.open(folder).tensors])
+    client = Client(lambda folder, modules: linears, lambda folder: LoadProof("c"))
+    done = quantize(folder, tmp_path / "q", recipe, client=client)
+    (tmp_path / "r").mkdir()
+    rehearse(Checkpoint.open(folder), recipe, tmp_path / "r", lambda modules: linears)
+    ours, theirs = Checkpoint.open(tmp_path / "r"), Checkpoint.open(done.output)
+    assert ours.value("config.json") == theirs.value("config.json")
+    got, want = ({n: (i.dtype.name, i.shape) for n, i in c.tensors.items()} for c in (ours, theirs))
+    assert got == want and [n for n in got if n.endswith(("weight_packed", "qweight"))]
+    assert (tmp_path / "r" / "model.safetensors").stat().st_blocks * 512 < 1 << 20  # a hole, whatever the model's size
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("T5", "is an encoder and a decoder"),
+        ("Llama3.2-Vision", "does not run all of its 4 decoder layers one after another"),
+        ("Zamba", "has this parameter, the checkpoint has no tensor for it"),
+    ],
+)
+def test_what_stops_a_run_stops_its_rehearsal(name, words, tmp_path):
+    folder = save_class(CLASSES[name], tmp_path / "m")
+    with pytest.raises(NotQuantizable, match=words):
+        rehearse(Checkpoint.open(folder), Recipe(group_size=32), tmp_path, lambda modules: {})
+
+
+def test_a_lost_tensor_is_named_by_its_parameter(tmp_path):
+    checkpoint = Checkpoint.open(save("qwen3", tmp_path / "m"))
+    del checkpoint.tensors["model.layers.1.self_attn.q_norm.weight"]
+    with pytest.raises(NotQuantizable, match=r"layers\.1\.self_attn\.q_norm\.weight: Qwen3ForCausalLM has this param"):
+        rehearse(checkpoint, Recipe(group_size=32), tmp_path, lambda modules: {})
+
+
+def test_the_clients_answer_on_a_hole_is_its_answer_on_the_file(tmp_path):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("compressed_tensors")
+    answers = {name: ask(save_class(CLASSES[name], tmp_path / name), RECIPE) for name in ("Qwen2-VL", "Mamba", "T5")}
+    assert answers["Qwen2-VL"].proof.whole and answers["Qwen2-VL"].proof.packed == 28
+    assert "'Linear' object has no attribute 'weight'" in answers["Mamba"].proof.refused
+    assert "is an encoder and a decoder" in answers["T5"].refused and answers["T5"].advice
+
+
+def test_experts_that_only_another_engine_reads_are_a_warning_that_names_it():
+    experts = LoadProof(
+        "transformers 5",
+        "GraniteMoeForCausalLM",
+        missing=("model.layers.0.block_sparse_moe.experts.gate_up_proj",),
+        unexpected=("model.layers.0.block_sparse_moe.experts.0.up_proj.weight_packed",),
+    )
+    found = load_problem(experts, RECIPE, "granitemoe")
+    assert found.severity == "warning" and "vllm can read them" in found.message
+    lost = LoadProof("transformers 5", "X", missing=("model.layers.0.self_attn.q_proj.weight",))
+    assert load_problem(lost, RECIPE, "granitemoe").severity == "error"
+    refused = LoadProof("transformers 5", "X", refused="KeyError: x")
+    assert load_problem(refused, RECIPE, "mamba").severity == "error"
+    assert load_problem(refused, RECIPE.with_field("runtime", "vllm"), "mamba").severity == "warning"
+    assert load_problem(LoadProof("c", reason="absent"), RECIPE, "llama") is None
