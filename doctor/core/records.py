@@ -205,6 +205,12 @@ SOLVE: FactKey[SolveRecord] = provide(
 STACKED_EXPERTS: FactKey[tuple[tuple[str, str], ...]] = provide(
     "stacked_experts", "checkpoint", "run", "(tensor, why) of each fused 3-D expert tensor that a run kept in 16 bits."
 )
+OUTSIDE_LINEARS: FactKey[tuple[str, ...]] = provide(
+    "outside_linears",
+    "checkpoint",
+    "run",
+    "Names of linears that a run left in 16 bits as in no layer.",
+)
 SLOWER_PATHS: FactKey[tuple[str, ...]] = provide(
     "slower_paths", "checkpoint", "run", "Why a run took a slower path than it can, one sentence each; () for none."
 )

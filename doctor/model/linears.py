@@ -64,13 +64,26 @@ _EXTRA_LAYERS = re.compile(r"(?:^|\.)(?:mtp|mtp_layers|nextn)\.")
 def find_linears(
     infos: Iterable[TensorInfo], templates: tuple[Template, ...], experts: tuple[Template, ...]
 ) -> Iterator[Linear]:
-    """Linears among the tensors: those that the family's templates name, else those that look like one."""
+    """Linears among the tensors: those that the family's templates name, and those that look like one where no template
+    says what a tensor of the same layers is.
+    """
     if templates:
-        yield from _by_template(infos, [*(t for t in templates if t.role in QUANTIZABLE), *experts])
+        unknown: list[TensorInfo] = []
+        stems = set()
+        for linear in _by_template(infos, [t for t in (*templates, *experts) if "{i}" in t.tensor], unknown):
+            stems.add(_stem(linear.tensor))
+            yield linear
+        yield from (linear for linear in _by_shape(unknown) if _stem(linear.tensor) in stems)
     else:
         for linear in _by_shape(infos):
             found = _template_and_match(linear.tensor, experts)
             yield linear._replace(role=found[0].role or "other", expert=int(found[1]["e"])) if found else linear
+
+
+def _stem(name: str) -> str:
+    """What stands before the number of a layer."""
+    block = _BLOCK.search(name)
+    return name[: block.start()] if block else name
 
 
 def in_extra_layer(name: str) -> bool:
@@ -78,7 +91,10 @@ def in_extra_layer(name: str) -> bool:
     return _EXTRA_LAYERS.search(name) is not None
 
 
-def _by_template(infos: Iterable[TensorInfo], templates: Iterable[Template]) -> Iterator[Linear]:
+def _by_template(
+    infos: Iterable[TensorInfo], templates: Iterable[Template], unknown: list[TensorInfo]
+) -> Iterator[Linear]:
+    """Linears by templates with a role that can be quantized. unknown: gets matrices that no template names."""
     # By the name without its layer's number: a large mixture of experts has 50,000 tensors.
     known: dict[str, tuple[Template, str | None, int | None] | None] = {}
     templates = tuple(templates)
@@ -100,7 +116,9 @@ def _by_template(infos: Iterable[TensorInfo], templates: Iterable[Template]) -> 
                     int(expert) if expert is not None else None,
                 )
         entry = known[alike]
-        if entry is not None:
+        if entry is None:
+            unknown.append(info)
+        elif entry[0].role in QUANTIZABLE:
             template, number, expert_number = entry
             out, inn = info.shape[::-1] if template.transposed else info.shape
             layer = None if in_extra_layer(info.name) else int(number or (block["i"] if block else 0))

@@ -163,7 +163,12 @@ def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
         expert_templates=expert_templates,
     )
     spec.embed_tensor = _named(
-        tensors, entry.get("embed_tokens", "model.embed_tokens"), "embed_tokens", "wte", "word_embeddings"
+        tensors,
+        entry.get("embed_tokens", "model.embed_tokens"),
+        "embed_tokens",
+        "wte",
+        "word_embeddings",
+        "backbone.embeddings",
     )
     spec.head_tensor = _named(tensors, entry.get("lm_head", "lm_head"), "lm_head", "embed_out", "output_layer")
     spec.linears = tuple(find_linears(tensors.values(), templates, expert_templates))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -138,10 +139,10 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
 
 def _layers(checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, list]:
     """Headers of the tensors of each decoder layer, by its number."""
-    first = next((x for x in spec.linears if x.block is not None), None)
-    if first is None:
+    stems = Counter(x.tensor.partition(f".{x.block}.")[0] for x in spec.linears if x.block is not None)
+    if not stems:
         return {}
-    inside = re.compile(rf"{re.escape(first.tensor.partition(f'.{first.block}.')[0])}\.(\d+)\.")
+    inside = re.compile(rf"{re.escape(stems.most_common(1)[0][0])}\.(\d+)\.")
     found: dict[int, list] = {}
     for tensor in checkpoint.tensors.values():
         match = inside.match(tensor.name)

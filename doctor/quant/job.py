@@ -21,8 +21,8 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.finding import Finding
 from doctor.core.messages import _, plural
 from doctor.core.methods import METHODS, is_calibrated
-from doctor.core.recipe import Recipe
-from doctor.core.records import STACKED_EXPERTS
+from doctor.core.recipe import Recipe, is_kept
+from doctor.core.records import OUTSIDE_LINEARS, STACKED_EXPERTS
 from doctor.core.store import Store
 from doctor.fixing.consent import Consent
 from doctor.lint.rule import Rule
@@ -32,7 +32,7 @@ from doctor.quant.activations import open_activations
 from doctor.quant.distributed import Ranks
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.layer import LayerResult, quantize_layer, verdict_of
-from doctor.quant.records import Record, kept, put_facts, record
+from doctor.quant.records import Record, kept, record
 from doctor.quant.resume import finished_records, replay_layer
 from doctor.quant.selection import names_in_config, stays_unasked
 from doctor.quant.setup import Progress, Setup, set_up
@@ -147,13 +147,11 @@ def _quantize_layers(setup: Setup, recipe: Recipe) -> Result:
 
 def _write_outside(setup: Setup, done: Result) -> Result:
     """Everything that belongs to no decoder layer, unchanged; linears among it stay in 16 bits and are recorded."""
-    layers = range(len(setup.skeleton.layers))
-    records = list(done.records)
-    for linear in setup.spec.linears:
-        if linear.block not in layers:
-            staying = kept(done.recipe, _("not in a decoder layer that calibration runs through"))
-            put_facts(setup.store, linear.name, staying, None)
-            records.append(record(linear, staying, None, 0.0))
+    records, outside = list(done.records), setup.skeleton.outside
+    staying = kept(done.recipe, _("not in a decoder layer that calibration runs through"))
+    records += [record(linear, staying, None, 0.0) for linear in outside]
+    unasked = tuple(linear.name for linear in outside if not is_kept(done.recipe, linear.name))
+    setup.store.put(OUTSIDE_LINEARS, unasked)
     if not setup.output.has_part(_OUTSIDE):
         names = setup.skeleton.outer_tensors()
         setup.output.write_part(

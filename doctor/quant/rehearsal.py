@@ -66,8 +66,7 @@ def rehearse(
             ]
         headers += _stored(view, (n for n in skeleton.tensors_of(i) if n not in replaced))
     headers += _stored(view, skeleton.outer_tensors())
-    layers = range(len(skeleton.layers))
-    kept += [x.name for x in spec.linears if x.block not in layers]
+    kept += [linear.name for linear in skeleton.outside]
     modules = [name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")]
     stated = export.quantization_config(recipe, dict.fromkeys(kept), packed, linears(modules))
     export.write_configs(folder, checkpoint, recipe, stated)

@@ -61,11 +61,14 @@ LANGUAGE = ("text_config", "llm_config", "language_config", "thinker_config", "t
 
 
 class Row(NamedTuple):
-    """A class and what its config needs besides the sizes; `expect` is what is right for it, if not "works"."""
+    """A class and what its config needs besides the sizes. expect: what is right for it, if not "works". mtp: with a
+    layer of multi-token prediction under a prefix of its own, as Qwen publishes them; transformers passes over it.
+    """
 
     architecture: str
     config: Mapping[str, Any] = MappingProxyType({})
     expect: str = "works"
+    mtp: bool = False
 
 
 def mrope(*section: int, **more) -> dict:
@@ -134,6 +137,8 @@ CLASSES: dict[str, Row] = {
     "Qwen3-Next": Row("Qwen3NextForCausalLM"),
     "Qwen3.5-text": Row("Qwen3_5ForCausalLM"),
     "Qwen3.5-MoE-text": Row("Qwen3_5MoeForCausalLM"),
+    "Qwen3-Next+mtp": Row("Qwen3NextForCausalLM", mtp=True),
+    "Qwen3.5-text+mtp": Row("Qwen3_5ForCausalLM", mtp=True),
     "Jamba": Row("JambaForCausalLM", OWN["jamba"]),
     "LFM2": Row("Lfm2ForCausalLM", {"layer_types": ["conv", "conv", "full_attention", "conv"]}),
     "LFM2-MoE": Row(
@@ -249,6 +254,22 @@ def fitting(known: type, sizes: dict, own: Mapping) -> Any:
     return known(**(chosen | rest))
 
 
+def add_mtp(folder: Path) -> None:
+    """A layer `mtp.layers.0` with the names of the last decoder layer and other values, and what leads into it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    last = max(int(n.split(".")[2]) for n in tensors if n.startswith("model.layers."))
+    stem = f"model.layers.{last}."
+    extra = {f"mtp.layers.0.{n.removeprefix(stem)}": -t for n, t in tensors.items() if n.startswith(stem)}
+    width = tensors["model.embed_tokens.weight"].shape[1]
+    extra["mtp.fc.weight"] = torch.randn(width, 2 * width).to(torch.bfloat16) * 0.05
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        extra[f"mtp.{name}.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def save_class(row: Row, folder: Path, dtype: str = "bfloat16") -> Path:
     """A tiny random checkpoint of the row's class, with a tokenizer's files beside it."""
     import torch
@@ -268,6 +289,8 @@ def save_class(row: Row, folder: Path, dtype: str = "bfloat16") -> Path:
             elif name.endswith("bias"):
                 parameter.data.normal_(0, 0.02)
         model.save_pretrained(folder)
+    if row.mtp:
+        add_mtp(folder)
     for name, document in tiny("llama").json.items():
         if name.startswith("tokenizer"):
             (folder / name).write_text(json.dumps(document))

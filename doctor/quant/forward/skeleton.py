@@ -26,6 +26,7 @@ from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.quant.dequantize import Dequantized
 from doctor.quant.forward.expert_modules import FORMS, GptOssExperts, SortedGptOssExperts
+from doctor.quant.forward.head import load_head
 from doctor.quant.forward.layer_call import LayerCall, run_layer, shared
 from doctor.quant.forward.meta_model import build_model, find_decoder_layers
 from doctor.quant.forward.parameter_names import ParameterNames
@@ -63,10 +64,14 @@ class Skeleton:
             getattr(self.model.config, "model_type", ""),
             self.layers,
         )
-        self.linears: dict[int, dict[str, Linear]] = {}
+        layer_of = {name: i for i in range(len(self.layers)) for name in self.tensors_of(i)}
+        self.linears: dict[int, dict[str, Linear]] = {}  # of each layer, by name
+        self.outside: list[Linear] = []  # those of no layer of the model: multi-token prediction, a talker
         for linear in spec.linears:
-            if linear.block is not None:
-                self.linears.setdefault(linear.block, {})[linear.name] = linear
+            if linear.tensor in layer_of:
+                self.linears.setdefault(layer_of[linear.tensor], {})[linear.name] = linear
+            else:
+                self.outside.append(linear)
         for i in range(len(self.layers)):
             self._unfuse_experts(i)
         self._values = 0  # that a layer returns in a tuple; 0: hidden states alone
@@ -216,24 +221,8 @@ class Skeleton:
         for module in self.base.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.data = module.weight.data.to(self.dtype)
-        head = self.model.get_output_embeddings()
-        if head is None:
-            raise NotQuantizable(
-                _("{model} has no output head, so there are no logits to compare.", model=type(self.model).__name__)
-            )
-        source = self.spec.head_tensor if self.spec.head_tensor in self.checkpoint.tensors else self.spec.embed_tensor
-        if source is None:
-            raise NotQuantizable(
-                _("neither an output head nor an embedding is among the tensors, so there are no logits to compare.")
-            )
-        head.weight = nn.Parameter(
-            load_tensor(self.checkpoint, source, self.dtype).to(self.device), requires_grad=False
-        )
-        bias = source.removesuffix("weight") + "bias"
-        if getattr(head, "bias", None) is not None and bias in self.checkpoint.tensors:
-            head.bias = nn.Parameter(
-                load_tensor(self.checkpoint, bias, self.dtype).to(self.device), requires_grad=False
-            )
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        load_head(self.model, self.base, self.spec, self._names, self.checkpoint, like)
 
     def load_whole(self) -> None:
         """Everything: the model computes from ids to logits."""
