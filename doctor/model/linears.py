@@ -9,7 +9,8 @@ from doctor.model.templates import Template
 
 # Parts of a multimodal checkpoint whose linears no text calibration reaches.
 NOT_TEXT = re.compile(
-    r"(?:^|\.)(?:visual|vision\w*|vit|audio\w*|image\w*|multi_modal_projector|mm_projector|patch_embed)(?:\.|$)"
+    r"(?:^|\.)(?:visual|vision\w*|vit|audio\w*|image\w*|multi_modal_projector|mm_projector|patch_embed"
+    r"|talker|token2wav|code2wav)(?:\.|$)"
 )
 
 

@@ -134,7 +134,7 @@ def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     family = _family(model_type, str(config.get("model_type") or ""), architecture, block)
     entry = family_table(family)
     # The whole model's class obeys its own key; transformers 5 writes the text class's default inside as well.
-    stated = config.get("tie_word_embeddings", block.get("tie_word_embeddings"))
+    stated = _outermost(config, text_key, "tie_word_embeddings")
     tied = stated if isinstance(stated, bool) else entry.get("tie_word_embeddings", False)
     heads = _size(_lookup(block, family, "num_attention_heads"))
     hidden = _size(_lookup(block, family, "hidden_size"))
@@ -175,6 +175,16 @@ def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     spec.prefix = _prefix(spec.linears, templates)
     spec.biases = frozenset(n for n in tensors if n.endswith(".bias"))
     return spec
+
+
+def _outermost(config: Mapping[str, Any], text_key: str | None, key: str) -> Any:
+    """What the outermost object states that has this key: the whole config, an Omni model's thinker, the text part."""
+    found: Any = config
+    for name in (text_key or "").split("/"):
+        if not isinstance(found, Mapping) or key in found:
+            break
+        found = found.get(name)
+    return found.get(key) if isinstance(found, Mapping) else None
 
 
 def _size(value: object) -> int | None:

@@ -168,3 +168,46 @@ def test_sizes_that_differ_between_kinds_of_layers_are_those_of_the_layers_kind(
     spec = build_spec(config | {"layer_types": ["full_attention", "sliding_attention"]}, {})
     assert [spec.expected_shape(key.format(i)) for i in (0, 1)] == [(64, 64), (128, 64)]
     assert build_spec(config, {}).expected_shape(key.format(0)) is None, "config.json does not say which it is"
+
+
+def test_an_omni_models_text_is_its_thinkers(tmp_path):
+    """The talker has an embedding and linears of the same names; the thinker's own tie counts, not its text part's."""
+    text = {"model_type": "qwen2_5_omni_text", "num_hidden_layers": 2, "tie_word_embeddings": True}
+    thinker = {"model_type": "qwen2_5_omni_thinker", "tie_word_embeddings": False, "text_config": text}
+    config = {
+        "model_type": "qwen2_5_omni",
+        "thinker_config": thinker,
+        "talker_config": {"model_type": "qwen2_5_omni_talker", "num_hidden_layers": 1},
+    }
+    case = tiny("qwen2")
+    names = [f"{part}.{n}" for part in ("talker", "thinker") for n in case.infos()]
+    infos = {n: case.infos()[n.partition(".")[2]]._replace(name=n) for n in names}
+    spec = build_spec(config, infos)
+    assert spec.text_key == "thinker_config/text_config" and spec.n_layers == 2
+    assert spec.at("hidden_size") == "/thinker_config/text_config/hidden_size" and spec.section(config) == text
+    assert spec.tie_stated is False and spec.embed_tensor == "thinker.model.embed_tokens.weight"
+    assert spec.linears and all(x.name.startswith("thinker.") for x in spec.linears)
+
+
+def test_a_matrix_that_no_template_names_is_a_linear_by_its_shape():
+    """A family's table may lack a linear that a release of it has; norms, gates and narrow matrices are none."""
+    case = tiny("llama")
+    infos = dict(case.infos())
+    like = infos["model.layers.0.self_attn.q_proj.weight"]
+    for name in (
+        "model.layers.0.self_attn.g_proj.weight",
+        "model.layers.0.router.weight",
+        "extra.layers.0.proj.weight",
+    ):
+        infos[name] = like._replace(name=name)
+    known = {x.name for x in build_spec(case.config, case.infos()).linears}
+    assert {x.name for x in build_spec(case.config, infos).linears} - known == {"model.layers.0.self_attn.g_proj"}
+
+
+def test_experts_stored_one_by_one_need_no_table():
+    names = {
+        f"model.layers.1.mlp.experts.{e}.{r}_proj.weight": (e, r) for e in range(3) for r in ("gate", "up", "down")
+    }
+    like = tiny("llama").infos()["model.layers.0.self_attn.q_proj.weight"]
+    spec = build_spec({"model_type": "nobody_knows"}, {n: like._replace(name=n) for n in names})
+    assert {x.tensor: (x.expert, x.role) for x in spec.linears} == names and {x.block for x in spec.linears} == {1}
