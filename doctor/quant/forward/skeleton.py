@@ -110,7 +110,7 @@ class Skeleton:
 
     def _unfuse_experts(self, i: int) -> None:
         experts = [x for x in self.linears.get(i, {}).values() if x.expert is not None]
-        if not experts or all(x.tensor in self.by_tensor(i) for x in experts):
+        if not experts or {x.tensor for x in experts} <= self.by_tensor(i).keys():
             return
         for path, module in list(self.layers[i].named_modules()):
             form = next((form for form in FORMS if form.fits(module)), None)
@@ -324,7 +324,12 @@ class Skeleton:
         """Output [rows, length, hidden] of layer i. Its weights must be loaded. carry: keep what later layers take of
         it besides.
         """
-        return run_layer(self.layers[i], hidden, call, carry=carry)
+        try:
+            return run_layer(self.layers[i], hidden, call, carry=carry)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise self._refuse(i, error) from error
 
     def as_output(self, hidden: torch.Tensor) -> Any:
         """Hidden states in the form in which a layer returns them."""
