@@ -76,9 +76,8 @@ def check(
     configuration, not even the checkpoint's own. baseline: an earlier report; each finding is marked new or unchanged
     against it. keep_partial: Ctrl-C while weights are read ends the scan, and the report holds what was found so far
     and, in its summary, what was not read. Else KeyboardInterrupt is raised. merged_from: (base, LoRA adapter) that the
-    checkpoint was merged of; each matrix is compared with their sum, and every other tensor with the base.
-
-    Raises BadCheckpoint where nothing can be read.
+    checkpoint was merged of; each matrix is compared with their sum, and every other tensor with the base. Raises
+    BadCheckpoint where nothing can be read.
     """
     started = time.perf_counter()
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
@@ -102,11 +101,11 @@ def check(
         from doctor.scan.scan import scan
 
         scanned = scan(checkpoint, store, progress, keep_partial=keep_partial)
-    if rehearsing is not None and not (scanned and scanned.stopped.is_set()):
+    stopped = scanned is not None and scanned.stopped.is_set()
+    if rehearsing and not stopped:
         store.put(GIVEN_REHEARSAL, rehearsing.result())
     findings, runs = judge(store, rules, stage)
     extra: dict[str, Any] = {}
-    stopped = scanned is not None and scanned.stopped.is_set()
     if (figures or matrix) and not stopped:
         from doctor.report import figures as draw
 

@@ -20,7 +20,7 @@ def test_a_row_works_or_is_refused_before_work(tmp_path):
     assert run.returncode == 0 and "2 rows: 1 refusal, 1 works" in run.stdout, run.stdout + run.stderr
     llama, t5 = json.loads((tmp_path / "rows.json").read_text())
     assert llama["packed"] == 28 and llama["correlation"] > 0.9 and not llama["unnamed"]
-    assert t5["why"].startswith("G320")
+    assert t5["why"].startswith("G321")
 
 
 def test_every_row_names_a_class_of_transformers():
