@@ -184,14 +184,16 @@ CLASSES: dict[str, Row] = {
     "GLM-4.5V": Row(
         "Glm4vMoeForConditionalGeneration", SPECIAL | {"text_config": mrope(4, 2, 2, partial_rotary_factor=0.5)}
     ),
-    "GLM-4.6V": Row("Glm46VForConditionalGeneration"),
+    "GLM-4.6V": Row(
+        "Glm46VForConditionalGeneration", SPECIAL | {"text_config": mrope(4, 2, 2, partial_rotary_factor=0.5)}
+    ),
     "GLM-OCR": Row("GlmOcrForConditionalGeneration", SPECIAL | {"text_config": mrope(4, 6, 6)}),
     "PaddleOCR-VL": Row("PaddleOCRVLForConditionalGeneration", SPECIAL | {"text_config": mrope(4, 6, 6)}),
     "DeepSeek-OCR-2": Row(
         "DeepseekOcr2ForConditionalGeneration",
         {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}},
     ),
-    "HunYuan-VL": Row("HunYuanVLForConditionalGeneration"),
+    "HunYuan-VL": Row("HunYuanVLForConditionalGeneration", {"text_config": mrope(4, 4, 4, 4)}),
     "Ernie4.5-VL": Row(
         "Ernie4_5_VLMoeForConditionalGeneration", {"text_config": {"moe_intermediate_size": [64, 32]} | mrope(4, 4, 8)}
     ),
@@ -212,8 +214,14 @@ CLASSES: dict[str, Row] = {
     "LFM2-VL": Row("Lfm2VlForConditionalGeneration"),
     "MiniCPM-V-4.6": Row("MiniCPMV4_6ForConditionalGeneration"),
     "Aria": Row("AriaForConditionalGeneration"),
-    "Molmo2": Row("Molmo2ForConditionalGeneration", {"vit_config": {"image_size": [32, 32]}}),
-    "Granite4-Vision": Row("Granite4VisionForConditionalGeneration"),
+    "Molmo2": Row(
+        "Molmo2ForConditionalGeneration",
+        {"vision_config": {"image_size": [32, 32]}, "adapter_config": {"vision_feature_layer": [1, 0]}},
+    ),
+    "Granite4-Vision": Row(
+        "Granite4VisionForConditionalGeneration",
+        {"image_grid_pinpoints": [[32, 32]], "deepstack_layer_map": [], "downsample_rate": "1/2"},
+    ),
     "Phi-4-mm": Row("Phi4MultimodalForCausalLM"),
     "Voxtral": Row("VoxtralForConditionalGeneration"),
     "Qwen2-Audio": Row("Qwen2AudioForConditionalGeneration"),
