@@ -10,13 +10,12 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.core.facts import COSTS, asks
-from doctor.core.machine import GIVEN_MACHINE
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.records import MERGE_PROOF
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from doctor.fixing.assess import Progress
     from doctor.fixing.consent import Consent
     from doctor.fixing.result import FixResult
-    from doctor.model.spec import ModelSpec
     from doctor.quant.preflight import Forecast
     from doctor.quant.quantize import QuantizeResult
 
@@ -85,7 +83,9 @@ def check(
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
     store = header_facts(checkpoint, recipe)
     if capacity is not None:
-        _measure(checkpoint, store, recipe, capacity)
+        from doctor.quant.capacity import put_machine
+
+        put_machine(checkpoint, store, recipe, capacity)
     for subject, name, value in facts:
         store.put_value(name, value, subject)
     if merged_from is not None:
@@ -154,17 +154,6 @@ def _rehearsal(checkpoint: Checkpoint, store: Store, recipe: Recipe, rules: list
     return start(checkpoint, recipe)
 
 
-def _measure(checkpoint: Checkpoint, store: Store, recipe: Recipe, capacity: str | os.PathLike[str]) -> None:
-    """Add the fact of what this machine has and what quantizing into `capacity` needs, where config.json describes a
-    model.
-    """
-    if store.has(SPEC):
-        from doctor.quant.capacity import measure
-
-        spec = cast("ModelSpec", store.get(SPEC))
-        store.put(GIVEN_MACHINE, measure(checkpoint, spec, recipe, capacity))
-
-
 def _chosen(
     rules_dirs: Iterable[Path],
     config: Config | None,
@@ -223,9 +212,10 @@ def fix(
     copy and is kept as NAME.before-fix, which `undo` puts back. progress(phase, bytes): called from any thread with
     "fetch", "scan", "write" or "verify".
 
-    Where nothing needs a fix, output is a linked copy. In place, or where errors stay that no fix applies to, nothing
-    is written and receipt_path is None. Raises PlanRefused, MachineError, BadCheckpoint;
-    then there is no output.
+    Where tensors or config.json changed, transformers then loads the output on the meta device; what it does not load
+    whole is an error finding (O617). Where nothing needs a fix, output is a linked copy. In place, or where errors stay
+    that no fix applies to, nothing is written and receipt_path is None. Raises PlanRefused, MachineError,
+    BadCheckpoint; then there is no output.
     """
     from doctor.fixing.assess import no_progress
     from doctor.fixing.consent import Consent
@@ -326,6 +316,12 @@ def _fixed(
     result.report_after.summary["path"] = str(done.output)
     result.report_after.findings += unproved(plan, result.proofs)
     result.receipt_path, result.notes = done.receipt, done.notes
+    if os.environ.get("DOCTOR_LOAD_PROOF") != "0" and plan.changes_model and result.report_after.ok:
+        from doctor.evaluate.clients.load_proof import judge_loading
+
+        found, note = judge_loading(done.output, done.assessment.store, rules)
+        result.report_after.findings += locate(found, done.assessment.checkpoint)
+        result.notes = [*result.notes, note]
     return result
 
 

@@ -17,7 +17,7 @@ from doctor.core.facts import CHECKPOINT, COSTS
 from doctor.core.finding import Finding
 from doctor.core.messages import Message, _, plural
 from doctor.core.recipe import Recipe
-from doctor.edits.kinds import Edit, Keep, Rebase, SetRecipe, TakeFile, TensorEdit
+from doctor.edits.kinds import Edit, FileEdit, Keep, Rebase, SetRecipe, TakeFile, TensorEdit
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.fixing.assess import Assessment, Progress, Suppress, assess, no_progress
 from doctor.fixing.consent import Consent
@@ -72,6 +72,11 @@ class Plan:
     @property
     def needs_proof(self) -> bool:
         return any(step.pads for step in self.steps)
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether a reader may build or fill another model than before: other tensors, names, index or config.json."""
+        return any(not isinstance(e, FileEdit) or e.file == "config.json" for e in self.overlay.edits)
 
     def unpadded(self) -> EditedCheckpoint:
         """The overlay without the steps that change shapes: a proof compares with it, since other steps may change

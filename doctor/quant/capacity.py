@@ -4,14 +4,25 @@ loads no weights.
 
 import os
 from pathlib import Path
+from typing import cast
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import MachineError
-from doctor.core.machine import Machine
+from doctor.core.machine import GIVEN_MACHINE, Machine
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
+from doctor.core.store import Store
 from doctor.model.spec import ModelSpec
 from doctor.quant.budget import BATCH_TOKENS, free_memory, needs
+from doctor.scan.header import SPEC
+
+
+def put_machine(checkpoint: Checkpoint, store: Store, recipe: Recipe, output: str | os.PathLike) -> None:
+    """Add the fact of what this machine has and what quantizing into `output` needs, where config.json describes a
+    model.
+    """
+    if store.has(SPEC):
+        store.put(GIVEN_MACHINE, measure(checkpoint, cast("ModelSpec", store.get(SPEC)), recipe, output))
 
 
 def measure(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, output: str | os.PathLike) -> Machine:

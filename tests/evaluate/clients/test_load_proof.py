@@ -95,3 +95,22 @@ def test_verify_says_that_the_client_loads_it(tmp_path):
     report = verify(tmp_path / "m", tmp_path / "q", text=rows, context=32, rows=2, load_proof=True)
     jsonschema.validate(json.loads(render("json", [report])), SCHEMA)
     assert "loads every parameter as Qwen3ForCausalLM" in render("full", [report])
+
+
+def test_fix_lets_the_client_load_what_it_wrote(tmp_path, monkeypatch):
+    from doctor.api import fix
+
+    monkeypatch.setenv("DOCTOR_LOAD_PROOF", "1")
+    save("qwen3", tmp_path / "m")
+    rename(tmp_path / "m", lambda n: n.removeprefix("model."))
+    result = fix(tmp_path / "m", tmp_path / "out", Recipe(group_size=32))
+    assert [s.code for s in result.plan.steps if s.code == "F061"] and result.report.ok
+    assert any("loads it whole as Qwen3ForCausalLM" in str(note) for note in result.notes), result.notes
+
+    from doctor.core.records import LoadProof
+    from doctor.evaluate.clients import load_proof
+
+    wrong = LoadProof("transformers 5", "Qwen3ForCausalLM", missing=("model.norm.weight",))
+    monkeypatch.setattr(load_proof, "prove_loading", lambda folder: wrong)
+    result = fix(tmp_path / "m", tmp_path / "again", Recipe(group_size=32))
+    assert "O617" in {f.code for f in result.report.findings} and not result.report.ok
