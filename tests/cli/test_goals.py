@@ -143,3 +143,8 @@ def test_quantize_refuses_what_is_quantized_already(tmp_path):
 def test_goal_is_in_the_json_report(run, q4):
     document = json.loads(run("check", q4, "-f", "json").stdout)
     assert document["summary"]["goal"] == "serve" and document["summary"]["stored"] == "gptq 4-bit g32"
+
+
+def test_a_note_needs_nobody(run, tmp_path):
+    output = run("check", fp8().write(tmp_path), "--concise").output
+    assert "Found 1 note" in output and "needs you" not in output

@@ -62,7 +62,7 @@ def _fixes(found: list[Group]) -> list[str]:
         parts.append(f"[*] {counted('{n:,} safe fix', '{n:,} safe fixes', len(by['safe']))} with `doctor fix`")
     if by["unsafe"]:
         parts.append(f"[!] {len(by['unsafe'])} more with `--unsafe-fixes`")
-    yours = [*by["manual"], *by["by name"]]
+    yours = [group for group in (*by["manual"], *by["by name"]) if group.first.severity != "info"]
     if yours:
         codes = ", ".join(dict.fromkeys(g.code for g in yours))
         parts.append(f"{len(yours)} need{'s' if len(yours) == 1 else ''} you ({codes})")
