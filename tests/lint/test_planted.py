@@ -18,7 +18,17 @@ from doctor.api import check
 from doctor.core.recipe import Recipe
 from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
-from doctor.lint.testing import FAMILIES, NotHere, compared, measured, tiny, tiny_gptq, use_family, with_capacity
+from doctor.lint.testing import (
+    FAMILIES,
+    NotHere,
+    compared,
+    measured,
+    rehearsed,
+    tiny,
+    tiny_gptq,
+    use_family,
+    with_capacity,
+)
 
 load_rules()
 CODES = sorted(RULES)
@@ -97,6 +107,8 @@ def healthy(family, shards, measurements):
             made = [compared()]
         elif measurements == {"given_machine"}:
             made = [with_capacity()]
+        elif measurements == {"given_rehearsal"}:
+            made = [rehearsed()]
         elif measurements - {"given_published"}:
             made = [measured()]
         else:
@@ -178,7 +190,7 @@ def named(finding, differ, entry):
         return (
             place.file in files
             or (not files and (place.pointer or place.tensor) is not None)
-            or any(v.replace(",", "") in said.replace(",", "") for v in values)
+            or any(v.replace(",", "").rstrip(".") in said.replace(",", "") for v in values if v.strip("."))
         )
     return False
 
