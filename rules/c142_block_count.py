@@ -17,34 +17,15 @@ Fix safety: unsafe: the number in the files is right only if no file is missing.
 Sources: transformers src/transformers/modeling_utils.py; deepseek-ai/DeepSeek-V3 README_WEIGHTS.md.
 """
 
-from doctor.lint.rule import Fix, Place, SetJson, _, finding, plural, ranges, rule
+from doctor.lint.rule import LOST_DATA, Fix, Place, SetJson, _, finding, plural, ranges, rule
 from doctor.lint.testing import tiny
 
-FILES = (
-    "F001",
-    "F002",
-    "F003",
-    "F004",
-    "F005",
-    "F006",
-    "F007",
-    "F010",
-    "F011",
-    "F018",
-    "F019",
-    "F020",
-    "F061",
-    "F062",
-    "F063",
-    "C147",
-    "O620",
-)
 # Most layers that are searched one by one: no model has more, and a config that states 2**39 must not fill memory.
 MOST = 10_000
 AHEAD = ("eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens")
 
 
-@rule("C142", "error", implied_by=FILES)
+@rule("C142", "error", implied_by=(*LOST_DATA, "F061", "F062", "F063", "C147", "O620"))
 def block_count(checkpoint, placement, config):
     spec, blocks = placement.spec, placement.blocks
     if spec.n_layers is None or (spec.family is None and _stacks(spec) > 1):

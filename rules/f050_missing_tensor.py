@@ -24,35 +24,13 @@ transformers 5.23.
 import re
 from collections import Counter
 
-from doctor.lint.rule import Fix, Place, _, finding, rule
+from doctor.lint.rule import LOST_DATA, Fix, Place, _, finding, rule
 from doctor.lint.testing import tiny
 
 NUMBER = re.compile(r"\.\d+\.")
-FILES = (
-    "F001",
-    "F002",
-    "F003",
-    "F004",
-    "F005",
-    "F006",
-    "F007",
-    "F010",
-    "F011",
-    "F018",
-    "F019",
-    "F020",
-    "F057",
-    "F058",
-    "F061",
-    "F062",
-    "C142",
-    "C147",
-    "O620",
-    "O619",
-)
 
 
-@rule("F050", "error", implied_by=FILES)
+@rule("F050", "error", implied_by=(*LOST_DATA, "F057", "F058", "F061", "F062", "C142", "C147", "O620", "O619"))
 def missing_tensor(checkpoint, placement, tensors, base):
     for name, reason in sorted(placement.missing().items()):
         known = placement.spec.family is not None

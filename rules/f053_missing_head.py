@@ -19,32 +19,13 @@ may have been trained.
 Sources: QwenLM/Qwen issue 1101; tried with transformers 5.23.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, rule
+from doctor.lint.rule import LOST_DATA, MISSING, Fix, Place, SetJson, _, finding, rule
 from doctor.lint.testing import tiny
 
 HEAD = "lm_head.weight"
-FILES = (
-    "F001",
-    "F002",
-    "F003",
-    "F004",
-    "F005",
-    "F006",
-    "F007",
-    "F010",
-    "F011",
-    "F018",
-    "F019",
-    "F020",
-    "F057",
-    "F058",
-    "F061",
-    "C147",
-    "O620",
-)
 
 
-@rule("F053", "error", implied_by=FILES)
+@rule("F053", "error", implied_by=(*LOST_DATA, "F057", "F058", "F061", "C147", "O620"))
 def missing_head(checkpoint, placement, config, tensors, base):
     spec = placement.spec
     if (

@@ -86,6 +86,9 @@ from doctor.plan.sizes import axis_expression, fits, resized, size_key  # noqa: 
 from doctor.plan.tensor_parallel import on_one_gpu  # noqa: F401
 from doctor.scan.packed_words import PackedWordStats  # noqa: F401 - declares `packed_words` and `stored_bytes` too
 
+# Defects of files that lose tensors or make them unreadable: what is then said of the tensors follows from them.
+LOST_DATA = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010", "F011", "F018", "F019", "F020")
+
 # Codes are numbered by area; a report says for each area what was checked.
 AREAS = (
     ("F001", "Files"),
