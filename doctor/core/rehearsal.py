@@ -14,12 +14,14 @@ from doctor.core.records import LoadProof
 @dataclass(frozen=True)
 class Rehearsal:
     """refused: why a run would stop before its first layer, and advice for that. proof: what the client would do with
-    the output, None where nothing would be written. reason: why neither is known.
+    the output, None where nothing would be written. tokenizer: why transformers does not load the tokenizer. reason:
+    why none of it is known.
     """
 
     refused: str = ""
     advice: str = ""
     proof: LoadProof | None = None
+    tokenizer: str = ""
     reason: str = ""
 
 

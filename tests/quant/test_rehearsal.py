@@ -87,3 +87,24 @@ def test_experts_that_only_another_engine_reads_are_a_warning_that_names_it():
     assert load_problem(refused, RECIPE, "mamba").severity == "error"
     assert load_problem(refused, RECIPE.with_field("runtime", "vllm"), "mamba").severity == "warning"
     assert load_problem(LoadProof("c", reason="absent"), RECIPE, "llama") is None
+
+
+def test_a_tokenizer_that_the_library_does_not_load_is_said_in_its_words(tmp_path):
+    from doctor.api import check
+    from doctor.core.errors import BadCheckpoint
+    from doctor.core.rehearsal import GIVEN_REHEARSAL
+    from doctor.evaluate.clients.rehearsal import rehearse as whole
+    from doctor.lint.testing import tiny
+    from doctor.quant.calibration.tokenizer import load_tokenizer
+
+    good = tiny().write(tmp_path / "good")
+    assert whole(good, RECIPE).tokenizer == ""
+    case = tiny()
+    case.json["tokenizer.json"]["pre_tokenizer"] = {"type": "NoSuchPreTokenizer"}
+    path = case.write(tmp_path / "m")
+    found = whole(path, RECIPE)
+    assert "untagged enum PreTokenizer" in found.tokenizer
+    with pytest.raises(BadCheckpoint, match="the tokenizer cannot be loaded for rows: data did not match"):
+        load_tokenizer(Checkpoint.open(path), "rows")
+    report = check(path, RECIPE, stage="header", facts=[("checkpoint:", GIVEN_REHEARSAL.name, found)])
+    assert "C119" in {f.code for f in report.findings}

@@ -28,8 +28,10 @@ def rehearse(folder: Path, recipe: Recipe, *, seconds: float = SECONDS) -> Rehea
     if isinstance(answer, str):
         return Rehearsal(reason=answer)
     if "refused" in answer:
-        return Rehearsal(from_data(answer["refused"]), from_data(answer["advice"]))
-    return Rehearsal(proof=as_record(answer["proof"], (), 0))
+        return Rehearsal(
+            from_data(answer["refused"]), from_data(answer["advice"]), tokenizer=answer.get("tokenizer", "")
+        )
+    return Rehearsal(proof=as_record(answer["proof"], (), 0), tokenizer=answer.get("tokenizer", ""))
 
 
 def start(checkpoint: Checkpoint, recipe: Recipe) -> Future[Rehearsal] | None:

@@ -38,13 +38,13 @@ def load_tokenizer(checkpoint: Checkpoint, wanted_by: str):
     with _tokenizer_directory(checkpoint) as folder:
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        except Exception as error:  # tokenizers raises a plain Exception for a file that it cannot read
             raise BadCheckpoint(
                 _(
                     "{root}: the tokenizer cannot be loaded for {text}: {why}.",
                     root=str(checkpoint.root),
                     text=wanted_by,
-                    why=str(error).splitlines()[0][:200],
+                    why=(str(error).splitlines() or [type(error).__name__])[0][:200],
                 ),
                 _(
                     "Add the tokenizer's files, or calibrate on a .jsonl of {example} lines.",
