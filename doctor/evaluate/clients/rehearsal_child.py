@@ -15,6 +15,7 @@ from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.messages import as_data
 from doctor.core.recipe import Recipe
 from doctor.evaluate.clients import transformers_child
+from doctor.quant import import_stubs
 from doctor.quant.calibration.tokenizer import load_tokenizer
 from doctor.quant.rehearsal import rehearse
 
@@ -23,6 +24,7 @@ OTHER_LIBRARIES = ("sentencepiece", "tiktoken", "mistral_common", "mistral-commo
 
 def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TORCHDYNAMO_DISABLE="1")
+    import_stubs.install()
     root, recipe, folder = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout carries the answer alone
         answer = answer_of(root, recipe, folder)
