@@ -18,7 +18,7 @@ from doctor.lint.testing import tiny, tiny_gptq
 def run(capsys, monkeypatch):
     """Run `doctor ARGS`: exit_code, output, stderr."""
     for name in list(os.environ):
-        if name.startswith("DOCTOR_"):
+        if name.startswith("DOCTOR_") and name != "DOCTOR_LOAD_PROOF":
             monkeypatch.delenv(name)
 
     def call(*args):
