@@ -88,16 +88,17 @@ def check(
         put_machine(checkpoint, store, recipe, capacity)
     for subject, name, value in facts:
         store.put_value(name, value, subject)
-    if merged_from is not None:
+    reads_values = COSTS.index(stage) >= COSTS.index("values")
+    if merged_from is not None and reads_values:
         from doctor.scan.merge import prove_merge
 
         base, adapter = map(Checkpoint.open, merged_from)
         store.put(MERGE_PROOF, prove_merge(checkpoint, base, adapter))
     scanned = None
-    rehearsing = _rehearsal(checkpoint, store, recipe, rules) if stage != "header" else None
+    rehearsing = _rehearsal(checkpoint, store, recipe, rules) if reads_values else None
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)
-    elif COSTS.index(stage) >= COSTS.index("values") and any(asks("values", r.facts) for r in rules):
+    elif reads_values and any(asks("values", r.facts) for r in rules):
         from doctor.scan.scan import scan
 
         scanned = scan(checkpoint, store, progress, keep_partial=keep_partial)
@@ -317,9 +318,10 @@ def _fixed(
     result.report_after.findings += unproved(plan, result.proofs)
     result.receipt_path, result.notes = done.receipt, done.notes
     if os.environ.get("DOCTOR_LOAD_PROOF") != "0" and plan.changes_model and result.report_after.ok:
-        from doctor.evaluate.clients.load_proof import judge_loading
+        from doctor.evaluate.clients.load_proof import prove_loading
+        from doctor.quant.client import judged_proof
 
-        found, note = judge_loading(done.output, done.assessment.store, rules)
+        found, note = judged_proof(prove_loading(done.output), done.assessment.store, rules)
         result.report_after.findings += locate(found, done.assessment.checkpoint)
         result.notes = [*result.notes, note]
     return result

@@ -22,9 +22,9 @@ from doctor.cli.output import exit_for, notice
 from doctor.cli.progress import byte_bars
 from doctor.cli.recipe import asked_recipe, stored_or_asked
 from doctor.core.messages import _
+from doctor.core.tables import table
 
-# A name of readers -> (the runtime that stands for them, the rules about what they do not read).
-OLD_READERS = {"transformers4": ("transformers==4.55.0", ("C160", "C161", "C162", "C168"))}
+OLD_READERS = ("transformers4",)  # entries of generations in rules/tables/readers.toml
 
 
 @click.command(
@@ -88,9 +88,9 @@ def command(
     if in_place == (output is not None):
         raise click.UsageError("Give -o DIR, or --in-place, and not both.")
     if for_readers:
-        runtime, codes = OLD_READERS[for_readers]
-        flags |= {"method": "none", "runtime": runtime}
-        only, unsafe_fixes = (*only, *codes), ",".join(filter(None, (unsafe_fixes, *codes)))
+        reader = table("readers")["generations"][for_readers]
+        flags |= {"method": "none", "runtime": reader["runtime"]}
+        only, unsafe_fixes = (*only, *reader["rules"]), ",".join(filter(None, (unsafe_fixes, *reader["rules"])))
     recipe = asked_recipe(flags, ctx.obj)
     for note in api.recover(path):
         notice(note)

@@ -53,7 +53,8 @@ _STAMP = re.compile(
 class Match:
     """A rule whose quotation the text resembles. score: 1 for a quotation found whole, else the share of its words.
 
-    at: the line's number among those that were searched.
+    at: the line's number among those that were searched. read: found by what its names and numbers mean, not by a
+    quotation.
     """
 
     rule: Rule
@@ -61,6 +62,7 @@ class Match:
     score: float
     line: str
     at: int = 0
+    read: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def search(text: str, rules: Iterable[Rule]) -> list[Match]:
         return found
     by_code = {r.code: r for r in rules}
     meant = [
-        Match(by_code[code], Seen("", reading.line), 1.0, reading.line, reading.at)
+        Match(by_code[code], Seen("", reading.line), 1.0, reading.line, reading.at, read=True)
         for code in reading.rules
         if code in by_code
     ]

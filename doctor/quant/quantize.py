@@ -18,21 +18,20 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
-from doctor.core.finding import Finding
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
-from doctor.core.records import LOAD_PROOF, CalibrationFacts
-from doctor.fixing.assess import Assessment, assess
+from doctor.core.records import CalibrationFacts
+from doctor.fixing.assess import assess
 from doctor.fixing.output_summary import files, receipt_summary
 from doctor.fixing.outputs import check_output
 from doctor.fixing.proof import Proof
-from doctor.lint.engine import Report, judge, load_rules, locate, select_rules
+from doctor.lint.engine import Report, load_rules, locate, select_rules
 from doctor.model.spec import build_spec
 from doctor.quant import budget, export
 from doctor.quant import preflight as flight
 from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled
 from doctor.quant.calibration.self_generated import forecast
-from doctor.quant.client import Client
+from doctor.quant.client import Client, judged_proof
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.distributed import Ranks, size, start, stop
 from doctor.quant.job import Result, run
@@ -318,22 +317,11 @@ def _finish(
         staged.discard()
         return QuantizeResult(report, None, facts, notes)
     if asked.client:
-        loaded, why = _load_proof(asked, asked.client, after)
+        proof = asked.client.prove(after.checkpoint.root)
+        loaded, note = judged_proof(proof, after.store, asked.rules)
         report = report_of(asked, checked, facts, done, [*new, *loaded], shown)
-        notes += [why] if why else []
+        if proof.reason:
+            notes.append(note)
+        else:
+            asked.progress(note)
     return QuantizeResult(report, staged.commit(asked.overwrite), facts, notes)
-
-
-def _load_proof(asked: Asked, client: Client, after: Assessment) -> tuple[list[Finding], str]:
-    """(what the rules say of the client's loading of the output, why nothing was proved or "")."""
-    proof = client.prove(after.checkpoint.root)
-    after.store.put(LOAD_PROOF, proof)
-    findings, _runs = judge(after.store, [rule for rule in asked.rules if LOAD_PROOF.name in rule.facts])
-    if proof.reason:
-        return findings, _("not proved to load: {reason}", reason=proof.reason)
-    asked.progress(
-        _("load proof: {client} loads it whole as {name}", client=proof.client, name=proof.architecture)
-        if proof.whole
-        else _("load proof: {client} does not load it whole as {name}", client=proof.client, name=proof.architecture)
-    )
-    return findings, ""

@@ -91,7 +91,7 @@ def show_matches(text: str, matches: list[explain.Match], near: list[Rule], out:
             Text("  "), Text(say("If doctor check finds nothing either, please report the message: a rule is missing."))
         )
         return
-    reading = readings.read(text, current()) if not matches[0].seen.tool else None
+    reading = readings.read(text, current()) if matches[0].read else None
     if reading is None:
         _show_quotation(screen, matches)
     else:
@@ -161,7 +161,7 @@ def _commands(matches: list[explain.Match]) -> Sequence[tuple[str, str]]:
     """
     own = explain.decider(matches[0].rule)
     cheap = [m.rule for m in matches[:8] if explain.decider(m.rule).startswith("doctor check")]
-    if not own.startswith("doctor check") and not matches[0].seen.tool:  # what is read is worth more than resemblance
+    if not own.startswith("doctor check") and matches[0].read:  # what is read is worth more than resemblance
         cheap = []
     if not cheap:
         return [(_("start with"), own)]

@@ -23,11 +23,8 @@ PLAN = ["--group-size", "32"]
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(capsys, plain_environment):
     """Run `doctor ARGS`: (exit code, stdout, stderr)."""
-    for name in list(os.environ):
-        if name.startswith("DOCTOR_") and name != "DOCTOR_LOAD_PROOF":
-            monkeypatch.delenv(name)
 
     def call(*args):
         with pytest.raises(SystemExit) as end:

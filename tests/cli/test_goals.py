@@ -1,7 +1,6 @@
 """What files are judged for: a plan to quantize, serving them as they are, or nothing but themselves."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +14,8 @@ from doctor.lint.testing import tiny, tiny_gptq
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(capsys, plain_environment):
     """Run `doctor ARGS`: exit_code, output, stderr."""
-    for name in list(os.environ):
-        if name.startswith("DOCTOR_") and name != "DOCTOR_LOAD_PROOF":
-            monkeypatch.delenv(name)
 
     def call(*args):
         with pytest.raises(SystemExit) as end:

@@ -108,3 +108,16 @@ def test_a_tokenizer_that_the_library_does_not_load_is_said_in_its_words(tmp_pat
         load_tokenizer(Checkpoint.open(path), "rows")
     report = check(path, RECIPE, stage="header", facts=[("checkpoint:", GIVEN_REHEARSAL.name, found)])
     assert "C119" in {f.code for f in report.findings}
+
+
+@pytest.mark.parametrize("stage, asked", [("listing", 0), ("header", 0), ("values", 1)])
+def test_a_check_that_reads_no_weights_rehearses_nothing(stage, asked, tmp_path, monkeypatch):
+    from doctor.api import check
+    from doctor.evaluate.clients import rehearsal
+    from doctor.lint.testing import tiny
+
+    calls = []
+    monkeypatch.setenv("DOCTOR_LOAD_PROOF", "1")
+    monkeypatch.setattr(rehearsal, "start", lambda *given: calls.append(given))
+    check(tiny().write(tmp_path / "m"), RECIPE, stage=stage)
+    assert len(calls) == asked

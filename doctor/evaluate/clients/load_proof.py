@@ -15,12 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.finding import Finding
-from doctor.core.messages import Message, _
-from doctor.core.records import LOAD_PROOF, LoadProof
-from doctor.core.store import Store
-from doctor.lint.engine import judge
-from doctor.lint.rule import Rule
+from doctor.core.messages import _
+from doctor.core.records import LoadProof
 from doctor.quant.client import Linears
 
 SECONDS = 600  # enough for the headers of a model of a terabyte on a busy machine; a client that hangs must end
@@ -48,22 +44,6 @@ def linears_of_class(folder: Path, modules: Iterable[str], *, seconds: float = S
         answer = _ask(folder, place, ["--linears", str(names)], seconds)
     found = {} if isinstance(answer, str) else answer.get("linears", {})
     return {name: tuple(sources) for name, sources in found.items()}
-
-
-def judge_loading(folder: Path, store: Store, rules: Iterable[Rule]) -> tuple[list[Finding], Message]:
-    """(what the rules say of transformers' loading of a finished directory, a note of what was proved)."""
-    proof = prove_loading(folder)
-    store.put(LOAD_PROOF, proof)
-    findings, _runs = judge(store, [rule for rule in rules if LOAD_PROOF.name in rule.facts])
-    if proof.reason:
-        return findings, _("not proved to load: {reason}", reason=proof.reason)
-    if proof.whole:
-        return findings, _(
-            "load proof: {client} loads it whole as {name}", client=proof.client, name=proof.architecture
-        )
-    return findings, _(
-        "load proof: {client} does not load it whole as {name}", client=proof.client, name=proof.architecture
-    )
 
 
 def _ask(folder: Path, place: str, options: list[str], seconds: float) -> dict | str:
