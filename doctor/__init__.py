@@ -3,6 +3,18 @@
 Importing this package imports no torch: the names below are loaded when they are first used.
 """
 
+import sys
+
+# `python -m doctor` puts the working directory first in the search path, which may hold a download with a torch.py or a
+# json.py. Python names the program "-m" while it looks for a module to run; -P would have left the directory out.
+if (
+    sys.argv[:1] == ["-m"]
+    and "doctor" in sys.orig_argv[1:]
+    and not sys.flags.safe_path
+    and not __file__.startswith(sys.path[0].rstrip("/") + "/doctor/")
+):
+    del sys.path[0]
+
 from importlib import import_module
 
 from doctor.core.version import __version__  # noqa: F401 - doctor.__version__ is the public name

@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 os.environ["LC_ALL"] = "C.UTF-8"  # tests compare English screens on every machine, a Chinese one too
 os.environ.setdefault("DOCTOR_LOAD_PROOF", "0")  # seconds a run; tests/evaluate/clients asks for it
+os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # no configuration of whoever runs the tests
 for name in ("COLUMNS", "LINES"):  # and of one width: several processes at once are told the terminal's
     os.environ.pop(name, None)
 

@@ -38,6 +38,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
         quantize="Check, calibrate, quantize and check the result.",
         render="Render a saved report in another format.",
         rules="List the rules.",
+        trust="Allow a configuration file that a project or a checkpoint brings.",
         undo="Put back what `doctor fix --in-place` replaced.",
         verify="Compare a quantized model with its original.",
     ),

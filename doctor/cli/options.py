@@ -62,8 +62,16 @@ def _read_configuration(ctx: click.Context, _param: click.Parameter, value: str 
             _("{file}: holds no [tool.doctor].", file=value),
             _("Give a doctor.toml, or a pyproject.toml with that table."),
         )
+    _say_ignored(ctx.obj.ignored)
     runtime = "==".join(filter(None, map(ctx.obj.recipe_values.get, ("runtime", "runtime_version"))))
     ctx.default_map = {**ctx.obj.recipe_values, **given(runtime=runtime or None, fail_on=ctx.obj.fail_on)}
+
+
+def _say_ignored(ignored: tuple[Message, ...]) -> None:
+    """One line for all that was found and not believed."""
+    if ignored:
+        note = _("Not followed: {files}. `doctor trust FILE` or --config FILE allows it.", files=listed(ignored))
+        click.echo(catalogue.translated(note), err=True)
 
 
 def complete_rules(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
@@ -136,7 +144,7 @@ plan_options = together(
         expose_value=False,
         callback=_read_configuration,
         metavar="FILE",
-        help=_("This configuration; none for no file at all.  [default: the nearest doctor.toml or pyproject.toml]"),
+        help=_("This configuration; none for no file at all.  [default: the nearest of your project, or your own]"),
     ),
 )
 rule_options = together(

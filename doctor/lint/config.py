@@ -1,27 +1,27 @@
 """Configuration: which file sets what, and which rules that selects.
 
 Layers, the later one wins: built-in defaults; the nearest doctor.toml, or pyproject.toml with [tool.doctor], upward
-from the working directory; DOCTOR_* variables; flags. A doctor.toml inside a checkpoint is no layer: it came with the
-files, so it may only suppress, and what it suppresses is counted on the last line. For the same reason a directory that
-looks like a checkpoint is skipped on the way up: `cd download && doctor check .` must not load rules out of the
-download.
+from the working directory that trust.py believes, else the doctor.toml of the user's own configuration directory;
+DOCTOR_* variables; flags. A doctor.toml inside a checkpoint is no layer: it came with the files. It may only suppress,
+and only after `doctor trust`. What is found and not believed is said, and changes nothing.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
-from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
+from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.finding import SEVERITIES, Finding
-from doctor.core.messages import _
+from doctor.core.messages import Message, _, listed, plural
 from doctor.core.recipe import Recipe, parse_runtime
 from doctor.lint.engine import RuleRun, match_rules
 from doctor.lint.rule import Rule
-from doctor.lint.suppress import FILE, UNTRUSTED, Suppressed, Suppression, own_finding, place_pattern, suppress
+from doctor.lint.suppress import UNTRUSTED, Suppressed, Suppression, own_finding, place_pattern, suppress
 from doctor.lint.toml_text import (
     BOOLEAN,
     DATE,
@@ -36,8 +36,8 @@ from doctor.lint.toml_text import (
     kind_of,
     shown_path,
 )
+from doctor.lint.trust import FILE, MAX_BYTES, doubt, holds_checkpoint, is_allowed, read_regular, user_folder
 
-MAX_BYTES = 1 << 20
 _TYPES = {
     "select": STRINGS,
     "extend-select": STRINGS,
@@ -91,10 +91,18 @@ class Config:
     suppress: tuple[Suppression, ...] = ()
     lines: Mapping[str, int] = field(default_factory=dict)
     reads_checkpoint: bool = True  # whether a checkpoint's own doctor.toml is read
+    ignored: tuple[Message, ...] = ()  # what was found and not believed, a sentence each
 
     def recipe(self) -> Recipe:
         """The default recipe with this file's values."""
         return Recipe(**self.recipe_values)
+
+    def contents(self) -> Message | str:
+        """What the file sets, for a screen: its keys, and how many findings it may hide."""
+        keys: list[str] = list(self.lines)
+        if self.suppress:
+            keys.append(plural("{n} suppression", "{n} suppressions", len(self.suppress)))
+        return listed(keys) if keys else _("nothing")
 
     def origin(self, key: str) -> str:
         """`pyproject.toml:12` for a key that the file sets, "" for another."""
@@ -109,21 +117,42 @@ class Config:
 
 
 def load(start: Path | None = None) -> Config:
-    """The nearest configuration upward from a directory. Raises DoctorError with file and line."""
+    """The nearest believed configuration upward from a directory, else that of the user's own configuration directory.
+
+    Config.ignored says what was found and not believed. Raises DoctorError with file and line.
+    """
     folder = Path(start or Path.cwd()).resolve()
+    ignored: list[Message] = []
+    for path in _candidates(folder):
+        doubtful = doubt(path)
+        if doubtful is not None:
+            ignored.append(_("{file}: {doubt}", file=shown_path(path), doubt=doubtful))
+        elif not holds_checkpoint(path.parent) and (found := read(path)) is not None:
+            if found.rules_dirs and not is_allowed(path):
+                ignored.append(_("the Python rule files that {file} names", file=shown_path(path)))
+                found = replace(found, rules_dirs=())
+            return replace(found, ignored=tuple(ignored))
+    own = user_folder() / FILE
+    found = (read(own) if own.is_file() else None) or Config()
+    return replace(found, ignored=tuple(ignored))
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    """Configuration files upward from a directory."""
     for place in (folder, *folder.parents):
-        if _holds_checkpoint(place):
-            continue
         for name in (FILE, "pyproject.toml"):
-            if (place / name).is_file():
-                found = read(place / name)
-                if found is not None:
-                    return found
-    return Config()
+            path = place / name
+            if path.is_file() and (name == FILE or _speaks_of_doctor(path)):
+                yield path
 
 
-def _holds_checkpoint(folder: Path) -> bool:
-    return (folder / "config.json").exists() or (folder / INDEX_NAME).exists() or any(folder.glob("*.safetensors"))
+def _speaks_of_doctor(path: Path) -> bool:
+    """Whether a pyproject.toml has [tool.doctor], or cannot be read to tell."""
+    try:
+        raw = read_regular(path)
+        return b"doctor" in raw and "doctor" in tomllib.loads(raw.decode("utf-8")).get("tool", {})
+    except (OSError, DoctorError, ValueError, RecursionError, AttributeError, TypeError):
+        return True
 
 
 def read(path: Path) -> Config | None:
@@ -131,7 +160,7 @@ def read(path: Path) -> Config | None:
     line.
     """
     try:
-        raw = Path(path).read_bytes()
+        raw = read_regular(Path(path))
     except OSError as error:
         raise DoctorError(
             _("{path}: {error}.", path=path, error=error.strerror),
@@ -147,36 +176,27 @@ def read(path: Path) -> Config | None:
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> tuple[list[Suppression], list[Finding]]:
-    """Suppressions of the checkpoint's own doctor.toml, and a finding if it is broken or sets more than it may."""
+    """Suppressions of the checkpoint's own doctor.toml where the user trusts it, and a finding where it was not
+    followed.
+    """
     if FILE not in checkpoint.entries:
         return [], []
+    path = checkpoint.root / FILE
+    if checkpoint.unread or not is_allowed(path):
+        return [], [_not_followed(_("it came with the files; `doctor trust {file}` allows it to suppress", file=path))]
     try:
         text = TomlText(Path(FILE), checkpoint.read_file(FILE, MAX_BYTES), "", local_name=True)
         more = sorted(k for k in text.table if k != "suppress")
-        problems = (
-            [
-                own_finding(
-                    UNTRUSTED,
-                    _(
-                        "{file} of the checkpoint sets {keys}, which was not followed: it may only suppress",
-                        file=FILE,
-                        keys=", ".join(more),
-                    ),
-                    Suppression("", "", file=FILE, line=text.line(more[0])),
-                )
-            ]
-            if more
-            else []
-        )
-        return _suppressions(text, from_checkpoint=True), problems
+        found = _suppressions(text, from_checkpoint=True)
     except (DoctorError, BadCheckpoint) as error:
-        return [], [
-            own_finding(
-                UNTRUSTED,
-                _("the checkpoint's {file} was not followed: {error}", file=FILE, error=error.message),
-                Suppression("", "", file=FILE),
-            )
-        ]
+        return [], [_not_followed(error.message)]
+    problem = _("it sets {keys}; it may only suppress", keys=", ".join(more))
+    return found, [_not_followed(problem, text.line(more[0]))] if more else []
+
+
+def _not_followed(why: str, line: int = 1) -> Finding:
+    message = _("the checkpoint's {file} was not followed: {error}", file=FILE, error=why)
+    return own_finding(UNTRUSTED, message, Suppression("", "", file=FILE, line=line))
 
 
 def _config(text: TomlText, path: Path) -> Config:

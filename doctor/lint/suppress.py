@@ -18,8 +18,8 @@ from doctor.core.messages import _, plural
 from doctor.lint.engine import Report, RuleRun
 from doctor.lint.rule import RULES, Rule, headline
 from doctor.lint.toml_text import shown_path
+from doctor.lint.trust import FILE
 
-FILE = "doctor.toml"
 MAX_STARS = 8  # of one pattern; a checkpoint's own patterns are not trusted with the time they take
 MAX_RANGE = 1000  # numbers of one {a-b}
 
@@ -53,18 +53,18 @@ Sources: doctor/lint/suppress.py.
 
 
 UNTRUSTED = own_rule(
-    """S002 configuration-in-checkpoint: the checkpoint's own doctor.toml sets more than it may, or cannot be read.
+    """S002 configuration-in-checkpoint: the checkpoint's own doctor.toml was not followed.
 
-Why: it came with the files, from whoever made them. It may suppress findings, which is counted; it may not select,
-ignore or load rules, or change the recipe.
+Why: it came with the files, from whoever made them, who would judge their own work with it. After `doctor trust` it may
+suppress findings, which is counted; it may never select, ignore or load rules, or change the recipe.
 
-Do: move what you want into your own doctor.toml or pyproject.toml.
+Do: read it, and move what you want into your own doctor.toml or pyproject.toml; or allow it with `doctor trust FILE`.
 
-False alarms: none.
+False alarms: a doctor.toml that you wrote yourself. `doctor trust FILE` allows it until it changes.
 
 Fix safety: no fix.
 
-Sources: doctor/lint/suppress.py.
+Sources: doctor/lint/trust.py.
 """,
     "warning",
 )

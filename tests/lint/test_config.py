@@ -1,6 +1,7 @@
 import hashlib
 import json
 import random
+import re
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -12,7 +13,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
 from doctor.core.finding import Finding, Place
 from doctor.core.recipe import Recipe
-from doctor.lint import config
+from doctor.lint import config, trust
 from doctor.lint import suppress as suppression
 from doctor.lint.config import Config, Selection, choose
 from doctor.lint.engine import load_rules
@@ -31,8 +32,16 @@ def project(tmp_path, monkeypatch):
     spoilt.down()[0, 0] = 0x7FC0
     spoilt.write(tmp_path / "ck")
     tiny().write(tmp_path / "base")
+    git(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "own"))
     return tmp_path
+
+
+def git(folder):
+    """What makes a directory a project of the user."""
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
 
 
 def write(folder, text, name="doctor.toml"):
@@ -54,6 +63,7 @@ def codes(findings):
 def test_the_nearest_file_upward_wins_and_is_not_merged(tmp_path):
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
+    git(tmp_path)
     write(tmp_path, 'ignore = ["K"]\nfail-on = "info"\n')
     write(tmp_path / "a", '[tool.doctor]\nignore = ["G"]\n', "pyproject.toml")
     write(inner, "[tool.other]\nx = 1\n", "pyproject.toml")
@@ -65,6 +75,7 @@ def test_the_nearest_file_upward_wins_and_is_not_merged(tmp_path):
 
 
 def test_doctor_toml_comes_before_pyproject_in_one_directory(tmp_path):
+    git(tmp_path)
     write(tmp_path, 'ignore = ["K"]\n')
     write(tmp_path, '[tool.doctor]\nignore = ["G"]\n', "pyproject.toml")
     assert config.load(tmp_path).selection.ignore == ("K",)
@@ -353,20 +364,23 @@ def test_a_hash_ties_a_suppression_to_one_file_and_only_that_file_is_hashed(proj
     assert len(hashed) == 2
 
 
-def test_the_checkpoints_own_file_may_suppress_and_is_counted(project):
-    write(project / "ck", '[[suppress]]\ncode = "W201"\nreason = "trust me"\n')
+def test_the_checkpoints_own_file_may_suppress_where_it_is_trusted_and_is_counted(project):
+    own = write(project / "ck", '[[suppress]]\ncode = "W201"\nreason = "trust me"\n')
+    trust.allow(own)
     report = check("ck", RECIPE, config=Config())
     assert report.ok and report.suppressed[0].suppression["from_checkpoint"]
     assert "1 suppressed (1 by the checkpoint itself)" in " ".join(render("full", [report]).split())
     assert codes(check("ck", RECIPE, config=Config(reads_checkpoint=False)).findings) == ["W201"]
     assert codes(check("ck", RECIPE).findings) == ["W201"]
+    own.write_text(own.read_text() + "# changed\n")
+    assert codes(check("ck", RECIPE, config=Config()).findings) == ["W201", "S002"]
 
 
 @pytest.mark.parametrize(
     "text, says",
     [
-        ('ignore = ["W"]\nselect = ["G"]\n', "sets ignore, select, which was not followed"),
-        ("[recipe]\ngroup_size = 64\n", "sets recipe, which was not followed"),
+        ('ignore = ["W"]\nselect = ["G"]\n', "it sets ignore, select; it may only suppress"),
+        ("[recipe]\ngroup_size = 64\n", "it sets recipe; it may only suppress"),
         ("ignore = [", "was not followed: .*not TOML: "),
         ('[[suppress]]\ncode = "W201"\n', "was not followed: .*suppress has no reason"),
         ('[[suppress]]\ncode = "W201"\nreason="x"\nwhere = "%s"\n' % ("*" + "x*" * 40), "41 stars"),
@@ -374,11 +388,9 @@ def test_the_checkpoints_own_file_may_suppress_and_is_counted(project):
     ],
 )
 def test_the_checkpoints_own_file_may_do_nothing_else(project, text, says):
-    write(project / "ck", text)
+    trust.allow(write(project / "ck", text))
     report = check("ck", RECIPE, config=Config())
     assert codes(report.findings) == ["W201", "S002"] and not report.ok
-    import re
-
     assert re.search(says, report.findings[1].message), report.findings[1].message
 
 
@@ -525,7 +537,7 @@ def test_rules_of_a_directory_run_beside_ours(project, capsys, monkeypatch, how)
         f'@rule("W99{len(how)}", "error")\ndef check(tensor, numel):\n    yield finding("seen")\n'
     )
     if how == "file":
-        write(project, 'rules = ["mine"]\n')
+        trust.allow(write(project, 'rules = ["mine"]\n'))
     code, out, _ = run(
         capsys,
         "check",
