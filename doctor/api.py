@@ -6,6 +6,7 @@ Modules that only some of them need are imported where they are needed, because 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
-from doctor.core.errors import BadCheckpoint, PlanRefused
+from doctor.core.errors import PlanRefused
 from doctor.core.facts import COSTS, asks
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from doctor.evaluate.kvcache.study import KvReport
     from doctor.fixing.assess import Progress
     from doctor.fixing.consent import Consent
+    from doctor.fixing.filesystem import Carry
     from doctor.fixing.result import FixResult
     from doctor.quant.preflight import Forecast
     from doctor.quant.quantize import QuantizeResult
@@ -191,6 +193,7 @@ def fix(
     only: Iterable[str] = (),
     dry_run: bool = False,
     copy: bool = False,
+    link: bool = False,
     overwrite: bool = False,
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
@@ -209,9 +212,10 @@ def fix(
     unsafe_fixes: True for every unsafe fix that need not be named, or codes ("all" among them means True), which also
     allow fixes that must be named. only: fix nothing but these codes. base: the donor, another checkpoint or
     org/name[@revision] on the Hub: lost files and tensors are copied from it, and an adapter is merged into it. Of a
-    repository only what is copied is downloaded. in_place: output is None; the directory exchanges names with its fixed
-    copy and is kept as NAME.before-fix, which `undo` puts back. progress(phase, bytes): called from any thread with
-    "fetch", "scan", "write" or "verify".
+    repository only what is copied is downloaded. copy, link: unchanged files are copies, or hard links to those of the
+    source; else the file system decides (doctor.fixing.filesystem.Carry). in_place: output is None; the directory
+    exchanges names with its fixed copy and is kept as NAME.before-fix, which `undo` puts back. progress(phase, bytes):
+    called from any thread with "fetch", "scan", "write" or "verify".
 
     Where tensors or config.json changed, transformers then loads the output on the meta device; what it does not load
     whole is an error finding (O617). Where nothing needs a fix, output is a linked copy. In place, or where errors stay
@@ -221,7 +225,9 @@ def fix(
     from doctor.fixing.assess import no_progress
     from doctor.fixing.consent import Consent
     from doctor.fixing.donor_source import donor_facts
+    from doctor.fixing.filesystem import Carry
     from doctor.fixing.outputs import check_in_place, check_output
+    from doctor.fixing.staging import hold_output
 
     started = time.perf_counter()
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
@@ -237,8 +243,11 @@ def fix(
         check_in_place(source, target)
     elif not dry_run:
         check_output(source, target, overwrite)
-    with donor_facts(donor, source, target, progress or no_progress) as given:
-        return _fixed(
+    carry = Carry.COPY if copy else Carry.LINK if link else Carry.AUTO
+    with contextlib.ExitStack() as stack:
+        stale = [] if dry_run else stack.enter_context(hold_output(target))
+        given = stack.enter_context(donor_facts(donor, source, target, progress or no_progress))
+        result = _fixed(
             source,
             target if in_place or output is None else Path(output),
             recipe or _default_recipe(source, config),
@@ -248,13 +257,15 @@ def fix(
             config,
             started,
             dry_run=dry_run,
-            copy=copy,
+            carry=carry,
             overwrite=overwrite,
             in_place=in_place,
             stage=stage,
             fail_on=fail_on,
             progress=progress or no_progress,
         )
+        result.notes = [*stale, *result.notes]
+        return result
 
 
 def _fixed(
@@ -268,7 +279,7 @@ def _fixed(
     started: float,
     *,
     dry_run: bool,
-    copy: bool,
+    carry: Carry,
     overwrite: bool,
     in_place: bool,
     stage: str,
@@ -302,7 +313,7 @@ def _fixed(
         plan,
         output,
         rules,
-        copy=copy,
+        carry=carry,
         overwrite=overwrite,
         in_place=in_place,
         proofs=result.proofs,
@@ -333,19 +344,9 @@ def undo(path: str | os.PathLike[str]) -> list[str]:
     Only a fix in place replaces anything: delete the output of `fix -o` to undo it. Raises PlanRefused, MachineError,
     BadCheckpoint.
     """
-    from doctor.fixing import in_place
-    from doctor.fixing.receipt import RECEIPT, changed_since, is_receipt
+    from doctor.fixing.undo import undo_fix
 
-    path = Path(os.path.abspath(path))
-    notes = in_place.recover(path)
-    if notes and not in_place.kept_name(path).exists():
-        return [*notes]
-    receipt = Checkpoint.open(path).value(RECEIPT)
-    if receipt is None or not is_receipt(receipt):
-        raise BadCheckpoint(
-            _("{path}: holds no receipt of doctor ({file}), so there is nothing to undo.", path=path, file=RECEIPT)
-        )
-    return [*notes, in_place.undo(path, receipt, changed_since(path, receipt))]
+    return [*undo_fix(path)]
 
 
 def recover(path: str | os.PathLike[str]) -> list[str]:

@@ -60,7 +60,12 @@ OLD_READERS = ("transformers4",)  # entries of generations in rules/tables/reade
     default=None,
     help=_("Write what these older readers need beside what newer ones read, and judge for them alone."),
 )
-@option("--copy", is_flag=True, help=_("Copy unchanged shards instead of linking them."))
+@option("--copy", is_flag=True, help=_("Copy every unchanged file, never share or link it."))
+@option(
+    "--link",
+    is_flag=True,
+    help=_("Make hard links to unchanged files: one file, so a change of one changes both."),
+)
 @lang_option
 @overwrite_option
 @click.pass_context
@@ -78,7 +83,7 @@ def command(
     for_readers: str | None,
     **flags: Any,
 ) -> None:
-    """flags: those of the recipe, and rules_dirs, fail_on, donor, copy and overwrite as api.fix takes them."""
+    """flags: those of the recipe, and rules_dirs, fail_on, donor, copy, link and overwrite as api.fix takes them."""
     from doctor import api
     from doctor.checkpoint.directory import Checkpoint
     from doctor.report.plan_text import render_plan
@@ -91,6 +96,10 @@ def command(
         reader = table("readers")["generations"][for_readers]
         flags |= {"method": "none", "runtime": reader["runtime"]}
         only, unsafe_fixes = (*only, *reader["rules"]), ",".join(filter(None, (unsafe_fixes, *reader["rules"])))
+    if flags["copy"] and flags["link"]:
+        raise click.UsageError("Give --copy or --link, not both.")
+    if in_place and flags["link"]:
+        raise click.UsageError("--link would make the kept checkpoint change with the fixed one; leave it out.")
     recipe = asked_recipe(flags, ctx.obj)
     for note in api.recover(path):
         notice(note)

@@ -20,7 +20,7 @@ from doctor.edits.donor import Donor
 from doctor.edits.donor_registry import open_donor
 from doctor.edits.kinds import Rebase, TakeFile
 from doctor.fixing.assess import Assessment, Progress, assess, no_progress
-from doctor.fixing.filesystem import sha256
+from doctor.fixing.filesystem import Carry, sha256
 from doctor.fixing.in_place import kept_name
 from doctor.fixing.overlay_writer import write_overlay
 from doctor.fixing.plan import Plan, finding_key, refuse
@@ -49,7 +49,7 @@ def apply_plan(
     output: Path,
     rules: list[Rule],
     *,
-    copy: bool = False,
+    carry: Carry = Carry.AUTO,
     overwrite: bool = False,
     in_place: bool = False,
     proofs: Iterable[Proof] = (),
@@ -64,9 +64,14 @@ def apply_plan(
     proofs = list(proofs)
     refuse(plan, proofs)
     with open_staging(
-        plan.overlay, output, copy=copy, overwrite=overwrite, in_place=in_place, progress=lambda n: progress("write", n)
+        plan.overlay,
+        output,
+        carry=carry,
+        overwrite=overwrite,
+        in_place=in_place,
+        progress=lambda n: progress("write", n),
     ) as staging:
-        write_overlay(plan.overlay, staging, copy=copy)
+        write_overlay(plan.overlay, staging, carry=carry)
         again, digests = _verify(plan, staging, rules, list(facts), stage, progress)
         receipt = build_receipt(
             plan.source,

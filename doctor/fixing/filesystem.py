@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
+from enum import Enum
 from functools import cache
 from pathlib import Path
 
@@ -16,9 +17,26 @@ from doctor.core.messages import _
 # What a file system returns for an operation that it does not support; then the plainer way is taken.
 CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.EMLINK)
 READ_BYTES = 1 << 20  # of a copy through memory, a call
+COPIED_BELOW = 64 << 20  # bytes: a smaller file is always a copy of its own, since people edit such files
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
 _FICLONE = 0x40049409
+
+
+class Carry(Enum):
+    """How unchanged files get into an output. AUTO: blocks shared where the file system can, else copies of small files
+    and hard links to large ones. COPY: copies. LINK: hard links.
+    """
+
+    AUTO = "auto"
+    COPY = "copy"
+    LINK = "link"
+
+    def links(self, size: int, in_place: bool) -> bool:
+        """Whether a file of `size` bytes may be a hard link. Never in place, where both are the user's: the kept
+        checkpoint must not change with the fixed one.
+        """
+        return not in_place and (self is Carry.LINK or (self is Carry.AUTO and size >= COPIED_BELOW))
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -106,27 +124,15 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock_directory(path: Path) -> int | None:
-    """Descriptor of a lock on a directory that ends with this process; None where the file system has no locks or it
-    is held.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
-
-
 @contextlib.contextmanager
-def machine_errors(where: Path) -> Iterator[None]:
-    """Turn errors of the operating system into MachineError."""
+def machine_errors(where: Path, advice: str = "") -> Iterator[None]:
+    """Turn errors of the operating system into MachineError with the path and what to do."""
     try:
         yield
     except OSError as error:
         place = error.filename or where
-        raise MachineError(
-            _("{path}: {error}.", path=place, error=error.strerror or error),
-            _("The source is untouched and no output was written."),
-        ) from error
+        if not advice:
+            advice = _("The source is untouched and no output was written.")
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                advice = _("Free some space there and run the command again. {untouched}", untouched=advice)
+        raise MachineError(_("{path}: {error}.", path=place, error=error.strerror or error), advice) from error

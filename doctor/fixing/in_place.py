@@ -8,6 +8,8 @@ between:
     after it             NAME = new               the journal is removed
     between two renames  NAME is absent           NAME.before-fix = old takes its name again
 
+Whoever changes any of them holds the lock of NAME (lock.py), so a journal that is found there is of a run that ended.
+
 Where the kernel can exchange names (renameat2), the third state does not occur. An undo keeps the same journal (with
 the key `undo`) and has the same states seen from the other side: old is the former NAME.before-fix, new the fixed copy,
 which passes through NAME.after-fix.
@@ -20,9 +22,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from doctor.core.errors import MachineError, PlanRefused
+from doctor.checkpoint.regular import read_regular
+from doctor.core.errors import DoctorError, MachineError, PlanRefused
 from doctor.core.messages import Message, _
-from doctor.fixing.filesystem import exchange, sync_folder
+from doctor.fixing.filesystem import exchange, machine_errors, sync_folder
+from doctor.fixing.lock import hold
+
+MAX_JOURNAL_BYTES = 64 << 20
 
 
 def kept_name(path: Path) -> Path:
@@ -40,7 +46,7 @@ def exchange_in_place(stage: Path, path: Path) -> None:
     restores it.
     """
     kept, journal = kept_name(path), _journal(path)
-    _write_journal(journal, {"pid": os.getpid(), "old": _inode(path), "new": _inode(stage)})
+    _write_journal(journal, {"old": _inode(path), "new": _inode(stage)})
     os.rename(stage, kept)
     try:
         if not exchange(kept, path):
@@ -55,26 +61,39 @@ def exchange_in_place(stage: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> list[Message]:
-    """Finish or take back what a killed run left half done; returns what was done, [] where there is no journal."""
+    """Finish or take back what a killed run left half done; returns what was done, [] where there is no journal. Raises
+    PlanRefused while another run works on `path`, MachineError.
+    """
     journal, kept = _journal(path), kept_name(path)
-    try:
-        record = json.loads(journal.read_text(encoding="utf-8"))
-        old, new = record["old"], record["new"]
-    except FileNotFoundError:
+    if not os.path.lexists(journal):
         return []
-    except (OSError, ValueError, KeyError, TypeError):
-        # Truncated: the journal is synced before anything is renamed, so nothing was renamed.
-        with contextlib.suppress(OSError):
+    with hold(path), machine_errors(journal, _("Run the command again: it resumes where it stopped.")):
+        record = _record(journal)
+        notes: list[Message] = []
+        if record is not None:
+            notes = (
+                _finish_undo(path, record)
+                if "undo" in record
+                else _finish_exchange(path, kept, record["old"], record["new"])
+            )
+            sync_folder(path.parent)
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(journal)
-        return []
-    if record.get("pid") != os.getpid() and _is_running(record.get("pid")):
-        raise PlanRefused(
-            _("{path}: process {pid} is fixing it in place.", path=path, pid=record["pid"]), _("Wait for it to end.")
-        )
-    notes = _finish_undo(path, record) if "undo" in record else _finish_exchange(path, kept, old, new)
-    sync_folder(path.parent)
-    os.unlink(journal)
     return notes
+
+
+def _record(journal: Path) -> dict[str, Any] | None:
+    """What a journal says; None where it is cut short or no journal: it is synced before anything is renamed, so then
+    nothing was renamed.
+    """
+    try:
+        record = json.loads(read_regular(journal, MAX_JOURNAL_BYTES))
+    except (OSError, ValueError, RecursionError, DoctorError):
+        return None
+    if not isinstance(record, dict) or not all(isinstance(record.get(k), int) for k in ("old", "new")):
+        return None
+    changed = record.get("undo", [])
+    return record if isinstance(changed, list) and all(isinstance(n, str) for n in changed) else None
 
 
 def _finish_exchange(path: Path, kept: Path, old: int, new: int) -> list[Message]:
@@ -121,26 +140,32 @@ def and_more(names: list[str]) -> Message | str:
     return _("{name} and {n:,} more", name=names[0], n=len(names) - 1) if len(names) > 1 else names[0]
 
 
-def undo(path: Path, receipt: dict[str, Any], changed: list[str]) -> Message:
-    """Put back what a fix in place replaced, by the receipt in `path`; returns what became of the fixed copy.
-
-    changed: files of the fixed copy that no longer match the receipt; with any, the copy is kept as NAME.after-fix.
-    `recover` finishes an undo that was killed. Raises PlanRefused, MachineError.
-    """
-    if receipt.get("kept") != kept_name(path).name:
+def require_kept(path: Path, receipt: dict[str, Any]) -> None:
+    """Raises PlanRefused where the receipt in `path` is not of a fix in place, or what it replaced is gone."""
+    kept, after = kept_name(path), after_name(path)
+    if receipt.get("kept") != kept.name:
         raise PlanRefused(
             _("{path}: was written with -o, so its source was never changed and nothing can be undone.", path=path),
             _("Delete {path} to remove it; what --overwrite replaced cannot be restored.", path=path),
         )
-    kept, after = kept_name(path), after_name(path)
-    if not kept.is_dir():
+    if os.path.islink(kept) or not kept.is_dir():
         raise PlanRefused(_("{path}: does not exist; what the fix replaced was deleted.", path=kept))
     if os.path.lexists(after):
         raise PlanRefused(
             _("{path}: exists; the fixed copy would be moved there.", path=after), _("Move or delete it.")
         )
+
+
+def undo(path: Path, changed: list[str]) -> Message:
+    """Put back what a fix in place replaced; the caller holds `path` and has asked `require_kept`. Returns what became
+    of the fixed copy.
+
+    changed: files of the fixed copy that no longer match the receipt; with any, the copy is kept as NAME.after-fix.
+    `recover` finishes an undo that was killed. Raises MachineError.
+    """
+    kept, after = kept_name(path), after_name(path)
     try:
-        _write_journal(_journal(path), {"pid": os.getpid(), "old": _inode(kept), "new": _inode(path), "undo": changed})
+        _write_journal(_journal(path), {"old": _inode(kept), "new": _inode(path), "undo": changed})
         if exchange(kept, path):
             os.rename(kept, after)
         else:
@@ -173,18 +198,6 @@ def _write_journal(journal: Path, record: dict[str, Any]) -> None:
 
 def _inode(path: Path) -> int | None:
     try:
-        return os.stat(path).st_ino
+        return os.lstat(path).st_ino  # of a link, not of what it leads to
     except FileNotFoundError:
         return None
-
-
-def _is_running(pid: object) -> bool:
-    if not isinstance(pid, int):
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

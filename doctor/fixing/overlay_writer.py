@@ -1,7 +1,8 @@
 """Writes an overlay into a staging directory: unchanged files are linked, edited shards are streamed.
 
-Files that no edit changes become reflinks or hard links, copies where neither is possible; of an edited shard, ranges
-that no edit touches are copied inside the kernel. Every written file is synced, while the next one is written.
+Files that no edit changes share blocks with the source where the file system can (reflink); else small ones are copied
+and large ones are hard links, which is said. Of an edited shard, ranges that no edit touches are copied inside the
+kernel. Every written file is synced, while the next one is written.
 """
 
 import contextlib
@@ -17,26 +18,44 @@ from doctor.core.errors import BadCheckpoint
 from doctor.core.messages import _
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.edits.shard_layout import Piece
-from doctor.fixing.filesystem import CANNOT, create_file, machine_errors, read_write, reflink, write_all, write_back
+from doctor.fixing.filesystem import (
+    CANNOT,
+    Carry,
+    create_file,
+    machine_errors,
+    read_write,
+    reflink,
+    write_all,
+    write_back,
+)
 from doctor.fixing.in_place import and_more
 from doctor.fixing.receipt import RECEIPT, WrittenFile
-from doctor.fixing.staging import StagingDir
+from doctor.fixing.staging import StagingDir, is_fetched
 
 COPY_STEP = 64 << 20  # bytes a call: larger steps were no faster, and Ctrl-C is handled between them
 SLAB_BYTES = 1 << 20  # of an edited tensor at once: larger slabs leave the cache and took twice the system time
 WRITE_BACK_STEP = 16 << 20  # the disk starts writing every so many bytes, so that the final sync has little left to do
 
 
-def write_overlay(overlay: EditedCheckpoint, staging: StagingDir, *, copy: bool = False) -> None:
-    """Write every file of the overlay. copy: link nothing.
+def write_overlay(overlay: EditedCheckpoint, staging: StagingDir, *, carry: Carry = Carry.AUTO) -> None:
+    """Write every file of the overlay; carry: how those that no edit changes get there.
 
     Raises MachineError (disk, permissions) or BadCheckpoint (the source changed meanwhile).
     """
     # Shards are synced while the next one is written; leaving the block waits for all of them, whatever happened.
     with machine_errors(staging.path), ThreadPoolExecutor(1) as pool:
-        writer = _Writer(overlay, staging, copy, pool)
+        writer = _Writer(overlay, staging, carry, pool)
         before = writer.source_state()
         writer.write()
+    for folder, names in writer.linked.items():
+        staging.notes.append(
+            _(
+                "{files}: linked: the same file as in {source}, so a change of one changes both; --copy writes "
+                "files of its own",
+                files=and_more(names),
+                source=folder,
+            )
+        )
     if writer.private:
         staging.notes.append(
             _(
@@ -54,9 +73,10 @@ def write_overlay(overlay: EditedCheckpoint, staging: StagingDir, *, copy: bool 
 
 
 class _Writer:
-    def __init__(self, overlay: EditedCheckpoint, staging: StagingDir, copy: bool, pool: ThreadPoolExecutor):
-        self.overlay, self.staging, self.copy, self.pool = overlay, staging, copy, pool
-        self.way = "reflink"  # the cheapest way that the file system has not refused yet
+    def __init__(self, overlay: EditedCheckpoint, staging: StagingDir, carry: Carry, pool: ThreadPoolExecutor):
+        self.overlay, self.staging, self.carry, self.pool = overlay, staging, carry, pool
+        self.shares, self.can_link = carry is Carry.AUTO, True  # until the file system refuses
+        self.linked: dict[str, list[str]] = {}  # folder -> files that are hard links to its own
         self.private: list[str] = []  # linked files that only their owner may read
         self.syncing: list[Future[None]] = []
 
@@ -108,22 +128,24 @@ class _Writer:
         target = self.staging.path / name
         info = os.stat(source)
         size = info.st_size
-        if not self.copy and self.way == "reflink":
+        if self.shares:
             if reflink(source, target):
                 self.staging.files.append(WrittenFile(name, "reflinked", size))
                 return
-            self.way = "link"
-        if not self.copy and self.way == "link":
+            self.shares = False
+        if self.can_link and self.carry.links(size, self.staging.in_place):
             try:
                 os.link(source, target)
                 self.staging.files.append(WrittenFile(name, "linked", size))
+                if not is_fetched(source):
+                    self.linked.setdefault(os.path.dirname(source), []).append(name)
                 if not info.st_mode & 0o044:
                     self.private.append(name)
                 return
             except OSError as error:
                 if error.errno not in CANNOT:
                     raise
-                self.way = "copy"
+                self.can_link = False
                 self.staging.notes.append(
                     _(
                         "unchanged files are copied: {file} cannot be linked ({error})",

@@ -4,20 +4,24 @@ The same input gives the same text: no times, no paths, other checkpoints by nam
 receipts of earlier runs are read too.
 """
 
+import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import BadCheckpoint
 from doctor.core.finding import Finding
+from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.version import __version__
 from doctor.edits.donor import Donor
 from doctor.edits.kinds import MISSING, AddLowRank, Edit, Rebase, TakeFile, TakeTensor
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.fixing.edit_set import in_phases
-from doctor.fixing.filesystem import sha256
+from doctor.fixing.filesystem import machine_errors, sha256
 from doctor.fixing.proof import Proof
 from doctor.fixing.step import Step
 
@@ -97,19 +101,71 @@ def build_receipt(
     return receipt
 
 
-def changed_since(folder: Path, receipt: dict[str, Any]) -> list[str]:
-    """Files of an output that differ from its receipt: other bytes in edited ones, other sizes, missing, or added."""
-    written = {e["file"]: e for e in receipt["written"]}
-    known = {**{e["file"]: e["bytes"] for e in receipt["unchanged"]}, **{n: e["bytes"] for n, e in written.items()}}
-    found = {
-        str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != RECEIPT
-    }
-    wrong = [
-        n
-        for n in sorted({*known, *found})
-        if known.get(n) != found.get(n) and not (n in written and n not in found and not known[n])
-    ]
-    return wrong + [n for n, e in written.items() if n not in wrong and e["sha256_after"] != sha256(folder / n)]
+def changed_since(folder: Path, receipt: dict[str, Any], kept: Path) -> list[str]:
+    """Files of a fixed checkpoint that differ from its receipt: other bytes, missing, added, or no regular file.
+
+    kept: the checkpoint that it replaced. What was carried over unchanged is compared with that, since the receipt has
+    no hash of it. Only regular files inside `folder` are read. Raises BadCheckpoint for a receipt that is
+    none, MachineError.
+    """
+    written, unchanged = _entries(receipt, "written"), _entries(receipt, "unchanged")
+    sizes = {name: entry["bytes"] for name, entry in {**unchanged, **written}.items()}
+    found: dict[str, int | None] = {}
+    with machine_errors(folder, _("Nothing was changed.")):
+        for path in folder.rglob("*"):
+            info = path.lstat()
+            if not stat.S_ISDIR(info.st_mode) and path != folder / RECEIPT:
+                found[str(path.relative_to(folder))] = info.st_size if stat.S_ISREG(info.st_mode) else None
+        wrong = [
+            n
+            for n in sorted({*sizes, *found})
+            if (n in found and found[n] is None) or (sizes.get(n) != found.get(n) and (n in found or sizes[n]))
+        ]
+        for name in sorted(found.keys() - set(wrong)):
+            if name in written:
+                same = written[name]["sha256_after"] == sha256(folder / name)
+            else:
+                same = _same_bytes(kept / name, folder / name)
+            wrong += [] if same else [name]
+    return wrong
+
+
+def _entries(receipt: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    """Name -> entry of one list of a receipt. A receipt is input: its names must stay inside. Raises BadCheckpoint."""
+    found: dict[str, dict[str, Any]] = {}
+    stated = receipt.get(key)
+    for entry in stated if isinstance(stated, list) else [stated]:
+        name = entry.get("file") if isinstance(entry, dict) else None
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(name, str)
+            or os.path.isabs(name)
+            or ".." in Path(name).parts
+            or "\0" in name
+            or type(entry.get("bytes")) is not int
+            or not isinstance(entry.get("sha256_after", ""), str)
+            or (key == "written" and "sha256_after" not in entry)
+        ):
+            raise BadCheckpoint(
+                _("{file}: {key} is not what a fix writes: {entry}.", file=RECEIPT, key=key, entry=repr(entry)[:80]),
+                _(
+                    "Without its receipt a fix is not undone; the directory that ends in .before-fix holds what "
+                    "was there."
+                ),
+            )
+        found[name] = entry
+    return found
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    """Whether two regular files have the same bytes; one file under two names has."""
+    try:
+        infos = os.lstat(one), os.lstat(other)
+        if not all(stat.S_ISREG(info.st_mode) for info in infos) or infos[0].st_size != infos[1].st_size:
+            return False
+        return os.path.samestat(*infos) or sha256(one) == sha256(other)
+    except FileNotFoundError:
+        return False
 
 
 def _donor_data(overlay: EditedCheckpoint, donor: Donor) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Everything is written into a directory beside the output, on the same file system. The caller then opens it, scans it
 and calls `commit`: one rename. An error, Ctrl-C or a kill before that leaves no output; the next run removes what a
-killed run left, and says so.
+killed run left, and says so. One run an output: a lock file beside it (lock.py) keeps others away from the first look
+to the rename.
 """
 
 import contextlib
@@ -15,8 +16,9 @@ from pathlib import Path
 from doctor.core.errors import MachineError
 from doctor.core.messages import Message, _
 from doctor.edits.overlay import EditedCheckpoint
-from doctor.fixing.filesystem import create_file, exchange, lock_directory, machine_errors, sync_folder, write_all
+from doctor.fixing.filesystem import Carry, create_file, exchange, machine_errors, reflink, sync_folder, write_all
 from doctor.fixing.in_place import exchange_in_place
+from doctor.fixing.lock import hold
 from doctor.fixing.outputs import check_in_place, check_output
 from doctor.fixing.receipt import WrittenFile
 
@@ -80,7 +82,7 @@ class StagingDir:
             self.committed = True
             shutil.rmtree(self.path, ignore_errors=True)
         else:
-            aside = _aside(self.output)
+            aside = _beside(self.output, "old")
             os.rename(self.output, aside)
             try:
                 os.rename(self.path, self.output)
@@ -92,57 +94,59 @@ class StagingDir:
 
 
 @contextlib.contextmanager
+def hold_output(output: Path) -> Iterator[list[Message]]:
+    """Keep other runs away from an output, after removing what killed runs left beside it; the value says what was
+    removed. The same thread may do so again inside, and removes nothing then. Raises PlanRefused, MachineError.
+    """
+    output = Path(os.path.abspath(output))
+    with hold(output) as first:
+        with machine_errors(output):
+            notes = clean_stale(output) if first else []
+        yield notes
+
+
+@contextlib.contextmanager
 def open_staging(
     overlay: EditedCheckpoint,
     output: str | os.PathLike,
     *,
-    copy: bool = False,
+    carry: Carry = Carry.AUTO,
     overwrite: bool = False,
     in_place: bool = False,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Iterator[StagingDir]:
     """A staging directory for `output`, removed at the end unless it was committed.
 
-    progress gets the bytes of each step. Raises PlanRefused for an output that may not be written, MachineError for a
-    disk that is too small or fails.
+    progress gets the bytes of each step. Raises PlanRefused for an output that may not be written, or that another run
+    is writing, MachineError for a disk that is too small or fails.
     """
     output = Path(os.path.abspath(output))
     if in_place:
         check_in_place(overlay.source, output)
     else:
         check_output(overlay.source, output, overwrite)
-    with machine_errors(output):
-        os.makedirs(output.parent, exist_ok=True)
-        notes = clean_stale(output)
-        need = bytes_needed(overlay, output.parent, copy)
-        disk = os.statvfs(output.parent)
-        free = disk.f_bavail * disk.f_frsize
-        if need + SPARE_BYTES > free:
-            raise MachineError(
-                _(
-                    "{path}: {free:,} bytes are free; {need:,} will be written.",
-                    path=output.parent,
-                    free=free,
-                    need=need + SPARE_BYTES,
-                ),
-                _(
-                    "Free some space, or choose an output on the file system of the source, "
-                    "where unchanged files are only linked."
-                ),
-            )
-        path = _staging_path(output, os.getpid())
-        os.mkdir(path)
-    staging = StagingDir(output, path, overwrite, in_place, progress, notes=notes)
-    lock = None
-    try:
+    with hold_output(output) as notes:
+        path = _beside(output, "stage")
         with machine_errors(output):
-            lock = lock_directory(path)
-        yield staging
-    finally:
-        if lock is not None:
-            os.close(lock)
-        if not staging.committed:
-            shutil.rmtree(path, ignore_errors=True)
+            _require_room(output.parent, bytes_needed(overlay, output.parent, carry, in_place))
+            os.mkdir(path)
+        staging = StagingDir(output, path, overwrite, in_place, progress, notes=notes)
+        try:
+            yield staging
+        finally:
+            if not staging.committed:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _require_room(folder: Path, need: int) -> None:
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if need + SPARE_BYTES > free:
+        raise MachineError(
+            _("{path}: {free:,} bytes are free; {need:,} will be written.",
+              path=folder, free=free, need=need + SPARE_BYTES),
+            _("Free some space, or choose an output on another disk; --link shares unchanged files with the source."),
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -151,76 +155,56 @@ def open_fetch(output: Path) -> Iterator[Path]:
     copied.
     """
     parent = next(p for p in output.parents if p.is_dir())
-    with machine_errors(parent):
-        if parent == output.parent:
-            clean_stale(output)
-        path = parent / f".{output.name}.doctor-fetch-{os.getpid()}"
-        os.mkdir(path)
-        lock = lock_directory(path)
-    try:
-        yield path
-    finally:
-        if lock is not None:
-            os.close(lock)
-        shutil.rmtree(path, ignore_errors=True)
+    with hold_output(output) if parent == output.parent else contextlib.nullcontext():
+        path = parent / f".{output.name}.doctor-fetch"
+        with machine_errors(parent):
+            os.mkdir(path)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def bytes_needed(overlay: EditedCheckpoint, parent: Path, copy: bool) -> int:
-    """Bytes of new disk space: the changed files, and the others where they cannot be linked."""
+def bytes_needed(overlay: EditedCheckpoint, parent: Path, carry: Carry, in_place: bool = False) -> int:
+    """Bytes of new disk space: the changed files, and the others where they neither share blocks nor are linked."""
     need = sum(overlay.entries[n].size for n in overlay.changed if n in overlay.entries)
-    device = os.stat(parent).st_dev
-    for name, entry in overlay.entries.items():
-        if name not in overlay.changed and (copy or os.stat(overlay.source.path(name)).st_dev != device):
-            need += entry.size
+    others = {n: os.path.realpath(overlay.source.path(n)) for n in overlay.entries if n not in overlay.changed}
+    device, shares = os.stat(parent).st_dev, False
+    largest = max(others, key=lambda n: overlay.entries[n].size, default=None)
+    if largest is not None and carry is Carry.AUTO:
+        probe = parent / f".{parent.name}.doctor-probe-{os.getpid()}"
+        shares = reflink(others[largest], probe)
+        probe.unlink(missing_ok=True)
+    for name, path in others.items():
+        same_disk = os.stat(path).st_dev == device
+        if not shares and not (same_disk and carry.links(overlay.entries[name].size, in_place)):
+            need += overlay.entries[name].size
     return need
 
 
 def clean_stale(output: Path) -> list[Message]:
-    """Remove what killed runs left beside the output; put back an output that one had moved aside. Returns what was
-    done.
+    """Remove what killed runs left beside the output, which the caller holds; put back an output that one had moved
+    aside. Returns what was done.
     """
     notes: list[Message] = []
-    prefix = f".{output.name}.doctor-"
-    for name in sorted(os.listdir(output.parent)):
-        kind, _dash, pid = name.removeprefix(prefix).partition("-")
-        path = output.parent / name
-        if (
-            not name.startswith(prefix)
-            or kind not in ("stage", "old", "fetch")
-            or not pid.isdigit()
-            or not _is_dead(path, int(pid))
-        ):
+    for kind in ("old", "stage", "fetch"):
+        path = _beside(output, kind)
+        if not os.path.lexists(path):
             continue
         if kind == "old" and not os.path.lexists(output):
             os.rename(path, output)
-            notes.append(
-                _("{path} was moved aside by a run that was killed (process {pid}); it is back", path=output, pid=pid)
-            )
+            notes.append(_("{path} was moved aside by a run that was killed; it is back", path=output))
         else:
-            shutil.rmtree(path, ignore_errors=True)
-            notes.append(_("removed {name}, left by a run that was killed (process {pid})", name=path.name, pid=pid))
+            shutil.rmtree(path)
+            notes.append(_("removed {name}, left by a run that was killed", name=path.name))
     return notes
 
 
-def _staging_path(output: Path, pid: int) -> Path:
-    return output.parent / f".{output.name}.doctor-stage-{pid}"
+def is_fetched(path: str) -> bool:
+    """Whether a file is a download of this run, which disappears at its end."""
+    return Path(path).parent.name.endswith(".doctor-fetch")
 
 
-def _aside(output: Path) -> Path:
-    return output.parent / f".{output.name}.doctor-old-{os.getpid()}"
-
-
-def _is_dead(path: Path, pid: int) -> bool:
-    """Whether no such process runs here, and none elsewhere (on a shared file system) holds the directory's lock."""
-    try:
-        os.kill(pid, 0)
-        return False
-    except ProcessLookupError:
-        pass
-    except PermissionError:
-        return False
-    fd = lock_directory(path)
-    if fd is None:
-        return False
-    os.close(fd)
-    return True
+def _beside(output: Path, kind: str) -> Path:
+    """Where a run keeps what is not yet, or no longer, the output: one name a kind, since one run holds it."""
+    return output.parent / f".{output.name}.doctor-{kind}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.regular import read_regular
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.finding import SEVERITIES, Finding
 from doctor.core.messages import Message, _, listed, plural
@@ -36,7 +37,7 @@ from doctor.lint.toml_text import (
     kind_of,
     shown_path,
 )
-from doctor.lint.trust import FILE, MAX_BYTES, doubt, holds_checkpoint, is_allowed, read_regular, user_folder
+from doctor.lint.trust import FILE, MAX_BYTES, doubt, holds_checkpoint, is_allowed, user_folder
 
 _TYPES = {
     "select": STRINGS,
@@ -149,7 +150,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
 def _speaks_of_doctor(path: Path) -> bool:
     """Whether a pyproject.toml has [tool.doctor], or cannot be read to tell."""
     try:
-        raw = read_regular(path)
+        raw = read_regular(path, MAX_BYTES)
         return b"doctor" in raw and "doctor" in tomllib.loads(raw.decode("utf-8")).get("tool", {})
     except (OSError, DoctorError, ValueError, RecursionError, AttributeError, TypeError):
         return True
@@ -160,7 +161,7 @@ def read(path: Path) -> Config | None:
     line.
     """
     try:
-        raw = read_regular(Path(path))
+        raw = read_regular(Path(path), MAX_BYTES)
     except OSError as error:
         raise DoctorError(
             _("{path}: {error}.", path=path, error=error.strerror),

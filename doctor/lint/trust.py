@@ -15,10 +15,10 @@ import hashlib
 import json
 import os
 import re
-import stat
 from pathlib import Path
 
 from doctor.checkpoint.directory import INDEX_NAME
+from doctor.checkpoint.regular import read_regular
 from doctor.core.errors import DoctorError, MachineError
 from doctor.core.messages import Message, _
 
@@ -39,23 +39,6 @@ def user_folder() -> Path:
 def holds_checkpoint(folder: Path) -> bool:
     """Whether weights or their config.json lie directly in a directory."""
     return (folder / "config.json").exists() or (folder / INDEX_NAME).exists() or any(folder.glob("*.safetensors"))
-
-
-def read_regular(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """Bytes of a regular file of at most `limit` bytes; a pipe or a device is never opened for reading. Raises OSError,
-    DoctorError.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise DoctorError(_("{path}: not a regular file.", path=path), _("Give a regular file."))
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise DoctorError(
-            _("{path}: over {limit:,} bytes; a configuration has at most that.", path=path, limit=limit),
-            _("Give another file."),
-        )
-    return data
 
 
 def doubt(path: Path) -> Message | None:
@@ -92,7 +75,7 @@ def _doubt_project(root: Path, path: Path) -> Message | None:
 
 def _text(path: Path) -> str:
     with contextlib.suppress(OSError, DoctorError):
-        return read_regular(path).decode("utf-8", "replace")
+        return read_regular(path, MAX_BYTES).decode("utf-8", "replace")
     return ""
 
 
@@ -100,7 +83,7 @@ def fingerprint(path: Path) -> str:
     """SHA-256 over a configuration file and every Python file below the directories that its `rules` names. Raises
     OSError, DoctorError.
     """
-    raw = read_regular(path)
+    raw = read_regular(path, MAX_BYTES)
     digest = hashlib.sha256(raw)
     for folder in _rules_of(path, raw):
         files = sorted(folder.rglob("*.py"))
@@ -164,7 +147,7 @@ def forbid(path: Path) -> bool:
 def _allowed() -> dict[str, str]:
     """Path -> fingerprint of what `doctor trust` allowed; a list that cannot be read allows nothing."""
     try:
-        known = json.loads(read_regular(user_folder() / ALLOWED))
+        known = json.loads(read_regular(user_folder() / ALLOWED, MAX_BYTES))
     except (OSError, ValueError, RecursionError, DoctorError):
         return {}
     return {k: v for k, v in known.items() if isinstance(v, str)} if isinstance(known, dict) else {}

@@ -132,7 +132,7 @@ def _not_written(result: FixResult) -> list[str]:
         return [say("{what}: nothing was written.", what=_nothing(plan)) + _remaining(result)]
     lines = [
         say(
-            "Would fix {tally}. Would write {files} ({size}), link {linked} ({linked_size}).",
+            "Would fix {tally}. Would write {files} ({size}); {linked} unchanged ({linked_size}).",
             tally=_tally(plan),
             **_sizes(plan),
         )
@@ -160,7 +160,7 @@ def _written(result: FixResult) -> list[str]:
     fixed = say(
         "Fixed {tally}. Wrote {files} ({size}); {linked} unchanged ({linked_size})."
         if plan.steps
-        else "{what}: the output is a copy of all {linked} files ({linked_size}), linked where the disk can.",
+        else "{what}: the output is a copy of all {linked} files ({linked_size}).",
         what=_nothing(plan),
         tally=_tally(plan),
         **_sizes(plan),

@@ -581,7 +581,7 @@ def test_a_plan_that_contradicts_what_is_stored_is_said(run, stored):
 
 def test_fix_and_the_python_door_take_the_stored_plan_too(run, stored, tmp_path):
     from doctor import api
-    from doctor.lint.config import load
+    from doctor.lint.config import read
 
     assert "of itself" not in run("fix", stored, "-o", str(tmp_path / "a"), "--dry-run", "--config", "none")[2]
     assert (
@@ -595,7 +595,7 @@ def test_fix_and_the_python_door_take_the_stored_plan_too(run, stored, tmp_path)
         == 32
     )
     (tmp_path / "doctor.toml").write_text("[recipe]\ngroup-size = 64\n")
-    assert api.check(stored, config=load(tmp_path)).recipe.group_size == 64
+    assert api.check(stored, config=read(tmp_path / "doctor.toml")).recipe.group_size == 64
 
 
 def test_linears_of_other_widths_leave_the_plan_of_the_rest(run, stored):

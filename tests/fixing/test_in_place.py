@@ -110,7 +110,7 @@ def test_each_state_that_a_kill_leaves_is_finished_or_taken_back(tmp_path, state
     for folder, text in ((path, "old"), (new, "new")):
         folder.mkdir()
         (folder / "file").write_text(text)
-    record = {"pid": None, "old": path.stat().st_ino, "new": new.stat().st_ino}
+    record = {"old": path.stat().st_ino, "new": new.stat().st_ino}
     in_place._write_journal(in_place._journal(path), record)
     kept = in_place.kept_name(path)
     os.rename(new, kept)
@@ -127,7 +127,7 @@ def test_each_state_that_a_kill_leaves_is_finished_or_taken_back(tmp_path, state
 def undo_state(path, state):
     """The directories and the journal as a kill in the middle of an undo leaves them."""
     kept, after = in_place.kept_name(path), in_place.after_name(path)
-    record = {"pid": None, "old": kept.stat().st_ino, "new": path.stat().st_ino, "undo": []}
+    record = {"old": kept.stat().st_ino, "new": path.stat().st_ino, "undo": []}
     in_place._write_journal(in_place._journal(path), record)
     if state in ("exchanged", "set aside", "half removed"):
         assert in_place.exchange(kept, path)
@@ -185,7 +185,11 @@ def test_an_undo_in_which_any_call_fails_can_be_repeated(spoiled, monkeypatch, a
             monkeypatch.setattr(os, name, real)
         if in_place.kept_name(spoiled).exists() or in_place._journal(spoiled).exists():
             undo(spoiled)
-        assert digests(spoiled) == before and set(names(spoiled)) <= {"model", "model.after-fix"}, n
+        assert digests(spoiled) == before and set(names(spoiled)) <= {
+            "model",
+            "model.after-fix",
+            ".model.doctor-lock",
+        }, n
         if in_place.after_name(
             spoiled
         ).exists():  # files of the copy that could not be read count as changed, and it is kept
@@ -195,10 +199,81 @@ def test_an_undo_in_which_any_call_fails_can_be_repeated(spoiled, monkeypatch, a
     assert failed >= 4 and calls[0] < n
 
 
-def test_a_journal_of_a_living_process_is_respected(spoiled):
-    in_place._write_journal(in_place._journal(spoiled), {"pid": os.getppid(), "old": 1, "new": 2})
-    with pytest.raises(PlanRefused, match=f"process {os.getppid()} is fixing it in place"):
-        recover(spoiled)
+def test_a_checkpoint_that_another_process_works_on_is_left_alone(spoiled):
+    in_place._write_journal(in_place._journal(spoiled), {"old": 1, "new": 2})
+    script = f"from doctor.fixing.lock import hold\nfrom pathlib import Path\nwith hold(Path({str(spoiled)!r})):\n"
+    child = subprocess.Popen(
+        [sys.executable, "-c", script + "    print(1, flush=True)\n    input()\n"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    child.stdout.readline()
+    for work in (recover, undo, fix_in_place):
+        with pytest.raises(PlanRefused, match=f"process {child.pid} on .* is writing it"):
+            work(spoiled)
+    child.communicate(b"\n")
+    recover(spoiled)
+    assert not in_place._journal(spoiled).exists()
+
+
+def rewritten(spoiled, **changes):
+    """The receipt of a fix in place, with other values."""
+    fix_in_place(spoiled)
+    receipt = json.loads((spoiled / "doctor.json").read_text())
+    (spoiled / "doctor.json").write_text(json.dumps({**receipt, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"written": [{"file": "../precious", "bytes": 8, "sha256_after": "0"}]},
+        {"written": [{"file": "/etc/passwd", "bytes": 8, "sha256_after": "0"}]},
+        {"written": [{"file": 7, "bytes": 8, "sha256_after": "0"}]},
+        {"written": [{"file": "config.json", "bytes": "8", "sha256_after": "0"}]},
+        {"written": [{"file": "config.json", "bytes": 8}]},
+        {"written": {"file": "config.json"}},
+        {"unchanged": None},
+        {"unchanged": ["x"]},
+    ],
+)
+def test_a_receipt_that_no_fix_wrote_is_refused_and_nothing_is_touched(spoiled, changes):
+    rewritten(spoiled, **changes)
+    before = {p.name: p.stat().st_ino for p in spoiled.iterdir()}
+    with pytest.raises(BadCheckpoint, match=r"doctor.json: (written|unchanged) is not what a fix writes"):
+        undo(spoiled)
+    assert {p.name: p.stat().st_ino for p in spoiled.iterdir()} == before
+    assert names(spoiled) == ["model", "model.before-fix"]
+
+
+def test_a_pipe_or_device_among_the_files_is_a_change_and_is_never_read(spoiled):
+    fix_in_place(spoiled)
+    os.mkfifo(spoiled / "pipe")
+    (spoiled / "tokenizer.json").unlink()
+    (spoiled / "tokenizer.json").symlink_to("/dev/zero")
+    (text,) = undo(spoiled)
+    assert "was changed since (pipe and 1 more), so it is kept as" in text
+
+
+def test_an_unchanged_file_that_was_edited_to_the_same_length_keeps_the_copy(spoiled):
+    fix_in_place(spoiled)
+    file = spoiled / "tokenizer.json"
+    file.write_bytes(bytes(reversed(file.read_bytes())))
+    (text,) = undo(spoiled)
+    assert "was changed since (tokenizer.json), so it is kept as" in text
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "huge", "text", "list", "names"])
+def test_a_journal_that_is_no_journal_is_removed(spoiled, kind):
+    journal, before = in_place._journal(spoiled), digests(spoiled)
+    if kind == "pipe":
+        os.mkfifo(journal)
+    elif kind == "device":
+        journal.symlink_to("/dev/zero")
+    else:
+        journal.write_text(
+            {"huge": "[" * 100_000, "text": "no", "list": "[1]", "names": '{"old": 1, "new": 2, "undo": 3}'}[kind]
+        )
+    assert recover(spoiled) == [] and digests(spoiled) == before and names(spoiled) == ["model"]
 
 
 @pytest.mark.parametrize("atomic", [True, False])
@@ -262,6 +337,6 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(spoiled):
         assert found in (before, after)
         if found == after:
             undo(spoiled)
-        # A stage is the next fix's to remove; nothing else is left of a run or of an undo.
-        assert [n for n in names(spoiled) if ".doctor-stage-" not in n] == ["model"]
+        # A stage and a lock are the next run's to remove; nothing else is left of a run or of an undo.
+        assert [n for n in names(spoiled) if not n.endswith((".doctor-stage", ".doctor-lock"))] == ["model"]
     assert digests(spoiled) == before

@@ -11,9 +11,10 @@ from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
 from doctor.core.errors import BadCheckpoint, MachineError, PlanRefused
 from doctor.edits.kinds import PadTensor, ReplaceNonfinite, SetJson
 from doctor.edits.overlay import EditedCheckpoint
-from doctor.fixing import staging
+from doctor.fixing import filesystem, overlay_writer, staging
+from doctor.fixing.filesystem import Carry
 from doctor.fixing.overlay_writer import write_overlay
-from doctor.fixing.staging import clean_stale, open_staging
+from doctor.fixing.staging import hold_output, open_staging
 from doctor.lint.testing import tiny
 
 
@@ -29,7 +30,7 @@ def one_value(source):
 
 def written(view, output, **options):
     with open_staging(view, output, **options) as stage:
-        write_overlay(view, stage, copy=options.get("copy", False))
+        write_overlay(view, stage, carry=options.get("carry", Carry.AUTO))
         stage.commit()
     return stage
 
@@ -67,14 +68,41 @@ def test_changing_one_json_value_writes_that_file_alone(tmp_path):
     _, source = sharded(tmp_path)
     stage = written(one_value(source), tmp_path / "out")
     assert [f.name for f in stage.files if f.how == "written"] == ["config.json"]
-    for name in source.shards:
+    assert {f.how for f in stage.files if f.name != "config.json"} <= {"copied", "reflinked"}
+    before = snapshot(source.root)
+    for path in (tmp_path / "out").iterdir():
+        path.write_bytes(b"edited afterwards")
+    assert snapshot(source.root) == before
+
+
+def test_large_files_are_linked_and_it_is_said(tmp_path, monkeypatch):
+    _, source = sharded(tmp_path)
+    monkeypatch.setattr(overlay_writer, "reflink", lambda *_: False)
+    size = source.entries["model-00001-of-00003.safetensors"].size
+    monkeypatch.setattr(filesystem, "COPIED_BELOW", size)
+    stage = written(one_value(source), tmp_path / "out")
+    linked = [f.name for f in stage.files if f.how == "linked"]
+    assert linked == [n for n in sorted(source.entries) if source.entries[n].size >= size]
+    for name in linked:
         assert os.stat(tmp_path / "out" / name).st_ino == os.stat(source.root / name).st_ino
+    assert f"linked: the same file as in {source.root}, so a change of one changes both" in stage.notes[0]
+    stage = written(one_value(source), tmp_path / "every", carry=Carry.LINK)
+    assert {f.how for f in stage.files} == {"written", "linked"}
+
+
+def test_in_place_links_nothing(tmp_path, monkeypatch):
+    _, source = sharded(tmp_path)
+    monkeypatch.setattr(filesystem, "COPIED_BELOW", 0)
+    before = {p.name: p.stat().st_ino for p in source.root.iterdir()}
+    written(one_value(source), source.root, in_place=True)
+    assert not {p.stat().st_ino for p in source.root.iterdir()} & set(before.values())
+    assert {p.name: p.stat().st_ino for p in (tmp_path / "source.before-fix").iterdir()} == before
 
 
 def test_copy_gives_files_of_their_own(tmp_path):
     _, source = sharded(tmp_path)
     view = one_value(source)
-    stage = written(view, tmp_path / "out", copy=True)
+    stage = written(view, tmp_path / "out", carry=Carry.COPY)
     assert_same_content(view, tmp_path / "out")
     assert all(os.stat(tmp_path / "out" / n).st_nlink == 1 for n in source.entries)
     assert {f.how for f in stage.files} == {"written", "copied"}
@@ -87,6 +115,8 @@ def test_links_that_cross_file_systems_become_copies_and_it_is_said(tmp_path, mo
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", no_link)
+    monkeypatch.setattr(overlay_writer, "reflink", lambda *_: False)
+    monkeypatch.setattr(filesystem, "COPIED_BELOW", 0)
     view = one_value(source)
     stage = written(view, tmp_path / "out")
     assert_same_content(view, tmp_path / "out")
@@ -105,7 +135,7 @@ def test_without_copy_in_the_kernel_bytes_go_through_memory(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "copy_file_range", no_copy)
     view = EditedCheckpoint(source, [PadTensor(case.name("down"), 1, 160)])
-    written(view, tmp_path / "out", copy=True)
+    written(view, tmp_path / "out", carry=Carry.COPY)
     assert_same_content(view, tmp_path / "out")
 
 
@@ -134,15 +164,17 @@ def test_written_files_follow_the_umask_not_0600(tmp_path):
     assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").iterdir() if p.stat().st_nlink == 1} == {0o644}
 
 
-def test_a_linked_file_that_others_cannot_read_is_said(tmp_path):
+def test_a_linked_file_that_others_cannot_read_is_said(tmp_path, monkeypatch):
     _, source = sharded(tmp_path)
+    monkeypatch.setattr(overlay_writer, "reflink", lambda *_: False)
+    monkeypatch.setattr(filesystem, "COPIED_BELOW", 1024)
     for name in source.shards:
         os.chmod(source.root / name, 0o600)
-    assert written(one_value(source), tmp_path / "out").notes == [
+    assert written(one_value(source), tmp_path / "out").notes[1:] == [
         "model-00001-of-00003.safetensors and 2 more: linked, so still readable by the owner alone, as in the source; "
         "--copy gives mode 0644"
     ]
-    assert not written(one_value(source), tmp_path / "copied", copy=True).notes
+    assert not written(one_value(source), tmp_path / "copied", carry=Carry.COPY).notes
 
 
 def test_folders_come_along_and_hidden_ones_are_named(tmp_path):
@@ -265,26 +297,20 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path):
     assert os.listdir(tmp_path) == ["source"]
 
 
-def dead_pid():
-    pid = os.fork()
-    if not pid:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return pid
-
-
 def test_what_killed_runs_left_is_removed_and_what_they_moved_is_put_back(tmp_path):
-    sharded(tmp_path)
-    pid, out = dead_pid(), tmp_path / "out"
-    (tmp_path / f".out.doctor-stage-{pid}").mkdir()
-    (tmp_path / f".out.doctor-old-{pid}").mkdir()
-    (tmp_path / f".out.doctor-old-{pid}" / "config.json").write_text("{}")
-    (tmp_path / f".out.doctor-stage-{os.getppid()}").mkdir()  # alive: not ours to touch
-    (tmp_path / ".out.doctor-stage-x").mkdir()
-    notes = clean_stale(out)
-    assert len(notes) == 2 and all(f"process {pid}" in n for n in notes)
+    _, source = sharded(tmp_path)
+    out = tmp_path / "out"
+    for kind in ("stage", "fetch", "old"):
+        (tmp_path / f".out.doctor-{kind}").mkdir()
+    (tmp_path / ".out.doctor-old" / "config.json").write_text("{}")
+    (tmp_path / ".other.doctor-stage").mkdir()
+    with hold_output(out) as notes:
+        assert len(notes) == 3 and "is back" in notes[0]
+        view = one_value(source)
+        with pytest.raises(PlanRefused, match="exists and holds 1 file"), open_staging(view, out):
+            pass
     assert (out / "config.json").read_text() == "{}"
-    assert sorted(os.listdir(tmp_path)) == [f".out.doctor-stage-{os.getppid()}", ".out.doctor-stage-x", "out", "source"]
+    assert sorted(os.listdir(tmp_path)) == [".other.doctor-stage", "out", "source"]
 
 
 def test_one_file_in_gives_one_file_out(tmp_path):
