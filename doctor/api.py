@@ -370,12 +370,16 @@ def quantize(
     **options: Any,
 ) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`; see doctor.quant.quantize.quantize for the options."""
+    from doctor.quant.stage import refuse_output
+
+    source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    refuse_output(source, output, **options)  # before torch is imported
     from doctor.evaluate.clients.rehearsal import transformers_client
     from doctor.evaluate.proof import prove
     from doctor.quant.quantize import quantize as run
 
     client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else transformers_client()
-    return run(path, output, recipe, **{"prove": prove, "client": client, **options})
+    return run(source, output, recipe, **{"prove": prove, "client": client, **options})
 
 
 def plan_quantize(

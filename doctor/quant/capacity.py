@@ -14,6 +14,7 @@ from doctor.core.recipe import Recipe
 from doctor.core.store import Store
 from doctor.model.spec import ModelSpec
 from doctor.quant.budget import BATCH_TOKENS, free_memory, needs
+from doctor.quant.stage import Stage
 from doctor.scan.header import SPEC
 
 
@@ -41,4 +42,5 @@ def measure(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, output: str
             _("{path}: {why}.", path=str(place), why=error.strerror),
             _("Name a directory on the disk that will hold the output."),
         ) from None
-    return Machine(str(output), free_memory(), need.fixed, disk.f_bavail * disk.f_frsize, need.disk)
+    there = Stage(Path(os.path.abspath(output))).bytes_there()  # of a run that may be resumed
+    return Machine(str(output), free_memory(), need.fixed, disk.f_bavail * disk.f_frsize + there, need.disk)

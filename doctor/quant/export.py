@@ -1,8 +1,7 @@
 """The quantized checkpoint on disk: parts while the run goes on, shards at its end, one rename when all is well.
 
-Every finished block is one part file, written, synced and renamed; a journal line says how its linears went. A part
-that is there is therefore whole, which is what resuming stands on. At the end parts are joined into shards of at most 4
-GiB by copying bytes, never by holding tensors.
+Every finished layer is one part file (stage.py); a journal line says how its linears went. At the end parts are joined
+into shards of at most 4 GiB by copying bytes, never by holding tensors.
 
 What stays in 16 bits keeps its dtype (float32 is stored as bfloat16, since no 4-bit kernel computes in float32).
 Formats and keys: formats as read by vLLM, transformers, GPTQModel and ExLlamaV2; `desc_act` is false even with
@@ -14,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,16 +20,18 @@ import torch
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
 from doctor.checkpoint.safetensors import Shard, header_bytes, open_shard
-from doctor.core.errors import MachineError, PlanRefused
+from doctor.core.errors import MachineError
+from doctor.core.messages import _
 from doctor.core.recipe import Recipe
+from doctor.fixing.filesystem import machine_errors
 from doctor.fixing.receipt import RECEIPT
 from doctor.fixing.staging import StagingDir
 from doctor.formats.base import format_of
 from doctor.model.spellings import with_old_keys
 from doctor.quant.client import Linears, plain_linears
+from doctor.quant.stage import FREE_SPACE, JOURNAL, KEPT, Stage, copy_hashed, require_room
 
 MAX_SHARD_BYTES = 4 << 30
-JOURNAL = "journal.jsonl"
 _NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -59,105 +59,32 @@ def _modules_of_experts(kept: Iterable[str], quantized: Iterable[str]) -> list[s
     return sorted(found - {match[1] for match in map(number.match, quantized) if match})
 
 
-class Output:
+class Output(Stage):
     """The directory that a run fills beside its destination. `Output.open`, then write_part and note, then finish and
     commit.
     """
-
-    def __init__(self, destination: Path, stage: Path):
-        self.destination = destination
-        self.stage = stage
 
     @classmethod
     def open(cls, destination: str | os.PathLike, fingerprint: dict, *, resume: bool = False) -> Output:
         """A stage beside the destination. resume takes up the one that an interrupted run of the same fingerprint left
         there.
 
-        Raises PlanRefused where the stage is of another run. The caller has judged the destination
-        (writer.check_output).
+        Raises PlanRefused where the stage is of another run, or where it has finished layers and is not resumed. The
+        caller has judged the destination (outputs.check_output) and holds it (lock.hold).
         """
-        destination = Path(os.path.abspath(destination))
-        stage = _stage_of(destination)
-        self = cls(destination, stage)
-        try:
-            if (
-                resume and self.notes()
-            ):  # a stage without a line is of a run that was killed before or after it had work to keep
-                self._require_same(fingerprint)
-                self._cut_journal()
-                return self
-            if stage.exists():
-                shutil.rmtree(stage)
-            stage.mkdir(parents=True)
-        except OSError as error:
-            raise MachineError(
-                f"{stage}: {error.strerror}.", "Check the permissions and the free space there."
-            ) from None
-        self.note({"fingerprint": fingerprint})
+        self = cls(Path(os.path.abspath(destination)))
+        self.begin(fingerprint, resume)
         return self
 
-    def _require_same(self, fingerprint: dict) -> None:
-        notes = self.notes()
-        before = notes[0].get("fingerprint") if notes else None
-        now = json.loads(json.dumps(fingerprint))
-        if before != now:
-            differs = _differences(before if isinstance(before, dict) else {}, now)
-            raise PlanRefused(
-                f"{self.stage}: the interrupted run differs in {', '.join(differs) or 'its fingerprint'}.",
-                "Resume with the same checkpoint, recipe, text and versions, or start anew without --resume.",
-            )
-
-    def _cut_journal(self) -> None:
-        """Without the line that a crash cut short: the next line would otherwise be glued to it."""
-        whole = "".join(json.dumps(entry) + "\n" for entry in self.notes())
-        beside = self.stage / f"{JOURNAL}.tmp"
-        beside.write_text(whole, encoding="utf-8")
-        os.rename(beside, self.stage / JOURNAL)
-
-    # parts and journal
-
-    def part(self, name: str) -> Path:
-        return self.stage / f"part-{name}.safetensors"
-
-    def has_part(self, name: str) -> bool:
-        return self.part(name).exists()
-
     def write_part(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """One part, whole or absent: written beside, synced, renamed."""
-        path = self.part(name)
-        beside = path.with_suffix(".tmp")
-        try:
-            with open(beside, "wb") as file:
-                write_safetensors(file, tensors)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(beside, path)
-            _sync(self.stage)
-        except OSError as error:
-            raise MachineError(f"{path}: {error.strerror}.", "Free space there and run again with --resume.") from None
+        """One part, whole or absent."""
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        self.seal(name, size, lambda file: write_safetensors(file, tensors))
 
     def read_part(self, name: str) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return load_file(self.part(name))
-
-    def note(self, entry: dict) -> None:
-        """Append one line to the journal, synced."""
-        with open(self.stage / JOURNAL, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def notes(self) -> list[dict]:
-        """Journal lines that are whole; a line cut by a crash is not."""
-        found = []
-        path = self.stage / JOURNAL
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return found
 
     # the end
 
@@ -168,13 +95,26 @@ class Output:
         after it.
         """
         parts = sorted(self.stage.glob("part-*.safetensors"))
+        require_room(self.stage, self.bytes_there())
+        with machine_errors(self.stage, FREE_SPACE):
+            self._finish(parts, checkpoint, recipe, kept, receipt, linears or {})
+
+    def _finish(
+        self,
+        parts: list[Path],
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        kept: Iterable[str],
+        receipt: dict,
+        linears: Linears,
+    ) -> None:
         weight_map, total = self._join(parts)
         if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             _write_json(self.stage / INDEX_NAME, index)
         words = f".{format_of(recipe).words}"
         names = [name.rpartition(".")[0] for name in weight_map if name.endswith(words)]
-        write_configs(self.stage, checkpoint, recipe, quantization_config(recipe, kept, names, linears or {}))
+        write_configs(self.stage, checkpoint, recipe, quantization_config(recipe, kept, names, linears))
         for name, entry in checkpoint.entries.items():
             if name != "config.json" and not _NOT_COPIED.search(name) and entry.size <= _COPY_LIMIT:
                 raw = checkpoint.json[name].raw if name in checkpoint.json else checkpoint.read_file(name, _COPY_LIMIT)
@@ -185,19 +125,17 @@ class Output:
 
     def commit(self, overwrite: bool = False) -> Path:
         """Sync everything and rename the stage to the destination."""
-        for path in self.stage.iterdir():
-            _sync(path)
+        with machine_errors(self.stage, KEPT):
+            for path in self.stage.iterdir():
+                _sync(path)
         StagingDir(self.destination, self.stage, overwrite).commit()
         return self.destination
-
-    def discard(self) -> None:
-        """Remove the stage."""
-        shutil.rmtree(self.stage, ignore_errors=True)
 
     def _join(self, parts: list[Path]) -> tuple[dict[str, str], int]:
         """Shards from parts, in order: (tensor -> shard file, bytes of all tensors)."""
         shards = [open_shard(path, path.name) for path in parts]
         groups: list[list[Shard]] = [[]]
+        sealed = set(self.sealed().values())
         size = 0
         for shard in shards:
             data = shard.size - shard.data_begin
@@ -214,8 +152,11 @@ class Output:
                 file.write(header_bytes(infos))
                 for shard in group:
                     with open(self.stage / shard.name, "rb") as part:
-                        part.seek(shard.data_begin)
-                        shutil.copyfileobj(part, file, 1 << 20)
+                        digest = copy_hashed(part, file, shard.data_begin)
+                    if digest not in sealed:
+                        raise MachineError(
+                            _("{path}: changed since it was written: its sha256 differs.", path=part.name), KEPT
+                        )
             weight_map.update({info[0]: name for info in infos})
             total += sum(info[3] for info in infos)
         return weight_map, total
@@ -245,20 +186,11 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def left_by(destination: Path) -> list[dict]:
-    """The journal of an interrupted run with this destination, [] where there is none."""
-    return Output(destination, _stage_of(destination)).notes()
-
-
-def _stage_of(destination: Path) -> Path:
-    return destination.parent / f".{destination.name}.doctor-quantize"
-
-
 class ReadOnlyOutput(Output):
     """Read-only view of the staging directory for ranks > 0."""
 
     def __init__(self, destination: Path):
-        super().__init__(destination, _stage_of(destination))
+        super().__init__(destination)
         self._there = {path.name for path in self.stage.glob("part-*.safetensors")}
         self._noted = super().notes()
 
@@ -278,23 +210,11 @@ class ReadOnlyOutput(Output):
         pass
 
 
-def _differences(before: dict, now: dict) -> list[str]:
-    """Names of what differs; for the recipe, its fields and both values."""
-    found = []
-    for key, value in now.items():
-        old = before.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            found += [f"{key} ({k} was {old.get(k)}, is {v})" for k, v in value.items() if old.get(k) != v]
-        elif old != value:
-            found.append(key)
-    return found
-
-
 def write_safetensors(file, tensors: dict[str, torch.Tensor]) -> None:
     """Tensors in the order given, each element in a place that its size divides (larger element types first)."""
     items = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     file.write(header_bytes((n, _NAMES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for n, t in items))
-    for _, tensor in items:
+    for _name, tensor in items:
         file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

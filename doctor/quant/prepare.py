@@ -29,7 +29,6 @@ from doctor.fixing.proof import Proof
 from doctor.lint.engine import Report, judge, locate
 from doctor.lint.rule import Rule
 from doctor.model.spec import ModelSpec
-from doctor.quant import export
 from doctor.quant.calibration.rows import calibration_rows
 from doctor.quant.calibration.self_generated import Once, sampler, unable
 from doctor.quant.capacity import measure
@@ -37,6 +36,7 @@ from doctor.quant.client import Client
 from doctor.quant.distributed import size
 from doctor.quant.job import Result
 from doctor.quant.setup import Progress, computing_dtype
+from doctor.quant.stage import left_by
 from doctor.scan.header import SPEC
 from doctor.scan.summary import summary
 
@@ -145,7 +145,7 @@ def calibrate(asked: Asked, checked: Checked, source: str | os.PathLike | None, 
         return Calibrated(checked, [])
     started = time.perf_counter()
     checkpoint, spec = checked.assessment.checkpoint, checked.spec
-    left = export.left_by(asked.output) if asked.resume else []
+    left = left_by(asked.output) if asked.resume else []
     sample = Once(_sampler(asked, checked), next((entry["sampled"] for entry in left if "sampled" in entry), None))
     chosen, facts, remarks = calibration_rows(
         checkpoint,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from doctor.fixing.assess import assess
 from doctor.fixing.output_summary import files, receipt_summary
 from doctor.fixing.outputs import check_output
 from doctor.fixing.proof import Proof
+from doctor.fixing.staging import hold_output
 from doctor.lint.engine import Report, load_rules, locate, select_rules
 from doctor.model.spec import build_spec
 from doctor.quant import budget, export
@@ -41,6 +42,7 @@ from doctor.quant.receipt import receipt
 from doctor.quant.resume import fingerprint
 from doctor.quant.setup import computing_note
 from doctor.quant.solve import cpu
+from doctor.quant.stage import Stage, damage_note, require_no_work, require_room
 
 
 @dataclass
@@ -128,12 +130,32 @@ def quantize(
     )
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     check_output(source, asked.output, overwrite)
+    writes = not preflight and not (size() > 1 and int(os.environ["RANK"]))  # under torchrun, rank 0 writes
+    with ExitStack() as stack:
+        for note in stack.enter_context(hold_output(asked.output)) if writes else ():
+            progress(note)
+        if writes and not resume:
+            require_no_work(asked.output)
+        return _quantized(asked, source, fix, unsafe_fixes, calibration, rows, max_seq_length, preflight)
+
+
+def _quantized(
+    asked: Asked,
+    source: Checkpoint,
+    fix: bool,
+    unsafe_fixes: bool | Iterable[str],
+    calibration: str | os.PathLike | None,
+    rows: int,
+    max_seq_length: int,
+    preflight: bool,
+) -> QuantizeResult:
+    """Check, calibrate, run, finish; the caller holds the output."""
     checked = check(asked, source, fix or bool(unsafe_fixes), unsafe_fixes)
     report = report_of(asked, checked)
     if not report.ok:
-        progress(_("not quantized: {errors} errors", errors=report.count("error")))
+        asked.progress(_("not quantized: {errors} errors", errors=report.count("error")))
         return QuantizeResult(report)
-    with device_memory(device):
+    with device_memory(asked.device):
         calibrated = calibrate(asked, checked, calibration, rows, max_seq_length)
         report = report_of(asked, calibrated.checked, calibrated.facts)
         if not report.ok:
@@ -141,7 +163,7 @@ def quantize(
         checked.assessment.checkpoint.forget_parsed()
         if preflight:
             return _preflight(asked, calibrated)
-        ranks = start(device)
+        ranks = start(asked.device)
         try:
             return _run(asked, calibrated, ranks)
         finally:
@@ -258,6 +280,9 @@ def _forewarn(asked: Asked, calibrated: Calibrated) -> list[str]:
     rows = calibrated.rows
     need = budget.needs(checkpoint, checked.spec, checked.recipe, len(rows), max(map(len, rows), default=0))
     budget.require(need, asked.memory)
+    hidden = need.hidden if need.hidden > budget.left(need, asked.memory) else 0
+    place = next(p for p in asked.output.parents if p.exists())
+    require_room(place, max(0, need.disk - Stage(asked.output).bytes_there()) + hidden)
     free = device_free(asked.device)
     if free is not None:
         fits = _(
@@ -284,6 +309,8 @@ def _stage(asked: Asked, calibrated: Calibrated, ranks: Ranks) -> export.Output:
         staged = export.Output.open(asked.output, {**mark, "ranks": ranks.size}, resume=asked.resume)
         if sample and sample.said is not None and not any("sampled" in entry for entry in staged.notes()):
             staged.note({"sampled": sample.said})
+        for name in staged.damaged:
+            asked.progress(damage_note(name))
     ranks.barrier()
     staged = staged or export.ReadOnlyOutput(asked.output)
     ranks.barrier()

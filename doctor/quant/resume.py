@@ -1,6 +1,6 @@
 """Resuming an interrupted run: what must be equal for two runs to write the same bytes, and layers finished before.
 
-A part that exists is whole (export.py), so a layer whose part and journal line exist is not solved again: its facts
+A part that the journal names is whole (stage.py), so a layer whose part and line exist is not solved again: its facts
 come from the journal, and its outputs from the weights that were written.
 """
 
@@ -63,7 +63,7 @@ def finished_records(output: export.Output, i: int) -> list[Record] | None:
     """
     if not output.has_part(part_name(i)):
         return None
-    return next((entry["records"] for entry in output.notes() if entry.get("block") == i), None)
+    return next((entry["records"] for entry in reversed(output.notes()) if entry.get("block") == i), None)
 
 
 def replay_layer(

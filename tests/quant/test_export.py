@@ -2,6 +2,7 @@
 understands.
 """
 
+import errno
 import json
 
 import pytest
@@ -10,11 +11,11 @@ from safetensors.torch import load_file
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import open_shard
-from doctor.core.errors import DoctorError, PlanRefused
+from doctor.core.errors import DoctorError, MachineError, PlanRefused
 from doctor.core.recipe import Recipe
 from doctor.formats.base import format_of
 from doctor.lint.testing import tiny
-from doctor.quant import export
+from doctor.quant import export, resume, stage
 from doctor.quant.export import Output
 from doctor.quant.pack import pack_linear, unpack_linear
 from doctor.quant.solve.rtn import round_to_nearest
@@ -153,7 +154,7 @@ def test_a_part_whose_writing_fails_is_absent(tmp_path, monkeypatch):
 def test_a_journal_line_cut_by_a_crash_does_not_count(tmp_path):
     staged = Output.open(tmp_path / "o", {"a": 1})
     staged.note({"block": 0, "records": []})
-    with open(staged.stage / export.JOURNAL, "a") as file:
+    with open(staged.stage / stage.JOURNAL, "a") as file:
         file.write('{"block": 1, "rec')
     again = Output.open(tmp_path / "o", {"a": 1}, resume=True)
     again.note({"block": 1, "records": []})
@@ -166,9 +167,84 @@ def test_resuming_another_run_is_refused_and_says_what_differs(tmp_path):
         Output.open(tmp_path / "o", {"recipe": 1, "rows": 3}, resume=True)
 
 
-def test_a_new_run_starts_with_an_empty_stage(tmp_path):
-    Output.open(tmp_path / "o", {}).write_part("00000", {"t": torch.zeros(2)})
-    assert not Output.open(tmp_path / "o", {}).has_part("00000")
+def test_a_new_run_over_finished_layers_is_refused_with_the_two_ways_out(tmp_path):
+    staged = Output.open(tmp_path / "o", {})
+    staged.write_part("00000", {"t": torch.zeros(2)})
+    assert not Output.open(tmp_path / "o", {}).has_part("00000")  # a part without its layer's line is no work done
+    staged.write_part("00000", {"t": torch.zeros(2)})
+    staged.note({"block": 0, "records": []})
+    with pytest.raises(
+        PlanRefused, match=r"holds 1 finished layer of an interrupted run. Go on with --resume; to start"
+    ):
+        Output.open(tmp_path / "o", {})
+    assert staged.has_part("00000") and Output.open(tmp_path / "o", {}, resume=True).has_part("00000")
+
+
+@pytest.mark.parametrize("damage", ["a bit", "cut", "absent", "a link"])
+def test_a_part_that_is_no_longer_what_was_written_is_made_again_and_said(tmp_path, damage):
+    staged = Output.open(tmp_path / "o", {})
+    for name in ("00000", "00001"):
+        staged.write_part(name, {"t": torch.ones(100)})
+        staged.note({"block": int(name), "records": [name]})
+    path = staged.part("00000")
+    raw = bytearray(path.read_bytes())
+    if damage == "a bit":
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+    elif damage == "cut":
+        path.write_bytes(raw[:-1])
+    else:
+        path.unlink()
+    if damage == "a link":
+        path.symlink_to(tmp_path / "o.safetensors")
+        (tmp_path / "o.safetensors").write_bytes(raw)
+    again = Output.open(tmp_path / "o", {}, resume=True)
+    assert again.damaged == ["00000"] and not again.has_part("00000") and again.has_part("00001")
+    assert "is damaged or absent" in stage.damage_note("00000")
+    assert resume.finished_records(again, 0) is None and resume.finished_records(again, 1) == ["00001"]
+    again.write_part("00000", {"t": torch.ones(100)})
+    again.note({"block": 0, "records": ["again"]})
+    last = Output.open(tmp_path / "o", {}, resume=True)
+    assert not last.damaged and resume.finished_records(last, 0) == ["again"]
+
+
+def test_a_part_that_changes_before_the_end_ends_the_run(tmp_path, source):
+    staged = Output.open(tmp_path / "o", {})
+    staged.write_part("00000", {"t": torch.zeros(100)})
+    raw = bytearray(staged.part("00000").read_bytes())
+    raw[-1] ^= 1
+    staged.part("00000").write_bytes(raw)
+    with pytest.raises(MachineError, match=r"part-00000.safetensors: changed since it was written.* --resume"):
+        staged.finish(source, Recipe(), [], {})
+
+
+def test_a_full_disk_is_said_with_path_and_numbers_wherever_it_happens(tmp_path, source, monkeypatch):
+    staged = Output.open(tmp_path / "o", {})
+    staged.write_part("00000", {"t": torch.zeros(100)})
+    real = stage.free_bytes
+    monkeypatch.setattr(stage, "free_bytes", lambda _folder: 5)
+    with pytest.raises(MachineError, match=r"doctor-quantize: 5 bytes are free; 400 will be written next. .* --resume"):
+        staged.write_part("00001", {"t": torch.zeros(100)})
+    with pytest.raises(MachineError, match=r"5 bytes are free; \d+ will be written next"):
+        staged.finish(source, Recipe(), [], {})
+    monkeypatch.setattr(stage, "free_bytes", real)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("write_safetensors", "copy_hashed"):
+        with monkeypatch.context() as patch:
+            patch.setattr(export, name, full)
+            with pytest.raises(MachineError, match=r"doctor-quantize.*: No space left on device. Free space there"):
+                if name == "copy_hashed":
+                    staged.finish(source, Recipe(), [], {})
+                else:
+                    staged.write_part("00001", {"t": torch.zeros(100)})
+    staged.finish(source, Recipe(), [], {})
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_sync", full)
+        with pytest.raises(MachineError, match=r"doctor-quantize: No space left on device"):
+            staged.commit()
 
 
 def test_float32_is_stored_in_sixteen_bits_and_the_config_says_so(tmp_path):
