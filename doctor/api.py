@@ -1,5 +1,4 @@
-"""All that a user imports: check, fix, quantize, verify, kvcache, undo, recover. The command line adds only parsing and
-printing.
+"""All that a user imports: check, fix, quantize, verify, kvcache, undo, recover.
 
 Modules that only some of them need are imported where they are needed, because a check of headers alone must be fast.
 """
@@ -344,20 +343,20 @@ def undo(path: str | os.PathLike[str]) -> list[str]:
     Only a fix in place replaces anything: delete the output of `fix -o` to undo it. Raises PlanRefused, MachineError,
     BadCheckpoint.
     """
-    from doctor.fixing.undo import undo_fix
+    from doctor.fixing.undo import undo_fix as run
 
-    return [*undo_fix(path)]
+    return [*run(path)]
 
 
 def recover(path: str | os.PathLike[str]) -> list[str]:
     """Finish or take back a fix in place that was killed; returns what was done, [] where there was nothing to do."""
-    from doctor.fixing import in_place
+    from doctor.fixing.in_place import recover as run
 
-    return [*in_place.recover(Path(os.path.abspath(path)))]
+    return [*run(Path(os.path.abspath(path)))]
 
 
 def verify(original: str | os.PathLike[str], quantized: str | os.PathLike[str], **options: Any) -> Report:
-    """Compare a quantized checkpoint with its original; see doctor.evaluate.verify.verify for the options."""
+    """Compare a quantized checkpoint with its original; for the options see doctor.evaluate.verify.verify."""
     from doctor.evaluate.verify import verify as run
 
     return run(original, quantized, **{"load_proof": os.environ.get("DOCTOR_LOAD_PROOF") != "0", **options})
@@ -395,9 +394,7 @@ def plan_quantize(
 
 
 def kvcache(path: str | os.PathLike[str] | Checkpoint, **options: Any) -> KvReport:
-    """Size and quantization error of a model's key/value cache; see doctor.evaluate.kvcache.study.kvcache for the
-    options.
-    """
+    """Size and error of a model's key/value cache; for the options see doctor.evaluate.kvcache.study.kvcache."""
     from doctor.evaluate.kvcache.study import kvcache as run
 
     return run(path, **options)
