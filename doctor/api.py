@@ -1,4 +1,4 @@
-"""All that a user imports: check, fix, quantize, verify, kvcache, undo, recover.
+"""All that a user imports: check, fix, quantize, convert, verify, kvcache, undo, recover.
 
 Modules that only some of them need are imported where they are needed, because a check of headers alone must be fast.
 """
@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
-from doctor.core.errors import PlanRefused
 from doctor.core.facts import COSTS, asks
-from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.records import MERGE_PROOF
 from doctor.core.rehearsal import GIVEN_REHEARSAL
@@ -31,12 +29,13 @@ from doctor.scan.summary import summary
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from doctor.core.records import LoadProof
     from doctor.core.rehearsal import Rehearsal
     from doctor.evaluate.kvcache.study import KvReport
     from doctor.fixing.assess import Progress
-    from doctor.fixing.consent import Consent
-    from doctor.fixing.filesystem import Carry
+    from doctor.fixing.proof import Proof
     from doctor.fixing.result import FixResult
+    from doctor.quant.convert import Converted
     from doctor.quant.preflight import Forecast
     from doctor.quant.quantize import QuantizeResult
 
@@ -216,16 +215,17 @@ def fix(
     exchanges names with its fixed copy and is kept as NAME.before-fix, which `undo` puts back. progress(phase, bytes):
     called from any thread with "fetch", "scan", "write" or "verify".
 
-    Where tensors or config.json changed, transformers then loads the output on the meta device; what it does not load
-    whole is an error finding (O617). Where nothing needs a fix, output is a linked copy. In place, or where errors stay
-    that no fix applies to, nothing is written and receipt_path is None. Raises PlanRefused, MachineError,
-    BadCheckpoint; then there is no output.
+    Where tensors or config.json changed, transformers loads the output on the meta device before it appears. What it
+    does not load whole is refused where it loads the source whole, else an error finding (O617). Where nothing needs a
+    fix, output is a linked copy. In place, or where errors stay that no fix applies to, nothing is written and
+    receipt_path is None. Raises PlanRefused, MachineError, BadCheckpoint; then there is no output.
     """
     from doctor.fixing.assess import no_progress
     from doctor.fixing.consent import Consent
     from doctor.fixing.donor_source import donor_facts
     from doctor.fixing.filesystem import Carry
     from doctor.fixing.outputs import check_in_place, check_output
+    from doctor.fixing.run import run
     from doctor.fixing.staging import hold_output
 
     started = time.perf_counter()
@@ -246,14 +246,14 @@ def fix(
     with contextlib.ExitStack() as stack:
         stale = [] if dry_run else stack.enter_context(hold_output(target))
         given = stack.enter_context(donor_facts(donor, source, target, progress or no_progress))
-        result = _fixed(
+        result = run(
             source,
             target if in_place or output is None else Path(output),
             recipe or _default_recipe(source, config),
             rules,
             consent,
             [*given, *facts],
-            config,
+            config.apply_suppressions if config else None,
             started,
             dry_run=dry_run,
             carry=carry,
@@ -262,79 +262,27 @@ def fix(
             stage=stage,
             fail_on=fail_on,
             progress=progress or no_progress,
+            prove=_prove_logits,
+            load=_load_proof(),
         )
         result.notes = [*stale, *result.notes]
         return result
 
 
-def _fixed(
-    source: Checkpoint,
-    output: Path,
-    recipe: Recipe,
-    rules: list[Rule],
-    consent: Consent,
-    facts: list[tuple[str, str, object]],
-    config: Config | None,
-    started: float,
-    *,
-    dry_run: bool,
-    carry: Carry,
-    overwrite: bool,
-    in_place: bool,
-    stage: str,
-    fail_on: str,
-    progress: Progress,
-) -> FixResult:
-    """Plan, prove, apply."""
-    from doctor.edits.kinds import Rebase
-    from doctor.fixing.apply import apply_plan
-    from doctor.fixing.plan import make_plan, refuse
-    from doctor.fixing.result import FixResult, report_of, unproved
+def _prove_logits(before: Checkpoint, after: Checkpoint) -> Proof:
+    """The proof of shape fixes; its module imports torch."""
+    from doctor.evaluate.proof import prove
 
-    suppress = config.apply_suppressions if config else None
-    plan = make_plan(source, recipe, rules, consent, facts=facts, stage=stage, progress=progress, suppress=suppress)
-    before, after = (report_of(a, plan.recipe, fail_on, started) for a in (plan.before, plan.after))
-    result = FixResult(plan, before, after, output)
-    if in_place and any(isinstance(e, Rebase) for e in plan.overlay.edits):
-        raise PlanRefused(
-            _("{path}: a merged adapter is another model than the adapter, so it cannot replace it.", path=source.root),
-            _("Write a copy with -o."),
-        )
-    # A script goes on with the output, so a checkpoint that needs no fix is linked there; one that stays broken is not.
-    if dry_run or (not plan.steps and (in_place or not before.ok)):
-        return result
-    refuse(plan)
-    if plan.needs_proof:
-        from doctor.evaluate.proof import prove
+    return prove(before, after)
 
-        result.proofs.append(prove(plan.unpadded(), plan.overlay))
-    done = apply_plan(
-        plan,
-        output,
-        rules,
-        carry=carry,
-        overwrite=overwrite,
-        in_place=in_place,
-        proofs=result.proofs,
-        facts=facts,
-        stage=stage,
-        progress=progress,
-    )
-    result.report_after = report_of(done.assessment, plan.recipe, fail_on, started)
-    result.report_after.checkpoint = (
-        done.output.name
-    )  # it was assessed in the staging directory, which has its name now
-    result.report_after.summary["path"] = str(done.output)
-    result.report_after.findings += unproved(plan, result.proofs)
-    result.receipt_path, result.notes = done.receipt, done.notes
-    if os.environ.get("DOCTOR_LOAD_PROOF") != "0" and plan.changes_model and result.report_after.ok:
-        from doctor.evaluate.clients.load_proof import prove_loading
-        from doctor.quant.client import judged_proof
 
-        found, note = judged_proof(prove_loading(done.output), done.assessment.store, rules)
-        result.report_after.findings += locate(found, done.assessment.checkpoint)
-        result.notes = [*result.notes, note]
-    return result
+def _load_proof() -> Callable[[Path], LoadProof] | None:
+    """What asks transformers to load a directory; None where that is turned off."""
+    if os.environ.get("DOCTOR_LOAD_PROOF") == "0":
+        return None
+    from doctor.evaluate.clients.load_proof import prove_loading
+
+    return prove_loading
 
 
 def undo(path: str | os.PathLike[str]) -> list[str]:
@@ -379,6 +327,17 @@ def quantize(
 
     client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else transformers_client()
     return run(source, output, recipe, **{"prove": prove, "client": client, **options})
+
+
+def convert(
+    path: str | os.PathLike[str] | Checkpoint, output: str | os.PathLike[str], target: str, **options: Any
+) -> Converted:
+    """Write a quantized checkpoint in another stored format, or as 16-bit floats; see doctor.quant.convert.convert."""
+    from doctor.evaluate.clients.rehearsal import transformers_client
+    from doctor.quant.convert import convert as run
+
+    client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else transformers_client()
+    return run(path, output, target, **{"client": client, **options})
 
 
 def plan_quantize(

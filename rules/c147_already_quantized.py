@@ -23,42 +23,32 @@ Sources: ml-explore/mlx-lm issue 1192; ModelCloud/GPTQModel PR 2827; transformer
 """
 
 from doctor.lint.rule import (
-    Dequantize,
-    DropTensor,
-    Edit,
     Fix,
     Place,
     Unavailable,
     _,
     dequantize_beside,
+    dequantize_packed,
     finding,
-    float_dtype,
     is_scale_beside_weight,
-    packed_size,
-    plain_fix,
+    narrow_weights,
+    packed_words,
     plural,
     read_quantization,
+    readable,
     rule,
-    word_tails,
 )
 from doctor.lint.testing import tiny
 
 
 @rule("C147", "error", implied_by=("F002", "F005", "G320", "O620", "O621", "O622", "O623"))
 def already_quantized(checkpoint, tensors, config, quantization_block, asked, goal, every_stored_bytes=None):
-    tails = word_tails()
-    packed = [i for n, i in sorted(tensors.items()) if n.endswith(tails)]
+    packed = packed_words(tensors)
     if packed:
         if goal == "quantize" or ("C147" in asked and quantization_block is not None):
             yield _packed(checkpoint, tensors, packed, quantization_block, "" if goal == "quantize" else "info")
         return
-    narrow = [
-        i
-        for n, i in tensors.items()
-        if n.endswith((".weight", "_blocks", "_proj"))
-        and len(i.shape) >= 2
-        and (i.dtype.bits < 16 and i.dtype.name != "BOOL")
-    ]
+    narrow = narrow_weights(tensors)
     if not narrow:
         return
     scales = [n for n in tensors if is_scale_beside_weight(n)]
@@ -93,22 +83,8 @@ def _packed(checkpoint, tensors, packed, block, severity):
     try:
         if block is None:
             raise Unavailable(_("no quantization_config"))
-        quant = read_quantization(*block)
-        if not quant.readable or quant.bits not in quant.format.bits:
-            raise Unavailable(
-                _("{version} with {bits} bits is not unpacked here", version=quant.version, bits=quant.bits)
-            )
-        edits: list[Edit] = []
-        kind = float_dtype(tensors)
-        for info in packed:
-            module = info.name.rpartition(".")[0]
-            width, height = packed_size(quant, info)
-            edits.append(
-                Dequantize(f"{module}.weight", (height, width), quant.format.name, quant.bits_of(module), dtype=kind)
-            )
-            parts = quant.format.part_names
-            edits += [DropTensor(f"{module}.{part}") for part in parts if f"{module}.{part}" in tensors]
-        fix = plain_fix(checkpoint, block, edits, len(packed), kind)
+        quant = readable(read_quantization(*block))
+        fix = dequantize_packed(checkpoint, tensors, block, quant)
         why = _("{bits} bits", bits=quant.bits)
     except Unavailable as error:
         why = error.args[0]

@@ -30,6 +30,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     cls=Group,
     commands=Commands(
         check="Say whether checkpoints are ready for a recipe.",
+        convert="Write a quantized checkpoint in another stored format, without quantizing again.",
         completion="Print the script that completes in a shell.",
         explain="A rule's page, or what a pasted error points to.",
         facts="List the facts that a rule can ask for.",

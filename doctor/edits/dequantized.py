@@ -27,7 +27,7 @@ class DequantizedTensor:
         form = _format_of(self.edit)
         scheme = Scheme(self.edit.bits, tile=self.edit.block)
         parts = self.parts or {
-            name: _part(self.source, f"{self.module}.{name}")
+            name: part_values(self.source, f"{self.module}.{name}")
             for name in form.part_names
             if f"{self.module}.{name}" in self.source.tensors
         }
@@ -63,7 +63,7 @@ def _format_of(edit: Dequantize) -> Format:
     return KNOWN[form.twin] if form.twin and edit.version == 2 and form.zero_offset else form
 
 
-def _part(checkpoint: Checkpoint, name: str) -> np.ndarray:
+def part_values(checkpoint: Checkpoint, name: str) -> np.ndarray:
     """A packed tensor: words as stored, scales and 8-bit floats as float32 values."""
     codes, kind = checkpoint.load(name), checkpoint.tensors[name].dtype
     if kind.name == "F8_E8M0":

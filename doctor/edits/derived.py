@@ -26,8 +26,10 @@ from doctor.edits.kinds import (
     EqualZeros,
     GroupsInOrder,
     GrowRows,
+    Repack,
     TakeTensor,
 )
+from doctor.edits.repacked import RepackedTensor
 from doctor.edits.stale import stale
 
 MEAN_SLAB = 1 << 22  # values summed at once
@@ -232,6 +234,8 @@ def derive(source: Checkpoint, name: str, edits: Sequence[Edit]) -> DerivedTenso
             result = DonorTensor(edit)
         elif isinstance(edit, Dequantize):
             result = DequantizedTensor(source, edit)
+        elif isinstance(edit, Repack):
+            result = RepackedTensor(source, edit)
         elif isinstance(edit, GroupsInOrder):
             result = ContiguousGroups(edit)
         elif isinstance(edit, EqualZeros):

@@ -168,6 +168,26 @@ class Dequantize(TensorEdit):
 
 
 @dataclass(frozen=True)
+class Repack(TensorEdit):
+    """`tensor`, one part of a linear packed by the format `to`, from the parts that the format `method` packed beside
+    it: the same codes under the same scales and zero points.
+
+    part: the last part of its name; dtype and size: its own. shape: [out_features, in_features] of the weight. sym: the
+    written grid is symmetric, so every zero point must be the middle.
+    """
+
+    method: str
+    to: str
+    part: str
+    dtype: str
+    size: tuple[int, ...]
+    shape: tuple[int, int]
+    bits: int = 4
+    group_size: int = -1
+    sym: bool = True
+
+
+@dataclass(frozen=True)
 class AddLowRank(TensorEdit):
     """weight + scale * B @ A, in float32, rounded once. `a` [r, in] and `b` [out, r] are tensors of the adapter in
     `root`.
@@ -358,34 +378,14 @@ class Keep:
         return f"recipe:keep:{self.pattern}"
 
 
+# fmt: off
 Edit = (
-    SetJson
-    | RemoveJson
-    | ReplaceText
-    | CleanJson
-    | ReplaceNonfinite
-    | ClampTensor
-    | CastTensor
-    | TakeTensor
-    | TakeFile
-    | Dequantize
-    | AddLowRank
-    | GrowRows
-    | ShiftZeros
-    | GroupsInOrder
-    | EqualZeros
-    | PadTensor
-    | DropTensor
-    | RenameTensor
-    | NameFormat
-    | RenameFile
-    | DropFile
-    | Rebase
-    | RebuildIndex
-    | SetRecipe
-    | Keep
+    SetJson | RemoveJson | ReplaceText | CleanJson | ReplaceNonfinite | ClampTensor | CastTensor | TakeTensor
+    | TakeFile | Dequantize | Repack | AddLowRank | GrowRows | ShiftZeros | GroupsInOrder | EqualZeros | PadTensor
+    | DropTensor | RenameTensor | NameFormat | RenameFile | DropFile | Rebase | RebuildIndex | SetRecipe | Keep
 )
+# fmt: on
 # Computed by derived.py: they need more than the codes of the tensor itself.
-DERIVED = (TakeTensor, Dequantize, AddLowRank, GrowRows, GroupsInOrder, EqualZeros)
-CREATING = (TakeTensor, Dequantize, GroupsInOrder, EqualZeros)  # may create a tensor that is absent
+DERIVED = (TakeTensor, Dequantize, Repack, AddLowRank, GrowRows, GroupsInOrder, EqualZeros)
+CREATING = (TakeTensor, Dequantize, Repack, GroupsInOrder, EqualZeros)  # may create a tensor that is absent
 RECIPE_EDITS = (SetRecipe, Keep)  # change how a run quantizes, never the files

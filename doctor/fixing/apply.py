@@ -8,13 +8,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.core.facts import COSTS
+from doctor.core.finding import Finding
 from doctor.core.messages import Message, _
 from doctor.edits.donor import Donor
 from doctor.edits.donor_registry import open_donor
@@ -22,13 +23,15 @@ from doctor.edits.kinds import Rebase, TakeFile
 from doctor.fixing.assess import Assessment, Progress, assess, no_progress
 from doctor.fixing.filesystem import Carry, sha256
 from doctor.fixing.in_place import kept_name
+from doctor.fixing.loading import Load, judged_proof, proved
 from doctor.fixing.overlay_writer import write_overlay
 from doctor.fixing.plan import Plan, finding_key, refuse
 from doctor.fixing.proof import Proof
 from doctor.fixing.receipt import RECEIPT, build_receipt
 from doctor.fixing.staging import StagingDir, open_staging
+from doctor.lint.engine import locate
 from doctor.lint.rule import Rule
-from doctor.scan.header import BASE
+from doctor.scan.header import BASE, SPEC
 from doctor.scan.value_facts import STATS
 
 Digests = dict[str, tuple[str | None, str]]  # changed file -> sha256 before (None: no readable file) and after
@@ -42,6 +45,7 @@ class Applied:
     receipt: Path
     assessment: Assessment
     notes: list[Message]
+    loading: list[Finding] = field(default_factory=list)  # what the rules say of the client's loading of it
 
 
 def apply_plan(
@@ -56,8 +60,11 @@ def apply_plan(
     facts: Iterable[tuple[str, str, object]] = (),
     stage: str = COSTS[-1],
     progress: Progress = no_progress,
+    load: Load | None = None,
 ) -> Applied:
-    """Write the plan's overlay to `output`, assess it from disk, commit.
+    """Write the plan's overlay to `output`, assess it from disk, let a client load it, commit.
+
+    load: the client's loader, asked where another model than before may be built; None asks nobody.
 
     Raises PlanRefused, MachineError, BadCheckpoint; then there is no output.
     """
@@ -73,6 +80,7 @@ def apply_plan(
     ) as staging:
         write_overlay(plan.overlay, staging, carry=carry)
         again, digests = _verify(plan, staging, rules, list(facts), stage, progress)
+        loading = _load(plan, load, again, output, rules, staging) if load is not None and plan.changes_model else []
         receipt = build_receipt(
             plan.source,
             plan.recipe,
@@ -89,7 +97,18 @@ def apply_plan(
         )
         staging.add(RECEIPT, (json.dumps(receipt, indent=2, ensure_ascii=False) + "\n").encode())
         staging.commit()
-    return Applied(staging.output, staging.output / RECEIPT, again, staging.notes)
+    return Applied(staging.output, staging.output / RECEIPT, again, staging.notes, loading)
+
+
+def _load(
+    plan: Plan, load: Load, written: Assessment, output: Path, rules: list[Rule], staging: StagingDir
+) -> list[Finding]:
+    """Findings of the client's loading of the staged files; what it said goes into the notes."""
+    model_type = written.store.get(SPEC).model_type if written.store.has(SPEC) else ""
+    proof = proved(load, staging.path, _origin(plan).root, output, plan.recipe, model_type)
+    found, note = judged_proof(proof, written.store, rules)
+    staging.notes.append(note)
+    return locate(found, written.checkpoint)
 
 
 def _donor(plan: Plan) -> Donor | None:

@@ -26,7 +26,7 @@ def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
     if present and not overwrite:
         raise PlanRefused(
             _("{path}: exists and holds {files}; an output must be new or empty.", path=output, files=_files(present)),
-            _("Choose another output, or `doctor fix --overwrite`."),
+            _("Choose another output, or give --overwrite."),
         )
     if present and not any(n in ("config.json", RECEIPT) or n.endswith(".safetensors") for n in present):
         raise PlanRefused(

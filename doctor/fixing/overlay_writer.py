@@ -29,7 +29,7 @@ from doctor.fixing.filesystem import (
     write_back,
 )
 from doctor.fixing.in_place import and_more
-from doctor.fixing.receipt import RECEIPT, WrittenFile
+from doctor.fixing.receipt import RECEIPT, WrittenFile, is_ours
 from doctor.fixing.staging import StagingDir, is_fetched
 
 COPY_STEP = 64 << 20  # bytes a call: larger steps were no faster, and Ctrl-C is handled between them
@@ -99,7 +99,7 @@ class _Writer:
     def _leave_receipt(self) -> None:
         """Leave out the receipt of an earlier run, which the new one quotes, and report any other file of its name."""
         found = self.overlay.source.value(RECEIPT)
-        if found is None or not str(found.get("schema", "")).startswith("doctor.receipt"):
+        if not is_ours(found):
             self.staging.not_carried[RECEIPT] = _("not a receipt of doctor, whose receipt takes this name")
             self.staging.notes.append(
                 _("{file}: the source's file of this name is not a receipt and is not in the output", file=RECEIPT)

@@ -43,6 +43,14 @@ def is_receipt(document: dict[str, Any] | None) -> bool:
     return document is not None and document.get("schema") == SCHEMA
 
 
+def is_ours(document: dict[str, Any] | None) -> bool:
+    """Whether a doctor.json is of a program of this name: of a fix, a conversion, or a run of the quantizer."""
+    if document is None:
+        return False
+    quantized = {"doctor", "recipe", "outcomes"} <= document.keys()
+    return quantized or str(document.get("schema", "")).startswith("doctor.receipt")
+
+
 def build_receipt(
     source: Checkpoint,
     recipe: Recipe,
@@ -96,7 +104,7 @@ def build_receipt(
     if kept is not None:
         receipt["kept"] = kept
     earlier = source.value(RECEIPT)
-    if is_receipt(earlier):
+    if is_receipt(earlier) or (earlier is not None and "schema" not in earlier and is_ours(earlier)):
         receipt["previous"] = earlier
     return receipt
 

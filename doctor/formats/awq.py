@@ -46,6 +46,7 @@ class AWQ(Format):
     bits = (4,)
     own_widths = False
     unit = (1, 32)
+    affine = True
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
         groups = 1 if scheme.group_size == -1 else -(-in_features // scheme.group_size)
@@ -80,9 +81,11 @@ class AWQ(Format):
         if kernels is not None:
             self._require_fitting(parts)
             return kernels.awq_dequantize(*(contiguous(parts[name]) for name in self.part_names))
-        return dequantize(*self.codes(parts, rows))
+        return dequantize(*self.codes(parts, scheme, rows=rows))
 
-    def codes(self, parts: Parts, rows: slice | None = None) -> tuple[Array, Grid, Array]:
+    def codes(
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
+    ) -> tuple[Array, Grid, Array]:
         """(codes u8[n, k], grid, g_idx i32[k]) of a linear, or of those rows of it."""
         k, groups, n = self._require_fitting(parts)
         rows = rows or slice(0, n)

@@ -75,6 +75,7 @@ class Format:
     zero_offset = 0  # what is taken from a zero point before it is stored
     twin = ""  # the format that differs in nothing but zero_offset
     at_load = False  # quantization_config asks a loader to quantize plain weights
+    affine = False  # codes() gives integer codes and their grid, which another such format may hold unchanged
     separates_gate_and_up = False  # readers want interleaved gate_up experts as two linears, gate first
 
     @property
@@ -141,6 +142,12 @@ class Format:
         """Tensors by the last part of their names, of codes u8[n, k]. Raises NotQuantizable for what cannot be
         stored.
         """
+        raise NotImplementedError
+
+    def codes(
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
+    ) -> tuple[Array, Grid, Array]:
+        """(codes u8[n, k], grid, g_idx i32[k]) of a linear, or of those rows of it, where the format is `affine`."""
         raise NotImplementedError
 
     def unpack(
@@ -234,6 +241,10 @@ class Format:
     def version_key(self, raw: Mapping[str, Any]) -> str:
         """The key of a quantization_config that tells this format from its twin."""
         return ""
+
+    def restated(self, raw: Mapping[str, Any], form: Format) -> dict[str, Any]:
+        """A quantization_config of this reader that names the twin `form` instead."""
+        return {**raw, self.version_key(raw): self.spelled(form)}
 
     def spelled(self, form: Format) -> str:
         """What stands under version_key for a format."""

@@ -59,6 +59,7 @@ class CompressedTensors(Format):
     needed: tuple[str, ...] = ("weight_scale",)
     sampled: tuple[str, ...] = ("weight_g_idx", "weight_zero_point")
     bits: tuple[int, ...] = BITS
+    affine = True
     separates_gate_and_up = True
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:

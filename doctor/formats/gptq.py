@@ -63,6 +63,7 @@ class GPTQ(Format):
     unit = (32, 32)
     zero_offset = 1
     twin = "gptq_v2"
+    affine = True
     head_key = "lm_head"
     order_key = "desc_act"
 
@@ -129,9 +130,11 @@ class GPTQ(Format):
                 scheme.bits,
                 version=2 - self.zero_offset,
             )
-        return dequantize(*self.codes(parts, scheme, rows))
+        return dequantize(*self.codes(parts, scheme, rows=rows))
 
-    def codes(self, parts: Parts, scheme: Scheme, rows: slice | None = None) -> tuple[Array, Grid, Array]:
+    def codes(
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
+    ) -> tuple[Array, Grid, Array]:
         """(codes u8[n, k], grid, g_idx i32[k]) of a linear, or of those rows of it. Without g_idx, groups of
         neighbours.
 
@@ -223,6 +226,10 @@ class GPTQ(Format):
 
     def version_key(self, raw: Mapping[str, Any]) -> str:
         return "checkpoint_format" if "checkpoint_format" in raw or "format" not in raw else "format"
+
+    def restated(self, raw: Mapping[str, Any], form: Format) -> dict[str, Any]:
+        """Under both keys where both are there."""
+        return super().restated(raw, form) | {k: form.name for k in ("checkpoint_format", "format") if k in raw}
 
     def shown(self, shapes: Mapping[str, Shapes], words: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
         """Only for a symmetric file: its zero points are one word, which tells the version too."""

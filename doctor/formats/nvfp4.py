@@ -139,6 +139,7 @@ class NVFP4Packed(CompressedTensors):
     bits: tuple[int, ...] = (4,)
     writes = False
     own_widths = False
+    affine = False
     unit = (GROUP, 1)
     layout = "nvfp4-pack-quantized"
     group = GROUP

@@ -4,13 +4,58 @@ from collections.abc import Iterable, Mapping
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import TensorInfo
+from doctor.core.facts import Unavailable
 from doctor.core.finding import Fix
-from doctor.core.messages import plural
+from doctor.core.messages import _, plural
 from doctor.edits.kinds import Dequantize, DropFile, DropTensor, Edit, RemoveJson
-from doctor.formats.base import KNOWN
+from doctor.formats.base import KNOWN, Quantization, word_tails
+from doctor.plan.groups import packed_size
 
-OWN_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+OWN_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json")
 Block = tuple[dict, str, str] | None  # quantization_config, its file and its pointer
+
+
+def packed_words(tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+    """Tensors that hold words of codes, sorted by name."""
+    tails = word_tails()
+    return [info for name, info in sorted(tensors.items()) if name.endswith(tails)]
+
+
+def narrow_weights(tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+    """Weights under their own names in elements of less than 16 bits."""
+    return [
+        info
+        for name, info in tensors.items()
+        if name.endswith((".weight", "_blocks", "_proj"))
+        and len(info.shape) >= 2
+        and (info.dtype.bits < 16 and info.dtype.name != "BOOL")
+    ]
+
+
+def readable(quant: Quantization) -> Quantization:
+    """The same; Unavailable where its words are not unpacked here."""
+    if not quant.readable or quant.bits not in quant.format.bits:
+        raise Unavailable(_("{version} with {bits} bits is not unpacked here", version=quant.version, bits=quant.bits))
+    return quant
+
+
+def dequantize_packed(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], block: Block, quant: Quantization, dtype: str = ""
+) -> Fix:
+    """For linears whose words stand under a name of their own. dtype: "" takes the embedding's. Raises Unavailable
+    where words do not show their size.
+    """
+    edits: list[Edit] = []
+    packed, kind = packed_words(tensors), dtype or float_dtype(tensors)
+    for info in packed:
+        module = info.name.rpartition(".")[0]
+        width, height = packed_size(quant, info)
+        edits.append(
+            Dequantize(f"{module}.weight", (height, width), quant.format.name, quant.bits_of(module), dtype=kind)
+        )
+        parts = quant.format.part_names
+        edits += [DropTensor(f"{module}.{part}") for part in parts if f"{module}.{part}" in tensors]
+    return plain_fix(checkpoint, block, edits, len(packed), kind)
 
 
 def dequantize_beside(
@@ -20,13 +65,14 @@ def dequantize_beside(
     block: Block,
     texts: Mapping[str, bytes],
     by_name: bool = True,
+    dtype: str = "",
 ) -> Fix | None:
     """For weights whose format keeps scales beside the weight's own name; None where one of them is not unpacked here.
 
     texts: the bytes of small tensors that describe weights, by name.
     """
     edits: list[Edit] = []
-    kind = float_dtype(tensors)  # once: DeepSeek-V3 has 46,000 such weights
+    kind = dtype or float_dtype(tensors)  # once: DeepSeek-V3 has 46,000 such weights
     raw = block[0] if block else None
     count = 0
     for info in narrow:

@@ -64,7 +64,13 @@ from doctor.formats.known import (  # noqa: F401
 )
 from doctor.lint.donor_fixes import chat_template_fix, from_base, tensor_from_base, value_from_base, zeros_from_base  # noqa: F401
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
-from doctor.lint.plain_fixes import dequantize_beside, float_dtype, plain_fix  # noqa: F401
+from doctor.lint.plain_fixes import (  # noqa: F401
+    dequantize_beside,
+    dequantize_packed,
+    narrow_weights,
+    packed_words,
+    readable,
+)
 from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
 from doctor.model.chat_template import parse_template, parsed_template  # noqa: F401
 from doctor.model.directory_kind import KINDS  # noqa: F401 - declares the fact `kind` too

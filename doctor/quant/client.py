@@ -7,14 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from doctor.core.finding import Finding
-from doctor.core.messages import Message, _
 from doctor.core.recipe import Recipe
-from doctor.core.records import LOAD_PROOF, LoadProof
+from doctor.core.records import LoadProof
 from doctor.core.rehearsal import Rehearsal
-from doctor.core.store import Store
-from doctor.lint.engine import judge
-from doctor.lint.rule import Rule
 
 Linears = Mapping[str, tuple[str, ...]]  # a client's Linear module -> modules of the files that it is loaded from
 
@@ -30,21 +25,6 @@ class Client:
     linears: Callable[[Path, Iterable[str]], Linears]
     prove: Callable[[Path], LoadProof]
     rehearse: Callable[[Path, Recipe], Rehearsal] | None = None
-
-
-def judged_proof(proof: LoadProof, store: Store, rules: Iterable[Rule]) -> tuple[list[Finding], Message]:
-    """(what the rules say of a client's loading of a finished directory, a note of what was proved)."""
-    store.put(LOAD_PROOF, proof)
-    findings, _runs = judge(store, [rule for rule in rules if LOAD_PROOF.name in rule.facts])
-    if proof.reason:
-        return findings, _("not proved to load: {reason}", reason=proof.reason)
-    return findings, _(
-        "load proof: {client} loads it whole as {name}"
-        if proof.whole
-        else "load proof: {client} does not load it whole as {name}",
-        client=proof.client,
-        name=proof.architecture,
-    )
 
 
 def plain_linears(linears: Linears, packed: Iterable[str]) -> list[str]:

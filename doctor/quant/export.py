@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -166,9 +166,17 @@ def quantization_config(recipe: Recipe, kept: Iterable[str], packed: Iterable[st
     """The output's quantization_config. kept, packed: modules of the files in 16 bits, and packed; linears: the
     client's, of which those that no packed one is loaded into are excluded too.
     """
+    packed = list(packed)
+    widths = {n: w for n in packed if (w := recipe.for_linear(n).bits) != recipe.bits}
+    return config_of(recipe, kept, packed, linears, widths)
+
+
+def config_of(
+    recipe: Recipe, kept: Iterable[str], packed: Iterable[str], linears: Linears, widths: Mapping[str, int]
+) -> dict:
+    """The same for linears whose widths are known. widths: bits of those that have others than recipe.bits."""
     form, packed = format_of(recipe), list(packed)
     kept = [*kept, *_modules_of_experts(kept, packed)]
-    widths = {n: w for n in packed if (w := recipe.for_linear(n).bits) != recipe.bits}
     stated = form.config(recipe, kept, widths)
     plain = [name for name in plain_linears(linears, packed) if not form.excluded(stated)(name)]
     return form.config(recipe, [*kept, *plain], widths) if plain else stated

@@ -22,6 +22,7 @@ from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
 from doctor.core.records import CalibrationFacts
 from doctor.fixing.assess import assess
+from doctor.fixing.loading import judged_proof
 from doctor.fixing.output_summary import files, receipt_summary
 from doctor.fixing.outputs import check_output
 from doctor.fixing.proof import Proof
@@ -32,7 +33,7 @@ from doctor.quant import budget, export
 from doctor.quant import preflight as flight
 from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled
 from doctor.quant.calibration.self_generated import forecast
-from doctor.quant.client import Client, judged_proof
+from doctor.quant.client import Client
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.distributed import Ranks, size, start, stop
 from doctor.quant.job import Result, run

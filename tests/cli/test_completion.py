@@ -33,6 +33,7 @@ def asked(monkeypatch, capsys, line, word=None):
         ("doctor check --ignore W201,G30", ["W201,G301", "W201,G302"], ["G301"]),
         ("doctor explain nonf", ["nonfinite-weight", "nonfinite-hessian"], ["W201"]),
         ("doctor fix m --only g3", ["G301"], ["W201"]),
+        ("doctor convert m --format ", ["bf16", "f16", "gptq", "gptq_v2", "awq", "compressed-tensors"], ["fp8"]),
         ("doctor check mod", ["file,mod"], ["W201"]),
     ],
 )

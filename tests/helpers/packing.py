@@ -28,7 +28,7 @@ def awq_pack(codes, grid):
 
 
 def awq_unpack(qweight, qzeros, scales):
-    return KNOWN["awq"].codes({"qweight": qweight, "qzeros": qzeros, "scales": scales})
+    return KNOWN["awq"].codes({"qweight": qweight, "qzeros": qzeros, "scales": scales}, Scheme(4))
 
 
 def awq_dequantize(qweight, qzeros, scales):

@@ -65,6 +65,7 @@ COMMANDS = {
     "check of a broken one": lambda m: ("check", m["bad"], "-v", *PLAN),
     "check of a quantized one": lambda m: ("check", m["q"], "-v", *PLAN),
     "check headers": lambda m: ("check", m["good"], "--stage", "header", "-v", *PLAN),
+    "convert": lambda m: ("convert", m["q"], "-o", m["new"] / "bf16", "--format", "bf16"),
     "fix": lambda m: ("fix", m["bad"], "-o", m["new"] / "fixed", "--unsafe-fixes=W201", *PLAN),
     "fix --dry-run": lambda m: ("fix", m["bad"], "-o", m["new"] / "dry", "--dry-run", *PLAN),
     "quantize": lambda m: (
