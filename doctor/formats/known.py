@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
+from doctor.checkpoint.safetensors import TensorInfo
 from doctor.formats.base import KNOWN, scale_tails, word_tails
 
 # quant_method of files that hold packed weights which are not read here.
@@ -21,6 +22,39 @@ _UNDOES = re.compile(
     r"\.(weight_format|absmax|quant_map|nested_absmax|nested_quant_map|input_scale|activation_scale|weight_scale_2"
     r"|(?:weight|input)_global_scale|weight_shape|weight_zero_point|weight_g_idx)$"
 )
+
+# Formats that are named and not unpacked: the words of a linear -> what no reader can do without, one of each group.
+_COMPANIONS = {
+    "q_weight": (("q_scale",), ("q_scale_max",), ("q_groups",), ("q_invperm", "q_perm")),
+    "trellis": (("suh", "su"), ("svh", "sv")),
+    "W_q": (("scale", "scale_q"), ("zero", "zero_q")),
+}
+
+
+def companions_missing(tensors: Container[str], name: str) -> list[str]:
+    """Parts that the words `name` of a linear need and that are not beside them, for formats that are named here and
+    not unpacked: EXL2, EXL3 and HQQ.
+    """
+    module, _dot, words = name.rpartition(".")
+    return [
+        group[0] for group in _COMPANIONS.get(words, ()) if not any(f"{module}.{part}" in tensors for part in group)
+    ]
+
+
+def companion_shapes(tensors: Mapping[str, TensorInfo], name: str) -> list[tuple[str, list[int], list[int]]]:
+    """(part, shape found, shape that the words ask for) of parts that do not fit the words `name` of such a linear."""
+    module, _dot, words = name.rpartition(".")
+    held = {part: tensors[f"{module}.{part}"].shape for part in _SHAPED if f"{module}.{part}" in tensors}
+    own, wanted = tensors[name].shape, {}
+    if words == "q_weight" and len(own) == 2 and len(held.get("q_scale", ())) == 2:
+        groups = held["q_scale"][0]
+        wanted = {"q_scale": (groups, own[1] // 8), "q_scale_max": (groups,), "q_groups": (2 * groups,)}
+    elif words == "trellis" and len(own) == 3:
+        wanted = {"suh": (own[0] * 16,), "svh": (own[1] * 16,)}
+    return [(p, list(held[p]), list(shape)) for p, shape in wanted.items() if p in held and held[p] != shape]
+
+
+_SHAPED = ("q_scale", "q_scale_max", "q_groups", "suh", "svh")
 
 
 def packed_tails() -> tuple[str, ...]:

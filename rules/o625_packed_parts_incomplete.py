@@ -1,0 +1,84 @@
+"""O625 packed-parts-incomplete: a packed EXL2, EXL3 or HQQ linear lacks a part.
+
+Why: the words of a linear mean nothing without their scales, groups and permutations. A loader stops at the first linear
+that lacks one, or takes it for a plain linear whose weight is absent.
+
+Seen as:
+- ExLlamaV2: `Could not find`
+- ExLlamaV3: `was not found in model`
+
+Do: copy the shard again from its source.
+
+False alarms: none known. Only names and shapes are judged: doctor does not unpack these formats.
+
+Fix safety: no fix: the part is not in the files.
+
+Sources: turboderp/exllamav2 0.3.2 exllamav2/linear.py and exllamav2_ext/cuda/q_matrix.cu; turboderp/exllamav3 1.6.5
+exllamav3/modules/linear.py; mobiusml/hqq hqq/core/quantize.py.
+"""
+
+from doctor.lint.rule import Place, _, companion_shapes, companions_missing, finding, listed, rule
+from doctor.lint.testing import np, tiny
+
+
+@rule("O625", "error")
+def packed_parts_incomplete(checkpoint, tensors):
+    for name, info in sorted(tensors.items()):
+        module = name.rpartition(".")[0]
+        absent = companions_missing(tensors, name)
+        if absent:
+            yield finding(
+                _("{linear} is packed, but has no {absent}", linear=module, absent=listed(absent)),
+                at=Place(info.shard, tensor=name),
+                evidence={"absent": absent},
+                advice=_("copy the shard again from its source"),
+            )
+        for part, found, wanted in companion_shapes(tensors, name) if not absent else ():
+            yield finding(
+                _(
+                    "{linear}: {part} is {found}; its words {words} ask for {wanted}",
+                    linear=module,
+                    part=part,
+                    found=found,
+                    words=list(info.shape),
+                    wanted=wanted,
+                ),
+                at=Place(info.shard, tensor=f"{module}.{part}"),
+                evidence={"found": found, "wanted": wanted},
+                advice=_("copy the shard again from its source"),
+            )
+
+
+def packed():
+    """tiny() in EXL2: 4 bits in groups of 32."""
+    case = tiny()
+    case.recipe = case.recipe.with_field("goal", "serve")
+    rng = np.random.default_rng(3)
+    for linear in case.spec.linears:
+        n, k = linear.out_features, linear.in_features
+        del case.tensors[linear.tensor]
+        case.dtypes.pop(linear.tensor, None)
+        groups = -(-k // 32)
+        words = rng.integers(-(1 << 31), 1 << 31, (k // 8, n), np.int64).astype(np.int32)
+        parts = {
+            "q_weight": (words, "I32"),
+            "q_scale": (rng.integers(0, 1 << 30, (groups, n // 8), np.int64).astype(np.int32), "I32"),
+            "q_scale_max": (np.full(groups, 0.01, np.float16).view(np.uint16), "F16"),
+            "q_groups": (np.arange(2 * groups, dtype=np.int16), "I16"),
+            "q_invperm": (rng.permutation(k).astype(np.int32), "I32"),
+        }
+        for part, (values, dtype) in parts.items():
+            case.tensors[f"{linear.name}.{part}"], case.dtypes[f"{linear.name}.{part}"] = values, dtype
+    case.config["quantization_config"] = {"quant_method": "exl2", "version": "0.3.2", "bits": 4.0, "head_bits": 6}
+    return case
+
+
+def bad():
+    module = tiny().name("down").removesuffix(".weight")
+    case = packed()
+    del case.tensors[f"{module}.q_scale"], case.dtypes[f"{module}.q_scale"]
+    return case, f"{module} is packed, but has no q_scale"
+
+
+def good():
+    return packed()
