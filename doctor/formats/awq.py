@@ -46,6 +46,7 @@ class AWQ(Format):
     bits = (4,)
     own_widths = False
     unit = (1, 32)
+    plain_backend = "torch_awq"
     affine = True
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:

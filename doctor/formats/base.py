@@ -75,6 +75,7 @@ class Format:
     zero_offset = 0  # what is taken from a zero point before it is stored
     twin = ""  # the format that differs in nothing but zero_offset
     at_load = False  # quantization_config asks a loader to quantize plain weights
+    plain_backend = ""  # gptqmodel's backend in plain torch: its fast ones are compiled for minutes on first use
     affine = False  # codes() gives integer codes and their grid, which another such format may hold unchanged
     separates_gate_and_up = False  # readers want interleaved gate_up experts as two linears, gate first
 

@@ -63,6 +63,7 @@ class GPTQ(Format):
     unit = (32, 32)
     zero_offset = 1
     twin = "gptq_v2"
+    plain_backend = "torch"
     affine = True
     head_key = "lm_head"
     order_key = "desc_act"

@@ -21,6 +21,7 @@ from doctor.core.methods import METHODS, method_of_format
 from doctor.core.recipe import FORMATS, Recipe
 from doctor.edits.kinds import (
     CastTensor,
+    Dequantize,
     DropTensor,
     Edit,
     Repack,
@@ -28,7 +29,7 @@ from doctor.edits.kinds import (
     ShiftZeros,
 )
 from doctor.formats.base import KNOWN, Format, Quantization, read_quantization, verbatim_tails
-from doctor.formats.known import packed_tails
+from doctor.formats.known import packed_tails, undoes_packing
 from doctor.lint.plain_fixes import (
     dequantize_beside,
     dequantize_packed,
@@ -132,6 +133,12 @@ def _to_floats(
     other = [i for n, i in sorted(tensors.items()) if i.dtype.name in _CONFIG and i.dtype.name != kind]
     gone = {e.tensor for e in edits if isinstance(e, DropTensor)}
     cast = [i.name for i in other if i.name not in gone]
+    written = {e.tensor for e in edits if isinstance(e, Dequantize)}
+    left = next((n for n in sorted(tensors) if undoes_packing(n) and n not in gone and n not in written), None)
+    if left is not None:
+        raise Unavailable(
+            _("{tensor} belongs to packed weights and is not read here: what it scales is not known", tensor=left)
+        )
     edits += [CastTensor(name, kind) for name in cast]
     edits += _stated_dtype(checkpoint, kind)
     notes = (

@@ -12,6 +12,7 @@ from doctor.checkpoint.codecs import to_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.cli.main import cli
 from doctor.core.errors import PlanRefused
+from doctor.core.records import LoadProof
 from doctor.formats.base import KNOWN, read_quantization
 from doctor.lint.testing import tiny
 from doctor.quant.client import Client
@@ -134,9 +135,44 @@ def test_formats_with_scales_beside_the_weight_become_floats_too(tmp_path):
         convert(tmp_path / "fp8", tmp_path / "again", "gptq")
 
 
-def test_a_zero_point_that_the_format_cannot_hold_is_named(tmp_path):
-    from doctor.checkpoint.dtypes import DTYPES
+def bad_example(code):
+    from importlib import import_module
 
+    return import_module(f"doctor.rules.{code}").bad()[0]
+
+
+def test_a_wrong_exclude_list_does_not_keep_weights_from_becoming_floats(tmp_path):
+    source = bad_example("o623_exclude_list").write(tmp_path / "in")
+    assert "O623" in {f.code for f in api.check(source).findings}
+    convert(source, tmp_path / "out", "bf16")
+    out = Checkpoint.open(tmp_path / "out")
+    assert {i.dtype.name for i in out.tensors.values()} == {"BF16"}
+    assert "quantization_config" not in out.value("config.json") and not [p for p in out.entries if "quant" in p]
+
+
+def test_a_scale_that_no_known_format_has_there_is_not_left_behind(tmp_path):
+    source = bad_example("o621_stored_bits_differ").write(tmp_path / "in")
+    with pytest.raises(PlanRefused, match="weight_scale_2 belongs to packed weights and is not read here"):
+        convert(source, tmp_path / "out", "bf16")
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("form", ["awq", "compressed-tensors", "gptq_v2"])
+def test_gptqmodels_torch_kernel_unpacks_a_conversion_to_the_same_weights(tmp_path, form):
+    pytest.importorskip("gptqmodel")
+    from healthy_models import save
+
+    from doctor.core.recipe import Recipe
+    from doctor.evaluate.clients.load_proof import prove_loading
+
+    save("qwen3", tmp_path / "m")
+    api.quantize(tmp_path / "m", tmp_path / "q", Recipe(method="rtn", format=form, group_size=32))
+    convert(tmp_path / "q", tmp_path / "out", "gptq")
+    proof = prove_loading(tmp_path / "out")
+    assert proof.whole and proof.compared == 3 and "gptqmodel" in proof.library
+
+
+def test_a_zero_point_that_the_format_cannot_hold_is_named(tmp_path):
     _case, source = quantized(tmp_path / "in", "awq", sym=False)
     found = Checkpoint.open(source)
     name = "model.layers.1.mlp.up_proj.qzeros"
@@ -144,7 +180,6 @@ def test_a_zero_point_that_the_format_cannot_hold_is_named(tmp_path):
     with open(source / info.shard, "r+b") as file:
         file.seek(info.begin)
         file.write(bytes(info.nbytes))
-    assert DTYPES["I32"].bits == 32
     with pytest.raises(PlanRefused, match=r"model\.layers\.1\.mlp\.up_proj: GPTQ v1 stores zero - 1, and row 0"):
         convert(source, tmp_path / "out", "gptq")
     assert not (tmp_path / "out").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -184,12 +219,13 @@ def test_what_stays_in_16_bits_is_excluded_in_the_targets_spelling(tmp_path):
     case.config["quantization_config"]["dynamic"] = {rf"-:^{name}$".replace(".", r"\."): {}}
     case.json.pop("quantize_config.json")
     source = case.write(tmp_path / "mixed")
-    client = Client(lambda folder, modules: {name: (name,), "lm_head": (), "model.tower.proj": ()}, lambda folder: None)
-    asked = Client(client.linears, lambda folder: __import__("doctor.core.records").core.records.LoadProof("c"))
-    convert(source, tmp_path / "ct", "compressed-tensors", client=asked)
+    client = Client(
+        lambda folder, modules: {name: (name,), "lm_head": (), "model.tower.proj": ()}, lambda f: LoadProof("c")
+    )
+    convert(source, tmp_path / "ct", "compressed-tensors", client=client)
     stated = Checkpoint.open(tmp_path / "ct").value("config.json")["quantization_config"]
     assert set(stated["ignore"]) == {"lm_head", name, "model.tower.proj"}
-    convert(source, tmp_path / "awq", "awq", client=asked)
+    convert(source, tmp_path / "awq", "awq", client=client)
     stated = Checkpoint.open(tmp_path / "awq").value("config.json")["quantization_config"]
     assert set(stated["modules_to_not_convert"]) == {"lm_head", name, "model.tower.proj"}
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PACKED = "weight_packed"
+WORDS = "qweight"
 
 
 def main() -> None:
@@ -100,6 +101,7 @@ def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
         if found is None:
             return answer | {"kind": "no class", "error": names[0] if names else ""}
         answer["class"] = names[0]
+        ask_for_plain_backend(config)
         model, info = found.from_pretrained(
             folder,
             config=config,
@@ -122,7 +124,57 @@ def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
     if sample and packed and out is not None:
         answer["libraries"] = {"compressed-tensors": version("compressed-tensors")}
         write_sample(folder, model, packed, sample, out)
+    packed = [name for name, module in model.named_modules() if hasattr(module, WORDS)]
+    answer["packed"] += len(packed)
+    if sample and packed and out is not None:
+        answer["libraries"] = {"gptqmodel": version("gptqmodel")}
+        write_gptq_sample(folder, model, packed, sample, out)
     return answer
+
+
+def ask_for_plain_backend(config: Any) -> None:
+    """Ask gptqmodel for its kernels in plain torch, where it will read the linears."""
+    from importlib.util import find_spec
+
+    from doctor.formats.base import KNOWN
+
+    if find_spec("gptqmodel") is None:
+        return
+    stated = getattr(config, "quantization_config", None)
+    form = next((f for f in KNOWN.values() if isinstance(stated, dict) and f.claims(stated)), None)
+    if form is not None and form.plain_backend:
+        config.quantization_config = {**stated, "backend": form.plain_backend}
+
+
+def write_gptq_sample(folder: Path, model: Any, packed: list[str], sample: int, out: Path) -> None:
+    """Weights [out, in] of GPTQ linears as gptqmodel's torch kernel unpacks them; nothing for its other kernels."""
+    import torch
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.quantization.config import FORMAT
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+    from safetensors.torch import save_file
+
+    stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+    files = shards_of(folder)
+    stored = {name.removesuffix(f".{WORDS}") for name in files if name.endswith(f".{WORDS}")}
+    form = FORMAT(stated.get("checkpoint_format") or stated.get("format") or FORMAT.GPTQ.value)
+    found = {}
+    for name in packed[:: max(1, len(packed) // sample)][:sample]:
+        module, source = model.get_submodule(name), stored_name(name, stored)
+        if source is None or not isinstance(module, TorchLinear):
+            continue
+        sizes = {key: getattr(module, key) for key in ("bits", "group_size", "sym", "in_features", "out_features")}
+        linear = TorchLinear(**sizes, desc_act=bool(stated.get("desc_act")), format=form)
+        for part in parts_of(source, files):
+            if hasattr(linear, part):
+                getattr(linear, part).data.copy_(read(folder, files, f"{source}.{part}"))
+        if form == FORMAT.GPTQ:
+            convert_gptq_v1_to_v2_format_module(linear, bits=linear.bits, pack_dtype=torch.int32)
+        linear.eval()
+        linear.post_init()
+        found[source] = linear.dequantize_weight().T.contiguous()
+    if found:
+        save_file(found, out)
 
 
 def write_sample(folder: Path, model: Any, packed: list[str], sample: int, out: Path) -> None:
