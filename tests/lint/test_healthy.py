@@ -1,6 +1,7 @@
 """A healthy model gets no error and no warning, whatever its family: false alarms are defects."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from healthy_models import save
@@ -171,8 +172,8 @@ def saved(tmp_path_factory):
 OF_THE_PLAN = ("G319",)
 
 
-def complaints(folder, **options):
-    report = check(folder, RECIPE, **({"ignore": OF_THE_PLAN} | options))
+def complaints(folder, recipe=RECIPE, **options):
+    report = check(folder, recipe, **({"ignore": OF_THE_PLAN} | options))
     assert not report.crashed, [r.crashed for r in report.crashed]
     return [f"{f.code} {f.message}" for f in report.findings if f.severity != "info"]
 
@@ -181,6 +182,18 @@ def complaints(folder, **options):
 def test_a_model_as_transformers_saves_it_gets_no_error_and_no_warning(model_type, saved, proof):
     found = complaints(saved(model_type))
     proof.healthy(model_type)
+    proof.alarms(found)
+    assert found == []
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, *UNKNOWN])
+def test_a_model_that_is_to_be_served_or_only_looked_at_gets_none_either(model_type, saved, proof):
+    """By headers: what values show was judged above, and no rule about values asks what the files are for."""
+    found = [
+        line
+        for goal in ("serve", "none")
+        for line in complaints(saved(model_type), replace(RECIPE, goal=goal), stage="header")
+    ]
     proof.alarms(found)
     assert found == []
 
