@@ -10,6 +10,7 @@ Seen as:
 
 Do: use the 16-bit original. If there is none, `--unsafe-fixes=C147` dequantizes to the numbers that an engine computes
 with and writes them as plain weights: FP8 with its scales, and packed GPTQ, AWQ and compressed-tensors too.
+`doctor convert model/ -o plain/ --format bf16` does the same as a command.
 
 False alarms: a quantized checkpoint is judged to be served as it is (`--for serve`, its default): then this is a note,
 and packed GPTQ, AWQ and compressed-tensors checkpoints have none unless this fix is requested by name. It is an error
