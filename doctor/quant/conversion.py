@@ -209,8 +209,9 @@ def _to_packed(
     sym = quant.sym and METHODS[method_of_format(target.name)].sym
     edits: list[Edit] = []
     for module, (k, n) in modules.items():
-        edits += _repack(quant, target, module, k, n, sym)
-        new = {e.tensor for e in edits[-len(target.part_names) :] if isinstance(e, Repack)}
+        written = _repack(quant, target, module, k, n, sym)
+        new = {edit.tensor for edit in written}
+        edits += written
         edits += [
             DropTensor(name)
             for part in quant.format.part_names
@@ -221,7 +222,7 @@ def _to_packed(
     return Conversion(tuple(edits), quant.reader.label, target.label, len(modules), True)
 
 
-def _repack(quant: Quantization, target: Format, module: str, k: int, n: int, sym: bool) -> list[Edit]:
+def _repack(quant: Quantization, target: Format, module: str, k: int, n: int, sym: bool) -> list[Repack]:
     """The parts of one linear in the new format."""
     scheme = quant.scheme_of(module)._replace(sym=sym)
     return [
