@@ -141,7 +141,9 @@ def ask_for_plain_backend(config: Any) -> None:
     if find_spec("gptqmodel") is None:
         return
     stated = getattr(config, "quantization_config", None)
-    form = next((f for f in KNOWN.values() if isinstance(stated, dict) and f.claims(stated)), None)
+    if not isinstance(stated, dict):
+        return
+    form = next((f for f in KNOWN.values() if f.claims(stated)), None)
     if form is not None and form.plain_backend:
         config.quantization_config = {**stated, "backend": form.plain_backend}
 
