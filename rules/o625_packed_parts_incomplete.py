@@ -60,7 +60,7 @@ def packed():
         case.dtypes.pop(linear.tensor, None)
         groups = -(-k // 32)
         words = rng.integers(-(1 << 31), 1 << 31, (k // 8, n), np.int64).astype(np.int32)
-        parts = {
+        parts: dict[str, tuple[np.ndarray, str]] = {
             "q_weight": (words, "I32"),
             "q_scale": (rng.integers(0, 1 << 30, (groups, n // 8), np.int64).astype(np.int32), "I32"),
             "q_scale_max": (np.full(groups, 0.01, np.float16).view(np.uint16), "F16"),
