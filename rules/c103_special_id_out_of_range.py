@@ -21,6 +21,8 @@ Sources: pytorch/pytorch aten/src/ATen/native/cuda/Indexing.cu; NVIDIA/TensorRT-
 from doctor.lint.rule import Fix, Place, SetJson, Unavailable, _, finding, rule
 from doctor.lint.testing import tiny
 
+MOST = 100  # ids of one role that a fix writes anew; no model has more
+
 
 @rule("C103", "error", implied_by=("G330",))
 def special_id_out_of_range(checkpoint, special, embedding_rows, json_files):
@@ -53,7 +55,8 @@ def _fix(checkpoint, special, stated, number, rows):
     document = checkpoint.value("tokenizer.json") or {}
     added = {t.get("content"): t.get("id") for t in document.get("added_tokens") or () if isinstance(t, dict)}
     right = added.get(special.names.get(stated.role))
-    if not isinstance(right, int) or not 0 <= right < rows:
+    many = isinstance(stated.value, list) and len(stated.value) > MOST
+    if not isinstance(right, int) or not 0 <= right < rows or many:
         return Fix(_("set the id that the tokenizer has for this token, or fetch the larger embedding"), (), "manual")
     value = [right if v == number else v for v in stated.value] if isinstance(stated.value, list) else right
     return Fix(

@@ -20,7 +20,7 @@ never runs it.
 Sources: transformers src/transformers/utils/chat_template_utils.py; jinja2 src/jinja2/sandbox.py.
 """
 
-from doctor.lint.rule import Place, _, chat_template_fix, finding, parsed_template, rule
+from doctor.lint.rule import Place, _, chat_template_fix, finding, free_names, parsed_template, rule
 from doctor.lint.testing import tiny
 
 CHANGES = frozenset(
@@ -64,7 +64,7 @@ def refused_chat_template(checkpoint, chat_template, base):
 
 def _refused(environment, tree):
     """(line, what) of everything that transformers' renderer does not have or refuses."""
-    from jinja2 import meta, nodes
+    from jinja2 import nodes
 
     guarded = set()
     for node in tree.find_all(nodes.Filter):
@@ -80,11 +80,9 @@ def _refused(environment, tree):
     for node in tree.find_all(nodes.Getattr):
         if node.attr.startswith("_"):
             yield node.lineno, _("the sandbox refuses the attribute {name!r}", name=node.attr)
-    # jinja finds free names by generating code, for which every filter and test must exist.
-    environment.filters |= {node.name: len for node in tree.find_all(nodes.Filter)}
-    environment.tests |= {node.name: len for node in tree.find_all(nodes.Test)}
-    free = meta.find_undeclared_variables(tree) - environment.globals.keys() - guarded
-    for node in tree.find_all(nodes.Call):
+    calls = list(tree.find_all(nodes.Call))
+    free = free_names(tree) - environment.globals.keys() - guarded
+    for node in calls:
         called = node.node
         if isinstance(called, nodes.Getattr) and called.attr in CHANGES:
             yield node.lineno, _("the sandbox refuses {name}(), which changes its object", name=called.attr)

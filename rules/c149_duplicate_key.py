@@ -24,6 +24,9 @@ READ = (
 )
 
 
+MOST = 20  # keys of a file that are findings of their own; the fix of any takes them all
+
+
 @rule("C149", "warning")
 def duplicate_key(checkpoint, json_files):
     for name in READ:
@@ -31,12 +34,17 @@ def duplicate_key(checkpoint, json_files):
         if file is None or file.value is None:
             continue
         fix = _fix(name, file)
-        for key in file.duplicates:
+        for key in file.duplicates[:MOST]:
             yield finding(
                 _("{file} has the key {key!r} twice in one object; readers keep the last", file=name, key=key),
                 at=Place(name, pointer=_pointer(file, key)),
                 evidence={"key": key},
                 fix=fix,
+            )
+        if len(file.duplicates) > MOST:
+            more = len(file.duplicates) - MOST
+            yield finding(
+                _("{file} has {n:,} more keys twice in one object", file=name, n=more), at=Place(name), fix=fix
             )
 
 

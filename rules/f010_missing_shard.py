@@ -27,8 +27,11 @@ INDEX = "model.safetensors.index.json"
 
 @rule("F010", "error", implied_by=("F015", "F019", "F024", "F028"))
 def missing_shard(checkpoint, missing_shards, base):
-    for name in missing_shards:
-        lost = [t for t, file in checkpoint.weight_map.items() if file == name]
+    tensors = {name: [] for name in missing_shards}
+    for tensor, file in checkpoint.weight_map.items():
+        if file in tensors:
+            tensors[file].append(tensor)
+    for name, lost in tensors.items():
         pointer = f"/weight_map/{lost[0].replace('~', '~0').replace('/', '~1')}" if lost else None
         yield finding(
             plural(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,8 +58,7 @@ class JsonFile:
         def pairs(items):
             seen = dict(items)
             if len(seen) != len(items):
-                keys = [k for k, _ in items]
-                self.duplicates += sorted({k for k in keys if keys.count(k) > 1})
+                self.duplicates += sorted(k for k, n in Counter(k for k, _ in items).items() if n > 1)
             return seen
 
         def constant(word):
@@ -89,7 +89,7 @@ class JsonFile:
 
     @cached_property
     def doc(self) -> json_text.JsonText | None:
-        """The text with the position of every value; None if the file is broken, very large or nested too deeply."""
+        """What is odd about the text; None if the file is broken, very large or nested too deeply."""
         if self.broken is not None or len(self.raw) > MAX_SPAN_BYTES:
             return None
         try:
@@ -99,12 +99,32 @@ class JsonFile:
 
     def place(self, path: str) -> tuple[int, int, int] | None:
         """(line, column, length) of the value at a JSON pointer, 1-based; None if it is not in the text."""
-        span = self.doc.spans.get(path) if self.doc else None
-        if span is None:
+        places = self._places
+        if places is None:
             return None
-        assert self.doc is not None  # it gave the span
-        line, column = self.doc.line_column(span.begin)
-        return line, column, span.end - span.begin
+        try:
+            span = places.find(path)
+        except json_text.JsonError:
+            return None
+        return None if span is None else (*json_text.line_column(places.text, span.begin), span.end - span.begin)
+
+    @cached_property
+    def _places(self) -> json_text.JsonPlaces | None:
+        """Where values are; None if the file is broken or very large."""
+        if self.broken is not None or len(self.raw) > MAX_SPAN_BYTES:
+            return None
+        return json_text.JsonPlaces(self.raw.decode("utf-8"))
+
+    def frame(self, line: int) -> tuple[tuple[int, str], ...]:
+        """(number, text) of a line, 1-based, and of the one before it."""
+        text = self.raw.decode("utf-8", "replace")
+        end = start = -1
+        for _n in range(line):
+            start, end = end + 1, text.find("\n", end + 1)
+        lines = [(line, text[start : end if end >= 0 else None])]
+        if line > 1:
+            lines.insert(0, (line - 1, text[text.rfind("\n", 0, start - 1) + 1 : start - 1]))
+        return tuple((n, words.rstrip("\r").replace("\t", " ")) for n, words in lines)
 
 
 class Checkpoint:

@@ -1,14 +1,16 @@
-"""A JSON parser that keeps the position of every value in the text.
+"""JSON texts: where a value is, what the standard parser accepts in silence, and edits that leave the rest as it is.
 
 The standard parser drops positions; a finding must point at `config.json:13:24`, and an edit must change one value and
-keep the user's formatting. YAML parsers keep positions, but reject tabs and read some JSON differently, so this is a
-small strict reader of JSON itself. It also reports what `json` accepts in silence: duplicate keys, NaN and Infinity, a
-byte order mark.
+keep the user's formatting. So objects on the way to a value are read here, member by member, and everything beside that
+way is skipped by the standard parser. What it accepts in silence (duplicate keys, NaN and Infinity, a byte order mark)
+is reported by `parse`. A text may be hostile: no position is kept for every value, and pointers are made only for what
+is reported, because a pointer is as long as its value is deep.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from json.decoder import scanstring  # type: ignore[attr-defined]  # public, but not in the stubs
 from typing import Any
@@ -25,7 +27,11 @@ _WORDS = {
     "Infinity": float("inf"),
     "-Infinity": float("-inf"),
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_decode = json.JSONDecoder().raw_decode
 MAX_DEPTH = 200
+MAX_POINTER_DEPTH = 32  # a value that is deeper has no place: each level on the way to it is read once
+MAX_REPORTED = 1000  # duplicates, and values that are not standard, that are reported by pointer
 
 
 @dataclass(frozen=True)
@@ -37,32 +43,18 @@ class Span:
     end: int
 
 
-@dataclass
-class JsonText:
-    """One parsed document. `spans` maps JSON pointers ("/rope_scaling/type") to places in `text`."""
-
-    text: str
-    value: object = None
-    spans: dict[str, Span] = field(default_factory=dict)
-    duplicates: list[str] = field(default_factory=list)  # pointers that stand more than once; the last one wins
-    non_standard: list[str] = field(default_factory=list)  # pointers whose value is NaN or Infinity
-    overwritten: list[Span] = field(default_factory=list)  # members that a later one of the same key stands for
-    unlike: bool = False  # some key that stands twice has two values
-    bom: bool = False
-
-    def line_column(self, offset: int) -> tuple[int, int]:
-        """1-based line and column of a character offset."""
-        line = self.text.count("\n", 0, offset) + 1
-        return line, offset - (self.text.rfind("\n", 0, offset) + 1) + 1
-
-
 class JsonError(ValueError):
     """Not JSON; `line` and `column` are 1-based."""
 
     def __init__(self, reason: str, text: str, offset: int):
         self.reason = reason
-        self.line, self.column = JsonText(text).line_column(min(offset, len(text)))
+        self.line, self.column = line_column(text, min(offset, len(text)))
         super().__init__(f"{reason} at line {self.line} column {self.column}")
+
+
+def line_column(text: str, offset: int) -> tuple[int, int]:
+    """1-based line and column of a character offset."""
+    return text.count("\n", 0, offset) + 1, offset - (text.rfind("\n", 0, offset) + 1) + 1
 
 
 def pointer(*keys: object) -> str:
@@ -74,13 +66,140 @@ def split_pointer(path: str) -> list[str]:
     return [p.replace("~1", "/").replace("~0", "~") for p in path.split("/")[1:]]
 
 
+def dumps(value: object, indent: int | None = None) -> str:
+    """JSON text that UTF-8 can hold: a lone surrogate, which a text may bring as an escape, stays an escape."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+# where values are
+
+
+class JsonPlaces:
+    """Where the values of one valid text are. An object or array is read when something in it is asked for."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self._known: dict[tuple[str, ...], tuple[dict[str, int], array]] = {}
+
+    def find(self, path: str) -> Span | None:
+        """The place of the value at a JSON pointer, the last one where a key stands twice; None where there is none, or
+        it is deeper than MAX_POINTER_DEPTH. Raises JsonError where the text is not JSON on the way.
+        """
+        keys = split_pointer(path)
+        begin = start(self.text)
+        if not keys:
+            return Span(begin, begin, skip_value(self.text, begin))
+        if len(keys) > MAX_POINTER_DEPTH:
+            return None
+        span = None
+        for depth, key in enumerate(keys):
+            numbers, places = self._members(tuple(keys[:depth]), begin)
+            if key not in numbers:
+                return None
+            at = 3 * numbers[key]
+            span = Span(*places[at : at + 3])
+            begin = span.begin
+        return span
+
+    def _members(self, path: tuple[str, ...], begin: int) -> tuple[dict[str, int], array]:
+        """Key, or index, of each value in an object or array -> its number; and three offsets for each number."""
+        if path not in self._known:
+            numbers, places = {}, array("I")
+            for number, (key, span) in enumerate(members(self.text, begin)):
+                numbers[key] = number
+                places.extend((span.key_begin, span.begin, span.end))
+            self._known[path] = numbers, places
+        return self._known[path]
+
+
+def start(text: str) -> int:
+    """The offset of the document's value, behind a byte order mark and blanks."""
+    return _skip(text, 1 if text.startswith("\ufeff") else 0)
+
+
+def members(text: str, begin: int) -> Iterator[tuple[str, Span]]:
+    """(key, place) of every value directly in the object or array at `begin`, in order; the key of an array's value is
+    its index. Nothing for another value. Raises JsonError.
+    """
+    opening = text[begin : begin + 1]
+    if opening not in ("{", "["):
+        return
+    at, number, closing = _skip(text, begin + 1), 0, "}" if opening == "{" else "]"
+    if text[at : at + 1] == closing:
+        return
+    while True:
+        key_begin = at
+        if opening == "{":
+            key, at = _key(text, at)
+        else:
+            key = str(number)
+        end = skip_value(text, at)
+        yield key, Span(key_begin, at, end)
+        number += 1
+        at = _next(text, end, closing)
+        if at < 0:
+            return
+
+
+def _key(text: str, at: int) -> tuple[str, int]:
+    """The key at an offset, and where its value begins."""
+    if text[at : at + 1] != '"':
+        raise JsonError(_("expected a key in double quotes"), text, at)
+    key, at = _string(text, at)
+    at = _skip(text, at)
+    if text[at : at + 1] != ":":
+        raise JsonError(_("expected ':' after the key"), text, at)
+    return key, _skip(text, at + 1)
+
+
+def _next(text: str, end: int, closing: str) -> int:
+    """Where the next member begins, -1 behind the last one."""
+    at = _skip(text, end)
+    if text[at : at + 1] == closing:
+        return -1
+    if text[at : at + 1] != ",":
+        expected = _("expected ',' or '}}'") if closing == "}" else _("expected ',' or ']'")
+        raise JsonError(expected, text, at)
+    return _skip(text, at + 1)
+
+
+def skip_value(text: str, at: int) -> int:
+    """Where the value at an offset ends, by the standard parser. Raises JsonError."""
+    try:
+        return _decode(text, at)[1]
+    except json.JSONDecodeError as error:
+        raise JsonError(error.msg, text, error.pos) from None
+    except (RecursionError, ValueError) as error:
+        raise JsonError(_("not readable: {error}", error=str(error)[:100]), text, at) from None
+
+
+# what the standard parser accepts in silence
+
+
+@dataclass
+class JsonText:
+    """One parsed document, and what is odd about its text. Of duplicates and non_standard at most MAX_REPORTED."""
+
+    text: str
+    value: object = None
+    duplicates: list[str] = field(default_factory=list)  # pointers that stand more than once; the last one wins
+    non_standard: list[str] = field(default_factory=list)  # pointers whose value is NaN or Infinity
+    overwritten: list[Span] = field(default_factory=list)  # members that a later one of the same key stands for
+    unlike: bool = False  # some key that stands twice has two values
+    bom: bool = False
+    path: list[object] = field(default_factory=list)  # keys on the way to the value that is read now
+
+    def report(self, found: list[str], *keys: object) -> None:
+        """Add the pointer of the value that is read now to a list."""
+        if len(found) < MAX_REPORTED:
+            found.append(pointer(*self.path, *keys))
+
+
 def parse(text: str) -> JsonText:
     """Read one document. Raises JsonError; accepts what Python's json accepts, and notes what the standard does not."""
-    doc = JsonText(text)
-    start = 0
-    if text.startswith("\ufeff"):
-        doc.bom, start = True, 1
-    doc.value, end = _value(doc, _skip(text, start), "", 0)
+    doc = JsonText(text, bom=text.startswith("\ufeff"))
+    doc.value, end = _value(doc, start(text))
     end = _skip(text, end)
     if end != len(text):
         raise JsonError("text after the end of the document", text, end)
@@ -105,28 +224,20 @@ def _skip(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _value(doc: JsonText, at: int, path: str, depth: int) -> tuple[Any, int]:
+def _value(doc: JsonText, at: int) -> tuple[Any, int]:
     text = doc.text
-    if depth > MAX_DEPTH:
+    if len(doc.path) > MAX_DEPTH:
         raise JsonError(_("nested deeper than {limit} levels", limit=MAX_DEPTH), text, at)
     if at >= len(text):
         raise JsonError(_("the document ends where a value is expected"), text, at)
-    char = text[at]
-    value: Any
-    if char == "{":
-        value, end = _object(doc, at, path, depth)
-    elif char == "[":
-        value, end = _array(doc, at, path, depth)
-    elif char == '"':
-        value, end = _string(text, at)
-    else:
-        value, end = _scalar(doc, at, path)
-    old = doc.spans.get(path)
-    doc.spans[path] = Span(old.key_begin if old else at, at, end)
-    return value, end
+    if text[at] == "{":
+        return _object(doc, at)
+    if text[at] == "[":
+        return _array(doc, at)
+    return _string(text, at) if text[at] == '"' else _scalar(doc, at)
 
 
-def _scalar(doc: JsonText, at: int, path: str) -> tuple[Any, int]:
+def _scalar(doc: JsonText, at: int) -> tuple[Any, int]:
     number = _NUMBER.match(doc.text, at)
     if number:
         literal = number.group()
@@ -138,7 +249,7 @@ def _scalar(doc: JsonText, at: int, path: str) -> tuple[Any, int]:
     for word, value in _WORDS.items():
         if doc.text.startswith(word, at):
             if value is not None and not isinstance(value, bool):
-                doc.non_standard.append(path)
+                doc.report(doc.non_standard)
             return value, at + len(word)
     raise JsonError(_("unexpected {found!r}", found=doc.text[at]), doc.text, at)
 
@@ -150,51 +261,46 @@ def _string(text: str, at: int) -> tuple[str, int]:
         raise JsonError(error.msg, text, error.pos) from None
 
 
-def _object(doc: JsonText, at: int, path: str, depth: int) -> tuple[dict[str, Any], int]:
+def _object(doc: JsonText, at: int) -> tuple[dict[str, Any], int]:
     text = doc.text
     value: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int, int]] = {}
     at = _skip(text, at + 1)
     if text[at : at + 1] == "}":
         return value, at + 1
     while True:
-        if text[at : at + 1] != '"':
-            raise JsonError(_("expected a key in double quotes"), text, at)
         key_begin = at
-        key, at = _string(text, at)
-        at = _skip(text, at)
-        if text[at : at + 1] != ":":
-            raise JsonError(_("expected ':' after the key"), text, at)
-        child = path + pointer(key)
+        key, begin = _key(text, at)
+        doc.path.append(key)
+        found, end = _value(doc, begin)
+        doc.path.pop()
         if key in value:
-            doc.duplicates.append(child)
-            doc.overwritten.append(doc.spans[child])
-        doc.spans[child] = Span(key_begin, at, at)
-        seen, old = key in value, value.get(key)
-        value[key], at = _value(doc, _skip(text, at + 1), child, depth + 1)
-        doc.unlike = doc.unlike or (seen and repr(old) != repr(value[key]))  # repr: NaN is like NaN, and 1 is not True
-        at = _skip(text, at)
-        if text[at : at + 1] == "}":
-            return value, at + 1
-        if text[at : at + 1] != ",":
-            raise JsonError(_("expected ',' or '}}'"), text, at)
-        at = _skip(text, at + 1)
+            doc.report(doc.duplicates, key)
+            doc.overwritten.append(Span(*spans[key]))
+            doc.unlike = doc.unlike or repr(value[key]) != repr(found)  # repr: NaN is like NaN, and 1 is not True
+        value[key], spans[key] = found, (key_begin, begin, end)
+        at = _next(text, end, "}")
+        if at < 0:
+            return value, _skip(text, end) + 1
 
 
-def _array(doc: JsonText, at: int, path: str, depth: int) -> tuple[list[Any], int]:
+def _array(doc: JsonText, at: int) -> tuple[list[Any], int]:
     text = doc.text
     value: list[Any] = []
     at = _skip(text, at + 1)
     if text[at : at + 1] == "]":
         return value, at + 1
     while True:
-        item, at = _value(doc, at, path + pointer(len(value)), depth + 1)
+        doc.path.append(len(value))
+        item, end = _value(doc, at)
+        doc.path.pop()
         value.append(item)
-        at = _skip(text, at)
-        if text[at : at + 1] == "]":
-            return value, at + 1
-        if text[at : at + 1] != ",":
-            raise JsonError(_("expected ',' or ']'"), text, at)
-        at = _skip(text, at + 1)
+        at = _next(text, end, "]")
+        if at < 0:
+            return value, _skip(text, end) + 1
+
+
+# edits
 
 
 def set_value(text: str, path: str, value: object) -> str:
@@ -202,23 +308,22 @@ def set_value(text: str, path: str, value: object) -> str:
 
     Raises KeyError when the parent is missing or is not an object. Indentation follows the neighbours.
     """
-    doc = parse(text)
-    span = doc.spans.get(path)
+    places = JsonPlaces(text)
+    span = places.find(path)
     if span is not None:
         literal = _literal(value, _indent(text, span.key_begin))
         return text[: span.begin] + literal + text[span.end :]
-    parent_path, _, last = path.rpartition("/")
-    parent = doc.spans.get(parent_path)
+    parent_path, _slash, last = path.rpartition("/")
+    parent = places.find(parent_path)
     if parent is None or text[parent.begin] != "{":
         raise KeyError(parent_path)
-    children = [
-        s for p, s in doc.spans.items() if p.startswith(parent_path + "/") and "/" not in p[len(parent_path) + 1 :]
-    ]
-    key = json.dumps(split_pointer("/" + last)[0], ensure_ascii=False)
-    if not children:
+    key = dumps(split_pointer("/" + last)[0])
+    last_child = None
+    for _name, last_child in members(text, parent.begin):  # noqa: B007 - the last one is wanted
+        pass
+    if last_child is None:
         step = _indent(text, parent.key_begin) + "  "
         return f"{text[: parent.begin]}{{\n{step}{key}: {_literal(value, step)}\n{step[:-2]}}}{text[parent.end :]}"
-    last_child = max(children, key=lambda s: s.end)
     step = _indent(text, last_child.key_begin)
     one_line = "\n" not in text[parent.begin : last_child.key_begin]
     glue = ", " if one_line else ",\n" + step
@@ -227,22 +332,20 @@ def set_value(text: str, path: str, value: object) -> str:
 
 def replace_strings(text: str, path: str, new: Mapping[str, str]) -> str:
     """The text with each string right below `path` that `new` names replaced; one reading, however many there are."""
-    doc, parts, at = parse(text), [], 0
-    for place, span in sorted(doc.spans.items(), key=lambda item: item[1].begin):
-        if (
-            place.rpartition("/")[0] == path
-            and text[span.begin] == '"'
-            and (old := json.loads(text[span.begin : span.end])) in new
-        ):
-            parts += [text[at : span.begin], json.dumps(new[old], ensure_ascii=False)]
+    parent = JsonPlaces(text).find(path)
+    parts, at = [], 0
+    for _key, span in members(text, parent.begin) if parent is not None else ():
+        if text[span.begin] == '"' and (old := json.loads(text[span.begin : span.end])) in new:
+            parts += [text[at : span.begin], dumps(new[old])]
             at = span.end
     return "".join([*parts, text[at:]])
 
 
 def remove_value(text: str, path: str) -> str:
     """The text without the key at `path` (an object's member). Raises KeyError when it is not there."""
-    doc = parse(text)
-    span = doc.spans[path]
+    span = JsonPlaces(text).find(path)
+    if span is None:
+        raise KeyError(path)
     after = _skip(text, span.end)
     if text[after : after + 1] == ",":
         return text[: span.key_begin] + text[_skip(text, after + 1) :]
@@ -275,5 +378,5 @@ def _literal(value: object, indent: str) -> str:
         or not value
         or (all(not isinstance(v, (dict, list)) for v in value) and isinstance(value, list))
     ):
-        return json.dumps(value, ensure_ascii=False)
-    return json.dumps(value, ensure_ascii=False, indent=2).replace("\n", "\n" + indent)
+        return dumps(value)
+    return dumps(value, indent=2).replace("\n", "\n" + indent)

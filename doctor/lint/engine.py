@@ -248,12 +248,9 @@ def _located(place: Place, checkpoint: Checkpoint) -> Place:
             return place
         spot = (spot[0], spot[1], 1)
     line, column, length = spot
-    assert file.doc is not None  # it gave the place
-    lines = file.doc.text.split("\n")
-    first = max(line - 1, 1)
-    frame = tuple((n, lines[n - 1].rstrip("\r").replace("\t", " ")) for n in range(first, line + 1))
+    frame = file.frame(line)
     return replace(
-        place, line=line, column=column, length=min(length, max(len(lines[line - 1]) - column + 1, 1)), frame=frame
+        place, line=line, column=column, length=min(length, max(len(frame[-1][1]) - column + 1, 1)), frame=frame
     )
 
 

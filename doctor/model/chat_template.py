@@ -25,7 +25,29 @@ def parse_template(text: str) -> tuple[Any, Any]:
     )
     environment.globals |= dict.fromkeys(_FUNCTIONS)
     text = _GENERATION.sub(lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", text)
-    return environment, environment.parse(text)
+    try:
+        return environment, environment.parse(text)
+    except RecursionError:
+        from jinja2 import TemplateSyntaxError
+
+        raise TemplateSyntaxError(_("nested too deeply"), 1) from None
+
+
+def free_names(tree: Any) -> set[str]:
+    """Names that a template uses and does not set. jinja finds them by generating code, and works out what is constant
+    on the way: `9 ** 9 ** 9` never ends there. So constants are taken out of the tree first, which is changed.
+    """
+    from jinja2 import meta, nodes
+    from jinja2.visitor import NodeTransformer
+
+    class Opaque(NodeTransformer):
+        def visit_Const(self, node: Any) -> Any:
+            return nodes.Name("constant", "load", lineno=node.lineno)
+
+    environment = tree.environment
+    environment.filters |= {node.name: len for node in tree.find_all(nodes.Filter)}  # code is generated for known ones
+    environment.tests |= {node.name: len for node in tree.find_all(nodes.Test)}
+    return meta.find_undeclared_variables(Opaque().visit(tree)) - {"constant"}
 
 
 def parsed_template(text: str) -> tuple[Any, Any] | None:

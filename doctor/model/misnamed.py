@@ -55,6 +55,10 @@ def find_misnamed(spec: ModelSpec, tensors: Mapping[str, TensorInfo], place: Pla
         return Misnamed()
     stem = place.stem if place is not None else next(_stems(spec), "")
     wanted = {n: t for n, t in _expected(spec, stem, place) if n not in tensors}
+    linears = {n for n, t in wanted.items() if t.role in QUANTIZABLE}
+    shapes = {_shape(spec, template) for template in wanted.values()}
+    if not any(tensors[n].shape in shapes for n in unknown):  # no pair can be proven
+        return Misnamed(absent=frozenset(linears))
     unknown = [n for n in unknown if not any(t.pattern.match(n) for t in spec.expert_templates)]
     container = re.compile(rf"(?<![A-Za-z0-9]){re.escape(stem.rstrip('.').rpartition('.')[2])}[^A-Za-z0-9]*(\d+)")
     own = _numbers_in_words(spec)
@@ -67,7 +71,6 @@ def find_misnamed(spec: ModelSpec, tensors: Mapping[str, TensorInfo], place: Pla
     left = {n: t for n, t in left.items() if n not in numbered.values()}
     shaped = _by_shape(spec, tensors, rest, left, container)
     found = {**spelled, **numbered, **shaped}
-    linears = {n for n, t in wanted.items() if t.role in QUANTIZABLE}
     return Misnamed(spelled, numbered, shaped, frozenset(linears.difference(found.values())))
 
 

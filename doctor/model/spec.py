@@ -244,10 +244,9 @@ def _named(tensors: Mapping[str, TensorInfo], module: str, *tails: str) -> str |
     exact = f"{module}.weight"
     if exact in tensors:
         return exact
+    ends = tuple(f"{t}.weight" for t in tails)
     for name in tensors:
-        if name.endswith(
-            tuple(f".{t}.weight" for t in tails) + tuple(f"{t}.weight" for t in tails)
-        ) and not NOT_TEXT.search(name):
+        if name.endswith(ends) and not NOT_TEXT.search(name):
             return name
     return None
 

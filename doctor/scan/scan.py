@@ -36,6 +36,7 @@ from doctor.scan.value_facts import (
 )
 
 SPAN_BYTES = 64 << 20
+MAX_ROW_BYTES = 64 << 20  # a row is read whole, by each worker; no linear has a row of a hundredth of that
 VERBATIM_BYTES = 1 << 16  # a description of a weight is a few hundred bytes
 # Signs of groups are looked at in one place of a linear every so many values: two groups first, more where one has a
 # single sign: 2 % of the time.
@@ -142,7 +143,9 @@ def _spans(checkpoint: Checkpoint):
 def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, twin, store, run, progress) -> None:
     subject = f"tensor:{info.name}"
     total = counters.EMPTY
-    shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and info.numel else None
+    shape = None
+    if linear is not None and info.dtype.is_float and info.numel and _step(info) % (info.nbytes // info.shape[0]) == 0:
+        shape = _Shape(info, linear, group)
     digest = new_digest() if wants_digest else None
     kind = counted_as(info.name, info.dtype.name)
     known = counters.can_scan(kind)
@@ -199,10 +202,10 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
 
 
 def _step(info: TensorInfo) -> int:
-    """Chunk size: about CHUNK_BYTES, whole rows where the tensor has rows."""
-    if len(info.shape) < 2 or not info.numel:
+    """Chunk size: about CHUNK_BYTES, whole rows where the tensor has rows of at most MAX_ROW_BYTES."""
+    row = info.nbytes // info.shape[0] if len(info.shape) > 1 and info.numel else 0
+    if not 0 < row <= MAX_ROW_BYTES:
         return CHUNK_BYTES - CHUNK_BYTES % max(info.dtype.bits // 8, 1)
-    row = info.nbytes // info.shape[0]
     return max(CHUNK_BYTES // row, 1) * row
 
 

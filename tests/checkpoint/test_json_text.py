@@ -1,10 +1,23 @@
 import json
+import time
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from doctor.checkpoint.json_text import JsonError, cleaned, parse, parse_bytes, pointer, remove_value, set_value
+from doctor.checkpoint.json_text import (
+    MAX_REPORTED,
+    JsonError,
+    JsonPlaces,
+    cleaned,
+    dumps,
+    parse,
+    parse_bytes,
+    pointer,
+    remove_value,
+    set_value,
+)
 
 JSON = st.recursive(
     st.none()
@@ -20,14 +33,19 @@ JSON = st.recursive(
 @given(JSON, st.sampled_from([None, 2, "\t"]))
 def test_reads_what_json_reads_and_every_span_is_its_value(value, indent):
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    doc = parse(text)
-    assert doc.value == value
-    for path, span in doc.spans.items():
-        inner = value
-        for key in path.split("/")[1:]:
-            key = key.replace("~1", "/").replace("~0", "~")
-            inner = inner[int(key)] if isinstance(inner, list) else inner[key]
+    assert parse(text).value == value
+    places = JsonPlaces(text)
+    for path, inner in walk("", value):
+        span = places.find(path)
         assert json.loads(text[span.begin : span.end]) == inner
+    assert places.find("/absent/~0") is None
+
+
+def walk(path, value):
+    """(pointer, value) of every value."""
+    yield path, value
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from walk(path + pointer(key), inner)
 
 
 @given(st.binary(max_size=60))
@@ -103,3 +121,31 @@ def test_a_cleaned_text_says_once_what_readers_take(text, want):
 def test_values_of_one_key_are_told_apart_by_kind():
     assert parse('{"a": 1, "a": true}').unlike and parse('{"a": 1, "a": 2}').unlike
     assert not parse('{"a": NaN, "a": NaN, "b": [1], "b": [1]}').unlike
+
+
+def test_a_lone_surrogate_stays_an_escape():
+    assert dumps({"\ud800": "a\udfffü"}) == '{"\\ud800": "a\\udfffü"}'
+    edited = set_value('{"a": "\\ud800"}', "/b", "\udc00")
+    assert json.loads(edited) == {"a": "\ud800", "b": "\udc00"} and edited.encode("utf-8")
+
+
+def test_time_and_memory_grow_with_the_text_alone():
+    """Long keys above many values: a pointer for each value would take gigabytes."""
+    key = "k" * 1000
+    text = f'{{"{key}":' * 150 + "[" + "0," * 20_000 + "0]" + "}" * 150
+    began = time.process_time()
+    tracemalloc.start()
+    doc = parse(text)
+    JsonPlaces(text).find("/" + key + "/" + key)
+    remove_value(text, "/" + key)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert doc.value and peak < 64 * len(text) and time.process_time() - began < 5, peak / len(text)
+
+
+def test_many_duplicates_are_reported_up_to_a_number_and_in_linear_time():
+    text = "{" + ",".join(f'"k{i % 20_000}":{i}' for i in range(40_000)) + "}"
+    began = time.process_time()
+    doc = parse(text)
+    assert len(doc.duplicates) == MAX_REPORTED and len(doc.overwritten) == 20_000
+    assert json.loads(cleaned(text)) == doc.value and time.process_time() - began < 2
