@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo lint test test-clients nvrtc kernels bench gpu docs translations clean
+.PHONY: demo lint test test-clients nvrtc kernels bench gpu fuzz faults docs translations clean
 
 demo: $(STAMP)          ## the main job on real weights: check, fix, quantize, verify (TINY=1: no download)
 	$(BIN)/python examples/demo.py $(if $(TINY),--tiny)
@@ -40,6 +40,12 @@ bench: $(STAMP)         ## measure against peers in one run
 GPU_PYTHON ?= python3
 gpu:                    ## on a machine with a GPU, under 10 minutes: goldens, kernels against the reference, compute-sanitizer, measurements
 	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(STEPS)
+
+fuzz: $(STAMP)          ## broken headers, JSON files and checkpoints: FUZZ="--headers N --json N --checkpoints N", hours without it
+	$(BIN)/python tests/fuzz/run.py $(FUZZ)
+
+faults: $(STAMP)        ## kills and a full disk at every file call of fix, undo, quantize and resume; two runs into one output
+	$(BIN)/python tests/fuzz/faults.py $(FAULTS)
 
 docs: $(STAMP)          ## write docs/rules/ anew, and the list of texts to translate
 	$(BIN)/python tools/generate_docs.py

@@ -53,7 +53,9 @@ def special_id_out_of_range(checkpoint, special, embedding_rows, json_files):
 def _fix(checkpoint, special, stated, number, rows):
     """The id of the token that tokenizer_config.json names for this role, if the tokenizer has it in range."""
     document = checkpoint.value("tokenizer.json") or {}
-    added = {t.get("content"): t.get("id") for t in document.get("added_tokens") or () if isinstance(t, dict)}
+    listed = document.get("added_tokens")
+    listed = listed if isinstance(listed, list) else ()
+    added = {t.get("content"): t.get("id") for t in listed if isinstance(t, dict) and isinstance(t.get("content"), str)}
     right = added.get(special.names.get(stated.role))
     many = isinstance(stated.value, list) and len(stated.value) > MOST
     if not isinstance(right, int) or not 0 <= right < rows or many:

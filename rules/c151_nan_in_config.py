@@ -46,8 +46,14 @@ def nan_in_config(checkpoint, json_files, base):
 
 
 def _is_nan(value, pointer):
+    """Whether readers find NaN there: a later member of the same key may have replaced it."""
     for part in pointer.split("/")[1:]:
-        value = value[int(part)] if isinstance(value, list) else value[part.replace("~1", "/").replace("~0", "~")]
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, dict):
+            value = value.get(part.replace("~1", "/").replace("~0", "~"))
+        else:
+            return False
     return value != value
 
 

@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 
 @rule("F010", "error", implied_by=("F015", "F019", "F024", "F028"))
 def missing_shard(checkpoint, missing_shards, base):
-    tensors = {name: [] for name in missing_shards}
+    tensors: dict[str, list[str]] = {name: [] for name in missing_shards}
     for tensor, file in checkpoint.weight_map.items():
         if file in tensors:
             tensors[file].append(tensor)

@@ -35,6 +35,7 @@ SLOW = (
     "fixing/test_index_fixes.py",
     "fixing/test_donor_fixes.py",
     "fixing/test_fix_laws.py",
+    "fuzz/",
     "lint/test_explain.py",
     "lint/test_healthy.py",
     "lint/test_names.py",

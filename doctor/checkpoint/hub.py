@@ -12,6 +12,7 @@ huggingface_hub's own get_safetensors_metadata is not used: it raises at the fir
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ NOT_DOWNLOADED: str = _("not downloaded; --download fetches it")
 HEAD_BYTES = 64 << 10  # most headers end before that
 MAX_ALL_JSON_BYTES = 256 << 20
 MAX_FILES = 10_000
+MAX_PAGES, MAX_ROWS, MAX_LISTING_S = 200, 200_000, 300.0  # of one listing, whatever its rows are
 WORKERS = 8
 _REPO = re.compile(r"(?:hf://)?(?P<repo>\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.json))(?:@(?P<revision>[^@\s]+))?")
 # Not needed for any check, and large.
@@ -168,11 +170,28 @@ class HubCheckpoint(Checkpoint):
             raise MachineError(_("{repo}: its model info names no commit.", repo=hub.repo), _("Check HF_ENDPOINT."))
         self.commit = commit
         page: str | None = f"{base}/tree/{commit}"
+        pages, count, began = 0, 0, time.monotonic()
         while page is not None:
             rows, page = hub.document(page, _("file listing"))
+            pages, count = pages + 1, count + (len(rows) if isinstance(rows, list) else 0)
             for row in rows if isinstance(rows, list) else []:
                 self._add(row)
-            if len(self.entries) > MAX_FILES:
+            seconds = time.monotonic() - began
+            if pages > MAX_PAGES or seconds > MAX_LISTING_S:
+                raise MachineError(
+                    _(
+                        "{repo}: file listing: {pages:,} pages with {rows:,} rows in {seconds:.0f} s and no end; at "
+                        "most {most} pages and {limit:.0f} s are read.",
+                        repo=hub.repo,
+                        pages=pages,
+                        rows=count,
+                        seconds=seconds,
+                        most=MAX_PAGES,
+                        limit=MAX_LISTING_S,
+                    ),
+                    _("Check HF_ENDPOINT, or download one checkpoint of it and check that directory."),
+                )
+            if count > MAX_ROWS or len(self.entries) > MAX_FILES:
                 raise BadCheckpoint(
                     _("{repo}: more than {limit:,} files.", repo=hub.repo, limit=MAX_FILES),
                     _("Download one checkpoint of it, and check that directory."),

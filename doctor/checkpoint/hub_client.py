@@ -6,8 +6,11 @@ Endpoint, token, offline mode and proxy are huggingface_hub's (HF_ENDPOINT, HF_T
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from datetime import UTC, datetime
 from urllib.parse import quote
 
@@ -17,7 +20,9 @@ from doctor.core.messages import _
 MAX_LISTING_BYTES = 16 << 20  # of one page
 RETRIES = 4
 MAX_WAIT_S = 60.0  # a longer Retry-After ends the request with an error
-TIMEOUT_S = 30.0
+TIMEOUT_S = 30.0  # without a byte
+GRACE_S = 30.0  # of a request, before the floor holds
+FLOOR_BYTES_S = 4096  # a server that sends less on average, or nothing but header lines, is given up
 
 
 def network_errors() -> tuple[type[Exception], ...]:
@@ -55,7 +60,7 @@ class HubClient:
         while True:
             at = begin + len(got)
             try:
-                wait, answer = self._once(url, at, count - len(got), got, what)
+                wait, answer = self._watched(url, at, count - len(got), got, what)
                 why: str = _("the Hub is busy")
             except self._errors as error:
                 wait, answer, why = 0.5 * 2**tries, None, f"{type(error).__name__}: {error}"[:160]
@@ -97,11 +102,45 @@ class HubClient:
                 )
             time.sleep(wait)
 
-    def _once(
+    def _watched(
         self, url: str, at: int, count: int, got: bytearray, what: str
     ) -> tuple[float, tuple[int | None, Mapping[str, str]] | None]:
-        """One request; appends to `got`. (seconds to wait, None) if it must be asked again, else (0, (size,
-        headers)).
+        """`_once`, given up where the server drips: the library's time limit is for each byte, not for all of them."""
+        received, box = [0], Future[tuple[float, tuple[int | None, Mapping[str, str]] | None]]()
+        mine = bytearray()  # what a request that was given up still receives must not get into the next one
+
+        def work() -> None:
+            try:
+                box.set_result(self._once(url, at, count, mine, what, received))
+            except BaseException as error:
+                box.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        began = time.monotonic()
+        while not wait_for([box], timeout=0.25).done:
+            seconds = time.monotonic() - began
+            if received[0] < FLOOR_BYTES_S * (seconds - GRACE_S):
+                raise MachineError(
+                    _(
+                        "{repo}: {what}: {n:,} bytes in {seconds:.0f} s; a server must send {floor:,} bytes a second.",
+                        repo=self.repo,
+                        what=what,
+                        n=received[0],
+                        seconds=seconds,
+                        floor=FLOOR_BYTES_S,
+                    ),
+                    _("Check HF_ENDPOINT and the network, or download the files by another way."),
+                )
+        try:
+            return box.result()
+        finally:
+            got += mine
+
+    def _once(
+        self, url: str, at: int, count: int, got: bytearray, what: str, received: list[int]
+    ) -> tuple[float, tuple[int | None, Mapping[str, str]] | None]:
+        """One request; appends to `got` and counts all bytes in `received`. (seconds to wait, None) if it must be asked
+        again, else (0, (size, headers)).
         """
         headers = {**self._headers, "Range": f"bytes={at}-{at + count - 1}"}
         with self._session.stream("GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True) as response:
@@ -126,6 +165,7 @@ class HubClient:
                 )
             skip = at if status == 200 else 0  # a server that knows no ranges sends everything from the start
             for part in response.iter_raw():
+                received[0] += len(part)
                 cut = min(skip, len(part))
                 part, skip = part[cut:], skip - cut
                 got += part[:count]

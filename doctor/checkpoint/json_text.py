@@ -68,7 +68,11 @@ def split_pointer(path: str) -> list[str]:
 
 def dumps(value: object, indent: int | None = None) -> str:
     """JSON text that UTF-8 can hold: a lone surrogate, which a text may bring as an escape, stays an escape."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return escaped(json.dumps(value, ensure_ascii=False, indent=indent))
+
+
+def escaped(text: str) -> str:
+    """A JSON text with its lone surrogates as escapes."""
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from doctor.checkpoint.dtypes import DTYPES, Dtype
+from doctor.checkpoint.json_text import escaped
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.messages import _
 
@@ -381,6 +382,6 @@ def header_bytes(
             )
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
         at += nbytes
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw = escaped(json.dumps(header, separators=(",", ":"), ensure_ascii=False)).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
     return struct.pack("<Q", len(raw)) + raw

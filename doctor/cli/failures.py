@@ -14,6 +14,7 @@ import click
 from doctor.core.errors import CheckpointNotReady, DoctorError
 from doctor.core.messages import _
 from doctor.locale import catalogue
+from doctor.report.text import safe_lines
 
 INTERRUPTED = _("Interrupted.")
 
@@ -53,8 +54,8 @@ def end(message: str, hint: str, code: int) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    message = catalogue.translated(message)
+    message = safe_lines(catalogue.translated(message))
     click.echo(f"Error: {message}" if code != 130 else message, err=True)
     if hint:
-        click.echo(f"Hint: {catalogue.translated(hint)}", err=True)
+        click.echo(f"Hint: {safe_lines(catalogue.translated(hint))}", err=True)
     sys.exit(code)

@@ -13,6 +13,7 @@ from doctor.cli.options import KV_FORMATS
 from doctor.core.errors import DoctorError, MachineError
 from doctor.core.messages import _
 from doctor.locale import catalogue
+from doctor.report.text import safe_lines
 
 if TYPE_CHECKING:
     from doctor.lint.engine import Report
@@ -22,7 +23,7 @@ Outputs = Sequence[tuple[str, str]]  # (format, file or "" for stdout)
 
 def notice(text: str) -> None:
     """A line on stderr, in the reader's language."""
-    click.echo(catalogue.translated(text), err=True)
+    click.echo(safe_lines(catalogue.translated(text)), err=True)
 
 
 class json_on_failure:
@@ -86,7 +87,12 @@ def write(text: str, file: str) -> None:
         sys.stdout.write(text)
         return
     try:
-        with open(file, "a" if file == os.environ.get("GITHUB_STEP_SUMMARY") else "w", encoding="utf-8") as out:
+        with open(
+            file,
+            "a" if file == os.environ.get("GITHUB_STEP_SUMMARY") else "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+        ) as out:
             out.write(text)
     except OSError as error:
         raise MachineError(

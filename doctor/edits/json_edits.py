@@ -57,5 +57,5 @@ def json_shown(value: object) -> str:
     """A JSON value in a message, at most 80 characters."""
     if value is MISSING:
         return _("no value")
-    text = json.dumps(value, ensure_ascii=False)
+    text = json_text.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -8,7 +8,6 @@ PlanRefused.
 """
 
 import bisect
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -292,10 +291,10 @@ class EditedCheckpoint(Checkpoint):
         metadata = old_index.get("metadata")
         metadata = metadata if isinstance(metadata, dict) else {}
         document = {"metadata": dict(metadata), "weight_map": dict(sorted(weight_map.items()))}
-        self._put_json(INDEX_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        self._put_json(INDEX_NAME, json_text.dumps(document, indent=2) + "\n")
         totals = self._totals()
         document["metadata"] |= {k: v for k, v in totals.items() if k == "total_size" or k in metadata}
-        self._put_json(INDEX_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        self._put_json(INDEX_NAME, json_text.dumps(document, indent=2) + "\n")
 
     # reading
 

@@ -4,7 +4,6 @@ The staging directory is opened from disk, every changed shard is read again und
 only if it shows what the plan showed.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.json_text import dumps
 from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.core.facts import COSTS
 from doctor.core.finding import Finding
@@ -95,7 +95,7 @@ def apply_plan(
             proofs=proofs,
             kept=kept_name(staging.output).name if staging.in_place else None,
         )
-        staging.add(RECEIPT, (json.dumps(receipt, indent=2, ensure_ascii=False) + "\n").encode())
+        staging.add(RECEIPT, (dumps(receipt, indent=2) + "\n").encode())
         staging.commit()
     return Applied(staging.output, staging.output / RECEIPT, again, staging.notes, loading)
 

@@ -10,8 +10,9 @@ import pkgutil
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
@@ -25,6 +26,7 @@ from doctor.core.version import __version__
 from doctor.lint.rule import RULES, Rule, ranges, run_rule
 
 RULES_PACKAGE = "doctor.rules"
+MOST_FINDINGS = 1000  # of one rule on one subject: an index may name a million files
 _ORDER = "FCWGQKOS"  # of families, as one repairs
 _RULE_FILE = re.compile(r"^[a-z]\d{3}_\w+$")
 
@@ -179,7 +181,7 @@ def judge(store: Store, rules: Iterable[Rule], until: str = COSTS[-1]) -> tuple[
         for subject, thing in list(store.subjects(entry.scope).items()):
             try:
                 values = tuple(store.values(subject, entry))
-                findings.extend(run_rule(entry, subject, thing, values))
+                findings.extend(_bounded(run_rule(entry, subject, thing, values)))
                 run.judged += 1
             except Unavailable as error:
                 reason = error.reason
@@ -195,6 +197,20 @@ def judge(store: Store, rules: Iterable[Rule], until: str = COSTS[-1]) -> tuple[
                 break
         run.seconds = time.perf_counter() - start
     return in_order(under_causes(findings, rules)), runs
+
+
+def _bounded(found: Iterator[Finding]) -> Iterator[Finding]:
+    """At most MOST_FINDINGS of one rule on one subject, then one that says that there are more."""
+    last = None
+    for last in islice(found, MOST_FINDINGS):
+        yield last
+    if last is not None and next(found, None) is not None:
+        yield replace(
+            last,
+            message=_("and more: {n:,} places are listed, the others are not", n=MOST_FINDINGS),
+            fix=None,
+            evidence={},
+        )
 
 
 def in_order(findings: list[Finding]) -> list[Finding]:

@@ -42,7 +42,8 @@ def read_tokenizer(document: Mapping[str, Any]) -> Tokenizer:
         raise Unavailable(_("tokenizer.json has no vocabulary"))
     added: dict[str, int] = {}
     special: set[str] = set()
-    for token in document.get("added_tokens") or []:
+    listed = document.get("added_tokens")
+    for token in listed if isinstance(listed, list) else []:
         if isinstance(token, dict) and isinstance(token.get("content"), str) and isinstance(token.get("id"), int):
             added[token["content"]] = token["id"]
             if token.get("special"):
@@ -71,7 +72,11 @@ def _first_added(processor: object) -> str | None:
         and isinstance(single[0], dict)
     ):
         token = single[0].get("SpecialToken")
-        return token.get("id") if isinstance(token, dict) else None
+        return _text(token.get("id")) if isinstance(token, dict) else None
     if processor.get("type") in ("BertProcessing", "RobertaProcessing") and isinstance(processor.get("cls"), list):
-        return processor["cls"][0]
+        return _text(next(iter(processor["cls"]), None))
     return None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

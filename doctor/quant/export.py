@@ -10,7 +10,6 @@ act-order because groups are fixed beforehand, so serving costs nothing.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
+from doctor.checkpoint.json_text import dumps
 from doctor.checkpoint.safetensors import Shard, header_bytes, open_shard
 from doctor.core.errors import MachineError
 from doctor.core.messages import _
@@ -191,7 +191,7 @@ def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, stated: 
 
 
 def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 class ReadOnlyOutput(Output):

@@ -77,6 +77,11 @@ def safe(text: str) -> str:
     ).replace("\n", " ")
 
 
+def safe_lines(text: str) -> str:
+    """The same for a text of several lines."""
+    return "\n".join(map(safe, str(text).split("\n")))
+
+
 def window(line: str, column: int, length: int, width: int) -> tuple[str, int]:
     """A long line cut around the marked part: (text, 1-based column in it). Minified JSON is one line of any length."""
     if len(line) <= width:

@@ -410,6 +410,42 @@ def test_a_connection_that_always_tears_ends_with_file_and_byte(fake, local):
     assert len(fake.requests_for(f"/cdn/{name}")) == 5 and sorted(fake.waits) == [0.5, 1, 2, 4]
 
 
+@pytest.mark.parametrize("where", ["headers", "body"])
+def test_a_server_that_drips_is_given_up(fake, local, monkeypatch, where):
+    """Each byte comes in time; all of them together would take days."""
+    fake.put(local)
+    monkeypatch.setattr(hub_client, "GRACE_S", 0.5)
+
+    def drip(request):
+        with contextlib.suppress(OSError):
+            request.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            if where == "body":
+                request.wfile.write(b"Content-Length: 100000\r\n\r\n")
+            for n in range(40):
+                request.wfile.write(b"x" if where == "body" else f"X-{n}: 1\r\n".encode())
+                request.wfile.flush()
+                threading.Event().wait(0.1)
+
+    fake.always["config.json"] = drip
+    began = time.monotonic()
+    with pytest.raises(MachineError, match=r"config.json: \d+ bytes in 1 s; a server must send 4,096 bytes a second"):
+        open_checkpoint("org/name")
+    assert time.monotonic() - began < 10
+
+
+def test_a_listing_without_an_end_is_given_up(fake, local, monkeypatch):
+    fake.put(local)
+    fake.always["/tree/"] = lambda request: send(
+        request, 200, b"[]", {"Link": f'<{fake.url}/api/models/org/name/tree/{COMMIT}?again>; rel="next"'}
+    )
+    monkeypatch.setattr(hub, "MAX_PAGES", 5)
+    with pytest.raises(MachineError, match=r"file listing: 6 pages with 0 rows .* at most 5 pages"):
+        open_checkpoint("org/name")
+    monkeypatch.setattr(hub, "MAX_LISTING_S", -1.0)
+    with pytest.raises(MachineError, match=r"file listing: 1 pages with 0 rows"):
+        open_checkpoint("org/name")
+
+
 def test_a_busy_hub_is_waited_for_as_long_as_it_asks(fake, local):
     fake.put(local)
     fake.failures["/tree/"] = [refuse(429, Retry_After="7"), refuse(503)]

@@ -7,19 +7,19 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.errors import DoctorError
 from doctor.core.messages import as_data
 from doctor.core.recipe import Recipe
 from doctor.evaluate.clients import transformers_child
 from doctor.quant import import_stubs
-from doctor.quant.calibration.tokenizer import load_tokenizer
+from doctor.quant.calibration.tokenizer import tokenizer_directory
+from doctor.quant.calibration.tokenizer_probe import limited, memory_for, use
 from doctor.quant.rehearsal import rehearse
-
-OTHER_LIBRARIES = ("sentencepiece", "tiktoken", "mistral_common", "mistral-common", "protobuf", "pip install")
 
 
 def main() -> None:
@@ -27,8 +27,9 @@ def main() -> None:
     import_stubs.install()
     root, recipe, folder = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout carries the answer alone
+        tokenizer = why_no_tokenizer(root)  # under way while the model is rehearsed
         answer = answer_of(root, recipe, folder)
-        answer["tokenizer"] = why_no_tokenizer(root)
+        answer["tokenizer"] = tokenizer()
     print(json.dumps(answer))
 
 
@@ -50,20 +51,22 @@ def answer_of(root: Path, recipe: dict[str, Any], folder: Path) -> dict[str, Any
     return {"proof": transformers_child.ask(folder, 0, None)}
 
 
-def why_no_tokenizer(root: Path) -> str:
-    """transformers' own words where it does not load the tokenizer that is there; "" where it does, where none is
-    there, and where a library that the tokenizer needs is not installed here.
+def why_no_tokenizer(root: Path) -> Callable[[], str]:
+    """Under way in a process with limits: transformers' own words where it does not load the tokenizer that is there,
+    or what it takes too much of; "" where it works, where none is there, and where a library that it needs is not
+    installed here.
     """
     checkpoint = Checkpoint.open(root)
     if not any(name in checkpoint.entries for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        return ""
-    try:
-        load_tokenizer(checkpoint, "")
-    except BadCheckpoint as error:
-        cause = error.__context__ or error
-        words = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
-        return "" if isinstance(cause, ImportError) or any(name in str(cause) for name in OTHER_LIBRARIES) else words
-    return ""
+        return lambda: ""
+    import transformers.models.auto.tokenization_auto  # noqa: F401 - imported once, before the limits
+
+    def work() -> str:
+        with tokenizer_directory(checkpoint) as folder:
+            return use(folder)
+
+    with tokenizer_directory(checkpoint) as folder:
+        return limited(work, memory_for(folder))
 
 
 if __name__ == "__main__":

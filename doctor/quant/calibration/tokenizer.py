@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint
 from doctor.core.messages import _
+from doctor.quant.calibration.tokenizer_probe import why_unusable
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,14 +31,17 @@ TOKENIZER_FILES = (
 
 
 def load_tokenizer(checkpoint: Checkpoint, wanted_by: str):
-    """The checkpoint's tokenizer through transformers, with edits of a view applied. Its own code is never run.
+    """The checkpoint's tokenizer through transformers, with edits of a view applied. Its own code is never run, and it
+    is used in a process with limits first (tokenizer_probe.py).
 
     Raises BadCheckpoint where there is none: ready ids ({"input_ids": [...]} lines) need no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    with _tokenizer_directory(checkpoint) as folder:
+    with tokenizer_directory(checkpoint) as folder:
         try:
+            if os.environ.get("DOCTOR_LOAD_PROOF") != "0" and (why := why_unusable(folder)):
+                raise ValueError(why)
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # tokenizers raises a plain Exception for a file that it cannot read
             raise BadCheckpoint(
@@ -54,7 +59,8 @@ def load_tokenizer(checkpoint: Checkpoint, wanted_by: str):
 
 
 @contextmanager
-def _tokenizer_directory(checkpoint: Checkpoint) -> Iterator[Path]:
+def tokenizer_directory(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A temporary directory of the tokenizer's files alone, with edits of a view applied."""
     with tempfile.TemporaryDirectory(prefix="doctor-tokenizer-") as folder:
         for name in TOKENIZER_FILES:
             if name in checkpoint.json:

@@ -13,6 +13,7 @@ import json
 import math
 from typing import Any, get_args
 
+from doctor.checkpoint.json_text import escaped
 from doctor.core.errors import DoctorError
 from doctor.core.finding import Finding, Fix, Place
 from doctor.core.messages import collected, restored
@@ -49,7 +50,7 @@ def failure(error: Exception) -> str:
 
 
 def dumps(document: dict) -> str:
-    text = json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False)
+    text = escaped(json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False))
     return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"  # a lone surrogate in a name has no UTF-8
 
 

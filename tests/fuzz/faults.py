@@ -1,0 +1,308 @@
+"""`make faults`: every command is killed, or its disk fills, at every file call; what is left must be whole, and the
+next run must end.
+
+    python tests/fuzz/faults.py [--most N] [--kills N] [--races N]
+
+For each command the n-th call of the operating system that touches a file ends the process (SIGKILL) or fails with
+ENOSPC, for every n until the command ends before it. Then: the source is as it was; the output is absent or whole; the
+same command, or its resume, ends with the same bytes as an undisturbed run. A run in between may end at a random moment
+instead (--kills), and pairs of runs into one output are started together (--races): one of them must write it whole and
+the other must be refused. Each trial is a fork of one process, so that imports are paid for once.
+"""
+
+import argparse
+import errno
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+os.environ.update(DOCTOR_LOAD_PROOF="0", OMP_NUM_THREADS="1")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1])]
+
+from doctor import api  # noqa: E402 - found by the path above
+from doctor.core.errors import DoctorError, MachineError, PlanRefused  # noqa: E402
+from doctor.core.recipe import Recipe  # noqa: E402
+from doctor.fixing.filesystem import sha256  # noqa: E402
+from doctor.fixing.in_place import after_name, kept_name  # noqa: E402
+from doctor.lint.testing import tiny  # noqa: E402
+from doctor.quant.stage import stage_of  # noqa: E402
+
+CALLS = ("open", "mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync", "write", "pwrite", "ftruncate",
+         "copy_file_range")  # fmt: skip
+WRITES = ("write", "pwrite", "fsync", "copy_file_range", "mkdir", "link", "open", "ftruncate")
+RECIPE = Recipe(group_size=32, method="rtn")
+DONE, REFUSED, FULL, BROKEN = 0, 3, 4, 5
+State = dict[str, str]
+
+
+class Command:
+    """One command on a directory `work`. prepare makes its input; run is what is disturbed; finish what a user does
+    next; result the files that it is about.
+    """
+
+    def __init__(self, name: str, prepare: Callable, run: Callable, finish: Callable, result: Callable):
+        self.name, self.prepare, self.run, self.finish, self.result = name, prepare, run, finish, result
+
+
+def spoilt(work: Path) -> None:
+    case = tiny()
+    case.shards = 2
+    case.json["generation_config.json"]["eos_token_id"] = 0
+    case.write(work / "model")
+
+
+def fix(work: Path) -> None:
+    api.fix(work / "model", work / "out", tiny().recipe)
+
+
+def fix_in_place(work: Path) -> None:
+    api.recover(work / "model")
+    api.fix(work / "model", None, tiny().recipe, in_place=True)
+
+
+def fixed_in_place(work: Path) -> None:
+    spoilt(work)
+    fix_in_place(work)
+
+
+def undo(work: Path) -> None:
+    api.undo(work / "model")
+
+
+def quantize(work: Path, resume: bool = False) -> None:
+    result = api.quantize(work / "model", work / "out", RECIPE, resume=resume)
+    if result.output is None:  # what could not be read is a finding
+        raise MachineError("; ".join(f.message for f in result.report.findings))
+
+
+def half_quantized(work: Path) -> None:
+    """A run that was killed after its first layer."""
+    tiny().write(work / "model")
+    wait(fork(lambda: quantize(work), at_call("rename", 3, kill)))
+
+
+def ensure_fixed(work: Path) -> None:
+    api.recover(work / "model")
+    if not kept_name(work / "model").exists():
+        fix_in_place(work)
+
+
+def ensure_undone(work: Path) -> None:
+    api.recover(work / "model")
+    if kept_name(work / "model").exists():
+        undo(work)
+    shutil.rmtree(after_name(work / "model"), ignore_errors=True)
+
+
+def ensure(name: str, make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def finish(work: Path) -> None:
+        if not (work / name).exists():
+            make(work)
+
+    return finish
+
+
+COMMANDS = (
+    Command("fix", spoilt, fix, ensure("out", fix), lambda work: files(work / "out")),
+    Command("fix --in-place", spoilt, fix_in_place, ensure_fixed, lambda work: files(work / "model")),
+    Command("undo", fixed_in_place, undo, ensure_undone, lambda work: files(work / "model")),
+    Command(
+        "quantize",
+        lambda work: tiny().write(work / "model"),
+        quantize,
+        ensure("out", lambda work: quantize(work, resume=True)),
+        lambda work: files(work / "out"),
+    ),
+    Command(
+        "quantize --resume",
+        half_quantized,
+        lambda work: quantize(work, resume=True),
+        ensure("out", lambda work: quantize(work, resume=True)),
+        lambda work: files(work / "out"),
+    ),
+)
+
+
+def files(folder: Path) -> State:
+    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != "doctor.json"} if folder.exists() else {}
+
+
+def kill(_name: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full(_name: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def at_call(names: str | tuple[str, ...], n: int, what: Callable[[str], None]) -> Callable[[], list[int]]:
+    """Arms this process: the n-th of these calls does `what` first. The list that it returns counts the calls."""
+
+    count = [0]
+
+    def counted(real: Callable, name: str) -> Callable:
+        def call(*args, **more):
+            count[0] += 1
+            if count[0] == n:
+                what(name)
+            return real(*args, **more)
+
+        return call
+
+    def arm() -> list[int]:
+        for name in (names,) if isinstance(names, str) else names:
+            setattr(os, name, counted(getattr(os, name), name))
+        return count
+
+    return arm
+
+
+def fork(work: Callable[[], None], arm: Callable[[], list[int]] | None = None) -> int:
+    """A process that does the work; Exit code: DONE, REFUSED, FULL, BROKEN, or 1 where the armed call was not reached."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = BROKEN
+    try:
+        count = arm() if arm else [0]
+        try:
+            work()
+            code = DONE
+        except PlanRefused:
+            code = REFUSED
+        except MachineError:
+            code = FULL
+        except DoctorError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        except OSError as error:
+            print(f"bare {type(error).__name__}: {error}", file=sys.stderr)
+        if arm and code == DONE and count[0] < arm_number(arm):
+            code = 1
+    finally:
+        os._exit(code)
+
+
+def arm_number(arm: Callable) -> int:
+    """The n of an `at_call`."""
+    return next(c.cell_contents for c in arm.__closure__ or () if isinstance(c.cell_contents, int))
+
+
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class Trials:
+    """Trials of one command against an undisturbed run."""
+
+    def __init__(self, command: Command, folder: Path):
+        self.command, self.folder = command, folder
+        work = self.fresh()
+        self.source = files(work / "model")
+        code = wait(fork(lambda: command.run(work)))
+        assert code == DONE, f"{command.name}: ended with {code}"
+        self.want = command.result(work)
+        self.bad: list[str] = []
+
+    def fresh(self) -> Path:
+        work = self.folder / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        if wait(fork(lambda: self.command.prepare(work))) != DONE:
+            raise SystemExit(f"{self.command.name}: its input could not be made")
+        return work
+
+    def judge(self, work: Path, label: str) -> None:
+        """What a disturbed run left, and what the next one makes of it."""
+        writes_beside = self.command.result(work) if (work / "out").exists() else self.want
+        if writes_beside != self.want:
+            self.bad.append(f"{label}: the output is there and not whole")
+        if (work / "model").exists() and files(work / "model") not in (self.source, self.want):
+            self.bad.append(f"{label}: the source changed")
+        code = wait(fork(lambda: self.command.finish(work)))
+        if code != DONE or self.command.result(work) != self.want:
+            self.bad.append(f"{label}: the next run ended with {code}, not with the same bytes")
+        left = [n for n in os.listdir(work) if ".doctor-" in n and not n.endswith(".doctor-lock")]
+        if left:
+            self.bad.append(f"{label}: {left} is left")
+
+    def every_call(self, calls: tuple[str, ...], what: Callable[[str], None], most: int) -> int:
+        for n in range(1, most + 1):
+            work = self.fresh()
+            code = wait(fork(partial(self.command.run, work), at_call(calls, n, what)))
+            if code == 1:
+                return n - 1
+            if what is full and code not in (FULL, DONE, REFUSED):
+                self.bad.append(f"call {n}: ended with {code}, not with an error of ours")
+            self.judge(work, f"{what.__name__} at call {n}")
+        return most
+
+    def random_kills(self, count: int, draw: random.Random) -> int:
+        started = time.perf_counter()
+        wait(fork(lambda: self.command.run(self.fresh())))
+        whole = time.perf_counter() - started
+        killed = 0
+        for n in range(count):
+            work = self.fresh()
+            pid = fork(lambda work=work: self.command.run(work))
+            time.sleep(draw.uniform(0, whole))
+            os.kill(pid, signal.SIGKILL)
+            killed += wait(pid) < 0
+            self.judge(work, f"kill {n}")
+        return killed
+
+
+def races(folder: Path, command: Command, count: int) -> tuple[int, list[str]]:
+    """Two runs into one output, started together. (how often one was refused, what went wrong)."""
+    trials, refused = Trials(command, folder), 0
+    for n in range(count):
+        work = trials.fresh()
+        codes = sorted(map(wait, [fork(lambda work=work: command.run(work)) for _ in range(2)]))
+        refused += codes == [DONE, REFUSED]
+        if codes != [DONE, REFUSED] or command.result(work) != trials.want:
+            trials.bad.append(f"race {n}: ended with {codes}")
+        if stage_of(work / "out").exists():
+            trials.bad.append(f"race {n}: a stage is left")
+    return refused, trials.bad
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--most", type=int, default=100_000, help="calls of a command, at most")
+    parser.add_argument("--kills", type=int, default=200, help="random kills of each command")
+    parser.add_argument("--races", type=int, default=200, help="pairs of runs into one output, of fix and of quantize")
+    options = parser.parse_args()
+    import transformers.models.llama.modeling_llama  # noqa: F401 - paid for once
+
+    import doctor.quant.quantize  # noqa: F401
+
+    bad = []
+    with tempfile.TemporaryDirectory(prefix="doctor-faults-") as place:
+        for command in COMMANDS:
+            trials = Trials(command, Path(place))
+            killed = trials.every_call(CALLS, kill, options.most)
+            filled = trials.every_call(WRITES, full, options.most)
+            at_random = trials.random_kills(options.kills, random.Random(7))
+            print(
+                f"{command.name}: killed at {killed} file calls, disk full at {filled} writes, {at_random} random "
+                f"kills: {len(trials.bad)} faults",
+                flush=True,
+            )
+            bad += [f"{command.name}: {text}" for text in trials.bad]
+        for command in (COMMANDS[0], COMMANDS[3]) if options.races else ():
+            refused, wrong = races(Path(place), command, options.races)
+            print(f"{command.name}: {options.races} races, {refused} refused one of the two, {len(wrong)} faults")
+            bad += [f"{command.name}: {text}" for text in wrong]
+    print("\n".join(bad[:40]))
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
