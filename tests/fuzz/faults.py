@@ -39,7 +39,7 @@ CALLS = ("open", "mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync
          "copy_file_range")  # fmt: skip
 WRITES = ("write", "pwrite", "fsync", "copy_file_range", "mkdir", "link", "open", "ftruncate")
 RECIPE = Recipe(group_size=32, method="rtn")
-DONE, REFUSED, FULL, BROKEN = 0, 3, 4, 5
+DONE, NOT_REACHED, REFUSED, FULL, BROKEN = 0, 2, 3, 4, 5
 State = dict[str, str]
 
 
@@ -86,7 +86,7 @@ def quantize(work: Path, resume: bool = False) -> None:
 def half_quantized(work: Path) -> None:
     """A run that was killed after its first layer."""
     tiny().write(work / "model")
-    wait(fork(lambda: quantize(work), at_call("rename", 3, kill)))
+    wait(fork(lambda: quantize(work), AtCall(("rename",), 3, kill)))
 
 
 def ensure_fixed(work: Path) -> None:
@@ -143,56 +143,51 @@ def full(_name: str) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def at_call(names: str | tuple[str, ...], n: int, what: Callable[[str], None]) -> Callable[[], list[int]]:
-    """Arms this process: the n-th of these calls does `what` first. The list that it returns counts the calls."""
+class AtCall:
+    """Makes the n-th of these calls of the operating system do `what` first, in the process that calls `arm`."""
 
-    count = [0]
+    def __init__(self, names: tuple[str, ...], n: int, what: Callable[[str], None]):
+        self.names, self.n, self.what, self.count = names, n, what, 0
 
-    def counted(real: Callable, name: str) -> Callable:
+    def arm(self) -> None:
+        for name in self.names:
+            setattr(os, name, self._counted(getattr(os, name), name))
+
+    def _counted(self, real: Callable, name: str) -> Callable:
         def call(*args, **more):
-            count[0] += 1
-            if count[0] == n:
-                what(name)
+            self.count += 1
+            if self.count == self.n:
+                self.what(name)
             return real(*args, **more)
 
         return call
 
-    def arm() -> list[int]:
-        for name in (names,) if isinstance(names, str) else names:
-            setattr(os, name, counted(getattr(os, name), name))
-        return count
-
-    return arm
+    @property
+    def reached(self) -> bool:
+        return self.count >= self.n
 
 
-def fork(work: Callable[[], None], arm: Callable[[], list[int]] | None = None) -> int:
-    """A process that does the work; Exit code: DONE, REFUSED, FULL, BROKEN, or 1 where the armed call was not reached."""
+def fork(work: Callable[[], None], fault: AtCall | None = None) -> int:
+    """A process that does the work. It ends with DONE, REFUSED, FULL or BROKEN, or with NOT_REACHED where it was done
+    before the fault.
+    """
     pid = os.fork()
     if pid:
         return pid
     code = BROKEN
     try:
-        count = arm() if arm else [0]
-        try:
-            work()
-            code = DONE
-        except PlanRefused:
-            code = REFUSED
-        except MachineError:
-            code = FULL
-        except DoctorError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        except OSError as error:
-            print(f"bare {type(error).__name__}: {error}", file=sys.stderr)
-        if arm and code == DONE and count[0] < arm_number(arm):
-            code = 1
+        if fault:
+            fault.arm()
+        work()
+        code = DONE if fault is None or fault.reached else NOT_REACHED
+    except PlanRefused:
+        code = REFUSED
+    except MachineError:
+        code = FULL
+    except (DoctorError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
         os._exit(code)
-
-
-def arm_number(arm: Callable) -> int:
-    """The n of an `at_call`."""
-    return next(c.cell_contents for c in arm.__closure__ or () if isinstance(c.cell_contents, int))
 
 
 def wait(pid: int) -> int:
@@ -236,8 +231,8 @@ class Trials:
     def every_call(self, calls: tuple[str, ...], what: Callable[[str], None], most: int) -> int:
         for n in range(1, most + 1):
             work = self.fresh()
-            code = wait(fork(partial(self.command.run, work), at_call(calls, n, what)))
-            if code == 1:
+            code = wait(fork(partial(self.command.run, work), AtCall(calls, n, what)))
+            if code == NOT_REACHED:
                 return n - 1
             if what is full and code not in (FULL, DONE, REFUSED):
                 self.bad.append(f"call {n}: ended with {code}, not with an error of ours")
