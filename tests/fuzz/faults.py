@@ -182,9 +182,9 @@ def fork(work: Callable[[], None], fault: AtCall | None = None) -> int:
         code = DONE if fault is None or fault.reached else NOT_REACHED
     except PlanRefused:
         code = REFUSED
-    except MachineError:
+    except DoctorError:
         code = FULL
-    except (DoctorError, OSError) as error:
+    except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
         os._exit(code)
