@@ -19,11 +19,12 @@ from doctor.core.recipe import Recipe
 from doctor.core.records import MERGE_PROOF
 from doctor.core.rehearsal import GIVEN_REHEARSAL
 from doctor.core.store import Store
+from doctor.lint.as_floats import read_as_floats
 from doctor.lint.baseline import compare_with
 from doctor.lint.config import Config, Selection, choose
 from doctor.lint.engine import Report, in_order, judge, load_rules, locate, select_rules
 from doctor.lint.rule import Rule
-from doctor.scan.header import SPEC, header_facts
+from doctor.scan.header import DECODED, SPEC, header_facts
 from doctor.scan.summary import summary
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def check(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     recipe = recipe or _default_recipe(checkpoint, config)
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
+    source, (checkpoint, decoding) = checkpoint, read_as_floats(checkpoint, recipe, rules)
     store = header_facts(checkpoint, recipe)
+    store.put(DECODED, decoding)
     if capacity is not None:
         from doctor.quant.capacity import put_machine
 
@@ -95,7 +98,7 @@ def check(
         base, adapter = map(Checkpoint.open, merged_from)
         store.put(MERGE_PROOF, prove_merge(checkpoint, base, adapter))
     scanned = None
-    rehearsing = _rehearsal(checkpoint, store, recipe, rules) if reads_values else None
+    rehearsing = _rehearsal(source, store, recipe, rules) if reads_values else None
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)
     elif reads_values and any(asks("values", r.facts) for r in rules):
@@ -126,9 +129,8 @@ def check(
         bytes_read=scanned.bytes_read if scanned else 0,
         fail_on=fail_on,
     )
-    if checkpoint.unread:
-        report.summary["unread"] = checkpoint.unread
-    if (select := tuple(select)) or (config and config.selection.select):
+    report.summary |= {"unread": checkpoint.unread} if checkpoint.unread else {}
+    if tuple(select) or (config and config.selection.select):
         report.summary["selected"] = len(rules)
     if scanned is not None and stopped:
         report.summary["interrupted"] = {

@@ -8,13 +8,13 @@ Seen as:
 - vLLM: `Cannot find the config file for`
 - llama.cpp: `NotImplementedError: Quant method is not yet supported`
 
-Do: use the 16-bit original. If there is none, `--unsafe-fixes=C147` dequantizes to the numbers that an engine computes
-with and writes them as plain weights: FP8 with its scales, and packed GPTQ, AWQ and compressed-tensors too.
-`doctor convert model/ -o plain/ --format bf16` does the same as a command.
+Do: nothing, mostly: `doctor quantize` decodes such weights as it reads them, to the numbers that an engine computes with.
+FP8, INT8, MXFP4, NVFP4, bitsandbytes and packed GPTQ, AWQ and compressed-tensors are read. It is an error where scales
+are absent, where a format is not read here, and where the plan has as many bits in a coarser grid than the stored
+one: then take the 16-bit original, finer groups, fewer bits, or 8. `--unsafe-fixes=C147` writes
+the plain weights, as `doctor convert model/ -o plain/ --format bf16` does.
 
-False alarms: a quantized checkpoint is judged to be served as it is (`--for serve`, its default): then this is a note,
-and packed GPTQ, AWQ and compressed-tensors checkpoints have none unless this fix is requested by name. It is an error
-where a plan to quantize is asked for, as by `--for gptq`.
+False alarms: none known for the error. As a note it only says how the weights are stored.
 
 Fix safety: unsafe, and only by name: what rounding removed does not come back, and the files become two to four times
 as large. Each weight is code minus zero point times scale in float32, rounded once to the embedding's dtype. Other
@@ -28,85 +28,146 @@ from doctor.lint.rule import (
     Place,
     Unavailable,
     _,
-    dequantize_beside,
-    dequantize_packed,
+    coarser,
+    decoding,
+    decoding_fix,
     finding,
+    is_quantized,
     is_scale_beside_weight,
-    narrow_weights,
-    packed_words,
     plural,
-    read_quantization,
-    readable,
     rule,
+    word_tails,
 )
 from doctor.lint.testing import tiny
 
 
 @rule("C147", "error", implied_by=("F002", "F005", "G320", "O620", "O621", "O622", "O623"))
-def already_quantized(checkpoint, tensors, config, quantization_block, asked, goal, every_stored_bytes=None):
-    packed = packed_words(tensors)
-    if packed:
-        if goal == "quantize" or ("C147" in asked and quantization_block is not None):
-            yield _packed(checkpoint, tensors, packed, quantization_block, "" if goal == "quantize" else "info")
+def already_quantized(
+    checkpoint, tensors, config, quantization_block, asked, goal, recipe, decoded, every_stored_bytes=None
+):
+    if decoded is not None:
+        yield _decoded(decoded)
         return
-    narrow = narrow_weights(tensors)
-    if not narrow:
+    codes = [i for n, i in sorted(tensors.items()) if is_quantized(n, i.dtype.name, i.dtype.bits, len(i.shape))]
+    packed = [i for i in codes if i.name.endswith(word_tails())]
+    if not codes or (packed and goal != "quantize" and not ("C147" in asked and quantization_block)):
         return
-    scales = [n for n in tensors if is_scale_beside_weight(n)]
-    first = min(narrow, key=lambda info: info.name)
+    try:
+        stored, why = decoding(checkpoint, tensors, quantization_block, every_stored_bytes or {}), ""
+        fix = decoding_fix(stored)
+        again = coarser(stored, recipe) if goal == "quantize" else None
+    except Unavailable as error:
+        stored, why, again = None, error.args[0], None
+        fix = Fix(_("take the 16-bit original"), (), "manual")
     method = quantization_block[0].get("quant_method") if quantization_block else None
-    named = {"dtype": first.dtype.name, "scales": len(scales), "first": first.name}
+    if again is not None:
+        yield _coarser(again, len(codes), recipe, fix)
+        return
+    message = _packed(packed, method, stored, why) if packed else _beside(codes, tensors, method)
+    first = (packed or codes)[0]
     yield finding(
-        plural(
-            "{n:,} weight is stored in {dtype} by {method} with {scales:,} scale tensors: {first}",
-            "{n:,} weights are stored in {dtype} by {method} with {scales:,} scale tensors; the first is {first}",
-            len(narrow),
-            method=method,
-            **named,
-        )
-        if method
-        else plural(
-            "{n:,} weight is stored in {dtype} with {scales:,} scale tensors: {first}",
-            "{n:,} weights are stored in {dtype} with {scales:,} scale tensors; the first is {first}",
-            len(narrow),
-            **named,
-        ),
+        message,
         at=Place(first.shard, tensor=first.name),
-        severity="" if goal == "quantize" else "info",
-        evidence={"weights": len(narrow), "scales": len(scales), "dtype": first.dtype.name},
-        fix=dequantize_beside(checkpoint, tensors, narrow, quantization_block, every_stored_bytes or {})
-        or Fix(_("take the 16-bit original"), (), "manual"),
+        severity="" if goal == "quantize" and stored is None else "info",
+        evidence={"linears": len(packed)}
+        if packed
+        else {"weights": len(codes), "scales": _scales(tensors), "dtype": first.dtype.name},
+        fix=fix,
+        advice=_("quantize the 16-bit original: {why}", why=why) if stored is None and not packed else "",
     )
 
 
-def _packed(checkpoint, tensors, packed, block, severity):
-    fix = None
-    try:
-        if block is None:
-            raise Unavailable(_("no quantization_config"))
-        quant = readable(read_quantization(*block))
-        fix = dequantize_packed(checkpoint, tensors, block, quant)
-        why = _("{bits} bits", bits=quant.bits)
-    except Unavailable as error:
-        why = error.args[0]
-    method = block[0].get("quant_method", _("a quantizer")) if block else _("a quantizer")
+def _decoded(found):
+    first = found.stored[0]
     return finding(
         plural(
-            "{n:,} linear is packed by {method} ({why}): {first}",
-            "{n:,} linears are packed by {method} ({why}); the first is {first}",
-            len(packed),
-            method=method,
-            why=why,
-            first=packed[0].name,
+            "{n:,} weight is stored in {label} and decoded as it is read: {first}",
+            "{n:,} weights are stored in {label} and decoded as they are read; the first is {first}",
+            len(found.stored),
+            label=found.label,
+            first=first.codes.name,
         ),
-        severity=severity,
-        at=Place(packed[0].shard, tensor=packed[0].name),
-        evidence={"linears": len(packed)},
-        fix=fix or Fix(_("take the 16-bit original"), (), "manual"),
+        at=Place(first.codes.shard, tensor=first.codes.name),
+        severity="info",
+        evidence={"weights": len(found.stored), "label": found.label},
+    )
+
+
+def _coarser(one, count, recipe, fix):
+    plan, own = recipe.for_linear(one.module).scheme, one.scheme
+    return finding(
+        _(
+            "{first} is stored in {label} with {bits} bits in groups of {group}; {plan_bits} bits in groups of "
+            "{plan_group} would round it a second time and save nothing",
+            first=one.codes.name,
+            label=one.format.label,
+            bits=own.bits,
+            group=own.group_size,
+            plan_bits=plan.bits,
+            plan_group=plan.group_size,
+        ),
+        at=Place(one.codes.shard, tensor=one.codes.name),
+        evidence={"weights": count, "bits": own.bits, "group_size": own.group_size, "sym": own.sym},
+        fix=fix,
+        advice=_("quantize the 16-bit original, serve it as it is, or plan fewer bits, or 8")
+        if own.group_size == -1 or (plan.sym and not own.sym)
+        else _(
+            "quantize the 16-bit original, serve it as it is, or plan --group-size {group}, fewer bits, or 8",
+            group=own.group_size,
+        ),
+    )
+
+
+def _scales(tensors):
+    return sum(map(is_scale_beside_weight, tensors))
+
+
+def _beside(codes, tensors, method):
+    named = {"dtype": codes[0].dtype.name, "scales": _scales(tensors), "first": codes[0].name}
+    if method:
+        return plural(
+            "{n:,} weight is stored in {dtype} by {method} with {scales:,} scale tensors: {first}",
+            "{n:,} weights are stored in {dtype} by {method} with {scales:,} scale tensors; the first is {first}",
+            len(codes),
+            method=method,
+            **named,
+        )
+    return plural(
+        "{n:,} weight is stored in {dtype} with {scales:,} scale tensors: {first}",
+        "{n:,} weights are stored in {dtype} with {scales:,} scale tensors; the first is {first}",
+        len(codes),
+        **named,
+    )
+
+
+def _packed(packed, method, stored, why):
+    return plural(
+        "{n:,} linear is packed by {method} ({why}): {first}",
+        "{n:,} linears are packed by {method} ({why}); the first is {first}",
+        len(packed),
+        method=method or _("a quantizer"),
+        why=_("{bits} bits", bits=stored.stored[0].scheme.bits) if stored else why,
+        first=packed[0].name,
     )
 
 
 def bad():
+    case = eight_bit_floats()
+    for name in [n for n in case.tensors if n.endswith("_scale_inv")]:
+        del case.tensors[name], case.dtypes[name]
+    first = case.name("down")
+    return (
+        case,
+        f"14 weights are stored in F8_E4M3 by fp8 with 0 scale tensors; the first is {first}",
+    )
+
+
+def good():
+    return tiny()
+
+
+def eight_bit_floats():
+    """A model in FP8 with block scales, which a plan of 4 bits is for."""
     import numpy as np
 
     case = tiny()
@@ -117,11 +178,4 @@ def bad():
         case.tensors[name + "_scale_inv"] = np.full((1, 1), 0.01, np.float32)
         case.dtypes |= {name: "F8_E4M3", name + "_scale_inv": "F32"}
     case.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    return (
-        case,
-        "14 weights are stored in F8_E4M3 by fp8 with 14 scale tensors; the first is model.layers.0.mlp.down_proj.weight",
-    )
-
-
-def good():
-    return tiny()
+    return case

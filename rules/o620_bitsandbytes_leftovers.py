@@ -22,7 +22,7 @@ Sources: ggml-org/llama.cpp issue 12923; bitsandbytes-foundation/bitsandbytes bi
 (QuantState.from_dict) and backends/default/ops.py.
 """
 
-from doctor.lint.rule import KNOWN, Fix, Place, _, dequantize_beside, finding, listed, plural, rule
+from doctor.lint.rule import KNOWN, Fix, Place, Unavailable, _, decoding, decoding_fix, finding, listed, plural, rule
 from doctor.lint.testing import np, tiny
 
 
@@ -39,9 +39,11 @@ def bitsandbytes_leftovers(checkpoint, tensors, quantization_block, every_stored
         modules = [info.name.removesuffix(".weight") for info in narrow]
         scales = sorted({part for part in form.beside for m in modules if f"{m}.{part}" in tensors})
         bits = sorted({scheme.bits for scheme in found.values()})
-        fix = dequantize_beside(
-            checkpoint, tensors, narrow, quantization_block, every_stored_bytes or {}, by_name=False
-        )
+        try:
+            stored = decoding(checkpoint, tensors, quantization_block, every_stored_bytes or {})
+            fix = decoding_fix(stored, by_name=False)
+        except Unavailable:
+            fix = Fix(_("merge into the 16-bit base model"), (), "manual")
         yield finding(
             plural(
                 "{n:,} linear is packed by {label} in {bits} bits, and no quantization_config says so ({first})",
@@ -53,7 +55,7 @@ def bitsandbytes_leftovers(checkpoint, tensors, quantization_block, every_stored
             ),
             at=Place(narrow[0].shard, tensor=narrow[0].name),
             evidence={"weights": len(narrow), "bits": bits, "scales": scales},
-            fix=fix or Fix(_("merge into the 16-bit base model"), (), "manual"),
+            fix=fix,
             advice=_("merge into the 16-bit base model; these weights lost precision when they were loaded"),
         )
 

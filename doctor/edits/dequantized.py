@@ -26,10 +26,9 @@ class DequantizedTensor:
         """Codes (CODE_NUMPY) of the leading rows [begin, end), in the edit's dtype."""
         form = _format_of(self.edit)
         scheme = Scheme(self.edit.bits, tile=self.edit.block)
+        stored = {name: form.part_of(self.edit.tensor, name) for name in form.part_names}
         parts = self.parts or {
-            name: part_values(self.source, f"{self.module}.{name}")
-            for name in form.part_names
-            if f"{self.module}.{name}" in self.source.tensors
+            name: part_values(self.source, tensor) for name, tensor in stored.items() if tensor in self.source.tensors
         }
         self.parts = parts if end < self.edit.shape[0] else None
         try:

@@ -153,13 +153,14 @@ class TakeTensor(TensorEdit):
 
 @dataclass(frozen=True)
 class Dequantize(TensorEdit):
-    """`tensor` [out_features, in_features] as float values, from the packed tensors beside it, which other edits drop.
+    """`tensor` [out_features, in_features] as float values, from the packed tensors beside it, which other edits drop;
+    of fused experts [experts, …].
 
     method: the name of the format (doctor/formats). version: 2 for GPTQ v2 in receipts that call it gptq. block: rows
     and columns that share a scale, () where the scale's own shape determines it.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     method: str
     bits: int = 4
     version: int = 1

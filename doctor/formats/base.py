@@ -116,7 +116,7 @@ class Format:
         """(in_features, out_features) of a linear, from the shape of its words."""
         raise NotImplementedError
 
-    def weight_shape(self, shapes: Shapes, load: Callable[[str], Array], bits: int) -> tuple[int, int]:
+    def weight_shape(self, shapes: Shapes, load: Callable[[str], Array], bits: int) -> tuple[int, ...]:
         """[n, k] of a stored linear. load(part) gives a part's values, where shapes do not say it."""
         width, height = self.size(shapes[self.words], bits)
         return height, width
@@ -133,9 +133,17 @@ class Format:
         """
         return None
 
-    def shape_beside(self, info: TensorInfo, texts: Texts) -> tuple[int, int] | None:
+    def shape_beside(self, info: TensorInfo, texts: Texts) -> tuple[int, ...] | None:
         """[n, k] of such a weight; None where it is not known. texts: the bytes of `verbatim` parts, by name."""
         return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else None
+
+    def weight_name(self, codes: str) -> str:
+        """The weight that a tensor of codes beside its scales stands for: its own name in most formats."""
+        return codes
+
+    def part_of(self, weight: str, part: str) -> str:
+        """The name of a part of a weight."""
+        return f"{weight.removesuffix('.weight')}.{part}"
 
     # codes and words
 
@@ -152,7 +160,7 @@ class Format:
         raise NotImplementedError
 
     def unpack(
-        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, ...] | None = None, rows: slice | None = None
     ) -> Array:
         """W f32[n, k] that an engine computes with, or those rows of it. Raises BadCheckpoint where parts do not fit.
 

@@ -72,7 +72,8 @@ class BitsAndBytes(Format):
         if info.dtype.name == "I8" and len(info.shape) == 2 and f"{module}.SCB" in tensors:
             return Scheme(8)
         if info.dtype.name == "U8" and any(f"{module}.{state}" in tensors for state in STATES):
-            return Scheme(4)
+            absmax = tensors.get(f"{module}.weight.absmax")
+            return Scheme(4, info.numel * 2 // absmax.numel if absmax is not None and absmax.numel else -1)
         return None
 
     def shape_beside(self, info: TensorInfo, texts: Texts) -> tuple[int, int] | None:

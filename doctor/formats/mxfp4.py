@@ -14,10 +14,14 @@ huggingface/transformers src/transformers/integrations/mxfp4.py (convert_moe_pac
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.lazy_numpy import np
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, cast, is_torch
-from doctor.formats.base import Part, Parts, register
+from doctor.formats.base import Format, Part, Parts, Shapes, Texts, register
 from doctor.formats.e2m1 import scaled
 from doctor.formats.nvfp4 import NVFP4Packed
 
@@ -49,6 +53,54 @@ class MXFP4Packed(NVFP4Packed):
     ) -> Array:
         rows = rows or slice(0, parts["weight_packed"].shape[0])
         return scaled(parts["weight_packed"][rows], powers(parts["weight_scale"][rows]), GROUP)
+
+
+@register
+class MXFP4Experts(Format):
+    """gpt-oss's, for all experts of a layer: `gate_up_proj_blocks` and `gate_up_proj_scales` are the parameter
+    `gate_up_proj` [experts, k, n]. Read only.
+    """
+
+    name = "mxfp4"
+    label = "MXFP4"
+    quant_methods = ("mxfp4",)
+    part_names = ("blocks", "scales")
+    beside = part_names
+    bits = (4,)
+    writes = False
+
+    def weight_name(self, codes: str) -> str:
+        return codes.removesuffix("_blocks")
+
+    def part_of(self, weight: str, part: str) -> str:
+        return f"{weight}_{part}"
+
+    def scheme_beside(
+        self, info: TensorInfo, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any] | None
+    ) -> Scheme | None:
+        if not info.name.endswith("_blocks") or info.dtype.name != "U8" or len(info.shape) != 4:
+            return None
+        scales = tensors.get(self.part_of(self.weight_name(info.name), "scales"))
+        fits = scales is not None and scales.shape == info.shape[:3] and info.shape[3] * 2 == GROUP
+        return Scheme(4, GROUP) if fits else None
+
+    def shape_beside(self, info: TensorInfo, texts: Texts) -> tuple[int, ...] | None:
+        return _shape_of_experts(info.shape)
+
+    def weight_shape(self, shapes: Shapes, load: Callable[[str], Array], bits: int) -> tuple[int, ...]:
+        return _shape_of_experts(shapes["blocks"])
+
+    def unpack(
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, ...] | None = None, rows: slice | None = None
+    ) -> Array:
+        """f32[experts, k, n], or those experts of it."""
+        rows = rows or slice(0, parts["blocks"].shape[0])
+        return unpack_experts(parts["blocks"][rows], parts["scales"][rows]).swapaxes(1, 2)
+
+
+def _shape_of_experts(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    experts, n, groups, width = blocks
+    return experts, groups * width * 2, n
 
 
 def unpack_experts(blocks: Array, scales: Array) -> Array:

@@ -7,12 +7,10 @@ from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable
 from doctor.core.finding import Fix
 from doctor.core.messages import _, plural
+from doctor.edits.decoding import OWN_FILES, Block, Decoding, float_dtype
 from doctor.edits.kinds import Dequantize, DropFile, DropTensor, Edit, RemoveJson
 from doctor.formats.base import KNOWN, Quantization, word_tails
 from doctor.plan.groups import packed_size
-
-OWN_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json")
-Block = tuple[dict, str, str] | None  # quantization_config, its file and its pointer
 
 
 def packed_words(tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
@@ -81,9 +79,10 @@ def dequantize_beside(
         shape = form.shape_beside(info, texts) if form is not None else None
         if form is None or scheme is None or shape is None:
             return None
-        edits.append(Dequantize(info.name, shape, form.name, scheme.bits, block=scheme.tile, dtype=kind))
-        module = info.name.removesuffix(".weight")
-        edits += [DropTensor(f"{module}.{part}") for part in form.beside if f"{module}.{part}" in tensors]
+        weight = form.weight_name(info.name)
+        edits.append(Dequantize(weight, shape, form.name, scheme.bits, block=scheme.tile, dtype=kind))
+        parts = (form.part_of(weight, part) for part in form.beside)
+        edits += [DropTensor(part) for part in parts if part in tensors]
         count += 1
     return plain_fix(checkpoint, block, edits, count, kind, by_name)
 
@@ -95,6 +94,15 @@ def plain_fix(
     if block is not None and block[2]:
         edits.append(RemoveJson(block[1], block[2], block[0]))
     edits += [DropFile(name) for name in OWN_FILES if name in checkpoint.entries]
+    return _fix(edits, count, kind, by_name)
+
+
+def decoding_fix(found: Decoding, by_name: bool = True) -> Fix:
+    """Write what a decoding reads."""
+    return _fix(found.edits, len(found.stored), found.kind, by_name)
+
+
+def _fix(edits: Iterable[Edit], count: int, kind: str, by_name: bool) -> Fix:
     return Fix(
         plural(
             "write {n:,} weight as plain {kind} numbers, without quantization_config",
@@ -106,9 +114,3 @@ def plain_fix(
         "unsafe",
         by_name=by_name,
     )
-
-
-def float_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    """The dtype of the embedding, which these formats do not quantize."""
-    kinds = {i.dtype.name for n, i in tensors.items() if "embed" in n or "wte" in n}
-    return next((k for k in ("BF16", "F16", "F32") if k in kinds), "BF16")

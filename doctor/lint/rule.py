@@ -24,6 +24,7 @@ from doctor.core.recipe import ASKED, is_kept  # noqa: F401
 from doctor.core.tables import families_of, family_names, table  # noqa: F401
 from doctor.core.tables import family as family_table  # noqa: F401
 from doctor.edits.arithmetic import widens  # noqa: F401 - rules import edits from here
+from doctor.edits.decoding import coarser, decoding  # noqa: F401
 from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
     MISSING,
     AddLowRank,
@@ -57,6 +58,7 @@ from doctor.formats.base import KNOWN, read_quantization, scale_tails, word_tail
 from doctor.formats.known import (  # noqa: F401
     companion_shapes,
     companions_missing,
+    is_quantized,
     is_scale_beside_weight,
     packed_tails,
     packs_fused_experts,
@@ -66,13 +68,7 @@ from doctor.formats.known import (  # noqa: F401
 )
 from doctor.lint.donor_fixes import chat_template_fix, from_base, tensor_from_base, value_from_base, zeros_from_base  # noqa: F401
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
-from doctor.lint.plain_fixes import (  # noqa: F401
-    dequantize_beside,
-    dequantize_packed,
-    narrow_weights,
-    packed_words,
-    readable,
-)
+from doctor.lint.plain_fixes import decoding_fix  # noqa: F401
 from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
 from doctor.model.chat_template import free_names, parse_template, parsed_template  # noqa: F401
 from doctor.model.directory_kind import KINDS  # noqa: F401 - declares the fact `kind` too

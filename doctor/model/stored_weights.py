@@ -85,6 +85,7 @@ def _without_scale(
 @fact("checkpoint", cost="header")
 def logical_tensors(checkpoint, tensors, stored_weights) -> dict[str, TensorInfo]:
     """The tensors with the shapes that weights have once they are unpacked; without the parts that only unpack them."""
+    tensors = _with_fused_experts(tensors)
     if not stored_weights:
         return tensors
     config = checkpoint.value("config.json") or {}
@@ -100,6 +101,22 @@ def logical_tensors(checkpoint, tensors, stored_weights) -> dict[str, TensorInfo
                 continue
         found[name] = weight.info._replace(shape=shape)
     return found
+
+
+def _with_fused_experts(tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+    """The tensors with fused experts that are stored in codes (gpt-oss in MXFP4) under the parameter's own name."""
+    found: dict[str, TensorInfo] = {}
+    parts: set[str] = set()
+    for name, info in tensors.items():
+        if len(info.shape) != 4 or info.dtype.bits > 8:
+            continue
+        form, _scheme = _form_beside(info, tensors, None)
+        shape = form.shape_beside(info, {}) if form is not None else None
+        if form is not None and shape is not None:
+            weight = form.weight_name(name)
+            found[weight] = info._replace(name=weight, shape=shape)
+            parts |= {form.part_of(weight, part) for part in form.beside}
+    return {**{n: i for n, i in tensors.items() if n not in parts}, **found} if found else tensors
 
 
 STORED_WEIGHTS = key_of(stored_weights)

@@ -6,6 +6,7 @@ checkpoint_format gives the same wrong weights here as there, which is what `ver
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _
-from doctor.formats.base import KNOWN, Format, Quantization, read_quantization
+from doctor.edits.decoding import decoded
+from doctor.formats.base import Format, Quantization, read_quantization
+from doctor.model.quantization_config import holds_quantized
 from doctor.quant import pack  # noqa: F401 - words on a GPU are unpacked by kernels
 
 
@@ -35,20 +38,14 @@ def as_float(checkpoint: Checkpoint) -> Checkpoint:
     read.
     """
     stated = quantization(checkpoint)
-    if stated is None:
+    if stated is None and not holds_quantized(checkpoint):
         return checkpoint
-    try:
-        found = read_quantization(stated, "config.json", "/quantization_config")
-    except Unavailable as error:
-        readable = ", ".join(form.name for form in KNOWN.values() if form.words)
-        raise BadCheckpoint(
-            _(
-                "config.json: quant_method {method!r} cannot be read back ({reason}); {readable} can.",
-                method=str(stated.get("quant_method")),
-                reason=str(error),
-                readable=readable,
-            )
-        ) from None
+    found = None
+    if stated is not None:
+        with suppress(Unavailable):
+            found = read_quantization(stated, "config.json", "/quantization_config")
+    if found is None or not found.format.words:
+        return _decoded(checkpoint)
     if not found.readable or found.bits not in found.format.bits:
         raise BadCheckpoint(
             _(
@@ -59,6 +56,16 @@ def as_float(checkpoint: Checkpoint) -> Checkpoint:
             )
         )
     return Dequantized(checkpoint, found)  # type: ignore[return-value] # the same reading interface
+
+
+def _decoded(checkpoint: Checkpoint) -> Checkpoint:
+    """A view of weights under their own names (FP8, bitsandbytes) or of fused experts (MXFP4)."""
+    try:
+        return decoded(checkpoint)[0]
+    except Unavailable as error:
+        raise BadCheckpoint(
+            _("{root}: its quantized weights cannot be read back: {reason}.", root=checkpoint.name, reason=str(error))
+        ) from None
 
 
 class Dequantized:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
+from doctor.core.facts import CHECKPOINT
 from doctor.core.finding import Finding
 from doctor.core.host import describe
 from doctor.core.machine import GIVEN_MACHINE
@@ -26,6 +27,7 @@ from doctor.fixing.assess import Assessment, assess
 from doctor.fixing.consent import Consent
 from doctor.fixing.plan import make_plan, refuse
 from doctor.fixing.proof import Proof
+from doctor.lint.as_floats import read_as_floats
 from doctor.lint.engine import Report, judge, locate
 from doctor.lint.rule import Rule
 from doctor.model.spec import ModelSpec
@@ -37,7 +39,7 @@ from doctor.quant.distributed import size
 from doctor.quant.job import Result
 from doctor.quant.setup import Progress, computing_dtype
 from doctor.quant.stage import left_by
-from doctor.scan.header import SPEC
+from doctor.scan.header import DECODED, SPEC
 from doctor.scan.summary import summary
 
 
@@ -94,11 +96,7 @@ class Calibrated:
 def check(asked: Asked, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iterable[str]) -> Checked:
     """Judge the source, or what fixes make of it, and this machine against what the run takes."""
     started = time.perf_counter()
-    checked = (
-        _fixed(asked, source, unsafe_fixes)
-        if fix
-        else Checked(assess(source, asked.recipe, asked.rules), asked.recipe, None, ())
-    )
+    checked = _fixed(asked, source, unsafe_fixes) if fix else _plain(asked, source)
     store = checked.assessment.store
     if store.has(SPEC):
         machine = measure(checked.assessment.checkpoint, checked.spec, checked.recipe, asked.output)
@@ -118,6 +116,17 @@ def check(asked: Asked, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iter
         )
     )
     return checked
+
+
+def _plain(asked: Asked, source: Checkpoint) -> Checked:
+    """The source as it is, or decoded while it is read where it is quantized."""
+    view, how = read_as_floats(source, asked.recipe, asked.rules)
+    if how is None:
+        return Checked(assess(source, asked.recipe, asked.rules), asked.recipe, None, ())
+    facts = [(CHECKPOINT, DECODED.name, how)]
+    note = _("source: {n:,} weights in {label} are decoded as they are read", n=len(how.stored), label=how.label)
+    asked.progress(note)
+    return Checked(assess(view, asked.recipe, asked.rules, facts=facts), asked.recipe, None, (note,))
 
 
 def _fixed(asked: Asked, source: Checkpoint, unsafe_fixes: bool | Iterable[str]) -> Checked:

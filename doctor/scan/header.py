@@ -26,6 +26,12 @@ BASE: FactKey[Any] = provide(
     "listing",
     "The checkpoint of --from, to take tensors and files from (donor.Donor); None without.",
 )
+DECODED: FactKey[Any] = provide(
+    "decoded",
+    "checkpoint",
+    "listing",
+    "How the weights are stored that are read here as plain numbers (decoding.Decoding); None where they are plain.",
+)
 ASKED: FactKey[frozenset[str]] = provide(
     "asked", "checkpoint", "listing", "Codes that the user named with --unsafe-fixes: some fixes are offered only then."
 )
@@ -177,6 +183,7 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     store.put(GIVEN_MACHINE, None)
     store.put(GIVEN_REHEARSAL, None)
     store.put(GIVEN_PUBLISHED, {})
+    store.put(DECODED, None)
     store.put(ASKED, frozenset())
     for name, shard in checkpoint.shards.items():
         store.add_subject("shard", f"shard:{name}", shard)

@@ -63,12 +63,14 @@ LANGUAGE = ("text_config", "llm_config", "language_config", "thinker_config", "t
 class Row(NamedTuple):
     """A class and what its config needs besides the sizes. expect: what is right for it, if not "works". mtp: with a
     layer of multi-token prediction under a prefix of its own, as Qwen publishes them; transformers passes over it.
+    stored: how its linears are stored, "" for 16 bits (stored_sources.py).
     """
 
     architecture: str
     config: Mapping[str, Any] = MappingProxyType({})
     expect: str = "works"
     mtp: bool = False
+    stored: str = ""
 
 
 def mrope(*section: int, **more) -> dict:
@@ -158,6 +160,14 @@ CLASSES: dict[str, Row] = {
     "Falcon-Mamba": Row("FalconMambaForCausalLM"),
     "RWKV": Row("RwkvForCausalLM"),
     "xLSTM": Row("xLSTMForCausalLM"),
+    # published in codes
+    "DeepSeek-V3 FP8": Row("DeepseekV3ForCausalLM", LATENT, stored="fp8-block"),
+    "Qwen3 FP8 channels": Row("Qwen3ForCausalLM", stored="fp8-channel"),
+    "Kimi-K2 INT4": Row("DeepseekV3ForCausalLM", LATENT, stored="int4-experts"),
+    "gpt-oss MXFP4": Row("GptOssForCausalLM", stored="mxfp4"),
+    "Llama NVFP4": Row("LlamaForCausalLM", stored="nvfp4"),
+    "Qwen3 ModelOpt NVFP4": Row("Qwen3ForCausalLM", stored="modelopt"),
+    "Llama bitsandbytes": Row("LlamaForCausalLM", stored="bitsandbytes"),
     # vision and audio
     "Qwen2-VL": Row(
         "Qwen2VLForConditionalGeneration", QWEN_VL | {"vision_config": {"embed_dim": 64, "hidden_size": 128}}

@@ -37,7 +37,9 @@ def rehearse(folder: Path, recipe: Recipe, *, seconds: float = SECONDS) -> Rehea
 def start(checkpoint: Checkpoint, recipe: Recipe) -> Future[Rehearsal] | None:
     """The same, under way; None where there is nothing to quantize, or nothing to do it with."""
     config = checkpoint.value("config.json") or {}
-    if type(checkpoint) is not Checkpoint or not checkpoint.root.is_dir() or "quantization_config" in config:
+    if type(checkpoint) is not Checkpoint or not checkpoint.root.is_dir():
+        return None
+    if "quantization_config" in config and recipe.goal != "quantize":
         return None
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return None

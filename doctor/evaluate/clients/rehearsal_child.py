@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import DoctorError
+from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.facts import Unavailable
 from doctor.core.messages import as_data
 from doctor.core.recipe import Recipe
+from doctor.edits.decoding import decoded
 from doctor.evaluate.clients import transformers_child
+from doctor.model.quantization_config import holds_quantized
 from doctor.quant import import_stubs
 from doctor.quant.calibration.tokenizer import tokenizer_directory
 from doctor.quant.calibration.tokenizer_probe import limited, memory_for, use
@@ -42,13 +45,22 @@ def answer_of(root: Path, recipe: dict[str, Any], folder: Path) -> dict[str, Any
 
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.items()}
     try:
-        rehearse(Checkpoint.open(root), Recipe(**fields), folder, linears)
+        rehearse(_as_read(Checkpoint.open(root)), Recipe(**fields), folder, linears)
     except DoctorError as error:
         return {
             "refused": as_data(error.message) or error.message,
             "advice": as_data(error.hint) or error.hint,
         }
     return {"proof": transformers_child.ask(folder, 0, None)}
+
+
+def _as_read(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as quantize reads it: one in codes is decoded."""
+    if not holds_quantized(checkpoint):
+        return checkpoint
+    with contextlib.suppress(Unavailable):
+        return decoded(checkpoint)[0]
+    return checkpoint
 
 
 def why_no_tokenizer(root: Path) -> Callable[[], str]:
