@@ -19,7 +19,7 @@ from doctor.core.recipe import Recipe
 from doctor.core.records import MERGE_PROOF
 from doctor.core.rehearsal import GIVEN_REHEARSAL
 from doctor.core.store import Store
-from doctor.lint.as_floats import read_as_floats
+from doctor.lint.as_floats import read_as_floats, refused_by_headers
 from doctor.lint.baseline import compare_with
 from doctor.lint.config import Config, Selection, choose
 from doctor.lint.engine import Report, in_order, judge, load_rules, locate, select_rules
@@ -129,7 +129,8 @@ def check(
         bytes_read=scanned.bytes_read if scanned else 0,
         fail_on=fail_on,
     )
-    report.summary |= {"unread": checkpoint.unread} if checkpoint.unread else {}
+    if checkpoint.unread:
+        report.summary["unread"] = checkpoint.unread
     if tuple(select) or (config and config.selection.select):
         report.summary["selected"] = len(rules)
     if scanned is not None and stopped:
@@ -148,9 +149,8 @@ def check(
 
 def _rehearsal(checkpoint: Checkpoint, store: Store, recipe: Recipe, rules: list[Rule]) -> Future[Rehearsal] | None:
     """A rehearsal of quantizing under way in a process of its own, while weights are read; None where none is made."""
-    if os.environ.get("DOCTOR_LOAD_PROOF") == "0" or not store.has(SPEC):
-        return None
-    if checkpoint.unread or not any("rehearsal" in r.facts for r in rules):
+    unable = os.environ.get("DOCTOR_LOAD_PROOF") == "0" or checkpoint.unread or not store.has(SPEC)
+    if unable or not any("rehearsal" in r.facts for r in rules) or refused_by_headers(store, rules):
         return None
     from doctor.evaluate.clients.rehearsal import start
 

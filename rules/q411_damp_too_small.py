@@ -28,7 +28,7 @@ STEPS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # the steps in which the run raises da
 
 @rule("Q411", "warning", certainty="likely", implied_by=("Q401",))
 def damp_too_small(linear, hessian, recipe):
-    if not hessian.finite or hessian.damp_needed <= recipe.damp:
+    if not hessian.tokens or not hessian.finite or hessian.damp_needed <= recipe.damp:  # without tokens: Q406 says it
         return
     step = next((s for s in STEPS if hessian.damp_needed <= s <= recipe.damp_max and s > recipe.damp), None)
     fix = Fix(_("raise damp to {damp:g}", damp=step), (SetRecipe("damp", step),), "unsafe") if step else None

@@ -1,10 +1,11 @@
 """Which model classes go from `check` to an output that loads in its own class: a table, one row a class.
 
-    python tests/coverage.py [--rows NAME,…] [--json FILE] [--seconds N] [--keep DIR] [--verify]
+    python tests/coverage.py [--families] [--rows NAME,…] [--json FILE] [--seconds N] [--keep DIR] [--verify]
 
-Each row builds a tiny random checkpoint by transformers' own config and save_pretrained (helpers/tiny_classes.py),
-checks it, quantizes it (GPTQ, 4 bits, groups of 32, compressed-tensors), loads the output in the class that config.json
-names, and correlates its outputs with the source's on the same ids. Each runs in a process of its own, with a limit.
+Each row builds a tiny random checkpoint by transformers' own config and save_pretrained (helpers/tiny_classes.py; with
+--families of each text family that the rules' tests call healthy, helpers/healthy_models.py), checks it, quantizes it
+(GPTQ, 4 bits, groups of 32, compressed-tensors), loads the output in the class that config.json names, and correlates
+its outputs with the source's on the same ids. Each runs in a process of its own, with a limit.
 
 outcome         what happened
 works           written, loads whole in its class, computes what the source does, no linear is left without a word
@@ -116,6 +117,8 @@ def ask_here(module: str, options: list[str], place: str, seconds: float = 0) ->
 def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     """One row, in this process."""
     import torch
+    from healthy_models import save
+    from stored_sources import store_as
     from tiny_classes import CLASSES, save_class
 
     from doctor import api
@@ -125,16 +128,20 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
 
     load_proof.ask_child = rehearsal.ask_child = ask_here
     torch.set_num_threads(1)
-    row = CLASSES[name]
-    source = save_class(row, folder / "m")
-    answer: dict[str, Any] = {"name": name, "class": row.architecture, "expect": row.expect}
-    recipe = Recipe(group_size=32, format="compressed-tensors")
+    row = CLASSES.get(name)
+    plain = source = save_class(row, folder / "m") if row else save(name, folder / "m")
+    if row and row.stored:
+        source = store_as(row.stored, plain, folder / "codes")
+    architecture = json.loads((source / "config.json").read_text())["architectures"][0]
+    answer: dict[str, Any] = {"name": name, "class": architecture, "expect": row.expect if row else "works"}
+    bits = 8 if row and row.stored in ("nvfp4", "modelopt") else 4  # their groups of 16 are finer than any plan's
+    recipe = Recipe(bits=bits, group_size=32, format="compressed-tensors", goal="quantize")
     report = api.check(source, recipe)
     errors = [f"{f.code} {f.message}" for f in report.findings if f.severity == "error"]
     warnings = [f"{f.code} {f.message}" for f in report.findings if f.severity == "warning"]
     answer |= {"check": errors, "warnings": warnings}
     if errors:
-        honest = row.expect == "refusal" or errors[0].startswith(("G321", "G322"))
+        honest = answer["expect"] == "refusal" or errors[0].startswith(("G321", "G322", "G323", "G330"))
         return answer | {"outcome": "refusal" if honest else "false refusal", "why": errors[0]}
     try:
         done = api.quantize(source, folder / "q", recipe, calibration=calibration_file(folder), max_seq_length=LENGTH)
@@ -156,7 +163,7 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
         return answer | {"outcome": "other client", "why": unloadable[0]}
     if not unloadable:
         try:
-            _info, theirs = outputs(source, ids)
+            _info, theirs = outputs(plain, ids)
         except (AttributeError, TypeError, RuntimeError, ValueError) as error:
             answer["no_outputs"] = f"the source's class fails on text alone: {type(error).__name__}: {error}"
         else:
@@ -200,17 +207,20 @@ def child(name: str, folder: str, verify: bool, answer_to: str) -> None:
 
 
 def main() -> int:
+    from healthy_models import FAMILIES, UNKNOWN
     from tiny_classes import CLASSES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="names, with commas between; all by default")
+    parser.add_argument("--families", action="store_true", help="text families by model_type instead of classes")
     parser.add_argument("--json", type=Path, help="write the answers to this file")
     parser.add_argument("--seconds", type=float, default=180, help="time limit of one row")
     parser.add_argument("--keep", type=Path, help="keep checkpoints, outputs and logs in this folder")
     parser.add_argument("--verify", action="store_true", help="run `verify` on each output too")
     options = parser.parse_args()
-    names = [n for n in options.rows.split(",") if n] or list(CLASSES)
-    unknown = [n for n in names if n not in CLASSES]
+    known = [*FAMILIES, *UNKNOWN] if options.families else list(CLASSES)
+    names = [n for n in options.rows.split(",") if n] or known
+    unknown = [n for n in names if n not in known]
     if unknown:
         parser.error(f"no such rows: {', '.join(unknown)}")
     import torch  # noqa: F401 - imported once, before the rows' processes are forked

@@ -31,6 +31,7 @@ class CalibrationFacts:
     unused_scripts: tuple[str, ...] = ()  # that the vocabulary has many tokens of and the text has none of
     sampled_rows: int = 0  # of the rows, written by the model itself
     not_sampled: str = ""  # why none is, where doctor's own texts are used
+    seen_rows: int = 0  # of the rows, with images or sound
 
 
 @dataclass(frozen=True)

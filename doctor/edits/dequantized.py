@@ -1,5 +1,7 @@
 """Packed weights as float values, in NumPy. How they are packed, their format knows (doctor/formats)."""
 
+from typing import cast
+
 import numpy as np
 
 from doctor.checkpoint.codecs import from_codes, to_codes
@@ -33,7 +35,7 @@ class DequantizedTensor:
         self.parts = parts if end < self.edit.shape[0] else None
         try:
             self._require_shape(form, parts)
-            values = form.unpack(parts, scheme, self.edit.shape, slice(begin, end))
+            values = form.unpack(parts, scheme, cast("tuple[int, int]", self.edit.shape), slice(begin, end))
         except KeyError as error:
             raise stale(
                 _("{module}: {part} is absent, so it cannot be dequantized.", module=self.module, part=error.args[0])

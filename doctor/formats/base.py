@@ -160,7 +160,7 @@ class Format:
         raise NotImplementedError
 
     def unpack(
-        self, parts: Parts, scheme: Scheme, shape: tuple[int, ...] | None = None, rows: slice | None = None
+        self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
     ) -> Array:
         """W f32[n, k] that an engine computes with, or those rows of it. Raises BadCheckpoint where parts do not fit.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.facts import Unavailable
 from doctor.core.recipe import Recipe
+from doctor.core.store import Store
 from doctor.edits.decoding import Decoding, decoded
 from doctor.formats.base import verbatim_tails
 from doctor.lint.engine import judge
@@ -23,10 +24,15 @@ def read_as_floats(source: Checkpoint, recipe: Recipe, rules: list[Rule]) -> tup
     for name in source.tensors:
         if name.endswith(verbatim_tails()):
             store.put_value("stored_bytes", source.load(name).tobytes(), f"tensor:{name}")
-    findings, _runs = judge(store, rules, "header")
-    if any(finding.severity == "error" for finding in findings):
+    if refused_by_headers(store, rules):
         return source, None
     try:
         return decoded(source)
     except Unavailable:
         return source, None
+
+
+def refused_by_headers(store: Store, rules: list[Rule]) -> bool:
+    """Whether headers alone show an error: then nothing that takes seconds is begun."""
+    findings, _runs = judge(store, rules, "header")
+    return any(finding.severity == "error" for finding in findings)

@@ -47,7 +47,8 @@ class Activations:
         )
         if key not in self._structures:
             # The longest batch: how much a suspended forward holds may grow with the square of the length.
-            last = len(self.calls) - 1
+            run = [number for number, calls in enumerate(self.calls) if not calls[i].idle]
+            last = run[-1] if run else len(self.calls) - 1
             found = discover(skeleton, i, self.hidden[last], self.calls[last][i], modules, self.hidden.tokens[last])
             # experts that one rank's rows reach may be missing in another's
             groups, held = self.setup.ranks.broadcast_json(0, [found.groups, found.suspended_bytes])
@@ -118,7 +119,7 @@ def open_activations(setup: Setup) -> Activations | None:
         files.append(SpillFile(setup.output.stage))
         return files[0]
 
-    opened = setup.skeleton.open_calls(setup.batches)
+    opened = setup.skeleton.open_calls(setup.batches, setup.seen)
     first, calls = next(opened)
     hidden = HiddenStates(
         [batch_shape(first, setup.batches[0], ids) for ids in setup.batches],

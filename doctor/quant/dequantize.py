@@ -103,7 +103,7 @@ class Dequantized:
     def _parts(self, module: str) -> list[str]:
         return [part for part in self.format.part_names if f"{module}.{part}" in self.source.tensors]
 
-    def _shape(self, module: str) -> tuple[int, int]:
+    def _shape(self, module: str) -> tuple[int, ...]:
         shapes = {part: self.source.tensors[f"{module}.{part}"].shape for part in self._parts(module)}
         return self.format.weight_shape(
             shapes, lambda part: self.source.load(f"{module}.{part}"), self.quantization.bits_of(module)

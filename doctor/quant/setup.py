@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import DoctorError
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.records import SLOWER_PATHS
@@ -19,7 +20,7 @@ from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
 from doctor.quant.budget import Need
 from doctor.quant.distributed import Ranks
-from doctor.quant.forward.hidden_states import make_batches
+from doctor.quant.forward.hidden_states import inputs_of_batches, make_batches
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.forward.suspended import WITHOUT_GREENLET, greenlet
 from doctor.quant.selection import require_widths
@@ -39,7 +40,7 @@ class Setup:
     fused: fused expert tensors of the checkpoint, by the name of their module. spec and checkpoint have their experts
     unfused. batches: this rank's calibration batches int64[rows, length], [] where the method takes none. memory:
     bytes that the process may take, None for a share of what is free. consent: fixes of the recipe that may be made
-    during the run.
+    during the run. seen: what the processor made of rows with images or sound, by the number of their batch.
     """
 
     checkpoint: Checkpoint
@@ -55,6 +56,7 @@ class Setup:
     need: Need
     skeleton: Skeleton
     batches: list[torch.Tensor]
+    seen: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 def set_up(
@@ -87,17 +89,29 @@ def set_up(
     need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
     skeleton = Skeleton(checkpoint, spec, device, computing_dtype(checkpoint, spec, recipe, device))
     batches = _local_batches(rows, skeleton.device, ranks) if calibrated else []
+    seen = inputs_of_batches(rows, _batch_tokens(skeleton.device)) if calibrated else {}
+    if seen and ranks.size > 1:
+        raise DoctorError(
+            _("calibration: rows with images are computed by one process; there are {n}.", n=ranks.size),
+            _("Run without torchrun, or calibrate on text."),
+        )
     store.put(SLOWER_PATHS, tuple(_slower_paths(skeleton, bool(batches))))
     own = tuple(r for r in rules if r.cost in RUN_STAGES)
-    return Setup(checkpoint, spec, output, store, own, memory, progress, ranks, consent, fused, need, skeleton, batches)
+    return Setup(
+        checkpoint, spec, output, store, own, memory, progress, ranks, consent, fused, need, skeleton, batches, seen
+    )
 
 
 def _local_batches(rows: list[list[int]], device: torch.device, ranks: Ranks) -> list[torch.Tensor]:
     """This rank's batches; with several ranks they are small enough that each gets one."""
-    tokens = BATCH_TOKENS if device.type == "cpu" else DEVICE_BATCH_TOKENS
+    tokens = _batch_tokens(device)
     if ranks.size == 1:
         return make_batches(rows, tokens)
     return ranks.local_batches(make_batches(rows, min(tokens, max(1, sum(map(len, rows)) // ranks.size))))
+
+
+def _batch_tokens(device: torch.device) -> int:
+    return BATCH_TOKENS if device.type == "cpu" else DEVICE_BATCH_TOKENS
 
 
 def _slower_paths(skeleton: Skeleton, calibrated: bool) -> list[str]:

@@ -207,7 +207,7 @@ CLASSES: dict[str, Row] = {
     "Ernie4.5-VL": Row(
         "Ernie4_5_VLMoeForConditionalGeneration", {"text_config": {"moe_intermediate_size": [64, 32]} | mrope(4, 4, 8)}
     ),
-    "Llama3.2-Vision": Row("MllamaForConditionalGeneration", expect="refusal"),
+    "Llama3.2-Vision": Row("MllamaForConditionalGeneration"),
     "Llama4": Row("Llama4ForConditionalGeneration"),
     "Gemma3": Row("Gemma3ForConditionalGeneration", {"vision_config": {"image_size": 32}, "mm_tokens_per_image": 4}),
     "Gemma3n": Row("Gemma3nForConditionalGeneration", {"text_config": OWN["gemma3n_text"] | {"num_hidden_layers": 3}}),

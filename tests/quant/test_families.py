@@ -24,8 +24,6 @@ from doctor.quant.dequantize import as_float
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.skeleton import Skeleton
 
-# Latent attention has as many key heads as query heads, whatever the other families' sizes are.
-OWN = {"deepseek_v2": {"num_key_value_heads": 4}, "deepseek_v3": {"num_key_value_heads": 4}}
 MIXTURES = [
     "mixtral",
     "qwen2_moe",
@@ -56,7 +54,7 @@ def text(tmp_path):
 
 
 def quantized(family, tmp_path, text, method="gptq", format="", **changes):
-    save(family, tmp_path / "m", **(OWN.get(family, {}) | changes))
+    save(family, tmp_path / "m", **changes)
     return api.quantize(
         tmp_path / "m",
         tmp_path / "o",

@@ -29,6 +29,7 @@ class Documents:
     def __init__(self, name: str, builtin: bool = False):
         self.name = name
         self.builtin = builtin
+        self.folder = Path()  # where paths of images begin
         self.texts: list[str] = []
         self.messages: list[list] = []
         self.ids: list[list[int]] = []
@@ -75,6 +76,7 @@ def read_documents(path: Path) -> Documents:
     input_ids).
     """
     documents = Documents(path.name)
+    documents.folder = path.parent
     reader = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix.lower())
     if reader is None:
         raise DoctorError(

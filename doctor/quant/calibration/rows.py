@@ -29,6 +29,7 @@ from doctor.quant.calibration.documents import (
     local_file,
     read_documents,
 )
+from doctor.quant.calibration.pictures import SeenRow, seen_rows, shows_more_than_text
 from doctor.quant.calibration.tokenizer import load_tokenizer, starts_with_bos
 
 ROWS, MAX_SEQ_LENGTH = 128, 512
@@ -77,16 +78,19 @@ def calibration_rows(
         )
         length = max_positions
     documents = builtin_documents() if source is None else read_documents(local_file(source))
+    shown = [m for m in documents.messages if shows_more_than_text(m)]
+    documents.messages = [m for m in documents.messages if not shows_more_than_text(m)]
+    seen = seen_rows(checkpoint, shown, documents.folder, documents.name, rows) if shown else []
     needs_tokenizer = bool(documents.texts or documents.messages)
     tokenizer = load_tokenizer(checkpoint, documents.name) if needs_tokenizer else None
-    ready = [list(r[:length]) for r in documents.ids if len(r) >= MIN_ROW]
+    ready = [*seen, *(list(r[:length]) for r in documents.ids if len(r) >= MIN_ROW)]
     own, reason = _sampled(sample, tokenizer, rows, length) if documents.builtin and sample else ([], "")
     if reason:
         notes.append(_("no text is sampled from the model: {reason}", reason=reason))
     packed = (
         rows_of(documents, tokenizer, rows - min(len(ready), rows) - len(own), length, seed) if needs_tokenizer else []
     )
-    short = len(documents.ids) - len(ready)
+    short = len(documents.ids) + len(seen) - len(ready)
     if short:
         notes.append(_("{rows} rows of fewer than {least} tokens are left out", rows=short, least=MIN_ROW))
     found = ready[:rows] + packed + own
@@ -105,7 +109,12 @@ def calibration_rows(
             )
         )
     _require_in_vocabulary(found, vocab, documents.name)
-    facts = replace(describe(found, documents, tokenizer), sampled_rows=len(own), not_sampled=reason)
+    facts = replace(
+        describe(found, documents, tokenizer),
+        sampled_rows=len(own),
+        not_sampled=reason,
+        seen_rows=sum(isinstance(row, SeenRow) for row in found),
+    )
     return (
         found,
         replace(facts, source=_("{text} and text sampled from the model", text=BUILTIN)) if own else facts,
@@ -150,7 +159,7 @@ def describe(rows: list[list[int]], documents: Documents, tokenizer) -> Calibrat
         median=lengths[len(lengths) // 2],
         longest=lengths[-1],
         distinct_tokens=len({t for r in rows for t in r}),
-        duplicate_rows=len(rows) - len({tuple(r) for r in rows}),
+        duplicate_rows=len(rows) - len({repr(r) if isinstance(r, SeenRow) else tuple(r) for r in rows}),
         bos_doubled=0 if bos is None else sum(r[:2] == [bos, bos] for r in rows),
         padding=0 if pad is None or shares_pad else sum(r.count(pad) for r in rows),
     )

@@ -81,12 +81,32 @@ def batch_shape(first: torch.Tensor, of: torch.Tensor, ids: torch.Tensor) -> tup
 
 
 def make_batches(rows: list[list[int]], tokens: int) -> list[torch.Tensor]:
-    """Batches int64[rows, length] of equally long rows, about `tokens` each, in the order of the rows: no padding."""
+    """Batches int64[rows, length] of equally long rows, about `tokens` each, in the order of the rows: no padding. A
+    row with images or sound is a batch of its own.
+    """
+    return [torch.tensor(batch, dtype=torch.int64) for batch in _grouped(rows, tokens)]
+
+
+def inputs_of_batches(rows: list[list[int]], tokens: int) -> dict[int, dict[str, torch.Tensor]]:
+    """What the processor made of rows with images or sound, by the number of their batch."""
+    return {
+        number: batch[0].inputs  # type: ignore[attr-defined]
+        for number, batch in enumerate(_grouped(rows, tokens))
+        if _is_seen(batch[0])
+    }
+
+
+def _grouped(rows: list[list[int]], tokens: int) -> list[list[list[int]]]:
     batches: list[list[list[int]]] = []
     for row in sorted(rows, key=len):
         last = batches[-1] if batches else None
-        if last is None or len(last[0]) != len(row) or (len(last) + 1) * len(row) > tokens:
+        alone = last is None or _is_seen(row) or _is_seen(last[0])
+        if last is None or alone or len(last[0]) != len(row) or (len(last) + 1) * len(row) > tokens:
             batches.append([row])
         else:
             last.append(row)
-    return [torch.tensor(batch, dtype=torch.int64) for batch in batches]
+    return batches
+
+
+def _is_seen(row: list[int]) -> bool:
+    return hasattr(row, "inputs")

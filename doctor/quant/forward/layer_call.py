@@ -6,7 +6,7 @@ example. Such a value is known only when the layer before has run, so a call hol
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,17 @@ class Carried:
 @dataclass(frozen=True)
 class LayerCall:
     """Arguments of one decoder layer for one batch, without the hidden states: those go to position 0 or under their
-    name. carried: by its place in the layer's output, what later layers take; spent: what no later one takes.
+    name. carried: by its place in the layer's output, what later layers take; spent: what no later one takes. added:
+    what the model adds to the hidden states before this layer (Qwen3-VL's features of an image), None for nothing.
+    idle: the model passes over this layer, as Llama 3.2 Vision over cross-attention in a row without an image.
     """
 
     args: tuple
     kwargs: dict[str, Any]
     carried: dict[int, Carried] = field(default_factory=dict)
     spent: tuple[Carried, ...] = ()
+    added: torch.Tensor | None = None
+    idle: bool = False
 
 
 class StopForward(Exception):
@@ -37,6 +41,10 @@ class StopForward(Exception):
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall, *, carry: bool = True) -> torch.Tensor:
     """Output of a decoder layer with its weights. carry: keep what the next layers take of it."""
+    if call.added is not None:
+        hidden = hidden + call.added.to(hidden.dtype)
+    if call.idle:
+        return hidden
     args, kwargs = tuple(map(_value, call.args)), {k: _value(v) for k, v in call.kwargs.items()}
     if "hidden_states" in kwargs:
         out = layer(*args, **{**kwargs, "hidden_states": hidden})
@@ -62,11 +70,10 @@ def link(calls: list[LayerCall], returned: list[tuple[Carried, ...]]) -> list[La
     for i, call in enumerate(calls):
         last |= dict.fromkeys((v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Carried)), i)
     return [
-        LayerCall(
-            call.args,
-            call.kwargs,
-            {place: box for place, box in enumerate(returned[i], 1) if box in last},
-            tuple(box for box, taken in last.items() if taken == i - 1),
+        replace(
+            call,
+            carried={place: box for place, box in enumerate(returned[i], 1) if box in last},
+            spent=tuple(box for box, taken in last.items() if taken == i - 1),
         )
         for i, call in enumerate(calls)
     ]
@@ -74,11 +81,12 @@ def link(calls: list[LayerCall], returned: list[tuple[Carried, ...]]) -> list[La
 
 def shared(call: LayerCall, before: LayerCall) -> LayerCall:
     """The call, with objects of the call `before` where they are equal: masks and positions are held once."""
-    return LayerCall(
-        tuple(_same(a, b) for a, b in zip(call.args, before.args, strict=True)),
-        {k: _same(v, before.kwargs.get(k)) for k, v in call.kwargs.items()},
-        call.carried,
-        call.spent,
+    if call.idle or before.idle:
+        return call
+    return replace(
+        call,
+        args=tuple(_same(a, b) for a, b in zip(call.args, before.args, strict=True)),
+        kwargs={k: _same(v, before.kwargs.get(k)) for k, v in call.kwargs.items()},
     )
 
 

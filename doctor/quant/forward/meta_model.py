@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ class _NoDraws(TorchFunctionMode):
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def without_weights() -> Iterator[None]:
     """Parameters registered inside go to the meta device; buffers keep the values that constructors give them."""
     register = nn.Module.register_parameter
 
@@ -80,7 +80,7 @@ def build_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
     _require_finite_work(spec.config)
     kind = str(spec.config.get("model_type") or config.get("model_type") or "")
     try:
-        with _parameters_on_meta(), torch.no_grad():
+        with without_weights(), torch.no_grad():
             return _language_model(text_config(config, spec)).eval()
     except NotQuantizable:
         raise
@@ -102,31 +102,61 @@ def text_config(config: dict, spec: ModelSpec) -> Any:
     """transformers' config of the language model: the part that the whole model's own config class makes of it, or the
     part alone where transformers does not define the whole.
     """
-    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     section = spec.section(config)
-    whole, part = str(config.get("model_type") or ""), str(section.get("model_type") or config.get("model_type") or "")
-    kind = whole if whole in CONFIG_MAPPING else part
+    built = config_of(config if str(config.get("model_type") or "") in CONFIG_MAPPING else section)
+    if getattr(built, "is_encoder_decoder", False):
+        raise NotQuantizable(
+            _(
+                "config.json#/model_type: {kind} is an encoder and a decoder; one stack of layers is needed.",
+                kind=built.model_type,
+            ),
+            _("Quantize a model with a decoder alone, or an encoder alone."),
+        )
+    return built.get_text_config(decoder=True)
+
+
+def config_of(stated: Mapping[str, Any]) -> Any:
+    """transformers' config of a config.json, or of a part of one. Raises NotQuantizable where it is not defined."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = str(stated.get("model_type") or "")
     if kind not in CONFIG_MAPPING:
         raise NotQuantizable(
             _(
                 "config.json#/model_type: {kind!r} is not defined in transformers {version}.",
-                kind=part,
+                kind=kind,
                 version=transformers.__version__,
             ),
             _("Install a transformers that has it: code that comes with a checkpoint is never run."),
         )
-    stated = config if kind == whole else section
-    built = CONFIG_MAPPING[kind].from_dict(
+    return CONFIG_MAPPING[kind].from_dict(
         _numbers({k: v for k, v in stated.items() if k not in ("auto_map", "quantization_config")})
     )
-    if getattr(built, "is_encoder_decoder", False):
+
+
+def build_whole(checkpoint: Checkpoint, attention_of: str) -> Any:
+    """The class that config.json names, towers and all: eval mode, parameters on meta. Raises NotQuantizable where
+    transformers has no such class.
+    """
+    import transformers
+
+    config = checkpoint.value("config.json") or {}
+    name = str(next(iter(config.get("architectures") or []), ""))
+    known: Any = getattr(transformers, name, None)
+    if known is None:
         raise NotQuantizable(
-            _("config.json#/model_type: {kind} is an encoder and a decoder; one stack of layers is needed.", kind=kind),
-            _("Quantize a model with a decoder alone, or an encoder alone."),
+            _(
+                "config.json#/architectures: transformers {version} has no {name}.",
+                version=transformers.__version__,
+                name=name,
+            ),
+            _("Calibrate on text."),
         )
-    return built.get_text_config(decoder=True)
+    with without_weights(), torch.no_grad():
+        return known._from_config(config_of(config), attn_implementation=attention_of, dtype=torch.float32).eval()
 
 
 def _language_model(config: Any) -> Any:
@@ -189,4 +219,22 @@ def find_decoder_layers(base: nn.Module, spec: ModelSpec) -> tuple[str, nn.Modul
         raise NotQuantizable(
             _("{model} has no list of {layers} decoder layers.", model=type(base).__name__, layers=spec.n_layers)
         )
-    return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    sizes = [sum(p.numel() for p in layers.parameters()) for _name, layers in found]
+    largest = sizes.index(max(sizes))
+    name, layers = found[largest]
+    beside = [
+        other for (other, part), size in zip(found, sizes, strict=True)
+        if other != name and other.rpartition(".")[0] == name.rpartition(".")[0] and 4 * size > sizes[largest]
+        and any(isinstance(m, nn.Linear) for m in part.modules())
+    ]  # fmt: skip
+    if beside:  # XLM: attentions, ffns
+        raise NotQuantizable(
+            _(
+                "{model} has the linears of its layers in several lists ({lists}); one list of decoder layers is "
+                "needed.",
+                model=type(base).__name__,
+                lists=", ".join([name, *beside]),
+            ),
+            _("Quantize a model whose decoder layers are modules of their own."),
+        )
+    return name, layers

@@ -7,6 +7,7 @@ besides them is a `Carried`, so that the call of the layer that takes it can be 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,29 +39,47 @@ def returned_values(layer: nn.Module, forward: Forward, ids: torch.Tensor) -> in
 
 
 def record_calls(
-    layers: nn.ModuleList, forward: Forward, ids: torch.Tensor, values: int, model: str
+    layers: nn.ModuleList, forward: Forward, ids: torch.Tensor, values: int, model: str, *, adds: bool = False
 ) -> tuple[torch.Tensor, list[LayerCall]]:
-    """(the first layer's hidden states, each layer's call) for one batch. values: how many a layer returns.
+    """(the first layer's hidden states, each layer's call) for one batch. values: how many a layer returns. adds: what
+    the model adds to the hidden states between layers goes into their calls.
 
     Raises NotQuantizable where the model does anything else than run its layers one after another.
     """
+    first, found, changes = _recorded(layers, forward, ids, values, model, adds)
+    if not any(change is not None for change in changes):
+        return first, found
+    # What is added to other hidden states too is an addition; what is not depends on them, and no call can hold it.
+    again = _recorded(layers, forward, ids, values, model, adds, offset=1.0)[2]
+    if not all(map(_alike, changes, again)):
+        raise _changes_between(model)
+    return first, [replace(call, added=change) for call, change in zip(found, changes, strict=True)]
+
+
+def _recorded(
+    layers: nn.ModuleList, forward: Forward, ids: torch.Tensor, values: int, model: str, adds: bool, offset: float = 0.0
+) -> tuple[torch.Tensor, list[LayerCall], list[torch.Tensor | None]]:
+    """(the first layer's hidden states, each layer's call, what the model changed before each layer, None for nothing).
+    offset: what a layer adds to what it gets.
+    """
     calls: list[LayerCall | None] = [None] * len(layers)
     returned: list[tuple[Carried, ...]] = [()] * len(layers)
-    seen: list[torch.Tensor] = []
+    changes: list[torch.Tensor | None] = [None] * len(layers)
+    seen: list[torch.Tensor] = []  # the first layer's hidden states, and the last layer's output
 
     def recorder(i: int) -> Callable:
         def note(*args, **kwargs):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            if seen and hidden is not seen[0] and not _equal(hidden, seen[0]):
-                raise NotQuantizable(
-                    _("{model} changes the hidden states between its decoder layers.", model=model),
-                    _("Such a model cannot be quantized layer by layer."),
-                )
-            seen[:] = [hidden]
+            if seen and hidden is not seen[-1] and not _equal(hidden, seen[-1]):
+                if not adds:
+                    raise _changes_between(model)
+                changes[i] = hidden - seen[-1]
+            output = hidden + offset if offset else hidden
+            seen[:] = [seen[0] if seen else hidden, output]
             named = {k: None if k == "hidden_states" else _no_cache(v) for k, v in kwargs.items()}
             calls[i] = LayerCall(tuple(map(_no_cache, args if "hidden_states" in kwargs else args[1:])), named)
             returned[i] = tuple(Carried() for _ in range(values - 1))
-            return (hidden, *returned[i]) if values else hidden
+            return (output, *returned[i]) if values else output
 
         return note
 
@@ -71,17 +90,30 @@ def record_calls(
     finally:
         for layer in layers:
             del layer.forward
-    found = [call for call in calls if call is not None]
-    if len(found) < len(calls):
+    if not seen:
         raise NotQuantizable(
-            _("{model} does not run all of its {n} decoder layers one after another.", model=model, n=len(calls)),
+            _("{model} does not run its {n} decoder layers one after another.", model=model, n=len(calls)),
             _("Such a model cannot be quantized layer by layer."),
         )
-    return seen[0], link(found, returned)
+    return seen[0], link([call or LayerCall((), {}, idle=True) for call in calls], returned), changes
+
+
+def _changes_between(model: str) -> NotQuantizable:
+    return NotQuantizable(
+        _("{model} changes the hidden states between its decoder layers.", model=model),
+        _("Such a model cannot be quantized layer by layer."),
+    )
+
+
+def _alike(change: torch.Tensor | None, again: torch.Tensor | None) -> bool:
+    """Whether two changes are one, to float32's rounding."""
+    if change is None or again is None:
+        return change is again
+    return bool(torch.allclose(change, again, rtol=1e-3, atol=1e-4 * float(change.abs().max())))
 
 
 def require_all_layers(layers: nn.ModuleList, forward: Callable[[], object], model: str) -> None:
-    """Raises NotQuantizable where a forward, however many values a layer returns, leaves layers out or changes what
+    """Raises NotQuantizable where a forward, however many values a layer returns, runs none of them or changes what
     they hand on. Where it fails before the last layer for another reason, nothing is known.
     """
     refused = None
@@ -99,7 +131,8 @@ def require_all_layers(layers: nn.ModuleList, forward: Callable[[], object], mod
 
         try:
             record_calls(layers, run, torch.empty(0), values, model)
-            return
+            if not failed:
+                return
         except NotQuantizable as error:
             refused = refused or (None if failed else error)
     if refused is not None:

@@ -13,7 +13,8 @@ expert has its own input and therefore its own Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from doctor.quant.forward.meta_model import build_model, find_decoder_layers
 from doctor.quant.forward.parameter_names import ParameterNames
 from doctor.quant.forward.prefetch import Prefetch, load_tensor
 from doctor.quant.forward.recorder import record_calls, require_all_layers, returned_values
+from doctor.quant.forward.whole_model import WholeModel
 
 _SMALL = 1 << 22  # elements of norms and the like beside the decoder layers
 
@@ -290,9 +292,11 @@ class Skeleton:
     # running
 
     @torch.no_grad()
-    def open_calls(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, list[LayerCall]]]:
+    def open_calls(
+        self, batches: list[torch.Tensor], seen: Mapping[int, Mapping[str, torch.Tensor]] = MappingProxyType({})
+    ) -> Iterator[tuple[torch.Tensor, list[LayerCall]]]:
         """(inputs of the first layer f32[rows, length, hidden], each layer's LayerCall) for every batch of ids
-        int64[rows, length].
+        int64[rows, length]. seen: what the processor made of batches that are one row with images or sound.
 
         Materialises everything before the layers and forgets it at the end. Arguments equal to those of the batch
         before are the same objects, so masks and positions are held once.
@@ -306,8 +310,12 @@ class Skeleton:
         try:
             if batches:
                 self._values = self._probe(batches[0])
+            whole = WholeModel(self.checkpoint, self.layers, self.model.config, self.device) if seen else None
             before: list[LayerCall] = []
-            for ids in batches:
+            for number, ids in enumerate(batches):
+                if whole is not None and number in seen:
+                    yield whole.calls(seen[number], self._values, self.dtype)
+                    continue
                 hidden, calls = record_calls(self.layers, self._forward, ids, self._values, type(self.model).__name__)
                 hidden = hidden.to(self.dtype)
                 calls = [shared(call, before[i]) if before else call for i, call in enumerate(calls)]

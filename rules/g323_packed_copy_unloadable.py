@@ -1,0 +1,68 @@
+"""G323 packed-copy-unloadable: transformers does not load packed linears of this family.
+
+Why: transformers puts packed modules in the place of a class's linears. GPT-2's linears are Conv1D, which it leaves as they
+are; Mamba, RWKV, ModernBERT and others have code that reads the weight of a linear, which a packed one has not; and the
+loader of Kimi-Linear and OLMo-hybrid joins tensors that it does not find in a packed file. Such a copy loads nowhere in
+transformers, whoever wrote it. This is known from the family's name, so it is said before any work.
+
+Seen as:
+- transformers: `'Linear' object has no attribute 'weight'`
+- transformers: `We encountered some issues during automatic conversion of the weights`
+
+Do: write another format, as `--format gptq`, or name the runtime that will serve the copy, as `--runtime vllm`.
+
+False alarms: another release of transformers may load it; the finding names the release that was asked.
+
+Fix safety: no fix: how it will be served is the user's choice.
+
+Sources: transformers 5.24 src/transformers/models/*/modeling_*.py (`_init_weights`), src/transformers/pytorch_utils.py (Conv1D),
+src/transformers/conversion_mapping.py; measured by tests/coverage.py.
+"""
+
+from doctor.core.tables import table
+from doctor.lint.rule import Place, _, finding, rule
+from doctor.lint.testing import tiny
+
+
+@rule("G323", "error", implied_by=("C147",))
+def packed_copy_unloadable(checkpoint, config, recipe, goal):
+    known = table("packed_loading")
+    families = known.get(recipe.output_format)
+    if goal != "quantize" or families is None or recipe.runtime not in ("", "transformers"):
+        return
+    family = str(config.get("model_type", ""))
+    reasons = {
+        "conv1d": _("its linears are Conv1D, which stay as they are"),
+        "weight": _("its own code reads the weight of a linear, which a packed one has not"),
+        "joined": _("its loader joins tensors that it does not find beside packed ones"),
+    }
+    why = next((why for kind, why in reasons.items() if family in families[kind]), "")
+    if why:
+        yield finding(
+            _(
+                "transformers {version} does not load {format} files of {family}: {why}",
+                version=known["transformers"],
+                format=recipe.output_format,
+                family=family,
+                why=why,
+            ),
+            at=Place("config.json", pointer="/model_type"),
+            evidence={"family": family, "format": recipe.output_format},
+            advice=_(
+                "write another format, as --format gptq, or name the runtime that will serve it, as --runtime vllm"
+            ),
+        )
+
+
+def bad():
+    case = tiny()
+    case.config["model_type"], case.config["architectures"] = "nanochat", ["NanoChatForCausalLM"]
+    case.recipe = case.recipe.with_field("goal", "quantize").with_field("format", "compressed-tensors")
+    return case, (
+        "transformers 5.24 does not load compressed-tensors files of nanochat: its own code reads the weight of a linear, "
+        "which a packed one has not"
+    )
+
+
+def good():
+    return tiny()
