@@ -19,15 +19,13 @@ Sources: transformers 5.24 src/transformers/models/*/modeling_*.py (`_init_weigh
 src/transformers/conversion_mapping.py; measured by tests/coverage.py.
 """
 
-from doctor.core.tables import table
 from doctor.lint.rule import Place, _, finding, rule
 from doctor.lint.testing import tiny
 
 
 @rule("G323", "error", implied_by=("C147",))
-def packed_copy_unloadable(checkpoint, config, recipe, goal):
-    known = table("packed_loading")
-    families = known.get(recipe.output_format)
+def packed_copy_unloadable(checkpoint, config, recipe, goal, packed_loading):
+    families = packed_loading.get(recipe.output_format)
     if goal != "quantize" or families is None or recipe.runtime not in ("", "transformers"):
         return
     family = str(config.get("model_type", ""))
@@ -41,7 +39,7 @@ def packed_copy_unloadable(checkpoint, config, recipe, goal):
         yield finding(
             _(
                 "transformers {version} does not load {format} files of {family}: {why}",
-                version=known["transformers"],
+                version=packed_loading["transformers"],
                 format=recipe.output_format,
                 family=family,
                 why=why,

@@ -84,7 +84,7 @@ from doctor.model.tensor_map import Placement, assume, keys_of, solve  # noqa: F
 from doctor.model.turn_end import turn_end  # noqa: F401
 from doctor.plan.block_scales import cuts  # noqa: F401 - declares `blocked_linears` too
 from doctor.plan.groups import FUSED, GroupedLinear, packed_size, together  # noqa: F401 - declares `layout` too
-from doctor.plan.loading import load_problem  # noqa: F401
+from doctor.plan.loading import load_problem  # noqa: F401 - declares `packed_loading` too
 from doctor.plan.runtimes import in_force, nearest_plan, old_reader, version_before  # noqa: F401 - declares `kernels` too
 from doctor.plan.sizes import axis_expression, fits, resized, size_key  # noqa: F401
 from doctor.plan.tensor_parallel import on_one_gpu  # noqa: F401

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from doctor.core.facts import fact
 from doctor.core.messages import Message, _, listed
 from doctor.core.recipe import Recipe
 from doctor.core.records import LoadProof
+from doctor.core.tables import table
 from doctor.model.templates import fused_layouts_of
 
 _SHOWN = 3  # names in the message; the evidence has the counts
@@ -20,6 +22,12 @@ class LoadProblem(NamedTuple):
     severity: str
     message: Message
     evidence: dict[str, object]
+
+
+@fact("checkpoint")
+def packed_loading(checkpoint) -> dict[str, Any]:
+    """Families that transformers does not load from packed files: rules/tables/packed_loading.toml."""
+    return table("packed_loading")
 
 
 def load_problem(proof: LoadProof, recipe: Recipe, model_type: str) -> LoadProblem | None:

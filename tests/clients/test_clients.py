@@ -241,3 +241,38 @@ def test_the_cured_model_on_two_gpus_says_what_the_original_says_on_one(narrow, 
         )
     print(f"{equal} of {len(PROMPTS)} replies are equal")
     assert equal >= len(PROMPTS) // 2
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen2.5-VL", "Qwen3-VL", "Mistral3"])
+def test_vllm_takes_as_packed_what_is_packed_and_nothing_else(name, tmp_path):
+    """Its own functions are asked about every linear of the class: towers, projectors and heads too."""
+    from tiny_classes import CLASSES, save_class
+
+    from doctor.evaluate.clients.load_proof import linears_of_class
+    from doctor.evaluate.clients.rehearsal import transformers_client
+
+    environment = ROOT / ".cache" / ENVIRONMENTS["vllm"]
+    if not (environment / "finished").exists():
+        pytest.skip(f"{environment.name} is not built: make test-clients")
+    source = save_class(CLASSES[name], tmp_path / "m")
+    tensors = Checkpoint.open(source).tensors
+    modules = [n.removesuffix(".weight") for n in tensors if n.endswith(".weight")]
+    linears = sorted({n for found in linears_of_class(source, modules).values() for n in found})
+    assert len(linears) > 20
+    written = []
+    for form in ("compressed-tensors", "gptq", "awq"):
+        recipe = Recipe(method="awq" if form == "awq" else "rtn", group_size=32, format=form, keep=("layers.1.mlp",))
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("\n".join(json.dumps({"input_ids": [1, *range(3 + n, 60 + n)]}) for n in range(8)))
+        done = api.quantize(source, tmp_path / form, recipe, calibration=rows, client=transformers_client())
+        assert done.output
+        written.append(done.output)
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps([linears] * len(written)))
+    command = [environment / "bin" / "python", ROOT / "tests" / "clients" / "ask_vllm_config.py", names, *written]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    answers = [json.loads(line[7:]) for line in run.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert len(answers) == len(written), run.stderr[-2000:]
+    for folder, taken in zip(written, answers, strict=True):
+        packed = {n.rpartition(".")[0] for n in Checkpoint.open(folder).tensors if n.endswith((".qweight", "_packed"))}
+        assert set(taken) == packed & set(linears) and len(packed) >= 20, folder.name
