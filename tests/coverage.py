@@ -10,7 +10,9 @@ its outputs with the source's on the same ids. Each runs in a process of its own
 outcome         what happened
 works           written, loads whole in its class, computes what the source does, no linear is left without a word
 refusal         `check` says that it cannot be quantized, or that its class would not load the copy, before any work
-other client    written for an engine that reads it; transformers does not, which `check` says before
+other client    written for an engine that reads it; transformers does not, which `check` says before. Where it loads
+                no packed linears of the family, a GPTQ file is written instead, decoded, and compared in its own class
+not built       transformers builds the class only with a library that is absent here
 silent partial  written and loads, but a linear of a decoder layer is in 16 bits and nothing says so
 unloadable      written, but its class does not load it whole, or computes something else
 false refusal   `check` says ready and `quantize` refuses; or `check` finds an error in a checkpoint that is healthy
@@ -140,6 +142,8 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     errors = [f"{f.code} {f.message}" for f in report.findings if f.severity == "error"]
     warnings = [f"{f.code} {f.message}" for f in report.findings if f.severity == "warning"]
     answer |= {"check": errors, "warnings": warnings}
+    if errors and errors[0].startswith(("G322", "G323")) and not (row and row.stored):
+        return answer | in_gptq(source, folder, errors[0])
     if errors:
         honest = answer["expect"] == "refusal" or errors[0].startswith(("G321", "G322", "G323", "G330"))
         return answer | {"outcome": "refusal" if honest else "false refusal", "why": errors[0]}
@@ -186,6 +190,51 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     return answer | {"outcome": "works", "why": ""}
 
 
+def in_gptq(source: Path, folder: Path, why: str) -> dict[str, Any]:
+    """The same in the GPTQ format, which an engine with kernels of its own reads: what its words stand for is written as
+    plain numbers, and the source's class computes with them.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from doctor import api
+    from doctor.checkpoint.directory import Checkpoint
+    from doctor.core.errors import DoctorError
+    from doctor.core.recipe import Recipe
+    from doctor.quant.dequantize import as_float
+
+    rows = calibration_file(folder)
+    recipe = Recipe(group_size=32, format="gptq", goal="quantize")
+    try:
+        done = api.quantize(source, folder / "gptq", recipe, calibration=rows, max_seq_length=LENGTH)
+    except DoctorError as error:
+        return {"outcome": "refusal", "why": f"{why}; as GPTQ: {error}"}
+    if done.output is None:
+        errors = [f"{f.code} {f.message}" for f in done.report.findings if f.severity == "error"]
+        return {"outcome": "refusal", "why": f"{why}; as GPTQ: {'; '.join(errors)}"}
+    packed = sum(line["outcome"] not in ("kept", "failed") for line in done.linears)
+    read, stored = as_float(Checkpoint.open(done.output)), load_file(source / "model.safetensors")
+    transposed = {
+        line["name"]
+        for line in done.linears
+        if stored[f"{line['name']}.weight"].shape != read.tensors[f"{line['name']}.weight"].shape
+    }
+    for line in done.linears:
+        name = f"{line['name']}.weight"
+        if line["outcome"] != "kept":
+            weight = torch.from_numpy(read.load(name))
+            stored[name] = (weight.T if line["name"] in transposed else weight).contiguous()
+    plain = folder / "decoded"
+    plain.mkdir()
+    save_file(stored, plain / "model.safetensors", {"format": "pt"})
+    (plain / "config.json").write_text((source / "config.json").read_text())
+    rng = random.Random(1)
+    ids = torch.tensor([[1] + [rng.randrange(3, VOCABULARY) for _ in range(LENGTH - 1)] for _row in range(8)])
+    close = round(correlation(outputs(plain, ids)[1], outputs(source, ids)[1]), 3)
+    answer = {"packed": packed, "kept": len(done.linears) - packed, "correlation": close}
+    return answer | {"outcome": "other client" if close >= CLOSE else "unloadable", "why": why}
+
+
 def child(name: str, folder: str, verify: bool, answer_to: str) -> None:
     """judge in a process of its own; what it prints goes to a file beside the answer."""
     import contextlib
@@ -197,6 +246,8 @@ def child(name: str, folder: str, verify: bool, answer_to: str) -> None:
     started = time.monotonic()
     try:
         answer = judge(name, Path(folder), verify)
+    except ImportError as error:
+        answer = {"name": name, "outcome": "not built", "why": " ".join(str(error).split())[:200]}
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(last.filename).name}:{last.lineno})"

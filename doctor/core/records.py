@@ -122,6 +122,24 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class OwnMeasure:
+    """A model without next-token logits against its original. kind: "embedding" or "score". Cosines are those of last
+    hidden states: of each token, and of a row's mean. Scores are of a row each, NaN for an embedding model.
+    """
+
+    kind: str
+    rows: int
+    tokens: int
+    cosine: float  # mean over the tokens
+    cosine_least: float
+    cosine_pooled: float  # mean over the rows
+    nonfinite_original: int  # tokens whose states have NaN or Inf
+    nonfinite_quantized: int
+    score_correlation: float = float("nan")
+    score_apart: float = float("nan")  # mean distance, as a share of the standard deviation of the original's scores
+
+
+@dataclass(frozen=True)
 class LoadProof:
     """What a client's own loading code did with a checkpoint, under the class that config.json names.
 
@@ -217,6 +235,12 @@ SLOWER_PATHS: FactKey[tuple[str, ...]] = provide(
 )
 COMPARISON: FactKey[Comparison] = provide(
     "comparison", "checkpoint", "output", "The quantized model compared with its original (records.Comparison)."
+)
+OWN_MEASURE: FactKey[OwnMeasure] = provide(
+    "own_measure",
+    "checkpoint",
+    "output",
+    "An embedding or reward model compared with its original by its own measure (records.OwnMeasure).",
 )
 MERGE_PROOF: FactKey[MergeProof] = provide(
     "merge_proof", "checkpoint", "values", "The checkpoint against --base and --adapter (records.MergeProof)."

@@ -63,15 +63,31 @@ class Streamed:
         self.skeleton.drop_layer(i)
         return alone
 
-    @torch.no_grad()
     def logits(
         self, rows: list[torch.Tensor] | None = None, states: list[torch.Tensor] | None = None
     ) -> Generator[torch.Tensor, None, None]:
         """Logits f32[length, vocabulary] of every row, after the last block; or of other rows with their hidden
         states.
         """
-        model, blocks = self.skeleton.model, self.skeleton.layers
         self.skeleton.load_ends()
+        model = self.skeleton.model
+        yield from self._ending(lambda ids: model(input_ids=ids, use_cache=False).logits, rows, states)
+
+    def states(self) -> Generator[torch.Tensor, None, None]:
+        """Last hidden states f32[length, hidden] of every row, after the last block and what the model does behind."""
+        self.skeleton.load_base()
+        base = self.skeleton.base
+        yield from self._ending(lambda ids: base(input_ids=ids, use_cache=False).last_hidden_state, None, None)
+
+    @torch.no_grad()
+    def _ending(
+        self,
+        run: Callable[[torch.Tensor], torch.Tensor],
+        rows: list[torch.Tensor] | None,
+        states: list[torch.Tensor] | None,
+    ) -> Generator[torch.Tensor, None, None]:
+        """What a forward gives for every row, with its hidden states in the place of the blocks' outputs."""
+        blocks = self.skeleton.layers
         current: list[torch.Tensor] = []
 
         def passing(hidden, *args, **kwargs):
@@ -86,7 +102,7 @@ class Streamed:
                 block.forward = lambda *args, hidden_states=None, **kwargs: passing(args[0] if args else hidden_states)
             for ids, hidden in zip(rows or self.rows, states or self.hidden, strict=True):
                 current[:] = [hidden]
-                yield model(input_ids=ids.to(self.skeleton.device), use_cache=False).logits[0].float()
+                yield run(ids.to(self.skeleton.device))[0].float()
         finally:
             for block in blocks:
                 block.__dict__.pop("forward", None)

@@ -14,11 +14,12 @@ from doctor.core.facts import closure
 from doctor.core.host import describe
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
-from doctor.core.records import CLIENT_RUN, COMPARISON, LOAD_PROOF, SLOWER_PATHS
+from doctor.core.records import CLIENT_RUN, COMPARISON, LOAD_PROOF, OWN_MEASURE, SLOWER_PATHS
 from doctor.evaluate.clients.load_proof import prove_loading
 from doctor.evaluate.clients.logprobs import CLIENTS, run_client
 from doctor.evaluate.compare import compare
 from doctor.evaluate.inputs import prompts_of, quiet, text_rows
+from doctor.evaluate.own_measure import compare_own, kind_of
 from doctor.lint.engine import Report, judge, load_rules, locate
 from doctor.model.quantization_config import stored_recipe
 from doctor.quant.budget import free_memory
@@ -68,12 +69,19 @@ def verify(
     logprobs: list | None = [] if client else None
     first, second = Checkpoint.open(original), Checkpoint.open(quantized)
     ids, tokenizer, source = text_rows(first, text, rows, context)
+    own = kind_of(first)
+    if own and client is not None:
+        raise DoctorError(
+            _("--client {value}: {name} has no next-token logits to compare.", value=client, name=first.name),
+            _("Verify without --client: embeddings and scores are compared by themselves."),
+        )
     prompts, decode = prompts_of(tokenizer, ids)
     if memory is None:
         free = device_free(device)
         memory = (free_memory() if free is None else free) // 2
     with quiet(), device_memory(device):
-        comparison = compare(first, second, ids, prompts, decode, memory, progress, device, logprobs)
+        measured = compare_own(first, second, ids, own, progress, device) if own else None
+        comparison = None if own else compare(first, second, ids, prompts, decode, memory, progress, device, logprobs)
 
     # A 16-bit model, say a fine-tune against its base, has no plan: whether it could be quantized is another question.
     plain = quantization(second) is None
@@ -82,7 +90,10 @@ def verify(
         rules = [r for r in rules if "recipe" not in closure(r.facts)]
     store = header_facts(second, recipe)
     scanned = scan(second, store)
-    store.put(COMPARISON, comparison)
+    if comparison is not None:
+        store.put(COMPARISON, comparison)
+    if measured is not None:
+        store.put(OWN_MEASURE, measured)
     proof = prove_loading(second.root) if load_proof and not plain else None
     if proof is not None:
         store.put(LOAD_PROOF, proof)
@@ -94,7 +105,8 @@ def verify(
         store.put(SLOWER_PATHS, tuple(filter(None, [cuda.note(device)])))
     findings, runs = judge(store, rules)
     extra: dict[str, Any] = {
-        "comparison": asdict(comparison),
+        **({"comparison": asdict(comparison)} if comparison is not None else {}),
+        **({"own_measure": asdict(measured)} if measured is not None else {}),
         "text": {"source": source, "rows": len(ids), "context": context, "stride": context},
         "machine": describe(),
         "plain": plain,
@@ -103,7 +115,7 @@ def verify(
         extra["load_proof"] = asdict(proof)
     if ran is not None:
         extra["client_run"] = asdict(ran)
-    if not comparison.generated:
+    if comparison is not None and not comparison.generated:
         extra["not_generated"] = _(
             "a whole model in float32 does not fit the {gib:.1f} GiB given to it; --memory raises it",
             gib=memory / 2**30,

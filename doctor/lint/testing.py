@@ -19,6 +19,7 @@ from doctor.core.records import (
     LoadProof,
     MergedLinear,  # noqa: F401 - rule files import them from here
     MergeProof,  # noqa: F401
+    OwnMeasure,
     SolveRecord,
 )
 from doctor.core.rehearsal import Rehearsal
@@ -85,6 +86,13 @@ def ran_by_client(**changes) -> ClientRun:
     """A client that computes with the files what doctor does."""
     run = ClientRun("vllm 0.32.0", tokens=8192, perplexity=12.31, perplexity_doctor=12.3, apart=0.02, apart_p99=0.1)
     return replace(run, **changes)
+
+
+def measured_by_its_own() -> Case:
+    """tiny() with a comparison of embeddings in which the quantized model is as good as its original."""
+    case = tiny()
+    case.put("checkpoint:", "own_measure", OwnMeasure("embedding", 24, 12288, 0.992, 0.95, 0.998, 0, 0))
+    return case
 
 
 def compared() -> Case:

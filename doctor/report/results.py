@@ -80,11 +80,34 @@ def results(report: Report) -> list[tuple[str, str]]:
         )
         if c.get("half"):
             lines.append((say("float16"), _sixteen_bits(c["half"])))
+    if report.extra.get("own_measure"):
+        lines += _own_measure(report.extra["own_measure"])
     if report.extra.get("load_proof"):
         lines.append((say("loading"), _loading(report.extra["load_proof"])))
     if report.extra.get("client_run"):
         lines.append((say("client"), _client(report.extra["client_run"])))
     return [(label, safe(text)) for label, text in lines]
+
+
+def _own_measure(m: dict) -> list[tuple[str, str]]:
+    """Embeddings, and scores where there are any."""
+    embeddings = say(
+        "cosine {mean} on average over {tokens}, {least} at the least; {pooled} of the rows' means",
+        mean=figure(m["cosine"]),
+        tokens=counted("{n:,} token", "{n:,} tokens", m["tokens"]),
+        least=figure(m["cosine_least"]),
+        pooled=figure(m["cosine_pooled"]),
+    )
+    lines = [(say("embeddings"), embeddings)]
+    if m["kind"] == "score":
+        scores = say(
+            "correlation {correlation} over {rows}, apart by {apart} of their spread",
+            correlation=figure(m["score_correlation"]),
+            rows=counted("{n:,} row", "{n:,} rows", m["rows"]),
+            apart=percent(m["score_apart"]),
+        )
+        lines.append((say("scores"), scores))
+    return lines
 
 
 def _client(ran: dict) -> str:

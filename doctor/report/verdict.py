@@ -46,7 +46,7 @@ def verdict(report: Report) -> tuple[str, str]:
 
 def _ending(report: Report, good: bool, plan: str) -> Message:
     """The sentence for a good or a bad end of a check, a quantization or a comparison."""
-    if report.extra.get("comparison"):
+    if report.extra.get("comparison") or report.extra.get("own_measure"):
         return _("agrees with its original: {plan}" if good else "does not agree with its original: {plan}", plan=plan)
     if report.linears:
         return _("quantized to {plan}" if good else "not quantized to {plan}", plan=plan)

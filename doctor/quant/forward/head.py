@@ -55,6 +55,6 @@ def load_head(
                         model=type(model).__name__,
                         name=f"{path}.{name}",
                     ),
-                    _("An embedding model is compared by its embeddings, which verify does not compute."),
+                    _("An embedding model is compared by its embeddings: state its class in config.json."),
                 )
             module._parameters[name] = load(stored)

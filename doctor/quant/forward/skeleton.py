@@ -216,15 +216,17 @@ class Skeleton:
         return [name for name in self.checkpoint.tensors if name not in inside]
 
     def load_ends(self) -> None:
-        """Weights of everything outside the layers: embeddings, final norm, head (its own, or the embedding's where
-        tied).
-        """
+        """Weights outside the layers: embeddings, final norm, head (its own, or the embedding's where tied)."""
+        self.load_base()
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        load_head(self.model, self.base, self.spec, self._names, self.checkpoint, like)
+
+    def load_base(self) -> None:
+        """The same without the head."""
         self._load(self.base, "", skip=self.layers)
         for module in self.base.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.data = module.weight.data.to(self.dtype)
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        load_head(self.model, self.base, self.spec, self._names, self.checkpoint, like)
 
     def load_whole(self) -> None:
         """Everything: the model computes from ids to logits."""

@@ -1,0 +1,91 @@
+"""Models without next-token logits against their originals, by their own measure: embeddings by cosine, scores by
+correlation.
+
+An embedding model's last hidden states are compared token by token, and their mean over a row: whichever way an engine
+pools them (the last token, the first, the mean), it takes one of these. A reward model's scores are those of the last
+token of each row, by its `score` head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import NotQuantizable
+from doctor.core.messages import _
+from doctor.core.records import OwnMeasure
+from doctor.evaluate.compare import Streamed
+from doctor.quant.forward.prefetch import load_tensor
+
+SCORE = "score.weight"
+
+
+def kind_of(checkpoint: Checkpoint) -> str:
+    """ "score" or "embedding" for a model that is compared so, by the class that config.json names; "" for the rest."""
+    config = checkpoint.value("config.json") or {}
+    name = str(next(iter(config.get("architectures") or []), ""))
+    if SCORE in checkpoint.tensors and name.endswith("ForSequenceClassification"):
+        return "score"
+    return "embedding" if name.endswith("Model") and not name.endswith("LMHeadModel") else ""
+
+
+def compare_own(
+    original: Checkpoint,
+    quantized: Checkpoint,
+    rows: list[torch.Tensor],
+    kind: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
+) -> OwnMeasure:
+    """Two checkpoints of one model on rows int64[1, length]. Raises NotQuantizable where they are not one model."""
+    a, b = Streamed(original, rows, device), Streamed(quantized, rows, device)
+    count = len(a.skeleton.layers)
+    if len(b.skeleton.layers) != count:
+        raise NotQuantizable(
+            _(
+                "{original} has {n} decoder layers, {quantized} has {m}: not the same model.",
+                original=original.name,
+                n=count,
+                quantized=quantized.name,
+                m=len(b.skeleton.layers),
+            )
+        )
+    for i in range(count):
+        a.step(i)
+        b.step(i)
+        progress(i + 1, count)
+    tokens, pooled, scores = [], [], ([], [])  # type: ignore[var-annotated]
+    nonfinite = [0, 0]
+    heads = [load_tensor(c, SCORE, torch.float32).to(device) for c in (original, quantized)] if kind == "score" else []
+    for left, right in zip(a.states(), b.states(), strict=True):
+        for which, states in enumerate((left, right)):
+            nonfinite[which] += int((~torch.isfinite(states).all(-1)).sum())
+            if heads:
+                scores[which].append(states[-1] @ heads[which].T)
+        tokens.append(torch.cosine_similarity(left.double(), right.double(), dim=-1))
+        pooled.append(torch.cosine_similarity(left.double().mean(0), right.double().mean(0), dim=-1))
+    every = torch.cat(tokens)
+    correlation, apart = _scores(*map(torch.stack, scores)) if heads else (math.nan, math.nan)
+    return OwnMeasure(
+        kind,
+        rows=len(rows),
+        tokens=every.numel(),
+        cosine=float(every.mean()),
+        cosine_least=float(every.min()),
+        cosine_pooled=float(torch.stack(pooled).mean()),
+        nonfinite_original=nonfinite[0],
+        nonfinite_quantized=nonfinite[1],
+        score_correlation=correlation,
+        score_apart=apart,
+    )
+
+
+def _scores(left: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:
+    """(correlation of scores [rows, labels], their mean distance as a share of the original's standard deviation)."""
+    x, y = left.double().flatten(), right.double().flatten()
+    spread = x.std()
+    dx, dy = x - x.mean(), y - y.mean()
+    return float((dx @ dy) / (dx.norm() * dy.norm())), float((x - y).abs().mean() / spread)
