@@ -191,8 +191,8 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
 
 
 def in_gptq(source: Path, folder: Path, why: str) -> dict[str, Any]:
-    """The same in the GPTQ format, which an engine with kernels of its own reads: what its words stand for is written as
-    plain numbers, and the source's class computes with them.
+    """The same in the GPTQ format, which an engine with kernels of its own reads: what its words stand for is written
+    as plain numbers, and the source's class computes with them.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -201,6 +201,7 @@ def in_gptq(source: Path, folder: Path, why: str) -> dict[str, Any]:
     from doctor.checkpoint.directory import Checkpoint
     from doctor.core.errors import DoctorError
     from doctor.core.recipe import Recipe
+    from doctor.model.spec import build_spec
     from doctor.quant.dequantize import as_float
 
     rows = calibration_file(folder)
@@ -214,11 +215,8 @@ def in_gptq(source: Path, folder: Path, why: str) -> dict[str, Any]:
         return {"outcome": "refusal", "why": f"{why}; as GPTQ: {'; '.join(errors)}"}
     packed = sum(line["outcome"] not in ("kept", "failed") for line in done.linears)
     read, stored = as_float(Checkpoint.open(done.output)), load_file(source / "model.safetensors")
-    transposed = {
-        line["name"]
-        for line in done.linears
-        if stored[f"{line['name']}.weight"].shape != read.tensors[f"{line['name']}.weight"].shape
-    }
+    spec = build_spec(Checkpoint.open(source).value("config.json") or {}, Checkpoint.open(source).tensors)
+    transposed = {linear.name for linear in spec.linears if linear.transposed}
     for line in done.linears:
         name = f"{line['name']}.weight"
         if line["outcome"] != "kept":

@@ -14,13 +14,24 @@ TESTS = Path(__file__).resolve().parent.parent
 def test_a_row_works_or_is_refused_before_work(tmp_path):
     pytest.importorskip("accelerate")
     pytest.importorskip("compressed_tensors")
-    command = [sys.executable, TESTS / "coverage.py", "--rows", "Llama,T5", "--json", tmp_path / "rows.json"]
+    rows = ("Llama", "LFM2", "Qwen3-VL", "DeepSeek-V3 FP8", "GPT-2", "T5")  # a control, a hybrid, a tower, codes …
+    command = [sys.executable, TESTS / "coverage.py", "--rows", ",".join(rows), "--json", tmp_path / "rows.json"]
     environment = {k: v for k, v in os.environ.items() if k != "DOCTOR_LOAD_PROOF"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
-    assert run.returncode == 0 and "2 rows: 1 refusal, 1 works" in run.stdout, run.stdout + run.stderr
-    llama, t5 = json.loads((tmp_path / "rows.json").read_text())
-    assert llama["packed"] == 28 and llama["correlation"] > 0.9 and not llama["unnamed"]
-    assert t5["why"].startswith("G321")
+    assert run.returncode == 0 and "6 rows: 1 other client, 1 refusal, 4 works" in run.stdout, run.stdout + run.stderr
+    *written, gpt2, t5 = json.loads((tmp_path / "rows.json").read_text())
+    for row in written:
+        assert row["packed"] >= 20 and row["correlation"] > 0.9 and not row["unnamed"], row
+    assert gpt2["why"].startswith("G323") and gpt2["packed"] == 16 and gpt2["correlation"] > 0.9
+    assert t5["why"].startswith("G330")
+
+
+def test_every_family_of_the_rules_tests_is_a_row():
+    from healthy_models import FAMILIES, UNKNOWN
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert not [name for name in (*FAMILIES, *UNKNOWN) if name not in CONFIG_MAPPING]
+    assert len({*FAMILIES, *UNKNOWN}) >= 103
 
 
 def test_every_row_names_a_class_of_transformers():
