@@ -97,8 +97,7 @@ def check(
 
         base, adapter = map(Checkpoint.open, merged_from)
         store.put(MERGE_PROOF, prove_merge(checkpoint, base, adapter))
-    scanned = None
-    rehearsing = _rehearsal(source, store, recipe, rules) if reads_values else None
+    scanned, rehearsing = None, _rehearsal(source, store, recipe, rules) if reads_values else None
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)
     elif reads_values and any(asks("values", r.facts) for r in rules):
@@ -129,8 +128,7 @@ def check(
         bytes_read=scanned.bytes_read if scanned else 0,
         fail_on=fail_on,
     )
-    if checkpoint.unread:
-        report.summary["unread"] = checkpoint.unread
+    report.summary |= {"unread": checkpoint.unread} if checkpoint.unread else {}
     if tuple(select) or (config and config.selection.select):
         report.summary["selected"] = len(rules)
     if scanned is not None and stopped:

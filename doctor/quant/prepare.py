@@ -42,6 +42,8 @@ from doctor.quant.stage import left_by
 from doctor.scan.header import DECODED, SPEC
 from doctor.scan.summary import summary
 
+DECODING = "C147"  # its fix decodes what is quantized, which a plan to quantize does unasked
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -132,6 +134,8 @@ def _plain(asked: Asked, source: Checkpoint) -> Checked:
 def _fixed(asked: Asked, source: Checkpoint, unsafe_fixes: bool | Iterable[str]) -> Checked:
     """The source seen through its fixes. Raises PlanRefused where they conflict, or change what the model computes."""
     codes = set() if isinstance(unsafe_fixes, bool) else set(unsafe_fixes)
+    if read_as_floats(source, asked.recipe, asked.rules)[1] is not None:
+        codes.add(DECODING)
     consent = Consent(unsafe_fixes is True or "all" in codes, frozenset(codes - {"all"}), recipe=True)
     fixes = make_plan(source, asked.recipe, asked.rules, consent)
     refuse(fixes)

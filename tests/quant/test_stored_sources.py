@@ -61,6 +61,12 @@ def test_verify_compares_with_what_the_codes_stand_for(tmp_path):
     assert [f.code for f in report.findings if f.severity == "error"] == ["O606"]  # random weights guess
 
 
+def test_fixes_are_made_of_what_the_codes_stand_for(tmp_path):
+    source = store_as("fp8-block", save("llama", tmp_path / "plain"), tmp_path / "codes")
+    done = api.quantize(source, tmp_path / "out", Recipe(method="rtn", group_size=32), fix=True)
+    assert done.output and any("C147" in note for note in done.notes)
+
+
 @pytest.mark.parametrize(
     "changes, refused",
     [({"group_size": 128}, True), ({"group_size": 32}, False), ({"bits": 3}, False), ({"bits": 8}, False)],
