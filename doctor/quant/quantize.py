@@ -18,9 +18,11 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.facts import Unavailable
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
 from doctor.core.records import CalibrationFacts
+from doctor.edits.decoding import decoded
 from doctor.fixing.assess import assess
 from doctor.fixing.loading import judged_proof
 from doctor.fixing.output_summary import files, receipt_summary
@@ -28,6 +30,7 @@ from doctor.fixing.outputs import check_output
 from doctor.fixing.proof import Proof
 from doctor.fixing.staging import hold_output
 from doctor.lint.engine import Report, load_rules, locate, select_rules
+from doctor.model.quantization_config import holds_quantized
 from doctor.model.spec import build_spec
 from doctor.quant import budget, export
 from doctor.quant import preflight as flight
@@ -187,6 +190,9 @@ def plan(
     BadCheckpoint.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    if type(checkpoint) is Checkpoint and holds_quantized(checkpoint):
+        with suppress(Unavailable):
+            checkpoint = decoded(checkpoint)[0]
     config = checkpoint.value("config.json")
     if config is None:
         raise BadCheckpoint(

@@ -61,6 +61,15 @@ def test_verify_compares_with_what_the_codes_stand_for(tmp_path):
     assert [f.code for f in report.findings if f.severity == "error"] == ["O606"]  # random weights guess
 
 
+def test_a_plan_counts_what_the_codes_stand_for(tmp_path):
+    plain = save("qwen3_moe", tmp_path / "plain")
+    source = store_as("int4-experts", plain, tmp_path / "codes")
+    plans = [
+        api.plan_quantize(c, tmp_path / "out", Recipe(method="rtn", bits=8, group_size=32)) for c in (plain, source)
+    ]
+    assert plans[0].need == plans[1].need
+
+
 def test_fixes_are_made_of_what_the_codes_stand_for(tmp_path):
     source = store_as("fp8-block", save("llama", tmp_path / "plain"), tmp_path / "codes")
     done = api.quantize(source, tmp_path / "out", Recipe(method="rtn", group_size=32), fix=True)
