@@ -28,10 +28,10 @@ def run(capsys, plain_environment):
 
 
 def fp8(block=32):
-    case = tiny()
+    case, rng = tiny(), np.random.default_rng(3)
     for linear in case.spec.linears:
         n, k = case.tensors[linear.tensor].shape
-        case.tensors[linear.tensor] = np.random.default_rng(3).integers(1, 0x78, (n, k), np.uint8)
+        case.tensors[linear.tensor] = rng.integers(1, 0x78, (n, k), np.uint8)
         scale = f"{linear.tensor}_scale_inv"
         case.tensors[scale] = np.full((n // block, k // block), 0.01, np.float32)
         case.dtypes |= {linear.tensor: "F8_E4M3", scale: "F32"}
