@@ -23,6 +23,7 @@ from doctor.lint.testing import (
     NotHere,
     compared,
     measured,
+    measured_by_its_own,
     rehearsed,
     tiny,
     tiny_gptq,
@@ -109,6 +110,8 @@ def healthy(family, shards, measurements):
             made = [with_capacity()]
         elif measurements == {"given_rehearsal"}:
             made = [rehearsed()]
+        elif measurements == {"own_measure"}:
+            made = [measured_by_its_own()]
         elif measurements - {"given_published"}:
             made = [measured()]
         else:
