@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.errors import DoctorError
 from doctor.core.facts import Unavailable
 from doctor.core.messages import as_data
 from doctor.core.recipe import Recipe
