@@ -82,16 +82,6 @@ static inline lanes smaller(lanes a, lanes b)
 
 static inline lanes larger(lanes a, lanes b) { return -smaller(-a, -b); }
 
-/* Codes round(x) + zero clamped to 0..top, for x = w / scale. Values past 2^10 only ever clamp, and below it adding and
- * taking off 1.5 * 2^23 rounds to nearest even at every level. No NaN comes here: W, H and
- * scales were refused before. */
-static inline lanes code_of(lanes x, lanes zero, float top)
-{
-    const lanes magic = all(0x1.8p23f);
-    x = larger(smaller(x, all(1024.0f)), all(-1024.0f));
-    return larger(smaller((x + magic) - magic + zero, all(top)), all(0.0f));
-}
-
 static inline float sum_of(lanes x)
 {
     float sum = 0.0f;
@@ -103,9 +93,31 @@ static inline float sum_of(lanes x)
 /* The arguments of grid.fit that are one for a whole tensor; doctor/quant/solve/cpu.py mirrors this struct. */
 typedef struct {
     float top, half, zero_min;
-    int32_t sym, turn, mse, dtype;   /* dtype of stored scales: 0 float32, 1 float16, 2 bfloat16 */
+    int32_t sym, turn, mse, dtype;   /* of stored scales: 0 float32, 1 float16, 2 bfloat16, then those of 4-bit floats */
     int32_t ratios, fine, refits;
+    float divisor;                   /* of 8-bit scales of 4-bit floats */
 } grid_rule;
+
+/* Scales of 4-bit floats: 8-bit floats under a divisor (NVFP4), powers of two (MXFP4). Codes are halves then, see code_of. */
+enum { FLOATS = 3, POWERS = 4 };
+
+/* Codes round(x) + zero clamped to 0..top, for x = w / scale. Values past 2^10 only ever clamp, and below it adding and
+ * taking off 1.5 * 2^23 rounds to nearest even at every level. No NaN comes here: W, H and scales were refused before.
+ * Of 4-bit floats x is in halves, and the levels lie 1 apart below 4, 2 apart below 8, 4 apart up to 12. */
+static inline lanes code_of(lanes x, lanes zero, const grid_rule *rule)
+{
+    const lanes magic = all(0x1.8p23f);
+    if (rule->dtype >= FLOATS) {
+        x = larger(smaller(x, all(12.0f)), all(-12.0f));
+        const lanes size = larger(x, -x), one = all(1.0f), two = all(2.0f), half = all(0.5f), quarter = all(0.25f);
+        const integers middle = size >= all(4.0f), high = size >= all(8.0f);
+        const lanes step = one + (lanes)((integers)one & middle) + (lanes)((integers)two & high);
+        const lanes inverse = one - (lanes)((integers)half & middle) - (lanes)((integers)quarter & high);
+        return ((x * inverse + magic) - magic) * step + zero;
+    }
+    x = larger(smaller(x, all(1024.0f)), all(-1024.0f));
+    return larger(smaller((x + magic) - magic + zero, all(rule->top)), all(0.0f));
+}
 
 static inline uint32_t bits_of(float x)
 {
@@ -122,8 +134,22 @@ static inline float float_of(uint32_t bits)
 }
 
 /* The nearest positive scale that a file can hold (ties to even), never 0; Inf past its range. */
-static float stored_scale(float scale, int dtype)
+static float stored_scale(float scale, const grid_rule *rule)
 {
+    const int dtype = rule->dtype;
+    if (dtype == POWERS) {   /* nearest on a logarithmic scale: up from the square root of 2 */
+        scale = scale < 0x1p-126f ? 0x1p-126f : scale > 0x1p126f ? 0x1p126f : scale;
+        return float_of((bits_of(scale) + (0x800000u - 0x3504f3u)) & 0x7f800000u);
+    }
+    if (dtype == FLOATS) {
+        float stored = scale * 2.0f * rule->divisor;
+        stored = stored < 0x1p-9f ? 0x1p-9f : stored > 448.0f ? 448.0f : stored;
+        if (stored < 0x1p-6f)
+            stored = (stored + 0x1.8p14f) - 0x1.8p14f;
+        else
+            stored = float_of((bits_of(stored) + 0x7ffffu + (bits_of(stored) >> 20 & 1)) & ~0xfffffu);
+        return stored / rule->divisor * 0.5f;
+    }
     const float least = dtype == 1 ? 0x1p-24f : dtype == 2 ? 0x1p-133f : 0x1p-149f;
     const uint32_t bits = bits_of(scale);
     if (dtype == 1) {
@@ -135,7 +161,21 @@ static float stored_scale(float scale, int dtype)
     return scale < least ? least : scale;
 }
 
-static const float LARGEST[3] = {0x1.fffffep127f, 65504.0f, 0x1.fep127f};
+static inline float largest_of(const grid_rule *rule)
+{
+    static const float LARGEST[3] = {0x1.fffffep127f, 65504.0f, 0x1.fep127f};
+    return rule->dtype == POWERS ? 0x1p126f : rule->dtype == FLOATS ? 448.0f / rule->divisor * 0.5f : LARGEST[rule->dtype];
+}
+
+/* The scale that the absmax of a group asks for before any search, that of a group of zeros for 0. */
+static float first_scale(float span, const grid_rule *rule)
+{
+    if (rule->dtype == POWERS)
+        return span > 0 ? stored_scale(float_of((bits_of(span) + 0x200000u) & 0x7f800000u) / 8, rule) : 0.5f;
+    if (rule->dtype == FLOATS)
+        return span > 0 ? stored_scale(span / 12, rule) : 1.0f / rule->divisor * 0.5f;
+    return stored_scale(span > 0 ? span / (rule->sym ? rule->half - 0.5f : rule->top) : 1.0f, rule);
+}
 
 typedef struct {
     const float *w, *cost;           /* one group, filled up with zeros to a multiple of 2 * LANES */
@@ -143,14 +183,14 @@ typedef struct {
     float scale, zero, error;
 } group;
 
-static float error_of(const group *g, float scale, float zero, float top)
+static float error_of(const group *g, float scale, float zero, const grid_rule *rule)
 {
     const lanes s = all(scale), z = all(zero);
     lanes sum[2] = {{0}, {0}};
     for (int64_t i = 0; i < g->count; i += 2 * LANES)
         for (int half = 0; half < 2; half++) {
             const lanes w = load(g->w + i + half * LANES, LANES);
-            const lanes off = (code_of(w / s, z, top) - z) * s - w;
+            const lanes off = (code_of(w / s, z, rule) - z) * s - w;
             sum[half] += off * off * load(g->cost + i + half * LANES, LANES);
         }
     return sum_of(sum[0] + sum[1]);
@@ -158,9 +198,9 @@ static float error_of(const group *g, float scale, float zero, float top)
 
 static void consider(group *g, float scale, float zero, const grid_rule *rule)
 {
-    const float largest = LARGEST[rule->dtype];
-    scale = stored_scale(scale < largest ? scale : largest, rule->dtype);
-    const float error = error_of(g, scale, zero, rule->top);
+    const float largest = largest_of(rule);
+    scale = stored_scale(scale < largest ? scale : largest, rule);
+    const float error = error_of(g, scale, zero, rule);
     if (error < g->error) {
         g->scale = scale;
         g->zero = zero;
@@ -173,7 +213,7 @@ static void refit(group *g, const grid_rule *rule)
     const lanes s = all(g->scale), z = all(g->zero);
     lanes norm = {0}, product = {0};
     for (int64_t i = 0; i < g->count; i += LANES) {
-        const lanes w = load(g->w + i, LANES), level = code_of(w / s, z, rule->top) - z;
+        const lanes w = load(g->w + i, LANES), level = code_of(w / s, z, rule) - z;
         const lanes weighted = level * load(g->cost + i, LANES);
         norm += weighted * level;
         product += weighted * w;
@@ -195,14 +235,13 @@ static float nearest_even(float x)   /* |x| < 2^22 */
 static void fit_group(group *g, const grid_rule *rule, const float *candidates, float low, float high)
 {
     const float span = rule->sym ? (high > -low ? high : -low) : high - low;
-    const float raw = span > 0 ? span / (rule->sym ? rule->half - 0.5f : rule->top) : 1.0f;
-    const float first = g->scale = stored_scale(raw, rule->dtype);
+    const float first = g->scale = first_scale(span, rule);
     const int live = span > 0;
     g->zero = live && !rule->sym ? clamped(nearest_even(-low / first), rule->zero_min, rule->top) : rule->half;
     const float start = g->zero;
-    if (!rule->mse || !live || first > LARGEST[rule->dtype])
+    if (!rule->mse || !live || first > largest_of(rule))
         return;
-    g->error = error_of(g, first, start, rule->top);
+    g->error = error_of(g, first, start, rule);
     for (int i = 0; i < rule->ratios; i++)
         consider(g, first * candidates[i], start, rule);
     for (int i = 0; i < rule->fine; i++)
@@ -448,7 +487,7 @@ static void round_block(const columns_of *all_of, const grid_rule *rule, const r
                 const int64_t lane = v * LANES;
                 const lanes s = load(scale + all_of->owner[p] * ROWS + lane, LANES), z = load(zero + all_of->owner[p] * ROWS + lane, LANES);
                 const lanes w = load(r->W + (p - begin) * ROWS + lane, LANES), drawn = w + sum.of[p - start][v] / pivot;
-                const lanes code = code_of(drawn / s, z, rule->top), value = (code - z) * s, off = (drawn - value) * pivot;
+                const lanes code = code_of(drawn / s, z, rule), value = (code - z) * s, off = (drawn - value) * pivot;
                 error[v] = w - value;
                 loss[v] += off * off;
                 excess[v] += error[v] * error[v] * more;
@@ -515,11 +554,11 @@ static void refit_scale(const columns_of *all_of, const grid_rule *rule, const r
     float change[ROWS];
     for (int64_t lane = 0; lane < ROWS; lane++) {
         const float q_pull = drawn[lane / LANES][lane % LANES], q_v = own[lane / LANES][lane % LANES], old = scale[lane];
-        const float size = q_v > 0 ? (old + q_pull / q_v) * (old < 0 ? -1.0f : 1.0f) : 0.0f, largest = LARGEST[rule->dtype];
+        const float size = q_v > 0 ? (old + q_pull / q_v) * (old < 0 ? -1.0f : 1.0f) : 0.0f, largest = largest_of(rule);
         change[lane] = 0.0f;
         if (!(size > 0))
             continue;
-        const float stored = stored_scale(size < largest ? size : largest, rule->dtype), d = (old < 0 ? -stored : stored) - old;
+        const float stored = stored_scale(size < largest ? size : largest, rule), d = (old < 0 ? -stored : stored) - old;
         const float gain = d * (2.0f * q_pull - d * q_v);
         if (gain > 0) {
             change[lane] = d;
@@ -553,7 +592,7 @@ static void refine_block(const columns_of *all_of, const grid_rule *rule, const 
                 const lanes before = load(E + p * ROWS + lane, LANES), pull = sum.of[p - start][v];
                 const lanes level = __builtin_convertvector(*(const bytes *)(r->codes + place), lanes) - z, w = before + level * s;
                 const lanes best = own > 0 ? pull / all(own) + w - before : w;
-                const lanes code = code_of(best / s, z, rule->top);
+                const lanes code = code_of(best / s, z, rule);
                 step[v] = (level - (code - z)) * s;
                 loss[v] += step[v] * (all(2.0f) * pull + step[v] * all(own));
                 middle[v] = z;

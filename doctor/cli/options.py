@@ -96,6 +96,13 @@ def complete_path(_ctx: click.Context, _param: click.Parameter, incomplete: str)
     return [CompletionItem(incomplete, type="file")]
 
 
+def complete_schemes(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of schemes that begin so, in any case."""
+    from doctor.formats.schemes import SCHEMES
+
+    return [name for name in SCHEMES if name.startswith(incomplete.upper())]
+
+
 checkpoint_argument = click.argument("path", metavar="CHECKPOINT", shell_complete=complete_path)
 lang_option = option(
     "--lang",
@@ -124,6 +131,16 @@ plan_options = together(
         help=_(
             "Quantization method of the recipe; serve judges files as they are, the default for quantized ones, and "
             "none the files alone."
+        ),
+    ),
+    option(
+        "--scheme",
+        default="",
+        metavar="NAME",
+        shell_complete=complete_schemes,
+        help=_(
+            "Weights, activations and groups by one name, as FP8_DYNAMIC, INT8, W4A16, NVFP4A16 or MXFP4; a name that "
+            "is not known lists them all."
         ),
     ),
     option("--bits", type=int, default=4, help=_("Bits per weight: 2, 3, 4 or 8.")),

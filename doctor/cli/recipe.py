@@ -23,12 +23,25 @@ def asked_recipe(flags: dict[str, Any], config: "Config | None" = None, **more: 
     Fields that the command has no flag for come from the configuration.
     """
     name, version = parse_runtime(flags.pop("runtime"))
+    scheme = flags.pop("scheme")
     values = dict(config.recipe_values) if config else {}
     asked = {field: flags.pop(field) for field in PLAN}
-    if asked["method"] in OTHER_GOALS:
+    if scheme:
+        more |= _of_scheme(scheme, {**asked, **{key: value for key, value in more.items() if key == "format"}})
+    elif asked["method"] in OTHER_GOALS:
         asked |= {"goal": asked["method"], "method": values.get("method", Recipe.method)}
     values |= asked
     return Recipe(**{**values, "runtime": name, "runtime_version": version, **more})
+
+
+def _of_scheme(name: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's fields of a named scheme, but for those that were typed."""
+    from click.core import ParameterSource
+
+    from doctor.formats.schemes import fields_of
+
+    ctx, typed = click.get_current_context(), (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return fields_of(name, {key: value for key, value in asked.items() if ctx.get_parameter_source(key) in typed})
 
 
 def stored_or_asked(ctx: click.Context, checkpoint: "Checkpoint", asked: Recipe) -> Recipe:
@@ -41,7 +54,7 @@ def stored_or_asked(ctx: click.Context, checkpoint: "Checkpoint", asked: Recipe)
     from doctor.model.quantization_config import STATED, stored_recipe
 
     typed = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
-    if not asked.goal and ctx.get_parameter_source("method") in typed:
+    if not asked.goal and any(ctx.get_parameter_source(name) in typed for name in ("method", "scheme")):
         return replace(asked, goal="quantize")
     stored = stored_recipe(checkpoint, asked)
     if asked.goal in OTHER_GOALS:

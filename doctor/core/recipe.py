@@ -43,6 +43,9 @@ class OutputFormat(Protocol):
     label: str
     bits: tuple[int, ...]
     own_widths: bool
+    groups: tuple[int, ...]
+    methods: tuple[str, ...]
+    activations: tuple[str, ...]
 
     def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str: ...
 
@@ -103,6 +106,7 @@ class Recipe:
     bits_for: tuple[str, ...] = ()  # PATTERN=BITS: linears of another width; the last that matches counts
     seed: int = 0
     goal: str = ""
+    activations: str = ""  # how engines round each linear's inputs while serving; "" is the format's own way
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -123,6 +127,30 @@ class Recipe:
         if self.runtime not in ("", *RUNTIMES):
             raise _illegal(_("runtime {value!r}", value=self.runtime), _("one of {names}", names=", ".join(RUNTIMES)))
         self._require_widths()
+        self._require_format()
+
+    def _require_format(self) -> None:
+        """DoctorError where the format has no such groups or activations, or is not for this method."""
+        form = FORMATS[self.output_format]
+        if form.groups and self.group_size not in form.groups:
+            raise _illegal(
+                _("group size {value} in the {format} format", value=self.group_size, format=form.name),
+                _("one of {names}", names=", ".join(map(str, form.groups))),
+            )
+        if form.methods and self.method not in form.methods:
+            raise _illegal(
+                _("method {method} in the {format} format", method=self.method, format=form.name),
+                _("one of {names}", names=", ".join(form.methods)),
+            )
+        if self.activations and self.activations not in form.activations:
+            raise _illegal(
+                _("activations {value!r} in the {format} format", value=self.activations, format=form.name),
+                _("one of {names}", names=", ".join(form.activations))
+                if form.activations
+                else _("left out: its readers compute with 16-bit activations"),
+            )
+        if form.groups and not self.sym:
+            raise _illegal(_("an asymmetric grid in the {format} format", format=form.name), _("symmetric"))
 
     def _require_widths(self) -> None:
         """DoctorError where method or format have no such bits, or none of their own for single linears."""

@@ -13,7 +13,7 @@ from doctor.edits.arithmetic import CASTS, new_info
 from doctor.edits.kinds import Dequantize
 from doctor.edits.stale import stale
 from doctor.formats.base import KNOWN, Format
-from doctor.formats.fp8 import e4m3_values
+from doctor.formats.grid import e4m3_values
 
 
 class DequantizedTensor:

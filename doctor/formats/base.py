@@ -68,6 +68,9 @@ class Format:
     # What a recipe may ask for.
     writes = True  # False: such files are read, not made
     bits: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()  # legal group sizes, the usual one first; () for any
+    methods: tuple[str, ...] = ()  # that can choose its codes; () for any
+    activations: tuple[str, ...] = ()  # how its readers may round a linear's inputs
     own_widths = True  # whether single linears may have other bits than the rest
     widths_key = ""  # where their bits stand, if under a key that only some readers know
     unit = (1, 1)  # in_features and out_features must be multiples of these for the format's own sake
@@ -158,6 +161,11 @@ class Format:
     ) -> tuple[Array, Grid, Array]:
         """(codes u8[n, k], grid, g_idx i32[k]) of a linear, or of those rows of it, where the format is `affine`."""
         raise NotImplementedError
+
+    @property
+    def mark(self) -> str:
+        """The part whose name tells a packed linear of this format: its words, else its scales."""
+        return self.words or self.scales
 
     def unpack(
         self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None

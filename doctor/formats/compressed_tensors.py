@@ -28,7 +28,7 @@ from doctor.core.messages import _
 from doctor.core.methods import BITS
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous, full, is_torch
-from doctor.formats.base import Format, Part, Parts, Quantization, Shapes, register
+from doctor.formats.base import KNOWN, Format, Part, Parts, Quantization, Shapes, register
 from doctor.formats.bits import (
     kernels_for,
     pack_columns,
@@ -43,8 +43,14 @@ from doctor.formats.grid import Grid, dequantize, neighbours, stored_exactly
 from doctor.formats.requirements import require_dividing, require_groups, require_shape, whole
 from doctor.formats.widths import Widths, exactly
 
-_LAYOUT = "pack-quantized"
-_FLOATS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")  # layouts of other classes
+# How a linear's inputs are rounded while it serves, as its keys say it: name -> keys that differ from the usual.
+_INPUTS: dict[str, dict[str, Any]] = {
+    "int8": {"type": "int", "strategy": "token"},
+    "fp8": {"type": "float", "strategy": "token"},
+    "fp8-block": {"type": "float", "strategy": "group", "group_size": 128},
+    "mxfp8": {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+}
 
 
 @register
@@ -60,7 +66,9 @@ class CompressedTensors(Format):
     sampled: tuple[str, ...] = ("weight_g_idx", "weight_zero_point")
     bits: tuple[int, ...] = BITS
     affine = True
+    activations: tuple[str, ...] = ("fp8",)
     separates_gate_and_up = True
+    layout = "pack-quantized"  # what quantization_config calls it
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
         groups = 1 if scheme.group_size == -1 else -(-in_features // scheme.group_size)
@@ -173,7 +181,13 @@ class CompressedTensors(Format):
         return cast(g_idx, "I32")
 
     def claims(self, raw: Mapping[str, Any]) -> bool:
-        return super().claims(raw) and raw.get("format") not in _FLOATS
+        """The class that writes its layout; integers and what nobody writes are this one's."""
+        if raw.get("quant_method") not in CompressedTensors.quant_methods:
+            return False
+        if type(self) is not CompressedTensors:
+            return raw.get("format") == self.layout
+        others = (form for form in KNOWN.values() if isinstance(form, CompressedTensors) and form is not self)
+        return all(raw.get("format") != form.layout for form in others)
 
     def packs(self, raw: Mapping[str, Any]) -> bool:
         """Without groups it describes a cache or nothing."""
@@ -183,7 +197,31 @@ class CompressedTensors(Format):
         self, recipe: Recipe, kept: Iterable[str] = (), widths: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
         widths = widths or {}
-        weights = {
+        weights = self.weights(recipe)
+        common: dict[str, Any] = {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": self.inputs(recipe),
+            "output_activations": None,
+            "format": self.layout,
+        }
+        groups = {"group_0": common}
+        for number, bits in enumerate(sorted(set(widths.values())), 1):
+            targets = sorted(name for name, own in widths.items() if own == bits)
+            groups[f"group_{number}"] = {**common, "targets": targets, "weights": {**weights, "num_bits": bits}}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": self.layout,
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": ["lm_head", *sorted(kept)],
+            "config_groups": groups,
+        }
+
+    def weights(self, recipe: Recipe) -> dict[str, Any]:
+        """The weights of a config group, as QuantizationArgs has them."""
+        return {
             "num_bits": recipe.bits,
             "type": "int",
             "symmetric": recipe.sym,
@@ -193,25 +231,27 @@ class CompressedTensors(Format):
             "actorder": None,
             "observer": "minmax",
         }
-        common: dict[str, Any] = {
-            "targets": ["Linear"],
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
-        }
-        groups = {"group_0": common}
-        for number, bits in enumerate(sorted(set(widths.values())), 1):
-            targets = sorted(name for name, own in widths.items() if own == bits)
-            groups[f"group_{number}"] = {**common, "targets": targets, "weights": {**weights, "num_bits": bits}}
-        return {
-            "quant_method": "compressed-tensors",
-            "format": _LAYOUT,
-            "quantization_status": "compressed",
-            "global_compression_ratio": None,
-            "kv_cache_scheme": None,
-            "ignore": ["lm_head", *sorted(kept)],
-            "config_groups": groups,
-        }
+
+    def inputs(self, recipe: Recipe) -> dict[str, Any] | None:
+        """The input activations of a config group; None where they stay in 16 bits."""
+        name = self.inputs_name(recipe)
+        if not name:
+            return None
+        usual = {"num_bits": 8, "symmetric": True, "group_size": None, "dynamic": True}
+        return {**usual, **_INPUTS[name]}
+
+    def inputs_name(self, recipe: Recipe) -> str:
+        """How they are rounded, a key of _INPUTS; "" where they stay in 16 bits."""
+        return recipe.activations
+
+    def not_in_words(self, raw: Mapping[str, Any]) -> Unavailable:
+        """Why a format without words is not read as groups of columns."""
+        return Unavailable(
+            _(
+                "quantization by {method} has no packed groups of columns",
+                method=str(raw.get("format", raw.get("quant_method"))),
+            )
+        )
 
     def read(self, raw: Mapping[str, Any], file: str, pointer: str, own: bool = True) -> Quantization:
         groups = weight_groups(raw)
@@ -225,7 +265,7 @@ class CompressedTensors(Format):
             raise Unavailable(
                 _("linears differ in more than their width ({key}): their shapes are not checked", key="config_groups")
             )
-        if raw.get("format") != _LAYOUT or weights.get("strategy") not in ("group", "channel"):
+        if raw.get("format") != self.layout or weights.get("strategy") not in ("group", "channel"):
             return super().read(raw, file, pointer, own)
         return Quantization(
             self,
@@ -236,7 +276,7 @@ class CompressedTensors(Format):
                 bool(weights.get("symmetric", True)),
             ),
             weights.get("actorder") in ("group", True),
-            _LAYOUT,
+            self.layout,
             dict(raw),
             file,
             pointer,

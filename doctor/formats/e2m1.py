@@ -5,7 +5,7 @@ Source: the OCP microscaling formats specification 1.0, section 5.3.3.
 
 from __future__ import annotations
 
-from doctor.core.errors import BadCheckpoint
+from doctor.core.errors import BadCheckpoint, NotQuantizable
 from doctor.core.messages import _
 from doctor.formats.arrays import Array, cast, interleaved, numbers, repeated, taken
 
@@ -35,3 +35,19 @@ def scaled(packed: Array, scale: Array, group: int) -> Array:
             )
         )
     return values_of(packed) * repeated(scale, group, 1)
+
+
+# A code 0..24 of halves (grid.E2M1) -> the four bits that are stored. Values between the levels have none: 0xFF.
+_OF_HALVES = tuple(
+    next((code for code, value in enumerate(VALUES) if value == half / 2), 0xFF) for half in range(-12, 13)
+)
+
+
+def packed_halves(codes: Array) -> Array:
+    """u8[n, k/2] of codes u8[n, k] in halves with zero point 12 (grid.E2M1). Raises NotQuantizable for one that is no
+    level.
+    """
+    stored = cast(taken(numbers(_OF_HALVES, codes), cast(codes, "I32").reshape(-1), 0), "U8").reshape(codes.shape)
+    if (stored == 0xFF).any():
+        raise NotQuantizable(_("a code is no value of a 4-bit float: its grid was fitted for another format."))
+    return stored[:, 0::2] | (stored[:, 1::2] << 4)

@@ -22,7 +22,6 @@ from typing import Any
 
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import BadCheckpoint
-from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, cast, counted
@@ -72,6 +71,8 @@ class FP8(Format):
         if info.dtype.name != STORED or len(info.shape) != 2 or len(scales) != 1 or not info.name.endswith(".weight"):
             return None
         scale = tensors[scales[0]]
+        if scale.dtype.name == "U8":  # exponents of groups: MXFP8's
+            return None
         tile = () if scale.numel == 1 or scale.shape[-1] == 1 else _stated_tile(raw or {})
         return Scheme(8, tile=tile)
 
@@ -99,28 +100,36 @@ class FP8(Format):
     def unpack(
         self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
     ) -> Array:
-        scale = cast(parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"], "F32")
-        n, k = parts["weight"].shape
-        rows = rows or slice(0, n)
-        values = cast(parts["weight"][rows], "F32")
-        if all(side == 1 for side in scale.shape):
-            return values * scale.reshape(())
-        scale = scale.reshape(len(scale), -1)
-        height, width = scheme.tile or (-(-n // scale.shape[0]), -(-k // scale.shape[1]))
-        wanted = (-(-n // height), -(-k // width))
-        if tuple(scale.shape) != wanted:
-            raise BadCheckpoint(
-                _(
-                    "scales {found}; blocks of {height} × {width} of {shape} make {wanted}.",
-                    found=list(scale.shape),
-                    height=height,
-                    width=width,
-                    shape=[n, k],
-                    wanted=list(wanted),
-                )
+        scale = parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]
+        return unpack_tiles(parts["weight"], scale, scheme.tile, rows)
+
+
+def unpack_tiles(weight: Array, scale: Array, tile: tuple[int, ...], rows: slice | None = None) -> Array:
+    """f32[n, k], or those rows of it, of 8-bit floats [n, k] under one scale, one a row, or one a tile of (rows,
+    columns). Raises BadCheckpoint where the scales are of other tiles.
+    """
+    scale = cast(scale, "F32")
+    n, k = weight.shape
+    rows = rows or slice(0, n)
+    values = cast(weight[rows], "F32")
+    if all(side == 1 for side in scale.shape):
+        return values * scale.reshape(())
+    scale = scale.reshape(len(scale), -1)
+    height, width = tile or (-(-n // scale.shape[0]), -(-k // scale.shape[1]))
+    wanted = (-(-n // height), -(-k // width))
+    if tuple(scale.shape) != wanted:
+        raise BadCheckpoint(
+            _(
+                "scales {found}; blocks of {height} × {width} of {shape} make {wanted}.",
+                found=list(scale.shape),
+                height=height,
+                width=width,
+                shape=[n, k],
+                wanted=list(wanted),
             )
-        row, column = (counted(n, scale)[rows] // height)[:, None], (counted(k, scale) // width)[None, :]
-        return values * scale[row, column]
+        )
+    row, column = (counted(n, scale)[rows] // height)[:, None], (counted(k, scale) // width)[None, :]
+    return values * scale[row, column]
 
 
 def _leaves_out(entry: str, module: str) -> bool:
@@ -143,12 +152,3 @@ def _stated_tile(raw: Mapping[str, Any]) -> tuple[int, ...]:
         if isinstance(tile, (list, tuple)) and len(tile) == 2 and all(type(side) is int and side > 0 for side in tile):
             return tuple(tile)
     return ()
-
-
-def e4m3_values() -> Array:
-    """f32[256]: value of each E4M3 code."""
-    codes = np.arange(256)
-    exponent, mantissa = (codes >> 3) & 15, (codes & 7).astype(np.float32)
-    values = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * np.exp2(exponent - 7.0))
-    values[(codes & 0x7F) == 0x7F] = np.nan
-    return np.where(codes & 0x80, -values, values).astype(np.float32)

@@ -6,10 +6,12 @@ chosen against a float32 scale are wrong by up to half a unit of float16 once th
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from doctor.core.errors import NotQuantizable
+from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
 from doctor.formats.arrays import Array, cast, counted, is_torch, repeated, taken
 
@@ -17,29 +19,40 @@ if TYPE_CHECKING:
     import torch
 
 
+E2M1, E4M3 = "e2m1", "e4m3"
+
+
 class Grid(NamedTuple):
     """scale f32[n, G], each value exact in the stored dtype, never 0, negative only where `signed` was asked for;
-    zero i32[n, G], 0..2^bits-1. NumPy arrays or torch tensors."""
+    zero i32[n, G], 0..2^bits-1. NumPy arrays or torch tensors.
+
+    levels: GridKind.levels. divisor f32[1]: what stored scales are divided by, None where by nothing.
+    """
 
     scale: Array
     zero: Array
+    levels: str = ""
+    divisor: Array | None = None
 
 
 @dataclass(frozen=True)
 class GridKind:
     """What a format lets the quantizer choose from.
 
-    levels: () for an affine grid of codes 0..2^bits-1 with a zero point; else the values of the codes 0, 1, 2 …, before
-    the scale. zero_min: the smallest zero point that can be stored. scale_dtype: what a scale is stored in, by
-    safetensors' name. tile: (rows, columns) under one scale; columns -1 is the whole row, () one row's group_size.
+    levels: "" for an affine grid of codes 0..2^bits-1 with a zero point. E2M1: the 15 values of a 4-bit float, as codes
+    0..24 of halves with zero point 12, of which only those values are taken: so all arithmetic of affine grids holds,
+    with half the scale. E4M3: codes are the bits of an 8-bit float. zero_min: the smallest zero point that can be
+    stored. scale_dtype: what a scale is stored in, by safetensors' name. divided: stored scales are divided by one
+    float32 of the tensor. tile: (rows, columns) under one scale; () one row's group_size.
     """
 
     bits: int
     group_size: int
     sym: bool
-    levels: tuple[float, ...] = ()
+    levels: str = ""
     zero_min: int = 0
     scale_dtype: str = "F16"
+    divided: bool = False
     tile: tuple[int, int] | tuple[()] = ()
 
     @property
@@ -50,10 +63,6 @@ class GridKind:
         from doctor.checkpoint.dtypes import DTYPES
 
         return getattr(torch, str(DTYPES[self.scale_dtype].torch))
-
-    def snapped(self, scale: torch.Tensor) -> torch.Tensor:
-        """scale f32 rounded to what is stored, as f32; see store_scale."""
-        return store_scale(scale, self.torch_scale_dtype)
 
 
 def group_width(k: int, group_size: int) -> int:
@@ -84,9 +93,29 @@ def neighbours(k: int, groups: int, like: Array) -> Array:
 
 
 def dequantize(codes: Array, grid: Grid, g_idx: Array | None = None) -> Array:
-    """scale * (code - zero), f32[n, k], of codes u8[n, k]. g_idx i32[k]: each column's group, None for neighbours."""
+    """scale * (code - zero), f32[n, k], of codes u8[n, k]. g_idx i32[k]: each column's group, None for neighbours.
+    Codes of E4M3 are their own values.
+    """
     scale, zero = by_column(grid, codes.shape[1], g_idx)
+    if grid.levels == E4M3:
+        return cast(as_e4m3(codes), "F32") * scale
     return (cast(codes, "F32") - zero) * scale
+
+
+def as_e4m3(codes: Array) -> Array:
+    """The 8-bit floats whose bits codes u8 are; of NumPy codes, their values in float32."""
+    if is_torch(codes):
+        return codes.view(sys.modules["torch"].float8_e4m3fn)
+    return e4m3_values()[codes]
+
+
+def e4m3_values() -> Array:
+    """f32[256]: value of each E4M3 code."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, (codes & 7).astype(np.float32)
+    values = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * np.exp2(exponent - 7.0))
+    values[(codes & 0x7F) == 0x7F] = np.nan
+    return np.where(codes & 0x80, -values, values).astype(np.float32)
 
 
 def by_column(grid: Grid, k: int, g_idx: Array | None) -> tuple[Array, Array]:

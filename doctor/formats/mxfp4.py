@@ -14,15 +14,19 @@ huggingface/transformers src/transformers/integrations/mxfp4.py (convert_moe_pac
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from doctor.checkpoint.safetensors import TensorInfo
+from doctor.core.errors import NotQuantizable
 from doctor.core.lazy_numpy import np
+from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, cast, is_torch
 from doctor.formats.base import Format, Part, Parts, Shapes, Texts, register
-from doctor.formats.e2m1 import scaled
+from doctor.formats.e2m1 import packed_halves, scaled
+from doctor.formats.grid import Grid
 from doctor.formats.nvfp4 import NVFP4Packed
 
 GROUP = 32
@@ -37,16 +41,23 @@ class MXFP4Packed(NVFP4Packed):
     label = "compressed-tensors MXFP4"
     part_names = ("weight_packed", "weight_scale")
     needed = ("weight_scale",)
+    groups: tuple[int, ...] = (GROUP,)
+    activations: tuple[str, ...] = ("mxfp4",)
     unit = (GROUP, 1)
     layout = "mxfp4-pack-quantized"
     group = GROUP
-    activations = ()
+    scale_dtype = "F8_E8M0"
+    global_inputs: tuple[str, ...] = ()
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
         return (
             Part("weight_packed", "U8", (out_features, in_features // 2)),
             Part("weight_scale", "U8", (out_features, in_features // GROUP)),
         )
+
+    def pack(self, codes: Array, grid: Grid, g_idx: Array | None, scheme: Scheme) -> dict[str, Array]:
+        """codes u8[n, k] in halves (grid.E2M1), grid.scale f32[n, G] of them."""
+        return {"weight_packed": packed_halves(codes), "weight_scale": exponents(grid.scale * 2)}
 
     def unpack(
         self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
@@ -108,6 +119,18 @@ def unpack_experts(blocks: Array, scales: Array) -> Array:
     experts, n, groups, width = blocks.shape
     packed = blocks.reshape(experts * n, groups * width)
     return scaled(packed, powers(scales.reshape(experts * n, groups)), width * 2).reshape(experts, n, -1)
+
+
+def exponents(scale: Array) -> Array:
+    """u8 of scales that are powers of two, 2^-127 to 2^127: powers() undoes it. NotQuantizable for another scale."""
+    if is_torch(scale):
+        fraction, exponent = sys.modules["torch"].frexp(scale)
+    else:
+        fraction, exponent = np.frexp(scale)
+    stored = exponent + 126
+    if not ((fraction == 0.5) & (stored >= 0) & (stored < NAN)).all():
+        raise NotQuantizable(_("a scale is no power of two: its grid was fitted for another format."))
+    return cast(stored, "U8")
 
 
 def powers(exponents: Array) -> Array:

@@ -26,14 +26,16 @@ from functools import partial
 from typing import Any
 
 from doctor.checkpoint.safetensors import TensorInfo
+from doctor.core.errors import NotQuantizable
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _
-from doctor.core.recipe import Scheme
-from doctor.formats.arrays import Array, cast
+from doctor.core.recipe import Recipe, Scheme
+from doctor.formats.arrays import Array, cast, contiguous
 from doctor.formats.base import Format, Part, Parts, Quantization, Shapes, Texts, register
 from doctor.formats.compressed_tensors import CompressedTensors, weight_groups
-from doctor.formats.e2m1 import scaled
+from doctor.formats.e2m1 import packed_halves, scaled
 from doctor.formats.exclusions import Exclusion
+from doctor.formats.grid import E2M1, Grid, GridKind
 
 GROUP = 16
 SCALE = "F8_E4M3"
@@ -137,21 +139,56 @@ class NVFP4Packed(CompressedTensors):
     needed: tuple[str, ...] = ("weight_scale", "weight_global_scale")
     sampled: tuple[str, ...] = ()
     bits: tuple[int, ...] = (4,)
-    writes = False
+    groups: tuple[int, ...] = (GROUP,)
+    methods: tuple[str, ...] = ("gptq", "rtn")
+    activations: tuple[str, ...] = ()
     own_widths = False
     affine = False
     unit = (GROUP, 1)
+    joint = ("bits", "group_size", "sym", "weight_global_scale")
     layout = "nvfp4-pack-quantized"
     group = GROUP
-    activations: tuple[str, ...] = ("input_global_scale",)
+    scale_dtype = SCALE
+    global_inputs: tuple[str, ...] = ("input_global_scale",)
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
         return (
             Part("weight_packed", "U8", (out_features, in_features // 2)),
             Part("weight_scale", SCALE, (out_features, in_features // GROUP)),
             Part("weight_global_scale", "F32", (1,)),
-            Part("input_global_scale", "F32", (1,)),
         )
+
+    def grid(self, scheme: Scheme) -> GridKind:
+        divided = "weight_global_scale" in self.needed
+        return GridKind(4, self.group, True, E2M1, scale_dtype=self.scale_dtype, divided=divided)
+
+    def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str:
+        if in_features % self.group:
+            return _("in_features {size} is not a multiple of group_size {group}", size=in_features, group=self.group)
+        return ""
+
+    def pack(self, codes: Array, grid: Grid, g_idx: Array | None, scheme: Scheme) -> dict[str, Array]:
+        """codes u8[n, k] in halves (grid.E2M1), grid.scale f32[n, G] of them, grid.divisor f32[1]."""
+        stored = cast(grid.scale * 2 * grid.divisor, self.scale_dtype)
+        if not (cast(stored, "F32") / grid.divisor / 2 == grid.scale).all():
+            raise NotQuantizable(_("a scale is no 8-bit float under its divisor: codes were chosen against another."))
+        return {
+            "weight_packed": packed_halves(codes),
+            "weight_scale": contiguous(stored),
+            "weight_global_scale": grid.divisor,
+        }
+
+    def weights(self, recipe: Recipe) -> dict[str, Any]:
+        divided = "weight_global_scale" in self.needed
+        return {
+            "num_bits": 4,
+            "type": "float",
+            "symmetric": True,
+            "group_size": self.group,
+            "strategy": "tensor_group" if divided else "group",
+            "dynamic": False,
+            "scale_dtype": "torch.float8_e4m3fn" if divided else "torch.uint8",
+        }
 
     def size(self, words: tuple[int, ...], bits: int, version: str = "") -> tuple[int, int]:
         return words[1] * 2, words[0]
@@ -167,9 +204,6 @@ class NVFP4Packed(CompressedTensors):
         divisor = cast(parts["weight_global_scale"], "F32").reshape(-1)[0]
         return scaled(parts["weight_packed"][rows], cast(parts["weight_scale"][rows], "F32") / divisor, GROUP)
 
-    def claims(self, raw: Mapping[str, Any]) -> bool:
-        return raw.get("quant_method") in CompressedTensors.quant_methods and raw.get("format") == self.layout
-
     def read(self, raw: Mapping[str, Any], file: str, pointer: str, own: bool = True) -> Quantization:
         groups = weight_groups(raw)
         quantized = any(isinstance(group.get("input_activations"), Mapping) for group in groups)
@@ -182,7 +216,7 @@ class NVFP4Packed(CompressedTensors):
             dict(raw),
             file,
             pointer,
-            also_needed=self.activations if quantized else (),
+            also_needed=self.global_inputs if quantized else (),
         )
 
 

@@ -42,6 +42,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 # Weights in other containers would be a second, unquantized copy of the model; pickles are never carried along.
 _NOT_COPIED = re.compile(
@@ -112,7 +113,7 @@ class Output(Stage):
         if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             _write_json(self.stage / INDEX_NAME, index)
-        words = f".{format_of(recipe).words}"
+        words = f".{format_of(recipe).mark}"
         names = [name.rpartition(".")[0] for name in weight_map if name.endswith(words)]
         write_configs(self.stage, checkpoint, recipe, quantization_config(recipe, kept, names, linears))
         for name, entry in checkpoint.entries.items():

@@ -29,7 +29,7 @@ from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.forward.linear_groups import Modules, Stages
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.staged import StagedForward
-from doctor.quant.linear import Solved, outcome, pack_linear, put_weight, solve_linear
+from doctor.quant.linear import Solved, divisors, outcome, pack_linear, put_weight, solve_linear
 from doctor.quant.records import Record, failed, put_facts, record
 from doctor.quant.selection import Selection, select_linears
 from doctor.quant.setup import Setup
@@ -113,12 +113,13 @@ def _attempt(setup: Setup, activations: Activations | None, i: int, recipe: Reci
         put_facts(setup.store, kept.linear.name, kept.solved, None)
         records.append(kept.record)
     records += [kept.record for kept in selection.fused]
+    scaled = divisors(selection.modules, recipe)
     if activations is None:
         for linear, module in selection.modules.values():
-            solved = solve_linear(linear, module, None, recipe)
-            records.append(_finish_linear(setup, recipe, selection.modules, linear.name, solved, None, packed))
+            solved = solve_linear(linear, module, None, recipe, None, scaled.get(linear.name, 1.0))
+            records.append(_finish_linear(setup, recipe, selection.modules, linear.name, solved, None, packed, scaled))
         return Attempt(tuple(records), packed, _settle(setup, recipe, records))
-    return _attempt_in_stages(setup, activations, i, recipe, selection.modules, records, packed)
+    return _attempt_in_stages(setup, activations, i, recipe, selection.modules, records, packed, scaled)
 
 
 def _attempt_in_stages(
@@ -129,6 +130,7 @@ def _attempt_in_stages(
     modules: Modules,
     records: list[Record],
     packed: Tensors,
+    scaled: dict[str, float],
 ) -> Attempt:
     """Stage after stage: take the inputs, then quantize. At the end the layer's outputs are the next layer's inputs."""
     groups = activations.linear_groups(i, modules)
@@ -140,9 +142,9 @@ def _attempt_in_stages(
         for number, stage in enumerate(stages):
             inputs = _stage_inputs(setup, forward, number, recipe)
             names = [name for group in stage for name in group]
-            for name, solved in _solve_stage(setup, recipe, modules, names, inputs, folding):
+            for name, solved in _solve_stage(setup, recipe, modules, names, inputs, folding, scaled):
                 given = inputs[name]
-                records.append(_finish_linear(setup, recipe, modules, name, solved, given, packed, folding))
+                records.append(_finish_linear(setup, recipe, modules, name, solved, given, packed, scaled, folding))
             if any(r["outcome"] == "failed" for r in records):
                 break
         verdict = _settle(setup, recipe, records)
@@ -169,6 +171,7 @@ def _solve_stage(
     names: Sequence[str],
     inputs: dict[str, LayerInput],
     folding: ScaleFolding | None,
+    scaled: dict[str, float],
 ):
     """(name, Solved) of every linear of a stage, in order. With several ranks each solves its own first, then all get
     the others'.
@@ -177,7 +180,8 @@ def _solve_stage(
 
     def solved(name: str) -> Solved:
         linear, module = modules[name]
-        return solve_linear(linear, module, inputs[name], recipe, folding.columns.get(name) if folding else None)
+        columns = folding.columns.get(name) if folding else None
+        return solve_linear(linear, module, inputs[name], recipe, columns, scaled.get(name, 1.0))
 
     if ranks.size == 1:
         for name in names:
@@ -205,6 +209,7 @@ def _finish_linear(
     solved: Solved,
     given: LayerInput | None,
     packed: Tensors,
+    scaled: dict[str, float],
     folding: ScaleFolding | None = None,
 ) -> Record:
     """Pack a solved linear into `packed`, replace its weight by the dequantized one, so that later linears see the
@@ -213,7 +218,7 @@ def _finish_linear(
     linear, module = modules[name]
     started = time.perf_counter()
     try:
-        found = pack_linear(linear, solved, recipe)
+        found = pack_linear(linear, solved, recipe, scaled.get(name, 1.0))
     except NotQuantizable as error:
         fact, seconds = failed(recipe, error.message), solved.seconds
     else:

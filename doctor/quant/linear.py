@@ -5,6 +5,7 @@ back.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,15 @@ from doctor.core.methods import is_calibrated
 from doctor.core.recipe import Recipe
 from doctor.core.records import SolveRecord
 from doctor.formats.base import format_of
+from doctor.formats.grid import E4M3
 from doctor.model.linears import Linear
+from doctor.plan.groups import together
 from doctor.quant import pack
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.records import failed
 from doctor.quant.solve import awq, gptq
+from doctor.quant.solve.eight_bit_floats import round_to_floats
+from doctor.quant.solve.float_scale import divisor_of, scale_of
 from doctor.quant.solve.rtn import round_to_nearest
 from doctor.quant.solve.solution import Solution
 
@@ -45,9 +50,9 @@ class Packed:
     weight: torch.Tensor
 
 
-def grid_options(recipe: Recipe) -> dict[str, Any]:
+def grid_options(recipe: Recipe, divisor: float = 1.0) -> dict[str, Any]:
     """bits, group_size and sym of the recipe, and what the output format asks of a grid: the least zero point (GPTQ v1
-    stores zero - 1) and the dtype of a scale.
+    stores zero - 1) and how a scale is stored, under this divisor where the format has one.
     """
     kind = format_of(recipe).grid(recipe.scheme)
     return {
@@ -55,7 +60,7 @@ def grid_options(recipe: Recipe) -> dict[str, Any]:
         "group_size": kind.group_size,
         "sym": kind.sym,
         "zero_min": kind.zero_min,
-        "scale_dtype": kind.torch_scale_dtype,
+        "scale_dtype": scale_of(kind, divisor),
     }
 
 
@@ -72,21 +77,31 @@ def put_weight(module: nn.Module, W: torch.Tensor, transposed: bool) -> None:
 
 
 def solve_linear(
-    linear: Linear, module: nn.Module, given: LayerInput | None, recipe: Recipe, columns: torch.Tensor | None = None
+    linear: Linear,
+    module: nn.Module,
+    given: LayerInput | None,
+    recipe: Recipe,
+    columns: torch.Tensor | None = None,
+    divisor: float = 1.0,
 ) -> Solved:
     """Codes and grid of one linear. given: its calibration input, None without calibration. columns f32[k]: factors
-    that AWQ folded into the weight's columns, None for none.
+    that AWQ folded into the weight's columns, None for none. divisor: of its scales, from `divisors`.
     """
     started = time.perf_counter()
     try:
-        solution = _solution(weight_of(linear, module), given, recipe.for_linear(linear.name), columns)
+        solution = _solution(weight_of(linear, module), given, recipe.for_linear(linear.name), columns, divisor)
     except NotQuantizable as error:
         return Solved(None, error.message, time.perf_counter() - started)
     return Solved(solution, "", time.perf_counter() - started)
 
 
-def _solution(W: torch.Tensor, given: LayerInput | None, recipe: Recipe, columns: torch.Tensor | None) -> Solution:
-    options = grid_options(recipe)
+def _solution(
+    W: torch.Tensor, given: LayerInput | None, recipe: Recipe, columns: torch.Tensor | None, divisor: float
+) -> Solution:
+    kind = format_of(recipe).grid(recipe.scheme)
+    if kind.levels == E4M3:
+        return round_to_floats(W, kind)
+    options = grid_options(recipe, divisor)
     if given is None or not given.usable:
         return round_to_nearest(W, mse=recipe.mse, **options)
     if recipe.solver.folds_scales:
@@ -102,15 +117,18 @@ def _solution(W: torch.Tensor, given: LayerInput | None, recipe: Recipe, columns
     )
 
 
-def pack_linear(linear: Linear, solved: Solved, recipe: Recipe) -> Packed:
-    """The solution in the recipe's output format. Raises NotQuantizable where there is none, or the format cannot
-    hold it; CudaError where words packed on a GPU do not read back.
+def pack_linear(linear: Linear, solved: Solved, recipe: Recipe, divisor: float = 1.0) -> Packed:
+    """The solution in the recipe's output format. divisor: as in solve_linear. Raises NotQuantizable where there is
+    none, or the format cannot hold it; CudaError where words packed on a GPU do not read back.
     """
     if solved.solution is None:
         raise NotQuantizable(solved.failure)
     own = recipe.for_linear(linear.name)
     solution = solved.solution
-    parts = pack.pack_linear(linear.name, solution.codes, solution.grid, solution.g_idx, own)
+    grid = solution.grid
+    if format_of(own).grid(own.scheme).divided:
+        grid = grid._replace(divisor=torch.tensor([divisor], dtype=torch.float32, device=grid.scale.device))
+    parts = pack.pack_linear(linear.name, solution.codes, grid, solution.g_idx, own)
     W = solution.weight()
     if W.is_cuda and not torch.equal(pack.unpack_linear(linear.name, parts, own), W):
         raise CudaError(
@@ -122,6 +140,17 @@ def pack_linear(linear: Linear, solved: Solved, recipe: Recipe) -> Packed:
             _("Set DOCTOR_KERNELS=0 to quantize with torch, and report this text."),
         )
     return Packed({name: part.cpu() for name, part in parts.items()}, W)
+
+
+def divisors(modules: Mapping[str, tuple[Linear, nn.Module]], recipe: Recipe) -> dict[str, float]:
+    """The divisor of the scales of each linear, from the weights as they are now: one for those that an engine joins.
+    {} for a format without.
+    """
+    if not format_of(recipe).grid(recipe.scheme).divided:
+        return {}
+    most = {name: float(weight_of(*pair).abs().amax()) for name, pair in modules.items()}
+    linears = [linear for linear, _module in modules.values()]
+    return {name: divisor_of(max(most[other] for other in together(linears, [name]))) for name in most}
 
 
 def outcome(solved: Solved, given: LayerInput | None, recipe: Recipe, folded: str = "") -> SolveRecord:

@@ -1,4 +1,4 @@
-"""NVFP4 and MXFP4: bytes decode to the numbers of compressed-tensors' own vectors, in NumPy and in torch."""
+"""NVFP4, MXFP4 and MXFP8: bytes decode to the numbers of compressed-tensors' own vectors, in NumPy and in torch."""
 
 import importlib.util
 import json
@@ -11,12 +11,13 @@ import torch
 from doctor.core.errors import BadCheckpoint
 from doctor.core.recipe import Scheme
 from doctor.formats.base import KNOWN
-from doctor.formats.fp8 import e4m3_values
+from doctor.formats.grid import e4m3_values
 from doctor.formats.mxfp4 import powers, unpack_experts
 
 VECTORS = Path(__file__).parents[2] / "fixtures" / "vectors"
 E4M3 = e4m3_values()
 FORMS = {"ct_nvfp4_out8_in64": "nvfp4-pack-quantized", "ct_mxfp4_out8_in64": "mxfp4-pack-quantized"}
+FORMS["ct_mxfp8_out8_in64"] = "mxfp8-quantized"
 
 
 def array(tensor):
@@ -46,7 +47,7 @@ def test_bytes_of_the_library_decode_to_its_numbers(name, as_torch, rows):
     form = KNOWN[FORMS[name]]
     if as_torch:
         parts = {part: torch.from_numpy(np.ascontiguousarray(codes)) for part, codes in parts.items()}
-    found = np.asarray(form.unpack(parts, Scheme(4, form.group), (8, 64), rows))
+    found = np.asarray(form.unpack(parts, Scheme(4, form.groups[0]), (8, 64), rows))
     np.testing.assert_array_equal(found, wanted[rows or slice(None)])
 
 

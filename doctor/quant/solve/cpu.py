@@ -14,11 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from doctor.core.messages import _
+from doctor.quant.solve.float_scale import FloatScale
 from doctor.scan import native
+
+ScaleKind = torch.dtype | FloatScale
 
 BLOCK, _PANEL = 128, 4  # columns of a block and of a panel, BLOCK and COLUMNS of solve.c
 _WORK_OF_A_THREAD = 1 << 16  # weights below which a second thread costs more than it brings
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_FLOATS, _POWERS = 3, 4  # scales of 4-bit floats: 8-bit floats under a divisor, powers of two
 
 
 class NativeGridParams(ctypes.Structure):
@@ -27,6 +31,7 @@ class NativeGridParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_float) for name in ("top", "half", "zero_min")),
         *((name, ctypes.c_int32) for name in ("sym", "turn", "mse", "dtype", "ratios", "fine", "refits")),
+        ("divisor", ctypes.c_float),
     ]
 
 
@@ -235,21 +240,22 @@ def _run(
 
 
 def native_grid_params(
-    bits: int,
+    top: int,
+    middle: int,
     sym: bool,
     *,
     turn: bool,
     mse: bool,
     zero_min: int,
-    dtype: torch.dtype,
+    dtype: ScaleKind,
     ratios: int,
     fine: int,
     refits: int,
 ) -> NativeGridParams:
     """The arguments of grid.fit as solve.c takes them."""
-    return NativeGridParams(
-        2**bits - 1, 2 ** (bits - 1), zero_min, sym, turn, mse, _DTYPES[dtype], ratios, fine, refits
-    )
+    kind = (_POWERS if dtype.power else _FLOATS) if isinstance(dtype, FloatScale) else _DTYPES[dtype]
+    divisor = dtype.divisor if isinstance(dtype, FloatScale) else 1.0
+    return NativeGridParams(top, middle, zero_min, sym, turn, mse, kind, ratios, fine, refits, divisor)
 
 
 def _share(n: int, work: int, part: Callable[[int, int], None]) -> None:

@@ -45,6 +45,7 @@ from doctor.quant.solve.factor import factorise_with_escalation, reversed_factor
 from doctor.quant.solve.grid import (
     Grid,
     GridParams,
+    ScaleKind,
     contiguous_groups,
     dequantize,
     group_width,
@@ -75,7 +76,7 @@ def solve(
     damp: float = DAMP,
     damp_max: float = DAMP_MAX,
     zero_min: int = 1,
-    scale_dtype: torch.dtype = torch.float16,
+    scale_dtype: ScaleKind = torch.float16,
 ) -> Solution:
     """Codes, grid and losses of W[n, k] under H[k, k] = 2/n X^T X, both on one device.
 

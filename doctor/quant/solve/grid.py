@@ -28,8 +28,9 @@ from doctor.formats.grid import (
     contiguous_groups,
     dequantize,
     group_width,
-    store_scale,
 )
+from doctor.formats.grid import store_scale as store_in
+from doctor.quant.solve.float_scale import FloatScale
 from doctor.quant.solve.numerics import all_finite
 
 # What a grid is, stands in doctor/formats; who fits one finds all of it here.
@@ -44,15 +45,24 @@ __all__ = [
     "contiguous_groups",
     "dequantize",
     "group_width",
+    "largest",
+    "middle_of",
+    "nearest",
     "quantize",
     "require_finite",
     "store_scale",
+    "top_of",
 ]
 # Shrink factors of the min-max scale. Above 1: absmax lands on the last code on both sides (7.5/7 at 4 bits).
 # Below 0.45 nothing was ever chosen at 4 bits; 2 bits reach 0.5.
 RATIOS = tuple(1.10 - 0.035 * step for step in range(20))
 FINE = (-0.020, -0.010, 0.010, 0.020)
 REFITS = 2
+# Of 4-bit floats: absmax on 6 is 1, on 4 it is 1.5; between them and below, 8-bit scales are 6 to 12 % apart.
+FLOAT_RATIOS = tuple(1.60 - 0.045 * step for step in range(20))
+POWERS = (2.0, 0.5)  # of 4-bit floats under powers of two
+
+ScaleKind = torch.dtype | FloatScale
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,12 @@ class GridParams:
     mse: bool
     signed: bool
     zero_min: int
-    scale_dtype: torch.dtype
+    scale_dtype: ScaleKind
+
+    @property
+    def floats(self) -> bool:
+        """Whether the levels are those of a 4-bit float, which no CUDA kernel rounds to."""
+        return isinstance(self.scale_dtype, FloatScale)
 
 
 def require_finite(W: torch.Tensor) -> None:
@@ -85,10 +100,48 @@ def require_finite(W: torch.Tensor) -> None:
         )
 
 
-def quantize(W: torch.Tensor, grid: Grid, bits: int, g_idx: torch.Tensor | None = None) -> torch.Tensor:
+def quantize(
+    W: torch.Tensor,
+    grid: Grid,
+    bits: int,
+    g_idx: torch.Tensor | None = None,
+    scale_dtype: ScaleKind = torch.float16,
+) -> torch.Tensor:
     """Nearest codes u8[n, k] of W[n, k]; ties go to the even multiple of the scale.
 
-    g_idx i32[k]: the group of each column; None for groups of neighbours.
+    g_idx i32[k]: the group of each column; None for groups of neighbours. scale_dtype: tells 4-bit floats.
     """
     scale, zero = by_column(grid, W.shape[1], g_idx)
-    return (W.to(torch.float32) / scale).round_().add_(zero).clamp_(0, 2**bits - 1).to(torch.uint8)
+    return nearest(W.to(torch.float32) / scale, zero, bits, scale_dtype).to(torch.uint8)
+
+
+def nearest(x: torch.Tensor, zero: torch.Tensor, bits: int, scale_dtype: ScaleKind) -> torch.Tensor:
+    """Codes as f32 of x f32 = w / scale, which is overwritten.
+
+    Of 4-bit floats x is in halves: steps of 1 below 4, of 2 below 8, of 4 up to 12. Ties go to the even code.
+    """
+    if not isinstance(scale_dtype, FloatScale):
+        return x.round_().add_(zero).clamp_(0, 2**bits - 1)
+    size = x.abs()
+    step = 1 + (size >= 4).to(x.dtype) + 2 * (size >= 8)
+    return x.clamp_(-12, 12).div_(step).round_().mul_(step).add_(zero)
+
+
+def top_of(bits: int, scale_dtype: ScaleKind) -> int:
+    """The largest code."""
+    return 24 if isinstance(scale_dtype, FloatScale) else 2**bits - 1
+
+
+def middle_of(bits: int, scale_dtype: ScaleKind) -> int:
+    """The zero point of a symmetric grid."""
+    return 12 if isinstance(scale_dtype, FloatScale) else 2 ** (bits - 1)
+
+
+def store_scale(scale: torch.Tensor, scale_dtype: ScaleKind) -> torch.Tensor:
+    """scale f32 > 0 rounded to what is stored, as f32; see doctor.formats.grid.store_scale."""
+    return scale_dtype.snap(scale) if isinstance(scale_dtype, FloatScale) else store_in(scale, scale_dtype)
+
+
+def largest(scale_dtype: ScaleKind) -> float:
+    """The largest scale that is stored."""
+    return scale_dtype.most if isinstance(scale_dtype, FloatScale) else torch.finfo(scale_dtype).max

@@ -11,16 +11,24 @@ import torch
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.quant.solve import cpu, cuda
+from doctor.quant.solve.float_scale import FloatScale
 from doctor.quant.solve.grid import (
     BITS,
     FINE,
+    FLOAT_RATIOS,
+    POWERS,
     RATIOS,
     REFITS,
     Grid,
     GridParams,
+    ScaleKind,
     group_width,
+    largest,
+    middle_of,
+    nearest,
     require_finite,
     store_scale,
+    top_of,
 )
 
 _CHUNK_CPU = 1 << 18  # weights at a time: four float32 temporaries of 1 MiB stay in the cache of a core
@@ -37,7 +45,7 @@ def fit(
     weight: torch.Tensor | None = None,
     signed: bool = False,
     zero_min: int = 0,
-    scale_dtype: torch.dtype = torch.float16,
+    scale_dtype: ScaleKind = torch.float16,
 ) -> Grid:
     """Grid of every group of W[n, k].
 
@@ -57,7 +65,7 @@ def fit(
     n, k = W.shape
     width = group_width(k, group_size)
     require_finite(W)
-    if W.is_cuda and cuda.available(W.device) is None:
+    if W.is_cuda and cuda.available(W.device) is None and isinstance(scale_dtype, torch.dtype):
         fitted = cuda.fit(
             W,
             bits,
@@ -124,23 +132,32 @@ def native_params_of(params: GridParams) -> tuple[cpu.NativeGridParams, torch.Te
 
 
 def native_grid_params(
-    bits: int, sym: bool, *, mse: bool, signed: bool, zero_min: int, scale_dtype: torch.dtype
+    bits: int, sym: bool, *, mse: bool, signed: bool, zero_min: int, scale_dtype: ScaleKind
 ) -> tuple[cpu.NativeGridParams, torch.Tensor]:
     """The arguments of `fit` as the native loops take them: (rule, candidates f32[ratios + fine])."""
+    ratios, fine = _ratios(scale_dtype)
     return (
         cpu.native_grid_params(
-            bits,
+            top_of(bits, scale_dtype),
+            middle_of(bits, scale_dtype),
             sym,
             turn=signed,
             mse=mse,
             zero_min=zero_min,
             dtype=scale_dtype,
-            ratios=len(RATIOS),
-            fine=len(FINE),
+            ratios=len(ratios),
+            fine=len(fine),
             refits=REFITS,
         ),
-        torch.tensor([*RATIOS, *FINE]),
+        torch.tensor([*ratios, *fine]),
     )
+
+
+def _ratios(scale_dtype: ScaleKind) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Factors of the first scale that a search tries, and shares of it that are added to the best."""
+    if not isinstance(scale_dtype, FloatScale):
+        return RATIOS, FINE
+    return (POWERS, ()) if scale_dtype.power else (FLOAT_RATIOS, FINE)
 
 
 def _turn(part: torch.Tensor) -> torch.Tensor:
@@ -149,10 +166,13 @@ def _turn(part: torch.Tensor) -> torch.Tensor:
 
 
 def _minmax(
-    part: torch.Tensor, bits: int, sym: bool, zero_min: int, dtype: torch.dtype
+    part: torch.Tensor, bits: int, sym: bool, zero_min: int, dtype: ScaleKind
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """scale f32[r, G, 1] and zero f32[r, G, 1] that span part f32[r, G, g]."""
-    top, half = 2**bits - 1, float(2 ** (bits - 1))
+    top, half = top_of(bits, dtype), float(middle_of(bits, dtype))
+    if isinstance(dtype, FloatScale):
+        scale = dtype.first(part.abs().amax(-1, keepdim=True))
+        return scale, torch.full_like(scale, half)
     if sym:
         span = part.abs().amax(-1, keepdim=True)
         scale = span / (half - 0.5)
@@ -180,27 +200,28 @@ def _search(
 
     Every candidate is rounded to the stored dtype first, so the error that is compared is the error that is kept.
     """
-    top = 2**bits - 1
+    top = top_of(bits, dtype)
     first, zero = start
-    best = [first, zero, rounding_error(part, cost, first, zero, top)]
+    best = [first, zero, rounding_error(part, cost, first, zero, bits, dtype)]
 
     def consider(scale: torch.Tensor, zero: torch.Tensor) -> None:
-        scale = store_scale(scale.clamp_max(torch.finfo(dtype).max), dtype)
-        error = rounding_error(part, cost, scale, zero, top)
+        scale = store_scale(scale.clamp_max(largest(dtype)), dtype)
+        error = rounding_error(part, cost, scale, zero, bits, dtype)
         better = error < best[2]
         for slot, value in enumerate((scale, zero, error)):
             best[slot] = torch.where(better, value, best[slot])
 
     live = part.abs().amax(-1, keepdim=True) > 0
-    for ratio in RATIOS:
+    ratios, fine = _ratios(dtype)
+    for ratio in ratios:
         consider(first * ratio, zero)
-    for step in FINE:
+    for step in fine:
         consider(torch.where(live, best[0] + first * step, best[0]), best[1])
     if not sym:
         for step in (-1, 1):
             consider(best[0], (best[1] + step).clamp_(zero_min, top))
     for _pass in range(REFITS):
-        level = (part / best[0]).round_().add_(best[1]).clamp_(0, top).sub_(best[1])
+        level = nearest(part / best[0], best[1], bits, dtype).sub_(best[1])
         weighted = level if cost is None else level * cost
         norm = (weighted * level).sum(-1, keepdim=True)
         refit = (weighted * part).sum(-1, keepdim=True) / norm
@@ -209,8 +230,13 @@ def _search(
 
 
 def rounding_error(
-    part: torch.Tensor, cost: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor, top: int
+    part: torch.Tensor,
+    cost: torch.Tensor | None,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+    dtype: ScaleKind,
 ) -> torch.Tensor:
     """Weighted squared rounding error f32[r, G, 1]."""
-    off = (part / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale).sub_(part).square_()
+    off = nearest(part / scale, zero, bits, dtype).sub_(zero).mul_(scale).sub_(part).square_()
     return (off if cost is None else off.mul_(cost)).sum(-1, keepdim=True)

@@ -31,7 +31,7 @@ def loss_shares(
     rows = rows if n <= most else rows * n // most
     part = W[rows]
     grid = fit_with(params, part, cost)
-    E = part - dequantize(quantize(part, grid, params.bits), grid)
+    E = part - dequantize(quantize(part, grid, params.bits, scale_dtype=params.scale_dtype), grid)
     whole, rounded = energies(torch.cat([part, E]), H).view(2, -1).sum(1)
     ours = loss[rows].sum()
     if n > most:

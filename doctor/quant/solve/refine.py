@@ -11,7 +11,16 @@ import torch
 from doctor.core.recipe import DAMP
 from doctor.quant.solve import cpu, cuda
 from doctor.quant.solve.columns import BLOCK, SUB
-from doctor.quant.solve.grid import Grid, GridParams, contiguous_groups, group_width, store_scale
+from doctor.quant.solve.grid import (
+    Grid,
+    GridParams,
+    ScaleKind,
+    contiguous_groups,
+    group_width,
+    largest,
+    nearest,
+    store_scale,
+)
 from doctor.quant.solve.grid_search import native_params_of
 from doctor.quant.solve.spectrum import live_mean
 
@@ -32,10 +41,10 @@ def refine_codes(
     """(codes u8[k, n], grid, whether `lost` f64[n] is still the loss under the damped H). neighbours: groups are runs
     of columns.
     """
-    if not (W.is_cuda and cuda.available(W.device) is None):
+    if params.floats or not (W.is_cuda and cuda.available(W.device) is None):
         codes = codes.T.contiguous()
         for _ in range(passes):
-            codes = descend(W, H, codes, grid, g_idx, params.bits)
+            codes = descend(W, H, codes, grid, g_idx, params.bits, params.scale_dtype)
             grid = refit_scales(W, H, codes, grid, g_idx, params.scale_dtype)
         return codes.T, grid, False
     by_group = None if neighbours else torch.argsort(g_idx, stable=True)
@@ -73,7 +82,7 @@ def improve(
     sym: bool,
     zero_min: int,
     damp: float = DAMP,
-    scale_dtype: torch.dtype = torch.float16,
+    scale_dtype: ScaleKind = torch.float16,
 ) -> tuple[torch.Tensor, Grid]:
     """One pass of refinement of codes u8[n, k] on a grid of neighbours, wherever they come from, under H f32[k, k] with
     damp.
@@ -107,10 +116,15 @@ def improve(
 
 
 def descend(
-    W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, bits: int
+    W: torch.Tensor,
+    H: torch.Tensor,
+    codes: torch.Tensor,
+    grid: Grid,
+    g_idx: torch.Tensor,
+    bits: int,
+    scale_dtype: ScaleKind = torch.float16,
 ) -> torch.Tensor:
     """One pass of coordinate descent: each code u8[n, k] in turn to its best value given all others, under H."""
-    top = 2**bits - 1
     index = g_idx.to(torch.int64)
     scale, zero = grid.scale.T[index], grid.zero.T[index].to(torch.float32)  # [k, n]
     T, chosen = W.T.contiguous(), codes.T.to(torch.float32)
@@ -123,7 +137,7 @@ def descend(
             last = min(end, first + SUB)
             for j in range(first, last):
                 best = pull[j] / H[j, j] + T[j] - error[j] if H[j, j] > 0 else T[j]
-                chosen[j] = (best / scale[j]).round_().add_(zero[j]).clamp_(0, top)
+                chosen[j] = nearest(best / scale[j], zero[j], bits, scale_dtype)
                 moved = T[j] - (chosen[j] - zero[j]) * scale[j] - error[j]
                 error[j] += moved
                 pull[first:last].addr_(H[first:last, j], moved)
@@ -140,7 +154,7 @@ def refit_scales(
     codes: torch.Tensor,
     grid: Grid,
     g_idx: torch.Tensor,
-    dtype: torch.dtype = torch.float16,
+    dtype: ScaleKind = torch.float16,
 ) -> Grid:
     """The grid whose scales minimise tr(E H E^T) given codes u8[n, k]: G unknowns a row, solved together.
 
@@ -169,7 +183,7 @@ def refit_scales(
         best, info = torch.linalg.solve_ex(A, target)
         best = best.to(torch.float32)
         usable = (info == 0)[:, None] & torch.isfinite(best) & (best.sign() == old.sign()) & ~empty
-        size = torch.where(usable, best, old).abs().clamp_max(torch.finfo(dtype).max)
+        size = torch.where(usable, best, old).abs().clamp_max(largest(dtype))
         new = store_scale(size, dtype) * old.sign()
 
         gained = _scale_cost(A, target, new) < _scale_cost(A, target, old)

@@ -9,7 +9,7 @@ import torch
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.quant.solve.factor import Attempt
-from doctor.quant.solve.grid import GridParams, contiguous_groups, dequantize, quantize, require_finite
+from doctor.quant.solve.grid import GridParams, ScaleKind, contiguous_groups, dequantize, quantize, require_finite
 from doctor.quant.solve.grid_search import fit_with
 from doctor.quant.solve.losses import proxy_loss, share_of
 from doctor.quant.solve.numerics import all_finite
@@ -27,7 +27,7 @@ def round_to_nearest(
     mse: bool = True,
     signed: bool = False,
     zero_min: int = 1,
-    scale_dtype: torch.dtype = torch.float16,
+    scale_dtype: ScaleKind = torch.float16,
 ) -> Solution:
     """RTN of W[n, k]. With H, mse weighs columns by its diagonal and the losses are known; without, they are NaN."""
     require_finite(W)
@@ -43,7 +43,7 @@ def rounded(W: torch.Tensor, H: torch.Tensor | None, params: GridParams, attempt
     if H is not None and (mean := live_mean(H)) > 0:
         cost = torch.where(H.diagonal() > 0, H.diagonal(), torch.full_like(H.diagonal(), mean))
     grid = fit_with(params, W, cost)
-    codes = quantize(W, grid, params.bits)
+    codes = quantize(W, grid, params.bits, scale_dtype=params.scale_dtype)
     if H is None:  # rounding by choice, without calibration: the share of W's own energy, which is what H = I gives
         loss = share_of((W - dequantize(codes, grid)).double().square().sum(), W.double().square().sum())
     else:
