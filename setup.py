@@ -23,8 +23,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 SOURCES = "cpu"
-PER_LEVEL = {"scan.c": [], "solve.c": ["-ffp-contract=off"]}  # with flags of its own
-HEADERS = ["level.h", "scan_type.h"]
+PER_LEVEL = {"scan.c": [], "solve.c": ["-ffp-contract=off"], "round.c": ["-ffp-contract=off"]}  # with flags of its own
+HEADERS = ["level.h", "lanes.h", "scan_type.h"]
 
 # No fast-math in any of them: NaN is what the library looks for.
 FLAGS = ["-O3", "-std=gnu11", "-fopenmp-simd", "-fvisibility=default", "-Wall", "-Wextra", "-Wno-psabi"]

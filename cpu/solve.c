@@ -5,90 +5,10 @@
  * of grid.py but for the order of the sum. Every function takes a range of rows, which is how threads share the work; a row's
  * result does not depend on the range.
  */
-#include "level.h"
-
-#if defined(__FMA__)
-#include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
-enum { LANES = 16 };
-#elif defined(__AVX2__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
-typedef float lanes __attribute__((vector_size(4 * LANES)));
-typedef int32_t integers __attribute__((vector_size(4 * LANES)));
-typedef u8 bytes __attribute__((vector_size(LANES)));
+#include "lanes.h"
 
 enum { BLOCK = 128, COLUMNS = 4, PANELS = BLOCK / COLUMNS, WIDE = 3, ROWS = WIDE * LANES, DEPTH = 256, TILES = 8,
        STRIP = 16 };   /* rows that are packed together: their lines stay in the first-level cache */
-
-static inline lanes load(const float *from, int64_t count)
-{
-    lanes out = {0};
-    if (count >= LANES)
-        __builtin_memcpy(&out, from, sizeof out);
-    else if (count > 0)
-        __builtin_memcpy(&out, from, (size_t)count * 4);
-    return out;
-}
-
-static inline void store(float *to, lanes value, int64_t count)
-{
-    if (count >= LANES)
-        __builtin_memcpy(to, &value, sizeof value);
-    else if (count > 0)
-        __builtin_memcpy(to, &value, (size_t)count * 4);
-}
-
-static inline void store_codes(u8 *to, lanes value, int64_t count)
-{
-    bytes codes = __builtin_convertvector(__builtin_convertvector(value, integers), bytes);
-    if (count > 0)
-        __builtin_memcpy(to, &codes, count >= LANES ? LANES : (size_t)count);
-}
-
-static inline lanes all(float x)
-{
-    return x - (lanes){0};
-}
-
-/* a * b + c, rounded once where the level can. */
-static inline lanes fused(lanes a, lanes b, lanes c)
-{
-#if defined(__AVX512F__)
-    return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    return (lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return a * b + c;
-#endif
-}
-
-/* a < b ? a : b, which C has no operator for. */
-static inline lanes smaller(lanes a, lanes b)
-{
-#if defined(__AVX512F__)
-    return (lanes)_mm512_min_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-    return (lanes)_mm256_min_ps((__m256)a, (__m256)b);
-#else
-    const integers yes = a < b;
-    return (lanes)(((integers)a & yes) | ((integers)b & ~yes));
-#endif
-}
-
-static inline lanes larger(lanes a, lanes b) { return -smaller(-a, -b); }
-
-static inline float sum_of(lanes x)
-{
-    float sum = 0.0f;
-    for (int i = 0; i < LANES; i++)
-        sum += x[i];
-    return sum;
-}
 
 /* The arguments of grid.fit that are one for a whole tensor; doctor/quant/solve/cpu.py mirrors this struct. */
 typedef struct {
@@ -117,20 +37,6 @@ static inline lanes code_of(lanes x, lanes zero, const grid_rule *rule)
     }
     x = larger(smaller(x, all(1024.0f)), all(-1024.0f));
     return larger(smaller((x + magic) - magic + zero, all(rule->top)), all(0.0f));
-}
-
-static inline uint32_t bits_of(float x)
-{
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    return bits;
-}
-
-static inline float float_of(uint32_t bits)
-{
-    float x;
-    __builtin_memcpy(&x, &bits, 4);
-    return x;
 }
 
 /* The nearest positive scale that a file can hold (ties to even), never 0; Inf past its range. */

@@ -39,6 +39,7 @@ class BesideWeight(CompressedTensors):
     sampled: tuple[str, ...] = ()
     bits: tuple[int, ...] = (8,)
     groups: tuple[int, ...] = (-1,)
+    rows_apart = True
     own_widths = False
     unit = (1, 1)
     stored = "F8_E4M3"

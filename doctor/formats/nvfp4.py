@@ -142,6 +142,7 @@ class NVFP4Packed(CompressedTensors):
     groups: tuple[int, ...] = (GROUP,)
     methods: tuple[str, ...] = ("gptq", "rtn")
     activations: tuple[str, ...] = ()
+    rows_apart = True
     own_widths = False
     affine = False
     unit = (GROUP, 1)

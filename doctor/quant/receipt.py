@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from doctor.quant.job import Result
 
 def receipt(recipe: Recipe, calibration: CalibrationFacts | None, result: Result, notes: list[str]) -> dict:
     """The receipt as JSON. notes: sentences on what differed from what was asked."""
-    import transformers
-
     linears = [{k: r[k] for k in ("name", "outcome", "solve")} for r in result.records]
     outcomes = {o: result.count(o) for o in sorted({r["outcome"] for r in result.records})}
     return json.loads(
@@ -26,7 +25,7 @@ def receipt(recipe: Recipe, calibration: CalibrationFacts | None, result: Result
             {
                 "doctor": __version__,
                 "torch": torch.__version__,
-                "transformers": transformers.__version__,
+                "transformers": version("transformers"),
                 "recipe": asdict(recipe),
                 "calibration": None if calibration is None else asdict(calibration),
                 "notes": notes,

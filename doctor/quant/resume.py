@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 
 import torch
 
@@ -26,8 +27,6 @@ from doctor.quant.setup import Setup
 
 def fingerprint(checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]], device: str = "cpu") -> dict:
     """What must be equal for two runs to write the same bytes."""
-    import transformers
-
     headers = [(t.name, t.dtype.name, t.shape) for t in checkpoint.tensors.values()]
     files = [
         (e.name, e.size, _modified(checkpoint, e.name))
@@ -40,7 +39,7 @@ def fingerprint(checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]], d
     return {
         "doctor": __version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "threads": torch.get_num_threads(),
         "recipe": {**asdict(recipe), "format": recipe.output_format},
         "rows": hashlib.sha256(repr(rows).encode()).hexdigest(),

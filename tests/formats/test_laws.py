@@ -1,5 +1,5 @@
-"""What holds for every format of affine grids that is written: NumPy and torch make the same words, parts() says what pack() makes, a
-config says what was asked for, and a linear reads back row by row.
+"""What holds for every format of affine grids that is written: NumPy and torch make the same words, parts() says what
+pack() makes, a config says what was asked for, and a linear reads back row by row.
 """
 
 import numpy as np

@@ -113,7 +113,7 @@ def round_columns(
     packed = _packed(k, block, lambda end: end)
     native.function("doctor_pack_factor")(_at(L), _i64(k), _i64(block), _at(packed))
     groups = grid[0].shape[1] if grid else k // width
-    scale, zero = grid or (torch.empty(n, groups), torch.empty(n, groups, dtype=torch.int32))
+    scale, zero = grid[:2] if grid else (torch.empty(n, groups), torch.empty(n, groups, dtype=torch.int32))
     codes = torch.empty(n, k, dtype=torch.uint8)
     sums = _run(
         "doctor_round_columns",

@@ -37,11 +37,15 @@ def scales(W: torch.Tensor, kind: GridKind) -> torch.Tensor:
     """f32[n, G] of W f32[n, k], each exact in kind.scale_dtype; rows of a tile share theirs. 1 for zeros."""
     n, k = W.shape
     width = kind.tile[1] if kind.tile else group_width(k, kind.group_size)
-    span = W.abs().reshape(n, -1, width).amax(2)
+    return scales_of(W.abs().reshape(n, -1, width).amax(2), kind)
+
+
+def scales_of(spans: torch.Tensor, kind: GridKind) -> torch.Tensor:
+    """The same from the largest weight of each group, f32[n, G]."""
     if kind.tile:
         rows = kind.tile[0]
-        span = span.reshape(-1, rows, span.shape[1]).amax(1).repeat_interleave(rows, 0)
+        spans = spans.reshape(-1, rows, spans.shape[1]).amax(1).repeat_interleave(rows, 0)
     if kind.scale_dtype == "F8_E8M0":
-        found = power_of(span) / 256
-        return torch.where(span > 0, found.clamp(2.0**-127, 2.0**127), 1.0)
-    return store_scale(torch.where(span > 0, span / E4M3_MOST, 1.0), kind.torch_scale_dtype)
+        found = power_of(spans) / 256
+        return torch.where(spans > 0, found.clamp(2.0**-127, 2.0**127), 1.0)
+    return store_scale(torch.where(spans > 0, spans / E4M3_MOST, 1.0), kind.torch_scale_dtype)

@@ -137,7 +137,7 @@ def middle_of(bits: int, scale_dtype: ScaleKind) -> int:
     return 12 if isinstance(scale_dtype, FloatScale) else 2 ** (bits - 1)
 
 
-def store_scale(scale: torch.Tensor, scale_dtype: ScaleKind) -> torch.Tensor:
+def store_scale(scale: torch.Tensor, scale_dtype: ScaleKind = torch.float16) -> torch.Tensor:
     """scale f32 > 0 rounded to what is stored, as f32; see doctor.formats.grid.store_scale."""
     return scale_dtype.snap(scale) if isinstance(scale_dtype, FloatScale) else store_in(scale, scale_dtype)
 
