@@ -105,48 +105,23 @@ static inline __attribute__((always_inline)) lanes round_under(const float *w, i
     return sum;
 }
 
-static inline float total(lanes x)   /* in pairs: their additions do not wait for each other */
+/* The sum of all lanes, in pairs: additions that do not wait for each other. */
+static inline float total(lanes x)
 {
-    float part[LANES];
-    __builtin_memcpy(part, &x, sizeof x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            part[i] += part[i + half];
-    return part[0];
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+    return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
 }
 
-/* One run of up to RUN weights under one scale, or under the one of others + 1 that leaves the least error. off, whole: squared
- * errors and squared weights so far, in lanes. */
-static inline __attribute__((always_inline)) void round_run(const void *W, int dtype, int64_t at, int64_t count, int levels, float *scale,
-                                                            const float *more, int64_t stride, int64_t others, u8 *out, lanes *off,
-                                                            lanes *whole)
+/* Codes i32[count] as they are stored. */
+static inline __attribute__((always_inline)) void put(u8 *out, int64_t at, const int32_t *codes, int64_t count, int levels)
 {
-    const int64_t padded = (count + LANES - 1) / LANES * LANES;
-    float w[RUN];
-    int32_t found[2][RUN], *codes = found[0], *tried = found[1];
-    widen(w, W, at, count, dtype);
-    for (int64_t i = count; i < padded; i++)
-        w[i] = 0.0f;
-    for (int64_t i = 0; i < padded; i += LANES)
-        *whole += load(w + i, LANES) * load(w + i, LANES);
-    lanes best = round_under(w, padded, levels, *scale, codes);
-    if (levels == E2M1 && others) {
-        float least = total(best);
-        for (int64_t other = 0; other < others; other++) {
-            const float candidate = more[other * stride];
-            const lanes errors = round_under(w, padded, E2M1, candidate, tried);
-            const float error = total(errors);
-            if (error < least) {
-                int32_t *swapped = codes;
-                least = error;
-                best = errors;
-                *scale = candidate;
-                codes = tried;
-                tried = swapped;
-            }
-        }
-    }
-    *off += best;
     if (levels == E2M1)
         for (int64_t i = 0; i < count / 2; i++)
             out[at / 2 + i] = (u8)(codes[2 * i] | codes[2 * i + 1] << 4);
@@ -155,9 +130,51 @@ static inline __attribute__((always_inline)) void round_run(const void *W, int d
             out[at + i] = (u8)codes[i];
 }
 
+/* w f32[RUN] of `count` weights, zeros up to a multiple of LANES, which is returned; their squares are added to whole. */
+static inline __attribute__((always_inline)) int64_t take(float *w, const void *W, int dtype, int64_t at, int64_t count, lanes *whole)
+{
+    const int64_t padded = (count + LANES - 1) / LANES * LANES;
+    widen(w, W, at, count, dtype);
+    for (int64_t i = count; i < padded; i++)
+        w[i] = 0.0f;
+    for (int64_t i = 0; i < padded; i += LANES)
+        *whole += load(w + i, LANES) * load(w + i, LANES);
+    return padded;
+}
+
+/* One run of up to RUN weights under one scale. off, whole: squared errors and squared weights so far, in lanes. */
+static inline __attribute__((always_inline)) void round_run(const void *W, int dtype, int64_t at, int64_t count, int levels, float scale,
+                                                            u8 *out, lanes *off, lanes *whole)
+{
+    float w[RUN];
+    int32_t codes[RUN];
+    const int64_t padded = take(w, W, dtype, at, count, whole);
+    *off += round_under(w, padded, levels, scale, codes);
+    put(out, at, codes, count, levels);
+}
+
+/* One group of 4-bit floats under the one of others + 1 scales that leaves the least error, which is put into scale. */
+static inline __attribute__((always_inline)) void round_best(const void *W, int dtype, int64_t at, int64_t count, float *scale,
+                                                             const float *more, int64_t stride, int64_t others, u8 *out, lanes *off,
+                                                             lanes *whole)
+{
+    float w[RUN];
+    int32_t codes[RUN];
+    const int64_t padded = take(w, W, dtype, at, count, whole);
+    float best = *scale, least = total(round_under(w, padded, E2M1, best, codes));
+    for (int64_t other = 0; other < others; other++) {   /* which is better is as often one as the other: no branches */
+        const float candidate = more[other * stride], error = total(round_under(w, padded, E2M1, candidate, codes));
+        best = error < least ? candidate : best;
+        least = error < least ? error : least;
+    }
+    *scale = best;
+    *off += round_under(w, padded, E2M1, best, codes);
+    put(out, at, codes, count, E2M1);
+}
+
 /* Codes of W[n, k] under scales f32[n, k / width]; width a multiple of 16 or k. levels: E4M3 and INT8 make u8[n, k], E2M1
  * u8[n, k / 2], the even column in the low half. more f32[others, n, k / width]: other scales to try for E2M1, the one of least
- * squared error is taken and put into scale. sums f64[2] grow by the squared errors and the squared weights. */
+ * squared error is taken and put into scale; its widths end at RUN. sums f64[2] grow by the squared errors and the squared weights. */
 void EXPORT(doctor_round_groups)(const void *W, int dtype, int64_t n, int64_t k, int64_t width, int levels, float *scale,
                                  const float *more, int64_t others, u8 *out, double *sums)
 {
@@ -167,16 +184,21 @@ void EXPORT(doctor_round_groups)(const void *W, int dtype, int64_t n, int64_t k,
         for (int64_t g = 0; g < groups; g++) {
             const int64_t here = row * groups + g, at = row * k + g * width;
             /* The sizes that formats have stand here as numbers, so that their loops are unrolled. */
-            if (levels == E2M1 && width == 16)
-                round_run(W, dtype, at, 16, E2M1, scale + here, more + here, stride, others, out, &off, &whole);
+            if (levels == E2M1 && others && width == 16)
+                round_best(W, dtype, at, 16, scale + here, more + here, stride, others, out, &off, &whole);
+            else if (levels == E2M1 && others && width == 32)
+                round_best(W, dtype, at, 32, scale + here, more + here, stride, others, out, &off, &whole);
+            else if (levels == E2M1 && others)
+                round_best(W, dtype, at, width, scale + here, more + here, stride, others, out, &off, &whole);
+            else if (levels == E2M1 && width == 16)
+                round_run(W, dtype, at, 16, E2M1, scale[here], out, &off, &whole);
             else if (levels == E2M1 && width == 32)
-                round_run(W, dtype, at, 32, E2M1, scale + here, more + here, stride, others, out, &off, &whole);
+                round_run(W, dtype, at, 32, E2M1, scale[here], out, &off, &whole);
             else if (levels == E4M3 && width == 32)
-                round_run(W, dtype, at, 32, E4M3, scale + here, more, stride, 0, out, &off, &whole);
+                round_run(W, dtype, at, 32, E4M3, scale[here], out, &off, &whole);
             else
                 for (int64_t from = 0; from < width; from += RUN)
-                    round_run(W, dtype, at + from, width - from < RUN ? width - from : RUN, levels, scale + here, more, stride, 0, out,
-                              &off, &whole);
+                    round_run(W, dtype, at + from, width - from < RUN ? width - from : RUN, levels, scale[here], out, &off, &whole);
         }
         sums[0] += total(off);
         sums[1] += total(whole);

@@ -468,7 +468,7 @@ static void refit_scale(const columns_of *all_of, const grid_rule *rule, const r
         const float gain = d * (2.0f * q_pull - d * q_v);
         if (gain > 0) {
             change[lane] = d;
-            scale[lane] = old + d;
+            scale[lane] = old < 0 ? -stored : stored;   /* old + d may be its neighbour, which no file holds */
             loss[lane / LANES][lane % LANES] -= gain;
         }
     }

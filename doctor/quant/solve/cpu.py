@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from doctor.core.messages import _
+from doctor.formats.grid import Grid
 from doctor.quant.solve.float_scale import FloatScale
 from doctor.scan import native
 
@@ -95,7 +96,7 @@ def round_columns(
     owner: torch.Tensor,
     extra: torch.Tensor,
     params: NativeGridParams,
-    grid: tuple[torch.Tensor, torch.Tensor] | None,
+    grid: Grid | None,
     cost: torch.Tensor | None = None,
     width: int = 0,
     candidates: torch.Tensor | None = None,
@@ -109,11 +110,13 @@ def round_columns(
     comes up, with cost f32[k] by step. A scale past the stored dtype comes out as Inf.
     """
     n, k = W.shape
-    block = BLOCK if grid else width * (BLOCK // width)
+    fitted = grid is None
+    block = width * (BLOCK // width) if fitted else BLOCK
     packed = _packed(k, block, lambda end: end)
     native.function("doctor_pack_factor")(_at(L), _i64(k), _i64(block), _at(packed))
-    groups = grid[0].shape[1] if grid else k // width
-    scale, zero = grid[:2] if grid else (torch.empty(n, groups), torch.empty(n, groups, dtype=torch.int32))
+    groups = grid.scale.shape[1] if grid else k // width
+    grid = grid or Grid(torch.empty(n, groups), torch.empty(n, groups, dtype=torch.int32))
+    scale, zero = grid.scale, grid.zero
     codes = torch.empty(n, k, dtype=torch.uint8)
     sums = _run(
         "doctor_round_columns",
@@ -127,7 +130,7 @@ def round_columns(
         codes,
         params,
         block,
-        0 if grid else width,
+        width if fitted else 0,
         cost,
         candidates,
     )
@@ -142,7 +145,7 @@ def refine(
     extra: torch.Tensor,
     params: NativeGridParams,
     codes: torch.Tensor,
-    grid: tuple[torch.Tensor, torch.Tensor],
+    grid: Grid,
     width: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     """One pass of coordinate descent under H f32[k, k] + diag(extra): (codes, scale, zero, change of the loss f64[n],
@@ -155,7 +158,7 @@ def refine(
     block = width or BLOCK
     packed = _packed(k, block, lambda end: k)
     native.function("doctor_pack_hessian")(_at(H), _at(order), _at(extra), _i64(k), _i64(block), _at(packed))
-    codes, scale, zero = codes.clone(), grid[0].clone(), grid[1].contiguous()
+    codes, scale, zero = codes.clone(), grid.scale.clone(), grid.zero.contiguous()
     sums = _run("doctor_refine", W, order, owner, packed, extra, scale, zero, codes, params, block, width)
     return codes, scale, zero, *sums
 

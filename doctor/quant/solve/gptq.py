@@ -179,7 +179,7 @@ def _solve_natively(
         store_scale(loop[1].abs(), params.scale_dtype)  # names the scale that became Inf
         if order.moved is not None:
             g_idx = g_idx[torch.argsort(order.steps)]
-    codes, grid, loss, excess = loop[0], Grid(*loop[1:3]), *loop[3:]
+    codes, grid, loss, excess = loop[0], Grid(loop[1], loop[2]), *loop[3:]
     del L, loop
     by_group = torch.argsort(g_idx, stable=True)
     inside = width if cpu.fits(width) else 0
@@ -195,7 +195,7 @@ def _solve_natively(
             grid,
             inside,
         )
-        codes, grid, loss = found[0], Grid(*found[1:]), loss + change
+        codes, grid, loss = found[0], Grid(found[1], found[2]), loss + change
         if not inside:
             grid = refit_scales(W, H + torch.diag(extra), codes, grid, g_idx, params.scale_dtype)
     if attempts[-1].precision == "eigen" or (refine and not inside):

@@ -194,7 +194,7 @@ def _search(
     bits: int,
     sym: bool,
     zero_min: int,
-    dtype: torch.dtype,
+    dtype: ScaleKind,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Least weighted squared error over shrink factors, then zero points, then a least-squares refit of the scale.
 

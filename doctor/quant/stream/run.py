@@ -54,7 +54,8 @@ def run(
             records += done_before[shard]
         else:
             pending.append((shard, name))
-    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
+    threads, workers = torch.get_num_threads(), min(_WORKERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         roundings = _roundings(chosen, recipe, store, pool, [shard for shard, _name in pending])
         for shard, name in pending:
             started = time.perf_counter()
@@ -64,6 +65,7 @@ def run(
             records += made
             output.note({"shard": shard, "records": made})
             progress(_said(made, chosen.shards[shard], shard, time.perf_counter() - started))
+    torch.set_num_threads(threads)  # which the workers' own setting may have changed
     for found in records:
         solved = SolveRecord(**{**found["solve"], "attempts": ()})
         put_facts(store, found["name"], solved, None)
@@ -103,15 +105,12 @@ def _roundings(
 def _write(chosen: Chosen, shard: str, out: OutputShard, pool: ThreadPoolExecutor, recipe: Recipe) -> list[Record]:
     """One shard, whole. Returns the records of its linears."""
     out.open()
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # each worker is one
     try:
         largest_first = sorted(out.infos, key=lambda info: -info.nbytes)
         tasks = [pool.submit(out.write, info) for info in largest_first]
         _finish(tasks)
         out.finish()
     finally:
-        torch.set_num_threads(torch_threads)
         out.close()
     linears = [chosen.rounded[info.name] for info in out.infos if info.name in chosen.rounded]
     made = []

@@ -118,7 +118,7 @@ class OutputShard:
             self.sums[linear.name] = Sums(lost, whole)
 
     def _put(self, array: np.ndarray, at: int) -> int:
-        raw = memoryview(np.ascontiguousarray(array)).cast("B")
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         done = 0
         try:
             while done < len(raw):
