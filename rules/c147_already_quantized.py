@@ -34,6 +34,7 @@ from doctor.lint.rule import (
     finding,
     is_quantized,
     is_scale_beside_weight,
+    is_written,
     plural,
     rule,
     word_tails,
@@ -50,7 +51,8 @@ def already_quantized(
         return
     codes = [i for n, i in sorted(tensors.items()) if is_quantized(n, i.dtype.name, i.dtype.bits, len(i.shape))]
     packed = [i for i in codes if i.name.endswith(word_tails())]
-    if not codes or (packed and goal != "quantize" and not ("C147" in asked and quantization_block)):
+    served = packed or is_written(quantization_block and quantization_block[0])  # in a format that is read as it is
+    if not codes or (served and goal != "quantize" and not ("C147" in asked and quantization_block)):
         return
     try:
         stored, why = decoding(checkpoint, tensors, quantization_block, every_stored_bytes or {}), ""

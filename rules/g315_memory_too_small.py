@@ -41,7 +41,7 @@ def memory_too_small(checkpoint, machine, layout, recipe):
         ),
         evidence={"memory_free": machine.memory_free, "memory_need": machine.memory_need},
         advice=_("use a machine with more memory, or --method rtn, which needs no Hessian")
-        if recipe.solver.calibrated
+        if recipe.calibrated
         else _("use a machine with more memory"),
     )
 

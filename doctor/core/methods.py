@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BITS = (2, 3, 4, 8)
+STATIC = ("fp8-static", "fp4")  # activations whose scales are measured beforehand, on calibration rows
 
 
 @dataclass(frozen=True)

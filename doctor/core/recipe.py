@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from doctor.core.errors import DoctorError
 from doctor.core.messages import _
-from doctor.core.methods import BITS, METHODS, Method
+from doctor.core.methods import BITS, METHODS, STATIC, Method
 
 GOALS = ("", "quantize", "serve", "none")  # what findings are judged for
 RUNTIMES = ("vllm", "sglang", "exllamav2", "transformers", "llama.cpp")
@@ -27,13 +27,15 @@ class Scheme(NamedTuple):
     """How the weights of one linear are stored, whatever the format.
 
     group_size: consecutive in_features that share a scale; -1 is the whole row. tile: (rows, columns) that share a
-    scale where it is not one row's group; () where the scales' own shape says it.
+    scale where it is not one row's group; () where the scales' own shape says it. inputs: a scale of the linear's
+    inputs is stored too.
     """
 
     bits: int
     group_size: int = -1
     sym: bool = True
     tile: tuple[int, ...] = ()
+    inputs: bool = False
 
 
 class OutputFormat(Protocol):
@@ -192,7 +194,12 @@ class Recipe:
     @property
     def scheme(self) -> Scheme:
         """How most linears are stored; `for_linear(name).scheme` is one linear's own."""
-        return Scheme(self.bits, self.group_size, bool(self.sym))
+        return Scheme(self.bits, self.group_size, bool(self.sym), inputs=self.activations in STATIC)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration rows are run: for the codes, or for the scales of activations alone."""
+        return self.solver.calibrated or self.activations in STATIC
 
     @property
     def solver(self) -> Method:

@@ -177,6 +177,12 @@ class Format:
         """
         raise NotImplementedError
 
+    def input_parts(self, recipe: Recipe, absmax: float) -> dict[str, Array]:
+        """Tensors of the scales of a linear's inputs, from the largest |x| that calibration saw; torch's. {} where
+        activations stay as they are, or are scaled while serving.
+        """
+        return {}
+
     def zero_word(self, bits: int) -> int | None:
         """The unsigned word of zero points that a symmetric file holds everywhere; None where there is no such word."""
         return None

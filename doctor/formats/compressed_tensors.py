@@ -47,6 +47,16 @@ from doctor.formats.widths import Widths, exactly
 _INPUTS: dict[str, dict[str, Any]] = {
     "int8": {"type": "int", "strategy": "token"},
     "fp8": {"type": "float", "strategy": "token"},
+    "fp8-static": {"type": "float", "strategy": "tensor", "dynamic": False, "observer": "static_minmax"},
+    "fp4": {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "dynamic": "local",
+        "scale_dtype": "torch.float8_e4m3fn",
+        "observer": "static_minmax",
+    },
     "fp8-block": {"type": "float", "strategy": "group", "group_size": 128},
     "mxfp8": {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
     "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},

@@ -4,13 +4,14 @@
 |---|---|---|
 | weight | F8_E4M3 | [n, k] |
 | weight_scale | BF16 | [n, 1] for rows, [ceil(n/128), ceil(k/128)] for tiles |
+| input_scale | BF16 | [1], of the inputs where it was measured beforehand |
 
 group_size -1 is a scale a row, with activations scaled a token at a time; 128 is a scale a tile of 128 × 128, with
 activations in groups of 128. Scales are bfloat16 because transformers casts them to the model's dtype as it loads: a
 float32 scale would become another one there. fp8.py reads the tensors; here they are written.
 
 Sources: vllm-project/compressed-tensors 0.20 compressors/naive_quantized, quantization/quant_scheme.py (FP8_DYNAMIC,
-FP8_BLOCK); vllm-project/vllm layers/quantization/compressed_tensors/compressed_tensors.py (_is_fp8_w8a8).
+FP8, FP8_BLOCK); vllm-project/vllm layers/quantization/compressed_tensors/compressed_tensors.py (_is_fp8_w8a8).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from doctor.formats.fp8 import unpack_tiles
 from doctor.formats.grid import E4M3, Grid, GridKind, as_e4m3, stored_exactly
 
 TILE = 128
+MOST = 448.0  # the largest 8-bit float
 
 
 class BesideWeight(CompressedTensors):
@@ -34,7 +36,7 @@ class BesideWeight(CompressedTensors):
 
     quant_methods: tuple[str, ...] = ()
     words, scales, zeros, index = "", "weight_scale", "", ""
-    part_names: tuple[str, ...] = ("weight", "weight_scale")
+    part_names: tuple[str, ...] = ("weight", "weight_scale", "input_scale")
     needed: tuple[str, ...] = ("weight", "weight_scale")
     sampled: tuple[str, ...] = ()
     bits: tuple[int, ...] = (8,)
@@ -64,14 +66,16 @@ class BesideWeight(CompressedTensors):
 
 @register
 class FloatQuantized(BesideWeight):
-    """FP8 of vLLM and llm-compressor: FP8_DYNAMIC and FP8_BLOCK."""
+    """FP8 of vLLM and llm-compressor: FP8_DYNAMIC, FP8_STATIC and FP8_BLOCK. The library's preset of static inputs has
+    one scale a weight; vLLM reads a scale a row as well, and then does not round again where it joins q, k and v.
+    """
 
     name = "float-quantized"
     label = "compressed-tensors FP8"
     layout = "float-quantized"
     groups: tuple[int, ...] = (-1, TILE)
     methods: tuple[str, ...] = ("rtn",)
-    activations: tuple[str, ...] = ("fp8", "fp8-block")
+    activations: tuple[str, ...] = ("fp8", "fp8-block", "fp8-static")
 
     def grid(self, scheme: Scheme) -> GridKind:
         tile = () if scheme.group_size == -1 else (TILE, TILE)
@@ -79,10 +83,8 @@ class FloatQuantized(BesideWeight):
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
         rows = (out_features, 1) if scheme.group_size == -1 else (-(-out_features // TILE), -(-in_features // TILE))
-        return (
-            Part("weight", self.stored, (out_features, in_features)),
-            Part("weight_scale", "BF16", rows),
-        )
+        parts = (Part("weight", self.stored, (out_features, in_features)), Part("weight_scale", "BF16", rows))
+        return (*parts, Part("input_scale", "BF16", (1,))) if scheme.inputs else parts
 
     def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str:
         """Kernels take whole tiles only."""
@@ -114,6 +116,14 @@ class FloatQuantized(BesideWeight):
         if recipe.group_size == -1:
             return {**stated, "strategy": "channel"}
         return {**stated, "strategy": "block", "block_structure": [TILE, TILE]}
+
+    def input_parts(self, recipe: Recipe, absmax: float) -> dict[str, Array]:
+        """The largest input on 448, as bfloat16; 1 for inputs of zeros."""
+        if not recipe.scheme.inputs:
+            return {}
+        import torch
+
+        return {"input_scale": torch.tensor([absmax / MOST if absmax > 0 else 1.0], dtype=torch.bfloat16)}
 
     def inputs_name(self, recipe: Recipe) -> str:
         return recipe.activations or ("fp8" if recipe.group_size == -1 else "fp8-block")

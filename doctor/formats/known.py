@@ -105,6 +105,11 @@ def says_packed(raw: Mapping[str, Any]) -> bool:
     return form.packs(raw) if form else method in _UNREAD_METHODS
 
 
+def is_written(raw: Mapping[str, Any] | None) -> bool:
+    """Whether a quantization_config is of a format that is written here too."""
+    return raw is not None and any(form.writes and form.claims(raw) for form in KNOWN.values())
+
+
 def shows_packing(name: str) -> bool:
     """Whether a tensor of this name is part of packed weights."""
     return name.endswith((*word_tails(), *_SIGNS))

@@ -141,7 +141,7 @@ class NVFP4Packed(CompressedTensors):
     bits: tuple[int, ...] = (4,)
     groups: tuple[int, ...] = (GROUP,)
     methods: tuple[str, ...] = ("gptq", "rtn")
-    activations: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ("fp4",)
     rows_apart = True
     own_widths = False
     affine = False
@@ -153,11 +153,12 @@ class NVFP4Packed(CompressedTensors):
     global_inputs: tuple[str, ...] = ("input_global_scale",)
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
-        return (
+        parts = (
             Part("weight_packed", "U8", (out_features, in_features // 2)),
             Part("weight_scale", SCALE, (out_features, in_features // GROUP)),
             Part("weight_global_scale", "F32", (1,)),
         )
+        return (*parts, Part("input_global_scale", "F32", (1,))) if scheme.inputs else parts
 
     def grid(self, scheme: Scheme) -> GridKind:
         divided = "weight_global_scale" in self.needed
@@ -178,6 +179,14 @@ class NVFP4Packed(CompressedTensors):
             "weight_scale": contiguous(stored),
             "weight_global_scale": grid.divisor,
         }
+
+    def input_parts(self, recipe: Recipe, absmax: float) -> dict[str, Array]:
+        """The divisor that brings the largest scale of the inputs to 448; 1 for inputs of zeros."""
+        if not recipe.scheme.inputs:
+            return {}
+        import torch
+
+        return {"input_global_scale": torch.tensor([448.0 * 6.0 / absmax if absmax > 0 else 1.0])}
 
     def weights(self, recipe: Recipe) -> dict[str, Any]:
         divided = "weight_global_scale" in self.needed

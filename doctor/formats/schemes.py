@@ -46,19 +46,21 @@ SCHEMES: dict[str, NamedScheme] = {
     row.name: row
     for row in (
         _fixed("FP8_DYNAMIC", ("rtn",), 8, -1, "float-quantized", "fp8"),
+        _fixed("FP8_STATIC", ("rtn",), 8, -1, "float-quantized", "fp8-static"),
         _fixed("FP8_BLOCK", ("rtn",), 8, 128, "float-quantized", "fp8-block"),
         _fixed("INT8", ("rtn", "gptq"), 8, -1, "int-quantized", "int8"),
         _packed("W4A16", 4),
         _packed("W8A16", 8),
         _packed("W4AFP8", 4, "fp8"),
         _fixed("NVFP4A16", ("gptq", "rtn"), 4, 16, "nvfp4-pack-quantized"),
+        _fixed("NVFP4", ("gptq", "rtn"), 4, 16, "nvfp4-pack-quantized", "fp4"),
         _fixed("MXFP4A16", ("gptq", "rtn"), 4, 32, "mxfp4-pack-quantized"),
         _fixed("MXFP4", ("gptq", "rtn"), 4, 32, "mxfp4-pack-quantized", "mxfp4"),
         _fixed("MXFP8A16", ("rtn",), 8, 32, "mxfp8-quantized"),
         _fixed("MXFP8", ("rtn",), 8, 32, "mxfp8-quantized", "mxfp8"),
     )
 }
-ALIASES = {"W8A8": "INT8"}  # other tools' names for what a row is
+ALIASES = {"W8A8": "INT8", "FP8": "FP8_STATIC"}  # other tools' names for what a row is
 
 
 def scheme_named(text: str) -> NamedScheme:

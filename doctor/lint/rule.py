@@ -60,6 +60,7 @@ from doctor.formats.known import (  # noqa: F401
     companions_missing,
     is_quantized,
     is_scale_beside_weight,
+    is_written,
     packed_tails,
     packs_fused_experts,
     says_packed,

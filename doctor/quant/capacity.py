@@ -30,7 +30,7 @@ def measure(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, output: str
     """Machine for an output in `output`, which need not exist yet. Raises MachineError where its disk cannot be
     asked.
     """
-    rows = int(recipe.solver.calibrated)
+    rows = int(recipe.calibrated)
     need = needs(checkpoint, spec, recipe, rows, BATCH_TOKENS)
     place = Path(os.path.abspath(output))
     while not place.exists() and place != place.parent:

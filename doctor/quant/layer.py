@@ -218,7 +218,7 @@ def _finish_linear(
     linear, module = modules[name]
     started = time.perf_counter()
     try:
-        found = pack_linear(linear, solved, recipe, scaled.get(name, 1.0))
+        found = pack_linear(linear, solved, recipe, scaled.get(name, 1.0), given)
     except NotQuantizable as error:
         fact, seconds = failed(recipe, error.message), solved.seconds
     else:

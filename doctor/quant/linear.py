@@ -102,7 +102,7 @@ def _solution(
     if kind.levels == E4M3:
         return round_to_floats(W, kind)
     options = grid_options(recipe, divisor)
-    if given is None or not given.usable:
+    if given is None or not given.usable or not recipe.solver.calibrated:
         return round_to_nearest(W, mse=recipe.mse, **options)
     if recipe.solver.folds_scales:
         return awq.solve(W, given.H, columns, damp=recipe.damp, **options)
@@ -117,9 +117,11 @@ def _solution(
     )
 
 
-def pack_linear(linear: Linear, solved: Solved, recipe: Recipe, divisor: float = 1.0) -> Packed:
-    """The solution in the recipe's output format. divisor: as in solve_linear. Raises NotQuantizable where there is
-    none, or the format cannot hold it; CudaError where words packed on a GPU do not read back.
+def pack_linear(
+    linear: Linear, solved: Solved, recipe: Recipe, divisor: float = 1.0, given: LayerInput | None = None
+) -> Packed:
+    """The solution in the recipe's output format. divisor, given: as in solve_linear. Raises NotQuantizable where
+    there is none, or the format cannot hold it; CudaError where words packed on a GPU do not read back.
     """
     if solved.solution is None:
         raise NotQuantizable(solved.failure)
@@ -129,6 +131,14 @@ def pack_linear(linear: Linear, solved: Solved, recipe: Recipe, divisor: float =
     if format_of(own).grid(own.scheme).divided:
         grid = grid._replace(divisor=torch.tensor([divisor], dtype=torch.float32, device=grid.scale.device))
     parts = pack.pack_linear(linear.name, solution.codes, grid, solution.g_idx, own)
+    if own.scheme.inputs:
+        if given is None or not given.usable:
+            raise NotQuantizable(
+                _("no calibration row reached it, so its inputs have no scale."),
+                _("Calibrate on more rows, or choose a scheme that scales activations while serving."),
+            )
+        inputs = format_of(own).input_parts(own, given.largest)
+        parts |= {f"{linear.name}.{part}": tensor for part, tensor in inputs.items()}
     W = solution.weight()
     if W.is_cuda and not torch.equal(pack.unpack_linear(linear.name, parts, own), W):
         raise CudaError(

@@ -135,7 +135,7 @@ def plan(
     """From headers alone. rows of `length` tokens, for a method that takes any. sampling: bytes of the whole model,
     where it writes rows.
     """
-    rows = rows if recipe.solver.calibrated else 0
+    rows = rows if recipe.calibrated else 0
     need = budget.needs(checkpoint, spec, recipe, rows, length)
     limit = memory if memory is not None else budget.resident() + budget.free_memory()
     found = Forecast(

@@ -154,7 +154,7 @@ def _fixed(asked: Asked, source: Checkpoint, unsafe_fixes: bool | Iterable[str])
 
 def calibrate(asked: Asked, checked: Checked, source: str | os.PathLike | None, rows: int, length: int) -> Calibrated:
     """CalibrationFacts rows, judged."""
-    if not checked.recipe.solver.calibrated:
+    if not checked.recipe.calibrated:
         return Calibrated(checked, [])
     started = time.perf_counter()
     checkpoint, spec = checked.assessment.checkpoint, checked.spec

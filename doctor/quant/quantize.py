@@ -204,7 +204,7 @@ def plan(
     spec = build_spec(config, checkpoint.tensors)
     length, recipe = min(max_seq_length, spec.max_positions or max_seq_length), recipe or Recipe()
     sampling = 0
-    if calibration is None and recipe.solver.calibrated and rows >= SAMPLED_SHARE:
+    if calibration is None and recipe.calibrated and rows >= SAMPLED_SHARE:
         with suppress(NotSampled):
             sampling = forecast(checkpoint, spec, rows // SAMPLED_SHARE, length, memory=memory).bytes
     return flight.plan(checkpoint, spec, recipe, Path(os.path.abspath(output)), rows, length, memory, sampling)

@@ -48,7 +48,7 @@ def rehearse(
     require_widths(spec, recipe)
     skeleton = Skeleton(view, spec)
     skeleton.require_tensors()
-    if recipe.solver.calibrated:
+    if recipe.calibrated:
         skeleton.require_one_after_another()
     form, headers, kept, packed = format_of(recipe), [], [], []
     for i in range(len(skeleton.layers)):

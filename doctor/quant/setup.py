@@ -84,7 +84,7 @@ def set_up(
     }
     checkpoint, spec = unfuse(checkpoint, spec, recipe)
     require_widths(spec, recipe)
-    calibrated = recipe.solver.calibrated
+    calibrated = recipe.calibrated
     shown = rows if calibrated else []
     need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
     skeleton = Skeleton(checkpoint, spec, device, computing_dtype(checkpoint, spec, recipe, device))

@@ -17,13 +17,15 @@ from doctor.formats.e2m1 import packed_halves
 from doctor.formats.grid import Grid
 from doctor.formats.mxfp4 import exponents, powers
 from doctor.formats.schemes import SCHEMES, fields_of
+from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.linear import Solved, divisors, pack_linear, solve_linear
 from doctor.quant.solve.float_scale import power_of
+from doctor.quant.solve.hessian import Hessian
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
 
 PRESETS = json.loads((Path(__file__).parents[2] / "fixtures" / "vectors" / "ct_configs.json").read_text())["configs"]
-OURS = {"INT8": "W8A8"}  # our name -> the preset's
+OURS = {"INT8": "W8A8", "FP8_STATIC": "FP8"}  # our name -> the preset's
 NAMES = [name for name in SCHEMES if OURS.get(name, name) in PRESETS]
 FLOATS = [name for name in NAMES if not name.startswith("W")]
 PREFIX = "model.layers.0.mlp.up_proj"
@@ -53,9 +55,14 @@ def quantized(name, made):
     recipe = recipe_of(name, method="rtn") if "rtn" in SCHEMES[name].methods else recipe_of(name)
     own = linear(*made.weight.shape)
     scaled = divisors({own.name: (own, made)}, recipe).get(own.name, 1.0)
-    solved = solve_linear(own, made, None, recipe, divisor=scaled)
+    given = None
+    if recipe.scheme.inputs:
+        inputs = Hessian(made.in_features)
+        inputs.add(torch.randn(64, made.in_features, generator=torch.Generator().manual_seed(7)))
+        given = LayerInput(inputs, 0.01)
+    solved = solve_linear(own, made, given, recipe, divisor=scaled)
     assert isinstance(solved, Solved) and solved.solution is not None, solved.failure
-    packed = pack_linear(own, solved, recipe, scaled)
+    packed = pack_linear(own, solved, recipe, scaled, given)
     return {part.rpartition(".")[2]: t for part, t in packed.parts.items()}, packed.weight, recipe
 
 
@@ -74,6 +81,8 @@ def test_a_config_group_is_the_preset_of_the_library(name):
     ours = format_of(recipe).config(recipe)["config_groups"]["group_0"]
     preset = PRESETS[OURS.get(name, name)]["config_groups"]["group_0"]
     ours["weights"] = {k: v for k, v in ours["weights"].items() if k not in ("actorder", "observer")}
+    if name == "FP8_STATIC":  # a scale a row, which vLLM reads too and does not round again where it joins q, k and v
+        assert ours["weights"].pop("strategy") == "channel" and preset["weights"].pop("strategy") == "tensor"
     assert ours == preset
     compressor(recipe)  # the library's own class takes it
 
@@ -131,6 +140,24 @@ def test_a_group_is_scaled_by_the_power_of_two_that_the_library_chooses(name):
     assert torch.equal(power_of(spans) / (4 if name == "MXFP4A16" else 256), theirs.float())
 
 
+def test_inputs_are_scaled_by_their_largest_value():
+    inputs = Hessian(384)
+    for scale in (0.5, 2.0, 1.0):
+        inputs.add(torch.randn(5, 384, generator=torch.Generator().manual_seed(int(scale * 2))) * scale)
+    largest = LayerInput(inputs, 0.01).largest
+    parts = KNOWN["float-quantized"].input_parts(recipe_of("FP8_STATIC"), largest)
+    assert float(parts["input_scale"]) == pytest.approx(largest / 448, rel=4e-3)
+    parts = KNOWN["nvfp4-pack-quantized"].input_parts(recipe_of("NVFP4"), largest)
+    assert float(parts["input_global_scale"]) == pytest.approx(448 * 6 / largest)
+    assert KNOWN["float-quantized"].input_parts(recipe_of("FP8_DYNAMIC"), largest) == {}
+
+
+def test_a_linear_that_no_row_reached_has_no_scale_of_its_inputs():
+    own, recipe = linear(256, 384), recipe_of("FP8_STATIC")
+    with pytest.raises(NotQuantizable, match="no calibration row reached it"):
+        pack_linear(own, solve_linear(own, module(), None, recipe), recipe)
+
+
 def test_linears_that_an_engine_joins_share_their_divisor():
     made = {f"model.layers.0.self_attn.{r}_proj": module(32, 64, seed) for seed, r in enumerate("qkv")}
     pairs = {name: (linear(32, 64, name)._replace(role=name[-6]), m) for name, m in made.items()}
@@ -157,7 +184,7 @@ def test_what_no_format_can_hold_is_refused_by_name():
 @pytest.mark.parametrize(
     "name, given, message",
     [
-        ("NVFP4", {}, r"scheme 'NVFP4' is not known.*Did you mean NVFP4A16"),
+        ("NVFP5", {}, r"scheme 'NVFP5' is not known.*Did you mean NVFP4"),
         ("W4A16", {"bits": 8}, r"--scheme W4A16 with --bits 8: the scheme has 4 there"),
         ("fp8-dynamic", {"method": "gptq"}, r"--scheme FP8_DYNAMIC with --for gptq: the scheme has rtn there"),
         ("MXFP4", {"method": "awq"}, r"the scheme has one of gptq, rtn there"),

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
+from doctor.core.methods import STATIC
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
+from doctor.formats.base import KNOWN
 from doctor.formats.schemes import SCHEMES, fields_of
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
@@ -25,7 +27,11 @@ from doctor.quant.stream import shards
 from doctor.quant.stream.choose import choose, streams
 from doctor.quant.stream.rounding import Rounding, largest
 
-NAMES = [name for name, row in SCHEMES.items() if "rtn" in row.methods and not name.startswith("W")]
+NAMES = [
+    name
+    for name, row in SCHEMES.items()
+    if "rtn" in row.methods and KNOWN[row.fields["format"]].rows_apart and row.fields["activations"] not in STATIC
+]
 
 
 def recipe_of(name, **given):

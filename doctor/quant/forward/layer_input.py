@@ -10,12 +10,13 @@ from doctor.quant.solve.spectrum import spectrum
 
 
 class LayerInput:
-    """The input of one or more linears: H f32[k, k], and `fact`, what its spectrum says.
+    """The input of one or more linears: H f32[k, k], `fact`, what its spectrum says, and `largest`, its largest |x|.
 
     damp: share of mean diag(H), for the estimate of the condition.
     """
 
     def __init__(self, hessian: Hessian, damp: float):
+        self.largest = hessian.largest
         self.H: torch.Tensor = hessian.take()
         s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
         self.fact = HessianFacts(

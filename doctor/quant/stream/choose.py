@@ -38,7 +38,7 @@ class Chosen:
 
 def streams(recipe: Recipe) -> bool:
     """Whether a recipe's codes are chosen from weights alone, and its words from rows alone."""
-    return not recipe.solver.calibrated and format_of(recipe).rows_apart
+    return not recipe.calibrated and format_of(recipe).rows_apart
 
 
 def choose(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, linears: Linears, store: Store) -> Chosen:
