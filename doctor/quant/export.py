@@ -90,26 +90,35 @@ class Output(Stage):
     # the end
 
     def finish(
-        self, checkpoint: Checkpoint, recipe: Recipe, kept: Iterable[str], receipt: dict, linears: Linears | None = None
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        kept: Iterable[str],
+        receipt: dict,
+        linears: Linears | None = None,
+        join: bool = True,
     ) -> None:
-        """Join parts into shards, write index, configs and receipt, copy the other files. Parts and journal are gone
-        after it.
+        """Join parts into shards, or let each be one, write index, configs and receipt, copy the other files. Parts and
+        journal are gone after it.
         """
         parts = sorted(self.stage.glob("part-*.safetensors"))
-        require_room(self.stage, self.bytes_there())
+        if join:
+            require_room(self.stage, self.bytes_there())
         with machine_errors(self.stage, FREE_SPACE):
-            self._finish(parts, checkpoint, recipe, kept, receipt, linears or {})
+            weight_map, total = self._join(parts) if join else self._rename(parts)
+            self._finish(parts, (weight_map, total), checkpoint, recipe, kept, receipt, linears or {})
 
     def _finish(
         self,
         parts: list[Path],
+        shards: tuple[dict[str, str], int],
         checkpoint: Checkpoint,
         recipe: Recipe,
         kept: Iterable[str],
         receipt: dict,
         linears: Linears,
     ) -> None:
-        weight_map, total = self._join(parts)
+        weight_map, total = shards
         if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             _write_json(self.stage / INDEX_NAME, index)
@@ -147,7 +156,7 @@ class Output(Stage):
             size += data
         weight_map, total = {}, 0
         for number, group in enumerate(groups, 1):
-            name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            name = shard_name(number, len(groups))
             infos = [(t.name, t.dtype.name, t.shape, t.nbytes) for shard in group for t in shard.tensors]
             with open(self.stage / name, "wb") as file:
                 file.write(header_bytes(infos))
@@ -161,6 +170,23 @@ class Output(Stage):
             weight_map.update({info[0]: name for info in infos})
             total += sum(info[3] for info in infos)
         return weight_map, total
+
+    def _rename(self, parts: list[Path]) -> tuple[dict[str, str], int]:
+        """The same where each part is a shard: it takes the shard's name."""
+        weight_map: dict[str, str] = {}
+        total = 0
+        for number, path in enumerate(parts, 1):
+            tensors = open_shard(path, path.name).tensors
+            name = shard_name(number, len(parts))
+            weight_map |= {t.name: name for t in tensors}
+            total += sum(t.nbytes for t in tensors)
+            os.rename(path, self.stage / name)
+        return weight_map, total
+
+
+def shard_name(number: int, count: int) -> str:
+    """The file of shard `number` of `count`, from 1."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def quantization_config(recipe: Recipe, kept: Iterable[str], packed: Iterable[str], linears: Linears) -> dict:

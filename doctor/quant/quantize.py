@@ -36,17 +36,19 @@ from doctor.quant import budget, export
 from doctor.quant import preflight as flight
 from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled
 from doctor.quant.calibration.self_generated import forecast
-from doctor.quant.client import Client
+from doctor.quant.client import Client, Linears
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.distributed import Ranks, size, start, stop
 from doctor.quant.job import Result, run
 from doctor.quant.preflight import Forecast
-from doctor.quant.prepare import Asked, Calibrated, calibrate, check, judged, report_of
+from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
 from doctor.quant.receipt import receipt
 from doctor.quant.resume import fingerprint
 from doctor.quant.setup import computing_note
 from doctor.quant.solve import cpu
 from doctor.quant.stage import Stage, damage_note, require_no_work, require_room
+from doctor.quant.stream.choose import choose, streams
+from doctor.quant.stream.run import run as stream
 
 
 @dataclass
@@ -243,19 +245,25 @@ def _run(asked: Asked, calibrated: Calibrated, ranks: Ranks) -> QuantizeResult:
     checked = calibrated.checked
     notes = [*checked.notes, *calibrated.notes, *_forewarn(asked, calibrated)]
     staged = _stage(asked, calibrated, ranks)
-    done, kept = run(
-        checked.assessment.checkpoint,
-        checked.spec,
-        checked.recipe,
-        calibrated.rows,
-        staged,
-        checked.assessment.store,
-        asked.rules,
-        memory=asked.memory,
-        progress=asked.progress,
-        device=asked.device,
-        ranks=ranks,
-        consent=checked.consent,
+    streamed = _streams(asked, checked.recipe, ranks)
+    linears = _linears(asked, checked) if streamed else None
+    done, kept = (
+        _streamed(asked, calibrated, staged, linears or {})
+        if streamed
+        else run(
+            checked.assessment.checkpoint,
+            checked.spec,
+            checked.recipe,
+            calibrated.rows,
+            staged,
+            checked.assessment.store,
+            asked.rules,
+            memory=asked.memory,
+            progress=asked.progress,
+            device=asked.device,
+            ranks=ranks,
+            consent=checked.consent,
+        )
     )
     notes += [_("fix: {title}", title=fixed) for fixed in done.fixes]
     checked = judged(asked, replace(checked, recipe=done.recipe))
@@ -267,7 +275,31 @@ def _run(asked: Asked, calibrated: Calibrated, ranks: Ranks) -> QuantizeResult:
     asked.progress(
         _("quantize: {outcomes} ({seconds:.1f} s)", outcomes=outcomes, seconds=time.perf_counter() - started)
     )
-    return _finish(asked, replace(calibrated, checked=checked), staged, done, kept, notes)
+    found = _linears(asked, checked) if linears is None else linears
+    return _finish(asked, replace(calibrated, checked=checked), staged, done, kept, notes, found, not streamed)
+
+
+def _linears(asked: Asked, checked: Checked) -> Linears:
+    """What the client says of its linears; {} where nobody is asked."""
+    source = checked.assessment.checkpoint
+    modules = [name.removesuffix(".weight") for name in source.tensors if name.endswith(".weight")]
+    return asked.client.linears(source.root, modules) if asked.client else {}
+
+
+def _streams(asked: Asked, recipe: Recipe, ranks: Ranks) -> bool:
+    """Whether weights are rounded as they are read, without a model."""
+    return streams(recipe) and ranks.size == 1 and asked.device.partition(":")[0] == "cpu"
+
+
+def _streamed(
+    asked: Asked, calibrated: Calibrated, staged: export.Output, linears: Linears
+) -> tuple[Result, list[str]]:
+    """(what was done, names that the output's config lists as 16 bits) of rounding shard after shard."""
+    checked = calibrated.checked
+    source, store = checked.assessment.checkpoint, checked.assessment.store
+    chosen = choose(source, checked.spec, checked.recipe, linears, store)
+    done = stream(chosen, checked.recipe, staged, store, asked.rules, asked.progress)
+    return done, list(chosen.names)
 
 
 def _forewarn(asked: Asked, calibrated: Calibrated) -> list[str]:
@@ -286,10 +318,11 @@ def _forewarn(asked: Asked, calibrated: Calibrated) -> list[str]:
         asked.progress(note)
     rows = calibrated.rows
     need = budget.needs(checkpoint, checked.spec, checked.recipe, len(rows), max(map(len, rows), default=0))
-    budget.require(need, asked.memory)
-    hidden = need.hidden if need.hidden > budget.left(need, asked.memory) else 0
-    place = next(p for p in asked.output.parents if p.exists())
-    require_room(place, max(0, need.disk - Stage(asked.output).bytes_there()) + hidden)
+    if not streams(checked.recipe):  # which holds a few MiB of a tensor, and sees to its own room
+        budget.require(need, asked.memory)
+        hidden = need.hidden if need.hidden > budget.left(need, asked.memory) else 0
+        place = next(p for p in asked.output.parents if p.exists())
+        require_room(place, max(0, need.disk - Stage(asked.output).bytes_there()) + hidden)
     free = device_free(asked.device)
     if free is not None:
         fits = _(
@@ -325,15 +358,20 @@ def _stage(asked: Asked, calibrated: Calibrated, ranks: Ranks) -> export.Output:
 
 
 def _finish(
-    asked: Asked, calibrated: Calibrated, staged: export.Output, done: Result, kept: list[str], notes: list[str]
+    asked: Asked,
+    calibrated: Calibrated,
+    staged: export.Output,
+    done: Result,
+    kept: list[str],
+    notes: list[str],
+    linears: Linears,
+    join: bool,
 ) -> QuantizeResult:
     """Write, read back under all rules, and commit only if that finds no error."""
     started = time.perf_counter()
     checked, facts = calibrated.checked, calibrated.facts
     source = checked.assessment.checkpoint
-    modules = [name.removesuffix(".weight") for name in source.tensors if name.endswith(".weight")]
-    linears = asked.client.linears(source.root, modules) if asked.client else None
-    staged.finish(source, checked.recipe, kept, receipt(checked.recipe, facts, done, notes), linears)
+    staged.finish(source, checked.recipe, kept, receipt(checked.recipe, facts, done, notes), linears, join)
     written = Checkpoint.open(staged.stage)
     after = assess(written, replace(checked.recipe, goal=""), asked.rules)
     before = {(f.code, f.message) for f in checked.assessment.findings}

@@ -39,7 +39,19 @@ def left_by(destination: Path) -> list[dict]:
 
 def require_no_work(destination: Path) -> None:
     """Raises PlanRefused where an interrupted run left finished layers, which a run from the start would delete."""
-    layers = {entry["block"] for entry in left_by(destination) if isinstance(entry.get("block"), int)}
+    entries = left_by(destination)
+    layers = {entry["block"] for entry in entries if isinstance(entry.get("block"), int)}
+    shards = {entry["shard"] for entry in entries if isinstance(entry.get("shard"), str)}
+    if shards:
+        raise PlanRefused(
+            plural(
+                "{path}: holds {n} finished shard of an interrupted run.",
+                "{path}: holds {n} finished shards of an interrupted run.",
+                len(shards),
+                path=stage_of(destination),
+            ),
+            _("Go on with --resume; to start anew, delete that directory."),
+        )
     if layers:
         raise PlanRefused(
             plural(

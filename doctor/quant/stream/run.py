@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -24,6 +25,7 @@ from doctor.quant.setup import RUN_STAGES
 from doctor.quant.solve.cpu import note
 from doctor.quant.solve.float_scale import divisor_of
 from doctor.quant.solve.losses import share_of
+from doctor.quant.stage import sha256_of
 from doctor.quant.stream.choose import Chosen
 from doctor.quant.stream.rounding import Rounding
 from doctor.quant.stream.shards import OutputShard, absmax
@@ -57,14 +59,19 @@ def run(
     threads, workers = torch.get_num_threads(), min(_WORKERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         roundings = _roundings(chosen, recipe, store, pool, [shard for shard, _name in pending])
-        for shard, name in pending:
-            started = time.perf_counter()
-            made = _write(
-                chosen, shard, OutputShard(output.part(name), chosen.shards[shard], chosen, roundings), pool, recipe
-            )
-            records += made
-            output.note({"shard": shard, "records": made})
-            progress(_said(made, chosen.shards[shard], shard, time.perf_counter() - started))
+        sealing: Callable[[], None] = _nothing
+        try:
+            for shard, name in pending:
+                started = time.perf_counter()
+                out = OutputShard(output.part(name), chosen.shards[shard], chosen, roundings)
+                made = _write(chosen, out, pool, recipe)
+                records += made
+                sealing()
+                digest = pool.submit(sha256_of, output.part(name))  # while the next one is written
+                sealing = partial(_seal, output, name, shard, made, digest)
+                progress(_said(made, chosen.shards[shard], shard, time.perf_counter() - started))
+        finally:
+            sealing()
     torch.set_num_threads(threads)  # which the workers' own setting may have changed
     for found in records:
         solved = SolveRecord(**{**found["solve"], "attempts": ()})
@@ -75,6 +82,16 @@ def run(
     stopped = tuple(f for f in findings if f.severity == "error")
     in_order = sorted(records, key=lambda r: (r["block"], r["name"]))
     return Result(recipe, (*in_order, *chosen.kept), stopped, tuple(findings))
+
+
+def _nothing() -> None:
+    """No shard waits to be named in the journal."""
+
+
+def _seal(output: export.Output, name: str, shard: str, made: list[Record], digest: Future[str]) -> None:
+    """Name a finished part in the journal, with the hash of its bytes and what went into it."""
+    output.note({"part": name, "sha256": digest.result()})
+    output.note({"shard": shard, "records": made})
 
 
 def _roundings(
@@ -102,7 +119,7 @@ def _roundings(
     return {x.tensor: replace(plain, divisor=joined[x.name]) for x in linears}
 
 
-def _write(chosen: Chosen, shard: str, out: OutputShard, pool: ThreadPoolExecutor, recipe: Recipe) -> list[Record]:
+def _write(chosen: Chosen, out: OutputShard, pool: ThreadPoolExecutor, recipe: Recipe) -> list[Record]:
     """One shard, whole. Returns the records of its linears."""
     out.open()
     try:

@@ -18,10 +18,12 @@ from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.safetensors import TensorInfo, header_bytes
 from doctor.core.errors import MachineError
 from doctor.core.messages import _
+from doctor.fixing.filesystem import sync_folder
 from doctor.formats.base import Part
 from doctor.model.fused_experts import UnfusedCheckpoint
 from doctor.model.linears import Linear
 from doctor.quant.dequantize import to_torch
+from doctor.quant.stage import FREE_SPACE, require_room
 from doctor.quant.stream.choose import Chosen
 from doctor.quant.stream.rounding import Rounding, largest
 
@@ -61,6 +63,7 @@ class OutputShard:
         for part in parts:
             self._places[part.name] = at
             at += part.nbytes
+        require_room(self.path.parent, at)
         try:
             self._fd = os.open(self._beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             os.pwrite(self._fd, raw, 0)
@@ -134,6 +137,7 @@ class OutputShard:
             os.close(self._fd)
             self._fd = -1
             os.rename(self._beside, self.path)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise self._failed(error) from None
 
@@ -146,7 +150,7 @@ class OutputShard:
     def _failed(self, error: OSError) -> MachineError:
         return MachineError(
             _("{path}: {error}.", path=self._beside, error=error.strerror),
-            _("Free space there and run again with --resume."),
+            FREE_SPACE,
         )
 
 
