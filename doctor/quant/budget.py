@@ -21,7 +21,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import MachineError
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept
-from doctor.formats.base import format_of
+from doctor.formats.base import format_of, streams
 from doctor.model.fused_experts import unfuse
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
@@ -32,6 +32,8 @@ BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
 # Matrices of [k, k] and of [n, k] in float32 that solving one linear holds at its peak, besides its Hessian and its
 # weight.
 _SQUARES, _OBLONGS = 6, 6
+# Of rounding without a model: threads (more read no faster), and what each holds of a tensor, its codes and its scales.
+STREAM_WORKERS, STREAM_BYTES = 8, 32 << 20
 _SHARE_OF_FREE = 0.7  # of what is free, where no limit is given: other programs want to live too
 
 
@@ -62,12 +64,13 @@ class Need:
     outside: int  # embeddings as stored, held with one layer while the first inputs are taken
     hidden: int
     output: int
+    streaming: int = 0  # rows of a few tensors at a time, where no model is run: then all but output is 0
     constant: int = field(default_factory=constant)
 
     @property
     def fixed(self) -> int:
         running = self.block + self.ahead + self.hessians + max(self.solving, self.batch)  # one after the other
-        return self.constant + max(running, self.outside + self.block + self.row)
+        return self.constant + max(running, self.outside + self.block + self.row, self.streaming)
 
     @property
     def on_device(self) -> int:
@@ -78,8 +81,8 @@ class Need:
 
     @property
     def disk(self) -> int:
-        """Parts and the shards that they are joined into exist together for a moment."""
-        return 2 * self.output
+        """Parts and the shards that they are joined into exist together for a moment; a streamed part is a shard."""
+        return self.output if self.streaming else 2 * self.output
 
     def parts(self) -> list[tuple[str, int]]:
         """(what, bytes) of `fixed` for people; of the moment that takes more."""
@@ -94,7 +97,8 @@ class Need:
             (_("embeddings"), self.outside),
             (_("one row"), self.row),
         ]
-        larger = max(running, first, key=lambda rows: sum(b for _, b in rows))
+        rows = [(_("rows of a few tensors"), self.streaming)]
+        larger = max(running, first, rows, key=lambda rows: sum(b for _, b in rows))
         return [*larger, (_("Python, torch and transformers"), self.constant)]
 
 
@@ -122,6 +126,13 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
     def batch(most_tokens: int) -> int:
         return 4 * min(tokens, max(most_tokens, length)) * _width(spec, linears) if rows else 0
 
+    if streams(recipe):
+        workers = min(STREAM_WORKERS, os.cpu_count() or 1)
+        return Need(
+            *(0 for _ in range(9)),
+            output=_output_bytes(checkpoint, linears, recipe),
+            streaming=workers * STREAM_BYTES,
+        )
     outside = [t for t in checkpoint.tensors.values() if t.name not in inside]
     return Need(
         block=4 * max(elements for elements, _ in sizes),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
-from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.errors import BadCheckpoint, DoctorError, PlanRefused
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
@@ -29,6 +29,7 @@ from doctor.fixing.output_summary import files, receipt_summary
 from doctor.fixing.outputs import check_output
 from doctor.fixing.proof import Proof
 from doctor.fixing.staging import hold_output
+from doctor.formats.base import streams
 from doctor.lint.engine import Report, load_rules, locate, select_rules
 from doctor.model.quantization_config import holds_quantized
 from doctor.model.spec import build_spec
@@ -44,10 +45,9 @@ from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
 from doctor.quant.receipt import receipt
 from doctor.quant.resume import fingerprint
-from doctor.quant.setup import computing_note
-from doctor.quant.solve import cpu
+from doctor.quant.setup import computing_notes
 from doctor.quant.stage import Stage, damage_note, require_no_work, require_room
-from doctor.quant.stream.choose import choose, streams
+from doctor.quant.stream.choose import choose
 from doctor.quant.stream.run import run as stream
 
 
@@ -134,6 +134,11 @@ def quantize(
         client,
         time.perf_counter(),
     )
+    if size() > 1 and streams(asked.recipe):
+        raise PlanRefused(
+            _("{n} processes: weights of this recipe are rounded as they are read, in one process.", n=size()),
+            _("Start it without torchrun."),
+        )
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     check_output(source, asked.output, overwrite)
     writes = not preflight and not (size() > 1 and int(os.environ["RANK"]))  # under torchrun, rank 0 writes
@@ -245,7 +250,7 @@ def _run(asked: Asked, calibrated: Calibrated, ranks: Ranks) -> QuantizeResult:
     checked = calibrated.checked
     notes = [*checked.notes, *calibrated.notes, *_forewarn(asked, calibrated)]
     staged = _stage(asked, calibrated, ranks)
-    streamed = _streams(asked, checked.recipe, ranks)
+    streamed = streams(checked.recipe)
     linears = _linears(asked, checked) if streamed else None
     done, kept = (
         _streamed(asked, calibrated, staged, linears or {})
@@ -286,11 +291,6 @@ def _linears(asked: Asked, checked: Checked) -> Linears:
     return asked.client.linears(source.root, modules) if asked.client else {}
 
 
-def _streams(asked: Asked, recipe: Recipe, ranks: Ranks) -> bool:
-    """Whether weights are rounded as they are read, without a model."""
-    return streams(recipe) and ranks.size == 1 and asked.device.partition(":")[0] == "cpu"
-
-
 def _streamed(
     asked: Asked, calibrated: Calibrated, staged: export.Output, linears: Linears
 ) -> tuple[Result, list[str]]:
@@ -312,8 +312,7 @@ def _forewarn(asked: Asked, calibrated: Calibrated) -> list[str]:
             _("{root}: has no config.json; quantizing needs the model's shape.", root=str(checkpoint.root)),
             _("Give the checkpoint's directory."),
         )
-    computing = computing_note(checkpoint, checked.spec, checked.recipe, asked.device)
-    notes = [note for note in (cpu.note(asked.device), computing) if note]
+    notes = computing_notes(checkpoint, checked.spec, checked.recipe, asked.device)
     for note in notes:
         asked.progress(note)
     rows = calibrated.rows
@@ -323,7 +322,7 @@ def _forewarn(asked: Asked, calibrated: Calibrated) -> list[str]:
         hidden = need.hidden if need.hidden > budget.left(need, asked.memory) else 0
         place = next(p for p in asked.output.parents if p.exists())
         require_room(place, max(0, need.disk - Stage(asked.output).bytes_there()) + hidden)
-    free = device_free(asked.device)
+    free = None if streams(checked.recipe) else device_free(asked.device)
     if free is not None:
         fits = _(
             "{device}: up to {need:.2f} GiB are needed, {free:.2f} GiB are free",

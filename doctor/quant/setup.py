@@ -14,6 +14,7 @@ from doctor.core.recipe import Recipe
 from doctor.core.records import SLOWER_PATHS
 from doctor.core.store import Store
 from doctor.fixing.consent import Consent
+from doctor.formats.base import streams
 from doctor.lint.rule import Rule
 from doctor.model.fused_experts import FusedExperts, find_fused_experts, unfuse
 from doctor.model.spec import ModelSpec
@@ -158,3 +159,13 @@ def computing_note(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, devi
         dtype=str(dtype)[6:],
         device=torch.device(device).type,
     )
+
+
+def computing_notes(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, device: str) -> list[str]:
+    """Notes on where and in which digits a run computes."""
+    if not streams(recipe):
+        return [note for note in (cpu.note(device), computing_note(checkpoint, spec, recipe, device)) if note]
+    found = [cpu.note("cpu")] if cpu.note("cpu") else []
+    if torch.device(device).type != "cpu":
+        found.append(_("weights are rounded as they are read, on the processor: {device} is not used", device=device))
+    return found

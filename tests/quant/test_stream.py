@@ -18,13 +18,13 @@ from doctor.core.errors import NotQuantizable
 from doctor.core.methods import STATIC
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
-from doctor.formats.base import KNOWN
+from doctor.formats.base import KNOWN, streams
 from doctor.formats.schemes import SCHEMES, fields_of
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
 from doctor.quant import quantize as command
 from doctor.quant.stream import shards
-from doctor.quant.stream.choose import choose, streams
+from doctor.quant.stream.choose import choose
 from doctor.quant.stream.rounding import Rounding, largest
 
 NAMES = [

@@ -12,7 +12,6 @@ from doctor.core.messages import _
 from doctor.core.recipe import Recipe, is_kept
 from doctor.core.records import OUTSIDE_LINEARS, STACKED_EXPERTS
 from doctor.core.store import Store
-from doctor.formats.base import format_of
 from doctor.model.fused_experts import FusedExperts, find_fused_experts, unfuse
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
@@ -34,11 +33,6 @@ class Chosen:
     kept: tuple[Record, ...]
     names: tuple[str, ...]
     shards: Mapping[str, tuple[TensorInfo, ...]]
-
-
-def streams(recipe: Recipe) -> bool:
-    """Whether a recipe's codes are chosen from weights alone, and its words from rows alone."""
-    return not recipe.calibrated and format_of(recipe).rows_apart
 
 
 def choose(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, linears: Linears, store: Store) -> Chosen:

@@ -18,7 +18,7 @@ from doctor.core.store import Store
 from doctor.lint.engine import judge
 from doctor.lint.rule import Rule
 from doctor.plan.groups import together
-from doctor.quant import export
+from doctor.quant import budget, export
 from doctor.quant.job import Result
 from doctor.quant.records import Record, put_facts, record
 from doctor.quant.setup import RUN_STAGES
@@ -30,8 +30,6 @@ from doctor.quant.stream.choose import Chosen
 from doctor.quant.stream.rounding import Rounding
 from doctor.quant.stream.shards import OutputShard, absmax
 from doctor.scan.value_facts import ABSMAX
-
-_WORKERS = 8  # more read no faster, and each holds a few chunks
 
 
 def run(
@@ -56,7 +54,7 @@ def run(
             records += done_before[shard]
         else:
             pending.append((shard, name))
-    threads, workers = torch.get_num_threads(), min(_WORKERS, os.cpu_count() or 1)
+    threads, workers = torch.get_num_threads(), min(budget.STREAM_WORKERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         roundings = _roundings(chosen, recipe, store, pool, [shard for shard, _name in pending])
         sealing: Callable[[], None] = _nothing
