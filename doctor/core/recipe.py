@@ -48,6 +48,7 @@ class OutputFormat(Protocol):
     groups: tuple[int, ...]
     methods: tuple[str, ...]
     activations: tuple[str, ...]
+    smooths: bool
 
     def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str: ...
 
@@ -200,6 +201,14 @@ class Recipe:
     def calibrated(self) -> bool:
         """Whether calibration rows are run: for the codes, or for the scales of activations alone."""
         return self.solver.calibrated or self.activations in STATIC
+
+    @property
+    def folds_scales(self) -> bool:
+        """Whether factors of input channels are folded into the modules before: AWQ's, or SmoothQuant's where
+        activations are rounded to integers and calibration says how large they are.
+        """
+        smooths = FORMATS[self.output_format].smooths and self.solver.calibrated
+        return self.solver.folds_scales or smooths
 
     @property
     def solver(self) -> Method:

@@ -72,6 +72,7 @@ class Format:
     methods: tuple[str, ...] = ()  # that can choose its codes; () for any
     activations: tuple[str, ...] = ()  # how its readers may round a linear's inputs
     rows_apart = False  # whether each row's words and scales are made from that row, or its tile, alone
+    smooths = False  # whether its readers round activations to integers: then SmoothQuant helps
     own_widths = True  # whether single linears may have other bits than the rest
     widths_key = ""  # where their bits stand, if under a key that only some readers know
     unit = (1, 1)  # in_features and out_features must be multiples of these for the format's own sake

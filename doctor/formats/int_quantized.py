@@ -35,6 +35,7 @@ class IntQuantized(BesideWeight):
     methods: tuple[str, ...] = ("gptq", "rtn")
     activations: tuple[str, ...] = ("int8",)
     stored = "I8"
+    smooths = True
 
     def grid(self, scheme: Scheme) -> GridKind:
         return GridKind(8, -1, True, scale_dtype="BF16")

@@ -175,7 +175,7 @@ def _hessian_bytes(linears: list[Linear], recipe: Recipe) -> int:
     for x in linears:
         stage = stages.setdefault(x.block, {}).setdefault(kinds.get(x.role, x.role), {})
         stage[x.expert] = 4 * x.in_features**2
-    if recipe.solver.folds_scales:
+    if recipe.folds_scales:
         held = [sum(sum(s.values()) for s in layer.values()) for layer in stages.values()]
     else:
         held = [sum(s.values()) for layer in stages.values() for s in layer.values()]

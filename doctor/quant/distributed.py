@@ -81,9 +81,7 @@ class Ranks:
         found = [torch.empty_like(own) for _ in range(self.size)]
         self._do(lambda d: d.all_gather(found, own))
         self._do(lambda d: d.all_reduce(hessian.sums))
-        largest = torch.tensor([hessian.largest], device=self.device)
-        self._do(lambda d: d.all_reduce(largest, op=d.ReduceOp.MAX))
-        hessian.largest = float(largest)
+        self._do(lambda d: d.all_reduce(hessian.largest, op=d.ReduceOp.MAX))
         rows = [one.tolist() for one in found]
         first = next((r for r in range(self.size) if rows[r][1]), None)
         if first is not None:

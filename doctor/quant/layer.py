@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -33,7 +34,9 @@ from doctor.quant.linear import Solved, divisors, outcome, pack_linear, put_weig
 from doctor.quant.records import Record, failed, put_facts, record
 from doctor.quant.selection import Selection, select_linears
 from doctor.quant.setup import Setup
-from doctor.quant.solve.awq_fold import ScaleFolding
+from doctor.quant.solve.awq_fold import Find, ScaleFolding
+from doctor.quant.solve.awq_search import find_scales
+from doctor.quant.solve.smooth import smooth_scales
 from doctor.scan.header import RECIPE
 
 # An exact fold moves float32 results by rounding only; a fold into something that is not linear moves them by percents.
@@ -234,30 +237,33 @@ def _finish_linear(
 def _fold_scales(
     setup: Setup, activations: Activations, i: int, recipe: Recipe, stages: Stages, modules: Modules
 ) -> ScaleFolding | None:
-    """AWQ's scales, found on the float layer and folded into it; taken back where the layer's output moves. None for
-    other methods.
+    """Scales of AWQ or SmoothQuant, found on the float layer and folded into it; taken back where the layer's output
+    moves. None for other methods.
     """
-    if not recipe.solver.folds_scales:
+    if not recipe.folds_scales:
         return None
     folding = ScaleFolding(modules, setup.skeleton.by_tensor(i), lambda name: load_tensor(setup.checkpoint, name).dtype)
     before = activations.run_first(i)
     groups = [group for stage in stages for group in stage]
     with activations.staged_forward(i, [groups], modules) as forward:
         inputs = _stage_inputs(setup, forward, 0, recipe)
-    grid = format_of(recipe).grid(recipe.scheme)
     for group in groups:
         given = inputs[group[0]]
         if given.usable and given.fact.finite:
-            folding.apply(
-                setup.spec,
-                group,
-                given.H,
-                {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.sym, "zero_min": grid.zero_min},
-            )
+            folding.apply(setup.spec, group, _search(recipe, given))
     moved = float((activations.run_first(i) - before).norm() / before.norm())
     if setup.ranks.any(bool(folding.columns) and not moved <= _FOLD_TOLERANCE):
         folding.take_back(_("not scaled: folding moved the layer's output by {moved:.2e}", moved=moved))
     return folding
+
+
+def _search(recipe: Recipe, given: LayerInput) -> Find:
+    """What finds the factors of the channels of an input."""
+    if not recipe.solver.folds_scales:
+        return partial(smooth_scales, H=given.H, channels=given.channels)
+    grid = format_of(recipe).grid(recipe.scheme)
+    options = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.sym, "zero_min": grid.zero_min}
+    return lambda weights, source: find_scales(weights, given.H, source, **options)
 
 
 def verdict_of(setup: Setup) -> Verdict:

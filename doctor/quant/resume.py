@@ -89,7 +89,7 @@ def _put_written(setup: Setup, i: int, recipe: Recipe, outcomes: Mapping[str, st
     for name, (linear, module) in skeleton.modules_of(i).items():
         if outcomes.get(name) != "kept":
             put_weight(module, pack.unpack_linear(name, tensors, recipe.for_linear(name)), linear.transposed)
-    if not recipe.solver.folds_scales:
+    if not recipe.folds_scales:
         return
     for name, module in skeleton.by_tensor(i).items():  # norms and biases that scales were folded into
         for kind, tensor in (("weight", name), ("bias", name.removesuffix("weight") + "bias")):

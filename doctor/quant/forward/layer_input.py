@@ -10,13 +10,14 @@ from doctor.quant.solve.spectrum import spectrum
 
 
 class LayerInput:
-    """The input of one or more linears: H f32[k, k], `fact`, what its spectrum says, and `largest`, its largest |x|.
+    """The input of one or more linears: H f32[k, k], `fact`, what its spectrum says, and `channels` f32[k], the largest
+    |x| of each.
 
     damp: share of mean diag(H), for the estimate of the condition.
     """
 
     def __init__(self, hessian: Hessian, damp: float):
-        self.largest = hessian.largest
+        self.channels = hessian.largest
         self.H: torch.Tensor = hessian.take()
         s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
         self.fact = HessianFacts(
@@ -31,6 +32,11 @@ class LayerInput:
             s.damp_needed,
             s.condition,
         )
+
+    @property
+    def largest(self) -> float:
+        """The largest |x|."""
+        return float(self.channels.max())
 
     @property
     def usable(self) -> bool:

@@ -1,4 +1,5 @@
-"""Folds AWQ's scales into the modules of one decoder layer, and takes them back if the layer's output moves.
+"""Folds the scales of AWQ or SmoothQuant into the modules of one decoder layer, and takes them back if the layer's
+output moves.
 
 Values stored in 16 bits are rounded first and s is derived from them, so the fold is exact for the stored norm.
 """
@@ -7,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TypedDict
 
 import torch
 from torch import nn
@@ -15,19 +15,13 @@ from torch import nn
 from doctor.core.messages import _
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
-from doctor.quant.solve.awq_search import find_scales
 from doctor.quant.solve.awq_source import Source, source_of
 
 _WIDE = (torch.float32, torch.float64)  # stored in 16 bits by the output
 
 
-class SearchOptions(TypedDict):
-    """Arguments of find_scales that a recipe gives."""
-
-    bits: int
-    group_size: int
-    sym: bool
-    zero_min: int
+# (s of the source's channels, how it was found or "") for the weights [n_i, k] of linears that share an input.
+Find = Callable[[list[torch.Tensor], Source], tuple[torch.Tensor, str]]
 
 
 def fold(
@@ -67,10 +61,8 @@ class ScaleFolding:
         self.norms: set[str] = set()  # tensors of norms that changed: written in the output
         self._before: dict[tuple[nn.Module, str], torch.Tensor] = {}
 
-    def apply(self, spec: ModelSpec, group: list[str], H: torch.Tensor, options: SearchOptions) -> None:
-        """Find and fold the scales of linears that share the input of H f32[k, k]; a note says where nothing can be
-        folded.
-        """
+    def apply(self, spec: ModelSpec, group: list[str], find: Find) -> None:
+        """Find and fold the scales of linears that share an input; a note says where nothing can be folded."""
         linears = [self.modules[name][0] for name in group]
         source, why = source_of(spec, linears, {name: x for name, (x, _module) in self.modules.items()})
         module = self.sources.get(source.tensor) if source else None
@@ -85,7 +77,7 @@ class ScaleFolding:
                 return
             source = replace(source, repeat=width // channels, head=channels)
         weights = [_rows(*self.modules[name]) for name in group]
-        s, found = find_scales(weights, H, source, **options)
+        s, found = find(weights, source)
         if not found:
             self._note(group, _("scales of 1 lose least"))
             return

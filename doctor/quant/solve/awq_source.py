@@ -36,6 +36,10 @@ class Source:
         """Factors of the source's channels to factors of the linear's columns."""
         return s if self.repeat == 1 else s.reshape(-1, 1, self.head).repeat(1, self.repeat, 1).reshape(-1)
 
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest over the columns that one channel of the source feeds."""
+        return values if self.repeat == 1 else values.reshape(-1, self.repeat, self.head).amax(1).reshape(-1)
+
     def gather(self, energy: torch.Tensor) -> torch.Tensor:
         """Mean over the columns that one channel of the source feeds."""
         return energy if self.repeat == 1 else energy.reshape(-1, self.repeat, self.head).mean(1).reshape(-1)

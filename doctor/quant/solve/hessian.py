@@ -46,7 +46,7 @@ class Hessian:
     def __init__(self, columns: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         self.columns = columns
         self.rows = 0
-        self._largest = torch.zeros((), device=device)
+        self.largest = torch.zeros(columns, device=device)  # the largest |x| of each channel
         self._nonfinite: NonFinite | None = None
         self._scan = _scan_on(torch.device(device)) if dtype == torch.float32 else None
         self.sums = torch.zeros(columns, columns, dtype=dtype, device=device)
@@ -58,8 +58,8 @@ class Hessian:
         """Adds the rows of X[..., k], any float dtype. The first non-finite value is kept in `nonfinite`, and in H."""
         X = X.reshape(-1, self.columns)
         if X.numel():
-            low, high = X.aminmax()
-            self._largest = torch.maximum(self._largest, torch.maximum(-low, high).to(self._largest))
+            low, high = X.amin(0), X.amax(0)
+            self.largest = torch.maximum(self.largest, torch.maximum(-low, high).to(self.largest))
         if self._scan is not None:
             self._scan.add(X.to(self.sums.device, torch.float32 if X.dtype == torch.float64 else X.dtype))
         else:
@@ -95,15 +95,6 @@ class Hessian:
                 below.add_(beside.T).mul_(0.5)
             beside.copy_(below.T)
         return H
-
-    @property
-    def largest(self) -> float:
-        """The largest |x| so far; waits for a device."""
-        return float(self._largest)
-
-    @largest.setter
-    def largest(self, value: float) -> None:
-        self._largest.fill_(value)
 
     @property
     def nonfinite(self) -> NonFinite | None:
