@@ -369,11 +369,6 @@ def format_of(recipe: Recipe) -> Format:
     return KNOWN[recipe.output_format]
 
 
-def streams(recipe: Recipe) -> bool:
-    """Whether a recipe's codes are chosen from weights alone and its words from rows alone: then no model is run."""
-    return not recipe.calibrated and format_of(recipe).rows_apart
-
-
 @cache
 def word_tails() -> tuple[str, ...]:
     """Endings of names of tensors that hold codes instead of weights."""

@@ -7,7 +7,8 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from doctor.checkpoint.safetensors import TensorInfo
-from doctor.formats.base import KNOWN, scale_tails, word_tails
+from doctor.core.recipe import Recipe
+from doctor.formats.base import KNOWN, format_of, scale_tails, word_tails
 
 # quant_method of files that hold packed weights which are not read here.
 _UNREAD_METHODS = ("awq_marlin", "exl2", "exl3", "aqlm", "hqq", "quip")
@@ -113,3 +114,8 @@ def is_written(raw: Mapping[str, Any] | None) -> bool:
 def shows_packing(name: str) -> bool:
     """Whether a tensor of this name is part of packed weights."""
     return name.endswith((*word_tails(), *_SIGNS))
+
+
+def streams(recipe: Recipe) -> bool:
+    """Whether a recipe's codes are chosen from weights alone and its words from rows alone: then no model is run."""
+    return not recipe.calibrated and format_of(recipe).rows_apart

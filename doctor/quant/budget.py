@@ -21,7 +21,8 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import MachineError
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept
-from doctor.formats.base import format_of, streams
+from doctor.formats.base import format_of
+from doctor.formats.known import streams
 from doctor.model.fused_experts import unfuse
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec

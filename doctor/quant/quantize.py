@@ -29,7 +29,7 @@ from doctor.fixing.output_summary import files, receipt_summary
 from doctor.fixing.outputs import check_output
 from doctor.fixing.proof import Proof
 from doctor.fixing.staging import hold_output
-from doctor.formats.base import streams
+from doctor.formats.known import streams
 from doctor.lint.engine import Report, load_rules, locate, select_rules
 from doctor.model.quantization_config import holds_quantized
 from doctor.model.spec import build_spec

@@ -14,7 +14,7 @@ from doctor.core.recipe import Recipe
 from doctor.core.records import SLOWER_PATHS
 from doctor.core.store import Store
 from doctor.fixing.consent import Consent
-from doctor.formats.base import streams
+from doctor.formats.known import streams
 from doctor.lint.rule import Rule
 from doctor.model.fused_experts import FusedExperts, find_fused_experts, unfuse
 from doctor.model.spec import ModelSpec
