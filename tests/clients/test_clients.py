@@ -28,11 +28,15 @@ ENVIRONMENTS = {"transformers": "venv-hf", "vllm": "venv-vllm"}
 PROMPT = "The capital of France is"
 # Formats are a matter of packing, so rounding to nearest does for all but the method's own: 40 s of CPU instead of
 # minutes.
+GROUPS = ("--group-size", "64")
 QUANTIZED = {
-    "gptq": ("--method", "gptq", "--rows", "32", "--max-seq-length", "512"),
-    "awq": ("--method", "awq", "--rows", "16", "--max-seq-length", "512"),
-    "gptq_v2": ("--method", "rtn"),
-    "compressed-tensors": ("--method", "rtn"),
+    "gptq": (*GROUPS, "--method", "gptq", "--rows", "32", "--max-seq-length", "512"),
+    "awq": (*GROUPS, "--method", "awq", "--rows", "16", "--max-seq-length", "512"),
+    "gptq_v2": (*GROUPS, "--method", "rtn"),
+    "compressed-tensors": (*GROUPS, "--method", "rtn"),
+    "float-quantized": ("--scheme", "FP8_DYNAMIC"),
+    "int-quantized": ("--scheme", "INT8"),
+    "nvfp4-pack-quantized": ("--scheme", "NVFP4A16", "--method", "rtn"),
 }
 STATED = {
     ("vllm", "gptq"): {"gptq", "auto_gptq", "gptq_marlin"},
@@ -42,6 +46,10 @@ STATED = {
     ("transformers", "gptq"): {"gptq"},
     ("transformers", "gptq_v2"): {"gptq"},
     ("transformers", "compressed-tensors"): {"compressed-tensors"},
+    ("transformers", "nvfp4-pack-quantized"): {"compressed-tensors"},
+    # Of floats and 8-bit integers, vLLM has kernels for a CPU for these two.
+    ("vllm", "float-quantized"): {"compressed-tensors"},
+    ("vllm", "int-quantized"): {"compressed-tensors"},
 }
 # In float32 two orders of summation move a logarithm of probability by less; beyond it, not rounding decided.
 ROUNDING = 1e-3
@@ -68,7 +76,7 @@ def ask(client: str, model: Path, *options: str, **more) -> dict:
 
 @pytest.fixture
 def quantized(smollm2):
-    """format -> SmolLM2 quantized into it in groups of 64, kept in .cache/clients; an interrupted run goes on where it
+    """format -> SmolLM2 quantized into it, kept in .cache/clients; an interrupted run goes on where it
     was.
     """
 
@@ -83,8 +91,6 @@ def quantized(smollm2):
                 smollm2,
                 "-o",
                 folder,
-                "--group-size",
-                "64",
                 "--format",
                 format,
                 "--resume",
