@@ -36,7 +36,6 @@ QUANTIZED = {
     "compressed-tensors": (*GROUPS, "--method", "rtn"),
     "float-quantized": ("--scheme", "FP8_DYNAMIC"),
     "int-quantized": ("--scheme", "INT8"),
-    "nvfp4-pack-quantized": ("--scheme", "NVFP4A16", "--method", "rtn"),
 }
 STATED = {
     ("vllm", "gptq"): {"gptq", "auto_gptq", "gptq_marlin"},
@@ -46,7 +45,6 @@ STATED = {
     ("transformers", "gptq"): {"gptq"},
     ("transformers", "gptq_v2"): {"gptq"},
     ("transformers", "compressed-tensors"): {"compressed-tensors"},
-    ("transformers", "nvfp4-pack-quantized"): {"compressed-tensors"},
     # Of floats and 8-bit integers, vLLM has kernels for a CPU for these two.
     ("vllm", "float-quantized"): {"compressed-tensors"},
     ("vllm", "int-quantized"): {"compressed-tensors"},
