@@ -6,6 +6,7 @@ Everything here is plain data, because it travels in the report's JSON.
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.dtypes import CODE_NUMPY
+from doctor.core.errors import DoctorError
 from doctor.core.facts import COSTS, closure
 from doctor.core.finding import Finding, Fix
 from doctor.core.host import describe
@@ -92,17 +94,21 @@ def matrix(store: Store, rules: Iterable[Rule], findings: Iterable[Finding]) -> 
 
 
 def _plans(recipe: Recipe) -> list[Recipe]:
-    """The recipe asked for and its neighbours: other group sizes, and the other methods that have its width."""
+    """The recipe asked for and its neighbours: other group sizes that its format has, and the other methods that have
+    its width, in their own formats.
+    """
     methods = [
         m.name
         for m in sorted(METHODS.values(), key=lambda m: m.name != recipe.method)
         if m.name == recipe.method or (m.calibrated and recipe.bits in (m.bits or FORMATS[m.format].bits))
     ]
-    return [
-        replace(recipe, method=m, group_size=g, tp=1, format=recipe.format if m == recipe.method else "")
-        for g in dict.fromkeys((recipe.group_size, *GROUPS))
-        for m in methods
-    ]
+    found = []
+    for g in dict.fromkeys((recipe.group_size, *GROUPS)):
+        for m in methods:
+            own = {} if m == recipe.method else {"format": "", "activations": ""}
+            with suppress(DoctorError):  # a group size that the format does not have
+                found.append(replace(recipe, method=m, group_size=g, tp=1, **own))
+    return found
 
 
 def _shared(plan: Recipe, asked: int) -> list[Recipe]:

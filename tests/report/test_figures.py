@@ -216,3 +216,10 @@ def test_a_receipt_of_doctor_is_shown_and_a_stranger_file_of_that_name_is_not(tm
         assert extra.get("receipt") == (
             {"source": "a", "plan": "gptq", "steps": [["C101", "set it", "safe"]]} if there else None
         )
+
+
+def test_a_named_scheme_stands_beside_plans_of_other_formats(tmp_path):
+    recipe = Recipe("rtn", 4, 16, format="nvfp4-pack-quantized", activations="")
+    plans = {row["plan"] for row in check(narrow().write(tmp_path), recipe, matrix=True).extra["matrix"]}
+    assert any(plan.startswith("nvfp4-pack-quantized") and "g16" in plan for plan in plans)
+    assert not any(plan.startswith("nvfp4-pack-quantized") and "g16" not in plan for plan in plans)
