@@ -23,10 +23,10 @@ from doctor.lint.testing import tiny
 
 @rule("G345", "error")
 def tile_indivisible(checkpoint, layout, recipe):
-    tile = () if layout.quantized else layout.packing.grid(recipe.scheme).tile
+    height_of_tile = 1 if layout.quantized else (layout.packing.grid(recipe.scheme).tile or (1,))[0]
     misfits: dict[tuple, list] = {}
-    for linear in layout.linears if tile else ():
-        if linear.out_features % tile[0]:
+    for linear in layout.linears:
+        if linear.out_features % height_of_tile:
             misfits.setdefault((linear.role, linear.out_features), []).append(linear)
     for (role, height), linears in misfits.items():
         yield finding(
@@ -36,10 +36,10 @@ def tile_indivisible(checkpoint, layout, recipe):
                 len(linears),
                 role=role,
                 height=height,
-                unit=tile[0],
+                unit=height_of_tile,
             ),
             at=Place("", tensor=f"{linears[0].name}.weight"),
-            evidence={"out_features": height, "tile": tile[0], "linears": len(linears)},
+            evidence={"out_features": height, "tile": height_of_tile, "linears": len(linears)},
             fix=Fix(
                 _("keep {roles} in 16 bits", roles=role),
                 keep_edits(layout.linears, [x.name for x in linears]),

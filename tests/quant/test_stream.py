@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import NotQuantizable
+from doctor.core.errors import NotQuantizable, PlanRefused
 from doctor.core.methods import STATIC
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
@@ -146,6 +146,8 @@ def test_an_interrupted_run_goes_on_at_the_next_shard(name, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         api.quantize(folder, tmp_path / "o", recipe)
     assert not (tmp_path / "o").exists()
+    with pytest.raises(PlanRefused, match="holds 2 finished shards"):
+        api.quantize(folder, tmp_path / "o", recipe)
 
     def counting(self, info):
         seen.append(info.shard)
@@ -156,6 +158,17 @@ def test_an_interrupted_run_goes_on_at_the_next_shard(name, tmp_path, monkeypatc
     assert set(seen) == {"model-00003-of-00003.safetensors"}
     assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "whole") and bytes_of(folder) == before
     assert not list(tmp_path.glob(".o.*"))
+
+
+def test_what_fixes_make_of_the_source_is_read(tmp_path):
+    case = tiny("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    case.tensors[name][3, 5] = 0x7FC0  # a NaN
+    folder = written(tmp_path, case)
+    assert api.quantize(folder, tmp_path / "a", recipe_of("FP8_DYNAMIC")).output is None
+    assert api.quantize(folder, tmp_path / "b", recipe_of("FP8_DYNAMIC"), unsafe_fixes=["W201"]).output
+    found = load_file(tmp_path / "b" / "model.safetensors")[name]
+    assert found.dtype == torch.float8_e4m3fn and float(found[3, 5]) == 0 and torch.isfinite(found.float()).all()
 
 
 def test_linears_of_different_shards_share_their_divisor(tmp_path):
