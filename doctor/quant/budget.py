@@ -129,11 +129,8 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
 
     if streams(recipe):
         workers = min(STREAM_WORKERS, os.cpu_count() or 1)
-        return Need(
-            *(0 for _ in range(9)),
-            output=_output_bytes(checkpoint, linears, recipe),
-            streaming=workers * STREAM_BYTES,
-        )
+        held = workers * STREAM_BYTES
+        return Need(0, 0, 0, 0, 0, 0, 0, 0, 0, _output_bytes(checkpoint, linears, recipe), streaming=held)
     outside = [t for t in checkpoint.tensors.values() if t.name not in inside]
     return Need(
         block=4 * max(elements for elements, _ in sizes),

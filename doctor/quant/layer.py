@@ -36,6 +36,7 @@ from doctor.quant.selection import Selection, select_linears
 from doctor.quant.setup import Setup
 from doctor.quant.solve.awq_fold import Find, ScaleFolding
 from doctor.quant.solve.awq_search import find_scales
+from doctor.quant.solve.awq_source import Source
 from doctor.quant.solve.smooth import smooth_scales
 from doctor.scan.header import RECIPE
 
@@ -262,8 +263,19 @@ def _search(recipe: Recipe, given: LayerInput) -> Find:
     if not recipe.solver.folds_scales:
         return partial(smooth_scales, H=given.H, channels=given.channels)
     grid = format_of(recipe).grid(recipe.scheme)
-    options = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.sym, "zero_min": grid.zero_min}
-    return lambda weights, source: find_scales(weights, given.H, source, **options)
+
+    def find(weights: list[torch.Tensor], source: Source) -> tuple[torch.Tensor, str]:
+        return find_scales(
+            weights,
+            given.H,
+            source,
+            bits=grid.bits,
+            group_size=grid.group_size,
+            sym=grid.sym,
+            zero_min=grid.zero_min,
+        )
+
+    return find
 
 
 def verdict_of(setup: Setup) -> Verdict:

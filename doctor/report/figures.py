@@ -105,9 +105,9 @@ def _plans(recipe: Recipe) -> list[Recipe]:
     found = []
     for g in dict.fromkeys((recipe.group_size, *GROUPS)):
         for m in methods:
-            own = {} if m == recipe.method else {"format": "", "activations": ""}
+            form, activations = (recipe.format, recipe.activations) if m == recipe.method else ("", "")
             with suppress(DoctorError):  # a group size that the format does not have
-                found.append(replace(recipe, method=m, group_size=g, tp=1, **own))
+                found.append(replace(recipe, method=m, group_size=g, tp=1, format=form, activations=activations))
     return found
 
 
