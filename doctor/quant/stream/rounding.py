@@ -1,9 +1,10 @@
 """Rows of a weight to the tensors of a format, without calibration: what torch defines here, cpu/round.c does at the
 pace of memory.
 
-A format of 8-bit floats or integers scales each row, tile or group by its largest weight. One of 4-bit floats tries
-one more scale a group (NVFP4: the largest weight on 6 or on 4; MXFP4: the powers of two beside) and takes the one of
-least squared error, where the recipe asks for that (mse).
+A format of 8-bit floats or integers scales each row, tile or group by its largest weight. NVFP4 tries one more scale a
+group (the largest weight on 4 instead of 6) and takes the one of less squared error, where the recipe asks for that
+(mse). MXFP4 does not: the powers of two beside lower the squared error and raise the divergence (KL 0.469 for 0.466 on
+SmolLM2-135M, 1.13 for 1.05 on Gemma 3 270M).
 """
 
 from __future__ import annotations
@@ -80,14 +81,10 @@ class Rounding:
             return store_scale(scale, self.kind.torch_scale_dtype), none
         float_scale = FloatScale(not self.kind.divided, self.divisor)
         first = float_scale.first(spans)
-        if not self.recipe.mse:
+        if float_scale.power or not self.recipe.mse:
             return first * 2, none
-        if float_scale.power:
-            others = torch.stack([float_scale.snap(first * 2), float_scale.snap(first / 2)])
-        else:
-            on_four = float_scale.snap(spans / 8)
-            others = torch.where(spans > 0, on_four, first)[None]
-        return first * 2, others * 2
+        on_four = float_scale.snap(spans / 8)
+        return first * 2, torch.where(spans > 0, on_four, first)[None] * 2
 
     def _native(self, W: torch.Tensor, scale: torch.Tensor, others: torch.Tensor) -> Rounded | None:
         """By cpu/round.c; None where a width is none of its own."""
