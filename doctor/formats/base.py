@@ -164,11 +164,6 @@ class Format:
         """(codes u8[n, k], grid, g_idx i32[k]) of a linear, or of those rows of it, where the format is `affine`."""
         raise NotImplementedError
 
-    @property
-    def mark(self) -> str:
-        """The part whose name tells a packed linear of this format: its words, else its scales."""
-        return self.words or self.scales
-
     def unpack(
         self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
     ) -> Array:
@@ -179,9 +174,7 @@ class Format:
         raise NotImplementedError
 
     def input_parts(self, recipe: Recipe, absmax: float) -> dict[str, Array]:
-        """Tensors of the scales of a linear's inputs, from the largest |x| that calibration saw; torch's. {} where
-        activations stay as they are, or are scaled while serving.
-        """
+        """Torch tensors of the scales of a linear's inputs, whose largest |x| is absmax; {} where none is measured."""
         return {}
 
     def zero_word(self, bits: int) -> int | None:

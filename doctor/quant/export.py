@@ -122,7 +122,8 @@ class Output(Stage):
         if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             _write_json(self.stage / INDEX_NAME, index)
-        words = f".{format_of(recipe).mark}"
+        form = format_of(recipe)
+        words = f".{form.words or form.scales}"  # what tells a packed linear by its name
         names = [name.rpartition(".")[0] for name in weight_map if name.endswith(words)]
         write_configs(self.stage, checkpoint, recipe, quantization_config(recipe, kept, names, linears))
         for name, entry in checkpoint.entries.items():
