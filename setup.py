@@ -23,7 +23,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 SOURCES = "cpu"
-PER_LEVEL = {"scan.c": [], "solve.c": ["-ffp-contract=off"], "round.c": ["-ffp-contract=off"]}  # with flags of its own
+PER_LEVEL = {  # with flags of its own
+    "scan.c": [],
+    "solve.c": ["-ffp-contract=off"],
+    "round.c": ["-ffp-contract=off"],
+    "gguf.c": ["-ffp-contract=off", "-fno-math-errno"],
+}
 HEADERS = ["level.h", "lanes.h", "scan_type.h"]
 
 # No fast-math in any of them: NaN is what the library looks for.

@@ -1,4 +1,4 @@
-"""A checkpoint directory (or one .safetensors file) on disk: opened and listed, never judged, never changed.
+"""A checkpoint directory (or one .safetensors or .gguf file) on disk: opened and listed, never judged, never changed.
 
 Faults of the files become data here (`problems`, `Shard.defects`, `JsonFile.error`), because a rule reports them with a
 place and a fix. Only if nothing can be read an exception is raised.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from doctor.checkpoint import json_text
 from doctor.checkpoint.dtypes import CODE_NUMPY
+from doctor.checkpoint.gguf import SHARD, GgufModel, group_files, read_gguf
 from doctor.checkpoint.safetensors import Defect, Shard, ShardFile, TensorInfo, open_shard
 from doctor.core.errors import BadCheckpoint
 from doctor.core.lazy_numpy import np
@@ -132,6 +133,7 @@ class Checkpoint:
 
     `tensors` maps names to the TensorInfo that a reader takes: in the shard that the index names, else in the first
     that has it. `problems` are Defects of the listing itself (links that lead out, unsafe names, unreadable files).
+    `gguf` are the models in .gguf files, where no safetensors file is.
     """
 
     unread: str = ""  # the reason why tensor bytes cannot be read, "" if they can
@@ -144,10 +146,11 @@ class Checkpoint:
         self.shards: dict[str, Shard] = {}
         self.json: dict[str, JsonFile] = {}
         self.missing_shards: list[str] = []
+        self.gguf: list[GgufModel] = []
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> Checkpoint:
-        """Open a directory or one .safetensors file. Raises BadCheckpoint where there is nothing to look at."""
+        """Open a directory, or one .safetensors or .gguf file. Raises BadCheckpoint where nothing can be looked at."""
         root = Path(path)
         try:
             mode = root.stat().st_mode
@@ -158,9 +161,9 @@ class Checkpoint:
             ) from None
         only = None
         if stat.S_ISREG(mode):
-            if root.suffix != ".safetensors":
+            if root.suffix not in (".safetensors", ".gguf"):
                 raise BadCheckpoint(
-                    _("{path}: not a directory and not a .safetensors file.", path=path),
+                    _("{path}: not a directory and not a .safetensors or .gguf file.", path=path),
                     _("Give the checkpoint's directory."),
                 )
             root, only = root.parent, root.name
@@ -172,6 +175,7 @@ class Checkpoint:
         self._list()
         self._load_json()
         self._open_shards()
+        self._open_gguf()
         return self
 
     @property
@@ -189,7 +193,7 @@ class Checkpoint:
                 _("Check the permissions of the directory."),
             ) from None
         for item in found:
-            if self.only and item.name != self.only:
+            if self.only and item.name != self.only and not _of_one_model(item.name, self.only):
                 continue
             try:
                 target = self._target(item)
@@ -312,6 +316,20 @@ class Checkpoint:
     def _open_shard(self, name: str) -> Shard:
         return open_shard(self.path(name), name)
 
+    def _open_gguf(self) -> None:
+        """The models in .gguf files. Beside safetensors they are copies of the model that nobody asked about."""
+        if self.shards:
+            return
+        for name, files, missing in group_files([n for n in self.entries if n.endswith(".gguf")]):
+            read = []
+            for file in files:
+                try:
+                    read.append(read_gguf(self.path(file), file))
+                except OSError as error:
+                    self.problems.append(Defect("unreadable", error.strerror or str(error), file))
+            if read:
+                self.gguf.append(GgufModel(name, tuple(read), tuple(missing)))
+
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}
@@ -323,7 +341,8 @@ class Checkpoint:
 
     @cached_property
     def total_bytes(self) -> int:
-        return sum(t.nbytes for s in self.shards.values() for t in s.tensors)
+        listed = sum(t.nbytes for s in self.shards.values() for t in s.tensors)
+        return listed + sum(t.nbytes for model in self.gguf for t in model.tensors.values())
 
     def open_file(self, shard: str) -> ShardFile:
         """The shard, open for reading. Raises BadCheckpoint."""
@@ -367,6 +386,12 @@ def codes(raw: bytes | bytearray | memoryview, info: TensorInfo) -> np.ndarray:
             )
         )
     return np.frombuffer(raw, kind).reshape(info.shape)
+
+
+def _of_one_model(name: str, other: str) -> bool:
+    """Whether two .gguf files are shards of one model, by their names."""
+    first, second = SHARD.match(name), SHARD.match(other)
+    return first is not None and second is not None and (first[1], first[3]) == (second[1], second[3])
 
 
 def is_numbered(name: str) -> bool:
