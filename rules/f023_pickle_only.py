@@ -25,8 +25,8 @@ OTHERS = (".gguf", ".h5", ".msgpack", ".npz")
 
 
 @rule("F023", "error")
-def pickle_only(checkpoint, files):
-    if any(n.endswith(".safetensors") for n in files):
+def pickle_only(checkpoint, files, goal=None):
+    if any(n.endswith(".safetensors") for n in files) or (checkpoint.gguf and goal != "quantize"):
         return
     found = sorted(n for n in files if n.endswith(PICKLES + OTHERS) and n != "training_args.bin")
     if found:

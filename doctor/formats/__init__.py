@@ -17,4 +17,5 @@ from doctor.formats import (  # noqa: F401, I001 - their order
     nvfp4,
     mxfp4,
     bitsandbytes,
+    gguf,
 )

@@ -1,8 +1,8 @@
 """Named schemes: the words in which people ask for weights, activations and groups together, as fields of a recipe.
 
-The names are those of llm-compressor and compressed-tensors, so what people know from there means the same here. A row
-gives what the name fixes; a recipe may differ in the method where the row has several, and in group_size where the row
-leaves it open. Flags that contradict a row are refused before anything is read.
+The names are those of llm-compressor, compressed-tensors and llama.cpp, so what people know from there means the same
+here. A row gives what the name fixes; a recipe may differ in the method where the row has several, and in group_size
+where the row leaves it open. Flags that contradict a row are refused before anything is read.
 
 Source: vllm-project/compressed-tensors 0.20 quantization/quant_scheme.py (PRESET_SCHEMES).
 """
@@ -42,6 +42,10 @@ def _fixed(
     return NamedScheme(name, methods, fields)
 
 
+def _gguf(name: str, bits: int, form: str = "gguf") -> NamedScheme:
+    return NamedScheme(name, ("gptq", "rtn"), {"bits": bits, "group_size": 32, "sym": False, "format": form})
+
+
 SCHEMES: dict[str, NamedScheme] = {
     row.name: row
     for row in (
@@ -58,6 +62,12 @@ SCHEMES: dict[str, NamedScheme] = {
         _fixed("MXFP4", ("gptq", "rtn"), 4, 32, "mxfp4-pack-quantized", "mxfp4"),
         _fixed("MXFP8A16", ("rtn",), 8, 32, "mxfp8-quantized"),
         _fixed("MXFP8", ("rtn",), 8, 32, "mxfp8-quantized", "mxfp8"),
+        _gguf("Q4_K_M", 4),
+        _gguf("Q5_K_M", 5),
+        _gguf("Q6_K", 6),
+        _gguf("Q8_0", 8),
+        _gguf("Q4_0", 4, "gguf-q4_0"),
+        _gguf("IQ4_XS", 4, "gguf-iq4_xs"),
     )
 }
 ALIASES = {"W8A8": "INT8", "FP8": "FP8_STATIC"}  # other tools' names for what a row is

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
 from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
-from doctor.core.facts import COSTS, Unavailable
+from doctor.core.facts import COSTS, Unavailable, closure
 from doctor.core.finding import SEVERITIES, Finding, Place
 from doctor.core.messages import _, plural
 from doctor.core.recipe import Recipe
@@ -171,6 +171,7 @@ def judge(store: Store, rules: Iterable[Rule], until: str = COSTS[-1]) -> tuple[
     """Run every rule on every subject of its scope; findings come in repair order, consequences after their cause."""
     findings: list[Finding] = []
     runs = []
+    rules = _of_container(store, list(rules))
     for entry in rules:
         run = RuleRun(entry)
         runs.append(run)
@@ -211,6 +212,36 @@ def _bounded(found: Iterator[Finding]) -> Iterator[Finding]:
             fix=None,
             evidence={},
         )
+
+
+# Facts that files of safetensors and JSON give. A GGUF file has none of them: its header is its own configuration.
+_NOT_OF_GGUF = frozenset(
+    (
+        "json_files",
+        "tensors",
+        "shards",
+        "config",
+        "tokenizer",
+        "tokenizer_config",
+        "generation_config",
+        "quantization_block",
+        "weight_map",
+        "missing_shards",
+        "stored_weights",
+        "merge_proof",
+    )
+)
+
+
+def _of_container(store: Store, rules: list[Rule]) -> list[Rule]:
+    """The rules that ask what files of this container can answer."""
+    gguf = any(thing.gguf for thing in store.subjects("checkpoint").values())
+    return [
+        rule
+        for rule in rules
+        if ("gguf" in rule.facts or not closure(rule.facts) & _NOT_OF_GGUF if gguf else "gguf" not in rule.facts)
+        and not (gguf and (rule.scope in ("tensor", "shard", "linear") or rule.area in ("Tokenizer", "Config")))
+    ]
 
 
 def in_order(findings: list[Finding]) -> list[Finding]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import doctor.scan.gguf_facts
 import doctor.scan.header
 import doctor.scan.value_facts  # noqa: F401 - both declare facts that rules name
 from doctor.checkpoint.safetensors import TensorInfo
@@ -54,7 +55,7 @@ from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
     TakeTensor,
 )
 from doctor.edits.padding import grown, keep_edits, pad_edits  # noqa: F401
-from doctor.formats.base import KNOWN, read_quantization, scale_tails, word_tails  # noqa: F401
+from doctor.formats.base import KNOWN, format_of, read_quantization, scale_tails, word_tails  # noqa: F401
 from doctor.formats.known import (  # noqa: F401
     companion_shapes,
     companions_missing,
@@ -73,6 +74,7 @@ from doctor.lint.plain_fixes import decoding_fix  # noqa: F401
 from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
 from doctor.model.chat_template import free_names, parse_template, parsed_template  # noqa: F401
 from doctor.model.directory_kind import KINDS  # noqa: F401 - declares the fact `kind` too
+from doctor.model.gguf_names import unwritable  # noqa: F401
 from doctor.model.linears import ROW_PARALLEL, Linear  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too
@@ -86,6 +88,7 @@ from doctor.model.turn_end import turn_end  # noqa: F401
 from doctor.plan.block_scales import cuts  # noqa: F401 - declares `blocked_linears` too
 from doctor.plan.groups import FUSED, GroupedLinear, packed_size, together  # noqa: F401 - declares `layout` too
 from doctor.plan.loading import load_problem  # noqa: F401 - declares `packed_loading` too
+from doctor.plan.mixture import planned_types, with_mixture  # noqa: F401
 from doctor.plan.runtimes import in_force, nearest_plan, old_reader, version_before  # noqa: F401 - declares `kernels` too
 from doctor.plan.sizes import axis_expression, fits, resized, size_key  # noqa: F401
 from doctor.plan.tensor_parallel import on_one_gpu  # noqa: F401

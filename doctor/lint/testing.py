@@ -10,6 +10,7 @@ from typing import Any
 
 from doctor.core.lazy_numpy import np  # noqa: F401 - rule files import it from here
 from doctor.core.machine import Machine
+from doctor.core.recipe import Recipe  # noqa: F401 - rule files import it from here
 from doctor.core.records import (
     CalibrationFacts,
     ClientRun,
@@ -36,6 +37,7 @@ from doctor.lint.tiny import (  # noqa: F401 - rule files import them from here
     tiny_gptq,
     use_family,
 )
+from doctor.lint.tiny_gguf import GgufCase, tiny_gguf, w  # noqa: F401
 from doctor.model.spec import build_spec
 
 

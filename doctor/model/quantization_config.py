@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.ggml_types import FILE_TYPES
+from doctor.checkpoint.gguf import GgufModel
 from doctor.core.errors import DoctorError
 from doctor.core.facts import FactKey, Unavailable, fact, key_of
 from doctor.core.messages import _
 from doctor.core.methods import method_of_format
 from doctor.core.recipe import Recipe
-from doctor.formats.base import read_quantization
+from doctor.formats.base import KNOWN, read_quantization
 from doctor.formats.known import is_quantized
 
 
@@ -54,6 +56,8 @@ def goal(checkpoint, recipe) -> str:
 
 def holds_quantized(checkpoint: Checkpoint) -> bool:
     """Whether weights are stored in codes."""
+    if checkpoint.gguf:
+        return True
     return any(is_quantized(n, i.dtype.name, i.dtype.bits, len(i.shape)) for n, i in checkpoint.tensors.items())
 
 
@@ -65,6 +69,8 @@ def stored_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """This recipe with the method, bits, groups and symmetry that the checkpoint states for itself; as it is where it
     states none. What single linears have of their own does not change what holds for the rest.
     """
+    if checkpoint.gguf:
+        return _of_gguf(checkpoint.gguf[0], recipe)
     block = quantization_of(checkpoint)
     if block is None:
         return recipe
@@ -80,3 +86,14 @@ def stored_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
         )
     except (Unavailable, DoctorError):  # what is wrong with the block is for rules to say
         return recipe
+
+
+def _of_gguf(model: GgufModel, recipe: Recipe) -> Recipe:
+    """This recipe with the mixture of types that the file names, where it is one that is written here too."""
+    name = FILE_TYPES.get(model.metadata.get("general.file_type", -1), "")
+    for form in KNOWN.values():
+        bits = next((b for b, mixture in form.mixtures.items() if mixture == name), None)
+        if bits is not None:
+            plain = replace(recipe, activations="", bits_for=(), format="")
+            return replace(plain, method="gptq", bits=bits, group_size=32, sym=False, format=form.name)
+    return recipe

@@ -21,6 +21,7 @@ from doctor.formats.base import sampled_tails, verbatim_tails
 from doctor.formats.known import counted_as, holds_codes
 from doctor.model.linears import Linear
 from doctor.scan import counters
+from doctor.scan.gguf_facts import scan_gguf
 from doctor.scan.header import COMPARED, DIGESTED, RECIPE, SPEC
 from doctor.scan.packed_words import PACKED_WORDS, REPEATED, STORED_BYTES, PackedWordStats
 from doctor.scan.value_facts import (
@@ -79,6 +80,10 @@ def scan(
     under the scan.
     """
     run = Scan()
+    if checkpoint.gguf:
+        run.add(scan_gguf(checkpoint, store, progress))
+        store.say_produced("values")
+        return run
     digested, compared = store.find(DIGESTED) or set(), store.find(COMPARED) or {}
     group = store.get(RECIPE).group_size
     spec = store.find(SPEC)

@@ -1,8 +1,11 @@
 """What a report says about the files in one line: architecture, parameters, dtype, shards, bytes."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.ggml_types import FILE_TYPES
+from doctor.checkpoint.gguf import GgufModel, GgufTensor
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
 from doctor.formats.base import KNOWN
@@ -51,12 +54,16 @@ def _stored(checkpoint: Checkpoint, store: Store) -> str:
         (name, bits, tile, group_size), _count = kinds.most_common(1)[0]
         shape = f" {tile[0]} × {tile[1]}" if len(tile) == 2 else f" g{group_size}" if group_size > 0 else ""
         return f"{name} {bits}-bit{shape}"
+    if checkpoint.gguf:
+        return _gguf_types(checkpoint.gguf[0])
     block = quantization_of(checkpoint)
     return str(block[0].get("quant_method", "")) if block and store.find(GOAL) == "serve" else ""
 
 
 def summary(checkpoint: Checkpoint, store: Store) -> dict:
     """What the second line of every report says about the files."""
+    if checkpoint.gguf:
+        return _gguf_summary(checkpoint, store)
     kinds: dict[str, int] = {}
     for info in checkpoint.tensors.values():
         kinds[info.dtype.name] = kinds.get(info.dtype.name, 0) + info.nbytes
@@ -74,4 +81,39 @@ def summary(checkpoint: Checkpoint, store: Store) -> dict:
         "linears": len(spec.linears) if spec else 0,
         "goal": store.find(GOAL) or "quantize",
         "stored": _stored(checkpoint, store),
+    }
+
+
+def gguf_bits(tensors: Iterable[GgufTensor]) -> float:
+    """Bits a weight of tensors, scales and what stays in floats included."""
+    tensors = list(tensors)
+    return 8 * sum(t.nbytes for t in tensors) / max(sum(t.numel for t in tensors), 1)
+
+
+def _gguf_types(model: GgufModel) -> str:
+    """`Q4_K_M 6.30 bits a weight (166 Q5_0, 16 Q4_K)`: matrices by type, the most frequent first."""
+    label = FILE_TYPES.get(model.metadata.get("general.file_type", -1), "GGUF")
+    kinds = Counter(t.type.name for t in model.tensors.values() if t.type is not None and len(t.shape) > 1)
+    listed = ", ".join(f"{count} {name}" for name, count in kinds.most_common())
+    return f"{label} {gguf_bits(model.tensors.values()):.2f} bits a weight ({listed})"
+
+
+def _gguf_summary(checkpoint: Checkpoint, store: Store) -> dict:
+    models = checkpoint.gguf
+    tensors = [t for model in models for t in model.tensors.values()]
+    layers = models[0].own("block_count")
+    return {
+        "path": str(checkpoint.root),
+        "kind": "gguf",
+        "architecture": models[0].architecture,
+        "parameters": sum(t.numel for t in tensors),
+        "dtype": "",
+        "shards": sum(len(model.files) for model in models),
+        "tensors": len(tensors),
+        "bytes": checkpoint.total_bytes,
+        "blocks": layers if isinstance(layers, int) else None,
+        "linears": sum(len(t.shape) > 1 for t in tensors),
+        "goal": store.find(GOAL) or "serve",
+        "stored": _gguf_types(models[0]),
+        "types": {t.name: t.type.name if t.type else str(t.number) for t in tensors},
     }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from doctor.checkpoint import gguf_writer as w
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.gguf import group_files, read_gguf
-from tests.helpers.gguf_files import file_bytes, metadata
+from doctor.lint.tiny_gguf import file_bytes, metadata
 
 VECTORS = Path(__file__).parents[2] / "fixtures" / "vectors"
 

@@ -20,12 +20,14 @@ from doctor.lint.engine import load_rules
 from doctor.lint.rule import RULES
 from doctor.lint.testing import (
     FAMILIES,
+    GgufCase,
     NotHere,
     compared,
     measured,
     measured_by_its_own,
     rehearsed,
     tiny,
+    tiny_gguf,
     tiny_gptq,
     use_family,
     with_capacity,
@@ -154,7 +156,9 @@ def planted(case, family, folder):
     """What differs between the case on disk and the healthy checkpoint it is nearest to."""
     have = disk(folder / "bad") | facts(case) | recipe(case)
     nearest = None
-    for number, other in enumerate(healthy(family, case.shards, frozenset(n for _, n in case.facts))):
+    with use_family(family):
+        gguf = [tiny_gguf()] if isinstance(case, GgufCase) else []
+    for number, other in enumerate(gguf or healthy(family, case.shards, frozenset(n for _, n in case.facts))):
         base = disk(other.write(folder / f"good{number}")) | facts(other) | recipe(other)
         differ = {k: have.get(k) for k in have.keys() | base.keys() if have.get(k) != base.get(k)}
         if nearest is None or len(differ) < len(nearest):

@@ -1,0 +1,58 @@
+"""F073 gguf-metadata-missing: metadata that llama.cpp needs is absent.
+
+Why: llama.cpp builds the model from the metadata of its architecture and stops at the first key that it cannot do
+without. A size of 0, or of another type, is as good as none.
+
+Seen as:
+- llama.cpp: `error loading model hyperparameters: key not found in model`
+
+Do: convert the model again with a converter of its architecture; `doctor quantize --scheme Q8_0` writes all keys.
+
+False alarms: an architecture that needs fewer keys than a decoder has; only those that every decoder needs are asked for.
+
+Fix safety: manual; the values stand in the original's config.json.
+
+Sources: ggml-org/llama.cpp src/llama-model.cpp (load_hparams), src/llama-vocab.cpp (load).
+"""
+
+from doctor.lint.rule import Place, _, finding, listed, rule
+from doctor.lint.testing import tiny_gguf
+
+SIZES = ("block_count", "context_length", "embedding_length", "attention.head_count")
+
+
+@rule("F073", "error", implied_by=("F070", "F072"))
+def gguf_metadata_missing(checkpoint, gguf):
+    for model in gguf:
+        if model.metadata.get("general.type", "model") != "model" or model.architecture == "clip":
+            continue  # an importance matrix, an adapter, the projector beside a model
+        name = model.architecture
+        missing = [] if name else ["general.architecture"]
+        missing += [f"{name}.{key}" for key in SIZES if name and not _is_size(model.own(key))]
+        if "tokenizer.ggml.model" not in model.metadata:
+            missing.append("tokenizer.ggml.model")
+        elif model.metadata["tokenizer.ggml.model"] != "none" and not model.metadata.get("tokenizer.ggml.tokens"):
+            missing.append("tokenizer.ggml.tokens")
+        if missing:
+            yield finding(
+                _("{model}: lacks {keys}", model=model.name, keys=listed(missing)),
+                at=Place(model.files[0].name),
+                evidence={"keys": missing},
+                advice=_("convert the model again"),
+            )
+
+
+def _is_size(value):
+    """Whether a value is a positive number, or one for each layer."""
+    values = value if isinstance(value, list) and value else [value]
+    return all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values) and any(values)
+
+
+def bad():
+    case = tiny_gguf()
+    del case.keys[f"{case.family}.block_count"]
+    return case, f"model.gguf: lacks {case.family}.block_count"
+
+
+def good():
+    return tiny_gguf()
