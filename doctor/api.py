@@ -321,11 +321,11 @@ def quantize(
 
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     refuse_output(source, output, **options)  # before torch is imported
-    from doctor.evaluate.clients.rehearsal import transformers_client
+    from doctor.evaluate.clients.rehearsal import client_of
     from doctor.evaluate.proof import prove
     from doctor.quant.quantize import quantize as run
 
-    client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else transformers_client()
+    client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else client_of(recipe or Recipe())
     return run(source, output, recipe, **{"prove": prove, "client": client, **options})
 
 
@@ -333,10 +333,10 @@ def convert(
     path: str | os.PathLike[str] | Checkpoint, output: str | os.PathLike[str], target: str, **options: Any
 ) -> Converted:
     """Write a quantized checkpoint in another stored format, or as 16-bit floats; see doctor.quant.convert.convert."""
-    from doctor.evaluate.clients.rehearsal import transformers_client
+    from doctor.evaluate.clients.rehearsal import client_of
     from doctor.quant.convert import convert as run
 
-    client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else transformers_client()
+    client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else client_of(Recipe())
     return run(path, output, target, **{"client": client, **options})
 
 

@@ -40,7 +40,7 @@ from doctor.core.messages import _
 @device_option
 @option(
     "--client",
-    type=click.Choice(("transformers", "vllm")),
+    type=click.Choice(("transformers", "vllm", "llama.cpp")),
     default=None,
     help=_("Also let this client run the quantized files, and compare what it computes."),
 )

@@ -53,11 +53,11 @@ def verify(
     text: a .txt, .jsonl or .parquet file; None takes the half of Python's language reference that no built-in
     calibration row holds. context: tokens of a row; rows do not overlap. memory: bytes a whole float32 model may take
     for the greedy replies (half of what is free by default); a larger model is compared without them, and the report
-    says so. client: "transformers" or "vllm", which then runs the quantized files on the same rows; what it computes is
-    compared with what doctor does. client_python: the interpreter of the client's environment. load_proof: first ask
-    transformers to load the quantized checkpoint under the class that its config names; what it does not load whole is
-    a finding, because the figures then speak of a model that nobody serves. device:
-    where both are computed, layer by layer, in float32; its memory is what counts then.
+    says so. client: "transformers", "vllm" or "llama.cpp", which then runs the quantized files on the same rows; what
+    it computes is compared with what doctor does. client_python: the interpreter of the client's environment.
+    load_proof: first ask transformers to load the quantized checkpoint under the class that its config names; what it
+    does not load whole is a finding, because the figures then speak of a model that nobody serves. device: where both
+    are computed, layer by layer, in float32; its memory is what counts then.
     """
     started = time.perf_counter()
     for name, value, least in (("--rows", rows, 1), ("--context", context, 2)):
@@ -65,9 +65,11 @@ def verify(
             raise DoctorError(_("{option} {value}: must be {least} or more.", option=name, value=value, least=least))
     if client is not None and client not in CLIENTS:
         raise DoctorError(_("--client {value}: must be one of {names}.", value=client, names=listed(CLIENTS)))
+    python = os.fspath(client_python) if client_python else None
     device = device_of(device)
     logprobs: list | None = [] if client else None
     first, second = Checkpoint.open(original), Checkpoint.open(quantized)
+    _require_reader(second, client)
     ids, tokenizer, source = text_rows(first, text, rows, context)
     own = kind_of(first)
     if own and client is not None:
@@ -84,7 +86,7 @@ def verify(
         comparison = None if own else compare(first, second, ids, prompts, decode, memory, progress, device, logprobs)
 
     # A 16-bit model, say a fine-tune against its base, has no plan: whether it could be quantized is another question.
-    plain = quantization(second) is None
+    plain = quantization(second) is None and not second.gguf
     recipe, rules = stored_recipe(second, Recipe()), load_rules()
     if plain:
         rules = [r for r in rules if "recipe" not in closure(r.facts)]
@@ -94,12 +96,15 @@ def verify(
         store.put(COMPARISON, comparison)
     if measured is not None:
         store.put(OWN_MEASURE, measured)
-    proof = prove_loading(second.root) if load_proof and not plain else None
+    served = second.root / second.gguf[0].files[0].name if second.gguf else second.root
+    proof = (
+        prove_loading(served, python=python if client == "llama.cpp" else None) if load_proof and not plain else None
+    )
     if proof is not None:
         store.put(LOAD_PROOF, proof)
     ran = None
     if client is not None:
-        ran = run_client(client, os.fspath(client_python) if client_python else None, second.root, ids, logprobs or [])
+        ran = run_client(client, python, served, ids, logprobs or [])
         store.put(CLIENT_RUN, ran)
     if device != "cpu":
         store.put(SLOWER_PATHS, tuple(filter(None, [cuda.note(device)])))
@@ -133,3 +138,12 @@ def verify(
         fail_on=fail_on,
         extra=extra,
     )
+
+
+def _require_reader(quantized: Checkpoint, client: str | None) -> None:
+    """Raises DoctorError where the client does not read files of this container."""
+    if client is not None and (client == "llama.cpp") != bool(quantized.gguf):
+        raise DoctorError(
+            _("--client {client}: does not read {name}.", client=client, name=quantized.name),
+            _("llama.cpp reads GGUF; transformers and vllm read safetensors."),
+        )

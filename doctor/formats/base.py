@@ -151,6 +151,7 @@ class Format:
     def part_of(self, weight: str, part: str) -> str:
         """The name of a part of a weight."""
         return f"{weight.removesuffix('.weight')}.{part}"
+
     def type_of(self, bits: int, in_features: int) -> GgmlType:
         """The block type of a linear, for formats of the GGUF container."""
         raise NotImplementedError

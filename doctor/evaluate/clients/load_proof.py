@@ -15,16 +15,26 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.gguf import GgufModel
 from doctor.core.messages import _
 from doctor.core.records import LoadProof
+from doctor.evaluate.clients import llama_cpp_child
 from doctor.quant.client import Linears
 
 SECONDS = 600  # enough for the headers of a model of a terabyte on a busy machine; a client that hangs must end
 SAMPLED = 3  # packed linears whose weights are compared
 
 
-def prove_loading(folder: Path, *, sample: int = SAMPLED, seconds: float = SECONDS) -> LoadProof:
-    """What transformers does with the checkpoint in `folder`. What the client says is in the record, never raised."""
+def prove_loading(
+    folder: Path, *, sample: int = SAMPLED, seconds: float = SECONDS, python: str | None = None
+) -> LoadProof:
+    """What transformers does with the checkpoint in `folder`, or llama.cpp with the GGUF model there. What the client
+    says is in the record, never raised. python: the interpreter that has llama.cpp; None takes doctor's own.
+    """
+    models = Checkpoint.open(folder).gguf
+    if models:
+        root = Path(folder) if Path(folder).is_dir() else Path(folder).parent
+        return _prove_by_llama_cpp(root / models[0].files[0].name, models[0], python, seconds)
     with tempfile.TemporaryDirectory(prefix="doctor-load-") as place:
         out = Path(place) / "sample.safetensors"
         answer = _ask(folder, place, ["--sample", str(sample), "--out", str(out)], seconds)
@@ -32,6 +42,18 @@ def prove_loading(folder: Path, *, sample: int = SAMPLED, seconds: float = SECON
             return LoadProof("transformers", reason=answer)
         differing, compared = _compare(Path(folder), out) if out.exists() else ((), 0)
     return as_record(answer, differing, compared)
+
+
+def _prove_by_llama_cpp(path: Path, model: GgufModel, python: str | None, seconds: float) -> LoadProof:
+    """llama.cpp refuses a file of which a tensor is missing, is too many or is of another shape."""
+    command = [python or sys.executable, "-P", str(llama_cpp_child.__file__), str(path.resolve())]
+    answer = _answer_of(command, str(path.parent), seconds, "llama.cpp")
+    if isinstance(answer, str):
+        return LoadProof("llama.cpp", reason=answer)
+    if "error" in answer:
+        return as_record(answer, (), 0)
+    packed = sum(t.type is not None and not t.type.is_float for t in model.tensors.values())
+    return LoadProof(answer["client"], answer["architecture"], packed=packed)
 
 
 def linears_of_class(folder: Path, modules: Iterable[str], *, seconds: float = SECONDS) -> Linears:
@@ -54,17 +76,23 @@ def _ask(folder: Path, place: str, options: list[str], seconds: float) -> dict |
 def ask_child(module: str, options: list[str], place: str, seconds: float = SECONDS) -> dict | str:
     """The JSON that a module of this package prints in a process of its own, or why there is none."""
     command = [sys.executable, "-P", "-m", f"doctor.evaluate.clients.{module}", *options]
+    return _answer_of(command, place, seconds, "transformers")
+
+
+def _answer_of(command: list[str], place: str, seconds: float, client: str) -> dict | str:
     try:
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, cwd=place, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        return _("transformers had not loaded it after {n:.0f} s", n=seconds)
+        return _("{client} had not loaded it after {n:.0f} s", client=client, n=seconds)
+    except OSError as error:
+        return _("{python} cannot be started: {error}", python=command[0], error=error.strerror or str(error))
     try:
         return json.loads(run.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
         last = (run.stderr.strip().splitlines() or [""])[-1][:300]
-        return _("transformers ended without an answer: {error}", error=last)
+        return _("{client} ended without an answer: {error}", client=client, error=last)
 
 
 def as_record(answer: dict, differing: tuple[str, ...], compared: int) -> LoadProof:

@@ -16,9 +16,9 @@ import torch
 from doctor.core.errors import DoctorError
 from doctor.core.messages import _
 from doctor.core.records import ClientRun
-from doctor.evaluate.clients import logprobs_child
+from doctor.evaluate.clients import llama_cpp_child, logprobs_child
 
-CLIENTS = ("transformers", "vllm")
+CLIENTS = ("transformers", "vllm", "llama.cpp")
 SECONDS = 3600
 
 
@@ -31,7 +31,7 @@ def run_client(
     *,
     seconds: float = SECONDS,
 ) -> ClientRun:
-    """Let `client` run the checkpoint in `folder` on rows int64[1, length].
+    """Let `client` run the checkpoint in `folder`, for llama.cpp a GGUF file, on rows int64[1, length].
 
     python: the interpreter of an environment that holds the client; None takes doctor's own. own: doctor's
     log-probabilities f32[length - 1] of the same rows, in nats. What the client says is in the record, never raised.
@@ -40,14 +40,8 @@ def run_client(
     with tempfile.TemporaryDirectory(prefix="doctor-client-") as place:
         file = Path(place) / "rows.json"
         file.write_text(json.dumps([row[0].tolist() for row in rows]))
-        command = [
-            python or sys.executable,
-            "-P",
-            str(logprobs_child.__file__),
-            client,
-            str(folder.resolve()),
-            str(file),
-        ]
+        child = [llama_cpp_child.__file__] if client == "llama.cpp" else [logprobs_child.__file__, client]
+        command = [python or sys.executable, "-P", *map(str, child), str(folder.resolve()), str(file)]
         try:
             run = subprocess.run(
                 command, capture_output=True, text=True, timeout=seconds, cwd=place, stdin=subprocess.DEVNULL

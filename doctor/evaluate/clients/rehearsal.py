@@ -16,6 +16,7 @@ from doctor.core.messages import from_data
 from doctor.core.recipe import Recipe
 from doctor.core.rehearsal import Rehearsal
 from doctor.evaluate.clients.load_proof import SECONDS, as_record, ask_child, linears_of_class, prove_loading
+from doctor.formats.base import format_of
 from doctor.quant.client import Client
 
 
@@ -37,6 +38,8 @@ def rehearse(folder: Path, recipe: Recipe, *, seconds: float = SECONDS) -> Rehea
 def start(checkpoint: Checkpoint, recipe: Recipe) -> Future[Rehearsal] | None:
     """The same, under way; None where there is nothing to quantize, or nothing to do it with."""
     config = checkpoint.value("config.json") or {}
+    if format_of(recipe).container != "safetensors":
+        return None  # transformers is not who reads it
     if type(checkpoint) is not Checkpoint or not checkpoint.root.is_dir():
         return None
     if "quantization_config" in config and recipe.goal != "quantize":
@@ -46,6 +49,10 @@ def start(checkpoint: Checkpoint, recipe: Recipe) -> Future[Rehearsal] | None:
     return ThreadPoolExecutor(1).submit(rehearse, checkpoint.root, recipe)
 
 
-def transformers_client() -> Client:
-    """What the quantizer asks transformers."""
+def client_of(recipe: Recipe) -> Client:
+    """What the quantizer asks the program that will read the recipe's output: transformers, or llama.cpp for GGUF,
+    which is only asked to load it.
+    """
+    if format_of(recipe).container == "gguf":
+        return Client(lambda folder, modules: {}, prove_loading)
     return Client(linears_of_class, prove_loading, rehearse)
