@@ -113,6 +113,13 @@ if TYPE_CHECKING:
     is_flag=True,
     help=_("Quantize the first and last decoder layer only, write nothing: would it fail, how long would it take?"),
 )
+@option(
+    "--imatrix",
+    type=PATH,
+    default=None,
+    metavar="FILE",
+    help=_("Importance of columns for llama-quantize, as GGUF; only for its formats."),
+)
 @option("--resume", is_flag=True, help=_("Go on where an interrupted run stopped."))
 @overwrite_option
 @format_option(FORMATS, "--report")
@@ -131,6 +138,7 @@ def command(
     device: str,
     plan_only: bool,
     preflight: bool,
+    imatrix: Path | None,
     formats: tuple[str, ...],
     fix: bool,
     resume: bool,
@@ -164,7 +172,7 @@ def command(
             overwrite=overwrite,
             progress=notice,
             **run,
-            **given(preflight=preflight or None, device=other_device(device)),
+            **given(preflight=preflight or None, device=other_device(device), imatrix=imatrix),
         )
         if int(os.environ.get("RANK", "0")):  # under torchrun, rank 0 speaks for all
             exit_for([result.report])

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import MachineError
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept
@@ -195,11 +196,24 @@ def _output_bytes(checkpoint: Checkpoint, linears: list[Linear], recipe: Recipe)
     total = 0
     for tensor in checkpoint.tensors.values():
         x = quantized.get(tensor.name)
-        if x is None:
+        if x is None and form.container == "gguf" and len(tensor.shape) == 2:
+            total += _outer_bytes(tensor, checkpoint, recipe)
+        elif x is None:
             total += tensor.nbytes // 2 if tensor.dtype.bits == 32 else tensor.nbytes
-            continue
-        total += form.bytes(x.in_features, x.out_features, recipe.for_linear(x.name).scheme)
+        else:
+            total += form.bytes(x.in_features, x.out_features, recipe.for_linear(x.name).scheme)
     return total
+
+
+def _outer_bytes(tensor: TensorInfo, checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Of the embedding or the output head in a GGUF file, or of a linear that stays in 16 bits."""
+    config = checkpoint.value("config.json") or {}
+    names = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
+    width = tensor.shape[1]
+    if tensor.name not in names:
+        return 2 * tensor.numel
+    kind = format_of(recipe).outer_type(names[tensor.name], recipe.bits, width, bool(config.get("tie_word_embeddings")))
+    return tensor.numel // kind.block * kind.nbytes if width % kind.block == 0 else 2 * tensor.numel
 
 
 def require(need: Need, memory: int | None) -> None:

@@ -22,6 +22,7 @@ from doctor.edits.decoding import decoded
 from doctor.formats.base import Format, Quantization, read_quantization
 from doctor.model.quantization_config import holds_quantized
 from doctor.quant import pack  # noqa: F401 - words on a GPU are unpacked by kernels
+from doctor.quant.gguf_view import GgufAsFloat
 
 
 def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -37,6 +38,8 @@ def as_float(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint itself when it holds floats, else a view of it that does. Raises BadCheckpoint for what is not
     read.
     """
+    if checkpoint.gguf:
+        return GgufAsFloat(checkpoint)  # type: ignore[return-value] # the same reading interface
     stated = quantization(checkpoint)
     if stated is None and not holds_quantized(checkpoint):
         return checkpoint

@@ -28,7 +28,9 @@ from doctor.fixing.receipt import RECEIPT
 from doctor.fixing.staging import StagingDir
 from doctor.formats.base import format_of
 from doctor.model.spellings import with_old_keys
+from doctor.quant.calibration.tokenizer import encoder
 from doctor.quant.client import Linears, plain_linears
+from doctor.quant.gguf_output import write_model
 from doctor.quant.stage import FREE_SPACE, JOURNAL, KEPT, Stage, copy_hashed, require_room
 
 MAX_SHARD_BYTES = 4 << 30
@@ -77,6 +79,10 @@ class Output(Stage):
         self.begin(fingerprint, resume)
         return self
 
+    def parts(self) -> list[Path]:
+        """The parts that are there, in order."""
+        return sorted(self.stage.glob("part-*.safetensors"))
+
     def write_part(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """One part, whole or absent."""
         size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -98,10 +104,15 @@ class Output(Stage):
         linears: Linears | None = None,
         join: bool = True,
     ) -> None:
-        """Join parts into shards, or let each be one, write index, configs and receipt, copy the other files. Parts and
-        journal are gone after it.
+        """Join parts into shards, or let each be one, write index, configs and receipt, copy the other files; or make
+        one GGUF file, which holds all of that. Parts and journal are gone after it.
         """
-        parts = sorted(self.stage.glob("part-*.safetensors"))
+        parts = self.parts()
+        if format_of(recipe).container == "gguf":
+            require_room(self.stage, self.bytes_there())
+            with machine_errors(self.stage, FREE_SPACE):
+                write_model(self.stage, parts, checkpoint, recipe, encoder(checkpoint))
+                return self._tidy(parts, receipt)
         if join:
             require_room(self.stage, self.bytes_there())
         with machine_errors(self.stage, FREE_SPACE):
@@ -130,6 +141,10 @@ class Output(Stage):
             if name != "config.json" and not _NOT_COPIED.search(name) and entry.size <= _COPY_LIMIT:
                 raw = checkpoint.json[name].raw if name in checkpoint.json else checkpoint.read_file(name, _COPY_LIMIT)
                 (self.stage / name).write_bytes(raw)
+        self._tidy(parts, receipt)
+
+    def _tidy(self, parts: list[Path], receipt: dict) -> None:
+        """The receipt, and nothing of what the run left beside the output."""
         _write_json(self.stage / RECEIPT, receipt)
         for leftover in (*parts, *self.stage.glob("*.tmp"), self.stage / JOURNAL):
             leftover.unlink(missing_ok=True)
@@ -254,11 +269,14 @@ def write_safetensors(file, tensors: dict[str, torch.Tensor]) -> None:
         file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def kept_tensors(names: Iterable[str], load) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) for what stays in 16 bits: as stored, float32 and float64 as bfloat16."""
+def kept_tensors(names: Iterable[str], load, container: str = "safetensors") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) for what stays in 16 bits: as stored, float32 and float64 as bfloat16. GGUF holds norms and biases
+    in float32, so there they stay.
+    """
     for name in names:
         tensor = load(name)
-        yield name, tensor.to(torch.bfloat16) if tensor.dtype in (torch.float32, torch.float64) else tensor
+        wide = tensor.dtype in (torch.float32, torch.float64) and not (container == "gguf" and tensor.ndim < 2)
+        yield name, tensor.to(torch.bfloat16) if wide else tensor
 
 
 def _sixteen_bits(config: dict) -> dict:

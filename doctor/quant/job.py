@@ -25,6 +25,7 @@ from doctor.core.recipe import Recipe, is_kept
 from doctor.core.records import OUTSIDE_LINEARS, STACKED_EXPERTS
 from doctor.core.store import Store
 from doctor.fixing.consent import Consent
+from doctor.formats.base import format_of
 from doctor.lint.rule import Rule
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
@@ -155,7 +156,14 @@ def _write_outside(setup: Setup, done: Result) -> Result:
     if not setup.output.has_part(_OUTSIDE):
         names = setup.skeleton.outer_tensors()
         setup.output.write_part(
-            _OUTSIDE, dict(export.kept_tensors(names, lambda name: load_tensor(setup.checkpoint, name)))
+            _OUTSIDE,
+            dict(
+                export.kept_tensors(
+                    names,
+                    lambda name: load_tensor(setup.checkpoint, name),
+                    format_of(done.recipe).container,
+                )
+            ),
         )
     fused = {r["name"]: r["solve"]["note"] for r in records if stays_unasked(r, setup.fused)}
     setup.store.put(STACKED_EXPERTS, tuple(fused.items()))

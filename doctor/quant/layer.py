@@ -30,6 +30,7 @@ from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.forward.linear_groups import Modules, Stages
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.staged import StagedForward
+from doctor.quant.gguf_output import IMPORTANCE
 from doctor.quant.linear import Solved, divisors, outcome, pack_linear, put_weight, solve_linear
 from doctor.quant.records import Record, failed, put_facts, record
 from doctor.quant.selection import Selection, select_linears
@@ -38,6 +39,7 @@ from doctor.quant.solve.awq_fold import Find, ScaleFolding
 from doctor.quant.solve.awq_search import find_scales
 from doctor.quant.solve.awq_source import Source
 from doctor.quant.solve.smooth import smooth_scales
+from doctor.quant.solve.solution import Solution
 from doctor.scan.header import RECIPE
 
 # An exact fold moves float32 results by rounding only; a fold into something that is not linear moves them by percents.
@@ -98,7 +100,7 @@ def quantize_layer(
             break
         recipe = _apply_fixes(setup, i, recipe, tried.verdict, fixes)
     if not tried.verdict.stopping:
-        _write(setup, i, selection, tried)
+        _write(setup, i, recipe, selection, tried)
         setup.skeleton.drop_layer(i)
     return LayerResult(recipe, tried.records, tried.verdict, tuple(fixes))
 
@@ -196,7 +198,7 @@ def _solve_stage(
         linear, mine = modules[name][0], own.pop(name, None)
         found = ranks.broadcast_solution(
             ranks.owner(place),
-            mine.solution if mine else None,
+            mine.solution if mine and isinstance(mine.solution, Solution) else None,
             mine.failure if mine else "",
             mine.seconds if mine else 0.0,
             (linear.out_features, linear.in_features),
@@ -227,6 +229,8 @@ def _finish_linear(
         fact, seconds = failed(recipe, error.message), solved.seconds
     else:
         packed |= found.parts
+        if given is not None and given.usable and format_of(recipe).container == "gguf":
+            packed[f"{name}.{IMPORTANCE}"] = (given.H.diagonal() / 2).to("cpu", torch.float32)
         put_weight(module, found.weight, linear.transposed)
         fact = outcome(solved, given, recipe, folding.notes.get(name, "") if folding else "")
         seconds = solved.seconds + time.perf_counter() - started
@@ -323,10 +327,11 @@ def _apply_fixes(setup: Setup, i: int, recipe: Recipe, verdict: Verdict, made: l
     return recipe
 
 
-def _write(setup: Setup, i: int, selection: Selection, tried: Attempt) -> None:
+def _write(setup: Setup, i: int, recipe: Recipe, selection: Selection, tried: Attempt) -> None:
     """The layer's part of the output, then its journal line."""
     replaced = {linear.tensor for linear, _module in selection.modules.values()}
     names = [n for n in setup.skeleton.tensors_of(i) if n not in replaced and n not in tried.packed]
-    stored = dict(export.kept_tensors(names, lambda name: load_tensor(setup.checkpoint, name)))
+    container = format_of(recipe).container
+    stored = dict(export.kept_tensors(names, lambda name: load_tensor(setup.checkpoint, name), container))
     setup.output.write_part(part_name(i), {**tried.packed, **stored})
     setup.output.note({"block": i, "records": list(tried.records)})

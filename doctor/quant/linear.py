@@ -24,7 +24,7 @@ from doctor.plan.groups import together
 from doctor.quant import pack
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.records import failed
-from doctor.quant.solve import awq, gptq
+from doctor.quant.solve import awq, ggml, gptq
 from doctor.quant.solve.eight_bit_floats import round_to_floats
 from doctor.quant.solve.float_scale import divisor_of, scale_of
 from doctor.quant.solve.rtn import round_to_nearest
@@ -35,7 +35,7 @@ from doctor.quant.solve.solution import Solution
 class Solved:
     """What solving one linear gave. solution: None where there is none; failure says why."""
 
-    solution: Solution | None
+    solution: Solution | ggml.BlockSolution | None
     failure: str
     seconds: float
 
@@ -97,8 +97,13 @@ def solve_linear(
 
 def _solution(
     W: torch.Tensor, given: LayerInput | None, recipe: Recipe, columns: torch.Tensor | None, divisor: float
-) -> Solution:
-    kind = format_of(recipe).grid(recipe.scheme)
+) -> Solution | ggml.BlockSolution:
+    form = format_of(recipe)
+    if form.container == "gguf":
+        H = given.H if given is not None and given.usable else None
+        block = form.type_of(recipe.bits, W.shape[1])
+        return ggml.solve(W, H, block, damp=recipe.damp, damp_max=recipe.damp_max)
+    kind = form.grid(recipe.scheme)
     if kind.levels == E4M3:
         return round_to_floats(W, kind)
     options = grid_options(recipe, divisor)
@@ -127,6 +132,8 @@ def pack_linear(
         raise NotQuantizable(solved.failure)
     own = recipe.for_linear(linear.name)
     solution = solved.solution
+    if isinstance(solution, ggml.BlockSolution):
+        return Packed({f"{linear.name}.{solution.kind.name}": solution.words}, solution.values)
     grid = solution.grid
     if format_of(own).grid(own.scheme).divided:
         grid = grid._replace(divisor=torch.tensor([divisor], dtype=torch.float32, device=grid.scale.device))

@@ -61,6 +61,7 @@ class Asked:
     prove: Callable[[Checkpoint, Checkpoint], Proof] | None  # that fixes of tensors leave the logits as they are
     client: Client | None  # who will read the output; None asks nobody
     started: float
+    imatrix: Path | None = None  # where the importance of columns goes
 
 
 @dataclass(frozen=True)

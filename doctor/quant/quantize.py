@@ -31,15 +31,19 @@ from doctor.fixing.proof import Proof
 from doctor.fixing.staging import hold_output
 from doctor.formats.known import streams
 from doctor.lint.engine import Report, load_rules, locate, select_rules
+from doctor.model.gguf_names import require_writable
 from doctor.model.quantization_config import holds_quantized
 from doctor.model.spec import build_spec
+from doctor.plan.mixture import with_mixture
 from doctor.quant import budget, export
 from doctor.quant import preflight as flight
 from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled
 from doctor.quant.calibration.self_generated import forecast
 from doctor.quant.client import Client, Linears
+from doctor.quant.container import prepared, require_importance
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.distributed import Ranks, size, start, stop
+from doctor.quant.gguf_output import write_imatrix
 from doctor.quant.job import Result, run
 from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
@@ -93,6 +97,7 @@ def quantize(
     preflight: bool = False,
     prove: Callable[[Checkpoint, Checkpoint], Proof] | None = None,
     client: Client | None = None,
+    imatrix: str | os.PathLike | None = None,
 ) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`, which is whole or absent; the source is never written to.
 
@@ -106,6 +111,8 @@ def quantize(
     client: the program that will read the output. It names the linears that stay plain, and loads the finished
     directory before it is committed; what it does not load whole is an error, and the output stays. None asks nobody.
 
+    imatrix: the file that the importance of columns goes to, as llama-quantize reads it; only for formats of GGUF.
+
     preflight: check and calibrate, quantize the first and the last decoder layer only, write nothing: the result has
     a forecast.
 
@@ -115,6 +122,7 @@ def quantize(
     if size() > 1 and int(os.environ["RANK"]):
         progress = _silent
     recipe = recipe or Recipe()
+    require_importance(recipe, imatrix)
     asked = Asked(
         replace(
             recipe,
@@ -133,6 +141,7 @@ def quantize(
         prove,
         client,
         time.perf_counter(),
+        Path(os.path.abspath(imatrix)) if imatrix is not None else None,
     )
     if size() > 1 and streams(asked.recipe):
         raise PlanRefused(
@@ -141,6 +150,7 @@ def quantize(
         )
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     check_output(source, asked.output, overwrite)
+    asked = replace(asked, recipe=prepared(source, asked.recipe))
     writes = not preflight and not (size() > 1 and int(os.environ["RANK"]))  # under torchrun, rank 0 writes
     with ExitStack() as stack:
         for note in stack.enter_context(hold_output(asked.output)) if writes else ():
@@ -209,7 +219,8 @@ def plan(
             )
         )
     spec = build_spec(config, checkpoint.tensors)
-    length, recipe = min(max_seq_length, spec.max_positions or max_seq_length), recipe or Recipe()
+    length = min(max_seq_length, spec.max_positions or max_seq_length)
+    recipe = with_mixture(recipe or Recipe(), spec)
     sampling = 0
     if calibration is None and recipe.calibrated and rows >= SAMPLED_SHARE:
         with suppress(NotSampled):
@@ -370,6 +381,9 @@ def _finish(
     started = time.perf_counter()
     checked, facts = calibrated.checked, calibrated.facts
     source = checked.assessment.checkpoint
+    if asked.imatrix is not None and facts is not None:
+        known = require_writable(source.value("config.json") or {})
+        write_imatrix(asked.imatrix, staged.parts(), known, facts.tokens, facts.source)
     staged.finish(source, checked.recipe, kept, receipt(checked.recipe, facts, done, notes), linears, join)
     written = Checkpoint.open(staged.stage)
     after = assess(written, replace(checked.recipe, goal=""), asked.rules)

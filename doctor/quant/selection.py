@@ -114,6 +114,8 @@ def require_widths(spec: ModelSpec, recipe: Recipe) -> None:
                 _("bits for {text}: no linear that is quantized has such a name.", text=text),
                 _("Names are like {names}.", names=", ".join(names[:2])),
             )
+    if "bits" not in format_of(recipe).joint:
+        return  # its readers join nothing
     joined: dict[tuple[str, int], set[int]] = {}
     for x in spec.linears:
         part = next((i for i, roles in enumerate(_JOINED) if x.role in roles), None)

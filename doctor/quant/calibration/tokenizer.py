@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,3 +74,15 @@ def starts_with_bos(tokenizer) -> bool:
     """Whether this tokenizer starts a text with BOS."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+
+
+def encoder(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
+    """A text's tokens, special ones too, as the checkpoint's tokenizer gives them; it is loaded once it is asked."""
+    loaded: list = []
+
+    def encode(text: str) -> list[int]:
+        if not loaded:
+            loaded.append(load_tokenizer(checkpoint, _("its metadata")))
+        return list(loaded[0].encode(text))
+
+    return encode

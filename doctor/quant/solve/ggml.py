@@ -47,6 +47,7 @@ class BlockSolution:
     words u8[n, bytes of a row]; values f32[n, k]: what a reader of them computes.
     """
 
+    kind: GgmlType
     words: torch.Tensor
     values: torch.Tensor
     outcome: str
@@ -169,7 +170,7 @@ def solve(
         blocks.fit(W, None)
         Q = _checked(blocks)
         loss = share_of((W - Q).double().square().sum(), W.double().square().sum())
-        return BlockSolution(blocks.words(), Q, "rtn", loss, loss, ())
+        return BlockSolution(blocks.kind, blocks.words(), Q, "rtn", loss, loss, ())
     require_hessian(W, H)
     H = H.to("cpu", torch.float32).contiguous()
     with exact_products():
@@ -186,7 +187,7 @@ def _with_feedback(
         blocks.fit(W, importance if mean > 0 else None)
         Q = _checked(blocks)
         loss = _loss(W, Q, H, mean)
-        return BlockSolution(blocks.words(), Q, "rtn", loss, loss, tuple(attempts))
+        return BlockSolution(blocks.kind, blocks.words(), Q, "rtn", loss, loss, tuple(attempts))
     M = L.flip(0, 1).contiguous()
     del L
     pivots = M.diagonal().clone()
@@ -201,9 +202,8 @@ def _with_feedback(
     del damped
     Q = _checked(blocks)
     loss = _loss(W, Q, H, mean)
-    return BlockSolution(
-        blocks.words(), Q, "gptq", loss, _rounding_loss(W, Q, H, blocks.kind, importance, loss), tuple(attempts)
-    )
+    rounded = _rounding_loss(W, Q, H, blocks.kind, importance, loss)
+    return BlockSolution(blocks.kind, blocks.words(), Q, "gptq", loss, rounded, tuple(attempts))
 
 
 def _round(W: torch.Tensor, M: torch.Tensor, cost: torch.Tensor, blocks: _Blocks, Q: torch.Tensor) -> None:

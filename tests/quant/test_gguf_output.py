@@ -1,0 +1,240 @@
+"""GGUF written by quantize: one file that reads back as the model, and that transformers and llama.cpp's rules agree
+on.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import NotQuantizable, PlanRefused
+from doctor.core.recipe import Recipe
+from doctor.formats.base import KNOWN
+from doctor.formats.schemes import fields_of
+from doctor.lint.testing import tiny
+from doctor.model.gguf_names import permuted_rows, rope_factors, unpermuted_rows
+from doctor.model.gguf_tokenizer import pre_tokenizer, tokenizer_metadata
+from doctor.plan.mixture import planned_types, with_mixture
+from doctor.quant.dequantize import as_float
+from doctor.quant.forward.prefetch import load_tensor
+from doctor.quant.quantize import plan, quantize
+from doctor.quant.solve import ggml
+
+pytestmark = pytest.mark.skipif(not ggml.usable(), reason="needs the native library")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
+
+def model(family, folder):
+    """A tiny checkpoint whose tokenizer is BPE with bytes to fall back on."""
+    case = tiny(family)
+    vocabulary = case.json["tokenizer.json"]["model"]["vocab"]
+    case.json["tokenizer.json"]["model"] = {
+        "type": "BPE",
+        "byte_fallback": True,
+        "unk_token": "<unk>",
+        "vocab": vocabulary,
+        "merges": [],
+    }
+    if family == "gemma3_text":
+        case.config["architectures"] = ["Gemma3ForCausalLM"]
+        case.config["layer_types"] = ["sliding_attention"] * case.config["num_hidden_layers"]
+    return case.write(folder)
+
+
+def rows(folder):
+    path = folder / "ids.jsonl"
+    rng = np.random.default_rng(1)
+    path.write_text("\n".join(json.dumps({"input_ids": rng.integers(3, 96, 48).tolist()}) for _ in range(8)))
+    return path
+
+
+def run(source, out, scheme="Q8_0", **options):
+    recipe = Recipe(**fields_of(scheme, options.pop("fields", {})))
+    calibration = None if recipe.method == "rtn" else rows(out.parent)
+    return quantize(source, out, recipe, calibration=calibration, ignore=["Q"], **options)
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """family -> (source, output) of rounding to Q8_0, made once."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            result = run(model(family, folder / "m"), folder / "out", fields={"method": "rtn"})
+            assert result.output, [f.message for f in result.report.findings]
+            made[family] = folder / "m", result.output
+        return made[family]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """(source, result, importance) of a llama in Q4_K_M."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    source = model("llama", folder / "m")
+    return source, run(source, folder / "out", "Q4_K_M", imatrix=folder / "imatrix.gguf"), folder / "imatrix.gguf"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_reads_back_as_the_model(family, rounded):
+    source, out = rounded(family)
+    assert sorted(p.name for p in out.iterdir()) == ["doctor.json", "model-Q8_0.gguf"]
+    original, read = Checkpoint.open(source), as_float(Checkpoint.open(out))
+    assert set(read.tensors) == set(original.tensors)
+    for name in read.tensors:
+        want, got = load_tensor(original, name).float(), torch.from_numpy(read.load(name))
+        assert got.shape == want.shape
+        assert float((got - want).norm()) <= 0.01 * float(want.norm()), name
+    config, stated = original.value("config.json"), read.value("config.json")
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        assert stated[key] == config[key], key
+
+
+# transformers takes 128 for Qwen 3's head size, whatever the file says (5.24).
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen3"])
+def test_transformers_reads_the_same_weights_from_the_file(family, rounded):
+    """transformers' own GGUF loader, whose tables are not ours."""
+    pytest.importorskip("gguf")
+    transformers = pytest.importorskip("transformers")
+    _source, out = rounded(family)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        out, gguf_file="model-Q8_0.gguf", dtype=torch.float32
+    ).state_dict()
+    ours = as_float(Checkpoint.open(out))
+    for name in ours.tensors:
+        assert torch.equal(theirs[name], torch.from_numpy(ours.load(name))), name
+
+
+def stored(out, name):
+    """(type, bytes) of a tensor in an output."""
+    checkpoint = Checkpoint.open(out)
+    tensor = checkpoint.gguf[0].tensors[name]
+    with checkpoint.open_file(tensor.file) as file:
+        return tensor.type, file.read(tensor.begin, tensor.nbytes)
+
+
+def test_rounding_gives_the_bytes_of_ggml(rounded):
+    source, out = rounded("llama")
+    kind, words = stored(out, "blk.0.ffn_down.weight")
+    W = load_tensor(Checkpoint.open(source), "model.layers.0.mlp.down_proj.weight").float()
+    assert kind.name == "Q8_0" and words == bytes(ggml.round_blocks(W, kind).numpy())
+
+
+def test_feedback_loses_less_than_rounding(calibrated):
+    source, result, _imatrix = calibrated
+    assert result.output, [f.message for f in result.report.findings]
+    assert len(result.linears) == 14
+    assert all(r["outcome"] == "gptq" and r["solve"]["loss"] < r["solve"]["rtn_loss"] for r in result.linears)
+    kind, words = stored(result.output, "blk.0.ffn_down.weight")
+    assert kind.name == "Q5_0"  # 256 does not divide 128
+    W = load_tensor(Checkpoint.open(source), "model.layers.0.mlp.down_proj.weight").float()
+    assert words != bytes(ggml.round_blocks(W, kind).numpy())
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(calibrated, tmp_path, monkeypatch):
+    from doctor.quant import export
+
+    source, done, _imatrix = calibrated
+    whole = done.output / "model-Q4_K_M.gguf"
+    write, calls = export.Output.write_part, []
+
+    def stopping(self, name, tensors):
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(name)
+        write(self, name, tensors)
+
+    monkeypatch.setattr(export.Output, "write_part", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "b", "Q4_K_M")
+    assert not (tmp_path / "b").exists()
+    monkeypatch.setattr(export.Output, "write_part", write)
+    again = run(source, tmp_path / "b", "Q4_K_M", resume=True).output / "model-Q4_K_M.gguf"
+    assert again.read_bytes() == whole.read_bytes()
+
+
+def test_the_plan_states_the_size_that_is_written(calibrated, tmp_path):
+    source, result, _imatrix = calibrated
+    recipe = Recipe(**fields_of("Q4_K_M", {}))
+    model_bytes = Checkpoint.open(result.output).total_bytes
+    planned = plan(source, tmp_path / "p", recipe).need.output
+    assert planned == pytest.approx(model_bytes, rel=0.02)
+
+
+def test_a_mixture_gives_more_bits_where_llama_quantize_does():
+    case = tiny("llama")
+    recipe = with_mixture(Recipe(**fields_of("Q4_K_M", {})), case.spec)
+    types = {t.linear: (t.wanted, t.given) for t in planned_types(recipe, case.spec)}
+    assert types["model.layers.0.mlp.down_proj"] == ("Q4_K", "Q5_0")
+    assert types["model.layers.1.mlp.down_proj"] == ("Q6_K", "Q8_0")
+    assert types["model.layers.1.self_attn.v_proj"] == ("Q6_K", "Q8_0")
+    assert types["model.layers.1.self_attn.q_proj"] == ("Q4_K", "Q5_0")
+    more = [i for i in range(30) if KNOWN["gguf"].own_bits(4, "down", i, 30, 3) == 6]
+    assert more == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29]  # as llama-quantize does for 30 layers
+
+
+def test_rows_of_q_are_permuted_as_the_converter_does():
+    from pathlib import Path
+
+    vector = json.loads((Path(__file__).parents[2] / "fixtures" / "vectors" / "gguf_permute.json").read_text())
+    order = np.arange(vector["heads"] * vector["head_size"])
+    assert permuted_rows(order, vector["heads"]).tolist() == vector["hf_row_of_gguf_row"]
+    assert np.array_equal(unpermuted_rows(permuted_rows(order, vector["heads"]), vector["heads"]), order)
+
+
+def test_scaled_rotations_are_what_transformers_computes():
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_theta=500000.0, rope_scaling=scaling, head_dim=64)
+    scaled, _factor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 500000.0 ** -(torch.arange(0, 64, 2).float() / 64)
+    assert torch.allclose(plain / torch.tensor(rope_factors(scaling, 500000.0, 64)), scaled, rtol=1e-5)
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(rounded, tmp_path):
+    opt = tiny("opt").write(tmp_path / "opt")
+    with pytest.raises(PlanRefused, match="OPTForCausalLM is not written as GGUF here"):
+        quantize(opt, tmp_path / "out", Recipe(**fields_of("Q8_0", {})))
+    with pytest.raises(NotQuantizable, match="WordLevel"):
+        run(tiny("llama").write(tmp_path / "words"), tmp_path / "out")
+    with pytest.raises(PlanRefused, match="is GGUF, whose weights are rounded already"):
+        run(rounded("llama")[1], tmp_path / "again")
+    with pytest.raises(PlanRefused, match="needs a calibrated run of a GGUF scheme"):
+        run(opt, tmp_path / "out", fields={"method": "rtn"}, imatrix=tmp_path / "i.gguf")
+
+
+def test_a_byte_level_tokenizer_that_no_table_knows_is_refused():
+    with pytest.raises(NotQuantizable, match="cuts text as no pre-tokenizer"):
+        pre_tokenizer(lambda text: [1, 2, 3])
+
+
+def test_tokens_past_the_embedding_are_refused_and_missing_ones_are_marked(tmp_path):
+    checkpoint = Checkpoint.open(model("llama", tmp_path / "m"))
+    with pytest.raises(NotQuantizable, match="token id 95, and the embedding has 90 rows"):
+        tokenizer_metadata(checkpoint, 90, lambda text: [1])
+    found = tokenizer_metadata(checkpoint, 100, lambda text: [1])
+    assert found["tokenizer.ggml.token_type"].value[95:] == [1, 5, 5, 5, 5]
+    assert found["tokenizer.ggml.tokens"].value[99] == "[PAD99]"
+    assert found["tokenizer.ggml.add_bos_token"].value is True
+
+
+def test_importance_is_written_as_llama_quantize_reads_it(calibrated):
+    read = Checkpoint.open(calibrated[2]).gguf[0]
+    assert read.whole and read.metadata["general.type"] == "imatrix"
+    assert read.metadata["imatrix.chunk_count"] == 1
+    assert read.tensors["blk.0.ffn_down.weight.in_sum2"].shape == (1, 128)
+    assert read.tensors["blk.0.ffn_down.weight.counts"].shape == (1, 1)
+    assert len(read.tensors) == 2 * 14
