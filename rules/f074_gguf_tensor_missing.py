@@ -4,7 +4,7 @@ Why: llama.cpp asks for every tensor of its architecture by name and shape, and 
 missing output.weight is no defect: the embedding then is the output head.
 
 Seen as:
-- llama.cpp: `missing tensor 'blk.0.attn_q.weight'`
+- llama.cpp: `check_tensor_dims: tensor 'blk.0.ffn_up.weight' not found`
 - llama.cpp: `check_tensor_dims: tensor 'token_embd.weight' has wrong shape`
 
 Do: convert the model again, from a checkpoint that `doctor check` finds whole.

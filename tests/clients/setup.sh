@@ -3,6 +3,7 @@
 #   .cache/venv-vllm   vLLM on the CPU
 #   .cache/venv-hf     transformers with the libraries that load quantized checkpoints; GPTQModel is also the
 #                      peer that bench/quality.py measures
+#   .cache/venv-llama  xllamacpp, which brings llama.cpp whole
 #   .cache/peers       source of older quantizers, unpacked and never installed, for tests/clients/test_peers.py
 #   .cache/venv-llmc   llm-compressor, and
 #   .cache/venv-awq    AutoAWQ beside the last transformers that it works with: peers of bench/quality.py alone, and
@@ -77,6 +78,15 @@ build_clinic() {
     touch "$venv/finished"
 }
 
+build_llama() {
+    venv=.cache/venv-llama
+    if [ -e "$venv/finished" ]; then return; fi
+    echo "building $venv for xllamacpp==2026.10.11549" >&2
+    "$python" -m venv --clear "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check numpy xllamacpp==2026.10.11549
+    touch "$venv/finished"
+}
+
 # fetch FOLDER PACKAGE==VERSION [PIP OPTION...]: one distribution, without what it wants to stand beside it
 fetch() {
     folder=$1
@@ -114,10 +124,11 @@ build_peers() {
 case "${1:-all}" in
     vllm) build_vllm ;;
     hf) build_hf ;;
+    llama) build_llama ;;
     peers) build_hf; build_peers ;;
     llmc) build_llmc ;;
     awq) build_awq ;;
     clinic) build_clinic ;;
-    all) build_vllm; build_hf; build_peers ;;
-    *) echo "usage: tests/clients/setup.sh [vllm|hf|peers|all|llmc|awq|clinic]" >&2; exit 2 ;;
+    all) build_vllm; build_hf; build_llama; build_peers ;;
+    *) echo "usage: tests/clients/setup.sh [vllm|hf|llama|peers|all|llmc|awq|clinic]" >&2; exit 2 ;;
 esac

@@ -21,39 +21,9 @@ from doctor.quant.dequantize import as_float
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.quantize import plan, quantize
 from doctor.quant.solve import ggml
+from tests.helpers.gguf_models import FAMILIES, model, run
 
 pytestmark = pytest.mark.skipif(not ggml.usable(), reason="needs the native library")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-
-
-def model(family, folder):
-    """A tiny checkpoint whose tokenizer is BPE with bytes to fall back on."""
-    case = tiny(family)
-    vocabulary = case.json["tokenizer.json"]["model"]["vocab"]
-    case.json["tokenizer.json"]["model"] = {
-        "type": "BPE",
-        "byte_fallback": True,
-        "unk_token": "<unk>",
-        "vocab": vocabulary,
-        "merges": [],
-    }
-    if family == "gemma3_text":
-        case.config["architectures"] = ["Gemma3ForCausalLM"]
-        case.config["layer_types"] = ["sliding_attention"] * case.config["num_hidden_layers"]
-    return case.write(folder)
-
-
-def rows(folder):
-    path = folder / "ids.jsonl"
-    rng = np.random.default_rng(1)
-    path.write_text("\n".join(json.dumps({"input_ids": rng.integers(3, 96, 48).tolist()}) for _ in range(8)))
-    return path
-
-
-def run(source, out, scheme="Q8_0", **options):
-    recipe = Recipe(**fields_of(scheme, options.pop("fields", {})))
-    calibration = None if recipe.method == "rtn" else rows(out.parent)
-    return quantize(source, out, recipe, calibration=calibration, ignore=["Q"], **options)
 
 
 @pytest.fixture(scope="module")

@@ -74,5 +74,5 @@ def test_verify_says_what_the_client_computes_and_judges_it(tmp_path):
     assert ran["tokens"] == 46 and ran["apart"] < 0.05 and "O624" not in {f.code for f in report.findings}
     jsonschema.validate(json.loads(render("json", [report])), SCHEMA)
     assert "transformers" in render("full", [report]).split("client ")[-1]
-    with pytest.raises(DoctorError, match="--client ollama: must be one of transformers and vllm"):
+    with pytest.raises(DoctorError, match=r"--client ollama: must be one of transformers, vllm and llama\.cpp"):
         verify(tmp_path / "m", tmp_path / "q", client="ollama")

@@ -1,0 +1,78 @@
+"""llama.cpp opens our GGUF files and computes what doctor computes with them; xllamacpp brings it whole.
+
+`make test-clients` builds its environment; without it the tests skip.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.evaluate.clients.load_proof import prove_loading
+from doctor.evaluate.clients.logprobs import run_client
+from doctor.quant.dequantize import as_float
+from tests.helpers.gguf_models import FAMILIES, model, run
+
+pytestmark = [pytest.mark.real, pytest.mark.clients]
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = [torch.randint(3, 90, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+# llama.cpp rounds activations to 8 bits where a weight is in blocks: nats a token, on models of random weights.
+ACTIVATIONS = 0.02
+
+
+@pytest.fixture
+def python():
+    folder = ROOT / ".cache" / "venv-llama"
+    if not (folder / "finished").exists():
+        pytest.skip("venv-llama is not built: make test-clients")
+    return str(folder / "bin" / "python")
+
+
+def computed(out):
+    """The log-probabilities of ROWS that transformers' class computes with the values and config of a GGUF output."""
+    import transformers
+
+    view = as_float(Checkpoint.open(out))
+    config = view.value("config.json")
+    found = getattr(transformers, config["architectures"][0])
+    made = found(transformers.AutoConfig.for_model(**config)).eval()
+    state = {name: torch.from_numpy(view.load(name)) for name in view.tensors}
+    left = made.load_state_dict(state, strict=False)
+    assert not left.unexpected_keys and set(left.missing_keys) <= {"lm_head.weight"}
+    made.tie_weights()
+    with torch.no_grad():
+        logits = [made(input_ids=row).logits[0, :-1].float() for row in ROWS]
+    return [torch.log_softmax(x, 1).gather(1, row[0, 1:, None])[:, 0] for x, row in zip(logits, ROWS, strict=True)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_what_the_values_say(family, python, tmp_path):
+    result = run(model(family, tmp_path / "m"), tmp_path / "out", fields={"method": "rtn"})
+    path = result.output / "model-Q8_0.gguf"
+    proof = prove_loading(result.output, python=python)
+    assert proof.whole and proof.packed, proof
+    ran = run_client("llama.cpp", python, path, ROWS, computed(result.output))
+    assert ran.tokens == 46 and not ran.refused and not ran.reason, ran
+    assert ran.apart < ACTIVATIONS and ran.apart_p99 < 4 * ACTIVATIONS
+
+
+def test_llama_cpp_refuses_a_file_that_lacks_a_tensor(python, tmp_path):
+    result = run(model("llama", tmp_path / "m"), tmp_path / "out", fields={"method": "rtn"})
+    path = result.output / "model-Q8_0.gguf"
+    path.write_bytes(path.read_bytes().replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xx.weight"))
+    proof = prove_loading(result.output, python=python)
+    assert "tensor 'blk.0.ffn_up.weight' not found" in proof.refused and not proof.whole
+
+
+@pytest.mark.parametrize("scheme", ["Q4_K_M", "Q4_0"])
+def test_the_real_model_is_served(scheme, python, smollm2, tmp_path):
+    command = [sys.executable, "-m", "doctor", "quantize", smollm2, "-o", tmp_path / "out", "--scheme", scheme]
+    done = subprocess.run([*command, "--for", "rtn"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "-m", "doctor", "verify", smollm2, tmp_path / "out", "--client", "llama.cpp"]
+    options = ["--client-python", python, "--rows", "2", "--context", "128"]
+    checked = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0 and "loads every parameter as llama" in checked.stdout, checked.stdout
