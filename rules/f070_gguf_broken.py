@@ -24,8 +24,8 @@ OF_OTHERS = ("past-the-end", "indivisible", "unknown-type")  # F071, O641
 
 
 @rule("F070", "error")
-def gguf_broken(checkpoint, gguf):
-    for model in gguf:
+def gguf_broken(checkpoint, gguf_models):
+    for model in gguf_models:
         for file in model.files:
             for defect in file.defects:
                 if defect.kind not in OF_OTHERS:

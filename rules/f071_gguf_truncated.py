@@ -20,8 +20,8 @@ from doctor.lint.testing import tiny_gguf
 
 
 @rule("F071", "error")
-def gguf_truncated(checkpoint, gguf):
-    for model in gguf:
+def gguf_truncated(checkpoint, gguf_models):
+    for model in gguf_models:
         for file in model.files:
             lost = [d for d in file.defects if d.kind == "past-the-end"]
             if lost:

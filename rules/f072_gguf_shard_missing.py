@@ -20,8 +20,8 @@ from doctor.lint.testing import tiny_gguf
 
 
 @rule("F072", "error")
-def gguf_shard_missing(checkpoint, gguf):
-    for model in gguf:
+def gguf_shard_missing(checkpoint, gguf_models):
+    for model in gguf_models:
         first = model.files[0]
         if model.missing:
             yield finding(

@@ -22,8 +22,8 @@ SIZES = ("block_count", "context_length", "embedding_length", "attention.head_co
 
 
 @rule("F073", "error", implied_by=("F070", "F072"))
-def gguf_metadata_missing(checkpoint, gguf):
-    for model in gguf:
+def gguf_metadata_missing(checkpoint, gguf_models):
+    for model in gguf_models:
         if model.metadata.get("general.type", "model") != "model" or model.architecture == "clip":
             continue  # an importance matrix, an adapter, the projector beside a model
         name = model.architecture

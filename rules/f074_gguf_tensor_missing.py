@@ -21,8 +21,8 @@ from doctor.lint.testing import np, tiny_gguf
 
 
 @rule("F074", "error", implied_by=("F070", "F071", "F072", "F073", "O641"))
-def gguf_tensor_missing(checkpoint, gguf):
-    for model in gguf:
+def gguf_tensor_missing(checkpoint, gguf_models):
+    for model in gguf_models:
         entry = table("gguf")["architectures"].get(model.architecture)
         hidden, layers = model.own("embedding_length"), model.own("block_count")
         if entry is None or not isinstance(hidden, int) or not isinstance(layers, int) or layers > 1000:

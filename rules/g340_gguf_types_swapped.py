@@ -24,7 +24,7 @@ from doctor.lint.testing import Recipe, only_in, tiny
 
 @rule("G340", "info")
 def gguf_types_swapped(checkpoint, spec, recipe, goal):
-    if goal != "quantize" or format_of(recipe).container != "gguf":
+    if goal != "quantize" or not format_of(recipe).in_blocks:
         raise Unavailable(_("the recipe writes no GGUF"))
     types = planned_types(with_mixture(recipe, spec), spec)
     swapped = [t for t in types if t.wanted != t.given]

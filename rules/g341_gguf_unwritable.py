@@ -18,7 +18,7 @@ from doctor.lint.testing import Recipe, only_in, tiny
 
 @rule("G341", "error")
 def gguf_unwritable(checkpoint, config, recipe, goal):
-    if goal != "quantize" or format_of(recipe).container != "gguf":
+    if goal != "quantize" or not format_of(recipe).in_blocks:
         raise Unavailable(_("the recipe writes no GGUF"))
     reason = unwritable(config)
     if reason:

@@ -21,8 +21,8 @@ from doctor.lint.testing import np, tiny_gguf
 
 
 @rule("O640", "error")
-def gguf_nonfinite(checkpoint, gguf, gguf_counts):
-    for model in gguf:
+def gguf_nonfinite(checkpoint, gguf_models, gguf_counts):
+    for model in gguf_models:
         for name, counts in gguf_counts[model.name].items():
             if not counts.nonfinite:
                 continue

@@ -23,8 +23,8 @@ from doctor.lint.testing import tiny_gguf
 
 
 @rule("O641", "error")
-def gguf_type_impossible(checkpoint, gguf):
-    for model in gguf:
+def gguf_type_impossible(checkpoint, gguf_models):
+    for model in gguf_models:
         for file in model.files:
             found = [d for d in file.defects if d.kind in ("indivisible", "unknown-type")]
             if found:

@@ -19,8 +19,8 @@ from doctor.lint.testing import np, tiny_gguf
 
 
 @rule("O642", "warning", certainty="likely")
-def iq3s_shifted(checkpoint, gguf, gguf_counts):
-    for model in gguf:
+def iq3s_shifted(checkpoint, gguf_models, gguf_counts):
+    for model in gguf_models:
         for name, counts in gguf_counts[model.name].items():
             if counts.shifted:
                 yield finding(

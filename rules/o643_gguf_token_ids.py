@@ -21,8 +21,8 @@ from doctor.lint.testing import tiny_gguf, w
 
 
 @rule("O643", "error", implied_by=("F070", "F071", "F072", "F073"))
-def gguf_token_ids(checkpoint, gguf):
-    for model in gguf:
+def gguf_token_ids(checkpoint, gguf_models):
+    for model in gguf_models:
         tokens = model.metadata.get("tokenizer.ggml.tokens")
         if not isinstance(tokens, list) or not tokens:
             continue

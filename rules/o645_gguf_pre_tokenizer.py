@@ -22,8 +22,8 @@ from doctor.lint.testing import tiny_gguf
 
 
 @rule("O645", "warning", certainty="likely", implied_by=("F070", "F073"))
-def gguf_pre_tokenizer(checkpoint, gguf):
-    for model in gguf:
+def gguf_pre_tokenizer(checkpoint, gguf_models):
+    for model in gguf_models:
         stated = model.metadata.get("tokenizer.ggml.pre", "")
         if model.metadata.get("tokenizer.ggml.model") == "gpt2" and stated in ("", "default"):
             yield finding(

@@ -20,8 +20,8 @@ from doctor.lint.testing import tiny_gguf, w
 
 
 @rule("O646", "warning", certainty="likely")
-def gguf_chat_template(checkpoint, gguf):
-    for model in gguf:
+def gguf_chat_template(checkpoint, gguf_models):
+    for model in gguf_models:
         template = model.metadata.get("tokenizer.chat_template")
         if not isinstance(template, str):
             continue

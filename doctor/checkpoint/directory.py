@@ -13,7 +13,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +137,7 @@ class Checkpoint:
     """
 
     unread: str = ""  # the reason why tensor bytes cannot be read, "" if they can
+    gguf: Sequence[GgufModel] = ()
 
     def __init__(self, root: Path, only: str | None = None):
         self.root = root
@@ -146,7 +147,6 @@ class Checkpoint:
         self.shards: dict[str, Shard] = {}
         self.json: dict[str, JsonFile] = {}
         self.missing_shards: list[str] = []
-        self.gguf: list[GgufModel] = []
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> Checkpoint:
@@ -320,6 +320,7 @@ class Checkpoint:
         """The models in .gguf files. Beside safetensors they are copies of the model that nobody asked about."""
         if self.shards:
             return
+        found = []
         for name, files, missing in group_files([n for n in self.entries if n.endswith(".gguf")]):
             read = []
             for file in files:
@@ -328,7 +329,8 @@ class Checkpoint:
                 except OSError as error:
                     self.problems.append(Defect("unreadable", error.strerror or str(error), file))
             if read:
-                self.gguf.append(GgufModel(name, tuple(read), tuple(missing)))
+                found.append(GgufModel(name, tuple(read), tuple(missing)))
+        self.gguf = tuple(found)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:

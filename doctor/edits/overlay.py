@@ -74,6 +74,7 @@ class EditedCheckpoint(Checkpoint):
         self.shards = dict(source.shards)
         self.json = dict(source.json)
         self.missing_shards = list(source.missing_shards)
+        self.gguf = source.gguf
         self.substituted: set[str] = {self.new_name(e.file) for e in files}
         self.changed: set[str] = set(self.substituted)
         if new_index:

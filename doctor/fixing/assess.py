@@ -88,7 +88,7 @@ class _Part:
     """What the scan needs of a checkpoint, without the tensors whose facts are known."""
 
     def __init__(self, checkpoint: Checkpoint, known: set[str]):
-        self.tensors, self.open_file = checkpoint.tensors, checkpoint.open_file
+        self.tensors, self.open_file, self.gguf = checkpoint.tensors, checkpoint.open_file, checkpoint.gguf
         self.shards = {
             n: Shard(n, s.size, s.header_bytes, [t for t in s.tensors if t.name not in known])
             for n, s in checkpoint.shards.items()

@@ -53,6 +53,7 @@ class Format:
     label: str  # as people write it
     quant_methods: tuple[str, ...] = ()  # spellings of quantization_config's quant_method
     container = "safetensors"
+    in_blocks = False  # whether a linear is rows of llama.cpp's blocks, in one file with everything else
     mixtures: Mapping[int, str] = {}  # bits -> what readers call a file of them, for formats of the GGUF container
     config_files: tuple[str, ...] = ()  # further files that hold a copy of quantization_config
 

@@ -34,11 +34,11 @@ class GGUF(Format):
     name = "gguf"
     label = "GGUF"
     container = "gguf"
+    in_blocks = True
     bits: tuple[int, ...] = (4, 5, 6, 8)
     methods = ("gptq", "rtn")
     joint = ()
     unit = (32, 1)
-    part_names = tuple(BY_NAME)
     types: Mapping[int, str] = {4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
     mixtures: Mapping[int, str] = {4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K", 8: "Q8_0"}  # what llama.cpp calls the file
 
@@ -75,7 +75,7 @@ class GGUF(Format):
     def unpack(
         self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
     ) -> Array:
-        [(name, words)] = parts.items()
+        name, words = next((name, part) for name, part in parts.items() if name in BY_NAME)
         kind, rows = BY_NAME[name], rows or slice(0, words.shape[0])
         raw = words[rows]
         width = raw.shape[1] // kind.nbytes * kind.block

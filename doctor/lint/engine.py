@@ -239,7 +239,11 @@ def _of_container(store: Store, rules: list[Rule]) -> list[Rule]:
     return [
         rule
         for rule in rules
-        if ("gguf" in rule.facts or not closure(rule.facts) & _NOT_OF_GGUF if gguf else "gguf" not in rule.facts)
+        if (
+            "gguf_models" in rule.facts or not closure(rule.facts) & _NOT_OF_GGUF
+            if gguf
+            else "gguf_models" not in rule.facts
+        )
         and not (gguf and (rule.scope in ("tensor", "shard", "linear") or rule.area in ("Tokenizer", "Config")))
     ]
 

@@ -196,7 +196,7 @@ def _output_bytes(checkpoint: Checkpoint, linears: list[Linear], recipe: Recipe)
     total = 0
     for tensor in checkpoint.tensors.values():
         x = quantized.get(tensor.name)
-        if x is None and form.container == "gguf" and len(tensor.shape) == 2:
+        if x is None and form.in_blocks and len(tensor.shape) == 2:
             total += _outer_bytes(tensor, checkpoint, recipe)
         elif x is None:
             total += tensor.nbytes // 2 if tensor.dtype.bits == 32 else tensor.nbytes

@@ -27,7 +27,7 @@ def prepared(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
             _("{name}: is GGUF, whose weights are rounded already.", name=checkpoint.name),
             _("Quantize the checkpoint that it was made from."),
         )
-    if format_of(recipe).container != "gguf":
+    if not format_of(recipe).in_blocks:
         return recipe
     config = checkpoint.value("config.json")
     if config is None:
@@ -55,7 +55,7 @@ def require_importance(recipe: Recipe, imatrix: str | os.PathLike | None) -> Non
     """Raises PlanRefused where a run of this recipe measures no importance of columns for llama-quantize."""
     if imatrix is None:
         return
-    if format_of(recipe).container != "gguf" or not recipe.solver.calibrated:
+    if not format_of(recipe).in_blocks or not recipe.solver.calibrated:
         raise PlanRefused(
             _("--imatrix {file}: needs a calibrated run of a GGUF scheme.", file=os.fspath(imatrix)),
             _("Add --scheme Q4_K_M, say, without --for rtn."),

@@ -108,7 +108,7 @@ class Output(Stage):
         one GGUF file, which holds all of that. Parts and journal are gone after it.
         """
         parts = self.parts()
-        if format_of(recipe).container == "gguf":
+        if format_of(recipe).in_blocks:
             require_room(self.stage, self.bytes_there())
             with machine_errors(self.stage, FREE_SPACE):
                 write_model(self.stage, parts, checkpoint, recipe, encoder(checkpoint))
@@ -269,13 +269,13 @@ def write_safetensors(file, tensors: dict[str, torch.Tensor]) -> None:
         file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def kept_tensors(names: Iterable[str], load, container: str = "safetensors") -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) for what stays in 16 bits: as stored, float32 and float64 as bfloat16. GGUF holds norms and biases
-    in float32, so there they stay.
+def kept_tensors(names: Iterable[str], load, vectors: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) for what stays in 16 bits: as stored, float32 and float64 as bfloat16. vectors: norms and biases
+    stay as they are, too: GGUF holds them in float32.
     """
     for name in names:
         tensor = load(name)
-        wide = tensor.dtype in (torch.float32, torch.float64) and not (container == "gguf" and tensor.ndim < 2)
+        wide = tensor.dtype in (torch.float32, torch.float64) and not (vectors and tensor.ndim < 2)
         yield name, tensor.to(torch.bfloat16) if wide else tensor
 
 

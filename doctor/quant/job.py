@@ -161,7 +161,7 @@ def _write_outside(setup: Setup, done: Result) -> Result:
                 export.kept_tensors(
                     names,
                     lambda name: load_tensor(setup.checkpoint, name),
-                    format_of(done.recipe).container,
+                    format_of(done.recipe).in_blocks,
                 )
             ),
         )

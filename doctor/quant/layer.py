@@ -229,7 +229,7 @@ def _finish_linear(
         fact, seconds = failed(recipe, error.message), solved.seconds
     else:
         packed |= found.parts
-        if given is not None and given.usable and format_of(recipe).container == "gguf":
+        if given is not None and given.usable and format_of(recipe).in_blocks:
             packed[f"{name}.{IMPORTANCE}"] = (given.H.diagonal() / 2).to("cpu", torch.float32)
         put_weight(module, found.weight, linear.transposed)
         fact = outcome(solved, given, recipe, folding.notes.get(name, "") if folding else "")
@@ -331,7 +331,7 @@ def _write(setup: Setup, i: int, recipe: Recipe, selection: Selection, tried: At
     """The layer's part of the output, then its journal line."""
     replaced = {linear.tensor for linear, _module in selection.modules.values()}
     names = [n for n in setup.skeleton.tensors_of(i) if n not in replaced and n not in tried.packed]
-    container = format_of(recipe).container
-    stored = dict(export.kept_tensors(names, lambda name: load_tensor(setup.checkpoint, name), container))
+    exact = format_of(recipe).in_blocks
+    stored = dict(export.kept_tensors(names, lambda name: load_tensor(setup.checkpoint, name), exact))
     setup.output.write_part(part_name(i), {**tried.packed, **stored})
     setup.output.note({"block": i, "records": list(tried.records)})

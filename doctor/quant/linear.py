@@ -99,7 +99,7 @@ def _solution(
     W: torch.Tensor, given: LayerInput | None, recipe: Recipe, columns: torch.Tensor | None, divisor: float
 ) -> Solution | ggml.BlockSolution:
     form = format_of(recipe)
-    if form.container == "gguf":
+    if form.in_blocks:
         H = given.H if given is not None and given.usable else None
         block = form.type_of(recipe.bits, W.shape[1])
         return ggml.solve(W, H, block, damp=recipe.damp, damp_max=recipe.damp_max)

@@ -32,5 +32,6 @@ def unpack_linear(
 ) -> torch.Tensor:
     """W f32[n, k] that an engine computes from what pack_linear made. shape: [n, k], where the parts do not say it."""
     form = format_of(recipe)
-    parts = {part: tensors[f"{name}.{part}"] for part in form.part_names if f"{name}.{part}" in tensors}
+    names = form.part_names or [n.removeprefix(f"{name}.") for n in tensors if n.startswith(f"{name}.")]
+    parts = {part: tensors[f"{name}.{part}"] for part in names if f"{name}.{part}" in tensors}
     return form.unpack(parts, recipe.scheme, shape)

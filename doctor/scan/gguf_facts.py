@@ -7,7 +7,7 @@ blocks of the same 256 stand one place too early and the last one is left empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,7 @@ GGUF_COUNTS: FactKey[dict[str, dict[str, GgufCounts]]] = provide(
 
 
 @fact("checkpoint", cost="header")
-def gguf(checkpoint) -> list[GgufModel]:
+def gguf_models(checkpoint) -> Sequence[GgufModel]:
     """The models in .gguf files, where no safetensors file is."""
     if not checkpoint.gguf:
         raise Unavailable(_("no GGUF file is here"))

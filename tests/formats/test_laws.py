@@ -15,7 +15,9 @@ N, K = 64, 96
 TORCH = {"I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "U8": torch.uint8, "F32": torch.float32}
 
 
-AFFINE = {name: form for name, form in FORMATS.items() if not form.groups}  # others: test_compressed_floats.py
+AFFINE = {
+    name: form for name, form in FORMATS.items() if not form.groups and not form.in_blocks
+}  # others: test_compressed_floats.py
 
 
 def schemes():
