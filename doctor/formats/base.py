@@ -17,7 +17,6 @@ from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from doctor.checkpoint.dtypes import DTYPES
-from doctor.checkpoint.ggml_types import GgmlType
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _
@@ -152,18 +151,6 @@ class Format:
     def part_of(self, weight: str, part: str) -> str:
         """The name of a part of a weight."""
         return f"{weight.removesuffix('.weight')}.{part}"
-
-    def type_of(self, bits: int, in_features: int) -> GgmlType:
-        """The block type of a linear, for formats of the GGUF container."""
-        raise NotImplementedError
-
-    def outer_type(self, name: str, bits: int, in_features: int, tied: bool) -> GgmlType:
-        """The block type of the embedding or the output head, by GGUF's name, for formats of that container."""
-        raise NotImplementedError
-
-    def own_bits(self, bits: int, role: str, layer: int, layers: int, sharing: int) -> int:
-        """Bits that a mixture gives a linear by its role and layer. sharing: query heads that share a key head."""
-        return bits
 
     # codes and words
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from doctor.checkpoint.ggml_types import BY_NAME, GgmlType
 from doctor.core.messages import _
-from doctor.core.recipe import Scheme
+from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, is_torch
-from doctor.formats.base import Format, Part, Parts, register
+from doctor.formats.base import Format, Part, Parts, format_of, register
 from doctor.formats.ggml_blocks import decode
 from doctor.formats.grid import GridKind
 
@@ -85,8 +85,17 @@ class GGUF(Format):
 
         return torch.from_numpy(decode(raw.cpu().numpy(), kind, width).copy()).to(raw.device)
 
-    def config(self, recipe: Any, kept: Iterable[str] = (), widths: Mapping[str, int] | None = None) -> dict[str, Any]:
+    def config(
+        self, recipe: Recipe, kept: Iterable[str] = (), widths: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
         return {}  # the types stand in the file
+
+
+def blocks_of(recipe: Recipe) -> GGUF:
+    """The format of a recipe that writes blocks (Format.in_blocks)."""
+    form = format_of(recipe)
+    assert isinstance(form, GGUF)
+    return form
 
 
 @register

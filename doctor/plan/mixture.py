@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from doctor.core.recipe import Recipe, is_kept
 from doctor.formats.base import format_of
+from doctor.formats.gguf import blocks_of
 from doctor.model.spec import ModelSpec
 
 
@@ -25,7 +26,9 @@ class PlannedType(NamedTuple):
 
 def with_mixture(recipe: Recipe, spec: ModelSpec) -> Recipe:
     """The recipe with the bits that its format gives single linears; the recipe itself where it gives none."""
-    form, layers = format_of(recipe), spec.n_layers or 0
+    if not format_of(recipe).in_blocks:
+        return recipe
+    form, layers = blocks_of(recipe), spec.n_layers or 0
     sharing = (spec.n_heads or 1) // max(spec.n_kv_heads or 1, 1)
     own: dict[tuple[str, str, int], list[int]] = {}
     for linear in spec.linears:
@@ -46,7 +49,7 @@ def _choice(blocks: list[int]) -> str:
 
 def planned_types(recipe: Recipe, spec: ModelSpec) -> list[PlannedType]:
     """The block type of every linear that a recipe of the GGUF container quantizes."""
-    form, found = format_of(recipe), []
+    form, found = blocks_of(recipe), []
     for x in spec.linears:
         if x.block is None or is_kept(recipe, x.name) or form.unfit(recipe.scheme, x.in_features, x.out_features):
             continue

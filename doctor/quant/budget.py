@@ -23,6 +23,7 @@ from doctor.core.errors import MachineError
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept
 from doctor.formats.base import format_of
+from doctor.formats.gguf import blocks_of
 from doctor.formats.known import streams
 from doctor.model.fused_experts import unfuse
 from doctor.model.linears import Linear
@@ -212,7 +213,7 @@ def _outer_bytes(tensor: TensorInfo, checkpoint: Checkpoint, recipe: Recipe) -> 
     width = tensor.shape[1]
     if tensor.name not in names:
         return 2 * tensor.numel
-    kind = format_of(recipe).outer_type(names[tensor.name], recipe.bits, width, bool(config.get("tie_word_embeddings")))
+    kind = blocks_of(recipe).outer_type(names[tensor.name], recipe.bits, width, bool(config.get("tie_word_embeddings")))
     return tensor.numel // kind.block * kind.nbytes if width % kind.block == 0 else 2 * tensor.numel
 
 

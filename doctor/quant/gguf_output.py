@@ -23,7 +23,7 @@ from doctor.checkpoint.safetensors import Shard, ShardFile, TensorInfo, open_sha
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
-from doctor.formats.base import format_of
+from doctor.formats.gguf import blocks_of
 from doctor.model.gguf_names import (
     ROPE_FREQS,
     Architecture,
@@ -72,7 +72,7 @@ def file_name(recipe: Recipe) -> str:
 
 def mixture(recipe: Recipe) -> str:
     """What llama.cpp calls the mixture of types that the recipe asks for."""
-    return format_of(recipe).mixtures[recipe.bits]
+    return blocks_of(recipe).mixtures[recipe.bits]
 
 
 def write_model(stage: Path, parts: list[Path], checkpoint: Checkpoint, recipe: Recipe, encode: Encode) -> Path:
@@ -94,9 +94,9 @@ def write_model(stage: Path, parts: list[Path], checkpoint: Checkpoint, recipe: 
     return path
 
 
-def write_imatrix(path: Path, parts: list[Path], known: Architecture, tokens: int, source: str) -> None:
+def write_imatrix(path: Path, parts: list[Path], config: Mapping[str, Any], tokens: int, source: str) -> None:
     """diag(H) / 2 of every linear as llama-quantize reads it (--imatrix)."""
-    found = {}
+    known, found = require_writable(config), {}
     for name, entry in _stored(parts).items():
         module, _dot, part = name.rpartition(".")
         if part == IMPORTANCE:
@@ -135,7 +135,7 @@ def _planned(
     stored: Mapping[str, _Stored], known: Architecture, config: Mapping[str, Any], recipe: Recipe
 ) -> list[Planned]:
     """Every tensor of the file, in llama.cpp's order."""
-    form, found = format_of(recipe), []
+    form, found = blocks_of(recipe), []
     tied = "lm_head.weight" not in stored
     for name, entry in stored.items():
         source, packed = _source_of(name)

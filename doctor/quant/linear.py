@@ -18,6 +18,7 @@ from doctor.core.methods import is_calibrated
 from doctor.core.recipe import Recipe
 from doctor.core.records import SolveRecord
 from doctor.formats.base import format_of
+from doctor.formats.gguf import blocks_of
 from doctor.formats.grid import E4M3
 from doctor.model.linears import Linear
 from doctor.plan.groups import together
@@ -101,7 +102,7 @@ def _solution(
     form = format_of(recipe)
     if form.in_blocks:
         H = given.H if given is not None and given.usable else None
-        block = form.type_of(recipe.bits, W.shape[1])
+        block = blocks_of(recipe).type_of(recipe.bits, W.shape[1])
         return ggml.solve(W, H, block, damp=recipe.damp, damp_max=recipe.damp_max)
     kind = form.grid(recipe.scheme)
     if kind.levels == E4M3:

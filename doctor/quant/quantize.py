@@ -31,7 +31,6 @@ from doctor.fixing.proof import Proof
 from doctor.fixing.staging import hold_output
 from doctor.formats.known import streams
 from doctor.lint.engine import Report, load_rules, locate, select_rules
-from doctor.model.gguf_names import require_writable
 from doctor.model.quantization_config import holds_quantized
 from doctor.model.spec import build_spec
 from doctor.plan.mixture import with_mixture
@@ -124,12 +123,7 @@ def quantize(
     recipe = recipe or Recipe()
     require_importance(recipe, imatrix)
     asked = Asked(
-        replace(
-            recipe,
-            keep=(*recipe.keep, *keep),
-            seed=recipe.seed if seed is None else seed,
-            goal="quantize",
-        ),
+        replace(recipe, keep=(*recipe.keep, *keep), seed=recipe.seed if seed is None else seed, goal="quantize"),
         Path(os.path.abspath(output)),
         select_rules(load_rules(rules_dirs), select, ignore),
         fail_on,
@@ -381,9 +375,8 @@ def _finish(
     started = time.perf_counter()
     checked, facts = calibrated.checked, calibrated.facts
     source = checked.assessment.checkpoint
-    if asked.imatrix is not None and facts is not None:
-        known = require_writable(source.value("config.json") or {})
-        write_imatrix(asked.imatrix, staged.parts(), known, facts.tokens, facts.source)
+    if asked.imatrix and facts:
+        write_imatrix(asked.imatrix, staged.parts(), source.value("config.json") or {}, facts.tokens, facts.source)
     staged.finish(source, checked.recipe, kept, receipt(checked.recipe, facts, done, notes), linears, join)
     written = Checkpoint.open(staged.stage)
     after = assess(written, replace(checked.recipe, goal=""), asked.rules)
