@@ -1,6 +1,6 @@
 """KL of a GGUF mixture: doctor's error feedback against what llama-quantize writes, type for type and so at equal size.
 
-    python bench/gguf.py MODEL [--scheme Q4_K_M] [--rows 32] [--judged 12] [--work DIR]
+    python bench/gguf_quality.py MODEL [--scheme Q4_K_M] [--rows 32] [--judged 12] [--work DIR]
 
 The peer's linears are what ggml_quantize_chunk makes of the same weights with the importance matrix of the same run
 (--imatrix), which is what llama-quantize does with it; its C function is called where xllamacpp is installed, else
