@@ -318,10 +318,8 @@ class Checkpoint:
 
     def _open_gguf(self) -> None:
         """The models in .gguf files. Beside safetensors they are copies of the model that nobody asked about."""
-        if self.shards:
-            return
-        found = []
-        for name, files, missing in group_files([n for n in self.entries if n.endswith(".gguf")]):
+        found: list[GgufModel] = []
+        for name, files, missing in group_files([n for n in self.entries if n.endswith(".gguf") and not self.shards]):
             read = []
             for file in files:
                 try:
