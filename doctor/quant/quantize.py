@@ -17,7 +17,7 @@ from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
-from doctor.core.errors import BadCheckpoint, DoctorError, PlanRefused
+from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
@@ -34,22 +34,22 @@ from doctor.lint.engine import Report, load_rules, locate, select_rules
 from doctor.model.quantization_config import holds_quantized
 from doctor.model.spec import build_spec
 from doctor.plan.mixture import with_mixture
-from doctor.quant import budget, export
+from doctor.quant import export
 from doctor.quant import preflight as flight
 from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, ROWS, SAMPLED_SHARE, NotSampled
 from doctor.quant.calibration.self_generated import forecast
 from doctor.quant.client import Client, Linears
 from doctor.quant.container import prepared, require_importance
-from doctor.quant.device import device_free, device_memory, device_of
+from doctor.quant.device import device_memory, device_of
 from doctor.quant.distributed import Ranks, size, start, stop
+from doctor.quant.forewarn import forewarn
 from doctor.quant.gguf_output import write_imatrix
 from doctor.quant.job import Result, run
 from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
 from doctor.quant.receipt import receipt
 from doctor.quant.resume import fingerprint
-from doctor.quant.setup import computing_notes
-from doctor.quant.stage import Stage, damage_note, require_no_work, require_room
+from doctor.quant.stage import damage_note, require_no_work
 from doctor.quant.stream.choose import choose
 from doctor.quant.stream.run import run as stream
 
@@ -253,7 +253,7 @@ def _run(asked: Asked, calibrated: Calibrated, ranks: Ranks) -> QuantizeResult:
     """The layers, then the check of the output."""
     started = time.perf_counter()
     checked = calibrated.checked
-    notes = [*checked.notes, *calibrated.notes, *_forewarn(asked, calibrated)]
+    notes = [*checked.notes, *calibrated.notes, *forewarn(asked, calibrated)]
     staged = _stage(asked, calibrated, ranks)
     streamed = streams(checked.recipe)
     linears = _linears(asked, checked) if streamed else None
@@ -305,42 +305,6 @@ def _streamed(
     chosen = choose(source, checked.spec, checked.recipe, linears, store)
     done = stream(chosen, checked.recipe, staged, store, asked.rules, asked.progress)
     return done, list(chosen.names)
-
-
-def _forewarn(asked: Asked, calibrated: Calibrated) -> list[str]:
-    """Notes on how this machine computes. Raises MachineError where memory cannot suffice, DoctorError without a
-    config.
-    """
-    checked, checkpoint = calibrated.checked, calibrated.checked.assessment.checkpoint
-    if "config.json" not in checkpoint.json:
-        raise DoctorError(
-            _("{root}: has no config.json; quantizing needs the model's shape.", root=str(checkpoint.root)),
-            _("Give the checkpoint's directory."),
-        )
-    notes = computing_notes(checkpoint, checked.spec, checked.recipe, asked.device)
-    for note in notes:
-        asked.progress(note)
-    rows = calibrated.rows
-    need = budget.needs(checkpoint, checked.spec, checked.recipe, len(rows), max(map(len, rows), default=0))
-    if not streams(checked.recipe):  # which holds a few MiB of a tensor, and sees to its own room
-        budget.require(need, asked.memory)
-        hidden = need.hidden if need.hidden > budget.left(need, asked.memory) else 0
-        place = next(p for p in asked.output.parents if p.exists())
-        require_room(place, max(0, need.disk - Stage(asked.output).bytes_there()) + hidden)
-    free = None if streams(checked.recipe) else device_free(asked.device)
-    if free is not None:
-        fits = _(
-            "{device}: up to {need:.2f} GiB are needed, {free:.2f} GiB are free",
-            device=asked.device,
-            need=need.on_device / 2**30,
-            free=free / 2**30,
-        )
-        asked.progress(
-            fits
-            if need.on_device <= free
-            else _("{fits}: it may run out of memory; finished layers are kept for --resume", fits=fits)
-        )
-    return notes
 
 
 def _stage(asked: Asked, calibrated: Calibrated, ranks: Ranks) -> export.Output:
