@@ -32,13 +32,13 @@ def damp_raised(linear, solve):
     if solve.outcome == "failed":
         return
     values = {"linear": linear.name, "used": solve.damp_used}
-    if solve.damp_used > solve.damp_asked:
+    if solve.damp_used > solve.damp_first:
         yield finding(
             plural(
                 "damp raised from {asked:g} to {used:g} for {linear} after {n} attempt",
                 "damp raised from {asked:g} to {used:g} for {linear} after {n} attempts",
                 len(solve.attempts),
-                asked=solve.damp_asked,
+                asked=solve.damp_first,
                 **values,
             ),
             evidence={"attempts": [list(a) for a in solve.attempts]},

@@ -59,10 +59,16 @@ if TYPE_CHECKING:
 @option(
     "--format",
     type=LaterChoice(OUTPUT_FORMATS),
+    metavar="NAME",
     default=None,
-    help=_("File format.  [default: the method's own]"),
+    help=_("File format: gptq, gptq_v2, awq, compressed-tensors …  [default: the method's own]"),
 )
-@option("--damp", type=float, default=DAMP, help=_("Share of the mean diagonal added to each Hessian."))
+@option(
+    "--damp",
+    type=float,
+    default=DAMP,
+    help=_("Least share of the mean diagonal added to each Hessian; few calibration rows get more."),
+)
 @option("--damp-max", type=float, default=DAMP_MAX, help=_("Most that a retry may raise it to."))
 @option(
     "--calibration",

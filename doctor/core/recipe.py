@@ -19,6 +19,9 @@ from doctor.core.methods import BITS, METHODS, STATIC, Method
 GOALS = ("", "quantize", "serve", "none")  # what findings are judged for
 RUNTIMES = ("vllm", "sglang", "exllamav2", "transformers", "llama.cpp")
 DAMP, DAMP_MAX = 0.01, 0.1  # defaults: GPTQ's own share, and where a retry ends
+# A Hessian of few calibration rows overfits them; more damping holds it back. The best share is in proportion to
+# 1 / rows, whatever the width (bench/RESULTS.md, quality.py): 0.1 at 2,048 rows, 0.05 at 4,096, 0.01 from 20,000 on.
+DAMP_ROWS = 200
 ASKED = "asked for with keep"  # why a linear stays in 16 bits that recipe.keep names
 _FALL = (*METHODS, "keep")
 
@@ -85,7 +88,8 @@ FORMATS = OutputFormats()
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to quantize and serve. `damp` is a share of mean diag(H); `keep` are patterns of linears left in 16 bits.
+    """One way to quantize and serve. damp: the least share of mean diag(H) that is added. keep:
+    patterns of linears left in 16 bits.
 
     group_size: consecutive in_features that share a scale; -1 is the whole row. tp: GPUs that split each linear at
     serving. act_order: columns in order of diag(H) with groups fixed beforehand (static groups), so that serving costs
@@ -110,6 +114,10 @@ class Recipe:
     seed: int = 0
     goal: str = ""
     activations: str = ""  # how engines round each linear's inputs while serving; "" is the format's own way
+
+    def damp_for(self, rows: int) -> float:
+        """The share that is added to a Hessian of so many calibration rows first: damp, more where rows are few."""
+        return max(self.damp, min(DAMP_ROWS / max(rows, 1), self.damp_max))
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

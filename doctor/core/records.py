@@ -3,7 +3,9 @@
 Their fields are keys of the JSON report, so a field keeps its name.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from doctor.core.facts import FactKey, provide
 
@@ -64,6 +66,17 @@ class SolveRecord:
     rtn_loss: float
     attempts: tuple[tuple[float, str, str], ...] = ()
     note: str = ""
+
+    @property
+    def damp_first(self) -> float:
+        """The damping that was tried first: what was asked for, or what so few calibration rows call for."""
+        return self.attempts[0][0] if self.attempts else self.damp_asked
+
+
+def damp_raised(solve: Mapping[str, Any]) -> bool:
+    """Whether the outcome of a linear, as a report holds it, needed more damping than was tried first."""
+    first = solve["attempts"][0][0] if solve.get("attempts") else solve["damp_asked"]
+    return solve["damp_used"] > first
 
 
 @dataclass(frozen=True)

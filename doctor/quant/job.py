@@ -22,7 +22,7 @@ from doctor.core.finding import Finding
 from doctor.core.messages import _, plural
 from doctor.core.methods import METHODS, is_calibrated
 from doctor.core.recipe import Recipe, is_kept
-from doctor.core.records import OUTSIDE_LINEARS, STACKED_EXPERTS
+from doctor.core.records import OUTSIDE_LINEARS, STACKED_EXPERTS, damp_raised
 from doctor.core.store import Store
 from doctor.fixing.consent import Consent
 from doctor.formats.base import format_of
@@ -217,7 +217,7 @@ def try_layers(
 def _say(setup: Setup, i: int, layer: LayerResult, seconds: float) -> None:
     """The progress line of a finished layer."""
     losses = [r["solve"]["loss"] for r in layer.records if is_calibrated(r["outcome"])]
-    raised = [r["name"] for r in layer.records if r["solve"]["damp_used"] > layer.recipe.damp]
+    raised = [r["name"] for r in layer.records if damp_raised(r["solve"])]
     quantized = sum(r["outcome"] in METHODS for r in layer.records)
     done = plural(
         "layer {i} of {count}: {n} linear in {seconds:.1f} s",

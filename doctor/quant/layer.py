@@ -165,7 +165,7 @@ def _stage_inputs(setup: Setup, forward: StagedForward, number: int, recipe: Rec
     hessians, found = forward.hessians(number), {}
     for group in forward.stages[number]:
         setup.ranks.sum_hessians(hessians[0])
-        given = LayerInput(hessians.pop(0), recipe.damp)  # popped: sums and matrix of one group at a time
+        given = LayerInput(hessians.pop(0), recipe)  # popped: sums and matrix of one group at a time
         found.update(dict.fromkeys(group, given))
     return found
 

@@ -101,9 +101,10 @@ def _solution(
 ) -> Solution | ggml.BlockSolution:
     form = format_of(recipe)
     if form.in_blocks:
-        H = given.H if given is not None and given.usable else None
         block = blocks_of(recipe).type_of(recipe.bits, W.shape[1])
-        return ggml.solve(W, H, block, damp=recipe.damp, damp_max=recipe.damp_max)
+        if given is None or not given.usable:
+            return ggml.solve(W, None, block)
+        return ggml.solve(W, given.H, block, damp=given.damp, damp_max=recipe.damp_max)
     kind = form.grid(recipe.scheme)
     if kind.levels == E4M3:
         return round_to_floats(W, kind)
@@ -111,13 +112,13 @@ def _solution(
     if given is None or not given.usable or not recipe.solver.calibrated:
         return round_to_nearest(W, mse=recipe.mse, **options)
     if recipe.solver.folds_scales:
-        return awq.solve(W, given.H, columns, damp=recipe.damp, **options)
+        return awq.solve(W, given.H, columns, damp=given.damp, **options)
     return gptq.solve(
         W,
         given.H,
         mse=recipe.mse,
         act_order=recipe.act_order,
-        damp=recipe.damp,
+        damp=given.damp,
         damp_max=recipe.damp_max,
         **options,
     )

@@ -1,5 +1,6 @@
 """The numbers of a quantization or of a comparison with the original, a line each."""
 
+from doctor.core.records import damp_raised
 from doctor.lint.engine import Report
 from doctor.locale.catalogue import counted, say, translated
 from doctor.report.text import figure, number, percent, safe, thousands
@@ -14,7 +15,7 @@ def results(report: Report) -> list[tuple[str, str]]:
     if done:
         kinds = {o: sum(x.get("outcome") == o for x in done) for o in dict.fromkeys(x.get("outcome", "") for x in done)}
         solves = [x["solve"] for x in done if x.get("solve")]
-        raised = sum(s["damp_used"] > s["damp_asked"] for s in solves)
+        raised = sum(map(damp_raised, solves))
         better = [
             s["loss"] / s["rtn_loss"]
             for s in solves

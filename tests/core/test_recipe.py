@@ -42,3 +42,18 @@ def test_labels_read_as_people_write_them():
     )  # who rounded it, its files do not say
     assert parse_runtime("vLLM==0.6.0") == ("vllm", "0.6.0")
     assert parse_runtime("vllm") == ("vllm", "")
+
+
+def test_few_calibration_rows_get_more_damping_up_to_the_most():
+    recipe = Recipe()
+    assert [round(recipe.damp_for(n), 4) for n in (0, 1024, 2048, 4096, 16_384, 20_000, 65_536)] == [
+        0.1,
+        0.1,
+        0.0977,
+        0.0488,
+        0.0122,
+        0.01,
+        0.01,
+    ]
+    assert Recipe(damp=0.2, damp_max=0.5).damp_for(65_536) == 0.2  # what is asked for is the least
+    assert Recipe(damp_max=0.03).damp_for(1024) == 0.03

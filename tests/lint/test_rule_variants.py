@@ -29,7 +29,7 @@ HESSIAN = [
     ("Q404", {"tokens": 128}, None),  # as many tokens as in_features are enough to have full rank
     ("Q404", {"tokens": 127}, ("warning", f"{DOWN} saw 127 calibration tokens for 128 in_features")),
     ("Q411", {"damp_needed": 0.01}, None),
-    ("Q411", {"damp_needed": 0.7}, ("warning", f"{DOWN} needs damp 0.7 in float32; the recipe has 0.01")),
+    ("Q411", {"damp_needed": 0.7}, ("warning", f"{DOWN} needs damp 0.7 in float32; 0.049 is added first")),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from doctor.core.recipe import Recipe
 from doctor.core.records import HessianFacts
 from doctor.quant.solve.hessian import Hessian
 from doctor.quant.solve.spectrum import spectrum
@@ -13,12 +14,13 @@ class LayerInput:
     """The input of one or more linears: H f32[k, k], `fact`, what its spectrum says, and `channels` f32[k], the largest
     |x| of each.
 
-    damp: share of mean diag(H), for the estimate of the condition.
+    damp: share of mean diag(H) that a factorisation adds first.
     """
 
-    def __init__(self, hessian: Hessian, damp: float):
+    def __init__(self, hessian: Hessian, recipe: Recipe):
         self.channels = hessian.largest
         self.H: torch.Tensor = hessian.take()
+        self.damp = damp = recipe.damp_for(hessian.rows)
         s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
         self.fact = HessianFacts(
             hessian.rows,
