@@ -1,4 +1,4 @@
-"""All that a user imports: check, fix, quantize, convert, verify, kvcache, undo, recover.
+"""All that a user imports: check, fix, quantize, convert, tune, verify, kvcache, undo, recover.
 
 Modules that only some of them need are imported where they are needed, because a check of headers alone must be fast.
 """
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from doctor.quant.convert import Converted
     from doctor.quant.preflight import Forecast
     from doctor.quant.quantize import QuantizeResult
+    from doctor.quant.tuning.tune import Tuned
 
 Facts = Iterable[tuple[str, str, object]]  # (subject, fact, value)
 
@@ -338,6 +339,20 @@ def convert(
 
     client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else client_of(Recipe())
     return run(path, output, target, **{"client": client, **options})
+
+
+def tune(
+    quantized: str | os.PathLike[str] | Checkpoint,
+    original: str | os.PathLike[str] | Checkpoint,
+    output: str | os.PathLike[str],
+    **options: Any,
+) -> Tuned:
+    """Tune the scales and norms of a quantized checkpoint against its original; see doctor.quant.tuning.tune.tune."""
+    from doctor.evaluate.clients.rehearsal import client_of
+    from doctor.quant.tuning.tune import tune as run
+
+    client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else client_of(Recipe())
+    return run(quantized, original, output, **{"client": client, **options})
 
 
 def plan_quantize(

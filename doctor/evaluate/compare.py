@@ -18,8 +18,10 @@ from doctor.core.messages import _
 from doctor.core.records import Comparison
 from doctor.evaluate.fp16_range import Fp16RangeProbe
 from doctor.evaluate.scores import Tally, longest_run
+from doctor.model.same_model import require_same_model
 from doctor.model.spec import build_spec
 from doctor.quant.dequantize import as_float
+from doctor.quant.forward.passing import passed_layers
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.forward.text_model import cache_argument
 
@@ -87,25 +89,10 @@ class Streamed:
         states: list[torch.Tensor] | None,
     ) -> Generator[torch.Tensor, None, None]:
         """What a forward gives for every row, with its hidden states in the place of the blocks' outputs."""
-        blocks = self.skeleton.layers
-        current: list[torch.Tensor] = []
-
-        def passing(hidden, *args, **kwargs):
-            return self.skeleton.as_output(hidden)
-
-        def injecting(*args, **kwargs):
-            return passing(current[0])
-
-        try:
-            blocks[0].forward = injecting
-            for block in blocks[1:]:
-                block.forward = lambda *args, hidden_states=None, **kwargs: passing(args[0] if args else hidden_states)
+        with passed_layers(self.skeleton) as give:
             for ids, hidden in zip(rows or self.rows, states or self.hidden, strict=True):
-                current[:] = [hidden]
+                give(hidden)
                 yield run(ids.to(self.skeleton.device))[0].float()
-        finally:
-            for block in blocks:
-                block.__dict__.pop("forward", None)
 
     @property
     def resident_bytes(self) -> int:
@@ -148,7 +135,7 @@ def compare(
     logprobs: gets f32[length - 1] for each row, what the quantized model gives the tokens that follow. progress gets
     (blocks done, blocks in all). Raises NotQuantizable where the two do not have the same number of blocks.
     """
-    _same_model(original, quantized)
+    require_same_model(original, quantized)
     a, b = Streamed(original, rows, device), Streamed(quantized, rows, device)
     blocks = len(a.skeleton.layers)
     if len(b.skeleton.layers) != blocks:
@@ -204,27 +191,6 @@ def compare(
         one_choice_original=usual,
         one_choice_token=favourite,
     )
-
-
-def _same_model(original: Checkpoint, quantized: Checkpoint) -> None:
-    """Raises NotQuantizable where the two configs cannot be of one model. Vocabularies may differ: quantizers pad
-    them.
-    """
-    configs = [c.value("config.json") or {} for c in (original, quantized)]
-    for key in ("model_type", "hidden_size", "num_hidden_layers"):
-        a, b = (c.get(key) for c in configs)
-        if a is not None and b is not None and a != b:
-            raise NotQuantizable(
-                _(
-                    "{original} and {quantized} are not one model: {key} is {there} there and {here} here.",
-                    original=original.name,
-                    quantized=quantized.name,
-                    key=key,
-                    there=a,
-                    here=b,
-                ),
-                _("Give the checkpoint that was quantized first, then what came out."),
-            )
 
 
 def _collapse(replies: list[list[int]]) -> tuple[float, int]:

@@ -192,7 +192,7 @@ def _edit_data(edit: Edit, names: Mapping[str, str]) -> dict[str, Any]:
     """An edit as data; other checkpoints by their names, because a path means nothing on another machine."""
     values = {f.name: getattr(edit, f.name) for f in fields(edit)}
     if "root" in values:
-        values["root"] = names[values["root"]]
+        values["root"] = names.get(values["root"], values["root"])  # one that was donated is a name already
     return {"kind": type(edit).__name__, **{k: v for k, v in values.items() if v is not MISSING}}
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import NotQuantizable
+from doctor.core.messages import _
 
 
 class ParameterNames:
@@ -80,6 +82,20 @@ class ParameterNames:
 
     def of_layer(self, i: int) -> list[str]:
         return self._in_layer.get(i, [])
+
+
+def require_shape(source: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raises NotQuantizable where a tensor has another shape than the parameter that it is for."""
+    if shape != wanted:
+        raise NotQuantizable(
+            _(
+                "{tensor}: shape {shape}; config.json makes it {wanted}.",
+                tensor=source,
+                shape=list(shape),
+                wanted=list(wanted),
+            ),
+            _("Run `doctor check`: rules F05x compare the tensors with config.json."),
+        )
 
 
 def _decoder(lists: Mapping[str, Iterable[tuple[int, str, str]]], layers: nn.ModuleList, checkpoint: Checkpoint) -> str:

@@ -30,7 +30,7 @@ from doctor.quant.forward.expert_modules import FORMS, GptOssExperts, SortedGptO
 from doctor.quant.forward.head import load_head
 from doctor.quant.forward.layer_call import LayerCall, run_layer, shared
 from doctor.quant.forward.meta_model import build_model, find_decoder_layers
-from doctor.quant.forward.parameter_names import ParameterNames
+from doctor.quant.forward.parameter_names import ParameterNames, require_shape
 from doctor.quant.forward.prefetch import Prefetch, load_tensor
 from doctor.quant.forward.recorder import record_calls, require_all_layers, returned_values
 from doctor.quant.forward.whole_model import WholeModel
@@ -139,6 +139,10 @@ class Skeleton:
             _("Quantize a model whose experts are gate, up and down without biases."),
         )
 
+    def source_of(self, parameter: str) -> str | None:
+        """The checkpoint's tensor of a parameter of the base model, None where it has none."""
+        return self._names.find(parameter)
+
     def _source(self, i: int, parameter: str) -> str | None:
         return self._names.find(f"{self.layers_path}.{i}.{parameter}")
 
@@ -159,7 +163,7 @@ class Skeleton:
         """Raises NotQuantizable where the checkpoint lacks a tensor for a parameter, or has it in another shape."""
         for name, parameter in self.base.named_parameters():
             if not self._names.parts(name):
-                _require_shape(source := self._tensor_of(name), self.checkpoint.tensors[source].shape, parameter.shape)
+                require_shape(source := self._tensor_of(name), self.checkpoint.tensors[source].shape, parameter.shape)
 
     def require_one_after_another(self) -> None:
         """Raises NotQuantizable where the model does not run all of its layers one after another, as far as a forward
@@ -266,7 +270,7 @@ class Skeleton:
         if tensor is None and isinstance(self.checkpoint, Dequantized):
             tensor = self.checkpoint.load_on(source, self.device)
         tensor = load_tensor(self.checkpoint, source) if tensor is None else tensor
-        _require_shape(source, tensor.shape, shape)
+        require_shape(source, tensor.shape, shape)
         # The copy to a GPU is of the stored width and need not be waited for; the cast happens there.
         return tensor.to(self.device, non_blocking=True).to(tensor.dtype if keep_dtype else self.dtype)
 
@@ -288,7 +292,7 @@ class Skeleton:
         """A parameter that transformers joins from several tensors."""
         parts = [load_tensor(self.checkpoint, part) for part in self._names.parts(name)]
         joined = torch.cat(parts)
-        _require_shape(self._names.parts(name)[0], joined.shape, shape)
+        require_shape(self._names.parts(name)[0], joined.shape, shape)
         return joined.to(self.device, self.dtype)
 
     # running
@@ -370,19 +374,6 @@ class Skeleton:
 
     def _forward(self, ids: torch.Tensor) -> None:
         self.base(input_ids=ids.to(self.device), use_cache=False)
-
-
-def _require_shape(source: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if shape != wanted:
-        raise NotQuantizable(
-            _(
-                "{tensor}: shape {shape}; config.json makes it {wanted}.",
-                tensor=source,
-                shape=list(shape),
-                wanted=list(wanted),
-            ),
-            _("Run `doctor check`: rules F05x compare the tensors with config.json."),
-        )
 
 
 def _to_meta(module: nn.Module) -> None:

@@ -1,0 +1,277 @@
+"""The tuning itself: KL(original || quantized) of the next token, lowered by Adam over scales and gains.
+
+The original's last hidden states are computed once and stand for its logits, which are made from them again, a run of
+tokens at a time, so that a vocabulary of 260,000 does not fill the memory. A step runs two rows through the quantized
+model, one layer in memory at a time, keeps each layer's inputs, and goes back through the layers, each computed again
+from its inputs. Labels play no part: the original is the teacher, so nothing is learnt that it does not know.
+
+One row in WATCH is never trained on. Its KL decides which state is kept, and whether any is: tuning that does not
+lower it leaves the checkpoint as it was.
+
+Sources: Kingma & Ba 2015 (arXiv 1412.6980) for Adam; parameters.py for what is tuned.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from doctor.core.errors import NotQuantizable
+from doctor.core.messages import _
+from doctor.quant.forward.passing import logits, passed_layers
+from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.tuning.parameters import BOUND, Gain, is_norm
+from doctor.quant.tuning.student import Student, add_slope, gain_of, put, take_back
+
+WATCH = 8  # one row in so many is watched and not trained on
+ROWS_A_STEP = 2
+RATE = 2e-3  # relative change of a scale in one of Adam's full steps
+WARM_UP = 3  # steps
+LAST_SHARE = 0.02  # of RATE, in the last step
+BETAS = (0.9, 0.95)
+TOKENS = 64  # whose logits are made at a time
+LOOKS = 4  # how often the watched rows are looked at in one pass, but not more often than every WARM_UP + 1 steps
+
+
+@dataclass
+class Progress:
+    """How a tuning went. watched: (steps done, KL in nats a token of the watched rows), the start first."""
+
+    watched: list[tuple[int, float]] = field(default_factory=list)
+    trained: list[float] = field(default_factory=list)  # KL of each step's rows before it
+
+    @property
+    def start(self) -> float:
+        return self.watched[0][1]
+
+
+class Ends:
+    """What turns last hidden states into logits, of the original and of the quantized model, and KL between the two."""
+
+    def __init__(self, student: Student, teacher: Skeleton):
+        self.student, self.teacher = student.skeleton, teacher
+        self.student.load_ends()
+        teacher.load_ends()
+        _share_equal(self.student.model, teacher.model)
+        inside = {id(m) for m in self.student.layers.modules()}
+        names = {id(m): t for t, m in _outer_tensors(student).items()}
+        self.norms: list[tuple[nn.Module, Gain]] = [
+            (module, gain_of(student.view, names[id(module)], module))
+            for module in self.student.base.modules()
+            if id(module) not in inside and is_norm(module) and id(module) in names
+        ]
+        for _module, gain in self.norms:
+            student.changes[gain.tensor] = torch.zeros_like(gain.value)
+            student.tunables[gain.tensor] = gain
+        self.changes = student.changes
+
+    def divergence(
+        self, ids: torch.Tensor, wanted: torch.Tensor, states: torch.Tensor, found: dict | None = None
+    ) -> tuple[float, torch.Tensor | None]:
+        """(sum over tokens of KL in nats, its slope for `states`) of a row's last hidden states f32[1, length, hidden]
+        against the original's. found: gets the slopes of the final norm's changes; None computes no slope.
+        """
+        total, slope = 0.0, torch.zeros_like(states) if found is not None else None
+        leaves = []
+        with (
+            passed_layers(self.teacher) as teach,
+            passed_layers(self.student) as learn,
+            torch.set_grad_enabled(found is not None),
+        ):
+            try:
+                for module, gain in self.norms:
+                    leaf = gain.weight(self.changes[gain.tensor]).requires_grad_(found is not None)
+                    put(module, leaf)
+                    leaves.append((gain, leaf))
+                for begin in range(0, ids.shape[1], TOKENS):
+                    part = slice(begin, begin + TOKENS)
+                    with torch.no_grad():
+                        teach(wanted[:, part])
+                        goal = logits(self.teacher, ids[:, part]).log_softmax(-1)
+                    given = states[:, part].detach().requires_grad_(found is not None)
+                    learn(given)
+                    got = logits(self.student, ids[:, part]).log_softmax(-1)
+                    loss = nn.functional.kl_div(got, goal, reduction="sum", log_target=True)
+                    total += float(loss.detach())
+                    if slope is not None:
+                        loss.backward()
+                        assert given.grad is not None
+                        slope[:, part] = given.grad
+                if found is not None:
+                    for gain, leaf in leaves:
+                        if leaf.grad is not None:
+                            add_slope(found, gain, leaf.grad)
+            finally:
+                for module, _gain in self.norms:
+                    take_back(module)
+        return total, slope
+
+
+def _outer_tensors(student: Student) -> dict[str, nn.Module]:
+    """Checkpoint name of a weight outside the layers -> its module."""
+    found = {}
+    for path, module in student.skeleton.base.named_modules():
+        if "weight" in module._parameters:
+            source = student.skeleton.source_of(f"{path}.weight")
+            if source is not None:
+                found[source] = module
+    return found
+
+
+def _share_equal(ours: nn.Module, theirs: nn.Module) -> None:
+    """Hold equal parameters of the two models once: the head of a large vocabulary is most of what both hold."""
+    mine = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        other = mine.get(name)
+        if other is not None and not other.is_meta and not parameter.is_meta and torch.equal(other, parameter):
+            parameter.data = other.data
+
+
+def last_states(
+    skeleton: Skeleton, rows: list[torch.Tensor], tick: Callable[[], None] = lambda: None
+) -> list[torch.Tensor]:
+    """Outputs f32[1, length, hidden] of the last layer for each row, one layer in memory at a time."""
+    states, calls = [], []
+    for hidden, call in skeleton.open_calls(rows):
+        states.append(hidden)
+        calls.append(call)
+    with torch.no_grad():
+        for i in range(len(skeleton.layers)):
+            skeleton.load_layer(i)
+            states = [skeleton.run_layer(i, x, c[i]) for x, c in zip(states, calls, strict=True)]
+            skeleton.drop_layer(i)
+            tick()
+    return states
+
+
+class Trainer:
+    """Adam over the changes of a student. passes: times that each trained row is seen."""
+
+    def __init__(
+        self,
+        student: Student,
+        ends: Ends,
+        wanted: list[torch.Tensor],
+        *,
+        passes: int,
+        seed: int = 0,
+        rate: float = RATE,
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        self.student, self.ends, self.wanted, self.say = student, ends, wanted, say
+        count = len(student.rows)
+        self.watch = list(range(WATCH - 1, count, WATCH)) or [count - 1]
+        trained = [r for r in range(count) if r not in set(self.watch)]
+        order = random.Random(seed)
+        self.schedule: list[list[int]] = []
+        for _pass in range(passes if trained else 0):
+            order.shuffle(trained)
+            self.schedule += [trained[at : at + ROWS_A_STEP] for at in range(0, len(trained), ROWS_A_STEP)]
+        self.rate, self.progress = rate, Progress()
+        self.moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
+            name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in student.changes.items()
+        }
+        self.look_every = max(WARM_UP + 1, len(self.schedule) // passes // LOOKS)
+
+    def train(self) -> dict[str, torch.Tensor]:
+        """The changes, rounded to what is stored, under which the watched rows diverge least; all zero where tuning
+        does not help. Raises NotQuantizable where a step is not finite.
+        """
+        start = {name: x.clone() for name, x in self.student.changes.items()}
+        best, least = start, self._look(0)
+        worse = 0
+        for step, rows in enumerate(self.schedule):
+            self._step(step, rows)
+            if (step + 1) % self.look_every and step + 1 < len(self.schedule):
+                continue
+            present = self.student.changes
+            self.student.changes = self.ends.changes = {
+                name: self.student.tunables[name].rounded(x) for name, x in present.items()
+            }
+            seen = self._look(step + 1)
+            if seen < least:
+                best, least, worse = self.student.changes, seen, 0
+            else:
+                worse += 1
+            self.student.changes = self.ends.changes = present
+            if worse == 2:
+                break
+        return best
+
+    def _look(self, step: int) -> float:
+        """Mean KL of the watched rows."""
+        states = [self.student.first[r] for r in self.watch]
+        for i in range(len(self.student)):
+            states = self.student.run(i, states, self.watch)
+        total = sum(
+            self.ends.divergence(self.student.rows[r], self.wanted[r], x)[0]
+            for r, x in zip(self.watch, states, strict=True)
+        )
+        value = total / sum(self.student.rows[r].shape[1] for r in self.watch)
+        if not math.isfinite(value):
+            raise NotQuantizable(
+                _("tuning, step {step}: the divergence of the watched rows is {value}.", step=step, value=value)
+            )
+        self.progress.watched.append((step, value))
+        self.say(
+            _(
+                "tune: step {step} of {steps}, KL {kl:.4f} on rows that are not trained on",
+                step=step,
+                steps=len(self.schedule),
+                kl=value,
+            )
+        )
+        return value
+
+    def _forward(self, rows: list[int]) -> list[list[torch.Tensor]]:
+        """Inputs of each layer for these rows, then the last one's outputs."""
+        states = [[self.student.first[r] for r in rows]]
+        for i in range(len(self.student)):
+            states.append(self.student.run(i, states[-1], rows))
+        return states
+
+    def _step(self, step: int, rows: list[int]) -> None:
+        states = self._forward(rows)
+        found: dict[str, torch.Tensor] = {}
+        tokens = sum(self.student.rows[r].shape[1] for r in rows)
+        slopes, total = [], 0.0
+        for r, x in zip(rows, states.pop(), strict=True):
+            loss, slope = self.ends.divergence(self.student.rows[r], self.wanted[r], x, found)
+            assert slope is not None
+            total += loss
+            slopes.append(slope)
+        for i in reversed(range(len(self.student))):
+            slopes = self.student.pull_back(i, states.pop(), rows, slopes, found)
+        self.progress.trained.append(total / tokens)
+        if not math.isfinite(total):
+            raise NotQuantizable(
+                _(
+                    "tuning, rows {rows}: the divergence of the two models is {value}; must be finite.",
+                    rows=", ".join(map(str, rows)),
+                    value=total,
+                ),
+                _("`doctor verify` shows where the quantized model leaves the original."),
+            )
+        rate = self.rate * self._share(step)
+        for name, slope in found.items():
+            self._adam(name, slope.div_(tokens), rate, step + 1)
+
+    def _share(self, step: int) -> float:
+        """Of the rate: a short warm-up, then a cosine down to LAST_SHARE."""
+        if step < WARM_UP:
+            return (step + 1) / (WARM_UP + 1)
+        done = (step - WARM_UP) / max(1, len(self.schedule) - WARM_UP)
+        return LAST_SHARE + (1 - LAST_SHARE) * (1 + math.cos(math.pi * done)) / 2
+
+    def _adam(self, name: str, slope: torch.Tensor, rate: float, step: int) -> None:
+        first, second = self.moments[name]
+        first.lerp_(slope, 1 - BETAS[0])
+        second.lerp_(slope.square(), 1 - BETAS[1])
+        scale = (second / (1 - BETAS[1] ** step)).sqrt_().add_(1e-12)
+        change = self.student.changes[name]
+        change.addcdiv_(first / (1 - BETAS[0] ** step), scale, value=-rate).clamp_(-BOUND, BOUND)

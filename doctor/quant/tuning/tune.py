@@ -1,0 +1,261 @@
+"""`doctor tune` from end to end: read the quantized checkpoint and its original, tune, write a copy with new scales.
+
+The output has the same tensors, shapes, dtypes and codes as the quantized checkpoint; only scales and norm gains
+differ, so what loaded it before loads it now. Where tuning does not lower the divergence on rows that it did not see,
+nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import PlanRefused
+from doctor.core.messages import Message, _
+from doctor.core.recipe import Recipe
+from doctor.core.records import CalibrationFacts
+from doctor.edits.donor_registry import donate, tensor_digest
+from doctor.edits.kinds import TakeTensor
+from doctor.edits.overlay import EditedCheckpoint
+from doctor.fixing.apply import apply_plan
+from doctor.fixing.assess import Assessment, assess, no_progress
+from doctor.fixing.assess import Progress as BytesProgress
+from doctor.fixing.consent import Consent
+from doctor.fixing.outputs import check_output
+from doctor.fixing.plan import Plan, caused, refuse
+from doctor.fixing.result import report_of
+from doctor.fixing.step import Step
+from doctor.lint.engine import Report, load_rules
+from doctor.lint.rule import Rule
+from doctor.model.quantization_config import stored_recipe
+from doctor.model.same_model import require_same_model
+from doctor.model.spec import build_spec
+from doctor.quant.budget import free_memory
+from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, calibration_rows
+from doctor.quant.client import Client
+from doctor.quant.dequantize import as_float
+from doctor.quant.device import device_free, device_memory, device_of
+from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.tuning.parameters import Gain, PackedWeight
+from doctor.quant.tuning.student import Student
+from doctor.quant.tuning.train import Ends, Progress, Trainer, last_states
+
+COMMAND = "tune"
+ROWS = 64
+FEW_ROWS = 48  # up to so many rows are seen twice: more gain the same from one pass
+_DONOR = "tuned"  # what receipts call the place that the new values come from
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What tuning found. values: new tensors by name, {} where it did not help. start and end: KL in nats a token of
+    `watched` rows that were not trained on, before and with those values.
+    """
+
+    values: dict[str, torch.Tensor]
+    start: float
+    end: float
+    watched: int
+    trained: int
+    steps: int
+    scales: int
+    gains: int
+    progress: Progress
+
+    @property
+    def helped(self) -> bool:
+        return bool(self.values)
+
+
+@dataclass
+class Tuned:
+    """What a run did. output and report: None where tuning did not help, and nothing was written."""
+
+    outcome: Outcome
+    calibration: CalibrationFacts
+    output: Path | None = None
+    report: Report | None = None
+    notes: list[str | Message] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def tune(
+    quantized: str | os.PathLike | Checkpoint,
+    original: str | os.PathLike | Checkpoint,
+    output: str | os.PathLike,
+    *,
+    calibration: str | os.PathLike | None = None,
+    rows: int = ROWS,
+    max_seq_length: int = MAX_SEQ_LENGTH,
+    passes: int | None = None,
+    seed: int = 0,
+    memory: int | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    client: Client | None = None,
+    rules_dirs: Iterable[Path] = (),
+    say: Callable[[str], None] = lambda text: None,
+    progress: BytesProgress = no_progress,
+) -> Tuned:
+    """Tune the scales and norm gains of `quantized` against `original`, and write the result to `output`.
+
+    calibration, rows, max_seq_length: text as for quantize; one row in eight is watched and not trained on. passes:
+    times that each other row is seen; None: twice up to 48 rows, once above. memory: bytes that codes may take in
+    memory; half of what is free by default, and read again from disk above it. client: loads the staged output.
+
+    Raises PlanRefused, NotQuantizable, BadCheckpoint, MachineError; then there is no output.
+    """
+    started = time.perf_counter()
+    device = device_of(device)
+    source, teacher = (x if isinstance(x, Checkpoint) else Checkpoint.open(x) for x in (quantized, original))
+    place = Path(os.path.abspath(output))
+    check_output(source, place, overwrite)
+    require_same_model(teacher, source)
+    rules = load_rules(dict.fromkeys(rules_dirs))
+    before = assess(source, _alone(source), rules, stage="header")
+    wrong = [f for f in before.findings if f.severity == "error"]
+    if wrong:
+        raise PlanRefused(
+            _("{checkpoint}: {code}: {message}.", checkpoint=source.name, code=wrong[0].code, message=wrong[0].message),
+            _("Tuning changes scales alone: `doctor check` and `doctor fix` come first."),
+        )
+    config = teacher.value("config.json") or {}
+    spec = build_spec(config, teacher.tensors)
+    found, facts, notes = calibration_rows(
+        teacher,
+        calibration,
+        rows=rows,
+        length=max_seq_length,
+        seed=seed,
+        vocab=spec.vocab,
+        max_positions=spec.max_positions,
+    )
+    with device_memory(device):
+        outcome = tuned_values(source, teacher, found, passes=passes, seed=seed, memory=memory, device=device, say=say)
+    done = Tuned(outcome, facts, notes=list(notes))
+    if outcome.helped:
+        done.output, done.report, more = _write(
+            source,
+            place,
+            outcome,
+            before,
+            rules,
+            overwrite=overwrite,
+            client=client,
+            progress=progress,
+            started=started,
+        )
+        done.notes += more
+    done.seconds = time.perf_counter() - started
+    return done
+
+
+def tuned_values(
+    quantized: Checkpoint,
+    original: Checkpoint,
+    rows: list[list[int]],
+    *,
+    passes: int | None = None,
+    seed: int = 0,
+    memory: int | None = None,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Tune on rows of token ids. Raises NotQuantizable, BadCheckpoint."""
+    if memory is None:
+        memory = (device_free(device) or free_memory()) // 2
+    ids = [torch.tensor([row]) for row in rows]
+    teacher = as_float(original)
+    skeleton = Skeleton(teacher, build_spec(teacher.value("config.json") or {}, teacher.tensors), device)
+    say(_("tune: the original on {rows} rows", rows=len(ids)))
+    wanted = last_states(skeleton, ids)
+    student = Student(quantized, ids, device, memory)
+    trainer = Trainer(
+        student,
+        Ends(student, skeleton),
+        wanted,
+        passes=passes or (2 if len(ids) <= FEW_ROWS else 1),
+        seed=seed,
+        say=say,
+    )
+    best = trainer.train()
+    seen = trainer.progress.watched
+    end = min(kl for _step, kl in seen)
+    values = {name: student.tunables[name].stored(change).cpu() for name, change in best.items() if change.any()}
+    return Outcome(
+        values,
+        seen[0][1],
+        end,
+        len(trainer.watch),
+        len(ids) - len(trainer.watch),
+        seen[-1][0],
+        sum(isinstance(student.tunables[name], PackedWeight) for name in values),
+        sum(isinstance(student.tunables[name], Gain) for name in values),
+        trainer.progress,
+    )
+
+
+def _alone(checkpoint: Checkpoint) -> Recipe:
+    """The recipe that judges the files of a checkpoint and no plan."""
+    return replace(stored_recipe(checkpoint, Recipe()), goal="none")
+
+
+def _write(
+    source: Checkpoint,
+    place: Path,
+    outcome: Outcome,
+    before: Assessment,
+    rules: list[Rule],
+    *,
+    overwrite: bool,
+    client: Client | None,
+    progress: BytesProgress,
+    started: float,
+) -> tuple[Path, Report, list[Message]]:
+    """A copy of the source with the new values, judged and loaded before it appears: (output, report, notes)."""
+    with tempfile.TemporaryDirectory(prefix="doctor-tune-") as folder:
+        save_file(outcome.values, Path(folder, "model.safetensors"))
+        donor = Checkpoint.open(folder)
+        with donate(_DONOR, donor):
+            edits = [
+                TakeTensor(name, _DONOR, tensor_digest(donor, donor.tensors[name])) for name in sorted(outcome.values)
+            ]
+            overlay = EditedCheckpoint(source, edits)
+            recipe = _alone(overlay)
+            after = assess(overlay, recipe, rules, progress=lambda n: progress("scan", n))
+            title = _(
+                "{scales} scales' tensors and {gains} norms tuned, KL {start:.4f} to {end:.4f}",
+                scales=outcome.scales,
+                gains=outcome.gains,
+                start=outcome.start,
+                end=outcome.end,
+            )
+            step = Step(COMMAND, COMMAND, "unsafe", title, edits=list(edits))
+            plan = Plan(source, overlay, recipe, before, after, Consent(), [step])
+            plan.problems = [
+                _("{code} would appear: {message}", code=f.code, message=f.message)
+                for f in caused(before, after)
+                if f.severity == "error"
+            ]
+            refuse(plan)
+            done = apply_plan(
+                plan,
+                place,
+                rules,
+                overwrite=overwrite,
+                progress=progress,
+                load=client.prove if client else None,
+            )
+    report = report_of(done.assessment, recipe, "error", started)
+    report.checkpoint = done.output.name
+    report.summary["path"] = str(done.output)
+    report.findings += done.loading
+    return done.output, report, done.notes

@@ -1,0 +1,125 @@
+"""Tuning of scales and norms: slopes are right, codes stay, the divergence falls on rows that were not trained on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from fix_cases import quantized
+
+from doctor import api
+from doctor.checkpoint.directory import Checkpoint
+from doctor.cli.main import cli
+from doctor.core.errors import NotQuantizable
+from doctor.lint.testing import tiny
+from doctor.model.spec import build_spec
+from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.tuning import train
+from doctor.quant.tuning.parameters import Gain, PackedWeight
+from doctor.quant.tuning.student import Student
+from doctor.quant.tuning.train import Ends, last_states
+from doctor.quant.tuning.tune import tuned_values
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
+from demo import train as teach
+
+LENGTH = 32
+
+
+def rows_of(count, seed=0, vocabulary=64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocabulary, (1, LENGTH), generator=generator) for _row in range(count)]
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """(original, its 3-bit copy): a model that learnt the letters of Python's documentation, plainly rounded."""
+    folder = tmp_path_factory.mktemp("tune")
+    original = teach(tiny("llama").write(folder / "original"), steps=60)
+    recipe = tiny().recipe.with_field("method", "rtn").with_field("bits", 3)
+    assert api.quantize(original, folder / "q3", recipe).output
+    return original, folder / "q3"
+
+
+@pytest.mark.parametrize(
+    "form, bits, sym, act_order",
+    [("gptq", 4, False, True), ("awq", 4, False, False), ("compressed-tensors", 4, True, False)],
+)
+def test_slopes_are_those_of_the_divergence(tmp_path, form, bits, sym, act_order):
+    _case, source = quantized(tmp_path / "q", form, bits, sym, act_order)
+    original = Checkpoint.open(tiny("llama").write(tmp_path / "original"))
+    rows = rows_of(2)
+    student = Student(Checkpoint.open(source), rows)
+    teacher = Skeleton(original, build_spec(original.value("config.json"), original.tensors))
+    wanted = last_states(teacher, rows)
+    ends = Ends(student, teacher)
+
+    def divergence(found=None):
+        states = [student.first]
+        for i in range(len(student)):
+            states.append(student.run(i, states[-1], [0, 1]))
+        told = [ends.divergence(*x, found) for x in zip(rows, wanted, states.pop(), strict=True)]
+        if found is not None:
+            slopes = [slope for _total, slope in told]
+            for i in reversed(range(len(student))):
+                slopes = student.pull_back(i, states.pop(), [0, 1], slopes, found)
+        return sum(total for total, _slope in told)
+
+    found = {}
+    divergence(found)
+    assert found.keys() == student.changes.keys()
+    assert {type(x) for x in student.tunables.values()} == {PackedWeight, Gain}
+    generator = torch.Generator().manual_seed(1)
+    for name, slope in found.items():
+        way, step = torch.randn(slope.shape, generator=generator), 2e-3
+        at = student.changes[name]
+        student.changes[name] = at + step * way
+        above = divergence()
+        student.changes[name] = at - step * way
+        measured = (above - divergence()) / (2 * step)
+        student.changes[name] = at
+        told = float((slope * way).sum())
+        assert abs(told - measured) <= 0.05 * abs(measured) + 2e-3, name
+
+
+def test_scales_and_norms_change_alone_and_the_divergence_falls(rounded, tmp_path):
+    original, source = rounded
+    done = api.tune(source, original, tmp_path / "t", rows=24, max_seq_length=64)
+    assert done.outcome.end < 0.9 * done.outcome.start
+    assert done.outcome.scales == 14 and done.outcome.gains == 5
+    assert done.report is not None and not done.report.count("error")
+    before, after = Checkpoint.open(source), Checkpoint.open(done.output)
+    assert before.tensors.keys() == after.tensors.keys()
+    changed = {n for n in before.tensors if bytes(before.load(n)) != bytes(after.load(n))}
+    assert changed and all(n.endswith(".scales") or "norm" in n for n in changed)
+    assert all(before.tensors[n].dtype == after.tensors[n].dtype for n in changed)
+    again = api.tune(source, original, tmp_path / "u", rows=24, max_seq_length=64)
+    assert all(bytes(after.load(n)) == bytes(Checkpoint.open(again.output).load(n)) for n in changed)
+
+
+def test_codes_that_are_read_again_each_time_give_the_same(rounded):
+    original, source = map(Checkpoint.open, rounded)
+    rows = [row[0].tolist() for row in rows_of(9)]
+    held, read = (tuned_values(source, original, rows, passes=1, memory=m) for m in (1 << 30, 0))
+    assert held.values.keys() == read.values.keys()
+    assert all(torch.equal(held.values[n], read.values[n]) for n in held.values)
+    assert held.progress.watched == read.progress.watched
+
+
+def test_what_does_not_help_is_not_written(rounded, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "BETAS", (0.9, 0.95))
+    monkeypatch.setattr(train.Trainer, "_share", lambda self, step: -1.0)  # up the slope
+    original, source = rounded
+    out = tmp_path / "t"
+    args = ["tune", str(source), "--to", str(original), "-o", str(out), "--rows", "16", "--max-seq-length", "64"]
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 1 and "not written: tuning did not lower the divergence" in done.output
+    assert not out.exists()
+
+
+def test_a_model_without_codes_is_refused(rounded, tmp_path):
+    original, _source = rounded
+    with pytest.raises(NotQuantizable, match="holds no packed linears"):
+        api.tune(original, original, tmp_path / "t", rows=8, max_seq_length=64)
+    assert not (tmp_path / "t").exists()
