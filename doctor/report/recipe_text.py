@@ -19,10 +19,13 @@ def plan_label(report: Report) -> str:
     dtype, r = str(report.summary.get("dtype", "")).lower(), report.recipe
     if report.extra.get("plain"):
         return dtype
+    stored = report.summary.get("stored")
+    if report.extra.get("comparison") and stored:  # the recipe knows only what doctor writes
+        return safe(stored)
     if goal_of(report) == "quantize":
         return r.label()
     gpus = [f"tp{r.tp}"] if r.tp > 1 else []
-    return safe(" ".join([report.summary.get("stored") or dtype, *gpus]))
+    return safe(" ".join([stored or dtype, *gpus]))
 
 
 def plan_text(report: Report) -> str:

@@ -19,7 +19,7 @@ def results(report: Report) -> list[tuple[str, str]]:
         better = [
             s["loss"] / s["rtn_loss"]
             for s in solves
-            if number(s["loss"]) and number(s["rtn_loss"]) and s["rtn_loss"] > 0
+            if s.get("outcome") != "rtn" and number(s["loss"]) and number(s["rtn_loss"]) and s["rtn_loss"] > 0
         ]
         text = ", ".join(f"{n:,} {o}" for o, n in kinds.items())
         text += say("; damp raised for {n}", n=raised) if raised else ""

@@ -94,6 +94,8 @@ def _gguf_types(model: GgufModel) -> str:
     """`Q4_K_M 6.30 bits a weight (166 Q5_0, 16 Q4_K)`: matrices by type, the most frequent first."""
     label = FILE_TYPES.get(model.metadata.get("general.file_type", -1), "GGUF")
     kinds = Counter(t.type.name for t in model.tensors.values() if t.type is not None and len(t.shape) > 1)
+    if not kinds:
+        return label
     listed = ", ".join(f"{count} {name}" for name, count in kinds.most_common())
     return f"{label} {gguf_bits(model.tensors.values()):.2f} bits a weight ({listed})"
 
