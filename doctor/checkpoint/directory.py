@@ -247,7 +247,7 @@ class Checkpoint:
             )
         try:
             with open(self.path(name), "rb") as file:
-                return file.read(limit + 1)
+                return file.read(self.entries[name].size)  # read(limit) would reserve the limit at once
         except OSError as error:
             raise BadCheckpoint(_("{path}: {error}.", path=name, error=error.strerror)) from None
 

@@ -148,9 +148,7 @@ def _spans(checkpoint: Checkpoint):
 def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, twin, store, run, progress) -> None:
     subject = f"tensor:{info.name}"
     total = counters.EMPTY
-    shape = None
-    if linear is not None and info.dtype.is_float and info.numel and _step(info) % (info.nbytes // info.shape[0]) == 0:
-        shape = _Shape(info, linear, group)
+    shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and _row_bytes(info) else None
     digest = new_digest() if wants_digest else None
     kind = counted_as(info.name, info.dtype.name)
     known = counters.can_scan(kind)
@@ -204,12 +202,28 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
     store.put(STATS, total, subject)
     if shape is not None:
         shape.put(store)
+    elif linear is not None and info.numel and info.dtype.is_float:
+        run.skipped[info.name] = _(
+            "its rows have {n:,} bytes, more than {limit:,}: zero rows, columns and groups are not looked for",
+            n=info.nbytes // info.shape[0],
+            limit=MAX_ROW_BYTES,
+        )
+
+
+def _row_bytes(info: TensorInfo) -> int:
+    """Bytes of what one index of the first dimension holds; 0 where that is no whole number of bytes, nothing, or above
+    MAX_ROW_BYTES, and the tensor is read in chunks of any values.
+    """
+    if len(info.shape) < 2 or not info.numel or info.nbytes % info.shape[0]:
+        return 0
+    row = info.nbytes // info.shape[0]
+    return row if row <= MAX_ROW_BYTES else 0
 
 
 def _step(info: TensorInfo) -> int:
-    """Chunk size: about CHUNK_BYTES, whole rows where the tensor has rows of at most MAX_ROW_BYTES."""
-    row = info.nbytes // info.shape[0] if len(info.shape) > 1 and info.numel else 0
-    if not 0 < row <= MAX_ROW_BYTES:
+    """Chunk size: about CHUNK_BYTES, in whole rows where _row_bytes knows them."""
+    row = _row_bytes(info)
+    if not row:
         return CHUNK_BYTES - CHUNK_BYTES % max(info.dtype.bits // 8, 1)
     return max(CHUNK_BYTES // row, 1) * row
 

@@ -76,7 +76,7 @@ def _ready(screen: Screen, report: Report, sentence: str) -> None:
     read = say("every byte read") if verdict.weights_read(report) else say("weights not read")
     if report.skipped_tensors:
         read += say(", ") + say(
-            "{tensors} of a type that is not judged",
+            "{tensors} not judged in full",
             tensors=counted("{n:,} tensor", "{n:,} tensors", len(report.skipped_tensors)),
         )
     left_out = say("{n} skipped", n=verdict.skipped(report))
