@@ -128,10 +128,11 @@ def open_staging(
     with hold_output(output) as notes:
         path = _beside(output, "stage")
         with machine_errors(output):
-            _require_room(output.parent, bytes_needed(overlay, output.parent, carry, in_place))
             os.mkdir(path)
         staging = StagingDir(output, path, overwrite, in_place, progress, notes=notes)
         try:
+            with machine_errors(output):
+                _require_room(output.parent, bytes_needed(overlay, path, carry, in_place))
             yield staging
         finally:
             if not staging.committed:
@@ -165,14 +166,18 @@ def open_fetch(output: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def bytes_needed(overlay: EditedCheckpoint, parent: Path, carry: Carry, in_place: bool = False) -> int:
-    """Bytes of new disk space: the changed files, and the others where they neither share blocks nor are linked."""
+def bytes_needed(overlay: EditedCheckpoint, stage: Path, carry: Carry, in_place: bool = False) -> int:
+    """Bytes of new disk space: the changed files, and the others where they neither share blocks nor are linked.
+
+    stage: an empty directory on the output's disk, in which it is tried whether files can share blocks. A run killed
+    at that leaves no file that the next one would not remove.
+    """
     need = sum(overlay.entries[n].size for n in overlay.changed if n in overlay.entries)
     others = {n: os.path.realpath(overlay.source.path(n)) for n in overlay.entries if n not in overlay.changed}
-    device, shares = os.stat(parent).st_dev, False
+    device, shares = os.stat(stage).st_dev, False
     largest = max(others, key=lambda n: overlay.entries[n].size, default=None)
     if largest is not None and carry is Carry.AUTO:
-        probe = parent / f".{parent.name}.doctor-probe-{os.getpid()}"
+        probe = stage / "probe"
         shares = reflink(others[largest], probe)
         probe.unlink(missing_ok=True)
     for name, path in others.items():

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import stat
 
 import pytest
@@ -338,3 +339,24 @@ def test_index_is_written_with_the_new_size(tmp_path):
     written(EditedCheckpoint(source, [PadTensor(case.name("down"), 1, 160)]), tmp_path / "out")
     index = json.loads((tmp_path / "out" / INDEX_NAME).read_text())
     assert index["metadata"]["total_size"] == Checkpoint.open(tmp_path / "out").total_bytes
+
+
+def test_a_run_killed_while_it_tries_to_share_blocks_leaves_nothing_that_the_next_does_not_remove(
+    tmp_path, monkeypatch
+):
+    _, source = sharded(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+
+    def killed(_source, probe):
+        probe.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if not pid:
+        monkeypatch.setattr(staging, "reflink", killed)
+        with open_staging(one_value(source), tmp_path / "out"):
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    with hold_output(tmp_path / "out") as notes:
+        assert [str(n) for n in notes] == ["removed .out.doctor-stage, left by a run that was killed"]
+    assert [n for n in sorted(os.listdir(tmp_path)) if not n.endswith(".doctor-lock")] == before
