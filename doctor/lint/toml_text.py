@@ -67,18 +67,33 @@ class TomlText:
         1.
         """
         wanted = ".".join(filter(None, (self.prefix, table)))
-        here, seen, best = not wanted, -1, 1
-        for number, line in enumerate(self.text.split("\n"), 1):
+        places = self._places.get(wanted, [])
+        places = places[nth : nth + 1] if table == "suppress" else places
+        for header, end in places if key else ():
+            for number in range(header + 1, end):
+                if hyphenated(_first_word(self._lines[number - 1])) == hyphenated(key):
+                    return number
+        headers = [header for header, _end in places if header]
+        below = self._places.get(".".join(filter(None, (wanted, key))), [])
+        return headers[-1] if headers else below[0][0] if below and below[0][0] else 1
+
+    @cached_property
+    def _lines(self) -> list[str]:
+        return self.text.split("\n")
+
+    @cached_property
+    def _places(self) -> dict[str, list[tuple[int, int]]]:
+        """Name of a table -> (line of its header, line after its last one) of each; "" begins before the first line."""
+        headers = [(0, "")]
+        for number, line in enumerate(self._lines, 1):
             head = re.match(r"\s*\[\[?\s*([^\]]+?)\s*\]", line)
             if head:
-                name = re.sub(r"[\s\"']", "", head[1])
-                seen += name == wanted and table == "suppress"
-                here = name == wanted and (table != "suppress" or seen == nth)
-                if here or (best == 1 and name == ".".join(filter(None, (wanted, key)))):
-                    best = number
-            elif here and key and hyphenated(_first_word(line)) == hyphenated(key):
-                return number
-        return best
+                headers.append((number, re.sub(r"[\s\"']", "", head[1])))
+        places: dict[str, list[tuple[int, int]]] = {}
+        ends = [number for number, _name in headers[1:]] + [len(self._lines) + 1]
+        for (number, name), end in zip(headers, ends, strict=True):
+            places.setdefault(name, []).append((number, end))
+        return places
 
     def wrong(self, line: int, what: str, must: str = "") -> DoctorError:
         """The error for a line: what is there, and what must be there if that can be said."""

@@ -2,6 +2,7 @@ import hashlib
 import json
 import random
 import re
+import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -286,6 +287,19 @@ def test_a_hostile_pattern_costs_no_time():
     assert not entry.matches(Finding("m", Place("f", tensor="a" * 20_000), code="W201"))
     with pytest.raises(DoctorError, match="9 stars"):
         suppression.place_pattern("*a" * 9)
+
+
+def test_five_thousand_suppressions_are_read_and_tried_in_two_seconds(project):
+    """Each with its own pattern and none that fits; before, each looked for its line from the start of the file."""
+    entry = '[[suppress]]\ncode = "W201"\nwhere = "*a{}*e*e*e*e*e*e*"\nreason = "known"\n\n'
+    file = write(project, "".join(entry.format(i) for i in range(5000)))
+    started = time.process_time()
+    report = check("ck", RECIPE, config=config.read(file))
+    seconds = time.process_time() - started
+    unused = [f for f in report.findings if f.code == "S001"]
+    assert codes(report.findings).count("W201") == 1 and len(unused) == 5000
+    assert (unused[0].where.line, unused[-1].where.line) == (1, 5 * 4999 + 1)
+    assert seconds < 2, f"{seconds:.2f} s of CPU"
 
 
 def test_a_suppressed_finding_is_kept_in_the_report_and_not_shown(project):
