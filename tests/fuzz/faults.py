@@ -1,7 +1,7 @@
 """`make faults`: every command is killed, or its disk fills, at every file call; what is left must be whole, and the
 next run must end.
 
-    python tests/fuzz/faults.py [--most N] [--kills N] [--races N] [--command NAME]
+    python tests/fuzz/faults.py [--first N] [--most N] [--kills N] [--races N] [--command NAME]
 
 For each command the n-th call of the operating system that touches a file ends the process (SIGKILL) or fails with
 ENOSPC, for every n until the command ends before it. Then: the source is as it was; the output is absent or whole; the
@@ -261,17 +261,17 @@ class Trials:
         if left:
             self.fault(f"{label}: {left} is left")
 
-    def every_call(self, calls: tuple[str, ...], what: Callable[[str], None], most: int) -> int:
-        for n in range(1, most + 1):
+    def every_call(self, calls: tuple[str, ...], what: Callable[[str], None], most: int, first: int = 1) -> int:
+        for n in range(first, most + 1):
             work, at = self.fresh(), AtCall(calls, n, what)
             code = wait(fork(partial(self.command.run, work), at))
             if code == NOT_REACHED:
-                return n - 1
+                return n - first
             label = f"{what.__name__} at call {n}, {at.call}"
             if what is full and code not in (FULL, DONE, REFUSED):
                 self.fault(f"{label}: ended with {code}, not with an error of ours")
             self.judge(work, label)
-        return most
+        return max(0, most + 1 - first)
 
     def random_kills(self, count: int, draw: random.Random) -> int:
         started = time.perf_counter()
@@ -304,7 +304,8 @@ def races(folder: Path, command: Command, count: int) -> tuple[int, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--most", type=int, default=100_000, help="calls of a command, at most")
+    parser.add_argument("--first", type=int, default=1, help="the first call of a command that is disturbed")
+    parser.add_argument("--most", type=int, default=100_000, help="the last one, at most")
     parser.add_argument("--command", action="append", choices=[c.name for c in COMMANDS], help="this one; repeatable")
     parser.add_argument("--kills", type=int, default=200, help="random kills of each command")
     parser.add_argument("--races", type=int, default=200, help="pairs of runs into one output, of fix and of quantize")
@@ -317,8 +318,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="doctor-faults-") as place:
         for command in (c for c in COMMANDS if not options.command or c.name in options.command):
             trials = Trials(command, Path(place))
-            killed = trials.every_call(CALLS, kill, options.most)
-            filled = trials.every_call(WRITES, full, options.most)
+            killed = trials.every_call(CALLS, kill, options.most, options.first)
+            filled = trials.every_call(WRITES, full, options.most, options.first)
             at_random = trials.random_kills(options.kills, random.Random(7))
             print(
                 f"{command.name}: killed at {killed} file calls, disk full at {filled} writes, {at_random} random "
