@@ -77,6 +77,11 @@ def safe(text: str) -> str:
     ).replace("\n", " ")
 
 
+def safe_json(text: str) -> str:
+    r"""A JSON document with its control characters as \u escapes: the same document, and no terminal obeys it."""
+    return _CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
+
+
 def safe_lines(text: str) -> str:
     """The same for a text of several lines."""
     return "\n".join(map(safe, str(text).split("\n")))

@@ -278,7 +278,7 @@ def _tokens(rows) -> dict | None:
         "rows": [
             {
                 "token": r["token"].upper(),
-                "cells": [r["says"].get(c, "") for c in columns],
+                "cells": [safe(r["says"].get(c, "")) for c in columns],
                 "differ": _differ(r["says"]),
             }
             for r in rows

@@ -13,7 +13,6 @@ import json
 import math
 from typing import Any, get_args
 
-from doctor.checkpoint.json_text import escaped
 from doctor.core.errors import DoctorError
 from doctor.core.finding import Finding, Fix, Place
 from doctor.core.messages import collected, restored
@@ -22,6 +21,7 @@ from doctor.core.version import __version__
 from doctor.edits import kinds
 from doctor.lint.engine import Report, RuleRun
 from doctor.lint.rule import Rule, write_page
+from doctor.report.text import safe_json
 
 SCHEMA = "doctor.report/1"
 _EDITS = {c.__name__: c for c in get_args(kinds.Edit)}
@@ -50,8 +50,7 @@ def failure(error: Exception) -> str:
 
 
 def dumps(document: dict) -> str:
-    text = escaped(json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False))
-    return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"  # a lone surrogate in a name has no UTF-8
+    return safe_json(json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def plain(value: Any) -> Any:
