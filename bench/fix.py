@@ -25,6 +25,7 @@ from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.edits.kinds import PadTensor, SetJson
 from doctor.edits.overlay import EditedCheckpoint
+from doctor.fixing.filesystem import Carry
 from doctor.fixing.overlay_writer import write_overlay
 from doctor.fixing.staging import open_staging
 from doctor.lint.testing import shard_bytes
@@ -71,10 +72,10 @@ def best(times: int, *actions) -> list[float]:
     return [min(taken) for taken in seconds]
 
 
-def write(overlay: EditedCheckpoint, output: Path) -> None:
+def write(overlay: EditedCheckpoint, output: Path, carry: Carry) -> None:
     shutil.rmtree(output, ignore_errors=True)
-    with open_staging(overlay, output) as staging:
-        write_overlay(overlay, staging)
+    with open_staging(overlay, output, carry=carry) as staging:
+        write_overlay(overlay, staging, carry=carry)
         staging.commit()
 
 
@@ -147,19 +148,20 @@ def run(work: Path, blocks: int, times: int) -> None:
     json_edit = SetJson("config.json", "/bos_token_id", 1, expect=None)
     one = [e for e in edits if source.tensors[e.tensor].shard == names[0]]
     rows = (
-        ("one JSON value", [json_edit], names[:0]),
-        ("one shard's MLPs", one, names[:1]),
-        ("every MLP", edits, names),
+        ("one JSON value", [json_edit], names[:0], Carry.AUTO),
+        ("the same, copied", [json_edit], names, Carry.COPY),  # what --in-place writes where blocks cannot be shared
+        ("one shard's MLPs", one, names[:1], Carry.AUTO),
+        ("every MLP", edits, names, Carry.AUTO),
     )
     print(
         f"{'change':<18}{'written':>12}{'write s':>9}{'cp s':>8}{'cp+sync s':>11}{'ratio cp':>10}{'ratio cp+sync':>15}"
     )
-    for label, chosen, files in rows:
+    for label, chosen, files, carry in rows:
         view = EditedCheckpoint(source, chosen)
-        written = sum(view.entries[n].size for n in view.changed)
+        written = sum(e.size for n, e in view.entries.items() if carry is Carry.COPY or n in view.changed)
         copies = [lambda s=s: copy(files, s) for s in (False, True)] if files else []
         seconds, plain, synced = [
-            *best(times, lambda: write(view, work / "out"), *copies),
+            *best(times, lambda: write(view, work / "out", carry), *copies),
             *([float("nan")] * (2 - len(copies))),
         ]
         ratios = f"{seconds / plain:>10.2f}{seconds / synced:>15.2f}" if files else f"{'-':>10}{'-':>15}"
