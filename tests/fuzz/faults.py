@@ -274,13 +274,14 @@ class Trials:
         return max(0, most + 1 - first)
 
     def random_kills(self, count: int, draw: random.Random) -> int:
+        work = self.fresh()
         started = time.perf_counter()
-        wait(fork(lambda: self.command.run(self.fresh())))
+        wait(fork(lambda: self.command.run(work)))
         whole = time.perf_counter() - started
         killed = 0
         for n in range(count):
             work = self.fresh()
-            pid = fork(lambda work=work: self.command.run(work))
+            pid = fork(partial(self.command.run, work))
             time.sleep(draw.uniform(0, whole))
             os.kill(pid, signal.SIGKILL)
             killed += wait(pid) < 0
