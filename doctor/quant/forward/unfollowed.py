@@ -93,7 +93,9 @@ def _shared_with(name: str, base: nn.Module, names: ParameterNames) -> str | Non
         if not isinstance(ties, dict) or not name.startswith(prefix):  # a list before transformers 5
             continue
         for pattern, target in ties.items():
-            other = prefix + re.sub(pattern, lambda _match, to=target: to, name.removeprefix(prefix), count=1)
+            inside = name.removeprefix(prefix)
+            match = re.search(pattern, inside)
+            other = f"{prefix}{inside[: match.start()]}{target}{inside[match.end() :]}" if match else name
             if other != name and names.find(other) is not None:
                 return other
     return None
