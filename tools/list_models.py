@@ -37,11 +37,11 @@ it: a tiny random checkpoint of the class, GPTQ in 4 bits and groups of 32 in th
 the class that config.json names. Written by `tools/list_models.py`.
 
 **works**: written, loads whole, computes what the source does. **other client**: written, and read by another engine
-than transformers. **refusal**: `check` says that it cannot be quantized, and why. **unloadable**: the class does
-not load what was written whole, or its outputs correlate less than 0.8 with the source's. **not built**: transformers
-builds the class only with a library that was absent. **not run**: a family of the rules' tests without a measurement. Packed
-and kept count linears; the correlation is that of outputs with the source's; the last column is the commit that was
-measured.
+than transformers. **refusal**: `check` says that it cannot be quantized, and why. **unloadable**: the class does not
+load what was written whole, or its outputs correlate less than 0.8 with the source's. **not built**: transformers
+builds the class only with a library that was absent. **not run**: a family of the rules' tests without a measurement.
+Packed and kept count linears; the correlation is that of outputs with the source's; the last column is the commit that
+was measured.
 """
 
 
