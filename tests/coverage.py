@@ -28,6 +28,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -277,6 +278,8 @@ def main() -> int:
 
     from doctor import api  # noqa: F401
 
+    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    at = subprocess.run(commit, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     processes = multiprocessing.get_context("fork")
     answers = []
     for name in names:
@@ -296,7 +299,7 @@ def main() -> int:
                 answer = json.loads(answer_to.read_text())
             else:
                 answer = {"name": name, "outcome": "crash", "why": f"the process ended with {process.exitcode}"}
-        answers.append(answer)
+        answers.append(answer | {"commit": at})
         figures = f"{answer.get('packed', '')}/{answer.get('kept', '')} {answer.get('correlation', '')}"
         print(f"{name:22} {answer['outcome']:15} {figures:14} {answer['why'][:150]}", flush=True)
         if options.json:

@@ -253,7 +253,7 @@ def test_vllm_takes_as_packed_what_is_packed_and_nothing_else(name, tmp_path):
     from tiny_classes import CLASSES, save_class
 
     from doctor.evaluate.clients.load_proof import linears_of_class
-    from doctor.evaluate.clients.rehearsal import transformers_client
+    from doctor.evaluate.clients.rehearsal import client_of
 
     environment = ROOT / ".cache" / ENVIRONMENTS["vllm"]
     if not (environment / "finished").exists():
@@ -268,7 +268,7 @@ def test_vllm_takes_as_packed_what_is_packed_and_nothing_else(name, tmp_path):
         recipe = Recipe(method="awq" if form == "awq" else "rtn", group_size=32, format=form, keep=("layers.1.mlp",))
         rows = tmp_path / "rows.jsonl"
         rows.write_text("\n".join(json.dumps({"input_ids": [1, *range(3 + n, 60 + n)]}) for n in range(8)))
-        done = api.quantize(source, tmp_path / form, recipe, calibration=rows, client=transformers_client())
+        done = api.quantize(source, tmp_path / form, recipe, calibration=rows, client=client_of(recipe))
         assert done.output
         written.append(done.output)
     names = tmp_path / "names.json"

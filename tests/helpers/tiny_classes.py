@@ -91,6 +91,16 @@ CLASSES: dict[str, Row] = {
     "GLM-4": Row("Glm4ForCausalLM"),
     "Gemma3n-text": Row("Gemma3nForCausalLM", OWN["gemma3n_text"] | {"num_hidden_layers": 3}),
     "Gemma4-text": Row("Gemma4ForCausalLM", {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 96}),
+    "Gemma4-MoE-text": Row(
+        "Gemma4ForCausalLM",
+        {
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 64,
+        },
+    ),
     "openai-gpt": Row("OpenAIGPTLMHeadModel", expect="refusal"),
     "GPT-2": Row("GPT2LMHeadModel", expect="refusal"),
     # mixtures

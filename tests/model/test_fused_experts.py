@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from healthy_models import save, stacked
+from tiny_classes import CLASSES, save_class
 
 from doctor.api import check
 from doctor.checkpoint.directory import Checkpoint
@@ -214,6 +215,18 @@ def test_experts_of_a_family_that_no_table_knows_are_numbered_when_they_are_read
     again = build_spec(view.value("config.json"), view.tensors)
     assert spec.family is None and len([x for x in apart.linears if x.expert is not None]) == 3 * 4 * 3
     assert {x.name: x for x in again.linears} == {x.name: x for x in apart.linears}
+
+
+def test_gemma_4_experts_beside_the_dense_mlp_are_the_rows_that_transformers_takes(tmp_path):
+    checkpoint, spec, view, apart = seen(save_class(CLASSES["Gemma4-MoE-text"], tmp_path / "m"))
+    assert len(apart.linears) == len(spec.linears) + 4 * 4 * 3
+    for block in range(4):
+        at = f"model.layers.{block}.experts"
+        both, down = (checkpoint.load(f"{at}.{name}") for name in ("gate_up_proj", "down_proj"))
+        for e in range(4):
+            assert np.array_equal(view.load(f"{at}.{e}.gate_proj.weight"), both[e, :64])
+            assert np.array_equal(view.load(f"{at}.{e}.up_proj.weight"), both[e, 64:])
+            assert np.array_equal(view.load(f"{at}.{e}.down_proj.weight"), down[e])
 
 
 def test_qwen3_5_as_it_is_published_gets_no_finding(tmp_path):

@@ -14,11 +14,11 @@ TESTS = Path(__file__).resolve().parent.parent
 def test_a_row_works_or_is_refused_before_work(tmp_path):
     pytest.importorskip("accelerate")
     pytest.importorskip("compressed_tensors")
-    rows = ("Llama", "LFM2", "Qwen3-VL", "DeepSeek-V3 FP8", "GPT-2", "T5")  # a control, a hybrid, a tower, codes …
+    rows = ("Qwen3-VL", "GPT-2", "T5")  # a tower, a class of transposed linears, two stacks
     command = [sys.executable, TESTS / "coverage.py", "--rows", ",".join(rows), "--json", tmp_path / "rows.json"]
     environment = {k: v for k, v in os.environ.items() if k != "DOCTOR_LOAD_PROOF"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
-    assert run.returncode == 0 and "6 rows: 1 other client, 1 refusal, 4 works" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 0 and "3 rows: 1 other client, 1 refusal, 1 works" in run.stdout, run.stdout + run.stderr
     *written, gpt2, t5 = json.loads((tmp_path / "rows.json").read_text())
     for row in written:
         assert row["packed"] >= 20 and row["correlation"] > 0.9 and not row["unnamed"], row

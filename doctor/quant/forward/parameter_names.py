@@ -31,7 +31,7 @@ class ParameterNames:
         self._by_name: dict[str, str] = {}
         self._parts: dict[str, dict[int, str]] = {}  # a parameter that transformers joins: place -> tensor
         self._in_layer: dict[int, list[str]] = {}
-        transforms = _transforms(model_type)
+        transforms = transforms_of([model_type])
         inside = re.compile(rf"^((?:.*?\.)?){re.escape(layers_path.rpartition('.')[2])}\.(\d+)\.(.+)$")
         lists: dict[str, list[tuple[int, str, str]]] = {}  # stem -> (layer, tail, tensor)
         for source in checkpoint.tensors:
@@ -110,13 +110,13 @@ def _decoder(lists: Mapping[str, Iterable[tuple[int, str, str]]], layers: nn.Mod
     return max(lists, key=fit, default="")
 
 
-def _transforms(model_type: str) -> list[Any]:
-    """What transformers applies to this family's tensors when it loads them: renames, and converters that join."""
+def transforms_of(kinds: Iterable[str | None]) -> list[Any]:
+    """What transformers applies to tensors when it loads these model_types or classes: renames and converters."""
     try:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     except ImportError:  # transformers before 5 names its parameters as checkpoints do
         return []
-    return list(get_checkpoint_conversion_mapping(model_type) or [])
+    return [item for kind in dict.fromkeys(kinds) if kind for item in get_checkpoint_conversion_mapping(kind) or []]
 
 
 def _renamed(name: str, transforms: Iterable[Any]) -> str:

@@ -33,6 +33,8 @@ from doctor.quant.forward.meta_model import build_model, find_decoder_layers
 from doctor.quant.forward.parameter_names import ParameterNames, require_shape
 from doctor.quant.forward.prefetch import Prefetch, load_tensor
 from doctor.quant.forward.recorder import record_calls, require_all_layers, returned_values
+from doctor.quant.forward.text_model import HeadedModel
+from doctor.quant.forward.unfollowed import unfollowed, unfollowed_experts
 from doctor.quant.forward.whole_model import WholeModel
 
 _SMALL = 1 << 22  # elements of norms and the like beside the decoder layers
@@ -58,6 +60,7 @@ class Skeleton:
         self.device = torch.device(device)
         self.model: Any = build_model(checkpoint, spec)  # a transformers model, whose attributes are its own
         self.base: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
+        self.class_name = type(self.base if isinstance(self.model, HeadedModel) else self.model).__name__
         self.layers_path, self.layers = find_decoder_layers(self.base, spec)
         self._names = ParameterNames(
             checkpoint,
@@ -127,17 +130,7 @@ class Skeleton:
                     self._names.give(f"{at}.weight", linear.tensor)
                     self._names.give(f"{at}.bias", f"{linear.name}.bias")
                 return
-        raise NotQuantizable(
-            _(
-                "layer {i}: the checkpoint has {n} separate linears of experts, and transformers' {module} fuses "
-                "them in a form "
-                "that is not known here.",
-                i=i,
-                n=len(experts),
-                module=type(self.layers[i]).__name__,
-            ),
-            _("Quantize a model whose experts are gate, up and down without biases."),
-        )
+        raise unfollowed_experts(i, self.layers[i], self.class_name, len(experts))
 
     def source_of(self, parameter: str) -> str | None:
         """The checkpoint's tensor of a parameter of the base model, None where it has none."""
@@ -186,7 +179,7 @@ class Skeleton:
             require_all_layers(
                 self.layers,
                 lambda: self.base(inputs_embeds=embedded, use_cache=False),
-                type(self.model).__name__,
+                self.class_name,
             )
         finally:
             for module, name, parameter in small:
@@ -278,14 +271,7 @@ class Skeleton:
         """The tensor of a parameter. Raises NotQuantizable where there is none."""
         source = self._names.find(name)
         if source is None:
-            raise NotQuantizable(
-                _(
-                    "{name}: {model} has this parameter, the checkpoint has no tensor for it.",
-                    name=name,
-                    model=type(self.model).__name__,
-                ),
-                _("Run `doctor check`: rules F05x compare the tensors with config.json."),
-            )
+            raise unfollowed(name, self.base, self.class_name, self._names, self.checkpoint)
         return source
 
     def _read_joined(self, name: str, shape: torch.Size) -> torch.Tensor:
@@ -322,7 +308,7 @@ class Skeleton:
                 if whole is not None and number in seen:
                     yield whole.calls(seen[number], self._values, self.dtype)
                     continue
-                hidden, calls = record_calls(self.layers, self._forward, ids, self._values, type(self.model).__name__)
+                hidden, calls = record_calls(self.layers, self._forward, ids, self._values, self.class_name)
                 hidden = hidden.to(self.dtype)
                 calls = [shared(call, before[i]) if before else call for i, call in enumerate(calls)]
                 before = calls

@@ -4,6 +4,7 @@ import pytest
 import torch
 from healthy_models import save, stacked
 from safetensors.torch import load_file, save_file
+from tiny_classes import CLASSES, save_class
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from doctor.checkpoint.directory import Checkpoint
@@ -62,10 +63,14 @@ def test_blocks_one_by_one_equal_the_whole_model(family, tmp_path):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("family", ["llama4_text", "gpt_oss", "granitemoe", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("family", ["llama4_text", "gpt_oss", "granitemoe", "qwen3_5_moe_text", "Gemma4-MoE-text"])
 def test_stacks_taken_apart_compute_what_transformers_own_blocks_do(family, tmp_path):
     """Every expert is chosen by some token; a clamp of GPT-OSS has something to clamp."""
-    folder = stored = save(family, tmp_path / "m", dtype="float32", num_hidden_layers=2)
+    if family in CLASSES:
+        row = CLASSES[family]._replace(config=CLASSES[family].config | {"num_hidden_layers": 2})
+        folder = stored = save_class(row, tmp_path / "m", "float32")
+    else:
+        folder = stored = save(family, tmp_path / "m", dtype="float32", num_hidden_layers=2)
     if family == "qwen3_5_moe_text":
         stored = stacked(folder, tmp_path / "stacked")
     if family == "gpt_oss":
