@@ -48,7 +48,7 @@ def heads_against_tensors(checkpoint, placement, config):
     named = {
         "expression": first.expression,
         "want": first.want,
-        "tensor": info.name,
+        "tensor": placement.label(info),
         "shape": list(info.shape),
         "have": first.have,
     }
@@ -75,7 +75,7 @@ def heads_against_tensors(checkpoint, placement, config):
     else:
         yield finding(
             message,
-            at=Place(info.shard, tensor=info.name),
+            at=Place(info.shard, tensor=placement.stored(info.name)),
             evidence={"tensors": len(wrong)},
             fix=Fix(_("take config.json and weights of one revision"), (), "manual"),
         )

@@ -33,12 +33,12 @@ NUMBER = re.compile(r"\.\d+\.")
 @rule("F050", "error", implied_by=(*LOST_DATA, "F057", "F058", "F061", "F062", "C142", "C147", "O620", "O619"))
 def missing_tensor(checkpoint, placement, tensors, base):
     for name, reason in sorted(placement.missing().items()):
-        known = placement.spec.family is not None
+        known, stored = placement.spec.family is not None, placement.stored(name)
         yield finding(
-            _("{tensor} is in no weight file; {reason}", tensor=name, reason=reason),
-            at=Place("", tensor=name),
+            _("{tensor} is in no weight file; {reason}", tensor=stored, reason=reason),
+            at=Place("", tensor=stored),
             severity="" if known else "warning",
-            fix=_from_base(base, tensors, name)
+            fix=(_from_base(base, tensors, name) if stored == name else None)
             or Fix(_("fetch the shard that holds it, or take it from the base model"), (), "manual"),
         )
 

@@ -40,7 +40,7 @@ HEADS = {
 }
 
 
-@rule("F051", "error", implied_by=("C147", "C141", "C156", "F059", "F062", "G330", "O620"))
+@rule("F051", "error", implied_by=("C147", "C141", "C156", "F059", "F062", "G330", "O612", "O620"))
 def shape_against_config(checkpoint, placement, config, base):
     spec = placement.spec
     wrong = [m for m in placement.misfits() if not HEADS & set(keys_of(m.expression))]
@@ -54,7 +54,7 @@ def shape_against_config(checkpoint, placement, config, base):
         keys = keys_of(misfit.expression)
         value = whole.get(keys[0]) if len(keys) == 1 else None
         if value is None:
-            yield _one(misfit, base)
+            yield _one(misfit, base, placement)
         elif keys[0] not in told:
             told.add(keys[0])
             yield _key(spec, config, keys[0], value, misfit, placement)
@@ -83,8 +83,8 @@ def _key(spec, config, key, value, misfit, placement):
             key=name,
             stated=stated,
             value=value,
-            tensor=info.name,
-            dtype=info.dtype.name,
+            tensor=placement.label(info),
+            dtype=_("packed") if info.name in placement.words else info.dtype.name,
             shape=list(info.shape),
         ),
         at=Place("config.json", pointer=_pointer(spec, config, name), note=_("{value} in the weights", value=value)),
@@ -93,13 +93,14 @@ def _key(spec, config, key, value, misfit, placement):
     )
 
 
-def _one(misfit, base):
+def _one(misfit, base, placement):
     info = misfit.info
+    named, stored = placement.label(info), placement.stored(info.name)
     fix = Fix(_("fetch this tensor's shard again, of the same revision as config.json"), (), "manual")
     if misfit.axis is None:
         text = _(
             "{tensor} has {have} dimensions {shape}; the family's model has {want}",
-            tensor=info.name,
+            tensor=named,
             have=misfit.have,
             shape=list(info.shape),
             want=misfit.want,
@@ -109,17 +110,17 @@ def _one(misfit, base):
         want[misfit.axis] = misfit.want
         text = _(
             "{tensor} is {shape}; config.json gives {want} ({expression} = {size})",
-            tensor=info.name,
+            tensor=named,
             shape=list(info.shape),
             want=want,
             expression=misfit.expression,
             size=misfit.want,
         )
-        edit = base.offer(info.name, info.dtype.name, tuple(want)) if base else None
+        edit = base.offer(info.name, info.dtype.name, tuple(want)) if base and named == info.name else None
         fix = Fix(_("take it from {base}", base=base.text), (edit,), "unsafe") if edit else fix
     return finding(
         text,
-        at=Place(info.shard, tensor=info.name),
+        at=Place(info.shard, tensor=stored),
         evidence={"is": str(list(info.shape)), "axis": misfit.axis},
         fix=fix,
     )

@@ -61,8 +61,8 @@ def _fix(spec, tensors, flag, base):
     head = base.ties() if base else None
     if head is True:
         return Fix(_('set "{key}": {value}, as {base} does', key=key, value=value, base=base.text), (flag,))
-    embed = tensors[spec.embed_tensor]
-    taken = base.offer(HEAD, embed.dtype.name, embed.shape) if head is False else None
+    embed = tensors.get(spec.embed_tensor)
+    taken = base.offer(HEAD, embed.dtype.name, embed.shape) if head is False and embed is not None else None
     if taken:
         return Fix(_("take {name} from {base}", name=HEAD, base=base.text), (taken,), "unsafe")
     return Fix(_('set "{key}": {value}', key=key, value=value), (flag,), "unsafe")

@@ -13,6 +13,7 @@ from doctor.formats.base import KNOWN, format_of, scale_tails, word_tails
 # quant_method of files that hold packed weights which are not read here.
 _UNREAD_METHODS = ("awq_marlin", "exl2", "exl3", "aqlm", "hqq", "quip")
 _UNREAD_WORDS = (".q_weight",)  # EXL2's
+OTHER_WORDS = ("q_weight", "trellis", "W_q")  # what holds the codes of formats that are named here and not unpacked
 # Endings of names of which a packed file of some format has one at least.
 _SIGNS = (".weight_scale", ".weight_scale_inv", ".q_weight", ".trellis", ".codes", "_blocks", ".W_q", "_scale")
 _SCALES = re.compile(

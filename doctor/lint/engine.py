@@ -256,13 +256,17 @@ def in_order(findings: list[Finding]) -> list[Finding]:
 
 
 def under_causes(findings: list[Finding], rules: Iterable[Rule]) -> list[Finding]:
-    """Mark each finding that another finding on the same tensor, file or checkpoint explains."""
+    """Mark each finding that another finding on the same tensor, file or checkpoint explains. A note explains no
+    error: that weights are FP8 is no reason why a layer is missing.
+    """
     implied = {r.code: r.implied_by for r in rules if r.implied_by}
     if not implied:
         return findings
     marked = []
     for item in findings:
-        cause = next((c for c in findings if c.code in implied.get(item.code, ()) and _touches(c, item)), None)
+        causes = implied.get(item.code, ())
+        known = (c for c in findings if c.code in causes and (c.severity != "info" or item.severity != "error"))
+        cause = next((c for c in known if _touches(c, item)), None)
         marked.append(replace(item, consequence_of=cause.code) if cause else item)
     return marked
 

@@ -7,19 +7,20 @@ everything they hold.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable, fact
 from doctor.core.messages import _
-from doctor.formats.known import packed_tails
 from doctor.model.expressions import evaluate, names_of
 from doctor.model.linears import NOT_TEXT, QUANTIZABLE
-from doctor.model.spec import ModelSpec
+from doctor.model.spec import ModelSpec, build_spec
 from doctor.model.templates import Template
+from doctor.model.unpacked import UnpackedTensors
 
+_ANY_NUMBER = re.compile(r"\.\d+\.")
 _NUMBERED = re.compile(r"^(?P<stem>(?:.*?\.)?)(?P<block>\d+)\.(?P<tail>.+)$")
 
 
@@ -40,6 +41,7 @@ class Placement:
     """Tensors by place. blocks: number -> tail of the name -> tensor; `stem` + number + "." + tail is the whole name.
 
     outside: the language model's tensors that stand in no block. foreign: vision towers and the like, not judged.
+    words: weight of a packed linear -> the tensor that holds its codes.
     """
 
     spec: ModelSpec
@@ -47,12 +49,28 @@ class Placement:
     blocks: dict[int, dict[str, TensorInfo]] = field(default_factory=dict)
     outside: dict[str, TensorInfo] = field(default_factory=dict)
     foreign: dict[str, TensorInfo] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
     _sizes: list | None = field(default=None, repr=False)
+    _endings: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     _kinds: dict[int, tuple[bool | None, ...]] = field(default_factory=dict, repr=False)
     _templates: dict[str, list[Template]] = field(default_factory=dict, repr=False)  # tail of a name -> its templates
 
     def name(self, block: int, tail: str) -> str:
         return f"{self.stem}{block}.{tail}"
+
+    def stored(self, name: str) -> str:
+        """What this checkpoint calls a weight, or would call it: of a packed linear, the tensor with its codes."""
+        if self.words and not self._endings:
+            self._endings = {_ANY_NUMBER.sub(".", n): (n, codes) for n, codes in self.words.items()}
+        other, codes = self._endings.get(_ANY_NUMBER.sub(".", name), ("", ""))
+        if not codes:
+            return name
+        fused = codes.startswith(other)
+        return name + codes[len(other) :] if fused else name.removesuffix("weight") + codes.rpartition(".")[2]
+
+    def label(self, info: TensorInfo) -> str:
+        """How a message names a weight beside its shape: a packed linear has no tensor of that shape."""
+        return info.name.removesuffix(".weight") if info.name in self.words else info.name
 
     @property
     def counted(self) -> list[int]:
@@ -354,12 +372,13 @@ def _tail_pattern(template: str) -> re.Pattern:
 
 
 @fact("checkpoint", cost="header")
-def placement(checkpoint, spec, logical_tensors) -> Placement:
-    """Tensors sorted into blocks and matched with the family's templates (placement.Placement)."""
-    tensors = logical_tensors
-    tails = packed_tails()
-    if any(name.endswith(tails) for name in tensors):
-        raise Unavailable(_("the linears are packed: the family's table knows plain weights"))
+def placement(checkpoint, spec, unpacked_tensors: UnpackedTensors) -> Placement:
+    """Tensors sorted into blocks and matched with the family's templates (placement.Placement). A packed linear is
+    judged as the linear that it stands for.
+    """
+    tensors, words = unpacked_tensors
+    if words:
+        spec = build_spec(checkpoint.value("config.json") or {}, tensors)
     stems: dict[str, int] = {}
     for linear in spec.linears:
         match = _NUMBERED.match(linear.tensor)
@@ -367,7 +386,7 @@ def placement(checkpoint, spec, logical_tensors) -> Placement:
             stems[match["stem"]] = stems.get(match["stem"], 0) + 1
     if not stems and (not spec.templates or any(map(_NUMBERED.match, tensors))):
         raise Unavailable(_("no tensor name has the number of a decoder layer with linears"))
-    found = Placement(spec, max(stems, key=lambda stem: stems[stem], default=""))
+    found = Placement(spec, max(stems, key=lambda stem: stems[stem], default=""), words=words)
     if not stems:  # a family that is known, and not one of its blocks: its names are what must stand here
         found.stem = found.family_stem
     for name, info in tensors.items():

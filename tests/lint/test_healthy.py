@@ -12,6 +12,7 @@ from doctor.core.recipe import Recipe
 from doctor.lint.testing import shard_bytes
 from doctor.model.spec import build_spec
 from doctor.model.tensor_map import placement
+from doctor.model.unpacked import UnpackedTensors
 
 RECIPE = Recipe(group_size=32)
 
@@ -132,4 +133,4 @@ def test_a_tensor_taken_out_of_any_family_is_missed(model_type, saved, tmp_path)
 
 def placement_of(checkpoint):
     spec = build_spec(checkpoint.value("config.json"), checkpoint.tensors)
-    return placement(checkpoint, spec, checkpoint.tensors)
+    return placement(checkpoint, spec, UnpackedTensors(checkpoint.tensors, {}))

@@ -10,11 +10,16 @@ from doctor.core.tables import family_names
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
 from doctor.model.tensor_map import placement, solve
+from doctor.model.unpacked import UnpackedTensors
 
 
 def placed(case, folder):
     checkpoint = Checkpoint.open(case.write(folder))
-    return placement(checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors), checkpoint.tensors)
+    return placement(
+        checkpoint,
+        build_spec(checkpoint.value("config.json"), checkpoint.tensors),
+        UnpackedTensors(checkpoint.tensors, {}),
+    )
 
 
 def test_every_tensor_of_a_tiny_model_has_a_template_and_its_size(tmp_path):
@@ -82,7 +87,7 @@ def test_what_no_block_has_any_more_is_missing_in_any_family():
             lost = infos.keys() - rest.keys()
             if lost:
                 tried += 1
-                found = placement(None, build_spec(case.config, rest), rest).missing()
+                found = placement(None, build_spec(case.config, rest), UnpackedTensors(rest, {})).missing()
                 overlooked += [(family, tail)] if not lost <= found.keys() else []
     assert overlooked == [] and tried > 400
 
@@ -95,7 +100,7 @@ def test_a_norm_that_a_flag_switches_off_is_not_missed():
         case = tiny(family)
         case.config.update(flag)
         rest = {n: i for n, i in case.infos().items() if not any(f".{t}." in n for t in tails)}
-        assert placement(None, build_spec(case.config, rest), rest).missing() == {}
+        assert placement(None, build_spec(case.config, rest), UnpackedTensors(rest, {})).missing() == {}
 
 
 def test_the_only_layer_of_a_kind_misses_what_config_json_makes_it_hold(tmp_path):
@@ -113,4 +118,4 @@ def test_the_only_layer_of_a_kind_misses_what_config_json_makes_it_hold(tmp_path
 
 def missing_without(config, tensors, part):
     rest = {n: i for n, i in tensors.items() if part not in n}
-    return placement(None, build_spec(config, rest), rest).missing()
+    return placement(None, build_spec(config, rest), UnpackedTensors(rest, {})).missing()
