@@ -42,7 +42,7 @@ from doctor.lint.rule import (
 from doctor.lint.testing import tiny
 
 
-@rule("C147", "error", implied_by=("F002", "F005", "G320", "O620", "O621", "O622", "O623"))
+@rule("C147", "error", implied_by=("F002", "F005", "G320", "G332", "O620", "O621", "O622", "O623"))
 def already_quantized(
     checkpoint, tensors, config, quantization_block, asked, goal, recipe, decoded, every_stored_bytes=None
 ):

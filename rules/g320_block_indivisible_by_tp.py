@@ -107,9 +107,10 @@ def _advice(fitting, tp, experts):
 
 def bad():
     case = tiny(mlp=192)
+    rng = np.random.default_rng(3)
     for name in [linear.tensor for linear in case.spec.linears]:
         rows, columns = case.tensors[name].shape
-        case.tensors[name] = np.random.default_rng(3).integers(1, 0x78, (rows, columns), np.uint8)
+        case.tensors[name] = rng.integers(1, 0x78, (rows, columns), np.uint8)
         case.tensors[name + "_scale_inv"] = np.full((-(-rows // 32), -(-columns // 32)), 0.01, np.float32)
         case.dtypes |= {name: "F8_E4M3", name + "_scale_inv": "F32"}
     case.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}

@@ -17,7 +17,8 @@ not listed, so only listed ones are judged there.
 Fix safety: no fix: whether the list or the tensors are right is not in the files.
 
 Sources: vllm-project/vllm vllm/model_executor/layers/quantization/modelopt.py (is_layer_excluded), compressed_tensors,
-fp8.py; huggingface/transformers src/transformers/quantizers/quantizers_utils.py (should_convert_module);
+fp8.py; huggingface/transformers src/transformers/quantizers/quantizers_utils.py (should_convert_module),
+quantizers/base.py (get_modules_to_not_convert);
 compressed-tensors src/compressed_tensors/utils/match.py.
 """
 
@@ -36,7 +37,7 @@ def exclude_list(checkpoint, quantization_block, tensors, stored_weights, spec):
         return
     raw, file, pointer = quantization_block
     form = next((f for f in KNOWN.values() if f.claims(raw)), None)
-    if form is None or not form.packs(raw):
+    if form is None or not (form.packs(raw) or form.at_load):  # at_load: saved after it was loaded so
         return
     packed = {name.rpartition(".")[0] for name in tensors if name.endswith(word_tails())}
     packed |= {weight.module for weight in stored_weights.values()}

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from doctor.checkpoint.safetensors import TensorInfo
@@ -31,6 +32,7 @@ from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array
 from doctor.formats.base import Format, Parts, Shapes, Texts, register
+from doctor.formats.exclusions import Exclusion, leaves_out
 
 _TYPES = ("nf4", "fp4")
 STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in _TYPES)
@@ -59,6 +61,22 @@ class BitsAndBytes(Format):
     bits = (4, 8)
     writes = False
     at_load = True
+
+    def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
+        """llm_int8_skip_modules, as transformers matches names: a module, the modules in it, and names that end so."""
+        entries = raw.get("llm_int8_skip_modules")
+        return [
+            Exclusion.of_words(entry, f"/llm_int8_skip_modules/{at}", partial(leaves_out, entry))
+            for at, entry in enumerate(entries if isinstance(entries, list) else ())
+            if isinstance(entry, str) and entry
+        ]
+
+    def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
+        """Every linear that is on no list; without one, transformers keeps the head and what it is tied to."""
+        if not isinstance(raw.get("llm_int8_skip_modules"), list):
+            return None
+        excluded = self.excluded(raw)
+        return lambda module: not excluded(module)
 
     def stored_bits(self, raw: Mapping[str, Any]) -> int | None:
         return 4 if raw.get("load_in_4bit") or raw.get("_load_in_4bit") else 8

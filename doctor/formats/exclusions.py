@@ -43,3 +43,15 @@ class Exclusion:
         """Whether it means this module in every reader: a part of a name must be whole words between dots."""
         whole = f".{self.entry.strip('.')}." in f".{module}."
         return self.matches(module) and (self.pattern or whole)
+
+
+def leaves_out(entry: str, module: str) -> bool:
+    """Whether transformers keeps a module in floats by an entry of a list: a module, the modules in it, and names that
+    end so (quantizers_utils.py, should_convert_module).
+    """
+    if module.endswith(entry):
+        return True
+    try:
+        return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) is not None
+    except re.error:
+        return False

@@ -15,7 +15,6 @@ vllm-project/vllm vllm/model_executor/layers/quantization/fp8.py.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, cast, counted
 from doctor.formats.base import Format, Part, Parts, Shapes, register
-from doctor.formats.exclusions import Exclusion
+from doctor.formats.exclusions import Exclusion, leaves_out
 
 STORED = "F8_E4M3"
 
@@ -92,7 +91,7 @@ class FP8(Format):
         key = "ignored_layers" if raw.get("ignored_layers") else "modules_to_not_convert"
         entries = raw.get(key)
         return [
-            Exclusion.of_words(entry, f"/{key}/{at}", partial(_leaves_out, entry))
+            Exclusion.of_words(entry, f"/{key}/{at}", partial(leaves_out, entry))
             for at, entry in enumerate(entries if isinstance(entries, list) else ())
             if isinstance(entry, str) and entry
         ]
@@ -130,15 +129,6 @@ def unpack_tiles(weight: Array, scale: Array, tile: tuple[int, ...], rows: slice
         )
     row, column = (counted(n, scale)[rows] // height)[:, None], (counted(k, scale) // width)[None, :]
     return values * scale[row, column]
-
-
-def _leaves_out(entry: str, module: str) -> bool:
-    if module.endswith(entry):
-        return True
-    try:
-        return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) is not None
-    except re.error:
-        return False
 
 
 def _stated_tile(raw: Mapping[str, Any]) -> tuple[int, ...]:

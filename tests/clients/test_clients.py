@@ -4,6 +4,7 @@
 (it wants AVX-512), its loader still judges the checkpoint and ask_vllm.py multiplies; the answer then says "reference".
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -280,3 +281,46 @@ def test_vllm_takes_as_packed_what_is_packed_and_nothing_else(name, tmp_path):
     for folder, taken in zip(written, answers, strict=True):
         packed = {n.rpartition(".")[0] for n in Checkpoint.open(folder).tensors if n.endswith((".qweight", "_packed"))}
         assert set(taken) == packed & set(linears) and len(packed) >= 20, folder.name
+
+
+def test_vllm_takes_the_schemes_of_the_table_and_no_others():
+    """The table `served` against vLLM's own choice, for 1,440 combinations of weights, activations and formats."""
+    from doctor.rules.g332_stored_scheme_unserved import serves, stated
+
+    from doctor.core.tables import table
+
+    strategies = [
+        ("tensor", None),
+        ("channel", None),
+        ("group", 32),
+        ("group", 128),
+        ("tensor_group", 16),
+        ("block", None),
+    ]
+    activations = [
+        None,
+        {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+        {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+        {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+        {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False},
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"},
+    ]
+    forms = ["pack", "int", "float", "nvfp4-pack", "mxfp4-pack"]
+    groups = []
+    for kind, bits, (strategy, size), sym, inputs, form in itertools.product(
+        ["int", "float"], [4, 8], strategies, [True, False], activations, forms
+    ):
+        weights = {"type": kind, "num_bits": bits, "strategy": strategy, "symmetric": sym, "group_size": size}
+        weights |= {"block_structure": [128, 128]} if strategy == "block" else {}
+        weights |= {"scale_dtype": "torch.uint8"} if (kind, bits, size) == ("float", 8, 32) else {}
+        groups.append([weights, inputs, f"{form}-quantized"])
+    environment = ROOT / ".cache" / ENVIRONMENTS["vllm"]
+    if not (environment / "finished").exists():
+        pytest.skip(f"{environment.name} is not built: make test-clients")
+    command = [str(environment / "bin" / "python"), str(ROOT / "tests" / "clients" / "ask_vllm_schemes.py")]
+    done = subprocess.run(command, input=json.dumps(groups), capture_output=True, text=True, check=True)
+    theirs = [answer is not None for answer in json.loads(done.stdout)]
+    rows = table("served")["vllm"]["row"]
+    ours = [any(serves(row, stated(w), stated(i), form) for row in rows) for w, i, form in groups]
+    assert [g for g, a, b in zip(groups, ours, theirs, strict=True) if a != b] == []
+    assert 200 < sum(ours) < 400

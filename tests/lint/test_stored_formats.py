@@ -93,8 +93,9 @@ def packed(preset, static=True):
             del parts["input_global_scale"]
         for part, (codes, dtype) in parts.items():
             case.tensors[f"{module}.{part}"], case.dtypes[f"{module}.{part}"] = codes, dtype
-    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": group}
-    activations = {"num_bits": 4, "type": "float", "dynamic": "local", "group_size": group} if static else None
+    grid = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": group}
+    weights = grid | {"strategy": "tensor_group" if group == 16 else "group"}
+    activations = weights | {"dynamic": "local"} if static else None
     case.config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": f"{preset}-pack-quantized",
@@ -272,6 +273,8 @@ HEALTHY = {
     "gptq with a pattern for no module here": lambda: gptq({r"-:.*vision.*": {}}),
     "awq": lambda: awq(None),
     "awq that names routers": lambda: awq(["gate", "lm_head"]),
+    "bitsandbytes": lambda: bitsandbytes("nf4"),
+    "bitsandbytes that keeps a linear": lambda: bitsandbytes("int8", ["lm_head", "o_proj"], plain=["o_proj"]),
     "nvfp4 with routers": lambda: nvfp4(ignore=["lm_head", "model.layers.0.mlp.gate", "model.embed_tokens"]),
 }
 
@@ -279,7 +282,8 @@ HEALTHY = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_lists_are_silent(tmp_path, name):
     case = HEALTHY[name]()
-    report = check(case.write(tmp_path), case.recipe.with_field("runtime", "vllm"))
+    runtime = "transformers" if "bitsandbytes" in name else "vllm"
+    report = check(case.write(tmp_path), case.recipe.with_field("runtime", runtime))
     assert not [line for line in serious(report) if not line.startswith("G3")], serious(report)
 
 
@@ -291,8 +295,9 @@ def test_healthy_lists_are_silent(tmp_path, name):
         (lambda: compressed([r"re:.*down_proj"]), r"re:.*down_proj", "/ignore/0"),
         (lambda: gptq({r"+:x": {}, r"-:.*down_proj$": {}}), r"-:.*down_proj$", "/dynamic/-:.*down_proj$"),
         (lambda: awq(["lm_head", "down_proj"]), "down_proj", "/modules_to_not_convert/1"),
+        (lambda: bitsandbytes("nf4", ["lm_head", DOWN]), DOWN, "/llm_int8_skip_modules/1"),
     ],
-    ids=["fp8", "fp8 suffix", "ct", "gptq", "awq"],
+    ids=["fp8", "fp8 suffix", "ct", "gptq", "awq", "bitsandbytes"],
 )
 def test_packed_although_excluded_is_named_at_the_list(tmp_path, case, entry, pointer):
     case = case()
@@ -351,17 +356,20 @@ def int8(exclude=("lm_head",), rows=True):
         case.tensors[f"{linear.tensor}_scale"] = scale
         case.dtypes |= {linear.tensor: "I8", f"{linear.tensor}_scale": "F32"}
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel" if rows else "tensor"}
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     case.config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "ignore": list(exclude),
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
     }
     return case
 
 
-def bitsandbytes(kind):
-    """What transformers saves of a model that bitsandbytes loaded, with its quantization_config."""
+def bitsandbytes(kind, skipped=("lm_head",), plain=()):
+    """What transformers saves of a model that bitsandbytes loaded, with its quantization_config; `plain`: linears that
+    stay in 16 bits.
+    """
     from doctor.rules import o620_bitsandbytes_leftovers as leftovers
 
     case = leftovers.bad()[0] if kind == "int8" else leftovers.packed_in_four_bits(kind)
@@ -371,8 +379,15 @@ def bitsandbytes(kind):
         "load_in_8bit": kind == "int8",
         "bnb_4bit_quant_type": kind,
         "bnb_4bit_use_double_quant": True,
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": list(skipped),
     }
+    floats = tiny()
+    for name in [n for n in floats.tensors if any(f".{kept}." in n for kept in plain)]:
+        module = name.removesuffix(".weight")
+        for part in [n for n in case.tensors if n.startswith(f"{module}.")]:
+            del case.tensors[part]
+            case.dtypes.pop(part, None)
+        case.tensors[name], case.dtypes[name] = floats.tensors[name], "BF16"
     return case
 
 
@@ -455,3 +470,12 @@ def test_two_files_with_two_labels_are_a_warning(tmp_path):
         "warning",
         "config.json says NVFP4, and hf_quant_config.json says W4A16_NVFP4",
     )
+
+
+def test_a_plain_linear_that_bitsandbytes_would_read_as_codes_is_named(tmp_path):
+    case = bitsandbytes("int8", plain=["o_proj"])
+    report = check(case.write(tmp_path), case.recipe.with_field("runtime", "transformers"))
+    assert [line for line in serious(report) if line.startswith("O623")] == [
+        "O623 2 linears are stored in 16 bits, but no entry excludes them from quantization "
+        "(first model.layers.0.self_attn.o_proj)"
+    ]
