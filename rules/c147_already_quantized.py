@@ -35,9 +35,9 @@ from doctor.lint.rule import (
     is_quantized,
     is_scale_beside_weight,
     is_written,
+    packed_tails,
     plural,
     rule,
-    word_tails,
 )
 from doctor.lint.testing import tiny
 
@@ -50,7 +50,7 @@ def already_quantized(
         yield _decoded(decoded)
         return
     codes = [i for n, i in sorted(tensors.items()) if is_quantized(n, i.dtype.name, i.dtype.bits, len(i.shape))]
-    packed = [i for i in codes if i.name.endswith(word_tails())]
+    packed = [i for i in codes if i.name.endswith(packed_tails())]
     served = packed or is_written(quantization_block and quantization_block[0])  # in a format that is read as it is
     if not codes or (served and goal != "quantize" and not ("C147" in asked and quantization_block)):
         return

@@ -19,7 +19,7 @@ Sources: vllm-project/vllm issue 25029, vllm/model_executor/layers/quantization/
 import re
 
 from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, rule, word_tails
-from doctor.lint.testing import never_in, tiny_gptq
+from doctor.lint.testing import never_in, np, tiny_gptq
 
 ROUTER = re.compile(r"\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)$")
 HEAD = re.compile(r"(?:^|\.)lm_head$")
@@ -60,8 +60,10 @@ def bad():
     case.tensors.pop("lm_head.weight", None)
     for tail in ("qweight", "qzeros", "scales", "g_idx"):
         source = f"model.layers.0.self_attn.q_proj.{tail}"
-        name = f"lm_head.{tail}"
-        case.tensors[name], case.dtypes[name] = case.tensors[source], case.dtypes[source]
+        name, part = f"lm_head.{tail}", case.tensors[source]
+        if part.ndim == 2:  # as many outputs as the vocabulary has words
+            part = np.resize(part.T, (part.shape[1] * case.spec.vocab // 64, part.shape[0])).T.copy()
+        case.tensors[name], case.dtypes[name] = part, case.dtypes[source]
     return case, "lm_head.qweight: output head is packed, but lm_head is not true"
 
 

@@ -21,6 +21,7 @@ from doctor.formats.known import OTHER_WORDS
 from doctor.model.quantization_config import quantization_of
 from doctor.model.spec import ModelSpec, build_spec
 
+CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".q_scale")  # of the key-value cache; no family has them
 _NUMBER = re.compile(r"\.(\d+)\.")
 _FUSED = ("_blocks", "_packed")  # codes of all experts of a layer, under the name of their fused parameter
 _OF_FUSED = ("_scales", "_scale", "_bias_scales", "_shape", "_global_scale")
@@ -37,6 +38,8 @@ class UnpackedTensors(NamedTuple):
 def unpacked_tensors(checkpoint, logical_tensors) -> UnpackedTensors:
     """The tensors with each packed linear as one `.weight` (UnpackedTensors)."""
     tensors: dict[str, TensorInfo] = logical_tensors
+    if any(name.endswith(CACHE_SCALES) for name in tensors):
+        tensors = {name: info for name, info in tensors.items() if not name.endswith(CACHE_SCALES)}
     block = quantization_of(checkpoint)
     raw = block[0] if block is not None else None
     unread = raw is not None and "quant_method" in raw and not any(f.claims(raw) for f in KNOWN.values())
