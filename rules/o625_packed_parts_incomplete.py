@@ -1,4 +1,4 @@
-"""O625 packed-parts-incomplete: a packed EXL2, EXL3 or HQQ linear lacks a part.
+"""O625 packed-parts-incomplete: a packed EXL2, EXL3, HQQ or MLX linear lacks a part.
 
 Why: the words of a linear mean nothing without their scales, groups and permutations. A loader stops at the first linear
 that lacks one, or takes it for a plain linear whose weight is absent.
@@ -6,6 +6,7 @@ that lacks one, or takes it for a plain linear whose weight is absent.
 Seen as:
 - ExLlamaV2: `Could not find`
 - ExLlamaV3: `was not found in model`
+- mlx-lm: `Missing 1 parameters`
 
 Do: copy the shard again from its source.
 
@@ -14,18 +15,37 @@ False alarms: none known. Only names and shapes are judged: doctor does not unpa
 Fix safety: no fix: the part is not in the files.
 
 Sources: turboderp/exllamav2 0.3.2 exllamav2/linear.py and exllamav2_ext/cuda/q_matrix.cu; turboderp/exllamav3 1.6.5
-exllamav3/modules/linear.py; mobiusml/hqq hqq/core/quantize.py.
+exllamav3/modules/linear.py; mobiusml/hqq hqq/core/quantize.py; ml-explore/mlx 0.32.4 python/mlx/nn/layers/quantized.py
+and python/mlx/nn/layers/base.py (load_weights).
 """
 
-from doctor.lint.rule import Place, _, companion_shapes, companions_missing, finding, listed, rule
+from functools import partial
+
+from doctor.lint.rule import (
+    Place,
+    _,
+    companion_shapes,
+    companions_missing,
+    finding,
+    listed,
+    mlx_parts_missing,
+    mlx_shapes,
+    rule,
+)
 from doctor.lint.testing import np, tiny
 
 
 @rule("O625", "error")
-def packed_parts_incomplete(checkpoint, tensors):
+def packed_parts_incomplete(checkpoint, tensors, kind, config=None):
+    stated = (config or {}).get("quantization") if kind == "mlx" else None
     for name, info in sorted(tensors.items()):
+        if stated is None:
+            absent, misshapen = companions_missing(tensors, name), companion_shapes
+        elif info.dtype.name == "U32" and name.endswith(".weight"):
+            absent, misshapen = mlx_parts_missing(tensors, name, stated), partial(mlx_shapes, stated=stated)
+        else:
+            continue
         module = name.rpartition(".")[0]
-        absent = companions_missing(tensors, name)
         if absent:
             yield finding(
                 _("{linear} is packed, but has no {absent}", linear=module, absent=listed(absent)),
@@ -33,7 +53,7 @@ def packed_parts_incomplete(checkpoint, tensors):
                 evidence={"absent": absent},
                 advice=_("copy the shard again from its source"),
             )
-        for part, found, wanted in companion_shapes(tensors, name) if not absent else ():
+        for part, found, wanted in misshapen(tensors, name) if not absent else ():
             yield finding(
                 _(
                     "{linear}: {part} is {found}; its words {words} ask for {wanted}",

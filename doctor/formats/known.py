@@ -59,6 +59,36 @@ def companion_shapes(tensors: Mapping[str, TensorInfo], name: str) -> list[tuple
 _SHAPED = ("q_scale", "q_scale_max", "q_groups", "suh", "svh")
 
 
+def mlx_parts_missing(tensors: Mapping[str, TensorInfo], name: str, stated: Mapping[str, Any]) -> list[str]:
+    """Parts that the words `name` of an MLX linear (U32) need and that are not beside it. stated: config.json's
+    `quantization`. Its affine mode has a bias for each group, the modes of 4- and 8-bit floats have none.
+    """
+    module = name.removesuffix(".weight")
+    parts = ("scales", "biases") if _of_mlx_module(stated, module).get("mode", "affine") == "affine" else ("scales",)
+    return [part for part in parts if f"{module}.{part}" not in tensors]
+
+
+def mlx_shapes(
+    tensors: Mapping[str, TensorInfo], name: str, stated: Mapping[str, Any]
+) -> list[tuple[str, list[int], list[int]]]:
+    """(part, shape found, shape that the words ask for) of parts that do not fit the words `name` of an MLX linear: one
+    scale for each group of columns. mlx python/mlx/nn/layers/quantized.py.
+    """
+    own = _of_mlx_module(stated, name.removesuffix(".weight"))
+    bits, group, shape = own.get("bits"), own.get("group_size"), tensors[name].shape
+    if not isinstance(bits, int) or not isinstance(group, int) or bits < 1 or group < 1 or not shape:
+        return []
+    wanted = (*shape[:-1], shape[-1] * 32 // bits // group)
+    held = {p: tensors[n].shape for p in ("scales", "biases") if (n := f"{name.removesuffix('weight')}{p}") in tensors}
+    return [(part, list(have), list(wanted)) for part, have in held.items() if have != wanted]
+
+
+def _of_mlx_module(stated: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """What holds for a module: its own entry where it has one."""
+    own = stated.get(module)
+    return {**stated, **own} if isinstance(own, Mapping) else stated
+
+
 def packed_tails() -> tuple[str, ...]:
     """Endings of names of tensors that hold codes instead of weights, of formats that are not read too."""
     return (*word_tails(), *_UNREAD_WORDS)

@@ -62,6 +62,8 @@ from doctor.formats.known import (  # noqa: F401
     is_quantized,
     is_scale_beside_weight,
     is_written,
+    mlx_parts_missing,
+    mlx_shapes,
     packed_tails,
     packs_fused_experts,
     says_packed,

@@ -479,3 +479,46 @@ def test_a_plain_linear_that_bitsandbytes_would_read_as_codes_is_named(tmp_path)
         "O623 2 linears are stored in 16 bits, but no entry excludes them from quantization "
         "(first model.layers.0.self_attn.o_proj)"
     ]
+
+
+# Shapes of mlx 0.32.4's nn.Linear(128, 64).to_quantized(group_size, bits, mode), as it makes them.
+MLX = {
+    ("affine", 32, 4): {"weight": (64, 16), "scales": (64, 4), "biases": (64, 4)},
+    ("affine", 64, 3): {"weight": (64, 12), "scales": (64, 2), "biases": (64, 2)},
+    ("affine", 64, 8): {"weight": (64, 32), "scales": (64, 2), "biases": (64, 2)},
+    ("mxfp4", 32, 4): {"weight": (64, 16), "scales": (64, 4)},
+    ("nvfp4", 16, 4): {"weight": (64, 16), "scales": (64, 8)},
+    ("mxfp8", 32, 8): {"weight": (64, 32), "scales": (64, 4)},
+}
+
+
+def mlx(mode, group, bits, parts):
+    """tiny() with the down projections of MLX; o_proj of the first layer in 4 bits of its own, which names the kind."""
+    case = tiny()
+    own = {"weight": (64, 8), "scales": (64, 2), "biases": (64, 2)}
+    modules = {case.name("down", layer).removesuffix(".weight"): parts for layer in (0, 1)}
+    modules[case.name("o").removesuffix(".weight")] = own
+    for module, shapes in modules.items():
+        del case.tensors[f"{module}.weight"]
+        for part, shape in shapes.items():
+            kind = "U32" if part == "weight" else "U8" if mode != "affine" and shapes is parts else "F16"
+            codes = np.full(shape, 0x34, {"U32": np.uint32, "U8": np.uint8, "F16": np.uint16}[kind])
+            case.tensors[f"{module}.{part}"], case.dtypes[f"{module}.{part}"] = codes, kind
+    o = case.name("o").removesuffix(".weight")
+    stated = {"group_size": group, "bits": bits, "mode": mode, o: {"group_size": 32, "bits": 4, "mode": "affine"}}
+    case.config["quantization"] = stated
+    return case
+
+
+@pytest.mark.parametrize("kind", MLX, ids=str)
+def test_parts_of_mlx_are_judged_by_its_modes(tmp_path, kind):
+    found = [f for f in check(mlx(*kind, MLX[kind]).write(tmp_path / "whole")).findings if f.code == "O625"]
+    assert found == []
+    case = mlx(*kind, MLX[kind])
+    down = case.name("down").removesuffix(".weight")
+    del case.tensors[f"{down}.scales"], case.dtypes[f"{down}.scales"]
+    [found] = [f for f in check(case.write(tmp_path / "cut")).findings if f.code == "O625"]
+    assert found.message == f"{down} is packed, but has no scales" and found.severity == "error"
+    case = mlx(*kind, MLX[kind] | {"scales": (64, 1)})
+    found = [f.message for f in check(case.write(tmp_path / "narrow")).findings if f.code == "O625"]
+    assert found and all("scales is [64, 1]; its words" in message for message in found)
