@@ -240,3 +240,29 @@ def test_the_command_says_sizes_and_what_the_client_said(tmp_path):
     assert "tensors " in done.output and "receipt" in done.output
     again = CliRunner().invoke(cli, ["convert", str(source), "-o", str(tmp_path / "out"), "--format", "awq"])
     assert again.exit_code != 0
+
+
+def test_experts_of_gpt_oss_become_the_floats_that_transformers_makes_of_their_blocks(tmp_path):
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    from doctor.lint.testing import use_family
+
+    with use_family("gpt_oss"):
+        case = tiny()
+    rng, packed = np.random.default_rng(3), {}
+    for name in [n for n in case.tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, k, n = case.tensors.pop(name).shape
+        case.dtypes.pop(name, None)
+        blocks = rng.integers(0, 256, (experts, n, k // 32, 16), np.uint8)
+        packed[name] = blocks, rng.integers(110, 122, blocks.shape[:3], np.uint8)
+        case.tensors[f"{name}_blocks"], case.tensors[f"{name}_scales"] = packed[name]
+        case.dtypes |= {f"{name}_blocks": "U8", f"{name}_scales": "U8"}
+    case.config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    done = convert(case.write(tmp_path / "in"), tmp_path / "out", "bf16")
+    assert done.report.ok and len(packed) == 4
+    out = Checkpoint.open(tmp_path / "out")
+    assert "quantization_config" not in out.value("config.json") and not any("_blocks" in n for n in out.tensors)
+    for name, (blocks, scales) in packed.items():
+        theirs = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.bfloat16)
+        assert (out.load(name) == theirs.contiguous().view(torch.int16).numpy().view(np.uint16)).all()
