@@ -24,6 +24,8 @@ Sources: ml-explore/mlx-lm issue 1192; ModelCloud/GPTQModel PR 2827; transformer
 """
 
 from doctor.lint.rule import (
+    Dequantize,
+    DropTensor,
     Fix,
     Place,
     Unavailable,
@@ -38,6 +40,7 @@ from doctor.lint.rule import (
     packed_tails,
     plural,
     rule,
+    undoes_packing,
 )
 from doctor.lint.testing import tiny
 
@@ -57,6 +60,9 @@ def already_quantized(
     try:
         stored, why = decoding(checkpoint, tensors, quantization_block, every_stored_bytes or {}), ""
         fix = decoding_fix(stored)
+        touched = {edit.tensor for edit in fix.edits if isinstance(edit, (Dequantize, DropTensor))}
+        if any(undoes_packing(name) and name not in touched for name in tensors):  # what it scales is not known
+            fix = Fix(_("take the 16-bit original"), (), "manual")
         again = coarser(stored, recipe) if goal == "quantize" else None
     except Unavailable as error:
         stored, why, again = None, error.args[0], None

@@ -65,9 +65,9 @@ class Selection:
 
     def blocked(self, item: Finding, findings: list[Finding], accepted: EditSet | None = None) -> str:
         """Why a fix cannot go now; "" where it can."""
-        if item.consequence_of:
-            return _("follows from {code}", code=item.consequence_of)
         fix = fix_of(item)
+        if item.consequence_of and not (fix.by_name and self._stands_alone(item, findings)):
+            return _("follows from {code}", code=item.consequence_of)
         waits = unmet(fix, findings)
         if waits:
             return _("waits for {codes}", codes=", ".join(waits))
@@ -76,6 +76,10 @@ class Selection:
             if rival is not None:
                 return _("conflict: {conflict}", conflict=conflict(item.code, edit, *rival))
         return self.rejected.get((item.code, fix.title, item.subject), "")
+
+    def _stands_alone(self, item: Finding, findings: list[Finding]) -> bool:
+        """Whether no cause of a consequence has a fix: one that was asked for by name is then the only way."""
+        return not any(f.code == item.consequence_of and f.fix is not None and f.fix.edits for f in findings)
 
 
 def unmet(fix: Fix, findings: Iterable[Finding]) -> list[str]:

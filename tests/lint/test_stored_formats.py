@@ -522,3 +522,18 @@ def test_parts_of_mlx_are_judged_by_its_modes(tmp_path, kind):
     case = mlx(*kind, MLX[kind] | {"scales": (64, 1)})
     found = [f.message for f in check(case.write(tmp_path / "narrow")).findings if f.code == "O625"]
     assert found and all("scales is [64, 1]; its words" in message for message in found)
+
+
+def test_a_wrong_exclude_list_does_not_keep_weights_from_becoming_plain_by_name(tmp_path):
+    case = nvfp4(ignore=["lm_head", DOWN])
+    result = fix(case.write(tmp_path / "in"), tmp_path / "out", case.recipe, unsafe_fixes=("C147",))
+    assert result.report.ok, [f.message for f in result.report.findings]
+    assert {i.dtype.name for i in Checkpoint.open(tmp_path / "out").tensors.values()} == {"BF16"}
+
+
+def test_a_wrong_label_with_scales_of_two_formats_is_not_made_plain(tmp_path):
+    from doctor.rules.o621_stored_bits_differ import bad
+
+    case, _message = bad()
+    [found] = [f for f in check(case.write(tmp_path / "in"), case.recipe).findings if f.code == "C147"]
+    assert found.fix.safety == "manual" and not found.fix.edits
