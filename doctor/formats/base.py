@@ -219,12 +219,8 @@ class Format:
 
         Raises Unavailable where it does not say what is needed, or weights do not lie in groups of columns.
         """
-        raise Unavailable(
-            _(
-                "quantization by {method} has no packed groups of columns",
-                method=str(raw.get("quant_method", "unknown")),
-            )
-        )
+        method = str(raw.get("quant_method", "unknown"))
+        raise Unavailable(_("quantization by {method} has no packed groups of columns", method=method))
 
     def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
         """What a quantization_config leaves in floats, entry by entry, as this format's readers match names."""
