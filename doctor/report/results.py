@@ -1,5 +1,6 @@
 """The numbers of a quantization or of a comparison with the original, a line each."""
 
+from doctor.core.methods import is_rounding
 from doctor.core.records import damp_raised
 from doctor.lint.engine import Report
 from doctor.locale.catalogue import counted, say, translated
@@ -19,7 +20,10 @@ def results(report: Report) -> list[tuple[str, str]]:
         better = [
             s["loss"] / s["rtn_loss"]
             for s in solves
-            if s.get("outcome") != "rtn" and number(s["loss"]) and number(s["rtn_loss"]) and s["rtn_loss"] > 0
+            if not is_rounding(s.get("outcome", ""))
+            and number(s["loss"])
+            and number(s["rtn_loss"])
+            and s["rtn_loss"] > 0
         ]
         text = ", ".join(f"{n:,} {o}" for o, n in kinds.items())
         text += say("; damp raised for {n}", n=raised) if raised else ""
