@@ -15,7 +15,7 @@ F16 = torch.float16
 
 
 def on(device, *tensors):
-    moved = tuple(t if t is None else t.to(device) for t in tensors)
+    moved = tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in tensors)
     return moved if len(moved) > 1 else moved[0]
 
 

@@ -59,7 +59,7 @@ def quantized(name, made):
     if recipe.scheme.inputs:
         inputs = Hessian(made.in_features)
         inputs.add(torch.randn(64, made.in_features, generator=torch.Generator().manual_seed(7)))
-        given = LayerInput(inputs, 0.01)
+        given = LayerInput(inputs, Recipe())
     solved = solve_linear(own, made, given, recipe, divisor=scaled)
     assert isinstance(solved, Solved) and solved.solution is not None, solved.failure
     packed = pack_linear(own, solved, recipe, scaled, given)
@@ -144,7 +144,7 @@ def test_inputs_are_scaled_by_their_largest_value():
     inputs = Hessian(384)
     for scale in (0.5, 2.0, 1.0):
         inputs.add(torch.randn(5, 384, generator=torch.Generator().manual_seed(int(scale * 2))) * scale)
-    largest = LayerInput(inputs, 0.01).largest
+    largest = LayerInput(inputs, Recipe()).largest
     parts = KNOWN["float-quantized"].input_parts(recipe_of("FP8_STATIC"), largest)
     assert float(parts["input_scale"]) == pytest.approx(largest / 448, rel=4e-3)
     parts = KNOWN["nvfp4-pack-quantized"].input_parts(recipe_of("NVFP4"), largest)

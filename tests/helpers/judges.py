@@ -62,7 +62,7 @@ def judge_fit(W, grid, want, weight, bits, share=0.995):
     cost = None if weight is None else weight.to(torch.float64).reshape(1, groups, k // groups)
     error = [
         rounding_error(
-            part, cost, g.scale.to(torch.float64)[..., None], g.zero.to(torch.float64)[..., None], 2**bits - 1
+            part, cost, g.scale.to(torch.float64)[..., None], g.zero.to(torch.float64)[..., None], bits, torch.float16
         )[..., 0]
         for g in (grid, want)
     ]
