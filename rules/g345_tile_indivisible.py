@@ -54,7 +54,14 @@ def planned(group_size):
     case = tiny(mlp=128)
     others = tuple(x.name for x in case.spec.linears if x.role != "down")
     case.recipe = replace(
-        case.recipe, method="rtn", bits=8, group_size=group_size, sym=True, format="float-quantized", keep=others
+        case.recipe,
+        method="rtn",
+        bits=8,
+        group_size=group_size,
+        sym=True,
+        format="float-quantized",
+        activations="fp8-block" if group_size == 128 else "fp8",
+        keep=others,
     )
     return case
 

@@ -4,7 +4,6 @@ Why: the words of a linear mean nothing without their scales, groups and permuta
 that lacks one, or takes it for a plain linear whose weight is absent.
 
 Seen as:
-- ExLlamaV2: `Could not find`
 - ExLlamaV3: `was not found in model`
 - mlx-lm: `Missing 1 parameters`
 

@@ -40,7 +40,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
         render="Render a saved report in another format.",
         rules="List the rules.",
         trust="Allow a configuration file that a project or a checkpoint brings.",
-        tune="Tune the scales and norms of a quantized checkpoint against its original.",
+        tune="Tune the scales and norms of a quantized checkpoint against the model that it was made from.",
         undo="Put back what `doctor fix --in-place` replaced.",
         verify="Compare a quantized model with its original.",
     ),

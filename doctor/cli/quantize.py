@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     "--damp",
     type=float,
     default=DAMP,
-    help=_("Least share of the mean diagonal added to each Hessian; few calibration rows get more."),
+    help=_("Least share of the mean diagonal added to each Hessian; few rows get more, 0 adds none."),
 )
 @option("--damp-max", type=float, default=DAMP_MAX, help=_("Most that a retry may raise it to."))
 @option(

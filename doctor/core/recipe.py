@@ -116,8 +116,10 @@ class Recipe:
     activations: str = ""  # how engines round each linear's inputs while serving; "" is the format's own way
 
     def damp_for(self, rows: int) -> float:
-        """The share that is added to a Hessian of so many calibration rows first: damp, more where rows are few."""
-        return max(self.damp, min(DAMP_ROWS / max(rows, 1), self.damp_max))
+        """The share that is added to a Hessian of so many calibration rows first: damp, more where rows are few; none
+        where damp is 0.
+        """
+        return self.damp and max(self.damp, min(DAMP_ROWS / max(rows, 1), self.damp_max))
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import TensorInfo
@@ -15,11 +16,13 @@ from doctor.core.facts import Unavailable
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, Scheme, is_kept
 from doctor.edits.kinds import Dequantize, DropFile, DropTensor, Edit, RemoveJson
-from doctor.edits.overlay import EditedCheckpoint
 from doctor.formats.base import KNOWN, Format, read_quantization, verbatim_tails, word_tails
 from doctor.formats.known import is_quantized
 from doctor.model.quantization_config import quantization_of
 from doctor.plan.groups import packed_size
+
+if TYPE_CHECKING:
+    from doctor.edits.overlay import EditedCheckpoint
 
 OWN_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json")
 Block = tuple[dict, str, str] | None  # quantization_config, its file and its pointer
@@ -83,6 +86,8 @@ def decoding(
 
 def decoded(checkpoint: Checkpoint) -> tuple[EditedCheckpoint, Decoding]:
     """The checkpoint seen as floats, decoded while it is read. Raises Unavailable with the reason where it is not."""
+    from doctor.edits.overlay import EditedCheckpoint  # it needs NumPy, which a check of headers does not
+
     for shard in checkpoint.shards.values():
         if shard.defects:
             raise Unavailable(f"{shard.name}: {shard.defects[0].detail}")

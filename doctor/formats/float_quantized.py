@@ -43,6 +43,7 @@ class BesideWeight(CompressedTensors):
     groups: tuple[int, ...] = (-1,)
     rows_apart = True
     own_widths = False
+    affine = False
     unit = (1, 1)
     stored = "F8_E4M3"
 

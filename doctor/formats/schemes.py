@@ -16,6 +16,8 @@ from typing import Any
 
 from doctor.core.errors import DoctorError
 from doctor.core.messages import _, listed
+from doctor.core.methods import METHODS
+from doctor.core.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,16 @@ def scheme_named(text: str) -> NamedScheme:
         _("scheme {text!r} is not known; must be one of {names}.", text=text, names=", ".join(SCHEMES)),
         _("Did you mean {near}?", near=listed(near)) if near else "",
     )
+
+
+def name_of(recipe: Recipe) -> str:
+    """The name whose row fixes all of this recipe, for formats that only --scheme and --format ask for; ""
+    where there is none.
+    """
+    if recipe.format in ("", METHODS[recipe.method].format, "compressed-tensors"):
+        return ""
+    rows = (row for row in SCHEMES.values() if recipe.method in row.methods)
+    return next((row.name for row in rows if all(getattr(recipe, k) == v for k, v in row.fields.items())), "")
 
 
 def fields_of(text: str, given: Mapping[str, Any]) -> dict[str, Any]:

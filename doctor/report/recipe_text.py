@@ -1,7 +1,10 @@
 """What a report was judged for, in words: the plan, how the files are stored, and the options that say it again."""
 
+from dataclasses import replace
+
 from doctor.core.methods import METHODS
 from doctor.core.recipe import Recipe
+from doctor.formats.schemes import fields_of, name_of
 from doctor.lint.engine import Report
 from doctor.locale.catalogue import say
 from doctor.report.text import safe
@@ -52,12 +55,16 @@ def plan_flags(recipe: Recipe, goal: str = "quantize") -> str:
     default, flags = Recipe(), []
     if goal != "quantize":  # the files say the rest
         return (f" --for {recipe.goal}" if recipe.goal else "") + _where(recipe)
+    scheme = name_of(recipe)
+    if scheme:
+        flags.append(f"--scheme {scheme}")
+        default = replace(default, **fields_of(scheme, {}))
     if recipe.method != default.method:
         flags.append(f"--method {recipe.method}")
     for flag, name in (("--bits", "bits"), ("--group-size", "group_size"), ("--tp", "tp")):
         if getattr(recipe, name) != getattr(default, name):
             flags.append(f"{flag} {getattr(recipe, name)}")
-    if recipe.sym != METHODS[recipe.method].sym:
+    if not scheme and recipe.sym != METHODS[recipe.method].sym:
         flags.append("--sym" if recipe.sym else "--asym")
     if recipe.runtime:
         flags.append("--runtime " + "==".join(filter(None, (recipe.runtime, recipe.runtime_version))))

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.ggml_types import GgmlType
 from doctor.checkpoint.gguf import GgufModel, GgufTensor
 from doctor.core.facts import FactKey, Unavailable, fact, provide
+from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
 from doctor.core.store import Store
 

@@ -57,6 +57,8 @@ def shown(request, tmp_path_factory):
 def test_each_next_step_of_a_screen_does_what_it_says(shown, tmp_path, monkeypatch):
     """`fix` writes its output and what it said it fixes is gone; `quantize` writes; `explain` knows the code."""
     _rule, _path, report = shown
+    if report.recipe.keep:
+        pytest.skip("no option of check leaves linears out, so no screen is judged for such a recipe")
     monkeypatch.chdir(tmp_path)
     groups = presentation.groups(report)
     for number, (command, _what) in enumerate(verdict.next_steps(report, groups)):

@@ -57,3 +57,4 @@ def test_few_calibration_rows_get_more_damping_up_to_the_most():
     ]
     assert Recipe(damp=0.2, damp_max=0.5).damp_for(65_536) == 0.2  # what is asked for is the least
     assert Recipe(damp_max=0.03).damp_for(1024) == 0.03
+    assert Recipe(damp=0.0).damp_for(1024) == 0

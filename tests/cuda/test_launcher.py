@@ -174,8 +174,8 @@ def test_fibers_in_reverse_order_give_the_same_bits(library, tmp_path, host_buil
         results.append(
             (
                 codes,
-                *found,
-                *cuda.fit(W, 4, 64, False, mse=True, engine=engine),
+                *found[:2],
+                *cuda.fit(W, 4, 64, False, mse=True, engine=engine)[:2],
                 *cuda.kv_store(W.reshape(-1).half(), 4, engine=engine),
                 torch.tensor(list(scan.values())),
             )

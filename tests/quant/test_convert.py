@@ -127,7 +127,7 @@ def test_formats_with_scales_beside_the_weight_become_floats_too(tmp_path):
     load_rules()
     import doctor.rules.c147_already_quantized as c147
 
-    case, _message = c147.bad()
+    case = c147.eight_bit_floats()
     done = convert(case.write(tmp_path / "fp8"), tmp_path / "out", "bf16")
     assert done.conversion.old == "FP8" and done.conversion.linears == 14
     assert {i.dtype.name for i in Checkpoint.open(tmp_path / "out").tensors.values()} == {"BF16"}
