@@ -8,14 +8,6 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
-enum { LANES = 16 };
-#elif defined(__AVX2__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
-typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef u8 bytes __attribute__((vector_size(LANES)));
 

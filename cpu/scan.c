@@ -71,14 +71,6 @@ static inline float float_of_f16(uint16_t code)
 }
 
 /* Vectors of the level's width for the sums, where the order of additions is fixed by hand. */
-#if defined(__AVX512F__)
-enum { LANES = 16 };
-#elif defined(__AVX2__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
-typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef double wide __attribute__((vector_size(8 * LANES)));
