@@ -118,6 +118,28 @@ class Streamed:
         return replies
 
 
+def streamed_pair(
+    original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor], device: str
+) -> tuple[Streamed, Streamed]:
+    """Both checkpoints on rows int64[1, length]. Raises NotQuantizable where they cannot be one model, or do not have
+    the same number of layers.
+    """
+    require_same_model(original, quantized)
+    a, b = Streamed(original, rows, device), Streamed(quantized, rows, device)
+    n, m = len(a.skeleton.layers), len(b.skeleton.layers)
+    if n != m:
+        raise NotQuantizable(
+            _(
+                "{original} has {n} decoder layers, {quantized} has {m}: not the same model.",
+                original=original.name,
+                n=n,
+                quantized=quantized.name,
+                m=m,
+            )
+        )
+    return a, b
+
+
 def compare(
     original: Checkpoint,
     quantized: Checkpoint,
@@ -135,19 +157,8 @@ def compare(
     logprobs: gets f32[length - 1] for each row, what the quantized model gives the tokens that follow. progress gets
     (blocks done, blocks in all). Raises NotQuantizable where the two do not have the same number of blocks.
     """
-    require_same_model(original, quantized)
-    a, b = Streamed(original, rows, device), Streamed(quantized, rows, device)
+    a, b = streamed_pair(original, quantized, rows, device)
     blocks = len(a.skeleton.layers)
-    if len(b.skeleton.layers) != blocks:
-        raise NotQuantizable(
-            _(
-                "{original} has {n} decoder layers, {quantized} has {m}: not the same model.",
-                original=original.name,
-                n=blocks,
-                quantized=quantized.name,
-                m=len(b.skeleton.layers),
-            )
-        )
     errors, own, probe = [], [], Fp16RangeProbe(a.skeleton, rows, a.hidden, a.calls)
     for i in range(blocks):
         given = a.hidden[:ALONE_ROWS]

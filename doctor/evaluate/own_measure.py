@@ -14,10 +14,8 @@ from collections.abc import Callable
 import torch
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import NotQuantizable
-from doctor.core.messages import _
 from doctor.core.records import OwnMeasure
-from doctor.evaluate.compare import Streamed
+from doctor.evaluate.compare import streamed_pair
 from doctor.quant.forward.prefetch import load_tensor
 
 SCORE = "score.weight"
@@ -41,18 +39,8 @@ def compare_own(
     device: str = "cpu",
 ) -> OwnMeasure:
     """Two checkpoints of one model on rows int64[1, length]. Raises NotQuantizable where they are not one model."""
-    a, b = Streamed(original, rows, device), Streamed(quantized, rows, device)
+    a, b = streamed_pair(original, quantized, rows, device)
     count = len(a.skeleton.layers)
-    if len(b.skeleton.layers) != count:
-        raise NotQuantizable(
-            _(
-                "{original} has {n} decoder layers, {quantized} has {m}: not the same model.",
-                original=original.name,
-                n=count,
-                quantized=quantized.name,
-                m=len(b.skeleton.layers),
-            )
-        )
     for i in range(count):
         a.step(i)
         b.step(i)
