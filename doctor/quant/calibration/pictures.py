@@ -8,10 +8,8 @@ image from its places.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import wave
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
-from doctor.quant.calibration.tokenizer import TOKENIZER_FILES
+from doctor.quant.calibration.tokenizer import TOKENIZER_FILES, directory_of
 
 PROCESSOR_FILES = (
     *TOKENIZER_FILES,
@@ -164,7 +162,7 @@ def _load_processor(checkpoint: Checkpoint, name: str) -> Any:
     """transformers' processor of the checkpoint. Raises BadCheckpoint where there is none."""
     from transformers import AutoProcessor
 
-    with _processor_directory(checkpoint) as folder:
+    with directory_of(checkpoint, PROCESSOR_FILES, "doctor-processor-") as folder:
         try:
             try:
                 found = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -208,18 +206,6 @@ def _without_video(checkpoint: Checkpoint, folder: Path) -> Any:
         tokenizer=tokenizer,
         chat_template=template,
     )
-
-
-@contextmanager
-def _processor_directory(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The files that a processor is made of, and no others."""
-    with tempfile.TemporaryDirectory(prefix="doctor-processor-") as folder:
-        for name in PROCESSOR_FILES:
-            if name in checkpoint.json:
-                (Path(folder) / name).write_bytes(checkpoint.json[name].raw)
-            elif name in checkpoint.entries:
-                (Path(folder) / name).write_bytes(checkpoint.read_file(name))
-        yield Path(folder)
 
 
 def _first(error: BaseException) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
@@ -59,15 +59,20 @@ def load_tokenizer(checkpoint: Checkpoint, wanted_by: str):
 
 
 @contextmanager
-def tokenizer_directory(checkpoint: Checkpoint) -> Iterator[Path]:
-    """A temporary directory of the tokenizer's files alone, with edits of a view applied."""
-    with tempfile.TemporaryDirectory(prefix="doctor-tokenizer-") as folder:
-        for name in TOKENIZER_FILES:
+def directory_of(checkpoint: Checkpoint, names: Iterable[str], prefix: str) -> Iterator[Path]:
+    """A temporary directory of these files alone, those that are there, with edits of a view applied."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        for name in names:
             if name in checkpoint.json:
                 (Path(folder) / name).write_bytes(checkpoint.json[name].raw)
             elif name in checkpoint.entries:
                 (Path(folder) / name).write_bytes(checkpoint.read_file(name))
         yield Path(folder)
+
+
+def tokenizer_directory(checkpoint: Checkpoint) -> AbstractContextManager[Path]:
+    """A temporary directory of the tokenizer's files alone."""
+    return directory_of(checkpoint, TOKENIZER_FILES, "doctor-tokenizer-")
 
 
 def starts_with_bos(tokenizer) -> bool:
