@@ -19,28 +19,28 @@ BOUND = 0.5  # a change stays within ± this
 
 
 @dataclass(frozen=True)
-class PackedWeight:
-    """The codes of one linear. levels i16[n, k]: code less zero point. scale f32[n, G]. group i64[k]: of each column;
-    None where groups are runs of k / G columns. tensor: the name of the stored scales, dtype their type; columns_first:
-    they are stored [G, n].
+class Scales:
+    """The scales of one linear, f32[n, G]. group i64[k]: of each column; None where groups are runs of k / G columns.
+    tensor: the name of the stored scales, dtype their type; columns_first: they are stored [G, n].
+
+    Its codes are not here, because they need not stay in memory: `levels` i16[n, k] is code less zero point.
     """
 
     tensor: str
-    levels: torch.Tensor
     scale: torch.Tensor
     group: torch.Tensor | None
     dtype: torch.dtype
     columns_first: bool
     transposed: bool = False  # the module holds [k, n]
 
-    def weight(self, change: torch.Tensor) -> torch.Tensor:
+    def weight(self, change: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         """W f32[n, k] under scale * (1 + change f32[n, G]); [k, n] where the module holds it so."""
-        W = self._spread(self.scale * (1 + change)).mul_(self.levels)
+        W = self._spread(self.scale * (1 + change), levels.shape[1]).mul_(levels)
         return W.T.contiguous() if self.transposed else W
 
-    def gradient(self, slope: torch.Tensor) -> torch.Tensor:
+    def gradient(self, slope: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         """The slope f32[n, G] of a change, from the slope of weight() in the module's shape; `slope` is overwritten."""
-        product = (slope.T if self.transposed else slope).mul_(self.levels)
+        product = (slope.T if self.transposed else slope).mul_(levels)
         return self._gathered(product).mul_(self.scale)
 
     def stored(self, change: torch.Tensor) -> torch.Tensor:
@@ -53,10 +53,10 @@ class PackedWeight:
         kept = (self.scale * (1 + change)).to(self.dtype).to(torch.float32)
         return torch.where(self.scale != 0, kept / self.scale - 1, 0.0)
 
-    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+    def _spread(self, values: torch.Tensor, columns: int) -> torch.Tensor:
         if self.group is not None:
             return values[:, self.group]
-        return values.repeat_interleave(self.levels.shape[1] // values.shape[1], dim=1)
+        return values.repeat_interleave(columns // values.shape[1], dim=1)
 
     def _gathered(self, values: torch.Tensor) -> torch.Tensor:
         n, groups = self.scale.shape
@@ -92,7 +92,7 @@ class Gain:
         return torch.where(factor != 0, kept / factor - 1, 0.0)
 
 
-Tunable = PackedWeight | Gain
+Tunable = Scales | Gain
 
 
 def is_norm(module: nn.Module) -> bool:

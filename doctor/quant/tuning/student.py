@@ -1,7 +1,7 @@
 """The quantized model, one decoder layer at a time, whose scales and gains can be changed and have slopes.
 
 Codes stay as they are stored: a layer's weights are made from its codes and its present scales when it runs, and
-forgotten after it. Codes of all layers are held where `memory` allows, and read anew for each run of a layer otherwise.
+forgotten after it. Codes are held as far as `memory` allows; those of the other linears are read anew for each run.
 """
 
 from __future__ import annotations
@@ -21,28 +21,32 @@ from doctor.model.spec import build_spec
 from doctor.quant.dequantize import Dequantized, as_float, to_torch
 from doctor.quant.forward.layer_call import LayerCall
 from doctor.quant.forward.skeleton import Skeleton
-from doctor.quant.tuning.parameters import Gain, PackedWeight, Tunable, is_norm, offset_of
+from doctor.quant.tuning.parameters import Gain, Scales, Tunable, is_norm, offset_of
 
 
 @dataclass(frozen=True)
-class LayerCodes:
-    """One decoder layer. tunable: (module, what is tuned of its weight). fixed: (module, name, parameter) of the
-    rest.
-    """
+class PackedLinear:
+    """A module whose weight is made of codes. name: the linear's, without `.weight`."""
 
-    tunable: tuple[tuple[nn.Module, Tunable], ...]
-    fixed: tuple[tuple[nn.Module, str, nn.Parameter], ...]
+    module: nn.Module
+    name: str
+    scales: Scales
 
-    @property
-    def nbytes(self) -> int:
-        held = [t.levels if isinstance(t, PackedWeight) else t.value for _module, t in self.tunable]
-        return sum(x.numel() * x.element_size() for x in [*held, *(p for _module, _name, p in self.fixed)])
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer. rest: (module, name, parameter) of what is not tuned; None where it is read for each run."""
+
+    packed: tuple[PackedLinear, ...]
+    gains: tuple[tuple[nn.Module, Gain], ...]
+    rest: tuple[tuple[nn.Module, str, nn.Parameter], ...] | None
 
 
 class Student:
     """A quantized checkpoint run over rows of ids int64[1, length].
 
-    changes: by tensor name, f32 like the tensor's scales [n, G] or gains [m]; the present state of the tuning.
+    memory: bytes for codes, and for what a layer holds besides linears in codes; scales, gains and their changes come
+    on top. changes: by tensor name, f32 like the tensor's scales [n, G] or gains [m]; the present state of the tuning.
     Raises NotQuantizable for a format whose scales cannot be tuned, and for layers that hand on more than hidden
     states.
     """
@@ -80,10 +84,8 @@ class Student:
             self.calls.append(calls)
         self.changes: dict[str, torch.Tensor] = {}
         self.tunables: dict[str, Tunable] = {}
-        self._held: dict[int, LayerCodes] = {}
-        self._bytes = 0
-        for i in range(len(self)):
-            self._keep(i, self._read(i))
+        self._levels: dict[str, torch.Tensor] = {}  # of the linears that memory holds
+        self._layers = [self._read(i) for i in range(len(self))]
 
     def __len__(self) -> int:
         return len(self.skeleton.layers)
@@ -104,68 +106,89 @@ class Student:
                 self._row(i, x, r).backward(slope)
                 assert x.grad is not None
                 results.append(x.grad)
-            for tunable, leaf in leaves:
+            for tunable, leaf, levels in leaves:
                 if leaf.grad is not None:
-                    add_slope(found, tunable, leaf.grad)
+                    add_slope(found, tunable, leaf.grad, levels)
         return results
 
     def _row(self, i: int, hidden: torch.Tensor, row: int) -> torch.Tensor:
         return self.skeleton.run_layer(i, hidden, self.calls[row][i], carry=False)
 
     @contextmanager
-    def _bound(self, i: int, slopes: bool) -> Iterator[list[tuple[Tunable, torch.Tensor]]]:
-        """Layer i with its weights; yields (what is tuned, the tensor that stands for it)."""
-        codes = self._held.get(i) or self._read(i)
-        leaves = []
+    def _bound(self, i: int, slopes: bool) -> Iterator[list[tuple[Tunable, torch.Tensor, torch.Tensor | None]]]:
+        """Layer i with its weights; yields (what is tuned, the tensor that stands for it, the levels of its codes)."""
+        layer = self._layers[i]
+        leaves: list[tuple[Tunable, torch.Tensor, torch.Tensor | None]] = []
+        modules = [p.module for p in layer.packed] + [module for module, _gain in layer.gains]
         try:
-            for module, name, parameter in codes.fixed:
+            if layer.rest is None:
+                self.skeleton.load_layer(i)
+            for module, name, parameter in layer.rest or ():
                 module._parameters[name] = parameter
-            for module, tunable in codes.tunable:
-                with torch.no_grad():
-                    leaf = tunable.weight(self.changes[tunable.tensor])
-                leaf.requires_grad_(slopes)
-                put(module, leaf)
-                leaves.append((tunable, leaf))
+            with torch.no_grad():
+                for linear in layer.packed:
+                    levels = self._levels_of(linear.name)
+                    weight = linear.scales.weight(self.changes[linear.scales.tensor], levels)
+                    leaves.append((linear.scales, weight, levels))
+                for _module, gain in layer.gains:
+                    leaves.append((gain, gain.weight(self.changes[gain.tensor]), None))
+            for module, (_tunable, leaf, _levels) in zip(modules, leaves, strict=True):
+                put(module, leaf.requires_grad_(slopes))
             yield leaves
         finally:
-            for module, _tunable in codes.tunable:
+            for module in modules:
                 take_back(module)
             self.skeleton.drop_layer(i)
 
-    def _keep(self, i: int, codes: LayerCodes) -> None:
-        for _module, tunable in codes.tunable:
-            like = tunable.scale if isinstance(tunable, PackedWeight) else tunable.value
-            self.changes[tunable.tensor] = torch.zeros_like(like)
-            self.tunables[tunable.tensor] = tunable
-        self._bytes += codes.nbytes
-        if self._bytes <= self.memory:
-            self._held[i] = codes
+    def _levels_of(self, linear: str) -> torch.Tensor:
+        held = self._levels.get(linear)
+        return self._codes(linear)[0] if held is None else held
 
-    def _read(self, i: int) -> LayerCodes:
+    def _keep(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether memory has room for these tensors; if so, it is taken."""
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        if size > self.memory:
+            return False
+        self.memory -= size
+        return True
+
+    def _read(self, i: int) -> Layer:
+        """Layer i for the first time: its codes must give the weights that engines read."""
         layer = self.skeleton.load_layer(i)
         names = {id(module): tensor for tensor, module in self.skeleton.by_tensor(i).items()}
         linears = {linear.tensor: linear for linear in self.skeleton.linears.get(i, {}).values()}
-        packed = {f"{module}.weight" for module in self.view.modules}
-        tunable: list[tuple[nn.Module, Tunable]] = []
-        fixed = []
+        packed_tensors = {f"{module}.weight" for module in self.view.modules}
+        packed, gains, rest = [], [], []
         for module in layer.modules():
             tensor = names.get(id(module), "")
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                if name == "weight" and tensor in packed and tensor in linears:
-                    codes = self._codes(tensor.removesuffix(".weight"), linears[tensor].transposed)
-                    require_same(tensor, codes, parameter)
-                    tunable.append((module, codes))
+                if name == "weight" and tensor in packed_tensors and tensor in linears:
+                    linear = tensor.removesuffix(".weight")
+                    levels, scales = self._codes(linear, linears[tensor].transposed)
+                    require_same(tensor, scales, levels, parameter)
+                    if self._keep([levels]):
+                        self._levels[linear] = levels
+                    packed.append(PackedLinear(module, linear, scales))
+                    self._tune(scales, scales.scale)
                 elif name == "weight" and tensor and is_norm(module):
-                    tunable.append((module, gain_of(self.view, tensor, module)))
+                    gain = gain_of(self.view, tensor, module)
+                    gains.append((module, gain))
+                    self._tune(gain, gain.value)
                 else:
-                    fixed.append((module, name, parameter))
+                    rest.append((module, name, parameter))
         self.skeleton.drop_layer(i)
-        return LayerCodes(tuple(tunable), tuple(fixed))
+        held = self._keep([parameter for _module, _name, parameter in rest])
+        return Layer(tuple(packed), tuple(gains), tuple(rest) if held else None)
 
-    def _codes(self, module: str, transposed: bool) -> PackedWeight:
-        view = self.view
+    def _tune(self, tunable: Tunable, like: torch.Tensor) -> None:
+        self.changes[tunable.tensor] = torch.zeros_like(like)
+        self.tunables[tunable.tensor] = tunable
+
+    def _codes(self, module: str, transposed: bool = False) -> tuple[torch.Tensor, Scales]:
+        """(levels i16[n, k], scales) of a linear, from its stored parts."""
+        view, device = self.view, self.skeleton.device
         form, scheme = view.format, view.quantization.scheme_of(module)
         parts = {
             part: to_torch(view.source.load(f"{module}.{part}"), view.source.tensors[f"{module}.{part}"].dtype.name)
@@ -174,25 +197,29 @@ class Student:
         }
         rows, columns = view.tensors[f"{module}.weight"].shape
         codes, grid, g_idx = form.codes(parts, scheme, (rows, columns))
-        groups = grid.scale.shape[1]
-        group = g_idx.long()
-        plain = bool((group == neighbours(codes.shape[1], groups, group).long()).all())
-        zero = grid.zero.to(torch.int16)[:, group]
+        groups, group = grid.scale.shape[1], g_idx.long()
+        plain = bool((group == neighbours(columns, groups, group).long()).all())
         name = next(f"{module}.{part}" for part in form.scale_names if part in parts)
-        return PackedWeight(
+        scales = Scales(
             name,
-            codes.to(torch.int16) - zero,
-            grid.scale.to(torch.float32),
-            None if plain else group,
+            grid.scale.to(device, torch.float32),
+            None if plain else group.to(device),
             parts[name.rpartition(".")[2]].dtype,
             form.scale_shape(2, 3, 1) == (2, 3),
             transposed,
         )
+        return (codes.to(torch.int16) - grid.zero.to(torch.int16)[:, group]).to(device), scales
 
 
-def add_slope(found: dict[str, torch.Tensor], tunable: Tunable, slope: torch.Tensor) -> None:
-    """Add the slope of a tunable's change, from the slope of its weight, to those found."""
-    value = tunable.gradient(slope)
+def add_slope(
+    found: dict[str, torch.Tensor], tunable: Tunable, slope: torch.Tensor, levels: torch.Tensor | None = None
+) -> None:
+    """Add the slope of a tunable's change, from the slope of its weight, to those found. levels: of a linear."""
+    if isinstance(tunable, Gain):
+        value = tunable.gradient(slope)
+    else:
+        assert levels is not None
+        value = tunable.gradient(slope, levels)
     found[tunable.tensor] = found[tunable.tensor].add_(value) if tunable.tensor in found else value
 
 
@@ -212,9 +239,9 @@ def take_back(module: nn.Module) -> None:
     module.__dict__.pop("weight", None)
 
 
-def require_same(name: str, codes: PackedWeight, weight: torch.Tensor) -> None:
+def require_same(name: str, scales: Scales, levels: torch.Tensor, weight: torch.Tensor) -> None:
     """The codes must give the weight that engines read."""
-    made = codes.weight(torch.zeros_like(codes.scale)).to(weight.device)
+    made = scales.weight(torch.zeros_like(scales.scale), levels).to(weight.device)
     if not torch.allclose(made, weight.to(torch.float32), rtol=1e-5, atol=0):
         raise NotQuantizable(
             _("{tensor}: its codes and scales do not give the weight that is read from it.", tensor=name),

@@ -44,7 +44,7 @@ from doctor.quant.client import Client
 from doctor.quant.dequantize import as_float
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.forward.skeleton import Skeleton
-from doctor.quant.tuning.parameters import Gain, PackedWeight
+from doctor.quant.tuning.parameters import Gain, Scales
 from doctor.quant.tuning.student import Student
 from doctor.quant.tuning.train import Ends, Progress, Trainer, last_states
 
@@ -197,7 +197,7 @@ def tuned_values(
         len(trainer.watch),
         len(ids) - len(trainer.watch),
         seen[-1][0],
-        sum(isinstance(student.tunables[name], PackedWeight) for name in values),
+        sum(isinstance(student.tunables[name], Scales) for name in values),
         sum(isinstance(student.tunables[name], Gain) for name in values),
         trainer.progress,
     )

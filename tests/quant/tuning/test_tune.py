@@ -1,5 +1,6 @@
 """Tuning of scales and norms: slopes are right, codes stay, the divergence falls on rows that were not trained on."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning import train
-from doctor.quant.tuning.parameters import Gain, PackedWeight
+from doctor.quant.tuning.parameters import Gain, Scales
 from doctor.quant.tuning.student import Student
 from doctor.quant.tuning.train import Ends, last_states
 from doctor.quant.tuning.tune import tuned_values
@@ -69,7 +70,7 @@ def test_slopes_are_those_of_the_divergence(tmp_path, form, bits, sym, act_order
     found = {}
     divergence(found)
     assert found.keys() == student.changes.keys()
-    assert {type(x) for x in student.tunables.values()} == {PackedWeight, Gain}
+    assert {type(x) for x in student.tunables.values()} == {Scales, Gain}
     generator = torch.Generator().manual_seed(1)
     for name, slope in found.items():
         way, step = torch.randn(slope.shape, generator=generator), 2e-3
@@ -107,8 +108,20 @@ def test_codes_that_are_read_again_each_time_give_the_same(rounded):
     assert held.progress.watched == read.progress.watched
 
 
+def test_codes_beyond_the_memory_are_not_held(rounded):
+    _original, source = map(Checkpoint.open, rounded)
+
+    def held(memory):
+        student = Student(source, rows_of(1), memory=memory)
+        gc.collect()
+        kept = sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype == torch.int16)
+        return kept, len(student)
+
+    everything, layers = held(1 << 30)
+    assert held(0) == (0, layers) and 0 < held(1 << 15)[0] < everything
+
+
 def test_what_does_not_help_is_not_written(rounded, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "BETAS", (0.9, 0.95))
     monkeypatch.setattr(train.Trainer, "_share", lambda self, step: -1.0)  # up the slope
     original, source = rounded
     out = tmp_path / "t"
