@@ -9,9 +9,8 @@ reading of GGUF.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,6 +20,7 @@ from doctor.core.errors import BadCheckpoint, NotQuantizable
 from doctor.core.messages import _, listed
 from doctor.core.tables import table
 from doctor.formats.arrays import Array
+from doctor.model.gguf_rope import scaling_of
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
 _BLOCK = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
@@ -118,25 +118,6 @@ def _swapped(rows: Array, heads: int, first: int, second: int) -> Array:
     return rows.reshape(heads, first, second, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def rope_factors(scaling: Mapping[str, Any], theta: float, dim: int) -> list[float]:
-    """f32[dim / 2]: what the frequencies of Llama 3's scaled rotation are divided by, as llama.cpp reads them."""
-    factor, low, high = (
-        float(scaling.get(k, d)) for k, d in (("factor", 8), ("low_freq_factor", 1), ("high_freq_factor", 4))
-    )
-    context = float(scaling.get("original_max_position_embeddings", 8192))
-    found = []
-    for i in range(0, dim, 2):
-        length = 2 * math.pi * theta ** (i / dim)
-        if length < context / high:
-            found.append(1.0)
-        elif length > context / low:
-            found.append(factor)
-        else:
-            smooth = (context / length - low) / (high - low)
-            found.append(1 / ((1 - smooth) / factor + smooth))
-    return found
-
-
 def rope_of(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any]]:
     """(base, scaling) of the rotation of full attention; scaling is {} for none."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -146,8 +127,11 @@ def rope_of(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any]]:
     return float(theta), found if kind not in ("default", None) else {}
 
 
-def config_of(model: GgufModel) -> dict[str, Any]:
-    """config.json of the model that a GGUF file holds. Raises BadCheckpoint for an architecture that is not read."""
+def config_of(model: GgufModel, factors: Sequence[float] | None = None) -> dict[str, Any]:
+    """config.json of the model that a GGUF file holds. factors: the values of ROPE_FREQS, where it has them.
+
+    Raises BadCheckpoint for an architecture or a rotation that is not read.
+    """
     known = architecture(model.architecture)
     if known is None:
         raise BadCheckpoint(
@@ -188,7 +172,7 @@ def config_of(model: GgufModel) -> dict[str, Any]:
     theta = float(model.own("rope.freq_base", 10000.0))
     if known.name == "gemma3":
         return config | _gemma(model, theta)
-    scaling = _scaling(model, theta, head_dim)
+    scaling = _scaling(model, theta, head_dim, factors)
     return config | {"rope_theta": theta, "rope_scaling": scaling or None}
 
 
@@ -217,10 +201,8 @@ def _gemma(model: GgufModel, theta: float) -> dict[str, Any]:
     }
 
 
-def _scaling(model: GgufModel, theta: float, head_dim: int) -> dict[str, Any]:
-    """rope_scaling of config.json; {} for none. rope_freqs.weight is Llama 3's scaling, of which only the factor
-    shows.
-    """
+def _scaling(model: GgufModel, theta: float, head_dim: int, factors: Sequence[float] | None) -> dict[str, Any]:
+    """rope_scaling of config.json; {} for none. Llama 3's is in no key, only in the values of ROPE_FREQS."""
     kind = model.own("rope.scaling.type", "none")
     if kind == "yarn":
         return {
@@ -232,15 +214,19 @@ def _scaling(model: GgufModel, theta: float, head_dim: int) -> dict[str, Any]:
         return {"rope_type": "linear", "factor": float(model.own("rope.scaling.factor", 1.0))}
     if kind not in ("none", "", None):
         raise BadCheckpoint(_("{file}: rope scaling {kind!r} is not read here.", file=model.name, kind=kind))
-    if ROPE_FREQS not in model.tensors:
+    if factors is None:
         return {}
-    return {
-        "rope_type": "llama3",
-        "factor": float(model.metadata.get("doctor.rope.factor", 8.0)),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": float(model.metadata.get("doctor.rope.high_freq_factor", 4.0)),
-        "original_max_position_embeddings": 8192,
-    }
+    found = scaling_of(factors, theta, head_dim)
+    if found is None:
+        raise BadCheckpoint(
+            _(
+                "{file}: its {count} values of {name} are no scaling of Llama 3.",
+                file=model.name,
+                count=len(factors),
+                name=ROPE_FREQS,
+            )
+        )
+    return found
 
 
 def unwritable(config: Mapping[str, Any]) -> str:

@@ -29,9 +29,9 @@ from doctor.model.gguf_names import (
     Architecture,
     permuted_rows,
     require_writable,
-    rope_factors,
     rope_of,
 )
+from doctor.model.gguf_rope import rope_factors
 from doctor.model.gguf_tokenizer import Encode, tokenizer_metadata
 from doctor.quant.dequantize import to_torch
 from doctor.quant.solve.ggml import round_blocks
@@ -253,12 +253,7 @@ def model_metadata(config: Mapping[str, Any], known: Architecture, recipe: Recip
         **{f"{known.name}.{key}": value for key, value in own.items()},
         f"{known.name}.vocab_size": w.u32(config["vocab_size"]),
     }
-    if kind == "llama3":
-        found |= {f"doctor.rope.{key}": w.f32(float(scaling[key])) for key in _LLAMA3 if key in scaling}
     return found
-
-
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def true_bits(planned: list[Planned]) -> float:

@@ -44,13 +44,18 @@ class GgufAsFloat:
             raise BadCheckpoint(
                 _("{file}: is broken or not whole.", file=self.model.name), _("Run `doctor check` on it.")
             )
-        self.config = config_of(self.model)
+        self.config = config_of(self.model, self._factors())
         known = architecture(self.model.architecture)
         assert known is not None  # config_of() found it
         self._known = known
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
+
+    def _factors(self) -> list[float] | None:
+        """What the frequencies of rotations are divided by, None where the file does not scale them so."""
+        tensor = self.model.tensors.get(ROPE_FREQS)
+        return None if tensor is None else self._decoded(tensor).tolist()
 
     @cached_property
     def _stored(self) -> dict[str, GgufTensor]:
@@ -84,7 +89,15 @@ class GgufAsFloat:
 
     def load(self, name: str) -> np.ndarray:
         """float32 values of a tensor, in transformers' order of rows."""
-        tensor = self._stored[name]
+        values = self._decoded(self._stored[name])
+        heads = self._known.heads_of(name, self.config["num_attention_heads"], self.config["num_key_value_heads"])
+        if heads:
+            values = np.ascontiguousarray(unpermuted_rows(values, heads))
+        shift = self._known.shift_of(name)
+        return values - np.float32(shift) if shift else values
+
+    def _decoded(self, tensor: GgufTensor) -> np.ndarray:
+        """float32 values of a tensor, as the file orders them."""
         assert tensor.type is not None  # the model is whole
         raw = np.empty(tensor.nbytes, np.uint8)
         with self.source.open_file(tensor.file) as file:
@@ -96,11 +109,7 @@ class GgufAsFloat:
         flat = values.reshape(-1, width)
         for begin in range(0, len(rows), step):
             flat[begin : begin + step] = decode(rows[begin : begin + step], tensor.type, width)
-        heads = self._known.heads_of(name, self.config["num_attention_heads"], self.config["num_key_value_heads"])
-        if heads:
-            values = np.ascontiguousarray(unpermuted_rows(values, heads))
-        shift = self._known.shift_of(name)
-        return values - np.float32(shift) if shift else values
+        return values
 
     def load_on(self, name: str, device: torch.device | str) -> torch.Tensor | None:
         """The values as a tensor on a device."""

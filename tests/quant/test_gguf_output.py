@@ -14,7 +14,8 @@ from doctor.core.recipe import Recipe
 from doctor.formats.base import KNOWN
 from doctor.formats.schemes import fields_of
 from doctor.lint.testing import tiny
-from doctor.model.gguf_names import permuted_rows, rope_factors, unpermuted_rows
+from doctor.model.gguf_names import permuted_rows, unpermuted_rows
+from doctor.model.gguf_rope import rope_factors, scaling_of
 from doctor.model.gguf_tokenizer import pre_tokenizer, tokenizer_metadata
 from doctor.plan.mixture import planned_types, with_mixture
 from doctor.quant.dequantize import as_float
@@ -172,6 +173,31 @@ def test_scaled_rotations_are_what_transformers_computes():
     scaled, _factor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 500000.0 ** -(torch.arange(0, 64, 2).float() / 64)
     assert torch.allclose(plain / torch.tensor(rope_factors(scaling, 500000.0, 64)), scaled, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    "factor, low, high, context, theta",
+    [(8, 1, 4, 8192, 5e5), (32, 1, 4, 8192, 5e5), (16, 2, 8, 4096, 1e4), (4, 1, 2, 65536, 1e6)],
+)
+def test_a_scaled_rotation_is_read_from_its_divisors(factor, low, high, context, theta, dim):
+    stated = {
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": context,
+    }
+    told = np.float32(rope_factors(stated, theta, dim)).tolist()
+    found = scaling_of(told, theta, dim)
+    assert found is not None and found["factor"] == factor
+    assert np.allclose(rope_factors(found, theta, dim), told, rtol=1e-4)
+    if low == 1:
+        assert found | stated == found
+
+
+@pytest.mark.parametrize("told", [[1.0] * 32, [float("nan")] * 32, [2.0, 5.0] * 16, [8.0] * 31])
+def test_other_divisors_are_no_scaling_of_llama_3(told):
+    assert scaling_of(told, 5e5, 64) is None
 
 
 def test_what_cannot_be_written_is_refused_before_any_work(rounded, tmp_path):
