@@ -16,8 +16,8 @@ def goal_of(report: Report) -> str:
 
 
 def plan_label(report: Report) -> str:
-    """`gptq 4-bit g128`; of files that are judged as they are, how they are stored; of a 16-bit model that was compared
-    with another, its type.
+    """`gptq 4-bit g128`, or `NVFP4A16` where a scheme names it; of files that are judged as they are, how they are
+    stored; of a 16-bit model that was compared with another, its type.
     """
     dtype, r = str(report.summary.get("dtype", "")).lower(), report.recipe
     if report.extra.get("plain"):
@@ -25,9 +25,10 @@ def plan_label(report: Report) -> str:
     stored = report.summary.get("stored")
     if report.extra.get("comparison") and stored:  # the recipe knows only what doctor writes
         return safe(stored)
-    if goal_of(report) == "quantize":
-        return r.label()
     gpus = [f"tp{r.tp}"] if r.tp > 1 else []
+    if goal_of(report) == "quantize":
+        scheme = name_of(r)
+        return " ".join([scheme, *gpus]) if scheme else r.label()
     return safe(" ".join([stored or dtype, *gpus]))
 
 
@@ -45,7 +46,7 @@ def plan_text(report: Report) -> str:
         stored = report.summary.get("stored") or str(report.summary.get("dtype", "")).lower()
         return say("none: served as stored") + f" · {safe(stored)} → {say(', ').join(target)}"
     return (
-        " · ".join([r.name, say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")])
+        " · ".join([name_of(r) or r.name, say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")])
         + f" → {say(', ').join(target)}"
     )
 
