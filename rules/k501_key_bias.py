@@ -44,8 +44,8 @@ def key_bits(tensor, absmax, tensors):
 
 
 @rule("K501", "warning", certainty="likely")
-def key_bias(tensor, absmax, key_bits, largest_values):
-    if key_bits in (None, 4):
+def key_bias(tensor, absmax, key_bits, largest_values, recipe):
+    if key_bits in (None, 4) or recipe.kv_cache:  # an FP8 cache that is planned is K504's
         return
     yield finding(
         _(

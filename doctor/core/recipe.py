@@ -51,6 +51,7 @@ class OutputFormat(Protocol):
     groups: tuple[int, ...]
     methods: tuple[str, ...]
     activations: tuple[str, ...]
+    kv_caches: tuple[str, ...]
     smooths: bool
 
     def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str: ...
@@ -113,6 +114,7 @@ class Recipe:
     bits_for: tuple[str, ...] = ()  # PATTERN=BITS: linears of another width; the last that matches counts
     seed: int = 0
     goal: str = ""
+    kv_cache: str = ""  # how engines store keys and values: fp8, fp8-head (scales of each head); "" is not said
     activations: str = ""  # how engines round each linear's inputs while serving; "" is the format's own way
 
     def damp_for(self, rows: int) -> float:
@@ -162,6 +164,13 @@ class Recipe:
                 if form.activations
                 else _("left out: its readers compute with 16-bit activations"),
             )
+        if self.kv_cache and self.kv_cache not in form.kv_caches:
+            raise _illegal(
+                _("KV cache {value!r} in the {format} format", value=self.kv_cache, format=form.name),
+                _("one of {names}", names=", ".join(form.kv_caches))
+                if form.kv_caches
+                else _("left out: compressed-tensors holds its scales"),
+            )
         if form.groups and not self.sym:
             raise _illegal(_("an asymmetric grid in the {format} format", format=form.name), _("symmetric"))
 
@@ -209,8 +218,8 @@ class Recipe:
 
     @property
     def calibrated(self) -> bool:
-        """Whether calibration rows are run: for the codes, or for the scales of activations alone."""
-        return self.solver.calibrated or self.activations in STATIC
+        """Whether calibration rows are run: for the codes, or for scales of activations or the cache alone."""
+        return self.solver.calibrated or self.activations in STATIC or bool(self.kv_cache)
 
     @property
     def folds_scales(self) -> bool:

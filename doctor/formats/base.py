@@ -73,6 +73,7 @@ class Format:
     groups: tuple[int, ...] = ()  # legal group sizes, the usual one first; () for any
     methods: tuple[str, ...] = ()  # that can choose its codes; () for any
     activations: tuple[str, ...] = ()  # how its readers may round a linear's inputs
+    kv_caches: tuple[str, ...] = ()  # key and value caches whose scales it holds
     rows_apart = False  # whether each row's words and scales are made from that row, or its tile, alone
     smooths = False  # whether its readers round activations to integers: then SmoothQuant helps
     own_widths = True  # whether single linears may have other bits than the rest

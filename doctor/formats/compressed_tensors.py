@@ -78,6 +78,7 @@ class CompressedTensors(Format):
     bits: tuple[int, ...] = BITS
     affine = True
     activations: tuple[str, ...] = ("fp8",)
+    kv_caches = ("fp8", "fp8-head")
     separates_gate_and_up = True
     layout = "pack-quantized"  # what quantization_config calls it
 
@@ -225,7 +226,7 @@ class CompressedTensors(Format):
             "format": self.layout,
             "quantization_status": "compressed",
             "global_compression_ratio": None,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": _cache_scheme(recipe.kv_cache),
             "ignore": ["lm_head", *sorted(kept)],
             "config_groups": groups,
         }
@@ -322,6 +323,14 @@ class CompressedTensors(Format):
     def names_of_kept(self, module: str) -> list[str]:
         """vLLM asks for the linears that would be in the module."""
         return [module, rf"re:^{re.escape(module)}\."]
+
+
+def _cache_scheme(name: str) -> dict[str, Any] | None:
+    """kv_cache_scheme of a recipe's cache, as QuantizationArgs has it."""
+    if not name:
+        return None
+    strategy = "attn_head" if name == "fp8-head" else "tensor"
+    return {"num_bits": 8, "type": "float", "strategy": strategy, "dynamic": False, "symmetric": True}
 
 
 def weight_groups(raw: Mapping[str, Any]) -> list[dict[str, Any]]:

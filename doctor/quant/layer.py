@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,7 @@ from doctor.formats.base import format_of
 from doctor.lint.engine import judge
 from doctor.quant import budget, export
 from doctor.quant.activations import Activations
+from doctor.quant.forward.attention_tap import CacheRange
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.forward.linear_groups import Modules, Stages
 from doctor.quant.forward.prefetch import load_tensor
@@ -144,7 +146,11 @@ def _attempt_in_stages(
     folding = _fold_scales(setup, activations, i, recipe, stages, modules)
     if folding:
         packed |= folding.tensors()
-    with activations.staged_forward(i, stages, modules, groups.suspended_bytes) as forward:
+    cache = CacheRange()
+    with (
+        activations.staged_forward(i, stages, modules, groups.suspended_bytes) as forward,
+        cache.watched() if recipe.kv_cache else nullcontext(),
+    ):
         for number, stage in enumerate(stages):
             inputs = _stage_inputs(setup, forward, number, recipe)
             names = [name for group in stage for name in group]
@@ -156,7 +162,20 @@ def _attempt_in_stages(
         verdict = _settle(setup, recipe, records)
         if not verdict.stopping and not verdict.fixable:
             forward.finish()
+            packed |= _cache_scales(setup, i, recipe, cache)
     return Attempt(tuple(records), packed, verdict)
+
+
+def _cache_scales(setup: Setup, i: int, recipe: Recipe, cache: CacheRange) -> Tensors:
+    """The scales of an FP8 cache under the names that engines look for, beside the layer's key projection. {} for
+    a layer without keys of its own.
+    """
+    keys = [x.name for x in setup.skeleton.linears.get(i, {}).values() if x.role in ("k", "qkv")]
+    if not recipe.kv_cache or not keys:
+        return {}
+    attention = keys[0].rpartition(".")[0]
+    scales = cache.scales(attention, setup.spec.n_kv_heads, recipe.kv_cache == "fp8-head")
+    return {f"{attention}.{part}": scale for part, scale in scales.items()}
 
 
 def _stage_inputs(setup: Setup, forward: StagedForward, number: int, recipe: Recipe) -> dict[str, LayerInput]:

@@ -17,8 +17,9 @@ from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.evaluate.compare import Streamed
 from doctor.evaluate.kvcache.quantizers import Side
-from doctor.evaluate.kvcache.tap import capture, logit_error, tapped
+from doctor.evaluate.kvcache.tap import capture, logit_error
 from doctor.evaluate.scores import Tally
+from doctor.quant.forward.attention_tap import tapped
 
 FP16 = Side("fp16")
 # name -> (keys, values); the last one takes the key bias, turned by RoPE, off before the keys are stored and adds it on

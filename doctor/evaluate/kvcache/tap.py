@@ -1,10 +1,10 @@
-"""A hand on the keys and values on their way into attention, after RoPE and norms: where every engine caches them."""
+"""What attention is given, caught on its way, and how far its logits move when a cache stands in for the keys."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 
 import torch
+
+from doctor.quant.forward.attention_tap import tapped
 
 
 class Captured(Exception):
@@ -13,24 +13,6 @@ class Captured(Exception):
     def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float):
         super().__init__("attention reached")
         self.query, self.key, self.value, self.scaling = query, key, value, scaling
-
-
-@contextmanager
-def tapped(replacement: Callable) -> Iterator[None]:
-    """Inside, transformers' sdpa attention is replacement(sdpa, module, query, key, value, attention_mask, **options).
-
-    Query, key and value are [batch, heads, tokens, head_dim]; there may be fewer key heads than query heads. Models are
-    built for sdpa (quant/blocks.py), so their masks stay what they were; a model with its own attention code never
-    comes here.
-    """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(replacement, before)
-    try:
-        yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
 def capture(run: Callable[[], object]) -> Captured | None:

@@ -19,9 +19,10 @@ from doctor.evaluate.kvcache.layer_sizes import read_cache_layout
 from doctor.evaluate.kvcache.measure import SCHEMES, WITHOUT_BIAS, measure
 from doctor.evaluate.kvcache.predict import Fitness, advice, predict
 from doctor.evaluate.kvcache.study import key_biases
-from doctor.evaluate.kvcache.tap import capture, logit_error, tapped
+from doctor.evaluate.kvcache.tap import capture, logit_error
 from doctor.lint.testing import encode, tiny, tiny_gptq
 from doctor.model.spec import build_spec
+from doctor.quant.forward.attention_tap import tapped
 from doctor.report.kv_text import render_kvcache
 
 LAYER, CHANNEL = 1, 5
