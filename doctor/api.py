@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -323,11 +324,13 @@ def quantize(
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     refuse_output(source, output, **options)  # before torch is imported
     from doctor.evaluate.clients.rehearsal import client_of
+    from doctor.evaluate.divergence import divergence
     from doctor.evaluate.proof import prove
     from doctor.quant.quantize import quantize as run
 
     client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else client_of(recipe or Recipe())
-    return run(source, output, recipe, **{"prove": prove, "client": client, **options})
+    diverge = partial(divergence, device=options.get("device", "cpu"))
+    return run(source, output, recipe, **{"prove": prove, "client": client, "diverge": diverge, **options})
 
 
 def convert(

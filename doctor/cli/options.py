@@ -143,7 +143,7 @@ plan_options = together(
             "is not known lists them all."
         ),
     ),
-    option("--bits", type=int, default=4, help=_("Bits per weight: 2, 3, 4 or 8.")),
+    option("--bits", type=int, default=4, help=_("Bits per weight: 2, 3, 4 or 8; 5 to 7 in some formats.")),
     option("--group-size", type=int, default=128, help=_("in_features that share a scale; -1 for whole rows.")),
     option("--sym/--asym", default=None, help=_("Symmetric or asymmetric grid; asymmetric for awq, else symmetric.")),
     option(

@@ -38,6 +38,7 @@ from doctor.locale import catalogue
 
 if TYPE_CHECKING:
     from doctor.lint.engine import Report
+    from doctor.quant.allocation.budget import Budget
 
 
 @click.command(
@@ -102,6 +103,37 @@ if TYPE_CHECKING:
         example="'{0,1}.*down_proj:bits=8'",
     ),
 )
+@option(
+    "--bpw",
+    type=float,
+    default=None,
+    metavar="BITS",
+    help=_(
+        "Bits a weight on average, scales counted, as 4.25: each linear gets the bits that its effect on the output "
+        "asks for. Writes compressed-tensors unless --format says otherwise."
+    ),
+)
+@option("--size", default="", metavar="BYTES", help=_("The same by the bytes of all tensors, as 24GB."))
+@option(
+    "--schemes",
+    default="",
+    metavar="W4A16,W8A16",
+    help=_("With --bpw or --size: the widths to choose from.  [default: all but 2 bits]"),
+)
+@option(
+    "--measurement",
+    type=PATH,
+    default=None,
+    metavar="FILE",
+    help=_("With --bpw or --size: what each width does. Read where it exists, else written, for other budgets."),
+)
+@option(
+    "--kv-cache",
+    type=click.Choice(["fp8", "fp8-head"]),
+    default=None,
+    show_default=False,
+    help=_("Measure the scales of an FP8 cache of keys and values, one a layer or one a head; compressed-tensors."),
+)
 @option("--fix", is_flag=True, help=_("Apply safe fixes first, without writing the fixed copy."))
 @unsafe_option
 @memory_option(_("Most memory to use, as 24GB.  [default: what is free]"))
@@ -145,6 +177,11 @@ def command(
     plan_only: bool,
     preflight: bool,
     imatrix: Path | None,
+    bpw: float | None,
+    size: str,
+    schemes: str,
+    measurement: Path | None,
+    kv_cache: str | None,
     formats: tuple[str, ...],
     fix: bool,
     resume: bool,
@@ -158,16 +195,20 @@ def command(
     with json_on_failure(outputs):
         if flags["method"] in OTHER_GOALS:
             raise click.UsageError(f"--for {flags['method']} quantizes nothing: doctor check judges the files.")
+        budget = _budget(bpw, size, schemes, measurement)
+        if budget is not None and not flags["scheme"]:
+            format = format or "compressed-tensors"  # whose mixtures transformers and vLLM read
         recipe = asked_recipe(
             flags,
             format=format or "",
             keep=patterns(ignore_linears),
             bits_for=overrides(override),
+            kv_cache=kv_cache or "",
             **{name: flags[name] for name in ("act_order", "mse", "damp", "damp_max", "seed")},
         )
         run = given(rows=rows, max_seq_length=max_seq_length, memory=size_in_bytes(memory), calibration=calibration)
         if plan_only:
-            _print_forecast(api.plan_quantize(path, output, recipe, **run))
+            _print_forecast(api.plan_quantize(path, output, recipe, **run, **given(budget=budget)))
         result = api.quantize(
             path,
             output,
@@ -178,7 +219,7 @@ def command(
             overwrite=overwrite,
             progress=notice,
             **run,
-            **given(preflight=preflight or None, device=other_device(device), imatrix=imatrix),
+            **given(preflight=preflight or None, device=other_device(device), imatrix=imatrix, budget=budget),
         )
         if int(os.environ.get("RANK", "0")):  # under torchrun, rank 0 speaks for all
             exit_for([result.report])
@@ -187,6 +228,22 @@ def command(
         _print_forecast(result.forecast, result.report)
     notice(_("Wrote {file}", file=output) if result.output else _("Nothing was written."))
     exit_for([result.report])
+
+
+def _budget(bpw: float | None, size: str, schemes: str, measurement: Path | None) -> "Budget | None":
+    """What the flags say of a budget, None where they say nothing. Raises UsageError for what does not go together."""
+    if bpw is None and not size:
+        if schemes or measurement:
+            raise click.UsageError("--schemes and --measurement: need --bpw or --size.")
+        return None
+    if bpw is not None and size:
+        raise click.UsageError("--bpw and --size: one of the two.")
+    if bpw is not None and not 0 < bpw <= 16:
+        raise click.UsageError(f"--bpw {bpw:g}: must be above 0 and at most 16.")
+    from doctor.formats.schemes import integer_bits
+    from doctor.quant.allocation.budget import Budget
+
+    return Budget(bpw, size_in_bytes(size), tuple(map(integer_bits, words([schemes]))), measurement)
 
 
 def _print_forecast(forecast: Any, report: "Report | None" = None) -> NoReturn:

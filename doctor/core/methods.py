@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 8)  # of most packed formats
+GRID_BITS = (2, 3, 4, 5, 6, 7, 8)  # that a grid of integers may have
 STATIC = ("fp8-static", "fp4")  # activations whose scales are measured beforehand, on calibration rows
 
 

@@ -225,6 +225,25 @@ class ClientRun:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """A mixture of widths under a budget, and the uniform model of the same size. bpw is bits a weight of the linears
+    that were quantized, everything stored for them counted; KL in nats a token.
+    """
+
+    budget: float  # bpw that was asked for
+    bpw: float  # of the mixture
+    uniform_bpw: float
+    uniform_bits: int
+    uniform_group: int
+    linears: dict[int, int]  # of the mixture: bits -> linears
+    predicted: float  # KL of the mixture, before it was made
+    kl: float  # of the mixture, on rows that were held back
+    kl_uniform: float
+    tokens: int  # of those rows
+    written: str  # mixture or uniform
+
+
 CALIBRATION: FactKey[CalibrationFacts] = provide(
     "calibration", "checkpoint", "calibration", "What the calibration rows are (records.CalibrationFacts)."
 )
@@ -233,6 +252,9 @@ HESSIAN: FactKey[HessianFacts] = provide(
 )
 SOLVE: FactKey[SolveRecord] = provide(
     "solve", "linear", "run", "How a linear was quantized, and everything that was tried (records.SolveRecord)."
+)
+ALLOCATION: FactKey[Allocation] = provide(
+    "allocation", "checkpoint", "run", "A mixture of widths against the uniform model (records.Allocation)."
 )
 STACKED_EXPERTS: FactKey[tuple[tuple[str, str], ...]] = provide(
     "stacked_experts", "checkpoint", "run", "(tensor, why) of each fused 3-D expert tensor that a run kept in 16 bits."

@@ -25,7 +25,7 @@ from doctor.core.errors import BadCheckpoint, NotQuantizable
 from doctor.core.facts import Unavailable
 from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
-from doctor.core.methods import BITS
+from doctor.core.methods import GRID_BITS
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous, full, is_torch
 from doctor.formats.base import KNOWN, Format, Part, Parts, Quantization, Shapes, register
@@ -75,7 +75,7 @@ class CompressedTensors(Format):
     part_names: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     needed: tuple[str, ...] = ("weight_scale",)
     sampled: tuple[str, ...] = ("weight_g_idx", "weight_zero_point")
-    bits: tuple[int, ...] = BITS
+    bits: tuple[int, ...] = GRID_BITS
     affine = True
     activations: tuple[str, ...] = ("fp8",)
     kv_caches = ("fp8", "fp8-head")
@@ -369,7 +369,7 @@ def _stored_sides(parts: Parts) -> tuple[int, int]:
 
 
 def _require_bits(bits: int) -> None:
-    if bits not in BITS:
+    if bits not in GRID_BITS:
         raise NotQuantizable(
-            _("bits is {bits}: the packed formats here have {known}.", bits=bits, known=", ".join(map(str, BITS)))
+            _("bits is {bits}: compressed-tensors has {known}.", bits=bits, known=", ".join(map(str, GRID_BITS)))
         )

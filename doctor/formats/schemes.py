@@ -55,7 +55,12 @@ SCHEMES: dict[str, NamedScheme] = {
         _fixed("FP8_STATIC", ("rtn",), 8, -1, "float-quantized", "fp8-static"),
         _fixed("FP8_BLOCK", ("rtn",), 8, 128, "float-quantized", "fp8-block"),
         _fixed("INT8", ("rtn", "gptq"), 8, -1, "int-quantized", "int8"),
+        _packed("W2A16", 2),
+        _packed("W3A16", 3),
         _packed("W4A16", 4),
+        _packed("W5A16", 5),
+        _packed("W6A16", 6),
+        _packed("W7A16", 7),
         _packed("W8A16", 8),
         _packed("W4AFP8", 4, "fp8"),
         _fixed("NVFP4A16", ("gptq", "rtn"), 4, 16, "nvfp4-pack-quantized"),
@@ -86,6 +91,21 @@ def scheme_named(text: str) -> NamedScheme:
         _("scheme {text!r} is not known; must be one of {names}.", text=text, names=", ".join(SCHEMES)),
         _("Did you mean {near}?", near=listed(near)) if near else "",
     )
+
+
+def integer_bits(text: str) -> int:
+    """The bits of a scheme of integers in groups beside 16-bit activations: what a mixture of widths is made of.
+
+    Raises DoctorError for another scheme.
+    """
+    row = scheme_named(text)
+    if row.fields.get("format") != "compressed-tensors" or row.fields.get("activations"):
+        known = [name for name, other in SCHEMES.items() if other.usual and not other.fields["activations"]]
+        raise DoctorError(
+            _("--schemes {name}: must be among {known}.", name=row.name, known=", ".join(known)),
+            _("Other schemes have no linears of different widths."),
+        )
+    return int(row.fields["bits"])
 
 
 def name_of(recipe: Recipe) -> str:

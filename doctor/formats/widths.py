@@ -8,7 +8,7 @@ from typing import Any
 
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _
-from doctor.core.methods import BITS
+from doctor.core.methods import GRID_BITS
 
 
 class Widths:
@@ -23,7 +23,7 @@ class Widths:
         """From (pattern, bits); what is no width is passed over. Raises Unavailable for a pattern that is none."""
         found = cls()
         for pattern, bits in pairs:
-            if type(bits) is int and bits in BITS:
+            if type(bits) is int and bits in GRID_BITS:
                 try:
                     found.add(pattern, bits)
                 except re.error as error:

@@ -12,13 +12,14 @@ from doctor.core.lazy_numpy import np  # noqa: F401 - rule files import it from 
 from doctor.core.machine import Machine
 from doctor.core.recipe import Recipe  # noqa: F401 - rule files import it from here
 from doctor.core.records import (
+    Allocation,  # noqa: F401 - rule files import them from here
     CalibrationFacts,
     ClientRun,
     Comparison,
     Fp16Range,
     HessianFacts,
     LoadProof,
-    MergedLinear,  # noqa: F401 - rule files import them from here
+    MergedLinear,  # noqa: F401
     MergeProof,  # noqa: F401
     OwnMeasure,
     SolveRecord,

@@ -36,7 +36,7 @@ from doctor.quant.layer import LayerResult, quantize_layer, verdict_of
 from doctor.quant.records import Record, kept, record
 from doctor.quant.resume import finished_records, replay_layer
 from doctor.quant.selection import names_in_config, stays_unasked
-from doctor.quant.setup import Progress, Setup, set_up
+from doctor.quant.setup import Progress, Setup, Survey, set_up
 
 _OUTSIDE = "outside"  # the part of everything that belongs to no decoder layer
 
@@ -93,13 +93,15 @@ def run(
     device: str = "cpu",
     ranks: Ranks | None = None,
     consent: Consent | None = None,
+    survey: Survey | None = None,
 ) -> tuple[Result, list[str]]:
     """(what was done, names that the output's config lists as 16 bits) of quantizing every decoder layer into parts
     of `output`.
 
     Layers whose part exists already are replayed, not solved. rows: token ids (unused by a method without
     calibration). memory: bytes that the process may take, None for a share of what is free. consent: fixes of the
-    recipe that are made as soon as a layer asks for them. Facts go into `store`; rules of the stages calibration and
+    recipe that are made as soon as a layer asks for them. survey: sees
+    every linear before its weight is replaced. Facts go into `store`; rules of the stages calibration and
     run judge them after each layer. Raises NotQuantizable where numbers forbid it and no rule says so.
     """
     setup = set_up(
@@ -115,6 +117,7 @@ def run(
         device=device,
         ranks=ranks or Ranks(),
         consent=consent,
+        survey=survey,
     )
     try:
         done = _quantize_layers(setup, recipe)

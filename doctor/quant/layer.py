@@ -33,7 +33,7 @@ from doctor.quant.forward.linear_groups import Modules, Stages
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.staged import StagedForward
 from doctor.quant.gguf_output import IMPORTANCE
-from doctor.quant.linear import Solved, divisors, outcome, pack_linear, put_weight, solve_linear
+from doctor.quant.linear import Solved, divisors, outcome, pack_linear, put_weight, solve_linear, weight_of
 from doctor.quant.records import Record, failed, put_facts, record
 from doctor.quant.selection import Selection, select_linears
 from doctor.quant.setup import Setup
@@ -206,7 +206,15 @@ def _solve_stage(
     def solved(name: str) -> Solved:
         linear, module = modules[name]
         columns = folding.columns.get(name) if folding else None
-        return solve_linear(linear, module, inputs[name], recipe, columns, scaled.get(name, 1.0))
+        found = solve_linear(linear, module, inputs[name], recipe, columns, scaled.get(name, 1.0))
+        if setup.survey is not None:
+            setup.survey.see(
+                linear,
+                weight_of(linear, module),
+                inputs[name],
+                found.solution if isinstance(found.solution, Solution) else None,
+            )
+        return found
 
     if ranks.size == 1:
         for name in names:

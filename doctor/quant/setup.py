@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -17,21 +18,31 @@ from doctor.fixing.consent import Consent
 from doctor.formats.known import streams
 from doctor.lint.rule import Rule
 from doctor.model.fused_experts import FusedExperts, find_fused_experts, unfuse
+from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
 from doctor.quant.budget import Need
 from doctor.quant.distributed import Ranks
 from doctor.quant.forward.hidden_states import inputs_of_batches, make_batches
+from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.forward.suspended import WITHOUT_GREENLET, greenlet
 from doctor.quant.selection import require_widths
 from doctor.quant.solve import cpu, cuda
 from doctor.quant.solve.hessian import mixed_products
+from doctor.quant.solve.solution import Solution
 
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = budget.BATCH_TOKENS, budget.DEVICE_BATCH_TOKENS
 RUN_STAGES = ("calibration", "run")  # stages of the rules that judge a run
 
 Progress = Callable[[str], None]
+
+
+class Survey(Protocol):
+    """What looks on while a run quantizes, at a linear whose module still has its float weight."""
+
+    def see(self, linear: Linear, W: torch.Tensor, given: LayerInput | None, solved: Solution | None) -> None:
+        """W f32[n, k]; given: its input, None without calibration; solved: None where it could not be."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,8 @@ class Setup:
     fused: fused expert tensors of the checkpoint, by the name of their module. spec and checkpoint have their experts
     unfused. batches: this rank's calibration batches int64[rows, length], [] where the method takes none. memory:
     bytes that the process may take, None for a share of what is free. consent: fixes of the recipe that may be made
-    during the run. seen: what the processor made of rows with images or sound, by the number of their batch.
+    during the run. seen: what the processor made of rows with images or sound, by the number of their batch. survey:
+    what looks on, None for nothing.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +70,7 @@ class Setup:
     skeleton: Skeleton
     batches: list[torch.Tensor]
     seen: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    survey: Survey | None = None
 
 
 def set_up(
@@ -74,6 +87,7 @@ def set_up(
     device: str,
     ranks: Ranks,
     consent: Consent | None,
+    survey: Survey | None = None,
 ) -> Setup:
     """Reads headers and builds the model on the meta device. Raises DoctorError where widths do not fit,
     NotQuantizable.
@@ -99,7 +113,21 @@ def set_up(
     store.put(SLOWER_PATHS, tuple(_slower_paths(skeleton, bool(batches))))
     own = tuple(r for r in rules if r.cost in RUN_STAGES)
     return Setup(
-        checkpoint, spec, output, store, own, memory, progress, ranks, consent, fused, need, skeleton, batches, seen
+        checkpoint,
+        spec,
+        output,
+        store,
+        own,
+        memory,
+        progress,
+        ranks,
+        consent,
+        fused,
+        need,
+        skeleton,
+        batches,
+        seen,
+        survey,
     )
 
 

@@ -21,7 +21,7 @@ import torch
 
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
-from doctor.core.methods import BITS
+from doctor.core.methods import GRID_BITS
 from doctor.formats.grid import (
     Grid,
     by_column,
@@ -35,8 +35,8 @@ from doctor.quant.solve.numerics import all_finite
 
 # What a grid is, stands in doctor/formats; who fits one finds all of it here.
 __all__ = [
-    "BITS",
     "FINE",
+    "GRID_BITS",
     "RATIOS",
     "REFITS",
     "Grid",

@@ -13,9 +13,9 @@ from doctor.core.messages import _
 from doctor.quant.solve import cpu, cuda
 from doctor.quant.solve.float_scale import FloatScale
 from doctor.quant.solve.grid import (
-    BITS,
     FINE,
     FLOAT_RATIOS,
+    GRID_BITS,
     POWERS,
     RATIOS,
     REFITS,
@@ -58,9 +58,9 @@ def fit(
     Raises NotQuantizable for a non-finite W (naming the first), a scale past the largest value of scale_dtype,
     or a group_size that does not divide k.
     """
-    if bits not in BITS:
+    if bits not in GRID_BITS:
         raise NotQuantizable(
-            _("bits is {bits}: a grid has {widths} bits.", bits=bits, widths=", ".join(map(str, BITS)))
+            _("bits is {bits}: a grid has {widths} bits.", bits=bits, widths=", ".join(map(str, GRID_BITS)))
         )
     n, k = W.shape
     width = group_width(k, group_size)

@@ -1,0 +1,196 @@
+"""What a budget can buy, from headers alone: the linears that share a width, the sizes of their options, and the
+uniform model of the same size that a mixture must beat.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import DoctorError, NotQuantizable
+from doctor.core.facts import Unavailable
+from doctor.core.messages import _, listed
+from doctor.core.recipe import Recipe
+from doctor.formats.base import format_of
+from doctor.model.fused_experts import unfuse
+from doctor.model.linears import Linear
+from doctor.model.spec import ModelSpec
+from doctor.plan.groups import FUSED
+from doctor.plan.runtimes import reads, runtime_entries
+from doctor.quant import budget as memory
+from doctor.quant.allocation.budget import Budget
+from doctor.quant.allocation.choose import Chosen, Unit
+from doctor.quant.selection import why_kept
+
+LEAST_BITS = 3  # by default: errors of 2-bit linears do not add up, so the prediction fails them
+_GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """units: names -> the linears that share a width. recipe: of a mixture, whose widths are not chosen yet. uniform:
+    the recipe of one width. weights: of all these linears. bits: that may be spent on them.
+    """
+
+    units: Mapping[Unit, tuple[Linear, ...]]
+    recipe: Recipe
+    uniform: Recipe
+    widths: tuple[int, ...]
+    weights: int
+    bits: int
+
+    @property
+    def provisional(self) -> Recipe:
+        """A mixture of all widths, for checks before there is one."""
+        units = list(self.units.values())
+        named = [(linears, self.widths[at % len(self.widths)]) for at, linears in enumerate(units)]
+        return mixture(self.uniform, named)
+
+    def size_of(self, unit: Unit, bits: int) -> int:
+        """Bits of everything that a unit stores at this width."""
+        return _size(self.units[unit], replace(self.recipe, bits=bits, bits_for=()))
+
+    def recipe_of(self, chosen: Chosen) -> Recipe:
+        """The recipe of a choice."""
+        return mixture(self.recipe, [(self.units[unit], option.bits) for unit, option in chosen.items()])
+
+    def uniform_bpw(self) -> float:
+        """Bits a weight of the uniform model."""
+        return _size([x for unit in self.units.values() for x in unit], self.uniform) / self.weights
+
+
+def ladder(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, asked: Budget) -> Ladder:
+    """Raises DoctorError for a budget that cannot be met, and for a recipe without widths to choose from."""
+    form = format_of(recipe)
+    if recipe.bits_for or not recipe.solver.calibrated or not (form.own_widths and recipe.solver.own_widths):
+        raise DoctorError(
+            _("--bpw with {recipe}: needs a calibrated method and widths to choose from.", recipe=recipe.label()),
+            _("Leave --for at gptq and --override out."),
+        )
+    if form.in_blocks:
+        raise DoctorError(
+            _("--bpw with {label}: mixtures are chosen for GPTQ and compressed-tensors.", label=form.label),
+            _("Q4_K_M and Q5_K_M are mixtures of fixed rules."),
+        )
+    checkpoint, spec = unfuse(checkpoint, spec, recipe)
+    linears = [x for x in spec.linears if x.block is not None and not why_kept(recipe, x)]
+    if not linears:
+        raise NotQuantizable(_("{name}: no linear is quantized.", name=checkpoint.name))
+    widths = _widths(recipe, asked)
+    units = _units(linears)
+    weights = sum(x.in_features * x.out_features for x in linears)
+    least, most = (_size(linears, replace(recipe, bits=bits)) for bits in (widths[0], widths[-1]))
+    if asked.bpw is not None:
+        bits = int(asked.bpw * weights)
+    else:
+        whole = 8 * memory.needs(checkpoint, spec, replace(recipe, bits=widths[0]), 0, 0).output
+        bits = 8 * (asked.size or 0) - (whole - least)
+    if not bits >= least:
+        raise _too_small(asked, bits, least, most, weights)
+    return Ladder(units, recipe, _uniform(recipe, linears, widths, bits), widths, weights, bits)
+
+
+def _too_small(asked: Budget, bits: int, least: int, most: int, weights: int) -> DoctorError:
+    reachable = _("{least:.3f} to {most:.3f} bits a weight can be reached", least=least / weights, most=most / weights)
+    what = (
+        _("--bpw {bpw:g}: {reachable}.", bpw=asked.bpw, reachable=reachable)
+        if asked.bpw is not None
+        else _(
+            "--size {size:,} bytes: leaves {bpw:.3f} bits a weight; {reachable}, from {bytes:,} bytes on.",
+            size=asked.size,
+            bpw=max(bits, 0) / weights,
+            reachable=reachable,
+            bytes=(asked.size or 0) + -(-(least - bits) // 8),
+        )
+    )
+    return DoctorError(what, _("Raise it, take larger groups, or allow smaller schemes with --schemes."))
+
+
+def _widths(recipe: Recipe, asked: Budget) -> tuple[int, ...]:
+    """The widths to choose from, rising. Raises DoctorError where there are not two."""
+    form = format_of(recipe)
+    found = [b for b in asked.widths or form.bits if asked.widths or b >= LEAST_BITS]
+    strange = [b for b in found if b not in form.bits]
+    if strange:
+        raise DoctorError(
+            _(
+                "--schemes: {label} has no {bits} bits; must be among {known}.",
+                label=form.label,
+                bits=strange[0],
+                known=", ".join(map(str, form.bits)),
+            )
+        )
+    served = [b for b in found if _read(recipe, b, recipe.group_size)]
+    if len(set(served)) < 2:
+        raise DoctorError(
+            _(
+                "--bpw: {n} widths to choose from ({widths}); must be 2 or more.",
+                n=len(set(served)),
+                widths=listed(map(str, served)) or _("none that {runtime} reads", runtime=recipe.runtime),
+            ),
+            _("Name more with --schemes, or another --runtime or --group-size."),
+        )
+    return tuple(sorted(set(served)))
+
+
+def _read(recipe: Recipe, bits: int, group_size: int) -> bool:
+    """Whether the recipe's runtime has a kernel; without a runtime, or a table of it, it is not asked."""
+    try:
+        entries = runtime_entries(recipe)
+    except Unavailable:
+        return True
+    return bool(reads(entries, recipe.output_format, bits, group_size, bool(recipe.sym)))
+
+
+def _uniform(recipe: Recipe, linears: list[Linear], widths: tuple[int, ...], bits: int) -> Recipe:
+    """The recipe of one width, and then of the finest groups, that the budget holds."""
+    finer = [g for g in _GROUPS if recipe.group_size == -1 or g < recipe.group_size]
+    groups = [recipe.group_size, *(g for g in finer if not any(x.in_features % g for x in linears))]
+    found = [
+        replace(recipe, bits=width, group_size=group)
+        for width in reversed(widths)
+        for group in reversed(groups)
+        if _read(recipe, width, group)
+    ]
+    return next(other for other in found if _size(linears, other) <= bits)
+
+
+def _size(linears: Iterable[Linear], recipe: Recipe) -> int:
+    form = format_of(recipe)
+    return 8 * sum(form.bytes(x.in_features, x.out_features, recipe.for_linear(x.name).scheme) for x in linears)
+
+
+def _units(linears: Iterable[Linear]) -> dict[Unit, tuple[Linear, ...]]:
+    """Linears that engines store as one matrix, and all experts of a layer, which they compute in one kernel."""
+    found: dict[tuple, list[Linear]] = {}
+    for x in linears:
+        joined = next((roles for roles in FUSED if x.role in roles), (x.name,))
+        key = (x.block, "experts") if x.expert is not None else (x.name.rpartition(".")[0], *joined)
+        found.setdefault(key, []).append(x)
+    return {tuple(x.name for x in unit): tuple(unit) for unit in found.values()}
+
+
+def mixture(recipe: Recipe, named: Iterable[tuple[Iterable[Linear], int]]) -> Recipe:
+    """The recipe that gives these linears these widths: that of most weights, and patterns for the others."""
+    pairs = [(x, bits) for linears, bits in named for x in linears]
+    weights: Counter[int] = Counter()
+    for x, bits in pairs:
+        weights[bits] += x.in_features * x.out_features
+    common = max(weights, key=lambda bits: (weights[bits], -bits))
+    own: dict[tuple[str, str, int], list[int]] = {}
+    for x, bits in pairs:
+        if bits != common and x.block is not None:
+            before, _dot, after = x.name.partition(f".{x.block}.")
+            if x.expert is not None:
+                after = after.replace(f".{x.expert}.", ".*.", 1)
+            layers = own.setdefault((before, after, bits), [])
+            if x.block not in layers:
+                layers.append(x.block)
+    patterns = tuple(f"{before}.{_choice(layers)}.{after}={bits}" for (before, after, bits), layers in own.items())
+    return replace(recipe, bits=common, bits_for=patterns)
+
+
+def _choice(layers: list[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else "{" + ",".join(map(str, layers)) + "}"

@@ -1,0 +1,89 @@
+"""What every width would do to every linear, measured on the way through a run of one width.
+
+GPTQ's loss of a width is not solved for: it is the sum over columns of what the later columns cannot make good, and
+that is the pivot D_j of H = M D M^T times the squared rounding error of column j (gptq.py). The errors of plain
+rounding on the width's own grid stand in for those of the loop; one factor a linear, from the width that the run does
+solve, makes the two agree. So a width costs a fit of its grid and no product with H.
+
+Row by row, since the outputs of a linear do not matter alike (sensitivity.py): the hurt of a width is half of the sum
+over outputs of s_o e_o, in nats a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from doctor.core.recipe import Recipe
+from doctor.model.linears import Linear
+from doctor.quant.allocation.sensitivity import Sensitivities
+from doctor.quant.forward.layer_input import LayerInput
+from doctor.quant.linear import grid_options
+from doctor.quant.solve.factor import factorise_with_escalation, reversed_factor
+from doctor.quant.solve.grid import GridParams, dequantize, quantize
+from doctor.quant.solve.grid_search import fit_with
+from doctor.quant.solve.losses import energies
+from doctor.quant.solve.solution import Solution
+from doctor.quant.solve.spectrum import live_mean
+
+Hurts = dict[int, float]  # bits -> predicted KL in nats a token
+
+
+class WidthSurvey:
+    """Looks on while a run quantizes. solved: the run's recipe. widths: to measure, in the groups of `recipe`. found:
+    by the name of a linear, {} for one whose hurt is not known: no row reached it, or its Hessian has no factor.
+    """
+
+    def __init__(self, solved: Recipe, recipe: Recipe, widths: Iterable[int], sensitivities: Sensitivities):
+        self._solved, self._recipe, self._widths, self._sensitivities = solved, recipe, tuple(widths), sensitivities
+        self._pivots: tuple[LayerInput | None, torch.Tensor | None] = (None, None)  # of the last input
+        self.found: dict[str, Hurts] = {}
+
+    def see(self, linear: Linear, W: torch.Tensor, given: LayerInput | None, solved: Solution | None) -> None:
+        slopes = self._sensitivities.get(linear.name)
+        self.found[linear.name] = {}
+        if solved is None or given is None or not given.usable or slopes is None:
+            return
+        pivots = self._pivots_of(given)
+        if pivots is None:
+            return
+        W, slopes = W.to(torch.float32), slopes.to(W.device)
+        true = energies(W - solved.weight(), given.H.to(torch.float32))
+        likely = _rounded(W, self._solved, pivots)
+        ratio = float((slopes * true).sum() / (slopes * likely).sum())
+        if not math.isfinite(ratio):  # nothing to lose: a weight of zeros
+            return
+        for bits in self._widths:
+            e = _rounded(W, replace(self._recipe, bits=bits, bits_for=()), pivots)
+            self.found[linear.name][bits] = ratio * float((slopes * e).sum()) / 4  # H is twice the mean of x x^T
+
+    def _pivots_of(self, given: LayerInput) -> torch.Tensor | None:
+        """The pivots f32[k] of the Hessian in the order in which columns are rounded; None where it has no factor."""
+        if self._pivots[0] is given:
+            return self._pivots[1]
+        H = given.H
+        order = torch.argsort(H.diagonal(), descending=True, stable=True) if self._recipe.act_order else None
+        mean = live_mean(H)
+        L, _attempts = factorise_with_escalation(
+            H, given.damp, self._recipe.damp_max, mean, partial(reversed_factor, order=order)
+        )
+        pivots = None
+        if L is not None and mean > 0:
+            found = L.diagonal().flip(0).square().to(torch.float32)
+            pivots = torch.empty_like(found)
+            pivots[order if order is not None else torch.arange(len(found), device=found.device)] = found
+        self._pivots = (given, pivots)
+        return pivots
+
+
+def _rounded(W: torch.Tensor, recipe: Recipe, pivots: torch.Tensor) -> torch.Tensor:
+    """sum_j D_j (W - Q)_j^2 of each row, f64[n], for plain rounding on the recipe's grid."""
+    options = grid_options(recipe)
+    params = GridParams(mse=recipe.mse, signed=False, **options)
+    grid = fit_with(params, W, pivots)
+    E = W - dequantize(quantize(W, grid, params.bits, scale_dtype=params.scale_dtype), grid)
+    return (E.square() @ pivots).to(torch.float64)

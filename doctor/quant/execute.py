@@ -1,0 +1,187 @@
+"""The middle of `doctor quantize`: the layers, then the check of the output, up to a staged directory that is whole.
+
+The caller decides whether it is committed: a mixture of widths is compared with the uniform model first.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.messages import _, listed
+from doctor.core.records import CalibrationFacts
+from doctor.fixing.assess import assess
+from doctor.fixing.loading import judged_proof
+from doctor.fixing.output_summary import files, receipt_summary
+from doctor.formats.known import streams
+from doctor.lint.engine import Report
+from doctor.quant import export
+from doctor.quant.client import Linears
+from doctor.quant.distributed import Ranks
+from doctor.quant.forewarn import forewarn
+from doctor.quant.gguf_output import write_imatrix
+from doctor.quant.job import Result, run
+from doctor.quant.preflight import Forecast
+from doctor.quant.prepare import Asked, Calibrated, Checked, judged, report_of
+from doctor.quant.receipt import receipt
+from doctor.quant.resume import fingerprint
+from doctor.quant.setup import Survey
+from doctor.quant.stage import damage_note
+from doctor.quant.stream.choose import choose
+from doctor.quant.stream.run import run as stream
+
+
+@dataclass
+class QuantizeResult:
+    """What a run did. output is None where nothing was written: report then holds the findings that forbade it.
+
+    linears: one dict a linear (name, block, role, outcome, solve, hessian, seconds); the same as report.linears.
+    """
+
+    report: Report
+    output: Path | None = None
+    calibration: CalibrationFacts | None = None
+    notes: list[str] = field(default_factory=list)
+    forecast: Forecast | None = None  # of a preflight
+
+    @property
+    def linears(self) -> list[dict]:
+        return self.report.linears
+
+
+@dataclass
+class Built:
+    """A run that is not committed yet. staged: the whole output; None where a finding of the report forbids it."""
+
+    report: Report
+    staged: export.Output | None
+    calibration: CalibrationFacts | None
+    notes: list[str]
+
+    def commit(self, overwrite: bool) -> QuantizeResult:
+        """The output in its place, where there is one."""
+        place = self.staged.commit(overwrite) if self.staged else None
+        return QuantizeResult(self.report, place, self.calibration, self.notes)
+
+
+def build(asked: Asked, calibrated: Calibrated, ranks: Ranks, survey: Survey | None = None) -> Built:
+    """The layers, then the check of the output. survey: sees every linear on its way."""
+    started = time.perf_counter()
+    checked = calibrated.checked
+    notes = [*checked.notes, *calibrated.notes, *forewarn(asked, calibrated)]
+    staged = _stage(asked, calibrated, ranks)
+    streamed = streams(checked.recipe)
+    linears = _linears(asked, checked) if streamed else None
+    done, kept = (
+        _streamed(asked, calibrated, staged, linears or {})
+        if streamed
+        else run(
+            checked.assessment.checkpoint,
+            checked.spec,
+            checked.recipe,
+            calibrated.rows,
+            staged,
+            checked.assessment.store,
+            asked.rules,
+            memory=asked.memory,
+            progress=asked.progress,
+            device=asked.device,
+            ranks=ranks,
+            consent=checked.consent,
+            survey=survey,
+        )
+    )
+    notes += [_("fix: {title}", title=fixed) for fixed in done.fixes]
+    checked = judged(asked, replace(checked, recipe=done.recipe))
+    report = report_of(asked, checked, calibrated.facts, done)
+    if done.stopped or not report.ok or not ranks.is_rank0:
+        staged.discard()
+        return Built(report, None, calibrated.facts, notes)
+    outcomes = listed(f"{done.count(kind)} {kind}" for kind in sorted({r["outcome"] for r in done.records}))
+    asked.progress(
+        _("quantize: {outcomes} ({seconds:.1f} s)", outcomes=outcomes, seconds=time.perf_counter() - started)
+    )
+    found = _linears(asked, checked) if linears is None else linears
+    return _finish(asked, replace(calibrated, checked=checked), staged, done, kept, notes, found, not streamed)
+
+
+def _linears(asked: Asked, checked: Checked) -> Linears:
+    """What the client says of its linears; {} where nobody is asked."""
+    source = checked.assessment.checkpoint
+    modules = [name.removesuffix(".weight") for name in source.tensors if name.endswith(".weight")]
+    return asked.client.linears(source.root, modules) if asked.client else {}
+
+
+def _streamed(
+    asked: Asked, calibrated: Calibrated, staged: export.Output, linears: Linears
+) -> tuple[Result, list[str]]:
+    """(what was done, names that the output's config lists as 16 bits) of rounding shard after shard."""
+    checked = calibrated.checked
+    source, store = checked.assessment.checkpoint, checked.assessment.store
+    chosen = choose(source, checked.spec, checked.recipe, linears, store)
+    done = stream(chosen, checked.recipe, staged, store, asked.rules, asked.progress)
+    return done, list(chosen.names)
+
+
+def _stage(asked: Asked, calibrated: Calibrated, ranks: Ranks) -> export.Output:
+    """The staging directory: rank 0 opens it, the others read it."""
+    checked, sample = calibrated.checked, calibrated.sample
+    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    mark = fingerprint(checked.assessment.checkpoint, checked.recipe, calibrated.rows, asked.device)
+    staged = None
+    if ranks.is_rank0:
+        staged = export.Output.open(asked.output, {**mark, "ranks": ranks.size}, resume=asked.resume)
+        if sample and sample.said is not None and not any("sampled" in entry for entry in staged.notes()):
+            staged.note({"sampled": sample.said})
+        for name in staged.damaged:
+            asked.progress(damage_note(name))
+    ranks.barrier()
+    staged = staged or export.ReadOnlyOutput(asked.output)
+    ranks.barrier()
+    return staged
+
+
+def _finish(
+    asked: Asked,
+    calibrated: Calibrated,
+    staged: export.Output,
+    done: Result,
+    kept: list[str],
+    notes: list[str],
+    linears: Linears,
+    join: bool,
+) -> Built:
+    """Write, and read back under all rules; what has an error is gone."""
+    started = time.perf_counter()
+    checked, facts = calibrated.checked, calibrated.facts
+    source = checked.assessment.checkpoint
+    if asked.imatrix and facts:
+        write_imatrix(asked.imatrix, staged.parts(), source.value("config.json") or {}, facts.tokens, facts.source)
+    staged.finish(source, checked.recipe, kept, receipt(checked.recipe, facts, done, notes), linears, join)
+    written = Checkpoint.open(staged.stage)
+    after = assess(written, replace(checked.recipe, goal=""), asked.rules)
+    before = {(f.code, f.message) for f in checked.assessment.findings}
+    new = [f for f in after.findings if (f.code, f.message) not in before]
+    shown = {"files": files(written), "receipt": receipt_summary(written)}
+    report = report_of(asked, checked, facts, done, new, shown)
+    asked.progress(
+        _(
+            "check after: {errors} errors ({seconds:.1f} s)",
+            errors=report.count("error"),
+            seconds=time.perf_counter() - started,
+        )
+    )
+    if not report.ok:
+        staged.discard()
+        return Built(report, None, facts, notes)
+    if asked.client:
+        proof = asked.client.prove(after.checkpoint.root)
+        loaded, note = judged_proof(proof, after.store, asked.rules)
+        report = report_of(asked, checked, facts, done, [*new, *loaded], shown)
+        if proof.reason:
+            notes.append(note)
+        else:
+            asked.progress(note)
+    return Built(report, staged, facts, notes)
