@@ -134,6 +134,12 @@ if TYPE_CHECKING:
     show_default=False,
     help=_("Measure the scales of an FP8 cache of keys and values, one a layer or one a head; compressed-tensors."),
 )
+@option(
+    "--tune",
+    metavar="auto|off|ROWS",
+    default="auto",
+    help=_("Rows to tune scales and norms on after the last layer; auto: as many as take no longer than the layers."),
+)
 @option("--fix", is_flag=True, help=_("Apply safe fixes first, without writing the fixed copy."))
 @unsafe_option
 @memory_option(_("Most memory to use, as 24GB.  [default: what is free]"))
@@ -182,6 +188,7 @@ def command(
     schemes: str,
     measurement: Path | None,
     kv_cache: str | None,
+    tune: str,
     formats: tuple[str, ...],
     fix: bool,
     resume: bool,
@@ -218,6 +225,7 @@ def command(
             resume=resume,
             overwrite=overwrite,
             progress=notice,
+            tune=_rows_to_tune(tune),
             **run,
             **given(preflight=preflight or None, device=other_device(device), imatrix=imatrix, budget=budget),
         )
@@ -250,3 +258,12 @@ def _print_forecast(forecast: Any, report: "Report | None" = None) -> NoReturn:
     """Print it and exit: 1 where the run would fail."""
     click.echo("\n".join(map(catalogue.translated, forecast.lines())))
     sys.exit(1 if forecast.problems or (report is not None and not report.ok) else 0)
+
+
+def _rows_to_tune(text: str) -> str | int:
+    """auto, off, or a number of rows. Raises click.UsageError."""
+    if text in ("auto", "off"):
+        return text
+    if not text.isdecimal() or int(text) < 2:
+        raise click.UsageError(f"--tune {text}: must be auto, off or a number of rows from 2 on.")
+    return int(text)

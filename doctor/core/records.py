@@ -37,6 +37,22 @@ class CalibrationFacts:
 
 
 @dataclass(frozen=True)
+class TuningFacts:
+    """Scales and norm gains tuned after a quantization, or why they were not. start, end: KL(original || quantized) in
+    nats a token of the watched rows, before and after.
+    """
+
+    rows: int = 0  # trained on
+    watched: int = 0  # not trained on
+    unseen: bool = False  # the watched rows calibrated nothing either
+    steps: int = 0
+    start: float = 0.0
+    end: float = 0.0
+    written: bool = False  # the tuned values are in the output
+    reason: str = ""  # why nothing was tuned
+
+
+@dataclass(frozen=True)
 class HessianFacts:
     """H = 2/n XᵀX of one linear's input X[tokens, in_features], before damping."""
 

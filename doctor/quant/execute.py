@@ -31,6 +31,7 @@ from doctor.quant.setup import Survey
 from doctor.quant.stage import damage_note
 from doctor.quant.stream.choose import choose
 from doctor.quant.stream.run import run as stream
+from doctor.quant.tuning.within import tuned, tuning_notes, tuning_shown
 
 
 @dataclass
@@ -159,12 +160,14 @@ def _finish(
     source = checked.assessment.checkpoint
     if asked.imatrix and facts:
         write_imatrix(asked.imatrix, staged.parts(), source.value("config.json") or {}, facts.tokens, facts.source)
-    staged.finish(source, checked.recipe, kept, receipt(checked.recipe, facts, done, notes), linears, join)
+    values, tuning = tuned(asked, calibrated, staged, kept, linears)
+    notes += tuning_notes(tuning)
+    staged.finish(source, checked.recipe, kept, receipt(checked.recipe, facts, done, notes), linears, join, values)
     written = Checkpoint.open(staged.stage)
     after = assess(written, replace(checked.recipe, goal=""), asked.rules)
     before = {(f.code, f.message) for f in checked.assessment.findings}
     new = [f for f in after.findings if (f.code, f.message) not in before]
-    shown = {"files": files(written), "receipt": receipt_summary(written)}
+    shown = {"files": files(written), "receipt": receipt_summary(written), **tuning_shown(tuning)}
     report = report_of(asked, checked, facts, done, new, shown)
     asked.progress(
         _(

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -31,7 +34,7 @@ from doctor.model.spellings import with_old_keys
 from doctor.quant.calibration.tokenizer import encoder
 from doctor.quant.client import Linears, plain_linears
 from doctor.quant.gguf_output import write_model
-from doctor.quant.stage import FREE_SPACE, JOURNAL, KEPT, Stage, copy_hashed, require_room
+from doctor.quant.stage import FREE_SPACE, JOURNAL, KEPT, TUNING, Stage, copy_hashed, require_room
 
 MAX_SHARD_BYTES = 4 << 30
 _NAMES = {
@@ -103,9 +106,11 @@ class Output(Stage):
         receipt: dict,
         linears: Linears | None = None,
         join: bool = True,
+        values: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         """Join parts into shards, or let each be one, write index, configs and receipt, copy the other files; or make
-        one GGUF file, which holds all of that. Parts and journal are gone after it.
+        one GGUF file, which holds all of that. Parts and journal are gone after it. values: of tensors that differ from
+        what the parts hold.
         """
         parts = self.parts()
         if format_of(recipe).in_blocks:
@@ -117,6 +122,7 @@ class Output(Stage):
             require_room(self.stage, self.bytes_there())
         with machine_errors(self.stage, FREE_SPACE):
             weight_map, total = self._join(parts) if join else self._rename(parts)
+            put_values(self.stage, weight_map, values)
             self._finish(parts, (weight_map, total), checkpoint, recipe, kept, receipt, linears or {})
 
     def _finish(
@@ -133,20 +139,51 @@ class Output(Stage):
         if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             _write_json(self.stage / INDEX_NAME, index)
-        form = format_of(recipe)
-        words = f".{form.words or form.scales}"  # what tells a packed linear by its name
-        names = [name.rpartition(".")[0] for name in weight_map if name.endswith(words)]
-        write_configs(self.stage, checkpoint, recipe, quantization_config(recipe, kept, names, linears))
+        write_configs(self.stage, checkpoint, recipe, self.stated(recipe, kept, weight_map, linears))
         for name, entry in checkpoint.entries.items():
             if name != "config.json" and not _NOT_COPIED.search(name) and entry.size <= _COPY_LIMIT:
                 raw = checkpoint.json[name].raw if name in checkpoint.json else checkpoint.read_file(name, _COPY_LIMIT)
                 (self.stage / name).write_bytes(raw)
         self._tidy(parts, receipt)
 
+    @staticmethod
+    def stated(recipe: Recipe, kept: Iterable[str], tensors: Iterable[str], linears: Linears) -> dict:
+        """The quantization_config of an output with these tensors."""
+        form = format_of(recipe)
+        words = f".{form.words or form.scales}"  # what tells a packed linear by its name
+        names = [name.rpartition(".")[0] for name in tensors if name.endswith(words)]
+        return quantization_config(recipe, kept, names, linears)
+
+    @contextmanager
+    def as_checkpoint(
+        self, checkpoint: Checkpoint, recipe: Recipe, kept: Iterable[str], linears: Linears
+    ) -> Iterator[Checkpoint]:
+        """The finished parts as a quantized checkpoint with configs and weights alone, before they are joined."""
+        folder = self.stage / "parts"
+        with machine_errors(folder, FREE_SPACE):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            parts, weight_map = self.parts(), dict[str, str]()
+            for number, path in enumerate(parts, 1):
+                name = shard_name(number, len(parts))
+                weight_map |= {t.name: name for t in open_shard(path, path.name).tensors}
+                try:
+                    os.link(path, folder / name)
+                except OSError:  # a file system without hard links
+                    require_room(folder, path.stat().st_size)
+                    shutil.copyfile(path, folder / name)
+            if len(parts) > 1:
+                _write_json(folder / INDEX_NAME, {"weight_map": dict(sorted(weight_map.items()))})
+            write_configs(folder, checkpoint, recipe, self.stated(recipe, kept, weight_map, linears))
+        try:
+            yield Checkpoint.open(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _tidy(self, parts: list[Path], receipt: dict) -> None:
         """The receipt, and nothing of what the run left beside the output."""
         _write_json(self.stage / RECEIPT, receipt)
-        for leftover in (*parts, *self.stage.glob("*.tmp"), self.stage / JOURNAL):
+        for leftover in (*parts, *self.stage.glob("*.tmp"), self.stage / TUNING, self.stage / JOURNAL):
             leftover.unlink(missing_ok=True)
 
     def commit(self, overwrite: bool = False) -> Path:
@@ -198,6 +235,18 @@ class Output(Stage):
             total += sum(t.nbytes for t in tensors)
             os.rename(path, self.stage / name)
         return weight_map, total
+
+
+def put_values(folder: Path, weight_map: Mapping[str, str], values: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite tensors of shards that were just written, each with a value of its own shape and dtype."""
+    for name in sorted({weight_map[tensor] for tensor in values}):
+        infos = {t.name: t for t in open_shard(folder / name, name).tensors}
+        with open(folder / name, "r+b") as file:
+            for tensor in sorted(infos.keys() & values.keys()):
+                value, info = values[tensor], infos[tensor]
+                assert (_NAMES[value.dtype], tuple(value.shape)) == (info.dtype.name, info.shape), tensor
+                file.seek(info.begin)
+                file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def shard_name(number: int, count: int) -> str:

@@ -62,6 +62,7 @@ class Asked:
     client: Client | None  # who will read the output; None asks nobody
     started: float
     imatrix: Path | None = None  # where the importance of columns goes
+    tune: str | int = "off"  # rows to tune scales and gains on; auto, off
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Checked:
 @dataclass(frozen=True)
 class Calibrated:
     """Rows of token ids, [] for a method that takes none, and the facts about them. sample: what the model wrote of
-    them.
+    them. source, length, packed: where they come from, the tokens that each was to have, and how many were cut from
+    that text.
     """
 
     checked: Checked
@@ -94,6 +96,9 @@ class Calibrated:
     facts: CalibrationFacts | None = None
     sample: Once | None = None
     notes: tuple[str, ...] = ()
+    source: str | os.PathLike | None = None
+    length: int = 0
+    packed: int = 0
 
 
 def check(asked: Asked, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iterable[str]) -> Checked:
@@ -185,7 +190,9 @@ def calibrate(asked: Asked, checked: Checked, source: str | os.PathLike | None, 
             seconds=time.perf_counter() - started,
         )
     )
-    return Calibrated(checked, chosen, facts, sample, notes)
+    length = min(length, checked.spec.max_positions or length)
+    packed = 0 if facts.seen_rows else facts.rows - facts.sampled_rows
+    return Calibrated(checked, chosen, facts, sample, notes, source, length, packed)
 
 
 def _sampler(asked: Asked, checked: Checked) -> Callable:

@@ -46,6 +46,7 @@ from doctor.quant.execute import QuantizeResult, build
 from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
 from doctor.quant.stage import require_no_work
+from doctor.quant.tuning.within import AUTO, refuse_tuning, require_text
 
 
 def quantize(
@@ -75,6 +76,7 @@ def quantize(
     imatrix: str | os.PathLike | None = None,
     budget: Budget | None = None,
     diverge: Diverge | None = None,
+    tune: str | int = AUTO,
 ) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`, which is whole or absent; the source is never written to.
 
@@ -94,6 +96,9 @@ def quantize(
     what each width does to the next token (allocation/). Of the mixture and the model of one width of that size, the
     one that is closer to the original is written. diverge: what measures that; doctor.api passes it.
 
+    tune: rows to tune scales and norm gains on after the last layer (tuning/within.py); "off" for none; "auto" as many
+    as take no longer than the layers did, where the format has such scales and there is text and memory enough.
+
     preflight: check and calibrate, quantize the first and the last decoder layer only, write nothing: the result has
     a forecast.
 
@@ -104,6 +109,7 @@ def quantize(
         progress = _silent
     recipe = recipe or Recipe()
     require_importance(recipe, imatrix)
+    refuse_tuning(tune, recipe)
     asked = Asked(
         replace(recipe, keep=(*recipe.keep, *keep), seed=recipe.seed if seed is None else seed, goal="quantize"),
         Path(os.path.abspath(output)),
@@ -118,6 +124,7 @@ def quantize(
         client,
         time.perf_counter(),
         Path(os.path.abspath(imatrix)) if imatrix is not None else None,
+        tune,
     )
     if size() > 1 and streams(asked.recipe):
         raise PlanRefused(
@@ -175,6 +182,7 @@ def _quantized(
         return QuantizeResult(report)
     with device_memory(asked.device):
         calibrated = calibrate(asked, checked, calibration, rows, max_seq_length)
+        require_text(tune=asked.tune, facts=calibrated.facts)
         report = report_of(asked, calibrated.checked, calibrated.facts)
         if not report.ok:
             return QuantizeResult(report, calibration=calibrated.facts)

@@ -22,6 +22,7 @@ from doctor.fixing.lock import hold
 from doctor.fixing.outputs import check_output
 
 JOURNAL = "journal.jsonl"
+TUNING = "tuning.safetensors"  # the state of a tuning after the last layer (tuning/saved.py)
 SPARE_BYTES = 1 << 20  # left free for the journal and directory entries
 KEPT = _("Finished layers are kept: run again with --resume.")
 FREE_SPACE = _("Free space there and run again with --resume; finished layers are kept.")

@@ -33,6 +33,8 @@ def results(report: Report) -> list[tuple[str, str]]:
             else ""
         )
         lines.append((say("linears"), text))
+    if report.extra.get("tuning"):
+        lines.append((say("tuning"), _tuning(report.extra["tuning"])))
     c = report.extra.get("comparison")
     if c:
         before, after = c["perplexity_original"], c["perplexity_quantized"]
@@ -92,6 +94,27 @@ def results(report: Report) -> list[tuple[str, str]]:
     if report.extra.get("client_run"):
         lines.append((say("client"), _client(report.extra["client_run"])))
     return [(label, safe(text)) for label, text in lines]
+
+
+def _tuning(t: dict) -> str:
+    """What tuning the scales did, or why it was not done."""
+    if t["reason"]:
+        return say("not done: {reason}", reason=translated(t["reason"]))
+    words = ("{n} row that neither calibrated nor trained", "{n} rows that neither calibrated nor trained")
+    if not t["unseen"]:
+        words = ("{n} calibration row that did not train", "{n} calibration rows that did not train")
+    rows = counted(*words, t["watched"])
+    if not t["written"]:
+        return say("KL {start} did not fall on {rows}: scales stay as they are", start=figure(t["start"]), rows=rows)
+    change = f"{t['end'] / t['start'] - 1:+.0%}" if number(t["start"]) and t["start"] > 0 else ""
+    return say(
+        "scales and norms on {trained} rows: KL {start} → {end} ({change}) on {rows}",
+        trained=t["rows"],
+        start=figure(t["start"]),
+        end=figure(t["end"]),
+        change=change,
+        rows=rows,
+    )
 
 
 def _own_measure(m: dict) -> list[tuple[str, str]]:

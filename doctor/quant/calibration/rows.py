@@ -190,13 +190,22 @@ def rows_of(documents: Documents, tokenizer, rows: int, length: int, seed: int =
     return pack(_tokenize(documents, tokenizer, seed), rows, length, tokenizer)
 
 
+def stream_of(documents: Documents, tokenizer, seed: int = 0) -> tuple[list[int], list[int]]:
+    """(what each row starts with, ids of all documents joined by EOS): what `pack` cuts rows from."""
+    return _joined(_tokenize(documents, tokenizer, seed), tokenizer)
+
+
+def _joined(documents: list[list[int]], tokenizer) -> tuple[list[int], list[int]]:
+    first = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return first, [token for number, ids in enumerate(documents) for token in ((end if number else []) + ids)]
+
+
 def pack(documents: list[list[int]], rows: int, length: int, tokenizer) -> list[list[int]]:
     """At most `rows` rows of `length` ids, at equal distances over the documents joined by EOS; one short row if that
     is all.
     """
-    first = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream = [token for number, ids in enumerate(documents) for token in ((end if number else []) + ids)]
+    first, stream = _joined(documents, tokenizer)
     body = length - len(first)
     count = min(rows, len(stream) // body)
     if rows and not count and len(stream) >= MIN_ROW:

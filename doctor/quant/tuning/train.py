@@ -5,8 +5,9 @@ tokens at a time, so that a vocabulary of 260,000 does not fill the memory. A st
 model, one layer in memory at a time, keeps each layer's inputs, and goes back through the layers, each computed again
 from its inputs. Labels play no part: the original is the teacher, so nothing is learnt that it does not know.
 
-One row in WATCH is never trained on. Its KL decides which state is kept, and whether any is: tuning that does not
-lower it leaves the checkpoint as it was.
+One row in WATCH, or those that the caller names, is never trained on. Its KL decides which state is kept, and whether
+any is: tuning that does not lower it leaves the checkpoint as it was. After each look at those rows the state can be
+saved (saved.py), and a run that starts from it ends in the same bytes.
 
 Sources: Kingma & Ba 2015 (arXiv 1412.6980) for Adam; parameters.py for what is tuned.
 """
@@ -26,6 +27,7 @@ from doctor.core.messages import _
 from doctor.quant.forward.passing import logits, passed_layers
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import BOUND, Gain, is_norm
+from doctor.quant.tuning.saved import Saved
 from doctor.quant.tuning.student import Student, add_slope, gain_of, put, take_back
 
 WATCH = 8  # one row in so many is watched and not trained on
@@ -35,6 +37,7 @@ WARM_UP = 3  # steps
 LAST_SHARE = 0.02  # of RATE, in the last step
 BETAS = (0.9, 0.95)
 TOKENS = 64  # whose logits are made at a time
+WORSE = 2  # looks in a row that lower nothing end it
 LOOKS = 4  # how often the watched rows are looked at in one pass, but not more often than every WARM_UP + 1 steps
 
 
@@ -150,7 +153,9 @@ def last_states(
 
 
 class Trainer:
-    """Adam over the changes of a student. passes: times that each trained row is seen."""
+    """Adam over the changes of a student. passes: times that each trained row is seen. watch: the student's rows that
+    are not trained on; None: one in WATCH. saved: where the state goes after each look, and is taken up from.
+    """
 
     def __init__(
         self,
@@ -162,10 +167,12 @@ class Trainer:
         seed: int = 0,
         rate: float = RATE,
         say: Callable[[str], None] = lambda text: None,
+        watch: list[int] | None = None,
+        saved: Saved | None = None,
     ):
-        self.student, self.ends, self.wanted, self.say = student, ends, wanted, say
+        self.student, self.ends, self.wanted, self.say, self.saved = student, ends, wanted, say, saved
         count = len(student.rows)
-        self.watch = list(range(WATCH - 1, count, WATCH)) or [count - 1]
+        self.watch = watch or list(range(WATCH - 1, count, WATCH)) or [count - 1]
         trained = [r for r in range(count) if r not in set(self.watch)]
         order = random.Random(seed)
         self.schedule: list[list[int]] = []
@@ -182,11 +189,12 @@ class Trainer:
         """The changes, rounded to what is stored, under which the watched rows diverge least; all zero where tuning
         does not help. Raises NotQuantizable where a step is not finite.
         """
-        start = {name: x.clone() for name, x in self.student.changes.items()}
-        best, least = start, self._look(0)
-        worse = 0
-        for step, rows in enumerate(self.schedule):
-            self._step(step, rows)
+        self.best = {name: x.clone() for name, x in self.student.changes.items()}
+        begin, least, worse = self._taken_up() or (0, self._look(0), 0)
+        for step in range(begin, len(self.schedule)):
+            if worse == WORSE:
+                break
+            self._step(step, self.schedule[step])
             if (step + 1) % self.look_every and step + 1 < len(self.schedule):
                 continue
             present = self.student.changes
@@ -195,13 +203,34 @@ class Trainer:
             }
             seen = self._look(step + 1)
             if seen < least:
-                best, least, worse = self.student.changes, seen, 0
+                self.best, least, worse = self.student.changes, seen, 0
             else:
                 worse += 1
             self.student.changes = self.ends.changes = present
-            if worse == 2:
-                break
-        return best
+            self._keep(step + 1, least, worse)
+        return self.best
+
+    def _keep(self, step: int, least: float, worse: int) -> None:
+        """Save the state after `step` steps."""
+        if self.saved is None:
+            return
+        first, second = ({name: pair[i] for name, pair in self.moments.items()} for i in (0, 1))
+        tensors = {"present": self.student.changes, "best": self.best, "first": first, "second": second}
+        seen = {"watched": self.progress.watched, "trained": self.progress.trained}
+        self.saved.keep(tensors, {"step": step, "least": least, "worse": worse, **seen})
+
+    def _taken_up(self) -> tuple[int, float, int] | None:
+        """(steps done, least KL, looks since) of an interrupted run, whose state this becomes; None without one."""
+        found = self.saved.take_up(self.student.skeleton.device) if self.saved else None
+        if found is None:
+            return None
+        tensors, state = found
+        self.student.changes = self.ends.changes = tensors["present"]
+        self.best = tensors["best"]
+        self.moments = {name: (x, tensors["second"][name]) for name, x in tensors["first"].items()}
+        self.progress.watched = [(int(step), float(kl)) for step, kl in state["watched"]]
+        self.progress.trained = state["trained"]
+        return state["step"], state["least"], state["worse"]
 
     def _look(self, step: int) -> float:
         """Mean KL of the watched rows."""

@@ -45,6 +45,7 @@ from doctor.quant.dequantize import as_float
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import Gain, Scales
+from doctor.quant.tuning.saved import Saved
 from doctor.quant.tuning.student import Student
 from doctor.quant.tuning.train import Ends, Progress, Trainer, last_states
 
@@ -168,11 +169,16 @@ def tuned_values(
     memory: int | None = None,
     device: str = "cpu",
     say: Callable[[str], None] = lambda text: None,
+    unseen: list[list[int]] | None = None,
+    saved: Saved | None = None,
 ) -> Outcome:
-    """Tune on rows of token ids. Raises NotQuantizable, BadCheckpoint."""
+    """Tune on rows of token ids. unseen: rows to watch; None: one in eight of `rows`. saved: where the state is kept.
+    Raises NotQuantizable, BadCheckpoint, MachineError.
+    """
     if memory is None:
         memory = (device_free(device) or free_memory()) // 2
-    ids = [torch.tensor([row]) for row in rows]
+    watch = list(range(len(rows), len(rows) + len(unseen))) if unseen else None
+    ids = [torch.tensor([row]) for row in [*rows, *(unseen or ())]]
     teacher = as_float(original)
     skeleton = Skeleton(teacher, build_spec(teacher.value("config.json") or {}, teacher.tensors), device)
     say(_("tune: the original on {rows} rows", rows=len(ids)))
@@ -182,9 +188,11 @@ def tuned_values(
         student,
         Ends(student, skeleton),
         wanted,
-        passes=passes or (2 if len(ids) <= FEW_ROWS else 1),
+        passes=passes or (2 if len(rows) <= FEW_ROWS else 1),
         seed=seed,
         say=say,
+        watch=watch,
+        saved=saved,
     )
     best = trainer.train()
     seen = trainer.progress.watched
