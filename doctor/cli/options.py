@@ -145,7 +145,11 @@ plan_options = together(
     ),
     option("--bits", type=int, default=4, help=_("Bits per weight: 2, 3, 4 or 8; 5 to 7 in some formats.")),
     option("--group-size", type=int, default=128, help=_("in_features that share a scale; -1 for whole rows.")),
-    option("--sym/--asym", default=None, help=_("Symmetric or asymmetric grid; asymmetric for awq, else symmetric.")),
+    option(
+        "--sym/--asym",
+        default=None,
+        help=_("Symmetric or asymmetric grid.  [default: asymmetric in the AWQ format, else symmetric]"),
+    ),
     option(
         "--tp", "--tensor-parallel-size", "tp", type=int, default=1, help=_("GPUs that share each linear at serving.")
     ),

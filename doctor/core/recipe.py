@@ -53,6 +53,7 @@ class OutputFormat(Protocol):
     activations: tuple[str, ...]
     kv_caches: tuple[str, ...]
     smooths: bool
+    stores_zeros: bool
 
     def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str: ...
 
@@ -101,7 +102,7 @@ class Recipe:
     method: str = "gptq"
     bits: int = 4
     group_size: int = 128
-    sym: bool | None = None  # None takes the method's own: asymmetric for awq, whose kernels expect zero points
+    sym: bool | None = None  # None: asymmetric where the format stores zero points anyway (awq), else symmetric
     act_order: bool = True
     mse: bool = True
     damp: float = DAMP
@@ -127,7 +128,8 @@ class Recipe:
         if self.method not in METHODS:
             raise _illegal(_("method {value!r}", value=self.method), _("one of {names}", names=", ".join(METHODS)))
         if self.sym is None:
-            object.__setattr__(self, "sym", METHODS[self.method].sym)
+            free = self.format in FORMATS and FORMATS[self.format].stores_zeros if self.format else False
+            object.__setattr__(self, "sym", METHODS[self.method].sym and not free)
         if not (self.group_size == -1 or self.group_size > 0):
             raise _illegal(_("group size {value}", value=self.group_size), _("positive, or -1 for whole rows"))
         if not self.tp >= 1:

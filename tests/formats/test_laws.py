@@ -165,3 +165,10 @@ def test_fp8_reads_the_same_in_numpy_and_torch(scale, tile):
     assert (got == same).all() and (got == weight.float().numpy() * wide).all()
     part = KNOWN["fp8"].unpack({"weight": weight.float().numpy(), "weight_scale": factor}, scheme, rows=slice(30, 40))
     assert (part == got[30:40]).all()
+
+
+def test_a_format_that_stores_zero_points_anyway_gets_an_asymmetric_grid_unasked():
+    assert {form.name for form in FORMATS.values() if form.stores_zeros} == {"awq"}
+    assert Recipe("gptq", format="awq").sym is False and Recipe("awq").sym is False
+    assert Recipe("gptq").sym is True and Recipe("gptq", format="compressed-tensors").sym is True
+    assert Recipe("gptq", format="awq", sym=True).sym is True  # what is asked for stays
