@@ -245,6 +245,7 @@ typedef struct {
     const float *cost;               /* [k], by step: of grids that are fitted on the way, or NULL */
     const float *candidates;
     int64_t n, k, groups, block, width;   /* width: of groups fitted or refitted on the way, 0 for none */
+    int64_t first, last;             /* the steps of this call, whole blocks, and those that `packed` holds */
 } columns_of;
 
 /* W f32[., ROWS] of steps [first, last), and zeros in the lanes past row `to`. */
@@ -347,32 +348,48 @@ static void fit_on_the_way(const columns_of *all_of, const grid_rule *rule, cons
     }
 }
 
-/* Sizes of the scratch that the two functions below want, in floats. */
-int64_t EXPORT(doctor_columns_scratch)(int64_t k, int64_t groups, int64_t width)
+/* Whether one call takes all steps. Else errors and grids of all its rows stay in the scratch from call to call; in one
+ * call those of TILES tiles do. */
+static inline int takes_all(const columns_of *all_of) { return all_of->first == 0 && all_of->last == all_of->k; }
+
+/* Size of the scratch that the two functions below want for `rows` rows, in floats; 0 rows where one call takes all steps. */
+int64_t EXPORT(doctor_columns_scratch)(int64_t k, int64_t groups, int64_t width, int64_t rows)
 {
-    return TILES * (k * ROWS + 2 * groups * ROWS + PANELS * (int64_t)(sizeof(panel) / 4)) + 3 * BLOCK * ROWS
+    const int64_t tiles = rows ? (rows + ROWS - 1) / ROWS : TILES;
+    return tiles * (k * ROWS + 2 * groups * ROWS) + TILES * PANELS * (int64_t)(sizeof(panel) / 4) + 3 * BLOCK * ROWS
            + 2 * (width + 2 * LANES) + 64;
 }
 
 typedef struct {
-    float *E, *scale, *zero;         /* of TILES tiles */
+    float *E, *scale, *zero;         /* of TILES tiles, or of all that a call has */
     panel *owed;
     float *W, *X, *rows;
     u8 *codes;
 } room;
 
-static room rooms_of(float *scratch, const columns_of *all_of)
+static room rooms_of(float *scratch, const columns_of *all_of, int64_t rows)
 {
+    const int64_t tiles = takes_all(all_of) ? TILES : (rows + ROWS - 1) / ROWS;
     room r;
     scratch += (64 - (uintptr_t)scratch % 64) % 64 / 4;
     r.owed = (panel *)scratch;
-    r.E = scratch + TILES * PANELS * (int64_t)(sizeof(panel) / 4);
-    r.scale = r.E + TILES * all_of->k * ROWS;
-    r.zero = r.scale + TILES * all_of->groups * ROWS;
-    r.W = r.zero + TILES * all_of->groups * ROWS;
+    r.W = scratch + TILES * PANELS * (int64_t)(sizeof(panel) / 4);
     r.X = r.W + BLOCK * ROWS;
     r.codes = (u8 *)(r.X + BLOCK * ROWS);
-    r.rows = r.X + 2 * BLOCK * ROWS;
+    r.E = r.X + 2 * BLOCK * ROWS;
+    r.scale = r.E + tiles * all_of->k * ROWS;
+    r.zero = r.scale + tiles * all_of->groups * ROWS;
+    r.rows = r.zero + tiles * all_of->groups * ROWS;
+    return r;
+}
+
+/* The same, with errors and grids of the tiles from row `base` on, of rows that begin at `from`. */
+static room room_at(room r, const columns_of *all_of, int64_t from, int64_t base)
+{
+    const int64_t tile = takes_all(all_of) ? 0 : (base - from) / ROWS;
+    r.E += tile * all_of->k * ROWS;
+    r.scale += tile * all_of->groups * ROWS;
+    r.zero += tile * all_of->groups * ROWS;
     return r;
 }
 
@@ -411,17 +428,19 @@ static void round_block(const columns_of *all_of, const grid_rule *rule, const r
 /* GPTQ of rows [from, to) in LDLQ form: with the damped H = M M^T, M upper triangular in the order of the steps, step p rounds
  * w_p + (sum_i<p E_i M_ip) / M_pp, E = W - Q, and its share of the loss is the square of what was rounded off times M_pp. These are the
  * codes of the form with U = M^-1, which is never computed. Fills codes, and scale and zero where width says that they are fitted on
- * the way; adds to loss and excess. packed: M by doctor_pack_factor. Chee et al. 2023 (arXiv 2307.13304) thm 6. */
+ * the way; adds to loss and excess. packed: M by doctor_pack_factor. Several calls share the steps out, in order and with one
+ * scratch. Chee et al. 2023 (arXiv 2307.13304) thm 6. */
 void EXPORT(doctor_round_columns)(const columns_of *all_of, const grid_rule *rule, int64_t from, int64_t to, float *scratch)
 {
-    const room r = rooms_of(scratch, all_of);
+    const room whole = rooms_of(scratch, all_of, to - from);
     const int64_t k = all_of->k, groups = all_of->groups;
     for (int64_t base = from; base < to; base += TILES * ROWS) {
         const int64_t tiles = (least(to - base, TILES * ROWS) + ROWS - 1) / ROWS;
+        const room r = room_at(whole, all_of, from, base);
         const float *P = all_of->packed;
-        for (int64_t tile = 0; tile < tiles && !all_of->width; tile++)
+        for (int64_t tile = 0; tile < tiles && !all_of->width && all_of->first == 0; tile++)
             take_grid(r.scale + tile * groups * ROWS, r.zero + tile * groups * ROWS, all_of, base + tile * ROWS, to);
-        for (int64_t begin = 0; begin < k; begin += all_of->block) {
+        for (int64_t begin = all_of->first; begin < all_of->last; begin += all_of->block) {
             const int64_t end = least(k, begin + all_of->block);
             gather_owed(r.owed, P, end, panels_of(end - begin), begin, r.E, k, tiles);
             for (int64_t tile = 0; tile < tiles; tile++)
@@ -429,7 +448,7 @@ void EXPORT(doctor_round_columns)(const columns_of *all_of, const grid_rule *rul
                             r.scale + tile * groups * ROWS, r.zero + tile * groups * ROWS);
             P += panels_of(end - begin) * COLUMNS * end;
         }
-        for (int64_t tile = 0; tile < tiles && all_of->width; tile++)
+        for (int64_t tile = 0; tile < tiles && all_of->width && all_of->last == k; tile++)
             put_grid(all_of, r.scale + tile * groups * ROWS, r.zero + tile * groups * ROWS, base + tile * ROWS, to);
     }
 }
@@ -540,17 +559,18 @@ static void take_codes(const columns_of *all_of, u8 *tile, int64_t row, int64_t 
  * sets excess. packed: the damped H by doctor_pack_hessian. */
 void EXPORT(doctor_refine)(const columns_of *all_of, const grid_rule *rule, int64_t from, int64_t to, float *scratch)
 {
-    const room r = rooms_of(scratch, all_of);
+    const room whole = rooms_of(scratch, all_of, to - from);
     const int64_t k = all_of->k, groups = all_of->groups;
     for (int64_t base = from; base < to; base += TILES * ROWS) {
         const int64_t tiles = (least(to - base, TILES * ROWS) + ROWS - 1) / ROWS;
+        const room r = room_at(whole, all_of, from, base);
         const float *P = all_of->packed;
-        for (int64_t tile = 0; tile < tiles; tile++) {
+        for (int64_t tile = 0; tile < tiles && all_of->first == 0; tile++) {
             float *scale = r.scale + tile * groups * ROWS, *zero = r.zero + tile * groups * ROWS;
             take_grid(scale, zero, all_of, base + tile * ROWS, to);
             take_errors(all_of, r.E + tile * k * ROWS, scale, zero, base + tile * ROWS, to);
         }
-        for (int64_t begin = 0; begin < k; begin += all_of->block) {
+        for (int64_t begin = all_of->first; begin < all_of->last; begin += all_of->block) {
             const int64_t end = least(k, begin + all_of->block);
             gather_owed(r.owed, P, k, panels_of(end - begin), k, r.E, k, tiles);
             for (int64_t tile = 0; tile < tiles; tile++) {
@@ -561,7 +581,7 @@ void EXPORT(doctor_refine)(const columns_of *all_of, const grid_rule *rule, int6
             }
             P += panels_of(end - begin) * COLUMNS * k;
         }
-        for (int64_t tile = 0; tile < tiles; tile++) {
+        for (int64_t tile = 0; tile < tiles && all_of->last == k; tile++) {
             const int64_t row = base + tile * ROWS;
             put_grid(all_of, r.scale + tile * groups * ROWS, r.zero + tile * groups * ROWS, row, to);
             lanes excess[WIDE] = {{0}};
@@ -575,51 +595,60 @@ void EXPORT(doctor_refine)(const columns_of *all_of, const grid_rule *rule, int6
     }
 }
 
-/* M of H = M M^T by blocks of columns, each f32[panels][end][COLUMNS], from the lower factor L f32[k, k] of H with its order
- * reversed: M[p, q] = L[k - 1 - p, k - 1 - q]. packed f32[sum of panels * COLUMNS * end]. */
-void EXPORT(doctor_pack_factor)(const float *L, int64_t k, int64_t block, float *packed)
+/* M of H = M M^T by blocks of columns, each f32[panels][end][COLUMNS], from the lower factor S f32[k, k] of H with its order
+ * reversed: M[p, q] = S[k - 1 - p, k - 1 - q]; what lies above the diagonal of S is not read. Steps [from, to), whole blocks. */
+void EXPORT(doctor_pack_factor)(const float *S, int64_t k, int64_t block, int64_t from, int64_t to, float *packed)
 {
-    for (int64_t begin = 0; begin < k; begin += block) {
+    for (int64_t begin = from; begin < to; begin += block) {
         const int64_t end = least(k, begin + block), panels = panels_of(end - begin);
         for (int64_t first = 0; first < end; first += STRIP)
             for (int64_t at = 0; at < panels; at++)
                 for (int64_t p = first; p < least(end, first + STRIP); p++) {
-                    const float *row = L + (k - 1 - p) * k + k - 1;
-                    float *to = packed + (at * end + p) * COLUMNS;
+                    const float *row = S + (k - 1 - p) * k + k - 1;
+                    float *out = packed + (at * end + p) * COLUMNS;
                     for (int64_t c = 0; c < COLUMNS; c++) {
                         const int64_t q = begin + at * COLUMNS + c;
-                        to[c] = q < end && p <= q ? row[-q] : 0.0f;
+                        out[c] = q < end && p <= q ? row[-q] : 0.0f;
                     }
                 }
         packed += panels * COLUMNS * end;
     }
 }
 
-/* H + diag(extra) with rows and columns in `order`, by blocks of columns, each f32[panels][k][COLUMNS]. */
-void EXPORT(doctor_pack_hessian)(const float *H, const int32_t *order, const float *extra, int64_t k, int64_t block, float *packed)
+/* H[a, b], from what lies above the diagonal of S and from the diagonal. */
+static inline float entry(const float *S, const float *diagonal, int64_t k, int64_t a, int64_t b)
 {
-    for (int64_t begin = 0; begin < k; begin += block) {
+    return a < b ? S[a * k + b] : a > b ? S[b * k + a] : diagonal[a];
+}
+
+/* H + diag(extra) with rows and columns in `order`, by blocks of columns, each f32[panels][k][COLUMNS]. H f32[k, k] lies above
+ * the diagonal of S, which is apart. Steps [from, to), whole blocks. */
+void EXPORT(doctor_pack_hessian)(const float *S, const float *diagonal, const int32_t *order, const float *extra, int64_t k,
+                                 int64_t block, int64_t from, int64_t to, float *packed)
+{
+    for (int64_t begin = from; begin < to; begin += block) {
         const int64_t end = least(k, begin + block), panels = panels_of(end - begin);
         for (int64_t first = 0; first < k; first += STRIP)
             for (int64_t at = 0; at < panels; at++)
                 for (int64_t p = first; p < least(k, first + STRIP); p++) {
-                    const float *row = H + order[p] * k;
-                    float *to = packed + (at * k + p) * COLUMNS;
+                    float *out = packed + (at * k + p) * COLUMNS;
                     for (int64_t c = 0; c < COLUMNS; c++) {
                         const int64_t q = begin + at * COLUMNS + c;
-                        to[c] = q < end ? row[order[q]] + (p == q ? extra[p] : 0.0f) : 0.0f;
+                        out[c] = q < end ? entry(S, diagonal, k, order[p], order[q]) + (p == q ? extra[p] : 0.0f) : 0.0f;
                     }
                 }
         packed += panels * COLUMNS * k;
     }
 }
 
-/* The lower triangle of H f32[k, k] with rows and columns in `order`; what lies above it is left as it was. */
-void EXPORT(doctor_arrange)(const float *H, const int32_t *order, int64_t k, float *out)
+/* H with rows and columns in `order` into the lower triangle of S, diagonal included, for rows [from, to). H lies above the
+ * diagonal of S, which is apart; it is not changed. */
+void EXPORT(doctor_arrange)(float *S, const float *diagonal, const int32_t *order, int64_t k, int64_t from, int64_t to)
 {
-    for (int64_t i = 0; i < k; i++) {
-        const float *row = H + order[i] * k;
+    for (int64_t i = from; i < to; i++) {
+        const int64_t a = order[i];
+        float *out = S + i * k;
         for (int64_t j = 0; j <= i; j++)
-            out[i * k + j] = row[order[j]];
+            out[j] = entry(S, diagonal, k, a, order[j]);
     }
 }

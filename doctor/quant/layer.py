@@ -292,13 +292,13 @@ def _fold_scales(
 def _search(recipe: Recipe, given: LayerInput) -> Find:
     """What finds the factors of the channels of an input."""
     if not recipe.solver.folds_scales:
-        return partial(smooth_scales, H=given.H, channels=given.channels)
+        return partial(smooth_scales, H=given.H.matrix(), channels=given.channels)
     grid = format_of(recipe).grid(recipe.scheme)
 
     def find(weights: list[torch.Tensor], source: Source) -> tuple[torch.Tensor, str]:
         return find_scales(
             weights,
-            given.H,
+            given.H.matrix(),
             source,
             bits=grid.bits,
             group_size=grid.group_size,

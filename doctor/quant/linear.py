@@ -112,7 +112,7 @@ def _solution(
     if given is None or not given.usable or not recipe.solver.calibrated:
         return round_to_nearest(W, mse=recipe.mse, **options)
     if recipe.solver.folds_scales:
-        return awq.solve(W, given.H, columns, damp=given.damp, **options)
+        return awq.solve(W, given.H.matrix(), columns, damp=given.damp, **options)
     return gptq.solve(
         W,
         given.H,

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-
 from doctor.core.recipe import Recipe
 from doctor.core.records import HessianFacts
 from doctor.quant.solve.hessian import Hessian
 from doctor.quant.solve.spectrum import spectrum
+from doctor.quant.solve.square import Square
 
 
 class LayerInput:
-    """The input of one or more linears: H f32[k, k], `fact`, what its spectrum says, and `channels` f32[k], the largest
-    |x| of each.
+    """The input of one or more linears: its H f32[k, k] with room for a factor, `fact`, what its spectrum says, and
+    `channels` f32[k], the largest |x| of each.
 
     damp: share of mean diag(H) that a factorisation adds first.
     """
 
     def __init__(self, hessian: Hessian, recipe: Recipe):
         self.channels = hessian.largest
-        self.H: torch.Tensor = hessian.take()
+        matrix = hessian.take()
         self.damp = damp = recipe.damp_for(hessian.rows)
-        s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
+        s, bad = spectrum(matrix, hessian.rows, damp), hessian.nonfinite
+        self.H = Square(matrix)
         self.fact = HessianFacts(
             hessian.rows,
             hessian.columns,

@@ -8,8 +8,9 @@ Rows are shared among as many threads as torch has; a row's result does not depe
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -21,6 +22,8 @@ from doctor.scan import native
 ScaleKind = torch.dtype | FloatScale
 
 BLOCK, _PANEL = 128, 4  # columns of a block and of a panel, BLOCK and COLUMNS of solve.c
+# Of a factor or a Hessian, packed at a time for the rows of one call: more saves nothing, and below k = 4096 it is all.
+PACKED_BYTES = 1 << 26
 _WORK_OF_A_THREAD = 1 << 16  # weights below which a second thread costs more than it brings
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FLOATS, _POWERS = 3, 4  # scales of 4-bit floats: 8-bit floats under a divisor, powers of two
@@ -48,9 +51,14 @@ def note(device: torch.device | str) -> str:
     )
 
 
+def native_loops() -> bool:
+    """Whether the native library is there and in use."""
+    return native.level() is not None
+
+
 def usable(*tensors: torch.Tensor) -> bool:
     """Whether the native loops can take these tensors."""
-    return native.level() is not None and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    return native_loops() and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
 
 
 def fit(
@@ -91,7 +99,7 @@ def fit(
 
 def round_columns(
     W: torch.Tensor,
-    L: torch.Tensor,
+    S: torch.Tensor,
     order: torch.Tensor,
     owner: torch.Tensor,
     extra: torch.Tensor,
@@ -104,16 +112,20 @@ def round_columns(
     """GPTQ of W f32[n, k], step p rounding column order[p] to the grid of group owner[p]: (codes u8[n, k], scale f32[n,
     G],
 
-    zero i32[n, G], loss f64[n], excess f64[n]). L f32[k, k] is hessian.reversed_factor of H in that order; loss is tr(e
-    H e^T) of the damped H by row, excess what the damping extra f32[k] of each step has in it. grid (scale, zero) fixed
+    zero i32[n, G], loss f64[n], excess f64[n]). The lower triangle of S f32[k, k] is the factor of H in that order
+    reversed (square.py); loss is tr(e H e^T) of the damped H by row, excess what the damping extra f32[k] of each step
+    has in it. grid (scale, zero) fixed
     beforehand, or None: then groups are runs of `width` steps, a multiple of 4 up to 128, fitted when their first step
     comes up, with cost f32[k] by step. A scale past the stored dtype comes out as Inf.
     """
     n, k = W.shape
     fitted = grid is None
     block = width * (BLOCK // width) if fitted else BLOCK
-    packed = _packed(k, block, lambda end: end)
-    native.function("doctor_pack_factor")(_at(L), _i64(k), _i64(block), _at(packed))
+    pack = native.function("doctor_pack_factor")
+
+    def packed(first: int, last: int, out: torch.Tensor) -> None:
+        pack(_at(S), _i64(k), _i64(block), _i64(first), _i64(last), _at(out))
+
     groups = grid.scale.shape[1] if grid else k // width
     grid = grid or Grid(torch.empty(n, groups), torch.empty(n, groups, dtype=torch.int32))
     scale, zero = grid.scale, grid.zero
@@ -124,6 +136,7 @@ def round_columns(
         order,
         owner,
         packed,
+        lambda end: end,
         extra,
         scale,
         zero,
@@ -139,7 +152,8 @@ def round_columns(
 
 def refine(
     W: torch.Tensor,
-    H: torch.Tensor,
+    S: torch.Tensor,
+    diagonal: torch.Tensor,
     order: torch.Tensor,
     owner: torch.Tensor,
     extra: torch.Tensor,
@@ -148,26 +162,43 @@ def refine(
     grid: Grid,
     width: int = 0,
 ) -> tuple[torch.Tensor, ...]:
-    """One pass of coordinate descent under H f32[k, k] + diag(extra): (codes, scale, zero, change of the loss f64[n],
-    excess f64[n]).
+    """One pass of coordinate descent under H + diag(extra): (codes, scale, zero, change of the loss f64[n], excess
+    f64[n]).
 
-    width: of the groups, runs in `order`, whose scale is fitted again after its codes (a multiple of 4 up to 128); 0
-    leaves scales alone.
+    H lies above the diagonal of S f32[k, k], its own diagonal f32[k] apart; the rest of S is not read. width: of the
+    groups, runs in `order`, whose scale is fitted again after its codes (a multiple of 4 up to 128); 0 leaves scales
+    alone.
     """
     k = W.shape[1]
     block = width or BLOCK
-    packed = _packed(k, block, lambda end: k)
-    native.function("doctor_pack_hessian")(_at(H), _at(order), _at(extra), _i64(k), _i64(block), _at(packed))
+    pack = native.function("doctor_pack_hessian")
+    diagonal = diagonal.contiguous()
+
+    def packed(first: int, last: int, out: torch.Tensor) -> None:
+        sizes = _i64(k), _i64(block), _i64(first), _i64(last)
+        pack(_at(S), _at(diagonal), _at(order), _at(extra), *sizes, _at(out))
+
     codes, scale, zero = codes.clone(), grid.scale.clone(), grid.zero.contiguous()
-    sums = _run("doctor_refine", W, order, owner, packed, extra, scale, zero, codes, params, block, width)
+    sums = _run(
+        "doctor_refine", W, order, owner, packed, lambda end: k, extra, scale, zero, codes, params, block, width
+    )
     return codes, scale, zero, *sums
 
 
-def arrange(H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """H f32[k, k] with rows and columns in order i32[k]: the lower triangle; above it values are undefined."""
-    out = torch.empty_like(H)
-    native.function("doctor_arrange")(_at(H), _at(order), _i64(len(H)), _at(out))
-    return out
+def arrange(S: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> None:
+    """H with rows and columns in order i32[k] into the lower triangle of S f32[k, k], diagonal included.
+
+    H lies above the diagonal of S, which is not changed; its own diagonal f32[k] is apart.
+    """
+    k = len(S)
+    call = native.function("doctor_arrange")
+
+    def part(begin: int, end: int) -> None:
+        call(_at(S), _at(diagonal), _at(order), _i64(k), _i64(begin), _i64(end))
+
+    # rows of a triangle: equal shares of its area
+    threads = max(1, min(torch.get_num_threads(), k * k // 2 // _WORK_OF_A_THREAD))
+    _on_threads(part, [round(k * (i / threads) ** 0.5) for i in range(threads + 1)])
 
 
 def fits(width: int) -> bool:
@@ -196,18 +227,23 @@ class _Columns(ctypes.Structure):
                 "candidates",
             )
         ),
-        *((name, ctypes.c_int64) for name in ("n", "k", "groups", "block", "width")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "groups", "block", "width", "first", "last")),
     ]
 
 
-def _packed(k: int, block: int, height: Callable[[int], int]) -> torch.Tensor:
-    ends = [min(k, begin + block) for begin in range(0, k, block)]
-    return torch.empty(
-        sum(
-            -(-(end - begin) // _PANEL) * _PANEL * height(end)
-            for begin, end in zip(range(0, k, block), ends, strict=True)
-        )
-    )
+def _spans(k: int, block: int, height: Callable[[int], int]) -> Iterator[tuple[int, int, list[int]]]:
+    """(first step, last step, floats of each of its blocks) of what is packed at a time: PACKED_BYTES, one block at
+    least. height: rows of the block that ends at a step.
+    """
+    first, sizes = 0, list[int]()
+    for begin in range(0, k, block):
+        end = min(k, begin + block)
+        size = -(-(end - begin) // _PANEL) * _PANEL * height(end)
+        if sizes and 4 * (sum(sizes) + size) > PACKED_BYTES:
+            yield first, begin, sizes
+            first, sizes = begin, []
+        sizes.append(size)
+    yield first, k, sizes
 
 
 def _run(
@@ -215,7 +251,8 @@ def _run(
     W: torch.Tensor,
     order: torch.Tensor,
     owner: torch.Tensor,
-    packed: torch.Tensor,
+    pack: Callable[[int, int, torch.Tensor], None],
+    height: Callable[[int], int],
     extra: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor,
@@ -226,19 +263,34 @@ def _run(
     cost: torch.Tensor | None = None,
     candidates: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, excess) f64[n] of one of the loops. pack: fills the panels of steps [first, last), whole blocks."""
     n, k = W.shape
     groups = scale.shape[1]
     sums = torch.zeros(2, n, dtype=torch.float64)
-    tensors = (W, order, owner, packed, extra, scale, zero, codes, sums[0], sums[1], cost, candidates)
-    columns = _Columns(*(_at(t) for t in tensors), n, k, groups, block, width)
     call, size = native.function(name), native.function("doctor_columns_scratch", ctypes.c_int64)
-    floats = size(_i64(k), _i64(groups), _i64(width))
+    spans = list(_spans(k, block, height))
+    packed = torch.empty(max(sum(sizes) for _first, _last, sizes in spans))
+    cuts = _cuts(n, n * k)
+    kept = len(spans) > 1  # then errors stay in the scratch from span to span
+    scratch = [
+        torch.empty(size(_i64(k), _i64(groups), _i64(width), _i64((end - begin) if kept else 0)))
+        for begin, end in pairwise(cuts)
+    ]
+    for first, last, sizes in spans:
+        ends = [0, *accumulate(sizes)]
 
-    def part(begin: int, end: int) -> None:
-        scratch = torch.empty(floats)
-        call(ctypes.byref(columns), ctypes.byref(params), _i64(begin), _i64(end), _at(scratch))
+        def fill(begin: int, end: int, first: int = first, last: int = last, ends: list[int] = ends) -> None:
+            pack(first + begin * block, min(last, first + end * block), packed[ends[begin] :])
 
-    _share(n, n * k, part)
+        _share(len(sizes), 4 * sum(sizes), fill, least=1)
+        tensors = (W, order, owner, packed, extra, scale, zero, codes, sums[0], sums[1], cost, candidates)
+        columns = _Columns(*(_at(t) for t in tensors), n, k, groups, block, width, first, last)
+
+        def part(begin: int, end: int, columns: _Columns = columns) -> None:
+            own = scratch[cuts.index(begin)]
+            call(ctypes.byref(columns), ctypes.byref(params), _i64(begin), _i64(end), _at(own))
+
+        _on_threads(part, cuts)
     return sums[0], sums[1]
 
 
@@ -261,13 +313,21 @@ def native_grid_params(
     return NativeGridParams(top, middle, zero_min, sym, turn, mse, kind, ratios, fine, refits, divisor)
 
 
-def _share(n: int, work: int, part: Callable[[int, int], None]) -> None:
+def _share(n: int, work: int, part: Callable[[int, int], None], least: int = 32) -> None:
     """part(begin, end) over the rows 0..n, on threads of equal shares."""
-    threads = max(1, min(torch.get_num_threads(), work // _WORK_OF_A_THREAD, n // 32))
-    if threads == 1:
-        return part(0, n)
-    cuts = [n * i // threads // 32 * 32 for i in range(threads)] + [n]
-    with ThreadPoolExecutor(threads) as pool:
+    _on_threads(part, _cuts(n, work, least))
+
+
+def _cuts(n: int, work: int, least: int = 32) -> list[int]:
+    """Where the shares of 0..n begin, multiples of `least`, and n."""
+    threads = max(1, min(torch.get_num_threads(), work // _WORK_OF_A_THREAD, n // least))
+    return [n * i // threads // least * least for i in range(threads)] + [n]
+
+
+def _on_threads(part: Callable[[int, int], None], cuts: list[int]) -> None:
+    if len(cuts) == 2:
+        return part(*cuts)
+    with ThreadPoolExecutor(len(cuts) - 1) as pool:
         list(pool.map(part, cuts, cuts[1:]))
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from scipy.linalg.lapack import dpotrf, dtrtri, spotrf, strtri
 
-from doctor.quant.solve import cpu
 from doctor.quant.solve.numerics import all_finite
 from doctor.quant.solve.spectrum import live_mean
 
@@ -40,12 +39,12 @@ class Attempt:
 
 def factorise(H: torch.Tensor, damp: float, mean: float | None = None) -> tuple[torch.Tensor | None, int]:
     """(U, info): U upper triangular with (H + damp * mean * I)^-1 = U^T U, and why there is none, as in
-    reversed_factor.
+    _reversed_factor.
 
     One factorization instead of three: with J the reversal of order, J H J = L L^T gives U = J L^-1 J, so there is one
     place that can fail, and 2/3 k^3 operations instead of 4/3.
     """
-    L, info = reversed_factor(H, damp, mean)
+    L, info = _reversed_factor(H, damp, mean)
     if L is None:
         return None, info
     inverse, info = _inverse_of_triangle(L)
@@ -55,11 +54,8 @@ def factorise(H: torch.Tensor, damp: float, mean: float | None = None) -> tuple[
     return (U, 0) if all_finite(U) else (None, -1)
 
 
-def reversed_factor(
-    H: torch.Tensor, damp: float, mean: float | None = None, order: torch.Tensor | None = None
-) -> tuple[torch.Tensor | None, int]:
-    """(L, info): L lower triangular with L L^T = H + damp * mean * I in reversed `order` (i64[k]; None: as it is), and
-    why there is none.
+def _reversed_factor(H: torch.Tensor, damp: float, mean: float | None) -> tuple[torch.Tensor | None, int]:
+    """(L, info): L lower triangular with L L^T = H + damp * mean * I in reversed order, and why there is none.
 
     H [k, k] in float32 or float64, which is the precision of the work; mean is the mean diagonal that damp is a share
     of (default: over live columns). Dead columns get the mean as their diagonal, which decouples them from the others.
@@ -72,22 +68,12 @@ def reversed_factor(
     if not all_finite(H):
         return None, -1
     mean = live_mean(H) if mean is None else mean
-    damped = _reversed(H, order)
+    damped = H.flip(0, 1).contiguous()
     diagonal = damped.diagonal()
     diagonal.copy_(torch.where(diagonal > 0, diagonal, torch.full_like(diagonal, mean if mean > 0 else 1.0)))
     diagonal.add_(damp * mean)
     L, info = _lower_factor(damped)
     return (L, info) if L is None or all_finite(L) else (None, -1)
-
-
-def _reversed(H: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """H in reversed order, contiguous; above the diagonal it may hold anything."""
-    if order is None and not cpu.usable(H):
-        return H.flip(0, 1).contiguous()
-    order = torch.arange(len(H) - 1, -1, -1) if order is None else order.flip(0)
-    if cpu.usable(H):
-        return cpu.arrange(H.contiguous(), order.to(torch.int32))
-    return H.index_select(0, order).index_select(1, order)
 
 
 def _lower_factor(A: torch.Tensor) -> tuple[torch.Tensor | None, int]:
@@ -116,47 +102,55 @@ def _inverse_of_triangle(L: torch.Tensor) -> tuple[torch.Tensor | None, int]:
 
 
 def factorise_with_escalation(
-    H: torch.Tensor,
-    damp: float,
-    damp_max: float,
-    mean: float | None = None,
-    factor: Callable[..., tuple[torch.Tensor | None, int]] = factorise,
+    H: torch.Tensor, damp: float, damp_max: float, mean: float | None = None
 ) -> tuple[torch.Tensor | None, list[Attempt]]:
-    """(the factor in the dtype of H, attempts): the first that succeeds of factor(H, damp, mean), and every try before
-    it as data.
+    """(U of `factorise` in the dtype of H, attempts): the first that succeeds, and every try before it as data."""
+    found: list[torch.Tensor | None] = [None]
+    mean = live_mean(H) if mean is None else mean
 
-    In order of what each costs in quality: float32 at damp; float64 at damp (same problem, more digits); more damping
-    up to 0.1, each rung no higher than damp_max; eigenvalues of H clamped from below at damp; more damping up to
-    damp_max. The factor is None when all failed: the caller quantizes without feedback (RTN) and says so. A non-finite
+    def attempt(precision: str, share: float) -> int:
+        if precision == "eigen":
+            found[0], info = factorise(clamp_eigenvalues(H.to(torch.float64), share * mean), 0.0, mean)
+        else:
+            found[0], info = factorise(H.to(getattr(torch, precision)), share, mean)
+        return info
+
+    attempts = escalate(len(H), damp, damp_max, attempt, H.dtype == torch.float32)
+    return None if found[0] is None else found[0].to(H.dtype), attempts
+
+
+def escalate(
+    columns: int, damp: float, damp_max: float, attempt: Callable[[str, float], int], single: bool = True
+) -> list[Attempt]:
+    """Every try of attempt(precision, share of damping) -> info, up to the first that succeeds.
+
+    In order of what each costs in quality: float32 at damp (where H is `single`); float64 at damp (same problem, more
+    digits); more damping up to 0.1, each rung no higher than damp_max; eigenvalues of H clamped from below at damp;
+    more damping up to damp_max. Where all failed, the caller quantizes without feedback (RTN) and says so. A non-finite
     H ends the ladder at its first rung, since no damping makes NaN finite.
     """
     attempts: list[Attempt] = []
-    mean = live_mean(H) if mean is None else mean
-    for precision, share in _rungs(H, damp, damp_max):
-        if precision == "eigen":
-            matrix, share_added = _clamp_eigenvalues(H.to(torch.float64), share * mean), 0.0
-        else:
-            matrix, share_added = H.to(getattr(torch, precision)), share
-        U, info = factor(matrix, share_added, mean)
+    for precision, share in _rungs(columns, damp, damp_max, single):
+        info = attempt(precision, share)
         outcome = "ok" if info == 0 else "non-finite" if info < 0 else "not-positive"
         attempts.append(Attempt(share, precision, outcome, info))
         if info <= 0:
-            return (None if U is None else U.to(H.dtype)), attempts
-    return None, attempts
+            break
+    return attempts
 
 
-def _rungs(H: torch.Tensor, damp: float, damp_max: float) -> Iterator[tuple[str, float]]:
+def _rungs(columns: int, damp: float, damp_max: float, single: bool) -> Iterator[tuple[str, float]]:
     higher = sorted({rung for rung in (*DAMP_RUNGS, damp_max) if damp < rung <= damp_max})
-    if H.dtype == torch.float32:
+    if single:
         yield "float32", damp
     yield "float64", damp
     yield from (("float64", share) for share in higher if share <= GENTLE_DAMP)
-    if H.shape[0] <= EIGEN_LIMIT and damp > 0:
+    if columns <= EIGEN_LIMIT and damp > 0:
         yield "eigen", damp
     yield from (("float64", share) for share in higher if share > GENTLE_DAMP)
 
 
-def _clamp_eigenvalues(H: torch.Tensor, floor: float) -> torch.Tensor:
+def clamp_eigenvalues(H: torch.Tensor, floor: float) -> torch.Tensor:
     """The nearest matrix to a finite H f64[k, k] (Frobenius) whose eigenvalues are at least floor."""
     values, vectors = torch.linalg.eigh(H)
     fixed = (vectors * values.clamp_min(floor)) @ vectors.T

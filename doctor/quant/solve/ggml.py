@@ -26,12 +26,13 @@ from doctor.checkpoint.ggml_types import GgmlType
 from doctor.core.errors import MachineError, NotQuantizable
 from doctor.core.messages import _
 from doctor.core.recipe import DAMP, DAMP_MAX
-from doctor.quant.solve.factor import Attempt, factorise_with_escalation, reversed_factor
+from doctor.quant.solve.factor import Attempt
 from doctor.quant.solve.grid import require_finite
-from doctor.quant.solve.losses import SAMPLE, energies, share_of
-from doctor.quant.solve.numerics import exact_products
+from doctor.quant.solve.losses import CHUNK_BYTES, SAMPLE, energies, share_of
+from doctor.quant.solve.numerics import exact_products, row_chunks
 from doctor.quant.solve.rtn import require_hessian
 from doctor.quant.solve.spectrum import live_mean
+from doctor.quant.solve.square import Square
 from doctor.scan import native
 
 PANEL = 256  # columns of a panel, WIDEST of gguf.c
@@ -150,7 +151,7 @@ def round_blocks(W: torch.Tensor, kind: GgmlType, importance: torch.Tensor | Non
 
 def solve(
     W: torch.Tensor,
-    H: torch.Tensor | None,
+    H: torch.Tensor | Square | None,
     kind: GgmlType,
     *,
     refine: int = 2,
@@ -172,46 +173,48 @@ def solve(
         loss = share_of((W - Q).double().square().sum(), W.double().square().sum())
         return BlockSolution(blocks.kind, blocks.words(), Q, "rtn", loss, loss, ())
     require_hessian(W, H)
-    H = H.to("cpu", torch.float32).contiguous()
+    square = H if isinstance(H, Square) and H.device.type == "cpu" else Square.of(_matrix(H).cpu())
     with exact_products():
-        return _with_feedback(W, H, blocks, refine, damp, damp_max)
+        return _with_feedback(W, square, blocks, refine, damp, damp_max)
+
+
+def _matrix(H: torch.Tensor | Square) -> torch.Tensor:
+    return H.matrix() if isinstance(H, Square) else H
 
 
 def _with_feedback(
-    W: torch.Tensor, H: torch.Tensor, blocks: _Blocks, refine: int, damp: float, damp_max: float
+    W: torch.Tensor, H: Square, blocks: _Blocks, refine: int, damp: float, damp_max: float
 ) -> BlockSolution:
     mean = live_mean(H)
-    L, attempts = factorise_with_escalation(H, damp, damp_max, mean, reversed_factor)
+    attempts = H.factorise(damp, damp_max, mean)
     importance = torch.where(H.diagonal() > 0, H.diagonal(), mean).contiguous()
-    if L is None or mean == 0:
+    if not H.factored or mean == 0:
         blocks.fit(W, importance if mean > 0 else None)
         Q = _checked(blocks)
         loss = _loss(W, Q, H, mean)
         return BlockSolution(blocks.kind, blocks.words(), Q, "rtn", loss, loss, tuple(attempts))
-    M = L.flip(0, 1).contiguous()
-    del L
-    pivots = M.diagonal().clone()
-    M /= pivots
     Q = torch.zeros_like(W)
-    _round(W, M, pivots.square(), blocks, Q)
-    del M
+    _round(W, H, blocks, Q)
     extra = torch.where(H.diagonal() > 0, 0.0, mean) + attempts[-1].damp * mean
-    damped = H + torch.diag(extra)
     for _pass in range(refine):
-        _refine(W, damped, blocks, Q)
-    del damped
+        _refine(W, H, extra, blocks, Q)
     Q = _checked(blocks)
     loss = _loss(W, Q, H, mean)
     rounded = _rounding_loss(W, Q, H, blocks.kind, importance, loss)
     return BlockSolution(blocks.kind, blocks.words(), Q, "gptq", loss, rounded, tuple(attempts))
 
 
-def _round(W: torch.Tensor, M: torch.Tensor, cost: torch.Tensor, blocks: _Blocks, Q: torch.Tensor) -> None:
-    """GPTQ's loop. M f32[k, k]: unit upper triangular; Q f32[n, k] gets what a reader computes."""
+def _round(W: torch.Tensor, H: Square, blocks: _Blocks, Q: torch.Tensor) -> None:
+    """GPTQ's loop under the factor M of H, unit upper triangular once its columns are divided by the pivots. Q f32[n,
+    k] gets what a reader computes.
+    """
+    pivots = H.pivots()
     for begin, end in _panels(blocks):
+        M = H.factor_panel(begin, end) / pivots[begin:end]
         T = W[:, begin:end].clone()
-        if begin:
-            T.addmm_(W[:, :begin] - Q[:, :begin], M[:begin, begin:end])
+        for rows in row_chunks(*W.shape, CHUNK_BYTES):
+            if begin:
+                T[rows].addmm_(W[rows, :begin] - Q[rows, :begin], M[:begin])
         part = blocks.panel(begin, end)
         found = torch.empty(len(W), end - begin)
         _run(
@@ -219,21 +222,25 @@ def _round(W: torch.Tensor, M: torch.Tensor, cost: torch.Tensor, blocks: _Blocks
             part,
             W[:, begin:end].contiguous(),
             T,
-            M[begin:end, begin:end].contiguous(),
-            cost[begin:end].contiguous(),
+            M[begin:].contiguous(),
+            pivots[begin:end].square(),
             found,
         )
         Q[:, begin:end] = found
         blocks.put(begin, part)
 
 
-def _refine(W: torch.Tensor, H: torch.Tensor, blocks: _Blocks, Q: torch.Tensor) -> None:
-    """One pass of coordinate descent over codes and scales under H f32[k, k]."""
+def _refine(W: torch.Tensor, H: Square, extra: torch.Tensor, blocks: _Blocks, Q: torch.Tensor) -> None:
+    """One pass of coordinate descent over codes and scales under H + diag(extra), extra f32[k]."""
     for begin, end in _panels(blocks):
         part = blocks.panel(begin, end)
         found = Q[:, begin:end].contiguous()
-        pull = (W - Q) @ H[:, begin:end]
-        _run("doctor_ggml_refine", part, None, pull, H[begin:end, begin:end].contiguous(), None, found)
+        columns = H.columns(begin, end)
+        columns[begin:end].diagonal().add_(extra[begin:end])
+        pull = torch.empty_like(found)
+        for rows in row_chunks(*W.shape, CHUNK_BYTES):
+            torch.mm(W[rows] - Q[rows], columns, out=pull[rows])
+        _run("doctor_ggml_refine", part, None, pull, columns[begin:end].contiguous(), None, found)
         Q[:, begin:end] = found
         blocks.put(begin, part)
 
@@ -272,14 +279,14 @@ def _checked(blocks: _Blocks) -> torch.Tensor:
     return Q
 
 
-def _loss(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor, mean: float) -> float:
+def _loss(W: torch.Tensor, Q: torch.Tensor, H: Square, mean: float) -> float:
     if mean == 0:
         return math.nan
     return share_of(energies(W - Q, H).sum(), energies(W, H).sum())
 
 
 def _rounding_loss(
-    W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor, kind: GgmlType, importance: torch.Tensor, loss: float
+    W: torch.Tensor, Q: torch.Tensor, H: Square, kind: GgmlType, importance: torch.Tensor, loss: float
 ) -> float:
     """The loss of the same type without feedback, from up to SAMPLE rows, which ours on them scales to all."""
     rows = torch.arange(len(W)) if len(W) <= SAMPLE else torch.arange(SAMPLE) * len(W) // SAMPLE

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -41,7 +40,7 @@ from doctor.core.messages import _
 from doctor.core.recipe import DAMP, DAMP_MAX
 from doctor.quant.solve import cpu
 from doctor.quant.solve.columns import round_columns
-from doctor.quant.solve.factor import factorise_with_escalation, reversed_factor
+from doctor.quant.solve.factor import factorise_with_escalation
 from doctor.quant.solve.grid import (
     Grid,
     GridParams,
@@ -54,16 +53,21 @@ from doctor.quant.solve.grid import (
 )
 from doctor.quant.solve.grid_search import fit_with, native_params_of
 from doctor.quant.solve.losses import SAMPLE, SAMPLE_WEIGHTS, energies, loss_shares
-from doctor.quant.solve.numerics import exact_products
+from doctor.quant.solve.numerics import exact_products, row_chunks
 from doctor.quant.solve.refine import refine_codes, refit_scales
 from doctor.quant.solve.rtn import require_hessian, rounded
 from doctor.quant.solve.solution import Solution
 from doctor.quant.solve.spectrum import live_mean
+from doctor.quant.solve.square import Square
+
+# Of the weights, and again of the errors, that a native loop works on: the fewer rows, the more often the square is
+# packed for them. With 1365 rows of k = 49,152 packing is a twentieth of the work.
+_LOOP_BYTES = 1 << 28
 
 
 def solve(
     W: torch.Tensor,
-    H: torch.Tensor,
+    H: torch.Tensor | Square,
     *,
     bits: int = 4,
     group_size: int = 128,
@@ -78,7 +82,8 @@ def solve(
     zero_min: int = 1,
     scale_dtype: ScaleKind = torch.float16,
 ) -> Solution:
-    """Codes, grid and losses of W[n, k] under H[k, k] = 2/n X^T X, both on one device.
+    """Codes, grid and losses of W[n, k], any float dtype, under H[k, k] = 2/n X^T X, both on one device. On a CPU a
+    Square keeps its factor for the next linear that reads the same input; a matrix is copied.
 
     mse, signed, zero_min, scale_dtype: as in grid.fit. scattered: groups follow the act-order (desc_act). refine:
     passes of coordinate descent and scale refit after the loop. damp, damp_max: shares of mean diag(H) over live
@@ -91,7 +96,9 @@ def solve(
     width = group_width(W.shape[1], group_size)
     require_finite(W)
     require_hessian(W, H)
-    W, H = W.to(torch.float32).contiguous(), H.to(W.device)
+    native = cpu.native_loops() and W.device.type == "cpu"
+    if not native:
+        H = H.matrix() if isinstance(H, Square) else H.to(W.device)
     mean = live_mean(H)
     order = (
         torch.argsort(H.diagonal(), descending=True, stable=True)
@@ -99,11 +106,13 @@ def solve(
         else torch.arange(len(H), device=H.device)
     )
     fixed = (act_order and not scattered) or width == len(H)  # grids known before the first column is rounded
-    method = _solve_natively if cpu.usable(W) and (fixed or cpu.fits(width)) else _solve_in_torch
+    steps = _Order(order if act_order else None, order, fixed)
     with exact_products():
-        solution = method(
-            W, H, params, _Order(order if act_order else None, order, fixed), refine, damp, damp_max, mean
-        )
+        if native and (fixed or cpu.fits(width)):
+            solution = _solve_natively(W, Square.of(H), params, steps, refine, damp, damp_max, mean)
+        else:
+            H = H.matrix() if isinstance(H, Square) else H
+            solution = _solve_in_torch(W.to(torch.float32).contiguous(), H, params, steps, refine, damp, damp_max, mean)
     if not math.isfinite(solution.loss) and mean > 0:
         raise NotQuantizable(
             _(
@@ -129,7 +138,7 @@ class _Order:
 
 def _solve_natively(
     W: torch.Tensor,
-    H: torch.Tensor,
+    H: Square,
     params: GridParams,
     order: _Order,
     refine: int,
@@ -138,78 +147,79 @@ def _solve_natively(
     mean: float,
 ) -> Solution:
     """LDLQ form: the factor M of H = M M^T is used as it is, never inverted, and its loop adds up the loss on the
-    way.
+    way. Rows go through it in chunks.
+    """
+    k = len(H)
+    attempts = H.factorise(damp, damp_max, mean, order.moved)
+    if not H.factored or mean == 0:
+        return rounded(W, H, params, tuple(attempts))
+    extra = torch.where(H.diagonal() <= 0, mean, 0.0).add_(attempts[-1].damp * mean)
+    cost = torch.empty(k)
+    cost[order.steps] = H.pivots().square()
+    g_idx = contiguous_groups(k, params.group_size)
+    if not order.fixed and order.moved is not None:
+        g_idx = g_idx[torch.argsort(order.steps)]
+    eigen = attempts[-1].precision == "eigen"  # then sums of the loops are of another matrix
+    codes, grids, losses = torch.empty(W.shape, dtype=torch.uint8), list[Grid](), list[torch.Tensor]()
+    for rows in row_chunks(*W.shape, _LOOP_BYTES):
+        part = W[rows].to(torch.float32).contiguous()
+        found, grid, loss = _loops(part, H, params, order, refine, extra, cost, g_idx, eigen)
+        codes[rows] = found
+        grids.append(grid)
+        losses.append(loss)
+        del part, found
+    grid = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
+    shares = loss_shares(W, H, params, cost, torch.cat(losses), max(SAMPLE, SAMPLE_WEIGHTS // k))
+    return Solution(codes, grid, g_idx, "gptq", *shares, tuple(attempts))
+
+
+def _loops(
+    W: torch.Tensor,
+    H: Square,
+    params: GridParams,
+    order: _Order,
+    refine: int,
+    extra: torch.Tensor,
+    cost: torch.Tensor,
+    g_idx: torch.Tensor,
+    eigen: bool,
+) -> tuple[torch.Tensor, Grid, torch.Tensor]:
+    """(codes u8[n, k], grid, loss f64[n]) of some rows W f32[n, k]. extra f32[k]: what damping added to diag(H);
+    g_idx i32[k]: the group of each column; cost f32[k]: of an error in a column.
     """
     k = len(H)
     width = group_width(k, params.group_size)
-    L, attempts = factorise_with_escalation(H, damp, damp_max, mean, partial(reversed_factor, order=order.moved))
-    H = H.to(torch.float32)
-    if L is None or mean == 0:
-        return rounded(W, H, params, tuple(attempts))
-    dead = H.diagonal() <= 0
-    extra = torch.where(dead, mean, 0.0).add_(attempts[-1].damp * mean)
-    pivots = L.diagonal().flip(0).square()
-    cost = torch.empty(k)
-    cost[order.steps] = pivots
-    g_idx = contiguous_groups(k, params.group_size)
+    rule, candidates = native_params_of(params)
     steps = order.steps.to(torch.int32)
+    owner, added = g_idx[order.steps].contiguous(), extra[order.steps]
     if order.fixed:
-        loop = cpu.round_columns(
-            W,
-            L,
-            steps,
-            g_idx[order.steps].contiguous(),
-            extra[order.steps],
-            native_params_of(params)[0],
-            fit_with(params, W, cost),
-        )
+        loop = cpu.round_columns(W, H.values, steps, owner, added, rule, fit_with(params, W, cost))
     else:
-        loop = cpu.round_columns(
-            W,
-            L,
-            steps,
-            g_idx,
-            extra[order.steps],
-            native_params_of(params)[0],
-            None,
-            pivots,
-            width,
-            native_params_of(params)[1],
-        )
+        loop = cpu.round_columns(W, H.values, steps, owner, added, rule, None, H.pivots().square(), width, candidates)
         store_scale(loop[1].abs(), params.scale_dtype)  # names the scale that became Inf
-        if order.moved is not None:
-            g_idx = g_idx[torch.argsort(order.steps)]
     codes, grid, loss, excess = loop[0], Grid(loop[1], loop[2]), *loop[3:]
-    del L, loop
+    del loop
     by_group = torch.argsort(g_idx, stable=True)
     inside = width if cpu.fits(width) else 0
     for _pass in range(refine):
         *found, change, excess = cpu.refine(
             W,
-            H,
+            H.values,
+            H.diagonal(),
             by_group.to(torch.int32),
             g_idx[by_group].contiguous(),
             extra[by_group],
-            native_params_of(params)[0],
+            rule,
             codes,
             grid,
             inside,
         )
         codes, grid, loss = found[0], Grid(found[1], found[2]), loss + change
         if not inside:
-            grid = refit_scales(W, H + torch.diag(extra), codes, grid, g_idx, params.scale_dtype)
-    if attempts[-1].precision == "eigen" or (refine and not inside):
-        # then the sums are of another matrix, or of older scales
-        loss = energies(W - dequantize(codes, grid, g_idx), H)
-        excess = torch.zeros_like(loss)
-    return Solution(
-        codes,
-        grid,
-        g_idx,
-        "gptq",
-        *loss_shares(W, H, params, cost, (loss - excess).clamp_min(0), max(SAMPLE, SAMPLE_WEIGHTS // k)),
-        tuple(attempts),
-    )
+            grid = refit_scales(W, H, codes, grid, g_idx, params.scale_dtype, extra)
+    if eigen or (refine and not inside):  # then the sums are of another matrix, or of older scales
+        return codes, grid, energies(W - dequantize(codes, grid, g_idx), H).clamp_min(0)
+    return codes, grid, (loss - excess).clamp_min(0)
 
 
 def _solve_in_torch(

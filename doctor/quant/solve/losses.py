@@ -6,6 +6,8 @@ import torch
 
 from doctor.quant.solve.grid import GridParams, dequantize, quantize
 from doctor.quant.solve.grid_search import fit_with
+from doctor.quant.solve.numerics import row_chunks
+from doctor.quant.solve.square import Square
 
 # Rows of W whose losses are taken exactly: where H is wide, 128 come no closer than 64 (SmolLM2-135M, plain inputs and
 # one dominant direction); where it is narrow, more cost nothing.
@@ -13,10 +15,11 @@ SAMPLE, SAMPLE_WEIGHTS = 64, 1 << 17
 _CLEAR = 0.8
 _POWER_STEPS = 3  # from the largest column; more bring nothing where one direction dominates
 _ROWS_AT_A_TIME = 128  # so that intermediate values stay in the cache
+CHUNK_BYTES = 1 << 26  # of the rows that are worked on at a time where nothing is shared between them
 
 
 def loss_shares(
-    W: torch.Tensor, H: torch.Tensor, params: GridParams, cost: torch.Tensor, loss: torch.Tensor, most: int
+    W: torch.Tensor, H: torch.Tensor | Square, params: GridParams, cost: torch.Tensor, loss: torch.Tensor, most: int
 ) -> tuple[float, float]:
     """(loss, rtn_loss) as shares of tr(W H W^T), from the loss f64[n] of each row.
 
@@ -29,10 +32,13 @@ def loss_shares(
     n = len(W)
     rows = torch.arange(min(n, most), device=W.device)
     rows = rows if n <= most else rows * n // most
-    part = W[rows]
-    grid = fit_with(params, part, cost)
-    E = part - dequantize(quantize(part, grid, params.bits, scale_dtype=params.scale_dtype), grid)
-    whole, rounded = energies(torch.cat([part, E]), H).view(2, -1).sum(1)
+    sums = torch.zeros(2, dtype=torch.float64, device=W.device)
+    for chunk in row_chunks(len(rows), W.shape[1], CHUNK_BYTES):
+        part = W[rows[chunk]].to(torch.float32)
+        grid = fit_with(params, part, cost)
+        E = part - dequantize(quantize(part, grid, params.bits, scale_dtype=params.scale_dtype), grid)
+        sums += energies(torch.cat([part, E]), H).view(2, -1).sum(1)
+    whole, rounded = sums
     ours = loss[rows].sum()
     if n > most:
         if not ours < _CLEAR * rounded:
@@ -43,22 +49,23 @@ def loss_shares(
     return share_of(loss.sum(), whole), share_of(rounded, whole)
 
 
-def _likely_energies(W: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+def _likely_energies(W: torch.Tensor, H: torch.Tensor | Square) -> torch.Tensor:
     """About w H w^T of each row, f64[n]: H as its strongest direction, where one may hold most of the energy, and a
     diagonal.
     """
-    v = H[:, int(H.diagonal().argmax())]
+    largest = int(H.diagonal().argmax())
+    v = H.column(largest) if isinstance(H, Square) else H[:, largest]
     for _ in range(_POWER_STEPS):
-        v = H @ (v / v.norm())
+        v = v / v.norm()
+        v = H.product(v[None])[0] if isinstance(H, Square) else H @ v
     strength = v.norm()
     v = v / strength
     rest = (H.diagonal() - strength * v.square()).clamp_min(0)
-    return torch.cat([strength * (some @ v).square() + some.square() @ rest for some in W.split(_ROWS_AT_A_TIME)]).to(
-        torch.float64
-    )
+    parts = (some.to(torch.float32) for some in W.split(_ROWS_AT_A_TIME))
+    return torch.cat([strength * (some @ v).square() + some.square() @ rest for some in parts]).to(torch.float64)
 
 
-def proxy_loss(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor) -> float:
+def proxy_loss(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor | Square) -> float:
     """tr(E H E^T) / tr(W H W^T) with E = W - Q: the share of the output's energy that quantizing changes."""
     E = W - Q
     return float(_energy(E, H) / _energy(W, H))
@@ -69,11 +76,11 @@ def share_of(part: torch.Tensor, whole: torch.Tensor) -> float:
     return 0.0 if part == 0 else float(part / whole)
 
 
-def _energy(E: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+def _energy(E: torch.Tensor, H: torch.Tensor | Square) -> torch.Tensor:
     """tr(E H E^T), summed over rows in float64."""
     return energies(E, H).sum()
 
 
-def energies(E: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+def energies(E: torch.Tensor, H: torch.Tensor | Square) -> torch.Tensor:
     """e H e^T of each row, f64[n]."""
-    return ((E @ H) * E).sum(1).to(torch.float64)
+    return ((H.product(E) if isinstance(H, Square) else E @ H) * E).sum(1).to(torch.float64)

@@ -21,6 +21,12 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def row_chunks(n: int, k: int, most: int) -> Iterator[slice]:
+    """Rows of an [n, k] float32 matrix in runs of at most `most` bytes, one row at least."""
+    rows = max(1, most // (4 * k))
+    return (slice(first, min(n, first + rows)) for first in range(0, n, rows))
+
+
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or Inf, in one pass: both reach the bounds."""
     return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())

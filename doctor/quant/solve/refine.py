@@ -23,6 +23,7 @@ from doctor.quant.solve.grid import (
 )
 from doctor.quant.solve.grid_search import native_params_of
 from doctor.quant.solve.spectrum import live_mean
+from doctor.quant.solve.square import Square
 
 _REFIT_BYTES = 1 << 27  # of the G x G systems and the weights of a chunk of rows
 
@@ -73,7 +74,7 @@ def refine_codes(
 
 def improve(
     W: torch.Tensor,
-    H: torch.Tensor,
+    H: torch.Tensor | Square,
     codes: torch.Tensor,
     grid: Grid,
     *,
@@ -95,14 +96,16 @@ def improve(
     extra = torch.where(H.diagonal() > 0, 0.0, mean) + damp * mean
     if not cpu.usable(W):
         lost = torch.zeros(len(W), dtype=torch.float64, device=W.device)
+        full = H.matrix() if isinstance(H, Square) else H
         codes, grid, _ = refine_codes(
-            W, H + torch.diag(extra), codes.T.contiguous(), grid, g_idx, params, 1, lost, True
+            W, full + torch.diag(extra), codes.T.contiguous(), grid, g_idx, params, 1, lost, True
         )
         return codes.T.contiguous(), grid
     inside = width if cpu.fits(width) else 0
     codes, scale, zero, *_ = cpu.refine(
         W.contiguous(),
-        H.contiguous(),
+        H.values if isinstance(H, Square) else H.contiguous(),
+        H.diagonal(),
         torch.arange(len(H), dtype=torch.int32),
         g_idx,
         extra,
@@ -112,7 +115,7 @@ def improve(
         inside,
     )
     grid = Grid(scale, zero)
-    return codes, grid if inside else refit_scales(W, H + torch.diag(extra), codes, grid, g_idx)
+    return codes, grid if inside else refit_scales(W, H, codes, grid, g_idx, extra=extra)
 
 
 def descend(
@@ -150,13 +153,15 @@ def descend(
 
 def refit_scales(
     W: torch.Tensor,
-    H: torch.Tensor,
+    H: torch.Tensor | Square,
     codes: torch.Tensor,
     grid: Grid,
     g_idx: torch.Tensor,
     dtype: ScaleKind = torch.float16,
+    extra: torch.Tensor | None = None,
 ) -> Grid:
-    """The grid whose scales minimise tr(E H E^T) given codes u8[n, k]: G unknowns a row, solved together.
+    """The grid whose scales minimise tr(E H E^T) given codes u8[n, k]: G unknowns a row, solved together. extra f32[k]:
+    what damping adds to diag(H), None for nothing. A Square takes groups of neighbours only.
 
     Scales are rounded to dtype, and a row keeps its old ones where rounding leaves nothing gained, or where the best
     value of one changes sign or vanishes (a group of zeros has no best scale).
@@ -164,18 +169,20 @@ def refit_scales(
     n, groups = grid.scale.shape
     by_group = torch.argsort(g_idx, stable=True)
     width = len(by_group) // groups
-    H = H[by_group][:, by_group]
+    damped = _Damped(
+        H if isinstance(H, Square) else H[by_group][:, by_group], None if extra is None else extra[by_group]
+    )
     scale = grid.scale.clone()
-    rows = max(1, _REFIT_BYTES // (8 * (groups * groups + len(H))))
+    rows = max(1, _REFIT_BYTES // (8 * (groups * groups + len(by_group))))
     for first in range(0, n, rows):
         part = slice(first, min(n, first + rows))
         level = (codes[part].to(torch.float32) - grid.zero[part][:, g_idx.to(torch.int64)])[:, by_group]
         count = level.shape[0]
-        target = ((W[part][:, by_group] @ H) * level).reshape(count, groups, width).sum(-1).to(torch.float64)
+        target = (damped.product(W[part][:, by_group]) * level).reshape(count, groups, width).sum(-1).to(torch.float64)
         A = torch.empty(count, groups, groups, dtype=torch.float64, device=W.device)
         for g in range(groups):  # A[g, h] = q_g H_gh q_h^T, symmetric
             begin, end = g * width, (g + 1) * width
-            reach = (level[:, begin:end] @ H[begin:end, begin:]).mul_(level[:, begin:])
+            reach = (level[:, begin:end] @ damped.strip(begin, end)).mul_(level[:, begin:])
             A[:, g, g:] = A[:, g:, g] = reach.reshape(count, groups - g, width).sum(-1).to(torch.float64)
         old = grid.scale[part]
         empty = A.diagonal(dim1=1, dim2=2) <= 0
@@ -189,6 +196,25 @@ def refit_scales(
         gained = _scale_cost(A, target, new) < _scale_cost(A, target, old)
         scale[part] = torch.where(gained[:, None], new, old)
     return Grid(scale, grid.zero)
+
+
+class _Damped:
+    """H + diag(extra), of which rows are made when they are asked for."""
+
+    def __init__(self, H: torch.Tensor | Square, extra: torch.Tensor | None):
+        self._H, self._extra = H, extra
+
+    def product(self, E: torch.Tensor) -> torch.Tensor:
+        found = self._H.product(E) if isinstance(self._H, Square) else E @ self._H
+        return found if self._extra is None else found.addcmul_(E, self._extra)
+
+    def strip(self, begin: int, end: int) -> torch.Tensor:
+        """Rows [begin, end) from column `begin` on."""
+        square = isinstance(self._H, Square)
+        found = self._H.strip(begin, end) if square else self._H[begin:end, begin:].clone()  # type: ignore[union-attr,index]
+        if self._extra is not None:
+            found.diagonal().add_(self._extra[begin:end])
+        return found
 
 
 def _scale_cost(A: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.quant.solve.factor import Attempt
-from doctor.quant.solve.grid import GridParams, ScaleKind, contiguous_groups, dequantize, quantize, require_finite
+from doctor.quant.solve.grid import (
+    Grid,
+    GridParams,
+    ScaleKind,
+    contiguous_groups,
+    dequantize,
+    quantize,
+    require_finite,
+)
 from doctor.quant.solve.grid_search import fit_with
-from doctor.quant.solve.losses import proxy_loss, share_of
-from doctor.quant.solve.numerics import all_finite
+from doctor.quant.solve.losses import CHUNK_BYTES, energies, share_of
+from doctor.quant.solve.numerics import all_finite, row_chunks
 from doctor.quant.solve.solution import Solution
 from doctor.quant.solve.spectrum import live_mean
+from doctor.quant.solve.square import Square
 
 
 def round_to_nearest(
@@ -34,27 +41,41 @@ def round_to_nearest(
     if H is not None:
         require_hessian(W, H)
         H = H.to(W.device, torch.float32)
-    return rounded(W.to(torch.float32), H, GridParams(bits, group_size, sym, mse, signed, zero_min, scale_dtype), ())
+    return rounded(W, H, GridParams(bits, group_size, sym, mse, signed, zero_min, scale_dtype), ())
 
 
-def rounded(W: torch.Tensor, H: torch.Tensor | None, params: GridParams, attempts: tuple[Attempt, ...]) -> Solution:
-    """RTN on grids fitted with columns weighed by diag(H), dead ones by its mean."""
+def rounded(
+    W: torch.Tensor, H: torch.Tensor | Square | None, params: GridParams, attempts: tuple[Attempt, ...]
+) -> Solution:
+    """RTN of finite W[n, k] on grids fitted with columns weighed by diag(H), dead ones by its mean."""
     mean, cost = 0.0, None
     if H is not None and (mean := live_mean(H)) > 0:
         cost = torch.where(H.diagonal() > 0, H.diagonal(), torch.full_like(H.diagonal(), mean))
-    grid = fit_with(params, W, cost)
-    codes = quantize(W, grid, params.bits, scale_dtype=params.scale_dtype)
-    if H is None:  # rounding by choice, without calibration: the share of W's own energy, which is what H = I gives
-        loss = share_of((W - dequantize(codes, grid)).double().square().sum(), W.double().square().sum())
-    else:
-        loss = proxy_loss(W, dequantize(codes, grid), H) if mean > 0 else math.nan
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    grids: list[Grid] = []
+    sums = torch.zeros(2, dtype=torch.float64, device=W.device)  # of the errors' energy, and of the weights'
+    for rows in row_chunks(*W.shape, CHUNK_BYTES):
+        part = W[rows].to(torch.float32)
+        grid = fit_with(params, part, cost)
+        codes[rows] = quantize(part, grid, params.bits, scale_dtype=params.scale_dtype)
+        E = part - dequantize(codes[rows], grid)
+        grids.append(grid)
+        if H is None:  # rounding by choice, without calibration: the share of W's own energy, which is what H = I gives
+            sums += torch.stack([x.double().square().sum() for x in (E, part)])
+        elif mean > 0:
+            sums += torch.stack([energies(E, H).sum(), energies(part, H).sum()])
+    loss = share_of(*sums) if H is None else float(sums[0] / sums[1])
+    grid = Grid(*(torch.cat(parts) for parts in zip(*((g.scale, g.zero) for g in grids), strict=True)))
     return Solution(
         codes, grid, contiguous_groups(W.shape[1], params.group_size, W.device), "rtn", loss, loss, attempts
     )
 
 
-def require_hessian(W: torch.Tensor, H: torch.Tensor) -> None:
+def require_hessian(W: torch.Tensor, H: torch.Tensor | Square) -> None:
+    """NotQuantizable where H is of another shape, or not finite."""
     k = W.shape[1]
+    if isinstance(H, Square):
+        H = H.values
     if tuple(H.shape) != (k, k):
         raise NotQuantizable(
             _("H is {shape} for W[{rows}, {k}]: H must be [{k}, {k}].", shape=list(H.shape), rows=W.shape[0], k=k)

@@ -146,7 +146,7 @@ def test_refinement_says_by_how_much_it_lowers_the_loss(level, n, k, group):
     before = losses.energies(W - grid.dequantize(codes, found), damped)
     for width in (0, group) if cpu.fits(group) else (0,):
         moved, *scales, change, excess = cpu.refine(
-            W, H, torch.arange(k, dtype=torch.int32), g_idx, extra, rule, codes, found, width
+            W, H, H.diagonal(), torch.arange(k, dtype=torch.int32), g_idx, extra, rule, codes, found, width
         )
         E = W - grid.dequantize(moved, grid.Grid(*scales))
         after = losses.energies(E, damped)

@@ -1,0 +1,207 @@
+"""The Hessian of a linear's input and its factor, in one square of memory.
+
+H is symmetric and its factor is a triangle, so one square of 4 k^2 bytes holds both: H above the diagonal, the factor
+on it and below, the diagonal of H apart. `matrix` makes the square symmetric again.
+
+LAPACK's indices have 32 bits: k^2 passes them at k = 46,341. From there on the factor is computed in tiles, each of
+which is within them; one linear's factor needs no more than three tiles beside the square either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from scipy.linalg.blas import dtrsm, strsm
+from scipy.linalg.lapack import dpotrf, spotrf
+
+from doctor.quant.solve import cpu
+from doctor.quant.solve.factor import Attempt, clamp_eigenvalues, escalate
+from doctor.quant.solve.numerics import all_finite
+
+LAPACK_MOST = 46_340  # columns of a whole matrix
+TILE = 2048
+_PANEL = 256  # rows that are mirrored at a time
+
+
+class Square:
+    """H f32[k, k] of calibration inputs, and room for its factor. Takes the memory of `values`, which is symmetric."""
+
+    def __init__(self, values: torch.Tensor):
+        self._values = values
+        self._diagonal = values.diagonal().clone()
+        self._symmetric = True  # whether the lower triangle is H
+        self._asked: tuple[float, float, torch.Tensor] | None = None  # whose factor the lower triangle is
+        self._attempts: list[Attempt] = []
+
+    @classmethod
+    def of(cls, H: torch.Tensor | Square) -> Square:
+        """A square of its own for a matrix, or the square itself."""
+        return H if isinstance(H, Square) else cls(H.to(torch.float32, copy=True).contiguous())
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def device(self) -> torch.device:
+        return self._values.device
+
+    @property
+    def values(self) -> torch.Tensor:
+        """f32[k, k]: H above the diagonal; on and below it the factor, where there is one, else H."""
+        return self._values
+
+    def diagonal(self) -> torch.Tensor:
+        """diag(H), f32[k]; not to be written to."""
+        return self._diagonal
+
+    def matrix(self) -> torch.Tensor:
+        """H f32[k, k], symmetric. A factor is given up."""
+        if self._symmetric:
+            return self._values
+        values, self._symmetric, self._asked = self._values, True, None
+        for at in range(0, len(values), _PANEL):
+            end = at + _PANEL
+            block = values[at:end, at:end]
+            block.copy_(_whole(block))
+            values[end:, at:end] = values[at:end, end:].T
+        values.diagonal().copy_(self._diagonal)
+        return values
+
+    def column(self, j: int) -> torch.Tensor:
+        """Column j of H, f32[k]."""
+        return torch.cat([self._values[:j, j], self._diagonal[j : j + 1], self._values[j, j + 1 :]])
+
+    def strip(self, begin: int, end: int) -> torch.Tensor:
+        """Rows [begin, end) of H from column `begin` on, f32[end - begin, k - begin]."""
+        found = self._values[begin:end, begin:].clone()
+        found[:, : end - begin] = _whole(found[:, : end - begin])
+        found.diagonal().copy_(self._diagonal[begin:end])
+        return found
+
+    def columns(self, begin: int, end: int) -> torch.Tensor:
+        """Columns [begin, end) of H, f32[k, end - begin]."""
+        return torch.cat([self._values[:begin, begin:end], self.strip(begin, end).T])
+
+    def product(self, E: torch.Tensor) -> torch.Tensor:
+        """E H, f32[n, k]."""
+        k = len(self)
+        if self._symmetric and k <= LAPACK_MOST:
+            return E @ self._values
+        out = E * self._diagonal
+        for begin in range(0, k, TILE):
+            end = min(k, begin + TILE)
+            block, right = self._values[begin:end, begin:end].triu(1), self._values[begin:end, end:]
+            out[:, begin:end].addmm_(E[:, begin:end], block + block.T).addmm_(E[:, end:], right.T)
+            out[:, end:].addmm_(E[:, begin:end], right)
+        return out
+
+    def factorise(self, damp: float, damp_max: float, mean: float, order: torch.Tensor | None = None) -> list[Attempt]:
+        """Every try to factor H in `order` i64[k] (None: as it is), as `factor.escalate` has them, the last one used.
+        Linears that share an input share it.
+
+        Where the last one is ok, the lower triangle is the L of L L^T = H + damp * mean * I in reversed order. mean:
+        of diag(H) over live columns; dead ones get it as their diagonal, which decouples them from the others.
+        """
+        steps = torch.arange(len(self)) if order is None else order
+        if self._asked is not None and self._asked[:2] == (damp, damp_max) and torch.equal(self._asked[2], steps):
+            return self._attempts
+        self._attempts = escalate(len(self), damp, damp_max, partial(self._attempt, mean, steps.flip(0)))
+        self._asked = damp, damp_max, steps
+        return self._attempts
+
+    @property
+    def factored(self) -> bool:
+        """Whether the last try of `factorise` gave a factor."""
+        return self._asked is not None and self._attempts[-1].outcome == "ok"
+
+    def pivots(self) -> torch.Tensor:
+        """M_pp of H = M M^T, M upper triangular in the order of the factor, f32[k]."""
+        return self._values.diagonal().flip(0)
+
+    def factor_panel(self, begin: int, end: int) -> torch.Tensor:
+        """M[:end, begin:end] of H = M M^T, M upper triangular in the order of the factor: f32[end, end - begin]."""
+        k = len(self)
+        return self._values[k - end :, k - end : k - begin].flip(0, 1).triu(-begin)
+
+    def _attempt(self, mean: float, turned: torch.Tensor, precision: str, share: float) -> int:
+        """Factor H in the order `turned` with one precision and share of damping; info as in
+        factor_in_place, and -1 where something is not finite."""
+        work = torch.float32 if precision == "float32" else torch.float64
+        clamped = clamp_eigenvalues(self.matrix().double(), share * mean) if precision == "eigen" else None
+        diagonal = (self._diagonal if clamped is None else clamped.diagonal())[turned].to(work)
+        diagonal = torch.where(diagonal > 0, diagonal, torch.full_like(diagonal, mean if mean > 0 else 1.0))
+        diagonal.add_(share * mean if clamped is None else 0.0)
+        self._symmetric = False
+        if clamped is not None:
+            info = self._through_tiles(lambda rows, columns: clamped[turned[rows]][:, turned[columns]], diagonal)
+        else:
+            cpu.arrange(self._values, self._diagonal, turned.to(torch.int32))
+            if work == torch.float32:
+                self._values.diagonal().copy_(diagonal)
+                info = factor_in_place(self._values)
+            else:
+                info = self._through_tiles(lambda rows, columns: self._values[rows, columns].double(), diagonal)
+        return info if info or all_finite(self._values) else -1
+
+    def _through_tiles(self, tile_of: Callable[[slice, slice], torch.Tensor], diagonal: torch.Tensor) -> int:
+        """Factor in float64, tile by tile, and round into the lower triangle: a second square beside the first."""
+        parts = _parts(len(self), TILE)
+        tiles = [[tile_of(rows, columns) for columns in parts[: number + 1]] for number, rows in enumerate(parts)]
+        for number, rows in enumerate(parts):
+            tiles[number][number].diagonal().copy_(diagonal[rows])
+        info = _factor(tiles, parts)
+        for rows, found in zip(parts, tiles, strict=True):
+            for columns, tile in zip(parts, found, strict=False):
+                _put(self._values[rows, columns], tile, rows == columns)
+        return info
+
+
+def factor_in_place(S: torch.Tensor, tile: int | None = None) -> int:
+    """The lower triangle A of S [k, k] becomes L with A = L L^T, what lies above the diagonal stays. Returns LAPACK's
+    info: 0, or the order of the first leading minor that is not positive. tile: columns worked on at a time; by default
+    all of them, as long as LAPACK can index them.
+    """
+    if tile is None and len(S) <= LAPACK_MOST:
+        # In Fortran's order the memory of S is that of S^T, so its upper factor is L^T and nothing is copied.
+        return int({torch.float32: spotrf, torch.float64: dpotrf}[S.dtype](S.numpy().T, 0, 0, 1)[1])
+    parts = _parts(len(S), tile or TILE)
+    return _factor([[S[rows, columns] for columns in parts[: at + 1]] for at, rows in enumerate(parts)], parts)
+
+
+def _factor(tiles: list[list[torch.Tensor]], parts: list[slice]) -> int:
+    """Factor a lower triangle of tiles in place, one column of tiles after the other; of those on the diagonal the
+    lower triangle. Each needs the tiles left of it and of its diagonal only.
+    """
+    potrf, trsm = {torch.float32: (spotrf, strsm), torch.float64: (dpotrf, dtrsm)}[tiles[0][0].dtype]
+    for j, columns in enumerate(parts):
+        D = tiles[j][j].clone()
+        for left in tiles[j][:j]:
+            D.addmm_(left, left.T, alpha=-1)
+        info = int(potrf(D.numpy().T, 0, 0, 1)[1])
+        if info:
+            return columns.start + info
+        _put(tiles[j][j], D, True)
+        for row in tiles[j + 1 :]:
+            A = row[j].contiguous()
+            for left, beside in zip(row[:j], tiles[j][:j], strict=True):
+                A.addmm_(left, beside.T, alpha=-1)
+            trsm(1.0, D.numpy().T, A.numpy().T, 0, 0, 1, 0, 1)  # A^T becomes L^-1 A^T
+            row[j].copy_(A)
+    return 0
+
+
+def _put(place: torch.Tensor, tile: torch.Tensor, diagonal: bool) -> None:
+    """A tile where it belongs; of one on the diagonal the lower triangle."""
+    place.copy_(torch.where(torch.ones_like(place, dtype=torch.bool).tril(), tile, place) if diagonal else tile)
+
+
+def _parts(k: int, tile: int) -> list[slice]:
+    return [slice(begin, min(k, begin + tile)) for begin in range(0, k, tile)]
+
+
+def _whole(block: torch.Tensor) -> torch.Tensor:
+    """A square block of H from what it has above its diagonal, with zeros on it."""
+    above = block.triu(1)
+    return above + above.T
