@@ -13,7 +13,7 @@ from doctor.core.messages import _
 from doctor.quant import budget
 from doctor.quant.forward.hidden_states import HiddenStates, batch_shape
 from doctor.quant.forward.layer_call import LayerCall
-from doctor.quant.forward.linear_groups import LinearGroups, Modules, Stages, discover
+from doctor.quant.forward.linear_groups import LinearGroups, Modules, Stages, discover, in_turn
 from doctor.quant.forward.spill import SpillFile
 from doctor.quant.forward.staged import StagedForward
 from doctor.quant.setup import Setup
@@ -55,10 +55,16 @@ class Activations:
             self._structures[key] = LinearGroups(tuple(tuple(map(tuple, stage)) for stage in groups), held)
         return self._structures[key]
 
+    def stages(self, i: int, modules: Modules, groups: LinearGroups) -> Stages:
+        """Stages of layer i by name, with as many experts at a time as the skeleton takes."""
+        found = {name for name, (_linear, module) in modules.items() if module in self.setup.skeleton.experts_of(i)}
+        linears = {name: linear for name, (linear, _module) in modules.items()}
+        return in_turn(groups.names(list(modules)), linears, found, self.setup.skeleton.experts_at_once)
+
     def staged_forward(
-        self, i: int, stages: Stages, modules: Modules, suspended_bytes: float = math.inf
+        self, i: int, stages: Stages, modules: Modules, suspended_bytes: float, *, forgets: bool = False
     ) -> StagedForward:
-        """A forward of layer i that stops before each stage; by default no batch is kept suspended between them."""
+        """A forward of layer i that stops before each stage. forgets: see StagedForward."""
         setup = self.setup
         capacity, calls = self.device_capacity(), [calls[i] for calls in self.calls]
         tokens = sum(batch.numel() for batch in setup.batches)
@@ -79,6 +85,7 @@ class Activations:
             capacity=capacity,
             suspended_bytes=suspended_bytes,
             spill_file=spill_file,
+            forgets=forgets,
         )
 
     def _say_spilled(self, held: float, capacity: int) -> None:

@@ -37,7 +37,7 @@ from doctor.quant.linear import Solved, divisors, outcome, pack_linear, put_weig
 from doctor.quant.records import Record, failed, put_facts, record
 from doctor.quant.selection import Selection, select_linears
 from doctor.quant.setup import Setup
-from doctor.quant.solve.awq_fold import Find, ScaleFolding
+from doctor.quant.solve.awq_fold import Find, Folds, ScaleFolding
 from doctor.quant.solve.awq_search import find_scales
 from doctor.quant.solve.awq_source import Source
 from doctor.quant.solve.smooth import smooth_scales
@@ -142,13 +142,13 @@ def _attempt_in_stages(
 ) -> Attempt:
     """Stage after stage: take the inputs, then quantize. At the end the layer's outputs are the next layer's inputs."""
     groups = activations.linear_groups(i, modules)
-    stages = groups.names(list(modules))
-    folding = _fold_scales(setup, activations, i, recipe, stages, modules)
+    stages = activations.stages(i, modules, groups)
+    folding = _fold_scales(setup, activations, i, recipe, stages, modules, groups.suspended_bytes)
     if folding:
         packed |= folding.tensors()
     cache = CacheRange()
     with (
-        activations.staged_forward(i, stages, modules, groups.suspended_bytes) as forward,
+        activations.staged_forward(i, stages, modules, groups.suspended_bytes, forgets=True) as forward,
         cache.watched() if recipe.kv_cache else nullcontext(),
     ):
         for number, stage in enumerate(stages):
@@ -267,7 +267,13 @@ def _finish_linear(
 
 
 def _fold_scales(
-    setup: Setup, activations: Activations, i: int, recipe: Recipe, stages: Stages, modules: Modules
+    setup: Setup,
+    activations: Activations,
+    i: int,
+    recipe: Recipe,
+    stages: Stages,
+    modules: Modules,
+    suspended_bytes: float,
 ) -> ScaleFolding | None:
     """Scales of AWQ or SmoothQuant, found on the float layer and folded into it; taken back where the layer's output
     moves. None for other methods.
@@ -276,13 +282,17 @@ def _fold_scales(
         return None
     folding = ScaleFolding(modules, setup.skeleton.by_tensor(i), lambda name: load_tensor(setup.checkpoint, name).dtype)
     before = activations.run_first(i)
-    groups = [group for stage in stages for group in stage]
-    with activations.staged_forward(i, [groups], modules) as forward:
-        inputs = _stage_inputs(setup, forward, 0, recipe)
-    for group in groups:
-        given = inputs[group[0]]
-        if given.usable and given.fact.finite:
-            folding.apply(setup.spec, group, _search(recipe, given))
+    found: list[Folds] = []  # all of them before the first is folded: each is found on the float layer
+    with activations.staged_forward(i, stages, modules, suspended_bytes) as forward:
+        for number, stage in enumerate(stages):
+            inputs = _stage_inputs(setup, forward, number, recipe)
+            for group in stage:
+                given = inputs[group[0]]
+                if given.usable and given.fact.finite:
+                    found += folding.find(setup.spec, group, _search(recipe, given))
+            inputs.clear()
+    for scales in found:
+        folding.fold(scales)
     moved = float((activations.run_first(i) - before).norm() / before.norm())
     if setup.ranks.any(bool(folding.columns) and not moved <= _FOLD_TOLERANCE):
         folding.take_back(_("not scaled: folding moved the layer's output by {moved:.2e}", moved=moved))
@@ -360,5 +370,8 @@ def _write(setup: Setup, i: int, recipe: Recipe, selection: Selection, tried: At
     names = [n for n in setup.skeleton.tensors_of(i) if n not in replaced and n not in tried.packed]
     exact = format_of(recipe).in_blocks
     stored = dict(export.kept_tensors(names, lambda name: load_tensor(setup.checkpoint, name), exact))
-    setup.output.write_part(part_name(i), {**tried.packed, **stored})
+    # By linear, whatever the order in which they were solved: the same bytes however many experts were in memory.
+    place = {name: number for number, name in enumerate(selection.modules)}
+    own = sorted(tried.packed, key=lambda name: place.get(name.rpartition(".")[0], -1))
+    setup.output.write_part(part_name(i), {**{name: tried.packed[name] for name in own}, **stored})
     setup.output.note({"block": i, "records": list(tried.records)})

@@ -24,6 +24,7 @@ from doctor.model.linears import Linear
 from doctor.plan.groups import together
 from doctor.quant import pack
 from doctor.quant.forward.layer_input import LayerInput
+from doctor.quant.forward.stored_linear import Give, StoredLinear
 from doctor.quant.records import failed
 from doctor.quant.solve import awq, ggml, gptq
 from doctor.quant.solve.eight_bit_floats import round_to_floats
@@ -43,12 +44,12 @@ class Solved:
 
 @dataclass(frozen=True)
 class Packed:
-    """One linear in the output format. parts: its tensors by full name; weight: W f32[n, k] that an engine reads back
-    from them.
+    """One linear in the output format. parts: its tensors by full name; weight: gives W f32[n, k] that an engine reads
+    back from them.
     """
 
     parts: dict[str, torch.Tensor]
-    weight: torch.Tensor
+    weight: Give
 
 
 def grid_options(recipe: Recipe, divisor: float = 1.0) -> dict[str, Any]:
@@ -67,13 +68,18 @@ def grid_options(recipe: Recipe, divisor: float = 1.0) -> dict[str, Any]:
 
 def weight_of(linear: Linear, module: nn.Module) -> torch.Tensor:
     """W [out_features, in_features] of a module, whichever way it stores it."""
-    W = module.get_parameter("weight").detach()
+    W = module.stored if isinstance(module, StoredLinear) else module.get_parameter("weight").detach()
     return W.T.contiguous() if linear.transposed else W
 
 
-def put_weight(module: nn.Module, W: torch.Tensor, transposed: bool) -> None:
-    """Replace the module's weight by W [out_features, in_features], in its dtype and on its device."""
-    old = module.get_parameter("weight")
+def put_weight(module: nn.Module, give: Give, transposed: bool) -> None:
+    """Replace the module's weight by the W [out_features, in_features] that `give` returns, in its dtype and on its
+    device.
+    """
+    if isinstance(module, StoredLinear):
+        module.hold(give)
+        return
+    old, W = module.get_parameter("weight"), give()
     old.data = (W.T if transposed else W).to(old.device, old.dtype).contiguous()
 
 
@@ -135,7 +141,7 @@ def pack_linear(
     own = recipe.for_linear(linear.name)
     solution = solved.solution
     if isinstance(solution, ggml.BlockSolution):
-        return Packed({f"{linear.name}.{solution.kind.name}": solution.words}, solution.values)
+        return Packed({f"{linear.name}.{solution.kind.name}": solution.words}, solution.weight)
     grid = solution.grid
     if format_of(own).grid(own.scheme).divided:
         grid = grid._replace(divisor=torch.tensor([divisor], dtype=torch.float32, device=grid.scale.device))
@@ -148,17 +154,17 @@ def pack_linear(
             )
         inputs = format_of(own).input_parts(own, given.largest)
         parts |= {f"{linear.name}.{part}": tensor for part, tensor in inputs.items()}
-    W = solution.weight()
-    if W.is_cuda and not torch.equal(pack.unpack_linear(linear.name, parts, own), W):
+    device = solution.codes.device
+    if device.type == "cuda" and not torch.equal(pack.unpack_linear(linear.name, parts, own), solution.weight()):
         raise CudaError(
             _(
                 "{name}: packed weights do not round-trip on {device}: dequantize(pack(W)) != W.",
                 name=linear.name,
-                device=str(W.device),
+                device=str(device),
             ),
             _("Set DOCTOR_KERNELS=0 to quantize with torch, and report this text."),
         )
-    return Packed({name: part.cpu() for name, part in parts.items()}, W)
+    return Packed({name: part.cpu() for name, part in parts.items()}, solution.weight)
 
 
 def divisors(modules: Mapping[str, tuple[Linear, nn.Module]], recipe: Recipe) -> dict[str, float]:

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -88,7 +89,8 @@ def _put_written(setup: Setup, i: int, recipe: Recipe, outcomes: Mapping[str, st
     tensors = {name: t.to(skeleton.device) for name, t in setup.output.read_part(part_name(i)).items()}
     for name, (linear, module) in skeleton.modules_of(i).items():
         if outcomes.get(name) != "kept":
-            put_weight(module, pack.unpack_linear(name, tensors, recipe.for_linear(name)), linear.transposed)
+            give = partial(pack.unpack_linear, name, tensors, recipe.for_linear(name))
+            put_weight(module, give, linear.transposed)
     if not recipe.folds_scales:
         return
     for name, module in skeleton.by_tensor(i).items():  # norms and biases that scales were folded into

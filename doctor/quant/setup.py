@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -27,12 +28,13 @@ from doctor.quant.forward.hidden_states import inputs_of_batches, make_batches
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.forward.suspended import WITHOUT_GREENLET, greenlet
-from doctor.quant.selection import require_widths
+from doctor.quant.selection import require_widths, why_kept
 from doctor.quant.solve import cpu, cuda
 from doctor.quant.solve.hessian import mixed_products
 from doctor.quant.solve.solution import Solution
 
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = budget.BATCH_TOKENS, budget.DEVICE_BATCH_TOKENS
+EXPERTS_AT_ONCE = 1  # whose Hessians are in memory together; more changes neither the time nor a byte
 RUN_STAGES = ("calibration", "run")  # stages of the rules that judge a run
 
 Progress = Callable[[str], None]
@@ -102,7 +104,14 @@ def set_up(
     calibrated = recipe.calibrated
     shown = rows if calibrated else []
     need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
-    skeleton = Skeleton(checkpoint, spec, device, computing_dtype(checkpoint, spec, recipe, device))
+    skeleton = Skeleton(
+        checkpoint,
+        spec,
+        device,
+        computing_dtype(checkpoint, spec, recipe, device),
+        on_demand=partial(_on_demand, recipe) if torch.device(device).type == "cpu" else None,
+        experts_at_once=max(EXPERTS_AT_ONCE, ranks.size),  # every rank has one to solve
+    )
     batches = _local_batches(rows, skeleton.device, ranks) if calibrated else []
     seen = inputs_of_batches(rows, _batch_tokens(skeleton.device)) if calibrated else {}
     if seen and ranks.size > 1:
@@ -129,6 +138,13 @@ def set_up(
         seen,
         survey,
     )
+
+
+def _on_demand(recipe: Recipe, linear: Linear) -> bool:
+    """Whether a linear's weight stays in the checkpoint until it computes: experts that are quantized, which need it
+    a few times only.
+    """
+    return linear.expert is not None and not why_kept(recipe, linear)
 
 
 def _local_batches(rows: list[list[int]], device: torch.device, ranks: Ranks) -> list[torch.Tensor]:

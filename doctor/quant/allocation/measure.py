@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -23,12 +22,11 @@ from doctor.model.linears import Linear
 from doctor.quant.allocation.sensitivity import Sensitivities
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.linear import grid_options
-from doctor.quant.solve.factor import factorise_with_escalation, reversed_factor
+from doctor.quant.solve.gptq import pivots_of
 from doctor.quant.solve.grid import GridParams, dequantize, quantize
 from doctor.quant.solve.grid_search import fit_with
 from doctor.quant.solve.losses import energies
 from doctor.quant.solve.solution import Solution
-from doctor.quant.solve.spectrum import live_mean
 
 Hurts = dict[int, float]  # bits -> predicted KL in nats a token
 
@@ -52,7 +50,7 @@ class WidthSurvey:
         if pivots is None:
             return
         W, slopes = W.to(torch.float32), slopes.to(W.device)
-        true = energies(W - solved.weight(), given.H.to(torch.float32))
+        true = energies(W - solved.weight(), given.H)
         likely = _rounded(W, self._solved, pivots)
         ratio = float((slopes * true).sum() / (slopes * likely).sum())
         if not math.isfinite(ratio):  # nothing to lose: a weight of zeros
@@ -65,17 +63,7 @@ class WidthSurvey:
         """The pivots f32[k] of the Hessian in the order in which columns are rounded; None where it has no factor."""
         if self._pivots[0] is given:
             return self._pivots[1]
-        H = given.H
-        order = torch.argsort(H.diagonal(), descending=True, stable=True) if self._recipe.act_order else None
-        mean = live_mean(H)
-        L, _attempts = factorise_with_escalation(
-            H, given.damp, self._recipe.damp_max, mean, partial(reversed_factor, order=order)
-        )
-        pivots = None
-        if L is not None and mean > 0:
-            found = L.diagonal().flip(0).square().to(torch.float32)
-            pivots = torch.empty_like(found)
-            pivots[order if order is not None else torch.arange(len(found), device=found.device)] = found
+        pivots = pivots_of(given.H, given.damp, self._recipe.damp_max, self._recipe.act_order)
         self._pivots = (given, pivots)
         return pivots
 

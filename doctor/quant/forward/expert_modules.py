@@ -7,6 +7,7 @@ GPT-OSS, and Llama 4.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ Gate = Callable[..., torch.Tensor]  # the input of down, from the outputs of the
 class _Route(NamedTuple):
     """The tokens int64[tokens] of one expert; given: function that gives its input [tokens, k]."""
 
+    number: int
     expert: nn.ModuleDict
     token: torch.Tensor
     given: Callable[[], torch.Tensor]
@@ -27,10 +29,11 @@ class _Route(NamedTuple):
 class Experts(nn.Module):
     """The experts of one decoder layer as linears, in place of transformers' fused [experts, …] parameters.
 
-    before: called twice in a forward, with (linear, function that gives its input) of every expert that tokens chose:
-    before the first gate computes, and before the first down.
+    before: called with (linear, function that gives its input) of `at_once` experts that tokens chose: before the
+    first gate of them computes, and again before the first down; then of the next ones. at_once changes no result.
     """
 
+    at_once = 1 << 30
     before: Callable[[Inputs], None] | None = None
     first: tuple[str, ...] = ("gate", "up")  # the linears that read an expert's input
 
@@ -70,17 +73,23 @@ class Experts(nn.Module):
         """Outputs of experts, added up at their tokens. weights: one [tokens, 1] a route, None for sums without
         weights.
         """
-        self._announce([(route.expert[role], route.given) for route in routes for role in self.first])
+        out = torch.zeros_like(hidden)
+        places = list(range(len(routes)))
+        for _chunk, group in groupby(places, lambda place: routes[place].number // self.at_once):
+            self._add_to(out, [(routes[place], None if weights is None else weights[place]) for place in group])
+        return out
+
+    def _add_to(self, out: torch.Tensor, routes: list[tuple[_Route, torch.Tensor | None]]) -> None:
+        """Add the outputs of some experts, each times its weight."""
+        self._announce([(route.expert[role], route.given) for route, _weight in routes for role in self.first])
         middle = []
-        for route in routes:
+        for route, _weight in routes:
             x = route.given()
             middle.append(self.gated(*(route.expert[role](x) for role in self.first)))
-        self._announce([(r.expert["down"], lambda y=y: y) for r, y in zip(routes, middle, strict=True)])  # type: ignore[misc]
-        out = torch.zeros_like(hidden)
-        for number, (route, y) in enumerate(zip(routes, middle, strict=True)):
+        self._announce([(r.expert["down"], lambda y=y: y) for (r, _w), y in zip(routes, middle, strict=True)])  # type: ignore[misc]
+        for (route, weight), y in zip(routes, middle, strict=True):
             y = route.expert["down"](y)
-            out.index_add_(0, route.token, (y if weights is None else y * weights[number]).to(out.dtype))
-        return out
+            out.index_add_(0, route.token, (y if weight is None else y * weight).to(out.dtype))
 
     def _announce(self, inputs: Inputs) -> None:
         if self.before is not None:
@@ -112,7 +121,7 @@ class PlainExperts(Experts):
         for number, expert in self._numbered():
             token, choice = torch.where(top_k_index == number)
             if token.numel():
-                routes.append(_Route(expert, token, _rows(hidden, token)))
+                routes.append(_Route(number, expert, token, _rows(hidden, token)))
                 weights.append(top_k_weights[token, choice, None])
         return self._sum(hidden, routes, weights)
 
@@ -185,7 +194,7 @@ class Llama4Experts(Experts):
         for number, expert in self._numbered():
             token = torch.where(scores[:, number] != 0)[0]
             if token.numel():
-                routes.append(_Route(expert, token, _rows(hidden, token, scores[token, number, None])))
+                routes.append(_Route(number, expert, token, _rows(hidden, token, scores[token, number, None])))
         routed = self._sum(hidden, routes, None)
         return self.shared_expert(hidden) + routed, logits
 

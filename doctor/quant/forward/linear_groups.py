@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -98,6 +99,33 @@ def arrange(groups: list[list[str]], linears: dict[str, Linear]) -> Stages:
         else:
             stages.append((kind, [group]))
     return [groups for _, groups in stages]
+
+
+def in_turn(stages: Stages, linears: dict[str, Linear], together: set[str], at_once: int) -> Stages:
+    """The stages with experts `at_once` at a time, each time in the order of computing.
+
+    together: names of the linears whose module takes its experts so (expert_modules.py).
+    """
+
+    def owner(stage: list[list[str]]) -> str:
+        if any(name not in together for group in stage for name in group):
+            return ""
+        return _kind(linears[stage[0][0]]).partition(".*.")[0]
+
+    found: Stages = []
+    for name, run in groupby(stages, owner):
+        if not name:
+            found += run
+            continue
+        parts: dict[int, Stages] = {}
+        for stage in run:
+            chunks: dict[int, list[list[str]]] = {}
+            for group in stage:
+                chunks.setdefault((linears[group[0]].expert or 0) // at_once, []).append(group)
+            for number, chunk in chunks.items():
+                parts.setdefault(number, []).append(chunk)
+        found += [stage for number in sorted(parts) for stage in parts[number]]
+    return found
 
 
 def _kind(linear: Linear) -> str:

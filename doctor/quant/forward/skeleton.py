@@ -13,7 +13,8 @@ expert has its own input and therefore its own Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -26,13 +27,14 @@ from doctor.core.messages import _
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.quant.dequantize import Dequantized
-from doctor.quant.forward.expert_modules import FORMS, GptOssExperts, SortedGptOssExperts
+from doctor.quant.forward.expert_modules import FORMS, Experts, GptOssExperts, SortedGptOssExperts
 from doctor.quant.forward.head import load_head
 from doctor.quant.forward.layer_call import LayerCall, run_layer, shared
 from doctor.quant.forward.meta_model import build_model, find_decoder_layers
 from doctor.quant.forward.parameter_names import ParameterNames, require_shape
 from doctor.quant.forward.prefetch import Prefetch, load_tensor
 from doctor.quant.forward.recorder import record_calls, require_all_layers, returned_values
+from doctor.quant.forward.stored_linear import StoredLinear, to_meta
 from doctor.quant.forward.text_model import HeadedModel
 from doctor.quant.forward.unfollowed import unfollowed, unfollowed_experts
 from doctor.quant.forward.whole_model import WholeModel
@@ -54,7 +56,14 @@ class Skeleton:
         spec: ModelSpec,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        on_demand: Callable[[Linear], bool] | None = None,
+        experts_at_once: int | None = None,
     ):
+        """on_demand: linears whose weights stay in the checkpoint until they compute; the others then stay as they are
+        stored (stored_linear.py). None: weights are loaded and cast with their layer. experts_at_once: see Experts;
+        None for all.
+        """
         self.checkpoint, self.dtype = checkpoint, dtype
         self.spec = spec
         self.device = torch.device(device)
@@ -79,6 +88,13 @@ class Skeleton:
                 self.outside.append(linear)
         for i in range(len(self.layers)):
             self._unfuse_experts(i)
+            for linear, module in self.modules_of(i).values() if on_demand is not None else ():
+                if type(module) is nn.Linear and on_demand is not None:
+                    StoredLinear.convert(module, dtype, on_demand(linear))
+            for part in self.layers[i].modules() if experts_at_once else ():
+                if isinstance(part, Experts):
+                    part.at_once = experts_at_once or part.at_once
+        self.experts_at_once = experts_at_once or 1 << 30
         self._values = 0  # that a layer returns in a tuple; 0: hidden states alone
         self._prefetch: tuple[int, Prefetch] | None = None
         self._prefetched: dict[str, torch.Tensor] = {}
@@ -95,6 +111,10 @@ class Skeleton:
             for name, linear in self.linears.get(i, {}).items()
             if linear.tensor in by_source
         }
+
+    def experts_of(self, i: int) -> set[nn.Module]:
+        """Modules inside the experts of layer i that take them in turn."""
+        return {m for part in self.layers[i].modules() if isinstance(part, Experts) for m in part.experts.modules()}
 
     def kind_of(self, i: int) -> tuple[str, str]:
         """What distinguishes layers with linears of the same names: their class, and the kind of attention that config
@@ -189,7 +209,8 @@ class Skeleton:
         """Start reading layer i, if there is one, for the next load_layer(i)."""
         self.stop_prefetch()
         if i < len(self.layers):
-            sources = (self._source(i, name) for name, _ in self.layers[i].named_parameters())
+            later = {f"{p}.weight" for p, m in self.layers[i].named_modules() if getattr(m, "on_demand", False)}
+            sources = (self._source(i, name) for name, _ in self.layers[i].named_parameters() if name not in later)
             names = [name for name in dict.fromkeys(sources) if name is not None]
             self._prefetch = i, Prefetch(self.checkpoint, names, self.device.type == "cuda")
 
@@ -201,7 +222,7 @@ class Skeleton:
 
     def drop_layer(self, i: int) -> None:
         """Forget the weights of layer i."""
-        _to_meta(self.layers[i])
+        to_meta(self.layers[i])
 
     def tensors_of(self, i: int) -> list[str]:
         """Names of all tensors of layer i in the checkpoint, quantized or not, in the checkpoint's order."""
@@ -235,14 +256,18 @@ class Skeleton:
         for path, child in module.named_modules():
             if skip is not None and any(child is m for m in skip.modules()):
                 continue
-            keep_dtype = isinstance(child, nn.Embedding)
+            keep_dtype = isinstance(child, (nn.Embedding, StoredLinear))
+            if isinstance(child, StoredLinear):
+                child.hold(None)
             for name in list(child._parameters):
                 if child._parameters[name] is None:
                     continue
                 full = prefix + (f"{path}.{name}" if path else name)
-                child._parameters[name] = nn.Parameter(
-                    self._read(full, child._parameters[name].shape, keep_dtype), requires_grad=False
-                )
+                read = partial(self._read, full, child._parameters[name].shape, keep_dtype and name == "weight")
+                if isinstance(child, StoredLinear) and child.on_demand and name == "weight":
+                    child.hold(read)
+                    continue
+                child._parameters[name] = nn.Parameter(read(), requires_grad=False)
             for name, buffer in child._buffers.items():
                 if buffer is None:
                     continue
@@ -318,7 +343,7 @@ class Skeleton:
                 hook.remove()
             for child in self.base.children():
                 if child is not self.layers and not _contains(child, self.layers):
-                    _to_meta(child)
+                    to_meta(child)
 
     def run_layer(self, i: int, hidden: torch.Tensor, call: LayerCall, *, carry: bool = True) -> torch.Tensor:
         """Output [rows, length, hidden] of layer i. Its weights must be loaded. carry: keep what later layers take of
@@ -360,13 +385,6 @@ class Skeleton:
 
     def _forward(self, ids: torch.Tensor) -> None:
         self.base(input_ids=ids.to(self.device), use_cache=False)
-
-
-def _to_meta(module: nn.Module) -> None:
-    for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None and parameter.device.type != "meta":
-                child._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def _contains(module: nn.Module, part: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from doctor.quant.forward.layer_call import LayerCall, StopForward
 from doctor.quant.forward.linear_groups import Modules, Stages
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.forward.spill import SpillFile
+from doctor.quant.forward.stored_linear import StoredLinear
 from doctor.quant.forward.suspended import Reached, SuspendedForward, greenlet
 from doctor.quant.solve.hessian import Hessian
 
@@ -38,6 +39,7 @@ class StagedForward:
     stages: groups of names, as `discover` found them. hidden: its items are the layer's inputs; `finish` replaces
     them by the outputs. capacity: bytes that suspended forwards may hold in memory. suspended_bytes: what one holds
     per token. spill_file: where the excess goes; None: forwards that do not fit restart for every stage.
+    forgets: experts' weights, once every batch has passed them.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class StagedForward:
         capacity: float = 0,
         suspended_bytes: float = 0,
         spill_file: SpillFile | None = None,
+        forgets: bool = False,
     ):
         self._layer = skeleton.layers[i]
         self.skeleton, self.modules, self.stages, self.hidden = skeleton, modules, stages, hidden
-        self._stage = -1
+        self._stage, self._forgets = -1, forgets
         self._where: dict[nn.Module, tuple[int, int]] = {}
         for number, stage in enumerate(stages):
             for place, group in enumerate(stage):
@@ -148,8 +151,17 @@ class StagedForward:
                 forward.reached = []
             if forward.spill_file is not None:
                 self._capacity = forward.spill(self._kept_by_modules, int(self._capacity))
+        if self._forgets and all(forward.resumable for forward in self.forwards):
+            self._forget_passed(stage)
         found, self._hessians = self._hessians, []
         return found
+
+    def _forget_passed(self, stage: int) -> None:
+        """Weights of experts that every batch has passed: they do not compute again in this layer."""
+        for name in (name for group in self.stages[stage - 1] for name in group) if stage else ():
+            module = self.modules[name][1]
+            if isinstance(module, StoredLinear) and module.on_demand:
+                module.hold(None)
 
     def finish(self) -> None:
         """Run every forward to its end and replace the layer's inputs by its outputs."""

@@ -7,7 +7,8 @@ Values stored in 16 bits are rounded first and s is derived from them, so the fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from doctor.core.messages import _
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
+from doctor.quant.forward.stored_linear import Give, StoredLinear
 from doctor.quant.solve.awq_source import Source, source_of
 
 _WIDE = (torch.float32, torch.float64)  # stored in 16 bits by the output
@@ -43,6 +45,16 @@ def fold(
     return s, torch.where(good, new, weight), bias
 
 
+@dataclass(frozen=True)
+class Folds:
+    """Scales s f32 of the channels of `source`, which `module` holds, for the linears of a group."""
+
+    source: Source
+    module: nn.Module
+    group: tuple[str, ...]
+    s: torch.Tensor
+
+
 class ScaleFolding:
     """Scales of a decoder layer: found on the float layer, folded into its modules, taken back if its output moves."""
 
@@ -59,56 +71,64 @@ class ScaleFolding:
         self.columns: dict[str, torch.Tensor] = {}  # factors f32[k] of each linear's columns, by name
         self.notes: dict[str, str] = {}
         self.norms: set[str] = set()  # tensors of norms that changed: written in the output
-        self._before: dict[tuple[nn.Module, str], torch.Tensor] = {}
+        self._before: dict[tuple[nn.Module, str], torch.Tensor | Give] = {}
 
-    def apply(self, spec: ModelSpec, group: list[str], find: Find) -> None:
-        """Find and fold the scales of linears that share an input; a note says where nothing can be folded."""
+    def find(self, spec: ModelSpec, group: list[str], find: Find) -> list[Folds]:
+        """The scales of linears that share an input, to be folded; none, and a note, where nothing can be folded."""
         linears = [self.modules[name][0] for name in group]
         source, why = source_of(spec, linears, {name: x for name, (x, _module) in self.modules.items()})
         module = self.sources.get(source.tensor) if source else None
         if source is None or module is None:
             self._note(group, _("not scaled: {why}", why=why or _("its norm is not in the decoder layer")))
-            return
-        width, channels = linears[0].in_features, len(module.get_parameter("weight"))
+            return []
+        width, channels = linears[0].in_features, _parameter(module, "weight").shape[0]
         if source.kind != "rows" and channels != width:  # one norm for each head: its weight serves all of them
             if width % channels:
                 why = _("its norm has {channels} channels for {columns} columns", channels=channels, columns=width)
                 self._note(group, _("not scaled: {why}", why=why))
-                return
+                return []
             source = replace(source, repeat=width // channels, head=channels)
-        weights = [_rows(*self.modules[name]) for name in group]
-        s, found = find(weights, source)
+        s, found = find([_rows(*self.modules[name]) for name in group], source)
         if not found:
             self._note(group, _("scales of 1 lose least"))
-            return
-        self._fold_into(source, module, group, weights, s)
+            return []
         self._note(group, _("scaled by {scale}, folded into {tensor}", scale=found, tensor=source.tensor))
+        return [Folds(source, module, tuple(group), s)]
 
-    def _fold_into(
-        self, source: Source, module: nn.Module, group: list[str], weights: list[torch.Tensor], s: torch.Tensor
-    ) -> None:
+    def fold(self, found: Folds) -> None:
         """Divide the source's output by s and multiply the columns of the group's weights by it."""
-        flipped = source.kind == "rows" and any(x.transposed for x, m in self.modules.values() if m is module)
-        old = module.get_parameter("weight").detach()
-        s, weight, bias = fold(
-            source, s, old.T if flipped else old, module._parameters.get("bias"), self._stored(source.tensor)
-        )
-        self._put(module, "weight", weight.T if flipped else weight)
-        if source.kind != "rows":
+        source, module, s = found.source, found.module, found.s
+        bias = module._parameters.get("bias")
+        if source.kind == "rows":
+            flipped = any(x.transposed for x, m in self.modules.values() if m is module)
+            self._change(module, lambda W: W / s if flipped else W / s[:, None])
+            if bias is not None:
+                self._put(module, "bias", (bias / s).to(self._stored(source.tensor)).to(torch.float32))
+        else:
+            old = module.get_parameter("weight").detach()
+            s, weight, moved = fold(source, s, old, bias, self._stored(source.tensor))
+            self._put(module, "weight", weight)
             self.norms.add(source.tensor)
+            if moved is not None:
+                self._put(module, "bias", moved)
         if bias is not None:
-            self._put(module, "bias", bias)
             self.norms.add(source.tensor.removesuffix("weight") + "bias")
         columns = source.spread(s)
-        for name, W in zip(group, weights, strict=True):
+        for name in found.group:
             linear, target = self.modules[name]
-            self._put(target, "weight", (W * columns).T if linear.transposed else W * columns)
+            factors = columns[:, None] if linear.transposed else columns
+            self._change(target, partial(torch.mul, factors))
             self.columns[name] = columns
 
     def take_back(self, why: str) -> None:
         """Restore the layer's weights."""
         for (module, name), value in self._before.items():
-            module.get_parameter(name).data = value
+            if isinstance(module, StoredLinear) and name == "weight":
+                assert not isinstance(value, torch.Tensor)
+                module.hold(value)
+            else:
+                assert isinstance(value, torch.Tensor)
+                module.get_parameter(name).data = value
         self._note(self.columns, why)
         self.columns, self.norms = {}, set()
 
@@ -127,10 +147,27 @@ class ScaleFolding:
     def _note(self, group: Iterable[str], note: str) -> None:
         self.notes.update(dict.fromkeys(group, note))
 
+    def _change(self, module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply `change` to the weight: at once, or whenever it is asked for where it is stored elsewhere."""
+        if not isinstance(module, StoredLinear):
+            self._put(module, "weight", change(module.get_parameter("weight").detach()))
+            return
+        stored = module.stored if module.give is None else None
+        before: Give = module.give or (lambda: stored)  # type: ignore[assignment,return-value]
+        self._before.setdefault((module, "weight"), before)
+        module.hold(lambda: change(before().to(module.computes)))
+
     def _put(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
         parameter = module.get_parameter(name)
         self._before.setdefault((module, name), parameter.data)
         parameter.data = value.contiguous()
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter without computing a value for it."""
+    found = module._parameters[name]
+    assert found is not None
+    return found
 
 
 def _rows(linear: Linear, module: nn.Module) -> torch.Tensor:

@@ -212,7 +212,7 @@ def _round(W: torch.Tensor, H: Square, blocks: _Blocks, Q: torch.Tensor) -> None
     for begin, end in _panels(blocks):
         M = H.factor_panel(begin, end) / pivots[begin:end]
         T = W[:, begin:end].clone()
-        for rows in row_chunks(*W.shape, CHUNK_BYTES):
+        for rows in row_chunks(W.shape, CHUNK_BYTES):
             if begin:
                 T[rows].addmm_(W[rows, :begin] - Q[rows, :begin], M[:begin])
         part = blocks.panel(begin, end)
@@ -238,7 +238,7 @@ def _refine(W: torch.Tensor, H: Square, extra: torch.Tensor, blocks: _Blocks, Q:
         columns = H.columns(begin, end)
         columns[begin:end].diagonal().add_(extra[begin:end])
         pull = torch.empty_like(found)
-        for rows in row_chunks(*W.shape, CHUNK_BYTES):
+        for rows in row_chunks(W.shape, CHUNK_BYTES):
             torch.mm(W[rows] - Q[rows], columns, out=pull[rows])
         _run("doctor_ggml_refine", part, None, pull, columns[begin:end].contiguous(), None, found)
         Q[:, begin:end] = found

@@ -127,6 +127,27 @@ def solve(
     return solution
 
 
+def pivots_of(H: Square, damp: float, damp_max: float, act_order: bool) -> torch.Tensor | None:
+    """What an error costs in each column once the later ones make good for it, f32[k]: the pivots of H in the order in
+    which columns are rounded. None where it has no factor. A square keeps the factor.
+    """
+    order = torch.argsort(H.diagonal(), descending=True, stable=True)
+    order = order if act_order else torch.arange(len(H), device=H.device)
+    mean = live_mean(H)
+    found = torch.empty(len(H), device=H.device)
+    if cpu.native_loops() and H.device.type == "cpu":
+        H.factorise(damp, damp_max, mean, order)
+        if not H.factored or mean == 0:
+            return None
+        found[order] = H.pivots().square()
+        return found
+    U, _attempts = factorise_with_escalation(H.matrix()[order][:, order], damp, damp_max, mean)
+    if U is None or mean == 0:
+        return None
+    found[order] = U.diagonal() ** -2
+    return found
+
+
 @dataclass(frozen=True)
 class _Order:
     """In which order columns are rounded."""
@@ -161,7 +182,7 @@ def _solve_natively(
         g_idx = g_idx[torch.argsort(order.steps)]
     eigen = attempts[-1].precision == "eigen"  # then sums of the loops are of another matrix
     codes, grids, losses = torch.empty(W.shape, dtype=torch.uint8), list[Grid](), list[torch.Tensor]()
-    for rows in row_chunks(*W.shape, _LOOP_BYTES):
+    for rows in row_chunks(W.shape, _LOOP_BYTES):
         part = W[rows].to(torch.float32).contiguous()
         found, grid, loss = _loops(part, H, params, order, refine, extra, cost, g_idx, eigen)
         codes[rows] = found

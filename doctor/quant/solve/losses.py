@@ -33,7 +33,7 @@ def loss_shares(
     rows = torch.arange(min(n, most), device=W.device)
     rows = rows if n <= most else rows * n // most
     sums = torch.zeros(2, dtype=torch.float64, device=W.device)
-    for chunk in row_chunks(len(rows), W.shape[1], CHUNK_BYTES):
+    for chunk in row_chunks((len(rows), W.shape[1]), CHUNK_BYTES):
         part = W[rows[chunk]].to(torch.float32)
         grid = fit_with(params, part, cost)
         E = part - dequantize(quantize(part, grid, params.bits, scale_dtype=params.scale_dtype), grid)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,8 +21,9 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def row_chunks(n: int, k: int, most: int) -> Iterator[slice]:
-    """Rows of an [n, k] float32 matrix in runs of at most `most` bytes, one row at least."""
+def row_chunks(shape: Sequence[int], most: int) -> Iterator[slice]:
+    """Rows of a float32 matrix of shape [n, k] in runs of at most `most` bytes, one row at least."""
+    n, k = shape
     rows = max(1, most // (4 * k))
     return (slice(first, min(n, first + rows)) for first in range(0, n, rows))
 

@@ -54,7 +54,7 @@ def rounded(
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     grids: list[Grid] = []
     sums = torch.zeros(2, dtype=torch.float64, device=W.device)  # of the errors' energy, and of the weights'
-    for rows in row_chunks(*W.shape, CHUNK_BYTES):
+    for rows in row_chunks(W.shape, CHUNK_BYTES):
         part = W[rows].to(torch.float32)
         grid = fit_with(params, part, cost)
         codes[rows] = quantize(part, grid, params.bits, scale_dtype=params.scale_dtype)
@@ -65,7 +65,7 @@ def rounded(
         elif mean > 0:
             sums += torch.stack([energies(E, H).sum(), energies(part, H).sum()])
     loss = share_of(*sums) if H is None else float(sums[0] / sums[1])
-    grid = Grid(*(torch.cat(parts) for parts in zip(*((g.scale, g.zero) for g in grids), strict=True)))
+    grid = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
     return Solution(
         codes, grid, contiguous_groups(W.shape[1], params.group_size, W.device), "rtn", loss, loss, attempts
     )

@@ -8,6 +8,9 @@ import torch
 
 from doctor.quant.solve.factor import Attempt
 from doctor.quant.solve.grid import Grid, dequantize
+from doctor.quant.solve.numerics import row_chunks
+
+_CHUNK_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -27,4 +30,10 @@ class Solution:
 
     def weight(self) -> torch.Tensor:
         """f32[n, k]: what a reader of the codes computes."""
-        return dequantize(self.codes, self.grid, self.g_idx)
+        if len(self.grid.scale) != len(self.codes):  # scales of tiles of rows
+            return dequantize(self.codes, self.grid, self.g_idx)
+        W = torch.empty(self.codes.shape, device=self.codes.device)
+        for rows in row_chunks(W.shape, _CHUNK_BYTES):
+            grid = self.grid._replace(scale=self.grid.scale[rows], zero=self.grid.zero[rows])
+            W[rows] = dequantize(self.codes[rows], grid, self.g_idx)
+        return W
