@@ -161,5 +161,4 @@ def _capacity(setup: Setup, in_memory: int) -> int:
     if setup.skeleton.device.type != "cuda":
         return in_memory
     free = torch.cuda.mem_get_info(setup.skeleton.device)[0]
-    need = setup.need
-    return int(_SHARE_OF_DEVICE * max(0, free - need.hessians - need.solving - need.device_batch))
+    return int(_SHARE_OF_DEVICE * max(0, free - setup.need.solving_on_device))

@@ -1,9 +1,12 @@
 """What a run takes, worked out from headers alone: memory, disk, and how much is left for what can be spilled.
 
-Peak memory = one decoder layer in float32 + the next one as stored + the Hessians of one stage + the larger of what
-solving and one batch hold + a constant for Python, torch and transformers. It does not grow with the number of
-layers. Hidden states come on top where memory suffices, and suspended forwards (forward/staged.py) take what is left
-then; the excess is spilled to disk (forward/spill.py).
+Peak memory on a CPU = one decoder layer as stored + its packed output + the Hessians of one stage (of one expert after
+the other) + the larger of what solving one linear and computing with it hold + a constant for Python, torch and
+transformers. It does not grow with the number of layers, nor of experts but for their packed output. Hidden states, the
+next layer read ahead and suspended forwards (forward/staged.py) come on top where memory suffices; hidden states and
+suspended forwards are spilled to disk where it does not (forward/spill.py).
+
+A Hessian that float32 cannot factor takes one more square while float64 is tried (solve/square.py).
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ import ctypes
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import TensorInfo
@@ -24,17 +28,27 @@ from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept
 from doctor.formats.base import format_of
 from doctor.formats.gguf import blocks_of
+from doctor.formats.grid import E4M3
 from doctor.formats.known import streams
 from doctor.model.fused_experts import unfuse
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.quant import import_stubs
+from doctor.scan import native
 
+# Of the weights, and again of the errors, that a native loop works on: the fewer rows, the more often the square is
+# packed for them. With 1365 rows of k = 49,152 packing is a twentieth of the work.
+LOOP_BYTES = 1 << 28
+CHUNK_BYTES = 1 << 26  # of the rows that are worked on at a time where nothing is shared between them
+# Of a factor or a Hessian, packed at a time for the rows of one call: more saves nothing, and below k = 4096 it is all.
+PACKED_BYTES = 1 << 26
 # A batch this long keeps matrix products at full speed, on a CPU and on a GPU; more only costs memory.
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
-# Matrices of [k, k] and of [n, k] in float32 that solving one linear holds at its peak, besides its Hessian and its
-# weight.
+# Matrices of [k, k] and of [n, k] in float32 that solving one linear in torch holds at its peak, besides its Hessian
+# and its weight.
 _SQUARES, _OBLONGS = 6, 6
+# Of [n, k] in float32, natively: AWQ and GGUF's types work on all rows, GPTQ and rounding on some at a time (_solving).
+_OBLONGS_OF_ALL_ROWS = 5
 # Of rounding without a model: threads (more read no faster), and what each holds of a tensor, its codes and its scales.
 STREAM_WORKERS, STREAM_BYTES = 8, 32 << 20
 _SHARE_OF_FREE = 0.7  # of what is free, where no limit is given: other programs want to live too
@@ -57,30 +71,27 @@ class Need:
     parts.
     """
 
-    block: int  # one decoder layer
-    ahead: int  # the next one, as stored
+    block: int  # one decoder layer, as stored, without experts that are quantized
+    packed: int  # its output, until it is written
+    ahead: int  # the next one, as stored; read while the layer computes where memory suffices
     hessians: int
     solving: int
+    computing: int  # the weight of the linear that computes, in float32
     batch: int
-    device_batch: int  # on a GPU, where batches are longer
     row: int  # one row instead of a batch of them
     outside: int  # embeddings as stored, held with one layer while the first inputs are taken
     hidden: int
     output: int
     streaming: int = 0  # rows of a few tensors at a time, where no model is run: then all but output is 0
+    on_device: int = 0  # of a GPU's memory, an upper bound; hidden states and suspended forwards take some of the rest
+    solving_on_device: int = 0  # of it, with one batch: what is not there from the start of a layer
     constant: int = field(default_factory=constant)
 
     @property
     def fixed(self) -> int:
-        running = self.block + self.ahead + self.hessians + max(self.solving, self.batch)  # one after the other
-        return self.constant + max(running, self.outside + self.block + self.row, self.streaming)
-
-    @property
-    def on_device(self) -> int:
-        """Of a GPU's memory, an upper bound; hidden states and suspended forwards take some of what is left there
-        (activations.py).
-        """
-        return self.block + self.hessians + max(self.solving, self.device_batch)
+        one_after_other = max(self.solving, self.computing + self.batch)
+        running = self.block + self.packed + self.hessians + one_after_other
+        return self.constant + max(running, self.outside + self.block + self.computing + self.row, self.streaming)
 
     @property
     def disk(self) -> int:
@@ -89,20 +100,27 @@ class Need:
 
     def parts(self) -> list[tuple[str, int]]:
         """(what, bytes) of `fixed` for people; of the moment that takes more."""
+        weight = (_("one linear's weight in float32"), self.computing)
+        computing = [weight, (_("one batch of rows"), self.batch)]
+        solving = [(_("solving one linear"), self.solving)]
         running = [
-            (_("one decoder layer in float32"), self.block),
-            (_("the next decoder layer as stored"), self.ahead),
+            (_("one decoder layer as stored"), self.block),
+            (_("its packed output"), self.packed),
             (_("Hessians of one stage"), self.hessians),
-            max((_("solving one linear"), self.solving), (_("one batch of rows"), self.batch), key=lambda row: row[1]),
+            *max(solving, computing, key=_sum),
         ]
         first = [
-            (_("one decoder layer in float32"), self.block),
+            (_("one decoder layer as stored"), self.block),
             (_("embeddings"), self.outside),
+            weight,
             (_("one row"), self.row),
         ]
         rows = [(_("rows of a few tensors"), self.streaming)]
-        larger = max(running, first, rows, key=lambda rows: sum(b for _, b in rows))
-        return [*larger, (_("Python, torch and transformers"), self.constant)]
+        return [*max(running, first, rows, key=_sum), (_("Python, torch and transformers"), self.constant)]
+
+
+def _sum(parts: list[tuple[str, int]]) -> int:
+    return sum(size for _what, size in parts)
 
 
 def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int) -> Need:
@@ -110,42 +128,80 @@ def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, le
     takes no Hessian.
     """
     checkpoint, spec = unfuse(checkpoint, spec, recipe)
-    layers = _layers(checkpoint, spec)
-    sizes = [(sum(t.numel for t in tensors), sum(t.nbytes for t in tensors)) for tensors in layers.values()] or [(0, 0)]
     linears = [x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]
+    output = _output_bytes(checkpoint, linears, recipe)
+    if streams(recipe):
+        held = min(STREAM_WORKERS, os.cpu_count() or 1) * STREAM_BYTES
+        return Need(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, output, streaming=held)
+    quantized = {x.tensor: x for x in linears}
+    layers = [_layer(tensors, quantized, recipe) for tensors in _layers(checkpoint, spec).values()] or [_Layer()]
     tokens = rows * length
-    most = max(
-        linears,
-        key=lambda x: _SQUARES * x.in_features**2 * bool(rows) + _OBLONGS * x.in_features * x.out_features,
-        default=None,
-    )
-    solving = (
-        0
-        if most is None
-        else 4 * (_SQUARES * most.in_features**2 * bool(rows) + _OBLONGS * most.in_features * most.out_features)
-    )
-    inside = {t.name for tensors in layers.values() for t in tensors}
+    inside = {t.name for tensors in _layers(checkpoint, spec).values() for t in tensors}
+    outside = [t for t in checkpoint.tensors.values() if t.name not in inside]
+    hessians = _hessian_bytes(linears, recipe) if rows else 0
 
     def batch(most_tokens: int) -> int:
         return 4 * min(tokens, max(most_tokens, length)) * _width(spec, linears) if rows else 0
 
-    if streams(recipe):
-        workers = min(STREAM_WORKERS, os.cpu_count() or 1)
-        held = workers * STREAM_BYTES
-        return Need(0, 0, 0, 0, 0, 0, 0, 0, 0, _output_bytes(checkpoint, linears, recipe), streaming=held)
-    outside = [t for t in checkpoint.tensors.values() if t.name not in inside]
+    on_device = max((_solving_in_torch(x, bool(rows)) for x in linears), default=0)
+    on_device = max(on_device, batch(DEVICE_BATCH_TOKENS))
     return Need(
-        block=4 * max(elements for elements, _ in sizes),
-        ahead=max(stored for _, stored in sizes) if len(sizes) > 1 else 0,
-        hessians=_hessian_bytes(linears, recipe) if rows else 0,
-        solving=solving,
+        block=max(layer.held for layer in layers),
+        packed=max(layer.packed for layer in layers),
+        ahead=max(layer.held for layer in layers) if len(layers) > 1 else 0,
+        hessians=hessians,
+        solving=max((_solving(x, recipe, bool(rows)) for x in linears), default=0),
+        computing=4 * max((x.in_features * x.out_features for x in linears), default=0) if rows else 0,
         batch=batch(BATCH_TOKENS),
-        device_batch=batch(DEVICE_BATCH_TOKENS),
         row=batch(0),
         outside=sum(t.nbytes for t in outside if len(t.shape) == 2 and "head" not in t.name) if rows else 0,
         hidden=4 * tokens * (spec.hidden or 0) * _streams(spec),
-        output=_output_bytes(checkpoint, linears, recipe),
+        output=output,
+        on_device=4 * max(layer.elements for layer in layers) + hessians + on_device,
+        solving_on_device=hessians + on_device,
     )
+
+
+class _Layer(NamedTuple):
+    """Of one decoder layer: bytes that lie in memory while it is worked on, bytes of its output, and its elements."""
+
+    held: int = 0
+    packed: int = 0
+    elements: int = 0
+
+
+def _layer(tensors: list[TensorInfo], quantized: Mapping[str, Linear], recipe: Recipe) -> _Layer:
+    held = packed = 0
+    form = format_of(recipe)
+    for tensor in tensors:
+        x = quantized.get(tensor.name)
+        if x is None:
+            held += 4 * tensor.numel if len(tensor.shape) != 2 else max(tensor.nbytes, 2 * tensor.numel)
+            continue
+        held += 0 if x.expert is not None else 4 * tensor.numel if x.transposed else tensor.nbytes
+        packed += form.bytes(x.in_features, x.out_features, recipe.for_linear(x.name).scheme)
+    return _Layer(held, packed, sum(t.numel for t in tensors))
+
+
+def _solving_in_torch(x: Linear, calibrated: bool) -> int:
+    return 4 * x.in_features * (_SQUARES * x.in_features * calibrated + _OBLONGS * x.out_features)
+
+
+def _solving(x: Linear, recipe: Recipe, calibrated: bool) -> int:
+    """Bytes that solving one linear holds on a CPU, besides its Hessian and its weight as stored."""
+    if native.level() is None:
+        return _solving_in_torch(x, calibrated)
+    n, k = x.out_features, x.in_features
+    stored = 2 * n * k if x.expert is not None else 0  # read for it alone
+    form = format_of(recipe)
+    if recipe.folds_scales or form.in_blocks or form.grid(recipe.scheme).levels == E4M3:
+        return stored + 4 * _OBLONGS_OF_ALL_ROWS * n * k
+    if not calibrated:
+        return stored + 2 * n * k + 8 * min(CHUNK_BYTES, 4 * n * k)
+    some = min(n, max(1, LOOP_BYTES // (4 * k)))  # rows of the loops
+    panel = min(PACKED_BYTES, 4 * k * k) if 4 * k * 128 < PACKED_BYTES else 4 * k * 128
+    # Codes and the same transposed for packing; weights, errors, grids and two more sets of codes of some rows.
+    return stored + 2 * n * k + panel + some * (4 * k + 4 * k + 2 * k + 16 * (k // 32))
 
 
 def _layers(checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, list]:
@@ -169,17 +225,12 @@ def _streams(spec: ModelSpec) -> int:
 
 
 def _hessian_bytes(linears: list[Linear], recipe: Recipe) -> int:
-    """Of the largest stage (all of a layer where scales are folded first): one a kind of input."""
+    """Of the largest stage: one a kind of input, and of experts one after the other."""
     kinds = {"k": "q", "v": "q", "up": "gate"}
-    stages: dict[int | None, dict[str, dict]] = {}
+    stages: dict[tuple, int] = {}
     for x in linears:
-        stage = stages.setdefault(x.block, {}).setdefault(kinds.get(x.role, x.role), {})
-        stage[x.expert] = 4 * x.in_features**2
-    if recipe.folds_scales:
-        held = [sum(sum(s.values()) for s in layer.values()) for layer in stages.values()]
-    else:
-        held = [sum(s.values()) for layer in stages.values() for s in layer.values()]
-    return max(held, default=0)
+        stages[x.block, x.expert, kinds.get(x.role, x.role)] = 4 * x.in_features**2
+    return max(stages.values(), default=0)
 
 
 def _width(spec: ModelSpec, linears: list[Linear]) -> int:
@@ -234,7 +285,12 @@ def require(need: Need, memory: int | None) -> None:
 
 def left(need: Need, memory: int | None) -> int:
     """Bytes for hidden states and suspended forwards; 0 where there are none."""
-    return max(0, limit(memory) - need.fixed)
+    return max(0, limit(memory) - need.fixed - (need.ahead if reads_ahead(need, memory) else 0))
+
+
+def reads_ahead(need: Need, memory: int | None) -> bool:
+    """Whether the next decoder layer is read while one computes: where it takes no more than half of what is left."""
+    return 2 * need.ahead <= limit(memory) - need.fixed
 
 
 def limit(memory: int | None) -> int:

@@ -110,7 +110,7 @@ def quantize_layer(
 def load(setup: Setup, i: int, prefetch: bool = True) -> None:
     """Layer i's weights, and the next layer's on their way."""
     setup.skeleton.load_layer(i)
-    if prefetch:
+    if prefetch and setup.reads_ahead:
         setup.skeleton.prefetch(i + 1)
 
 

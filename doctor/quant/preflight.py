@@ -46,6 +46,7 @@ class Forecast:
     memory: int  # what the process may take
     hidden_on_disk: bool
     free_disk: int
+    reads_ahead: bool = False
     seconds: float | None = None
     sampling: int = 0
     tried: tuple[int, ...] = ()
@@ -59,7 +60,8 @@ class Forecast:
     @property
     def running(self) -> int:
         """Bytes while layers are quantized."""
-        return self.need.fixed + (0 if self.hidden_on_disk else self.need.hidden)
+        on_top = (0 if self.hidden_on_disk else self.need.hidden) + (self.need.ahead if self.reads_ahead else 0)
+        return self.need.fixed + on_top
 
     @property
     def disk(self) -> int:
@@ -73,6 +75,8 @@ class Forecast:
             if self.hidden_on_disk
             else _("hidden states {size}", size=gib(self.need.hidden))
         )
+        if self.reads_ahead and self.need.ahead:
+            parts.append(_("the next decoder layer, read ahead, {size}", size=gib(self.need.ahead)))
         found: list[str] = [
             _(
                 "memory  {peak} at the peak: {parts}; suspended forwards take what is left",
@@ -146,6 +150,7 @@ def plan(
         limit,
         need.hidden > budget.left(need, memory),
         _free_disk(output),
+        budget.reads_ahead(need, memory),
         sampling=sampling,
     )
     return replace(found, problems=tuple(_problems(found, output, memory)))

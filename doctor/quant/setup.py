@@ -73,6 +73,7 @@ class Setup:
     batches: list[torch.Tensor]
     seen: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     survey: Survey | None = None
+    reads_ahead: bool = True  # whether the next decoder layer is read while one computes
 
 
 def set_up(
@@ -137,6 +138,7 @@ def set_up(
         batches,
         seen,
         survey,
+        budget.reads_ahead(need, memory),
     )
 
 

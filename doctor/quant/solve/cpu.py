@@ -16,14 +16,13 @@ import torch
 
 from doctor.core.messages import _
 from doctor.formats.grid import Grid
+from doctor.quant.budget import PACKED_BYTES
 from doctor.quant.solve.float_scale import FloatScale
 from doctor.scan import native
 
 ScaleKind = torch.dtype | FloatScale
 
 BLOCK, _PANEL = 128, 4  # columns of a block and of a panel, BLOCK and COLUMNS of solve.c
-# Of a factor or a Hessian, packed at a time for the rows of one call: more saves nothing, and below k = 4096 it is all.
-PACKED_BYTES = 1 << 26
 _WORK_OF_A_THREAD = 1 << 16  # weights below which a second thread costs more than it brings
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FLOATS, _POWERS = 3, 4  # scales of 4-bit floats: 8-bit floats under a divisor, powers of two

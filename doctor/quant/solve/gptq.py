@@ -38,6 +38,7 @@ import torch
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.core.recipe import DAMP, DAMP_MAX
+from doctor.quant.budget import LOOP_BYTES
 from doctor.quant.solve import cpu
 from doctor.quant.solve.columns import round_columns
 from doctor.quant.solve.factor import factorise_with_escalation
@@ -59,10 +60,6 @@ from doctor.quant.solve.rtn import require_hessian, rounded
 from doctor.quant.solve.solution import Solution
 from doctor.quant.solve.spectrum import live_mean
 from doctor.quant.solve.square import Square
-
-# Of the weights, and again of the errors, that a native loop works on: the fewer rows, the more often the square is
-# packed for them. With 1365 rows of k = 49,152 packing is a twentieth of the work.
-_LOOP_BYTES = 1 << 28
 
 
 def solve(
@@ -182,7 +179,7 @@ def _solve_natively(
         g_idx = g_idx[torch.argsort(order.steps)]
     eigen = attempts[-1].precision == "eigen"  # then sums of the loops are of another matrix
     codes, grids, losses = torch.empty(W.shape, dtype=torch.uint8), list[Grid](), list[torch.Tensor]()
-    for rows in row_chunks(W.shape, _LOOP_BYTES):
+    for rows in row_chunks(W.shape, LOOP_BYTES):
         part = W[rows].to(torch.float32).contiguous()
         found, grid, loss = _loops(part, H, params, order, refine, extra, cost, g_idx, eigen)
         codes[rows] = found

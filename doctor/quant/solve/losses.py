@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from doctor.quant.budget import CHUNK_BYTES
 from doctor.quant.solve.grid import GridParams, dequantize, quantize
 from doctor.quant.solve.grid_search import fit_with
 from doctor.quant.solve.numerics import row_chunks
@@ -15,7 +16,6 @@ SAMPLE, SAMPLE_WEIGHTS = 64, 1 << 17
 _CLEAR = 0.8
 _POWER_STEPS = 3  # from the largest column; more bring nothing where one direction dominates
 _ROWS_AT_A_TIME = 128  # so that intermediate values stay in the cache
-CHUNK_BYTES = 1 << 26  # of the rows that are worked on at a time where nothing is shared between them
 
 
 def loss_shares(

@@ -6,6 +6,7 @@ import torch
 
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
+from doctor.quant.budget import CHUNK_BYTES
 from doctor.quant.solve.factor import Attempt
 from doctor.quant.solve.grid import (
     Grid,
@@ -17,7 +18,7 @@ from doctor.quant.solve.grid import (
     require_finite,
 )
 from doctor.quant.solve.grid_search import fit_with
-from doctor.quant.solve.losses import CHUNK_BYTES, energies, share_of
+from doctor.quant.solve.losses import energies, share_of
 from doctor.quant.solve.numerics import all_finite, row_chunks
 from doctor.quant.solve.solution import Solution
 from doctor.quant.solve.spectrum import live_mean

@@ -47,7 +47,7 @@ def test_the_minor_that_fails_is_counted_over_all_tiles():
 def test_chunks_of_rows_and_of_the_square_change_no_code(monkeypatch, options):
     W, H = example(150, 330 if "group_size" in options else 384)
     want = solve(W, H, **options)
-    monkeypatch.setattr(gptq, "_LOOP_BYTES", 4 * 384 * 64)
+    monkeypatch.setattr(gptq, "LOOP_BYTES", 4 * 384 * 64)
     monkeypatch.setattr(cpu, "PACKED_BYTES", 1)
     got = solve(W.to(torch.float64), H, **options)
     assert want.outcome == got.outcome == "gptq" and got.loss == pytest.approx(want.loss, rel=1e-5)
