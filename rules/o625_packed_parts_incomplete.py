@@ -9,7 +9,7 @@ Seen as:
 
 Do: copy the shard again from its source.
 
-False alarms: none known. Only names and shapes are judged: doctor does not unpack these formats.
+False alarms: none known. Only names and shapes are judged; HQQ and MLX are not unpacked.
 
 Fix safety: no fix: the part is not in the files.
 
@@ -83,7 +83,7 @@ def packed():
             "q_weight": (words, "I32"),
             "q_scale": (rng.integers(0, 1 << 30, (groups, n // 8), np.int64).astype(np.int32), "I32"),
             "q_scale_max": (np.full(groups, 0.01, np.float16).view(np.uint16), "F16"),
-            "q_groups": (np.arange(2 * groups, dtype=np.int16), "I16"),
+            "q_groups": (np.array([(4, 4 * at) for at in range(groups)], np.int16).reshape(-1), "I16"),
             "q_invperm": (rng.permutation(k).astype(np.int32), "I32"),
         }
         for part, (values, dtype) in parts.items():

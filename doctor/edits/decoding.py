@@ -18,7 +18,9 @@ from doctor.core.recipe import Recipe, Scheme, is_kept
 from doctor.edits.kinds import Dequantize, DropFile, DropTensor, Edit, RemoveJson
 from doctor.formats.base import KNOWN, Format, read_quantization, verbatim_tails, word_tails
 from doctor.formats.known import is_quantized
+from doctor.formats.requirements import stored_shape
 from doctor.model.quantization_config import quantization_of
+from doctor.model.spec import ModelSpec, build_spec
 from doctor.plan.groups import packed_size
 
 if TYPE_CHECKING:
@@ -64,9 +66,9 @@ def decoding(
 
     Raises Unavailable with the reason where a weight in codes is of no format that is read here, or lacks a part.
     """
-    words = word_tails()
+    words, plain = word_tails(), build_spec(checkpoint.value("config.json") or {}, {})
     stored = [
-        _packed(info, tensors, block) if name.endswith(words) else _beside(info, tensors, block, texts)
+        _packed(info, tensors, block) if name.endswith(words) else _beside(info, tensors, block, texts, plain)
         for name, info in sorted(tensors.items())
         if is_quantized(name, info.dtype.name, info.dtype.bits, len(info.shape))
     ]
@@ -129,8 +131,14 @@ def _packed(info: TensorInfo, tensors: Mapping[str, TensorInfo], block: Block) -
     return Stored(info, f"{module}.weight", (height, width), quant.format, quant.scheme_of(module))
 
 
-def _beside(info: TensorInfo, tensors: Mapping[str, TensorInfo], block: Block, texts: Mapping[str, bytes]) -> Stored:
-    """A weight whose format keeps scales beside it."""
+def _beside(
+    info: TensorInfo,
+    tensors: Mapping[str, TensorInfo],
+    block: Block,
+    texts: Mapping[str, bytes],
+    plain: ModelSpec,
+) -> Stored:
+    """A weight whose format keeps scales beside it. plain: the model as config.json gives it, for its true sizes."""
     pairs = ((form, form.scheme_beside(info, tensors, block[0] if block else None)) for form in KNOWN.values())
     form, scheme = next((pair for pair in pairs if pair[1] is not None), (None, None))
     if form is None or scheme is None:
@@ -138,6 +146,9 @@ def _beside(info: TensorInfo, tensors: Mapping[str, TensorInfo], block: Block, t
     weight, shape = form.weight_name(info.name), form.shape_beside(info, texts)
     if shape is None:
         raise Unavailable(_("the shape of {tensor} stands among values that were not read", tensor=info.name))
+    true = plain.expected_shape(weight) if form.padded != (1, 1) else None
+    if true is not None and stored_shape(true, form.padded) == tuple(shape):
+        shape = true
     return Stored(info, weight, shape, form, scheme)
 
 

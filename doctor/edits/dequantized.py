@@ -14,6 +14,7 @@ from doctor.edits.kinds import Dequantize
 from doctor.edits.stale import stale
 from doctor.formats.base import KNOWN, Format
 from doctor.formats.grid import e4m3_values
+from doctor.formats.requirements import stored_shape
 
 
 class DequantizedTensor:
@@ -47,7 +48,7 @@ class DequantizedTensor:
     def _require_shape(self, form: Format, parts: dict[str, np.ndarray]) -> None:
         shapes = {name: array.shape for name, array in parts.items()}
         found = form.weight_shape(shapes, parts.__getitem__, self.edit.bits)
-        if found != tuple(self.edit.shape):
+        if tuple(found) != stored_shape(self.edit.shape, form.padded):
             raise stale(
                 _(
                     "{module}: dequantizes to {found}; must be {expected}.",

@@ -17,5 +17,7 @@ from doctor.formats import (  # noqa: F401, I001 - their order
     nvfp4,
     mxfp4,
     bitsandbytes,
+    exl2,
+    exl3,
     gguf,
 )

@@ -78,6 +78,7 @@ class Format:
     smooths = False  # whether its readers round activations to integers: then SmoothQuant helps
     own_widths = True  # whether single linears may have other bits than the rest
     widths_key = ""  # where their bits stand, if under a key that only some readers know
+    padded = (1, 1)  # stored out_features and in_features are rounded up to multiples of these
     unit = (1, 1)  # in_features and out_features must be multiples of these for the format's own sake
     joint: tuple[str, ...] = ("bits", "group_size", "sym")  # what linears that an engine fuses must share
     zero_offset = 0  # what is taken from a zero point before it is stored

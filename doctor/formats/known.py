@@ -11,8 +11,8 @@ from doctor.core.recipe import Recipe
 from doctor.formats.base import KNOWN, format_of, scale_tails, word_tails
 
 # quant_method of files that hold packed weights which are not read here.
-_UNREAD_METHODS = ("awq_marlin", "exl2", "exl3", "aqlm", "hqq", "quip")
-_UNREAD_WORDS = (".q_weight",)  # EXL2's
+_UNREAD_METHODS = ("awq_marlin", "aqlm", "hqq", "quip")
+_OTHER_TAILS = (".q_weight", ".trellis")  # EXL2's and EXL3's, whose codes are no words of groups
 OTHER_WORDS = ("q_weight", "trellis", "W_q")  # what holds the codes of formats that are named here and not unpacked
 # Endings of names of which a packed file of some format has one at least.
 _SIGNS = (".weight_scale", ".weight_scale_inv", ".q_weight", ".trellis", ".codes", "_blocks", ".W_q", "_scale")
@@ -91,7 +91,7 @@ def _of_mlx_module(stated: Mapping[str, Any], module: str) -> Mapping[str, Any]:
 
 def packed_tails() -> tuple[str, ...]:
     """Endings of names of tensors that hold codes instead of weights, of formats that are not read too."""
-    return (*word_tails(), *_UNREAD_WORDS)
+    return (*word_tails(), *_OTHER_TAILS)
 
 
 def holds_codes(name: str, dtype: str) -> bool:

@@ -70,3 +70,8 @@ def require_dividing(k: int, groups: int) -> None:
                 size=k,
             )
         )
+
+
+def stored_shape(shape: tuple[int, ...], padded: tuple[int, int]) -> tuple[int, ...]:
+    """[n, k] of a weight as it is stored, rounded up to multiples of `padded`."""
+    return (*(-(-size // unit) * unit for size, unit in zip(shape, padded, strict=False)), *shape[2:])

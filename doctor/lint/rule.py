@@ -56,6 +56,7 @@ from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
 )
 from doctor.edits.padding import grown, keep_edits, pad_edits  # noqa: F401
 from doctor.formats.base import KNOWN, format_of, read_quantization, scale_tails, word_tails  # noqa: F401
+from doctor.formats.exl2 import exl2_defects  # noqa: F401
 from doctor.formats.known import (  # noqa: F401
     companion_shapes,
     companions_missing,

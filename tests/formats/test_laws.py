@@ -135,7 +135,11 @@ def test_sizes_that_do_not_fit_are_named():
 
 
 def test_names_tell_packed_weights_of_formats_that_are_not_read_too():
-    assert set(word_tails()) == {".qweight", ".weight_packed"} and set(packed_tails()) == {*word_tails(), ".q_weight"}
+    assert set(word_tails()) == {".qweight", ".weight_packed"} and set(packed_tails()) == {
+        *word_tails(),
+        ".q_weight",
+        ".trellis",
+    }
     assert set(scale_tails()) == {".scales", ".weight_scale", ".weight_scale_inv"}
     assert format_of_words("a.qweight").name == "gptq" and format_of_words("a.weight") is None
     assert shows_packing("a.trellis") and shows_packing("a.qweight") and not shows_packing("a.weight")

@@ -19,6 +19,12 @@ EXAMPLES = ("bad", "good", "more", "tiny_gptq")  # functions that build files of
 # file: (what is compared, why it is no format of weights)
 ALLOWED = {
     "doctor/evaluate/kvcache/quantizers.py": ({"fp8"}, "how a cache stores keys and values, not weights"),
+    "rules/c144_rope_schema.py": ({"su"}, "a kind of rotary embedding"),
+    "rules/o625_packed_parts_incomplete.py": (
+        {"q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm"},
+        "its example builds an EXL2 file",
+    ),
+    "rules/o647_exl2_groups_unsound.py": ({".q_groups"}, "a rule of this format alone"),
     "rules/f005_foreign_format.py": ({"gguf"}, "what a file begins with that is called .safetensors"),
 }
 
