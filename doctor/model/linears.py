@@ -160,7 +160,7 @@ ROLE_OF_TAIL = {
 # Kept in 16 bits: norms (some are matrices), routers, embeddings, and the step projections of state-space models:
 # x_proj and dt_proj are a few per cent of a Mamba layer, as narrow as the rank of its step, and feed a recurrence that
 # adds up their errors.
-_LEFT_OUT = re.compile(r"norm[^.]*(?:\.[^.]*)?$|(?:embed|router)[^.]*$|\.(?:gate|x_proj|dt_proj)$")
+_LEFT_OUT = re.compile(r"norm[^.]*(?:\.[^.]*)?$|embed[^.]*$|router[^.]*(?:\.[^.]*)?$|\.(?:gate|x_proj|dt_proj)$")
 
 
 _EXPERT = re.compile(r"experts\.(\d+)\.")  # of a mixture whose experts are stored one by one

@@ -1,7 +1,7 @@
 """Experts of one decoder layer as separate linears, in place of transformers' fused 3-D parameters.
 
-Four forms are known: the plain one (gate_up_proj and down_proj without biases), the one without a gate (Nemotron-H),
-GPT-OSS, and Llama 4.
+Five forms are known: the plain one (gate_up_proj and down_proj without biases), the one with experts that compute
+nothing (LongCat), the one without a gate (Nemotron-H), GPT-OSS, and Llama 4.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Experts(nn.Module):
 
     def __init__(self, fused: Any, *, in_first: bool = False, bias: bool = False):
         super().__init__()
-        count, out, hidden = getattr(fused, "gate_up_proj" if "gate" in self.first else "up_proj").shape
+        _count, out, hidden = getattr(fused, "gate_up_proj" if "gate" in self.first else "up_proj").shape
+        count = len(fused.down_proj)
         if in_first:
             hidden, out = out, hidden
         inner = out // len(self.first)
@@ -126,6 +127,26 @@ class PlainExperts(Experts):
         return self._sum(hidden, routes, weights)
 
 
+class ZeroExperts(PlainExperts):
+    """LongCat's: the router may choose experts behind the last one, which return their input. They have no weights,
+    although the class gives them rows in gate_up_proj.
+    """
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """gate_up_proj [E + zeros, 2I, H], down_proj [E, H, I], no biases."""
+        parameters = dict(module.named_parameters(recurse=False))
+        if parameters.keys() != {"gate_up_proj", "down_proj"} or not hasattr(module, "identity_expert"):
+            return False
+        gate_up, down = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
+        zeros = getattr(module, "zero_expert_num", 0)
+        return len(gate_up) == 3 and down == (gate_up[0] - zeros, gate_up[2], gate_up[1] // 2)
+
+    def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        unchanged = (top_k_weights * (top_k_index >= len(self.experts))).sum(-1, keepdim=True)
+        return super().forward(hidden, top_k_index, top_k_weights) + (hidden * unchanged).to(hidden.dtype)
+
+
 class UngatedExperts(PlainExperts):
     """Experts without a gate, as Nemotron-H has them: down(act(up(x)))."""
 
@@ -204,4 +225,4 @@ def _rows(hidden: torch.Tensor, token: torch.Tensor, scale: torch.Tensor | None 
     return lambda: hidden[token] if scale is None else hidden[token] * scale
 
 
-FORMS: tuple[type[Experts], ...] = (PlainExperts, UngatedExperts, GptOssExperts, Llama4Experts)
+FORMS: tuple[type[Experts], ...] = (PlainExperts, ZeroExperts, UngatedExperts, GptOssExperts, Llama4Experts)
