@@ -1,8 +1,8 @@
 """G322 output-would-not-load: the client would not load the quantized copy.
 
 Why: a format may be well written and still have no reader. transformers replaces the linears of a class by packed ones
-when it loads compressed-tensors; classes whose own code asks each linear for its weight (Mamba, RWKV, ModernBERT), and
-linears that are no Linear (GPT-2's Conv1D), cannot be loaded so.
+when it loads compressed-tensors; classes whose own code asks each linear for its weight, and linears that are no Linear
+(GPT-2's Conv1D), cannot be loaded so.
 
 Seen as:
 - transformers: `'Linear' object has no attribute 'weight'`

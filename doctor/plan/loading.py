@@ -30,6 +30,12 @@ def packed_loading(checkpoint) -> dict[str, Any]:
     return table("packed_loading")
 
 
+def loading_options(form: str, model_type: str) -> dict[str, Any]:
+    """Keys of quantization_config without which transformers does not load this family from a format's files."""
+    options = table("packed_loading").get(form, {}).get("options", {})
+    return {key: True for key, families in options.items() if model_type in families}
+
+
 def load_problem(proof: LoadProof, recipe: Recipe, model_type: str) -> LoadProblem | None:
     """What a client that does not load a checkpoint whole says; None where it does, or was not asked."""
     if proof.reason:

@@ -18,6 +18,7 @@ from doctor.edits.kinds import MISSING, DropFile, Edit, RemoveJson, SetJson
 from doctor.formats.base import Format, Quantization
 from doctor.lint.plain_fixes import OWN_FILES
 from doctor.model.spec import build_spec
+from doctor.plan.loading import loading_options
 from doctor.quant.client import Linears
 
 AskLinears = Callable[[Path, Iterable[str]], Linears]
@@ -48,7 +49,9 @@ def converted_config(
     names = [name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")]
     linears = ask(checkpoint.root, [*names, *modules]) if ask else {}
     stated = config_of(recipe, kept, modules, linears, widths)
-    stated = _without_entries_for(target, stated, modules)
+    stated = _without_entries_for(target, stated, modules) | loading_options(
+        target.name, str((checkpoint.value("config.json") or {}).get("model_type", ""))
+    )
     if scattered:
         stated[target.order_key] = True
     return stated, target.config_files

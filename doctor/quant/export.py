@@ -31,6 +31,7 @@ from doctor.fixing.receipt import RECEIPT
 from doctor.fixing.staging import StagingDir
 from doctor.formats.base import format_of
 from doctor.model.spellings import with_old_keys
+from doctor.plan.loading import loading_options
 from doctor.quant.calibration.tokenizer import encoder
 from doctor.quant.client import Linears, plain_linears
 from doctor.quant.gguf_output import write_model
@@ -277,6 +278,7 @@ def config_of(
 def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, stated: dict) -> None:
     """config.json with its quantization_config, and the format's copies of that."""
     config = with_old_keys(_sixteen_bits(checkpoint.value("config.json") or {}))
+    stated = {**stated, **loading_options(recipe.output_format, str(config.get("model_type", "")))}
     _write_json(folder / "config.json", {**config, "quantization_config": stated})
     for copy in format_of(recipe).config_files:
         _write_json(folder / copy, stated)
