@@ -215,7 +215,8 @@ def command(
         )
         run = given(rows=rows, max_seq_length=max_seq_length, memory=size_in_bytes(memory), calibration=calibration)
         if plan_only:
-            _print_forecast(api.plan_quantize(path, output, recipe, **run, **given(budget=budget)))
+            planned = {**run, **given(budget=budget), "tune": _rows_to_tune(tune)}
+            _print_forecast(api.plan_quantize(path, output, recipe, **planned))
         result = api.quantize(
             path,
             output,

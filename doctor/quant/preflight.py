@@ -35,7 +35,8 @@ class Forecast:
     """What a whole run takes. Bytes and seconds; problems would end the run.
 
     blocks: decoder layers. seconds: None for a plan, which measures nothing. sampling: bytes that the whole model
-    takes while it writes calibration rows, before the first layer; 0 where it writes none. tried: numbers of the
+    takes while it writes calibration rows, before the first layer; 0 where it writes none. tuning: bytes, at most, of
+    tuning scales after the last layer; 0 where that is not done. tried: numbers of the
     layers that a preflight quantized.
     """
 
@@ -49,13 +50,14 @@ class Forecast:
     reads_ahead: bool = False
     seconds: float | None = None
     sampling: int = 0
+    tuning: int = 0
     tried: tuple[int, ...] = ()
     tried_rows: int = 0
     problems: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
-        return max(self.running, self.sampling)
+        return max(self.running, self.sampling, self.tuning)
 
     @property
     def running(self) -> int:
@@ -91,6 +93,10 @@ class Forecast:
                     "calibration rows",
                     peak=gib(self.sampling),
                 )
+            )
+        if self.tuning:
+            found.append(
+                _("        up to {peak} after the last layer, where scales are tuned (--tune)", peak=gib(self.tuning))
             )
         found.append(_("GPU     up to {size} of its memory, with --device cuda", size=gib(self.need.on_device)))
         found.append(
@@ -135,9 +141,10 @@ def plan(
     length: int,
     memory: int | None,
     sampling: int = 0,
+    tuning: int = 0,
 ) -> Forecast:
     """From headers alone. rows of `length` tokens, for a method that takes any. sampling: bytes of the whole model,
-    where it writes rows.
+    where it writes rows; tuning: of tuning scales, where that is done.
     """
     rows = rows if recipe.calibrated else 0
     need = budget.needs(checkpoint, spec, recipe, rows, length)
@@ -152,6 +159,7 @@ def plan(
         _free_disk(output),
         budget.reads_ahead(need, memory),
         sampling=sampling,
+        tuning=tuning,
     )
     return replace(found, problems=tuple(_problems(found, output, memory)))
 

@@ -47,6 +47,7 @@ from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
 from doctor.quant.stage import require_no_work
 from doctor.quant.tuning.within import AUTO, refuse_tuning, require_text
+from doctor.quant.tuning.within import forecast as tuning_forecast
 
 
 def quantize(
@@ -217,6 +218,7 @@ def plan(
     memory: int | None = None,
     calibration: str | os.PathLike | None = None,
     budget: Budget | None = None,
+    tune: str | int = AUTO,
 ) -> Forecast:
     """Memory and disk of quantizing, from headers alone; path may be org/name on the Hub.
 
@@ -239,7 +241,8 @@ def plan(
     if calibration is None and recipe.calibrated and rows >= SAMPLED_SHARE:
         with suppress(NotSampled):
             sampling = forecast(checkpoint, spec, rows // SAMPLED_SHARE, length, memory=memory).bytes
-    return flight.plan(checkpoint, spec, recipe, Path(os.path.abspath(output)), rows, length, memory, sampling)
+    tuning = tuning_forecast(tune, checkpoint, spec, recipe, rows, length, memory)
+    return flight.plan(checkpoint, spec, recipe, Path(os.path.abspath(output)), rows, length, memory, sampling, tuning)
 
 
 def _without_config(checkpoint: Checkpoint) -> str:

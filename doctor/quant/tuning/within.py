@@ -65,40 +65,58 @@ def require_text(tune: str | int, facts: CalibrationFacts | None) -> None:
         )
 
 
-def wanted(tune: str | int, recipe: Recipe, rows: list[list[int]], facts: CalibrationFacts | None) -> Wanted:
-    """How many of the calibration rows a run trains on."""
+def wanted(tune: str | int, recipe: Recipe, rows: int, facts: CalibrationFacts | None) -> Wanted:
+    """How many of so many calibration rows a run trains on."""
     fits = recipe.calibrated and format_of(recipe).affine and not streams(recipe)
     if tune == OFF or facts is None or not fits:
         return Wanted(0)
     if isinstance(tune, int):
-        return Wanted(min(tune, len(rows)), asked=True)
+        return Wanted(min(tune, rows), asked=True)
     if facts.seen_rows:
         return Wanted(0, reason=_("rows with images or sound calibrated it"))
-    if len(rows) < LEAST_ROWS or facts.tokens < LEAST_TOKENS:
+    if rows < LEAST_ROWS or facts.tokens < LEAST_TOKENS:
         return Wanted(
             0,
             reason=_(
                 "{rows} rows of {tokens:,} tokens are too few; it takes {least} rows and {enough:,} tokens",
-                rows=len(rows),
+                rows=rows,
                 tokens=facts.tokens,
                 least=LEAST_ROWS,
                 enough=LEAST_TOKENS,
             ),
         )
-    return Wanted(min(len(rows), max(LEAST_ROWS, int(len(rows) * SHARE))))
+    return Wanted(min(rows, max(LEAST_ROWS, int(rows * SHARE))))
 
 
 def need(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int) -> int:
-    """Bytes that tuning with so many rows takes besides the codes, which are read again where memory ends."""
-    sizes = budget.needs(checkpoint, spec, recipe, rows, length)
-    hidden, vocabulary, layers = spec.hidden or 0, spec.vocab or 0, len({x.block for x in spec.linears})
-    linears = [x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]
-    scales = sum(x.out_features * (x.in_features // recipe.group_size if recipe.group_size > 0 else 1) for x in linears)
-    states = 4 * length * hidden * (2 * rows + ROWS_A_STEP * (layers + 1))
+    """Bytes that tuning on so many rows takes besides the codes, which are read again where memory ends."""
+    hidden, vocabulary = spec.hidden or 0, spec.vocab or 0
+    layers: dict[int, int] = {}
+    scales = 0
+    for x in (x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)):
+        layers[x.block or 0] = layers.get(x.block or 0, 0) + x.in_features * x.out_features
+        scales += x.out_features * max(1, x.in_features // recipe.group_size if recipe.group_size > 0 else 1)
+    states = 4 * length * hidden * (2 * (rows + WATCHED) + ROWS_A_STEP * (len(layers) + 1))
     ends = 3 * 4 * vocabulary * hidden  # embedding and head in float32, and the original's until the two are compared
-    computing = 3 * sizes.block + 4 * sizes.row
+    sizes = budget.needs(checkpoint, spec, recipe, rows, length)
+    # of a layer, in float32: weights, their slopes, and half of each for the codes; of a row: what it computes, kept
+    computing = 10 * max(layers.values(), default=0) + 4 * sizes.row
     logits = 6 * 4 * TOKENS * vocabulary
     return sizes.constant + states + ends + max(computing, logits) + 7 * 4 * scales
+
+
+def forecast(
+    tune: str | int, checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int, memory: int | None
+) -> int:
+    """Bytes at the peak of the tuning of a run with these rows of text, at most; 0 where it would not be done."""
+    facts = CalibrationFacts("", True, rows, rows * length, length, length, length, 0, 0, 0, 0)
+    wish = wanted(tune, recipe, rows, facts)
+    takes = need(checkpoint, spec, recipe, wish.rows, length) if wish.rows else 0
+    limit = budget.limit(memory)
+    if takes > limit and not wish.asked:
+        return 0
+    codes = 2 * sum(x.in_features * x.out_features for x in spec.linears if not is_kept(recipe, x.name))
+    return takes and max(takes, min(limit, takes + codes))
 
 
 def tuned(
@@ -111,13 +129,13 @@ def tuned(
     """
     checked, facts, rows = calibrated.checked, calibrated.facts, calibrated.rows
     source, spec, recipe = checked.assessment.checkpoint, checked.spec, checked.recipe
-    wish = wanted(asked.tune, recipe, rows, facts)
+    wish = wanted(asked.tune, recipe, len(rows), facts)
     if facts is None or not (wish.rows or wish.reason):
         return {}, None
     if not wish.rows:
         return {}, TuningFacts(reason=wish.reason)
     budget.give_back()
-    takes = need(source, spec, recipe, wish.rows + WATCHED, max(map(len, rows)))
+    takes = need(source, spec, recipe, wish.rows, max(map(len, rows)))
     limit = device_free(asked.device) or budget.limit(asked.memory)
     if takes > limit:
         short = _("it takes {need}, {limit} may be used", need=budget.gib(takes), limit=budget.gib(limit))

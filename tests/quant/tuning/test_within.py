@@ -171,3 +171,16 @@ def test_text_that_is_used_up_leaves_no_rows_to_watch(taught, tmp_path):
     rows, facts, _notes = calibration_rows(checkpoint, tmp_path / "text.txt", rows=500, length=64)
     assert len(rows) > 4
     assert unseen_rows(checkpoint, tmp_path / "text.txt", facts.rows, count=4, length=64) == []
+
+
+def test_the_plan_counts_the_tuning(taught, recipe):
+    def planned(**options):
+        return api.plan_quantize(taught, "out", recipe, **{"rows": 128, "max_seq_length": 128, **options})
+
+    plain, auto = planned(tune="off"), planned()
+    assert plain.tuning == 0 and plain.peak <= auto.peak and auto.tuning > 0
+    assert any("--tune" in line for line in auto.lines()) and not any("--tune" in line for line in plain.lines())
+    assert planned(rows=8).tuning == 0  # too few rows to be done unasked
+    assert planned(rows=8, tune=8).tuning > 0
+    assert planned(memory=auto.tuning // 2).tuning == 0 and planned(memory=auto.tuning // 2, tune=8).tuning > 0
+    assert planned(tune=128).tuning > auto.tuning
