@@ -13,9 +13,10 @@ False alarms: none known. Only names and shapes are judged; HQQ and MLX are not 
 
 Fix safety: no fix: the part is not in the files.
 
-Sources: turboderp/exllamav2 0.3.2 exllamav2/linear.py and exllamav2_ext/cuda/q_matrix.cu; turboderp/exllamav3 1.6.5
-exllamav3/modules/linear.py; mobiusml/hqq hqq/core/quantize.py; ml-explore/mlx 0.32.4 python/mlx/nn/layers/quantized.py
-and python/mlx/nn/layers/base.py (load_weights).
+Sources: turboderp-org/exllamav2 exllamav2/module.py (load_weight makes q_perm of q_invperm) and
+exllamav2_ext/cuda/q_matrix.cu; turboderp-org/exllamav3 exllamav3/modules/linear.py (is_exl3_storage); mobiusml/hqq
+hqq/core/quantize.py (state_dict; zero_scale with offload_meta); ml-explore/mlx python/mlx/nn/layers/quantized.py and
+base.py (load_weights); ml-explore/mlx-lm mlx_lm/utils.py (load_model).
 """
 
 from functools import partial

@@ -27,9 +27,9 @@ _UNDOES = re.compile(
 
 # Formats that are named and not unpacked: the words of a linear -> what no reader can do without, one of each group.
 _COMPANIONS = {
-    "q_weight": (("q_scale",), ("q_scale_max",), ("q_groups",), ("q_invperm", "q_perm")),
+    "q_weight": (("q_scale",), ("q_scale_max",), ("q_groups",), ("q_invperm",)),  # q_perm is made of q_invperm
     "trellis": (("suh", "su"), ("svh", "sv")),
-    "W_q": (("scale", "scale_q"), ("zero", "zero_q")),
+    "W_q": (("scale", "zero_scale"), ("zero", "zero_scale")),  # one tensor of both with offload_meta
 }
 
 
@@ -59,6 +59,9 @@ def companion_shapes(tensors: Mapping[str, TensorInfo], name: str) -> list[tuple
 _SHAPED = ("q_scale", "q_scale_max", "q_groups", "suh", "svh")
 
 
+_MLX_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # mode -> (group_size, bits)
+
+
 def mlx_parts_missing(tensors: Mapping[str, TensorInfo], name: str, stated: Mapping[str, Any]) -> list[str]:
     """Parts that the words `name` of an MLX linear (U32) need and that are not beside it. stated: config.json's
     `quantization`. Its affine mode has a bias for each group, the modes of 4- and 8-bit floats have none.
@@ -84,9 +87,18 @@ def mlx_shapes(
 
 
 def _of_mlx_module(stated: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """What holds for a module: its own entry where it has one."""
+    """What holds for a module. Its own entry takes nothing from the entry for all: what it leaves out is its mode's
+    default (mlx python/mlx/nn/layers/quantized.py, quantize).
+    """
     own = stated.get(module)
-    return {**stated, **own} if isinstance(own, Mapping) else stated
+    if not isinstance(own, Mapping):
+        return stated
+    group, bits = _MLX_DEFAULTS.get(own.get("mode", "affine"), (None, None))
+    return {
+        "group_size": own.get("group_size") or group,
+        "bits": own.get("bits") or bits,
+        "mode": own.get("mode", "affine"),
+    }
 
 
 def packed_tails() -> tuple[str, ...]:

@@ -67,8 +67,12 @@ def directory_kind(checkpoint: Checkpoint) -> str:
 
 
 def _in_mlx_words(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
-    """Whether weights are MLX's: each has biases, in the plural, and config.json has `quantization`."""
-    return isinstance(config.get("quantization"), dict) and any(n.endswith(".biases") for n in checkpoint.tensors)
+    """Whether weights are MLX's: words of 32 bits under a weight's own name, and `quantization` in config.json. Biases,
+    in the plural, are there in one of its modes alone.
+    """
+    return isinstance(config.get("quantization"), dict) and any(
+        info.dtype.name == "U32" and name.endswith(".weight") for name, info in checkpoint.tensors.items()
+    )
 
 
 def _of_config(config: Mapping[str, Any]) -> str:

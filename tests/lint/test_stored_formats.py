@@ -6,6 +6,7 @@ import pytest
 from doctor.api import check, fix
 from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.directory import Checkpoint
+from doctor.formats.known import companions_missing
 from doctor.lint.testing import tiny, tiny_gptq, use_family
 
 
@@ -493,7 +494,7 @@ MLX = {
 
 
 def mlx(mode, group, bits, parts):
-    """tiny() with the down projections of MLX; o_proj of the first layer in 4 bits of its own, which names the kind."""
+    """tiny() with the down projections of MLX, and o_proj of the first layer in 4 bits of its own."""
     case = tiny()
     own = {"weight": (64, 8), "scales": (64, 2), "biases": (64, 2)}
     modules = {case.name("down", layer).removesuffix(".weight"): parts for layer in (0, 1)}
@@ -522,6 +523,32 @@ def test_parts_of_mlx_are_judged_by_its_modes(tmp_path, kind):
     case = mlx(*kind, MLX[kind] | {"scales": (64, 1)})
     found = [f.message for f in check(case.write(tmp_path / "narrow")).findings if f.code == "O625"]
     assert found and all("scales is [64, 1]; its words" in message for message in found)
+
+
+def test_an_mlx_modules_own_entry_takes_nothing_from_the_entry_for_all(tmp_path):
+    case = mlx("mxfp4", 32, 4, MLX["mxfp4", 32, 4])
+    o = case.name("o").removesuffix(".weight")
+    case.config["quantization"][o] = {"group_size": 32, "bits": 4}  # no mode: affine, as mlx's to_quantized defaults
+    assert "O625" not in codes_of(check(case.write(tmp_path / "whole")))
+    del case.tensors[f"{o}.biases"], case.dtypes[f"{o}.biases"]
+    [found] = [f for f in check(case.write(tmp_path / "cut")).findings if f.code == "O625"]
+    assert found.message == f"{o} is packed, but has no biases"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts", "absent"),
+    [
+        ("q_weight", ("q_scale", "q_scale_max", "q_groups", "q_perm"), ["q_invperm"]),  # q_perm is computed from it
+        ("q_weight", ("q_scale", "q_scale_max", "q_groups", "q_invperm"), []),
+        ("W_q", ("zero_scale",), []),  # hqq's offload_meta keeps both in one tensor
+        ("W_q", ("zero",), ["scale"]),
+        ("trellis", ("su", "svh"), []),
+        ("trellis", ("suh",), ["svh"]),
+    ],
+)
+def test_parts_of_formats_that_are_not_unpacked_are_those_that_their_loaders_ask_for(words, parts, absent):
+    held = {f"m.{part}" for part in (words, *parts)}
+    assert companions_missing(held, f"m.{words}") == absent
 
 
 def test_a_wrong_exclude_list_does_not_keep_weights_from_becoming_plain_by_name(tmp_path):
