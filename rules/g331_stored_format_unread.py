@@ -1,7 +1,8 @@
 """G331 stored-format-unread: the runtime has no reader for the stored format.
 
 Why: a runtime looks quant_method up in a list of its own and stops where it is not there. Formats leave those lists, too:
-vLLM 0.32 reads no bitsandbytes, HQQ or EXL2.
+vLLM 0.32 reads no bitsandbytes, HQQ or EXL2; 0.6 reads no MXFP4. The releases of vLLM that were read are listed in the
+table; of one between two of them is said what both have or neither has.
 
 Seen as:
 - vLLM: `Unknown quantization method`
@@ -18,7 +19,20 @@ Fix safety: no fix: the files are correct.
 Sources: rules/tables/stored.toml.
 """
 
-from doctor.lint.rule import Place, Unavailable, _, finding, listed, rule, table, version_before
+from doctor.lint.rule import (
+    Place,
+    Unavailable,
+    _,
+    finding,
+    first_with,
+    listed,
+    newest,
+    plural,
+    readers_of,
+    reads_method,
+    rule,
+    version_before,
+)
 from doctor.lint.testing import tiny_gptq
 
 
@@ -28,30 +42,39 @@ def stored_format_unread(checkpoint, quantization_block, goal, recipe, tensors):
         return
     if not recipe.runtime:
         raise Unavailable(_("no runtime was named: --runtime asks for one"))
-    known = table("stored")
-    row = known.get(recipe.runtime)
-    if row is None or (recipe.runtime_version and version_before(recipe.runtime_version, row["version"])):
-        raise Unavailable(_("no list of the formats that {runtime} reads", runtime=recipe.runtime))
     raw, file, pointer = quantization_block
     method = raw.get("quant_method")
-    if not isinstance(method, str) or method in row["methods"]:
+    if not isinstance(method, str):
         return
-    others = [name for name, other in known.items() if method in other["methods"]]
+    known = reads_method(recipe.runtime, recipe.runtime_version, method)
+    if known is None:
+        raise Unavailable(
+            _(
+                "no list of the formats that {runtime} reads",
+                runtime=" ".join(filter(None, (recipe.runtime, recipe.runtime_version))),
+            )
+        )
+    if known:
+        return
+    others = [name for name in readers_of(method) if name != recipe.runtime]
+    later = recipe.runtime_version and first_with(recipe.runtime, method)
+    if later and version_before(recipe.runtime_version, later):
+        others.insert(0, f"{recipe.runtime} {later}")
+    values = {
+        "runtime": recipe.runtime,
+        "version": recipe.runtime_version or newest(recipe.runtime),
+        "method": method,
+    }
     yield finding(
-        _(
+        plural(
             "{runtime} {version} has no reader for quant_method {method}; {others} has one",
-            runtime=recipe.runtime,
-            version=recipe.runtime_version or row["version"],
-            method=method,
+            "{runtime} {version} has no reader for quant_method {method}; {others} have one",
+            len(others),
             others=listed(others),
+            **values,
         )
         if others
-        else _(
-            "{runtime} {version} has no reader for quant_method {method}",
-            runtime=recipe.runtime,
-            version=recipe.runtime_version or row["version"],
-            method=method,
-        ),
+        else _("{runtime} {version} has no reader for quant_method {method}", **values),
         at=Place(file, pointer=f"{pointer}/quant_method"),
         evidence={"method": method, "readers": others},
         advice=_("serve it elsewhere, or store it in another format with `doctor convert`"),

@@ -19,11 +19,21 @@ Fix safety: no fix: the files are correct.
 Sources: rules/tables/served.toml.
 """
 
-from doctor.lint.rule import KNOWN, Place, Unavailable, _, finding, rule, table, version_before
+from doctor.lint.rule import (
+    KNOWN,
+    Place,
+    Unavailable,
+    _,
+    capability_of,
+    finding,
+    groups_of,
+    newest,
+    rule,
+    schemes,
+    serves,
+    stated,
+)
 from doctor.lint.testing import np, tiny, tiny_gptq
-
-# What compressed-tensors takes where a group does not say it (quantization/quant_args.py, QuantizationArgs).
-UNSTATED = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 
 
 @rule("G332", "error", implied_by=("G331", "O620"))
@@ -31,27 +41,28 @@ def stored_scheme_unserved(checkpoint, quantization_block, goal, recipe):
     if quantization_block is None or goal != "serve":
         return
     raw, file, pointer = quantization_block
-    groups = raw.get("config_groups")
     form = next((f for f in KNOWN.values() if f.claims(raw)), None)
-    if form is None or not form.groups_of_modules or not isinstance(groups, dict):
+    if form is None or not form.groups_of_modules or not isinstance(raw.get("config_groups"), dict):
         return
     if not recipe.runtime:
         raise Unavailable(_("no runtime was named: --runtime asks for one"))
-    known = table("served").get(recipe.runtime)
-    if known is None or (recipe.runtime_version and version_before(recipe.runtime_version, known["version"])):
-        raise Unavailable(_("no list of the formats that {runtime} reads", runtime=recipe.runtime))
-    for name, group in groups.items():
-        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-            continue
-        layout = group.get("format") or raw.get("format")
-        weights, inputs = stated(group["weights"]), stated(group.get("input_activations"))
-        if group.get("output_activations") or any(serves(row, weights, inputs, layout) for row in known["row"]):
+    rows = schemes(recipe.runtime, recipe.runtime_version)
+    if rows is None:
+        raise Unavailable(
+            _(
+                "no list of the formats that {runtime} reads",
+                runtime=" ".join(filter(None, (recipe.runtime, recipe.runtime_version))),
+            )
+        )
+    for name, group, layout in groups_of(raw):
+        weights, inputs = stated(group["weights"]) or {}, stated(group.get("input_activations"))
+        if group.get("output_activations") or any(serves(row, weights, inputs, layout) for row in rows):
             continue
         yield finding(
             _(
                 "{runtime} {version} computes with no {weights} weights and {inputs} activations as {format}",
                 runtime=recipe.runtime,
-                version=recipe.runtime_version or known["version"],
+                version=recipe.runtime_version or newest(recipe.runtime),
                 weights=_words(weights),
                 inputs=_words(inputs) if inputs else _("16-bit"),
                 format=layout,
@@ -60,34 +71,10 @@ def stored_scheme_unserved(checkpoint, quantization_block, goal, recipe):
             evidence={"weights": group["weights"], "input_activations": group.get("input_activations")},
             facts_table=(
                 (_("scheme"), _("compute capability")),
-                *((row["name"], _capability(row)) for row in known["row"]),
+                *((row["name"], _capability(row, recipe.runtime_version)) for row in rows),
             ),
             advice=_("quantize again with a scheme that {runtime} has", runtime=recipe.runtime),
         )
-
-
-def stated(args):
-    """What QuantizationArgs makes of a group's object; None where there is none."""
-    if not isinstance(args, dict):
-        return None
-    found = UNSTATED | {key: value for key, value in args.items() if value is not None}
-    size = found.get("group_size")
-    if "strategy" not in found:
-        grouped = "channel" if size == -1 else "group" if isinstance(size, int) and size > 0 else ""
-        found["strategy"] = grouped or ("token" if found["dynamic"] else "tensor")
-    return found | {"dynamic": bool(found["dynamic"])}
-
-
-def serves(row, weights, inputs, form):
-    """Whether a row of the table is one for this group."""
-    if row["formats"] and form not in row["formats"]:
-        return False
-    fits = row["none"] if inputs is None else any(_agrees(kind, inputs) for kind in row["inputs"])
-    return fits and _agrees(row["weights"], weights)
-
-
-def _agrees(allowed, args):
-    return all(args.get(key) in values for key, values in allowed.items())
 
 
 def _words(args):
@@ -102,11 +89,10 @@ def _words(args):
     )
 
 
-def _capability(row):
-    if "capability" not in row:
-        return "-"
-    lowest = f"{row['capability'] / 10:.1f}"
-    return lowest if row.get("exact") else _("{lowest} and up", lowest=lowest)
+def _capability(row, version):
+    least = capability_of(row, version)
+    lowest = f"{least / 10:.1f}" if least else "-"
+    return lowest if row.get("exact") or not least else _("{lowest} and up", lowest=lowest)
 
 
 def in_eight_bits(symmetric):

@@ -93,6 +93,17 @@ from doctor.plan.groups import FUSED, GroupedLinear, packed_size, together  # no
 from doctor.plan.loading import load_problem  # noqa: F401 - declares `packed_loading` too
 from doctor.plan.mixture import planned_types, with_mixture  # noqa: F401
 from doctor.plan.runtimes import in_force, nearest_plan, old_reader, version_before  # noqa: F401 - declares `kernels` too
+from doctor.plan.serving import (  # noqa: F401
+    capability_of,
+    first_with,
+    groups_of,
+    newest,
+    readers_of,
+    reads_method,
+    schemes,
+    serves,
+    stated,
+)
 from doctor.plan.sizes import axis_expression, fits, resized, size_key  # noqa: F401
 from doctor.plan.tensor_parallel import on_one_gpu  # noqa: F401
 from doctor.scan.packed_words import PackedWordStats  # noqa: F401 - declares `packed_words` and `stored_bytes` too

@@ -254,7 +254,13 @@ def _established(name: str, report: Report, runs: list) -> str:
         )
         if s.get("linears")
         else None,
-        "Serving": say("nothing against serving with {runtime}", runtime=report.recipe.runtime)
+        "Serving": say(
+            "nothing against serving with {runtime} on compute capability {least} and up",
+            runtime=report.recipe.runtime,
+            least=s["capability"],
+        )
+        if s.get("capability")
+        else say("nothing against serving with {runtime}", runtime=report.recipe.runtime)
         if report.recipe.runtime
         else say("nothing against its key-value cache; --runtime judges a runtime"),
     }.get(name)

@@ -13,7 +13,8 @@ from doctor.model.directory_kind import directory_kind
 from doctor.model.quantization_config import GOAL, quantization_of, stored_recipe
 from doctor.model.stored_weights import STORED_WEIGHTS
 from doctor.plan.groups import LAYOUT
-from doctor.scan.header import SPEC
+from doctor.plan.serving import least_capability
+from doctor.scan.header import RECIPE, SPEC
 
 
 def _parameters(checkpoint: Checkpoint, store: Store) -> int:
@@ -81,7 +82,15 @@ def summary(checkpoint: Checkpoint, store: Store) -> dict:
         "linears": len(spec.linears) if spec else 0,
         "goal": store.find(GOAL) or "quantize",
         "stored": _stored(checkpoint, store),
+        "capability": _capability(checkpoint, store),
     }
+
+
+def _capability(checkpoint: Checkpoint, store: Store) -> str:
+    """`8.0`: the lowest compute capability with which the recipe's runtime serves what is stored; "" where unknown."""
+    block = quantization_of(checkpoint)
+    least = least_capability(store.get(RECIPE), block[0]) if block and store.find(GOAL) == "serve" else 0
+    return f"{least / 10:.1f}" if least else ""
 
 
 def gguf_bits(tensors: Iterable[GgufTensor]) -> float:

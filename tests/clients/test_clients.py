@@ -285,9 +285,7 @@ def test_vllm_takes_as_packed_what_is_packed_and_nothing_else(name, tmp_path):
 
 def test_vllm_takes_the_schemes_of_the_table_and_no_others():
     """The table `served` against vLLM's own choice, for 1,440 combinations of weights, activations and formats."""
-    from doctor.rules.g332_stored_scheme_unserved import serves, stated
-
-    from doctor.core.tables import table
+    from doctor.plan.serving import schemes, serves, stated
 
     strategies = [
         ("tensor", None),
@@ -320,7 +318,7 @@ def test_vllm_takes_the_schemes_of_the_table_and_no_others():
     command = [str(environment / "bin" / "python"), str(ROOT / "tests" / "clients" / "ask_vllm_schemes.py")]
     done = subprocess.run(command, input=json.dumps(groups), capture_output=True, text=True, check=True)
     theirs = [answer is not None for answer in json.loads(done.stdout)]
-    rows = table("served")["vllm"]["row"]
+    rows = schemes("vllm", "")
     ours = [any(serves(row, stated(w), stated(i), form) for row in rows) for w, i, form in groups]
     assert [g for g, a, b in zip(groups, ours, theirs, strict=True) if a != b] == []
     assert 200 < sum(ours) < 400
