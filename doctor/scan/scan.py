@@ -20,7 +20,8 @@ from doctor.core.store import Store
 from doctor.formats.base import sampled_tails, verbatim_tails
 from doctor.formats.known import counted_as, holds_codes
 from doctor.model.linears import Linear
-from doctor.scan import counters
+from doctor.model.spec import ModelSpec
+from doctor.scan import counters, outliers
 from doctor.scan.gguf_facts import scan_gguf
 from doctor.scan.header import COMPARED, DIGESTED, RECIPE, SPEC
 from doctor.scan.packed_words import PACKED_WORDS, REPEATED, STORED_BYTES, PackedWordStats
@@ -28,6 +29,8 @@ from doctor.scan.value_facts import (
     DIGESTS,
     FIRST_ZERO_GROUP,
     ONE_SIGNED,
+    OUTLIER_COLUMN,
+    OUTLIER_ENTRY,
     SAME_BYTES,
     STATS,
     ZERO_COLUMNS,
@@ -102,6 +105,7 @@ def scan(
                         buffer,
                         info,
                         linears.get(info.name),
+                        _norm(info, spec),
                         group,
                         info.name in digested,
                         twin,
@@ -145,7 +149,7 @@ def _spans(checkpoint: Checkpoint):
             yield span
 
 
-def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, twin, store, run, progress) -> None:
+def _scan_tensor(checkpoint, file, buffer, info, linear, norm, group, wants_digest, twin, store, run, progress) -> None:
     subject = f"tensor:{info.name}"
     total = counters.EMPTY
     shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and _row_bytes(info) else None
@@ -179,6 +183,8 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
             continue
         if shape is not None:
             shape.add(part, counted)
+        if norm:
+            store.put(OUTLIER_ENTRY, outliers.entry(part, info.dtype.name, norm, counted), subject)
         total = total.merge(counted)
         offset += counted.numel
     run.whole.add(info.name)
@@ -208,6 +214,13 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, group, wants_digest, tw
             n=info.nbytes // info.shape[0],
             limit=MAX_ROW_BYTES,
         )
+
+
+def _norm(info: TensorInfo, spec: ModelSpec | None) -> str:
+    """How the model applies a norm's weights; "" for other tensors and for those longer than a chunk."""
+    if len(info.shape) != 1 or not info.name.endswith("norm.weight") or info.dtype.name not in counters.WIDE:
+        return ""
+    return (spec.norm_of(info.name) or "") if spec and 0 < info.nbytes <= VERBATIM_BYTES else ""
 
 
 def _row_bytes(info: TensorInfo) -> int:
@@ -321,6 +334,7 @@ class _Shape:
         self.zero_groups = self.zero_groups_fp16 = 0
         self.first: tuple[int, int] | None = None
         self.sampled, self.one_signed, self.next_sample = 0, 0, 0
+        self.outlier: outliers.Outlier | None = None
 
     def add(self, part: memoryview, counted: counters.Stats) -> None:
         rows = counted.numel // self.columns
@@ -344,15 +358,18 @@ class _Shape:
             self.zero_groups_fp16 += zero + zero_fp16
             if first is not None and self.first is None:
                 self.first = (self.row + first[0], first[1] * self.group)
-        if self.row >= self.next_sample and not self.linear.transposed and self.columns % self.group == 0:
-            self._sample(part)
+        if self.row >= self.next_sample and not self.linear.transposed:
+            self.next_sample = self.row + max(SAMPLE_EVERY // self.columns, 1)
+            found = outliers.column(part, self.info.dtype.name, self.columns, counted)
+            self.outlier = max(filter(None, (self.outlier, found)), key=lambda o: o.times, default=None)
+            if self.columns % self.group == 0:
+                self._sample(part)
         self.row += rows
 
     def _sample(self, part: memoryview) -> None:
         """Signs of the groups of a chunk's first rows: who builds a matrix without negative weights builds all of it
         so.
         """
-        self.next_sample = self.row + max(SAMPLE_EVERY // self.columns, 1)
         width = self.info.dtype.bits // 8
         step = self.group * width
         tops = (
@@ -377,3 +394,4 @@ class _Shape:
             store.put(ZERO_GROUPS_FP16, self.zero_groups_fp16, subject)
             store.put(FIRST_ZERO_GROUP, self.first, subject)
             store.put(ONE_SIGNED, (self.sampled, self.one_signed), subject)
+            store.put(OUTLIER_COLUMN, self.outlier, subject)

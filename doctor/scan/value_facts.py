@@ -5,6 +5,7 @@ One fact for each counter, so that a rule names what it looks at.
 
 from doctor.core.facts import FactKey, fact, key_of, provide
 from doctor.model.linears import Linear
+from doctor.scan.outliers import Outlier
 from doctor.scan.stats import Stats
 
 STATS: FactKey[Stats] = provide(
@@ -33,6 +34,18 @@ ONE_SIGNED: FactKey[tuple[int, int]] = provide(
 )
 ZERO_ROWS: FactKey[int] = provide("zero_rows", "linear", "values", "out_features whose weights are all 0.")
 ZERO_COLUMNS: FactKey[int] = provide("zero_columns", "linear", "values", "in_features whose weights are all 0.")
+OUTLIER_COLUMN: FactKey[Outlier | None] = provide(
+    "outlier_column",
+    "linear",
+    "values",
+    "The in_feature whose weights are largest against the median column, in samples of rows (Outlier); or None.",
+)
+OUTLIER_ENTRY: FactKey[Outlier | None] = provide(
+    "outlier_entry",
+    "tensor",
+    "values",
+    "The entry of a norm's weights that is largest against the median one (Outlier); or None. Of norms alone.",
+)
 SAME_BYTES: FactKey[bool] = provide(
     "same_bytes",
     "tensor",
