@@ -119,7 +119,7 @@ def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
         "unexpected": sorted(info["unexpected_keys"]),
         "mismatched": sorted(str(m[0]) if isinstance(m, (tuple, list)) else str(m) for m in info["mismatched_keys"]),
     }
-    packed = [name for name, module in model.named_modules() if hasattr(module, PACKED)]
+    packed = [name for name, module in model.named_modules() if hasattr(module, PACKED) or has_scale_beside(module)]
     answer["packed"] = len(packed)
     if sample and packed and out is not None:
         answer["libraries"] = {"compressed-tensors": version("compressed-tensors")}
@@ -130,6 +130,15 @@ def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
         answer["libraries"] = {"gptqmodel": version("gptqmodel")}
         write_gptq_sample(folder, model, packed, sample, out)
     return answer
+
+
+def has_scale_beside(module: Any) -> bool:
+    """Whether compressed-tensors keeps this linear's codes under the weight's own name, FP8 and INT8."""
+    stated = getattr(module, "quantization_scheme", None)
+    weight = getattr(module, "weight", None)
+    if getattr(stated, "weights", None) is None or weight is None or not hasattr(module, "weight_scale"):
+        return False
+    return weight.element_size() == 1
 
 
 def ask_for_plain_backend(config: Any) -> None:
@@ -186,7 +195,7 @@ def write_sample(folder: Path, model: Any, packed: list[str], sample: int, out: 
     from safetensors.torch import save_file
 
     files = shards_of(folder)
-    stored = {name.removesuffix(f".{PACKED}") for name in files if name.endswith(f".{PACKED}")}
+    stored = {name.rpartition(".")[0] for name in files if name.endswith((f".{PACKED}", ".weight_scale"))}
     found = {}
     for name in packed[:: max(1, len(packed) // sample)][:sample]:
         module = model.get_submodule(name)
