@@ -16,9 +16,9 @@ from doctor.scan import counters
 from doctor.scan.stats import Stats
 
 FIRST_ROWS, SAMPLE_ROWS = 16, 64
-# A largest magnitude against the root mean square of a chunk: m columns of k that are a hundred times the rest have 2.5
-# sqrt(k / m) or more, trained weights 7 to 40. Below both limits no rows are sampled; up to 25 such columns are above.
-PEAK, PEAK_BY_WIDTH = 8.0, 0.5
+# A largest magnitude against the root mean square of a chunk: m columns of k that are a hundred times the rest have
+# sqrt(k / m) or more, trained weights 7 to 40. Below the larger limit no rows are sampled; four such columns are above.
+PEAK, PEAK_BY_WIDTH = 5.0, 0.5
 ABOVE_MEAN = 8.0  # a column against the mean of all columns in the first rows; normal weights have 1.5
 ENTRY_PEAK = 6.0  # an entry of a norm against the root mean square of all
 
