@@ -12,7 +12,8 @@ Do: fetch the tokenizer's files again, or save the tokenizer with the release th
 False alarms: a tokenizer whose own code is in the directory, which doctor never runs; a library that only it needs
 (sentencepiece, tiktoken) is not installed here.
 
-Fix safety: no fix: `doctor fix --from BASE` takes the files of the base model where another rule names what is wrong.
+Fix safety: no fix: `doctor fix --from BASE --unsafe-fixes` takes the files of the base model where another rule names
+what is wrong.
 
 Sources: transformers src/transformers/tokenization_utils_base.py (from_pretrained); huggingface/tokenizers
 bindings/python/src/tokenizer.rs.

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import printed
 import pytest
 import rungs
 
@@ -23,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # cores, `pytest PATH` runs what is named, `make test` (--everything) runs all.
 SLOW = (
     "checkpoint/test_broken_configs.py",
+    "cli/test_commands_of_texts.py",
     "cli/test_header_speed.py",
+    "cli/test_hints.py",
     "cli/test_interrupt.py",
     "cli/test_printed_commands.py",
     "core/test_import_stubs.py",
@@ -104,6 +107,8 @@ PROVED = {"planted": [], "found": [], "healthy": [], "alarm": []}
 def pytest_runtest_logreport(report):
     rungs.count(report)
     for name, value in report.user_properties if report.when == "call" else ():
+        if name == "printed":
+            printed.RAN.append(tuple(value))
         if name in PROVED:
             PROVED[name].append(value)
 
@@ -119,6 +124,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"healthy: {len(families)} families as transformers saves them")
     if pairs or families:
         terminalreporter.write_line(f"false alarms: {len(PROVED['alarm'])}")
+    printed.summary(terminalreporter)
     rungs.summary(terminalreporter)
 
 

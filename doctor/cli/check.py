@@ -41,7 +41,7 @@ PICTURED = ("json", "html", "markdown")  # formats that show figures, for which 
         "fetched."
     ),
 )
-@click.argument("paths", nargs=-1, required=True, metavar="CHECKPOINT...", shell_complete=complete_path)
+@click.argument("paths", nargs=-1, metavar="CHECKPOINT...", shell_complete=complete_path)
 @plan_options
 @rule_options
 @option("--fail-on-skipped", is_flag=True, help=_("Exit 1 when a rule could not judge."))
@@ -108,6 +108,8 @@ def command(
     **flags: Any,
 ) -> None:
     """flags: those of the recipe, and rules_dirs, fail_on and stage as the engine takes them."""
+    if not paths and not show_settings:
+        raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
     if show_settings:
         from doctor.cli.settings import print_settings
 

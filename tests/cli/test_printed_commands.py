@@ -4,11 +4,11 @@ import re
 import shlex
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
+from printed import texts
 
 from doctor.api import check
 from doctor.checkpoint.directory import Checkpoint
@@ -19,7 +19,6 @@ from doctor.lint import explain
 from doctor.lint.engine import load_rules
 from doctor.report import presentation, verdict
 
-ROOT = Path(__file__).parents[2]
 RULES = load_rules()
 
 
@@ -110,33 +109,9 @@ def parses(command):
             assert value in option.type.choices, f"{command}: {value}"
 
 
-def texts():
-    """(where, command) of every `doctor …` in code spans and blocks of what people read."""
-    files = [ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
-    files += [*(ROOT / "rules").rglob("*.py"), *(ROOT / "rules" / "tables").glob("*.toml")]
-    files += [*(ROOT / "doctor").rglob("*.py"), *(ROOT / "doctor" / "locale").rglob("*.md")]
-    files += [*(ROOT / "doctor" / "locale").rglob("*.po")]
-    seen = set()
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        found = re.findall(r"`(doctor [a-z][^`\n]*)`", text)
-        if file.suffix == ".md":
-            found += re.findall(r"^(?:    |\$ )(doctor [a-z][^\n#]*)", text, re.MULTILINE)
-            found += [
-                line
-                for block in re.findall(r"```(?:sh|bash|console)?\n(.*?)```", text, re.DOTALL)
-                for line in block.splitlines()
-                if re.match(r"doctor [a-z]", line)
-            ]
-        for command in found:
-            if command not in seen and "{" not in command:
-                seen.add(command)
-                yield pytest.param(command, id=f"{file.name}: {command[:60]}")
-
-
-@pytest.mark.parametrize("command", list(texts()))
-def test_every_command_in_a_text_names_options_that_exist(command):
-    parses(re.sub(r"\s{2,}.*", "", command).strip())
+@pytest.mark.parametrize(("where", "command"), list(texts()), ids=lambda text: text[:60])
+def test_every_command_in_a_text_names_options_that_exist(where, command):
+    parses(command)
 
 
 def test_the_texts_are_found():

@@ -65,6 +65,11 @@ def kvcache(
     device = device_of(device)
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     config = checkpoint.value("config.json")
+    if config is None and checkpoint.gguf:
+        raise BadCheckpoint(
+            _("{name}: is a GGUF file; the cache's sizes are read from config.json.", name=checkpoint.name),
+            _("Give the directory that it was made from."),
+        )
     if config is None:
         raise BadCheckpoint(
             _("{name}: config.json is absent or broken; the cache's shape stands there.", name=checkpoint.name)

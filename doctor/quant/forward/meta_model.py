@@ -213,6 +213,11 @@ def attention(config) -> str:
 
 
 def find_decoder_layers(base: nn.Module, spec: ModelSpec) -> tuple[str, nn.ModuleList]:
+    if spec.n_layers is None:
+        raise NotQuantizable(
+            _("config.json does not say how many decoder layers {model} has.", model=type(base).__name__),
+            _("Run `doctor check`: rules C14x say what is wrong with config.json."),
+        )
     found = [(name, m) for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == spec.n_layers]
     found = [(name, m) for name, m in found if not re.search(r"\.\d+\.", f".{name}.")]
     if not found:

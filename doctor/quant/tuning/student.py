@@ -42,6 +42,26 @@ class Layer:
     rest: tuple[tuple[nn.Module, str, nn.Parameter], ...] | None
 
 
+def tunable(checkpoint: Checkpoint) -> Dequantized:
+    """The checkpoint read as floats, where it stores scales that can be tuned. Raises NotQuantizable."""
+    view = as_float(checkpoint)
+    if not isinstance(view, Dequantized):
+        raise NotQuantizable(
+            _("{checkpoint}: holds no packed linears, so there are no scales to tune.", checkpoint=checkpoint.name),
+            _("Give the quantized checkpoint first and its original with --to."),
+        )
+    if not view.format.affine:
+        raise NotQuantizable(
+            _(
+                "{checkpoint}: {label} does not store one 16-bit scale for each group of integer codes.",
+                checkpoint=checkpoint.name,
+                label=view.format.label,
+            ),
+            _("GPTQ, AWQ and compressed-tensors with integers can be tuned."),
+        )
+    return view
+
+
 class Student:
     """A quantized checkpoint run over rows of ids int64[1, length].
 
@@ -52,21 +72,7 @@ class Student:
     """
 
     def __init__(self, checkpoint: Checkpoint, rows: list[torch.Tensor], device: str = "cpu", memory: int = 1 << 62):
-        view = as_float(checkpoint)
-        if not isinstance(view, Dequantized):
-            raise NotQuantizable(
-                _("{checkpoint}: holds no packed linears, so there are no scales to tune.", checkpoint=checkpoint.name),
-                _("Give the quantized checkpoint first and its original with --to."),
-            )
-        if not view.format.affine:
-            raise NotQuantizable(
-                _(
-                    "{checkpoint}: {label} does not store one 16-bit scale for each group of integer codes.",
-                    checkpoint=checkpoint.name,
-                    label=view.format.label,
-                ),
-                _("GPTQ, AWQ and compressed-tensors with integers can be tuned."),
-            )
+        view = tunable(checkpoint)
         self.view, self.memory = view, memory
         self.skeleton = Skeleton(view, build_spec(view.value("config.json") or {}, view.tensors), device)
         self.rows = rows

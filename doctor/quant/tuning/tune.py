@@ -46,7 +46,7 @@ from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import Gain, Scales
 from doctor.quant.tuning.saved import Saved
-from doctor.quant.tuning.student import Student
+from doctor.quant.tuning.student import Student, tunable
 from doctor.quant.tuning.train import Ends, Progress, Trainer, last_states
 
 COMMAND = "tune"
@@ -120,6 +120,7 @@ def tune(
     place = Path(os.path.abspath(output))
     check_output(source, place, overwrite)
     require_same_model(teacher, source)
+    tunable(source)
     rules = load_rules(dict.fromkeys(rules_dirs))
     before = assess(source, _alone(source), rules, stage="header")
     wrong = [f for f in before.findings if f.severity == "error"]
