@@ -4,10 +4,6 @@ Why: qweight without scales cannot be decoded. Where the number of groups in sca
 group_size, the config states a group size or a number of bits that the tensors were not made with: the file does not
 load, or decodes wrongly.
 
-Seen as:
-- vLLM: `KeyError: 'model.layers.0.mlp.down_proj.weight_scale'`
-- vLLM: `KeyError: 'model.layers.0.mlp.down_proj.scales'`
-
 Do: copy the shard of the missing tensors again; set bits and group_size to the values that the shapes show.
 
 False alarms: formats with other tensor names are not judged.

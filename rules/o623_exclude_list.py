@@ -7,6 +7,7 @@ as codes without scales, or stops the load. An entry that matches nothing often 
 Seen as:
 - vLLM: `There is no module or parameter named 'lm_head.input_scale'`
 - vLLM: `KeyError: 'model.layers.0.mlp.gate_up_proj.weight'`
+- vLLM: `KeyError: 'model.layers.0.mlp.down_proj.weight_scale'`
 - vLLM: `KeyError: 'model.layers.0.self_attn.qkv_proj.weight'`
 
 Do: make the list name exactly the linears that are stored in 16 bits, or quantize again with that list.

@@ -125,6 +125,8 @@ def vocabulary_grown():
 
 def whole(command: str) -> list[str]:
     """The words of a command in `world`, with what its text leaves to the reader."""
+    if command.startswith("doctor check"):
+        command = command.replace("FILE", "model.gguf")
     if command.startswith("doctor convert"):
         command = command.replace("NAME", "awq")
     words = [PLACES.get(w, w) for w in shlex.split(command.split(" | ")[0].replace("…", ""))]
