@@ -36,7 +36,7 @@ def outlier_channel(linear, outlier_column, recipe, goal, spec):
         return
     codes = 2**grid.bits - 1
     values = {
-        "column": outlier_column.index,
+        "column": outlier_column.place,
         "tensor": linear.tensor,
         "times": outlier_column.times,
         "bits": grid.bits,
@@ -57,7 +57,7 @@ def outlier_channel(linear, outlier_column, recipe, goal, spec):
             **values,
         ),
         at=Place("", tensor=linear.tensor),
-        evidence={"column": outlier_column.index, "times": outlier_column.times},
+        evidence={"column": outlier_column.place, "times": outlier_column.times},
         fix=Fix(_("keep it in 16 bits"), tuple(Keep(n) for n in together(spec.linears, [linear.name])), "unsafe"),
     )
 

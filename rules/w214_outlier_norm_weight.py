@@ -28,7 +28,7 @@ def outlier_norm_weight(tensor, outlier_entry, tensors, recipe, goal):
     if outlier_entry is None or not outlier_entry.times >= TIMES or goal != "quantize" or not _feeds(tensor, tensors):
         return
     rounded = KNOWN[recipe.output_format].smooths
-    values = {"entry": outlier_entry.index, "tensor": tensor.name, "times": outlier_entry.times}
+    values = {"entry": outlier_entry.place, "tensor": tensor.name, "times": outlier_entry.times}
     yield finding(
         _(
             "weight {entry:,} of {tensor} is {times:,.0f} times the median: 8-bit inputs leave the others {left:.1f} of 255 codes",
@@ -41,8 +41,8 @@ def outlier_norm_weight(tensor, outlier_entry, tensors, recipe, goal):
             **values,
         ),
         severity="warning" if rounded else "info",
-        at=Place("", tensor=tensor.name, index=(outlier_entry.index,)),
-        evidence={"entry": outlier_entry.index, "times": outlier_entry.times},
+        at=Place("", tensor=tensor.name, index=(outlier_entry.place,)),
+        evidence={"entry": outlier_entry.place, "times": outlier_entry.times},
         advice=_("quantize with calibration rows (gptq, awq), which weigh a column by its inputs"),
     )
 

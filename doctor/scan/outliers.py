@@ -24,9 +24,9 @@ ENTRY_PEAK = 6.0  # an entry of a norm against the root mean square of all
 
 
 class Outlier(NamedTuple):
-    """index: of the column or entry. times: its magnitude over the median one's."""
+    """place: index of the column or entry. times: its magnitude over the median one's."""
 
-    index: int
+    place: int
     times: float
 
 

@@ -18,7 +18,7 @@ def test_a_column_far_above_the_rest_is_found_at_its_place(columns, dtype):
     values = np.random.default_rng(1).normal(0, 0.02, (128, columns))
     values[:, 11] *= 128
     found = largest(values, dtype)
-    assert found.index == 11 and 80 < found.times < 160
+    assert found.place == 11 and 80 < found.times < 160
 
 
 def test_a_few_columns_are_found_too_and_trained_weights_are_not_sampled(monkeypatch):

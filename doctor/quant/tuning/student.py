@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -74,7 +75,9 @@ class Student:
     def __init__(self, checkpoint: Checkpoint, rows: list[torch.Tensor], device: str = "cpu", memory: int = 1 << 62):
         view = tunable(checkpoint)
         self.view, self.memory = view, memory
-        self.skeleton = Skeleton(view, build_spec(view.value("config.json") or {}, view.tensors), device)
+        self.skeleton = Skeleton(
+            cast(Checkpoint, view), build_spec(view.value("config.json") or {}, view.tensors), device
+        )
         self.rows = rows
         self.first: list[torch.Tensor] = []  # the input of the first layer, a row each
         self.calls: list[list[LayerCall]] = []
