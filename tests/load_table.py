@@ -5,15 +5,15 @@
 Each family is a tiny random model saved by transformers (helpers/healthy_models.py), written in each format, and given
 to transformers' loader of the class that config.json names, on the meta device, or to llama.cpp for GGUF. missing,
 unexpected and shape count parameters; packed counts the linears that the client took as packed; equal are the linears
-whose weights the client's own library unpacks to the same bits, of those compared. A row with ○ was not asked: the
-client lacks a library for it here. Exit code 1 where anything does not load whole or differs.
+whose weights the client's own library unpacks to the same bits, of those compared. A row with ○ was not asked: doctor
+says before any work that this class would not load it, or the client lacks a library here. Exit code 1 where anything
+that was written does not load whole or differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -54,12 +54,12 @@ def row(source: Path, name: str, folder: Path) -> dict[str, Any]:
 
     out = folder / "out"
     try:
-        report = quantize(source, out, recipe_of(name), rows=4, max_seq_length=32, ignore=["Q"])
+        result = quantize(source, out, recipe_of(name), rows=4, max_seq_length=32, ignore=["Q"])
     except DoctorError as error:
-        return {"client": "doctor", "refused": str(error)[:160], "not_asked": ""}
+        return {"client": "doctor", "refused": "", "not_asked": str(error)[:160]}
     if not out.exists():
-        refused = "; ".join(f"{f.code} {f.message}" for f in report.findings if f.severity == "error")
-        return {"client": "doctor", "refused": refused[:160], "not_asked": ""}
+        said = "; ".join(f"{f.code} {f.message}" for f in result.report.findings if f.severity == "error")
+        return {"client": "doctor", "refused": "", "not_asked": said[:160]}
     proof = prove_loading(out)
     return {
         "client": ", ".join(filter(None, (proof.client, proof.library))),
@@ -99,7 +99,6 @@ def main() -> None:
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    os.environ["DOCTOR_LOAD_PROOF"] = "0"  # quantize's own; the table asks
     load_proof.ask_child = rehearsal.ask_child = ask_here
     print(f"{'family':12} {'format':12}   packed missing unexpected shape   equal  client")
     rows = []
