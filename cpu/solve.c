@@ -641,14 +641,15 @@ void EXPORT(doctor_pack_hessian)(const float *S, const float *diagonal, const in
     }
 }
 
-/* H with rows and columns in `order` into the lower triangle of S, diagonal included, for rows [from, to). H lies above the
- * diagonal of S, which is apart; it is not changed. */
-void EXPORT(doctor_arrange)(float *S, const float *diagonal, const int32_t *order, int64_t k, int64_t from, int64_t to)
+/* H with rows and columns in `order` into the lower triangle of `out`, diagonal included, for rows [from, to). H lies above the
+ * diagonal of S, which is apart; it is not changed where out is S. Another S is symmetric, and read by rows. */
+void EXPORT(doctor_arrange)(const float *S, const float *diagonal, const int32_t *order, int64_t k, int64_t from, int64_t to,
+                            float *out)
 {
     for (int64_t i = from; i < to; i++) {
         const int64_t a = order[i];
-        float *out = S + i * k;
+        float *row = out + i * k;
         for (int64_t j = 0; j <= i; j++)
-            out[j] = entry(S, diagonal, k, a, order[j]);
+            row[j] = out != S && j < i ? S[a * k + order[j]] : entry(S, diagonal, k, a, order[j]);
     }
 }

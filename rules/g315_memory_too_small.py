@@ -1,8 +1,8 @@
 """G315 memory-too-small: not enough free memory to quantize.
 
-Why: the run holds one decoder layer in float32, the Hessians of its linears and the working memory to solve the widest
-of them, whatever the number of calibration rows. With less memory the system kills the process without a message, or
-swaps for days.
+Why: the run holds one decoder layer as it is stored, its output, the Hessian of its widest linear and the working
+memory to solve that, whatever the number of calibration rows. With less memory the system kills the process without a
+message, or swaps for days.
 
 Seen as:
 - Linux: `Out of memory: Killed process`

@@ -19,7 +19,7 @@ from doctor.cli.options import (
     size_in_bytes,
     text_option,
 )
-from doctor.cli.output import emit_kvcache, json_on_failure
+from doctor.cli.output import emit_kvcache, json_on_failure, notice
 from doctor.cli.progress import layer_bars
 from doctor.core.messages import _
 
@@ -74,6 +74,7 @@ def command(
                 batch=batch,
                 measure=measure,
                 progress=tick,
+                say=notice,
                 **given(
                     memory=size_in_bytes(memory),
                     key_bits=key_bits,

@@ -86,6 +86,7 @@ class Activations:
             suspended_bytes=suspended_bytes,
             spill_file=spill_file,
             forgets=forgets,
+            square_folder=setup.output.stage if setup.need.squares_on_disk else None,
         )
 
     def _say_spilled(self, held: float, capacity: int) -> None:

@@ -12,11 +12,12 @@ A Hessian that float32 cannot factor takes one more square while float64 is trie
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,7 @@ LOOP_BYTES = 1 << 28
 CHUNK_BYTES = 1 << 26  # of the rows that are worked on at a time where nothing is shared between them
 # Of a factor or a Hessian, packed at a time for the rows of one call: more saves nothing, and below k = 4096 it is all.
 PACKED_BYTES = 1 << 26
+TILE = 2048  # of a square that is factored by tiles
 # A batch this long keeps matrix products at full speed, on a CPU and on a GPU; more only costs memory.
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
 # Matrices of [k, k] and of [n, k] in float32 that solving one linear in torch holds at its peak, besides its Hessian
@@ -84,6 +86,7 @@ class Need:
     output: int
     streaming: int = 0  # rows of a few tensors at a time, where no model is run: then all but output is 0
     on_device: int = 0  # of a GPU's memory, an upper bound; hidden states and suspended forwards take some of the rest
+    squares_on_disk: int = 0  # Hessians and factors, where memory does not hold them; then `hessians` is what is read
     solving_on_device: int = 0  # of it, with one batch: what is not there from the start of a layer
     constant: int = field(default_factory=constant)
 
@@ -96,7 +99,7 @@ class Need:
     @property
     def disk(self) -> int:
         """Parts and the shards that they are joined into exist together for a moment; a streamed part is a shard."""
-        return self.output if self.streaming else 2 * self.output
+        return self.output if self.streaming else 2 * self.output + self.squares_on_disk
 
     def parts(self) -> list[tuple[str, int]]:
         """(what, bytes) of `fixed` for people; of the moment that takes more."""
@@ -106,7 +109,9 @@ class Need:
         running = [
             (_("one decoder layer as stored"), self.block),
             (_("its packed output"), self.packed),
-            (_("Hessians of one stage"), self.hessians),
+            (_("Hessians on disk, read by rows"), self.hessians)
+            if self.squares_on_disk
+            else (_("Hessians of one stage"), self.hessians),
             *max(solving, computing, key=_sum),
         ]
         first = [
@@ -119,14 +124,27 @@ class Need:
         return [*max(running, first, rows, key=_sum), (_("Python, torch and transformers"), self.constant)]
 
 
-def _sum(parts: list[tuple[str, int]]) -> int:
+def _sum(parts: Sequence[tuple[str, int]]) -> int:
     return sum(size for _what, size in parts)
 
 
-def needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int) -> Need:
+def needs(
+    checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int, memory: int | None = None
+) -> Need:
     """Of quantizing with `rows` calibration rows of `length` tokens; 0 rows for a method without calibration, which
-    takes no Hessian.
+    takes no Hessian. Under a limit of `memory` bytes Hessians lie on disk where that is what fits.
     """
+    need = _needs(checkpoint, spec, recipe, rows, length)
+    files = recipe.solver.name == "gptq" and not format_of(recipe).in_blocks and native.level() is not None
+    if memory is None or memory >= need.fixed or not files or not need.hessians:
+        return need
+    k = math.isqrt(need.hessians // 4)
+    # Rows of tiles of the factor and of what it is made from, and the tiles that are worked on.
+    window = min(need.hessians, 4 * TILE * (2 * k + 3 * TILE))
+    return replace(need, hessians=window, squares_on_disk=2 * need.hessians)
+
+
+def _needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int) -> Need:
     checkpoint, spec = unfuse(checkpoint, spec, recipe)
     linears = [x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]
     output = _output_bytes(checkpoint, linears, recipe)

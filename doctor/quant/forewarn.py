@@ -26,7 +26,9 @@ def forewarn(asked: Asked, calibrated: Calibrated) -> list[str]:
     for note in notes:
         asked.progress(note)
     rows = calibrated.rows
-    need = budget.needs(checkpoint, checked.spec, checked.recipe, len(rows), max(map(len, rows), default=0))
+    need = budget.needs(
+        checkpoint, checked.spec, checked.recipe, len(rows), max(map(len, rows), default=0), asked.memory
+    )
     if not streams(checked.recipe):  # which holds a few MiB of a tensor, and sees to its own room
         budget.require(need, asked.memory)
         hidden = need.hidden if need.hidden > budget.left(need, asked.memory) else 0

@@ -163,7 +163,9 @@ def _attempt_in_stages(
         if not verdict.stopping and not verdict.fixable:
             forward.finish()
             packed |= _cache_scales(setup, i, recipe, cache)
-    return Attempt(tuple(records), packed, verdict)
+    # In one order, however many experts are solved at a time.
+    place = {name: n for n, name in enumerate(x for stage in groups.names(list(modules)) for g in stage for x in g)}
+    return Attempt(tuple(sorted(records, key=lambda r: place.get(r["name"], -1))), packed, verdict)
 
 
 def _cache_scales(setup: Setup, i: int, recipe: Recipe, cache: CacheRange) -> Tensors:

@@ -147,7 +147,7 @@ def plan(
     where it writes rows; tuning: of tuning scales, where that is done.
     """
     rows = rows if recipe.calibrated else 0
-    need = budget.needs(checkpoint, spec, recipe, rows, length)
+    need = budget.needs(checkpoint, spec, recipe, rows, length, memory)
     limit = memory if memory is not None else budget.resident() + budget.free_memory()
     found = Forecast(
         spec.n_layers or 0,

@@ -104,7 +104,7 @@ def set_up(
     require_widths(spec, recipe)
     calibrated = recipe.calibrated
     shown = rows if calibrated else []
-    need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0))
+    need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0), memory)
     skeleton = Skeleton(
         checkpoint,
         spec,

@@ -257,7 +257,7 @@ def test_less_memory_than_a_layer_takes_is_refused_with_the_sum(tmp_path, text):
     least = least_memory(tiny("llama").write(tmp_path / "m"))
     with pytest.raises(
         MachineError,
-        match=r"needs 0\.\d\d GiB at least: one decoder layer in float32 .* and Python, torch and transformers",
+        match=r"needs 0\.\d\d GiB at least: one decoder layer as stored .* and Python, torch and transformers",
     ):
         quantized(tiny("llama"), tmp_path, text, memory=least - 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "rows.jsonl"]
@@ -278,12 +278,13 @@ def test_suspended_spilled_and_restarted_forwards_write_the_same_bytes(family, m
     class Half(StagedForward):
         file = None
 
-        def __init__(self, *args, capacity, suspended_bytes, spill_file):
+        def __init__(self, *args, capacity, suspended_bytes, spill_file, **more):
             super().__init__(
                 *args,
                 capacity=2.5 if self.file is None else 1 << 20,
                 suspended_bytes=1 / 512 if suspended_bytes < float("inf") else suspended_bytes,
                 spill_file=self.file,
+                **more,
             )
             resumable.append([one.resumable and (one.spill_file or True) for one in self.forwards])
 

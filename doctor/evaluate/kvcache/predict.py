@@ -9,10 +9,13 @@ SmolLM2-135M it names none, nor does text.
 A hidden state that is always the same in some channel (massive activations) is not in this picture; --measure sees it.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import nn
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
@@ -21,6 +24,7 @@ from doctor.evaluate.kvcache.layout import Layer
 from doctor.evaluate.kvcache.quantizers import Side
 from doctor.evaluate.kvcache.tap import capture, logit_error
 from doctor.model.spec import ModelSpec
+from doctor.quant.forward.recorder import returned_values
 from doctor.quant.forward.skeleton import Skeleton
 
 TOKENS, POSITIONS, SEED = 192, 1024, 0
@@ -30,7 +34,8 @@ TOKENS, POSITIONS, SEED = 192, 1024, 0
 FINE, BROKEN = 0.5, 1.0
 KEYS = {"4-bit": Side("int", 4), "8-bit": Side("int", 8), "FP8": Side("fp8")}
 FP16_MAX = 65504.0
-_MLP = frozenset({"gate", "up", "down", "gate_up"})
+_PLAIN = ("full", "sliding", "hybrid")  # kinds of layers that keep plain keys
+_AFTER = frozenset({"gate", "up", "down", "gate_up", "o"})  # linears that the keys never meet
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,17 @@ def advice(error: float) -> str:
     return "Q6" if error <= BROKEN else "never Q4"
 
 
+def bytes_read(checkpoint: Checkpoint, spec: ModelSpec, layers: tuple[Layer, ...]) -> int:
+    """Bytes of the linears that `predict` reads."""
+    wanted = {x.block for x in layers if x.kind in _PLAIN}
+    own = {x.tensor for x in spec.linears if x.block in wanted and x.role not in _AFTER and x.expert is None}
+    return sum(checkpoint.tensors[name].nbytes for name in own if name in checkpoint.tensors)
+
+
 class _Probe(Skeleton):
-    """A skeleton whose tokens stand at given positions."""
+    """A skeleton whose tokens stand at given positions. Its layers get random states, so no embedding is read, and how
+    a layer returns is learnt from one without weights.
+    """
 
     positions: torch.Tensor | None = None
 
@@ -67,13 +81,40 @@ class _Probe(Skeleton):
         else:
             self.base(input_ids=ids.to(self.device), position_ids=self.positions, use_cache=False)
 
+    def load_before_layers(self) -> None:
+        tables = [m for m in self.base.modules() if isinstance(m, nn.Embedding) and _takes_ids_alone(m)]
+        for table in tables:
+            table.forward = partial(self._embedded, table.embedding_dim)  # type: ignore[method-assign]
+        self._load(self.base, "", skip=nn.ModuleList([self.layers, *tables]))
+
+    def _embedded(self, width: int, ids: torch.Tensor) -> torch.Tensor:
+        """In place of an embedding."""
+        return torch.zeros(*ids.shape, width, device=self.device)
+
+    def _projected(self, width: int, x: torch.Tensor) -> torch.Tensor:
+        """In place of what a linear makes of x."""
+        return torch.zeros(*x.shape[:-1], width, device=self.device)
+
+    def probe(self, ids: torch.Tensor) -> int:
+        layer = self.layers[0]
+        linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+        for linear in linears:
+            linear.forward = partial(self._projected, linear.out_features)  # type: ignore[method-assign]
+        try:
+            self._load(layer, f"{self.layers_path}.0.", skip=nn.ModuleList(linears))
+            return returned_values(layer, self._forward, ids[:1])
+        finally:
+            for linear in linears:
+                del linear.forward
+            self.drop_layer(0)
+
     def load_attention(self, i: int) -> None:
-        """Weights of block i without its MLP, which the keys never meet. Skips modules that hold other modules and
-        weights of their own.
+        """Weights of block i without its MLP and what follows attention, which the keys never meet. Skips modules that
+        hold other modules and weights of their own.
         """
-        mlp = {id(module) for linear, module in self.modules_of(i).values() if linear.role in _MLP}
+        after = {id(module) for linear, module in self.modules_of(i).values() if linear.role in _AFTER}
         for path, module in self.layers[i].named_modules():
-            if not list(module.children()) and id(module) not in mlp:
+            if not list(module.children()) and id(module) not in after:
                 self._load(module, f"{self.layers_path}.{i}.{path}.")
 
 
@@ -91,7 +132,7 @@ def predict(
 
     keys: other ways to store keys that are tried beside KEYS. The same weights give the same figures: seeds are fixed.
     """
-    wanted = [x.block for x in layers if x.kind in ("full", "sliding", "hybrid")]
+    wanted = [x.block for x in layers if x.kind in _PLAIN]
     if not wanted:
         raise NotQuantizable(_("no layer caches plain keys, so there is nothing to simulate."))
     probe = _Probe(checkpoint, spec, device)
@@ -131,7 +172,10 @@ def _fitness(probe: _Probe, i: int, z: torch.Tensor, call, keys: dict[str, Side]
     return Fitness(i, errors, float(seen.key.abs().max()), float(peak))
 
 
-def _takes_positions(module: torch.nn.Module) -> bool:
-    import inspect
+def _takes_ids_alone(table: nn.Embedding) -> bool:
+    """Whether a table is looked up by ids of words, and not by positions that it works out from masks."""
+    return len(inspect.signature(type(table).forward).parameters) == 2
 
+
+def _takes_positions(module: torch.nn.Module) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters

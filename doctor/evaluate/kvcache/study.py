@@ -20,7 +20,7 @@ from doctor.evaluate.kvcache.kv_report import KvReport
 from doctor.evaluate.kvcache.layer_sizes import read_cache_layout
 from doctor.evaluate.kvcache.layout import KIB, CacheLayout
 from doctor.evaluate.kvcache.measure import WITHOUT_BIAS, with_widths
-from doctor.evaluate.kvcache.predict import Fitness, predict
+from doctor.evaluate.kvcache.predict import Fitness, bytes_read, predict
 from doctor.evaluate.kvcache.quantizers import Side
 from doctor.evaluate.kvcache.schemes import Scheme, with_custom
 from doctor.lint.engine import load_rules
@@ -50,14 +50,16 @@ def kvcache(
     measured_context: int = MEASURED_CONTEXT,
     device: str = "cpu",
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> KvReport:
     """KvReport of a checkpoint. context: tokens a sequence keeps; batch: sequences at a time; memory: bytes for weights
     and cache.
 
     key_bits, value_bits: one more scheme with these widths (2 to 8, or 16). measure: also run the model on `text` (rows
     of measured_context tokens; the half of Python's documentation that no calibration sees by default). device: where
-    layers are simulated and the model is run. Raises DoctorError for impossible options, MachineError for a device that
-    is not there, BadCheckpoint where config.json is absent or does not give the sizes.
+    layers are simulated and the model is run. say: gets a line before weights are read. Raises DoctorError for
+    impossible options, MachineError for a device that is not there, BadCheckpoint where config.json is absent or does
+    not give the sizes.
     """
     for name, value in (("--context", context), ("--batch", batch), ("rows", rows)):
         if value < 1:
@@ -98,7 +100,7 @@ def kvcache(
             data["full_heads"] = [
                 _scheme_row(full, s, context, batch, memory, weights) for s in with_custom(key_bits, value_bits)
             ]
-        _add_fitness(data, checkpoint, layout, key_bits, device, progress)
+        _add_fitness(data, checkpoint, layout, key_bits, device, progress, say)
         if measure:
             _add_measured(
                 data,
@@ -148,7 +150,13 @@ def key_biases(checkpoint: Checkpoint) -> dict[int, dict]:
 
 
 def _add_fitness(
-    data: dict, checkpoint: Checkpoint, layout: CacheLayout, key_bits: int | None, device: str, progress
+    data: dict,
+    checkpoint: Checkpoint,
+    layout: CacheLayout,
+    key_bits: int | None,
+    device: str,
+    progress: Callable[[str, int, int], None],
+    say: Callable[[str], None],
 ) -> None:
     biases: dict[int, dict] = {}
     fits: list[Fitness] = []
@@ -161,6 +169,12 @@ def _add_fitness(
         try:
             view = as_float(checkpoint)
             spec = build_spec(view.value("config.json") or {}, view.tensors)
+            say(
+                _(
+                    "kvcache: reads {size:.2f} GiB of weights, those that make queries and keys, layer by layer",
+                    size=bytes_read(view, spec, layout.layers) / 2**30,
+                )
+            )
             fits = predict(
                 view, spec, layout.layers, more, lambda done, total: progress("predict", done, total), device
             )

@@ -21,7 +21,7 @@ class LayerInput:
         matrix = hessian.take()
         self.damp = damp = recipe.damp_for(hessian.rows)
         s, bad = spectrum(matrix, hessian.rows, damp), hessian.nonfinite
-        self.H = Square(matrix)
+        self.H = Square(matrix, hessian.file)
         self.fact = HessianFacts(
             hessian.rows,
             hessian.columns,

@@ -241,7 +241,7 @@ class Skeleton:
 
     def load_base(self) -> None:
         """The same without the head."""
-        self._load(self.base, "", skip=self.layers)
+        self.load_before_layers()
         for module in self.base.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.data = module.weight.data.to(self.dtype)
@@ -251,6 +251,10 @@ class Skeleton:
         self.load_ends()
         for i in range(len(self.layers)):
             self.load_layer(i)
+
+    def load_before_layers(self) -> None:
+        """Weights of everything but the layers and the head, embeddings as they are stored."""
+        self._load(self.base, "", skip=self.layers)
 
     def _load(self, module: nn.Module, prefix: str, skip: nn.Module | None = None) -> None:
         for path, child in module.named_modules():
@@ -318,7 +322,7 @@ class Skeleton:
         Materialises everything before the layers and forgets it at the end. Arguments equal to those of the batch
         before are the same objects, so masks and positions are held once.
         """
-        self._load(self.base, "", skip=self.layers)
+        self.load_before_layers()
         casts = [
             m.register_forward_hook(_cast_output(self.dtype))
             for m in self.base.modules()
@@ -326,7 +330,7 @@ class Skeleton:
         ]
         try:
             if batches:
-                self._values = self._probe(batches[0])
+                self._values = self.probe(batches[0])
             whole = WholeModel(self.checkpoint, self.layers, self.model.config, self.device) if seen else None
             before: list[LayerCall] = []
             for number, ids in enumerate(batches):
@@ -374,7 +378,7 @@ class Skeleton:
             _("Run the model in transformers: it ends the same way; correct the sizes in config.json."),
         )
 
-    def _probe(self, ids: torch.Tensor) -> int:
+    def probe(self, ids: torch.Tensor) -> int:
         """How many values a layer returns in a tuple, 0 for none: the recorders have to answer in the same form."""
         try:
             return returned_values(self.load_layer(0), self._forward, ids[:1])

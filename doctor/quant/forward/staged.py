@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from doctor.quant.forward.spill import SpillFile
 from doctor.quant.forward.stored_linear import StoredLinear
 from doctor.quant.forward.suspended import Reached, SuspendedForward, greenlet
 from doctor.quant.solve.hessian import Hessian
+from doctor.quant.solve.mapped import Mapped
 
 _DONE = 1 << 30  # a stage behind the last: nothing is collected any more
 
@@ -39,7 +41,8 @@ class StagedForward:
     stages: groups of names, as `discover` found them. hidden: its items are the layer's inputs; `finish` replaces
     them by the outputs. capacity: bytes that suspended forwards may hold in memory. suspended_bytes: what one holds
     per token. spill_file: where the excess goes; None: forwards that do not fit restart for every stage.
-    forgets: experts' weights, once every batch has passed them.
+    forgets: experts' weights, once every batch has passed them. square_folder: where Hessians lie in files, None for
+    memory.
     """
 
     def __init__(
@@ -55,10 +58,11 @@ class StagedForward:
         suspended_bytes: float = 0,
         spill_file: SpillFile | None = None,
         forgets: bool = False,
+        square_folder: Path | None = None,
     ):
         self._layer = skeleton.layers[i]
         self.skeleton, self.modules, self.stages, self.hidden = skeleton, modules, stages, hidden
-        self._stage, self._forgets = -1, forgets
+        self._stage, self._forgets, self._square_folder = -1, forgets, square_folder
         self._where: dict[nn.Module, tuple[int, int]] = {}
         for number, stage in enumerate(stages):
             for place, group in enumerate(stage):
@@ -134,9 +138,7 @@ class StagedForward:
     def hessians(self, stage: int) -> list[Hessian]:
         """The Hessians of the stage's groups, from inputs that see the weights as they are now."""
         self._stage = stage
-        self._hessians = [
-            Hessian(self.modules[group[0]][0].in_features, device=self.skeleton.device) for group in self.stages[stage]
-        ]
+        self._hessians = [self._hessian(self.modules[group[0]][0].in_features) for group in self.stages[stage]]
         for forward in self.forwards:
             self._now = forward
             if not forward.resumable:
@@ -162,6 +164,10 @@ class StagedForward:
             module = self.modules[name][1]
             if isinstance(module, StoredLinear) and module.on_demand:
                 module.hold(None)
+
+    def _hessian(self, columns: int) -> Hessian:
+        file = Mapped(self._square_folder, columns) if self._square_folder is not None else None
+        return Hessian(columns, device=self.skeleton.device, file=file)
 
     def finish(self) -> None:
         """Run every forward to its end and replace the layer's inputs by its outputs."""

@@ -21,6 +21,7 @@ from doctor.quant.solve.float_scale import FloatScale
 from doctor.scan import native
 
 ScaleKind = torch.dtype | FloatScale
+Forget = Callable[[], None]
 
 BLOCK, _PANEL = 128, 4  # columns of a block and of a panel, BLOCK and COLUMNS of solve.c
 _WORK_OF_A_THREAD = 1 << 16  # weights below which a second thread costs more than it brings
@@ -107,6 +108,7 @@ def round_columns(
     cost: torch.Tensor | None = None,
     width: int = 0,
     candidates: torch.Tensor | None = None,
+    forget: Forget | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """GPTQ of W f32[n, k], step p rounding column order[p] to the grid of group owner[p]: (codes u8[n, k], scale f32[n,
     G],
@@ -115,7 +117,8 @@ def round_columns(
     reversed (square.py); loss is tr(e H e^T) of the damped H by row, excess what the damping extra f32[k] of each step
     has in it. grid (scale, zero) fixed
     beforehand, or None: then groups are runs of `width` steps, a multiple of 4 up to 128, fitted when their first step
-    comes up, with cost f32[k] by step. A scale past the stored dtype comes out as Inf.
+    comes up, with cost f32[k] by step. A scale past the stored dtype comes out as Inf. forget: called when a part of S
+    was read.
     """
     n, k = W.shape
     fitted = grid is None
@@ -124,6 +127,8 @@ def round_columns(
 
     def packed(first: int, last: int, out: torch.Tensor) -> None:
         pack(_at(S), _i64(k), _i64(block), _i64(first), _i64(last), _at(out))
+        if forget is not None:
+            forget()
 
     groups = grid.scale.shape[1] if grid else k // width
     grid = grid or Grid(torch.empty(n, groups), torch.empty(n, groups, dtype=torch.int32))
@@ -160,6 +165,7 @@ def refine(
     codes: torch.Tensor,
     grid: Grid,
     width: int = 0,
+    forget: Forget | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """One pass of coordinate descent under H + diag(extra): (codes, scale, zero, change of the loss f64[n], excess
     f64[n]).
@@ -176,6 +182,8 @@ def refine(
     def packed(first: int, last: int, out: torch.Tensor) -> None:
         sizes = _i64(k), _i64(block), _i64(first), _i64(last)
         pack(_at(S), _at(diagonal), _at(order), _at(extra), *sizes, _at(out))
+        if forget is not None:
+            forget()
 
     codes, scale, zero = codes.clone(), grid.scale.clone(), grid.zero.contiguous()
     sums = _run(
@@ -184,20 +192,20 @@ def refine(
     return codes, scale, zero, *sums
 
 
-def arrange(S: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> None:
-    """H with rows and columns in order i32[k] into the lower triangle of S f32[k, k], diagonal included.
+def arrange(S: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor, out: torch.Tensor, rows: slice) -> None:
+    """H with rows and columns in order i32[k] into some rows of the lower triangle of `out` f32[k, k], diagonal
+    included.
 
-    H lies above the diagonal of S, which is not changed; its own diagonal f32[k] is apart.
+    H lies above the diagonal of S f32[k, k], its own diagonal f32[k] apart. out: S itself, whose upper triangle stays,
+    or another square; then S is symmetric.
     """
-    k = len(S)
+    k, first = len(S), rows.start
     call = native.function("doctor_arrange")
 
     def part(begin: int, end: int) -> None:
-        call(_at(S), _at(diagonal), _at(order), _i64(k), _i64(begin), _i64(end))
+        call(_at(S), _at(diagonal), _at(order), _i64(k), _i64(first + begin), _i64(first + end), _at(out))
 
-    # rows of a triangle: equal shares of its area
-    threads = max(1, min(torch.get_num_threads(), k * k // 2 // _WORK_OF_A_THREAD))
-    _on_threads(part, [round(k * (i / threads) ** 0.5) for i in range(threads + 1)])
+    _share(rows.stop - first, (rows.stop - first) * rows.stop, part)
 
 
 def fits(width: int) -> bool:

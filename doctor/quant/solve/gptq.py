@@ -211,9 +211,13 @@ def _loops(
     steps = order.steps.to(torch.int32)
     owner, added = g_idx[order.steps].contiguous(), extra[order.steps]
     if order.fixed:
-        loop = cpu.round_columns(W, H.values, steps, owner, added, rule, fit_with(params, W, cost))
+        grid = fit_with(params, W, cost)
+        loop = cpu.round_columns(W, H.lower, steps, owner, added, rule, grid, forget=H.forget)
     else:
-        loop = cpu.round_columns(W, H.values, steps, owner, added, rule, None, H.pivots().square(), width, candidates)
+        pivots = H.pivots().square()
+        loop = cpu.round_columns(
+            W, H.lower, steps, owner, added, rule, None, pivots, width, candidates, forget=H.forget
+        )
         store_scale(loop[1].abs(), params.scale_dtype)  # names the scale that became Inf
     codes, grid, loss, excess = loop[0], Grid(loop[1], loop[2]), *loop[3:]
     del loop
@@ -231,6 +235,7 @@ def _loops(
             codes,
             grid,
             inside,
+            H.forget,
         )
         codes, grid, loss = found[0], Grid(found[1], found[2]), loss + change
         if not inside:

@@ -19,7 +19,8 @@ import torch
 from scipy.linalg.blas import dsyrk, ssyrk
 
 from doctor.quant.solve import cuda
-from doctor.quant.solve.numerics import all_finite, exact_products
+from doctor.quant.solve.mapped import Mapped
+from doctor.quant.solve.numerics import LAPACK_MOST, TILE, all_finite, exact_products, tiles_of
 
 _ROWS_AT_A_TIME = 8192
 _PANEL = 256  # rows of H that are worked on at a time where a second H would be held else
@@ -43,15 +44,24 @@ class Hessian:
     dominant direction (least damp 1e-3 -> 1e-7 at k = 2048), which casting a finished float32 H does not.
     """
 
-    def __init__(self, columns: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        columns: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        file: Mapped | None = None,
+    ):
+        """file: where sums in float32 lie on a CPU, None for memory."""
         self.columns = columns
         self.rows = 0
         self.largest = torch.zeros(columns, device=device)  # the largest |x| of each channel
         self._nonfinite: NonFinite | None = None
         self._scan = _scan_on(torch.device(device)) if dtype == torch.float32 else None
-        self.sums = torch.zeros(columns, columns, dtype=dtype, device=device)
+        self.file = file
+        self.sums = torch.zeros(columns, columns, dtype=dtype, device=device) if file is None else file.values
         # On a CPU BLAS computes the half that is not its mirror image: 1.6 times faster than a full product.
         self._syrk = {torch.float32: ssyrk, torch.float64: dsyrk}.get(dtype) if self.sums.device.type == "cpu" else None
+        self._tiled = file is not None or (columns > LAPACK_MOST and self._syrk is not None)
         self._mixed = dtype == torch.float32 and mixed_products(self.sums.device)
 
     def add(self, X: torch.Tensor) -> None:
@@ -71,7 +81,11 @@ class Hessian:
                     self.sums += torch.mm(part.T, part, out_dtype=torch.float32)
                     continue
                 part = part.to(self.sums.dtype)
-                if self._syrk:
+                if self._tiled:
+                    for rows in tiles_of(self.columns):
+                        self.sums[rows, : rows.stop].addmm_(part[:, rows].T, part[:, : rows.stop])
+                        self._forget()
+                elif self._syrk:
                     # Transposed views are in Fortran's order, so nothing is copied and the lower half of sums is
                     # written. Not part.numpy(), which would keep a suspended forward from spilling it (spill.py).
                     self._syrk(1.0, np.from_dlpack(part.contiguous()).T, beta=1.0, c=self.sums.numpy().T, overwrite_c=1)
@@ -84,9 +98,13 @@ class Hessian:
 
         All zeros before the first row.
         """
-        H, self.sums = self.sums.mul_(2 / max(1, self.rows)), torch.empty(0)
-        for at in range(0, self.columns, _PANEL):
-            end = at + _PANEL
+        H, self.sums = self.sums, torch.empty(0)
+        for rows in tiles_of(self.columns):
+            H[rows].mul_(2 / max(1, self.rows))
+            self._forget()
+        panel = TILE if self._tiled else _PANEL
+        for at in range(0, self.columns, panel):
+            end = at + panel
             square, beside, below = H[at:end, at:end], H[at:end, end:], H[end:, at:end]
             if self._syrk:
                 square.tril_().add_(square.tril(-1).T)
@@ -94,7 +112,12 @@ class Hessian:
                 square.copy_((square + square.T) / 2)
                 below.add_(beside.T).mul_(0.5)
             beside.copy_(below.T)
+            self._forget()
         return H
+
+    def _forget(self) -> None:
+        if self.file is not None:
+            self.file.forget()
 
     @property
     def nonfinite(self) -> NonFinite | None:

@@ -7,6 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
+from doctor.quant.budget import TILE
+
+# LAPACK's and BLAS's indices have 32 bits: k^2 entries pass them one column later. Wider matrices go by tiles.
+LAPACK_MOST = 46_340
+
 
 @contextmanager
 def exact_products() -> Iterator[None]:
@@ -26,6 +31,12 @@ def row_chunks(shape: Sequence[int], most: int) -> Iterator[slice]:
     n, k = shape
     rows = max(1, most // (4 * k))
     return (slice(first, min(n, first + rows)) for first in range(0, n, rows))
+
+
+def tiles_of(k: int, tile: int | None = None) -> list[slice]:
+    """Rows or columns of a [k, k] matrix in runs of `tile`, by default TILE."""
+    tile = tile or TILE
+    return [slice(begin, min(k, begin + tile)) for begin in range(0, k, tile)]
 
 
 def all_finite(values: torch.Tensor) -> bool:

@@ -5,11 +5,14 @@ on it and below, the diagonal of H apart. `matrix` makes the square symmetric ag
 
 LAPACK's indices have 32 bits: k^2 passes them at k = 46,341. From there on the factor is computed in tiles, each of
 which is within them; one linear's factor needs no more than three tiles beside the square either way.
+
+Where the memory limit does not hold a square it lies in a file (mapped.py), and the factor in a second one: rows of a
+whole square can be read in any order, those of a triangle only with a page of the disk for every value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -18,18 +21,21 @@ from scipy.linalg.lapack import dpotrf, spotrf
 
 from doctor.quant.solve import cpu
 from doctor.quant.solve.factor import Attempt, clamp_eigenvalues, escalate
-from doctor.quant.solve.numerics import all_finite
+from doctor.quant.solve.mapped import Mapped
+from doctor.quant.solve.numerics import LAPACK_MOST, TILE, all_finite, tiles_of
 
-LAPACK_MOST = 46_340  # columns of a whole matrix
-TILE = 2048
 _PANEL = 256  # rows that are mirrored at a time
 
 
 class Square:
-    """H f32[k, k] of calibration inputs, and room for its factor. Takes the memory of `values`, which is symmetric."""
+    """H f32[k, k] of calibration inputs, and room for its factor. Takes the memory of `values`, which is symmetric.
+    file: the one that `values` lies in, None where memory holds it.
+    """
 
-    def __init__(self, values: torch.Tensor):
+    def __init__(self, values: torch.Tensor, file: Mapped | None = None):
         self._values = values
+        self._file = file
+        self._second: Mapped | None = None  # the file of the factor
         self._diagonal = values.diagonal().clone()
         self._symmetric = True  # whether the lower triangle is H
         self._asked: tuple[float, float, torch.Tensor] | None = None  # whose factor the lower triangle is
@@ -49,8 +55,19 @@ class Square:
 
     @property
     def values(self) -> torch.Tensor:
-        """f32[k, k]: H above the diagonal; on and below it the factor, where there is one, else H."""
+        """f32[k, k]: H above the diagonal; below it anything."""
         return self._values
+
+    @property
+    def lower(self) -> torch.Tensor:
+        """f32[k, k]: the factor on the diagonal and below it, where there is one; above it anything."""
+        return self._values if self._second is None else self._second.values
+
+    def forget(self) -> None:
+        """Let go of what lies in files."""
+        for file in (self._file, self._second):
+            if file is not None:
+                file.forget()
 
     def diagonal(self) -> torch.Tensor:
         """diag(H), f32[k]; not to be written to."""
@@ -87,7 +104,7 @@ class Square:
     def product(self, E: torch.Tensor) -> torch.Tensor:
         """E H, f32[n, k]."""
         k = len(self)
-        if self._symmetric and k <= LAPACK_MOST:
+        if self._symmetric and k <= LAPACK_MOST and self._file is None:
             return E @ self._values
         out = E * self._diagonal
         for begin in range(0, k, TILE):
@@ -95,6 +112,7 @@ class Square:
             block, right = self._values[begin:end, begin:end].triu(1), self._values[begin:end, end:]
             out[:, begin:end].addmm_(E[:, begin:end], block + block.T).addmm_(E[:, end:], right.T)
             out[:, end:].addmm_(E[:, begin:end], right)
+            self.forget()
         return out
 
     def factorise(self, damp: float, damp_max: float, mean: float, order: torch.Tensor | None = None) -> list[Attempt]:
@@ -118,12 +136,12 @@ class Square:
 
     def pivots(self) -> torch.Tensor:
         """M_pp of H = M M^T, M upper triangular in the order of the factor, f32[k]."""
-        return self._values.diagonal().flip(0)
+        return self.lower.diagonal().flip(0)
 
     def factor_panel(self, begin: int, end: int) -> torch.Tensor:
         """M[:end, begin:end] of H = M M^T, M upper triangular in the order of the factor: f32[end, end - begin]."""
         k = len(self)
-        return self._values[k - end :, k - end : k - begin].flip(0, 1).triu(-begin)
+        return self.lower[k - end :, k - end : k - begin].flip(0, 1).triu(-begin)
 
     def _attempt(self, mean: float, turned: torch.Tensor, precision: str, share: float) -> int:
         """Factor H in the order `turned` with one precision and share of damping; info as in
@@ -133,44 +151,56 @@ class Square:
         diagonal = (self._diagonal if clamped is None else clamped.diagonal())[turned].to(work)
         diagonal = torch.where(diagonal > 0, diagonal, torch.full_like(diagonal, mean if mean > 0 else 1.0))
         diagonal.add_(share * mean if clamped is None else 0.0)
-        self._symmetric = False
+        if self._file is None:
+            self._symmetric = False
+        elif self._second is None:
+            self._second = Mapped(self._file.folder, len(self))
         if clamped is not None:
             info = self._through_tiles(lambda rows, columns: clamped[turned[rows]][:, turned[columns]], diagonal)
         else:
-            cpu.arrange(self._values, self._diagonal, turned.to(torch.int32))
+            steps = turned.to(torch.int32)
+            for rows in tiles_of(len(self), TILE):
+                cpu.arrange(self._values, self._diagonal, steps, self.lower, rows)
+                self.forget()
             if work == torch.float32:
-                self._values.diagonal().copy_(diagonal)
-                info = factor_in_place(self._values)
+                self.lower.diagonal().copy_(diagonal)
+                info = factor_in_place(self.lower, TILE if self._second else None, self._second)
             else:
-                info = self._through_tiles(lambda rows, columns: self._values[rows, columns].double(), diagonal)
-        return info if info or all_finite(self._values) else -1
+                info = self._through_tiles(lambda rows, columns: self.lower[rows, columns].double(), diagonal)
+        return info or (0 if all(all_finite(self.lower[rows]) for rows in self._rows()) else -1)
+
+    def _rows(self) -> Iterator[slice]:
+        """Rows of the square, a tile at a time; those of files are let go of behind them."""
+        for rows in tiles_of(len(self), TILE):
+            yield rows
+            self.forget()
 
     def _through_tiles(self, tile_of: Callable[[slice, slice], torch.Tensor], diagonal: torch.Tensor) -> int:
         """Factor in float64, tile by tile, and round into the lower triangle: a second square beside the first."""
-        parts = _parts(len(self), TILE)
+        parts = tiles_of(len(self), TILE)
         tiles = [[tile_of(rows, columns) for columns in parts[: number + 1]] for number, rows in enumerate(parts)]
         for number, rows in enumerate(parts):
             tiles[number][number].diagonal().copy_(diagonal[rows])
         info = _factor(tiles, parts)
         for rows, found in zip(parts, tiles, strict=True):
             for columns, tile in zip(parts, found, strict=False):
-                _put(self._values[rows, columns], tile, rows == columns)
+                _put(self.lower[rows, columns], tile, rows == columns)
         return info
 
 
-def factor_in_place(S: torch.Tensor, tile: int | None = None) -> int:
+def factor_in_place(S: torch.Tensor, tile: int | None = None, file: Mapped | None = None) -> int:
     """The lower triangle A of S [k, k] becomes L with A = L L^T, what lies above the diagonal stays. Returns LAPACK's
     info: 0, or the order of the first leading minor that is not positive. tile: columns worked on at a time; by default
-    all of them, as long as LAPACK can index them.
+    all of them, as long as LAPACK can index them. file: where S lies, read ahead and let go of row by row of tiles.
     """
     if tile is None and len(S) <= LAPACK_MOST:
         # In Fortran's order the memory of S is that of S^T, so its upper factor is L^T and nothing is copied.
         return int({torch.float32: spotrf, torch.float64: dpotrf}[S.dtype](S.numpy().T, 0, 0, 1)[1])
-    parts = _parts(len(S), tile or TILE)
-    return _factor([[S[rows, columns] for columns in parts[: at + 1]] for at, rows in enumerate(parts)], parts)
+    parts = tiles_of(len(S), tile or TILE)
+    return _factor([[S[rows, columns] for columns in parts[: at + 1]] for at, rows in enumerate(parts)], parts, file)
 
 
-def _factor(tiles: list[list[torch.Tensor]], parts: list[slice]) -> int:
+def _factor(tiles: list[list[torch.Tensor]], parts: list[slice], file: Mapped | None = None) -> int:
     """Factor a lower triangle of tiles in place, one column of tiles after the other; of those on the diagonal the
     lower triangle. Each needs the tiles left of it and of its diagonal only.
     """
@@ -183,7 +213,10 @@ def _factor(tiles: list[list[torch.Tensor]], parts: list[slice]) -> int:
         if info:
             return columns.start + info
         _put(tiles[j][j], D, True)
-        for row in tiles[j + 1 :]:
+        for i, row in enumerate(tiles[j + 1 :], j + 1):
+            if file is not None:
+                file.forget()
+                file.will_need(parts[min(i + 1, len(parts) - 1)])
             A = row[j].contiguous()
             for left, beside in zip(row[:j], tiles[j][:j], strict=True):
                 A.addmm_(left, beside.T, alpha=-1)
@@ -195,10 +228,6 @@ def _factor(tiles: list[list[torch.Tensor]], parts: list[slice]) -> int:
 def _put(place: torch.Tensor, tile: torch.Tensor, diagonal: bool) -> None:
     """A tile where it belongs; of one on the diagonal the lower triangle."""
     place.copy_(torch.where(torch.ones_like(place, dtype=torch.bool).tril(), tile, place) if diagonal else tile)
-
-
-def _parts(k: int, tile: int) -> list[slice]:
-    return [slice(begin, min(k, begin + tile)) for begin in range(0, k, tile)]
 
 
 def _whole(block: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,18 @@ def test_without_the_planted_bias_nothing_is_found(tmp_path):
     assert {b["key_bits"] for b in key_biases(checkpoint).values()} == {4}
 
 
+def test_only_what_makes_queries_and_keys_is_read(tmp_path, monkeypatch):
+    checkpoint, read, said = opened(tiny("qwen2"), tmp_path), set(), []
+    real = Checkpoint.load
+    monkeypatch.setattr(Checkpoint, "load", lambda self, name: read.add(name) or real(self, name))
+    kvcache(checkpoint, say=said.append)
+    assert {name.split(".")[-2] for name in read} <= {"q_proj", "k_proj", "v_proj", "input_layernorm"} | {
+        "post_attention_layernorm",
+        "norm",
+    }
+    assert said == ["kvcache: reads 0.00 GiB of weights, those that make queries and keys, layer by layer"]
+
+
 def test_prediction_is_the_same_every_time_and_tries_other_widths(tmp_path):
     from doctor.evaluate.kvcache.quantizers import Side
 
@@ -262,7 +274,7 @@ def test_no_table_is_wider_than_the_screen(width, tmp_path):
 
 def test_json_holds_what_the_screen_shows(tmp_path):
     done = run(with_bias(300.0).write(tmp_path / "m"), "-f", "json", "--memory", "24GB")
-    document = json.loads(done.output)
+    document = json.loads(done.stdout)
     assert document["schema"] == "doctor.kvcache/1" and document["checkpoint"] == "m"
     data = document["kvcache"]
     assert [s["name"] for s in data["schemes"]] == ["FP16", "FP8", "Q8", "Q6", "Q4"] and data["schemes"][0][

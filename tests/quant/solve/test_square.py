@@ -1,11 +1,17 @@
 """One square for a Hessian and its factor, by tiles and by chunks of rows."""
 
+import os
+
 import pytest
 import torch
 
+from doctor.core.errors import MachineError
 from doctor.core.recipe import DAMP, DAMP_MAX
-from doctor.quant.solve import cpu, gptq, square
+from doctor.quant.solve import cpu, gptq, hessian, square
 from doctor.quant.solve.gptq import solve
+from doctor.quant.solve.hessian import Hessian
+from doctor.quant.solve.mapped import Mapped
+from doctor.quant.solve.numerics import tiles_of
 from doctor.quant.solve.square import Square, factor_in_place
 from doctor.scan import native
 
@@ -76,7 +82,7 @@ def test_linears_that_share_an_input_share_its_factor(monkeypatch):
     W, H = example(64, 256)
     held, factored = Square(H.clone()), []
     real = square.factor_in_place
-    monkeypatch.setattr(square, "factor_in_place", lambda S: factored.append(1) or real(S))
+    monkeypatch.setattr(square, "factor_in_place", lambda *given: factored.append(1) or real(*given))
     first, second = solve(W, held), solve(2 * W, held)
     assert len(factored) == 1 and same(first, solve(W, H)) and same(second, solve(2 * W, H))
     solve(W, held, act_order=False)
@@ -107,3 +113,34 @@ def test_nan_in_a_square_is_refused_before_its_factor():
     held = Square(torch.full((8, 8), torch.nan))
     attempts = held.factorise(DAMP, DAMP_MAX, 1.0)
     assert [a.outcome for a in attempts] == ["non-finite"] and not held.factored
+
+
+def test_a_square_in_files_gives_the_same_factor_and_keeps_its_matrix(tmp_path, monkeypatch):
+    W, H = example(70, 384)
+    X = torch.randn(500, 384, generator=torch.Generator().manual_seed(3))
+    in_memory, on_disk = Hessian(384), Hessian(384, file=Mapped(tmp_path, 384))
+    monkeypatch.setattr(square, "TILE", 100)
+    monkeypatch.setattr(hessian, "TILE", 100)
+    monkeypatch.setattr(hessian, "tiles_of", lambda k: tiles_of(k, 100))
+    monkeypatch.setattr(square, "LAPACK_MOST", 383)  # so that both factor by the same tiles
+    for H in (in_memory, on_disk):
+        H.add(X[:300])
+        H.add(X[300:])
+    one, two = Square(in_memory.take()), Square(on_disk.take(), on_disk.file)
+    assert (one.matrix() - two.matrix()).abs().max() < 1e-5 * one.diagonal().max()
+    two.values.copy_(one.matrix())
+    two = Square(two.values, on_disk.file)
+    before = two.values.clone()
+    for options in ({}, {"scattered": True}, {"act_order": False}):
+        got, want = solve(W, two, **options), solve(W, one, **options)
+        assert same(got, want) and got.loss == pytest.approx(want.loss, rel=1e-4)
+    assert torch.equal(two.matrix(), before) and not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_for_a_square_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MachineError, match=r"no file of 160,000 bytes for a Hessian of 200 columns .*No space left"):
+        Mapped(tmp_path, 200)
