@@ -154,12 +154,10 @@ def forecast(
 
 
 def _bytes(spec: ModelSpec, parameters: int, pieces: int, size: int, dtype: torch.dtype) -> int:
-    """Weights, a head that is tied to the embedding again, keys and values (as wide as hidden at most), logits with
-    what sampling makes of them.
-    """
+    """Weights, keys and values (as wide as hidden at most), logits with what sampling makes of them."""
     hidden, vocab = spec.hidden or 0, spec.vocab or 0
     cache = 2 * (spec.n_layers or 0) * hidden * pieces * size
-    return budget.constant() + dtype.itemsize * (parameters + hidden * vocab + cache) + 12 * pieces * vocab
+    return budget.constant() + dtype.itemsize * (parameters + cache) + 12 * pieces * vocab
 
 
 def _starts(tokenizer, count: int, vocab: int | None) -> list[int]:

@@ -37,7 +37,8 @@ def load_head(
     def load(name: str) -> nn.Parameter:
         return nn.Parameter(load_tensor(checkpoint, name, like.dtype).to(like.device), requires_grad=False)
 
-    head.weight = load(source)
+    table = _loaded_table(base, like) if source == spec.embed_tensor else None
+    head.weight = load(source) if table is None or table.shape != head.weight.shape else table
     bias = source.removesuffix("weight") + "bias"
     if getattr(head, "bias", None) is not None and bias in checkpoint.tensors:
         head.bias = load(bias)
@@ -58,3 +59,11 @@ def load_head(
                     _("An embedding model is compared by its embeddings: state its class in config.json."),
                 )
             module._parameters[name] = load(stored)
+
+
+def _loaded_table(base: nn.Module, like: torch.Tensor) -> nn.Parameter | None:
+    """The embedding's weight, where it is loaded as `like` is: a tied head is the same matrix, not a second one."""
+    get = getattr(base, "get_input_embeddings", None)
+    table = getattr(get() if callable(get) else None, "weight", None)
+    same = isinstance(table, nn.Parameter) and (table.dtype, table.device) == (like.dtype, like.device)
+    return table if same else None

@@ -268,3 +268,15 @@ def test_nothing_is_prefetched_behind_the_last_layer(tmp_path):
     built = skeleton(tiny("llama").write(tmp_path / "m"))
     built.prefetch(2)
     assert built._prefetch is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_the_embedding_and_no_second_matrix(tied, tmp_path):
+    folder = save("qwen2", tmp_path / "m", tie=tied, num_hidden_layers=2)
+    built = skeleton(folder)
+    built.load_whole()
+    table, head = built.base.get_input_embeddings().weight, built.model.get_output_embeddings().weight
+    assert (table.data_ptr() == head.data_ptr()) == tied
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(built.model(input_ids=IDS, use_cache=False).logits, model(input_ids=IDS).logits)
