@@ -26,9 +26,9 @@ def mixture_no_better(checkpoint, allocation):
         return
     yield finding(
         _(
-            "{bits} bits for all linears ({same:.3f} bits a weight) were written: KL {uniform:.4f} on held-back rows, "
+            "{name} for all linears ({same:.3f} bits a weight) was written: KL {uniform:.4f} on held-back rows, "
             "{mixed:.4f} of the mixture ({bpw:.3f} bits a weight)",
-            bits=allocation.uniform_bits,
+            name=allocation.uniform,
             same=allocation.uniform_bpw,
             uniform=allocation.kl_uniform,
             mixed=allocation.kl,
@@ -41,14 +41,14 @@ def mixture_no_better(checkpoint, allocation):
 
 def _allocation(written):
     kl = 0.0310 if written == "mixture" else 0.0462
-    return Allocation(4.25, 4.249, 4.25, 4, 64, {3: 20, 4: 160, 8: 30}, 0.0287, kl, 0.0451, 4096, written)
+    return Allocation(4.25, 4.249, 4.25, "4-bit g64", {3: 20, 4: 160, 8: 30}, 0.0287, kl, 0.0451, 4096, written)
 
 
 def bad():
     case = measured()
     case.put("checkpoint:", "allocation", _allocation("uniform"))
     return case, (
-        "4 bits for all linears (4.250 bits a weight) were written: KL 0.0451 on held-back rows, 0.0462 of the mixture "
+        "4-bit g64 for all linears (4.250 bits a weight) was written: KL 0.0451 on held-back rows, 0.0462 of the mixture "
         "(4.249 bits a weight)"
     )
 

@@ -250,8 +250,7 @@ class Allocation:
     budget: float  # bpw that was asked for
     bpw: float  # of the mixture
     uniform_bpw: float
-    uniform_bits: int
-    uniform_group: int
+    uniform: str  # as people write it: 4-bit g64, Q4_K_M
     linears: dict[int, int]  # of the mixture: bits -> linears
     predicted: float  # KL of the mixture, before it was made
     kl: float  # of the mixture, on rows that were held back

@@ -118,8 +118,8 @@ def codebook(name: str) -> Array:
     mixed = state * 89226354 + 64248484 if name == "3inst" else state * _MULTIPLIERS[name]
     mixed = (mixed & 0xFFFFFFFF).astype(np.uint32)
     if name == "mul1":
-        total = sum(mixed >> shift & 0xFF for shift in (0, 8, 16, 24))
-        whole = (total.astype(np.uint16) + np.uint16(0x6400)).view(np.float16).astype(np.float64)
+        total = mixed.view(np.uint8).reshape(-1, 4).sum(1, dtype=np.uint16)
+        whole = (total + np.uint16(0x6400)).view(np.float16).astype(np.float64)
         step, less = (float(np.array([word], np.uint16).view(np.float16)[0]) for word in (0x1EEE, 0xC931))
         return (whole * step + less).astype(np.float16)  # exact in float64, rounded once: a fused multiply-add
     mixed = mixed & np.uint32(0x8FFF8FFF) ^ np.uint32(0x3B603B60)

@@ -210,12 +210,7 @@ def _solve_stage(
         columns = folding.columns.get(name) if folding else None
         found = solve_linear(linear, module, inputs[name], recipe, columns, scaled.get(name, 1.0))
         if setup.survey is not None:
-            setup.survey.see(
-                linear,
-                weight_of(linear, module),
-                inputs[name],
-                found.solution if isinstance(found.solution, Solution) else None,
-            )
+            setup.survey.see(linear, weight_of(linear, module), inputs[name], found.solution)
         return found
 
     if ranks.size == 1:

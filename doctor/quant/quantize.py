@@ -135,7 +135,12 @@ def quantize(
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     check_output(source, asked.output, overwrite)
     asked = replace(asked, recipe=prepared(source, asked.recipe))
-    mixing = _mixing(asked, source, budget, diverge) if budget is not None and diverge is not None else None
+    plain = replace(asked.recipe, bits_for=recipe.bits_for)  # without the mixture of fixed rules that GGUF brings
+    mixing = (
+        _mixing(replace(asked, recipe=plain), source, budget, diverge)
+        if budget is not None and diverge is not None
+        else None
+    )
     if mixing is not None:
         asked = replace(asked, recipe=mixing.steps.provisional)
     writes = not preflight and not (size() > 1 and int(os.environ["RANK"]))  # under torchrun, rank 0 writes
@@ -234,9 +239,8 @@ def plan(
         raise BadCheckpoint(_without_config(checkpoint))
     spec = build_spec(config, checkpoint.tensors)
     length = min(max_seq_length, spec.max_positions or max_seq_length)
-    recipe = with_mixture(recipe or Recipe(), spec)
-    if budget is not None:
-        recipe = ladder(checkpoint, spec, recipe, budget).provisional
+    recipe = recipe or Recipe()
+    recipe = ladder(checkpoint, spec, recipe, budget).provisional if budget else with_mixture(recipe, spec)
     sampling = 0
     if calibration is None and recipe.calibrated and rows >= SAMPLED_SHARE:
         with suppress(NotSampled):

@@ -30,6 +30,7 @@ from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.forward.suspended import WITHOUT_GREENLET, greenlet
 from doctor.quant.selection import require_widths, why_kept
 from doctor.quant.solve import cpu, cuda
+from doctor.quant.solve.ggml import BlockSolution
 from doctor.quant.solve.hessian import mixed_products
 from doctor.quant.solve.solution import Solution
 
@@ -38,12 +39,13 @@ EXPERTS_AT_ONCE = 1  # whose Hessians are in memory together; more changes neith
 RUN_STAGES = ("calibration", "run")  # stages of the rules that judge a run
 
 Progress = Callable[[str], None]
+Solved = Solution | BlockSolution
 
 
 class Survey(Protocol):
     """What looks on while a run quantizes, at a linear whose module still has its float weight."""
 
-    def see(self, linear: Linear, W: torch.Tensor, given: LayerInput | None, solved: Solution | None) -> None:
+    def see(self, linear: Linear, W: torch.Tensor, given: LayerInput | None, solved: Solved | None) -> None:
         """W f32[n, k]; given: its input, None without calibration; solved: None where it could not be."""
 
 

@@ -14,10 +14,12 @@ from doctor.core.facts import Unavailable
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
 from doctor.formats.base import format_of
+from doctor.formats.gguf import blocks_of
 from doctor.model.fused_experts import unfuse
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.plan.groups import FUSED
+from doctor.plan.mixture import with_mixture
 from doctor.plan.runtimes import reads, runtime_entries
 from doctor.quant import budget as memory
 from doctor.quant.allocation.budget import Budget
@@ -56,6 +58,14 @@ class Ladder:
         """The recipe of a choice."""
         return mixture(self.recipe, [(self.units[unit], option.bits) for unit, option in chosen.items()])
 
+    @property
+    def uniform_name(self) -> str:
+        """The uniform recipe as people write it: `4-bit g64`, `Q4_K_M`."""
+        if format_of(self.uniform).in_blocks:
+            form = blocks_of(self.uniform)
+            return (form.mixtures if self.uniform.bits_for else form.types)[self.uniform.bits]
+        return self.uniform.label().partition(" ")[2]
+
     def uniform_bpw(self) -> float:
         """Bits a weight of the uniform model."""
         return _size([x for unit in self.units.values() for x in unit], self.uniform) / self.weights
@@ -69,17 +79,12 @@ def ladder(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, asked: Budge
             _("--bpw with {recipe}: needs a calibrated method and widths to choose from.", recipe=recipe.label()),
             _("Leave --for at gptq and --override out."),
         )
-    if form.in_blocks:
-        raise DoctorError(
-            _("--bpw with {label}: mixtures are chosen for GPTQ and compressed-tensors.", label=form.label),
-            _("Q4_K_M and Q5_K_M are mixtures of fixed rules."),
-        )
     checkpoint, spec = unfuse(checkpoint, spec, recipe)
     linears = [x for x in spec.linears if x.block is not None and not why_kept(recipe, x)]
     if not linears:
         raise NotQuantizable(_("{name}: no linear is quantized.", name=checkpoint.name))
     widths = _widths(recipe, asked)
-    units = _units(linears)
+    units = _units(linears, recipe)
     weights = sum(x.in_features * x.out_features for x in linears)
     least, most = (_size(linears, replace(recipe, bits=bits)) for bits in (widths[0], widths[-1]))
     if asked.bpw is not None:
@@ -89,7 +94,7 @@ def ladder(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, asked: Budge
         bits = 8 * (asked.size or 0) - (whole - least)
     if not bits >= least:
         raise _too_small(asked, bits, least, most, weights)
-    return Ladder(units, recipe, _uniform(recipe, linears, widths, bits), widths, weights, bits)
+    return Ladder(units, recipe, _uniform(recipe, spec, linears, widths, bits), widths, weights, bits)
 
 
 def _too_small(asked: Budget, bits: int, least: int, most: int, weights: int) -> DoctorError:
@@ -144,8 +149,14 @@ def _read(recipe: Recipe, bits: int, group_size: int) -> bool:
     return bool(reads(entries, recipe.output_format, bits, group_size, bool(recipe.sym)))
 
 
-def _uniform(recipe: Recipe, linears: list[Linear], widths: tuple[int, ...], bits: int) -> Recipe:
-    """The recipe of one width, and then of the finest groups, that the budget holds."""
+def _uniform(recipe: Recipe, spec: ModelSpec, linears: list[Linear], widths: tuple[int, ...], bits: int) -> Recipe:
+    """The recipe of one width, and then of the finest groups, that the budget holds; of GGUF the largest of llama.cpp's
+    own mixtures and types.
+    """
+    if format_of(recipe).in_blocks:
+        plain = [replace(recipe, bits=width) for width in widths]
+        sizes = [(_size(linears, other), other) for one in plain for other in (one, with_mixture(one, spec))]
+        return max((pair for pair in sizes if pair[0] <= bits), key=lambda pair: pair[0])[1]
     finer = [g for g in _GROUPS if recipe.group_size == -1 or g < recipe.group_size]
     groups = [recipe.group_size, *(g for g in finer if not any(x.in_features % g for x in linears))]
     found = [
@@ -162,12 +173,16 @@ def _size(linears: Iterable[Linear], recipe: Recipe) -> int:
     return 8 * sum(form.bytes(x.in_features, x.out_features, recipe.for_linear(x.name).scheme) for x in linears)
 
 
-def _units(linears: Iterable[Linear]) -> dict[Unit, tuple[Linear, ...]]:
-    """Linears that engines store as one matrix, and all experts of a layer, which they compute in one kernel."""
+def _units(linears: Iterable[Linear], recipe: Recipe) -> dict[Unit, tuple[Linear, ...]]:
+    """Linears that engines store as one matrix, and all experts of a layer, which they compute in one kernel. GGUF
+    joins nothing but a layer's experts of one role.
+    """
+    apart = "bits" not in format_of(recipe).joint
     found: dict[tuple, list[Linear]] = {}
     for x in linears:
-        joined = next((roles for roles in FUSED if x.role in roles), (x.name,))
-        key = (x.block, "experts") if x.expert is not None else (x.name.rpartition(".")[0], *joined)
+        joined = (x.name,) if apart else next((roles for roles in FUSED if x.role in roles), (x.name,))
+        experts = (x.block, "experts", x.role if apart else "")
+        key = experts if x.expert is not None else (x.name.rpartition(".")[0], *joined)
         found.setdefault(key, []).append(x)
     return {tuple(x.name for x in unit): tuple(unit) for unit in found.values()}
 

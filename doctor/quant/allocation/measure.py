@@ -18,15 +18,18 @@ from dataclasses import replace
 import torch
 
 from doctor.core.recipe import Recipe
+from doctor.formats.base import format_of
+from doctor.formats.gguf import blocks_of
 from doctor.model.linears import Linear
 from doctor.quant.allocation.sensitivity import Sensitivities
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.linear import grid_options
+from doctor.quant.setup import Solved
+from doctor.quant.solve import ggml
 from doctor.quant.solve.gptq import pivots_of
 from doctor.quant.solve.grid import GridParams, dequantize, quantize
 from doctor.quant.solve.grid_search import fit_with
 from doctor.quant.solve.losses import energies
-from doctor.quant.solve.solution import Solution
 
 Hurts = dict[int, float]  # bits -> predicted KL in nats a token
 
@@ -41,7 +44,7 @@ class WidthSurvey:
         self._pivots: tuple[LayerInput | None, torch.Tensor | None] = (None, None)  # of the last input
         self.found: dict[str, Hurts] = {}
 
-    def see(self, linear: Linear, W: torch.Tensor, given: LayerInput | None, solved: Solution | None) -> None:
+    def see(self, linear: Linear, W: torch.Tensor, given: LayerInput | None, solved: Solved | None) -> None:
         slopes = self._sensitivities.get(linear.name)
         self.found[linear.name] = {}
         if solved is None or given is None or not given.usable or slopes is None:
@@ -51,7 +54,7 @@ class WidthSurvey:
             return
         W, slopes = W.to(torch.float32), slopes.to(W.device)
         true = energies(W - solved.weight(), given.H)
-        likely = _rounded(W, self._solved, pivots)
+        likely = _rounded(W, self._solved.for_linear(linear.name), pivots)
         ratio = float((slopes * true).sum() / (slopes * likely).sum())
         if not math.isfinite(ratio):  # nothing to lose: a weight of zeros
             return
@@ -63,13 +66,18 @@ class WidthSurvey:
         """The pivots f32[k] of the Hessian in the order in which columns are rounded; None where it has no factor."""
         if self._pivots[0] is given:
             return self._pivots[1]
-        pivots = pivots_of(given.H, given.damp, self._recipe.damp_max, self._recipe.act_order)
+        moved = self._recipe.act_order and not format_of(self._recipe).in_blocks  # whose columns keep their order
+        pivots = pivots_of(given.H, given.damp, self._recipe.damp_max, moved)
         self._pivots = (given, pivots)
         return pivots
 
 
 def _rounded(W: torch.Tensor, recipe: Recipe, pivots: torch.Tensor) -> torch.Tensor:
     """sum_j D_j (W - Q)_j^2 of each row, f64[n], for plain rounding on the recipe's grid."""
+    if format_of(recipe).in_blocks:
+        kind = blocks_of(recipe).type_of(recipe.bits, W.shape[1])
+        E = W - ggml.rounded_values(W, kind, pivots)
+        return (E.square() @ pivots).to(torch.float64)
     options = grid_options(recipe)
     params = GridParams(mse=recipe.mse, signed=False, **options)
     grid = fit_with(params, W, pivots)

@@ -74,7 +74,12 @@ def quantize_mixed(asked: Asked, calibrated: Calibrated, mixing: Mixing, check: 
     steps = replace(
         steps,
         recipe=replace(recipe, bits=steps.recipe.bits, group_size=steps.recipe.group_size),
-        uniform=replace(recipe, bits=steps.uniform.bits, group_size=steps.uniform.group_size),
+        uniform=replace(
+            recipe,
+            bits=steps.uniform.bits,
+            group_size=steps.uniform.group_size,
+            bits_for=steps.uniform.bits_for,
+        ),
     )
     survey = None
     if known is None:
@@ -211,8 +216,7 @@ def _better(
         steps.bits / steps.weights,
         total(chosen) / steps.weights,
         steps.uniform_bpw(),
-        steps.uniform.bits,
-        steps.uniform.group_size,
+        steps.uniform_name,
         _counts(chosen),
         hurt(chosen),
         mixed,
@@ -222,13 +226,13 @@ def _better(
     )
     asked.progress(
         _(
-            "held-back rows, {tokens:,} tokens: KL {mixed:.4f} of the mixture ({bpw:.3f} bits), {uniform:.4f} of "
-            "{bits} bits for all ({same:.3f} bits): the {winner} is written",
+            "held-back rows, {tokens:,} tokens: KL {mixed:.4f} of the mixture ({bpw:.3f} bits a weight), {uniform:.4f} "
+            "of {name} for all ({same:.3f}): the {winner} is written",
             tokens=fact.tokens,
             mixed=mixed,
             bpw=fact.bpw,
             uniform=uniform,
-            bits=fact.uniform_bits,
+            name=fact.uniform,
             same=fact.uniform_bpw,
             winner=_("mixture") if wins else _("uniform model"),
         )

@@ -150,6 +150,13 @@ def round_blocks(W: torch.Tensor, kind: GgmlType, importance: torch.Tensor | Non
     return blocks.words()
 
 
+def rounded_values(W: torch.Tensor, kind: GgmlType, importance: torch.Tensor) -> torch.Tensor:
+    """f32[n, k]: what a reader computes of W f32[n, k] rounded without feedback, columns weighed by f32[k] >= 0."""
+    blocks = _Blocks(kind, *W.shape)
+    blocks.fit(W.to("cpu", torch.float32).contiguous(), importance.to("cpu", torch.float32).contiguous())
+    return blocks.values().to(W.device)
+
+
 def solve(
     W: torch.Tensor,
     H: torch.Tensor | Square | None,

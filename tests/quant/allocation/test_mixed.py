@@ -22,6 +22,7 @@ from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.solve import gptq
 from doctor.quant.solve.hessian import Hessian
+from tests.helpers import gguf_models
 
 RECIPE = Recipe(group_size=32, format="compressed-tensors")
 
@@ -46,13 +47,11 @@ def model(tmp_path_factory):
     return tiny("llama").write(tmp_path_factory.mktemp("model") / "m")
 
 
-def mixed(model, output, text, recipe=RECIPE, **asked):
+def mixed(model, output, text, recipe=RECIPE, options=None, **asked):
+    """(result, progress lines). Nobody is asked to load the output unless options name a client."""
     said = []
-    budget = Budget(**asked)
-    found = api.quantize(
-        model, output, recipe, calibration=text, max_seq_length=64, budget=budget, progress=said.append
-    )
-    return found, said
+    options = {"calibration": text, "max_seq_length": 64, "progress": said.append, "client": None, **(options or {})}
+    return api.quantize(model, output, recipe, budget=Budget(**asked), **options), said
 
 
 def linear_bits(folder):
@@ -67,7 +66,7 @@ def test_a_mixture_keeps_its_budget_and_transformers_reads_it(model, tmp_path, t
     found, said = mixed(model, tmp_path / "o", text, bpw=5.5, measurement=tmp_path / "m.json")
     fact = found.report.extra["allocation"]
     assert found.output and fact["written"] == "mixture" and fact["kl"] < fact["kl_uniform"], fact
-    assert len(fact["linears"]) > 1 and fact["uniform_bits"] == 4 and fact["bpw"] <= 5.5
+    assert len(fact["linears"]) > 1 and fact["uniform"] == "4-bit g32" and fact["bpw"] <= 5.5
     spec = build_spec(Checkpoint.open(model).value("config.json"), Checkpoint.open(model).tensors)
     weights = sum(x.in_features * x.out_features for x in spec.linears if x.block is not None)
     assert linear_bits(found.output)[0] / weights == pytest.approx(fact["bpw"], abs=1e-9)
@@ -97,31 +96,19 @@ def _dense(quantized, original):
 
 
 def test_the_uniform_model_is_written_where_the_mixture_is_no_closer(model, tmp_path, text):
-    asked = {"calibration": text, "max_seq_length": 64, "budget": Budget(bpw=5.0)}
-    figures = iter([0.5, 0.6])  # uniform, mixture
-    found = api.quantize(model, tmp_path / "o", RECIPE, diverge=lambda *_: next(figures), **asked)
+    figures = iter([0.5, float("nan")])  # uniform, mixture
+    found, _said = mixed(model, tmp_path / "o", text, options={"diverge": lambda *_: next(figures)}, bpw=5.0)
     assert found.output and [f.code for f in found.report.findings if f.code == "Q430"] == ["Q430"]
     raw = json.loads((found.output / "config.json").read_text())["quantization_config"]
     assert [g["weights"]["num_bits"] for g in raw["config_groups"].values()] == [4]
     assert not list(tmp_path.glob(".o*"))
-    figures = iter([0.5, float("nan")])
-    found = api.quantize(model, tmp_path / "q", RECIPE, diverge=lambda *_: next(figures), **asked)
     assert found.report.extra["allocation"]["written"] == "uniform"
 
 
 def test_gptq_files_say_the_widths_of_a_mixture_under_dynamic(model, tmp_path, text):
     recipe = Recipe(group_size=32, format="gptq", runtime="vllm")
     figures = iter([0.6, 0.5])
-    found = api.quantize(
-        model,
-        tmp_path / "o",
-        recipe,
-        calibration=text,
-        max_seq_length=64,
-        budget=Budget(bpw=6.0),
-        diverge=lambda *_: next(figures),
-        client=None,
-    )
+    found, _said = mixed(model, tmp_path / "o", text, recipe, {"diverge": lambda *_: next(figures)}, bpw=6.0)
     raw = json.loads((found.output / "config.json").read_text())["quantization_config"]
     own = {value["bits"] for key, value in raw["dynamic"].items() if key.startswith("+:")}
     assert own | {raw["bits"]} == set(found.report.extra["allocation"]["linears"])
@@ -161,7 +148,6 @@ def test_an_expert_without_rows_keeps_the_uniform_width():
         (Recipe(method="rtn", group_size=32), {"bpw": 5.0}, "needs a calibrated method and widths"),
         (Recipe(group_size=32, bits_for=("*q_proj=8",)), {"bpw": 5.0}, "needs a calibrated method and widths"),
         (Recipe(group_size=32), {"bpw": 5.0, "widths": (4, 5)}, "GPTQ has no 5 bits"),
-        (Recipe(group_size=32, format="gguf"), {"bpw": 5.0}, "mixtures are chosen for GPTQ and compressed-tensors"),
     ],
 )
 def test_a_budget_that_cannot_be_met_is_refused_from_headers_alone(model, recipe, asked, text):
@@ -204,3 +190,19 @@ def test_a_measurement_of_another_recipe_and_a_file_that_is_none_are_refused(mod
 def test_a_mixture_is_not_resumed(model, tmp_path, text):
     with pytest.raises(PlanRefused, match="a mixture is made by one process, in one run"):
         api.quantize(model, tmp_path / "o", RECIPE, calibration=text, budget=Budget(bpw=5.0), resume=True)
+
+
+def test_gguf_gets_a_type_for_every_linear_by_its_own_measurement(tmp_path):
+    figures = iter([0.6, 0.5])
+    source = gguf_models.model("llama", tmp_path / "m")
+    options = {"budget": Budget(bpw=7.0), "diverge": lambda *_: next(figures)}
+    found = gguf_models.run(source, tmp_path / "o", "Q4_K_M", **options)
+    fact = found.report.extra["allocation"]
+    assert found.output and fact["uniform"] == "Q5_K_M" and fact["bpw"] <= 7.0 and len(fact["linears"]) > 1, fact
+    tensors = Checkpoint.open(found.output).gguf[0].tensors
+    types = {t.type.name for t in tensors.values() if t.name.startswith("blk.") and "norm" not in t.name}
+    # rows of 64 and 128 do not fill blocks of 256, so llama.cpp's types for such widths stand in
+    assert types == {{4: "Q5_0", 5: "Q5_1", 6: "Q8_0", 8: "Q8_0"}[bits] for bits in fact["linears"]}
+    weights = sum(t.numel for t in tensors.values() if t.name.startswith("blk.") and "norm" not in t.name)
+    stored = sum(8 * t.nbytes for t in tensors.values() if t.name.startswith("blk.") and "norm" not in t.name)
+    assert stored / weights == pytest.approx(fact["bpw"], abs=1e-9)
