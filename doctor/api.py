@@ -323,6 +323,10 @@ def quantize(
 
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     refuse_output(source, output, **options)  # before torch is imported
+    if options.get("budget") is not None:
+        from doctor.quant.allocation.ladder import refuse_budget
+
+        refuse_budget(source, recipe or Recipe(), options["budget"])
     from doctor.evaluate.clients.rehearsal import client_of
     from doctor.evaluate.divergence import divergence
     from doctor.evaluate.proof import prove

@@ -12,19 +12,18 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _, listed
-from doctor.core.recipe import Recipe
+from doctor.core.recipe import Recipe, is_kept, unfit
 from doctor.formats.base import format_of
 from doctor.formats.gguf import blocks_of
 from doctor.model.fused_experts import unfuse
 from doctor.model.linears import Linear
-from doctor.model.spec import ModelSpec
+from doctor.model.spec import ModelSpec, build_spec
 from doctor.plan.groups import FUSED
 from doctor.plan.mixture import with_mixture
 from doctor.plan.runtimes import reads, runtime_entries
 from doctor.quant import budget as memory
 from doctor.quant.allocation.budget import Budget
 from doctor.quant.allocation.choose import Chosen, Unit
-from doctor.quant.selection import why_kept
 
 LEAST_BITS = 3  # by default: errors of 2-bit linears do not add up, so the prediction fails them
 _GROUPS = (128, 64, 32)
@@ -80,7 +79,7 @@ def ladder(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, asked: Budge
             _("Leave --for at gptq and --override out."),
         )
     checkpoint, spec = unfuse(checkpoint, spec, recipe)
-    linears = [x for x in spec.linears if x.block is not None and not why_kept(recipe, x)]
+    linears = [x for x in spec.linears if x.block is not None and _quantized(recipe, x)]
     if not linears:
         raise NotQuantizable(_("{name}: no linear is quantized.", name=checkpoint.name))
     widths = _widths(recipe, asked)
@@ -95,6 +94,17 @@ def ladder(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, asked: Budge
     if not bits >= least:
         raise _too_small(asked, bits, least, most, weights)
     return Ladder(units, recipe, _uniform(recipe, spec, linears, widths, bits), widths, weights, bits)
+
+
+def refuse_budget(checkpoint: Checkpoint, recipe: Recipe, asked: Budget) -> None:
+    """Raises what `ladder` would, before torch is imported. A checkpoint without config.json is refused later."""
+    config = checkpoint.value("config.json")
+    if config is not None:
+        ladder(checkpoint, build_spec(config, checkpoint.tensors), recipe, asked)
+
+
+def _quantized(recipe: Recipe, linear: Linear) -> bool:
+    return not is_kept(recipe, linear.name) and not unfit(recipe, linear.in_features, linear.out_features)
 
 
 def _too_small(asked: Budget, bits: int, least: int, most: int, weights: int) -> DoctorError:

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -206,3 +208,21 @@ def test_gguf_gets_a_type_for_every_linear_by_its_own_measurement(tmp_path):
     weights = sum(t.numel for t in tensors.values() if t.name.startswith("blk.") and "norm" not in t.name)
     stored = sum(8 * t.nbytes for t in tensors.values() if t.name.startswith("blk.") and "norm" not in t.name)
     assert stored / weights == pytest.approx(fact["bpw"], abs=1e-9)
+
+
+def test_a_budget_out_of_reach_is_refused_before_torch_is_imported(model, tmp_path):
+    code = """
+import sys
+from doctor import api
+from doctor.core.errors import DoctorError
+from doctor.core.recipe import Recipe
+from doctor.quant.allocation.budget import Budget
+try:
+    api.quantize(sys.argv[1], sys.argv[2], Recipe(group_size=32, format="compressed-tensors"), budget=Budget(bpw=2.0))
+except DoctorError as error:
+    assert "can be reached" in error.message, error.message
+    assert "torch" not in sys.modules
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", code, model, tmp_path / "o"], capture_output=True, text=True)
+    assert done.stdout == "refused\n", done.stderr
