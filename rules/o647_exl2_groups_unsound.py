@@ -57,7 +57,7 @@ def more(groups):
         pairs = [(4, 4 * at) for at in range(count)]
         if groups and linear.tensor == down:
             pairs[groups[0]] = (groups[1], pairs[groups[0]][1])
-        parts = {
+        parts: dict[str, tuple[np.ndarray, str]] = {
             "q_weight": (rng.integers(-(1 << 31), 1 << 31, (k // 8, n), np.int64).astype(np.int32), "I32"),
             "q_scale": (rng.integers(0, 1 << 30, (count, n // 8), np.int64).astype(np.int32), "I32"),
             "q_scale_max": (np.full(count, 0.01, np.float16).view(np.uint16), "F16"),

@@ -9,7 +9,7 @@ else by the linear that shows it (doctor/edits/repacked.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import TensorInfo
@@ -19,6 +19,7 @@ from doctor.core.lazy_numpy import np
 from doctor.core.messages import Message, _
 from doctor.core.methods import METHODS, method_of_format
 from doctor.core.recipe import FORMATS, Recipe
+from doctor.edits.decoding import decoding
 from doctor.edits.kinds import (
     CastTensor,
     Dequantize,
@@ -128,8 +129,13 @@ def _to_floats(
             )
         edits += fix.edits
         old += sorted({KNOWN[e.method].label for e in fix.edits if hasattr(e, "method")})
-    if not edits:
-        raise Unavailable(_("its packed weights are not unpacked here"))
+    count = len(packed) + len(narrow)
+    if not edits:  # formats without words of their own: ExLlama's
+        texts = {n: checkpoint.load(n).tobytes() for n in tensors if n.endswith(verbatim_tails())}
+        found = decoding(checkpoint, tensors, block, texts)
+        edits += [replace(e, dtype=kind) if isinstance(e, Dequantize) else e for e in found.edits]
+        old.append(found.label)
+        count = len(found.stored)
     other = [i for n, i in sorted(tensors.items()) if i.dtype.name in _CONFIG and i.dtype.name != kind]
     gone = {e.tensor for e in edits if isinstance(e, DropTensor)}
     cast = [i.name for i in other if i.name not in gone]
@@ -144,9 +150,7 @@ def _to_floats(
     notes = (
         (_("{n:,} tensors that were not quantized are stored as {dtype} too", n=len(cast), dtype=kind),) if cast else ()
     )
-    return Conversion(
-        tuple(_once(edits)), " + ".join(dict.fromkeys(old)), kind, len(packed) + len(narrow), False, notes
-    )
+    return Conversion(tuple(_once(edits)), " + ".join(dict.fromkeys(old)), kind, count, False, notes)
 
 
 def _once(edits: Iterable[Edit]) -> Iterable[Edit]:

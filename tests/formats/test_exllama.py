@@ -10,7 +10,7 @@ import pytest
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint
-from doctor.core.recipe import Scheme
+from doctor.core.recipe import Recipe, Scheme
 from doctor.edits.decoding import decoded
 from doctor.formats.base import KNOWN
 from doctor.formats.bits import pack_columns, pack_rows
@@ -181,3 +181,18 @@ def test_a_linear_whose_parts_do_not_fit_is_named(tmp_path):
     view = as_float(Checkpoint.open(case.write(tmp_path / "m")))
     with pytest.raises(Exception, match=r"down_proj: q_invperm .*permutation"):
         view.load(name.replace("q_invperm", "weight"))
+
+
+def test_a_checkpoint_is_decoded_by_convert_and_quantized_from(tmp_path):
+    case, weights = packed("exl2", exl2_linear)
+    folder = case.write(tmp_path / "m")
+    plain = api.convert(folder, tmp_path / "plain", "bf16", client=None).output
+    read = Checkpoint.open(plain)
+    assert "quantization_config" not in read.value("config.json")
+    for name, W in weights.items():
+        kept = (read.load(name).astype(np.uint32) << 16).view(np.float32)
+        assert np.abs(kept - W).max() <= np.abs(W).max() / 128
+    recipe = Recipe(method="rtn", bits=8, group_size=-1, format="float-quantized", activations="fp8")
+    found = api.quantize(folder, tmp_path / "fp8", recipe, client=None)
+    assert found.output, [f.message for f in found.report.findings]
+    assert not [n for n in Checkpoint.open(found.output).tensors if "q_" in n.rpartition(".")[2]]
