@@ -262,13 +262,13 @@ def overrides(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def size_in_bytes(text: str) -> int | None:
-    """`24GB`, `24GiB`, `24G` or a number of bytes; None for none."""
+def size_in_bytes(text: str, option: str = "--memory") -> int | None:
+    """`24GB`, `24GiB`, `24G` or a number of bytes, as given to an option; None for none."""
     if not text:
         return None
     match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text, re.I)
     if not match:
-        raise click.BadParameter(f"{text!r} is not a size; write 24GB or 24GiB.", param_hint="'--memory'")
+        raise click.BadParameter(f"{text!r} is not a size; write 24GB or 24GiB.", param_hint=f"'{option}'")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
 
 

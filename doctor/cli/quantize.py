@@ -203,8 +203,8 @@ def command(
         if flags["method"] in OTHER_GOALS:
             raise click.UsageError(f"--for {flags['method']} quantizes nothing: doctor check judges the files.")
         budget = _budget(bpw, size, schemes, measurement)
-        if budget is not None and not flags["scheme"]:
-            format = format or "compressed-tensors"  # whose mixtures transformers and vLLM read
+        if (budget is not None or kv_cache) and not flags["scheme"]:
+            format = format or "compressed-tensors"  # whose mixtures transformers and vLLM read, and which holds scales
         recipe = asked_recipe(
             flags,
             format=format or "",
@@ -252,7 +252,7 @@ def _budget(bpw: float | None, size: str, schemes: str, measurement: Path | None
     from doctor.formats.schemes import integer_bits
     from doctor.quant.allocation.budget import Budget
 
-    return Budget(bpw, size_in_bytes(size), tuple(map(integer_bits, words([schemes]))), measurement)
+    return Budget(bpw, size_in_bytes(size, "--size"), tuple(map(integer_bits, words([schemes]))), measurement)
 
 
 def _print_forecast(forecast: Any, report: "Report | None" = None) -> NoReturn:

@@ -10,6 +10,7 @@ act-order because groups are fixed beforehand, so serving costs nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -186,6 +187,12 @@ class Output(Stage):
         _write_json(self.stage / RECEIPT, receipt)
         for leftover in (*parts, *self.stage.glob("*.tmp"), self.stage / TUNING, self.stage / JOURNAL):
             leftover.unlink(missing_ok=True)
+
+    def add_to_receipt(self, more: dict) -> None:
+        """What became known of a finished stage after its receipt was written."""
+        path = self.stage / RECEIPT
+        with machine_errors(path):
+            _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **more})
 
     def commit(self, overwrite: bool = False) -> Path:
         """Sync everything and rename the stage to the destination."""

@@ -33,6 +33,8 @@ def results(report: Report) -> list[tuple[str, str]]:
             else ""
         )
         lines.append((say("linears"), text))
+    if report.extra.get("allocation"):
+        lines.append((say("widths"), _widths(report.extra["allocation"])))
     if report.extra.get("tuning"):
         lines.append((say("tuning"), _tuning(report.extra["tuning"])))
     c = report.extra.get("comparison")
@@ -94,6 +96,21 @@ def results(report: Report) -> list[tuple[str, str]]:
     if report.extra.get("client_run"):
         lines.append((say("client"), _client(report.extra["client_run"])))
     return [(label, safe(text)) for label, text in lines]
+
+
+def _widths(a: dict) -> str:
+    """What a budget was spent on, and what else it could have bought."""
+    kinds = ", ".join(say("{n} × {bits} bits", n=n, bits=bits) for bits, n in a["linears"].items())
+    return say(
+        "mixture {kinds}: {bpw} bits a weight, KL {kl}; {name} for all: {same}, KL {uniform}; written: {winner}",
+        kinds=kinds,
+        bpw=f"{a['bpw']:.3f}",
+        kl=figure(a["kl"]),
+        name=a["uniform"],
+        same=f"{a['uniform_bpw']:.3f}",
+        uniform=figure(a["kl_uniform"]),
+        winner=say("the mixture") if a["written"] == "mixture" else a["uniform"],
+    )
 
 
 def _tuning(t: dict) -> str:

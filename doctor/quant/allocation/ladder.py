@@ -75,7 +75,11 @@ def ladder(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, asked: Budge
     form = format_of(recipe)
     if recipe.bits_for or not recipe.solver.calibrated or not (form.own_widths and recipe.solver.own_widths):
         raise DoctorError(
-            _("--bpw with {recipe}: needs a calibrated method and widths to choose from.", recipe=recipe.label()),
+            _(
+                "--bpw with {method} in the {format} format: needs a calibrated method and widths to choose from.",
+                method=recipe.method,
+                format=form.name,
+            ),
             _("Leave --for at gptq and --override out."),
         )
     checkpoint, spec = unfuse(checkpoint, spec, recipe)
@@ -141,8 +145,7 @@ def _widths(recipe: Recipe, asked: Budget) -> tuple[int, ...]:
     if len(set(served)) < 2:
         raise DoctorError(
             _(
-                "--bpw: {n} widths to choose from ({widths}); must be 2 or more.",
-                n=len(set(served)),
+                "--bpw: widths to choose from: {widths}; must be 2 or more.",
                 widths=listed(map(str, served)) or _("none that {runtime} reads", runtime=recipe.runtime),
             ),
             _("Name more with --schemes, or another --runtime or --group-size."),

@@ -20,7 +20,7 @@ import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
-from doctor.core.messages import _, listed
+from doctor.core.messages import _, listed, plural
 from doctor.core.recipe import Recipe
 from doctor.core.records import ALLOCATION, Allocation, CalibrationFacts
 from doctor.lint.engine import judge
@@ -180,7 +180,10 @@ def _mixture_line(steps: Ladder, chosen: Chosen) -> str:
     return _(
         "mixture: {bpw:.3f} bits a weight; {counts}; predicted KL {kl:.4f}",
         bpw=total(chosen) / steps.weights,
-        counts=listed(_("{n} linears of {bits} bits", n=n, bits=bits) for bits, n in counts.items()),
+        counts=listed(
+            plural("{n} linear of {bits} bits", "{n} linears of {bits} bits", n, bits=bits)
+            for bits, n in counts.items()
+        ),
         kl=hurt(chosen),
     )
 
@@ -238,8 +241,10 @@ def _better(
         )
     )
     built = other if wins else one
+    assert built.staged is not None
     store = calibrated.checked.assessment.store
     store.put(ALLOCATION, fact)
+    built.staged.add_to_receipt({"allocation": asdict(fact)})
     findings, _runs = judge(store, [rule for rule in asked.rules if ALLOCATION.name in rule.facts])
     report = replace(
         built.report,
