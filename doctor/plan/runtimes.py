@@ -42,6 +42,26 @@ def kernels(checkpoint, layout, recipe):
     )
 
 
+@fact("checkpoint", cost="header")
+def unread_widths(checkpoint, layout, recipe, quantization=None):
+    """Bits of single linears, other than most have, that recipe.runtime has no kernel for -> names of those linears."""
+    entries = runtime_entries(recipe)
+    if not any(layout.format in entry["formats"] for entry in entries):
+        raise Unavailable(_("no table of kernels for {format}", format=layout.packing.label))
+    if not (quantization if layout.quantized else recipe.bits_for):
+        return {}
+    own: dict[int, list[str]] = {}
+    for x in layout.linears:
+        bits = quantization.bits_of(x.name) if layout.quantized else recipe.for_linear(x.name).bits
+        if bits != layout.bits:
+            own.setdefault(bits, []).append(x.name)
+    return {
+        bits: names
+        for bits, names in sorted(own.items())
+        if not reads(entries, layout.format, bits, layout.group_size, layout.sym)
+    }
+
+
 def runtime_entries(recipe: Recipe) -> list[dict]:
     """Rows of the table `kernels` for the recipe's runtime and version. Raises Unavailable where there are none."""
     if not recipe.runtime:
