@@ -129,7 +129,7 @@ def test_predicted_losses_of_widths_are_near_those_that_gptq_reaches():
     survey = WidthSurvey(RECIPE, RECIPE, (2, 3, 4, 5, 8), {"l": torch.ones(n, dtype=torch.float64)})
     linear = type("L", (), {"name": "l"})()
     survey.see(linear, W, given, solve(4))
-    energy = float(torch.einsum("nk,kl,nl->", W, given.H, W)) / 4
+    energy = float(torch.einsum("nk,kl,nl->", W, given.H.matrix(), W)) / 4
     for bits, hurt in survey.found["l"].items():
         assert hurt == pytest.approx(solve(bits).loss * energy, rel=0.25), bits
 
