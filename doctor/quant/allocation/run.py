@@ -32,6 +32,7 @@ from doctor.quant.allocation.choose import Chosen, Option, Unit, choose, hurt, t
 from doctor.quant.allocation.ladder import Ladder
 from doctor.quant.allocation.measure import Hurts, WidthSurvey
 from doctor.quant.allocation.sensitivity import ROWS, Sensitivities, Sensitivity
+from doctor.quant.calibration.pictures import SeenRow
 from doctor.quant.distributed import Ranks
 from doctor.quant.execute import Built, QuantizeResult, build
 from doctor.quant.forward.hidden_states import make_batches
@@ -116,15 +117,16 @@ def quantize_mixed(asked: Asked, calibrated: Calibrated, mixing: Mixing, check: 
 
 
 def held_back(calibrated: Calibrated) -> tuple[Calibrated, list[list[int]]]:
-    """(what is left to calibrate on, rows that no run sees), the latter at equal distances."""
+    """(what is left to calibrate on, rows of text alone that no run sees), the latter at equal distances."""
     rows = calibrated.rows
-    count = min(HELD_BACK, max(1, len(rows) // HELD_SHARE))
-    if len(rows) < 2:
+    text = [i for i, row in enumerate(rows) if not isinstance(row, SeenRow)]
+    count = min(HELD_BACK, max(1, len(text) // HELD_SHARE))
+    if len(text) < 2:
         raise NotQuantizable(
-            _("--bpw: {n} calibration row; must be 2 or more, of which one is held back.", n=len(rows)),
+            _("--bpw: {n} calibration row; must be 2 or more, of which one is held back.", n=len(text)),
             _("Raise --rows, or give more text."),
         )
-    places = {len(rows) * (2 * i + 1) // (2 * count) for i in range(count)}
+    places = {text[len(text) * (2 * i + 1) // (2 * count)] for i in range(count)}
     left = [row for i, row in enumerate(rows) if i not in places]
     facts = calibrated.facts
     if isinstance(facts, CalibrationFacts):
@@ -141,9 +143,9 @@ def _sensitivities(asked: Asked, calibrated: Calibrated) -> Sensitivities:
     """From some of the calibration rows, as many at a time as memory holds."""
     checked = calibrated.checked
     checkpoint, spec = unfuse(checked.assessment.checkpoint, checked.spec, checked.recipe)
-    step = max(1, len(calibrated.rows) // ROWS)
-    rows = [torch.tensor([row]) for row in calibrated.rows[::step][:ROWS]]
-    need = memory.needs(checkpoint, spec, checked.recipe, len(rows), max(map(len, calibrated.rows)))
+    text = [row for row in calibrated.rows if not isinstance(row, SeenRow)]  # what images make of a row is not followed
+    rows = [torch.tensor([row]) for row in text[:: max(1, len(text) // ROWS)][:ROWS]]
+    need = memory.needs(checkpoint, spec, checked.recipe, len(rows), max(map(len, text)))
     layers = (spec.n_layers or 0) + 1
     one = max(1, layers * need.hidden // len(rows))
     at_once = max(1, min(len(rows), memory.left(need, asked.memory) // one))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import DoctorError, PlanRefused
+from doctor.core.errors import DoctorError, NotQuantizable, PlanRefused
 from doctor.core.recipe import Recipe
 from doctor.evaluate.divergence import divergence
 from doctor.lint.testing import tiny
@@ -19,9 +19,12 @@ from doctor.model.spec import build_spec
 from doctor.quant.allocation.budget import Budget
 from doctor.quant.allocation.ladder import ladder
 from doctor.quant.allocation.measure import WidthSurvey
+from doctor.quant.allocation.run import held_back
+from doctor.quant.calibration.pictures import SeenRow
 from doctor.quant.dequantize import as_float
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.forward.prefetch import load_tensor
+from doctor.quant.prepare import Calibrated
 from doctor.quant.solve import gptq
 from doctor.quant.solve.hessian import Hessian
 from tests.helpers import gguf_models
@@ -187,6 +190,15 @@ def test_a_measurement_of_another_recipe_and_a_file_that_is_none_are_refused(mod
     with pytest.raises(DoctorError, match="checkpoint was x; is"):
         mixed(model, tmp_path / "o", text, bpw=5.0, measurement=tmp_path / "other.json")
     assert not (tmp_path / "o").exists() and not list(tmp_path.glob(".o*"))
+
+
+def test_rows_are_held_back_at_equal_distances_and_never_with_pictures():
+    seen = SeenRow({"input_ids": torch.tensor([[1, 2, 3]])})
+    rows = [seen, *([i] * 8 for i in range(16)), seen]
+    left, held = held_back(Calibrated(None, rows))
+    assert held == [[4] * 8, [12] * 8] and left.rows == [row for row in rows if row not in held]
+    with pytest.raises(NotQuantizable, match="1 calibration row; must be 2 or more"):
+        held_back(Calibrated(None, [seen, [1] * 8, seen]))
 
 
 def test_a_mixture_is_not_resumed(model, tmp_path, text):
