@@ -135,7 +135,7 @@ def needs(
     takes no Hessian. Under a limit of `memory` bytes Hessians lie on disk where that is what fits.
     """
     need = _needs(checkpoint, spec, recipe, rows, length)
-    files = recipe.solver.name == "gptq" and not format_of(recipe).in_blocks and native.level() is not None
+    files = recipe.solver.factors and not format_of(recipe).in_blocks and native.level() is not None
     if memory is None or memory >= need.fixed or not files or not need.hessians:
         return need
     k = math.isqrt(need.hessians // 4)

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKED = "weight_packed"
+PACKED, SCALE = "weight_packed", "weight_scale"
 WORDS = "qweight"
 
 
@@ -136,7 +136,7 @@ def has_scale_beside(module: Any) -> bool:
     """Whether compressed-tensors keeps this linear's codes under the weight's own name, FP8 and INT8."""
     stated = getattr(module, "quantization_scheme", None)
     weight = getattr(module, "weight", None)
-    if getattr(stated, "weights", None) is None or weight is None or not hasattr(module, "weight_scale"):
+    if getattr(stated, "weights", None) is None or weight is None or not hasattr(module, SCALE):
         return False
     return weight.element_size() == 1
 
@@ -195,7 +195,7 @@ def write_sample(folder: Path, model: Any, packed: list[str], sample: int, out: 
     from safetensors.torch import save_file
 
     files = shards_of(folder)
-    stored = {name.rpartition(".")[0] for name in files if name.endswith((f".{PACKED}", ".weight_scale"))}
+    stored = {name.rpartition(".")[0] for name in files if name.endswith((f".{PACKED}", f".{SCALE}"))}
     found = {}
     for name in packed[:: max(1, len(packed) // sample)][:sample]:
         module = model.get_submodule(name)
