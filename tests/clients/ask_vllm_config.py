@@ -11,7 +11,30 @@ asks.
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+
+
+class Absent(ModuleType):
+    """In place of torchvision, which modules of image processors import and no decision about linears asks for."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__path__: list[str] = []
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def stand_in_for_torchvision() -> None:
+    if find_spec("torchvision") is None:
+        import transformers  # noqa: F401 - which must first see that the library is absent
+
+        inside = ("", ".transforms", ".transforms.v2", ".transforms.v2.functional", ".io", ".ops")
+        sys.modules |= {name: Absent(name) for name in (f"torchvision{part}" for part in inside)}
 
 
 def taken(folder: Path, names: list[str]) -> list[str]:
@@ -27,6 +50,8 @@ def taken(folder: Path, names: list[str]) -> list[str]:
     stated = config["quantization_config"]
     model = ModelRegistry.models[config["architectures"][0]].load_model_cls()
     mapper, joined = getattr(model, "hf_to_vllm_mapper", None), getattr(model, "packed_modules_mapping", {})
+    if mapper is not None:  # what it stacks is no rename: vLLM's configure_quant_config leaves that out
+        mapper = mapper.get_rename_mapper()
     kinds = {"gptq": AutoGPTQConfig, "awq": AutoAWQConfig, "compressed-tensors": CompressedTensorsConfig}
     method = stated["quant_method"]
     quant = kinds[method].from_config(stated)
@@ -53,5 +78,6 @@ def taken(folder: Path, names: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    stand_in_for_torchvision()
     for folder, names in zip(map(Path, sys.argv[2:]), json.loads(Path(sys.argv[1]).read_text()), strict=True):
         print("ANSWER " + json.dumps(taken(folder, names)))

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from doctor.lint.testing import encode, tiny
 from doctor.model.spec import build_spec
 from doctor.quant.dequantize import as_float
 from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.quantize import quantize
 
 pytestmark = [pytest.mark.real, pytest.mark.clients]
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,37 +250,46 @@ def test_the_cured_model_on_two_gpus_says_what_the_original_says_on_one(narrow, 
     assert equal >= len(PROMPTS) // 2
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Qwen2.5-VL", "Qwen3-VL", "Mistral3"])
-def test_vllm_takes_as_packed_what_is_packed_and_nothing_else(name, tmp_path):
-    """Its own functions are asked about every linear of the class: towers, projectors and heads too."""
+def test_vllm_takes_as_packed_what_is_packed_and_nothing_else(tmp_path):
+    """Its own functions are asked about every linear of each class: towers, projectors and heads too."""
     from tiny_classes import CLASSES, save_class
 
-    from doctor.evaluate.clients.load_proof import linears_of_class
-    from doctor.evaluate.clients.rehearsal import client_of
+    from doctor.core.records import LoadProof
+    from doctor.evaluate.clients import transformers_child
+    from doctor.quant.client import Client, Linears
+
+    def linears_of(folder: Path, modules: Iterable[str]) -> Linears:
+        found = transformers_child.linears(folder, list(modules))["linears"]
+        return {name: tuple(sources) for name, sources in found.items()}
 
     environment = ROOT / ".cache" / ENVIRONMENTS["vllm"]
     if not (environment / "finished").exists():
         pytest.skip(f"{environment.name} is not built: make test-clients")
-    source = save_class(CLASSES[name], tmp_path / "m")
-    tensors = Checkpoint.open(source).tensors
-    modules = [n.removesuffix(".weight") for n in tensors if n.endswith(".weight")]
-    linears = sorted({n for found in linears_of_class(source, modules).values() for n in found})
-    assert len(linears) > 20
-    written = []
-    for form in ("compressed-tensors", "gptq", "awq"):
-        recipe = Recipe(method="awq" if form == "awq" else "rtn", group_size=32, format=form, keep=("layers.1.mlp",))
-        rows = tmp_path / "rows.jsonl"
-        rows.write_text("\n".join(json.dumps({"input_ids": [1, *range(3 + n, 60 + n)]}) for n in range(8)))
-        done = api.quantize(source, tmp_path / form, recipe, calibration=rows, client=client_of(recipe))
-        assert done.output
-        written.append(done.output)
+    client = Client(linears_of, lambda folder: LoadProof("vllm", reason="not loaded here"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"input_ids": [1, *range(3 + n, 60 + n)]}) for n in range(8)))
+    written: dict[Path, list[str]] = {}  # a quantized checkpoint -> linears of its source, by the files' names
+    for name in ("Qwen3", "Qwen2.5-VL", "Qwen3-VL", "Mistral3"):
+        source = save_class(CLASSES[name], tmp_path / name)
+        modules = [n.removesuffix(".weight") for n in Checkpoint.open(source).tensors if n.endswith(".weight")]
+        linears = sorted({n for found in linears_of(source, modules).values() for n in found})
+        assert len(linears) > 20
+        forms = ["compressed-tensors", "gptq", "awq"]
+        with_tower = [(form, True) for form in forms[:2] if name == "Qwen3-VL"]
+        for form, vision in [*((form, False) for form in forms), *with_tower]:
+            method = "awq" if form == "awq" else "rtn"
+            recipe = Recipe(method=method, group_size=32, format=form, keep=("layers.1.mlp",), vision=vision)
+            place = tmp_path / f"{name}-{form}{'-vision' if vision else ''}"
+            done = quantize(source, place, recipe, calibration=rows, client=client)
+            assert done.output
+            written[done.output] = linears
     names = tmp_path / "names.json"
-    names.write_text(json.dumps([linears] * len(written)))
+    names.write_text(json.dumps(list(written.values())))
     command = [environment / "bin" / "python", ROOT / "tests" / "clients" / "ask_vllm_config.py", names, *written]
     run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     answers = [json.loads(line[7:]) for line in run.stdout.splitlines() if line.startswith("ANSWER ")]
     assert len(answers) == len(written), run.stderr[-2000:]
-    for folder, taken in zip(written, answers, strict=True):
+    for (folder, linears), taken in zip(written.items(), answers, strict=True):
         packed = {n.rpartition(".")[0] for n in Checkpoint.open(folder).tensors if n.endswith((".qweight", "_packed"))}
         assert set(taken) == packed & set(linears) and len(packed) >= 20, folder.name
 
