@@ -41,6 +41,7 @@ _DECODES = re.compile(r"(ForCausalLM|LMHeadModel)")
 _SPEAKS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForVision2Seq)$")
 _OTHER_SENSES = ("vision_config", "audio_config", "image_config", "speech_config", "video_config")
 _VISION = frozenset({"image_size", "patch_size", "num_channels", "depths", "embed_dims", "backbone"})
+_SOUNDS = {"num_codebooks", "audio_channels"}  # a decoder of sound alone: MusicGen's
 _AUDIO = frozenset({"num_mel_bins", "conv_dim", "num_conv_pos_embeddings", "sampling_rate", "codebook_size"})
 
 
@@ -86,6 +87,8 @@ def _of_config(config: Mapping[str, Any]) -> str:
         classes = _relatives(config, name)
         speaks = any(map(_SPEAKS.search, [name, *classes])) or not classes
         return "multimodal" if speaks else "two-encoders"
+    if config.keys() >= _SOUNDS:
+        return "audio"
     if _DECODES.search(name):
         return "decoder"
     if _AUDIO & config.keys() and not text:

@@ -96,6 +96,7 @@ OWN = {
         "num_hidden_layers": 4,
         "layer_types": [*["linear_attention"] * 3, "full_attention"],
         "q_lora_rank": None,
+        "num_key_value_heads": 4,  # as many as heads: its latent attention knows no others
     },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
