@@ -2,13 +2,17 @@
 
     python tests/coverage.py --json rows.json && python tests/coverage.py --families --json families.json
     python tools/list_models.py rows.json families.json
+    python tools/list_models.py --peers GPTQModel=CLONE llm-compressor=CLONE
 
-Numbers are those of tests/coverage.py on tiny random checkpoints; a name of another program is a key of its own table.
-Sources, read: ModelCloud/GPTQModel gptqmodel/models/auto.py (MODEL_MAP, commit 000d41b); vllm-project/llm-compressor
-src/llmcompressor/modeling (the families that have code of their own there; it takes others by transformers' classes).
+Numbers are those of tests/coverage.py on tiny random checkpoints. A name of another program is a key of its own table,
+read from a clone of its repository by the last form, which runs none of its code, and kept in tools/peer_families.json.
+llm-compressor takes other families too, by transformers' classes; its table has those that need code of their own.
 """
 
+import argparse
+import ast
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,18 +22,11 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 from healthy_models import FAMILIES, UNKNOWN  # noqa: E402
 from tiny_classes import CLASSES  # noqa: E402
 
-GPTQMODEL = """
-apertus baichuan bloom chatglm codegen cohere cohere2 dbrx dbrx_converted deci deepseek_v2 deepseek_v3 dream ernie4_5
-ernie4_5_moe exaone falcon falcon_h1 gemma gemma2 gemma3 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox
-gpt_oss gpt_pangu gptj granite grinmoe hymba instella internlm internlm2 kimi_k2 klear llama llama4 llava_qwen2
-longcat_flash longllama mimo minicpm minicpm3 mistral mixtral mllama mobilellm moss mpt nemotron-nas nemotron_h olmo2
-opt ovis phi phi3 phi4mm phimoe qwen qwen2 qwen2_5_omni qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_next
-qwen3_omni_moe refinedWeb refinedWebModel seed_oss stablelm stablelm_epoch starcoder2 telechat xverse yi
-"""
-LLM_COMPRESSOR = """
-afmoe cohere2_moe deepseek_v3 deepseek_v32 deepseek_v4 gemma4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe
-granitemoehybrid hy_v3 kimi_linear llama4 minimax_m2 mistral4 qwen3_5_moe qwen3_moe qwen3_next qwen3_vl_moe whisper
-"""
+PEERS = ROOT / "tools" / "peer_families.json"
+TABLES = {  # program -> file of its table, and the name that the table has there
+    "GPTQModel": ("gptqmodel/models/auto.py", "MODEL_MAP"),
+    "llm-compressor": ("src/llmcompressor/modeling/moe/conversion_mappings.py", "ARCH_TO_IMPORT_PATHS"),
+}
 HEAD = """# Models
 
 What `quantize` does with each family, as `python tests/coverage.py` and `python tests/coverage.py --families` measured
@@ -54,13 +51,41 @@ def model_type(row: dict) -> str:
     return found or row["name"]
 
 
+def read_peers(clones: dict[str, Path]) -> None:
+    """Write PEERS from the commits at which the clones stand."""
+    known = json.loads(PEERS.read_text()) if PEERS.exists() else {}
+    for program, clone in clones.items():
+        path, name = TABLES[program]
+        git = ["git", "-C", str(clone)]
+        text = subprocess.run([*git, "show", f"HEAD:{path}"], capture_output=True, text=True, check=True).stdout
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        known[program] = {"commit": commit.stdout.strip(), "file": path, "table": name, "families": keys_of(text, name)}
+    PEERS.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
+def keys_of(source: str, name: str) -> list[str]:
+    """The keys of the dictionary `name` of a module's source. Raises ValueError where it has none."""
+    for node in ast.parse(source).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        if any(isinstance(t, ast.Name) and t.id == name for t in targets) and isinstance(node.value, ast.Dict):
+            return sorted(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
+    raise ValueError(f"{name} is no dictionary of this module")
+
+
 def main() -> int:
-    found = [row for path in sys.argv[1:] for row in json.loads(Path(path).read_text())]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", type=Path, help="answers of tests/coverage.py")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="PROGRAM=CLONE", help="read their tables again")
+    options = parser.parse_args()
+    read_peers({name: Path(clone) for name, _equals, clone in (text.partition("=") for text in options.peers)})
+    found = [row for path in options.rows for row in json.loads(path.read_text())]
     rows = list({row["name"]: row for row in found}.values())  # of two measurements the later file's
     if not rows:
-        print(__doc__)
-        return 2
-    theirs = {"GPTQModel": set(GPTQMODEL.split()), "llm-compressor": set(LLM_COMPRESSOR.split())}
+        return 0 if options.peers else parser.error("no answers of tests/coverage.py")
+    peers = json.loads(PEERS.read_text())
+    theirs = {program: set(table["families"]) for program, table in peers.items()}
     lines, seen, counts = [HEAD], set(), {}
     ours: set[str] = set()
     lines += ["| model | model_type | outcome | packed | kept | correlation | GPTQModel | llm-compressor | commit |"]
@@ -86,7 +111,8 @@ def main() -> int:
         rows_here = len(names) - len(absent)
         lines += [
             "",
-            f"{name} names {len(names)} families, of which {rows_here} were run. Not: {', '.join(absent)}.",
+            f"{name} ({peers[name]['file']}, commit {peers[name]['commit']}) names {len(names)} families, of which "
+            f"{rows_here} were run. Not: {', '.join(absent)}.",
         ]
     (ROOT / "docs" / "models.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(lines[-5], lines[-3], lines[-1], sep="\n")
