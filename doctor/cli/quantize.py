@@ -140,6 +140,7 @@ if TYPE_CHECKING:
     default="auto",
     help=_("Rows to tune scales and norms on after the last layer; auto: as many as take no longer than the layers."),
 )
+@option("--vision", is_flag=True, help=_("Quantize the vision tower's layers too; calibrated by rows with images."))
 @option("--fix", is_flag=True, help=_("Apply safe fixes first, without writing the fixed copy."))
 @unsafe_option
 @memory_option(_("Most memory to use, as 24GB.  [default: what is free]"))
@@ -211,7 +212,7 @@ def command(
             keep=patterns(ignore_linears),
             bits_for=overrides(override),
             kv_cache=kv_cache or "",
-            **{name: flags[name] for name in ("act_order", "mse", "damp", "damp_max", "seed")},
+            **{name: flags[name] for name in ("act_order", "mse", "damp", "damp_max", "seed", "vision")},
         )
         run = given(rows=rows, max_seq_length=max_seq_length, memory=size_in_bytes(memory), calibration=calibration)
         if plan_only:

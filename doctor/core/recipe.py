@@ -116,6 +116,7 @@ class Recipe:
     seed: int = 0
     goal: str = ""
     kv_cache: str = ""  # how engines store keys and values: fp8, fp8-head (scales of each head); "" is not said
+    vision: bool = False  # whether the linears of a vision tower's layers are quantized too
     activations: str = ""  # how engines round each linear's inputs while serving; "" is the format's own way
 
     def damp_for(self, rows: int) -> float:

@@ -32,6 +32,7 @@ from doctor.quant.stage import damage_note
 from doctor.quant.stream.choose import choose
 from doctor.quant.stream.run import run as stream
 from doctor.quant.tuning.within import tuned, tuning_notes, tuning_shown
+from doctor.quant.vision import vision_linears
 
 
 @dataclass
@@ -74,7 +75,7 @@ def build(asked: Asked, calibrated: Calibrated, ranks: Ranks, survey: Survey | N
     notes = [*checked.notes, *calibrated.notes, *forewarn(asked, calibrated)]
     staged = _stage(asked, calibrated, ranks)
     streamed = streams(checked.recipe)
-    linears = _linears(asked, checked) if streamed else None
+    linears = _linears(asked, checked) if streamed or checked.recipe.vision else None
     done, kept = (
         _streamed(asked, calibrated, staged, linears or {})
         if streamed
@@ -92,6 +93,7 @@ def build(asked: Asked, calibrated: Calibrated, ranks: Ranks, survey: Survey | N
             ranks=ranks,
             consent=checked.consent,
             survey=survey,
+            vision=vision_linears(checked.recipe, linears or {}, checked.assessment.checkpoint.tensors),
         )
     )
     notes += [_("fix: {title}", title=fixed) for fixed in done.fixes]

@@ -10,6 +10,7 @@ from doctor.quant.device import device_free
 from doctor.quant.prepare import Asked, Calibrated
 from doctor.quant.setup import computing_notes
 from doctor.quant.stage import Stage, require_room
+from doctor.quant.vision import require_images
 
 
 def forewarn(asked: Asked, calibrated: Calibrated) -> list[str]:
@@ -26,6 +27,7 @@ def forewarn(asked: Asked, calibrated: Calibrated) -> list[str]:
     for note in notes:
         asked.progress(note)
     rows = calibrated.rows
+    require_images(checked.recipe, rows)
     need = budget.needs(
         checkpoint, checked.spec, checked.recipe, len(rows), max(map(len, rows), default=0), asked.memory
     )

@@ -27,6 +27,7 @@ from doctor.core.store import Store
 from doctor.fixing.consent import Consent
 from doctor.formats.base import format_of
 from doctor.lint.rule import Rule
+from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
 from doctor.quant.activations import open_activations
@@ -37,6 +38,7 @@ from doctor.quant.records import Record, kept, record
 from doctor.quant.resume import finished_records, replay_layer
 from doctor.quant.selection import names_in_config, stays_unasked
 from doctor.quant.setup import Progress, Setup, Survey, set_up
+from doctor.quant.vision import quantize_vision
 
 _OUTSIDE = "outside"  # the part of everything that belongs to no decoder layer
 
@@ -94,14 +96,15 @@ def run(
     ranks: Ranks | None = None,
     consent: Consent | None = None,
     survey: Survey | None = None,
+    vision: tuple[Linear, ...] = (),
 ) -> tuple[Result, list[str]]:
     """(what was done, names that the output's config lists as 16 bits) of quantizing every decoder layer into parts
     of `output`.
 
     Layers whose part exists already are replayed, not solved. rows: token ids (unused by a method without
     calibration). memory: bytes that the process may take, None for a share of what is free. consent: fixes of the
-    recipe that are made as soon as a layer asks for them. survey: sees
-    every linear before its weight is replaced. Facts go into `store`; rules of the stages calibration and
+    recipe that are made as soon as a layer asks for them. survey: sees every linear before its weight is replaced.
+    vision: linears of vision towers that are quantized too. Facts go into `store`; rules of the stages calibration and
     run judge them after each layer. Raises NotQuantizable where numbers forbid it and no rule says so.
     """
     setup = set_up(
@@ -118,6 +121,7 @@ def run(
         ranks=ranks or Ranks(),
         consent=consent,
         survey=survey,
+        vision=vision,
     )
     try:
         done = _quantize_layers(setup, recipe)
@@ -150,14 +154,18 @@ def _quantize_layers(setup: Setup, recipe: Recipe) -> Result:
 
 
 def _write_outside(setup: Setup, done: Result) -> Result:
-    """Everything that belongs to no decoder layer, unchanged; linears among it stay in 16 bits and are recorded."""
-    records, outside = list(done.records), setup.skeleton.outside
+    """Everything that belongs to no decoder layer, unchanged but for the linears of vision towers that were asked for;
+    other linears among it stay in 16 bits and are recorded.
+    """
+    seeing = quantize_vision(setup, done.recipe)
+    records, outside = [*done.records, *seeing], setup.skeleton.outside
+    packed = {found["name"] for found in seeing if found["outcome"] != "kept"}
     staying = kept(done.recipe, _("not in a decoder layer that calibration runs through"))
     records += [record(linear, staying, None, 0.0) for linear in outside]
     unasked = tuple(linear.name for linear in outside if not is_kept(done.recipe, linear.name))
     setup.store.put(OUTSIDE_LINEARS, unasked)
     if not setup.output.has_part(_OUTSIDE):
-        names = setup.skeleton.outer_tensors()
+        names = [n for n in setup.skeleton.outer_tensors() if n.removesuffix(".weight") not in packed]
         setup.output.write_part(
             _OUTSIDE,
             dict(

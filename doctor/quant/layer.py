@@ -125,7 +125,7 @@ def _attempt(setup: Setup, activations: Activations | None, i: int, recipe: Reci
     if activations is None:
         for linear, module in selection.modules.values():
             solved = solve_linear(linear, module, None, recipe, None, scaled.get(linear.name, 1.0))
-            records.append(_finish_linear(setup, recipe, selection.modules, linear.name, solved, None, packed, scaled))
+            records.append(finish_linear(setup, recipe, selection.modules, linear.name, solved, None, packed, scaled))
         return Attempt(tuple(records), packed, _settle(setup, recipe, records))
     return _attempt_in_stages(setup, activations, i, recipe, selection.modules, records, packed, scaled)
 
@@ -156,7 +156,7 @@ def _attempt_in_stages(
             names = [name for group in stage for name in group]
             for name, solved in _solve_stage(setup, recipe, modules, names, inputs, folding, scaled):
                 given = inputs[name]
-                records.append(_finish_linear(setup, recipe, modules, name, solved, given, packed, scaled, folding))
+                records.append(finish_linear(setup, recipe, modules, name, solved, given, packed, scaled, folding))
             if any(r["outcome"] == "failed" for r in records):
                 break
         verdict = _settle(setup, recipe, records)
@@ -231,7 +231,7 @@ def _solve_stage(
         yield name, Solved(*found)
 
 
-def _finish_linear(
+def finish_linear(
     setup: Setup,
     recipe: Recipe,
     modules: Modules,

@@ -18,11 +18,13 @@ from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.formats.base import format_of
 from doctor.model.fused_experts import find_fused_experts, unfuse
+from doctor.model.linears import Linear
 from doctor.model.spec import build_spec
 from doctor.quant import export
 from doctor.quant.client import Linears
 from doctor.quant.forward.skeleton import Skeleton
-from doctor.quant.selection import names_in_config, require_widths, select_linears
+from doctor.quant.selection import names_in_config, require_widths, select_linears, why_kept
+from doctor.quant.vision import vision_linears
 
 _WIDE = ("F32", "F64")  # stored as bfloat16
 
@@ -50,7 +52,7 @@ def rehearse(
     skeleton.require_tensors()
     if recipe.calibrated:
         skeleton.require_one_after_another()
-    form, headers, kept, packed = format_of(recipe), [], [], []
+    headers, kept, packed = [], [], []
     for i in range(len(skeleton.layers)):
         chosen = select_linears(skeleton, view, fused, recipe, i)
         for stays in (*chosen.kept, *chosen.fused):
@@ -59,22 +61,29 @@ def rehearse(
         for linear, _module in chosen.modules.values():
             replaced.add(linear.tensor)
             packed.append(linear.name)
-            scheme = recipe.for_linear(linear.name).scheme
-            headers += [
-                (f"{linear.name}.{part.name}", part.dtype, part.shape, part.nbytes)
-                for part in form.parts(linear.in_features, linear.out_features, scheme)
-            ]
+            headers += _packed(linear, recipe)
         headers += _stored(view, (n for n in skeleton.tensors_of(i) if n not in replaced))
-    headers += _stored(view, skeleton.outer_tensors())
-    kept += [linear.name for linear in skeleton.outside]
     modules = [name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")]
-    stated = export.quantization_config(recipe, dict.fromkeys(kept), packed, linears(modules))
+    known = linears(modules)
+    seeing = {x.tensor: x for x in vision_linears(recipe, known, view.tensors) if not why_kept(recipe, x)}
+    for linear in seeing.values():
+        packed.append(linear.name)
+        headers += _packed(linear, recipe)
+    headers += _stored(view, (n for n in skeleton.outer_tensors() if n not in seeing))
+    kept += [linear.name for linear in skeleton.outside]
+    stated = export.quantization_config(recipe, dict.fromkeys(kept), packed, known)
     export.write_configs(folder, checkpoint, recipe, stated)
     raw = header_bytes(sorted(headers, key=lambda header: -DTYPES[header[1]].bits))
     with open(folder / "model.safetensors", "wb") as file:
         file.write(raw)
         file.truncate(len(raw) + sum(h[3] for h in headers))
     return tuple(kept)
+
+
+def _packed(linear: Linear, recipe: Recipe) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """Headers of a linear in the output format."""
+    parts = format_of(recipe).parts(linear.in_features, linear.out_features, recipe.for_linear(linear.name).scheme)
+    return [(f"{linear.name}.{part.name}", part.dtype, part.shape, part.nbytes) for part in parts]
 
 
 def _stored(checkpoint: Checkpoint, names: Iterable[str]) -> list[tuple[str, str, tuple[int, ...], int]]:

@@ -57,7 +57,7 @@ class Setup:
     unfused. batches: this rank's calibration batches int64[rows, length], [] where the method takes none. memory:
     bytes that the process may take, None for a share of what is free. consent: fixes of the recipe that may be made
     during the run. seen: what the processor made of rows with images or sound, by the number of their batch. survey:
-    what looks on, None for nothing.
+    what looks on, None for nothing. vision: linears of vision towers that are quantized too.
     """
 
     checkpoint: Checkpoint
@@ -76,6 +76,7 @@ class Setup:
     seen: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     survey: Survey | None = None
     reads_ahead: bool = True  # whether the next decoder layer is read while one computes
+    vision: tuple[Linear, ...] = ()
 
 
 def set_up(
@@ -93,6 +94,7 @@ def set_up(
     ranks: Ranks,
     consent: Consent | None,
     survey: Survey | None = None,
+    vision: tuple[Linear, ...] = (),
 ) -> Setup:
     """Reads headers and builds the model on the meta device. Raises DoctorError where widths do not fit,
     NotQuantizable.
@@ -141,6 +143,7 @@ def set_up(
         seen,
         survey,
         budget.reads_ahead(need, memory),
+        vision,
     )
 
 

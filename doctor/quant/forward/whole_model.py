@@ -19,7 +19,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.quant.forward.class_names import loaded_into
-from doctor.quant.forward.layer_call import LayerCall, shared
+from doctor.quant.forward.layer_call import LayerCall, StopForward, shared
 from doctor.quant.forward.meta_model import build_whole
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.recorder import record_calls
@@ -47,9 +47,7 @@ class WholeModel:
         """(inputs of the first layer dtype[1, length, hidden], each layer's call) for one row. values: how many a layer
         returns in a tuple. Towers compute in float32.
         """
-        taken = inspect.signature(self.base.forward).parameters
-        free = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        given = {name: self._placed(value) for name, value in row.items() if free or name in taken}
+        given = self._given(row)
         name = type(self.model).__name__
 
         def forward(ids: torch.Tensor) -> None:
@@ -59,6 +57,27 @@ class WholeModel:
         calls = [shared(call, self._before[i]) if self._before else call for i, call in enumerate(calls)]
         self._before = calls
         return hidden.to(dtype), calls
+
+    @torch.no_grad()
+    def run_towers(self, row: Inputs) -> None:
+        """Everything that the model computes of a row before its first decoder layer."""
+
+        def stop(module, args, kwargs):
+            raise StopForward
+
+        hook = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.base(**self._given(row), use_cache=False)
+        except StopForward:
+            pass
+        finally:
+            hook.remove()
+
+    def _given(self, row: Inputs) -> dict[str, torch.Tensor]:
+        """What the class takes of a row."""
+        taken = inspect.signature(self.base.forward).parameters
+        free = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        return {name: self._placed(value) for name, value in row.items() if free or name in taken}
 
     def _placed(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self.device, torch.float32) if value.is_floating_point() else value.to(self.device)

@@ -18,6 +18,7 @@ from doctor.model.spec import ModelSpec
 from doctor.quant.client import Linears
 from doctor.quant.records import FUSED_EXPERTS, Record, kept, record
 from doctor.quant.selection import names_in_config, require_widths, stays_unasked, why_kept
+from doctor.quant.vision import vision_linears
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
@@ -61,6 +62,12 @@ def choose(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, linears: Lin
             reason = _("transformers has no linear of its own for it")
         if not reason and view.tensors[linear.tensor].dtype.name not in _FLOATS:
             reason = _("it is stored in {dtype}", dtype=view.tensors[linear.tensor].dtype.name)
+        if reason:
+            staying.append(record(linear, kept(recipe, reason), None, 0.0))
+        else:
+            rounded[linear.tensor] = linear
+    for linear in vision_linears(recipe, linears, view.tensors):
+        reason = why_kept(recipe, linear)
         if reason:
             staying.append(record(linear, kept(recipe, reason), None, 0.0))
         else:

@@ -78,7 +78,7 @@ def run(
         put_facts(store, found["name"], SolveRecord(**{**found["solve"], "attempts": ()}), None)
     findings, _runs = judge(store, [rule for rule in rules if rule.cost in RUN_STAGES])
     stopped = tuple(f for f in findings if f.severity == "error")
-    in_order = sorted(records, key=lambda r: (r["block"], r["name"]))
+    in_order = sorted(records, key=lambda r: (r["block"] is None, r["block"] or 0, r["name"]))
     return Result(recipe, (*in_order, *chosen.kept), stopped, tuple(findings))
 
 
