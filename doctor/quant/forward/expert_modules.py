@@ -63,11 +63,11 @@ class Experts(nn.Module):
     @staticmethod
     def gate_of(fused: Any) -> Gate:
         """The input of down from the outputs of gate and up: by the module's own function, where it has one
-        (DeepSeek-V4 clamps both).
+        (DeepSeek-V4 and MiniMax-M3 clamp both).
         """
-        act = fused.act_fn
         if callable(getattr(fused, "_apply_gate", None)):
             return lambda gate, up: fused._apply_gate(torch.cat((gate, up), -1))
+        act = fused.act_fn
         return lambda gate, up: act(gate) * up
 
     def _sum(self, hidden: torch.Tensor, routes: list[_Route], weights: list[torch.Tensor] | None) -> torch.Tensor:
@@ -111,10 +111,12 @@ class PlainExperts(Experts):
     def fits(cls, module: nn.Module) -> bool:
         """gate_up_proj [E, 2I, H], down_proj [E, H, I], no biases."""
         parameters = dict(module.named_parameters(recurse=False))
-        if parameters.keys() != {"gate_up_proj", "down_proj"} or not callable(getattr(module, "act_fn", None)):
+        gates = callable(getattr(module, "_apply_gate", None))
+        acts = gates or callable(getattr(module, "act_fn", None))
+        if parameters.keys() != {"gate_up_proj", "down_proj"} or not acts:
             return False
         gate_up, down = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
-        own = not hasattr(module, "limit") or callable(getattr(module, "_apply_gate", None))
+        own = not hasattr(module, "limit") or gates
         return len(gate_up) == 3 and down == (gate_up[0], gate_up[2], gate_up[1] // 2) and own
 
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

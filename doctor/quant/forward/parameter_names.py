@@ -28,28 +28,13 @@ class ParameterNames:
     ):
         self._base, self._layers_path = base_prefix, layers_path
         self._given: dict[str, str] = {}
-        self._by_name: dict[str, str] = {}
-        self._parts: dict[str, dict[int, str]] = {}  # a parameter that transformers joins: place -> tensor
-        self._in_layer: dict[int, list[str]] = {}
-        transforms = transforms_of([model_type])
-        inside = re.compile(rf"^((?:.*?\.)?){re.escape(layers_path.rpartition('.')[2])}\.(\d+)\.(.+)$")
-        lists: dict[str, list[tuple[int, str, str]]] = {}  # stem -> (layer, tail, tensor)
-        for source in checkpoint.tensors:
-            name = _renamed(source, transforms)
-            self._by_name.setdefault(name, source)
-            match = inside.match(name)
-            if match:
-                lists.setdefault(match[1], []).append((int(match[2]), match[3], source))
-        for source in checkpoint.tensors:  # as transformers does where a rename gives no parameter's name
-            self._by_name.setdefault(source, source)
-        self.stem = _decoder(lists, layers, checkpoint)
-        for layer, tail, source in lists.get(self.stem, ()):
-            name = f"{layers_path}.{layer}.{tail}"
-            self._by_name[name] = source
-            self._in_layer.setdefault(layer, []).append(source)
-            joined = _joined(name, transforms)
-            if joined is not None:
-                self._parts.setdefault(joined[0], {})[joined[1]] = source
+        # A text model inside a whole one may be named by the renames of that, so both are tried.
+        whole = str((checkpoint.value("config.json") or {}).get("model_type", ""))
+        known = [transforms_of([model_type])]
+        if whole != model_type and transforms_of([whole]):
+            known.append(transforms_of([whole, model_type]))
+        self._read = max((_Read(checkpoint, layers_path, t, layers) for t in known), key=lambda read: read.fit[0])
+        self.stem = self._read.stem
 
     def give(self, name: str, source: str) -> None:
         self._given[name] = source
@@ -59,7 +44,7 @@ class ParameterNames:
         if name in self._given:
             return self._given[name]
         if name.startswith(f"{self._layers_path}."):
-            return self._by_name.get(name)
+            return self._read.by_name.get(name)
         outer = name.partition(".")[2]
         parent = self._layers_path.rpartition(".")[0]
         root = self.stem.removesuffix(f"{parent}." if parent else "")
@@ -73,15 +58,15 @@ class ParameterNames:
             f"language_model.{self._base}.{name}",
             f"{self._base}.language_model.{name}",
         ]
-        return next((self._by_name[c] for c in candidates if c in self._by_name), None)
+        return next((self._read.by_name[c] for c in candidates if c in self._read.by_name), None)
 
     def parts(self, name: str) -> list[str]:
         """The tensors that transformers joins along their first axis into this parameter; [] where it joins none."""
-        parts = self._parts.get(name, {})
+        parts = self._read.parts.get(name, {})
         return [parts[place] for place in sorted(parts)]
 
     def of_layer(self, i: int) -> list[str]:
-        return self._in_layer.get(i, [])
+        return self._read.in_layer.get(i, [])
 
 
 def require_shape(source: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -98,8 +83,42 @@ def require_shape(source: str, shape: tuple[int, ...], wanted: tuple[int, ...]) 
         )
 
 
-def _decoder(lists: Mapping[str, Iterable[tuple[int, str, str]]], layers: nn.ModuleList, checkpoint: Checkpoint) -> str:
-    """What stands before `layers.0.` in the decoder's names: of the lists of layers, the one that fits the model."""
+class _Read:
+    """A checkpoint's names after these transforms. by_name: name -> tensor. parts: a parameter that is joined ->
+    place -> tensor. in_layer: tensors of each decoder layer. stem: what stands before `layers.0.` in the decoder's
+    names; fit: how many of its tensors have shape and name of a parameter, name alone, and how many layers it has.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, path: str, transforms: list[Any], layers: nn.ModuleList):
+        self.by_name: dict[str, str] = {}
+        self.parts: dict[str, dict[int, str]] = {}
+        self.in_layer: dict[int, list[str]] = {}
+        inside = re.compile(rf"^((?:.*?\.)?){re.escape(path.rpartition('.')[2])}\.(\d+)\.(.+)$")
+        lists: dict[str, list[tuple[int, str, str]]] = {}  # stem -> (layer, tail, tensor)
+        for source in checkpoint.tensors:
+            name = _renamed(source, transforms)
+            self.by_name.setdefault(name, source)
+            match = inside.match(name)
+            if match:
+                lists.setdefault(match[1], []).append((int(match[2]), match[3], source))
+        for source in checkpoint.tensors:  # as transformers does where a rename gives no parameter's name
+            self.by_name.setdefault(source, source)
+        self.stem, self.fit = _decoder(lists, layers, checkpoint)
+        for layer, tail, source in lists.get(self.stem, ()):
+            name = f"{path}.{layer}.{tail}"
+            self.by_name[name] = source
+            self.in_layer.setdefault(layer, []).append(source)
+            joined = _joined(name, transforms)
+            if joined is not None:
+                self.parts.setdefault(joined[0], {})[joined[1]] = source
+
+
+def _decoder(
+    lists: Mapping[str, Iterable[tuple[int, str, str]]], layers: nn.ModuleList, checkpoint: Checkpoint
+) -> tuple[str, tuple[int, int, int]]:
+    """What stands before `layers.0.` in the decoder's names, and how well it fits: of the lists of layers, the one that
+    fits the model best.
+    """
     shapes = {(i, name): p.shape for i, layer in enumerate(layers) for name, p in layer.named_parameters()}
 
     def fit(stem: str) -> tuple[int, int, int]:
@@ -107,7 +126,8 @@ def _decoder(lists: Mapping[str, Iterable[tuple[int, str, str]]], layers: nn.Mod
         same = sum(tuple(checkpoint.tensors[source].shape) == tuple(shapes[i, tail]) for i, tail, source in found)
         return same, len(found), len({i for i, _tail, _source in lists[stem]})
 
-    return max(lists, key=fit, default="")
+    best = max(lists, key=fit, default="")
+    return best, fit(best) if lists else (0, 0, 0)
 
 
 def transforms_of(kinds: Iterable[str | None]) -> list[Any]:
