@@ -34,11 +34,11 @@ from doctor.lint.rule import (
     decoding,
     decoding_fix,
     finding,
-    is_quantized,
     is_scale_beside_weight,
     is_written,
     packed_tails,
     plural,
+    quantized,
     rule,
     undoes_packing,
 )
@@ -52,7 +52,7 @@ def already_quantized(
     if decoded is not None:
         yield _decoded(decoded)
         return
-    codes = [i for n, i in sorted(tensors.items()) if is_quantized(n, i.dtype.name, i.dtype.bits, len(i.shape))]
+    codes = sorted(quantized(tensors.values()), key=lambda info: info.name)
     packed = [i for i in codes if i.name.endswith(packed_tails())]
     served = packed or is_written(quantization_block and quantization_block[0])  # in a format that is read as it is
     if not codes or (served and goal != "quantize" and not ("C147" in asked and quantization_block)):

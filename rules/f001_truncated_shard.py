@@ -32,18 +32,18 @@ def truncated_shard(shard, base):
     short = [d for d in shard.defects if d.kind in ("truncated", "too-small")]
     if not short:
         return
-    cut = [d for d in short if d.tensor is not None]
+    cut = shard.counts["truncated"]
     if cut:
-        need = max(d.offset for d in cut)
+        need = shard.cut_at
         what = _(
             "{file} has {size:,} of {need:,} bytes: {cut:,} of {total:,} tensors are cut off",
             file=shard.name,
             size=shard.size,
             need=need,
-            cut=len(cut),
-            total=len(cut) + len(shard.tensors),
+            cut=cut,
+            total=cut + len(shard.tensors),
         )
-        evidence = {"bytes": shard.size, "needed": need, "tensors": len(cut)}
+        evidence = {"bytes": shard.size, "needed": need, "tensors": cut}
     else:
         what = _("{file} ends inside its header: {detail}", file=shard.name, detail=short[0].detail)
         evidence = {"bytes": shard.size}

@@ -23,7 +23,7 @@ import re
 from doctor.lint.rule import Fix, Place, _, family_table, finding, packed_tails, rule
 from doctor.lint.testing import tiny
 
-NUMBER = re.compile(r"\.\d+\.")
+NUMBER = re.compile(r"\.\d+(?=\.)")
 PROGRAMS = (
     (re.compile(r"^(model\.)?layers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123])\."), "Meta or Mistral"),
     (re.compile(r"^blk\.\d+\."), "llama.cpp"),
@@ -36,12 +36,15 @@ def foreign_names(checkpoint, spec, tensors, config, stacks):
     table = family_table(spec.family)
     if not table or table["architecture"] != spec.architecture or config.get("auto_map"):
         return
-    if spec.linears or stacks or any(name.endswith(packed_tails()) for name in tensors):
+    tails = packed_tails()
+    if spec.linears or stacks or any(name.endswith(tails) for name in tensors):
         return
     if not any(NUMBER.search(name) for name in tensors):
         return
     inner = [t for t in spec.templates if "{i}" in t.tensor]
-    if not inner or any(t.pattern.match(name) for name in tensors for t in inner):
+    # Patterns take any number, so one name of each kind is enough, unless a family's own names hold one.
+    alike = tensors if any(NUMBER.search(t.tensor) for t in inner) else {NUMBER.sub(".0", name) for name in tensors}
+    if not inner or any(t.pattern.match(name) for name in alike for t in inner):
         return
     program, names = next(
         ((p, own) for pattern, p in PROGRAMS if (own := [n for n in tensors if pattern.search(n)])), ("", list(tensors))

@@ -22,6 +22,7 @@ base.py (load_weights); ml-explore/mlx-lm mlx_lm/utils.py (load_model).
 from functools import partial
 
 from doctor.lint.rule import (
+    COMPANION_WORDS,
     Place,
     _,
     companion_shapes,
@@ -40,6 +41,8 @@ def packed_parts_incomplete(checkpoint, tensors, kind, config=None):
     stated = (config or {}).get("quantization") if kind == "mlx" else None
     for name, info in sorted(tensors.items()):
         if stated is None:
+            if not name.endswith(COMPANION_WORDS):
+                continue
             absent, misshapen = companions_missing(tensors, name), companion_shapes
         elif info.dtype.name == "U32" and name.endswith(".weight"):
             absent, misshapen = mlx_parts_missing(tensors, name, stated), partial(mlx_shapes, stated=stated)

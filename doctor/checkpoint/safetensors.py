@@ -11,19 +11,21 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from doctor.checkpoint.dtypes import DTYPES, Dtype
-from doctor.checkpoint.json_text import escaped
-from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.errors import BadCheckpoint
 from doctor.core.messages import _
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a longer header is refused by every reader
 CHUNK_BYTES = 1 << 20  # 1 MiB: larger reads were no faster and cost memory per worker
 MAX_DIMS = 64  # no tensor has more; a header that says so is hostile or damaged
 MAX_NUMEL = 1 << 62  # above, byte offsets no longer fit signed 64 bits
+MAX_LISTED = 1001  # defects of a kind with a text, one more than rules report; a hostile header can hold a million
 
 
 def new_digest():
@@ -72,10 +74,18 @@ class Shard:
     tensors: list[TensorInfo] = field(default_factory=list)
     metadata: dict[str, str] | None = None
     defects: list[Defect] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)  # defects of each kind of entry
+    cut_at: int = 0  # where the last tensor ends that the file does not hold whole; 0 for none
 
     @property
     def data_begin(self) -> int:
         return 8 + self.header_bytes
+
+    def fault(self, tensor: str, kind: str, detail: Callable[[], str], offset: int | None = None) -> None:
+        """Count a defect of an entry, and keep the first MAX_LISTED of a kind with their texts."""
+        self.counts[kind] += 1
+        if self.counts[kind] <= MAX_LISTED:
+            self.defects.append(Defect(kind, detail(), tensor, offset))
 
 
 def parse_header(name: str, size: int, read) -> Shard:
@@ -171,7 +181,7 @@ def _parse_json(shard: Shard, raw: bytes) -> None:
         )
         return
     for key in duplicates:
-        shard.defects.append(Defect("duplicate-name", _("the name is twice in the header; readers keep the last"), key))
+        shard.fault(key, "duplicate-name", lambda: _("the name is twice in the header; readers keep the last"))
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         shard.defects.append(Defect("metadata", _("__metadata__ must map strings to strings")))
@@ -194,6 +204,9 @@ def _is_count(value: object) -> bool:
 
 def _entry(shard: Shard, name: str, entry: Any) -> TensorInfo | None:
     """The tensor of one header entry, or None and a defect of the shard."""
+    if type(entry) is not dict:
+        _faulty(shard, name, entry)
+        return None
     try:  # the fast path of a valid entry: a large mixture of experts has 50,000
         dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if (
@@ -217,34 +230,39 @@ def _entry(shard: Shard, name: str, entry: Any) -> TensorInfo | None:
 def _faulty(shard: Shard, name: str, entry: Any) -> None:
     """Add the defect of an invalid entry."""
 
-    def bad(kind: str, detail: str, offset: int | None = None) -> None:
-        shard.defects.append(Defect(kind, detail, name, offset))
-
+    bad = partial(shard.fault, name)
     if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
-        return bad("entry", _("the entry lacks dtype, shape or data_offsets"))
+        return bad("entry", lambda: _("the entry lacks dtype, shape or data_offsets"))
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        return bad("dtype", _("unknown dtype {dtype!r}", dtype=str(entry["dtype"])[:40]))
+        return bad("dtype", lambda: _("unknown dtype {dtype!r}", dtype=str(entry["dtype"])[:40]))
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_count, shape)):
-        return bad("shape", _("shape {shape} is not a list of sizes", shape=str(shape)[:80]))
+        return bad("shape", lambda: _("shape {shape} is not a list of sizes", shape=str(shape)[:80]))
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        return bad("offsets", _("data_offsets {offsets} are not two byte positions", offsets=str(offsets)[:80]))
+        return bad("offsets", lambda: _("data_offsets {offsets} are not two byte positions", offsets=str(offsets)[:80]))
     first, last = offsets
     if first > last:
-        return bad("offsets", _("data_offsets [{begin:,}, {end:,}] end before they begin", begin=first, end=last))
+        return bad(
+            "offsets", lambda: _("data_offsets [{begin:,}, {end:,}] end before they begin", begin=first, end=last)
+        )
     numel = math.prod(shape)
     want = dtype.nbytes(numel) if numel <= MAX_NUMEL else None
     if want is None or want != last - first:
         values = {"dtype": dtype.name, "shape": str(shape), "span": last - first}
         return bad(
             "size",
-            _("{dtype} {shape} takes more bytes than can be addressed, data_offsets span {span:,}", **values)
+            (lambda: _("{dtype} {shape} takes more bytes than can be addressed, data_offsets span {span:,}", **values))
             if want is None
-            else _("{dtype} {shape} takes {need:,} bytes, data_offsets span {span:,}", need=want, **values),
+            else (lambda: _("{dtype} {shape} takes {need:,} bytes, data_offsets span {span:,}", need=want, **values)),
         )
     end = shard.data_begin + last
-    return bad("truncated", _("ends at byte {byte:,}, the file has {size:,} bytes", byte=end, size=shard.size), end)
+    shard.cut_at = max(shard.cut_at, end)
+    return bad(
+        "truncated",
+        lambda: _("ends at byte {byte:,}, the file has {size:,} bytes", byte=end, size=shard.size),
+        end,
+    )
 
 
 def _check_coverage(shard: Shard) -> None:
@@ -252,26 +270,12 @@ def _check_coverage(shard: Shard) -> None:
     at = shard.data_begin
     previous = None
     # An invalid entry leaves a hole, which is not a second fault.
-    faulty = any(d.kind in ("entry", "dtype", "shape", "offsets", "size", "truncated") for d in shard.defects)
+    faulty = bool(shard.counts.keys() - {"duplicate-name"})
     for info in shard.tensors:
-        if info.begin < at and info.nbytes:
-            shard.defects.append(
-                Defect(
-                    "overlap",
-                    _(
-                        "begins at byte {begin:,}, inside {other}, which ends at {end:,}",
-                        begin=info.begin,
-                        other=previous,
-                        end=at,
-                    ),
-                    info.name,
-                    info.begin,
-                )
-            )
+        if info.begin < at and info.end > info.begin:
+            _overlap(shard, info, previous, at)
         elif info.begin > at and not faulty:
-            shard.defects.append(
-                Defect("hole", _("{count:,} bytes before it belong to no tensor", count=info.begin - at), info.name, at)
-            )
+            _hole(shard, info, at)
         if info.end >= at:
             at, previous = info.end, info.name
     if at < shard.size and not faulty:
@@ -280,6 +284,28 @@ def _check_coverage(shard: Shard) -> None:
                 "trailing", _("{count:,} bytes after the last tensor belong to none", count=shard.size - at), None, at
             )
         )
+
+
+def _overlap(shard: Shard, info: TensorInfo, previous: str | None, at: int) -> None:
+    """Add the defect of a tensor that begins inside the one before it, which ends at byte `at`."""
+    shard.fault(
+        info.name,
+        "overlap",
+        lambda: _(
+            "begins at byte {begin:,}, inside {other}, which ends at {end:,}",
+            begin=info.begin,
+            other=previous,
+            end=at,
+        ),
+        info.begin,
+    )
+
+
+def _hole(shard: Shard, info: TensorInfo, at: int) -> None:
+    """Add the defect of bytes from `at` to a tensor's first one."""
+    shard.fault(
+        info.name, "hole", lambda: _("{count:,} bytes before it belong to no tensor", count=info.begin - at), at
+    )
 
 
 class ShardFile:
@@ -362,26 +388,3 @@ def open_shard(path: str | os.PathLike, name: str) -> Shard:
     except OSError as error:
         size = os.path.getsize(path) if os.path.exists(path) else 0
         return Shard(name, size, defects=[Defect("unreadable", error.strerror or str(error))])
-
-
-def header_bytes(
-    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
-) -> bytes:
-    """Length and JSON header, padded to 8 bytes, of (name, dtype, shape, bytes) of tensors that lie one behind the
-    other.
-
-    metadata: what `__metadata__` holds beside the format, which transformers 4 wants named. Raises DoctorError where
-    two tensors have one name.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    at = 0
-    for name, dtype, shape, nbytes in tensors:
-        if name in header:
-            raise DoctorError(
-                _("{name}: two tensors of the output have this name; every tensor needs its own.", name=name)
-            )
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
-        at += nbytes
-    raw = escaped(json.dumps(header, separators=(",", ":"), ensure_ascii=False)).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw

@@ -17,7 +17,7 @@ from doctor.core.messages import _
 from doctor.core.recipe import Recipe, Scheme, is_kept
 from doctor.edits.kinds import Dequantize, DropFile, DropTensor, Edit, RemoveJson
 from doctor.formats.base import KNOWN, Format, read_quantization, verbatim_tails, word_tails
-from doctor.formats.known import is_quantized
+from doctor.formats.known import quantized
 from doctor.formats.requirements import stored_shape
 from doctor.model.quantization_config import quantization_of
 from doctor.model.spec import ModelSpec, build_spec
@@ -68,9 +68,8 @@ def decoding(
     """
     words, plain = word_tails(), build_spec(checkpoint.value("config.json") or {}, {})
     stored = [
-        _packed(info, tensors, block) if name.endswith(words) else _beside(info, tensors, block, texts, plain)
-        for name, info in sorted(tensors.items())
-        if is_quantized(name, info.dtype.name, info.dtype.bits, len(info.shape))
+        _packed(info, tensors, block) if info.name.endswith(words) else _beside(info, tensors, block, texts, plain)
+        for info in sorted(quantized(tensors.values()), key=lambda info: info.name)
     ]
     kind = float_dtype(tensors)
     edits: list[Edit] = []

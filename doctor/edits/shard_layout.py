@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from doctor.checkpoint.dtypes import CODE_NUMPY
-from doctor.checkpoint.safetensors import Shard, ShardFile, TensorInfo, header_bytes
+from doctor.checkpoint.header_text import header_bytes
+from doctor.checkpoint.safetensors import Shard, ShardFile, TensorInfo
 from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.core.messages import _
 from doctor.edits.arithmetic import CASTS, apply, edited_info, pad_positions

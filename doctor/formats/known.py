@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from doctor.checkpoint.safetensors import TensorInfo
@@ -31,6 +31,7 @@ _COMPANIONS = {
     "trellis": (("suh", "su"), ("svh", "sv")),
     "W_q": (("scale", "zero_scale"), ("zero", "zero_scale")),  # one tensor of both with offload_meta
 }
+COMPANION_WORDS = tuple(f".{words}" for words in _COMPANIONS)  # endings of the names of such words
 
 
 def companions_missing(tensors: Container[str], name: str) -> list[str]:
@@ -128,10 +129,13 @@ def is_scale_beside_weight(name: str) -> bool:
     return _SCALES.search(name) is not None
 
 
-def is_quantized(name: str, dtype: str, bits: int, axes: int) -> bool:
-    """Whether a tensor of this name and element type holds quantized weights."""
-    narrow = bits < 16 and dtype != "BOOL" and axes >= 2 and name.endswith((".weight", "_blocks", "_proj", "_packed"))
-    return narrow or name.endswith(packed_tails())
+def quantized(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
+    """Those that hold quantized weights, by name and element type."""
+    tails = packed_tails()
+    for info in tensors:
+        narrow = info.dtype.bits < 16 and info.dtype.name != "BOOL" and len(info.shape) >= 2
+        if (narrow and info.name.endswith((".weight", "_blocks", "_proj", "_packed"))) or info.name.endswith(tails):
+            yield info
 
 
 def undoes_packing(name: str) -> bool:

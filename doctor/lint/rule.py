@@ -58,15 +58,16 @@ from doctor.edits.padding import grown, keep_edits, pad_edits  # noqa: F401
 from doctor.formats.base import KNOWN, format_of, read_quantization, scale_tails, word_tails  # noqa: F401
 from doctor.formats.exl2 import exl2_defects  # noqa: F401
 from doctor.formats.known import (  # noqa: F401
+    COMPANION_WORDS,
     companion_shapes,
     companions_missing,
-    is_quantized,
     is_scale_beside_weight,
     is_written,
     mlx_parts_missing,
     mlx_shapes,
     packed_tails,
     packs_fused_experts,
+    quantized,
     says_packed,
     shows_packing,
     undoes_packing,
@@ -77,6 +78,7 @@ from doctor.lint.plain_fixes import decoding_fix  # noqa: F401
 from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
 from doctor.model.chat_template import free_names, parse_template, parsed_template  # noqa: F401
 from doctor.model.directory_kind import KINDS  # noqa: F401 - declares the fact `kind` too
+from doctor.model.expressions import keys_of  # noqa: F401
 from doctor.model.gguf_names import unwritable  # noqa: F401
 from doctor.model.linears import ROW_PARALLEL, Linear  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
@@ -86,7 +88,7 @@ from doctor.model.spec import ModelSpec  # noqa: F401
 from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
 from doctor.model.spellings import old_keys  # noqa: F401
 from doctor.model.stored_weights import lacks  # noqa: F401 - declares `stored_weights` too
-from doctor.model.tensor_map import Placement, assume, keys_of, solve  # noqa: F401 - declares the fact `placement` too
+from doctor.model.tensor_map import Placement, assume, solve  # noqa: F401 - declares the fact `placement` too
 from doctor.model.turn_end import turn_end  # noqa: F401
 from doctor.plan.block_scales import cuts  # noqa: F401 - declares `blocked_linears` too
 from doctor.plan.groups import FUSED, GroupedLinear, packed_size, together  # noqa: F401 - declares `layout` too

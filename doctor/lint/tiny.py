@@ -16,7 +16,8 @@ from typing import Any
 
 from doctor.checkpoint.codecs import to_bf16
 from doctor.checkpoint.dtypes import CODE_NUMPY, DTYPES
-from doctor.checkpoint.safetensors import TensorInfo, header_bytes
+from doctor.checkpoint.header_text import header_bytes
+from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.lazy_numpy import np
 from doctor.core.recipe import Recipe
 from doctor.core.tables import family as family_table

@@ -50,10 +50,10 @@ def holds(conditions: Iterable[str], lookup: Callable[[str], object], layer: int
 
 
 @cache
-def names_of(expression: str) -> tuple[str, ...]:
+def keys_of(expression: str) -> list[str]:
     """Config keys in an expression, in order, each once."""
     names = (n for n in ast.walk(_parsed(expression)) if isinstance(n, ast.Name) and n.id != "i")
-    return tuple(dict.fromkeys(n.id for n in sorted(names, key=lambda n: n.col_offset)))
+    return list(dict.fromkeys(n.id for n in sorted(names, key=lambda n: n.col_offset)))
 
 
 @cache

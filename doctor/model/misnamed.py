@@ -51,7 +51,8 @@ def find_misnamed(spec: ModelSpec, tensors: Mapping[str, TensorInfo], place: Pla
     """Tensors that are here under other names than the family's, and the family's linears that are not here at all."""
     placed = {info.name for info, _axis, _sizes in place.sizes()} if place is not None else set()
     unknown = [n for n in tensors if n not in placed and not NOT_TEXT.search(n) and not in_extra_layer(n)]
-    if not unknown or not spec.templates or any(n.endswith(packed_tails()) for n in tensors):
+    tails = packed_tails()
+    if not unknown or not spec.templates or any(n.endswith(tails) for n in tensors):
         return Misnamed()
     stem = place.stem if place is not None else next(_stems(spec), "")
     wanted = {n: t for n, t in _expected(spec, stem, place) if n not in tensors}

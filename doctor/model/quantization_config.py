@@ -13,7 +13,7 @@ from doctor.core.messages import _
 from doctor.core.methods import method_of_format
 from doctor.core.recipe import Recipe
 from doctor.formats.base import KNOWN, read_quantization
-from doctor.formats.known import is_quantized
+from doctor.formats.known import quantized
 
 
 @fact("checkpoint")
@@ -58,7 +58,7 @@ def holds_quantized(checkpoint: Checkpoint) -> bool:
     """Whether weights are stored in codes."""
     if checkpoint.gguf:
         return True
-    return any(is_quantized(n, i.dtype.name, i.dtype.bits, len(i.shape)) for n, i in checkpoint.tensors.items())
+    return next(quantized(checkpoint.tensors.values()), None) is not None
 
 
 GOAL: FactKey[str] = key_of(goal)

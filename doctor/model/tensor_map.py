@@ -14,7 +14,7 @@ from functools import cache
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable, fact
 from doctor.core.messages import _
-from doctor.model.expressions import evaluate, names_of
+from doctor.model.expressions import evaluate, keys_of
 from doctor.model.linears import NOT_TEXT, QUANTIZABLE
 from doctor.model.spec import ModelSpec, build_spec
 from doctor.model.templates import Template
@@ -54,6 +54,7 @@ class Placement:
     _endings: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     _kinds: dict[int, tuple[bool | None, ...]] = field(default_factory=dict, repr=False)
     _templates: dict[str, list[Template]] = field(default_factory=dict, repr=False)  # tail of a name -> its templates
+    _outer: dict[str, Template] = field(default_factory=dict, repr=False)  # name here -> template outside of blocks
 
     def name(self, block: int, tail: str) -> str:
         return f"{self.stem}{block}.{tail}"
@@ -84,7 +85,10 @@ class Placement:
         """The family's template for a tensor at its place; None where the table has none."""
         match = _NUMBERED.match(name) if name.startswith(self.stem) else None
         if not match or match["stem"] != self.stem:
-            return next((t for t in self.spec.templates if "{i}" not in t.tensor and self.outer_name(t) == name), None)
+            if not self._outer:
+                for t in (t for t in self.spec.templates if "{i}" not in t.tensor):
+                    self._outer.setdefault(self.outer_name(t), t)
+            return self._outer.get(name)
         return self._inner(match["tail"], int(match["block"]))
 
     def _inner(self, tail: str, layer: int) -> Template | None:
@@ -347,11 +351,6 @@ def solve(expression: str, key: str, spec: ModelSpec, want: int) -> int | None:
                 return value
             tried.add(value)
     return None
-
-
-def keys_of(expression: str) -> list[str]:
-    """Names of config keys in a shape expression, in order, each once."""
-    return list(names_of(expression))
 
 
 def _root(stem: str) -> str:

@@ -22,8 +22,9 @@ from types import MappingProxyType
 import torch
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
+from doctor.checkpoint.header_text import header_bytes
 from doctor.checkpoint.json_text import dumps
-from doctor.checkpoint.safetensors import Shard, header_bytes, open_shard
+from doctor.checkpoint.safetensors import Shard, open_shard
 from doctor.core.errors import MachineError
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.dtypes import DTYPES
-from doctor.checkpoint.safetensors import header_bytes
+from doctor.checkpoint.header_text import header_bytes
 from doctor.core.errors import BadCheckpoint
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe

@@ -29,12 +29,9 @@ def _parameters(checkpoint: Checkpoint, store: Store) -> int:
         packed = {x.name: x.in_features * x.out_features for x in layout.linears}
     else:  # of a form that is not read: each scale stands for a group, where the group size is stated
         group = stored_recipe(checkpoint, Recipe(group_size=-1)).group_size
-        names = {
-            n.rpartition(".")[0]: form.scales
-            for form in KNOWN.values()
-            for n in tensors
-            if form.words and n.endswith(f".{form.words}")
-        }
+        scales_of = {form.words: form.scales for form in KNOWN.values() if form.words}
+        parts = (n.rpartition(".") for n in tensors)
+        names = {module: scales_of[tail] for module, dot, tail in parts if dot and tail in scales_of}
         scales = {module: tensors.get(f"{module}.{tail}") for module, tail in names.items()}
         packed = {module: info.numel * group for module, info in scales.items() if info is not None and group > 0}
     rest = sum(

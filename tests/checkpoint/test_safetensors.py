@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from doctor.checkpoint.safetensors import MAX_HEADER_BYTES, ShardFile, open_shard, parse_header
+from doctor.checkpoint.header_text import header_bytes
+from doctor.checkpoint.safetensors import MAX_HEADER_BYTES, MAX_LISTED, ShardFile, open_shard, parse_header
 from doctor.core.errors import BadCheckpoint
 
 
@@ -158,3 +159,16 @@ def test_a_header_whose_length_reads_like_a_pickle_is_still_a_header():
     raw = struct.pack("<Q", 640) + text + b"\1\2"
     shard = parse_header("s", len(raw), lambda at, n: raw[at : at + n])
     assert raw[:2] == b"\x80\x02" and not shard.defects and [t.name for t in shard.tensors] == ["w"]
+
+
+def test_of_a_million_faulty_entries_a_thousand_are_described():
+    shard = parsed(file_of({str(i): 0 for i in range(5000)}))
+    assert shard.counts == {"entry": 5000}
+    assert len(shard.defects) == MAX_LISTED
+
+
+def test_all_tensors_that_a_cut_file_lost_are_counted():
+    header = header_bytes((f"t{i}", "BF16", (1,), 2) for i in range(3000))
+    shard = parsed(header + bytes(2))
+    assert shard.counts["truncated"] == 2999
+    assert shard.cut_at == len(header) + 6000

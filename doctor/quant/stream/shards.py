@@ -15,7 +15,8 @@ import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.dtypes import DTYPES
-from doctor.checkpoint.safetensors import TensorInfo, header_bytes
+from doctor.checkpoint.header_text import header_bytes
+from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import MachineError
 from doctor.core.messages import _
 from doctor.fixing.filesystem import sync_folder
