@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from doctor.fixing.result import FixResult
     from doctor.quant.convert import Converted
     from doctor.quant.preflight import Forecast
-    from doctor.quant.quantize import QuantizeResult
+    from doctor.quant.quantize_result import QuantizeResult
     from doctor.quant.tuning.tune import Tuned
 
 Facts = Iterable[tuple[str, str, object]]  # (subject, fact, value)
@@ -318,15 +318,19 @@ def quantize(
     recipe: Recipe | None = None,
     **options: Any,
 ) -> QuantizeResult:
-    """Quantize a 16-bit checkpoint into `output`; see doctor.quant.quantize.quantize for the options."""
+    """Quantize a 16-bit checkpoint into `output`; see doctor.quant.quantize.quantize for the options.
+
+    What headers refuse is raised, or returned as a report of them, before torch is imported.
+    """
+    from doctor.quant.early import refused_by_headers
+    from doctor.quant.quantize_result import QuantizeResult
     from doctor.quant.stage import refuse_output
 
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
-    refuse_output(source, output, **options)  # before torch is imported
-    if options.get("budget") is not None:
-        from doctor.quant.allocation.ladder import refuse_budget
-
-        refuse_budget(source, recipe or Recipe(), options["budget"])
+    refuse_output(source, output, **options)
+    refused = refused_by_headers(source, output, recipe or Recipe(), **options)
+    if refused is not None:
+        return QuantizeResult(refused)
     from doctor.evaluate.clients.rehearsal import client_of
     from doctor.evaluate.divergence import divergence
     from doctor.evaluate.proof import prove

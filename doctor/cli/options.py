@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 KV_FORMATS = ("full", "json", "markdown", "html")
 PATH = click.Path(path_type=Path)
 OTHER_GOALS = tuple(goal for goal in GOALS[1:] if goal != "quantize")  # what --for takes beside methods
+LEAST_PLAIN = 1 << 20  # a smaller number without a unit was not meant as bytes
 option = partial(click.option, cls=Option)
 
 
@@ -266,9 +267,11 @@ def size_in_bytes(text: str, option: str = "--memory") -> int | None:
     """`24GB`, `24GiB`, `24G` or a number of bytes, as given to an option; None for none."""
     if not text:
         return None
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text, re.I)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?)(i?)b?\s*", text, re.I)
     if not match:
         raise click.BadParameter(f"{text!r} is not a size; write 24GB or 24GiB.", param_hint=f"'{option}'")
+    if match[0].strip() == match[1] and float(match[1]) < LEAST_PLAIN:
+        raise click.BadParameter(f"{text!r} is a number of bytes; must have a unit, as 24GB.", param_hint=f"'{option}'")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
 
 

@@ -19,6 +19,7 @@ def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
             _("Choose another output."),
         )
     if not os.path.lexists(output):
+        _require_writable(output)
         return
     if os.path.islink(output) or not os.path.isdir(output):
         raise PlanRefused(_("{path}: exists and is not a directory.", path=output), _("Choose another output."))
@@ -36,6 +37,20 @@ def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
                 files=_files(present),
             ),
             _("Choose another output."),
+        )
+
+
+def _require_writable(output: Path) -> None:
+    """Raises PlanRefused where nothing can be made in the nearest directory above that exists."""
+    place = next(p for p in Path(os.path.abspath(output)).parents if os.path.lexists(p))
+    if not place.is_dir():
+        raise PlanRefused(
+            _("{path}: {place} is not a directory.", path=output, place=place), _("Choose another output.")
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PlanRefused(
+            _("{path}: nothing may be written in {place}.", path=output, place=place),
+            _("Choose another output, or change its permissions."),
         )
 
 

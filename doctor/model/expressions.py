@@ -50,10 +50,10 @@ def holds(conditions: Iterable[str], lookup: Callable[[str], object], layer: int
 
 
 @cache
-def keys_of(expression: str) -> list[str]:
-    """Config keys in an expression, in order, each once."""
-    names = (n for n in ast.walk(_parsed(expression)) if isinstance(n, ast.Name) and n.id != "i")
-    return list(dict.fromkeys(n.id for n in sorted(names, key=lambda n: n.col_offset)))
+def keys_of(expression: str) -> tuple[str, ...]:
+    """Config keys in an expression, in order, each once; none in an empty one."""
+    names = (n for n in ast.walk(_parsed(expression)) if isinstance(n, ast.Name) and n.id != "i") if expression else ()
+    return tuple(dict.fromkeys(n.id for n in sorted(names, key=lambda n: n.col_offset)))
 
 
 @cache

@@ -177,7 +177,7 @@ class Placement:
             for info, _, expressions in self.sizes()
             if len(info.shape) == len(expressions)
             for axis, e in enumerate(expressions)
-            if keys_of(e) == [key]
+            if keys_of(e) == (key,)
         ]
 
     def missing(self) -> dict[str, str]:

@@ -6,8 +6,7 @@ The caller decides whether it is committed: a mixture of widths is compared with
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.messages import _, listed
@@ -23,8 +22,8 @@ from doctor.quant.distributed import Ranks
 from doctor.quant.forewarn import forewarn
 from doctor.quant.gguf_output import write_imatrix
 from doctor.quant.job import Result, run
-from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, judged, report_of
+from doctor.quant.quantize_result import QuantizeResult
 from doctor.quant.receipt import receipt
 from doctor.quant.resume import fingerprint
 from doctor.quant.setup import Survey
@@ -33,24 +32,6 @@ from doctor.quant.stream.choose import choose
 from doctor.quant.stream.run import run as stream
 from doctor.quant.tuning.within import tuned, tuning_notes, tuning_shown
 from doctor.quant.vision import vision_linears
-
-
-@dataclass
-class QuantizeResult:
-    """What a run did. output is None where nothing was written: report then holds the findings that forbade it.
-
-    linears: one dict a linear (name, block, role, outcome, solve, hessian, seconds); the same as report.linears.
-    """
-
-    report: Report
-    output: Path | None = None
-    calibration: CalibrationFacts | None = None
-    notes: list[str] = field(default_factory=list)
-    forecast: Forecast | None = None  # of a preflight
-
-    @property
-    def linears(self) -> list[dict]:
-        return self.report.linears
 
 
 @dataclass

@@ -42,9 +42,10 @@ from doctor.quant.client import Client
 from doctor.quant.container import prepared, require_importance
 from doctor.quant.device import device_memory, device_of
 from doctor.quant.distributed import size, start, stop
-from doctor.quant.execute import QuantizeResult, build
+from doctor.quant.execute import build
 from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
+from doctor.quant.quantize_result import QuantizeResult
 from doctor.quant.stage import require_no_work
 from doctor.quant.tuning.within import AUTO, refuse_tuning, require_text
 from doctor.quant.tuning.within import forecast as tuning_forecast

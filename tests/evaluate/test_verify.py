@@ -163,7 +163,7 @@ def test_the_block_with_a_linear_of_another_block_is_named(block, linear, deep, 
 def test_a_chinese_screen_has_no_english_sentence(trained):
     """Messages of findings stay English, with their numbers; a healthy copy has none."""
     done = CliRunner().invoke(
-        cli, ["verify", *map(str, trained), "--rows", "2", "--context", "32", "--memory", "1000", "--lang", "zh", "-v"]
+        cli, ["verify", *map(str, trained), "--rows", "2", "--context", "32", "--memory", "1KB", "--lang", "zh", "-v"]
     )
     head = done.output.split("╭")[0]
     assert "float16" in head and "放不进给它的 0.0 GiB" in head and "与原模型相符" in done.output, done.output

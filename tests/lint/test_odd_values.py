@@ -225,3 +225,12 @@ def test_code_is_named_where_it_lies_here_or_in_another_repository_and_missed_wh
     assert said(case, tmp_path / "absent") == [("C146", "warning")]
     case.files["configuration_own.py"] = b"raise SystemExit('ran')\n"
     assert said(case, tmp_path / "here") == [("C167", "info")]
+
+
+def test_a_tensor_of_another_number_of_dimensions_is_a_finding(tmp_path):
+    case = tiny("llama")
+    name = case.name("down")
+    case.tensors[name] = case.tensors[name][None]
+    report = check(case.write(tmp_path / "m"), case.recipe)
+    assert not report.crashed
+    assert any(f.code == "F051" and "has 3 dimensions" in f.message for f in report.findings)

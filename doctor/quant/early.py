@@ -1,0 +1,177 @@
+"""What headers, flags and this machine refuse before torch is imported: said in a second, not after minutes of reading.
+
+Each of these is refused again where the work is done, by what is measured there; here only what cannot end well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import NotQuantizable, PlanRefused
+from doctor.core.facts import CHECKPOINT
+from doctor.core.machine import GIVEN_MACHINE
+from doctor.core.messages import _
+from doctor.core.recipe import Recipe, matches
+from doctor.fixing.assess import assess
+from doctor.fixing.result import report_of
+from doctor.formats.known import streams
+from doctor.lint.as_floats import read_as_floats
+from doctor.lint.engine import Report, load_rules, select_rules
+from doctor.model.fused_experts import unfuse
+from doctor.model.spec import ModelSpec, build_spec
+from doctor.plan.mixture import with_mixture
+from doctor.quant import budget
+from doctor.quant.capacity import measure
+from doctor.quant.stage import Stage, require_room
+from doctor.scan.header import DECODED
+
+_MAPPINGS = ("auto_mappings.py", "configuration_auto.py")  # of transformers/models/auto: where model types are named
+
+
+def refused_by_headers(
+    source: Checkpoint,
+    output: str | os.PathLike,
+    recipe: Recipe,
+    *,
+    keep: Iterable[str] = (),
+    fix: bool = False,
+    unsafe_fixes: bool | Iterable[str] = False,
+    memory: int | None = None,
+    preflight: bool = False,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    fail_on: str = "error",
+    rules_dirs: Iterable[Path] = (),
+    progress: Callable[[str], None] = lambda text: None,
+    **_others: Any,
+) -> Report | None:
+    """The report of the headers where rules forbid what a run of `quantize` with these options begins, unless fixes
+    were asked for, which may cure it.
+
+    Raises PlanRefused for rounded weights or a pattern that names nothing, NotQuantizable for a family that
+    transformers does not define, MachineError for too little memory or disk.
+    """
+    started = time.perf_counter()
+    place = Path(os.path.abspath(output))
+    rules = select_rules(load_rules(rules_dirs), select, ignore)
+    recipe = replace(recipe, keep=(*recipe.keep, *keep), goal="quantize")
+    require_unrounded(source)
+    view, decoding = read_as_floats(source, recipe, rules)
+    config = view.value("config.json")
+    facts: list[tuple[str, str, object]] = [(CHECKPOINT, DECODED.name, decoding)] if decoding else []
+    if config is not None:
+        spec = build_spec(config, view.tensors)
+        require_named(view, spec, recipe)
+        recipe = with_mixture(recipe, spec)
+        _require_machine(view, spec, config, recipe, memory)
+        machine = measure(view, spec, recipe, place)
+        if not preflight:
+            folder = next(p for p in (place, *place.parents) if p.exists())
+            require_room(folder, max(0, machine.disk_need - Stage(place).bytes_there()))
+        facts.append((CHECKPOINT, GIVEN_MACHINE.name, machine))
+    if fix or unsafe_fixes:
+        return None
+    report = report_of(assess(view, recipe, rules, facts=facts, stage="header"), recipe, fail_on, started)
+    if report.ok:
+        return None
+    progress(_("not quantized: {errors} errors", errors=report.count("error")))
+    return report
+
+
+def _require_machine(
+    view: Checkpoint, spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, memory: int | None
+) -> None:
+    """Raises where transformers does not define the family, or `memory` is less than any run takes."""
+    if not streams(recipe):  # which runs no model, and holds a few MiB of a tensor
+        require_family(config, spec)
+        budget.require(budget.needs(view, spec, recipe, int(recipe.calibrated), 1), memory)
+
+
+def require_unrounded(source: Checkpoint) -> None:
+    """Raises PlanRefused for GGUF files."""
+    if source.gguf:
+        raise PlanRefused(
+            _("{name}: is GGUF, whose weights are rounded already.", name=source.name),
+            _("Quantize the checkpoint that it was made from."),
+        )
+
+
+def require_named(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> None:
+    """Raises PlanRefused for a pattern of linears that no module of the checkpoint matches: it says what was not
+    meant, and the linears would be quantized all the same.
+    """
+    asked = [("--keep", p) for p in recipe.keep]
+    asked += [("--override", text.rpartition("=")[0]) for text in recipe.bits_for]
+    if not asked:
+        return
+    names = set(_modules(*unfuse(checkpoint, spec, recipe)))
+    for option, pattern in asked:
+        if not any(matches(pattern, name) for name in names):
+            raise PlanRefused(
+                _(
+                    "{option} {pattern}: matches none of the {n:,} modules of {name}, such as {example}.",
+                    option=option,
+                    pattern=pattern,
+                    n=len(names),
+                    name=checkpoint.name,
+                    example=min((x.name for x in spec.linears), default=min(names, default="")),
+                ),
+                _("A pattern is a part of a name, or a shell pattern such as '*down_proj'."),
+            )
+
+
+def _modules(checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[str]:
+    """Names that a pattern may mean: of linears, of every other tensor and its module, and of a head that is tied to
+    the embedding and has no tensor.
+    """
+    yield from (linear.name for linear in spec.linears)
+    for name in checkpoint.tensors:
+        yield name
+        yield name.rpartition(".")[0]
+    yield from (t.tensor.rpartition(".")[0] for t in spec.templates if "{" not in t.tensor)
+    yield "lm_head"
+
+
+def require_family(config: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Raises NotQuantizable for a model type that the installed transformers does not define. Its sources are read for
+    the name, since importing it takes seconds.
+    """
+    whole, part = (str(stated.get("model_type") or "") for stated in (config, spec.section(config)))
+    defined = _defined()
+    if not defined or any(kind and f'"{kind}"' in defined for kind in (whole, part)):
+        return
+    raise NotQuantizable(
+        _(
+            "config.json#/model_type: {kind!r} is not defined in transformers {version}.",
+            kind=part or whole,
+            version=version("transformers"),
+        ),
+        _("Install a transformers that has it: code that comes with a checkpoint is never run."),
+    )
+
+
+@cache
+def _defined() -> str:
+    """The sources of transformers that name every model type; "" where they cannot be read."""
+    found = importlib.util.find_spec("transformers")
+    folders = found.submodule_search_locations if found else None
+    if not folders:
+        return ""
+    return "".join(_texts(Path(folders[0], "models", "auto")))
+
+
+def _texts(folder: Path) -> Iterable[str]:
+    for name in _MAPPINGS:
+        try:
+            yield (folder / name).read_text(encoding="utf-8")
+        except OSError:  # transformers 4 has one of them
+            continue
