@@ -166,6 +166,14 @@ if TYPE_CHECKING:
     help=_("Importance of columns for llama-quantize, as GGUF; only for its formats."),
 )
 @option("--resume", is_flag=True, help=_("Go on where an interrupted run stopped."))
+@option(
+    "--retry-failed",
+    is_flag=True,
+    help=_(
+        "With --resume, of a finished DIR: solve again only the linears that fell back, with the rows and damping "
+        "given now."
+    ),
+)
 @overwrite_option
 @format_option(FORMATS, "--report")
 @lang_option
@@ -193,6 +201,7 @@ def command(
     formats: tuple[str, ...],
     fix: bool,
     resume: bool,
+    retry_failed: bool,
     overwrite: bool,
     **flags: Any,
 ) -> None:
@@ -203,6 +212,8 @@ def command(
     with json_on_failure(outputs):
         if flags["method"] in OTHER_GOALS:
             raise click.UsageError(f"--for {flags['method']} quantizes nothing: doctor check judges the files.")
+        if retry_failed and not resume:
+            raise click.UsageError("--retry-failed goes with --resume.")
         budget = _budget(bpw, size, schemes, measurement)
         if (budget is not None or kv_cache) and not flags["scheme"]:
             format = format or "compressed-tensors"  # whose mixtures transformers and vLLM read, and which holds scales
@@ -229,7 +240,13 @@ def command(
             progress=notice,
             tune=_rows_to_tune(tune),
             **run,
-            **given(preflight=preflight or None, device=other_device(device), imatrix=imatrix, budget=budget),
+            **given(
+                preflight=preflight or None,
+                retry_failed=retry_failed or None,
+                device=other_device(device),
+                imatrix=imatrix,
+                budget=budget,
+            ),
         )
         if int(os.environ.get("RANK", "0")):  # under torchrun, rank 0 speaks for all
             exit_for([result.report])

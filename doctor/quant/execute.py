@@ -19,6 +19,7 @@ from doctor.lint.engine import Report
 from doctor.quant import export
 from doctor.quant.client import Linears
 from doctor.quant.distributed import Ranks
+from doctor.quant.earlier import Earlier, source_mark
 from doctor.quant.forewarn import forewarn
 from doctor.quant.gguf_output import write_imatrix
 from doctor.quant.job import Result, run
@@ -49,12 +50,17 @@ class Built:
         return QuantizeResult(self.report, place, self.calibration, self.notes)
 
 
-def build(asked: Asked, calibrated: Calibrated, ranks: Ranks, survey: Survey | None = None) -> Built:
-    """The layers, then the check of the output. survey: sees every linear on its way."""
+def build(
+    asked: Asked, calibrated: Calibrated, ranks: Ranks, survey: Survey | None = None, earlier: Earlier | None = None
+) -> Built:
+    """The layers, then the check of the output. survey: sees every linear on its way. earlier: the run whose failed
+    linears alone are solved.
+    """
     started = time.perf_counter()
     checked = calibrated.checked
     notes = [*checked.notes, *calibrated.notes, *forewarn(asked, calibrated)]
-    staged = _stage(asked, calibrated, ranks)
+    notes += [earlier.note] if earlier else []
+    staged = _stage(asked, calibrated, ranks, earlier)
     streamed = streams(checked.recipe)
     linears = _linears(asked, checked) if streamed or checked.recipe.vision else None
     done, kept = (
@@ -75,6 +81,7 @@ def build(asked: Asked, calibrated: Calibrated, ranks: Ranks, survey: Survey | N
             consent=checked.consent,
             survey=survey,
             vision=vision_linears(checked.recipe, linears or {}, checked.assessment.checkpoint.tensors),
+            earlier=earlier,
         )
     )
     notes += [_("fix: {title}", title=fixed) for fixed in done.fixes]
@@ -109,14 +116,15 @@ def _streamed(
     return done, list(chosen.names)
 
 
-def _stage(asked: Asked, calibrated: Calibrated, ranks: Ranks) -> export.Output:
+def _stage(asked: Asked, calibrated: Calibrated, ranks: Ranks, earlier: Earlier | None) -> export.Output:
     """The staging directory: rank 0 opens it, the others read it."""
     checked, sample = calibrated.checked, calibrated.sample
     asked.output.parent.mkdir(parents=True, exist_ok=True)
     mark = fingerprint(checked.assessment.checkpoint, checked.recipe, calibrated.rows, asked.device)
+    mark |= {"retry": earlier.digest} if earlier else {}
     staged = None
     if ranks.is_rank0:
-        staged = export.Output.open(asked.output, {**mark, "ranks": ranks.size}, resume=asked.resume)
+        staged = export.Output.open(asked.output, {**mark, "ranks": ranks.size}, resume=asked.resume or asked.retry)
         if sample and sample.said is not None and not any("sampled" in entry for entry in staged.notes()):
             staged.note({"sampled": sample.said})
         for name in staged.damaged:
@@ -145,7 +153,8 @@ def _finish(
         write_imatrix(asked.imatrix, staged.parts(), source.value("config.json") or {}, facts.tokens, facts.source)
     values, tuning = tuned(asked, calibrated, staged, kept, linears)
     notes += tuning_notes(tuning)
-    staged.finish(source, checked.recipe, kept, receipt(checked.recipe, facts, done, notes), linears, join, values)
+    document = receipt(source_mark(source), checked.recipe, facts, done, notes)
+    staged.finish(source, checked.recipe, kept, document, linears, join, values)
     written = Checkpoint.open(staged.stage)
     after = assess(written, replace(checked.recipe, goal=""), asked.rules)
     before = {(f.code, f.message) for f in checked.assessment.findings}

@@ -32,8 +32,9 @@ from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
 from doctor.quant.activations import open_activations
 from doctor.quant.distributed import Ranks
+from doctor.quant.earlier import Earlier
 from doctor.quant.forward.prefetch import load_tensor
-from doctor.quant.layer import LayerResult, quantize_layer, verdict_of
+from doctor.quant.layer import LayerResult, carry_layer, quantize_layer, verdict_of
 from doctor.quant.records import Record, kept, record
 from doctor.quant.resume import finished_records, replay_layer
 from doctor.quant.selection import names_in_config, stays_unasked
@@ -97,6 +98,7 @@ def run(
     consent: Consent | None = None,
     survey: Survey | None = None,
     vision: tuple[Linear, ...] = (),
+    earlier: Earlier | None = None,
 ) -> tuple[Result, list[str]]:
     """(what was done, names that the output's config lists as 16 bits) of quantizing every decoder layer into parts
     of `output`.
@@ -104,8 +106,9 @@ def run(
     Layers whose part exists already are replayed, not solved. rows: token ids (unused by a method without
     calibration). memory: bytes that the process may take, None for a share of what is free. consent: fixes of the
     recipe that are made as soon as a layer asks for them. survey: sees every linear before its weight is replaced.
-    vision: linears of vision towers that are quantized too. Facts go into `store`; rules of the stages calibration and
-    run judge them after each layer. Raises NotQuantizable where numbers forbid it and no rule says so.
+    vision: linears of vision towers that are quantized too. earlier: of its layers only the linears that fell back are
+    solved, the rest is carried over. Facts go into `store`; rules of the stages calibration and run judge them after
+    each layer. Raises NotQuantizable where numbers forbid it and no rule says so.
     """
     setup = set_up(
         checkpoint,
@@ -123,6 +126,7 @@ def run(
         survey=survey,
         vision=vision,
     )
+    setup = replace(setup, earlier=earlier)
     try:
         done = _quantize_layers(setup, recipe)
         if not done.stopped:
@@ -140,11 +144,12 @@ def _quantize_layers(setup: Setup, recipe: Recipe) -> Result:
         started = time.perf_counter()
         with torch.no_grad():
             finished = finished_records(setup.output, i)
-            layer = (
-                quantize_layer(setup, activations, i, done.recipe)
-                if finished is None
-                else replay_layer(setup, activations, i, done.recipe, finished)
-            )
+            if finished is not None:
+                layer = replay_layer(setup, activations, i, done.recipe, finished)
+            elif setup.earlier is not None and not setup.earlier.fails_in(setup.skeleton.linears.get(i, {})):
+                layer = carry_layer(setup, setup.earlier, activations, i, done.recipe)
+            else:
+                layer = quantize_layer(setup, activations, i, done.recipe)
         done = done.with_layer(layer)
         if done.stopped:
             return done

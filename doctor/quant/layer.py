@@ -27,6 +27,7 @@ from doctor.formats.base import format_of
 from doctor.lint.engine import judge
 from doctor.quant import budget, export
 from doctor.quant.activations import Activations
+from doctor.quant.earlier import Earlier
 from doctor.quant.forward.attention_tap import CacheRange
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.forward.linear_groups import Modules, Stages
@@ -115,19 +116,59 @@ def load(setup: Setup, i: int, prefetch: bool = True) -> None:
 
 
 def _attempt(setup: Setup, activations: Activations | None, i: int, recipe: Recipe, selection: Selection) -> Attempt:
-    records: list[Record] = []
+    records = _kept_records(setup, selection)
     packed: Tensors = {}
+    scaled = divisors(selection.modules, recipe)
+    modules = selection.modules
+    if setup.earlier is not None:
+        modules = _carry_linears(setup, setup.earlier, i, recipe, modules, records, packed)
+    if activations is None:
+        for linear, module in modules.values():
+            solved = solve_linear(linear, module, None, recipe, None, scaled.get(linear.name, 1.0))
+            records.append(finish_linear(setup, recipe, modules, linear.name, solved, None, packed, scaled))
+        return Attempt(tuple(records), packed, _settle(setup, recipe, records))
+    return _attempt_in_stages(setup, activations, i, recipe, modules, records, packed, scaled)
+
+
+def _carry_linears(
+    setup: Setup, earlier: Earlier, i: int, recipe: Recipe, modules: Modules, records: list[Record], packed: Tensors
+) -> Modules:
+    """Take the linears of layer i that did not fall back as they were written: into their modules, `packed`, `records`
+    and the store. Returns those that are solved again.
+    """
+    written = earlier.tensors_of(setup.skeleton.tensors_of(i), i)
+    again = earlier.settle(modules, recipe, written)
+    settled = modules.keys() - again.keys()
+    packed |= {
+        name: t for name, t in written.items() if name.rpartition(".")[0] in settled and not name.endswith(".bias")
+    }
+    for name, (linear, _module) in modules.items():
+        if name in settled:
+            put_facts(setup.store, name, earlier.solved[name], None)
+            records.append(record(linear, earlier.solved[name], None, 0.0))
+    return again
+
+
+def carry_layer(setup: Setup, earlier: Earlier, activations: Activations | None, i: int, recipe: Recipe) -> LayerResult:
+    """A layer of which no linear fell back: its tensors as they were written, and its outputs from them."""
+    load(setup, i)
+    selection = select_linears(setup.skeleton, setup.checkpoint, setup.fused, recipe, i)
+    records = _kept_records(setup, selection)
+    packed: Tensors = {}
+    _carry_linears(setup, earlier, i, recipe, selection.modules, records, packed)
+    verdict = verdict_of(setup)
+    _write(setup, i, recipe, selection, Attempt(tuple(records), packed, verdict))
+    if activations is not None:
+        activations.advance(i)
+    setup.skeleton.drop_layer(i)
+    return LayerResult(recipe, tuple(records), verdict)
+
+
+def _kept_records(setup: Setup, selection: Selection) -> list[Record]:
+    """Of what stays in 16 bits, with its facts in the store."""
     for kept in selection.kept:
         put_facts(setup.store, kept.linear.name, kept.solved, None)
-        records.append(kept.record)
-    records += [kept.record for kept in selection.fused]
-    scaled = divisors(selection.modules, recipe)
-    if activations is None:
-        for linear, module in selection.modules.values():
-            solved = solve_linear(linear, module, None, recipe, None, scaled.get(linear.name, 1.0))
-            records.append(finish_linear(setup, recipe, selection.modules, linear.name, solved, None, packed, scaled))
-        return Attempt(tuple(records), packed, _settle(setup, recipe, records))
-    return _attempt_in_stages(setup, activations, i, recipe, selection.modules, records, packed, scaled)
+    return [kept.record for kept in (*selection.kept, *selection.fused)]
 
 
 def _attempt_in_stages(

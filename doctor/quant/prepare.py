@@ -63,6 +63,7 @@ class Asked:
     started: float
     imatrix: Path | None = None  # where the importance of columns goes
     tune: str | int = "off"  # rows to tune scales and gains on; auto, off
+    retry: bool = False  # of what is in `output` only the linears that fell back are solved
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from doctor.quant.client import Client
 from doctor.quant.container import prepared, require_importance
 from doctor.quant.device import device_memory, device_of
 from doctor.quant.distributed import size, start, stop
+from doctor.quant.earlier import Earlier, open_earlier, source_mark
 from doctor.quant.execute import build
 from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
@@ -79,6 +80,7 @@ def quantize(
     budget: Budget | None = None,
     diverge: Diverge | None = None,
     tune: str | int = AUTO,
+    retry_failed: bool = False,
 ) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`, which is whole or absent; the source is never written to.
 
@@ -91,6 +93,9 @@ def quantize(
     prove: what proves that fixes of tensors leave the logits as they are (doctor.evaluate.proof); doctor.api passes it.
     client: the program that will read the output. It names the linears that stay plain, and loads the finished
     directory before it is committed; what it does not load whole is an error, and the output stays. None asks nobody.
+
+    retry_failed: `output` is the finished one of a run of the same inputs, but for rows and damping. Only its linears
+    that fell back are solved again; the new output, whose other tensors are the same to the byte, takes its place.
 
     imatrix: the file that the importance of columns goes to, as llama-quantize reads it; only for formats of GGUF.
 
@@ -127,14 +132,17 @@ def quantize(
         time.perf_counter(),
         Path(os.path.abspath(imatrix)) if imatrix is not None else None,
         tune,
+        retry_failed,
     )
+    if size() > 1 and retry_failed:
+        raise PlanRefused(_("--retry-failed: is done by one process; there are {n}.", n=size()), _("Omit torchrun."))
     if size() > 1 and streams(asked.recipe):
         raise PlanRefused(
             _("{n} processes: weights of this recipe are rounded as they are read, in one process.", n=size()),
             _("Start it without torchrun."),
         )
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
-    check_output(source, asked.output, overwrite)
+    check_output(source, asked.output, overwrite or retry_failed)
     asked = replace(asked, recipe=prepared(source, asked.recipe))
     plain = replace(asked.recipe, bits_for=recipe.bits_for)  # without the mixture of fixed rules that GGUF brings
     mixing = (
@@ -148,7 +156,7 @@ def quantize(
     with ExitStack() as stack:
         for note in stack.enter_context(hold_output(asked.output)) if writes else ():
             progress(note)
-        if writes and not resume:
+        if writes and not (resume or retry_failed):
             require_no_work(asked.output)
         return _quantized(asked, source, fix, unsafe_fixes, calibration, rows, max_seq_length, preflight, mixing)
 
@@ -187,6 +195,7 @@ def _quantized(
     if not report.ok:
         asked.progress(_("not quantized: {errors} errors", errors=report.count("error")))
         return QuantizeResult(report)
+    earlier = _earlier(asked, checked) if asked.retry else None
     with device_memory(asked.device):
         calibrated = calibrate(asked, checked, calibration, rows, max_seq_length)
         require_text(tune=asked.tune, facts=calibrated.facts)
@@ -209,7 +218,7 @@ def _quantized(
             return allocation.quantize_mixed(asked, calibrated, mixing, again)
         ranks = start(asked.device)
         try:
-            return build(asked, calibrated, ranks).commit(asked.overwrite)
+            return build(asked, calibrated, ranks, earlier=earlier).commit(asked.overwrite or asked.retry)
         finally:
             stop(ranks)
 
@@ -279,3 +288,10 @@ def _preflight(asked: Asked, calibrated: Calibrated) -> QuantizeResult:
     new = locate([f for f in done.judged if (f.code, f.message) not in known], checked.assessment.checkpoint)
     report = report_of(asked, checked, calibrated.facts, done, new)
     return QuantizeResult(report, None, calibrated.facts, [*checked.notes, *calibrated.notes], found)
+
+
+def _earlier(asked: Asked, checked: Checked) -> Earlier:
+    """The run whose failed linears are solved again. Raises PlanRefused."""
+    earlier = open_earlier(Checkpoint.open(asked.output), checked.recipe, source_mark(checked.assessment.checkpoint))
+    asked.progress(earlier.note)
+    return earlier

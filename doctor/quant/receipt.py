@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
-
-import torch
 
 from doctor.core.recipe import Recipe
 from doctor.core.records import CalibrationFacts
-from doctor.core.version import __version__
+from doctor.quant.earlier import versions
 from doctor.quant.job import Result
 
 
-def receipt(recipe: Recipe, calibration: CalibrationFacts | None, result: Result, notes: list[str]) -> dict:
-    """The receipt as JSON. notes: sentences on what differed from what was asked."""
+def receipt(
+    source: str, recipe: Recipe, calibration: CalibrationFacts | None, result: Result, notes: list[str]
+) -> dict:
+    """The receipt as JSON. source: the mark of what was quantized (earlier.source_mark). notes: sentences on what
+    differed from what was asked.
+    """
     linears = [{k: r[k] for k in ("name", "outcome", "solve")} for r in result.records]
     outcomes = {o: result.count(o) for o in sorted({r["outcome"] for r in result.records})}
     return json.loads(
         json.dumps(
             {
-                "doctor": __version__,
-                "torch": torch.__version__,
-                "transformers": version("transformers"),
+                **versions(),
+                "source": source,
                 "recipe": asdict(recipe),
                 "calibration": None if calibration is None else asdict(calibration),
                 "notes": notes,

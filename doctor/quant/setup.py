@@ -24,6 +24,7 @@ from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
 from doctor.quant.budget import Need
 from doctor.quant.distributed import Ranks
+from doctor.quant.earlier import Earlier
 from doctor.quant.forward.hidden_states import inputs_of_batches, make_batches
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.forward.skeleton import Skeleton
@@ -57,7 +58,8 @@ class Setup:
     unfused. batches: this rank's calibration batches int64[rows, length], [] where the method takes none. memory:
     bytes that the process may take, None for a share of what is free. consent: fixes of the recipe that may be made
     during the run. seen: what the processor made of rows with images or sound, by the number of their batch. survey:
-    what looks on, None for nothing. vision: linears of vision towers that are quantized too.
+    what looks on, None for nothing. vision: linears of vision towers that are quantized too. earlier: the finished
+    output whose failed linears alone are solved; None for a whole run.
     """
 
     checkpoint: Checkpoint
@@ -77,6 +79,7 @@ class Setup:
     survey: Survey | None = None
     reads_ahead: bool = True  # whether the next decoder layer is read while one computes
     vision: tuple[Linear, ...] = ()
+    earlier: Earlier | None = None
 
 
 def set_up(

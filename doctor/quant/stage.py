@@ -20,6 +20,7 @@ from doctor.core.messages import Message, _, plural
 from doctor.fixing.filesystem import machine_errors, sync_folder
 from doctor.fixing.lock import hold
 from doctor.fixing.outputs import check_output
+from doctor.fixing.receipt import RECEIPT
 
 JOURNAL = "journal.jsonl"
 TUNING = "tuning.safetensors"  # the state of a tuning after the last layer (tuning/saved.py)
@@ -71,11 +72,17 @@ def refuse_output(
     overwrite: bool = False,
     resume: bool = False,
     preflight: bool = False,
+    retry_failed: bool = False,
     **_others: Any,
 ) -> None:
     """Raises PlanRefused for an output that a run with these options of `quantize` would refuse, before any work."""
     destination = Path(os.path.abspath(output))
-    check_output(source, destination, overwrite)
+    check_output(source, destination, overwrite or retry_failed)
+    if retry_failed and not (destination / RECEIPT).is_file():
+        raise PlanRefused(
+            _("{path}: holds no {receipt} of a run of `doctor quantize`.", path=destination, receipt=RECEIPT),
+            _("Give the output of such a run; an interrupted one goes on with --resume alone."),
+        )
     if preflight or int(os.environ.get("RANK", "0")):
         return
     with hold(destination):

@@ -35,7 +35,7 @@ def of_unknown_family(case):
     case.config["model_type"] = "zebra9"
 
 
-def packed(case):
+def said_to_be_packed(case):
     case.config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
 
 
@@ -47,7 +47,7 @@ REFUSED = {
     "output": (None, ("-o", "/dev/null/out"), "/dev/null is not a directory"),
     "family": (of_unknown_family, (), "'zebra9' is not defined in transformers"),
     "groups": (None, ("--group-size", "48"), "G301"),
-    "packed": (packed, (), "C147"),
+    "packed": (said_to_be_packed, (), "C153"),
 }
 
 

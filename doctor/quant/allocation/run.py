@@ -34,9 +34,10 @@ from doctor.quant.allocation.measure import Hurts, WidthSurvey
 from doctor.quant.allocation.sensitivity import ROWS, Sensitivities, Sensitivity
 from doctor.quant.calibration.pictures import SeenRow
 from doctor.quant.distributed import Ranks
-from doctor.quant.execute import Built, QuantizeResult, build
+from doctor.quant.execute import Built, build
 from doctor.quant.forward.hidden_states import make_batches
 from doctor.quant.prepare import Asked, Calibrated, Checked
+from doctor.quant.quantize_result import QuantizeResult
 from doctor.quant.stage import stage_of
 
 HELD_BACK = 8  # rows, at most, and one in HELD_SHARE at most
