@@ -3,7 +3,7 @@
 Prints seconds of the write (without the scans before and after, which `bench/scan.py` measures), bytes written and the
 ratio to `cp` of the same bytes, each the best of several runs that take turns. `cp` does not sync, the writer does: a
 `cp` followed by `sync` of the files stands beside it. Last the whole command for one JSON value, with what it read:
-each weight once, before the write, and none after it.
+each weight once, before the write, and none after it; the same in place, and its undo.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.edits.kinds import PadTensor, SetJson
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.fixing.filesystem import Carry
+from doctor.fixing.in_place import after_name, kept_name
 from doctor.fixing.overlay_writer import write_overlay
 from doctor.fixing.staging import open_staging
 from doctor.lint.testing import shard_bytes
@@ -110,6 +111,24 @@ def whole_command(work: Path, times: int) -> None:
     )
 
 
+def in_place(work: Path, times: int) -> None:
+    """The same `fix` in place, which keeps the old directory under another name, and `undo`, which puts it back."""
+    source, fixes, undos = work / "source", [], []
+    for _ in range(times):
+        os.sync()
+        start = time.perf_counter()
+        api.fix(source, None, only=("C152",), in_place=True)
+        fixes.append(time.perf_counter() - start)
+        kept = kept_name(source)
+        own = sum(p.stat().st_blocks * 512 for p in source.iterdir() if p.stat().st_nlink == 1)
+        start = time.perf_counter()
+        api.undo(source)
+        undos.append(time.perf_counter() - start)
+        assert not kept.exists()
+        shutil.rmtree(after_name(source), ignore_errors=True)
+    print(f"in place {min(fixes):.3f} s, {own:,} bytes of its own beside the kept directory; undo {min(undos):.3f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dir", type=Path, help="where to work (default: a temporary directory)")
@@ -167,6 +186,7 @@ def run(work: Path, blocks: int, times: int) -> None:
         ratios = f"{seconds / plain:>10.2f}{seconds / synced:>15.2f}" if files else f"{'-':>10}{'-':>15}"
         print(f"{label:<18}{written:>12,}{seconds:>9.3f}{plain:>8.3f}{synced:>11.3f}{ratios}", flush=True)
     whole_command(work, times)
+    in_place(work, times)
     print(
         f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, most of it from "
         f"generating the checkpoint"
