@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from doctor.core.patterns import pattern_of
+
 _SIGNS = re.compile(r"[*?\[\]^$|()\\+]")
 
 
@@ -28,11 +30,8 @@ class Exclusion:
     @classmethod
     def of_pattern(cls, entry: str, pointer: str, pattern: str) -> Exclusion:
         """An entry that must match from the beginning of a name; one that is no pattern matches nothing."""
-        try:
-            found = re.compile(pattern)
-        except re.error:
-            return cls(entry, pointer, lambda module: False)
-        return cls(entry, pointer, lambda module: found.match(module) is not None)
+        found = pattern_of(pattern)
+        return cls(entry, pointer, found.match if found else lambda module: False)
 
     @classmethod
     def of_words(cls, entry: str, pointer: str, matches: Callable[[str], bool]) -> Exclusion:
@@ -51,7 +50,5 @@ def leaves_out(entry: str, module: str) -> bool:
     """
     if module.endswith(entry):
         return True
-    try:
-        return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) is not None
-    except re.error:
-        return False
+    found = pattern_of(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
+    return found is not None and found.match(module)

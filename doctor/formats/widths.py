@@ -9,6 +9,7 @@ from typing import Any
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _
 from doctor.core.methods import GRID_BITS
+from doctor.core.patterns import Pattern
 
 
 class Widths:
@@ -16,7 +17,7 @@ class Widths:
 
     def __init__(self) -> None:
         self._names: dict[str, int] = {}  # looked up: a mixture may name thousands of linears one by one
-        self._patterns: list[tuple[re.Pattern[str], int]] = []
+        self._patterns: list[tuple[Pattern, int]] = []
 
     @classmethod
     def of_patterns(cls, pairs: Iterable[tuple[str, object]]) -> Widths:
@@ -42,7 +43,7 @@ class Widths:
         if pattern == exactly(name):
             self._names.setdefault(name, bits)
         else:
-            self._patterns.append((re.compile(pattern), bits))
+            self._patterns.append((Pattern(pattern), bits))
 
     def of(self, module: str, common: int) -> int:
         """The bits of a linear, `common` where it has none of its own."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from doctor.core.messages import _
+from doctor.core.patterns import pattern_of
 
 ADAPTER = "adapter_config.json"
 MATRIX = re.compile(
@@ -131,11 +132,11 @@ def _scale(config: Mapping, module: str, stored: int) -> float:
 def _of_module(patterns: object, module: str, otherwise: object) -> object:
     """The value of the first pattern that the module's name ends in, as PEFT looks it up."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error:
-            raise NotMergeable(f"its pattern {pattern!r} is no regular expression") from None
+        found = pattern_of(rf"(.*\.)?({pattern})$")
+        if found is None:
+            raise NotMergeable(f"its pattern {pattern!r} is no regular expression")
+        if found.match(module):
+            return value
     return otherwise
 
 
