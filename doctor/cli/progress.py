@@ -4,7 +4,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from doctor.core.messages import Message, plural
 from doctor.locale import catalogue
 
 SHORT = 64 << 20  # bytes: less than this is done before a bar is of use
@@ -44,6 +46,55 @@ def layer_bars() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[phase], completed=done, total=total)
 
         yield tick
+
+
+@contextmanager
+def run_lines(say: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """A bar of the layers of a quantizer's run, under the lines of its other steps; `say` for every line elsewhere.
+
+    Gives the function to call with each line. A layer's line is shown for what it names: damping that was raised.
+    """
+    if not _watched():
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    linears = 0
+    task: Any = None
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stderr=True,
+    ) as bar:
+
+        def show(text: str) -> None:
+            nonlocal linears, task
+            layer = _layer(text)
+            if layer is None:
+                say(text)
+                return
+            linears += layer["n"]
+            named = catalogue.translated(plural("quantize: {n:,} linear", "quantize: {n:,} linears", linears))
+            if task is None:
+                task = bar.add_task(named, total=layer["count"])
+            bar.update(task, completed=layer["i"], description=named)
+            if isinstance(text, Message) and "names" in text.values:
+                say(text)
+
+        yield show
+
+
+def _layer(text: str) -> dict[str, int] | None:
+    """The numbers in a line about a finished layer: i of count, n linears; None of another line."""
+    while isinstance(text, Message) and isinstance(text.values.get("done"), Message):
+        text = text.values["done"]
+    known = isinstance(text, Message) and {"i", "count", "n"} <= text.values.keys()
+    return {key: int(text.values[key]) for key in ("i", "count", "n")} if known else None
 
 
 @contextmanager

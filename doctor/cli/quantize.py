@@ -30,6 +30,7 @@ from doctor.cli.options import (
     words,
 )
 from doctor.cli.output import emit, exit_for, json_on_failure, notice
+from doctor.cli.progress import run_lines
 from doctor.cli.recipe import asked_recipe
 from doctor.core.messages import _
 from doctor.core.recipe import DAMP, DAMP_MAX
@@ -229,25 +230,26 @@ def command(
         if plan_only:
             planned = {**run, **given(budget=budget), "tune": _rows_to_tune(tune)}
             _print_forecast(api.plan_quantize(path, output, recipe, **planned))
-        result = api.quantize(
-            path,
-            output,
-            recipe,
-            fix=fix,
-            unsafe_fixes=words([unsafe_fixes]),
-            resume=resume,
-            overwrite=overwrite,
-            progress=notice,
-            tune=_rows_to_tune(tune),
-            **run,
-            **given(
-                preflight=preflight or None,
-                retry_failed=retry_failed or None,
-                device=other_device(device),
-                imatrix=imatrix,
-                budget=budget,
-            ),
-        )
+        with run_lines(notice) as line:
+            result = api.quantize(
+                path,
+                output,
+                recipe,
+                fix=fix,
+                unsafe_fixes=words([unsafe_fixes]),
+                resume=resume,
+                overwrite=overwrite,
+                progress=line,
+                tune=_rows_to_tune(tune),
+                **run,
+                **given(
+                    preflight=preflight or None,
+                    retry_failed=retry_failed or None,
+                    device=other_device(device),
+                    imatrix=imatrix,
+                    budget=budget,
+                ),
+            )
         if int(os.environ.get("RANK", "0")):  # under torchrun, rank 0 speaks for all
             exit_for([result.report])
         emit([result.report], outputs)

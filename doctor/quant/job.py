@@ -19,7 +19,7 @@ import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.finding import Finding
-from doctor.core.messages import _, plural
+from doctor.core.messages import Message, _, plural
 from doctor.core.methods import METHODS, is_calibrated
 from doctor.core.recipe import Recipe, is_kept
 from doctor.core.records import OUTSIDE_LINEARS, STACKED_EXPERTS, damp_raised
@@ -41,6 +41,7 @@ from doctor.quant.selection import names_in_config, stays_unasked
 from doctor.quant.setup import Progress, Setup, Survey, set_up
 from doctor.quant.vision import quantize_vision
 
+_RECENT = 8  # layers whose mean time those that follow are taken to need
 _OUTSIDE = "outside"  # the part of everything that belongs to no decoder layer
 
 
@@ -140,6 +141,7 @@ def _quantize_layers(setup: Setup, recipe: Recipe) -> Result:
     """Layer after layer, until the last one or the first that stops the run."""
     activations = open_activations(setup)
     done = Result(recipe)
+    spent: list[float] = []
     for i in range(len(setup.skeleton.layers)):
         started = time.perf_counter()
         with torch.no_grad():
@@ -154,7 +156,8 @@ def _quantize_layers(setup: Setup, recipe: Recipe) -> Result:
         if done.stopped:
             return done
         budget.give_back()
-        _say(setup, i, layer, time.perf_counter() - started)
+        spent.append(time.perf_counter() - started)
+        _say(setup, i, layer, spent)
     return done
 
 
@@ -226,12 +229,12 @@ def try_layers(
         done = done.with_layer(layer)
         if done.stopped:
             break
-        _say(setup, i, layer, seconds[-1])
+        _say(setup, i, layer, seconds, to_go=False)
     return done, seconds
 
 
-def _say(setup: Setup, i: int, layer: LayerResult, seconds: float) -> None:
-    """The progress line of a finished layer."""
+def _say(setup: Setup, i: int, layer: LayerResult, spent: list[float], to_go: bool = True) -> None:
+    """The progress line of a finished layer. spent: seconds of each so far; to_go: all that follow are done too."""
     losses = [r["solve"]["loss"] for r in layer.records if is_calibrated(r["outcome"])]
     raised = [r["name"] for r in layer.records if damp_raised(r["solve"])]
     quantized = sum(r["outcome"] in METHODS for r in layer.records)
@@ -241,10 +244,22 @@ def _say(setup: Setup, i: int, layer: LayerResult, seconds: float) -> None:
         quantized,
         i=i + 1,
         count=len(setup.skeleton.layers),
-        seconds=seconds,
+        seconds=spent[-1],
     )
+    left = len(setup.skeleton.layers) - i - 1
+    if to_go and left:
+        recent = spent[-_RECENT:]
+        done = _("{done}, about {clock} left", done=done, clock=clock(left * sum(recent) / len(recent)))
     if losses:
         done = _("{done}, largest relative error {worst:.2%}", done=done, worst=max(losses))
     if raised:
         done = _("{done}; damp raised: {names}", done=done, names=", ".join(raised))
     setup.progress(done)
+
+
+def clock(seconds: float) -> Message:
+    """Seconds, minutes or hours, for a person."""
+    minutes = seconds / 60
+    if minutes < 2:
+        return _("{seconds:.0f} s", seconds=seconds)
+    return _("{minutes:.0f} min", minutes=minutes) if minutes < 120 else _("{hours:.1f} h", hours=minutes / 60)

@@ -18,14 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.messages import Message, _, listed
+from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
 from doctor.lint.rule import Rule
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
 from doctor.quant.budget import Need, gib
-from doctor.quant.job import Result, try_layers
+from doctor.quant.job import Result, clock, try_layers
 
 ROWS = 32  # of the calibration rows: enough for a speed, few enough for a minute
 
@@ -112,7 +112,7 @@ class Forecast:
                 _(
                     "time    about {clock} for {layers} layers: measured on layer {tried} of {layers} with {few} "
                     "of {rows} rows",
-                    clock=_clock(self.seconds),
+                    clock=clock(self.seconds),
                     layers=self.blocks,
                     tried=listed(str(i + 1) for i in self.tried),
                     few=self.tried_rows,
@@ -243,10 +243,3 @@ def preflight(
 def _free_disk(output: Path) -> int:
     folder = next((p for p in (output, *output.parents) if p.exists()), Path(os.sep))
     return shutil.disk_usage(folder).free
-
-
-def _clock(seconds: float) -> Message:
-    minutes = seconds / 60
-    if minutes < 2:
-        return _("{seconds:.0f} s", seconds=seconds)
-    return _("{minutes:.0f} min", minutes=minutes) if minutes < 120 else _("{hours:.1f} h", hours=minutes / 60)
