@@ -26,12 +26,14 @@ from doctor.core.records import SolveRecord, damp_raised
 from doctor.core.version import __version__
 from doctor.fixing.receipt import RECEIPT
 from doctor.formats.base import format_of
+from doctor.model.linears import Linear
 from doctor.quant.forward.linear_groups import Modules
 from doctor.quant.linear import put_weight
 from doctor.quant.pack import unpack_linear
 from doctor.quant.stage import differences
 
 MAY_DIFFER = ("damp", "damp_max")
+SAMPLE_BYTES = 512  # of each tensor: another training of the same class differs in every matrix that it touched
 
 
 def versions() -> dict[str, str]:
@@ -85,11 +87,25 @@ class Earlier:
             if name in self.failed:
                 again[name] = (linear, module)
                 continue
-            shape = (linear.out_features, linear.in_features)
             device = module.get_parameter("weight").device
             parts = {n: t.to(device) for n, t in written.items() if n.rpartition(".")[0] == name}
-            put_weight(module, unpack_linear(name, parts, recipe.for_linear(name), shape), linear.transposed)
+            put_weight(module, self._unpacked(linear, recipe, parts), linear.transposed)
         return again
+
+    def _unpacked(self, linear: Linear, recipe: Recipe, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """W f32[n, k] of a linear as it was written. Raises PlanRefused where the output does not hold it."""
+        shape = (linear.out_features, linear.in_features)
+        try:
+            if linear.name in self.solved:
+                W = unpack_linear(linear.name, parts, recipe.for_linear(linear.name), shape)
+                if tuple(W.shape) == shape:
+                    return W
+        except (KeyError, ValueError, IndexError, RuntimeError):  # parts that are absent, or of another size
+            pass
+        raise PlanRefused(
+            _("{path}: does not hold {linear} as its receipt says.", path=self.checkpoint.root, linear=linear.name),
+            _("Quantize anew into another directory."),
+        )
 
 
 def open_earlier(output: Checkpoint, recipe: Recipe, source: str) -> Earlier:
@@ -128,14 +144,23 @@ def fell_back(solve: SolveRecord, recipe: Recipe) -> bool:
 
 
 def source_mark(checkpoint: Checkpoint) -> str:
-    """sha256 of the names, types and shapes of a checkpoint's tensors and of its config.json, wherever it lies."""
-    headers = sorted((t.name, t.dtype.name, t.shape) for t in checkpoint.tensors.values())
-    config = checkpoint.json["config.json"].raw if "config.json" in checkpoint.json else b""
-    return hashlib.sha256(repr((headers, config, getattr(checkpoint, "edits", ()))).encode()).hexdigest()
+    """sha256 of what tells a checkpoint from others of its class, wherever it lies: config.json, the names, types and
+    shapes of its tensors, and SAMPLE_BYTES from the middle of each.
+    """
+    base: Checkpoint = getattr(checkpoint, "source", checkpoint)  # of an edited view
+    digest = hashlib.sha256(repr(getattr(checkpoint, "edits", ())).encode())
+    digest.update(base.json["config.json"].raw if "config.json" in base.json else b"")
+    for shard in base.shards.values():
+        with base.open_file(shard.name) as file:
+            for info in shard.tensors:
+                middle = info.begin + info.nbytes // 2
+                digest.update(repr((info.name, info.dtype.name, info.shape)).encode())
+                digest.update(file.read(middle, min(SAMPLE_BYTES, info.end - middle)))
+    return digest.hexdigest()
 
 
 def _require_same(output: Checkpoint, document: Mapping[str, Any], recipe: Recipe, source: str) -> None:
-    now = {**versions(), "source": source, "recipe": {k: _plain(v) for k, v in asdict(recipe).items()}}
+    now: dict[str, Any] = {**versions(), "source": source, "recipe": {k: _plain(v) for k, v in asdict(recipe).items()}}
     before = {key: document.get(key) for key in now}
     if isinstance(before["recipe"], dict):
         before["recipe"] = {**before["recipe"], **{key: now["recipe"][key] for key in MAY_DIFFER}}
@@ -179,6 +204,12 @@ def _solve(stated: Mapping[str, Any]) -> SolveRecord:
         str(stated.get("precision", "")),
         number("loss"),
         number("rtn_loss"),
-        tuple(tuple(a) for a in attempts) if isinstance(attempts, list) else (),
+        tuple((float(a[0]), str(a[1]), str(a[2])) for a in attempts if _is_attempt(a))
+        if isinstance(attempts, list)
+        else (),
         str(stated.get("note", "")),
     )
+
+
+def _is_attempt(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and isinstance(value[0], (int, float))

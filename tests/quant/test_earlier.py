@@ -95,7 +95,21 @@ def test_nothing_but_rows_and_damping_may_differ(first, tmp_path):
     case.write(tmp_path / "other")
     with pytest.raises(PlanRefused, match="differs in source"):
         api.quantize(tmp_path / "other", tmp_path / "o", MORE, resume=True, retry_failed=True, client=None)
+    case = tiny("llama")  # the same class, trained further: one matrix
+    case.tensors[case.name("down")] ^= 1
+    case.write(tmp_path / "trained")
+    with pytest.raises(PlanRefused, match="differs in source"):
+        api.quantize(tmp_path / "trained", tmp_path / "o", MORE, resume=True, retry_failed=True, client=None)
     assert tensors(tmp_path / "o") == before
+
+
+def test_a_receipt_that_says_what_is_not_there_is_refused(first, tmp_path):
+    path = tmp_path / "o" / "doctor.json"
+    receipt = json.loads(path.read_text())
+    receipt["linears"] = [entry for entry in receipt["linears"] if "q_proj" not in entry["name"]]
+    path.write_text(json.dumps(receipt))
+    with pytest.raises(PlanRefused, match="q_proj as its receipt says"):
+        retry(tmp_path)
 
 
 def test_an_output_without_a_fallback_is_left_alone(tmp_path):
