@@ -307,9 +307,13 @@ def recover(path: str | os.PathLike[str]) -> list[str]:
 
 def verify(original: str | os.PathLike[str], quantized: str | os.PathLike[str], **options: Any) -> Report:
     """Compare a quantized checkpoint with its original; for the options see doctor.evaluate.verify.verify."""
+    from doctor.quant.early import require_comparable
+
+    first, second = Checkpoint.open(original), Checkpoint.open(quantized)
+    require_comparable(first, second, options.get("text"))  # before torch is imported
     from doctor.evaluate.verify import verify as run
 
-    return run(original, quantized, **{"load_proof": os.environ.get("DOCTOR_LOAD_PROOF") != "0", **options})
+    return run(first, second, **{"load_proof": os.environ.get("DOCTOR_LOAD_PROOF") != "0", **options})
 
 
 def quantize(
@@ -359,11 +363,19 @@ def tune(
     **options: Any,
 ) -> Tuned:
     """Tune the scales and norms of a quantized checkpoint against its original; see doctor.quant.tuning.tune.tune."""
+    from doctor.quant.calibration.documents import require_text_of
+    from doctor.quant.early import require_tunable
+
+    source, teacher = (x if isinstance(x, Checkpoint) else Checkpoint.open(x) for x in (quantized, original))
+    rules = load_rules(dict.fromkeys(options.get("rules_dirs", ())))
+    require_tunable(source, teacher, Path(os.path.abspath(output)), rules, options.get("overwrite", False))
+    if options.get("calibration") is not None:
+        require_text_of(options["calibration"])
     from doctor.evaluate.clients.rehearsal import client_of
     from doctor.quant.tuning.tune import tune as run
 
     client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else client_of(Recipe())
-    return run(quantized, original, output, **{"client": client, **options})
+    return run(source, teacher, output, **{"client": client, **options})
 
 
 def plan_quantize(
@@ -380,6 +392,10 @@ def plan_quantize(
 
 def kvcache(path: str | os.PathLike[str] | Checkpoint, **options: Any) -> KvReport:
     """Size and error of a model's key/value cache; for the options see doctor.evaluate.kvcache.study.kvcache."""
+    from doctor.quant.early import require_cached
+
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    require_cached(checkpoint, **options)  # before torch is imported
     from doctor.evaluate.kvcache.study import kvcache as run
 
-    return run(path, **options)
+    return run(checkpoint, **options)

@@ -34,8 +34,8 @@ CONTEXT, ROWS = 512, 24
 
 
 def verify(
-    original: str | os.PathLike,
-    quantized: str | os.PathLike,
+    original: str | os.PathLike | Checkpoint,
+    quantized: str | os.PathLike | Checkpoint,
     *,
     text: str | os.PathLike | None = None,
     context: int = CONTEXT,
@@ -68,7 +68,7 @@ def verify(
     python = os.fspath(client_python) if client_python else None
     device = device_of(device)
     logprobs: list | None = [] if client else None
-    first, second = Checkpoint.open(original), Checkpoint.open(quantized)
+    first, second = (x if isinstance(x, Checkpoint) else Checkpoint.open(x) for x in (original, quantized))
     _require_reader(second, client)
     ids, tokenizer, source = text_rows(first, text, rows, context)
     own = kind_of(first)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import PlanRefused
 from doctor.core.facts import COSTS
 from doctor.core.messages import Message, _
-from doctor.core.recipe import Recipe
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.fixing.apply import apply_plan
 from doctor.fixing.assess import Assessment, Progress, assess, no_progress
@@ -25,9 +23,9 @@ from doctor.fixing.staging import hold_output
 from doctor.fixing.step import Step
 from doctor.lint.engine import Report, load_rules
 from doctor.lint.rule import Rule
-from doctor.model.quantization_config import stored_recipe
 from doctor.quant.client import Client
 from doctor.quant.conversion import FLOATS, Conversion, plan_conversion
+from doctor.quant.early import alone, judged_alone
 
 COMMAND = "convert"
 LABELS = ("O621", "O623")  # defects of what quantization_config says of the tensors, which plain floats do not have
@@ -73,14 +71,8 @@ def convert(
     place = Path(os.path.abspath(output))
     check_output(source, place, overwrite)
     rules = load_rules(dict.fromkeys(rules_dirs))
-    before = assess(source, _alone(source), rules, stage="header")
-    fixed = LABELS if target in FLOATS else ()
-    wrong = [f for f in before.findings if f.severity == "error" and f.code not in fixed]
-    if wrong:
-        raise PlanRefused(
-            _("{checkpoint}: {code}: {message}.", checkpoint=source.name, code=wrong[0].code, message=wrong[0].message),
-            _("Convert copies what is there: `doctor check` and `doctor fix` come first."),
-        )
+    hint = _("Convert copies what is there: `doctor check` and `doctor fix` come first.")
+    before = judged_alone(source, rules, hint, LABELS if target in FLOATS else ())
     conversion = plan_conversion(source, target, client.linears if client else None)
     plan = _plan(source, conversion, before, rules, progress)
     refuse(plan)
@@ -112,11 +104,6 @@ def convert(
     )
 
 
-def _alone(checkpoint: Checkpoint) -> Recipe:
-    """The recipe that judges the files of a checkpoint and no plan."""
-    return replace(stored_recipe(checkpoint, Recipe()), goal="none")
-
-
 def _stage(conversion: Conversion) -> str:
     """What is read back under the rules: codes that are the same were judged with the source, and are compared while
     they are written; floats are new values.
@@ -128,7 +115,7 @@ def _plan(
     source: Checkpoint, conversion: Conversion, before: Assessment, rules: list[Rule], progress: Progress
 ) -> Plan:
     overlay = EditedCheckpoint(source, conversion.edits)
-    recipe = _alone(overlay)
+    recipe = alone(overlay)
     after = assess(overlay, recipe, rules, stage=_stage(conversion), progress=lambda n: progress("scan", n))
     title = _("{old} to {new}", old=conversion.old, new=conversion.new)
     step = Step(COMMAND, COMMAND, "safe" if conversion.exact else "unsafe", title, edits=list(conversion.edits))

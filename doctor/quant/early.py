@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
@@ -16,24 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import NotQuantizable, PlanRefused
+from doctor.core.errors import BadCheckpoint, DoctorError, NotQuantizable, PlanRefused
 from doctor.core.facts import CHECKPOINT
 from doctor.core.machine import GIVEN_MACHINE
-from doctor.core.messages import _
+from doctor.core.messages import Message, _
 from doctor.core.recipe import Recipe, matches
-from doctor.fixing.assess import assess
+from doctor.fixing.assess import Assessment, assess
+from doctor.fixing.outputs import check_output
 from doctor.fixing.result import report_of
 from doctor.formats.known import streams
 from doctor.lint.as_floats import read_as_floats
 from doctor.lint.engine import Report, load_rules, select_rules
+from doctor.lint.rule import Rule
 from doctor.model.fused_experts import unfuse
+from doctor.model.quantization_config import stored_recipe
+from doctor.model.same_model import require_same_model
 from doctor.model.spec import ModelSpec, build_spec
 from doctor.plan.mixture import with_mixture
 from doctor.quant import budget
+from doctor.quant.calibration.documents import require_text, require_text_of
 from doctor.quant.capacity import measure
 from doctor.quant.stage import Stage, require_room
 from doctor.scan.header import DECODED
 
+# Rules that say that tensors, or files with them, cannot be read at all.
+UNREADABLE = frozenset(("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F019", "F020", "F021", "F070", "F071"))
 _MAPPINGS = ("auto_mappings.py", "configuration_auto.py")  # of transformers/models/auto: where model types are named
 
 
@@ -46,6 +53,7 @@ def refused_by_headers(
     fix: bool = False,
     unsafe_fixes: bool | Iterable[str] = False,
     memory: int | None = None,
+    calibration: str | os.PathLike | None = None,
     preflight: bool = False,
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
@@ -68,6 +76,8 @@ def refused_by_headers(
     view, decoding = read_as_floats(source, recipe, rules)
     config = view.value("config.json")
     facts: list[tuple[str, str, object]] = [(CHECKPOINT, DECODED.name, decoding)] if decoding else []
+    if calibration is not None and recipe.calibrated:
+        require_text_of(calibration)
     if config is not None:
         spec = build_spec(config, view.tensors)
         require_named(view, spec, recipe)
@@ -103,6 +113,86 @@ def require_unrounded(source: Checkpoint) -> None:
             _("{name}: is GGUF, whose weights are rounded already.", name=source.name),
             _("Quantize the checkpoint that it was made from."),
         )
+
+
+def judged_alone(source: Checkpoint, rules: list[Rule], hint: Message, but: Collection[str] = ()) -> Assessment:
+    """What headers show of a checkpoint by itself, without a plan. Raises PlanRefused for its first error, but for
+    codes in `but`.
+    """
+    found = assess(source, alone(source), rules, stage="header")
+    wrong = [f for f in found.findings if f.severity == "error" and f.code not in but]
+    if wrong:
+        raise PlanRefused(
+            _("{checkpoint}: {code}: {message}.", checkpoint=source.name, code=wrong[0].code, message=wrong[0].message),
+            hint,
+        )
+    return found
+
+
+def alone(checkpoint: Checkpoint) -> Recipe:
+    """The recipe that judges the files of a checkpoint and no plan."""
+    return replace(stored_recipe(checkpoint, Recipe()), goal="none")
+
+
+def require_tunable(
+    quantized: Checkpoint, original: Checkpoint, output: Path, rules: list[Rule], overwrite: bool = False
+) -> Assessment:
+    """Raises what `tune` refuses by headers: an output that may not be written, two models, errors of the files."""
+    check_output(quantized, output, overwrite)
+    require_same_model(original, quantized)
+    config = original.value("config.json") or {}
+    require_family(config, build_spec(config, original.tensors))
+    return judged_alone(quantized, rules, _("Tuning changes scales alone: `doctor check` and `doctor fix` come first."))
+
+
+def require_comparable(original: Checkpoint, quantized: Checkpoint, text: str | os.PathLike | None = None) -> None:
+    """Raises what `verify` refuses by headers: files whose tensors cannot be read, two models, an unknown family, a
+    text that cannot be read.
+    """
+    if text is not None:
+        require_text(Path(text))
+    require_same_model(original, quantized)
+    files = [rule for rule in load_rules() if rule.code in UNREADABLE]
+    for checkpoint in (original, quantized):
+        judged_alone(checkpoint, files, _("`doctor check` says more, and what to do."))
+        if not checkpoint.gguf and checkpoint.value("config.json") is None:
+            raise BadCheckpoint(
+                _("{name}: config.json is absent or broken; the model's shape stands there.", name=checkpoint.name)
+            )
+    config = original.value("config.json") or {}
+    require_family(config, build_spec(config, original.tensors))
+
+
+def require_cached(
+    checkpoint: Checkpoint,
+    *,
+    context: int = 1,
+    batch: int = 1,
+    rows: int = 1,
+    text: str | os.PathLike | None = None,
+    measure: bool = False,
+    **_others: Any,
+) -> None:
+    """Raises what `kvcache` refuses by options and headers: numbers below 1, no config.json, and, where the model is to
+    be run, an unknown family or a text that cannot be read.
+    """
+    for name, value in (("--context", context), ("--batch", batch), ("rows", rows)):
+        if value < 1:
+            raise DoctorError(_("{option} {value}: must be 1 or more.", option=name, value=value))
+    config = checkpoint.value("config.json")
+    if config is None and checkpoint.gguf:
+        raise BadCheckpoint(
+            _("{name}: is a GGUF file; the cache's sizes are read from config.json.", name=checkpoint.name),
+            _("Give the directory that it was made from."),
+        )
+    if config is None:
+        raise BadCheckpoint(
+            _("{name}: config.json is absent or broken; the cache's shape stands there.", name=checkpoint.name)
+        )
+    if measure:
+        require_family(config, build_spec(config, checkpoint.tensors))
+        if text is not None:
+            require_text(Path(text))
 
 
 def require_named(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> None:

@@ -43,6 +43,7 @@ from doctor.quant.container import prepared, require_importance
 from doctor.quant.device import device_memory, device_of
 from doctor.quant.distributed import size, start, stop
 from doctor.quant.earlier import Earlier, open_earlier, source_mark
+from doctor.quant.early import require_named
 from doctor.quant.execute import build
 from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
@@ -247,7 +248,10 @@ def plan(
     config = checkpoint.value("config.json")
     if config is None:
         raise BadCheckpoint(_without_config(checkpoint))
+    if not checkpoint.tensors:
+        raise BadCheckpoint(_("{root}: no tensor can be read.", root=str(checkpoint.root)), _("Run `doctor check`."))
     spec = build_spec(config, checkpoint.tensors)
+    require_named(checkpoint, spec, recipe or Recipe())
     length = min(max_seq_length, spec.max_positions or max_seq_length)
     recipe = recipe or Recipe()
     recipe = ladder(checkpoint, spec, recipe, budget).provisional if budget else with_mixture(recipe, spec)

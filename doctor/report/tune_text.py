@@ -2,13 +2,16 @@
 
 import os
 import shlex
+from typing import TYPE_CHECKING
 
 from doctor.locale.catalogue import counted, say, translated
-from doctor.quant.tuning.tune import Tuned
 from doctor.report.text import safe
 
+if TYPE_CHECKING:
+    from doctor.quant.tuning.tune import Tuned
 
-def render_tuning(done: Tuned, original: str) -> str:
+
+def render_tuning(done: "Tuned", original: str) -> str:
     """The divergence before and after, what was tuned, findings, and where it lies. The same input gives the same
     text.
     """

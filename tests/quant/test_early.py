@@ -1,5 +1,6 @@
 """What headers, flags and the machine refuse is refused before torch is imported."""
 
+import os
 import subprocess
 import sys
 
@@ -79,3 +80,41 @@ def test_a_full_disk_is_refused_before_the_weights_are_read(tmp_path, monkeypatc
     monkeypatch.setattr(stage, "free_bytes", lambda folder: 1000)
     with pytest.raises(MachineError, match="1,000 bytes are free"):
         quantize(model, tmp_path / "out", GPTQ)
+
+
+COMPARED = {
+    "another model": (("verify", "good", "small"), "are not one model: hidden_size"),
+    "a link out": (("verify", "good", "linked"), "F019"),
+    "text": (("verify", "good", "good", "--text", "pipe.jsonl"), "pipe.jsonl: not a regular file"),
+    "tuned link": (("tune", "linked", "--to", "good", "-o", "out"), "F019"),
+    "tuned family": (("tune", "strange", "--to", "strange", "-o", "out"), "'zebra9' is not defined"),
+    "converted link": (("convert", "linked", "--format", "bf16", "-o", "out"), "F019"),
+    "cache": (("kvcache", "good", "--context", "0"), "--context 0: must be 1 or more"),
+    "measured family": (("kvcache", "strange", "--measure"), "'zebra9' is not defined"),
+    "planned": (("quantize", "good", "--plan", "--memory", "24", "-o", "out"), "must have a unit"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    broken(lambda case: None).write(folder / "good")
+    broken(lambda case: case.config.update(hidden_size=32)).write(folder / "small")
+    broken(of_unknown_family).write(folder / "strange")
+    broken(lambda case: None).write(folder / "linked")
+    shard = folder / "linked" / "model.safetensors"
+    shard.unlink()
+    shard.symlink_to(folder / "good" / "model.safetensors")
+    os.mkfifo(folder / "pipe.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_other_commands_refuse_without_torch_too(name, models):
+    line, said = COMPARED[name]
+    before = sorted(p.name for p in models.iterdir())
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *line], cwd=models, capture_output=True, text=True, timeout=60)
+    assert "imported" not in done.stderr
+    assert said in done.stdout + done.stderr
+    assert done.returncode == 2
+    assert sorted(p.name for p in models.iterdir()) == before

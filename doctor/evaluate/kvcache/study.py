@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.errors import DoctorError
 from doctor.core.host import describe
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
@@ -27,6 +27,7 @@ from doctor.lint.engine import load_rules
 from doctor.model.spec import build_spec
 from doctor.quant.dequantize import as_float
 from doctor.quant.device import device_memory, device_of
+from doctor.quant.early import require_cached
 from doctor.quant.solve import cuda
 from doctor.scan import counters
 from doctor.scan.header import header_facts
@@ -61,21 +62,10 @@ def kvcache(
     impossible options, MachineError for a device that is not there, BadCheckpoint where config.json is absent or does
     not give the sizes.
     """
-    for name, value in (("--context", context), ("--batch", batch), ("rows", rows)):
-        if value < 1:
-            raise DoctorError(_("{option} {value}: must be 1 or more.", option=name, value=value))
-    device = device_of(device)
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
-    config = checkpoint.value("config.json")
-    if config is None and checkpoint.gguf:
-        raise BadCheckpoint(
-            _("{name}: is a GGUF file; the cache's sizes are read from config.json.", name=checkpoint.name),
-            _("Give the directory that it was made from."),
-        )
-    if config is None:
-        raise BadCheckpoint(
-            _("{name}: config.json is absent or broken; the cache's shape stands there.", name=checkpoint.name)
-        )
+    require_cached(checkpoint, context=context, batch=batch, rows=rows, text=text, measure=measure)
+    device = device_of(device)
+    config = checkpoint.value("config.json") or {}
     with quiet(), device_memory(device):
         spec = build_spec(config, checkpoint.tensors)
         layout = read_cache_layout(spec)

@@ -7,6 +7,7 @@ half of the reference is left out on purpose: perplexity is measured on it.
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import re
@@ -39,10 +40,9 @@ def local_file(source: str | os.PathLike) -> Path:
     """The file of a source: itself, or one file of the dataset org/name, downloaded: its training part, JSON Lines
     before Parquet.
     """
-    path = Path(source)
+    if not _is_dataset(source):
+        return Path(source)
     text = os.fspath(source).removeprefix("hf://datasets/")
-    if path.exists() or path.suffix.lower() in _SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-        return path
     import huggingface_hub
 
     try:
@@ -71,14 +71,22 @@ def local_file(source: str | os.PathLike) -> Path:
         ) from None
 
 
-def read_documents(path: Path) -> Documents:
-    """Documents of a .txt (one document), .jsonl (an object a line) or .parquet file (a column text, messages or
-    input_ids).
-    """
-    documents = Documents(path.name)
-    documents.folder = path.parent
-    reader = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix.lower())
-    if reader is None:
+def require_text_of(source: str | os.PathLike) -> None:
+    """require_text of a source that is a file and no dataset on the Hub."""
+    if not _is_dataset(source):
+        require_text(Path(source))
+
+
+def _is_dataset(source: str | os.PathLike) -> bool:
+    """Whether a source is the name of a dataset: org/name, where there is no such file."""
+    path, text = Path(source), os.fspath(source).removeprefix("hf://datasets/")
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+    return named and not path.exists() and path.suffix.lower() not in _SUFFIXES
+
+
+def require_text(path: Path) -> None:
+    """Raises DoctorError for what cannot be read as calibration text, by its name and kind; opens nothing."""
+    if path.suffix.lower() not in _SUFFIXES:
         raise DoctorError(
             _(
                 "{path}: calibration text with the suffix {suffix!r}; must be .txt, .jsonl or .parquet.",
@@ -86,6 +94,20 @@ def read_documents(path: Path) -> Documents:
                 suffix=path.suffix,
             )
         )
+    if not path.exists():
+        raise DoctorError(_("{path}: {why}.", path=str(path), why=os.strerror(errno.ENOENT)))
+    if not path.is_file():
+        raise DoctorError(_("{path}: not a regular file.", path=str(path)), _("Give a regular file."))
+
+
+def read_documents(path: Path) -> Documents:
+    """Documents of a .txt (one document), .jsonl (an object a line) or .parquet file (a column text, messages or
+    input_ids).
+    """
+    require_text(path)
+    documents = Documents(path.name)
+    documents.folder = path.parent
+    reader = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[path.suffix.lower()]
     try:
         reader(path, documents)
     except OSError as error:

@@ -11,16 +11,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import PlanRefused
 from doctor.core.messages import Message, _
-from doctor.core.recipe import Recipe
 from doctor.core.records import CalibrationFacts
 from doctor.edits.donor_registry import donate, tensor_digest
 from doctor.edits.kinds import TakeTensor
@@ -29,20 +27,18 @@ from doctor.fixing.apply import apply_plan
 from doctor.fixing.assess import Assessment, assess, no_progress
 from doctor.fixing.assess import Progress as BytesProgress
 from doctor.fixing.consent import Consent
-from doctor.fixing.outputs import check_output
 from doctor.fixing.plan import Plan, caused, refuse
 from doctor.fixing.result import report_of
 from doctor.fixing.step import Step
 from doctor.lint.engine import Report, load_rules
 from doctor.lint.rule import Rule
-from doctor.model.quantization_config import stored_recipe
-from doctor.model.same_model import require_same_model
 from doctor.model.spec import build_spec
 from doctor.quant.budget import free_memory
 from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, calibration_rows
 from doctor.quant.client import Client
 from doctor.quant.dequantize import as_float
 from doctor.quant.device import device_free, device_memory, device_of
+from doctor.quant.early import alone, require_tunable
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import Gain, Scales
 from doctor.quant.tuning.saved import Saved
@@ -118,17 +114,9 @@ def tune(
     device = device_of(device)
     source, teacher = (x if isinstance(x, Checkpoint) else Checkpoint.open(x) for x in (quantized, original))
     place = Path(os.path.abspath(output))
-    check_output(source, place, overwrite)
-    require_same_model(teacher, source)
-    tunable(source)
     rules = load_rules(dict.fromkeys(rules_dirs))
-    before = assess(source, _alone(source), rules, stage="header")
-    wrong = [f for f in before.findings if f.severity == "error"]
-    if wrong:
-        raise PlanRefused(
-            _("{checkpoint}: {code}: {message}.", checkpoint=source.name, code=wrong[0].code, message=wrong[0].message),
-            _("Tuning changes scales alone: `doctor check` and `doctor fix` come first."),
-        )
+    before = require_tunable(source, teacher, place, rules, overwrite)
+    tunable(source)
     config = teacher.value("config.json") or {}
     spec = build_spec(config, teacher.tensors)
     found, facts, notes = calibration_rows(
@@ -212,11 +200,6 @@ def tuned_values(
     )
 
 
-def _alone(checkpoint: Checkpoint) -> Recipe:
-    """The recipe that judges the files of a checkpoint and no plan."""
-    return replace(stored_recipe(checkpoint, Recipe()), goal="none")
-
-
 def _write(
     source: Checkpoint,
     place: Path,
@@ -238,7 +221,7 @@ def _write(
                 TakeTensor(name, _DONOR, tensor_digest(donor, donor.tensors[name])) for name in sorted(outcome.values)
             ]
             overlay = EditedCheckpoint(source, edits)
-            recipe = _alone(overlay)
+            recipe = alone(overlay)
             after = assess(overlay, recipe, rules, progress=lambda n: progress("scan", n))
             title = _(
                 "{scales} scales' tensors and {gains} norms tuned, KL {start:.4f} to {end:.4f}",
