@@ -26,6 +26,7 @@ from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.forward.text_model import cache_argument
 
 REPLY_TOKENS = 24
+HEAD_TOKENS = 128  # positions whose logits are held at once, of both models
 # of the text; one more pass over them costs a twenty-fourth of a comparison on 24 rows, a fifth of one on a single row
 ALONE_ROWS = 2
 
@@ -75,6 +76,23 @@ class Streamed:
         model = self.skeleton.model
         yield from self._ending(lambda ids: model(input_ids=ids, use_cache=False).logits, rows, states)
 
+    @torch.no_grad()
+    def logit_parts(self) -> Generator[tuple[int, int, torch.Tensor], None, None]:
+        """(row, first position, logits f32[HEAD_TOKENS or fewer, vocabulary]) of every row in order, after the last
+        block: a row of 512 tokens has 0.5 GB of logits where the vocabulary has 262,144.
+        """
+        self.skeleton.load_ends()
+        model, device = self.skeleton.model, self.skeleton.device
+        with passed_layers(self.skeleton) as give:
+            for row, (ids, hidden) in enumerate(zip(self.rows, self.hidden, strict=True)):
+                give(hidden)
+                length = ids.shape[1]
+                for at in range(0, length, HEAD_TOKENS):
+                    keep = torch.arange(at, min(at + HEAD_TOKENS, length), device=device)
+                    found = model(input_ids=ids.to(device), use_cache=False, logits_to_keep=keep).logits[0]
+                    # a model that does not know logits_to_keep gives all of them
+                    yield row, at, (found if len(found) == len(keep) else found[keep]).float()
+
     def states(self) -> Generator[torch.Tensor, None, None]:
         """Last hidden states f32[length, hidden] of every row, after the last block and what the model does behind."""
         self.skeleton.load_base()
@@ -101,18 +119,28 @@ class Streamed:
 
     @torch.no_grad()
     def reply(self, prompts: list[torch.Tensor], tokens: int = REPLY_TOKENS) -> list[list[int]]:
-        """Greedy continuations of prompts int64[1, length]; loads every block, so ask `resident_bytes` first."""
+        """Greedy continuations of prompts int64[1, length]; loads every block, so ask `resident_bytes` first.
+
+        All in step, one position after the other: a reply begins where its own prompt ends, while longer prompts are
+        still read. So nothing is padded, and a step reads the weights once for all.
+        """
+        if not prompts:
+            return []
         self.skeleton.load_whole()
         model = self.skeleton.model
         name = cache_argument(model)
-        replies = []
-        for ids in prompts:
-            ids, said, cache = ids.to(self.skeleton.device), [], None
-            for _step in range(tokens):
-                out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
-                ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), getattr(out, name)
-                said.append(int(ids))
-            replies.append(said)
+        at, cache = min(ids.shape[1] for ids in prompts), None
+        ids = torch.cat([ids[:, :at] for ids in prompts]).to(self.skeleton.device)
+        replies: list[list[int]] = [[] for _ in prompts]
+        while any(len(said) < tokens for said in replies):
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+            ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), getattr(out, name)
+            for row, (prompt, said) in enumerate(zip(prompts, replies, strict=True)):
+                if at < prompt.shape[1]:
+                    ids[row, 0] = prompt[0, at]
+                elif len(said) < tokens:
+                    said.append(int(ids[row, 0]))
+            at += 1
         for i in range(len(self.skeleton.layers)):
             self.skeleton.drop_layer(i)
         return replies
@@ -161,17 +189,23 @@ def compare(
     blocks = len(a.skeleton.layers)
     errors, own, probe = [], [], Fp16RangeProbe(a.skeleton, rows, a.hidden, a.calls)
     for i in range(blocks):
-        given = a.hidden[:ALONE_ROWS]
+        first = a.hidden[:ALONE_ROWS]
         a.step(i, probe)
-        alone = b.step(i, given=given)
-        own.append(_own_error(given, a.hidden, alone))
+        alone = b.step(i, given=first)
+        own.append(_own_error(first, a.hidden, alone))
         errors.append(_distance(a.hidden, b.hidden))
         progress(i + 1, blocks)
     tally = Tally()
-    for ids, left, right in zip(rows, a.logits(), b.logits(), strict=True):
-        tally.add(left[:-1], right[:-1], ids[0, 1:])
+    given: list[list[torch.Tensor]] = [[] for _ in rows]
+    for (row, at, left), (_row, _at, right) in zip(a.logit_parts(), b.logit_parts(), strict=True):
+        follows = rows[row][0, at + 1 : at + 1 + len(left)]  # none follows a row's last token
+        left, right = left[: len(follows)], right[: len(follows)]
+        tally.add(left, right, follows)
         if logprobs is not None:
-            logprobs.append(torch.log_softmax(right[:-1], 1).gather(1, ids[0, 1:, None].to(right.device))[:, 0].cpu())
+            taken = torch.log_softmax(right, 1).gather(1, follows[:, None].to(right.device))
+            given[row].append(taken[:, 0].cpu())
+    if logprobs is not None:
+        logprobs += [torch.cat(parts) for parts in given]
     half = probe.result(a.hidden[: len(probe.rows)], a.logits)
     mean, p99 = tally.divergence()
     said = [m.reply(prompts) if m.resident_bytes <= memory else [] for m in (a, b)]

@@ -8,7 +8,8 @@ import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
-from doctor.evaluate.compare import compare
+from doctor.evaluate import compare as module
+from doctor.evaluate.compare import Streamed, compare
 from doctor.lint.testing import encode, tiny
 
 FAMILIES = ("llama", "qwen2", "gemma", "phi3", "opt", "qwen2_moe")
@@ -69,3 +70,29 @@ def test_a_collapsed_model_is_counted_and_its_perplexity_is_no_number(tmp_path):
     assert result.nonfinite_quantized == result.tokens and result.nonfinite_original == 0
     assert math.isnan(result.perplexity_quantized) and math.isnan(result.kl_mean)
     assert result.token0_share == 1.0 and result.longest_repeat == 24, "NaN logits rank token 0 first"
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma", "qwen2"))
+def test_prompts_of_any_length_are_answered_together_as_each_alone(family, tmp_path):
+    checkpoint = Checkpoint.open(tiny(family).write(tmp_path / "m"))
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 90, (1, n), generator=draw) for n in (5, 2, 9, 5)]
+    model = Streamed(checkpoint, prompts)
+    assert model.reply(prompts, 6) == [model.reply([prompt], 6)[0] for prompt in prompts]
+    assert model.reply([]) == []
+
+
+def test_logits_in_parts_are_those_of_whole_rows(tmp_path, monkeypatch):
+    checkpoint = Checkpoint.open(tiny("llama").write(tmp_path / "m"))
+    rows = [torch.arange(3, 3 + n)[None] for n in (7, 4)]
+    model = Streamed(checkpoint, rows)
+    for i in range(len(model.skeleton.layers)):
+        model.step(i)
+    whole = list(model.logits())
+    monkeypatch.setattr(module, "HEAD_TOKENS", 3)
+    parts = [[], []]
+    for row, at, logits in model.logit_parts():
+        assert at == 3 * len(parts[row]) and len(logits) <= 3
+        parts[row].append(logits)
+    for got, want in zip(parts, whole, strict=True):
+        torch.testing.assert_close(torch.cat(got), want)

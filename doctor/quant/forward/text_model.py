@@ -31,15 +31,22 @@ class HeadedModel(nn.Module):
         return self.lm_head
 
     def forward(
-        self, input_ids: torch.Tensor, use_cache: bool = False, logits_to_keep: int = 0, past_key_values: Any = None
+        self,
+        input_ids: torch.Tensor,
+        use_cache: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Any = None,
     ) -> Any:
-        """An object with `logits` [rows, length, vocabulary], the last `logits_to_keep` of them, and the cache."""
+        """An object with `logits` [rows, length, vocabulary] and the cache. logits_to_keep: how many of the last
+        positions, 0 for all, or the numbers int64[n] of those that are wanted.
+        """
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         name = cache_argument(self.model)
         cache = {} if past_key_values is None else {name: past_key_values}
         out = self.model(input_ids=input_ids, use_cache=use_cache, **cache)
-        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep if logits_to_keep else 0 :])
+        wanted = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, wanted])
         logits = logits / (getattr(self.config, "logits_scaling", None) or 1)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return CausalLMOutputWithPast(
