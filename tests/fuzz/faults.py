@@ -319,14 +319,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="doctor-faults-") as place:
         for command in (c for c in COMMANDS if not options.command or c.name in options.command):
             trials = Trials(command, Path(place))
-            killed = trials.every_call(CALLS, kill, options.most, options.first)
-            filled = trials.every_call(WRITES, full, options.most, options.first)
-            at_random = trials.random_kills(options.kills, random.Random(7))
-            print(
-                f"{command.name}: killed at {killed} file calls, disk full at {filled} writes, {at_random} random "
-                f"kills: {len(trials.bad)} faults",
-                flush=True,
-            )
+            for what, count in (
+                ("killed at {} file calls", lambda t=trials: t.every_call(CALLS, kill, options.most, options.first)),
+                ("disk full at {} writes", lambda t=trials: t.every_call(WRITES, full, options.most, options.first)),
+                ("{} random kills", lambda t=trials: t.random_kills(options.kills, random.Random(7))),
+            ):
+                print(f"{command.name}: {what.format(count())}, {len(trials.bad)} faults so far", flush=True)
             bad += [f"{command.name}: {text}" for text in trials.bad]
         for command in (COMMANDS[0], COMMANDS[3]) if options.races else ():
             refused, wrong = races(Path(place), command, options.races)

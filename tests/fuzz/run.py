@@ -6,6 +6,7 @@ python tests/fuzz/run.py [--headers N] [--json N] [--checkpoints N] [--from SEED
 import argparse
 import os
 import resource
+import signal
 import sys
 import tempfile
 import traceback
@@ -18,30 +19,45 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from cases import Fuzz  # noqa: E402 - found by the path above
 
 
+def run(fuzz: Fuzz, kind: str, seeds: range) -> tuple[int, int]:
+    """(cases done, of these failed); fewer than there are seeds where Ctrl-C or SIGTERM ended it."""
+    bad = 0
+    for number, seed in enumerate(seeds):
+        try:
+            fuzz.run(kind, seed)
+        except KeyboardInterrupt:
+            return number, bad
+        except Exception as error:
+            bad += 1
+            if bad <= 10:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                print(f"{kind} {seed}: {type(error).__name__}: {error} ({where.filename}:{where.lineno})", flush=True)
+    return len(seeds), bad
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     for name, count in (("headers", 1_000_000), ("json", 100_000), ("checkpoints", 10_000)):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--from", dest="first", type=int, default=0, help="first seed")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     counts = {"header": options.headers, "json": options.json, "checkpoint": options.checkpoints}
     failed = 0
     with tempfile.TemporaryDirectory(prefix="doctor-fuzz-") as folder:
         fuzz = Fuzz(Path(folder))
         for kind, count in counts.items():
-            bad = 0
-            for seed in range(options.first, options.first + count):
-                try:
-                    fuzz.run(kind, seed)
-                except Exception as error:
-                    bad += 1
-                    if bad <= 10:
-                        where = traceback.extract_tb(error.__traceback__)[-1]
-                        print(f"{kind} {seed}: {type(error).__name__}: {error} ({where.filename}:{where.lineno})")
+            done, bad = run(fuzz, kind, range(options.first, options.first + count))
             seconds, seed = fuzz.slowest.get(kind, (0.0, -1))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"{kind}: {count:,} cases, {bad} failed, slowest {seconds:.2f} s (seed {seed}), peak {peak:.0f} MiB")
+            print(
+                f"{kind}: {done:,} of {count:,} cases, {bad} failed, slowest {seconds:.2f} s (seed {seed}), peak "
+                f"{peak:.0f} MiB",
+                flush=True,
+            )
             failed += bad
+            if done < count:
+                break
     sys.exit(1 if failed else 0)
 
 
