@@ -91,10 +91,11 @@ def run_lines(say: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
 
 def _layer(text: str) -> dict[str, int] | None:
     """The numbers in a line about a finished layer: i of count, n linears; None of another line."""
-    while isinstance(text, Message) and isinstance(text.values.get("done"), Message):
-        text = text.values["done"]
-    known = isinstance(text, Message) and {"i", "count", "n"} <= text.values.keys()
-    return {key: int(text.values[key]) for key in ("i", "count", "n")} if known else None
+    line: Any = text
+    while isinstance(line, Message) and isinstance(line.values.get("done"), Message):
+        line = line.values["done"]
+    known = isinstance(line, Message) and {"i", "count", "n"} <= line.values.keys()
+    return {key: int(line.values[key]) for key in ("i", "count", "n")} if known else None
 
 
 @contextmanager
