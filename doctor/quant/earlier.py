@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -23,13 +24,16 @@ from doctor.core.messages import _, plural
 from doctor.core.methods import METHODS
 from doctor.core.recipe import Recipe
 from doctor.core.records import SolveRecord, damp_raised
+from doctor.core.store import Store
 from doctor.core.version import __version__
 from doctor.fixing.receipt import RECEIPT
 from doctor.formats.base import format_of
 from doctor.model.linears import Linear
 from doctor.quant.forward.linear_groups import Modules
+from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.linear import put_weight
 from doctor.quant.pack import unpack_linear
+from doctor.quant.records import Record, put_facts, record
 from doctor.quant.stage import differences
 
 MAY_DIFFER = ("damp", "damp_max")
@@ -69,9 +73,47 @@ class Earlier:
     def tensors_of(self, names: Iterable[str], i: int) -> dict[str, torch.Tensor]:
         """Every tensor of decoder layer i as it was written. names: the layer's tensors in the source."""
         stems = tuple({name.partition(f".{i}.")[0] + f".{i}." for name in names})
+        return self._read({name for name in self.checkpoint.tensors if name.startswith(stems)})
+
+    def carry(
+        self,
+        skeleton: Skeleton,
+        store: Store,
+        i: int,
+        recipe: Recipe,
+        modules: Modules,
+        records: list[Record],
+        packed: dict[str, torch.Tensor],
+    ) -> Modules:
+        """Take layer i as it was written, but for the linears that fell back: into its modules, `packed`, `records` and
+        the store. modules: its linears; returns those to solve again.
+        """
+        written = self.tensors_of(skeleton.tensors_of(i), i)
+        again = {name: pair for name, pair in modules.items() if name in self.failed}
+        for name, (linear, module) in modules.items():
+            if name not in again:
+                parts = {n: t.to(skeleton.device) for n, t in written.items() if n.rpartition(".")[0] == name}
+                put_weight(module, partial(self._unpacked, linear, recipe, parts), linear.transposed)
+                put_facts(store, name, self.solved[name], None)
+                records.append(record(linear, self.solved[name], None, 0.0))
+        for name, module in skeleton.by_tensor(i).items():  # norms, which a tuned output has its own of
+            if name in written and written[name].ndim == 1 and written[name].is_floating_point():
+                old = module.get_parameter("weight")
+                old.data = written[name].to(old.device, old.dtype)
+        packed |= {n: t for n, t in written.items() if n.rpartition(".")[0] not in again or n.endswith(".bias")}
+        return again
+
+    def outside(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors of no decoder layer as they were written. Raises PlanRefused where the output lacks one."""
+        absent = next((name for name in names if name not in self.checkpoint.tensors), None)
+        if absent is not None:
+            raise self._lacks(absent)
+        return self._read(set(names))
+
+    def _read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         shards: dict[str, list[TensorInfo]] = {}
         for name, info in self.checkpoint.tensors.items():
-            if name.startswith(stems):
+            if name in names:
                 shards.setdefault(info.shard, []).append(info)
         tensors: dict[str, torch.Tensor] = {}
         for shard, infos in sorted(shards.items()):
@@ -80,17 +122,11 @@ class Earlier:
                     tensors[info.name] = file.get_tensor(info.name)
         return tensors
 
-    def settle(self, modules: Modules, recipe: Recipe, written: Mapping[str, torch.Tensor]) -> Modules:
-        """Put what was written of linears that did not fall back into their modules; returns those to solve again."""
-        again: Modules = {}
-        for name, (linear, module) in modules.items():
-            if name in self.failed:
-                again[name] = (linear, module)
-                continue
-            device = module.get_parameter("weight").device
-            parts = {n: t.to(device) for n, t in written.items() if n.rpartition(".")[0] == name}
-            put_weight(module, self._unpacked(linear, recipe, parts), linear.transposed)
-        return again
+    def _lacks(self, name: str) -> PlanRefused:
+        return PlanRefused(
+            _("{path}: does not hold {linear} as its receipt says.", path=self.checkpoint.root, linear=name),
+            _("Quantize anew into another directory."),
+        )
 
     def _unpacked(self, linear: Linear, recipe: Recipe, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """W f32[n, k] of a linear as it was written. Raises PlanRefused where the output does not hold it."""
@@ -102,10 +138,7 @@ class Earlier:
                     return W
         except (KeyError, ValueError, IndexError, RuntimeError):  # parts that are absent, or of another size
             pass
-        raise PlanRefused(
-            _("{path}: does not hold {linear} as its receipt says.", path=self.checkpoint.root, linear=linear.name),
-            _("Quantize anew into another directory."),
-        )
+        raise self._lacks(linear.name)
 
 
 def open_earlier(output: Checkpoint, recipe: Recipe, source: str) -> Earlier:

@@ -60,7 +60,7 @@ def refused_by_headers(
     fail_on: str = "error",
     rules_dirs: Iterable[Path] = (),
     progress: Callable[[str], None] = lambda text: None,
-    **_others: Any,
+    **others: Any,
 ) -> Report | None:
     """The report of the headers where rules forbid what a run of `quantize` with these options begins, unless fixes
     were asked for, which may cure it.
@@ -84,7 +84,7 @@ def refused_by_headers(
         recipe = with_mixture(recipe, spec)
         _require_machine(view, spec, config, recipe, memory)
         machine = measure(view, spec, recipe, place)
-        if not preflight:
+        if not preflight and others.get("budget") is None:  # a mixture says itself how large it is
             folder = next(p for p in (place, *place.parents) if p.exists())
             require_room(folder, max(0, machine.disk_need - Stage(place).bytes_there()))
         facts.append((CHECKPOINT, GIVEN_MACHINE.name, machine))

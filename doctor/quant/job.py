@@ -173,21 +173,19 @@ def _write_outside(setup: Setup, done: Result) -> Result:
     unasked = tuple(linear.name for linear in outside if not is_kept(done.recipe, linear.name))
     setup.store.put(OUTSIDE_LINEARS, unasked)
     if not setup.output.has_part(_OUTSIDE):
-        names = [n for n in setup.skeleton.outer_tensors() if n.removesuffix(".weight") not in packed]
-        setup.output.write_part(
-            _OUTSIDE,
-            dict(
-                export.kept_tensors(
-                    names,
-                    lambda name: load_tensor(setup.checkpoint, name),
-                    format_of(done.recipe).in_blocks,
-                )
-            ),
-        )
+        outer = [n for n in setup.skeleton.outer_tensors() if n.removesuffix(".weight") not in packed]
+        setup.output.write_part(_OUTSIDE, _outside_tensors(setup, done.recipe, outer))
     fused = {r["name"]: r["solve"]["note"] for r in records if stays_unasked(r, setup.fused)}
     setup.store.put(STACKED_EXPERTS, tuple(fused.items()))
     verdict = verdict_of(setup)
     return replace(done, records=tuple(records), stopped=verdict.stopping, judged=verdict.findings)
+
+
+def _outside_tensors(setup: Setup, recipe: Recipe, names: list[str]) -> dict[str, torch.Tensor]:
+    if setup.earlier is not None:
+        return setup.earlier.outside(names)
+    exact = format_of(recipe).in_blocks
+    return dict(export.kept_tensors(names, lambda name: load_tensor(setup.checkpoint, name), exact))
 
 
 def try_layers(

@@ -121,7 +121,7 @@ def _attempt(setup: Setup, activations: Activations | None, i: int, recipe: Reci
     scaled = divisors(selection.modules, recipe)
     modules = selection.modules
     if setup.earlier is not None:
-        modules = _carry_linears(setup, setup.earlier, i, recipe, modules, records, packed)
+        modules = setup.earlier.carry(setup.skeleton, setup.store, i, recipe, modules, records, packed)
     if activations is None:
         for linear, module in modules.values():
             solved = solve_linear(linear, module, None, recipe, None, scaled.get(linear.name, 1.0))
@@ -130,32 +130,13 @@ def _attempt(setup: Setup, activations: Activations | None, i: int, recipe: Reci
     return _attempt_in_stages(setup, activations, i, recipe, modules, records, packed, scaled)
 
 
-def _carry_linears(
-    setup: Setup, earlier: Earlier, i: int, recipe: Recipe, modules: Modules, records: list[Record], packed: Tensors
-) -> Modules:
-    """Take the linears of layer i that did not fall back as they were written: into their modules, `packed`, `records`
-    and the store. Returns those that are solved again.
-    """
-    written = earlier.tensors_of(setup.skeleton.tensors_of(i), i)
-    again = earlier.settle(modules, recipe, written)
-    settled = modules.keys() - again.keys()
-    packed |= {
-        name: t for name, t in written.items() if name.rpartition(".")[0] in settled and not name.endswith(".bias")
-    }
-    for name, (linear, _module) in modules.items():
-        if name in settled:
-            put_facts(setup.store, name, earlier.solved[name], None)
-            records.append(record(linear, earlier.solved[name], None, 0.0))
-    return again
-
-
 def carry_layer(setup: Setup, earlier: Earlier, activations: Activations | None, i: int, recipe: Recipe) -> LayerResult:
     """A layer of which no linear fell back: its tensors as they were written, and its outputs from them."""
     load(setup, i)
     selection = select_linears(setup.skeleton, setup.checkpoint, setup.fused, recipe, i)
     records = _kept_records(setup, selection)
     packed: Tensors = {}
-    _carry_linears(setup, earlier, i, recipe, selection.modules, records, packed)
+    earlier.carry(setup.skeleton, setup.store, i, recipe, selection.modules, records, packed)
     verdict = verdict_of(setup)
     _write(setup, i, recipe, selection, Attempt(tuple(records), packed, verdict))
     if activations is not None:

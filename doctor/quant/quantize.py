@@ -49,7 +49,7 @@ from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
 from doctor.quant.quantize_result import QuantizeResult
 from doctor.quant.stage import require_no_work
-from doctor.quant.tuning.within import AUTO, refuse_tuning, require_text
+from doctor.quant.tuning.within import AUTO, OFF, refuse_tuning, require_text
 from doctor.quant.tuning.within import forecast as tuning_forecast
 
 
@@ -117,6 +117,11 @@ def quantize(
         progress = _silent
     recipe = recipe or Recipe()
     require_importance(recipe, imatrix)
+    if retry_failed and isinstance(tune, int):
+        raise PlanRefused(
+            _("--tune {rows} with --retry-failed: it changes what is to stay.", rows=tune),
+            _("Tune the output afterwards: `doctor tune`."),
+        )
     refuse_tuning(tune, recipe)
     asked = Asked(
         replace(recipe, keep=(*recipe.keep, *keep), seed=recipe.seed if seed is None else seed, goal="quantize"),
@@ -132,7 +137,7 @@ def quantize(
         client,
         time.perf_counter(),
         Path(os.path.abspath(imatrix)) if imatrix is not None else None,
-        tune,
+        OFF if retry_failed else tune,
         retry_failed,
     )
     if size() > 1 and retry_failed:

@@ -91,9 +91,9 @@ def _put_written(setup: Setup, i: int, recipe: Recipe, outcomes: Mapping[str, st
         if outcomes.get(name) != "kept":
             give = partial(pack.unpack_linear, name, tensors, recipe.for_linear(name))
             put_weight(module, give, linear.transposed)
-    if not recipe.folds_scales:
+    if not recipe.folds_scales and setup.earlier is None:
         return
-    for name, module in skeleton.by_tensor(i).items():  # norms and biases that scales were folded into
+    for name, module in skeleton.by_tensor(i).items():  # norms and biases that scales were folded into, or tuned
         for kind, tensor in (("weight", name), ("bias", name.removesuffix("weight") + "bias")):
             if tensor in tensors:
                 old = module.get_parameter(kind)
