@@ -369,8 +369,7 @@ def tune(
     source, teacher = (x if isinstance(x, Checkpoint) else Checkpoint.open(x) for x in (quantized, original))
     rules = load_rules(dict.fromkeys(options.get("rules_dirs", ())))
     require_tunable(source, teacher, Path(os.path.abspath(output)), rules, options.get("overwrite", False))
-    if options.get("calibration") is not None:
-        require_text_of(options["calibration"])
+    require_text_of(options.get("calibration"))
     from doctor.evaluate.clients.rehearsal import client_of
     from doctor.quant.tuning.tune import tune as run
 

@@ -92,6 +92,8 @@ class Earlier:
         again = {name: pair for name, pair in modules.items() if name in self.failed}
         for name, (linear, module) in modules.items():
             if name not in again:
+                if name not in self.solved:
+                    raise self._lacks(name)
                 parts = {n: t.to(skeleton.device) for n, t in written.items() if n.rpartition(".")[0] == name}
                 put_weight(module, partial(self._unpacked, linear, recipe, parts), linear.transposed)
                 put_facts(store, name, self.solved[name], None)
@@ -132,10 +134,9 @@ class Earlier:
         """W f32[n, k] of a linear as it was written. Raises PlanRefused where the output does not hold it."""
         shape = (linear.out_features, linear.in_features)
         try:
-            if linear.name in self.solved:
-                W = unpack_linear(linear.name, parts, recipe.for_linear(linear.name), shape)
-                if tuple(W.shape) == shape:
-                    return W
+            W = unpack_linear(linear.name, parts, recipe.for_linear(linear.name), shape)
+            if tuple(W.shape) == shape:
+                return W
         except (KeyError, ValueError, IndexError, RuntimeError):  # parts that are absent, or of another size
             pass
         raise self._lacks(linear.name)

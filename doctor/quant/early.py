@@ -76,7 +76,7 @@ def refused_by_headers(
     view, decoding = read_as_floats(source, recipe, rules)
     config = view.value("config.json")
     facts: list[tuple[str, str, object]] = [(CHECKPOINT, DECODED.name, decoding)] if decoding else []
-    if calibration is not None and recipe.calibrated:
+    if recipe.calibrated:
         require_text_of(calibration)
     if config is not None:
         spec = build_spec(config, view.tensors)

@@ -71,9 +71,9 @@ def local_file(source: str | os.PathLike) -> Path:
         ) from None
 
 
-def require_text_of(source: str | os.PathLike) -> None:
-    """require_text of a source that is a file and no dataset on the Hub."""
-    if not _is_dataset(source):
+def require_text_of(source: str | os.PathLike | None) -> None:
+    """require_text of a source that is a file, and neither the built-in text (None) nor a dataset on the Hub."""
+    if source is not None and not _is_dataset(source):
         require_text(Path(source))
 
 
