@@ -116,8 +116,7 @@ def load(setup: Setup, i: int, prefetch: bool = True) -> None:
 
 
 def _attempt(setup: Setup, activations: Activations | None, i: int, recipe: Recipe, selection: Selection) -> Attempt:
-    records = _kept_records(setup, selection)
-    packed: Tensors = {}
+    records, packed = _kept_records(setup, selection), Tensors()
     scaled = divisors(selection.modules, recipe)
     modules = selection.modules
     if setup.earlier is not None:
@@ -134,8 +133,7 @@ def carry_layer(setup: Setup, earlier: Earlier, activations: Activations | None,
     """A layer of which no linear fell back: its tensors as they were written, and its outputs from them."""
     load(setup, i)
     selection = select_linears(setup.skeleton, setup.checkpoint, setup.fused, recipe, i)
-    records = _kept_records(setup, selection)
-    packed: Tensors = {}
+    records, packed = _kept_records(setup, selection), Tensors()
     earlier.carry(setup.skeleton, setup.store, i, recipe, selection.modules, records, packed)
     verdict = verdict_of(setup)
     _write(setup, i, recipe, selection, Attempt(tuple(records), packed, verdict))
