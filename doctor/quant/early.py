@@ -34,6 +34,7 @@ from doctor.model.same_model import require_same_model
 from doctor.model.spec import ModelSpec, build_spec
 from doctor.plan.mixture import with_mixture
 from doctor.quant import budget
+from doctor.quant.allocation.ladder import refuse_budget
 from doctor.quant.calibration.documents import require_text, require_text_of
 from doctor.quant.capacity import measure
 from doctor.quant.stage import Stage, require_room
@@ -73,6 +74,8 @@ def refused_by_headers(
     rules = select_rules(load_rules(rules_dirs), select, ignore)
     recipe = replace(recipe, keep=(*recipe.keep, *keep), goal="quantize")
     require_unrounded(source)
+    if others.get("budget") is not None:
+        refuse_budget(source, recipe, others["budget"])
     view, decoding = read_as_floats(source, recipe, rules)
     config = view.value("config.json")
     facts: list[tuple[str, str, object]] = [(CHECKPOINT, DECODED.name, decoding)] if decoding else []
