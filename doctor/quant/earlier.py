@@ -163,6 +163,11 @@ def open_earlier(output: Checkpoint, recipe: Recipe, source: str) -> Earlier:
             ),
             _("Quantize anew, with more rows."),
         )
+    if recipe.vision:
+        raise PlanRefused(
+            _("--retry-failed: solves linears of decoder layers; {path} has a vision tower's too.", path=output.root),
+            _("Quantize anew, with more rows."),
+        )
     quantized = {name: found for name, found in solved.items() if found.outcome not in ("kept", "failed")}
     failed = frozenset(name for name, found in quantized.items() if fell_back(found, recipe))
     if not failed:
