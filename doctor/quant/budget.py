@@ -152,9 +152,10 @@ def _needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, l
         held = min(STREAM_WORKERS, os.cpu_count() or 1) * STREAM_BYTES
         return Need(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, output, streaming=held)
     quantized = {x.tensor: x for x in linears}
-    layers = [_layer(tensors, quantized, recipe) for tensors in _layers(checkpoint, spec).values()] or [_Layer()]
+    by_layer = _layers(checkpoint, spec)
+    layers = [_layer(tensors, quantized, recipe) for tensors in by_layer.values()] or [_Layer()]
     tokens = rows * length
-    inside = {t.name for tensors in _layers(checkpoint, spec).values() for t in tensors}
+    inside = {t.name for tensors in by_layer.values() for t in tensors}
     outside = [t for t in checkpoint.tensors.values() if t.name not in inside]
     hessians = _hessian_bytes(linears, recipe) if rows else 0
 

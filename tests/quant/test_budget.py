@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
 from doctor.quant import budget
 from doctor.quant.quantize import plan
+from doctor.scan import native
 
 HIDDEN, WIDE, KV, VOCAB, BLOCKS = 8192, 29568, 1024, 152064, 80
 # One block: q and o [h, h], k and v [kv, h], gate, up and down, biases of q, k and v, two norms.
@@ -124,6 +126,19 @@ def test_depth_does_not_enter(tmp_path):
     config = {**checkpoint.value("config.json"), "num_hidden_layers": 40}
     fewer = budget.needs(checkpoint, build_spec(config, half), Recipe(), 8, 64)
     assert fewer.fixed == need.fixed and fewer.output < need.output
+
+
+@pytest.mark.skipif(native.level() is None, reason="needs the native library")
+def test_the_plan_puts_squares_on_disk_where_the_limit_asks_for_it(tmp_path):
+    checkpoint = Checkpoint.open(headers_of_72b(tmp_path / "m"))
+    spec = build_spec(checkpoint.value("config.json"), checkpoint.tensors)
+    whole = budget.needs(checkpoint, spec, Recipe(), 128, 512, 12 << 30)
+    tight = budget.needs(checkpoint, spec, Recipe(), 128, 512, 6 << 30)
+    assert not whole.squares_on_disk and tight.squares_on_disk == 2 * whole.hessians
+    assert tight.fixed < 6 << 30 < whole.fixed and tight.disk == whole.disk + tight.squares_on_disk
+    budget.require(tight, 6 << 30)
+    assert "Hessians on disk, read by rows" in [what for what, _size in replace(tight, outside=0).parts()]
+    assert not budget.needs(checkpoint, spec, Recipe(method="awq", sym=False), 128, 512, 1 << 30).squares_on_disk
 
 
 MEASURED = """

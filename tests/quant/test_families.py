@@ -284,10 +284,8 @@ def test_the_need_of_stacks_is_that_of_their_linears(family, tmp_path):
     apart, whole = (
         budget.needs(source, spec, replace(recipe, keep=keep), 32, 64) for keep in ((), ("experts", "input_linear"))
     )
-    assert apart.hessians == 4 * 256**2 * (
-        5 if family == "llama4_text" else 4
-    )  # of down in four experts, and in the shared one
-    assert apart.block == whole.block and apart.output < 0.45 * whole.output and apart.hidden == whole.hidden
+    assert apart.hessians == 4 * 256**2  # of down in one expert after the other
+    assert apart.block < 0.5 * whole.block and apart.output < 0.45 * whole.output and apart.hidden == whole.hidden
 
 
 def test_sizes_that_the_models_own_code_cannot_compute_with_are_refused_with_its_words(tmp_path, text):
