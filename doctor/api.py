@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from doctor.core.records import LoadProof
     from doctor.core.rehearsal import Rehearsal
+    from doctor.evaluate.advise.advise import Advice
     from doctor.evaluate.kvcache.study import KvReport
     from doctor.fixing.assess import Progress
     from doctor.fixing.proof import Proof
@@ -296,6 +297,13 @@ def undo(path: str | os.PathLike[str]) -> list[str]:
     from doctor.fixing.undo import undo_fix as run
 
     return [*run(path)]
+
+
+def advise(path: str | os.PathLike[str] | Checkpoint, **options: Any) -> Advice:
+    """What a checkpoint can be served with in so much memory; see doctor.evaluate.advise.advise.advise."""
+    from doctor.evaluate.advise.advise import advise as run
+
+    return run(path, **options)
 
 
 def recover(path: str | os.PathLike[str]) -> list[str]:

@@ -50,13 +50,14 @@ class Option(click.Option):
 class Command(click.Command):
     """A command whose options also come from DOCTOR_<OPTION>, where `--unsafe-fixes PATH` does not swallow the path."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any):
         kwargs.setdefault("context_settings", {}).update(
             auto_envvar_prefix="DOCTOR", max_content_width=100, show_default=True
         )
         kwargs.setdefault("epilog", ENVIRONMENT)
         super().__init__(*args, **kwargs)
         self.help = kwargs.get("help")
+        self.examples = examples
 
     def get_help(self, ctx: click.Context) -> str:
         """The page that --help prints, in the language of the context."""

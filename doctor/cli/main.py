@@ -29,6 +29,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
 @click.group(
     cls=Group,
     commands=Commands(
+        advise="What a model can be served with in so much memory, best first, with the commands.",
         check="Say whether checkpoints are ready for a recipe.",
         convert="Write a quantized checkpoint in another stored format, without quantizing again.",
         completion="Print the script that completes in a shell.",

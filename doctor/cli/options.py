@@ -11,14 +11,17 @@ import click
 from doctor.cli.command import Option, take_language
 from doctor.core.errors import DoctorError
 from doctor.core.messages import Message, _, listed
+from doctor.core.near import nearest
 from doctor.core.recipe import GOALS, METHODS, RUNTIMES
 from doctor.locale import catalogue
+from doctor.locale.catalogue import translated
 from doctor.report import FORMATS
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-KV_FORMATS = ("full", "json", "markdown", "html")
+KV_FORMATS = ("full", "json", "markdown", "html")  # of commands whose result is no list of findings
+_SHORT = {"md": "markdown"}
 PATH = click.Path(path_type=Path)
 OTHER_GOALS = tuple(goal for goal in GOALS[1:] if goal != "quantize")  # what --for takes beside methods
 LEAST_PLAIN = 1 << 20  # a smaller number without a unit was not meant as bytes
@@ -275,6 +278,16 @@ def size_in_bytes(text: str, option: str = "--memory") -> int | None:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
 
 
+def count_of_tokens(text: str | None) -> int | None:
+    """`32768` or `32k`, where k is 1,024; None for none."""
+    if not text:
+        return None
+    match = re.fullmatch(r"\s*(\d+)\s*([km]?)\s*", text, re.I)
+    if not match or not int(match[1]):
+        raise click.BadParameter(f"{text!r} is not a number of tokens; write 32768 or 32k.", param_hint="'--context'")
+    return int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()]
+
+
 def given(**options: Any) -> dict[str, Any]:
     """Options that were given; the others keep the default of the function that is called."""
     return {k: v for k, v in options.items() if v is not None}
@@ -289,12 +302,13 @@ def outputs_of(
     formats: Iterable[str], concise: bool = False, known: tuple[str, ...] = FORMATS
 ) -> list[tuple[str, str]]:
     """[(format, file or "")]; at most one of them to stdout."""
-    chosen = [(name, file) for name, _colon, file in (f.partition(":") for f in formats)]
+    chosen = [(_SHORT.get(name, name), file) for name, _colon, file in (f.partition(":") for f in formats)]
     if concise:
         chosen.append(("concise", ""))
     for name, _file in chosen:
         if name not in known:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(known)}.", param_hint="'-f'")
+            near = translated(nearest(name, known))
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(known)}. {near}".rstrip(), param_hint="'-f'")
     if sum(not file for _name, file in chosen) > 1:
         raise click.UsageError("Only one format can go to stdout; give the others a file, as in -f html:report.html.")
     return chosen or [("full", "")]

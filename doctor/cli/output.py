@@ -81,6 +81,19 @@ def emit_kvcache(result: Any, outputs: Outputs) -> None:
             write(writers[name](result), file)
 
 
+def emit_advice(advice: Any, outputs: Outputs, verbose: bool = False) -> None:
+    """The same for an Advice."""
+    from doctor.report.advice_text import advice_html, advice_json, advice_markdown, render_advice, show_advice
+    from doctor.report.screen import console
+
+    writers = dict(zip(KV_FORMATS, (render_advice, advice_json, advice_markdown, advice_html), strict=True))
+    for name, file in outputs:
+        if name == "full" and not file:
+            show_advice(advice, console(sys.stdout), verbose)
+        else:
+            write(writers[name](advice), file)
+
+
 def write(text: str, file: str) -> None:
     """To a file, which is said on stderr; "" is stdout. Raises MachineError where it cannot be written."""
     if not file:

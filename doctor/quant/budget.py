@@ -268,7 +268,7 @@ def _output_bytes(checkpoint: Checkpoint, linears: list[Linear], recipe: Recipe)
     for tensor in checkpoint.tensors.values():
         x = quantized.get(tensor.name)
         if x is None and form.in_blocks and len(tensor.shape) == 2:
-            total += _outer_bytes(tensor, checkpoint, recipe)
+            total += outer_bytes(tensor, checkpoint, recipe)
         elif x is None:
             total += tensor.nbytes // 2 if tensor.dtype.bits == 32 else tensor.nbytes
         else:
@@ -276,7 +276,7 @@ def _output_bytes(checkpoint: Checkpoint, linears: list[Linear], recipe: Recipe)
     return total
 
 
-def _outer_bytes(tensor: TensorInfo, checkpoint: Checkpoint, recipe: Recipe) -> int:
+def outer_bytes(tensor: TensorInfo, checkpoint: Checkpoint, recipe: Recipe) -> int:
     """Of the embedding or the output head in a GGUF file, or of a linear that stays in 16 bits."""
     config = checkpoint.value("config.json") or {}
     names = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}

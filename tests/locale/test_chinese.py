@@ -91,6 +91,7 @@ COMMANDS = {
         *PLAN,
     ),
     "verify": lambda m: ("verify", m["good"], m["q"], "--text", m["text"], "--context", 32, "--rows", 2, "-v"),
+    "advise": lambda m: ("advise", m["good"], "--memory", "1GB", "--gpu", "t4", "-v"),
     "kvcache": lambda m: ("kvcache", m["good"], "--measure", "--text", m["text"], "--memory", "1GB", "--k-bits", 5),
     "explain": lambda m: ("explain", "G302"),
     "explain an error": lambda m: ("explain", "Hessian is not invertible"),

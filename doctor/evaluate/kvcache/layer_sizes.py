@@ -2,15 +2,16 @@
 
 A layer with full attention keeps keys and values of every token; one with a sliding window those of the last tokens;
 latent attention (MLA) one compressed vector a token for all heads; linear attention, state-space and convolution layers
-a state of constant size; layers that reuse another's cache nothing. Which layer is which is read as transformers reads
-it where it knows the model_type, since half of the families state it only in their class's defaults; else from the keys
-that are written.
+a state of constant size; layers that reuse another's cache nothing. Which layer is which is read from the keys that are
+written where those suffice (rules/tables/cache_keys.toml); of the other families transformers' class is asked, since
+half of them state it only in their class's defaults.
 """
 
 from typing import Any
 
 from doctor.core.errors import BadCheckpoint
 from doctor.core.messages import _
+from doctor.core.tables import table
 from doctor.evaluate.kvcache.layout import CacheLayout, Layer
 from doctor.model.spec import ModelSpec
 
@@ -38,6 +39,18 @@ def read_cache_layout(spec: ModelSpec) -> CacheLayout:
     return CacheLayout(tuple(layers), tuple(dict.fromkeys(reader.notes)), expanded)
 
 
+def read_by_keys(spec: ModelSpec) -> bool:
+    """Whether the keys of this config.json say of every layer what transformers' class would say."""
+    known, config = table("cache_keys"), spec.config
+    if spec.model_type in known["typed"]:
+        kinds = config.get("layer_types")
+        windowed = isinstance(kinds, list) and any(kind in _WINDOWED for kind in kinds)
+        whole = isinstance(kinds, list) and len(kinds) == spec.n_layers
+        return whole and (not windowed or "sliding_window" in config)
+    needed = known["stated"].get(spec.model_type)
+    return spec.model_type in known["alone"] if needed is None else all(key in config for key in needed)
+
+
 class _Reader:
     def __init__(self, spec: ModelSpec):
         self.spec, self.config = spec, spec.config
@@ -61,9 +74,21 @@ class _Reader:
 
     def _library(self) -> Any:
         """transformers' config object of this model, which fills in the class's defaults; None where it knows no such
-        model_type.
+        model_type, is not there, or is not needed.
         """
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        if read_by_keys(self.spec):
+            return None
+        try:
+            from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        except ModuleNotFoundError:
+            self.notes.append(
+                _(
+                    "transformers is not installed, and {model} has defaults in its class: layers are read from "
+                    "config.json's keys alone",
+                    model=self.spec.model_type or "?",
+                )
+            )
+            return None
 
         if self.spec.model_type not in CONFIG_MAPPING:
             return None

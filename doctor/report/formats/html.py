@@ -46,7 +46,7 @@ def page_of(reports: list[dict], kv: dict | None, data: str, version: str, title
 
 
 def _rendered(reports: list[dict], kv: dict | None, data: str, version: str, title: str) -> str:
-    return _template().render(
+    return template().render(
         reports=reports,
         kv=kv,
         data=data,
@@ -62,7 +62,8 @@ def _rendered(reports: list[dict], kv: dict | None, data: str, version: str, tit
 
 
 @cache
-def _template():
+def template(name: str = "page.html"):
+    """A template of this folder; what it does not define is an error."""
     import jinja2
 
     folder = jinja2.PackageLoader("doctor.report", "formats")
@@ -74,7 +75,7 @@ def _template():
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _embedded(reports: list[Report]) -> str:

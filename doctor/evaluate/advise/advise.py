@@ -1,0 +1,347 @@
+"""`doctor advise`: which scheme, groups, GPUs and cache a model can be served with in so much memory, best first.
+
+Everything comes from headers and tables: sizes of tensors, the cache's layout, what an engine takes (engines.toml),
+what the rules of geometry say of each recipe, and what is known of each scheme's quality (quality.toml). No weight is
+read and no model is run.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.hub import open_checkpoint
+from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.facts import COSTS, closure
+from doctor.core.messages import _, collected
+from doctor.core.recipe import Recipe
+from doctor.core.store import Store, Variant
+from doctor.core.tables import table
+from doctor.core.version import __version__
+from doctor.evaluate.advise.candidates import (
+    STORED,
+    Candidate,
+    candidates,
+    expected,
+    needs_capability,
+    on,
+    served,
+)
+from doctor.evaluate.advise.footprint import Engine, cache_bytes, cache_share, engine_of, weights
+from doctor.evaluate.advise.kinds import Kinds, one_of_each
+from doctor.evaluate.kvcache.layer_sizes import read_cache_layout
+from doctor.evaluate.kvcache.layout import CacheLayout
+from doctor.evaluate.kvcache.schemes import Scheme as CacheScheme
+from doctor.lint.engine import judge, load_rules
+from doctor.lint.rule import Rule
+from doctor.model.quantization_config import holds_quantized, stored_recipe
+from doctor.model.spec import ModelSpec, build_spec
+from doctor.scan.header import RECIPE, header_facts
+
+SCHEMA = "doctor.advice/1"
+USUAL_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to serve. Bytes are of one GPU. longest: tokens of one sequence that the rest of the memory holds, None
+    for any; sequences: of the context asked for. blocked: why it would not run, [] where nothing says so.
+    """
+
+    scheme: str
+    gpus: int
+    cache: str
+    weight_bytes: int
+    cache_bytes: int
+    engine_bytes: int
+    usable_bytes: int
+    free_bytes: int
+    bits: float
+    total_bytes: int  # of all weights
+    fits: bool
+    longest: int | None
+    sequences: int
+    order: int  # place in the table of quality, best first
+    kl: float | None
+    perplexity: float | None
+    measured_on: str
+    weights_alone: bool
+    published: str
+    blocked: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    quantize: str
+    serve: str
+
+    @property
+    def rank(self) -> tuple:
+        """What fits and runs first, then what fits only; by quality, then fewer GPUs, then a wider cache. Of what does
+        not fit, the nearest first.
+        """
+        wanting = 0 if self.fits else -self.free_bytes
+        return (not self.fits, bool(self.blocked), self.order, wanting, self.gpus, -self.cache_bytes)
+
+    @property
+    def good(self) -> bool:
+        """Whether it fits and nothing says that it would not run."""
+        return self.fits and not self.blocked
+
+
+@dataclass
+class Advice:
+    """Everything that `doctor advise` found. options: best first; of each scheme the first that fits is `best`."""
+
+    checkpoint: str
+    path: str
+    architecture: str
+    parameters: int
+    stored_bytes: int
+    runtime: str
+    engine_version: str
+    gpu: str
+    gpus: int
+    memory: int
+    context: int
+    batch: int
+    engine: Engine
+    options: list[Option]
+    notes: list[str]
+    version: str = __version__
+
+    @property
+    def best(self) -> list[Option]:
+        """Of each scheme its first option, those that fit before the others."""
+        seen: dict[str, Option] = {}
+        for option in self.options:
+            seen.setdefault(option.scheme, option)
+        return list(seen.values())
+
+    @property
+    def fitting(self) -> list[Option]:
+        """Those of `best` that fit and run."""
+        return [option for option in self.best if option.good]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        data = {**asdict(self), "best": [asdict(o) for o in self.best]}
+        return {"schema": SCHEMA, "messages": collected(data), **data}
+
+
+def advise(
+    path: str | os.PathLike[str] | Checkpoint,
+    *,
+    memory: int | None = None,
+    gpus: int = 1,
+    context: int | None = None,
+    batch: int = 1,
+    gpu: str = "",
+    runtime: str = "vllm",
+) -> Advice:
+    """Advice on serving a checkpoint with `runtime` on `gpus` GPUs of `memory` bytes each.
+
+    path: a directory, or org/name[@revision] on the Hub, of which only headers are read. memory: of one GPU; None takes
+    that of `gpu`, a name in rules/tables/gpus.toml. context: tokens a sequence keeps (8,192, or what the model is made
+    for where that is less); batch: sequences at a time. Raises DoctorError for impossible options, BadCheckpoint where
+    config.json is absent or does not give the sizes.
+    """
+    entry, memory, capability = _machine(runtime, gpu, memory, gpus)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    config = checkpoint.value("config.json")
+    if config is None or not checkpoint.tensors:
+        raise BadCheckpoint(
+            _("{name}: no config.json and safetensors headers to work from.", name=checkpoint.name),
+            _("Give a model's directory, or org/name on the Hub."),
+        )
+    kinds = one_of_each(checkpoint)
+    spec = build_spec(config, kinds.view.tensors)
+    layout, notes = read_cache_layout(spec), []
+    context = context or min(USUAL_CONTEXT, spec.max_positions or USUAL_CONTEXT)
+    for name, value in (("--context", context), ("--batch", batch)):
+        if value < 1:
+            raise DoctorError(_("{option} {value}: must be 1 or more.", option=name, value=value))
+    if spec.max_positions and context > spec.max_positions:
+        notes.append(
+            _(
+                "{n:,} tokens are more than the {positions:,} positions the model is made for",
+                n=context,
+                positions=spec.max_positions,
+            )
+        )
+    work = _Work(
+        kinds, spec, layout, entry, runtime, capability, memory, context, batch, gpus, str(path), checkpoint.name
+    )
+    stored = holds_quantized(kinds.view)
+    if stored:
+        notes.append(_("quantized already, so judged as it is: give the 16-bit model to compare schemes"))
+    options = sorted(work.options(stored), key=lambda o: o.rank)
+    return Advice(
+        checkpoint=checkpoint.name,
+        path=str(path) if not isinstance(path, Checkpoint) else str(path.root),
+        architecture=spec.architecture or spec.model_type,
+        parameters=sum(times * kinds.view.tensors[name].numel for name, times in kinds.times.items()),
+        stored_bytes=sum(times * kinds.view.tensors[name].nbytes for name, times in kinds.times.items()),
+        runtime=runtime,
+        engine_version=str(table("served").get(runtime, {}).get("version", "")),
+        gpu=gpu,
+        gpus=gpus,
+        memory=memory,
+        context=context,
+        batch=batch,
+        engine=engine_of(entry, memory, context, spec, 1),
+        options=options,
+        notes=[*notes, *layout.notes],
+    )
+
+
+def _machine(runtime: str, gpu: str, memory: int | None, gpus: int) -> tuple[dict[str, Any], int, int]:
+    """(the engine's row, bytes of one GPU, compute capability or 0)."""
+    from doctor.core.near import nearest
+
+    engines, known = table("engines"), table("gpus")
+    if runtime not in engines:
+        raise DoctorError(
+            _("--runtime {name}: must be one of {names}.", name=runtime, names=", ".join(engines)),
+            nearest(runtime, engines),
+        )
+    if gpu and gpu.lower() not in known:
+        raise DoctorError(
+            _("--gpu {name}: is not in the table; must be one of {names}.", name=gpu, names=", ".join(known)),
+            nearest(gpu.lower(), known) or _("Give --memory instead."),
+        )
+    card = known.get(gpu.lower(), {})
+    if memory is None and not card:
+        raise DoctorError(_("advise: no --memory and no --gpu; one of them must say what there is."))
+    if gpus < 1:
+        raise DoctorError(_("{option} {value}: must be 1 or more.", option="--gpus", value=gpus))
+    if memory is not None and memory < 1 << 28:
+        raise DoctorError(_("--memory {value:,}: must be 256 MiB or more, as 24GB.", value=memory))
+    return engines[runtime], memory if memory is not None else card["mib"] << 20, card.get("capability", 0)
+
+
+@dataclass(frozen=True)
+class _Work:
+    kinds: Kinds
+    spec: ModelSpec
+    layout: CacheLayout
+    entry: dict[str, Any]
+    runtime: str
+    capability: int
+    memory: int
+    context: int
+    batch: int
+    gpus: int
+    path: str
+    name: str
+
+    def options(self, stored: bool) -> Iterator[Option]:
+        """Every scheme, on every number of GPUs, with every cache of the engine."""
+        rules = [r for r in load_rules() if r.code[0] == "G" and COSTS.index(r.cost) <= COSTS.index("header")]
+        rules = [r for r in rules if "recipe" in closure(r.facts) and r.severity == "error"]
+        plan = Recipe(runtime=self.runtime, goal="serve" if stored else "quantize")
+        store = header_facts(self.kinds.view, stored_recipe(self.kinds.view, plan) if stored else plan)
+        chosen = [Candidate(STORED, None)] if stored else candidates(self.runtime)
+        for one in chosen:
+            for gpus in self._counts():
+                yield from self._options(one, gpus, store, rules)
+
+    def _counts(self) -> list[int]:
+        """Powers of two up to the GPUs that there are, and that number itself."""
+        if self.entry["split"] == "layers":
+            return sorted({1, self.gpus})
+        return sorted({1 << i for i in range(self.gpus.bit_length())} | {self.gpus})
+
+    def _options(self, one: Candidate, gpus: int, store: Store, rules: list[Rule]) -> Iterator[Option]:
+        split = self.entry["split"]
+        here, bits, total = weights(self.kinds, self.spec, one.recipe, gpus, split)
+        engine = engine_of(self.entry, self.memory, self.context, self.spec, gpus)
+        blocked, notes = self._blocked(one, gpus if split == "tensor" else 1, store, rules)
+        known = expected(one.key) if one.name != STORED else {}
+        for name, key_bits, value_bits, flag in self.entry["caches"]:
+            scheme = CacheScheme(name, key_bits, value_bits)
+            cache = cache_bytes(self.layout, scheme, self.context, self.batch, self.spec, gpus, split)
+            room = engine.usable - engine.own - here
+            one_more = cache_bytes(self.layout, scheme, self.context, 1, self.spec, gpus, split)
+            share = cache_share(self.layout, self.spec, gpus, split)
+            yield Option(
+                scheme=one.name,
+                gpus=gpus,
+                cache=name,
+                weight_bytes=here,
+                cache_bytes=round(cache),
+                engine_bytes=engine.own,
+                usable_bytes=engine.usable,
+                free_bytes=round(room - cache),
+                bits=bits,
+                total_bytes=total,
+                fits=room - cache >= 0,
+                longest=self.layout.largest_context(scheme, max(room, 0) * share, self.batch),
+                sequences=max(0, int(room // one_more)) if one_more else 0,
+                order=known.get("order", 0),
+                kl=known.get("kl"),
+                perplexity=known.get("perplexity"),
+                measured_on=known.get("model", ""),
+                weights_alone=bool(known.get("weights_alone")),
+                published=known.get("published", ""),
+                blocked=tuple(blocked),
+                notes=tuple(notes),
+                quantize=self._quantize(one, gpus if split == "tensor" else 1),
+                serve=self._serve(one, gpus, flag),
+            )
+
+    def _blocked(self, one: Candidate, tp: int, store: Store, rules: list[Rule]) -> tuple[list, list]:
+        """(codes and reasons why it would not run, notes)."""
+        reasons: list[tuple[str, str]] = []
+        notes: list[str] = []
+        if one.recipe is not None:
+            plan = on(one.recipe, tp)
+            found, _runs = judge(Variant(store, RECIPE, plan), rules)
+            reasons = [(f.code, f.message) for f in found if f.severity == "error" and not f.consequence_of]
+            if served(one.recipe, self.runtime) is False:
+                reasons.append(("G332", _("{runtime} has no kernel for this scheme", runtime=self.runtime)))
+            lowest, exact = needs_capability(one.recipe, self.runtime)
+            own = self.capability
+            if own and lowest and (own != lowest if exact else own < lowest):
+                must = _("exactly {n:.1f}", n=lowest / 10) if exact else _("{n:.1f} or more", n=lowest / 10)
+                reasons.append(("", _("compute capability {own:.1f}; must be {must}", own=own / 10, must=must)))
+        elif tp > 1 or one.name == STORED:
+            plan = on(store.get(RECIPE), tp)
+            found, _runs = judge(
+                Variant(store, RECIPE, plan), [r for r in rules if one.name == STORED or r.code == "G304"]
+            )
+            reasons = [(f.code, f.message) for f in found if f.severity == "error" and not f.consequence_of]
+        return list(dict.fromkeys(reasons)), notes
+
+    def _quantize(self, one: Candidate, tp: int) -> str:
+        if one.recipe is None:
+            return ""
+        words = ["doctor quantize", shlex.quote(self.path), "-o", shlex.quote(self._out(one)), one.flags]
+        words += [f"--tp {tp}"] if tp > 1 else []
+        return " ".join([*words, f"--runtime {self.runtime}"])
+
+    def _out(self, one: Candidate) -> str:
+        return f"{self.name.replace('/', '--')}-{one.name.replace(' ', '-')}"
+
+    def _serve(self, one: Candidate, gpus: int, flag: str) -> str:
+        """The engine's own command; "" where it has none."""
+        model = shlex.quote(self.path if one.recipe is None else self._out(one))
+        more = [flag] if flag else []
+        if self.runtime == "vllm":
+            tp = [f"--tensor-parallel-size {gpus}"] if gpus > 1 else []
+            return " ".join(["vllm serve", model, f"--max-model-len {self.context}", *tp, *more])
+        if self.runtime == "sglang":
+            tp = [f"--tp {gpus}"] if gpus > 1 else []
+            words = [
+                "python -m sglang.launch_server --model-path",
+                model,
+                f"--context-length {self.context}",
+                *tp,
+                *more,
+            ]
+            return " ".join(words)
+        if self.runtime == "llama.cpp" and one.recipe is not None:
+            file = f"{model}/model-{one.name}.gguf"
+            return " ".join(["llama-server -m", file, f"-c {self.context} -ngl 99", *more])
+        return ""
