@@ -16,6 +16,7 @@ if (
     del sys.path[0]
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from doctor.core.version import __version__  # noqa: F401 - doctor.__version__ is the public name
 
@@ -24,19 +25,47 @@ _HOME = {
     "fix": "doctor.api",
     "quantize": "doctor.api",
     "verify": "doctor.api",
+    "kvcache": "doctor.api",
+    "advise": "doctor.api",
+    "explain": "doctor.api",
+    "convert": "doctor.api",
+    "tune": "doctor.api",
     "Recipe": "doctor.core.recipe",
     "Finding": "doctor.core.finding",
     "Report": "doctor.lint.engine",
     "DoctorError": "doctor.core.errors",
     "CheckpointNotReady": "doctor.core.errors",
 }
-__all__ = sorted(_HOME)
+__all__ = [
+    "CheckpointNotReady",
+    "DoctorError",
+    "Finding",
+    "Recipe",
+    "Report",
+    "advise",
+    "check",
+    "convert",
+    "explain",
+    "fix",
+    "kvcache",
+    "quantize",
+    "tune",
+    "verify",
+]
 
 
-def __getattr__(name):
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'doctor' has no attribute {name!r}")
+if TYPE_CHECKING:  # for mypy and editors: the names above, with their types
+    from doctor.api import advise, check, convert, explain, fix, kvcache, quantize, tune, verify
+    from doctor.core.errors import CheckpointNotReady, DoctorError
+    from doctor.core.finding import Finding
+    from doctor.core.recipe import Recipe
+    from doctor.lint.engine import Report
+else:
+
+    def __getattr__(name):
+        if name in _HOME:
+            return getattr(import_module(_HOME[name]), name)
+        raise AttributeError(f"module 'doctor' has no attribute {name!r}")
 
 
 def __dir__():

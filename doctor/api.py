@@ -1,4 +1,4 @@
-"""All that a user imports: check, fix, quantize, convert, tune, verify, kvcache, undo, recover.
+"""All that a user imports: check, fix, quantize, convert, tune, verify, kvcache, advise, explain, undo, recover.
 
 Modules that only some of them need are imported where they are needed, because a check of headers alone must be fast.
 """
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
@@ -22,7 +22,7 @@ from doctor.core.rehearsal import GIVEN_REHEARSAL
 from doctor.core.store import Store
 from doctor.lint.as_floats import read_as_floats, refused_by_headers
 from doctor.lint.baseline import compare_with
-from doctor.lint.config import Config, Selection, choose
+from doctor.lint.config import Config, Selection, choose, default_recipe
 from doctor.lint.engine import Report, in_order, judge, load_rules, locate, select_rules
 from doctor.lint.rule import Rule
 from doctor.scan.header import DECODED, SPEC, header_facts
@@ -31,6 +31,7 @@ from doctor.scan.summary import summary
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from doctor.core.options import AdviseOptions, KvcacheOptions, QuantizeOptions, VerifyOptions
     from doctor.core.records import LoadProof
     from doctor.core.rehearsal import Rehearsal
     from doctor.evaluate.advise.advise import Advice
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from doctor.fixing.assess import Progress
     from doctor.fixing.proof import Proof
     from doctor.fixing.result import FixResult
+    from doctor.quant.client import Client
     from doctor.quant.convert import Converted
     from doctor.quant.preflight import Forecast
     from doctor.quant.quantize_result import QuantizeResult
@@ -83,7 +85,7 @@ def check(
     """
     started = time.perf_counter()
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    recipe = recipe or _default_recipe(checkpoint, config)
+    recipe = recipe or default_recipe(checkpoint, config)
     rules = _chosen(rules_dirs, config, select, extend_select, ignore)
     source, (checkpoint, decoding) = checkpoint, read_as_floats(checkpoint, recipe, rules)
     store = header_facts(checkpoint, recipe)
@@ -171,14 +173,6 @@ def _chosen(
     return choose(load_rules(dict.fromkeys((*config.rules_dirs, *rules_dirs))), layers)
 
 
-def _default_recipe(checkpoint: Checkpoint, config: Config | None) -> Recipe:
-    """The recipe without one from the caller: of a quantized checkpoint, what its own quantization_config states."""
-    from doctor.model.quantization_config import STATED, stored_recipe
-
-    own = config.recipe() if config else Recipe()
-    return own if config and config.recipe_values.keys() & STATED else stored_recipe(checkpoint, own)
-
-
 def _suppress(report: Report, config: Config, checkpoint: Checkpoint) -> None:
     split = config.apply_suppressions(report.findings, report.runs, checkpoint)
     report.findings, report.suppressed = in_order([*split.findings, *split.own]), split.suppressed
@@ -252,7 +246,7 @@ def fix(
         result = run(
             source,
             target if in_place or output is None else Path(output),
-            recipe or _default_recipe(source, config),
+            recipe or default_recipe(source, config),
             rules,
             consent,
             [*given, *facts],
@@ -288,6 +282,13 @@ def _load_proof() -> Callable[[Path], LoadProof] | None:
     return prove_loading
 
 
+def _client(recipe: Recipe | None = None) -> Client | None:
+    """Who is asked about an output; None where that is turned off."""
+    from doctor.evaluate.clients.rehearsal import client_of
+
+    return None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else client_of(recipe or Recipe())
+
+
 def undo(path: str | os.PathLike[str]) -> list[str]:
     """Put back what `fix --in-place` replaced; returns what was done, a sentence an item.
 
@@ -299,11 +300,18 @@ def undo(path: str | os.PathLike[str]) -> list[str]:
     return [*run(path)]
 
 
-def advise(path: str | os.PathLike[str] | Checkpoint, **options: Any) -> Advice:
+def advise(path: str | os.PathLike[str] | Checkpoint, **options: Unpack[AdviseOptions]) -> Advice:
     """What a checkpoint can be served with in so much memory; see doctor.evaluate.advise.advise.advise."""
     from doctor.evaluate.advise.advise import advise as run
 
     return run(path, **options)
+
+
+def explain(what: str) -> str:
+    """Markdown of the page of a rule, by code or name; for the text of an error, of the rules that it points to."""
+    from doctor.locale.rule_pages import pages_for
+
+    return pages_for(what, load_rules())
 
 
 def recover(path: str | os.PathLike[str]) -> list[str]:
@@ -313,7 +321,9 @@ def recover(path: str | os.PathLike[str]) -> list[str]:
     return [*run(Path(os.path.abspath(path)))]
 
 
-def verify(original: str | os.PathLike[str], quantized: str | os.PathLike[str], **options: Any) -> Report:
+def verify(
+    original: str | os.PathLike[str], quantized: str | os.PathLike[str], **options: Unpack[VerifyOptions]
+) -> Report:
     """Compare a quantized checkpoint with its original; for the options see doctor.evaluate.verify.verify."""
     from doctor.quant.early import require_comparable
 
@@ -321,18 +331,22 @@ def verify(original: str | os.PathLike[str], quantized: str | os.PathLike[str], 
     require_comparable(first, second, options.get("text"))  # before torch is imported
     from doctor.evaluate.verify import verify as run
 
-    return run(first, second, **{"load_proof": os.environ.get("DOCTOR_LOAD_PROOF") != "0", **options})
+    options.setdefault("load_proof", os.environ.get("DOCTOR_LOAD_PROOF") != "0")
+    return run(first, second, **options)
 
 
 def quantize(
     path: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str],
     recipe: Recipe | None = None,
-    **options: Any,
+    *,
+    compare_rows: int = 0,
+    **options: Unpack[QuantizeOptions],
 ) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`; see doctor.quant.quantize.quantize for the options.
 
-    What headers refuse is raised, or returned as a report of them, before torch is imported.
+    What headers refuse is raised, or returned as a report of them, before torch is imported. compare_rows: rows of 512
+    tokens, that calibrated nothing, to compare the output on before it appears; 0 for none.
     """
     from doctor.quant.early import refused_by_headers
     from doctor.quant.quantize_result import QuantizeResult
@@ -343,25 +357,24 @@ def quantize(
     refused = refused_by_headers(source, output, recipe or Recipe(), **options)
     if refused is not None:
         return QuantizeResult(refused)
-    from doctor.evaluate.clients.rehearsal import client_of
     from doctor.evaluate.divergence import divergence
-    from doctor.evaluate.proof import prove
     from doctor.quant.quantize import quantize as run
 
-    client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else client_of(recipe or Recipe())
-    diverge = partial(divergence, device=options.get("device", "cpu"))
-    return run(source, output, recipe, **{"prove": prove, "client": client, "diverge": diverge, **options})
+    device = options.get("device", "cpu")
+    options = {"prove": _prove_logits, "client": _client(recipe), **options}
+    options.setdefault("diverge", partial(divergence, device=device))
+    if compare_rows and os.environ.get("WORLD_SIZE", "1") == "1":
+        options.setdefault("compare", partial(verify, rows=compare_rows, memory=0, load_proof=False, device=device))
+    return run(source, output, recipe, **options)
 
 
 def convert(
     path: str | os.PathLike[str] | Checkpoint, output: str | os.PathLike[str], target: str, **options: Any
 ) -> Converted:
     """Write a quantized checkpoint in another stored format, or as 16-bit floats; see doctor.quant.convert.convert."""
-    from doctor.evaluate.clients.rehearsal import client_of
     from doctor.quant.convert import convert as run
 
-    client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else client_of(Recipe())
-    return run(path, output, target, **{"client": client, **options})
+    return run(path, output, target, **{"client": _client(), **options})
 
 
 def tune(
@@ -378,11 +391,9 @@ def tune(
     rules = load_rules(dict.fromkeys(options.get("rules_dirs", ())))
     require_tunable(source, teacher, Path(os.path.abspath(output)), rules, options.get("overwrite", False))
     require_text_of(options.get("calibration"))
-    from doctor.evaluate.clients.rehearsal import client_of
     from doctor.quant.tuning.tune import tune as run
 
-    client = None if os.environ.get("DOCTOR_LOAD_PROOF") == "0" else client_of(Recipe())
-    return run(source, teacher, output, **{"client": client, **options})
+    return run(source, teacher, output, **{"client": _client(), **options})
 
 
 def plan_quantize(
@@ -397,7 +408,7 @@ def plan_quantize(
     return plan(path, output, recipe, **options)
 
 
-def kvcache(path: str | os.PathLike[str] | Checkpoint, **options: Any) -> KvReport:
+def kvcache(path: str | os.PathLike[str] | Checkpoint, **options: Unpack[KvcacheOptions]) -> KvReport:
     """Size and error of a model's key/value cache; for the options see doctor.evaluate.kvcache.study.kvcache."""
     from doctor.quant.early import require_cached
 

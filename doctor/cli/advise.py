@@ -30,11 +30,6 @@ from doctor.core.recipe import parse_runtime
         "the engine has kernels for. Works from headers and tables: no weight is read, of a repository nothing "
         "downloaded."
     ),
-    examples=(
-        "doctor advise model/ --memory 24GB --context 32k",
-        "doctor advise org/model --gpu h100 --gpus 2",
-        "doctor advise model/ --gpu rtx4090 --runtime llama.cpp",
-    ),
 )
 @checkpoint_argument
 @memory_option(_("Memory of one GPU, as 24GB or 24GiB.  [default: that of --gpu]"))

@@ -1,6 +1,6 @@
 """`doctor check`: whether checkpoints are ready for a recipe."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -145,10 +145,13 @@ def command(
                 **options,
             )
 
-        reports, stopped = _until_interrupted(paths, work)
+        reports, stopped, unread = _until_interrupted(paths, work)
         if not stopped:
             _report_unused_settings(reports)
-        emit(reports, [("statistics", "")] if statistics else outputs, verbose, matrix)
+        if reports:
+            emit(reports, [("statistics", "")] if statistics else outputs, verbose, matrix)
+        if unread:  # the others are reported all the same
+            raise unread
     if stopped:
         _end_interrupted(paths[len(reports) :])
     exit_for(reports, fail_on_skipped)
@@ -166,17 +169,30 @@ def _fixed(ctx: click.Context, path: str, output: Path, recipe: Recipe, options:
     return result.report
 
 
-def _until_interrupted(paths: Iterable[str], work: Callable[[str], "Report"]) -> tuple[list["Report"], bool]:
-    """Reports up to Ctrl-C, the last one perhaps of a part of its checkpoint; and whether it was pressed."""
+def _until_interrupted(
+    paths: tuple[str, ...], work: Callable[[str], "Report"]
+) -> tuple[list["Report"], bool, DoctorError | None]:
+    """(reports up to Ctrl-C, the last one perhaps of a part of its checkpoint; whether it was pressed; the last error).
+
+    What cannot be read does not keep the others from being reported: each error but the last is said at once.
+    """
     reports: list[Report] = []
+    unread: DoctorError | None = None
     for path in paths:
         try:
             reports.append(work(path))
         except KeyboardInterrupt:
-            return reports, True
+            return reports, True, unread
+        except DoctorError as error:
+            if len(paths) == 1:
+                raise
+            if unread is not None:
+                failures.say(unread.message, unread.hint)
+            unread = error
+            continue
         if reports[-1].summary.get("interrupted"):
-            return reports, True
-    return reports, False
+            return reports, True, unread
+    return reports, False, unread
 
 
 def _end_interrupted(unread: tuple[str, ...]) -> NoReturn:

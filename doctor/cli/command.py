@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from doctor.cli import failures
+from doctor.cli import failures, groups
 from doctor.core.messages import _
 from doctor.locale import catalogue
 
@@ -50,18 +50,36 @@ class Option(click.Option):
 class Command(click.Command):
     """A command whose options also come from DOCTOR_<OPTION>, where `--unsafe-fixes PATH` does not swallow the path."""
 
-    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("context_settings", {}).update(
             auto_envvar_prefix="DOCTOR", max_content_width=100, show_default=True
         )
         kwargs.setdefault("epilog", ENVIRONMENT)
         super().__init__(*args, **kwargs)
         self.help = kwargs.get("help")
-        self.examples = examples
 
     def get_help(self, ctx: click.Context) -> str:
         """The page that --help prints, in the language of the context."""
         return _page(self, ctx) or super().get_help(ctx)
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """Lines to paste; what stands after several blanks says what one does."""
+        return groups.EXAMPLES.get(self.callback.__module__.rpartition(".")[2] if self.callback else "", ())
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options under headings, where there are many."""
+        for heading, options in groups.grouped(self.get_params(ctx)):
+            with formatter.section(heading):
+                formatter.write_dl([record for p in options if (record := p.get_help_record(ctx))])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples, then what holds for every option."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for line in self.examples:
+                    formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+        super().format_epilog(ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Set the language, give old names their new ones and bare options their value, then parse."""

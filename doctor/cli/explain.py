@@ -1,12 +1,14 @@
 """`doctor explain`: a rule's page, or the rules behind a pasted error."""
 
+import re
 import sys
 
 import click
 
 from doctor.cli.command import Command
 from doctor.cli.options import complete_rules, lang_option, option
-from doctor.core.messages import _
+from doctor.core.errors import DoctorError
+from doctor.core.messages import _, listed
 from doctor.locale import catalogue
 
 
@@ -36,6 +38,11 @@ def command(what: tuple[str, ...], format: str) -> None:
         sys.stdout.write(rule_pages.markdown(entry, catalogue.current()))
     elif entry is not None:
         pages.show_page(entry, rules, console(sys.stdout))
+    elif re.fullmatch(r"[A-Za-z]\d{3}", text):
+        same = [r.code for r in rules if r.code[0] == text[0].upper()]
+        near = sorted(same, key=lambda code: (abs(int(code[1:]) - int(text[1:])), code))[:3]
+        hint = _("Did you mean {near}?", near=listed(near)) if near else _("`doctor rules` lists them.")
+        raise DoctorError(_("{code}: no rule has this code.", code=text.upper()), hint)
     else:
         matches = search.search(text, rules)
         pages.show_matches(text, matches, search.nearest(text, rules), console(sys.stdout))

@@ -54,8 +54,15 @@ def end(message: str, hint: str, code: int) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    message = safe_lines(catalogue.translated(message))
-    click.echo(f"Error: {message}" if code != 130 else message, err=True)
+    if code == 130:
+        click.echo(safe_lines(catalogue.translated(message)), err=True)
+    else:
+        say(message, hint)
+    sys.exit(code)
+
+
+def say(message: str, hint: str) -> None:
+    """Print an error and its hint on stderr."""
+    click.echo(f"Error: {safe_lines(catalogue.translated(message))}", err=True)
     if hint:
         click.echo(f"Hint: {safe_lines(catalogue.translated(hint))}", err=True)
-    sys.exit(code)

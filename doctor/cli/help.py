@@ -10,6 +10,7 @@ import click
 from rich.cells import cell_len
 from rich.text import Text
 
+from doctor.cli import groups
 from doctor.core.messages import _
 from doctor.locale.catalogue import say, translated
 from doctor.report.screen import console, wrap
@@ -27,14 +28,18 @@ def page(command: click.Command, ctx: click.Context) -> str:
         verbatim = paragraph.startswith("\b")
         body = paragraph.splitlines()[1:] if verbatim else _wrapped(paragraph, width - 2)
         lines += [*("  " + line for line in body), ""]
-    options = [record for p in command.get_params(ctx) if (record := _option(p, ctx))]
-    lines += [say("Options:"), *_table(options, width)]
+    for heading, members in groups.grouped(command.get_params(ctx)):
+        options = [record for p in members if (record := _option(p, ctx))]
+        lines += [say("{heading}:", heading=translated(heading)), *_table(options, width), ""]
+    del lines[-1]
     if isinstance(command, click.Group):
         shown = [
             (name, translated(one.short_help or one.help or "").split("\n")[0])
             for name, one in command.commands.items()
         ]
         lines += ["", say("Commands:"), *_table(shown, width)]
+    if examples := getattr(command, "examples", ()):
+        lines += ["", say("Examples:"), *("  " + line for line in examples)]
     if command.epilog:
         lines += ["", *("  " + line for line in _wrapped(translated(command.epilog), width - 2))]
     return "\n".join(lines)

@@ -39,7 +39,16 @@ def together(*decorators: Callable) -> Callable:
     return wrap
 
 
-class LaterChoice(click.Choice):
+class NearChoice(click.Choice):
+    """A choice that names the nearest words to one that is none of them."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """click's sentence, and the nearest words."""
+        near = translated(nearest(str(value), map(str, self.choices)))
+        return f"{super().get_invalid_choice_message(value, ctx)} {near}".rstrip()
+
+
+class LaterChoice(NearChoice):
     """A choice whose words are asked for when they are first needed: what makes them known is imported then."""
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -130,7 +139,7 @@ plan_options = together(
         "--for",
         "--method",
         "method",
-        type=click.Choice((*METHODS, *OTHER_GOALS)),
+        type=NearChoice((*METHODS, *OTHER_GOALS)),
         default="gptq",
         help=_(
             "Quantization method of the recipe; serve judges files as they are, the default for quantized ones, and "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from doctor.checkpoint import hub_push
 from doctor.cli.command import Command
 from doctor.cli.options import (
     FORMATS,
@@ -29,7 +30,7 @@ from doctor.cli.options import (
     unsafe_option,
     words,
 )
-from doctor.cli.output import emit, exit_for, json_on_failure, notice
+from doctor.cli.output import Outputs, emit, exit_for, json_on_failure, notice, write
 from doctor.cli.progress import run_lines
 from doctor.cli.recipe import asked_recipe
 from doctor.core.messages import _
@@ -40,6 +41,8 @@ from doctor.locale import catalogue
 if TYPE_CHECKING:
     from doctor.lint.engine import Report
     from doctor.quant.allocation.budget import Budget
+
+USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few beside those that calibrate
 
 
 @click.command(
@@ -82,9 +85,9 @@ if TYPE_CHECKING:
         "yours is better]"
     ),
 )
-@option("--rows", type=int, default=None, help=_("Calibration rows."))
-@option("--max-seq-length", type=int, default=None, help=_("Tokens per row, at most."))
-@option("--seed", type=int, default=0)
+@option("--rows", type=int, default=None, help=_("Calibration rows.  [default: 128]"))
+@option("--max-seq-length", type=int, default=None, help=_("Tokens per row, at most.  [default: 512]"))
+@option("--seed", type=int, default=0, help=_("Of everything that is drawn at random."))
 @option(
     "--ignore",
     "ignore_linears",
@@ -160,6 +163,23 @@ if TYPE_CHECKING:
     help=_("Quantize the first and last decoder layer only, write nothing: would it fail, how long would it take?"),
 )
 @option(
+    "--verify",
+    "verify_rows",
+    type=int,
+    default=None,
+    metavar="ROWS",
+    help=_(
+        "Compare the output with its original on so many rows that did not calibrate it; 0 does not.  [default: 4, and "
+        "none where no model is run]"
+    ),
+)
+@option(
+    "--push",
+    default="",
+    metavar="ORG/NAME",
+    help=_("Then upload the output to this repository of the Hub, private where it is new."),
+)
+@option(
     "--imatrix",
     type=PATH,
     default=None,
@@ -199,6 +219,8 @@ def command(
     measurement: Path | None,
     kv_cache: str | None,
     tune: str,
+    verify_rows: int | None,
+    push: str,
     formats: tuple[str, ...],
     fix: bool,
     resume: bool,
@@ -227,9 +249,13 @@ def command(
             **{name: flags[name] for name in ("act_order", "mse", "damp", "damp_max", "seed", "vision")},
         )
         run = given(rows=rows, max_seq_length=max_seq_length, memory=size_in_bytes(memory), calibration=calibration)
+        if verify_rows is not None and verify_rows < 0:
+            raise click.BadParameter(f"{verify_rows} must be 0 or more.", param_hint="'--verify'")
+        if push:
+            hub_push.require_pushable(push)
         if plan_only:
             planned = {**run, **given(budget=budget), "tune": _rows_to_tune(tune)}
-            _print_forecast(api.plan_quantize(path, output, recipe, **planned))
+            _print_forecast(api.plan_quantize(path, output, recipe, **planned), outputs)
         with run_lines(notice) as line:
             result = api.quantize(
                 path,
@@ -241,6 +267,7 @@ def command(
                 overwrite=overwrite,
                 progress=line,
                 tune=_rows_to_tune(tune),
+                compare_rows=(USUAL_ROWS if recipe.calibrated else 0) if verify_rows is None else verify_rows,
                 **run,
                 **given(
                     preflight=preflight or None,
@@ -253,9 +280,15 @@ def command(
         if int(os.environ.get("RANK", "0")):  # under torchrun, rank 0 speaks for all
             exit_for([result.report])
         emit([result.report], outputs)
+        if result.output and result.report.ok and ("full", "") in outputs:
+            _print_next(path, result.output, result.report)
     if result.forecast is not None:
-        _print_forecast(result.forecast, result.report)
+        _print_forecast(result.forecast, [], result.report)
     notice(_("Wrote {file}", file=output) if result.output else _("Nothing was written."))
+    if push and result.output and result.report.ok:
+        notice(_("Uploaded to {url}", url=hub_push.push(result.output, push)))
+    elif push:
+        notice(_("Not uploaded: {name}", name=push))
     exit_for([result.report])
 
 
@@ -275,9 +308,24 @@ def _budget(bpw: float | None, size: str, schemes: str, measurement: Path | None
     return Budget(bpw, size_in_bytes(size, "--size"), tuple(map(integer_bits, words([schemes]))), measurement)
 
 
-def _print_forecast(forecast: Any, report: "Report | None" = None) -> NoReturn:
-    """Print it and exit: 1 where the run would fail."""
-    click.echo("\n".join(map(catalogue.translated, forecast.lines())))
+def _print_next(original: str, output: Path, report: "Report") -> None:
+    from doctor.report import after
+    from doctor.report.screen import console
+
+    files = sorted(file.name for file in output.glob("*.gguf"))
+    shown = Path(os.path.relpath(output)) if output.is_relative_to(Path.cwd()) else output
+    after.show(after.commands(original, shown, report.recipe, files[0] if files else ""), console(sys.stdout))
+
+
+def _print_forecast(forecast: Any, outputs: Outputs = (), report: "Report | None" = None) -> NoReturn:
+    """Print it, or write it as JSON where -f json asks for that, and exit: 1 where the run would fail."""
+    from doctor.report.formats.json_report import dumps
+    from doctor.report.screen import console, show_labelled
+
+    for file in [file for name, file in outputs if name == "json"]:
+        write(dumps({"schema": "doctor.plan/1", **forecast.as_dict()}) + "\n", file)
+    if ("json", "") not in outputs:
+        show_labelled(map(catalogue.translated, forecast.lines()), console(sys.stdout))
     sys.exit(1 if forecast.problems or (report is not None and not report.ok) else 0)
 
 

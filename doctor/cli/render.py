@@ -15,7 +15,7 @@ from doctor.core.messages import _
     help=_(
         "Render a saved report in another format.\n\n"
         "Needs only the JSON that `doctor check -f json:REPORT.json` wrote (or quantize, verify, kvcache), not the "
-        "checkpoint."
+        "checkpoint; or the receipt, doctor.json, in what `doctor quantize` wrote."
     ),
 )
 @click.argument("report", type=PATH, metavar="REPORT.json")
@@ -28,4 +28,7 @@ def command(report: Path, formats: tuple[str, ...], concise: bool, verbose: bool
         return emit_kvcache(cache, outputs_of(formats, concise, KV_FORMATS))
     from doctor.report.formats.json_report import read
 
-    emit(read(text), outputs_of(formats, concise), verbose)
+    reports = read(text)
+    for one in reports:
+        one.checkpoint = one.checkpoint or report.absolute().parent.name  # a receipt does not know its directory's name
+    emit(reports, outputs_of(formats, concise), verbose)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from doctor.core.errors import DoctorError
 from doctor.core.messages import _
 from doctor.core.methods import BITS, METHODS, STATIC, Method
+from doctor.core.near import nearest
 
 GOALS = ("", "quantize", "serve", "none")  # what findings are judged for
 RUNTIMES = ("vllm", "sglang", "exllamav2", "transformers", "llama.cpp")
@@ -143,7 +144,11 @@ class Recipe:
         if self.goal not in GOALS:
             raise _illegal(_("goal {value!r}", value=self.goal), _("one of {names}", names=", ".join(GOALS[1:])))
         if self.runtime not in ("", *RUNTIMES):
-            raise _illegal(_("runtime {value!r}", value=self.runtime), _("one of {names}", names=", ".join(RUNTIMES)))
+            raise _illegal(
+                _("runtime {value!r}", value=self.runtime),
+                _("one of {names}", names=", ".join(RUNTIMES)),
+                nearest(self.runtime, RUNTIMES),
+            )
         self._require_widths()
         self._require_format()
 
@@ -291,8 +296,8 @@ def unfit(recipe: Recipe, in_features: int, out_features: int) -> str:
     return FORMATS[recipe.output_format].unfit(recipe.scheme, in_features, out_features)
 
 
-def _illegal(what: str, must: str) -> DoctorError:
-    return DoctorError(_("recipe: {what}; must be {must}.", what=what, must=must))
+def _illegal(what: str, must: str, hint: str = "") -> DoctorError:
+    return DoctorError(_("recipe: {what}; must be {must}.", what=what, must=must), hint)
 
 
 def _either(numbers: tuple[int, ...]) -> str:

@@ -148,6 +148,13 @@ class Comparison:
     one_choice: float = 0.0  # share of the tokens at which the quantized model ranks one same token first, which is:
     one_choice_token: int = 0
     one_choice_original: float = 0.0  # that share for the original's own favourite
+    kl_median: float = float("nan")
+    kl_p999: float = float("nan")
+    kl_max: float = float("nan")
+    # 95 in 100 resamplings of the rows lie in these spans (bootstrap); NaN where there are fewer than 3 rows.
+    ratio_span: tuple[float, float] = (float("nan"), float("nan"))  # of perplexity_quantized / perplexity_original
+    kl_span: tuple[float, float] = (float("nan"), float("nan"))  # of kl_mean
+    top1_span: tuple[float, float] = (float("nan"), float("nan"))  # of top1_agreement
 
 
 @dataclass(frozen=True)

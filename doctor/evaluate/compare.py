@@ -207,7 +207,7 @@ def compare(
     if logprobs is not None:
         logprobs += [torch.cat(parts) for parts in given]
     half = probe.result(a.hidden[: len(probe.rows)], a.logits)
-    mean, p99 = tally.divergence()
+    (mean, p99), spread = tally.divergence(), tally.spread()
     said = [m.reply(prompts) if m.resident_bytes <= memory else [] for m in (a, b)]
     (_token, usual), (favourite, share) = tally.one_choice(0), tally.one_choice(1)
     zeros, runs = zip(*(_collapse(replies) for replies in said), strict=True)
@@ -235,6 +235,12 @@ def compare(
         one_choice=share,
         one_choice_original=usual,
         one_choice_token=favourite,
+        kl_median=tally.kl_at(0.5),
+        kl_p999=tally.kl_at(0.999),
+        kl_max=tally.kl_at(1.0),
+        ratio_span=spread.ratio,
+        kl_span=spread.kl,
+        top1_span=spread.top1,
     )
 
 

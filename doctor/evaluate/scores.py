@@ -2,14 +2,51 @@
 and tokens.
 """
 
+from __future__ import annotations
+
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
+RESAMPLES, LEAST_ROWS = 1000, 3  # of the rows, for a spread; of fewer rows than these a spread would say nothing
 CHUNK_ROWS = 256  # rows of logits worked on at once: 256 × 152k × 4 B = 156 MB at the widest vocabulary in use
+
+
+class TextSums(NamedTuple):
+    """Of one row of text: positions, summed nll of both models in nats, summed KL and same first choices over the
+    positions finite in both.
+    """
+
+    tokens: int
+    nll_original: float
+    nll_quantized: float
+    kl: float
+    compared: int
+    agree: int
+
+    def less(self, before: TextSums) -> TextSums:
+        """What was added since."""
+        return TextSums(
+            self.tokens - before.tokens,
+            self.nll_original - before.nll_original,
+            self.nll_quantized - before.nll_quantized,
+            self.kl - before.kl,
+            self.compared - before.compared,
+            self.agree - before.agree,
+        )
+
+
+class Spread(NamedTuple):
+    """Spans in which 95 of 100 resamplings of the rows lie; NaN where there are too few rows."""
+
+    ratio: tuple[float, float]  # perplexity quantized / original
+    kl: tuple[float, float]
+    top1: tuple[float, float]
 
 
 @dataclass
@@ -26,6 +63,8 @@ class Tally:
     entropies: list[float] = field(default_factory=lambda: [0.0, 0.0])
     choices: list[Counter] = field(default_factory=lambda: [Counter(), Counter()])
     kl: list[torch.Tensor] = field(default_factory=list)
+    kl_sum: float = 0.0
+    texts: list[TextSums] = field(default_factory=list)
 
     def add(self, original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor) -> None:
         """Logits [rows, vocabulary] of both models for the same positions, and the token ids [rows] that really follow.
@@ -33,11 +72,16 @@ class Tally:
         Where the vocabularies were padded to different widths, the columns both have are compared.
         """
         width = min(original.shape[1], quantized.shape[1])
+        before = self._sums()
         for at in range(0, len(targets), CHUNK_ROWS):
             part = slice(at, at + CHUNK_ROWS)
             self._add(
                 original[part, :width].float(), quantized[part, :width].float(), targets[part].to(original.device)
             )
+        self.texts.append(self._sums().less(before))
+
+    def _sums(self) -> TextSums:
+        return TextSums(self.tokens, self.nll[0], self.nll[1], self.kl_sum, self.compared, self.agree)
 
     def _add(self, a: torch.Tensor, b: torch.Tensor, targets: torch.Tensor) -> None:
         self.tokens += len(targets)
@@ -49,7 +93,9 @@ class Tally:
             self.entropies[i] += float(torch.special.entr(logs[i][ok].exp()).sum(1).double().sum())
             self.choices[i].update(x[ok].argmax(1).tolist())
         both = good[0] & good[1]
-        self.kl.append((logs[0].exp() * (logs[0] - logs[1])).sum(1)[both])
+        kl = (logs[0].exp() * (logs[0] - logs[1])).sum(1)[both]
+        self.kl.append(kl)
+        self.kl_sum += float(kl.double().sum())
         self.agree += int((a.argmax(1) == b.argmax(1))[both].sum())
         self.compared += int(both.sum())
 
@@ -65,9 +111,31 @@ class Tally:
         none.
         """
         values = torch.cat(self.kl) if self.kl else torch.zeros(0)
+        return (float(values.double().mean()), self.kl_at(0.99)) if len(values) else (math.nan, math.nan)
+
+    def kl_at(self, share: float) -> float:
+        """The KL that this share of the positions does not exceed: 0.5 is the median, 1 the largest."""
+        values = torch.cat(self.kl).double().sort().values if self.kl else torch.zeros(0)
         if not len(values):
-            return math.nan, math.nan
-        return float(values.double().mean()), float(values.double().quantile(0.99))
+            return math.nan
+        place = share * (len(values) - 1)  # between two positions, as torch.quantile, which takes no more than 2^24
+        low = int(place)
+        high = min(low + 1, len(values) - 1)
+        return float(values[low] + (values[high] - values[low]) * (place - low))
+
+    def spread(self) -> Spread:
+        """How far the figures would move with other rows: the rows drawn again with repetition, RESAMPLES times."""
+        none = (math.nan, math.nan)
+        texts = [t for t in self.texts if t.tokens]
+        if len(texts) < LEAST_ROWS or any(self.nonfinite):
+            return Spread(none, none, none)
+        draw, ratios, kls, agrees = random.Random(0), [], [], []
+        for _again in range(RESAMPLES):
+            tokens, before, after, kl, compared, agree = map(sum, zip(*draw.choices(texts, k=len(texts)), strict=True))
+            ratios.append(math.exp(min((after - before) / tokens, 700)))
+            kls.append(kl / compared)
+            agrees.append(agree / compared)
+        return Spread(*(_middle(values) for values in (ratios, kls, agrees)))
 
     def entropy(self, which: int) -> float:
         """Mean entropy of a model's next-token distributions over its finite rows; NaN where there are none."""
@@ -82,6 +150,13 @@ class Tally:
     def agreement(self) -> float:
         """Share of rows in which both models rank the same token first; NaN where no row is finite in both."""
         return self.agree / self.compared if self.compared else math.nan
+
+
+def _middle(values: list[float]) -> tuple[float, float]:
+    """The span that leaves out 2.5 % at either end."""
+    values = sorted(values)
+    cut = round(0.025 * len(values))
+    return values[cut], values[-1 - cut]
 
 
 def longest_run(tokens: Sequence[int]) -> int:

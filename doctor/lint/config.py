@@ -303,3 +303,11 @@ def _suppressions(text: TomlText, from_checkpoint: bool = False) -> list[Suppres
             )
         )
     return found
+
+
+def default_recipe(checkpoint: Checkpoint, config: Config | None) -> Recipe:
+    """The recipe without one from the caller: of a quantized checkpoint, what its own quantization_config states."""
+    from doctor.model.quantization_config import STATED, stored_recipe
+
+    own = config.recipe() if config else Recipe()
+    return own if config and config.recipe_values.keys() & STATED else stored_recipe(checkpoint, own)

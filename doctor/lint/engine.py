@@ -20,6 +20,7 @@ from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.core.facts import COSTS, Unavailable, closure
 from doctor.core.finding import SEVERITIES, Finding, Place
 from doctor.core.messages import _, plural
+from doctor.core.near import nearest
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
 from doctor.core.version import __version__
@@ -71,9 +72,10 @@ def match_rules(rules: Iterable[Rule], words: Iterable[str]) -> set[str]:
             r.code for r in rules if word in (r.name, r.certainty) or (word.upper() == word and r.code.startswith(word))
         }
         if not means:
+            near = nearest(word, (text for r in rules for text in (r.code, r.name)))
             raise DoctorError(
                 _("{word!r}: no rule has this code, family, name or certainty.", word=word),
-                _("`doctor rules` lists them."),
+                near or _("`doctor rules` lists them."),
             )
         found |= means
     return found
@@ -107,7 +109,7 @@ class RuleRun:
         return "run" if self.judged else "skipped" if self.reasons else "not applicable"
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Everything that one run found: each output format renders it. `findings` are in the order in which one
     repairs.
@@ -149,6 +151,31 @@ class Report:
 
     def count(self, severity: str) -> int:
         return sum(f.severity == severity for f in self.findings)
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{self.count(s)} {s}" for s in SEVERITIES if self.count(s)) or "no findings"
+        return f"<Report on {self.checkpoint} for {self.recipe.label()}: {found}>"
+
+    def to_json(self) -> str:
+        """As `-f json` writes it, by doctor/report/formats/schema.json."""
+        return self._rendered("json")
+
+    def to_markdown(self) -> str:
+        """As `-f markdown` writes it."""
+        return self._rendered("markdown")
+
+    def to_html(self) -> str:
+        """One page that needs no network, as `-f html` writes it."""
+        return self._rendered("html")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the page in a frame of its own, so that its styles stay inside."""
+        page = self.to_html().replace("&", "&amp;").replace('"', "&quot;")
+        return f'<iframe srcdoc="{page}" style="width:100%;height:600px;border:0"></iframe>'
+
+    def _rendered(self, name: str) -> str:
+        report = importlib.import_module("doctor.report")  # by name: the wing that renders imports this one
+        return str(report.render(name, [self], "en"))
 
     def raise_for_findings(self) -> None:
         """Raise CheckpointNotReady with one line for each finding that makes the run fail."""

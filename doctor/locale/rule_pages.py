@@ -4,11 +4,13 @@ A page is a title and sections under their headings. A rule without one is shown
 """
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from doctor.lint.explain import SECTIONS, code_span
+from doctor.lint.explain import SECTIONS, code_span, find, search
 from doctor.lint.rule import Rule
+from doctor.lint.suppress import OWN_RULES
 
 # What each section is called. What other tools print and the sources need no translation.
 HEADINGS = {"zh": {"Title": "标题", "Why": "原因", "Do": "处理", "False alarms": "误报", "Fix safety": "修复"}}
@@ -59,3 +61,13 @@ def markdown(entry: Rule, lang: str = "en") -> str:
         if entry.section(key):
             parts += [f"## {names.get(key, title)}", section(entry, key, lang)]
     return "\n\n".join(parts) + "\n"
+
+
+def pages_for(what: str, rules: Iterable[Rule], lang: str = "en") -> str:
+    """Markdown of the page of a rule, by code or name; for the text of an error, of each rule that it points to; ""
+    where it points to none.
+    """
+    rules = [*rules, *OWN_RULES]
+    entry = find(what, rules)
+    found = [entry] if entry else [match.rule for match in search(what, rules)]
+    return "\n".join(markdown(rule, lang) for rule in found)

@@ -6,7 +6,9 @@ The caller decides whether it is committed: a mixture of widths is compared with
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.messages import _, listed
@@ -20,6 +22,7 @@ from doctor.quant import export
 from doctor.quant.client import Linears
 from doctor.quant.distributed import Ranks
 from doctor.quant.earlier import Earlier, source_mark
+from doctor.quant.ending import ending
 from doctor.quant.forewarn import forewarn
 from doctor.quant.gguf_output import write_imatrix
 from doctor.quant.job import Result, run
@@ -37,15 +40,21 @@ from doctor.quant.vision import vision_linears
 
 @dataclass
 class Built:
-    """A run that is not committed yet. staged: the whole output; None where a finding of the report forbids it."""
+    """A run that is not committed yet. staged: the whole output; None where a finding of the report forbids it.
+
+    end: adds the figures of the end to the report, and writes the card.
+    """
 
     report: Report
     staged: export.Output | None
     calibration: CalibrationFacts | None
     notes: list[str]
+    end: Callable[[Report, export.Output, list[str]], Report] | None = None
 
     def commit(self, overwrite: bool) -> QuantizeResult:
         """The output in its place, where there is one."""
+        if self.staged and self.end:
+            self.report = self.end(self.report, self.staged, self.notes)
         place = self.staged.commit(overwrite) if self.staged else None
         return QuantizeResult(self.report, place, self.calibration, self.notes)
 
@@ -179,4 +188,4 @@ def _finish(
             notes.append(note)
         else:
             asked.progress(note)
-    return Built(report, staged, facts, notes)
+    return Built(report, staged, facts, notes, partial(ending, asked, checked, facts))

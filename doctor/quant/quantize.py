@@ -44,6 +44,7 @@ from doctor.quant.device import device_memory, device_of
 from doctor.quant.distributed import size, start, stop
 from doctor.quant.earlier import Earlier, open_earlier, source_mark
 from doctor.quant.early import require_named
+from doctor.quant.ending import Compare
 from doctor.quant.execute import build
 from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
@@ -82,6 +83,7 @@ def quantize(
     diverge: Diverge | None = None,
     tune: str | int = AUTO,
     retry_failed: bool = False,
+    compare: Compare | None = None,
 ) -> QuantizeResult:
     """Quantize a 16-bit checkpoint into `output`, which is whole or absent; the source is never written to.
 
@@ -106,6 +108,9 @@ def quantize(
 
     tune: rows to tune scales and norm gains on after the last layer (tuning/within.py); "off" for none; "auto" as many
     as take no longer than the layers did, where the format has such scales and there is text and memory enough.
+
+    compare: what compares the output with the original before it appears, on rows that did not calibrate it; its
+    findings are reported, and the output stays. doctor.api passes it. None compares nothing.
 
     preflight: check and calibrate, quantize the first and the last decoder layer only, write nothing: the result has
     a forecast.
@@ -139,6 +144,7 @@ def quantize(
         Path(os.path.abspath(imatrix)) if imatrix is not None else None,
         OFF if retry_failed else tune,
         retry_failed,
+        compare,
     )
     if size() > 1 and retry_failed:
         raise PlanRefused(_("--retry-failed: is done by one process; there are {n}.", n=size()), _("Omit torchrun."))
@@ -295,7 +301,7 @@ def _preflight(asked: Asked, calibrated: Calibrated) -> QuantizeResult:
     )
     known = {(f.code, f.message) for f in checked.assessment.findings}
     new = locate([f for f in done.judged if (f.code, f.message) not in known], checked.assessment.checkpoint)
-    report = report_of(asked, checked, calibrated.facts, done, new)
+    report = report_of(asked, checked, calibrated.facts, done, new, {"preflight": list(found.tried)})
     return QuantizeResult(report, None, calibrated.facts, [*checked.notes, *calibrated.notes], found)
 
 

@@ -4,9 +4,10 @@ from doctor.core.methods import is_rounding
 from doctor.core.records import damp_raised
 from doctor.lint.engine import Report
 from doctor.locale.catalogue import counted, say, translated
-from doctor.report.text import figure, number, percent, safe, thousands
+from doctor.report.text import figure, number, percent, safe, seconds, size, thousands
 
 FP16_MAX = 65504
+WORST = 3  # linears that are named
 
 
 def results(report: Report) -> list[tuple[str, str]]:
@@ -37,10 +38,19 @@ def results(report: Report) -> list[tuple[str, str]]:
         lines.append((say("widths"), _widths(report.extra["allocation"])))
     if report.extra.get("tuning"):
         lines.append((say("tuning"), _tuning(report.extra["tuning"])))
+        worst = _worst(done)
+        lines += [(say("worst"), worst)] if worst else []
+    if report.extra.get("run"):
+        lines.append((say("size"), _run(report)))
+    if report.extra.get("receipt_only"):
+        known = {"versions": say("versions"), "calibration": say("calibration"), "note": say("note")}
+        lines += [(known[kind], text) for kind, text, _more in report.extra["receipt"]["steps"] if kind in known]
     c = report.extra.get("comparison")
     if c:
         before, after = c["perplexity_original"], c["perplexity_quantized"]
-        change = f" ({_change(after / before)})" if number(before) and number(after) and before > 0 else ""
+        change = ""
+        if number(before) and number(after) and before > 0:
+            change = f" ({_change(after / before)}{_span(c.get('ratio_span'), less=1)})"
         span = say(
             "{change} on {tokens} tokens, {context} at a time",
             change=change,
@@ -48,18 +58,34 @@ def results(report: Report) -> list[tuple[str, str]]:
             context=f"{c['context']:,}",
         )
         lines.append((say("perplexity"), f"{figure(before)} → {figure(after)}{span}"))
-        lines += [(say("layers"), _layers(c["own_errors"], c["block_errors"]))] if c.get("own_errors") else []
+        lines += (
+            [(say("layers"), _layers(c["own_errors"], c["block_errors"]))] if c.get("own_errors") and not done else []
+        )
         lines.append(
             (
                 say("divergence"),
                 say(
                     "KL {mean} nats on average, {p99} at the 99th percentile; same next token {top1}",
-                    mean=figure(c["kl_mean"]),
+                    mean=figure(c["kl_mean"]) + _span(c.get("kl_span")),
                     p99=figure(c["kl_p99"]),
-                    top1=percent(c["top1_agreement"]),
+                    top1=percent(c["top1_agreement"]) + _span(c.get("top1_span"), less=0),
                 ),
             )
         )
+        if number(c.get("kl_max")):
+            lines.append(
+                (
+                    say("tail"),
+                    say(
+                        "KL {median} in the middle, {p999} at 99.9 %, {most} at the most",
+                        median=figure(c["kl_median"]),
+                        p999=figure(c["kl_p999"]),
+                        most=figure(c["kl_max"]),
+                    ),
+                )
+            )
+        if done:  # at the end of a quantization: what else was looked at, `doctor verify` shows
+            c = {}
         if number(c.get("entropy_quantized")) or number(c.get("entropy_original")):
             lines.append(
                 (
@@ -74,19 +100,20 @@ def results(report: Report) -> list[tuple[str, str]]:
                     ),
                 )
             )
-        lines.append(
-            (
-                say("replies"),
-                say(
-                    "{tokens}, longest repeat {repeat}, token 0 {share}",
-                    tokens=counted("{n:,} token", "{n:,} tokens", c["generated"]),
-                    repeat=c["longest_repeat"],
-                    share=percent(c["token0_share"]),
+        if c:
+            lines.append(
+                (
+                    say("replies"),
+                    say(
+                        "{tokens}, longest repeat {repeat}, token 0 {share}",
+                        tokens=counted("{n:,} token", "{n:,} tokens", c["generated"]),
+                        repeat=c["longest_repeat"],
+                        share=percent(c["token0_share"]),
+                    )
+                    if c["generated"]
+                    else say("not generated: {reason}", reason=_no_replies(report)),
                 )
-                if c["generated"]
-                else say("not generated: {reason}", reason=_no_replies(report)),
             )
-        )
         if c.get("half"):
             lines.append((say("float16"), _sixteen_bits(c["half"])))
     if report.extra.get("own_measure"):
@@ -131,6 +158,26 @@ def _tuning(t: dict) -> str:
         end=figure(t["end"]),
         change=change,
         rows=rows,
+    )
+
+
+def _worst(done: list[dict]) -> str:
+    """The linears that lost most: the energy of their error as a share of that of what they compute."""
+    losses = [(x["solve"]["loss"], x["name"]) for x in done if x.get("solve") and number(x["solve"].get("loss"))]
+    worst = [f"{safe(name)} {loss:.2%}" for loss, name in sorted(losses, reverse=True)[:WORST] if loss > 0]
+    return ", ".join(worst)
+
+
+def _run(report: Report) -> str:
+    """Bytes before and after, and what it took."""
+    run = report.extra["run"]
+    return say(
+        "{before} → {after}, {bits} bits a weight; {seconds}, {peak} of memory at the peak",
+        before=size(run["source_bytes"]),
+        after=size(run["output_bytes"]),
+        bits=f"{run['bits']:.2f}",
+        seconds=seconds(report.seconds),
+        peak=size(run["peak_bytes"]),
     )
 
 
@@ -201,6 +248,14 @@ def _layers(own: list, carried: list) -> str:
         most=percent(own[worst]),
         last=percent(carried[-1]),
     )
+
+
+def _span(span: object, less: int | None = None) -> str:
+    """` [0.07, 0.11]`: where 95 of 100 resamplings of the rows lie; less: in percent above it."""
+    if not isinstance(span, (list, tuple)) or len(span) != 2 or not all(map(number, span)):
+        return ""
+    low, high = (figure(x) if less is None else f"{x - less:+.1%}" if less else f"{x:.1%}" for x in span)
+    return f" [{low}, {high}]"
 
 
 def _change(ratio: float) -> str:

@@ -8,6 +8,7 @@ ends in blanks, so piped output can be compared.
 import re
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.cells import cell_len
@@ -53,6 +54,16 @@ class Screen:
             self.line(head if i == 0 else Text(" " * indent), part)
 
 
+def show_labelled(lines: Iterable[str], out: Console) -> None:
+    """Print lines of a label of eight cells and a text, which is wrapped beside its label."""
+    screen = Screen(out)
+    for line in lines:
+        ends = (n for n in range(len(line)) if cell_len(line[:n]) == _LABEL and line[n - 1] == " ")
+        label = line[: next(ends, 0)]
+        screen.hang(Text(label), Text(line[len(label) :]))
+
+
+_LABEL = 8
 _UNIT = re.compile(
     r"\s+|[“（《]*(?:[\u2e80-\u9fff\uff00-\uffef]|[^\s\u2e80-\u9fff\uff00-\uffef“”（）《》]+)[，。；：、！？）”》]*"
 )

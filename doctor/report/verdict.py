@@ -8,6 +8,7 @@ from doctor.lint.engine import Report
 from doctor.lint.rule import AREAS
 from doctor.locale.catalogue import counted, say, translated
 from doctor.model.directory_kind import KINDS
+from doctor.report.closeness import closeness
 from doctor.report.presentation import Group, fixable, tally
 from doctor.report.recipe_text import goal_of, plan_flags, plan_label, plan_text  # noqa: F401 - for those that print
 from doctor.report.text import count, safe, seconds, size
@@ -34,6 +35,8 @@ def verdict(report: Report) -> tuple[str, str]:
             plan=label,
             rules=counted("{n:,} rule", "{n:,} rules", len(report.crashed)),
         )
+    if report.extra.get("receipt_only"):
+        return "skipped", say("quantized to {plan}, by its receipt; nothing was judged", plan=label)
     if not ran(report):
         return "skipped", say("nothing was judged for {plan}", plan=label)
     if report.summary.get("tensors") == 0:
@@ -46,8 +49,17 @@ def verdict(report: Report) -> tuple[str, str]:
 
 def _ending(report: Report, good: bool, plan: str) -> Message:
     """The sentence for a good or a bad end of a check, a quantization or a comparison."""
-    if report.extra.get("comparison") or report.extra.get("own_measure"):
+    if (compared := report.extra.get("comparison")) and good and not report.linears:
+        return closeness(compared, plan)
+    if (compared and not report.linears) or report.extra.get("own_measure"):
         return _("agrees with its original: {plan}" if good else "does not agree with its original: {plan}", plan=plan)
+    if tried := report.extra.get("preflight"):
+        return plural(
+            "{n} layer tried, nothing written: {plan}",
+            "{n} layers tried, nothing written: {plan}",
+            len(tried),
+            plan=plan,
+        )
     if report.linears:
         return _("quantized to {plan}" if good else "not quantized to {plan}", plan=plan)
     if good and report.summary.get("selected"):
@@ -113,6 +125,8 @@ def kind_of(report: Report) -> str:
 def sizes_of(report: Report) -> str:
     """`Qwen2ForCausalLM · 14.2 B · bf16 · 8 shards · 28.3 GB`, of what is known."""
     s = report.summary
+    if report.extra.get("receipt_only"):
+        return say("a receipt")
     parts = [s.get("architecture", ""), count(s.get("parameters", 0)), str(s.get("dtype", "")).lower()]
     parts += [counted("{n:,} shard", "{n:,} shards", s.get("shards", 0)), size(s.get("bytes", 0))]
     return safe(" · ".join(p for p in parts if p))

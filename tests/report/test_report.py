@@ -452,7 +452,7 @@ def test_results_of_a_run_and_of_a_comparison_are_shown_even_when_they_are_no_nu
 def test_the_verdict_is_worded_for_what_was_asked():
     assert verdict.verdict(make_report(linears=[{"outcome": "gptq"}]))[1] == "quantized to gptq 4-bit g128"
     assert (
-        verdict.verdict(make_report(extra={"comparison": {"x": 1}}))[1] == "agrees with its original: gptq 4-bit g128"
+        verdict.verdict(make_report(extra={"comparison": {"x": 1}}))[1] == "compared with its original: gptq 4-bit g128"
     )
 
 
@@ -502,7 +502,7 @@ def test_a_consequence_of_a_consequence_hangs_under_the_cause():
 
 
 def test_a_receipt_is_told_from_a_report():
-    for receipt in ('{"schema": "doctor.receipt/1"}', '{"doctor": "0.1.0", "outcomes": {"gptq": 210}}'):
+    for receipt in ('{"schema": "doctor.receipt/1"}', '{"doctor": "0.1.0", "outcomes": {"gptq": 210}, "linears": 3}'):
         with pytest.raises(DoctorError, match="this is a receipt"):
             json_report.read(receipt)
 

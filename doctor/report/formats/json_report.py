@@ -19,6 +19,7 @@ from doctor.core.messages import collected, restored
 from doctor.core.recipe import Recipe
 from doctor.core.version import __version__
 from doctor.edits import kinds
+from doctor.fixing.output_summary import quantization_summary
 from doctor.lint.engine import Report, RuleRun
 from doctor.lint.rule import Rule, write_page
 from doctor.report.text import safe_json
@@ -152,6 +153,8 @@ def _run(run: RuleRun, with_page: bool) -> dict:
 
 def from_dict(document: dict) -> Report:
     """The report of a document by schema.json. Raises DoctorError for what is none."""
+    if isinstance(document, dict) and isinstance(document.get("linears"), list) and "outcomes" in document:
+        return _of_receipt(document)
     if isinstance(document, dict) and (
         str(document.get("schema", "")).startswith("doctor.receipt/") or "outcomes" in document
     ):
@@ -170,9 +173,7 @@ def from_dict(document: dict) -> Report:
         )
     document = restored(document, document.get("messages"))
     try:
-        recipe = Recipe(
-            **{**document["recipe"], **{k: tuple(document["recipe"].get(k, ())) for k in ("keep", "bits_for")}}
-        )
+        recipe = _recipe(document["recipe"])
         return Report(
             checkpoint=document["checkpoint"],
             recipe=recipe,
@@ -191,9 +192,31 @@ def from_dict(document: dict) -> Report:
             gone=[_read_finding(f) for f in document["gone"]],
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DoctorError(
-            f"the report is damaged: {type(error).__name__}: {error}.", "Make it again with `doctor check`."
-        ) from None
+        raise _damaged(error) from None
+
+
+def _of_receipt(document: dict) -> Report:
+    """What the receipt of a quantization says: the recipe, the calibration and what became of each linear."""
+    try:
+        return Report(
+            checkpoint=str(document.get("name", "")),
+            recipe=_recipe(document["recipe"]),
+            findings=[],
+            runs=[],
+            version=str(document["doctor"]),
+            linears=[x for x in document["linears"] if isinstance(x["solve"], dict)],
+            extra={"receipt": quantization_summary(document), "receipt_only": True},
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _damaged(error) from None
+
+
+def _recipe(data: dict) -> Recipe:
+    return Recipe(**{**data, **{k: tuple(data.get(k, ())) for k in ("keep", "bits_for")}})
+
+
+def _damaged(error: Exception) -> DoctorError:
+    return DoctorError(f"the report is damaged: {type(error).__name__}: {error}.", "Make it again with `doctor check`.")
 
 
 def read(text: str) -> list[Report]:

@@ -1,0 +1,84 @@
+"""The keyword options of doctor.api's jobs, as types: what an editor offers and mypy checks, without importing a job.
+
+Each job's own docstring says what they mean; tests/test_api_types.py holds them to the jobs' parameters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypedDict
+
+FilePath = str | os.PathLike[str]
+
+
+class QuantizeOptions(TypedDict, total=False):
+    """Of doctor.quant.quantize.quantize."""
+
+    calibration: FilePath | None
+    rows: int
+    max_seq_length: int
+    seed: int | None
+    fix: bool
+    unsafe_fixes: bool | Iterable[str]
+    keep: Iterable[str]
+    memory: int | None
+    resume: bool
+    overwrite: bool
+    device: str
+    select: Iterable[str]
+    ignore: Iterable[str]
+    fail_on: str
+    rules_dirs: Iterable[Path]
+    progress: Callable[[str], None]
+    preflight: bool
+    prove: Callable[..., Any] | None
+    client: Any
+    imatrix: FilePath | None
+    budget: Any
+    diverge: Callable[..., Any] | None
+    tune: str | int
+    compare: Callable[..., Any] | None
+
+
+class VerifyOptions(TypedDict, total=False):
+    """Of doctor.evaluate.verify.verify."""
+
+    text: FilePath | None
+    context: int
+    rows: int
+    memory: int | None
+    device: str
+    fail_on: str
+    progress: Callable[[int, int], None]
+    load_proof: bool
+    client: str | None
+    client_python: FilePath | None
+
+
+class KvcacheOptions(TypedDict, total=False):
+    """Of doctor.evaluate.kvcache.study.kvcache."""
+
+    context: int
+    batch: int
+    memory: int | None
+    key_bits: int | None
+    value_bits: int | None
+    measure: bool
+    text: FilePath | None
+    rows: int
+    measured_context: int
+    device: str
+    progress: Callable[[str, int, int], None]
+
+
+class AdviseOptions(TypedDict, total=False):
+    """Of doctor.evaluate.advise.advise.advise."""
+
+    memory: int | None
+    gpus: int
+    context: int | None
+    batch: int
+    gpu: str
+    runtime: str

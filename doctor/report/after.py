@@ -1,0 +1,65 @@
+"""What to type once a quantized checkpoint is there: compare it, serve it, run tasks on it."""
+
+import shlex
+from pathlib import Path
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from doctor.core.messages import _
+from doctor.core.recipe import Recipe
+from doctor.core.tables import table
+from doctor.formats.base import format_of
+from doctor.locale.catalogue import say, translated
+from doctor.plan.runtimes import in_force, reads
+from doctor.plan.served import row_of_config
+from doctor.report.screen import Screen, styled
+from doctor.report.text import pad, safe
+
+Steps = list[tuple[str, str]]  # (command, what it does)
+
+
+def commands(original: str, output: Path, recipe: Recipe, gguf: str = "") -> Steps:
+    """The next commands, cheapest first. gguf: the file inside the output, where it is one."""
+    out, form = shlex.quote(str(output)), format_of(recipe)
+    found: Steps = [(f"doctor verify {shlex.quote(original)} {out}", _("perplexity, divergence and replies of both"))]
+    if form.in_blocks:
+        file = shlex.quote(str(output / gguf))
+        return [*found, (f"llama-server -m {file}", _("serve it in llama.cpp"))]
+    tp = f" --tensor-parallel-size {recipe.tp}" if recipe.tp > 1 else ""
+    if served_by_vllm(recipe):
+        found.append((f"vllm serve {out}{tp}", _("serve it in vLLM")))
+    code = f'from transformers import pipeline; print(pipeline("text-generation", "{output}")("Hello"))'
+    found.append((f"python -c {shlex.quote(code)}", _("run it in transformers")))
+    reader = "vllm" if recipe.runtime == "vllm" else "hf"
+    found.append(
+        (
+            f"lm_eval --model {reader} --model_args pretrained={out} --tasks gsm8k",
+            _("a task, with lm-evaluation-harness"),
+        )
+    )
+    return found
+
+
+def served_by_vllm(recipe: Recipe) -> bool:
+    """Whether a table of kernels or of schemes says that vLLM computes with what the recipe writes."""
+    form, name = format_of(recipe), "vllm"
+    if form.groups_of_modules and row_of_config(table("served")[name]["row"], form.config(recipe)) is not None:
+        return True
+    rows = [row for row in table("kernels")[name] if in_force(row, "")]
+    return bool(reads(rows, form.name, *recipe.scheme[:3]))
+
+
+def show(steps: Steps, out: Console) -> None:
+    """Print them, what each does beside it where there is room."""
+    screen = Screen(out)
+    width = max(cell_len(command) for command, _what in steps)
+    beside = all(8 + width + 3 + cell_len(translated(what)) <= screen.width for _command, what in steps)
+    for i, (command, what) in enumerate(steps):
+        head = styled(("  " + pad(say("next"), 6) if i == 0 else "        ", "bold"), (safe(command), "cyan"))
+        if beside:
+            screen.line(head, " " * (width - cell_len(command) + 3), (translated(what), "bright_black"))
+        else:
+            screen.line(head)
+            screen.hang(Text("          "), Text(translated(what), "bright_black"))

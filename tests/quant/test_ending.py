@@ -1,0 +1,168 @@
+"""The end of a run: sizes, a comparison on rows that calibrated nothing, the card, the next commands, the upload."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from doctor import api
+from doctor.checkpoint import hub_push
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import DoctorError, MachineError
+from doctor.core.recipe import Recipe
+from doctor.evaluate.inputs import text_rows
+from doctor.lint.testing import tiny
+from doctor.quant.ending import run_figures
+from doctor.report import after, results
+from doctor.report.formats.terminal import render
+
+RECIPE = Recipe(group_size=32)
+TEXT = "The quick brown fox jumps over the lazy dog and counts its 12 toes. " * 60
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A model that knows which tokens are common, so that no rule calls it worse than chance; with a card."""
+    case = tiny("llama")
+    plain = Checkpoint.open(case.write(tmp_path / "plain"))
+    ids = torch.cat([row[0] for row in text_rows(plain, None, 2, 512)[0]])
+    head, embed = case.tensors["lm_head.weight"], case.tensors["model.embed_tokens.weight"]
+    common = torch.bincount(ids, minlength=len(head)).topk(20).indices.numpy()
+    embed[:, 0] = 0x4180  # 16 in every token's first place: after the norm it is as large as all others together
+    head[:, 0], head[common, 0] = 0xBE00, 0x3E00  # -1/8 and 1/8
+    folder = case.write(tmp_path / "model")
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\n# Mine\n\nSee | here.\n", encoding="utf-8")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+def quantized(source, out, **options):
+    text = source.parent / "text.txt"
+    return api.quantize(source, out, RECIPE, calibration=text, rows=4, max_seq_length=32, client=None, **options)
+
+
+def test_a_run_says_what_it_took_and_how_far_it_is_from_its_original(source, tmp_path):
+    done = quantized(source, tmp_path / "out", compare_rows=4)
+    assert done.output and done.report.ok, done.report.findings
+    run, compared = done.report.extra["run"], done.report.extra["comparison"]
+    assert run["source_bytes"] > run["output_bytes"] > 0 and 4 < run["bits"] < 16 and run["peak_bytes"] > 1 << 26
+    assert compared["tokens"] > 1000 and compared["kl_mean"] > 0 and compared["kl_span"][0] <= compared["kl_mean"]
+    assert compared["kl_median"] <= compared["kl_p99"] <= compared["kl_p999"] <= compared["kl_max"]
+    said = dict(results.results(done.report))
+    assert "bits a weight" in said["size"] and "model.layers." in said["worst"] and "on average" in said["divergence"]
+    assert "replies" not in said and "quantized to gptq 4-bit g32" in render([done.report])
+
+
+def test_the_card_keeps_the_front_matter_and_holds_no_time(source, tmp_path):
+    quantized(source, tmp_path / "out", compare_rows=3)
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license"] == "mit" and front["tags"] == ["mine"] and front["base_model_relation"] == "quantized"
+    for words in ("gptq 4-bit g32", "bits a weight", "KL divergence", "none of them calibrated it", "See | here."):
+        assert words in text
+    assert str(tmp_path) not in text
+    quantized(source, tmp_path / "again", compare_rows=3)
+    again = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    assert again == text.replace("# out\n", "# again\n")
+
+
+@pytest.mark.parametrize(
+    "card, kept",
+    [
+        ("no front matter\n", {}),
+        ("---\nlicense: [broken\n---\nbody\n", {}),
+        ("---\r\nlicense: mit\r\n---\r\nbody\r\n", {"license": "mit"}),
+        ("---\njust a line\n---\nbody\n", {}),
+    ],
+)
+def test_a_card_of_any_kind_gives_one_that_can_be_read(card, kept, source, tmp_path):
+    (source / "README.md").write_bytes(card.encode())
+    api.quantize(source, tmp_path / "out", Recipe(method="rtn", group_size=32), client=None)
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert {k: front[k] for k in kept} == kept and front["library_name"] == "transformers"
+
+
+def test_the_base_model_is_named_where_the_files_name_it(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "_name_or_path": "org/base-1.5B"}))
+    api.quantize(source, tmp_path / "out", Recipe(method="rtn", group_size=32), client=None)
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (
+        yaml.safe_load(text.split("---\n")[1])["base_model"] == "org/base-1.5B" and "org/base-1.5B, quantized" in text
+    )
+
+
+def test_an_original_that_is_worse_than_chance_is_not_compared_and_said(tmp_path):
+    folder = tiny("llama").write(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    done = quantized(folder, tmp_path / "out", compare_rows=3)
+    assert done.output and done.report.ok and "comparison" not in done.report.extra
+    assert any("not compared with the original" in note for note in done.notes)
+
+
+def test_a_comparison_that_fails_costs_no_output(source, tmp_path):
+    def compare(original, written):
+        assert (written / "config.json").is_file()
+        raise MachineError("no memory for it.")
+
+    done = quantized(source, tmp_path / "out", compare=compare)
+    assert done.output and "not compared with the original: no memory for it." in done.notes
+
+
+def test_peak_and_bits_are_of_the_tensors(source):
+    checkpoint = Checkpoint.open(source)
+    figures = run_figures(checkpoint, checkpoint)
+    assert figures["bits"] == 16 and figures["source_bytes"] == figures["output_bytes"]
+
+
+@pytest.mark.parametrize(
+    "fields, engine",
+    [
+        ({"group_size": 64}, "vllm serve out"),
+        ({"group_size": 32, "format": "compressed-tensors", "tp": 2}, "vllm serve out --tensor-parallel-size 2"),
+        ({"method": "rtn", "bits": 4, "group_size": 32, "format": "gguf", "sym": False}, "llama-server -m out/m.gguf"),
+        ({"bits": 2, "group_size": 64}, "python -c"),  # vLLM has no kernel for 2 bits
+    ],
+)
+def test_the_next_commands_are_those_of_a_reader(fields, engine):
+    steps = after.commands("model", Path("out"), Recipe(**fields), "m.gguf")
+    assert steps[0][0] == "doctor verify model out" and steps[1][0].startswith(engine)
+    assert ("vllm serve" in steps[1][0]) == ("vllm" in engine)
+
+
+def test_nothing_is_pushed_without_a_name_and_a_token(monkeypatch):
+    for name in ("org", "a/b/c", "../x", "org/", ""):
+        with pytest.raises(DoctorError, match="must be org/name"):
+            hub_push.require_pushable(name)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(MachineError, match="no token"):
+        hub_push.require_pushable("org/name")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    hub_push.require_pushable("org/name")
+
+
+def test_a_push_uploads_the_folder_to_a_private_repository_and_a_refusal_names_what_to_do(tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, **options):
+            calls.append(options)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert hub_push.push(tmp_path, "org/name") == "https://hub/org/name"
+    assert calls[0] == ("org/name", {"private": True, "exist_ok": True}) and calls[1]["folder_path"] == str(tmp_path)
+
+    def refuse(self, name, **options):
+        raise OSError("403 Forbidden: no write access.\nmore")
+
+    monkeypatch.setattr(Api, "create_repo", refuse)
+    with pytest.raises(MachineError) as error:
+        hub_push.push(tmp_path, "org/name")
+    assert "403 Forbidden: no write access." in error.value.message and "hf upload org/name" in error.value.hint

@@ -1,0 +1,66 @@
+"""The public interface: typed options are the jobs' own parameters, and a user's script passes mypy."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import doctor
+from doctor.core import options
+
+JOBS = {
+    "QuantizeOptions": "doctor.quant.quantize.quantize",
+    "VerifyOptions": "doctor.evaluate.verify.verify",
+    "KvcacheOptions": "doctor.evaluate.kvcache.study.kvcache",
+    "AdviseOptions": "doctor.evaluate.advise.advise.advise",
+}
+SCRIPT = """
+from doctor import Recipe, advise, check, explain, kvcache, quantize, verify
+
+recipe = Recipe(method="gptq", bits=4, group_size=64)
+report = check("model", recipe)
+done = quantize("model", "out", recipe, rows=8, memory=1 << 30, compare_rows=2)
+compared = verify("model", "out", rows=4)
+cache = kvcache("model", context=1024)
+advice = advise("model", memory=24 << 30, gpus=2)
+page: str = explain("W201")
+html: str = report.to_html()
+first: str = advice.fitting[0].quantize
+ok: bool = done.report.ok and compared.ok
+"""
+WRONG = 'from doctor import quantize\nquantize("model", "out", row=8)\n'
+
+
+@pytest.mark.parametrize("name, job", JOBS.items())
+def test_typed_options_are_the_parameters_of_the_job(name, job):
+    module, _dot, function = job.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    own = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert set(typing.get_type_hints(getattr(options, name))) == own
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in doctor.__all__:
+        assert inspect.getdoc(getattr(doctor, name)), name
+    assert {"quantize", "verify", "kvcache", "advise", "explain", "check", "fix"} <= set(doctor.__all__)
+
+
+def test_a_script_of_a_user_passes_mypy_and_a_wrong_option_does_not(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "wrong.py").write_text(WRONG)
+    root = Path(doctor.__file__).parents[1]
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-incremental"]
+    run = subprocess.run(
+        [*command, "script.py", "wrong.py"],
+        cwd=tmp_path,
+        env={"MYPYPATH": str(root), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert 'wrong.py:2: error: Unexpected keyword argument "row"' in run.stdout, run.stdout + run.stderr
+    assert "script.py" not in run.stdout, run.stdout
