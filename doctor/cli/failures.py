@@ -17,6 +17,10 @@ from doctor.locale import catalogue
 from doctor.report.text import safe_lines
 
 INTERRUPTED = _("Interrupted.")
+DEFECT: str = _("internal error (a bug in doctor): report it with what DOCTOR_DEBUG=1 prints.")
+# What a base installation has not: `check`, `fix`, `explain`, `render` and reports do without.
+OF_EXTRA = ("torch", "transformers", "tokenizers", "safetensors", "scipy", "greenlet", "yaml")
+INSTALL: str = _("`pip install 'checkpoint-doctor[quantize]'` brings it.")
 
 
 @contextmanager
@@ -38,12 +42,17 @@ def shown() -> Iterator[None]:
         end(error.message, error.hint, 1)
     except DoctorError as error:
         end(error.message, error.hint, 2)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in OF_EXTRA:
+            end(f"{type(error).__name__}: {error}", DEFECT, 2)
+        end(_("{module} is not installed, and this needs it.", module=module), INSTALL, 2)
     except (OSError, MemoryError) as error:
         end(f"{type(error).__name__}: {error}", "", 2)
     except Exception as error:
         end(
             f"{type(error).__name__}: {error}",
-            _("internal error (a bug in doctor): report it with what DOCTOR_DEBUG=1 prints."),
+            DEFECT,
             2,
         )
 

@@ -77,7 +77,11 @@ def _others(screen: Screen, title: str, rows: list[tuple[Option, str]]) -> None:
     screen.line()
     screen.line(("  " + title, "bold"))
     for names, reason in _by_reason(rows):
-        screen.hang(styled(f"    {names}  "), Text(safe(reason), "bright_black"), indent=6)
+        if len(names) <= screen.width // 3:
+            screen.hang(styled(f"    {names}  "), Text(safe(reason), "bright_black"), indent=6)
+        else:  # many schemes for one reason: it stands below them
+            screen.hang(Text("    "), Text(names))
+            screen.hang(Text("      "), Text(safe(reason), "bright_black"))
 
 
 def others(options: list[Option]) -> list[tuple[str, list[tuple[Option, str]]]]:

@@ -7,6 +7,7 @@ when the packed linears that its own library unpacks are ours bit for bit. The c
 (transformers_child.py), on the meta device, so the proof takes seconds whatever the model's size.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -75,6 +76,9 @@ def _ask(folder: Path, place: str, options: list[str], seconds: float) -> dict |
 
 def ask_child(module: str, options: list[str], place: str, seconds: float = SECONDS) -> dict | str:
     """The JSON that a module of this package prints in a process of its own, or why there is none."""
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            return _("{name} is not installed; `pip install 'checkpoint-doctor[quantize]'` brings it", name=name)
     command = [sys.executable, "-P", "-m", f"doctor.evaluate.clients.{module}", *options]
     return _answer_of(command, place, seconds, "transformers")
 
