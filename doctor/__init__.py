@@ -30,6 +30,7 @@ _HOME = {
     "explain": "doctor.api",
     "convert": "doctor.api",
     "tune": "doctor.api",
+    "StopAtNonfinite": "doctor.evaluate.training",
     "Recipe": "doctor.core.recipe",
     "Finding": "doctor.core.finding",
     "Report": "doctor.lint.engine",
@@ -42,6 +43,7 @@ __all__ = [
     "Finding",
     "Recipe",
     "Report",
+    "StopAtNonfinite",
     "advise",
     "check",
     "convert",
@@ -59,6 +61,7 @@ if TYPE_CHECKING:  # for mypy and editors: the names above, with their types
     from doctor.core.errors import CheckpointNotReady, DoctorError
     from doctor.core.finding import Finding
     from doctor.core.recipe import Recipe
+    from doctor.evaluate.training import StopAtNonfinite
     from doctor.lint.engine import Report
 else:
 

@@ -1,7 +1,8 @@
 """`doctor check`: whether checkpoints are ready for a recipe."""
 
+import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -230,8 +231,24 @@ def _checked(
                 here=recipe.label(),
             )
         )
+    if COSTS.index(options.get("stage", COSTS[-1])) >= COSTS.index("values") and not checkpoint.unread:
+        say_slow()
     with byte_bars(checkpoint.total_bytes, "reading") as tick:
         return api.check(checkpoint, recipe, progress=partial(tick, "reading"), **options)
+
+
+@cache
+def say_slow() -> None:
+    """Once: that weights are read without the C library, where nobody asked for that."""
+    from doctor.scan import native
+
+    if native.level() is None and os.environ.get("DOCTOR_NATIVE") != "0":
+        notice(
+            _(
+                "weights are read by NumPy, several times slower: this installation has no C library. A wheel for this "
+                "platform has it, or pip with a C compiler builds it."
+            )
+        )
 
 
 def _baseline(ctx: click.Context, text: str, recipe: Recipe, options: dict[str, Any]) -> Callable[[str], "Report"]:

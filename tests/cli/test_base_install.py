@@ -95,3 +95,22 @@ def test_the_hook_and_the_action_call_options_that_exist():
     action = yaml.safe_load((ROOT / "action.yml").read_text())
     script = action["runs"]["steps"][-1]["run"]
     assert 'doctor" check' in script and "${{" not in script  # inputs come as variables: no text of theirs is run
+
+
+def test_a_pure_wheel_says_that_it_reads_slowly_and_nobody_else_does(model, monkeypatch, capsys):
+    from doctor.cli import check
+    from doctor.cli import main as cli
+    from doctor.scan import native
+
+    def said(*args):
+        check.say_slow.cache_clear()
+        with pytest.raises(SystemExit):
+            cli.main(["check", str(model), "--group-size", "32", *args])
+            raise SystemExit(0)
+        return capsys.readouterr().err
+
+    assert "NumPy" not in said()
+    monkeypatch.setattr(native, "level", lambda: None)
+    assert "several times slower" in said() and "NumPy" not in said("--stage", "header")
+    monkeypatch.setenv("DOCTOR_NATIVE", "0")
+    assert "NumPy" not in said()
