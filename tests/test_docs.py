@@ -63,6 +63,7 @@ def test_the_examples_of_the_python_page_run(tmp_path):
         "docs/verify.md",
         "docs/kvcache.md",
         "docs/advise.md",
+        "docs/serving.md",
         "docs/gpu.md",
         "docs/fixing.md",
         "docs/hub.md",

@@ -593,3 +593,20 @@ def test_the_command_line_obeys_the_endpoint_and_imports_no_torch(fake, local, t
         run.stdout + run.stderr
     )
     assert "weights not read" in run.stdout and any(INDEX_NAME in path for path, _, _ in fake.log)
+
+
+# advice
+
+
+def test_advice_on_a_repository_is_that_on_the_same_files_and_reads_headers_alone(fake, local):
+    from doctor.evaluate.advise.advise import advise
+
+    fake.put(local)
+    far, near = advise("org/name", memory=24 << 30), advise(local, memory=24 << 30)
+    assert [(o.scheme, o.gpus, o.cache, o.total_bytes, o.blocked) for o in far.options] == [
+        (o.scheme, o.gpus, o.cache, o.total_bytes, o.blocked) for o in near.options
+    ]
+    # what computes with weights needs them here: the command names a directory that `hf download` makes
+    assert far.checkpoint == "org/name" and "vllm serve org/name" in far.fitting[0].serve
+    first = next(o for o in far.fitting if o.quantize)
+    assert first.quantize.startswith("hf download org/name --local-dir name && doctor quantize name -o name-")

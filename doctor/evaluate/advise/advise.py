@@ -317,12 +317,21 @@ class _Work:
     def _quantize(self, one: Candidate, tp: int) -> str:
         if one.recipe is None:
             return ""
-        words = ["doctor quantize", shlex.quote(self.path), "-o", shlex.quote(self._out(one)), one.flags]
+        here, first = self.path, ""
+        if self.kinds.view.unread:  # a repository: quantize reads a directory
+            repo, _at, revision = self.name.partition("@")
+            here, asked = self._short(), f" --revision {shlex.quote(revision)}" if revision else ""
+            first = f"hf download {shlex.quote(repo)}{asked} --local-dir {shlex.quote(here)} && "
+        words = [f"{first}doctor quantize", shlex.quote(here), "-o", shlex.quote(self._out(one)), one.flags]
         words += [f"--tp {tp}"] if tp > 1 else []
         return " ".join([*words, f"--runtime {self.runtime}"])
 
     def _out(self, one: Candidate) -> str:
-        return f"{self.name.replace('/', '--')}-{one.name.replace(' ', '-')}"
+        return f"{self._short()}-{one.name.replace(' ', '-')}"
+
+    def _short(self) -> str:
+        """The model's name as a directory's."""
+        return self.name.partition("@")[0].rpartition("/")[2]
 
     def _serve(self, one: Candidate, gpus: int, flag: str) -> str:
         """The engine's own command; "" where it has none."""
