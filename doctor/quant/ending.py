@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,12 +15,15 @@ from doctor.core.errors import DoctorError
 from doctor.core.messages import _
 from doctor.core.records import CalibrationFacts
 from doctor.lint.engine import Report
+from doctor.quant.budget import constant, gib
 from doctor.quant.card import CARD, card
 from doctor.quant.export import Output
 from doctor.quant.prepare import Asked, Checked
 
 Compare = Callable[[Path, Path], Report]  # (original, what was written) -> a report as doctor.evaluate.verify makes it
 ORIGINAL_BROKEN = "O606"
+TOKENS = 512  # of a row that is compared
+_LAYER = re.compile(r".*?\.\d+\.")
 _SHOWN = ("comparison", "own_measure", "text")  # of its figures
 
 
@@ -61,6 +65,21 @@ def run_figures(source: Checkpoint, written: Checkpoint) -> dict[str, Any]:
     }
 
 
+def comparing_bytes(source: Checkpoint, vocab: int) -> int:
+    """What a comparison holds at its peak, from above: a decoder layer and what lies outside the layers in float32, and
+    the logits of one row of both models.
+    """
+    layers: dict[str, int] = {}
+    outside = 0
+    for name, info in source.tensors.items():
+        layer = _LAYER.match(name)
+        if layer is None:
+            outside += info.numel
+        else:
+            layers[layer[0]] = layers.get(layer[0], 0) + info.numel
+    return constant() + 4 * (max(layers.values(), default=0) + outside + 4 * TOKENS * vocab)
+
+
 def _compared(
     asked: Asked,
     compare: Compare,
@@ -74,6 +93,16 @@ def _compared(
     if checked.consent is not None and checked.notes:
         note = _(
             "not compared with the original, which was read through fixes; `doctor verify` compares two directories"
+        )
+        notes.append(note)
+        asked.progress(note)
+        return report
+    need, most = comparing_bytes(source, checked.spec.vocab or 0), asked.memory
+    if most is not None and need > most:
+        note = _(
+            "not compared with the original: that takes up to {need}, --memory is {most}",
+            need=gib(need),
+            most=gib(most),
         )
         notes.append(note)
         asked.progress(note)

@@ -14,7 +14,7 @@ from doctor.core.errors import DoctorError, MachineError
 from doctor.core.recipe import Recipe
 from doctor.evaluate.inputs import text_rows
 from doctor.lint.testing import tiny
-from doctor.quant.ending import run_figures
+from doctor.quant.ending import comparing_bytes, run_figures
 from doctor.report import after, results
 from doctor.report.formats.terminal import render
 
@@ -110,6 +110,15 @@ def test_a_comparison_that_fails_costs_no_output(source, tmp_path):
 
     done = quantized(source, tmp_path / "out", compare=compare)
     assert done.output and "not compared with the original: no memory for it." in done.notes
+
+
+def test_a_comparison_keeps_the_memory_that_the_run_was_given(source, tmp_path):
+    checkpoint = Checkpoint.open(source)
+    need = comparing_bytes(checkpoint, 96)
+    assert need > 4 * sum(i.numel for n, i in checkpoint.tensors.items() if ".0." in n or "layers" not in n)
+    done = quantized(source, tmp_path / "out", compare_rows=3, memory=need - 1, tune="off")
+    assert done.output and "comparison" not in done.report.extra
+    assert any("--memory is" in note for note in done.notes)
 
 
 def test_peak_and_bits_are_of_the_tensors(source):
