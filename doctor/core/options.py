@@ -71,6 +71,7 @@ class KvcacheOptions(TypedDict, total=False):
     measured_context: int
     device: str
     progress: Callable[[str, int, int], None]
+    say: Callable[[str], None]
 
 
 class AdviseOptions(TypedDict, total=False):

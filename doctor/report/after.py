@@ -13,7 +13,7 @@ from doctor.core.tables import table
 from doctor.formats.base import format_of
 from doctor.locale.catalogue import say, translated
 from doctor.plan.runtimes import in_force, reads
-from doctor.plan.served import row_of_config
+from doctor.plan.serving import groups_of, schemes, serves, stated
 from doctor.report.screen import Screen, styled
 from doctor.report.text import pad, safe
 
@@ -45,7 +45,12 @@ def commands(original: str, output: Path, recipe: Recipe, gguf: str = "") -> Ste
 def served_by_vllm(recipe: Recipe) -> bool:
     """Whether a table of kernels or of schemes says that vLLM computes with what the recipe writes."""
     form, name = format_of(recipe), "vllm"
-    if form.groups_of_modules and row_of_config(table("served")[name]["row"], form.config(recipe)) is not None:
+    known = schemes(name, "") or []
+    groups = list(groups_of(form.config(recipe))) if form.groups_of_modules else []
+    if groups and all(
+        any(serves(row, stated(g["weights"]) or {}, stated(g.get("input_activations")), kind) for row in known)
+        for _name, g, kind in groups
+    ):
         return True
     rows = [row for row in table("kernels")[name] if in_force(row, "")]
     return bool(reads(rows, form.name, *recipe.scheme[:3]))

@@ -87,7 +87,7 @@ def served(recipe: Recipe, runtime: str) -> bool | None:
 
 
 def _rows(recipe: Recipe, runtime: str) -> list[list[Mapping[str, Any]]] | None:
-    """Rows of the table `served` for each group of what the recipe writes; None: nothing of the runtime is known."""
+    """Rows of the table `served` for each group that the recipe writes; None where nothing of the runtime is known."""
     known = schemes(runtime, "")
     if known is None:
         return None
