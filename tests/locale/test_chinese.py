@@ -56,7 +56,11 @@ def english(text, others=()):
     text = re.sub(r"\s*\n\s+", " ", text)  # lines that were wrapped are indented
     for other in sorted([*others, *seen], key=len, reverse=True):
         text = text.replace(" ".join(other.split()), "…")
-    return [m[0] for line in text.splitlines() for m in SENTENCE.finditer(re.sub(r'"[^"]*"|`[^`]*`', "", line))]
+    return [
+        m[0]
+        for line in text.splitlines()
+        for m in SENTENCE.finditer(re.sub(r"""python -c '[^']*'|"[^"]*"|`[^`]*`""", "", line))
+    ]
 
 
 COMMANDS = {
