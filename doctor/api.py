@@ -292,8 +292,7 @@ def _client(recipe: Recipe | None = None) -> Client | None:
 def undo(path: str | os.PathLike[str]) -> list[str]:
     """Put back what `fix --in-place` replaced; returns what was done, a sentence an item.
 
-    Only a fix in place replaces anything: delete the output of `fix -o` to undo it. Raises PlanRefused, MachineError,
-    BadCheckpoint.
+    The output of `fix -o` is deleted to undo it. Raises PlanRefused, MachineError, BadCheckpoint.
     """
     from doctor.fixing.undo import undo_fix as run
 

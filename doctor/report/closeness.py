@@ -1,9 +1,9 @@
-"""What may be said of a quantized model that no rule found wrong: whether it agrees with its original."""
+"""What may be said of a quantized model that no rule found wrong: whether it agrees with its original; of a preflight."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from doctor.core.messages import Message, _
+from doctor.core.messages import Message, _, plural
 from doctor.report.text import number
 
 CLOSE = 0.02  # of perplexity: what may be called agreement
@@ -21,3 +21,8 @@ def closeness(compared: Mapping[str, Any], plan: str) -> Message:
     if all(1 - CLOSE <= x <= 1 + CLOSE for x in ends):
         return _("agrees with its original: {plan}", plan=plan)
     return _("perplexity {change} against its original: {plan}", change=f"{ratio - 1:+.1%}", plan=plan)
+
+
+def layers_tried(n: int, plan: str) -> Message:
+    """What a preflight did."""
+    return plural("{n} layer tried, nothing written: {plan}", "{n} layers tried, nothing written: {plan}", n, plan=plan)

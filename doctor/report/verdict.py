@@ -8,7 +8,7 @@ from doctor.lint.engine import Report
 from doctor.lint.rule import AREAS
 from doctor.locale.catalogue import counted, say, translated
 from doctor.model.directory_kind import KINDS
-from doctor.report.closeness import closeness
+from doctor.report.closeness import closeness, layers_tried
 from doctor.report.presentation import Group, fixable, tally
 from doctor.report.recipe_text import goal_of, plan_flags, plan_label, plan_text  # noqa: F401 - for those that print
 from doctor.report.text import count, safe, seconds, size
@@ -54,12 +54,7 @@ def _ending(report: Report, good: bool, plan: str) -> Message:
     if (compared and not report.linears) or report.extra.get("own_measure"):
         return _("agrees with its original: {plan}" if good else "does not agree with its original: {plan}", plan=plan)
     if tried := report.extra.get("preflight"):
-        return plural(
-            "{n} layer tried, nothing written: {plan}",
-            "{n} layers tried, nothing written: {plan}",
-            len(tried),
-            plan=plan,
-        )
+        return layers_tried(len(tried), plan)
     if report.linears:
         return _("quantized to {plan}" if good else "not quantized to {plan}", plan=plan)
     if good and report.summary.get("selected"):
