@@ -1,4 +1,4 @@
-"""What may be said of a quantized model that no rule found wrong: whether it agrees with its original; of a preflight."""
+"""What may be said of a comparison in which no rule found a fault: whether the two agree; and of a preflight."""
 
 from collections.abc import Mapping
 from typing import Any
