@@ -22,8 +22,8 @@ from doctor.core.rehearsal import GIVEN_REHEARSAL
 from doctor.core.store import Store
 from doctor.lint.as_floats import read_as_floats, refused_by_headers
 from doctor.lint.baseline import compare_with
-from doctor.lint.config import Config, Selection, choose, default_recipe
-from doctor.lint.engine import Report, in_order, judge, load_rules, locate, select_rules
+from doctor.lint.config import Config, default_recipe, rules_of
+from doctor.lint.engine import Report, judge, load_rules, locate, select_rules
 from doctor.lint.rule import Rule
 from doctor.scan.header import DECODED, SPEC, header_facts
 from doctor.scan.summary import summary
@@ -86,7 +86,7 @@ def check(
     started = time.perf_counter()
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     recipe = recipe or default_recipe(checkpoint, config)
-    rules = _chosen(rules_dirs, config, select, extend_select, ignore)
+    rules = rules_of(rules_dirs, config, select, extend_select, ignore)
     source, (checkpoint, decoding) = checkpoint, read_as_floats(checkpoint, recipe, rules)
     store = header_facts(checkpoint, recipe)
     store.put(DECODED, decoding)
@@ -143,7 +143,7 @@ def check(
             "tensors_left": len(scanned.left),
         }
     if config is not None:
-        _suppress(report, config, checkpoint)
+        config.suppress_in(report, checkpoint)
     if baseline is not None:
         compare_with(report, baseline)
     report.seconds = time.perf_counter() - started
@@ -158,25 +158,6 @@ def _rehearsal(checkpoint: Checkpoint, store: Store, recipe: Recipe, rules: list
     from doctor.evaluate.clients.rehearsal import start
 
     return start(checkpoint, recipe)
-
-
-def _chosen(
-    rules_dirs: Iterable[Path],
-    config: Config | None,
-    select: Iterable[str],
-    extend_select: Iterable[str],
-    ignore: Iterable[str],
-) -> list[Rule]:
-    """The rules of a run: the configuration's layer, then the caller's."""
-    config = config or Config()
-    layers = (config.selection, Selection(tuple(select), tuple(extend_select), tuple(ignore)))
-    return choose(load_rules(dict.fromkeys((*config.rules_dirs, *rules_dirs))), layers)
-
-
-def _suppress(report: Report, config: Config, checkpoint: Checkpoint) -> None:
-    split = config.apply_suppressions(report.findings, report.runs, checkpoint)
-    report.findings, report.suppressed = in_order([*split.findings, *split.own]), split.suppressed
-    report.runs = [*report.runs, *split.runs]
 
 
 def fix(
@@ -226,7 +207,7 @@ def fix(
     from doctor.fixing.staging import hold_output
 
     started = time.perf_counter()
-    rules = _chosen(rules_dirs, config, select, extend_select, ignore)
+    rules = rules_of(rules_dirs, config, select, extend_select, ignore)
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     if output is None and not in_place:
         raise TypeError("fix: output is None; must be a path, or in_place=True")

@@ -39,6 +39,7 @@ class QuantizeOptions(TypedDict, total=False):
     budget: Any
     diverge: Callable[..., Any] | None
     tune: str | int
+    retry_failed: bool
     compare: Callable[..., Any] | None
 
 

@@ -20,7 +20,7 @@ from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.finding import SEVERITIES, Finding
 from doctor.core.messages import Message, _, listed, plural
 from doctor.core.recipe import Recipe, parse_runtime
-from doctor.lint.engine import RuleRun, match_rules
+from doctor.lint.engine import Report, RuleRun, in_order, load_rules, match_rules
 from doctor.lint.rule import Rule
 from doctor.lint.suppress import UNTRUSTED, Suppressed, Suppression, own_finding, place_pattern, suppress
 from doctor.lint.toml_text import (
@@ -109,12 +109,31 @@ class Config:
         """`pyproject.toml:12` for a key that the file sets, "" for another."""
         return f"{shown_path(self.file)}:{self.lines[key]}" if self.file is not None and key in self.lines else ""
 
+    def suppress_in(self, report: Report, checkpoint: Checkpoint) -> None:
+        """Apply the suppressions to a report, which keeps what they take away apart."""
+        split = self.apply_suppressions(report.findings, report.runs, checkpoint)
+        report.findings, report.suppressed = in_order([*split.findings, *split.own]), split.suppressed
+        report.runs = [*report.runs, *split.runs]
+
     def apply_suppressions(
         self, findings: list[Finding], runs: list[RuleRun], checkpoint: Checkpoint, today: date | None = None
     ) -> Suppressed:
         """Separate the suppressed findings from the others, and add one for each suppression that matched nothing."""
         own, problems = of_checkpoint(checkpoint) if self.reads_checkpoint else ([], [])
         return suppress((*self.suppress, *own), findings, runs, checkpoint, today, problems)
+
+
+def rules_of(
+    rules_dirs: Iterable[Path],
+    config: Config | None,
+    select: Iterable[str],
+    extend_select: Iterable[str],
+    ignore: Iterable[str],
+) -> list[Rule]:
+    """The rules of a run: the configuration's layer, then the caller's."""
+    config = config or Config()
+    layers = (config.selection, Selection(tuple(select), tuple(extend_select), tuple(ignore)))
+    return choose(load_rules(dict.fromkeys((*config.rules_dirs, *rules_dirs))), layers)
 
 
 def load(start: Path | None = None) -> Config:
