@@ -42,7 +42,7 @@ def exl2_groups_unsound(tensor, stored_bytes, tensors):
         )
 
 
-def more(groups):
+def tiny_exl2(groups):
     """A tiny checkpoint whose linears are EXL2 in groups of 32 input channels of 4 bits. groups: (number, bits) of one
     group that says another width.
     """
@@ -71,13 +71,13 @@ def more(groups):
 
 
 def bad():
-    case = more((0, 2))
+    case = tiny_exl2((0, 2))
     module = tiny().name("down").removesuffix(".weight")
     return case, f"{module}: group 1 of {_count(case, module)} has 4 bits after one of 2; wider ones come first"
 
 
 def good():
-    return more(())
+    return tiny_exl2(())
 
 
 def _count(case, module):

@@ -49,7 +49,7 @@ from probe_model import (
 )
 
 from doctor.core.tables import family_names, parse_family, tables_folder
-from doctor.model.expressions import names_of
+from doctor.model.expressions import keys_of
 
 
 def grouped(model: Model) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -251,7 +251,7 @@ def defaults(
     known, new = known_class(family), known_class(family)()
     expressions = [*(e for t in tensors for e in t["shape"]), *(c for conditions in kinds.values() for c in conditions)]
     found = {}
-    for key in dict.fromkeys((*(n for e in expressions for n in names_of(e)), "head_dim")):
+    for key in dict.fromkeys((*(n for e in expressions for n in keys_of(e)), "head_dim")):
         value = getattr(known, key, None)
         if value is None and getattr(new, key, None) == []:
             value = []

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from probe_families import CONDITIONS, FORMULAS, GENERIC, NO_SIZE, OLDER_WORDS, WITH_OLDER_WORDS
 from probe_model import Model, ProbeError
 
-from doctor.model.expressions import evaluate, holds, names_of
+from doctor.model.expressions import evaluate, holds, keys_of
 
 
 def fit_size(values: tuple[int, int], models: tuple[Model, Model], hint: str | None, of_heads: bool = False) -> str:
@@ -18,7 +18,7 @@ def fit_size(values: tuple[int, int], models: tuple[Model, Model], hint: str | N
     def fits(expression: str) -> bool:
         return all(evaluate(expression, m.size) == v for m, v in zip(models, values, strict=True))
 
-    if hint is not None and fits(hint) and (names_of(hint) or values[0] < 5):
+    if hint is not None and fits(hint) and (keys_of(hint) or values[0] < 5):
         return hint
     numbers = {k: tuple(m.size(k) for m in models) for k in models[0].config}
     numbers["head_dim"] = tuple(m.size("head_dim") for m in models)
@@ -75,7 +75,7 @@ def fit_kind(
     for kind, conditions in hints.items():
         if fits(conditions[0]):
             return kind, tuple(
-                c for c in conditions if fits(c) or not all(n in m.config for m in models for n in names_of(c))
+                c for c in conditions if fits(c) or not all(n in m.config for m in models for n in keys_of(c))
             )
     found = [(kind, text) for kind, text in (*_by_word(models), *CONDITIONS) if fits(text)]
     if not found:

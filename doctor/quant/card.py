@@ -1,7 +1,8 @@
 """README.md of a quantized checkpoint: what it was made of, how, and how far it is from its original.
 
-It holds no times and no paths, so that the same run writes the same bytes. The front matter of the original's card is
-kept as it is written; keys that it lacks are added below. What the original's card says follows under a heading.
+It holds no times, no paths and no name of the output, so that the same run writes the same bytes. The front matter of
+the original's card is kept as it is written; keys that it lacks are added below. What the original's card says follows
+under a heading.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from doctor.lint.engine import Report
 
 CARD, RECEIPT = "README.md", "doctor.json"
 MOST_BYTES = 1 << 20  # of an original's card that is kept
+MOST_FRONT = 1 << 16  # characters of its front matter that are parsed
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?\n?", re.DOTALL | re.MULTILINE)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")
@@ -30,17 +32,16 @@ _CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
 def card(
     original: Checkpoint,
-    name: str,
     recipe: Recipe,
     calibration: CalibrationFacts | None,
     report: Report,
     notes: list[str],
 ) -> str:
-    """The text of README.md for an output called `name`."""
+    """The text of README.md of an output."""
     front, body = _of_original(original)
     base = base_model(original)
     lines = [
-        f"# {name}",
+        f"# {(base or original.name).rpartition('/')[2]} · {name_of(recipe) or recipe.label()}",
         "",
         f"{base or original.name}, quantized with doctor {__version__}.",
         "",
@@ -93,9 +94,11 @@ def _front_matter(front: str, base: str, recipe: Recipe) -> str:
 
 
 def _parsed(front: str) -> Any:
+    if len(front) > MOST_FRONT:
+        return None
     try:
         return yaml.safe_load(front)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that does not exist, brackets a thousand deep
         return None
 
 

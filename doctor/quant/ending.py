@@ -40,7 +40,7 @@ def ending(
     report = replace(report, extra={**report.extra, "run": run_figures(source, written)})
     if asked.compare is not None:
         report = _compared(asked, asked.compare, checked, report, staged.stage, source, notes)
-    text = card(source, staged.destination.name, checked.recipe, facts, report, notes)
+    text = card(source, checked.recipe, facts, report, notes)
     (staged.stage / CARD).write_text(text, encoding="utf-8")
     return report
 

@@ -6,14 +6,11 @@ it: a sample of rows finds it, and two halves of the sample tell a column from a
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-
 from doctor.checkpoint.codecs import from_codes
 from doctor.checkpoint.dtypes import CODE_NUMPY
+from doctor.core.lazy_numpy import np
 from doctor.scan import counters
-from doctor.scan.stats import Stats
+from doctor.scan.stats import Outlier, Stats
 
 FIRST_ROWS, SAMPLE_ROWS = 16, 64
 # A largest magnitude against the root mean square of a chunk: m columns of k that are a hundred times the rest have
@@ -21,13 +18,6 @@ FIRST_ROWS, SAMPLE_ROWS = 16, 64
 PEAK, PEAK_BY_WIDTH = 5.0, 0.5
 ABOVE_MEAN = 8.0  # a column against the mean of all columns in the first rows; normal weights have 1.5
 ENTRY_PEAK = 6.0  # an entry of a norm against the root mean square of all
-
-
-class Outlier(NamedTuple):
-    """place: index of the column or entry. times: its magnitude over the median one's."""
-
-    place: int
-    times: float
 
 
 def column(part: memoryview, dtype: str, columns: int, counted: Stats) -> Outlier | None:

@@ -56,3 +56,10 @@ class Stats(NamedTuple):  # not a dataclass: one is made for each MiB, and again
 
 
 EMPTY = Stats()
+
+
+class Outlier(NamedTuple):
+    """place: index of the column or entry. times: its magnitude over the median one's."""
+
+    place: int
+    times: float

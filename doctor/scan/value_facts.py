@@ -5,8 +5,7 @@ One fact for each counter, so that a rule names what it looks at.
 
 from doctor.core.facts import FactKey, fact, key_of, provide
 from doctor.model.linears import Linear
-from doctor.scan.outliers import Outlier
-from doctor.scan.stats import Stats
+from doctor.scan.stats import Outlier, Stats
 
 STATS: FactKey[Stats] = provide(
     "stats", "tensor", "values", "Exact counters over every value of a tensor (stats.Stats)."

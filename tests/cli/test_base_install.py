@@ -77,7 +77,7 @@ def test_the_base_and_its_extra_are_what_pyproject_says():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = {d.partition(">")[0].lower() for d in project["dependencies"]}
     extra = {d.partition(">")[0].lower() for d in project["optional-dependencies"]["quantize"]}
-    assert named == {"click", "huggingface_hub", "jinja2", "numpy", "packaging", "rich"}
+    assert named == {"click", "huggingface_hub", "jinja2", "numpy", "packaging", "regex", "rich"}
     assert extra == {"pyyaml" if name == "yaml" else name for name in OF_EXTRA}
     for name in ("demo", "test", "vision", "nvrtc"):  # what the README's commands install computes with models
         assert "checkpoint-doctor[quantize]" in project["optional-dependencies"][name]

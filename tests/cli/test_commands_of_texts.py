@@ -25,7 +25,8 @@ RULES = {rule.code: rule for rule in load_rules()}
 # Names that texts use -> directories and files of `world`.
 PLACES = {
     **dict.fromkeys(("CKPT", "CHECKPOINT", "ckpt/", "my-model/", "SmolLM2-135M", "my-finetune/"), "model/"),
-    **dict.fromkeys(("QUANTIZED", "q4/"), "quantized/"),
+    "MODEL": "model/",
+    **dict.fromkeys(("QUANTIZED", "q4/", "q/"), "quantized/"),
     **dict.fromkeys(("BASE", "base-model/"), "base/"),
     "ORIGINAL": "model/",
     "ADAPTER": "lora/",
@@ -48,6 +49,7 @@ REST = {
     "tune": ["quantized/", "--to", "model/", "-o", "new/"],
     "verify": ["model/", "quantized/"],
     "kvcache": ["model/"],
+    "advise": ["model/", "--memory", "24GB"],
     "explain": ["Hessian is not invertible"],
     "render": ["report.json"],
     "trust": ["doctor.toml"],
@@ -75,7 +77,13 @@ SITUATIONS = {
 }
 # A word of a command -> what it says on a machine that lacks what the word asks for. Its tests with it are elsewhere:
 # tests/cuda and bench/gpu.py, tests/checkpoint/test_hub.py, tests/clients.
-LACKS = {"cuda": "cuda", "org/name": "org/name", "org/name@revision": "org/name", "vllm": "vllm"}
+LACKS = {
+    "cuda": "cuda",
+    "org/name": "org/name",
+    "org/name@revision": "org/name",
+    "org/model": "org/model",
+    "vllm": "vllm",
+}
 
 
 def model():
@@ -134,8 +142,10 @@ def whole(command: str) -> list[str]:
         command = command.replace("FILE", "model.gguf")
     if command.startswith("doctor convert"):
         command = command.replace("NAME", "awq")
-    words = [PLACES.get(w, w) for w in shlex.split(command.split(" | ")[0].replace("…", ""))]
+    words = [PLACES.get(w, w) for w in shlex.split(command.split(" | ")[0].replace("…", "").replace(" FLAGS", ""))]
     name = words[1]
+    if name == "check" and words[2:3] == ["new/"]:
+        words[2] = "model/"
     rest = list(REST.get(name, ()))
     asks_itself = {"--show-settings", "--forget", "--in-place"} & set(words)
     if name in ("explain", "facts", "completion", "rules"):
@@ -176,7 +186,9 @@ def prepare(where: str, command: str, words: list[str]) -> str:
         assert CliRunner().invoke(cli, ["fix", "model/", "--in-place"]).exit_code == 0
     if "-o" in words:
         shutil.rmtree(dict(pairwise(words))["-o"], ignore_errors=True)  # of an earlier command
-    if words[1] == "verify" and "out/" in words:
+    if "--rules" in words:
+        Path(dict(pairwise(words))["--rules"]).mkdir()
+    if words[1] in ("check", "verify") and "out/" in words:
         shutil.copytree("quantized", "out")
     if "Q4_K_M" in words or "Q8_0" in words:
         shutil.rmtree("model")

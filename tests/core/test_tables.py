@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from doctor.core import tables
-from doctor.model.expressions import names_of
+from doctor.model.expressions import keys_of
 
 NEEDED = {"model_type", "architecture", "verified", "config_keys", "tensor"}
 ROLES = {
@@ -35,7 +35,7 @@ def test_a_familys_file_is_complete(name):
     assert entry.keys() >= NEEDED and entry["tensor"]
     for item in entry["tensor"]:
         assert item.keys() <= KEYS and item.get("role") in ROLES, item
-        assert all(isinstance(size, str) and isinstance(names_of(size), tuple) for size in item["shape"])
+        assert all(isinstance(size, str) and isinstance(keys_of(size), tuple) for size in item["shape"])
         assert item.get("layers") is None or item["layers"] in entry["kinds"]
     places = [(i["name"], i.get("layers"), i.get("only_without")) for i in entry["tensor"]]
     assert len(set(places)) == len(places)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from doctor.model.expressions import evaluate, holds, names_of
+from doctor.model.expressions import evaluate, holds, keys_of
 
 CONFIG = {"first": 2, "kinds": ["a", "b", "a", "b"], "step": 2, "own": [1], "pattern": "M-E*"}
 
@@ -37,4 +37,4 @@ def test_other_python_is_not_run(bad):
 
 
 def test_names_come_in_order_and_once_and_the_layers_number_is_none():
-    assert names_of("2 * b * a + b * i") == ("b", "a")
+    assert keys_of("2 * b * a + b * i") == ("b", "a")

@@ -328,7 +328,7 @@ def test_named_linears_get_their_own_width_and_the_config_says_so(format, tmp_pa
     "options, words",
     [
         ({"bits_for": ("q_proj=8",)}, "engines join q, k, v into one linear"),
-        ({"bits_for": ("w_proj=8",)}, "no linear that is quantized has such a name"),
+        ({"bits_for": ("w_proj=8",)}, "--override w_proj: matches none of the"),
         ({"bits_for": ("down_proj=5",)}, "must be PATTERN=BITS with 2, 3, 4 or 8 bits"),
         ({"format": "awq", "bits": 8}, "awq with 8 bits; must be 4"),
         ({"bits_for": ("down_proj=8",), "method": "awq"}, "AWQ has one width for all linears"),

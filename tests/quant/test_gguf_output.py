@@ -54,7 +54,7 @@ def calibrated(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_file_reads_back_as_the_model(family, rounded):
     source, out = rounded(family)
-    assert sorted(p.name for p in out.iterdir()) == ["doctor.json", "model-Q8_0.gguf"]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "doctor.json", "model-Q8_0.gguf"]
     original, read = Checkpoint.open(source), as_float(Checkpoint.open(out))
     assert set(read.tensors) == set(original.tensors)
     for name in read.tensors:

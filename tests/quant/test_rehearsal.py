@@ -55,7 +55,6 @@ def test_names_shapes_and_config_are_those_of_the_run(name, recipe, tmp_path):
             "Ernie4.5-VL",
             r"text_moe\.gate\.weight: Ernie4_5_VLMoeTextModel .* makes it of .*mlp\.gate\.weight by Transpose",
         ),
-        ("LongCat", r"LongcatFlashExperts joins them as gate_up_proj \[\d+, \d+, \d+\], down_proj \[\d+, "),
     ],
 )
 def test_what_stops_a_run_stops_its_rehearsal(name, words, tmp_path):
@@ -74,9 +73,12 @@ def test_a_lost_tensor_is_named_by_its_parameter(tmp_path):
 def test_the_clients_answer_on_a_hole_is_its_answer_on_the_file(tmp_path):
     pytest.importorskip("accelerate")
     pytest.importorskip("compressed_tensors")
-    answers = {name: ask(save_class(CLASSES[name], tmp_path / name), RECIPE) for name in ("Qwen2-VL", "Mamba", "T5")}
+    answers = {
+        name: ask(save_class(CLASSES[name], tmp_path / name), RECIPE) for name in ("Qwen2-VL", "Mamba", "GPT-2", "T5")
+    }
     assert answers["Qwen2-VL"].proof.whole and answers["Qwen2-VL"].proof.packed == 28
-    assert "'Linear' object has no attribute 'weight'" in answers["Mamba"].proof.refused
+    assert answers["Mamba"].proof.whole and answers["Mamba"].proof.packed == 0  # its class unpacks what it loads
+    assert not answers["GPT-2"].proof.whole
     assert "is an encoder and a decoder" in answers["T5"].refused and answers["T5"].advice
 
 

@@ -56,7 +56,7 @@ class _Reader:
         self.spec, self.config = spec, spec.config
         self.notes: list[str] = []
         self.reference = self._library()
-        count = self._of_class("num_hidden_layers") or spec.n_layers
+        count = self._of_class("num_hidden_layers") or spec.n_layers or self.config.get("num_hidden_layers")
         if not count:
             raise BadCheckpoint(_("config.json: the number of layers is not stated."), _ASK_CHECK)
         if not (isinstance(count, int) and 0 < count <= MOST_LAYERS):

@@ -140,6 +140,7 @@ def test_other_kinds_of_files_are_refused(checkpoint, tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "c.parquet").touch()
     with pytest.raises(DoctorError, match="needs pyarrow, which is not installed"):
         calibration_rows(checkpoint, tmp_path / "c.parquet", rows=1, length=8)
 
@@ -221,6 +222,7 @@ def test_parquet_rows_are_read_like_lines(checkpoint, tmp_path, monkeypatch):
     package.parquet = reader
     monkeypatch.setitem(sys.modules, "pyarrow", package)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", reader)
+    (tmp_path / "c.parquet").touch()
     assert calibration_rows(checkpoint, tmp_path / "c.parquet", rows=1, length=8)[0] == [[3, 4, 5]]
 
 
