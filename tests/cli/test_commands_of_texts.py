@@ -227,6 +227,7 @@ def test_each_command_of_a_text_does_what_it_says(where, command, world, tmp_pat
         assert "not written: tuning did not lower the divergence" in result.output, said  # as its text says
         out = None
     if out is not None and words[1] != "check":
+        assert out.exists(), said
         assert Checkpoint.open(out).tensors or Checkpoint.open(out).gguf, said
     if words[1] in ("quantize", "tune") and out is not None and not list(out.glob("*.gguf")):
         assert Checkpoint.open(out).value("config.json")["quantization_config"], said
