@@ -203,7 +203,9 @@ def legend(options: list[Option]) -> list[str]:
     if not options:
         return []
     models = sorted({o.measured_on for o in options if o.measured_on})
-    found = [say("weights, cache, left: GiB on one GPU; longest: tokens of a sequence that fit")]
+    found = [
+        say("weights, cache, left: GiB on one GPU; longest: tokens of a sequence that fit, of the model's positions")
+    ]
     if models:
         found.append(
             say(

@@ -48,8 +48,8 @@ USUAL_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class Option:
-    """One way to serve. Bytes are of one GPU. longest: tokens of one sequence that the rest of the memory holds, None
-    for any; sequences: of the context asked for. blocked: why it would not run, [] where nothing says so.
+    """One way to serve. Bytes are of one GPU. longest: tokens of one sequence that the rest of the memory holds, at
+    most the model's positions; None for any. sequences: of the context asked for. blocked: why it would not run, [] where nothing says so.
     """
 
     scheme: str
@@ -265,6 +265,8 @@ class _Work:
             room = engine.usable - engine.own - here
             one_more = cache_bytes(self.layout, scheme, self.context, 1, self.spec, gpus, split)
             share = cache_share(self.layout, self.spec, gpus, split)
+            held = self.layout.largest_context(scheme, max(room, 0) * share, self.batch)
+            most = [tokens for tokens in (held, self.spec.max_positions) if tokens is not None]
             yield Option(
                 scheme=one.name,
                 gpus=gpus,
@@ -277,7 +279,7 @@ class _Work:
                 bits=bits,
                 total_bytes=total,
                 fits=room - cache >= 0,
-                longest=self.layout.largest_context(scheme, max(room, 0) * share, self.batch),
+                longest=min(most) if most else None,
                 sequences=max(0, int(room // one_more)) if one_more else 0,
                 order=known.get("order", 0),
                 kl=known.get("kl"),

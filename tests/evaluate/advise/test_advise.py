@@ -192,3 +192,10 @@ def test_no_heavy_module_is_imported_and_nothing_fitting_exits_1(seven):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.stdout.splitlines()[-1] == "1 set()" and "nothing fits" in run.stdout, run.stderr
+
+
+def test_the_longest_sequence_is_one_that_the_model_has_positions_for(seven):
+    most = Checkpoint.open(seven).value("config.json")["max_position_embeddings"]
+    wide, narrow = (by_scheme(advise(seven, memory=m * GIB, context=64), fits=True) for m in (900, 18))
+    assert {o.longest for o in wide} == {most}
+    assert any(o.longest < most for o in narrow if o.scheme == "16-bit")
