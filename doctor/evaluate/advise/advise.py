@@ -49,7 +49,8 @@ USUAL_CONTEXT = 8192
 @dataclass(frozen=True)
 class Option:
     """One way to serve. Bytes are of one GPU. longest: tokens of one sequence that the rest of the memory holds, at
-    most the model's positions; None for any. sequences: of the context asked for. blocked: why it would not run, [] where nothing says so.
+    most the model's positions; None for any. sequences: of the context asked for. blocked: why it would not run, []
+    where nothing says so.
     """
 
     scheme: str
