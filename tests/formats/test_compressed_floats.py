@@ -63,7 +63,7 @@ def quantized(name, made):
     solved = solve_linear(own, made, given, recipe, divisor=scaled)
     assert isinstance(solved, Solved) and solved.solution is not None, solved.failure
     packed = pack_linear(own, solved, recipe, scaled, given)
-    return {part.rpartition(".")[2]: t for part, t in packed.parts.items()}, packed.weight, recipe
+    return {part.rpartition(".")[2]: t for part, t in packed.parts.items()}, packed.weight(), recipe
 
 
 def compressor(recipe):
