@@ -142,7 +142,10 @@ USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few bes
     "--tune",
     metavar="auto|off|ROWS",
     default="auto",
-    help=_("Rows to tune scales and norms on after the last layer; auto: as many as take no longer than the layers."),
+    help=_(
+        "Rows to tune scales and norms on after the last layer; auto: three eighths of the calibration rows, 16 at "
+        "least."
+    ),
 )
 @option("--vision", is_flag=True, help=_("Quantize the vision tower's layers too; calibrated by rows with images."))
 @option("--fix", is_flag=True, help=_("Apply safe fixes first, without writing the fixed copy."))

@@ -106,8 +106,8 @@ def quantize(
     what each width does to the next token (allocation/). Of the mixture and the model of one width of that size, the
     one that is closer to the original is written. diverge: what measures that; doctor.api passes it.
 
-    tune: rows to tune scales and norm gains on after the last layer (tuning/within.py); "off" for none; "auto" as many
-    as take no longer than the layers did, where the format has such scales and there is text and memory enough.
+    tune: rows to tune scales and norm gains on after the last layer (tuning/within.py); "off" for none; "auto" a
+    share of the calibration rows, where the format has such scales and there is text and memory enough.
 
     compare: what compares the output with the original before it appears, on rows that did not calibrate it; its
     findings are reported, and the output stays. doctor.api passes it. None compares nothing.

@@ -32,7 +32,8 @@ from doctor.quant.tuning.tune import tuned_values
 
 AUTO, OFF = "auto", "off"
 LEAST_ROWS, LEAST_TOKENS = 16, 8192  # fewer overfit
-# A token takes 8 operations a weight to train on and about 3 to calibrate: this share takes no longer than the layers.
+# A token takes 8 operations a weight to train on and about 3 to calibrate. Measured on SmolLM2 with 32 rows of each: 56
+# s for the layers, 250 s for tuning.
 SHARE = 3 / 8
 WATCHED = 8  # rows between the calibration rows
 _WITHOUT = _("Finished layers are kept: run again with --resume, and with --tune off or more --memory.")
