@@ -18,6 +18,22 @@ def _watched() -> bool:
     )
 
 
+def _layers_counted(**options: Any) -> Any:
+    """rich's Progress on stderr, whose tasks are counted in layers; options: more of its own."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        **options,
+    )
+
+
 @contextmanager
 def layer_bars() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each phase of a run through a model's decoder layers.
@@ -27,18 +43,8 @@ def layer_bars() -> Iterator[Callable[[str, int, int], None]]:
     if not _watched():
         yield lambda phase, done, total: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    tasks: dict[str, TaskID] = {}
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
+    tasks: dict[str, Any] = {}
+    with _layers_counted() as bar:
 
         def tick(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
@@ -57,20 +63,9 @@ def run_lines(say: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
     if not _watched():
         yield say
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     linears = 0
     task: Any = None
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stderr=True,
-    ) as bar:
+    with _layers_counted(redirect_stderr=True) as bar:
 
         def show(text: str) -> None:
             nonlocal linears, task

@@ -126,8 +126,8 @@ def run(
         consent=consent,
         survey=survey,
         vision=vision,
+        earlier=earlier,
     )
-    setup = replace(setup, earlier=earlier)
     try:
         done = _quantize_layers(setup, recipe)
         if not done.stopped:

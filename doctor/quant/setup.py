@@ -98,6 +98,7 @@ def set_up(
     consent: Consent | None,
     survey: Survey | None = None,
     vision: tuple[Linear, ...] = (),
+    earlier: Earlier | None = None,
 ) -> Setup:
     """Reads headers and builds the model on the meta device. Raises DoctorError where widths do not fit,
     NotQuantizable.
@@ -147,6 +148,7 @@ def set_up(
         survey,
         budget.reads_ahead(need, memory),
         vision,
+        earlier,
     )
 
 

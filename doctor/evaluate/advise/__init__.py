@@ -1,0 +1,1 @@
+"""What a model can be served with in so much memory."""

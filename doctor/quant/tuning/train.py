@@ -180,6 +180,9 @@ class Trainer:
             order.shuffle(trained)
             self.schedule += [trained[at : at + ROWS_A_STEP] for at in range(0, len(trained), ROWS_A_STEP)]
         self.rate, self.progress = rate, Progress()
+        self.best = {
+            name: x.clone() for name, x in student.changes.items()
+        }  # under which the watched rows diverge least
         self.moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
             name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in student.changes.items()
         }
@@ -189,7 +192,6 @@ class Trainer:
         """The changes, rounded to what is stored, under which the watched rows diverge least; all zero where tuning
         does not help. Raises NotQuantizable where a step is not finite.
         """
-        self.best = {name: x.clone() for name, x in self.student.changes.items()}
         begin, least, worse = self._taken_up() or (0, self._look(0), 0)
         for step in range(begin, len(self.schedule)):
             if worse == WORSE:

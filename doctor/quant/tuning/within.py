@@ -50,11 +50,16 @@ class Wanted:
 
 def refuse_tuning(tune: str | int, recipe: Recipe) -> None:
     """Raises PlanRefused for rows that were asked for where a recipe has no scales to tune, before any work."""
-    if isinstance(tune, int) and not (recipe.calibrated and format_of(recipe).affine and not streams(recipe)):
+    if isinstance(tune, int) and not _has_scales(recipe):
         raise PlanRefused(
             _("--tune {rows}: {label} has no 16-bit scales of calibrated linears.", rows=tune, label=recipe.label()),
             _("GPTQ and AWQ into integer formats can be tuned; leave --tune out."),
         )
+
+
+def _has_scales(recipe: Recipe) -> bool:
+    """Whether a recipe gives linears that a calibrated method solved 16-bit scales of their own."""
+    return recipe.calibrated and format_of(recipe).affine and not streams(recipe)
 
 
 def require_text(tune: str | int, facts: CalibrationFacts | None) -> None:
@@ -66,22 +71,21 @@ def require_text(tune: str | int, facts: CalibrationFacts | None) -> None:
         )
 
 
-def wanted(tune: str | int, recipe: Recipe, rows: int, facts: CalibrationFacts | None) -> Wanted:
-    """How many of so many calibration rows a run trains on."""
-    fits = recipe.calibrated and format_of(recipe).affine and not streams(recipe)
-    if tune == OFF or facts is None or not fits:
+def wanted(tune: str | int, recipe: Recipe, rows: int, tokens: int, seen_rows: int = 0) -> Wanted:
+    """How many of the calibration rows a run trains on. seen_rows: those with images or sound."""
+    if tune == OFF or not _has_scales(recipe):
         return Wanted(0)
     if isinstance(tune, int):
         return Wanted(min(tune, rows), asked=True)
-    if facts.seen_rows:
+    if seen_rows:
         return Wanted(0, reason=_("rows with images or sound calibrated it"))
-    if rows < LEAST_ROWS or facts.tokens < LEAST_TOKENS:
+    if rows < LEAST_ROWS or tokens < LEAST_TOKENS:
         return Wanted(
             0,
             reason=_(
                 "{rows} rows of {tokens:,} tokens are too few; it takes {least} rows and {enough:,} tokens",
                 rows=rows,
-                tokens=facts.tokens,
+                tokens=tokens,
                 least=LEAST_ROWS,
                 enough=LEAST_TOKENS,
             ),
@@ -110,8 +114,7 @@ def forecast(
     tune: str | int, checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int, memory: int | None
 ) -> int:
     """Bytes at the peak of the tuning of a run with these rows of text, at most; 0 where it would not be done."""
-    facts = CalibrationFacts("", True, rows, rows * length, length, length, length, 0, 0, 0, 0)
-    wish = wanted(tune, recipe, rows, facts)
+    wish = wanted(tune, recipe, rows, rows * length)
     takes = need(checkpoint, spec, recipe, wish.rows, length) if wish.rows else 0
     limit = budget.limit(memory)
     if takes > limit and not wish.asked:
@@ -130,8 +133,8 @@ def tuned(
     """
     checked, facts, rows = calibrated.checked, calibrated.facts, calibrated.rows
     source, spec, recipe = checked.assessment.checkpoint, checked.spec, checked.recipe
-    wish = wanted(asked.tune, recipe, len(rows), facts)
-    if facts is None or not (wish.rows or wish.reason):
+    wish = Wanted(0) if facts is None else wanted(asked.tune, recipe, len(rows), facts.tokens, facts.seen_rows)
+    if not (wish.rows or wish.reason):
         return {}, None
     if not wish.rows:
         return {}, TuningFacts(reason=wish.reason)
