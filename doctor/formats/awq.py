@@ -48,6 +48,7 @@ class AWQ(Format):
     unit = (1, 32)
     plain_backend = "torch_awq"
     affine = True
+    libraries = ("gptqmodel", "accelerate")
     stores_zeros = True
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:

@@ -85,6 +85,7 @@ class Format:
     twin = ""  # the format that differs in nothing but zero_offset
     at_load = False  # quantization_config asks a loader to quantize plain weights
     plain_backend = ""  # gptqmodel's backend in plain torch: its fast ones are compiled for minutes on first use
+    libraries: tuple[str, ...] = ()  # beside torch, that transformers loads it with
     stores_zeros = False  # zero points lie in every file and every kernel reads them, so an asymmetric grid is free
     affine = False  # codes() gives integer codes and their grid, which another such format may hold unchanged
     groups_of_modules = False  # quantization_config describes weights and activations group by group (config_groups)

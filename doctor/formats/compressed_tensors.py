@@ -76,6 +76,7 @@ class CompressedTensors(Format):
     needed: tuple[str, ...] = ("weight_scale",)
     sampled: tuple[str, ...] = ("weight_g_idx", "weight_zero_point")
     bits: tuple[int, ...] = GRID_BITS
+    libraries = ("compressed-tensors",)
     affine = True
     activations: tuple[str, ...] = ("fp8",)
     kv_caches = ("fp8", "fp8-head")

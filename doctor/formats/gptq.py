@@ -64,6 +64,7 @@ class GPTQ(Format):
     zero_offset = 1
     twin = "gptq_v2"
     plain_backend = "torch"
+    libraries = ("gptqmodel", "optimum")
     affine = True
     head_key = "lm_head"
     order_key = "desc_act"

@@ -1,5 +1,6 @@
 """What to type once a quantized checkpoint is there: compare it, serve it, run tasks on it."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -30,8 +31,10 @@ def commands(original: str, output: Path, recipe: Recipe, gguf: str = "") -> Ste
     tp = f" --tensor-parallel-size {recipe.tp}" if recipe.tp > 1 else ""
     if served_by_vllm(recipe):
         found.append((f"vllm serve {out}{tp}", _("serve it in vLLM")))
-    code = f'from transformers import pipeline; print(pipeline("text-generation", "{output}")("Hello"))'
-    found.append((f"python -c {shlex.quote(code)}", _("run it in transformers")))
+    folder = json.dumps(str(output), ensure_ascii=False)
+    code = f'from transformers import pipeline; print(pipeline("text-generation", {folder})("Hello"))'
+    needed = ", ".join(form.libraries)
+    found.append((f"python -c {shlex.quote(code)}", _("run it in transformers, with {libraries}", libraries=needed)))
     reader = "vllm" if recipe.runtime == "vllm" else "hf"
     found.append(
         (
