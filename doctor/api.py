@@ -326,7 +326,7 @@ def quantize(
     """Quantize a 16-bit checkpoint into `output`; see doctor.quant.quantize.quantize for the options.
 
     What headers refuse is raised, or returned as a report of them, before torch is imported. compare_rows: rows of 512
-    tokens, that calibrated nothing, to compare the output on before it appears; 0 for none.
+    tokens, that calibrated nothing, to compare the output on; 0 for none.
     """
     from doctor.quant.early import refused_by_headers
     from doctor.quant.quantize_result import QuantizeResult

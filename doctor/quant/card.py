@@ -18,11 +18,12 @@ from doctor.core.errors import DoctorError
 from doctor.core.recipe import Recipe
 from doctor.core.records import CalibrationFacts
 from doctor.core.version import __version__
+from doctor.fixing.receipt import RECEIPT
 from doctor.formats.base import format_of
 from doctor.formats.schemes import name_of
 from doctor.lint.engine import Report
 
-CARD, RECEIPT = "README.md", "doctor.json"
+CARD = "README.md"
 MOST_BYTES = 1 << 20  # of an original's card that is kept
 MOST_FRONT = 1 << 16  # characters of its front matter that are parsed
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?\n?", re.DOTALL | re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The end of a run, before the output appears: what it takes now, how far it is from its original, and its card."""
+"""The end of a run: what its output takes now, how far it is from its original, and its card."""
 
 from __future__ import annotations
 
@@ -6,43 +6,69 @@ import os
 import re
 import resource
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import DoctorError
+from doctor.core.errors import DoctorError, MachineError
 from doctor.core.messages import _
 from doctor.core.records import CalibrationFacts
+from doctor.fixing.filesystem import machine_errors
 from doctor.lint.engine import Report
 from doctor.quant.budget import constant, gib
 from doctor.quant.card import CARD, card
-from doctor.quant.export import Output
 from doctor.quant.prepare import Asked, Checked
 
 Compare = Callable[[Path, Path], Report]  # (original, what was written) -> a report as doctor.evaluate.verify makes it
 ORIGINAL_BROKEN = "O606"
 TOKENS = 512  # of a row that is compared
 _LAYER = re.compile(r".*?\.\d+\.")
+_BESIDE = f".{CARD}.tmp"  # where a card is written before it takes its name
 _SHOWN = ("comparison", "own_measure", "text")  # of its figures
 
 
-def ending(
-    asked: Asked,
-    checked: Checked,
-    facts: CalibrationFacts | None,
-    report: Report,
-    staged: Output,
-    notes: list[str],
-) -> Report:
-    """The report with the figures of the output that is staged, whose card is written with them."""
-    source, written = checked.assessment.checkpoint, Checkpoint.open(staged.stage)
-    report = replace(report, extra={**report.extra, "run": run_figures(source, written)})
-    if asked.compare is not None:
-        report = _compared(asked, asked.compare, checked, report, staged.stage, source, notes)
-    text = card(source, checked.recipe, facts, report, notes)
-    (staged.stage / CARD).write_text(text, encoding="utf-8")
-    return report
+@dataclass(frozen=True)
+class Ending:
+    """The end of one run: figures and card while the output is staged, the comparison once it is in its place, since
+    that takes as long as two passes of a model and a run that is killed meanwhile must not lose its layers.
+    """
+
+    asked: Asked
+    checked: Checked
+    facts: CalibrationFacts | None
+
+    def figures(self, report: Report, stage: Path, notes: list[str]) -> Report:
+        """The report with the sizes of what is staged, whose card is written with them."""
+        source = self.checked.assessment.checkpoint
+        report = replace(report, extra={**report.extra, "run": run_figures(source, Checkpoint.open(stage))})
+        self._write_card(report, stage, notes)
+        return report
+
+    def compared(self, report: Report, output: Path, notes: list[str]) -> Report:
+        """The report with a comparison of the output, whose card is written again with it; as it is, where nothing
+        compares.
+        """
+        if self.asked.compare is None:
+            return report
+        source = self.checked.assessment.checkpoint
+        report = _compared(self.asked, self.asked.compare, self.checked, report, output, source, notes)
+        try:
+            self._write_card(report, output, notes)
+        except MachineError as error:  # the output is whole, and its card says all but this
+            (output / _BESIDE).unlink(missing_ok=True)
+            note = _("the card does not hold the comparison: {reason}", reason=error.message)
+            notes.append(note)
+            self.asked.progress(note)
+        return report
+
+    def _write_card(self, report: Report, folder: Path, notes: list[str]) -> None:
+        """README.md, the old one or the new one at any time."""
+        text = card(self.checked.assessment.checkpoint, self.checked.recipe, self.facts, report, notes)
+        beside = folder / _BESIDE
+        with machine_errors(folder / CARD):
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, folder / CARD)
 
 
 def run_figures(source: Checkpoint, written: Checkpoint) -> dict[str, Any]:
@@ -85,7 +111,7 @@ def _compared(
     compare: Compare,
     checked: Checked,
     report: Report,
-    stage: Path,
+    output: Path,
     source: Checkpoint,
     notes: list[str],
 ) -> Report:
@@ -108,7 +134,7 @@ def _compared(
         asked.progress(note)
         return report
     try:
-        found = compare(Path(os.path.abspath(source.root)), stage)
+        found = compare(Path(os.path.abspath(source.root)), output)
     except DoctorError as error:
         note = _("not compared with the original: {reason}", reason=error.message)
         notes.append(note)

@@ -6,9 +6,7 @@ The caller decides whether it is committed: a mixture of widths is compared with
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.messages import _, listed
@@ -22,7 +20,7 @@ from doctor.quant import export
 from doctor.quant.client import Linears
 from doctor.quant.distributed import Ranks
 from doctor.quant.earlier import Earlier, source_mark
-from doctor.quant.ending import ending
+from doctor.quant.ending import Ending
 from doctor.quant.forewarn import forewarn
 from doctor.quant.gguf_output import write_imatrix
 from doctor.quant.job import Result, run
@@ -40,23 +38,22 @@ from doctor.quant.vision import vision_linears
 
 @dataclass
 class Built:
-    """A run that is not committed yet. staged: the whole output; None where a finding of the report forbids it.
-
-    end: adds the figures of the end to the report, and writes the card.
-    """
+    """A run that is not committed yet. staged: the whole output; None where a finding of the report forbids it."""
 
     report: Report
     staged: export.Output | None
     calibration: CalibrationFacts | None
     notes: list[str]
-    end: Callable[[Report, export.Output, list[str]], Report] | None = None
+    ending: Ending | None = None
 
     def commit(self, overwrite: bool) -> QuantizeResult:
-        """The output in its place, where there is one."""
-        if self.staged and self.end:
-            self.report = self.end(self.report, self.staged, self.notes)
-        place = self.staged.commit(overwrite) if self.staged else None
-        return QuantizeResult(self.report, place, self.calibration, self.notes)
+        """The output in its place, where there is one, and then compared with its original."""
+        if self.staged is None or self.ending is None:
+            return QuantizeResult(self.report, None, self.calibration, self.notes)
+        report = self.ending.figures(self.report, self.staged.stage, self.notes)
+        place = self.staged.commit(overwrite)
+        report = self.ending.compared(report, place, self.notes)
+        return QuantizeResult(report, place, self.calibration, self.notes)
 
 
 def build(
@@ -188,4 +185,4 @@ def _finish(
             notes.append(note)
         else:
             asked.progress(note)
-    return Built(report, staged, facts, notes, partial(ending, asked, checked, facts))
+    return Built(report, staged, facts, notes, Ending(asked, checked, facts))

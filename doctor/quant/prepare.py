@@ -64,7 +64,7 @@ class Asked:
     imatrix: Path | None = None  # where the importance of columns goes
     tune: str | int = "off"  # rows to tune scales and gains on; auto, off
     retry: bool = False  # of what is in `output` only the linears that fell back are solved
-    # compares the original with what is staged, on rows that calibrated nothing
+    # compares the original with the output, on rows that calibrated nothing
     compare: Callable[[Path, Path], Report] | None = None
 
 

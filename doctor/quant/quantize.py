@@ -109,7 +109,7 @@ def quantize(
     tune: rows to tune scales and norm gains on after the last layer (tuning/within.py); "off" for none; "auto" a
     share of the calibration rows, where the format has such scales and there is text and memory enough.
 
-    compare: what compares the output with the original before it appears, on rows that did not calibrate it; its
+    compare: what compares the output with the original once it is there, on rows that did not calibrate it; its
     findings are reported, and the output stays. doctor.api passes it. None compares nothing.
 
     preflight: check and calibrate, quantize the first and the last decoder layer only, write nothing: the result has

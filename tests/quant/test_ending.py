@@ -1,6 +1,9 @@
 """The end of a run: sizes, a comparison on rows that calibrated nothing, the card, the next commands, the upload."""
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from doctor.core.recipe import Recipe
 from doctor.evaluate.inputs import text_rows
 from doctor.lint.testing import tiny
 from doctor.quant.ending import comparing_bytes, run_figures
+from doctor.quant.stage import stage_of
 from doctor.report import after, results
 from doctor.report.formats.terminal import render
 
@@ -140,6 +144,32 @@ def test_the_next_commands_are_those_of_a_reader(fields, engine):
     steps = after.commands("model", Path("out"), Recipe(**fields), "m.gguf")
     assert steps[0][0] == "doctor verify model out" and steps[1][0].startswith(engine)
     assert ("vllm serve" in steps[1][0]) == ("vllm" in engine)
+
+
+def test_the_line_for_transformers_runs_as_it_is_printed(source, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    out = tmp_path / 'a "b" c'
+    done = api.quantize(source, out, Recipe(method="rtn", group_size=32, format="compressed-tensors"), client=None)
+    steps = after.commands(str(source), done.output, done.report.recipe)
+    command, what = next(step for step in steps if "pipeline" in step[0])
+    assert "compressed-tensors" in what
+    words = shlex.split(command)
+    ran = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0 and "generated_text" in ran.stdout, ran.stderr[-2000:]
+
+
+def test_a_run_that_is_killed_while_it_compares_has_its_output(source, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def compare(original, written):
+        raise Killed
+
+    with pytest.raises(Killed):
+        quantized(source, tmp_path / "out", compare=compare)
+    left = Checkpoint.open(tmp_path / "out")
+    assert left.value("config.json")["quantization_config"] and not stage_of(tmp_path / "out").exists()
+    assert "bits a weight" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_nothing_is_pushed_without_a_name_and_a_token(monkeypatch):
