@@ -359,7 +359,7 @@ class Bench:
         import torch
 
         from doctor.core.recipe import Scheme
-        from doctor.formats.base import KNOWN
+        from doctor.formats.registry import KNOWN
         from doctor.quant.solve import cuda, grid
 
         n = k = self.large

@@ -16,8 +16,9 @@ from doctor.core.facts import Unavailable
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, Scheme, is_kept
 from doctor.edits.kinds import Dequantize, DropFile, DropTensor, Edit, RemoveJson
-from doctor.formats.base import KNOWN, Format, read_quantization, verbatim_tails, word_tails
+from doctor.formats.base import Format
 from doctor.formats.known import quantized
+from doctor.formats.registry import KNOWN, read_quantization, verbatim_tails, word_tails
 from doctor.formats.requirements import stored_shape
 from doctor.model.quantization_config import quantization_of
 from doctor.model.spec import ModelSpec, build_spec

@@ -12,8 +12,9 @@ from doctor.core.recipe import Scheme
 from doctor.edits.arithmetic import CASTS, new_info
 from doctor.edits.kinds import Dequantize
 from doctor.edits.stale import stale
-from doctor.formats.base import KNOWN, Format
+from doctor.formats.base import Format
 from doctor.formats.grid import e4m3_values
+from doctor.formats.registry import KNOWN
 from doctor.formats.requirements import stored_shape
 
 

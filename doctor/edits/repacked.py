@@ -19,8 +19,8 @@ from doctor.edits.arithmetic import CASTS, new_info
 from doctor.edits.dequantized import part_values
 from doctor.edits.kinds import Repack
 from doctor.edits.stale import stale
-from doctor.formats.base import KNOWN
 from doctor.formats.grid import Grid, neighbours
+from doctor.formats.registry import KNOWN
 
 # Parts that were made with another one of their linear and were not read yet: source -> module -> part -> values. A
 # file that keeps all words before all scales would otherwise be packed once for each part.

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from doctor.formats.base import KNOWN, Format, Quantization, register
+from doctor.formats.base import Format, Quantization
+from doctor.formats.registry import KNOWN, register
 from doctor.formats.widths import Widths, exactly, own_entries
 
 # packing_format -> the format that it packs in.

@@ -22,10 +22,11 @@ from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous
-from doctor.formats.base import Format, Part, Parts, Quantization, Shapes, register
+from doctor.formats.base import Format, Part, Parts, Quantization, Shapes
 from doctor.formats.bits import kernels_for, pack_columns, unpack_columns
 from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, dequantize, neighbours, stored_exactly
+from doctor.formats.registry import register
 from doctor.formats.requirements import require_dividing, require_known, require_shape, whole
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # field p of a word holds column ORDER[p] of its eight

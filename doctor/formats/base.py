@@ -2,7 +2,8 @@
 
 A format says which tensors stand for a linear, how codes become their words and back, what quantization_config says
 and how one is read, what fits and how many bytes it takes. check, fix, quantize, verify, the memory forecast and the
-rules name no format; they hold one of these objects. A new format is one file of this package, named in __init__.
+rules name no format; they hold one of these objects. A new format is one file of this package, named in __init__ and
+held by registry.py.
 
 Where arrays come in, a format serves NumPy and torch by the same text (arrays.py). `n` is out_features, `k`
 in_features; a weight is [n, k].
@@ -13,14 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _
-from doctor.core.recipe import FORMATS, Recipe, Scheme
+from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array
 from doctor.formats.bits import repeated_word
 from doctor.formats.exclusions import Exclusion
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
 
 class Format:
-    """A way to store quantized linears. Subclasses say what differs; `register` makes one known."""
+    """A way to store quantized linears. Subclasses say what differs; `registry.register` makes one known."""
 
     name: str  # what recipes, the tables of kernels and messages call it
     label: str  # as people write it
@@ -330,72 +330,3 @@ class Quantization:
             *self.also_needed,
             *((self.format.index,) if self.desc_act and self.format.order_key else ()),
         )
-
-
-KNOWN: dict[str, Format] = {}  # every format, those that are only read too
-F = TypeVar("F", bound=type[Format])
-
-
-def register(cls: F) -> F:
-    """Class decorator: make a format known under its name."""
-    form = cls()
-    KNOWN[form.name] = form
-    if form.writes:
-        FORMATS.add(form)
-    _look_again()
-    return cls
-
-
-def forget(name: str) -> None:
-    """Take a format out again."""
-    KNOWN.pop(name, None)
-    FORMATS.remove(name)
-    _look_again()
-
-
-def _look_again() -> None:
-    word_tails.cache_clear()
-    sampled_tails.cache_clear()
-    verbatim_tails.cache_clear()
-    scale_tails.cache_clear()
-
-
-def format_of(recipe: Recipe) -> Format:
-    """The format that a recipe writes."""
-    return KNOWN[recipe.output_format]
-
-
-@cache
-def word_tails() -> tuple[str, ...]:
-    """Endings of names of tensors that hold codes instead of weights."""
-    return tuple(f".{words}" for words in dict.fromkeys(f.words for f in KNOWN.values()) if words)
-
-
-@cache
-def sampled_tails() -> tuple[str, ...]:
-    """Endings of names of int32 tensors whose values `check` looks at."""
-    return tuple(f".{part}" for part in dict.fromkeys(p for f in KNOWN.values() for p in f.sampled))
-
-
-@cache
-def verbatim_tails() -> tuple[str, ...]:
-    """Endings of names of small tensors whose bytes `check` keeps: descriptions that lie among the weights."""
-    return tuple(f".{part}" for part in dict.fromkeys(p for f in KNOWN.values() for p in f.verbatim))
-
-
-@cache
-def scale_tails() -> tuple[str, ...]:
-    """Endings of names of tensors that hold scales of weights."""
-    return tuple(f".{part}" for part in dict.fromkeys(p for f in KNOWN.values() for p in f.scale_names))
-
-
-def format_of_words(name: str) -> Format | None:
-    """The first format whose words a tensor of this name could be."""
-    tail = name.rpartition(".")[2]
-    return next((f for f in KNOWN.values() if f.words == tail), None)
-
-
-def read_quantization(raw: Mapping[str, Any], file: str, pointer: str, own: bool = True) -> Quantization:
-    """What a quantization_config says; see Format.read. Raises Unavailable where no format claims it."""
-    reader = next((f for f in KNOWN.values() if f.claims(raw)), None)
-    return (reader or Format()).read(raw, file, pointer, own)

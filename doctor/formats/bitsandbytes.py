@@ -31,8 +31,9 @@ from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array
-from doctor.formats.base import Format, Parts, Shapes, Texts, register
+from doctor.formats.base import Format, Parts, Shapes, Texts
 from doctor.formats.exclusions import Exclusion, leaves_out
+from doctor.formats.registry import register
 
 _TYPES = ("nf4", "fp4")
 STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in _TYPES)

@@ -28,7 +28,7 @@ from doctor.core.messages import _
 from doctor.core.methods import GRID_BITS
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous, full, is_torch
-from doctor.formats.base import KNOWN, Format, Part, Parts, Quantization, Shapes, register
+from doctor.formats.base import Format, Part, Parts, Quantization, Shapes
 from doctor.formats.bits import (
     kernels_for,
     pack_columns,
@@ -40,6 +40,7 @@ from doctor.formats.bits import (
 )
 from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, dequantize, neighbours, stored_exactly
+from doctor.formats.registry import KNOWN, register
 from doctor.formats.requirements import require_dividing, require_groups, require_shape, whole
 from doctor.formats.widths import Widths, exactly
 

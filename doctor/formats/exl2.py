@@ -26,8 +26,9 @@ from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, contiguous
-from doctor.formats.base import Format, Parts, Shapes, Texts, register
+from doctor.formats.base import Format, Parts, Shapes, Texts
 from doctor.formats.bits import unpack_columns, unpack_rows
+from doctor.formats.registry import register
 from doctor.formats.requirements import require_shape
 
 WIDTHS = (8, 6, 5, 4, 3, 2)  # that kernels have, in the order in which groups must stand

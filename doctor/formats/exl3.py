@@ -27,7 +27,8 @@ from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, contiguous
-from doctor.formats.base import Format, Parts, Shapes, Texts, register
+from doctor.formats.base import Format, Parts, Shapes, Texts
+from doctor.formats.registry import register
 
 TILE, WIDTH = 16, 128  # of a tile's side, of the Hadamard transform
 _FRACTIONS = (24, 40, 56)  # 16 K of the widths between whole bits: 1.5, 2.5, 3.5

@@ -22,10 +22,11 @@ from typing import Any
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, contiguous
-from doctor.formats.base import Part, Parts, Quantization, Shapes, register
+from doctor.formats.base import Part, Parts, Quantization, Shapes
 from doctor.formats.compressed_tensors import CompressedTensors
 from doctor.formats.fp8 import unpack_tiles
 from doctor.formats.grid import E4M3, Grid, GridKind, as_e4m3, stored_exactly
+from doctor.formats.registry import register
 
 TILE = 128
 MOST = 448.0  # the largest 8-bit float

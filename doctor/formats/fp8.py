@@ -24,8 +24,9 @@ from doctor.core.errors import BadCheckpoint
 from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, cast, counted
-from doctor.formats.base import Format, Part, Parts, Shapes, register
+from doctor.formats.base import Format, Part, Parts, Shapes
 from doctor.formats.exclusions import Exclusion, leaves_out
+from doctor.formats.registry import register
 
 STORED = "F8_E4M3"
 

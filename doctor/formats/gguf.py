@@ -20,9 +20,10 @@ from doctor.checkpoint.ggml_types import BY_NAME, GgmlType
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, is_torch
-from doctor.formats.base import Format, Part, Parts, format_of, register
+from doctor.formats.base import Format, Part, Parts
 from doctor.formats.ggml_blocks import decode
 from doctor.formats.grid import GridKind
+from doctor.formats.registry import format_of, register
 
 # What llama.cpp takes where 256 does not divide in_features.
 FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}

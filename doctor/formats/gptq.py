@@ -27,7 +27,7 @@ from doctor.core.methods import BITS
 from doctor.core.recipe import Recipe, Scheme
 from doctor.core.version import __version__
 from doctor.formats.arrays import Array, cast, contiguous
-from doctor.formats.base import KNOWN, Format, Part, Parts, Quantization, Shapes, register
+from doctor.formats.base import Format, Part, Parts, Quantization, Shapes
 from doctor.formats.bits import (
     kernels_for,
     pack_columns,
@@ -39,6 +39,7 @@ from doctor.formats.bits import (
 )
 from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, GridKind, dequantize, neighbours, stored_exactly
+from doctor.formats.registry import KNOWN, register
 from doctor.formats.requirements import require_dividing, require_groups, require_known, require_shape, whole
 from doctor.formats.widths import Widths, exactly, own_entries
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from doctor.formats.base import Shapes, register
+from doctor.formats.base import Shapes
 from doctor.formats.gptq import GPTQ
+from doctor.formats.registry import register
 
 
 @register

@@ -18,7 +18,8 @@ from typing import Any
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, cast
-from doctor.formats.base import Format, Part, Parts, Shapes, register
+from doctor.formats.base import Format, Part, Parts, Shapes
+from doctor.formats.registry import register
 
 
 @register

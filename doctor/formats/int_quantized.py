@@ -18,9 +18,10 @@ from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous
-from doctor.formats.base import Parts, register
+from doctor.formats.base import Parts
 from doctor.formats.float_quantized import BesideWeight
 from doctor.formats.grid import Grid, GridKind, stored_exactly
+from doctor.formats.registry import register
 
 _MIDDLE = 128
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.recipe import Recipe
-from doctor.formats.base import KNOWN, format_of, scale_tails, word_tails
+from doctor.formats.registry import KNOWN, format_of, scale_tails, word_tails
 
 # quant_method of files that hold packed weights which are not read here.
 _UNREAD_METHODS = ("awq_marlin", "aqlm", "hqq", "quip")

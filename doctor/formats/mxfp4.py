@@ -24,10 +24,11 @@ from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
 from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, cast, is_torch
-from doctor.formats.base import Format, Part, Parts, Shapes, Texts, register
+from doctor.formats.base import Format, Part, Parts, Shapes, Texts
 from doctor.formats.e2m1 import packed_halves, scaled
 from doctor.formats.grid import Grid
 from doctor.formats.nvfp4 import NVFP4Packed
+from doctor.formats.registry import register
 
 GROUP = 32
 NAN = 255

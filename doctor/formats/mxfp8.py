@@ -18,10 +18,11 @@ from doctor.core.errors import BadCheckpoint
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous
-from doctor.formats.base import Part, Parts, register
+from doctor.formats.base import Part, Parts
 from doctor.formats.float_quantized import BesideWeight
 from doctor.formats.grid import E4M3, Grid, GridKind, as_e4m3
 from doctor.formats.mxfp4 import GROUP, exponents, powers
+from doctor.formats.registry import register
 
 
 @register

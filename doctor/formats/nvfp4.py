@@ -31,11 +31,12 @@ from doctor.core.facts import Unavailable
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous
-from doctor.formats.base import Format, Part, Parts, Quantization, Shapes, Texts, register
+from doctor.formats.base import Format, Part, Parts, Quantization, Shapes, Texts
 from doctor.formats.compressed_tensors import CompressedTensors, weight_groups
 from doctor.formats.e2m1 import packed_halves, scaled
 from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import E2M1, Grid, GridKind
+from doctor.formats.registry import register
 
 GROUP = 16
 SCALE = "F8_E4M3"

@@ -7,7 +7,7 @@ from doctor.core.facts import Unavailable
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
 from doctor.edits.decoding import Decoding, decoded
-from doctor.formats.base import verbatim_tails
+from doctor.formats.registry import verbatim_tails
 from doctor.lint.engine import judge
 from doctor.lint.rule import Rule
 from doctor.model.quantization_config import holds_quantized

@@ -9,7 +9,8 @@ from doctor.core.finding import Fix
 from doctor.core.messages import _, plural
 from doctor.edits.decoding import OWN_FILES, Block, Decoding, float_dtype
 from doctor.edits.kinds import Dequantize, DropFile, DropTensor, Edit, RemoveJson
-from doctor.formats.base import KNOWN, Quantization, word_tails
+from doctor.formats.base import Quantization
+from doctor.formats.registry import KNOWN, word_tails
 from doctor.plan.groups import packed_size
 
 

@@ -55,7 +55,6 @@ from doctor.edits.kinds import (  # noqa: F401 - rules import edits from here
     TakeTensor,
 )
 from doctor.edits.padding import grown, keep_edits, pad_edits  # noqa: F401
-from doctor.formats.base import KNOWN, format_of, read_quantization, scale_tails, word_tails  # noqa: F401
 from doctor.formats.exl2 import exl2_defects  # noqa: F401
 from doctor.formats.known import (  # noqa: F401
     COMPANION_WORDS,
@@ -72,6 +71,7 @@ from doctor.formats.known import (  # noqa: F401
     shows_packing,
     undoes_packing,
 )
+from doctor.formats.registry import KNOWN, format_of, read_quantization, scale_tails, word_tails  # noqa: F401
 from doctor.lint.donor_fixes import chat_template_fix, from_base, tensor_from_base, value_from_base, zeros_from_base  # noqa: F401
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
 from doctor.lint.plain_fixes import decoding_fix  # noqa: F401

@@ -21,7 +21,7 @@ from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.lazy_numpy import np
 from doctor.core.recipe import Recipe
 from doctor.core.tables import family as family_table
-from doctor.formats.base import KNOWN
+from doctor.formats.registry import KNOWN
 from doctor.model.expressions import evaluate
 from doctor.model.spec import ModelSpec, build_spec
 from doctor.model.templates import condition, exists

@@ -12,8 +12,8 @@ from doctor.core.facts import FactKey, Unavailable, fact, key_of
 from doctor.core.messages import _
 from doctor.core.methods import method_of_format
 from doctor.core.recipe import Recipe
-from doctor.formats.base import KNOWN, read_quantization
 from doctor.formats.known import quantized
+from doctor.formats.registry import KNOWN, read_quantization
 
 
 @fact("checkpoint")

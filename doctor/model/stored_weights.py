@@ -14,7 +14,8 @@ from typing import NamedTuple
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import fact, key_of
 from doctor.core.recipe import Scheme
-from doctor.formats.base import KNOWN, Format
+from doctor.formats.base import Format
+from doctor.formats.registry import KNOWN
 from doctor.model.quantization_config import quantization_of
 from doctor.model.spec import build_spec
 

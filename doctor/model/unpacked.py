@@ -16,8 +16,9 @@ from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import DoctorError
 from doctor.core.facts import Unavailable, fact
-from doctor.formats.base import KNOWN, Quantization, format_of_words, read_quantization
+from doctor.formats.base import Quantization
 from doctor.formats.known import OTHER_WORDS
+from doctor.formats.registry import KNOWN, format_of_words, read_quantization
 from doctor.model.quantization_config import quantization_of
 from doctor.model.spec import ModelSpec, build_spec
 

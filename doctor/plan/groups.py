@@ -14,8 +14,9 @@ from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable, fact, key_of
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe, is_kept
-from doctor.formats.base import KNOWN, Format, Quantization, format_of_words, read_quantization, word_tails
+from doctor.formats.base import Format, Quantization
 from doctor.formats.known import says_packed
+from doctor.formats.registry import KNOWN, format_of_words, read_quantization, word_tails
 from doctor.model.fused_experts import find_fused_experts
 from doctor.model.linears import NOT_TEXT, Linear
 from doctor.model.quantization_config import quantization_of

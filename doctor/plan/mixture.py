@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from doctor.core.recipe import Recipe, is_kept
-from doctor.formats.base import format_of
 from doctor.formats.gguf import blocks_of
+from doctor.formats.registry import format_of
 from doctor.model.spec import ModelSpec
 
 

@@ -27,10 +27,10 @@ from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import MachineError
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept
-from doctor.formats.base import format_of
 from doctor.formats.gguf import blocks_of
 from doctor.formats.grid import E4M3
 from doctor.formats.known import streams
+from doctor.formats.registry import format_of
 from doctor.model.fused_experts import unfuse
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec

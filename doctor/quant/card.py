@@ -19,7 +19,7 @@ from doctor.core.recipe import Recipe
 from doctor.core.records import CalibrationFacts
 from doctor.core.version import __version__
 from doctor.fixing.receipt import RECEIPT
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.formats.schemes import name_of
 from doctor.lint.engine import Report
 

@@ -10,7 +10,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import PlanRefused
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.model.gguf_names import unwritable
 from doctor.model.gguf_tokenizer import tokenizer_metadata
 from doctor.model.spec import build_spec

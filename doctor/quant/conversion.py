@@ -29,8 +29,9 @@ from doctor.edits.kinds import (
     SetJson,
     ShiftZeros,
 )
-from doctor.formats.base import KNOWN, Format, Quantization, read_quantization, verbatim_tails
+from doctor.formats.base import Format, Quantization
 from doctor.formats.known import packed_tails, undoes_packing
+from doctor.formats.registry import KNOWN, read_quantization, verbatim_tails
 from doctor.lint.plain_fixes import (
     dequantize_beside,
     dequantize_packed,

@@ -19,7 +19,8 @@ from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _
 from doctor.edits.decoding import decoded
-from doctor.formats.base import Format, Quantization, read_quantization
+from doctor.formats.base import Format, Quantization
+from doctor.formats.registry import read_quantization
 from doctor.model.quantization_config import holds_quantized
 from doctor.quant import pack  # noqa: F401 - words on a GPU are unpacked by kernels
 from doctor.quant.gguf_view import GgufAsFloat

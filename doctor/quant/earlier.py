@@ -27,7 +27,7 @@ from doctor.core.records import SolveRecord, damp_raised
 from doctor.core.store import Store
 from doctor.core.version import __version__
 from doctor.fixing.receipt import RECEIPT
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.model.linears import Linear
 from doctor.quant.forward.linear_groups import Modules
 from doctor.quant.forward.skeleton import Skeleton

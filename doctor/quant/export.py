@@ -31,7 +31,7 @@ from doctor.core.recipe import Recipe
 from doctor.fixing.filesystem import machine_errors
 from doctor.fixing.receipt import RECEIPT
 from doctor.fixing.staging import StagingDir
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.model.spellings import with_old_keys
 from doctor.plan.loading import loading_options
 from doctor.quant.calibration.tokenizer import encoder

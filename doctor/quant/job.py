@@ -25,7 +25,7 @@ from doctor.core.recipe import Recipe, is_kept
 from doctor.core.records import OUTSIDE_LINEARS, STACKED_EXPERTS, damp_raised
 from doctor.core.store import Store
 from doctor.fixing.consent import Consent
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.lint.rule import Rule
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec

@@ -23,7 +23,7 @@ from doctor.core.finding import Finding, Fix
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.fixing.plan import with_fields
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.lint.engine import judge
 from doctor.quant import budget, export
 from doctor.quant.activations import Activations

@@ -17,9 +17,9 @@ from doctor.core.messages import _
 from doctor.core.methods import is_calibrated
 from doctor.core.recipe import Recipe
 from doctor.core.records import SolveRecord
-from doctor.formats.base import format_of
 from doctor.formats.gguf import blocks_of
 from doctor.formats.grid import E4M3
+from doctor.formats.registry import format_of
 from doctor.model.linears import Linear
 from doctor.plan.groups import together
 from doctor.quant import pack

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 
 from doctor.core.recipe import Recipe
-from doctor.formats.base import format_of
 from doctor.formats.bits import use_kernels
 from doctor.formats.grid import Grid
+from doctor.formats.registry import format_of
 from doctor.quant.solve import cuda
 
 use_kernels(cuda)

@@ -16,7 +16,7 @@ from doctor.checkpoint.header_text import header_bytes
 from doctor.core.errors import BadCheckpoint
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.model.fused_experts import find_fused_experts, unfuse
 from doctor.model.linears import Linear
 from doctor.model.spec import build_spec

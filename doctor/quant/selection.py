@@ -13,7 +13,7 @@ from doctor.core.errors import DoctorError
 from doctor.core.messages import _
 from doctor.core.recipe import ASKED, Recipe, is_kept, matches, unfit
 from doctor.core.records import SolveRecord
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.model.fused_experts import FusedExperts
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec

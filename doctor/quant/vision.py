@@ -19,7 +19,7 @@ from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.model.linears import Linear
 from doctor.quant import budget
 from doctor.quant.client import Linears

@@ -11,7 +11,7 @@ from rich.text import Text
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.tables import table
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.locale.catalogue import say, translated
 from doctor.plan.runtimes import in_force, reads
 from doctor.plan.serving import groups_of, schemes, serves, stated

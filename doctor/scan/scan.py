@@ -17,8 +17,8 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import CHUNK_BYTES, TensorInfo, new_digest
 from doctor.core.messages import _
 from doctor.core.store import Store
-from doctor.formats.base import sampled_tails, verbatim_tails
 from doctor.formats.known import counted_as, holds_codes
+from doctor.formats.registry import sampled_tails, verbatim_tails
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.scan import counters, outliers

@@ -8,7 +8,7 @@ from doctor.checkpoint.ggml_types import FILE_TYPES
 from doctor.checkpoint.gguf import GgufModel, GgufTensor
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
-from doctor.formats.base import KNOWN
+from doctor.formats.registry import KNOWN
 from doctor.model.directory_kind import directory_kind
 from doctor.model.quantization_config import GOAL, quantization_of, stored_recipe
 from doctor.model.stored_weights import STORED_WEIGHTS

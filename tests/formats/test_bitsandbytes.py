@@ -14,7 +14,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
 from doctor.edits.dequantized import DequantizedTensor
 from doctor.edits.kinds import Dequantize
-from doctor.formats.base import KNOWN
+from doctor.formats.registry import KNOWN
 from doctor.lint.testing import tiny
 
 PLAN = Recipe(group_size=32)

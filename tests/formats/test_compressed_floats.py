@@ -12,10 +12,10 @@ import torch
 
 from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.core.recipe import Recipe, Scheme
-from doctor.formats.base import KNOWN, format_of
 from doctor.formats.e2m1 import packed_halves
 from doctor.formats.grid import Grid
 from doctor.formats.mxfp4 import exponents, powers
+from doctor.formats.registry import KNOWN, format_of
 from doctor.formats.schemes import SCHEMES, fields_of
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.linear import Solved, divisors, pack_linear, solve_linear

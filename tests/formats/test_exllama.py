@@ -12,10 +12,10 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint
 from doctor.core.recipe import Recipe, Scheme
 from doctor.edits.decoding import decoded
-from doctor.formats.base import KNOWN
 from doctor.formats.bits import pack_columns, pack_rows
 from doctor.formats.exl2 import groups_of
 from doctor.formats.exl3 import codebook, tile_order, tile_values
+from doctor.formats.registry import KNOWN
 from doctor.lint.testing import tiny
 from doctor.quant.dequantize import as_float
 

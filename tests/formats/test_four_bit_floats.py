@@ -10,9 +10,9 @@ import torch
 
 from doctor.core.errors import BadCheckpoint
 from doctor.core.recipe import Scheme
-from doctor.formats.base import KNOWN
 from doctor.formats.grid import e4m3_values
 from doctor.formats.mxfp4 import powers, unpack_experts
+from doctor.formats.registry import KNOWN
 
 VECTORS = Path(__file__).parents[2] / "fixtures" / "vectors"
 E4M3 = e4m3_values()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from doctor.core.recipe import FORMATS, Recipe, Scheme
-from doctor.formats.base import KNOWN, format_of, format_of_words, read_quantization, scale_tails, word_tails
 from doctor.formats.grid import Grid
 from doctor.formats.known import is_scale_beside_weight, packed_tails, says_packed, shows_packing
+from doctor.formats.registry import KNOWN, format_of, format_of_words, read_quantization, scale_tails, word_tails
 
 N, K = 64, 96
 TORCH = {"I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "U8": torch.uint8, "F32": torch.float32}

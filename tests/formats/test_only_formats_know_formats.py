@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from doctor.core.methods import METHODS
-from doctor.formats.base import KNOWN
+from doctor.formats.registry import KNOWN
 
 ROOT = Path(__file__).parents[2]
 NAMES = {*KNOWN, *METHODS, *(m for f in KNOWN.values() for m in f.quant_methods), "gemm", "gemv", "pack-quantized"}

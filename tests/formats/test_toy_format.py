@@ -13,8 +13,9 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
 from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import cast, contiguous
-from doctor.formats.base import KNOWN, Format, Part, Quantization, forget, register
+from doctor.formats.base import Format, Part, Quantization
 from doctor.formats.grid import GridKind
+from doctor.formats.registry import KNOWN, forget, register
 from doctor.lint.testing import tiny
 from doctor.quant.dequantize import as_float
 

@@ -44,8 +44,8 @@ def quantized(folder, form, bits=4, sym=True, act_order=False):
     import torch
 
     from doctor.core.recipe import Scheme
-    from doctor.formats.base import KNOWN
     from doctor.formats.grid import Grid
+    from doctor.formats.registry import KNOWN
 
     case = tiny("llama")
     rng = np.random.default_rng(5)

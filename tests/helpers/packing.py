@@ -3,8 +3,8 @@
 import doctor.quant.pack  # noqa: F401 - hands the CUDA kernels to the formats
 from doctor.core.recipe import Scheme
 from doctor.formats.awq import pack_fields as awq_words  # noqa: F401
-from doctor.formats.base import KNOWN
 from doctor.formats.bits import pack_columns, pack_rows, unpack_columns, unpack_rows  # noqa: F401
+from doctor.formats.registry import KNOWN
 
 
 def gptq(version):

@@ -53,8 +53,8 @@ def fp8_channel(name: str, W: Any) -> dict[str, Any]:
 
 def int4(name: str, W: Any) -> dict[str, Any]:
     from doctor.core.recipe import Scheme
-    from doctor.formats.base import KNOWN
     from doctor.formats.grid import Grid
+    from doctor.formats.registry import KNOWN
 
     groups = W.reshape(W.shape[0], -1, 32)
     scale = (groups.abs().amax(2) / 7.5).bfloat16().float()

@@ -18,7 +18,7 @@ from doctor.core.recipe import Recipe, is_kept
 from doctor.core.tables import family as family_table
 from doctor.edits.arithmetic import apply
 from doctor.edits.kinds import PadTensor, SetJson
-from doctor.formats.base import read_quantization
+from doctor.formats.registry import read_quantization
 from doctor.lint.testing import measured, tiny, tiny_gptq
 from doctor.model.expressions import evaluate
 from doctor.model.spec import build_spec
@@ -457,7 +457,7 @@ def test_where_no_width_fills_the_tiles_the_search_ends(tmp_path):
 
 
 def test_further_groups_of_compressed_tensors_leave_the_plan_of_the_rest(tmp_path):
-    from doctor.formats.base import format_of
+    from doctor.formats.registry import format_of
     from doctor.model.quantization_config import stored_recipe
 
     case = tiny("llama")

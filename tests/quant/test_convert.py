@@ -13,7 +13,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.cli.main import cli
 from doctor.core.errors import PlanRefused
 from doctor.core.records import LoadProof
-from doctor.formats.base import KNOWN, read_quantization
+from doctor.formats.registry import KNOWN, read_quantization
 from doctor.lint.testing import tiny
 from doctor.quant.client import Client
 from doctor.quant.conversion import targets

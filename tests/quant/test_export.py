@@ -13,7 +13,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import open_shard
 from doctor.core.errors import DoctorError, MachineError, PlanRefused
 from doctor.core.recipe import Recipe
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.lint.testing import tiny
 from doctor.quant import export, resume, stage
 from doctor.quant.export import Output

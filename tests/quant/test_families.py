@@ -16,7 +16,7 @@ from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.core.recipe import Recipe
-from doctor.formats.base import KNOWN
+from doctor.formats.registry import KNOWN
 from doctor.model.fused_experts import find_fused_experts, unfuse
 from doctor.model.spec import build_spec
 from doctor.quant import budget

@@ -11,7 +11,7 @@ import torch
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable, PlanRefused
 from doctor.core.recipe import Recipe
-from doctor.formats.base import KNOWN
+from doctor.formats.registry import KNOWN
 from doctor.formats.schemes import fields_of
 from doctor.lint.testing import tiny
 from doctor.model.gguf_names import permuted_rows, unpermuted_rows

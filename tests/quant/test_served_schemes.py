@@ -10,7 +10,7 @@ import torch
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe, Scheme
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.formats.schemes import SCHEMES, fields_of
 
 pytest.importorskip("compressed_tensors")

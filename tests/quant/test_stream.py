@@ -18,8 +18,8 @@ from doctor.core.errors import NotQuantizable, PlanRefused
 from doctor.core.methods import STATIC
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
-from doctor.formats.base import KNOWN
 from doctor.formats.known import streams
+from doctor.formats.registry import KNOWN
 from doctor.formats.schemes import SCHEMES, fields_of
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec

@@ -9,7 +9,7 @@ from typing import Any
 from doctor.core.errors import DoctorError
 from doctor.core.recipe import Recipe
 from doctor.core.tables import table
-from doctor.formats.base import KNOWN
+from doctor.formats.registry import KNOWN
 from doctor.formats.schemes import SCHEMES, fields_of
 from doctor.plan.serving import groups_of, least_capability, schemes, serves, stated
 

@@ -18,8 +18,8 @@ from doctor.core.recipe import Recipe
 from doctor.evaluate.advise.kinds import Kinds
 from doctor.evaluate.kvcache.layout import CacheLayout
 from doctor.evaluate.kvcache.schemes import Scheme as CacheScheme
-from doctor.formats.base import format_of
 from doctor.formats.gguf import blocks_of
+from doctor.formats.registry import format_of
 from doctor.model.fused_experts import find_fused_experts
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec

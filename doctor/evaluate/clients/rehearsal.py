@@ -16,7 +16,7 @@ from doctor.core.messages import from_data
 from doctor.core.recipe import Recipe
 from doctor.core.rehearsal import Rehearsal
 from doctor.evaluate.clients.load_proof import SECONDS, as_record, ask_child, linears_of_class, prove_loading
-from doctor.formats.base import format_of
+from doctor.formats.registry import format_of
 from doctor.quant.client import Client
 
 

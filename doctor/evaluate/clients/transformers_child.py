@@ -145,7 +145,7 @@ def ask_for_plain_backend(config: Any) -> None:
     """Ask gptqmodel for its kernels in plain torch, where it will read the linears."""
     from importlib.util import find_spec
 
-    from doctor.formats.base import KNOWN
+    from doctor.formats.registry import KNOWN
 
     if find_spec("gptqmodel") is None:
         return

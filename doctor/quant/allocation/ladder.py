@@ -13,8 +13,8 @@ from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept, unfit
-from doctor.formats.base import format_of
 from doctor.formats.gguf import blocks_of
+from doctor.formats.registry import format_of
 from doctor.model.fused_experts import unfuse
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec, build_spec

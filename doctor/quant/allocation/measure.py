@@ -18,8 +18,8 @@ from dataclasses import replace
 import torch
 
 from doctor.core.recipe import Recipe
-from doctor.formats.base import format_of
 from doctor.formats.gguf import blocks_of
+from doctor.formats.registry import format_of
 from doctor.model.linears import Linear
 from doctor.quant.allocation.sensitivity import Sensitivities
 from doctor.quant.forward.layer_input import LayerInput

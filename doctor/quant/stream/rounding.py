@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 
 from doctor.core.recipe import Recipe
-from doctor.formats.base import Format, format_of
+from doctor.formats.base import Format
 from doctor.formats.grid import E2M1, E4M3, Grid, GridKind, as_e4m3, dequantize
+from doctor.formats.registry import format_of
 from doctor.quant.solve.eight_bit_floats import scales_of
 from doctor.quant.solve.float_scale import FloatScale
 from doctor.quant.solve.grid import nearest, require_finite, store_scale

@@ -16,8 +16,8 @@ from doctor.core.errors import MachineError, NotQuantizable, PlanRefused
 from doctor.core.messages import Message, _
 from doctor.core.recipe import Recipe, is_kept
 from doctor.core.records import CalibrationFacts, TuningFacts
-from doctor.formats.base import format_of
 from doctor.formats.known import streams
+from doctor.formats.registry import format_of
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget
 from doctor.quant.calibration.unseen import unseen_rows
