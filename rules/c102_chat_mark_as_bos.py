@@ -6,7 +6,8 @@ in ExLlamaV2.
 
 Do: use the vendor's value, <|endoftext|>; in tokenizer_config.json the vendor has null.
 
-False alarms: other families whose vendors do use a chat token as BOS (SmolLM2) are not reported.
+False alarms: other vendors do use a chat token as BOS. Their families are not reported, nor is a model of Qwen's class
+with the tokenizer of SmolLM, whose first token is <|endoftext|>.
 
 Fix safety: safe: it restores what Qwen ships, and only where the tokenizer has that token.
 
@@ -25,6 +26,8 @@ def chat_mark_as_bos(checkpoint, special, tokenizer):
     if not special.model_type.startswith("qwen"):
         return
     vendor = tokenizer.ids.get(VENDOR)
+    if vendor == 0:
+        return  # SmolLM's tokenizer begins with the chat tokens; in Qwen's they follow the ordinary ones
     for file in ("config.json", "generation_config.json"):
         stated = special.of(file, "bos")
         for number in stated.ids:

@@ -25,7 +25,12 @@ from doctor.lint.testing import change, rehearsed
 OWN_CODE = "trust_remote_code"
 
 
-@rule("C119", "error", certainty="certain", implied_by=("C110", "C111", "C116", "C146", "C148", "C150", "C161", "C167"))
+@rule(
+    "C119",
+    "error",
+    certainty="certain",
+    implied_by=("C110", "C111", "C116", "C146", "C148", "C150", "C161", "C167", "C173"),
+)
 def tokenizer_unloadable(checkpoint, rehearsal):
     if rehearsal.tokenizer and OWN_CODE not in rehearsal.tokenizer:
         yield finding(

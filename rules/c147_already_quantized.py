@@ -44,6 +44,8 @@ from doctor.lint.rule import (
 )
 from doctor.lint.testing import tiny
 
+INTEGERS = ("I8", "U8", "I4", "U4")
+
 
 @rule("C147", "error", implied_by=("F002", "F005", "G320", "G332", "O620", "O621", "O622", "O623"))
 def already_quantized(
@@ -73,10 +75,13 @@ def already_quantized(
         return
     message = _packed(packed, method, stored, why) if packed else _beside(codes, tensors, method)
     first = (packed or codes)[0]
+    no_config = not (quantization_block or packed or config.get("quantization"))  # readers take the codes for weights
     yield finding(
         message,
         at=Place(first.shard, tensor=first.name),
-        severity="" if goal == "quantize" and stored is None else "info",
+        severity=""
+        if stored is None and (goal == "quantize" or (no_config and first.dtype.name in INTEGERS))
+        else "info",
         evidence={"linears": len(packed)}
         if packed
         else {"weights": len(codes), "scales": _scales(tensors), "dtype": first.dtype.name},

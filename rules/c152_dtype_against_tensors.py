@@ -24,7 +24,7 @@ STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float6
 SPELLINGS = {"half": "float16", "float": "float32", "double": "float64"}
 
 
-@rule("C152", "warning", implied_by=("C147", "O620", "F056"))
+@rule("C152", "warning", implied_by=("C147", "C173", "O620", "F056"))
 def dtype_against_tensors(checkpoint, spec, tensors, config, quantization_block):
     if quantization_block is not None or not spec.linears:
         return

@@ -77,6 +77,22 @@ def unknown_class(checkpoint, config, spec):
             evidence={"model_type": kind, "architectures": str(stated)[:80]},
             fix=Fix(_("write model_type and architectures as the base model has them"), (), "manual"),
         )
+    elif spec.head_tensor and name.endswith("Model"):
+        own = family_table(spec.family).get("architecture", "")
+        edit = SetJson("config.json", "/architectures", [own], stated)
+        yield finding(
+            _(
+                "architectures names {name}, the model without its head, and {tensor} is stored: vLLM serves it as an "
+                "embedding model",
+                name=name,
+                tensor=spec.head_tensor,
+            ),
+            at=Place("config.json", pointer="/architectures/0"),
+            evidence={"architecture": name},
+            fix=Fix(_('set "{key}": {value}', key="architectures", value=[own]), (edit,), "unsafe")
+            if own.endswith("ForCausalLM")
+            else Fix(_("write model_type and architectures as the base model has them"), (), "manual"),
+        )
 
 
 def _spelled(key, pointer, stated, partners):
@@ -106,4 +122,7 @@ def more():
     case = tiny()
     name = case.config["architectures"][0]
     case.config["architectures"] = [name.replace("Causal", "Casual") if "Causal" in name else name[:-1]]
+    yield case
+    case = tiny()
+    case.config["architectures"] = [name.partition("For")[0] + "Model"]
     yield case

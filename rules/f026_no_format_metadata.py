@@ -25,7 +25,17 @@ from doctor.lint.testing import shard_bytes, tiny
 
 @rule("F026", "info")
 def no_format_metadata(checkpoint, shards):
-    without = [n for n, s in shards.items() if s.tensors and not s.defects and "format" not in (s.metadata or {})]
+    sound = {n: s.metadata or {} for n, s in shards.items() if s.tensors and not s.defects}
+    without = [n for n, metadata in sound.items() if "format" not in metadata]
+    for name, metadata in sound.items():
+        if (stated := metadata.get("format")) not in (None, "pt", "mlx"):
+            yield finding(
+                _("{file} states the format {stated!r} in its metadata; must be 'pt'", file=name, stated=stated[:40]),
+                at=Place(name, byte=8),
+                evidence={"format": stated[:40]},
+                fix=Fix(_("write the format into the header"), (NameFormat(name),), "unsafe", by_name=True),
+                advice=_("transformers 4 takes tf and flax for weights of another framework, and refuses other words"),
+            )
     if without:
         yield finding(
             _("{file} has no format in its metadata; transformers 4 refuses it", file=without[0])

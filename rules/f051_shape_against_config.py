@@ -50,6 +50,10 @@ def shape_against_config(checkpoint, placement, config, base):
         if len(keys) == 1 and keys[0] not in whole:
             whole[keys[0]] = _agreed(placement, keys[0])
     told = set()
+    turned = _transposed(wrong)
+    for misfit in turned:
+        yield _turned(misfit, placement)
+    wrong = [m for m in wrong if m.info.name not in {t.info.name for t in turned}]
     for misfit in wrong:
         keys = keys_of(misfit.expression)
         value = whole.get(keys[0]) if len(keys) == 1 else None
@@ -64,6 +68,35 @@ def _agreed(placement, key):
     """The one value of the key that fits every tensor that depends on it alone, None where they disagree."""
     values = {solve(e, key, placement.spec, info.shape[axis]) for info, axis, e in placement.users(key)}
     return values.pop() if len(values) == 1 else None
+
+
+def _transposed(misfits):
+    """The first misfit of each matrix that has the right shape with its axes changed over."""
+    wants: dict[str, dict[int, int]] = {}
+    for misfit in misfits:
+        if misfit.axis is not None and len(misfit.info.shape) == 2:
+            wants.setdefault(misfit.info.name, {})[misfit.axis] = misfit.want
+    turned = {name for name, want in wants.items() if len(want) == 2}
+    return [m for m in misfits if m.axis == 0 and m.info.name in turned and _turns(m.info.shape, wants[m.info.name])]
+
+
+def _turns(shape, want):
+    return (want[0], want[1]) == (shape[1], shape[0])
+
+
+def _turned(misfit, placement):
+    info = misfit.info
+    return finding(
+        _(
+            "{tensor} is {shape}, the transpose of the {want} that config.json gives",
+            tensor=placement.label(info),
+            shape=list(info.shape),
+            want=list(info.shape[::-1]),
+        ),
+        at=Place(info.shard, tensor=placement.stored(info.name)),
+        evidence={"is": str(list(info.shape))},
+        fix=Fix(_("save it as [out_features, in_features], as the class stores it"), (), "manual"),
+    )
 
 
 def _key(spec, config, key, value, misfit, placement):

@@ -10,7 +10,8 @@ Seen as:
 Do: compare architectures and model_type in config.json with the source of the weights.
 
 False alarms: variants of a family that add tensors and are newer than this version. Buffers that readers recompute
-(rotary frequencies, causal masks), stored cache scales and the scales of packed weights are not counted.
+(rotary frequencies, causal masks), stored cache scales and the scales of packed weights are not counted. Outside of the
+decoder layers only the family's own text class is judged: a multimodal class has towers of its own.
 
 Fix safety: unsafe, and only by name: the tensor is dropped. Only you know whether the tensor or the config is right.
 Manual while the model lacks a tensor: this one may be it under another name.
@@ -20,13 +21,25 @@ Sources: transformers src/transformers/modeling_utils.py, `_keys_to_ignore_on_lo
 
 import re
 
-from doctor.lint.rule import DropTensor, Fix, Place, _, finding, rule, undoes_packing
+from doctor.lint.rule import (
+    BUFFERS,
+    DropTensor,
+    Fix,
+    Place,
+    _,
+    family_table,
+    finding,
+    packed_tails,
+    plural,
+    rule,
+    undoes_packing,
+)
 from doctor.lint.testing import tiny
 
-# Buffers that older saves hold, scales of a key-value cache, positions: no reader misses or minds them.
+# Beside buffers: scales of a key-value cache and of packed weights, and what variants of a family add.
 BENIGN = re.compile(
-    r"(rotary_emb|inv_freq|rope|masked_bias|attn\.bias|attention\.bias|position_ids|[kv]_scale|[kv]_proj\.output_scale|weight_scale|input_scale|"
-    r"(q|k|query|key)_?(layer)?norm|sinks|score|mtp|nextn|eh_proj|enorm|hnorm|shared_head)"
+    BUFFERS.pattern + r"|[kv]_scale|[kv]_proj\.output_scale|weight_scale|input_scale|"
+    r"(q|k|query|key)_?(layer)?norm|sinks|score|mtp|nextn|eh_proj|enorm|hnorm|shared_head"
 )
 BIAS_KEYS = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias", "bias", "attention_out_bias")
 
@@ -37,7 +50,7 @@ LOST = Fix(_("find out which missing tensor this is; nothing is dropped while th
     "F052",
     "warning",
     certainty="likely",
-    implied_by=("C147", "F057", "F058", "F061", "F062", "C142", "F050", "G330", "O619", "O620"),
+    implied_by=("C147", "F057", "F058", "F061", "F062", "F064", "C142", "F050", "G330", "O619", "O620"),
 )
 def unexpected_tensor(checkpoint, placement, config, misnamed):
     spec = placement.spec
@@ -59,6 +72,39 @@ def unexpected_tensor(checkpoint, placement, config, misnamed):
                 fix=LOST if lost else Fix(_("drop it"), (DropTensor(info.name),), "unsafe", by_name=True),
                 advice=_("make sure that config.json names the family of these weights"),
             )
+    for parent, own in _strangers(placement, config, checkpoint.tensors).items():
+        yield finding(
+            plural(
+                "{n:,} tensor under {parent} does not belong to a {family} model: {first}",
+                "{n:,} tensors under {parent} do not belong to a {family} model; the first is {first}",
+                len(own),
+                parent=parent,
+                family=spec.family,
+                first=own[0].name,
+            ),
+            at=Place(own[0].shard, tensor=own[0].name),
+            evidence={"family": spec.family, "tensors": len(own)},
+            fix=LOST if lost else Fix(_("drop it"), tuple(DropTensor(i.name) for i in own), "unsafe", by_name=True),
+            advice=_("make sure that config.json names the family of these weights"),
+        )
+
+
+def _strangers(placement, config, tensors):
+    """Tensors outside of the decoder layers whose names the family's own text class does not have, by what stands
+    before their first dot.
+    """
+    spec = placement.spec
+    if spec.text_key or config.get("auto_map") or family_table(spec.family)["architecture"] != spec.architecture:
+        return {}
+    found: dict[str, list] = {}
+    for name, info in {**placement.outside, **placement.foreign}.items():
+        weight = name.removesuffix(".bias") + ".weight"
+        known = placement.template_of(name) or (name.endswith("bias") and placement.template_of(weight))
+        packed = name not in tensors or name in placement.words or name.endswith(packed_tails())
+        if known or packed or BENIGN.search(name) or undoes_packing(name):
+            continue
+        found.setdefault(name.partition(".")[0] + ".", []).append(info)
+    return found
 
 
 def _bias_is_denied(spec, tail, placement, info):

@@ -19,15 +19,23 @@ may have been trained.
 Sources: QwenLM/Qwen issue 1101; tried with transformers 5.23.
 """
 
-from doctor.lint.rule import LOST_DATA, MISSING, Fix, Place, SetJson, _, finding, rule
+from doctor.lint.rule import LOST_DATA, MISSING, Fix, Place, SetJson, _, family_table, finding, rule
 from doctor.lint.testing import tiny
 
 HEAD = "lm_head.weight"
+# Classes over a decoder whose head is not lm_head: the end of their names -> what the head's tensor is called
+# (transformers src/transformers/modeling_layers.py, GenericFor…).
+HEADS = {
+    "ForSequenceClassification": "score.weight",
+    "ForTokenClassification": "score.weight",
+    "ForQuestionAnswering": "qa_outputs.weight",
+}
 
 
 @rule("F053", "error", implied_by=(*LOST_DATA, "F057", "F058", "F061", "C147", "O620"))
 def missing_head(checkpoint, placement, config, tensors, base):
     spec = placement.spec
+    yield from _other_head(spec, tensors, config)
     if (
         spec.tied
         or spec.head_tensor
@@ -56,6 +64,26 @@ def missing_head(checkpoint, placement, config, tensors, base):
     )
 
 
+def _other_head(spec, tensors, config):
+    """The head that another class over the same decoder needs: a classifier of sequences has `score`, no lm_head."""
+    own = family_table(spec.family).get("architecture", "")
+    kind = next((k for k in HEADS if spec.architecture.endswith(k)), None)
+    if kind is None or config.get("auto_map") or not own.endswith("ForCausalLM") or HEADS[kind] in tensors:
+        return
+    if spec.architecture.removesuffix(kind) != own.removesuffix("ForCausalLM") or not spec.embed_tensor:
+        return
+    edit = SetJson("config.json", "/architectures", [own], config.get("architectures", MISSING))
+    yield finding(
+        _("no {tensor}, which {architecture} needs", tensor=HEADS[kind], architecture=spec.architecture),
+        at=Place("config.json", pointer="/architectures/0"),
+        evidence={"architecture": spec.architecture},
+        fix=Fix(_('set "{key}": {value}', key="architectures", value=[own]), (edit,), "unsafe")
+        if spec.head_tensor or spec.tied
+        else Fix(_("fetch the shard that holds it"), (), "manual"),
+        advice=_("transformers starts a missing head from random numbers"),
+    )
+
+
 def _fix(spec, tensors, flag, base):
     key, value = "tie_word_embeddings", "true"
     head = base.ties() if base else None
@@ -77,3 +105,11 @@ def bad():
 
 def good():
     return tiny()
+
+
+def more():
+    """Cases whose fixes the example above does not show."""
+    case = tiny()
+    own = case.config["architectures"][0]
+    case.config["architectures"] = [own.replace("ForCausalLM", "ForSequenceClassification")]
+    yield case

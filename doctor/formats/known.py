@@ -11,7 +11,7 @@ from doctor.core.recipe import Recipe
 from doctor.formats.registry import KNOWN, format_of, scale_tails, word_tails
 
 # quant_method of files that hold packed weights which are not read here.
-_UNREAD_METHODS = ("awq_marlin", "aqlm", "hqq", "quip")
+_UNREAD_METHODS = ("awq_marlin", "aqlm", "hqq", "quip", "quark", "vptq", "spqr")
 _OTHER_TAILS = (".q_weight", ".trellis")  # EXL2's and EXL3's, whose codes are no words of groups
 OTHER_WORDS = ("q_weight", "trellis", "W_q")  # what holds the codes of formats that are named here and not unpacked
 # Endings of names of which a packed file of some format has one at least.

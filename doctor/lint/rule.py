@@ -80,15 +80,16 @@ from doctor.model.chat_template import free_names, parse_template, parsed_templa
 from doctor.model.directory_kind import KINDS  # noqa: F401 - declares the fact `kind` too
 from doctor.model.expressions import keys_of  # noqa: F401
 from doctor.model.gguf_names import unwritable  # noqa: F401
-from doctor.model.linears import ROW_PARALLEL, Linear  # noqa: F401
+from doctor.model.linears import BUFFERS, ROW_PARALLEL, Linear  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too
 from doctor.model.prefixes import WrongPrefix, wrong_prefix  # noqa: F401
+from doctor.model.solve_sizes import assume, solve  # noqa: F401
 from doctor.model.spec import ModelSpec  # noqa: F401
 from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
 from doctor.model.spellings import old_keys  # noqa: F401
 from doctor.model.stored_weights import lacks  # noqa: F401 - declares `stored_weights` too
-from doctor.model.tensor_map import Placement, assume, solve  # noqa: F401 - declares the fact `placement` too
+from doctor.model.tensor_map import Placement  # noqa: F401 - declares the fact `placement` too
 from doctor.model.turn_end import turn_end  # noqa: F401
 from doctor.plan.block_scales import cuts  # noqa: F401 - declares `blocked_linears` too
 from doctor.plan.groups import FUSED, GroupedLinear, packed_size, together  # noqa: F401 - declares `layout` too

@@ -14,6 +14,10 @@ NOT_TEXT = re.compile(
 )
 
 
+# What readers compute anew, and older saves hold all the same: rotary frequencies, causal masks, positions.
+BUFFERS = re.compile(r"rotary_emb|inv_freq|rope|masked_bias|attn\.bias|attention\.bias|position_ids")
+
+
 QUANTIZABLE = frozenset(
     {
         "q",

@@ -2,7 +2,8 @@
 
 transformers 5 writes the rotary base and its scaling into rope_parameters and the dtype as `dtype`. Readers built on
 transformers 4 know rope_theta, rope_scaling and torch_dtype alone, and take the defaults of their class without a word.
-transformers 5 reads its own keys first, so the old ones beside them change nothing there.
+transformers 5 takes its own rope_theta before the old one, and rope_scaling, where it is there, in place of
+rope_parameters: both must state the same, or one directory is two models (rule C170).
 
 Source: transformers src/transformers/modeling_rope_utils.py (standardize_rope_params), configuration_utils.py.
 """

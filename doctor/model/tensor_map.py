@@ -15,7 +15,7 @@ from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable, fact
 from doctor.core.messages import _
 from doctor.model.expressions import evaluate, keys_of
-from doctor.model.linears import NOT_TEXT, QUANTIZABLE
+from doctor.model.linears import BUFFERS, NOT_TEXT, QUANTIZABLE
 from doctor.model.spec import ModelSpec, build_spec
 from doctor.model.templates import Template
 from doctor.model.unpacked import UnpackedTensors
@@ -192,7 +192,7 @@ class Placement:
                 lacking_experts[own] = self._missing_of_experts(own)
             found |= {self.name(block, tail): "other experts of its layer have it" for tail in lacking_experts[own]}
             fuller = [kind for kind, other in zip(kinds, alike, strict=True) if kind_of == other and own < kind]
-            lacking = frozenset().union(*fuller) - own
+            lacking = {t for t in frozenset().union(*fuller) - own if not BUFFERS.search(t)}
             if lacking and (self.spec.family or (len(counted) >= 4 and len(fuller) * 4 >= 3 * len(counted))):
                 found |= {
                     self.name(block, t): f"{sum(t in k for k in kinds)} of {len(counted)} blocks have it"
@@ -296,8 +296,20 @@ class Placement:
         ):
             return {}
         found: dict[str, str] = {}
+        unbiased = any("bias" in key and value is False for key, value in self.spec.config.items())
         for template in inner:
             tail = template.tensor.partition("{i}.")[2]
+            bias = tail.removesuffix(".weight") + ".bias"
+            if (
+                template.bias is True
+                and not unbiased
+                and tail.endswith(".weight")
+                and tail in held
+                and bias not in held
+            ):
+                found |= {
+                    self.name(b, bias): _("no decoder layer has it") for b in self.counted if tail in self.blocks[b]
+                }
             if template.every_layer and not any(_tail_pattern(template.tensor).match(t) for t in held):
                 if "{e}" in tail:
                     found |= self._experts_without(tail)
@@ -331,26 +343,6 @@ class Placement:
         return any(t.startswith(module + ".") for t in held) and not any(
             "norm" in key and not value for key, value in flags.items()
         )
-
-
-def assume(spec: ModelSpec, **values: int):
-    """spec.lookup as it would answer if config.json held these values."""
-    return replace(spec, config={**spec.config, **values}).lookup
-
-
-def solve(expression: str, key: str, spec: ModelSpec, want: int) -> int | None:
-    """The value of one config key that makes a shape expression come out as `want`; None where no whole number does.
-
-    Every expression is linear in each of its keys, up to one floor division by 2, so the divisors of 2 * want are
-    enough to try.
-    """
-    tried = set()
-    for divisor in range(1, min(want, 1024) + 1):
-        for value in (want // divisor, divisor, 2 * want // divisor):
-            if value not in tried and evaluate(expression, assume(spec, **{key: value})) == want:
-                return value
-            tried.add(value)
-    return None
 
 
 def _root(stem: str) -> str:

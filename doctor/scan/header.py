@@ -161,6 +161,23 @@ def chat_template(checkpoint, tokenizer_config) -> str | None:
     return template if isinstance(template, str) else None
 
 
+@fact("checkpoint")
+def other_chat_templates(checkpoint, tokenizer_config) -> dict[str, tuple[str, str]]:
+    """Name of each further chat template (for tools, for retrieval) -> (its text, the file that holds it)."""
+    template = (tokenizer_config or {}).get("chat_template")
+    named = template if isinstance(template, list) else []
+    found = {
+        str(t.get("name")): (t["template"], "tokenizer_config.json")
+        for t in named
+        if isinstance(t, dict) and isinstance(t.get("template"), str) and t.get("name") != "default"
+    }
+    for file in sorted(checkpoint.entries):
+        if file.startswith("additional_chat_templates/") and file.endswith(".jinja"):
+            text = checkpoint.read_file(file, 4 << 20).decode("utf-8", "replace")
+            found[file.rpartition("/")[2].removesuffix(".jinja")] = (text, file)
+    return found
+
+
 @fact("checkpoint", cost="tokenizer")
 def tokenizer(checkpoint) -> Tokenizer:
     """tokenizer.json, read as data (tokenizer.Tokenizer)."""

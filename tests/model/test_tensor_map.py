@@ -8,8 +8,9 @@ from healthy_models import save
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.tables import family_names
 from doctor.lint.testing import tiny
+from doctor.model.solve_sizes import solve
 from doctor.model.spec import build_spec
-from doctor.model.tensor_map import placement, solve
+from doctor.model.tensor_map import placement
 from doctor.model.unpacked import UnpackedTensors
 
 
