@@ -16,13 +16,23 @@ Sources: transformers src/transformers/modeling_utils.py loads file after file, 
 vllm/model_executor/model_loader/weight_utils.py goes by the index.
 """
 
-from doctor.lint.rule import DropTensor, Fix, Place, _, finding, plural, rule
+from doctor.lint.rule import DropTensor, Fix, Place, _, finding, listed, plural, rule
 from doctor.lint.testing import shard_bytes, tiny
+
+MANY = 4  # tensors in the same files, from which on they are said in one line
 
 
 @rule("F016", "error")
 def tensor_in_two_shards(checkpoint, copies, weight_map, every_digests=None):
+    pairs: dict[tuple[str, ...], list] = {}
+    for infos in copies.values():
+        pairs.setdefault(tuple(info.shard for info in infos), []).append(infos)
+    for shards, sets in pairs.items():
+        if len(sets) >= MANY:
+            yield _whole_files(shards, sets, weight_map or {}, every_digests or {})
     for name, infos in copies.items():
+        if len(pairs[tuple(info.shard for info in infos)]) >= MANY:
+            continue
         files = [info.shard for info in infos]
         equal = _equal(infos, (every_digests or {}).get(name, {}))
         first, second, *rest = files
@@ -33,6 +43,31 @@ def tensor_in_two_shards(checkpoint, copies, weight_map, every_digests=None):
             evidence={"files": ", ".join(files)},
             fix=_fix(name, files, equal, named),
         )
+
+
+def _whole_files(files, sets, weight_map, digests):
+    """One finding for many tensors that stand in the same files: a second save of the whole model, most likely."""
+    names = [infos[0].name for infos in sets]
+    named = {weight_map.get(name) for name in names}
+    fixes = [
+        _fix(name, list(files), _equal(infos, digests.get(name, {})), weight_map.get(name))
+        for name, infos in zip(names, sets, strict=True)
+    ]
+    safety = max((fix.safety for fix in fixes), key=["safe", "unsafe", "manual"].index)
+    edits = tuple(edit for fix in fixes for edit in fix.edits) if safety != "manual" else ()
+    return finding(
+        plural(
+            "{n:,} tensor is in {files} alike: {first}",
+            "{n:,} tensors are in {files} alike; the first is {first}",
+            len(names),
+            files=listed(files),
+            first=names[0],
+        ),
+        at=Place(files[0], tensor=names[0]),
+        evidence={"files": ", ".join(files), "tensors": len(names)},
+        fix=Fix(next(f.title for f in fixes if f.safety == safety), edits, safety),
+        advice="" if len(named) == 1 and named <= set(files) else _("delete the file that is a leftover"),
+    )
 
 
 def _text(name, first, second, more, named):
