@@ -47,7 +47,8 @@ def foreign_names(checkpoint, spec, tensors, config, stacks):
     if not inner or any(t.pattern.match(name) for name in alike for t in inner):
         return
     program, names = next(
-        ((p, own) for pattern, p in PROGRAMS if (own := [n for n in tensors if pattern.search(n)])), ("", list(tensors))
+        ((p, [n for n in tensors if pattern.search(n)]) for pattern, p in PROGRAMS if any(map(pattern.search, alike))),
+        ("", list(tensors)),
     )
     first = min(names)
     want = inner[0].tensor.replace("{i}", "0").replace("{e}", "0")

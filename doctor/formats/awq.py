@@ -142,9 +142,10 @@ class AWQ(Format):
 
     def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
         """Every entry of modules_to_not_convert is a part of a name."""
+        entries = raw.get("modules_to_not_convert")
         return [
             Exclusion.of_part(entry, f"/modules_to_not_convert/{at}")
-            for at, entry in enumerate(raw.get("modules_to_not_convert") or ())
+            for at, entry in enumerate(entries if isinstance(entries, list) else ())
             if isinstance(entry, str)
         ]
 

@@ -299,9 +299,8 @@ class CompressedTensors(Format):
 
     def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
         """Names, and patterns after "re:"; a name of a class excludes what only a model knows."""
-        entries = raw.get("ignore")
         found = []
-        for at, entry in enumerate(entries if isinstance(entries, list) else ()):
+        for at, entry in enumerate(_as_list(raw.get("ignore"))):
             if isinstance(entry, str):
                 pattern = entry.removeprefix("re:") if entry.startswith("re:") else exactly(entry)
                 found.append(Exclusion.of_pattern(entry, f"/ignore/{at}", pattern))
@@ -310,7 +309,7 @@ class CompressedTensors(Format):
     def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
         """The targets of its groups, a class of modules being all linears."""
         excluded = self.excluded(raw)
-        targets = [t for g in weight_groups(raw) for t in g.get("targets") or () if isinstance(t, str)]
+        targets = [target for group in weight_groups(raw) for target in group["targets"]]
         every = any("." not in target and not target.startswith("re:") for target in targets)
         named = [
             Exclusion.of_pattern(t, "", t.removeprefix("re:") if t.startswith("re:") else exactly(t)) for t in targets
@@ -319,8 +318,8 @@ class CompressedTensors(Format):
 
     def stored_bits(self, raw: Mapping[str, Any]) -> int | None:
         """Of files whose groups agree."""
-        found = {group["weights"].get("num_bits") for group in weight_groups(raw)}
-        return found.pop() if len(found) == 1 else None
+        found = [group["weights"].get("num_bits") for group in weight_groups(raw)]
+        return found[0] if found and type(found[0]) is int and all(bits == found[0] for bits in found) else None
 
     def names_of_kept(self, module: str) -> list[str]:
         """vLLM asks for the linears that would be in the module."""
@@ -336,24 +335,26 @@ def _cache_scheme(name: str) -> dict[str, Any] | None:
 
 
 def weight_groups(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Groups that say something of weights, the one for all Linear first."""
+    """Groups that say something of weights, the one for all Linear first; "targets" are texts."""
     groups = raw.get("config_groups")
     found = [
-        g
+        {**g, "targets": [t for t in _as_list(g.get("targets")) if isinstance(t, str)]}
         for g in (groups.values() if isinstance(groups, Mapping) else ())
         if isinstance(g, dict) and isinstance(g.get("weights"), dict)
     ]
-    return sorted(found, key=lambda g: g.get("targets") != ["Linear"])
+    return sorted(found, key=lambda g: g["targets"] != ["Linear"])
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _own_widths(groups: list[dict[str, Any]]) -> Iterable[tuple[str, object]]:
     """(pattern, bits) of what the further groups name."""
     for group in groups[1:]:
-        targets = group.get("targets")
-        for target in targets if isinstance(targets, list) else ():
-            if isinstance(target, str):
-                pattern = target.removeprefix("re:") if target.startswith("re:") else exactly(target)
-                yield pattern, group["weights"].get("num_bits")
+        for target in group["targets"]:
+            pattern = target.removeprefix("re:") if target.startswith("re:") else exactly(target)
+            yield pattern, group["weights"].get("num_bits")
 
 
 def _sides(codes: Array) -> Array:

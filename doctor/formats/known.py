@@ -94,7 +94,7 @@ def _of_mlx_module(stated: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     own = stated.get(module)
     if not isinstance(own, Mapping):
         return stated
-    group, bits = _MLX_DEFAULTS.get(own.get("mode", "affine"), (None, None))
+    group, bits = _MLX_DEFAULTS.get(str(own.get("mode", "affine")), (None, None))
     return {
         "group_size": own.get("group_size") or group,
         "bits": own.get("bits") or bits,

@@ -50,17 +50,17 @@ class Misnamed:
 def find_misnamed(spec: ModelSpec, tensors: Mapping[str, TensorInfo], place: Placement | None) -> Misnamed:
     """Tensors that are here under other names than the family's, and the family's linears that are not here at all."""
     placed = {info.name for info, _axis, _sizes in place.sizes()} if place is not None else set()
-    unknown = [n for n in tensors if n not in placed and not NOT_TEXT.search(n) and not in_extra_layer(n)]
+    unknown = [n for n in tensors if n not in placed]
     tails = packed_tails()
-    if not unknown or not spec.templates or any(n.endswith(tails) for n in tensors):
+    if all(map(_aside, unknown)) or not spec.templates or any(n.endswith(tails) for n in tensors):
         return Misnamed()
     stem = place.stem if place is not None else next(_stems(spec), "")
     wanted = {n: t for n, t in _expected(spec, stem, place) if n not in tensors}
     linears = {n for n, t in wanted.items() if t.role in QUANTIZABLE}
     shapes = {_shape(spec, template) for template in wanted.values()}
-    if not any(tensors[n].shape in shapes for n in unknown):  # no pair can be proven
+    if not any(tensors[n].shape in shapes and not _aside(n) for n in unknown):  # no pair can be proven
         return Misnamed(absent=frozenset(linears))
-    unknown = [n for n in unknown if not any(t.pattern.match(n) for t in spec.expert_templates)]
+    unknown = [n for n in unknown if not (_aside(n) or any(t.pattern.match(n) for t in spec.expert_templates))]
     container = re.compile(rf"(?<![A-Za-z0-9]){re.escape(stem.rstrip('.').rpartition('.')[2])}[^A-Za-z0-9]*(\d+)")
     own = _numbers_in_words(spec)
     spelled = _pairs(spec, tensors, unknown, wanted, lambda n: _key(n, container, own))
@@ -73,6 +73,11 @@ def find_misnamed(spec: ModelSpec, tensors: Mapping[str, TensorInfo], place: Pla
     shaped = _by_shape(spec, tensors, rest, left, container)
     found = {**spelled, **numbered, **shaped}
     return Misnamed(spelled, numbered, shaped, frozenset(linears.difference(found.values())))
+
+
+def _aside(name: str) -> bool:
+    """Whether a tensor belongs to a part of the model that the family's table does not name."""
+    return NOT_TEXT.search(name) is not None or in_extra_layer(name)
 
 
 def _stems(spec: ModelSpec) -> Iterator[str]:

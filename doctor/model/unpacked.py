@@ -70,11 +70,10 @@ def _words(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
     tails = {form.words for form in KNOWN.values() if form.words} | set(OTHER_WORDS)
     for name in tensors:
         module, dot, tail = name.rpartition(".")
-        fused = next((end for end in _FUSED if tail.endswith(end)), "")
         if dot and tail in tails:
             yield f"{module}.weight", name
-        elif fused and tail != fused and ".experts" in name:
-            yield name.removesuffix(fused), name
+        elif tail.endswith(_FUSED) and tail not in _FUSED and ".experts" in name:
+            yield name[: name.rfind("_")], name
 
 
 def _of_unread(tensors: Mapping[str, TensorInfo], plain: ModelSpec, words: Mapping[str, str]) -> dict[str, str]:

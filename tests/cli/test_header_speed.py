@@ -2,8 +2,11 @@
 theirs.
 """
 
+import json
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,33 @@ def test_a_header_check_imports_no_numpy_and_no_planner(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
+
+
+NAME = "model.layers.{}.mlp.experts.{}.down_proj.weight"
+HOSTILE = {  # entry i of a header of so many
+    "holes": (75_000, lambda i: {"dtype": "BF16", "shape": [1, 1], "data_offsets": [4 * i, 4 * i + 2]}),
+    "one place": (75_000, lambda i: {"dtype": "BF16", "shape": [1, 1], "data_offsets": [0, 2]}),
+    "wrong dtypes": (75_000, lambda i: {"dtype": "XX", "shape": [1, -1], "data_offsets": [2 * i, 0]}),
+    "no entries": (140_000, lambda i: i),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_nine_megabytes_of_header_take_a_second(tmp_path, kind):
+    from doctor.api import check
+    from doctor.core.recipe import Recipe
+    from doctor.report import render
+
+    count, entry = HOSTILE[kind]
+    (tmp_path / "config.json").write_text(json.dumps(header.dense(1)[0]))
+    raw = json.dumps({NAME.format(i // 7, i): entry(i) for i in range(count)}, separators=(",", ":")).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(4 * count))
+    assert 8e6 < file.stat().st_size < 10e6
+    recipe, least = Recipe(), 99.0
+    for _ in range(2):  # the first time imports rules too
+        began = time.process_time()
+        report = check(tmp_path, recipe, stage="header")
+        render("full", [report])
+        least = min(least, time.process_time() - began)
+    assert least < 2.0, f"{least:.2f} s of CPU, for {len(report.findings)} findings"  # 1 s where nothing else runs

@@ -85,6 +85,19 @@ class Mutator:
                 found[self.draw.randrange(len(found))] = self.draw.choice(b'{}[]",:0\\\xff\x00 e-')
         return bytes(found)
 
+    def binary(self, raw: bytes, head: int) -> bytes:
+        """Other numbers of one, four or eight bytes among the first `head`, other letters, or an early end."""
+        found = bytearray(raw)
+        for _ in range(self.draw.randint(1, 4)):
+            size = self.draw.choice((1, 4, 8))
+            at = self.draw.randrange(min(head, len(found)) - size)
+            old = int.from_bytes(found[at : at + size], "little")
+            new = self.draw.choice((*NUMBERS[:10], old + 1, old - 1, old ^ 1 << self.draw.randrange(8 * size), 13))
+            found[at : at + size] = (new % (1 << 8 * size)).to_bytes(size, "little")
+        if self.draw.random() < 0.1:
+            del found[self.draw.randrange(len(found)) :]
+        return bytes(found)
+
     def twice(self, raw: bytes) -> bytes:
         """The first member again, with another value."""
         return raw.replace(b"{", b'{"model_type": 1, "model_type": {"a": 1, "a": NaN}, ', 1)

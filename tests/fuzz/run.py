@@ -1,6 +1,6 @@
 """`make fuzz`: broken headers, JSON files and checkpoints by seed; prints counts, failures, slowest and memory.
 
-python tests/fuzz/run.py [--headers N] [--json N] [--checkpoints N] [--from SEED]
+python tests/fuzz/run.py [--headers N] [--json N] [--checkpoints N] [--packed N] [--gguf N] [--from SEED]
 """
 
 import argparse
@@ -17,6 +17,14 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from cases import Fuzz  # noqa: E402 - found by the path above
+
+COUNTS = {  # option -> (kind of case, how many)
+    "headers": ("header", 1_000_000),
+    "json": ("json", 100_000),
+    "checkpoints": ("checkpoint", 10_000),
+    "packed": ("packed", 10_000),
+    "gguf": ("gguf", 10_000),
+}
 
 
 def run(fuzz: Fuzz, kind: str, seeds: range) -> tuple[int, int]:
@@ -37,12 +45,12 @@ def run(fuzz: Fuzz, kind: str, seeds: range) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    for name, count in (("headers", 1_000_000), ("json", 100_000), ("checkpoints", 10_000)):
+    for name, (_kind, count) in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--from", dest="first", type=int, default=0, help="first seed")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    counts = {"header": options.headers, "json": options.json, "checkpoint": options.checkpoints}
+    counts = {kind: getattr(options, name) for name, (kind, _count) in COUNTS.items()}
     failed = 0
     with tempfile.TemporaryDirectory(prefix="doctor-fuzz-") as folder:
         fuzz = Fuzz(Path(folder))

@@ -3,7 +3,7 @@
 import pytest
 from cases import Fuzz
 
-SHARE = {"header": 1200, "json": 700, "checkpoint": 100}
+SHARE = {"header": 1100, "json": 600, "checkpoint": 100, "packed": 80, "gguf": 120}
 PARTS = 4  # of each kind, so that several processes share them
 
 
