@@ -31,7 +31,9 @@ def linears_misread(checkpoint, layout, spec, recipe, published):
         asked = recipe.runtime == row["runtime"]
         if (not asked and (recipe.runtime or not row.get("unasked"))) or not in_force(row, recipe.runtime_version):
             continue
-        if row.get("model_type", spec.model_type) != spec.model_type or not _reads_so(row, layout.format, layout.sym):
+        if row.get("model_type", spec.model_type) != spec.model_type or not _reads_so(
+            row, layout.format, layout.sym, recipe
+        ):
             continue
         wrong = [
             x for x in layout.linears if x.role in row["roles"] and (x.expert is not None or not row.get("experts"))
@@ -53,13 +55,15 @@ def linears_misread(checkpoint, layout, spec, recipe, published):
             )
 
 
-def _reads_so(row, form, sym):
-    return form in row["formats"] or (not sym and form in row.get("asymmetric", ()))
+def _reads_so(row, form, sym, recipe):
+    """Whether a row holds for this format. Activations are planned: a stored layout of words has no others."""
+    planned = recipe.output_format == form and recipe.activations in row.get("activations", ())
+    return form in row["formats"] or planned or (not sym and form in row.get("asymmetric", ()))
 
 
 def _other_plan(row, layout, recipe, wrong):
     instead = row.get("instead")
-    if instead and instead != layout.format and not _reads_so(row, instead, recipe.sym):
+    if instead and instead != layout.format and not _reads_so(row, instead, recipe.sym, recipe):
         return Fix(_("write {format}", format=instead), (SetRecipe("format", instead),), "unsafe")
     roles = next((fused for fused in FUSED if set(row["roles"]) & set(fused)), row["roles"])
     return Fix(

@@ -23,9 +23,9 @@ from doctor.lint.rule import _, finding, load_problem, rule
 from doctor.lint.testing import rehearsed
 
 
-@rule("G322", "error", implied_by=("C147", "G323"))
-def output_would_not_load(checkpoint, rehearsal, spec, recipe):
-    problem = load_problem(rehearsal.proof, recipe, spec.model_type) if rehearsal.proof else None
+@rule("G322", "error", implied_by=("C147", "G319", "G323"))
+def output_would_not_load(checkpoint, rehearsal, spec, recipe, tensors):
+    problem = load_problem(rehearsal.proof, recipe, spec.model_type, tensors) if rehearsal.proof else None
     if problem:
         yield finding(
             _("of the quantized copy, {what}", what=problem.message),

@@ -26,8 +26,8 @@ SHOWN = 3  # names in the message; the evidence has the counts
 
 
 @rule("O617", "error")
-def load_mismatch(checkpoint, load_proof, spec, recipe):
-    problem = load_problem(load_proof, recipe, spec.model_type)
+def load_mismatch(checkpoint, load_proof, spec, recipe, tensors):
+    problem = load_problem(load_proof, recipe, spec.model_type, tensors)
     if problem:
         yield finding(problem.message, severity=problem.severity, evidence=problem.evidence)
     if load_proof.differing:

@@ -1,7 +1,9 @@
 """Which model classes go from `check` to an output that loads in its own class: a table, one row a class.
 
-    python tests/coverage.py [--families] [--rows NAME,…] [--json FILE] [--seconds N] [--keep DIR] [--verify]
+    python tests/coverage.py [--families | --all] [--rows NAME,…] [--json FILE [--again]] [--seconds N] [--for N]
+                             [--keep DIR] [--verify]
 
+A run can be made in pieces: rows that FILE has are not run again, but for those that ran out of time, which come last.
 Each row builds a tiny random checkpoint by transformers' own config and save_pretrained (helpers/tiny_classes.py; with
 --families of each text family that the rules' tests call healthy, helpers/healthy_models.py), checks it, quantizes it
 (GPTQ, 4 bits, groups of 32, compressed-tensors), loads the output in the class that config.json names, and correlates
@@ -40,6 +42,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent / "helpers"), str(Path(__fil
 ROWS, LENGTH, VOCABULARY = 12, 32, 88  # ids above 88 stand for images in some configs
 CLOSE = 0.8  # a healthy 4-bit Llama of this size: 0.96 and more
 NARROWEST = 32
+LATE = "no answer after"
 # Matrices that are no linear or are left in 16 bits by design: norms, routers, embeddings, small gates of recurrences.
 MEANT = re.compile(
     r"norm|embed|router|rotary|indexer|(?:^|\.)(?:gate|shared_expert_gate|in_proj_[ab]|in_proj_ba|x_proj|dt_proj|b_proj|weights_proj)"
@@ -263,12 +266,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="names, with commas between; all by default")
     parser.add_argument("--families", action="store_true", help="text families by model_type instead of classes")
-    parser.add_argument("--json", type=Path, help="write the answers to this file")
-    parser.add_argument("--seconds", type=float, default=180, help="time limit of one row")
+    parser.add_argument("--all", action="store_true", help="classes, and text families that no class stands for")
+    parser.add_argument("--json", type=Path, help="write the answers to this file, after those that it has")
+    parser.add_argument("--again", action="store_true", help="run the rows again that the file has")
+    parser.add_argument("--seconds", type=float, default=300, help="time limit of one row")
+    parser.add_argument("--for", type=float, dest="whole", default=float("inf"), help="seconds to begin rows in")
     parser.add_argument("--keep", type=Path, help="keep checkpoints, outputs and logs in this folder")
     parser.add_argument("--verify", action="store_true", help="run `verify` on each output too")
     options = parser.parse_args()
-    known = [*FAMILIES, *UNKNOWN] if options.families else list(CLASSES)
+    families, classes = [*FAMILIES, *UNKNOWN], list(CLASSES)
+    if options.all:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+
+        ran = {row.architecture for row in CLASSES.values()}
+        known = [*classes, *(name for name in families if name not in classes and causal.get(name) not in ran)]
+    else:
+        known = families if options.families else classes
     names = [n for n in options.rows.split(",") if n] or known
     unknown = [n for n in names if n not in known]
     if unknown:
@@ -281,8 +294,15 @@ def main() -> int:
     commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     at = subprocess.run(commit, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     processes = multiprocessing.get_context("fork")
-    answers = []
-    for name in names:
+    answers: list[dict[str, Any]] = []
+    if options.json and options.json.exists():
+        answers = json.loads(options.json.read_text())
+    late = {a["name"] for a in answers if a["why"].startswith(LATE)}
+    done = set() if options.again else {a["name"] for a in answers} - late
+    started = time.monotonic()
+    for name in sorted((n for n in names if n not in done), key=lambda n: n in late):
+        if time.monotonic() - started > options.whole:
+            break
         with tempfile.TemporaryDirectory(prefix="doctor-coverage-") as place:
             folder = options.keep / name if options.keep else Path(place)
             shutil.rmtree(folder, ignore_errors=True)
@@ -294,18 +314,21 @@ def main() -> int:
             if process.is_alive():
                 process.kill()
                 process.join()
-                answer = {"name": name, "outcome": "crash", "why": f"no answer after {options.seconds:.0f} s"}
+                answer = {"name": name, "outcome": "crash", "why": f"{LATE} {options.seconds:.0f} s"}
             elif answer_to.exists():
                 answer = json.loads(answer_to.read_text())
             else:
                 answer = {"name": name, "outcome": "crash", "why": f"the process ended with {process.exitcode}"}
-        answers.append(answer | {"commit": at})
+        answers = [*(a for a in answers if a["name"] != name), answer | {"commit": at}]
         figures = f"{answer.get('packed', '')}/{answer.get('kept', '')} {answer.get('correlation', '')}"
         print(f"{name:22} {answer['outcome']:15} {figures:14} {answer['why'][:150]}", flush=True)
         if options.json:
             options.json.write_text(json.dumps(answers, indent=1, ensure_ascii=False))
+    answers = [a for a in answers if a["name"] in names]
     counts = {o: sum(a["outcome"] == o for a in answers) for o in dict.fromkeys(a["outcome"] for a in answers)}
-    print(f"{len(answers)} rows: " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())))
+    print(
+        f"{len(answers)} of {len(names)} rows: " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
+    )
     return 0
 
 

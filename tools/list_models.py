@@ -1,7 +1,6 @@
 """Writes docs/models.md: what becomes of each model family, beside the families that other quantizers name.
 
-    python tests/coverage.py --json rows.json && python tests/coverage.py --families --json families.json
-    python tools/list_models.py rows.json families.json
+    python tests/coverage.py --all --json rows.json && python tools/list_models.py rows.json
     python tools/list_models.py --peers GPTQModel=CLONE llm-compressor=CLONE
 
 Numbers are those of tests/coverage.py on tiny random checkpoints. A name of another program is a key of its own table,
@@ -29,9 +28,9 @@ TABLES = {  # program -> file of its table, and the name that the table has ther
 }
 HEAD = """# Models
 
-What `quantize` does with each family, as `python tests/coverage.py` and `python tests/coverage.py --families` measured
-it: a tiny random checkpoint of the class, GPTQ in 4 bits and groups of 32 in the compressed-tensors format, loaded in
-the class that config.json names. Written by `tools/list_models.py`.
+What `quantize` does with each family, as `python tests/coverage.py --all` measured it: a tiny random checkpoint of the
+class, GPTQ in 4 bits and groups of 32 in the compressed-tensors format, loaded in the class that config.json names.
+Written by `tools/list_models.py`.
 
 **works**: written, loads whole, computes what the source does. **other client**: written, and read by another engine
 than transformers. **refusal**: `check` says that it cannot be quantized, and why. **unloadable**: the class does not

@@ -180,8 +180,9 @@ class LoadProof:
     """What a client's own loading code did with a checkpoint, under the class that config.json names.
 
     missing, unexpected, mismatched: names of parameters. packed: linears that the client took as packed. compared: of
-    these, how many were unpacked by the client's own library; differing: those whose values are not ours. refused: the
-    client's own error. reason: why the client could not be asked; then nothing is proved.
+    these and of experts, how many were unpacked by the client's own library; differing: those whose values are not
+    ours; misread: the same of experts that the client joins into one tensor. refused: the client's own error. reason:
+    why the client could not be asked; then nothing is proved.
     """
 
     client: str  # name and version
@@ -192,6 +193,7 @@ class LoadProof:
     packed: int = 0
     compared: int = 0
     differing: tuple[str, ...] = ()
+    misread: tuple[str, ...] = ()
     library: str = ""
     refused: str = ""
     reason: str = ""
@@ -199,7 +201,8 @@ class LoadProof:
     @property
     def whole(self) -> bool:
         """Whether the client was asked and loads every parameter with the values that the files hold."""
-        return not (self.reason or self.refused or self.missing or self.unexpected or self.mismatched or self.differing)
+        names = (self.missing, self.unexpected, self.mismatched, self.differing, self.misread)
+        return not (self.reason or self.refused or any(names))
 
 
 @dataclass(frozen=True)

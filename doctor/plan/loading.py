@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 from doctor.core.facts import fact
 from doctor.core.messages import Message, _, listed
-from doctor.core.recipe import Recipe
+from doctor.core.recipe import Recipe, is_kept
 from doctor.core.records import LoadProof
 from doctor.core.tables import table
 from doctor.model.templates import fused_layouts_of
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERTS_INPUTS = re.compile(r"\.experts\.\d+\..*\.input_(?:global_)?scale$")
 _SHOWN = 3  # names in the message; the evidence has the counts
 
 
@@ -36,20 +38,27 @@ def loading_options(form: str, model_type: str) -> dict[str, Any]:
     return {key: True for key, families in options.items() if model_type in families}
 
 
-def load_problem(proof: LoadProof, recipe: Recipe, model_type: str) -> LoadProblem | None:
-    """What a client that does not load a checkpoint whole says; None where it does, or was not asked."""
+def load_problem(proof: LoadProof, recipe: Recipe, model_type: str, tensors: Iterable[str] = ()) -> LoadProblem | None:
+    """What a client that does not load a checkpoint whole says; None where it does, or was not asked. tensors: names in
+    the checkpoint, which tell whether it has experts.
+    """
     if proof.reason:
         return None
     name = proof.architecture or "?"
     if proof.refused:
-        other = recipe.runtime not in ("", "transformers")
-        message = _(
-            "{client} refuses to load it as {name}: {error}", client=proof.client, name=name, error=proof.refused
-        )
-        return LoadProblem("warning" if other else "error", message, {"error": proof.refused})
+        return _refused(proof, recipe, name, bool(readers_of_joined(recipe, tensors)))
     names = [*proof.missing, *proof.unexpected, *proof.mismatched]
     if not names:
-        return None
+        return _misread(proof, recipe) if proof.misread else None
+    if all(_EXPERTS_INPUTS.search(name) for name in names):
+        message = _(
+            "{client} passes over the input scales of experts ({n:,}, first {first}): it computes them with 16-bit "
+            "inputs",
+            client=proof.client,
+            n=len(names),
+            first=names[0],
+        )
+        return LoadProblem("warning", message, {"unexpected": len(names)})
     evidence: dict[str, object] = {kind: len(getattr(proof, kind)) for kind in ("missing", "unexpected", "mismatched")}
     readers = readers_of_experts(model_type, recipe.output_format, names)
     if readers:
@@ -73,6 +82,49 @@ def load_problem(proof: LoadProof, recipe: Recipe, model_type: str) -> LoadProbl
         mismatched=len(proof.mismatched),
     )
     return LoadProblem("error", message, evidence)
+
+
+def _refused(proof: LoadProof, recipe: Recipe, name: str, read: bool) -> LoadProblem:
+    """read: another runtime is known to load the file."""
+    other = recipe.runtime not in ("", "transformers") or (read and not recipe.runtime)
+    message = _("{client} refuses to load it as {name}: {error}", client=proof.client, name=name, error=proof.refused)
+    return LoadProblem("warning" if other else "error", message, {"error": proof.refused})
+
+
+def _misread(proof: LoadProof, recipe: Recipe) -> LoadProblem:
+    """Experts whose values are right in the file, and wrong in transformers alone."""
+    message = _(
+        "{client} loads packed experts as {name} with wrong values ({first}): it joins them into one tensor and "
+        "unpacks them otherwise than their format; serve it with vLLM",
+        client=proof.client,
+        name=proof.architecture,
+        first=", ".join(proof.misread[:_SHOWN]),
+    )
+    severity = "error" if recipe.runtime == "transformers" else "warning"
+    return LoadProblem(severity, message, {"misread": len(proof.misread)})
+
+
+def readers_of_joined(recipe: Recipe, tensors: Iterable[str]) -> list[str]:
+    """Runtimes that read the experts among these tensors in this format, where transformers, which joins them into one
+    tensor, is known not to (rules/tables/published.toml); else [].
+    """
+    form = recipe.output_format
+    if not any(_EXPERT.search(name) and not is_kept(recipe, name.rpartition(".")[0]) for name in tensors):
+        return []
+    return next(
+        (
+            row["read_by"]
+            for row in table("published")["misread"]
+            if row["runtime"] == "transformers"
+            and "read_by" in row
+            and (
+                form in row["formats"]
+                or recipe.activations in row.get("activations", ())
+                or (not recipe.sym and form in row.get("asymmetric", ()))
+            )
+        ),
+        [],
+    )
 
 
 def readers_of_experts(model_type: str, form: str, names: Iterable[str]) -> list[str]:

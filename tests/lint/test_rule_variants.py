@@ -314,6 +314,10 @@ QK = (
     "vllm puts the rows of q and k in the wrong order (first model.layers.0.self_attn.k_proj, 4 in all): for its "
     "rotary embedding it reorders"
 )
+NVFP4 = {"method": "rtn", "format": "nvfp4-pack-quantized", "group_size": 16}
+INT8 = {"method": "rtn", "bits": 8, "group_size": -1, "format": "int-quantized", "activations": "int8"}
+UNLOADED = "transformers refuses to load packed experts of this kind"
+WRONG = "transformers loads packed experts of this kind with wrong values and no error"
 RANDOM = "transformers leaves the linears of experts out when from_pretrained loads them, and computes with random ones"
 
 
@@ -335,6 +339,19 @@ RANDOM = "transformers leaves the linears of experts out when from_pretrained lo
         ("mixtral", {"runtime": "transformers", "runtime_version": "4.57.0"}, None),
         ("mixtral", {"runtime": "transformers", "format": "compressed-tensors"}, None),
         ("gpt_oss", {"runtime": "transformers"}, ("warning", RANDOM)),
+        ("mixtral", {"format": "compressed-tensors", "sym": False}, ("warning", UNLOADED)),
+        ("mixtral", {"runtime": "transformers", "format": "compressed-tensors", "sym": False}, ("error", UNLOADED)),
+        ("mixtral", {"runtime": "vllm", "format": "compressed-tensors", "sym": False}, None),
+        ("mixtral", {**NVFP4, "runtime": "transformers"}, ("error", WRONG)),
+        ("mixtral", {**NVFP4, "keep": ("experts",)}, None),
+        ("llama", NVFP4, None),
+        ("qwen3_moe", INT8, ("warning", UNLOADED)),
+        ("qwen3_moe", {**INT8, "format": "float-quantized", "activations": "fp8"}, None),
+        (
+            "qwen3_moe",
+            {**INT8, "format": "float-quantized", "group_size": 128, "activations": "fp8-block"},
+            ("warning", UNLOADED),
+        ),
     ],
 )
 def test_what_a_runtime_misreads_is_said_of_what_it_reads(family, changes, expected, tmp_path):

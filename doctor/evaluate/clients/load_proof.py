@@ -20,6 +20,7 @@ from doctor.checkpoint.gguf import GgufModel
 from doctor.core.messages import _
 from doctor.core.records import LoadProof
 from doctor.evaluate.clients import llama_cpp_child
+from doctor.evaluate.clients.transformers_child import EXPERT
 from doctor.quant.client import Linears
 
 SECONDS = 600  # enough for the headers of a model of a terabyte on a busy machine; a client that hangs must end
@@ -123,7 +124,8 @@ def as_record(answer: dict, differing: tuple[str, ...], compared: int) -> LoadPr
         mismatched=tuple(answer["mismatched"]),
         packed=answer["packed"],
         compared=compared,
-        differing=differing,
+        differing=tuple(name for name in differing if not EXPERT.search(name)),
+        misread=tuple(name for name in differing if EXPERT.search(name)),
         library=", ".join(f"{name} {version}" for name, version in answer.get("libraries", {}).items()),
     )
 

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 PACKED, SCALE = "weight_packed", "weight_scale"
 WORDS = "qweight"
+EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def main() -> None:
@@ -202,11 +204,52 @@ def write_sample(folder: Path, model: Any, packed: list[str], sample: int, out: 
         source = stored_name(name, stored)
         if source is None:
             continue
-        state = {part: read(folder, files, f"{source}.{part}") for part in parts_of(source, files)}
-        form = infer_module_format(type(module), module.quantization_scheme)
+        scheme = module.quantization_scheme
+        form = scheme.format or infer_module_format(type(module), scheme)  # as decompress_module chooses it
         compressor: Any = BaseCompressor.get_value_from_registry(getattr(form, "value", form))
-        found[source] = compressor.decompress(state, module.quantization_scheme)["weight"].contiguous()
-    save_file(found, out)
+        state = {part: read(folder, files, f"{source}.{part}") for part in parts_of(source, files)}
+        found[source] = compressor.decompress(state, scheme)["weight"].contiguous()
+    save_file(found | joined_experts(folder, model), out)
+
+
+def joined_experts(folder: Path, model: Any) -> dict[str, Any]:
+    """Weights [out, in] of packed experts as transformers unpacks them before it joins them into one tensor, by the
+    name under which the files hold them: two for each shape that their codes have. {} where it joins none.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
+    except ImportError:  # another release, which joins none or by other code
+        return {}
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    files, state, unpack = shards_of(folder), model.state_dict(), CompressedTensorsDequantize(model.hf_quantizer)
+    found = {}
+    for source in experts_by_shape(folder, files):
+        target, pattern = rename_source_key(f"{source}.weight", renamings, converters, model.base_model_prefix, state)
+        if pattern is None or target not in state:
+            continue
+        pattern = pattern.removesuffix(".weight")
+        given = {f"{pattern}.{part}": [read(folder, files, f"{source}.{part}")] for part in parts_of(source, files)}
+        for weight in unpack.convert(given, [], [], full_layer_name=target, model=model).values():
+            found[source] = weight[0].contiguous()
+    return found
+
+
+def experts_by_shape(folder: Path, files: dict[str, str]) -> list[str]:
+    """The first and the last expert of the files whose codes have a shape, for each shape."""
+    from safetensors import safe_open
+
+    ends: dict[tuple[int, ...], list[str]] = {}
+    for file in sorted(set(files.values())):
+        with safe_open(folder / file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - a shard is no dict
+                source, _dot, part = name.rpartition(".")
+                if EXPERT.search(name) and part in (PACKED, "weight") and f"{source}.{SCALE}" in files:
+                    ends.setdefault(tuple(shard.get_slice(name).get_shape()), []).append(source)
+    return [source for names in ends.values() for source in dict.fromkeys((names[0], names[-1]))]
 
 
 def shards_of(folder: Path) -> dict[str, str]:

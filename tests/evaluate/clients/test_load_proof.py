@@ -79,6 +79,26 @@ def test_our_compressed_tensors_file_loads_whole_with_equal_weights(tmp_path):
     assert words.dtype == torch.int32
 
 
+@needs_compressed_tensors
+def test_experts_that_transformers_unpacks_to_other_values_are_named(tmp_path, monkeypatch):
+    """It joins experts without their weight_global_scale: 24 of 24 matrices of this model come out wrong."""
+    save("mixtral", tmp_path / "m", num_hidden_layers=1)
+    for form, group, wrong in (("nvfp4-pack-quantized", 16, 4), ("mxfp4-pack-quantized", 32, 0)):
+        quantize(tmp_path / "m", tmp_path / form, Recipe(method="rtn", format=form, group_size=group))
+        proof = prove_loading(tmp_path / form)
+        assert (proof.compared, len(proof.misread), proof.differing) == (3 + 4, wrong, ()), proof
+        assert proof.whole == (not wrong) and all(".experts." in name for name in proof.misread)
+
+
+@needs_compressed_tensors
+def test_words_beside_rounded_inputs_are_unpacked_by_the_format_that_the_file_names(tmp_path):
+    save("qwen3", tmp_path / "m", num_hidden_layers=1)
+    recipe = Recipe(method="rtn", format="compressed-tensors", group_size=32, activations="fp8")
+    quantize(tmp_path / "m", tmp_path / "q", recipe)
+    proof = prove_loading(tmp_path / "q")
+    assert proof.whole and proof.compared == 3, proof
+
+
 def test_a_client_that_hangs_is_ended(tmp_path):
     save("qwen3", tmp_path / "m")
     assert "had not loaded it after" in prove_loading(tmp_path / "m", seconds=0.05).reason
