@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.facts import COSTS, asks
+from doctor.core.options import FilePath, InMemory
 from doctor.core.recipe import Recipe
 from doctor.core.records import MERGE_PROOF
 from doctor.core.rehearsal import GIVEN_REHEARSAL
@@ -32,7 +33,7 @@ Facts = Iterable[tuple[str, str, object]]  # (subject, fact, value)
 
 
 def check(
-    path: str | os.PathLike[str] | Checkpoint,
+    path: FilePath | Checkpoint | InMemory,
     recipe: Recipe | None = None,
     *,
     select: Iterable[str] = (),
@@ -49,12 +50,15 @@ def check(
     matrix: bool = False,
     capacity: str | os.PathLike[str] | None = None,
     keep_partial: bool = False,
-    merged_from: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
+    merged_from: tuple[FilePath, FilePath] | None = None,
+    model_config: Any = None,
 ) -> Report:
     """Check a checkpoint against a recipe, reading every byte of its tensors at most once.
 
     path: a directory, a .safetensors file, or org/name[@revision] on the Hub, of which only JSON files and headers are
-    read. recipe: the default is config's; a quantized checkpoint is checked against its own quantization_config, unless
+    read; or a model in memory: a torch module, or a mapping of names to tensors, with model_config where it has one.
+    Such a model is judged without files and without a plan, unless a recipe is given, and its findings have no fixes.
+    recipe: the default is config's; a quantized checkpoint is checked against its own quantization_config, unless
     config has a recipe. stage: the most expensive kind of evidence to gather ("header" reads no weights). facts:
     (subject, fact, value) of a calibration or run made elsewhere. figures: also make the tables that HTML and Markdown
     draw (Report.extra). matrix: only the one of recipes by GPU count. capacity: the directory that a quantized copy
@@ -67,6 +71,27 @@ def check(
     BadCheckpoint where nothing can be read.
     """
     started = time.perf_counter()
+    if not isinstance(path, (str, os.PathLike, Checkpoint)):
+        given = {"stage": stage != "output", "facts": facts, "figures": figures, "config": config, "matrix": matrix}
+        given |= {"capacity": capacity, "keep_partial": keep_partial, "merged_from": merged_from}
+        if any(given.values()):
+            raise TypeError(f"check: a model in memory takes no {', '.join(k for k, v in given.items() if v)}")
+        from doctor.evaluate.in_memory import check_in_memory
+
+        return check_in_memory(
+            path,
+            recipe,
+            model_config=model_config,
+            select=select,
+            extend_select=extend_select,
+            ignore=ignore,
+            rules_dirs=rules_dirs,
+            fail_on=fail_on,
+            progress=progress,
+            baseline=baseline,
+        )
+    if model_config is not None:
+        raise TypeError("check: model_config goes with a model in memory; a directory has its config.json")
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     recipe = recipe or default_recipe(checkpoint, config)
     rules = rules_of(rules_dirs, config, select, extend_select, ignore)

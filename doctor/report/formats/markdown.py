@@ -8,6 +8,7 @@ from doctor.lint.explain import code_span
 from doctor.locale.catalogue import say, translated
 from doctor.report import presentation, results, verdict
 from doctor.report.presentation import Group
+from doctor.report.recipe_text import plan_row
 from doctor.report.text import safe
 
 MOST = 60_000
@@ -57,7 +58,7 @@ def matrix(rows: list[dict]) -> str:
         "|---|" + ":-:|" * len(gpus) + "---|",
     ]
     for row in rows:
-        name = verdict.plan_row(row)
+        name = plan_row(row)
         lines.append(
             f"| {name} | "
             + " | ".join("✓" if c["ready"] else "✗" for c in row["cells"])

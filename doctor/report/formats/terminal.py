@@ -12,6 +12,7 @@ from doctor.lint.engine import Report
 from doctor.locale.catalogue import counted, say, translated
 from doctor.report import presentation, results, verdict
 from doctor.report.presentation import Group
+from doctor.report.recipe_text import plan_row
 from doctor.report.screen import COLOURS, Screen, aligned, console, styled, wrap
 from doctor.report.text import level, pad, safe, squeeze, window
 
@@ -318,7 +319,7 @@ def _matrix(screen: Screen, report: Report) -> None:
     if not rows:
         screen.line("  " + say("no matrix: it needs readable tensors and config.json"))
         return
-    wide = max(cell_len(verdict.plan_row(row)) for row in rows)
+    wide = max(cell_len(plan_row(row)) for row in rows)
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
     screen.line(
         (
@@ -327,7 +328,7 @@ def _matrix(screen: Screen, report: Report) -> None:
         )
     )
     for row in rows:
-        head = styled(f"  {pad(verdict.plan_row(row), wide)}")
+        head = styled(f"  {pad(plan_row(row), wide)}")
         for cell in row["cells"]:
             head.append("    ✓" if cell["ready"] else "    ✗", COLOURS["ok" if cell["ready"] else "error"])
         blockers = verdict.blockers(row["cells"])
