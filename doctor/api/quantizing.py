@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from doctor.api.clients import client, prove_logits
 from doctor.api.measuring import verify
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.lint.engine import load_rules
 
@@ -44,14 +46,21 @@ def quantize(
     if refused is not None:
         return QuantizeResult(refused)
     from doctor.evaluate.divergence import divergence
+    from doctor.quant.device import device_of
     from doctor.quant.quantize import quantize as run
 
-    device = options.get("device", "cpu")
+    device = device_of(options.get("device", "auto"))
     options = {"prove": prove_logits, "client": client(recipe), **options}
     options.setdefault("diverge", partial(divergence, device=device))
     if compare_rows and os.environ.get("WORLD_SIZE", "1") == "1":
-        options.setdefault("compare", partial(verify, rows=compare_rows, memory=0, load_proof=False, device=device))
+        measured = partial(verify, rows=compare_rows, memory=0, load_proof=False, device=device)
+        options.setdefault("compare", partial(measured, progress=partial(_tell, options.get("progress"))))
     return run(source, output, recipe, **options)
+
+
+def _tell(say: Callable[[str], None] | None, phase: str, done: int, total: int) -> None:
+    if say is not None:
+        say(_("{phase}: {done} of {total}", phase=phase, done=done, total=total))
 
 
 def plan_quantize(

@@ -62,7 +62,7 @@ class VerifyOptions(TypedDict, total=False):
     memory: int | None
     device: str
     fail_on: str
-    progress: Callable[[int, int], None]
+    progress: Callable[[str, int, int], None]
     load_proof: bool
     client: str | None
     client_python: FilePath | None

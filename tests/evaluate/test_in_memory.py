@@ -46,7 +46,7 @@ def judged(report):
     return {run.rule.code for run in report.runs if run.status == "run"}
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mixtral", "Qwen3.5-MoE", "GPT-2"])
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "gpt-oss", "Qwen3.5-MoE", "GPT-2"])
 def test_a_healthy_model_of_transformers_is_silent_and_read_as_its_files_are(name, tmp_path):
     model = model_of(name)
     report = check(model)
