@@ -25,6 +25,7 @@ from doctor.model.quantization_config import stored_recipe
 from doctor.quant.budget import free_memory
 from doctor.quant.dequantize import quantization
 from doctor.quant.device import device_free, device_memory, device_of
+from doctor.quant.ending import run_figures
 from doctor.quant.solve import cuda
 from doctor.scan.header import header_facts
 from doctor.scan.scan import scan
@@ -115,6 +116,7 @@ def verify(
         **({"own_measure": asdict(measured)} if measured is not None else {}),
         "text": {"source": source, "rows": len(ids), "context": context, "stride": context},
         "machine": describe(),
+        "run": run_figures(first, second),
         "plain": plain,
     }
     if proof is not None:

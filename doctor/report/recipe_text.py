@@ -6,7 +6,7 @@ from doctor.core.methods import METHODS
 from doctor.core.recipe import Recipe
 from doctor.formats.schemes import fields_of, name_of
 from doctor.lint.engine import Report
-from doctor.locale.catalogue import say, translated
+from doctor.locale.catalogue import say
 from doctor.report.text import safe
 
 
@@ -70,11 +70,6 @@ def plan_flags(recipe: Recipe, goal: str = "quantize") -> str:
     if recipe.runtime:
         flags.append("--runtime " + "==".join(filter(None, (recipe.runtime, recipe.runtime_version))))
     return "".join(" " + f for f in flags)
-
-
-def plan_row(row: dict) -> str:
-    """What a row of the matrix is called; a step comes below its recipe."""
-    return row["plan"] if row["step"] == "as it is" else f"… {translated(row['step'])}"
 
 
 def _where(recipe: Recipe) -> str:

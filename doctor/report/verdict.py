@@ -338,29 +338,6 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
     return steps
 
 
-def blockers(cells: list[dict]) -> str:
-    """`W201; 2+ GPUs also G302`."""
-    everywhere = set.intersection(*(set(c["codes"]) for c in cells))
-    more: dict[str, list[int]] = {}
-    for cell in cells:
-        for code in sorted(set(cell["codes"]) - everywhere):
-            more.setdefault(code, []).append(cell["tp"])
-    gpus: dict[tuple, list[str]] = {}
-    for code, found in more.items():
-        gpus.setdefault(tuple(found), []).append(code)
-    last = cells[-1]["tp"]
-    parts = [", ".join(sorted(everywhere))] if everywhere else []
-    for counts, codes in gpus.items():
-        upward = (
-            list(counts) == [c["tp"] for c in cells if c["tp"] >= counts[0]] and counts[-1] == last and len(counts) > 1
-        )
-        where = f"{counts[0]}+" if upward else ", ".join(map(str, counts))
-        parts.append(
-            say("{n} GPUs also {codes}" if everywhere else "{n} GPUs {codes}", n=where, codes=", ".join(codes))
-        )
-    return "; ".join(parts)
-
-
 def subjects(n: int, scope: str) -> str:
     """`3 tensors`, of what a rule judged."""
     many = {
