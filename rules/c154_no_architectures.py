@@ -20,7 +20,7 @@ from doctor.lint.testing import tiny
 
 
 @rule("C154", "warning")
-def no_architectures(checkpoint, config, spec):
+def no_architectures(checkpoint, config, spec, files):
     stated = config.get("architectures")
     if isinstance(stated, list) and stated and all(isinstance(a, str) for a in stated):
         return

@@ -29,7 +29,7 @@ STORED = {"F16": "float16", "BF16": "bfloat16"}
         "O620",
     ),
 )
-def dtype_not_stated(checkpoint, spec, tensors, config):
+def dtype_not_stated(checkpoint, spec, tensors, config, files):
     inner = spec.section(config)
     if (
         any(isinstance(block.get(key), str) for block in (config, inner) for key in ("dtype", "torch_dtype"))

@@ -19,7 +19,7 @@ UNREAD = {"exllamav2": ("linear",)}  # runtime -> kinds of scaling that it takes
 
 
 @rule("C159", "info", certainty="likely")
-def rope_scale_unread(checkpoint, spec, recipe):
+def rope_scale_unread(checkpoint, spec, recipe, files):
     for key in ("rope_scaling", "rope_parameters"):
         block = spec.config.get(key)
         if not isinstance(block, dict):

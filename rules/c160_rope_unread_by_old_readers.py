@@ -23,7 +23,7 @@ from doctor.lint.testing import tiny
 
 
 @rule("C160", "warning")
-def rope_unread_by_old_readers(checkpoint, spec, recipe):
+def rope_unread_by_old_readers(checkpoint, spec, recipe, files):
     block = spec.config.get("rope_parameters")
     if not isinstance(block, dict) or any(isinstance(v, dict) for v in block.values()):
         return  # one object for each layer type has no old spelling

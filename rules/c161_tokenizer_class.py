@@ -29,14 +29,14 @@ NEW = "TokenizersBackend"
 
 
 @rule("C161", "warning")
-def tokenizer_class(checkpoint, recipe):
+def tokenizer_class(checkpoint, recipe, files):
     config = checkpoint.value(FILE)
     if not isinstance(config, dict) or "auto_map" in config:
         return
     readers = table("readers")
     name = config.get("tokenizer_class")
     old = old_reader(recipe)
-    whole = "tokenizer.json" in checkpoint.entries
+    whole = "tokenizer.json" in files
     rename = (
         Fix(_("name {name}, which reads tokenizer.json in every version", name=EVERY_VERSION),
             (SetJson(FILE, "/tokenizer_class", EVERY_VERSION, name),), "safe")

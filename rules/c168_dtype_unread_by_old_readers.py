@@ -18,7 +18,7 @@ from doctor.lint.testing import tiny
 
 
 @rule("C168", "warning", implied_by=("C160",))
-def dtype_unread_by_old_readers(checkpoint, spec, config, recipe):
+def dtype_unread_by_old_readers(checkpoint, spec, config, recipe, files):
     old = old_reader(recipe, json_of_its_own=True)
     value = old_keys(config).get("torch_dtype")
     if not old or value is None:

@@ -35,9 +35,9 @@ EMBEDDER = ("modules.json", "config_sentence_transformers.json", "sentence_bert_
 
 
 @rule("F061", "error", implied_by=("F057", "F058"))
-def missing_prefix(checkpoint, spec, tensors, config, files):
+def missing_prefix(checkpoint, spec, tensors, config, files=None):
     found = wrong_prefix(spec, tensors, config)
-    if found is None or (found.missing and any(name in files for name in EMBEDDER)):
+    if found is None or (found.missing and any(name in (files or ()) for name in EMBEDDER)):
         return
     first = min(found.names)
     values = {

@@ -28,7 +28,7 @@ def all_zero_weight(tensor, n_zero, numel, base):
     matrix = (
         len(tensor.shape) >= 2
         and min(tensor.shape) > 1
-        and (tensor.name.endswith(".weight") or ".experts." in tensor.name)
+        and (tensor.name.endswith(".weight") or (".experts." in tensor.name and not tensor.name.endswith("bias")))
     )
     if not (matrix and tensor.dtype.is_float and numel and n_zero == numel):
         return

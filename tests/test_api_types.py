@@ -19,10 +19,13 @@ JOBS = {
     "AdviseOptions": "doctor.evaluate.advise.advise.advise",
 }
 SCRIPT = """
+import torch
+
 from doctor import Recipe, advise, check, explain, kvcache, quantize, verify
 
 recipe = Recipe(method="gptq", bits=4, group_size=64)
 report = check("model", recipe)
+held = check(torch.nn.Linear(2, 2)), check({"a": torch.ones(2)}, model_config={"vocab_size": 2})
 done = quantize("model", "out", recipe, rows=8, memory=1 << 30, compare_rows=2)
 compared = verify("model", "out", rows=4)
 cache = kvcache("model", context=1024)

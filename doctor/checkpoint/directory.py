@@ -20,7 +20,7 @@ from pathlib import Path
 
 from doctor.checkpoint import json_text
 from doctor.checkpoint.dtypes import CODE_NUMPY
-from doctor.checkpoint.gguf import SHARD, GgufModel, group_files, read_gguf
+from doctor.checkpoint.gguf import GgufModel, group_files, of_one_model, read_gguf
 from doctor.checkpoint.safetensors import Defect, Shard, ShardFile, TensorInfo, open_shard
 from doctor.core.errors import BadCheckpoint
 from doctor.core.lazy_numpy import np
@@ -132,11 +132,13 @@ class Checkpoint:
     """The files of one checkpoint. Use `Checkpoint.open`.
 
     `tensors` maps names to the TensorInfo that a reader takes: in the shard that the index names, else in the first
-    that has it. `problems` are Defects of the listing itself (links that lead out, unsafe names, unreadable files).
-    `gguf` are the models in .gguf files, where no safetensors file is.
+    that has it. `problems` are Defects of the listing itself (links that lead out, unreadable files). `gguf` are the
+    models in .gguf files, where no safetensors file is. `unread`, `no_files`: why tensor bytes cannot be read, and why
+    there are no files to judge; "" where they can, and where there are.
     """
 
-    unread: str = ""  # the reason why tensor bytes cannot be read, "" if they can
+    unread: str = ""
+    no_files: str = ""
     gguf: Sequence[GgufModel] = ()
 
     def __init__(self, root: Path, only: str | None = None):
@@ -193,7 +195,7 @@ class Checkpoint:
                 _("Check the permissions of the directory."),
             ) from None
         for item in found:
-            if self.only and item.name != self.only and not _of_one_model(item.name, self.only):
+            if self.only and item.name != self.only and not of_one_model(item.name, self.only):
                 continue
             try:
                 target = self._target(item)
@@ -303,8 +305,8 @@ class Checkpoint:
         for name in wanted:
             if name not in self.entries:
                 self.missing_shards.append(name)
-        # An index decides which files belong to the checkpoint; files beside it are looked at by rules of the listing.
-        # Of an index that names no file here, numbered shards are looked at: it may be of another save.
+        # An index decides which files belong to the checkpoint. Of one that names no file here, numbered shards are
+        # looked at: it may be of another save.
         names = [n for n in wanted if n in self.entries]
         if not names:
             names = [n for n in listed if is_numbered(n)] if wanted else listed
@@ -386,12 +388,6 @@ def codes(raw: bytes | bytearray | memoryview, info: TensorInfo) -> np.ndarray:
             )
         )
     return np.frombuffer(raw, kind).reshape(info.shape)
-
-
-def _of_one_model(name: str, other: str) -> bool:
-    """Whether two .gguf files are shards of one model, by their names."""
-    first, second = SHARD.match(name), SHARD.match(other)
-    return first is not None and second is not None and (first[1], first[3]) == (second[1], second[3])
 
 
 def is_numbered(name: str) -> bool:

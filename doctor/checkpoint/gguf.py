@@ -337,3 +337,9 @@ def group_files(names: list[str]) -> list[tuple[str, list[str], list[str]]]:
             expected = {f"{stem}-{i:05d}-of-{match[3]}.gguf" for i in range(1, min(count, 10_000) + 1)}
             found[f"{stem}-of-{match[3]}.gguf"][1][:] = sorted(expected - set(names))
     return [(name, files, missing) for name, (files, missing) in found.items()]
+
+
+def of_one_model(name: str, other: str) -> bool:
+    """Whether two .gguf files are shards of one model, by their names."""
+    first, second = SHARD.match(name), SHARD.match(other)
+    return first is not None and second is not None and (first[1], first[3]) == (second[1], second[3])

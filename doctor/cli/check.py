@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from doctor.cli import failures
+from doctor.cli import failures, stderr
 from doctor.cli.command import Command
 from doctor.cli.options import (
     PATH,
@@ -17,6 +17,7 @@ from doctor.cli.options import (
     option,
     outputs_of,
     plan_options,
+    progress_option,
     rule_options,
     words,
 )
@@ -47,6 +48,7 @@ PICTURED = ("json", "html", "markdown")  # formats that show figures, for which 
 @rule_options
 @option("--fail-on-skipped", is_flag=True, help=_("Exit 1 when a rule could not judge."))
 @format_options
+@progress_option
 @option(
     "--stage",
     type=click.Choice(COSTS),
@@ -188,7 +190,7 @@ def _until_interrupted(
             if len(paths) == 1:
                 raise
             if unread is not None:
-                failures.say(unread.message, unread.hint)
+                stderr.error(unread.message, unread.hint)
             unread = error
             continue
         if reports[-1].summary.get("interrupted"):

@@ -11,10 +11,9 @@ from typing import NoReturn
 
 import click
 
+from doctor.cli import stderr
 from doctor.core.errors import CheckpointNotReady, DoctorError
 from doctor.core.messages import _
-from doctor.locale import catalogue
-from doctor.report.text import safe_lines
 
 INTERRUPTED = _("Interrupted.")
 DEFECT: str = _("internal error (a bug in doctor): report it with what DOCTOR_DEBUG=1 prints.")
@@ -64,14 +63,7 @@ def end(message: str, hint: str, code: int) -> NoReturn:
 
         traceback.print_exc()
     if code == 130:
-        click.echo(safe_lines(catalogue.translated(message)), err=True)
+        stderr.line(message)
     else:
-        say(message, hint)
+        stderr.error(message, hint)
     sys.exit(code)
-
-
-def say(message: str, hint: str) -> None:
-    """Print an error and its hint on stderr."""
-    click.echo(f"Error: {safe_lines(catalogue.translated(message))}", err=True)
-    if hint:
-        click.echo(f"Hint: {safe_lines(catalogue.translated(hint))}", err=True)

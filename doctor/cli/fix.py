@@ -14,6 +14,7 @@ from doctor.cli.options import (
     option,
     overwrite_option,
     plan_options,
+    progress_option,
     rule_options,
     unsafe_option,
     words,
@@ -67,6 +68,7 @@ OLD_READERS = ("transformers4",)  # entries of generations in rules/tables/reade
     help=_("Make hard links to unchanged files: one file, so a change of one changes both."),
 )
 @lang_option
+@progress_option
 @overwrite_option
 @click.pass_context
 def command(

@@ -21,7 +21,7 @@ GROUPS: tuple[tuple[Message, str], ...] = (  # heading, names of parameters
     (_("Hub"), "revision download push"),
     (_("Machine"), "memory device capacity plan_only preflight"),
     (_("Comparison"), "verify_rows client client_python"),
-    (_("Report"), "formats concise verbose lang matrix statistics show_settings imatrix"),
+    (_("Report"), "formats concise verbose progress lang matrix statistics show_settings imatrix"),
 )
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "advise": (

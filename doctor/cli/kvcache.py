@@ -14,8 +14,8 @@ from doctor.cli.options import (
     lang_option,
     memory_option,
     option,
-    other_device,
     outputs_of,
+    progress_option,
     size_in_bytes,
     text_option,
 )
@@ -49,6 +49,7 @@ from doctor.core.messages import _
 @device_option
 @format_option(KV_FORMATS)
 @lang_option
+@progress_option
 def command(
     path: str,
     context: int,
@@ -81,7 +82,7 @@ def command(
                     value_bits=value_bits,
                     text=text,
                     rows=rows,
-                    device=other_device(device),
+                    device=device,
                 ),
             )
         emit_kvcache(result, outputs)

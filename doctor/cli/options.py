@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from doctor.cli import stderr
 from doctor.cli.command import Option, take_language
 from doctor.core.errors import DoctorError
 from doctor.core.messages import Message, _, listed
@@ -232,7 +233,22 @@ format_options = together(
     option("-v", "--verbose", is_flag=True, help=_("Also list every rule, and why it was skipped.")),
     lang_option,
 )
-device_option = option("--device", default="cpu", metavar="NAME", help=_("Where to compute: cpu, cuda or cuda:1."))
+device_option = option(
+    "--device",
+    default="auto",
+    metavar="NAME",
+    help=_("Where to compute: cpu, cuda, cuda:1, or auto: a GPU that torch sees, else the processor."),
+)
+progress_option = option(
+    "--progress",
+    type=click.Choice(stderr.MODES),
+    default=None,
+    is_eager=True,
+    expose_value=False,
+    callback=stderr.take_mode,
+    show_default=False,
+    help=_("How far it is, on stderr; json is an object a line.  [default: a bar where a person watches]"),
+)
 unsafe_option = option(
     "--unsafe-fixes",
     default="",
@@ -300,11 +316,6 @@ def count_of_tokens(text: str | None) -> int | None:
 def given(**options: Any) -> dict[str, Any]:
     """Options that were given; the others keep the default of the function that is called."""
     return {k: v for k, v in options.items() if v is not None}
-
-
-def other_device(name: str) -> str | None:
-    """A device to name to the function that is called; None for the processor, which is its default."""
-    return None if name == "cpu" else name
 
 
 def outputs_of(

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from doctor.cli import stderr
 from doctor.cli.options import KV_FORMATS
 from doctor.core.errors import DoctorError, MachineError
 from doctor.core.messages import _
 from doctor.locale import catalogue
-from doctor.report.text import safe_lines
 
 if TYPE_CHECKING:
     from doctor.lint.engine import Report
@@ -23,7 +23,7 @@ Outputs = Sequence[tuple[str, str]]  # (format, file or "" for stdout)
 
 def notice(text: str) -> None:
     """A line on stderr, in the reader's language."""
-    click.echo(safe_lines(catalogue.translated(text)), err=True)
+    stderr.line(text)
 
 
 class json_on_failure:

@@ -15,17 +15,18 @@ from doctor.cli.options import (
     PATH,
     LaterChoice,
     checkpoint_argument,
+    device_option,
     format_option,
     given,
     lang_option,
     memory_option,
     option,
-    other_device,
     outputs_of,
     overrides,
     overwrite_option,
     patterns,
     plan_options,
+    progress_option,
     size_in_bytes,
     unsafe_option,
     words,
@@ -151,12 +152,7 @@ USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few bes
 @option("--fix", is_flag=True, help=_("Apply safe fixes first, without writing the fixed copy."))
 @unsafe_option
 @memory_option(_("Most memory to use, as 24GB.  [default: what is free]"))
-@option(
-    "--device",
-    default="cpu",
-    metavar="NAME",
-    help=_("Where to compute: cpu, cuda, cuda:1; under torchrun, cuda is one GPU a process."),
-)
+@device_option
 @option(
     "--plan", "plan_only", is_flag=True, help=_("Only print the memory and disk that it takes, from headers alone.")
 )
@@ -201,6 +197,7 @@ USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few bes
 @overwrite_option
 @format_option(FORMATS, "--report")
 @lang_option
+@progress_option
 def command(
     path: str,
     output: Path,
@@ -270,12 +267,12 @@ def command(
                 overwrite=overwrite,
                 progress=line,
                 tune=_rows_to_tune(tune),
+                device=device,
                 compare_rows=(USUAL_ROWS if recipe.calibrated else 0) if verify_rows is None else verify_rows,
                 **run,
                 **given(
                     preflight=preflight or None,
                     retry_failed=retry_failed or None,
-                    device=other_device(device),
                     imatrix=imatrix,
                     budget=budget,
                 ),

@@ -9,15 +9,17 @@ from doctor.cli.command import Command
 from doctor.cli.options import (
     PATH,
     checkpoint_argument,
+    device_option,
     given,
     lang_option,
     memory_option,
     option,
-    other_device,
     overwrite_option,
+    progress_option,
     size_in_bytes,
 )
 from doctor.cli.output import exit_for, notice
+from doctor.cli.progress import run_lines
 from doctor.core.messages import _
 
 
@@ -46,8 +48,9 @@ from doctor.core.messages import _
 )
 @option("--seed", type=int, default=0)
 @memory_option(_("Most memory that codes take; more is read again from disk.  [default: half of what is free]"))
-@option("--device", default="cpu", metavar="NAME", help=_("Where to compute: cpu, cuda, cuda:1."))
+@device_option
 @lang_option
+@progress_option
 @overwrite_option
 def command(
     path: str,
@@ -69,22 +72,15 @@ def command(
     for name, value in (("--rows", rows), ("--passes", passes)):
         if value is not None and value < 1 + (name == "--rows"):
             raise click.UsageError(f"{name} {value}: must be {1 + (name == '--rows')} or more.")
-    done = api.tune(
-        path,
-        original,
-        output,
-        seed=seed,
-        overwrite=overwrite,
-        say=notice,
-        **given(
-            calibration=calibration,
-            rows=rows,
-            max_seq_length=max_seq_length,
-            passes=passes,
-            memory=size_in_bytes(memory),
-            device=other_device(device),
-        ),
+    options = given(
+        calibration=calibration,
+        rows=rows,
+        max_seq_length=max_seq_length,
+        passes=passes,
+        memory=size_in_bytes(memory),
     )
+    with run_lines(notice) as line:
+        done = api.tune(path, original, output, seed=seed, overwrite=overwrite, say=line, device=device, **options)
     click.echo(render_tuning(done, original), nl=False)
     if done.report is None:
         sys.exit(1)

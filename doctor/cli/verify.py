@@ -1,6 +1,5 @@
 """`doctor verify`: a quantized model beside its original."""
 
-from functools import partial
 from pathlib import Path
 
 import click
@@ -14,8 +13,8 @@ from doctor.cli.options import (
     given,
     memory_option,
     option,
-    other_device,
     outputs_of,
+    progress_option,
     size_in_bytes,
     text_option,
 )
@@ -52,6 +51,7 @@ from doctor.core.messages import _
     help=_("Interpreter of the environment that holds the client.  [default: doctor's own]"),
 )
 @format_options
+@progress_option
 def command(
     original: str,
     quantized: str,
@@ -75,13 +75,13 @@ def command(
             report = api.verify(
                 original,
                 quantized,
-                progress=partial(tick, "compare"),
+                progress=tick,
                 **given(
                     text=text,
                     context=context,
                     rows=rows,
                     memory=size_in_bytes(memory),
-                    device=other_device(device),
+                    device=device,
                     client=client,
                     client_python=client_python,
                 ),

@@ -6,11 +6,21 @@ Each job's own docstring says what they mean; tests/test_api_types.py holds them
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 FilePath = str | os.PathLike[str]
+
+
+class Module(Protocol):
+    """A torch.nn.Module, a model of transformers among them."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """name -> tensor of every parameter and buffer."""
+
+
+InMemory = Module | Mapping[str, Any]  # or tensors by name, of torch or NumPy
 
 
 class QuantizeOptions(TypedDict, total=False):
@@ -52,7 +62,7 @@ class VerifyOptions(TypedDict, total=False):
     memory: int | None
     device: str
     fail_on: str
-    progress: Callable[[int, int], None]
+    progress: Callable[[str, int, int], None]
     load_proof: bool
     client: str | None
     client_python: FilePath | None

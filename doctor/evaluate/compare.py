@@ -9,6 +9,7 @@ enough.
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -118,7 +119,12 @@ class Streamed:
         return 4 * sum(info.numel for info in self.checkpoint.tensors.values())
 
     @torch.no_grad()
-    def reply(self, prompts: list[torch.Tensor], tokens: int = REPLY_TOKENS) -> list[list[int]]:
+    def reply(
+        self,
+        prompts: list[torch.Tensor],
+        tokens: int = REPLY_TOKENS,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[list[int]]:
         """Greedy continuations of prompts int64[1, length]; loads every block, so ask `resident_bytes` first.
 
         All in step, one position after the other: a reply begins where its own prompt ends, while longer prompts are
@@ -130,6 +136,7 @@ class Streamed:
         model = self.skeleton.model
         name = cache_argument(model)
         at, cache = min(ids.shape[1] for ids in prompts), None
+        first, last = at, max(ids.shape[1] for ids in prompts) + tokens
         ids = torch.cat([ids[:, :at] for ids in prompts]).to(self.skeleton.device)
         replies: list[list[int]] = [[] for _ in prompts]
         while any(len(said) < tokens for said in replies):
@@ -141,6 +148,7 @@ class Streamed:
                 elif len(said) < tokens:
                     said.append(int(ids[row, 0]))
             at += 1
+            progress(at - first, last - first)
         for i in range(len(self.skeleton.layers)):
             self.skeleton.drop_layer(i)
         return replies
@@ -175,7 +183,7 @@ def compare(
     prompts: list[torch.Tensor],
     decode: Callable[[list[int]], str],
     memory: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
     device: str = "cpu",
     logprobs: list[torch.Tensor] | None = None,
 ) -> Comparison:
@@ -183,7 +191,8 @@ def compare(
     `memory` bytes of the device.
 
     logprobs: gets f32[length - 1] for each row, what the quantized model gives the tokens that follow. progress gets
-    (blocks done, blocks in all). Raises NotQuantizable where the two do not have the same number of blocks.
+    ("compare", blocks done, blocks), then ("score", rows done, rows), then ("reply", tokens done, tokens). Raises
+    NotQuantizable where the two do not have the same number of blocks.
     """
     a, b = streamed_pair(original, quantized, rows, device)
     blocks = len(a.skeleton.layers)
@@ -194,7 +203,7 @@ def compare(
         alone = b.step(i, given=first)
         own.append(_own_error(first, a.hidden, alone))
         errors.append(_distance(a.hidden, b.hidden))
-        progress(i + 1, blocks)
+        progress("compare", i + 1, blocks)
     tally = Tally()
     given: list[list[torch.Tensor]] = [[] for _ in rows]
     for (row, at, left), (_row, _at, right) in zip(a.logit_parts(), b.logit_parts(), strict=True):
@@ -204,11 +213,18 @@ def compare(
         if logprobs is not None:
             taken = torch.log_softmax(right, 1).gather(1, follows[:, None].to(right.device))
             given[row].append(taken[:, 0].cpu())
+        if at + HEAD_TOKENS >= rows[row].shape[1]:
+            progress("score", row + 1, len(rows))
     if logprobs is not None:
         logprobs += [torch.cat(parts) for parts in given]
     half = probe.result(a.hidden[: len(probe.rows)], a.logits)
     (mean, p99), spread = tally.divergence(), tally.spread()
-    said = [m.reply(prompts) if m.resident_bytes <= memory else [] for m in (a, b)]
+    fitting = [m.resident_bytes <= memory for m in (a, b)]
+    said: list[list[list[int]]] = []
+    for m, fits in zip((a, b), fitting, strict=True):
+        before = sum(fitting[: len(said)])
+        tick = partial(_reply_progress, progress, before, sum(fitting))
+        said.append(m.reply(prompts, progress=tick) if fits else [])
     (_token, usual), (favourite, share) = tally.one_choice(0), tally.one_choice(1)
     zeros, runs = zip(*(_collapse(replies) for replies in said), strict=True)
     return Comparison(
@@ -242,6 +258,11 @@ def compare(
         kl_span=spread.kl,
         top1_span=spread.top1,
     )
+
+
+def _reply_progress(tell: Callable[[str, int, int], None], before: int, models: int, done: int, total: int) -> None:
+    """Tokens of one of `models` replies, of which `before` are written, as a part of all."""
+    tell("reply", before * total + done, models * total)
 
 
 def _collapse(replies: list[list[int]]) -> tuple[float, int]:

@@ -35,7 +35,7 @@ def compare_own(
     quantized: Checkpoint,
     rows: list[torch.Tensor],
     kind: str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
     device: str = "cpu",
 ) -> OwnMeasure:
     """Two checkpoints of one model on rows int64[1, length]. Raises NotQuantizable where they are not one model."""
@@ -44,7 +44,7 @@ def compare_own(
     for i in range(count):
         a.step(i)
         b.step(i)
-        progress(i + 1, count)
+        progress("compare", i + 1, count)
     tokens, pooled, scores = [], [], ([], [])  # type: ignore[var-annotated]
     nonfinite = [0, 0]
     heads = [load_tensor(c, SCORE, torch.float32).to(device) for c in (original, quantized)] if kind == "score" else []

@@ -10,8 +10,11 @@ import torch
 from transformers import TrainerCallback
 
 from doctor.core.messages import _
+from doctor.evaluate.in_memory import check_in_memory, held_in_parts
+from doctor.lint.engine import Report
 
 log = logging.getLogger("doctor")
+NONFINITE = "nonfinite-weight"  # the name of the rule
 
 
 class Nonfinite(NamedTuple):
@@ -48,7 +51,8 @@ def first_nonfinite(parameters: Iterable[tuple[str, torch.Tensor]], step: int = 
 class StopAtNonfinite(TrainerCallback):
     """Stops a run, and saves nothing more, at the first parameter with NaN or Inf. every: steps between two looks.
 
-    found: what stopped the run, None where nothing did.
+    found: what stopped the run, None where nothing did. report: of doctor.check on every parameter then, None where
+    nothing stopped the run or where this process holds a part of the tensors only.
     """
 
     def __init__(self, every: int = 1) -> None:
@@ -56,6 +60,7 @@ class StopAtNonfinite(TrainerCallback):
             raise ValueError(f"every {every}: must be 1 or more")
         self.every = every
         self.found: Nonfinite | None = None
+        self.report: Report | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_more: Any) -> Any:
         """Called by the Trainer after each optimizer step."""
@@ -65,4 +70,7 @@ class StopAtNonfinite(TrainerCallback):
         if self.found is not None:
             log.error("%s", self.found.message)
             control.should_training_stop, control.should_save = True, False
+            named = dict(model.named_parameters())
+            if not any(held_in_parts(p) for p in named.values()):
+                self.report = check_in_memory(named, select=[NONFINITE])
         return control

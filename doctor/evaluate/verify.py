@@ -25,6 +25,7 @@ from doctor.model.quantization_config import stored_recipe
 from doctor.quant.budget import free_memory
 from doctor.quant.dequantize import quantization
 from doctor.quant.device import device_free, device_memory, device_of
+from doctor.quant.ending import run_figures
 from doctor.quant.solve import cuda
 from doctor.scan.header import header_facts
 from doctor.scan.scan import scan
@@ -41,9 +42,9 @@ def verify(
     context: int = CONTEXT,
     rows: int = ROWS,
     memory: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     fail_on: str = "error",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
     load_proof: bool = False,
     client: str | None = None,
     client_python: str | os.PathLike | None = None,
@@ -55,9 +56,10 @@ def verify(
     for the greedy replies (half of what is free by default); a larger model is compared without them, and the report
     says so. client: "transformers", "vllm" or "llama.cpp", which then runs the quantized files on the same rows; what
     it computes is compared with what doctor does. client_python: the interpreter of the client's environment.
-    load_proof: first ask transformers to load the quantized checkpoint under the class that its config names; what it
-    does not load whole is a finding, because the figures then speak of a model that nobody serves. device: where both
-    are computed, layer by layer, in float32; its memory is what counts then.
+    progress gets a phase ("compare", "score", "reply"), how much of it is done and how much there is. load_proof: first
+    ask transformers to load the quantized checkpoint under the class that its config names; what it does not load whole
+    is a finding, because the figures then speak of a model that nobody serves. device: where both are computed, layer
+    by layer, in float32; its memory is what counts then.
     """
     started = time.perf_counter()
     for name, value, least in (("--rows", rows, 1), ("--context", context, 2)):
@@ -114,6 +116,7 @@ def verify(
         **({"own_measure": asdict(measured)} if measured is not None else {}),
         "text": {"source": source, "rows": len(ids), "context": context, "stride": context},
         "machine": describe(),
+        "run": run_figures(first, second),
         "plain": plain,
     }
     if proof is not None:

@@ -154,7 +154,8 @@ class Report:
 
     def __repr__(self) -> str:
         found = ", ".join(f"{self.count(s)} {s}" for s in SEVERITIES if self.count(s)) or "no findings"
-        return f"<Report on {self.checkpoint} for {self.recipe.label()}: {found}>"
+        plan = "" if self.recipe.goal == "none" else f" for {self.recipe.label()}"
+        return f"<Report on {self.checkpoint}{plan}: {found}>"
 
     def to_json(self) -> str:
         """As `-f json` writes it, by doctor/report/formats/schema.json."""

@@ -29,6 +29,7 @@ KINDS: Final[Mapping[str, Message]] = {
     "component": _("part of a diffusers pipeline"),
     "mlx": _("model quantized by MLX"),
     "state-dict": _("tensors without config.json"),
+    "memory": _("model in memory"),
     "gguf": _("GGUF file"),
     "onnx": _("ONNX model"),
     "pickle": _("pickled weights, not opened"),
@@ -47,6 +48,8 @@ _AUDIO = frozenset({"num_mel_bins", "conv_dim", "num_conv_pos_embeddings", "samp
 
 def directory_kind(checkpoint: Checkpoint) -> str:
     """A key of KINDS."""
+    if checkpoint.no_files:
+        return "memory"
     names, config = checkpoint.entries, checkpoint.value("config.json")
     pipeline = checkpoint.value("model_index.json")
     if pipeline is not None and "_class_name" in pipeline:

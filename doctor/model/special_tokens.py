@@ -101,7 +101,7 @@ def token_text(value: object) -> str | None:
 
 
 @fact("checkpoint", cost="header")
-def special(checkpoint, spec, generation_config, tokenizer_config) -> Special:
+def special(checkpoint, spec, generation_config=None, tokenizer_config=None) -> Special:
     """What each file says about BOS, EOS and PAD (special.Special)."""
     found = Special(spec.model_type)
     outer = checkpoint.value("config.json") or {}

@@ -14,12 +14,17 @@ from doctor.core.messages import _, plural
 
 
 def device_of(device: str) -> str:
-    """The device that --device means in this process: cuda becomes cuda:LOCAL_RANK where torchrun started several.
+    """The device that --device means in this process: auto is a GPU where torch sees one, else the processor; cuda
+    becomes cuda:LOCAL_RANK where torchrun started several.
 
     Raises DoctorError for a name that is none of ours, MachineError for a GPU that torch does not see.
     """
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
-        raise DoctorError(_("--device {device}: must be cpu, cuda, or cuda:N for the N-th GPU from 0.", device=device))
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(device)):
+        raise DoctorError(
+            _("--device {device}: must be auto, cpu, cuda, or cuda:N for the N-th GPU from 0.", device=device)
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         return device
     if not torch.cuda.is_available():

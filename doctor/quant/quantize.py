@@ -69,7 +69,7 @@ def quantize(
     memory: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
     fail_on: str = "error",

@@ -38,8 +38,8 @@ def results(report: Report) -> list[tuple[str, str]]:
         lines.append((say("widths"), _widths(report.extra["allocation"])))
     if report.extra.get("tuning"):
         lines.append((say("tuning"), _tuning(report.extra["tuning"])))
-        worst = _worst(done)
-        lines += [(say("worst"), worst)] if worst else []
+    worst = _worst(done)
+    lines += [(say("worst"), worst)] if worst else []
     if report.extra.get("run"):
         lines.append((say("size"), _run(report)))
     if report.extra.get("receipt_only"):
@@ -123,6 +123,23 @@ def results(report: Report) -> list[tuple[str, str]]:
     if report.extra.get("client_run"):
         lines.append((say("client"), _client(report.extra["client_run"])))
     return [(label, safe(text)) for label, text in lines]
+
+
+def headline(report: Report) -> list[tuple[str, str]]:
+    """(what, figure) of what one asks first of a quantized model: size, bits a weight, divergence. [] after a check."""
+    found = []
+    run, c = report.extra.get("run"), report.extra.get("comparison")
+    if run:
+        found += [
+            (say("size"), f"{size(run['source_bytes'])} → {size(run['output_bytes'])}"),
+            (say("bits a weight"), f"{run['bits']:.2f}"),
+        ]
+    if c:
+        found.append((say("KL, nats"), figure(c.get("kl_mean")) + _span(c.get("kl_span"))))
+        before, after = c.get("perplexity_original"), c.get("perplexity_quantized")
+        if number(before) and number(after) and before > 0:
+            found.append((say("perplexity"), f"{_change(after / before)}{_span(c.get('ratio_span'), less=1)}"))
+    return [(label, safe(text)) for label, text in found]
 
 
 def _widths(a: dict) -> str:

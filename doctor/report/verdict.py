@@ -61,6 +61,8 @@ def _ending(report: Report, good: bool, plan: str) -> Message:
         return _("nothing found by the selected rules, for {plan}", plan=plan)
     if goal_of(report) == "serve":
         return _("ready to serve: {plan}" if good else "not ready to serve: {plan}", plan=plan)
+    if goal_of(report) == "none" and report.summary.get("kind") == "memory":
+        return _("no error in the tensors ({plan})" if good else "errors in the tensors ({plan})", plan=plan)
     if goal_of(report) == "none":
         return _("no error in the files ({plan})" if good else "errors in the files ({plan})", plan=plan)
     return _("ready for {plan}" if good else "not ready for {plan}", plan=plan)
@@ -123,7 +125,8 @@ def sizes_of(report: Report) -> str:
     if report.extra.get("receipt_only"):
         return say("a receipt")
     parts = [s.get("architecture", ""), count(s.get("parameters", 0)), str(s.get("dtype", "")).lower()]
-    parts += [counted("{n:,} shard", "{n:,} shards", s.get("shards", 0)), size(s.get("bytes", 0))]
+    held = [] if s.get("kind") == "memory" else [counted("{n:,} shard", "{n:,} shards", s.get("shards", 0))]
+    parts += [*held, size(s.get("bytes", 0))]
     return safe(" · ".join(p for p in parts if p))
 
 
@@ -328,39 +331,11 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
     yours = list(dict.fromkeys(g.code for g in (*by["manual"], *by["by name"]) if g.first.severity != "info"))
     if yours:
         steps.append((f"doctor explain {yours[0]}", say("{n} for you: {codes}", n=len(yours), codes=", ".join(yours))))
-    asked_more = report.linears or report.extra.get("comparison")
+    asked_more = report.linears or report.extra.get("comparison") or report.summary.get("kind") == "memory"
     asked_more = asked_more or report.summary.get("selected") or goal_of(report) != "quantize"
     if not steps and not found and not asked_more and not report.crashed and ran(report) and weights_read(report):
         steps.append((f"doctor quantize {path}{plan} -o quantized/", say("when you are ready")))
     return steps
-
-
-def plan_row(row: dict) -> str:
-    """What a row of the matrix is called; a step comes below its recipe."""
-    return row["plan"] if row["step"] == "as it is" else f"… {translated(row['step'])}"
-
-
-def blockers(cells: list[dict]) -> str:
-    """`W201; 2+ GPUs also G302`."""
-    everywhere = set.intersection(*(set(c["codes"]) for c in cells))
-    more: dict[str, list[int]] = {}
-    for cell in cells:
-        for code in sorted(set(cell["codes"]) - everywhere):
-            more.setdefault(code, []).append(cell["tp"])
-    gpus: dict[tuple, list[str]] = {}
-    for code, found in more.items():
-        gpus.setdefault(tuple(found), []).append(code)
-    last = cells[-1]["tp"]
-    parts = [", ".join(sorted(everywhere))] if everywhere else []
-    for counts, codes in gpus.items():
-        upward = (
-            list(counts) == [c["tp"] for c in cells if c["tp"] >= counts[0]] and counts[-1] == last and len(counts) > 1
-        )
-        where = f"{counts[0]}+" if upward else ", ".join(map(str, counts))
-        parts.append(
-            say("{n} GPUs also {codes}" if everywhere else "{n} GPUs {codes}", n=where, codes=", ".join(codes))
-        )
-    return "; ".join(parts)
 
 
 def subjects(n: int, scope: str) -> str:

@@ -52,18 +52,21 @@ def published(checkpoint, given_published) -> dict[str, Any]:
 @fact("checkpoint")
 def files(checkpoint) -> dict[str, Entry]:
     """File name -> Entry of every regular file."""
+    _require_files(checkpoint)
     return checkpoint.entries
 
 
 @fact("checkpoint")
 def listing_problems(checkpoint) -> list[Defect]:
     """Defects of the listing: links that lead out of the directory, special and unreadable files."""
+    _require_files(checkpoint)
     return checkpoint.problems
 
 
 @fact("checkpoint")
 def json_files(checkpoint) -> dict[str, JsonFile]:
     """File name -> JsonFile of every JSON document."""
+    _require_files(checkpoint)
     return checkpoint.json
 
 
@@ -78,6 +81,7 @@ def tensors(checkpoint) -> dict[str, TensorInfo]:
 @fact("checkpoint", cost="header")
 def shards(checkpoint) -> dict[str, Shard]:
     """File name -> Shard of every weight file of the checkpoint."""
+    _require_files(checkpoint)
     return checkpoint.shards
 
 
@@ -94,12 +98,14 @@ def copies(checkpoint, shards) -> dict[str, list[TensorInfo]]:
 @fact("checkpoint")
 def weight_map(checkpoint) -> dict[str, str] | None:
     """Tensor name -> file, as the index says; None without an index."""
+    _require_files(checkpoint)
     return checkpoint.weight_map if INDEX_NAME in checkpoint.json else None
 
 
 @fact("checkpoint")
 def missing_shards(checkpoint) -> list[str]:
     """Files that the index names and the directory lacks."""
+    _require_files(checkpoint)
     return checkpoint.missing_shards
 
 
@@ -112,20 +118,28 @@ def config(checkpoint) -> dict[str, Any]:
 @fact("checkpoint")
 def generation_config(checkpoint) -> dict[str, Any] | None:
     """generation_config.json as a dict, None where it is absent or broken."""
+    _require_files(checkpoint, "generation_config.json")
     return checkpoint.value("generation_config.json")
 
 
 @fact("checkpoint")
 def tokenizer_config(checkpoint) -> dict[str, Any] | None:
     """tokenizer_config.json as a dict, None where it is absent or broken."""
+    _require_files(checkpoint, "tokenizer_config.json")
     return checkpoint.value("tokenizer_config.json")
 
 
 def _document(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     value = checkpoint.value(name)
     if value is None:
-        raise Unavailable(_("{file} is absent or cannot be read", file=name))
+        raise Unavailable(checkpoint.no_files or _("{file} is absent or cannot be read", file=name))
     return value
+
+
+def _require_files(checkpoint: Checkpoint, document: str = "") -> None:
+    """Raise Unavailable for a model in memory, unless the program gave this document with it."""
+    if checkpoint.no_files and document not in checkpoint.json:
+        raise Unavailable(checkpoint.no_files)
 
 
 @fact("checkpoint", cost="header")
@@ -152,6 +166,7 @@ def compared(checkpoint, tensors, spec=None) -> dict[str, str]:
 @fact("checkpoint")
 def chat_template(checkpoint, tokenizer_config) -> str | None:
     """The text of the chat template, from chat_template.jinja or tokenizer_config.json; None where there is none."""
+    _require_files(checkpoint)
     if "chat_template.jinja" in checkpoint.entries:
         return checkpoint.read_file("chat_template.jinja", 4 << 20).decode("utf-8", "replace")
     template = (tokenizer_config or {}).get("chat_template")
@@ -202,7 +217,7 @@ def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     store.put(GIVEN_PUBLISHED, {})
     store.put(DECODED, None)
     store.put(ASKED, frozenset())
-    for name, shard in checkpoint.shards.items():
+    for name, shard in () if checkpoint.no_files else checkpoint.shards.items():
         store.add_subject("shard", f"shard:{name}", shard)
     for name, info in checkpoint.tensors.items():
         store.add_subject("tensor", f"tensor:{name}", info)

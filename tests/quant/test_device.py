@@ -7,7 +7,7 @@ from doctor.quant.device import device_memory, device_of
 
 @pytest.mark.parametrize("name", ["cuba", "cuda:x", "gpu", "cuda:-1", "meta", ""])
 def test_a_name_that_is_no_device_is_said(name):
-    with pytest.raises(DoctorError, match=rf"^--device {name}: must be cpu, cuda, or cuda:N"):
+    with pytest.raises(DoctorError, match=rf"^--device {name}: must be auto, cpu, cuda, or cuda:N"):
         device_of(name)
 
 
@@ -18,6 +18,15 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_is_read(version, why, m
     with pytest.raises(MachineError, match=f"^--device cuda: torch .* {why}"):
         device_of("cuda")
     assert device_of("cpu") == "cpu"
+
+
+def test_auto_is_a_gpu_where_torch_sees_one_and_else_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for seen, device in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda seen=seen: seen)
+        assert device_of("auto") == device
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_of("auto") == "cuda:1"
 
 
 def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):

@@ -541,6 +541,70 @@ def test_html_draws_each_picture_the_report_holds():
     )
 
 
+def test_the_matrix_says_once_what_stands_in_the_way_of_all_and_shows_geometry_alone():
+    def cells(*codes):
+        return [{"tp": tp, "ready": not found, "codes": list(found)} for tp, found in zip((1, 2), codes, strict=True)]
+
+    always = ("C103", "W201")
+    rows = [
+        {"plan": "gptq 4-bit g128", "step": "as it is", "cells": cells(always, (*always, "G302"))},
+        {"plan": "gptq 4-bit g128", "step": "after safe fixes", "cells": cells(("W201",), ("W201", "G302"))},
+        {"plan": "gptq 4-bit g128", "step": "after padding", "cells": cells(("W201",), ("W201",))},
+        {"plan": "gptq 4-bit g32", "step": "as it is", "cells": cells(always, always)},
+    ]
+    report = make_report([make_finding()], extra={"matrix": rows})
+    markdown, html = render("markdown", [report]), render("html", [report]).split("As Markdown")[0]
+    for text in (markdown, html):
+        assert (
+            text.count("in the way of every recipe: C103, W201") == 1
+            and "after safe fixes" not in text.split("Findings")[0]
+        )
+    assert "| gptq 4-bit g128 | ✓ | ✗ | 2 GPUs G302 |" in markdown and "| … after padding | ✓ | ✓ |  |" in markdown
+    assert "| gptq 4-bit g32 | ✓ | ✓ |  |" in markdown
+    one = [{"plan": "g", "step": "as it is", "cells": cells(("G301",), ("G301",))}]
+    assert "| g | ✗ | ✗ | G301 |" in render("markdown", [make_report([make_finding()], extra={"matrix": one})])
+
+
+def test_html_of_a_comparison_says_size_bits_and_divergence_first():
+    run = {"source_bytes": 269_030_016, "output_bytes": 107_000_000, "bits": 6.364, "peak_bytes": 1 << 30}
+    comparison = {
+        "kl_mean": 0.0123,
+        "kl_span": (0.011, 0.0135),
+        "perplexity_original": 10.0,
+        "perplexity_quantized": 10.2,
+    }
+    found = results.headline(make_report(extra={"run": run, "comparison": comparison}))
+    assert found == [
+        ("size", "269 MB → 107 MB"),
+        ("bits a weight", "6.36"),
+        ("KL, nats", "0.0123 [0.011, 0.0135]"),
+        ("perplexity", "+2.0%"),
+    ]
+    assert results.headline(make_report()) == []
+
+
+def test_on_paper_rules_are_a_paragraph_and_nothing_scrolls_or_is_cut():
+    text = render("html", [BUSY])
+    paper = text[text.index("@media print{") : text.index("</style>")]
+    for law in (
+        ".scroll,.pad,pre,.sums{overflow:visible}",
+        "details.page,.onscreen{display:none!important}",
+        ".inprint{display:block}",
+    ):
+        assert law in paper
+    assert "nowrap,.sums td{white-space:normal" in paper and ".inprint{display:none}" in text
+    short = re.search(r'<div class="pad inprint">.*?</div>', text, re.S)[0]
+    assert all(run.rule.code in short for run in BUSY.runs)
+
+
+def test_a_picture_has_room_for_the_longest_name_of_a_linear():
+    role = {"role": "linear_attn_gate", "absmax": [1.0, 2.0], "nonfinite": [0, 0], "zero": [0.0, 0.0]}
+    text = render("html", [make_report(extra={"heat": {"blocks": 2, "roles": [role]}})])
+    at = re.search(r'<text x="(\d+)"[^>]*>linear_attn_gate', text)
+    assert int(at[1]) >= 5.2 * len("linear_attn_gate")  # letters of 10 pixels, set to the right
+    assert max(map(float, re.findall(r'<rect x="([\d.]+)"', text))) < 684
+
+
 def test_html_shows_what_float16_can_hold_of_the_weights():
     found = {"low": -26, "counts": [1, 2, 40, *[500] * 30, *[0] * 10, 7], "zeros": 3, "nonfinite": 1, "sampled": 15054}
     text = render("html", [make_report(extra={"exponents": found})])

@@ -49,7 +49,7 @@ def kvcache(
     text: str | os.PathLike | None = None,
     rows: int = MEASURED_ROWS,
     measured_context: int = MEASURED_CONTEXT,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> KvReport:

@@ -95,7 +95,7 @@ def tune(
     passes: int | None = None,
     seed: int = 0,
     memory: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: bool = False,
     client: Client | None = None,
     rules_dirs: Iterable[Path] = (),

@@ -16,6 +16,7 @@ from doctor.locale.catalogue import counted, current, language, say, translated
 from doctor.report import presentation, results, verdict
 from doctor.report.drawings import activations, block_errors, exponents, heat, losses, small_percent, strips
 from doctor.report.formats import json_report, markdown
+from doctor.report.matrix_text import blockers, in_every_way, shown
 from doctor.report.presentation import Group
 from doctor.report.text import count, figure, number, safe, seconds, size, window
 
@@ -113,7 +114,8 @@ def _context(report: Report) -> dict:
         "marks": presentation.MARKS,
         "steps": verdict.next_steps(report, found),
         "crashed": [(r.rule.code, safe(translated(r.crashed))) for r in report.crashed],
-        "matrix": [{**row, "why": verdict.blockers(row["cells"])} for row in extra.get("matrix", ())],
+        **_matrix(extra.get("matrix", ())),
+        "headline": results.headline(report),
         "heat": heat(extra.get("heat")),
         "losses": losses(report.linears, report.recipe.method),
         "results": results.results(report),
@@ -136,9 +138,16 @@ def _context(report: Report) -> dict:
         ),
         "files": extra.get("files", ()),
         "rules": [_rule(r) for r in report.runs],
+        "rules_in_short": _rules_in_short(report),
         "skipped_tensors": {safe(k): safe(translated(v)) for k, v in report.skipped_tensors.items()},
         "markdown": markdown.render([report]),
     }
+
+
+def _matrix(rows: list[dict]) -> dict:
+    """The matrix, and the line above it."""
+    common, left = shown(list(rows))
+    return {"matrix": [{**row, "why": blockers(row["cells"])} for row in left], "common": in_every_way(common)}
 
 
 def _card(report: Report, group: Group) -> dict:
@@ -295,6 +304,15 @@ def _differ(says: dict) -> bool:
         if text not in ("", "null")
     ]
     return bool(named) and not set.intersection(*named)
+
+
+def _rules_in_short(report: Report) -> list[tuple[str, str]]:
+    """(what became of them, codes), for paper: a table of every rule takes eight pages."""
+    found: dict[str, list[str]] = {say("run"): [r.rule.code for r in report.runs if r.status == "run"]}
+    found[say("crashed")] = [r.rule.code for r in report.crashed]
+    for code, _name, reason in verdict.skip_reasons(report):
+        found.setdefault(reason, []).append(code)
+    return [(label, " ".join(codes)) for label, codes in found.items() if codes]
 
 
 def _rule(run) -> dict:

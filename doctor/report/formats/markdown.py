@@ -7,6 +7,7 @@ from doctor.lint.engine import Report
 from doctor.lint.explain import code_span
 from doctor.locale.catalogue import say, translated
 from doctor.report import presentation, results, verdict
+from doctor.report.matrix_text import blockers, in_every_way, plan_row, shown
 from doctor.report.presentation import Group
 from doctor.report.text import safe
 
@@ -49,19 +50,21 @@ def _report(report: Report, room: int) -> str:
 
 def matrix(rows: list[dict]) -> str:
     """Plans by GPU count: ready or not, and the codes in the way."""
+    common, rows = shown(rows)
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
-    lines = [
+    lines = [f"{in_every_way(common)}\n"] if common else []
+    lines += [
         f"| {say('recipe')} | "
         + " | ".join([say("1 GPU") if n == 1 else str(n) for n in gpus])
         + f" | {say('in the way')} |",
         "|---|" + ":-:|" * len(gpus) + "---|",
     ]
     for row in rows:
-        name = verdict.plan_row(row)
+        name = plan_row(row)
         lines.append(
             f"| {name} | "
             + " | ".join("✓" if c["ready"] else "✗" for c in row["cells"])
-            + f" | {verdict.blockers(row['cells'])} |"
+            + f" | {blockers(row['cells'])} |"
         )
     return "\n".join(lines)
 

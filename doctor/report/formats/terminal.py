@@ -11,6 +11,7 @@ from doctor.core.version import __version__
 from doctor.lint.engine import Report
 from doctor.locale.catalogue import counted, say, translated
 from doctor.report import presentation, results, verdict
+from doctor.report.matrix_text import blockers, in_every_way, plan_row, shown
 from doctor.report.presentation import Group
 from doctor.report.screen import COLOURS, Screen, aligned, console, styled, wrap
 from doctor.report.text import level, pad, safe, squeeze, window
@@ -318,7 +319,10 @@ def _matrix(screen: Screen, report: Report) -> None:
     if not rows:
         screen.line("  " + say("no matrix: it needs readable tensors and config.json"))
         return
-    wide = max(cell_len(verdict.plan_row(row)) for row in rows)
+    common, rows = shown(rows)
+    if common:
+        screen.hang(Text("  "), Text(in_every_way(common)))
+    wide = max(cell_len(plan_row(row)) for row in rows)
     gpus = [cell["tp"] for cell in rows[0]["cells"]]
     screen.line(
         (
@@ -327,12 +331,12 @@ def _matrix(screen: Screen, report: Report) -> None:
         )
     )
     for row in rows:
-        head = styled(f"  {pad(verdict.plan_row(row), wide)}")
+        head = styled(f"  {pad(plan_row(row), wide)}")
         for cell in row["cells"]:
             head.append("    ✓" if cell["ready"] else "    ✗", COLOURS["ok" if cell["ready"] else "error"])
-        blockers = verdict.blockers(row["cells"])
-        if blockers:
-            screen.hang(styled(head, "       "), Text(blockers))
+        why = blockers(row["cells"])
+        if why:
+            screen.hang(styled(head, "       "), Text(why))
         else:
             screen.line(head)
 

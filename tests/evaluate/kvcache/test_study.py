@@ -360,7 +360,7 @@ def test_bars_are_shown_to_people_only(lang, tmp_path, monkeypatch):
 
     with progress.layer_bars() as tick:
         tick("measure", 1, 2)  # nobody watches a test: nothing happens
-    monkeypatch.setattr(progress, "_watched", lambda: True)
+    monkeypatch.setattr("doctor.cli.stderr.mode", lambda: "bar")
     shown = []
     monkeypatch.setattr("rich.progress.Progress.stop", lambda bar: shown.extend(bar.tasks))
     with catalogue.language(lang), progress.layer_bars() as tick:

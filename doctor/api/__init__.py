@@ -1,0 +1,24 @@
+"""All that a user imports: check, fix, quantize, convert, tune, verify, kvcache, advise, explain, undo, recover.
+
+Modules that only some of them need are imported where they are needed, because a check of headers alone must be fast.
+"""
+
+from doctor.api.checking import check
+from doctor.api.fixing import fix, recover, undo
+from doctor.api.measuring import advise, explain, kvcache, verify
+from doctor.api.quantizing import convert, plan_quantize, quantize, tune
+
+__all__ = [
+    "advise",
+    "check",
+    "convert",
+    "explain",
+    "fix",
+    "kvcache",
+    "plan_quantize",
+    "quantize",
+    "recover",
+    "tune",
+    "undo",
+    "verify",
+]
