@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.quant.forward.passing import logits, passed_layers
@@ -59,8 +60,10 @@ class Ends:
 
     def __init__(self, student: Student, teacher: Skeleton, stride: int = 1):
         self.student, self.teacher, self.stride = student.skeleton, teacher, stride
-        self.student.load_ends()
         teacher.load_ends()
+        student.view.lent = _equal_embeddings(student, teacher)
+        self.student.load_ends()
+        student.view.lent = {}
         _share_equal(self.student.model, teacher.model)
         inside = {id(m) for m in self.student.layers.modules()}
         names = {id(m): t for t, m in _outer_tensors(student).items()}
@@ -139,6 +142,23 @@ def _outer_tensors(student: Student) -> dict[str, nn.Module]:
             source = student.skeleton.source_of(f"{path}.weight")
             if source is not None:
                 found[source] = module
+    return found
+
+
+def _equal_embeddings(student: Student, teacher: Skeleton) -> dict[str, torch.Tensor]:
+    """The original's embeddings by the names of tensors that the quantized checkpoint stores to the same bytes: with
+    the head that is tied to them they are most of what both hold, and need not be read a second time.
+    """
+    ours, theirs, found = student.view.source, teacher.checkpoint, {}
+    for path, module in teacher.base.named_modules():
+        name = teacher.source_of(f"{path}.weight") if isinstance(module, nn.Embedding) else None
+        if name is None or not isinstance(theirs, Checkpoint):
+            continue
+        one, other = ours.tensors.get(name), theirs.tensors.get(name)
+        if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+            continue
+        if all(bool((a == b).all()) for a, b in zip(ours.rows(name), theirs.rows(name), strict=True)):
+            found[name] = module.get_parameter("weight").data
     return found
 
 

@@ -160,12 +160,13 @@ def need(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, len
         layers[x.block or 0] = layers.get(x.block or 0, 0) + x.in_features * x.out_features
         scales += x.out_features * max(1, x.in_features // recipe.group_size if recipe.group_size > 0 else 1)
     states = 4 * length * hidden * (2 * (rows + WATCHED) + ROWS_A_STEP * (len(layers) + 1))
-    ends = 3 * 4 * vocabulary * hidden  # embedding and head in float32, and the original's until the two are compared
+    # In float32: the embedding, held once and beside its stored bytes while it is read; and an own head, read twice.
+    ends = 4 * vocabulary * hidden * (1.5 if spec.tied else 3)
     sizes = budget.needs(checkpoint, spec, recipe, rows, length)
     # of a layer, in float32: weights, their slopes, and half of each for the codes; of a row: what it computes, kept
     computing = 10 * max(layers.values(), default=0) + 4 * sizes.row
     logits = 6 * 4 * TOKENS * vocabulary
-    return sizes.constant + states + ends + max(computing, logits) + 7 * 4 * scales
+    return sizes.constant + states + int(ends) + max(computing, logits) + 7 * 4 * scales
 
 
 def forecast(

@@ -15,6 +15,7 @@ from doctor.cli.main import cli
 from doctor.core.errors import NotQuantizable
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
+from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning import train
 from doctor.quant.tuning.parameters import Gain, Scales
@@ -106,6 +107,16 @@ def test_codes_that_are_read_again_each_time_give_the_same(rounded):
     assert held.values.keys() == read.values.keys()
     assert all(torch.equal(held.values[n], read.values[n]) for n in held.values)
     assert held.progress.watched == read.progress.watched
+
+
+def test_embeddings_that_are_equal_are_held_once(rounded):
+    original, source = map(Checkpoint.open, rounded)
+    student = Student(source, rows_of(1))
+    teacher = Skeleton(original, build_spec(original.value("config.json"), original.tensors))
+    Ends(student, teacher)
+    ours, theirs = (x.base.get_input_embeddings().weight for x in (student.skeleton, teacher))
+    assert ours.data_ptr() == theirs.data_ptr() and ours.dtype == torch.float32
+    assert torch.equal(ours, load_tensor(original, "model.embed_tokens.weight", torch.float32))
 
 
 def test_codes_beyond_the_memory_are_not_held(rounded):
