@@ -123,9 +123,9 @@ def _affordable(recipe: Recipe, spec: ModelSpec, rows: int, length: int) -> int:
         x.out_features * x.in_features**2 for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)
     )
     layers = _CALIBRATING * body * rows * length + _SOLVING * solving
-    head, length = head / stride(spec), min(length, LENGTH)
-    watching = WATCHED * length * (body + LOOKS * (body + 2 * head))
-    return int((layers - watching) / max(1, length * (_TRAINING * body + _TRAINING_HEAD * head)))
+    length, compared = min(length, LENGTH), head / stride(spec)
+    watching = WATCHED * length * (body + LOOKS * (body + 2 * compared))
+    return int((layers - watching) / max(1, length * (_TRAINING * body + _TRAINING_HEAD * compared)))
 
 
 def stride(spec: ModelSpec) -> int:
