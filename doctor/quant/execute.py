@@ -184,9 +184,12 @@ def tune_finished(built: Built, tune: str | int) -> Built:
     if tuning is None:
         return built
     _tell_time(asked, tuning, started)
-    staged.change(values)
     notes = [*built.notes, *tuning_notes(tuning)]
     staged.add_to_receipt({"notes": notes})
+    if not values:
+        report = replace(built.report, extra={**built.report.extra, **tuning_shown(tuning)})
+        return replace(built, report=report, notes=notes)
+    staged.change(values)
     return _read_back(asked, calibrated, staged, built.done, notes, tuning)
 
 

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from doctor.quant.prepare import Calibrated
 from doctor.quant.solve import gptq
 from doctor.quant.solve.hessian import Hessian
 from tests.helpers import gguf_models
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
+from demo import train as teach
 
 RECIPE = Recipe(group_size=32, format="compressed-tensors")
 
@@ -108,6 +112,29 @@ def test_the_uniform_model_is_written_where_the_mixture_is_no_closer(model, tmp_
     assert [g["weights"]["num_bits"] for g in raw["config_groups"].values()] == [4]
     assert not list(tmp_path.glob(".o*"))
     assert found.report.extra["allocation"]["written"] == "uniform"
+
+
+def test_the_better_model_alone_is_tuned(tmp_path):
+    asked, taught = [], teach(tiny("llama").write(tmp_path / "model"), steps=60)
+
+    def diverge(source, folder, rows):
+        asked.append(folder)
+        return divergence(source, folder, rows)
+
+    def run(name, tune):
+        options = {"calibration": None, "rows": 24, "diverge": diverge, "tune": tune}
+        return mixed(taught, tmp_path / name, None, options=options, bpw=4.0, measurement=tmp_path / "m.json")
+
+    (plain, _said), (tuned, said) = run("plain", "off"), run("tuned", 12)
+    assert len(asked) == 4 and sum("step 0 of" in str(line) for line in said) == 1
+    facts = tuned.report.extra["tuning"]
+    assert facts["written"] and facts["end"] < facts["start"] and "tuning" not in plain.report.extra
+    assert tuned.report.extra["allocation"] == plain.report.extra["allocation"]  # compared before it was tuned
+    before, after = (Checkpoint.open(x.output) for x in (plain, tuned))
+    changed = {n for n in before.tensors if bytes(before.load(n)) != bytes(after.load(n))}
+    assert changed and all(n.endswith("weight_scale") or "norm" in n for n in changed)
+    notes = json.loads((tuned.output / "doctor.json").read_text())["notes"]
+    assert any("scales tuned on 12 rows" in note for note in notes)
 
 
 def test_gptq_files_say_the_widths_of_a_mixture_under_dynamic(model, tmp_path, text):
