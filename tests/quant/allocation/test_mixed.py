@@ -196,6 +196,15 @@ def test_vllm_gets_only_widths_that_it_reads(model):
     assert ladder(checkpoint, spec, RECIPE, Budget(bpw=6)).widths == (3, 4, 5, 6, 7, 8)
 
 
+def test_a_budget_is_met_by_what_prints_as_the_same_number(model):
+    checkpoint = Checkpoint.open(model)
+    spec = build_spec(checkpoint.value("config.json"), checkpoint.tensors)
+    uniform = ladder(checkpoint, spec, RECIPE, Budget(bpw=6))
+    size = uniform.uniform_bpw()  # 16 bytes of each linear are its shape
+    same, less = (ladder(checkpoint, spec, RECIPE, Budget(bpw=size - d)) for d in (0.0004, 0.001))
+    assert same.uniform == uniform.uniform and less.uniform_bpw() < size
+
+
 def test_experts_of_a_layer_and_joined_linears_share_a_width(tmp_path):
     checkpoint = Checkpoint.open(tiny("mixtral").write(tmp_path / "m"))
     spec = build_spec(checkpoint.value("config.json"), checkpoint.tensors)
