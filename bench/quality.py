@@ -1,7 +1,8 @@
 """Perplexity after quantization, ours beside other tools', on the same rows and under the same judge.
 
-    python bench/quality.py table .cache/smollm2 [--tools doctor,gptqmodel,rtn] [--bits 4] [--group-size 64]
+    python bench/quality.py table .cache/smollm2 [--tools doctor,gptqmodel,gptqmodel+tune] [--bits 4] [--group-size 64]
 
+`doctor` is the command with its defaults, `doctor-plain` without tuning; TOOL+tune is `doctor tune` of what TOOL wrote.
 Every tool gets the same calibration rows as token ids (text_rows.py), runs in a process and a virtual
 environment of its own (tests/clients/setup.sh hf), and writes a checkpoint. The judge then loads each
 checkpoint with transformers in one more process and takes the perplexity on held-out rows:
@@ -230,9 +231,13 @@ def command_of(tool: str, options, rows: Path, out: Path) -> list[str]:
             str(out),
             *size,
         ]
-    tool, _, limit = tool.partition("@")
-    method = {"doctor": "gptq", "doctor-awq": "awq", "doctor-rtn": "rtn"}[tool]
     doctor = Path(sys.executable).with_name("doctor")
+    if tool.endswith("+tune"):  # of what another tool, or doctor-plain, wrote earlier in this run
+        other = out.with_name(out.name.replace(tool, tool.removesuffix("+tune")))
+        where = ["--to", options.model, "-o", str(out)]
+        return [str(doctor), "tune", str(other), *where, "--calibration", str(rows), "--rows", str(options.tune_rows)]
+    tool, _, limit = tool.partition("@")
+    method = {"doctor": "gptq", "doctor-plain": "gptq", "doctor-awq": "awq", "doctor-rtn": "rtn"}[tool]
     return [
         str(doctor),
         "quantize",
@@ -244,7 +249,10 @@ def command_of(tool: str, options, rows: Path, out: Path) -> list[str]:
         *size,
         "--calibration",
         str(rows),
+        "--verify",
+        "0",
         *(["--memory", limit] if limit else []),
+        *(["--tune", "off"] if tool == "doctor-plain" else []),
     ]
 
 
@@ -329,6 +337,7 @@ def main() -> None:
     sub = command("rows", write_rows, "model", "out")
     whole = command("table", table, "model")
     whole.add_argument("--tools", default="doctor,gptqmodel")
+    whole.add_argument("--tune-rows", type=int, default=32, help="of a tool TOOL+tune, which tunes what TOOL wrote")
     whole.add_argument("--work", default=str(ROOT / ".cache" / "quality"))
     for each in (sub, whole):
         each.add_argument("--calibration-rows", type=int, default=CALIBRATION_ROWS)

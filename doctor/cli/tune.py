@@ -42,7 +42,7 @@ from doctor.core.messages import _
     help=_("Text to tune on, as for quantize.  [default: Python's documentation; yours is better]"),
 )
 @option("--rows", type=int, default=None, help=_("Rows; one in eight is watched and not trained on.  [default: 64]"))
-@option("--max-seq-length", type=int, default=None, help=_("Tokens per row, at most."))
+@option("--max-seq-length", type=int, default=None, help=_("Tokens per row, at most.  [default: 256]"))
 @option(
     "--passes", type=int, default=None, help=_("Times that a row is trained on.  [default: 2 up to 48 rows, else 1]")
 )

@@ -6,6 +6,7 @@ checkpoint_format gives the same wrong weights here as there, which is what `ver
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -74,11 +75,12 @@ def _decoded(checkpoint: Checkpoint) -> Checkpoint:
 
 class Dequantized:
     """A Checkpoint's reading interface over dequantized weights: `tensors` and `load` give float32 for quantized
-    linears.
+    linears. lent: stored tensors that are in memory already, in whatever dtype, for `load_on` alone.
     """
 
     def __init__(self, source: Checkpoint, quantization: Quantization):
         self.source, self.quantization = source, quantization
+        self.lent: Mapping[str, torch.Tensor] = {}
         words = "." + self.format.words
         self.modules = sorted(n.removesuffix(words) for n in source.tensors if n.endswith(words))
         own = {f"{module}.{part}" for module in self.modules for part in self.format.part_names}
@@ -126,8 +128,10 @@ class Dequantized:
 
     def load_on(self, name: str, device: torch.device | str) -> torch.Tensor | None:
         """f32[out_features, in_features] of a dequantized weight, its words moved to the device before they are
-        unpacked; None for a stored tensor.
+        unpacked; None for a stored tensor that is not lent.
         """
+        if name in self.lent:
+            return self.lent[name].to(device)
         if self._stored(name):
             return None
         module = name.removesuffix(".weight")

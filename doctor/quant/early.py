@@ -36,8 +36,10 @@ from doctor.plan.mixture import with_mixture
 from doctor.quant import budget
 from doctor.quant.allocation.ladder import refuse_budget
 from doctor.quant.calibration.documents import require_text, require_text_of
+from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, ROWS
 from doctor.quant.capacity import measure
 from doctor.quant.stage import Stage, require_room
+from doctor.quant.tuning.wanted import AUTO, refuse_tuning, require_memory
 from doctor.scan.header import DECODED
 
 # Rules that say that tensors, or files with them, cannot be read at all.
@@ -55,6 +57,9 @@ def refused_by_headers(
     unsafe_fixes: bool | Iterable[str] = False,
     memory: int | None = None,
     calibration: str | os.PathLike | None = None,
+    rows: int = ROWS,
+    max_seq_length: int = MAX_SEQ_LENGTH,
+    tune: str | int = AUTO,
     preflight: bool = False,
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
@@ -74,6 +79,7 @@ def refused_by_headers(
     rules = select_rules(load_rules(rules_dirs), select, ignore)
     recipe = replace(recipe, keep=(*recipe.keep, *keep), goal="quantize")
     require_unrounded(source)
+    refuse_tuning(tune, recipe)
     if others.get("budget") is not None:
         refuse_budget(source, recipe, others["budget"])
     view, decoding = read_as_floats(source, recipe, rules)
@@ -86,6 +92,9 @@ def refused_by_headers(
         require_named(view, spec, recipe)
         recipe = with_mixture(recipe, spec)
         _require_machine(view, spec, config, recipe, memory)
+        if not preflight:
+            length = min(max_seq_length, spec.max_positions or max_seq_length)
+            require_memory(tune, view, spec, recipe, rows, length, memory)
         machine = measure(view, spec, recipe, place)
         if not preflight and others.get("budget") is None:  # a mixture says itself how large it is
             folder = next(p for p in (place, *place.parents) if p.exists())

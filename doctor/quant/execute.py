@@ -6,11 +6,13 @@ The caller decides whether it is committed: a mixture of widths is compared with
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.messages import _, listed
-from doctor.core.records import CalibrationFacts
+from doctor.core.records import CalibrationFacts, TuningFacts
 from doctor.fixing.assess import assess
 from doctor.fixing.loading import judged_proof
 from doctor.fixing.output_summary import files, receipt_summary
@@ -32,19 +34,26 @@ from doctor.quant.setup import Survey
 from doctor.quant.stage import damage_note
 from doctor.quant.stream.choose import choose
 from doctor.quant.stream.run import run as stream
-from doctor.quant.tuning.within import tuned, tuning_notes, tuning_shown
+from doctor.quant.tuning.within import state_of, tuned, tuning_notes, tuning_shown
 from doctor.quant.vision import vision_linears
+
+_RESUME = _("Finished layers are kept: run again with --resume, and with --tune off or more --memory.")
+_OMIT = _("Leave --tune out, or run `doctor tune` on the output.")
 
 
 @dataclass
 class Built:
-    """A run that is not committed yet. staged: the whole output; None where a finding of the report forbids it."""
+    """A run that is not committed yet. staged: the whole output; None where a finding of the report forbids it.
+    calibrated, done: what the layers were given, and what they gave.
+    """
 
     report: Report
     staged: export.Output | None
     calibration: CalibrationFacts | None
     notes: list[str]
     ending: Ending | None = None
+    calibrated: Calibrated | None = None
+    done: Result | None = None
 
     def commit(self, overwrite: bool) -> QuantizeResult:
         """The output in its place, where there is one, and then compared with its original."""
@@ -151,16 +160,57 @@ def _finish(
     linears: Linears,
     join: bool,
 ) -> Built:
-    """Write, and read back under all rules; what has an error is gone."""
+    """Tune and write, and read back under all rules; what has an error is gone."""
     started = time.perf_counter()
     checked, facts = calibrated.checked, calibrated.facts
     source = checked.assessment.checkpoint
     if asked.imatrix and facts:
         write_imatrix(asked.imatrix, staged.parts(), source.value("config.json") or {}, facts.tokens, facts.source)
-    values, tuning = tuned(asked, calibrated, staged, kept, linears)
+    parts = partial(staged.as_checkpoint, source, checked.recipe, kept, linears)
+    values, tuning = tuned(asked, calibrated, parts, _RESUME, partial(state_of, staged))
+    _tell_time(asked, tuning, started)
     notes += tuning_notes(tuning)
     document = receipt(source_mark(source), checked.recipe, facts, done, notes)
     staged.finish(source, checked.recipe, kept, document, linears, join, values)
+    return _read_back(asked, calibrated, staged, done, notes, tuning)
+
+
+def tune_finished(built: Built, tune: str | int) -> Built:
+    """A run that was finished without tuning, tuned as `tune` says and judged again."""
+    staged, calibrated, started = built.staged, built.calibrated, time.perf_counter()
+    assert staged and calibrated and built.ending and built.done
+    asked = replace(built.ending.asked, tune=tune)
+    values, tuning = tuned(asked, calibrated, lambda: nullcontext(Checkpoint.open(staged.stage)), _OMIT)
+    if tuning is None:
+        return built
+    _tell_time(asked, tuning, started)
+    notes = [*built.notes, *tuning_notes(tuning)]
+    staged.add_to_receipt({"notes": notes})
+    if not values:
+        report = replace(built.report, extra={**built.report.extra, **tuning_shown(tuning)})
+        return replace(built, report=report, notes=notes)
+    staged.change(values)
+    return _read_back(asked, calibrated, staged, built.done, notes, tuning)
+
+
+def _tell_time(asked: Asked, tuning: TuningFacts | None, started: float) -> None:
+    if tuning is not None and not tuning.reason:
+        asked.progress(
+            _("tune: {rows} rows ({seconds:.1f} s)", rows=tuning.rows, seconds=time.perf_counter() - started)
+        )
+
+
+def _read_back(
+    asked: Asked,
+    calibrated: Calibrated,
+    staged: export.Output,
+    done: Result,
+    notes: list[str],
+    tuning: TuningFacts | None,
+) -> Built:
+    """Judge what was written under all rules, and let the client load it; what has an error is gone."""
+    started = time.perf_counter()
+    checked, facts = calibrated.checked, calibrated.facts
     written = Checkpoint.open(staged.stage)
     after = assess(written, replace(checked.recipe, goal=""), asked.rules)
     before = {(f.code, f.message) for f in checked.assessment.findings}
@@ -185,4 +235,4 @@ def _finish(
             notes.append(note)
         else:
             asked.progress(note)
-    return Built(report, staged, facts, notes, Ending(asked, checked, facts))
+    return Built(report, staged, facts, notes, Ending(asked, checked, facts), calibrated, done)

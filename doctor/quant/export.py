@@ -189,6 +189,12 @@ class Output(Stage):
         for leftover in (*parts, *self.stage.glob("*.tmp"), self.stage / TUNING, self.stage / JOURNAL):
             leftover.unlink(missing_ok=True)
 
+    def change(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Overwrite tensors of a finished stage, each with a value of its own shape and dtype."""
+        shards = Checkpoint.open(self.stage).tensors
+        with machine_errors(self.stage, FREE_SPACE):
+            put_values(self.stage, {name: shards[name].shard for name in values}, values)
+
     def add_to_receipt(self, more: dict) -> None:
         """What became known of a finished stage after its receipt was written."""
         path = self.stage / RECEIPT

@@ -142,12 +142,13 @@ def _quantize_layers(setup: Setup, recipe: Recipe) -> Result:
     activations = open_activations(setup)
     done = Result(recipe)
     spent: list[float] = []
-    for i in range(len(setup.skeleton.layers)):
+    known = [finished_records(setup.output, i) for i in range(len(setup.skeleton.layers))]
+    unsolved = max((i for i, records in enumerate(known) if records is None), default=-1)
+    for i, finished in enumerate(known):
         started = time.perf_counter()
         with torch.no_grad():
-            finished = finished_records(setup.output, i)
-            if finished is not None:
-                layer = replay_layer(setup, activations, i, done.recipe, finished)
+            if finished is not None:  # its outputs are for layers that follow
+                layer = replay_layer(setup, activations if i < unsolved else None, i, done.recipe, finished)
             elif setup.earlier is not None and not setup.earlier.fails_in(setup.skeleton.linears.get(i, {})):
                 layer = carry_layer(setup, setup.earlier, activations, i, done.recipe)
             else:

@@ -50,8 +50,8 @@ from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
 from doctor.quant.quantize_result import QuantizeResult
 from doctor.quant.stage import require_no_work
-from doctor.quant.tuning.within import AUTO, OFF, refuse_tuning, require_text
-from doctor.quant.tuning.within import forecast as tuning_forecast
+from doctor.quant.tuning.wanted import AUTO, OFF, refuse_tuning, require_text
+from doctor.quant.tuning.wanted import forecast as tuning_forecast
 
 
 def quantize(

@@ -23,6 +23,7 @@ from doctor.lint.testing import FAMILIES, encode, tiny
 from doctor.model.linears import Linear
 from doctor.model.spec import build_spec
 from doctor.quant import activations, budget, export, job, layer, setup
+from doctor.quant.activations import Activations
 from doctor.quant.dequantize import as_float
 from doctor.quant.forward import staged, suspended
 from doctor.quant.forward.hidden_states import HiddenStates, make_batches
@@ -173,8 +174,11 @@ def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(tmp_p
     solved = []
     real = gptq.solve
     monkeypatch.setattr(gptq, "solve", lambda *a, **k: solved.append(1) or real(*a, **k))
+    advance, computed = Activations.advance, []
+    monkeypatch.setattr(Activations, "advance", lambda self, i: computed.append(i) or advance(self, i))
     result = quantized(tiny("llama"), tmp_path, text, resume=True)
     assert len(solved) == 7 * (2 - min(call - 1, 2))
+    assert computed == ([0] if call == 2 else []), "outputs of finished layers are for those that follow"
     assert len(result.linears) == 14
     assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "whole")
 

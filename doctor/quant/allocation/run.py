@@ -2,8 +2,8 @@
 
 The run of one width is no detour. Its Hessians measure what every width would do to every linear, and its output is
 the guard: a prediction of the mixture's divergence is an estimate, by which single linears look better than they are,
-so both models are compared with the original on rows that neither was calibrated on. The better one is written, and
-both figures are reported.
+so both models are compared with the original on rows that neither was calibrated on. The better one is tuned and
+written, and both figures are reported: they are of the models before tuning, which helps either.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from doctor.quant.allocation.measure import Hurts, WidthSurvey
 from doctor.quant.allocation.sensitivity import ROWS, Sensitivities, Sensitivity
 from doctor.quant.calibration.pictures import SeenRow
 from doctor.quant.distributed import Ranks
-from doctor.quant.execute import Built, build
+from doctor.quant.execute import Built, build, tune_finished
 from doctor.quant.forward.hidden_states import make_batches
 from doctor.quant.prepare import Asked, Calibrated, Checked
 from doctor.quant.quantize_result import QuantizeResult
 from doctor.quant.stage import stage_of
+from doctor.quant.tuning.wanted import OFF
 
 HELD_BACK = 8  # rows, at most, and one in HELD_SHARE at most
 HELD_SHARE = 8
@@ -105,7 +106,7 @@ def quantize_mixed(asked: Asked, calibrated: Calibrated, mixing: Mixing, check: 
             return other.commit(asked.overwrite)
         try:
             better = _better(asked, calibrated, steps, chosen, one, other, held, mixing.diverge)
-            if better.staged is one.staged:
+            if better.staged is not other.staged:
                 other.staged.discard()
                 one.staged.destination = asked.output
             return better.commit(asked.overwrite)
@@ -158,7 +159,7 @@ def _sensitivities(asked: Asked, calibrated: Calibrated) -> Sensitivities:
 
 def _built(asked: Asked, calibrated: Calibrated, checked: Checked, survey: WidthSurvey | None) -> Built:
     return build(
-        replace(asked, recipe=checked.recipe),
+        replace(asked, recipe=checked.recipe, tune=OFF),
         replace(calibrated, checked=checked),
         Ranks(),
         survey,
@@ -243,8 +244,9 @@ def _better(
             winner=_("mixture") if wins else _("uniform model"),
         )
     )
-    built = other if wins else one
-    assert built.staged is not None
+    built = tune_finished(other if wins else one, asked.tune)
+    if built.staged is None:
+        return built
     store = calibrated.checked.assessment.store
     store.put(ALLOCATION, fact)
     built.staged.add_to_receipt({"allocation": asdict(fact)})

@@ -99,6 +99,12 @@ class Student:
     def __len__(self) -> int:
         return len(self.skeleton.layers)
 
+    @property
+    def bits(self) -> float:
+        """Of a code, the mean over linears."""
+        linears = [linear.name for layer in self._layers for linear in layer.packed]
+        return sum(self.view.quantization.scheme_of(name).bits for name in linears) / max(1, len(linears))
+
     def run(self, i: int, states: list[torch.Tensor], rows: list[int]) -> list[torch.Tensor]:
         """Outputs of layer i for hidden states f32[1, length, hidden] of these rows."""
         with torch.no_grad(), self._bound(i, slopes=False):

@@ -5,9 +5,9 @@ tokens at a time, so that a vocabulary of 260,000 does not fill the memory. A st
 model, one layer in memory at a time, keeps each layer's inputs, and goes back through the layers, each computed again
 from its inputs. Labels play no part: the original is the teacher, so nothing is learnt that it does not know.
 
-One row in WATCH, or those that the caller names, is never trained on. Its KL decides which state is kept, and whether
-any is: tuning that does not lower it leaves the checkpoint as it was. After each look at those rows the state can be
-saved (saved.py), and a run that starts from it ends in the same bytes.
+One row in WATCH, or those that the caller names, is never trained on. Its KL, half way and at the end, decides which
+state is kept, and whether any is: tuning that does not lower it leaves the checkpoint as it was. The state can be saved
+on the way (saved.py), and a run that starts from it ends in the same bytes.
 
 Sources: Kingma & Ba 2015 (arXiv 1412.6980) for Adam; parameters.py for what is tuned.
 """
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.quant.forward.passing import logits, passed_layers
@@ -29,16 +30,14 @@ from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import BOUND, Gain, is_norm
 from doctor.quant.tuning.saved import Saved
 from doctor.quant.tuning.student import Student, add_slope, gain_of, put, take_back
+from doctor.quant.tuning.wanted import LOOKS, ROWS_A_STEP, TOKENS
 
 WATCH = 8  # one row in so many is watched and not trained on
-ROWS_A_STEP = 2
 RATE = 2e-3  # relative change of a scale in one of Adam's full steps
 WARM_UP = 3  # steps
 LAST_SHARE = 0.02  # of RATE, in the last step
 BETAS = (0.9, 0.95)
-TOKENS = 64  # whose logits are made at a time
-WORSE = 2  # looks in a row that lower nothing end it
-LOOKS = 4  # how often the watched rows are looked at in one pass, but not more often than every WARM_UP + 1 steps
+SAVE_EVERY = 4  # steps
 
 
 @dataclass
@@ -54,12 +53,17 @@ class Progress:
 
 
 class Ends:
-    """What turns last hidden states into logits, of the original and of the quantized model, and KL between the two."""
+    """What turns last hidden states into logits, of the original and of the quantized model, and KL between the two.
 
-    def __init__(self, student: Student, teacher: Skeleton):
-        self.student, self.teacher = student.skeleton, teacher
-        self.student.load_ends()
+    stride: the logits of one token in so many are compared, where those of all would take most of the work.
+    """
+
+    def __init__(self, student: Student, teacher: Skeleton, stride: int = 1):
+        self.student, self.teacher, self.stride = student.skeleton, teacher, stride
         teacher.load_ends()
+        student.view.lent = _equal_embeddings(student, teacher)
+        self.student.load_ends()
+        student.view.lent = {}
         _share_equal(self.student.model, teacher.model)
         inside = {id(m) for m in self.student.layers.modules()}
         names = {id(m): t for t, m in _outer_tensors(student).items()}
@@ -73,11 +77,15 @@ class Ends:
             student.tunables[gain.tensor] = gain
         self.changes = student.changes
 
+    def compared(self, length: int) -> int:
+        """How many tokens of a row are compared."""
+        return len(range(length)[:: self.stride])
+
     def divergence(
         self, ids: torch.Tensor, wanted: torch.Tensor, states: torch.Tensor, found: dict | None = None
     ) -> tuple[float, torch.Tensor | None]:
-        """(sum over tokens of KL in nats, its slope for `states`) of a row's last hidden states f32[1, length, hidden]
-        against the original's. found: gets the slopes of the final norm's changes; None computes no slope.
+        """(sum over compared tokens of KL in nats, its slope for `states`) of a row's last hidden states f32[1, length,
+        hidden] against the original's. found: gets the slopes of the final norm's changes; None computes no slope.
         """
         total, slope = 0.0, torch.zeros_like(states) if found is not None else None
         leaves = []
@@ -91,18 +99,19 @@ class Ends:
                     leaf = gain.weight(self.changes[gain.tensor]).requires_grad_(found is not None)
                     put(module, leaf)
                     leaves.append((gain, leaf))
-                for begin in range(0, ids.shape[1], TOKENS):
-                    part = slice(begin, begin + TOKENS)
+                for begin in range(0, ids.shape[1], TOKENS * self.stride):
+                    part = slice(begin, begin + TOKENS * self.stride, self.stride)
                     with torch.no_grad():
                         teach(wanted[:, part])
                         goal = logits(self.teacher, ids[:, part]).log_softmax(-1)
                     given = states[:, part].detach().requires_grad_(found is not None)
                     learn(given)
-                    got = logits(self.student, ids[:, part]).log_softmax(-1)
-                    loss = nn.functional.kl_div(got, goal, reduction="sum", log_target=True)
-                    total += float(loss.detach())
+                    got = logits(self.student, ids[:, part])
+                    with torch.no_grad():
+                        loss, back = divergence_of(got.detach(), goal)
+                    total += loss
                     if slope is not None:
-                        loss.backward()
+                        got.backward(back)
                         assert given.grad is not None
                         slope[:, part] = given.grad
                 if found is not None:
@@ -115,6 +124,16 @@ class Ends:
         return total, slope
 
 
+def divergence_of(got: torch.Tensor, goal: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """(sum over tokens of KL in nats, its slope for `got`) of logits f32[tokens, vocabulary] against `goal`, the
+    original's logarithms of probabilities, which is overwritten.
+    """
+    found = got.log_softmax(-1)
+    wanted = goal.exp()
+    loss = float((goal.sub_(found)).mul_(wanted).sum())
+    return loss, found.exp_().sub_(wanted)
+
+
 def _outer_tensors(student: Student) -> dict[str, nn.Module]:
     """Checkpoint name of a weight outside the layers -> its module."""
     found = {}
@@ -123,6 +142,23 @@ def _outer_tensors(student: Student) -> dict[str, nn.Module]:
             source = student.skeleton.source_of(f"{path}.weight")
             if source is not None:
                 found[source] = module
+    return found
+
+
+def _equal_embeddings(student: Student, teacher: Skeleton) -> dict[str, torch.Tensor]:
+    """The original's embeddings by the names of tensors that the quantized checkpoint stores to the same bytes: with
+    the head that is tied to them they are most of what both hold, and need not be read a second time.
+    """
+    ours, theirs, found = student.view.source, teacher.checkpoint, {}
+    for path, module in teacher.base.named_modules():
+        name = teacher.source_of(f"{path}.weight") if isinstance(module, nn.Embedding) else None
+        if name is None or not isinstance(theirs, Checkpoint):
+            continue
+        one, other = ours.tensors.get(name), theirs.tensors.get(name)
+        if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+            continue
+        if all(bool((a == b).all()) for a, b in zip(ours.rows(name), theirs.rows(name), strict=True)):
+            found[name] = module.get_parameter("weight").data
     return found
 
 
@@ -186,43 +222,48 @@ class Trainer:
         self.moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
             name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in student.changes.items()
         }
-        self.look_every = max(WARM_UP + 1, len(self.schedule) // passes // LOOKS)
+        steps = len(self.schedule)
+        self.looks = {-(-steps * look // (LOOKS - 1)) for look in range(1, LOOKS)}
 
     def train(self) -> dict[str, torch.Tensor]:
         """The changes, rounded to what is stored, under which the watched rows diverge least; all zero where tuning
         does not help. Raises NotQuantizable where a step is not finite.
         """
-        begin, least, worse = self._taken_up() or (0, self._look(0), 0)
+        begin, least = self._taken_up() or (0, self._look(0))
         for step in range(begin, len(self.schedule)):
-            if worse == WORSE:
-                break
             self._step(step, self.schedule[step])
-            if (step + 1) % self.look_every and step + 1 < len(self.schedule):
-                continue
-            present = self.student.changes
-            self.student.changes = self.ends.changes = {
-                name: self.student.tunables[name].rounded(x) for name, x in present.items()
-            }
-            seen = self._look(step + 1)
-            if seen < least:
-                self.best, least, worse = self.student.changes, seen, 0
-            else:
-                worse += 1
-            self.student.changes = self.ends.changes = present
-            self._keep(step + 1, least, worse)
+            done = step + 1
+            if done in self.looks:
+                least = self._judged(done, least)
+            if done in self.looks or done % SAVE_EVERY == 0:
+                self._keep(done, least)
+            if done in self.looks and least == self.progress.start:
+                break  # what half of the rows did not lower, the rest will not
         return self.best
 
-    def _keep(self, step: int, least: float, worse: int) -> None:
+    def _judged(self, step: int, least: float) -> float:
+        """The least KL of the watched rows so far: of `least`, or of the present changes as they are stored."""
+        present = self.student.changes
+        self.student.changes = self.ends.changes = {
+            name: self.student.tunables[name].rounded(x) for name, x in present.items()
+        }
+        seen = self._look(step)
+        if seen < least:
+            self.best, least = self.student.changes, seen
+        self.student.changes = self.ends.changes = present
+        return least
+
+    def _keep(self, step: int, least: float) -> None:
         """Save the state after `step` steps."""
         if self.saved is None:
             return
         first, second = ({name: pair[i] for name, pair in self.moments.items()} for i in (0, 1))
         tensors = {"present": self.student.changes, "best": self.best, "first": first, "second": second}
         seen = {"watched": self.progress.watched, "trained": self.progress.trained}
-        self.saved.keep(tensors, {"step": step, "least": least, "worse": worse, **seen})
+        self.saved.keep(tensors, {"step": step, "least": least, **seen})
 
-    def _taken_up(self) -> tuple[int, float, int] | None:
-        """(steps done, least KL, looks since) of an interrupted run, whose state this becomes; None without one."""
+    def _taken_up(self) -> tuple[int, float] | None:
+        """(steps done, least KL) of an interrupted run, whose state this becomes; None without one."""
         found = self.saved.take_up(self.student.skeleton.device) if self.saved else None
         if found is None:
             return None
@@ -232,7 +273,7 @@ class Trainer:
         self.moments = {name: (x, tensors["second"][name]) for name, x in tensors["first"].items()}
         self.progress.watched = [(int(step), float(kl)) for step, kl in state["watched"]]
         self.progress.trained = state["trained"]
-        return state["step"], state["least"], state["worse"]
+        return state["step"], state["least"]
 
     def _look(self, step: int) -> float:
         """Mean KL of the watched rows."""
@@ -243,7 +284,7 @@ class Trainer:
             self.ends.divergence(self.student.rows[r], self.wanted[r], x)[0]
             for r, x in zip(self.watch, states, strict=True)
         )
-        value = total / sum(self.student.rows[r].shape[1] for r in self.watch)
+        value = total / self._compared(self.watch)
         if not math.isfinite(value):
             raise NotQuantizable(
                 _("tuning, step {step}: the divergence of the watched rows is {value}.", step=step, value=value)
@@ -259,6 +300,9 @@ class Trainer:
         )
         return value
 
+    def _compared(self, rows: list[int]) -> int:
+        return sum(self.ends.compared(self.student.rows[r].shape[1]) for r in rows)
+
     def _forward(self, rows: list[int]) -> list[list[torch.Tensor]]:
         """Inputs of each layer for these rows, then the last one's outputs."""
         states = [[self.student.first[r] for r in rows]]
@@ -269,7 +313,7 @@ class Trainer:
     def _step(self, step: int, rows: list[int]) -> None:
         states = self._forward(rows)
         found: dict[str, torch.Tensor] = {}
-        tokens = sum(self.student.rows[r].shape[1] for r in rows)
+        tokens = self._compared(rows)
         slopes, total = [], 0.0
         for r, x in zip(rows, states.pop(), strict=True):
             loss, slope = self.ends.divergence(self.student.rows[r], self.wanted[r], x, found)

@@ -34,7 +34,7 @@ from doctor.lint.engine import Report, load_rules
 from doctor.lint.rule import Rule
 from doctor.model.spec import build_spec
 from doctor.quant.budget import free_memory
-from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, calibration_rows
+from doctor.quant.calibration.rows import calibration_rows
 from doctor.quant.client import Client
 from doctor.quant.dequantize import as_float
 from doctor.quant.device import device_free, device_memory, device_of
@@ -43,11 +43,13 @@ from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import Gain, Scales
 from doctor.quant.tuning.saved import Saved
 from doctor.quant.tuning.student import Student, tunable
-from doctor.quant.tuning.train import Ends, Progress, Trainer, last_states
+from doctor.quant.tuning.train import RATE, Ends, Progress, Trainer, last_states
+from doctor.quant.tuning.wanted import LENGTH, stride
 
 COMMAND = "tune"
 ROWS = 64
 FEW_ROWS = 48  # up to so many rows are seen twice: more gain the same from one pass
+FULL_BITS = 4  # each bit less doubles the errors, and what scales have to move
 _DONOR = "tuned"  # what receipts call the place that the new values come from
 
 
@@ -91,7 +93,7 @@ def tune(
     *,
     calibration: str | os.PathLike | None = None,
     rows: int = ROWS,
-    max_seq_length: int = MAX_SEQ_LENGTH,
+    max_seq_length: int = LENGTH,
     passes: int | None = None,
     seed: int = 0,
     memory: int | None = None,
@@ -169,16 +171,19 @@ def tuned_values(
     watch = list(range(len(rows), len(rows) + len(unseen))) if unseen else None
     ids = [torch.tensor([row]) for row in [*rows, *(unseen or ())]]
     teacher = as_float(original)
-    skeleton = Skeleton(teacher, build_spec(teacher.value("config.json") or {}, teacher.tensors), device)
-    say(_("tune: the original on {rows} rows", rows=len(ids)))
+    spec = build_spec(teacher.value("config.json") or {}, teacher.tensors)
+    skeleton = Skeleton(teacher, spec, device)
+    longest = max(row.shape[1] for row in ids)
+    say(_("tune: the original on {rows} rows of {tokens} tokens at most", rows=len(ids), tokens=longest))
     wanted = last_states(skeleton, ids)
     student = Student(quantized, ids, device, memory)
     trainer = Trainer(
         student,
-        Ends(student, skeleton),
+        Ends(student, skeleton, stride(spec)),
         wanted,
         passes=passes or (2 if len(rows) <= FEW_ROWS else 1),
         seed=seed,
+        rate=RATE * 2 ** max(0.0, FULL_BITS - student.bits),
         say=say,
         watch=watch,
         saved=saved,

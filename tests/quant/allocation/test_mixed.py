@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from doctor.quant.prepare import Calibrated
 from doctor.quant.solve import gptq
 from doctor.quant.solve.hessian import Hessian
 from tests.helpers import gguf_models
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
+from demo import train as teach
 
 RECIPE = Recipe(group_size=32, format="compressed-tensors")
 
@@ -110,6 +114,29 @@ def test_the_uniform_model_is_written_where_the_mixture_is_no_closer(model, tmp_
     assert found.report.extra["allocation"]["written"] == "uniform"
 
 
+def test_the_better_model_alone_is_tuned(tmp_path):
+    asked, taught = [], teach(tiny("llama").write(tmp_path / "model"), steps=60)
+
+    def diverge(source, folder, rows):
+        asked.append(folder)
+        return divergence(source, folder, rows)
+
+    def run(name, tune):
+        options = {"calibration": None, "rows": 24, "diverge": diverge, "tune": tune}
+        return mixed(taught, tmp_path / name, None, options=options, bpw=4.0, measurement=tmp_path / "m.json")
+
+    (plain, _said), (tuned, said) = run("plain", "off"), run("tuned", 12)
+    assert len(asked) == 4 and sum("step 0 of" in str(line) for line in said) == 1
+    facts = tuned.report.extra["tuning"]
+    assert facts["written"] and facts["end"] < facts["start"] and "tuning" not in plain.report.extra
+    assert tuned.report.extra["allocation"] == plain.report.extra["allocation"]  # compared before it was tuned
+    before, after = (Checkpoint.open(x.output) for x in (plain, tuned))
+    changed = {n for n in before.tensors if bytes(before.load(n)) != bytes(after.load(n))}
+    assert changed and all(n.endswith("weight_scale") or "norm" in n for n in changed)
+    notes = json.loads((tuned.output / "doctor.json").read_text())["notes"]
+    assert any("scales tuned on 12 rows" in note for note in notes)
+
+
 def test_gptq_files_say_the_widths_of_a_mixture_under_dynamic(model, tmp_path, text):
     recipe = Recipe(group_size=32, format="gptq", runtime="vllm")
     figures = iter([0.6, 0.5])
@@ -167,6 +194,15 @@ def test_vllm_gets_only_widths_that_it_reads(model):
     served = Recipe(group_size=32, format="compressed-tensors", runtime="vllm")
     assert ladder(checkpoint, spec, served, Budget(bpw=6)).widths == (4, 8)
     assert ladder(checkpoint, spec, RECIPE, Budget(bpw=6)).widths == (3, 4, 5, 6, 7, 8)
+
+
+def test_a_budget_is_met_by_what_prints_as_the_same_number(model):
+    checkpoint = Checkpoint.open(model)
+    spec = build_spec(checkpoint.value("config.json"), checkpoint.tensors)
+    uniform = ladder(checkpoint, spec, RECIPE, Budget(bpw=6))
+    size = uniform.uniform_bpw()  # 16 bytes of each linear are its shape
+    same, less = (ladder(checkpoint, spec, RECIPE, Budget(bpw=size - d)) for d in (0.0004, 0.001))
+    assert same.uniform == uniform.uniform and less.uniform_bpw() < size
 
 
 def test_experts_of_a_layer_and_joined_linears_share_a_width(tmp_path):

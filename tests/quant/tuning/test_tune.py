@@ -15,6 +15,7 @@ from doctor.cli.main import cli
 from doctor.core.errors import NotQuantizable
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
+from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning import train
 from doctor.quant.tuning.parameters import Gain, Scales
@@ -44,17 +45,17 @@ def rounded(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "form, bits, sym, act_order",
-    [("gptq", 4, False, True), ("awq", 4, False, False), ("compressed-tensors", 4, True, False)],
+    "form, bits, sym, act_order, stride",
+    [("gptq", 4, False, True, 1), ("awq", 4, False, False, 3), ("compressed-tensors", 4, True, False, 1)],
 )
-def test_slopes_are_those_of_the_divergence(tmp_path, form, bits, sym, act_order):
+def test_slopes_are_those_of_the_divergence(tmp_path, form, bits, sym, act_order, stride):
     _case, source = quantized(tmp_path / "q", form, bits, sym, act_order)
     original = Checkpoint.open(tiny("llama").write(tmp_path / "original"))
     rows = rows_of(2)
     student = Student(Checkpoint.open(source), rows)
     teacher = Skeleton(original, build_spec(original.value("config.json"), original.tensors))
     wanted = last_states(teacher, rows)
-    ends = Ends(student, teacher)
+    ends = Ends(student, teacher, stride)
 
     def divergence(found=None):
         states = [student.first]
@@ -106,6 +107,36 @@ def test_codes_that_are_read_again_each_time_give_the_same(rounded):
     assert held.values.keys() == read.values.keys()
     assert all(torch.equal(held.values[n], read.values[n]) for n in held.values)
     assert held.progress.watched == read.progress.watched
+
+
+def test_one_token_in_so_many_is_compared(rounded):
+    original, source = map(Checkpoint.open, rounded)
+    rows = rows_of(1)
+    student = Student(source, rows)
+    teacher = Skeleton(original, build_spec(original.value("config.json"), original.tensors))
+    wanted, states = last_states(teacher, rows)[0], student.first[0]
+    for i in range(len(student)):
+        [states] = student.run(i, [states], [0])
+    every = [Ends(student, teacher).divergence(rows[0][:, [t]], wanted[:, [t]], states[:, [t]])[0] for t in range(32)]
+    ends = Ends(student, teacher, 5)
+    total, slope = ends.divergence(rows[0], wanted, states, {})
+    assert ends.compared(LENGTH) == 7 and total == pytest.approx(sum(every[::5]), rel=1e-4)
+    assert slope[0, ::5].abs().amax(-1).min() > 0 and not slope[0, 1::5].any()
+
+
+def test_fewer_bits_take_larger_steps(rounded):
+    _original, source = map(Checkpoint.open, rounded)
+    assert Student(source, rows_of(1)).bits == 3
+
+
+def test_embeddings_that_are_equal_are_held_once(rounded):
+    original, source = map(Checkpoint.open, rounded)
+    student = Student(source, rows_of(1))
+    teacher = Skeleton(original, build_spec(original.value("config.json"), original.tensors))
+    Ends(student, teacher)
+    ours, theirs = (x.base.get_input_embeddings().weight for x in (student.skeleton, teacher))
+    assert ours.data_ptr() == theirs.data_ptr() and ours.dtype == torch.float32
+    assert torch.equal(ours, load_tensor(original, "model.embed_tokens.weight", torch.float32))
 
 
 def test_codes_beyond_the_memory_are_not_held(rounded):

@@ -14,12 +14,14 @@ from doctor.core.errors import MachineError, NotQuantizable, PlanRefused
 from doctor.core.recipe import Recipe
 from doctor.formats.schemes import fields_of
 from doctor.lint.testing import tiny
+from doctor.model.spec import build_spec
+from doctor.quant import budget
 from doctor.quant.calibration.documents import builtin_documents
 from doctor.quant.calibration.rows import calibration_rows, stream_of
 from doctor.quant.calibration.tokenizer import load_tokenizer
 from doctor.quant.calibration.unseen import unseen_rows
 from doctor.quant.stage import stage_of
-from doctor.quant.tuning import train, within
+from doctor.quant.tuning import train, wanted, within
 from doctor.report.results import results
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
@@ -127,8 +129,8 @@ def test_rows_are_not_asked_for_where_there_is_nothing_to_tune(taught, recipe, t
 
 def test_memory_that_is_too_small_is_said(taught, recipe, plain, tmp_path, monkeypatch):
     monkeypatch.setattr(within, "need", lambda *x: 1 << 60)
-    monkeypatch.setattr(within, "LEAST_ROWS", 4)
-    monkeypatch.setattr(within, "LEAST_TOKENS", 100)
+    monkeypatch.setattr(wanted, "LEAST_ROWS", 4)
+    monkeypatch.setattr(wanted, "LEAST_TOKENS", 100)
     done = api.quantize(taught, tmp_path / "out", recipe, **ROWS)
     assert "GiB" in str(done.report.extra["tuning"]["reason"])
     with pytest.raises(MachineError, match=r"--tune 12.*--resume"):
@@ -137,13 +139,26 @@ def test_memory_that_is_too_small_is_said(taught, recipe, plain, tmp_path, monke
     assert content(Checkpoint.open(again.output)) == content(Checkpoint.open(done.output)) == content(plain)
 
 
+def test_rows_that_do_not_fit_in_memory_are_refused_before_the_first_layer(taught, recipe, tmp_path):
+    with pytest.raises(MachineError, match=r"--tune 12: it takes .* GiB may be used\. Give --tune fewer rows"):
+        api.quantize(taught, tmp_path / "out", recipe, tune=12, memory=budget.constant() + (1 << 21), **ROWS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_trains_on_more_rows_where_more_rows_calibrate(taught, recipe):
+    checkpoint = Checkpoint.open(taught)
+    spec = build_spec(checkpoint.value("config.json"), checkpoint.tensors)
+    found = [wanted.wanted("auto", recipe, spec, rows, 512).rows for rows in (8, 16, 64, 256)]
+    assert found[0] == 0 < found[1] <= found[2] < found[3] < 256, found
+
+
 def test_layers_that_tuning_does_not_follow_are_kept(taught, recipe, tmp_path, monkeypatch):
     def refuse(*_args, **_options):
         raise NotQuantizable("its layers hand on more than hidden states")
 
     monkeypatch.setattr(within, "tuned_values", refuse)
-    monkeypatch.setattr(within, "LEAST_ROWS", 4)
-    monkeypatch.setattr(within, "LEAST_TOKENS", 100)
+    monkeypatch.setattr(wanted, "LEAST_ROWS", 4)
+    monkeypatch.setattr(wanted, "LEAST_TOKENS", 100)
     done = api.quantize(taught, tmp_path / "out", recipe, **ROWS)
     assert done.output and "hand on more" in str(done.report.extra["tuning"]["reason"])
     with pytest.raises(NotQuantizable, match=r"hand on more.*--resume"):

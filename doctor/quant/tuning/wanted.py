@@ -1,0 +1,182 @@
+"""What a run asks tuning to do, and what that takes in memory and work: from flags and headers alone, without torch.
+
+`auto` trains on as many rows as take about what the layers took. That is counted in multiplications and not in
+seconds, so that two runs, and one that was interrupted, train on the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import MachineError, PlanRefused
+from doctor.core.messages import Message, _
+from doctor.core.recipe import Recipe, is_kept
+from doctor.core.records import CalibrationFacts
+from doctor.formats.known import streams
+from doctor.formats.registry import format_of
+from doctor.model.linears import Linear
+from doctor.model.spec import ModelSpec
+from doctor.quant import budget
+
+AUTO, OFF = "auto", "off"
+LEAST_ROWS, LEAST_TOKENS = 16, 8192  # calibration rows and tokens of fewer are not worth it unasked
+LEAST_TRAINED = 8  # rows
+WATCHED = 8  # rows between the calibration rows
+LOOKS = 3  # at the watched rows: before, half way and at the end
+ROWS_A_STEP = 2
+LENGTH = 256  # tokens of a trained row: twice as many in as many steps of Adam lower the divergence hardly further
+TOKENS = 64  # whose logits are made at a time
+# Work in products of a token and a weight. Of the layers' run: computing their outputs, and Hessians for about half as
+# much; a solved linear takes some 8 n k². Of a trained row: the original's outputs, then forward, forward again, and
+# back with two products; the head thrice. Measured on SmolLM2, one thread: 2.1 s a calibration row and 25 s for the
+# solves; 9 s a trained row.
+_CALIBRATING, _SOLVING = 1.5, 8
+_TRAINING, _TRAINING_HEAD = 5, 3
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for. rows: to train on, 0 for none; asked: they were asked for, and must be. reason: why none."""
+
+    rows: int
+    asked: bool = False
+    reason: str | Message = ""
+
+
+def refuse_tuning(tune: str | int, recipe: Recipe) -> None:
+    """Raises PlanRefused for rows that were asked for where a recipe has no scales to tune, before any work."""
+    if isinstance(tune, int) and not _has_scales(recipe):
+        raise PlanRefused(
+            _("--tune {rows}: {label} has no 16-bit scales of calibrated linears.", rows=tune, label=recipe.label()),
+            _("GPTQ and AWQ into integer formats can be tuned; leave --tune out."),
+        )
+
+
+def require_memory(
+    tune: str | int, checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int, memory: int | None
+) -> None:
+    """Raises MachineError for rows that were asked for and do not fit in memory, before any work."""
+    wish = wanted(tune, recipe, spec, rows, length)
+    if wish.asked:
+        takes, limit = need(checkpoint, spec, recipe, wish.rows, length), budget.limit(memory)
+        if takes > limit:
+            raise MachineError(short(wish.rows, takes, limit), _("Give --tune fewer rows or off, or more --memory."))
+
+
+def short(rows: int, takes: int, limit: int) -> Message:
+    """Rows that were asked for and do not fit."""
+    return _(
+        "--tune {rows}: it takes {need}, {limit} may be used.",
+        rows=rows,
+        need=budget.gib(takes),
+        limit=budget.gib(limit),
+    )
+
+
+def _has_scales(recipe: Recipe) -> bool:
+    """Whether a recipe gives linears that a calibrated method solved 16-bit scales of their own."""
+    return recipe.calibrated and format_of(recipe).affine and not streams(recipe)
+
+
+def require_text(tune: str | int, facts: CalibrationFacts | None) -> None:
+    """Raises PlanRefused for rows that were asked for where images or sound calibrate, before the first layer."""
+    if isinstance(tune, int) and facts and facts.seen_rows:
+        raise PlanRefused(
+            _("--tune {rows}: {n} rows with images or sound calibrate; must be text.", rows=tune, n=facts.seen_rows),
+            _("Leave --tune out, or calibrate on text."),
+        )
+
+
+def wanted(
+    tune: str | int, recipe: Recipe, spec: ModelSpec, rows: int, length: int, tokens: int = 0, seen_rows: int = 0
+) -> Wanted:
+    """How many of the calibration rows, of `length` tokens at most, a run trains on. tokens: of all of them, 0 where it
+    is not known; seen_rows: those with images or sound.
+    """
+    if tune == OFF or not _has_scales(recipe):
+        return Wanted(0)
+    if isinstance(tune, int):
+        return Wanted(min(tune, rows), asked=True)
+    if seen_rows:
+        return Wanted(0, reason=_("rows with images or sound calibrated it"))
+    tokens = tokens or rows * length
+    if rows < LEAST_ROWS or tokens < LEAST_TOKENS:
+        return Wanted(
+            0,
+            reason=_(
+                "{rows} rows of {tokens:,} tokens are too few; it takes {least} rows and {enough:,} tokens",
+                rows=rows,
+                tokens=tokens,
+                least=LEAST_ROWS,
+                enough=LEAST_TOKENS,
+            ),
+        )
+    return Wanted(min(rows, max(LEAST_TRAINED, _affordable(recipe, spec, rows, length))))
+
+
+def _affordable(recipe: Recipe, spec: ModelSpec, rows: int, length: int) -> int:
+    """Rows whose training takes what the layers take with `rows` rows of `length` tokens."""
+    body, head = _work(spec)
+    solving = sum(
+        x.out_features * x.in_features**2 for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)
+    )
+    layers = _CALIBRATING * body * rows * length + _SOLVING * solving
+    length, compared = min(length, LENGTH), head / stride(spec)
+    watching = WATCHED * length * (body + LOOKS * (body + 2 * compared))
+    return int((layers - watching) / max(1, length * (_TRAINING * body + _TRAINING_HEAD * compared)))
+
+
+def stride(spec: ModelSpec) -> int:
+    """The logits of one token in so many are compared: a head is not to take more work than the layers do."""
+    body, head = _work(spec)
+    return max(1, math.ceil(head / max(1, body)))
+
+
+def _work(spec: ModelSpec) -> tuple[float, int]:
+    """Products a token of the layers' linears, and of the head."""
+    linears = (x for x in spec.linears if x.block is not None)
+    body = sum(x.in_features * x.out_features * _share(x, spec) for x in linears)
+    return body, (spec.vocab or 0) * (spec.hidden or 0)
+
+
+def _share(linear: Linear, spec: ModelSpec) -> float:
+    """Of the tokens, those that a linear computes: of an expert, what its router gives it on average."""
+    if linear.expert is None:
+        return 1.0
+    count = 1 + max(x.expert or 0 for x in spec.linears)
+    chosen = spec.lookup("num_experts_per_tok")
+    return min(1.0, chosen / count) if isinstance(chosen, int) and chosen > 0 else 1.0
+
+
+def need(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int) -> int:
+    """Bytes that tuning on so many rows takes besides the codes, which are read again where memory ends."""
+    length = min(length, LENGTH)
+    hidden, vocabulary = spec.hidden or 0, spec.vocab or 0
+    layers: dict[int, int] = {}
+    scales = 0
+    for x in (x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)):
+        layers[x.block or 0] = layers.get(x.block or 0, 0) + x.in_features * x.out_features
+        scales += x.out_features * max(1, x.in_features // recipe.group_size if recipe.group_size > 0 else 1)
+    states = 4 * length * hidden * (2 * (rows + WATCHED) + ROWS_A_STEP * (len(layers) + 1))
+    # In float32: the embedding, held once and beside its stored bytes while it is read; and an own head, read twice.
+    ends = 4 * vocabulary * hidden * (1.5 if spec.tied else 3)
+    sizes = budget.needs(checkpoint, spec, recipe, rows, length)
+    # of a layer, in float32: weights, their slopes, and half of each for the codes; of a row: what it computes, kept
+    computing = 10 * max(layers.values(), default=0) + 4 * sizes.row
+    logits = 6 * 4 * TOKENS * vocabulary
+    return sizes.constant + states + int(ends) + max(computing, logits) + 7 * 4 * scales
+
+
+def forecast(
+    tune: str | int, checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int, memory: int | None
+) -> int:
+    """Bytes at the peak of the tuning of a run with these rows of text, at most; 0 where it would not be done."""
+    wish = wanted(tune, recipe, spec, rows, length)
+    takes = need(checkpoint, spec, recipe, wish.rows, length) if wish.rows else 0
+    limit = budget.limit(memory)
+    if takes > limit and not wish.asked:
+        return 0
+    codes = 2 * sum(x.in_features * x.out_features for x in spec.linears if not is_kept(recipe, x.name))
+    return takes and max(takes, min(limit, takes + codes))
