@@ -22,7 +22,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "do_sample")
 
 @rule("C118", "warning", certainty="likely", implied_by=("C103", "C105", "C106", "C109"))
 def turn_end_not_a_stop(checkpoint, special, tokenizer, generation_config, chat_template):
-    if not chat_template or not any(generation_config.get(key) for key in SAMPLING):
+    if not chat_template or not any((generation_config or {}).get(key) for key in SAMPLING):
         return
     named = {f"{role}_token": name for role, name in special.names.items() if name}
     token = turn_end(chat_template, tokenizer.special, named)

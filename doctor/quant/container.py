@@ -17,13 +17,11 @@ from doctor.model.spec import build_spec
 from doctor.plan.mixture import with_mixture
 from doctor.quant.calibration.tokenizer import encoder
 from doctor.quant.distributed import size
-from doctor.quant.early import require_unrounded
 from doctor.quant.solve import ggml
 
 
 def prepared(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """The recipe as a run takes it. Raises PlanRefused for what the container cannot hold, before any work."""
-    require_unrounded(checkpoint)
     if not format_of(recipe).in_blocks:
         return recipe
     config = checkpoint.value("config.json")

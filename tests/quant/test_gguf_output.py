@@ -200,14 +200,12 @@ def test_other_divisors_are_no_scaling_of_llama_3(told):
     assert scaling_of(told, 5e5, 64) is None
 
 
-def test_what_cannot_be_written_is_refused_before_any_work(rounded, tmp_path):
+def test_what_cannot_be_written_is_refused_before_any_work(tmp_path):
     opt = tiny("opt").write(tmp_path / "opt")
     with pytest.raises(PlanRefused, match="OPTForCausalLM is not written as GGUF here"):
         quantize(opt, tmp_path / "out", Recipe(**fields_of("Q8_0", {})))
     with pytest.raises(NotQuantizable, match="WordLevel"):
         run(tiny("llama").write(tmp_path / "words"), tmp_path / "out")
-    with pytest.raises(PlanRefused, match="is GGUF, whose weights are rounded already"):
-        run(rounded("llama")[1], tmp_path / "again")
     with pytest.raises(PlanRefused, match="needs a calibrated run of a GGUF scheme"):
         run(opt, tmp_path / "out", fields={"method": "rtn"}, imatrix=tmp_path / "i.gguf")
 
