@@ -31,7 +31,7 @@ from doctor.edits.shard_layout import EditedFile, PlannedTensor, lay_out
 from doctor.edits.stored import Decoding, Stored
 from doctor.formats.ggml_blocks import can_decode, decode
 from doctor.formats.registry import KNOWN
-from doctor.model.gguf_names import ROPE_FREQS, Architecture, architecture, config_of, unpermuted_rows
+from doctor.model.gguf_names import ROPE_FREQS, Architecture, architecture_in, config_of, unpermuted_rows
 from doctor.model.gguf_tokenizer_json import as_text, special_ids, tokenizer_documents
 
 WEIGHTS = "model.safetensors"
@@ -60,7 +60,7 @@ class GgufAsFloats(EditedCheckpoint):
         self.without_tokenizer: Message | str = ""
         rope = self.model.tensors.get(ROPE_FREQS)
         config = config_of(self.model, None if rope is None else _decoded(source, rope).reshape(-1).tolist())
-        known = architecture(self.model.architecture)
+        known = architecture_in(self.model)
         assert known is not None  # config_of() found it
         self.stored = _stored(self.model, known)
         self.json, self.entries, self.problems = {}, {}, []
@@ -215,11 +215,14 @@ def _only_model(source: Checkpoint) -> GgufModel:
 
 
 def _stored(model: GgufModel, known: Architecture) -> dict[str, GgufTensor]:
-    """transformers' name -> the tensor in the file. Raises BadCheckpoint for one that has no place in the model."""
+    """transformers' name -> the tensor in the file, or that part of a stack. Raises BadCheckpoint for one that has no
+    place in the model.
+    """
     found = {}
     for tensor in model.tensors.values():
-        name = known.name_of(tensor.name)
-        if name is None and tensor.name != ROPE_FREQS:
+        experts = tensor.shape[0] if len(tensor.shape) == 3 else 0
+        names = known.names_of(tensor.name, experts)
+        if not names and tensor.name != ROPE_FREQS:
             raise BadCheckpoint(
                 _(
                     "{file}: tensor {name} has no place in {architecture}.",
@@ -228,8 +231,13 @@ def _stored(model: GgufModel, known: Architecture) -> dict[str, GgufTensor]:
                     architecture=known.transformers_class,
                 )
             )
-        if name is not None:
-            found[name] = tensor
+        if experts:
+            size = tensor.nbytes // experts
+            for i, name in enumerate(names):
+                found[name] = tensor._replace(shape=tensor.shape[1:], begin=tensor.begin + i * size)
+        elif names:  # a gate of one row is stored without that axis
+            flat = len(tensor.shape) == 1 and names[0].endswith("shared_expert_gate.weight")
+            found[names[0]] = tensor._replace(shape=(1, *tensor.shape)) if flat else tensor
     return found
 
 
