@@ -52,7 +52,9 @@ def already_quantized(
     checkpoint, tensors, config, quantization_block, asked, goal, recipe, decoded, every_stored_bytes=None
 ):
     if decoded is not None:
-        yield _decoded(decoded)
+        again = coarser(decoded, recipe)
+        fix = Fix(_("take the 16-bit original"), (), "manual")
+        yield _coarser(again, len(decoded.stored), recipe, fix) if again is not None else _decoded(decoded)
         return
     codes = sorted(quantized(tensors.values()), key=lambda info: info.name)
     packed = [i for i in codes if i.name.endswith(packed_tails())]

@@ -9,26 +9,26 @@ Seen as:
 
 Do: convert the model again, from a checkpoint that `doctor check` finds whole.
 
-False alarms: none known for the architectures that are judged: llama, qwen2, qwen3 and gemma3.
+False alarms: none known for the architectures that are judged: llama, qwen2, qwen2moe, qwen3, qwen3moe and gemma3.
 
 Fix safety: manual; the tensors are in the original.
 
 Sources: ggml-org/llama.cpp src/llama-model.cpp (load_tensors).
 """
 
-from doctor.lint.rule import Place, _, finding, listed, rule, table
+from doctor.lint.rule import Place, _, architecture_in, finding, listed, rule
 from doctor.lint.testing import np, tiny_gguf
 
 
 @rule("F074", "error", implied_by=("F070", "F071", "F072", "F073", "O641"))
 def gguf_tensor_missing(checkpoint, gguf_models):
     for model in gguf_models:
-        entry = table("gguf")["architectures"].get(model.architecture)
+        known = architecture_in(model)
         hidden, layers = model.own("embedding_length"), model.own("block_count")
-        if entry is None or not isinstance(hidden, int) or not isinstance(layers, int) or layers > 1000:
+        if known is None or not isinstance(hidden, int) or not isinstance(layers, int) or layers > 1000:
             continue
-        names = {**table("gguf")["layer"], **entry["layer"]}.values()
-        optional = () if model.architecture in ("qwen3", "gemma3") else ("attn_q_norm", "attn_k_norm")
+        names = [*known.layer.values(), *known.experts.values()]
+        optional = () if known.heads_normed else ("attn_q_norm", "attn_k_norm")
         needed = [f"blk.{i}.{n}.weight" for i in range(layers) for n in names if n not in optional]
         lost = [n for n in ("token_embd.weight", "output_norm.weight", *needed) if n not in model.tensors]
         place = Place(model.files[0].name)

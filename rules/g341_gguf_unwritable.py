@@ -36,12 +36,12 @@ def _planned(family):
 
 
 def bad():
-    family = only_in("opt", "phi3", "gemma", "qwen2_moe", why="it is written as GGUF")
+    family = only_in("opt", "phi3", "gemma", why="it is written as GGUF")
     case = _planned(family)
     name = case.config["architectures"][0]
     return case, (
-        f"config.json: {name} is not written as GGUF here; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
-        "Qwen3ForCausalLM and Gemma3ForCausalLM are"
+        f"config.json: {name} is not written as GGUF here; LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, "
+        "Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM and Gemma3ForCausalLM are"
     )
 
 

@@ -7,16 +7,15 @@ bitsandbytes) and fused experts (MXFP4) may stand in one checkpoint. It is decod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _
-from doctor.core.recipe import Recipe, Scheme, is_kept
+from doctor.core.recipe import Recipe, is_kept
 from doctor.edits.kinds import Dequantize, DropFile, DropTensor, Edit, RemoveJson
-from doctor.formats.base import Format
+from doctor.edits.stored import Decoding, Stored
 from doctor.formats.known import quantized
 from doctor.formats.registry import KNOWN, read_quantization, verbatim_tails, word_tails
 from doctor.formats.requirements import stored_shape
@@ -28,36 +27,8 @@ if TYPE_CHECKING:
     from doctor.edits.overlay import EditedCheckpoint
 
 OWN_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json")
+GGUF_DTYPE = "BF16"  # of a decoded GGUF model: float16 does not hold the activations of every model
 Block = tuple[dict, str, str] | None  # quantization_config, its file and its pointer
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One weight in codes. codes: the tensor that holds them."""
-
-    codes: TensorInfo
-    weight: str
-    shape: tuple[int, ...]
-    format: Format
-    scheme: Scheme
-
-    @property
-    def module(self) -> str:
-        return self.weight.removesuffix(".weight")
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """All weights in codes, and the edits that make them plain numbers of dtype `kind`."""
-
-    stored: tuple[Stored, ...]
-    edits: tuple[Edit, ...]
-    kind: str
-
-    @property
-    def label(self) -> str:
-        """The formats, as people write them."""
-        return ", ".join(dict.fromkeys(s.format.label for s in self.stored))
 
 
 def decoding(
@@ -87,9 +58,16 @@ def decoding(
 
 
 def decoded(checkpoint: Checkpoint) -> tuple[EditedCheckpoint, Decoding]:
-    """The checkpoint seen as floats, decoded while it is read. Raises Unavailable with the reason where it is not."""
+    """The checkpoint seen as floats, decoded while it is read. Raises Unavailable with the reason where it is not, and
+    BadCheckpoint for a GGUF model that is not read.
+    """
     from doctor.edits.overlay import EditedCheckpoint  # it needs NumPy, which a check of headers does not
 
+    if checkpoint.gguf:
+        from doctor.edits.gguf_floats import GgufAsFloats
+
+        view = GgufAsFloats(checkpoint, GGUF_DTYPE)
+        return view, view.decoding
     for shard in checkpoint.shards.values():
         if shard.defects:
             raise Unavailable(f"{shard.name}: {shard.defects[0].detail}")

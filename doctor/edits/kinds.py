@@ -342,6 +342,16 @@ class Rebase:
 
 
 @dataclass(frozen=True)
+class DecodeGguf:
+    """Read the GGUF model in `file` as the plain checkpoint that transformers computes with, its tensors in `dtype`."""
+
+    file: str
+    dtype: str
+    phase = "base"
+    target = "base"
+
+
+@dataclass(frozen=True)
 class RebuildIndex:
     """Write model.safetensors.index.json from the headers of the shards."""
 
@@ -367,9 +377,7 @@ class SetRecipe:
 
 @dataclass(frozen=True)
 class Keep:
-    """Leave the linears of a pattern in 16 bits, in addition to those that the recipe ignores already
-    (recipe.is_kept).
-    """
+    """Leave the linears of a pattern in 16 bits, beside those that the recipe ignores already (recipe.is_kept)."""
 
     pattern: str
     phase = "recipe"
@@ -381,9 +389,9 @@ class Keep:
 
 # fmt: off
 Edit = (
-    SetJson | RemoveJson | ReplaceText | CleanJson | ReplaceNonfinite | ClampTensor | CastTensor | TakeTensor
-    | TakeFile | Dequantize | Repack | AddLowRank | GrowRows | ShiftZeros | GroupsInOrder | EqualZeros | PadTensor
-    | DropTensor | RenameTensor | NameFormat | RenameFile | DropFile | Rebase | RebuildIndex | SetRecipe | Keep
+    SetJson | RemoveJson | ReplaceText | CleanJson | ReplaceNonfinite | ClampTensor | CastTensor | TakeTensor | TakeFile
+    | Dequantize | Repack | AddLowRank | GrowRows | ShiftZeros | GroupsInOrder | EqualZeros | PadTensor | DropTensor
+    | RenameTensor | NameFormat | RenameFile | DropFile | Rebase | DecodeGguf | RebuildIndex | SetRecipe | Keep
 )
 # fmt: on
 # Computed by derived.py: they need more than the codes of the tensor itself.

@@ -52,6 +52,8 @@ class EditedCheckpoint(Checkpoint):
     for an edit that does not fit the files.
     """
 
+    carries_folders = True  # whether an output has the source's folders too
+
     def __init__(self, source: Checkpoint, edits: Iterable[Edit] = ()):
         self.edits = tuple(edits)
         other = next((e for e in self.edits if isinstance(e, Rebase)), None)

@@ -23,7 +23,7 @@ from doctor.evaluate.own_measure import compare_own, kind_of
 from doctor.lint.engine import Report, judge, load_rules, locate
 from doctor.model.quantization_config import stored_recipe
 from doctor.quant.budget import free_memory
-from doctor.quant.dequantize import quantization
+from doctor.quant.dequantize import as_float, quantization
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.ending import run_figures
 from doctor.quant.solve import cuda
@@ -72,6 +72,7 @@ def verify(
     logprobs: list | None = [] if client else None
     first, second = (x if isinstance(x, Checkpoint) else Checkpoint.open(x) for x in (original, quantized))
     _require_reader(second, client)
+    first = as_float(first) if first.gguf else first
     ids, tokenizer, source = text_rows(first, text, rows, context)
     own = kind_of(first)
     if own and client is not None:

@@ -125,7 +125,7 @@ def _verify(
     progress: Progress,
 ) -> tuple[Assessment, Digests]:
     """Open the staging directory from disk, read every changed shard, and demand what the plan showed."""
-    only = plan.source.only
+    only = plan.overlay.only
     disk = Checkpoint.open(staging.path / only if only else staging.path)
     changed = [n for n in plan.files_written if n in disk.entries]
     touched = {t.name for n in changed if n in disk.shards for t in disk.shards[n].tensors}

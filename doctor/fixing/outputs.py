@@ -12,7 +12,7 @@ from doctor.fixing.receipt import RECEIPT
 
 def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
     """Raises PlanRefused where writing `output` could destroy something."""
-    root, real = os.path.realpath(source.root), os.path.realpath(output)
+    root, real = os.path.realpath(source.root / (source.only or "")), os.path.realpath(output)
     if real == root or real.startswith(root + os.sep) or root.startswith(real + os.sep):
         raise PlanRefused(
             _("{path}: is inside the source, or contains it; the source is never written to.", path=output),

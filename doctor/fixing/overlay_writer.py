@@ -91,7 +91,7 @@ class _Writer:
                 self.staging.add(name, overlay.read_file(name))
             else:
                 self._carry(name, os.path.realpath(overlay.source.path(name)))
-        if not overlay.only:
+        if overlay.carries_folders and not overlay.only:
             self._carry_folders()
         for job in self.syncing:
             job.result()

@@ -53,10 +53,16 @@ class GGUF(Format):
         if name != "output.weight" and not tied:
             return self.type_of(bits, in_features)
         wanted = BY_NAME[self.types[bits]]
-        return BY_NAME["Q8_0" if wanted.name == "Q8_0" or in_features % wanted.block else "Q6_K"]
+        return BY_NAME["Q8_0" if wanted.name == "Q8_0" or in_features % BY_NAME["Q6_K"].block else "Q6_K"]
 
-    def own_bits(self, bits: int, role: str, layer: int, layers: int, sharing: int) -> int:
-        """Bits of a linear under this mixture. sharing: query heads that share one key and value head."""
+    def own_bits(self, bits: int, role: str, layer: int, layers: int, sharing: int, experts: int = 0) -> int:
+        """Bits of a linear under this mixture. sharing: query heads that share one key and value head. experts: in a
+        layer; of eight, attention is so small a share of the file that llama-quantize gives it more bits.
+        """
+        if experts == 8 and role in ("k", "v"):
+            return 8
+        if experts == 8 and role == "o" and bits == 4:
+            return 5
         early, late = layers // 8, 7 * layers // 8
         more = layer < early or layer >= late or (layer - early) % 3 == 2
         return 6 if bits in (4, 5) and role in ("v", "down") and more else bits
@@ -110,13 +116,12 @@ class GGUFQ4Zero(GGUF):
 
     name = "gguf-q4_0"
     label = "GGUF Q4_0"
-    bits = (4,)
-    types: Mapping[int, str] = {4: "Q4_0"}
-    mixtures: Mapping[int, str] = {4: "Q4_0"}
-    own_widths = False
+    bits = (4, 8)
+    types: Mapping[int, str] = {4: "Q4_0", 8: "Q8_0"}
+    mixtures: Mapping[int, str] = {4: "Q4_0", 8: "Q8_0"}
 
-    def own_bits(self, bits: int, role: str, layer: int, layers: int, sharing: int) -> int:
-        return bits
+    def own_bits(self, bits: int, role: str, layer: int, layers: int, sharing: int, experts: int = 0) -> int:
+        return 8 if experts == 8 and role in ("k", "v") else bits
 
 
 @register
@@ -125,9 +130,11 @@ class GGUFIQ4XS(GGUF):
 
     name = "gguf-iq4_xs"
     label = "GGUF IQ4_XS"
-    bits = (4, 5)
-    types: Mapping[int, str] = {4: "IQ4_XS", 5: "Q5_K"}
-    mixtures: Mapping[int, str] = {4: "IQ4_XS", 5: "IQ4_XS"}
+    bits = (4, 5, 8)
+    types: Mapping[int, str] = {4: "IQ4_XS", 5: "Q5_K", 8: "Q8_0"}
+    mixtures: Mapping[int, str] = {4: "IQ4_XS", 5: "IQ4_XS", 8: "Q8_0"}
 
-    def own_bits(self, bits: int, role: str, layer: int, layers: int, sharing: int) -> int:
-        return 5 if role == "v" and sharing >= 4 else bits
+    def own_bits(self, bits: int, role: str, layer: int, layers: int, sharing: int, experts: int = 0) -> int:
+        if experts == 8 and role in ("k", "v"):
+            return 8
+        return 5 if (role == "v" and sharing >= 4) or (role == "o" and experts == 8) else bits

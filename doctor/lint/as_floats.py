@@ -6,7 +6,8 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.facts import Unavailable
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
-from doctor.edits.decoding import Decoding, decoded
+from doctor.edits.decoding import decoded
+from doctor.edits.stored import Decoding
 from doctor.formats.registry import verbatim_tails
 from doctor.lint.engine import judge
 from doctor.lint.rule import Rule
@@ -16,10 +17,13 @@ from doctor.scan.header import header_facts
 
 def read_as_floats(source: Checkpoint, recipe: Recipe, rules: list[Rule]) -> tuple[Checkpoint, Decoding | None]:
     """The view that a plan to quantize reads, and how it is decoded. The source itself and None where it holds plain
-    numbers, where nothing is to be quantized, and where its headers show an error.
+    numbers, where nothing is to be quantized, and where its headers show an error. Raises BadCheckpoint for a GGUF
+    model that is not read.
     """
     if type(source) is not Checkpoint or source.unread or recipe.goal != "quantize" or not holds_quantized(source):
         return source, None
+    if source.gguf:
+        return decoded(source)
     store = header_facts(source, recipe)
     for name in source.tensors:
         if name.endswith(verbatim_tails()):

@@ -7,8 +7,9 @@ from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable
 from doctor.core.finding import Fix
 from doctor.core.messages import _, plural
-from doctor.edits.decoding import OWN_FILES, Block, Decoding, float_dtype
+from doctor.edits.decoding import OWN_FILES, Block, float_dtype
 from doctor.edits.kinds import Dequantize, DropFile, DropTensor, Edit, RemoveJson
+from doctor.edits.stored import Decoding
 from doctor.formats.base import Quantization
 from doctor.formats.registry import KNOWN, word_tails
 from doctor.plan.groups import packed_size

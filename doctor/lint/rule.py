@@ -79,7 +79,7 @@ from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
 from doctor.model.chat_template import free_names, parse_template, parsed_template  # noqa: F401
 from doctor.model.directory_kind import KINDS  # noqa: F401 - declares the fact `kind` too
 from doctor.model.expressions import keys_of  # noqa: F401
-from doctor.model.gguf_names import unwritable  # noqa: F401
+from doctor.model.gguf_names import architecture_in, unwritable  # noqa: F401
 from doctor.model.linears import BUFFERS, ROW_PARALLEL, Linear  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too

@@ -24,6 +24,7 @@ from doctor.model.gguf_rope import scaling_of
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
 _BLOCK = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 ROPE_FREQS = "rope_freqs.weight"
 
 
@@ -39,19 +40,37 @@ class Architecture:
     shift: float
     layer: Mapping[str, str]  # module inside a layer -> GGUF's name
     outside: Mapping[str, str]
+    experts: Mapping[str, str]  # linear of single experts, without their numbers -> GGUF's name of all of them
+    heads_normed: bool
+    renormalized: bool
 
     def gguf_name(self, name: str) -> str | None:
-        """GGUF's name of a tensor; None where it has none."""
+        """GGUF's name of a tensor, or of the stack that holds it; None where it has none."""
         match = _LAYER.match(name)
         if match is not None:
-            own = self.layer.get(match[2])
+            own = self.layer.get(match[2]) or self.experts.get(_EXPERT.sub(".experts.", match[2]))
             return f"blk.{match[1]}.{own}.{match[3]}" if own else None
         module, _dot, part = name.rpartition(".")
         own = self.outside.get(module)
         return f"{own}.{part}" if own else None
 
+    def expert_of(self, name: str) -> int | None:
+        """Which part of a stack a tensor is; None for one that is a tensor of the file itself."""
+        match = _EXPERT.search(name)
+        return int(match[1]) if match is not None and self.experts else None
+
+    def names_of(self, gguf_name: str, experts: int) -> list[str]:
+        """transformers' names of a GGUF tensor: one for each of so many experts where it is a stack."""
+        match = _BLOCK.match(gguf_name)
+        linear = next((k for k, v in self.experts.items() if match and v == match[2]), None)
+        if match is None or linear is None:
+            name = self.name_of(gguf_name)
+            return [] if name is None else [name]
+        before, _dot, last = linear.rpartition(".")
+        return [f"model.layers.{match[1]}.{before}.{i}.{last}.{match[3]}" for i in range(experts)]
+
     def name_of(self, gguf_name: str) -> str | None:
-        """transformers' name of a GGUF tensor."""
+        """transformers' name of a GGUF tensor that is no stack."""
         match = _BLOCK.match(gguf_name)
         if match is not None:
             own = next((k for k, v in self.layer.items() if v == match[2]), None)
@@ -72,22 +91,33 @@ class Architecture:
 
 
 @cache
-def architecture(name: str) -> Architecture | None:
-    """The architecture of this name in GGUF; None for one that is not in the table."""
+def architecture(key: str) -> Architecture | None:
+    """The entry of the table; None where there is none."""
     known = table("gguf")
-    entry = known["architectures"].get(name)
+    entry = known["architectures"].get(key)
     if entry is None:
         return None
+    mlp = {} if "experts" in entry else known["mlp"]
     return Architecture(
-        name,
+        entry.get("file", key),
         entry["class"],
         entry["model_type"],
         entry.get("permuted", False),
         entry.get("rope_dimension", False),
         entry.get("shift", 0.0),
-        {**known["layer"], **entry["layer"]},
+        {**known["layer"], **mlp, **entry["layer"]},
         known["outside"],
+        entry.get("experts", {}),
+        entry.get("heads_normed", False),
+        entry.get("renormalized", False),
     )
+
+
+def architecture_in(model: GgufModel) -> Architecture | None:
+    """The architecture of a file; None where it is not in the table. One with experts may have an entry of its own."""
+    name, mixed = model.architecture, bool(model.own("expert_count"))
+    entries = (architecture(key) for key in table("gguf")["architectures"])
+    return next((a for a in entries if a and a.name == name and bool(a.experts) == mixed), None)
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
@@ -132,7 +162,7 @@ def config_of(model: GgufModel, factors: Sequence[float] | None = None) -> dict[
 
     Raises BadCheckpoint for an architecture or a rotation that is not read.
     """
-    known = architecture(model.architecture)
+    known = architecture_in(model)
     if known is None:
         raise BadCheckpoint(
             _(
@@ -163,7 +193,7 @@ def config_of(model: GgufModel, factors: Sequence[float] | None = None) -> dict[
             "attention_bias": "blk.0.attn_q.bias" in tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in tensors,
             "torch_dtype": "float32",
-        }
+        } | _experts_of(model, known)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise BadCheckpoint(
             _("{file}: its metadata does not give a model: {error}.", file=model.name, error=str(error)),
@@ -174,6 +204,25 @@ def config_of(model: GgufModel, factors: Sequence[float] | None = None) -> dict[
         return config | _gemma(model, theta)
     scaling = _scaling(model, theta, head_dim, factors)
     return config | {"rope_theta": theta, "rope_scaling": scaling or None}
+
+
+def _experts_of(model: GgufModel, known: Architecture) -> dict[str, Any]:
+    """What config.json says of experts; {} where there are none."""
+    if not known.experts:
+        return {}
+    count, used = int(model.own("expert_count")), int(model.own("expert_used_count"))
+    if known.model_type == "mixtral":
+        return {"num_local_experts": count, "num_experts_per_tok": used}
+    shared = model.own("expert_shared_feed_forward_length")
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": int(model.own("expert_feed_forward_length")),
+        **({"shared_expert_intermediate_size": int(shared)} if shared is not None else {}),
+        "norm_topk_prob": known.renormalized,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 def _gemma(model: GgufModel, theta: float) -> dict[str, Any]:
@@ -243,6 +292,15 @@ def unwritable(config: Mapping[str, Any]) -> str:
     kind = str(scaling.get("rope_type", scaling.get("type", ""))) if scaling else ""
     if kind not in ("", "linear", "yarn", *(("llama3",) if known.name == "llama" else ())):
         return _("rope scaling {kind} is not written as GGUF here", kind=kind)
+    if known.experts and known.model_type != "mixtral":
+        if bool(config.get("norm_topk_prob", False)) != known.renormalized:
+            return _(
+                "norm_topk_prob is {value}, and llama.cpp computes this architecture as {other}",
+                value=str(bool(config.get("norm_topk_prob", False))).lower(),
+                other=str(known.renormalized).lower(),
+            )
+        if int(config.get("decoder_sparse_step") or 1) != 1 or config.get("mlp_only_layers"):
+            return _("llama.cpp wants experts in every layer of this architecture, and some have none")
     if known.name == "gemma3":
         layers = config.get("layer_types")
         usual = [

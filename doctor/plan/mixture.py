@@ -30,17 +30,23 @@ def with_mixture(recipe: Recipe, spec: ModelSpec) -> Recipe:
         return recipe
     form, layers = blocks_of(recipe), spec.n_layers or 0
     sharing = (spec.n_heads or 1) // max(spec.n_kv_heads or 1, 1)
+    experts = experts_of(spec)
     own: dict[tuple[str, str, int], list[int]] = {}
     for linear in spec.linears:
         if linear.block is None:
             continue
-        bits = form.own_bits(recipe.bits, linear.role, linear.block, layers, sharing)
+        bits = form.own_bits(recipe.bits, linear.role, linear.block, layers, sharing, experts)
         if bits != recipe.bits:
             before, _dot, after = linear.name.partition(f".{linear.block}.")
             own.setdefault((before, after, bits), []).append(linear.block)
     patterns = [f"{before}.{_choice(blocks)}.{after}={bits}" for (before, after, bits), blocks in own.items()]
     missing = [pattern for pattern in patterns if pattern not in recipe.bits_for]
     return replace(recipe, bits_for=(*missing, *recipe.bits_for)) if missing else recipe
+
+
+def experts_of(spec: ModelSpec) -> int:
+    """Experts in a layer, 0 where there are none."""
+    return 1 + max((x.expert for x in spec.linears if x.expert is not None), default=-1)
 
 
 def _choice(blocks: list[int]) -> str:

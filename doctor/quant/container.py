@@ -9,21 +9,19 @@ import os
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import PlanRefused
 from doctor.core.messages import _
-from doctor.core.recipe import Recipe
+from doctor.core.recipe import Recipe, is_kept
 from doctor.formats.registry import format_of
 from doctor.model.gguf_names import unwritable
 from doctor.model.gguf_tokenizer import tokenizer_metadata
-from doctor.model.spec import build_spec
+from doctor.model.spec import ModelSpec, build_spec
 from doctor.plan.mixture import with_mixture
 from doctor.quant.calibration.tokenizer import encoder
 from doctor.quant.distributed import size
-from doctor.quant.early import require_unrounded
 from doctor.quant.solve import ggml
 
 
 def prepared(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """The recipe as a run takes it. Raises PlanRefused for what the container cannot hold, before any work."""
-    require_unrounded(checkpoint)
     if not format_of(recipe).in_blocks:
         return recipe
     config = checkpoint.value("config.json")
@@ -45,7 +43,30 @@ def prepared(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     embedding = checkpoint.tensors.get(spec.embed_tensor or "")
     if embedding is not None:  # a tokenizer that cannot be written is refused before the first layer, too
         tokenizer_metadata(checkpoint, embedding.shape[0], encoder(checkpoint))
-    return with_mixture(recipe, spec)
+    recipe = with_mixture(recipe, spec)
+    _require_whole_stacks(recipe, spec)
+    return recipe
+
+
+def _require_whole_stacks(recipe: Recipe, spec: ModelSpec) -> None:
+    """Raises PlanRefused where the experts of a layer would not have one type: they are one tensor of the file."""
+    found: dict[tuple[int | None, str], tuple[str, int]] = {}
+    for linear in spec.linears:
+        if linear.expert is not None:
+            bits = 0 if is_kept(recipe, linear.name) else recipe.for_linear(linear.name).bits
+            name, first = found.setdefault((linear.block, linear.role), (linear.name, bits))
+            if bits != first:
+                raise PlanRefused(
+                    _(
+                        "{linear}: would have {bits} bits and {other} {first}; in GGUF the experts of a layer are one "
+                        "tensor.",
+                        linear=linear.name,
+                        bits=bits or 16,
+                        other=name,
+                        first=first or 16,
+                    ),
+                    _("Give a pattern that all of them match."),
+                )
 
 
 def require_importance(recipe: Recipe, imatrix: str | os.PathLike | None) -> None:

@@ -20,6 +20,7 @@ from doctor.core.messages import Message, _
 from doctor.core.methods import METHODS, method_of_format
 from doctor.core.recipe import FORMATS, Recipe
 from doctor.edits.decoding import decoding
+from doctor.edits.gguf_floats import GgufAsFloats
 from doctor.edits.kinds import (
     CastTensor,
     Dequantize,
@@ -71,8 +72,10 @@ def plan_conversion(checkpoint: Checkpoint, target: str, ask: AskLinears | None 
     """The edits that turn a quantized checkpoint into `target`, one of targets(). Reads headers and group indices.
 
     ask: the Linear modules that a client builds (client.Client.linears), for the list of what stays in 16 bits. Raises
-    PlanRefused with the reason where the formats do not allow it.
+    PlanRefused with the reason where the formats do not allow it, BadCheckpoint for a GGUF model that is not read.
     """
+    if checkpoint.gguf:
+        return _of_gguf(checkpoint, target)
     block = quantization_of(checkpoint)
     packed, narrow = packed_words(checkpoint.tensors), narrow_weights(checkpoint.tensors)
     unread = [n for n in checkpoint.tensors if n.endswith(packed_tails()) and n not in {i.name for i in packed}]
@@ -96,6 +99,23 @@ def plan_conversion(checkpoint: Checkpoint, target: str, ask: AskLinears | None 
 
 
 # to 16-bit floats
+
+
+def _of_gguf(checkpoint: Checkpoint, target: str) -> Conversion:
+    if target not in FLOATS:
+        raise PlanRefused(
+            _(
+                "{checkpoint}: {old} has no integer codes on an affine grid; {new} holds only those.",
+                checkpoint=checkpoint.name,
+                old=KNOWN["gguf"].label,
+                new=KNOWN[target].label,
+            ),
+            _("Convert it to bf16, or quantize the 16-bit original."),
+        )
+    view = GgufAsFloats(checkpoint, FLOATS[target])
+    notes = view.notes or (_("config.json and the tokenizer are made of the metadata of {file}", file=view.model.name),)
+    count = sum(len(tensor.shape) > 1 for tensor in view.stored.values())
+    return Conversion(view.edits, KNOWN["gguf"].label, FLOATS[target], count, False, notes)
 
 
 def _to_floats(

@@ -11,7 +11,7 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.facts import COSTS
 from doctor.core.messages import Message, _
-from doctor.edits.overlay import EditedCheckpoint
+from doctor.edits.gguf_floats import read_through
 from doctor.fixing.apply import apply_plan
 from doctor.fixing.assess import Assessment, Progress, assess, no_progress
 from doctor.fixing.consent import Consent
@@ -114,7 +114,7 @@ def _stage(conversion: Conversion) -> str:
 def _plan(
     source: Checkpoint, conversion: Conversion, before: Assessment, rules: list[Rule], progress: Progress
 ) -> Plan:
-    overlay = EditedCheckpoint(source, conversion.edits)
+    overlay = read_through(source, conversion.edits)
     recipe = alone(overlay)
     after = assess(overlay, recipe, rules, stage=_stage(conversion), progress=lambda n: progress("scan", n))
     title = _("{old} to {new}", old=conversion.old, new=conversion.new)

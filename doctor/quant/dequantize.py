@@ -20,11 +20,11 @@ from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _
 from doctor.edits.decoding import decoded
+from doctor.edits.gguf_floats import GgufAsFloats
 from doctor.formats.base import Format, Quantization
 from doctor.formats.registry import read_quantization
 from doctor.model.quantization_config import holds_quantized
 from doctor.quant import pack  # noqa: F401 - words on a GPU are unpacked by kernels
-from doctor.quant.gguf_view import GgufAsFloat
 
 
 def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -41,7 +41,7 @@ def as_float(checkpoint: Checkpoint) -> Checkpoint:
     read.
     """
     if checkpoint.gguf:
-        return GgufAsFloat(checkpoint)  # type: ignore[return-value] # the same reading interface
+        return GgufAsFloats(checkpoint)
     stated = quantization(checkpoint)
     if stated is None and not holds_quantized(checkpoint):
         return checkpoint

@@ -71,14 +71,13 @@ def refused_by_headers(
     """The report of the headers where rules forbid what a run of `quantize` with these options begins, unless fixes
     were asked for, which may cure it.
 
-    Raises PlanRefused for rounded weights or a pattern that names nothing, NotQuantizable for a family that
+    Raises PlanRefused for a pattern that names nothing, NotQuantizable for a family that
     transformers does not define, MachineError for too little memory or disk.
     """
     started = time.perf_counter()
     place = Path(os.path.abspath(output))
     rules = select_rules(load_rules(rules_dirs), select, ignore)
     recipe = replace(recipe, keep=(*recipe.keep, *keep), goal="quantize")
-    require_unrounded(source)
     refuse_tuning(tune, recipe)
     if others.get("budget") is not None:
         refuse_budget(source, recipe, others["budget"])
@@ -118,15 +117,6 @@ def _require_machine(
         budget.require(budget.needs(view, spec, recipe, int(recipe.calibrated), 1), memory)
 
 
-def require_unrounded(source: Checkpoint) -> None:
-    """Raises PlanRefused for GGUF files."""
-    if source.gguf:
-        raise PlanRefused(
-            _("{name}: is GGUF, whose weights are rounded already.", name=source.name),
-            _("Quantize the checkpoint that it was made from."),
-        )
-
-
 def judged_alone(source: Checkpoint, rules: list[Rule], hint: Message, but: Collection[str] = ()) -> Assessment:
     """What headers show of a checkpoint by itself, without a plan. Raises PlanRefused for its first error, but for
     codes in `but`.
@@ -163,7 +153,6 @@ def require_comparable(original: Checkpoint, quantized: Checkpoint, text: str | 
     """
     if text is not None:
         require_text(Path(text))
-    require_same_model(original, quantized)
     files = [rule for rule in load_rules() if rule.code in UNREADABLE]
     for checkpoint in (original, quantized):
         judged_alone(checkpoint, files, _("`doctor check` says more, and what to do."))
@@ -171,8 +160,21 @@ def require_comparable(original: Checkpoint, quantized: Checkpoint, text: str | 
             raise BadCheckpoint(
                 _("{name}: config.json is absent or broken; the model's shape stands there.", name=checkpoint.name)
             )
-    config = original.value("config.json") or {}
-    require_family(config, build_spec(config, original.tensors))
+    first, second = (described(checkpoint) for checkpoint in (original, quantized))
+    require_same_model(first, second)
+    config = first.value("config.json") or {}
+    require_family(config, build_spec(config, first.tensors))
+
+
+def described(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself; a GGUF model as transformers sees it, for its config.json and headers. Raises
+    BadCheckpoint.
+    """
+    if not checkpoint.gguf:
+        return checkpoint
+    from doctor.edits.gguf_floats import GgufAsFloats  # it needs NumPy
+
+    return GgufAsFloats(checkpoint, tokenizer=False)
 
 
 def require_cached(

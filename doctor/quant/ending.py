@@ -14,6 +14,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError, MachineError
 from doctor.core.messages import _
 from doctor.core.records import CalibrationFacts
+from doctor.edits.gguf_floats import GgufAsFloats, opened_from
 from doctor.fixing.filesystem import machine_errors
 from doctor.lint.engine import Report
 from doctor.quant.budget import constant, gib
@@ -75,7 +76,8 @@ def run_figures(source: Checkpoint, written: Checkpoint) -> dict[str, Any]:
     """{source_bytes, output_bytes, bits, peak_bytes}: bytes of tensors before and after, bits a weight, and the most
     memory that this process held.
     """
-    before = sum(info.nbytes for info in source.tensors.values())
+    stored = source.source if isinstance(source, GgufAsFloats) else source
+    before = stored.total_bytes
     weights = sum(info.numel for info in source.tensors.values())
     after = (
         sum(file.size for file in written.gguf[0].files)
@@ -134,7 +136,7 @@ def _compared(
         asked.progress(note)
         return report
     try:
-        found = compare(Path(os.path.abspath(source.root)), output)
+        found = compare(Path(os.path.abspath(opened_from(source))), output)
     except DoctorError as error:
         note = _("not compared with the original: {reason}", reason=error.message)
         notes.append(note)

@@ -13,6 +13,7 @@ from functools import partial
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.messages import _, listed
 from doctor.core.records import CalibrationFacts, TuningFacts
+from doctor.edits.gguf_floats import opened_from
 from doctor.fixing.assess import assess
 from doctor.fixing.loading import judged_proof
 from doctor.fixing.output_summary import files, receipt_summary
@@ -117,7 +118,7 @@ def _linears(asked: Asked, checked: Checked) -> Linears:
     """What the client says of its linears; {} where nobody is asked."""
     source = checked.assessment.checkpoint
     modules = [name.removesuffix(".weight") for name in source.tensors if name.endswith(".weight")]
-    return asked.client.linears(source.root, modules) if asked.client else {}
+    return asked.client.linears(opened_from(source), modules) if asked.client else {}
 
 
 def _streamed(

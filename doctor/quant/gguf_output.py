@@ -17,7 +17,7 @@ import torch
 
 from doctor.checkpoint import gguf_writer as w
 from doctor.checkpoint.directory import Checkpoint
-from doctor.checkpoint.ggml_types import BY_NAME, FILE_TYPES
+from doctor.checkpoint.ggml_types import BY_NAME, FILE_TYPES, GgmlType
 from doctor.checkpoint.gguf_writer import Planned, Value
 from doctor.checkpoint.safetensors import Shard, ShardFile, TensorInfo, open_shard
 from doctor.core.errors import NotQuantizable
@@ -36,6 +36,7 @@ from doctor.model.gguf_tokenizer import Encode, tokenizer_metadata
 from doctor.quant.dequantize import to_torch
 from doctor.quant.solve.ggml import round_blocks
 
+_ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # what llama.cpp's converter leaves in float32
 IMPORTANCE = "importance"  # the part of a linear that holds diag(H) / 2, for --imatrix
 GEMMA_WINDOW = 4096  # where config.json does not say, transformers takes this
 _ROWS_BYTES = 64 << 20  # of float32 rows that are rounded at once
@@ -96,14 +97,20 @@ def write_model(stage: Path, parts: list[Path], checkpoint: Checkpoint, recipe: 
 
 def write_imatrix(path: Path, parts: list[Path], config: Mapping[str, Any], tokens: int, source: str) -> None:
     """diag(H) / 2 of every linear as llama-quantize reads it (--imatrix)."""
-    known, found = require_writable(config), {}
+    known = require_writable(config)
+    found: dict[str, dict[int, torch.Tensor]] = {}
     for name, entry in _stored(parts).items():
         module, _dot, part = name.rpartition(".")
         if part == IMPORTANCE:
-            found[known.gguf_name(f"{module}.weight") or module] = entry.whole()
+            target = known.gguf_name(f"{module}.weight") or module
+            found.setdefault(target, {})[known.expert_of(module + ".") or 0] = entry.whole()
     planned, values = [], {}
     for name in sorted(found):
-        for tail, value in (("in_sum2", found[name][None]), ("counts", torch.ones(1, 1))):
+        rows = torch.stack([found[name][i] for i in sorted(found[name])])
+        seen = (
+            (rows > 0).any(1, keepdim=True).float()
+        )  # an expert that no token reached: llama-quantize weighs it evenly
+        for tail, value in (("in_sum2", rows), ("counts", seen)):
             planned.append(Planned(f"{name}.{tail}", tuple(value.shape), BY_NAME["F32"]))
             values[planned[-1].name] = value.contiguous()
     metadata = {
@@ -136,6 +143,7 @@ def _planned(
 ) -> list[Planned]:
     """Every tensor of the file, in llama.cpp's order."""
     form, found = blocks_of(recipe), []
+    stacks: dict[str, dict[int, tuple[tuple[int, ...], GgmlType]]] = {}
     tied = "lm_head.weight" not in stored
     for name, entry in stored.items():
         source, packed = _source_of(name)
@@ -150,6 +158,8 @@ def _planned(
         if packed:
             kind = BY_NAME[packed]
             shape = (shape[0], shape[1] // kind.nbytes * kind.block)
+        elif target.endswith(_ROUTERS):
+            kind, shape = BY_NAME["F32"], shape[1:] if shape[0] == 1 else shape
         elif target in ("token_embd.weight", "output.weight"):
             kind = form.outer_type(target, recipe.bits, shape[1], tied or bool(config.get("tie_word_embeddings")))
             if shape[1] % kind.block:
@@ -158,11 +168,35 @@ def _planned(
             kind = BY_NAME["F32"]
         else:
             kind = BY_NAME[entry.info.dtype.name if entry.info.dtype.name in ("F16", "BF16") else "F32"]
-        found.append(Planned(target, shape, kind))
+        expert = known.expert_of(source)
+        if expert is None:
+            found.append(Planned(target, shape, kind))
+        else:
+            stacks.setdefault(target, {})[expert] = shape, kind
+    found += [_stack(target, parts) for target, parts in stacks.items()]
     _theta, scaling = rope_of(config)
     if scaling.get("rope_type", scaling.get("type")) == "llama3":
         found.append(Planned(ROPE_FREQS, (_head_dim(config) // 2,), BY_NAME["F32"]))
     return sorted(found, key=_place)
+
+
+def _stack(target: str, parts: Mapping[int, tuple[tuple[int, ...], GgmlType]]) -> Planned:
+    """The tensor of all experts. Raises NotQuantizable where they do not have one shape and one type."""
+    shape, kind = parts[min(parts)]
+    other = next((i for i in range(len(parts)) if parts.get(i) != (shape, kind)), None)
+    if other is not None:
+        raise NotQuantizable(
+            _(
+                "{tensor}: expert {i} is {found}, the first {kind} {shape}; the experts of a layer are one tensor.",
+                tensor=target,
+                i=other,
+                found=f"{parts[other][1].name} {list(parts[other][0])}" if other in parts else _("absent"),
+                kind=kind.name,
+                shape=list(shape),
+            ),
+            _("Keep all experts of a layer in 16 bits, or none."),
+        )
+    return Planned(target, (len(parts), *shape), kind)
 
 
 def _place(tensor: Planned) -> tuple[int, str]:
@@ -179,6 +213,16 @@ def _chunks(
     if plan.name == ROPE_FREQS:
         theta, scaling = rope_of(config)
         yield np.array(rope_factors(scaling, theta, _head_dim(config)), "<f4").tobytes()
+        return
+    experts = plan.shape[0] if len(plan.shape) == 3 else 0
+    if experts:
+        for name in known.names_of(plan.name, experts):
+            entry, module = stored.get(name), name.rpartition(".")[0]
+            packed = stored.get(f"{module}.{plan.type.name}")
+            if packed is not None:
+                yield packed.whole().contiguous().numpy().tobytes()
+            elif entry is not None:
+                yield _as_type(entry.whole().to(torch.float32), plan)
         return
     source = known.name_of(plan.name)
     assert source is not None  # _planned() made the name from one
@@ -232,6 +276,13 @@ def model_metadata(config: Mapping[str, Any], known: Architecture, recipe: Recip
     }
     if known.rope_dimension:
         own["rope.dimension_count"] = w.u32(head_dim)
+    if known.experts:
+        own["expert_count"] = w.u32(config.get("num_experts") or config["num_local_experts"])
+        own["expert_used_count"] = w.u32(config["num_experts_per_tok"])
+    if "moe_intermediate_size" in config:
+        own["expert_feed_forward_length"] = w.u32(config["moe_intermediate_size"])
+    if "shared_expert_intermediate_size" in config:
+        own["expert_shared_feed_forward_length"] = w.u32(config["shared_expert_intermediate_size"])
     if known.name == "gemma3":
         own["attention.sliding_window"] = w.u32(config.get("sliding_window") or GEMMA_WINDOW)
         if config.get("final_logit_softcapping"):

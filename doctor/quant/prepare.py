@@ -23,6 +23,7 @@ from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.records import CALIBRATION, CalibrationFacts
 from doctor.core.rehearsal import GIVEN_REHEARSAL
+from doctor.edits.gguf_floats import opened_from
 from doctor.fixing.assess import Assessment, assess
 from doctor.fixing.consent import Consent
 from doctor.fixing.plan import make_plan, refuse
@@ -115,7 +116,7 @@ def check(asked: Asked, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iter
         checked = judged(asked, checked)
         rehearse = asked.client.rehearse if asked.client else None
         if rehearse and not fix and size() == 1 and report_of(asked, checked).ok:
-            store.put(GIVEN_REHEARSAL, rehearse(source.root, checked.recipe))
+            store.put(GIVEN_REHEARSAL, rehearse(opened_from(source), checked.recipe))
             checked = judged(asked, checked)
     report = report_of(asked, checked)
     asked.progress(
@@ -136,8 +137,9 @@ def _plain(asked: Asked, source: Checkpoint) -> Checked:
         return Checked(assess(source, asked.recipe, asked.rules), asked.recipe, None, ())
     facts = [(CHECKPOINT, DECODED.name, how)]
     note = _("source: {n:,} weights in {label} are decoded as they are read", n=len(how.stored), label=how.label)
-    asked.progress(note)
-    return Checked(assess(view, asked.recipe, asked.rules, facts=facts), asked.recipe, None, (note,))
+    for text in (note, *how.notes):
+        asked.progress(text)
+    return Checked(assess(view, asked.recipe, asked.rules, facts=facts), asked.recipe, None, (note, *how.notes))
 
 
 def _fixed(asked: Asked, source: Checkpoint, unsafe_fixes: bool | Iterable[str]) -> Checked:

@@ -155,10 +155,11 @@ def quantize(
         )
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     check_output(source, asked.output, overwrite or retry_failed)
-    asked = replace(asked, recipe=prepared(source, asked.recipe))
+    view = decoded(source)[0] if source.gguf else source
+    asked = replace(asked, recipe=prepared(view, asked.recipe))
     plain = replace(asked.recipe, bits_for=recipe.bits_for)  # without the mixture of fixed rules that GGUF brings
     mixing = (
-        _mixing(replace(asked, recipe=plain), source, budget, diverge)
+        _mixing(replace(asked, recipe=plain), view, budget, diverge)
         if budget is not None and diverge is not None
         else None
     )

@@ -217,3 +217,10 @@ def spot(where: Place) -> str:
 def fingerprint(finding: Finding) -> str:
     """Stable name of one defect: code and place, no numbers."""
     return f"{finding.code}:{finding.target}"
+
+
+def given_path(report: Report) -> str:
+    """The path that the checkpoint was opened by: its directory, or one GGUF file of it."""
+    given = str(report.summary.get("path") or report.checkpoint)
+    one = report.checkpoint.endswith(".gguf") and not given.endswith(report.checkpoint)
+    return os.path.join(given, report.checkpoint) if one else given

@@ -9,7 +9,7 @@ from doctor.lint.rule import AREAS
 from doctor.locale.catalogue import counted, say, translated
 from doctor.model.directory_kind import KINDS
 from doctor.report.closeness import closeness, layers_tried
-from doctor.report.presentation import Group, fixable, tally
+from doctor.report.presentation import Group, fixable, given_path, tally
 from doctor.report.recipe_text import goal_of, plan_flags, plan_label, plan_text  # noqa: F401 - for those that print
 from doctor.report.text import count, safe, seconds, size
 
@@ -304,7 +304,7 @@ def next_steps(report: Report, found: list[Group]) -> list[tuple[str, str]]:
     """(command or sentence, what it does), cheapest first."""
     by = fixable([g for g in found if not g.of_recipe])
     by_quantize = [g for g in found if g.of_recipe and g.safety in ("safe", "unsafe")]
-    path = shlex.quote(safe(str(report.summary.get("path") or report.checkpoint)))
+    path = shlex.quote(safe(given_path(report)))
     plan = plan_flags(report.recipe, goal_of(report))
     command = f"doctor fix {path}{plan} -o fixed/"
     steps = []

@@ -3,12 +3,15 @@
 `make test-clients` builds its environment; without it the tests skip.
 """
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.evaluate.clients.load_proof import prove_loading
@@ -35,14 +38,11 @@ def computed(out):
     """The log-probabilities of ROWS that transformers' class computes with the values and config of a GGUF output."""
     import transformers
 
-    view = as_float(Checkpoint.open(out))
-    config = view.value("config.json")
-    found = getattr(transformers, config["architectures"][0])
-    made = found(transformers.AutoConfig.for_model(**config)).eval()
-    state = {name: torch.from_numpy(view.load(name)) for name in view.tensors}
-    left = made.load_state_dict(state, strict=False)
-    assert not left.unexpected_keys and set(left.missing_keys) <= {"lm_head.weight"}
-    made.tie_weights()
+    view, folder = as_float(Checkpoint.open(out)), out.parent / "plain"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(view.json["config.json"].raw)
+    save_file({name: torch.from_numpy(view.load(name)) for name in view.tensors}, folder / "model.safetensors")
+    made = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = [made(input_ids=row).logits[0, :-1].float() for row in ROWS]
     return [torch.log_softmax(x, 1).gather(1, row[0, 1:, None])[:, 0] for x, row in zip(logits, ROWS, strict=True)]
@@ -73,6 +73,10 @@ def test_the_real_model_is_served(scheme, python, smollm2, tmp_path):
     done = subprocess.run([*command, "--for", "rtn"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     command = [sys.executable, "-m", "doctor", "verify", smollm2, tmp_path / "out", "--client", "llama.cpp"]
-    options = ["--client-python", python, "--rows", "2", "--context", "128"]
-    checked = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert checked.returncode == 0 and "loads every parameter as llama" in checked.stdout, checked.stdout
+    options = ["--client-python", python, "--rows", "2", "--context", "128", "-f", "json"]
+    asked = {**os.environ, "DOCTOR_LOAD_PROOF": "1"}
+    checked = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, env=asked)
+    report = json.loads(checked.stdout)
+    proof, types = report["extra"]["load_proof"], Checkpoint.open(tmp_path / "out").gguf[0].tensors.values()
+    assert checked.returncode == 0 and proof["architecture"] == "llama" and not proof["missing"], checked.stdout
+    assert "F16" not in {tensor.type.name for tensor in types}

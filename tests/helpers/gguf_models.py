@@ -9,7 +9,7 @@ from doctor.formats.schemes import fields_of
 from doctor.lint.testing import tiny
 from doctor.quant.quantize import quantize
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def model(family, folder):
@@ -26,6 +26,8 @@ def model(family, folder):
     if family == "gemma3_text":
         case.config["architectures"] = ["Gemma3ForCausalLM"]
         case.config["layer_types"] = ["sliding_attention"] * case.config["num_hidden_layers"]
+    if family == "qwen3_moe":
+        case.config["norm_topk_prob"] = True
     return case.write(folder)
 
 

@@ -3,6 +3,7 @@ on.
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from doctor.core.recipe import Recipe
 from doctor.formats.registry import KNOWN
 from doctor.formats.schemes import fields_of
 from doctor.lint.testing import tiny
-from doctor.model.gguf_names import permuted_rows, unpermuted_rows
+from doctor.model.gguf_names import permuted_rows, unpermuted_rows, unwritable
 from doctor.model.gguf_rope import rope_factors, scaling_of
 from doctor.model.gguf_tokenizer import pre_tokenizer, tokenizer_metadata
 from doctor.plan.mixture import planned_types, with_mixture
@@ -66,19 +67,31 @@ def test_the_file_reads_back_as_the_model(family, rounded):
         assert stated[key] == config[key], key
 
 
-# transformers takes 128 for Qwen 3's head size, whatever the file says (5.24).
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen3"])
+def values_in(state, name):
+    """A tensor of the files in transformers' state, where experts are fused: gate and up of all, then down."""
+    expert = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+    if expert is None:
+        return state[name]
+    fused = state[f"{expert[1]}.{'down' if expert[3] == 'down' else 'gate_up'}_proj"][int(expert[2])]
+    half = len(fused) // 2
+    return {"gate": fused[:half], "up": fused[half:], "down": fused}[expert[3]]
+
+
+# transformers (5.24) takes 128 for Qwen 3's head size, whatever the file says, and does not read Mixtral's files. It
+# does not read the width of experts either, so those models are given the config that doctor reads.
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("qwen3", "mixtral")])
 def test_transformers_reads_the_same_weights_from_the_file(family, rounded):
     """transformers' own GGUF loader, whose tables are not ours."""
     pytest.importorskip("gguf")
     transformers = pytest.importorskip("transformers")
     _source, out = rounded(family)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        out, gguf_file="model-Q8_0.gguf", dtype=torch.float32
-    ).state_dict()
     ours = as_float(Checkpoint.open(out))
+    given = {"config": transformers.AutoConfig.for_model(**ours.value("config.json"))} if "moe" in family else {}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        out, gguf_file="model-Q8_0.gguf", dtype=torch.float32, **given
+    ).state_dict()
     for name in ours.tensors:
-        assert torch.equal(theirs[name], torch.from_numpy(ours.load(name))), name
+        assert torch.equal(values_in(theirs, name), torch.from_numpy(ours.load(name))), name
 
 
 def stored(out, name):
@@ -200,14 +213,12 @@ def test_other_divisors_are_no_scaling_of_llama_3(told):
     assert scaling_of(told, 5e5, 64) is None
 
 
-def test_what_cannot_be_written_is_refused_before_any_work(rounded, tmp_path):
+def test_what_cannot_be_written_is_refused_before_any_work(tmp_path):
     opt = tiny("opt").write(tmp_path / "opt")
     with pytest.raises(PlanRefused, match="OPTForCausalLM is not written as GGUF here"):
         quantize(opt, tmp_path / "out", Recipe(**fields_of("Q8_0", {})))
     with pytest.raises(NotQuantizable, match="WordLevel"):
         run(tiny("llama").write(tmp_path / "words"), tmp_path / "out")
-    with pytest.raises(PlanRefused, match="is GGUF, whose weights are rounded already"):
-        run(rounded("llama")[1], tmp_path / "again")
     with pytest.raises(PlanRefused, match="needs a calibrated run of a GGUF scheme"):
         run(opt, tmp_path / "out", fields={"method": "rtn"}, imatrix=tmp_path / "i.gguf")
 
@@ -234,3 +245,51 @@ def test_importance_is_written_as_llama_quantize_reads_it(calibrated):
     assert read.tensors["blk.0.ffn_down.weight.in_sum2"].shape == (1, 128)
     assert read.tensors["blk.0.ffn_down.weight.counts"].shape == (1, 1)
     assert len(read.tensors) == 2 * 14
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts_are_one_tensor_and_routers_stay_in_float32(family, rounded):
+    _source, out = rounded(family)
+    tensors = Checkpoint.open(out).gguf[0].tensors
+    stacks = {name.split(".")[2]: t for name, t in tensors.items() if name.endswith("_exps.weight")}
+    assert set(stacks) == {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
+    assert all(len(t.shape) == 3 and t.shape[0] == 4 and t.type.name == "Q8_0" for t in stacks.values())
+    assert {t.type.name for name, t in tensors.items() if ".ffn_gate_inp" in name} == {"F32"}
+
+
+def test_a_part_of_the_experts_cannot_have_another_type(tmp_path):
+    source = model("qwen2_moe", tmp_path / "m")
+    with pytest.raises(PlanRefused, match=r"experts\.1\.down_proj: would have 16 bits and .*experts\.0\.down_proj 8"):
+        run(source, tmp_path / "out", fields={"method": "rtn"}, keep=["experts.1.down_proj"])
+    kept = run(source, tmp_path / "out", fields={"method": "rtn"}, keep=["*.experts.*.down_proj"]).output
+    types = {
+        name.split(".")[2]: t.type.name for name, t in Checkpoint.open(kept).gguf[0].tensors.items() if "exps" in name
+    }
+    assert types == {"ffn_gate_exps": "Q8_0", "ffn_up_exps": "Q8_0", "ffn_down_exps": "BF16"}
+
+
+def test_importance_of_experts_is_written_for_each(tmp_path):
+    source = model("mixtral", tmp_path / "m")
+    run(source, tmp_path / "out", "Q4_0", imatrix=tmp_path / "imatrix.gguf")
+    tensors = Checkpoint.open(tmp_path / "imatrix.gguf").gguf[0].tensors
+    assert tensors["blk.0.ffn_gate_exps.weight.in_sum2"].shape == (4, 64)
+    assert tensors["blk.0.ffn_gate_exps.weight.counts"].shape == (4, 1)
+
+
+def test_eight_experts_get_the_types_that_llama_quantize_gives_them():
+    own = {name: KNOWN[name].own_bits for name in ("gguf", "gguf-q4_0", "gguf-iq4_xs")}
+    assert [own["gguf"](4, role, 3, 32, 4, 8) for role in ("q", "k", "v", "o", "gate")] == [4, 8, 8, 5, 4]
+    assert [own["gguf-q4_0"](4, role, 3, 32, 4, 8) for role in ("k", "v", "o")] == [8, 8, 4]
+    assert [own["gguf-iq4_xs"](4, role, 3, 32, 4, 8) for role in ("k", "v", "o")] == [8, 8, 5]
+    assert own["gguf"](4, "o", 3, 32, 4, 60) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({}, "norm_topk_prob is false, and llama.cpp computes this architecture as true"),
+        ({"norm_topk_prob": True, "mlp_only_layers": [0]}, "llama.cpp wants experts in every layer"),
+    ],
+)
+def test_a_mixture_that_llama_cpp_would_compute_otherwise_is_refused(more, reason):
+    assert reason in unwritable({"architectures": ["Qwen3MoeForCausalLM"], **more})

@@ -23,6 +23,7 @@ from doctor.formats.registry import format_of
 from doctor.model.fused_experts import find_fused_experts
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
+from doctor.plan.mixture import experts_of
 from doctor.plan.sizes import fits
 from doctor.quant.budget import outer_bytes
 
@@ -85,7 +86,8 @@ def _linear_bytes(linear: Linear, recipe: Recipe | None, spec: ModelSpec) -> int
     if not form.in_blocks:
         return form.bytes(linear.in_features, linear.out_features, scheme)
     layers, sharing = spec.n_layers or 1, (spec.n_heads or 1) // max(spec.n_kv_heads or 1, 1)
-    bits = Counter(blocks_of(recipe).own_bits(recipe.bits, linear.role, i, layers, sharing) for i in range(layers))
+    experts, own = experts_of(spec), blocks_of(recipe).own_bits
+    bits = Counter(own(recipe.bits, linear.role, i, layers, sharing, experts) for i in range(layers))
     sizes = (n * form.bytes(linear.in_features, linear.out_features, scheme._replace(bits=b)) for b, n in bits.items())
     return round(sum(sizes) / layers)
 

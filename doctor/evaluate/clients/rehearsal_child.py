@@ -68,7 +68,7 @@ def why_no_tokenizer(root: Path) -> Callable[[], str]:
     or what it takes too much of; "" where it works, where none is there, and where a library that it needs is not
     installed here.
     """
-    checkpoint = Checkpoint.open(root)
+    checkpoint = _as_read(Checkpoint.open(root))
     if not any(name in checkpoint.entries for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         return lambda: ""
     import transformers.models.auto.tokenization_auto  # noqa: F401 - imported once, before the limits

@@ -17,9 +17,14 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.edits.gguf_floats import GgufAsFloats
+from doctor.quant.calibration.tokenizer import directory_of
 
 PACKED, SCALE = "weight_packed", "weight_scale"
 WORDS = "qweight"
@@ -54,7 +59,8 @@ def linears(folder: Path, modules: list[str]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with described(folder) as place:
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         names = getattr(config, "architectures", None) or [""]
@@ -68,6 +74,17 @@ def linears(folder: Path, modules: list[str]) -> dict[str, Any]:
             if target in found:
                 found[target].append(source)
     return {"linears": found}
+
+
+@contextlib.contextmanager
+def described(path: Path) -> Iterator[Path]:
+    """The directory itself; for a GGUF file one with the config.json that its metadata gives."""
+    if path.is_dir():
+        yield path
+        return
+    view = GgufAsFloats(Checkpoint.open(path), tokenizer=False)
+    with directory_of(view, ["config.json"], "doctor-config-") as folder:
+        yield folder
 
 
 def targets(model: Any, modules: list[str]) -> list[tuple[str, str]]:
