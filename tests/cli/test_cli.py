@@ -434,6 +434,7 @@ def test_verify_and_kvcache_pass_their_options(run, called):
     assert seen[-1][0] == ("a", "b") and {k: str(v) for k, v in seen[-1][1].items() if k != "progress"} == {
         "text": "t.txt",
         "rows": "3",
+        "device": "auto",
     }
     run("kvcache", "a", "--context", "4096", "--memory", "24GB", "--measure")
     assert (
@@ -445,6 +446,7 @@ def test_verify_and_kvcache_pass_their_options(run, called):
             "batch": 1,
             "memory": 24 * 10**9,
             "measure": True,
+            "device": "auto",
         }
     )
 

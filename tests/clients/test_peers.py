@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from doctor import api
+from doctor.lint.engine import Report
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
 from doctor.lint.engine import load_rules
@@ -63,7 +64,7 @@ def values(codes: np.ndarray) -> np.ndarray:
     return (codes.astype(np.uint32) << 16).view(np.float32)
 
 
-def ends_well(source: Path, output: Path, recipe: Recipe, original: Path, largest: float = 1.05) -> api.Report:
+def ends_well(source: Path, output: Path, recipe: Recipe, original: Path, largest: float = 1.05) -> Report:
     """Quantizes and compares: the model is there and its perplexity is at most `largest` of the original's. The run's
     report.
     """
