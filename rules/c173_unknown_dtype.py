@@ -2,10 +2,6 @@
 
 Why: transformers takes the word for an attribute of torch, and stops there, before it builds the model or its tokenizer.
 
-Seen as:
-- PyTorch: `AttributeError: module 'torch' has no attribute`
-- vLLM: `Unknown dtype`
-
 Do: write the dtype that the weights are stored in, in PyTorch's spelling.
 
 False alarms: none known.

@@ -174,6 +174,12 @@ plan_options = together(
         help=_("Where it will be served: {runtimes}.", runtimes=listed(RUNTIMES)),
     ),
     option(
+        "--gpu",
+        default="",
+        metavar="NAME",
+        help=_("Card that it will be served on, as rtx3090 or h100; a wrong name lists them."),
+    ),
+    option(
         "--config",
         is_eager=True,
         expose_value=False,

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from doctor.checkpoint.directory import Checkpoint
     from doctor.lint.config import Config
 
-PLAN = ("method", "bits", "group_size", "sym", "tp")  # the parameters of options.plan_options, beside the runtime
+PLAN = (
+    "method",
+    "bits",
+    "group_size",
+    "sym",
+    "tp",
+    "gpu",
+)  # the parameters of options.plan_options, beside the runtime
 
 
 def asked_recipe(flags: dict[str, Any], config: "Config | None" = None, **more: Any) -> Recipe:

@@ -16,6 +16,7 @@ from doctor.core.errors import DoctorError
 from doctor.core.messages import _
 from doctor.core.methods import BITS, METHODS, STATIC, Method
 from doctor.core.near import nearest
+from doctor.core.tables import table
 
 GOALS = ("", "quantize", "serve", "none")  # what findings are judged for
 RUNTIMES = ("vllm", "sglang", "exllamav2", "transformers", "llama.cpp")
@@ -112,6 +113,7 @@ class Recipe:
     tp: int = 1
     runtime: str = ""
     runtime_version: str = ""
+    gpu: str = ""  # the graphics card that it will be served on, a name of rules/tables/gpus.toml
     keep: tuple[str, ...] = ()
     bits_for: tuple[str, ...] = ()  # PATTERN=BITS: linears of another width; the last that matches counts
     seed: int = 0
@@ -148,6 +150,12 @@ class Recipe:
                 _("runtime {value!r}", value=self.runtime),
                 _("one of {names}", names=", ".join(RUNTIMES)),
                 nearest(self.runtime, RUNTIMES),
+            )
+        if self.gpu and self.gpu not in table("gpus"):
+            raise _illegal(
+                _("gpu {value!r}", value=self.gpu),
+                _("one of {names}", names=", ".join(table("gpus"))),
+                nearest(self.gpu.lower(), table("gpus")),
             )
         self._require_widths()
         self._require_format()

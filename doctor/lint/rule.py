@@ -98,8 +98,10 @@ from doctor.plan.mixture import planned_types, with_mixture  # noqa: F401
 from doctor.plan.runtimes import in_force, nearest_plan, old_reader, version_before  # noqa: F401 - declares `kernels` too
 from doctor.plan.serving import (  # noqa: F401
     capability_of,
+    computes_on,
     first_with,
     groups_of,
+    least_capability,
     newest,
     readers_of,
     reads_method,

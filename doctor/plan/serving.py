@@ -103,6 +103,29 @@ def least_capability(recipe: Recipe, raw: Mapping[str, Any]) -> int:
     return max((row.get("capability", {}).get(method, 0) for row in rows), default=0)
 
 
+def computes_on(recipe: Recipe, raw: Mapping[str, Any], capability: int) -> bool | None:
+    """Whether the recipe's runtime computes with what quantization_config says on a GPU of this compute capability (75
+    for 7.5); None where nothing is known of it.
+    """
+    runtime, version = recipe.runtime, recipe.runtime_version
+    if "config_groups" in raw:
+        rows = schemes(runtime, version) or []
+        answers = []
+        for _name, group, form in groups_of(raw):
+            weights, inputs = stated(group["weights"]) or {}, stated(group.get("input_activations"))
+            own = [r for r in rows if serves(r, weights, inputs, form)]
+            if own:
+                answers.append(any(_suits(row, version, capability) for row in own))
+        return all(answers) if answers else None
+    least = least_capability(recipe, raw)
+    return capability >= least if least else None
+
+
+def _suits(row: Mapping[str, Any], version: str, capability: int) -> bool:
+    least = capability_of(row, version)
+    return capability == least if row.get("exact") and least else capability >= least
+
+
 def _around(rows: list[Mapping[str, Any]], version: str) -> list[Mapping[str, Any]]:
     """The row of a release, or those of the last release before it and the first one after it. "" is the newest."""
     if not version:

@@ -41,6 +41,7 @@ def plan_text(report: Report) -> str:
         return say("none: the files alone")
     group = say("per channel") if r.group_size == -1 else say("group {n}", n=r.group_size)
     target = [" ".join(filter(None, (r.runtime, r.runtime_version)))] if r.runtime else []
+    target += [r.gpu] if r.gpu else []
     target += [say("tensor parallel {n}", n=r.tp)] if r.tp > 1 or r.runtime else [say("1 GPU")]
     if goal_of(report) == "serve":
         stored = report.summary.get("stored") or str(report.summary.get("dtype", "")).lower()
@@ -76,4 +77,5 @@ def _where(recipe: Recipe) -> str:
     """The options that say where it will run."""
     gpus = f" --tp {recipe.tp}" if recipe.tp > 1 else ""
     runtime = "==".join(filter(None, (recipe.runtime, recipe.runtime_version)))
-    return gpus + (f" --runtime {runtime}" if runtime else "")
+    card = f" --gpu {recipe.gpu}" if recipe.gpu else ""
+    return gpus + (f" --runtime {runtime}" if runtime else "") + card
