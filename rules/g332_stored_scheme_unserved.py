@@ -11,7 +11,7 @@ Seen as:
 
 Do: quantize again with a scheme from the table, or serve it with transformers, which unpacks the weights.
 
-False alarms: a runtime with a plugin. Schemes that depend on the graphics card are not judged by the card: the table
+False alarms: a runtime with a plugin. Whether the card computes with a scheme is for G334 to say: the table
 says which compute capability each asks for.
 
 Fix safety: no fix: the files are correct.

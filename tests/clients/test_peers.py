@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from doctor import api
-from doctor.lint.engine import Report
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
-from doctor.lint.engine import load_rules
+from doctor.lint.engine import Report, load_rules
 from doctor.lint.explain import search
 from doctor.lint.testing import encode, shard_bytes, tiny
 
