@@ -19,6 +19,7 @@ vllm/model_executor/model_loader/weight_utils.py goes by the index.
 from doctor.lint.rule import DropTensor, Fix, Place, _, finding, listed, plural, rule
 from doctor.lint.testing import shard_bytes, tiny
 
+USUAL = "model.safetensors"
 MANY = 4  # tensors in the same files, from which on they are said in one line
 
 
@@ -101,7 +102,8 @@ def _equal(infos, digests):
 
 def _fix(name, files, equal, named):
     """Drop all copies but one: the one that the index names, or the first of equal ones."""
-    kept = named if named in files else files[0] if equal else None
+    first = USUAL if USUAL in files else files[0]  # the file that transformers opens, if it is one of them
+    kept = named if named in files else first if equal else None
     if equal is None or kept is None:
         return Fix(_("keep one of the files; nothing here shows which is right"), (), "manual")
     drops = tuple(DropTensor(name, file) for file in files if file != kept)

@@ -3,12 +3,13 @@
 import difflib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import PlanRefused
-from doctor.core.messages import _
-from doctor.edits.kinds import Edit, GrowRows, PadTensor, Rebase, RenameFile, TakeFile, TensorEdit
+from doctor.core.messages import _, plural
+from doctor.edits.kinds import DropTensor, Edit, GrowRows, PadTensor, Rebase, RenameFile, TakeFile, TensorEdit
 from doctor.edits.overlay import EditedCheckpoint
 from doctor.fixing.edit_set import compose
 from doctor.fixing.step import Step
@@ -67,7 +68,15 @@ def _describe(step: Step, before: EditedCheckpoint, after: EditedCheckpoint) -> 
 
 def _describe_tensors(step: Step, before: EditedCheckpoint, after: EditedCheckpoint) -> None:
     changes: dict[tuple[str, tuple[int, ...] | None, tuple[int, ...] | None], list[str]] = {}
-    for name in sorted({e.tensor for e in step.edits if isinstance(e, TensorEdit)}):
+    copies = Counter(e.shard for e in step.edits if isinstance(e, DropTensor) and e.shard)
+    step.notes += [
+        plural("{file}: {n:,} copy dropped", "{file}: {n:,} copies dropped", n, file=file)
+        for file, n in sorted(copies.items())
+    ]
+    changed = {
+        e.tensor for e in step.edits if isinstance(e, TensorEdit) and not (isinstance(e, DropTensor) and e.shard)
+    }
+    for name in sorted(changed):
         old, new = before.tensors.get(name), after.tensors.get(name)
         if old is not None or new is not None:
             kinds = dict.fromkeys(t.dtype.name for t in (old, new) if t is not None)

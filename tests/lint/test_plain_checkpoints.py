@@ -152,3 +152,20 @@ def test_values_that_generation_takes(values, tmp_path):
     case = tiny("llama")
     case.json["generation_config.json"] |= values
     assert findings(case, tmp_path) == []
+
+
+def test_a_second_save_of_the_whole_model_is_one_finding_and_the_usual_name_stays(tmp_path):
+    from doctor.api import fix
+    from doctor.report.plan_text import render_plan
+
+    case = tiny("llama")
+    folder = case.write(tmp_path / "twice")
+    (folder / "model.fp16.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    count = len(case.tensors)
+    found = [f.message for f in check(folder, case.recipe).findings]
+    first = min(case.tensors)
+    assert found == [f"{count} tensors are in model.fp16.safetensors and model.safetensors alike; the first is {first}"]
+    done = fix(folder, tmp_path / "once", case.recipe)
+    assert f"model.fp16.safetensors: {count} copies dropped" in render_plan(done)
+    assert (tmp_path / "once" / "model.safetensors").exists()
+    assert not (tmp_path / "once" / "model.fp16.safetensors").exists()
