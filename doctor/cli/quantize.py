@@ -154,7 +154,10 @@ USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few bes
 @memory_option(_("Most memory to use, as 24GB.  [default: what is free]"))
 @device_option
 @option(
-    "--plan", "plan_only", is_flag=True, help=_("Only print the memory and disk that it takes, from headers alone.")
+    "--plan",
+    "plan_only",
+    is_flag=True,
+    help=_("Only print the memory, disk and time that it takes, from headers and two seconds of measuring."),
 )
 @option(
     "--preflight",
@@ -251,10 +254,12 @@ def command(
         run = given(rows=rows, max_seq_length=max_seq_length, memory=size_in_bytes(memory), calibration=calibration)
         if verify_rows is not None and verify_rows < 0:
             raise click.BadParameter(f"{verify_rows} must be 0 or more.", param_hint="'--verify'")
+        compared = (USUAL_ROWS if recipe.calibrated else 0) if verify_rows is None else verify_rows
         if push:
             hub_push.require_pushable(push)
         if plan_only:
-            planned = {**run, **given(budget=budget), "tune": _rows_to_tune(tune)}
+            planned = {**run, **given(budget=budget), "device": device, "tune": _rows_to_tune(tune)}
+            planned["compare_rows"] = compared
             _print_forecast(api.plan_quantize(path, output, recipe, **planned), outputs)
         with run_lines(notice) as line:
             result = api.quantize(
@@ -268,7 +273,7 @@ def command(
                 progress=line,
                 tune=_rows_to_tune(tune),
                 device=device,
-                compare_rows=(USUAL_ROWS if recipe.calibrated else 0) if verify_rows is None else verify_rows,
+                compare_rows=compared,
                 **run,
                 **given(
                     preflight=preflight or None,

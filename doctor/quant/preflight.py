@@ -25,6 +25,7 @@ from doctor.lint.rule import Rule
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
 from doctor.quant.budget import Need, gib
+from doctor.quant.duration import Step
 from doctor.quant.job import Result, clock, try_layers
 
 ROWS = 32  # of the calibration rows: enough for a speed, few enough for a minute
@@ -34,7 +35,8 @@ ROWS = 32  # of the calibration rows: enough for a speed, few enough for a minut
 class Forecast:
     """What a whole run takes. Bytes and seconds; problems would end the run.
 
-    blocks: decoder layers. seconds: None for a plan, which measures nothing. sampling: bytes that the whole model
+    blocks: decoder layers. seconds: of the whole run, None where it is not foreseen. steps: of them, where a plan
+    foresees each. sampling: bytes that the whole model
     takes while it writes calibration rows, before the first layer; 0 where it writes none. tuning: bytes, at most, of
     tuning scales after the last layer; 0 where that is not done. tried: numbers of the
     layers that a preflight quantized.
@@ -49,6 +51,7 @@ class Forecast:
     free_disk: int
     reads_ahead: bool = False
     seconds: float | None = None
+    steps: tuple[Step, ...] = ()
     sampling: int = 0
     tuning: int = 0
     tried: tuple[int, ...] = ()
@@ -107,7 +110,16 @@ class Forecast:
                 free=gib(self.free_disk),
             )
         )
-        if self.seconds is not None:
+        if self.steps:
+            named = [_("{what} {clock}", what=step.name, clock=clock(step.seconds)) for step in self.steps]
+            found.append(
+                _(
+                    "time    about {clock}: {steps}",
+                    clock=clock(sum(s.seconds for s in self.steps)),
+                    steps=listed(named),
+                )
+            )
+        elif self.seconds is not None:
             found.append(
                 _(
                     "time    about {clock} for {layers} layers: measured on layer {tried} of {layers} with {few} "

@@ -42,6 +42,7 @@ from doctor.quant.client import Client
 from doctor.quant.container import prepared, require_importance
 from doctor.quant.device import device_memory, device_of
 from doctor.quant.distributed import size, start, stop
+from doctor.quant.duration import steps
 from doctor.quant.earlier import Earlier, open_earlier, source_mark
 from doctor.quant.early import require_named
 from doctor.quant.ending import Compare
@@ -49,8 +50,9 @@ from doctor.quant.execute import build
 from doctor.quant.preflight import Forecast
 from doctor.quant.prepare import Asked, Calibrated, Checked, calibrate, check, judged, report_of
 from doctor.quant.quantize_result import QuantizeResult
+from doctor.quant.rates import measured
 from doctor.quant.stage import require_no_work
-from doctor.quant.tuning.wanted import AUTO, OFF, refuse_tuning, require_text
+from doctor.quant.tuning.wanted import AUTO, OFF, refuse_tuning, require_text, wanted
 from doctor.quant.tuning.wanted import forecast as tuning_forecast
 
 
@@ -247,11 +249,14 @@ def plan(
     calibration: str | os.PathLike | None = None,
     budget: Budget | None = None,
     tune: str | int = AUTO,
+    device: str = "auto",
+    compare_rows: int = 0,
 ) -> Forecast:
-    """Memory and disk of quantizing, from headers alone; path may be org/name on the Hub.
+    """Memory, disk and time of quantizing, from headers and from rates that this machine is measured at in two seconds;
+    path may be org/name on the Hub.
 
-    calibration is not opened, but without one the model writes a part of the rows, for which it is held whole. Raises
-    BadCheckpoint.
+    calibration is not opened, but without one the model writes a part of the rows, for which it is held whole.
+    compare_rows: on which the output will be compared. Raises BadCheckpoint.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     if type(checkpoint) is Checkpoint and holds_quantized(checkpoint):
@@ -267,12 +272,28 @@ def plan(
     length = min(max_seq_length, spec.max_positions or max_seq_length)
     recipe = recipe or Recipe()
     recipe = ladder(checkpoint, spec, recipe, budget).provisional if budget else with_mixture(recipe, spec)
-    sampling = 0
+    sampled = None
     if calibration is None and recipe.calibrated and rows >= SAMPLED_SHARE:
         with suppress(NotSampled):
-            sampling = forecast(checkpoint, spec, rows // SAMPLED_SHARE, length, memory=memory).bytes
+            sampled = forecast(checkpoint, spec, rows // SAMPLED_SHARE, length, memory=memory)
     tuning = tuning_forecast(tune, checkpoint, spec, recipe, rows, length, memory)
-    return flight.plan(checkpoint, spec, recipe, Path(os.path.abspath(output)), rows, length, memory, sampling, tuning)
+    place = Path(os.path.abspath(output))
+    found = flight.plan(checkpoint, spec, recipe, place, rows, length, memory, sampled.bytes if sampled else 0, tuning)
+    if found.problems:  # it would not run
+        return found
+    timed = steps(
+        spec,
+        recipe,
+        measured(checkpoint, spec, recipe, place, sampled.pieces if sampled else 0, device_of(device)),
+        source=checkpoint.total_bytes,
+        output=found.need.output,
+        rows=found.rows,
+        length=length,
+        sampled=sampled.pieces * sampled.size if sampled else 0,
+        trained=wanted(tune, recipe, spec, rows, length).rows if tuning else 0,
+        compared=compare_rows,
+    )
+    return replace(found, steps=timed, seconds=sum(step.seconds for step in timed))
 
 
 def _without_config(checkpoint: Checkpoint) -> str:

@@ -16,7 +16,6 @@ from doctor.core.recipe import Recipe, is_kept
 from doctor.core.records import CalibrationFacts
 from doctor.formats.known import streams
 from doctor.formats.registry import format_of
-from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget
 
@@ -32,7 +31,7 @@ TOKENS = 64  # whose logits are made at a time
 # much; a solved linear takes some 8 n k². Of a trained row: the original's outputs, then forward, forward again, and
 # back with two products; the head thrice. Measured on SmolLM2, one thread: 2.1 s a calibration row and 25 s for the
 # solves; 9 s a trained row.
-_CALIBRATING, _SOLVING = 1.5, 8
+_CALIBRATING, SOLVING = 1.5, 8
 _TRAINING, _TRAINING_HEAD = 5, 3
 
 
@@ -118,14 +117,30 @@ def wanted(
 
 def _affordable(recipe: Recipe, spec: ModelSpec, rows: int, length: int) -> int:
     """Rows whose training takes what the layers take with `rows` rows of `length` tokens."""
+    watching, training = training_work(spec, 1, length)
+    return int((sum(layers_work(recipe, spec, rows * length)) - watching) / max(1, training))
+
+
+def layers_work(recipe: Recipe, spec: ModelSpec, tokens: int) -> tuple[float, float]:
+    """Products of the layers' run on so many calibration tokens: of outputs and Hessians, and of solving."""
+    linears = (x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name))
+    solving = sum(x.out_features * x.in_features**2 for x in linears)
+    return _CALIBRATING * _work(spec)[0] * tokens, SOLVING * solving
+
+
+def training_work(spec: ModelSpec, rows: int, length: int) -> tuple[float, float]:
+    """Products of tuning on so many rows, of rows cut from `length` tokens: of the rows that are watched, and of those
+    that are trained on.
+    """
     body, head = _work(spec)
-    solving = sum(
-        x.out_features * x.in_features**2 for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)
-    )
-    layers = _CALIBRATING * body * rows * length + _SOLVING * solving
     length, compared = min(length, LENGTH), head / stride(spec)
     watching = WATCHED * length * (body + LOOKS * (body + 2 * compared))
-    return int((layers - watching) / max(1, length * (_TRAINING * body + _TRAINING_HEAD * compared)))
+    return watching, rows * length * (_TRAINING * body + _TRAINING_HEAD * compared)
+
+
+def comparing_work(spec: ModelSpec, tokens: int) -> float:
+    """Products of one model's outputs for so many tokens, logits included."""
+    return tokens * float(sum(_work(spec)))
 
 
 def stride(spec: ModelSpec) -> int:
@@ -135,19 +150,14 @@ def stride(spec: ModelSpec) -> int:
 
 
 def _work(spec: ModelSpec) -> tuple[float, int]:
-    """Products a token of the layers' linears, and of the head."""
-    linears = (x for x in spec.linears if x.block is not None)
-    body = sum(x.in_features * x.out_features * _share(x, spec) for x in linears)
+    """Products a token of the layers' linears, and of the head. An expert computes the share of the tokens that its
+    router gives it on average.
+    """
+    linears = [x for x in spec.linears if x.block is not None]
+    count, chosen = 1 + max((x.expert or 0 for x in linears), default=0), spec.lookup("num_experts_per_tok")
+    share = min(1.0, chosen / count) if isinstance(chosen, int) and chosen > 0 else 1.0
+    body = sum(x.in_features * x.out_features * (1.0 if x.expert is None else share) for x in linears)
     return body, (spec.vocab or 0) * (spec.hidden or 0)
-
-
-def _share(linear: Linear, spec: ModelSpec) -> float:
-    """Of the tokens, those that a linear computes: of an expert, what its router gives it on average."""
-    if linear.expert is None:
-        return 1.0
-    count = 1 + max(x.expert or 0 for x in spec.linears)
-    chosen = spec.lookup("num_experts_per_tok")
-    return min(1.0, chosen / count) if isinstance(chosen, int) and chosen > 0 else 1.0
 
 
 def need(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int) -> int:
