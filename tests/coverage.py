@@ -6,8 +6,9 @@
 A run can be made in pieces: rows that FILE has are not run again, but for those that ran out of time, which come last.
 Each row builds a tiny random checkpoint by transformers' own config and save_pretrained (helpers/tiny_classes.py; with
 --families of each text family that the rules' tests call healthy, helpers/healthy_models.py), checks it, quantizes it
-(GPTQ, 4 bits, groups of 32, compressed-tensors), loads the output in the class that config.json names, and correlates
-its outputs with the source's on the same ids. Each runs in a process of its own, with a limit.
+(GPTQ, 4 bits, groups of 32, compressed-tensors; a model of an encoder and a decoder to FP8_DYNAMIC), loads the output
+in the class that config.json names, and correlates its outputs with the source's on the same ids. Each runs in a
+process of its own, with a limit.
 
 outcome         what happened
 works           written, loads whole in its class, computes what the source does, no linear is left without a word
@@ -60,6 +61,10 @@ def outputs(folder: Path, ids: Any) -> Any:
     known = getattr(transformers, config["architectures"][0])
     model, info = known.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     kwargs = {"input_ids": ids}
+    if model.main_input_name == "input_features":  # it hears: noise, the same for both
+        torch.manual_seed(0)
+        size = (len(ids), model.config.num_mel_bins, 2 * getattr(model.config, "max_source_positions", 0))
+        kwargs = {"input_features": torch.randn(size)}
     if getattr(model.config, "is_encoder_decoder", False):
         kwargs["decoder_input_ids"] = ids
     with torch.no_grad():
@@ -131,6 +136,7 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     from doctor.core.errors import DoctorError
     from doctor.core.recipe import Recipe
     from doctor.evaluate.clients import load_proof, rehearsal
+    from doctor.formats.schemes import fields_of
 
     load_proof.ask_child = rehearsal.ask_child = ask_here
     torch.set_num_threads(1)
@@ -139,9 +145,12 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     if row and row.stored:
         source = store_as(row.stored, plain, folder / "codes")
     architecture = json.loads((source / "config.json").read_text())["architectures"][0]
-    answer: dict[str, Any] = {"name": name, "class": architecture, "expect": row.expect if row else "works"}
+    answer: dict[str, Any] = {"name": name, "class": architecture}
     bits = 8 if row and row.stored in ("nvfp4", "modelopt") else 4  # their groups of 16 are finer than any plan's
     recipe = Recipe(bits=bits, group_size=32, format="compressed-tensors", goal="quantize")
+    if json.loads((source / "config.json").read_text()).get("is_encoder_decoder"):  # two halves, which doctor rounds
+        recipe = Recipe(**fields_of("FP8_DYNAMIC", {}), goal="quantize")
+        answer["scheme"] = "FP8_DYNAMIC"
     report = api.check(source, recipe)
     errors = [f"{f.code} {f.message}" for f in report.findings if f.severity == "error"]
     warnings = [f"{f.code} {f.message}" for f in report.findings if f.severity == "warning"]
@@ -149,7 +158,7 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     if errors and errors[0].startswith(("G322", "G323")) and not (row and row.stored):
         return answer | in_gptq(source, folder, errors[0])
     if errors:
-        honest = answer["expect"] == "refusal" or errors[0].startswith(("G321", "G322", "G323", "G330"))
+        honest = errors[0].startswith(("G321", "G322", "G323", "G330"))
         return answer | {"outcome": "refusal" if honest else "false refusal", "why": errors[0]}
     try:
         done = api.quantize(source, folder / "q", recipe, calibration=calibration_file(folder), max_seq_length=LENGTH)
