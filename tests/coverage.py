@@ -30,7 +30,9 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +46,7 @@ ROWS, LENGTH, VOCABULARY = 12, 32, 88  # ids above 88 stand for images in some c
 CLOSE = 0.8  # a healthy 4-bit Llama of this size: 0.96 and more
 NARROWEST = 32
 LATE = "no answer after"
+_WALL = 10  # seconds by the clock for one of the processor, on a machine that does other work too
 # Matrices that are no linear or are left in 16 bits by design: norms, routers, embeddings, small gates of recurrences.
 MEANT = re.compile(
     r"norm|embed|router|rotary|indexer|(?:^|\.)(?:gate|shared_expert_gate|in_proj_[ab]|in_proj_ba|x_proj|dt_proj|b_proj|weights_proj)"
@@ -246,11 +249,14 @@ def in_gptq(source: Path, folder: Path, why: str) -> dict[str, Any]:
     return answer | {"outcome": "other client" if close >= CLOSE else "unloadable", "why": why}
 
 
-def child(name: str, folder: str, verify: bool, answer_to: str) -> None:
-    """judge in a process of its own; what it prints goes to a file beside the answer."""
+def child(name: str, folder: str, verify: bool, answer_to: str, seconds: float) -> None:
+    """judge in a process of its own, which ends after so much time of the processor; what it prints goes to a file
+    beside the answer.
+    """
     import contextlib
     import traceback
 
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
     log = os.open(Path(answer_to).with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -278,7 +284,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="classes, and text families that no class stands for")
     parser.add_argument("--json", type=Path, help="write the answers to this file, after those that it has")
     parser.add_argument("--again", action="store_true", help="run the rows again that the file has")
-    parser.add_argument("--seconds", type=float, default=300, help="time limit of one row")
+    parser.add_argument("--seconds", type=float, default=180, help="time of the processor that one row may take")
     parser.add_argument("--for", type=float, dest="whole", default=float("inf"), help="seconds to begin rows in")
     parser.add_argument("--keep", type=Path, help="keep checkpoints, outputs and logs in this folder")
     parser.add_argument("--verify", action="store_true", help="run `verify` on each output too")
@@ -317,10 +323,12 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             answer_to = folder / "answer.json"
-            process = processes.Process(target=child, args=(name, str(folder), options.verify, str(answer_to)))
+            process = processes.Process(
+                target=child, args=(name, str(folder), options.verify, str(answer_to), options.seconds)
+            )
             process.start()
-            process.join(options.seconds)
-            if process.is_alive():
+            process.join(_WALL * options.seconds)
+            if process.is_alive() or process.exitcode == -signal.SIGXCPU:
                 process.kill()
                 process.join()
                 answer = {"name": name, "outcome": "crash", "why": f"{LATE} {options.seconds:.0f} s"}
