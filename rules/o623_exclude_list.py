@@ -29,7 +29,7 @@ from doctor.lint.rule import KNOWN, Place, _, finding, plural, rule, word_tails
 from doctor.lint.testing import np, tiny
 
 # Entries of a recipe that many models have no module for: a head that is the embedding, towers, further layers.
-OFTEN_ABSENT = re.compile(r"head|embed|vis|audio|image|projector|mtp|nextn|norm|gate|router")
+OFTEN_ABSENT = re.compile(r"head|embed|vis|audio|image|projector|mtp|nextn|norm|gate|router|proj_out")
 
 
 @rule("O623", "error", implied_by=("O620", "O621", "O619", "O613"))

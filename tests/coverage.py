@@ -6,8 +6,9 @@
 A run can be made in pieces: rows that FILE has are not run again, but for those that ran out of time, which come last.
 Each row builds a tiny random checkpoint by transformers' own config and save_pretrained (helpers/tiny_classes.py; with
 --families of each text family that the rules' tests call healthy, helpers/healthy_models.py), checks it, quantizes it
-(GPTQ, 4 bits, groups of 32, compressed-tensors), loads the output in the class that config.json names, and correlates
-its outputs with the source's on the same ids. Each runs in a process of its own, with a limit.
+(GPTQ, 4 bits, groups of 32, compressed-tensors; a model of an encoder and a decoder to FP8_DYNAMIC), loads the output
+in the class that config.json names, and correlates its outputs with the source's on the same ids. Each runs in a
+process of its own, with a limit.
 
 outcome         what happened
 works           written, loads whole in its class, computes what the source does, no linear is left without a word
@@ -29,7 +30,9 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +46,7 @@ ROWS, LENGTH, VOCABULARY = 12, 32, 88  # ids above 88 stand for images in some c
 CLOSE = 0.8  # a healthy 4-bit Llama of this size: 0.96 and more
 NARROWEST = 32
 LATE = "no answer after"
+_WALL = 10  # seconds by the clock for one of the processor, on a machine that does other work too
 # Matrices that are no linear or are left in 16 bits by design: norms, routers, embeddings, small gates of recurrences.
 MEANT = re.compile(
     r"norm|embed|router|rotary|indexer|(?:^|\.)(?:gate|shared_expert_gate|in_proj_[ab]|in_proj_ba|x_proj|dt_proj|b_proj|weights_proj)"
@@ -60,6 +64,10 @@ def outputs(folder: Path, ids: Any) -> Any:
     known = getattr(transformers, config["architectures"][0])
     model, info = known.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     kwargs = {"input_ids": ids}
+    if model.main_input_name == "input_features":  # it hears: noise, the same for both
+        torch.manual_seed(0)
+        size = (len(ids), model.config.num_mel_bins, 2 * getattr(model.config, "max_source_positions", 0))
+        kwargs = {"input_features": torch.randn(size)}
     if getattr(model.config, "is_encoder_decoder", False):
         kwargs["decoder_input_ids"] = ids
     with torch.no_grad():
@@ -131,6 +139,7 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     from doctor.core.errors import DoctorError
     from doctor.core.recipe import Recipe
     from doctor.evaluate.clients import load_proof, rehearsal
+    from doctor.formats.schemes import fields_of
 
     load_proof.ask_child = rehearsal.ask_child = ask_here
     torch.set_num_threads(1)
@@ -139,9 +148,12 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     if row and row.stored:
         source = store_as(row.stored, plain, folder / "codes")
     architecture = json.loads((source / "config.json").read_text())["architectures"][0]
-    answer: dict[str, Any] = {"name": name, "class": architecture, "expect": row.expect if row else "works"}
+    answer: dict[str, Any] = {"name": name, "class": architecture}
     bits = 8 if row and row.stored in ("nvfp4", "modelopt") else 4  # their groups of 16 are finer than any plan's
     recipe = Recipe(bits=bits, group_size=32, format="compressed-tensors", goal="quantize")
+    if json.loads((source / "config.json").read_text()).get("is_encoder_decoder"):  # two halves, which doctor rounds
+        recipe = Recipe(**fields_of("FP8_DYNAMIC", {}), goal="quantize")
+        answer["scheme"] = "FP8_DYNAMIC"
     report = api.check(source, recipe)
     errors = [f"{f.code} {f.message}" for f in report.findings if f.severity == "error"]
     warnings = [f"{f.code} {f.message}" for f in report.findings if f.severity == "warning"]
@@ -149,7 +161,7 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     if errors and errors[0].startswith(("G322", "G323")) and not (row and row.stored):
         return answer | in_gptq(source, folder, errors[0])
     if errors:
-        honest = answer["expect"] == "refusal" or errors[0].startswith(("G321", "G322", "G323", "G330"))
+        honest = errors[0].startswith(("G321", "G322", "G323", "G330"))
         return answer | {"outcome": "refusal" if honest else "false refusal", "why": errors[0]}
     try:
         done = api.quantize(source, folder / "q", recipe, calibration=calibration_file(folder), max_seq_length=LENGTH)
@@ -237,11 +249,14 @@ def in_gptq(source: Path, folder: Path, why: str) -> dict[str, Any]:
     return answer | {"outcome": "other client" if close >= CLOSE else "unloadable", "why": why}
 
 
-def child(name: str, folder: str, verify: bool, answer_to: str) -> None:
-    """judge in a process of its own; what it prints goes to a file beside the answer."""
+def child(name: str, folder: str, verify: bool, answer_to: str, seconds: float) -> None:
+    """judge in a process of its own, which ends after so much time of the processor; what it prints goes to a file
+    beside the answer.
+    """
     import contextlib
     import traceback
 
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
     log = os.open(Path(answer_to).with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -269,7 +284,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="classes, and text families that no class stands for")
     parser.add_argument("--json", type=Path, help="write the answers to this file, after those that it has")
     parser.add_argument("--again", action="store_true", help="run the rows again that the file has")
-    parser.add_argument("--seconds", type=float, default=300, help="time limit of one row")
+    parser.add_argument("--seconds", type=float, default=180, help="time of the processor that one row may take")
     parser.add_argument("--for", type=float, dest="whole", default=float("inf"), help="seconds to begin rows in")
     parser.add_argument("--keep", type=Path, help="keep checkpoints, outputs and logs in this folder")
     parser.add_argument("--verify", action="store_true", help="run `verify` on each output too")
@@ -308,10 +323,12 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             answer_to = folder / "answer.json"
-            process = processes.Process(target=child, args=(name, str(folder), options.verify, str(answer_to)))
+            process = processes.Process(
+                target=child, args=(name, str(folder), options.verify, str(answer_to), options.seconds)
+            )
             process.start()
-            process.join(options.seconds)
-            if process.is_alive():
+            process.join(_WALL * options.seconds)
+            if process.is_alive() or process.exitcode == -signal.SIGXCPU:
                 process.kill()
                 process.join()
                 answer = {"name": name, "outcome": "crash", "why": f"{LATE} {options.seconds:.0f} s"}

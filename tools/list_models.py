@@ -30,7 +30,8 @@ HEAD = """# Models
 
 What `quantize` does with each family, as `python tests/coverage.py --all` measured it: a tiny random checkpoint of the
 class, GPTQ in 4 bits and groups of 32 in the compressed-tensors format, loaded in the class that config.json names.
-Written by `tools/list_models.py`.
+Models of an encoder and a decoder are rounded without calibration; the scheme stands behind the outcome. Written by
+`tools/list_models.py`.
 
 **works**: written, loads whole, computes what the source does. **other client**: written, and read by another engine
 than transformers. **refusal**: `check` says that it cannot be quantized, and why. **unloadable**: the class does not
@@ -101,7 +102,8 @@ def main() -> int:
         counts[row["outcome"]] = counts.get(row["outcome"], 0) + 1
         cells = [str(row.get(key, "")) for key in ("packed", "kept", "correlation")]
         named = ["yes" if {kind, kind.removesuffix("_text")} & names else "" for names in theirs.values()]
-        cells = [row["name"], kind, row["outcome"], *cells, *named, row.get("commit", "")]
+        outcome = f"{row['outcome']} ({row['scheme']})" if row.get("scheme") else row["outcome"]
+        cells = [row["name"], kind, outcome, *cells, *named, row.get("commit", "")]
         lines.append("| " + " | ".join(cells) + " |")
     total = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
     lines += ["", f"{sum(counts.values())} rows: {total}."]

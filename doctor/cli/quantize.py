@@ -319,7 +319,9 @@ def _print_next(original: str, output: Path, report: "Report") -> None:
 
     files = sorted(file.name for file in output.glob("*.gguf"))
     shown = Path(os.path.relpath(output)) if output.is_relative_to(Path.cwd()) else output
-    after.show(after.commands(original, shown, report.recipe, files[0] if files else ""), console(sys.stdout))
+    kind = str(report.summary.get("kind", "decoder"))
+    steps = after.commands(original, shown, report.recipe, files[0] if files else "", kind)
+    after.show(steps, console(sys.stdout))
 
 
 def _print_forecast(forecast: Any, outputs: Outputs = (), report: "Report | None" = None) -> NoReturn:

@@ -159,8 +159,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class OwnMeasure:
-    """A model without next-token logits against its original. kind: "embedding" or "score". Cosines are those of last
-    hidden states: of each token, and of a row's mean. Scores are of a row each, NaN for an embedding model.
+    """A model that is compared by its own measure. kind: "embedding", "score", or "sequence" for an encoder and a
+    decoder. Cosines are those of last hidden states (the decoder's): of each token, and of a row's mean. Scores are of
+    a row each, NaN where there are none.
     """
 
     kind: str

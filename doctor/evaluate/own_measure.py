@@ -1,5 +1,5 @@
 """Models without next-token logits against their originals, by their own measure: embeddings by cosine, scores by
-correlation.
+correlation, and models of an encoder and a decoder by the decoder's last hidden states (encoder_decoder.py).
 
 An embedding model's last hidden states are compared token by token, and their mean over a row: whichever way an engine
 pools them (the last token, the first, the mean), it takes one of these. A reward model's scores are those of the last
@@ -16,14 +16,17 @@ import torch
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.records import OwnMeasure
 from doctor.evaluate.compare import streamed_pair
+from doctor.evaluate.encoder_decoder import KIND, compare_sequences, is_encoder_decoder
 from doctor.quant.forward.prefetch import load_tensor
 
 SCORE = "score.weight"
 
 
 def kind_of(checkpoint: Checkpoint) -> str:
-    """ "score" or "embedding" for a model that is compared so, by the class that config.json names; "" for the rest."""
+    """ "score", "embedding" or "sequence" for a model that is compared so, by config.json; "" for the rest."""
     config = checkpoint.value("config.json") or {}
+    if is_encoder_decoder(checkpoint):
+        return KIND
     name = str(next(iter(config.get("architectures") or []), ""))
     if SCORE in checkpoint.tensors and name.endswith("ForSequenceClassification"):
         return "score"
@@ -39,6 +42,8 @@ def compare_own(
     device: str = "cpu",
 ) -> OwnMeasure:
     """Two checkpoints of one model on rows int64[1, length]. Raises NotQuantizable where they are not one model."""
+    if kind == KIND:
+        return compare_sequences(original, quantized, rows, progress, device)
     a, b = streamed_pair(original, quantized, rows, device)
     count = len(a.skeleton.layers)
     for i in range(count):

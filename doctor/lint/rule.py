@@ -69,6 +69,7 @@ from doctor.formats.known import (  # noqa: F401
     quantized,
     says_packed,
     shows_packing,
+    streams,
     undoes_packing,
 )
 from doctor.formats.registry import KNOWN, format_of, read_quantization, scale_tails, word_tails  # noqa: F401

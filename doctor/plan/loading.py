@@ -11,6 +11,7 @@ from doctor.core.messages import Message, _, listed
 from doctor.core.recipe import Recipe, is_kept
 from doctor.core.records import LoadProof
 from doctor.core.tables import table
+from doctor.formats.registry import KNOWN
 from doctor.model.templates import fused_layouts_of
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -33,7 +34,12 @@ def packed_loading(checkpoint) -> dict[str, Any]:
 
 
 def loading_options(form: str, model_type: str) -> dict[str, Any]:
-    """Keys of quantization_config without which transformers does not load this family from a format's files."""
+    """Keys of quantization_config without which transformers does not load this family from a format's files. What
+    holds for one format of compressed-tensors holds for all whose codes stand under a name of their own.
+    """
+    own = KNOWN.get(form)
+    if own is not None and own.words == KNOWN["compressed-tensors"].words:
+        form = "compressed-tensors"
     options = table("packed_loading").get(form, {}).get("options", {})
     return {key: True for key, families in options.items() if model_type in families}
 

@@ -16,16 +16,20 @@ from doctor.checkpoint.header_text import header_bytes
 from doctor.core.errors import BadCheckpoint
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
+from doctor.core.store import Store
+from doctor.formats.known import streams
 from doctor.formats.registry import format_of
 from doctor.model.fused_experts import find_fused_experts, unfuse
 from doctor.model.linears import Linear
-from doctor.model.spec import build_spec
+from doctor.model.spec import ModelSpec, build_spec
 from doctor.quant import export
 from doctor.quant.client import Linears
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.selection import names_in_config, require_widths, select_linears, why_kept
+from doctor.quant.stream.choose import choose
 from doctor.quant.vision import vision_linears
 
+Header = tuple[str, str, tuple[int, ...], int]  # name, dtype, shape, bytes
 _WIDE = ("F32", "F64")  # stored as bfloat16
 
 
@@ -48,6 +52,8 @@ def rehearse(
     fused = {name.removesuffix(".weight"): stacks for stacks in found for name in stacks.tensors}
     view, spec = unfuse(checkpoint, spec, recipe)
     require_widths(spec, recipe)
+    if streams(recipe):
+        return _rehearse_rounding(checkpoint, spec, recipe, folder, linears)
     skeleton = Skeleton(view, spec)
     skeleton.require_tensors()
     if recipe.calibrated:
@@ -71,6 +77,33 @@ def rehearse(
         headers += _packed(linear, recipe)
     headers += _stored(view, (n for n in skeleton.outer_tensors() if n not in seeing))
     kept += [linear.name for linear in skeleton.outside]
+    return _written(folder, checkpoint, recipe, (kept, packed, headers), known)
+
+
+def _rehearse_rounding(
+    checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, folder: Path, linears: Callable[[Iterable[str]], Linears]
+) -> tuple[str, ...]:
+    """The same where weights are rounded as they are read: no model is built (stream/)."""
+    modules = [name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")]
+    known = linears(modules)
+    chosen = choose(checkpoint, spec, recipe, known, Store())
+    headers = [header for linear in chosen.rounded.values() for header in _packed(linear, recipe)]
+    headers += _stored(chosen.view, (name for name in chosen.view.tensors if name not in chosen.rounded))
+    packed = [linear.name for linear in chosen.rounded.values()]
+    return _written(folder, checkpoint, recipe, (list(chosen.names), packed, headers), known)
+
+
+def _written(
+    folder: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    found: tuple[list[str], list[str], list[Header]],
+    known: Linears,
+) -> tuple[str, ...]:
+    """config.json and headers, with a hole for the data. found: names kept, names packed, headers. Returns those
+    kept.
+    """
+    kept, packed, headers = found
     stated = export.quantization_config(recipe, dict.fromkeys(kept), packed, known)
     export.write_configs(folder, checkpoint, recipe, stated)
     raw = header_bytes(sorted(headers, key=lambda header: -DTYPES[header[1]].bits))
@@ -80,13 +113,13 @@ def rehearse(
     return tuple(kept)
 
 
-def _packed(linear: Linear, recipe: Recipe) -> list[tuple[str, str, tuple[int, ...], int]]:
+def _packed(linear: Linear, recipe: Recipe) -> list[Header]:
     """Headers of a linear in the output format."""
     parts = format_of(recipe).parts(linear.in_features, linear.out_features, recipe.for_linear(linear.name).scheme)
     return [(f"{linear.name}.{part.name}", part.dtype, part.shape, part.nbytes) for part in parts]
 
 
-def _stored(checkpoint: Checkpoint, names: Iterable[str]) -> list[tuple[str, str, tuple[int, ...], int]]:
+def _stored(checkpoint: Checkpoint, names: Iterable[str]) -> list[Header]:
     """Headers of tensors that stay, in the dtype in which a run keeps them."""
     found = []
     for name in names:

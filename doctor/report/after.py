@@ -18,12 +18,18 @@ from doctor.plan.serving import groups_of, schemes, serves, stated
 from doctor.report.screen import Screen, styled
 from doctor.report.text import pad, safe
 
+_NOT_WRITERS = ("encoder", "encoder-decoder", "audio")  # kinds of models that write no text of their own
 Steps = list[tuple[str, str]]  # (command, what it does)
 
 
-def commands(original: str, output: Path, recipe: Recipe, gguf: str = "") -> Steps:
-    """The next commands, cheapest first. gguf: the file inside the output, where it is one."""
+def commands(original: str, output: Path, recipe: Recipe, gguf: str = "", kind: str = "decoder") -> Steps:
+    """The next commands, cheapest first. gguf: the file inside the output, where it is one. kind: what the original is,
+    a key of directory_kind.KINDS.
+    """
     out, form = shlex.quote(str(output)), format_of(recipe)
+    if kind in _NOT_WRITERS:
+        verify = (f"doctor verify {shlex.quote(original)} {out}", _("hidden states of both"))
+        return [verify, *_for_two_halves(output, ", ".join(form.libraries), kind)]
     found: Steps = [(f"doctor verify {shlex.quote(original)} {out}", _("perplexity, divergence and replies of both"))]
     if form.in_blocks:
         file = shlex.quote(str(output / gguf))
@@ -43,6 +49,25 @@ def commands(original: str, output: Path, recipe: Recipe, gguf: str = "") -> Ste
         )
     )
     return found
+
+
+def _for_two_halves(output: Path, libraries: str, kind: str) -> Steps:
+    """How transformers runs a model of an encoder and a decoder; [] for an encoder, which has many uses."""
+    folder = json.dumps(str(output), ensure_ascii=False)
+    if kind == "encoder-decoder":
+        code = (
+            "from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; "
+            f"t, m = T.from_pretrained({folder}), M.from_pretrained({folder}); "
+            'print(t.decode(m.generate(**t("Hello", return_tensors="pt"))[0]))'
+        )
+    elif kind == "audio":
+        code = (
+            "from transformers import pipeline; "
+            f'print(pipeline("automatic-speech-recognition", {folder})("speech.wav"))'
+        )
+    else:
+        return []
+    return [(f"python -c {shlex.quote(code)}", _("run it in transformers, with {libraries}", libraries=libraries))]
 
 
 def served_by_vllm(recipe: Recipe) -> bool:

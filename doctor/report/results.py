@@ -207,7 +207,7 @@ def _own_measure(m: dict) -> list[tuple[str, str]]:
         least=figure(m["cosine_least"]),
         pooled=figure(m["cosine_pooled"]),
     )
-    lines = [(say("embeddings"), embeddings)]
+    lines = [(say("decoder states") if m["kind"] == "sequence" else say("embeddings"), embeddings)]
     if m["kind"] == "score":
         scores = say(
             "correlation {correlation} over {rows}, apart by {apart} of their spread",

@@ -61,14 +61,13 @@ LANGUAGE = ("text_config", "llm_config", "language_config", "thinker_config", "t
 
 
 class Row(NamedTuple):
-    """A class and what its config needs besides the sizes. expect: what is right for it, if not "works". mtp: with a
-    layer of multi-token prediction under a prefix of its own, as Qwen publishes them; transformers passes over it.
-    stored: how its linears are stored, "" for 16 bits (stored_sources.py).
+    """A class and what its config needs besides the sizes. mtp: with a layer of multi-token prediction under a prefix
+    of its own, as Qwen publishes them; transformers passes over it. stored: how its linears are stored, "" for 16 bits
+    (stored_sources.py).
     """
 
     architecture: str
     config: Mapping[str, Any] = MappingProxyType({})
-    expect: str = "works"
     mtp: bool = False
     stored: str = ""
 
@@ -101,8 +100,8 @@ CLASSES: dict[str, Row] = {
             "moe_intermediate_size": 64,
         },
     ),
-    "openai-gpt": Row("OpenAIGPTLMHeadModel", expect="refusal"),
-    "GPT-2": Row("GPT2LMHeadModel", expect="refusal"),
+    "openai-gpt": Row("OpenAIGPTLMHeadModel"),
+    "GPT-2": Row("GPT2LMHeadModel"),
     # mixtures
     "Qwen3-MoE": Row("Qwen3MoeForCausalLM"),
     "Mixtral": Row("MixtralForCausalLM"),
@@ -256,14 +255,14 @@ CLASSES: dict[str, Row] = {
     "Voxtral": Row("VoxtralForConditionalGeneration"),
     "Qwen2-Audio": Row("Qwen2AudioForConditionalGeneration"),
     "Granite-Speech": Row("GraniteSpeechForConditionalGeneration"),
-    "Whisper": Row("WhisperForConditionalGeneration", expect="refusal"),
+    "Whisper": Row("WhisperForConditionalGeneration"),
     # encoders, two halves, embedders, reward models
     "BERT": Row("BertModel"),
     "XLM-R": Row("XLMRobertaModel"),
     "ModernBERT": Row("ModernBertModel"),
-    "T5": Row("T5ForConditionalGeneration", expect="refusal"),
-    "T5Gemma": Row("T5GemmaForConditionalGeneration", expect="refusal"),
-    "T5Gemma-2": Row("T5Gemma2ForConditionalGeneration", expect="refusal"),
+    "T5": Row("T5ForConditionalGeneration"),
+    "T5Gemma": Row("T5GemmaForConditionalGeneration"),
+    "T5Gemma-2": Row("T5Gemma2ForConditionalGeneration"),
     "RoFormer": Row("RoFormerForCausalLM"),
     "XLM-R-XL": Row("XLMRobertaXLForCausalLM"),
     "Qwen3-Embedding": Row("Qwen3Model"),

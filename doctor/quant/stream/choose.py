@@ -54,7 +54,7 @@ def choose(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, linears: Lin
     for linear in spec.linears:
         if linear.tensor not in view.tensors:
             continue
-        if linear.block is None or linear.block >= (spec.n_layers or linear.block + 1):
+        if linear.block is None or linear.block >= (_layers(spec) or linear.block + 1):
             outside.append(linear)
             continue
         reason = why_kept(recipe, linear)
@@ -81,6 +81,13 @@ def choose(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, linears: Lin
     unasked = {r["name"]: r["solve"]["note"] for r in staying if stays_unasked(r, fused)}
     store.put(STACKED_EXPERTS, tuple(unasked.items()))
     return Chosen(view, rounded, tuple(staying), tuple(dict.fromkeys(names)), _by_shard(view.tensors.values()))
+
+
+def _layers(spec: ModelSpec) -> int | None:
+    """How many layers there are at most in one list of them; None if the config does not say."""
+    halves = (spec.config.get(key) for key in ("encoder_layers", "decoder_layers", "num_decoder_layers"))
+    stated = [n for n in (spec.n_layers, *halves) if isinstance(n, int)]
+    return max(stated, default=None)
 
 
 def _fused(view: Checkpoint, known: set[str], fused: Mapping[str, FusedExperts], recipe: Recipe) -> list[Record]:

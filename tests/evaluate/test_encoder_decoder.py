@@ -1,0 +1,90 @@
+"""Models of an encoder and a decoder: rounded without calibration, loaded by their class, compared by states."""
+
+import json
+
+import pytest
+import torch
+from tiny_classes import BOTH, Row, save_class
+
+from doctor.api import check
+from doctor.checkpoint.directory import Checkpoint
+from doctor.core.recipe import Recipe
+from doctor.evaluate.clients import transformers_child
+from doctor.evaluate.clients.load_proof import as_record
+from doctor.evaluate.verify import verify
+from doctor.formats.schemes import fields_of
+from doctor.quant.client import Client
+from doctor.quant.early import refused_by_headers
+from doctor.quant.quantize import quantize
+
+ROWS = "".join(json.dumps({"input_ids": [(7 * i + 5 * j) % 80 + 3 for j in range(32)]}) + "\n" for i in range(3))
+CLASSES = {
+    "bart": Row("BartForConditionalGeneration", BOTH),
+    "t5": Row("T5ForConditionalGeneration"),
+    "whisper": Row("WhisperForConditionalGeneration"),
+}
+
+
+def in_this_process():
+    """transformers, asked without a process of its own."""
+
+    def linears(folder, modules):
+        return {n: tuple(s) for n, s in transformers_child.linears(folder, list(modules))["linears"].items()}
+
+    return Client(linears, lambda folder: as_record(transformers_child.ask(folder, 0, None), (), 0))
+
+
+def states(folder, ids):
+    """Decoder states by transformers' own loading."""
+    import transformers
+
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        half = ids.shape[1] // 2
+        out = model(input_ids=ids[:, :half], decoder_input_ids=ids[:, half:], output_hidden_states=True)
+    return out.decoder_hidden_states[-1][0]
+
+
+@pytest.mark.parametrize("scheme, name", [("FP8_DYNAMIC", "bart"), ("NVFP4A16", "t5"), ("INT8", "whisper")])
+def test_both_halves_are_rounded_load_and_compute_what_the_source_does(scheme, name, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    source = save_class(CLASSES[name], tmp_path / "m")
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    done = quantize(source, tmp_path / "q", Recipe(**fields_of(scheme, {"method": "rtn"})), client=in_this_process())
+    assert done.report.ok and done.output, [f.message for f in done.report.findings]
+    sides = {line["name"].split(".")[0 if name == "t5" else 1] for line in done.linears if line["outcome"] == "rtn"}
+    assert sides == {"encoder", "decoder"} and not [x for x in done.linears if x["outcome"] != "rtn"]
+    assert not {"O617", "O623"} & {f.code for f in done.report.findings}  # it loads whole
+    found = verify(source, tmp_path / "q", text=tmp_path / "rows.jsonl", rows=3, context=32).extra["own_measure"]
+    assert found["kind"] == "sequence" and found["cosine"] > 0.95 and not found["nonfinite_quantized"]
+    if name == "bart":
+        ids = torch.tensor([json.loads(ROWS.splitlines()[0])["input_ids"]])
+        theirs = [torch.nn.functional.cosine_similarity(states(source, ids), states(tmp_path / "q", ids), dim=-1)]
+        first = verify(source, tmp_path / "q", text=tmp_path / "rows.jsonl", rows=1, context=32).extra["own_measure"]
+        assert abs(float(theirs[0].mean()) - first["cosine"]) < 0.002
+
+
+def test_a_scheme_that_runs_the_model_is_refused_by_headers_with_the_way_out(tmp_path):
+    source = save_class(CLASSES["t5"], tmp_path / "m")
+    report = refused_by_headers(Checkpoint.open(source), tmp_path / "q", Recipe(group_size=32))
+    found = next(f for f in report.findings if f.code == "G330")
+    assert "needs to run it" in found.message and "--scheme FP8_DYNAMIC" in found.advice
+    plan = Recipe(**fields_of("FP8_DYNAMIC", {}))
+    assert refused_by_headers(Checkpoint.open(source), tmp_path / "q", plan) is None
+    assert "G330" not in {f.code for f in check(source, plan).findings}
+
+
+def test_a_parameter_without_a_tensor_is_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from doctor.core.errors import NotQuantizable
+    from doctor.evaluate.encoder_decoder import compare_sequences
+
+    source = save_class(CLASSES["bart"], tmp_path / "m")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.decoder.layers.1.fc1.weight"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    broken = Checkpoint.open(source)
+    with pytest.raises(NotQuantizable, match=r"decoder.layers.1.fc1.weight: the checkpoint has no tensor"):
+        compare_sequences(broken, broken, [torch.arange(3, 35)[None]])
