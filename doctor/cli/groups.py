@@ -34,6 +34,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "doctor check org/model                          headers of a repository, nothing downloaded",
         "doctor check q4/ --runtime vllm -f html:q4.html what is quantized, as it will be served",
     ),
+    "compare": (
+        "doctor compare gptq/ awq/ --original model/",
+        "doctor compare a/ b/ c/ --original model/ --rows 64 -f html:which.html",
+    ),
     "convert": ("doctor convert q4/ -o out/ --format compressed-tensors",),
     "completion": ('eval "$(doctor completion bash)"',),
     "explain": (
