@@ -6,7 +6,7 @@ Modules that only some of them need are imported where they are needed, because 
 from doctor.api.checking import check
 from doctor.api.fixing import fix, recover, undo
 from doctor.api.measuring import advise, compare, explain, kvcache, verify
-from doctor.api.quantizing import convert, plan_quantize, quantize, tune
+from doctor.api.quantizing import convert, plan_quantize, quantize, try_recipes, tune
 
 __all__ = [
     "advise",
@@ -19,6 +19,7 @@ __all__ = [
     "plan_quantize",
     "quantize",
     "recover",
+    "try_recipes",
     "tune",
     "undo",
     "verify",

@@ -19,7 +19,7 @@ GROUPS: tuple[tuple[Message, str], ...] = (  # heading, names of parameters
     (_("Text"), "calibration rows max_seq_length seed text context"),
     (_("Fixes"), "fix fix_too unsafe_fixes merge_base adapter"),
     (_("Hub"), "revision download push"),
-    (_("Machine"), "memory device capacity plan_only preflight"),
+    (_("Machine"), "memory device capacity plan_only preflight recipes"),
     (_("Comparison"), "verify_rows client client_python"),
     (_("Report"), "formats concise verbose progress lang matrix statistics show_settings imatrix"),
 )
@@ -57,6 +57,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "doctor quantize model/ -o fp8/ --scheme FP8_DYNAMIC",
         "doctor quantize model/ -o q4/ --plan            memory and disk that it takes",
         "doctor quantize model/ -o q4/ --preflight       two layers, nothing written",
+        "doctor quantize model/ -o q/ --preflight --recipes list.toml   several recipes side by side",
     ),
     "render": ("doctor render report.json -f html:report.html", "doctor render q4/doctor.json"),
     "rules": ("doctor rules --select G",),

@@ -247,23 +247,24 @@ def _config(text: TomlText, path: Path) -> Config:
     )
 
 
+def recipe_types() -> dict[str, str]:
+    """Key of a [recipe] table, with underscores -> the kind of its value, a constant of toml_text."""
+    kinds: dict[type, str] = {
+        bool: BOOLEAN,
+        int: WHOLE_NUMBER,
+        float: NUMBER,
+        str: STRING,
+        tuple: STRINGS,
+        type(None): BOOLEAN,  # only sym has the default None: the method decides
+    }
+    return {f.name: kinds[type(f.default)] for f in fields(Recipe) if f.name != "runtime_version"}
+
+
 def _recipe(text: TomlText, table: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of Recipe; the runtime as on the command line, `vllm==0.9`. Raises DoctorError with the line."""
     table = {k.replace("-", "_"): v for k, v in table.items()}
-    known = {f.name: f.default for f in fields(Recipe) if f.name != "runtime_version"}
-    types = {
-        k: {
-            bool: BOOLEAN,
-            int: WHOLE_NUMBER,
-            float: NUMBER,
-            str: STRING,
-            tuple: STRINGS,
-            type(None): BOOLEAN,  # only sym has the default None: the method decides
-        }[type(v)]
-        for k, v in known.items()
-    }
     values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in text.checked(table, types, "recipe").items()
+        k: tuple(v) if isinstance(v, list) else v for k, v in text.checked(table, recipe_types(), "recipe").items()
     }
     if "runtime" in values:
         values["runtime"], values["runtime_version"] = parse_runtime(values["runtime"])
