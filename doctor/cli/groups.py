@@ -57,7 +57,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "doctor quantize model/ -o fp8/ --scheme FP8_DYNAMIC",
         "doctor quantize model/ -o q4/ --plan            memory and disk that it takes",
         "doctor quantize model/ -o q4/ --preflight       two layers, nothing written",
-        "doctor quantize model/ -o q/ --preflight --recipes list.toml   several recipes side by side",
+        "doctor quantize model/ -o q/ --preflight --recipes list.toml",
     ),
     "render": ("doctor render report.json -f html:report.html", "doctor render q4/doctor.json"),
     "rules": ("doctor rules --select G",),

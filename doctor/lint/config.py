@@ -39,7 +39,7 @@ from doctor.lint.toml_text import (
 )
 from doctor.lint.trust import FILE, MAX_BYTES, doubt, holds_checkpoint, is_allowed, user_folder
 
-_TYPES = {
+TOP_TYPES = {
     "select": STRINGS,
     "extend-select": STRINGS,
     "ignore": STRINGS,
@@ -48,7 +48,7 @@ _TYPES = {
     "recipe": TABLE,
     "suppress": TABLES,
 }
-_SUPPRESS = {"code": STRING, "where": STRING, "reason": STRING, "until": DATE, "sha256": STRING}
+SUPPRESS_TYPES = {"code": STRING, "where": STRING, "reason": STRING, "until": DATE, "sha256": STRING}
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _not_followed(why: str, line: int = 1) -> Finding:
 
 def _config(text: TomlText, path: Path) -> Config:
     """What a file sets. Raises DoctorError with the line."""
-    table = text.checked(text.table, _TYPES)
+    table = text.checked(text.table, TOP_TYPES)
     recipe = _recipe(text, table.get("recipe", {}))
     fail_on = table.get("fail-on")
     if fail_on is not None and fail_on not in (*SEVERITIES, "never"):
@@ -281,7 +281,7 @@ def _recipe(text: TomlText, table: Mapping[str, Any]) -> dict[str, Any]:
 def _suppressions(text: TomlText, from_checkpoint: bool = False) -> list[Suppression]:
     """The [[suppress]] entries. Raises DoctorError with the line."""
     entries = text.table.get("suppress", [])
-    if not is_kind(entries, _TYPES["suppress"]):
+    if not is_kind(entries, TOP_TYPES["suppress"]):
         raise text.wrong(
             text.line("suppress"),
             _("{key} is {found}", key="suppress", found=kind_of(entries)),
@@ -289,7 +289,7 @@ def _suppressions(text: TomlText, from_checkpoint: bool = False) -> list[Suppres
         )
     found = []
     for nth, entry in enumerate(entries):
-        entry = text.checked(entry, _SUPPRESS, "suppress", nth)
+        entry = text.checked(entry, SUPPRESS_TYPES, "suppress", nth)
         head = text.line("", "suppress", nth)
         for key in ("code", "reason"):
             if not str(entry.get(key, "")).strip():

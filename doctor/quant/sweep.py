@@ -75,7 +75,8 @@ def sweep(
 ) -> Sweep:
     """Try each (name, recipe). run: a preflight of one recipe. A recipe that is refused has its reason in its row."""
     weights = sum(info.numel for info in checkpoint.tensors.values())
-    trials, layers = [], set()
+    trials: list[Trial] = []
+    layers: set[int] = set()
     for name, recipe in recipes:
         try:
             result = run(recipe)
