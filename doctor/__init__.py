@@ -25,6 +25,7 @@ _HOME = {
     "fix": "doctor.api",
     "quantize": "doctor.api",
     "verify": "doctor.api",
+    "compare": "doctor.api",
     "kvcache": "doctor.api",
     "advise": "doctor.api",
     "explain": "doctor.api",
@@ -46,6 +47,7 @@ __all__ = [
     "StopAtNonfinite",
     "advise",
     "check",
+    "compare",
     "convert",
     "explain",
     "fix",
@@ -57,7 +59,7 @@ __all__ = [
 
 
 if TYPE_CHECKING:  # for mypy and editors: the names above, with their types
-    from doctor.api import advise, check, convert, explain, fix, kvcache, quantize, tune, verify
+    from doctor.api import advise, check, compare, convert, explain, fix, kvcache, quantize, tune, verify
     from doctor.core.errors import CheckpointNotReady, DoctorError
     from doctor.core.finding import Finding
     from doctor.core.recipe import Recipe

@@ -15,6 +15,7 @@ from doctor.core import options
 JOBS = {
     "QuantizeOptions": "doctor.quant.quantize.quantize",
     "VerifyOptions": "doctor.evaluate.verify.verify",
+    "CompareOptions": "doctor.evaluate.ranking.rank",
     "KvcacheOptions": "doctor.evaluate.kvcache.study.kvcache",
     "AdviseOptions": "doctor.evaluate.advise.advise.advise",
 }

@@ -1,5 +1,6 @@
-"""Writes docs/rules/ (a page a rule, and the table) and docs/modes.md from where their words stand: the rule files and
-fixtures/modes.toml. `--check` writes nothing and ends 1 where something is stale.
+"""Writes docs/rules/ (a page a rule, and the table), docs/modes.md and the schema of doctor.toml from where their words
+stand: the rule files, fixtures/modes.toml and the reader of doctor.toml. `--check` writes nothing and ends 1 where
+something is stale.
 """
 
 import sys
@@ -18,12 +19,14 @@ cost: listing and header read no weights.
 
 def pages() -> dict[Path, str]:
     """Path -> content of everything generated."""
+    from doctor.lint.config_schema import FILE, config_schema_text
     from doctor.lint.engine import load_rules
 
     rules = load_rules()
     files = {ROOT / "docs" / "rules" / f"{r.code}.md": page(r) for r in rules}
     files[ROOT / "docs" / "rules" / "README.md"] = RULES_HEAD + rule_table(rules, "") + "\n"
     files[ROOT / "docs" / "modes.md"] = modes()
+    files[ROOT / "doctor" / "report" / "formats" / FILE] = config_schema_text()
     return files
 
 

@@ -1,17 +1,21 @@
-"""What measures and explains, and writes no weight: `verify`, `kvcache`, `advise`, `explain`."""
+"""What measures and explains, and writes no weight: `verify`, `compare`, `kvcache`, `advise`, `explain`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Unpack
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.core.errors import DoctorError
+from doctor.core.messages import _
 from doctor.lint.engine import Report, load_rules
 
 if TYPE_CHECKING:
-    from doctor.core.options import AdviseOptions, KvcacheOptions, VerifyOptions
+    from doctor.core.options import AdviseOptions, CompareOptions, KvcacheOptions, VerifyOptions
     from doctor.evaluate.advise.advise import Advice
     from doctor.evaluate.kvcache.study import KvReport
+    from doctor.evaluate.ranking import Ranking
 
 
 def verify(
@@ -26,6 +30,28 @@ def verify(
 
     options.setdefault("load_proof", os.environ.get("DOCTOR_LOAD_PROOF") != "0")
     return run(first, second, **options)
+
+
+def compare(
+    quantized: Sequence[str | os.PathLike[str]], original: str | os.PathLike[str], **options: Unpack[CompareOptions]
+) -> Ranking:
+    """Which of several quantized models is closest to their original; see doctor.evaluate.ranking.rank."""
+    from doctor.quant.early import require_comparable
+
+    source, others = Checkpoint.open(original), [Checkpoint.open(path) for path in quantized]
+    if not others:
+        raise DoctorError(_("compare: no quantized model; must be one or more."))
+    for name, least in (("rows", 1), ("context", 2)):
+        value = options.get(name, least)
+        if not isinstance(value, int) or value < least:
+            raise DoctorError(
+                _("{option} {value}: must be {least} or more.", option=f"--{name}", value=value, least=least)
+            )
+    for other in others:  # before torch is imported
+        require_comparable(source, other, options.get("text"))
+    from doctor.evaluate.ranking import rank
+
+    return rank(others, source, **options)
 
 
 def kvcache(path: str | os.PathLike[str] | Checkpoint, **options: Unpack[KvcacheOptions]) -> KvReport:

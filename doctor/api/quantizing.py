@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from doctor.quant.convert import Converted
     from doctor.quant.preflight import Forecast
     from doctor.quant.quantize_result import QuantizeResult
+    from doctor.quant.sweep import Sweep
     from doctor.quant.tuning.tune import Tuned
 
 
@@ -73,6 +74,22 @@ def plan_quantize(
     from doctor.quant.quantize import plan
 
     return plan(path, output, recipe, **options)
+
+
+def try_recipes(
+    path: str | os.PathLike[str] | Checkpoint,
+    output: str | os.PathLike[str],
+    recipes: Sequence[tuple[str, Recipe]],
+    **options: Unpack[QuantizeOptions],
+) -> Sweep:
+    """A preflight of each (name, recipe): errors on a few layers, size and time; nothing is written to `output`."""
+    from doctor.quant.calibration.documents import require_text_of
+    from doctor.quant.sweep import sweep
+
+    require_text_of(options.get("calibration"))
+    source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    options["preflight"] = True
+    return sweep(source, recipes, lambda recipe: quantize(source, output, recipe, **options))
 
 
 def convert(

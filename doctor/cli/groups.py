@@ -19,7 +19,7 @@ GROUPS: tuple[tuple[Message, str], ...] = (  # heading, names of parameters
     (_("Text"), "calibration rows max_seq_length seed text context"),
     (_("Fixes"), "fix fix_too unsafe_fixes merge_base adapter"),
     (_("Hub"), "revision download push"),
-    (_("Machine"), "memory device capacity plan_only preflight"),
+    (_("Machine"), "memory device capacity plan_only preflight recipes"),
     (_("Comparison"), "verify_rows client client_python"),
     (_("Report"), "formats concise verbose progress lang matrix statistics show_settings imatrix"),
 )
@@ -33,6 +33,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "doctor check model/ --for gptq --group-size 128 --tp 2 --runtime vllm",
         "doctor check org/model                          headers of a repository, nothing downloaded",
         "doctor check q4/ --runtime vllm -f html:q4.html what is quantized, as it will be served",
+    ),
+    "compare": (
+        "doctor compare gptq/ awq/ --original model/",
+        "doctor compare a/ b/ c/ --original model/ --rows 64 -f html:which.html",
     ),
     "convert": ("doctor convert q4/ -o out/ --format compressed-tensors",),
     "completion": ('eval "$(doctor completion bash)"',),
@@ -53,6 +57,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "doctor quantize model/ -o fp8/ --scheme FP8_DYNAMIC",
         "doctor quantize model/ -o q4/ --plan            memory and disk that it takes",
         "doctor quantize model/ -o q4/ --preflight       two layers, nothing written",
+        "doctor quantize model/ -o q/ --preflight --recipes list.toml",
     ),
     "render": ("doctor render report.json -f html:report.html", "doctor render q4/doctor.json"),
     "rules": ("doctor rules --select G",),

@@ -94,6 +94,19 @@ def emit_advice(advice: Any, outputs: Outputs, verbose: bool = False) -> None:
             write(writers[name](advice), file)
 
 
+def emit_table(page: Any, outputs: Outputs) -> None:
+    """The same for a TablePage."""
+    from doctor.report.screen import console
+    from doctor.report.table_page import render_table, show_table, table_html, table_json, table_markdown
+
+    writers = dict(zip(KV_FORMATS, (render_table, table_json, table_markdown, table_html), strict=True))
+    for name, file in outputs:
+        if name == "full" and not file:
+            show_table(page, console(sys.stdout))
+        else:
+            write(writers[name](page), file)
+
+
 def write(text: str, file: str) -> None:
     """To a file, which is said on stderr; "" is stdout. Raises MachineError where it cannot be written."""
     if not file:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from doctor.checkpoint import hub_push
+from doctor.cli import sweep
 from doctor.cli.command import Command
 from doctor.cli.options import (
     FORMATS,
@@ -164,6 +165,7 @@ USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few bes
     is_flag=True,
     help=_("Quantize the first and last decoder layer only, write nothing: would it fail, how long would it take?"),
 )
+@option("--recipes", type=PATH, default=None, metavar="FILE", help=sweep.HELP)
 @option(
     "--verify",
     "verify_rows",
@@ -215,6 +217,7 @@ def command(
     device: str,
     plan_only: bool,
     preflight: bool,
+    recipes: Path | None,
     imatrix: Path | None,
     bpw: float | None,
     size: str,
@@ -261,6 +264,11 @@ def command(
             planned = {**run, **given(budget=budget), "device": device, "tune": _rows_to_tune(tune)}
             planned["compare_rows"] = compared
             _print_forecast(api.plan_quantize(path, output, recipe, **planned), outputs)
+        if recipes is not None:
+            if not preflight:
+                raise click.UsageError("--recipes goes with --preflight: one run quantizes by one recipe.")
+            options = {**run, "fix": fix, "unsafe_fixes": words([unsafe_fixes]), "device": device}
+            sweep.try_recipes(path, output, recipes, recipe, formats, **options)
         with run_lines(notice) as line:
             result = api.quantize(
                 path,

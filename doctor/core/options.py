@@ -68,6 +68,16 @@ class VerifyOptions(TypedDict, total=False):
     client_python: FilePath | None
 
 
+class CompareOptions(TypedDict, total=False):
+    """Of doctor.evaluate.ranking.rank."""
+
+    text: FilePath | None
+    context: int
+    rows: int
+    device: str
+    progress: Callable[[str, int, int], None]
+
+
 class KvcacheOptions(TypedDict, total=False):
     """Of doctor.evaluate.kvcache.study.kvcache."""
 

@@ -155,13 +155,17 @@ class Streamed:
 
 
 def streamed_pair(
-    original: Checkpoint, quantized: Checkpoint, rows: list[torch.Tensor], device: str
+    original: Checkpoint,
+    quantized: Checkpoint,
+    rows: list[torch.Tensor],
+    device: str,
+    held: Streamed | None = None,
 ) -> tuple[Streamed, Streamed]:
-    """Both checkpoints on rows int64[1, length]. Raises NotQuantizable where they cannot be one model, or do not have
-    the same number of layers.
+    """Both checkpoints on rows int64[1, length]; held: the original, where it is open already. Raises NotQuantizable
+    where they cannot be one model, or do not have the same number of layers.
     """
     require_same_model(original, quantized)
-    a, b = Streamed(original, rows, device), Streamed(quantized, rows, device)
+    a, b = held or Streamed(original, rows, device), Streamed(quantized, rows, device)
     n, m = len(a.skeleton.layers), len(b.skeleton.layers)
     if n != m:
         raise NotQuantizable(
@@ -174,6 +178,19 @@ def streamed_pair(
             )
         )
     return a, b
+
+
+def scored(
+    rows: list[torch.Tensor], *models: Streamed
+) -> Generator[tuple[int, bool, tuple[torch.Tensor, ...]], None, None]:
+    """(row, whether it is the row's last part, (the ids that follow int64[n], each model's logits f32[n, vocabulary]))
+    of every part of every row, after the last block.
+    """
+    for parts in zip(*(model.logit_parts() for model in models), strict=True):
+        row, at, logits = parts[0]
+        follows = rows[row][0, at + 1 : at + 1 + len(logits)]  # none follows a row's last token
+        last = at + len(logits) >= rows[row].shape[1]
+        yield row, last, (follows, *(found[: len(follows)] for _row, _at, found in parts))
 
 
 def compare(
@@ -206,14 +223,12 @@ def compare(
         progress("compare", i + 1, blocks)
     tally = Tally()
     given: list[list[torch.Tensor]] = [[] for _ in rows]
-    for (row, at, left), (_row, _at, right) in zip(a.logit_parts(), b.logit_parts(), strict=True):
-        follows = rows[row][0, at + 1 : at + 1 + len(left)]  # none follows a row's last token
-        left, right = left[: len(follows)], right[: len(follows)]
-        tally.add(left, right, follows)
+    for row, whole, (follows, left, right) in scored(rows, a, b):
+        tally.add(left, right, follows, row)
         if logprobs is not None:
             taken = torch.log_softmax(right, 1).gather(1, follows[:, None].to(right.device))
             given[row].append(taken[:, 0].cpu())
-        if at + HEAD_TOKENS >= rows[row].shape[1]:
+        if whole:
             progress("score", row + 1, len(rows))
     if logprobs is not None:
         logprobs += [torch.cat(parts) for parts in given]

@@ -29,6 +29,17 @@ class TextSums(NamedTuple):
     compared: int
     agree: int
 
+    def plus(self, more: TextSums) -> TextSums:
+        """With what another part of the same row adds."""
+        return TextSums(
+            self.tokens + more.tokens,
+            self.nll_original + more.nll_original,
+            self.nll_quantized + more.nll_quantized,
+            self.kl + more.kl,
+            self.compared + more.compared,
+            self.agree + more.agree,
+        )
+
     def less(self, before: TextSums) -> TextSums:
         """What was added since."""
         return TextSums(
@@ -65,11 +76,15 @@ class Tally:
     kl: list[torch.Tensor] = field(default_factory=list)
     kl_sum: float = 0.0
     texts: list[TextSums] = field(default_factory=list)
+    text: int | None = None  # the row that the last of them is of
 
-    def add(self, original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor) -> None:
+    def add(
+        self, original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor, text: int | None = None
+    ) -> None:
         """Logits [rows, vocabulary] of both models for the same positions, and the token ids [rows] that really follow.
 
-        Where the vocabularies were padded to different widths, the columns both have are compared.
+        Where the vocabularies were padded to different widths, the columns both have are compared. text: the number of
+        the row of text that they are a part of; parts of one row come one after the other. None: a row of its own.
         """
         width = min(original.shape[1], quantized.shape[1])
         before = self._sums()
@@ -78,7 +93,12 @@ class Tally:
             self._add(
                 original[part, :width].float(), quantized[part, :width].float(), targets[part].to(original.device)
             )
-        self.texts.append(self._sums().less(before))
+        added = self._sums().less(before)
+        if text is not None and text == self.text:
+            self.texts[-1] = self.texts[-1].plus(added)
+        else:
+            self.texts.append(added)
+        self.text = text
 
     def _sums(self) -> TextSums:
         return TextSums(self.tokens, self.nll[0], self.nll[1], self.kl_sum, self.compared, self.agree)
@@ -127,7 +147,7 @@ class Tally:
         """How far the figures would move with other rows: the rows drawn again with repetition, RESAMPLES times."""
         none = (math.nan, math.nan)
         texts = [t for t in self.texts if t.tokens]
-        if len(texts) < LEAST_ROWS or any(self.nonfinite):
+        if not self.whole:
             return Spread(none, none, none)
         draw, ratios, kls, agrees = random.Random(0), [], [], []
         for _again in range(RESAMPLES):
@@ -136,6 +156,11 @@ class Tally:
             kls.append(kl / compared)
             agrees.append(agree / compared)
         return Spread(*(_middle(values) for values in (ratios, kls, agrees)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether there are rows enough for a spread, and none with NaN or Inf."""
+        return len([t for t in self.texts if t.tokens]) >= LEAST_ROWS and not any(self.nonfinite)
 
     def entropy(self, which: int) -> float:
         """Mean entropy of a model's next-token distributions over its finite rows; NaN where there are none."""
@@ -150,6 +175,48 @@ class Tally:
     def agreement(self) -> float:
         """Share of rows in which both models rank the same token first; NaN where no row is finite in both."""
         return self.agree / self.compared if self.compared else math.nan
+
+
+class Apart(NamedTuple):
+    """How much larger the figures of one model are than another's on the same rows, and the spans in which 95 of 100
+    resamplings of these rows lie; NaN where there are too few. kl: nats; ratio: of perplexities; top1: a share.
+    """
+
+    kl: float
+    kl_span: tuple[float, float]
+    ratio: float
+    ratio_span: tuple[float, float]
+    top1: float
+    top1_span: tuple[float, float]
+
+
+def apart(one: Tally, other: Tally) -> Apart:
+    """`other` minus `one`, perplexity divided; both against one original on the same rows.
+
+    The rows are drawn once for both (a paired bootstrap): a hard row is hard for both models, so what they share drops
+    out, and a difference far below the spread of either can be seen.
+    """
+    pairs = [(a, b) for a, b in zip(one.texts, other.texts, strict=True) if a.tokens]
+    none = (math.nan, math.nan)
+    if any(one.nonfinite) or any(other.nonfinite) or not pairs:
+        return Apart(math.nan, none, math.nan, none, math.nan, none)
+    found = _apart(pairs)
+    if len(pairs) < LEAST_ROWS:
+        return Apart(found[0], none, found[1], none, found[2], none)
+    draw = random.Random(0)
+    drawn = [_apart(draw.choices(pairs, k=len(pairs))) for _again in range(RESAMPLES)]
+    kl, ratio, top1 = (_middle(list(values)) for values in zip(*drawn, strict=True))
+    return Apart(found[0], kl, found[1], ratio, found[2], top1)
+
+
+def _apart(pairs: list[tuple[TextSums, TextSums]]) -> tuple[float, float, float]:
+    tokens, compared = sum(a.tokens for a, _b in pairs), sum(a.compared for a, _b in pairs)
+    worse = sum(b.nll_quantized - a.nll_quantized for a, b in pairs) / tokens
+    return (
+        sum(b.kl - a.kl for a, b in pairs) / compared,
+        math.exp(max(min(worse, 700), -700)),
+        sum(b.agree - a.agree for a, b in pairs) / compared,
+    )
 
 
 def _middle(values: list[float]) -> tuple[float, float]:

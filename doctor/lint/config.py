@@ -39,7 +39,7 @@ from doctor.lint.toml_text import (
 )
 from doctor.lint.trust import FILE, MAX_BYTES, doubt, holds_checkpoint, is_allowed, user_folder
 
-_TYPES = {
+TOP_TYPES = {
     "select": STRINGS,
     "extend-select": STRINGS,
     "ignore": STRINGS,
@@ -48,7 +48,7 @@ _TYPES = {
     "recipe": TABLE,
     "suppress": TABLES,
 }
-_SUPPRESS = {"code": STRING, "where": STRING, "reason": STRING, "until": DATE, "sha256": STRING}
+SUPPRESS_TYPES = {"code": STRING, "where": STRING, "reason": STRING, "until": DATE, "sha256": STRING}
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _not_followed(why: str, line: int = 1) -> Finding:
 
 def _config(text: TomlText, path: Path) -> Config:
     """What a file sets. Raises DoctorError with the line."""
-    table = text.checked(text.table, _TYPES)
+    table = text.checked(text.table, TOP_TYPES)
     recipe = _recipe(text, table.get("recipe", {}))
     fail_on = table.get("fail-on")
     if fail_on is not None and fail_on not in (*SEVERITIES, "never"):
@@ -247,23 +247,24 @@ def _config(text: TomlText, path: Path) -> Config:
     )
 
 
+def recipe_types() -> dict[str, str]:
+    """Key of a [recipe] table, with underscores -> the kind of its value, a constant of toml_text."""
+    kinds: dict[type, str] = {
+        bool: BOOLEAN,
+        int: WHOLE_NUMBER,
+        float: NUMBER,
+        str: STRING,
+        tuple: STRINGS,
+        type(None): BOOLEAN,  # only sym has the default None: the method decides
+    }
+    return {f.name: kinds[type(f.default)] for f in fields(Recipe) if f.name != "runtime_version"}
+
+
 def _recipe(text: TomlText, table: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of Recipe; the runtime as on the command line, `vllm==0.9`. Raises DoctorError with the line."""
     table = {k.replace("-", "_"): v for k, v in table.items()}
-    known = {f.name: f.default for f in fields(Recipe) if f.name != "runtime_version"}
-    types = {
-        k: {
-            bool: BOOLEAN,
-            int: WHOLE_NUMBER,
-            float: NUMBER,
-            str: STRING,
-            tuple: STRINGS,
-            type(None): BOOLEAN,  # only sym has the default None: the method decides
-        }[type(v)]
-        for k, v in known.items()
-    }
     values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in text.checked(table, types, "recipe").items()
+        k: tuple(v) if isinstance(v, list) else v for k, v in text.checked(table, recipe_types(), "recipe").items()
     }
     if "runtime" in values:
         values["runtime"], values["runtime_version"] = parse_runtime(values["runtime"])
@@ -280,7 +281,7 @@ def _recipe(text: TomlText, table: Mapping[str, Any]) -> dict[str, Any]:
 def _suppressions(text: TomlText, from_checkpoint: bool = False) -> list[Suppression]:
     """The [[suppress]] entries. Raises DoctorError with the line."""
     entries = text.table.get("suppress", [])
-    if not is_kind(entries, _TYPES["suppress"]):
+    if not is_kind(entries, TOP_TYPES["suppress"]):
         raise text.wrong(
             text.line("suppress"),
             _("{key} is {found}", key="suppress", found=kind_of(entries)),
@@ -288,7 +289,7 @@ def _suppressions(text: TomlText, from_checkpoint: bool = False) -> list[Suppres
         )
     found = []
     for nth, entry in enumerate(entries):
-        entry = text.checked(entry, _SUPPRESS, "suppress", nth)
+        entry = text.checked(entry, SUPPRESS_TYPES, "suppress", nth)
         head = text.line("", "suppress", nth)
         for key in ("code", "reason"):
             if not str(entry.get(key, "")).strip():

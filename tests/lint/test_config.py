@@ -521,11 +521,11 @@ def test_the_documentation_shows_every_key_and_its_example_is_read(tmp_path):
     (tmp_path / "lint" / "rules").mkdir(parents=True)
     found = config.read(write(tmp_path, example))
     assert (
-        set(found.lines) | {"recipe", "suppress"} >= set(config._TYPES)
+        set(found.lines) | {"recipe", "suppress"} >= set(config.TOP_TYPES)
         and found.suppress[0].until
         and found.recipe().runtime_version == "0.9"
     )
-    assert all(f"`{key}`" in text for key in config._SUPPRESS)
+    assert all(f"`{key}`" in text for key in config.SUPPRESS_TYPES)
 
 
 def test_a_field_without_a_flag_holds_in_the_plan_of_a_check_too(project, capsys):
