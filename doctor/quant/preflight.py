@@ -38,7 +38,7 @@ class Forecast:
     blocks: decoder layers. seconds: of the whole run, None where it is not foreseen. steps: of them, where a plan
     foresees each. sampling: bytes that the whole model
     takes while it writes calibration rows, before the first layer; 0 where it writes none. tuning: bytes, at most, of
-    tuning scales after the last layer; 0 where that is not done. tried: numbers of the
+    tuning scales on tuned_rows rows after the last layer; 0 where that is not done. tried: numbers of the
     layers that a preflight quantized.
     """
 
@@ -54,6 +54,7 @@ class Forecast:
     steps: tuple[Step, ...] = ()
     sampling: int = 0
     tuning: int = 0
+    tuned_rows: int = 0
     tried: tuple[int, ...] = ()
     tried_rows: int = 0
     problems: tuple[str, ...] = ()
@@ -99,7 +100,11 @@ class Forecast:
             )
         if self.tuning:
             found.append(
-                _("        up to {peak} after the last layer, where scales are tuned (--tune)", peak=gib(self.tuning))
+                _(
+                    "        up to {peak} after the last layer, where scales are tuned on {rows} rows (--tune)",
+                    peak=gib(self.tuning),
+                    rows=self.tuned_rows,
+                )
             )
         found.append(_("GPU     up to {size} of its memory, with --device cuda", size=gib(self.need.on_device)))
         found.append(
@@ -153,10 +158,10 @@ def plan(
     length: int,
     memory: int | None,
     sampling: int = 0,
-    tuning: int = 0,
+    tuning: tuple[int, int] = (0, 0),
 ) -> Forecast:
     """From headers alone. rows of `length` tokens, for a method that takes any. sampling: bytes of the whole model,
-    where it writes rows; tuning: of tuning scales, where that is done.
+    where it writes rows; tuning: (bytes, rows) of tuning scales, where that is done.
     """
     rows = rows if recipe.calibrated else 0
     need = budget.needs(checkpoint, spec, recipe, rows, length, memory)
@@ -171,7 +176,8 @@ def plan(
         _free_disk(output),
         budget.reads_ahead(need, memory),
         sampling=sampling,
-        tuning=tuning,
+        tuning=tuning[0],
+        tuned_rows=tuning[1],
     )
     return replace(found, problems=tuple(_problems(found, output, memory)))
 

@@ -6,9 +6,11 @@ forgotten after it. Codes are held as far as `memory` allows; those of the other
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import cast
 
 import torch
@@ -23,6 +25,8 @@ from doctor.quant.dequantize import Dequantized, as_float, to_torch
 from doctor.quant.forward.layer_call import LayerCall
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import Gain, Scales, Tunable, is_norm, offset_of
+
+FEW = 32  # tokens of a step
 
 
 @dataclass(frozen=True)
@@ -113,16 +117,20 @@ class Student:
     def pull_back(
         self, i: int, states: list[torch.Tensor], rows: list[int], slopes: list[torch.Tensor], found: dict
     ) -> list[torch.Tensor]:
-        """Slopes of layer i's inputs, from those of its outputs; those of its changes are added to `found`."""
+        """Slopes of layer i's inputs, from those of its outputs; those of its changes are added to `found`, but for
+        scales of linears that FEW tokens reach, as those of an expert: their slopes are mostly noise.
+        """
         results = []
-        with torch.enable_grad(), self._bound(i, slopes=True) as leaves:
+        packed = [linear.module for linear in self._layers[i].packed]
+        with torch.enable_grad(), self._bound(i, slopes=True) as leaves, tokens_of(packed) as tokens:
             for x, r, slope in zip(states, rows, slopes, strict=True):
                 x = x.detach().requires_grad_(True)
                 self._row(i, x, r).backward(slope)
                 assert x.grad is not None
                 results.append(x.grad)
-            for tunable, leaf, levels in leaves:
-                if leaf.grad is not None:
+            few = {module for module, count in tokens.items() if count < FEW}
+            for (tunable, leaf, levels), module in zip_longest(leaves, packed):
+                if leaf.grad is not None and module not in few:
                     add_slope(found, tunable, leaf.grad, levels)
         return results
 
@@ -224,6 +232,23 @@ class Student:
             transposed,
         )
         return (codes.to(torch.int16) - grid.zero.to(torch.int16)[:, group]).to(device), scales
+
+
+@contextmanager
+def tokens_of(modules: list[nn.Module]) -> Iterator[Counter[nn.Module]]:
+    """How many tokens each of these modules computes within it; one that is not called is not counted."""
+    seen: Counter[nn.Module] = Counter()
+
+    def count(module: nn.Module, args: tuple) -> None:
+        if args:
+            seen[module] += args[0].numel() // max(1, args[0].shape[-1])
+
+    hooks = [module.register_forward_pre_hook(count) for module in modules]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def add_slope(

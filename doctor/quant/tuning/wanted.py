@@ -181,12 +181,13 @@ def need(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, len
 
 def forecast(
     tune: str | int, checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int, memory: int | None
-) -> int:
-    """Bytes at the peak of the tuning of a run with these rows of text, at most; 0 where it would not be done."""
+) -> tuple[int, int]:
+    """(bytes at the peak of the tuning of a run with these rows of text, at most; rows that it trains on); zeros where
+    it would not be done.
+    """
     wish = wanted(tune, recipe, spec, rows, length)
-    takes = need(checkpoint, spec, recipe, wish.rows, length) if wish.rows else 0
-    limit = budget.limit(memory)
-    if takes > limit and not wish.asked:
-        return 0
+    takes, limit = need(checkpoint, spec, recipe, wish.rows, length), budget.limit(memory)
+    if not wish.rows or (takes > limit and not wish.asked):
+        return 0, 0
     codes = 2 * sum(x.in_features * x.out_features for x in spec.linears if not is_kept(recipe, x.name))
-    return takes and max(takes, min(limit, takes + codes))
+    return max(takes, min(limit, takes + codes)), wish.rows

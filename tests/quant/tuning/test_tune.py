@@ -109,6 +109,22 @@ def test_codes_that_are_read_again_each_time_give_the_same(rounded):
     assert held.progress.watched == read.progress.watched
 
 
+def test_scales_of_experts_that_few_tokens_reach_are_not_tuned(tmp_path):
+    recipe = tiny().recipe.with_field("method", "rtn")
+    assert api.quantize(tiny("mixtral").write(tmp_path / "m"), tmp_path / "q", recipe, client=None).output
+    rows = rows_of(8, vocabulary=96)
+    student = Student(Checkpoint.open(tmp_path / "q"), rows)
+
+    def found(count):
+        slopes, states = {}, student.first[:count]
+        student.pull_back(0, states, list(range(count)), [torch.ones_like(x) for x in states], slopes)
+        return {("experts" in name) for name in slopes}, sum("experts" in name for name in slopes)
+
+    assert found(1) == ({False}, 0)  # 32 tokens, of which an expert gets some 16
+    kinds, experts = found(8)
+    assert kinds == {True, False} and experts == 12
+
+
 def test_one_token_in_so_many_is_compared(rounded):
     original, source = map(Checkpoint.open, rounded)
     rows = rows_of(1)

@@ -194,7 +194,8 @@ def test_the_plan_counts_the_tuning(taught, recipe):
 
     plain, auto = planned(tune="off"), planned()
     assert plain.tuning == 0 and plain.peak <= auto.peak and auto.tuning > 0
-    assert any("--tune" in line for line in auto.lines()) and not any("--tune" in line for line in plain.lines())
+    assert any(f"on {auto.tuned_rows} rows (--tune)" in line for line in auto.lines())
+    assert not any("--tune" in line for line in plain.lines())
     assert planned(rows=8).tuning == 0  # too few rows to be done unasked
     assert planned(rows=8, tune=8).tuning > 0
     assert planned(memory=auto.tuning // 2).tuning == 0 and planned(memory=auto.tuning // 2, tune=8).tuning > 0
