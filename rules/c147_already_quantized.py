@@ -52,6 +52,8 @@ def already_quantized(
     checkpoint, tensors, config, quantization_block, asked, goal, recipe, decoded, every_stored_bytes=None
 ):
     if decoded is not None:
+        if not decoded.stored:  # a GGUF file of floats
+            return
         again = coarser(decoded, recipe)
         fix = Fix(_("take the 16-bit original"), (), "manual")
         yield _coarser(again, len(decoded.stored), recipe, fix) if again is not None else _decoded(decoded)

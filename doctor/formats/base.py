@@ -83,6 +83,7 @@ class Format:
     joint: tuple[str, ...] = ("bits", "group_size", "sym")  # what linears that an engine fuses must share
     zero_offset = 0  # what is taken from a zero point before it is stored
     twin = ""  # the format that differs in nothing but zero_offset
+    client = "transformers"  # who is asked to load an output; "" where no client of a processor reads the format
     at_load = False  # quantization_config asks a loader to quantize plain weights
     plain_backend = ""  # gptqmodel's backend in plain torch: its fast ones are compiled for minutes on first use
     libraries: tuple[str, ...] = ()  # beside torch, that transformers loads it with
@@ -156,6 +157,10 @@ class Format:
     def part_of(self, weight: str, part: str) -> str:
         """The name of a part of a weight."""
         return f"{weight.removesuffix('.weight')}.{part}"
+
+    def bias(self, values: Array) -> Array:
+        """The bias of a packed linear as readers take it; values [n] as stored."""
+        return values
 
     # codes and words
 

@@ -12,25 +12,33 @@
 w = (q - 2^(b-1)) * (qs^2 * (q_scale_max / 256)), every product rounded to float16. in_features is not stored: it is the
 sum of the groups' rows, a group of b bits having 32/b rows a word. n is out_features padded to a multiple of 32.
 
+Written here: one width a linear, in groups of neighbours, so that q_invperm counts. The head and the embedding stay in
+16 bits. No client on a processor reads this format; what is written is decoded by unpack(), which is proved on the
+reference's own kernels.
+
 Source: turboderp/exllamav2 0.3.2 exllamav2/linear.py, exllamav2_ext/cuda/q_matrix.cu (reconstruct), quant/qdq_*.cuh.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from doctor.checkpoint.safetensors import TensorInfo
-from doctor.core.errors import BadCheckpoint
+from doctor.core.errors import BadCheckpoint, NotQuantizable
 from doctor.core.lazy_numpy import np
 from doctor.core.messages import _
-from doctor.core.recipe import Scheme
-from doctor.formats.arrays import Array, contiguous
-from doctor.formats.base import Format, Parts, Shapes, Texts
-from doctor.formats.bits import unpack_columns, unpack_rows
+from doctor.core.recipe import Recipe, Scheme
+from doctor.formats.arrays import Array, cast, contiguous, is_torch, zeros
+from doctor.formats.base import Format, Part, Parts, Shapes, Texts
+from doctor.formats.bits import pack_columns, pack_rows, unpack_columns, unpack_rows
+from doctor.formats.grid import Grid, GridKind, squared_scale
 from doctor.formats.registry import register
 from doctor.formats.requirements import require_shape
 
+MOST_ROWS = 32767  # of q_weight: q_groups counts them in signed 16 bits
+LAYOUT = "0.3.2"  # of ExLlamaV2, whose layout is written
 WIDTHS = (8, 6, 5, 4, 3, 2)  # that kernels have, in the order in which groups must stand
 
 
@@ -48,7 +56,7 @@ class Group(NamedTuple):
 
 @register
 class EXL2(Format):
-    """Read only."""
+    """ExLlamaV2's format of groups."""
 
     name = "exl2"
     label = "EXL2"
@@ -57,8 +65,13 @@ class EXL2(Format):
     beside = part_names
     verbatim = ("q_groups",)
     bits = (2, 3, 4, 5, 6, 8)
+    groups = (128, 64, 32)
+    methods = ("gptq", "rtn")
+    scales = "q_scale"
     padded = (32, 1)
-    writes = False
+    unit = (32, 1)
+    joint = ()
+    client = ""
 
     def scheme_beside(
         self, info: TensorInfo, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any] | None
@@ -81,6 +94,79 @@ class EXL2(Format):
         rows = sum(group.channels for group in groups_of(np.frombuffer(stored, np.int16), info.shape[0]))
         return info.shape[1], rows
 
+    def grid(self, scheme: Scheme) -> GridKind:
+        return GridKind(scheme.bits, scheme.group_size, True, squared=True)
+
+    def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str:
+        if in_features % scheme.group_size:
+            return _(
+                "in_features {size} is not a multiple of group_size {group}", size=in_features, group=scheme.group_size
+            )
+        rows = in_features * scheme.bits // 32
+        if rows > MOST_ROWS:
+            return _("q_weight would have {rows:,} rows; EXL2 counts at most {most:,}", rows=rows, most=MOST_ROWS)
+        return ""
+
+    def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
+        groups, width = in_features // scheme.group_size, -(-out_features // 32) * 32
+        return (
+            Part("q_weight", "I32", (in_features * scheme.bits // 32, width)),
+            Part("q_scale", "I32", (groups, width // 8)),
+            Part("q_scale_max", "F16", (groups,)),
+            Part("q_groups", "I16", (2 * groups,)),
+            Part("q_invperm", "I32", (in_features,)),
+        )
+
+    def pack(self, codes: Array, grid: Grid, g_idx: Array | None, scheme: Scheme) -> dict[str, Array]:
+        if is_torch(codes):
+            torch = sys.modules["torch"]
+            divisor = None if grid.divisor is None else grid.divisor.cpu().numpy()
+            plain = Grid(grid.scale.cpu().numpy(), grid.zero.cpu().numpy(), grid.levels, divisor)
+            made = self.pack(codes.cpu().numpy(), plain, None if g_idx is None else g_idx.cpu().numpy(), scheme)
+            return {name: torch.from_numpy(part).to(codes.device) for name, part in made.items()}
+        (n, k), groups = codes.shape, grid.scale.shape[1]
+        owner = np.arange(k) // (k // groups) if g_idx is None else g_idx
+        if grid.divisor is None or not (grid.zero == 1 << (scheme.bits - 1)).all() or k % (32 * groups):
+            raise NotQuantizable(_("EXL2: needs symmetric groups of a multiple of 32 columns under squared scales."))
+        roots = np.clip(np.rint(np.sqrt(grid.scale / grid.divisor)), 1, 16).astype(np.float32)
+        off = int((squared_scale(roots, grid.divisor) != grid.scale).sum())
+        if off:
+            raise NotQuantizable(
+                _(
+                    "EXL2: {off} of {count} scales are no square of 1 to 16 times their group's.",
+                    off=off,
+                    count=roots.size,
+                )
+            )
+        short = -n % 32  # rows that the kernels want and the linear has not
+        levels = np.pad(codes, ((0, short), (0, 0)), constant_values=1 << (scheme.bits - 1))
+        order = np.argsort(owner, kind="stable")
+        places = np.empty(k, np.int32)
+        places[order] = np.arange(k, dtype=np.int32)
+        rows = k // groups * scheme.bits // 32
+        starts = np.stack([np.full(groups, scheme.bits), np.arange(groups) * rows], 1)
+        return {
+            "q_weight": pack_columns(np.ascontiguousarray(levels.T[order]), scheme.bits),
+            "q_scale": pack_rows(np.pad(roots - 1, ((0, short), (0, 0))).T.astype(np.uint8), 4),
+            "q_scale_max": (grid.divisor * 256).astype(np.float16),
+            "q_groups": starts.reshape(-1).astype(np.int16),
+            "q_invperm": places,
+        }
+
+    def bias(self, values: Array) -> Array:
+        """float16, with a zero for each row that was added. Raises NotQuantizable where float16 does not hold it."""
+        made = zeros((-(-len(values) // 32) * 32,), "F16", values)
+        made[: len(values)] = cast(values, "F16")
+        if not bool((abs(cast(made, "F32")) <= 65504).all()):
+            raise NotQuantizable(_("EXL2: a bias of {most:.6g} exceeds float16.", most=float(abs(values).max())))
+        return made
+
+    def config(
+        self, recipe: Recipe, kept: Iterable[str] = (), widths: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        """What front ends show; ExLlamaV2 reads the tensors alone. bits: of the linears that no list names."""
+        return {"quant_method": "exl2", "version": LAYOUT, "bits": float(recipe.bits), "head_bits": 16}
+
     def weight_name(self, codes: str) -> str:
         return f"{codes.removesuffix('.q_weight')}.weight" if codes.endswith(".q_weight") else codes
 
@@ -91,6 +177,11 @@ class EXL2(Format):
     def unpack(
         self, parts: Parts, scheme: Scheme, shape: tuple[int, int] | None = None, rows: slice | None = None
     ) -> Array:
+        first_part = parts["q_weight"]
+        if is_torch(first_part):
+            plain = {name: part.cpu().numpy() for name, part in parts.items()}
+            found = self.unpack(plain, scheme, shape, rows)
+            return sys.modules["torch"].from_numpy(found).to(first_part.device)
         words, order = parts["q_weight"].view(np.int32), _order(parts)
         n, k = words.shape[1], len(order)
         groups = groups_of(parts["q_groups"], len(words))

@@ -47,6 +47,7 @@ class EXL3(Format):
     bits = (1, 2, 3, 4, 5, 6, 7, 8)
     padded = (WIDTH, WIDTH)
     writes = False
+    client = ""
 
     def scheme_beside(
         self, info: TensorInfo, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any] | None

@@ -26,7 +26,8 @@ class Grid(NamedTuple):
     """scale f32[n, G], each value exact in the stored dtype, never 0, negative only where `signed` was asked for;
     zero i32[n, G], 0..2^bits-1. NumPy arrays or torch tensors.
 
-    levels: GridKind.levels. divisor f32[1]: what stored scales are divided by, None where by nothing.
+    levels: GridKind.levels. divisor f32[1]: what stored scales are divided by, None where by nothing; of squared scales
+    f32[G], what the squares of each group are multiplied by.
     """
 
     scale: Array
@@ -43,7 +44,8 @@ class GridKind:
     0..24 of halves with zero point 12, of which only those values are taken: so all arithmetic of affine grids holds,
     with half the scale. E4M3: codes are the bits of an 8-bit float. zero_min: the smallest zero point that can be
     stored. scale_dtype: what a scale is stored in, by safetensors' name. divided: stored scales are divided by one
-    float32 of the tensor. tile: (rows, columns) under one scale; () one row's group_size.
+    float32 of the tensor. squared: a scale is the square of 1..16 times a float16 that all rows of a group share. tile:
+    (rows, columns) under one scale; () one row's group_size.
     """
 
     bits: int
@@ -53,6 +55,7 @@ class GridKind:
     zero_min: int = 0
     scale_dtype: str = "F16"
     divided: bool = False
+    squared: bool = False
     tile: tuple[int, int] | tuple[()] = ()
 
     @property
@@ -125,6 +128,13 @@ def by_column(grid: Grid, k: int, g_idx: Array | None) -> tuple[Array, Array]:
         width = group_width(k, k // grid.scale.shape[1])
         return repeated(grid.scale, width, 1), repeated(zero, width, 1)
     return taken(grid.scale, g_idx, 1), taken(zero, g_idx, 1)
+
+
+def squared_scale(roots: Array, base: Array) -> Array:
+    """f32[n, G]: the scale that EXL2's kernels compute of roots 1..16 [n, G] and base f32[G], both products rounded to
+    float16.
+    """
+    return cast(cast(cast(cast(roots * roots, "F16"), "F32") * base, "F16"), "F32")
 
 
 def store_scale(scale: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

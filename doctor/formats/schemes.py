@@ -74,6 +74,7 @@ SCHEMES: dict[str, NamedScheme] = {
         _gguf("Q6_K", 6),
         _gguf("Q8_0", 8),
         _gguf("Q4_0", 4, "gguf-q4_0"),
+        NamedScheme("EXL2", ("gptq", "rtn"), {"sym": True, "format": "exl2"}, {"bits": 4, "group_size": 128}),
         _gguf("IQ4_XS", 4, "gguf-iq4_xs"),
     )
 }

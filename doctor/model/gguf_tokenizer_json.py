@@ -90,6 +90,8 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], file: str) -
                 known=listed(sorted(table("gguf")["splits"])),
             )
         )
+    vocab = _vocabulary(metadata, tokens)
+    pairs = [merge.split(" ", 1) for merge in merges]
     cuts = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in split["patterns"]
@@ -110,8 +112,9 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], file: str) -
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": bool(split.get("ignore_merges")),
-            "vocab": _vocabulary(metadata, tokens),
-            "merges": [merge.split(" ", 1) for merge in merges],
+            "vocab": vocab,
+            # One that makes no token is of no use to llama.cpp, and an error in a tokenizer.json.
+            "merges": [pair for pair in pairs if {*pair, "".join(pair)} <= vocab.keys()],
         },
     }
 

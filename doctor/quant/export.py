@@ -45,6 +45,7 @@ _NAMES = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.float64: "F64",
+    torch.int16: "I16",
     torch.int32: "I32",
     torch.int64: "I64",
     torch.uint8: "U8",

@@ -385,8 +385,11 @@ def _write(setup: Setup, i: int, recipe: Recipe, selection: Selection, tried: At
     """The layer's part of the output, then its journal line."""
     replaced = {linear.tensor for linear, _module in selection.modules.values()}
     names = [n for n in setup.skeleton.tensors_of(i) if n not in replaced and n not in tried.packed]
-    exact = format_of(recipe).in_blocks
-    stored = dict(export.kept_tensors(names, lambda name: load_tensor(setup.checkpoint, name), exact))
+    form = format_of(recipe)
+    stored = dict(export.kept_tensors(names, lambda name: load_tensor(setup.checkpoint, name), form.in_blocks))
+    for linear, _module in selection.modules.values():
+        if (name := f"{linear.name}.bias") in stored:
+            stored[name] = form.bias(stored[name])
     # By linear, whatever the order in which they were solved: the same bytes however many experts were in memory.
     place = {name: number for number, name in enumerate(selection.modules)}
     own = sorted(tried.packed, key=lambda name: place.get(name.rpartition(".")[0], -1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def grid_options(recipe: Recipe, divisor: float = 1.0) -> dict[str, Any]:
         "sym": kind.sym,
         "zero_min": kind.zero_min,
         "scale_dtype": scale_of(kind, divisor),
+        **({"squared": True} if kind.squared else {}),
     }
 
 
@@ -164,7 +166,10 @@ def pack_linear(
             ),
             _("Set DOCTOR_KERNELS=0 to quantize with torch, and report this text."),
         )
-    return Packed({name: part.cpu() for name, part in parts.items()}, solution.weight)
+    own_weight = partial(pack.unpack_linear, linear.name, parts, own, (linear.out_features, linear.in_features))
+    rounds = format_of(own).grid(own.scheme).squared  # readers round the products, too
+    weight = own_weight if rounds else solution.weight
+    return Packed({name: part.cpu() for name, part in parts.items()}, weight)
 
 
 def divisors(modules: Mapping[str, tuple[Linear, nn.Module]], recipe: Recipe) -> dict[str, float]:

@@ -137,9 +137,10 @@ def _plain(asked: Asked, source: Checkpoint) -> Checked:
         return Checked(assess(source, asked.recipe, asked.rules), asked.recipe, None, ())
     facts = [(CHECKPOINT, DECODED.name, how)]
     note = _("source: {n:,} weights in {label} are decoded as they are read", n=len(how.stored), label=how.label)
-    for text in (note, *how.notes):
+    notes = (*((note,) if how.stored else ()), *how.notes)
+    for text in notes:
         asked.progress(text)
-    return Checked(assess(view, asked.recipe, asked.rules, facts=facts), asked.recipe, None, (note, *how.notes))
+    return Checked(assess(view, asked.recipe, asked.rules, facts=facts), asked.recipe, None, notes)
 
 
 def _fixed(asked: Asked, source: Checkpoint, unsafe_fixes: bool | Iterable[str]) -> Checked:

@@ -34,6 +34,8 @@ def commands(original: str, output: Path, recipe: Recipe, gguf: str = "", kind: 
     if form.in_blocks:
         file = shlex.quote(str(output / gguf))
         return [*found, (f"llama-server -m {file}", _("serve it in llama.cpp"))]
+    if not form.client:
+        return found
     tp = f" --tensor-parallel-size {recipe.tp}" if recipe.tp > 1 else ""
     if served_by_vllm(recipe):
         found.append((f"vllm serve {out}{tp}", _("serve it in vLLM")))

@@ -129,7 +129,7 @@ def metadata(**more):
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [1] * (len(tokens) - 2) + [3, 5],
-        "tokenizer.ggml.merges": ["Ġ a", "a b"],
+        "tokenizer.ggml.merges": ["Ġ a", "a b", "b z", "zz a"],
         "tokenizer.ggml.bos_token_id": len(tokens) - 2,
         "tokenizer.ggml.eos_token_id": len(tokens) - 2,
         **{f"tokenizer.ggml.{key}": value for key, value in more.items()},
@@ -159,3 +159,11 @@ def test_one_digit_is_one_piece_for_smollm():
 def test_a_way_to_cut_text_that_is_not_known_is_refused():
     with pytest.raises(BadCheckpoint, match="its pre-tokenizer 'viking' is not read here"):
         tokenizer_documents(metadata(pre="viking"), "m.gguf")
+
+
+def test_a_file_of_floats_has_nothing_to_decode(tmp_path):
+    folder = tiny_gguf().write(tmp_path / "g")
+    view, how = decoded(Checkpoint.open(folder))
+    assert how.stored == () and view.tensors
+    refused = api.quantize(folder, tmp_path / "q", Recipe(bits=8), calibration=rows(tmp_path))
+    assert not any(run.crashed for run in refused.report.runs)

@@ -21,6 +21,8 @@ from doctor.core.messages import _
 from doctor.core.records import LoadProof
 from doctor.evaluate.clients import llama_cpp_child
 from doctor.evaluate.clients.transformers_child import EXPERT
+from doctor.formats.registry import KNOWN
+from doctor.model.quantization_config import quantization_of
 from doctor.quant.client import Linears
 
 SECONDS = 600  # enough for the headers of a model of a terabyte on a busy machine; a client that hangs must end
@@ -33,10 +35,15 @@ def prove_loading(
     """What transformers does with the checkpoint in `folder`, or llama.cpp with the GGUF model there. What the client
     says is in the record, never raised. python: the interpreter that has llama.cpp; None takes doctor's own.
     """
-    models = Checkpoint.open(folder).gguf
+    opened = Checkpoint.open(folder)
+    models, block = opened.gguf, quantization_of(opened)
     if models:
         root = Path(folder) if Path(folder).is_dir() else Path(folder).parent
         return _prove_by_llama_cpp(root / models[0].files[0].name, models[0], python, seconds)
+    label = next((form.label for form in KNOWN.values() if block and not form.client and form.claims(block[0])), "")
+    if label:
+        reason = _("no program here reads {label}; doctor's own reader alone read it", label=label)
+        return LoadProof("doctor", reason=reason)
     with tempfile.TemporaryDirectory(prefix="doctor-load-") as place:
         out = Path(place) / "sample.safetensors"
         answer = _ask(folder, place, ["--sample", str(sample), "--out", str(out)], seconds)

@@ -38,7 +38,7 @@ def rehearse(folder: Path, recipe: Recipe, *, seconds: float = SECONDS) -> Rehea
 def start(checkpoint: Checkpoint, recipe: Recipe) -> Future[Rehearsal] | None:
     """The same, under way; None where there is nothing to quantize, or nothing to do it with."""
     config = checkpoint.value("config.json") or {}
-    if format_of(recipe).in_blocks:
+    if format_of(recipe).in_blocks or not format_of(recipe).client:
         return None  # transformers is not who reads it
     if type(checkpoint) is not Checkpoint or not checkpoint.root.is_dir():
         return None
@@ -55,4 +55,6 @@ def client_of(recipe: Recipe) -> Client:
     """
     if format_of(recipe).in_blocks:
         return Client(lambda folder, modules: {}, prove_loading)
+    if not format_of(recipe).client:
+        return Client(linears_of_class, prove_loading)
     return Client(linears_of_class, prove_loading, rehearse)

@@ -86,14 +86,6 @@ def ladder(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, asked: Budge
             _("Leave --for at gptq and --override out."),
         )
     checkpoint, spec = unfuse(checkpoint, spec, recipe)
-    if form.in_blocks and any(x.expert is not None for x in spec.linears):
-        raise DoctorError(
-            _(
-                "--bpw with {format}: the experts of a layer share one type, which is not chosen here.",
-                format=form.label,
-            ),
-            _("Leave --bpw out: the mixture has types by role and layer."),
-        )
     linears = [x for x in spec.linears if x.block is not None and _quantized(recipe, x)]
     if not linears:
         raise NotQuantizable(_("{name}: no linear is quantized.", name=checkpoint.name))

@@ -78,18 +78,20 @@ def solve(
     damp_max: float = DAMP_MAX,
     zero_min: int = 1,
     scale_dtype: ScaleKind = torch.float16,
+    squared: bool = False,
 ) -> Solution:
     """Codes, grid and losses of W[n, k], any float dtype, under H[k, k] = 2/n X^T X, both on one device. On a CPU a
     Square keeps its factor for the next linear that reads the same input; a matrix is copied.
 
     mse, signed, zero_min, scale_dtype: as in grid.fit. scattered: groups follow the act-order (desc_act). refine:
-    passes of coordinate descent and scale refit after the loop. damp, damp_max: shares of mean diag(H) over live
+    passes of coordinate descent and scale refit after the loop. squared: scales as EXL2 stores them (squared_scale.py),
+    fixed before the loop and kept. damp, damp_max: shares of mean diag(H) over live
     columns.
 
     Where no factor exists up to damp_max, or no column was ever active, the result is RTN with outcome "rtn".
     Raises NotQuantizable for non-finite W or H: no damping and no order of columns helps there.
     """
-    params = GridParams(bits, group_size, sym, mse, signed, zero_min, scale_dtype)
+    params = GridParams(bits, group_size, sym, mse, signed, zero_min, scale_dtype, squared)
     width = group_width(W.shape[1], group_size)
     require_finite(W)
     require_hessian(W, H)
@@ -102,7 +104,9 @@ def solve(
         if act_order
         else torch.arange(len(H), device=H.device)
     )
-    fixed = (act_order and not scattered) or width == len(H)  # grids known before the first column is rounded
+    fixed = (
+        (act_order and not scattered) or width == len(H) or squared
+    )  # grids known before the first column is rounded
     steps = _Order(order if act_order else None, order, fixed)
     with exact_products():
         if native and (fixed or cpu.fits(width)):
@@ -179,14 +183,16 @@ def _solve_natively(
         g_idx = g_idx[torch.argsort(order.steps)]
     eigen = attempts[-1].precision == "eigen"  # then sums of the loops are of another matrix
     codes, grids, losses = torch.empty(W.shape, dtype=torch.uint8), list[Grid](), list[torch.Tensor]()
+    shared = fit_with(params, W, cost) if params.squared else None  # of all rows, which share a part of the scales
     for rows in row_chunks(W.shape, LOOP_BYTES):
         part = W[rows].to(torch.float32).contiguous()
-        found, grid, loss = _loops(part, H, params, order, refine, extra, cost, g_idx, eigen)
+        own = None if shared is None else shared._replace(scale=shared.scale[rows], zero=shared.zero[rows])
+        found, grid, loss = _loops(part, H, params, order, refine, extra, cost, g_idx, eigen, own)
         codes[rows] = found
         grids.append(grid)
         losses.append(loss)
         del part, found
-    grid = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
+    grid = shared or Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
     shares = loss_shares(W, H, params, cost, torch.cat(losses), max(SAMPLE, SAMPLE_WEIGHTS // k))
     return Solution(codes, grid, g_idx, "gptq", *shares, tuple(attempts))
 
@@ -201,9 +207,10 @@ def _loops(
     cost: torch.Tensor,
     g_idx: torch.Tensor,
     eigen: bool,
+    given: Grid | None = None,
 ) -> tuple[torch.Tensor, Grid, torch.Tensor]:
     """(codes u8[n, k], grid, loss f64[n]) of some rows W f32[n, k]. extra f32[k]: what damping added to diag(H);
-    g_idx i32[k]: the group of each column; cost f32[k]: of an error in a column.
+    g_idx i32[k]: the group of each column; cost f32[k]: of an error in a column. given: a grid that stays as it is.
     """
     k = len(H)
     width = group_width(k, params.group_size)
@@ -211,7 +218,7 @@ def _loops(
     steps = order.steps.to(torch.int32)
     owner, added = g_idx[order.steps].contiguous(), extra[order.steps]
     if order.fixed:
-        grid = fit_with(params, W, cost)
+        grid = fit_with(params, W, cost) if given is None else given
         loop = cpu.round_columns(W, H.lower, steps, owner, added, rule, grid, forget=H.forget)
     else:
         pivots = H.pivots().square()
@@ -222,7 +229,7 @@ def _loops(
     codes, grid, loss, excess = loop[0], Grid(loop[1], loop[2]), *loop[3:]
     del loop
     by_group = torch.argsort(g_idx, stable=True)
-    inside = width if cpu.fits(width) else 0
+    inside = width if cpu.fits(width) and given is None else 0
     for _pass in range(refine):
         *found, change, excess = cpu.refine(
             W,
@@ -238,9 +245,9 @@ def _loops(
             H.forget,
         )
         codes, grid, loss = found[0], Grid(found[1], found[2]), loss + change
-        if not inside:
+        if not inside and given is None:
             grid = refit_scales(W, H, codes, grid, g_idx, params.scale_dtype, extra)
-    if eigen or (refine and not inside):  # then the sums are of another matrix, or of older scales
+    if eigen or (refine and not inside and given is None):  # then the sums are of another matrix, or of older scales
         return codes, grid, energies(W - dequantize(codes, grid, g_idx), H).clamp_min(0)
     return codes, grid, (loss - excess).clamp_min(0)
 

@@ -76,6 +76,7 @@ class GridParams:
     signed: bool
     zero_min: int
     scale_dtype: ScaleKind
+    squared: bool = False
 
     @property
     def floats(self) -> bool:

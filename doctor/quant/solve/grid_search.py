@@ -30,6 +30,7 @@ from doctor.quant.solve.grid import (
     store_scale,
     top_of,
 )
+from doctor.quant.solve.squared_scale import snapped
 
 _CHUNK_CPU = 1 << 18  # weights at a time: four float32 temporaries of 1 MiB stay in the cache of a core
 _CHUNK_DEVICE = 1 << 25
@@ -105,8 +106,10 @@ def fit(
 
 
 def fit_with(params: GridParams, W: torch.Tensor, weight: torch.Tensor | None, group_size: int | None = None) -> Grid:
-    """`fit` of W f32[n, k] with weight f32[k]; group_size replaces the one of params."""
-    return fit(
+    """`fit` of W f32[n, k] with weight f32[k], all rows of a linear where scales are squared; group_size replaces the
+    one of params.
+    """
+    found = fit(
         W,
         params.bits,
         params.group_size if group_size is None else group_size,
@@ -117,6 +120,7 @@ def fit_with(params: GridParams, W: torch.Tensor, weight: torch.Tensor | None, g
         zero_min=params.zero_min,
         scale_dtype=params.scale_dtype,
     )
+    return snapped(found, W, weight, params.bits) if params.squared else found
 
 
 def native_params_of(params: GridParams) -> tuple[cpu.NativeGridParams, torch.Tensor]:

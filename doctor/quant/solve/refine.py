@@ -42,11 +42,11 @@ def refine_codes(
     """(codes u8[k, n], grid, whether `lost` f64[n] is still the loss under the damped H). neighbours: groups are runs
     of columns.
     """
-    if params.floats or not (W.is_cuda and cuda.available(W.device) is None):
+    if params.floats or params.squared or not (W.is_cuda and cuda.available(W.device) is None):
         codes = codes.T.contiguous()
         for _ in range(passes):
             codes = descend(W, H, codes, grid, g_idx, params.bits, params.scale_dtype)
-            grid = refit_scales(W, H, codes, grid, g_idx, params.scale_dtype)
+            grid = grid if params.squared else refit_scales(W, H, codes, grid, g_idx, params.scale_dtype)
         return codes.T, grid, False
     by_group = None if neighbours else torch.argsort(g_idx, stable=True)
     W, ordered, damped = W.T, g_idx, H

@@ -36,13 +36,14 @@ def round_to_nearest(
     signed: bool = False,
     zero_min: int = 1,
     scale_dtype: ScaleKind = torch.float16,
+    squared: bool = False,
 ) -> Solution:
     """RTN of W[n, k]. With H, mse weighs columns by its diagonal and the losses are known; without, they are NaN."""
     require_finite(W)
     if H is not None:
         require_hessian(W, H)
         H = H.to(W.device, torch.float32)
-    return rounded(W, H, GridParams(bits, group_size, sym, mse, signed, zero_min, scale_dtype), ())
+    return rounded(W, H, GridParams(bits, group_size, sym, mse, signed, zero_min, scale_dtype, squared), ())
 
 
 def rounded(
@@ -54,10 +55,15 @@ def rounded(
         cost = torch.where(H.diagonal() > 0, H.diagonal(), torch.full_like(H.diagonal(), mean))
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     grids: list[Grid] = []
+    shared = fit_with(params, W.to(torch.float32), cost) if params.squared else None
     sums = torch.zeros(2, dtype=torch.float64, device=W.device)  # of the errors' energy, and of the weights'
     for rows in row_chunks(W.shape, CHUNK_BYTES):
         part = W[rows].to(torch.float32)
-        grid = fit_with(params, part, cost)
+        grid = (
+            shared._replace(scale=shared.scale[rows], zero=shared.zero[rows])
+            if shared is not None
+            else fit_with(params, part, cost)
+        )
         codes[rows] = quantize(part, grid, params.bits, scale_dtype=params.scale_dtype)
         E = part - dequantize(codes[rows], grid)
         grids.append(grid)
@@ -66,7 +72,7 @@ def rounded(
         elif mean > 0:
             sums += torch.stack([energies(E, H).sum(), energies(part, H).sum()])
     loss = share_of(*sums) if H is None else float(sums[0] / sums[1])
-    grid = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
+    grid = shared or Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
     return Solution(
         codes, grid, contiguous_groups(W.shape[1], params.group_size, W.device), "rtn", loss, loss, attempts
     )
