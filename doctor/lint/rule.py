@@ -72,6 +72,7 @@ from doctor.formats.known import (  # noqa: F401
     undoes_packing,
 )
 from doctor.formats.registry import KNOWN, format_of, read_quantization, scale_tails, word_tails  # noqa: F401
+from doctor.formats.wanted import MUST, NEVER  # noqa: F401
 from doctor.lint.donor_fixes import chat_template_fix, from_base, tensor_from_base, value_from_base, zeros_from_base  # noqa: F401
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
 from doctor.lint.plain_fixes import decoding_fix  # noqa: F401

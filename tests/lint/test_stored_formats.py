@@ -194,7 +194,11 @@ def fp8(exclude=("lm_head",), plain=()):
             case.tensors[linear.tensor] = rng.integers(1, 0x78, (n, k), np.uint8)
             case.tensors[f"{linear.tensor}_scale"] = np.full((n, 1), 0.01, np.float32)
             case.dtypes |= {linear.tensor: "F8_E4M3", f"{linear.tensor}_scale": "F32"}
-    case.config["quantization_config"] = {"quant_method": "fp8", "modules_to_not_convert": list(exclude)}
+    case.config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": list(exclude),
+    }
     return case
 
 
@@ -342,7 +346,7 @@ def test_a_router_in_eight_bits_is_named_as_packed_ones_are(tmp_path):
     case.tensors[name] = np.random.default_rng(3).integers(1, 0x78, (n, k), np.uint8)
     case.tensors[f"{name}_scale"] = np.full((n, 1), 0.01, np.float32)
     case.dtypes |= {name: "F8_E4M3", f"{name}_scale": "F32"}
-    case.config["quantization_config"] = {"quant_method": "fp8"}
+    case.config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     found = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O613"]
     assert [f.message for f in found] == [f"{name}: router is packed"]
 
