@@ -41,7 +41,7 @@ from doctor.lint.testing import np, tiny
 NARROW = 8  # bits of a weight that is codes
 
 
-@rule("O650", "error", implied_by=(*LOST_DATA, "O612", "O621", "O622", "O619", "O620", "O625", "G331"))
+@rule("O650", "error", implied_by=(*LOST_DATA, "O612", "O621", "O622", "O619", "O620", "O625", "G331", "C147"))
 def parts_not_as_stated(checkpoint, quantization_block, tensors, stored_weights, spec, quantization=None):
     form = quantization_block and next((f for f in KNOWN.values() if f.claims(quantization_block[0])), None)
     if not form:

@@ -42,6 +42,7 @@ class AWQ(Format):
     name = "awq"
     label = "AWQ"
     quant_methods = ("awq",)
+    agreed = ("bits", "group_size", "zero_point", "version")
     words, scales, zeros = "qweight", "scales", "qzeros"
     part_names = ("qweight", "qzeros", "scales")
     needed = ("scales", "qzeros")

@@ -57,6 +57,7 @@ class Format:
     in_blocks = False  # whether a linear is rows of llama.cpp's blocks, in one file with everything else
     mixtures: Mapping[int, str] = {}  # bits -> what readers call a file of them, for formats of the GGUF container
     config_files: tuple[str, ...] = ()  # further files that hold a copy of quantization_config
+    agreed: tuple[str, ...] = ()  # keys that every copy of quantization_config must state alike
 
     # Tensors of a linear, by the last part of their names. `words` holds the codes; "" where there is no such tensor.
     words = ""

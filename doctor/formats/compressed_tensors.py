@@ -74,6 +74,7 @@ class CompressedTensors(Format):
     label = "compressed-tensors"
     quant_methods: tuple[str, ...] = ("compressed-tensors",)
     groups_of_modules = True
+    agreed = ("format", "config_groups")
     words, scales, zeros, index = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
     part_names: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     needed: tuple[str, ...] = ("weight_scale",)

@@ -57,6 +57,7 @@ class GPTQ(Format):
     label = "GPTQ"
     quant_methods: tuple[str, ...] = ("gptq", "gptq_marlin", "auto_gptq")
     config_files = ("quantize_config.json",)
+    agreed: tuple[str, ...] = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
     words, scales, zeros, index = "qweight", "scales", "qzeros", "g_idx"
     part_names = ("qweight", "qzeros", "scales", "g_idx")
     needed = ("scales", "qzeros")

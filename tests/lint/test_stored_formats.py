@@ -470,7 +470,7 @@ def test_eight_bit_weight_without_any_scale_is_named(tmp_path, style):
 def test_two_files_with_two_labels_are_a_warning(tmp_path):
     case = nvfp4(both=True)
     case.json["hf_quant_config.json"]["quantization"]["quant_algo"] = "W4A16_NVFP4"
-    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O621"]
+    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O654"]
     assert (found.severity, found.message) == (
         "warning",
         "config.json says NVFP4, and hf_quant_config.json says W4A16_NVFP4",
