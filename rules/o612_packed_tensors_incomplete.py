@@ -76,7 +76,7 @@ def _wrong_bits(quantization, layout, other):
     for stated, bits in sorted({(quantization.bits_of(name), bits) for name, bits in other.items()}):
         names = [n for n, b in other.items() if (quantization.bits_of(n), b) == (stated, bits)]
         place = _place_of_bits(quantization.raw) if len(names) == len(layout.linears) else None
-        edit = place and SetJson(quantization.file, quantization.pointer + place, bits, stated)
+        edits = (SetJson(quantization.file, quantization.pointer + place, bits, stated),) if place else ()
         yield finding(
             plural(
                 "{n:,} linear has words of {bits} bits by the sizes in config.json; quantization_config says {stated} "
@@ -90,7 +90,7 @@ def _wrong_bits(quantization, layout, other):
             ),
             at=Place(quantization.file, pointer=quantization.pointer + (place or "")),
             evidence={"linears": len(names), "of": len(layout.linears), "bits": bits, "stated": stated},
-            fix=edit and Fix(_("set the bits to {bits}", bits=bits), (edit,)),
+            fix=Fix(_("set the bits to {bits}", bits=bits), edits) if edits else None,
             advice=_("set bits and group_size to the values that the tensors were made with"),
         )
 

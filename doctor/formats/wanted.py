@@ -73,7 +73,7 @@ def of_group(group: Mapping[str, Any], layout: str | None, sizes: Sizes | None) 
     layers/quantization/compressed_tensors/schemes.
     """
     weights = group.get("weights")
-    if not isinstance(weights, Mapping) or layout not in _LAYOUTS:
+    if not isinstance(weights, Mapping) or layout is None or layout not in _LAYOUTS:
         return []
     found = list(_LAYOUTS[layout](weights, layout, sizes))
     return found + list(_of_inputs(group.get("input_activations"), layout)) if found else []
