@@ -194,5 +194,9 @@ def eight_bit_floats():
         case.tensors[name] = rng.integers(1, 0x78, case.tensors[name].shape, np.uint8)
         case.tensors[name + "_scale_inv"] = np.full((1, 1), 0.01, np.float32)
         case.dtypes |= {name: "F8_E4M3", name + "_scale_inv": "F32"}
-    case.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    case.config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
     return case

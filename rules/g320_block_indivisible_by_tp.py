@@ -113,7 +113,11 @@ def bad():
         case.tensors[name] = rng.integers(1, 0x78, (rows, columns), np.uint8)
         case.tensors[name + "_scale_inv"] = np.full((-(-rows // 32), -(-columns // 32)), 0.01, np.float32)
         case.dtypes |= {name: "F8_E4M3", name + "_scale_inv": "F32"}
-    case.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    case.config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [32, 32],
+    }
     case.recipe = case.recipe.with_field("tp", 4)
     return case, ("intermediate_size 192 on 4 GPUs leaves 48 for gate, up and down: not a multiple of the block of 32")
 

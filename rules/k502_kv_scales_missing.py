@@ -20,19 +20,31 @@ Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py; 
 issue 2176.
 """
 
-from doctor.lint.rule import Fix, Place, RemoveJson, _, finding, rule
+import re
+
+from doctor.lint.rule import Fix, Place, RemoveJson, _, finding, plural, rule
 from doctor.lint.testing import tiny_gptq
 
-SCALES = (".k_scale", ".v_scale", ".kv_scale")
+# Names that vLLM maps to the scales of an attention (weight_utils.py, maybe_remap_kv_scale_name; get_cache_scale_mapper
+# of its formats): kv_scale stands for both.
+SCALE = re.compile(
+    r"^(?P<at>.*?)(?:\.attn|\.mla_attn)*(?:\.[kv]_proj|\.qkv_proj|\.qkqkv_proj)?"
+    r"\.(?:(?P<one>[kv])_scale|(?P<both>kv)_scale|(?P<cache>[kv])_cache\.scale)$"
+)
+OUTPUT = re.compile(r"^(?P<at>.*)\.(?P<one>[kv])_proj\.output_scale$")
 
 
 @rule("K502", "warning")
-def kv_scales_missing(checkpoint, quantization_block, tensors):
+def kv_scales_missing(checkpoint, quantization_block, tensors, split=None):
     if quantization_block is None:
         return
     raw, file, pointer = quantization_block
     key = next((k for k in ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_method") if raw.get(k)), None)
-    if key is None or any(name.endswith(SCALES) for name in tensors):
+    if key is None or (isinstance(raw[key], dict) and raw[key].get("dynamic") is True):
+        return
+    found = _scales(tensors)
+    if found:
+        yield from _partly(found, split.linears if split else (), file, f"{pointer}/{key}")
         return
     yield finding(
         _("{key} is set and no tensor ends in .k_scale or .v_scale: the cache would use scale 1.0", key=key),
@@ -40,6 +52,37 @@ def kv_scales_missing(checkpoint, quantization_block, tensors):
         fix=Fix(_("remove {key}", key=key), (RemoveJson(file, f"{pointer}/{key}", raw[key]),), "unsafe"),
         advice=_("calibrate the scales, or remove the entry"),
     )
+
+
+def _scales(tensors):
+    """Attention module -> which of its scales are there, "k" and "v"."""
+    found: dict[str, set[str]] = {}
+    for name in tensors:
+        match = SCALE.match(name) or OUTPUT.match(name)
+        if match:
+            groups = match.groupdict()
+            found.setdefault(match["at"], set()).update(groups["one"] or groups.get("cache") or "kv")
+    return found
+
+
+def _partly(found, linears, file, pointer):
+    """Decoder layers without a scale, where others have theirs."""
+    attentions = {linear.name.rpartition(".")[0] for linear in linears if linear.role in ("k", "qkv")}
+    if not attentions & set(found):
+        return  # named otherwise than the linears
+    absent = sorted(f"{at}.{one}_scale" for at in attentions for one in "kv" if one not in found.get(at, ()))
+    if absent:
+        yield finding(
+            plural(
+                "{n:,} scale of the cache is missing, though others are there ({first}): it would be 1.0",
+                "{n:,} scales of the cache are missing, though others are there (first {first}): they would be 1.0",
+                len(absent),
+                first=absent[0],
+            ),
+            at=Place(file, pointer=pointer),
+            evidence={"absent": absent[:100], "layers": len(attentions)},
+            advice=_("copy the shard again from its source, or calibrate the cache again"),
+        )
 
 
 def bad():

@@ -1,7 +1,7 @@
-"""K503 kv-scale-zero: KV cache scale is 0.
+"""K503 kv-scale-zero: KV cache scale is 0 or negative.
 
 Why: keys and values are divided by it: every entry of the cache becomes NaN or Inf, and the reply is one token without
-end.
+end. A negative scale means "none" to vLLM, which then asserts or takes 1.0.
 
 Do: calibrate again, with text that reaches this decoder layer.
 
@@ -20,8 +20,17 @@ SCALES = (".k_scale", ".v_scale", ".kv_scale")
 
 
 @rule("K503", "error")
-def kv_scale_zero(tensor, n_zero, numel, base):
-    if tensor.name.endswith(SCALES) and n_zero:
+def kv_scale_zero(tensor, n_zero, numel, stats, base):
+    if not tensor.name.endswith(SCALES):
+        return
+    if stats.min < 0:
+        yield finding(
+            _("{tensor} is {value:g}; must be above 0", tensor=tensor.name, value=stats.min),
+            evidence={"min": stats.min},
+            fix=tensor_from_base(base, tensor),
+            advice=_("calibrate the cache again"),
+        )
+    elif n_zero:
         yield finding(
             _("{n_zero:,} of {numel:,} scales in {tensor} are 0", n_zero=n_zero, numel=numel, tensor=tensor.name),
             evidence={"n_zero": n_zero, "numel": numel},

@@ -1,7 +1,9 @@
-"""O607 bad-scales: quantization scales are 0 or far too large.
+"""O607 bad-scales: quantization scales are 0, far too large or never set.
 
 Why: every weight is a code times the scale of its group. A scale of 0 erases the group; one in the hundreds makes the
-decoder layer overflow. A quantizer that continues after its Hessian has failed writes both.
+decoder layer overflow. A quantizer that continues after its Hessian has failed writes both. Scales that are 1
+everywhere are what they were before calibration. One scale for a whole tensor must be above 0; one that divides, as
+compressed-tensors' weight_global_scale, is in the hundreds, and below 1 where it was stored as the factor.
 
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`
@@ -24,13 +26,37 @@ from doctor.lint.testing import encode, tiny_gptq
 # A scale is at most twice the largest weight of its group divided by the number of steps; weights above a few hundred
 # do not occur in trained linears, so a scale of 100 (weights of 800 at 4 bits) is an accident.
 HUGE = 100.0
+TINY = 1e-12  # weights under such scales vanish beside any others
+# One scale for a whole tensor: of weights, of inputs. The first divides.
+WHOLE = (".weight_global_scale", ".weight_scale_2", ".input_global_scale", ".input_scale")
 RELATIVE = "F8_E4M3"  # a scale of this type is multiplied by another one, which brings its largest to 448
 
 
 @rule("O607", "warning", certainty="likely", implied_by=("W201",))
-def bad_scales(tensor, n_zero, numel, absmax, base):
+def bad_scales(tensor, n_zero, numel, absmax, stats, base):
+    if tensor.name.endswith(WHOLE):
+        yield from _whole(tensor, stats, base)
     if not tensor.name.endswith(scale_tails()):
         return
+    if 0 < absmax < TINY or (numel > 1 and stats.min == stats.max == 1 and _of_integers(tensor)):
+        yield finding(
+            _(
+                "all {numel:,} scales in {tensor} are {value:g}",
+                numel=numel,
+                tensor=tensor.name,
+                value=absmax,
+            )
+            if stats.min == stats.max
+            else _(
+                "the largest of {numel:,} scales in {tensor} is {value:g}: its weights are 0",
+                numel=numel,
+                tensor=tensor.name,
+                value=absmax,
+            ),
+            evidence={"absmax": absmax, "numel": numel},
+            fix=tensor_from_base(base, tensor),
+            advice=_("quantize this linear again"),
+        )
     if n_zero:
         yield finding(
             _("{n_zero:,} of {numel:,} scales in {tensor} are 0", n_zero=n_zero, numel=numel, tensor=tensor.name),
@@ -45,6 +71,23 @@ def bad_scales(tensor, n_zero, numel, absmax, base):
             fix=tensor_from_base(base, tensor),
             advice=_("quantize this linear again"),
         )
+
+
+def _whole(tensor, stats, base):
+    """Scales of whole tensors: above 0, and a divisor of weights no less than 1 (a largest weight of 2,688)."""
+    least = 1.0 if tensor.name.endswith(WHOLE[0]) else 0.0
+    if stats.n_finite and not (stats.min > 0 and stats.min >= least):
+        yield finding(
+            _("{tensor} is {value:g}; must be above {least:g}", tensor=tensor.name, value=stats.min, least=least),
+            evidence={"min": stats.min},
+            fix=tensor_from_base(base, tensor),
+            advice=_("quantize this linear again"),
+        )
+
+
+def _of_integers(tensor):
+    """Whether these are scales of groups of integers: a scale of 1 would mean weights of several units."""
+    return tensor.dtype.bits >= 16 and len(tensor.shape) == 2 and min(tensor.shape) > 1
 
 
 def bad():

@@ -13,8 +13,8 @@ accepts.
 
 False alarms: none for symmetric files, whose zero points are known.
 
-Fix safety: safe: one word of the config; or, without the key, zero points 8 become 7 (4 bits), which is the same model
-in version 1. A zero point that cannot be converted is refused.
+Fix safety: safe: one word of the config; or, where only some linears have the other version or the key is absent, their
+zero points are converted (8 becomes 7 at 4 bits), which is the same model. A zero point that cannot be is refused.
 
 Sources: vllm-project/vllm PR 26092 and 38966; AutoGPTQ/AutoGPTQ PR 640; turboderp/exllamav2
 exllamav2/ext.py (0x11111111).
@@ -40,9 +40,13 @@ def qzeros_version(checkpoint, quantization, packed_words):
         return
     key, value = quantization.reader.version_key(quantization.raw), quantization.reader.spelled(twin)
     pointer = f"{quantization.pointer}/{key}"
-    if not twin.zero_offset and key not in quantization.raw:
+    if len(wrong) < len(bits) or (not twin.zero_offset and key not in quantization.raw):
+        shift = twin.zero_offset - form.zero_offset
         fix = Fix(
-            _("store the zero points minus one, as version 1 does"), tuple(ShiftZeros(n, bits[n], -1) for n in wrong)
+            _("store the zero points minus one, as version 1 does")
+            if shift < 0
+            else _("store the zero points unchanged, as version 2 does"),
+            tuple(ShiftZeros(n, bits[n], shift) for n in wrong),
         )
     else:
         fix = Fix(

@@ -16,13 +16,15 @@ Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py; casper-hansen/Auto
 awq/modules/linear/gemm.py.
 """
 
-from doctor.lint.rule import EqualZeros, Fix, Place, SetJson, _, finding, listed, rule
+from doctor.lint.rule import EqualZeros, Fix, Place, SetJson, _, finding, listed, plural, rule
 from doctor.lint.testing import tiny_gptq
 
 
 @rule("O612", "error")
-def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
+def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, spec, base):
     shown, form = _group_size(quantization, layout, tensors), quantization.format
+    other = _other_bits(quantization, layout, tensors, spec)
+    yield from _wrong_bits(quantization, layout, other)
     for linear in layout.linears:
         at = Place("", tensor=f"{linear.name}.{form.words}")
         absent = [tail for tail in quantization.needed if f"{linear.name}.{tail}" not in tensors]
@@ -35,6 +37,8 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
                 advice=_("copy the shard again from its source"),
             )
             continue
+        if linear.name in other:
+            continue  # a group size that fits the wrong bits would be wrong too
         scales = tensors[f"{linear.name}.{form.scales}"].shape
         group = linear.in_features if quantization.group_size == -1 else quantization.group_size
         expected = form.scale_shape(linear.in_features, linear.out_features, group)
@@ -53,6 +57,51 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, base):
                 fix=shown,
                 advice=_("set bits and group_size to the values that the tensors were made with"),
             )
+
+
+def _other_bits(quantization, layout, tensors, spec):
+    """Name -> bits of linears whose words have the sizes of config.json in other bits than those that are stated."""
+    form, found = quantization.format, {}
+    for linear in layout.linears:
+        sizes, words = spec.expected_shape(f"{linear.name}.weight"), tensors.get(f"{linear.name}.{form.words}")
+        if words is None or sizes is None or len(sizes) != 2 or sizes == (linear.out_features, linear.in_features):
+            continue
+        fitting = [b for b in form.bits if form.size(words.shape, b, quantization.version) == sizes[::-1]]
+        if len(fitting) == 1:
+            found[linear.name] = fitting[0]
+    return found
+
+
+def _wrong_bits(quantization, layout, other):
+    for stated, bits in sorted({(quantization.bits_of(name), bits) for name, bits in other.items()}):
+        names = [n for n, b in other.items() if (quantization.bits_of(n), b) == (stated, bits)]
+        place = _place_of_bits(quantization.raw) if len(names) == len(layout.linears) else None
+        edits = (SetJson(quantization.file, quantization.pointer + place, bits, stated),) if place else ()
+        yield finding(
+            plural(
+                "{n:,} linear has words of {bits} bits by the sizes in config.json; quantization_config says {stated} "
+                "({first})",
+                "{n:,} linears have words of {bits} bits by the sizes in config.json; quantization_config says {stated} "
+                "(first {first})",
+                len(names),
+                bits=bits,
+                stated=stated,
+                first=names[0],
+            ),
+            at=Place(quantization.file, pointer=quantization.pointer + (place or "")),
+            evidence={"linears": len(names), "of": len(layout.linears), "bits": bits, "stated": stated},
+            fix=Fix(_("set the bits to {bits}", bits=bits), edits) if edits else None,
+            advice=_("set bits and group_size to the values that the tensors were made with"),
+        )
+
+
+def _place_of_bits(raw):
+    """Where a quantization_config states the bits of all linears; None where it states them more than once."""
+    key = next((key for key in ("bits", "w_bit") if key in raw), None)
+    groups = raw.get("config_groups")
+    if key is None and isinstance(groups, dict) and len(groups) == 1:
+        return f"/config_groups/{next(iter(groups))}/weights/num_bits"
+    return key and f"/{key}"
 
 
 def _absent(quantization, linear, tensors, absent, base):

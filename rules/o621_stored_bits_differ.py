@@ -30,8 +30,6 @@ def stored_bits_differ(checkpoint, quantization_block, stored_weights):
     raw, file, pointer = quantization_block
     form = next((f for f in KNOWN.values() if f.claims(raw)), None)
     stated = form.stored_bits(raw) if form is not None else None
-    if form is not None:
-        yield from _other_file(checkpoint, form, raw, file, pointer)
     other = [w for w in stored_weights.values() if stated is not None and w.scheme.bits != stated]
     if form is None or not other:
         return
@@ -62,23 +60,6 @@ def stored_bits_differ(checkpoint, quantization_block, stored_weights):
         ),
         advice=_("export the model again; the label and the tensors are of two formats"),
     )
-
-
-def _other_file(checkpoint, form, raw, file, pointer):
-    """A second file that holds the same label and says something else."""
-    for name in form.config_files:
-        second = checkpoint.value(name)
-        if name == file or not isinstance(second, dict) or not form.claims(second):
-            continue
-        here, there = form.stated_name(raw), form.stated_name(second)
-        if form.stored_bits(raw) is not None and here != there:
-            yield finding(
-                _("{file} says {here}, and {other} says {there}", file=file, here=here, other=name, there=there),
-                at=Place(file, pointer=pointer or None),
-                severity="warning",
-                evidence={"here": here, "there": there},
-                advice=_("make both say what the tensors are: engines differ in which of them they read"),
-            )
 
 
 def bad():

@@ -119,7 +119,11 @@ def bad():
         case.tensors[f"{linear.tensor}_scale"] = np.full((n, 1), 0.01, np.float32)
         case.dtypes |= {linear.tensor: "F8_E4M3", f"{linear.tensor}_scale": "F32"}
     name = case.name("down").removesuffix(".weight")
-    case.config["quantization_config"] = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", name]}
+    case.config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": ["lm_head", name],
+    }
     return case, f"{name} is packed, but {name!r} excludes it from quantization"
 
 

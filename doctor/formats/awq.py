@@ -15,7 +15,7 @@ out_features % 8 but sizes its buffer by 32, so 32 is what works.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from doctor.core.errors import NotQuantizable
@@ -26,8 +26,10 @@ from doctor.formats.base import Format, Part, Parts, Quantization, Shapes
 from doctor.formats.bits import kernels_for, pack_columns, unpack_columns
 from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, dequantize, neighbours, stored_exactly
+from doctor.formats.refusals import Refused, of_awq
 from doctor.formats.registry import register
 from doctor.formats.requirements import require_dividing, require_known, require_shape, whole
+from doctor.formats.wanted import Sizes, Wanted
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # field p of a word holds column ORDER[p] of its eight
 _INVERSE = tuple(ORDER.index(column) for column in range(8))
@@ -40,6 +42,7 @@ class AWQ(Format):
     name = "awq"
     label = "AWQ"
     quant_methods = ("awq",)
+    agreed = ("bits", "group_size", "zero_point", "version")
     words, scales, zeros = "qweight", "scales", "qzeros"
     part_names = ("qweight", "qzeros", "scales")
     needed = ("scales", "qzeros")
@@ -139,6 +142,22 @@ class AWQ(Format):
             pointer,
             readable=version == "gemm",
         )
+
+    def refused(self, raw: Mapping[str, Any]) -> Iterable[Refused]:
+        return of_awq(raw)
+
+    def wanted(self, raw: Mapping[str, Any]) -> Callable[[str, Sizes | None], list[Wanted]]:
+        version = str(raw.get("version") or raw.get("format") or "gemm").lower()
+        says = f"version {version}"
+
+        def parts(module: str, sizes: Sizes | None) -> list[Wanted]:
+            words: tuple[tuple[int, ...], ...] = ()
+            if sizes is not None and version in ("gemm", "gemv"):
+                n, k = sizes
+                words = ((k, -(-n // 8)),) if version == "gemm" else ((n, -(-k // 8)),)
+            return [Wanted("qweight", ("I32",), words, says), Wanted("qzeros", ("I32",), (), says)]
+
+        return parts
 
     def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
         """Every entry of modules_to_not_convert is a part of a name."""

@@ -25,6 +25,8 @@ from doctor.formats.arrays import Array
 from doctor.formats.bits import repeated_word
 from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, GridKind
+from doctor.formats.refusals import Refused
+from doctor.formats.wanted import Sizes, Wanted
 from doctor.formats.widths import Widths
 
 BLOCK = 32  # doctor writes whole blocks of 32 codes: they fill whole words at every width
@@ -55,6 +57,7 @@ class Format:
     in_blocks = False  # whether a linear is rows of llama.cpp's blocks, in one file with everything else
     mixtures: Mapping[int, str] = {}  # bits -> what readers call a file of them, for formats of the GGUF container
     config_files: tuple[str, ...] = ()  # further files that hold a copy of quantization_config
+    agreed: tuple[str, ...] = ()  # keys that every copy of quantization_config must state alike
 
     # Tensors of a linear, by the last part of their names. `words` holds the codes; "" where there is no such tensor.
     words = ""
@@ -235,6 +238,10 @@ class Format:
         """What a quantization_config leaves in floats, entry by entry, as this format's readers match names."""
         return []
 
+    def targets(self, raw: Mapping[str, Any]) -> list[Exclusion]:
+        """What a quantization_config names as quantized, or of other bits than the rest, entry by entry."""
+        return []
+
     def excluded(self, raw: Mapping[str, Any]) -> Callable[[str], bool]:
         """Whether a quantization_config leaves a module, by its name, in floats."""
         entries = self.exclusions(raw)
@@ -258,6 +265,16 @@ class Format:
 
     def needed_beside(self, raw: Mapping[str, Any]) -> tuple[str, ...]:
         """Parts beside a weight under its own name that no reader can do without."""
+        return ()
+
+    def wanted(self, raw: Mapping[str, Any]) -> Callable[[str, Sizes | None], list[Wanted]]:
+        """The parts that readers of a quantization_config make room for in a linear, by its name and its sizes, None
+        where config.json does not say them; [] where that is not known.
+        """
+        return lambda module, sizes: []
+
+    def refused(self, raw: Mapping[str, Any]) -> Iterable[Refused]:
+        """Values of a quantization_config at which a reader stops before it looks at any tensor."""
         return ()
 
     def names_of_kept(self, module: str) -> list[str]:

@@ -40,8 +40,10 @@ from doctor.formats.bits import (
 )
 from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, dequantize, neighbours, stored_exactly
+from doctor.formats.refusals import Refused, of_compressed_tensors
 from doctor.formats.registry import KNOWN, register
 from doctor.formats.requirements import require_dividing, require_groups, require_shape, whole
+from doctor.formats.wanted import Sizes, Wanted, group_of, of_group, targets_of
 from doctor.formats.widths import Widths, exactly
 
 # How a linear's inputs are rounded while it serves, as its keys say it: name -> keys that differ from the usual.
@@ -72,6 +74,7 @@ class CompressedTensors(Format):
     label = "compressed-tensors"
     quant_methods: tuple[str, ...] = ("compressed-tensors",)
     groups_of_modules = True
+    agreed = ("format", "config_groups")
     words, scales, zeros, index = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
     part_names: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     needed: tuple[str, ...] = ("weight_scale",)
@@ -306,15 +309,26 @@ class CompressedTensors(Format):
                 found.append(Exclusion.of_pattern(entry, f"/ignore/{at}", pattern))
         return found
 
+    def targets(self, raw: Mapping[str, Any]) -> list[Exclusion]:
+        return targets_of(raw)
+
     def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
         """The targets of its groups, a class of modules being all linears."""
-        excluded = self.excluded(raw)
-        targets = [target for group in weight_groups(raw) for target in group["targets"]]
-        every = any("." not in target and not target.startswith("re:") for target in targets)
-        named = [
-            Exclusion.of_pattern(t, "", t.removeprefix("re:") if t.startswith("re:") else exactly(t)) for t in targets
-        ]
+        excluded, named = self.excluded(raw), self.targets(raw)
+        every = any("." not in entry.entry and not entry.entry.startswith("re:") for entry in named)
         return lambda module: not excluded(module) and (every or any(entry.matches(module) for entry in named))
+
+    def refused(self, raw: Mapping[str, Any]) -> Iterable[Refused]:
+        return of_compressed_tensors(raw)
+
+    def wanted(self, raw: Mapping[str, Any]) -> Callable[[str, Sizes | None], list[Wanted]]:
+        chosen = group_of(raw)
+
+        def parts(module: str, sizes: Sizes | None) -> list[Wanted]:
+            group = chosen(module)
+            return of_group(group, group.get("format") or raw.get("format"), sizes) if group is not None else []
+
+        return parts
 
     def stored_bits(self, raw: Mapping[str, Any]) -> int | None:
         """Of files whose groups agree."""

@@ -21,6 +21,7 @@ class Exclusion:
     pointer: str
     matches: Callable[[str], bool]
     pattern: bool = True
+    broken: bool = False  # a pattern that does not compile: readers stop at it
 
     @classmethod
     def of_part(cls, entry: str, pointer: str) -> Exclusion:
@@ -31,7 +32,7 @@ class Exclusion:
     def of_pattern(cls, entry: str, pointer: str, pattern: str) -> Exclusion:
         """An entry that must match from the beginning of a name; one that is no pattern matches nothing."""
         found = pattern_of(pattern)
-        return cls(entry, pointer, found.match if found else lambda module: False)
+        return cls(entry, pointer, found.match if found else lambda module: False, broken=found is None)
 
     @classmethod
     def of_words(cls, entry: str, pointer: str, matches: Callable[[str], bool]) -> Exclusion:

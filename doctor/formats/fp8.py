@@ -15,7 +15,7 @@ vllm-project/vllm vllm/model_executor/layers/quantization/fp8.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,9 @@ from doctor.core.recipe import Scheme
 from doctor.formats.arrays import Array, cast, counted
 from doctor.formats.base import Format, Part, Parts, Shapes
 from doctor.formats.exclusions import Exclusion, leaves_out
+from doctor.formats.refusals import Refused, of_fp8
 from doctor.formats.registry import register
+from doctor.formats.wanted import FLOATS, MAY, ONE, Sizes, Wanted, is_block, tiles
 
 STORED = "F8_E4M3"
 
@@ -82,6 +84,27 @@ class FP8(Format):
     def needed_beside(self, raw: Mapping[str, Any]) -> tuple[str, ...]:
         """Scales of activations that were measured beforehand; which scale of the weight there is, `lacking` sees."""
         return ("input_scale",) if raw.get("activation_scheme") == "static" else ()
+
+    def refused(self, raw: Mapping[str, Any]) -> Iterable[Refused]:
+        return of_fp8(raw)
+
+    def wanted(self, raw: Mapping[str, Any]) -> Callable[[str, Sizes | None], list[Wanted]]:
+        return lambda module, sizes: self._wanted(raw, sizes)
+
+    def _wanted(self, raw: Mapping[str, Any], sizes: Sizes | None) -> list[Wanted]:
+        block = raw.get("weight_block_size")
+        if raw.get("store_dtype"):  # experts in another format than the rest
+            return []
+        found = [Wanted("weight", (STORED,), (sizes,) if sizes else (), "quant_method fp8")]
+        if block is not None and is_block(block):
+            shapes = (tiles(sizes, block),) if sizes else ()
+            dtypes = (*FLOATS, "F8_E8M0")
+            found.append(Wanted("weight_scale_inv", dtypes, shapes, f"weight_block_size {list(block)}"))
+        elif block is None:
+            found.append(Wanted("weight_scale_inv", (), (*ONE, (1, 1)), "no weight_block_size", MAY))
+        if raw.get("activation_scheme") == "static":
+            found.append(Wanted("input_scale", FLOATS, ONE, "activation_scheme static"))
+        return found
 
     def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
         excluded = self.excluded(raw)

@@ -18,7 +18,7 @@ vllm/model_executor/layers/quantization/gptq.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from doctor.core.errors import NotQuantizable
@@ -39,8 +39,10 @@ from doctor.formats.bits import (
 )
 from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, GridKind, dequantize, neighbours, stored_exactly
+from doctor.formats.refusals import Refused, of_gptq
 from doctor.formats.registry import KNOWN, register
 from doctor.formats.requirements import require_dividing, require_groups, require_known, require_shape, whole
+from doctor.formats.wanted import FLOATS, Sizes, Wanted
 from doctor.formats.widths import Widths, exactly, own_entries
 
 # Linears that vLLM joins, and what it calls them.
@@ -55,6 +57,7 @@ class GPTQ(Format):
     label = "GPTQ"
     quant_methods: tuple[str, ...] = ("gptq", "gptq_marlin", "auto_gptq")
     config_files = ("quantize_config.json",)
+    agreed: tuple[str, ...] = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
     words, scales, zeros, index = "qweight", "scales", "qzeros", "g_idx"
     part_names = ("qweight", "qzeros", "scales", "g_idx")
     needed = ("scales", "qzeros")
@@ -216,6 +219,22 @@ class GPTQ(Format):
             Widths.of_patterns(entries),
         )
 
+    def refused(self, raw: Mapping[str, Any]) -> Iterable[Refused]:
+        return of_gptq(raw)
+
+    def wanted(self, raw: Mapping[str, Any]) -> Callable[[str, Sizes | None], list[Wanted]]:
+        quantization = self.read(raw, "", "")
+
+        def parts(module: str, sizes: Sizes | None) -> list[Wanted]:
+            bits = quantization.bits_of(module)
+            return [
+                Wanted("qweight", ("I32",), ((words_of(sizes[1], bits), sizes[0]),) if sizes else (), f"bits {bits}"),
+                Wanted("qzeros", ("I32",), (), f"bits {bits}"),
+                Wanted("scales", FLOATS, (), f"bits {bits}"),
+            ]
+
+        return parts
+
     def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
         """Patterns that begin with "-:", and the output head unless lm_head is true."""
         dynamic = raw.get("dynamic")
@@ -226,6 +245,19 @@ class GPTQ(Format):
         ]
         head = [] if raw.get("lm_head") else [Exclusion("", "/lm_head", lambda m: m.rpartition(".")[2] == "lm_head")]
         return head + found
+
+    def targets(self, raw: Mapping[str, Any]) -> list[Exclusion]:
+        """Patterns that begin with "+:", or have no sign."""
+        dynamic = raw.get("dynamic")
+        keys = [key for key in (dynamic if isinstance(dynamic, Mapping) else ()) if not key.startswith("-:")]
+        pointers = ["/dynamic/" + key.replace("~", "~0").replace("/", "~1") for key in keys]
+        return [Exclusion.of_pattern(k, at, k.removeprefix("+:")) for k, at in zip(keys, pointers, strict=True)]
+
+    def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
+        """Where modules_in_block_to_quantize is stated, modules with one of its entries in their name, as vLLM does."""
+        parts = _flat(raw.get("modules_in_block_to_quantize"))
+        excluded = self.excluded(raw)
+        return (lambda module: any(part in module for part in parts) and not excluded(module)) if parts else None
 
     def version_key(self, raw: Mapping[str, Any]) -> str:
         return "checkpoint_format" if "checkpoint_format" in raw or "format" not in raw else "format"
@@ -259,6 +291,12 @@ class GPTQ(Format):
             "checkpoint_format": versions[0],
             "lm_head": "lm_head" in shapes,
         }
+
+
+def _flat(stated: Any) -> list[str]:
+    """The texts of a list, or of a list of lists."""
+    lists = [x if isinstance(x, list) else [x] for x in stated] if isinstance(stated, list) else []
+    return [text for texts in lists for text in texts if isinstance(text, str)]
 
 
 def _bits_and_group(shapes: Shapes) -> tuple[int, int] | None:

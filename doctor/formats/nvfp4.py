@@ -20,7 +20,7 @@ vllm-project/compressed-tensors 0.20 compressors/nvfp4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -36,7 +36,9 @@ from doctor.formats.compressed_tensors import CompressedTensors, weight_groups
 from doctor.formats.e2m1 import packed_halves, scaled
 from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import E2M1, Grid, GridKind
+from doctor.formats.refusals import Refused, of_modelopt
 from doctor.formats.registry import register
+from doctor.formats.wanted import FLOATS, ONE, Sizes, Wanted
 
 GROUP = 16
 SCALE = "F8_E4M3"
@@ -111,6 +113,36 @@ class NVFP4(Format):
         if self.stored_bits(raw) != 4:
             return ()
         return self.needed if _algorithm(raw).startswith("W4A16") else (*self.needed, "input_scale")
+
+    def refused(self, raw: Mapping[str, Any]) -> Iterable[Refused]:
+        stated = _stated(raw)
+        return of_modelopt(stated, *(("", "ignore") if stated is raw else ("/quantization", "exclude_modules")))
+
+    def wanted(self, raw: Mapping[str, Any]) -> Callable[[str, Sizes | None], list[Wanted]]:
+        """vllm-project/vllm layers/quantization/modelopt.py (QuantKeyScheme and its subclasses)."""
+        return lambda module, sizes: self._wanted(_algorithm(raw), sizes)
+
+    def _wanted(self, algorithm: str, sizes: Sizes | None) -> list[Wanted]:
+        says, (n, k) = f"quant_algo {algorithm}", sizes or (0, 0)
+        if algorithm in ("NVFP4", "W4A16_NVFP4"):
+            found = [
+                Wanted("weight", ("U8",), ((n, k // 2),) if sizes else (), says),
+                Wanted("weight_scale", (SCALE,), ((n, -(-k // GROUP)),) if sizes else (), says),
+                Wanted("weight_scale_2", FLOATS, ONE, says),
+            ]
+        else:
+            scales: dict[str, tuple[tuple[int, ...], ...]] = {
+                "FP8": ONE,
+                "FP8_PER_CHANNEL_PER_TOKEN": ((n,), (n, 1)) if sizes else (),
+                "FP8_PB_WO": ((-(-n // 128), 1, -(-k // 128), 1),) if sizes else (),
+            }
+            if algorithm not in scales:
+                return []
+            found = [
+                Wanted("weight", ("F8_E4M3",), (sizes,) if sizes else (), says),
+                Wanted("weight_scale", FLOATS, scales[algorithm], says),
+            ]
+        return [*found, Wanted("input_scale", FLOATS, ONE, says)] if algorithm in ("FP8", "NVFP4") else found
 
     def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
         excluded = self.excluded(raw)

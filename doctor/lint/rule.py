@@ -73,6 +73,7 @@ from doctor.formats.known import (  # noqa: F401
     undoes_packing,
 )
 from doctor.formats.registry import KNOWN, format_of, read_quantization, scale_tails, word_tails  # noqa: F401
+from doctor.formats.wanted import MUST, NEVER  # noqa: F401
 from doctor.lint.donor_fixes import chat_template_fix, from_base, tensor_from_base, value_from_base, zeros_from_base  # noqa: F401
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
 from doctor.lint.plain_fixes import decoding_fix  # noqa: F401
@@ -86,6 +87,7 @@ from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too
 from doctor.model.prefixes import WrongPrefix, wrong_prefix  # noqa: F401
 from doctor.model.solve_sizes import assume, solve  # noqa: F401
+from doctor.model.quantization_config import quantization_blocks  # noqa: F401
 from doctor.model.spec import ModelSpec  # noqa: F401
 from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
 from doctor.model.spellings import old_keys  # noqa: F401

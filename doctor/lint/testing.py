@@ -36,6 +36,7 @@ from doctor.lint.tiny import (  # noqa: F401 - rule files import them from here
     shard_bytes,
     tiny,
     tiny_gptq,
+    tiny_packed,
     use_family,
 )
 from doctor.lint.tiny_gguf import GgufCase, tiny_gguf, w  # noqa: F401

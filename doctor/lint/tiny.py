@@ -347,3 +347,37 @@ def tiny_gptq(family: str | None = None, version: str = "gptq") -> Case:
         "lm_head": False,
     }
     return case
+
+
+def tiny_packed(layout: str = "pack-quantized", targets: Sequence[str] = ("Linear",)) -> Case:
+    """tiny() with every linear in words of compressed-tensors: 4-bit integers in groups of 32, or NVFP4 without
+    activations.
+    """
+    case, rng, floats = tiny(), np.random.default_rng(3), layout.startswith("nvfp4")
+    for linear in case.spec.linears:
+        n, k = case.tensors.pop(linear.tensor).shape
+        case.dtypes.pop(linear.tensor)
+        if floats:
+            parts = {
+                "weight_packed": (rng.integers(0, 256, (n, k // 2), np.uint8), "U8"),
+                "weight_scale": (rng.integers(0x30, 0x7F, (n, k // 16), np.uint8), "F8_E4M3"),
+                "weight_global_scale": (np.array([2688.0], np.float32), "F32"),
+            }
+        else:
+            words = rng.integers(-(1 << 31), 1 << 31, (n, k // 8), np.int64)
+            parts = {
+                "weight_packed": (words.astype(np.int32), "I32"),
+                "weight_scale": (encode(np.full((n, k // 32), 0.01), "F16"), "F16"),
+                "weight_shape": (np.array([n, k], np.int64), "I64"),
+            }
+        for part, (values, dtype) in parts.items():
+            case.tensors[f"{linear.name}.{part}"], case.dtypes[f"{linear.name}.{part}"] = values, dtype
+    weights = {"num_bits": 4, "type": "float" if floats else "int", "symmetric": True}
+    weights |= {"strategy": "tensor_group", "group_size": 16} if floats else {"strategy": "group", "group_size": 32}
+    case.config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": list(targets), "weights": weights}},
+    }
+    return case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from doctor.checkpoint.directory import Checkpoint
@@ -24,17 +25,21 @@ def quantization_block(checkpoint):
 
 def quantization_of(checkpoint: Checkpoint) -> tuple[dict, str, str] | None:
     """The raw quantization block and where it stands."""
+    return next(quantization_blocks(checkpoint), None)
+
+
+def quantization_blocks(checkpoint: Checkpoint) -> Iterator[tuple[dict, str, str]]:
+    """Every quantization block and where it stands, the one that readers look at first being the first."""
     config = checkpoint.value("config.json") or {}
     if isinstance(config.get("quantization_config"), dict):
-        return config["quantization_config"], "config.json", "/quantization_config"
+        yield config["quantization_config"], "config.json", "/quantization_config"
     for name, block in config.items():
         if isinstance(block, dict) and isinstance(block.get("quantization_config"), dict):
-            return block["quantization_config"], "config.json", f"/{name}/quantization_config"
+            yield block["quantization_config"], "config.json", f"/{name}/quantization_config"
     for file in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
         value = checkpoint.value(file)
         if isinstance(value, dict):
-            return value, file, ""
-    return None
+            yield value, file, ""
 
 
 @fact("checkpoint", cost="header")

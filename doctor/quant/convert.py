@@ -28,7 +28,7 @@ from doctor.quant.conversion import FLOATS, Conversion, plan_conversion
 from doctor.quant.early import alone, judged_alone
 
 COMMAND = "convert"
-LABELS = ("O621", "O623")  # defects of what quantization_config says of the tensors, which plain floats do not have
+LABELS = ("O621", "O623", "O651", "O652")  # defects of quantization_config alone, which plain floats do not have
 
 
 @dataclass

@@ -119,10 +119,10 @@ def _require_machine(
 
 def judged_alone(source: Checkpoint, rules: list[Rule], hint: Message, but: Collection[str] = ()) -> Assessment:
     """What headers show of a checkpoint by itself, without a plan. Raises PlanRefused for its first error, but for
-    codes in `but`.
+    codes in `but` and what follows from them.
     """
     found = assess(source, alone(source), rules, stage="header")
-    wrong = [f for f in found.findings if f.severity == "error" and f.code not in but]
+    wrong = [f for f in found.findings if f.severity == "error" and not {f.code, f.consequence_of} & set(but)]
     if wrong:
         raise PlanRefused(
             _("{checkpoint}: {code}: {message}.", checkpoint=source.name, code=wrong[0].code, message=wrong[0].message),

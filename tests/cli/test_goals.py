@@ -35,7 +35,11 @@ def fp8(block=32):
         scale = f"{linear.tensor}_scale_inv"
         case.tensors[scale] = np.full((n // block, k // block), 0.01, np.float32)
         case.dtypes |= {linear.tensor: "F8_E4M3", scale: "F32"}
-    case.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    case.config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [block, block],
+    }
     return case
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = {*KNOWN, *METHODS, *(m for f in KNOWN.values() for m in f.quant_methods), "gemm", "gemv", "pack-quantized"}
 PARTS = {part for form in KNOWN.values() for part in form.part_names} - {"weight"}
 ITS_OWN = ("doctor/formats/", "doctor/core/methods.py")
-EXAMPLES = ("bad", "good", "more", "tiny_gptq", "tiny_exl2")  # functions that build files of one format
+EXAMPLES = ("bad", "good", "more", "tiny_gptq", "tiny_exl2", "tiny_packed")  # functions that build files of one format
 # file: (what is compared, why it is no format of weights)
 ALLOWED = {
     "doctor/evaluate/kvcache/quantizers.py": ({"fp8"}, "how a cache stores keys and values, not weights"),

@@ -23,7 +23,7 @@ def blocked(family="llama", mlp=192, block=32, style="fp8", **config):
         case.dtypes |= {name: "F8_E4M3", scale: "F32"}
     weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [block, block]}
     case.config["quantization_config"] = (
-        {"quant_method": "fp8", "weight_block_size": [block, block]}
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
         if style == "fp8"
         else {
             "quant_method": "compressed-tensors",

@@ -194,7 +194,11 @@ def fp8(exclude=("lm_head",), plain=()):
             case.tensors[linear.tensor] = rng.integers(1, 0x78, (n, k), np.uint8)
             case.tensors[f"{linear.tensor}_scale"] = np.full((n, 1), 0.01, np.float32)
             case.dtypes |= {linear.tensor: "F8_E4M3", f"{linear.tensor}_scale": "F32"}
-    case.config["quantization_config"] = {"quant_method": "fp8", "modules_to_not_convert": list(exclude)}
+    case.config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": list(exclude),
+    }
     return case
 
 
@@ -342,7 +346,7 @@ def test_a_router_in_eight_bits_is_named_as_packed_ones_are(tmp_path):
     case.tensors[name] = np.random.default_rng(3).integers(1, 0x78, (n, k), np.uint8)
     case.tensors[f"{name}_scale"] = np.full((n, 1), 0.01, np.float32)
     case.dtypes |= {name: "F8_E4M3", f"{name}_scale": "F32"}
-    case.config["quantization_config"] = {"quant_method": "fp8"}
+    case.config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     found = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O613"]
     assert [f.message for f in found] == [f"{name}: router is packed"]
 
@@ -466,7 +470,7 @@ def test_eight_bit_weight_without_any_scale_is_named(tmp_path, style):
 def test_two_files_with_two_labels_are_a_warning(tmp_path):
     case = nvfp4(both=True)
     case.json["hf_quant_config.json"]["quantization"]["quant_algo"] = "W4A16_NVFP4"
-    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O621"]
+    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O654"]
     assert (found.severity, found.message) == (
         "warning",
         "config.json says NVFP4, and hf_quant_config.json says W4A16_NVFP4",

@@ -517,8 +517,8 @@ def test_a_width_of_its_own_in_autorounds_words_is_read(tmp_path):
     found = check(case.write(tmp_path), select=["O612"]).findings  # its words are of 4 bits
     assert (
         [f.code for f in found] == ["O612"]
-        and found[0].message.startswith(f"{name} has scales")
-        and "8 bits" in found[0].message
+        and found[0].message.startswith("1 linear has words of 4 bits")
+        and "says 8" in found[0].message
     )
 
 

@@ -1,0 +1,352 @@
+"""Packed checkpoints whose quantization_config states other tensors than the files hold, each as a report had it."""
+
+import numpy as np
+import pytest
+
+from doctor.api import check, fix
+from doctor.checkpoint.directory import Checkpoint
+from doctor.formats.registry import KNOWN
+from doctor.lint.testing import tiny, tiny_gptq, tiny_packed
+
+DOWN = "model.layers.0.mlp.down_proj"
+K = "model.layers.0.self_attn.k_proj"
+DYNAMIC = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+STATIC = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+
+
+def stated(case):
+    return case.config["quantization_config"]
+
+
+def group(case):
+    return stated(case)["config_groups"]["group_0"]
+
+
+def put(case, name, values, dtype):
+    case.tensors[name], case.dtypes[name] = values, dtype
+
+
+def drop(case, name):
+    del case.tensors[name], case.dtypes[name]
+
+
+def eight_bits(inputs=None, strategy="channel", block=None):
+    """tiny() in compressed-tensors' FP8."""
+    case, rng = tiny(), np.random.default_rng(3)
+    for linear in case.spec.linears:
+        n, k = case.tensors[linear.tensor].shape
+        shape = {"channel": (n, 1), "tensor": (1,), "block": (-(-n // 32), -(-k // 32))}[strategy]
+        put(case, linear.tensor, rng.integers(1, 0x78, (n, k), np.uint8), "F8_E4M3")
+        put(case, f"{linear.tensor}_scale", np.full(shape, 0.01, np.float32), "F32")
+        if inputs is STATIC:
+            put(case, f"{linear.name}.input_scale", np.full(1, 0.02, np.float32), "F32")
+    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "block_structure": block}
+    case.config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+    }
+    return case
+
+
+def said(case, folder, runtime="vllm", code=""):
+    report = check(case.write(folder), case.recipe.with_field("goal", "serve").with_field("runtime", runtime))
+    assert not report.crashed, [run.crashed for run in report.crashed]
+    return [
+        (f.severity, f.code, f.message)
+        for f in report.findings
+        if f.code != "C147" and not f.consequence_of and f.code.startswith(code)
+    ]
+
+
+HEALTHY = {
+    "packed": tiny_packed,
+    "packed, by pattern": lambda: tiny_packed(targets=["re:.*(self_attn|mlp).*"]),
+    "nvfp4": lambda: tiny_packed("nvfp4-pack-quantized"),
+    "fp8 rows": lambda: eight_bits(DYNAMIC),
+    "fp8 tensor": lambda: eight_bits(DYNAMIC, "tensor"),
+    "fp8 static": lambda: eight_bits(STATIC, "tensor"),
+    "fp8 blocks": lambda: eight_bits(DYNAMIC, "block", [32, 32]),
+    "gptq": tiny_gptq,
+    "gptq v2": lambda: tiny_gptq(version="gptq_v2"),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_files_have_what_they_state(name, tmp_path):
+    found = said(HEALTHY[name](), tmp_path)
+    assert not [line for line in found if line[1].startswith("O") and line[0] != "info"], found
+
+
+def no_zero_points(case):
+    group(case)["weights"]["symmetric"] = False
+
+
+def zero_points(case):
+    for name in [n for n in case.tensors if n.endswith("weight_packed")]:
+        put(case, name.replace("weight_packed", "weight_zero_point"), np.zeros((8, 2), np.int32), "I32")
+
+
+def flat_scale(case):
+    case.tensors[f"{DOWN}.weight_scale"] = case.tensors[f"{DOWN}.weight_scale"].reshape(-1)
+
+
+def other_strategy(case):
+    group(case)["weights"]["strategy"] = "tensor"
+
+
+def static_without_scales(case):
+    group(case)["input_activations"] = STATIC
+
+
+def dynamic_with_scales(case):
+    group(case)["input_activations"] = DYNAMIC
+
+
+def wide_words(case):
+    name = f"{DOWN}.weight_packed"
+    put(case, name, case.tensors[name].astype(np.int64), "I64")
+
+
+def other_eight_bits(case):
+    case.dtypes[f"{DOWN}.weight"] = "F8_E5M2"
+
+
+def halved_block(case):
+    group(case)["weights"]["block_structure"] = [16, 16]
+
+
+def no_shape(case):
+    drop(case, f"{DOWN}.weight_shape")
+
+
+@pytest.mark.parametrize(
+    ("maker", "change", "message"),
+    [
+        (
+            tiny_packed,
+            no_zero_points,
+            f"14 linears have no weight_zero_point (first {DOWN}.weight_zero_point); symmetric false asks for it",
+        ),
+        (
+            tiny_packed,
+            zero_points,
+            f"14 linears have weight_zero_point (first {DOWN}.weight_zero_point); by symmetric true readers have no "
+            "parameter for it",
+        ),
+        (
+            lambda: eight_bits(DYNAMIC),
+            flat_scale,
+            f"1 tensor weight_scale is not as stated: {DOWN}.weight_scale is [64]; strategy channel asks for [64, 1]",
+        ),
+        (
+            lambda: eight_bits(DYNAMIC),
+            other_strategy,
+            f"14 tensors weight_scale are not as stated: {DOWN}.weight_scale is [64, 1]; strategy tensor asks for [1]",
+        ),
+        (
+            lambda: eight_bits(DYNAMIC, "tensor"),
+            static_without_scales,
+            f"14 linears have no input_scale (first {DOWN}.input_scale); input_activations dynamic false asks for it",
+        ),
+        (
+            lambda: eight_bits(STATIC, "tensor"),
+            dynamic_with_scales,
+            f"14 linears have input_scale (first {DOWN}.input_scale); by input_activations dynamic true readers have "
+            "no parameter for it",
+        ),
+        (
+            tiny_packed,
+            wide_words,
+            f"1 tensor weight_packed is not as stated: {DOWN}.weight_packed is I64; num_bits 4 asks for I32",
+        ),
+        (
+            lambda: eight_bits(DYNAMIC),
+            other_eight_bits,
+            f"1 tensor weight is not as stated: {DOWN}.weight is F8_E5M2; type float asks for F8_E4M3",
+        ),
+        (
+            lambda: eight_bits(DYNAMIC, "block", [32, 32]),
+            halved_block,
+            f"14 tensors weight_scale are not as stated: {DOWN}.weight_scale is [2, 4]; block_structure [16, 16] asks "
+            "for [4, 8]",
+        ),
+        (
+            tiny_packed,
+            no_shape,
+            f"1 linear has no weight_shape ({DOWN}.weight_shape); format pack-quantized asks for it",
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_part_that_is_not_as_stated_is_named_with_what_asks_for_it(maker, change, message, tmp_path):
+    case = maker()
+    change(case)
+    assert ("error", "O650", message) in said(case, tmp_path)
+
+
+def sparse(kind):
+    return {"sparsity_config": {"format": kind, "targets": ["Linear"], "ignore": []}}
+
+
+CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    ("maker", "values", "message"),
+    [
+        (tiny_packed, sparse("dense"), "sparsity_config is of format dense; vllm 0.32.0 wants no sparsity_config"),
+        (tiny_gptq, {"desc_act": True}, "desc_act is true; vllm 0.32.0 wants false, but for group_size -1"),
+        (
+            tiny_packed,
+            {"kv_cache_scheme": CACHE | {"type": "int"}},
+            "kv_cache_scheme.type is int; vllm 0.32.0 wants float",
+        ),
+        (
+            tiny_packed,
+            {"kv_cache_scheme": CACHE | {"strategy": "channel"}},
+            "kv_cache_scheme.strategy is channel; vllm 0.32.0 wants tensor or attn_head",
+        ),
+    ],
+)
+def test_what_vllm_refuses_is_an_error_for_vllm_and_a_note_without_a_runtime(maker, values, message, tmp_path):
+    case = maker()
+    stated(case).update(values)
+    assert ("error", "O651", message) in said(case, tmp_path / "vllm")
+    assert ("info", "O651", message) in said(case, tmp_path / "none", "")
+    assert not said(case, tmp_path / "other", "transformers", "O651")
+
+
+@pytest.mark.parametrize(("maker", "key"), [(tiny_packed, "sparsity_config"), (tiny_gptq, "desc_act")])
+def test_a_refused_value_that_says_nothing_of_the_tensors_is_taken_out(maker, key, tmp_path):
+    case = maker()
+    stated(case).update(sparse("dense") if key == "sparsity_config" else {"desc_act": True})
+    recipe = case.recipe.with_field("goal", "serve").with_field("runtime", "vllm")
+    fix(case.write(tmp_path / "in"), tmp_path / "out", recipe)
+    assert not Checkpoint.open(tmp_path / "out").value("config.json")["quantization_config"].get(key)
+
+
+def test_a_tensor_type_that_no_config_group_can_have_is_refused_by_everybody(tmp_path):
+    case = tiny_packed()
+    group(case)["weights"]["group_size"] = 0
+    message = "config_groups.group_0.weights.group_size is 0; must be positive for strategy group"
+    assert ("error", "O651", message) in said(case, tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    ("key", "entries", "message"),
+    [
+        ("targets", ["re:.*(q_proj"], "'re:.*(q_proj' is no regular expression: readers stop at it"),
+        ("ignore", ["lm_head", "re:*visual*"], "'re:*visual*' is no regular expression: readers stop at it"),
+        (
+            "targets",
+            ["re:.*experts.*"],
+            f"14 modules are packed, and no target of quantization_config takes them (first {DOWN})",
+        ),
+    ],
+)
+def test_targets_that_take_nothing_and_broken_patterns_are_named(key, entries, message, tmp_path):
+    case = tiny_packed()
+    (group(case) if key == "targets" else stated(case))[key] = entries
+    assert ("error", "O652", message) in said(case, tmp_path, "")
+
+
+def test_an_embedding_is_no_linear_and_must_be_a_target_itself(tmp_path):
+    case = tiny_packed()
+    embedding = case.tensors.pop("model.embed_tokens.weight")
+    n, k = embedding.shape
+    put(case, "model.embed_tokens.weight_packed", np.arange(n * k // 8, dtype=np.int32).reshape(n, k // 8), "I32")
+    put(case, "model.embed_tokens.weight_scale", np.full((n, k // 32), 0x2000, np.uint16), "F16")
+    put(case, "model.embed_tokens.weight_shape", np.array([n, k], np.int64), "I64")
+    message = "1 module is packed, and no target of quantization_config takes it (model.embed_tokens)"
+    assert ("error", "O652", message) in said(case, tmp_path / "linear", code="O652")
+    group(case)["targets"].append("Embedding")
+    assert not said(case, tmp_path / "both", code="O652")
+
+
+def with_cache(names):
+    case = tiny_packed()
+    stated(case)["kv_cache_scheme"] = CACHE
+    for layer in (0, 1):
+        for one in "kv":
+            put(case, f"model.layers.{layer}.self_attn." + names.format(one), np.full(1, 0.02, np.float32), "F32")
+    return case
+
+
+@pytest.mark.parametrize("names", ["{0}_scale", "{0}_proj.{0}_scale", "attn.{0}_scale", "{0}_proj.output_scale"])
+def test_cache_scales_are_known_by_every_name_that_vllm_maps(names, tmp_path):
+    assert not said(with_cache(names), tmp_path / "whole", code="K502")
+    case = with_cache(names)
+    drop(case, "model.layers.1.self_attn." + names.format("v"))
+    assert said(case, tmp_path / "cut", code="K502") == [
+        (
+            "warning",
+            "K502",
+            "1 scale of the cache is missing, though others are there (model.layers.1.self_attn.v_scale): it would be "
+            "1.0",
+        )
+    ]
+
+
+def test_a_negative_cache_scale_is_named(tmp_path):
+    case = with_cache("{0}_scale")
+    case.tensors["model.layers.0.self_attn.k_scale"] = np.full(1, -0.5, np.float32)
+    assert ("error", "K503", "model.layers.0.self_attn.k_scale is -0.5; must be above 0") in said(case, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.0, f"{DOWN}.weight_global_scale is 0; must be above 1"),
+        (1 / 2688, f"{DOWN}.weight_global_scale is 0.000372024; must be above 1"),
+        (-2688.0, f"{DOWN}.weight_global_scale is -2688; must be above 1"),
+    ],
+)
+def test_a_divisor_that_is_none_is_named(value, message, tmp_path):
+    case = tiny_packed("nvfp4-pack-quantized")
+    case.tensors[f"{DOWN}.weight_global_scale"] = np.full(1, value, np.float32)
+    assert ("warning", "O607", message) in said(case, tmp_path)
+
+
+def test_scales_that_were_never_set_are_named(tmp_path):
+    case = tiny_packed()
+    name = f"{DOWN}.weight_scale"
+    case.tensors[name] = np.full_like(case.tensors[name], 0x3C00)
+    assert ("warning", "O607", f"all 256 scales in {name} are 1") in said(case, tmp_path)
+
+
+def test_wrong_bits_are_told_by_the_sizes_of_config_json_and_set_right(tmp_path):
+    case = tiny_gptq()
+    stated(case)["bits"] = 8
+    [found] = said(case, tmp_path / "seen", "", "O612")
+    assert found[2].startswith(
+        "14 linears have words of 4 bits by the sizes in config.json; quantization_config says 8"
+    )
+    fix(case.write(tmp_path / "in"), tmp_path / "out", case.recipe)
+    raw = Checkpoint.open(tmp_path / "out").value("config.json")["quantization_config"]
+    assert (raw["bits"], raw["group_size"]) == (4, 32)
+
+
+def test_linears_of_another_version_are_converted_and_the_rest_is_left(tmp_path):
+    case = tiny_gptq()
+    name = f"{DOWN}.qzeros"
+    word = KNOWN["gptq_v2"].zero_word(4)
+    whole = case.tensors[name].copy()
+    case.tensors[name] = np.full_like(whole, np.uint32(word).view(np.int32))
+    fix(case.write(tmp_path / "in"), tmp_path / "out", case.recipe)
+    out = Checkpoint.open(tmp_path / "out")
+    assert np.array_equal(out.load(name), whole)
+    assert out.value("config.json")["quantization_config"]["checkpoint_format"] == "gptq"
+
+
+def test_two_places_that_disagree_are_named_with_the_key(tmp_path):
+    case = tiny_packed()
+    case.config["text_config"] = {"quantization_config": stated(case) | {"format": "int-quantized"}}
+    assert said(case, tmp_path, "", "O654") == [
+        (
+            "warning",
+            "O654",
+            "format is pack-quantized in config.json and int-quantized in config.json (text_config)",
+        )
+    ]
