@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -43,7 +44,7 @@ def compare_own(
 ) -> OwnMeasure:
     """Two checkpoints of one model on rows int64[1, length]. Raises NotQuantizable where they are not one model."""
     if kind == KIND:
-        return compare_sequences(original, quantized, rows, progress, device)
+        return compare_sequences(original, quantized, rows, partial(progress, "compare"), device)
     a, b = streamed_pair(original, quantized, rows, device)
     count = len(a.skeleton.layers)
     for i in range(count):

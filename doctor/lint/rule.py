@@ -86,8 +86,8 @@ from doctor.model.linears import BUFFERS, ROW_PARALLEL, Linear  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too
 from doctor.model.prefixes import WrongPrefix, wrong_prefix  # noqa: F401
-from doctor.model.solve_sizes import assume, solve  # noqa: F401
 from doctor.model.quantization_config import quantization_blocks  # noqa: F401
+from doctor.model.solve_sizes import assume, solve  # noqa: F401
 from doctor.model.spec import ModelSpec  # noqa: F401
 from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
 from doctor.model.spellings import old_keys  # noqa: F401

@@ -88,7 +88,9 @@ def test_a_plan_is_wrapped_and_has_a_json(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     code, out, _err = run("quantize", good, "-o", tmp_path / "q", "--plan", "--group-size", "32")
     assert code == 0 and max(map(len, out.splitlines())) <= 60 and out.startswith("memory  ")
-    assert all(line.startswith(("memory  ", "GPU     ", "disk    ", "time    ", "        ")) for line in out.splitlines())
+    assert all(
+        line.startswith(("memory  ", "GPU     ", "disk    ", "time    ", "        ")) for line in out.splitlines()
+    )
     code, out, _err = run("quantize", good, "-o", tmp_path / "q", "--plan", "--group-size", "32", "--report", "json")
     assert code == 0 and json.loads(out)["schema"] == "doctor.plan/1" and json.loads(out)["peak"] > 0
 
