@@ -100,6 +100,8 @@ def _bytes(weights: Mapping[str, Any], layout: str, sizes: Sizes | None) -> Iter
     """8-bit codes under the weight's own name, a scale for the tensor, each row or each block."""
     kind = weights.get("type", "int")
     yield Wanted("weight", ("F8_E4M3",) if kind == "float" else ("I8",), (sizes,) if sizes else (), f"type {kind}")
+    if kind == "int" and weights.get("symmetric") is False:
+        yield Wanted("weight_zero_point", (), (), "symmetric false")
     strategy = weights.get("strategy") or "tensor"
     shapes = _scale_shapes(strategy, weights, sizes)
     says = f"strategy {strategy}"

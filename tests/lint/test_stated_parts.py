@@ -387,3 +387,19 @@ def test_a_cache_scale_of_many_values_is_named(tmp_path):
     case.tensors["model.layers.0.self_attn.k_scale"] = np.full(32, 0.02, np.float32)
     message = "model.layers.0.self_attn.k_scale has 32 values; must be one for the cache of a layer"
     assert said(case, tmp_path, code="K502") == [("warning", "K502", message)]
+
+
+def test_a_packed_head_of_a_tied_model_is_named(tmp_path):
+    case = tiny_packed()
+    head = case.tensors.pop("lm_head.weight", case.tensors["model.embed_tokens.weight"])
+    case.dtypes.pop("lm_head.weight", None)
+    n, k = head.shape
+    put(case, "lm_head.weight_packed", np.arange(n * k // 8, dtype=np.int32).reshape(n, k // 8), "I32")
+    put(case, "lm_head.weight_scale", np.full((n, k // 32), 0x2000, np.uint16), "F16")
+    put(case, "lm_head.weight_shape", np.array([n, k], np.int64), "I64")
+    stated(case)["ignore"] = []
+    case.config["tie_word_embeddings"] = True
+    message = "lm_head.weight_packed: output head is packed, but tie_word_embeddings is true"
+    assert ("warning", "O613", message) in said(case, tmp_path / "tied")
+    case.config["tie_word_embeddings"] = False
+    assert not said(case, tmp_path / "apart", code="O613")
