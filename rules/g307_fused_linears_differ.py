@@ -5,6 +5,7 @@ a checkpoint that keeps one of them in 16 bits cannot be loaded.
 
 Seen as:
 - vLLM: `Detected some but not all shards of`
+- vLLM: `Found different quantization schemes for the shards of`
 - ExLlamaV2: `Partially quantized`
 
 Do: keep all parts of a fused matrix in 16 bits, or none.

@@ -105,6 +105,9 @@ def in_eight_bits(symmetric):
         case.tensors[linear.tensor] = rng.integers(-127, 128, (n, k), np.int8)
         case.tensors[f"{linear.tensor}_scale"] = np.full((n, 1), 0.01, np.float32)
         case.dtypes |= {linear.tensor: "I8", f"{linear.tensor}_scale": "F32"}
+        if not symmetric:
+            case.tensors[f"{linear.tensor}_zero_point"] = np.ones((n, 1), np.int8)
+            case.dtypes[f"{linear.tensor}_zero_point"] = "I8"
     weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": symmetric}
     inputs = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
     case.config["quantization_config"] = {

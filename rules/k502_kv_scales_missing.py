@@ -6,6 +6,8 @@ saturate, and small ones round to 0.
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.self_attn.k_scale'`
 - vLLM: `Using KV cache scaling factor 1.0 for fp8_e4m3`
+- vLLM: `KV-cache scale expects a scalar weight, got shape`
+- vLLM: `k_scale is not loaded`
 - vLLM: `Checkpoint does not provide a q scaling factor`
 
 Do: calibrate the scales (a kv_cache_scheme in llm-compressor), or remove the entry and leave the cache
@@ -44,6 +46,7 @@ def kv_scales_missing(checkpoint, quantization_block, tensors, split=None):
         return
     found = _scales(tensors)
     if found:
+        yield from _not_one(tensors, raw[key])
         yield from _partly(found, split.linears if split else (), file, f"{pointer}/{key}")
         return
     yield finding(
@@ -63,6 +66,20 @@ def _scales(tensors):
             groups = match.groupdict()
             found.setdefault(match["at"], set()).update(groups["one"] or groups.get("cache") or "kv")
     return found
+
+
+def _not_one(tensors, scheme):
+    """Scales of more values than one, but for one a head, where the scheme says so."""
+    if isinstance(scheme, dict) and scheme.get("strategy") == "attn_head":
+        return
+    for name, info in tensors.items():
+        if info.numel != 1 and (SCALE.match(name) or OUTPUT.match(name)):
+            yield finding(
+                _("{tensor} has {numel:,} values; must be one for the cache of a layer", tensor=name, numel=info.numel),
+                at=Place(info.shard, tensor=name),
+                evidence={"numel": info.numel},
+                advice=_("calibrate the cache again"),
+            )
 
 
 def _partly(found, linears, file, pointer):

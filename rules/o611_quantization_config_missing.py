@@ -43,7 +43,13 @@ def quantization_config_missing(checkpoint, quantization_block, tensors, config,
 
 
 def _fix(tensors, config, words):
-    """quantization_config as the tensors and their words show it; None where they leave anything open."""
+    """quantization_config as the tensors and their words show it; None where they leave anything open. Older tools wrote
+    it as compression_config, which vLLM still reads.
+    """
+    stated = config.get("compression_config")
+    if isinstance(stated, dict) and any(form.claims(stated) for form in KNOWN.values()):
+        edit = SetJson("config.json", "/quantization_config", stated, config.get("quantization_config", MISSING))
+        return Fix(_("copy compression_config to quantization_config, as readers call it now"), (edit,))
     for form in KNOWN.values():
         tail = f".{form.words}"
         modules = [n.removesuffix(tail) for n in tensors if form.words and n.endswith(tail)]

@@ -1,11 +1,14 @@
 """O613 unexpected-packed: router or lm_head is packed, which engines do not expect.
 
 Why: engines build routers as plain linears, and the head too unless the config has lm_head: true. They then have no
-parameter for the packed tensors. Routers also decide by small differences, which four bits do not keep.
+parameter for the packed tensors. Routers also decide by small differences, which four bits do not keep. Where
+tie_word_embeddings is true, the head is the embedding: vLLM passes a packed one over, and transformers finds no weight
+to tie.
 
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.mlp.gate.g_idx'`
 - vLLM: `KeyError: 'lm_head.qweight'`
+- transformers: `AttributeError: Linear has no attribute`
 
 Do: quantize again with these left out; for a packed head set lm_head to true.
 
@@ -26,7 +29,7 @@ HEAD = re.compile(r"(?:^|\.)lm_head$")
 
 
 @rule("O613", "warning", certainty="likely")
-def unexpected_packed(checkpoint, tensors, stored_weights, quantization=None):
+def unexpected_packed(checkpoint, tensors, stored_weights, spec, quantization=None):
     for name, info in tensors.items():
         words = name.endswith(word_tails())
         if not words and name not in stored_weights:
@@ -40,6 +43,12 @@ def unexpected_packed(checkpoint, tensors, stored_weights, quantization=None):
             )
         elif words and quantization is not None and HEAD.search(module):
             yield from _head(quantization, name)
+            if spec.lookup("tie_word_embeddings") is True:
+                yield finding(
+                    _("{tensor}: output head is packed, but tie_word_embeddings is true", tensor=name),
+                    at=Place("config.json", pointer=spec.at("tie_word_embeddings")),
+                    advice=_("set tie_word_embeddings to false, if the head is meant to differ from the embedding"),
+                )
 
 
 def _head(quantization, name):

@@ -28,12 +28,13 @@ import re
 from doctor.lint.rule import KNOWN, Place, _, finding, plural, rule, word_tails
 from doctor.lint.testing import np, tiny
 
+JOINED = ("qkv_proj", "gate_up_proj")  # names of linears that vLLM joins
 # Entries of a recipe that many models have no module for: a head that is the embedding, towers, further layers.
 OFTEN_ABSENT = re.compile(r"head|embed|vis|audio|image|projector|mtp|nextn|norm|gate|router|proj_out")
 
 
 @rule("O623", "error", implied_by=("O620", "O621", "O619", "O613"))
-def exclude_list(checkpoint, quantization_block, tensors, stored_weights, spec):
+def exclude_list(checkpoint, quantization_block, tensors, stored_weights, spec, recipe):
     if quantization_block is None:
         return
     raw, file, pointer = quantization_block
@@ -70,6 +71,10 @@ def exclude_list(checkpoint, quantization_block, tensors, stored_weights, spec):
         and takes(linear.name)
         and tensors[linear.tensor].dtype.bits >= 16
     ]
+    if recipe.runtime in form.whole_names:
+        yield from _in_part(
+            entries, [x for x in spec.linears if x.name not in packed], recipe, Place(file, pointer=pointer)
+        )
     if plain:
         yield finding(
             plural(
@@ -98,6 +103,36 @@ def exclude_list(checkpoint, quantization_block, tensors, stored_weights, spec):
             severity="info",
             evidence={"entries": [entry.entry for entry in strange][:100]},
             advice=_("make sure that the prefix is the one that the tensors have"),
+        )
+
+
+def _in_part(entries, linears, recipe, at):
+    """Linears that an entry excludes by a part of their names, for a runtime that asks for whole ones. It also takes the
+    name under which it joins linears, and experts by the module that holds them.
+    """
+    texts = {entry.entry for entry in entries}
+    found = [
+        (linear, entry)
+        for linear in linears
+        if not {linear.name, *(f"{linear.name.rpartition('.')[0]}.{joined}" for joined in JOINED)} & texts
+        and not (linear.expert is not None and any("experts" in text for text in texts))
+        for entry in entries
+        if entry.entry and entry.matches(linear.name)
+    ]
+    if found:
+        linear, entry = found[0]
+        yield finding(
+            plural(
+                "{entry!r} excludes {n:,} linear ({first}) by a part of its name: {runtime} asks for the whole name",
+                "{entry!r} excludes {n:,} linears (first {first}) by a part of their names: {runtime} asks for whole names",
+                len({x.name for x, _entry in found}),
+                entry=entry.entry,
+                first=linear.name,
+                runtime=recipe.runtime,
+            ),
+            at=at,
+            evidence={"entry": entry.entry, "linears": sorted({x.name for x, _entry in found})[:100]},
+            advice=_("write the names of the linears in full"),
         )
 
 

@@ -6,6 +6,7 @@ that lacks one, or takes it for a plain linear whose weight is absent.
 Seen as:
 - ExLlamaV3: `was not found in model`
 - mlx-lm: `Missing 1 parameters`
+- mlx-swift: `Mismatched parameter scales shape`
 
 Do: copy the shard again from its source.
 

@@ -42,7 +42,9 @@ NARROW = 8  # bits of a weight that is codes
 
 
 @rule("O650", "error", implied_by=(*LOST_DATA, "O612", "O621", "O622", "O619", "O620", "O625", "G331", "C147"))
-def parts_not_as_stated(checkpoint, quantization_block, tensors, stored_weights, spec, quantization=None):
+def parts_not_as_stated(
+    checkpoint, quantization_block, tensors, stored_weights, spec, quantization=None, every_stored_bytes=None
+):
     form = quantization_block and next((f for f in KNOWN.values() if f.claims(quantization_block[0])), None)
     if not form:
         raise Unavailable(_("no format that is known states how the weights are stored"))
@@ -57,6 +59,8 @@ def parts_not_as_stated(checkpoint, quantization_block, tensors, stored_weights,
         for part in wanted(module, sizes):
             name = f"{module}.{part.part}"
             key = _defect(part, tensors.get(name), part.part in by_others or name in lacking)
+            if key is None and part.values:
+                key = _other_values(part, tensors.get(name), (every_stored_bytes or {}).get(name))
             if key is not None:
                 kind, is_, must = key
                 found.setdefault((part.part, part.says, kind), []).append((name, is_, must))
@@ -98,6 +102,14 @@ def _defect(part, info, judged):
     return None
 
 
+def _other_values(part, info, stored):
+    """The same where it holds other numbers than it must."""
+    if stored is None or info is None or len(stored) != info.nbytes:
+        return None
+    found = np.frombuffer(stored, "<i8" if info.dtype.bits == 64 else "<i4").tolist()
+    return None if found == list(part.values) else ("values", str(found), str(list(part.values)))
+
+
 def _size(shape):
     return str(list(shape))
 
@@ -115,6 +127,13 @@ def _message(kind, names, values):
         return plural(
             "{n:,} linear has {part} ({first}); by {says} readers have no parameter for it",
             "{n:,} linears have {part} (first {first}); by {says} readers have no parameter for it",
+            n,
+            **values,
+        )
+    if kind == "values":
+        return plural(
+            "{n:,} {part} holds {found} ({first}); the sizes in config.json are {wanted}",
+            "{n:,} {part} hold other sizes than config.json, first {first}: {found} for {wanted}",
             n,
             **values,
         )

@@ -79,6 +79,7 @@ class CompressedTensors(Format):
     part_names: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     needed: tuple[str, ...] = ("weight_scale",)
     sampled: tuple[str, ...] = ("weight_g_idx", "weight_zero_point")
+    verbatim: tuple[str, ...] = ("weight_shape",)
     bits: tuple[int, ...] = GRID_BITS
     libraries = ("compressed-tensors",)
     affine = True

@@ -40,6 +40,7 @@ class BesideWeight(CompressedTensors):
     part_names: tuple[str, ...] = ("weight", "weight_scale", "input_scale")
     needed: tuple[str, ...] = ("weight", "weight_scale")
     sampled: tuple[str, ...] = ()
+    verbatim: tuple[str, ...] = ()
     bits: tuple[int, ...] = (8,)
     groups: tuple[int, ...] = (-1,)
     rows_apart = True

@@ -40,6 +40,7 @@ class FP8(Format):
     name = "fp8"
     label = "FP8"
     quant_methods = ("fp8",)
+    whole_names = ("vllm",)
     scales = "weight_scale_inv"
     part_names = ("weight", "weight_scale_inv", "weight_scale")
     beside = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")  # gone with the plain weight

@@ -171,6 +171,7 @@ class NVFP4Packed(CompressedTensors):
     part_names: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     needed: tuple[str, ...] = ("weight_scale", "weight_global_scale")
     sampled: tuple[str, ...] = ()
+    verbatim: tuple[str, ...] = ()
     bits: tuple[int, ...] = (4,)
     groups: tuple[int, ...] = (GROUP,)
     methods: tuple[str, ...] = ("gptq", "rtn")

@@ -29,6 +29,7 @@ class Wanted(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     says: str
     presence: str = MUST
+    values: tuple[int, ...] = ()  # what it must hold, where that is known
 
 
 def no_room(part: str, says: str) -> Wanted:
@@ -88,7 +89,7 @@ def _packed_integers(weights: Mapping[str, Any], layout: str, sizes: Sizes | Non
         n, k = sizes  # before 0.18 a word held whole codes only
         words = tuple({(n, -(-k * bits // 32)): 0, (n, -(-k // (32 // bits))): 0})
     yield Wanted("weight_packed", ("I32",), words, f"num_bits {bits}" if words else says)
-    yield Wanted("weight_shape", WHOLE, ((2,),), says)
+    yield Wanted("weight_shape", WHOLE, ((2,),), says, values=sizes or ())
     if weights.get("symmetric") is False:
         yield Wanted("weight_zero_point", ("I32",), (), "symmetric false")
     elif weights.get("symmetric") is True:
@@ -97,10 +98,10 @@ def _packed_integers(weights: Mapping[str, Any], layout: str, sizes: Sizes | Non
 
 def _bytes(weights: Mapping[str, Any], layout: str, sizes: Sizes | None) -> Iterator[Wanted]:
     """8-bit codes under the weight's own name, a scale for the tensor, each row or each block."""
-    if weights.get("num_bits") != 8:
-        return
     kind = weights.get("type", "int")
     yield Wanted("weight", ("F8_E4M3",) if kind == "float" else ("I8",), (sizes,) if sizes else (), f"type {kind}")
+    if kind == "int" and weights.get("symmetric") is False:
+        yield Wanted("weight_zero_point", (), (), "symmetric false")
     strategy = weights.get("strategy") or "tensor"
     shapes = _scale_shapes(strategy, weights, sizes)
     says = f"strategy {strategy}"

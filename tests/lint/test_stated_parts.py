@@ -350,3 +350,56 @@ def test_two_places_that_disagree_are_named_with_the_key(tmp_path):
             "format is pack-quantized in config.json and int-quantized in config.json (text_config)",
         )
     ]
+
+
+def test_written_sizes_are_compared_with_config_json(tmp_path):
+    case = tiny_packed()
+    case.tensors[f"{DOWN}.weight_shape"] = np.array([128, 64], np.int64)
+    message = f"1 weight_shape holds [128, 64] ({DOWN}.weight_shape); the sizes in config.json are [64, 128]"
+    assert said(case, tmp_path, "", "O650") == [("error", "O650", message)]
+
+
+def test_a_part_of_a_name_excludes_nothing_for_vllm(tmp_path):
+    case, rng = tiny(), np.random.default_rng(3)
+    for linear in case.spec.linears:
+        if linear.role != "down":
+            put(case, linear.tensor, rng.integers(1, 0x78, case.tensors[linear.tensor].shape, np.uint8), "F8_E4M3")
+            put(case, f"{linear.tensor}_scale", np.full((1,), 0.01, np.float32), "F32")
+    raw = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head", "down_proj"]}
+    case.config["quantization_config"] = raw
+    message = f"'down_proj' excludes 2 linears (first {DOWN}) by a part of their names: vllm asks for whole names"
+    assert said(case, tmp_path / "vllm", code="O623") == [("error", "O623", message)]
+    assert not said(case, tmp_path / "transformers", "transformers", "O623")
+    raw["modules_to_not_convert"] = ["lm_head", *(x.name for x in case.spec.linears if x.role == "down")]
+    assert not said(case, tmp_path / "whole", code="O623")
+
+
+def test_the_old_name_of_the_block_is_copied_to_the_new_one(tmp_path):
+    case = tiny_packed()
+    raw = case.config.pop("quantization_config")
+    case.config["compression_config"] = raw
+    fix(case.write(tmp_path / "in"), tmp_path / "out", case.recipe)
+    assert Checkpoint.open(tmp_path / "out").value("config.json")["quantization_config"] == raw
+
+
+def test_a_cache_scale_of_many_values_is_named(tmp_path):
+    case = with_cache("{0}_scale")
+    case.tensors["model.layers.0.self_attn.k_scale"] = np.full(32, 0.02, np.float32)
+    message = "model.layers.0.self_attn.k_scale has 32 values; must be one for the cache of a layer"
+    assert said(case, tmp_path, code="K502") == [("warning", "K502", message)]
+
+
+def test_a_packed_head_of_a_tied_model_is_named(tmp_path):
+    case = tiny_packed()
+    head = case.tensors.pop("lm_head.weight", case.tensors["model.embed_tokens.weight"])
+    case.dtypes.pop("lm_head.weight", None)
+    n, k = head.shape
+    put(case, "lm_head.weight_packed", np.arange(n * k // 8, dtype=np.int32).reshape(n, k // 8), "I32")
+    put(case, "lm_head.weight_scale", np.full((n, k // 32), 0x2000, np.uint16), "F16")
+    put(case, "lm_head.weight_shape", np.array([n, k], np.int64), "I64")
+    stated(case)["ignore"] = []
+    case.config["tie_word_embeddings"] = True
+    message = "lm_head.weight_packed: output head is packed, but tie_word_embeddings is true"
+    assert ("warning", "O613", message) in said(case, tmp_path / "tied")
+    case.config["tie_word_embeddings"] = False
+    assert not said(case, tmp_path / "apart", code="O613")
