@@ -66,3 +66,12 @@ def test_a_link_that_was_there_before_is_followed_as_ever(tmp_path):
     (folder / "model.safetensors").rename(folder / "blob")
     (folder / "model.safetensors").symlink_to("blob")
     assert check(folder, tiny().recipe).ok
+
+
+def test_a_chat_template_too_large_to_read_crashes_no_rule_and_is_not_judged(tmp_path):
+    folder = tiny("llama").write(tmp_path / "m")
+    with open(folder / "chat_template.jinja", "wb") as file:
+        file.truncate(3 << 30)
+    report = check(folder, tiny().recipe)
+    assert not report.crashed
+    assert any("at most 4,194,304 are read" in reason for run in report.runs for reason in run.reasons)
