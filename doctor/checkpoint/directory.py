@@ -21,6 +21,7 @@ from pathlib import Path
 from doctor.checkpoint import json_text
 from doctor.checkpoint.dtypes import CODE_NUMPY
 from doctor.checkpoint.gguf import GgufModel, group_files, of_one_model, read_gguf
+from doctor.checkpoint.regular import open_regular, require_same_link
 from doctor.checkpoint.safetensors import Defect, Shard, ShardFile, TensorInfo, open_shard
 from doctor.core.errors import BadCheckpoint
 from doctor.core.lazy_numpy import np
@@ -231,10 +232,10 @@ class Checkpoint:
         return name
 
     def path(self, name: str) -> Path:
-        """Path of a listed file. Raises BadCheckpoint for a name that is not in the listing."""
+        """Path of a listed file. Raises BadCheckpoint for a name that is not listed or has become another link."""
         if name not in self.entries:
             raise BadCheckpoint(_("{file}: not a file of {checkpoint}.", file=name, checkpoint=self.root))
-        return self.root / name
+        return require_same_link(self.root / name, self.entries[name].target)
 
     def read_file(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """Bytes of one listed file. Raises BadCheckpoint when it is larger than `limit` or cannot be read."""
@@ -248,7 +249,7 @@ class Checkpoint:
                 )
             )
         try:
-            with open(self.path(name), "rb") as file:
+            with open(open_regular(self.path(name)), "rb") as file:
                 return file.read(self.entries[name].size)  # read(limit) would reserve the limit at once
         except OSError as error:
             raise BadCheckpoint(_("{path}: {error}.", path=name, error=error.strerror)) from None
@@ -258,7 +259,7 @@ class Checkpoint:
         import hashlib
 
         try:
-            with open(self.path(name), "rb") as file:
+            with open(open_regular(self.path(name)), "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise BadCheckpoint(_("{path}: {error}.", path=name, error=error.strerror)) from None

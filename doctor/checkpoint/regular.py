@@ -4,8 +4,30 @@ import os
 import stat
 from pathlib import Path
 
-from doctor.core.errors import DoctorError
+from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.messages import _
+
+_QUIET = _("Run the command again when nothing writes to the checkpoint.")
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A descriptor of a listed file, for reading. What has become a pipe or a device since neither blocks nor is read.
+    Raises OSError, and BadCheckpoint for what is no regular file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise BadCheckpoint(_("{file}: is no regular file any more.", file=os.path.basename(path)), _QUIET)
+    return fd
+
+
+def require_same_link(path: Path, target: str | None) -> Path:
+    """The path of a listed file that was a link to `target`, None for no link. Raises BadCheckpoint where it has become
+    a link since, or one to another file.
+    """
+    if (os.path.realpath(path) if path.is_symlink() else None) != target:
+        raise BadCheckpoint(_("{file}: became a link to another file while it was read.", file=path.name), _QUIET)
+    return path
 
 
 def read_regular(path: Path, limit: int) -> bytes:

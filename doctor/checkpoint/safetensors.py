@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from doctor.checkpoint.dtypes import DTYPES, Dtype
 from doctor.checkpoint.not_safetensors import other_kind
+from doctor.checkpoint.regular import open_regular
 from doctor.core.errors import BadCheckpoint
 from doctor.core.messages import _
 
@@ -303,7 +304,7 @@ class ShardFile:
     def __init__(self, path: str | os.PathLike, name: str):
         self.name = name
         self.path = os.fspath(path)
-        self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._fd = open_regular(self.path)
 
     def fileno(self) -> int:
         return self._fd
@@ -377,3 +378,5 @@ def open_shard(path: str | os.PathLike, name: str) -> Shard:
     except OSError as error:
         size = os.path.getsize(path) if os.path.exists(path) else 0
         return Shard(name, size, defects=[Defect("unreadable", error.strerror or str(error))])
+    except BadCheckpoint as error:
+        return Shard(name, 0, defects=[Defect("unreadable", error.message)])

@@ -2,7 +2,8 @@
 
 The counts are those that `auto` tuning compares (tuning/wanted.py): products of a token and a weight. Norms, attention
 over long rows, AWQ's search and what other programs take are not in it: a figure tells a night from a week and is no
-promise for a minute.
+promise for a minute. SmolLM2-135M on 16 rows, one thread, in seconds of the processor, foreseen and taken without
+the comparison at the end: 156, 185 (start 16, 22; sampling 21, 19; layers 53, 59; tuning 65, 84; output 1, 1).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from doctor.model.spec import ModelSpec
 from doctor.quant.rates import Rates
 from doctor.quant.tuning.wanted import comparing_work, layers_work, training_work
 
-STARTING = 15.0  # seconds: imports here and in the processes that rehearse and load, on one core
+STARTING = 20.0  # seconds: imports here and in the processes that rehearse and load, on one core
 READS, WRITES = 3, 2  # times that the source is read (check, layers, hashes), and that the output is written and read
 COMPARED_TOKENS = 512  # of a row that the output is compared on
 SAMPLING = 2  # of the products alone: keys and values of single tokens, probabilities

@@ -6,6 +6,7 @@ import doctor.core.records
 import doctor.model.stored_weights  # noqa: F401 - declares the facts of quantized weights under their own names
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.checkpoint.safetensors import Defect, Shard, TensorInfo
+from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import CHECKPOINT, FactKey, Unavailable, fact, key_of, provide
 from doctor.core.machine import GIVEN_MACHINE
 from doctor.core.messages import _
@@ -168,7 +169,10 @@ def chat_template(checkpoint, tokenizer_config) -> str | None:
     """The text of the chat template, from chat_template.jinja or tokenizer_config.json; None where there is none."""
     _require_files(checkpoint)
     if "chat_template.jinja" in checkpoint.entries:
-        return checkpoint.read_file("chat_template.jinja", 4 << 20).decode("utf-8", "replace")
+        try:
+            return checkpoint.read_file("chat_template.jinja", 4 << 20).decode("utf-8", "replace")
+        except BadCheckpoint as error:
+            raise Unavailable(error.message) from None
     template = (tokenizer_config or {}).get("chat_template")
     if isinstance(template, list):
         named: dict[Any, Any] = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
