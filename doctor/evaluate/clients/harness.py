@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from doctor.core.errors import DoctorError, MachineError
 from doctor.core.messages import _
@@ -51,7 +51,7 @@ def run_tasks(
     return found
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
