@@ -22,10 +22,13 @@ def verify(
     original: str | os.PathLike[str], quantized: str | os.PathLike[str], **options: Unpack[VerifyOptions]
 ) -> Report:
     """Compare a quantized checkpoint with its original; for the options see doctor.evaluate.verify.verify."""
+    from doctor.evaluate.clients.harness import require_harness
     from doctor.quant.early import require_comparable
 
     first, second = Checkpoint.open(original), Checkpoint.open(quantized)
     require_comparable(first, second, options.get("text"))  # before torch is imported
+    others = [name for name in options.get("tasks", ()) if name != "choices"]
+    require_harness(others, str(options["client_python"]) if options.get("client_python") else None)
     from doctor.evaluate.verify import verify as run
 
     options.setdefault("load_proof", os.environ.get("DOCTOR_LOAD_PROOF") != "0")

@@ -20,7 +20,7 @@ GROUPS: tuple[tuple[Message, str], ...] = (  # heading, names of parameters
     (_("Fixes"), "fix fix_too unsafe_fixes merge_base adapter"),
     (_("Hub"), "revision download push"),
     (_("Machine"), "memory device capacity plan_only preflight recipes"),
-    (_("Comparison"), "verify_rows client client_python"),
+    (_("Comparison"), "verify_rows client client_python tasks"),
     (_("Report"), "formats concise verbose progress lang matrix statistics show_settings imatrix"),
 )
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -64,7 +64,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "trust": ("doctor trust doctor.toml",),
     "tune": ("doctor tune q4/ --to model/ -o tuned/",),
     "undo": ("doctor undo model/",),
-    "verify": ("doctor verify model/ q4/", "doctor verify model/ q4/ --client vllm --client-python /venv/bin/python"),
+    "verify": (
+        "doctor verify model/ q4/",
+        "doctor verify model/ q4/ --tasks choices,gsm8k",
+        "doctor verify model/ q4/ --client vllm --client-python /venv/bin/python",
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from doctor.core.messages import Message, _, plural
 from doctor.locale import catalogue
 
 SHORT = 64 << 20  # bytes: less than this is done before a bar is of use
-UNITS = {"reply": "tokens", "score": "rows", "tune": "steps"}  # of a step, layers elsewhere
+UNITS = {"reply": "tokens", "score": "rows", "tune": "steps", "tasks": "layers"}  # of a step, layers elsewhere
 APART = {"json": 0.5, "lines": 10.0}  # seconds between two lines of a step whose end is not reached
 
 Bytes = Callable[[str, int], None]

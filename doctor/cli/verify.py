@@ -17,6 +17,7 @@ from doctor.cli.options import (
     progress_option,
     size_in_bytes,
     text_option,
+    words,
 )
 from doctor.cli.output import emit, exit_for, json_on_failure
 from doctor.cli.progress import layer_bars
@@ -50,6 +51,15 @@ from doctor.core.messages import _
     metavar="PYTHON",
     help=_("Interpreter of the environment that holds the client.  [default: doctor's own]"),
 )
+@option(
+    "--tasks",
+    default="",
+    metavar="NAMES",
+    help=_(
+        "Also score both: choices, a small test that needs no network, and tasks of lm-evaluation-harness where it is "
+        "installed, as gsm8k,arc_easy."
+    ),
+)
 @format_options
 @progress_option
 def command(
@@ -62,6 +72,7 @@ def command(
     device: str,
     client: str | None,
     client_python: Path | None,
+    tasks: str,
     formats: tuple[str, ...],
     concise: bool,
     verbose: bool,
@@ -84,6 +95,7 @@ def command(
                     device=device,
                     client=client,
                     client_python=client_python,
+                    tasks=words([tasks]) or None,
                 ),
             )
         emit([report], outputs, verbose)

@@ -6,7 +6,7 @@ Each job's own docstring says what they mean; tests/test_api_types.py holds them
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -66,6 +66,7 @@ class VerifyOptions(TypedDict, total=False):
     load_proof: bool
     client: str | None
     client_python: FilePath | None
+    tasks: Sequence[str]
 
 
 class CompareOptions(TypedDict, total=False):

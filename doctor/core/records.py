@@ -177,6 +177,23 @@ class OwnMeasure:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task for both models. errors: standard errors; span: where 95 of 100 resamplings of the
+    questions have the difference; same: share of questions on which both choose the same. NaN where not known.
+    """
+
+    task: str
+    metric: str
+    original: float
+    quantized: float
+    questions: int = 0
+    original_error: float = float("nan")
+    quantized_error: float = float("nan")
+    span: tuple[float, float] = (float("nan"), float("nan"))
+    same: float = float("nan")
+
+
+@dataclass(frozen=True)
 class LoadProof:
     """What a client's own loading code did with a checkpoint, under the class that config.json names.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from doctor.checkpoint.dtypes import CODE_NUMPY, DTYPES
 from doctor.checkpoint.memory import SHARD, HeldTensor, MemoryCheckpoint
@@ -51,7 +51,7 @@ def memory_checkpoint(model: InMemory, config: Any = None) -> MemoryCheckpoint:
     documents = {} if config is None else {"config.json": _config_text(config)}
     if isinstance(model, Mapping):
         return MemoryCheckpoint("state_dict", _held(_without_aliases(model, config)), documents)
-    if not isinstance(model, torch.nn.Module):
+    if not _is(model, "nn.Module"):
         raise TypeError(f"check: {type(model).__name__} is no path, torch module or mapping of tensors")
     module = _unwrapped(model)
     name = type(module).__name__
@@ -115,13 +115,21 @@ def _of_memory(finding: Finding) -> Finding:
     return replace(finding, fix=None, advice=advice)
 
 
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+def _is(value: Any, name: str) -> bool:
+    """Whether it is of this class of torch, which whoever has one has imported: arrays are checked without torch."""
+    kind: Any = sys.modules.get("torch")
+    for part in name.split("."):
+        kind = getattr(kind, part, None)
+    return kind is not None and isinstance(value, kind)
+
+
+def _unwrapped(model: Any) -> Any:
     """The module inside what training wraps around it."""
     inner = next((m for m in (model._modules.get(name) for name in WRAPPERS) if m is not None), None)
     return _unwrapped(inner) if inner is not None and len(model._modules) == 1 else model
 
 
-def _saves_whole(module: torch.nn.Module) -> bool:
+def _saves_whole(module: Any) -> bool:
     """Whether it is a model of transformers whose saving code gives plain weights: not a quantized or adapted one."""
     return (
         hasattr(module, "save_pretrained")
@@ -131,7 +139,7 @@ def _saves_whole(module: torch.nn.Module) -> bool:
     )
 
 
-def _as_saved(module: torch.nn.Module, tensors: dict[str, Any]) -> Mapping[str, Any]:
+def _as_saved(module: Any, tensors: dict[str, Any]) -> Mapping[str, Any]:
     """The tensors under the names of the files: ties stored once, stacked experts taken apart. transformers 4 keeps the
     names of its modules.
     """
@@ -186,7 +194,7 @@ def _without_aliases(tensors: Mapping[str, Any], config: Any) -> dict[str, Any]:
 
 def _place(tensor: Any) -> tuple | None:
     """Where a tensor lies in memory, None where that says nothing: it is empty, or has no values here."""
-    if not isinstance(tensor, torch.Tensor) or not tensor.numel() or tensor.is_meta or held_in_parts(tensor):
+    if not _is(tensor, "Tensor") or not tensor.numel() or tensor.is_meta or held_in_parts(tensor):
         return None
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
@@ -199,7 +207,7 @@ def held_in_parts(tensor: Any) -> bool:
 def _require_values(tensors: Mapping[str, Any]) -> None:
     """Raise BadCheckpoint for the first tensor whose values are not here."""
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
+        if not _is(tensor, "Tensor"):
             continue
         if tensor.is_meta:
             raise BadCheckpoint(
@@ -218,7 +226,7 @@ def _held(tensors: Mapping[str, Any]) -> dict[str, HeldTensor]:
     _require_values(tensors)
     found = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor):
+        if _is(tensor, "Tensor"):
             dtype = TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."))
             raw = partial(_torch_bytes, tensor)
         elif isinstance(tensor, np.ndarray):
@@ -238,9 +246,10 @@ def _held(tensors: Mapping[str, Any]) -> dict[str, HeldTensor]:
     return found
 
 
-def _torch_bytes(tensor: torch.Tensor) -> np.ndarray:
+def _torch_bytes(tensor: Any) -> np.ndarray:
     plain = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy()
+    flat: np.ndarray = plain.reshape(-1).view(sys.modules["torch"].uint8).numpy()
+    return flat
 
 
 def _numpy_bytes(array: np.ndarray) -> np.ndarray:

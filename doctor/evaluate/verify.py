@@ -4,7 +4,7 @@ rules.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,9 @@ from doctor.core.facts import closure
 from doctor.core.host import describe
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe
-from doctor.core.records import CLIENT_RUN, COMPARISON, LOAD_PROOF, OWN_MEASURE, SLOWER_PATHS
+from doctor.core.records import CLIENT_RUN, COMPARISON, LOAD_PROOF, OWN_MEASURE, SLOWER_PATHS, TaskScore
+from doctor.evaluate import choices
+from doctor.evaluate.clients.harness import run_tasks
 from doctor.evaluate.clients.load_proof import prove_loading
 from doctor.evaluate.clients.logprobs import CLIENTS, run_client
 from doctor.evaluate.compare import compare
@@ -48,6 +50,7 @@ def verify(
     load_proof: bool = False,
     client: str | None = None,
     client_python: str | os.PathLike | None = None,
+    tasks: Sequence[str] = (),
 ) -> Report:
     """Report on the quantized checkpoint, with a Comparison against its original among its facts.
 
@@ -56,10 +59,11 @@ def verify(
     for the greedy replies (half of what is free by default); a larger model is compared without them, and the report
     says so. client: "transformers", "vllm" or "llama.cpp", which then runs the quantized files on the same rows; what
     it computes is compared with what doctor does. client_python: the interpreter of the client's environment.
-    progress gets a phase ("compare", "score", "reply"), how much of it is done and how much there is. load_proof: first
-    ask transformers to load the quantized checkpoint under the class that its config names; what it does not load whole
-    is a finding, because the figures then speak of a model that nobody serves. device: where both are computed, layer
-    by layer, in float32; its memory is what counts then.
+    tasks: "choices", a small one of doctor's own, and names of tasks of lm-evaluation-harness where it is installed.
+    progress gets a phase ("compare", "score", "reply", "tasks"), how much of it is done and how much there is.
+    load_proof: first ask transformers to load the quantized checkpoint under the class that its config names; what it
+    does not load whole is a finding, because the figures then speak of a model that nobody serves. device: where both
+    are computed, layer by layer, in float32; its memory is what counts then.
     """
     started = time.perf_counter()
     for name, value, least in (("--rows", rows, 1), ("--context", context, 2)):
@@ -80,6 +84,8 @@ def verify(
             _("--client {value}: {name} has no next-token logits to compare.", value=client, name=first.name),
             _("Verify without --client: embeddings and scores are compared by themselves."),
         )
+    if own and choices.NAME in tasks:
+        raise DoctorError(_("--tasks {task}: {name} has no next-token logits.", task=choices.NAME, name=first.name))
     prompts, decode = prompts_of(tokenizer, ids)
     if memory is None:
         free = device_free(device)
@@ -122,6 +128,8 @@ def verify(
     }
     if proof is not None:
         extra["load_proof"] = asdict(proof)
+    if tasks:
+        extra["tasks"] = [asdict(found) for found in _scores(first, second, tokenizer, tasks, python, device, progress)]
     if ran is not None:
         extra["client_run"] = asdict(ran)
     if comparison is not None and not comparison.generated:
@@ -142,6 +150,29 @@ def verify(
         fail_on=fail_on,
         extra=extra,
     )
+
+
+def _scores(
+    first: Checkpoint,
+    second: Checkpoint,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    python: str | None,
+    device: str,
+    progress: Callable[[str, int, int], None],
+) -> list[TaskScore]:
+    """Of the task that doctor has, and of the harness's."""
+    found = []
+    if choices.NAME in tasks:
+        if tokenizer is None:
+            raise DoctorError(
+                _("--tasks {name}: needs a tokenizer, but the text came as ids.", name=choices.NAME),
+                _("Give text, or none."),
+            )
+        with quiet(), device_memory(device):
+            found.append(choices.choose(first, second, tokenizer, device, progress))
+    others = [name for name in tasks if name != choices.NAME]
+    return found + (run_tasks(first.root, second.root, others, python) if others else [])
 
 
 def _require_reader(quantized: Checkpoint, client: str | None) -> None:

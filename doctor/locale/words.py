@@ -66,6 +66,7 @@ WORDS = (
     _("reply"),
     _("quantize"),
     _("tune"),
+    _("tasks"),
     _("reading"),
     _("fetch"),
     _("scan"),

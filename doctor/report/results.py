@@ -118,6 +118,7 @@ def results(report: Report) -> list[tuple[str, str]]:
             lines.append((say("float16"), _sixteen_bits(c["half"])))
     if report.extra.get("own_measure"):
         lines += _own_measure(report.extra["own_measure"])
+    lines += [(say("task"), _task(score)) for score in report.extra.get("tasks", ())]
     if report.extra.get("load_proof"):
         lines.append((say("loading"), _loading(report.extra["load_proof"])))
     if report.extra.get("client_run"):
@@ -183,6 +184,27 @@ def _worst(done: list[dict]) -> str:
     losses = [(x["solve"]["loss"], x["name"]) for x in done if x.get("solve") and number(x["solve"].get("loss"))]
     worst = [f"{safe(name)} {loss:.2%}" for loss, name in sorted(losses, reverse=True)[:WORST] if loss > 0]
     return ", ".join(worst)
+
+
+def _task(score: dict) -> str:
+    """Scores of both models on one task."""
+    before, after = score["original"], score["quantized"]
+    low, high = score.get("span") or (None, None)
+    if number(low) and number(high):
+        apart = f"{after - before:+.1%} [{low:+.1%}, {high:+.1%}]"
+    else:
+        apart = f"{after - before:+.4g}"
+        errors = [score.get("original_error"), score.get("quantized_error")]
+        if all(map(number, errors)):
+            apart += say(", standard errors {first} and {second}", first=figure(errors[0]), second=figure(errors[1]))
+    more = ""
+    if score.get("questions"):
+        more = say(
+            "; {questions}, the same choice on {same}",
+            questions=counted("{n:,} question", "{n:,} questions", score["questions"]),
+            same=percent(score["same"]),
+        )
+    return f"{score['task']} {score['metric']} {figure(before)} → {figure(after)} ({apart}){more}"
 
 
 def _run(report: Report) -> str:

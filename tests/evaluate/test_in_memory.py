@@ -1,5 +1,6 @@
 """A model in memory is judged as the files would be that it is saved as, by the same rules, and nothing is written."""
 
+import subprocess
 import sys
 from collections import Counter
 
@@ -148,3 +149,13 @@ def test_the_callback_keeps_the_report_of_what_stopped_the_run():
     callback.on_step_end(None, transformers.TrainerState(global_step=5), transformers.TrainerControl(), model=model)
     assert callback.found[:2] == ("0.weight", 0)
     assert [(f.code, f.where.tensor) for f in callback.report.findings] == [("W201", "0.weight"), ("W201", "1.bias")]
+
+
+def test_arrays_are_checked_without_torch():
+    code = (
+        "import sys, numpy as np; from doctor import check\n"
+        "found = check({'a.weight': np.full((2, 2), np.nan, np.float32)}).findings\n"
+        "assert [f.code for f in found] == ['W201'] and 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

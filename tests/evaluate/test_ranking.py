@@ -3,13 +3,12 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from noisy_models import noisy
 
 from doctor import compare
-from doctor.checkpoint.codecs import from_codes, to_bf16
 from doctor.cli.main import cli
 from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.evaluate.scores import Tally, TextSums, apart
@@ -19,18 +18,6 @@ from doctor.report.table_page import render_table, table_html, table_markdown
 
 ROWS = {"rows": 8, "context": 48}
 SHARES = {"far": 0.3, "near": 0.05, "twin": 0.05}
-
-
-def noisy(folder, share, seed=0, spoil=None):
-    """A copy of the tiny model whose linears are off by noise of so large a share."""
-    case, draw = tiny("llama"), np.random.default_rng(seed)
-    for name, codes in case.tensors.items():
-        if name.endswith("_proj.weight"):
-            values = from_codes(codes, "BF16")
-            case.tensors[name] = to_bf16(values + share * values.std() * draw.standard_normal(values.shape))
-    if spoil is not None:
-        case.tensors[spoil].flat[0] = 0x7FC0
-    return case.write(folder)
 
 
 @pytest.fixture(scope="module")
