@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,9 +141,15 @@ def test_one_token_in_so_many_is_compared(rounded):
     assert slope[0, ::5].abs().amax(-1).min() > 0 and not slope[0, 1::5].any()
 
 
-def test_fewer_bits_take_larger_steps(rounded):
+def test_more_bits_take_smaller_steps(rounded):
     _original, source = map(Checkpoint.open, rounded)
-    assert Student(source, rows_of(1)).bits == 3
+    student = Student(source, rows_of(1))
+    first, *others = (n for n, x in student.tunables.items() if isinstance(x, Scales))
+    assert set(student.shares().values()) == {2.0}  # 3 bits
+    student.tunables[first] = replace(student.tunables[first], bits=5)
+    gain = next(n for n, x in student.tunables.items() if isinstance(x, Gain))
+    shares = student.shares()
+    assert (shares[first], shares[others[0]]) == (0.5, 2.0) and 1.5 < shares[gain] < 2
 
 
 def test_embeddings_that_are_equal_are_held_once(rounded):
