@@ -105,12 +105,12 @@ class Student:
         return len(self.skeleton.layers)
 
     def shares(self) -> dict[str, float]:
-        """Of the rate at FULL_BITS, what each tensor's changes take: errors halve with each bit of the codes, and so
-        does what corrects them. Of a norm: by the mean over all linears.
+        """Of the rate, what each tensor's changes take: below FULL_BITS each bit less doubles the errors, and what
+        corrects them. Of a norm: by the mean over all linears.
         """
         bits = {name: x.bits for name, x in self.tunables.items() if isinstance(x, Scales)}
         mean = sum(bits.values()) / max(1, len(bits))
-        return {name: float(2 ** (FULL_BITS - bits.get(name, mean))) for name in self.tunables}
+        return {name: float(2 ** max(0, FULL_BITS - bits.get(name, mean))) for name in self.tunables}
 
     def run(self, i: int, states: list[torch.Tensor], rows: list[int]) -> list[torch.Tensor]:
         """Outputs of layer i for hidden states f32[1, length, hidden] of these rows."""

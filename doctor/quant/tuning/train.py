@@ -33,7 +33,7 @@ from doctor.quant.tuning.student import Student, add_slope, gain_of, put, take_b
 from doctor.quant.tuning.wanted import LOOKS, ROWS_A_STEP, TOKENS
 
 WATCH = 8  # one row in so many is watched and not trained on
-RATE = 2e-3  # relative change of a scale in one of Adam's full steps, with codes of 4 bits
+RATE = 2e-3  # relative change of a scale in one of Adam's full steps, with codes of 4 bits and more
 WARM_UP = 3  # steps
 LAST_SHARE = 0.02  # of RATE, in the last step
 BETAS = (0.9, 0.95)

@@ -141,7 +141,7 @@ def test_one_token_in_so_many_is_compared(rounded):
     assert slope[0, ::5].abs().amax(-1).min() > 0 and not slope[0, 1::5].any()
 
 
-def test_more_bits_take_smaller_steps(rounded):
+def test_fewer_bits_take_larger_steps(rounded):
     _original, source = map(Checkpoint.open, rounded)
     student = Student(source, rows_of(1))
     first, *others = (n for n, x in student.tunables.items() if isinstance(x, Scales))
@@ -149,7 +149,7 @@ def test_more_bits_take_smaller_steps(rounded):
     student.tunables[first] = replace(student.tunables[first], bits=5)
     gain = next(n for n, x in student.tunables.items() if isinstance(x, Gain))
     shares = student.shares()
-    assert (shares[first], shares[others[0]]) == (0.5, 2.0) and 1.5 < shares[gain] < 2
+    assert (shares[first], shares[others[0]]) == (1.0, 2.0) and 1.5 < shares[gain] < 2
 
 
 def test_embeddings_that_are_equal_are_held_once(rounded):
