@@ -146,7 +146,7 @@ USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few bes
     default="auto",
     help=_(
         "Rows to tune scales and norms on after the last layer; auto: as many of the calibration rows as take about as "
-        "long as the layers, 8 at least."
+        "long as the layers, 16 at least."
     ),
 )
 @option("--vision", is_flag=True, help=_("Quantize the vision tower's layers too; calibrated by rows with images."))

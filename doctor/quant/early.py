@@ -78,7 +78,7 @@ def refused_by_headers(
     place = Path(os.path.abspath(output))
     rules = select_rules(load_rules(rules_dirs), select, ignore)
     recipe = replace(recipe, keep=(*recipe.keep, *keep), goal="quantize")
-    refuse_tuning(tune, recipe)
+    refuse_tuning(tune, recipe, rows)
     if others.get("budget") is not None:
         refuse_budget(source, recipe, others["budget"])
     view, decoding = read_as_floats(source, recipe, rules)

@@ -129,7 +129,7 @@ def quantize(
             _("--tune {rows} with --retry-failed: it changes what is to stay.", rows=tune),
             _("Tune the output afterwards: `doctor tune`."),
         )
-    refuse_tuning(tune, recipe)
+    refuse_tuning(tune, recipe, rows)
     asked = Asked(
         replace(recipe, keep=(*recipe.keep, *keep), seed=recipe.seed if seed is None else seed, goal="quantize"),
         Path(os.path.abspath(output)),

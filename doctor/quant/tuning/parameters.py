@@ -21,7 +21,7 @@ BOUND = 0.5  # a change stays within ± this
 @dataclass(frozen=True)
 class Scales:
     """The scales of one linear, f32[n, G]. group i64[k]: of each column; None where groups are runs of k / G columns.
-    tensor: the name of the stored scales, dtype their type; columns_first: they are stored [G, n].
+    tensor: the name of the stored scales, dtype their type; columns_first: they are stored [G, n]. bits: of a code.
 
     Its codes are not here, because they need not stay in memory: `levels` i16[n, k] is code less zero point.
     """
@@ -31,6 +31,7 @@ class Scales:
     group: torch.Tensor | None
     dtype: torch.dtype
     columns_first: bool
+    bits: int
     transposed: bool = False  # the module holds [k, n]
 
     def weight(self, change: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import Gain, Scales, Tunable, is_norm, offset_of
 
 FEW = 32  # tokens of a step
+FULL_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,13 @@ class Student:
     def __len__(self) -> int:
         return len(self.skeleton.layers)
 
-    @property
-    def bits(self) -> float:
-        """Of a code, the mean over linears."""
-        linears = [linear.name for layer in self._layers for linear in layer.packed]
-        return sum(self.view.quantization.scheme_of(name).bits for name in linears) / max(1, len(linears))
+    def shares(self) -> dict[str, float]:
+        """Of the rate, what each tensor's changes take: below FULL_BITS each bit less doubles the errors, and what
+        corrects them. Of a norm: by the mean over all linears.
+        """
+        bits = {name: x.bits for name, x in self.tunables.items() if isinstance(x, Scales)}
+        mean = sum(bits.values()) / max(1, len(bits))
+        return {name: float(2 ** max(0, FULL_BITS - bits.get(name, mean))) for name in self.tunables}
 
     def run(self, i: int, states: list[torch.Tensor], rows: list[int]) -> list[torch.Tensor]:
         """Outputs of layer i for hidden states f32[1, length, hidden] of these rows."""
@@ -229,6 +232,7 @@ class Student:
             None if plain else group.to(device),
             parts[name.rpartition(".")[2]].dtype,
             form.scale_shape(2, 3, 1) == (2, 3),
+            scheme.bits,
             transposed,
         )
         return (codes.to(torch.int16) - grid.zero.to(torch.int16)[:, group]).to(device), scales

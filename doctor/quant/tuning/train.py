@@ -33,7 +33,7 @@ from doctor.quant.tuning.student import Student, add_slope, gain_of, put, take_b
 from doctor.quant.tuning.wanted import LOOKS, ROWS_A_STEP, TOKENS
 
 WATCH = 8  # one row in so many is watched and not trained on
-RATE = 2e-3  # relative change of a scale in one of Adam's full steps
+RATE = 2e-3  # relative change of a scale in one of Adam's full steps, with codes of 4 bits and more
 WARM_UP = 3  # steps
 LAST_SHARE = 0.02  # of RATE, in the last step
 BETAS = (0.9, 0.95)
@@ -222,6 +222,7 @@ class Trainer:
         self.moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
             name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in student.changes.items()
         }
+        self.shares = student.shares()
         steps = len(self.schedule)
         self.looks = {-(-steps * look // (LOOKS - 1)) for look in range(1, LOOKS)}
 
@@ -334,7 +335,7 @@ class Trainer:
             )
         rate = self.rate * self._share(step)
         for name, slope in found.items():
-            self._adam(name, slope.div_(tokens), rate, step + 1)
+            self._adam(name, slope.div_(tokens), rate * self.shares[name], step + 1)
 
     def _share(self, step: int) -> float:
         """Of the rate: a short warm-up, then a cosine down to LAST_SHARE."""

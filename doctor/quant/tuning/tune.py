@@ -43,13 +43,12 @@ from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import Gain, Scales
 from doctor.quant.tuning.saved import Saved
 from doctor.quant.tuning.student import Student, tunable
-from doctor.quant.tuning.train import RATE, Ends, Progress, Trainer, last_states
+from doctor.quant.tuning.train import Ends, Progress, Trainer, last_states
 from doctor.quant.tuning.wanted import LENGTH, stride
 
 COMMAND = "tune"
 ROWS = 64
 FEW_ROWS = 48  # up to so many rows are seen twice: more gain the same from one pass
-FULL_BITS = 4  # each bit less doubles the errors, and what scales have to move
 _DONOR = "tuned"  # what receipts call the place that the new values come from
 
 
@@ -183,7 +182,6 @@ def tuned_values(
         wanted,
         passes=passes or (2 if len(rows) <= FEW_ROWS else 1),
         seed=seed,
-        rate=RATE * 2 ** max(0.0, FULL_BITS - student.bits),
         say=say,
         watch=watch,
         saved=saved,

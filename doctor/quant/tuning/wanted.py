@@ -21,7 +21,7 @@ from doctor.quant import budget
 
 AUTO, OFF = "auto", "off"
 LEAST_ROWS, LEAST_TOKENS = 16, 8192  # calibration rows and tokens of fewer are not worth it unasked
-LEAST_TRAINED = 8  # rows
+LEAST_TRAINED = 16  # rows
 WATCHED = 8  # rows between the calibration rows
 LOOKS = 3  # at the watched rows: before, half way and at the end
 ROWS_A_STEP = 2
@@ -44,12 +44,21 @@ class Wanted:
     reason: str | Message = ""
 
 
-def refuse_tuning(tune: str | int, recipe: Recipe) -> None:
-    """Raises PlanRefused for rows that were asked for where a recipe has no scales to tune, before any work."""
-    if isinstance(tune, int) and not _has_scales(recipe):
+def refuse_tuning(tune: str | int, recipe: Recipe, rows: int) -> None:
+    """Raises PlanRefused for rows that were asked for where a recipe has no scales to tune, and for more rows than
+    calibrate, before any work.
+    """
+    if not isinstance(tune, int):
+        return
+    if not _has_scales(recipe):
         raise PlanRefused(
             _("--tune {rows}: {label} has no 16-bit scales of calibrated linears.", rows=tune, label=recipe.label()),
             _("GPTQ and AWQ into integer formats can be tuned; leave --tune out."),
+        )
+    if tune > rows:
+        raise PlanRefused(
+            _("--tune {tune}: {rows} rows calibrate; must be as many at most.", tune=tune, rows=rows),
+            _("Raise --rows, or lower --tune."),
         )
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,13 @@ def test_one_token_in_so_many_is_compared(rounded):
 
 def test_fewer_bits_take_larger_steps(rounded):
     _original, source = map(Checkpoint.open, rounded)
-    assert Student(source, rows_of(1)).bits == 3
+    student = Student(source, rows_of(1))
+    first, *others = (n for n, x in student.tunables.items() if isinstance(x, Scales))
+    assert set(student.shares().values()) == {2.0}  # 3 bits
+    student.tunables[first] = replace(student.tunables[first], bits=5)
+    gain = next(n for n, x in student.tunables.items() if isinstance(x, Gain))
+    shares = student.shares()
+    assert (shares[first], shares[others[0]]) == (1.0, 2.0) and 1.5 < shares[gain] < 2
 
 
 def test_embeddings_that_are_equal_are_held_once(rounded):

@@ -122,6 +122,8 @@ def test_rows_are_not_asked_for_where_there_is_nothing_to_tune(taught, recipe, t
     for wrong in (recipe.with_field("method", "rtn"), Recipe(**fields_of("NVFP4A16", {}))):
         with pytest.raises(PlanRefused, match="--tune 12"):
             api.quantize(taught, tmp_path / "out", wrong, tune=12)
+    with pytest.raises(PlanRefused, match=r"--tune 13: 12 rows calibrate; must be as many at most"):
+        api.quantize(taught, tmp_path / "out", recipe, tune=13, **ROWS)
     for text in ("some", "1", "-3", "2.5"):
         done = CliRunner().invoke(cli, ["quantize", str(taught), "-o", str(tmp_path / "out"), "--tune", text])
         assert done.exit_code == 2 and "auto, off" in done.output
