@@ -83,8 +83,8 @@ class Rounding:
         float_scale = FloatScale(not self.kind.divided, self.divisor)
         if float_scale.power:
             return float_scale.first(spans) * 2, none
-        empty = spans == 0
-        empty = empty if bool(empty.any()) else None
+        zeros = spans == 0
+        empty = zeros if bool(zeros.any()) else None
         on_six = float_scale.of_values(spans, E2M1_MOST, empty)
         return on_six, float_scale.of_values(spans, 4.0, empty)[None] if self.recipe.mse else none
 
