@@ -159,8 +159,16 @@ static inline __attribute__((always_inline)) void round_best(const void *W, int 
                                                              lanes *whole)
 {
     float w[RUN];
-    int32_t codes[RUN];
+    int32_t codes[RUN], second[RUN];
     const int64_t padded = take(w, W, dtype, at, count, whole);
+    if (others == 1) {   /* as formats have it: the codes of both are kept, and none is computed again */
+        const lanes first = round_under(w, padded, E2M1, *scale, codes), other = round_under(w, padded, E2M1, *more, second);
+        const int better = total(other) < total(first);
+        *scale = better ? *more : *scale;
+        *off += better ? other : first;
+        put(out, at, better ? second : codes, count, E2M1);
+        return;
+    }
     float best = *scale, least = total(round_under(w, padded, E2M1, best, codes));
     for (int64_t other = 0; other < others; other++) {   /* which is better is as often one as the other: no branches */
         const float candidate = more[other * stride], error = total(round_under(w, padded, E2M1, candidate, codes));

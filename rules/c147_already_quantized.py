@@ -9,7 +9,7 @@ Seen as:
 - llama.cpp: `NotImplementedError: Quant method is not yet supported`
 
 Do: nothing, mostly: `doctor quantize` decodes such weights as it reads them, to the numbers that an engine computes with.
-FP8, INT8, MXFP4, NVFP4, bitsandbytes and packed GPTQ, AWQ and compressed-tensors are read. It is an error where scales
+FP8, INT8, MXFP4, NVFP4, bitsandbytes, GGUF and packed GPTQ, AWQ and compressed-tensors are read. It is an error where scales
 are absent, where a format is not read here, and where the plan has as many bits in a coarser grid than the stored
 one: then take the 16-bit original, finer groups, fewer bits, or 8. `--unsafe-fixes=C147` writes
 the plain weights, as `doctor convert model/ -o plain/ --format bf16` does.

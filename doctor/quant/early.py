@@ -21,6 +21,7 @@ from doctor.core.facts import CHECKPOINT
 from doctor.core.machine import GIVEN_MACHINE
 from doctor.core.messages import Message, _
 from doctor.core.recipe import Recipe, matches
+from doctor.edits.stored import Decoding
 from doctor.fixing.assess import Assessment, assess
 from doctor.fixing.outputs import check_output
 from doctor.fixing.result import report_of
@@ -81,7 +82,8 @@ def refused_by_headers(
     refuse_tuning(tune, recipe, rows)
     if others.get("budget") is not None:
         refuse_budget(source, recipe, others["budget"])
-    view, decoding = read_as_floats(source, recipe, rules)
+    require_nothing_to_fix(source, fix or bool(unsafe_fixes))
+    view, decoding = _as_gguf(source) if source.gguf else read_as_floats(source, recipe, rules)
     config = view.value("config.json")
     facts: list[tuple[str, str, object]] = [(CHECKPOINT, DECODED.name, decoding)] if decoding else []
     if recipe.calibrated:
@@ -117,6 +119,15 @@ def _require_machine(
         budget.require(budget.needs(view, spec, recipe, int(recipe.calibrated), 1), memory)
 
 
+def require_nothing_to_fix(source: Checkpoint, fix: bool) -> None:
+    """Raises PlanRefused where fixes are asked for of a GGUF file, in which they change nothing."""
+    if source.gguf and fix:
+        raise PlanRefused(
+            _("{name}: is GGUF; fixes are of safetensors and JSON files, and it has none.", name=source.name),
+            _("Leave --fix out, or write it as a checkpoint first: `doctor convert --format bf16`."),
+        )
+
+
 def judged_alone(source: Checkpoint, rules: list[Rule], hint: Message, but: Collection[str] = ()) -> Assessment:
     """What headers show of a checkpoint by itself, without a plan. Raises PlanRefused for its first error, but for
     codes in `but` and what follows from them.
@@ -141,6 +152,12 @@ def require_tunable(
 ) -> Assessment:
     """Raises what `tune` refuses by headers: an output that may not be written, two models, errors of the files."""
     check_output(quantized, output, overwrite)
+    for checkpoint in (original, quantized):
+        if checkpoint.gguf:
+            raise PlanRefused(
+                _("{name}: is GGUF; tune reads checkpoints in safetensors.", name=checkpoint.name),
+                _("`doctor convert --format bf16` writes one of it."),
+            )
     require_same_model(original, quantized)
     config = original.value("config.json") or {}
     require_family(config, build_spec(config, original.tensors))
@@ -170,11 +187,15 @@ def described(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint itself; a GGUF model as transformers sees it, for its config.json and headers. Raises
     BadCheckpoint.
     """
-    if not checkpoint.gguf:
-        return checkpoint
+    return _as_gguf(checkpoint)[0] if checkpoint.gguf else checkpoint
+
+
+def _as_gguf(checkpoint: Checkpoint) -> tuple[Checkpoint, Decoding]:
+    """A GGUF model's view and how it is decoded, without its tokenizer, which takes seconds to make."""
     from doctor.edits.gguf_floats import GgufAsFloats  # it needs NumPy
 
-    return GgufAsFloats(checkpoint, tokenizer=False)
+    view = GgufAsFloats(checkpoint, tokenizer=False)
+    return view, view.decoding
 
 
 def require_cached(

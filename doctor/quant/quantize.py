@@ -44,7 +44,7 @@ from doctor.quant.device import device_memory, device_of
 from doctor.quant.distributed import size, start, stop
 from doctor.quant.duration import steps
 from doctor.quant.earlier import Earlier, open_earlier, source_mark
-from doctor.quant.early import require_named
+from doctor.quant.early import require_named, require_nothing_to_fix
 from doctor.quant.ending import Compare
 from doctor.quant.execute import build
 from doctor.quant.preflight import Forecast
@@ -157,6 +157,7 @@ def quantize(
         )
     source = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     check_output(source, asked.output, overwrite or retry_failed)
+    require_nothing_to_fix(source, fix or bool(unsafe_fixes))
     view = decoded(source)[0] if source.gguf else source
     asked = replace(asked, recipe=prepared(view, asked.recipe))
     plain = replace(asked.recipe, bits_for=recipe.bits_for)  # without the mixture of fixed rules that GGUF brings

@@ -108,6 +108,10 @@ def test_what_is_not_read_is_said_at_once(files, tmp_path):
     _source, file = files("llama")
     with pytest.raises(PlanRefused, match="has no integer codes on an affine grid"):
         api.convert(file, tmp_path / "out", "awq")
+    with pytest.raises(PlanRefused, match="is GGUF; fixes are of safetensors and JSON files"):
+        api.quantize(file, tmp_path / "out", Recipe(bits=8, group_size=32), fix=True)
+    with pytest.raises(PlanRefused, match="is GGUF; tune reads checkpoints in safetensors"):
+        api.tune(_source, file, tmp_path / "out")
     other = tiny_gguf()
     other.keys["general.architecture"] = text("rwkv7")
     folder = other.write(tmp_path / "g")

@@ -24,6 +24,7 @@ from doctor.formats.schemes import SCHEMES, fields_of
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
 from doctor.quant import quantize as command
+from doctor.quant.solve.float_scale import FloatScale
 from doctor.quant.stream import shards
 from doctor.quant.stream.choose import choose
 from doctor.quant.stream.rounding import Rounding, largest
@@ -222,3 +223,19 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path):
     linear = Linear(name.removesuffix(".weight"), name, "up", 0, 1024, 9000)
     sizes = [len(rows) for rows in shards.weight_rows(checkpoint, info, linear, 128)]
     assert sum(sizes) == 9000 and max(sizes) * 2048 <= shards.CHUNK_BYTES and all(n % 128 == 0 for n in sizes[:-1])
+
+
+@pytest.mark.parametrize("least", [2.0**-9, 2.0**-6, 1.0])
+def test_scales_of_nvfp4_are_those_of_torchs_own_cast(least):
+    """The stream rounds them by their bits; ties and the ends of the range are among these."""
+    steps = torch.arange(0, 449 * 64, dtype=torch.float32) / 64
+    wanted = steps[steps >= least]
+    for divisor in (1.0, 3.7, 12345.678):
+        made = FloatScale(False, divisor)
+        spans = torch.cat([wanted, torch.rand(4096) * 448 + least]) * 6 / divisor
+        empty = torch.zeros(spans.shape, dtype=torch.bool)
+        empty[::97] = True
+        spans[::97] = 0.0
+        for level in (6.0, 4.0):
+            plain = torch.where(empty, torch.tensor(made.unit), made.snap(spans / (2 * level))) * 2
+            assert torch.equal(made.of_values(spans, level, empty), plain)

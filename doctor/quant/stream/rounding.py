@@ -20,7 +20,7 @@ from doctor.formats.base import Format
 from doctor.formats.grid import E2M1, E4M3, Grid, GridKind, as_e4m3, dequantize
 from doctor.formats.registry import format_of
 from doctor.quant.solve.eight_bit_floats import scales_of
-from doctor.quant.solve.float_scale import FloatScale
+from doctor.quant.solve.float_scale import E2M1_MOST, FloatScale
 from doctor.quant.solve.grid import nearest, require_finite, store_scale
 from doctor.scan import native
 
@@ -81,11 +81,12 @@ class Rounding:
             scale = torch.where(spans > 0, spans / _INT8_MOST, 1.0)
             return store_scale(scale, self.kind.torch_scale_dtype), none
         float_scale = FloatScale(not self.kind.divided, self.divisor)
-        first = float_scale.first(spans)
-        if float_scale.power or not self.recipe.mse:
-            return first * 2, none
-        on_four = float_scale.snap(spans / 8)
-        return first * 2, torch.where(spans > 0, on_four, first)[None] * 2
+        if float_scale.power:
+            return float_scale.first(spans) * 2, none
+        zeros = spans == 0
+        empty = zeros if bool(zeros.any()) else None
+        on_six = float_scale.of_values(spans, E2M1_MOST, empty)
+        return on_six, float_scale.of_values(spans, 4.0, empty)[None] if self.recipe.mse else none
 
     def _native(self, W: torch.Tensor, scale: torch.Tensor, others: torch.Tensor) -> Rounded | None:
         """By cpu/round.c; None where a width is none of its own."""
