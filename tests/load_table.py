@@ -70,10 +70,15 @@ def row(source: Path, name: str, folder: Path) -> dict[str, Any]:
         "shape": len(proof.mismatched),
         "compared": proof.compared,
         "differing": len(proof.differing) + len(proof.misread),
-        "said": next((f"G319 {f.message}" for f in result.report.findings if f.code == "G319"), ""),
+        "said": next((f"{f.code} {f.message}" for f in result.report.findings if is_said(f)), ""),
         "refused": proof.refused,
         "not_asked": proof.reason,
     }
+
+
+def is_said(found: Any) -> bool:
+    """Whether a finding says that this client does not read what another one does."""
+    return found.code == "G319" or (found.code in ("G322", "O617") and found.severity == "warning")
 
 
 def whole(found: dict[str, Any]) -> bool:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 from healthy_models import FAMILIES, UNKNOWN  # noqa: E402
 from tiny_classes import CLASSES  # noqa: E402
 
+PAGE = ROOT / "docs" / "models.md"
 PEERS = ROOT / "tools" / "peer_families.json"
 TABLES = {  # program -> file of its table, and the name that the table has there
     "GPTQModel": ("gptqmodel/models/auto.py", "MODEL_MAP"),
@@ -38,11 +39,13 @@ than transformers. **refusal**: `check` says that it cannot be quantized, and wh
 load what was written whole, or its outputs correlate less than 0.8 with the source's. **not built**: transformers
 builds the class only with a library that was absent. **not run**: a family of the rules' tests without a measurement.
 Packed and kept count linears; the correlation is that of outputs with the source's; the last column is the commit that
-was measured.
+was measured: rows that the last run did not reach keep theirs.
 """
 
 
 def model_type(row: dict) -> str:
+    if "kind" in row:
+        return row["kind"]
     import transformers
 
     stated = CLASSES[row["name"]].architecture if row["name"] in CLASSES else row.get("class", "")
@@ -74,6 +77,17 @@ def keys_of(source: str, name: str) -> list[str]:
     raise ValueError(f"{name} is no dictionary of this module")
 
 
+def earlier_rows() -> list[dict]:
+    """Measured rows of the page as it stands: each keeps the commit that was measured."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    keys = ("name", "class", "outcome", "packed", "kept", "correlation", "", "", "commit")
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    rows = [dict(zip(keys, found, strict=True)) for found in cells[1:] if len(found) == len(keys)]
+    return [row | {"kind": row["class"]} for row in rows if row["outcome"] != "not run"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", type=Path, help="answers of tests/coverage.py")
@@ -90,6 +104,8 @@ def main() -> int:
     ours: set[str] = set()
     lines += ["| model | model_type | outcome | packed | kept | correlation | GPTQModel | llm-compressor | commit |"]
     lines += ["|---|---|---|---:|---:|---:|---|---|---|"]
+    measured = {row["name"] for row in rows} | {model_type(row) for row in rows}
+    rows += [row for row in earlier_rows() if row["name"] not in measured]
     measured = {row["name"] for row in rows} | {model_type(row) for row in rows}
     rows += [{"name": kind, "outcome": "not run"} for kind in (*FAMILIES, *UNKNOWN) if kind not in measured]
     for row in rows:
@@ -115,7 +131,7 @@ def main() -> int:
             f"{name} ({peers[name]['file']}, commit {peers[name]['commit']}) names {len(names)} families, of which "
             f"{rows_here} were run. Not: {', '.join(absent)}.",
         ]
-    (ROOT / "docs" / "models.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(lines[-5], lines[-3], lines[-1], sep="\n")
     return 0
 

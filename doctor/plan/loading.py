@@ -67,6 +67,8 @@ def load_problem(proof: LoadProof, recipe: Recipe, model_type: str, tensors: Ite
         return LoadProblem("warning", message, {"unexpected": len(names)})
     evidence: dict[str, object] = {kind: len(getattr(proof, kind)) for kind in ("missing", "unexpected", "mismatched")}
     readers = readers_of_experts(model_type, recipe.output_format, names)
+    if not readers and recipe.runtime != "transformers" and all("expert" in name for name in names):
+        readers = readers_of_joined(recipe, tensors)
     if readers:
         message = _(
             "{client} has no linears for the experts of {model}, so it loads them as {name} with random values; "

@@ -1,5 +1,7 @@
 """A rehearsal writes the headers and the config that the run writes, and stops where the run stops."""
 
+from dataclasses import replace
+
 import pytest
 from healthy_models import save
 from tiny_classes import CLASSES, save_class
@@ -97,6 +99,28 @@ def test_experts_that_only_another_engine_reads_are_a_warning_that_names_it():
     assert load_problem(refused, RECIPE, "mamba").severity == "error"
     assert load_problem(refused, RECIPE.with_field("runtime", "vllm"), "mamba").severity == "warning"
     assert load_problem(LoadProof("c", reason="absent"), RECIPE, "llama") is None
+
+
+def test_a_mixture_that_transformers_does_not_read_is_an_error_for_it_alone():
+    name = "model.layers.0.mlp.experts.0.up_proj"
+    left_out = LoadProof("transformers 5", "X", missing=("model.layers.0.mlp.experts.gate_up_proj",))
+    left_out = replace(left_out, unexpected=(f"{name}.qweight", "model.layers.0.mlp.shared_expert_gate.weight"))
+    int8 = Recipe(method="rtn", bits=8, group_size=-1, format="int-quantized")
+    wrong = LoadProof("transformers 5", "X", misread=(name,))
+    scales = LoadProof("transformers 5", "X", unexpected=(f"{name}.input_scale",))
+    refused = LoadProof("transformers 5", "X", refused="RuntimeError: x")
+    for proof, recipe, says in (
+        (left_out, Recipe(), "vllm can read them"),
+        (refused, int8, "RuntimeError: x"),
+        (wrong, int8, "with wrong values"),
+    ):
+        found = load_problem(proof, recipe, "qwen2_moe", (f"{name}.weight",))
+        assert found.severity == "warning" and says in found.message, found
+        found = load_problem(proof, replace(recipe, runtime="transformers"), "qwen2_moe", (f"{name}.weight",))
+        assert found.severity == "error", found
+    assert load_problem(refused, int8, "llama", ("model.layers.0.mlp.up_proj.weight",)).severity == "error"
+    assert load_problem(refused, replace(int8, keep=("experts",)), "qwen2_moe", (f"{name}.weight",)).severity == "error"
+    assert "16-bit inputs" in load_problem(scales, int8, "qwen2_moe", ()).message
 
 
 def test_a_tokenizer_that_the_library_does_not_load_is_said_in_its_words(tmp_path):

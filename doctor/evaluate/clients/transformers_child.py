@@ -199,7 +199,7 @@ def write_gptq_sample(folder: Path, model: Any, packed: list[str], sample: int, 
         sizes = {key: getattr(module, key) for key in ("bits", "group_size", "sym", "in_features", "out_features")}
         linear = TorchLinear(**sizes, desc_act=bool(stated.get("desc_act")), format=form)
         for part in parts_of(source, files):
-            if hasattr(linear, part):
+            if getattr(linear, part, None) is not None:  # the bias is none of a linear's that is made without one
                 getattr(linear, part).data.copy_(read(folder, files, f"{source}.{part}"))
         if form == FORMAT.GPTQ:
             convert_gptq_v1_to_v2_format_module(linear, bits=linear.bits, pack_dtype=torch.int32)
