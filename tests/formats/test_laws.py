@@ -140,7 +140,7 @@ def test_names_tell_packed_weights_of_formats_that_are_not_read_too():
         ".q_weight",
         ".trellis",
     }
-    assert set(scale_tails()) == {".scales", ".weight_scale", ".weight_scale_inv"}
+    assert set(scale_tails()) == {".scales", ".q_scale", ".weight_scale", ".weight_scale_inv"}
     assert format_of_words("a.qweight").name == "gptq" and format_of_words("a.weight") is None
     assert shows_packing("a.trellis") and shows_packing("a.qweight") and not shows_packing("a.weight")
     assert is_scale_beside_weight("a.SCB") and is_scale_beside_weight("a.weight.quant_state.bitsandbytes__nf4")

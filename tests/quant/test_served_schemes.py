@@ -10,7 +10,7 @@ import torch
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe, Scheme
-from doctor.formats.registry import format_of
+from doctor.formats.registry import KNOWN, format_of
 from doctor.formats.schemes import SCHEMES, fields_of
 
 pytest.importorskip("compressed_tensors")
@@ -19,8 +19,8 @@ transformers = pytest.importorskip("transformers")
 # Affine 4- and 8-bit words have float16 scales, which transformers rounds to the model's bfloat16 as it loads them.
 NAMES = [
     name
-    for name in SCHEMES
-    if SCHEMES[name].fields["format"] != "compressed-tensors" and "gguf" not in SCHEMES[name].fields["format"]
+    for name, scheme in SCHEMES.items()
+    if scheme.fields["format"] != "compressed-tensors" and KNOWN[scheme.fields["format"]].groups_of_modules
 ]
 IDS = torch.arange(3, 67)[None]
 
