@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -71,40 +72,35 @@ def emit_kvcache(result: Any, outputs: Outputs) -> None:
     """The same for a KvReport."""
     from doctor.report.kv_page import kvcache_html
     from doctor.report.kv_text import kvcache_json, kvcache_markdown, render_kvcache, show_kvcache
-    from doctor.report.screen import console
 
-    writers = dict(zip(KV_FORMATS, (render_kvcache, kvcache_json, kvcache_markdown, kvcache_html), strict=True))
-    for name, file in outputs:
-        if name == "full" and not file:
-            show_kvcache(result, console(sys.stdout))
-        else:
-            write(writers[name](result), file)
+    _emit(result, outputs, (render_kvcache, kvcache_json, kvcache_markdown, kvcache_html), show_kvcache)
 
 
 def emit_advice(advice: Any, outputs: Outputs, verbose: bool = False) -> None:
     """The same for an Advice."""
     from doctor.report.advice_text import advice_html, advice_json, advice_markdown, render_advice, show_advice
-    from doctor.report.screen import console
 
-    writers = dict(zip(KV_FORMATS, (render_advice, advice_json, advice_markdown, advice_html), strict=True))
-    for name, file in outputs:
-        if name == "full" and not file:
-            show_advice(advice, console(sys.stdout), verbose)
-        else:
-            write(writers[name](advice), file)
+    writers = (render_advice, advice_json, advice_markdown, advice_html)
+    _emit(advice, outputs, writers, partial(show_advice, verbose=verbose))
 
 
 def emit_table(page: Any, outputs: Outputs) -> None:
     """The same for a TablePage."""
-    from doctor.report.screen import console
     from doctor.report.table_page import render_table, show_table, table_html, table_json, table_markdown
 
-    writers = dict(zip(KV_FORMATS, (render_table, table_json, table_markdown, table_html), strict=True))
+    _emit(page, outputs, (render_table, table_json, table_markdown, table_html), show_table)
+
+
+def _emit(result: Any, outputs: Outputs, writers: Sequence[Callable[[Any], str]], show: Callable[..., None]) -> None:
+    """Print or write a result in each format. writers: one for each of KV_FORMATS; show: prints it on a console."""
+    from doctor.report.screen import console
+
+    written_by = dict(zip(KV_FORMATS, writers, strict=True))
     for name, file in outputs:
         if name == "full" and not file:
-            show_table(page, console(sys.stdout))
+            show(result, console(sys.stdout))
         else:
-            write(writers[name](page), file)
+            write(written_by[name](result), file)
 
 
 def write(text: str, file: str) -> None:

@@ -7,7 +7,6 @@ gets noise, the same for both models: what its decoder makes of it means nothing
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch import nn
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import MachineError, NotQuantizable
 from doctor.core.messages import _
-from doctor.core.records import OwnMeasure
 from doctor.quant.budget import free_memory
 from doctor.quant.dequantize import as_float
 from doctor.quant.forward.class_names import loaded_into
@@ -33,39 +31,22 @@ def is_encoder_decoder(checkpoint: Checkpoint) -> bool:
     return (checkpoint.value("config.json") or {}).get("is_encoder_decoder") is True
 
 
-def compare_sequences(
+def decoder_states(
     original: Checkpoint,
     quantized: Checkpoint,
     rows: list[torch.Tensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
     device: str = "cpu",
-) -> OwnMeasure:
-    """Two checkpoints of one model on rows int64[1, length]. Raises MachineError where one of them in float32 does not
-    fit into memory, NotQuantizable where a parameter of the class has no tensor.
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The decoder's last hidden states f32[tokens, hidden] of both checkpoints of one model, for each of the rows
+    int64[1, length]. Raises MachineError where one of them in float32 does not fit into memory, NotQuantizable where a
+    parameter of the class has no tensor.
     """
     found = []
     for number, checkpoint in enumerate((original, quantized), 1):
         found.append(_states(checkpoint, rows, device))
         progress(number, 2)
-    cosines, pooled, nonfinite = [], [], [0, 0]
-    for left, right in zip(*found, strict=True):
-        for which, states in enumerate((left, right)):
-            nonfinite[which] += int((~torch.isfinite(states).all(-1)).sum())
-        cosines.append(torch.cosine_similarity(left.double(), right.double(), dim=-1))
-        pooled.append(torch.cosine_similarity(left.double().mean(0), right.double().mean(0), dim=-1))
-    every = torch.cat(cosines)
-    return OwnMeasure(
-        KIND,
-        rows=len(rows),
-        tokens=every.numel(),
-        cosine=float(every.mean()),
-        cosine_least=float(every.min()),
-        cosine_pooled=float(torch.stack(pooled).mean()),
-        nonfinite_original=nonfinite[0],
-        nonfinite_quantized=nonfinite[1],
-        score_correlation=math.nan,
-        score_apart=math.nan,
-    )
+    return list(zip(*found, strict=True))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ token of each row, by its `score` head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.records import OwnMeasure
 from doctor.evaluate.compare import streamed_pair
-from doctor.evaluate.encoder_decoder import KIND, compare_sequences, is_encoder_decoder
+from doctor.evaluate.encoder_decoder import KIND, decoder_states, is_encoder_decoder
 from doctor.quant.forward.prefetch import load_tensor
 
 SCORE = "score.weight"
@@ -43,18 +43,21 @@ def compare_own(
     device: str = "cpu",
 ) -> OwnMeasure:
     """Two checkpoints of one model on rows int64[1, length]. Raises NotQuantizable where they are not one model."""
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
     if kind == KIND:
-        return compare_sequences(original, quantized, rows, partial(progress, "compare"), device)
-    a, b = streamed_pair(original, quantized, rows, device)
-    count = len(a.skeleton.layers)
-    for i in range(count):
-        a.step(i)
-        b.step(i)
-        progress("compare", i + 1, count)
+        pairs = decoder_states(original, quantized, rows, partial(progress, "compare"), device)
+    else:
+        a, b = streamed_pair(original, quantized, rows, device)
+        count = len(a.skeleton.layers)
+        for i in range(count):
+            a.step(i)
+            b.step(i)
+            progress("compare", i + 1, count)
+        pairs = zip(a.states(), b.states(), strict=True)
     tokens, pooled, scores = [], [], ([], [])  # type: ignore[var-annotated]
     nonfinite = [0, 0]
     heads = [load_tensor(c, SCORE, torch.float32).to(device) for c in (original, quantized)] if kind == "score" else []
-    for left, right in zip(a.states(), b.states(), strict=True):
+    for left, right in pairs:
         for which, states in enumerate((left, right)):
             nonfinite[which] += int((~torch.isfinite(states).all(-1)).sum())
             if heads:

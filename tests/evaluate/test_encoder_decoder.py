@@ -79,7 +79,7 @@ def test_a_parameter_without_a_tensor_is_named(tmp_path):
     from safetensors.torch import load_file, save_file
 
     from doctor.core.errors import NotQuantizable
-    from doctor.evaluate.encoder_decoder import compare_sequences
+    from doctor.evaluate.encoder_decoder import decoder_states
 
     source = save_class(CLASSES["bart"], tmp_path / "m")
     tensors = load_file(source / "model.safetensors")
@@ -87,4 +87,4 @@ def test_a_parameter_without_a_tensor_is_named(tmp_path):
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     broken = Checkpoint.open(source)
     with pytest.raises(NotQuantizable, match=r"decoder.layers.1.fc1.weight: the checkpoint has no tensor"):
-        compare_sequences(broken, broken, [torch.arange(3, 35)[None]])
+        decoder_states(broken, broken, [torch.arange(3, 35)[None]])
