@@ -69,7 +69,7 @@ def mixture(blocks: int = 65, experts: int = 256) -> tuple[dict, dict]:
         "num_hidden_layers": blocks,
         "vocab_size": 151936,
         "num_experts": experts,
-        "num_experts_per_tok": 8,
+        "num_experts_per_tok": min(8, experts),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }

@@ -284,7 +284,7 @@ def test_a_resumed_run_reads_its_words_back_on_the_device(recipe, tmp_path, text
         launched.clear()
 
         def stop(line):
-            if line.startswith("layer 2 of"):
+            if line.startswith("layer 1 of"):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):

@@ -581,4 +581,6 @@ def test_every_rule_stands_in_the_table_with_its_cure_or_the_reason_why_there_is
     ]
     assert {line[0][2:6] for line in lines} == {r.code for r in load_rules()}
     without = {line[0][2:6]: line[3].rstrip(" |") for line in lines if line[1] == "-"}
-    assert len(without) < 80 and not {c: why for c, why in without.items() if len(why) < 10 or why.startswith("manual")}
+    assert len(without) < 0.4 * len(lines) and not {
+        c: why for c, why in without.items() if len(why) < 10 or why.startswith("manual")
+    }
