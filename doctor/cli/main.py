@@ -31,7 +31,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     commands=Commands(
         advise="What a model can be served with in so much memory, best first, with the commands.",
         check="Say whether checkpoints are ready for a recipe.",
-        compare="Which of several quantized models is closest to its original, and by more than chance.",
+        compare="Which quantized model is closest to its original, and by more than chance?",
         convert="Write a quantized checkpoint in another stored format, without quantizing again.",
         completion="Print the script that completes in a shell.",
         explain="A rule's page, or what a pasted error points to.",

@@ -4,7 +4,7 @@ import json
 import shlex
 import shutil
 import sys
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,11 @@ RULES = {rule.code: rule for rule in load_rules()}
 PLACES = {
     **dict.fromkeys(("CKPT", "CHECKPOINT", "ckpt/", "my-model/", "SmolLM2-135M", "my-finetune/"), "model/"),
     "MODEL": "model/",
-    **dict.fromkeys(("QUANTIZED", "q4/", "q/"), "quantized/"),
+    **dict.fromkeys(("QUANTIZED", "q4/", "q/", "gptq/", "a/"), "quantized/"),
+    **dict.fromkeys(("awq/", "b/"), "eight/"),
+    "c/": "fixed/",
     **dict.fromkeys(("BASE", "base-model/"), "base/"),
-    "ORIGINAL": "model/",
+    **dict.fromkeys(("ORIGINAL", "m"), "model/"),
     "ADAPTER": "lora/",
     "OUT": "new/",
     "DIR": "new/",
@@ -48,6 +50,7 @@ REST = {
     "convert": ["quantized/", "-o", "new/", "--format", "bf16"],
     "tune": ["quantized/", "--to", "model/", "-o", "new/"],
     "verify": ["model/", "quantized/"],
+    "compare": ["quantized/", "eight/", "--original", "model/"],
     "kvcache": ["model/"],
     "advise": ["model/", "--memory", "24GB"],
     "explain": ["Hessian is not invertible"],
@@ -66,6 +69,7 @@ QUICK = {  # the same work on a few tokens
     "quantize": ["--rows", "2", "--max-seq-length", "32"],
     "tune": ["--rows", "4", "--max-seq-length", "32"],
     "verify": ["--rows", "1", "--context", "32"],
+    "compare": ["--rows", "2", "--context", "32"],
 }
 # (file, command) -> the rule whose bad example stands at model/ (with its donor at base/): the command cures it.
 SITUATIONS = {
@@ -76,9 +80,11 @@ SITUATIONS = {
     ("readers.toml", "doctor fix --for-readers NAME"): "C160",
 }
 # A word of a command -> what it says on a machine that lacks what the word asks for. Its tests with it are elsewhere:
-# tests/cuda and bench/gpu.py, tests/checkpoint/test_hub.py, tests/clients.
+# tests/cuda and bench/gpu.py, tests/checkpoint/test_hub.py, tests/clients, tests/evaluate/test_tasks.py.
 LACKS = {
     "cuda": "cuda",
+    "cuda:1": "cuda",
+    **dict.fromkeys(("choices,gsm8k", "choices,gsm8k,arc_easy"), "lm-evaluation-harness's, which is not installed"),
     "org/name": "org/name",
     "org/name@revision": "org/name",
     "org/model": "org/model",
@@ -121,7 +127,9 @@ def world(tmp_path_factory):
     (folder / "mine.txt").write_text(text)
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text[i:]}) for i in range(8)))
     quantize(folder / "model", folder / "quantized", Recipe(method="rtn"))
+    quantize(folder / "model", folder / "eight", Recipe(method="rtn", bits=8))
     (folder / "doctor.toml").write_text('ignore = ["C110"]\n')
+    (folder / "recipes.toml").write_text('[[recipe]]\nmethod = "rtn"\n\n[[recipe]]\nmethod = "rtn"\nbits = 8\n')
     for name in ("doctor.json", "report.json", "before.json"):
         CliRunner().invoke(cli, ["check", str(folder / "model"), "-f", f"json:{folder / name}"])
     case.config["bos_token_id"] = "1"  # C106, which a safe fix cures
@@ -139,9 +147,12 @@ def vocabulary_grown():
 def whole(command: str) -> list[str]:
     """The words of a command in `world`, with what its text leaves to the reader."""
     if command.startswith("doctor check"):
-        command = command.replace("FILE", "model.gguf")
+        command = command.replace("FILE.gguf", "FILE").replace("FILE", "model.gguf")
     if command.startswith("doctor convert"):
         command = command.replace("NAME", "awq")
+    if command.startswith("doctor advise"):
+        command = command.replace("NAME", "l4")
+    command = command.replace("--recipes FILE", "--recipes recipes.toml")
     words = [PLACES.get(w, w) for w in shlex.split(command.split(" | ")[0].replace("…", "").replace(" FLAGS", ""))]
     name = words[1]
     if name == "check" and words[2:3] == ["new/"]:
@@ -153,11 +164,13 @@ def whole(command: str) -> list[str]:
     follow = {flag for flag, value in pairwise(words) if flag.startswith("-")}
     given = [w for before, w in pairwise(words[1:]) if not w.startswith("-") and before not in follow - {"--fix"}]
     if not given and "--show-settings" not in asks_itself:
-        words[2:2] = [w for w in rest if w in ("model/", "quantized/")][: 2 if name == "verify" else 1] or rest[:1]
+        words[2:2] = takewhile(lambda word: not word.startswith("-"), rest)
     for flag, value in pairwise(rest):
         if flag.startswith("-") and flag not in words and not asks_itself:
             words += [flag, value]
     quick = QUICK.get(name, [])
+    if name == "quantize" and dict(pairwise(words)).get("--tune", "").isdigit():
+        quick = ["--rows", dict(pairwise(words))["--tune"], *quick[2:]]  # as many calibrate as are tuned on
     return words + [w for at in range(0, len(quick), 2) if quick[at] not in words for w in quick[at : at + 2]]
 
 
@@ -199,7 +212,7 @@ def prepare(where: str, command: str, words: list[str]) -> str:
 def written(words: list[str]) -> Path | None:
     """What a command names as its output."""
     flags = dict(pairwise(words))
-    return Path(flags["-o"]) if "-o" in flags and not {"--plan", "--dry-run"} & set(words) else None
+    return Path(flags["-o"]) if "-o" in flags and not {"--plan", "--preflight", "--dry-run"} & set(words) else None
 
 
 @pytest.mark.parametrize(("where", "command"), list(texts()), ids=lambda text: text[:60])
@@ -237,7 +250,7 @@ def test_each_command_of_a_text_does_what_it_says(where, command, world, tmp_pat
         assert cures not in {f.code for f in check("model").findings}, said
     if words[1] == "undo":
         assert "C106" in {f.code for f in check("model").findings}, said
-    if words[1] == "explain":
+    if words[1] in ("explain", "compare") or "--recipes" in words:
         assert result.exit_code == 0, said
     for form in (w for w in words if ":" in w and w.split(":")[0] in ("html", "json", "sarif", "markdown")):
         assert Path(form.partition(":")[2]).stat().st_size > 100, said
