@@ -20,7 +20,20 @@ Sources: vllm-project/vllm PR 26092 and 38966; AutoGPTQ/AutoGPTQ PR 640; turbode
 exllamav2/ext.py (0x11111111).
 """
 
-from doctor.lint.rule import KNOWN, MISSING, Fix, Place, SetJson, ShiftZeros, _, finding, listed, plural, rule
+from doctor.lint.rule import (
+    KNOWN,
+    MISSING,
+    Fix,
+    Place,
+    SetJson,
+    ShiftZeros,
+    _,
+    finding,
+    listed,
+    plural,
+    quantization_blocks,
+    rule,
+)
 from doctor.lint.testing import tiny_gptq
 
 
@@ -51,7 +64,7 @@ def qzeros_version(checkpoint, quantization, packed_words):
     else:
         fix = Fix(
             _("set {key} to {value}", key=key, value=value),
-            (SetJson(quantization.file, pointer, value, expect=quantization.raw.get(key, MISSING)),),
+            tuple(_renamed(checkpoint, quantization, key, value)),
         )
     words = sorted({f"0x{twin.zero_word(bits[n]):08x}" for n in wrong})
     yield finding(
@@ -69,6 +82,18 @@ def qzeros_version(checkpoint, quantization, packed_words):
         fix=fix,
         advice=_("set it to the version that the words have"),
     )
+
+
+def _renamed(checkpoint, quantization, key, value):
+    """Edits that state the version wherever it stands: under both keys, and in every copy of quantization_config."""
+    reader = quantization.reader
+    stated = (quantization.format.name, reader.spelled(quantization.format))
+    if key not in quantization.raw:
+        yield SetJson(quantization.file, f"{quantization.pointer}/{key}", value, expect=MISSING)
+    for raw, file, pointer in quantization_blocks(checkpoint):
+        for name in dict.fromkeys((key, "checkpoint_format", "format")):
+            if reader.claims(raw) and raw.get(name) in stated:
+                yield SetJson(file, f"{pointer}/{name}", value, expect=raw[name])
 
 
 def bad():

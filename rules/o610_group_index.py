@@ -10,20 +10,20 @@ Do: set desc_act to true where g_idx is scattered.
 
 False alarms: none; the entries were counted.
 
-Fix safety: safe for the flag: the tensors do not change. Safe for a missing g_idx beside others where desc_act is
-false: groups of consecutive columns are the only possible meaning. Unsafe for entries beyond the last group, and only
-where desc_act is false.
+Fix safety: safe for the flag: the tensors do not change. No fix where the runtime refuses desc_act true (O651). Safe
+for a missing g_idx beside others where desc_act is false: groups of consecutive columns are the only possible meaning.
+Unsafe for entries beyond the last group, and only where desc_act is false.
 
 Sources: AutoGPTQ/AutoGPTQ commit c0f8edb; vllm-project/vllm
-vllm/model_executor/layers/quantization/gptq.py.
+vllm/model_executor/layers/quantization/utils/gptq_utils.py.
 """
 
-from doctor.lint.rule import MISSING, Fix, GroupsInOrder, Place, SetJson, _, finding, plural, rule
+from doctor.lint.rule import MISSING, Fix, GroupsInOrder, Place, SetJson, _, finding, plural, rule, version_before
 from doctor.lint.testing import np, tiny_gptq
 
 
 @rule("O610", "error")
-def group_index(checkpoint, quantization, packed_words, tensors):
+def group_index(checkpoint, quantization, packed_words, tensors, recipe):
     form = quantization.format
     if not form.order_key:
         return
@@ -54,7 +54,7 @@ def group_index(checkpoint, quantization, packed_words, tensors):
         elif not words.rising and not quantization.desc_act:
             scattered.append(name)
     if scattered:
-        pointer = f"{quantization.pointer}/desc_act"
+        pointer, refused = f"{quantization.pointer}/desc_act", _refused(quantization, recipe)
         fix = Fix(
             _("set desc_act to true"),
             (SetJson(quantization.file, pointer, True, expect=quantization.raw.get("desc_act", MISSING)),),
@@ -68,8 +68,8 @@ def group_index(checkpoint, quantization, packed_words, tensors):
             ),
             at=Place(quantization.file, pointer=pointer),
             evidence={"linears": len(scattered)},
-            fix=fix if quantization.reader.order_key else None,
-            advice=_("set desc_act to true"),
+            fix=fix if quantization.reader.order_key and not refused else None,
+            advice=_("quantize this linear again") if refused else _("set desc_act to true"),
         )
 
     indexed = {n.removesuffix(tail) for n in tensors if n.endswith(tail)}
@@ -89,6 +89,16 @@ def group_index(checkpoint, quantization, packed_words, tensors):
             severity="warning",
             fix=Fix(_("add g_idx as groups of consecutive columns"), edits),
         )
+
+
+def _refused(quantization, recipe):
+    """Whether the runtime of the plan stops at desc_act true (O651)."""
+    stated = {**quantization.raw, "desc_act": True}
+    since = [
+        r.since for r in quantization.reader.refused(stated) if (r.pointer, r.reader) == ("/desc_act", recipe.runtime)
+    ]
+    version = recipe.runtime_version
+    return any(not (version and first and version_before(version, first)) for first in since)
 
 
 def _in_order(name, tensors, quantization):

@@ -60,13 +60,17 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, spec, b
 
 
 def _other_bits(quantization, layout, tensors, spec):
-    """Name -> bits of linears whose words have the sizes of config.json in other bits than those that are stated."""
+    """Name -> bits of linears whose words have the sizes of config.json in other bits than those that are stated. Empty
+    where a linear has them in no bits: then config.json is what is wrong.
+    """
     form, found = quantization.format, {}
     for linear in layout.linears:
-        sizes, words = spec.expected_shape(f"{linear.name}.weight"), tensors.get(f"{linear.name}.{form.words}")
-        if words is None or sizes is None or len(sizes) != 2 or sizes == (linear.out_features, linear.in_features):
+        sizes, words = spec.linear_shape(linear.name), tensors.get(f"{linear.name}.{form.words}")
+        if words is None or sizes is None or sizes == (linear.out_features, linear.in_features):
             continue
         fitting = [b for b in form.bits if form.size(words.shape, b, quantization.version) == sizes[::-1]]
+        if not fitting and quantization.readable:
+            return {}
         if len(fitting) == 1:
             found[linear.name] = fitting[0]
     return found

@@ -8,7 +8,7 @@ to tie.
 Seen as:
 - vLLM: `KeyError: 'model.layers.0.mlp.gate.g_idx'`
 - vLLM: `KeyError: 'lm_head.qweight'`
-- transformers: `Linear has no attribute`
+- transformers: `AttributeError: Linear has no attribute `weight_packed``
 
 Do: quantize again with these left out; for a packed head set lm_head to true.
 

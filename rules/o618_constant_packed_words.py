@@ -67,11 +67,14 @@ def _is_zero(info, code, tensors, quantization, words):
     if quantization is None or not name.endswith(f".{quantization.format.words}"):
         return False
     module, form = name.rpartition(".")[0], quantization.format
+    bits = quantization.bits_of(module)
+    if bits not in form.bits:
+        return False  # no code of such bits stands for anything
     zeros = words.get(f"{module}.{form.zeros}")
     if zeros is None:
-        return quantization.sym and code == form.middle_word(quantization.bits_of(module))
+        return quantization.sym and code == form.middle_word(bits)
     kinds = list(zeros.kinds or ())
-    return len(kinds) == 1 and form.code_word(kinds[0], quantization.bits_of(module)) == code
+    return len(kinds) == 1 and form.code_word(kinds[0], bits) == code
 
 
 def _table(names, tensors, zeros):

@@ -41,7 +41,11 @@ from doctor.lint.testing import np, tiny
 NARROW = 8  # bits of a weight that is codes
 
 
-@rule("O650", "error", implied_by=(*LOST_DATA, "O612", "O621", "O622", "O619", "O620", "O625", "G331", "C147"))
+@rule(
+    "O650",
+    "error",
+    implied_by=(*LOST_DATA, "O612", "O621", "O622", "O619", "O620", "O625", "G331", "C147", "F051", "C143"),
+)
 def parts_not_as_stated(
     checkpoint, quantization_block, tensors, stored_weights, spec, quantization=None, every_stored_bytes=None
 ):
@@ -83,8 +87,7 @@ def _quantized(tensors, spec):
         narrow = info.dtype.bits <= NARROW and info.dtype.name != "BOOL" and len(info.shape) == 2
         if name.endswith(tails) or (name.endswith(".weight") and narrow):
             module = name.rpartition(".")[0]
-            shape = spec.expected_shape(f"{module}.weight")
-            yield module, shape if shape is not None and len(shape) == 2 else None
+            yield module, spec.linear_shape(module)
 
 
 def _defect(part, info, judged):

@@ -250,6 +250,7 @@ def _problems(plan: Plan) -> list[Message]:
     return found + [
         _("{code} appears because of the fixes: {message}", code=f.code, message=f.message)
         for f in caused(plan.reference or plan.before, plan.after)
+        if f.severity != "info"  # what is only a note does no harm
     ]
 
 

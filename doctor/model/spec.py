@@ -81,6 +81,16 @@ class ModelSpec:
                 return alias
         return generic
 
+    def linear_shape(self, module: str) -> tuple[int, ...] | None:
+        """(out_features, in_features) of a linear, also where its family stores the plain weight as [in, out]; None
+        where config.json does not say them, and for towers, whose layers have the text's names and other sizes.
+        """
+        name = f"{module}.weight"
+        shape = None if NOT_TEXT.search(name) else self.expected_shape(name)
+        if shape is None or len(shape) != 2:
+            return None
+        return shape[::-1] if any(t.transposed for t in self.templates if t.pattern.match(name)) else shape
+
     def expected_shape(self, name: str) -> tuple[int, ...] | None:
         """Shape that config.json and the family's table give this tensor; None if they do not say."""
         found: set[tuple[int | None, ...]] = set()

@@ -162,6 +162,15 @@ def test_part_of_a_fused_set_in_16_bits_is_an_error_only_where_engines_fuse(tmp_
     assert said(case, tmp_path / "vllm", "G307") == [("error", message)]
 
 
+@pytest.mark.parametrize("runtime, fixed", [("", True), ("transformers", True), ("vllm", False)])
+def test_a_scattered_group_index_is_stated_only_where_the_runtime_reads_it(tmp_path, runtime, fixed):
+    case = tiny_gptq("llama")
+    case.tensors[f"{DOWN}.g_idx"] = case.tensors[f"{DOWN}.g_idx"][::-1].copy()
+    case.recipe = case.recipe.with_field("runtime", runtime)
+    [found] = [f for f in check(case.write(tmp_path / "in"), case.recipe).findings if f.code == "O610"]
+    assert (found.fix is not None) == fixed
+
+
 def test_group_index_beyond_the_scales_is_named(tmp_path):
     case = tiny_gptq("llama")
     case.tensors[f"{DOWN}.g_idx"][-1] = 9

@@ -352,6 +352,25 @@ def test_two_places_that_disagree_are_named_with_the_key(tmp_path):
     ]
 
 
+def test_the_version_is_set_right_in_every_place_that_states_it(tmp_path):
+    case = tiny_gptq(version="gptq_v2")
+    stated(case).update(checkpoint_format="gptq", format="gptq")
+    case.json["quantize_config.json"] = dict(stated(case))
+    fix(case.write(tmp_path / "in"), tmp_path / "out", case.recipe)
+    out = Checkpoint.open(tmp_path / "out")
+    for raw in (out.value("config.json")["quantization_config"], out.value("quantize_config.json")):
+        assert (raw["checkpoint_format"], raw["format"]) == ("gptq_v2", "gptq_v2")
+
+
+@pytest.mark.parametrize("bits", [-4, 0, 1 << 20])
+def test_equal_words_of_impossible_bits_are_named_without_a_crash(bits, tmp_path):
+    case = tiny_gptq()
+    case.tensors[f"{DOWN}.qweight"] = np.zeros_like(case.tensors[f"{DOWN}.qweight"])
+    stated(case)["bits"] = bits
+    report = check(case.write(tmp_path), case.recipe)
+    assert not [run for run in report.crashed if run.rule.code == "O618"]
+
+
 def test_written_sizes_are_compared_with_config_json(tmp_path):
     case = tiny_packed()
     case.tensors[f"{DOWN}.weight_shape"] = np.array([128, 64], np.int64)
