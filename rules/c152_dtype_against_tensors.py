@@ -17,10 +17,9 @@ Sources: transformers src/transformers/modeling_utils.py (`dtype="auto"` takes t
 issue 14788.
 """
 
-from doctor.lint.rule import Fix, Place, SetJson, _, finding, rule
+from doctor.lint.rule import Fix, Place, SetJson, _, finding, rule, stored_float
 from doctor.lint.testing import tiny
 
-STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 SPELLINGS = {"half": "float16", "float": "float32", "double": "float64"}
 
 
@@ -32,7 +31,7 @@ def dtype_against_tensors(checkpoint, spec, tensors, config, quantization_block)
     for linear in spec.linears:
         info = tensors[linear.tensor]
         amounts[info.dtype.name] = amounts.get(info.dtype.name, 0) + info.nbytes
-    stored = STORED.get(max(amounts, key=amounts.__getitem__))
+    stored = stored_float(max(amounts, key=amounts.__getitem__))
     for key in ("dtype", "torch_dtype"):
         inner = {spec.at(key): spec.section(config)} if spec.text_key else {}
         for pointer, block in {f"/{key}": config, **inner}.items():

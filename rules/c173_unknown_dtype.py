@@ -12,13 +12,10 @@ Sources: transformers 5.24 src/transformers/configuration_utils.py (`getattr(tor
 vllm/config/model.py, STR_DTYPE_TO_TORCH_DTYPE.
 """
 
-from doctor.lint.rule import Fix, Place, RemoveJson, SetJson, _, finding, rule
+from doctor.lint.rule import CONFIG_NAMES, DTYPES, Fix, Place, RemoveJson, SetJson, _, finding, rule, stored_float
 from doctor.lint.testing import tiny
 
-STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-KNOWN_NAMES = frozenset(
-    (*STORED.values(), "half", "float", "double", "auto", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
-)
+KNOWN_NAMES = frozenset((*CONFIG_NAMES, *(d.torch for d in DTYPES.values() if d.torch), "double", "auto"))
 
 
 @rule("C173", "error")
@@ -26,7 +23,7 @@ def unknown_dtype(checkpoint, spec, tensors, config):
     amounts: dict[str, int] = {}
     for info in tensors.values():
         amounts[info.dtype.name] = amounts.get(info.dtype.name, 0) + info.nbytes
-    stored = STORED.get(max(amounts, key=amounts.__getitem__, default=""))
+    stored = stored_float(max(amounts, key=amounts.__getitem__, default=""))
     for key in ("dtype", "torch_dtype"):
         inner = {spec.at(key): spec.section(config)} if spec.text_key else {}
         for pointer, block in {f"/{key}": config, **inner}.items():

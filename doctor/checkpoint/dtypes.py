@@ -66,6 +66,15 @@ CONFIG_NAMES = {
     "float8_e5m2": "F8_E5M2",
 }
 
+
+def stored_float(name: str) -> str | None:
+    """PyTorch's name of a type that plain weights are stored in, by its name in safetensors: floats of 16 bits and
+    more; None for the rest.
+    """
+    kind = DTYPES.get(name)
+    return kind.torch if kind is not None and kind.kind == "float" and kind.bits >= 16 else None
+
+
 # The NumPy type that carries the raw codes. BF16 and the 8-bit floats have no NumPy type: their codes travel as
 # unsigned integers, and quant/ turns them into torch tensors.
 CODE_NUMPY = {

@@ -19,6 +19,7 @@ import numpy as np
 
 from doctor.checkpoint.codecs import nonfinite_mask, to_codes
 from doctor.checkpoint.directory import Checkpoint, Entry, JsonFile
+from doctor.checkpoint.dtypes import stored_float
 from doctor.checkpoint.gguf import GgufModel, GgufTensor
 from doctor.checkpoint.safetensors import Shard, ShardFile, TensorInfo
 from doctor.core.errors import BadCheckpoint, PlanRefused
@@ -35,7 +36,6 @@ from doctor.model.gguf_names import ROPE_FREQS, Architecture, architecture_in, c
 from doctor.model.gguf_tokenizer_json import as_text, special_ids, tokenizer_documents
 
 WEIGHTS = "model.safetensors"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SLAB_BYTES = 8 << 20  # of blocks decoded at once
 _GROUPS = {"Q6_K": 16, "Q2_K": 16, "Q3_K": 16}  # elements that share a scale, where they are not 32
 _TOKENIZERS: WeakKeyDictionary[Checkpoint, dict[str, bytes]] = WeakKeyDictionary()  # of models that are still open
@@ -64,7 +64,7 @@ class GgufAsFloats(EditedCheckpoint):
         assert known is not None  # config_of() found it
         self.stored = _stored(self.model, known)
         self.json, self.entries, self.problems = {}, {}, []
-        config |= {"torch_dtype": _DTYPES[dtype], **special_ids(self.model.metadata)}
+        config |= {"torch_dtype": stored_float(dtype), **special_ids(self.model.metadata)}
         self._put("config.json", (json.dumps(config, indent=2) + "\n").encode())
         if tokenizer:
             self._put_tokenizer()

@@ -16,6 +16,7 @@ from typing import Any
 import doctor.scan.gguf_facts
 import doctor.scan.header
 import doctor.scan.value_facts  # noqa: F401 - both declare facts that rules name
+from doctor.checkpoint.dtypes import CONFIG_NAMES, DTYPES, stored_float  # noqa: F401
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import COSTS, SCOPES, Unavailable, fact, highest_cost, parameters, provide  # noqa: F401
 from doctor.core.finding import CERTAINTIES, SEVERITIES, Finding, Fix, Place
