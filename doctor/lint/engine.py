@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
+from doctor.core.collection import uncollected
 from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.core.facts import COSTS, Unavailable, closure
 from doctor.core.finding import SEVERITIES, Finding, Place
@@ -201,6 +202,7 @@ class Report:
             )
 
 
+@uncollected()
 def judge(store: Store, rules: Iterable[Rule], until: str = COSTS[-1]) -> tuple[list[Finding], list[RuleRun]]:
     """Run every rule on every subject of its scope; findings come in repair order, consequences after their cause."""
     findings: list[Finding] = []
