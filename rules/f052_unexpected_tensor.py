@@ -96,14 +96,15 @@ def _strangers(placement, config, tensors):
     spec = placement.spec
     if spec.text_key or config.get("auto_map") or family_table(spec.family)["architecture"] != spec.architecture:
         return {}
+    tails = packed_tails()
     found: dict[str, list] = {}
-    for name, info in {**placement.outside, **placement.foreign}.items():
-        weight = name.removesuffix(".bias") + ".weight"
-        known = placement.template_of(name) or (name.endswith("bias") and placement.template_of(weight))
-        packed = name not in tensors or name in placement.words or name.endswith(packed_tails())
-        if known or packed or BENIGN.search(name) or undoes_packing(name):
+    for name, info in (*placement.outside.items(), *placement.foreign.items()):
+        if placement.template_of(name) or name not in tensors or name in placement.words or name.endswith(tails):
             continue
-        found.setdefault(name.partition(".")[0] + ".", []).append(info)
+        if name.endswith("bias") and placement.template_of(name.removesuffix(".bias") + ".weight"):
+            continue
+        if not (undoes_packing(name) or BENIGN.search(name)):
+            found.setdefault(name.partition(".")[0] + ".", []).append(info)
     return found
 
 

@@ -40,12 +40,11 @@ from doctor.lint.testing import np, tiny
 @rule("O625", "error")
 def packed_parts_incomplete(checkpoint, tensors, kind, config=None):
     stated = (config or {}).get("quantization") if kind == "mlx" else None
-    for name, info in sorted(tensors.items()):
+    tails = COMPANION_WORDS if stated is None else ".weight"
+    for name, info in sorted(item for item in tensors.items() if item[0].endswith(tails)):
         if stated is None:
-            if not name.endswith(COMPANION_WORDS):
-                continue
             absent, misshapen = companions_missing(tensors, name), companion_shapes
-        elif info.dtype.name == "U32" and name.endswith(".weight"):
+        elif info.dtype.name == "U32":
             absent, misshapen = mlx_parts_missing(tensors, name, stated), partial(mlx_shapes, stated=stated)
         else:
             continue

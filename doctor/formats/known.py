@@ -16,13 +16,20 @@ _OTHER_TAILS = (".q_weight", ".trellis")  # EXL2's and EXL3's, whose codes are n
 OTHER_WORDS = ("q_weight", "trellis", "W_q")  # what holds the codes of formats that are named here and not unpacked
 # Endings of names of which a packed file of some format has one at least.
 _SIGNS = (".weight_scale", ".weight_scale_inv", ".q_weight", ".trellis", ".codes", "_blocks", ".W_q", "_scale")
-_SCALES = re.compile(
-    r"\.(weight_scale_inv|weight_scale|SCB|absmax|quant_state\.bitsandbytes__\w+|quant_map|_scales)$|_(blocks|scales)$"
-)
-
-_UNDOES = re.compile(
-    r"\.(weight_format|absmax|quant_map|nested_absmax|nested_quant_map|input_scale|activation_scale|weight_scale_2"
-    r"|(?:weight|input)_global_scale|weight_shape|weight_zero_point|weight_g_idx)$"
+_SCALES = (".weight_scale_inv", ".weight_scale", ".SCB", ".absmax", ".quant_map", "_blocks", "_scales")
+_STATE = re.compile(r"\.quant_state\.bitsandbytes__\w+$")
+_UNDOES = (
+    ".weight_format",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".input_scale",
+    ".activation_scale",
+    ".weight_scale_2",
+    ".weight_global_scale",
+    ".input_global_scale",
+    ".weight_shape",
+    ".weight_zero_point",
+    ".weight_g_idx",
 )
 
 # Formats that are named and not unpacked: the words of a linear -> what no reader can do without, one of each group.
@@ -126,7 +133,7 @@ def packs_fused_experts(name: str, shape: tuple[int, ...]) -> bool:
 
 def is_scale_beside_weight(name: str) -> bool:
     """Whether a tensor of this name undoes the packing of narrow weights, in any format that keeps it beside them."""
-    return _SCALES.search(name) is not None
+    return name.endswith(_SCALES) or (".quant_state." in name and _STATE.search(name) is not None)
 
 
 def quantized(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
@@ -140,7 +147,7 @@ def quantized(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
 
 def undoes_packing(name: str) -> bool:
     """Whether a tensor of this name is needed to read packed weights beside it; a model without it cannot be read."""
-    return is_scale_beside_weight(name) or _UNDOES.search(name) is not None
+    return name.endswith(_UNDOES) or is_scale_beside_weight(name)
 
 
 def says_packed(raw: Mapping[str, Any]) -> bool:
