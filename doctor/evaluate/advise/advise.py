@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.facts import COSTS, closure
-from doctor.core.messages import _, collected
+from doctor.core.messages import Message, _, collected
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store, Variant
 from doctor.core.tables import table
@@ -32,7 +32,7 @@ from doctor.evaluate.advise.candidates import (
     served,
 )
 from doctor.evaluate.advise.footprint import Engine, cache_bytes, cache_share, engine_of, weights
-from doctor.evaluate.advise.kinds import Kinds, one_of_each
+from doctor.evaluate.advise.kinds import Kinds, as_floats, one_of_each
 from doctor.evaluate.kvcache.layer_sizes import read_cache_layout
 from doctor.evaluate.kvcache.layout import CacheLayout
 from doctor.evaluate.kvcache.schemes import Scheme as CacheScheme
@@ -157,7 +157,10 @@ def advise(
             _("Give a model's directory, or org/name on the Hub."),
         )
     kinds = one_of_each(checkpoint)
-    spec = build_spec(config, kinds.view.tensors)
+    stored = holds_quantized(kinds.view)
+    again = as_floats(kinds) if stored else None
+    kinds, floats, bits = again or (kinds, kinds, 0)
+    spec = build_spec(floats.view.value("config.json") or config, floats.view.tensors)
     layout, notes = read_cache_layout(spec), []
     context = context or min(USUAL_CONTEXT, spec.max_positions or USUAL_CONTEXT)
     for name, value in (("--context", context), ("--batch", batch)):
@@ -174,15 +177,19 @@ def advise(
     work = _Work(
         kinds, spec, layout, entry, runtime, capability, memory, context, batch, gpus, str(path), checkpoint.name
     )
-    stored = holds_quantized(kinds.view)
-    if stored:
-        notes.append(_("quantized already, so judged as it is: give the 16-bit model to compare schemes"))
-    options = sorted(work.options(stored), key=lambda o: o.rank)
+    if not stored:
+        options = list(work.options(candidates(runtime), "quantize"))
+    else:
+        options = list(work.options([Candidate(STORED, None)], "serve"))
+        fewer = [one for one in candidates(runtime) if one.recipe is not None and one.recipe.bits < bits]
+        options += replace(work, kinds=floats).options(fewer, "quantize")
+        notes.append(_stored_note(again is not None, bool(fewer), bits))
+    options.sort(key=lambda o: o.rank)
     return Advice(
         checkpoint=checkpoint.name,
         path=str(path) if not isinstance(path, Checkpoint) else str(path.root),
         architecture=spec.architecture or spec.model_type,
-        parameters=sum(times * kinds.view.tensors[name].numel for name, times in kinds.times.items()),
+        parameters=kinds.numel,
         stored_bytes=sum(times * kinds.view.tensors[name].nbytes for name, times in kinds.times.items()),
         runtime=runtime,
         engine_version=str(table("served").get(runtime, {}).get("version", "")),
@@ -194,6 +201,21 @@ def advise(
         engine=engine_of(entry, memory, context, spec, 1),
         options=options,
         notes=[*notes, *layout.notes],
+    )
+
+
+def _stored_note(read: bool, again: bool, bits: int) -> Message:
+    """What of a quantized checkpoint is compared."""
+    if not read:
+        return _("quantized already, in codes that are not read here: counted as stored, linears whole on each GPU")
+    if not again:
+        return _(
+            "quantized already, to {bits} bits: judged as it is; the original model would have more schemes", bits=bits
+        )
+    return _(
+        "quantized already, to {bits} bits: schemes of fewer bits are made from that; KL and perplexity are those of "
+        "schemes made from 16 bits",
+        bits=bits,
     )
 
 
@@ -237,13 +259,12 @@ class _Work:
     path: str
     name: str
 
-    def options(self, stored: bool) -> Iterator[Option]:
+    def options(self, chosen: Iterable[Candidate], goal: str) -> Iterator[Option]:
         """Every scheme, on every number of GPUs, with every cache of the engine."""
         rules = [r for r in load_rules() if r.code[0] == "G" and COSTS.index(r.cost) <= COSTS.index("header")]
         rules = [r for r in rules if "recipe" in closure(r.facts) and r.severity == "error"]
-        plan = Recipe(runtime=self.runtime, goal="serve" if stored else "quantize")
-        store = header_facts(self.kinds.view, stored_recipe(self.kinds.view, plan) if stored else plan)
-        chosen = [Candidate(STORED, None)] if stored else candidates(self.runtime)
+        plan = Recipe(runtime=self.runtime, goal=goal)
+        store = header_facts(self.kinds.view, stored_recipe(self.kinds.view, plan) if goal == "serve" else plan)
         for one in chosen:
             for gpus in self._counts():
                 yield from self._options(one, gpus, store, rules)
