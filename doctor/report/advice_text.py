@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from doctor.core.messages import listed
-from doctor.evaluate.advise.advise import Advice, Option
+from doctor.evaluate.advise.advice import Advice, Option
 from doctor.locale.catalogue import counted, current, say, translated
 from doctor.report.formats.json_report import dumps
 from doctor.report.screen import Screen, aligned, console, styled
@@ -45,10 +45,10 @@ def show_advice(advice: Advice, out: Console, verbose: bool = False) -> None:
     options = advice.options if verbose else advice.best
     fitting = [o for o in options if o.good]
     screen.line()
-    rows = [heads(), *(cells(n, o) for n, o in enumerate(fitting, 1))]
-    shown = _columns(screen, rows)
+    table = [heads(), *(cells(n, o) for n, o in enumerate(fitting, 1))]
+    shown = _columns(screen, table)
     if fitting:
-        _rows(screen, rows, shown)
+        _rows(screen, table, shown)
     else:
         screen.hang(styled((f"  {say('nothing fits')}  ", "bold red")), Text(shortest_said(advice)))
     for title, rows in others(options):

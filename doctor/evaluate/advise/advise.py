@@ -10,18 +10,18 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.facts import COSTS, closure
-from doctor.core.messages import Message, _, collected
+from doctor.core.messages import Message, _
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store, Variant
 from doctor.core.tables import table
-from doctor.core.version import __version__
+from doctor.evaluate.advise.advice import Advice, Option
 from doctor.evaluate.advise.candidates import (
     STORED,
     Candidate,
@@ -31,7 +31,7 @@ from doctor.evaluate.advise.candidates import (
     on,
     served,
 )
-from doctor.evaluate.advise.footprint import Engine, cache_bytes, cache_share, engine_of, weights
+from doctor.evaluate.advise.footprint import cache_bytes, cache_share, engine_of, weights
 from doctor.evaluate.advise.kinds import Kinds, as_floats, one_of_each
 from doctor.evaluate.kvcache.layer_sizes import read_cache_layout
 from doctor.evaluate.kvcache.layout import CacheLayout
@@ -42,93 +42,7 @@ from doctor.model.quantization_config import holds_quantized, stored_recipe
 from doctor.model.spec import ModelSpec, build_spec
 from doctor.scan.header import RECIPE, header_facts
 
-SCHEMA = "doctor.advice/1"
 USUAL_CONTEXT = 8192
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to serve. Bytes are of one GPU. longest: tokens of one sequence that the rest of the memory holds, at
-    most the model's positions; None for any. sequences: of the context asked for. blocked: why it would not run, []
-    where nothing says so.
-    """
-
-    scheme: str
-    gpus: int
-    cache: str
-    weight_bytes: int
-    cache_bytes: int
-    engine_bytes: int
-    usable_bytes: int
-    free_bytes: int
-    bits: float
-    total_bytes: int  # of all weights
-    fits: bool
-    longest: int | None
-    sequences: int
-    order: int  # place in the table of quality, best first
-    kl: float | None
-    perplexity: float | None
-    measured_on: str
-    weights_alone: bool
-    published: str
-    blocked: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
-    quantize: str
-    serve: str
-
-    @property
-    def rank(self) -> tuple:
-        """What fits and runs first, then what fits only; by quality, then fewer GPUs, then a wider cache. Of what does
-        not fit, the nearest first.
-        """
-        wanting = 0 if self.fits else -self.free_bytes
-        return (not self.fits, bool(self.blocked), self.order, wanting, self.gpus, -self.cache_bytes)
-
-    @property
-    def good(self) -> bool:
-        """Whether it fits and nothing says that it would not run."""
-        return self.fits and not self.blocked
-
-
-@dataclass
-class Advice:
-    """Everything that `doctor advise` found. options: best first; of each scheme the first that fits is `best`."""
-
-    checkpoint: str
-    path: str
-    architecture: str
-    parameters: int
-    stored_bytes: int
-    runtime: str
-    engine_version: str
-    gpu: str
-    gpus: int
-    memory: int
-    context: int
-    batch: int
-    engine: Engine
-    options: list[Option]
-    notes: list[str]
-    version: str = __version__
-
-    @property
-    def best(self) -> list[Option]:
-        """Of each scheme its first option, those that fit before the others."""
-        seen: dict[str, Option] = {}
-        for option in self.options:
-            seen.setdefault(option.scheme, option)
-        return list(seen.values())
-
-    @property
-    def fitting(self) -> list[Option]:
-        """Those of `best` that fit and run."""
-        return [option for option in self.best if option.good]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        data = {**asdict(self), "best": [asdict(o) for o in self.best]}
-        return {"schema": SCHEMA, "messages": collected(data), **data}
 
 
 def advise(

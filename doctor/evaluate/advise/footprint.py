@@ -12,11 +12,11 @@ step     tokens of one step x 2 bytes x (4 hidden sizes + 2 of the widest produc
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.recipe import Recipe
+from doctor.evaluate.advise.advice import Engine
 from doctor.evaluate.advise.kinds import Kinds
 from doctor.evaluate.kvcache.layout import CacheLayout
 from doctor.evaluate.kvcache.schemes import Scheme as CacheScheme
@@ -31,23 +31,6 @@ from doctor.quant.budget import outer_bytes
 
 GIB = 1 << 30
 _WHOLE = frozenset({"q_a", "kv_a"})  # engines hold these latent projections whole on each GPU
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Of one GPU. memory: bytes that it has; usable: those that the engine uses; own: what it holds of them beside
-    weights and cache.
-    """
-
-    memory: int
-    usable: int
-    context: int  # CUDA's context, libraries, graphs: the table's assumption
-    step: int
-    tokens: int
-
-    @property
-    def own(self) -> int:
-        return self.context + self.step
 
 
 def weights(kinds: Kinds, spec: ModelSpec, recipe: Recipe | None, gpus: int, split: str) -> tuple[int, float, int]:
