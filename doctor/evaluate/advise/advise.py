@@ -40,6 +40,7 @@ from doctor.lint.engine import judge, load_rules
 from doctor.lint.rule import Rule
 from doctor.model.quantization_config import holds_quantized, stored_recipe
 from doctor.model.spec import ModelSpec, build_spec
+from doctor.plan.launch import launch
 from doctor.scan.header import RECIPE, header_facts
 
 USUAL_CONTEXT = 8192
@@ -273,22 +274,9 @@ class _Work:
 
     def _serve(self, one: Candidate, gpus: int, flag: str) -> str:
         """The engine's own command; "" where it has none."""
-        model = shlex.quote(self.path if one.recipe is None else self._out(one))
-        more = [flag] if flag else []
-        if self.runtime == "vllm":
-            tp = [f"--tensor-parallel-size {gpus}"] if gpus > 1 else []
-            return " ".join(["vllm serve", model, f"--max-model-len {self.context}", *tp, *more])
-        if self.runtime == "sglang":
-            tp = [f"--tp {gpus}"] if gpus > 1 else []
-            words = [
-                "python -m sglang.launch_server --model-path",
-                model,
-                f"--context-length {self.context}",
-                *tp,
-                *more,
-            ]
-            return " ".join(words)
-        if self.runtime == "llama.cpp" and one.recipe is not None:
-            file = f"{model}/model-{one.name}.gguf"
-            return " ".join(["llama-server -m", file, f"-c {self.context} -ngl 99", *more])
-        return ""
+        model = self.path if one.recipe is None else self._out(one)
+        if self.runtime == "llama.cpp":
+            if one.recipe is None:
+                return ""
+            model = f"{model}/model-{one.name}.gguf"
+        return launch(self.runtime, shlex.quote(model), gpus=gpus, context=self.context, flags=flag)
