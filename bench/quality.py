@@ -198,12 +198,13 @@ def perplexity(options) -> None:
         import torch  # after load, which sets how torch is to start
 
         dequantize_once(model)
-        original = load(options.original, "float32")
+        original = model if options.model == options.original else load(options.original, "float32")
         total, divergences, count = 0.0, [], 0
         with torch.inference_mode():
             for row in read_rows(options.rows):
                 ids = torch.tensor([row])
-                got, want = (m(ids).logits[0, :-1] for m in (model, original))
+                got = model(ids).logits[0, :-1]
+                want = got if original is model else original(ids).logits[0, :-1]
                 divergence = 0.0
                 for at in range(0, len(got), TOKENS):
                     found, wanted = (x[at : at + TOKENS].float().log_softmax(-1) for x in (got, want))
