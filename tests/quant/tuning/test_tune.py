@@ -14,9 +14,10 @@ from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.cli.main import cli
 from doctor.cli.progress import counted_in
-from doctor.core.errors import NotQuantizable
+from doctor.core.errors import NotQuantizable, PlanRefused
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
+from doctor.quant import early
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning import train
@@ -193,8 +194,11 @@ def test_what_does_not_help_is_not_written(rounded, tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_a_model_without_codes_is_refused(rounded, tmp_path):
-    original, _source = rounded
+def test_a_model_without_codes_is_refused_by_its_headers(rounded, tmp_path, monkeypatch):
+    original, source = rounded
+    monkeypatch.setattr(early, "judged_alone", None)
     with pytest.raises(NotQuantizable, match="holds no packed linears"):
         api.tune(original, original, tmp_path / "t", rows=8, max_seq_length=64)
+    with pytest.raises(PlanRefused, match="given as the quantized checkpoint and as its original"):
+        api.tune(source, source, tmp_path / "t", rows=8, max_seq_length=64)
     assert not (tmp_path / "t").exists()
