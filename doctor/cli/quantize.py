@@ -77,7 +77,7 @@ USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few bes
     default=DAMP,
     help=_("Least share of the mean diagonal added to each Hessian; few rows get more, 0 adds none."),
 )
-@option("--damp-max", type=float, default=DAMP_MAX, help=_("Most that a retry may raise it to."))
+@option("--damp-max", type=float, default=DAMP_MAX, help=_("Most that few rows or a retry raise it to."))
 @option(
     "--calibration",
     metavar="FILE|ORG/NAME",
