@@ -2,7 +2,7 @@
 
 Why: every weight is a code times the scale of its group. A scale of 0 erases the group; one in the hundreds makes the
 decoder layer overflow. A quantizer that continues after its Hessian has failed writes both. Scales that are 1
-everywhere are what they were before calibration. One scale for a whole tensor must be above 0; one that divides, as
+everywhere are what they were before calibration; scales that are all negative turn every weight's sign. One scale for a whole tensor must be above 0; one that divides, as
 compressed-tensors' weight_global_scale, is in the hundreds, and below 1 where it was stored as the factor.
 
 Seen as:
@@ -12,7 +12,8 @@ Seen as:
 Do: quantize this linear again (Q401 and Q405 of that run say why it failed).
 
 False alarms: scale 0 for a group whose weights are all 0, as some packers write for padding. Scales that are 8-bit
-floats themselves, as NVFP4's, reach 448 by design and are judged for 0 only.
+floats themselves, as NVFP4's, reach 448 by design and are judged for 0 and for their sign only. Scales of both signs,
+as AutoRound's symmetric grid has them, are not reported.
 
 Fix safety: unsafe, and only with `--from`: the scales are taken from another copy of the quantized checkpoint, such as
 its repository. Without one the weights behind a wrong scale are lost.
@@ -54,6 +55,20 @@ def bad_scales(tensor, n_zero, numel, absmax, stats, base):
                 value=absmax,
             ),
             evidence={"absmax": absmax, "numel": numel},
+            fix=tensor_from_base(base, tensor),
+            advice=_("quantize this linear again"),
+        )
+    if stats.n_finite and not n_zero and (stats.max < 0 or (stats.min < 0 and tensor.dtype.name == RELATIVE)):
+        yield finding(
+            _(
+                "all {numel:,} scales in {tensor} are negative, the least {value:g}; must be above 0",
+                numel=numel,
+                tensor=tensor.name,
+                value=stats.min,
+            )
+            if numel > 1 and stats.max < 0
+            else _("{tensor} has a scale of {value:g}; must be above 0", tensor=tensor.name, value=stats.min),
+            evidence={"min": stats.min, "max": stats.max, "numel": numel},
             fix=tensor_from_base(base, tensor),
             advice=_("quantize this linear again"),
         )
