@@ -24,7 +24,10 @@ STATED = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_method")
 
 @rule("O655", "info")
 def cache_scales_unused(checkpoint, quantization_block, tensors):
-    raw, file, pointer = quantization_block or ({}, "config.json", "")
+    raw: dict = {}
+    file, pointer = "config.json", ""
+    if quantization_block is not None:
+        raw, file, pointer = quantization_block
     inner = raw.get("quantization")
     if any(part.get(key) for part in (raw, inner if isinstance(inner, dict) else {}) for key in STATED):
         return
