@@ -26,6 +26,7 @@ from doctor.lint.rule import (
     DropTensor,
     Fix,
     Place,
+    Unavailable,
     _,
     family_table,
     finding,
@@ -50,9 +51,11 @@ LOST = Fix(_("find out which missing tensor this is; nothing is dropped while th
     "F052",
     "warning",
     certainty="likely",
-    implied_by=("C147", "F057", "F058", "F061", "F062", "F064", "C142", "F050", "G330", "O619", "O620"),
+    implied_by=("C147", "F057", "F058", "F061", "F062", "F064", "C142", "F050", "G330", "O611", "O619", "O620", "O625"),
 )
-def unexpected_tensor(checkpoint, placement, config, misnamed):
+def unexpected_tensor(checkpoint, placement, config, misnamed, kind):
+    if kind == "mlx":
+        raise Unavailable(_("the weights are words of MLX, whose parts O625 judges"))
     spec = placement.spec
     if spec.family is None:
         return
