@@ -111,8 +111,9 @@ class Hessian:
             else:
                 square.copy_((square + square.T) / 2)
                 below.add_(beside.T).mul_(0.5)
-            beside.copy_(below.T)
-            self._forget()
+            for rows in tiles_of(len(below)):  # few columns of every row: of a file, pages enough to map all of it
+                beside[:, rows] = below[rows].T
+                self._forget()
         return H
 
     def _forget(self) -> None:

@@ -36,7 +36,7 @@ class Square:
         self._values = values
         self._file = file
         self._second: Mapped | None = None  # the file of the factor
-        self._diagonal = values.diagonal().clone()
+        self._diagonal = _diagonal_of(values, file)
         self._symmetric = True  # whether the lower triangle is H
         self._asked: tuple[float, float, torch.Tensor] | None = None  # whose factor the lower triangle is
         self._attempts: list[Attempt] = []
@@ -136,7 +136,7 @@ class Square:
 
     def pivots(self) -> torch.Tensor:
         """M_pp of H = M M^T, M upper triangular in the order of the factor, f32[k]."""
-        return self.lower.diagonal().flip(0)
+        return _diagonal_of(self.lower, self._second).flip(0)
 
     def factor_panel(self, begin: int, end: int) -> torch.Tensor:
         """M[:end, begin:end] of H = M M^T, M upper triangular in the order of the factor: f32[end, end - begin]."""
@@ -228,6 +228,19 @@ def _factor(tiles: list[list[torch.Tensor]], parts: list[slice], file: Mapped | 
 def _put(place: torch.Tensor, tile: torch.Tensor, diagonal: bool) -> None:
     """A tile where it belongs; of one on the diagonal the lower triangle."""
     place.copy_(torch.where(torch.ones_like(place, dtype=torch.bool).tril(), tile, place) if diagonal else tile)
+
+
+def _diagonal_of(values: torch.Tensor, file: Mapped | None) -> torch.Tensor:
+    """A copy of the diagonal of values [k, k]. In a file the system maps 64 KB and more around each value that is read,
+    which can be all of it: tiles are let go of one by one.
+    """
+    if file is None:
+        return values.diagonal().clone()
+    found = torch.empty(len(values), dtype=values.dtype)
+    for rows in tiles_of(len(values)):
+        found[rows] = values[rows, rows].diagonal()
+        file.forget()
+    return found
 
 
 def _whole(block: torch.Tensor) -> torch.Tensor:

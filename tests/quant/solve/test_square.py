@@ -144,3 +144,39 @@ def test_a_disk_without_room_for_a_square_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(MachineError, match=r"no file of 160,000 bytes for a Hessian of 200 columns .*No space left"):
         Mapped(tmp_path, 200)
+
+
+def file_pages():
+    """Bytes of files and shared memory that this process has mapped and holds."""
+    with open("/proc/self/status") as file:
+        held = dict(line.split(":") for line in file)
+    return sum(int(held[name].split()[0]) for name in ("RssFile", "RssShmem")) * 1024
+
+
+def test_of_a_square_in_files_a_process_holds_rows_and_never_the_whole(tmp_path, monkeypatch):
+    k, held = 2560, []
+    for module in (square, hessian):
+        monkeypatch.setattr(module, "TILE", 256)
+        monkeypatch.setattr(module, "tiles_of", lambda k, tile=256: tiles_of(k, tile))
+    forget = Mapped.forget
+
+    def counted(self):
+        held.append(file_pages())
+        forget(self)
+
+    monkeypatch.setattr(Mapped, "forget", counted)
+
+    def through(k):
+        H = Hessian(k, file=Mapped(tmp_path, k))
+        H.add(torch.randn(64, k, generator=torch.Generator().manual_seed(3)))
+        two = Square(H.take(), H.file)
+        assert two.factorise(0.1, 0.1, float(two.diagonal().mean()))[-1].outcome == "ok"
+        two.pivots()
+        held.append(file_pages())
+
+    through(512)  # so that libraries are loaded
+    before = file_pages()
+    held.clear()
+    through(k)
+    assert len(held) > 100
+    assert max(held) - before < 0.8 * 4 * k * k  # a page of each row is half of it at this size
