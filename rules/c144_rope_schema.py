@@ -19,9 +19,7 @@ the training.
 Sources: transformers src/transformers/modeling_rope_utils.py; meta-llama/llama3 issue 299; ml-explore/mlx-lm issue 5.
 """
 
-import math
-
-from doctor.lint.rule import Place, _, finding, listed, rule, value_from_base
+from doctor.lint.rule import Place, _, finding, is_finite, listed, rule, value_from_base
 from doctor.lint.testing import tiny
 
 REQUIRED = {
@@ -64,16 +62,7 @@ def _problems(block, key, path):
     if absent:
         yield _("{key} of type {kind} lacks {names}", key=path, kind=repr(kind), names=listed(absent))
     factor = block.get("factor")
-    if (
-        factor is not None
-        and kind in REQUIRED
-        and (
-            isinstance(factor, bool)
-            or not isinstance(factor, (int, float))
-            or not math.isfinite(factor)
-            or not factor >= 1
-        )
-    ):
+    if factor is not None and kind in REQUIRED and not (is_finite(factor) and factor >= 1):
         yield _("{key} has factor {factor}; it must be a number of 1 or more", key=path, factor=repr(factor))
     short, long = block.get("short_factor"), block.get("long_factor")
     if isinstance(short, list) and isinstance(long, list) and len(short) != len(long):

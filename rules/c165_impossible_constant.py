@@ -21,7 +21,7 @@ Sources: transformers src/transformers/models/llama/modeling_llama.py, LlamaRMSN
 
 import math
 
-from doctor.lint.rule import Fix, Place, SetJson, _, finding, rule, value_from_base
+from doctor.lint.rule import Fix, Place, SetJson, _, finding, is_finite, rule, value_from_base
 from doctor.lint.testing import never_in, tiny
 
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps", "norm_epsilon")
@@ -44,13 +44,13 @@ def impossible_constant(checkpoint, spec, base):
         stated.append((POSITIONS, config[POSITIONS], 0))
     for path, value, floor in stated:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and value > floor and math.isfinite(value):
+        if is_finite(value) and value > floor:
             continue
         yield finding(
             _(
                 "{key} is {value!r} in config.json; it must be a number above {floor}",
                 key=path.replace("/", "."),
-                value=value if number else str(value)[:40],
+                value=value if isinstance(value, float) or is_finite(value) else str(value)[:40],
                 floor=floor,
             ),
             at=Place("config.json", pointer=spec.at(path)),

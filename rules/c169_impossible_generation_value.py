@@ -24,7 +24,7 @@ Sources: tried with transformers 4.57 and 5.24 (load, generate); vllm-project/vl
 
 import math
 
-from doctor.lint.rule import Fix, Place, RemoveJson, _, finding, rule
+from doctor.lint.rule import Fix, Place, RemoveJson, _, finding, is_finite, rule
 from doctor.lint.testing import tiny
 
 FILE = "generation_config.json"
@@ -65,7 +65,7 @@ def _must(given, key, value):
     if key not in RANGES or (key in SAMPLED and not sampled):
         return ""
     least, most, above, whole = RANGES[key]
-    fits = _number(value) and (value > least if above else value >= least) and value <= most and math.isfinite(value)
+    fits = is_finite(value) and (value > least if above else value >= least) and value <= most
     if fits and not (whole and value != int(value)):
         return ""
     kind = _("a whole number") if whole else _("a number")

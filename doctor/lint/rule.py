@@ -22,6 +22,7 @@ from doctor.core.facts import COSTS, SCOPES, Unavailable, fact, highest_cost, pa
 from doctor.core.finding import CERTAINTIES, SEVERITIES, Finding, Fix, Place
 from doctor.core.messages import _, listed, plural  # noqa: F401
 from doctor.core.methods import is_calibrated, is_rounding  # noqa: F401
+from doctor.core.numbers import is_finite  # noqa: F401
 from doctor.core.recipe import ASKED, is_kept  # noqa: F401
 from doctor.core.tables import families_of, family_names, table  # noqa: F401
 from doctor.core.tables import family as family_table  # noqa: F401

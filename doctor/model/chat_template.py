@@ -1,6 +1,7 @@
 """Chat templates as syntax trees, in the environment that transformers renders them in. No template is ever run."""
 
 import re
+from itertools import islice
 from typing import Any
 
 from doctor.core.facts import Unavailable
@@ -10,11 +11,12 @@ from doctor.core.messages import _
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 # Functions that transformers adds to jinja's own.
 _FUNCTIONS = ("raise_exception", "strftime_now")
+MOST_TOKENS = 20_000  # a second of parsing; the templates of known models have up to a few thousand
 
 
 def parse_template(text: str) -> tuple[Any, Any]:
-    """(environment, tree) of a template. Raises jinja2.TemplateSyntaxError for a broken one, Unavailable without
-    jinja2.
+    """(environment, tree) of a template. Raises jinja2.TemplateSyntaxError for a broken one, Unavailable for one of
+    more than MOST_TOKENS, and without jinja2.
     """
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -25,6 +27,8 @@ def parse_template(text: str) -> tuple[Any, Any]:
     )
     environment.globals |= dict.fromkeys(_FUNCTIONS)
     text = _GENERATION.sub(lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", text)
+    if next(islice(environment.lexer.tokeniter(text, None), MOST_TOKENS, None), None) is not None:
+        raise Unavailable(_("the chat template has more than {most:,} tokens", most=MOST_TOKENS))
     try:
         return environment, environment.parse(text)
     except RecursionError:

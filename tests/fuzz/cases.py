@@ -8,6 +8,7 @@ import shutil
 import time
 from functools import cached_property
 from pathlib import Path
+from xml.etree import ElementTree
 
 from mutate import Mutator, header_of
 
@@ -31,6 +32,7 @@ PACKED = (
     Recipe(method="rtn", bits=4, group_size=16, format="nvfp4-pack-quantized"),
     Recipe(method="rtn", group_size=32, format="mxfp4-pack-quantized"),
 )
+STEERS = {"\x1b", "\x07", "\x00", "\u202e", "\u2028"}  # what no report may hold, whatever a file is called
 MUTATED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -115,7 +117,13 @@ class Fuzz:
     def judge(self, folder: Path, made: Mutator) -> None:
         report = check(folder, RECIPE, figures=made.draw.random() < 0.2)
         assert not report.crashed, [(r.rule.code, r.crashed) for r in report.crashed]
-        render(made.draw.choice(FORMATS), [report]).encode("utf-8", "backslashreplace")
+        form = made.draw.choice(FORMATS)
+        text = render(form, [report])
+        assert text.encode("utf-8") and not STEERS & set(text), form
+        if form == "junit":
+            ElementTree.fromstring(text)
+        elif form in ("json", "sarif", "gitlab"):
+            json.loads(text)
 
     def packed(self, made: Mutator) -> None:
         """A quantized checkpoint whose quantization_config, and at times a header, is changed."""

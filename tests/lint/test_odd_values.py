@@ -6,9 +6,11 @@ import pytest
 from healthy_models import save
 
 from doctor.api import check
+from doctor.core.facts import Unavailable
 from doctor.core.recipe import Recipe
 from doctor.core.tables import table
 from doctor.lint.testing import tiny
+from doctor.model.chat_template import parse_template
 from doctor.model.spec import build_spec
 
 RECIPE = Recipe(group_size=32)
@@ -234,3 +236,28 @@ def test_a_tensor_of_another_number_of_dimensions_is_a_finding(tmp_path):
     report = check(case.write(tmp_path / "m"), case.recipe)
     assert not report.crashed
     assert any(f.code == "F051" and "has 3 dimensions" in f.message for f in report.findings)
+
+
+def test_an_integer_that_no_float_holds_crashes_no_rule(tmp_path):
+    case = tiny("llama")
+    case.config["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    folder, judged = case.write(tmp_path), 0
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        path = folder / file
+        whole = json.loads(path.read_text())
+        for place in (whole, whole.get("rope_scaling", {})):
+            for key in [k for k, v in place.items() if isinstance(v, (int, float))]:
+                place[key], kept = 10**400, place[key]
+                path.write_text(json.dumps(whole))
+                place[key] = kept
+                report = check(folder, case.recipe, stage="tokenizer")
+                assert not report.crashed, (file, key, [r.crashed for r in report.crashed])
+                judged += 1
+        path.write_text(json.dumps(whole))
+    assert judged > 15
+
+
+def test_a_template_of_very_many_tokens_is_not_judged():
+    with pytest.raises(Unavailable, match=r"more than 20,000 tokens"):
+        parse_template("{{a}}" * 800_000)
+    assert parse_template("{{a}}" * 2_000)

@@ -146,6 +146,7 @@ HOSTILE_REPORT = make_report(
     ],
     checkpoint=HOSTILE,
     skipped_tensors={HOSTILE: "type"},
+    extra={"files": [{"name": HOSTILE, "bytes": 1}]},
 )
 SKIPPED = make_report(runs=[RuleRun(make_rule(), reasons={"the weights were not read": 3})], bytes_read=0)
 CRASHED = make_report(runs=[RuleRun(make_rule(), crashed="tensor:x: ZeroDivisionError: division by zero")])

@@ -136,7 +136,7 @@ def _context(report: Report) -> dict:
         "config_sha256": next(
             (f["sha256"] for f in extra.get("files", ()) if f["name"] == "config.json" and "sha256" in f), ""
         ),
-        "files": extra.get("files", ()),
+        "files": [{**f, "name": safe(f["name"])} for f in extra.get("files", ())],
         "rules": [_rule(r) for r in report.runs],
         "rules_in_short": _rules_in_short(report),
         "skipped_tensors": {safe(k): safe(translated(v)) for k, v in report.skipped_tensors.items()},
