@@ -55,6 +55,15 @@ def test_saved_advice_reads_as_it_was_shown_in_another_language_too(tmp_path, ca
     assert "无法运行" in run(capsys, "render", saved, "--lang", "zh")
 
 
+def test_json_of_a_run_without_the_extra_says_how_to_get_it(capsys):
+    from doctor.cli.output import json_on_failure
+
+    with suppress(ModuleNotFoundError), json_on_failure([("json", "")]):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch.nn")
+    said = json.loads(capsys.readouterr().out)["error"]
+    assert said["message"].startswith("torch is not installed") and "checkpoint-doctor[quantize]" in said["hint"]
+
+
 def test_a_damaged_result_is_refused_with_the_place(tmp_path, capsys):
     document = json.loads(ranking_page(ranking()).json)
     document["models"][1]["kl_span"] = [1]
