@@ -104,6 +104,13 @@ def _emit(result: Any, outputs: Outputs, writers: Sequence[Callable[[Any], str]]
             write(written_by[name](result), file)
 
 
+def emit_plain(text: str) -> None:
+    """Print a text, wrapped for the terminal."""
+    from doctor.report.screen import console, show_plain
+
+    show_plain(text, console(sys.stdout))
+
+
 def write(text: str, file: str) -> None:
     """To a file, which is said on stderr; "" is stdout. Raises MachineError where it cannot be written."""
     if not file:
