@@ -5,7 +5,7 @@ with other heads cannot be detected from sizes.
 
 Seen as:
 - transformers: `size mismatch for model.layers.0.self_attn.k_proj.weight`
-- PyTorch: `RuntimeError: shape '[`
+- PyTorch: `RuntimeError: shape '[1, 7, 9, 64]' is invalid for input of size 1344`
 
 Do: correct the one key that makes all four sizes fit, if there is one.
 

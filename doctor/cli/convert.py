@@ -7,7 +7,7 @@ import click
 
 from doctor.cli.command import Command
 from doctor.cli.options import PATH, LaterChoice, checkpoint_argument, lang_option, option, overwrite_option
-from doctor.cli.output import exit_for
+from doctor.cli.output import emit_plain, exit_for
 from doctor.cli.progress import byte_bars
 from doctor.core.messages import _
 
@@ -47,5 +47,5 @@ def command(path: str, output: Path, target: str, copy: bool, overwrite: bool) -
         done = api.convert(
             source, output, target, carry=Carry.COPY if copy else Carry.AUTO, overwrite=overwrite, progress=tick
         )
-    click.echo(render_conversion(done), nl=False)
+    emit_plain(render_conversion(done))
     exit_for([done.report])

@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from doctor.cli import stderr
-from doctor.core.errors import CheckpointNotReady, DoctorError
+from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.core.messages import _
 
 INTERRUPTED = _("Interrupted.")
@@ -42,10 +42,10 @@ def shown() -> Iterator[None]:
     except DoctorError as error:
         end(error.message, error.hint, 2)
     except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in OF_EXTRA:
+        absent = of_extra(error)
+        if absent is None:
             end(f"{type(error).__name__}: {error}", DEFECT, 2)
-        end(_("{module} is not installed, and this needs it.", module=module), INSTALL, 2)
+        end(absent.message, absent.hint, 2)
     except (OSError, MemoryError) as error:
         end(f"{type(error).__name__}: {error}", "", 2)
     except Exception as error:
@@ -54,6 +54,14 @@ def shown() -> Iterator[None]:
             DEFECT,
             2,
         )
+
+
+def of_extra(error: Exception) -> MachineError | None:
+    """What to say of a module that only the extra brings; None for any other error."""
+    module = (getattr(error, "name", "") or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if module not in OF_EXTRA:
+        return None
+    return MachineError(_("{module} is not installed, and this needs it.", module=module), INSTALL)
 
 
 def end(message: str, hint: str, code: int) -> NoReturn:

@@ -19,7 +19,7 @@ from doctor.cli.options import (
     unsafe_option,
     words,
 )
-from doctor.cli.output import exit_for, notice
+from doctor.cli.output import emit_plain, exit_for, notice
 from doctor.cli.progress import byte_bars
 from doctor.cli.recipe import asked_recipe, stored_or_asked
 from doctor.core.messages import _
@@ -122,5 +122,5 @@ def command(
             progress=tick,
             **flags,
         )
-    click.echo(render_plan(result), nl=False)
+    emit_plain(render_plan(result))
     exit_for([result.report])

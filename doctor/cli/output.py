@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from doctor.cli import stderr
+from doctor.cli.failures import of_extra
 from doctor.cli.options import KV_FORMATS
 from doctor.core.errors import MachineError
 from doctor.core.messages import _
@@ -45,7 +46,7 @@ class json_on_failure:
 
         for name, file in self.outputs:
             if name == "json":
-                write(failure(error), file)
+                write(failure(of_extra(error) or error), file)
 
 
 def emit(reports: list["Report"], outputs: Outputs, verbose: bool = False, matrix: bool = False) -> None:
@@ -101,6 +102,13 @@ def _emit(result: Any, outputs: Outputs, writers: Sequence[Callable[[Any], str]]
             show(result, console(sys.stdout))
         else:
             write(written_by[name](result), file)
+
+
+def emit_plain(text: str) -> None:
+    """Print a text, wrapped for the terminal."""
+    from doctor.report.screen import console, show_plain
+
+    show_plain(text, console(sys.stdout))
 
 
 def write(text: str, file: str) -> None:

@@ -18,7 +18,7 @@ from doctor.cli.options import (
     progress_option,
     size_in_bytes,
 )
-from doctor.cli.output import exit_for, notice
+from doctor.cli.output import emit_plain, exit_for, notice
 from doctor.cli.progress import run_lines
 from doctor.core.messages import _
 
@@ -81,7 +81,7 @@ def command(
     )
     with run_lines(notice) as line:
         done = api.tune(path, original, output, seed=seed, overwrite=overwrite, say=line, device=device, **options)
-    click.echo(render_tuning(done, original), nl=False)
+    emit_plain(render_tuning(done, original))
     if done.report is None:
         sys.exit(1)
     exit_for([done.report])

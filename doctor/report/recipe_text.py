@@ -43,8 +43,10 @@ def plan_text(report: Report) -> str:
     target = [" ".join(filter(None, (r.runtime, r.runtime_version)))] if r.runtime else []
     target += [r.gpu] if r.gpu else []
     target += [say("tensor parallel {n}", n=r.tp)] if r.tp > 1 or r.runtime else [say("1 GPU")]
-    if goal_of(report) == "serve":
-        stored = report.summary.get("stored") or str(report.summary.get("dtype", "")).lower()
+    stored = report.summary.get("stored")
+    compared = report.extra.get("comparison") and not report.linears
+    if goal_of(report) == "serve" or (compared and stored):
+        stored = stored or str(report.summary.get("dtype", "")).lower()
         return say("none: served as stored") + f" · {safe(stored)} → {say(', ').join(target)}"
     return (
         " · ".join([name_of(r) or r.name, say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")])

@@ -15,6 +15,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from doctor.locale.catalogue import say
+
 MAX_WIDTH = 110  # longer lines are hard to read, however wide the window
 
 
@@ -61,6 +63,21 @@ def show_labelled(lines: Iterable[str], out: Console) -> None:
         ends = (n for n in range(len(line)) if cell_len(line[:n]) == _LABEL and line[n - 1] == " ")
         label = line[: next(ends, 0)]
         screen.hang(Text(label), Text(line[len(label) :]))
+
+
+def show_plain(text: str, out: Console) -> None:
+    """Print a text whose lines are of any length: they are wrapped where a person watches or COLUMNS is set. What is to
+    be pasted or compared stays whole: differences of files, and the next command.
+    """
+    screen = Screen(out)
+    piped = not out.is_terminal and "COLUMNS" not in out._environ
+    for line in text.splitlines():
+        blanks = line[: len(line) - len(line.lstrip(" "))]
+        whole = line.startswith(say("next")) or (blanks and line[len(blanks) :].startswith(("-", "+", "@@", "~")))
+        if piped or whole or cell_len(line) <= screen.width:
+            screen.line(line)
+        else:
+            screen.hang(Text(blanks), Text(line[len(blanks) :]), len(blanks) + 3)
 
 
 _LABEL = 8

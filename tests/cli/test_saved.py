@@ -55,6 +55,27 @@ def test_saved_advice_reads_as_it_was_shown_in_another_language_too(tmp_path, ca
     assert "无法运行" in run(capsys, "render", saved, "--lang", "zh")
 
 
+def test_a_plain_text_is_wrapped_but_for_differences_and_commands(monkeypatch, capsys):
+    from doctor.cli.output import emit_plain
+
+    lines = ["1  C103  safe     " + "word " * 30, "   -  " + "a " * 60, "next  doctor " + "x " * 60]
+    emit_plain("\n".join(lines))
+    assert capsys.readouterr().out.splitlines() == lines
+    monkeypatch.setenv("COLUMNS", "80")
+    emit_plain("\n".join(lines))
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-2:] == lines[1:] and len(shown) > 3 and all(len(line) <= 80 for line in shown[:-2])
+
+
+def test_json_of_a_run_without_the_extra_says_how_to_get_it(capsys):
+    from doctor.cli.output import json_on_failure
+
+    with suppress(ModuleNotFoundError), json_on_failure([("json", "")]):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch.nn")
+    said = json.loads(capsys.readouterr().out)["error"]
+    assert said["message"].startswith("torch is not installed") and "checkpoint-doctor[quantize]" in said["hint"]
+
+
 def test_a_damaged_result_is_refused_with_the_place(tmp_path, capsys):
     document = json.loads(ranking_page(ranking()).json)
     document["models"][1]["kl_span"] = [1]

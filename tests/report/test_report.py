@@ -566,6 +566,14 @@ def test_the_matrix_says_once_what_stands_in_the_way_of_all_and_shows_geometry_a
     assert "| g | ✗ | ✗ | G301 |" in render("markdown", [make_report([make_finding()], extra={"matrix": one})])
 
 
+def test_a_comparison_names_what_is_stored_and_not_the_default_recipe():
+    from doctor.report.recipe_text import plan_text
+
+    report = make_report(extra={"comparison": {"tokens": 10}})
+    report.summary["stored"] = "fp8 8-bit"
+    assert plan_text(report) == "none: served as stored · fp8 8-bit → 1 GPU"
+
+
 def test_html_of_a_comparison_says_size_bits_and_divergence_first():
     run = {"source_bytes": 269_030_016, "output_bytes": 107_000_000, "bits": 6.364, "peak_bytes": 1 << 30}
     comparison = {
