@@ -11,6 +11,7 @@ from doctor.quant.calibration.rows import stream_of
 from doctor.quant.calibration.tokenizer import load_tokenizer
 
 RUN = 32  # tokens that stand in a calibration row in the same order are text that calibrated
+CANDIDATES = 8  # rows that are looked through for each that is wanted
 SEEN_SHARE = 0.5  # a row with so much of it tells nothing about text that did not
 
 
@@ -33,13 +34,13 @@ def unseen_rows(
     """
     documents = builtin_documents() if source is None else read_documents(local_file(source))
     if documents.ids:
-        found = [row[:length] for row in documents.ids if len(row) >= MIN_ROW]
+        whole = set(map(tuple, known))
+        found = [row for row in (r[:length] for r in documents.ids) if len(row) >= MIN_ROW and tuple(row) not in whole]
     elif packed:
         found = _between(documents, checkpoint, packed, length, seed)
     else:
         return []
-    new = _new(found, known)
-    return [new[(2 * i + 1) * len(new) // (2 * count)] for i in range(count)] if len(new) > count else new
+    return _spread(_new(_spread(found, CANDIDATES * count), known), count)
 
 
 def _between(documents: Documents, checkpoint: Checkpoint, packed: int, length: int, seed: int) -> list[list[int]]:
@@ -52,6 +53,11 @@ def _between(documents: Documents, checkpoint: Checkpoint, packed: int, length: 
     if room < max(MIN_ROW, body // 2):
         return []
     return [first + stream[at : at + room] for at in (row * step + body for row in range(packed))]
+
+
+def _spread(rows: list[list[int]], count: int) -> list[list[int]]:
+    """At most `count` of the rows, at equal distances."""
+    return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)] if len(rows) > count else rows
 
 
 def _new(rows: Iterable[list[int]], known: Sequence[Sequence[int]]) -> list[list[int]]:
