@@ -1,8 +1,9 @@
-"""C165 impossible-constant: an epsilon, a rope base or a length has no possible value.
+"""C165 impossible-constant: an epsilon, rope base, factor or length has no possible value.
 
 Why: a norm divides by sqrt(mean(x * x) + eps): with 0 a row of zeros becomes NaN, with a negative number every small
 row does. RoPE divides positions by powers of its base: with 0 or less, angles are infinite or NaN, and
-attention is lost. A length of 0 positions leaves a server no token to read.
+attention is lost. Gemma divides scores by the root of query_pre_attn_scalar, Granite and Cohere multiply by factors: 0
+makes them infinite or all equal. A length of 0 positions leaves a server no token to read.
 
 Seen as:
 - huggingface_hub: `StrictDataclassFieldValidationError`
@@ -27,12 +28,22 @@ from doctor.lint.testing import never_in, tiny
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps", "norm_epsilon")
 BASES = ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "global_rope_theta", "local_rope_theta")
 POSITIONS = "max_position_embeddings"
+# Factors and divisors of activations and logits: Gemma's, Granite's, Cohere's.
+FACTORS = (
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "logit_scale",
+)
 
 
 @rule("C165", "error", implied_by=("C144", "C156"))
 def impossible_constant(checkpoint, spec, base):
     config = spec.config
     stated = [(key, config[key], 0) for key in EPSILONS if config.get(key) is not None]
+    stated += [(key, config[key], 0) for key in FACTORS if isinstance(config.get(key), (int, float))]
     stated += [(key, config[key], 1) for key in BASES if config.get(key) is not None]
     for key in ("rope_parameters", "rope_scaling"):
         block = config.get(key)

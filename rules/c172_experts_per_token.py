@@ -32,6 +32,24 @@ def experts_per_token(checkpoint, spec, base):
     experts = experts if _whole(experts) else next((config[k] for k in EXPERTS if _whole(config.get(k))), None)
     if not experts or experts < 1:
         return
+    groups = config.get("n_group")
+    if _whole(groups) and groups > 0 and experts % groups and groups <= experts:
+        yield finding(
+            _(
+                "n_group is {groups} in config.json; it must divide the {experts} experts",
+                groups=groups,
+                experts=experts,
+            ),
+            at=Place("config.json", pointer=spec.at("n_group")),
+            evidence={"value": groups, "experts": experts},
+            fix=value_from_base(
+                base,
+                "config.json",
+                spec.at("n_group"),
+                groups,
+                _("write the number that the base model's config.json has"),
+            ),
+        )
     for key, most, what in (
         *((key, experts, _("experts")) for key in PER_TOKEN),
         ("n_group", experts, _("experts")),

@@ -41,7 +41,7 @@ def foreign_names(checkpoint, spec, tensors, config, stacks):
         return
     if not any(NUMBER.search(name) for name in tensors):
         return
-    inner = [t for t in spec.templates if "{i}" in t.tensor]
+    inner = [t for t in spec.templates if "{i}" in t.tensor and "norm" not in t.tensor]  # programs share names of norms
     # Patterns take any number, so one name of each kind is enough, unless a family's own names hold one.
     alike = tensors if any(NUMBER.search(t.tensor) for t in inner) else {NUMBER.sub(".0", name) for name in tensors}
     if not inner or any(t.pattern.match(name) for name in alike for t in inner):

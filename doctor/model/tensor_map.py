@@ -224,6 +224,7 @@ class Placement:
                     if dot + rest in numbers:
                         numbers[dot + rest].add(number)
             every = set().union(*numbers.values())
+            every |= {str(n) for n in range(max((int(n) for n in every if n.isdecimal()), default=0))}
             lacking += [f"{stem}{n}{rest}" for rest, have in numbers.items() if have for n in sorted(every - have)]
         return lacking
 

@@ -274,7 +274,9 @@ def _established(name: str, report: Report, runs: list) -> str:
         if s.get("capability")
         else say("nothing against serving with {runtime}", runtime=report.recipe.runtime)
         if report.recipe.runtime
-        else say("nothing against its key-value cache; --runtime judges a runtime"),
+        else say("nothing against its key-value cache; --runtime judges a runtime")
+        if report.recipe.tp > 1
+        else say("nothing against its key-value cache; not judged without --runtime, --tp"),
     }.get(name)
     subjects = max(r.judged for r in runs)
     return safe(

@@ -261,3 +261,29 @@ def test_a_template_of_very_many_tokens_is_not_judged():
     with pytest.raises(Unavailable, match=r"more than 20,000 tokens"):
         parse_template("{{a}}" * 800_000)
     assert parse_template("{{a}}" * 2_000)
+
+
+def test_factors_of_zero_and_groups_of_experts_that_do_not_divide_are_named(tmp_path):
+    case = tiny("llama")
+    case.config.update({"logits_scaling": 0, "logit_scale": "inv_sqrt_d_model"})  # the second as MPT has it
+    assert said(case, tmp_path / "factor") == [("C165", "error")]
+    case = tiny("qwen3_moe")
+    case.config["n_group"] = 3
+    assert said(case, tmp_path / "groups") == [("C172", "error")]
+
+
+def test_an_expert_that_no_layer_has_is_missing(tmp_path):
+    case = tiny("qwen3_moe")
+    for name in [n for n in case.tensors if ".experts.1." in n]:
+        del case.tensors[name]
+    assert {code for code, _severity in said(case, tmp_path)} == {"F050"}
+
+
+def test_names_of_another_program_are_told_although_its_norms_have_ours(tmp_path):
+    case = tiny("llama")
+    for name in [n for n in case.tensors if "_proj" in n]:
+        values, dtype = case.tensors.pop(name), case.dtypes.pop(name, "BF16")
+        if "q_proj" in name:
+            own = name.replace("model.layers", "layers").replace("self_attn.q_proj", "attention.wq")
+            case.tensors[own], case.dtypes[own] = values, dtype
+    assert "F063" in {code for code, _severity in said(case, tmp_path)}

@@ -116,7 +116,7 @@ def test_tensors_without_a_config_and_an_adapter_are_named(tmp_path):
     assert judged(tmp_path / "adapter").summary["kind"] == "adapter"
 
 
-def test_a_model_quantized_by_mlx_is_one_finding_and_its_16_bit_copy_none(tmp_path):
+def test_a_model_quantized_by_mlx_is_served_as_it_is_and_not_quantized_again(tmp_path):
     case = tiny("llama")
     case.write(tmp_path / "plain")
     assert judged(tmp_path / "plain").summary["kind"] == "decoder"
@@ -130,6 +130,8 @@ def test_a_model_quantized_by_mlx_is_one_finding_and_its_16_bit_copy_none(tmp_pa
     case.config["quantization"] = {"group_size": 32, "bits": 4}
     report = judged(case.write(tmp_path / "mlx"))
     assert report.summary["kind"] == "mlx"
+    assert [f.code for f in report.findings if f.severity == "error"] == []
+    report = check(tmp_path / "mlx", Recipe(goal="quantize"))
     assert [f.code for f in report.findings if f.severity == "error" and not f.consequence_of] == ["G330"]
 
 
