@@ -52,7 +52,7 @@ def rehearse(
     fused = {name.removesuffix(".weight"): stacks for stacks in found for name in stacks.tensors}
     view, spec = unfuse(checkpoint, spec, recipe)
     require_widths(spec, recipe)
-    if streams(recipe) and config.get("is_encoder_decoder") is True:  # which no skeleton is built of
+    if streams(recipe):  # rounded as they are read: no model is built, so none can refuse
         return _rehearse_rounding(checkpoint, spec, recipe, folder, linears)
     skeleton = Skeleton(view, spec)
     skeleton.require_tensors()
