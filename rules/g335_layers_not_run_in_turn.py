@@ -2,8 +2,8 @@
 
 Why: GPTQ, AWQ and other calibrated methods run one decoder layer after another, each with weights of its own. Zamba's
 layers share one attention; XLM keeps attentions and feed-forwards in separate lists; HRM runs its layers in cycles; and
-the loader of transformers makes the parameters of Molmo2, Ernie 4.5 VL and Step 3.7 of tensors with other names and
-shapes. This is known from the family's name, so it is said before any work. A method without calibration runs no model
+the loader of transformers makes the parameters of Molmo2, Ernie 4.5 VL, Inkling and Step 3.7 of tensors with other names
+and shapes. This is known from the family's name, so it is said before any work. A method without calibration runs no model
 and can take them.
 
 Seen as:
@@ -16,7 +16,7 @@ False alarms: none known: quantize itself ends there.
 
 Fix safety: manual: which method and runtime to take is the user's choice.
 
-Sources: transformers 5.24 src/transformers/models/{zamba,xlm,hrm_text,molmo2,ernie4_5_vl_moe,step3p7}/modeling_*.py and
+Sources: transformers 5.24 src/transformers/models/{zamba,xlm,hrm_text,molmo2,ernie4_5_vl_moe,inkling,step3p7}/modeling_*.py and
 src/transformers/conversion_mapping.py; vLLM 0.32 vllm/model_executor/models/registry.py; measured by tests/coverage.py.
 """
 

@@ -71,6 +71,12 @@ def test_what_stops_a_run_stops_its_rehearsal(name, words, tmp_path):
     assert stated["format"] == "float-quantized" and stated.get("dequantize") is (True if name == "Zamba" else None)
 
 
+def test_a_plan_that_packs_nothing_is_refused(tmp_path):
+    checkpoint = Checkpoint.open(save("qwen3", tmp_path / "m"))
+    with pytest.raises(NotQuantizable, match=r"none of its 35 tensors is a linear of a decoder layer that the plan"):
+        rehearse(checkpoint, Recipe(group_size=32, keep=("layers",)), tmp_path, lambda modules: {})
+
+
 def test_a_lost_tensor_is_named_by_its_parameter(tmp_path):
     checkpoint = Checkpoint.open(save("qwen3", tmp_path / "m"))
     del checkpoint.tensors["model.layers.1.self_attn.q_norm.weight"]
