@@ -73,7 +73,7 @@ def test_what_stops_a_run_stops_its_rehearsal(name, words, tmp_path):
 
 def test_a_plan_that_packs_nothing_is_refused(tmp_path):
     checkpoint = Checkpoint.open(save("qwen3", tmp_path / "m"))
-    with pytest.raises(NotQuantizable, match=r"none of its 35 tensors is a linear of a decoder layer that the plan"):
+    with pytest.raises(NotQuantizable, match=r"none of its 36 tensors is a linear of a decoder layer that the plan"):
         rehearse(checkpoint, Recipe(group_size=32, keep=("layers",)), tmp_path, lambda modules: {})
 
 
