@@ -1,10 +1,10 @@
 """What `doctor quantize --plan` says of models that few machines hold, and whether runs take what it says.
 
 Shapes: six checkpoints of their true shapes, header and index whole, tensor bytes a hole in a sparse file. Sweep:
-models of two decoder layers with a wide MLP, quantized for real, each in a process of its own; its highest resident
+models of a few decoder layers with a wide MLP, quantized for real, each in a process of its own; its highest resident
 memory against the plan's. Experts: the same for mixtures that differ in the number of experts only.
 
-    python bench/plan.py [--sweep 4096,8192,12288] [--experts 16,64,256]
+    python bench/plan.py [--sweep 4096,8192,12288 [--layers 1] [--memory GIB]] [--experts 16,64,256]
 """
 
 import argparse
@@ -277,6 +277,8 @@ def report(name: str, found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", default="", help="widths of the MLP")
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers of the sweep's models")
+    parser.add_argument("--memory", type=float, default=0, help="GiB that the sweep's runs may take; none: no limit")
     parser.add_argument("--experts", default="", help="numbers of experts")
     parser.add_argument("--skip-shapes", action="store_true")
     options = parser.parse_args()
@@ -285,8 +287,9 @@ def main() -> None:
         if not options.skip_shapes:
             shapes(folder)
         for width in map(int, filter(None, options.sweep.split(","))):
-            made = dense("llama", 2, 1024, width, 8, 8, 96)
-            report(f"width {width}", run(fill(made.write(folder / f"w{width}")), ids(folder)))
+            made = dense("llama", options.layers, 1024, width, 8, 8, 96)
+            source = fill(made.write(folder / f"w{width}"))
+            report(f"width {width}", run(source, ids(folder), int(options.memory * GB)))
         for count in map(int, filter(None, options.experts.split(","))):
             made = mixture(2, 512, 256, count, 8, 8, 64)
             made.config["vocab_size"] = 96

@@ -1,16 +1,19 @@
 """Perplexity after quantization, ours beside other tools', on the same rows and under the same judge.
 
     python bench/quality.py table .cache/smollm2 [--tools doctor,gptqmodel,gptqmodel+tune] [--bits 4] [--group-size 64]
+        [--calibration-rows 8,32,128]
 
 `doctor` is the command with its defaults, `doctor-plain` without tuning; TOOL+tune is `doctor tune` of what TOOL wrote.
+What one run measured stands beside its output (TOOL-….json), and is not measured again while the output is there.
 Every tool gets the same calibration rows as token ids (text_rows.py), runs in a process and a virtual
 environment of its own (tests/clients/setup.sh hf), and writes a checkpoint. The judge then loads each
 checkpoint with transformers in one more process and takes the perplexity on held-out rows:
 
     exp(mean over all predicted tokens of the negative log-likelihood)
 
-and the mean over the same tokens of KL(16-bit model || quantized model), in nats, with rows of 512 tokens that do not
-overlap, each seen alone (no earlier context), the first token of a row not predicted; weights dequantized by the
+and the mean over the same tokens of KL(16-bit model || quantized model), in nats, ± the standard error of its mean over
+rows, with rows of 512 tokens that do not overlap, each seen alone (no earlier context), the first token of a row not
+predicted; weights dequantized by the
 format's own code, arithmetic and logits in float32, the sum in float64. So a figure says what was lost in the weights,
 and nothing about an engine's kernels or 16-bit activations.
 
@@ -22,6 +25,7 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -38,10 +42,11 @@ PEERS = {
 }
 CALIBRATION_ROWS = 32
 HELDOUT_ROWS = 24
+TOKENS = 64  # whose logits are compared at a time
 
 
 def write_rows(options) -> None:
-    """calibration.jsonl and heldout.jsonl in `options.out`, one {"input_ids": [...]} a line."""
+    """calibration-N.jsonl and heldout.jsonl in `options.out`, one {"input_ids": [...]} a line."""
     from text_rows import calibration_rows, heldout_rows
     from transformers import AutoTokenizer
 
@@ -49,11 +54,15 @@ def write_rows(options) -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in (
-        ("calibration", calibration_rows(tokenizer, options.calibration_rows)),
+        *((f"calibration-{n}", calibration_rows(tokenizer, n)) for n in counts(options)),
         ("heldout", heldout_rows(tokenizer, options.heldout_rows)),
     ):
         lines = [json.dumps({"input_ids": row}) for row in rows]
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def counts(options) -> list[int]:
+    return [int(n) for n in str(options.calibration_rows).split(",")]
 
 
 def read_rows(path) -> list[list[int]]:
@@ -178,8 +187,8 @@ class _Inputs:
 
 
 def perplexity(options) -> None:
-    """Print {"perplexity": …, "kl": …, "tokens": …} of the checkpoint on the rows; the module docstring defines
-    them.
+    """Print {"perplexity": …, "kl": …, "kl_error": …, "kl_rows": [of each row], "tokens": …} of the checkpoint on the
+    rows, which are of one length; the module docstring defines them.
     """
     sys.path.insert(0, str(ROOT / "tests" / "clients"))
     with contextlib.redirect_stdout(sys.stderr):
@@ -189,18 +198,23 @@ def perplexity(options) -> None:
         import torch  # after load, which sets how torch is to start
 
         dequantize_once(model)
-        original = load(options.original, "float32")
-        total, divergence, count = 0.0, 0.0, 0
+        original = model if options.model == options.original else load(options.original, "float32")
+        total, divergences, count = 0.0, [], 0
         with torch.inference_mode():
             for row in read_rows(options.rows):
                 ids = torch.tensor([row])
-                got, want = (m(ids).logits[0, :-1].float().log_softmax(-1) for m in (model, original))
-                total -= got.gather(1, ids[0, 1:, None]).double().sum().item()
-                divergence += (
-                    torch.nn.functional.kl_div(got, want, reduction="none", log_target=True).double().sum().item()
-                )
+                got = model(ids).logits[0, :-1]
+                want = got if original is model else original(ids).logits[0, :-1]
+                divergence = 0.0
+                for at in range(0, len(got), TOKENS):
+                    found, wanted = (x[at : at + TOKENS].float().log_softmax(-1) for x in (got, want))
+                    total -= found.gather(1, ids[0, 1 + at : 1 + at + TOKENS, None]).double().sum().item()
+                    divergence += (wanted.exp() * (wanted - found)).sum(-1).double().sum().item()
+                divergences.append(divergence / (len(row) - 1))
                 count += len(row) - 1
-    print(json.dumps({"perplexity": math.exp(total / count), "kl": divergence / count, "tokens": count}))
+    error = statistics.stdev(divergences) / math.sqrt(len(divergences)) if len(divergences) > 1 else math.nan
+    found = {"perplexity": math.exp(total / count), "kl": statistics.fmean(divergences), "kl_error": error}
+    print(json.dumps({**found, "kl_rows": divergences, "tokens": count}))
 
 
 def dequantize_once(model) -> None:
@@ -261,27 +275,27 @@ def table(options) -> None:
     work = Path(options.work).resolve()
     options.model = str(Path(options.model).resolve())
     write_rows(argparse.Namespace(**{**vars(options), "out": work}))
-    base = judge(Path(options.model), work, options.model)
-    results = [result("bf16", Path(options.model), base, {})]
-    for tool in options.tools.split(","):
-        out = work / f"{tool}-w{options.bits}g{options.group_size}"
-        cost = quantize(tool, options, work / "calibration.jsonl", out)
-        results.append(result(tool, out, judge(out, work, options.model), cost))
-    (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    results = [judged("bf16", Path(options.model), work, options, {})]
+    for rows in counts(options):
+        for tool in options.tools.split(","):
+            out = work / f"{tool}-w{options.bits}g{options.group_size}r{rows}"
+            cost = quantize(tool, options, work / f"calibration-{rows}.jsonl", out)
+            results.append({**judged(tool, out, work, options, cost), "rows": rows})
+            (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(
-        f"{options.bits}-bit, groups of {options.group_size}, {options.calibration_rows} calibration rows, "
-        f"{options.heldout_rows} held-out rows of 512 tokens, Python {sys.version.split()[0]}\n"
+        f"{options.bits}-bit, groups of {options.group_size}, rows of 512 tokens, {options.heldout_rows} of them held "
+        f"out, Python {sys.version.split()[0]}\n"
     )
     print(
-        "| tool | perplexity | × bf16 | mean KL, nats | MB | seconds | processor s | peak MiB |\n"
-        "|---|---:|---:|---:|---:|---:|---:|---:|"
+        "| tool | rows | perplexity | × bf16 | mean KL, nats | ± | MB | seconds | processor s | peak MiB |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     for row in results:
         cost = " | ".join(f"{row[key]:.0f}" if key in row else "" for key in ("seconds", "processor", "peak"))
+        ratio = row["perplexity"] / results[0]["perplexity"]
         print(
-            f"| {row['tool']} | {row['perplexity']:.3f} | {row['perplexity'] / base['perplexity']:.4f} | "
-            f"{row['kl']:.5f} "
-            f"| {row['bytes'] / 1e6:.0f} | {cost} |"
+            f"| {row['tool']} | {row.get('rows', '')} | {row['perplexity']:.3f} | {ratio:.4f} | {row['kl']:.5f} "
+            f"| {row['kl_error']:.5f} | {row['bytes'] / 1e6:.0f} | {cost} |"
         )
 
 
@@ -290,7 +304,7 @@ def quantize(tool: str, options, rows: Path, out: Path) -> dict:
     stood already.
     """
     if out.exists():
-        print(f"{out}: stands already, judged as it is; remove it to quantize again", file=sys.stderr)
+        print(f"{out}: stands already; remove it to quantize again", file=sys.stderr)
         return {}
     start = time.perf_counter()
     with open(out.with_suffix(".log"), "w") as log:
@@ -308,18 +322,24 @@ def quantize(tool: str, options, rows: Path, out: Path) -> dict:
     }
 
 
+def judged(tool: str, out: Path, work: Path, options, cost: dict) -> dict:
+    """What is known of a checkpoint: its cost and its marks, measured now or by an earlier run."""
+    known = work / f"{out.name}.json" if tool != "bf16" else work / "bf16.json"
+    if known.exists() and not cost:
+        return json.loads(known.read_text())
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    found = {"tool": tool, **judge(out, work, options.model), **cost, "bytes": size}
+    known.write_text(json.dumps(found) + "\n")
+    return found
+
+
 def judge(model: Path, work: Path, original: str) -> dict:
     command = [*JUDGE, "perplexity", str(model), str(work / "heldout.jsonl"), original]
-    with open(work / "judge.log", "w") as log:
+    with open(work / f"{model.name}.judge.log", "w") as log:
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True)
     if run.returncode:
         raise SystemExit(f"{model}: judging ended with exit code {run.returncode}; see {log.name}.")
     return json.loads(run.stdout.splitlines()[-1])
-
-
-def result(tool: str, model: Path, judged: dict, cost: dict) -> dict:
-    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    return {"tool": tool, **judged, **cost, "bytes": size}
 
 
 def main() -> None:
@@ -340,7 +360,7 @@ def main() -> None:
     whole.add_argument("--tune-rows", type=int, default=32, help="of a tool TOOL+tune, which tunes what TOOL wrote")
     whole.add_argument("--work", default=str(ROOT / ".cache" / "quality"))
     for each in (sub, whole):
-        each.add_argument("--calibration-rows", type=int, default=CALIBRATION_ROWS)
+        each.add_argument("--calibration-rows", default=CALIBRATION_ROWS, help="a number, or several with commas")
         each.add_argument("--heldout-rows", type=int, default=HELDOUT_ROWS)
     command("perplexity", perplexity, "model", "rows", "original")
     for each in (

@@ -6,8 +6,8 @@ paragraph that occurs more than once (topics quote each other at length) is kept
 first half of the topics, then the docstrings, are for calibration; the second half of the topics is held out.
 So no paragraph is in both.
 
-Rows are spread evenly over their text and never overlap. No special token is added: base models are trained
-on documents packed end to end.
+Rows are spread evenly over their text and never overlap. A row starts with BOS where the model's tokenizer starts
+with it, as every text that an engine gives the model will, and with no other special token.
 """
 
 import ast
@@ -30,15 +30,21 @@ def heldout_rows(tokenizer, n_rows: int, length: int = ROW_LENGTH) -> list[list[
 
 
 def spread(text: str, tokenizer, n_rows: int, length: int) -> list[list[int]]:
-    """Rows at equal distances over the tokens of `text`; the first row starts at token 0."""
+    """Rows at equal distances over the tokens of `text`; the first row starts at its token 0."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if n_rows * length > len(ids):
+    first = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
+    body = length - len(first)
+    if n_rows * body > len(ids):
         raise ValueError(
-            f"{n_rows} rows of {length} tokens: the text has {len(ids):,} tokens; "
-            f"at most {len(ids) // length} such rows."
+            f"{n_rows} rows of {length} tokens: the text has {len(ids):,} tokens; at most {len(ids) // body} such rows."
         )
     step = len(ids) // n_rows
-    return [ids[row * step : row * step + length] for row in range(n_rows)]
+    return [first + ids[row * step : row * step + body] for row in range(n_rows)]
+
+
+def starts_with_bos(tokenizer) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 @cache

@@ -26,8 +26,10 @@ FILES = ("F001", "F002", "F003", "F004", "F005", "F006", "F007", "F010")
 
 @rule("F011", "error", implied_by=FILES)
 def index_names_absent_tensor(checkpoint, weight_map, shards):
+    if not weight_map:
+        return
     held = {t.name for shard in shards.values() for t in shard.tensors}
-    for name, file in (weight_map or {}).items():
+    for name, file in weight_map.items():
         if name not in held:
             pointer = "/weight_map/" + name.replace("~", "~0").replace("/", "~1")
             yield finding(

@@ -24,11 +24,13 @@ INDEX = "model.safetensors.index.json"
 
 @rule("F012", "error", implied_by=("F028",))
 def index_names_wrong_shard(checkpoint, weight_map, shards):
+    if not weight_map:
+        return
     held: dict[str, list[str]] = {}
     for file, shard in shards.items():
         for info in shard.tensors:
             held.setdefault(info.name, []).append(file)
-    for name, file in (weight_map or {}).items():
+    for name, file in weight_map.items():
         if name in held and file in shards and file not in held[name] and not shards[file].defects:
             pointer = "/weight_map/" + name.replace("~", "~0").replace("/", "~1")
             yield finding(

@@ -26,9 +26,11 @@ INDEX = "model.safetensors.index.json"
 
 @rule("F028", "error", implied_by=("F015", "F016", "F019", "F024"))
 def stale_index(checkpoint, weight_map, shards, missing_shards, copies, files):
+    if not weight_map:
+        return
     held = {t.name: file for file, shard in shards.items() if not shard.defects for t in shard.tensors}
-    wrong = [n for n, file in (weight_map or {}).items() if held.get(n) != file]
-    listed = len(weight_map or {})
+    wrong = [n for n, file in weight_map.items() if held.get(n) != file]
+    listed = len(weight_map)
     if not wrong or not all(n in held for n in wrong) or any(n in copies for n in wrong):
         return
     if missing_shards:

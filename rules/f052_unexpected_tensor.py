@@ -26,6 +26,7 @@ from doctor.lint.rule import (
     DropTensor,
     Fix,
     Place,
+    Unavailable,
     _,
     family_table,
     finding,
@@ -50,9 +51,11 @@ LOST = Fix(_("find out which missing tensor this is; nothing is dropped while th
     "F052",
     "warning",
     certainty="likely",
-    implied_by=("C147", "F057", "F058", "F061", "F062", "F064", "C142", "F050", "G330", "O619", "O620"),
+    implied_by=("C147", "F057", "F058", "F061", "F062", "F064", "C142", "F050", "G330", "O611", "O619", "O620", "O625"),
 )
-def unexpected_tensor(checkpoint, placement, config, misnamed):
+def unexpected_tensor(checkpoint, placement, config, misnamed, kind):
+    if kind == "mlx":
+        raise Unavailable(_("the weights are words of MLX, whose parts O625 judges"))
     spec = placement.spec
     if spec.family is None:
         return
@@ -96,14 +99,15 @@ def _strangers(placement, config, tensors):
     spec = placement.spec
     if spec.text_key or config.get("auto_map") or family_table(spec.family)["architecture"] != spec.architecture:
         return {}
+    tails = packed_tails()
     found: dict[str, list] = {}
-    for name, info in {**placement.outside, **placement.foreign}.items():
-        weight = name.removesuffix(".bias") + ".weight"
-        known = placement.template_of(name) or (name.endswith("bias") and placement.template_of(weight))
-        packed = name not in tensors or name in placement.words or name.endswith(packed_tails())
-        if known or packed or BENIGN.search(name) or undoes_packing(name):
+    for name, info in (*placement.outside.items(), *placement.foreign.items()):
+        if placement.template_of(name) or name not in tensors or name in placement.words or name.endswith(tails):
             continue
-        found.setdefault(name.partition(".")[0] + ".", []).append(info)
+        if name.endswith("bias") and placement.template_of(name.removesuffix(".bias") + ".weight"):
+            continue
+        if not (undoes_packing(name) or BENIGN.search(name)):
+            found.setdefault(name.partition(".")[0] + ".", []).append(info)
     return found
 
 

@@ -23,7 +23,7 @@ from doctor.lint.testing import never_in, tiny
 
 @rule("F059", "error")
 def empty_tensor(checkpoint, tensors, base):
-    found = sorted(n for n, i in tensors.items() if i.numel == 0 and n.endswith((".weight", ".bias")))
+    found = sorted(n for n, i in tensors.items() if n.endswith((".weight", ".bias")) and i.numel == 0)
     if found:
         info = tensors[found[0]]
         yield finding(

@@ -27,7 +27,7 @@ OTHERS = ("encoder-decoder", "two-encoders", "vision", "audio", "pipeline", "com
 
 @rule("G330", "error")
 def not_a_decoder(checkpoint, kind, recipe, goal):
-    if kind not in OTHERS:
+    if kind not in OTHERS or (kind == "mlx" and goal != "quantize"):
         return
     config = checkpoint.value("config.json") or {}
     halves = kind in ("encoder-decoder", "audio") and config.get("is_encoder_decoder") is True

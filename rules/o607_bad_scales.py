@@ -2,7 +2,7 @@
 
 Why: every weight is a code times the scale of its group. A scale of 0 erases the group; one in the hundreds makes the
 decoder layer overflow. A quantizer that continues after its Hessian has failed writes both. Scales that are 1
-everywhere are what they were before calibration. One scale for a whole tensor must be above 0; one that divides, as
+everywhere are what they were before calibration; scales that are all negative turn every weight's sign. One scale for a whole tensor must be above 0; one that divides, as
 compressed-tensors' weight_global_scale, is in the hundreds, and below 1 where it was stored as the factor.
 
 Seen as:
@@ -12,13 +12,16 @@ Seen as:
 Do: quantize this linear again (Q401 and Q405 of that run say why it failed).
 
 False alarms: scale 0 for a group whose weights are all 0, as some packers write for padding. Scales that are 8-bit
-floats themselves, as NVFP4's, reach 448 by design and are judged for 0 only.
+floats themselves, as NVFP4's, reach 448 by design and are judged for 0 and for their sign only. Scales of both signs,
+as AutoRound's symmetric grid has them, are not reported.
 
 Fix safety: unsafe, and only with `--from`: the scales are taken from another copy of the quantized checkpoint, such as
 its repository. Without one the weights behind a wrong scale are lost.
 
 Sources: AutoGPTQ/AutoGPTQ issues 306, 582 and 587; casper-hansen/AutoAWQ PR 516 (sets such scales to 1).
 """
+
+import re
 
 from doctor.lint.rule import _, finding, rule, scale_tails, tensor_from_base
 from doctor.lint.testing import encode, tiny_gptq
@@ -29,6 +32,9 @@ HUGE = 100.0
 TINY = 1e-12  # weights under such scales vanish beside any others
 # One scale for a whole tensor: of weights, of inputs. The first divides.
 WHOLE = (".weight_global_scale", ".weight_scale_2", ".input_global_scale", ".input_scale")
+VECTORS = (".q_scale_max", ".suh", ".svh")  # EXL2's and EXL3's, of which single ones may be 0
+EMBEDDING = re.compile(r"(?:embed_tokens|wte|embeddings?|lm_head)\.\w+$")
+FACTOR = ".weight_scale_2"  # of ModelOpt: its product with 448 and 6 is the largest weight of a tensor
 RELATIVE = "F8_E4M3"  # a scale of this type is multiplied by another one, which brings its largest to 448
 
 
@@ -36,6 +42,13 @@ RELATIVE = "F8_E4M3"  # a scale of this type is multiplied by another one, which
 def bad_scales(tensor, n_zero, numel, absmax, stats, base):
     if tensor.name.endswith(WHOLE):
         yield from _whole(tensor, stats, base)
+    if tensor.name.endswith(VECTORS) and n_zero == numel:
+        yield finding(
+            _("{n_zero:,} of {numel:,} scales in {tensor} are 0", n_zero=n_zero, numel=numel, tensor=tensor.name),
+            evidence={"n_zero": n_zero, "numel": numel},
+            fix=tensor_from_base(base, tensor),
+            advice=_("quantize this linear again"),
+        )
     if not tensor.name.endswith(scale_tails()):
         return
     if 0 < absmax < TINY or (numel > 1 and stats.min == stats.max == 1 and _of_integers(tensor)):
@@ -57,7 +70,21 @@ def bad_scales(tensor, n_zero, numel, absmax, stats, base):
             fix=tensor_from_base(base, tensor),
             advice=_("quantize this linear again"),
         )
-    if n_zero:
+    if stats.n_finite and not n_zero and (stats.max < 0 or (stats.min < 0 and tensor.dtype.name == RELATIVE)):
+        yield finding(
+            _(
+                "all {numel:,} scales in {tensor} are negative, the least {value:g}; must be above 0",
+                numel=numel,
+                tensor=tensor.name,
+                value=stats.min,
+            )
+            if numel > 1 and stats.max < 0
+            else _("{tensor} has a scale of {value:g}; must be above 0", tensor=tensor.name, value=stats.min),
+            evidence={"min": stats.min, "max": stats.max, "numel": numel},
+            fix=tensor_from_base(base, tensor),
+            advice=_("quantize this linear again"),
+        )
+    if n_zero and not EMBEDDING.search(tensor.name):  # the row of a padding token is 0
         yield finding(
             _("{n_zero:,} of {numel:,} scales in {tensor} are 0", n_zero=n_zero, numel=numel, tensor=tensor.name),
             evidence={"n_zero": n_zero, "numel": numel},
@@ -82,6 +109,14 @@ def _whole(tensor, stats, base):
             evidence={"min": stats.min},
             fix=tensor_from_base(base, tensor),
             advice=_("quantize this linear again"),
+        )
+
+    if stats.n_finite and tensor.name.endswith(FACTOR) and not stats.max < 1:
+        yield finding(
+            _("{tensor} is {value:g}; must be below {most:g}", tensor=tensor.name, value=stats.max, most=1.0),
+            evidence={"max": stats.max},
+            fix=tensor_from_base(base, tensor),
+            advice=_("store the factor and not the divisor: its reciprocal"),
         )
 
 

@@ -18,7 +18,7 @@ version, and other formats are not read: then manual.
 Sources: vllm-project/vllm issues 1100 and 13612; vllm-project/llm-compressor issues 959 and 967.
 """
 
-from doctor.lint.rule import KNOWN, MISSING, Fix, Place, SetJson, _, finding, packed_tails, plural, rule
+from doctor.lint.rule import KNOWN, MISSING, Fix, Place, SetJson, _, finding, is_mlx_words, packed_tails, plural, rule
 from doctor.lint.testing import np, tiny_gptq
 
 
@@ -26,7 +26,8 @@ from doctor.lint.testing import np, tiny_gptq
 def quantization_config_missing(checkpoint, quantization_block, tensors, config, packed_words=None):
     tails = packed_tails()
     packed = [name for name in tensors if name.endswith(tails)]
-    if quantization_block is not None or not packed:
+    packed = packed or sorted(name for name, info in tensors.items() if _by_its_scales(info, tensors))
+    if quantization_block is not None or not packed or isinstance(config.get("quantization"), dict):
         return
     yield finding(
         plural(
@@ -40,6 +41,15 @@ def quantization_config_missing(checkpoint, quantization_block, tensors, config,
         fix=_fix(tensors, config, packed_words or {}),
         advice=_("copy quantize_config.json from the source of the model"),
     )
+
+
+def _by_its_scales(info, tensors):
+    """Whether a tensor is codes by what stands beside it: HQQ's, MLX's words, 8-bit floats."""
+    module = info.name.removesuffix(".weight")
+    if is_mlx_words(info):
+        return f"{module}.scales" in tensors
+    beside = any(f"{info.name}_{tail}" in tensors for tail in ("scale", "scale_inv"))
+    return info.name.endswith(".W_q") or (info.name == f"{module}.weight" and beside and info.dtype.name == "F8_E4M3")
 
 
 def _fix(tensors, config, words):

@@ -28,9 +28,12 @@ import re
 from doctor.lint.rule import KNOWN, Place, _, finding, plural, rule, word_tails
 from doctor.lint.testing import np, tiny
 
-JOINED = ("qkv_proj", "gate_up_proj")  # names of linears that vLLM joins
+# Linears that vLLM joins, and the name by which it also takes an entry of the list.
+JOINED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
 # Entries of a recipe that many models have no module for: a head that is the embedding, towers, further layers.
-OFTEN_ABSENT = re.compile(r"head|embed|vis|audio|image|projector|mtp|nextn|norm|gate|router|proj_out")
+OFTEN_ABSENT = re.compile(r"head|embed|vis|audio|image|projector|merger|modal|mtp|nextn|norm|gate|router|proj_out")
 
 
 @rule("O623", "error", implied_by=("O620", "O621", "O619", "O613"))
@@ -70,6 +73,7 @@ def exclude_list(checkpoint, quantization_block, tensors, stored_weights, spec, 
         and linear.name not in packed
         and takes(linear.name)
         and tensors[linear.tensor].dtype.bits >= 16
+        and not (recipe.runtime == "vllm" and _joined(linear.name) in {entry.entry for entry in entries})
     ]
     if recipe.runtime in form.whole_names:
         yield from _in_part(
@@ -106,6 +110,12 @@ def exclude_list(checkpoint, quantization_block, tensors, stored_weights, spec, 
         )
 
 
+def _joined(name):
+    """The name under which vLLM has a linear that it joins with others; its own where it joins it with none."""
+    owner, dot, last = name.rpartition(".")
+    return f"{owner}{dot}{JOINED.get(last, last)}"
+
+
 def _in_part(entries, linears, recipe, at):
     """Linears that an entry excludes by a part of their names, for a runtime that asks for whole ones. It also takes the
     name under which it joins linears, and experts by the module that holds them.
@@ -114,7 +124,7 @@ def _in_part(entries, linears, recipe, at):
     found = [
         (linear, entry)
         for linear in linears
-        if not {linear.name, *(f"{linear.name.rpartition('.')[0]}.{joined}" for joined in JOINED)} & texts
+        if not {linear.name, _joined(linear.name)} & texts
         and not (linear.expert is not None and any("experts" in text for text in texts))
         for entry in entries
         if entry.entry and entry.matches(linear.name)
@@ -142,6 +152,7 @@ def _absent(entries, tensors):
     for name in tensors:
         parts = name.split(".")
         modules.update(".".join(parts[:end]) for end in range(1, len(parts)))
+    modules |= set(map(_joined, modules))
     return [entry for entry in entries if entry.entry and not any(map(entry.matches, modules))]
 
 

@@ -1,4 +1,4 @@
-"""O625 packed-parts-incomplete: a packed EXL2, EXL3, HQQ or MLX linear lacks a part.
+"""O625 packed-parts-incomplete: a packed linear of EXL2, EXL3, HQQ, MLX or bitsandbytes lacks a part.
 
 Why: the words of a linear mean nothing without their scales, groups and permutations. A loader stops at the first linear
 that lacks one, or takes it for a plain linear whose weight is absent.
@@ -6,6 +6,8 @@ that lacks one, or takes it for a plain linear whose weight is absent.
 Seen as:
 - ExLlamaV3: `was not found in model`
 - mlx-lm: `Missing 1 parameters`
+- bitsandbytes: `'NoneType' object has no attribute 'absmax'`
+- transformers: `KeyError: 'absmax'`
 - mlx-swift: `Mismatched parameter scales shape`
 
 Do: copy the shard again from its source.
@@ -16,19 +18,21 @@ Fix safety: no fix: the part is not in the files.
 
 Sources: turboderp-org/exllamav2 exllamav2/module.py (load_weight makes q_perm of q_invperm) and
 exllamav2_ext/cuda/q_matrix.cu; turboderp-org/exllamav3 exllamav3/modules/linear.py (is_exl3_storage); mobiusml/hqq
-hqq/core/quantize.py (state_dict; zero_scale with offload_meta); ml-explore/mlx python/mlx/nn/layers/quantized.py and
+hqq/core/quantize.py (state_dict; zero_scale with offload_meta); bitsandbytes-foundation/bitsandbytes
+bitsandbytes/functional.py (QuantState.from_dict); ml-explore/mlx python/mlx/nn/layers/quantized.py and
 base.py (load_weights); ml-explore/mlx-lm mlx_lm/utils.py (load_model).
 """
 
-from functools import partial
-
 from doctor.lint.rule import (
     COMPANION_WORDS,
+    KNOWN,
     Place,
     _,
+    bitsandbytes_defects,
     companion_shapes,
     companions_missing,
     finding,
+    is_mlx_words,
     listed,
     mlx_parts_missing,
     mlx_shapes,
@@ -38,15 +42,17 @@ from doctor.lint.testing import np, tiny
 
 
 @rule("O625", "error")
-def packed_parts_incomplete(checkpoint, tensors, kind, config=None):
-    stated = (config or {}).get("quantization") if kind == "mlx" else None
-    for name, info in sorted(tensors.items()):
-        if stated is None:
-            if not name.endswith(COMPANION_WORDS):
-                continue
-            absent, misshapen = companions_missing(tensors, name), companion_shapes
-        elif info.dtype.name == "U32" and name.endswith(".weight"):
-            absent, misshapen = mlx_parts_missing(tensors, name, stated), partial(mlx_shapes, stated=stated)
+def packed_parts_incomplete(checkpoint, tensors, kind, quantization_block, spec, config=None):
+    mlx = (config or {}).get("quantization") if kind == "mlx" else None
+    of_rows = quantization_block is not None and KNOWN["bitsandbytes"].claims(quantization_block[0])
+    tails = (*COMPANION_WORDS, ".weight") if mlx is not None or of_rows else COMPANION_WORDS
+    for name, info in sorted(item for item in tensors.items() if item[0].endswith(tails)):
+        if mlx is not None and is_mlx_words(info):
+            absent, misshapen = mlx_parts_missing(tensors, name, mlx), mlx_shapes(tensors, name, mlx)
+        elif mlx is None and name.endswith(COMPANION_WORDS):
+            absent, misshapen = companions_missing(tensors, name), companion_shapes(tensors, name)
+        elif of_rows and info.dtype.name in ("U8", "I8") and name.endswith(".weight"):
+            absent, misshapen = bitsandbytes_defects(tensors, info, spec.linear_shape(name.removesuffix(".weight")))
         else:
             continue
         module = name.rpartition(".")[0]
@@ -57,7 +63,7 @@ def packed_parts_incomplete(checkpoint, tensors, kind, config=None):
                 evidence={"absent": absent},
                 advice=_("copy the shard again from its source"),
             )
-        for part, found, wanted in misshapen(tensors, name) if not absent else ():
+        for part, found, wanted in misshapen if not absent else ():
             yield finding(
                 _(
                     "{linear}: {part} is {found}; its words {words} ask for {wanted}",

@@ -8,6 +8,7 @@ Seen as:
 - vLLM: `the weight global scale is different for parallel layers (e.g. q_proj, k_proj, v_proj)`
 - vLLM: `the input global scale is different for parallel layers`
 - vLLM: `w1_weight_global_scale must match w3_weight_global_scale`
+- vLLM: `w1_weight_scale_2 must match w3_weight_scale_2`
 
 Do: export again with a tool that shares these scales among the parts: `doctor quantize`, llm-compressor.
 

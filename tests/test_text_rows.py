@@ -12,9 +12,12 @@ import text_rows
 class Words:
     """A tokenizer whose ids are the words themselves, so that rows can be read."""
 
-    def __call__(self, text, add_special_tokens, verbose):
-        assert add_special_tokens is False
-        return {"input_ids": text.split()}
+    def __init__(self, bos_token_id=None):
+        self.bos_token_id = bos_token_id
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        bos = [self.bos_token_id] if add_special_tokens and self.bos_token_id else []
+        return {"input_ids": bos + text.split()}
 
 
 def test_no_paragraph_is_both_calibration_and_held_out():
@@ -29,6 +32,11 @@ def test_rows_have_the_length_asked_for_and_do_not_overlap():
     assert [len(row) for row in rows] == [16] * 6
     assert len({word for row in rows for word in row}) == 96
     assert [row[0] for row in rows] == ["0", "16", "32", "48", "64", "80"]
+
+
+def test_rows_start_with_bos_where_the_tokenizer_does():
+    rows = text_rows.spread("a b c d e f", Words("<bos>"), 2, 4)
+    assert rows == [["<bos>", "a", "b", "c"], ["<bos>", "d", "e", "f"]]
 
 
 def test_rows_are_the_same_at_every_call():

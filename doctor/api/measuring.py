@@ -13,9 +13,9 @@ from doctor.lint.engine import Report, load_rules
 
 if TYPE_CHECKING:
     from doctor.core.options import AdviseOptions, CompareOptions, KvcacheOptions, VerifyOptions
-    from doctor.evaluate.advise.advise import Advice
+    from doctor.evaluate.advise.advice import Advice
     from doctor.evaluate.kvcache.study import KvReport
-    from doctor.evaluate.ranking import Ranking
+    from doctor.evaluate.ranking_report import Ranking
 
 
 def verify(

@@ -233,10 +233,11 @@ def format_option(known: tuple[str, ...], *flags: str) -> Callable:
     )
 
 
+verbose_option = option("-v", "--verbose", is_flag=True, help=_("Also list every rule, and why it was skipped."))
 format_options = together(
     format_option(FORMATS),
     option("--concise", is_flag=True, help=_("Short for -f concise.")),
-    option("-v", "--verbose", is_flag=True, help=_("Also list every rule, and why it was skipped.")),
+    verbose_option,
     lang_option,
 )
 device_option = option(

@@ -12,7 +12,7 @@ import click
 
 from doctor.cli import stderr
 from doctor.cli.options import KV_FORMATS
-from doctor.core.errors import DoctorError, MachineError
+from doctor.core.errors import MachineError
 from doctor.core.messages import _
 from doctor.locale import catalogue
 
@@ -139,25 +139,6 @@ def read_reports(path: Path) -> list["Report"]:
     from doctor.report.formats.json_report import read
 
     return read(read_text(path))
-
-
-def read_kvcache(text: str) -> Any:
-    """The KvReport of a JSON text, None for a report of another kind: only then is doctor.evaluate imported, and torch
-    with it.
-    """
-    if '"doctor.kvcache/' not in text[:200]:
-        return None
-    import json
-
-    from doctor.evaluate.kvcache.kv_report import from_dict
-
-    try:
-        return from_dict(json.loads(text))
-    except ValueError as error:
-        raise DoctorError(
-            _("not JSON: {error}.", error=error),
-            _("Make a report with `{command}`.", command="doctor kvcache CHECKPOINT -f json:kv.json"),
-        ) from None
 
 
 def exit_for(reports: Iterable["Report"], fail_on_skipped: bool = False) -> NoReturn:

@@ -30,6 +30,7 @@ from doctor.cli.options import (
     progress_option,
     size_in_bytes,
     unsafe_option,
+    verbose_option,
     words,
 )
 from doctor.cli.output import Outputs, emit, exit_for, json_on_failure, notice, write
@@ -76,7 +77,7 @@ USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few bes
     default=DAMP,
     help=_("Least share of the mean diagonal added to each Hessian; few rows get more, 0 adds none."),
 )
-@option("--damp-max", type=float, default=DAMP_MAX, help=_("Most that a retry may raise it to."))
+@option("--damp-max", type=float, default=DAMP_MAX, help=_("Most that few rows or a retry raise it to."))
 @option(
     "--calibration",
     metavar="FILE|ORG/NAME",
@@ -201,6 +202,7 @@ USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few bes
 )
 @overwrite_option
 @format_option(FORMATS, "--report")
+@verbose_option
 @lang_option
 @progress_option
 def command(
@@ -232,6 +234,7 @@ def command(
     resume: bool,
     retry_failed: bool,
     overwrite: bool,
+    verbose: bool,
     **flags: Any,
 ) -> None:
     """flags: those of the recipe, and fields of the recipe under their own names."""
@@ -292,7 +295,7 @@ def command(
             )
         if int(os.environ.get("RANK", "0")):  # under torchrun, rank 0 speaks for all
             exit_for([result.report])
-        emit([result.report], outputs)
+        emit([result.report], outputs, verbose)
         if result.output and result.report.ok and ("full", "") in outputs:
             _print_next(path, result.output, result.report)
     if result.forecast is not None:

@@ -6,7 +6,8 @@ import click
 
 from doctor.cli.command import Command
 from doctor.cli.options import KV_FORMATS, PATH, format_options, outputs_of
-from doctor.cli.output import emit, emit_kvcache, read_kvcache, read_text
+from doctor.cli.output import emit, read_text
+from doctor.cli.saved import emitter
 from doctor.core.messages import _
 
 
@@ -14,8 +15,8 @@ from doctor.core.messages import _
     cls=Command,
     help=_(
         "Render a saved report in another format.\n\n"
-        "Needs only the JSON that `doctor check -f json:REPORT.json` wrote (or quantize, verify, kvcache), not the "
-        "checkpoint; or the receipt, doctor.json, in what `doctor quantize` wrote."
+        "Needs only the JSON that `doctor check -f json:REPORT.json` wrote (or quantize, verify, compare, kvcache, "
+        "advise), not the checkpoint; or the receipt, doctor.json, in what `doctor quantize` wrote."
     ),
 )
 @click.argument("report", type=PATH, metavar="REPORT.json")
@@ -23,9 +24,9 @@ from doctor.core.messages import _
 def command(report: Path, formats: tuple[str, ...], concise: bool, verbose: bool) -> None:
     """Exits 0 whatever the report says."""
     text = read_text(report)
-    cache = read_kvcache(text)
-    if cache is not None:
-        return emit_kvcache(cache, outputs_of(formats, concise, KV_FORMATS))
+    write = emitter(text, verbose)
+    if write is not None:
+        return write(outputs_of(formats, concise, KV_FORMATS))
     from doctor.report.formats.json_report import read
 
     reports = read(text)

@@ -20,9 +20,10 @@ from doctor.core.tables import table
 
 GOALS = ("", "quantize", "serve", "none")  # what findings are judged for
 RUNTIMES = ("vllm", "sglang", "exllamav2", "transformers", "llama.cpp")
-DAMP, DAMP_MAX = 0.01, 0.1  # defaults: GPTQ's own share, and where a retry ends
+DAMP, DAMP_MAX = 0.01, 0.4  # defaults: GPTQ's own share, and where few rows and retries end
 # A Hessian of few calibration rows overfits them; more damping holds it back. The best share is in proportion to
-# 1 / rows, whatever the width (bench/RESULTS.md, quality.py): 0.1 at 2,048 rows, 0.05 at 4,096, 0.01 from 20,000 on.
+# 1 / rows, whatever the width (bench/RESULTS.md, damping.py): 0.4 at 512 rows, as many experts get, 0.1 at 2,048, 0.05
+# at 4,096, 0.01 from 20,000 on.
 DAMP_ROWS = 200
 ASKED = "asked for with keep"  # why a linear stays in 16 bits that recipe.keep names
 _FALL = (*METHODS, "keep")

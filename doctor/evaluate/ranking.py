@@ -11,7 +11,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
@@ -19,80 +18,17 @@ from doctor.core.errors import DoctorError
 from doctor.core.host import describe
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
-from doctor.core.version import __version__
 from doctor.evaluate.compare import Streamed, scored, streamed_pair
 from doctor.evaluate.inputs import quiet, text_rows
 from doctor.evaluate.own_measure import kind_of
-from doctor.evaluate.scores import Apart, Tally, apart
+from doctor.evaluate.ranking_report import Contender, Difference, Ranking
+from doctor.evaluate.scores import Tally, apart
 from doctor.evaluate.verify import CONTEXT, ROWS
 from doctor.model.quantization_config import stored_recipe
 from doctor.quant.device import device_memory, device_of
 from doctor.quant.ending import run_figures
 from doctor.scan.header import header_facts
 from doctor.scan.summary import summary
-
-SCHEMA = "doctor.compare/1"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One quantized model. kl: nats a token against the original, mean; ratio: its perplexity by the original's. Spans
-    hold 95 of 100 resamplings of the rows.
-    """
-
-    name: str
-    path: str
-    stored: str  # gptq 4-bit g128
-    bytes: int
-    bits: float  # a weight, everything stored counted
-    kl: float
-    kl_span: tuple[float, float]
-    kl_p99: float
-    perplexity: float
-    ratio: float
-    ratio_span: tuple[float, float]
-    top1: float
-    top1_span: tuple[float, float]
-    nonfinite: int  # tokens whose logits have NaN or Inf
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much further from the original a model is than the first one. clear: whether the span of the KL leaves out
-    0.
-    """
-
-    name: str
-    apart: Apart
-    clear: bool
-
-
-@dataclass
-class Ranking:
-    """Models by their divergence from the original, the closest first; the others' differences from the first."""
-
-    original: str
-    original_bytes: int
-    perplexity: float  # of the original
-    source: str  # of the text
-    rows: int
-    context: int
-    tokens: int
-    models: list[Contender]
-    differences: list[Difference]
-    seconds: float = 0.0
-    machine: dict[str, str] = field(default_factory=dict)
-    version: str = __version__
-
-    @property
-    def ok(self) -> bool:
-        """Whether every model computes finite numbers."""
-        return not any(model.nonfinite for model in self.models) and math.isfinite(self.perplexity)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        differences = [{"name": d.name, "clear": d.clear, **d.apart._asdict()} for d in self.differences]
-        return {"schema": SCHEMA, **asdict(self), "differences": differences}
 
 
 def rank(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from doctor.evaluate.ranking_report import Apart
+
 RESAMPLES, LEAST_ROWS = 1000, 3  # of the rows, for a spread; of fewer rows than these a spread would say nothing
 CHUNK_ROWS = 256  # rows of logits worked on at once: 256 × 152k × 4 B = 156 MB at the widest vocabulary in use
 
@@ -175,19 +177,6 @@ class Tally:
     def agreement(self) -> float:
         """Share of rows in which both models rank the same token first; NaN where no row is finite in both."""
         return self.agree / self.compared if self.compared else math.nan
-
-
-class Apart(NamedTuple):
-    """How much larger the figures of one model are than another's on the same rows, and the spans in which 95 of 100
-    resamplings of these rows lie; NaN where there are too few. kl: nats; ratio: of perplexities; top1: a share.
-    """
-
-    kl: float
-    kl_span: tuple[float, float]
-    ratio: float
-    ratio_span: tuple[float, float]
-    top1: float
-    top1_span: tuple[float, float]
 
 
 def apart(one: Tally, other: Tally) -> Apart:

@@ -1,16 +1,21 @@
 """AutoRound's own quantization_config: other words for a file that lies as GPTQ or AWQ do.
 
 Source: intel/auto-round 0.16.1 auto_round/inference/backend.py (GPTQ_FORMAT stores zero points minus one,
-GPTQ_FORMAT_NO_ZP as they are), and files that it wrote.
+GPTQ_FORMAT_NO_ZP as they are), and files that it wrote; vllm-project/vllm
+vllm/model_executor/layers/quantization/inc.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from doctor.core.patterns import pattern_of
 from doctor.formats.base import Format, Quantization
+from doctor.formats.exclusions import Exclusion
 from doctor.formats.registry import KNOWN, register
 from doctor.formats.widths import Widths, exactly, own_entries
 
@@ -45,8 +50,34 @@ class AutoRound(Format):
         found = KNOWN[packed].read(plain, file, pointer, own)
         return replace(found, reader=self, raw=dict(raw), widths=Widths.of_patterns(entries))
 
+    def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
+        """Entries of extra_config of 16 bits and more: a name, the end of one, or a pattern; and the output head."""
+        found = [Exclusion("", "/extra_config", lambda module: module.rpartition(".")[2] == "lm_head")]
+        stated = raw.get("extra_config")
+        for entry, own in stated.items() if isinstance(stated, Mapping) else ():
+            if isinstance(own, Mapping) and type(own.get("bits")) is int and own["bits"] >= 16:
+                matches = partial(_has_entry, entry)
+                found.append(Exclusion.of_words(entry, f"/extra_config/{entry.replace('/', '~1')}", matches))
+        return found
+
+    def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
+        """Every linear of block_name_to_quantize that no entry leaves out."""
+        excluded, stated = self.excluded(raw), raw.get("block_name_to_quantize") or ""
+        blocks = tuple(
+            x.strip() for x in (stated.split(",") if isinstance(stated, str) else stated) if isinstance(x, str)
+        )
+        return lambda module: module.startswith(blocks) and not excluded(module)
+
     def version_key(self, raw: Mapping[str, Any]) -> str:
         return "packing_format"
 
     def spelled(self, form: Format) -> str:
         return next(packing for packing, name in _PACKINGS.items() if name == form.name)
+
+
+def _has_entry(entry: str, module: str) -> bool:
+    """As vLLM's inc/config_parser.py looks an entry of extra_config up."""
+    if module == entry or module.endswith(f".{entry}"):
+        return True
+    found = pattern_of(f".*(?:{entry})") if re.search(r"[*+?^$()\[\]{}|\\]", entry) else None
+    return found is not None and found.match(module)

@@ -54,6 +54,7 @@ class AWQ(Format):
     affine = True
     libraries = ("gptqmodel", "accelerate")
     stores_zeros = True
+    plain_key = "modules_to_not_convert"
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
         groups = 1 if scheme.group_size == -1 else -(-in_features // scheme.group_size)
@@ -167,6 +168,16 @@ class AWQ(Format):
             for at, entry in enumerate(entries if isinstance(entries, list) else ())
             if isinstance(entry, str)
         ]
+
+    def listed_as_plain(self, raw: Mapping[str, Any], module: str) -> bool:
+        return self.excluded(raw)(module)
+
+    def with_plain(self, raw: Mapping[str, Any], packed: Iterable[str], plain: Iterable[str]) -> list[str]:
+        stated = raw.get(self.plain_key) or ["lm_head"]
+        return [*stated, *(name for name in plain if not self.excluded(raw)(name))]
+
+    def headers_tell(self, raw: Mapping[str, Any]) -> bool:
+        return not raw.get(self.plain_key)
 
     def shown(self, shapes: Mapping[str, Shapes], words: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
         found = {_group(linear) for linear in shapes.values()}

@@ -223,6 +223,12 @@ class Format:
         """
         raise NotImplementedError
 
+    def naming_packed(self, stated: dict[str, Any], packed: Iterable[str], plain: Iterable[str]) -> dict[str, Any]:
+        """The same quantization_config, which also names the packed linears where a reader of the format asks for
+        them. plain: linears in 16 bits, under every name that a client has for them.
+        """
+        return stated
+
     def claims(self, raw: Mapping[str, Any]) -> bool:
         """Whether a quantization_config is this format's to read."""
         return raw.get("quant_method") in self.quant_methods
@@ -238,6 +244,20 @@ class Format:
     def exclusions(self, raw: Mapping[str, Any]) -> list[Exclusion]:
         """What a quantization_config leaves in floats, entry by entry, as this format's readers match names."""
         return []
+
+    plain_key = ""  # the list from which readers that know no other tell packed linears from plain ones
+
+    def listed_as_plain(self, raw: Mapping[str, Any], module: str) -> bool:
+        """Whether that list tells a module in 16 bits from packed ones."""
+        return True
+
+    def with_plain(self, raw: Mapping[str, Any], packed: Iterable[str], plain: Iterable[str]) -> Any:
+        """That list for these packed and plain linears."""
+        return raw.get(self.plain_key)
+
+    def headers_tell(self, raw: Mapping[str, Any]) -> bool:
+        """Whether vLLM tells them apart by the headers of the files."""
+        return True
 
     def targets(self, raw: Mapping[str, Any]) -> list[Exclusion]:
         """What a quantization_config names as quantized, or of other bits than the rest, entry by entry."""

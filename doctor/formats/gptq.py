@@ -18,6 +18,7 @@ vllm/model_executor/layers/quantization/gptq.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -71,6 +72,7 @@ class GPTQ(Format):
     libraries = ("gptqmodel", "optimum")
     affine = True
     head_key = "lm_head"
+    plain_key = "modules_in_block_to_quantize"
     order_key = "desc_act"
 
     def grid(self, scheme: Scheme) -> GridKind:
@@ -196,6 +198,21 @@ class GPTQ(Format):
             dynamic |= {f"+:{exactly(name)}": {"bits": bits} for name in names}
         return {**stated, "dynamic": dynamic} if dynamic else stated
 
+    def naming_packed(self, stated: dict[str, Any], packed: Iterable[str], plain: Iterable[str]) -> dict[str, Any]:
+        """With modules_in_block_to_quantize where some linears stay in 16 bits: optimum, by which transformers loads
+        the format, does not know "dynamic", and without this list takes every linear of a decoder layer as packed.
+        """
+        if not any(key.startswith("-:") for key in stated.get("dynamic", ())):
+            return stated
+        return {**stated, self.plain_key: self.with_plain(stated, packed, plain)}
+
+    def listed_as_plain(self, raw: Mapping[str, Any], module: str) -> bool:
+        """A list that is there is judged by takes()."""
+        return bool(_flat(raw.get(self.plain_key)))
+
+    def with_plain(self, raw: Mapping[str, Any], packed: Iterable[str], plain: Iterable[str]) -> list[list[str]]:
+        return [_shortest(packed, list(plain))]
+
     def claims(self, raw: Mapping[str, Any]) -> bool:
         stated = raw.get("quant_method")
         return stated in self.quant_methods or (not stated and "zero_point" not in raw and "desc_act" in raw)
@@ -255,7 +272,7 @@ class GPTQ(Format):
 
     def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
         """Where modules_in_block_to_quantize is stated, modules with one of its entries in their name, as vLLM does."""
-        parts = _flat(raw.get("modules_in_block_to_quantize"))
+        parts = _flat(raw.get(self.plain_key))
         excluded = self.excluded(raw)
         return (lambda module: any(part in module for part in parts) and not excluded(module)) if parts else None
 
@@ -310,6 +327,17 @@ def _bits_and_group(shapes: Shapes) -> tuple[int, int] | None:
     if bits not in BITS or words != (width * bits / 32, height) or zeros[0] != groups or not groups or width % groups:
         return None
     return int(bits), int(width // groups) if groups > 1 else -1
+
+
+def _shortest(packed: Iterable[str], plain: list[str]) -> list[str]:
+    """Ends of names behind the number of a decoder layer, where no plain linear has them; else whole names. Readers
+    look for an entry in a name (vLLM) or at its end (optimum).
+    """
+    found = set()
+    for name in packed:
+        end = re.split(r"\.\d+\.", name, maxsplit=1)[-1]
+        found.add(name if any(end in other for other in plain) else end)
+    return sorted(found)
 
 
 def _with_joined(names: Iterable[str]) -> list[str]:

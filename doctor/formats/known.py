@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
@@ -16,13 +17,20 @@ _OTHER_TAILS = (".q_weight", ".trellis")  # EXL2's and EXL3's, whose codes are n
 OTHER_WORDS = ("q_weight", "trellis", "W_q")  # what holds the codes of formats that are named here and not unpacked
 # Endings of names of which a packed file of some format has one at least.
 _SIGNS = (".weight_scale", ".weight_scale_inv", ".q_weight", ".trellis", ".codes", "_blocks", ".W_q", "_scale")
-_SCALES = re.compile(
-    r"\.(weight_scale_inv|weight_scale|SCB|absmax|quant_state\.bitsandbytes__\w+|quant_map|_scales)$|_(blocks|scales)$"
-)
-
-_UNDOES = re.compile(
-    r"\.(weight_format|absmax|quant_map|nested_absmax|nested_quant_map|input_scale|activation_scale|weight_scale_2"
-    r"|(?:weight|input)_global_scale|weight_shape|weight_zero_point|weight_g_idx)$"
+_SCALES = (".weight_scale_inv", ".weight_scale", ".SCB", ".absmax", ".quant_map", "_blocks", "_scales")
+_STATE = re.compile(r"\.quant_state\.bitsandbytes__\w+$")
+_UNDOES = (
+    ".weight_format",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".input_scale",
+    ".activation_scale",
+    ".weight_scale_2",
+    ".weight_global_scale",
+    ".input_global_scale",
+    ".weight_shape",
+    ".weight_zero_point",
+    ".weight_g_idx",
 )
 
 # Formats that are named and not unpacked: the words of a linear -> what no reader can do without, one of each group.
@@ -61,6 +69,39 @@ _SHAPED = ("q_scale", "q_scale_max", "q_groups", "suh", "svh")
 
 
 _MLX_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # mode -> (group_size, bits)
+
+
+def bitsandbytes_defects(
+    tensors: Mapping[str, TensorInfo], info: TensorInfo, shape: tuple[int, ...] | None
+) -> tuple[list[str], list[tuple[str, list[int], list[int]]]]:
+    """(parts that are not there, parts of another shape as companion_shapes gives them) of a weight of bitsandbytes.
+    shape: [n, k] by config.json, None where it does not say.
+    """
+    module = info.name.removesuffix(".weight")
+    if info.dtype.name == "I8":
+        rows = tensors.get(f"{module}.SCB")
+        wrong = [] if rows is None or rows.numel == info.shape[0] else [("SCB", list(rows.shape), [info.shape[0]])]
+        return ["SCB"] if rows is None else [], wrong
+    states = [f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
+    nested = any(f"{module}.weight.nested_{part}" in tensors for part in ("absmax", "quant_map"))
+    groups = [["weight.absmax"], ["weight.quant_map"], states]
+    largest = tensors.get(f"{module}.weight.absmax")
+    if nested or (largest is not None and largest.dtype.name == "U8"):
+        groups += [["weight.nested_absmax"], ["weight.nested_quant_map"]]
+    absent = [group[0] for group in groups if not any(f"{module}.{part}" in tensors for part in group)]
+    if absent or shape is None or largest is None:
+        return absent, []
+    codes = math.prod(shape)
+    if info.numel * 2 != codes:
+        return [], [("weight", list(info.shape), [codes // 2, 1])]
+    size = 1 << max(0, (codes // max(largest.numel, 1)).bit_length() - 1)  # a block holds a power of two of them
+    wanted = -(-codes // size)
+    return [], [] if largest.numel == wanted else [("weight.absmax", list(largest.shape), [wanted])]
+
+
+def is_mlx_words(info: TensorInfo) -> bool:
+    """Whether a tensor holds the words of an MLX linear."""
+    return info.dtype.name == "U32" and info.name.endswith(".weight")
 
 
 def mlx_parts_missing(tensors: Mapping[str, TensorInfo], name: str, stated: Mapping[str, Any]) -> list[str]:
@@ -126,7 +167,7 @@ def packs_fused_experts(name: str, shape: tuple[int, ...]) -> bool:
 
 def is_scale_beside_weight(name: str) -> bool:
     """Whether a tensor of this name undoes the packing of narrow weights, in any format that keeps it beside them."""
-    return _SCALES.search(name) is not None
+    return name.endswith(_SCALES) or (".quant_state." in name and _STATE.search(name) is not None)
 
 
 def quantized(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
@@ -140,7 +181,7 @@ def quantized(tensors: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
 
 def undoes_packing(name: str) -> bool:
     """Whether a tensor of this name is needed to read packed weights beside it; a model without it cannot be read."""
-    return is_scale_beside_weight(name) or _UNDOES.search(name) is not None
+    return name.endswith(_UNDOES) or is_scale_beside_weight(name)
 
 
 def says_packed(raw: Mapping[str, Any]) -> bool:

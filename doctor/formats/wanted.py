@@ -67,14 +67,14 @@ def targets_of(raw: Mapping[str, Any]) -> list[Exclusion]:
     return found
 
 
-def of_group(group: Mapping[str, Any], layout: str | None, sizes: Sizes | None) -> list[Wanted]:
+def of_group(group: Mapping[str, Any], layout: object, sizes: Sizes | None) -> list[Wanted]:
     """The parts of a linear of a config group. layout: its format. sizes: None where config.json does not say them.
 
     vllm-project/compressed-tensors 0.20 compressors and quantization/lifecycle/initialize.py; vllm-project/vllm
     layers/quantization/compressed_tensors/schemes.
     """
     weights = group.get("weights")
-    if not isinstance(weights, Mapping) or layout is None or layout not in _LAYOUTS:
+    if not isinstance(weights, Mapping) or not isinstance(layout, str) or layout not in _LAYOUTS:
         return []
     found = list(_LAYOUTS[layout](weights, layout, sizes))
     return found + list(_of_inputs(group.get("input_activations"), layout)) if found else []

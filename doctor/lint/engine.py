@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint
+from doctor.core.collection import uncollected
 from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.core.facts import COSTS, Unavailable, closure
 from doctor.core.finding import SEVERITIES, Finding, Place
@@ -36,13 +38,18 @@ def load_rules(extra: Iterable[Path] = ()) -> list[Rule]:
     """All rules of the package doctor.rules and of the extra directories, by code. Raises DoctorError for a broken
     file.
     """
-    package = importlib.import_module(RULES_PACKAGE)  # by name: rules import this wing, not the other way round
-    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if _RULE_FILE.match(m.name)):
-        importlib.import_module(f"{RULES_PACKAGE}.{module}")
+    _load_package()
     for folder in extra:
         for path in sorted(Path(folder).glob("*.py")):
             _load_file(path)
     return sorted(RULES.values(), key=lambda r: r.code)
+
+
+@cache
+def _load_package() -> None:
+    package = importlib.import_module(RULES_PACKAGE)  # by name: rules import this wing, not the other way round
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if _RULE_FILE.match(m.name)):
+        importlib.import_module(f"{RULES_PACKAGE}.{module}")
 
 
 def _load_file(path: Path) -> None:
@@ -195,6 +202,7 @@ class Report:
             )
 
 
+@uncollected()
 def judge(store: Store, rules: Iterable[Rule], until: str = COSTS[-1]) -> tuple[list[Finding], list[RuleRun]]:
     """Run every rule on every subject of its scope; findings come in repair order, consequences after their cause."""
     findings: list[Finding] = []

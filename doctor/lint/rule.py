@@ -59,8 +59,10 @@ from doctor.edits.padding import grown, keep_edits, pad_edits  # noqa: F401
 from doctor.formats.exl2 import exl2_defects  # noqa: F401
 from doctor.formats.known import (  # noqa: F401
     COMPANION_WORDS,
+    bitsandbytes_defects,
     companion_shapes,
     companions_missing,
+    is_mlx_words,
     is_scale_beside_weight,
     is_written,
     mlx_parts_missing,

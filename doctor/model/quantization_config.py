@@ -13,7 +13,7 @@ from doctor.core.facts import FactKey, Unavailable, fact, key_of
 from doctor.core.messages import _
 from doctor.core.methods import method_of_format
 from doctor.core.recipe import Recipe
-from doctor.formats.known import quantized
+from doctor.formats.known import is_mlx_words, quantized
 from doctor.formats.registry import KNOWN, read_quantization
 
 
@@ -63,7 +63,8 @@ def holds_quantized(checkpoint: Checkpoint) -> bool:
     """Whether weights are stored in codes."""
     if checkpoint.gguf:
         return True
-    return next(quantized(checkpoint.tensors.values()), None) is not None
+    infos = checkpoint.tensors.values()
+    return next(quantized(infos), None) is not None or any(map(is_mlx_words, infos))
 
 
 GOAL: FactKey[str] = key_of(goal)

@@ -24,5 +24,5 @@ def require_same_model(original: Checkpoint, quantized: Checkpoint) -> None:
                     there=a,
                     here=b,
                 ),
-                _("Give the checkpoint that was quantized first, then what came out."),
+                _("Give a model and what was quantized from it."),
             )

@@ -7,9 +7,9 @@ everything they hold.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.facts import Unavailable, fact
@@ -129,21 +129,9 @@ class Placement:
         return self._sizes
 
     def _every_size(self) -> Iterator[tuple[TensorInfo, Template, tuple[str, ...]]]:
-        named: list[tuple[TensorInfo, str, int | None]] = [(info, name, None) for name, info in self.outside.items()]
+        yield from _sizes_of(self.outside, self.template_of)
         for layer, own in self.blocks.items():
-            named += [(info, tail, layer) for tail, info in own.items()]
-        for info, name, number in named:
-            template = self._at(name, number)
-            if template is not None:
-                yield info, template, template.shape
-            elif name.endswith(".bias"):
-                template = self._at(name.removesuffix(".bias") + ".weight", number)
-                if template is not None and len(template.shape) == 2 and template.role in QUANTIZABLE:
-                    yield info, template, (template.shape[1 if template.transposed else 0],)
-
-    def _at(self, name: str, layer: int | None) -> Template | None:
-        """The template of a name outside the decoder layers (None), or of a name's tail in one of them."""
-        return self.template_of(name) if layer is None else self._inner(name, layer)
+            yield from _sizes_of(own, partial(self._inner, layer=layer))
 
     def misfits(self, lookup=None) -> list[Misfit]:
         """Axes whose length is not what config.json gives. Lengths that the table states as plain numbers are not
@@ -349,6 +337,20 @@ class Placement:
         return any(t.startswith(module + ".") for t in held) and not any(
             "norm" in key and not value for key, value in flags.items()
         )
+
+
+def _sizes_of(
+    tensors: Mapping[str, TensorInfo], template_of: Callable[[str], Template | None]
+) -> Iterator[tuple[TensorInfo, Template, tuple[str, ...]]]:
+    """Placement.sizes() of tensors by the names that `template_of` takes."""
+    for name, info in tensors.items():
+        template = template_of(name)
+        if template is not None:
+            yield info, template, template.shape
+        elif name.endswith(".bias"):
+            template = template_of(name.removesuffix(".bias") + ".weight")
+            if template is not None and len(template.shape) == 2 and template.role in QUANTIZABLE:
+                yield info, template, (template.shape[1 if template.transposed else 0],)
 
 
 def _root(stem: str) -> str:

@@ -30,7 +30,7 @@ from doctor.lint.as_floats import read_as_floats
 from doctor.lint.engine import Report, load_rules, select_rules
 from doctor.lint.rule import Rule
 from doctor.model.fused_experts import unfuse
-from doctor.model.quantization_config import stored_recipe
+from doctor.model.quantization_config import holds_quantized, stored_recipe
 from doctor.model.same_model import require_same_model
 from doctor.model.spec import ModelSpec, build_spec
 from doctor.plan.mixture import with_mixture
@@ -40,7 +40,7 @@ from doctor.quant.calibration.documents import require_text, require_text_of
 from doctor.quant.calibration.rows import MAX_SEQ_LENGTH, ROWS
 from doctor.quant.capacity import measure
 from doctor.quant.stage import Stage, require_room
-from doctor.quant.tuning.wanted import AUTO, refuse_tuning, require_memory
+from doctor.quant.tuning.wanted import ARGUMENTS, AUTO, no_scales, refuse_tuning, require_memory
 from doctor.scan.header import DECODED
 
 # Rules that say that tensors, or files with them, cannot be read at all.
@@ -150,7 +150,9 @@ def alone(checkpoint: Checkpoint) -> Recipe:
 def require_tunable(
     quantized: Checkpoint, original: Checkpoint, output: Path, rules: list[Rule], overwrite: bool = False
 ) -> Assessment:
-    """Raises what `tune` refuses by headers: an output that may not be written, two models, errors of the files."""
+    """Raises what `tune` refuses by headers: an output that may not be written, no codes, one checkpoint twice, two
+    models, errors of the files.
+    """
     check_output(quantized, output, overwrite)
     for checkpoint in (original, quantized):
         if checkpoint.gguf:
@@ -158,6 +160,13 @@ def require_tunable(
                 _("{name}: is GGUF; tune reads checkpoints in safetensors.", name=checkpoint.name),
                 _("`doctor convert --format bf16` writes one of it."),
             )
+    if not holds_quantized(quantized):
+        raise no_scales(quantized)
+    if quantized.root.resolve() == original.root.resolve():
+        raise PlanRefused(
+            _("{name}: is given as the quantized checkpoint and as its original; must be two.", name=quantized.name),
+            ARGUMENTS,
+        )
     require_same_model(original, quantized)
     config = original.value("config.json") or {}
     require_family(config, build_spec(config, original.tensors))

@@ -287,7 +287,10 @@ def config_of(
     kept = [*kept, *_modules_of_experts(kept, packed)]
     stated = form.config(recipe, kept, widths)
     plain = [name for name in plain_linears(linears, packed) if not form.excluded(stated)(name)]
-    return form.config(recipe, [*kept, *plain], widths) if plain else stated
+    kept = [*kept, *plain]
+    stated = form.config(recipe, kept, widths) if plain else stated
+    of_client = [name for name, sources in linears.items() if not set(packed).isdisjoint(sources)]
+    return form.naming_packed(stated, [*packed, *of_client], kept)
 
 
 def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, stated: dict) -> None:

@@ -37,6 +37,15 @@ class _Later(ModuleType):
         return getattr(importlib.import_module(self.__name__), attribute)
 
 
+class _Losses(dict):
+    """No losses, until one is asked for: optimum reads every attribute of a model, its loss_function too."""
+
+    def __missing__(self, name: str) -> object:
+        if isinstance(sys.modules.get(_LOSSES), _Later):
+            del sys.modules[_LOSSES]
+        return importlib.import_module(_LOSSES).LOSS_MAPPING[name]
+
+
 class _Watch:
     """First of the finders; finds nothing. Takes the places when transformers is looked for, and answers for it as soon
     as it can ask.
@@ -69,7 +78,7 @@ def _take_places() -> None:
             _DYNAMO, {"disable": _as_it_is, "allow_in_graph": _as_it_is, "assume_constant_result": _as_it_is}
         )
         sys.modules[_INDEXING] = _Later(_INDEXING, {"__path__": [], "TransformGetItemToIndex": _indexing})
-    sys.modules[_LOSSES] = _Later(_LOSSES, {"__path__": [], "LOSS_MAPPING": {}})
+    sys.modules[_LOSSES] = _Later(_LOSSES, {"__path__": [], "LOSS_MAPPING": _Losses()})
 
 
 def _as_it_is(function: Callable | None = None, *args, **kwargs) -> Callable:

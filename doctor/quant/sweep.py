@@ -10,6 +10,8 @@ from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
+from doctor.core.from_json import read_document
+from doctor.core.messages import collected
 from doctor.core.methods import METHODS
 from doctor.core.recipe import Recipe
 from doctor.core.version import __version__
@@ -65,7 +67,13 @@ class Sweep:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"schema": SCHEMA, **asdict(self)}
+        data = asdict(self)
+        return {"schema": SCHEMA, "messages": collected(data), **data}
+
+
+def from_dict(document: dict[str, Any]) -> Sweep:
+    """The Sweep of a document that `doctor quantize --recipes -f json` wrote. Raises DoctorError for what is none."""
+    return read_document(Sweep, document, SCHEMA)
 
 
 def sweep(

@@ -1,13 +1,14 @@
 """What `doctor advise` found, as a screen, Markdown, HTML and JSON: what fits and what does not, and the commands."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from doctor.core.messages import listed
-from doctor.evaluate.advise.advise import Advice, Option
+from doctor.evaluate.advise.advice import Advice, Option
 from doctor.locale.catalogue import counted, current, say, translated
 from doctor.report.formats.json_report import dumps
 from doctor.report.screen import Screen, aligned, console, styled
@@ -15,7 +16,8 @@ from doctor.report.text import count, pad, safe, size
 
 GIB = 1 << 30
 COMMANDS = 3  # of the best rows, on a screen
-_RIGHT = frozenset({0, 2, 4, 5, 6, 7, 8, 9})
+_LONGEST, _BITS = 7, 8  # columns
+_RIGHT = frozenset({0, 2, 4, 5, 6, _LONGEST, _BITS, 9})
 
 
 def advice_json(advice: Advice) -> str:
@@ -43,29 +45,38 @@ def show_advice(advice: Advice, out: Console, verbose: bool = False) -> None:
     options = advice.options if verbose else advice.best
     fitting = [o for o in options if o.good]
     screen.line()
+    table = [heads(), *(cells(n, o) for n, o in enumerate(fitting, 1))]
+    shown = _columns(screen, table)
     if fitting:
-        _rows(screen, [heads(), *(cells(n, o) for n, o in enumerate(fitting, 1))])
+        _rows(screen, table, shown)
     else:
         screen.hang(styled((f"  {say('nothing fits')}  ", "bold red")), Text(shortest_said(advice)))
     for title, rows in others(options):
         _others(screen, title, rows)
     screen.line()
-    for line in legend(fitting):
+    for line in legend(fitting, shown):
         screen.hang(Text("  "), Text(line, "bright_black"))
-    _commands(screen, fitting if verbose else fitting[:COMMANDS])
-    if not verbose and len(fitting) > COMMANDS:
+    numbered = list(enumerate(fitting, 1))
+    chosen = numbered if verbose else _first_of_each(numbered)[:COMMANDS]
+    _commands(screen, chosen)
+    if len(chosen) < len(numbered):
         screen.hang(
             Text(" " * 8), Text(say("-v, -f markdown and -f json give the commands of every row"), "bright_black")
         )
 
 
-def _rows(screen: Screen, rows: list[list[str]]) -> None:
-    """A table; the last columns but one go where the screen is narrow."""
-    columns = [i for i in range(len(rows[0]))]
-    sizes = {i: max(len(row[i]) for row in rows) for i in columns}
-    for droppable in (8, 7):
-        if 2 + sum(sizes[i] + 2 for i in columns) > screen.width:
+def _columns(screen: Screen, rows: list[list[str]]) -> list[int]:
+    """The columns that the screen has room for: bits a weight and the longest sequence go first."""
+    columns = list(range(len(rows[0])))
+    for droppable in (_BITS, _LONGEST):
+        if sum(max(cell_len(row[i]) for row in rows) + 2 for i in columns) > screen.width:
             columns.remove(droppable)
+    return columns
+
+
+def _rows(screen: Screen, rows: list[list[str]], columns: list[int]) -> None:
+    """A table of these columns."""
+    sizes = {i: max(cell_len(row[i]) for row in rows) for i in columns}
     for n, row in enumerate(rows):
         text = "  ".join(aligned(safe(row[i]), sizes[i], i in _RIGHT) for i in columns).rstrip()
         screen.line(styled(("  " + text, "bold" if n == 0 else "green" if n == 1 else "")))
@@ -102,16 +113,24 @@ def _by_reason(rows: list[tuple[Option, str]]) -> list[tuple[str, str]]:
     return [(", ".join(names), reason) for reason, names in found.items()]
 
 
-def _commands(screen: Screen, options: Iterable[Option]) -> None:
+def _first_of_each(options: list[tuple[int, Option]]) -> list[tuple[int, Option]]:
+    """Of a scheme that is offered with several group sizes the first."""
+    found: dict[str, tuple[int, Option]] = {}
+    for n, option in options:
+        found.setdefault(option.scheme.split(" ")[0], (n, option))
+    return list(found.values())
+
+
+def _commands(screen: Screen, options: list[tuple[int, Option]]) -> None:
     head = say("next")
-    for n, option in enumerate(options, 1):
-        if n == 1:
-            screen.line()
+    if options:
+        screen.line()
+    for n, option in options:
         lines = [x for x in (option.quantize, option.serve) if x]
         for m, line in enumerate(lines):
-            label = f"{n}  " if m == 0 else "   "
-            first = n == 1 and m == 0
-            screen.line((f"  {pad(head if first else '', 4)}  {label}", "bold"), (safe(line), "magenta"))
+            label = f"{n:2}  " if m == 0 else "    "
+            first = n == options[0][0] and m == 0
+            screen.line((f"  {pad(head if first else '', 4)} {label}", "bold"), (safe(line), "magenta"))
 
 
 def what_said(advice: Advice) -> str:
@@ -175,7 +194,7 @@ def cells(n: int, option: Option) -> list[str]:
 def short_said(option: Option) -> str:
     """How much is missing."""
     return say(
-        "{need} GiB on a GPU, {over} GiB more than there is, even on {gpus} with a {cache} cache",
+        "{need} GiB on a GPU, {over} GiB more than there is, even on {gpus} with KV cache {cache}",
         need=f"{(option.weight_bytes + option.cache_bytes + option.engine_bytes) / GIB:.1f}",
         over=f"{-option.free_bytes / GIB:.1f}",
         gpus=counted("{n:,} GPU", "{n:,} GPUs", option.gpus),
@@ -198,14 +217,14 @@ def blocked_said(option: Option) -> str:
     return f"{code} {translated(reason)}".strip()
 
 
-def legend(options: list[Option]) -> list[str]:
-    """What the columns mean, and where the figures of quality come from."""
+def legend(options: list[Option], columns: Sequence[int] = (_LONGEST,)) -> list[str]:
+    """What these columns mean, and where the figures of quality come from."""
     if not options:
         return []
     models = sorted({o.measured_on for o in options if o.measured_on})
-    found = [
-        say("weights, cache, left: GiB on one GPU; longest: tokens of a sequence that fit, of the model's positions")
-    ]
+    found = [say("weights, cache, left: GiB on one GPU")]
+    if _LONGEST in columns:
+        found.append(say("longest: tokens of a sequence that fit, of the model's positions"))
     if models:
         found.append(
             say(

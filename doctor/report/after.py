@@ -13,6 +13,7 @@ from doctor.core.recipe import Recipe
 from doctor.core.tables import table
 from doctor.formats.registry import format_of
 from doctor.locale.catalogue import say, translated
+from doctor.plan.launch import cache_flags, launch
 from doctor.plan.runtimes import in_force, reads
 from doctor.plan.serving import groups_of, schemes, serves, stated
 from doctor.report.screen import Screen, styled
@@ -36,21 +37,22 @@ def commands(original: str, output: Path, recipe: Recipe, gguf: str = "", kind: 
         return [*found, (f"llama-server -m {file}", _("serve it in llama.cpp"))]
     if not form.client:
         return found
-    tp = f" --tensor-parallel-size {recipe.tp}" if recipe.tp > 1 else ""
-    if served_by_vllm(recipe):
-        found.append((f"vllm serve {out}{tp}", _("serve it in vLLM")))
+    name = recipe.runtime if recipe.runtime == "sglang" else "vllm"
+    if served_by(name, recipe):
+        what = _("serve it in SGLang") if name == "sglang" else _("serve it in vLLM")
+        flags = cache_flags(name, "fp8") if recipe.kv_cache else ""
+        found.append((launch(name, out, gpus=recipe.tp, flags=flags), what))
     folder = json.dumps(str(output), ensure_ascii=False)
     code = f'from transformers import pipeline; print(pipeline("text-generation", {folder})("Hello"))'
     needed = ", ".join(form.libraries)
     found.append((f"python -c {shlex.quote(code)}", _("run it in transformers, with {libraries}", libraries=needed)))
-    reader = "vllm" if recipe.runtime == "vllm" else "hf"
-    found.append(
-        (
-            f"lm_eval --model {reader} --model_args pretrained={out} --tasks gsm8k",
-            _("a task, with lm-evaluation-harness"),
-        )
-    )
-    return found
+    reader, arguments = "hf", f"pretrained={out}"
+    if recipe.runtime == "vllm":
+        reader = "vllm"
+        arguments += f",tensor_parallel_size={recipe.tp}" if recipe.tp > 1 else ""
+        arguments += ",kv_cache_dtype=fp8" if recipe.kv_cache else ""
+    task = f"lm_eval --model {reader} --model_args {arguments} --tasks gsm8k"
+    return [*found, (task, _("a task, with lm-evaluation-harness"))]
 
 
 def _for_two_halves(output: Path, libraries: str, kind: str) -> Steps:
@@ -72,10 +74,9 @@ def _for_two_halves(output: Path, libraries: str, kind: str) -> Steps:
     return [(f"python -c {shlex.quote(code)}", _("run it in transformers, with {libraries}", libraries=libraries))]
 
 
-def served_by_vllm(recipe: Recipe) -> bool:
-    """Whether a table of kernels or of schemes says that vLLM computes with what the recipe writes."""
-    form, name = format_of(recipe), "vllm"
-    known = schemes(name, "") or []
+def served_by(name: str, recipe: Recipe) -> bool:
+    """Whether a table of kernels or of schemes says that a runtime computes with what the recipe writes."""
+    form, known = format_of(recipe), schemes(name, "") or []
     groups = list(groups_of(form.config(recipe))) if form.groups_of_modules else []
     if groups and all(
         any(serves(row, stated(g["weights"]) or {}, stated(g.get("input_activations")), kind) for row in known)

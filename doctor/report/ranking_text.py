@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from doctor.evaluate.ranking import Contender, Difference, Ranking
+from doctor.evaluate.ranking_report import Contender, Difference, Ranking
 from doctor.locale.catalogue import counted, say
 from doctor.report.formats.json_report import dumps
 from doctor.report.table_page import TablePage

@@ -6,6 +6,7 @@ import doctor.core.records
 import doctor.model.stored_weights  # noqa: F401 - declares the facts of quantized weights under their own names
 from doctor.checkpoint.directory import INDEX_NAME, Checkpoint, Entry, JsonFile
 from doctor.checkpoint.safetensors import Defect, Shard, TensorInfo
+from doctor.core.collection import uncollected
 from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import CHECKPOINT, FactKey, Unavailable, fact, key_of, provide
 from doctor.core.machine import GIVEN_MACHINE
@@ -89,6 +90,8 @@ def shards(checkpoint) -> dict[str, Shard]:
 @fact("checkpoint", cost="header")
 def copies(checkpoint, shards) -> dict[str, list[TensorInfo]]:
     """Tensor name -> its TensorInfo in each file, for tensors that are in more than one file."""
+    if sum(len(shard.tensors) for shard in shards.values()) == len(checkpoint.tensors):
+        return {}
     held: dict[str, list[TensorInfo]] = {}
     for shard in shards.values():
         for info in shard.tensors:
@@ -210,6 +213,7 @@ COMPARED = key_of(compared)
 TOKENIZER = key_of(tokenizer)
 
 
+@uncollected()
 def header_facts(checkpoint: Checkpoint, recipe: Recipe) -> Store:
     """A store with everything that is known before a tensor's bytes are read, and with all subjects declared."""
     store = Store()

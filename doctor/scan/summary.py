@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.ggml_types import FILE_TYPES
 from doctor.checkpoint.gguf import GgufModel, GgufTensor
+from doctor.core.collection import uncollected
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
 from doctor.formats.registry import KNOWN
@@ -58,6 +59,7 @@ def _stored(checkpoint: Checkpoint, store: Store) -> str:
     return str(block[0].get("quant_method", "")) if block and store.find(GOAL) == "serve" else ""
 
 
+@uncollected()
 def summary(checkpoint: Checkpoint, store: Store) -> dict:
     """What the second line of every report says about the files."""
     if checkpoint.gguf:

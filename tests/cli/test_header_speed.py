@@ -50,6 +50,7 @@ def test_a_header_check_imports_no_numpy_and_no_planner(tmp_path):
 
 NAME = "model.layers.{}.mlp.experts.{}.down_proj.weight"
 HOSTILE = {  # entry i of a header of so many
+    "short names": (138_000, lambda i: {"dtype": "I8", "shape": [], "data_offsets": [i, i + 1]}),
     "holes": (75_000, lambda i: {"dtype": "BF16", "shape": [1, 1], "data_offsets": [4 * i, 4 * i + 2]}),
     "one place": (75_000, lambda i: {"dtype": "BF16", "shape": [1, 1], "data_offsets": [0, 2]}),
     "wrong dtypes": (75_000, lambda i: {"dtype": "XX", "shape": [1, -1], "data_offsets": [2 * i, 0]}),
@@ -65,9 +66,10 @@ def test_nine_megabytes_of_header_take_a_second(tmp_path, kind):
 
     count, entry = HOSTILE[kind]
     (tmp_path / "config.json").write_text(json.dumps(header.dense(1)[0]))
-    raw = json.dumps({NAME.format(i // 7, i): entry(i) for i in range(count)}, separators=(",", ":")).encode()
+    name = "{1}" if kind == "short names" else NAME
+    raw = json.dumps({name.format(i // 7, i): entry(i) for i in range(count)}, separators=(",", ":")).encode()
     file = tmp_path / "model.safetensors"
-    file.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(4 * count))
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(count * (1 if kind == "short names" else 4)))
     assert 8e6 < file.stat().st_size < 10e6
     recipe, least = Recipe(), 99.0
     for _ in range(2):  # the first time imports rules too
@@ -75,4 +77,6 @@ def test_nine_megabytes_of_header_take_a_second(tmp_path, kind):
         report = check(tmp_path, recipe, stage="header")
         render("full", [report])
         least = min(least, time.process_time() - began)
+        if least < 2.0:
+            break
     assert least < 2.0, f"{least:.2f} s of CPU, for {len(report.findings)} findings"  # 1 s where nothing else runs

@@ -46,9 +46,10 @@ def test_labels_read_as_people_write_them():
 
 def test_few_calibration_rows_get_more_damping_up_to_the_most():
     recipe = Recipe()
-    assert [round(recipe.damp_for(n), 4) for n in (0, 1024, 2048, 4096, 16_384, 20_000, 65_536)] == [
-        0.1,
-        0.1,
+    assert [round(recipe.damp_for(n), 4) for n in (0, 256, 1024, 2048, 4096, 16_384, 20_000, 65_536)] == [
+        0.4,
+        0.4,
+        0.1953,
         0.0977,
         0.0488,
         0.0122,

@@ -21,12 +21,27 @@ WHOLE = {
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
     },
+    "float-quantized": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [8, 8]},
+                "input_activations": {"num_bits": 8, "dynamic": False, "strategy": "tensor"},
+                "format": "float-quantized",
+            }
+        },
+    },
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["x"]},
     "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["x"], "quantization": {}},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": ["x"]},
     "auto-round": {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq", "sym": True},
     "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["x"]},
 }
+
+
+LINEARS = ("model.layers.0.mlp.down_proj", "lm_head")
 
 
 def spoilt(value):
@@ -47,8 +62,14 @@ def test_a_block_with_odd_values_is_read_or_refused(method):
         for form in (f for f in KNOWN.values() if f.claims(raw)):
             for ask in (form.packs, form.stored_bits, form.stated_name, form.exclusions, form.needed_beside):
                 ask(raw)
-            takes = form.takes(raw)
-            assert takes is None or takes("model.layers.0.mlp.down_proj") in (True, False)
+            for name in LINEARS:
+                takes = form.takes(raw)
+                assert takes is None or takes(name) in (True, False)
+                assert form.excluded(raw)(name) in (True, False)
+                with contextlib.suppress(Unavailable):
+                    wanted = form.wanted(raw)
+                    wanted(name, None), wanted(name, (64, 32))
+            list(form.refused(raw)), form.targets(raw), form.version_key(raw)
             with contextlib.suppress(Unavailable, DoctorError):
                 form.read(raw, "config.json", "/quantization_config").bits_of("model.layers.0.mlp.down_proj")
             judged += 1

@@ -19,7 +19,7 @@ from doctor.core.errors import DoctorError
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import tiny, tiny_gguf
 from doctor.lint.tiny_gguf import file_bytes
-from doctor.report import render
+from doctor.report import FORMATS, render
 
 RECIPE = Recipe(group_size=32)
 FAMILIES = ("llama", "qwen2", "gpt2")
@@ -115,8 +115,7 @@ class Fuzz:
     def judge(self, folder: Path, made: Mutator) -> None:
         report = check(folder, RECIPE, figures=made.draw.random() < 0.2)
         assert not report.crashed, [(r.rule.code, r.crashed) for r in report.crashed]
-        for form in ("json", "concise", "markdown"):
-            render(form, [report]).encode("utf-8", "backslashreplace")
+        render(made.draw.choice(FORMATS), [report]).encode("utf-8", "backslashreplace")
 
     def packed(self, made: Mutator) -> None:
         """A quantized checkpoint whose quantization_config, and at times a header, is changed."""

@@ -316,12 +316,9 @@ class Trials:
         return max(0, most + 1 - first)
 
     def random_kills(self, count: int, draw: random.Random) -> int:
-        work = self.fresh()
-        started = time.perf_counter()
-        wait(fork(lambda: self.command.run(work)))
-        whole = time.perf_counter() - started
+        whole = min(self._seconds() for _ in range(3))
         killed = tried = 0
-        while killed < count and tried < 3 * count:  # some moments lie after the end
+        while killed < count and tried < 10 * count:  # some moments lie after the end, of a short command most
             work, tried = self.fresh(), tried + 1
             pid = fork(partial(self.command.run, work))
             time.sleep(draw.uniform(0, whole))
@@ -329,6 +326,13 @@ class Trials:
             killed += wait(pid) < 0
             self.judge(work, f"kill {tried}")
         return killed
+
+    def _seconds(self) -> float:
+        """How long an undisturbed run takes."""
+        work = self.fresh()
+        started = time.perf_counter()
+        wait(fork(lambda: self.command.run(work)))
+        return time.perf_counter() - started
 
 
 def races(folder: Path, command: Command, count: int) -> tuple[int, list[str]]:

@@ -6,6 +6,7 @@ import pytest
 
 from doctor.lint import explain
 from doctor.lint.engine import load_rules
+from doctor.lint.readings import read
 from doctor.lint.rule import Rule, write_page
 from doctor.locale import rule_pages
 
@@ -183,3 +184,19 @@ def test_a_page_loses_no_word_of_its_file(entry):
         assert (
             re.sub(r"\s+", " ", " ".join(explain.paragraphs(entry.section(key)))).split() == entry.section(key).split()
         )
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("KeyError: 'layers.5.mlp.down_proj.weight'", "O656"),
+        ("There is no module or parameter named 'layers.0.mlp.down_proj.weight' in LlamaModel", "O656"),
+        ("KeyError: 'layers.32.self_attn.qkv_proj.k_scale'", "K502"),
+        ("ValueError: Missing parameters: lm_head.biases lm_head.scales.", "O625"),
+        ("error loading model vocabulary: unknown pre-tokenizer type: 'deepseek-r1-qwen'", "O645"),
+        ("NotImplementedError: BPE pre-tokenizer was not recognized - update get_vocab_base_pre()", "C174"),
+    ],
+)
+def test_the_names_in_an_engines_message_are_read(text, code):
+    found = read(text)
+    assert found is not None and found.rules[0] == code

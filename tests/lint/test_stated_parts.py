@@ -422,3 +422,63 @@ def test_a_packed_head_of_a_tied_model_is_named(tmp_path):
     assert ("warning", "O613", message) in said(case, tmp_path / "tied")
     case.config["tie_word_embeddings"] = False
     assert not said(case, tmp_path / "apart", code="O613")
+
+
+def plain_down(case):
+    """Its first down_proj in 16 bits."""
+    columns, rows = case.tensors[f"{DOWN}.qweight"].shape
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        drop(case, f"{DOWN}.{part}")
+    put(case, f"{DOWN}.weight", np.full((rows, columns * 8), 0x2000, np.uint16), "F16")
+    return case
+
+
+@pytest.mark.parametrize("runtime, severity", [("vllm", ""), ("transformers", "error"), ("", "info")])
+def test_dynamic_alone_keeps_no_linear_in_16_bits_for_transformers(tmp_path, runtime, severity):
+    case = plain_down(tiny_gptq())
+    stated(case)["dynamic"] = {r"-:model\.layers\.0\.mlp\.down_proj$": {}}
+    assert [found[0] for found in said(case, tmp_path, runtime, "O656")] == [severity] * bool(severity)
+
+
+def test_the_list_of_packed_linears_is_written_as_optimum_reads_it(tmp_path):
+    case = plain_down(tiny_gptq())
+    case.recipe = case.recipe.with_field("goal", "serve").with_field("runtime", "transformers")
+    fix(case.write(tmp_path / "in"), tmp_path / "out", case.recipe, only=["O656"])
+    [listed] = Checkpoint.open(tmp_path / "out").value("config.json")["quantization_config"][
+        "modules_in_block_to_quantize"
+    ]
+    named = {
+        name for name in case.tensors if name.endswith(".qweight") for end in listed if name.endswith(f"{end}.qweight")
+    }
+    assert named == {name for name in case.tensors if name.endswith(".qweight")}
+    assert not any(DOWN.endswith(end) for end in listed)
+
+
+def test_a_linear_that_vllm_joins_is_excluded_by_the_joined_name(tmp_path):
+    case = tiny_packed()
+    plain = {f"model.layers.0.self_attn.{one}_proj" for one in "qkv"}
+    for name in plain:
+        n, k = case.tensors[f"{name}.weight_shape"].tolist()
+        for part in ("weight_packed", "weight_scale", "weight_shape"):
+            drop(case, f"{name}.{part}")
+        put(case, f"{name}.weight", np.full((n, k), 0x2000, np.uint16), "F16")
+    stated(case)["ignore"] = ["lm_head", "model.layers.0.self_attn.qkv_proj"]
+    assert not said(case, tmp_path / "vllm", "vllm", "O623")
+    assert [found[0] for found in said(case, tmp_path / "transformers", "transformers", "O623")] == ["warning"]
+
+
+def test_scales_that_are_all_negative_are_named_and_those_of_both_signs_are_not(tmp_path):
+    case = tiny_gptq()
+    name = f"{DOWN}.scales"
+    case.tensors[name] = case.tensors[name] | np.uint16(0x8000)
+    assert [found[1] for found in said(case, tmp_path / "all")] == ["O607"]
+    case.tensors[name][::2] &= np.uint16(0x7FFF)  # AutoRound's symmetric grid takes the sign of the largest weight
+    assert not said(case, tmp_path / "some")
+
+
+def test_zero_points_of_one_word_are_symmetric_in_awq_too(tmp_path):
+    case = tiny_gptq()
+    for name in [n for n in case.tensors if n.endswith(".qzeros")]:
+        case.tensors[name][:] = np.uint32(0x88888888).view(np.int32)
+    stated(case)["checkpoint_format"] = "gptq_v2"
+    assert not said(case, tmp_path, code="O657")

@@ -138,6 +138,11 @@ def test_peak_and_bits_are_of_the_tensors(source):
         ({"group_size": 32, "format": "compressed-tensors", "tp": 2}, "vllm serve out --tensor-parallel-size 2"),
         ({"method": "rtn", "bits": 4, "group_size": 32, "format": "gguf", "sym": False}, "llama-server -m out/m.gguf"),
         ({"bits": 2, "group_size": 64}, "python -c"),  # vLLM has no kernel for 2 bits
+        ({"format": "compressed-tensors", "kv_cache": "fp8"}, "vllm serve out --kv-cache-dtype fp8"),
+        (
+            {"format": "compressed-tensors", "kv_cache": "fp8", "runtime": "sglang", "tp": 2},
+            "python -m sglang.launch_server --model-path out --tp 2 --kv-cache-dtype fp8_e4m3",
+        ),
     ],
 )
 def test_the_next_commands_are_those_of_a_reader(fields, engine):

@@ -68,6 +68,13 @@ def test_kept_linears_are_named_to_the_reader():
     assert stated["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj"]
 
 
+def test_packed_linears_are_named_to_the_reader_that_knows_no_dynamic():
+    layers = [f"model.layers.{n}.mlp.{part}" for n in (0, 1) for part in ("up_proj", "down_proj")]
+    stated = export.config_of(Recipe(), layers[:1], layers[1:], {}, {})
+    assert stated["modules_in_block_to_quantize"] == [["mlp.down_proj", "model.layers.1.mlp.up_proj"]]
+    assert "modules_in_block_to_quantize" not in export.config_of(Recipe(), (), layers, {}, {})
+
+
 def test_compressed_tensors_states_channel_or_group():
     weights = format_of(Recipe(format="compressed-tensors", group_size=-1)).config(
         Recipe(format="compressed-tensors", group_size=-1)

@@ -17,6 +17,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.core.recipe import Recipe
 from doctor.formats.registry import KNOWN
+from doctor.lint.testing import encode, tiny
 from doctor.model.fused_experts import find_fused_experts, unfuse
 from doctor.model.spec import build_spec
 from doctor.quant import budget
@@ -376,3 +377,23 @@ def test_gpt_oss_experts_that_llm_compressor_sorted_into_gate_and_up_compute_as_
             logits.append(built.model(ids).logits)
     for got in logits[1:]:
         assert (got - logits[0]).abs().max() <= 1e-5 * logits[0].abs().max()
+
+
+def test_large_biases_of_keys_are_kept_and_do_not_touch_the_codes(tmp_path, text):
+    biases = {}
+    for size in (0, 50):
+        case = tiny("qwen2")
+        for name in (case.name("k", block).replace("weight", "bias") for block in (0, 1)):
+            half = len(case.tensors[name]) // 2
+            biases[name] = case.tensors[name] = encode([size] * half + [-size] * half, "BF16")
+        case.write(tmp_path / f"m{size}")
+        recipe = Recipe(method="gptq", group_size=32)
+        done = api.quantize(tmp_path / f"m{size}", tmp_path / f"o{size}", recipe, calibration=text, max_seq_length=64)
+        assert {line["outcome"] for line in done.linears} == {"gptq"}
+    plain, large = (Checkpoint.open(tmp_path / out) for out in ("o0", "o50"))
+    for name, bias in biases.items():
+        assert large.tensors[name].dtype.name == "BF16" and (large.load(name) == bias).all()
+    for part in ("qweight", "scales", "qzeros", "g_idx"):
+        for role in "qkv":
+            name = f"model.layers.0.self_attn.{role}_proj.{part}"
+            assert (large.load(name) == plain.load(name)).all(), name

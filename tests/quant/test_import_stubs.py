@@ -50,12 +50,13 @@ def test_what_was_left_out_is_there_when_it_is_asked_for():
     code = (
         MODEL.format(install=True)
         + """
+loss = model.loss_function
 from transformers.masking_utils import TransformGetItemToIndex
 import transformers.loss.loss_utils as losses
 from torch._dynamo.utils import counters
 wanted = [type(TransformGetItemToIndex()).__module__,
           torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).item(),
-          callable(losses.ForCausalLMLoss), type(sys.modules["torch._dynamo"]).__name__]
+          loss is losses.ForCausalLMLoss, type(sys.modules["torch._dynamo"]).__name__]
 print(json.dumps(wanted))
 """
     )

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError
 from doctor.core.facts import COSTS, closure
-from doctor.core.messages import _, collected
+from doctor.core.messages import Message, _
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store, Variant
 from doctor.core.tables import table
-from doctor.core.version import __version__
+from doctor.evaluate.advise.advice import Advice, Option
 from doctor.evaluate.advise.candidates import (
     STORED,
     Candidate,
@@ -31,8 +31,8 @@ from doctor.evaluate.advise.candidates import (
     on,
     served,
 )
-from doctor.evaluate.advise.footprint import Engine, cache_bytes, cache_share, engine_of, weights
-from doctor.evaluate.advise.kinds import Kinds, one_of_each
+from doctor.evaluate.advise.footprint import cache_bytes, cache_share, engine_of, weights
+from doctor.evaluate.advise.kinds import Kinds, as_floats, one_of_each
 from doctor.evaluate.kvcache.layer_sizes import read_cache_layout
 from doctor.evaluate.kvcache.layout import CacheLayout
 from doctor.evaluate.kvcache.schemes import Scheme as CacheScheme
@@ -40,95 +40,10 @@ from doctor.lint.engine import judge, load_rules
 from doctor.lint.rule import Rule
 from doctor.model.quantization_config import holds_quantized, stored_recipe
 from doctor.model.spec import ModelSpec, build_spec
+from doctor.plan.launch import launch
 from doctor.scan.header import RECIPE, header_facts
 
-SCHEMA = "doctor.advice/1"
 USUAL_CONTEXT = 8192
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to serve. Bytes are of one GPU. longest: tokens of one sequence that the rest of the memory holds, at
-    most the model's positions; None for any. sequences: of the context asked for. blocked: why it would not run, []
-    where nothing says so.
-    """
-
-    scheme: str
-    gpus: int
-    cache: str
-    weight_bytes: int
-    cache_bytes: int
-    engine_bytes: int
-    usable_bytes: int
-    free_bytes: int
-    bits: float
-    total_bytes: int  # of all weights
-    fits: bool
-    longest: int | None
-    sequences: int
-    order: int  # place in the table of quality, best first
-    kl: float | None
-    perplexity: float | None
-    measured_on: str
-    weights_alone: bool
-    published: str
-    blocked: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
-    quantize: str
-    serve: str
-
-    @property
-    def rank(self) -> tuple:
-        """What fits and runs first, then what fits only; by quality, then fewer GPUs, then a wider cache. Of what does
-        not fit, the nearest first.
-        """
-        wanting = 0 if self.fits else -self.free_bytes
-        return (not self.fits, bool(self.blocked), self.order, wanting, self.gpus, -self.cache_bytes)
-
-    @property
-    def good(self) -> bool:
-        """Whether it fits and nothing says that it would not run."""
-        return self.fits and not self.blocked
-
-
-@dataclass
-class Advice:
-    """Everything that `doctor advise` found. options: best first; of each scheme the first that fits is `best`."""
-
-    checkpoint: str
-    path: str
-    architecture: str
-    parameters: int
-    stored_bytes: int
-    runtime: str
-    engine_version: str
-    gpu: str
-    gpus: int
-    memory: int
-    context: int
-    batch: int
-    engine: Engine
-    options: list[Option]
-    notes: list[str]
-    version: str = __version__
-
-    @property
-    def best(self) -> list[Option]:
-        """Of each scheme its first option, those that fit before the others."""
-        seen: dict[str, Option] = {}
-        for option in self.options:
-            seen.setdefault(option.scheme, option)
-        return list(seen.values())
-
-    @property
-    def fitting(self) -> list[Option]:
-        """Those of `best` that fit and run."""
-        return [option for option in self.best if option.good]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        data = {**asdict(self), "best": [asdict(o) for o in self.best]}
-        return {"schema": SCHEMA, "messages": collected(data), **data}
 
 
 def advise(
@@ -157,7 +72,10 @@ def advise(
             _("Give a model's directory, or org/name on the Hub."),
         )
     kinds = one_of_each(checkpoint)
-    spec = build_spec(config, kinds.view.tensors)
+    stored = holds_quantized(kinds.view)
+    again = as_floats(kinds) if stored else None
+    kinds, floats, bits = again or (kinds, kinds, 0)
+    spec = build_spec(floats.view.value("config.json") or config, floats.view.tensors)
     layout, notes = read_cache_layout(spec), []
     context = context or min(USUAL_CONTEXT, spec.max_positions or USUAL_CONTEXT)
     for name, value in (("--context", context), ("--batch", batch)):
@@ -174,15 +92,19 @@ def advise(
     work = _Work(
         kinds, spec, layout, entry, runtime, capability, memory, context, batch, gpus, str(path), checkpoint.name
     )
-    stored = holds_quantized(kinds.view)
-    if stored:
-        notes.append(_("quantized already, so judged as it is: give the 16-bit model to compare schemes"))
-    options = sorted(work.options(stored), key=lambda o: o.rank)
+    if not stored:
+        options = list(work.options(candidates(runtime), "quantize"))
+    else:
+        options = list(work.options([Candidate(STORED, None)], "serve"))
+        fewer = [one for one in candidates(runtime) if one.recipe is not None and one.recipe.bits < bits]
+        options += replace(work, kinds=floats).options(fewer, "quantize")
+        notes.append(_stored_note(again is not None, bool(fewer), bits))
+    options.sort(key=lambda o: o.rank)
     return Advice(
         checkpoint=checkpoint.name,
         path=str(path) if not isinstance(path, Checkpoint) else str(path.root),
         architecture=spec.architecture or spec.model_type,
-        parameters=sum(times * kinds.view.tensors[name].numel for name, times in kinds.times.items()),
+        parameters=kinds.numel,
         stored_bytes=sum(times * kinds.view.tensors[name].nbytes for name, times in kinds.times.items()),
         runtime=runtime,
         engine_version=str(table("served").get(runtime, {}).get("version", "")),
@@ -194,6 +116,21 @@ def advise(
         engine=engine_of(entry, memory, context, spec, 1),
         options=options,
         notes=[*notes, *layout.notes],
+    )
+
+
+def _stored_note(read: bool, again: bool, bits: int) -> Message:
+    """What of a quantized checkpoint is compared."""
+    if not read:
+        return _("quantized already, in codes that are not read here: counted as stored, linears whole on each GPU")
+    if not again:
+        return _(
+            "quantized already, to {bits} bits: judged as it is; the original model would have more schemes", bits=bits
+        )
+    return _(
+        "quantized already, to {bits} bits: schemes of fewer bits are made from that; KL and perplexity are those of "
+        "schemes made from 16 bits",
+        bits=bits,
     )
 
 
@@ -237,13 +174,12 @@ class _Work:
     path: str
     name: str
 
-    def options(self, stored: bool) -> Iterator[Option]:
+    def options(self, chosen: Iterable[Candidate], goal: str) -> Iterator[Option]:
         """Every scheme, on every number of GPUs, with every cache of the engine."""
         rules = [r for r in load_rules() if r.code[0] == "G" and COSTS.index(r.cost) <= COSTS.index("header")]
         rules = [r for r in rules if "recipe" in closure(r.facts) and r.severity == "error"]
-        plan = Recipe(runtime=self.runtime, goal="serve" if stored else "quantize")
-        store = header_facts(self.kinds.view, stored_recipe(self.kinds.view, plan) if stored else plan)
-        chosen = [Candidate(STORED, None)] if stored else candidates(self.runtime)
+        plan = Recipe(runtime=self.runtime, goal=goal)
+        store = header_facts(self.kinds.view, stored_recipe(self.kinds.view, plan) if goal == "serve" else plan)
         for one in chosen:
             for gpus in self._counts():
                 yield from self._options(one, gpus, store, rules)
@@ -338,22 +274,9 @@ class _Work:
 
     def _serve(self, one: Candidate, gpus: int, flag: str) -> str:
         """The engine's own command; "" where it has none."""
-        model = shlex.quote(self.path if one.recipe is None else self._out(one))
-        more = [flag] if flag else []
-        if self.runtime == "vllm":
-            tp = [f"--tensor-parallel-size {gpus}"] if gpus > 1 else []
-            return " ".join(["vllm serve", model, f"--max-model-len {self.context}", *tp, *more])
-        if self.runtime == "sglang":
-            tp = [f"--tp {gpus}"] if gpus > 1 else []
-            words = [
-                "python -m sglang.launch_server --model-path",
-                model,
-                f"--context-length {self.context}",
-                *tp,
-                *more,
-            ]
-            return " ".join(words)
-        if self.runtime == "llama.cpp" and one.recipe is not None:
-            file = f"{model}/model-{one.name}.gguf"
-            return " ".join(["llama-server -m", file, f"-c {self.context} -ngl 99", *more])
-        return ""
+        model = self.path if one.recipe is None else self._out(one)
+        if self.runtime == "llama.cpp":
+            if one.recipe is None:
+                return ""
+            model = f"{model}/model-{one.name}.gguf"
+        return launch(self.runtime, shlex.quote(model), gpus=gpus, context=self.context, flags=flag)

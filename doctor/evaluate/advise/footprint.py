@@ -1,7 +1,9 @@
 """Bytes on one GPU while a model is served: weights, cache, and what the engine takes beside them.
 
 weights  linears, embeddings and the output head are cut over the GPUs; k and v are copied where there are fewer heads
-         than GPUs; norms, routers and whatever else has no rule here are counted whole on each GPU
+         than GPUs; norms, routers and whatever else has no rule here are counted whole on each GPU; where GPUs share
+         linears, latent attention holds kv_b in 16 bits beside what is stored (vllm-project/vllm 0.32.0
+         model_executor/layers/attention/mla_attention.py, W_UK_T and W_UV)
 cache    layout.py, cut over the key/value heads; latent attention keeps one vector for all heads on each GPU
 step     tokens of one step x 2 bytes x (4 hidden sizes + 2 of the widest product) + float32 logits of its sequences,
          twice: an estimate from above of what a forward holds
@@ -10,11 +12,11 @@ step     tokens of one step x 2 bytes x (4 hidden sizes + 2 of the widest produc
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.recipe import Recipe
+from doctor.evaluate.advise.advice import Engine
 from doctor.evaluate.advise.kinds import Kinds
 from doctor.evaluate.kvcache.layout import CacheLayout
 from doctor.evaluate.kvcache.schemes import Scheme as CacheScheme
@@ -31,26 +33,9 @@ GIB = 1 << 30
 _WHOLE = frozenset({"q_a", "kv_a"})  # engines hold these latent projections whole on each GPU
 
 
-@dataclass(frozen=True)
-class Engine:
-    """Of one GPU. memory: bytes that it has; usable: those that the engine uses; own: what it holds of them beside
-    weights and cache.
-    """
-
-    memory: int
-    usable: int
-    context: int  # CUDA's context, libraries, graphs: the table's assumption
-    step: int
-    tokens: int
-
-    @property
-    def own(self) -> int:
-        return self.context + self.step
-
-
 def weights(kinds: Kinds, spec: ModelSpec, recipe: Recipe | None, gpus: int, split: str) -> tuple[int, float, int]:
-    """(bytes on one GPU, bits a weight, bytes in all) of a model whose linears a recipe quantizes; None quantizes
-    none.
+    """(bytes on one GPU, bits a weight, bytes in all) of a model whose linears a recipe quantizes; None takes what is
+    stored. spec: of the plain numbers, where that is codes.
     """
     linears = {x.tensor: x for x in spec.linears if x.block is not None}
     apart: dict[str, tuple[Linear, ...]] = {}
@@ -59,24 +44,27 @@ def weights(kinds: Kinds, spec: ModelSpec, recipe: Recipe | None, gpus: int, spl
             if not found.why:
                 stored = [name for name in found.tensors if name in kinds.view.tensors]
                 apart |= {name: found.linears if name == stored[0] else () for name in stored}
-    here = whole = numel = 0
+    here = whole = 0
+    absorbed: set[str] = set()
     for name, info in kinds.view.tensors.items():
         times = kinds.times[name]
-        numel += times * info.numel
         if name in apart:
             part = sum(_linear_bytes(x, recipe, spec) for x in apart[name])
             here, whole = here + times * _share(part, gpus), whole + times * part
             continue
-        linear = linears.get(name)
+        linear = linears.get(kinds.weight_of.get(name, name))
         if linear is not None and recipe is not None:
             nbytes = _linear_bytes(linear, recipe, spec)
         else:
-            nbytes = _plain_bytes(info, kinds, recipe)
+            nbytes = info.nbytes if name in kinds.weight_of else _plain_bytes(info, kinds, recipe)
         cut = 1 if split == "layers" else _cut(linear, name, info.shape, spec, gpus)
         here, whole = here + times * _share(nbytes, cut), whole + times * nbytes
+        if linear is not None and linear.role == "kv_b" and split == "tensor" and linear.name not in absorbed:
+            absorbed.add(linear.name)
+            here += times * _share(2 * linear.in_features * linear.out_features, cut)
     if split == "layers":
         here = _share(whole, gpus)
-    return here, 8 * whole / max(numel, 1), whole
+    return here, 8 * whole / max(kinds.numel, 1), whole
 
 
 def _linear_bytes(linear: Linear, recipe: Recipe | None, spec: ModelSpec) -> int:
@@ -96,7 +84,7 @@ def _plain_bytes(info: TensorInfo, kinds: Kinds, recipe: Recipe | None) -> int:
     """Of a tensor that no recipe quantizes, as an engine loads it: 16 bits, or the outer type of a GGUF file."""
     if recipe is not None and format_of(recipe).in_blocks and len(info.shape) == 2:
         return outer_bytes(info, kinds.view, recipe)
-    return info.nbytes // 2 if info.dtype.bits == 32 else info.nbytes
+    return info.nbytes // 2 if info.dtype.is_float and info.dtype.bits == 32 else info.nbytes
 
 
 def _cut(linear: Linear | None, name: str, shape: tuple[int, ...], spec: ModelSpec, gpus: int) -> int:
@@ -107,7 +95,7 @@ def _cut(linear: Linear | None, name: str, shape: tuple[int, ...], spec: ModelSp
         return 1 if linear.role in _WHOLE else gpus
     if name in (spec.embed_tensor, spec.head_tensor):
         return gpus
-    return gpus if len(shape) == 3 else 1  # fused experts
+    return gpus if len(shape) >= 3 else 1  # fused experts
 
 
 def _share(nbytes: int, gpus: int) -> int:

@@ -25,7 +25,7 @@ def capture(run: Callable[[], object]) -> Captured | None:
         try:
             run()
         except Captured as found:
-            return found
+            return found.with_traceback(None)  # its frames hold the layer's inputs and weights
     return None
 
 

@@ -25,6 +25,7 @@ from doctor.quant.dequantize import Dequantized, as_float, to_torch
 from doctor.quant.forward.layer_call import LayerCall
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import Gain, Scales, Tunable, is_norm, offset_of
+from doctor.quant.tuning.wanted import no_scales
 
 FEW = 32  # tokens of a step
 FULL_BITS = 4
@@ -52,10 +53,7 @@ def tunable(checkpoint: Checkpoint) -> Dequantized:
     """The checkpoint read as floats, where it stores scales that can be tuned. Raises NotQuantizable."""
     view = as_float(checkpoint)
     if not isinstance(view, Dequantized):
-        raise NotQuantizable(
-            _("{checkpoint}: holds no packed linears, so there are no scales to tune.", checkpoint=checkpoint.name),
-            _("Give the quantized checkpoint first and its original with --to."),
-        )
+        raise no_scales(checkpoint)
     if not view.format.affine:
         raise NotQuantizable(
             _(

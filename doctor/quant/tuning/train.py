@@ -234,6 +234,7 @@ class Trainer:
         for step in range(begin, len(self.schedule)):
             self._step(step, self.schedule[step])
             done = step + 1
+            self.say(_("{phase}: {done} of {total}", phase="tune", done=done, total=len(self.schedule)))
             if done in self.looks:
                 least = self._judged(done, least)
             if done in self.looks or done % SAVE_EVERY == 0:

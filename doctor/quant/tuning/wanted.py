@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import MachineError, PlanRefused
+from doctor.core.errors import MachineError, NotQuantizable, PlanRefused
 from doctor.core.messages import Message, _
 from doctor.core.recipe import Recipe, is_kept
 from doctor.core.records import CalibrationFacts
@@ -20,6 +20,7 @@ from doctor.model.spec import ModelSpec
 from doctor.quant import budget
 
 AUTO, OFF = "auto", "off"
+ARGUMENTS = _("Give the quantized checkpoint first and its original with --to.")
 LEAST_ROWS, LEAST_TOKENS = 16, 8192  # calibration rows and tokens of fewer are not worth it unasked
 LEAST_TRAINED = 16  # rows
 WATCHED = 8  # rows between the calibration rows
@@ -42,6 +43,14 @@ class Wanted:
     rows: int
     asked: bool = False
     reason: str | Message = ""
+
+
+def no_scales(checkpoint: Checkpoint) -> NotQuantizable:
+    """Why a checkpoint of plain floats is not tuned."""
+    return NotQuantizable(
+        _("{checkpoint}: holds no packed linears, so there are no scales to tune.", checkpoint=checkpoint.name),
+        ARGUMENTS,
+    )
 
 
 def refuse_tuning(tune: str | int, recipe: Recipe, rows: int) -> None:

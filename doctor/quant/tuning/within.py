@@ -1,8 +1,8 @@
 """Tuning as the last step of `doctor quantize`: the finished parts against the model that they were made from.
 
-The rows that are trained on are some of the calibration rows; those that are watched lie between them in the same text,
-so what is reported was measured on tokens that neither calibrated nor trained. Where the text leaves no such rows, some
-of the calibration rows are watched and not trained on, and that is said.
+The rows that are trained on are some of the calibration rows; those that are watched lie between them in the same text
+(of ready rows of ids: behind them), so what is reported was measured on tokens that neither calibrated nor trained.
+Where none are left, some of the calibration rows are watched and not trained on, and that is said.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def tuned(
         count=WATCHED,
         length=calibrated.length,
         seed=recipe.seed,
+        known=rows,
     )
     try:
         with opens() as parts:

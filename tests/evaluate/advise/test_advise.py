@@ -1,5 +1,6 @@
 """`doctor advise`: sizes are those of the files, what would not run is not proposed, and the order is by quality."""
 
+import io
 import json
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from doctor.evaluate.advise.advise import advise
 from doctor.evaluate.advise.candidates import candidates
 from doctor.evaluate.advise.kinds import one_of_each
 from doctor.lint.testing import tiny
-from doctor.report.advice_text import advice_html, advice_json, advice_markdown, render_advice
+from doctor.report.advice_text import advice_html, advice_json, advice_markdown, render_advice, show_advice
+from doctor.report.screen import console
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "bench"))
 
@@ -126,6 +128,40 @@ def test_a_quantized_checkpoint_is_judged_as_it_is(tmp_path):
     assert all(o.serve.startswith("vllm serve") and not o.quantize for o in advice.options)
 
 
+def test_stored_codes_are_counted_and_cut_as_the_linears_that_they_are(tmp_path):
+    source = Checkpoint.open(tiny("llama").write(tmp_path / "m"))
+    api.quantize(source, tmp_path / "q", _rtn())
+    advice = advise(tmp_path / "q", memory=GIB, gpus=2)
+    stored = Checkpoint.open(tmp_path / "q").tensors.values()
+    assert advice.parameters == sum(i.numel for i in source.tensors.values())
+    one, two = (by_scheme(advice, gpus=n)[0] for n in (1, 2))
+    assert one.weight_bytes == sum(i.nbytes for i in stored)
+    whole = sum(i.nbytes for i in stored if "norm" in i.name)
+    assert abs(two.weight_bytes - whole - (one.weight_bytes - whole) / 2) <= len(list(stored))
+
+
+def test_of_codes_of_eight_bits_schemes_of_fewer_are_offered_and_weigh_the_same(tmp_path):
+    from doctor.core.recipe import Recipe
+    from doctor.formats.schemes import fields_of
+
+    source = tiny("llama").write(tmp_path / "m")
+    api.quantize(source, tmp_path / "q", Recipe(**fields_of("FP8_DYNAMIC", {})))
+    found, wanted = advise(tmp_path / "q", memory=GIB), advise(source, memory=GIB)
+    assert found.best[0].scheme == "as stored" and "to 8 bits" in str(found.notes[0])
+    again = {o.scheme: (o.weight_bytes, o.blocked) for o in found.best[1:]}
+    assert "W4A16 g32" in again and not any(name.startswith(("W8A16", "FP8", "INT8")) for name in again)
+    assert again == {o.scheme: (o.weight_bytes, o.blocked) for o in wanted.best if o.scheme in again}
+
+
+def test_a_legend_explains_only_the_columns_that_are_shown(seven):
+    advice = advise(seven, memory=80 * GIB)
+    for width, shown in ((120, True), (70, False)):
+        text = io.StringIO()
+        show_advice(advice, console(text, width=width))
+        head, _rest = text.getvalue().split("16-bit", 1)
+        assert ("longest" in head) is shown and ("longest:" in text.getvalue()) is shown
+
+
 def _rtn():
     from doctor.core.recipe import Recipe
 
@@ -167,10 +203,9 @@ def test_every_runtime_has_an_answer_and_every_format_holds_it(seven, runtime):
     assert advice.fitting
     data = json.loads(advice_json(advice))
     assert data["schema"] == "doctor.advice/1" and len(data["options"]) == len(advice.options)
+    first = list({o.scheme.split(" ")[0]: o for o in reversed(advice.fitting)}.values())[:-4:-1]
     for text in (render_advice(advice), advice_markdown(advice), advice_html(advice)):
-        assert advice.fitting[0].scheme in text and all(
-            o.quantize in text or not o.quantize for o in advice.fitting[:3]
-        )
+        assert advice.fitting[0].scheme in text and all(o.quantize in text and o.serve in text for o in first)
 
 
 def test_the_printed_commands_are_understood(seven):

@@ -1,8 +1,10 @@
 """doctor kvcache end to end: prediction from weights, measurement with a quantized cache, and that the two agree."""
 
+import gc
 import json
 import math
 import re
+import weakref
 
 import pytest
 import torch
@@ -172,6 +174,26 @@ def test_attention_is_the_librarys_again_afterwards():
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
         raise ZeroDivisionError
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before and capture(lambda: 3) is None
+
+
+def test_what_attention_was_given_does_not_keep_the_weights_of_its_layer():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    alive = []
+
+    def layer():
+        weights = torch.zeros(3)
+        alive.append(weakref.ref(weights))
+        x = torch.zeros(1, 1, 2, 4)
+        ALL_ATTENTION_FUNCTIONS["sdpa"](torch.nn.Identity(), x, x, x, None)
+
+    gc.disable()
+    try:
+        seen = capture(layer)
+        assert seen is not None and seen.query.shape == (1, 1, 2, 4)
+        assert alive[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_the_number_of_bits_is_that_of_the_rule(tmp_path):

@@ -13,9 +13,11 @@ from fix_cases import quantized
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.cli.main import cli
-from doctor.core.errors import NotQuantizable
+from doctor.cli.progress import counted_in
+from doctor.core.errors import NotQuantizable, PlanRefused
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
+from doctor.quant import early
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning import train
@@ -104,7 +106,14 @@ def test_scales_and_norms_change_alone_and_the_divergence_falls(rounded, tmp_pat
 def test_codes_that_are_read_again_each_time_give_the_same(rounded):
     original, source = map(Checkpoint.open, rounded)
     rows = [row[0].tolist() for row in rows_of(9)]
-    held, read = (tuned_values(source, original, rows, passes=1, memory=m) for m in (1 << 30, 0))
+    said: list[str] = []
+    held = tuned_values(source, original, rows, passes=1, memory=1 << 30, say=said.append)
+    read = tuned_values(source, original, rows, passes=1, memory=0)
+    counted = [counted_in(line) for line in said]
+    assert [step for step in counted if step and step[1]] == [
+        ("tune", done, 4, "steps")
+        for done in (1, 2, 2, 3, 4, 4)  # after each step, and with each look
+    ]
     assert held.values.keys() == read.values.keys()
     assert all(torch.equal(held.values[n], read.values[n]) for n in held.values)
     assert held.progress.watched == read.progress.watched
@@ -185,8 +194,11 @@ def test_what_does_not_help_is_not_written(rounded, tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_a_model_without_codes_is_refused(rounded, tmp_path):
-    original, _source = rounded
+def test_a_model_without_codes_is_refused_by_its_headers(rounded, tmp_path, monkeypatch):
+    original, source = rounded
+    monkeypatch.setattr(early, "judged_alone", None)
     with pytest.raises(NotQuantizable, match="holds no packed linears"):
         api.tune(original, original, tmp_path / "t", rows=8, max_seq_length=64)
+    with pytest.raises(PlanRefused, match="given as the quantized checkpoint and as its original"):
+        api.tune(source, source, tmp_path / "t", rows=8, max_seq_length=64)
     assert not (tmp_path / "t").exists()

@@ -16,7 +16,7 @@ from doctor.formats.schemes import fields_of
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
 from doctor.quant import budget
-from doctor.quant.calibration.documents import builtin_documents
+from doctor.quant.calibration.documents import builtin_paragraphs, read_documents
 from doctor.quant.calibration.rows import calibration_rows, stream_of
 from doctor.quant.calibration.tokenizer import load_tokenizer
 from doctor.quant.calibration.unseen import unseen_rows
@@ -168,12 +168,13 @@ def test_layers_that_tuning_does_not_follow_are_kept(taught, recipe, tmp_path, m
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_watched_rows_hold_no_token_of_a_calibration_row(taught, count):
-    checkpoint = Checkpoint.open(taught)
-    _rows, facts, _notes = calibration_rows(checkpoint, None, rows=12, length=64)
-    watched = unseen_rows(checkpoint, None, facts.rows, count=count, length=64)
+def test_watched_rows_hold_no_token_of_a_calibration_row(taught, tmp_path, count):
+    checkpoint, text = Checkpoint.open(taught), tmp_path / "text.txt"
+    text.write_text("\n\n".join(builtin_paragraphs()[:100]))
+    rows, facts, _notes = calibration_rows(checkpoint, text, rows=12, length=64)
+    watched = unseen_rows(checkpoint, text, facts.rows, count=count, length=64, known=rows)
     assert len(watched) == count
-    documents = builtin_documents()
+    documents = read_documents(text)
     first, stream = stream_of(documents, load_tokenizer(checkpoint, documents.name))
     step, body = len(stream) // 12, 64 - len(first)
     held = {row * step + place for row in range(12) for place in range(body)}
@@ -188,6 +189,26 @@ def test_text_that_is_used_up_leaves_no_rows_to_watch(taught, tmp_path):
     rows, facts, _notes = calibration_rows(checkpoint, tmp_path / "text.txt", rows=500, length=64)
     assert len(rows) > 4
     assert unseen_rows(checkpoint, tmp_path / "text.txt", facts.rows, count=4, length=64) == []
+
+
+def test_ready_rows_that_did_not_calibrate_are_watched(taught, tmp_path):
+    rows = [[row, *range(row, row + 39)] for row in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"input_ids": row}) for row in rows))
+    source = tmp_path / "rows.jsonl"
+    checkpoint = Checkpoint.open(taught)
+    known, facts, _notes = calibration_rows(checkpoint, source, rows=12, length=40)
+    options = {"count": 4, "length": 40, "known": known}
+    assert unseen_rows(checkpoint, source, facts.rows, **options) == [rows[row] for row in (13, 15, 17, 19)]
+    assert unseen_rows(checkpoint, source, facts.rows, count=4, length=40, known=rows) == []
+
+
+def test_text_that_repeats_what_calibrated_is_not_watched(taught, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(builtin_paragraphs()[:40]))
+    rows, facts, _notes = calibration_rows(Checkpoint.open(taught), tmp_path / "text.txt", rows=4, length=64)
+    given = (Checkpoint.open(taught), tmp_path / "text.txt", facts.rows)
+    before = unseen_rows(*given, count=4, length=64)
+    assert len(before) == 4
+    assert unseen_rows(*given, count=4, length=64, known=[*rows, [0, *before[1]]]) == [before[0], *before[2:]]
 
 
 def test_the_plan_counts_the_tuning(taught, recipe):
