@@ -150,7 +150,6 @@ CLASSES: dict[str, Row] = {
     "Inkling-text": Row("InklingForCausalLM"),
     "Kolibri-1": Row("Kolibri1ForCausalLM"),
     "Apertus-1.5": Row("Apertus1p5TextForCausalLM"),
-    "BLT": Row("BltForCausalLM"),
     "Dots3-Note": Row("Dots3NoteForCausalLM", LATENT),
     # hybrids and state spaces
     "Qwen3-Next": Row("Qwen3NextForCausalLM"),
