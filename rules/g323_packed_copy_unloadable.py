@@ -1,8 +1,8 @@
 """G323 packed-copy-unloadable: transformers does not load packed linears of this family.
 
 Why: transformers puts packed modules in the place of a class's linears. GPT-2's and GPT's linears are Conv1D, which it
-leaves as they are; and the loader of Kimi-Linear and OLMo-hybrid joins tensors that it does not find in a packed file. Such a
-copy loads nowhere in transformers, whoever wrote it. This is known from the family's name, so it
+leaves as they are; the loader of Kimi-Linear and OLMo-hybrid joins tensors that it does not find in a packed file; and
+those of Molmo2, HRM and Ernie 4.5 VL cut stored tensors apart. Such a copy loads nowhere in transformers, whoever wrote it. This is known from the family's name, so it
 is said before any work. Other families whose own code reads the weight of a linear (Falcon, Mamba, RWKV, ModernBERT) are
 written with `"dequantize": true` in quantization_config: transformers then unpacks their linears while it loads the file.
 
@@ -20,8 +20,22 @@ Sources: transformers 5.24 src/transformers/models/*/modeling_*.py (`_init_weigh
 src/transformers/utils/quantization_config.py (CompressedTensorsConfig); measured by tests/coverage.py.
 """
 
-from doctor.lint.rule import Place, _, finding, rule
+from doctor.lint.rule import Place, _, finding, rule, streams
 from doctor.lint.testing import tiny
+
+_REASONS = {
+    "conv1d": _("its linears are Conv1D, which stay as they are"),
+    "joined": _("its loader joins tensors that it does not find beside packed ones"),
+    "split": _("its loader cuts stored tensors apart, which it does not do with packed ones"),
+}
+_FORMAT = _("write another format, as --format gptq, or name the runtime that will serve it, as --runtime vllm")
+_OTHERWISE = {
+    "conv1d": _FORMAT,
+    "joined": _(
+        "choose --scheme FP8_DYNAMIC, which it joins too, or name the runtime that will serve it, as --runtime vllm"
+    ),
+    "split": _FORMAT,
+}
 
 
 @rule("G323", "error", implied_by=("C147",))
@@ -30,11 +44,7 @@ def packed_copy_unloadable(checkpoint, config, recipe, goal, packed_loading):
     if goal != "quantize" or families is None or recipe.runtime not in ("", "transformers"):
         return
     family = str(config.get("model_type", ""))
-    reasons = {
-        "conv1d": _("its linears are Conv1D, which stay as they are"),
-        "joined": _("its loader joins tensors that it does not find beside packed ones"),
-    }
-    why = next((why for kind, why in reasons.items() if family in families[kind]), "")
+    why = next((why for why in _REASONS if family in families.get(why, ())), "")
     if why:
         yield finding(
             _(
@@ -42,13 +52,11 @@ def packed_copy_unloadable(checkpoint, config, recipe, goal, packed_loading):
                 version=packed_loading["transformers"],
                 format=recipe.output_format,
                 family=family,
-                why=why,
+                why=_REASONS[why],
             ),
             at=Place("config.json", pointer="/model_type"),
             evidence={"family": family, "format": recipe.output_format},
-            advice=_(
-                "write another format, as --format gptq, or name the runtime that will serve it, as --runtime vllm"
-            ),
+            advice=_("name the runtime that will serve it, as --runtime vllm") if streams(recipe) else _OTHERWISE[why],
         )
 
 

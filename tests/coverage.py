@@ -6,8 +6,9 @@
 A run can be made in pieces: rows that FILE has are not run again, but for those that ran out of time, which come last.
 Each row builds a tiny random checkpoint by transformers' own config and save_pretrained (helpers/tiny_classes.py; with
 --families of each text family that the rules' tests call healthy, helpers/healthy_models.py), checks it, quantizes it
-(GPTQ, 4 bits, groups of 32, compressed-tensors; a model of an encoder and a decoder to FP8_DYNAMIC), loads the output
-in the class that config.json names, and correlates its outputs with the source's on the same ids. Each runs in a
+(GPTQ, 4 bits, groups of 32, compressed-tensors; to FP8_DYNAMIC where `check` refuses that and takes this, and a model
+of an encoder and a decoder), loads the output in the class that config.json names, and correlates its outputs with the
+source's on the same ids: 0.8 in 4 bits; where rounding costs a tiny random model more, 0.99 in 8 bits. Each runs in a
 process of its own, with a limit.
 
 outcome         what happened
@@ -37,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent / "helpers"), str(Path(__fil
 
 ROWS, LENGTH, VOCABULARY = 12, 32, 88  # ids above 88 stand for images in some configs
 CLOSE = 0.8  # a healthy 4-bit Llama of this size: 0.96 and more
+CLOSER = 0.99  # in 8 bits
+REFUSED = ("G321", "G322", "G323", "G335")  # what another scheme may not meet
 NARROWEST = 32
 LATE = "no answer after"
 _WALL = 10  # seconds by the clock for one of the processor, on a machine that does other work too
@@ -56,18 +60,31 @@ LAYER = re.compile(r"(?:layers|h|blocks|block|layer)\.\d+\.(.+)$")
 
 
 def outputs(folder: Path, ids: Any) -> Any:
-    """(loading info, logits or hidden states) of the class that config.json names."""
+    """(loading info, logits or hidden states) of the class that config.json names: in float32, or in bfloat16 where its
+    loader unpacks experts to that and nothing else.
+    """
+    import torch
+
+    try:
+        return _outputs(folder, ids, torch.float32)
+    except RuntimeError as error:
+        if "same dtype" not in str(error):
+            raise
+        return _outputs(folder, ids, torch.bfloat16)
+
+
+def _outputs(folder: Path, ids: Any, dtype: Any) -> Any:
     import torch
     import transformers
 
     config = json.loads((folder / "config.json").read_text())
     known = getattr(transformers, config["architectures"][0])
-    model, info = known.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = known.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     kwargs = {"input_ids": ids}
     if model.main_input_name == "input_features":  # it hears: noise, the same for both
         torch.manual_seed(0)
         size = (len(ids), model.config.num_mel_bins, 2 * getattr(model.config, "max_source_positions", 0))
-        kwargs = {"input_features": torch.randn(size)}
+        kwargs = {"input_features": torch.randn(size).to(dtype)}
     if getattr(model.config, "is_encoder_decoder", False):
         kwargs["decoder_input_ids"] = ids
     with torch.no_grad():
@@ -151,17 +168,22 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     answer: dict[str, Any] = {"name": name, "class": architecture}
     bits = 8 if row and row.stored in ("nvfp4", "modelopt") else 4  # their groups of 16 are finer than any plan's
     recipe = Recipe(bits=bits, group_size=32, format="compressed-tensors", goal="quantize")
+    rounded = Recipe(**fields_of("FP8_DYNAMIC", {}), goal="quantize")
     if json.loads((source / "config.json").read_text()).get("is_encoder_decoder"):  # two halves, which doctor rounds
-        recipe = Recipe(**fields_of("FP8_DYNAMIC", {}), goal="quantize")
-        answer["scheme"] = "FP8_DYNAMIC"
+        recipe, answer["scheme"] = rounded, "FP8_DYNAMIC"
     report = api.check(source, recipe)
     errors = [f"{f.code} {f.message}" for f in report.findings if f.severity == "error"]
+    if errors and errors[0].startswith(REFUSED) and not (row and row.stored) and recipe != rounded:
+        other = api.check(source, rounded)
+        if other.ok:
+            answer |= {"refused": errors[0], "scheme": "FP8_DYNAMIC"}
+            report, recipe, errors = other, rounded, []
     warnings = [f"{f.code} {f.message}" for f in report.findings if f.severity == "warning"]
     answer |= {"check": errors, "warnings": warnings}
     if errors and errors[0].startswith(("G322", "G323")) and not (row and row.stored):
         return answer | in_gptq(source, folder, errors[0])
     if errors:
-        honest = errors[0].startswith(("G321", "G322", "G323", "G330"))
+        honest = errors[0].startswith((*REFUSED, "G330"))
         return answer | {"outcome": "refusal" if honest else "false refusal", "why": errors[0]}
     try:
         done = api.quantize(source, folder / "q", recipe, calibration=calibration_file(folder), max_seq_length=LENGTH)
@@ -190,6 +212,17 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
             info, ours = outputs(done.output, ids)
             answer |= {"missing": len(info["missing_keys"]), "unexpected": len(info["unexpected_keys"])}
             answer["correlation"] = round(correlation(ours, theirs), 3)
+            if not answer["correlation"] >= CLOSE and not answer.get("scheme"):
+                finer = api.quantize(
+                    source,
+                    folder / "q8",
+                    replace(recipe, bits=8),
+                    calibration=calibration_file(folder),
+                    max_seq_length=LENGTH,
+                )
+                close = round(correlation(outputs(finer.output, ids)[1], theirs), 3) if finer.output else float("nan")
+                if close >= CLOSER:
+                    answer |= {"four_bits": answer["correlation"], "correlation": close, "scheme": "W8A16"}
             if not answer["correlation"] >= CLOSE:
                 unloadable = [f"correlation {answer['correlation']}"]
     if verify:
@@ -274,6 +307,10 @@ def child(name: str, folder: str, verify: bool, answer_to: str, seconds: float) 
         Path(answer_to).write_text(json.dumps(answer))
 
 
+def _plain(name: str) -> str:
+    return re.sub("[-_]", "", name.removesuffix("_text").lower())
+
+
 def main() -> int:
     from healthy_models import FAMILIES, UNKNOWN
     from tiny_classes import CLASSES
@@ -294,7 +331,8 @@ def main() -> int:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
 
         ran = {row.architecture for row in CLASSES.values()}
-        known = [*classes, *(name for name in families if name not in classes and causal.get(name) not in ran)]
+        own = [n for n in families if causal.get(n) not in ran or _plain(n) not in _plain(causal[n])]  # gpt-sw3: GPT-2
+        known = [*classes, *(name for name in own if name not in classes)]
     else:
         known = families if options.families else classes
     names = [n for n in options.rows.split(",") if n] or known

@@ -31,8 +31,9 @@ HEAD = """# Models
 
 What `quantize` does with each family, as `python tests/coverage.py --all` measured it: a tiny random checkpoint of the
 class, GPTQ in 4 bits and groups of 32 in the compressed-tensors format, loaded in the class that config.json names.
-Models of an encoder and a decoder are rounded without calibration; the scheme stands behind the outcome. Written by
-`tools/list_models.py`.
+Where `check` refuses that and takes FP8_DYNAMIC, and for models of an encoder and a decoder, weights are rounded
+without calibration. Where 4 bits cost a tiny random model too much, 8 bits are written, whose outputs must correlate
+0.99. The scheme stands behind the outcome. Written by `tools/list_models.py`.
 
 **works**: written, loads whole, computes what the source does. **other client**: written, and read by another engine
 than transformers. **refusal**: `check` says that it cannot be quantized, and why. **unloadable**: the class does not

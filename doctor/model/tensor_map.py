@@ -181,12 +181,18 @@ class Placement:
             found |= {self.name(block, tail): "other experts of its layer have it" for tail in lacking_experts[own]}
             fuller = [kind for kind, other in zip(kinds, alike, strict=True) if kind_of == other and own < kind]
             lacking = {t for t in frozenset().union(*fuller) - own if not BUFFERS.search(t)}
+            if not self.spec.family and block == counted[0] and self._are_vectors(lacking):
+                continue  # as in ModernBERT (a norm) and Zaya; where one is lost, the class says so (G321)
             if lacking and (self.spec.family or (len(counted) >= 4 and len(fuller) * 4 >= 3 * len(counted))):
                 found |= {
                     self.name(block, t): f"{sum(t in k for k in kinds)} of {len(counted)} blocks have it"
                     for t in lacking
                 }
         return found
+
+    def _are_vectors(self, tails: set[str]) -> bool:
+        """Whether tensors of these names have one axis at most."""
+        return all(len(self.blocks[b][t].shape) < 2 for b in self.counted for t in tails & self.blocks[b].keys())
 
     def _kinds_of(self, layer: int) -> tuple[bool | None, ...]:
         """What config.json says about a decoder layer: for each kind that the table knows, whether it is one."""

@@ -33,6 +33,12 @@ def packed_loading(checkpoint) -> dict[str, Any]:
     return table("packed_loading")
 
 
+@fact("checkpoint")
+def unfollowed(checkpoint) -> dict[str, Any]:
+    """Families whose decoder layers quantize does not run one after another: rules/tables/unfollowed.toml."""
+    return table("unfollowed")
+
+
 def loading_options(form: str, model_type: str) -> dict[str, Any]:
     """Keys of quantization_config without which transformers does not load this family from a format's files. What
     holds for one format of compressed-tensors holds for all whose codes stand under a name of their own.

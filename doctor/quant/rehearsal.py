@@ -13,7 +13,7 @@ from pathlib import Path
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.header_text import header_bytes
-from doctor.core.errors import BadCheckpoint
+from doctor.core.errors import BadCheckpoint, NotQuantizable
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
@@ -52,7 +52,7 @@ def rehearse(
     fused = {name.removesuffix(".weight"): stacks for stacks in found for name in stacks.tensors}
     view, spec = unfuse(checkpoint, spec, recipe)
     require_widths(spec, recipe)
-    if streams(recipe) and config.get("is_encoder_decoder") is True:  # which no skeleton is built of
+    if streams(recipe):  # rounded as they are read: no model is built, so none can refuse
         return _rehearse_rounding(checkpoint, spec, recipe, folder, linears)
     skeleton = Skeleton(view, spec)
     skeleton.require_tensors()
@@ -101,9 +101,18 @@ def _written(
     known: Linears,
 ) -> tuple[str, ...]:
     """config.json and headers, with a hole for the data. found: names kept, names packed, headers. Returns those
-    kept.
+    kept. Raises NotQuantizable where nothing is packed.
     """
     kept, packed, headers = found
+    if not packed:
+        raise NotQuantizable(
+            _(
+                "{name}: none of its {n:,} tensors is a linear of a decoder layer that the plan quantizes.",
+                name=checkpoint.name,
+                n=len(checkpoint.tensors),
+            ),
+            _("Take fewer linears out with --keep, or give tensors the names that their class is published with."),
+        )
     stated = export.quantization_config(recipe, dict.fromkeys(kept), packed, known)
     export.write_configs(folder, checkpoint, recipe, stated)
     raw = header_bytes(sorted(headers, key=lambda header: -DTYPES[header[1]].bits))

@@ -71,6 +71,8 @@ SIZES = {
 # What single families need besides: because their own defaults are large or ask for numbers that fit each other, and so
 # that a model has a decoder layer of every kind.
 OWN = {
+    # Full attention in every sixth layer by default: without one the class itself cannot tell how long its cache is.
+    "bailing_hybrid": {"layer_group_size": 3, "num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1]},
     # Latent attention has as many key heads as query heads.
     **{

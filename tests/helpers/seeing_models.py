@@ -1,4 +1,4 @@
-"""Tiny vision models with a processor of transformers' own beside them, and a conversation about an image.
+"""Tiny models that see or hear with a processor of transformers' own beside them, and conversations about files.
 
 Only Pillow is needed: processors are built of parts without the one for videos.
 """
@@ -116,6 +116,44 @@ def save_seeing(name: str, folder: Path, dtype: str = "bfloat16") -> Path:
     known = getattr(transformers, sight.processor)
     known(image_processor=images, tokenizer=tokenizer, chat_template=template, **sight.own).save_pretrained(folder)
     return folder
+
+
+def save_hearing(folder: Path, dtype: str = "bfloat16") -> Path:
+    """A tiny Qwen2-Audio that hears two seconds, its tokenizer with tokens for sound, and its processor's files."""
+    import transformers
+    from transformers import AutoTokenizer
+
+    config = {
+        "audio_token_index": 96,
+        "text_config": {"vocab_size": 128},
+        "audio_config": {"max_source_positions": 100},
+    }
+    save_class(CLASSES["Qwen2-Audio"]._replace(config=config), folder, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]})
+    ears = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=2)
+    template = TEMPLATE.replace("image", "audio").replace("MARK", "<|audio_bos|><|AUDIO|><|audio_eos|>")
+    transformers.Qwen2AudioProcessor(ears, tokenizer, chat_template=template).save_pretrained(folder)
+    return folder
+
+
+def sounds(folder: Path, count: int) -> Path:
+    """A .jsonl of conversations about sounds of a second at 16 kHz, which are in the folder too."""
+    import wave
+
+    import numpy as np
+
+    rng, rows = np.random.default_rng(0), []
+    for number in range(count):
+        with wave.open(str(folder / f"{number}.wav"), "wb") as file:
+            file.setparams((1, 2, 16000, 0, "NONE", ""))
+            file.writeframes(rng.integers(-9000, 9000, 16000).astype(np.int16).tobytes())
+        words = " ".join(str(x) for x in rng.integers(10, 99, 12))
+        content = [{"type": "text", "text": words}, {"type": "audio", "audio": f"{number}.wav"}]
+        rows.append(json.dumps({"messages": [{"role": "user", "content": content}]}))
+    path = folder / "heard.jsonl"
+    path.write_text("\n".join(rows))
+    return path
 
 
 def conversations(folder: Path, count: int = 6) -> Path:

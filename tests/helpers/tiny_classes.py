@@ -63,13 +63,15 @@ LANGUAGE = ("text_config", "llm_config", "language_config", "thinker_config", "t
 class Row(NamedTuple):
     """A class and what its config needs besides the sizes. mtp: with a layer of multi-token prediction under a prefix
     of its own, as Qwen publishes them; transformers passes over it. stored: how its linears are stored, "" for 16 bits
-    (stored_sources.py).
+    (stored_sources.py). named: parts of names that save_pretrained writes otherwise than the model is published, and
+    the published ones.
     """
 
     architecture: str
     config: Mapping[str, Any] = MappingProxyType({})
     mtp: bool = False
     stored: str = ""
+    named: Mapping[str, str] = MappingProxyType({})
 
 
 def mrope(*section: int, **more) -> dict:
@@ -146,6 +148,9 @@ CLASSES: dict[str, Row] = {
     "LongCat": Row("LongcatFlashForCausalLM", LATENT),
     "Mistral-4": Row("Mistral4ForCausalLM", LATENT | {"head_dim": 64}),
     "Inkling-text": Row("InklingForCausalLM"),
+    "Kolibri-1": Row("Kolibri1ForCausalLM"),
+    "Apertus-1.5": Row("Apertus1p5TextForCausalLM"),
+    "Dots3-Note": Row("Dots3NoteForCausalLM", LATENT),
     # hybrids and state spaces
     "Qwen3-Next": Row("Qwen3NextForCausalLM"),
     "Qwen3.5-text": Row("Qwen3_5ForCausalLM"),
@@ -256,11 +261,29 @@ CLASSES: dict[str, Row] = {
     "Qwen2-Audio": Row("Qwen2AudioForConditionalGeneration"),
     "Granite-Speech": Row("GraniteSpeechForConditionalGeneration"),
     "Whisper": Row("WhisperForConditionalGeneration"),
+    "Aya-Vision": Row("AyaVisionForConditionalGeneration"),
+    "Cohere2-Vision": Row("Cohere2VisionForConditionalGeneration"),
+    "DeepSeek-VL": Row("DeepseekVLForConditionalGeneration"),
+    "EXAONE-4.5": Row("Exaone4_5_ForConditionalGeneration"),
+    "GOT-OCR2": Row("GotOcr2ForConditionalGeneration"),
+    "LFM3-VL": Row("Lfm3VlForConditionalGeneration"),
+    "Mistral-Large-4": Row("MistralLarge4ForConditionalGeneration", {"text_config": LATENT}),
+    "Kimi-K2.5": Row(
+        "Kimi_K25ForConditionalGeneration",
+        {"text_config": LATENT},
+        named={"language_model.model.blocks.": "language_model.model.layers."},
+    ),
+    "Ovis2": Row("Ovis2ForConditionalGeneration"),
+    "Inkling": Row("InklingForConditionalGeneration"),
+    "ViP-LLaVA": Row("VipLlavaForConditionalGeneration"),
+    "Idefics2": Row("Idefics2ForConditionalGeneration"),
+    "BLIP-2": Row("Blip2ForConditionalGeneration"),
     # encoders, two halves, embedders, reward models
     "BERT": Row("BertModel"),
     "XLM-R": Row("XLMRobertaModel"),
     "ModernBERT": Row("ModernBertModel"),
     "T5": Row("T5ForConditionalGeneration"),
+    "BART": Row("BartForConditionalGeneration"),
     "T5Gemma": Row("T5GemmaForConditionalGeneration"),
     "T5Gemma-2": Row("T5Gemma2ForConditionalGeneration"),
     "RoFormer": Row("RoFormerForCausalLM"),
@@ -310,6 +333,15 @@ def add_mtp(folder: Path) -> None:
     save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def rename(folder: Path, named: Mapping[str, str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    for old, new in named.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def save_class(row: Row, folder: Path, dtype: str = "bfloat16") -> Path:
     """A tiny random checkpoint of the row's class, with a tokenizer's files beside it."""
     import torch
@@ -331,6 +363,8 @@ def save_class(row: Row, folder: Path, dtype: str = "bfloat16") -> Path:
         model.save_pretrained(folder)
     if row.mtp:
         add_mtp(folder)
+    if row.named:
+        rename(folder, row.named)
     for name, document in tiny("llama").json.items():
         if name.startswith("tokenizer"):
             (folder / name).write_text(json.dumps(document))

@@ -45,6 +45,24 @@ def test_a_bias_that_one_block_lacks_is_missing(tmp_path):
     assert placed(case, tmp_path).missing() == {"model.layers.1.self_attn.k_proj.bias": "1 of 2 blocks have it"}
 
 
+def test_only_the_first_layer_of_an_unknown_family_may_lack_vectors(tmp_path):
+    def lacking(layer: int, tail: str) -> list[str]:
+        checkpoint = Checkpoint.open(tmp_path / "m")
+        name = f"model.layers.{layer}.{tail}.weight"
+        del checkpoint.tensors[name]
+        spec = build_spec(
+            checkpoint.value("config.json") | {"model_type": "new", "architectures": ["New"]}, checkpoint.tensors
+        )
+        assert spec.family is None
+        found = placement(checkpoint, spec, UnpackedTensors(checkpoint.tensors, {})).missing()
+        assert set(found) <= {name}
+        return list(found)
+
+    save("llama", tmp_path / "m", num_hidden_layers=4)
+    assert not lacking(0, "input_layernorm")  # by design in ModernBERT and Zaya
+    assert lacking(1, "input_layernorm") and lacking(0, "self_attn.q_proj") and lacking(3, "input_layernorm")
+
+
 def test_a_linear_that_no_block_has_is_missing_in_each(tmp_path):
     case = tiny("llama")
     for block in (0, 1):

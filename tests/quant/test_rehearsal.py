@@ -12,6 +12,7 @@ from doctor.core.recipe import Recipe
 from doctor.core.records import LoadProof
 from doctor.evaluate.clients.load_proof import linears_of_class
 from doctor.evaluate.clients.rehearsal import rehearse as ask
+from doctor.formats.schemes import fields_of
 from doctor.plan.loading import load_problem
 from doctor.quant.client import Client
 from doctor.quant.quantize import quantize
@@ -61,8 +62,19 @@ def test_names_shapes_and_config_are_those_of_the_run(name, recipe, tmp_path):
 )
 def test_what_stops_a_run_stops_its_rehearsal(name, words, tmp_path):
     folder = save_class(CLASSES[name], tmp_path / "m")
+    checkpoint = Checkpoint.open(folder)
     with pytest.raises(NotQuantizable, match=words):
-        rehearse(Checkpoint.open(folder), Recipe(group_size=32), tmp_path, lambda modules: {})
+        rehearse(checkpoint, Recipe(group_size=32), tmp_path, lambda modules: {})
+    # Rounding weights as they are read runs no model, which none of this stops.
+    rehearse(checkpoint, Recipe(**fields_of("FP8_DYNAMIC", {})), tmp_path, lambda modules: {})
+    stated = Checkpoint.open(tmp_path).value("config.json")["quantization_config"]
+    assert stated["format"] == "float-quantized" and stated.get("dequantize") is (True if name == "Zamba" else None)
+
+
+def test_a_plan_that_packs_nothing_is_refused(tmp_path):
+    checkpoint = Checkpoint.open(save("qwen3", tmp_path / "m"))
+    with pytest.raises(NotQuantizable, match=r"none of its 36 tensors is a linear of a decoder layer that the plan"):
+        rehearse(checkpoint, Recipe(group_size=32, keep=("layers",)), tmp_path, lambda modules: {})
 
 
 def test_a_lost_tensor_is_named_by_its_parameter(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
 
-from seeing_models import SIGHTS, conversations, save_seeing, videos_are_not_asked_for
+from seeing_models import SIGHTS, conversations, save_hearing, save_seeing, sounds, videos_are_not_asked_for
 
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
@@ -27,17 +27,20 @@ def no_videos():
         yield
 
 
-def rows_of(source, folder, count=2):
-    documents = read_documents(conversations(folder, count))
+def rows_of(source, file, count=2):
+    documents = read_documents(file)
     return seen_rows(Checkpoint.open(source), documents.messages, documents.folder, documents.name, count)
 
 
-@pytest.mark.parametrize("name", SIGHTS)
-def test_layers_get_what_the_model_itself_gives_them_for_a_row_with_an_image(name, tmp_path):
+@pytest.mark.parametrize("name", [*SIGHTS, "Qwen2-Audio"])
+def test_layers_get_what_the_model_itself_gives_them_for_a_row_with_a_file(name, tmp_path):
     import transformers
 
-    source = save_seeing(name, tmp_path / "m", dtype="float32")
-    first, second = rows_of(source, tmp_path)
+    if name in SIGHTS:
+        source, file = save_seeing(name, tmp_path / "m", dtype="float32"), conversations(tmp_path, 2)
+    else:
+        source, file = save_hearing(tmp_path / "m", dtype="float32"), sounds(tmp_path, 2)
+    first, second = rows_of(source, file)
     checkpoint = Checkpoint.open(source)
     skeleton = Skeleton(checkpoint, build_spec(checkpoint.value("config.json"), checkpoint.tensors))
     ids = [torch.tensor([row]) for row in (first, second)]
@@ -57,7 +60,7 @@ def test_layers_get_what_the_model_itself_gives_them_for_a_row_with_an_image(nam
                 skeleton.load_layer(i)
                 hidden = skeleton.run_layer(i, hidden, calls[i])
             assert (hidden - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    assert (outputs[0] - outputs[1]).abs().max() > 0.1  # the images count
+    assert (outputs[0] - outputs[1]).abs().max() > 0.1  # the files count
 
 
 def test_a_run_calibrates_on_images_and_says_so(tmp_path):
@@ -73,8 +76,17 @@ def test_a_run_calibrates_on_images_and_says_so(tmp_path):
     assert done.output and "Q420" in {f.code for f in done.report.findings}
 
 
+def test_a_run_calibrates_on_sounds_and_says_so(tmp_path):
+    source = save_hearing(tmp_path / "m")
+    recipe = Recipe(group_size=32, format="compressed-tensors")
+    done = api.quantize(source, tmp_path / "out", recipe, calibration=sounds(tmp_path, 4))
+    assert done.output and done.calibration.seen_rows == done.calibration.rows == 4
+    assert {line["outcome"] for line in done.linears} == {"gptq"}
+    assert "Q420" not in {f.code for f in done.report.findings}
+
+
 def test_rows_of_the_same_ids_with_other_images_are_other_rows(tmp_path):
-    first, second = rows_of(save_seeing("LLaVA", tmp_path / "m"), tmp_path)
+    first, second = rows_of(save_seeing("LLaVA", tmp_path / "m"), conversations(tmp_path, 2))
     other = SeenRow({**first.inputs, "pixel_values": second.inputs["pixel_values"]})
     assert list(other) == list(first) and repr(other) != repr(first)
 
@@ -103,7 +115,7 @@ def test_a_model_without_a_processor_says_so(tmp_path):
     from healthy_models import save
 
     with pytest.raises(DoctorError, match=r"no processor|processor cannot be loaded"):
-        rows_of(save("llama", tmp_path / "m"), tmp_path)
+        rows_of(save("llama", tmp_path / "m"), conversations(tmp_path, 2))
 
 
 @pytest.mark.parametrize("rate, width, words", [(16000, 2, ""), (8000, 2, "16 bits at 8000 Hz"), (16000, 1, "8 bits")])
