@@ -31,15 +31,23 @@ TOKEN_SHARE = 0.25  # tokens per in_feature; below it more than three quarters o
 def expert_underseen(linear, hessian):
     if linear.expert is None or hessian.tokens >= TOKEN_SHARE * hessian.in_features:
         return
-    yield finding(
-        plural(
+    if hessian.tokens:
+        message = plural(
             "{linear} (expert {expert}) saw {n:,} calibration token for {in_features:,} in_features",
             "{linear} (expert {expert}) saw {n:,} calibration tokens for {in_features:,} in_features",
             hessian.tokens,
             linear=linear.name,
             expert=linear.expert,
             in_features=hessian.in_features,
-        ),
+        )
+    else:
+        message = _(
+            "{linear} (expert {expert}): 0 tokens reached it, so it is rounded without a Hessian",
+            linear=linear.name,
+            expert=linear.expert,
+        )
+    yield finding(
+        message,
         evidence={"tokens": hessian.tokens, "in_features": hessian.in_features, "expert": linear.expert},
         advice=_("calibrate on more and more varied text"),
     )
@@ -50,6 +58,13 @@ def bad():
     name = next(s for s, _fact in case.facts if ".experts.3.down_proj" in s)
     change(case, name, "hessian", tokens=9)
     return case, f"{name.removeprefix('linear:')} (expert 3) saw 9 calibration tokens for 64 in_features"
+
+
+def more():
+    case = measured(only_in("qwen2_moe", "qwen3_moe", "olmoe", why="it has no experts"))
+    name = next(s for s, _fact in case.facts if ".experts.1.up_proj" in s)
+    change(case, name, "hessian", tokens=0)
+    yield case, f"{name.removeprefix('linear:')} (expert 1): 0 tokens reached it, so it is rounded without a Hessian"
 
 
 def good():
