@@ -19,10 +19,12 @@ import os
 import re
 import struct
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 from doctor.checkpoint.ggml_types import GGML_TYPES, GgmlType
 from doctor.checkpoint.safetensors import Defect, ShardFile
+from doctor.core.collection import uncollected
 from doctor.core.messages import _
 
 MAGIC = b"GGUF"
@@ -129,9 +131,20 @@ class _Reader:
         return found
 
     def number(self, letter: str) -> Any:
-        return struct.unpack("<" + letter, self.take(struct.calcsize("<" + letter)))[0]
+        return self.numbers(letter)[0]
+
+    def numbers(self, letters: str) -> tuple:
+        """The next numbers, one a letter of `struct`."""
+        layout = _layout(letters)
+        return layout.unpack(self.take(layout.size))
 
     def string(self) -> str:
+        begin = self._at + 8
+        if begin <= len(self._bytes):  # at once where all is here: a vocabulary has 500,000 strings
+            end = begin + _LENGTH.unpack_from(self._bytes, self._at)[0]
+            if end <= len(self._bytes):
+                self._at = end
+                return self._bytes[begin:end].decode("utf-8", "replace")
         return self.take(self.number("Q")).decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
@@ -163,6 +176,14 @@ class _Reader:
         return list(struct.unpack(f"<{count}{letter}", self.take(count * least)))
 
 
+_LENGTH = struct.Struct("<Q")
+
+
+@cache
+def _layout(letters: str) -> struct.Struct:
+    return struct.Struct("<" + letters)
+
+
 def read_gguf(path: str | os.PathLike, name: str) -> GgufFile:
     """Metadata and tensors of one file. Raises OSError; what is wrong with the content is in `defects`."""
     file = ShardFile(path, name)
@@ -170,7 +191,8 @@ def read_gguf(path: str | os.PathLike, name: str) -> GgufFile:
         found = GgufFile(name, file.size())
         reader = _Reader(file, found.size)
         try:
-            _read_header(reader, found)
+            with uncollected():
+                _read_header(reader, found)
         except _Broken as broken:
             found.defects.append(Defect("header", broken.detail))
         return found
@@ -215,8 +237,7 @@ def _tensor(reader: _Reader, found: GgufFile) -> GgufTensor:
     name, axes = reader.string(), reader.number("I")
     if axes > MAX_DIMS:
         raise _Broken(_("tensor {name} has {axes} axes; must be 4 or fewer", name=name[:100], axes=axes))
-    sizes = [reader.number("q") for _i in range(axes)]
-    number, offset = reader.number("i"), reader.number("Q")
+    *sizes, number, offset = reader.numbers("q" * axes + "iQ")
     if any(size < 0 for size in sizes) or math.prod(sizes) >= 1 << 62:
         raise _Broken(_("tensor {name} has the shape {shape}", name=name[:100], shape=sizes[::-1]))
     if len(name.encode()) >= MAX_NAME:
