@@ -4,9 +4,10 @@ Families are those of rules/tables/architectures; a family without a table is re
 and its `family` is None. Nothing here judges: a contradiction between config and tensors is a rule's business.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.tables import families_of, family_names
@@ -31,6 +32,19 @@ _ALIASES = {
 }
 # Keys that hold one word or letter for each decoder layer.
 _LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern")
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
+
+
+class _Known(NamedTuple):
+    """shapes: of each template that fits, (kind of decoder layer or None, which part of the name is the layer's number
+    or -1, shape with None for what is not stated).
+    """
+
+    shapes: tuple[tuple[str | None, int, tuple[int | None, ...]], ...]
+    transposed: bool
+    tower: bool
 
 
 @dataclass
@@ -60,6 +74,8 @@ class ModelSpec:
     templates: tuple[Template, ...] = field(default=(), repr=False)
     # Linears of single experts, if the files of this family hold fused experts.
     expert_templates: tuple[Template, ...] = field(default=(), repr=False)
+    # By the name with every number 0, as a large mixture of experts has 50,000 tensors.
+    _known: dict[str, _Known] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def at(self, key: str) -> str:
         """JSON pointer in config.json of a key of the language model."""
@@ -86,21 +102,43 @@ class ModelSpec:
         where config.json does not say them, and for towers, whose layers have the text's names and other sizes.
         """
         name = f"{module}.weight"
-        shape = None if NOT_TEXT.search(name) else self.expected_shape(name)
+        known = self._known_of(name)
+        shape = None if known.tower else self.expected_shape(name)
         if shape is None or len(shape) != 2:
             return None
-        return shape[::-1] if any(t.transposed for t in self.templates if t.pattern.match(name)) else shape
+        return shape[::-1] if known.transposed else shape
 
     def expected_shape(self, name: str) -> tuple[int, ...] | None:
         """Shape that config.json and the family's table give this tensor; None if they do not say."""
         found: set[tuple[int | None, ...]] = set()
-        for template in self.templates:
-            match = template.pattern.match(name)
-            if match and self.in_layer(template.layers, int(match.groupdict().get("i") or 0)) is not False:
-                found.add(tuple(evaluate(e, self.lookup) for e in template.shape))
+        for kind, place, shape in self._known_of(name).shapes:
+            if kind is None or self.in_layer(kind, int(name.split(".")[place]) if place >= 0 else 0) is not False:
+                found.add(shape)
         stated = found.pop() if len(found) == 1 else (None,)
         sizes = tuple(size for size in stated if size is not None)
         return sizes if len(sizes) == len(stated) else None
+
+    def _known_of(self, name: str) -> _Known:
+        """What the family's table says of all tensors that this name differs from in numbers only; no template has a
+        number of its own.
+        """
+        alike = _NUMBER.sub("0", name)
+        known = self._known.get(alike)
+        if known is None:
+            matches = [(t, match) for t in self.templates if (match := t.pattern.match(name))]
+            known = self._known[alike] = _Known(
+                tuple(
+                    (
+                        template.layers,
+                        name.count(".", 0, match.start("i")) if match.groupdict().get("i") else -1,
+                        tuple(evaluate(e, self.lookup) for e in template.shape),
+                    )
+                    for template, match in matches
+                ),
+                any(template.transposed for template, _match in matches),
+                NOT_TEXT.search(name) is not None,
+            )
+        return known
 
     def lookup(self, key: str) -> Any:
         """Value of a generic or family key, with aliases and defaults; None if nobody states one."""
