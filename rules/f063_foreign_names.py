@@ -44,6 +44,8 @@ def foreign_names(checkpoint, spec, tensors, config, stacks):
     inner = [t for t in spec.templates if "{i}" in t.tensor and "norm" not in t.tensor]  # programs share names of norms
     # Patterns take any number, so one name of each kind is enough, unless a family's own names hold one.
     alike = tensors if any(NUMBER.search(t.tensor) for t in inner) else {NUMBER.sub(".0", name) for name in tensors}
+    # Parts of a linear stand under its name, whatever a format that is not known here calls them.
+    alike = {*alike, *(f"{name.rpartition('.')[0]}.weight" for name in alike)}
     if not inner or any(t.pattern.match(name) for name in alike for t in inner):
         return
     program, names = next(
