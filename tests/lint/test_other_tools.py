@@ -70,6 +70,19 @@ def test_a_model_of_mlx_is_served_as_it_is(tmp_path):
     assert said(mlx(), tmp_path) == []
 
 
+def test_the_two_blocks_of_an_mlx_model_agree(tmp_path):
+    case = mlx()
+    case.config["quantization"][DOWN] = {"group_size": 32, "bits": 4}
+    case.config["quantization_config"] = dict(case.config["quantization"])
+    assert said(case, tmp_path / "same") == []
+    case.config["quantization_config"] = {"group_size": 64, "bits": 4}
+    [found] = [f for f in check(case.write(tmp_path / "apart"), case.recipe).findings if f.code == "O654"]
+    assert found.message == (
+        "2 keys differ between quantization and quantization_config (first group_size: 32 and 64): mlx-lm reads "
+        "quantization"
+    )
+
+
 def test_a_plain_linear_of_mlx_has_no_scales(tmp_path):
     case = mlx()
     n, words = case.tensors[f"{DOWN}.weight"].shape
