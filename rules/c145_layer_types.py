@@ -93,7 +93,7 @@ def _unknown(spec, base, key):
     if strange:
         yield finding(
             plural(
-                "{key}[{at}] is {kind!r}; transformers knows no such kind of layer",
+                "{n:,} entry of {key} is no kind of layer that transformers knows ({key}[{at}], {kind!r})",
                 "{n:,} entries of {key} are no kind of layer that transformers knows (first {key}[{at}], {kind!r})",
                 len(strange),
                 key=key,

@@ -15,7 +15,9 @@ Seen as:
 
 Do: write what the model was trained with. Usual are 1e-5 or 1e-6 for an epsilon and 10000 to 10000000 for a rope base.
 
-False alarms: none known. An epsilon is judged from 0.1 on. Lengths of models without RoPE are not judged: some state 0 or -1 for "no limit".
+False alarms: classes of transformers that turn whole heads, such as Llama, do not read partial_rotary_factor; vLLM
+refuses one above 1 for all. An epsilon is judged from 0.1 on. Lengths of models without RoPE are not judged: some
+state 0 or -1 for "no limit".
 
 Fix safety: safe where a number is written as text ("1e-6"). Unsafe with `--from`: the donor's value. Else manual: the
 value that the model was trained with is not in the files.

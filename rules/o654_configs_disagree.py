@@ -64,7 +64,8 @@ def _of_mlx(config):
     if differ:
         yield finding(
             plural(
-                "{key} is {here} in quantization and {there} in quantization_config: mlx-lm reads the first",
+                "{n:,} key differs between quantization and quantization_config ({key}: {here} and {there}): mlx-lm reads "
+                "quantization",
                 "{n:,} keys differ between quantization and quantization_config (first {key}: {here} and {there}): mlx-lm reads "
                 "quantization",
                 len(differ),
