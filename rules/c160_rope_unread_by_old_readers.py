@@ -2,7 +2,8 @@
 
 Why: transformers 5 writes the rotary base and its scaling into rope_parameters. Readers built on transformers 4 look for
 rope_theta and rope_scaling at the top, find none, and take the default of their class: the model answers in fluent nonsense,
-without an error.
+without an error. Of one object for each kind of layer, only Gemma 3's have older keys: rope_theta and rope_scaling for
+full attention, rope_local_base_freq for the rest.
 
 Seen as:
 - mlx-lm: `ModelArgs.__init__() missing 1 required positional argument: 'rope_theta'`
@@ -15,16 +16,32 @@ False alarms: none for a reader of transformers 4. Without --runtime it is a not
 Fix safety: safe: it adds keys with numbers that the file already states, and changes none.
 
 Sources: vllm-project/vllm issue 42624; transformers src/transformers/modeling_rope_utils.py (standardize_rope_params);
+transformers 4.57.6 src/transformers/models/gemma3/configuration_gemma3.py;
 rules/tables/readers.toml.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, listed, old_keys, old_reader, rule, table
+from doctor.lint.rule import (
+    MISSING,
+    Fix,
+    Place,
+    SetJson,
+    _,
+    finding,
+    listed,
+    old_keys,
+    old_reader,
+    rope_of_old_readers,
+    rule,
+    table,
+)
 from doctor.lint.testing import tiny
+
+LOCAL_DEFAULT = 10000  # of rope_local_base_freq
 
 
 @rule("C160", "warning")
 def rope_unread_by_old_readers(checkpoint, spec, recipe, files):
-    block = spec.config.get("rope_parameters")
+    block, local = rope_of_old_readers(spec.config)
     if not isinstance(block, dict) or any(isinstance(v, dict) for v in block.values()):
         return  # one object for each layer type has no old spelling
     readers = table("readers")
@@ -33,7 +50,8 @@ def rope_unread_by_old_readers(checkpoint, spec, recipe, files):
     known = isinstance(theta, (int, float)) and not isinstance(theta, bool) and theta == theta
     lost_base = known and theta != default and "rope_theta" not in spec.config
     lost_scaling = kind not in (None, "default") and spec.config.get("rope_scaling") is None
-    if not lost_base and not lost_scaling:
+    lost_local = local not in (None, LOCAL_DEFAULT) and "rope_local_base_freq" not in spec.config
+    if not lost_base and not lost_scaling and not lost_local:
         return
     old = old_reader(recipe, json_of_its_own=True)
     if old is False:
@@ -47,6 +65,11 @@ def rope_unread_by_old_readers(checkpoint, spec, recipe, files):
         message = _(
             "rope_theta {theta:g} is stated only in rope_parameters; {reader} takes {default:g}",
             theta=theta, reader=reader, default=default,
+        )  # fmt: skip
+    elif not lost_scaling:
+        message = _(
+            "the base {theta} of layers with a sliding window is stated only in rope_parameters; {reader} takes {default:g}",
+            theta=local, reader=reader, default=LOCAL_DEFAULT,
         )  # fmt: skip
     else:
         message = _(

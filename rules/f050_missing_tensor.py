@@ -1,7 +1,7 @@
 """F050 missing-tensor: tensor that the model needs is in no weight file.
 
 Why: transformers fills the gap with random numbers and prints one line; other tools stop. A decoder layer with random
-weights ruins every layer after it, and calibration with it.
+weights ruins every layer after it, and calibration with it. A lost routing bias becomes zeros: other experts answer.
 
 Seen as:
 - transformers: `Some weights of`
@@ -11,7 +11,7 @@ Seen as:
 
 Do: fetch the shard that holds it, or take the tensor from the base model.
 
-False alarms: a family whose decoder layers differ in a way that this version does not know. A layer is compared only
+False alarms: a mixture that was trained without a routing bias and does not say so in config.json. A family whose decoder layers differ in a way that this version does not know. A layer is compared only
 with layers that hold everything that it holds.
 
 Fix safety: unsafe, and only with `--from`: the tensor is taken from the donor, in the dtype that the same tensors of
@@ -24,7 +24,7 @@ transformers 5.23.
 import re
 from collections import Counter
 
-from doctor.lint.rule import LOST_DATA, Fix, Place, _, finding, rule
+from doctor.lint.rule import LOST_DATA, Fix, Place, _, finding, routing_biases_missing, rule
 from doctor.lint.testing import tiny
 
 NUMBER = re.compile(r"\.\d+\.")
@@ -36,7 +36,7 @@ NUMBER = re.compile(r"\.\d+\.")
     implied_by=(*LOST_DATA, "F057", "F058", "F061", "F062", "C142", "C147", "O620", "O619", "O611", "O625"),
 )
 def missing_tensor(checkpoint, placement, tensors, base, kind):
-    for name, reason in sorted(placement.missing().items()):
+    for name, reason in sorted((placement.missing() | routing_biases_missing(placement)).items()):
         if kind == "mlx" and name.endswith((".scales", ".biases")):
             continue  # some of its linears are plain; O625 asks for the parts of packed ones
         known, stored = placement.spec.family is not None, placement.stored(name)

@@ -11,7 +11,7 @@ Seen as:
 
 Do: quantize this linear again (Q401 and Q405 of that run say why it failed).
 
-False alarms: scale 0 for a group whose weights are all 0, as some packers write for padding. Scales that are 8-bit
+False alarms: scale 0 for a group or row whose weights are all 0, as some packers write for padding. Scales that are 8-bit
 floats themselves, as NVFP4's, reach 448 by design and are judged for 0 and for their sign only. Scales of both signs,
 as AutoRound's symmetric grid has them, are not reported.
 
@@ -33,6 +33,7 @@ TINY = 1e-12  # weights under such scales vanish beside any others
 # One scale for a whole tensor: of weights, of inputs. The first divides.
 WHOLE = (".weight_global_scale", ".weight_scale_2", ".input_global_scale", ".input_scale")
 VECTORS = (".q_scale_max", ".suh", ".svh")  # EXL2's and EXL3's, of which single ones may be 0
+ROWS = ".SCB"  # of bitsandbytes' 8 bits: the largest weight of each row
 EMBEDDING = re.compile(r"(?:embed_tokens|wte|embeddings?|lm_head)\.\w+$")
 FACTOR = ".weight_scale_2"  # of ModelOpt: its product with 448 and 6 is the largest weight of a tensor
 RELATIVE = "F8_E4M3"  # a scale of this type is multiplied by another one, which brings its largest to 448
@@ -42,7 +43,7 @@ RELATIVE = "F8_E4M3"  # a scale of this type is multiplied by another one, which
 def bad_scales(tensor, n_zero, numel, absmax, stats, base):
     if tensor.name.endswith(WHOLE):
         yield from _whole(tensor, stats, base)
-    if tensor.name.endswith(VECTORS) and n_zero == numel:
+    if (tensor.name.endswith(VECTORS) and n_zero == numel) or (tensor.name.endswith(ROWS) and n_zero):
         yield finding(
             _("{n_zero:,} of {numel:,} scales in {tensor} are 0", n_zero=n_zero, numel=numel, tensor=tensor.name),
             evidence={"n_zero": n_zero, "numel": numel},

@@ -11,7 +11,9 @@ Seen as:
 
 Do: name the linears in that list.
 
-False alarms: a runtime that is none of the two; without --runtime, what vLLM reads is a note.
+False alarms: a runtime that is none of the two. Published GPTQ files often name these linears in "dynamic" alone,
+which GPTQModel and vLLM read: without --runtime they are healthy, with --runtime transformers they are not. Where no
+list names them and vLLM reads the headers, it is a note without --runtime.
 
 Fix safety: safe: the list says what the tensors are.
 
@@ -34,6 +36,9 @@ def plain_linears_unlisted(checkpoint, quantization_block, tensors, spec, recipe
     inside = [x for x in spec.linears if x.block is not None and x.name not in packed]
     wide = [x.name for x in inside if tensors[x.tensor].dtype.bits >= 16]
     plain = [name for name in wide if not form.listed_as_plain(raw, name)]
+    if not recipe.runtime and form.headers_tell(raw):
+        excluded = form.excluded(raw)  # by GPTQ's "dynamic", which some readers know
+        plain = [name for name in plain if not excluded(name)]
     if not packed or not plain or name_of_reader(form, raw, recipe) is None:
         return
     stated = form.with_plain(raw, sorted(packed), wide)

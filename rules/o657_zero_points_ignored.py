@@ -12,7 +12,8 @@ Do: state what the file holds, or quantize again symmetrically where the reader 
 
 False alarms: vLLM's AWQ kernel for linears on a GPU reads them all the same.
 
-Fix safety: safe: one word of quantization_config, which says what the tensors are.
+Fix safety: safe: one word of quantization_config, which says what the tensors are. No fix where version 1 of GPTQ
+stores a zero point as 15: readers that take it disagree about it (O609).
 
 Sources: run with vLLM 0.32 on a CPU (other logits with zero_point false); vllm-project/vllm
 vllm/model_executor/layers/quantization/auto_awq.py, auto_gptq.py and
@@ -30,12 +31,13 @@ def zero_points_ignored(checkpoint, quantization, packed_words):
     form, tail = quantization.format, f".{quantization.format.zeros}"
     if not quantization.sym or not form.zeros:
         return
-    found = []
+    found, wraps = [], False
     for name, words in packed_words.items():
         bits = quantization.bits_of(name.removesuffix(tail))
         usual = {f.zero_word(bits) or f.middle_word(bits) for f in (form, KNOWN[form.twin] if form.twin else form)}
         if name.endswith(tail) and None not in usual and (words.kinds is None or not words.kinds.keys() <= usual):
             found.append(name)
+            wraps |= bool(form.zero_offset and bits == 4 and words.full_fields)
     said = [
         SetJson(file, f"{pointer}/{key}", not value, expect=value)
         for raw, file, pointer in quantization_blocks(checkpoint)
@@ -59,8 +61,10 @@ def zero_points_ignored(checkpoint, quantization, packed_words):
         ),
         at=Place(said[0].file, pointer=said[0].pointer),
         evidence={"tensors": len(found), "names": sorted(found)[:100]},
-        fix=Fix(_("set {key} to {value}", key=key, value=str(said[0].value).lower()), tuple(said)),
-        advice=_("state what the file holds"),
+        fix=None if wraps else Fix(_("set {key} to {value}", key=key, value=str(said[0].value).lower()), tuple(said)),
+        advice=_("quantize again: version 1 stores some as 15, which wraps")
+        if wraps
+        else _("state what the file holds"),
     )
 
 
@@ -68,7 +72,8 @@ def bad():
     case = tiny_gptq()
     name = f"{case.packed('down')}.qzeros"
     shape = case.tensors[name].shape
-    case.tensors[name] = np.random.default_rng(3).integers(0x11111111, 0x66666666, shape, np.int64).astype(np.int32)
+    fields = np.random.default_rng(3).integers(1, 7, (*shape, 8), np.int32)
+    case.tensors[name] = (fields << np.arange(0, 32, 4, dtype=np.int32)).sum(-1, dtype=np.int32)
     return case, (
         f"1 qzeros tensor holds zero points of its own ({name}), and sym true states none: "
         "kernels that go by it ignore them"

@@ -105,18 +105,18 @@ def check(
     for subject, name, value in facts:
         store.put_value(name, value, subject)
     reads_values = COSTS.index(stage) >= COSTS.index("values")
-    if merged_from is not None and reads_values:
-        from doctor.scan.merge import prove_merge
-
-        base, adapter = map(Checkpoint.open, merged_from)
-        store.put(MERGE_PROOF, prove_merge(checkpoint, base, adapter))
     scanned, rehearsing = None, _rehearsal(source, store, recipe, rules) if reads_values else None
     if checkpoint.unread:
         store.say_missing("values", checkpoint.unread)
     elif reads_values and any(asks("values", r.facts) for r in rules):
+        from doctor.scan.merge import MergeWatch
         from doctor.scan.scan import scan
 
-        scanned = scan(checkpoint, store, progress, keep_partial=keep_partial)
+        merge = MergeWatch(checkpoint, *map(Checkpoint.open, merged_from)) if merged_from is not None else None
+        watch = merge.of if merge else None
+        scanned = scan(checkpoint, store, progress, keep_partial=keep_partial, watch=watch)
+        if merge and not scanned.stopped.is_set():
+            store.put(MERGE_PROOF, merge.result())
     stopped = scanned is not None and scanned.stopped.is_set()
     if rehearsing and not stopped:
         store.put(GIVEN_REHEARSAL, rehearsing.result())

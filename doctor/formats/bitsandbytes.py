@@ -15,12 +15,14 @@ As a quantization_config over plain weights it says that a loader quantizes them
 hold packed weights that nothing names.
 
 Source: bitsandbytes-foundation/bitsandbytes 0.50 bitsandbytes/functional.py (QuantState.as_dict, from_dict),
-backends/default/ops.py (dequantize_4bit, int8_vectorwise_dequant), nn/modules.py (Linear8bitLt.weight_format).
+backends/default/ops.py (dequantize_4bit, int8_vectorwise_dequant), nn/modules.py (Linear8bitLt.weight_format);
+huggingface/transformers src/transformers/quantizers/base.py (get_keys_to_not_convert).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -37,6 +39,8 @@ from doctor.formats.registry import register
 
 _TYPES = ("nf4", "fp4")
 STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in _TYPES)
+_IN_LAYER = re.compile(r"\.\d+\.")
+_OF_MIXTURE = re.compile(r"\.experts\.|gate$|router")
 _STEP = 7.874015718698502e-3  # 1/127 as the library has it
 
 
@@ -73,9 +77,12 @@ class BitsAndBytes(Format):
         ]
 
     def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
-        """Every linear that is on no list; without one, transformers keeps the head and what it is tied to."""
+        """Every linear that is on no list. Without one, transformers keeps the head, what it is tied to and the last
+        module: linears of decoder layers are judged then. Routers and experts are left out, which not every version of
+        a class holds as linears.
+        """
         if not isinstance(raw.get("llm_int8_skip_modules"), list):
-            return None
+            return lambda module: bool(_IN_LAYER.search(module)) and not _OF_MIXTURE.search(module)
         excluded = self.excluded(raw)
         return lambda module: not excluded(module)
 

@@ -91,10 +91,11 @@ from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too
 from doctor.model.prefixes import WrongPrefix, wrong_prefix  # noqa: F401
 from doctor.model.quantization_config import quantization_blocks  # noqa: F401
+from doctor.model.routing_bias import routing_biases_missing  # noqa: F401
 from doctor.model.solve_sizes import assume, solve  # noqa: F401
 from doctor.model.spec import ModelSpec  # noqa: F401
 from doctor.model.special_tokens import TURN_MARKS, Special, token_text  # noqa: F401 - declares `special` and `embedding_rows`
-from doctor.model.spellings import old_keys  # noqa: F401
+from doctor.model.spellings import old_keys, rope_of_old_readers  # noqa: F401
 from doctor.model.stored_weights import lacks  # noqa: F401 - declares `stored_weights` too
 from doctor.model.tensor_map import Placement  # noqa: F401 - declares the fact `placement` too
 from doctor.model.turn_end import turn_end  # noqa: F401

@@ -25,6 +25,7 @@ from doctor.scan import counters, outliers
 from doctor.scan.gguf_facts import scan_gguf
 from doctor.scan.header import COMPARED, DIGESTED, RECIPE, SPEC
 from doctor.scan.packed_words import PACKED_WORDS, REPEATED, STORED_BYTES, PackedWordStats
+from doctor.scan.twin import Twin
 from doctor.scan.value_facts import (
     DIGESTS,
     FIRST_ZERO_GROUP,
@@ -75,12 +76,13 @@ def scan(
     progress: Callable[[int], None] = lambda n: None,
     workers: int | None = None,
     keep_partial: bool = False,
+    watch: Callable[[TensorInfo], Callable[[memoryview], None] | None] | None = None,
 ) -> Scan:
     """Read every tensor's bytes once and put the value facts into the store.
 
     keep_partial: a KeyboardInterrupt ends the pass and keeps the facts of the tensors that were read; else it is
-    raised. progress gets the number of bytes of each chunk, from any thread. Raises BadCheckpoint when a file changes
-    under the scan.
+    raised. watch: tensor -> what its bytes are shown to, in order, or None. progress gets the number of bytes of each
+    chunk, from any thread. Raises BadCheckpoint when a file changes under the scan.
     """
     run = Scan()
     if checkpoint.gguf:
@@ -98,7 +100,7 @@ def scan(
             for info in span:
                 if run.stopped.is_set():
                     return
-                with _Twin(checkpoint, info, compared.get(info.name)) as twin:
+                with Twin(checkpoint, info, compared.get(info.name)) as twin:
                     _scan_tensor(
                         checkpoint,
                         file,
@@ -109,6 +111,7 @@ def scan(
                         group,
                         info.name in digested,
                         twin,
+                        watch(info) if watch and checkpoint.tensors.get(info.name) is info else None,
                         store,
                         run,
                         progress,
@@ -149,7 +152,9 @@ def _spans(checkpoint: Checkpoint):
             yield span
 
 
-def _scan_tensor(checkpoint, file, buffer, info, linear, norm, group, wants_digest, twin, store, run, progress) -> None:
+def _scan_tensor(
+    checkpoint, file, buffer, info, linear, norm, group, wants_digest, twin, shown, store, run, progress
+) -> None:
     subject = f"tensor:{info.name}"
     total = counters.EMPTY
     shape = _Shape(info, linear, group) if linear is not None and info.dtype.is_float and _row_bytes(info) else None
@@ -171,6 +176,8 @@ def _scan_tensor(checkpoint, file, buffer, info, linear, norm, group, wants_dige
         run.add(len(part))
         progress(len(part))
         twin.compare(part)
+        if shown is not None:
+            shown(part)
         if digest is not None:
             digest.update(part)
         if words is not None:
@@ -239,35 +246,6 @@ def _step(info: TensorInfo) -> int:
     if not row:
         return CHUNK_BYTES - CHUNK_BYTES % max(info.dtype.bits // 8, 1)
     return max(CHUNK_BYTES // row, 1) * row
-
-
-class _Twin:
-    """The tensor whose bytes another's are compared with while those are read; nothing of it is read past the first
-    difference.
-
-    same: whether they are equal so far; None where there is nothing to compare with.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, info: TensorInfo, name: str | None):
-        self.same = None
-        if name is not None and checkpoint.tensors.get(info.name) is info:
-            other = checkpoint.tensors[name]
-            self.same = (other.dtype, other.shape) == (info.dtype, info.shape)
-            self._file, self._at = checkpoint.open_file(other.shard), other.begin
-
-    def compare(self, part: memoryview) -> None:
-        if self.same:
-            raw = bytearray(len(part))
-            self._file.read_into(self._at, memoryview(raw))
-            self._at += len(part)
-            self.same = raw == part
-
-    def __enter__(self) -> "_Twin":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.same is not None:
-            self._file.close()
 
 
 class _Words:

@@ -50,6 +50,7 @@ REFUSED = [
     ("C165", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}),
     ("C165", {"rms_norm_eps": -1.0}),
     ("C165", {"rms_norm_eps": "1e-6"}),
+    ("C145", {"layer_types": ["full_attention", "ful_attention", "full_attention"]}),
     ("C166", {"model_type": "llamaa"}),
 ]
 
@@ -70,6 +71,14 @@ CONSTANTS = [
     ({"rope_theta": float("inf")}, ("C165", "error")),
     ({"rope_theta": 500000}, None),
     ({"max_position_embeddings": 0}, ("C165", "error")),
+    ({"rms_norm_eps": 1.0}, ("C165", "warning")),
+    ({"rms_norm_eps": 1e-3}, None),
+    ({"partial_rotary_factor": 1.5}, ("C165", "error")),
+    ({"partial_rotary_factor": 1.0}, None),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 2}}, ("C165", "error")),
+    ({"layer_types": ["full_attention", "ful_attention"]}, ("C145", "error")),
+    ({"layer_types": ["full_attention", None]}, ("C145", "error")),
+    ({"layer_types": ["attention", "linear_attention"]}, None),
     ({"rope_scaling": {"rope_type": "axial"}}, None),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, None),
     ({"rope_scaling": {"type": 7}}, ("C164", "warning")),
@@ -287,3 +296,16 @@ def test_names_of_another_program_are_told_although_its_norms_have_ours(tmp_path
             own = name.replace("model.layers", "layers").replace("self_attn.q_proj", "attention.wq")
             case.tensors[own], case.dtypes[own] = values, dtype
     assert "F063" in {code for code, _severity in said(case, tmp_path)}
+
+
+def test_a_routing_bias_that_every_layer_lost_is_named_unless_config_goes_without(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save("deepseek_v3", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.endswith("e_score_correction_bias")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    for method, expected in ((None, ["F050"] * (len(tensors) - len(kept))), ("greedy", [])):
+        report = check(edited(folder, topk_method=method), RECIPE, stage="header")
+        assert [f.code for f in report.findings if f.severity == "error"] == expected, method
+    assert kept.keys() < tensors.keys()

@@ -54,6 +54,28 @@ def test_blocks_of_bitsandbytes_are_counted(tmp_path):
     assert said(case, tmp_path) == [("error", "O625")]
 
 
+def test_a_row_of_bitsandbytes_without_a_scale_is_lost(tmp_path):
+    case, rng = tiny(), np.random.default_rng(3)
+    for linear in case.spec.linears:
+        shape = case.tensors[linear.tensor].shape
+        put(case, linear.tensor, rng.integers(-127, 128, shape, np.int8), "I8")
+        put(case, f"{linear.name}.SCB", np.full(shape[0], 0.1, np.float32), "F32")
+    case.config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    assert said(case, tmp_path / "whole") == []
+    case.tensors[f"{DOWN}.SCB"][3] = 0
+    [found] = [f for f in check(case.write(tmp_path / "lost"), case.recipe).findings if f.code == "O607"]
+    assert found.message == f"1 of 64 scales in {DOWN}.SCB are 0"
+
+
+@pytest.mark.parametrize("skipped", [None, ["lm_head"], ["lm_head", DOWN]])
+def test_a_plain_linear_of_bitsandbytes_must_be_on_the_list(tmp_path, skipped):
+    case = nf4()
+    case.config["quantization_config"]["llm_int8_skip_modules"] = skipped
+    drop(case, *[name for name in case.tensors if name.startswith(DOWN)])
+    put(case, f"{DOWN}.weight", np.random.default_rng(3).integers(0x3C00, 0x3D00, (64, 128), np.uint16), "BF16")
+    assert said(case, tmp_path) == ([] if skipped and DOWN in skipped else [("warning", "O623")])
+
+
 def mlx():
     case, rng = tiny(), np.random.default_rng(3)
     case.recipe = case.recipe.with_field("goal", "")
@@ -68,6 +90,19 @@ def mlx():
 
 def test_a_model_of_mlx_is_served_as_it_is(tmp_path):
     assert said(mlx(), tmp_path) == []
+
+
+def test_the_two_blocks_of_an_mlx_model_agree(tmp_path):
+    case = mlx()
+    case.config["quantization"][DOWN] = {"group_size": 32, "bits": 4}
+    case.config["quantization_config"] = dict(case.config["quantization"])
+    assert said(case, tmp_path / "same") == []
+    case.config["quantization_config"] = {"group_size": 64, "bits": 4}
+    [found] = [f for f in check(case.write(tmp_path / "apart"), case.recipe).findings if f.code == "O654"]
+    assert found.message == (
+        "2 keys differ between quantization and quantization_config (first group_size: 32 and 64): mlx-lm reads "
+        "quantization"
+    )
 
 
 def test_a_plain_linear_of_mlx_has_no_scales(tmp_path):

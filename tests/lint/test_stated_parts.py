@@ -433,11 +433,15 @@ def plain_down(case):
     return case
 
 
-@pytest.mark.parametrize("runtime, severity", [("vllm", ""), ("transformers", "error"), ("", "info")])
+@pytest.mark.parametrize("runtime, severity", [("vllm", ""), ("transformers", "error"), ("", "")])
 def test_dynamic_alone_keeps_no_linear_in_16_bits_for_transformers(tmp_path, runtime, severity):
     case = plain_down(tiny_gptq())
     stated(case)["dynamic"] = {r"-:model\.layers\.0\.mlp\.down_proj$": {}}
     assert [found[0] for found in said(case, tmp_path, runtime, "O656")] == [severity] * bool(severity)
+
+
+def test_without_a_runtime_plain_linears_that_no_list_names_are_a_note(tmp_path):
+    assert [found[0] for found in said(plain_down(tiny_gptq()), tmp_path, "", "O656")] == ["info"]
 
 
 def test_the_list_of_packed_linears_is_written_as_optimum_reads_it(tmp_path):
@@ -482,3 +486,10 @@ def test_zero_points_of_one_word_are_symmetric_in_awq_too(tmp_path):
         case.tensors[name][:] = np.uint32(0x88888888).view(np.int32)
     stated(case)["checkpoint_format"] = "gptq_v2"
     assert not said(case, tmp_path, code="O657")
+
+
+def test_no_fix_is_offered_where_version_1_would_wrap_a_zero_point(tmp_path):
+    case = tiny_gptq()
+    case.tensors[f"{DOWN}.qzeros"][0, 0] = np.uint32(0x777777F7).view(np.int32)
+    [found] = [f for f in check(case.write(tmp_path), case.recipe).findings if f.code == "O657"]
+    assert found.fix is None and found.advice == "quantize again: version 1 stores some as 15, which wraps"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from doctor.api import fix, quantize
+from doctor.api import check, fix, quantize
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import tiny
 from doctor.model.spellings import old_keys, with_old_keys
@@ -22,6 +22,17 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
         ),
         ({"rope_parameters": LLAMA3, "rope_theta": 1.0, "rope_scaling": {"type": "linear"}}, {}),
         ({"rope_parameters": {"full_attention": LLAMA3}}, {}),  # one for each layer type
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {"full_attention": LLAMA3, "sliding_attention": {"rope_theta": 20000.0}},
+            },
+            {
+                "rope_theta": 500000.0,
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+                "rope_local_base_freq": 20000.0,
+            },
+        ),
         ({"rope_parameters": {"rope_theta": True}}, {}),
         ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}),
         ({"dtype": "bfloat16", "torch_dtype": "float16"}, {}),
@@ -67,3 +78,36 @@ def test_fix_for_older_readers_writes_their_keys_and_judges_nothing_else(tmp_pat
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_theta"] == 500000.0 and config["torch_dtype"] == "bfloat16"
     assert not fix(tmp_path / "out", tmp_path / "again", only=["C160", "C168"], dry_run=True).plan.steps
+
+
+@pytest.mark.parametrize(
+    "whole, sliding, says",
+    [
+        ({"rope_type": "linear", "factor": 8.0}, 10000.0, "rope scaling linear is stated only in rope_parameters"),
+        ({}, 20000.0, "the base 20000.0 of layers with a sliding window is stated only in rope_parameters"),
+        ({}, 10000.0, None),
+    ],
+)
+def test_what_gemma_3_states_for_each_kind_of_layer_is_named_and_written_for_older_readers(
+    tmp_path, whole, sliding, says
+):
+    case = tiny("gemma3_text")
+    for key in ("rope_theta", "rope_local_base_freq", "rope_scaling"):
+        case.config.pop(key, None)
+    case.config["rope_parameters"] = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6} | whole,
+        "sliding_attention": {"rope_type": "default", "rope_theta": sliding},
+    }
+    recipe = (
+        case.recipe.with_field("goal", "serve")
+        .with_field("runtime", "transformers")
+        .with_field("runtime_version", "4.55.0")
+    )
+    path = case.write(tmp_path / "in")
+    found = [f.message for f in check(path, recipe).findings if f.code == "C160"]
+    assert [message.partition(";")[0] for message in found] == ([says] if says else [])
+    if says:
+        fix(path, tmp_path / "out", recipe, only=["C160"])
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert config["rope_theta"] == 1e6 and config["rope_local_base_freq"] == sliding
+        assert config.get("rope_scaling") == (whole or None)

@@ -1,6 +1,7 @@
 """A merged checkpoint is compared with base plus adapter: right merges pass, each wrong one is named."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ import pytest
 from doctor.api import check, fix
 from doctor.checkpoint.codecs import from_codes, to_codes
 from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.safetensors import ShardFile
 from doctor.core.errors import DoctorError
 from doctor.lint.testing import tiny
-from doctor.scan.merge import prove_merge
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 RANK = 4
@@ -154,11 +155,22 @@ def test_both_options_go_together():
     assert ran.exit_code == 2 and "--base and --adapter go together" in ran.output
 
 
-def test_one_linear_of_each_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    base, adapter, case = made(tmp_path)
+def test_the_merged_file_is_read_once_and_the_base_once_beside_it(tmp_path, monkeypatch):
+    base, adapter, case = made(tmp_path, dora=True)
+    monkeypatch.setattr("doctor.scan.scan.CHUNK_BYTES", 512)  # many chunks of a few rows
     good = merged(tmp_path, case, adapter)
-    loaded = []
-    load = Checkpoint.load
-    monkeypatch.setattr(Checkpoint, "load", lambda self, name: loaded.append(name) or load(self, name))
-    assert len(prove_merge(*map(Checkpoint.open, (good, base, adapter))).linears) == 2
-    assert len(loaded) == 2 * 4
+    read = {"base": 0, "merged": 0}
+    of_file = ShardFile.read_into
+
+    def counted(self, at, part):
+        for side in read:
+            read[side] += len(part) if Path(self.path).parent.name == side else 0
+        return of_file(self, at, part)
+
+    monkeypatch.setattr(ShardFile, "read_into", counted)
+    monkeypatch.setattr("doctor.scan.native.function", lambda *_: None)  # which reads without read_into
+    report = check(good, tiny().recipe, select=["W211"], merged_from=(base, adapter))
+    tensors = Checkpoint.open(good).tensors
+    total = sum(info.nbytes for info in tensors.values())
+    assert report.findings == [] and report.bytes_read == total and read["base"] == total
+    assert read["merged"] == total + 512  # the head and the embedding differ in the first chunk

@@ -122,13 +122,13 @@ def test_a_head_is_compared_with_the_embedding_up_to_the_first_difference(tmp_pa
     case = tiny()
     folder = case.write(tmp_path)
     compared = []
-    compare = scan_module._Twin.compare
+    compare = scan_module.Twin.compare
 
     def watching(self, part):
         compared.extend([len(part)] if self.same else [])
         compare(self, part)
 
-    monkeypatch.setattr(scan_module._Twin, "compare", watching)
+    monkeypatch.setattr(scan_module.Twin, "compare", watching)
     scanned(folder)
     assert len(compared) == 1 and compared[0] <= 256
 
