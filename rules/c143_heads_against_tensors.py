@@ -37,7 +37,7 @@ KEYS = (
 
 
 @rule("C143", "error", implied_by=("F051", "C147", "C141", "C156", "C157", "F059", "G330", "O620"))
-def heads_against_tensors(checkpoint, placement, config, kind):
+def heads_against_tensors(checkpoint, placement, config, kind=None):
     if kind == "mlx":
         raise Unavailable(_("the weights are words of MLX, whose parts O625 judges"))
     spec = placement.spec

@@ -41,7 +41,7 @@ HEADS = {
 
 
 @rule("F051", "error", implied_by=("C147", "C141", "C156", "F059", "F062", "G330", "O611", "O612", "O620", "O625"))
-def shape_against_config(checkpoint, placement, config, base, kind):
+def shape_against_config(checkpoint, placement, config, base, kind=None):
     if kind == "mlx":
         raise Unavailable(_("the weights are words of MLX, whose parts O625 judges"))
     spec = placement.spec

@@ -14,7 +14,7 @@ Sources: vllm-project/vllm vllm/model_executor/layers/quantization/kv_cache.py.
 """
 
 from doctor.lint.rule import _, finding, rule, tensor_from_base
-from doctor.lint.testing import np, tiny_gptq
+from doctor.lint.testing import np, tiny_packed
 
 SCALES = (".k_scale", ".v_scale", ".kv_scale")
 
@@ -39,16 +39,26 @@ def kv_scale_zero(tensor, n_zero, numel, stats, base):
         )
 
 
+SCHEME = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+
+
+def with_cache():
+    """A quantized checkpoint that asks for its cache in 8 bits, with every scale."""
+    case = tiny_packed()
+    case.config["quantization_config"]["kv_cache_scheme"] = dict(SCHEME)
+    for layer in range(2):
+        for tail in ("k_scale", "v_scale"):
+            name = f"model.layers.{layer}.self_attn.{tail}"
+            case.tensors[name], case.dtypes[name] = np.full(1, 0.02, np.float32), "F32"
+    return case
+
+
 def bad():
-    case = tiny_gptq()
+    case = with_cache()
     name = "model.layers.0.self_attn.k_scale"
-    case.tensors[name], case.dtypes[name] = np.zeros(1, np.float32), "F32"
+    case.tensors[name] = np.zeros(1, np.float32)
     return case, f"1 of 1 scales in {name} are 0"
 
 
 def good():
-    case = tiny_gptq()
-    for tail in ("k_scale", "v_scale"):
-        name = f"model.layers.0.self_attn.{tail}"
-        case.tensors[name], case.dtypes[name] = np.full(1, 0.02, np.float32), "F32"
-    return case
+    return with_cache()

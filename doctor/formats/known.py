@@ -99,6 +99,9 @@ def bitsandbytes_defects(
     return [], [] if largest.numel == wanted else [("weight.absmax", list(largest.shape), [wanted])]
 
 
+MLX_PARTS = (".scales", ".biases")  # how the names of what stands beside MLX's words end
+
+
 def is_mlx_words(info: TensorInfo) -> bool:
     """Whether a tensor holds the words of an MLX linear."""
     return info.dtype.name == "U32" and info.name.endswith(".weight")

@@ -150,8 +150,8 @@ def alone(checkpoint: Checkpoint) -> Recipe:
 def require_tunable(
     quantized: Checkpoint, original: Checkpoint, output: Path, rules: list[Rule], overwrite: bool = False
 ) -> Assessment:
-    """Raises what `tune` refuses by headers: an output that may not be written, no codes, one checkpoint twice, two
-    models, errors of the files.
+    """Raises what `tune` refuses by headers: an output that may not be written, files that cannot be read, no codes,
+    one checkpoint twice, two models, errors of the files.
     """
     check_output(quantized, output, overwrite)
     for checkpoint in (original, quantized):
@@ -160,6 +160,9 @@ def require_tunable(
                 _("{name}: is GGUF; tune reads checkpoints in safetensors.", name=checkpoint.name),
                 _("`doctor convert --format bf16` writes one of it."),
             )
+    files = [rule for rule in rules if rule.code in UNREADABLE]
+    for checkpoint in (original, quantized):
+        judged_alone(checkpoint, files, _("`doctor check` says more, and what to do."))
     if not holds_quantized(quantized):
         raise no_scales(quantized)
     if quantized.root.resolve() == original.root.resolve():

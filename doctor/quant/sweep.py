@@ -72,7 +72,9 @@ class Sweep:
 
 
 def from_dict(document: dict[str, Any]) -> Sweep:
-    """The Sweep of a document that `doctor quantize --recipes -f json` wrote. Raises DoctorError for what is none."""
+    """The Sweep of a document that `doctor quantize --preflight --recipes FILE -f json` wrote. Raises DoctorError for
+    what is none.
+    """
     return read_document(Sweep, document, SCHEMA)
 
 

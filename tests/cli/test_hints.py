@@ -40,6 +40,7 @@ def no_scales(folder):
     case = tiny_gptq()
     del case.tensors[f"{case.packed('down')}.scales"]
     case.write(folder / "model")
+    tiny().write(folder / "original")
 
 
 def cut_gguf(folder):
@@ -77,7 +78,7 @@ def wrong_key(folder):
 SITUATIONS = [
     (no_sizes, "kvcache model", "doctor check", "check model", "C14"),
     (no_scales, "convert model -o out --format awq", "doctor check", "check model", "O612"),
-    (no_scales, "tune model --to model -o out", "doctor check", "check model", "O612"),
+    (no_scales, "tune model --to original -o out", "doctor check", "check model", "O612"),
     (cut_gguf, "verify model cut.gguf", "doctor check", "check cut.gguf", "F071"),
     (plain, "convert model -o out --format awq", "doctor quantize", "quantize model -o out --help", "calibration"),
     (plain, "check model --select X999", "doctor rules", "rules", "W201"),

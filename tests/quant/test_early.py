@@ -87,7 +87,7 @@ COMPARED = {
     "a link out": (("verify", "good", "linked"), "F019"),
     "text": (("verify", "good", "good", "--text", "pipe.jsonl"), "pipe.jsonl: not a regular file"),
     "tuned link": (("tune", "linked", "--to", "good", "-o", "out"), "F019"),
-    "tuned family": (("tune", "strange", "--to", "strange", "-o", "out"), "'zebra9' is not defined"),
+    "tuned floats": (("tune", "strange", "--to", "good", "-o", "out"), "strange: holds no packed linears"),
     "converted link": (("convert", "linked", "--format", "bf16", "-o", "out"), "F019"),
     "cache": (("kvcache", "good", "--context", "0"), "--context 0: must be 1 or more"),
     "measured family": (("kvcache", "strange", "--measure"), "'zebra9' is not defined"),
