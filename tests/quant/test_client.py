@@ -71,7 +71,7 @@ def test_a_client_that_cannot_be_asked_is_a_note(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family, loads", [("qwen3", True), ("gemma3_text", True), ("qwen3_next", True), ("falcon", True), ("gpt2", False)]
+    "family, loads", [("qwen3", True), ("gemma3_text", True), ("qwen3_next", True), ("gpt2", False)]
 )
 def test_transformers_says_which_outputs_load(family, loads, tmp_path, monkeypatch):
     """GPT-2's linears are Conv1D, which compressed-tensors does not replace: its packed file loads nowhere in

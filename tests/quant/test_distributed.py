@@ -73,7 +73,8 @@ def test_two_ranks_give_what_one_gives_up_to_the_order_of_sums(tmp_path, text, f
     tokens = (
         [[x["hessian"]["tokens"] for x in r["linears"]] for r in reports] if "linears" in reports[0] else [[0], [0]]
     )
-    assert tokens[0] == tokens[1]
+    # A router's near tie may fall the other way after a layer whose sums were taken in another order.
+    assert tokens[0] == pytest.approx(tokens[1], abs=2)
     first, second = (Checkpoint.open(tmp_path / name) for name in ("one", "two"))
     assert {n: t.shape for n, t in first.tensors.items()} == {n: t.shape for n, t in second.tensors.items()}
 
