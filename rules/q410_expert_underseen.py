@@ -60,12 +60,5 @@ def bad():
     return case, f"{name.removeprefix('linear:')} (expert 3) saw 9 calibration tokens for 64 in_features"
 
 
-def more():
-    case = measured(only_in("qwen2_moe", "qwen3_moe", "olmoe", why="it has no experts"))
-    name = next(s for s, _fact in case.facts if ".experts.1.up_proj" in s)
-    change(case, name, "hessian", tokens=0)
-    yield case, f"{name.removeprefix('linear:')} (expert 1): 0 tokens reached it, so it is rounded without a Hessian"
-
-
 def good():
     return measured(only_in("qwen2_moe", "qwen3_moe", "olmoe", why="it has no experts"))

@@ -351,6 +351,7 @@ def test_experts_that_no_row_reached_are_rounded_and_found(tmp_path):
     assert unseen and all(r["solve"]["note"] == "no calibration row reached it" for r in unseen)
     found = {f.where.tensor or f.subject for f in result.report.findings if f.code in ("Q406", "Q410")}
     assert all(any(r["name"] in str(f) for f in found) for r in unseen)
+    assert any("0 tokens reached it" in f.message for f in result.report.findings if f.code == "Q410")
     assert result.output is not None
 
 
