@@ -24,10 +24,12 @@ from doctor.lint.testing import np, tiny_gptq
 
 @rule("O611", "error")
 def quantization_config_missing(checkpoint, quantization_block, tensors, config, packed_words=None):
+    if quantization_block is not None or isinstance(config.get("quantization"), dict):
+        return
     tails = packed_tails()
     packed = [name for name in tensors if name.endswith(tails)]
     packed = packed or sorted(name for name, info in tensors.items() if _by_its_scales(info, tensors))
-    if quantization_block is not None or not packed or isinstance(config.get("quantization"), dict):
+    if not packed:
         return
     yield finding(
         plural(
@@ -45,11 +47,11 @@ def quantization_config_missing(checkpoint, quantization_block, tensors, config,
 
 def _by_its_scales(info, tensors):
     """Whether a tensor is codes by what stands beside it: HQQ's, MLX's words, 8-bit floats."""
-    module = info.name.removesuffix(".weight")
     if is_mlx_words(info):
-        return f"{module}.scales" in tensors
-    beside = any(f"{info.name}_{tail}" in tensors for tail in ("scale", "scale_inv"))
-    return info.name.endswith(".W_q") or (info.name == f"{module}.weight" and beside and info.dtype.name == "F8_E4M3")
+        return f"{info.name.removesuffix('.weight')}.scales" in tensors
+    if info.dtype.name == "F8_E4M3" and info.name.endswith(".weight"):
+        return any(f"{info.name}_{tail}" in tensors for tail in ("scale", "scale_inv"))
+    return info.name.endswith(".W_q")
 
 
 def _fix(tensors, config, words):
