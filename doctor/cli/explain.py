@@ -8,7 +8,8 @@ import click
 from doctor.cli.command import Command
 from doctor.cli.options import complete_rules, lang_option, option
 from doctor.core.errors import DoctorError
-from doctor.core.messages import _, listed
+from doctor.core.messages import _
+from doctor.core.near import nearest_codes
 from doctor.locale import catalogue
 
 
@@ -39,9 +40,7 @@ def command(what: tuple[str, ...], format: str) -> None:
     elif entry is not None:
         pages.show_page(entry, rules, console(sys.stdout))
     elif re.fullmatch(r"[A-Za-z]\d{3}", text):
-        same = [r.code for r in rules if r.code[0] == text[0].upper()]
-        near = sorted(same, key=lambda code: (abs(int(code[1:]) - int(text[1:])), code))[:3]
-        hint = _("Did you mean {near}?", near=listed(near)) if near else _("`doctor rules` lists them.")
+        hint = nearest_codes(text, [r.code for r in rules]) or _("`doctor rules` lists them.")
         raise DoctorError(_("{code}: no rule has this code.", code=text.upper()), hint)
     else:
         matches = search.search(text, rules)

@@ -22,7 +22,7 @@ from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.core.facts import COSTS, Unavailable, closure
 from doctor.core.finding import SEVERITIES, Finding, Place
 from doctor.core.messages import _, plural
-from doctor.core.near import nearest
+from doctor.core.near import nearest, nearest_codes
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store
 from doctor.core.version import __version__
@@ -79,7 +79,8 @@ def match_rules(rules: Iterable[Rule], words: Iterable[str]) -> set[str]:
             r.code for r in rules if word in (r.name, r.certainty) or (word.upper() == word and r.code.startswith(word))
         }
         if not means:
-            near = nearest(word, (text for r in rules for text in (r.code, r.name)))
+            near = nearest_codes(word, [r.code for r in rules])
+            near = near or nearest(word, (text for r in rules for text in (r.code, r.name)))
             raise DoctorError(
                 _("{word!r}: no rule has this code, family, name or certainty.", word=word),
                 near or _("`doctor rules` lists them."),

@@ -152,8 +152,9 @@ def test_without_consent_only_safe_fixes_are_done(tmp_path):
 def test_unknown_codes_are_refused(tmp_path):
     from doctor.core.errors import DoctorError
 
-    with pytest.raises(DoctorError, match="'W999': no rule has this code"):
+    with pytest.raises(DoctorError, match="'W999': no rule has this code") as error:
         fix(tiny().write(tmp_path / "source"), tmp_path / "out", only=("W999",))
+    assert error.value.hint == "Did you mean W214, W213 and W212?"
 
 
 # the law of every rule that offers a fix
