@@ -17,7 +17,6 @@ from doctor.cli.progress import counted_in
 from doctor.core.errors import NotQuantizable, PlanRefused
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
-from doctor.quant import early
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning import train
@@ -194,9 +193,8 @@ def test_what_does_not_help_is_not_written(rounded, tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_a_model_without_codes_is_refused_by_its_headers(rounded, tmp_path, monkeypatch):
+def test_a_model_without_codes_is_refused_by_its_headers(rounded, tmp_path):
     original, source = rounded
-    monkeypatch.setattr(early, "judged_alone", None)
     with pytest.raises(NotQuantizable, match="holds no packed linears"):
         api.tune(original, original, tmp_path / "t", rows=8, max_seq_length=64)
     with pytest.raises(PlanRefused, match="given as the quantized checkpoint and as its original"):
