@@ -17,7 +17,7 @@ Sources: transformers src/transformers/models/llama/modeling_llama.py; Mistral-N
 heads.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, Unavailable, _, assume, finding, keys_of, rule, solve
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, assume, finding, keys_of, rule, solve
 from doctor.lint.testing import never_in, tiny
 
 KEYS = (
@@ -37,9 +37,7 @@ KEYS = (
 
 
 @rule("C143", "error", implied_by=("F051", "C147", "C141", "C156", "C157", "F059", "G330", "O620"))
-def heads_against_tensors(checkpoint, placement, config, kind=None):
-    if kind == "mlx":
-        raise Unavailable(_("the weights are words of MLX, whose parts O625 judges"))
+def heads_against_tensors(checkpoint, placement, config):
     spec = placement.spec
     wrong = [m for m in placement.misfits() if m.axis is not None and set(KEYS) & set(keys_of(m.expression))]
     if not wrong:

@@ -24,7 +24,7 @@ transformers 5.23.
 import re
 from collections import Counter
 
-from doctor.lint.rule import LOST_DATA, MLX_PARTS, Fix, Place, _, finding, routing_biases_missing, rule
+from doctor.lint.rule import LOST_DATA, Fix, Place, _, finding, routing_biases_missing, rule
 from doctor.lint.testing import tiny
 
 NUMBER = re.compile(r"\.\d+\.")
@@ -35,10 +35,8 @@ NUMBER = re.compile(r"\.\d+\.")
     "error",
     implied_by=(*LOST_DATA, "F057", "F058", "F061", "F062", "C142", "C147", "O620", "O619", "O611", "O625"),
 )
-def missing_tensor(checkpoint, placement, tensors, base, kind=None):
+def missing_tensor(checkpoint, placement, tensors, base):
     for name, reason in sorted((placement.missing() | routing_biases_missing(placement)).items()):
-        if kind == "mlx" and name.endswith(MLX_PARTS):
-            continue  # some of its linears are plain; O625 asks for the parts of packed ones
         known, stored = placement.spec.family is not None, placement.stored(name)
         yield finding(
             _("{tensor} is in no weight file; {reason}", tensor=stored, reason=reason),

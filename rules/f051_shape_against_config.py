@@ -21,7 +21,7 @@ with `--from`, unsafe; else manual.
 Sources: QwenLM/Qwen issue 585; transformers src/transformers/modeling_utils.py.
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, Unavailable, _, finding, keys_of, plural, rule, solve
+from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, finding, keys_of, plural, rule, solve
 from doctor.lint.testing import tiny
 
 HEADS = {
@@ -41,9 +41,7 @@ HEADS = {
 
 
 @rule("F051", "error", implied_by=("C147", "C141", "C156", "F059", "F062", "G330", "O611", "O612", "O620", "O625"))
-def shape_against_config(checkpoint, placement, config, base, kind=None):
-    if kind == "mlx":
-        raise Unavailable(_("the weights are words of MLX, whose parts O625 judges"))
+def shape_against_config(checkpoint, placement, config, base):
     spec = placement.spec
     wrong = [m for m in placement.misfits() if not HEADS & set(keys_of(m.expression))]
     whole = {}

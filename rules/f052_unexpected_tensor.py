@@ -26,7 +26,6 @@ from doctor.lint.rule import (
     DropTensor,
     Fix,
     Place,
-    Unavailable,
     _,
     family_table,
     finding,
@@ -53,9 +52,7 @@ LOST = Fix(_("find out which missing tensor this is; nothing is dropped while th
     certainty="likely",
     implied_by=("C147", "F057", "F058", "F061", "F062", "F064", "C142", "F050", "G330", "O611", "O619", "O620", "O625"),
 )
-def unexpected_tensor(checkpoint, placement, config, misnamed, kind=None):
-    if kind == "mlx":
-        raise Unavailable(_("the weights are words of MLX, whose parts O625 judges"))
+def unexpected_tensor(checkpoint, placement, config, misnamed):
     spec = placement.spec
     if spec.family is None:
         return

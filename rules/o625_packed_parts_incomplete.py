@@ -28,7 +28,6 @@ from doctor.lint.rule import (
     KNOWN,
     Place,
     _,
-    bitsandbytes_defects,
     companion_shapes,
     companions_missing,
     finding,
@@ -44,15 +43,15 @@ from doctor.lint.testing import np, tiny
 @rule("O625", "error")
 def packed_parts_incomplete(checkpoint, tensors, kind, quantization_block, spec, config=None):
     mlx = (config or {}).get("quantization") if kind == "mlx" else None
-    of_rows = quantization_block is not None and KNOWN["bitsandbytes"].claims(quantization_block[0])
-    tails = (*COMPANION_WORDS, ".weight") if mlx is not None or of_rows else COMPANION_WORDS
+    stating = quantization_block and next((f for f in KNOWN.values() if f.claims(quantization_block[0])), None)
+    tails = (*COMPANION_WORDS, ".weight") if mlx is not None or stating else COMPANION_WORDS
     for name, info in sorted(item for item in tensors.items() if item[0].endswith(tails)):
         if mlx is not None and is_mlx_words(info):
             absent, misshapen = mlx_parts_missing(tensors, name, mlx), mlx_shapes(tensors, name, mlx)
         elif mlx is None and name.endswith(COMPANION_WORDS):
             absent, misshapen = companions_missing(tensors, name), companion_shapes(tensors, name)
-        elif of_rows and info.dtype.name in ("U8", "I8") and name.endswith(".weight"):
-            absent, misshapen = bitsandbytes_defects(tensors, info, spec.linear_shape(name.removesuffix(".weight")))
+        elif stating and info.dtype.bits == 8 and name.endswith(".weight"):
+            absent, misshapen = stating.incomplete(info, tensors, spec.linear_shape)
         else:
             continue
         module = name.rpartition(".")[0]

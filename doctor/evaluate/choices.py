@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.records import TaskScore
 from doctor.core.tables import table
-from doctor.evaluate.compare import scored, streamed_pair
+from doctor.evaluate.compare import scored, streamed_pair, walk
 from doctor.evaluate.scores import RESAMPLES
 
 NAME = "choices"
@@ -58,11 +59,7 @@ def choose(
     rows = rows_of_questions(lambda text: tokenizer(text)["input_ids"])
     ids = [torch.tensor([row.ids]) for row in rows]
     a, b = streamed_pair(original, quantized, ids, device)
-    layers = len(a.skeleton.layers)
-    for i in range(layers):
-        a.step(i)
-        b.step(i)
-        progress("tasks", i + 1, layers)
+    walk((a, b), partial(progress, "tasks"))
     likely: tuple[dict[int, list[float]], dict[int, list[float]]] = ({}, {})
     for row, _last, (follows, *logits) in scored(ids, a, b):
         begin = rows[row].begin - 1  # position p's logits are of token p + 1

@@ -154,6 +154,15 @@ class Streamed:
         return replies
 
 
+def walk(models: Sequence[Streamed], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Take models of one depth through their decoder layers, layer by layer."""
+    count = len(models[0].skeleton.layers)
+    for i in range(count):
+        for model in models:
+            model.step(i)
+        progress(i + 1, count)
+
+
 def streamed_pair(
     original: Checkpoint,
     quantized: Checkpoint,

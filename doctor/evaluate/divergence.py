@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.evaluate.compare import streamed_pair
+from doctor.evaluate.compare import streamed_pair, walk
 from doctor.evaluate.scores import Tally
 
 
@@ -17,9 +17,7 @@ def divergence(original: Checkpoint, quantized: Path, rows: list[torch.Tensor], 
     of logits is not finite.
     """
     a, b = streamed_pair(original, Checkpoint.open(quantized), rows, device)
-    for i in range(len(a.skeleton.layers)):
-        a.step(i)
-        b.step(i)
+    walk((a, b))
     tally = Tally()
     for ids, left, right in zip(rows, a.logits(), b.logits(), strict=True):
         tally.add(left[:-1], right[:-1], ids[0, 1:])

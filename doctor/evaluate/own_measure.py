@@ -16,7 +16,7 @@ import torch
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.records import OwnMeasure
-from doctor.evaluate.compare import streamed_pair
+from doctor.evaluate.compare import streamed_pair, walk
 from doctor.evaluate.encoder_decoder import KIND, decoder_states, is_encoder_decoder
 from doctor.quant.forward.prefetch import load_tensor
 
@@ -48,11 +48,7 @@ def compare_own(
         pairs = decoder_states(original, quantized, rows, partial(progress, "compare"), device)
     else:
         a, b = streamed_pair(original, quantized, rows, device)
-        count = len(a.skeleton.layers)
-        for i in range(count):
-            a.step(i)
-            b.step(i)
-            progress("compare", i + 1, count)
+        walk((a, b), partial(progress, "compare"))
         pairs = zip(a.states(), b.states(), strict=True)
     tokens, pooled, scores = [], [], ([], [])  # type: ignore[var-annotated]
     nonfinite = [0, 0]

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from doctor.checkpoint.directory import Checkpoint
@@ -18,7 +19,7 @@ from doctor.core.errors import DoctorError
 from doctor.core.host import describe
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
-from doctor.evaluate.compare import Streamed, scored, streamed_pair
+from doctor.evaluate.compare import Streamed, scored, streamed_pair, walk
 from doctor.evaluate.inputs import quiet, text_rows
 from doctor.evaluate.own_measure import kind_of
 from doctor.evaluate.ranking_report import Contender, Difference, Ranking
@@ -59,11 +60,7 @@ def rank(
     ids, _tokenizer, said = text_rows(source, text, rows, context)
     with quiet(), device_memory(device):
         first, *rest = _streams(source, others, ids, device)
-        layers = len(first.skeleton.layers)
-        for i in range(layers):
-            for model in (first, *rest):
-                model.step(i)
-            progress("compare", i + 1, layers)
+        walk((first, *rest), partial(progress, "compare"))
         tallies = [Tally() for _model in rest]
         for row, last, (follows, before, *after) in scored(ids, first, *rest):
             for tally, logits in zip(tallies, after, strict=True):

@@ -154,6 +154,17 @@ class Format:
         """[n, k] of such a weight; None where it is not known. texts: the bytes of `verbatim` parts, by name."""
         return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else None
 
+    def incomplete(
+        self,
+        info: TensorInfo,
+        tensors: Mapping[str, TensorInfo],
+        shape_of: Callable[[str], tuple[int, ...] | None],
+    ) -> tuple[list[str], list[tuple[str, list[int], list[int]]]]:
+        """(parts that such a weight needs and has not, (part, its shape, the shape that the codes ask for) of others).
+        shape_of: a linear's [n, k] by config.json, None where it does not say.
+        """
+        return [], []
+
     def weight_name(self, codes: str) -> str:
         """The weight that a tensor of codes beside its scales stands for: its own name in most formats."""
         return codes

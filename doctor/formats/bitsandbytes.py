@@ -22,6 +22,7 @@ huggingface/transformers src/transformers/quantizers/base.py (get_keys_to_not_co
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -75,6 +76,35 @@ class BitsAndBytes(Format):
             for at, entry in enumerate(entries if isinstance(entries, list) else ())
             if isinstance(entry, str) and entry
         ]
+
+    def incomplete(
+        self,
+        info: TensorInfo,
+        tensors: Mapping[str, TensorInfo],
+        shape_of: Callable[[str], tuple[int, ...] | None],
+    ) -> tuple[list[str], list[tuple[str, list[int], list[int]]]]:
+        module = info.name.removesuffix(".weight")
+        if info.dtype.name == "I8":
+            rows = tensors.get(f"{module}.SCB")
+            wrong = [] if rows is None or rows.numel == info.shape[0] else [("SCB", list(rows.shape), [info.shape[0]])]
+            return ["SCB"] if rows is None else [], wrong
+        if info.dtype.name != "U8":
+            return [], []
+        groups: list[tuple[str, ...]] = [("weight.absmax",), ("weight.quant_map",), STATES]
+        largest = tensors.get(f"{module}.weight.absmax")
+        nested = any(f"{module}.weight.nested_{part}" in tensors for part in ("absmax", "quant_map"))
+        if nested or (largest is not None and largest.dtype.name == "U8"):
+            groups += [("weight.nested_absmax",), ("weight.nested_quant_map",)]
+        absent = [group[0] for group in groups if not any(f"{module}.{part}" in tensors for part in group)]
+        shape = shape_of(module)
+        if absent or shape is None or largest is None:
+            return absent, []
+        codes = math.prod(shape)
+        if info.numel * 2 != codes:
+            return [], [("weight", list(info.shape), [codes // 2, 1])]
+        size = 1 << max(0, (codes // max(largest.numel, 1)).bit_length() - 1)  # a block holds a power of two of them
+        wanted = -(-codes // size)
+        return [], [] if largest.numel == wanted else [("weight.absmax", list(largest.shape), [wanted])]
 
     def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
         """Every linear that is on no list. Without one, transformers keeps the head, what it is tied to and the last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
@@ -69,37 +68,6 @@ _SHAPED = ("q_scale", "q_scale_max", "q_groups", "suh", "svh")
 
 
 _MLX_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # mode -> (group_size, bits)
-
-
-def bitsandbytes_defects(
-    tensors: Mapping[str, TensorInfo], info: TensorInfo, shape: tuple[int, ...] | None
-) -> tuple[list[str], list[tuple[str, list[int], list[int]]]]:
-    """(parts that are not there, parts of another shape as companion_shapes gives them) of a weight of bitsandbytes.
-    shape: [n, k] by config.json, None where it does not say.
-    """
-    module = info.name.removesuffix(".weight")
-    if info.dtype.name == "I8":
-        rows = tensors.get(f"{module}.SCB")
-        wrong = [] if rows is None or rows.numel == info.shape[0] else [("SCB", list(rows.shape), [info.shape[0]])]
-        return ["SCB"] if rows is None else [], wrong
-    states = [f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
-    nested = any(f"{module}.weight.nested_{part}" in tensors for part in ("absmax", "quant_map"))
-    groups = [["weight.absmax"], ["weight.quant_map"], states]
-    largest = tensors.get(f"{module}.weight.absmax")
-    if nested or (largest is not None and largest.dtype.name == "U8"):
-        groups += [["weight.nested_absmax"], ["weight.nested_quant_map"]]
-    absent = [group[0] for group in groups if not any(f"{module}.{part}" in tensors for part in group)]
-    if absent or shape is None or largest is None:
-        return absent, []
-    codes = math.prod(shape)
-    if info.numel * 2 != codes:
-        return [], [("weight", list(info.shape), [codes // 2, 1])]
-    size = 1 << max(0, (codes // max(largest.numel, 1)).bit_length() - 1)  # a block holds a power of two of them
-    wanted = -(-codes // size)
-    return [], [] if largest.numel == wanted else [("weight.absmax", list(largest.shape), [wanted])]
-
-
-MLX_PARTS = (".scales", ".biases")  # how the names of what stands beside MLX's words end
 
 
 def is_mlx_words(info: TensorInfo) -> bool:

@@ -60,8 +60,6 @@ from doctor.edits.padding import grown, keep_edits, pad_edits  # noqa: F401
 from doctor.formats.exl2 import exl2_defects  # noqa: F401
 from doctor.formats.known import (  # noqa: F401
     COMPANION_WORDS,
-    MLX_PARTS,
-    bitsandbytes_defects,
     companion_shapes,
     companions_missing,
     is_mlx_words,

@@ -8,7 +8,6 @@ config.json gives, so that they are judged by name alone.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -17,13 +16,12 @@ from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import DoctorError
 from doctor.core.facts import Unavailable, fact
 from doctor.formats.base import Quantization
-from doctor.formats.known import OTHER_WORDS
+from doctor.formats.known import OTHER_WORDS, is_mlx_words
 from doctor.formats.registry import KNOWN, format_of_words, read_quantization
 from doctor.model.quantization_config import quantization_of
 from doctor.model.spec import ModelSpec, build_spec
 
 CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".q_scale")  # of the key-value cache; no family has them
-_NUMBER = re.compile(r"\.(\d+)\.")
 _FUSED = ("_blocks", "_packed")  # codes of all experts of a layer, under the name of their fused parameter
 _OF_FUSED = ("_scales", "_scale", "_bias_scales", "_shape", "_global_scale")
 
@@ -54,7 +52,7 @@ def unpacked_tensors(checkpoint, logical_tensors) -> UnpackedTensors:
         quantization = read_quantization(*block) if block is not None else None
     except (Unavailable, DoctorError):  # what is wrong with the block is for rules to say
         quantization = None
-    parts, stated = _parts(words), _stated_shapes(plain)
+    parts, stated = _parts(words), plain.expected_shape
     found = {name: info for name, info in tensors.items() if not parts(name)}
     for name, stored in words.items():
         shape = _shape(name, tensors[stored], quantization, stated)
@@ -68,9 +66,9 @@ def unpacked_tensors(checkpoint, logical_tensors) -> UnpackedTensors:
 def _words(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
     """(name of the model's class, name here) of the tensors that hold codes."""
     tails = {form.words for form in KNOWN.values() if form.words} | set(OTHER_WORDS)
-    for name in tensors:
+    for name, info in tensors.items():
         module, dot, tail = name.rpartition(".")
-        if dot and tail in tails:
+        if dot and (tail in tails or is_mlx_words(info)):
             yield f"{module}.weight", name
         elif tail.endswith(_FUSED) and tail not in _FUSED and ".experts" in name:
             yield name[: name.rfind("_")], name
@@ -115,20 +113,6 @@ def _shape(
             width, height = own.size(stored.shape, bits, quantization.version)
             return (width, height) if stated(name) == (width, height) else (height, width)
     return stated(name)
-
-
-def _stated_shapes(plain: ModelSpec) -> Callable[[str], tuple[int, ...] | None]:
-    """ModelSpec.expected_shape, asked once for all experts of a layer: a large mixture has 50,000 linears."""
-    known: dict[tuple[str, ...], tuple[int, ...] | None] = {}
-
-    def stated(name: str) -> tuple[int, ...] | None:
-        parts = _NUMBER.split(name)
-        key = (*parts[:2], *parts[2::2])
-        if key not in known:
-            known[key] = plain.expected_shape(name)
-        return known[key]
-
-    return stated
 
 
 def _as_stated(info: TensorInfo, shape: tuple[int, ...] | None) -> TensorInfo:
