@@ -596,14 +596,16 @@ void EXPORT(doctor_refine)(const columns_of *all_of, const grid_rule *rule, int6
 }
 
 /* M of H = M M^T by blocks of columns, each f32[panels][end][COLUMNS], from the lower factor S f32[k, k] of H with its order
- * reversed: M[p, q] = S[k - 1 - p, k - 1 - q]; what lies above the diagonal of S is not read. Steps [from, to), whole blocks. */
-void EXPORT(doctor_pack_factor)(const float *S, int64_t k, int64_t block, int64_t from, int64_t to, float *packed)
+ * reversed: M[p, q] = S[k - 1 - p, k - 1 - q]; what lies above the diagonal of S is not read. Steps [from, to), whole blocks,
+ * of which the rows [top, bottom) are filled: of a file no more than those of S are held. */
+void EXPORT(doctor_pack_factor)(const float *S, int64_t k, int64_t block, int64_t from, int64_t to, int64_t top, int64_t bottom,
+                                float *packed)
 {
     for (int64_t begin = from; begin < to; begin += block) {
-        const int64_t end = least(k, begin + block), panels = panels_of(end - begin);
-        for (int64_t first = 0; first < end; first += STRIP)
+        const int64_t end = least(k, begin + block), panels = panels_of(end - begin), stop = least(end, bottom);
+        for (int64_t first = top; first < stop; first += STRIP)
             for (int64_t at = 0; at < panels; at++)
-                for (int64_t p = first; p < least(end, first + STRIP); p++) {
+                for (int64_t p = first; p < least(stop, first + STRIP); p++) {
                     const float *row = S + (k - 1 - p) * k + k - 1;
                     float *out = packed + (at * end + p) * COLUMNS;
                     for (int64_t c = 0; c < COLUMNS; c++) {
@@ -622,9 +624,10 @@ static inline float entry(const float *S, const float *diagonal, int64_t k, int6
 }
 
 /* H + diag(extra) with rows and columns in `order`, by blocks of columns, each f32[panels][k][COLUMNS]. H f32[k, k] lies above
- * the diagonal of S, which is apart. Steps [from, to), whole blocks. */
+ * the diagonal of S, which is apart; of an S that is symmetric a column is read as a row, so that of a file few pages are held.
+ * Steps [from, to), whole blocks. */
 void EXPORT(doctor_pack_hessian)(const float *S, const float *diagonal, const int32_t *order, const float *extra, int64_t k,
-                                 int64_t block, int64_t from, int64_t to, float *packed)
+                                 int64_t symmetric, int64_t block, int64_t from, int64_t to, float *packed)
 {
     for (int64_t begin = from; begin < to; begin += block) {
         const int64_t end = least(k, begin + block), panels = panels_of(end - begin);
@@ -634,7 +637,12 @@ void EXPORT(doctor_pack_hessian)(const float *S, const float *diagonal, const in
                     float *out = packed + (at * k + p) * COLUMNS;
                     for (int64_t c = 0; c < COLUMNS; c++) {
                         const int64_t q = begin + at * COLUMNS + c;
-                        out[c] = q < end ? entry(S, diagonal, k, order[p], order[q]) + (p == q ? extra[p] : 0.0f) : 0.0f;
+                        if (q >= end)
+                            out[c] = 0.0f;
+                        else if (p == q)
+                            out[c] = diagonal[order[p]] + extra[p];
+                        else
+                            out[c] = symmetric ? S[(int64_t)order[q] * k + order[p]] : entry(S, diagonal, k, order[p], order[q]);
                     }
                 }
         packed += panels * COLUMNS * k;

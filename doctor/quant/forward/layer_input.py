@@ -18,10 +18,9 @@ class LayerInput:
 
     def __init__(self, hessian: Hessian, recipe: Recipe):
         self.channels = hessian.largest
-        matrix = hessian.take()
+        self.H = Square(hessian.take(), hessian.file)
         self.damp = damp = recipe.damp_for(hessian.rows)
-        s, bad = spectrum(matrix, hessian.rows, damp), hessian.nonfinite
-        self.H = Square(matrix, hessian.file)
+        s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
         self.fact = HessianFacts(
             hessian.rows,
             hessian.columns,

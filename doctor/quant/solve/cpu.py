@@ -18,6 +18,7 @@ from doctor.core.messages import _
 from doctor.formats.grid import Grid
 from doctor.quant.budget import PACKED_BYTES
 from doctor.quant.solve.float_scale import FloatScale
+from doctor.quant.solve.numerics import tiles_of
 from doctor.scan import native
 
 ScaleKind = torch.dtype | FloatScale
@@ -115,10 +116,9 @@ def round_columns(
 
     zero i32[n, G], loss f64[n], excess f64[n]). The lower triangle of S f32[k, k] is the factor of H in that order
     reversed (square.py); loss is tr(e H e^T) of the damped H by row, excess what the damping extra f32[k] of each step
-    has in it. grid (scale, zero) fixed
-    beforehand, or None: then groups are runs of `width` steps, a multiple of 4 up to 128, fitted when their first step
-    comes up, with cost f32[k] by step. A scale past the stored dtype comes out as Inf. forget: called when a part of S
-    was read.
+    has in it. grid (scale, zero) fixed beforehand, or None: then groups are runs of `width` steps, a multiple of 4 up
+    to 128, fitted when their first step comes up, with cost f32[k] by step. A scale past the stored dtype comes out as
+    Inf. forget: of an S in a file, called when some of its rows were read.
     """
     n, k = W.shape
     fitted = grid is None
@@ -126,9 +126,10 @@ def round_columns(
     pack = native.function("doctor_pack_factor")
 
     def packed(first: int, last: int, out: torch.Tensor) -> None:
-        pack(_at(S), _i64(k), _i64(block), _i64(first), _i64(last), _at(out))
-        if forget is not None:
-            forget()
+        for rows in [slice(0, last)] if forget is None else tiles_of(last):
+            pack(_at(S), *map(_i64, (k, block, first, last, rows.start, rows.stop)), _at(out))
+            if forget is not None:
+                forget()
 
     groups = grid.scale.shape[1] if grid else k // width
     grid = grid or Grid(torch.empty(n, groups), torch.empty(n, groups, dtype=torch.int32))
@@ -170,9 +171,9 @@ def refine(
     """One pass of coordinate descent under H + diag(extra): (codes, scale, zero, change of the loss f64[n], excess
     f64[n]).
 
-    H lies above the diagonal of S f32[k, k], its own diagonal f32[k] apart; the rest of S is not read. width: of the
-    groups, runs in `order`, whose scale is fitted again after its codes (a multiple of 4 up to 128); 0 leaves scales
-    alone.
+    H lies above the diagonal of S f32[k, k], its own diagonal f32[k] apart; the rest of S is not read, but with
+    `forget`, which is called when a part of an S in a file was read: then S is symmetric. width: of the groups, runs in
+    `order`, whose scale is fitted again after its codes (a multiple of 4 up to 128); 0 leaves scales alone.
     """
     k = W.shape[1]
     block = width or BLOCK
@@ -180,7 +181,7 @@ def refine(
     diagonal = diagonal.contiguous()
 
     def packed(first: int, last: int, out: torch.Tensor) -> None:
-        sizes = _i64(k), _i64(block), _i64(first), _i64(last)
+        sizes = map(_i64, (k, forget is not None, block, first, last))
         pack(_at(S), _at(diagonal), _at(order), _at(extra), *sizes, _at(out))
         if forget is not None:
             forget()

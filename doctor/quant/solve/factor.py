@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 from scipy.linalg.lapack import dpotrf, dtrtri, spotrf, strtri
 
-from doctor.quant.solve.numerics import all_finite
-from doctor.quant.solve.spectrum import live_mean
+from doctor.quant.solve.numerics import all_finite, live_mean
 
 # Rungs between damp and damp_max. Past 0.1 the result leans to RTN, so the eigenvalue repair comes first.
 DAMP_RUNGS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

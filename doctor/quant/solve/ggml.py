@@ -30,9 +30,8 @@ from doctor.quant.budget import CHUNK_BYTES
 from doctor.quant.solve.factor import Attempt
 from doctor.quant.solve.grid import require_finite
 from doctor.quant.solve.losses import SAMPLE, energies, share_of
-from doctor.quant.solve.numerics import exact_products, row_chunks
+from doctor.quant.solve.numerics import exact_products, live_mean, row_chunks
 from doctor.quant.solve.rtn import require_hessian
-from doctor.quant.solve.spectrum import live_mean
 from doctor.quant.solve.square import Square
 from doctor.scan import native
 

@@ -54,11 +54,10 @@ from doctor.quant.solve.grid import (
 )
 from doctor.quant.solve.grid_search import fit_with, native_params_of
 from doctor.quant.solve.losses import SAMPLE, SAMPLE_WEIGHTS, energies, loss_shares
-from doctor.quant.solve.numerics import exact_products, row_chunks
+from doctor.quant.solve.numerics import exact_products, live_mean, row_chunks
 from doctor.quant.solve.refine import refine_codes, refit_scales
 from doctor.quant.solve.rtn import require_hessian, rounded
 from doctor.quant.solve.solution import Solution
-from doctor.quant.solve.spectrum import live_mean
 from doctor.quant.solve.square import Square
 
 
@@ -219,11 +218,11 @@ def _loops(
     owner, added = g_idx[order.steps].contiguous(), extra[order.steps]
     if order.fixed:
         grid = fit_with(params, W, cost) if given is None else given
-        loop = cpu.round_columns(W, H.lower, steps, owner, added, rule, grid, forget=H.forget)
+        loop = cpu.round_columns(W, H.lower, steps, owner, added, rule, grid, forget=H.let_go)
     else:
         pivots = H.pivots().square()
         loop = cpu.round_columns(
-            W, H.lower, steps, owner, added, rule, None, pivots, width, candidates, forget=H.forget
+            W, H.lower, steps, owner, added, rule, None, pivots, width, candidates, forget=H.let_go
         )
         store_scale(loop[1].abs(), params.scale_dtype)  # names the scale that became Inf
     codes, grid, loss, excess = loop[0], Grid(loop[1], loop[2]), *loop[3:]
@@ -242,7 +241,7 @@ def _loops(
             codes,
             grid,
             inside,
-            H.forget,
+            H.let_go,
         )
         codes, grid, loss = found[0], Grid(found[1], found[2]), loss + change
         if not inside and given is None:

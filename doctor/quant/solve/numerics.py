@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -42,3 +43,30 @@ def tiles_of(k: int, tile: int | None = None) -> list[slice]:
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or Inf, in one pass: both reach the bounds."""
     return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
+def nonfinite_columns(parts: Iterable[torch.Tensor]) -> torch.Tensor | None:
+    """How many values of each column of rows [m, k] are NaN or Inf, i64[k]; None where none is."""
+    found = None
+    for rows in parts:
+        if not all_finite(rows):
+            count = (~torch.isfinite(rows)).sum(0)
+            found = count if found is None else found + count
+    return found
+
+
+class HasDiagonal(Protocol):
+    """A matrix, or what holds one."""
+
+    def diagonal(self) -> torch.Tensor: ...
+
+
+def live_mean(H: HasDiagonal) -> float:
+    """Mean of diag(H) over live columns; 0.0 when all are dead.
+
+    Dead columns do not count: zero padding would lower the mean, hence the damping, hence change the codes of columns
+    that padding did not touch.
+    """
+    diagonal = H.diagonal().to(torch.float64)
+    live = diagonal > 0
+    return float(diagonal[live].mean()) if live.any() else 0.0

@@ -22,7 +22,7 @@ from doctor.quant.solve.grid import (
     store_scale,
 )
 from doctor.quant.solve.grid_search import native_params_of
-from doctor.quant.solve.spectrum import live_mean
+from doctor.quant.solve.numerics import live_mean
 from doctor.quant.solve.square import Square
 
 _REFIT_BYTES = 1 << 27  # of the G x G systems and the weights of a chunk of rows

@@ -19,9 +19,8 @@ from doctor.quant.solve.grid import (
 )
 from doctor.quant.solve.grid_search import fit_with
 from doctor.quant.solve.losses import energies, share_of
-from doctor.quant.solve.numerics import all_finite, row_chunks
+from doctor.quant.solve.numerics import live_mean, nonfinite_columns, row_chunks
 from doctor.quant.solve.solution import Solution
-from doctor.quant.solve.spectrum import live_mean
 from doctor.quant.solve.square import Square
 
 
@@ -81,22 +80,20 @@ def rounded(
 def require_hessian(W: torch.Tensor, H: torch.Tensor | Square) -> None:
     """NotQuantizable where H is of another shape, or not finite."""
     k = W.shape[1]
-    if isinstance(H, Square):
-        H = H.values
-    if tuple(H.shape) != (k, k):
+    shape = [len(H)] * 2 if isinstance(H, Square) else list(H.shape)
+    if shape != [k, k]:
         raise NotQuantizable(
-            _("H is {shape} for W[{rows}, {k}]: H must be [{k}, {k}].", shape=list(H.shape), rows=W.shape[0], k=k)
+            _("H is {shape} for W[{rows}, {k}]: H must be [{k}, {k}].", shape=shape, rows=W.shape[0], k=k)
         )
-    if not all_finite(H):
-        bad = ~torch.isfinite(H)
-        column = int(bad.any(0).to(torch.uint8).argmax())
+    bad = nonfinite_columns(H.strips() if isinstance(H, Square) else [H])
+    if bad is not None:
         raise NotQuantizable(
             _(
                 "H has {n} non-finite entries, first in column {column}: calibration activations were not "
                 "finite, or their "
                 "squares overflowed; no damping can repair it.",
                 n=int(bad.sum()),
-                column=column,
+                column=int((bad > 0).to(torch.uint8).argmax()),
             ),
             _("Run `doctor check`, and calibrate in bfloat16 or float32."),
         )

@@ -6,23 +6,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from doctor.core.recipe import DAMP
-from doctor.quant.solve.numerics import all_finite
+from doctor.quant.solve.numerics import live_mean
+from doctor.quant.solve.square import Square
 
 # A damp of 2e-7 to 6e-7 of lambda_max / mean diag(H) was the least that passed in float32, for widths 512 to 4096 and a
 # dominant direction (lambda_max about k times the mean). The upper edge, so that below it a failure is no surprise.
 FLOAT32_DAMP_PER_LAMBDA = 6e-7
-_ROWS_AT_A_TIME = 8192  # so that BLAS can index what it gets
-
-
-class HasDiagonal(Protocol):
-    """A matrix, or what holds one."""
-
-    def diagonal(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -46,26 +39,16 @@ class Spectrum:
         return self.lambda_max / self.mean_diag if self.mean_diag > 0 else math.nan
 
 
-def live_mean(H: HasDiagonal) -> float:
-    """Mean of diag(H) over live columns; 0.0 when all are dead.
-
-    Dead columns do not count: zero padding would lower the mean, hence the damping, hence change the codes of columns
-    that padding did not touch.
-    """
-    diagonal = H.diagonal().to(torch.float64)
-    live = diagonal > 0
-    return float(diagonal[live].mean()) if live.any() else 0.0
-
-
-def dead_columns(H: torch.Tensor) -> torch.Tensor:
+def dead_columns(H: torch.Tensor | Square) -> torch.Tensor:
     """bool[k]: columns without any energy in calibration. NaN is not dead."""
     return H.diagonal() <= 0
 
 
-def spectrum(H: torch.Tensor, rows: int, damp: float = DAMP) -> Spectrum:
+def spectrum(H: torch.Tensor | Square, rows: int, damp: float = DAMP) -> Spectrum:
     """Facts of H[k, k] that foretell how factoring will go. `damp` enters the condition estimate only."""
-    columns = H.shape[0]
-    if not all_finite(H):
+    H = Square.of(H)
+    columns = len(H)
+    if not H.finite():
         nan = math.nan
         return Spectrum(columns, rows, 0, 0, nan, nan, nan, nan, nan, finite=False)
     dead = int(dead_columns(H).sum())
@@ -86,19 +69,20 @@ def spectrum(H: torch.Tensor, rows: int, damp: float = DAMP) -> Spectrum:
     )
 
 
-def power_iteration(H: torch.Tensor, steps: int = 20) -> float:
+def power_iteration(H: torch.Tensor | Square, steps: int = 20) -> float:
     """Largest eigenvalue of a positive semidefinite H[k, k], from below. The start favours no direction by chance:
 
     it is the column of H with the largest diagonal, so equal input gives equal output.
     """
-    vector = H[:, int(H.diagonal().argmax())].to(torch.float64)
+    H = Square.of(H)
+    vector = H.column(int(H.diagonal().argmax())).to(torch.float64)
     value = 0.0
     for _ in range(steps):
         norm = float(vector.norm())
         if not norm > 0:
             return value
         vector = vector / norm
-        single = vector.to(H.dtype)
-        product = torch.cat([rows @ single for rows in H.split(_ROWS_AT_A_TIME)]).to(torch.float64)
+        single = vector.to(torch.float32)
+        product = H.product(single[None])[0].to(torch.float64)
         value, vector = float(vector @ product), product
     return value

@@ -22,7 +22,7 @@ from scipy.linalg.lapack import dpotrf, spotrf
 from doctor.quant.solve import cpu
 from doctor.quant.solve.factor import Attempt, clamp_eigenvalues, escalate
 from doctor.quant.solve.mapped import Mapped
-from doctor.quant.solve.numerics import LAPACK_MOST, TILE, all_finite, tiles_of
+from doctor.quant.solve.numerics import LAPACK_MOST, TILE, all_finite, nonfinite_columns, tiles_of
 
 _PANEL = 256  # rows that are mirrored at a time
 
@@ -69,6 +69,19 @@ class Square:
             if file is not None:
                 file.forget()
 
+    @property
+    def let_go(self) -> Callable[[], None] | None:
+        """`forget` of a square in files, which stays symmetric; None of one in memory."""
+        return None if self._file is None else self.forget
+
+    def strips(self) -> Iterator[torch.Tensor]:
+        """`values` by rows, a tile at a time."""
+        return (self._values[rows] for rows in self._rows())
+
+    def finite(self) -> bool:
+        """Whether no value is NaN or Inf."""
+        return nonfinite_columns(self.strips()) is None
+
     def diagonal(self) -> torch.Tensor:
         """diag(H), f32[k]; not to be written to."""
         return self._diagonal
@@ -88,6 +101,8 @@ class Square:
 
     def column(self, j: int) -> torch.Tensor:
         """Column j of H, f32[k]."""
+        if self._symmetric:
+            return self._values[j].clone()
         return torch.cat([self._values[:j, j], self._diagonal[j : j + 1], self._values[j, j + 1 :]])
 
     def strip(self, begin: int, end: int) -> torch.Tensor:
@@ -95,10 +110,13 @@ class Square:
         found = self._values[begin:end, begin:].clone()
         found[:, : end - begin] = _whole(found[:, : end - begin])
         found.diagonal().copy_(self._diagonal[begin:end])
+        self.forget()
         return found
 
     def columns(self, begin: int, end: int) -> torch.Tensor:
         """Columns [begin, end) of H, f32[k, end - begin]."""
+        if self._symmetric:
+            return self._values[begin:end].T.contiguous()
         return torch.cat([self._values[:begin, begin:end], self.strip(begin, end).T])
 
     def product(self, E: torch.Tensor) -> torch.Tensor:
@@ -162,9 +180,13 @@ class Square:
             for rows in tiles_of(len(self), TILE):
                 cpu.arrange(self._values, self._diagonal, steps, self.lower, rows)
                 self.forget()
-            if work == torch.float32:
+            if self._second is not None:
+                for rows in self._rows():
+                    self.lower[rows, rows].diagonal().copy_(diagonal[rows])
+                info = factor_in_place(self.lower, TILE, self._second, work)
+            elif work == torch.float32:
                 self.lower.diagonal().copy_(diagonal)
-                info = factor_in_place(self.lower, TILE if self._second else None, self._second)
+                info = factor_in_place(self.lower)
             else:
                 info = self._through_tiles(lambda rows, columns: self.lower[rows, columns].double(), diagonal)
         return info or (0 if all(all_finite(self.lower[rows]) for rows in self._rows()) else -1)
@@ -188,26 +210,35 @@ class Square:
         return info
 
 
-def factor_in_place(S: torch.Tensor, tile: int | None = None, file: Mapped | None = None) -> int:
+def factor_in_place(
+    S: torch.Tensor, tile: int | None = None, file: Mapped | None = None, work: torch.dtype | None = None
+) -> int:
     """The lower triangle A of S [k, k] becomes L with A = L L^T, what lies above the diagonal stays. Returns LAPACK's
     info: 0, or the order of the first leading minor that is not positive. tile: columns worked on at a time; by default
     all of them, as long as LAPACK can index them. file: where S lies, read ahead and let go of row by row of tiles.
+    work: the dtype of sums inside a tile, by default that of S.
     """
     if tile is None and len(S) <= LAPACK_MOST:
         # In Fortran's order the memory of S is that of S^T, so its upper factor is L^T and nothing is copied.
         return int({torch.float32: spotrf, torch.float64: dpotrf}[S.dtype](S.numpy().T, 0, 0, 1)[1])
     parts = tiles_of(len(S), tile or TILE)
-    return _factor([[S[rows, columns] for columns in parts[: at + 1]] for at, rows in enumerate(parts)], parts, file)
+    tiles = [[S[rows, columns] for columns in parts[: at + 1]] for at, rows in enumerate(parts)]
+    return _factor(tiles, parts, file, work or S.dtype)
 
 
-def _factor(tiles: list[list[torch.Tensor]], parts: list[slice], file: Mapped | None = None) -> int:
+def _factor(
+    tiles: list[list[torch.Tensor]], parts: list[slice], file: Mapped | None = None, work: torch.dtype = torch.float64
+) -> int:
     """Factor a lower triangle of tiles in place, one column of tiles after the other; of those on the diagonal the
     lower triangle. Each needs the tiles left of it and of its diagonal only.
     """
-    potrf, trsm = {torch.float32: (spotrf, strsm), torch.float64: (dpotrf, dtrsm)}[tiles[0][0].dtype]
+    potrf, trsm = {torch.float32: (spotrf, strsm), torch.float64: (dpotrf, dtrsm)}[work]
     for j, columns in enumerate(parts):
-        D = tiles[j][j].clone()
-        for left in tiles[j][:j]:
+        if file is not None:
+            file.forget()
+        D = tiles[j][j].to(work, copy=True)
+        for tile in tiles[j][:j]:
+            left = tile.to(work)
             D.addmm_(left, left.T, alpha=-1)
         info = int(potrf(D.numpy().T, 0, 0, 1)[1])
         if info:
@@ -217,9 +248,9 @@ def _factor(tiles: list[list[torch.Tensor]], parts: list[slice], file: Mapped | 
             if file is not None:
                 file.forget()
                 file.will_need(parts[min(i + 1, len(parts) - 1)])
-            A = row[j].contiguous()
-            for left, beside in zip(row[:j], tiles[j][:j], strict=True):
-                A.addmm_(left, beside.T, alpha=-1)
+            A = row[j].to(work).contiguous()
+            for tile, beside in zip(row[:j], tiles[j][:j], strict=True):
+                A.addmm_(tile.to(work), beside.to(work).T, alpha=-1)
             trsm(1.0, D.numpy().T, A.numpy().T, 0, 0, 1, 0, 1)  # A^T becomes L^-1 A^T
             row[j].copy_(A)
     return 0

@@ -5,8 +5,8 @@ import torch
 
 from doctor.quant.solve.factor import factorise, factorise_with_escalation
 from doctor.quant.solve.hessian import Hessian
-from doctor.quant.solve.numerics import exact_products
-from doctor.quant.solve.spectrum import dead_columns, live_mean, power_iteration, spectrum
+from doctor.quant.solve.numerics import exact_products, live_mean
+from doctor.quant.solve.spectrum import dead_columns, power_iteration, spectrum
 
 
 def rows(n, k, seed=0, sink=0.0):

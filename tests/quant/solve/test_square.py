@@ -99,6 +99,18 @@ def test_more_digits_are_tried_by_tiles_too(monkeypatch):
     assert (whole.codes != tiled.codes).float().mean() < 0.01
 
 
+def test_of_a_square_in_files_more_digits_are_summed_in_tiles_and_stored_in_float32(tmp_path, monkeypatch):
+    W, H = example(40, 256, rows=100)
+    monkeypatch.setattr(square, "TILE", 60)
+    file = Mapped(tmp_path, 256)
+    file.values.copy_(H)
+    whole = solve(W, H, damp=1e-8)
+    monkeypatch.setattr(Square, "_through_tiles", None)  # holds a second square of twice the bytes
+    in_files = solve(W, Square(file.values, file), damp=1e-8)
+    assert [a.precision for a in in_files.attempts][:2] == ["float32", "float64"] and in_files.outcome == "gptq"
+    assert in_files.loss == pytest.approx(whole.loss, rel=0.02)
+
+
 def test_where_no_index_of_lapack_reaches_tiles_are_used(monkeypatch):
     W, H = example(40, 300)
     whole = solve(W, H, group_size=50)
@@ -172,6 +184,9 @@ def test_of_a_square_in_files_a_process_holds_rows_and_never_the_whole(tmp_path,
         two = Square(H.take(), H.file)
         assert two.factorise(0.1, 0.1, float(two.diagonal().mean()))[-1].outcome == "ok"
         two.pivots()
+        held.append(file_pages())
+        assert two.finite()
+        two.strip(0, 128), two.strip(k - 128, k)
         held.append(file_pages())
 
     through(512)  # so that libraries are loaded
