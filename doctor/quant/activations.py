@@ -87,6 +87,7 @@ class Activations:
             spill_file=spill_file,
             forgets=forgets,
             square_folder=setup.output.stage if setup.need.squares_on_disk else None,
+            hosted=setup.need.hosted,
         )
 
     def _say_spilled(self, held: float, capacity: int) -> None:

@@ -35,20 +35,20 @@ from doctor.model.fused_experts import unfuse
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.quant import import_stubs
+from doctor.quant.solving_budget import (
+    CHUNK_BYTES,
+    LOOP_BYTES,
+    PACKED_BYTES,
+    TILE,
+    can_be_hosted,
+    products_of,
+    solving_hosted,
+    solving_in_torch,
+)
 from doctor.scan import native
 
-# Of the weights, and again of the errors, that a native loop works on: the fewer rows, the more often the square is
-# packed for them. With 1365 rows of k = 49,152 packing is a twentieth of the work.
-LOOP_BYTES = 1 << 28
-CHUNK_BYTES = 1 << 26  # of the rows that are worked on at a time where nothing is shared between them
-# Of a factor or a Hessian, packed at a time for the rows of one call: more saves nothing, and below k = 4096 it is all.
-PACKED_BYTES = 1 << 26
-TILE = 2048  # of a square that is factored by tiles
 # A batch this long keeps matrix products at full speed, on a CPU and on a GPU; more only costs memory.
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 4096
-# Matrices of [k, k] and of [n, k] in float32 that solving one linear in torch holds at its peak, besides its Hessian
-# and its weight.
-_SQUARES, _OBLONGS = 6, 6
 # Of [n, k] in float32, natively: AWQ and GGUF's types work on all rows, GPTQ and rounding on some at a time (_solving).
 _OBLONGS_OF_ALL_ROWS = 5
 # Of rounding without a model: threads (more read no faster), and what each holds of a tensor, its codes and its scales.
@@ -86,8 +86,10 @@ class Need:
     output: int
     streaming: int = 0  # rows of a few tensors at a time, where no model is run: then all but output is 0
     on_device: int = 0  # of a GPU's memory, an upper bound; hidden states and suspended forwards take some of the rest
+    on_small_device: int = 0  # the same where Hessians lie in the host's memory; 0 where they cannot
     squares_on_disk: int = 0  # Hessians and factors, where memory does not hold them; then `hessians` is what is read
     solving_on_device: int = 0  # of it, with one batch: what is not there from the start of a layer
+    hosted: bool = False  # Hessians of a GPU's run lie in the host's memory, because its own is too small
     constant: int = field(default_factory=constant)
 
     @property
@@ -129,13 +131,24 @@ def _sum(parts: Sequence[tuple[str, int]]) -> int:
 
 
 def needs(
-    checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int, memory: int | None = None
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    recipe: Recipe,
+    rows: int,
+    length: int,
+    memory: int | None = None,
+    device: int | None = None,
 ) -> Need:
     """Of quantizing with `rows` calibration rows of `length` tokens; 0 rows for a method without calibration, which
-    takes no Hessian. Under a limit of `memory` bytes Hessians lie on disk where that is what fits.
+    takes no Hessian. Under a limit of `memory` bytes Hessians lie on disk where that is what fits; of a GPU with
+    `device` bytes free they lie in the host's memory where its own does not hold them.
     """
     need = _needs(checkpoint, spec, recipe, rows, length)
+    if device is not None and device < need.on_device and need.on_small_device:
+        solving = need.on_small_device - need.block
+        need = replace(need, hosted=True, on_device=need.on_small_device, solving_on_device=solving)
     files = recipe.solver.factors and not format_of(recipe).in_blocks and native.level() is not None
+    files = files and (device is None or need.hosted)
     if memory is None or memory >= need.fixed or not files or not need.hessians:
         return need
     k = math.isqrt(need.hessians // 4)
@@ -162,22 +175,30 @@ def _needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, l
     def batch(most_tokens: int) -> int:
         return 4 * min(tokens, max(most_tokens, length)) * _width(spec, linears) if rows else 0
 
-    on_device = max((_solving_in_torch(x, bool(rows)) for x in linears), default=0)
-    on_device = max(on_device, batch(DEVICE_BATCH_TOKENS))
+    block = max(layer.held for layer in layers)
+    computing = 4 * max((x.in_features * x.out_features for x in linears), default=0) if rows else 0
+    outer = sum(t.nbytes for t in outside if len(t.shape) == 2 and "head" not in t.name) if rows else 0
+    on_device = max(solving_in_torch(linears, bool(rows)), batch(DEVICE_BATCH_TOKENS))
+    small = 0
+    if rows and can_be_hosted(recipe):
+        weight = computing * 3 // 2  # what codes stand for in float32, and the same in the dtype of the layer
+        summing = weight + batch(BATCH_TOKENS) + products_of(linears)
+        small = block + max(solving_hosted(linears), summing, outer + weight + batch(0))
     return Need(
-        block=max(layer.held for layer in layers),
+        block=block,
         packed=max(layer.packed for layer in layers),
         ahead=max(layer.held for layer in layers) if len(layers) > 1 else 0,
         hessians=hessians,
         solving=max((_solving(x, recipe, bool(rows)) for x in linears), default=0),
-        computing=4 * max((x.in_features * x.out_features for x in linears), default=0) if rows else 0,
+        computing=computing,
         batch=batch(BATCH_TOKENS),
         row=batch(0),
-        outside=sum(t.nbytes for t in outside if len(t.shape) == 2 and "head" not in t.name) if rows else 0,
+        outside=outer,
         hidden=4 * tokens * (spec.hidden or 0) * _streams(spec),
         output=output,
         on_device=4 * max(layer.elements for layer in layers) + hessians + on_device,
         solving_on_device=hessians + on_device,
+        on_small_device=small,
     )
 
 
@@ -202,14 +223,10 @@ def _layer(tensors: list[TensorInfo], quantized: Mapping[str, Linear], recipe: R
     return _Layer(held, packed, sum(t.numel for t in tensors))
 
 
-def _solving_in_torch(x: Linear, calibrated: bool) -> int:
-    return 4 * x.in_features * (_SQUARES * x.in_features * calibrated + _OBLONGS * x.out_features)
-
-
 def _solving(x: Linear, recipe: Recipe, calibrated: bool) -> int:
     """Bytes that solving one linear holds on a CPU, besides its Hessian and its weight as stored."""
     if native.level() is None:
-        return _solving_in_torch(x, calibrated)
+        return solving_in_torch([x], calibrated)
     n, k = x.out_features, x.in_features
     stored = 2 * n * k if x.expert is not None else 0  # read for it alone
     form = format_of(recipe)

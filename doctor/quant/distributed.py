@@ -80,7 +80,10 @@ class Ranks:
         own = torch.tensor([hessian.rows, bad.count, bad.row, bad.channel], dtype=torch.int64, device=self.device)
         found = [torch.empty_like(own) for _ in range(self.size)]
         self._do(lambda d: d.all_gather(found, own))
-        self._do(lambda d: d.all_reduce(hessian.sums))
+        for part in hessian.parts():
+            there = part.to(self.device)
+            self._do(lambda d, there=there: d.all_reduce(there))
+            part.copy_(there)
         self._do(lambda d: d.all_reduce(hessian.largest, op=d.ReduceOp.MAX))
         rows = [one.tolist() for one in found]
         first = next((r for r in range(self.size) if rows[r][1]), None)

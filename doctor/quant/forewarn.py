@@ -28,15 +28,14 @@ def forewarn(asked: Asked, calibrated: Calibrated) -> list[str]:
         asked.progress(note)
     rows = calibrated.rows
     require_images(checked.recipe, rows)
-    need = budget.needs(
-        checkpoint, checked.spec, checked.recipe, len(rows), max(map(len, rows), default=0), asked.memory
-    )
+    free = None if streams(checked.recipe) else device_free(asked.device)
+    length = max(map(len, rows), default=0)
+    need = budget.needs(checkpoint, checked.spec, checked.recipe, len(rows), length, asked.memory, free)
     if not streams(checked.recipe):  # which holds a few MiB of a tensor, and sees to its own room
         budget.require(need, asked.memory)
         hidden = need.hidden if need.hidden > budget.left(need, asked.memory) else 0
         place = next(p for p in asked.output.parents if p.exists())
         require_room(place, max(0, need.disk - Stage(asked.output).bytes_there()) + hidden)
-    free = None if streams(checked.recipe) else device_free(asked.device)
     if free is not None:
         fits = _(
             "{device}: up to {need:.2f} GiB are needed, {free:.2f} GiB are free",

@@ -106,7 +106,17 @@ class Forecast:
                     rows=self.tuned_rows,
                 )
             )
-        found.append(_("GPU     up to {size} of its memory, with --device cuda", size=gib(self.need.on_device)))
+        small = self.need.on_small_device
+        found.append(
+            _(
+                "GPU     up to {size} of its memory, with --device cuda; {small} where it is smaller: then Hessians "
+                "lie in the host's",
+                size=gib(self.need.on_device),
+                small=gib(small),
+            )
+            if 0 < small < self.need.on_device
+            else _("GPU     up to {size} of its memory, with --device cuda", size=gib(self.need.on_device))
+        )
         found.append(
             _(
                 "disk    {peak} at the peak, {end} at the end; {free} free",

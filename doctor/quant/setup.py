@@ -23,6 +23,7 @@ from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.quant import budget, export
 from doctor.quant.budget import Need
+from doctor.quant.device import device_free
 from doctor.quant.distributed import Ranks
 from doctor.quant.earlier import Earlier
 from doctor.quant.forward.hidden_states import inputs_of_batches, make_batches
@@ -112,23 +113,25 @@ def set_up(
     require_widths(spec, recipe)
     calibrated = recipe.calibrated
     shown = rows if calibrated else []
-    need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0), memory)
+    free = device_free(device) if survey is None else None  # a survey takes whole Hessians
+    need = budget.needs(checkpoint, spec, recipe, len(shown), max(map(len, shown), default=0), memory, free)
     skeleton = Skeleton(
         checkpoint,
         spec,
         device,
         computing_dtype(checkpoint, spec, recipe, device),
-        on_demand=partial(_on_demand, recipe) if torch.device(device).type == "cpu" else None,
+        on_demand=partial(_on_demand, recipe) if torch.device(device).type == "cpu" or need.hosted else None,
         experts_at_once=max(EXPERTS_AT_ONCE, ranks.size),  # every rank has one to solve
     )
-    batches = _local_batches(rows, skeleton.device, ranks) if calibrated else []
-    seen = inputs_of_batches(rows, _batch_tokens(skeleton.device)) if calibrated else {}
+    tokens = BATCH_TOKENS if skeleton.device.type == "cpu" or need.hosted else DEVICE_BATCH_TOKENS
+    batches = _local_batches(rows, tokens, ranks) if calibrated else []
+    seen = inputs_of_batches(rows, tokens) if calibrated else {}
     if seen and ranks.size > 1:
         raise DoctorError(
             _("calibration: rows with images are computed by one process; there are {n}.", n=ranks.size),
             _("Run without torchrun, or calibrate on text."),
         )
-    store.put(SLOWER_PATHS, tuple(_slower_paths(skeleton, bool(batches))))
+    store.put(SLOWER_PATHS, tuple(_slower_paths(skeleton, bool(batches), need)))
     own = tuple(r for r in rules if r.cost in RUN_STAGES)
     return Setup(
         checkpoint,
@@ -159,19 +162,14 @@ def _on_demand(recipe: Recipe, linear: Linear) -> bool:
     return linear.expert is not None and not why_kept(recipe, linear)
 
 
-def _local_batches(rows: list[list[int]], device: torch.device, ranks: Ranks) -> list[torch.Tensor]:
-    """This rank's batches; with several ranks they are small enough that each gets one."""
-    tokens = _batch_tokens(device)
+def _local_batches(rows: list[list[int]], tokens: int, ranks: Ranks) -> list[torch.Tensor]:
+    """This rank's batches of at most `tokens`; with several ranks they are small enough that each gets one."""
     if ranks.size == 1:
         return make_batches(rows, tokens)
     return ranks.local_batches(make_batches(rows, min(tokens, max(1, sum(map(len, rows)) // ranks.size))))
 
 
-def _batch_tokens(device: torch.device) -> int:
-    return BATCH_TOKENS if device.type == "cpu" else DEVICE_BATCH_TOKENS
-
-
-def _slower_paths(skeleton: Skeleton, calibrated: bool) -> list[str]:
+def _slower_paths(skeleton: Skeleton, calibrated: bool, need: budget.Need) -> list[str]:
     """What runs on a slower path than it could, and why."""
     device, found = skeleton.device, []
     if cuda.note(device):
@@ -179,6 +177,15 @@ def _slower_paths(skeleton: Skeleton, calibrated: bool) -> list[str]:
     if device.type == "cuda" and skeleton.dtype == torch.bfloat16 and not mixed_products(device):
         found.append(
             _("this torch has no product of bfloat16 with a float32 result: Hessians are summed from float32 copies")
+        )
+    if need.hosted:
+        found.append(
+            _(
+                "{device} does not hold the Hessians ({hessians}) and what solving takes: they lie in the host's "
+                "memory, and rows of them are copied over",
+                device=str(device),
+                hessians=budget.gib(need.hessians),
+            )
         )
     if cpu.note(device):
         found.append(cpu.note(device))

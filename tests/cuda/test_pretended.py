@@ -17,9 +17,10 @@ from doctor.core.errors import BadCheckpoint, CudaError, NotQuantizable, PlanRef
 from doctor.core.recipe import Recipe
 from doctor.evaluate.kvcache import quantizers
 from doctor.lint.testing import tiny
+from doctor.quant import solving_budget
 from doctor.quant.forward.hidden_states import HiddenStates
 from doctor.quant.forward.spill import SpillFile
-from doctor.quant.solve import awq_search, awq_source, cuda, gptq, grid, grid_search
+from doctor.quant.solve import awq_search, awq_source, cuda, gptq, grid, grid_search, hessian, square
 from doctor.quant.solve.hessian import Hessian, mixed_products
 from doctor.quant.solve.losses import proxy_loss
 
@@ -36,17 +37,21 @@ def text(tmp_path):
     return path
 
 
+def tiles(k, tile=48):
+    return [slice(begin, min(k, begin + tile)) for begin in range(0, k, tile)]
+
+
 def losses(output):
     linears = json.loads((output / "doctor.json").read_text())["linears"]
     return {x["name"]: x["solve"]["loss"] for x in linears if x["outcome"] not in ("kept",)}
 
 
-def same_on_both(family, recipe, tmp_path, text, monkeypatch, engine):
+def same_on_both(family, recipe, tmp_path, text, monkeypatch, engine, free=64 << 30):
     monkeypatch.setenv("DOCTOR_NATIVE", "1")
     tiny(family).write(tmp_path / "m")
     options = {"calibration": text, "max_seq_length": 64}
     want = api.quantize(tmp_path / "m", tmp_path / "cpu", recipe, **options)
-    with pretend(engine):
+    with pretend(engine, free):
         got = api.quantize(tmp_path / "m", tmp_path / "gpu", recipe, device="cuda", **options)
     # A channel behind a ReLU that hardly ever is above 0 may be so in one precision only, so Q403 is not compared.
     apart = ("Q417", "Q403")
@@ -328,6 +333,21 @@ def test_the_next_block_is_read_into_pinned_memory_by_a_thread_of_its_own(tmp_pa
             tmp_path / "m", tmp_path / "q", Recipe(group_size=32), calibration=text, max_seq_length=64, device="cuda"
         )
     assert pinned == ["doctor-read-ahead"] * 9  # seven linears and two norms of the second of two blocks
+
+
+def test_where_the_device_does_not_hold_the_hessians_they_lie_in_the_hosts_memory(
+    tmp_path, text, host_engine, monkeypatch
+):
+    monkeypatch.setenv("DOCTOR_NATIVE", "1")  # which arranges the square
+    for module in (solving_budget, hessian, square):
+        monkeypatch.setattr(module, "tiles_of" if module is hessian else "TILE", tiles if module is hessian else 48)
+    text.write_text("\n".join(text.read_text().splitlines()[:8]))
+    recipe = Recipe(group_size=32, bits=3, sym=False, format="gptq_v2")
+    options = {"calibration": text, "rows": 8, "max_seq_length": 64}
+    need = api.plan_quantize(tiny("qwen2_moe").write(tmp_path / "plan"), tmp_path / "o", recipe, **options).need
+    assert 0 < need.on_small_device < need.on_device
+    found = same_on_both("qwen2_moe", recipe, tmp_path, text, monkeypatch, host_engine, need.on_device - 1)
+    assert [code for code, _message in found] == ["Q417"] and "they lie in the host's memory" in found[0][1]
 
 
 @pytest.mark.parametrize(

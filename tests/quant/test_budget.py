@@ -13,7 +13,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
-from doctor.quant import budget
+from doctor.quant import budget, solving_budget
 from doctor.quant.quantize import plan
 from doctor.scan import native
 
@@ -83,7 +83,7 @@ def test_a_72b_model_is_planned_from_its_headers(tmp_path):
     assert need.hessians == 4 * WIDE**2  # down's
     assert need.computing == 4 * WIDE * HIDDEN
     # Codes and their transpose, packed panels, and float32 weights and errors of some rows.
-    assert need.solving <= 2 * WIDE * HIDDEN + 3 * budget.LOOP_BYTES + budget.PACKED_BYTES
+    assert need.solving <= 2 * WIDE * HIDDEN + 3 * solving_budget.LOOP_BYTES + solving_budget.PACKED_BYTES
     assert need.outside == 2 * VOCAB * HIDDEN
     assert need.on_device == 4 * BLOCK + need.solving_on_device
     assert need.solving_on_device == need.hessians + 4 * (6 * WIDE**2 + 6 * WIDE * HIDDEN)  # of torch

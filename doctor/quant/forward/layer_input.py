@@ -18,7 +18,7 @@ class LayerInput:
 
     def __init__(self, hessian: Hessian, recipe: Recipe):
         self.channels = hessian.largest
-        self.H = Square(hessian.take(), hessian.file)
+        self.H = Square(hessian.take(), hessian.file, hessian.device if hessian.hosted else None)
         self.damp = damp = recipe.damp_for(hessian.rows)
         s, bad = spectrum(self.H, hessian.rows, damp), hessian.nonfinite
         self.fact = HessianFacts(

@@ -42,7 +42,7 @@ class StagedForward:
     them by the outputs. capacity: bytes that suspended forwards may hold in memory. suspended_bytes: what one holds
     per token. spill_file: where the excess goes; None: forwards that do not fit restart for every stage.
     forgets: experts' weights, once every batch has passed them. square_folder: where Hessians lie in files, None for
-    memory.
+    memory. hosted: Hessians of a device lie in the host's memory.
     """
 
     def __init__(
@@ -59,10 +59,11 @@ class StagedForward:
         spill_file: SpillFile | None = None,
         forgets: bool = False,
         square_folder: Path | None = None,
+        hosted: bool = False,
     ):
         self._layer = skeleton.layers[i]
         self.skeleton, self.modules, self.stages, self.hidden = skeleton, modules, stages, hidden
-        self._stage, self._forgets, self._square_folder = -1, forgets, square_folder
+        self._stage, self._forgets, self._square_folder, self._hosted = -1, forgets, square_folder, hosted
         self._where: dict[nn.Module, tuple[int, int]] = {}
         for number, stage in enumerate(stages):
             for place, group in enumerate(stage):
@@ -167,7 +168,7 @@ class StagedForward:
 
     def _hessian(self, columns: int) -> Hessian:
         file = Mapped(self._square_folder, columns) if self._square_folder is not None else None
-        return Hessian(columns, device=self.skeleton.device, file=file)
+        return Hessian(columns, device=self.skeleton.device, file=file, hosted=self._hosted)
 
     def finish(self) -> None:
         """Run every forward to its end and replace the layer's inputs by its outputs."""

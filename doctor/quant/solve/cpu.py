@@ -16,9 +16,9 @@ import torch
 
 from doctor.core.messages import _
 from doctor.formats.grid import Grid
-from doctor.quant.budget import PACKED_BYTES
 from doctor.quant.solve.float_scale import FloatScale
 from doctor.quant.solve.numerics import tiles_of
+from doctor.quant.solving_budget import PACKED_BYTES
 from doctor.scan import native
 
 ScaleKind = torch.dtype | FloatScale

@@ -26,13 +26,13 @@ from doctor.checkpoint.ggml_types import GgmlType
 from doctor.core.errors import MachineError, NotQuantizable
 from doctor.core.messages import _
 from doctor.core.recipe import DAMP, DAMP_MAX
-from doctor.quant.budget import CHUNK_BYTES
 from doctor.quant.solve.factor import Attempt
 from doctor.quant.solve.grid import require_finite
 from doctor.quant.solve.losses import SAMPLE, energies, share_of
 from doctor.quant.solve.numerics import exact_products, live_mean, row_chunks
 from doctor.quant.solve.rtn import require_hessian
 from doctor.quant.solve.square import Square
+from doctor.quant.solving_budget import CHUNK_BYTES
 from doctor.scan import native
 
 PANEL = 256  # columns of a panel, WIDEST of gguf.c

@@ -38,7 +38,6 @@ import torch
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.core.recipe import DAMP, DAMP_MAX
-from doctor.quant.budget import LOOP_BYTES
 from doctor.quant.solve import cpu
 from doctor.quant.solve.columns import round_columns
 from doctor.quant.solve.factor import factorise_with_escalation
@@ -53,12 +52,14 @@ from doctor.quant.solve.grid import (
     store_scale,
 )
 from doctor.quant.solve.grid_search import fit_with, native_params_of
+from doctor.quant.solve.hosted import solve_hosted
 from doctor.quant.solve.losses import SAMPLE, SAMPLE_WEIGHTS, energies, loss_shares
 from doctor.quant.solve.numerics import exact_products, live_mean, row_chunks
 from doctor.quant.solve.refine import refine_codes, refit_scales
 from doctor.quant.solve.rtn import require_hessian, rounded
 from doctor.quant.solve.solution import Solution
 from doctor.quant.solve.square import Square
+from doctor.quant.solving_budget import LOOP_BYTES
 
 
 def solve(
@@ -94,8 +95,9 @@ def solve(
     width = group_width(W.shape[1], group_size)
     require_finite(W)
     require_hessian(W, H)
+    hosted = isinstance(H, Square) and H.hosted
     native = cpu.native_loops() and W.device.type == "cpu"
-    if not native:
+    if not native and not hosted:
         H = H.matrix() if isinstance(H, Square) else H.to(W.device)
     mean = live_mean(H)
     order = (
@@ -108,7 +110,20 @@ def solve(
     )  # grids known before the first column is rounded
     steps = _Order(order if act_order else None, order, fixed)
     with exact_products():
-        if native and (fixed or cpu.fits(width)):
+        if isinstance(H, Square) and H.hosted:
+            solution = solve_hosted(
+                W,
+                H,
+                params,
+                order,
+                moved=act_order,
+                fixed=fixed,
+                refine=refine,
+                damp=damp,
+                damp_max=damp_max,
+                mean=mean,
+            )
+        elif native and (fixed or cpu.fits(width)):
             solution = _solve_natively(W, Square.of(H), params, steps, refine, damp, damp_max, mean)
         else:
             H = H.matrix() if isinstance(H, Square) else H

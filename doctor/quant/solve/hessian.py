@@ -11,6 +11,7 @@ Source: Frantar et al. 2022 (arXiv 2210.17323).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -50,19 +51,24 @@ class Hessian:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         file: Mapped | None = None,
+        hosted: bool = False,
     ):
-        """file: where sums in float32 lie on a CPU, None for memory."""
-        self.columns = columns
+        """file: where sums in float32 lie on a CPU, None for memory. hosted: the sums lie in the host's memory, because
+        the device's, where products are computed, is too small for them.
+        """
+        self.columns, self.device = columns, torch.device(device)
+        self.hosted = hosted
         self.rows = 0
         self.largest = torch.zeros(columns, device=device)  # the largest |x| of each channel
         self._nonfinite: NonFinite | None = None
         self._scan = _scan_on(torch.device(device)) if dtype == torch.float32 else None
         self.file = file
-        self.sums = torch.zeros(columns, columns, dtype=dtype, device=device) if file is None else file.values
+        place = "cpu" if hosted else device
+        self.sums = torch.zeros(columns, columns, dtype=dtype, device=place) if file is None else file.values
         # On a CPU BLAS computes the half that is not its mirror image: 1.6 times faster than a full product.
         self._syrk = {torch.float32: ssyrk, torch.float64: dsyrk}.get(dtype) if self.sums.device.type == "cpu" else None
-        self._tiled = file is not None or (columns > LAPACK_MOST and self._syrk is not None)
-        self._mixed = dtype == torch.float32 and mixed_products(self.sums.device)
+        self._tiled = file is not None or hosted or (columns > LAPACK_MOST and self._syrk is not None)
+        self._mixed = dtype == torch.float32 and mixed_products(self.device)
 
     def add(self, X: torch.Tensor) -> None:
         """Adds the rows of X[..., k], any float dtype. The first non-finite value is kept in `nonfinite`, and in H."""
@@ -71,12 +77,15 @@ class Hessian:
             low, high = X.amin(0), X.amax(0)
             self.largest = torch.maximum(self.largest, torch.maximum(-low, high).to(self.largest))
         if self._scan is not None:
-            self._scan.add(X.to(self.sums.device, torch.float32 if X.dtype == torch.float64 else X.dtype))
+            self._scan.add(X.to(self.device, torch.float32 if X.dtype == torch.float64 else X.dtype))
         else:
             self._look_for_nonfinite(X)
         with exact_products():
             for part in X.split(_ROWS_AT_A_TIME):
-                part = part.to(self.sums.device)
+                part = part.to(self.device)
+                if self.hosted:
+                    self._add_tiles(part)
+                    continue
                 if self._mixed and part.dtype in (torch.bfloat16, torch.float16):
                     self.sums += torch.mm(part.T, part, out_dtype=torch.float32)
                     continue
@@ -92,6 +101,20 @@ class Hessian:
                 else:
                     self.sums.addmm_(part.T, part)
         self.rows += X.shape[0]
+
+    def _add_tiles(self, part: torch.Tensor) -> None:
+        """Add the products of rows part[m, k] on the device to sums in the host's memory, a row of tiles at a time."""
+        mixed = self._mixed and part.dtype in (torch.bfloat16, torch.float16)
+        part = part if mixed else part.to(self.sums.dtype)
+        for rows in tiles_of(self.columns):
+            left, right = part[:, rows].T, part[:, : rows.stop]
+            product = torch.mm(left, right, out_dtype=torch.float32) if mixed else left @ right
+            self.sums[rows, : rows.stop] += product.to(self.sums.device)
+            self._forget()
+
+    def parts(self) -> Iterator[torch.Tensor]:
+        """The sums by rows, as many as a device that does not hold them all takes."""
+        return (self.sums[rows] for rows in tiles_of(self.columns)) if self.hosted else iter([self.sums])
 
     def take(self) -> torch.Tensor:
         """H [k, k], exactly symmetric, in the dtype of the sums, whose memory it takes: nothing can be added any more.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from doctor.quant.budget import CHUNK_BYTES
 from doctor.quant.solve.grid import GridParams, dequantize, quantize
 from doctor.quant.solve.grid_search import fit_with
 from doctor.quant.solve.numerics import row_chunks
 from doctor.quant.solve.square import Square
+from doctor.quant.solving_budget import CHUNK_BYTES
 
 # Rows of W whose losses are taken exactly: where H is wide, 128 come no closer than 64 (SmolLM2-135M, plain inputs and
 # one dominant direction); where it is narrow, more cost nothing.

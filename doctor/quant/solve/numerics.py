@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from doctor.quant.budget import TILE
+from doctor.quant.solving_budget import TILE
 
 # LAPACK's and BLAS's indices have 32 bits: k^2 entries pass them one column later. Wider matrices go by tiles.
 LAPACK_MOST = 46_340

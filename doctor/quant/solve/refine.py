@@ -45,7 +45,7 @@ def refine_codes(
     if params.floats or params.squared or not (W.is_cuda and cuda.available(W.device) is None):
         codes = codes.T.contiguous()
         for _ in range(passes):
-            codes = descend(W, H, codes, grid, g_idx, params.bits, params.scale_dtype)
+            codes = descend(W, H, codes, grid, g_idx, params)
             grid = grid if params.squared else refit_scales(W, H, codes, grid, g_idx, params.scale_dtype)
         return codes.T, grid, False
     by_group = None if neighbours else torch.argsort(g_idx, stable=True)
@@ -119,13 +119,7 @@ def improve(
 
 
 def descend(
-    W: torch.Tensor,
-    H: torch.Tensor,
-    codes: torch.Tensor,
-    grid: Grid,
-    g_idx: torch.Tensor,
-    bits: int,
-    scale_dtype: ScaleKind = torch.float16,
+    W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, params: GridParams
 ) -> torch.Tensor:
     """One pass of coordinate descent: each code u8[n, k] in turn to its best value given all others, under H."""
     index = g_idx.to(torch.int64)
@@ -135,20 +129,39 @@ def descend(
     pull = H @ error  # half the gradient, [k, n]
     for begin in range(0, len(H), BLOCK):
         end = min(len(H), begin + BLOCK)
-        before = error[begin:end].clone()
-        for first in range(begin, end, SUB):
-            last = min(end, first + SUB)
-            for j in range(first, last):
-                best = pull[j] / H[j, j] + T[j] - error[j] if H[j, j] > 0 else T[j]
-                chosen[j] = nearest(best / scale[j], zero[j], bits, scale_dtype)
-                moved = T[j] - (chosen[j] - zero[j]) * scale[j] - error[j]
-                error[j] += moved
-                pull[first:last].addr_(H[first:last, j], moved)
-            if last < end:
-                pull[last:end].addmm_(H[last:end, first:last], error[first:last] - before[first - begin : last - begin])
+        own = slice(begin, end)
+        before = error[own].clone()
+        descend_block(T[own], H[own, own], chosen[own], error[own], pull[own], scale[own], zero[own], params)
         if end < len(H):
-            pull[end:].addmm_(H[end:, begin:end], error[begin:end] - before)
+            pull[end:].addmm_(H[end:, own], error[own] - before)
     return chosen.T.to(torch.uint8).contiguous()
+
+
+def descend_block(
+    T: torch.Tensor,
+    H: torch.Tensor,
+    chosen: torch.Tensor,
+    error: torch.Tensor,
+    pull: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    params: GridParams,
+) -> None:
+    """The columns of a block, in turn: all f32[b, n], H f32[b, b] of the block alone. chosen (codes), error (T less
+    what the codes stand for) and pull (half the gradient) change in place.
+    """
+    live = (H.diagonal() > 0).tolist()  # asked once: a device is waited for
+    for first in range(0, len(H), SUB):
+        last = min(len(H), first + SUB)
+        before = error[first:last].clone()
+        for j in range(first, last):
+            best = pull[j] / H[j, j] + T[j] - error[j] if live[j] else T[j]
+            chosen[j] = nearest(best / scale[j], zero[j], params.bits, params.scale_dtype)
+            moved = T[j] - (chosen[j] - zero[j]) * scale[j] - error[j]
+            error[j] += moved
+            pull[first:last].addr_(H[first:last, j], moved)
+        if last < len(H):
+            pull[last:].addmm_(H[last:, first:last], error[first:last] - before)
 
 
 def refit_scales(

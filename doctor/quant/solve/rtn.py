@@ -6,7 +6,6 @@ import torch
 
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
-from doctor.quant.budget import CHUNK_BYTES
 from doctor.quant.solve.factor import Attempt
 from doctor.quant.solve.grid import (
     Grid,
@@ -22,6 +21,7 @@ from doctor.quant.solve.losses import energies, share_of
 from doctor.quant.solve.numerics import live_mean, nonfinite_columns, row_chunks
 from doctor.quant.solve.solution import Solution
 from doctor.quant.solve.square import Square
+from doctor.quant.solving_budget import CHUNK_BYTES
 
 
 def round_to_nearest(

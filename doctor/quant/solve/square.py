@@ -8,6 +8,9 @@ which is within them; one linear's factor needs no more than three tiles beside 
 
 Where the memory limit does not hold a square it lies in a file (mapped.py), and the factor in a second one: rows of a
 whole square can be read in any order, those of a triangle only with a page of the disk for every value.
+
+Where a GPU's memory does not hold a square it lies in the host's (`computes`): tiles go to the device and back while it
+is factored, and rows of it are copied there when they are asked for.
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ _PANEL = 256  # rows that are mirrored at a time
 
 class Square:
     """H f32[k, k] of calibration inputs, and room for its factor. Takes the memory of `values`, which is symmetric.
-    file: the one that `values` lies in, None where memory holds it.
+    file: the one that `values` lies in, None where memory holds it. computes: the device that a square in the host's
+    memory is factored on and its rows are given on; None where it computes where it lies.
     """
 
-    def __init__(self, values: torch.Tensor, file: Mapped | None = None):
+    def __init__(self, values: torch.Tensor, file: Mapped | None = None, computes: torch.device | None = None):
         self._values = values
         self._file = file
+        self._computes = computes
         self._second: Mapped | None = None  # the file of the factor
         self._diagonal = _diagonal_of(values, file)
         self._symmetric = True  # whether the lower triangle is H
@@ -52,6 +57,15 @@ class Square:
     @property
     def device(self) -> torch.device:
         return self._values.device
+
+    @property
+    def hosted(self) -> bool:
+        """Whether it lies in the host's memory because a device's is too small."""
+        return self._computes is not None
+
+    def _given(self, part: torch.Tensor) -> torch.Tensor:
+        """A part where it is computed with."""
+        return part if self._computes is None else part.to(self._computes)
 
     @property
     def values(self) -> torch.Tensor:
@@ -84,7 +98,7 @@ class Square:
 
     def diagonal(self) -> torch.Tensor:
         """diag(H), f32[k]; not to be written to."""
-        return self._diagonal
+        return self._given(self._diagonal)
 
     def matrix(self) -> torch.Tensor:
         """H f32[k, k], symmetric. A factor is given up."""
@@ -102,8 +116,9 @@ class Square:
     def column(self, j: int) -> torch.Tensor:
         """Column j of H, f32[k]."""
         if self._symmetric:
-            return self._values[j].clone()
-        return torch.cat([self._values[:j, j], self._diagonal[j : j + 1], self._values[j, j + 1 :]])
+            return self._given(self._values[j].clone())
+        parts = [self._values[:j, j], self._diagonal[j : j + 1], self._values[j, j + 1 :]]
+        return self._given(torch.cat(parts))
 
     def strip(self, begin: int, end: int) -> torch.Tensor:
         """Rows [begin, end) of H from column `begin` on, f32[end - begin, k - begin]."""
@@ -111,23 +126,36 @@ class Square:
         found[:, : end - begin] = _whole(found[:, : end - begin])
         found.diagonal().copy_(self._diagonal[begin:end])
         self.forget()
-        return found
+        return self._given(found)
 
     def columns(self, begin: int, end: int) -> torch.Tensor:
         """Columns [begin, end) of H, f32[k, end - begin]."""
         if self._symmetric:
-            return self._values[begin:end].T.contiguous()
-        return torch.cat([self._values[:begin, begin:end], self.strip(begin, end).T])
+            return self._given(self._values[begin:end]).T.contiguous()
+        return torch.cat([self._given(self._values[:begin, begin:end]), self.strip(begin, end).T])
+
+    def columns_of(self, which: torch.Tensor) -> torch.Tensor:
+        """The columns `which` i64[w] of H, in that order, f32[k, w]."""
+        j = which.to(self._values.device)
+        if self._symmetric:
+            found = self._values[j].T
+            self.forget()
+            return self._given(found.contiguous())
+        above = torch.arange(len(self), device=j.device)[:, None] < j
+        found = torch.where(above, self._values[:, j], self._values[j].T)
+        found[j, torch.arange(len(j), device=j.device)] = self._diagonal[j]
+        return self._given(found)
 
     def product(self, E: torch.Tensor) -> torch.Tensor:
         """E H, f32[n, k]."""
         k = len(self)
-        if self._symmetric and k <= LAPACK_MOST and self._file is None:
+        if self._symmetric and k <= LAPACK_MOST and self._file is None and not self.hosted:
             return E @ self._values
-        out = E * self._diagonal
+        out = E * self.diagonal()
         for begin in range(0, k, TILE):
             end = min(k, begin + TILE)
-            block, right = self._values[begin:end, begin:end].triu(1), self._values[begin:end, end:]
+            rows = self._given(self._values[begin:end, begin:])
+            block, right = rows[:, : end - begin].triu(1), rows[:, end - begin :]
             out[:, begin:end].addmm_(E[:, begin:end], block + block.T).addmm_(E[:, end:], right.T)
             out[:, end:].addmm_(E[:, begin:end], right)
             self.forget()
@@ -140,7 +168,7 @@ class Square:
         Where the last one is ok, the lower triangle is the L of L L^T = H + damp * mean * I in reversed order. mean:
         of diag(H) over live columns; dead ones get it as their diagonal, which decouples them from the others.
         """
-        steps = torch.arange(len(self)) if order is None else order
+        steps = torch.arange(len(self)) if order is None else order.cpu() if self.hosted else order
         if self._asked is not None and self._asked[:2] == (damp, damp_max) and torch.equal(self._asked[2], steps):
             return self._attempts
         self._attempts = escalate(len(self), damp, damp_max, partial(self._attempt, mean, steps.flip(0)))
@@ -154,12 +182,14 @@ class Square:
 
     def pivots(self) -> torch.Tensor:
         """M_pp of H = M M^T, M upper triangular in the order of the factor, f32[k]."""
-        return _diagonal_of(self.lower, self._second).flip(0)
+        return self._given(_diagonal_of(self.lower, self._second).flip(0))
 
     def factor_panel(self, begin: int, end: int) -> torch.Tensor:
         """M[:end, begin:end] of H = M M^T, M upper triangular in the order of the factor: f32[end, end - begin]."""
         k = len(self)
-        return self.lower[k - end :, k - end : k - begin].flip(0, 1).triu(-begin)
+        found = self._given(self.lower[k - end :, k - end : k - begin])
+        self.forget()
+        return found.flip(0, 1).triu(-begin)
 
     def _attempt(self, mean: float, turned: torch.Tensor, precision: str, share: float) -> int:
         """Factor H in the order `turned` with one precision and share of damping; info as in
@@ -180,10 +210,10 @@ class Square:
             for rows in tiles_of(len(self), TILE):
                 cpu.arrange(self._values, self._diagonal, steps, self.lower, rows)
                 self.forget()
-            if self._second is not None:
+            if self._second is not None or self.hosted:
                 for rows in self._rows():
                     self.lower[rows, rows].diagonal().copy_(diagonal[rows])
-                info = factor_in_place(self.lower, TILE, self._second, work)
+                info = factor_in_place(self.lower, TILE, self._second, work, self._computes)
             elif work == torch.float32:
                 self.lower.diagonal().copy_(diagonal)
                 info = factor_in_place(self.lower)
@@ -211,49 +241,73 @@ class Square:
 
 
 def factor_in_place(
-    S: torch.Tensor, tile: int | None = None, file: Mapped | None = None, work: torch.dtype | None = None
+    S: torch.Tensor,
+    tile: int | None = None,
+    file: Mapped | None = None,
+    work: torch.dtype | None = None,
+    computes: torch.device | None = None,
 ) -> int:
     """The lower triangle A of S [k, k] becomes L with A = L L^T, what lies above the diagonal stays. Returns LAPACK's
     info: 0, or the order of the first leading minor that is not positive. tile: columns worked on at a time; by default
     all of them, as long as LAPACK can index them. file: where S lies, read ahead and let go of row by row of tiles.
-    work: the dtype of sums inside a tile, by default that of S.
+    work: the dtype of sums inside a tile, by default that of S. computes: the device of tiles, by default that of S.
     """
     if tile is None and len(S) <= LAPACK_MOST:
         # In Fortran's order the memory of S is that of S^T, so its upper factor is L^T and nothing is copied.
         return int({torch.float32: spotrf, torch.float64: dpotrf}[S.dtype](S.numpy().T, 0, 0, 1)[1])
     parts = tiles_of(len(S), tile or TILE)
     tiles = [[S[rows, columns] for columns in parts[: at + 1]] for at, rows in enumerate(parts)]
-    return _factor(tiles, parts, file, work or S.dtype)
+    return _factor(tiles, parts, file, work or S.dtype, computes)
 
 
 def _factor(
-    tiles: list[list[torch.Tensor]], parts: list[slice], file: Mapped | None = None, work: torch.dtype = torch.float64
+    tiles: list[list[torch.Tensor]],
+    parts: list[slice],
+    file: Mapped | None = None,
+    work: torch.dtype = torch.float64,
+    computes: torch.device | None = None,
 ) -> int:
     """Factor a lower triangle of tiles in place, one column of tiles after the other; of those on the diagonal the
     lower triangle. Each needs the tiles left of it and of its diagonal only.
     """
-    potrf, trsm = {torch.float32: (spotrf, strsm), torch.float64: (dpotrf, dtrsm)}[work]
     for j, columns in enumerate(parts):
         if file is not None:
             file.forget()
-        D = tiles[j][j].to(work, copy=True)
+        D = tiles[j][j].to(computes, work, copy=True)
         for tile in tiles[j][:j]:
-            left = tile.to(work)
+            left = tile.to(computes, work)
             D.addmm_(left, left.T, alpha=-1)
-        info = int(potrf(D.numpy().T, 0, 0, 1)[1])
+        D, info = _factor_of_tile(D)
         if info:
             return columns.start + info
-        _put(tiles[j][j], D, True)
+        _put(tiles[j][j], D.to(tiles[j][j].device), True)
         for i, row in enumerate(tiles[j + 1 :], j + 1):
             if file is not None:
                 file.forget()
                 file.will_need(parts[min(i + 1, len(parts) - 1)])
-            A = row[j].to(work).contiguous()
+            A = row[j].to(computes, work).contiguous()
             for tile, beside in zip(row[:j], tiles[j][:j], strict=True):
-                A.addmm_(tile.to(work), beside.to(work).T, alpha=-1)
-            trsm(1.0, D.numpy().T, A.numpy().T, 0, 0, 1, 0, 1)  # A^T becomes L^-1 A^T
-            row[j].copy_(A)
+                A.addmm_(tile.to(computes, work), beside.to(computes, work).T, alpha=-1)
+            row[j].copy_(_divided(A, D))
     return 0
+
+
+def _factor_of_tile(D: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(L with D = L L^T in its lower triangle, LAPACK's info); D may be overwritten."""
+    if D.device.type == "cpu":
+        potrf = {torch.float32: spotrf, torch.float64: dpotrf}[D.dtype]
+        return D, int(potrf(D.numpy().T, 0, 0, 1)[1])
+    L, info = torch.linalg.cholesky_ex(D)
+    return L, int(info)
+
+
+def _divided(A: torch.Tensor, L: torch.Tensor) -> torch.Tensor:
+    """A L^-T, of a lower triangle L; A may be overwritten."""
+    if A.device.type == "cpu":
+        trsm = {torch.float32: strsm, torch.float64: dtrsm}[A.dtype]
+        trsm(1.0, L.numpy().T, A.numpy().T, 0, 0, 1, 0, 1)  # A^T becomes L^-1 A^T
+        return A
+    return torch.linalg.solve_triangular(L.T, A, upper=True, left=False)
 
 
 def _put(place: torch.Tensor, tile: torch.Tensor, diagonal: bool) -> None:

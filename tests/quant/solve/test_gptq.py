@@ -180,7 +180,7 @@ def test_no_step_of_refinement_raises_the_loss():
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(160)
     losses = [proxy_loss(W, dequantize(codes, grid), damped)]
     for _ in range(3):
-        codes = descend(W, damped, codes, grid, start.g_idx, 3)
+        codes = descend(W, damped, codes, grid, start.g_idx, GridParams(3, 32, True, True, False, 1, torch.float16))
         losses.append(proxy_loss(W, dequantize(codes, grid), damped))
         grid = refit_scales(W, damped, codes, grid, start.g_idx)
         losses.append(proxy_loss(W, dequantize(codes, grid), damped))
@@ -194,7 +194,7 @@ def test_descent_stops_where_no_single_code_can_be_bettered():
     grid, g_idx = fit(W, 2, -1, True), contiguous_groups(16, -1)
     codes = quantize(W, grid, 2)
     for _ in range(30):
-        codes = descend(W, H, codes, grid, g_idx, 2)
+        codes = descend(W, H, codes, grid, g_idx, GridParams(2, -1, True, True, False, 1, torch.float16))
     least = proxy_loss(W, dequantize(codes, grid), H)
     for row in range(3):
         for column in range(16):
