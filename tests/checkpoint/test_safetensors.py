@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from doctor.checkpoint import safetensors
 from doctor.checkpoint.header_text import header_bytes
 from doctor.checkpoint.safetensors import MAX_HEADER_BYTES, MAX_LISTED, ShardFile, open_shard, parse_header
 from doctor.core.errors import BadCheckpoint
@@ -172,3 +173,21 @@ def test_all_tensors_that_a_cut_file_lost_are_counted():
     shard = parsed(header + bytes(2))
     assert shard.counts["truncated"] == 2999
     assert shard.cut_at == len(header) + 6000
+
+
+def crowd(count, length, data):
+    tensors = {f"{i:x}": entry(i * length, (i + 1) * length, [length]) for i in range(count)}
+    return file_of(tensors, bytes(data))
+
+
+def test_a_crowd_of_tensors_over_next_to_no_data_is_named_and_not_read(monkeypatch):
+    monkeypatch.setattr(safetensors, "CROWD", 50)
+    for count, length, data, found in (
+        (51, 63, 51 * 63, {"crowd"}),
+        (50, 63, 50 * 63, set()),
+        (51, 64, 51 * 64, set()),
+        (51, 64, 1000, {"truncated"}),  # cut short: what the header promises counts
+    ):
+        shard = parsed(crowd(count, length, data))
+        assert {d.kind for d in shard.defects} == found
+        assert bool(shard.tensors) == (found != {"crowd"})
