@@ -242,7 +242,7 @@ def legend(options: list[Option], columns: Sequence[int] = (_LONGEST,)) -> list[
             )
         )
     published = dict.fromkeys((o.scheme.split(" ")[0], o.published) for o in options if o.published)
-    found += [say("{scheme}: {published}", scheme=name, published=text) for name, text in published]
+    found += [say("{scheme}: {published}", scheme=name, published=translated(text)) for name, text in published]
     return found
 
 
