@@ -149,6 +149,6 @@ def test_an_area_without_what_it_is_compared_with_is_not_ticked(tmp_path):
     case.write(tmp_path / "m")
     (tmp_path / "m" / "config.json").unlink()
     for name, areas in (("empty", ("Tensors", "Tokenizer", "Geometry")), ("m", ("Tensors", "Tokenizer"))):
-        shown = render(check(tmp_path / name))
+        shown = render([check(tmp_path / name)])
         for area in areas:
             assert re.search(rf"○ +{area} .*not +judged", shown), (name, area, shown)
