@@ -231,9 +231,10 @@ def _read_back(
     if asked.client:
         proof = asked.client.prove(after.checkpoint.root)
         loaded, note = judged_proof(proof, after.store, asked.rules)
-        report = report_of(asked, checked, facts, done, [*new, *loaded], shown)
         if proof.reason:
             notes.append(note)
+            shown["not_proved"] = note
         else:
             asked.progress(note)
+        report = report_of(asked, checked, facts, done, [*new, *loaded], shown)
     return Built(report, staged, facts, notes, Ending(asked, checked, facts), calibrated, done)
