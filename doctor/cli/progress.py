@@ -228,7 +228,7 @@ def _of_a_total(column: Any) -> Any:
     """A column of rich's that is empty beside a task without a total."""
     from rich.text import Text
 
-    class Column(column):  # type: ignore[misc]
+    class Column(column):
         def render(self, task: Any) -> Any:
             return super().render(task) if task.total is not None else Text()
 
