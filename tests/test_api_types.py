@@ -14,6 +14,9 @@ from doctor.core import options
 
 JOBS = {
     "QuantizeOptions": "doctor.quant.quantize.quantize",
+    "PlanOptions": "doctor.quant.quantize.plan",
+    "ConvertOptions": "doctor.quant.convert.convert",
+    "TuneOptions": "doctor.quant.tuning.tune.tune",
     "VerifyOptions": "doctor.evaluate.verify.verify",
     "CompareOptions": "doctor.evaluate.ranking.rank",
     "KvcacheOptions": "doctor.evaluate.kvcache.study.kvcache",
@@ -22,13 +25,15 @@ JOBS = {
 SCRIPT = """
 import torch
 
-from doctor import Recipe, advise, check, explain, kvcache, quantize, verify
+from doctor import Recipe, advise, check, convert, explain, kvcache, quantize, tune, verify
 
 recipe = Recipe(method="gptq", bits=4, group_size=64)
 report = check("model", recipe)
 held = check(torch.nn.Linear(2, 2)), check({"a": torch.ones(2)}, model_config={"vocab_size": 2})
 done = quantize("model", "out", recipe, rows=8, memory=1 << 30, compare_rows=2)
 compared = verify("model", "out", rows=4)
+better = tune("out", "model", "tuned", rows=8)
+floats = convert("out", "floats", "bf16", overwrite=True)
 cache = kvcache("model", context=1024)
 advice = advise("model", memory=24 << 30, gpus=2)
 page: str = explain("W201")
@@ -36,7 +41,7 @@ html: str = report.to_html()
 first: str = advice.fitting[0].quantize
 ok: bool = done.report.ok and compared.ok
 """
-WRONG = 'from doctor import quantize\nquantize("model", "out", row=8)\n'
+WRONG = 'from doctor import quantize, tune\nquantize("model", "out", row=8)\ntune("out", "model", "tuned", row=8)\n'
 
 
 @pytest.mark.parametrize("name, job", JOBS.items())
@@ -66,5 +71,6 @@ def test_a_script_of_a_user_passes_mypy_and_a_wrong_option_does_not(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert 'wrong.py:2: error: Unexpected keyword argument "row"' in run.stdout, run.stdout + run.stderr
+    for line in (2, 3):
+        assert f'wrong.py:{line}: error: Unexpected keyword argument "row"' in run.stdout, run.stdout + run.stderr
     assert "script.py" not in run.stdout, run.stdout

@@ -66,11 +66,11 @@ def page(entry) -> str:
     from doctor.lint.rule import QUOTATION
     from doctor.locale.rule_pages import HEADINGS, heading
     from doctor.locale.rule_pages import page as translated
+    from doctor.report.pages import sentence
 
-    title = entry.title[:1].upper() + entry.title[1:]
     parts = [
         f"# {entry.code} {entry.name}",
-        f"{title}.",
+        f"{sentence(entry.title)}.",
         f"{entry.severity} · {entry.certainty} · {entry.area.lower()} · looks at: {entry.cost}",
     ]
     heads = {

@@ -42,6 +42,11 @@ def _constants(node: ast.expr) -> Iterator[str]:
         yield node.value
 
 
+# Tables whose sentences are shown: (file, list of rows, keys).
+_TABLES = (
+    ("rules/tables/published.toml", "misread", ("what", "cause", "advice")),
+    ("rules/tables/quality.toml", "scheme", ("published",)),
+)
 _METHODS = {".py": python_templates, ".html": "jinja2.ext:babel_extract"}
 
 
@@ -59,9 +64,10 @@ def extracted() -> Catalog:
             _METHODS[path.suffix], path, KEYWORDS, options={"silent": "false"}
         ):
             catalog.add(message, locations=[(path.relative_to(ROOT).as_posix(), None)], context=context)
-    for row in tomllib.loads((ROOT / "rules/tables/published.toml").read_text(encoding="utf-8")).get("misread", ()):
-        for key in ("what", "cause", "advice"):
-            catalog.add(row[key], locations=[("rules/tables/published.toml", None)])
+    for file, rows, keys in _TABLES:
+        for row in tomllib.loads((ROOT / file).read_text(encoding="utf-8")).get(rows, ()):
+            for key in (key for key in keys if key in row):
+                catalog.add(row[key], locations=[(file, None)])
     return catalog
 
 

@@ -47,7 +47,7 @@ def fix(
     """Write a fixed copy of a checkpoint to `output`. The source is never written to; the output is complete or absent.
 
     unsafe_fixes: True for every unsafe fix that need not be named, or codes ("all" among them means True), which also
-    allow fixes that must be named. only: fix nothing but these codes. base: the donor, another checkpoint or
+    allow fixes that must be named. only: fix nothing but these codes. donor: another checkpoint, or
     org/name[@revision] on the Hub: lost files and tensors are copied from it, and an adapter is merged into it. Of a
     repository only what is copied is downloaded. copy, link: unchanged files are copies, or hard links to those of the
     source; else the file system decides (doctor.fixing.filesystem.Carry). in_place: output is None; the directory

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from doctor.api.clients import client, prove_logits
 from doctor.api.measuring import verify
@@ -16,7 +16,7 @@ from doctor.core.recipe import Recipe
 from doctor.lint.engine import load_rules
 
 if TYPE_CHECKING:
-    from doctor.core.options import QuantizeOptions
+    from doctor.core.options import ConvertOptions, PlanOptions, QuantizeOptions, TuneOptions
     from doctor.quant.convert import Converted
     from doctor.quant.preflight import Forecast
     from doctor.quant.quantize_result import QuantizeResult
@@ -68,7 +68,7 @@ def plan_quantize(
     path: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str],
     recipe: Recipe | None = None,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> Forecast:
     """Forecast memory and disk of quantizing, from headers alone; see doctor.quant.quantize.plan for the options."""
     from doctor.quant.quantize import plan
@@ -93,19 +93,23 @@ def try_recipes(
 
 
 def convert(
-    path: str | os.PathLike[str] | Checkpoint, output: str | os.PathLike[str], target: str, **options: Any
+    path: str | os.PathLike[str] | Checkpoint,
+    output: str | os.PathLike[str],
+    target: str,
+    **options: Unpack[ConvertOptions],
 ) -> Converted:
     """Write a quantized checkpoint in another stored format, or as 16-bit floats; see doctor.quant.convert.convert."""
     from doctor.quant.convert import convert as run
 
-    return run(path, output, target, **{"client": client(), **options})
+    options.setdefault("client", client())
+    return run(path, output, target, **options)
 
 
 def tune(
     quantized: str | os.PathLike[str] | Checkpoint,
     original: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str],
-    **options: Any,
+    **options: Unpack[TuneOptions],
 ) -> Tuned:
     """Tune the scales and norms of a quantized checkpoint against its original; see doctor.quant.tuning.tune.tune."""
     from doctor.quant.calibration.documents import require_text_of
@@ -117,4 +121,5 @@ def tune(
     require_text_of(options.get("calibration"))
     from doctor.quant.tuning.tune import tune as run
 
-    return run(source, teacher, output, **{"client": client(), **options})
+    options.setdefault("client", client())
+    return run(source, teacher, output, **options)

@@ -18,7 +18,7 @@ from doctor.core.messages import _
 INTERRUPTED = _("Interrupted.")
 DEFECT: str = _("internal error (a bug in doctor): report it with what DOCTOR_DEBUG=1 prints.")
 # What a base installation has not: `check`, `fix`, `explain`, `render` and reports do without.
-OF_EXTRA = ("torch", "transformers", "tokenizers", "safetensors", "scipy", "greenlet", "yaml")
+OF_EXTRA = ("accelerate", "torch", "transformers", "tokenizers", "safetensors", "scipy", "greenlet", "yaml")
 INSTALL: str = _("`pip install 'checkpoint-doctor[quantize]'` brings it.")
 
 

@@ -37,13 +37,16 @@ class Teller:
         """That so many of a step's units are done."""
         now = time.monotonic()
         with self._lock:
-            began, told = self._began.setdefault(step, self._clock), self._told.get(step, float("-inf"))
+            # Layers are told when they are done, the first chunk of many bytes as it comes: what was before it is no
+            # measure of the rest.
+            began = self._began.setdefault(step, now if unit == "bytes" else self._clock)
+            told = self._told.get(step, float("-inf"))
             self._clock = now
             if done < total and now - told < APART[self._mode]:
                 return
             self._told[step] = now
         seconds = now - began
-        left = seconds * (total - done) / done if done else None
+        left = seconds * (total - done) / done if done and (seconds or done >= total) else None
         if self._mode == "json":
             left = None if left is None else round(left, 3)
             values = {"done": done, "total": total, "unit": unit, "seconds": round(seconds, 3), "left": left}
@@ -199,28 +202,34 @@ def byte_bars(total: int, *phases: str) -> Iterator[Bytes]:
         yield lambda phase, n: None
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(None),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        *map(_of_a_total, (DownloadColumn, TransferSpeedColumn, TimeRemainingColumn)),
         console=Console(stderr=True),
         transient=True,
     ) as bar:
-        tasks = {phase: bar.add_task(phase, total=total, visible=False) for phase in phases}
+        tasks = {phase: bar.add_task(catalogue.say(phase), total=total, visible=False) for phase in phases}
+        judging: list[Any] = []  # what follows the last phase has no length that is known
 
         def tick(phase: str, n: int) -> None:
-            if phase in tasks:
-                bar.update(tasks[phase], advance=n, visible=True)
+            if phase not in tasks:
+                return
+            bar.update(tasks[phase], advance=n, visible=True)
+            if phase == phases[-1] and not judging and bar.tasks[tasks[phase]].finished:
+                judging.append(bar.add_task(catalogue.say("judging"), total=None))
 
         yield tick
+
+
+def _of_a_total(column: Any) -> Any:
+    """A column of rich's that is empty beside a task without a total."""
+    from rich.text import Text
+
+    class Column(column):
+        def render(self, task: Any) -> Any:
+            return super().render(task) if task.total is not None else Text()
+
+    return Column()

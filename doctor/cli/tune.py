@@ -46,7 +46,7 @@ from doctor.core.messages import _
 @option(
     "--passes", type=int, default=None, help=_("Times that a row is trained on.  [default: 2 up to 48 rows, else 1]")
 )
-@option("--seed", type=int, default=0)
+@option("--seed", type=int, default=0, help=_("Of everything that is drawn at random."))
 @memory_option(_("Most memory that codes take; more is read again from disk.  [default: half of what is free]"))
 @device_option
 @lang_option

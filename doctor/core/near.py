@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from doctor.core.messages import _, listed
+from doctor.core.messages import _
 
 
 def nearest(word: str, known: Iterable[str], most: int = 3) -> str:
     """`Did you mean gptq?`, "" where nothing is near."""
     words = {w.lower(): w for w in known}
     near = [words[w] for w in get_close_matches(word.lower(), words, n=most, cutoff=0.6)]
-    return _("Did you mean {near}?", near=listed(near)) if near else ""
+    return _("Did you mean {near}?", near=", ".join(near)) if near else ""
 
 
 def nearest_codes(word: str, codes: Iterable[str], most: int = 3) -> str:
@@ -24,4 +24,4 @@ def nearest_codes(word: str, codes: Iterable[str], most: int = 3) -> str:
         return ""
     same = [code for code in codes if code[0] == word[0].upper()]
     near = sorted(same, key=lambda code: (abs(int(code[1:]) - int(word[1:])), code))[:most]
-    return _("Did you mean {near}?", near=listed(near)) if near else ""
+    return _("Did you mean {near}?", near=", ".join(near)) if near else ""

@@ -53,6 +53,46 @@ class QuantizeOptions(TypedDict, total=False):
     compare: Callable[..., Any] | None
 
 
+class PlanOptions(TypedDict, total=False):
+    """Of doctor.quant.quantize.plan."""
+
+    rows: int
+    max_seq_length: int
+    memory: int | None
+    calibration: FilePath | None
+    budget: Any
+    tune: str | int
+    device: str
+    compare_rows: int
+
+
+class ConvertOptions(TypedDict, total=False):
+    """Of doctor.quant.convert.convert."""
+
+    client: Any
+    carry: Any
+    overwrite: bool
+    rules_dirs: Iterable[Path]
+    progress: Callable[[str, int], None]
+
+
+class TuneOptions(TypedDict, total=False):
+    """Of doctor.quant.tuning.tune.tune."""
+
+    calibration: FilePath | None
+    rows: int
+    max_seq_length: int
+    passes: int | None
+    seed: int
+    memory: int | None
+    device: str
+    overwrite: bool
+    client: Any
+    rules_dirs: Iterable[Path]
+    say: Callable[[str], None]
+    progress: Callable[[str, int], None]
+
+
 class VerifyOptions(TypedDict, total=False):
     """Of doctor.evaluate.verify.verify."""
 

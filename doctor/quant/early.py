@@ -19,7 +19,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import BadCheckpoint, DoctorError, NotQuantizable, PlanRefused
 from doctor.core.facts import CHECKPOINT
 from doctor.core.machine import GIVEN_MACHINE
-from doctor.core.messages import Message, _
+from doctor.core.messages import Message, _, plural
 from doctor.core.recipe import Recipe, matches
 from doctor.edits.stored import Decoding
 from doctor.fixing.assess import Assessment, assess
@@ -106,7 +106,7 @@ def refused_by_headers(
     report = report_of(assess(view, recipe, rules, facts=facts, stage="header"), recipe, fail_on, started)
     if report.ok:
         return None
-    progress(_("not quantized: {errors} errors", errors=report.count("error")))
+    progress(plural("not quantized: {n:,} error", "not quantized: {n:,} errors", report.count("error")))
     return report
 
 

@@ -108,6 +108,13 @@ def comparing_bytes(source: Checkpoint, vocab: int) -> int:
     return constant() + 4 * (max(layers.values(), default=0) + outside + 4 * TOKENS * vocab)
 
 
+def _not_compared(asked: Asked, report: Report, notes: list[str], note: str) -> Report:
+    """The report, which says so."""
+    notes.append(note)
+    asked.progress(note)
+    return replace(report, extra={**report.extra, "not_compared": note})
+
+
 def _compared(
     asked: Asked,
     compare: Compare,
@@ -122,9 +129,7 @@ def _compared(
         note = _(
             "not compared with the original, which was read through fixes; `doctor verify` compares two directories"
         )
-        notes.append(note)
-        asked.progress(note)
-        return report
+        return _not_compared(asked, report, notes, note)
     need, most = comparing_bytes(source, checked.spec.vocab or 0), asked.memory
     if most is not None and need > most:
         note = _(
@@ -132,22 +137,16 @@ def _compared(
             need=gib(need),
             most=gib(most),
         )
-        notes.append(note)
-        asked.progress(note)
-        return report
+        return _not_compared(asked, report, notes, note)
     try:
         found = compare(Path(os.path.abspath(opened_from(source))), output)
     except DoctorError as error:
         note = _("not compared with the original: {reason}", reason=error.message)
-        notes.append(note)
-        asked.progress(note)
-        return report
+        return _not_compared(asked, report, notes, note)
     broken = next((f for f in found.findings if f.code == ORIGINAL_BROKEN), None)
     if broken is not None:  # no fault of the quantization, and no figure means anything then
         note = _("not compared with the original: {reason}", reason=broken.message)
-        notes.append(note)
-        asked.progress(note)
-        return report
+        return _not_compared(asked, report, notes, note)
     known = {(f.code, f.message) for f in report.findings}
     runs = {run.rule.code: run for run in found.runs if run.rule.cost == "output"}
     return replace(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.messages import _, listed
+from doctor.core.messages import _, listed, plural
 from doctor.core.records import CalibrationFacts, TuningFacts
 from doctor.edits.gguf_floats import opened_from
 from doctor.fixing.assess import assess
@@ -220,8 +220,8 @@ def _read_back(
     report = report_of(asked, checked, facts, done, new, shown)
     asked.progress(
         _(
-            "check after: {errors} errors ({seconds:.1f} s)",
-            errors=report.count("error"),
+            "check after: {errors} ({seconds:.1f} s)",
+            errors=plural("{n:,} error", "{n:,} errors", report.count("error")),
             seconds=time.perf_counter() - started,
         )
     )
@@ -231,9 +231,10 @@ def _read_back(
     if asked.client:
         proof = asked.client.prove(after.checkpoint.root)
         loaded, note = judged_proof(proof, after.store, asked.rules)
-        report = report_of(asked, checked, facts, done, [*new, *loaded], shown)
         if proof.reason:
             notes.append(note)
+            shown["not_proved"] = note
         else:
             asked.progress(note)
+        report = report_of(asked, checked, facts, done, [*new, *loaded], shown)
     return Built(report, staged, facts, notes, Ending(asked, checked, facts), calibrated, done)

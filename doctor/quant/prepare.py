@@ -19,7 +19,7 @@ from doctor.core.facts import CHECKPOINT
 from doctor.core.finding import Finding
 from doctor.core.host import describe
 from doctor.core.machine import GIVEN_MACHINE
-from doctor.core.messages import _
+from doctor.core.messages import _, plural
 from doctor.core.recipe import Recipe
 from doctor.core.records import CALIBRATION, CalibrationFacts
 from doctor.core.rehearsal import GIVEN_REHEARSAL
@@ -121,9 +121,9 @@ def check(asked: Asked, source: Checkpoint, fix: bool, unsafe_fixes: bool | Iter
     report = report_of(asked, checked)
     asked.progress(
         _(
-            "check before: {errors} errors, {warnings} warnings ({seconds:.1f} s)",
-            errors=report.count("error"),
-            warnings=report.count("warning"),
+            "check before: {errors}, {warnings} ({seconds:.1f} s)",
+            errors=plural("{n:,} error", "{n:,} errors", report.count("error")),
+            warnings=plural("{n:,} warning", "{n:,} warnings", report.count("warning")),
             seconds=time.perf_counter() - started,
         )
     )

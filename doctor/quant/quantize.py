@@ -19,7 +19,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.hub import open_checkpoint
 from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.core.facts import Unavailable
-from doctor.core.messages import _
+from doctor.core.messages import _, plural
 from doctor.core.recipe import Recipe
 from doctor.core.records import CALIBRATION
 from doctor.edits.decoding import decoded
@@ -209,7 +209,7 @@ def _quantized(
     checked = check(asked, source, fix or bool(unsafe_fixes), unsafe_fixes)
     report = report_of(asked, checked)
     if not report.ok:
-        asked.progress(_("not quantized: {errors} errors", errors=report.count("error")))
+        asked.progress(plural("not quantized: {n:,} error", "not quantized: {n:,} errors", report.count("error")))
         return QuantizeResult(report)
     earlier = _earlier(asked, checked) if asked.retry else None
     with device_memory(asked.device):

@@ -186,7 +186,7 @@ def cells(n: int, option: Option) -> list[str]:
         f"{option.free_bytes / GIB:.1f}",
         say("any") if option.longest is None else f"{option.longest:,}",
         f"{option.bits:.2f}",
-        "?" if option.kl is None else f"{option.kl:.3f}",
+        "?" if option.kl is None else f"{option.kl:.4f}",
         "" if option.perplexity is None else f"{option.perplexity - 1:+.1%}",
     ]
 
@@ -242,7 +242,7 @@ def legend(options: list[Option], columns: Sequence[int] = (_LONGEST,)) -> list[
             )
         )
     published = dict.fromkeys((o.scheme.split(" ")[0], o.published) for o in options if o.published)
-    found += [say("{scheme}: {published}", scheme=name, published=text) for name, text in published]
+    found += [say("{scheme}: {published}", scheme=name, published=translated(text)) for name, text in published]
     return found
 
 

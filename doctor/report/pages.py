@@ -1,6 +1,7 @@
 """Rules for people: a page, the answer to a pasted error, and the list."""
 
 import json
+import re
 from collections.abc import Sequence
 
 from rich.cells import cell_len
@@ -37,9 +38,9 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
                 styled((pad(say("find me by") if i == 0 else "", 12), "bold")),
                 styled(f'"{seen.text}"', (f"  {seen.tool}", "bright_black")),
             )
-    _section(screen, _("What it checks"), _sentence(rule_pages.sentence(entry, current())))
+    _section(screen, _("What it checks"), sentence(rule_pages.sentence(entry, current())))
     for key, title in explain.SECTIONS[:-1]:
-        _section(screen, title, _sentence(rule_pages.section(entry, key, current())))
+        _section(screen, title, sentence(rule_pages.section(entry, key, current())))
     if entry.module.startswith("doctor.rules."):
         _section(
             screen,
@@ -53,10 +54,10 @@ def show_page(entry: Rule, rules: list[Rule], out: Console) -> None:
     _section(screen, _("To know"), translated(explain.decider(entry)))
 
 
-def _sentence(text: str) -> str:
-    """With a capital, unless the text begins with a name or an option."""
+def sentence(text: str) -> str:
+    """With a capital, unless the text begins with a name or an option, as auto_map, config.json or --tp."""
     first = text.split(" ", 1)[0]
-    return text[:1].upper() + text[1:] if first.isalpha() else text
+    return text if re.search(r"_|\.\w|\d|^-", first) else text[:1].upper() + text[1:]
 
 
 def _section(screen: Screen, title: str, text: str) -> None:

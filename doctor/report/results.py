@@ -121,6 +121,8 @@ def results(report: Report) -> list[tuple[str, str]]:
     lines += [(say("task"), _task(score)) for score in report.extra.get("tasks", ())]
     if report.extra.get("load_proof"):
         lines.append((say("loading"), _loading(report.extra["load_proof"])))
+    missing = (("not_proved", say("loading")), ("not_compared", say("divergence")))
+    lines += [(label, translated(report.extra[key])) for key, label in missing if report.extra.get(key)]
     if report.extra.get("client_run"):
         lines.append((say("client"), _client(report.extra["client_run"])))
     return [(label, safe(text)) for label, text in lines]

@@ -207,7 +207,7 @@ def areas(report: Report, found: list[Group]) -> list[Area]:
                 )
             )
         else:
-            lines.append(Area(translated(name), "skipped", _why_skipped(runs)))
+            lines.append(Area(translated(name), "skipped", _why_skipped(runs, _unjudged(name, report))))
     return lines
 
 
@@ -233,8 +233,13 @@ def _read(report: Report) -> str:
 def _unjudged(name: str, report: Report) -> str:
     """Why the rules that an area stands for judged nothing, though others of it ran; "" where they ran or none was due.
 
-    Geometry is about groups in linears, Serving about kernels of a runtime: neither fact is there for every format.
+    Tensors and Tokenizer are compared with a config.json that names a model, Geometry is about groups in linears,
+    Serving about kernels of a runtime: none of these is there for every directory.
     """
+    if name in ("Tensors", "Weights", "Geometry") and not report.summary.get("tensors"):
+        return _("no tensor was read")
+    if name in ("Tensors", "Tokenizer") and not report.summary.get("architecture"):
+        return _("no config.json that names a model")
     fact = {"Geometry": "layout", "Serving": "kernels" if report.recipe.runtime else ""}.get(name)
     asking = [r for r in report.runs if fact and fact in r.rule.facts]
     plain = goal_of(report) == "serve" and not report.summary.get("stored")  # 16-bit weights need no kernel of a format
@@ -286,13 +291,13 @@ def _established(name: str, report: Report, runs: list) -> str:
     )
 
 
-def _why_skipped(runs: list) -> str:
+def _why_skipped(runs: list, known: str) -> str:
     reasons: dict[str, int] = {}
     for run in runs:
         if run.reasons:
             reason = max(run.reasons, key=lambda r: run.reasons[r])
             reasons[reason] = reasons.get(reason, 0) + 1
-    reason = max(reasons, key=lambda r: reasons[r])
+    reason = known or max(reasons, key=lambda r: reasons[r])
     return safe(
         say(
             "not judged: {reason} ({rules})",

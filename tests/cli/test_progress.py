@@ -104,6 +104,19 @@ def test_json_has_one_object_a_line_with_the_same_keys_whatever_is_counted():
     keys = {"step", "done", "total", "unit", "seconds", "left"}
     assert all(s.keys() == (keys if s["step"] != "note" else {"step", "text", "seconds"}) for s in told)
     assert all(s["seconds"] >= 0 and (s.get("left") or 0) >= 0 for s in told)
+    assert told[0]["seconds"] == 0 and told[0]["left"] is None  # what was before the first bytes is no measure of them
+
+
+def test_after_the_last_byte_a_bar_without_an_end_says_that_it_goes_on(monkeypatch):
+    for name in ("CI", "TERM", "HF_HUB_DISABLE_PROGRESS_BARS", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for last, said in ((0, False), (1, True)):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        with progress.byte_bars(progress.SHORT, "scan") as tick:
+            tick("scan", progress.SHORT - 1)
+            tick("scan", last)
+        assert "scan" in terminal.getvalue() and ("judging" in terminal.getvalue()) == said
 
 
 def test_off_is_silent_and_lines_say_each_phase():

@@ -154,7 +154,7 @@ def test_unknown_codes_are_refused(tmp_path):
 
     with pytest.raises(DoctorError, match="'W999': no rule has this code") as error:
         fix(tiny().write(tmp_path / "source"), tmp_path / "out", only=("W999",))
-    assert error.value.hint == "Did you mean W214, W213 and W212?"
+    assert error.value.hint == "Did you mean W214, W213, W212?"
 
 
 # the law of every rule that offers a fix

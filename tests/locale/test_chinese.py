@@ -53,6 +53,7 @@ def quoted(report):
 def english(text, others=()):
     """Sentences of English in a text, but for `others` and the errors that rules quote."""
     seen = [s.text for entry in RULES.values() for s in entry.seen_as]
+    text = re.sub(r"\n\s+vllm serve .*", "", text)  # a command below another
     text = re.sub(r"\s*\n\s+", " ", text)  # lines that were wrapped are indented
     for other in sorted([*others, *seen], key=len, reverse=True):
         text = text.replace(" ".join(other.split()), "…")
@@ -96,6 +97,8 @@ COMMANDS = {
     ),
     "verify": lambda m: ("verify", m["good"], m["q"], "--text", m["text"], "--context", 32, "--rows", 2, "-v"),
     "advise": lambda m: ("advise", m["good"], "--memory", "1GB", "--gpu", "t4", "-v"),
+    "advise what fits": lambda m: ("advise", m["good"], "--memory", "2GB"),
+    "advise for llama.cpp": lambda m: ("advise", m["good"], "--memory", "2GB", "--runtime", "llama.cpp"),
     "kvcache": lambda m: ("kvcache", m["good"], "--measure", "--text", m["text"], "--memory", "1GB", "--k-bits", 5),
     "explain": lambda m: ("explain", "G302"),
     "explain an error": lambda m: ("explain", "Hessian is not invertible"),

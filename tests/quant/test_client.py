@@ -11,6 +11,7 @@ from doctor.core.recipe import Recipe
 from doctor.core.records import LoadProof
 from doctor.quant.client import Client, not_packed, plain_linears
 from doctor.quant.quantize import quantize
+from doctor.report.results import results
 
 RTN = Recipe(method="rtn", format="compressed-tensors", group_size=32)
 
@@ -68,6 +69,7 @@ def test_a_client_that_cannot_be_asked_is_a_note(tmp_path):
     client = Client(lambda folder, modules: {}, lambda folder: LoadProof("c 1", reason="c 1 has no class X"))
     result = quantize(tmp_path / "m", tmp_path / "q", RTN, client=client)
     assert result.report.ok and "not proved to load: c 1 has no class X" in result.notes
+    assert result.report.extra["not_proved"] in dict(results(result.report)).values()
 
 
 @pytest.mark.parametrize(

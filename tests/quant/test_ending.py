@@ -105,6 +105,7 @@ def test_an_original_that_is_worse_than_chance_is_not_compared_and_said(tmp_path
     done = quantized(folder, tmp_path / "out", compare_rows=3)
     assert done.output and done.report.ok and "comparison" not in done.report.extra
     assert any("not compared with the original" in note for note in done.notes)
+    assert "divergence not compared with the original" in " ".join(render([done.report]).split())
 
 
 def test_a_comparison_that_fails_costs_no_output(source, tmp_path):

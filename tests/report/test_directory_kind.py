@@ -1,6 +1,7 @@
 """A report says what the directory is before it judges, and calls nothing ready whose tensors nobody judged."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -140,3 +141,14 @@ def test_every_kind_has_words_and_a_healthy_model_says_its_own(tmp_path):
     assert verdict(report)[0] == "ok"
     first, second = render([report]).splitlines()
     assert "model · LlamaForCausalLM" in first and second.startswith("  decoder LM · ")
+
+
+def test_an_area_without_what_it_is_compared_with_is_not_ticked(tmp_path):
+    (tmp_path / "empty").mkdir()
+    case = tiny()
+    case.write(tmp_path / "m")
+    (tmp_path / "m" / "config.json").unlink()
+    for name, areas in (("empty", ("Tensors", "Tokenizer", "Geometry")), ("m", ("Tensors", "Tokenizer"))):
+        shown = render([check(tmp_path / name)])
+        for area in areas:
+            assert re.search(rf"○ +{area} .*not +judged", shown), (name, area, shown)

@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,8 @@ def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
         if found is None:
             return answer | {"kind": "no class", "error": names[0] if names else ""}
         answer["class"] = names[0]
+        if find_spec("accelerate") is None:  # transformers raises a ValueError, which says nothing against the files
+            return answer | {"kind": "library", "error": "the meta device needs it (`pip install accelerate`)"}
         ask_for_plain_backend(config)
         model, info = found.from_pretrained(
             folder,
