@@ -42,7 +42,9 @@ from doctor.core.recipe import parse_runtime
     help=_("Tokens kept per sequence, as 32768 or 32k.  [default: 8192, or what the model is made for]"),
 )
 @option("--batch", type=int, default=1, help=_("Sequences at a time."))
-@option("--runtime", default="vllm", metavar="NAME", help=_("Engine that serves it."))
+@option(
+    "--runtime", default="", metavar="NAME", help=_("Engine that serves it.  [default: vllm, of a GGUF file llama.cpp]")
+)
 @option("-v", "--verbose", is_flag=True, help=_("Every number of GPUs and every cache, and the commands of each row."))
 @format_option(KV_FORMATS)
 @lang_option

@@ -14,6 +14,7 @@ from doctor.core.errors import DoctorError
 from doctor.core.messages import Message, _, listed
 from doctor.core.near import nearest
 from doctor.core.recipe import GOALS, METHODS, RUNTIMES
+from doctor.formats.schemes import scheme_named
 from doctor.locale import catalogue
 from doctor.locale.catalogue import translated
 from doctor.report import FORMATS
@@ -289,13 +290,27 @@ def overrides(values: Iterable[str]) -> tuple[str, ...]:
     """`PATTERN:bits=B`, or `PATTERN=B` as it was written before, as the recipe has it: PATTERN=B."""
     found = []
     for value in values:
+        if _SCHEME.fullmatch(value.strip()):
+            continue
         match = re.fullmatch(r"(.+?)(?::bits)?=(\d+)", value.strip())
         if match is None or match[1] == ":bits":
             raise click.BadParameter(
-                f"{value!r} must be PATTERN:bits=B, as '*down_proj:bits=8'.", param_hint="'--override'"
+                f"{value!r} must be PATTERN:bits=B or PATTERN:scheme=NAME, as '*down_proj:bits=8'.",
+                param_hint="'--override'",
             )
         found.append(f"{match[1]}={match[2]}")
     return tuple(found)
+
+
+def other_schemes(values: Iterable[str]) -> tuple[str, ...]:
+    """Of the same values `PATTERN:scheme=NAME`, as the recipe has it: PATTERN=NAME. Raises DoctorError for a name that
+    is not known.
+    """
+    found = (_SCHEME.fullmatch(value.strip()) for value in values)
+    return tuple(f"{match[1]}={scheme_named(match[2]).name}" for match in found if match)
+
+
+_SCHEME = re.compile(r"(.+):scheme=(.+)")
 
 
 def size_in_bytes(text: str, option: str = "--memory") -> int | None:

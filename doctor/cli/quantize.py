@@ -22,6 +22,7 @@ from doctor.cli.options import (
     lang_option,
     memory_option,
     option,
+    other_schemes,
     outputs_of,
     overrides,
     overwrite_option,
@@ -103,11 +104,13 @@ USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few bes
 @option(
     "--override",
     multiple=True,
-    metavar="PATTERN:bits=B",
+    metavar="PATTERN:KEY=VALUE",
     aliases=("--bits-for",),
     help=_(
-        "Other bits for some linears, as {example}; repeatable. In the GPTQ format transformers does not read them.",
-        example="'{0,1}.*down_proj:bits=8'",
+        "Other bits or another scheme for some linears, as {bits} or {scheme}; repeatable. In the GPTQ format "
+        "transformers does not read other bits.",
+        bits="'{0,1}.*down_proj:bits=8'",
+        scheme="'*self_attn*:scheme=FP8_DYNAMIC'",
     ),
 )
 @option(
@@ -254,6 +257,7 @@ def command(
             format=format or "",
             keep=patterns(ignore_linears),
             bits_for=overrides(override),
+            schemes_for=other_schemes(override),
             kv_cache=kv_cache or "",
             **{name: flags[name] for name in ("act_order", "mse", "damp", "damp_max", "seed", "vision")},
         )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from doctor.core.errors import DoctorError
 from doctor.core.messages import _
 from doctor.core.methods import BITS, METHODS, STATIC, Method
+from doctor.core.named_schemes import NamedFields, named
 from doctor.core.near import nearest
 from doctor.core.tables import table
 
@@ -57,6 +58,7 @@ class OutputFormat(Protocol):
     kv_caches: tuple[str, ...]
     smooths: bool
     stores_zeros: bool
+    groups_of_modules: bool
 
     def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str: ...
 
@@ -117,6 +119,7 @@ class Recipe:
     gpu: str = ""  # the graphics card that it will be served on, a name of rules/tables/gpus.toml
     keep: tuple[str, ...] = ()
     bits_for: tuple[str, ...] = ()  # PATTERN=BITS: linears of another width; the last that matches counts
+    schemes_for: tuple[str, ...] = ()  # PATTERN=SCHEME: linears stored by another named scheme, likewise
     seed: int = 0
     goal: str = ""
     kv_cache: str = ""  # how engines store keys and values: fp8, fp8-head (scales of each head); "" is not said
@@ -160,6 +163,44 @@ class Recipe:
             )
         self._require_widths()
         self._require_format()
+        self._require_schemes()
+
+    def _require_schemes(self) -> None:
+        """DoctorError where a scheme of single linears is not known, or cannot stand in one file with the recipe's."""
+        for text in self.schemes_for:
+            pattern, _sign, name = text.rpartition("=")
+            row = named(name)
+            if not pattern or row is None:
+                raise _illegal(_("scheme for {text!r}", text=text), _("PATTERN=SCHEME with a scheme that is known"))
+            forms = [FORMATS[self.output_format], FORMATS[str(row.fields["format"])]]
+            if not all(form.groups_of_modules for form in forms):
+                raise _illegal(
+                    _(
+                        "scheme {name} for {pattern} in the {format} format",
+                        name=name,
+                        pattern=pattern,
+                        format=forms[0].name,
+                    ),
+                    _("left out: compressed-tensors alone holds several schemes in one file, its own"),
+                )
+            if self.folds_scales:
+                raise _illegal(
+                    _("scheme {name} for {pattern} with {method}", name=name, pattern=pattern, method=self.method),
+                    _("left out: factors are folded for all linears, so all are stored alike"),
+                )
+            replace(self, bits_for=(), schemes_for=(), **self._fields_of(row))
+
+    def _fields_of(self, row: NamedFields) -> dict[str, Any]:
+        """Fields of the recipe of linears that a named scheme stores, by this method where the scheme has it."""
+        method = self.method if self.method in row.methods else row.methods[0]
+        return {"activations": "", "sym": True, **row.usual, **row.fields, "method": method}
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """What holds for most linears, and for those of each other scheme."""
+        rows = [row for text in self.schemes_for if (row := named(text.rpartition("=")[2])) is not None]
+        plain = replace(self, schemes_for=()) if rows else self
+        return (plain, *(replace(plain, bits_for=(), **self._fields_of(row)) for row in rows))
 
     def _require_format(self) -> None:
         """DoctorError where the format has no such groups or activations, or is not for this method."""
@@ -236,7 +277,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether calibration rows are run: for the codes, or for scales of activations or the cache alone."""
-        return self.solver.calibrated or self.activations in STATIC or bool(self.kv_cache)
+        return any(x.solver.calibrated or x.activations in STATIC or bool(x.kv_cache) for x in self.recipes)
 
     @property
     def folds_scales(self) -> bool:
@@ -252,12 +293,16 @@ class Recipe:
         return METHODS[self.method]
 
     def for_linear(self, name: str) -> Recipe:
-        """The recipe of this linear: of its own width where bits_for names it."""
-        bits = next(
-            (int(b) for p, _sign, b in (x.rpartition("=") for x in reversed(self.bits_for)) if matches(p, name)),
-            self.bits,
-        )
-        return self if not self.bits_for else replace(self, bits=bits, bits_for=())
+        """The recipe of this linear: of its own scheme or width where schemes_for or bits_for names it."""
+        if not (self.bits_for or self.schemes_for):
+            return self
+        row = named(self.scheme_for(name))
+        own = self._fields_of(row) if row is not None else {"bits": int(_last(self.bits_for, name) or self.bits)}
+        return replace(self, bits_for=(), schemes_for=(), **own)
+
+    def scheme_for(self, name: str) -> str:
+        """The named scheme that this linear alone has, "" where it has the common one."""
+        return _last(self.schemes_for, name)
 
     @property
     def name(self) -> str:
@@ -284,6 +329,12 @@ class Recipe:
         if name == "method" and not _FALL.index(value) >= _FALL.index(old):
             raise _illegal(step, _("a simpler one"))
         return replace(self, **{name: value})
+
+
+def _last(named: tuple[str, ...], name: str) -> str:
+    """The value of the last PATTERN=VALUE that matches, "" where none does."""
+    pairs = (text.rpartition("=") for text in reversed(named))
+    return next((value for pattern, _sign, value in pairs if matches(pattern, name)), "")
 
 
 def matches(pattern: str, name: str) -> bool:

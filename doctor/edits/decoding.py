@@ -17,6 +17,7 @@ from doctor.core.recipe import Recipe, is_kept
 from doctor.edits.kinds import Dequantize, DropFile, DropTensor, Edit, RemoveJson
 from doctor.edits.stored import Decoding, Stored
 from doctor.formats.known import quantized
+from doctor.formats.mixed import alone
 from doctor.formats.registry import KNOWN, read_quantization, verbatim_tails, word_tails
 from doctor.formats.requirements import stored_shape
 from doctor.model.quantization_config import quantization_of
@@ -39,10 +40,12 @@ def decoding(
     Raises Unavailable with the reason where a weight in codes is of no format that is read here, or lacks a part.
     """
     words, plain = word_tails(), build_spec(checkpoint.value("config.json") or {}, {})
-    stored = [
-        _packed(info, tensors, block) if info.name.endswith(words) else _beside(info, tensors, block, texts, plain)
-        for info in sorted(quantized(tensors.values()), key=lambda info: info.name)
-    ]
+    own = alone(block[0]) if block is not None else None
+    stored = []
+    for info in sorted(quantized(tensors.values()), key=lambda info: info.name):
+        of = (dict(own(info.name.rpartition(".")[0])), *block[1:]) if own and block else None
+        packed = info.name.endswith(words)
+        stored.append(_packed(info, tensors, of) if packed else _beside(info, tensors, of, texts, plain))
     kind = float_dtype(tensors)
     edits: list[Edit] = []
     for one in stored:

@@ -177,4 +177,4 @@ def shows_packing(name: str) -> bool:
 
 def streams(recipe: Recipe) -> bool:
     """Whether a recipe's codes are chosen from weights alone and its words from rows alone: then no model is run."""
-    return not recipe.calibrated and format_of(recipe).rows_apart
+    return not recipe.calibrated and all(format_of(own).rows_apart for own in recipe.recipes)

@@ -46,6 +46,12 @@ def format_of(recipe: Recipe) -> Format:
     return KNOWN[recipe.output_format]
 
 
+def stored_bytes(recipe: Recipe, linear: str, in_features: int, out_features: int) -> int:
+    """Bytes of a linear's tensors, as its own part of the recipe stores it."""
+    own = recipe.for_linear(linear)
+    return format_of(own).bytes(in_features, out_features, own.scheme)
+
+
 @cache
 def word_tails() -> tuple[str, ...]:
     """Endings of names of tensors that hold codes instead of weights."""

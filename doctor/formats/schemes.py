@@ -17,6 +17,7 @@ from typing import Any
 from doctor.core.errors import DoctorError
 from doctor.core.messages import _, listed
 from doctor.core.methods import METHODS
+from doctor.core.named_schemes import NAMED
 from doctor.core.recipe import Recipe
 
 
@@ -78,6 +79,7 @@ SCHEMES: dict[str, NamedScheme] = {
         _gguf("IQ4_XS", 4, "gguf-iq4_xs"),
     )
 }
+NAMED.update(SCHEMES)
 ALIASES = {"W8A8": "INT8", "FP8": "FP8_STATIC"}  # other tools' names for what a row is
 
 
@@ -117,6 +119,11 @@ def name_of(recipe: Recipe) -> str:
         return ""
     rows = (row for row in SCHEMES.values() if recipe.method in row.methods)
     return next((row.name for row in rows if all(getattr(recipe, k) == v for k, v in row.fields.items())), "")
+
+
+def with_others(name: str, recipe: Recipe) -> str:
+    """`NVFP4A16 + FP8_DYNAMIC`: the name of a recipe with those of the schemes that single linears have."""
+    return " + ".join([name, *dict.fromkeys(text.rpartition("=")[2] for text in recipe.schemes_for)])
 
 
 def fields_of(text: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _why_fused(entry: dict, recipe: Recipe, linears: list[Linear], stored: tuple
         (
             _("{role} of an expert: {why}", role=x.role, why=why)
             for x in linears[: len(ROLES)]
-            if (why := unfit(recipe, x.in_features, x.out_features))
+            if (why := unfit(recipe.for_linear(x.name), x.in_features, x.out_features))
         ),
         "",
     )

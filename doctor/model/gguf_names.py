@@ -237,7 +237,12 @@ def _gemma(model: GgufModel, theta: float) -> dict[str, Any]:
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": int(model.own("attention.sliding_window", 512)),
-        "query_pre_attn_scalar": int(model.own("attention.key_length", 256)),
+        "query_pre_attn_scalar": _attention_scale(
+            layers,
+            int(model.own("embedding_length")),
+            int(model.own("attention.head_count")),
+            int(model.own("attention.key_length", 256)),
+        ),
         "layer_types": ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)],
         "rope_theta": theta,
         "rope_local_base_freq": local,
@@ -248,6 +253,13 @@ def _gemma(model: GgufModel, theta: float) -> dict[str, Any]:
         "attn_logit_softcapping": None,
         "final_logit_softcapping": model.own("final_logit_softcapping"),
     }
+
+
+def _attention_scale(layers: int, hidden: int, heads: int, head_dim: int) -> int:
+    """What llama.cpp takes for query_pre_attn_scalar of Gemma 3, which no key of the file holds: the size of a head; in
+    the 27B, which it knows by its 62 layers, hidden_size / heads. Source: llama.cpp src/llama-model.cpp.
+    """
+    return hidden // heads if layers == 62 else head_dim
 
 
 def _scaling(model: GgufModel, theta: float, head_dim: int, factors: Sequence[float] | None) -> dict[str, Any]:
@@ -278,6 +290,9 @@ def _scaling(model: GgufModel, theta: float, head_dim: int, factors: Sequence[fl
     return found
 
 
+_GEMMA_SIZES = {"num_hidden_layers": 26, "hidden_size": 2304, "num_attention_heads": 8, "head_dim": 256}  # and defaults
+
+
 def unwritable(config: Mapping[str, Any]) -> str:
     """Why a checkpoint of this config.json cannot be written as GGUF here; "" where it can."""
     known = architecture_of(config)
@@ -303,12 +318,20 @@ def unwritable(config: Mapping[str, Any]) -> str:
             return _("llama.cpp wants experts in every layer of this architecture, and some have none")
     if known.name == "gemma3":
         layers = config.get("layer_types")
-        usual = [
+        pattern = [
             "full_attention" if (i + 1) % 6 == 0 else "sliding_attention"
             for i in range(int(config.get("num_hidden_layers") or 0))
         ]
-        if isinstance(layers, list) and layers != usual:
+        if isinstance(layers, list) and layers != pattern:
             return _("llama.cpp takes every sixth layer of Gemma 3 as full attention, and layer_types says otherwise")
+        sizes = [int(config.get(key) or usual) for key, usual in _GEMMA_SIZES.items()]
+        stated_scale, taken = config.get("query_pre_attn_scalar", 256), _attention_scale(*sizes)
+        if stated_scale != taken:
+            return _(
+                "query_pre_attn_scalar is {value}, and llama.cpp takes {other} in a Gemma 3 of these sizes",
+                value=stated_scale,
+                other=taken,
+            )
     return ""
 
 

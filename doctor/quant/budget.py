@@ -30,7 +30,7 @@ from doctor.core.recipe import Recipe, is_kept
 from doctor.formats.gguf import blocks_of
 from doctor.formats.grid import E4M3
 from doctor.formats.known import streams
-from doctor.formats.registry import format_of
+from doctor.formats.registry import format_of, stored_bytes
 from doctor.model.fused_experts import unfuse
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
@@ -212,14 +212,13 @@ class _Layer(NamedTuple):
 
 def _layer(tensors: list[TensorInfo], quantized: Mapping[str, Linear], recipe: Recipe) -> _Layer:
     held = packed = 0
-    form = format_of(recipe)
     for tensor in tensors:
         x = quantized.get(tensor.name)
         if x is None:
             held += 4 * tensor.numel if len(tensor.shape) != 2 else max(tensor.nbytes, 2 * tensor.numel)
             continue
         held += 0 if x.expert is not None else 4 * tensor.numel if x.transposed else tensor.nbytes
-        packed += form.bytes(x.in_features, x.out_features, recipe.for_linear(x.name).scheme)
+        packed += stored_bytes(recipe, x.name, x.in_features, x.out_features)
     return _Layer(held, packed, sum(t.numel for t in tensors))
 
 
@@ -229,6 +228,7 @@ def _solving(x: Linear, recipe: Recipe, calibrated: bool) -> int:
         return solving_in_torch([x], calibrated)
     n, k = x.out_features, x.in_features
     stored = 2 * n * k if x.expert is not None else 0  # read for it alone
+    recipe = recipe.for_linear(x.name)
     form = format_of(recipe)
     if recipe.folds_scales or form.in_blocks or form.grid(recipe.scheme).levels == E4M3:
         return stored + 4 * _OBLONGS_OF_ALL_ROWS * n * k
@@ -289,7 +289,7 @@ def _output_bytes(checkpoint: Checkpoint, linears: list[Linear], recipe: Recipe)
         elif x is None:
             total += tensor.nbytes // 2 if tensor.dtype.bits == 32 else tensor.nbytes
         else:
-            total += form.bytes(x.in_features, x.out_features, recipe.for_linear(x.name).scheme)
+            total += stored_bytes(recipe, x.name, x.in_features, x.out_features)
     return total
 
 

@@ -20,7 +20,7 @@ from doctor.core.records import CalibrationFacts
 from doctor.core.version import __version__
 from doctor.fixing.receipt import RECEIPT
 from doctor.formats.registry import format_of
-from doctor.formats.schemes import name_of
+from doctor.formats.schemes import name_of, with_others
 from doctor.lint.engine import Report
 
 CARD = "README.md"
@@ -42,7 +42,7 @@ def card(
     front, body = _of_original(original)
     base = base_model(original)
     lines = [
-        f"# {(base or original.name).rpartition('/')[2]} · {name_of(recipe) or recipe.label()}",
+        f"# {(base or original.name).rpartition('/')[2]} · {with_others(name_of(recipe) or recipe.label(), recipe)}",
         "",
         f"{base or original.name}, quantized with doctor {__version__}.",
         "",
@@ -112,7 +112,7 @@ def _rows(recipe: Recipe, calibration: CalibrationFacts | None, report: Report) 
     run, compared = report.extra.get("run", {}), report.extra.get("comparison")
     outcomes = [x["outcome"] for x in report.linears if isinstance(x, dict)]
     rows = [
-        ("recipe", name_of(recipe) or recipe.label()),
+        ("recipe", with_others(name_of(recipe) or recipe.label(), recipe)),
         ("format", format_of(recipe).label),
         ("linears", ", ".join(f"{outcomes.count(kind):,} {kind}" for kind in sorted(set(outcomes)))),
     ]

@@ -220,18 +220,14 @@ def require_cached(
     measure: bool = False,
     **_others: Any,
 ) -> None:
-    """Raises what `kvcache` refuses by options and headers: numbers below 1, no config.json, and, where the model is to
-    be run, an unknown family or a text that cannot be read.
+    """Raises what `kvcache` refuses by options and headers: numbers below 1, no config.json, a GGUF model that is not
+    read, and, where the model is to be run, an unknown family or a text that cannot be read.
     """
     for name, value in (("--context", context), ("--batch", batch), ("rows", rows)):
         if value < 1:
             raise DoctorError(_("{option} {value}: must be 1 or more.", option=name, value=value))
+    checkpoint = described(checkpoint)
     config = checkpoint.value("config.json")
-    if config is None and checkpoint.gguf:
-        raise BadCheckpoint(
-            _("{name}: is a GGUF file; the cache's sizes are read from config.json.", name=checkpoint.name),
-            _("Give the directory that it was made from."),
-        )
     if config is None:
         raise BadCheckpoint(
             _("{name}: config.json is absent or broken; the cache's shape stands there.", name=checkpoint.name)

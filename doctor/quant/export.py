@@ -31,6 +31,7 @@ from doctor.core.recipe import Recipe
 from doctor.fixing.filesystem import machine_errors
 from doctor.fixing.receipt import RECEIPT
 from doctor.fixing.staging import StagingDir
+from doctor.formats.mixed import with_schemes
 from doctor.formats.registry import format_of
 from doctor.model.spellings import with_old_keys
 from doctor.plan.loading import loading_options
@@ -153,9 +154,9 @@ class Output(Stage):
     @staticmethod
     def stated(recipe: Recipe, kept: Iterable[str], tensors: Iterable[str], linears: Linears) -> dict:
         """The quantization_config of an output with these tensors."""
-        form = format_of(recipe)
-        words = f".{form.words or form.scales}"  # what tells a packed linear by its name
-        names = [name.rpartition(".")[0] for name in tensors if name.endswith(words)]
+        forms = [format_of(own) for own in recipe.recipes]
+        words = tuple(f".{form.words or form.scales}" for form in forms)  # what tells a packed linear by its name
+        names = dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith(words))
         return quantization_config(recipe, kept, names, linears)
 
     @contextmanager
@@ -275,8 +276,9 @@ def quantization_config(recipe: Recipe, kept: Iterable[str], packed: Iterable[st
     client's, of which those that no packed one is loaded into are excluded too.
     """
     packed = list(packed)
-    widths = {n: w for n in packed if (w := recipe.for_linear(n).bits) != recipe.bits}
-    return config_of(recipe, kept, packed, linears, widths)
+    other = {name: recipe.for_linear(name) for name in packed if recipe.scheme_for(name)}
+    widths = {n: w for n in packed if n not in other and (w := recipe.for_linear(n).bits) != recipe.bits}
+    return with_schemes(config_of(recipe, kept, packed, linears, widths), other)
 
 
 def config_of(

@@ -276,7 +276,7 @@ def finish_linear(
         if given is not None and given.usable and format_of(recipe).in_blocks:
             packed[f"{name}.{IMPORTANCE}"] = (given.H.diagonal() / 2).to("cpu", torch.float32)
         put_weight(module, found.weight, linear.transposed)
-        fact = outcome(solved, given, recipe, folding.notes.get(name, "") if folding else "")
+        fact = outcome(solved, given, recipe.for_linear(name), folding.notes.get(name, "") if folding else "")
         seconds = solved.seconds + time.perf_counter() - started
     hessian = given.fact if given else None
     put_facts(setup.store, name, fact, hessian)

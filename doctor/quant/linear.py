@@ -176,8 +176,8 @@ def divisors(modules: Mapping[str, tuple[Linear, nn.Module]], recipe: Recipe) ->
     """The divisor of the scales of each linear, from the weights as they are now: one for those that an engine joins.
     {} for a format without.
     """
-    if not format_of(recipe).grid(recipe.scheme).divided:
-        return {}
+    own = {name: recipe.for_linear(name) for name in modules}
+    modules = {name: pair for name, pair in modules.items() if format_of(own[name]).grid(own[name].scheme).divided}
     most = {name: float(weight_of(*pair).abs().amax()) for name, pair in modules.items()}
     linears = [linear for linear, _module in modules.values()]
     return {name: divisor_of(max(most[other] for other in together(linears, [name]))) for name in most}

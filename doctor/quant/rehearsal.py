@@ -124,7 +124,8 @@ def _written(
 
 def _packed(linear: Linear, recipe: Recipe) -> list[Header]:
     """Headers of a linear in the output format."""
-    parts = format_of(recipe).parts(linear.in_features, linear.out_features, recipe.for_linear(linear.name).scheme)
+    own = recipe.for_linear(linear.name)
+    parts = format_of(own).parts(linear.in_features, linear.out_features, own.scheme)
     return [(f"{linear.name}.{part.name}", part.dtype, part.shape, part.nbytes) for part in parts]
 
 

@@ -82,7 +82,8 @@ def _fused_experts(
 
 def why_kept(recipe: Recipe, linear: Linear) -> str:
     """Why a linear stays in 16 bits; "" where it is quantized."""
-    return ASKED if is_kept(recipe, linear.name) else unfit(recipe, linear.in_features, linear.out_features)
+    own = recipe.for_linear(linear.name)
+    return ASKED if is_kept(recipe, linear.name) else unfit(own, linear.in_features, linear.out_features)
 
 
 def names_in_config(found: Record, fused: Mapping[str, FusedExperts], recipe: Recipe) -> list[str]:
@@ -105,31 +106,33 @@ def stays_unasked(found: Record, fused: Mapping[str, FusedExperts]) -> bool:
 
 
 def require_widths(spec: ModelSpec, recipe: Recipe) -> None:
-    """Raises DoctorError where bits_for names no linear, or gives linears that engines join different widths."""
+    """Raises DoctorError where bits_for or schemes_for name no linear, or linears that engines join differ in width or
+    scheme.
+    """
     names = [x.name for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]
-    for text in recipe.bits_for:
-        pattern, _equals, _bits = text.rpartition("=")
+    for text in (*recipe.bits_for, *recipe.schemes_for):
+        pattern, _equals, _own = text.rpartition("=")
         if not any(matches(pattern, name) for name in names):
             raise DoctorError(
-                _("bits for {text}: no linear that is quantized has such a name.", text=text),
+                _("--override {text}: no linear that is quantized has such a name.", text=text),
                 _("Names are like {names}.", names=", ".join(names[:2])),
             )
     if "bits" not in format_of(recipe).joint:
         return  # its readers join nothing
-    joined: dict[tuple[str, int], set[int]] = {}
+    joined: dict[tuple[str, int], set[Recipe]] = {}
     for x in spec.linears:
         part = next((i for i, roles in enumerate(_JOINED) if x.role in roles), None)
         if x.name in names and part is not None:
             widths = joined.setdefault((x.name.rpartition(".")[0], part), set())
-            widths.add(recipe.for_linear(x.name).bits)
+            widths.add(recipe.for_linear(x.name))
             if len(widths) > 1:
                 raise DoctorError(
                     _(
-                        "bits for {patterns}: {name} gets {bits} bits, and engines join {roles} into one linear "
-                        "of one width.",
-                        patterns=", ".join(recipe.bits_for),
+                        "--override {patterns}: {name} gets {scheme}, and engines join {roles} into one linear "
+                        "of one scheme and width.",
+                        patterns=", ".join((*recipe.bits_for, *recipe.schemes_for)),
                         name=x.name,
-                        bits=recipe.for_linear(x.name).bits,
+                        scheme=recipe.for_linear(x.name).label(),
                         roles=", ".join(_JOINED[part]),
                     ),
                     _("Name all of them in the pattern."),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from doctor.core.methods import METHODS
 from doctor.core.recipe import Recipe
-from doctor.formats.schemes import fields_of, name_of
+from doctor.formats.schemes import fields_of, name_of, with_others
 from doctor.lint.engine import Report
 from doctor.locale.catalogue import say
 from doctor.report.text import safe
@@ -28,7 +28,7 @@ def plan_label(report: Report) -> str:
     gpus = [f"tp{r.tp}"] if r.tp > 1 else []
     if goal_of(report) == "quantize":
         scheme = name_of(r)
-        return " ".join([scheme, *gpus]) if scheme else r.label()
+        return with_others(" ".join([scheme, *gpus]) if scheme else r.label(), r)
     return safe(" ".join([stored or dtype, *gpus]))
 
 
@@ -49,7 +49,9 @@ def plan_text(report: Report) -> str:
         stored = stored or str(report.summary.get("dtype", "")).lower()
         return say("none: served as stored") + f" · {safe(stored)} → {say(', ').join(target)}"
     return (
-        " · ".join([name_of(r) or r.name, say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")])
+        " · ".join(
+            [with_others(name_of(r) or r.name, r), say("{n} bit", n=r.bits), group, say("sym" if r.sym else "asym")]
+        )
         + f" → {say(', ').join(target)}"
     )
 

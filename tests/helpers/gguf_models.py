@@ -26,6 +26,7 @@ def model(family, folder):
     if family == "gemma3_text":
         case.config["architectures"] = ["Gemma3ForCausalLM"]
         case.config["layer_types"] = ["sliding_attention"] * case.config["num_hidden_layers"]
+        case.config["query_pre_attn_scalar"] = case.config["head_dim"]
     if family == "qwen3_moe":
         case.config["norm_topk_prob"] = True
     return case.write(folder)

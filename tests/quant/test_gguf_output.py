@@ -293,3 +293,25 @@ def test_eight_experts_get_the_types_that_llama_quantize_gives_them():
 )
 def test_a_mixture_that_llama_cpp_would_compute_otherwise_is_refused(more, reason):
     assert reason in unwritable({"architectures": ["Qwen3MoeForCausalLM"], **more})
+
+
+@pytest.mark.parametrize(
+    ("layers", "scale", "reason"),
+    [
+        (26, 256, ""),
+        (26, 168, "query_pre_attn_scalar is 168, and llama.cpp takes 256 in a Gemma 3 of these sizes"),
+        (62, 168, ""),
+        (62, 128, "query_pre_attn_scalar is 128, and llama.cpp takes 168"),
+    ],
+)
+def test_a_scale_of_attention_that_llama_cpp_does_not_take_is_refused(layers, scale, reason):
+    sizes = {"hidden_size": 5376, "num_attention_heads": 32, "head_dim": 128} if layers == 62 else {}
+    found = unwritable(
+        {
+            "architectures": ["Gemma3ForCausalLM"],
+            "num_hidden_layers": layers,
+            "query_pre_attn_scalar": scale,
+            **sizes,
+        }
+    )
+    assert reason in found and bool(found) == bool(reason)

@@ -171,3 +171,40 @@ def test_a_file_of_floats_has_nothing_to_decode(tmp_path):
     assert how.stored == () and view.tensors
     refused = api.quantize(folder, tmp_path / "q", Recipe(bits=8), calibration=rows(tmp_path))
     assert not any(run.crashed for run in refused.report.runs)
+
+
+def test_kvcache_of_the_file_is_that_of_what_it_was_made_from(files, tmp_path):
+    source, file = files("gemma3_text")
+    here, there = (api.kvcache(path, context=64, memory=1 << 30).data for path in (file, source))
+    assert here["weight_bytes"] == Checkpoint.open(file).total_bytes < there["weight_bytes"]
+    for key in ("layers", "windows", "max_positions", "not_predicted"):
+        assert here[key] == there[key], key
+    assert [s["total_bytes"] for s in here["schemes"]] == [s["total_bytes"] for s in there["schemes"]]
+    assert here["fitness"]
+    for one, other in zip(here["fitness"], there["fitness"], strict=True):  # Q8_0 moves the error a little
+        for width, error in one["errors"].items():
+            assert abs(error - other["errors"][width]) <= 0.05 * other["errors"][width], (one["layer"], width)
+    measured = api.kvcache(file, measure=True, text=rows(tmp_path), rows=1, measured_context=16).data
+    assert "not_measured" not in measured and len(measured["measured"]["schemes"]) > 1
+    folder = tiny_gguf()
+    folder.keys["general.architecture"] = text("rwkv7")
+    with pytest.raises(BadCheckpoint, match="its architecture 'rwkv7' is not read as a model here"):
+        api.kvcache(folder.write(tmp_path / "g"))
+
+
+def test_advise_serves_the_file_or_starts_from_its_numbers(files):
+    source, file = files("llama")
+    advice = api.advise(file, memory=8 << 30)
+    assert advice.runtime == "llama.cpp" and advice.stored_bytes == Checkpoint.open(file).total_bytes
+    stored = next(o for o in advice.options if o.scheme == "as stored")
+    assert stored.total_bytes == advice.stored_bytes and stored.good and not stored.quantize
+    assert stored.serve.startswith(f"llama-server -m {file} ")
+    assert {o.scheme for o in advice.options} >= {"as stored", "Q4_0"} and "Q8_0" not in {
+        o.scheme for o in advice.options
+    }
+    other = api.advise(file, memory=8 << 30, runtime="vllm")
+    plain = next(o for o in other.options if o.scheme == "16-bit")
+    assert plain.quantize == f"doctor convert {file} -o model-Q8_0-16-bit --format bf16"
+    assert plain.serve.startswith("vllm serve model-Q8_0-16-bit ")
+    assert plain.total_bytes == sum(info.nbytes for info in Checkpoint.open(source).tensors.values())
+    assert not any(o.scheme == "W8A16 g64" for o in other.options)  # `quantize` refuses as many bits in longer groups

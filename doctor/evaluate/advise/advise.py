@@ -21,8 +21,10 @@ from doctor.core.messages import Message, _
 from doctor.core.recipe import Recipe
 from doctor.core.store import Store, Variant
 from doctor.core.tables import table
+from doctor.edits.decoding import coarser
 from doctor.evaluate.advise.advice import Advice, Option
 from doctor.evaluate.advise.candidates import (
+    OWN_FILES,
     STORED,
     Candidate,
     candidates,
@@ -32,7 +34,7 @@ from doctor.evaluate.advise.candidates import (
     served,
 )
 from doctor.evaluate.advise.footprint import cache_bytes, cache_share, engine_of, weights
-from doctor.evaluate.advise.kinds import Kinds, as_floats, one_of_each
+from doctor.evaluate.advise.kinds import Kinds, as_floats, of_gguf, one_of_each
 from doctor.evaluate.kvcache.layer_sizes import read_cache_layout
 from doctor.evaluate.kvcache.layout import CacheLayout
 from doctor.evaluate.kvcache.schemes import Scheme as CacheScheme
@@ -54,28 +56,22 @@ def advise(
     context: int | None = None,
     batch: int = 1,
     gpu: str = "",
-    runtime: str = "vllm",
+    runtime: str = "",
 ) -> Advice:
     """Advice on serving a checkpoint with `runtime` on `gpus` GPUs of `memory` bytes each.
 
-    path: a directory, or org/name[@revision] on the Hub, of which only headers are read. memory: of one GPU; None takes
-    that of `gpu`, a name in rules/tables/gpus.toml. context: tokens a sequence keeps (8,192, or what the model is made
-    for where that is less); batch: sequences at a time. Raises DoctorError for impossible options, BadCheckpoint where
-    config.json is absent or does not give the sizes.
+    path: a directory, a .gguf file, or org/name[@revision] on the Hub, of which only headers are read. memory: of one
+    GPU; None takes that of `gpu`, a name in rules/tables/gpus.toml. context: tokens a sequence keeps (8,192, or what
+    the model is made for where that is less); batch: sequences at a time. runtime: "" is vllm, of a GGUF model
+    llama.cpp. Raises DoctorError for impossible options, BadCheckpoint where config.json or the metadata of a GGUF
+    model are absent or do not give the sizes.
     """
-    entry, memory, capability = _machine(runtime, gpu, memory, gpus)
+    _engine, memory, capability = _machine(runtime or "vllm", gpu, memory, gpus)
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    config = checkpoint.value("config.json")
-    if config is None or not checkpoint.tensors:
-        raise BadCheckpoint(
-            _("{name}: no config.json and safetensors headers to work from.", name=checkpoint.name),
-            _("Give a model's directory, or org/name on the Hub."),
-        )
-    kinds = one_of_each(checkpoint)
-    stored = holds_quantized(kinds.view)
-    again = as_floats(kinds) if stored else None
-    kinds, floats, bits = again or (kinds, kinds, 0)
-    spec = build_spec(floats.view.value("config.json") or config, floats.view.tensors)
+    runtime = runtime or ("llama.cpp" if checkpoint.gguf else "vllm")
+    entry = table("engines")[runtime]
+    kinds, floats, bits = _kinds_of(checkpoint)
+    spec = build_spec(floats.view.value("config.json") or {}, floats.view.tensors)
     layout, notes = read_cache_layout(spec), []
     context = context or min(USUAL_CONTEXT, spec.max_positions or USUAL_CONTEXT)
     for name, value in (("--context", context), ("--batch", batch)):
@@ -89,23 +85,42 @@ def advise(
                 positions=spec.max_positions,
             )
         )
+    here = str(path) if not isinstance(path, Checkpoint) else str(path.root)
     work = _Work(
-        kinds, spec, layout, entry, runtime, capability, memory, context, batch, gpus, str(path), checkpoint.name
+        kinds,
+        spec,
+        layout,
+        entry,
+        runtime,
+        capability,
+        memory,
+        context,
+        batch,
+        gpus,
+        here,
+        _file(checkpoint),
+        checkpoint.name,
     )
-    if not stored:
+    if bits is None:
         options = list(work.options(candidates(runtime), "quantize"))
+    elif kinds.decoding is not None and runtime not in OWN_FILES:
+        found = kinds.decoding
+        again = [one for one in candidates(runtime) if one.recipe is None or coarser(found, one.recipe) is None]
+        options = list(replace(work, kinds=floats).options(again, "quantize"))
+        notes.append(_numbers_note(runtime, bits))
     else:
         options = list(work.options([Candidate(STORED, None)], "serve"))
         fewer = [one for one in candidates(runtime) if one.recipe is not None and one.recipe.bits < bits]
         options += replace(work, kinds=floats).options(fewer, "quantize")
-        notes.append(_stored_note(again is not None, bool(fewer), bits))
+        if bits < 16:
+            notes.append(_stored_note(bool(bits), bool(fewer), bits))
     options.sort(key=lambda o: o.rank)
     return Advice(
         checkpoint=checkpoint.name,
-        path=str(path) if not isinstance(path, Checkpoint) else str(path.root),
+        path=here,
         architecture=spec.architecture or spec.model_type,
         parameters=kinds.numel,
-        stored_bytes=sum(times * kinds.view.tensors[name].nbytes for name, times in kinds.times.items()),
+        stored_bytes=kinds.stored_bytes,
         runtime=runtime,
         engine_version=str(table("served").get(runtime, {}).get("version", "")),
         gpu=gpu,
@@ -116,6 +131,40 @@ def advise(
         engine=engine_of(entry, memory, context, spec, 1),
         options=options,
         notes=[*notes, *layout.notes],
+    )
+
+
+def _kinds_of(checkpoint: Checkpoint) -> tuple[Kinds, Kinds, int | None]:
+    """(kinds of tensors as stored, the plain numbers that they stand for, fewest bits of their codes) of a checkpoint;
+    None bits of one that is not quantized, 0 where its codes are not read. Raises BadCheckpoint.
+    """
+    if checkpoint.gguf:
+        return of_gguf(checkpoint)
+    if checkpoint.value("config.json") is None or not checkpoint.tensors:
+        raise BadCheckpoint(
+            _("{name}: no config.json and safetensors headers to work from.", name=checkpoint.name),
+            _("Give a model's directory, a GGUF file, or org/name on the Hub."),
+        )
+    kinds = one_of_each(checkpoint)
+    if not holds_quantized(kinds.view):
+        return kinds, kinds, None
+    return as_floats(kinds) or (kinds, kinds, 0)
+
+
+def _file(checkpoint: Checkpoint) -> str:
+    """What llama.cpp is given of a GGUF model, its first file; "" for another checkpoint."""
+    return str(checkpoint.path(checkpoint.gguf[0].files[0].name)) if checkpoint.gguf else ""
+
+
+def _numbers_note(runtime: str, bits: int) -> Message:
+    """What is compared where a GGUF model is to be served by an engine that does not read it."""
+    if bits >= 16:
+        return _("{runtime} reads no GGUF file: every row starts from its numbers", runtime=runtime)
+    return _(
+        "{runtime} reads no GGUF file: every row starts from its numbers, in which {bits} bits were the fewest; what "
+        "would round as many bits more coarsely is left out; KL and perplexity are those of schemes made from 16 bits",
+        runtime=runtime,
+        bits=bits,
     )
 
 
@@ -172,6 +221,7 @@ class _Work:
     batch: int
     gpus: int
     path: str
+    file: str  # of a GGUF model, "" of others
     name: str
 
     def options(self, chosen: Iterable[Candidate], goal: str) -> Iterator[Option]:
@@ -254,9 +304,10 @@ class _Work:
         return list(dict.fromkeys(reasons)), notes
 
     def _quantize(self, one: Candidate, tp: int) -> str:
-        if one.recipe is None:
-            return ""
         here, first = self.path, ""
+        if one.recipe is None:
+            plain = f"doctor convert {shlex.quote(here)} -o {shlex.quote(self._out(one))} --format bf16"
+            return plain if self.file and one.name != STORED else ""
         if self.kinds.view.unread:  # a repository: quantize reads a directory
             repo, _at, revision = self.name.partition("@")
             here, asked = self._short(), f" --revision {shlex.quote(revision)}" if revision else ""
@@ -270,13 +321,14 @@ class _Work:
 
     def _short(self) -> str:
         """The model's name as a directory's."""
-        return self.name.partition("@")[0].rpartition("/")[2]
+        return self.name.partition("@")[0].rpartition("/")[2].removesuffix(".gguf")
 
     def _serve(self, one: Candidate, gpus: int, flag: str) -> str:
         """The engine's own command; "" where it has none."""
-        model = self.path if one.recipe is None else self._out(one)
+        made = one.recipe is not None or (self.file and one.name != STORED)
+        model = self._out(one) if made else self.path
         if self.runtime == "llama.cpp":
-            if one.recipe is None:
+            if not (made or self.file):
                 return ""
-            model = f"{model}/model-{one.name}.gguf"
+            model = f"{model}/model-{one.name}.gguf" if made else self.file
         return launch(self.runtime, shlex.quote(model), gpus=gpus, context=self.context, flags=flag)

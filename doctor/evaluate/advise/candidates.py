@@ -14,7 +14,7 @@ from doctor.formats.schemes import SCHEMES, fields_of
 from doctor.plan.serving import groups_of, least_capability, schemes, serves, stated
 
 PLAIN, STORED = "16-bit", "as stored"
-_OWN_FILES = ("llama.cpp",)  # reads no model as it was published
+OWN_FILES = ("llama.cpp",)  # reads no model as it was published
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Candidate:
 
 def candidates(runtime: str) -> Iterator[Candidate]:
     """What can be served by a runtime: the weights as they are, then schemes, then methods of groups."""
-    if runtime not in _OWN_FILES:
+    if runtime not in OWN_FILES:
         yield Candidate(PLAIN, None, key=PLAIN)
     for entry in table("quality")["scheme"]:
         if runtime not in entry["runtimes"]:

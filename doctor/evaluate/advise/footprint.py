@@ -37,6 +37,9 @@ def weights(kinds: Kinds, spec: ModelSpec, recipe: Recipe | None, gpus: int, spl
     """(bytes on one GPU, bits a weight, bytes in all) of a model whose linears a recipe quantizes; None takes what is
     stored. spec: of the plain numbers, where that is codes.
     """
+    if recipe is None and kinds.file_bytes is not None:
+        whole = kinds.file_bytes
+        return _share(whole, gpus), 8 * whole / max(kinds.numel, 1), whole
     linears = {x.tensor: x for x in spec.linears if x.block is not None}
     apart: dict[str, tuple[Linear, ...]] = {}
     if recipe is not None:

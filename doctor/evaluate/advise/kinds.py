@@ -18,6 +18,7 @@ from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import BadCheckpoint
 from doctor.core.facts import Unavailable
 from doctor.edits.decoding import OWN_FILES, decoding
+from doctor.edits.stored import Decoding
 from doctor.formats.registry import verbatim_tails
 from doctor.model.quantization_config import quantization_of
 
@@ -29,13 +30,23 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 class Kinds:
     """view: a Checkpoint whose `tensors` are one of each kind. times: name -> tensors that it stands for. numel: of
     all, with codes counted as the numbers that they stand for where that is known. weight_of: name of a tensor that
-    stores a weight in codes, or a part of one -> that weight.
+    stores a weight in codes, or a part of one -> that weight. file_bytes: of a GGUF model's tensors, whose types differ
+    from layer to layer, and decoding: how they are stored; None elsewhere.
     """
 
     view: Checkpoint
     times: Mapping[str, int]
     numel: int
     weight_of: Mapping[str, str] = field(default_factory=dict)
+    file_bytes: int | None = None
+    decoding: Decoding | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all tensors as they are stored."""
+        if self.file_bytes is not None:
+            return self.file_bytes
+        return sum(times * self.view.tensors[name].nbytes for name, times in self.times.items())
 
 
 def one_of_each(checkpoint: Checkpoint) -> Kinds:
@@ -61,6 +72,19 @@ def one_of_each(checkpoint: Checkpoint) -> Kinds:
             kept[first.name] = first
             times[first.name] = len(prefixes) * len(members)
     return _kinds(_with_tensors(checkpoint, kept), times)
+
+
+def of_gguf(checkpoint: Checkpoint) -> tuple[Kinds, Kinds, int]:
+    """(kinds as they are stored, the plain numbers that they stand for in bfloat16, fewest bits of their types) of a
+    GGUF model. Raises BadCheckpoint for one that is not read.
+    """
+    from doctor.edits.gguf_floats import GgufAsFloats  # it needs NumPy
+
+    view = GgufAsFloats(checkpoint, "BF16", tokenizer=False)
+    floats = one_of_each(view)
+    stored = view.decoding
+    bits = min((one.scheme.bits for one in stored.stored), default=16)
+    return replace(floats, file_bytes=checkpoint.total_bytes, decoding=stored), floats, bits
 
 
 def as_floats(kinds: Kinds) -> tuple[Kinds, Kinds, int] | None:

@@ -27,7 +27,7 @@ from doctor.lint.engine import load_rules
 from doctor.model.spec import build_spec
 from doctor.quant.dequantize import as_float
 from doctor.quant.device import device_memory, device_of
-from doctor.quant.early import require_cached
+from doctor.quant.early import described, require_cached
 from doctor.quant.solve import cuda
 from doctor.scan import counters
 from doctor.scan.header import header_facts
@@ -60,16 +60,17 @@ def kvcache(
     of measured_context tokens; the half of Python's documentation that no calibration sees by default). device: where
     layers are simulated and the model is run. say: gets a line before weights are read. Raises DoctorError for
     impossible options, MachineError for a device that is not there, BadCheckpoint where config.json is absent or does
-    not give the sizes.
+    not give the sizes. Of a GGUF model, metadata give them, and weights are decoded as they are read.
     """
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     require_cached(checkpoint, context=context, batch=batch, rows=rows, text=text, measure=measure)
     device = device_of(device)
+    source, checkpoint = checkpoint, described(checkpoint)
     config = checkpoint.value("config.json") or {}
     with quiet(), device_memory(device):
         spec = build_spec(config, checkpoint.tensors)
         layout = read_cache_layout(spec)
-        weights = sum(info.nbytes for info in checkpoint.tensors.values())
+        weights = source.total_bytes if source.gguf else sum(info.nbytes for info in checkpoint.tensors.values())
         data = {
             "architecture": spec.architecture or spec.model_type,
             "context": context,
@@ -94,7 +95,7 @@ def kvcache(
         if measure:
             _add_measured(
                 data,
-                checkpoint,
+                as_float(source) if source.gguf else checkpoint,  # with the tokenizer that metadata gives
                 layout,
                 with_widths(key_bits, value_bits),
                 text,

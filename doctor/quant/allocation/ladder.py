@@ -76,7 +76,12 @@ class Ladder:
 def ladder(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, asked: Budget) -> Ladder:
     """Raises DoctorError for a budget that cannot be met, and for a recipe without widths to choose from."""
     form = format_of(recipe)
-    if recipe.bits_for or not recipe.solver.calibrated or not (form.own_widths and recipe.solver.own_widths):
+    if (
+        recipe.bits_for
+        or recipe.schemes_for
+        or not recipe.solver.calibrated
+        or not (form.own_widths and recipe.solver.own_widths)
+    ):
         raise DoctorError(
             _(
                 "--bpw with {method} in the {format} format: needs a calibrated method and widths to choose from.",

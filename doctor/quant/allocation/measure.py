@@ -2,16 +2,16 @@
 
 GPTQ's loss of a width is not solved for: it is the sum over columns of what the later columns cannot make good, and
 that is the pivot D_j of H = M D M^T times the squared rounding error of column j (gptq.py). The errors of plain
-rounding on the width's own grid stand in for those of the loop; one factor a linear, from the width that the run does
-solve, makes the two agree. So a width costs a fit of its grid and no product with H.
+rounding on the width's own grid stand in for those of the loop, and only their ratio to those of the run's own width is
+used: what the run's own errors cost is measured on the run's output (sensitivity.py). So a width costs a fit of its
+grid and no product with H.
 
-Row by row, since the outputs of a linear do not matter alike (sensitivity.py): the hurt of a width is half of the sum
-over outputs of s_o e_o, in nats a token.
+Row by row, since the outputs of a linear do not matter alike: the hurt of a width is the sum over outputs of what the
+run's error there costs times that ratio, in nats a token.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from doctor.core.recipe import Recipe
 from doctor.formats.gguf import blocks_of
 from doctor.formats.registry import format_of
 from doctor.model.linears import Linear
-from doctor.quant.allocation.sensitivity import Sensitivities
+from doctor.quant.allocation.sensitivity import Harms
 from doctor.quant.forward.layer_input import LayerInput
 from doctor.quant.linear import grid_options
 from doctor.quant.setup import Solved
@@ -29,38 +29,43 @@ from doctor.quant.solve import ggml
 from doctor.quant.solve.gptq import pivots_of
 from doctor.quant.solve.grid import GridParams, dequantize, quantize
 from doctor.quant.solve.grid_search import fit_with
-from doctor.quant.solve.losses import energies
 
 Hurts = dict[int, float]  # bits -> predicted KL in nats a token
 
 
+Shares = dict[int, torch.Tensor]  # bits -> error of each output in shares of the run's own, f32[out_features]
+
+
 class WidthSurvey:
-    """Looks on while a run quantizes. solved: the run's recipe. widths: to measure, in the groups of `recipe`. found:
-    by the name of a linear, {} for one whose hurt is not known: no row reached it, or its Hessian has no factor.
+    """Looks on while a run quantizes. solved: the run's recipe. widths: to measure, in the groups of `recipe`. shares:
+    by the name of a linear, {} for one whose are not known: no row reached it, or its Hessian has no factor.
     """
 
-    def __init__(self, solved: Recipe, recipe: Recipe, widths: Iterable[int], sensitivities: Sensitivities):
-        self._solved, self._recipe, self._widths, self._sensitivities = solved, recipe, tuple(widths), sensitivities
+    def __init__(self, solved: Recipe, recipe: Recipe, widths: Iterable[int]):
+        self._solved, self._recipe, self._widths = solved, recipe, tuple(widths)
         self._pivots: tuple[LayerInput | None, torch.Tensor | None] = (None, None)  # of the last input
-        self.found: dict[str, Hurts] = {}
+        self.shares: dict[str, Shares] = {}
 
     def see(self, linear: Linear, W: torch.Tensor, given: LayerInput | None, solved: Solved | None) -> None:
-        slopes = self._sensitivities.get(linear.name)
-        self.found[linear.name] = {}
-        if solved is None or given is None or not given.usable or slopes is None:
+        self.shares[linear.name] = {}
+        if solved is None or given is None or not given.usable:
             return
         pivots = self._pivots_of(given)
         if pivots is None:
             return
-        W, slopes = W.to(torch.float32), slopes.to(W.device)
-        true = energies(W - solved.weight(), given.H)
-        likely = _rounded(W, self._solved.for_linear(linear.name), pivots)
-        ratio = float((slopes * true).sum() / (slopes * likely).sum())
-        if not math.isfinite(ratio):  # nothing to lose: a weight of zeros
-            return
+        W = W.to(torch.float32)
+        own = _rounded(W, self._solved.for_linear(linear.name), pivots)
         for bits in self._widths:
             e = _rounded(W, replace(self._recipe, bits=bits, bits_for=()), pivots)
-            self.found[linear.name][bits] = ratio * float((slopes * e).sum()) / 4  # H is twice the mean of x x^T
+            share = torch.where(own > 0, e / own, 0.0)  # a row of zeros has nothing to lose
+            self.shares[linear.name][bits] = share.to("cpu", torch.float32)
+
+    def hurts(self, harms: Harms) -> dict[str, Hurts]:
+        """By the name of a linear. harms: what the errors of the run's output cost."""
+        return {
+            name: {bits: float((share * harms[name]).sum()) for bits, share in shares.items()} if name in harms else {}
+            for name, shares in self.shares.items()
+        }
 
     def _pivots_of(self, given: LayerInput) -> torch.Tensor | None:
         """The pivots f32[k] of the Hessian in the order in which columns are rounded; None where it has no factor."""

@@ -31,8 +31,9 @@ from doctor.quant.allocation.budget import Budget
 from doctor.quant.allocation.choose import Chosen, Option, Unit, choose, hurt, total
 from doctor.quant.allocation.ladder import Ladder
 from doctor.quant.allocation.measure import Hurts, WidthSurvey
-from doctor.quant.allocation.sensitivity import ROWS, Sensitivities, Sensitivity
+from doctor.quant.allocation.sensitivity import ROWS, Sensitivity
 from doctor.quant.calibration.pictures import SeenRow
+from doctor.quant.dequantize import as_float
 from doctor.quant.distributed import Ranks
 from doctor.quant.execute import Built, build, tune_finished
 from doctor.quant.forward.hidden_states import make_batches
@@ -84,9 +85,10 @@ def quantize_mixed(asked: Asked, calibrated: Calibrated, mixing: Mixing, check: 
             bits_for=steps.uniform.bits_for,
         ),
     )
-    survey = None
+    survey = slopes = None
     if known is None:
-        survey = WidthSurvey(steps.uniform, steps.recipe, _measured(steps), _sensitivities(asked, calibrated))
+        slopes = _slopes(asked, calibrated)
+        survey = WidthSurvey(steps.uniform, steps.recipe, _measured(steps))
     else:
         asked.progress(_("widths: as measured before, in {path}", path=str(mixing.file)))
     aside = asked.output.with_name(f"{asked.output.name}.uniform")
@@ -95,7 +97,7 @@ def quantize_mixed(asked: Asked, calibrated: Calibrated, mixing: Mixing, check: 
     if one.staged is None:
         return one.commit(asked.overwrite)
     try:
-        found = known if survey is None else survey.found
+        found = known if survey is None or slopes is None else survey.hurts(_harms(asked, calibrated, *slopes, one))
         assert found is not None
         if survey is not None and mixing.file:
             saved.write(mixing.file, mixing.stated, found)
@@ -141,20 +143,34 @@ def _measured(steps: Ladder) -> tuple[int, ...]:
     return tuple(sorted({*steps.widths, steps.uniform.bits}))
 
 
-def _sensitivities(asked: Asked, calibrated: Calibrated) -> Sensitivities:
-    """From some of the calibration rows, as many at a time as memory holds."""
+def _slopes(asked: Asked, calibrated: Calibrated) -> tuple[Sensitivity, list[torch.Tensor]]:
+    """What follows slopes, and rows int64[1, length] for it. Raises NotQuantizable for a model whose slopes it cannot
+    follow.
+    """
     checked = calibrated.checked
     checkpoint, spec = unfuse(checked.assessment.checkpoint, checked.spec, checked.recipe)
     text = [row for row in calibrated.rows if not isinstance(row, SeenRow)]  # what images make of a row is not followed
     rows = [torch.tensor([row]) for row in text[:: max(1, len(text) // ROWS)][:ROWS]]
-    need = memory.needs(checkpoint, spec, checked.recipe, len(rows), max(map(len, text)))
+    found = Sensitivity(checkpoint, spec, asked.device, checked.recipe.seed)
+    found.require_followed(rows[0])
+    return found, rows
+
+
+def _harms(
+    asked: Asked, calibrated: Calibrated, found: Sensitivity, rows: list[torch.Tensor], built: Built
+) -> dict[str, torch.Tensor]:
+    """What the errors of a finished model cost, from as many rows at a time as memory holds beside a layer of
+    errors in float32."""
+    assert built.staged is not None
+    checked, changed = calibrated.checked, as_float(Checkpoint.open(built.staged.stage))
+    checkpoint, spec = unfuse(checked.assessment.checkpoint, checked.spec, checked.recipe)
+    need = memory.needs(checkpoint, spec, checked.recipe, len(rows), max(ids.shape[1] for ids in rows))
     layers = (spec.n_layers or 0) + 1
     one = max(1, layers * need.hidden // len(rows))
-    at_once = max(1, min(len(rows), memory.left(need, asked.memory) // one))
-    found = Sensitivity(checkpoint, spec, asked.device, checked.recipe.seed)
+    at_once = max(1, min(len(rows), max(0, memory.left(need, asked.memory) - 2 * need.ahead) // one))
     for begin in range(0, len(rows), at_once):
-        found.add(rows[begin : begin + at_once], asked.progress)
-    return found.means()
+        found.add(rows[begin : begin + at_once], changed, asked.progress)
+    return found.harms()
 
 
 def _built(asked: Asked, calibrated: Calibrated, checked: Checked, survey: WidthSurvey | None) -> Built:

@@ -96,17 +96,18 @@ def _roundings(
     chosen: Chosen, recipe: Recipe, store: Store, pool: ThreadPoolExecutor, shards: list[str]
 ) -> dict[str, Rounding]:
     """How each tensor is rounded; linears that an engine joins share the divisor of their scales."""
-    plain = Rounding.of(recipe)
-    if not plain.kind.divided or not shards:
-        return dict.fromkeys(chosen.rounded, plain)
+    own = {tensor: Rounding.of(recipe.for_linear(x.name)) for tensor, x in chosen.rounded.items()}
+    divided = {tensor: x for tensor, x in chosen.rounded.items() if own[tensor].kind.divided}
+    if not divided or not shards:
+        return own
     infos = chosen.view.tensors
 
     def most(tensor: str) -> float:
         known = store.find(ABSMAX, f"tensor:{tensor}")
-        return known if known is not None else absmax(chosen.view, infos[tensor], chosen.rounded[tensor])
+        return known if known is not None else absmax(chosen.view, infos[tensor], divided[tensor])
 
-    linears = list(chosen.rounded.values())
-    found = dict(zip((x.name for x in linears), pool.map(most, chosen.rounded), strict=True))
+    linears = list(divided.values())
+    found = dict(zip((x.name for x in linears), pool.map(most, divided), strict=True))
     joined: dict[str, float] = {}
     by_layer: dict[tuple, list] = {}
     for x in linears:
@@ -114,7 +115,7 @@ def _roundings(
     for group in by_layer.values():
         for x in group:
             joined[x.name] = divisor_of(max(found[name] for name in together(group, [x.name])))
-    return {x.tensor: replace(plain, divisor=joined[x.name]) for x in linears}
+    return own | {tensor: replace(own[tensor], divisor=joined[x.name]) for tensor, x in divided.items()}
 
 
 def _write(chosen: Chosen, out: OutputShard, pool: ThreadPoolExecutor, recipe: Recipe) -> list[Record]:

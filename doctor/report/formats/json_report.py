@@ -212,7 +212,7 @@ def _of_receipt(document: dict) -> Report:
 
 
 def _recipe(data: dict) -> Recipe:
-    return Recipe(**{**data, **{k: tuple(data.get(k, ())) for k in ("keep", "bits_for")}})
+    return Recipe(**{**data, **{k: tuple(data.get(k, ())) for k in ("keep", "bits_for", "schemes_for")}})
 
 
 def _damaged(error: Exception) -> DoctorError:

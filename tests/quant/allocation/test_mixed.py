@@ -156,18 +156,20 @@ def test_predicted_losses_of_widths_are_near_those_that_gptq_reaches():
     hessian.add(X)
     given = LayerInput(hessian, RECIPE)
     solve = lambda bits: gptq.solve(W, given.H, bits=bits, group_size=32, damp=given.damp, zero_min=0)  # noqa: E731
-    survey = WidthSurvey(RECIPE, RECIPE, (2, 3, 4, 5, 8), {"l": torch.ones(n, dtype=torch.float64)})
+    survey = WidthSurvey(RECIPE, RECIPE, (2, 3, 4, 5, 8))
     linear = type("L", (), {"name": "l"})()
     survey.see(linear, W, given, solve(4))
+    E = W - solve(4).weight()
     energy = float(torch.einsum("nk,kl,nl->", W, given.H.matrix(), W)) / 4
-    for bits, hurt in survey.found["l"].items():
+    own = torch.einsum("nk,kl,nl->n", E, given.H.matrix(), E).double() / 4
+    for bits, hurt in survey.hurts({"l": own})["l"].items():
         assert hurt == pytest.approx(solve(bits).loss * energy, rel=0.25), bits
 
 
 def test_an_expert_without_rows_keeps_the_uniform_width():
-    survey = WidthSurvey(RECIPE, RECIPE, (3, 4, 8), {})
+    survey = WidthSurvey(RECIPE, RECIPE, (3, 4, 8))
     survey.see(type("L", (), {"name": "l"})(), torch.ones(32, 32), None, None)
-    assert survey.found == {"l": {}}
+    assert survey.hurts({}) == {"l": {}}
 
 
 @pytest.mark.parametrize(
