@@ -149,8 +149,8 @@ USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few bes
     metavar="auto|off|ROWS",
     default="auto",
     help=_(
-        "Rows to tune scales and norms on after the last layer; auto: as many of the calibration rows as take about as "
-        "long as the layers, 16 at least."
+        "Rows to tune scales and norms on after the last layer: layer by layer, then from end to end; auto: from end "
+        "to end only as far as it all takes about as long as the layers."
     ),
 )
 @option("--vision", is_flag=True, help=_("Quantize the vision tower's layers too; calibrated by rows with images."))

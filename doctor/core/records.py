@@ -155,6 +155,10 @@ class Comparison:
     ratio_span: tuple[float, float] = (float("nan"), float("nan"))  # of perplexity_quantized / perplexity_original
     kl_span: tuple[float, float] = (float("nan"), float("nan"))  # of kl_mean
     top1_span: tuple[float, float] = (float("nan"), float("nan"))  # of top1_agreement
+    # Of a mixture: (layer, share of the original's choices of an expert that the quantized model makes for the same
+    # token); and how many layers have experts whose choices were not seen.
+    same_experts: tuple[tuple[int, float], ...] = ()
+    experts_unseen: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.core.records import Comparison
 from doctor.evaluate.fp16_range import Fp16RangeProbe
+from doctor.evaluate.routing import agreement, choices_of, has_experts
 from doctor.evaluate.scores import Tally, longest_run
 from doctor.model.same_model import require_same_model
 from doctor.model.spec import build_spec
@@ -34,7 +35,7 @@ ALONE_ROWS = 2
 
 class Streamed:
     """One checkpoint run over rows of ids int64[1, length], block by block. `hidden` are the current activations, one
-    per row.
+    per row; `chosen` the experts that the last block's tokens chose (routing.choices_of).
     """
 
     def __init__(self, checkpoint: Checkpoint, rows: list[torch.Tensor], device: str = "cpu"):
@@ -43,6 +44,7 @@ class Streamed:
         self.skeleton = Skeleton(self.checkpoint, self.spec, device)
         self.rows = rows
         self.hidden, self.calls = [], []
+        self.chosen: list[torch.Tensor] = []
         for hidden, calls in self.skeleton.open_calls(rows):
             self.hidden.append(hidden)
             self.calls.append(calls)
@@ -58,7 +60,7 @@ class Streamed:
         alone = [
             self.skeleton.run_layer(i, x, calls[i], carry=False) for x, calls in zip(given, self.calls, strict=False)
         ]
-        with probe.watch(i) if probe else nullcontext():
+        with probe.watch(i) if probe else nullcontext(), choices_of(self.skeleton.layers[i]) as self.chosen:
             for r, calls in enumerate(self.calls):
                 self.hidden[r] = self.skeleton.run_layer(i, self.hidden[r], calls[i])
         if probe:
@@ -223,12 +225,17 @@ def compare(
     a, b = streamed_pair(original, quantized, rows, device)
     blocks = len(a.skeleton.layers)
     errors, own, probe = [], [], Fp16RangeProbe(a.skeleton, rows, a.hidden, a.calls)
+    same: dict[int, float] = {}
+    unseen = 0
     for i in range(blocks):
         first = a.hidden[:ALONE_ROWS]
         a.step(i, probe)
         alone = b.step(i, given=first)
         own.append(_own_error(first, a.hidden, alone))
         errors.append(_distance(a.hidden, b.hidden))
+        if a.chosen:
+            same[i] = agreement(a.chosen, b.chosen)
+        unseen += not a.chosen and has_experts(a.skeleton.layers[i])
         progress("compare", i + 1, blocks)
     tally = Tally()
     given: list[list[torch.Tensor]] = [[] for _ in rows]
@@ -281,6 +288,8 @@ def compare(
         ratio_span=spread.ratio,
         kl_span=spread.kl,
         top1_span=spread.top1,
+        same_experts=tuple(same.items()),
+        experts_unseen=unseen,
     )
 
 

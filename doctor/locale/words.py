@@ -66,6 +66,7 @@ WORDS = (
     _("reply"),
     _("quantize"),
     _("tune"),
+    _("tune layers"),
     _("tasks"),
     _("reading"),
     _("fetch"),

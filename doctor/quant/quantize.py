@@ -277,6 +277,7 @@ def plan(
     if calibration is None and recipe.calibrated and rows >= SAMPLED_SHARE:
         with suppress(NotSampled):
             sampled = forecast(checkpoint, spec, rows // SAMPLED_SHARE, length, memory=memory)
+    wish = wanted(tune, recipe, spec, rows, length)
     tuning = tuning_forecast(tune, checkpoint, spec, recipe, rows, length, memory)
     place = Path(os.path.abspath(output))
     found = flight.plan(checkpoint, spec, recipe, place, rows, length, memory, sampled.bytes if sampled else 0, tuning)
@@ -291,7 +292,8 @@ def plan(
         rows=found.rows,
         length=length,
         sampled=sampled.pieces * sampled.size if sampled else 0,
-        trained=wanted(tune, recipe, spec, rows, length).rows if tuning else 0,
+        trained=wish.rows if tuning else 0,
+        through=wish.through,
         compared=compare_rows,
     )
     return replace(found, steps=timed, seconds=sum(step.seconds for step in timed))

@@ -84,6 +84,8 @@ def results(report: Report) -> list[tuple[str, str]]:
                     ),
                 )
             )
+        if c.get("same_experts") or c.get("experts_unseen"):
+            lines.append((say("experts"), _experts(list(c.get("same_experts") or ()), c.get("experts_unseen") or 0)))
         if done:  # at the end of a quantization: what else was looked at, `doctor verify` shows
             c = {}
         if number(c.get("entropy_quantized")) or number(c.get("entropy_original")):
@@ -289,6 +291,28 @@ def _layers(own: list, carried: list) -> str:
         most=percent(own[worst]),
         last=percent(carried[-1]),
     )
+
+
+def _experts(same: list, unseen: int) -> str:
+    """How many choices of an expert stay as they were, over the layers of a mixture."""
+    parts = []
+    if same:
+        layer, least = min(same, key=lambda x: x[1] if number(x[1]) else float("-inf"))
+        shares = [share for _layer, share in same]
+        mean = sum(shares) / len(shares) if all(map(number, shares)) else float("nan")
+        parts.append(
+            say(
+                "{mean} of the choices are the original's, layer {layer} the fewest with {least}",
+                mean=percent(mean),
+                layer=layer,
+                least=percent(least),
+            )
+        )
+    if unseen:
+        parts.append(
+            counted("{n:,} layer whose choices were not seen", "{n:,} layers whose choices were not seen", unseen)
+        )
+    return "; ".join(parts)
 
 
 def _span(span: object, less: int | None = None) -> str:

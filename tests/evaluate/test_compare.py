@@ -9,6 +9,7 @@ import torch
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import NotQuantizable
 from doctor.evaluate import compare as module
+from doctor.evaluate import routing
 from doctor.evaluate.compare import Streamed, compare
 from doctor.lint.testing import encode, tiny
 
@@ -33,6 +34,37 @@ def test_a_model_against_itself_is_the_same(tmp_path, family):
     assert result.kl_mean == 0 and result.top1_agreement == 1 and set(result.block_errors) == {0.0}
     assert result.perplexity_original == result.perplexity_quantized < 300 and result.generated == 24
     assert result.tokens == 3 * 23 and result.context == 24
+    assert result.same_experts == (((0, 1.0), (1, 1.0)) if family == "qwen2_moe" else ()) and not result.experts_unseen
+
+
+def test_choices_of_experts_are_compared_with_those_of_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    def spoil(case):
+        name = next(name for name in case.tensors if name.endswith("layers.1.mlp.gate.weight"))
+        noise = np.random.default_rng(0).normal(0, 0.5, case.tensors[name].shape)
+        case.tensors[name][:] = encode(noise, "BF16")
+
+    result = compared(tmp_path, spoil, "qwen2_moe")
+    chosen = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            told = [model(ids, output_router_logits=True).router_logits for ids in rows()]
+        top = model.config.num_experts_per_tok
+        chosen.append([torch.cat(layer).topk(top).indices.tolist() for layer in zip(*told, strict=True)])
+    shares = [
+        sum(len(set(x) & set(y)) for x, y in zip(*layer, strict=True)) / sum(map(len, layer[0]))
+        for layer in zip(*chosen, strict=True)
+    ]
+    assert shares[0] == 1 and 0 < shares[1] < 1, "layer 0 is the same, layer 1 has another router"
+    assert result.same_experts == tuple(enumerate(map(pytest.approx, shares))) and not result.experts_unseen
+
+
+def test_layers_whose_choices_were_not_seen_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(routing, "CHOICES", ())
+    result = compared(tmp_path, family="qwen2_moe")
+    assert result.same_experts == () and result.experts_unseen == 2
 
 
 @pytest.mark.parametrize("key, value", [("model_type", "qwen2"), ("hidden_size", 128), ("num_hidden_layers", 1)])

@@ -17,7 +17,16 @@ from doctor.quant.tuning.wanted import comparing_work
 SPEC = tiny("llama").spec
 RECIPE = Recipe(group_size=32)
 RATES = Rates(wide=1e9, narrow=1e8, solving=1e9, reading=1e9, writing=1e8)
-ASKED = {"source": 10**9, "output": 10**8, "rows": 64, "length": 512, "sampled": 640, "trained": 8, "compared": 4}
+ASKED = {
+    "source": 10**9,
+    "output": 10**8,
+    "rows": 64,
+    "length": 512,
+    "sampled": 640,
+    "trained": 8,
+    "through": 4,
+    "compared": 4,
+}
 
 
 def seconds(rates=RATES, **changes):

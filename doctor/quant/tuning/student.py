@@ -7,7 +7,7 @@ forgotten after it. Codes are held as far as `memory` allows; those of the other
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -27,6 +27,7 @@ from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import Gain, Scales, Tunable, is_norm, offset_of
 from doctor.quant.tuning.wanted import no_scales
 
+SlopeOf = Callable[[int, torch.Tensor], torch.Tensor]
 FEW = 32  # tokens of a step
 FULL_BITS = 4
 
@@ -110,23 +111,30 @@ class Student:
         mean = sum(bits.values()) / max(1, len(bits))
         return {name: float(2 ** max(0, FULL_BITS - bits.get(name, mean))) for name in self.tunables}
 
+    def names(self, i: int) -> list[str]:
+        """Tensors of layer i that are tuned."""
+        layer = self._layers[i]
+        return [p.scales.tensor for p in layer.packed] + [gain.tensor for _module, gain in layer.gains]
+
     def run(self, i: int, states: list[torch.Tensor], rows: list[int]) -> list[torch.Tensor]:
         """Outputs of layer i for hidden states f32[1, length, hidden] of these rows."""
         with torch.no_grad(), self._bound(i, slopes=False):
             return [self._row(i, x, r) for x, r in zip(states, rows, strict=True)]
 
     def pull_back(
-        self, i: int, states: list[torch.Tensor], rows: list[int], slopes: list[torch.Tensor], found: dict
+        self, i: int, states: list[torch.Tensor], rows: list[int], slope_of: SlopeOf, found: dict
     ) -> list[torch.Tensor]:
         """Slopes of layer i's inputs, from those of its outputs; those of its changes are added to `found`, but for
-        scales of linears that FEW tokens reach, as those of an expert: their slopes are mostly noise.
+        scales of linears that FEW tokens reach, as those of an expert: their slopes are mostly noise. slope_of: from
+        the place of a row in `rows` and its output.
         """
         results = []
         packed = [linear.module for linear in self._layers[i].packed]
         with torch.enable_grad(), self._bound(i, slopes=True) as leaves, tokens_of(packed) as tokens:
-            for x, r, slope in zip(states, rows, slopes, strict=True):
+            for place, (x, r) in enumerate(zip(states, rows, strict=True)):
                 x = x.detach().requires_grad_(True)
-                self._row(i, x, r).backward(slope)
+                output = self._row(i, x, r)
+                output.backward(slope_of(place, output.detach()))
                 assert x.grad is not None
                 results.append(x.grad)
             few = {module for module, count in tokens.items() if count < FEW}

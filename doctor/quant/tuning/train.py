@@ -5,11 +5,12 @@ tokens at a time, so that a vocabulary of 260,000 does not fill the memory. A st
 model, one layer in memory at a time, keeps each layer's inputs, and goes back through the layers, each computed again
 from its inputs. Labels play no part: the original is the teacher, so nothing is learnt that it does not know.
 
-One row in WATCH, or those that the caller names, is never trained on. Its KL, half way and at the end, decides which
-state is kept, and whether any is: tuning that does not lower it leaves the checkpoint as it was. The state can be saved
-on the way (saved.py), and a run that starts from it ends in the same bytes.
+One row in WATCH, or those that the caller names, is never trained on. Its KL, before the first step, half way and at
+the end, decides which state is kept, and whether any is: tuning that does not lower it leaves the checkpoint as it was.
+The state can be saved on the way (saved.py), and a run that starts from it ends in the same bytes. layerwise.py gives
+the changes to begin with.
 
-Sources: Kingma & Ba 2015 (arXiv 1412.6980) for Adam; parameters.py for what is tuned.
+Sources: parameters.py for what is tuned.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,16 +29,16 @@ from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
 from doctor.quant.forward.passing import logits, passed_layers
 from doctor.quant.forward.skeleton import Skeleton
-from doctor.quant.tuning.parameters import BOUND, Gain, is_norm
-from doctor.quant.tuning.saved import Saved
-from doctor.quant.tuning.student import Student, add_slope, gain_of, put, take_back
-from doctor.quant.tuning.wanted import LOOKS, ROWS_A_STEP, TOKENS
+from doctor.quant.tuning.adam import Adam
+from doctor.quant.tuning.parameters import Gain, is_norm
+from doctor.quant.tuning.saved import Saved, Tensors
+from doctor.quant.tuning.student import SlopeOf, Student, add_slope, gain_of, put, take_back
+from doctor.quant.tuning.wanted import ROWS_A_STEP, TOKENS
 
 WATCH = 8  # one row in so many is watched and not trained on
 RATE = 2e-3  # relative change of a scale in one of Adam's full steps, with codes of 4 bits and more
 WARM_UP = 3  # steps
 LAST_SHARE = 0.02  # of RATE, in the last step
-BETAS = (0.9, 0.95)
 SAVE_EVERY = 4  # steps
 
 
@@ -188,9 +190,15 @@ def last_states(
     return states
 
 
+def watched_of(count: int) -> list[int]:
+    """Of so many rows the numbers of those that are not trained on: one in WATCH."""
+    return list(range(WATCH - 1, count, WATCH)) or [count - 1]
+
+
 class Trainer:
-    """Adam over the changes of a student. passes: times that each trained row is seen. watch: the student's rows that
-    are not trained on; None: one in WATCH. saved: where the state goes after each look, and is taken up from.
+    """Adam over the changes of a student, which begins with those that it has. passes: times that each trained row is
+    seen. watch: the student's rows that are not trained on; None: one in WATCH. saved: where the state goes after each
+    look; begun: what it gave of an interrupted run. through: at most so many rows are trained on; None: all.
     """
 
     def __init__(
@@ -205,32 +213,33 @@ class Trainer:
         say: Callable[[str], None] = lambda text: None,
         watch: list[int] | None = None,
         saved: Saved | None = None,
+        begun: tuple[Tensors, dict[str, Any]] | None = None,
+        through: int | None = None,
     ):
         self.student, self.ends, self.wanted, self.say, self.saved = student, ends, wanted, say, saved
+        self.begun = begun
         count = len(student.rows)
-        self.watch = watch or list(range(WATCH - 1, count, WATCH)) or [count - 1]
+        self.watch = watch or watched_of(count)
         trained = [r for r in range(count) if r not in set(self.watch)]
         order = random.Random(seed)
         self.schedule: list[list[int]] = []
         for _pass in range(passes if trained else 0):
             order.shuffle(trained)
-            self.schedule += [trained[at : at + ROWS_A_STEP] for at in range(0, len(trained), ROWS_A_STEP)]
+            chosen = trained[:through]
+            self.schedule += [chosen[at : at + ROWS_A_STEP] for at in range(0, len(chosen), ROWS_A_STEP)]
         self.rate, self.progress = rate, Progress()
-        self.best = {
-            name: x.clone() for name, x in student.changes.items()
-        }  # under which the watched rows diverge least
-        self.moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
-            name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in student.changes.items()
-        }
+        self.best = _zeros_of(student.changes)  # under which the watched rows diverge least
+        self.adam = Adam(student.changes)
         self.shares = student.shares()
         steps = len(self.schedule)
-        self.looks = {-(-steps * look // (LOOKS - 1)) for look in range(1, LOOKS)}
+        self.looks = {-(-steps // 2), steps}
 
     def train(self) -> dict[str, torch.Tensor]:
         """The changes, rounded to what is stored, under which the watched rows diverge least; all zero where tuning
         does not help. Raises NotQuantizable where a step is not finite.
         """
-        begin, least = self._taken_up() or (0, self._look(0))
+        begin, least = self._taken_up() if self.begun else (0, self._opening())
+        opening = min(kl for step, kl in self.progress.watched if step == 0)
         for step in range(begin, len(self.schedule)):
             self._step(step, self.schedule[step])
             done = step + 1
@@ -239,9 +248,26 @@ class Trainer:
                 least = self._judged(done, least)
             if done in self.looks or done % SAVE_EVERY == 0:
                 self._keep(done, least)
-            if done in self.looks and least == self.progress.start:
+            if done in self.looks and least == opening:
                 break  # what half of the rows did not lower, the rest will not
         return self.best
+
+    def _opening(self) -> float:
+        """The least KL before the first step: of no changes, or of those that the student came with, which are dropped
+        where they do not lower it.
+        """
+        given = self.student.changes
+        if not any(bool(change.any()) for change in given.values()):
+            return self._look(0)
+        self.student.changes = self.ends.changes = _zeros_of(given)
+        none = self._look(0)
+        self.student.changes = self.ends.changes = given
+        least = self._judged(0, none)
+        if least == none:
+            for change in given.values():
+                change.zero_()
+        self._keep(0, least)
+        return least
 
     def _judged(self, step: int, least: float) -> float:
         """The least KL of the watched rows so far: of `least`, or of the present changes as they are stored."""
@@ -259,20 +285,19 @@ class Trainer:
         """Save the state after `step` steps."""
         if self.saved is None:
             return
-        first, second = ({name: pair[i] for name, pair in self.moments.items()} for i in (0, 1))
-        tensors = {"present": self.student.changes, "best": self.best, "first": first, "second": second}
+        present, adam = self.student.changes, self.adam
+        tensors = {"present": present, "best": self.best, "first": adam.first, "second": adam.second}
         seen = {"watched": self.progress.watched, "trained": self.progress.trained}
         self.saved.keep(tensors, {"step": step, "least": least, **seen})
 
-    def _taken_up(self) -> tuple[int, float] | None:
-        """(steps done, least KL) of an interrupted run, whose state this becomes; None without one."""
-        found = self.saved.take_up(self.student.skeleton.device) if self.saved else None
-        if found is None:
-            return None
-        tensors, state = found
+    def _taken_up(self) -> tuple[int, float]:
+        """(steps done, least KL) of an interrupted run, whose state this becomes."""
+        assert self.begun is not None
+        tensors, state = self.begun
         self.student.changes = self.ends.changes = tensors["present"]
         self.best = tensors["best"]
-        self.moments = {name: (x, tensors["second"][name]) for name, x in tensors["first"].items()}
+        self.adam = Adam(self.student.changes)
+        self.adam.first, self.adam.second = tensors["first"], tensors["second"]
         self.progress.watched = [(int(step), float(kl)) for step, kl in state["watched"]]
         self.progress.trained = state["trained"]
         return state["step"], state["least"]
@@ -323,7 +348,7 @@ class Trainer:
             total += loss
             slopes.append(slope)
         for i in reversed(range(len(self.student))):
-            slopes = self.student.pull_back(i, states.pop(), rows, slopes, found)
+            slopes = self.student.pull_back(i, states.pop(), rows, _given(slopes), found)
         self.progress.trained.append(total / tokens)
         if not math.isfinite(total):
             raise NotQuantizable(
@@ -336,7 +361,7 @@ class Trainer:
             )
         rate = self.rate * self._share(step)
         for name, slope in found.items():
-            self._adam(name, slope.div_(tokens), rate * self.shares[name], step + 1)
+            self.adam.step(name, slope.div_(tokens), rate * self.shares[name], step + 1)
 
     def _share(self, step: int) -> float:
         """Of the rate: a short warm-up, then a cosine down to LAST_SHARE."""
@@ -345,10 +370,10 @@ class Trainer:
         done = (step - WARM_UP) / max(1, len(self.schedule) - WARM_UP)
         return LAST_SHARE + (1 - LAST_SHARE) * (1 + math.cos(math.pi * done)) / 2
 
-    def _adam(self, name: str, slope: torch.Tensor, rate: float, step: int) -> None:
-        first, second = self.moments[name]
-        first.lerp_(slope, 1 - BETAS[0])
-        second.lerp_(slope.square(), 1 - BETAS[1])
-        scale = (second / (1 - BETAS[1] ** step)).sqrt_().add_(1e-12)
-        change = self.student.changes[name]
-        change.addcdiv_(first / (1 - BETAS[0] ** step), scale, value=-rate).clamp_(-BOUND, BOUND)
+
+def _given(slopes: list[torch.Tensor]) -> SlopeOf:
+    return lambda place, _output: slopes[place]
+
+
+def _zeros_of(changes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(x) for name, x in changes.items()}

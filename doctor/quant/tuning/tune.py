@@ -40,10 +40,11 @@ from doctor.quant.dequantize import as_float
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.early import alone, require_tunable
 from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.tuning.layerwise import settle
 from doctor.quant.tuning.parameters import Gain, Scales
 from doctor.quant.tuning.saved import Saved
 from doctor.quant.tuning.student import Student, tunable
-from doctor.quant.tuning.train import Ends, Progress, Trainer, last_states
+from doctor.quant.tuning.train import Ends, Progress, Trainer, last_states, watched_of
 from doctor.quant.tuning.wanted import LENGTH, stride
 
 COMMAND = "tune"
@@ -161,21 +162,29 @@ def tuned_values(
     say: Callable[[str], None] = lambda text: None,
     unseen: list[list[int]] | None = None,
     saved: Saved | None = None,
+    through: int | None = None,
 ) -> Outcome:
     """Tune on rows of token ids. unseen: rows to watch; None: one in eight of `rows`. saved: where the state is kept.
+    through: after each layer by itself, at most so many rows are trained on from end to end; None: all.
     Raises NotQuantizable, BadCheckpoint, MachineError.
     """
     if memory is None:
         memory = (device_free(device) or free_memory()) // 2
-    watch = list(range(len(rows), len(rows) + len(unseen))) if unseen else None
+    watch = list(range(len(rows), len(rows) + len(unseen))) if unseen else watched_of(len(rows))
     ids = [torch.tensor([row]) for row in [*rows, *(unseen or ())]]
     teacher = as_float(original)
     spec = build_spec(teacher.value("config.json") or {}, teacher.tensors)
     skeleton = Skeleton(teacher, spec, device)
     longest = max(row.shape[1] for row in ids)
-    say(_("tune: the original on {rows} rows of {tokens} tokens at most", rows=len(ids), tokens=longest))
-    wanted = last_states(skeleton, ids)
     student = Student(quantized, ids, device, memory)
+    begun = saved.take_up(torch.device(device)) if saved else None
+    trained = [r for r in range(len(ids)) if r not in set(watch)]
+    if begun or not trained:
+        say(_("tune: the original on {rows} rows of {tokens} tokens at most", rows=len(ids), tokens=longest))
+        wanted = last_states(skeleton, ids)
+    else:
+        say(_("tune: layer by layer on {rows} rows of {tokens} tokens at most", rows=len(ids), tokens=longest))
+        wanted = settle(student, skeleton, ids, trained, watch, seed=seed, say=say).wanted
     trainer = Trainer(
         student,
         Ends(student, skeleton, stride(spec)),
@@ -185,6 +194,8 @@ def tuned_values(
         say=say,
         watch=watch,
         saved=saved,
+        begun=begun,
+        through=through,
     )
     best = trainer.train()
     seen = trainer.progress.watched

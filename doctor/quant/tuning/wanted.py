@@ -1,7 +1,8 @@
 """What a run asks tuning to do, and what that takes in memory and work: from flags and headers alone, without torch.
 
-`auto` trains on as many rows as take about what the layers took. That is counted in multiplications and not in
-seconds, so that two runs, and one that was interrupted, train on the same rows.
+`auto` takes about what the layers took: first layer by layer, which gains most for its work, then from end to end on
+as many rows as are left of that. It is counted in multiplications and not in seconds, so that two runs, and one that
+was interrupted, train on the same rows.
 """
 
 from __future__ import annotations
@@ -24,23 +25,28 @@ ARGUMENTS = _("Give the quantized checkpoint first and its original with --to.")
 LEAST_ROWS, LEAST_TOKENS = 16, 8192  # calibration rows and tokens of fewer are not worth it unasked
 LEAST_TRAINED = 16  # rows
 WATCHED = 8  # rows between the calibration rows
-LOOKS = 3  # at the watched rows: before, half way and at the end
+LOOKS = 4  # at the watched rows: before, after the layers by themselves, half way and at the end
 ROWS_A_STEP = 2
+LAYER_STEPS, LAYER_ROWS = 12, 4  # of the tuning layer by layer, and rows of each
 LENGTH = 256  # tokens of a trained row: twice as many in as many steps of Adam lower the divergence hardly further
 TOKENS = 64  # whose logits are made at a time
 # Work in products of a token and a weight. Of the layers' run: computing their outputs, and Hessians for about half as
-# much; a solved linear takes some 8 n k². Of a trained row: the original's outputs, then forward, forward again, and
-# back with two products; the head thrice. Measured on SmolLM2, one thread: 2.1 s a calibration row and 25 s for the
-# solves; 9 s a trained row.
+# much; a solved linear takes some 8 n k². Of a row: the original's outputs, and those of the tuned layers; of a row in
+# a layer's step forward, and back with two products; of one that is trained on from end to end forward, forward again,
+# back, and the head thrice. Measured on SmolLM2, one thread: 2.1 s a calibration row and 25 s for the solves; 9 s a row
+# from end to end.
 _CALIBRATING, SOLVING = 1.5, 8
-_TRAINING, _TRAINING_HEAD = 5, 3
+_ROW, _LAYERWISE, _TRAINING, _TRAINING_HEAD = 2, 3, 4, 3
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for. rows: to train on, 0 for none; asked: they were asked for, and must be. reason: why none."""
+    """What is asked for. rows: to train on, 0 for none; through: so many of them from end to end as well, after each
+    layer by itself; asked: they were asked for, and must be. reason: why none.
+    """
 
     rows: int
+    through: int = 0
     asked: bool = False
     reason: str | Message = ""
 
@@ -115,7 +121,7 @@ def wanted(
     if tune == OFF or not _has_scales(recipe):
         return Wanted(0)
     if isinstance(tune, int):
-        return Wanted(min(tune, rows), asked=True)
+        return Wanted(min(tune, rows), min(tune, rows), asked=True)
     if seen_rows:
         return Wanted(0, reason=_("rows with images or sound calibrated it"))
     tokens = tokens or rows * length
@@ -130,13 +136,17 @@ def wanted(
                 enough=LEAST_TOKENS,
             ),
         )
-    return Wanted(min(rows, max(LEAST_TRAINED, _affordable(recipe, spec, rows, length))))
+    through = _affordable(recipe, spec, rows, length)
+    return Wanted(max(through, min(rows, LAYER_STEPS * LAYER_ROWS)), through)
 
 
 def _affordable(recipe: Recipe, spec: ModelSpec, rows: int, length: int) -> int:
-    """Rows whose training takes what the layers take with `rows` rows of `length` tokens."""
-    watching, training = training_work(spec, 1, length)
-    return int((sum(layers_work(recipe, spec, rows * length)) - watching) / max(1, training))
+    """Of `rows` rows of `length` tokens, how many can be trained on from end to end in what is left of the layers' own
+    work after the layers were tuned one by one; 0 below LEAST_TRAINED.
+    """
+    layers, one = (sum(training_work(spec, n, n, length)) for n in (0, 1))
+    count = int((sum(layers_work(recipe, spec, rows * length)) - layers) / max(1, one - layers))
+    return min(rows, count) if count >= LEAST_TRAINED else 0
 
 
 def layers_work(recipe: Recipe, spec: ModelSpec, tokens: int) -> tuple[float, float]:
@@ -146,14 +156,15 @@ def layers_work(recipe: Recipe, spec: ModelSpec, tokens: int) -> tuple[float, fl
     return _CALIBRATING * _work(spec)[0] * tokens, SOLVING * solving
 
 
-def training_work(spec: ModelSpec, rows: int, length: int) -> tuple[float, float]:
-    """Products of tuning on so many rows, of rows cut from `length` tokens: of the rows that are watched, and of those
-    that are trained on.
+def training_work(spec: ModelSpec, rows: int, through: int, length: int) -> tuple[float, float]:
+    """Products of tuning on so many rows, `through` of them from end to end, cut from `length` tokens: of the rows that
+    are watched, and of those that are trained on.
     """
     body, head = _work(spec)
     length, compared = min(length, LENGTH), head / stride(spec)
-    watching = WATCHED * length * (body + LOOKS * (body + 2 * compared))
-    return watching, rows * length * (_TRAINING * body + _TRAINING_HEAD * compared)
+    watching = WATCHED * length * ((_ROW + 1) * body + LOOKS * (body + 2 * compared))
+    layers = (_ROW * rows + _LAYERWISE * LAYER_STEPS * LAYER_ROWS) * body
+    return watching, length * (layers + through * (_TRAINING * body + _TRAINING_HEAD * compared))
 
 
 def comparing_work(spec: ModelSpec, tokens: int) -> float:
@@ -187,7 +198,10 @@ def need(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, len
     for x in (x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)):
         layers[x.block or 0] = layers.get(x.block or 0, 0) + x.in_features * x.out_features
         scales += x.out_features * max(1, x.in_features // recipe.group_size if recipe.group_size > 0 else 1)
-    states = 4 * length * hidden * (2 * (rows + WATCHED) + ROWS_A_STEP * (len(layers) + 1))
+    # of a row: what the first layer reads, and both models' present states; later the original's last, and what each
+    # layer of a step's rows reads
+    held = max(3 * (rows + WATCHED) + LAYER_ROWS, 2 * (rows + WATCHED) + ROWS_A_STEP * (len(layers) + 1))
+    states = 4 * length * hidden * held
     # In float32: the embedding, held once and beside its stored bytes while it is read; and an own head, read twice.
     ends = 4 * vocabulary * hidden * (1.5 if spec.tied else 3)
     sizes = budget.needs(checkpoint, spec, recipe, rows, length)

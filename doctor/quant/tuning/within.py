@@ -81,6 +81,7 @@ def tuned(
                 say=asked.progress,
                 unseen=[row[:LENGTH] for row in watched],
                 saved=state(wish.rows) if state else None,
+                through=wish.through,
             )
     except NotQuantizable as error:
         if wish.asked:

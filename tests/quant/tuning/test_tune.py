@@ -19,7 +19,7 @@ from doctor.lint.testing import tiny
 from doctor.model.spec import build_spec
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.skeleton import Skeleton
-from doctor.quant.tuning import train
+from doctor.quant.tuning import layerwise, train
 from doctor.quant.tuning.parameters import Gain, Scales
 from doctor.quant.tuning.student import Student
 from doctor.quant.tuning.train import Ends, last_states
@@ -67,7 +67,7 @@ def test_slopes_are_those_of_the_divergence(tmp_path, form, bits, sym, act_order
         if found is not None:
             slopes = [slope for _total, slope in told]
             for i in reversed(range(len(student))):
-                slopes = student.pull_back(i, states.pop(), [0, 1], slopes, found)
+                slopes = student.pull_back(i, states.pop(), [0, 1], lambda n, _y, s=slopes: s[n], found)
         return sum(total for total, _slope in told)
 
     found = {}
@@ -110,12 +110,29 @@ def test_codes_that_are_read_again_each_time_give_the_same(rounded):
     read = tuned_values(source, original, rows, passes=1, memory=0)
     counted = [counted_in(line) for line in said]
     assert [step for step in counted if step and step[1]] == [
-        ("tune", done, 4, "steps")
-        for done in (1, 2, 2, 3, 4, 4)  # after each step, and with each look
+        *(("tune layers", done, 2, "layers") for done in (1, 2)),
+        *(("tune", done, 4, "steps") for done in (1, 2, 2)),  # after each step, and with each look, which ends it
     ]
     assert held.values.keys() == read.values.keys()
     assert all(torch.equal(held.values[n], read.values[n]) for n in held.values)
     assert held.progress.watched == read.progress.watched
+
+
+@pytest.mark.parametrize("rate", [layerwise.RATE, -layerwise.RATE])
+def test_each_layer_comes_closer_to_the_original_or_stays(rounded, monkeypatch, rate):
+    monkeypatch.setattr(layerwise, "RATE", rate)
+    original, source = map(Checkpoint.open, rounded)
+    rows = rows_of(9)
+    student = Student(source, rows)
+    spec = build_spec(original.value("config.json"), original.tensors)
+    done = layerwise.settle(student, Skeleton(original, spec), rows, list(range(8)), [8])
+    assert all(torch.equal(*x) for x in zip(done.wanted, last_states(Skeleton(original, spec), rows), strict=True))
+    changed = {name for name, change in student.changes.items() if change.any()}
+    if rate > 0:
+        assert len(done.losses) == 2 and all(0 < after < 0.97 * before for before, after in done.losses)
+        assert changed == {*student.names(0), *student.names(1)} and len(changed) == 18
+    else:
+        assert all(after == before for before, after in done.losses) and not changed
 
 
 def test_scales_of_experts_that_few_tokens_reach_are_not_tuned(tmp_path):
@@ -126,7 +143,7 @@ def test_scales_of_experts_that_few_tokens_reach_are_not_tuned(tmp_path):
 
     def found(count):
         slopes, states = {}, student.first[:count]
-        student.pull_back(0, states, list(range(count)), [torch.ones_like(x) for x in states], slopes)
+        student.pull_back(0, states, list(range(count)), lambda _place, output: torch.ones_like(output), slopes)
         return {("experts" in name) for name in slopes}, sum("experts" in name for name in slopes)
 
     assert found(1) == ({False}, 0)  # 32 tokens, of which an expert gets some 16
@@ -185,6 +202,7 @@ def test_codes_beyond_the_memory_are_not_held(rounded):
 
 def test_what_does_not_help_is_not_written(rounded, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Trainer, "_share", lambda self, step: -1.0)  # up the slope
+    monkeypatch.setattr(layerwise, "RATE", -layerwise.RATE)
     original, source = rounded
     out = tmp_path / "t"
     args = ["tune", str(source), "--to", str(original), "-o", str(out), "--rows", "16", "--max-seq-length", "64"]

@@ -22,6 +22,7 @@ from doctor.quant.calibration.tokenizer import load_tokenizer
 from doctor.quant.calibration.unseen import unseen_rows
 from doctor.quant.stage import stage_of
 from doctor.quant.tuning import train, wanted, within
+from doctor.quant.tuning.adam import Adam
 from doctor.report.results import results
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
@@ -105,7 +106,7 @@ def test_a_run_killed_while_it_tunes_ends_in_the_same_bytes(taught, recipe, tune
 
 
 def test_what_does_not_help_is_not_written(taught, recipe, plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Trainer, "_adam", lambda *_anything: None)
+    monkeypatch.setattr(Adam, "step", lambda *_anything: None)
     done = api.quantize(taught, tmp_path / "out", recipe, tune=12, **ROWS)
     assert not done.report.extra["tuning"]["written"]
     assert content(Checkpoint.open(done.output)) == content(plain)
