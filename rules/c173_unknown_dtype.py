@@ -20,16 +20,13 @@ KNOWN_NAMES = frozenset((*CONFIG_NAMES, *(d.torch for d in DTYPES.values() if d.
 
 @rule("C173", "error")
 def unknown_dtype(checkpoint, spec, tensors, config):
-    amounts: dict[str, int] = {}
-    for info in tensors.values():
-        amounts[info.dtype.name] = amounts.get(info.dtype.name, 0) + info.nbytes
-    stored = stored_float(max(amounts, key=amounts.__getitem__, default=""))
     for key in ("dtype", "torch_dtype"):
         inner = {spec.at(key): spec.section(config)} if spec.text_key else {}
         for pointer, block in {f"/{key}": config, **inner}.items():
             stated = block.get(key)
             if not isinstance(stated, str) or stated.removeprefix("torch.") in KNOWN_NAMES:
                 continue
+            stored = _mostly_stored(tensors)
             yield finding(
                 _("{key} is {stated!r} in config.json, which is no dtype of PyTorch", key=key, stated=stated[:40]),
                 at=Place("config.json", pointer=pointer),
@@ -38,6 +35,14 @@ def unknown_dtype(checkpoint, spec, tensors, config):
                 if stored
                 else Fix(_("remove {key}", key=key), (RemoveJson("config.json", pointer, stated),)),
             )  # fmt: skip
+
+
+def _mostly_stored(tensors):
+    """The float type of most bytes. Asked for where there is a finding: a header may hold 100,000 names."""
+    amounts: dict[str, int] = {}
+    for info in tensors.values():
+        amounts[info.dtype.name] = amounts.get(info.dtype.name, 0) + info.nbytes
+    return stored_float(max(amounts, key=amounts.__getitem__, default=""))
 
 
 def bad():

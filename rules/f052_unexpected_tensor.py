@@ -72,7 +72,7 @@ def unexpected_tensor(checkpoint, placement, config, misnamed):
                 fix=LOST if lost else Fix(_("drop it"), (DropTensor(info.name),), "unsafe", by_name=True),
                 advice=_("make sure that config.json names the family of these weights"),
             )
-    for parent, own in _strangers(placement, config, checkpoint.tensors).items():
+    for parent, own in _strangers(placement, config, checkpoint.tensors, placed).items():
         yield finding(
             plural(
                 "{n:,} tensor under {parent} does not belong to a {family} model: {first}",
@@ -89,17 +89,19 @@ def unexpected_tensor(checkpoint, placement, config, misnamed):
         )
 
 
-def _strangers(placement, config, tensors):
+def _strangers(placement, config, tensors, placed):
     """Tensors outside of the decoder layers whose names the family's own text class does not have, by what stands
-    before their first dot.
+    before their first dot. `placed`: the names that have a template, of those outside and not foreign.
     """
     spec = placement.spec
     if spec.text_key or config.get("auto_map") or family_table(spec.family)["architecture"] != spec.architecture:
         return {}
     tails = packed_tails()
     found: dict[str, list] = {}
+    named = (name for name in placement.foreign if placement.template_of(name))
+    passed = {*placed, *placement.words, *named}
     for name, info in (*placement.outside.items(), *placement.foreign.items()):
-        if placement.template_of(name) or name not in tensors or name in placement.words or name.endswith(tails):
+        if name in passed or name not in tensors or name.endswith(tails):
             continue
         if name.endswith("bias") and placement.template_of(name.removesuffix(".bias") + ".weight"):
             continue
