@@ -55,6 +55,7 @@ HOSTILE = {  # entry i of a header of so many
     "one place": (75_000, lambda i: {"dtype": "BF16", "shape": [1, 1], "data_offsets": [0, 2]}),
     "wrong dtypes": (75_000, lambda i: {"dtype": "XX", "shape": [1, -1], "data_offsets": [2 * i, 0]}),
     "no entries": (140_000, lambda i: i),
+    "as many as are read": (65_536, lambda i: {"dtype": "BF16", "shape": [1, 1], "data_offsets": [2 * i, 2 * i + 2]}),
 }
 
 
@@ -70,13 +71,14 @@ def test_nine_megabytes_of_header_take_a_second(tmp_path, kind):
     raw = json.dumps({name.format(i // 7, i): entry(i) for i in range(count)}, separators=(",", ":")).encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(count * (1 if kind == "short names" else 4)))
-    assert 8e6 < file.stat().st_size < 10e6
+    assert 7e6 < file.stat().st_size < 10e6
     recipe, least = Recipe(), 99.0
     for _ in range(2):  # the first time imports rules too
         began = time.process_time()
         report = check(tmp_path, recipe, stage="header")
         render("full", [report])
         least = min(least, time.process_time() - began)
-        if least < 2.0:
+        if least < 1.0:
             break
-    assert least < 2.0, f"{least:.2f} s of CPU, for {len(report.findings)} findings"  # 1 s where nothing else runs
+    # A second where nothing else runs; a neighbour on the core's other thread takes its share of it.
+    assert least < 1.4, f"{least:.2f} s of CPU, for {len(report.findings)} findings"
