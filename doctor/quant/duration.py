@@ -43,14 +43,15 @@ def steps(
     sampled: int,
     trained: int,
     through: int,
+    a_step: int,
     compared: int,
 ) -> tuple[Step, ...]:
     """source, output: bytes. rows of `length` tokens calibrate; sampled: tokens that the model writes of them; trained:
-    rows that tuning trains on, 0 for none, `through` of them from end to end; compared: rows that the output is
-    compared on. Steps that are not done are left out.
+    rows that tuning trains on, 0 for none, `through` of them from end to end, after steps of a layer on `a_step` rows;
+    compared: rows that the output is compared on. Steps that are not done are left out.
     """
     passes, solving = layers_work(recipe, spec, rows * length)
-    watching, training = training_work(spec, trained, through, length)
+    watching, training = training_work(spec, trained, through, length, a_step)
     found = [
         (_("start, check and rehearsal"), STARTING + _over(READS * source, rates.reading)),
         (_("rows that the model writes"), SAMPLING * _over(comparing_work(spec, sampled), rates.narrow)),

@@ -294,6 +294,7 @@ def plan(
         sampled=sampled.pieces * sampled.size if sampled else 0,
         trained=wish.rows if tuning else 0,
         through=wish.through,
+        a_step=wish.a_step,
         compared=compare_rows,
     )
     return replace(found, steps=timed, seconds=sum(step.seconds for step in timed))

@@ -25,6 +25,7 @@ ASKED = {
     "sampled": 640,
     "trained": 8,
     "through": 4,
+    "a_step": 4,
     "compared": 4,
 }
 

@@ -34,6 +34,7 @@ def conditions(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
         "sym": bool(recipe.sym),
         "mse": recipe.mse,
         "act_order": recipe.act_order,
+        "averaged": "by token",  # sensitivity.py; files of older versions lack it, and their figures are others
     }
 
 

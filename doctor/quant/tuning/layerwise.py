@@ -50,11 +50,13 @@ def settle(
     trained: list[int],
     watched: list[int],
     *,
+    a_step: int = LAYER_ROWS,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Settled:
     """Tune each layer of `student` in turn; its `changes` become those that were found. rows: ids int64[1, length] of
-    both; trained and watched: numbers of rows. Raises NotQuantizable where a loss is not finite.
+    both; trained and watched: numbers of rows. a_step: rows of a step. Raises NotQuantizable where a loss is not
+    finite.
     """
     floats, calls = [], []
     for hidden, call in teacher.open_calls(rows):
@@ -71,7 +73,7 @@ def settle(
         before = _loss(student.run(i, [states[r] for r in watched], watched), [floats[r] for r in watched])
         kept = student.changes
         student.changes = dict(kept)
-        _tune(student, i, states, floats, trained, shares, draw)
+        _tune(student, i, states, floats, trained, a_step, shares, draw)
         outputs = student.run(i, states, everyone)
         after = _loss([outputs[r] for r in watched], [floats[r] for r in watched])
         if not math.isfinite(before):
@@ -94,6 +96,7 @@ def _tune(
     states: list[torch.Tensor],
     wanted: list[torch.Tensor],
     trained: list[int],
+    a_step: int,
     shares: dict[str, float],
     draw: random.Random,
 ) -> None:
@@ -103,9 +106,9 @@ def _tune(
     adam = Adam({name: student.changes[name] for name in names})
     order: list[int] = []
     for step in range(LAYER_STEPS):
-        while len(order) < LAYER_ROWS:
+        while len(order) < a_step:
             order += draw.sample(trained, len(trained))
-        rows, order = order[:LAYER_ROWS], order[LAYER_ROWS:]
+        rows, order = order[:a_step], order[a_step:]
         found: dict[str, torch.Tensor] = {}
 
         def slope(place: int, output: torch.Tensor, rows: list[int] = rows) -> torch.Tensor:

@@ -45,7 +45,7 @@ from doctor.quant.tuning.parameters import Gain, Scales
 from doctor.quant.tuning.saved import Saved
 from doctor.quant.tuning.student import Student, tunable
 from doctor.quant.tuning.train import Ends, Progress, Trainer, last_states, watched_of
-from doctor.quant.tuning.wanted import LENGTH, stride
+from doctor.quant.tuning.wanted import LAYER_ROWS, LENGTH, stride
 
 COMMAND = "tune"
 ROWS = 64
@@ -163,9 +163,11 @@ def tuned_values(
     unseen: list[list[int]] | None = None,
     saved: Saved | None = None,
     through: int | None = None,
+    a_step: int = LAYER_ROWS,
 ) -> Outcome:
     """Tune on rows of token ids. unseen: rows to watch; None: one in eight of `rows`. saved: where the state is kept.
     through: after each layer by itself, at most so many rows are trained on from end to end; None: all.
+    a_step: rows of a layer's step.
     Raises NotQuantizable, BadCheckpoint, MachineError.
     """
     if memory is None:
@@ -184,7 +186,7 @@ def tuned_values(
         wanted = last_states(skeleton, ids)
     else:
         say(_("tune: layer by layer on {rows} rows of {tokens} tokens at most", rows=len(ids), tokens=longest))
-        wanted = settle(student, skeleton, ids, trained, watch, seed=seed, say=say).wanted
+        wanted = settle(student, skeleton, ids, trained, watch, a_step=a_step, seed=seed, say=say).wanted
     trainer = Trainer(
         student,
         Ends(student, skeleton, stride(spec)),

@@ -27,7 +27,7 @@ LEAST_TRAINED = 16  # rows
 WATCHED = 8  # rows between the calibration rows
 LOOKS = 4  # at the watched rows: before, after the layers by themselves, half way and at the end
 ROWS_A_STEP = 2
-LAYER_STEPS, LAYER_ROWS = 12, 4  # of the tuning layer by layer, and rows of each
+LAYER_STEPS, LAYER_ROWS = 12, 4  # of the tuning layer by layer, and rows of each at most
 LENGTH = 256  # tokens of a trained row: twice as many in as many steps of Adam lower the divergence hardly further
 TOKENS = 64  # whose logits are made at a time
 # Work in products of a token and a weight. Of the layers' run: computing their outputs, and Hessians for about half as
@@ -37,16 +37,18 @@ TOKENS = 64  # whose logits are made at a time
 # from end to end.
 _CALIBRATING, SOLVING = 1.5, 8
 _ROW, _LAYERWISE, _TRAINING, _TRAINING_HEAD = 2, 3, 4, 3
+_ABOUT = 1.25  # of the layers' work is "about what they took"
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What is asked for. rows: to train on, 0 for none; through: so many of them from end to end as well, after each
-    layer by itself; asked: they were asked for, and must be. reason: why none.
+    layer by itself; a_step: rows of a layer's step; asked: they were asked for, and must be. reason: why none.
     """
 
     rows: int
     through: int = 0
+    a_step: int = LAYER_ROWS
     asked: bool = False
     reason: str | Message = ""
 
@@ -136,8 +138,18 @@ def wanted(
                 enough=LEAST_TOKENS,
             ),
         )
-    through = _affordable(recipe, spec, rows, length)
-    return Wanted(max(through, min(rows, LAYER_STEPS * LAYER_ROWS)), through)
+    a_step = _rows_a_step(recipe, spec, rows, length)
+    through = _affordable(recipe, spec, rows, length) if a_step == LAYER_ROWS else 0
+    return Wanted(max(through, min(rows, LAYER_STEPS * a_step)), through, a_step)
+
+
+def _rows_a_step(recipe: Recipe, spec: ModelSpec, rows: int, length: int) -> int:
+    """Rows of a layer's step: as many as the layers' own work pays for, 1 at least."""
+    work = sum(layers_work(recipe, spec, rows * length))
+    sizes = (LAYER_ROWS, LAYER_ROWS // 2)
+    return next(
+        (n for n in sizes if sum(training_work(spec, min(rows, LAYER_STEPS * n), 0, length, n)) <= _ABOUT * work), 1
+    )
 
 
 def _affordable(recipe: Recipe, spec: ModelSpec, rows: int, length: int) -> int:
@@ -156,14 +168,16 @@ def layers_work(recipe: Recipe, spec: ModelSpec, tokens: int) -> tuple[float, fl
     return _CALIBRATING * _work(spec)[0] * tokens, SOLVING * solving
 
 
-def training_work(spec: ModelSpec, rows: int, through: int, length: int) -> tuple[float, float]:
+def training_work(
+    spec: ModelSpec, rows: int, through: int, length: int, a_step: int = LAYER_ROWS
+) -> tuple[float, float]:
     """Products of tuning on so many rows, `through` of them from end to end, cut from `length` tokens: of the rows that
-    are watched, and of those that are trained on.
+    are watched, and of those that are trained on. a_step: rows of a layer's step.
     """
     body, head = _work(spec)
     length, compared = min(length, LENGTH), head / stride(spec)
     watching = WATCHED * length * ((_ROW + 1) * body + LOOKS * (body + 2 * compared))
-    layers = (_ROW * rows + _LAYERWISE * LAYER_STEPS * LAYER_ROWS) * body
+    layers = (_ROW * rows + _LAYERWISE * LAYER_STEPS * a_step) * body
     return watching, length * (layers + through * (_TRAINING * body + _TRAINING_HEAD * compared))
 
 

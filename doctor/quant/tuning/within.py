@@ -82,6 +82,7 @@ def tuned(
                 unseen=[row[:LENGTH] for row in watched],
                 saved=state(wish.rows) if state else None,
                 through=wish.through,
+                a_step=wish.a_step,
             )
     except NotQuantizable as error:
         if wish.asked:
