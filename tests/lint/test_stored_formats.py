@@ -568,3 +568,12 @@ def test_a_wrong_label_with_scales_of_two_formats_is_not_made_plain(tmp_path):
     case, _message = bad()
     [found] = [f for f in check(case.write(tmp_path / "in"), case.recipe).findings if f.code == "C147"]
     assert found.fix.safety == "manual" and not found.fix.edits
+
+
+def test_an_awq_file_with_zero_points_and_no_word_of_them_is_an_info_as_a_gpu_reads_them(tmp_path):
+    case = awq(None)
+    case.tensors[f"{DOWN}.qzeros"][0, 0] = 0x12345678
+    assert not serious(check(case.write(tmp_path / "said"), case.recipe))
+    case.config["quantization_config"]["zero_point"] = False
+    report = check(case.write(tmp_path / "unsaid"), case.recipe)
+    assert [f.severity for f in report.findings if f.code == "O657"] == ["info"]
