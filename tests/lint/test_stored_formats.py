@@ -577,3 +577,13 @@ def test_an_awq_file_with_zero_points_and_no_word_of_them_is_an_info_as_a_gpu_re
     case.config["quantization_config"]["zero_point"] = False
     report = check(case.write(tmp_path / "unsaid"), case.recipe)
     assert [f.severity for f in report.findings if f.code == "O657"] == ["info"]
+
+
+def test_biases_beside_packed_words_matter_where_the_class_has_none_and_they_are_not_zero(tmp_path):
+    case = awq(None)
+    for name in (f"{DOWN}.bias", f"{DOWN}.bias".replace(".0.", ".1.")):
+        case.tensors[name], case.dtypes[name] = np.zeros(64, np.uint16), "F16"
+    assert not serious(check(case.write(tmp_path / "zeros"), case.recipe))
+    case.tensors[f"{DOWN}.bias"][5] = 0x3C00
+    [line] = serious(check(case.write(tmp_path / "values"), case.recipe))
+    assert line.startswith(f"F066 1 linear has a bias that LlamaForCausalLM does not read ({DOWN}.bias)")
