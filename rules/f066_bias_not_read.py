@@ -72,7 +72,9 @@ def bias_not_read(checkpoint, tensors, placement, config, largest_values):
 
 
 def bad():
-    case = tiny(only_in("llama", why="the example is of a class that a key of config.json gives biases"))
+    case = tiny(
+        only_in("llama", "mistral", "qwen3", why="the example is of a class whose linears of attention have no biases")
+    )
     case.config.pop("attention_bias", None)
     for linear in case.spec.linears:
         if linear.role in ATTENTION:
@@ -80,7 +82,7 @@ def bad():
             case.tensors[name] = np.full(case.tensors[linear.tensor].shape[0], 0x3F00, np.uint16)
             case.dtypes[name] = "BF16"
     return case, (
-        "8 linears have biases that LlamaForCausalLM does not read (first model.layers.0.self_attn.k_proj.bias), "
+        f"8 linears have biases that {case.spec.architecture} does not read (first model.layers.0.self_attn.k_proj.bias), "
         "with values up to 0.5"
     )
 
