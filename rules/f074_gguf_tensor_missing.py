@@ -116,7 +116,9 @@ def _of_layers(model, layers, hidden):
 
 def _shapes(model, hidden):
     """Name in a layer -> (its shape, the keys that say so), where one number holds for all layers."""
-    found = {name: ((hidden,), "embedding_length") for name in ("attn_norm", "ffn_norm")}
+    found: dict[str, tuple[tuple[int, ...], str]] = {
+        name: ((hidden,), "embedding_length") for name in ("attn_norm", "ffn_norm")
+    }
     heads = model.own("attention.head_count")
     kv_heads, ffn = model.own("attention.head_count_kv", heads), model.own("feed_forward_length")
     if all(type(n) is int and n > 0 for n in (heads, kv_heads)):
