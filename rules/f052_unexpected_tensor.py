@@ -10,7 +10,8 @@ Seen as:
 Do: compare architectures and model_type in config.json with the source of the weights.
 
 False alarms: variants of a family that add tensors and are newer than this version. Buffers that readers recompute
-(rotary frequencies, causal masks), stored cache scales and the scales of packed weights are not counted. Outside of the
+(rotary frequencies, causal masks), stored cache scales and the scales of packed weights are not counted. F066 judges
+biases of linears. Outside of the
 decoder layers only the family's own text class is judged: a multimodal class has towers of its own.
 
 Fix safety: unsafe, and only by name: the tensor is dropped. Only you know whether the tensor or the config is right.
@@ -61,9 +62,8 @@ def unexpected_tensor(checkpoint, placement, config, misnamed):
     for block in placement.counted:
         for tail, info in placement.blocks[block].items():
             if info.name in placed or BENIGN.search(tail):
-                if not (tail.endswith("_proj.bias") and _bias_is_denied(spec, tail, placement, info)):
-                    continue
-            elif tail.endswith("bias") or undoes_packing(tail):  # without its scales a packed weight is lost
+                continue
+            if tail.endswith("bias") or undoes_packing(tail):  # without its scales a packed weight is lost
                 continue
             yield finding(
                 _("{tensor} does not belong to a {family} model", tensor=info.name, family=spec.family),
@@ -108,20 +108,6 @@ def _strangers(placement, config, tensors, placed):
         if not (undoes_packing(name) or BENIGN.search(name)):
             found.setdefault(name.partition(".")[0] + ".", []).append(info)
     return found
-
-
-def _bias_is_denied(spec, tail, placement, info):
-    """True where config.json states explicitly that this linear has no bias."""
-    key = "mlp_bias" if tail.startswith("mlp.") else "attention_bias"
-    weight = info.name.removesuffix(".bias") + ".weight"
-    template = placement.template_of(weight)
-    return (
-        weight not in placement.words  # packers of old wrote biases of zeros, and engines skip them
-        and spec.config.get(key) is False
-        and template is not None
-        and template.bias is False
-        and spec.family in ("llama", "granite", "arcee")
-    )
 
 
 def bad():

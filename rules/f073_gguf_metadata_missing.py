@@ -8,16 +8,19 @@ Seen as:
 
 Do: convert the model again with a converter of its architecture; `doctor quantize --scheme Q8_0` writes all keys.
 
-False alarms: an architecture that needs fewer keys than a decoder has; only those that every decoder needs are asked for.
+False alarms: an architecture that needs fewer keys than a decoder has; only those that every decoder needs are asked for,
+and an epsilon of the architectures that F074 judges.
 
 Fix safety: manual; the values stand in the original's config.json.
 
 Sources: ggml-org/llama.cpp src/llama-model.cpp (load_hparams), src/llama-vocab.cpp (load).
 """
 
-from doctor.lint.rule import Place, _, finding, listed, rule
-from doctor.lint.testing import tiny_gguf
+from doctor.lint.rule import Place, _, architecture_in, finding, listed, rule
+from doctor.lint.testing import tiny_gguf, w
 
+EPSILON, ROTATED = "attention.layer_norm_rms_epsilon", "rope.dimension_count"
+SCALINGS = ("none", "linear", "yarn", "longrope")
 SIZES = ("block_count", "context_length", "embedding_length", "attention.head_count")
 
 
@@ -33,11 +36,53 @@ def gguf_metadata_missing(checkpoint, gguf_models):
             missing.append("tokenizer.ggml.model")
         elif model.metadata["tokenizer.ggml.model"] != "none" and not model.metadata.get("tokenizer.ggml.tokens"):
             missing.append("tokenizer.ggml.tokens")
+        elif model.metadata["tokenizer.ggml.model"] == "gpt2" and not model.metadata.get("tokenizer.ggml.merges"):
+            missing.append("tokenizer.ggml.merges")
+        known = architecture_in(model)
+        if known is not None and not isinstance(model.own(EPSILON), float):
+            missing.append(f"{name}.{EPSILON}")
         if missing:
             yield finding(
                 _("{model}: lacks {keys}", model=model.name, keys=listed(missing)),
                 at=Place(model.files[0].name),
                 evidence={"keys": missing},
+                advice=_("convert the model again"),
+            )
+        elif known is not None and known.rope_dimension:
+            yield from _rotated(model)
+        scaling = model.own("rope.scaling.type", "none") if known is not None else "none"
+        if scaling not in SCALINGS:
+            yield finding(
+                _(
+                    "{model}: {key} is {value}; must be one of {wanted}",
+                    model=model.name,
+                    key=f"{name}.rope.scaling.type",
+                    value=repr(scaling),
+                    wanted=listed(SCALINGS),
+                ),
+                at=Place(model.files[0].name),
+                evidence={"value": scaling},
+                advice=_("convert the model again"),
+            )
+
+
+def _rotated(model):
+    """llama.cpp rotates whole heads in these architectures and refuses another number."""
+    heads, hidden = model.own("attention.head_count"), model.own("embedding_length")
+    if isinstance(heads, int) and heads:
+        wanted = model.own("attention.key_length", hidden // heads)
+        found = model.own(ROTATED, wanted)
+        if found != wanted:
+            yield finding(
+                _(
+                    "{model}: {key} is {value}; must be {wanted}, the size of a head",
+                    model=model.name,
+                    key=f"{model.architecture}.{ROTATED}",
+                    value=found,
+                    wanted=wanted,
+                ),
+                at=Place(model.files[0].name),
+                evidence={"value": found, "wanted": wanted},
                 advice=_("convert the model again"),
             )
 
@@ -56,3 +101,11 @@ def bad():
 
 def good():
     return tiny_gguf()
+
+
+def more():
+    """Cases whose fixes the example above does not show."""
+    for key, value in (("rope.scaling.type", w.text("dynamic")), ("rope.dimension_count", w.u32(32))):
+        case = tiny_gguf()
+        case.keys[f"{case.family}.{key}"] = value
+        yield case

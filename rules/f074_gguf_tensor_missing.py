@@ -16,8 +16,13 @@ Fix safety: manual; the tensors are in the original.
 Sources: ggml-org/llama.cpp src/llama-model.cpp (load_tensors).
 """
 
-from doctor.lint.rule import Place, _, architecture_in, finding, listed, rule
+import re
+
+from doctor.lint.rule import Place, _, architecture_in, finding, listed, plural, rule
 from doctor.lint.testing import np, tiny_gguf
+
+BLOCK = re.compile(r"blk\.(\d+)\.")
+HEADS = "embedding_length and attention.head_count"
 
 
 @rule("F074", "error", implied_by=("F070", "F071", "F072", "F073", "O641"))
@@ -47,6 +52,7 @@ def gguf_tensor_missing(checkpoint, gguf_models):
                 advice=_("convert the model again"),
             )
             continue
+        yield from _of_layers(model, layers, hidden)
         for name in ("token_embd.weight", "output_norm.weight"):
             shape = model.tensors[name].shape
             if shape[-1] != hidden:
@@ -64,6 +70,72 @@ def gguf_tensor_missing(checkpoint, gguf_models):
                 )
 
 
+def _of_layers(model, layers, hidden):
+    """Tensors of layers: those past the last one, and those of another shape than the sizes say."""
+    past = sorted(n for n in model.tensors if (at := BLOCK.match(n)) and int(at[1]) >= layers)
+    if past:
+        yield finding(
+            plural(
+                "{model}: {n} tensor is of a layer past its {layers}, {tensor}; llama.cpp stops at their number",
+                "{model}: {n} tensors are of layers past its {layers}, first {tensor}; llama.cpp stops at their number",
+                len(past),
+                model=model.name,
+                layers=layers,
+                tensor=past[0],
+            ),
+            at=Place(model.files[0].name, tensor=past[0]),
+            evidence={"tensors": past[:100]},
+            advice=_("convert the model again"),
+        )
+    shapes = _shapes(model, hidden)
+    other = [
+        (f"blk.{i}.{name}.weight", shape, said)
+        for i in range(layers)
+        for name, (shape, said) in shapes.items()
+        if (held := model.tensors.get(f"blk.{i}.{name}.weight")) is not None and tuple(held.shape) != shape
+    ]
+    if other:
+        name, shape, said = other[0]
+        yield finding(
+            plural(
+                "{model}: {n} tensor of layers is of another shape than by {said}, {tensor}: {found}, must be {shape}",
+                "{model}: {n} tensors of layers are of another shape than by {said}, first {tensor}: {found}, "
+                "must be {shape}",
+                len(other),
+                model=model.name,
+                tensor=name,
+                found=list(model.tensors[name].shape),
+                said=said,
+                shape=list(shape),
+            ),
+            at=Place(model.files[0].name, tensor=name),
+            evidence={"tensors": [n for n, *_rest in other[:100]]},
+            advice=_("convert the model again"),
+        )
+
+
+def _shapes(model, hidden):
+    """Name in a layer -> (its shape, the keys that say so), where one number holds for all layers."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {
+        name: ((hidden,), "embedding_length") for name in ("attn_norm", "ffn_norm")
+    }
+    heads = model.own("attention.head_count")
+    kv_heads, ffn = model.own("attention.head_count_kv", heads), model.own("feed_forward_length")
+    if all(type(n) is int and n > 0 for n in (heads, kv_heads)):
+        key = model.own("attention.key_length", hidden // heads)
+        value = model.own("attention.value_length", hidden // heads)
+        found |= {
+            "attn_q": ((heads * key, hidden), HEADS),
+            "attn_k": ((kv_heads * key, hidden), HEADS),
+            "attn_v": ((kv_heads * value, hidden), HEADS),
+            "attn_output": ((hidden, heads * value), HEADS),
+        }
+    if type(ffn) is int and ffn > 0:
+        for name, shape in (("ffn_gate", (ffn, hidden)), ("ffn_up", (ffn, hidden)), ("ffn_down", (hidden, ffn))):
+            found[name] = (shape, "feed_forward_length")
+    return found
+
+
 def bad():
     case = tiny_gguf()
     del case.values["blk.0.ffn_up.weight"]
@@ -79,4 +151,10 @@ def more():
     """Cases whose fixes the example above does not show."""
     case = tiny_gguf()
     case.values["output_norm.weight"] = np.zeros(32, "<f4")
+    yield case
+    case = tiny_gguf()
+    case.values["blk.1.attn_norm.weight"] = case.values["blk.0.attn_norm.weight"]
+    yield case
+    case = tiny_gguf()
+    case.values["blk.0.ffn_down.weight"] = case.values["blk.0.ffn_down.weight"].T.copy()
     yield case

@@ -2,8 +2,9 @@
 
 Why: every weight is a code times the scale of its group. A scale of 0 erases the group; one in the hundreds makes the
 decoder layer overflow. A quantizer that continues after its Hessian has failed writes both. Scales that are 1
-everywhere are what they were before calibration; scales that are all negative turn every weight's sign. One scale for a whole tensor must be above 0; one that divides, as
-compressed-tensors' weight_global_scale, is in the hundreds, and below 1 where it was stored as the factor.
+everywhere are what they were before calibration; scales that are all negative turn every weight's sign. One scale for a
+whole tensor must be above 0; one that divides, as compressed-tensors' weight_global_scale, is in the hundreds, and
+below 1 where it was stored as the factor.
 
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`
@@ -11,14 +12,16 @@ Seen as:
 
 Do: quantize this linear again (Q401 and Q405 of that run say why it failed).
 
-False alarms: scale 0 for a group or row whose weights are all 0, as some packers write for padding. Scales that are 8-bit
+False alarms: scale 0 for a group whose weights are all 0, as some packers write for padding. bitsandbytes writes SCB 0
+for a row of zeros, and such a row whose codes are 0 too is not reported. Scales that are 8-bit
 floats themselves, as NVFP4's, reach 448 by design and are judged for 0 and for their sign only. Scales of both signs,
 as AutoRound's symmetric grid has them, are not reported.
 
 Fix safety: unsafe, and only with `--from`: the scales are taken from another copy of the quantized checkpoint, such as
 its repository. Without one the weights behind a wrong scale are lost.
 
-Sources: AutoGPTQ/AutoGPTQ issues 306, 582 and 587; casper-hansen/AutoAWQ PR 516 (sets such scales to 1).
+Sources: AutoGPTQ/AutoGPTQ issues 306, 582 and 587; casper-hansen/AutoAWQ PR 516 (sets such scales to 1);
+bitsandbytes-foundation/bitsandbytes bitsandbytes/backends/default/ops.py (int8_vectorwise_quant).
 """
 
 import re
@@ -40,13 +43,16 @@ RELATIVE = "F8_E4M3"  # a scale of this type is multiplied by another one, which
 
 
 @rule("O607", "warning", certainty="likely", implied_by=("W201",))
-def bad_scales(tensor, n_zero, numel, absmax, stats, base):
+def bad_scales(tensor, n_zero, numel, absmax, stats, base, every_zero_code_rows):
     if tensor.name.endswith(WHOLE):
         yield from _whole(tensor, stats, base)
-    if (tensor.name.endswith(VECTORS) and n_zero == numel) or (tensor.name.endswith(ROWS) and n_zero):
+    lost = n_zero
+    if tensor.name.endswith(ROWS):  # codes of a row of zeros are 0 too
+        lost -= every_zero_code_rows.get(f"{tensor.name.removesuffix(ROWS)}.weight", 0)
+    if (tensor.name.endswith(VECTORS) and n_zero == numel) or (tensor.name.endswith(ROWS) and lost > 0):
         yield finding(
-            _("{n_zero:,} of {numel:,} scales in {tensor} are 0", n_zero=n_zero, numel=numel, tensor=tensor.name),
-            evidence={"n_zero": n_zero, "numel": numel},
+            _("{n_zero:,} of {numel:,} scales in {tensor} are 0", n_zero=lost, numel=numel, tensor=tensor.name),
+            evidence={"n_zero": lost, "numel": numel},
             fix=tensor_from_base(base, tensor),
             advice=_("quantize this linear again"),
         )

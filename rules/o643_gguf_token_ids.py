@@ -58,7 +58,7 @@ def gguf_token_ids(checkpoint, gguf_models):
                     advice=_("convert the tokenizer again"),
                 )
         embedding = model.tensors.get("token_embd.weight")
-        if embedding is not None and len(embedding.shape) == 2 and embedding.shape[0] < count:
+        if embedding is not None and len(embedding.shape) == 2 and embedding.shape[0] != count:
             yield finding(
                 _(
                     "{model}: token_embd.weight has {rows:,} rows for {count:,} tokens",

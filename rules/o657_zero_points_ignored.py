@@ -3,14 +3,15 @@
 Why: where quantization_config says symmetric (sym true, zero_point false), vLLM's kernels take the middle of the codes
 for every zero point and read none: Marlin for GPTQ, the CPU kernel and the kernels of experts for AWQ. Weights under
 another zero point are shifted by whole steps, and the reply is nonsense. Readers that do read the zero points answer
-well, so the file passes elsewhere.
+well, so the file passes elsewhere. vLLM on a GPU is one of them for AWQ's linears, so an AWQ file without experts of
+this kind is told as an info.
 
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`
 
 Do: state what the file holds, or quantize again symmetrically where the reader has no kernel for zero points.
 
-False alarms: vLLM's AWQ kernel for linears on a GPU reads them all the same.
+False alarms: a reader whose kernels read zero points whatever the configuration says.
 
 Fix safety: safe: one word of quantization_config, which says what the tensors are. No fix where version 1 of GPTQ
 stores a zero point as 15: readers that take it disagree about it (O609).
@@ -23,6 +24,7 @@ vllm/model_executor/kernels/linear/mixed_precision/cpu.py.
 from doctor.lint.rule import KNOWN, Fix, Place, SetJson, _, finding, plural, quantization_blocks, rule
 from doctor.lint.testing import np, tiny_gptq
 
+EXPERTS = ".experts."
 SAYS = (("zero_point", False), ("sym", True))  # how a file is called symmetric
 
 
@@ -46,6 +48,8 @@ def zero_points_ignored(checkpoint, quantization, packed_words):
     ]
     if not found or not said:
         return
+    # vLLM takes Marlin for uint4 with zero_point true alone; without it a GPU runs AWQ's own kernel, which reads them.
+    read = form.stores_zeros and not any(EXPERTS in name for name in found)
     key = said[0].pointer.rpartition("/")[2]
     yield finding(
         plural(
@@ -65,6 +69,7 @@ def zero_points_ignored(checkpoint, quantization, packed_words):
         advice=_("quantize again: version 1 stores some as 15, which wraps")
         if wraps
         else _("state what the file holds"),
+        severity="info" if read else "",
     )
 
 

@@ -33,6 +33,9 @@ REPEATED: FactKey[int | None] = provide(
 STORED_BYTES: FactKey[bytes] = provide(
     "stored_bytes", "tensor", "values", "The bytes of a small tensor that describes how a weight is packed."
 )
+ZERO_CODE_ROWS: FactKey[int] = provide(
+    "zero_code_rows", "tensor", "values", "Rows whose codes are all 0, of a matrix of 8-bit integers."
+)
 
 
 @fact("checkpoint")

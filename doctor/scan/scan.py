@@ -24,7 +24,7 @@ from doctor.model.spec import ModelSpec
 from doctor.scan import counters, outliers
 from doctor.scan.gguf_facts import scan_gguf
 from doctor.scan.header import COMPARED, DIGESTED, RECIPE, SPEC
-from doctor.scan.packed_words import PACKED_WORDS, REPEATED, STORED_BYTES, PackedWordStats
+from doctor.scan.packed_words import PACKED_WORDS, REPEATED, STORED_BYTES, ZERO_CODE_ROWS, PackedWordStats
 from doctor.scan.twin import Twin
 from doctor.scan.value_facts import (
     DIGESTS,
@@ -163,6 +163,7 @@ def _scan_tensor(
     known = counters.can_scan(kind)
     words = _Words() if info.dtype.name == "I32" and info.name.endswith(sampled_tails()) else None
     codes = _Codes(info.dtype.name) if info.numel and holds_codes(info.name, info.dtype.name) else None
+    zero_rows = 0 if codes and info.dtype.name == "I8" and len(info.shape) == 2 and _row_bytes(info) else None
     text = bytearray() if info.nbytes <= VERBATIM_BYTES and info.name.endswith(verbatim_tails()) else None
     offset, step = 0, _step(info)
     for at in range(info.begin, info.end, step):
@@ -184,6 +185,8 @@ def _scan_tensor(
             words.add(part)
         if codes is not None:
             codes.add(part)
+        if zero_rows is not None:
+            zero_rows += _zero_rows(part, info.shape[1])
         if text is not None:
             text += part
         if not known:
@@ -206,6 +209,8 @@ def _scan_tensor(
         store.put(STORED_BYTES, bytes(text), subject)
     if codes is not None:
         store.put(REPEATED, codes.repeated, subject)
+    if zero_rows is not None:
+        store.put(ZERO_CODE_ROWS, zero_rows, subject)
     if twin.same is not None:
         store.put(SAME_BYTES, twin.same, subject)
     if not known:
@@ -246,6 +251,13 @@ def _step(info: TensorInfo) -> int:
     if not row:
         return CHUNK_BYTES - CHUNK_BYTES % max(info.dtype.bits // 8, 1)
     return max(CHUNK_BYTES // row, 1) * row
+
+
+def _zero_rows(part: memoryview, columns: int) -> int:
+    """Rows of 8-bit codes that are all 0. The first columns tell of nearly every row that it is none."""
+    rows = np.frombuffer(part, np.int8).reshape(-1, columns)
+    rows = rows[~rows[:, :64].any(axis=1)]
+    return int((~rows.any(axis=1)).sum())
 
 
 class _Words:

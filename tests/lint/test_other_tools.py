@@ -65,6 +65,8 @@ def test_a_row_of_bitsandbytes_without_a_scale_is_lost(tmp_path):
     case.tensors[f"{DOWN}.SCB"][3] = 0
     [found] = [f for f in check(case.write(tmp_path / "lost"), case.recipe).findings if f.code == "O607"]
     assert found.message == f"1 of 64 scales in {DOWN}.SCB are 0"
+    case.tensors[f"{DOWN}.weight"][3] = 0  # what bitsandbytes writes for a row of zeros
+    assert said(case, tmp_path / "zeros") == []
 
 
 @pytest.mark.parametrize("skipped", [None, ["lm_head"], ["lm_head", DOWN]])

@@ -568,3 +568,22 @@ def test_a_wrong_label_with_scales_of_two_formats_is_not_made_plain(tmp_path):
     case, _message = bad()
     [found] = [f for f in check(case.write(tmp_path / "in"), case.recipe).findings if f.code == "C147"]
     assert found.fix.safety == "manual" and not found.fix.edits
+
+
+def test_an_awq_file_with_zero_points_and_no_word_of_them_is_an_info_as_a_gpu_reads_them(tmp_path):
+    case = awq(None)
+    case.tensors[f"{DOWN}.qzeros"][0, 0] = 0x12345678
+    assert not serious(check(case.write(tmp_path / "said"), case.recipe))
+    case.config["quantization_config"]["zero_point"] = False
+    report = check(case.write(tmp_path / "unsaid"), case.recipe)
+    assert [f.severity for f in report.findings if f.code == "O657"] == ["info"]
+
+
+def test_biases_beside_packed_words_matter_where_the_class_has_none_and_they_are_not_zero(tmp_path):
+    case = awq(None)
+    for name in (f"{DOWN}.bias", f"{DOWN}.bias".replace(".0.", ".1.")):
+        case.tensors[name], case.dtypes[name] = np.zeros(64, np.uint16), "F16"
+    assert not serious(check(case.write(tmp_path / "zeros"), case.recipe))
+    case.tensors[f"{DOWN}.bias"][5] = 0x3C00
+    [line] = serious(check(case.write(tmp_path / "values"), case.recipe))
+    assert line.startswith(f"F066 1 linear has a bias that LlamaForCausalLM does not read ({DOWN}.bias)")
