@@ -9,7 +9,8 @@ this kind is told as an info.
 Seen as:
 - vLLM: `!!!!!!!!!!!!!!!!`
 
-Do: state what the file holds, or quantize again symmetrically where the reader has no kernel for zero points.
+Do: state what the file holds, or quantize again symmetrically where the reader has no kernel for zero points: vLLM 0.32
+refuses GPTQ with sym false.
 
 False alarms: a reader whose kernels read zero points whatever the configuration says.
 
@@ -68,7 +69,9 @@ def zero_points_ignored(checkpoint, quantization, packed_words):
         fix=None if wraps else Fix(_("set {key} to {value}", key=key, value=str(said[0].value).lower()), tuple(said)),
         advice=_("quantize again: version 1 stores some as 15, which wraps")
         if wraps
-        else _("state what the file holds"),
+        else _("state what the file holds")
+        if form.stores_zeros
+        else _("state what the file holds, for readers of zero points; vLLM then refuses it: quantize again for it"),
         severity="info" if read else "",
     )
 
