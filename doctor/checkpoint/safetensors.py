@@ -18,6 +18,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from doctor.checkpoint.crowd import crowd_of, is_crowd
 from doctor.checkpoint.dtypes import DTYPES, Dtype
 from doctor.checkpoint.not_safetensors import other_kind
 from doctor.checkpoint.regular import open_regular
@@ -29,9 +30,6 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a longer header is ref
 CHUNK_BYTES = 1 << 20  # 1 MiB: larger reads were no faster and cost memory per worker
 MAX_DIMS = 64  # no tensor has more; a header that says so is hostile or damaged
 MAX_NUMEL = 1 << 62  # above, byte offsets no longer fit signed 64 bits
-# More tensors than CROWD in one file, of fewer bytes each on average than CROWD_BYTES, are no model's: the largest
-# mixture has 200,000, of kilobytes and more. Such a header is named and not read, so no small file takes seconds.
-CROWD, CROWD_BYTES = 65_536, 64
 MAX_LISTED = 1001  # defects of a kind with a text, one more than rules report; a hostile header can hold a million
 
 
@@ -165,36 +163,13 @@ def _parse_json(shard: Shard, raw: bytes) -> None:
         shard.defects.append(Defect("metadata", _("__metadata__ must map strings to strings")))
         metadata = None
     shard.metadata = metadata
-    if _crowded(shard, header):
+    room = shard.size - shard.data_begin
+    if is_crowd(header, room):
+        shard.defects.append(Defect("crowd", crowd_of(len(header), room)))
         return
     _read_entries(shard, header)
     shard.tensors.sort(key=itemgetter(4, 5, 0))  # begin, end, name
     _check_coverage(shard)
-
-
-def _crowded(shard: Shard, header: dict[str, Any]) -> bool:
-    """Whether a header lists a crowd of tensors over next to no data; then the defect is added. Of a file that is cut
-    short the data are those that the header promises.
-    """
-    room, count = shard.size - shard.data_begin, len(header)
-    if count <= CROWD or room >= CROWD_BYTES * count:
-        return False
-    ends = (e["data_offsets"] for e in header.values() if type(e) is dict and "data_offsets" in e)
-    last = max((o[1] for o in ends if type(o) is list and len(o) == 2 and type(o[1]) is int), default=0)
-    if last >= CROWD_BYTES * count:
-        return False
-    shard.defects.append(
-        Defect(
-            "crowd",
-            _(
-                "the header lists {count:,} tensors over {room:,} bytes of data; no model is stored so, and they are "
-                "not read",
-                count=count,
-                room=room,
-            ),
-        )
-    )
-    return True
 
 
 _KEYS = {"dtype", "shape", "data_offsets"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from doctor.checkpoint import safetensors
+from doctor.checkpoint import crowd as crowds
 from doctor.checkpoint.header_text import header_bytes
 from doctor.checkpoint.safetensors import MAX_HEADER_BYTES, MAX_LISTED, ShardFile, open_shard, parse_header
 from doctor.core.errors import BadCheckpoint
@@ -181,7 +181,7 @@ def crowd(count, length, data):
 
 
 def test_a_crowd_of_tensors_over_next_to_no_data_is_named_and_not_read(monkeypatch):
-    monkeypatch.setattr(safetensors, "CROWD", 50)
+    monkeypatch.setattr(crowds, "CROWD", 50)
     for count, length, data, found in (
         (51, 63, 51 * 63, {"crowd"}),
         (50, 63, 50 * 63, set()),
