@@ -69,7 +69,7 @@ def gguf_metadata_missing(checkpoint, gguf_models):
 def _rotated(model):
     """llama.cpp rotates whole heads in these architectures and refuses another number."""
     heads, hidden = model.own("attention.head_count"), model.own("embedding_length")
-    if isinstance(heads, int) and heads:
+    if isinstance(heads, int) and heads and isinstance(hidden, int):
         wanted = model.own("attention.key_length", hidden // heads)
         found = model.own(ROTATED, wanted)
         if found != wanted:

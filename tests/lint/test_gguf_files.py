@@ -25,6 +25,8 @@ def said(case, folder):
         ("llama.attention.layer_norm_rms_epsilon", None, "F073", "lacks llama.attention.layer_norm_rms_epsilon"),
         ("llama.rope.scaling.type", w.text("dynamic"), "F073", "must be one of none, linear, yarn"),
         ("tokenizer.ggml.merges", None, "F073", "lacks tokenizer.ggml.merges"),
+        ("llama.embedding_length", None, "F073", "lacks llama.embedding_length"),
+        ("llama.embedding_length", w.text("64"), "F073", "llama.embedding_length"),
     ],
 )
 def test_metadata_that_llama_cpp_refuses_is_named(tmp_path, key, value, code, words):
