@@ -21,7 +21,7 @@ import re
 from doctor.lint.rule import Place, _, architecture_in, finding, listed, plural, rule
 from doctor.lint.testing import np, tiny_gguf
 
-BLOCK = re.compile(r"blk\.(\d+)\.")
+BLOCK = re.compile(r"blk\.(\d{1,9})\.")
 HEADS = "embedding_length and attention.head_count"
 
 
@@ -121,9 +121,9 @@ def _shapes(model, hidden):
     }
     heads = model.own("attention.head_count")
     kv_heads, ffn = model.own("attention.head_count_kv", heads), model.own("feed_forward_length")
-    if all(type(n) is int and n > 0 for n in (heads, kv_heads)):
-        key = model.own("attention.key_length", hidden // heads)
-        value = model.own("attention.value_length", hidden // heads)
+    own = hidden // heads if type(heads) is int and heads > 0 else 0
+    key, value = (model.own(f"attention.{part}_length", own) for part in ("key", "value"))
+    if all(type(n) is int and n > 0 for n in (heads, kv_heads, key, value)):
         found |= {
             "attn_q": ((heads * key, hidden), HEADS),
             "attn_k": ((kv_heads * key, hidden), HEADS),

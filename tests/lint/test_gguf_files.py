@@ -25,6 +25,7 @@ def said(case, folder):
         ("llama.attention.layer_norm_rms_epsilon", None, "F073", "lacks llama.attention.layer_norm_rms_epsilon"),
         ("llama.rope.scaling.type", w.text("dynamic"), "F073", "must be one of none, linear, yarn"),
         ("tokenizer.ggml.merges", None, "F073", "lacks tokenizer.ggml.merges"),
+        ("llama.attention.key_length", w.text("x"), "F073", "rope.dimension_count is 16; must be x"),
         ("llama.embedding_length", None, "F073", "lacks llama.embedding_length"),
         ("llama.embedding_length", w.text("64"), "F073", "llama.embedding_length"),
     ],
