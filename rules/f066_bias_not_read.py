@@ -6,7 +6,6 @@ without it: the model that runs is not the one that was trained.
 
 Seen as:
 - transformers: `Some weights of the model checkpoint at`
-- transformers: `UNEXPECTED`
 
 Do: set the key that config.json lacks, or name the class that has these biases.
 
