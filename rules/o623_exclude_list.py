@@ -150,8 +150,10 @@ def _absent(entries, tensors):
     """Entries that match no module of the files."""
     modules: set[str] = set()
     for name in tensors:
-        parts = name.split(".")
-        modules.update(".".join(parts[:end]) for end in range(1, len(parts)))
+        module = name.rpartition(".")[0]
+        while module and module not in modules:  # whose parents are there then
+            modules.add(module)
+            module = module.rpartition(".")[0]
     modules |= set(map(_joined, modules))
     return [entry for entry in entries if entry.entry and not any(map(entry.matches, modules))]
 

@@ -85,8 +85,9 @@ def _quantized(tensors, spec):
     tails = word_tails()
     for name, info in tensors.items():
         narrow = info.dtype.bits <= NARROW and info.dtype.name != "BOOL" and len(info.shape) == 2
-        scaled = any(f"{name}_{tail}" in tensors for tail in ("scale", "scale_inv"))
-        if name.endswith(tails) or (name.endswith(".weight") and (narrow or scaled)):
+        if name.endswith(tails) or (
+            name.endswith(".weight") and (narrow or f"{name}_scale" in tensors or f"{name}_scale_inv" in tensors)
+        ):
             module = name.rpartition(".")[0]
             yield module, spec.linear_shape(module)
 

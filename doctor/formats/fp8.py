@@ -16,7 +16,7 @@ vllm-project/vllm vllm/model_executor/layers/quantization/fp8.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from doctor.checkpoint.safetensors import TensorInfo
@@ -70,8 +70,10 @@ class FP8(Format):
         """The tile is quantization_config's weight_block_size; a scale's own shape where there is one for the tensor or
         for each row.
         """
+        if info.dtype.name != STORED or len(info.shape) != 2 or not info.name.endswith(".weight"):
+            return None
         scales = [name for name in (f"{info.name}_scale_inv", f"{info.name}_scale") if name in tensors]
-        if info.dtype.name != STORED or len(info.shape) != 2 or len(scales) != 1 or not info.name.endswith(".weight"):
+        if len(scales) != 1:
             return None
         scale = tensors[scales[0]]
         if scale.dtype.name == "U8":  # exponents of groups: MXFP8's
@@ -90,7 +92,8 @@ class FP8(Format):
         return of_fp8(raw)
 
     def wanted(self, raw: Mapping[str, Any]) -> Callable[[str, Sizes | None], list[Wanted]]:
-        return lambda module, sizes: self._wanted(raw, sizes)
+        of_size = cache(partial(self._wanted, raw))  # a mixture has thousands of linears and a few sizes
+        return lambda module, sizes: of_size(sizes)
 
     def _wanted(self, raw: Mapping[str, Any], sizes: Sizes | None) -> list[Wanted]:
         block = raw.get("weight_block_size")

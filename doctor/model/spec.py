@@ -76,6 +76,9 @@ class ModelSpec:
     expert_templates: tuple[Template, ...] = field(default=(), repr=False)
     # By the name with every number 0, as a large mixture of experts has 50,000 tensors.
     _known: dict[str, _Known] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kinds: dict[tuple[str | None, int], bool | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def at(self, key: str) -> str:
         """JSON pointer in config.json of a key of the language model."""
@@ -151,9 +154,13 @@ class ModelSpec:
 
     def in_layer(self, kind: str | None, layer: int) -> bool | None:
         """Whether config.json makes a decoder layer one of this kind of the table; None if it does not say."""
-        entry = family_table(self.family)
-        conditions = entry.get("kinds", {}).get(kind)
-        return True if kind is None else holds(conditions or (), lambda key: _raw(self.config, entry, key), layer)
+        if kind is None:
+            return True
+        if (kind, layer) not in self._kinds:  # asked for each of 50,000 tensors of 60 layers
+            entry = family_table(self.family)
+            conditions = entry.get("kinds", {}).get(kind) or ()
+            self._kinds[kind, layer] = holds(conditions, lambda key: _raw(self.config, entry, key), layer)
+        return self._kinds[kind, layer]
 
 
 def text_block(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -83,6 +83,7 @@ def refused_by_headers(
     if others.get("budget") is not None:
         refuse_budget(source, recipe, others["budget"])
     require_nothing_to_fix(source, fix or bool(unsafe_fixes))
+    _require_named_as_stored(source, recipe)
     view, decoding = _as_gguf(source) if source.gguf else read_as_floats(source, recipe, rules)
     config = view.value("config.json")
     facts: list[tuple[str, str, object]] = [(CHECKPOINT, DECODED.name, decoding)] if decoding else []
@@ -242,8 +243,7 @@ def require_named(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> No
     """Raises PlanRefused for a pattern of linears that no module of the checkpoint matches: it says what was not
     meant, and the linears would be quantized all the same.
     """
-    asked = [("--keep", p) for p in recipe.keep]
-    asked += [("--override", text.rpartition("=")[0]) for text in recipe.bits_for]
+    asked = _patterns(recipe)
     if not asked:
         return
     names = set(_modules(*unfuse(checkpoint, spec, recipe)))
@@ -254,12 +254,28 @@ def require_named(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> No
                     "{option} {pattern}: matches none of the {n:,} modules of {name}, such as {example}.",
                     option=option,
                     pattern=pattern,
-                    n=len(names),
+                    n=len(names - checkpoint.tensors.keys()),
                     name=checkpoint.name,
                     example=min((x.name for x in spec.linears), default=min(names, default="")),
                 ),
                 _("A pattern is a part of a name, or a shell pattern such as '*down_proj'."),
             )
+
+
+def _patterns(recipe: Recipe) -> list[tuple[str, str]]:
+    """(option, pattern) of every pattern of linears that a user gave."""
+    asked = [("--ignore", p) for p in recipe.keep]
+    return asked + [("--override", text.rpartition("=")[0]) for text in recipe.bits_for]
+
+
+def _require_named_as_stored(source: Checkpoint, recipe: Recipe) -> None:
+    """`require_named` before anything is judged or decoded, which takes seconds of a mixture of thousands of linears.
+    Left to later where experts are stacked: their own names stand in no file.
+    """
+    config = source.value("config.json")
+    stacked = any(len(info.shape) > 2 for info in source.tensors.values())
+    if _patterns(recipe) and config is not None and source.tensors and not stacked and not source.gguf:
+        require_named(source, build_spec(config, source.tensors), recipe)
 
 
 def _modules(checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[str]:

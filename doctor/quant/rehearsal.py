@@ -111,7 +111,7 @@ def _written(
                 name=checkpoint.name,
                 n=len(checkpoint.tensors),
             ),
-            _("Take fewer linears out with --keep, or give tensors the names that their class is published with."),
+            _("Take fewer linears out with --ignore, or give tensors the names that their class is published with."),
         )
     stated = export.quantization_config(recipe, dict.fromkeys(kept), packed, known)
     export.write_configs(folder, checkpoint, recipe, stated)

@@ -41,7 +41,7 @@ def said_to_be_packed(case):
 
 
 REFUSED = {
-    "pattern": (None, ("--keep", "nothing*"), "--keep nothing*: matches none of the"),
+    "pattern": (None, ("--ignore", "nothing*"), "--ignore nothing*: matches none of the"),
     "width": (None, ("--override", "*nowhere:bits=8"), "--override *nowhere: matches none of the"),
     "memory": (None, ("--memory", "24"), "'24' is a number of bytes; must have a unit"),
     "little memory": (None, ("--memory", "24MB"), "this run needs"),
