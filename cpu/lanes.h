@@ -9,6 +9,7 @@
 #endif
 
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+typedef int64_t longs __attribute__((vector_size(4 * LANES)));
 typedef u8 bytes __attribute__((vector_size(LANES)));
 
 static inline lanes load(const float *from, int64_t count)
@@ -41,6 +42,25 @@ static inline lanes all(float x)
     return x - (lanes){0};
 }
 
+/* Codes of 4 bits, two a byte, the first in the low half. */
+static inline void store_halves(u8 *to, integers codes)
+{
+    const longs pairs = (longs)codes | (longs)codes >> 28;
+#if defined(__AVX512F__)
+    const __m128i out = _mm512_cvtepi64_epi8((__m512i)pairs);
+    _mm_storel_epi64((__m128i *)to, out);
+#elif defined(__AVX2__)
+    const __m128i first = _mm_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128((__m256i)pairs), first);
+    const __m128i high = _mm_shuffle_epi8(_mm256_extracti128_si256((__m256i)pairs, 1), first);
+    const int out = _mm_cvtsi128_si32(_mm_unpacklo_epi16(low, high));
+    __builtin_memcpy(to, &out, sizeof out);
+#else
+    to[0] = (u8)pairs[0];
+    to[1] = (u8)pairs[1];
+#endif
+}
+
 /* a * b + c, rounded once where the level can. */
 static inline lanes fused(lanes a, lanes b, lanes c)
 {
@@ -66,7 +86,17 @@ static inline lanes smaller(lanes a, lanes b)
 #endif
 }
 
-static inline lanes larger(lanes a, lanes b) { return -smaller(-a, -b); }
+/* a > b ? a : b. */
+static inline lanes larger(lanes a, lanes b)
+{
+#if defined(__AVX512F__)
+    return (lanes)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (lanes)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return -smaller(-a, -b);
+#endif
+}
 
 static inline float sum_of(lanes x)
 {

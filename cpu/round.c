@@ -77,19 +77,24 @@ static inline integers int8_of(lanes x, lanes *value)
     return __builtin_convertvector(*value, integers) & 0xff;
 }
 
-static inline integers e2m1_of(lanes x, lanes *value)
+/* |x| rounded to what 4-bit floats hold. Adding 1.5 * 2^p rounds to multiples of 2^(p - 23): of 1/2 below 2, of 1 below 4, of 2 up
+ * to 6, so p is 22 above the exponent of what is rounded, or of 1.
+ */
+static inline lanes e2m1_size(lanes size)
 {
-    const lanes top = smaller((lanes)((integers)x & 0x7fffffff), all(6.0f));
-    /* Adding 1.5 * 2^p rounds to multiples of 2^(p - 23): of 1/2 below 2, of 1 below 4, of 2 up to 6. */
-    const integers middle = top >= all(2.0f), high = top >= all(4.0f);
-    const lanes magic = (lanes)(0x4ac00000 - (middle << 23) - (high << 23)), size = (top + magic) - magic;
-    const integers halves = __builtin_convertvector(size * all(2.0f), integers);   /* 0 1 2 3 4 6 8 12 are codes 0 to 7 */
-    const integers over = halves > 4, more = halves > 8, sign = (integers)x & (int32_t)0x80000000 & (halves > 0);
-    *value = (lanes)((integers)size | sign);
-    return (halves - ((halves - 4) >> 1 & over) + more) | (sign >> 28 & 8);
+    const lanes top = smaller(size, all(6.0f));
+    const lanes magic = (lanes)(((integers)larger(top, all(1.0f)) & 0x7f800000) + (22 << 23 | 0x400000));
+    return (top + magic) - magic;
 }
 
-/* Codes i32[count] and squared errors, in lanes, of w f32[count] under one scale; count a multiple of LANES. */
+/* Codes of such sizes, with the signs of w but for 0. From 1 on a code is exponent and first bit of the fraction. */
+static inline integers e2m1_codes(lanes size, lanes w)
+{
+    const integers high = (integers)larger(size, all(0.5f)), half = size == all(0.5f), some = size > all(0.0f);
+    return ((high >> 22) - 252 - half) | ((integers)w >> 28 & 8 & some);
+}
+
+/* Codes i32[count] of 8 bits and squared errors, in lanes, of w f32[count] under one scale; count a multiple of LANES. */
 static inline __attribute__((always_inline)) lanes round_under(const float *w, int64_t count, int levels, float scale, int32_t *codes)
 {
     const lanes s = all(scale);
@@ -97,7 +102,7 @@ static inline __attribute__((always_inline)) lanes round_under(const float *w, i
     for (int64_t i = 0; i < count; i += LANES) {
         const lanes x = load(w + i, LANES);
         lanes value;
-        const integers code = levels == E4M3 ? e4m3_of(x / s, &value) : levels == INT8 ? int8_of(x / s, &value) : e2m1_of(x / s, &value);
+        const integers code = levels == E4M3 ? e4m3_of(x / s, &value) : int8_of(x / s, &value);
         const lanes off = value * s - x;
         sum += off * off;
         __builtin_memcpy(codes + i, &code, sizeof code);
@@ -117,17 +122,6 @@ static inline float total(lanes x)
 #else
     return (x[0] + x[2]) + (x[1] + x[3]);
 #endif
-}
-
-/* Codes i32[count] as they are stored. */
-static inline __attribute__((always_inline)) void put(u8 *out, int64_t at, const int32_t *codes, int64_t count, int levels)
-{
-    if (levels == E2M1)
-        for (int64_t i = 0; i < count / 2; i++)
-            out[at / 2 + i] = (u8)(codes[2 * i] | codes[2 * i + 1] << 4);
-    else
-        for (int64_t i = 0; i < count; i++)
-            out[at + i] = (u8)codes[i];
 }
 
 /* w f32[RUN] of `count` weights, zeros up to a multiple of LANES, which is returned; their squares are added to whole. */
@@ -150,34 +144,55 @@ static inline __attribute__((always_inline)) void round_run(const void *W, int d
     int32_t codes[RUN];
     const int64_t padded = take(w, W, dtype, at, count, whole);
     *off += round_under(w, padded, levels, scale, codes);
-    put(out, at, codes, count, levels);
+    for (int64_t i = 0; i < count; i++)
+        out[at + i] = (u8)codes[i];
 }
 
-/* One group of 4-bit floats under the one of others + 1 scales that leaves the least error, which is put into scale. */
-static inline __attribute__((always_inline)) void round_best(const void *W, int dtype, int64_t at, int64_t count, float *scale,
-                                                             const float *more, int64_t stride, int64_t others, u8 *out, lanes *off,
-                                                             lanes *whole)
+/* Sizes on the grid of 4-bit floats, in lanes, of w f32[count] under one scale, and their squared errors. */
+static inline __attribute__((always_inline)) lanes size_under(const float *w, int64_t count, float scale, lanes *size)
 {
-    float w[RUN];
-    int32_t codes[RUN], second[RUN];
-    const int64_t padded = take(w, W, dtype, at, count, whole);
-    if (others == 1) {   /* as formats have it: the codes of both are kept, and none is computed again */
-        const lanes first = round_under(w, padded, E2M1, *scale, codes), other = round_under(w, padded, E2M1, *more, second);
-        const int better = total(other) < total(first);
-        *scale = better ? *more : *scale;
-        *off += better ? other : first;
-        put(out, at, better ? second : codes, count, E2M1);
-        return;
+    const lanes s = all(scale);
+    lanes sum = {0};
+    for (int64_t i = 0; i < count / LANES; i++) {
+        const lanes x = (lanes)((integers)load(w + i * LANES, LANES) & 0x7fffffff);
+        size[i] = e2m1_size(x / s);
+        const lanes off = size[i] * s - x;
+        sum += off * off;
     }
-    float best = *scale, least = total(round_under(w, padded, E2M1, best, codes));
-    for (int64_t other = 0; other < others; other++) {   /* which is better is as often one as the other: no branches */
-        const float candidate = more[other * stride], error = total(round_under(w, padded, E2M1, candidate, codes));
-        best = error < least ? candidate : best;
-        least = error < least ? error : least;
+    return sum;
+}
+
+/* b where yes is -1, a where it is 0. */
+static inline lanes chosen(integers yes, lanes a, lanes b)
+{
+    return (lanes)(((integers)b & yes) | ((integers)a & ~yes));
+}
+
+/* One group of 4-bit floats, `count` a multiple of 16, under the one of others + 1 scales that leaves the least error, which is put
+ * into scale. Which is better is as often one as the other, so there are no branches.
+ */
+static inline __attribute__((always_inline)) void round_fp4(const void *W, int dtype, int64_t at, int64_t count, float *scale,
+                                                            const float *more, int64_t stride, int64_t others, u8 *out, lanes *off,
+                                                            lanes *whole)
+{
+    float w[RUN], best = *scale;
+    lanes size[RUN / LANES], second[RUN / LANES];
+    take(w, W, dtype, at, count, whole);
+    lanes least = size_under(w, count, best, size);
+    for (int64_t other = 0; other < others; other++) {
+        const float candidate = more[other * stride];
+        const lanes error = size_under(w, count, candidate, second);
+        const int less = total(error) < total(least);
+        const integers yes = (integers){0} - less;
+        for (int64_t i = 0; i < count / LANES; i++)
+            size[i] = chosen(yes, size[i], second[i]);
+        least = chosen(yes, least, error);
+        best = less ? candidate : best;
     }
     *scale = best;
-    *off += round_under(w, padded, E2M1, best, codes);
-    put(out, at, codes, count, E2M1);
+    *off += least;
+    for (int64_t i = 0; i < count / LANES; i++)
+        store_halves(out + (at + i * LANES) / 2, e2m1_codes(size[i], load(w + i * LANES, LANES)));
 }
 
 /* Codes of W[n, k] under scales f32[n, k / width]; width a multiple of 16 or k. levels: E4M3 and INT8 make u8[n, k], E2M1
@@ -192,16 +207,14 @@ void EXPORT(doctor_round_groups)(const void *W, int dtype, int64_t n, int64_t k,
         for (int64_t g = 0; g < groups; g++) {
             const int64_t here = row * groups + g, at = row * k + g * width;
             /* The sizes that formats have stand here as numbers, so that their loops are unrolled. */
-            if (levels == E2M1 && others && width == 16)
-                round_best(W, dtype, at, 16, scale + here, more + here, stride, others, out, &off, &whole);
-            else if (levels == E2M1 && others && width == 32)
-                round_best(W, dtype, at, 32, scale + here, more + here, stride, others, out, &off, &whole);
-            else if (levels == E2M1 && others)
-                round_best(W, dtype, at, width, scale + here, more + here, stride, others, out, &off, &whole);
-            else if (levels == E2M1 && width == 16)
-                round_run(W, dtype, at, 16, E2M1, scale[here], out, &off, &whole);
-            else if (levels == E2M1 && width == 32)
-                round_run(W, dtype, at, 32, E2M1, scale[here], out, &off, &whole);
+            if (levels == E2M1 && width == 16 && others == 1)
+                round_fp4(W, dtype, at, 16, scale + here, more + here, stride, 1, out, &off, &whole);
+            else if (levels == E2M1 && width == 32 && !others)
+                round_fp4(W, dtype, at, 32, scale + here, more, stride, 0, out, &off, &whole);
+            else if (levels == E2M1)   /* one of more than RUN has no others to try */
+                for (int64_t from = 0; from < width; from += RUN)
+                    round_fp4(W, dtype, at + from, width - from < RUN ? width - from : RUN, scale + here, more + (others ? here : 0), stride,
+                              others, out, &off, &whole);
             else if (levels == E4M3 && width == 32)
                 round_run(W, dtype, at, 32, E4M3, scale[here], out, &off, &whole);
             else
