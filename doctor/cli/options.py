@@ -163,7 +163,10 @@ plan_options = together(
     option(
         "--sym/--asym",
         default=None,
-        help=_("Symmetric or asymmetric grid.  [default: asymmetric in the AWQ format, else symmetric]"),
+        help=_(
+            "Symmetric or asymmetric grid.  [default: asymmetric in the AWQ format and below 4 bits in GPTQ's, else "
+            "symmetric]"
+        ),
     ),
     option(
         "--tp", "--tensor-parallel-size", "tp", type=int, default=1, help=_("GPUs that share each linear at serving.")

@@ -57,8 +57,9 @@ class OutputFormat(Protocol):
     activations: tuple[str, ...]
     kv_caches: tuple[str, ...]
     smooths: bool
-    stores_zeros: bool
     groups_of_modules: bool
+
+    def zeros_are_free(self, bits: int) -> bool: ...
 
     def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str: ...
 
@@ -107,7 +108,7 @@ class Recipe:
     method: str = "gptq"
     bits: int = 4
     group_size: int = 128
-    sym: bool | None = None  # None: asymmetric where the format stores zero points anyway (awq), else symmetric
+    sym: bool | None = None  # None: asymmetric where zero points cost nothing (awq; gptq below 4 bits), else symmetric
     act_order: bool = True
     mse: bool = True
     damp: float = DAMP
@@ -136,7 +137,8 @@ class Recipe:
         if self.method not in METHODS:
             raise _illegal(_("method {value!r}", value=self.method), _("one of {names}", names=", ".join(METHODS)))
         if self.sym is None:
-            free = self.format in FORMATS and FORMATS[self.format].stores_zeros if self.format else False
+            form = FORMATS.get(self.output_format)
+            free = form is not None and form.zeros_are_free(self.bits)
             object.__setattr__(self, "sym", METHODS[self.method].sym and not free)
         if not (self.group_size == -1 or self.group_size > 0):
             raise _illegal(_("group size {value}", value=self.group_size), _("positive, or -1 for whole rows"))

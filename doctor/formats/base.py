@@ -92,6 +92,7 @@ class Format:
     plain_backend = ""  # gptqmodel's backend in plain torch: its fast ones are compiled for minutes on first use
     libraries: tuple[str, ...] = ()  # beside torch, that transformers loads it with
     stores_zeros = False  # zero points lie in every file and every kernel reads them, so an asymmetric grid is free
+    signed_below = 0  # symmetric grids of fewer bits have scales of both signs: readers multiply by them as they are
     affine = False  # codes() gives integer codes and their grid, which another such format may hold unchanged
     groups_of_modules = False  # quantization_config describes weights and activations group by group (config_groups)
     separates_gate_and_up = False  # readers want interleaved gate_up experts as two linears, gate first
@@ -105,7 +106,15 @@ class Format:
 
     def grid(self, scheme: Scheme) -> GridKind:
         """The values that a weight may take, and what a scale is stored in."""
-        return GridKind(scheme.bits, scheme.group_size, scheme.sym)
+        return GridKind(scheme.bits, scheme.group_size, scheme.sym, signed=self.signs(scheme))
+
+    def zeros_are_free(self, bits: int) -> bool:
+        """Whether an asymmetric grid of so many bits takes no more room, and no slower kernel where it is served."""
+        return self.stores_zeros
+
+    def signs(self, scheme: Scheme) -> bool:
+        """Whether a group may have a negative scale: where it gains, and where readers were seen to take it."""
+        return self.signed_below > scheme.bits and scheme.sym
 
     def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str:
         """Why a linear of this size cannot be packed so, "" where it can."""

@@ -83,6 +83,7 @@ class CompressedTensors(Format):
     bits: tuple[int, ...] = GRID_BITS
     libraries = ("compressed-tensors",)
     affine = True
+    signed_below = 4
     activations: tuple[str, ...] = ("fp8",)
     kv_caches = ("fp8", "fp8-head")
     separates_gate_and_up = True

@@ -71,12 +71,21 @@ class GPTQ(Format):
     plain_backend = "torch"
     libraries = ("gptqmodel", "optimum")
     affine = True
+    signed_below = 4
     head_key = "lm_head"
     plain_key = "modules_in_block_to_quantize"
     order_key = "desc_act"
 
+    def zeros_are_free(self, bits: int) -> bool:
+        """Every file stores zero points. Marlin, which takes symmetric codes alone, has 4 and 8 bits; what reads fewer
+        reads zero points too.
+        """
+        return bits < 4
+
     def grid(self, scheme: Scheme) -> GridKind:
-        return GridKind(scheme.bits, scheme.group_size, scheme.sym, zero_min=self.zero_offset)
+        return GridKind(
+            scheme.bits, scheme.group_size, scheme.sym, zero_min=self.zero_offset, signed=self.signs(scheme)
+        )
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
         groups = 1 if scheme.group_size == -1 else -(-in_features // scheme.group_size)

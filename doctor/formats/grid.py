@@ -23,7 +23,7 @@ E2M1, E4M3 = "e2m1", "e4m3"
 
 
 class Grid(NamedTuple):
-    """scale f32[n, G], each value exact in the stored dtype, never 0, negative only where `signed` was asked for;
+    """scale f32[n, G], each value exact in the stored dtype, never 0, negative only where GridKind says signed;
     zero i32[n, G], 0..2^bits-1. NumPy arrays or torch tensors.
 
     levels: GridKind.levels. divisor f32[1]: what stored scales are divided by, None where by nothing; of squared scales
@@ -44,8 +44,9 @@ class GridKind:
     0..24 of halves with zero point 12, of which only those values are taken: so all arithmetic of affine grids holds,
     with half the scale. E4M3: codes are the bits of an 8-bit float. zero_min: the smallest zero point that can be
     stored. scale_dtype: what a scale is stored in, by safetensors' name. divided: stored scales are divided by one
-    float32 of the tensor. squared: a scale is the square of 1..16 times a float16 that all rows of a group share. tile:
-    (rows, columns) under one scale; () one row's group_size.
+    float32 of the tensor. squared: a scale is the square of 1..16 times a float16 that all rows of a group share.
+    signed: a symmetric group may have a negative scale, which readers multiply by as by any other. tile: (rows,
+    columns) under one scale; () one row's group_size.
     """
 
     bits: int
@@ -56,6 +57,7 @@ class GridKind:
     scale_dtype: str = "F16"
     divided: bool = False
     squared: bool = False
+    signed: bool = False
     tile: tuple[int, int] | tuple[()] = ()
 
     @property

@@ -55,7 +55,7 @@ class Packed:
 
 def grid_options(recipe: Recipe, divisor: float = 1.0) -> dict[str, Any]:
     """bits, group_size and sym of the recipe, and what the output format asks of a grid: the least zero point (GPTQ v1
-    stores zero - 1) and how a scale is stored, under this divisor where the format has one.
+    stores zero - 1), how a scale is stored, under this divisor where the format has one, and whether with a sign.
     """
     kind = format_of(recipe).grid(recipe.scheme)
     return {
@@ -64,6 +64,7 @@ def grid_options(recipe: Recipe, divisor: float = 1.0) -> dict[str, Any]:
         "sym": kind.sym,
         "zero_min": kind.zero_min,
         "scale_dtype": scale_of(kind, divisor),
+        "signed": kind.signed,
         **({"squared": True} if kind.squared else {}),
     }
 

@@ -27,6 +27,7 @@ from doctor.quant import budget, export
 from doctor.quant.budget import Need, gib
 from doctor.quant.duration import Step
 from doctor.quant.job import Result, clock, try_layers
+from doctor.quant.tuning.wanted import Cost
 
 ROWS = 32  # of the calibration rows: enough for a speed, few enough for a minute
 
@@ -36,10 +37,10 @@ class Forecast:
     """What a whole run takes. Bytes and seconds; problems would end the run.
 
     blocks: decoder layers. seconds: of the whole run, None where it is not foreseen. steps: of them, where a plan
-    foresees each. sampling: bytes that the whole model
-    takes while it writes calibration rows, before the first layer; 0 where it writes none. tuning: bytes, at most, of
-    tuning scales on tuned_rows rows after the last layer; 0 where that is not done. tried: numbers of the
-    layers that a preflight quantized.
+    foresees each. sampling: bytes that the whole model takes while it writes calibration rows, before the first layer;
+    0 where it writes none. tuning: bytes, at most, of tuning scales on tuned_rows rows after the last layer; 0 where
+    that is not done. tuning_on_device: (least, most) bytes of a GPU's memory for it. tried: numbers of the layers that
+    a preflight quantized.
     """
 
     blocks: int
@@ -55,6 +56,7 @@ class Forecast:
     sampling: int = 0
     tuning: int = 0
     tuned_rows: int = 0
+    tuning_on_device: tuple[int, int] = (0, 0)
     tried: tuple[int, ...] = ()
     tried_rows: int = 0
     problems: tuple[str, ...] = ()
@@ -117,6 +119,16 @@ class Forecast:
             if 0 < small < self.need.on_device
             else _("GPU     up to {size} of its memory, with --device cuda", size=gib(self.need.on_device))
         )
+        if self.tuning:
+            least, most = map(gib, self.tuning_on_device)
+            found.append(
+                _(
+                    "        up to {most} of it while scales are tuned; {least} where it is smaller: then codes are "
+                    "read again in each step",
+                    most=most,
+                    least=least,
+                )
+            )
         found.append(
             _(
                 "disk    {peak} at the peak, {end} at the end; {free} free",
@@ -168,10 +180,10 @@ def plan(
     length: int,
     memory: int | None,
     sampling: int = 0,
-    tuning: tuple[int, int] = (0, 0),
+    tuning: Cost = Cost(),  # noqa: B008 - it cannot change
 ) -> Forecast:
     """From headers alone. rows of `length` tokens, for a method that takes any. sampling: bytes of the whole model,
-    where it writes rows; tuning: (bytes, rows) of tuning scales, where that is done.
+    where it writes rows; tuning: of scales, where that is done.
     """
     rows = rows if recipe.calibrated else 0
     need = budget.needs(checkpoint, spec, recipe, rows, length, memory)
@@ -186,8 +198,9 @@ def plan(
         _free_disk(output),
         budget.reads_ahead(need, memory),
         sampling=sampling,
-        tuning=tuning[0],
-        tuned_rows=tuning[1],
+        tuning=tuning.peak,
+        tuned_rows=tuning.rows,
+        tuning_on_device=(tuning.least, tuning.most),
     )
     return replace(found, problems=tuple(_problems(found, output, memory)))
 

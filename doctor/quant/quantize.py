@@ -292,7 +292,7 @@ def plan(
         rows=found.rows,
         length=length,
         sampled=sampled.pieces * sampled.size if sampled else 0,
-        trained=wish.rows if tuning else 0,
+        trained=tuning.rows,
         through=wish.through,
         a_step=wish.a_step,
         compared=compare_rows,

@@ -190,6 +190,29 @@ def test_gptqmodel_loads_experts_that_were_taken_apart(family, format, tmp_path)
     assert agreement(folder, EXPERT_PROMPTS, answer["answers"]) >= 0.8
 
 
+@pytest.mark.parametrize(
+    "format, bits, sym",
+    [(form, bits, sym) for form in ("gptq", "gptq_v2") for bits in (2, 3) for sym in (True, False)]
+    + [("compressed-tensors", bits, True) for bits in (2, 3)],
+)
+def test_transformers_multiplies_by_scales_of_either_sign(format, bits, sym, tmp_path):
+    """vLLM's kernels for GPTQ of 2 and 3 bits multiply by the scale as well (csrc/quantization/gptq/q_gemm.cu); on a
+    CPU it has none for so few bits.
+    """
+    save("llama", tmp_path / "m")
+    recipe = Recipe(method="rtn", bits=bits, group_size=32, sym=sym, format=format)
+    folder = api.quantize(tmp_path / "m", tmp_path / "o", recipe).output
+    checkpoint = Checkpoint.open(folder)
+    tail = "weight_scale" if format == "compressed-tensors" else "scales"
+    scales = np.concatenate(
+        [checkpoint.load(name).view(np.float16).ravel() for name in checkpoint.tensors if name.endswith(tail)]
+    )
+    assert 0.3 < (scales < 0).mean() < 0.7 if sym else (scales > 0).all()
+    answer = ask("transformers", folder, "--tokens", "8", prompts=EXPERT_PROMPTS)
+    assert answer["quantization"] == format.removesuffix("_v2")
+    assert agreement(folder, EXPERT_PROMPTS, answer["answers"]) == 1
+
+
 # two GPUs, played by two cores
 
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}

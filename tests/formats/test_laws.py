@@ -176,3 +176,19 @@ def test_a_format_that_stores_zero_points_anyway_gets_an_asymmetric_grid_unasked
     assert Recipe("gptq", format="awq").sym is False and Recipe("awq").sym is False
     assert Recipe("gptq").sym is True and Recipe("gptq", format="compressed-tensors").sym is True
     assert Recipe("gptq", format="awq", sym=True).sym is True  # what is asked for stays
+    below = {form.name for form in FORMATS.values() if form.zeros_are_free(3)}
+    assert below == {"awq", "gptq", "gptq_v2"}, "no kernel of symmetric codes alone reads GPTQ below 4 bits"
+    assert Recipe(bits=3).sym is False and Recipe("rtn", bits=2, format="gptq_v2").sym is False
+    assert Recipe(bits=3, sym=True).sym is True and Recipe(bits=3, format="compressed-tensors").sym is True
+    assert Recipe(bits=8).sym is True
+
+
+def test_symmetric_grids_below_4_bits_may_turn_a_group_round():
+    signed = {
+        (form.name, bits)
+        for form in FORMATS.values()
+        for bits in (2, 3, 4, 8)
+        if bits in form.bits and form.grid(Scheme(bits, 64)).signed
+    }
+    assert signed == {(name, bits) for name in ("gptq", "gptq_v2", "compressed-tensors") for bits in (2, 3)}
+    assert not FORMATS["gptq"].grid(Scheme(3, 64, sym=False)).signed

@@ -2,17 +2,22 @@
 
 import json
 import math
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+from plan import dense
 
 from doctor import api
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import tiny
 from doctor.quant.duration import steps
 from doctor.quant.rates import Rates, measured
-from doctor.quant.tuning.wanted import comparing_work
+from doctor.quant.tuning.wanted import AUTO, OFF, comparing_work
 
 SPEC = tiny("llama").spec
 RECIPE = Recipe(group_size=32)
@@ -80,6 +85,26 @@ def test_a_plan_says_the_time_of_each_step(tmp_path):
     assert next(line for line in plan.lines() if line.startswith("time    about "))
     refused = api.plan_quantize(folder, tmp_path / "out", RECIPE, memory=1 << 20, device="cpu")
     assert refused.problems and refused.seconds is None  # a run that cannot begin takes no time
+
+
+def test_a_plan_of_a_7b_shape_on_a_card_says_what_tuning_takes(tmp_path, monkeypatch):
+    """A card of 60 T float32 operations a second, two a product: an H100 as it is sold."""
+    card = Rates(wide=3e13, narrow=1e11, solving=5e12, reading=2e9, writing=1e9)
+    monkeypatch.setattr("doctor.quant.quantize.measured", lambda *_any: card)
+    folder = dense("llama", 32, 4096, 11008, 32, 32, 32000).write(tmp_path / "m")
+    plans = {
+        tune: api.plan_quantize(folder, tmp_path / "o", Recipe(), tune=tune, memory=64 << 30) for tune in (AUTO, OFF)
+    }
+    named = {str(step.name): step.seconds for step in plans[AUTO].steps}
+    tuning = named["tuning of scales"]
+    assert 10 < tuning < 600 and plans[AUTO].tuned_rows >= 16
+    assert "tuning of scales" not in {str(step.name) for step in plans[OFF].steps}
+    assert plans[AUTO].seconds - plans[OFF].seconds == pytest.approx(tuning)
+    least, most = plans[AUTO].tuning_on_device
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert most - least == 2 * weights and 1 << 30 < least < 8 << 30  # a card of 8 GB reads codes again
+    assert any("while scales are tuned" in line for line in plans[AUTO].lines())
+    assert not any("tuned" in line for line in plans[OFF].lines())
 
 
 def test_work_of_many_experts_is_counted_at_once():

@@ -84,7 +84,7 @@ def _rounded(W: torch.Tensor, recipe: Recipe, pivots: torch.Tensor) -> torch.Ten
         E = W - ggml.rounded_values(W, kind, pivots)
         return (E.square() @ pivots).to(torch.float64)
     options = grid_options(recipe)
-    params = GridParams(mse=recipe.mse, signed=False, **options)
+    params = GridParams(mse=recipe.mse, **options)
     grid = fit_with(params, W, pivots)
     E = W - dequantize(quantize(W, grid, params.bits, scale_dtype=params.scale_dtype), grid)
     return (E.square() @ pivots).to(torch.float64)

@@ -82,8 +82,10 @@ def solve(
     zero_min: int,
     damp: float = DAMP,
     scale_dtype: torch.dtype = torch.float16,
+    signed: bool = False,
 ) -> Solution:
     """Codes of W[n, k], whose columns carry the factors s f32[k] (None: none), under H[k, k] of the scaled input.
+    signed: as in grid_search.fit.
 
     Clipped, rounded to nearest, then refined as GPTQ's codes are: published AWQ stops before that. loss as in
     gptq.solve; rtn_loss is that of the unscaled weight on a min-max grid. Raises NotQuantizable for a non-finite W.
@@ -94,7 +96,15 @@ def solve(
     with exact_products():
         start = fit(W, bits, group_size, sym, zero_min=zero_min, scale_dtype=scale_dtype)
         fitted = fit(
-            W, bits, group_size, sym, mse=True, weight=H.diagonal(), zero_min=zero_min, scale_dtype=scale_dtype
+            W,
+            bits,
+            group_size,
+            sym,
+            mse=True,
+            weight=H.diagonal(),
+            signed=signed,
+            zero_min=zero_min,
+            scale_dtype=scale_dtype,
         )
         grid = clip(W, H, start, width, bits, scale_dtype, (fitted,))
         codes = quantize(W, grid, bits)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -40,7 +41,7 @@ from doctor.quant.dequantize import as_float
 from doctor.quant.device import device_free, device_memory, device_of
 from doctor.quant.early import alone, require_tunable
 from doctor.quant.forward.skeleton import Skeleton
-from doctor.quant.tuning.layerwise import settle
+from doctor.quant.tuning.layerwise import LAYERS, settle
 from doctor.quant.tuning.parameters import Gain, Scales
 from doctor.quant.tuning.saved import Saved
 from doctor.quant.tuning.student import Student, tunable
@@ -181,12 +182,14 @@ def tuned_values(
     student = Student(quantized, ids, device, memory)
     begun = saved.take_up(torch.device(device)) if saved else None
     trained = [r for r in range(len(ids)) if r not in set(watch)]
-    if begun or not trained:
+    within = begun if begun and LAYERS in begun[1] else None
+    if (begun and not within) or not trained:
         say(_("tune: the original on {rows} rows of {tokens} tokens at most", rows=len(ids), tokens=longest))
         wanted = last_states(skeleton, ids)
     else:
         say(_("tune: layer by layer on {rows} rows of {tokens} tokens at most", rows=len(ids), tokens=longest))
-        wanted = settle(student, skeleton, ids, trained, watch, a_step=a_step, seed=seed, say=say).wanted
+        options: dict[str, Any] = {"a_step": a_step, "seed": seed, "say": say, "saved": saved, "begun": within}
+        wanted = settle(student, skeleton, ids, trained, watch, **options).wanted
     trainer = Trainer(
         student,
         Ends(student, skeleton, stride(spec)),
@@ -196,7 +199,7 @@ def tuned_values(
         say=say,
         watch=watch,
         saved=saved,
-        begun=begun,
+        begun=None if within else begun,
         through=through,
     )
     best = trainer.train()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import MachineError, NotQuantizable, PlanRefused
@@ -51,6 +52,18 @@ class Wanted:
     a_step: int = LAYER_ROWS
     asked: bool = False
     reason: str | Message = ""
+
+
+class Cost(NamedTuple):
+    """What tuning takes; zeros where it would not be done. rows: that it trains on. peak: bytes, at most, under the
+    limit of a run. least: bytes without codes, which are then read anew for each pass; most: with all of them held, as
+    a GPU does where it can.
+    """
+
+    rows: int = 0
+    peak: int = 0
+    least: int = 0
+    most: int = 0
 
 
 def no_scales(checkpoint: Checkpoint) -> NotQuantizable:
@@ -227,13 +240,11 @@ def need(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, len
 
 def forecast(
     tune: str | int, checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int, memory: int | None
-) -> tuple[int, int]:
-    """(bytes at the peak of the tuning of a run with these rows of text, at most; rows that it trains on); zeros where
-    it would not be done.
-    """
+) -> Cost:
+    """Of the tuning of a run with these rows of text."""
     wish = wanted(tune, recipe, spec, rows, length)
     takes, limit = need(checkpoint, spec, recipe, wish.rows, length), budget.limit(memory)
     if not wish.rows or (takes > limit and not wish.asked):
-        return 0, 0
+        return Cost()
     codes = 2 * sum(x.in_features * x.out_features for x in spec.linears if not is_kept(recipe, x.name))
-    return max(takes, min(limit, takes + codes)), wish.rows
+    return Cost(wish.rows, max(takes, min(limit, takes + codes)), takes, takes + codes)

@@ -21,7 +21,7 @@ from doctor.quant.calibration.rows import calibration_rows, stream_of
 from doctor.quant.calibration.tokenizer import load_tokenizer
 from doctor.quant.calibration.unseen import unseen_rows
 from doctor.quant.stage import stage_of
-from doctor.quant.tuning import train, wanted, within
+from doctor.quant.tuning import layerwise, train, wanted, within
 from doctor.quant.tuning.adam import Adam
 from doctor.report.results import results
 
@@ -101,6 +101,36 @@ def test_a_run_killed_while_it_tunes_ends_in_the_same_bytes(taught, recipe, tune
     monkeypatch.setattr(train.Trainer, "_step", counts)
     done = api.quantize(taught, tmp_path / "out", recipe, tune=12, resume=True, **ROWS)
     assert steps[0] == (0 if spoiled else 4)
+    assert content(Checkpoint.open(done.output)) == content(Checkpoint.open(tuned.output))
+    assert done.report.extra["tuning"] == tuned.report.extra["tuning"]
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_a_run_killed_between_layers_ends_in_the_same_bytes(taught, recipe, tuned, tmp_path, monkeypatch, spoiled):
+    class Killed(BaseException):
+        pass
+
+    settle, tuned_layers = layerwise._tune, []
+
+    def dies(student, i, *more):
+        if i == 1:
+            raise Killed
+        settle(student, i, *more)
+
+    def counts(student, i, *more):
+        tuned_layers.append(i)
+        settle(student, i, *more)
+
+    monkeypatch.setattr(layerwise, "_tune", dies)
+    with pytest.raises(Killed):
+        api.quantize(taught, tmp_path / "out", recipe, tune=12, **ROWS)
+    state = stage_of(tmp_path / "out") / "tuning.safetensors"
+    assert state.exists() and not (tmp_path / "out").exists()
+    if spoiled:  # then the layers are tuned anew
+        state.write_bytes(state.read_bytes()[:-1] + b"?")
+    monkeypatch.setattr(layerwise, "_tune", counts)
+    done = api.quantize(taught, tmp_path / "out", recipe, tune=12, resume=True, **ROWS)
+    assert tuned_layers == ([0, 1] if spoiled else [1])
     assert content(Checkpoint.open(done.output)) == content(Checkpoint.open(tuned.output))
     assert done.report.extra["tuning"] == tuned.report.extra["tuning"]
 
