@@ -121,7 +121,7 @@ class Output(Stage):
         if format_of(recipe).in_blocks:
             require_room(self.stage, self.bytes_there())
             with machine_errors(self.stage, FREE_SPACE):
-                write_model(self.stage, parts, checkpoint, recipe, encoder(checkpoint))
+                write_model(self.stage, parts, checkpoint, recipe, encoder(checkpoint), values)
                 return self._tidy(parts, receipt)
         if join:
             require_room(self.stage, self.bytes_there())

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,13 +45,16 @@ _ROWS_BYTES = 64 << 20  # of float32 rows that are rounded at once
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor of a part."""
+    """One tensor of a part. value: what stands in its place, None for what the part holds."""
 
     info: TensorInfo
     file: Path
+    value: torch.Tensor | None = None
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
         """Leading rows [begin, end)."""
+        if self.value is not None:
+            return self.value[begin:end] if self.info.shape else self.value
         shape = (end - begin, *self.info.shape[1:])
         size = self.info.nbytes // max(self.info.shape[0], 1)
         raw = np.empty((end - begin) * size, np.uint8)
@@ -76,11 +80,18 @@ def mixture(recipe: Recipe) -> str:
     return blocks_of(recipe).mixtures[recipe.bits]
 
 
-def write_model(stage: Path, parts: list[Path], checkpoint: Checkpoint, recipe: Recipe, encode: Encode) -> Path:
-    """One GGUF file in `stage`, of the parts of a finished run."""
+def write_model(
+    stage: Path,
+    parts: list[Path],
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    encode: Encode,
+    values: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> Path:
+    """One GGUF file in `stage`, of the parts of a finished run. values: of tensors that differ from what they hold."""
     config = checkpoint.value("config.json") or {}
     known = require_writable(config)
-    stored = _stored(parts)
+    stored = _stored(parts, values)
     planned = _planned(stored, known, config, recipe)
     embedding = next(p for p in planned if p.name == "token_embd.weight")
     metadata = {
@@ -127,15 +138,15 @@ def write_imatrix(path: Path, parts: list[Path], config: Mapping[str, Any], toke
     beside.rename(path)
 
 
-def _stored(parts: list[Path]) -> dict[str, _Stored]:
+def _stored(parts: list[Path], values: Mapping[str, torch.Tensor] = MappingProxyType({})) -> dict[str, _Stored]:
     shards: list[tuple[Path, Shard]] = [(path, open_shard(path, path.name)) for path in parts]
-    return {info.name: _Stored(info, path) for path, shard in shards for info in shard.tensors}
+    return {info.name: _Stored(info, path, values.get(info.name)) for path, shard in shards for info in shard.tensors}
 
 
-def _source_of(name: str) -> tuple[str, str]:
-    """(transformers' name of the tensor, its type's name where it is packed) of a part's tensor."""
+def source_of(name: str) -> tuple[str, GgmlType | None]:
+    """(transformers' name of the tensor, its type where it is in blocks) of a part's tensor."""
     module, _dot, part = name.rpartition(".")
-    return (f"{module}.weight", part) if part in BY_NAME else (name, "")
+    return (f"{module}.weight", BY_NAME[part]) if part in BY_NAME else (name, None)
 
 
 def _planned(
@@ -146,7 +157,7 @@ def _planned(
     stacks: dict[str, dict[int, tuple[tuple[int, ...], GgmlType]]] = {}
     tied = "lm_head.weight" not in stored
     for name, entry in stored.items():
-        source, packed = _source_of(name)
+        source, packed = source_of(name)
         if name.endswith(f".{IMPORTANCE}") or (source.startswith("lm_head") and config.get("tie_word_embeddings")):
             continue
         target, shape = known.gguf_name(source), tuple(entry.info.shape)
@@ -155,8 +166,8 @@ def _planned(
                 _("{name}: has no place in GGUF's {architecture}.", name=source, architecture=known.name),
                 _("Choose another --scheme."),
             )
-        if packed:
-            kind = BY_NAME[packed]
+        if packed is not None:
+            kind = packed
             shape = (shape[0], shape[1] // kind.nbytes * kind.block)
         elif target.endswith(_ROUTERS):
             kind, shape = BY_NAME["F32"], shape[1:] if shape[0] == 1 else shape

@@ -24,6 +24,7 @@ from doctor.model.spec import build_spec
 from doctor.quant.dequantize import Dequantized, as_float, to_torch
 from doctor.quant.forward.layer_call import LayerCall
 from doctor.quant.forward.skeleton import Skeleton
+from doctor.quant.tuning.blocks import BlockParts
 from doctor.quant.tuning.parameters import Gain, Scales, Tunable, is_norm, offset_of
 from doctor.quant.tuning.wanted import no_scales
 
@@ -50,8 +51,10 @@ class Layer:
     rest: tuple[tuple[nn.Module, str, nn.Parameter], ...] | None
 
 
-def tunable(checkpoint: Checkpoint) -> Dequantized:
+def tunable(checkpoint: Checkpoint) -> Dequantized | BlockParts:
     """The checkpoint read as floats, where it stores scales that can be tuned. Raises NotQuantizable."""
+    if BlockParts.are(checkpoint):
+        return BlockParts(checkpoint)
     view = as_float(checkpoint)
     if not isinstance(view, Dequantized):
         raise no_scales(checkpoint)
@@ -219,8 +222,10 @@ class Student:
         self.tunables[tunable.tensor] = tunable
 
     def _codes(self, module: str, transposed: bool = False) -> tuple[torch.Tensor, Scales]:
-        """(levels i16[n, k], scales) of a linear, from its stored parts."""
+        """(levels i16[n, k], of blocks as BlockScales has them, and scales) of a linear, from its stored parts."""
         view, device = self.view, self.skeleton.device
+        if isinstance(view, BlockParts):
+            return view.codes(module, device)
         form, scheme = view.format, view.quantization.scheme_of(module)
         parts = {
             part: to_torch(view.source.load(f"{module}.{part}"), view.source.tensors[f"{module}.{part}"].dtype.name)
@@ -273,7 +278,7 @@ def add_slope(
     found[tunable.tensor] = found[tunable.tensor].add_(value) if tunable.tensor in found else value
 
 
-def gain_of(view: Dequantized, tensor: str, module: nn.Module) -> Gain:
+def gain_of(view: Dequantized | BlockParts, tensor: str, module: nn.Module) -> Gain:
     """What is tuned of a norm whose weight is loaded."""
     value = module.get_parameter("weight").detach().to(torch.float32)
     dtype = to_torch(view.source.load(tensor), view.source.tensors[tensor].dtype.name).dtype

@@ -83,7 +83,7 @@ def refuse_tuning(tune: str | int, recipe: Recipe, rows: int) -> None:
     if not _has_scales(recipe):
         raise PlanRefused(
             _("--tune {rows}: {label} has no 16-bit scales of calibrated linears.", rows=tune, label=recipe.label()),
-            _("GPTQ and AWQ into integer formats can be tuned; leave --tune out."),
+            _("GPTQ and AWQ into integer formats and GGUF can be tuned; leave --tune out."),
         )
     if tune > rows:
         raise PlanRefused(
@@ -115,7 +115,8 @@ def short(rows: int, takes: int, limit: int) -> Message:
 
 def _has_scales(recipe: Recipe) -> bool:
     """Whether a recipe gives linears that a calibrated method solved 16-bit scales of their own."""
-    return recipe.calibrated and format_of(recipe).affine and not streams(recipe)
+    form = format_of(recipe)
+    return recipe.calibrated and (form.affine or form.in_blocks) and not streams(recipe)
 
 
 def require_text(tune: str | int, facts: CalibrationFacts | None) -> None:
@@ -232,8 +233,9 @@ def need(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, len
     # In float32: the embedding, held once and beside its stored bytes while it is read; and an own head, read twice.
     ends = 4 * vocabulary * hidden * (1.5 if spec.tied else 3)
     sizes = budget.needs(checkpoint, spec, recipe, rows, length)
-    # of a layer, in float32: weights, their slopes, and half of each for the codes; of a row: what it computes, kept
-    computing = 10 * max(layers.values(), default=0) + 4 * sizes.row
+    # of a layer, in float32: weights, their slopes, and half of each for the codes (of blocks: all of each, and the
+    # words); of a row: what it computes, kept
+    computing = (13 if format_of(recipe).in_blocks else 10) * max(layers.values(), default=0) + 4 * sizes.row
     logits = 6 * 4 * TOKENS * vocabulary
     return sizes.constant + states + int(ends) + max(computing, logits) + 7 * 4 * scales
 

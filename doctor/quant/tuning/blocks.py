@@ -1,0 +1,182 @@
+"""Tuning of linears in llama.cpp's blocks, as the parts of a run that writes GGUF hold them.
+
+Codes stay, and so do the 6-bit factors of K types. What changes are the float16 numbers of a block of 32 or 256
+weights: the scale, of which its weights are multiples, and in some types that of the minima, which are added to runs
+of 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.dtypes import DTYPES
+from doctor.checkpoint.ggml_types import GgmlType
+from doctor.checkpoint.safetensors import TensorInfo
+from doctor.formats.ggml_blocks import decode
+from doctor.quant.gguf_output import IMPORTANCE, source_of
+from doctor.quant.tuning.parameters import Scales
+
+# Where a block keeps its float16 scale, and that of its minima (ggml-org/llama.cpp ggml/src/ggml-common.h).
+_HEADS = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
+RUN = 32  # weights that share a minimum
+_HALF = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockScales(Scales):
+    """The float16 scales of one linear's blocks. scale is 1, f32[n, blocks or twice as many]: of all blocks' scales,
+    then of their minima's where the type has those.
+
+    words u8[n, bytes of a row]. levels f32[n, k + k / RUN]: weights without minima, then the minimum of each run; of
+    types without minima f32[n, k], the weights.
+    """
+
+    words: torch.Tensor
+    kind: GgmlType
+
+    @classmethod
+    def of(cls, tensor: str, words: torch.Tensor, kind: GgmlType, device: torch.device | str) -> BlockScales:
+        """The scales of words u8[n, bytes of a row], on the device."""
+        changes = len(_HEADS[kind.name]) * (words.shape[1] // kind.nbytes)
+        scale = torch.ones(len(words), changes, device=device)
+        bits = 8 * kind.nbytes // kind.block
+        return cls(tensor, scale, None, torch.float16, False, bits, words=words.to(device), kind=kind)
+
+    def levels(self) -> torch.Tensor:
+        """What the weights are made of, f32, as the class says."""
+        width = self._blocks * self.kind.block
+        parts: list[torch.Tensor] = []
+        for at in _HEADS[self.kind.name]:
+            words = self.words.cpu().reshape(len(self.words), self._blocks, self.kind.nbytes).clone()
+            for other in _HEADS[self.kind.name]:
+                if other != at:
+                    words[..., other : other + 2] = 0
+            values = decode(words.reshape(self.words.shape).numpy(), self.kind, width)
+            parts.append(torch.from_numpy(values if not parts else values[:, ::RUN].copy()))
+        return torch.cat(parts, 1).to(self.scale.device)
+
+    def weight(self, change: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        of_scale, of_low = self._split(1 + change)
+        width = self._blocks * self.kind.block
+        W = of_scale.repeat_interleave(self.kind.block, 1).mul_(levels[:, :width])
+        if of_low is not None:
+            low = of_low.repeat_interleave(self.kind.block // RUN, 1).mul_(levels[:, width:])
+            W.view(len(W), -1, RUN).add_(low[..., None])
+        return W
+
+    def gradient(self, slope: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        n, width = slope.shape
+        runs = slope.view(n, -1, RUN).sum(-1)  # before slope is overwritten
+        found = [slope.mul_(levels[:, :width]).view(n, self._blocks, -1).sum(-1)]
+        if levels.shape[1] > width:
+            found.append(runs.mul_(levels[:, width:]).view(n, self._blocks, -1).sum(-1))
+        return torch.cat(found, 1)
+
+    def stored(self, change: torch.Tensor) -> torch.Tensor:
+        """The words to write, u8[n, bytes of a row]."""
+        words = self.words.clone().reshape(len(self.words), self._blocks, self.kind.nbytes)
+        for at, part in zip(_HEADS[self.kind.name], self._split(change), strict=False):
+            assert part is not None
+            words[..., at : at + 2] = self._changed(at, part)[..., None].view(torch.uint8)
+        return words.reshape(self.words.shape)
+
+    def rounded(self, change: torch.Tensor) -> torch.Tensor:
+        left = []
+        for at, part in zip(_HEADS[self.kind.name], self._split(change), strict=False):
+            assert part is not None
+            head, new = self._head(at).to(torch.float32), self._changed(at, part).to(torch.float32)
+            left.append(torch.where(head != 0, new / head - 1, 0.0))
+        return torch.cat(left, 1)
+
+    @property
+    def _blocks(self) -> int:
+        """Of a row."""
+        return self.words.shape[1] // self.kind.nbytes
+
+    def _split(self, changes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Those of scales, and of minima."""
+        parts = changes.split(self._blocks, 1)
+        return parts[0], parts[1] if len(parts) > 1 else None
+
+    def _head(self, at: int) -> torch.Tensor:
+        """f16[n, blocks] that stands at this byte of each block."""
+        words = self.words.reshape(len(self.words), self._blocks, self.kind.nbytes)
+        return words[..., at : at + 2].contiguous().view(torch.float16)[..., 0]
+
+    def _changed(self, at: int, change: torch.Tensor) -> torch.Tensor:
+        """f16[n, blocks] of the same under a change; it stays finite."""
+        new = self._head(at).to(torch.float32) * (1 + change)
+        return new.clamp_(-_HALF, _HALF).to(torch.float16)
+
+
+class BlockParts:
+    """A Checkpoint's reading interface over the parts of a run that writes GGUF: `.weight` in place of words.
+    lent: stored tensors that are in memory already, in whatever dtype, for `load_on` alone.
+    """
+
+    def __init__(self, source: Checkpoint):
+        self.source = source
+        self.lent: Mapping[str, torch.Tensor] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._packed: dict[str, tuple[TensorInfo, GgmlType]] = {}
+        for info in source.tensors.values():
+            name, kind = source_of(info.name)
+            if kind is not None:
+                shape = (info.shape[0], info.shape[1] // kind.nbytes * kind.block)
+                self._packed[name] = info, kind
+                self.tensors[name] = info._replace(name=name, dtype=DTYPES["F32"], shape=shape)
+            elif not name.endswith(f".{IMPORTANCE}"):
+                self.tensors[name] = info
+        self.modules = sorted(name.removesuffix(".weight") for name in self._packed)
+
+    @staticmethod
+    def are(checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is such parts."""
+        return any(source_of(name)[1] is not None for name in checkpoint.tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def value(self, name: str) -> dict | None:
+        """A JSON file's object; config.json without its quantization_config, since what is read here are floats."""
+        document = self.source.value(name)
+        if name == "config.json" and document is not None:
+            return {k: v for k, v in document.items() if k != "quantization_config"}
+        return document
+
+    def load(self, name: str) -> np.ndarray:
+        """Codes of a stored tensor; float32 values of a weight in blocks [out_features, in_features]."""
+        if name not in self._packed:
+            return self.source.load(name)
+        info, kind = self._packed[name]
+        return decode(self.source.load(info.name), kind, self.tensors[name].shape[1])
+
+    def load_on(self, name: str, device: torch.device | str) -> torch.Tensor | None:
+        """f32[out_features, in_features] of a weight in blocks; None for a stored tensor that is not lent."""
+        if name in self.lent:
+            return self.lent[name].to(device)
+        return torch.from_numpy(self.load(name)).to(device) if name in self._packed else None
+
+    def codes(self, module: str, device: torch.device | str) -> tuple[torch.Tensor, Scales]:
+        """(levels, scales of its blocks) of a linear."""
+        info, kind = self._packed[f"{module}.weight"]
+        words = torch.from_numpy(np.array(self.source.load(info.name)))
+        scales = BlockScales.of(info.name, words, kind, device)
+        return scales.levels(), scales
