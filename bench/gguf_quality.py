@@ -28,7 +28,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
 from doctor.formats.ggml_blocks import decode
 from doctor.formats.schemes import fields_of
-from doctor.model.gguf_names import permuted_rows, unpermuted_rows
+from doctor.model.gguf_names import architecture_in, permuted_rows, unpermuted_rows
 from doctor.quant.dequantize import as_float
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.solve.ggml import round_blocks
@@ -100,13 +100,14 @@ def peer(model: Path, written: Checkpoint, importance: Path | None) -> dict[str,
     """The same, with every linear rounded by ggml to the type that it has there."""
     view, source = as_float(written), Checkpoint.open(model)
     columns = importance_of(importance) if importance else {}
+    config, known = view.value("config.json"), architecture_in(view.model)
     found = {}
     for name, value in values(written):
-        stored = view._stored[name]
+        stored = view.stored[name]
         if stored.type.is_float or not stored.name.startswith("blk."):
             found[name] = value
             continue
-        heads = view._known.heads_of(name, view.config["num_attention_heads"], view.config["num_key_value_heads"])
+        heads = known.heads_of(name, config["num_attention_heads"], config["num_key_value_heads"])
         W = load_tensor(source, name).float().contiguous()
         W = permuted_rows(W, heads).contiguous() if heads else W
         words = chunk(W, stored.type, columns.get(stored.name))

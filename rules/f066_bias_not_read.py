@@ -18,30 +18,32 @@ Sources: transformers src/transformers/models/llama/modeling_llama.py and modeli
 vllm/model_executor/models/utils.py (AutoWeightsLoader.load_weights: "Ignore unexpected biases").
 """
 
-from doctor.lint.rule import MISSING, Fix, Place, SetJson, _, family_table, finding, plural, rule
+from doctor.lint.rule import (
+    ATTENTION,
+    BIAS_KEYS,
+    MISSING,
+    MLP,
+    Fix,
+    Place,
+    SetJson,
+    _,
+    family_table,
+    finding,
+    plural,
+    rule,
+)
 from doctor.lint.testing import np, only_in, tiny
 
-ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
-# family -> key of config.json that gives biases to linears of attention, of the MLP. "": nothing does.
-KEYS = {
-    "llama": ("attention_bias", "mlp_bias"),
-    "mistral": ("", ""),
-    "mixtral": ("", ""),
-    "qwen3": ("attention_bias", ""),
-    "qwen3_moe": ("attention_bias", ""),
-    "gemma2": ("attention_bias", ""),
-    "olmo2": ("attention_bias", ""),
-}
 OTHER_KEYS = ("bias", "qkv_bias", "use_bias")  # of classes of the same tensor names, which some readers go by
 
 
 @rule("F066", "warning", implied_by=("C142", "F062", "G330"))
 def bias_not_read(checkpoint, tensors, placement, config, largest_values):
     spec = placement.spec
-    known = spec.family in KEYS and family_table(spec.family)["architecture"] == spec.architecture
+    known = spec.family in BIAS_KEYS and family_table(spec.family)["architecture"] == spec.architecture
     if not known or config.get("auto_map"):
         return
-    for roles, key in zip((ATTENTION, MLP), KEYS[spec.family], strict=True):
+    for roles, key in zip((ATTENTION, MLP), BIAS_KEYS[spec.family], strict=True):
         if any(spec.config.get(word) for word in (key, *OTHER_KEYS)):
             continue
         weights = {linear.tensor for linear in spec.linears} | set(placement.words)

@@ -309,3 +309,30 @@ def test_a_routing_bias_that_every_layer_lost_is_named_unless_config_goes_withou
         report = check(edited(folder, topk_method=method), RECIPE, stage="header")
         assert [f.code for f in report.findings if f.severity == "error"] == expected, method
     assert kept.keys() < tensors.keys()
+
+
+def test_an_activation_that_no_reader_has_is_named_and_vllm_takes_silu_alone(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    case = tiny("llama")
+    case.config["hidden_act"] = "swiglu"
+    assert said(case, tmp_path / "name") == [("C175", "error")]
+    with pytest.raises(KeyError, match="swiglu"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "name")
+    case.config["hidden_act"] = "gelu"
+    assert said(case, tmp_path / "plain") == []
+    case.recipe = case.recipe.with_field("runtime", "vllm")
+    assert said(case, tmp_path / "vllm") == [("C175", "error")]
+    case.config["hidden_act"] = "silu"
+    assert said(case, tmp_path / "silu") == []
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma", "olmoe", "granite", "smollm3", "cohere"])
+def test_biases_that_a_key_promises_are_asked_of_the_files(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    case = tiny(family)
+    case.config["attention_bias"] = True
+    assert said(case, tmp_path / "m") == [("F068", "error")]
+    _model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    missing = {name for name in info["missing_keys"] if name.endswith("bias")}
+    found = next(f for f in check(tmp_path / "m", case.recipe).findings if f.code == "F068")
+    assert set(found.evidence["names"]) == missing
