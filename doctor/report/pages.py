@@ -157,8 +157,8 @@ def _minor(order: int) -> str:
 
 
 def _commands(matches: list[explain.Match]) -> Sequence[tuple[str, str]]:
-    """(label, command): one check for all rules that need no calibration; after it the best match's own, where that is
-    another.
+    """(label, command): one check for all rules that need no calibration, for the server that spoke; after it the best
+    match's own, where that is another.
     """
     own = explain.decider(matches[0].rule)
     cheap = [m.rule for m in matches[:8] if explain.decider(m.rule).startswith("doctor check")]
@@ -167,9 +167,10 @@ def _commands(matches: list[explain.Match]) -> Sequence[tuple[str, str]]:
     if not cheap:
         return [(_("start with"), own)]
     latest = max((r.cost for r in cheap), key=COSTS.index)
-    command = f"doctor check CKPT --select {','.join(r.code for r in cheap)}" + (
-        f" --stage {latest}" if latest in ("listing", "header") else ""
-    )
+    server = matches[0].seen.tool.lower()
+    command = f"doctor check CKPT --select {','.join(r.code for r in cheap)}"
+    command += f" --runtime {server}" if server in ("vllm", "sglang") else ""
+    command += f" --stage {latest}" if latest in ("listing", "header") else ""
     return [(_("start with"), command)] + ([(_("after that"), own)] if matches[0].rule not in cheap else [])
 
 

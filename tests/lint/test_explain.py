@@ -3,7 +3,9 @@
 import re
 
 import pytest
+from click.testing import CliRunner
 
+from doctor.cli.main import cli
 from doctor.lint import explain
 from doctor.lint.engine import load_rules
 from doctor.lint.readings import read
@@ -200,3 +202,9 @@ def test_a_page_loses_no_word_of_its_file(entry):
 def test_the_names_in_an_engines_message_are_read(text, code):
     found = read(text)
     assert found is not None and found.rules[0] == code
+
+
+def test_what_a_server_said_is_judged_for_that_server():
+    said = "ValueError: Unsupported activation: gelu. Only silu is supported for now."
+    shown = CliRunner().invoke(cli, ["explain", said]).output
+    assert "start with   doctor check CKPT --select C175 --runtime vllm --stage header" in shown
