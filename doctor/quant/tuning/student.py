@@ -25,7 +25,7 @@ from doctor.quant.dequantize import Dequantized, as_float, to_torch
 from doctor.quant.forward.layer_call import LayerCall
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.parameters import Gain, Scales, Tunable, is_norm, offset_of
-from doctor.quant.tuning.wanted import no_scales
+from doctor.quant.tuning.wanted import LEVEL_BITS, no_scales
 
 SlopeOf = Callable[[int, torch.Tensor], torch.Tensor]
 FEW = 32  # tokens of a step
@@ -219,7 +219,7 @@ class Student:
         self.tunables[tunable.tensor] = tunable
 
     def _codes(self, module: str, transposed: bool = False) -> tuple[torch.Tensor, Scales]:
-        """(levels i16[n, k], scales) of a linear, from its stored parts."""
+        """(levels [n, k], scales) of a linear, from its stored parts. levels: i8, i16 where a code has 8 bits."""
         view, device = self.view, self.skeleton.device
         form, scheme = view.format, view.quantization.scheme_of(module)
         parts = {
@@ -241,7 +241,8 @@ class Student:
             scheme.bits,
             transposed,
         )
-        return (codes.to(torch.int16) - grid.zero.to(torch.int16)[:, group]).to(device), scales
+        kind = torch.int8 if scheme.bits < LEVEL_BITS else torch.int16
+        return (codes.to(kind) - grid.zero.to(kind)[:, group]).to(device), scales
 
 
 @contextmanager

@@ -193,11 +193,11 @@ def test_codes_beyond_the_memory_are_not_held(rounded):
     def held(memory):
         student = Student(source, rows_of(1), memory=memory)
         gc.collect()
-        kept = sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype == torch.int16)
+        kept = sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype == torch.int8)
         return kept, len(student)
 
     everything, layers = held(1 << 30)
-    assert held(0) == (0, layers) and 0 < held(1 << 15)[0] < everything
+    assert held(0) == (0, layers) and 0 < held(1 << 14)[0] < everything
 
 
 def test_what_does_not_help_is_not_written(rounded, tmp_path, monkeypatch):
