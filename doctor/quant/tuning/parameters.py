@@ -23,7 +23,7 @@ class Scales:
     """The scales of one linear, f32[n, G]. group i64[k]: of each column; None where groups are runs of k / G columns.
     tensor: the name of the stored scales, dtype their type; columns_first: they are stored [G, n]. bits: of a code.
 
-    Its codes are not here, because they need not stay in memory: `levels` i16[n, k] is code less zero point.
+    Its codes are not here, because they need not stay in memory: `levels` [n, k], integers, is code less zero point.
     """
 
     tensor: str

@@ -26,7 +26,7 @@ from doctor.quant.forward.layer_call import LayerCall
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.blocks import BlockParts
 from doctor.quant.tuning.parameters import Gain, Scales, Tunable, is_norm, offset_of
-from doctor.quant.tuning.wanted import no_scales
+from doctor.quant.tuning.wanted import LEVEL_BITS, no_scales
 
 SlopeOf = Callable[[int, torch.Tensor], torch.Tensor]
 FEW = 32  # tokens of a step
@@ -222,7 +222,9 @@ class Student:
         self.tunables[tunable.tensor] = tunable
 
     def _codes(self, module: str, transposed: bool = False) -> tuple[torch.Tensor, Scales]:
-        """(levels i16[n, k], of blocks as BlockScales has them, and scales) of a linear, from its stored parts."""
+        """(levels [n, k], scales) of a linear, from its stored parts. levels: i8, i16 where a code has 8 bits; of blocks
+        as BlockScales has them.
+        """
         view, device = self.view, self.skeleton.device
         if isinstance(view, BlockParts):
             return view.codes(module, device)
@@ -246,7 +248,8 @@ class Student:
             scheme.bits,
             transposed,
         )
-        return (codes.to(torch.int16) - grid.zero.to(torch.int16)[:, group]).to(device), scales
+        kind = torch.int8 if scheme.bits < LEVEL_BITS else torch.int16
+        return (codes.to(kind) - grid.zero.to(kind)[:, group]).to(device), scales
 
 
 @contextmanager

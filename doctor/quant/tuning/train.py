@@ -7,6 +7,7 @@ from its inputs. Labels play no part: the original is the teacher, so nothing is
 
 One row in WATCH, or those that the caller names, is never trained on. Its KL, before the first step, half way and at
 the end, decides which state is kept, and whether any is: tuning that does not lower it leaves the checkpoint as it was.
+Where the first half of the steps did not lower it, the second half goes on from the start at a lower rate.
 The state can be saved on the way (saved.py), and a run that starts from it ends in the same bytes. layerwise.py gives
 the changes to begin with.
 
@@ -39,6 +40,7 @@ WATCH = 8  # one row in so many is watched and not trained on
 RATE = 2e-3  # relative change of a scale in one of Adam's full steps, with codes of 4 bits and more
 WARM_UP = 3  # steps
 LAST_SHARE = 0.02  # of RATE, in the last step
+LOWER = 0.25  # of the rate, for the second half of the steps where the first did not lower the divergence
 SAVE_EVERY = 4  # steps
 
 
@@ -246,11 +248,19 @@ class Trainer:
             self.say(_("{phase}: {done} of {total}", phase="tune", done=done, total=len(self.schedule)))
             if done in self.looks:
                 least = self._judged(done, least)
+                if least == opening and done < len(self.schedule):
+                    self._go_back()
             if done in self.looks or done % SAVE_EVERY == 0:
                 self._keep(done, least)
-            if done in self.looks and least == opening:
-                break  # what half of the rows did not lower, the rest will not
         return self.best
+
+    def _go_back(self) -> None:
+        """To the changes of the start, at a lower rate: the steps were too large for what layer by layer has settled.
+        What Adam knows of the slopes stays.
+        """
+        self.rate *= LOWER
+        self.student.changes = self.ends.changes = {name: x.clone() for name, x in self.best.items()}
+        self.adam.changes = self.student.changes
 
     def _opening(self) -> float:
         """The least KL before the first step: of no changes, or of those that the student came with, which are dropped
@@ -288,7 +298,7 @@ class Trainer:
         present, adam = self.student.changes, self.adam
         tensors = {"present": present, "best": self.best, "first": adam.first, "second": adam.second}
         seen = {"watched": self.progress.watched, "trained": self.progress.trained}
-        self.saved.keep(tensors, {"step": step, "least": least, **seen})
+        self.saved.keep(tensors, {"step": step, "least": least, "rate": self.rate, **seen})
 
     def _taken_up(self) -> tuple[int, float]:
         """(steps done, least KL) of an interrupted run, whose state this becomes."""
@@ -300,6 +310,7 @@ class Trainer:
         self.adam.first, self.adam.second = tensors["first"], tensors["second"]
         self.progress.watched = [(int(step), float(kl)) for step, kl in state["watched"]]
         self.progress.trained = state["trained"]
+        self.rate = state.get("rate", self.rate)
         return state["step"], state["least"]
 
     def _look(self, step: int) -> float:

@@ -38,6 +38,7 @@ TOKENS = 64  # whose logits are made at a time
 # from end to end.
 _CALIBRATING, SOLVING = 1.5, 8
 _ROW, _LAYERWISE, _TRAINING, _TRAINING_HEAD = 2, 3, 4, 3
+LEVEL_BITS = 8  # a code less its zero point takes one byte below, two from here on
 _ABOUT = 1.25  # of the layers' work is "about what they took"
 
 
@@ -248,5 +249,6 @@ def forecast(
     takes, limit = need(checkpoint, spec, recipe, wish.rows, length), budget.limit(memory)
     if not wish.rows or (takes > limit and not wish.asked):
         return Cost()
-    codes = 2 * sum(x.in_features * x.out_features for x in spec.linears if not is_kept(recipe, x.name))
+    of_one = 1 if recipe.bits < LEVEL_BITS and not recipe.bits_for else 2
+    codes = of_one * sum(x.in_features * x.out_features for x in spec.linears if not is_kept(recipe, x.name))
     return Cost(wish.rows, max(takes, min(limit, takes + codes)), takes, takes + codes)
