@@ -35,6 +35,7 @@ from doctor.formats.mixed import with_schemes
 from doctor.formats.registry import format_of
 from doctor.model.spellings import with_old_keys
 from doctor.plan.loading import loading_options
+from doctor.quant.block_change import NewValue
 from doctor.quant.calibration.tokenizer import encoder
 from doctor.quant.client import Linears, plain_linears
 from doctor.quant.gguf_output import write_model
@@ -111,7 +112,7 @@ class Output(Stage):
         receipt: dict,
         linears: Linears | None = None,
         join: bool = True,
-        values: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        values: Mapping[str, NewValue] = MappingProxyType({}),
     ) -> None:
         """Join parts into shards, or let each be one, write index, configs and receipt, copy the other files; or make
         one GGUF file, which holds all of that. Parts and journal are gone after it. values: of tensors that differ from
@@ -191,7 +192,7 @@ class Output(Stage):
         for leftover in (*parts, *self.stage.glob("*.tmp"), self.stage / TUNING, self.stage / JOURNAL):
             leftover.unlink(missing_ok=True)
 
-    def change(self, values: Mapping[str, torch.Tensor]) -> None:
+    def change(self, values: Mapping[str, NewValue]) -> None:
         """Overwrite tensors of a finished stage, each with a value of its own shape and dtype."""
         shards = Checkpoint.open(self.stage).tensors
         with machine_errors(self.stage, FREE_SPACE):
@@ -254,13 +255,14 @@ class Output(Stage):
         return weight_map, total
 
 
-def put_values(folder: Path, weight_map: Mapping[str, str], values: Mapping[str, torch.Tensor]) -> None:
+def put_values(folder: Path, weight_map: Mapping[str, str], values: Mapping[str, NewValue]) -> None:
     """Overwrite tensors of shards that were just written, each with a value of its own shape and dtype."""
     for name in sorted({weight_map[tensor] for tensor in values}):
         infos = {t.name: t for t in open_shard(folder / name, name).tensors}
         with open(folder / name, "r+b") as file:
             for tensor in sorted(infos.keys() & values.keys()):
                 value, info = values[tensor], infos[tensor]
+                assert isinstance(value, torch.Tensor)  # words of blocks are changed as GGUF is written
                 assert (_NAMES[value.dtype], tuple(value.shape)) == (info.dtype.name, info.shape), tensor
                 file.seek(info.begin)
                 file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)

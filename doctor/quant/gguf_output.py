@@ -34,10 +34,12 @@ from doctor.model.gguf_names import (
 )
 from doctor.model.gguf_rope import rope_factors
 from doctor.model.gguf_tokenizer import Encode, tokenizer_metadata
+from doctor.quant.block_change import NewValue
 from doctor.quant.dequantize import to_torch
 from doctor.quant.solve.ggml import round_blocks
 
 _ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # what llama.cpp's converter leaves in float32
+NewValues = Mapping[str, NewValue]
 IMPORTANCE = "importance"  # the part of a linear that holds diag(H) / 2, for --imatrix
 GEMMA_WINDOW = 4096  # where config.json does not say, transformers takes this
 _ROWS_BYTES = 64 << 20  # of float32 rows that are rounded at once
@@ -45,15 +47,15 @@ _ROWS_BYTES = 64 << 20  # of float32 rows that are rounded at once
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor of a part. value: what stands in its place, None for what the part holds."""
+    """One tensor of a part. value: what stands in its place, or becomes of it; None for what the part holds."""
 
     info: TensorInfo
     file: Path
-    value: torch.Tensor | None = None
+    value: NewValue | None = None
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
         """Leading rows [begin, end)."""
-        if self.value is not None:
+        if isinstance(self.value, torch.Tensor):
             return self.value[begin:end] if self.info.shape else self.value
         shape = (end - begin, *self.info.shape[1:])
         size = self.info.nbytes // max(self.info.shape[0], 1)
@@ -63,7 +65,8 @@ class _Stored:
             reader.read_into(self.info.begin + begin * size, raw.data)
         finally:
             reader.close()
-        return to_torch(raw, self.info.dtype.name).reshape(shape)
+        values = to_torch(raw, self.info.dtype.name).reshape(shape)
+        return values if self.value is None else self.value.of(values, begin)
 
     def whole(self) -> torch.Tensor:
         """The tensor."""
@@ -86,7 +89,7 @@ def write_model(
     checkpoint: Checkpoint,
     recipe: Recipe,
     encode: Encode,
-    values: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    values: NewValues = MappingProxyType({}),
 ) -> Path:
     """One GGUF file in `stage`, of the parts of a finished run. values: of tensors that differ from what they hold."""
     config = checkpoint.value("config.json") or {}
@@ -138,7 +141,7 @@ def write_imatrix(path: Path, parts: list[Path], config: Mapping[str, Any], toke
     beside.rename(path)
 
 
-def _stored(parts: list[Path], values: Mapping[str, torch.Tensor] = MappingProxyType({})) -> dict[str, _Stored]:
+def _stored(parts: list[Path], values: NewValues = MappingProxyType({})) -> dict[str, _Stored]:
     shards: list[tuple[Path, Shard]] = [(path, open_shard(path, path.name)) for path in parts]
     return {info.name: _Stored(info, path, values.get(info.name)) for path, shard in shards for info in shard.tensors}
 

@@ -19,65 +19,39 @@ from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.ggml_types import GgmlType
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.formats.ggml_blocks import decode
+from doctor.quant.block_change import HEADS, BlockChange, changed, head_of
 from doctor.quant.gguf_output import IMPORTANCE, source_of
 from doctor.quant.tuning.parameters import Scales
 
-# Where a block keeps its float16 scale, and that of its minima (ggml-org/llama.cpp ggml/src/ggml-common.h).
-_HEADS = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
-}
 RUN = 32  # weights that share a minimum
-_HALF = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockScales(Scales):
     """The float16 scales of one linear's blocks. scale is 1, f32[n, blocks or twice as many]: of all blocks' scales,
-    then of their minima's where the type has those.
+    then of their minima's where the type has those. heads f16, alike: what is stored.
 
-    words u8[n, bytes of a row]. levels f32[n, k + k / RUN]: weights without minima, then the minimum of each run; of
-    types without minima f32[n, k], the weights.
+    levels f32[n, k + k / RUN]: weights without minima, then the minimum of each run; of types without minima f32[n, k],
+    the weights.
     """
 
-    words: torch.Tensor
+    heads: torch.Tensor
     kind: GgmlType
 
     @classmethod
     def of(cls, tensor: str, words: torch.Tensor, kind: GgmlType, device: torch.device | str) -> BlockScales:
         """The scales of words u8[n, bytes of a row], on the device."""
-        changes = len(_HEADS[kind.name]) * (words.shape[1] // kind.nbytes)
-        scale = torch.ones(len(words), changes, device=device)
+        heads = torch.cat([head_of(words, kind, at) for at in HEADS[kind.name]], 1).to(device)
         bits = 8 * kind.nbytes // kind.block
-        return cls(tensor, scale, None, torch.float16, False, bits, words=words.to(device), kind=kind)
-
-    def levels(self) -> torch.Tensor:
-        """What the weights are made of, f32, as the class says."""
-        width = self._blocks * self.kind.block
-        parts: list[torch.Tensor] = []
-        for at in _HEADS[self.kind.name]:
-            words = self.words.cpu().reshape(len(self.words), self._blocks, self.kind.nbytes).clone()
-            for other in _HEADS[self.kind.name]:
-                if other != at:
-                    words[..., other : other + 2] = 0
-            values = decode(words.reshape(self.words.shape).numpy(), self.kind, width)
-            parts.append(torch.from_numpy(values if not parts else values[:, ::RUN].copy()))
-        return torch.cat(parts, 1).to(self.scale.device)
+        scale = torch.ones_like(heads, dtype=torch.float32)
+        return cls(tensor, scale, None, torch.float16, False, bits, heads=heads, kind=kind)
 
     def weight(self, change: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        of_scale, of_low = self._split(1 + change)
+        of_scale, *of_low = (1 + change).split(self._blocks, 1)
         width = self._blocks * self.kind.block
         W = of_scale.repeat_interleave(self.kind.block, 1).mul_(levels[:, :width])
-        if of_low is not None:
-            low = of_low.repeat_interleave(self.kind.block // RUN, 1).mul_(levels[:, width:])
+        for factor in of_low:
+            low = factor.repeat_interleave(self.kind.block // RUN, 1).mul_(levels[:, width:])
             W.view(len(W), -1, RUN).add_(low[..., None])
         return W
 
@@ -89,41 +63,32 @@ class BlockScales(Scales):
             found.append(runs.mul_(levels[:, width:]).view(n, self._blocks, -1).sum(-1))
         return torch.cat(found, 1)
 
-    def stored(self, change: torch.Tensor) -> torch.Tensor:
-        """The words to write, u8[n, bytes of a row]."""
-        words = self.words.clone().reshape(len(self.words), self._blocks, self.kind.nbytes)
-        for at, part in zip(_HEADS[self.kind.name], self._split(change), strict=False):
-            assert part is not None
-            words[..., at : at + 2] = self._changed(at, part)[..., None].view(torch.uint8)
-        return words.reshape(self.words.shape)
+    def stored(self, change: torch.Tensor) -> BlockChange:
+        """What becomes of the words that are stored."""
+        return BlockChange(self.kind, change)
 
     def rounded(self, change: torch.Tensor) -> torch.Tensor:
-        left = []
-        for at, part in zip(_HEADS[self.kind.name], self._split(change), strict=False):
-            assert part is not None
-            head, new = self._head(at).to(torch.float32), self._changed(at, part).to(torch.float32)
-            left.append(torch.where(head != 0, new / head - 1, 0.0))
-        return torch.cat(left, 1)
+        head, new = self.heads.to(torch.float32), changed(self.heads, change).to(torch.float32)
+        return torch.where(head != 0, new / head - 1, 0.0)
 
     @property
     def _blocks(self) -> int:
         """Of a row."""
-        return self.words.shape[1] // self.kind.nbytes
+        return self.scale.shape[1] // len(HEADS[self.kind.name])
 
-    def _split(self, changes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Those of scales, and of minima."""
-        parts = changes.split(self._blocks, 1)
-        return parts[0], parts[1] if len(parts) > 1 else None
 
-    def _head(self, at: int) -> torch.Tensor:
-        """f16[n, blocks] that stands at this byte of each block."""
-        words = self.words.reshape(len(self.words), self._blocks, self.kind.nbytes)
-        return words[..., at : at + 2].contiguous().view(torch.float16)[..., 0]
-
-    def _changed(self, at: int, change: torch.Tensor) -> torch.Tensor:
-        """f16[n, blocks] of the same under a change; it stays finite."""
-        new = self._head(at).to(torch.float32) * (1 + change)
-        return new.clamp_(-_HALF, _HALF).to(torch.float16)
+def levels_of(words: torch.Tensor, kind: GgmlType) -> torch.Tensor:
+    """What the weights of words u8[n, bytes of a row] are made of, f32, as BlockScales says."""
+    width = words.shape[1] // kind.nbytes * kind.block
+    parts: list[torch.Tensor] = []
+    for at in HEADS[kind.name]:
+        alone = words.reshape(len(words), -1, kind.nbytes).clone()
+        for other in HEADS[kind.name]:
+            if other != at:
+                alone[..., other : other + 2] = 0
+        values = decode(alone.reshape(words.shape).numpy(), kind, width)
+        parts.append(torch.from_numpy((values[:, ::RUN] if parts else values).copy()))
+    return torch.cat(parts, 1)
 
 
 class BlockParts:
@@ -178,5 +143,4 @@ class BlockParts:
         """(levels, scales of its blocks) of a linear."""
         info, kind = self._packed[f"{module}.weight"]
         words = torch.from_numpy(np.array(self.source.load(info.name)))
-        scales = BlockScales.of(info.name, words, kind, device)
-        return scales.levels(), scales
+        return levels_of(words, kind).to(device), BlockScales.of(info.name, words, kind, device)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from doctor.quant.block_change import NewValue
+
 BOUND = 0.5  # a change stays within ± this
 
 
@@ -44,8 +46,8 @@ class Scales:
         product = (slope.T if self.transposed else slope).mul_(levels)
         return self._gathered(product).mul_(self.scale)
 
-    def stored(self, change: torch.Tensor) -> torch.Tensor:
-        """The scales to write, rounded to their dtype, in their stored shape."""
+    def stored(self, change: torch.Tensor) -> NewValue:
+        """The scales to write, rounded to their dtype, in their stored shape; of blocks what becomes of their words."""
         scale = (self.scale * (1 + change)).to(self.dtype)
         return scale.T.contiguous() if self.columns_first else scale
 

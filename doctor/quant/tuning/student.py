@@ -222,8 +222,8 @@ class Student:
         self.tunables[tunable.tensor] = tunable
 
     def _codes(self, module: str, transposed: bool = False) -> tuple[torch.Tensor, Scales]:
-        """(levels [n, k], scales) of a linear, from its stored parts. levels: i8, i16 where a code has 8 bits; of blocks
-        as BlockScales has them.
+        """(levels [n, k], scales) of a linear, from its stored parts. levels: i8, i16 where a code has 8 bits; those
+        of blocks are as BlockScales has them.
         """
         view, device = self.view, self.skeleton.device
         if isinstance(view, BlockParts):

@@ -34,6 +34,7 @@ from doctor.fixing.step import Step
 from doctor.lint.engine import Report, load_rules
 from doctor.lint.rule import Rule
 from doctor.model.spec import build_spec
+from doctor.quant.block_change import NewValue
 from doctor.quant.budget import free_memory
 from doctor.quant.calibration.rows import calibration_rows
 from doctor.quant.client import Client
@@ -60,7 +61,7 @@ class Outcome:
     `watched` rows that were not trained on, before and with those values.
     """
 
-    values: dict[str, torch.Tensor]
+    values: dict[str, NewValue]
     start: float
     end: float
     watched: int
@@ -233,7 +234,8 @@ def _write(
 ) -> tuple[Path, Report, list[Message]]:
     """A copy of the source with the new values, judged and loaded before it appears: (output, report, notes)."""
     with tempfile.TemporaryDirectory(prefix="doctor-tune-") as folder:
-        save_file(outcome.values, Path(folder, "model.safetensors"))
+        tensors = {n: v for n, v in outcome.values.items() if isinstance(v, torch.Tensor)}  # blocks: in a run alone
+        save_file(tensors, Path(folder, "model.safetensors"))
         donor = Checkpoint.open(folder)
         with donate(_DONOR, donor):
             edits = [

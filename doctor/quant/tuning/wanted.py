@@ -234,9 +234,9 @@ def need(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, len
     # In float32: the embedding, held once and beside its stored bytes while it is read; and an own head, read twice.
     ends = 4 * vocabulary * hidden * (1.5 if spec.tied else 3)
     sizes = budget.needs(checkpoint, spec, recipe, rows, length)
-    # of a layer, in float32: weights, their slopes, and half of each for the codes (of blocks: all of each, and the
-    # words); of a row: what it computes, kept
-    computing = (13 if format_of(recipe).in_blocks else 10) * max(layers.values(), default=0) + 4 * sizes.row
+    # of a layer, in float32: weights, their slopes, and half of each for the codes, all of each for those of blocks; of
+    # a row: what it computes, kept
+    computing = (12 if format_of(recipe).in_blocks else 10) * max(layers.values(), default=0) + 4 * sizes.row
     logits = 6 * 4 * TOKENS * vocabulary
     return sizes.constant + states + int(ends) + max(computing, logits) + 7 * 4 * scales
 
@@ -250,5 +250,6 @@ def forecast(
     if not wish.rows or (takes > limit and not wish.asked):
         return Cost()
     of_one = 1 if recipe.bits < LEVEL_BITS and not recipe.bits_for else 2
+    of_one = 4 if format_of(recipe).in_blocks else of_one
     codes = of_one * sum(x.in_features * x.out_features for x in spec.linears if not is_kept(recipe, x.name))
     return Cost(wish.rows, max(takes, min(limit, takes + codes)), takes, takes + codes)

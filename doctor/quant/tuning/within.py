@@ -11,13 +11,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 
-import torch
-
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import MachineError, NotQuantizable
 from doctor.core.messages import Message, _
 from doctor.core.records import TuningFacts
 from doctor.quant import budget
+from doctor.quant.block_change import NewValue
 from doctor.quant.calibration.unseen import unseen_rows
 from doctor.quant.device import device_free
 from doctor.quant.export import Output
@@ -32,7 +31,7 @@ Opens = Callable[[], AbstractContextManager[Checkpoint]]
 
 def tuned(
     asked: Asked, calibrated: Calibrated, opens: Opens, without: Message, state: Callable[[int], Saved] | None = None
-) -> tuple[dict[str, torch.Tensor], TuningFacts | None]:
+) -> tuple[dict[str, NewValue], TuningFacts | None]:
     """(new values of scales and gains, what was done) of finished layers, which `opens` gives as a checkpoint: {} where
     tuning does not help, None where there is nothing to say. state: where a run on so many rows keeps its own.
 

@@ -10,6 +10,7 @@ import torch
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.ggml_types import BY_NAME
 from doctor.formats.ggml_blocks import decode
+from doctor.quant.block_change import HEADS
 from doctor.quant.dequantize import as_float
 from doctor.quant.solve import ggml
 from doctor.quant.tuning import blocks
@@ -22,33 +23,34 @@ pytestmark = pytest.mark.skipif(not ggml.usable(), reason="needs the native libr
 
 
 def scales_of(kind, n=6, width=512):
-    """(weights, levels, scales) of random weights in blocks; the first block is of zeros."""
+    """(words, weights, levels, scales) of random weights in blocks; the first block is of zeros."""
     W = torch.randn(n, width, generator=torch.Generator().manual_seed(5)) * 0.05
     W[0, : BY_NAME[kind].block] = 0
     words = ggml.round_blocks(W, BY_NAME[kind])
     weights = torch.from_numpy(decode(words.numpy(), BY_NAME[kind], width).copy())
     scales = blocks.BlockScales.of("w", words, BY_NAME[kind], "cpu")
-    return weights, scales.levels(), scales
+    return words, weights, blocks.levels_of(words, BY_NAME[kind]), scales
 
 
 @pytest.mark.parametrize("kind", ggml.FITTED)
 def test_words_under_a_change_are_the_weights_under_it(kind):
-    weights, levels, scales = scales_of(kind)
+    words, weights, levels, scales = scales_of(kind)
     assert torch.equal(scales.weight(torch.zeros_like(scales.scale), levels), weights)
     change = torch.linspace(-0.4, 0.4, scales.scale.numel()).reshape(scales.scale.shape)
     change = scales.rounded(change)
-    written = torch.from_numpy(decode(scales.stored(change).numpy(), scales.kind, weights.shape[1]).copy())
+    written = torch.from_numpy(decode(scales.stored(change).of(words).numpy(), scales.kind, weights.shape[1]).copy())
     assert torch.allclose(written, scales.weight(change, levels), rtol=1e-5, atol=1e-7)
-    assert torch.equal(scales.stored(torch.zeros_like(change)), scales.words)
-    other = scales.stored(change) ^ scales.words
-    heads = {at for head in blocks._HEADS[kind] for at in (head, head + 1)}
+    assert torch.equal(scales.stored(torch.zeros_like(change)).of(words), words)
+    assert torch.equal(scales.stored(change).of(words[2:4], 2), scales.stored(change).of(words)[2:4])
+    other = scales.stored(change).of(words) ^ words
+    heads = {at for head in HEADS[kind] for at in (head, head + 1)}
     touched = other.reshape(-1, scales.kind.nbytes).any(0).nonzero().flatten().tolist()
     assert set(touched) <= heads and touched
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q5_0", "Q5_1"])
 def test_slopes_are_those_of_finite_differences(kind):
-    weights, levels, scales = scales_of(kind)
+    _words, weights, levels, scales = scales_of(kind)
     target = torch.randn(weights.shape, generator=torch.Generator().manual_seed(6)) * 0.05
     change = torch.full_like(scales.scale, 0.01)
 
@@ -87,7 +89,7 @@ def test_a_tuned_file_differs_in_block_scales_and_norms_alone(scheme, taught, tm
         kind = new[name].type
         different = np.frombuffer(raw(before, name), np.uint8) != np.frombuffer(raw(after, name), np.uint8)
         at = set(np.flatnonzero(different.reshape(-1, kind.nbytes).any(0)).tolist())
-        assert at <= {i for head in blocks._HEADS[kind.name] for i in (head, head + 1)}, name
+        assert at <= {i for head in HEADS[kind.name] for i in (head, head + 1)}, name
     floats = as_float(after)
     assert all(
         np.isfinite(floats.load(name)).all() for name in floats.tensors if floats.tensors[name].dtype.name == "F32"
