@@ -45,6 +45,7 @@ from doctor.locale import catalogue
 if TYPE_CHECKING:
     from doctor.lint.engine import Report
     from doctor.quant.allocation.budget import Budget
+    from doctor.report.screen import Steps
 
 USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few beside those that calibrate
 
@@ -299,9 +300,8 @@ def command(
             )
         if int(os.environ.get("RANK", "0")):  # under torchrun, rank 0 speaks for all
             exit_for([result.report])
-        emit([result.report], outputs, verbose)
-        if result.output and result.report.ok and ("full", "") in outputs:
-            _print_next(path, result.output, result.report)
+        then = _next(path, result.output, result.report) if result.output and result.report.ok else ()
+        emit([result.report], outputs, verbose, then=then)
     if result.forecast is not None:
         _print_forecast(result.forecast, [], result.report)
     notice(_("Wrote {file}", file=output) if result.output else _("Nothing was written."))
@@ -328,15 +328,13 @@ def _budget(bpw: float | None, size: str, schemes: str, measurement: Path | None
     return Budget(bpw, size_in_bytes(size, "--size"), tuple(map(integer_bits, words([schemes]))), measurement)
 
 
-def _print_next(original: str, output: Path, report: "Report") -> None:
+def _next(original: str, output: Path, report: "Report") -> "Steps":
     from doctor.report import after
-    from doctor.report.screen import console
 
     files = sorted(file.name for file in output.glob("*.gguf"))
     shown = Path(os.path.relpath(output)) if output.is_relative_to(Path.cwd()) else output
     kind = str(report.summary.get("kind", "decoder"))
-    steps = after.commands(original, shown, report.recipe, files[0] if files else "", kind)
-    after.show(steps, console(sys.stdout))
+    return after.commands(original, shown, report.recipe, files[0] if files else "", kind)
 
 
 def _print_forecast(forecast: Any, outputs: Outputs = (), report: "Report | None" = None) -> NoReturn:
