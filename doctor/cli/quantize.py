@@ -247,9 +247,11 @@ def command(
     outputs = outputs_of(formats)
     with json_on_failure(outputs):
         if flags["method"] in OTHER_GOALS:
-            raise click.UsageError(f"--for {flags['method']} quantizes nothing: doctor check judges the files.")
+            raise click.UsageError(
+                _("--for {goal} quantizes nothing: doctor check judges the files.", goal=flags["method"])
+            )
         if retry_failed and not resume:
-            raise click.UsageError("--retry-failed goes with --resume.")
+            raise click.UsageError(_("--retry-failed goes with --resume."))
         budget = _budget(bpw, size, schemes, measurement)
         if (budget is not None or kv_cache) and not flags["scheme"]:
             format = format or "compressed-tensors"  # whose mixtures transformers and vLLM read, and which holds scales
@@ -264,7 +266,7 @@ def command(
         )
         run = given(rows=rows, max_seq_length=max_seq_length, memory=size_in_bytes(memory), calibration=calibration)
         if verify_rows is not None and verify_rows < 0:
-            raise click.BadParameter(f"{verify_rows} must be 0 or more.", param_hint="'--verify'")
+            raise click.BadParameter(_("{rows} must be 0 or more.", rows=verify_rows), param_hint="'--verify'")
         compared = (USUAL_ROWS if recipe.calibrated else 0) if verify_rows is None else verify_rows
         if push:
             hub_push.require_pushable(push)
@@ -274,7 +276,7 @@ def command(
             _print_forecast(api.plan_quantize(path, output, recipe, **planned), outputs)
         if recipes is not None:
             if not preflight:
-                raise click.UsageError("--recipes goes with --preflight: one run quantizes by one recipe.")
+                raise click.UsageError(_("--recipes goes with --preflight: one run quantizes by one recipe."))
             options = {**run, "fix": fix, "unsafe_fixes": words([unsafe_fixes]), "device": device}
             sweep.try_recipes(path, output, recipes, recipe, formats, **options)
         with run_lines(notice) as line:
@@ -316,12 +318,12 @@ def _budget(bpw: float | None, size: str, schemes: str, measurement: Path | None
     """What the flags say of a budget, None where they say nothing. Raises UsageError for what does not go together."""
     if bpw is None and not size:
         if schemes or measurement:
-            raise click.UsageError("--schemes and --measurement: need --bpw or --size.")
+            raise click.UsageError(_("--schemes and --measurement: need --bpw or --size."))
         return None
     if bpw is not None and size:
-        raise click.UsageError("--bpw and --size: one of the two.")
+        raise click.UsageError(_("--bpw and --size: one of the two."))
     if bpw is not None and not 0 < bpw <= 16:
-        raise click.UsageError(f"--bpw {bpw:g}: must be above 0 and at most 16.")
+        raise click.UsageError(_("--bpw {bits:g}: must be above 0 and at most 16.", bits=bpw))
     from doctor.formats.schemes import integer_bits
     from doctor.quant.allocation.budget import Budget
 
@@ -354,5 +356,5 @@ def _rows_to_tune(text: str) -> str | int:
     if text in ("auto", "off"):
         return text
     if not text.isdecimal() or int(text) < 2:
-        raise click.UsageError(f"--tune {text}: must be auto, off or a number of rows from 2 on.")
+        raise click.UsageError(_("--tune {rows}: must be auto, off or a number of rows from 2 on.", rows=text))
     return int(text)

@@ -108,8 +108,8 @@ def _by_reason(rows: list[tuple[Option, str]]) -> list[tuple[str, str]]:
     found: dict[str, list[str]] = {}
     for option, reason in rows:
         names = found.setdefault(reason, [])
-        if option.scheme not in names:
-            names.append(option.scheme)
+        if (name := translated(option.scheme)) not in names:
+            names.append(name)
     return [(", ".join(names), reason) for reason, names in found.items()]
 
 
@@ -178,7 +178,7 @@ def cells(n: int, option: Option) -> list[str]:
     """A row of the table."""
     return [
         str(n),
-        option.scheme,
+        translated(option.scheme),
         str(option.gpus),
         option.cache,
         f"{option.weight_bytes / GIB:.2f}",
@@ -208,7 +208,7 @@ def shortest_said(advice: Advice) -> str:
     if not near:
         return say("no scheme would run")
     best = max(near, key=lambda o: o.free_bytes)
-    return say("{scheme} comes nearest: {short}", scheme=best.scheme, short=short_said(best))
+    return say("{scheme} comes nearest: {short}", scheme=translated(best.scheme), short=short_said(best))
 
 
 def blocked_said(option: Option) -> str:
@@ -261,7 +261,12 @@ def advice_markdown(advice: Advice) -> str:
             lines += ["", f"**{title}**", "", *(f"- {names}: {reason}" for names, reason in _by_reason(rows))]
     lines += ["", *(f"- {line}" for line in legend(fitting))]
     for n, option in enumerate(fitting, 1):
-        lines += ["", f"{n}. {option.scheme}", "", *(f"       {x}" for x in (option.quantize, option.serve) if x)]
+        lines += [
+            "",
+            f"{n}. {translated(option.scheme)}",
+            "",
+            *(f"       {x}" for x in (option.quantize, option.serve) if x),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -282,7 +287,7 @@ def advice_html(advice: Advice) -> str:
         right=_RIGHT,
         nearest=shortest_said(advice),
         others=[(title, _by_reason(rows)) for title, rows in others(options)],
-        commands=[(o.scheme, [x for x in (o.quantize, o.serve) if x]) for o in fitting],
+        commands=[(translated(o.scheme), [x for x in (o.quantize, o.serve) if x]) for o in fitting],
         legend=legend(fitting),
         data=inside_script(advice_json(advice)),
     )
