@@ -218,11 +218,10 @@ def need(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, len
     states = 4 * length * hidden * held
     # In float32: the embedding, held once and beside its stored bytes while it is read; and an own head, read twice.
     ends = 4 * vocabulary * hidden * (1.5 if spec.tied else 3)
-    sizes = budget.needs(checkpoint, spec, recipe, rows, length)
     # of a layer, in float32: weights, their slopes, and half of each for the codes; of a row: what it computes, kept
-    computing = 10 * max(layers.values(), default=0) + 4 * sizes.row
+    computing = 10 * max(layers.values(), default=0) + 4 * budget.row_bytes(checkpoint, spec, recipe, length)
     logits = 6 * 4 * TOKENS * vocabulary
-    return sizes.constant + states + int(ends) + max(computing, logits) + 7 * 4 * scales
+    return budget.constant() + states + int(ends) + max(computing, logits) + 7 * 4 * scales
 
 
 def forecast(
@@ -232,8 +231,10 @@ def forecast(
     it would not be done.
     """
     wish = wanted(tune, recipe, spec, rows, length)
+    if not wish.rows:
+        return 0, 0
     takes, limit = need(checkpoint, spec, recipe, wish.rows, length), budget.limit(memory)
-    if not wish.rows or (takes > limit and not wish.asked):
+    if takes > limit and not wish.asked:
         return 0, 0
     codes = 2 * sum(x.in_features * x.out_features for x in spec.linears if not is_kept(recipe, x.name))
     return max(takes, min(limit, takes + codes)), wish.rows
