@@ -9,6 +9,7 @@ from rich.text import Text
 
 from doctor.core.messages import listed
 from doctor.evaluate.advise.advice import Advice, Option
+from doctor.evaluate.advise.candidates import STORED
 from doctor.locale.catalogue import counted, current, say, translated
 from doctor.report.formats.json_report import dumps
 from doctor.report.screen import Screen, aligned, console, styled
@@ -17,7 +18,7 @@ from doctor.report.text import count, pad, safe, size
 GIB = 1 << 30
 COMMANDS = 3  # of the best rows, on a screen
 _LONGEST, _BITS = 7, 8  # columns
-_RIGHT = frozenset({0, 2, 4, 5, 6, _LONGEST, _BITS, 9})
+_RIGHT = frozenset({0, 2, 4, 5, 6, _LONGEST, _BITS, 9, 10})
 
 
 def advice_json(advice: Advice) -> str:
@@ -186,7 +187,7 @@ def cells(n: int, option: Option) -> list[str]:
         f"{option.free_bytes / GIB:.1f}",
         say("any") if option.longest is None else f"{option.longest:,}",
         f"{option.bits:.2f}",
-        "?" if option.kl is None else f"{option.kl:.4f}",
+        "?" if _unknown(option) else "" if option.kl is None else f"{option.kl:.4f}",
         "" if option.perplexity is None else f"{option.perplexity - 1:+.1%}",
     ]
 
@@ -221,18 +222,10 @@ def legend(options: list[Option], columns: Sequence[int] = (_LONGEST,)) -> list[
     """What these columns mean, and where the figures of quality come from."""
     if not options:
         return []
-    models = sorted({o.measured_on for o in options if o.measured_on})
     found = [say("weights, cache, left: GiB on one GPU")]
     if _LONGEST in columns:
         found.append(say("longest: tokens of a sequence that fit, of the model's positions"))
-    if models:
-        found.append(
-            say(
-                "KL, perplexity: measured on {models}, small models that lose most: an order, not a forecast; ? is not "
-                "measured; `doctor verify` measures yours",
-                models=translated(listed(models)),
-            )
-        )
+    found += _measured(options)
     alone = [o.scheme for o in options if o.weights_alone]
     if alone:
         found.append(
@@ -243,6 +236,36 @@ def legend(options: list[Option], columns: Sequence[int] = (_LONGEST,)) -> list[
         )
     published = dict.fromkeys((o.scheme.split(" ")[0], o.published) for o in options if o.published)
     found += [say("{scheme}: {published}", scheme=name, published=translated(text)) for name, text in published]
+    return found
+
+
+def _unknown(option: Option) -> bool:
+    """Whether a figure is owed: what is served as it is stored loses nothing by that."""
+    return option.kl is None and option.scheme != STORED
+
+
+def _measured(options: list[Option]) -> list[str]:
+    """On which models quality was measured, and what was not."""
+    by_model: dict[str, list[str]] = {}
+    for option in options:
+        if option.measured_on:
+            by_model.setdefault(option.measured_on, []).append(option.scheme)
+    models = sorted(by_model, key=lambda model: -len(by_model[model]))
+    found = []
+    if models:
+        found.append(
+            say(
+                "KL, perplexity: measured on {models}, small models that lose most: an order, not a forecast; "
+                "`doctor verify` measures yours",
+                models=translated(listed(models)),
+            )
+        )
+    for model in models[1:]:  # figures of two models are not to be compared
+        found.append(say("{schemes}: on {model}", schemes=", ".join(by_model[model]), model=model))
+    if unknown := [option.scheme for option in options if _unknown(option)]:
+        found.append(
+            say("?: {schemes} not measured; they stand where bits and groups put them", schemes=", ".join(unknown))
+        )
     return found
 
 

@@ -21,6 +21,8 @@ from doctor.lint.testing import tiny
 from doctor.quant.ending import comparing_bytes, run_figures
 from doctor.quant.stage import stage_of
 from doctor.report import after, results
+from doctor.report import render as render_all
+from doctor.report.formats.json_report import read
 from doctor.report.formats.terminal import render, show
 from doctor.report.screen import console
 
@@ -225,3 +227,12 @@ def test_a_push_uploads_the_folder_to_a_private_repository_and_a_refusal_names_w
     with pytest.raises(MachineError) as error:
         hub_push.push(tmp_path, "org/name")
     assert "403 Forbidden: no write access." in error.value.message and "hf upload org/name" in error.value.hint
+
+
+def test_a_page_made_of_a_receipt_says_nothing_twice(source, tmp_path):
+    done = quantized(source, tmp_path / "out", tune="off")
+    page = render_all("html", read((done.output / "doctor.json").read_text()))
+    text = page.partition("<script")[0]
+    assert (
+        "By area" not in text and "Receipt" in text and text.count(">calibration<") == text.count("act_order True") == 1
+    )
